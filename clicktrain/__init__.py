@@ -1,0 +1,61 @@
+"""clicktrain: train and prune convolutional networks in one run.
+
+Two lines in an existing loop::
+
+    pruner = clicktrain.ClickTrain(compression=10).attach(model, optimizer, epochs=90, steps_per_epoch=n)
+    ...
+    loss.backward()
+    pruner.observe(loss)
+    optimizer.step()
+"""
+
+from __future__ import annotations
+
+from importlib import import_module
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from clicktrain.accounting import ModelCost, compression_ratio, count
+    from clicktrain.errors import UserError
+    from clicktrain.kernels.pack_model import pack, unpack
+    from clicktrain.methods import METHODS, ClickTrain, Dense, Method, Pruner
+    from clicktrain.models import create_model
+
+__version__ = "0.1.0"
+
+__all__ = [
+    "METHODS",
+    "ClickTrain",
+    "Dense",
+    "Method",
+    "ModelCost",
+    "Pruner",
+    "UserError",
+    "compression_ratio",
+    "count",
+    "create_model",
+    "pack",
+    "unpack",
+]
+
+_HOME = {
+    "METHODS": "clicktrain.methods",
+    "ClickTrain": "clicktrain.methods",
+    "Dense": "clicktrain.methods",
+    "Method": "clicktrain.methods",
+    "ModelCost": "clicktrain.accounting",
+    "Pruner": "clicktrain.methods",
+    "UserError": "clicktrain.errors",
+    "compression_ratio": "clicktrain.accounting",
+    "count": "clicktrain.accounting",
+    "create_model": "clicktrain.models",
+    "pack": "clicktrain.kernels.pack_model",
+    "unpack": "clicktrain.kernels.pack_model",
+}
+
+
+def __getattr__(name: str) -> Any:
+    """Load public names when they are first used, so that ``import clicktrain`` stays light."""
+    if name not in _HOME:
+        raise AttributeError(f"module 'clicktrain' has no attribute {name!r}")
+    return getattr(import_module(_HOME[name]), name)

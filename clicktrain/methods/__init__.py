@@ -1,0 +1,14 @@
+"""Methods: compositions of criterion, granularity, schedule or trigger, and enforcement."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from clicktrain.methods.base import Method, PruningPlan
+from clicktrain.methods.clicktrain import ClickTrain
+from clicktrain.methods.dense import Dense
+from clicktrain.methods.pruner import Pruner
+
+METHODS: dict[str, type[Method[Any]]] = {"dense": Dense, "clicktrain": ClickTrain}
+
+__all__ = ["METHODS", "ClickTrain", "Dense", "Method", "Pruner", "PruningPlan"]

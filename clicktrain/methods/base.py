@@ -1,0 +1,220 @@
+"""What a pruning-during-training method is: frozen settings, explicit state, effects returned as data."""
+
+from __future__ import annotations
+
+import abc
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, field
+from typing import TYPE_CHECKING, Any, ClassVar, Generic, NamedTuple, TypeAlias, TypeVar
+
+from torch import Tensor, nn
+from torch.optim import Optimizer
+
+from clicktrain.methods.survey import Survey, survey
+
+if TYPE_CHECKING:
+    from clicktrain.methods.pruner import Pruner
+
+Event: TypeAlias = dict[str, Any]
+"""A decision, JSON-able; key ``event`` says which."""
+
+
+@dataclass(frozen=True, slots=True)
+class RunLength:
+    """How long a run is, in batches seen by `Pruner.observe`.
+
+    ``epochs`` x ``steps_per_epoch`` batches; with gradient accumulation several batches make one optimizer
+    step.
+    """
+
+    epochs: int
+    steps_per_epoch: int
+
+    @property
+    def total(self) -> int:
+        """Batches of the whole run."""
+        return self.epochs * self.steps_per_epoch
+
+
+@dataclass(frozen=True, slots=True, eq=False)
+class Step:
+    """What a method sees at one optimizer step.
+
+    Attributes:
+        seen: batches observed so far, those of this step included.
+        batches: batches whose gradients this step holds (more than 1 with gradient accumulation).
+        loss: mean loss since the last optimizer step, 0-dim, detached.
+        epoch_losses: mean training loss of every finished epoch.
+        length: how long the run is.
+        grad_scale: what the gradients are still multiplied by (fused mixed-precision optimizers), or None.
+    """
+
+    seen: int
+    batches: int
+    loss: Tensor
+    epoch_losses: Sequence[float]
+    length: RunLength
+    grad_scale: Tensor | None = None
+
+    def gradient(self, parameter: Tensor) -> Tensor | None:
+        """The true gradient of a parameter, without a mixed-precision scale; None if there is none."""
+        grad = parameter.grad
+        if grad is None or self.grad_scale is None:
+            return grad
+        return grad / self.grad_scale.to(grad)
+
+
+class Record(NamedTuple):
+    """Write a decision down."""
+
+    event: Event
+
+
+class FreezeMasks(NamedTuple):
+    """Hard prune: from now on these positions are the only ones that live. Masks are bool [F, C, R, S]."""
+
+    masks: Mapping[str, Tensor]
+
+
+Action: TypeAlias = Record | FreezeMasks
+
+
+@dataclass(frozen=True, slots=True)
+class LayerPlan:
+    """What is to happen, or has happened, to one layer.
+
+    ``density`` and ``nnz_per_filter`` are None while they are not decided.
+    """
+
+    name: str
+    shape: tuple[int, ...]
+    action: str
+    density: float | None = None
+    nnz_per_filter: int | None = None
+    reason: str = ""
+
+
+@dataclass(frozen=True, slots=True)
+class PruningPlan:
+    """Layer by layer, what a method will do and why it leaves a layer alone. ``str(plan)`` is a table."""
+
+    rows: tuple[LayerPlan, ...]
+    summary: str = ""
+    stages: tuple[tuple[str, str], ...] = field(default=())
+
+    def __str__(self) -> str:
+        head = ("layer", "shape", "what", "density", "per filter", "why")
+        body = [
+            (
+                row.name,
+                "x".join(map(str, row.shape)),
+                row.action,
+                "" if row.density is None else f"{row.density:.3f}",
+                "" if row.nnz_per_filter is None else str(row.nnz_per_filter),
+                row.reason,
+            )
+            for row in self.rows
+        ]
+        widths = [max(len(line[i]) for line in [head, *body]) for i in range(len(head))]
+        lines = [
+            "  ".join(cell.ljust(w) for cell, w in zip(line, widths, strict=True)).rstrip()
+            for line in [head, *body]
+        ]
+        stages = [f"{name}: {what}" for name, what in self.stages]
+        return "\n".join([*lines, *stages, self.summary]).rstrip()
+
+
+S = TypeVar("S")
+
+
+class Method(abc.ABC, Generic[S]):
+    """A recipe for pruning while training: settings here (a frozen dataclass), all that changes in ``S``.
+
+    A state is a dataclass of tensors, numbers, strings and containers of them; the hooks change it in
+    place and return what is to be done to the world.
+    """
+
+    name: ClassVar[str]
+    settings_exclude: ClassVar[tuple[str, ...]] = ()
+
+    def survey(self, model: nn.Module, trained: Sequence[Tensor] | None = None) -> Survey:
+        """Which layers this method may prune."""
+        return survey(model, trained)
+
+    @abc.abstractmethod
+    def init(self, found: Survey, length: RunLength) -> S:
+        """State before the first step; raises UserError if what is asked for cannot be done."""
+
+    @abc.abstractmethod
+    def plan(self, found: Survey, length: RunLength, state: S | None = None) -> PruningPlan:
+        """What will be done (or, given a state that has decided, what was done)."""
+
+    def stage(self, state: S) -> str:
+        """Name of the current stage."""
+        del state
+        return "dense"
+
+    def before_step(self, state: S, found: Survey, step: Step) -> None:
+        """Gradients are there: read them, add to them."""
+        del state, found, step
+
+    def after_step(self, state: S, found: Survey, step: Step) -> Sequence[Action]:
+        """Weights have moved: decide."""
+        del state, found, step
+        return ()
+
+    def at_end(self, state: S, found: Survey) -> Sequence[Action]:
+        """The run is over: whatever has not been decided is decided now."""
+        del state, found
+        return ()
+
+    def state_dict(self, state: S) -> dict[str, Any]:
+        """The state as nested dicts of tensors, numbers and strings."""
+        del state
+        return {}
+
+    def load_state(self, found: Survey, length: RunLength, saved: Mapping[str, Any]) -> S:
+        """Inverse of `state_dict`."""
+        del saved
+        return self.init(found, length)
+
+    def attach(
+        self,
+        model: nn.Module,
+        optimizer: Optimizer,
+        *,
+        epochs: int,
+        steps_per_epoch: int,
+        packed: bool = False,
+        on_event: Callable[[Event], None] | None = None,
+    ) -> Pruner:
+        """Hook this method into a training loop: two lines, this one and `Pruner.observe`.
+
+        Args:
+            model: the network, already on its device.
+            optimizer: any torch optimizer over its parameters; masks, penalties and votes ride on its step
+                hooks.
+            epochs: length of the run.
+            steps_per_epoch: calls of `Pruner.observe` per epoch, i.e. batches (not optimizer steps, if
+                gradients are accumulated).
+            packed: train on packed values after the hard prune (modules and parameters are then swapped
+                inside the optimizer); False keeps dense tensors with zeros.
+            on_event: called with every decision.
+
+        Raises:
+            UserError: what is asked for cannot be done on this network or in a run of this length.
+        """
+        from clicktrain.methods.pruner import Pruner
+
+        return Pruner(
+            self, model, optimizer, RunLength(epochs, steps_per_epoch), packed=packed, on_event=on_event
+        )
+
+
+def plan_rows(found: Survey, rows: Sequence[LayerPlan]) -> tuple[LayerPlan, ...]:
+    """The given rows and those of the layers that are left alone, in the network's order."""
+    untouched = [
+        LayerPlan(name, shape, "none", 1.0, reason=reason)
+        for name, (shape, reason) in found.left_alone.items()
+    ]
+    return tuple(sorted((*rows, *untouched), key=lambda row: found.order.index(row.name)))

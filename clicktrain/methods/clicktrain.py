@@ -1,0 +1,497 @@
+"""ClickTrain: patterns and kernels chosen while training, then fixed positions (sections 4.1 to 4.4).
+
+Stages: 1 dense training until the loss settles; 2 dynamic pattern pool; 3 adaptive finalisation of patterns
+and unimportant kernels; 4 regularisation of what will go; hard prune; 5 training on with fixed positions.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+from typing import Any, ClassVar, Literal
+
+import torch
+from torch import Tensor, nn
+
+from clicktrain.errors import UserError
+from clicktrain.methods.base import (
+    Action,
+    FreezeMasks,
+    LayerPlan,
+    Method,
+    PruningPlan,
+    Record,
+    RunLength,
+    Step,
+    plan_rows,
+)
+from clicktrain.methods.pattern_selection import Selection, Target, allocation_gains, effective_group
+from clicktrain.methods.survey import ConvLayer, Survey, matches, survey
+from clicktrain.sparsity.allocation import LayerBudget, allocate, check_reachable
+from clicktrain.sparsity.finalize import batch_counts
+from clicktrain.sparsity.group_lasso import add_lasso_gradient_, shrink_groups_
+from clicktrain.sparsity.importance import CRITERIA, magnitude_importance
+from clicktrain.sparsity.masks import energy_outside
+from clicktrain.sparsity.patterns import default_entries, fixed_pool
+from clicktrain.sparsity.triggers import LossSlope
+
+STAGES = ("dense", "pool", "finalize", "regularize", "accelerated")
+
+PRESETS: dict[str, dict[str, Any]] = {
+    # What wins in short runs; docs/results/ has the ablation.
+    "default": {
+        "criterion": "magnitude", "selection": "accumulated", "kernel_score": "pattern",
+        "allocation": "relative", "penalty": "shrink", "pool": "dynamic", "patterns": 12,
+        "earliest_start": 0.3, "latest_start": 0.3,
+        "pool_length": 0.05, "finalize_length": 0.05, "regularize_length": 0.1,
+    },
+    # Sections 4 and 6.1: Taylor votes, the modified group lasso, one ratio for every layer; the hard prune
+    # at about epoch 95 of 190, stage 2 at epoch 50 at the latest (Figure 5, Table 1).
+    "paper": {
+        "criterion": "taylor", "selection": "votes", "kernel_score": "kernel",
+        "allocation": "uniform", "penalty": "lasso", "pool": "dynamic", "patterns": 12,
+        "earliest_start": 0.1, "latest_start": 0.26,
+        "pool_length": 0.08, "finalize_length": 0.08, "regularize_length": 0.08,
+    },
+    # Magnitudes once, fixed patterns, no penalty: the baseline of section 3.2.
+    "one-shot": {
+        "criterion": "magnitude", "selection": "accumulated", "kernel_score": "kernel",
+        "allocation": "uniform", "penalty": "none", "pool": "fixed", "patterns": 8,
+        "earliest_start": 0.5, "latest_start": 0.5,
+        "pool_length": 0.0, "finalize_length": 0.0, "regularize_length": 0.0,
+    },
+}  # fmt: skip
+
+
+@dataclass(slots=True)
+class ClickTrainState:
+    """What ClickTrain remembers between steps."""
+
+    stage: str = "dense"
+    entered: int = 0
+    """Batches seen when the stage was entered."""
+    counted: int = 0
+    """Optimizer steps that this stage has used."""
+    previous_loss: Tensor | None = None
+    selection: Selection = field(default_factory=Selection)
+    masks: dict[str, Tensor] = field(default_factory=dict)
+    """Derived from the selection once it has decided."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class ClickTrain(Method[ClickTrainState]):
+    """Patterns inside kernels plus whole kernels, chosen while training (ClickTrain, ICS 2021).
+
+    Settings left at None come from the preset. Lengths are shares of the run, so that the stages fit
+    whatever its length; 0 means as short as can be (one step, or none for stages 2 and 4).
+    """
+
+    name: ClassVar[str] = "clicktrain"
+
+    compression: float = 8.0
+    """All convolution weights / non-zero convolution weights at the end, over the whole network."""
+    preset: Literal["default", "paper", "one-shot"] = "default"
+    """Where settings that are not given come from: what wins in short runs, the paper's own, or magnitudes
+    once with fixed patterns (a baseline)."""
+    patterns: int | None = None
+    """Size N of the pattern pool (8 or 12 in the paper)."""
+    entries: int = 4
+    """Kept positions of a 3x3 kernel; other kernel sizes keep the same share."""
+    group: int = 1
+    """Neighbouring filters that choose their pattern and their kernels together; 1 is the paper's."""
+    criterion: Literal["taylor", "magnitude", "mixed"] | None = None
+    """Importance of a weight: (g*w)^2 (the paper's), w^2, or |g|*w^2."""
+    pool: Literal["dynamic", "fixed"] | None = None
+    """Pattern pool generated while training (section 4.2), or 4, 8 or 12 given 3x3 patterns."""
+    selection: Literal["votes", "accumulated"] | None = None
+    """A kernel's pattern: most often best over batches (section 4.3), or best by importance summed over
+    batches."""
+    kernel_score: Literal["kernel", "pattern"] | None = None
+    """Importance of a kernel: over all its positions (Eq. 2), or inside its chosen pattern."""
+    allocation: Literal["uniform", "importance", "relative", "erk"] | None = None
+    """Kept kernels per layer: equal densities, by importance, by importance relative to the layer's mean,
+    or Erdos-Renyi-kernel."""
+    allocation_floor: float = 0.2
+    """Every layer keeps at least this share of the density that equal densities would give it."""
+    layers: dict[str, float] = field(default_factory=dict)
+    """Compression ratio of single layers, by module path (shell-style): the paper's fixed ratios."""
+    exclude: tuple[str, ...] = ()
+    """Convolutions to leave dense, by module path (shell-style)."""
+    include: tuple[str, ...] = ()
+    """Convolutions to prune although they would be left alone (the first, depthwise ones)."""
+    loss_slope: float = 0.27
+    """Stage 2 starts when the mean training loss falls by less than this between epochs (section 4.1)."""
+    earliest_start: float | None = None
+    """Stage 2 does not start before this share of the run."""
+    latest_start: float | None = None
+    """Stage 2 starts at this share of the run at the latest."""
+    pool_length: float | None = None
+    """Length of stage 2, share of the run."""
+    finalize_length: float | None = None
+    """Length of stage 3, share of the run."""
+    regularize_length: float | None = None
+    """Length of stage 4, share of the run."""
+    penalty: Literal["lasso", "shrink", "none"] | None = None
+    """Stage 4: the modified group lasso (section 4.4), its proximal form with the strength set by the steps
+    that are left, or nothing."""
+    lasso: float = 0.00025
+    """Coefficient of the group lasso (section 6.1)."""
+    loss_margin: float = 0.0018
+    """Batches whose loss rises are not counted in stage 3 (section 4.3)."""
+    loss_margin_rule: Literal["ratio", "increase"] = "ratio"
+    """The margin read literally (previous / current < margin), or as current > previous * (1 + margin)."""
+
+    def __post_init__(self) -> None:
+        """Fill in the preset and check every setting."""
+        if self.preset not in PRESETS:
+            raise UserError(f"preset must be one of {', '.join(PRESETS)}, not {self.preset!r}")
+        for key, value in PRESETS[self.preset].items():
+            if getattr(self, key) is None:
+                object.__setattr__(self, key, value)
+        object.__setattr__(self, "exclude", tuple(self.exclude))
+        object.__setattr__(self, "include", tuple(self.include))
+        if not self.compression > 1:
+            raise UserError(
+                f"compression must be more than 1 (8 keeps an eighth of the weights), not {self.compression}"
+            )
+        if self.group < 1 or self.entries < 1 or (self.patterns or 0) < 1:
+            raise UserError("group, entries and patterns must be at least 1")
+        if self.entries > 9:
+            raise UserError(
+                f"entries is the number of kept positions of a 3x3 kernel, 1 to 9, not {self.entries}"
+            )
+        if self.pool == "fixed":
+            fixed_pool(self.patterns or 0)
+            if self.entries != 4:
+                raise UserError(
+                    f"a fixed pool keeps 4 positions per kernel; entries={self.entries} needs pool=dynamic"
+                )
+        if self.criterion not in CRITERIA:
+            raise UserError(f"criterion must be one of {', '.join(CRITERIA)}, not {self.criterion!r}")
+        shares = ("earliest_start", "latest_start", "pool_length", "finalize_length", "regularize_length")
+        for key in (*shares, "allocation_floor"):
+            if not 0 <= getattr(self, key) <= 1:
+                raise UserError(f"{key} is a share and must be between 0 and 1, not {getattr(self, key)}")
+        if sum(getattr(self, key) for key in shares[1:]) > 1:
+            raise UserError("latest_start and the lengths of stages 2 to 4 must not add up to more than 1")
+        if (self.earliest_start or 0) > (self.latest_start or 0):
+            raise UserError("earliest_start must not be later than latest_start")
+        for key in ("lasso", "loss_margin"):
+            if getattr(self, key) < 0:
+                raise UserError(f"{key} must not be negative, got {getattr(self, key)}")
+        for glob, ratio in self.layers.items():
+            if not ratio >= 1:
+                raise UserError(f"the compression of layer {glob!r} must be at least 1, not {ratio}")
+
+    # ---- what is pruned ---------------------------------------------------------------------
+
+    def survey(self, model: nn.Module, trained: Sequence[Tensor] | None = None) -> Survey:
+        """Convolutions that may be pruned; ``exclude``, ``include`` and ``layers`` must name some."""
+        found = survey(model, trained, exclude=self.exclude, include=self.include)
+        for glob in self.layers:
+            if not any(matches(layer.name, [glob]) for layer in found.layers):
+                raise UserError(f"no layer that can be pruned is called {glob!r} (setting 'layers')")
+        return found
+
+    def targets(self, found: Survey) -> tuple[Target, ...]:
+        """The layers with their kept positions per kernel, group size and per-layer override."""
+        return tuple(self._target(layer) for layer in found.layers)
+
+    def _target(self, layer: ConvLayer) -> Target:
+        f, c, r, s = layer.shape
+        entries = default_entries((r, s), self.entries)
+        if self.pool == "fixed" and (r, s) != (3, 3):
+            entries = r * s  # the given patterns are 3 x 3: other kernels are kept or dropped whole
+        ratio = next((v for glob, v in self.layers.items() if matches(layer.name, [glob])), None)
+        fixed = None
+        if ratio is not None:
+            fixed = LayerBudget(layer.name, f, c, entries, r * s).kernels_for_density(1 / ratio)
+        return Target(layer, entries, effective_group(f, self.group), fixed)
+
+    # ---- when -------------------------------------------------------------------------------
+
+    def schedule(self, length: RunLength) -> dict[str, int]:
+        """Batches: ``earliest`` and ``latest`` start of stage 2 and the lengths of stages 2 to 4.
+
+        Raises:
+            UserError: the run is too short for its stages.
+        """
+        total = length.total
+        lengths = {
+            "pool": self._batches(self.pool_length, total) if self.pool == "dynamic" else 0,
+            "finalize": max(1, self._batches(self.finalize_length, total)),
+            "regularize": self._batches(self.regularize_length, total) if self.penalty != "none" else 0,
+        }
+        if self.pool == "dynamic":
+            lengths["pool"] = max(1, lengths["pool"])
+        latest = max(1, round((self.latest_start or 0) * total))
+        latest = min(latest, total - sum(lengths.values()) - 1)
+        if latest < 1:
+            need = sum(lengths.values()) + 2
+            raise UserError(
+                f"a run of {total} batches is too short for the stages of ClickTrain, which need {need} here"
+            )
+        earliest = min(latest, max(1, round((self.earliest_start or 0) * total)))
+        return {"earliest": earliest, "latest": latest, **lengths}
+
+    @staticmethod
+    def _batches(share: float | None, total: int) -> int:
+        return max(1, round(share * total)) if share else 0
+
+    # ---- life cycle -------------------------------------------------------------------------
+
+    def init(self, found: Survey, length: RunLength) -> ClickTrainState:
+        """Check that the run can be done as asked."""
+        if not found.layers:
+            reasons = "; ".join(f"{name}: {why}" for name, (_, why) in list(found.left_alone.items())[:3])
+            raise UserError(
+                f"this network has no convolution that ClickTrain can prune ({reasons or 'none at all'})"
+            )
+        self.schedule(length)
+        check_reachable([t.budget for t in self.targets(found)], found.other_conv_weights, self.compression)
+        return ClickTrainState(entered=0)
+
+    def stage(self, state: ClickTrainState) -> str:
+        """dense, pool, finalize, regularize or accelerated."""
+        return state.stage
+
+    def before_step(self, state: ClickTrainState, found: Survey, step: Step) -> None:
+        """Stages 2 and 3 read the gradients, stage 4 adds the lasso's."""
+        if state.stage == "regularize":
+            if self.penalty == "lasso":
+                self._add_lasso(state, found, step)
+        elif state.stage in ("pool", "finalize"):
+            self._read(state, found, step)
+
+    def _read(self, state: ClickTrainState, found: Survey, step: Step) -> None:
+        criterion = CRITERIA[self.criterion or "taylor"]
+        weight = batch_counts(state.previous_loss, step.loss, self.loss_margin, self.loss_margin_rule)
+        for target in self.targets(found):
+            parameter = target.layer.weight
+            grad = step.gradient(parameter)
+            if grad is None:
+                continue
+            importance = criterion(parameter.detach().float(), grad.float())
+            if state.stage == "pool":
+                state.selection.propose(target, importance)
+            else:
+                state.selection.vote(target, importance, weight)
+        state.previous_loss = step.loss
+        state.counted += 1
+
+    def _add_lasso(self, state: ClickTrainState, found: Survey, step: Step) -> None:
+        coefficient: float | Tensor = self.lasso
+        if step.grad_scale is not None:
+            coefficient = step.grad_scale * self.lasso
+        for layer in found.layers:
+            if layer.weight.grad is not None:
+                add_lasso_gradient_(
+                    layer.weight.grad, layer.weight.detach(), state.masks[layer.name], coefficient
+                )
+
+    def after_step(self, state: ClickTrainState, found: Survey, step: Step) -> Sequence[Action]:
+        """Move on to the next stage when it is time."""
+        lengths = self.schedule(step.length)
+        if state.stage == "regularize" and self.penalty == "shrink":
+            left = state.entered + lengths["regularize"] - step.seen
+            if left > 0:
+                for layer in found.layers:
+                    shrink_groups_(layer.weight, state.masks[layer.name], math.ceil(left / step.batches))
+        actions: list[Action] = []
+        while (reason := self._due(state, step, lengths)) is not None:
+            actions += self._advance(state, found, step.seen, reason)
+        return actions
+
+    def _due(self, state: ClickTrainState, step: Step, lengths: Mapping[str, int]) -> str | None:
+        """Why the current stage is over, or None. A stage that reads gradients has read at least one."""
+        if state.stage == "accelerated":
+            return None
+        if state.stage == "dense":
+            if step.seen >= lengths["latest"]:
+                return f"{step.seen / step.length.total:.0%} of the run is over"
+            slope = LossSlope(self.loss_slope).fires(step.epoch_losses)
+            return slope if step.seen >= lengths["earliest"] else None
+        over = step.seen - state.entered >= lengths[state.stage]
+        reads = state.stage == "finalize" or (state.stage == "pool" and lengths["pool"] > 0)
+        return "its length is over" if over and (state.counted > 0 or not reads) else None
+
+    def _advance(self, state: ClickTrainState, found: Survey, seen: int, reason: str) -> list[Action]:
+        """Close the current stage and enter the next."""
+        actions: list[Action] = []
+        if state.stage == "pool":
+            actions.append(self._close_pools(state, found))
+        elif state.stage == "finalize":
+            actions.append(self._finalize(state, found))
+        elif state.stage == "regularize":
+            actions += self._hard_prune(state, found)
+        state.stage = STAGES[STAGES.index(state.stage) + 1]
+        state.entered, state.counted = seen, 0
+        number = STAGES.index(state.stage) + 1
+        actions.append(Record({"event": "stage", "stage": state.stage, "number": number, "reason": reason}))
+        return actions
+
+    def _close_pools(self, state: ClickTrainState, found: Survey) -> Action:
+        selection = state.selection
+        if self.pool == "fixed":
+            selection.pools[3, 3] = fixed_pool(self.patterns or 0)
+        selection.close_pools(self.targets(found), self.patterns or 0)
+        pools = []
+        for shape, pool in selection.pools.items():
+            votes = selection.candidates.get(shape)
+            score = (
+                {} if votes is None else dict(zip(votes.bits.tolist(), votes.counts.tolist(), strict=True))
+            )
+            shown = [{"bits": p.bits, "score": score.get(p.bits)} for p in pool.patterns]
+            pools.append({"shape": list(shape), "patterns": shown, "candidates": len(score)})
+        return Record({"event": "pool", "pools": pools})
+
+    def _finalize(self, state: ClickTrainState, found: Survey) -> Action:
+        """Fix patterns and kernels: sections 4.1 and 4.3, with the budget allocated over layers."""
+        targets, selection = self.targets(found), state.selection
+        for target in targets:
+            selection.choose_patterns(target, self.selection == "votes")
+        scores = {t.layer.name: selection.scores(t, self.kernel_score == "pattern") for t in targets}
+        gains = allocation_gains(targets, scores, self.allocation or "uniform")
+        kernels = allocate(
+            [t.budget for t in targets],
+            found.other_conv_weights,
+            self.compression,
+            gains,
+            floor=self.allocation_floor,
+        )
+        for target in targets:
+            selection.choose_kernels(target, scores[target.layer.name], kernels[target.layer.name])
+        state.masks = {t.layer.name: selection.mask(t) for t in targets}
+        return Record(
+            {
+                "event": "finalised",
+                "compression_asked": self.compression,
+                "compression_reached": _compression(found, state.masks),
+                "layers": [_decision(t, kernels[t.layer.name], selection) for t in targets],
+            }
+        )
+
+    def _hard_prune(self, state: ClickTrainState, found: Survey) -> list[Action]:
+        energies = [energy_outside(layer.weight, state.masks[layer.name]) for layer in found.layers]
+        lost, whole = (sum(part) for part in zip(*energies, strict=True))
+        event = {
+            "event": "hard_prune",
+            "compression_asked": self.compression,
+            "compression_reached": _compression(found, state.masks),
+            "energy_outside": lost / whole if whole else 0.0,
+        }
+        return [Record(event), FreezeMasks(dict(state.masks))]
+
+    def at_end(self, state: ClickTrainState, found: Survey) -> Sequence[Action]:
+        """A run always ends at the compression asked for; magnitudes stand in for what was not measured."""
+        actions: list[Action] = []
+        one = torch.ones(())
+        while state.stage != "accelerated":
+            for target in self.targets(found):
+                weight = target.layer.weight.detach().float()
+                importance = magnitude_importance(weight, weight)
+                unseen = target.kernel_shape not in state.selection.candidates
+                if state.stage == "pool" and self.pool == "dynamic" and unseen:
+                    state.selection.propose(target, importance)
+                elif state.stage == "finalize" and target.layer.name not in state.selection.importance:
+                    state.selection.vote(target, importance, one)
+            actions += self._advance(state, found, state.entered, "the run ended")
+        return actions
+
+    # ---- what is shown and saved ------------------------------------------------------------
+
+    def plan(self, found: Survey, length: RunLength, state: ClickTrainState | None = None) -> PruningPlan:
+        """Per layer: what is pruned, to what density, by what; what was decided once it is."""
+        decided = state is not None and bool(state.selection.kept)
+        targets = self.targets(found)
+        budgets = [t.budget for t in targets]
+        even = allocate(budgets, found.other_conv_weights, self.compression) if targets else {}
+        rows = []
+        for target in targets:
+            name, kernels = target.layer.name, even[target.layer.name]
+            reason = "fixed by 'layers'" if target.fixed_kernels else ""
+            if decided and state is not None:
+                kernels = int(state.selection.kept[name][0].sum())
+            elif self.allocation != "uniform" and not target.fixed_kernels:
+                reason = f"shown for equal densities; allocated by {self.allocation} after stage 3"
+            density = kernels * target.budget.price / target.budget.weights
+            what = (
+                f"{target.entries} of {target.budget.positions} + kernels"
+                if target.has_patterns
+                else "kernels"
+            )
+            rows.append(LayerPlan(name, target.layer.shape, what, density, kernels * target.entries, reason))
+        kept = sum(round((r.density or 0) * math.prod(r.shape)) for r in rows) + found.other_conv_weights
+        reached = found.conv_weights / max(kept, 1)
+        summary = (
+            f"compression asked {self.compression:g}, {'reached' if decided else 'planned'} {reached:.2f}"
+        )
+        return PruningPlan(plan_rows(found, rows), summary, self._stage_lines(length))
+
+    def _stage_lines(self, length: RunLength) -> tuple[tuple[str, str], ...]:
+        lengths, per_epoch = self.schedule(length), length.steps_per_epoch
+
+        def epochs(batches: int) -> str:
+            return f"{batches / per_epoch:.2f} epochs"
+
+        pool = (
+            f"{epochs(lengths['pool'])}, {self.patterns} patterns"
+            if lengths["pool"]
+            else f"{self.patterns} given patterns"
+        )
+        begin = f"until the loss falls by less than {self.loss_slope:g} per epoch, "
+        begin += f"{epochs(lengths['earliest'])} at the least, {epochs(lengths['latest'])} at the most"
+        return (
+            ("stage 1 dense", begin),
+            ("stage 2 pool", pool),
+            ("stage 3 finalize", f"{epochs(lengths['finalize'])}, by {self.criterion} importance"),
+            (
+                "stage 4 regularize",
+                f"{epochs(lengths['regularize'])}, penalty {self.penalty}, then hard prune",
+            ),
+            ("stage 5 accelerated", "to the end, positions fixed"),
+        )
+
+    def state_dict(self, state: ClickTrainState) -> dict[str, Any]:
+        """Nested dicts of tensors, numbers and strings."""
+        return {
+            "stage": state.stage,
+            "entered": state.entered,
+            "counted": state.counted,
+            "previous_loss": state.previous_loss,
+            "selection": state.selection.state_dict(),
+        }
+
+    def load_state(self, found: Survey, length: RunLength, saved: Mapping[str, Any]) -> ClickTrainState:
+        """Inverse of `state_dict`."""
+        targets = self.targets(found)
+        device = targets[0].layer.weight.device
+        previous = saved["previous_loss"]
+        state = ClickTrainState(
+            saved["stage"],
+            saved["entered"],
+            saved["counted"],
+            None if previous is None else previous.to(device),
+            Selection.from_state_dict(saved["selection"], device),
+        )
+        if state.selection.kept:
+            state.masks = {t.layer.name: state.selection.mask(t) for t in targets}
+        return state
+
+
+def _compression(found: Survey, masks: Mapping[str, Tensor]) -> float:
+    kept = sum(int(mask.sum()) for mask in masks.values()) + found.other_conv_weights
+    return found.conv_weights / max(kept, 1)
+
+
+def _decision(target: Target, kernels: int, selection: Selection) -> dict[str, Any]:
+    budget = target.budget
+    return {
+        "name": target.layer.name,
+        "shape": list(target.layer.shape),
+        "kernels_per_filter": kernels,
+        "nnz_per_filter": kernels * target.entries,
+        "density": kernels * budget.price / budget.weights,
+        "pattern_counts": selection.pattern_counts(target) if target.has_patterns else [],
+    }

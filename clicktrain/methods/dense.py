@@ -1,0 +1,24 @@
+"""The baseline: no pruning."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import ClassVar
+
+from clicktrain.methods.base import LayerPlan, Method, PruningPlan, RunLength, plan_rows
+from clicktrain.methods.survey import Survey
+
+
+@dataclass(frozen=True, kw_only=True)
+class Dense(Method[None]):
+    """Plain training; what the other methods are compared with."""
+
+    name: ClassVar[str] = "dense"
+
+    def init(self, found: Survey, length: RunLength) -> None:
+        """No state."""
+
+    def plan(self, found: Survey, length: RunLength, state: None = None) -> PruningPlan:
+        """Nothing is pruned."""
+        rows = [LayerPlan(layer.name, layer.shape, "none", 1.0, reason="dense run") for layer in found.layers]
+        return PruningPlan(plan_rows(found, rows), "dense training: nothing is pruned")

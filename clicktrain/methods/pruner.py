@@ -1,0 +1,285 @@
+"""The driver: carries a method through a training loop, ours or anybody's, on optimizer step hooks."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from dataclasses import replace
+from typing import Any
+
+import torch
+import torch.distributed as dist
+from torch import Tensor, nn
+from torch.optim import Optimizer
+
+from clicktrain.errors import UserError
+from clicktrain.kernels.pack_model import pack_model_, unpack_model_
+from clicktrain.methods.base import Action, Event, FreezeMasks, Method, PruningPlan, Record, RunLength, Step
+from clicktrain.methods.survey import ConvLayer
+from clicktrain.sparsity.masks import hard_prune_, mask_optimizer_state_
+
+
+class Pruner:
+    """One method at work on one model and its optimizer. Made by `Method.attach`.
+
+    Call `observe(loss)` once per backward pass, before ``optimizer.step()``; everything else rides on the
+    optimizer's step hooks. `finish` ends the run at the compression asked for, whatever happened.
+    """
+
+    def __init__(
+        self,
+        method: Method[Any],
+        model: nn.Module,
+        optimizer: Optimizer,
+        length: RunLength,
+        *,
+        packed: bool = False,
+        on_event: Callable[[Event], None] | None = None,
+    ) -> None:
+        if length.epochs < 1 or length.steps_per_epoch < 1:
+            raise UserError(
+                f"a run has at least 1 epoch of 1 batch, got epochs={length.epochs}, "
+                f"steps_per_epoch={length.steps_per_epoch}"
+            )
+        self.method = method
+        self.model = model
+        self.optimizer = optimizer
+        self.length = length
+        self.packed = packed
+        self.events: list[Event] = []
+        self.masks: dict[str, Tensor] = {}
+        self.frozen = False
+        self._on_event = on_event
+        trained = [p for group in optimizer.param_groups for p in group["params"]]
+        self._found = method.survey(model, trained)
+        self._conv_weights = self._found.conv_weights
+        self._state = method.init(self._found, length)
+        self._plan = method.plan(self._found, length)
+        self._seen = 0
+        self._losses: list[Tensor] = []
+        self._epoch_loss: Tensor | None = None
+        self._epoch_losses: list[float] = []
+        self._handles = [
+            optimizer.register_step_pre_hook(self._before_step),
+            optimizer.register_step_post_hook(self._after_step),
+        ]
+
+    # ---- what a loop calls ------------------------------------------------------------------
+
+    def observe(self, loss: Tensor) -> None:
+        """Tell the loss of a batch whose gradients have just been computed.
+
+        Args:
+            loss: 0-dim tensor, unscaled; divided by the number of accumulated batches or not makes no
+                difference to what is decided. The value is read on its own device, without waiting for it.
+        """
+        if loss.numel() != 1:
+            raise ValueError(f"observe takes a scalar loss, got a tensor of shape {tuple(loss.shape)}")
+        value = loss.detach().float().reshape(()).clone()
+        if dist.is_available() and dist.is_initialized():
+            dist.all_reduce(value, dist.ReduceOp.AVG if value.is_cuda else dist.ReduceOp.SUM)
+            if not value.is_cuda:  # gloo has no average
+                value /= dist.get_world_size()
+        self._close_epoch()
+        self._losses.append(value)
+        self._epoch_loss = value.clone() if self._epoch_loss is None else self._epoch_loss + value
+        self._seen += 1
+
+    def plan(self) -> PruningPlan:
+        """What will be pruned, to what density, by what, and why a layer is left alone; printable."""
+        return self._plan
+
+    def finish(self, packed: bool = False) -> nn.Module:
+        """End the run: hard prune if that has not happened, remove the hooks, return the model.
+
+        Args:
+            packed: return the model with packed convolutions instead of a plain module with zeros.
+        """
+        self._close_epoch()
+        if not self.frozen:
+            self._carry_out(self.method.at_end(self._state, self._found))
+        self.close()
+        if self.packed and not packed:
+            unpack_model_(self.model, [self.optimizer])
+        elif packed and not self.packed and self.masks:
+            pack_model_(self.model, self.masks, [self.optimizer])
+        self.packed = packed and self.frozen
+        if not self.packed:
+            self._find_again()
+        return self.model
+
+    def close(self) -> None:
+        """Remove the hooks from the optimizer; the model stays as it is."""
+        for handle in self._handles:
+            handle.remove()
+        self._handles = []
+
+    # ---- what a loop may ask ----------------------------------------------------------------
+
+    @property
+    def stage(self) -> str:
+        """Name of the current stage."""
+        return self.method.stage(self._state)
+
+    @property
+    def nonzero_conv_weights(self) -> int:
+        """Convolution weights that live; all of them before the hard prune."""
+        if not self.frozen:
+            return self._conv_weights
+        dead = sum(mask.numel() - int(mask.sum()) for mask in self.masks.values())
+        return self._conv_weights - dead
+
+    @property
+    def density(self) -> float:
+        """Living convolution weights / all convolution weights."""
+        return self.nonzero_conv_weights / max(self._conv_weights, 1)
+
+    @property
+    def compression_ratio(self) -> float:
+        """All convolution weights / living convolution weights (ClickTrain section 6.2)."""
+        return self._conv_weights / max(self.nonzero_conv_weights, 1)
+
+    def check_zeros(self) -> None:
+        """Assert that no pruned position came back, in weights or optimizer state.
+
+        Raises:
+            AssertionError: names the layer.
+        """
+        if self.packed or not self.frozen:
+            return  # packed layers have no pruned positions
+        for layer in self._found.layers:
+            mask = self.masks.get(layer.name)
+            if mask is None:
+                continue
+            held = [v for v in self.optimizer.state.get(layer.weight, {}).values() if isinstance(v, Tensor)]
+            for tensor in [layer.weight.detach(), *(v for v in held if v.shape == mask.shape)]:
+                if bool((tensor != 0).logical_and_(~mask).any()):
+                    raise AssertionError(f"a pruned position of {layer.name} is no longer zero")
+
+    def state_dict(self) -> dict[str, Any]:
+        """All that the pruner remembers, as nested dicts of tensors, numbers and strings."""
+        return {
+            "method": self.method.name,
+            "state": self.method.state_dict(self._state),
+            "seen": self._seen,
+            "losses": list(self._losses),
+            "epoch_loss": self._epoch_loss,
+            "epoch_losses": list(self._epoch_losses),
+            "frozen": self.frozen,
+            "packed": self.packed and self.frozen,
+            "masks": dict(self.masks),
+            "events": list(self.events),
+        }
+
+    def load_state_dict(self, saved: Mapping[str, Any]) -> None:
+        """Go on from a saved state.
+
+        If that state was packed, model and optimizer are packed here; load weights and optimizer state
+        after this call.
+        """
+        if saved["method"] != self.method.name:
+            raise UserError(f"this state was saved by method {saved['method']!r}, not {self.method.name!r}")
+        self._state = self.method.load_state(self._found, self.length, saved["state"])
+        self._seen = saved["seen"]
+        self._losses = list(saved["losses"])
+        self._epoch_loss = saved["epoch_loss"]
+        self._epoch_losses = list(saved["epoch_losses"])
+        self.events = list(saved["events"])
+        self.frozen = saved["frozen"]
+        self.masks = {layer.name: saved["masks"][layer.name].to(layer.weight.device)
+                      for layer in self._found.layers if layer.name in saved["masks"]}  # fmt: skip
+        if self.frozen:
+            self._plan = self.method.plan(self._found, self.length, self._state)
+        if saved["packed"]:
+            self.packed = True
+            pack_model_(self.model, self.masks, [self.optimizer])
+
+    # ---- hooks ------------------------------------------------------------------------------
+
+    @torch.no_grad()
+    def _before_step(self, optimizer: Optimizer, args: Any, kwargs: Any) -> None:
+        if self.frozen:
+            self._mask_gradients()
+            return
+        found_inf = getattr(optimizer, "found_inf", None)
+        if self._losses and (found_inf is None or not bool(found_inf)):
+            self.method.before_step(self._state, self._found, self._step())
+
+    @torch.no_grad()
+    def _after_step(self, optimizer: Optimizer, args: Any, kwargs: Any) -> None:
+        self._close_epoch()
+        if self.frozen:
+            self._mask_weights()
+        elif self._losses:
+            self._carry_out(self.method.after_step(self._state, self._found, self._step()))
+        self._losses = []
+
+    def _step(self) -> Step:
+        scale = getattr(self.optimizer, "grad_scale", None)
+        loss = torch.stack(self._losses).mean()
+        return Step(self._seen, len(self._losses), loss, self._epoch_losses, self.length, scale)
+
+    def _find_again(self) -> None:
+        """Look the layers up by name: packing and unpacking replace modules."""
+        found = []
+        for layer in self._found.layers:
+            module = self.model.get_submodule(layer.name)
+            assert isinstance(module, nn.Conv2d)
+            found.append(ConvLayer(layer.name, module))
+        self._found = replace(self._found, layers=tuple(found))
+
+    def _mask_gradients(self) -> None:
+        if self.packed:
+            return
+        for layer in self._found.layers:
+            mask, grad = self.masks.get(layer.name), layer.weight.grad
+            if mask is not None and grad is not None:
+                grad.masked_fill_(~mask, 0.0)
+
+    def _mask_weights(self) -> None:
+        if self.packed:
+            return
+        for layer in self._found.layers:
+            mask = self.masks.get(layer.name)
+            if mask is not None:
+                hard_prune_(layer.weight, mask)
+
+    def _close_epoch(self) -> None:
+        """Note the mean loss once an epoch's batches are all seen."""
+        if self._epoch_loss is not None and self._seen % self.length.steps_per_epoch == 0:
+            mean = float(self._epoch_loss) / self.length.steps_per_epoch
+            self._epoch_losses.append(mean)
+            self._epoch_loss = None
+
+    # ---- the one place where actions touch the world ----------------------------------------
+
+    @torch.no_grad()
+    def _carry_out(self, actions: Any) -> None:
+        for action in actions:
+            self._carry_out_one(action)
+
+    def _carry_out_one(self, action: Action) -> None:
+        match action:
+            case Record(event):
+                self._record(event)
+            case FreezeMasks(masks):
+                self.masks = dict(masks)
+                for layer in self._found.layers:
+                    mask = self.masks.get(layer.name)
+                    if mask is not None:
+                        hard_prune_(layer.weight, mask)
+                        mask_optimizer_state_(self.optimizer, layer.weight, mask)
+                self.frozen = True
+                self._plan = self.method.plan(self._found, self.length, self._state)
+                if self.packed:
+                    pack_model_(self.model, self.masks, [self.optimizer])
+
+    def _record(self, event: Event) -> None:
+        full = {
+            "event": event["event"],
+            "step": self._seen,
+            "epoch": self._seen / self.length.steps_per_epoch,
+        }
+        full.update(event)
+        self.events.append(full)
+        if self._on_event is not None:
+            self._on_event(full)

@@ -1,0 +1,145 @@
+"""Which convolutions of a network can be pruned, and why the others are left alone."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass, field
+from fnmatch import fnmatchcase
+
+from torch import Tensor, nn
+from torch.nn.modules.conv import _ConvNd
+from torch.nn.parameter import UninitializedParameter
+from torch.nn.utils import parametrize
+
+from clicktrain.errors import UserError
+from clicktrain.sparsity.patterns import MAX_POSITIONS
+
+
+@dataclass(frozen=True, slots=True, eq=False)
+class ConvLayer:
+    """A convolution that may be pruned."""
+
+    name: str
+    module: nn.Conv2d
+
+    @property
+    def weight(self) -> Tensor:
+        """[F, C, R, S], C = in_channels / groups."""
+        return self.module.weight
+
+    @property
+    def shape(self) -> tuple[int, int, int, int]:
+        """(F, C, R, S)."""
+        f, c, r, s = self.module.weight.shape
+        return f, c, r, s
+
+
+@dataclass(frozen=True, slots=True, eq=False)
+class Survey:
+    """What a method may touch.
+
+    ``layers`` can be pruned; ``left_alone`` maps the other weighted modules to (shape, reason).
+    ``order`` has all names as the network lists them.
+    ``other_conv_weights`` counts the convolution weights outside ``layers``; they stay dense and count in
+    the compression ratio, which is over all convolution weights (ClickTrain section 6.2).
+    """
+
+    layers: tuple[ConvLayer, ...]
+    left_alone: dict[str, tuple[tuple[int, ...], str]] = field(default_factory=dict)
+    other_conv_weights: int = 0
+    order: tuple[str, ...] = ()
+
+    @property
+    def conv_weights(self) -> int:
+        """All convolution weights of the network."""
+        return sum(layer.weight.numel() for layer in self.layers) + self.other_conv_weights
+
+    def layer(self, name: str) -> ConvLayer:
+        """The prunable layer of that name."""
+        return next(layer for layer in self.layers if layer.name == name)
+
+
+def matches(name: str, globs: Iterable[str]) -> bool:
+    """Whether a module path matches one of the shell-style patterns."""
+    return any(fnmatchcase(name, glob) for glob in globs)
+
+
+def survey(
+    model: nn.Module,
+    trained: Iterable[Tensor] | None = None,
+    *,
+    exclude: Sequence[str] = (),
+    include: Sequence[str] = (),
+) -> Survey:
+    """Look at every weighted module of a network; nothing that is unknown is touched.
+
+    Left alone unless ``include`` names them: the first convolution (it reads the image and is small) and
+    depthwise convolutions (one kernel per filter; little to gain).
+
+    Args:
+        model: any module.
+        trained: the optimizer's parameters; layers that it does not train are left alone.
+        exclude: module paths (shell-style) to leave alone.
+        include: module paths (shell-style) to prune although the defaults would leave them alone.
+
+    Raises:
+        UserError: an entry of ``exclude`` or ``include`` matches no convolution.
+    """
+    trained_ids = None if trained is None else {id(p) for p in trained}
+    named = [(name, m) for name, m in model.named_modules() if isinstance(m, (_ConvNd, nn.Linear))]
+    convs = [name for name, m in named if isinstance(m, _ConvNd)]
+    for glob in (*exclude, *include):
+        if not any(fnmatchcase(name, glob) for name in convs):
+            raise UserError(f"no convolution is called {glob!r}; the convolutions are {_some(convs)}")
+    uses: dict[int, int] = {}
+    for _, module in model.named_modules(remove_duplicate=False):
+        weight = module._parameters.get("weight")
+        if weight is not None:
+            uses[id(weight)] = uses.get(id(weight), 0) + 1
+    layers: list[ConvLayer] = []
+    left: dict[str, tuple[tuple[int, ...], str]] = {}
+    other = 0
+    for name, module in named:
+        reason = _reason(module, uses, trained_ids)
+        if reason is None and matches(name, exclude):
+            reason = "excluded"
+        if reason is None and not matches(name, include):
+            if name == convs[0]:
+                reason = "first convolution: it reads the image"
+            elif isinstance(module, nn.Conv2d) and module.groups == module.in_channels and module.groups > 1:
+                reason = "depthwise: one kernel per filter"
+        if reason is None and isinstance(module, nn.Conv2d):
+            layers.append(ConvLayer(name, module))
+            continue
+        known = not isinstance(module.weight, UninitializedParameter)
+        left[name] = (tuple(module.weight.shape) if known else (), reason or "")
+        if known and isinstance(module, _ConvNd):
+            other += module.weight.numel()
+    return Survey(tuple(layers), left, other, tuple(name for name, _ in named))
+
+
+def _reason(module: _ConvNd | nn.Linear, uses: dict[int, int], trained_ids: set[int] | None) -> str | None:
+    """Why a module cannot be pruned whatever the settings, or None."""
+    weight = module._parameters.get("weight")
+    if parametrize.is_parametrized(module, "weight") or weight is None:
+        return "its weight is computed by a parametrization"
+    if isinstance(weight, UninitializedParameter):
+        return "lazy: run one batch through the network before attaching"
+    if isinstance(module, nn.Linear):
+        return "linear: this method prunes convolutions"
+    if not isinstance(module, nn.Conv2d):
+        return f"{type(module).__name__}: only Conv2d is pruned"
+    if not weight.is_floating_point() or not weight.requires_grad:
+        return "its weight is not trained (requires_grad is False)"
+    if uses.get(id(weight), 0) > 1:
+        return "its weight is shared with another layer"
+    if trained_ids is not None and id(weight) not in trained_ids:
+        return "its weight is not in the optimizer"
+    if weight.shape[2] * weight.shape[3] > MAX_POSITIONS:
+        return f"its kernels have more than {MAX_POSITIONS} positions"
+    return None
+
+
+def _some(names: Sequence[str], most: int = 8) -> str:
+    shown = ", ".join(names[:most])
+    return f"{shown}, ... ({len(names)} in all)" if len(names) > most else shown

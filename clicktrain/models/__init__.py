@@ -1,0 +1,20 @@
+"""The networks of the papers, written for tracing, channel surgery and any size of image."""
+
+from clicktrain.models.layers import Stem, scaled_channels
+from clicktrain.models.mobilenet import MobileNetV1
+from clicktrain.models.registry import create_model, list_models, min_image_size
+from clicktrain.models.resnet import ResNet, resnet
+from clicktrain.models.vgg import VGG, vgg
+
+__all__ = [
+    "VGG",
+    "MobileNetV1",
+    "ResNet",
+    "Stem",
+    "create_model",
+    "list_models",
+    "min_image_size",
+    "resnet",
+    "scaled_channels",
+    "vgg",
+]

@@ -1,0 +1,99 @@
+"""Networks by name: the zoo, and a user's own."""
+
+from __future__ import annotations
+
+import difflib
+import math
+
+from torch import nn
+
+from clicktrain.errors import UserError
+from clicktrain.models.layers import Stem
+from clicktrain.models.mobilenet import MobileNetV1
+from clicktrain.models.resnet import RESNETS, resnet
+from clicktrain.models.user_factory import HOW_TO_NAME, create_user_model
+from clicktrain.models.vgg import VGGS, vgg
+
+MOBILENET = "mobilenet_v1"
+STEMS: tuple[Stem, ...] = ("imagenet", "cifar")
+
+
+def list_models() -> tuple[str, ...]:
+    """Names of the zoo, family by family."""
+    return (*RESNETS, *VGGS, MOBILENET)
+
+
+def create_model(
+    name: str, *, num_classes: int, in_channels: int = 3, width: float = 1.0, stem: str | None = None
+) -> nn.Module:
+    """Build a network with random weights, from PyTorch's default random generator.
+
+    Args:
+        name: one of ``list_models()``, or ``package.module:factory`` for a network of the user's own, see
+            ``create_user_model``; ``stem`` is not passed on to the latter.
+        num_classes: outputs, at least 1.
+        in_channels: channels of the images, at least 1.
+        width: factor on all channels, see ``scaled_channels``.
+        stem: ``imagenet`` or ``cifar`` (for images up to 64 pixels); None = the one the network was
+            published with: ``cifar`` for the CIFAR residual networks, else ``imagenet``.
+
+    Returns:
+        A module from images [N, in_channels, H, W] to logits [N, num_classes].
+
+    Raises:
+        UserError: unknown name, value out of range, or a factory that is not usable.
+
+    Example:
+        >>> model = create_model("resnet20", num_classes=10)
+        >>> sum(p.numel() for p in model.parameters())
+        272474
+    """
+    check_numbers(num_classes, in_channels, width)
+    known_stem = check_stem(stem)
+    if ":" in name:
+        return create_user_model(name, num_classes=num_classes, in_channels=in_channels, width=width)
+    if name in RESNETS:
+        return resnet(name, num_classes=num_classes, in_channels=in_channels, width=width, stem=known_stem)
+    if name in VGGS:
+        return vgg(name, num_classes=num_classes, in_channels=in_channels, width=width, stem=known_stem)
+    if name == MOBILENET:
+        return MobileNetV1(
+            num_classes=num_classes, in_channels=in_channels, width=width, stem=known_stem or "imagenet"
+        )
+    raise UserError(unknown_model(name))
+
+
+def min_image_size(name: str, stem: str | None = None) -> int:
+    """Smallest height and width in pixels that the network of that name accepts.
+
+    Only the ImageNet form of a VGG has a limit, from its five poolings; 1 also stands for a user's own
+    network, of which nothing is known.
+    """
+    return 32 if name in VGGS and stem != "cifar" else 1
+
+
+def check_numbers(num_classes: int, in_channels: int, width: float) -> None:
+    """Raise UserError for the first argument that is out of range."""
+    if num_classes < 1:
+        raise UserError(f"num_classes must be at least 1, got {num_classes}")
+    if in_channels < 1:
+        raise UserError(f"in_channels must be at least 1, got {in_channels}")
+    if not (math.isfinite(width) and width > 0):
+        raise UserError(f"width must be a positive number such as 0.5, got {width}")
+
+
+def check_stem(stem: str | None) -> Stem | None:
+    """The same stem, known to be one; UserError otherwise."""
+    if stem is None:
+        return None
+    for known in STEMS:
+        if stem == known:
+            return known
+    raise UserError(f"stem must be {' or '.join(STEMS)}, got {stem!r}")
+
+
+def unknown_model(name: str) -> str:
+    """The sentence about a name that is not in the zoo: what was meant perhaps, and what there is."""
+    near = difflib.get_close_matches(name.lower(), list_models(), n=3, cutoff=0.6)
+    hint = f" (did you mean {' or '.join(near)}?)" if near else ""
+    return f"unknown model {name!r}{hint}: the zoo has {', '.join(list_models())}; {HOW_TO_NAME}"

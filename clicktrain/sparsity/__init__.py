@@ -1,0 +1,1 @@
+"""Pure functions on tensors: patterns, importance, selection, allocation, penalties and triggers."""

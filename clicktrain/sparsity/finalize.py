@@ -1,0 +1,93 @@
+"""Adaptive finalisation of patterns and kernels: ClickTrain section 4.3."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from clicktrain.sparsity.importance import pattern_scores
+
+
+def best_patterns(importance: Tensor, pool_masks: Tensor) -> Tensor:
+    """Index of the pool's pattern with the highest score for every kernel (ClickTrain section 4.1).
+
+    Args:
+        importance: [F, C, R, S].
+        pool_masks: [P, R, S]. Ties go to the lowest index.
+
+    Returns:
+        int64 [F, C].
+    """
+    return pattern_scores(importance, pool_masks).argmax(dim=-1)
+
+
+def add_pattern_votes_(counts: Tensor, importance: Tensor, pool_masks: Tensor, weight: Tensor) -> None:
+    """Count one occurrence of each kernel's highest-scoring pattern (ClickTrain section 4.3).
+
+    Args:
+        counts: int32 [F, C, P], changed in place.
+        importance: [F, C, R, S] of this batch.
+        pool_masks: [P, R, S].
+        weight: 0-dim tensor, 1 if the batch counts and 0 if the loss margin rejects it; a tensor, so that
+            no device has to wait for the loss.
+    """
+    best = best_patterns(importance, pool_masks)
+    counts.scatter_add_(-1, best[..., None], weight.to(counts.dtype).expand(*best.shape, 1))
+
+
+def batch_counts(previous: Tensor | None, current: Tensor, margin: float, rule: str) -> Tensor:
+    """Whether a batch may vote: the training-loss margin of ClickTrain section 4.3.
+
+    The paper's sentence, "if the loss in the previous batch divided by the value in the current batch is
+    smaller than 0.0018, we will not count", taken literally (rule ``"ratio"``) rejects a batch only when the
+    loss has grown 556-fold. Its purpose, "to avoid selecting patterns in the batches where the loss is
+    obviously increasing", is met by the other reading (rule ``"increase"``): rejected when the loss is more
+    than ``margin`` above the previous one, relatively.
+
+    Returns:
+        0-dim float tensor, 1 = counts, 0 = rejected. The first batch counts.
+    """
+    if previous is None:
+        return torch.ones_like(current)
+    if rule == "ratio":
+        return 1 - (previous / current < margin).to(current.dtype)
+    if rule == "increase":
+        return 1 - (current > previous * (1 + margin)).to(current.dtype)
+    raise ValueError(f"loss margin rule must be 'ratio' or 'increase', got {rule!r}")
+
+
+def keep_kernels(scores: Tensor, kernels: int) -> Tensor:
+    """Keep the same number of kernels in every filter, those with the highest scores.
+
+    Equal numbers per filter are the load balance that ClickTrain section 5.2 asks of the algorithm.
+
+    Args:
+        scores: [F, C]. Ties go to the lowest channel.
+        kernels: kernels to keep per filter, 0 <= kernels <= C.
+
+    Returns:
+        Bool [F, C].
+    """
+    order = torch.sort(scores, dim=1, descending=True, stable=True).indices[:, :kernels]
+    return torch.zeros_like(scores, dtype=torch.bool).scatter_(1, order, True)
+
+
+def chosen_scores(importance: Tensor, pool_masks: Tensor, pattern_id: Tensor) -> Tensor:
+    """Score of each kernel inside its chosen pattern: [F, C]."""
+    return pattern_scores(importance, pool_masks).gather(-1, pattern_id[..., None]).squeeze(-1)
+
+
+def pattern_mask(pattern_id: Tensor, kept: Tensor, pool_masks: Tensor, group: int = 1) -> Tensor:
+    """Expand patterns and kept kernels to a mask.
+
+    Args:
+        pattern_id: int64 [F / group, C].
+        kept: bool [F / group, C], kernels that survive.
+        pool_masks: bool [P, R, S].
+        group: filters that share a row of the decisions.
+
+    Returns:
+        Bool [F, C, R, S], True = kept.
+    """
+    mask = pool_masks.to(kept.device)[pattern_id] & kept[..., None, None]
+    return mask.repeat_interleave(group, dim=0) if group > 1 else mask

@@ -1,0 +1,30 @@
+"""Masks that are fixed: writing the zeros and keeping them."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+from torch.optim import Optimizer
+
+
+def hard_prune_(weight: Tensor, mask: Tensor) -> None:
+    """Write the zeros: ClickTrain Figure 4, "hard pruning"."""
+    weight.masked_fill_(~mask, 0.0)
+
+
+def mask_optimizer_state_(optimizer: Optimizer, parameter: Tensor, mask: Tensor) -> None:
+    """Zero the pruned positions in whatever the optimizer keeps per element (momentum, moments).
+
+    With weight, gradient and state at zero no first-order optimizer moves a pruned weight again.
+    """
+    for value in optimizer.state.get(parameter, {}).values():
+        if isinstance(value, Tensor) and value.shape == parameter.shape:
+            value.masked_fill_(~mask, 0.0)
+
+
+def energy_outside(weight: Tensor, mask: Tensor) -> tuple[float, float]:
+    """Squared norm outside the mask, and in all: what a hard prune would destroy."""
+    squares = weight.detach().square()
+    return float(squares.masked_fill(mask, 0.0).sum(dtype=torch.float64)), float(
+        squares.sum(dtype=torch.float64)
+    )

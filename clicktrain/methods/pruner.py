@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 from collections.abc import Callable, Mapping
 from dataclasses import replace
 from typing import Any
@@ -12,7 +13,7 @@ from torch import Tensor, nn
 from torch.optim import Optimizer
 
 from clicktrain.errors import UserError
-from clicktrain.kernels.pack_model import pack_model_, unpack_model_
+from clicktrain.kernels.pack_model import pack_model_, pack_refusals, unpack_model_
 from clicktrain.methods.base import Action, Event, FreezeMasks, Method, PruningPlan, Record, RunLength, Step
 from clicktrain.methods.survey import ConvLayer
 from clicktrain.sparsity.masks import hard_prune_, mask_optimizer_state_
@@ -62,6 +63,8 @@ class Pruner:
             optimizer.register_step_pre_hook(self._before_step),
             optimizer.register_step_post_hook(self._after_step),
         ]
+        if packed:
+            self._check_packable()
 
     # ---- what a loop calls ------------------------------------------------------------------
 
@@ -192,6 +195,18 @@ class Pruner:
         if saved["packed"]:
             self.packed = True
             pack_model_(self.model, self.masks, [self.optimizer])
+
+    def _check_packable(self) -> None:
+        """Train on masked dense weights, and say so, if a layer could not be packed when the time comes."""
+        names = [layer.name for layer in self._found.layers]
+        refusals = pack_refusals(self.model, names, [self.optimizer])
+        if refusals:
+            name, reason = next(iter(refusals.items()))
+            self.packed = False
+            self._record({"event": "not_packed", "reasons": refusals})
+            logging.getLogger(__name__).warning(
+                "stage 5 trains masked dense weights, as %s cannot be packed: %s", name, reason
+            )
 
     # ---- hooks ------------------------------------------------------------------------------
 

@@ -1,0 +1,134 @@
+"""The numbers as data. FLOPs are 2 x multiply-adds, exact, per image; bias additions are not counted.
+
+Every layer has three passes in training, each of which costs the same: forward, grad-input (the gradient of
+what it reads) and grad-weight. ``_dense`` is the cost of all weights, the other one that of the non-zero
+ones.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+
+@dataclass(frozen=True, slots=True)
+class LayerCost:
+    """One convolution or linear layer.
+
+    Attributes:
+        name: path of the layer.
+        kind: ``"conv"`` or ``"linear"``.
+        weight_shape: [F, C, R, S] of the dense weight, or [F, C].
+        output_hw: spatial size of the output of the last call, () for linear layers.
+        weights: all weights.
+        nonzero: weights that live.
+        forward_flops_dense, forward_flops: of all calls in one forward pass, padding taps included.
+        grad_input_flops_dense, grad_input_flops: 0 if what the layer reads depends on nothing trained.
+        grad_weight_flops_dense, grad_weight_flops: 0 if the layer is not trained.
+    """
+
+    name: str
+    kind: str
+    weight_shape: tuple[int, ...]
+    output_hw: tuple[int, ...]
+    weights: int
+    nonzero: int
+    forward_flops_dense: int
+    forward_flops: int
+    grad_input_flops_dense: int
+    grad_input_flops: int
+    grad_weight_flops_dense: int
+    grad_weight_flops: int
+
+    @property
+    def density(self) -> float:
+        """Living weights / all weights."""
+        return self.nonzero / max(self.weights, 1)
+
+    @property
+    def training_flops_dense(self) -> int:
+        """The three passes with all weights."""
+        return self.forward_flops_dense + self.grad_input_flops_dense + self.grad_weight_flops_dense
+
+    @property
+    def training_flops(self) -> int:
+        """The three passes with the living weights."""
+        return self.forward_flops + self.grad_input_flops + self.grad_weight_flops
+
+
+@dataclass(frozen=True, slots=True)
+class ModelCost:
+    """A network on images of one size. Made by `count`.
+
+    Attributes:
+        layers: convolution and linear layers that the forward pass calls, in the order of their first call.
+        parameters: all parameters, those that are not stored because they are pruned included.
+        nonzero_parameters: without the pruned ones.
+        conv_weights, conv_nonzero: of all convolutions, called or not, shared weights once.
+        batch_norm_bytes, activation_bytes, pooling_bytes: read and written by one forward pass, per image, in
+            the example's dtype; each input once and each output once.
+    """
+
+    layers: tuple[LayerCost, ...]
+    parameters: int
+    nonzero_parameters: int
+    conv_weights: int
+    conv_nonzero: int
+    batch_norm_bytes: int = 0
+    activation_bytes: int = 0
+    pooling_bytes: int = 0
+
+    @property
+    def compression_ratio(self) -> float:
+        """All convolution weights / non-zero convolution weights (ClickTrain section 6.2).
+
+        1.0 for a network without convolutions, inf for one without a living convolution weight.
+        """
+        return ratio(self.conv_weights, self.conv_nonzero)
+
+    @property
+    def forward_flops_dense(self) -> int:
+        """Inference with all weights."""
+        return sum(layer.forward_flops_dense for layer in self.layers)
+
+    @property
+    def forward_flops(self) -> int:
+        """Inference with the living weights."""
+        return sum(layer.forward_flops for layer in self.layers)
+
+    @property
+    def inference_flops_ratio(self) -> float:
+        """Inference FLOPs / those of the dense network; 0.6 = 40% saved."""
+        return self.forward_flops / max(self.forward_flops_dense, 1)
+
+    @property
+    def training_flops_dense(self) -> int:
+        """A training step on one image while everything is dense."""
+        return sum(layer.training_flops_dense for layer in self.layers)
+
+    @property
+    def training_flops(self) -> int:
+        """A training step on one image once positions are fixed."""
+        return sum(layer.training_flops for layer in self.layers)
+
+    def training_flops_per_image(self, frozen: bool) -> int:
+        """A training step on one image.
+
+        Args:
+            frozen: whether the zeros are fixed. Before that every pass is dense, whatever is zero: a weight
+                outside may come back, so its gradient is needed.
+        """
+        return self.training_flops if frozen else self.training_flops_dense
+
+    def layer(self, name: str) -> LayerCost:
+        """The layer of that name; KeyError if there is none."""
+        for layer in self.layers:
+            if layer.name == name:
+                return layer
+        raise KeyError(name)
+
+
+def ratio(weights: int, nonzero: int) -> float:
+    """Compression ratio of some weights; 1.0 if there are none."""
+    if nonzero == 0:
+        return float("inf") if weights else 1.0
+    return weights / nonzero

@@ -1,0 +1,248 @@
+"""Counting: one forward pass of the network itself, watched by hooks, that leaves no trace."""
+
+from __future__ import annotations
+
+import contextlib
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.nn.modules.conv import _ConvNd, _ConvTransposeNd
+
+from clicktrain.accounting.cost import LayerCost, ModelCost, ratio
+from clicktrain.accounting.traffic import Traffic
+from clicktrain.errors import UserError
+
+
+@dataclass(frozen=True, slots=True, eq=False)
+class _Layer:
+    """A module with a weight. ``identity`` is the same for modules that share it."""
+
+    name: str
+    module: nn.Module
+    kind: str
+    shape: tuple[int, ...]
+    nonzero: int
+    identity: int
+
+    @property
+    def weights(self) -> int:
+        product = 1
+        for size in self.shape:
+            product *= size
+        return product
+
+
+@dataclass(slots=True)
+class _Calls:
+    """Sums over the calls of one layer: uses of each weight, over the whole batch, in the three passes."""
+
+    output_hw: tuple[int, ...] = ()
+    forward: int = 0
+    grad_input: int = 0
+    grad_weight: int = 0
+
+
+def count(model: nn.Module, example: Tensor, masks: Mapping[str, Tensor] | None = None) -> ModelCost:
+    """Count weights, FLOPs and bytes of a network, per image.
+
+    Layers are ``nn.Conv1d/2d/3d``, their transposed forms, ``nn.Linear`` and packed convolutions; weights
+    that are used without such a module are not seen. What needs a gradient is found from the data flow: a
+    layer whose input depends on nothing trained (the first one) has no grad-input. The forward pass is done
+    in evaluation mode; mode, buffers, gradients and random state are afterwards as before.
+
+    Args:
+        model: the network; a compiled one is counted as it was before.
+        example: batch of inputs, [N, C, H, W] for images, on the model's device.
+        masks: layer name -> bool mask of its weight, True = kept. Layers without one then count as dense.
+            None: what is exactly zero counts as pruned.
+
+    Raises:
+        UserError: a mask fits no layer, or the example has no images.
+    """
+    model = _plain(model)
+    if example.dim() < 1 or example.shape[0] < 1:
+        raise UserError(f"counting needs at least one image, got an example of shape {tuple(example.shape)}")
+    calls, traffic = _watch(model, example)
+    layers = _layers(model, masks)
+    batch = example.shape[0]
+    by_module = {id(layer.module): layer for layer in layers}
+    unique = {layer.identity: layer for layer in layers}.values()
+    pruned = sum(layer.weights - layer.nonzero for layer in unique)
+    convs = [layer for layer in unique if layer.kind == "conv"]
+    parameters = _parameters(model)
+    return ModelCost(
+        layers=tuple(_cost(by_module[key], seen, batch) for key, seen in calls.items()),
+        parameters=parameters,
+        nonzero_parameters=parameters - pruned,
+        conv_weights=sum(layer.weights for layer in convs),
+        conv_nonzero=sum(layer.nonzero for layer in convs),
+        batch_norm_bytes=traffic["batch_norm"] // batch,
+        activation_bytes=traffic["activation"] // batch,
+        pooling_bytes=traffic["pooling"] // batch,
+    )
+
+
+def compression_ratio(model: nn.Module) -> float:
+    """All convolution weights / non-zero convolution weights (ClickTrain section 6.2), shared weights once.
+
+    1.0 for a network without convolutions, inf for one without a living convolution weight.
+    """
+    convs = {layer.identity: layer for layer in _layers(_plain(model), None) if layer.kind == "conv"}.values()
+    return ratio(sum(layer.weights for layer in convs), sum(layer.nonzero for layer in convs))
+
+
+def _plain(model: nn.Module) -> nn.Module:
+    """The module inside ``torch.compile``'s wrapper, where hooks work."""
+    inner = getattr(model, "_orig_mod", model)
+    assert isinstance(inner, nn.Module)
+    return inner
+
+
+def _kind_of(module: nn.Module) -> str | None:
+    if isinstance(module, _ConvNd) or hasattr(getattr(module, "structure", None), "nnz_per_filter"):
+        return "conv"
+    return "linear" if isinstance(module, nn.Linear) else None
+
+
+def _trained(module: nn.Module) -> bool:
+    weight = module.weight if isinstance(module, (_ConvNd, nn.Linear)) else module.values
+    assert isinstance(weight, Tensor)
+    return weight.requires_grad
+
+
+def _layers(model: nn.Module, masks: Mapping[str, Tensor] | None) -> list[_Layer]:
+    layers = []
+    for name, module in model.named_modules():
+        kind = _kind_of(module)
+        if kind is not None:
+            layers.append(_layer(name, module, kind, masks))
+    unknown = sorted(set(masks or ()) - {layer.name for layer in layers})
+    if unknown:
+        raise UserError(
+            f"there are masks for {', '.join(unknown)}, which are no convolution or linear layers"
+        )
+    return layers
+
+
+def _layer(name: str, module: nn.Module, kind: str, masks: Mapping[str, Tensor] | None) -> _Layer:
+    structure: Any = getattr(module, "structure", None)
+    if structure is not None and not isinstance(module, (_ConvNd, nn.Linear)):
+        values = module.values
+        assert isinstance(values, Tensor)
+        return _Layer(name, module, kind, structure.shape, structure.nnz, id(values))
+    weight = module.weight
+    assert isinstance(weight, Tensor)
+    shape, mask = tuple(weight.shape), (masks or {}).get(name)
+    if mask is not None and tuple(mask.shape) != shape:
+        raise UserError(f"the mask of {name} is of shape {tuple(mask.shape)}, its weight of {shape}")
+    nonzero = weight.numel()
+    if mask is not None:
+        nonzero = int(mask.sum())
+    elif masks is None:
+        nonzero = int(weight.detach().count_nonzero())
+    own = module._parameters.get("weight")  # a parametrization computes its weight anew each time
+    return _Layer(name, module, kind, shape, nonzero, id(module if own is None else own))
+
+
+def _parameters(model: nn.Module) -> int:
+    total = sum(parameter.numel() for parameter in model.parameters())
+    for module in model.modules():
+        structure: Any = getattr(module, "structure", None)
+        if structure is not None and _kind_of(module) == "conv":
+            total += structure.numel - structure.nnz
+    return total
+
+
+def _watch(model: nn.Module, example: Tensor) -> tuple[dict[int, _Calls], Mapping[str, int]]:
+    """Run the network once; calls by the identity of the module, and bytes moved."""
+    calls: dict[int, _Calls] = {}
+
+    def note(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], output: Any) -> None:
+        x = args[0] if args else next(iter(kwargs.values()))
+        seen = calls.setdefault(id(module), _Calls())
+        seen.output_hw, positions = _positions(module, x, output)
+        seen.forward += positions
+        if output.requires_grad:  # not under no_grad
+            seen.grad_input += positions if x.requires_grad else 0
+            seen.grad_weight += positions if _trained(module) else 0
+
+    handles = [
+        module.register_forward_hook(note, with_kwargs=True)
+        for module in model.modules()
+        if _kind_of(module) is not None
+    ]
+    try:
+        # Gradients are enabled, although none is computed: who needs one is read off the tensors.
+        with _no_trace(model, example), _eager(model), torch.inference_mode(False), torch.enable_grad():
+            x = example.clone() if example.is_inference() else example.detach()
+            with Traffic() as traffic:
+                model(x)
+    finally:
+        for handle in handles:
+            handle.remove()
+    return calls, traffic.bytes
+
+
+def _positions(module: nn.Module, x: Tensor, output: Tensor) -> tuple[tuple[int, ...], int]:
+    """Spatial size of the output, and how often each weight is used, over the whole batch."""
+    if isinstance(module, nn.Linear):
+        return (), output.numel() // max(module.out_features, 1)
+    dims = module.weight.dim() - 2 if isinstance(module, _ConvNd) else 2
+    size = tuple(output.shape[-dims:])
+    if isinstance(module, _ConvTransposeNd):
+        return size, x.numel() // x.shape[-dims - 1]
+    return size, output.numel() // output.shape[-dims - 1]
+
+
+def _cost(layer: _Layer, calls: _Calls, batch: int) -> LayerCost:
+    def flops(positions: int, weights: int) -> int:
+        return 2 * weights * positions // batch
+
+    return LayerCost(
+        name=layer.name,
+        kind=layer.kind,
+        weight_shape=layer.shape,
+        output_hw=calls.output_hw,
+        weights=layer.weights,
+        nonzero=layer.nonzero,
+        forward_flops_dense=flops(calls.forward, layer.weights),
+        forward_flops=flops(calls.forward, layer.nonzero),
+        grad_input_flops_dense=flops(calls.grad_input, layer.weights),
+        grad_input_flops=flops(calls.grad_input, layer.nonzero),
+        grad_weight_flops_dense=flops(calls.grad_weight, layer.weights),
+        grad_weight_flops=flops(calls.grad_weight, layer.nonzero),
+    )
+
+
+def _eager(model: nn.Module) -> contextlib.AbstractContextManager[Any]:
+    """Keep parts that compile themselves from doing so: hooks and modes watch plain Python."""
+    if any(m._compiled_call_impl is not None or "_orig_mod" in m._modules for m in model.modules()):
+        stance: contextlib.AbstractContextManager[Any] = torch.compiler.set_stance("force_eager")
+        return stance
+    return contextlib.nullcontext()
+
+
+@contextlib.contextmanager
+def _no_trace(model: nn.Module, example: Tensor) -> Iterator[None]:
+    """Evaluation mode; afterwards every module's mode, all buffers and the random state are as before.
+
+    The flags are set directly: ``model.eval()`` may be overridden and do more.
+    """
+    modes = [(module, module.training) for module in model.modules()]
+    buffers = [(buffer, buffer.detach().clone()) for buffer in model.buffers()]
+    devices = [example.device] if example.is_cuda else []
+    try:
+        with torch.random.fork_rng(devices):
+            for module, _ in modes:
+                module.training = False
+            yield
+    finally:
+        for module, mode in modes:
+            module.training = mode
+        with torch.no_grad():
+            for buffer, before in buffers:
+                if not torch.equal(buffer, before):
+                    buffer.copy_(before)

@@ -1,0 +1,1 @@
+"""Side-by-side measurements: interleaved in one process, medians, ratios."""

@@ -1,0 +1,1 @@
+"""How weights and states are held in memory and on disk."""

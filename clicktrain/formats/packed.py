@@ -1,0 +1,206 @@
+"""Packed weights: an index that never changes after the hard prune, and the values that train.
+
+ClickTrain section 5.1: once patterns are final the non-zero positions stay, so the index is built once, and
+refreshing the values from a dense weight is a gather (the paper's ``Convert2CSR`` with given ``rowPtr`` and
+``colInd``). The names are those of PyTorch's CSR tensors; a row is a filter, its columns are the C*R*S flat
+positions of its weights.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+
+__all__ = ["PackedWeight", "Structure", "bits_from_mask", "mask_from_bits", "pack_values", "unpack_values"]
+
+_BIT_VALUES = (1, 2, 4, 8, 16, 32, 64, 128)
+
+
+@dataclass(frozen=True, eq=False)
+class Structure:
+    """Which weights of a convolution live.
+
+    Attributes:
+        shape: (F, C, R, S) of the dense weight, C = in_channels / groups.
+        col_indices: int64, kept positions in C*R*S of each filter, ascending. [F, nnz_per_filter] if all
+            filters keep equally many (ClickTrain section 5.2), else [nnz], filter after filter.
+        crow_indices: None if all filters keep equally many, else int64 [F + 1]: filter f has
+            ``col_indices[crow_indices[f]:crow_indices[f + 1]]``.
+
+    Make one with `from_mask` or `from_bits`; they choose the form.
+    """
+
+    shape: tuple[int, int, int, int]
+    col_indices: Tensor
+    crow_indices: Tensor | None = None
+    _flat: Tensor | None = field(default=None, init=False, repr=False)
+
+    def __post_init__(self) -> None:
+        if self.crow_indices is not None:
+            f = self.shape[0]
+            rows = torch.repeat_interleave(
+                torch.arange(f, device=self.device), self.crow_indices.diff(), output_size=self.nnz
+            )
+            object.__setattr__(self, "_flat", self.col_indices + rows * self.row_length)
+
+    @classmethod
+    def from_mask(cls, mask: Tensor) -> Structure:
+        """Build the index of a mask, bool [F, C, R, S], True = kept; on the mask's device."""
+        if mask.dim() != 4 or mask.dtype != torch.bool:
+            raise ValueError(f"a mask is bool [F, C, R, S], got {mask.dtype} {list(mask.shape)}")
+        f, c, r, s = mask.shape
+        rows = mask.reshape(f, c * r * s)
+        counts = rows.sum(1)
+        columns = rows.nonzero()[:, 1]
+        if f > 0 and bool((counts == counts[0]).all()):
+            return cls((f, c, r, s), columns.view(f, -1) if len(columns) else columns.new_empty(f, 0))
+        return cls((f, c, r, s), columns, torch.nn.functional.pad(counts.cumsum(0), (1, 0)))
+
+    @classmethod
+    def from_bits(cls, bits: Tensor, shape: tuple[int, int, int, int]) -> Structure:
+        """Build the index of a bit mask as `bits` gives it; errors as `mask_from_bits`."""
+        return cls.from_mask(mask_from_bits(bits, shape))
+
+    def mask(self) -> Tensor:
+        """Bool [F, C, R, S], True = kept."""
+        ones = torch.ones(self.values_shape, dtype=torch.bool, device=self.device)
+        return unpack_values(self, ones)
+
+    def bits(self) -> Tensor:
+        """One bit a weight, uint8 [ceil(F*C*R*S / 8)]: see `bits_from_mask`."""
+        return bits_from_mask(self.mask())
+
+    @property
+    def nnz(self) -> int:
+        """Kept weights."""
+        return self.col_indices.numel()
+
+    @property
+    def nnz_per_filter(self) -> int | None:
+        """Kept weights of every filter, None if they are not equally many."""
+        return self.col_indices.shape[1] if self.crow_indices is None else None
+
+    @property
+    def numel(self) -> int:
+        """All weights, F*C*R*S."""
+        return self.shape[0] * self.row_length
+
+    @property
+    def row_length(self) -> int:
+        """Weights of one filter, C*R*S."""
+        return self.shape[1] * self.shape[2] * self.shape[3]
+
+    @property
+    def density(self) -> float:
+        """Kept weights / all weights."""
+        return self.nnz / max(self.numel, 1)
+
+    @property
+    def values_shape(self) -> tuple[int, ...]:
+        """Shape of packed values: (F, nnz_per_filter), or (nnz,)."""
+        return tuple(self.col_indices.shape)
+
+    @property
+    def device(self) -> torch.device:
+        """Where the index lies."""
+        return self.col_indices.device
+
+    def to(self, device: torch.device | str) -> Structure:
+        """The same structure on another device (itself if it is there already)."""
+        if torch.device(device) == self.device:
+            return self
+        return self.map(lambda index: index.to(device))
+
+    def map(self, function: Callable[[Tensor], Tensor]) -> Structure:
+        """A structure whose index tensors went through ``function`` (a move to a device)."""
+        crow = None if self.crow_indices is None else function(self.crow_indices)
+        return Structure(self.shape, function(self.col_indices), crow)
+
+    def same_as(self, other: Structure) -> bool:
+        """Whether the same weights of the same shape live."""
+        return (
+            self.shape == other.shape
+            and self.values_shape == other.values_shape
+            and bool((self.mask() == other.mask().to(self.device)).all())
+        )
+
+
+class PackedWeight(NamedTuple):
+    """A sparse convolution weight: a fixed structure and its values (shape `Structure.values_shape`)."""
+
+    structure: Structure
+    values: Tensor
+
+    def to_dense(self) -> Tensor:
+        """[F, C, R, S] with zeros in place; differentiable."""
+        return unpack_values(self.structure, self.values)
+
+
+def pack_values(structure: Structure, dense: Tensor) -> Tensor:
+    """Gather the kept weights: ClickTrain section 5.1, conversion with predefined non-zero positions.
+
+    What ``dense`` has outside the structure is left out. Differentiable.
+
+    Args:
+        structure: from `Structure.from_mask`.
+        dense: [F, C, R, S], any dtype and memory format, on the structure's device.
+
+    Returns:
+        [F, nnz_per_filter], or [nnz] for filters with unequal counts.
+    """
+    if tuple(dense.shape) != structure.shape:
+        raise ValueError(f"the structure is of a weight {structure.shape}, got {tuple(dense.shape)}")
+    if structure._flat is not None:
+        return dense.reshape(-1).index_select(0, structure._flat)
+    return dense.reshape(structure.shape[0], structure.row_length).gather(1, structure.col_indices)
+
+
+def unpack_values(structure: Structure, values: Tensor) -> Tensor:
+    """Inverse of `pack_values`: [F, C, R, S] with zeros in place.
+
+    Differentiable: the gradient of the values is the gather of the gradient of the result.
+    """
+    # In place into fresh zeros: the out-of-place scatter would copy them first.
+    if structure._flat is not None:
+        return values.new_zeros(structure.numel).scatter_(0, structure._flat, values).view(structure.shape)
+    rows = values.new_zeros(structure.shape[0], structure.row_length)
+    return rows.scatter_(1, structure.col_indices, values).view(structure.shape)
+
+
+def bits_from_mask(mask: Tensor) -> Tensor:
+    """Write a mask with one bit a weight.
+
+    Args:
+        mask: bool, any shape.
+
+    Returns:
+        uint8 [ceil(numel / 8)]: bit i % 8 (1 << (i % 8)) of byte i // 8 is element i of the flat mask; the
+        bits that are left over in the last byte are 0.
+    """
+    flat = torch.nn.functional.pad(mask.reshape(-1).to(torch.uint8), (0, -mask.numel() % 8))
+    place = torch.tensor(_BIT_VALUES, dtype=torch.uint8, device=mask.device)
+    return (flat.view(-1, 8) * place).sum(1, dtype=torch.uint8)
+
+
+def mask_from_bits(bits: Tensor, shape: tuple[int, ...]) -> Tensor:
+    """Inverse of `bits_from_mask`.
+
+    Raises:
+        ValueError: the bits are not those of a mask of that shape.
+    """
+    numel = 1
+    for size in shape:
+        numel *= size
+    if bits.dtype != torch.uint8 or bits.dim() != 1 or bits.numel() != (numel + 7) // 8:
+        raise ValueError(
+            f"a mask of {tuple(shape)} is uint8 [{(numel + 7) // 8}], got {bits.dtype} {list(bits.shape)}"
+        )
+    place = torch.tensor(_BIT_VALUES, dtype=torch.uint8, device=bits.device)
+    flat = (bits[:, None] & place).ne(0).view(-1)
+    if bool(flat[numel:].any()):
+        raise ValueError("the bits after the last weight are not zero")
+    return flat[:numel].view(shape)

@@ -1,0 +1,1 @@
+"""Operators on packed weights, and putting them into models."""

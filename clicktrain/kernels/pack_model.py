@@ -1,0 +1,276 @@
+"""Packing a model and its optimizers: from then on weights, gradients and moments are packed values.
+
+Only the modules, the parameters and what an optimizer keeps per weight are exchanged; the optimizer object
+with its hooks, its groups and their order stays.
+"""
+
+from __future__ import annotations
+
+import copy
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from typing import Any, TypeAlias, TypeVar
+
+import torch
+from torch import Tensor, nn
+from torch.optim import Optimizer
+
+from clicktrain.errors import UserError
+from clicktrain.formats.packed import Structure, pack_values, unpack_values
+from clicktrain.kernels.sparse_conv2d.module import PackedConv2d, mask_refusal, refusal
+
+__all__ = ["dense_state_dict", "pack", "pack_model_", "pack_refusals", "unpack", "unpack_model_"]
+
+M = TypeVar("M", bound=nn.Module)
+_Convert: TypeAlias = Callable[[Tensor], Tensor]
+
+
+def pack_refusals(
+    model: nn.Module, names: Iterable[str], optimizers: Sequence[Optimizer] = ()
+) -> dict[str, str]:
+    """Which of these layers cannot be packed, and why.
+
+    Args:
+        model: any module.
+        names: paths of layers in it.
+        optimizers: whose per-weight state would have to be packed.
+
+    Returns:
+        layer name -> reason, only for those that cannot.
+    """
+    modules = dict(model.named_modules(remove_duplicate=False))
+    uses = _Uses(model)
+    refusals: dict[str, str] = {}
+    for name in names:
+        module = modules.get(name)
+        if module is None:
+            refusals[name] = "there is no such layer"
+        elif isinstance(module, PackedConv2d):
+            continue
+        elif (reason := refusal(module)) is not None:
+            refusals[name] = reason
+        elif name == "":
+            refusals[name] = "it is the model itself and has no parent to hang the packed layer into"
+        else:
+            assert isinstance(module, nn.Conv2d)
+            reason = uses.shared(module, module.weight) or _state_refusal(module.weight, optimizers)
+            if reason is not None:
+                refusals[name] = reason
+    return refusals
+
+
+def pack_model_(model: nn.Module, masks: Mapping[str, Tensor], optimizers: Sequence[Optimizer] = ()) -> None:
+    """Exchange convolutions for packed ones, in the model and in its optimizers.
+
+    What lies outside a mask is dropped: weights, gradients and optimizer state. Whatever state an optimizer
+    keeps in the weight's shape is packed, scalars stay. Layers that are packed already, in the same
+    positions, stay. A wrapper that holds on to parameters (DistributedDataParallel) has to be made anew.
+
+    Args:
+        model: any module; only the layers named are exchanged.
+        masks: layer name -> bool [F, C, R, S], True = kept.
+        optimizers: all optimizers that hold the layers' weights.
+
+    Raises:
+        UserError: a layer cannot be packed; names it, and nothing has been changed.
+    """
+    refusals = pack_refusals(model, masks, optimizers)
+    modules = {name: model.get_submodule(name) for name in masks if name not in refusals}
+    for name, module in modules.items():
+        reason = None
+        if isinstance(module, nn.Conv2d):
+            reason = mask_refusal(module, masks[name])
+        elif isinstance(module, PackedConv2d) and not _same_positions(module, masks[name]):
+            reason = "it is packed already, with other positions: unpack it first"
+        if reason is not None:
+            refusals[name] = reason
+    _raise(refusals, "packed")
+    for name, module in modules.items():
+        if isinstance(module, nn.Conv2d):
+            packed = PackedConv2d.from_conv(module, masks[name], name)
+            _replace_module(model, name, packed)
+            _replace_parameter(module.weight, packed.values, optimizers, _converter(packed, pack_values))
+
+
+def unpack_model_(model: nn.Module, optimizers: Sequence[Optimizer] = ()) -> None:
+    """Inverse of `pack_model_`: plain ``nn.Conv2d`` with zeros in place, optimizer state likewise.
+
+    Raises:
+        UserError: an optimizer keeps state that cannot be unpacked; nothing has been changed.
+    """
+    if isinstance(model, PackedConv2d):
+        raise UserError(
+            "the model itself is a packed convolution: use unpack(model), which returns a new one"
+        )
+    modules = {name: m for name, m in model.named_modules() if isinstance(m, PackedConv2d)}
+    uses = _Uses(model)
+    reasons = {
+        name: uses.shared(module, module.values) or _state_refusal(module.values, optimizers)
+        for name, module in modules.items()
+    }
+    _raise({name: reason for name, reason in reasons.items() if reason is not None}, "unpacked")
+    for name, module in modules.items():
+        conv = module.to_conv()
+        _replace_module(model, name, conv)
+        _replace_parameter(module.values, conv.weight, optimizers, _converter(module, unpack_values))
+
+
+def pack(model: M) -> M:
+    """A copy of a pruned model with packed convolutions; what is exactly zero counts as pruned.
+
+    Convolutions that would not get smaller (some weights of any network are zero by chance), and those that
+    cannot be packed, stay as they are.
+
+    Returns:
+        A deep copy (a `PackedConv2d` if the model itself is a convolution).
+    """
+    result = copy.deepcopy(model)
+    masks = {
+        name: (module.weight.detach() != 0)
+        for name, module in result.named_modules()
+        if isinstance(module, nn.Conv2d) and refusal(module) is None
+    }
+    sparse = {name: mask for name, mask in masks.items() if _pays(mask, result.get_submodule(name))}
+    if isinstance(result, nn.Conv2d) and sparse:
+        return PackedConv2d.from_conv(result, sparse[""])  # type: ignore[return-value]
+    refused = pack_refusals(result, sparse)
+    pack_model_(result, {name: mask for name, mask in sparse.items() if name not in refused})
+    return result
+
+
+def unpack(model: M) -> M:
+    """A copy of a model whose packed convolutions are plain ones again, with zeros in place."""
+    result = copy.deepcopy(model)
+    if isinstance(result, PackedConv2d):
+        return result.to_conv()  # type: ignore[return-value]
+    unpack_model_(result)
+    return result
+
+
+def dense_state_dict(model: nn.Module) -> dict[str, Tensor]:
+    """The ``state_dict`` that the model would have unpacked: same keys, order and shapes, zeros in place."""
+    layers = {
+        f"{name}." if name else "": module
+        for name, module in model.named_modules(remove_duplicate=False)
+        if isinstance(module, PackedConv2d)
+    }
+    dense: dict[str, Tensor] = {}
+    for key, value in model.state_dict().items():
+        stem, _, leaf = key.rpartition(".")
+        layer = layers.get(f"{stem}." if stem else "")
+        if layer is None or leaf not in ("values", "keep_bits"):
+            dense[key] = value
+        elif leaf == "values":
+            dense[f"{stem}.weight" if stem else "weight"] = unpack_values(layer.structure, value)
+    return dense
+
+
+def _converter(layer: PackedConv2d, function: Callable[[Structure, Tensor], Tensor]) -> _Convert:
+    """One layer's conversion of per-weight tensors, between packed and dense."""
+
+    def convert(tensor: Tensor) -> Tensor:
+        structure = layer.structure.to(tensor.device)  # an optimizer may keep its state elsewhere
+        return function(structure, tensor.detach())
+
+    return convert
+
+
+def _replace_module(model: nn.Module, name: str, new: nn.Module) -> None:
+    parent, _, child = name.rpartition(".")
+    model.get_submodule(parent).register_module(child, new)
+
+
+def _replace_parameter(old: Tensor, new: Tensor, optimizers: Sequence[Optimizer], convert: _Convert) -> None:
+    """Put ``new`` where ``old`` is in the groups, and its converted state where the old state is."""
+    for optimizer in optimizers:
+        for group in optimizer.param_groups:
+            parameters = group["params"]
+            for index, parameter in enumerate(parameters):
+                if parameter is old:
+                    parameters[index] = new
+        if old not in optimizer.state:
+            continue
+        entries = list(optimizer.state.items())
+        optimizer.state.clear()
+        for parameter, state in entries:
+            if parameter is old:
+                optimizer.state[new] = {
+                    key: convert(value) if _per_weight(value, old) else value for key, value in state.items()
+                }
+            else:
+                optimizer.state[parameter] = state
+
+
+def _per_weight(value: Any, parameter: Tensor) -> bool:
+    return isinstance(value, Tensor) and value.shape == parameter.shape
+
+
+def _state_refusal(parameter: Tensor, optimizers: Sequence[Optimizer]) -> str | None:
+    """Why what the optimizers keep for a parameter cannot be converted; None if it can."""
+    for optimizer in optimizers:
+        kind = type(optimizer).__name__
+        state = optimizer.state.get(parameter, {})
+        if kind == "LBFGS" and _holds(optimizer, parameter):
+            return "LBFGS keeps one state for all parameters together: use another optimizer"
+        # By name: for 1x1 kernels its row sums happen to have the weight's shape.
+        foreign = list(state) if kind == "Adafactor" else _foreign(state, parameter)
+        if foreign:
+            return (
+                f"{kind} keeps {foreign}, neither numbers nor one value a weight: "
+                "make the optimizer after packing, or train with packed=False"
+            )
+    return None
+
+
+def _foreign(state: Mapping[str, Any], parameter: Tensor) -> list[str]:
+    """Entries of a parameter's state of which it is not known how to convert them."""
+    return [
+        key
+        for key, value in state.items()
+        if isinstance(value, (Tensor, list, tuple, dict))
+        and not _per_weight(value, parameter)
+        and not (isinstance(value, Tensor) and value.numel() == 1)
+    ]
+
+
+def _holds(optimizer: Optimizer, parameter: Tensor) -> bool:
+    return any(p is parameter for group in optimizer.param_groups for p in group["params"])
+
+
+class _Uses:
+    """Where each parameter and each module of a model is registered."""
+
+    def __init__(self, model: nn.Module) -> None:
+        self.parameters: dict[int, list[str]] = {}
+        self.modules: dict[int, list[str]] = {}
+        for name, module in model.named_modules():
+            prefix = f"{name}." if name else ""
+            for key, parameter in module._parameters.items():
+                self.parameters.setdefault(id(parameter), []).append(f"{prefix}{key}")
+            for key, child in module._modules.items():
+                self.modules.setdefault(id(child), []).append(f"{prefix}{key}")
+
+    def shared(self, module: nn.Module, parameter: Tensor) -> str | None:
+        """Why a layer and its weight are not at one place only; None if they are."""
+        names = self.parameters[id(parameter)]
+        if len(names) > 1:
+            return f"its weight is shared by {' and '.join(names)}"
+        places = self.modules.get(id(module), [])
+        return f"it is the same module as {' and '.join(places)}" if len(places) > 1 else None
+
+
+def _pays(mask: Tensor, conv: nn.Module) -> bool:
+    """Whether values and one bit a weight are smaller than all weights."""
+    assert isinstance(conv, nn.Conv2d)
+    return (mask.numel() - int(mask.sum())) * conv.weight.element_size() * 8 > mask.numel()
+
+
+def _same_positions(layer: PackedConv2d, mask: Tensor) -> bool:
+    if mask.dtype != torch.bool or tuple(mask.shape) != layer.structure.shape:
+        return False
+    return torch.equal(layer.structure.mask(), mask.to(layer.structure.device))
+
+
+def _raise(refusals: Mapping[str, str], what: str) -> None:
+    if refusals:
+        listed = "; ".join(f"{name or 'the model'}: {reason}" for name, reason in refusals.items())
+        raise UserError(f"these layers cannot be {what}: {listed}")

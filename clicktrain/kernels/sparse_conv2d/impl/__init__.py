@@ -1,0 +1,1 @@
+"""Implementations of one operator; they do not know each other."""

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import statistics
 import time
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from typing import Any
 
 import torch
@@ -75,9 +75,14 @@ def bench_stages(
         raise UserError(f"steps must be at least 3 for a median, not {steps}")
     share = 1 / (len(MEASURED) + 1)
     total = (steps + 1) * (len(MEASURED) + 1)
-    settings = {k: v for k, v in vars(method).items() if not k.endswith(("_length", "_start"))}
-    lengths = dict.fromkeys(("pool_length", "finalize_length", "regularize_length"), share)
-    timed = ClickTrain(**settings, **lengths, earliest_start=share, latest_start=share)
+    timed = replace(
+        method,
+        earliest_start=share,
+        latest_start=share,
+        pool_length=share,
+        finalize_length=share,
+        regularize_length=share,
+    )
     stem = "cifar" if image_size <= 64 else "imagenet"
     sides = []
     for side_method in (Dense(), timed):

@@ -57,7 +57,8 @@ def candidate_patterns(importance: Tensor, entries: int) -> Tensor:
         return torch.full((f, c), (1 << size) - 1, dtype=torch.int64, device=importance.device)
     flat = importance.reshape(f * c, size).float()
     chunk = _CHUNK if importance.device.type == "cpu" else f * c
-    return torch.cat([_best_candidates(part, entries, (r, s)) for part in torch.split(flat, chunk)]).view(f, c)
+    parts = [_best_candidates(part, entries, (r, s)) for part in torch.split(flat, chunk)]
+    return torch.cat(parts).view(f, c)
 
 
 def _best_candidates(scores: Tensor, entries: int, shape: tuple[int, int]) -> Tensor:

@@ -1,0 +1,107 @@
+"""The command ``clicktrain``: finds the command asked for, runs it, and turns mistakes into one sentence.
+
+Exit codes: 0 done; 2 a mistake of the user's, told in one line on stderr; 130 Ctrl-C (143 SIGTERM); 1 with a
+traceback for anything unexpected.
+"""
+
+from __future__ import annotations
+
+import difflib
+import errno
+import importlib
+import os
+import sys
+from collections.abc import Sequence
+
+from clicktrain.errors import UserError
+
+COMMANDS: dict[str, str] = {
+    "train": "train and prune a network in one run",
+    "resume": "continue a run that was interrupted",
+    "evaluate": "accuracy and loss of a finished run",
+    "inspect": "per-layer table of a finished run",
+    "export": "write a finished run's network for other tools",
+    "report": "one HTML file that shows and compares runs",
+    "bench": "time what the methods cost and give, side by side",
+}
+"""Commands with what they do. Each is a module of ``clicktrain.commands`` with ``run(argv) -> exit code``."""
+
+_FULL_DISK = frozenset((errno.ENOSPC, errno.EDQUOT, errno.EFBIG))
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Run the command line.
+
+    Args:
+        argv: arguments without the program's name; those of the process by default.
+
+    Returns:
+        The exit code. Unexpected exceptions pass through, so that their traceback is seen.
+    """
+    argv = list(sys.argv[1:] if argv is None else argv)
+    # Its warnings about every retry would bury the one line that says what is wrong.
+    os.environ.setdefault("HF_HUB_VERBOSITY", "error")
+    try:
+        return _dispatch(argv)
+    except UserError as error:
+        return _fail(str(error))
+    except KeyboardInterrupt:
+        return _fail("interrupted", 130)
+    except BrokenPipeError:
+        # Whoever read the output has gone (`clicktrain ... | head`): Python must not complain at exit.
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        return 141
+    except OSError as error:
+        if error.errno in _FULL_DISK:
+            return _fail(
+                f"no space left to write {error.filename or 'a file'}: free some space and try again"
+            )
+        if isinstance(error, PermissionError):
+            return _fail(f"{error.filename}: permission denied, use a place where you may read and write")
+        raise
+
+
+def _dispatch(argv: list[str]) -> int:
+    if not argv or argv[0] in ("-h", "--help"):
+        print(_help())
+        return 0 if argv else 2
+    if argv[0] in ("-V", "--version"):
+        from clicktrain import __version__
+
+        print(f"clicktrain {__version__}")
+        return 0
+    name, rest = argv[0], argv[1:]
+    if name not in COMMANDS:
+        near = difflib.get_close_matches(name, COMMANDS, n=1)
+        hint = f"did you mean '{near[0]}'?" if near else f"use one of {', '.join(COMMANDS)}"
+        raise UserError(f"unknown command '{name}': {hint}")
+    from clicktrain.commands.arguments import HelpPrinted
+
+    try:
+        code: int = importlib.import_module(f"clicktrain.commands.{name}").run(rest)
+    except HelpPrinted:
+        return 0
+    return code
+
+
+def _help() -> str:
+    width = max(map(len, COMMANDS))
+    lines = [f"  {name:<{width}}  {what}" for name, what in COMMANDS.items()]
+    return "\n".join(
+        [
+            "usage: clicktrain COMMAND [...]",
+            "",
+            "Train and prune convolutional networks in one run.",
+            "",
+            *lines,
+            "",
+            "'clicktrain COMMAND --help' shows the flags of a command.",
+            "First steps: clicktrain train --data digits --compression 8 --epochs 12 --out runs/first",
+        ]
+    )
+
+
+def _fail(sentence: str, code: int = 2) -> int:
+    """Print a sentence, whatever it was broken into, as one line."""
+    print(f"clicktrain: error: {' '.join(sentence.split())}", file=sys.stderr)
+    return code

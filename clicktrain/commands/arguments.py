@@ -1,0 +1,270 @@
+"""Arguments of one command: declared as data, typed by jsonargparse, mistakes told in one sentence."""
+
+from __future__ import annotations
+
+import argparse
+import difflib
+import json
+import sys
+import types
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from dataclasses import MISSING, dataclass, field, fields, is_dataclass
+from typing import Any, Union, get_args, get_origin, get_type_hints
+
+import yaml
+from docstring_parser import parse_from_object
+from jsonargparse import ArgumentParser
+
+from clicktrain.errors import UserError
+
+
+class HelpPrinted(Exception):  # noqa: N818 - not an error: help was asked for and shown
+    """``--help`` was given; nothing is left to do."""
+
+
+@dataclass(frozen=True, slots=True)
+class Option:
+    """A flag ``--name`` (underscores become dashes) with a typed value; booleans also work without one."""
+
+    name: str
+    hint: Any
+    help: str
+    default: Any = None
+    short: str | None = None
+    metavar: str | None = None
+
+    @property
+    def flag(self) -> str:
+        """As it is typed."""
+        return "--" + self.name.replace("_", "-")
+
+
+@dataclass(frozen=True, slots=True)
+class Positional:
+    """The arguments without a flag: exactly one, or at least one if ``many``."""
+
+    name: str
+    help: str
+    many: bool = False
+
+
+@dataclass(frozen=True)
+class Command:
+    """What a command takes.
+
+    Attributes:
+        name: of the command, as it is typed.
+        description: one or two sentences for ``--help``.
+        groups: flags by heading.
+        notes: a sentence or two under a heading.
+        positional: arguments without a flag, or None.
+        explain: asked about a flag that this command does not have; a sentence, or None.
+        examples: shown at the end of ``--help``.
+    """
+
+    name: str
+    description: str
+    groups: Mapping[str, Sequence[Option]]
+    positional: Positional | None = None
+    notes: Mapping[str, str] = field(default_factory=dict)
+    explain: Callable[[str], str | None] = lambda name: None
+    examples: str = ""
+
+    def parse(self, argv: Sequence[str]) -> dict[str, Any]:
+        """Values of what was given, by name; nothing for what was not.
+
+        Raises:
+            UserError: unknown flag (names the nearest), missing or wrong value, wrong number of positionals.
+            HelpPrinted: ``--help`` was given; the help is on stdout.
+        """
+        if "-h" in argv or "--help" in argv:
+            self._jsonargparse().print_help(sys.stdout)
+            raise HelpPrinted
+        flags, words = self._split(argv)
+        values: dict[str, Any] = {}
+        parser = self._jsonargparse()
+        for option, text in flags:
+            values.update(_typed(parser, option, text))
+        if self.positional is not None:
+            values[self.positional.name] = self._check_words(words)
+        elif words:
+            raise UserError(f"'{words[0]}' is out of place: {self._usage()}")
+        return values
+
+    def _split(self, argv: Sequence[str]) -> tuple[list[tuple[Option, str]], list[str]]:
+        """Flags with the text of their value, and the words that belong to none."""
+        options = {option.name: option for group in self.groups.values() for option in group}
+        shorts = {option.short: option for option in options.values() if option.short}
+        flags: list[tuple[Option, str]] = []
+        words: list[str] = []
+        rest = list(argv)
+        while rest:
+            token = rest.pop(0)
+            if not token.startswith("-") or token == "-" or _is_number(token):
+                words.append(token)
+                continue
+            head, equals, attached = token.partition("=")
+            name = head.removeprefix("--").replace("-", "_")
+            option = shorts.get(head) if not head.startswith("--") else options.get(name)
+            negated = options.get(name.removeprefix("no_")) if name.startswith("no_") else None
+            if option is None and negated is not None and negated.hint is bool and not equals:
+                flags.append((negated, "false"))
+                continue
+            if option is None:
+                raise self._unknown(head, name, options)
+            flags.append((option, attached if equals else _take(option, rest)))
+        return flags, words
+
+    def _unknown(self, head: str, name: str, options: Iterable[str]) -> UserError:
+        if (sentence := self.explain(name)) is not None:
+            return UserError(sentence)
+        close = difflib.get_close_matches(name, list(options), n=1)
+        hint = (
+            f"did you mean --{close[0].replace('_', '-')}?"
+            if close
+            else f"see 'clicktrain {self.name} --help' for those that there are"
+        )
+        return UserError(f"unknown flag {head}: {hint}")
+
+    def _check_words(self, words: Sequence[str]) -> Any:
+        assert self.positional is not None
+        if not words:
+            raise UserError(f"{self.positional.name.upper()} is missing: {self._usage()}")
+        if self.positional.many:
+            return list(words)
+        if len(words) > 1:
+            raise UserError(f"'{words[1]}' is out of place: {self._usage()}")
+        return words[0]
+
+    def _usage(self) -> str:
+        word = ""
+        if self.positional is not None:
+            word = f" {self.positional.name.upper()}{'...' if self.positional.many else ''}"
+        return f"write 'clicktrain {self.name}{word} [--flag value ...]'"
+
+    def _jsonargparse(self) -> ArgumentParser:
+        parser = ArgumentParser(
+            prog=f"clicktrain {self.name}",
+            description=self.description,
+            epilog=self.examples or None,
+            usage=self._usage().removeprefix("write '").removesuffix("'"),
+            allow_abbrev=False,
+            default_env=False,
+            exit_on_error=False,
+        )
+        for title, options in self.groups.items():
+            group = parser.add_argument_group(title, description=self.notes.get(title))
+            for option in options:
+                names = [option.short, option.flag] if option.short else [option.flag]
+                metavar = {"metavar": option.metavar} if option.metavar else {}
+                group.add_argument(
+                    *names,
+                    dest=option.name,
+                    type=option.hint,
+                    default=option.default,
+                    help=option.help,
+                    **metavar,
+                )
+        if self.positional is not None:
+            # Parsed by `_split`; declared here for the help only.
+            parser.add_argument_group(self.positional.name.upper(), description=self.positional.help)
+        return parser
+
+
+def options_of(cls: type) -> list[Option]:
+    """A flag for every field of a dataclass, with the field's type, default and docstring."""
+    hints = get_type_hints(cls)
+    texts: dict[str, str] = {}
+    for base in filter(is_dataclass, reversed(cls.__mro__)):
+        for found in parse_from_object(base).params:
+            texts[found.arg_name] = " ".join((found.description or "").split())
+    options: list[Option] = []
+    for item in fields(cls):
+        if not item.init:
+            continue
+        default = item.default if item.default is not MISSING else None
+        if item.default_factory is not MISSING:
+            default = item.default_factory()
+        hint = hints[item.name]
+        options.append(Option(item.name, hint, texts.get(item.name, ""), default, metavar=_metavar(hint)))
+    return options
+
+
+def _metavar(hint: Any) -> str | None:
+    """How values are shown in help; None leaves it to jsonargparse, which lists the choices of a Literal."""
+    kinds = _kinds(hint)
+    if tuple in kinds:
+        return "NAME [NAME ...]" if _holds_text(hint) else "X [X ...]"
+    if dict in kinds:
+        return "NAME=X [NAME=X ...]"
+    for kind, text in ((float, "X"), (int, "N"), (str, "TEXT")):
+        if kind in kinds:
+            return text
+    return None
+
+
+def _kinds(hint: Any) -> set[Any]:
+    """The bare types that a value may have."""
+    if get_origin(hint) in (Union, types.UnionType):
+        return {kind for arg in get_args(hint) for kind in _kinds(arg)}
+    return {get_origin(hint) or hint}
+
+
+def _take(option: Option, rest: list[str]) -> str:
+    """Take the words of a flag's value from the front of ``rest``, as one text that YAML understands."""
+    kinds = _kinds(option.hint)
+    if bool in kinds and (not rest or rest[0].lower() not in ("true", "false")):
+        return "true"
+    words: list[str] = []
+    many = tuple in kinds or dict in kinds
+    while rest and (not rest[0].startswith("-") or _is_number(rest[0])) and (many or not words):
+        words.append(rest.pop(0))
+    if not words:
+        raise UserError(f"{option.flag} needs a value")
+    if not many or (len(words) == 1 and words[0][:1] in ("[", "{")):
+        return words[0]
+    if tuple in kinds:
+        return json.dumps([_item(word, option.hint) for word in words])
+    pairs = [word.partition("=") for word in words]
+    if not all(equals for _, equals, _ in pairs):
+        raise UserError(f"{option.flag} is {' '.join(words)!r}: write it as NAME=VALUE, once or more")
+    return json.dumps({name: _item(value, option.hint) for name, _, value in pairs})
+
+
+def _typed(parser: ArgumentParser, option: Option, text: str) -> dict[str, Any]:
+    """The flag's value by name, in its own type."""
+    try:
+        value = parser.parse_args([f"{option.flag}={text}"], defaults=False)[option.name]
+    except argparse.ArgumentError as error:
+        from clicktrain.train.settings import convert  # not above: it brings torch, which takes seconds
+
+        convert(option.name, _scalar(text), option.hint)  # raises the sentence that a recipe would get
+        raise UserError(f"{option.flag} is {text!r}, which does not fit: {error}") from None
+    return {option.name: value}
+
+
+def _item(text: str, hint: Any) -> Any:
+    """A member of a tuple or mapping: text where its type is text, else what YAML makes of it."""
+    return text if _holds_text(hint) else _scalar(text)
+
+
+def _holds_text(hint: Any) -> bool:
+    origin, args = get_origin(hint), get_args(hint)
+    if origin in (Union, types.UnionType):
+        return any(_holds_text(arg) for arg in args)
+    return (origin is tuple and args[0] is str) or (origin is dict and args[1] is str)
+
+
+def _scalar(text: str) -> Any:
+    try:
+        return yaml.safe_load(text)
+    except yaml.YAMLError:
+        return text
+
+
+def _is_number(text: str) -> bool:
+    try:
+        float(text)
+    except ValueError:
+        return False
+    return True

@@ -1,0 +1,65 @@
+"""``clicktrain train --dry-run``: what a run would do and cost; nothing is written."""
+
+from __future__ import annotations
+
+import itertools
+import statistics
+import time
+from typing import Any
+
+import torch.nn.functional as F
+
+from clicktrain.commands.wording import clock, short
+from clicktrain.methods import Method
+from clicktrain.train import Prepared, RunConfig, prepare
+from clicktrain.train.device import autocast
+from clicktrain.train.disk import bytes_needed
+
+_WARM_UP, _TIMED = 1, 4
+"""Training steps before and during the measurement."""
+
+
+def dry_run(config: RunConfig, method: Method[Any]) -> int:
+    """Check everything, print the plan and the estimated cost; the exit code."""
+    prepared = prepare(config, method)
+    print(prepared.pruner.plan())
+    print()
+    for line in cost_lines(prepared):
+        print(line)
+    return 0
+
+
+def cost_lines(prepared: Prepared) -> list[str]:
+    """Model, data, FLOPs, time and disk of the run; time as measured on a few steps of dense training."""
+    config, cost = prepared.config, prepared.cost.cost
+    batches = len(prepared.train_loader)
+    images = config.epochs * batches * config.batch_size
+    ms = step_ms(prepared)
+    return [
+        f"model: {config.model}, {cost.parameters:,} parameters, "
+        f"{short(cost.forward_flops_dense, ' ')}FLOPs forward per image",
+        f"data: {prepared.data.describe()}",
+        f"training: {config.epochs} epochs x {batches} batches of {config.batch_size}, "
+        f"{short(cost.training_flops_dense * images, ' ')}FLOPs if it stayed dense",
+        f"time: about {clock(config.epochs * batches * ms / 1000)} at {ms:.0f} ms per dense batch on "
+        f"{prepared.device} (measured), without evaluation",
+        f"disk: up to {bytes_needed(prepared.model, config) / 2**20:,.0f} MB",
+        "dry run: nothing was written",
+    ]
+
+
+def step_ms(prepared: Prepared) -> float:
+    """Median milliseconds of a forward and backward pass with its data, over a few batches."""
+    prepared.model.train()
+    times: list[float] = []
+    batches = iter(prepared.train_loader.epoch(0))
+    started = time.perf_counter()
+    for x, y in itertools.islice(batches, _WARM_UP + _TIMED):
+        with autocast(prepared.device, prepared.config.precision):
+            loss = F.cross_entropy(prepared.model(x).float(), y)
+        loss.backward()  # type: ignore[no-untyped-call]
+        loss.item()  # waits for the device
+        now = time.perf_counter()
+        times.append(1000 * (now - started))
+        started = now
+    return statistics.median(times[_WARM_UP:] or times)

@@ -1,0 +1,150 @@
+"""``clicktrain inspect RUN``: layer by layer, what a finished run left and what it costs."""
+
+from __future__ import annotations
+
+import json
+import os
+from collections import Counter
+from collections.abc import Mapping, Sequence
+from typing import TYPE_CHECKING, Any
+
+from clicktrain.commands.arguments import Command, Option, Positional
+from clicktrain.commands.wording import asked_and_reached, short
+
+if TYPE_CHECKING:
+    from rich.console import Console
+    from torch import Tensor
+
+    from clicktrain.train import LoadedRun
+
+_COMMAND = Command(
+    name="inspect",
+    description="Layer by layer: shape, density, kept weights, patterns, FLOPs, operator.",
+    positional=Positional("run", "Folder of the run."),
+    groups={"this command": (Option("json", bool, "Print one JSON object.", False),)},
+)
+
+MAX_POSITIONS = 62
+"""Kernels with more positions have no pattern number that fits an int64."""
+SHOWN_PATTERNS = 12
+PIPE_WIDTH = 160
+"""Columns where there is no terminal to fit."""
+
+
+def run(argv: Sequence[str]) -> int:
+    """Run the command; the exit code."""
+    given = _COMMAND.parse(argv)
+    from clicktrain.train import load_run
+
+    found = describe(load_run(given["run"]))
+    if given.get("json"):
+        print(json.dumps(found, indent=2))
+    else:
+        from rich.console import Console
+
+        console = Console()
+        if not console.is_terminal and "COLUMNS" not in os.environ:
+            console.width = PIPE_WIDTH
+        show(found, console)
+    return 0
+
+
+def describe(loaded: LoadedRun) -> dict[str, Any]:
+    """Everything that `show` shows, as plain values.
+
+    ``pattern_counts`` of a layer: bits of the pattern (bit r*S+s = position (r, s) is kept) -> number of
+    kernels; kernels that are gone are not counted, and layers that were not pruned have none.
+    """
+    summary = loaded.summary
+    layers = []
+    for row in summary["layers"]:
+        mask = loaded.masks.get(row["name"])
+        f, c = (*row["shape"], 1)[:2]
+        counts = {} if mask is None else pattern_counts(mask)
+        kept = f * c if mask is None else int(mask.flatten(2).any(dim=2).sum())
+        layers.append({**row, "kernels": f * c, "kernels_kept": kept, "pattern_counts": counts})
+    keys = (
+        "method", "model", "data", "epochs", "val_accuracy", "best_val_accuracy", "compression_asked",
+        "compression_ratio", "train_flops_ratio", "inference_flops_ratio", "parameters", "nonzero_parameters",
+    )  # fmt: skip
+    return {"run": str(loaded.folder.path), **{key: summary.get(key) for key in keys}, "layers": layers}
+
+
+def pattern_counts(mask: Tensor) -> dict[int, int]:
+    """How many kernels of a mask [F, C, R, S] keep which positions; most used first, without dead kernels."""
+    import torch
+
+    flat = mask.flatten(2).cpu()
+    positions = flat.shape[2]
+    if positions > MAX_POSITIONS:
+        return {}
+    bits = (flat.long() << torch.arange(positions)).sum(dim=2)
+    values, counts = torch.unique(bits[bits != 0], return_counts=True)
+    return dict(Counter(dict(zip(values.tolist(), counts.tolist(), strict=True))).most_common())
+
+
+def show(found: Mapping[str, Any], console: Console) -> None:
+    """Print the table, the sums and the patterns."""
+    from rich.box import SIMPLE_HEAD
+    from rich.table import Table
+
+    title = f"{found['run']}: {found['model']}, method {found['method']}"
+    table = Table(title=title, title_justify="left", box=SIMPLE_HEAD, padding=(0, 1, 0, 0))
+    table.add_column("layer", overflow="fold")
+    heads = ("shape", "density", "per\nfilter", "kernels\nkept", "patterns\n(top)", "dense\nFLOPs", "now")
+    for head in heads:
+        table.add_column(head, justify="right", no_wrap=True)
+    table.add_column("operator", min_width=9)
+    for row in found["layers"]:
+        per_filter = row["nnz_per_filter"]
+        table.add_row(
+            row["name"],
+            "x".join(map(str, row["shape"])),
+            f"{row['density']:.3f}",
+            "varies" if per_filter is None else str(per_filter),
+            f"{100 * row['kernels_kept'] / row['kernels']:.0f}%" if row["pattern_counts"] else "",
+            _pattern_use(row["pattern_counts"]),
+            short(row["forward_flops_dense"]),
+            short(row["forward_flops"]),
+            str(row["operator"]),
+        )
+    console.print(table)
+    for line in (*_sums(found), *_pictures(found["layers"])):
+        console.print(line, markup=False, highlight=False, soft_wrap=True)
+
+
+def _sums(found: Mapping[str, Any]) -> list[str]:
+    accuracy = found["val_accuracy"]
+    return [
+        f"{asked_and_reached(found)}; "
+        f"{found['nonzero_parameters']:,} of {found['parameters']:,} parameters are not zero",
+        f"inference FLOPs {100 * found['inference_flops_ratio']:.1f}% of dense, "
+        f"training FLOPs {100 * found['train_flops_ratio']:.1f}%; "
+        f"accuracy {'-' if accuracy is None else f'{accuracy:.2f}%'}",
+    ]
+
+
+def _pattern_use(counts: Mapping[int, int]) -> str:
+    """Number of different patterns, and the share of the kept kernels that has the most used one."""
+    if not counts:
+        return ""
+    return f"{len(counts)} ({100 * max(counts.values()) / sum(counts.values()):.0f}%)"
+
+
+def _pictures(layers: Sequence[Mapping[str, Any]]) -> list[str]:
+    """The most used 3x3 patterns of the network side by side, with their shares of the kept kernels."""
+    total: Counter[int] = Counter()
+    for row in layers:
+        if row["shape"][2:] == [3, 3]:
+            total.update(row["pattern_counts"])
+    if not total:
+        return []
+    best = total.most_common(SHOWN_PATTERNS)
+    cells = [
+        [*("".join(" #" if bits >> (3 * r + s) & 1 else " ." for s in range(3)) for r in range(3)),
+         f"{100 * count / total.total():.1f}%".rjust(6)]
+        for bits, count in best
+    ]  # fmt: skip
+    shown = f", the first {len(best)}" if len(total) > len(best) else ""
+    head = f"patterns of the 3x3 kernels ({len(total)} in use{shown}):"
+    return [head, *("   ".join(cell[line] for cell in cells) for line in range(4))]

@@ -1,0 +1,178 @@
+"""``clicktrain train``: settings from flags and a recipe, then a run or a dry run."""
+
+from __future__ import annotations
+
+import shutil
+from collections.abc import Sequence
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import yaml
+
+from clicktrain.commands.arguments import Command, Option, options_of
+from clicktrain.commands.running import carry_out
+from clicktrain.errors import UserError
+from clicktrain.methods import METHODS, Method
+from clicktrain.train import RunConfig, RunFolder, from_dict, load_config
+from clicktrain.train.settings import field_names, to_plain
+
+_OUTPUT = (
+    Option("config", str | None, "YAML file with settings; flags given beside it win.", metavar="FILE"),
+    Option(
+        "out",
+        str | None,
+        "Folder of the run, new or empty; a dated one under runs/ by default.",
+        metavar="DIR",
+    ),
+    Option("dry_run", bool, "Check everything, print the plan and the cost, write no run.", False),
+    Option("report", bool, "Write report.html into the run's folder at the end.", True),
+    Option("quiet", bool, "No progress, only the last line.", False),
+)
+
+_EXAMPLES = (
+    "'clicktrain train --method NAME --help' shows the settings of another method "
+    f"({', '.join(METHODS)}). A flag without a value turns a switch on, --no-FLAG turns it off."
+)
+
+
+def run(argv: Sequence[str]) -> int:
+    """Run the command; the exit code."""
+    recipe = _peek(argv, "config")
+    settings = {} if recipe is None else read_recipe(recipe)
+    name = _peek(argv, "method") or settings.get("method", RunConfig.method)
+    given = _command(name).parse(argv)
+    own = {option.name: given.pop(option.name, option.default) for option in _OUTPUT}
+    values, ignored = merge(settings, given)
+    config, method = from_dict(values)
+    if own["dry_run"]:
+        from clicktrain.commands.dry_run import dry_run
+
+        return dry_run(config, method)
+    folder = RunFolder(Path(own["out"])) if own["out"] is not None else RunFolder.default(config)
+    notes = (
+        []
+        if not ignored
+        else [f"method {name} has no {', '.join(ignored)}: those of the recipe are left out"]
+    )
+    return _train(config, method, folder, quiet=own["quiet"], report=own["report"], notes=notes)
+
+
+def _train(
+    config: RunConfig,
+    method: Method[Any],
+    folder: RunFolder,
+    *,
+    quiet: bool,
+    report: bool,
+    notes: Sequence[str],
+) -> int:
+    """Run it, and leave nothing behind if it failed before there was anything to resume."""
+    folder.check_free()
+    there = _existing(folder.path)
+    try:
+        return carry_out(config, method, folder, quiet=quiet, report=report, notes=notes)
+    except (UserError, OSError):
+        if not folder.checkpoints():
+            remove_new(folder.path, there)
+        raise
+
+
+def merge(recipe: dict[str, Any], flags: dict[str, Any]) -> tuple[dict[str, Any], list[str]]:
+    """Settings of a recipe with those of the command line on top.
+
+    If the flags name another method, what that method does not have is left out of the recipe (so that the
+    dense baseline of a recipe is ``--method dense``). If they name another preset, settings that merely
+    spell out the recipe's own preset, as the saved config of a run does, are left out too.
+
+    Returns:
+        The settings, and the names of those left out that were not at their default.
+    """
+    old, new = (
+        recipe.get("method", RunConfig.method),
+        flags.get("method", recipe.get("method", RunConfig.method)),
+    )
+    kept, ignored = dict(recipe), []
+    if new != old and new in METHODS:
+        valid = {*field_names(RunConfig), *field_names(METHODS[new])}
+        defaults = to_plain(METHODS[old]())
+        for key in set(kept) - valid:
+            if kept.pop(key) != defaults.get(key):
+                ignored.append(key)
+    if (
+        flags.get("preset", recipe.get("preset")) != recipe.get("preset")
+        and new == old
+        and "preset" in recipe
+    ):
+        implied = to_plain(METHODS[old](preset=recipe["preset"]))  # type: ignore[call-arg]
+        kept = {key: value for key, value in kept.items() if key not in implied or implied[key] != value}
+    return {**kept, **flags}, sorted(ignored)
+
+
+def read_recipe(path: str) -> dict[str, Any]:
+    """The settings in a YAML file, as they stand there; UserError unless they are a valid recipe."""
+    load_config(path)
+    return yaml.safe_load(Path(path).read_text(encoding="utf-8")) or {}
+
+
+def _command(method: str) -> Command:
+    if method not in METHODS:
+        raise UserError(f"method is {method!r}: use one of {', '.join(METHODS)}")
+    chosen = METHODS[method]
+    title = f"settings of method {method}"
+    return Command(
+        name="train",
+        description="Train and prune a network in one run. A YAML recipe (--config) holds the same settings.",
+        groups={
+            "this command": _OUTPUT,
+            "settings of the run": [
+                replace(option, metavar=f"{{{','.join(METHODS)}}}") if option.name == "method" else option
+                for option in options_of(RunConfig)
+            ],
+            title: options_of(chosen),
+        },
+        notes={title: " ".join((chosen.__doc__ or "").split())},
+        explain=lambda name: _of_another_method(name, method),
+        examples=_EXAMPLES,
+    )
+
+
+def _of_another_method(name: str, method: str) -> str | None:
+    having = [other for other, cls in METHODS.items() if other != method and name in field_names(cls)]
+    if not having:
+        return None
+    return (
+        f"--{name.replace('_', '-')} is a setting of method {' and '.join(having)}, not of {method}: "
+        f"leave it out or use --method {having[0]}"
+    )
+
+
+def _peek(argv: Sequence[str], name: str) -> str | None:
+    """The last value of a text flag, before the flags can be parsed: which there are depends on it."""
+    found = None
+    for token, following in zip(argv, [*argv[1:], None], strict=True):
+        if token == f"--{name}":
+            found = following
+        elif token.startswith(f"--{name}="):
+            found = token.partition("=")[2]
+    return found
+
+
+def _existing(path: Path) -> Path:
+    """The nearest folder above (or at) ``path`` that exists."""
+    path = path.absolute()
+    while not path.exists():
+        path = path.parent
+    return path
+
+
+def remove_new(path: Path, there: Path) -> None:
+    """Remove what was made at ``path``; ``there`` is the part of it that was there before."""
+    path = path.absolute()
+    if path == there:
+        for child in path.iterdir():
+            shutil.rmtree(child) if child.is_dir() else child.unlink()
+        return
+    first = next(folder for folder in (path, *path.parents) if folder.parent == there)
+    if first.exists():
+        shutil.rmtree(first)

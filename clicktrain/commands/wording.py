@@ -1,0 +1,29 @@
+"""Numbers as a person reads them."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any
+
+
+def clock(seconds: float | None) -> str:
+    """h:mm:ss, or -:--:-- while unknown."""
+    if seconds is None:
+        return "-:--:--"
+    whole = max(0, round(seconds))
+    return f"{whole // 3600}:{whole // 60 % 60:02d}:{whole % 60:02d}"
+
+
+def short(number: float, space: str = "") -> str:
+    """1234567 as 1.23M, with ``space`` before the letter."""
+    for size, letter in ((1e18, "E"), (1e15, "P"), (1e12, "T"), (1e9, "G"), (1e6, "M"), (1e3, "k")):
+        if number >= size:
+            return f"{number / size:.3g}{space}{letter}"
+    return f"{number:.0f}{space}"
+
+
+def asked_and_reached(summary: Mapping[str, Any]) -> str:
+    """The compression of a run beside what was asked for."""
+    asked = summary.get("compression_asked")
+    wish = "no compression asked" if asked is None else f"compression asked {asked:g}x"
+    return f"{wish}, reached {summary['compression_ratio']:.2f}x"

@@ -39,12 +39,12 @@ from clicktrain.sparsity.triggers import LossSlope
 STAGES = ("dense", "pool", "finalize", "regularize", "accelerated")
 
 PRESETS: dict[str, dict[str, Any]] = {
-    # What wins in short runs; docs/results/ has the ablation.
+    # What does best in short runs (docs/results/cifar10.md): magnitudes, decided late, pruned at half time.
     "default": {
         "criterion": "magnitude", "selection": "accumulated", "kernel_score": "pattern",
-        "allocation": "relative", "penalty": "shrink", "pool": "dynamic", "patterns": 12,
-        "earliest_start": 0.3, "latest_start": 0.3,
-        "pool_length": 0.05, "finalize_length": 0.05, "regularize_length": 0.1,
+        "allocation": "uniform", "penalty": "shrink", "pool": "dynamic", "patterns": 12,
+        "earliest_start": 0.44, "latest_start": 0.44,
+        "pool_length": 0.02, "finalize_length": 0.02, "regularize_length": 0.02,
     },
     # Sections 4 and 6.1: Taylor votes, the modified group lasso, one ratio for every layer; the hard prune
     # at about epoch 95 of 190, stage 2 at epoch 50 at the latest (Figure 5, Table 1).
@@ -149,6 +149,9 @@ class ClickTrain(Method[ClickTrainState]):
         for key, value in PRESETS[self.preset].items():
             if getattr(self, key) is None:
                 object.__setattr__(self, key, value)
+        for key, choices in _CHOICES.items():
+            if getattr(self, key) not in choices:
+                raise UserError(f"{key} must be one of {', '.join(choices)}, not {getattr(self, key)!r}")
         object.__setattr__(self, "exclude", tuple(self.exclude))
         object.__setattr__(self, "include", tuple(self.include))
         if not self.compression > 1:
@@ -167,8 +170,6 @@ class ClickTrain(Method[ClickTrainState]):
                 raise UserError(
                     f"a fixed pool keeps 4 positions per kernel; entries={self.entries} needs pool=dynamic"
                 )
-        if self.criterion not in CRITERIA:
-            raise UserError(f"criterion must be one of {', '.join(CRITERIA)}, not {self.criterion!r}")
         shares = ("earliest_start", "latest_start", "pool_length", "finalize_length", "regularize_length")
         for key in (*shares, "allocation_floor"):
             if not 0 <= getattr(self, key) <= 1:
@@ -319,6 +320,7 @@ class ClickTrain(Method[ClickTrainState]):
     def _advance(self, state: ClickTrainState, found: Survey, seen: int, reason: str) -> list[Action]:
         """Close the current stage and enter the next."""
         actions: list[Action] = []
+        self._fill_in(state, found)
         if state.stage == "pool":
             actions.append(self._close_pools(state, found))
         elif state.stage == "finalize":
@@ -386,18 +388,20 @@ class ClickTrain(Method[ClickTrainState]):
     def at_end(self, state: ClickTrainState, found: Survey) -> Sequence[Action]:
         """A run always ends at the compression asked for; magnitudes stand in for what was not measured."""
         actions: list[Action] = []
-        one = torch.ones(())
         while state.stage != "accelerated":
-            for target in self.targets(found):
-                weight = target.layer.weight.detach().float()
-                importance = magnitude_importance(weight, weight)
-                unseen = target.kernel_shape not in state.selection.candidates
-                if state.stage == "pool" and self.pool == "dynamic" and unseen:
-                    state.selection.propose(target, importance)
-                elif state.stage == "finalize" and target.layer.name not in state.selection.importance:
-                    state.selection.vote(target, importance, one)
             actions += self._advance(state, found, state.entered, "the run ended")
         return actions
+
+    def _fill_in(self, state: ClickTrainState, found: Survey) -> None:
+        """Before a stage is closed: layers whose gradients it never saw take part by their magnitudes."""
+        selection = state.selection
+        for target in self.targets(found):
+            weight = target.layer.weight.detach().float()
+            missing = target.kernel_shape not in selection.candidates
+            if state.stage == "pool" and self.pool == "dynamic" and missing:
+                selection.propose(target, magnitude_importance(weight, weight))
+            elif state.stage == "finalize" and target.layer.name not in selection.importance:
+                selection.vote(target, magnitude_importance(weight, weight), weight.new_ones(()))
 
     # ---- what is shown and saved ------------------------------------------------------------
 
@@ -478,6 +482,17 @@ class ClickTrain(Method[ClickTrainState]):
         if state.selection.kept:
             state.masks = {t.layer.name: state.selection.mask(t) for t in targets}
         return state
+
+
+_CHOICES: dict[str, tuple[str, ...]] = {
+    "criterion": tuple(CRITERIA),
+    "pool": ("dynamic", "fixed"),
+    "selection": ("votes", "accumulated"),
+    "kernel_score": ("kernel", "pattern"),
+    "allocation": ("uniform", "importance", "relative", "erk"),
+    "penalty": ("lasso", "shrink", "none"),
+    "loss_margin_rule": ("ratio", "increase"),
+}
 
 
 def _compression(found: Survey, masks: Mapping[str, Tensor]) -> float:

@@ -163,11 +163,11 @@ class Selection:
         """Inverse of `state_dict`."""
 
         def moved(tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
-            return {name: tensor.to(device) for name, tensor in tensors.items()}
+            return {name: tensor.to(device, copy=True) for name, tensor in tensors.items()}
 
         return cls(
             {
-                _shape(k): PatternVotes(v["bits"].to(device), v["counts"].to(device))
+                _shape(k): PatternVotes(v["bits"].to(device, copy=True), v["counts"].to(device, copy=True))
                 for k, v in saved["candidates"].items()
             },
             {_shape(k): PatternPool.from_bits(v, _shape(k)) for k, v in saved["pools"].items()},
@@ -198,8 +198,8 @@ def allocation_gains(
     """
     if rule == "uniform":
         return None
+    gains: dict[str, Tensor] = {}
     if rule == "erk":
-        gains = {}
         for target in targets:
             f, c, r, s = target.layer.shape
             ks = torch.arange(1, c + 1, dtype=torch.float64)
@@ -209,7 +209,8 @@ def allocation_gains(
         return gains
     if rule not in ("importance", "relative"):
         raise ValueError(f"unknown allocation rule {rule!r}")
-    return {
-        t.layer.name: kernel_gains(scores[t.layer.name], normalise=rule == "relative") * t.group
-        for t in targets
-    }
+    for target in targets:
+        own = kernel_gains(scores[target.layer.name], normalise=rule == "relative")
+        # Scores of a group are sums over its filters; relative to their mean they are not any more.
+        gains[target.layer.name] = own * target.group if rule == "relative" else own
+    return gains

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import logging
 from collections.abc import Callable, Mapping
 from dataclasses import replace
 from typing import Any
@@ -59,12 +58,13 @@ class Pruner:
         self._losses: list[Tensor] = []
         self._epoch_loss: Tensor | None = None
         self._epoch_losses: list[float] = []
+        self._depth = 0
+        if packed:
+            self._check_packable()
         self._handles = [
             optimizer.register_step_pre_hook(self._before_step),
             optimizer.register_step_post_hook(self._after_step),
         ]
-        if packed:
-            self._check_packable()
 
     # ---- what a loop calls ------------------------------------------------------------------
 
@@ -86,6 +86,7 @@ class Pruner:
         self._losses.append(value)
         self._epoch_loss = value.clone() if self._epoch_loss is None else self._epoch_loss + value
         self._seen += 1
+        self._depth = 0
 
     def plan(self) -> PruningPlan:
         """What will be pruned, to what density, by what, and why a layer is left alone; printable."""
@@ -183,8 +184,9 @@ class Pruner:
             raise UserError(f"this state was saved by method {saved['method']!r}, not {self.method.name!r}")
         self._state = self.method.load_state(self._found, self.length, saved["state"])
         self._seen = saved["seen"]
-        self._losses = list(saved["losses"])
-        self._epoch_loss = saved["epoch_loss"]
+        self._losses = [loss.clone() for loss in saved["losses"]]
+        epoch_loss = saved["epoch_loss"]
+        self._epoch_loss = None if epoch_loss is None else epoch_loss.clone()
         self._epoch_losses = list(saved["epoch_losses"])
         self.events = list(saved["events"])
         self.frozen = saved["frozen"]
@@ -192,41 +194,53 @@ class Pruner:
                       for layer in self._found.layers if layer.name in saved["masks"]}  # fmt: skip
         if self.frozen:
             self._plan = self.method.plan(self._found, self.length, self._state)
+            self.packed = bool(saved["packed"])  # go on in the form that was saved
         if saved["packed"]:
-            self.packed = True
             pack_model_(self.model, self.masks, [self.optimizer])
 
     def _check_packable(self) -> None:
-        """Train on masked dense weights, and say so, if a layer could not be packed when the time comes."""
+        """Refuse now what could not be packed at the hard prune, hours later."""
         names = [layer.name for layer in self._found.layers]
         refusals = pack_refusals(self.model, names, [self.optimizer])
         if refusals:
             name, reason = next(iter(refusals.items()))
-            self.packed = False
-            self._record({"event": "not_packed", "reasons": refusals})
-            logging.getLogger(__name__).warning(
-                "stage 5 trains masked dense weights, as %s cannot be packed: %s", name, reason
+            raise UserError(
+                f"{name} cannot be packed: {reason}; set packed to false to train masked dense weights, "
+                "or exclude the layer"
             )
 
     # ---- hooks ------------------------------------------------------------------------------
 
-    @torch.no_grad()
+    # An optimizer whose step calls its parent's runs the hooks of both: only the outermost count.
+
     def _before_step(self, optimizer: Optimizer, args: Any, kwargs: Any) -> None:
-        if self.frozen:
-            self._mask_gradients()
+        self._depth += 1
+        if self._depth > 1:
             return
         found_inf = getattr(optimizer, "found_inf", None)
-        if self._losses and (found_inf is None or not bool(found_inf)):
-            self.method.before_step(self._state, self._found, self._step())
+        with torch.no_grad(), self._full_precision():
+            if self.frozen:
+                self._mask_gradients()
+            elif self._losses and (found_inf is None or not bool(found_inf)):
+                self.method.before_step(self._state, self._found, self._step())
 
-    @torch.no_grad()
     def _after_step(self, optimizer: Optimizer, args: Any, kwargs: Any) -> None:
+        self._depth = max(self._depth - 1, 0)
+        if self._depth > 0:
+            return
         self._close_epoch()
-        if self.frozen:
-            self._mask_weights()
-        elif self._losses:
-            self._carry_out(self.method.after_step(self._state, self._found, self._step()))
+        with torch.no_grad(), self._full_precision():
+            if self.frozen:
+                self._mask_weights()
+            elif self._losses:
+                self._carry_out(self.method.after_step(self._state, self._found, self._step()))
         self._losses = []
+
+    def _full_precision(self) -> torch.autocast:
+        """Decisions do not depend on whether ``optimizer.step()`` is called inside autocast."""
+        parameter = next(self.model.parameters(), None)
+        kind = "cpu" if parameter is None else parameter.device.type
+        return torch.autocast(kind, enabled=False)
 
     def _step(self) -> Step:
         scale = getattr(self.optimizer, "grad_scale", None)

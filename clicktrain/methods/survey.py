@@ -129,6 +129,9 @@ def _reason(module: _ConvNd | nn.Linear, uses: dict[int, int], trained_ids: set[
         return "linear: this method prunes convolutions"
     if not isinstance(module, nn.Conv2d):
         return f"{type(module).__name__}: only Conv2d is pruned"
+    kind = type(module)
+    if (kind.forward, kind._conv_forward) != (nn.Conv2d.forward, nn.Conv2d._conv_forward):
+        return f"{kind.__name__}: a convolution with a forward of its own may not use its weight as it is"
     if not weight.is_floating_point() or not weight.requires_grad:
         return "its weight is not trained (requires_grad is False)"
     if uses.get(id(weight), 0) > 1:

@@ -55,7 +55,8 @@ def candidate_patterns(importance: Tensor, entries: int) -> Tensor:
         raise ValueError(f"entries must be in 1..{size} for kernels of {r}x{s}, got {entries}")
     if entries == size:
         return torch.full((f, c), (1 << size) - 1, dtype=torch.int64, device=importance.device)
-    flat = importance.reshape(f * c, size).float()
+    # Overflow and -0.0 order like other numbers here, and what is not a number does not matter.
+    flat = importance.reshape(f * c, size).float().abs().nan_to_num_(nan=0.0)
     chunk = _CHUNK if importance.device.type == "cpu" else f * c
     parts = [_best_candidates(part, entries, (r, s)) for part in torch.split(flat, chunk)]
     return torch.cat(parts).view(f, c)

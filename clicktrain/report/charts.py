@@ -1,0 +1,282 @@
+"""Charts as inline SVG: lines over epochs, bars per epoch, points, and lanes of stages."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+from markupsafe import Markup
+
+from clicktrain.report.stages import StageBand
+from clicktrain.report.svg import Scale, around, coordinate, element, picture, polyline, tick_text, ticks
+
+WIDTH, HEIGHT = 340.0, 216.0
+_LEFT, _RIGHT, _TOP, _BOTTOM = 38.0, 12.0, 20.0, 34.0
+_MOST_TOOLTIPS = 200
+_CHARACTER = 6.2  # pixels of a character of a label, roughly
+
+
+@dataclass(frozen=True, slots=True)
+class Series:
+    """A line: points (epoch, value), the class that gives its colour, and ``dashed`` or not."""
+
+    label: str
+    points: Sequence[tuple[float, float]]
+    css: str
+    dashed: bool = False
+    bold: bool = True
+
+
+@dataclass(frozen=True, slots=True)
+class Frame:
+    """The plotting area."""
+
+    x: Scale
+    y: Scale
+
+    @property
+    def box(self) -> tuple[float, float, float, float]:
+        """Left, top, right, bottom in pixels."""
+        return self.x.begin, self.y.end, self.x.end, self.y.begin
+
+
+def _frame(x_range: tuple[float, float], y_range: tuple[float, float]) -> Frame:
+    widest = max(len(tick_text(value)) for value in ticks(*y_range))
+    left = max(_LEFT, 12 + _CHARACTER * widest)
+    return Frame(
+        Scale(*x_range, left, WIDTH - _RIGHT),
+        Scale(*y_range, HEIGHT - _BOTTOM, _TOP),
+    )
+
+
+def line_chart(
+    series: Sequence[Series],
+    *,
+    label: str,
+    epochs: tuple[float, float],
+    bands: Sequence[StageBand] = (),
+    y_range: tuple[float, float] | None = None,
+    zero: bool = False,
+    top: float | None = None,
+    x_name: str = "epoch",
+) -> Markup:
+    """Lines over epochs, with the stages as coloured bands behind them.
+
+    Args:
+        series: at least one point in all.
+        label: said by screen readers.
+        epochs: left and right end of the axis.
+        bands: stages; their numbers stand above the plot.
+        y_range: of the axis; round numbers around the values by default.
+        zero: let the axis begin at zero.
+        top: a bound of the axis (100 for percents).
+        x_name: name of the horizontal axis.
+    """
+    values = [y for one in series for _, y in one.points]
+    frame = _frame(epochs, y_range or around(values, zero=zero, top=top))
+    parts = [*_bands(bands, frame), *_axes(frame, x_name)]
+    for one in series:
+        parts += _line(one, frame)
+    parts += _tooltips(series, frame)
+    return picture(WIDTH, HEIGHT, label, parts)
+
+
+def _bands(bands: Sequence[StageBand], frame: Frame) -> list[Markup]:
+    _, top, _, bottom = frame.box
+    parts, free = [], 0.0
+    for band in bands:
+        x, end = frame.x(band.begin), frame.x(band.end)
+        title = element(
+            "title", f"stage {band.mark}, {band.title}: epochs {band.begin:.2f} to {band.end:.2f}"
+        )
+        area = {"x": x, "width": end - x, "class_": f"band {band.css}"}
+        parts.append(element("rect", title, y=top, height=bottom - top, **area))
+        parts.append(
+            element("rect", y=top - 3, height=3.0, x=x, width=end - x, class_=f"band-edge {band.css}")
+        )
+        middle = (x + end) / 2
+        if middle >= free:  # numbers of very short stages would run into each other
+            parts.append(element("text", band.mark, x=middle, y=top - 7, class_="band-mark"))
+            free = middle + 9
+    return parts
+
+
+def _axes(frame: Frame, x_name: str) -> list[Markup]:
+    left, _, right, bottom = frame.box
+    parts = []
+    for value in ticks(frame.y.low, frame.y.high):
+        y = frame.y(value)
+        parts.append(element("line", x1=left, x2=right, y1=y, y2=y, class_="grid"))
+        parts.append(element("text", tick_text(value), x=left - 6, y=y + 4, class_="tick y"))
+    for value in ticks(frame.x.low, frame.x.high, 6, whole=True):
+        x = frame.x(value)
+        parts.append(element("line", x1=x, x2=x, y1=bottom, y2=bottom + 4, class_="axis"))
+        parts.append(element("text", tick_text(value), x=x, y=bottom + 16, class_="tick x"))
+    parts.append(element("line", x1=left, x2=right, y1=bottom, y2=bottom, class_="axis"))
+    parts.append(element("text", x_name, x=right, y=HEIGHT - 3, class_="axis-name"))
+    return parts
+
+
+def _line(one: Series, frame: Frame) -> list[Markup]:
+    if not one.points:
+        return []
+    pixels = [(frame.x(x), frame.y(y)) for x, y in one.points]
+    css = f"line {one.css}{' dashed' if one.dashed else ''}{'' if one.bold else ' thin'}"
+    x, y = pixels[-1]
+    return [
+        element("path", d=polyline(pixels), class_=css),
+        element("circle", cx=x, cy=y, r=3.0 if one.bold else 2.2, class_=f"dot {one.css}"),
+    ]
+
+
+def _tooltips(series: Sequence[Series], frame: Frame) -> list[Markup]:
+    """Invisible columns that tell the values of an epoch when pointed at."""
+    at: dict[float, list[str]] = {}
+    for one in series:
+        for x, y in one.points:
+            at.setdefault(x, []).append(f"{one.label}: {y:.4g}")
+    if len(at) > _MOST_TOOLTIPS:
+        return []
+    left, top, right, bottom = frame.box
+    half = (right - left) / max(len(at), 1) / 2
+    return [
+        element(
+            "rect",
+            element("title", f"epoch {coordinate(x)}\n" + "\n".join(lines)),
+            x=frame.x(x) - half,
+            width=2 * half,
+            y=top,
+            height=bottom - top,
+            class_="tip",
+        )
+        for x, lines in sorted(at.items())
+    ]
+
+
+@dataclass(frozen=True, slots=True)
+class Bars:
+    """One part of stacked bars, one value per epoch."""
+
+    label: str
+    values: Sequence[tuple[float, float]]
+    css: str
+
+
+def bar_chart(
+    parts: Sequence[Bars],
+    *,
+    label: str,
+    last_epoch: float,
+    bands: Sequence[StageBand] = (),
+    reference: float | None = None,
+) -> Markup:
+    """Stacked steps, one per epoch (that of epoch e spans e-1..e); ``reference`` is a dashed line."""
+    stacks: dict[float, float] = {}
+    for part in parts:
+        for x, y in part.values:
+            stacks[x] = stacks.get(x, 0.0) + y
+    highest = max([*stacks.values(), reference or 0.0])
+    frame = _frame((0.0, max(last_epoch, 1e-9)), around([0.0, highest], zero=True))
+    drawn = [*_bands(bands, frame), *_axes(frame, "epoch")]
+    base = dict.fromkeys(stacks, 0.0)
+    for part in parts:
+        upper: list[tuple[float, float]] = []
+        lower: list[tuple[float, float]] = []
+        for x, y in part.values:
+            begin, end = frame.x(x - 1), frame.x(x)
+            lower += [(begin, frame.y(base[x])), (end, frame.y(base[x]))]
+            base[x] += y
+            upper += [(begin, frame.y(base[x])), (end, frame.y(base[x]))]
+        drawn.append(element("path", d=polyline([*upper, *reversed(lower)]) + "z", class_=f"bar {part.css}"))
+        drawn.append(element("path", d=polyline(upper), class_=f"line thin {part.css}"))
+    if reference is not None:
+        y = frame.y(reference)
+        left, _, right, _ = frame.box
+        drawn.append(element("line", x1=left, x2=right, y1=y, y2=y, class_="reference"))
+    named = [Series(part.label, [(x, y) for x, y in part.values], part.css) for part in parts]
+    return picture(WIDTH, HEIGHT, label, [*drawn, *_tooltips(named, frame)])
+
+
+@dataclass(frozen=True, slots=True)
+class Point:
+    """A run in the trade-off picture."""
+
+    label: str
+    x: float
+    y: float
+    css: str
+
+
+def trade_off_chart(points: Sequence[Point], *, label: str, reference: float | None) -> Markup:
+    """Accuracy over compression; ``reference`` is the dense accuracy, a dashed line."""
+    heights = [p.y for p in points] + ([reference] if reference is not None else [])
+    low, high = around(heights, top=100.0)
+    _, furthest = around([p.x for p in points], zero=True)
+    frame = _frame((0.0, furthest), (low, high))
+    parts = _axes(frame, "compression (times smaller)")
+    left, top, right, bottom = frame.box
+    line = -100.0
+    if reference is not None:
+        line = frame.y(reference)
+        parts.append(element("line", x1=left, x2=right, y1=line, y2=line, class_="reference"))
+    taken = [(frame.x(p.x), 6.0, frame.y(p.y) + 5) for p in points]
+    for point in sorted(points, key=lambda p: (-p.y, p.x)):
+        x, y = frame.x(point.x), frame.y(point.y)
+        parts.append(
+            element("circle", element("title", point.label), cx=x, cy=y, r=5.0, class_=f"dot {point.css}")
+        )
+        text = point.label if len(point.label) <= 24 else point.label[:23] + "…"
+        half = _CHARACTER * len(text) / 2
+        middle = min(max(x, left + half), right - half)
+        name_y = _free_height(y - 10, middle, half, taken, (top, bottom, line))
+        taken.append((middle, half, name_y))
+        parts.append(element("text", text, x=middle, y=name_y, class_="name middle"))
+    return picture(WIDTH, HEIGHT, label, parts)
+
+
+def _free_height(
+    y: float,
+    x: float,
+    half: float,
+    taken: Sequence[tuple[float, float, float]],
+    bounds: tuple[float, float, float],
+) -> float:
+    """The height nearest to ``y`` at which a name around ``x`` runs into nothing.
+
+    ``taken`` holds (middle, half a width, height) of points and names that are there, ``bounds`` the top and
+    bottom of the plot and the height of the dense line.
+    """
+    top, bottom, line = bounds
+    for i in range(80):
+        here = y + (i + 1) // 2 * (3.0 if i % 2 else -3.0)
+        clear = all(abs(here - ty) >= 12 or abs(x - tx) > half + th + 4 for tx, th, ty in taken)
+        if top - 10 < here < bottom and clear and not here - 10 < line < here + 3:
+            return here
+    return y
+
+
+def lane_chart(
+    lanes: Sequence[tuple[str, str, Sequence[StageBand]]], *, label: str, last_epoch: float
+) -> Markup:
+    """When each run was in which stage: one row per run, given as (name, colour class, bands)."""
+    step = min(44.0, (HEIGHT - _TOP - _BOTTOM) / max(len(lanes), 1))
+    height = _TOP + step * len(lanes) + _BOTTOM
+    x = Scale(0.0, max(last_epoch, 1e-9), 12.0, WIDTH - _RIGHT)
+    frame = Frame(x, Scale(0.0, 1.0, height - _BOTTOM, _TOP - 8))
+    parts = []
+    for i, (name, css, bands) in enumerate(lanes):
+        y = _TOP - 4 + i * step
+        parts.append(element("circle", cx=17.0, cy=y + 5, r=4.0, class_=f"dot {css}"))
+        parts.append(element("text", name[:44], x=26.0, y=y + 9, class_="name"))
+        for band in bands:
+            begin, end = x(band.begin), x(band.end)
+            title = element("title", f"{name}: {band.title}, epochs {band.begin:.2f} to {band.end:.2f}")
+            size = {"x": begin, "y": y + 14, "width": end - begin, "height": max(step - 22, 4.0)}
+            parts.append(element("rect", title, class_=f"lane {band.css}", **size))
+    left, _, right, bottom = frame.box
+    for value in ticks(frame.x.low, frame.x.high, 6, whole=True):
+        parts.append(element("line", x1=x(value), x2=x(value), y1=bottom, y2=bottom + 4, class_="axis"))
+        parts.append(element("text", tick_text(value), x=x(value), y=bottom + 16, class_="tick x"))
+    parts.append(element("line", x1=left, x2=right, y1=bottom, y2=bottom, class_="axis"))
+    parts.append(element("text", "epoch", x=right, y=height - 3, class_="axis-name"))
+    return picture(WIDTH, height, label, parts)

@@ -1,0 +1,232 @@
+"""Runs side by side: baseline, headline, table and the curves over each other."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+
+from clicktrain.report import wording
+from clicktrain.report.charts import Point, Series, lane_chart, line_chart, trade_off_chart
+from clicktrain.report.figure import Figure, Key
+from clicktrain.report.run_data import Run, number
+from clicktrain.report.stages import stage_bands
+
+RUN_COLOURS = 8
+"""Colours of the page's style for runs that are no baseline."""
+
+CLOSE_TO_DENSE = 1.0
+"""Points of accuracy that the run in the headline may lie under the dense run."""
+
+
+@dataclass(frozen=True)
+class Entry:
+    """A run with its place in the report and the dense run it is measured against, if there is one."""
+
+    run: Run
+    number: int
+    css: str
+    baseline: Run | None
+
+    @property
+    def anchor(self) -> str:
+        """Id of its section."""
+        return f"run-{self.number}"
+
+    @property
+    def difference(self) -> float | None:
+        """Points of final accuracy over the dense run; None while the run is not finished."""
+        if (
+            self.baseline is None
+            or not self.run.finished
+            or self.run.accuracy is None
+            or self.baseline.accuracy is None
+        ):
+            return None
+        return self.run.accuracy - self.baseline.accuracy
+
+
+def entries(runs: Sequence[Run]) -> tuple[Entry, ...]:
+    """Dense runs first; pruned runs with their baselines: same task, same seed and length if possible."""
+    ordered = sorted(runs, key=lambda run: not run.is_dense)
+    found, colour = [], 0
+    for i, run in enumerate(ordered):
+        if run.is_dense:
+            css = "run-dense"
+        else:
+            colour += 1
+            css = f"run-c{(colour - 1) % RUN_COLOURS + 1}"
+        found.append(Entry(run, i + 1, css, _baseline(run, runs)))
+    return tuple(found)
+
+
+def _baseline(run: Run, runs: Sequence[Run]) -> Run | None:
+    if run.is_dense:
+        return None
+    dense = [other for other in runs if other.is_dense and other.task == run.task and other.finished]
+    same = ("seed", "epochs")
+    return max(dense, key=lambda d: [d.config.get(key) == run.config.get(key) for key in same], default=None)
+
+
+def headliner(found: Sequence[Entry]) -> Entry:
+    """The run that the headline is about.
+
+    Of the finished pruned runs the one with the highest compression that is at most `CLOSE_TO_DENSE` points
+    under dense; if there is none, the most accurate one; if nothing was pruned, the first run.
+    """
+    pruned = [e for e in found if not e.run.is_dense and e.run.finished]
+    close = [e for e in pruned if e.difference is not None and e.difference >= -CLOSE_TO_DENSE]
+    if close:
+        return max(close, key=lambda e: (e.run.compression or 0, e.run.accuracy or 0))
+    if pruned:
+        return max(pruned, key=lambda e: (e.run.accuracy or 0, e.run.compression or 0))
+    unfinished = [e for e in found if not e.run.is_dense]
+    return (unfinished or list(found))[0]
+
+
+def headline(entry: Entry) -> str:
+    """What the run reached, in one line of plain words."""
+    run = entry.run
+    if not run.finished:
+        so_far = f", {wording.fixed(run.accuracy)}% accuracy so far" if run.accuracy is not None else ""
+        return f"Unfinished: epoch {run.epochs_done} of {run.epochs_asked}{so_far}"
+    accuracy = f"{wording.fixed(run.accuracy)}% accuracy"
+    if run.is_dense:
+        return f"{accuracy}, nothing pruned"
+    parts = []
+    if run.compression is not None:
+        parts.append(f"{wording.times(run.compression)} smaller convolutions")
+    if entry.baseline is not None and entry.baseline.accuracy is not None:
+        accuracy += f" (dense {wording.fixed(entry.baseline.accuracy)}%)"
+    parts.append(accuracy)
+    if run.train_flops_ratio is not None:
+        parts.append(wording.saved(run.train_flops_ratio, "training FLOPs"))
+    return ", ".join(parts)
+
+
+def comparison_figures(found: Sequence[Entry]) -> list[Figure]:
+    """Curves and trade-off of several runs over each other."""
+    runs = [entry.run for entry in found]
+    last = float(max(run.epochs_done for run in runs))
+    keys = tuple(Key(e.run.label, e.css, dashed=e.run.is_dense) for e in found)
+    figures = [_trade_off(found)]
+
+    def curve(title: str, caption: str, key: str, *, since: float = 0.0, zero: bool = False) -> None:
+        lines = _lines(found, lambda run: [p for p in run.column(key) if p[0] >= since])
+        if lines:
+            label = f"{title} over epochs, all runs"
+            drawn = line_chart(lines, label=label, epochs=(since, last), zero=zero, top=None if zero else 100)
+            figures.append(Figure(title, drawn, caption, keys))
+
+    curve("Validation accuracy, %", _accuracy_caption(found), "val_accuracy")
+    if last >= 9:
+        late = float(round(last * 2 / 3))
+        curve(
+            "Validation accuracy, last third, %",
+            "The same, where the ends are decided.",
+            "val_accuracy",
+            since=late,
+        )
+    curve("Training loss", "Mean loss of each epoch’s training batches.", "train_loss", zero=True)  # noqa: RUF001
+    curve("Validation loss", "Mean cross-entropy on the validation split.", "val_loss", zero=True)
+    sparse = _lines(found, sparsity_steps)
+    if any(y > 0 for line in sparse for _, y in line.points):
+        caption = "Share of convolution weights that are zero; it jumps where weights are removed for good."
+        drawn = line_chart(
+            sparse, label="Sparsity over epochs, all runs", epochs=(0.0, last), y_range=(0, 100)
+        )
+        figures.append(Figure("Sparsity, %", drawn, caption, keys))
+    figures += _cost_so_far(found, last, keys)
+    curve("Time per epoch, s", "Training time, evaluation and checkpoints left out.", "seconds", zero=True)
+    lanes = [(e.run.label, e.css, stage_bands(e.run)) for e in found]
+    if any(len(bands) > 1 for _, _, bands in lanes):
+        drawn = lane_chart(lanes, label="Stages of each run over epochs", last_epoch=last)
+        caption = "When each run was in which stage."
+        figures.append(Figure("Stages", drawn, caption, stage_keys(found), keys_below=True))
+    return [figure for figure in figures if figure is not None]
+
+
+def stage_keys(found: Sequence[Entry]) -> tuple[Key, ...]:
+    """The stages that the runs went through, with their colours."""
+    bands = {band.stage: band for entry in found for band in stage_bands(entry.run)}
+    ordered = sorted(bands.values(), key=lambda band: int(band.mark))
+    return tuple(Key(f"{band.mark} {band.title}", band.css, area=True) for band in ordered)
+
+
+def _lines(found: Sequence[Entry], points: Callable[[Run], list[tuple[float, float]]]) -> list[Series]:
+    lines = [Series(e.run.label, points(e.run), e.css, dashed=e.run.is_dense) for e in found]
+    return [line for line in lines if line.points]
+
+
+def sparsity_steps(run: Run) -> list[tuple[float, float]]:
+    """(epoch, percent) with the hard prune as a step at its own moment."""
+    at = run.hard_prune_epoch
+    points: list[tuple[float, float]] = []
+    before = 0.0
+    for epoch, value in run.column("sparsity"):
+        if not points:
+            points.append((epoch - 1, 0.0))
+        if at is not None and epoch - 1 <= at <= epoch and 100 * value > before:
+            points += [(at, before), (at, 100 * value)]
+        before = 100 * value
+        points.append((epoch, before))
+    return points
+
+
+def _trade_off(found: Sequence[Entry]) -> Figure | None:
+    shown = [e for e in found if e.run.finished and e.run.compression and e.run.accuracy is not None]
+    if len(shown) < 2:
+        return None
+    points = [Point(e.run.label, e.run.compression or 1.0, e.run.accuracy or 0.0, e.css) for e in shown]
+    dense = [e.run.accuracy for e in shown if e.run.is_dense]
+    reference = dense[0] if len(dense) == 1 else None
+    caption = "Each point is a finished run: up is more accurate, right is smaller."
+    if reference is not None:
+        caption += " The dashed line is the dense run."
+    drawn = trade_off_chart(points, label="Validation accuracy over compression ratio", reference=reference)
+    return Figure("Accuracy, %, against compression", drawn, caption)
+
+
+def _accuracy_caption(found: Sequence[Entry]) -> str:
+    ends = [f"{e.run.label} at {wording.fixed(e.run.accuracy)}%" for e in found if e.run.accuracy is not None]
+    shown = wording.sentence_list(ends) if len(ends) <= 4 else ""
+    return f"The curves end with {shown}." if shown else "Top-1 accuracy on the validation split."
+
+
+def _cost_so_far(found: Sequence[Entry], last: float, keys: tuple[Key, ...]) -> list[Figure]:
+    """Training FLOPs spent, relative to what a dense run of the same length spends in all."""
+
+    def spent(run: Run) -> list[tuple[float, float]]:
+        dense = run.column("train_flops_dense")
+        if not dense or not dense[-1][1]:
+            return []
+        whole = dense[-1][1] / dense[-1][0] * max(run.epochs_asked, 1)
+        return [(0.0, 0.0), *((epoch, 100 * value / whole) for epoch, value in run.column("train_flops"))]
+
+    lines = _lines(found, spent)
+    if not lines:
+        return []
+    drawn = line_chart(lines, label="Training FLOPs spent, all runs", epochs=(0.0, last), zero=True)
+    caption = (
+        "Forward and backward passes so far; 100% is what dense training of the same length costs in all."
+    )
+    return [Figure("Training FLOPs spent, % of dense", drawn, caption, keys)]
+
+
+def differing_settings(runs: Sequence[Run]) -> list[tuple[str, list[str]]]:
+    """Settings with several values among the runs that have them: (name, value in each run or a dash)."""
+    names = list(dict.fromkeys(name for run in runs for name in run.config))
+    rows = []
+    for name in names:
+        values = [wording.setting(run.config.get(name)) for run in runs]
+        if len({value for value, run in zip(values, runs, strict=True) if name in run.config}) > 1:
+            rows.append((name, values))
+    return rows
+
+
+def time_factor(entry: Entry) -> float | None:
+    """Time of the run / time of its baseline, where both ran on the same device."""
+    base = entry.baseline
+    if base is None or not entry.run.finished or base.device != entry.run.device:
+        return None
+    mine, theirs = number(entry.run.summary, "train_seconds"), number(base.summary, "train_seconds")
+    return mine / theirs if mine is not None and theirs else None

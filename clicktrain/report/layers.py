@@ -1,0 +1,66 @@
+"""Per layer: what was kept, and what it costs."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+from clicktrain.report.patterns import decided_layers
+from clicktrain.report.run_data import Run, kernel_density, number
+
+
+@dataclass(frozen=True, slots=True)
+class LayerRow:
+    """One line of the table of layers; densities are shares of 1, FLOPs are per image and forward pass."""
+
+    name: str
+    shape: tuple[int, ...]
+    kernels: float | None
+    weights: float
+    per_filter: int | None
+    flops: float | None
+    flops_dense: float | None
+    operator: str
+
+    @property
+    def pruned(self) -> bool:
+        """Whether anything was removed."""
+        return self.weights < 1
+
+    @property
+    def flops_share(self) -> float | None:
+        """FLOPs left / dense FLOPs."""
+        return self.flops / self.flops_dense if self.flops is not None and self.flops_dense else None
+
+
+def layer_rows(run: Run) -> tuple[LayerRow, ...]:
+    """All weighted layers of a finished run; of an unfinished one, those whose masks are decided."""
+    decided = {str(layer.get("name")): layer for layer in decided_layers(run)}
+    rows = []
+    for layer in run.layers or tuple(decided.values()):
+        name = str(layer.get("name"))
+        shape = tuple(int(v) for v in layer.get("shape") or ())
+        weights = number(layer, "density")
+        weights = 1.0 if weights is None else weights
+        kernels = number(decided.get(name), "kernels_per_filter")
+        if len(shape) != 4:
+            share = None
+        elif weights >= 1:
+            share = 1.0
+        elif kernels is not None:
+            share = kernels / shape[1]
+        else:
+            share = kernel_density(run.keep(name)) if name in run.weight_shapes else None
+        per_filter = number(layer, "nnz_per_filter")
+        rows.append(
+            LayerRow(
+                name,
+                shape,
+                share,
+                weights,
+                None if per_filter is None else int(per_filter),
+                number(layer, "forward_flops"),
+                number(layer, "forward_flops_dense"),
+                str(layer.get("operator") or ""),
+            )
+        )
+    return tuple(rows)

@@ -1,0 +1,314 @@
+"""What a report knows of a run: the files of its folder, read once; nothing of a live trainer."""
+
+from __future__ import annotations
+
+import json
+import math
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from functools import cached_property
+from pathlib import Path
+from typing import Any
+
+import torch
+import yaml
+from safetensors import SafetensorError, safe_open
+from torch import Tensor
+
+from clicktrain.errors import UserError
+
+FORMAT_VERSION = 1
+"""Newest format of a run folder that is understood."""
+
+_METHOD_NAMES = {"clicktrain": "ClickTrain", "prunetrain": "PruneTrain", "campfire": "Campfire", "pat": "PaT"}
+_HEADER = "# clicktrain run folder, format "
+
+
+def number(values: Mapping[str, Any] | None, key: str) -> float | None:
+    """A finite number of a record, or None."""
+    value = None if values is None else values.get(key)
+    if isinstance(value, bool) or not isinstance(value, int | float) or not math.isfinite(value):
+        return None
+    return float(value)
+
+
+@dataclass(frozen=True)
+class Run:
+    """One run folder.
+
+    Attributes:
+        label: name to show, unique in a report.
+        folder: where it lies.
+        config: settings, flat.
+        metrics: lines of the finished epochs.
+        events: decisions of the method, in order.
+        summary: what was reached; None while the run is not finished.
+    """
+
+    label: str
+    folder: Path
+    config: Mapping[str, Any]
+    metrics: tuple[Mapping[str, Any], ...]
+    events: tuple[Mapping[str, Any], ...]
+    summary: Mapping[str, Any] | None
+
+    @property
+    def finished(self) -> bool:
+        """Whether the run came to its end."""
+        return self.summary is not None
+
+    @property
+    def method(self) -> str:
+        """Name of the method, as in the settings."""
+        return str((self.summary or {}).get("method") or self.config.get("method") or "unknown")
+
+    @property
+    def method_name(self) -> str:
+        """Name of the method, as people write it, with the preset if it is not the default one."""
+        name = _METHOD_NAMES.get(self.method, self.method)
+        preset = self.config.get("preset")
+        return f"{name} ({preset})" if preset not in (None, "default") else name
+
+    @property
+    def is_dense(self) -> bool:
+        """Whether nothing is pruned: a baseline."""
+        return self.method == "dense"
+
+    @property
+    def epochs_done(self) -> int:
+        """Finished epochs."""
+        return int(number(self.metrics[-1], "epoch") or 0) if self.metrics else 0
+
+    @property
+    def epochs_asked(self) -> int:
+        """Epochs that the run was to have."""
+        return int(number(self.summary, "epochs") or number(self.config, "epochs") or self.epochs_done)
+
+    @property
+    def task(self) -> tuple[str, ...]:
+        """What makes accuracies of two runs comparable: network, width, stem, data, image size."""
+        keys = ("model", "width", "stem", "data", "image_size")
+        return tuple(str(self.config.get(key)) for key in keys)
+
+    def column(self, key: str) -> list[tuple[float, float]]:
+        """(epoch, value) of every epoch that has the value."""
+        pairs = ((number(line, "epoch"), number(line, key)) for line in self.metrics)
+        return [(epoch, value) for epoch, value in pairs if epoch is not None and value is not None]
+
+    def _reached(self, key: str, column: str) -> float | None:
+        """From the summary; for an unfinished run, from its last finished epoch."""
+        if self.summary is not None:
+            return number(self.summary, key)
+        values = self.column(column)
+        return values[-1][1] if values else None
+
+    @property
+    def accuracy(self) -> float | None:
+        """Top-1 validation accuracy at the end, percent."""
+        return self._reached("val_accuracy", "val_accuracy")
+
+    @property
+    def best_accuracy(self) -> float | None:
+        """Highest top-1 validation accuracy of any epoch, percent."""
+        values = [value for _, value in self.column("val_accuracy")]
+        return number(self.summary, "best_val_accuracy") or max(values, default=None)
+
+    @property
+    def compression(self) -> float | None:
+        """All convolution weights / non-zero ones."""
+        if self.summary is not None:
+            return number(self.summary, "compression_ratio")
+        density = self._reached("", "density")
+        return 1 / density if density else None
+
+    @property
+    def compression_asked(self) -> float | None:
+        """The compression ratio that was asked for, if any."""
+        return number(self.summary, "compression_asked") or number(self.config, "compression")
+
+    @property
+    def train_flops_ratio(self) -> float | None:
+        """Training FLOPs of the run as it happened (so far) / those of dense training."""
+        if self.summary is not None:
+            return number(self.summary, "train_flops_ratio")
+        done, dense = self._reached("", "train_flops"), self._reached("", "train_flops_dense")
+        return done / dense if done is not None and dense else None
+
+    @property
+    def inference_flops_ratio(self) -> float | None:
+        """FLOPs of one prediction / those of the dense network."""
+        return number(self.summary, "inference_flops_ratio")
+
+    @property
+    def seconds(self) -> float | None:
+        """Wall clock of the run; for an unfinished one, the sum over its epochs."""
+        if self.summary is not None:
+            return number(self.summary, "train_seconds")
+        values = [value for _, value in self.column("seconds")]
+        return sum(values) if values else None
+
+    @property
+    def data_share(self) -> float | None:
+        """Part of the training time spent waiting for images."""
+        if (share := number(self.summary, "data_share")) is not None:
+            return share
+        whole = sum(value for _, value in self.column("seconds"))
+        waited = self.column("data_seconds")
+        return sum(value for _, value in waited) / whole if waited and whole else None
+
+    @property
+    def hard_prune_epoch(self) -> float | None:
+        """When positions were fixed, in epochs."""
+        return number(self.summary, "hard_prune_epoch") or number(self.event("hard_prune"), "epoch")
+
+    @property
+    def device(self) -> str:
+        """Name of the machine's part that trained."""
+        found = self.summary or {}
+        asked = self.config.get("device")
+        known = found.get("gpu") or found.get("cpu") or found.get("device")
+        return str(known or (asked if asked not in (None, "auto") else ""))
+
+    def event(self, name: str) -> Mapping[str, Any] | None:
+        """The last event of that name."""
+        return next((e for e in reversed(self.events) if e.get("event") == name), None)
+
+    @property
+    def layers(self) -> tuple[Mapping[str, Any], ...]:
+        """Layers of the summary: name, shape, density, FLOPs."""
+        found = (self.summary or {}).get("layers")
+        return tuple(layer for layer in found or () if isinstance(layer, Mapping))
+
+    # ---- weights ----------------------------------------------------------------------------
+
+    @cached_property
+    def weight_shapes(self) -> dict[str, tuple[int, ...]]:
+        """Layer name -> shape of its convolution weight; empty without model.safetensors."""
+        path = self.folder / "model.safetensors"
+        if not path.is_file():
+            return {}
+        with _opened(path) as file:
+            shapes = {key: tuple(file.get_slice(key).get_shape()) for key in file.keys()}  # noqa: SIM118
+        return {
+            k.removesuffix(".weight"): s for k, s in shapes.items() if k.endswith(".weight") and len(s) == 4
+        }
+
+    def keep(self, layer: str) -> Tensor:
+        """Mask of a convolution in `weight_shapes`: bool [F, C, R, S], True = kept (not zero)."""
+        with _opened(self.folder / "model.safetensors") as file:
+            weight: Tensor = file.get_tensor(f"{layer}.weight")
+        return weight != 0
+
+    @cached_property
+    def facts(self) -> dict[str, Any]:
+        """What model.safetensors says of the network: image_shape, classes and so on."""
+        path = self.folder / "model.safetensors"
+        if not path.is_file():
+            return {}
+        with _opened(path) as file:
+            text = (file.metadata() or {}).get("clicktrain", "{}")
+        try:
+            values = json.loads(text)
+        except ValueError:
+            return {}
+        return values if isinstance(values, dict) else {}
+
+    def file_bytes(self, name: str) -> int | None:
+        """Size of a file of the folder, None if it is not there."""
+        path = self.folder / name
+        return path.stat().st_size if path.is_file() else None
+
+
+def _opened(path: Path) -> Any:
+    try:
+        return safe_open(path, framework="pt")
+    except (SafetensorError, OSError):
+        raise UserError(f"{path} is damaged: it is not a safetensors file") from None
+
+
+def read_runs(paths: Sequence[str | Path]) -> tuple[Run, ...]:
+    """Read run folders, in the order given.
+
+    Raises:
+        UserError: no folder given, a folder that holds no run, or a damaged file in one.
+    """
+    if not paths:
+        raise UserError("a report needs at least one run folder")
+    folders = [Path(path) for path in paths]
+    real = [folder.resolve() for folder in folders]
+    twice = next((f for i, f in enumerate(folders) if real[i] in real[:i]), None)
+    if twice is not None:
+        raise UserError(f"{twice} is given twice: give each run folder once")
+    return tuple(_read(folder, label) for folder, label in zip(folders, _labels(real), strict=True))
+
+
+def _labels(folders: Sequence[Path]) -> list[str]:
+    """The folders' names, with as many parents as it takes to tell them apart."""
+    for depth in range(1, 1 + max(len(folder.parts) for folder in folders)):
+        labels = ["/".join(folder.parts[-depth:]) for folder in folders]
+        if len(set(labels)) == len(labels):
+            break
+    return [label.encode("utf-8", "replace").decode("utf-8") for label in labels]
+
+
+def _read(folder: Path, label: str) -> Run:
+    if not folder.is_dir():
+        raise UserError(f"there is no folder {folder}: give the folder of a run, as in runs/NAME")
+    config = _read_config(folder)
+    return Run(
+        label,
+        folder,
+        config,
+        _read_lines(folder / "metrics.jsonl"),
+        _read_lines(folder / "events.jsonl"),
+        _read_summary(folder / "summary.json"),
+    )
+
+
+def _read_config(folder: Path) -> dict[str, Any]:
+    path = folder / "config.yaml"
+    if not path.is_file():
+        raise UserError(f"{folder} is not the folder of a run: it has no config.yaml")
+    try:
+        text = path.read_text(encoding="utf-8")
+        values = yaml.safe_load(text)
+    except (yaml.YAMLError, UnicodeDecodeError):
+        raise UserError(f"{path} is damaged: it is not YAML") from None
+    version = text.split("\n", 1)[0].removeprefix(_HEADER).strip()
+    if text.startswith(_HEADER) and version.isdigit() and int(version) > FORMAT_VERSION:
+        raise UserError(f"{folder} was written by a newer clicktrain (format {version}): update clicktrain")
+    if not isinstance(values, dict):
+        raise UserError(f"{folder} is not the folder of a run: its config.yaml holds no settings")
+    return {str(key): value for key, value in values.items()}
+
+
+def _read_lines(path: Path) -> tuple[Mapping[str, Any], ...]:
+    """Records of a JSONL file; a last line without its end is still being written and left out."""
+    if not path.is_file():
+        return ()
+    try:
+        records = [json.loads(line) for line in path.read_bytes().split(b"\n")[:-1] if line.strip()]
+    except ValueError:
+        raise UserError(f"{path} is damaged: a line of it is not JSON") from None
+    if not all(isinstance(record, dict) for record in records):
+        raise UserError(f"{path} is damaged: a line of it is not a record")
+    return tuple(records)
+
+
+def _read_summary(path: Path) -> dict[str, Any] | None:
+    if not path.is_file():
+        return None
+    try:
+        values = json.loads(path.read_text(encoding="utf-8"))
+    except ValueError:
+        raise UserError(f"{path} is damaged: it is not JSON") from None
+    if not isinstance(values, dict):
+        raise UserError(f"{path} is damaged: it is not a record")
+    if (number(values, "format_version") or 0) > FORMAT_VERSION:
+        raise UserError(f"{path} was written by a newer clicktrain: update clicktrain")
+    return values
+
+
+def kernel_density(keep: Tensor) -> float:
+    """Share of kernels that keep at least one weight; ``keep`` is bool [F, C, R, S]."""
+    return float(keep.flatten(2).any(dim=2).to(torch.float64).mean())

@@ -1,0 +1,65 @@
+"""The decisions of a run in words, one line per event."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Any
+
+from clicktrain.report import wording
+from clicktrain.report.run_data import Run, number
+from clicktrain.report.stages import STAGE_NAMES
+
+
+@dataclass(frozen=True, slots=True)
+class Moment:
+    """When, what, and more about it; ``css`` is the colour of a stage that begins."""
+
+    epoch: str
+    title: str
+    detail: str
+    css: str = ""
+
+
+def timeline(run: Run, most: int = 60) -> tuple[Moment, ...]:
+    """The first ``most`` events of a run."""
+    return tuple(_moment(event) for event in run.events[:most])
+
+
+def _moment(event: Mapping[str, Any]) -> Moment:
+    name = str(event.get("event"))
+    at = wording.epoch(number(event, "epoch"))
+    if name == "stage":
+        stage = str(event.get("stage"))
+        title = f"stage {event.get('number', '')}: {STAGE_NAMES.get(stage, stage)}"
+        css = f"stage-{stage}" if stage in STAGE_NAMES else ""
+        return Moment(at, title, str(event.get("reason") or ""), css)
+    if name == "pool":
+        return Moment(at, "pattern pool chosen", _pools(event))
+    if name == "finalised":
+        reached = _compression(event)
+        return Moment(at, "patterns and kernels chosen", f"{len(event.get('layers') or ())} layers{reached}")
+    if name == "hard_prune":
+        lost = number(event, "energy_outside")
+        energy = "" if lost is None else f"; {wording.percent(lost, 1)} of the weights’ energy was cut"  # noqa: RUF001
+        return Moment(at, "hard prune", _compression(event).removeprefix(", ") + energy)
+    known = ("event", "step", "epoch")
+    detail = ", ".join(f"{key} {value}" for key, value in event.items() if key not in known)
+    return Moment(at, name.replace("_", " "), detail if len(detail) < 200 else detail[:199] + "…")
+
+
+def _pools(event: Mapping[str, Any]) -> str:
+    parts = []
+    for pool in event.get("pools") or ():
+        count, shape = len(pool.get("patterns") or ()), wording.shape(pool.get("shape"))
+        candidates = number(pool, "candidates") or 0
+        among = f" of {candidates:.0f} candidates" if candidates else ""
+        parts.append(f"{count} pattern{'' if count == 1 else 's'}{among} for {shape} kernels")
+    return wording.sentence_list(parts)
+
+
+def _compression(event: Mapping[str, Any]) -> str:
+    asked, reached = number(event, "compression_asked"), number(event, "compression_reached")
+    if reached is None:
+        return ""
+    return f", compression {wording.times(reached)}" + (f" (asked {wording.times(asked)})" if asked else "")

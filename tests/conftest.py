@@ -1,0 +1,43 @@
+"""Shared by every test: one thread, fixed seeds, hypothesis settings, and the path of the real data."""
+
+from __future__ import annotations
+
+import os
+import random
+from pathlib import Path
+
+import hypothesis
+import numpy as np
+import pytest
+import torch
+
+REPOSITORY = Path(__file__).resolve().parent.parent
+CIFAR10 = REPOSITORY.parent / "shared" / "data" / "cifar10"
+
+# Tests run in parallel processes: more threads in each only fight, and one thread sums in one order.
+torch.set_num_threads(1)
+
+# A shared machine is no place for deadlines. CI draws the same examples each time: red means changed code.
+hypothesis.settings.register_profile("local", deadline=None)
+hypothesis.settings.register_profile("ci", deadline=None, derandomize=True, print_blob=True)
+hypothesis.settings.load_profile("ci" if os.environ.get("CI") else "local")
+
+
+@pytest.fixture(autouse=True)
+def _seeds() -> None:
+    random.seed(0)
+    np.random.seed(0)
+    torch.manual_seed(0)
+
+
+@pytest.fixture(scope="session")
+def repository() -> Path:
+    return REPOSITORY
+
+
+@pytest.fixture(scope="session")
+def cifar10_dir() -> Path:
+    """Real CIFAR-10 as Parquet files (image bytes and label); skips where it is not beside the checkout."""
+    if not any(CIFAR10.rglob("*.parquet")):
+        pytest.skip(f"real CIFAR-10 is not at {CIFAR10}")
+    return CIFAR10

@@ -1,0 +1,273 @@
+"""Augmentation of whole batches on the device they are on, driven by an explicit generator."""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass
+from typing import Literal
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from clicktrain.errors import UserError
+
+_AREA = (
+    0.08,
+    1.0,
+)  # share of the image, and width over height, of a random resized crop (the ImageNet recipe)
+_ASPECT = (3 / 4, 4 / 3)
+_ATTEMPTS = 10
+
+
+@dataclass(frozen=True)
+class Augment:
+    """What is done to training images, in this order; nothing by default.
+
+    Raises:
+        UserError: a negative size, an unknown padding, or both kinds of crop at once.
+    """
+
+    crop_padding: int = 0
+    """Pad by so many pixels on each side and crop the original size at a random place (0: off)."""
+    flip: bool = False
+    """Mirror left and right with probability 1/2."""
+    cutout: int = 0
+    """Set a square of this side around a random centre to the mean colour (0: off; DeVries & Taylor 2017)."""
+    resized_crop: bool = False
+    """Crop 8% to 100% of the area at an aspect of 3/4 to 4/3 and resize it to the original size."""
+    padding: Literal["zeros", "reflect"] = "zeros"
+    """What ``crop_padding`` pads with: black, or the image mirrored at its edge."""
+
+    def __post_init__(self) -> None:
+        for name in ("crop_padding", "cutout"):
+            if getattr(self, name) < 0:
+                raise UserError(f"augment {name}={getattr(self, name)} is negative; 0 turns it off")
+        if self.padding not in ("zeros", "reflect"):
+            raise UserError(f"augment padding={self.padding!r} is unknown; 'zeros' and 'reflect' exist")
+        if self.crop_padding and self.resized_crop:
+            raise UserError("augment crop_padding and resized_crop are two kinds of crop; choose one of them")
+
+    @classmethod
+    def preset(cls, name: str) -> Augment:
+        """Return a usual recipe: ``none``, ``cifar``, ``imagenet`` or ``digits``.
+
+        ``cifar`` crops by 4 and flips, ``imagenet`` crops, resizes and flips, ``digits`` crops by 1 and does
+        not flip: a mirrored 2 is no 2.
+
+        Raises:
+            UserError: another name.
+        """
+        if name not in _PRESETS:
+            raise UserError(f"augment {name!r} is unknown; {', '.join(_PRESETS)} exist")
+        return _PRESETS[name]
+
+    def check(self, height: int, width: int) -> None:
+        """Check the sizes against those of the images.
+
+        Raises:
+            UserError: padding or cutout too large for them.
+        """
+        if self.padding == "reflect" and self.crop_padding >= min(height, width):
+            raise UserError(
+                f"augment crop_padding={self.crop_padding} cannot mirror images of {height}x{width}; "
+                f"at most {min(height, width) - 1} is possible"
+            )
+        if self.cutout > max(height, width):
+            raise UserError(
+                f"augment cutout={self.cutout} is larger than the images, {height}x{width}; "
+                f"at most {max(height, width)} makes sense"
+            )
+
+
+_PRESETS = {
+    "none": Augment(),
+    "cifar": Augment(crop_padding=4, flip=True),
+    "imagenet": Augment(resized_crop=True, flip=True),
+    "digits": Augment(crop_padding=1),
+}
+
+
+def augment_and_normalize(
+    images: Tensor, augment: Augment, mean: Tensor, std: Tensor, generator: torch.Generator
+) -> Tensor:
+    """Augment a batch and normalise it.
+
+    Args:
+        images: uint8 [B, C, H, W] on any device.
+        augment: what to do.
+        mean: float32 [C] on that device, of pixels in [0, 1].
+        std: float32 [C] likewise.
+        generator: on the CPU; the same draws are made whatever the device.
+
+    Returns:
+        float32 [B, C, H, W].
+    """
+    if augment.crop_padding:
+        images = random_crop(images, augment.crop_padding, augment.padding, generator)
+    if augment.flip:
+        images = random_flip(images, generator)
+    x = random_resized_crop(images, generator) if augment.resized_crop else images.to(torch.float32)
+    x = x.sub_((mean * 255).view(-1, 1, 1)).mul_((1 / (std * 255)).view(-1, 1, 1))
+    return cutout(x, augment.cutout, generator) if augment.cutout else x
+
+
+def random_crop(
+    images: Tensor, padding: int, mode: Literal["zeros", "reflect"], generator: torch.Generator
+) -> Tensor:
+    """Pad each image and crop its original size at a place of its own, all offsets being equally likely.
+
+    Args:
+        images: [B, C, H, W].
+        padding: pixels on each side.
+        mode: black (0), or mirrored at the edge.
+        generator: on the CPU.
+    """
+    batch, channels, height, width = images.shape
+    if mode == "zeros":
+        padded = F.pad(images, (padding,) * 4)
+    else:
+        padded = images[:, :, _mirrored(height, padding, images.device)]
+        padded = padded[:, :, :, _mirrored(width, padding, images.device)]
+    offsets = torch.randint(0, 2 * padding + 1, (2, batch), generator=generator).to(images.device)
+    padded_height, padded_width = padded.shape[2:]
+    # Each row of the result is a run of `width` pixels of the flat batch, and all such runs are the rows of
+    # an overlapping view: one row gather, several times faster on a CPU than gathering pixels.
+    runs = padded.reshape(-1).unfold(0, width, 1)
+    planes = torch.arange(batch * channels, device=images.device).view(batch, channels, 1)
+    rows = torch.arange(height, device=images.device) + offsets[0].view(batch, 1, 1)
+    first = (planes * padded_height + rows) * padded_width + offsets[1].view(batch, 1, 1)
+    return runs.index_select(0, first.flatten()).view(batch, channels, height, width)
+
+
+def _mirrored(size: int, padding: int, device: torch.device) -> Tensor:
+    """Indices that reflect a row at its ends, without repeating the edge: 2 1 0 1 2 1 0."""
+    index = torch.arange(-padding, size + padding, device=device).abs()
+    return size - 1 - (size - 1 - index).abs()
+
+
+def random_flip(images: Tensor, generator: torch.Generator) -> Tensor:
+    """Mirror each image of [B, C, H, W] left and right with probability 1/2."""
+    mirrored = (torch.rand(len(images), generator=generator) < 0.5).nonzero().flatten().to(images.device)
+    return images.index_copy(0, mirrored, images.index_select(0, mirrored).flip(-1))
+
+
+def random_boxes(count: int, height: int, width: int, generator: torch.Generator) -> Tensor:
+    """Draw the boxes of random resized crops (Szegedy et al. 2015, the ImageNet recipe).
+
+    The area is uniform in 8% to 100% of the image, the logarithm of the aspect uniform in 3/4 to 4/3. Of ten
+    draws the first that fits counts; if none does, the largest central box whose aspect is allowed.
+
+    Returns:
+        int64 [count, 4]: top, left, height, width in pixels.
+    """
+    draws = torch.rand(4, count, _ATTEMPTS, generator=generator, dtype=torch.float64)
+    area = height * width * (_AREA[0] + (_AREA[1] - _AREA[0]) * draws[0])
+    low, high = math.log(_ASPECT[0]), math.log(_ASPECT[1])
+    aspect = (low + (high - low) * draws[1]).exp()
+    box_width = (area * aspect).sqrt().round()
+    box_height = (area / aspect).sqrt().round()
+    fits = (box_width > 0) & (box_width <= width) & (box_height > 0) & (box_height <= height)
+    top = (draws[2] * (height - box_height + 1)).floor()
+    left = (draws[3] * (width - box_width + 1)).floor()
+    boxes = torch.stack((top, left, box_height, box_width), dim=-1).long()
+    first = fits.to(torch.uint8).argmax(dim=1)  # the first maximum
+    chosen = boxes[torch.arange(count), first]
+    largest_width = min(width, round(height * _ASPECT[1]))
+    largest_height = min(height, round(width / _ASPECT[0]))
+    central = ((height - largest_height) // 2, (width - largest_width) // 2, largest_height, largest_width)
+    return torch.where(fits.any(dim=1, keepdim=True), chosen, torch.tensor(central))
+
+
+def random_resized_crop(images: Tensor, generator: torch.Generator) -> Tensor:
+    """Crop a random box of each image and resize it, bilinearly, to the size of the image.
+
+    Args:
+        images: uint8 [B, C, H, W].
+        generator: on the CPU.
+
+    Returns:
+        float32 [B, C, H, W], 0 to 255.
+    """
+    batch, _, height, width = images.shape
+    top, left, box_height, box_width = (
+        random_boxes(batch, height, width, generator).to(torch.float32).unbind(1)
+    )
+    theta = torch.zeros(batch, 2, 3)
+    theta[:, 0, 0] = box_width / width
+    theta[:, 0, 2] = (2 * left + box_width) / width - 1
+    theta[:, 1, 1] = box_height / height
+    theta[:, 1, 2] = (2 * top + box_height) / height - 1
+    grid = F.affine_grid(theta.to(images.device), list(images.shape), align_corners=False)
+    return F.grid_sample(images.to(torch.float32), grid, padding_mode="border", align_corners=False)
+
+
+def cutout(x: Tensor, size: int, generator: torch.Generator) -> Tensor:
+    """Set a square of each normalised image to 0, the mean colour (DeVries & Taylor 2017, section 3.2).
+
+    The centre is any pixel, so that part of the square may lie outside the image, as in the paper.
+
+    Args:
+        x: float [B, C, H, W].
+        size: side of the square in pixels.
+        generator: on the CPU.
+    """
+    batch, _, height, width = x.shape
+    top = torch.randint(0, height, (batch, 1), generator=generator) - size // 2
+    left = torch.randint(0, width, (batch, 1), generator=generator) - size // 2
+    rows, columns = torch.arange(height), torch.arange(width)
+    in_rows = ((rows >= top) & (rows < top + size)).to(x.device)
+    in_columns = ((columns >= left) & (columns < left + size)).to(x.device)
+    return x.masked_fill((in_rows[:, :, None] & in_columns[:, None, :])[:, None], 0.0)
+
+
+def mixup(
+    x: Tensor, y: Tensor, num_classes: int, alpha: float, generator: torch.Generator
+) -> tuple[Tensor, Tensor]:
+    """Blend each image and its label with another of the batch (Zhang et al. 2018, section 2).
+
+    ``x = l x_i + (1 - l) x_j`` and likewise the labels, with one ``l ~ Beta(alpha, alpha)`` per batch and a
+    random permutation as ``j``.
+
+    Args:
+        x: float [B, C, H, W].
+        y: int64 [B].
+        num_classes: K.
+        alpha: above 0; 0 blends nothing.
+        generator: on the CPU.
+
+    Returns:
+        The blended images and soft targets, float [B, K] of the images' type.
+
+    Raises:
+        UserError: ``alpha`` is negative.
+    """
+    if alpha < 0:
+        raise UserError(f"mixup={alpha} is negative; 0 turns it off, 0.2 is usual")
+    targets = F.one_hot(y, num_classes).to(x.dtype)
+    if alpha == 0:
+        return x, targets
+    share = torch.sigmoid(_log_gamma_draw(alpha, generator) - _log_gamma_draw(alpha, generator)).item()
+    other = torch.randperm(len(x), generator=generator).to(x.device)
+    return torch.lerp(x[other], x, share), torch.lerp(targets[other], targets, share)
+
+
+def _log_gamma_draw(alpha: float, generator: torch.Generator) -> Tensor:
+    """Draw the logarithm of a Gamma(alpha) variable (Marsaglia & Tsang 2000).
+
+    Two of them make a Beta draw. Done by hand because torch's public Beta and Gamma take no generator; in
+    logarithms because a small ``alpha`` underflows.
+    """
+    shape = alpha + 1 if alpha < 1 else alpha
+    d = shape - 1 / 3
+    c = 1 / math.sqrt(9 * d)
+    while True:
+        normal = torch.randn((), generator=generator, dtype=torch.float64)
+        v = (1 + c * normal) ** 3
+        u = torch.rand((), generator=generator, dtype=torch.float64)
+        if v > 0 and u.log() < 0.5 * normal**2 + d - d * v + d * v.log():
+            break
+    log_draw = math.log(d) + v.log()
+    if alpha < 1:  # Gamma(a) = Gamma(a + 1) U^(1/a)
+        log_draw = log_draw + torch.rand((), generator=generator, dtype=torch.float64).log() / alpha
+    return log_draw

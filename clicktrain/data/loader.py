@@ -1,0 +1,174 @@
+"""Batches of a data set, in an order and with an augmentation that depend on seed, epoch and batch alone."""
+
+from __future__ import annotations
+
+from abc import ABC, abstractmethod
+from collections.abc import Iterator
+from dataclasses import dataclass
+from typing import Literal, NamedTuple
+
+import torch
+from torch import Tensor
+
+from clicktrain.data.augment import Augment, augment_and_normalize
+from clicktrain.data.image_data import ImageData, PixelSource
+from clicktrain.data.seeding import seeded_generator
+from clicktrain.errors import UserError
+
+
+class Batch(NamedTuple):
+    """One step's images and labels, on the training device."""
+
+    x: Tensor
+    """Float [B, C, H, W], normalised."""
+    y: Tensor
+    """int64 [B]."""
+
+
+@dataclass(frozen=True)
+class BatchPlan:
+    """Which images make which batch."""
+
+    num_images: int
+    batch_size: int
+    drop_last: bool
+    shuffle: bool
+    seed: int
+
+    def __len__(self) -> int:
+        """Return the number of batches of an epoch."""
+        whole, rest = divmod(self.num_images, self.batch_size)
+        return whole + (1 if rest and not self.drop_last else 0)
+
+    def order(self, epoch: int) -> Tensor:
+        """Return the order of the images, int64 [num_images]; batch b is its b-th run of ``batch_size``."""
+        if not self.shuffle:
+            return torch.arange(self.num_images)
+        return torch.randperm(self.num_images, generator=seeded_generator("order", self.seed, epoch))
+
+    def rows(self, batch: int) -> slice:
+        """Return where batch ``batch`` lies in the order."""
+        return slice(batch * self.batch_size, (batch + 1) * self.batch_size)
+
+    def check_start(self, start_batch: int) -> None:
+        """Raise a `ValueError` unless an epoch can start at this batch."""
+        if not 0 <= start_batch <= len(self):
+            raise ValueError(f"start_batch={start_batch} is outside of the epoch's {len(self)} batches")
+
+
+@dataclass(frozen=True, eq=False)
+class Finish:
+    """The part of a batch's way that happens on the device: augmentation, normalisation, memory layout."""
+
+    augment: Augment
+    mean: Tensor
+    std: Tensor
+    seed: int
+    dtype: torch.dtype
+    channels_last: bool
+
+    def __call__(self, images: Tensor, epoch: int, batch: int) -> Tensor:
+        """Turn uint8 [B, C, H, W] into the network's input."""
+        generator = seeded_generator("augment", self.seed, epoch, batch)
+        x = augment_and_normalize(images, self.augment, self.mean, self.std, generator)
+        layout = torch.channels_last if self.channels_last else torch.contiguous_format
+        return x.to(self.dtype, memory_format=layout)
+
+
+class Loader(ABC):
+    """Gives the batches of an epoch, from any batch on."""
+
+    @abstractmethod
+    def __len__(self) -> int:
+        """Return the number of batches of an epoch."""
+
+    @abstractmethod
+    def epoch(self, epoch: int, start_batch: int = 0) -> Iterator[Batch]:
+        """Yield the batches of one epoch.
+
+        Args:
+            epoch: its number; another number gives another order and augmentation.
+            start_batch: how many batches to pass over. They are not loaded, and the rest is bit for bit what
+            an
+                epoch from the beginning yields.
+        """
+
+
+class InMemoryLoader(Loader):
+    """Batches of images that lie on the training device as uint8."""
+
+    def __init__(self, source: PixelSource, plan: BatchPlan, finish: Finish, device: torch.device) -> None:
+        self._images = source.images.to(device)
+        self._labels = source.labels.to(device)
+        self._plan = plan
+        self._finish = finish
+        self._device = device
+
+    def __len__(self) -> int:
+        return len(self._plan)
+
+    def epoch(self, epoch: int, start_batch: int = 0) -> Iterator[Batch]:
+        """Yield the batches of one epoch: see `Loader.epoch`."""
+        self._plan.check_start(start_batch)
+        return self._batches(epoch, start_batch)
+
+    def _batches(self, epoch: int, start_batch: int) -> Iterator[Batch]:
+        order = self._plan.order(epoch).to(self._device)
+        for batch in range(start_batch, len(self._plan)):
+            indices = order[self._plan.rows(batch)]
+            images = self._images.index_select(0, indices)
+            yield Batch(self._finish(images, epoch, batch), self._labels.index_select(0, indices))
+
+
+def make_loader(
+    data: ImageData,
+    split: Literal["train", "val"],
+    *,
+    batch_size: int,
+    device: torch.device,
+    seed: int,
+    augment: Augment,
+    drop_last: bool,
+    channels_last: bool = False,
+    dtype: torch.dtype = torch.float32,
+) -> Loader:
+    """Make the loader of a split.
+
+    Training images are shuffled and augmented; validation images come in their order and as they are,
+    whatever ``augment`` says.
+
+    Args:
+        data: an opened data set.
+        split: ``train`` or ``val``.
+        batch_size: images per batch.
+        device: where the batches are to be; images that fit in memory are moved there as a whole.
+        seed: of order and augmentation.
+        augment: what is done to training images.
+        drop_last: leave out a last batch that is not full.
+        channels_last: memory layout of the batches.
+        dtype: of the images in a batch; they are augmented and normalised in float32 all the same.
+
+    Raises:
+        UserError: a batch size that gives no batch, or an augmentation too large for the images.
+    """
+    source = data.train if split == "train" else data.val
+    if batch_size < 1:
+        raise UserError(f"batch_size={batch_size} is not possible; 1 or more is")
+    if drop_last and batch_size > len(source):
+        raise UserError(
+            f"batch_size={batch_size} is more than the {len(source)} images of the {split} split of "
+            f"{data.spec}; "
+            f"at most {len(source)} gives a full batch"
+        )
+    training = split == "train"
+    applied = augment if training else Augment()
+    applied.check(*data.image_shape[1:])
+    plan = BatchPlan(len(source), batch_size, drop_last, training, seed)
+    mean = torch.tensor(data.mean, dtype=torch.float32, device=device)
+    std = torch.tensor(data.std, dtype=torch.float32, device=device)
+    finish = Finish(applied, mean, std, seed, dtype, channels_last)
+    if isinstance(source, PixelSource):
+        return InMemoryLoader(source, plan, finish, device)
+    from clicktrain.data.streaming import StreamingLoader
+
+    return StreamingLoader(source, plan, finish, device, data.workers)

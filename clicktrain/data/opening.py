@@ -1,0 +1,313 @@
+"""Open a data set by its specification: list, check, decode or stream, split, measure."""
+
+from __future__ import annotations
+
+import logging
+import math
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+from PIL import Image
+from torch import Tensor
+
+from clicktrain.data.cache import PixelCache, content_key, default_cache_dir, require_space
+from clicktrain.data.decode import decode_all, fit, mixed_sizes, read_header, to_pixels
+from clicktrain.data.image_data import EncodedSource, ImageData, PixelSource, Source
+from clicktrain.data.listing import EncodedImages, ListedSplit, Listing, SubsetImages, stratified_split
+from clicktrain.data.spec import DataSpec
+from clicktrain.data.statistics import IMAGENET_MEAN, IMAGENET_STD, channel_sums, mean_and_std
+from clicktrain.errors import UserError
+
+MEMORY_LIMIT = 2 * 2**30
+"""Decoded bytes up to which a data set is kept in memory."""
+_PROBED = 128  # headers looked at to learn size and colour
+_MEASURED = 4096  # images decoded to learn mean and std of a set that does not fit
+logger = logging.getLogger(__name__)
+
+
+def open_data(
+    spec: str,
+    *,
+    image_size: int | None = None,
+    val_fraction: float = 0.2,
+    seed: int = 0,
+    cache_dir: Path | None = None,
+    workers: int = 2,
+    memory_limit: int = MEMORY_LIMIT,
+) -> ImageData:
+    """Open a data set.
+
+    Where all images decoded take at most ``memory_limit`` they are decoded at once, in threads, and kept as
+    uint8 tensors (and in the cache, so that the next start is quick); otherwise they are decoded while
+    training.
+
+    Args:
+        spec: ``digits``, ``parquet:DIR``, ``imagefolder:DIR``, ``cifar10:DIR``, ``cifar100:DIR``,
+            ``synthetic:classes=10,size=32,channels=3,train=512,val=128,seed=0`` or the name of a Hugging Face
+            data set (``NAME``, ``OWNER/NAME``, with ``:CONFIG``).
+        image_size: side in pixels; images of other sizes are resized to cover the square and their centre is
+            kept. None keeps the size that all images have.
+        val_fraction: share of each class that is held out, only where the data set has no validation split.
+        seed: of that draw alone.
+        cache_dir: folder for decoded images; None is the platform's.
+        workers: decoding threads now, and decoding processes in a loader of a set that does not fit.
+        memory_limit: bytes.
+
+    Raises:
+        UserError: anything that is wrong with the arguments or the data; one sentence that names it.
+    """
+    _check_arguments(image_size, val_fraction, workers)
+    folder = cache_dir if cache_dir is not None else default_cache_dir()
+    parsed = DataSpec.parse(spec)
+    try:
+        listing = _list(parsed, folder, cache_dir, memory_limit)
+    except OSError as error:  # a folder without permission, a disk that fails
+        raise UserError(f"data {spec!r} cannot be read ({error}); check the folder's permissions") from error
+    classes = listing.check(spec)
+    if isinstance(listing.train.images, Tensor):
+        loaded = _from_pixels(listing, image_size)
+    else:
+        request = _Request(spec, parsed.kind, image_size, memory_limit, workers, PixelCache(folder))
+        loaded = _from_files(listing, request, imagenet=len(classes) == 1000)
+    train, val, train_sums = loaded.train, loaded.val, loaded.train_sums
+    if val is None:
+        kept, held_out = stratified_split(train.labels, val_fraction, seed, spec)
+        train, val = _subset(train, kept), _subset(train, held_out)
+        if isinstance(train, PixelSource) and train_sums is not None:
+            train_sums = train_sums[kept]
+    height, width = loaded.shape[1:]
+    mean, std = (
+        (IMAGENET_MEAN, IMAGENET_STD) if train_sums is None else mean_and_std(train_sums, height * width)
+    )
+    data = ImageData(spec, classes, loaded.shape, mean, std, train, val, workers)
+    logger.info("%s", data.describe())
+    return data
+
+
+def _check_arguments(image_size: int | None, val_fraction: float, workers: int) -> None:
+    if image_size is not None and image_size < 1:
+        raise UserError(f"image_size={image_size} is not possible; a number of pixels from 1 on is")
+    if not 0 < val_fraction < 1:
+        raise UserError(
+            f"val_fraction={val_fraction} is not possible; a share above 0 and below 1 is, such as 0.2"
+        )
+    if workers < 0:
+        raise UserError(f"workers={workers} is not possible; 0 (decode in the training process) or more is")
+
+
+def _list(spec: DataSpec, folder: Path, cache_dir: Path | None, memory_limit: int) -> Listing:
+    """Let the source of this kind list its images; imported here, as most need a library of their own."""
+    if spec.kind == "digits":
+        from clicktrain.data.sources.digits import list_digits
+
+        return list_digits()
+    if spec.kind == "synthetic":
+        from clicktrain.data.sources.synthetic import list_synthetic
+
+        return list_synthetic(spec.argument)
+    if spec.kind == "imagefolder":
+        from clicktrain.data.sources.image_folder import list_image_folder
+
+        return list_image_folder(spec.argument)
+    if spec.kind == "parquet":
+        from clicktrain.data.sources.parquet import list_parquet
+
+        return list_parquet(spec.argument, folder, memory_limit)
+    if spec.kind == "hub":
+        from clicktrain.data.sources.hub import list_hub
+
+        return list_hub(spec.argument, spec.config, cache_dir)
+    from clicktrain.data.sources.cifar import list_cifar
+
+    return list_cifar(spec.kind, spec.argument)
+
+
+@dataclass(frozen=True, eq=False)
+class _Loaded:
+    """Splits as the source has them; ``train_sums`` is None where ImageNet's statistics are to be used."""
+
+    shape: tuple[int, int, int]
+    train: Source
+    val: Source | None
+    train_sums: Tensor | None
+
+
+@dataclass(frozen=True)
+class _Request:
+    spec: str
+    kind: str
+    image_size: int | None
+    memory_limit: int
+    workers: int
+    cache: PixelCache
+
+
+def _from_pixels(listing: Listing, image_size: int | None) -> _Loaded:
+    """Take over pixels that the source holds, resized if need be."""
+
+    def source(split: ListedSplit) -> PixelSource:
+        assert isinstance(split.images, Tensor)
+        images = split.images
+        if image_size is not None and images.shape[2:] != (image_size, image_size):
+            images = _resized(images, image_size)
+        return PixelSource(images, split.labels)
+
+    train = source(listing.train)
+    channels, height, width = train.images.shape[1:]
+    val = source(listing.val) if listing.val is not None else None
+    return _Loaded((channels, height, width), train, val, channel_sums(train.images))
+
+
+def _resized(images: Tensor, image_size: int) -> Tensor:
+    out = torch.empty(*images.shape[:2], image_size, image_size, dtype=torch.uint8)
+    for index, pixels in enumerate(images):
+        array = pixels[0].numpy() if len(pixels) == 1 else pixels.permute(1, 2, 0).contiguous().numpy()
+        out[index] = to_pixels(fit(Image.fromarray(array), (image_size, image_size)))
+    return out
+
+
+def _from_files(listing: Listing, request: _Request, *, imagenet: bool) -> _Loaded:
+    """Decode the files, take their pixels from the cache, or prepare to stream them."""
+    key = None
+    if listing.fingerprint is not None:
+        key = f"{request.kind}-{content_key(listing.fingerprint(), request.image_size)}"
+    cached = request.cache.load(key) if key is not None else None
+    if cached is not None and _is_usable(cached, listing, request):
+        return _from_cache(cached, listing)
+    splits = [split for split in (listing.train, listing.val) if split is not None]
+    channels, size = _probe(splits, request)
+    count = sum(map(len, splits))
+    if count * channels * math.prod(size) <= request.memory_limit:
+        return _decode(listing, channels, size, request, key)
+    return _stream(listing, channels, size, request, key, imagenet=imagenet)
+
+
+def _is_usable(cached: dict[str, Tensor], listing: Listing, request: _Request) -> bool:
+    """Whether pixels in the cache are those of this listing, and few enough for the memory."""
+    splits = {"train": listing.train, "val": listing.val}
+    for name, split in splits.items():
+        if (split is None) != (name not in cached):
+            return False
+        if split is not None and (cached[name].ndim != 4 or len(cached[name]) != len(split)):
+            return False
+    return sum(cached[name].nbytes for name in splits if name in cached) <= request.memory_limit
+
+
+def _from_cache(cached: dict[str, Tensor], listing: Listing) -> _Loaded:
+    train = PixelSource(cached["train"], listing.train.labels)
+    val = PixelSource(cached["val"], listing.val.labels) if listing.val is not None else None
+    channels, height, width = train.images.shape[1:]
+    return _Loaded((channels, height, width), train, val, cached["train_sums"])
+
+
+def _encoded(split: ListedSplit) -> EncodedImages:
+    assert not isinstance(split.images, Tensor)
+    return split.images
+
+
+def _probe(splits: list[ListedSplit], request: _Request) -> tuple[int, tuple[int, int]]:
+    """Learn the number of channels and the size of the images from the headers of some of them."""
+    grey = True
+    first: tuple[str, tuple[int, int]] | None = None
+    for split in splits:
+        images = _encoded(split)
+        for index in _spread(len(images), _PROBED):
+            header = read_header(images.read(index), images.name(index))
+            grey = grey and header.grey
+            first = first or (images.name(index), header.size)
+            if request.image_size is None and header.size != first[1]:
+                raise mixed_sizes(images.name(index), header.size, first[0], first[1])
+    assert first is not None  # a listing that passed its check is not empty
+    size = first[1] if request.image_size is None else (request.image_size, request.image_size)
+    return (1 if grey else 3), size
+
+
+def _spread(count: int, wanted: int) -> list[int]:
+    """Return at most ``wanted`` indices, evenly spread over ``count``."""
+    wanted = min(count, wanted)
+    return [index * count // wanted for index in range(wanted)]
+
+
+def _decode(
+    listing: Listing, channels: int, size: tuple[int, int], request: _Request, key: str | None
+) -> _Loaded:
+    """Decode every image and put the pixels into the cache."""
+    resize = request.image_size is not None
+
+    def pixels(split: ListedSplit) -> Tensor:
+        images = _encoded(split)
+        indices = list(range(len(images)))
+        return decode_all(images, indices, channels, size, resize=resize, threads=request.workers)
+
+    if key is not None:  # before the long part, not after it
+        needed = (len(listing.train) + len(listing.val or ())) * channels * math.prod(size)
+        require_space(request.cache.folder, needed, "the cache of the decoded images")
+    logger.info("decoding the images of %s, once", request.spec)
+    tensors = {"train": pixels(listing.train)}
+    if listing.val is not None:
+        tensors["val"] = pixels(listing.val)
+    tensors["train_sums"] = channel_sums(tensors["train"])
+    if key is not None:
+        request.cache.store(key, tensors)
+    return _from_cache(tensors, listing)
+
+
+def _stream(
+    listing: Listing,
+    channels: int,
+    size: tuple[int, int],
+    request: _Request,
+    key: str | None,
+    *,
+    imagenet: bool,
+) -> _Loaded:
+    """Leave the images encoded; measure a sample of them, or take ImageNet's figures for a set like it."""
+
+    def source(split: ListedSplit) -> EncodedSource:
+        return EncodedSource(_encoded(split), split.labels, channels, size, request.image_size is not None)
+
+    train = source(listing.train)
+    val = source(listing.val) if listing.val is not None else None
+    sums = None
+    if not (imagenet and channels == 3):
+        sums = _sampled_sums(train, request, key)
+    return _Loaded((channels, *size), train, val, sums)
+
+
+def _sampled_sums(train: EncodedSource, request: _Request, key: str | None) -> Tensor:
+    key = key and f"{key}-sample"
+    cached = request.cache.load(key) if key is not None else None
+    if cached is not None and "train_sums" in cached:
+        return cached["train_sums"]
+    indices = _spread(len(train), _MEASURED)
+    logger.info("decoding %d images of %s to measure mean and std, once", len(indices), request.spec)
+    sums = []
+    for start in range(0, len(indices), 256):  # a few at a time: the images may be large
+        part = indices[start : start + 256]
+        images = decode_all(
+            train.images,
+            part,
+            train.channels,
+            train.size,
+            resize=train.resize,
+            ratio=train.ratio,
+            threads=request.workers,
+        )
+        sums.append(channel_sums(images))
+    joined = torch.cat(sums)
+    if key is not None:
+        request.cache.store(key, {"train_sums": joined})
+    return joined
+
+
+def _subset(source: Source, indices: Tensor) -> Source:
+    if isinstance(source, PixelSource):
+        return PixelSource(source.images[indices], source.labels[indices])
+    return EncodedSource(
+        SubsetImages(source.images, indices),
+        source.labels[indices],
+        source.channels,
+        source.size,
+        source.resize,
+    )

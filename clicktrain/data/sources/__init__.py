@@ -1,0 +1,1 @@
+"""One module per kind of data set; each turns its files into a `Listing`."""

@@ -1,0 +1,119 @@
+"""Read the pickles in which CIFAR is published without executing anything that they ask for.
+
+The official "python version" archives hold pickled dictionaries of NumPy arrays. A pickle may name any
+callable of the machine; this reader replaces the four names that such arrays need by inert stand-ins of its
+own and refuses every other name. So the worst that a hostile file can do is to be refused.
+"""
+
+from __future__ import annotations
+
+import io
+import math
+import pickle
+from typing import Any
+
+import numpy as np
+
+from clicktrain.errors import UserError
+
+
+class _Kind:
+    """Stands for ``numpy.ndarray`` where a pickle passes the type on; does nothing."""
+
+
+class _Type:
+    """Stands for a ``numpy.dtype`` being rebuilt; only 8-bit and plain integers exist."""
+
+    def __init__(self, code: object, *_: object) -> None:
+        text = code.decode("ascii") if isinstance(code, bytes) else code
+        if text not in ("u1", "i4", "i8"):
+            raise pickle.UnpicklingError(f"arrays of type {text!r} are not read")
+        self.code = str(text)
+
+    def __setstate__(self, state: tuple[Any, ...]) -> None:
+        if state[1] not in ("|", "<", "=", b"|", b"<", b"="):
+            raise pickle.UnpicklingError("big-endian arrays are not read")
+
+
+class _Array:
+    """Stands for a ``numpy.ndarray`` being rebuilt; ``value`` is the array once its state has come."""
+
+    value: np.ndarray[Any, np.dtype[Any]] | None = None
+
+    def __setstate__(self, state: tuple[Any, ...]) -> None:
+        _, shape, dtype, fortran_order, data = state
+        if not isinstance(dtype, _Type) or not isinstance(data, bytes) or not isinstance(shape, tuple):
+            raise pickle.UnpicklingError("an array is not made of plain numbers")
+        flat = np.frombuffer(data, dtype="<" + dtype.code)
+        if math.prod(shape) != flat.size:
+            raise pickle.UnpicklingError("an array has another size than it says")
+        self.value = flat.reshape(shape, order="F" if fortran_order else "C")
+
+
+def _rebuild_array(*_: object) -> _Array:
+    return _Array()
+
+
+def _encode(text: str, encoding: str = "latin1") -> bytes:
+    """Stands for ``_codecs.encode``, by which Python 3 writes bytes in old pickles."""
+    if encoding not in ("latin1", b"latin1"):
+        raise pickle.UnpicklingError(f"text in {encoding!r} is not read")
+    return text.encode("latin1")
+
+
+class _PlainUnpickler(pickle.Unpickler):
+    """Admits dictionaries, lists, tuples, text, bytes, numbers and arrays; looks no other name up."""
+
+    def find_class(self, module: str, name: str, /) -> Any:
+        if name == "_reconstruct" and module in ("numpy.core.multiarray", "numpy._core.multiarray"):
+            return lambda *arguments: _rebuild_array(
+                *arguments
+            )  # a new object each time: a pickle may alter it
+        if (module, name) == ("numpy", "ndarray"):
+            return _Kind()
+        if (module, name) == ("numpy", "dtype"):
+            return lambda *arguments: _Type(*arguments)
+        if (module, name) == ("_codecs", "encode"):
+            return lambda *arguments: _encode(*arguments)
+        raise pickle.UnpicklingError(f"it asks for {module}.{name}, which is not plain data")
+
+    def persistent_load(self, pid: Any, /) -> Any:
+        raise pickle.UnpicklingError("it refers to objects outside itself")
+
+
+def load_plain_pickle(data: bytes, name: str) -> dict[str, Any]:
+    """Read a pickled dictionary of plain data.
+
+    Args:
+        data: the file's bytes.
+        name: what a message calls the file.
+
+    Returns:
+        The dictionary with text keys; arrays are NumPy arrays (read-only), text of Python 2 is bytes.
+
+    Raises:
+        UserError: the file is damaged, is no dictionary, or asks for anything but plain data.
+    """
+    try:
+        loaded = _PlainUnpickler(io.BytesIO(data), encoding="bytes").load()
+        if not isinstance(loaded, dict):
+            raise pickle.UnpicklingError("it is no dictionary")
+        return {_text(key): _plain(value) for key, value in loaded.items()}
+    except MemoryError:
+        raise
+    except Exception as error:  # a damaged pickle raises whatever its bytes lead to
+        raise UserError(
+            f"{name} is not a CIFAR batch of plain data ({error}); download the official archive again"
+        ) from error
+
+
+def _text(key: object) -> str:
+    return key.decode("ascii") if isinstance(key, bytes) else str(key)
+
+
+def _plain(value: object) -> object:
+    if isinstance(value, _Array):
+        if value.value is None:
+            raise pickle.UnpicklingError("an array has no content")
+        return value.value
+    return value

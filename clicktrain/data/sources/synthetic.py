@@ -1,0 +1,67 @@
+"""``synthetic:...``: images that are drawn, not read, for tests and benchmarks."""
+
+from __future__ import annotations
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from clicktrain.data.listing import ListedSplit, Listing
+from clicktrain.data.seeding import seeded_generator
+from clicktrain.errors import UserError
+
+_DEFAULTS = {"classes": 10, "size": 32, "channels": 3, "train": 512, "val": 128, "seed": 0}
+_LEAST = {"classes": 2, "size": 1, "channels": 1, "train": 2, "val": 1, "seed": 0}
+_CHUNK = 1024
+
+
+def list_synthetic(argument: str) -> Listing:
+    """Draw a data set that a network can learn.
+
+    Each class has a smooth random picture; an image is its class's picture with random contrast, brightness
+    and noise. The settings (``classes=10,size=32,channels=3,train=512,val=128,seed=0``, any of them may be
+    left out) fix every pixel. Classes take turns, so that each split has the same number of each.
+
+    Raises:
+        UserError: an unknown setting, or a value that is no integer or too small.
+    """
+    settings = _parse(argument)
+    classes, size, channels = settings["classes"], settings["size"], settings["channels"]
+    generator = seeded_generator("synthetic", settings["seed"])
+    coarse = torch.randn(classes, channels, 4, 4, generator=generator)
+    pictures = F.interpolate(coarse, size=(size, size), mode="bicubic")
+    train = _draw(pictures, settings["train"], generator)
+    val = _draw(pictures, settings["val"], generator)
+    return Listing(tuple(f"class {number}" for number in range(classes)), train, val)
+
+
+def _draw(pictures: Tensor, count: int, generator: torch.Generator) -> ListedSplit:
+    labels = torch.arange(count) % len(pictures)
+    images = torch.empty(count, *pictures.shape[1:], dtype=torch.uint8)
+    for start in range(0, count, _CHUNK):
+        part = labels[start : start + _CHUNK]
+        contrast = 0.75 + 0.5 * torch.rand(len(part), 1, 1, 1, generator=generator)
+        brightness = 0.3 * torch.randn(len(part), 1, 1, 1, generator=generator)
+        noise = 0.8 * torch.randn(len(part), *pictures.shape[1:], generator=generator)
+        drawn = pictures[part] * contrast + brightness + noise
+        images[start : start + _CHUNK] = (drawn * 40 + 128).round().clamp(0, 255).to(torch.uint8)
+    return ListedSplit(images, labels)
+
+
+def _parse(argument: str) -> dict[str, int]:
+    settings = dict(_DEFAULTS)
+    for item in filter(None, argument.split(",")):
+        name, _, value = (part.strip() for part in item.partition("="))
+        if name not in _DEFAULTS:
+            raise UserError(f"synthetic data has no setting {name!r}; it has {', '.join(_DEFAULTS)}")
+        if not value.isdecimal() or int(value) < _LEAST[name]:
+            raise UserError(
+                f"synthetic {name}={value!r} is not possible; an integer from {_LEAST[name]} on is"
+            )
+        settings[name] = int(value)
+    if settings["train"] < settings["classes"]:
+        raise UserError(
+            f"synthetic train={settings['train']} is fewer than its {settings['classes']} classes; "
+            "each class needs an image"
+        )
+    return settings

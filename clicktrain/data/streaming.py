@@ -1,0 +1,107 @@
+"""Batches of images that are decoded by worker processes while the network trains."""
+
+from __future__ import annotations
+
+import warnings
+from collections.abc import Iterator
+from dataclasses import dataclass, replace
+
+import torch
+from PIL import Image
+from torch import Tensor
+from torch.utils.data import DataLoader, Dataset
+
+from clicktrain.data.augment import random_boxes
+from clicktrain.data.decode import check_size, decode_image, fit, to_pixels
+from clicktrain.data.image_data import EncodedSource
+from clicktrain.data.loader import Batch, BatchPlan, Finish, Loader
+from clicktrain.data.seeding import seeded_generator
+from clicktrain.errors import UserError
+
+_PREFETCHED = 4  # batches that each worker has ready or in the making
+
+
+@dataclass(frozen=True)
+class _Broken:
+    """What a worker sends in place of a batch: an exception would come as a traceback in another's words."""
+
+    message: str
+
+
+class _DecodedBatches(Dataset["Tensor | _Broken"]):
+    """Item (epoch, indices) is the batch of these images, uint8 [B, C, H, W]."""
+
+    def __init__(self, source: EncodedSource, resized_crop: bool, seed: int) -> None:
+        self._source = source
+        self._resized_crop = resized_crop
+        self._seed = seed
+
+    def __getitem__(self, item: tuple[int, list[int]]) -> Tensor | _Broken:
+        epoch, indices = item
+        try:
+            return torch.stack([to_pixels(self._decode(epoch, index)) for index in indices])
+        except UserError as error:
+            return _Broken(str(error))
+
+    def _decode(self, epoch: int, index: int) -> Image.Image:
+        source = self._source
+        name = source.images.name(index)
+        image = decode_image(source.images.read(index), name, source.channels)
+        if not source.resize:
+            check_size(image, source.size, name)
+        if not self._resized_crop:
+            return fit(image, source.size, source.ratio)
+        generator = seeded_generator("resized crop", self._seed, epoch, index)
+        top, left, height, width = random_boxes(1, image.height, image.width, generator)[0].tolist()
+        box = (left, top, left + width, top + height)
+        return image.resize((source.size[1], source.size[0]), Image.Resampling.BILINEAR, box=box)
+
+
+class StreamingLoader(Loader):
+    """Decodes in ``workers`` processes (0: in this one) ahead of the training step.
+
+    Workers decode, and for training crop at random and resize; the rest of the augmentation is done on the
+    device for the whole batch.
+    """
+
+    def __init__(
+        self, source: EncodedSource, plan: BatchPlan, finish: Finish, device: torch.device, workers: int
+    ) -> None:
+        self._dataset = _DecodedBatches(source, finish.augment.resized_crop, finish.seed)
+        self._labels = source.labels
+        self._plan = plan
+        self._finish = replace(finish, augment=replace(finish.augment, resized_crop=False))
+        self._device = device
+        self._workers = workers
+
+    def __len__(self) -> int:
+        return len(self._plan)
+
+    def epoch(self, epoch: int, start_batch: int = 0) -> Iterator[Batch]:
+        """Yield the batches of one epoch: see `Loader.epoch`."""
+        self._plan.check_start(start_batch)
+        return self._batches(epoch, start_batch)
+
+    def _batches(self, epoch: int, start_batch: int) -> Iterator[Batch]:
+        order = self._plan.order(epoch)
+        pending = [order[self._plan.rows(batch)] for batch in range(start_batch, len(self._plan))]
+        if not pending:
+            return
+        with warnings.catch_warnings():
+            # how many workers is the user's choice: more than cores may suit a slow disk
+            warnings.filterwarnings("ignore", message="This DataLoader will create")
+            decoded: DataLoader[Tensor | _Broken] = DataLoader(
+                self._dataset,
+                batch_size=None,  # the items are batches
+                sampler=[(epoch, indices.tolist()) for indices in pending],
+                num_workers=self._workers,
+                prefetch_factor=_PREFETCHED if self._workers else None,
+                pin_memory=self._device.type == "cuda",
+                generator=torch.Generator(),  # the default would advance the global one
+            )
+        for batch, (indices, images) in enumerate(zip(pending, decoded, strict=True), start=start_batch):
+            if isinstance(images, _Broken):
+                raise UserError(images.message)
+            images = images.to(self._device, non_blocking=True)
+            labels = self._labels[indices].to(self._device, non_blocking=True)
+            yield Batch(self._finish(images, epoch, batch), labels)

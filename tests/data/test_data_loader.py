@@ -1,0 +1,151 @@
+from __future__ import annotations
+
+import pytest
+import torch
+from hypothesis import given
+from hypothesis import strategies as st
+
+from clicktrain.data import Augment, Batch, ImageData, Loader, PixelSource, make_loader, open_data
+from clicktrain.data.loader import BatchPlan
+from clicktrain.errors import UserError
+
+CPU = torch.device("cpu")
+EVERYTHING = Augment(crop_padding=2, flip=True, cutout=3)
+
+
+def numbered(count: int = 23, shape: tuple[int, int, int] = (1, 4, 4)) -> ImageData:
+    """Images whose every pixel is their number."""
+    images = torch.arange(count, dtype=torch.uint8).view(-1, 1, 1, 1).expand(-1, *shape).contiguous()
+    labels = torch.arange(count) % 3
+    mean, std = (0.0,) * shape[0], (1 / 255,) * shape[0]
+    source = PixelSource(images, labels)
+    return ImageData("numbered", ("a", "b", "c"), shape, mean, std, source, source)
+
+
+def loader(data: ImageData, split: str = "train", *, seed: int = 0, **settings: object) -> Loader:
+    arguments: dict[str, object] = {"batch_size": 5, "device": CPU, "augment": Augment(), "drop_last": False}
+    return make_loader(data, split, seed=seed, **(arguments | settings))  # type: ignore[arg-type]
+
+
+def assert_same(first: list[Batch], second: list[Batch]) -> None:
+    assert len(first) == len(second)
+    for one, other in zip(first, second, strict=True):
+        assert torch.equal(one.x, other.x)
+        assert torch.equal(one.y, other.y)
+
+
+@given(
+    num_images=st.integers(1, 60),
+    batch_size=st.integers(1, 20),
+    drop_last=st.booleans(),
+    shuffle=st.booleans(),
+    epoch=st.integers(0, 50),
+)
+def test_the_batches_of_an_epoch_are_each_image_once(
+    num_images: int, batch_size: int, drop_last: bool, shuffle: bool, epoch: int
+) -> None:
+    plan = BatchPlan(num_images, batch_size, drop_last, shuffle, 0)
+    order = plan.order(epoch)
+    batches = [order[plan.rows(batch)] for batch in range(len(plan))]
+    seen = torch.cat([*batches, torch.empty(0, dtype=torch.int64)])
+    assert len(seen) == (num_images // batch_size * batch_size if drop_last else num_images)
+    assert len(seen.unique()) == len(seen)
+    assert all(len(batch) == batch_size for batch in batches[: len(plan) - 1])
+
+
+def test_training_shuffles_anew_each_epoch_and_validation_never() -> None:
+    data = numbered()
+
+    def order(split: str, seed: int, epoch: int) -> list[int]:
+        batches = list(loader(data, split, seed=seed).epoch(epoch))
+        for batch in batches:
+            assert torch.equal(batch.x[:, 0, 0, 0].round().long() % 3, batch.y)  # images keep their labels
+        return [round(x) for batch in batches for x in batch.x[:, 0, 0, 0].tolist()]
+
+    assert order("val", 0, 0) == order("val", 1, 7) == list(range(23))
+    drawn = [order("train", 0, 0), order("train", 0, 1), order("train", 1, 0)]
+    assert all(sorted(one) == list(range(23)) for one in drawn)
+    assert drawn[0] != drawn[1] != drawn[2] != drawn[0]
+    assert order("train", 0, 1) == drawn[1]
+
+
+@given(start=st.integers(0, 6), epoch=st.integers(0, 3))
+def test_starting_late_gives_the_same_batches_bit_for_bit(start: int, epoch: int) -> None:
+    data = open_data("synthetic:classes=3,size=8,train=27,val=4")
+    uninterrupted = list(loader(data, augment=EVERYTHING).epoch(epoch))
+    assert len(uninterrupted) == 6
+    torch.manual_seed(epoch)  # whatever the global generator does
+    assert_same(list(loader(data, augment=EVERYTHING).epoch(epoch, start)), uninterrupted[start:])
+
+
+def test_augmentation_differs_between_batches_epochs_and_seeds() -> None:
+    image = torch.arange(64, dtype=torch.uint8).view(1, 1, 8, 8)
+    source = PixelSource(image.repeat(40, 1, 1, 1), torch.zeros(40, dtype=torch.int64))  # all alike
+    data = ImageData("alike", ("a", "b"), (1, 8, 8), (0.0,), (1.0,), source, source)
+    drawn = [
+        batch.x
+        for seed, epoch in ((0, 0), (0, 1), (1, 0))
+        for batch in loader(data, seed=seed, augment=Augment(crop_padding=2), batch_size=20).epoch(epoch)
+    ]
+    assert len({tuple(x.flatten().tolist()) for x in drawn}) == 6
+
+
+def test_batches_are_normalised_by_the_training_statistics() -> None:
+    data = open_data("synthetic:classes=2,size=8,train=200,val=10")
+    x = torch.cat([batch.x for batch in loader(data).epoch(0)]).double()
+    torch.testing.assert_close(x.mean((0, 2, 3)), torch.zeros(3, dtype=torch.float64), atol=1e-5, rtol=0)
+    torch.testing.assert_close(x.std((0, 2, 3), correction=0), torch.ones(3, dtype=torch.float64))
+
+
+def test_validation_is_never_augmented() -> None:
+    data = open_data("synthetic:classes=2,size=8,train=20,val=11")
+    plain = list(loader(data, "val").epoch(0))
+    assert_same(list(loader(data, "val", augment=EVERYTHING).epoch(3)), plain)
+
+
+def test_type_and_memory_layout_are_as_asked() -> None:
+    data = open_data("synthetic:classes=2,size=8,train=20,val=11")
+    exact = next(loader(data, augment=EVERYTHING).epoch(0))
+    batch = next(loader(data, augment=EVERYTHING, channels_last=True, dtype=torch.bfloat16).epoch(0))
+    assert batch.x.dtype == torch.bfloat16
+    assert batch.x.is_contiguous(memory_format=torch.channels_last)
+    assert torch.equal(batch.x, exact.x.to(torch.bfloat16))
+    assert exact.x.is_contiguous()
+    assert exact.y.dtype == torch.int64
+
+
+def test_drop_last_leaves_out_the_rest() -> None:
+    assert [len(batch.y) for batch in loader(numbered(), drop_last=True).epoch(0)] == [5, 5, 5, 5]
+    assert [len(batch.y) for batch in loader(numbered()).epoch(0)] == [5, 5, 5, 5, 3]
+
+
+@pytest.mark.parametrize(
+    ("settings", "fragment"),
+    [
+        ({"batch_size": 0}, "batch_size=0"),
+        ({"batch_size": 24, "drop_last": True}, "batch_size=24 is more than the 23 images"),
+        ({"augment": Augment(crop_padding=4, padding="reflect")}, "at most 3 is possible"),
+        ({"augment": Augment(cutout=9)}, "cutout=9 is larger"),
+    ],
+)
+def test_impossible_loaders_are_named_at_once(settings: dict[str, object], fragment: str) -> None:
+    with pytest.raises(UserError, match=fragment):
+        loader(numbered(), **settings)
+
+
+@pytest.mark.parametrize("start", [-1, 6])
+def test_a_start_outside_of_the_epoch_is_an_error_at_once(start: int) -> None:
+    with pytest.raises(ValueError, match=r"outside of the epoch's 5"):
+        loader(numbered()).epoch(0, start)
+
+
+@pytest.mark.gpu
+def test_a_gpu_gets_the_batches_of_the_cpu() -> None:
+    data = open_data("synthetic:classes=3,size=32,train=200,val=10")
+    for augment in (Augment(crop_padding=4, flip=True), Augment(resized_crop=True, flip=True), EVERYTHING):
+        on_cpu = list(loader(data, augment=augment, batch_size=64).epoch(1))
+        on_gpu = list(loader(data, augment=augment, batch_size=64, device=torch.device("cuda")).epoch(1))
+        for one, other in zip(on_cpu, on_gpu, strict=True):
+            assert other.x.is_cuda
+            assert torch.equal(one.y, other.y.cpu())
+            torch.testing.assert_close(one.x, other.x.cpu(), atol=1e-3, rtol=1e-3)

@@ -1,0 +1,104 @@
+"""Checkpoints: whole files only, checked on reading, the oldest removed; no file can execute anything."""
+
+from __future__ import annotations
+
+import zlib
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from clicktrain.errors import UserError
+from clicktrain.formats.tree import flatten_tree, load_tree, read_metadata, save_tree
+from clicktrain.train.run_folder import FORMAT_VERSION, RunFolder
+
+
+class DamagedCheckpoint(UserError):  # noqa: N818 - reads as a sentence to the user
+    """A checkpoint that cannot be read: cut off, changed, or not a checkpoint at all."""
+
+
+def save_checkpoint(folder: RunFolder, epoch: int, step: int, state: dict[str, Any], keep: int) -> Path:
+    """Write a checkpoint atomically, then remove all but the newest ``keep``.
+
+    Args:
+        folder: of the run.
+        epoch: epoch (from 1) of the last step, for the file's name.
+        step: optimizer steps done.
+        state: nested dicts and lists of tensors, numbers, strings and None.
+        keep: how many checkpoints may stay.
+    """
+    path = folder.checkpoint(epoch, step)
+    path.parent.mkdir(parents=True, exist_ok=True)
+    metadata = {"format_version": str(FORMAT_VERSION), "kind": "checkpoint", "crc32": _checksum(state)}
+    try:
+        save_tree(path, state, metadata)
+    except OSError as error:
+        raise UserError(f"cannot write the checkpoint {path}: {error.strerror or error}") from None
+    for old in folder.checkpoints()[:-keep]:
+        old.unlink(missing_ok=True)
+    return path
+
+
+def load_checkpoint(path: Path) -> dict[str, Any]:
+    """Read a checkpoint, tensors on the CPU.
+
+    Raises:
+        DamagedCheckpoint: the file cannot be read, or is not what was written.
+        UserError: it was written by a newer version.
+    """
+    try:
+        metadata = read_metadata(path)
+        version = int(metadata["format_version"])
+    except Exception as error:
+        raise DamagedCheckpoint(f"{path} is damaged or not a checkpoint of clicktrain: {error}") from None
+    if version > FORMAT_VERSION:
+        raise UserError(
+            f"{path} has format {version}, this version of clicktrain reads up to {FORMAT_VERSION}: "
+            "update clicktrain"
+        )
+    try:
+        state = load_tree(path)
+        right = isinstance(state, dict) and _checksum(state) == metadata.get("crc32")
+    except Exception as error:
+        raise DamagedCheckpoint(f"{path} is damaged: {error}") from None
+    if not right:
+        raise DamagedCheckpoint(f"{path} is damaged: its checksum is wrong")
+    assert isinstance(state, dict)
+    return state
+
+
+def newest_good(folder: RunFolder, message: Callable[[str], None]) -> dict[str, Any] | None:
+    """The newest checkpoint that can be read; each that cannot is told.
+
+    Returns:
+        Its content, or None when no checkpoint has been written yet.
+
+    Raises:
+        UserError: there are checkpoints and none can be read, or one is of a newer version.
+    """
+    paths = folder.checkpoints()
+    for path in reversed(paths):
+        try:
+            return load_checkpoint(path)
+        except DamagedCheckpoint as error:
+            message(f"{error}; going back to the one before it")
+    if paths:
+        raise UserError(f"no checkpoint in {folder.checkpoint_folder} can be read: start the run again")
+    return None
+
+
+def _checksum(state: dict[str, Any]) -> str:
+    """CRC-32 over all tensors, which the file format itself does not check, and the other values."""
+    tensors, rest = flatten_tree(state)
+    value = zlib.crc32(repr(rest).encode())
+    for name in sorted(tensors):
+        value = zlib.crc32(name.encode(), value)
+        value = zlib.crc32(_bytes(tensors[name]), value)
+    return f"{value:08x}"
+
+
+def _bytes(tensor: Tensor) -> memoryview:
+    plain = tensor.detach().cpu().contiguous().reshape(-1)
+    return plain.view(torch.uint8).numpy().data

@@ -1,0 +1,230 @@
+"""Settings of a training run: one frozen dataclass, the same fields in YAML files and on the command line."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, Literal, get_args
+
+import yaml
+
+from clicktrain.errors import UserError
+from clicktrain.methods import METHODS, Method
+from clicktrain.train.settings import build, field_names, to_plain, unknown_field
+
+Stem = Literal["auto", "cifar", "imagenet"]
+Optimizer = Literal["sgd", "adamw"]
+Schedule = Literal["cosine", "onecycle", "step", "constant"]
+AugmentPreset = Literal["auto", "none", "cifar", "imagenet", "digits"]
+Device = Literal["auto", "cpu", "cuda", "mps"]
+Precision = Literal["fp32", "bf16", "fp16"]
+
+
+@dataclass(frozen=True, kw_only=True)
+class RunConfig:
+    """Everything about a run except the settings of its method. Raises UserError for a value out of range."""
+
+    model: str = "resnet20"
+    """Network: a name of the zoo, or package.module:factory for your own."""
+    width: float = 1.0
+    """Factor on the number of filters in every layer of a zoo network."""
+    stem: Stem = "auto"
+    """First layers: cifar (3x3, stride 1), imagenet (7x7, stride 2, pooling); auto: cifar up to 64 pixels."""
+    data: str = "digits"
+    """Data set: digits, synthetic:..., parquet:DIR, imagefolder:DIR, cifar10:DIR, cifar100:DIR,
+    or a Hugging Face data set's name."""
+    image_size: int | None = None
+    """Side of the square images that the network sees, in pixels; the data set's own size by default."""
+    val_fraction: float = 0.2
+    """Share of the images held back for validation, where the data set has no validation split."""
+    workers: int = 2
+    """Processes that decode images of data sets too large for memory."""
+    cache_dir: str | None = None
+    """Folder for decoded data sets; a folder in the user's cache by default."""
+    method: str = "clicktrain"
+    """How the network is pruned while it trains; dense for not at all."""
+    epochs: int = 60
+    """Passes over the training images."""
+    batch_size: int = 128
+    """Images in one forward and backward pass; the optimizer steps on batch_size x accumulate images."""
+    optimizer: Optimizer = "sgd"
+    """sgd, or adamw (betas: momentum and 0.999)."""
+    learning_rate: float = 0.1
+    """Peak learning rate."""
+    momentum: float = 0.9
+    """Momentum of sgd; first beta of adamw."""
+    nesterov: bool = True
+    """Nesterov's momentum (sgd only)."""
+    weight_decay: float = 5e-4
+    """Weight decay: added to the gradient by sgd, decoupled in adamw."""
+    decay_norm_and_bias: bool = True
+    """Apply weight decay to batch norm parameters and biases too, as the recipes of the papers do."""
+    schedule: Schedule = "cosine"
+    """Learning rate over the run: cosine to zero, onecycle (up for warmup_epochs or 30% of the run, then
+    down), step (times gamma at each milestone) or constant."""
+    warmup_epochs: float = 0.0
+    """Epochs of linear warm-up from zero (onecycle: epochs of its rising part; 0 means 30% of the run)."""
+    milestones: tuple[float, ...] = (0.5, 0.75)
+    """Shares of the run at which the step schedule lowers the learning rate."""
+    gamma: float = 0.1
+    """Factor of the step schedule at each milestone."""
+    label_smoothing: float = 0.0
+    """Share of each label spread evenly over all classes."""
+    mixup: float = 0.0
+    """Parameter alpha of mixup's Beta distribution; 0 is off."""
+    cutout: int = 0
+    """Side of the square that cutout blanks in each training image, in pixels; 0 is off."""
+    augment: AugmentPreset = "auto"
+    """Random changes to training images; auto chooses by the data set."""
+    ema_decay: float = 0.0
+    """Decay per step of the moving average of the weights, which is then evaluated and saved; 0 is off."""
+    clip_grad_norm: float = 0.0
+    """Largest allowed norm of the whole gradient; 0 is off."""
+    accumulate: int = 1
+    """Batches whose gradients are averaged before each optimizer step."""
+    device: Device = "auto"
+    """Where to train; auto takes cuda, then mps, then cpu."""
+    precision: Precision = "fp32"
+    """Number format of the forward and backward pass (autocast; weights stay fp32)."""
+    channels_last: bool = False
+    """Keep images and weights in channels-last memory order."""
+    compile: bool = False
+    """Compile the network with torch.compile (again once the weights are packed)."""
+    packed: bool = True
+    """After hard pruning, train on the kept values only; otherwise on masked dense weights."""
+    evaluate_every: int = 1
+    """Epochs between evaluations; the last epoch is always evaluated."""
+    checkpoint_every: int = 1
+    """Epochs between checkpoints; one more is written when the run is interrupted."""
+    keep_checkpoints: int = 2
+    """Number of checkpoints to keep, newest first."""
+    threads: int | None = None
+    """CPU threads of PyTorch; its own choice by default. Bitwise repeatability needs the same number."""
+    deterministic: bool = False
+    """Use only deterministic operators: slower on cuda, no effect needed on cpu, where runs repeat anyway."""
+    tensorboard: bool = False
+    """Write TensorBoard logs beside the run's own files."""
+    seed: int = 0
+    """Seed of the initial weights, the order of the images, their augmentation and dropout."""
+
+    def __post_init__(self) -> None:
+        for name in ("epochs", "batch_size", "accumulate", "evaluate_every", "checkpoint_every"):
+            self._at_least(name, 1)
+        self._at_least("keep_checkpoints", 1)
+        for name in ("workers", "cutout", "seed", "weight_decay", "warmup_epochs", "mixup", "clip_grad_norm"):
+            self._at_least(name, 0)
+        for name in ("image_size", "threads"):
+            if getattr(self, name) is not None:
+                self._at_least(name, 1)
+        for name in ("width", "learning_rate", "gamma"):
+            self._positive(name)
+        for name in ("momentum", "label_smoothing", "ema_decay"):
+            self._share(name)
+        self._positive("val_fraction")
+        self._share("val_fraction")
+        for name, allowed in _CHOICES.items():
+            if getattr(self, name) not in allowed:
+                raise UserError(f"{name} is {getattr(self, name)!r}: use one of {', '.join(allowed)}")
+        if self.warmup_epochs >= self.epochs:
+            raise UserError(
+                f"warmup_epochs is {self.warmup_epochs}: must be less than epochs ({self.epochs})"
+            )
+        if self.optimizer == "sgd" and self.nesterov and self.momentum == 0:
+            raise UserError("nesterov is true but momentum is 0: set nesterov to false or momentum above 0")
+        last = 0.0
+        for share in self.milestones:
+            if not last < share < 1:
+                raise UserError(
+                    f"milestones is {list(self.milestones)}: rising shares of the run are needed, "
+                    "each between 0 and 1"
+                )
+            last = share
+
+    def _at_least(self, name: str, low: int) -> None:
+        value = getattr(self, name)
+        if not low <= value < math.inf:
+            raise UserError(f"{name} is {value}: must be at least {low}")
+
+    def _positive(self, name: str) -> None:
+        value = getattr(self, name)
+        if not 0 < value < math.inf:
+            raise UserError(f"{name} is {value}: must be above 0")
+
+    def _share(self, name: str) -> None:
+        value = getattr(self, name)
+        if not 0 <= value < 1:
+            raise UserError(f"{name} is {value}: must be at least 0 and below 1")
+
+    @property
+    def images_per_step(self) -> int:
+        """Images that one optimizer step averages over."""
+        return self.batch_size * self.accumulate
+
+
+_CHOICES: dict[str, tuple[str, ...]] = {
+    "stem": get_args(Stem),
+    "optimizer": get_args(Optimizer),
+    "schedule": get_args(Schedule),
+    "augment": get_args(AugmentPreset),
+    "device": get_args(Device),
+    "precision": get_args(Precision),
+}
+
+
+def resolve_method(name: str, **settings: Any) -> Method[Any]:
+    """The method called ``name`` with its settings; UserError for an unknown name, setting or value."""
+    if name not in METHODS:
+        raise UserError(f"method is {name!r}: use one of {', '.join(METHODS)}")
+    return build(METHODS[name], settings)
+
+
+def from_dict(values: Mapping[str, Any]) -> tuple[RunConfig, Method[Any]]:
+    """Split flat settings into those of the run and those of its method, and check both.
+
+    Raises:
+        UserError: a setting that neither has (names the nearest), or a value that does not fit.
+    """
+    for name in values:
+        if not isinstance(name, str):
+            raise UserError(f"settings need names, {name!r} is none")
+    run_fields = field_names(RunConfig)
+    run = build(RunConfig, {k: v for k, v in values.items() if k in run_fields})
+    rest = {k: v for k, v in values.items() if k not in run_fields}
+    if run.method in METHODS:
+        method_fields = field_names(METHODS[run.method])
+        for name in rest:
+            if name not in method_fields:
+                raise unknown_field(name, run_fields + method_fields)
+    return run, resolve_method(run.method, **rest)
+
+
+def load_config(path: str | Path) -> tuple[RunConfig, Method[Any]]:
+    """Read a YAML recipe: flat, fields of RunConfig and of the method it names; others keep their defaults.
+
+    Raises:
+        UserError: no such file, not YAML, not a flat mapping, an unknown setting or a wrong value.
+    """
+    path = Path(path)
+    try:
+        values = yaml.safe_load(path.read_text(encoding="utf-8"))
+    except FileNotFoundError:
+        raise UserError(f"there is no file {path}: give the path of a YAML file with settings") from None
+    except (yaml.YAMLError, UnicodeDecodeError) as error:
+        where = getattr(error, "problem_mark", None)
+        line = f" (line {where.line + 1})" if where is not None else ""
+        raise UserError(f"{path} is not valid YAML{line}: write one 'setting: value' a line") from None
+    if values is None:
+        values = {}
+    if not isinstance(values, dict):
+        raise UserError(f"{path} holds no settings: write one 'setting: value' a line")
+    try:
+        return from_dict(values)
+    except UserError as error:
+        raise UserError(f"{path}: {error}") from None
+
+
+def config_to_dict(run: RunConfig, method: Method[Any]) -> dict[str, Any]:
+    """All settings, flat, as plain values, which ``from_dict`` and ``load_config`` read back."""
+    return {**to_plain(run), **to_plain(method)}

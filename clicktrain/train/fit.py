@@ -1,0 +1,71 @@
+"""The training loop. It drives a method exactly as anybody's own loop does: backward, observe, step."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+from clicktrain.methods import Method
+from clicktrain.train.config import RunConfig
+from clicktrain.train.disk import bytes_needed, check_disk
+from clicktrain.train.epoch import end_epoch, train_epoch
+from clicktrain.train.interrupt import StopRequest
+from clicktrain.train.live import LiveRun
+from clicktrain.train.prepare import prepare
+from clicktrain.train.progress import Progress, Silent
+from clicktrain.train.run_folder import RunFolder
+from clicktrain.train.summary import finish_run
+
+
+def fit(
+    config: RunConfig,
+    method: Method[Any],
+    folder: RunFolder | str | Path,
+    *,
+    progress: Progress | None = None,
+    resume: bool = False,
+) -> Mapping[str, Any]:
+    """Train and prune, and leave the files of a run.
+
+    Same settings, same seed, same machine and thread count give the same weights, bit for bit, and so does a
+    run that was interrupted and resumed at any point. On cuda this needs ``deterministic``.
+
+    Args:
+        config: settings of the run.
+        method: settings of the method, from `resolve_method`.
+        folder: where the files go; missing or empty, unless ``resume``.
+        progress: listener; silent by default.
+        resume: continue the run in ``folder``, with the settings it was started with
+            (`RunFolder.load_config`).
+
+    Returns:
+        The summary, as in summary.json.
+
+    Raises:
+        UserError: something asked for cannot be done; nothing has been written unless the disk is full.
+        TrainingDiverged: the loss is no longer a number or exploded; the last good checkpoint is left.
+        TrainingInterrupted: SIGTERM or SIGINT; a checkpoint was written.
+    """
+    progress = progress or Silent()
+    folder = folder if isinstance(folder, RunFolder) else RunFolder(Path(folder))
+    if not resume:
+        folder.check_free()
+    elif (summary := folder.open().summary()) is not None:
+        progress.message(f"the run in {folder.path} is finished already: nothing to resume")
+        return summary
+    prepared = prepare(config, method)
+    check_disk(folder.path, bytes_needed(prepared.model, config))
+    run = LiveRun(prepared, folder, progress)
+    with StopRequest() as stop:
+        if resume:
+            run.go_on()
+        else:
+            run.begin()
+        progress.start(config, method, prepared)
+        while run.course.epoch < config.epochs:
+            train_epoch(run, stop)
+            end_epoch(run, stop)
+        summary = finish_run(run)
+    progress.finish(summary)
+    return summary

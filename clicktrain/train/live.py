@@ -1,0 +1,179 @@
+"""A run while it lives: the objects that train, and how their whole state is saved and restored."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.amp.grad_scaler import GradScaler
+from torch.optim.swa_utils import AveragedModel
+
+from clicktrain.errors import UserError
+from clicktrain.train.averaging import freeze_average_, make_average
+from clicktrain.train.checkpoint import newest_good, save_checkpoint
+from clicktrain.train.config import config_to_dict
+from clicktrain.train.divergence import diverged, weights_are_finite
+from clicktrain.train.prepare import Prepared
+from clicktrain.train.progress import Progress
+from clicktrain.train.run_folder import RunFolder
+from clicktrain.train.state import Course
+from clicktrain.train.tensorboard import ScalarLog
+
+_FREE_TO_CHANGE = frozenset(
+    ("device", "threads", "workers", "cache_dir", "evaluate_every", "checkpoint_every", "keep_checkpoints",
+     "tensorboard", "compile", "deterministic")
+)  # fmt: skip
+"""Settings that may differ when a run is resumed: they do not change what is trained."""
+
+
+@dataclass(eq=False)
+class LiveRun:
+    """The moving parts of a run."""
+
+    prepared: Prepared
+    folder: RunFolder
+    progress: Progress
+    course: Course = field(default_factory=Course)
+    average: AveragedModel | None = None
+    scalars: ScalarLog | None = None
+    frozen: bool = False
+    _forward: Callable[[Tensor], Tensor] | None = None
+
+    def __post_init__(self) -> None:
+        config = self.prepared.config
+        self.scaler = GradScaler(self.prepared.device.type, enabled=config.precision == "fp16")
+        if config.ema_decay:
+            self.average = make_average(self.prepared.model, config.ema_decay)
+        if config.tensorboard:
+            self.scalars = ScalarLog(self.folder.path / "tensorboard")
+        self.density = 1.0
+        self._seconds_before = 0.0
+        self._batches_before = 0
+        self._started = time.perf_counter()
+
+    @property
+    def forward(self) -> Callable[[Tensor], Tensor]:
+        """The network as trained: compiled if the settings say so."""
+        if self._forward is None:
+            model = self.prepared.model
+            self._forward = torch.compile(model) if self.prepared.config.compile else model
+        return self._forward
+
+    @property
+    def evaluated_model(self) -> nn.Module:
+        """The model that is evaluated and saved: the moving average if there is one."""
+        return self.prepared.model if self.average is None else self.average.module
+
+    @property
+    def seconds(self) -> float:
+        """Wall clock of the whole run so far, without the time between interruption and resumption."""
+        return self._seconds_before + time.perf_counter() - self._started
+
+    @property
+    def eta_seconds(self) -> float | None:
+        """Seconds to the end at the pace of this process, None before its first batch."""
+        done = self._batches_done - self._batches_before
+        left = self.prepared.config.epochs * len(self.prepared.train_loader) - self._batches_done
+        return left * (time.perf_counter() - self._started) / done if done else None
+
+    @property
+    def _batches_done(self) -> int:
+        return self.course.epoch * len(self.prepared.train_loader) + self.course.batch
+
+    def follow_pruner(self) -> None:
+        """After the hard prune, once: cost, average and compiled network follow the masks."""
+        pruner = self.prepared.pruner
+        if self.frozen or not pruner.frozen:
+            return
+        self.frozen = True
+        self.density = pruner.density
+        self.prepared.cost.freeze(pruner.masks)
+        if self.average is not None:
+            freeze_average_(self.average, pruner.masks, pruner.packed)
+        self._forward = None
+
+    # ---- checkpoints ------------------------------------------------------------------------
+
+    def save(self) -> Path:
+        """Write a checkpoint of this moment (between two optimizer steps).
+
+        Raises:
+            TrainingDiverged: a weight is not a number; no checkpoint is written then.
+        """
+        course, config = self.course, self.prepared.config
+        epoch = course.epoch + (course.batch > 0)
+        if not weights_are_finite(self.prepared.model):
+            raise diverged("a weight is not a number", max(epoch, 1), course.batch, self.newest_checkpoint())
+        course.seconds = self.seconds
+        course.metrics_bytes, course.events_bytes = self.folder.lengths()
+        return save_checkpoint(self.folder, epoch, course.step, self.state_dict(), config.keep_checkpoints)
+
+    def newest_checkpoint(self) -> Path | None:
+        """The last checkpoint written, if any."""
+        return next(reversed(self.folder.checkpoints()), None)
+
+    def state_dict(self) -> dict[str, Any]:
+        """Everything that the rest of the run depends on. Random numbers need no state: see `seed_batch`."""
+        p = self.prepared
+        return {
+            "settings": config_to_dict(p.config, p.method),
+            "course": self.course.state_dict(),
+            "model": dict(p.model.state_dict()),
+            "optimizer": p.optimizer.state_dict(),
+            "scheduler": p.scheduler.state_dict(),
+            "scaler": self.scaler.state_dict(),
+            "pruner": p.pruner.state_dict(),
+            "average": None if self.average is None else dict(self.average.state_dict()),
+        }
+
+    def load_state_dict(self, saved: Mapping[str, Any]) -> None:
+        """Go on from a saved state; the run must be freshly prepared with the same settings."""
+        p = self.prepared
+        self._check_settings(saved["settings"])
+        self.course = Course.from_state(saved["course"])
+        self._seconds_before = self.course.seconds
+        self._batches_before = self._batches_done
+        p.pruner.load_state_dict(saved["pruner"])  # packs the model and the optimizer if they were packed
+        self.follow_pruner()
+        p.model.load_state_dict(saved["model"])
+        p.optimizer.load_state_dict(saved["optimizer"])
+        p.scheduler.load_state_dict(saved["scheduler"])
+        self.scaler.load_state_dict(saved["scaler"])
+        if self.average is not None:
+            self.average.load_state_dict(saved["average"])
+
+    def _check_settings(self, saved: Mapping[str, Any]) -> None:
+        now = config_to_dict(self.prepared.config, self.prepared.method)
+        for name, value in now.items():
+            if name not in _FREE_TO_CHANGE and saved.get(name, value) != value:
+                raise UserError(
+                    f"{name} is {value!r} in {self.folder.config}, the run was started with {saved[name]!r}: "
+                    "put it back, or start another run"
+                )
+
+    # ---- beginning --------------------------------------------------------------------------
+
+    def begin(self) -> None:
+        """Make the run's folder and write the first checkpoint."""
+        self.folder.create(self.prepared.config, self.prepared.method)
+        self.prepared.events.connect(self.folder.append_event)
+        self.save()
+
+    def go_on(self) -> None:
+        """Continue from the newest good checkpoint; from the beginning if none was written yet."""
+        saved = newest_good(self.folder, self.progress.message)
+        if saved is None:
+            self.progress.message("no checkpoint was written yet: starting from the beginning")
+            self.folder.truncate(0, 0)
+        else:
+            self.load_state_dict(saved)
+            self.folder.truncate(self.course.metrics_bytes, self.course.events_bytes)
+            self.prepared.events.waiting.clear()  # told before the checkpoint
+        self.prepared.events.connect(self.folder.append_event)
+        if saved is None:
+            self.save()

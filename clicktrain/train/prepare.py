@@ -1,0 +1,249 @@
+"""Make everything that a run needs, and find every mistake, before a file is written."""
+
+from __future__ import annotations
+
+import dataclasses
+import importlib.util
+import math
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import nn
+from torch.optim import Optimizer
+from torch.optim.lr_scheduler import LambdaLR
+
+from clicktrain.data import Augment, ImageData, Loader, make_loader, open_data
+from clicktrain.errors import UserError
+from clicktrain.methods import Method, Pruner
+from clicktrain.methods.base import Event
+from clicktrain.models import create_model, min_image_size
+from clicktrain.train.config import RunConfig
+from clicktrain.train.device import resolve_device, set_up
+from clicktrain.train.flops import TrainingCost
+from clicktrain.train.optim import make_optimizer
+from clicktrain.train.schedule import make_scheduler
+
+SMALL_IMAGE = 64
+"""Images up to this side in pixels get the CIFAR stem and recipe."""
+
+
+@dataclass
+class EventRelay:
+    """Keeps a method's decisions until it is known where they go."""
+
+    target: Callable[[Event], None] | None = None
+    waiting: list[Event] = field(default_factory=list)
+
+    def __call__(self, event: Event) -> None:
+        """Pass a decision on, or keep it."""
+        if self.target is None:
+            self.waiting.append(event)
+        else:
+            self.target(event)
+
+    def connect(self, target: Callable[[Event], None]) -> None:
+        """Send what waits, and all that follows, to ``target``."""
+        waiting, self.waiting = self.waiting, []
+        self.target = target
+        for event in waiting:
+            target(event)
+
+
+@dataclass(frozen=True, eq=False)
+class Prepared:
+    """A run, ready to start; nothing has been written.
+
+    Attributes:
+        config: settings of the run.
+        method: settings of the method.
+        device: where the run takes place.
+        data: the images.
+        train_loader: batches of the training split.
+        val_loader: batches of the validation split.
+        model: the network, on the device, with its initial weights.
+        optimizer: over the trained parameters of ``model``.
+        scheduler: to be stepped after each optimizer step.
+        pruner: the method, attached to model and optimizer; ``pruner.plan()`` tells what it will do.
+        cost: FLOPs per image.
+        events: where the pruner's decisions go.
+        facts: what is needed to build the network again: model, width, stem, num_classes, in_channels,
+            image_shape, classes, mean, std.
+    """
+
+    config: RunConfig
+    method: Method[Any]
+    device: torch.device
+    data: ImageData
+    train_loader: Loader
+    val_loader: Loader
+    model: nn.Module
+    optimizer: Optimizer
+    scheduler: LambdaLR
+    pruner: Pruner
+    cost: TrainingCost
+    events: EventRelay
+    facts: dict[str, Any]
+
+    @property
+    def optimizer_steps_per_epoch(self) -> int:
+        """Steps of the optimizer in an epoch."""
+        return math.ceil(len(self.train_loader) / self.config.accumulate)
+
+
+def prepare(config: RunConfig, method: Method[Any]) -> Prepared:
+    """Open the data, build and check everything; used by a run and by a dry run.
+
+    Raises:
+        UserError: anything in the settings that cannot be done here, in one sentence.
+    """
+    if config.tensorboard and importlib.util.find_spec("tensorboard") is None:
+        raise UserError("tensorboard is on but not installed: run 'pip install tensorboard', or turn it off")
+    device = resolve_device(config.device)
+    set_up(config, device)
+    data = open_run_data(config)
+    train_loader, val_loader = make_loaders(config, data, device)
+    facts = model_facts(config, data)
+    torch.manual_seed(config.seed)  # of the initial weights; each batch is seeded by itself
+    model = build_model(facts).to(device)
+    check_model(model, config, data, device)
+    if config.channels_last:
+        model = model.to(memory_format=torch.channels_last)  # type: ignore[call-overload]
+    optimizer = make_optimizer(model, config)
+    cost = TrainingCost(model, torch.zeros(1, *data.image_shape, device=device))
+    events = EventRelay()
+    pruner = method.attach(
+        model,
+        optimizer,
+        epochs=config.epochs,
+        steps_per_epoch=len(train_loader),
+        packed=config.packed,
+        on_event=events,
+    )
+    steps = config.epochs * math.ceil(len(train_loader) / config.accumulate)
+    return Prepared(
+        config=config,
+        method=method,
+        device=device,
+        data=data,
+        train_loader=train_loader,
+        val_loader=val_loader,
+        model=model,
+        optimizer=optimizer,
+        scheduler=make_scheduler(optimizer, config, steps),
+        pruner=pruner,
+        cost=cost,
+        events=events,
+        facts=facts,
+    )
+
+
+def open_run_data(config: RunConfig) -> ImageData:
+    """The images that the settings name."""
+    return open_data(
+        config.data,
+        image_size=config.image_size,
+        val_fraction=config.val_fraction,
+        seed=config.seed,
+        cache_dir=None if config.cache_dir is None else Path(config.cache_dir),
+        workers=config.workers,
+    )
+
+
+def make_loaders(config: RunConfig, data: ImageData, device: torch.device) -> tuple[Loader, Loader]:
+    """Batches of the training and the validation split.
+
+    The last training batch is dropped unless it is full (batch norm needs more than one image), except when
+    it is the only one.
+    """
+    train = make_loader(
+        data,
+        "train",
+        batch_size=config.batch_size,
+        device=device,
+        seed=config.seed,
+        augment=augmentation(config, data),
+        drop_last=len(data.train) >= config.batch_size,
+        channels_last=config.channels_last,
+    )
+    return train, make_val_loader(config, data, device)
+
+
+def make_val_loader(config: RunConfig, data: ImageData, device: torch.device) -> Loader:
+    """All batches of the validation split, not augmented."""
+    return make_loader(
+        data,
+        "val",
+        batch_size=config.batch_size,
+        device=device,
+        seed=config.seed,
+        augment=Augment(),
+        drop_last=False,
+        channels_last=config.channels_last,
+    )
+
+
+def augmentation(config: RunConfig, data: ImageData) -> Augment:
+    """Random changes to training images, as the settings say; ``auto`` goes by the data set."""
+    name = config.augment
+    if name == "auto":
+        kind = data.spec.partition(":")[0]
+        small = max(data.image_shape[1:]) <= SMALL_IMAGE
+        by_kind = {"digits": "digits", "synthetic": "none"}
+        preset = by_kind.get(kind, "cifar" if small else "imagenet")
+    else:
+        preset = name
+    return dataclasses.replace(Augment.preset(preset), cutout=config.cutout)
+
+
+@torch.no_grad()
+def check_model(model: nn.Module, config: RunConfig, data: ImageData, device: torch.device) -> None:
+    """Send one blank image through the network; UserError unless it gives one number per class."""
+    shape, classes = data.image_shape, len(data.classes)
+    smallest = min_image_size(config.model, model_facts(config, data)["stem"])
+    if min(shape[1:]) < smallest:
+        raise UserError(
+            f"model {config.model} needs images of at least {smallest} pixels, those of {data.spec} have "
+            f"{shape[1]}x{shape[2]}: set image_size={smallest}, or stem=cifar"
+        )
+    model.eval()
+    try:
+        output = model(torch.zeros(1, *shape, device=device))
+    except (RuntimeError, TypeError, ValueError) as error:
+        first = str(error).split("\n", 1)[0]
+        raise UserError(f"model {config.model} does not take images of shape {shape}: {first}") from error
+    got = tuple(output.shape) if isinstance(output, torch.Tensor) else type(output).__name__
+    if got != (1, classes):
+        raise UserError(f"model {config.model} gives {got} for one image: (1, {classes}) is needed")
+    model.train()
+
+
+def model_facts(config: RunConfig, data: ImageData) -> dict[str, Any]:
+    """What is needed to build the network again without the data; plain values."""
+    stem = config.stem
+    if stem == "auto":
+        stem = "cifar" if max(data.image_shape[1:]) <= SMALL_IMAGE else "imagenet"
+    return {
+        "model": config.model,
+        "width": config.width,
+        "stem": stem,
+        "num_classes": len(data.classes),
+        "in_channels": data.image_shape[0],
+        "image_shape": list(data.image_shape),
+        "classes": list(data.classes),
+        "mean": list(data.mean),
+        "std": list(data.std),
+    }
+
+
+def build_model(facts: dict[str, Any]) -> nn.Module:
+    """The network that `model_facts` describes, with fresh weights."""
+    return create_model(
+        facts["model"],
+        num_classes=facts["num_classes"],
+        in_channels=facts["in_channels"],
+        width=facts["width"],
+        stem=facts["stem"],
+    )

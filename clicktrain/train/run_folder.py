@@ -1,0 +1,184 @@
+"""The folder of a run: stable names, whole files only, and lines that can be taken back on resume."""
+
+from __future__ import annotations
+
+import json
+import re
+from collections.abc import Mapping
+from dataclasses import dataclass
+from datetime import datetime
+from pathlib import Path
+from typing import Any
+
+import yaml
+
+from clicktrain.errors import UserError
+from clicktrain.formats.tree import append_jsonl, write_text_atomic
+from clicktrain.methods import Method
+from clicktrain.train.config import RunConfig, config_to_dict, load_config
+
+FORMAT_VERSION = 1
+"""Version of the folder, its checkpoints and summary; raised when older programs could not read them."""
+
+_HEADER = "# clicktrain run folder, format "
+
+
+@dataclass(frozen=True)
+class RunFolder:
+    """Paths and files of one run. Making the object touches nothing; `create` and `open` do."""
+
+    path: Path
+
+    def __post_init__(self) -> None:
+        object.__setattr__(self, "path", Path(self.path))
+
+    @classmethod
+    def default(cls, config: RunConfig, root: str | Path = "runs") -> RunFolder:
+        """A folder under ``root`` named after the date, the model and the method; not made yet."""
+        model = re.sub(r"[^A-Za-z0-9_.-]+", "-", config.model.rpartition(":")[2]) or "model"
+        stem = f"{datetime.now():%Y-%m-%d_%H-%M-%S}_{model}_{config.method}"
+        path, count = Path(root) / stem, 1
+        while path.exists():
+            count += 1
+            path = Path(root) / f"{stem}_{count}"
+        return cls(path)
+
+    @property
+    def config(self) -> Path:
+        """Resolved settings, YAML."""
+        return self.path / "config.yaml"
+
+    @property
+    def metrics(self) -> Path:
+        """One JSON line per finished epoch."""
+        return self.path / "metrics.jsonl"
+
+    @property
+    def events(self) -> Path:
+        """One JSON line per decision."""
+        return self.path / "events.jsonl"
+
+    @property
+    def summary_path(self) -> Path:
+        """What the run reached, JSON; there once the run is finished."""
+        return self.path / "summary.json"
+
+    @property
+    def model(self) -> Path:
+        """Final weights, dense layout."""
+        return self.path / "model.safetensors"
+
+    @property
+    def packed(self) -> Path:
+        """Final weights, packed."""
+        return self.path / "packed.safetensors"
+
+    @property
+    def checkpoint_folder(self) -> Path:
+        """Where the last good states lie."""
+        return self.path / "checkpoints"
+
+    def check_free(self) -> None:
+        """Raise UserError unless the folder can become that of a new run (missing or empty)."""
+        if self.config.exists():
+            raise UserError(
+                f"{self.path} already holds a run: continue it with 'clicktrain resume {self.path}', "
+                "or give another --out"
+            )
+        if self.path.is_file():
+            raise UserError(f"{self.path} is a file: give a folder as --out")
+        if self.path.is_dir() and any(self.path.iterdir()):
+            raise UserError(f"{self.path} is not empty: give another --out")
+
+    def create(self, config: RunConfig, method: Method[Any]) -> RunFolder:
+        """Make the folder and write its settings; UserError unless it is missing or empty."""
+        self.check_free()
+        try:
+            self.checkpoint_folder.mkdir(parents=True, exist_ok=True)
+            self.truncate(0, 0)
+            settings = yaml.safe_dump(config_to_dict(config, method), sort_keys=False)
+            write_text_atomic(self.config, f"{_HEADER}{FORMAT_VERSION}\n{settings}")
+        except OSError as error:
+            raise UserError(f"cannot make the folder {self.path}: {error.strerror}") from None
+        return self
+
+    def open(self) -> RunFolder:
+        """Check that this is the folder of a run that this version can read; UserError otherwise."""
+        if not self.config.is_file():
+            raise UserError(f"{self.path} is not the folder of a run: it has no config.yaml")
+        first = self.config.read_text(encoding="utf-8").split("\n", 1)[0]
+        version = first.removeprefix(_HEADER).strip()
+        if first.startswith(_HEADER) and version.isdigit() and int(version) > FORMAT_VERSION:
+            raise UserError(
+                f"{self.path} has format {version}, this version of clicktrain reads up to {FORMAT_VERSION}: "
+                "update clicktrain"
+            )
+        return self
+
+    def load_config(self) -> tuple[RunConfig, Method[Any]]:
+        """The settings that the run was started with; UserError if this is not the folder of a run."""
+        return load_config(self.open().config)
+
+    def append_metrics(self, record: Mapping[str, Any]) -> None:
+        """Add the line of a finished epoch."""
+        append_jsonl(self.metrics, dict(record))
+
+    def append_event(self, event: Mapping[str, Any]) -> None:
+        """Add a decision."""
+        append_jsonl(self.events, dict(event))
+
+    def read_metrics(self) -> list[dict[str, Any]]:
+        """Lines of the finished epochs, in order; an unfinished last line is left out."""
+        return _read_lines(self.metrics)
+
+    def read_events(self) -> list[dict[str, Any]]:
+        """The decisions, in order; an unfinished last line is left out."""
+        return _read_lines(self.events)
+
+    def lengths(self) -> tuple[int, int]:
+        """Bytes of metrics.jsonl and events.jsonl."""
+        return _size(self.metrics), _size(self.events)
+
+    def truncate(self, metrics_bytes: int, events_bytes: int) -> None:
+        """Cut both files back to these lengths, so that what is done again is not told twice."""
+        for path, length in ((self.metrics, metrics_bytes), (self.events, events_bytes)):
+            with path.open("ab") as file:
+                file.truncate(min(length, _size(path)))
+
+    def write_summary(self, summary: Mapping[str, Any]) -> None:
+        """Write summary.json whole; its presence says that the run is finished."""
+        write_text_atomic(self.summary_path, json.dumps(dict(summary), indent=2) + "\n")
+
+    def summary(self) -> dict[str, Any] | None:
+        """What the run reached, or None while it is not finished."""
+        if not self.summary_path.is_file():
+            return None
+        try:
+            values = json.loads(self.summary_path.read_text(encoding="utf-8"))
+        except ValueError:
+            raise UserError(f"{self.summary_path} is damaged: it is not JSON") from None
+        if not isinstance(values, dict) or values.get("format_version", 0) > FORMAT_VERSION:
+            raise UserError(f"{self.summary_path} was written by a newer clicktrain: update clicktrain")
+        return values
+
+    def checkpoint(self, epoch: int, step: int) -> Path:
+        """Path of the checkpoint after ``step`` optimizer steps, of which the last was in ``epoch``."""
+        return self.checkpoint_folder / f"step-{step:09d}-epoch-{epoch:04d}.safetensors"
+
+    def checkpoints(self) -> list[Path]:
+        """Checkpoints that are there, oldest first."""
+        return sorted(self.checkpoint_folder.glob("step-*.safetensors"))
+
+
+def _size(path: Path) -> int:
+    return path.stat().st_size if path.exists() else 0
+
+
+def _read_lines(path: Path) -> list[dict[str, Any]]:
+    if not path.exists():
+        return []
+    lines = path.read_bytes().split(b"\n")[:-1]  # what follows the last newline is unfinished
+    try:
+        return [json.loads(line) for line in lines if line.strip()]
+    except ValueError:
+        raise UserError(f"{path} is damaged: a line of it is not JSON") from None

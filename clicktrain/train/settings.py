@@ -1,0 +1,114 @@
+"""Build frozen dataclasses from plain dictionaries (YAML, command line); one clear sentence per mistake."""
+
+from __future__ import annotations
+
+import dataclasses
+import difflib
+import types
+from collections.abc import Iterable, Mapping
+from typing import Any, Literal, TypeVar, Union, get_args, get_origin, get_type_hints
+
+from clicktrain.errors import UserError
+
+T = TypeVar("T")
+
+
+def field_names(cls: type) -> tuple[str, ...]:
+    """Names of the fields of a dataclass that its constructor takes."""
+    return tuple(f.name for f in dataclasses.fields(cls) if f.init)
+
+
+def unknown_field(name: str, valid: Iterable[str]) -> UserError:
+    """The error for a setting that does not exist; names the nearest one that does."""
+    names = sorted(valid)
+    close = difflib.get_close_matches(name, names, n=1)
+    hint = f"did you mean '{close[0]}'?" if close else f"valid settings: {', '.join(names)}"
+    return UserError(f"unknown setting '{name}': {hint}")
+
+
+def build(cls: type[T], settings: Mapping[str, Any]) -> T:
+    """Construct the dataclass ``cls`` from ``settings``, converting values to the annotated types.
+
+    YAML reads ``5e-4`` as text and ``1`` as an integer; both are accepted where a float is asked for.
+
+    Raises:
+        UserError: unknown field (names the nearest), or a value of another type (names field and type).
+    """
+    hints = get_type_hints(cls)
+    valid = field_names(cls)
+    for name in settings:
+        if name not in valid:
+            raise unknown_field(name, valid)
+    return cls(**{name: convert(name, value, hints[name]) for name, value in settings.items()})
+
+
+def convert(name: str, value: Any, hint: Any) -> Any:
+    """``value`` as the type ``hint`` wants it; UserError that names the field when it does not fit."""
+    origin, args = get_origin(hint), get_args(hint)
+    if origin in (Union, types.UnionType):
+        return _convert_union(name, value, args)
+    if origin is Literal:
+        if value in args:
+            return value
+        raise UserError(f"{name} is {value!r}: use one of {', '.join(str(a) for a in args)}")
+    if hint is bool:
+        fits = isinstance(value, bool)
+    elif hint is int:
+        fits = isinstance(value, int) and not isinstance(value, bool)
+    elif hint is float:
+        return _convert_float(name, value)
+    elif hint is str:
+        fits = isinstance(value, str)
+    elif origin is tuple and len(args) == 2 and args[1] is Ellipsis:
+        if not isinstance(value, list | tuple):
+            raise UserError(f"{name} is {value!r}: a list is needed, as in [0.5, 0.75]")
+        return tuple(convert(name, item, args[0]) for item in value)
+    elif origin is tuple:
+        if not isinstance(value, list | tuple) or len(value) != len(args):
+            raise UserError(f"{name} is {value!r}: a list of {len(args)} values is needed")
+        return tuple(convert(name, item, arg) for item, arg in zip(value, args, strict=True))
+    elif origin is dict:
+        if not isinstance(value, Mapping):
+            raise UserError(f"{name} is {value!r}: a mapping is needed, as in {{layer2: 4}}")
+        return {convert(name, k, args[0]): convert(name, v, args[1]) for k, v in value.items()}
+    else:
+        return value
+    if not fits:
+        raise UserError(f"{name} is {value!r}: a value of type {hint.__name__} is needed")
+    return value
+
+
+def _convert_union(name: str, value: Any, args: tuple[Any, ...]) -> Any:
+    if value is None and type(None) in args:
+        return None
+    options = [arg for arg in args if arg is not type(None)]
+    problem: UserError | None = None
+    for option in options:
+        try:
+            return convert(name, value, option)
+        except UserError as error:
+            problem = error
+    assert problem is not None
+    raise problem
+
+
+def _convert_float(name: str, value: Any) -> float:
+    if isinstance(value, int | float | str) and not isinstance(value, bool):
+        try:
+            return float(value)
+        except ValueError:
+            pass
+    raise UserError(f"{name} is {value!r}: a number is needed")
+
+
+def to_plain(settings: Any) -> dict[str, Any]:
+    """The fields of a frozen dataclass as YAML knows them (tuples become lists)."""
+    return {name: _plain(getattr(settings, name)) for name in field_names(type(settings))}
+
+
+def _plain(value: Any) -> Any:
+    if isinstance(value, tuple | list):
+        return [_plain(item) for item in value]
+    if isinstance(value, Mapping):
+        return {key: _plain(item) for key, item in value.items()}
+    return value

@@ -1,0 +1,84 @@
+"""Everything that changes while a run goes on, as plain numbers: what a checkpoint adds to the tensors."""
+
+from __future__ import annotations
+
+import dataclasses
+import statistics
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from typing import Any
+
+
+@dataclass
+class EpochTotals:
+    """Sums over the batches of the running epoch.
+
+    ``seconds`` is wall clock without evaluation and checkpoints, ``data_seconds`` the part of it waiting for
+    data, ``stages`` the number of batches per stage, ``window_ms`` milliseconds per batch, one value for each
+    bundle of losses that was read.
+    """
+
+    loss_sum: float = 0.0
+    correct: int = 0
+    images: int = 0
+    batches: int = 0
+    seconds: float = 0.0
+    data_seconds: float = 0.0
+    learning_rate: float = 0.0
+    stages: dict[str, int] = field(default_factory=dict)
+    window_ms: list[float] = field(default_factory=list)
+
+    @property
+    def loss(self) -> float:
+        """Mean loss per batch."""
+        return self.loss_sum / max(self.batches, 1)
+
+    @property
+    def accuracy(self) -> float:
+        """Percent of the images that were classified right."""
+        return 100 * self.correct / max(self.images, 1)
+
+    @property
+    def step_ms_median(self) -> float:
+        """Median milliseconds per batch, waiting for data included."""
+        return statistics.median(self.window_ms) if self.window_ms else 0.0
+
+    @property
+    def stage_shares(self) -> dict[str, float]:
+        """Share of the epoch's batches in each stage."""
+        return {stage: number / max(self.batches, 1) for stage, number in self.stages.items()}
+
+
+@dataclass
+class Course:
+    """How far a run has come.
+
+    ``epoch`` counts finished epochs, ``batch`` batches done in the running one, ``step`` optimizer steps.
+    FLOPs and seconds are of the whole run so far. ``metrics_bytes`` and ``events_bytes`` are the lengths of
+    the two files when a checkpoint is written.
+    """
+
+    epoch: int = 0
+    batch: int = 0
+    step: int = 0
+    train_flops: int = 0
+    train_flops_dense: int = 0
+    seconds: float = 0.0
+    epoch_seconds: float = 0.0
+    data_seconds: float = 0.0
+    first_loss: float | None = None
+    val_accuracy: float | None = None
+    best_val_accuracy: float | None = None
+    metrics_bytes: int = 0
+    events_bytes: int = 0
+    totals: EpochTotals = field(default_factory=EpochTotals)
+
+    def state_dict(self) -> dict[str, Any]:
+        """As nested dicts of numbers."""
+        return dataclasses.asdict(self)
+
+    @classmethod
+    def from_state(cls, saved: Mapping[str, Any]) -> Course:
+        """Inverse of `state_dict`."""
+        totals = dict(saved["totals"])
+        return cls(**{**saved, "totals": EpochTotals(**totals)})

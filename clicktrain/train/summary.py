@@ -1,0 +1,109 @@
+"""The end of a run: final weights, packed weights and the summary."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Mapping
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from clicktrain.accounting import LayerCost, ModelCost, count
+from clicktrain.formats.packed_file import save_packed
+from clicktrain.formats.tree import save_tree
+from clicktrain.kernels.pack_model import unpack_model_
+from clicktrain.train.evaluate import evaluate
+from clicktrain.train.live import LiveRun
+from clicktrain.train.machine import cpu_name, gpu_name, versions
+from clicktrain.train.run_folder import FORMAT_VERSION
+
+
+def finish_run(run: LiveRun) -> dict[str, Any]:
+    """Write model.safetensors, packed.safetensors and, last, summary.json.
+
+    Can be done again: a run killed in the middle of it is finished when it is resumed.
+    """
+    p, course = run.prepared, run.course
+    was_frozen = p.pruner.frozen
+    operator = "packed reference" if p.config.packed else "dense"
+    plain = p.pruner.finish()
+    model = plain
+    if run.average is not None:
+        model = run.average.module
+        unpack_model_(model)
+    masks = p.pruner.masks
+    _zero_outside(model, masks)
+    if masks and not was_frozen:  # hard prune at the very end: what was evaluated is not what is saved
+        result = evaluate(model, p.val_loader, device=p.device, precision=p.config.precision)
+        assert result is not None
+        course.val_accuracy = result.accuracy
+        run.progress.message(f"pruned after the last epoch: validation accuracy is {result.accuracy:.2f}%")
+    weights = {name: tensor.detach().cpu().contiguous() for name, tensor in model.state_dict().items()}
+    metadata = {"format_version": str(FORMAT_VERSION), "clicktrain": json.dumps(p.facts)}
+    save_tree(run.folder.model, weights, metadata)
+    save_packed(run.folder.packed, weights, {name: mask.cpu() for name, mask in masks.items()}, metadata)
+    cost = count(model, torch.zeros(1, *p.data.image_shape, device=p.device), masks or None)
+    summary = _summary(run, cost, operator)
+    if run.scalars is not None:
+        run.scalars.close()
+    run.folder.write_summary(summary)
+    return summary
+
+
+@torch.no_grad()
+def _zero_outside(model: nn.Module, masks: Mapping[str, Tensor]) -> None:
+    """Write the zeros, which a moving average lacks when the hard prune came at the very end."""
+    for name, mask in masks.items():
+        weight = model.get_submodule(name).weight
+        assert isinstance(weight, Tensor)
+        weight.masked_fill_(~mask.to(weight.device), 0.0)
+
+
+def _summary(run: LiveRun, cost: ModelCost, operator: str) -> dict[str, Any]:
+    p, course = run.prepared, run.course
+    config, pruner = p.config, p.pruner
+    hard_prune = next((event["epoch"] for event in pruner.events if event["event"] == "hard_prune"), None)
+    return {
+        "format_version": FORMAT_VERSION,
+        "method": config.method,
+        "model": config.model,
+        "data": config.data,
+        "epochs": config.epochs,
+        "seed": config.seed,
+        "val_accuracy": course.val_accuracy,
+        "best_val_accuracy": course.best_val_accuracy,
+        "compression_asked": getattr(p.method, "compression", None),
+        "compression_ratio": cost.compression_ratio,
+        "train_flops": course.train_flops,
+        "train_flops_ratio": course.train_flops / max(course.train_flops_dense, 1),
+        "inference_flops": cost.forward_flops,
+        "inference_flops_ratio": cost.inference_flops_ratio,
+        "train_seconds": run.seconds,
+        "data_share": course.data_seconds / max(course.epoch_seconds, 1e-9),
+        "hard_prune_epoch": hard_prune,
+        "parameters": cost.parameters,
+        "nonzero_parameters": cost.nonzero_parameters,
+        "device": p.device.type,
+        "cpu": cpu_name(),
+        "gpu": gpu_name(p.device),
+        "versions": versions(),
+        "layers": [_layer(layer, pruner.masks.get(layer.name), operator) for layer in cost.layers],
+    }
+
+
+def _layer(layer: LayerCost, mask: Tensor | None, operator: str) -> dict[str, Any]:
+    filters = layer.weight_shape[0]
+    per_filter: int | None = layer.weights // filters
+    if mask is not None:
+        kept = mask.flatten(1).sum(dim=1)
+        per_filter = int(kept[0]) if bool((kept == kept[0]).all()) else None
+    return {
+        "name": layer.name,
+        "shape": list(layer.weight_shape),
+        "density": layer.nonzero / max(layer.weights, 1),
+        "nnz_per_filter": per_filter,
+        "forward_flops": layer.forward_flops,
+        "forward_flops_dense": layer.forward_flops_dense,
+        "operator": "dense" if mask is None else operator,
+    }

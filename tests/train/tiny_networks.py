@@ -1,0 +1,86 @@
+"""Networks of the tests' own, small enough that a whole run takes a second."""
+
+from __future__ import annotations
+
+from torch import Tensor, nn
+
+
+def tiny(num_classes: int, in_channels: int) -> nn.Module:
+    """Three convolutions, batch norm, and dropout, so that random numbers matter."""
+    return nn.Sequential(
+        nn.Conv2d(in_channels, 8, 3, padding=1, bias=False),
+        nn.BatchNorm2d(8),
+        nn.ReLU(),
+        nn.Conv2d(8, 16, 3, padding=1, bias=False),
+        nn.BatchNorm2d(16),
+        nn.ReLU(),
+        nn.MaxPool2d(2),
+        nn.Conv2d(16, 16, 3, padding=1, bias=False),
+        nn.BatchNorm2d(16),
+        nn.ReLU(),
+        nn.AdaptiveAvgPool2d(1),
+        nn.Flatten(),
+        nn.Dropout(0.2),
+        nn.Linear(16, num_classes),
+    )
+
+
+def plain(num_classes: int, in_channels: int) -> nn.Module:
+    """No batch norm and no dropout: every image counts by itself."""
+    return nn.Sequential(
+        nn.Conv2d(in_channels, 8, 3, padding=1),
+        nn.ReLU(),
+        nn.Conv2d(8, 8, 3, padding=1),
+        nn.ReLU(),
+        nn.AdaptiveAvgPool2d(2),
+        nn.Flatten(),
+        nn.Linear(32, num_classes),
+    )
+
+
+class Breaks(nn.Module):
+    """Its loss becomes what is asked for after some batches, until a resumed run has passed that point."""
+
+    def __init__(self, num_classes: int, in_channels: int, after: int, factor: float) -> None:
+        super().__init__()
+        self.body = plain(num_classes, in_channels)
+        self.after, self.factor = after, factor
+        self.batches = 0
+
+    def forward(self, x: Tensor) -> Tensor:
+        self.batches += self.training
+        output: Tensor = self.body(x)
+        return output * self.factor if self.training and self.batches > self.after else output
+
+
+def turns_nan(num_classes: int, in_channels: int) -> nn.Module:
+    return Breaks(num_classes, in_channels, 15, float("nan"))
+
+
+def explodes(num_classes: int, in_channels: int) -> nn.Module:
+    return Breaks(num_classes, in_channels, 15, 1e8)
+
+
+def wrong_outputs(num_classes: int, in_channels: int) -> nn.Module:
+    return plain(num_classes + 1, in_channels)
+
+
+def wrong_input(num_classes: int, in_channels: int) -> nn.Module:
+    return plain(num_classes, in_channels + 2)
+
+
+def frozen_network(num_classes: int, in_channels: int) -> nn.Module:
+    return plain(num_classes, in_channels).requires_grad_(False)
+
+
+def reflecting(num_classes: int, in_channels: int) -> nn.Module:
+    """Its convolutions pad in a way that packed ones cannot."""
+    layers = [
+        m if not isinstance(m, nn.Conv2d) else _reflecting(m)
+        for m in tiny(num_classes, in_channels).children()
+    ]
+    return nn.Sequential(*layers)
+
+
+def _reflecting(conv: nn.Conv2d) -> nn.Conv2d:
+    return nn.Conv2d(conv.in_channels, conv.out_channels, 3, padding=1, bias=False, padding_mode="reflect")

@@ -1,0 +1,54 @@
+# `make demo` and `make test` set everything up themselves and are quick the second time.
+# Variables: PYTHON=python3.12 (only to create .venv), WORKERS=4, ARGS="-k pattern" (for pytest) or "--epochs 5" (for demo)
+
+VENV    := .venv
+PY      := $(VENV)/bin/python
+WORKERS ?= 2
+ARGS    ?=
+PYTHON  ?=
+PYTEST   = OMP_NUM_THREADS=1 $(PY) -m pytest -q
+
+export PYTHON
+.DEFAULT_GOAL := help
+.NOTPARALLEL:
+.PHONY: help demo test check lint types slow gpu format clean
+
+help: ## this list
+	@awk -F ':.*## ' '/^[a-z]+:.*## / { printf "make %-8s %s\n", $$1, $$2 }' $(MAKEFILE_LIST)
+
+demo: $(VENV)/stamp-run ## train the embedded digits dense and with ClickTrain, compare, write a report (about 2 minutes)
+	$(PY) -m clicktrain.demo $(ARGS)
+
+test: $(VENV)/stamp-test ## every test but the slow and the GPU ones
+	$(PYTEST) -n $(WORKERS) $(ARGS)
+
+check: lint types test ## what CI runs: lint, types, tests
+
+lint: $(VENV)/stamp-test ## formatting and ruff
+	$(PY) -m ruff format --check .
+	$(PY) -m ruff check .
+
+types: $(VENV)/stamp-test ## mypy, strict, on the package
+	$(PY) -m mypy
+
+slow: $(VENV)/stamp-test ## the slow tests (killed and resumed runs, whole recipes)
+	$(PYTEST) -m slow $(ARGS)
+
+gpu: $(VENV)/stamp-test ## the GPU tests: wants an NVIDIA GPU and a CUDA build of torch
+	@$(PY) -c 'import sys, torch; torch.cuda.is_available() or sys.exit("make gpu wants an NVIDIA GPU that torch can see; " \
+	    f"torch {torch.__version__} sees none. For a CUDA build see https://pytorch.org/get-started")'
+	$(PYTEST) -m gpu $(ARGS)
+
+format: $(VENV)/stamp-test ## rewrite the sources as `make lint` wants them
+	$(PY) -m ruff format .
+	$(PY) -m ruff check --fix .
+
+clean: ## remove .venv, caches and build products; runs/ stays
+	rm -rf $(VENV) build dist *.egg-info .pytest_cache .mypy_cache .ruff_cache .hypothesis
+	find clicktrain tests -name __pycache__ -type d -prune -exec rm -rf {} +
+
+$(VENV)/stamp-run: requirements/run.txt pyproject.toml scripts/setup.sh
+	@sh scripts/setup.sh run
+
+$(VENV)/stamp-test: requirements/test.txt requirements/run.txt pyproject.toml scripts/setup.sh
+	@sh scripts/setup.sh test

@@ -1,0 +1,99 @@
+"""`import clicktrain` is light, and needs nothing that is optional."""
+
+from __future__ import annotations
+
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+# Packages of the extras, and what a machine may lack.
+OPTIONAL = ("triton", "torchvision", "onnx", "onnxscript", "onnxruntime", "tensorboard", "timm", "lightning")
+# Packages that are installed, and that no one should wait for who only wants the library.
+HEAVY = ("datasets", "pyarrow", "pandas", "sklearn", "scipy", "jinja2", "jsonargparse", "PIL")
+SECONDS = 2.0  # on top of torch's own; 0.2 measured on an idle core
+
+
+def run_python(code: str, repository: Path, **environment: str) -> str:
+    done = subprocess.run(
+        [sys.executable, "-W", "error::DeprecationWarning:clicktrain", "-c", code],
+        capture_output=True,
+        text=True,
+        timeout=600,
+        cwd=repository,
+        env={**os.environ, "OMP_NUM_THREADS": "1", **environment},
+    )
+    assert done.returncode == 0, done.stderr
+    return done.stdout
+
+
+def blocked(names: tuple[str, ...]) -> str:
+    return f"import sys; sys.modules.update(dict.fromkeys({names!r}))\n"
+
+
+def test_import_without_optional_packages_or_compiler(repository: Path) -> None:
+    code = "import clicktrain\nfor name in clicktrain.__all__:\n    getattr(clicktrain, name)"
+    run_python(blocked(OPTIONAL) + code, repository, PATH="")
+
+
+def test_import_starts_no_device_and_no_threads(repository: Path) -> None:
+    code = """
+import threading, torch
+def settings():
+    return torch.get_num_threads(), torch.get_default_dtype(), threading.active_count()
+before = settings()
+state = torch.get_rng_state()
+import clicktrain
+assert not torch.cuda.is_initialized()
+assert torch.equal(state, torch.get_rng_state()), "import drew random numbers"
+assert before == settings(), (before, settings())
+"""
+    run_python(code, repository)
+
+
+def test_import_is_light(repository: Path) -> None:
+    code = f"""
+import sys, time, torch
+already = set(sys.modules)
+start = time.process_time()
+import clicktrain
+for name in clicktrain.__all__:
+    getattr(clicktrain, name)
+seconds = time.process_time() - start
+heavy = sorted({{name.split(".")[0] for name in set(sys.modules) - already}} & set({HEAVY!r}))
+assert not heavy, f"import clicktrain and its names load {{heavy}}: import them where used"
+assert seconds < {SECONDS}, f"import clicktrain and its names take {{seconds:.1f}} s on top of torch"
+"""
+    run_python(code, repository)
+
+
+@pytest.mark.skipif(not hasattr(os, "fork"), reason="needs os.fork")
+def test_every_module_imports_alone_and_without_optional_packages(repository: Path) -> None:
+    """Each in a process that has imported nothing of the package yet; forked, so that others load once."""
+    code = (
+        blocked(OPTIONAL)
+        + """
+import importlib, os, pathlib, sys, warnings
+import docstring_parser, jinja2, jsonargparse, numpy, PIL.Image, rich.live, safetensors.torch, torch, yaml
+import torch.export, torch.optim.swa_utils
+warnings.simplefilter("ignore", DeprecationWarning)  # fork with threads about: the child only imports
+failed = []
+for path in sorted(pathlib.Path("clicktrain").rglob("*.py")):
+    parts = path.with_suffix("").parts
+    name = ".".join(parts[:-1] if parts[-1] == "__init__" else parts)
+    if parts[-1] == "__main__":
+        continue
+    if (child := os.fork()) == 0:
+        try:
+            importlib.import_module(name)
+        except BaseException as error:
+            print(f"{name}: {type(error).__name__}: {error}", file=sys.stderr, flush=True)
+            os._exit(1)
+        os._exit(0)
+    failed += [name] * bool(os.waitpid(child, 0)[1])
+sys.exit(f"{len(failed)} modules cannot be imported alone" if failed else 0)
+"""
+    )
+    run_python(code, repository)

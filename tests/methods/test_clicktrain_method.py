@@ -159,6 +159,19 @@ def test_a_meaningless_compression_is_refused(compression: float) -> None:
         ClickTrain(compression=compression).attach(model, optimizer, epochs=10, steps_per_epoch=10)
 
 
+def test_a_penalty_moves_energy_into_the_kept_positions_before_the_hard_prune() -> None:
+    energy = {}
+    for penalty in ("none", "lasso", "shrink"):
+        model, optimizer = make()
+        method = ClickTrain(compression=5, penalty=penalty, lasso=0.05, regularize_length=0.4)
+        pruner = method.attach(model, optimizer, epochs=2, steps_per_epoch=15)
+        train(model, optimizer, pruner, 30)
+        event = next(event for event in pruner.events if event["event"] == "hard_prune")
+        energy[penalty] = event["energy_outside"]
+    assert energy["lasso"] < 0.9 * energy["none"]
+    assert energy["shrink"] < 0.05 * energy["none"]
+
+
 # ---------------------------------------------------------------- pruned positions stay zero
 
 

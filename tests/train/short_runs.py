@@ -135,6 +135,6 @@ def run_in_process(
         env=environment,
         capture_output=True,
         text=True,
-        timeout=300,
+        timeout=600,  # a loaded machine is slow to start Python
         check=False,
     )

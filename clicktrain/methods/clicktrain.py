@@ -206,6 +206,12 @@ class ClickTrain(Method[ClickTrainState]):
         ratio = next((v for glob, v in self.layers.items() if matches(layer.name, [glob])), None)
         fixed = None
         if ratio is not None:
+            least = r * s / entries
+            if ratio < 0.99 * least:
+                raise UserError(
+                    f"layers asks for {ratio:g}x in {layer.name}, but keeping {entries} of {r * s} positions "
+                    f"per kernel is {least:.2f}x at the least: ask for more, or exclude the layer"
+                )
             fixed = LayerBudget(layer.name, f, c, entries, r * s).kernels_for_density(1 / ratio)
         return Target(layer, entries, effective_group(f, self.group), fixed)
 
@@ -394,9 +400,10 @@ class ClickTrain(Method[ClickTrainState]):
     def _fill_in(self, state: ClickTrainState, found: Survey) -> None:
         """Before a stage is closed: layers whose gradients it never saw take part by their magnitudes."""
         selection = state.selection
+        proposed = set(selection.candidates)
         for target in self.targets(found):
             weight = target.layer.weight.detach().float()
-            missing = target.kernel_shape not in selection.candidates
+            missing = target.kernel_shape not in proposed
             if state.stage == "pool" and self.pool == "dynamic" and missing:
                 selection.propose(target, magnitude_importance(weight, weight))
             elif state.stage == "finalize" and target.layer.name not in selection.importance:

@@ -111,7 +111,8 @@ class Selection:
         if target.has_patterns:
             masks = self.pools[target.kernel_shape].masks()
             add_pattern_votes_(self.votes[name], importance, masks, weight)
-        self.importance[name].addcmul_(importance, weight.to(importance))
+        # Not a product: a rejected batch may hold infinities.
+        self.importance[name] += torch.where(weight.to(importance.device) > 0, importance, 0.0)
 
     def choose_patterns(self, target: Target, by_votes: bool) -> None:
         """Fix the pattern of every kernel: most votes, or highest summed importance."""

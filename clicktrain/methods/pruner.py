@@ -72,8 +72,9 @@ class Pruner:
         """Tell the loss of a batch whose gradients have just been computed.
 
         Args:
-            loss: 0-dim tensor, unscaled; divided by the number of accumulated batches or not makes no
-                difference to what is decided. The value is read on its own device, without waiting for it.
+            loss: 0-dim tensor, unscaled, the mean over this batch and not divided by the number of
+                accumulated batches: the loss slope of stage 1 is absolute. The value is read on its own
+                device, without waiting for it.
         """
         if loss.numel() != 1:
             raise ValueError(f"observe takes a scalar loss, got a tensor of shape {tuple(loss.shape)}")
@@ -184,9 +185,10 @@ class Pruner:
             raise UserError(f"this state was saved by method {saved['method']!r}, not {self.method.name!r}")
         self._state = self.method.load_state(self._found, self.length, saved["state"])
         self._seen = saved["seen"]
-        self._losses = [loss.clone() for loss in saved["losses"]]
+        device = next((layer.weight.device for layer in self._found.layers), None)
+        self._losses = [loss.to(device, copy=True) for loss in saved["losses"]]
         epoch_loss = saved["epoch_loss"]
-        self._epoch_loss = None if epoch_loss is None else epoch_loss.clone()
+        self._epoch_loss = None if epoch_loss is None else epoch_loss.to(device, copy=True)
         self._epoch_losses = list(saved["epoch_losses"])
         self.events = list(saved["events"])
         self.frozen = saved["frozen"]
@@ -217,6 +219,11 @@ class Pruner:
         self._depth += 1
         if self._depth > 1:
             return
+        if any(map(callable, args[1:])) or kwargs.get("closure") is not None:
+            raise UserError(
+                "the optimizer's step was called with a closure, whose gradients the pruner cannot read: "
+                "call backward() and observe(loss) first, then optimizer.step() without one"
+            )
         found_inf = getattr(optimizer, "found_inf", None)
         with torch.no_grad(), self._full_precision():
             if self.frozen:

@@ -99,6 +99,7 @@ def survey(
     layers: list[ConvLayer] = []
     left: dict[str, tuple[tuple[int, ...], str]] = {}
     other = 0
+    counted: set[int] = set()
     for name, module in named:
         reason = _reason(module, uses, trained_ids)
         if reason is None and matches(name, exclude):
@@ -114,7 +115,10 @@ def survey(
         known = not isinstance(module.weight, UninitializedParameter)
         left[name] = (tuple(module.weight.shape) if known else (), reason or "")
         if known and isinstance(module, _ConvNd):
-            other += module.weight.numel()
+            own = module._parameters.get("weight")  # None: computed anew at each access
+            if own is None or id(own) not in counted:
+                other += module.weight.numel()
+            counted.add(id(own))  # a shared weight counts once
     return Survey(tuple(layers), left, other, tuple(name for name, _ in named))
 
 

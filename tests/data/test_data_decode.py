@@ -113,14 +113,17 @@ def test_fit_keeps_the_centre() -> None:
     assert np.array_equal(half, np.full((8, 8, 3), 200))
 
 
-@pytest.mark.parametrize(("height", "width"), [(32, 16), (16, 32), (24, 24)])
-def test_fit_is_resize_and_centre_crop(height: int, width: int) -> None:
+@pytest.mark.parametrize("ratio", [1, 2])
+@pytest.mark.parametrize(("height", "width"), [(64, 32), (32, 64), (48, 48)])
+def test_fit_is_resize_and_centre_crop(height: int, width: int, ratio: int) -> None:
     image = Image.fromarray(pixels(5, (height, width)))
     shorter = min(height, width)
-    scaled = image.resize((width * 8 // shorter, height * 8 // shorter), Image.Resampling.BILINEAR)
+    scaled = image.resize(
+        (width * 8 * ratio // shorter, height * 8 * ratio // shorter), Image.Resampling.BILINEAR
+    )
     left, top = (scaled.width - 8) // 2, (scaled.height - 8) // 2
     cropped = np.asarray(scaled.crop((left, top, left + 8, top + 8))).astype(int)
-    assert np.abs(np.asarray(fit(image, (8, 8))).astype(int) - cropped).max() <= 1  # rounding
+    assert np.abs(np.asarray(fit(image, (8, 8), ratio)).astype(int) - cropped).max() <= 1  # rounding
 
 
 def test_fit_leaves_the_right_size_alone() -> None:

@@ -14,6 +14,9 @@ from torch.nn.utils import parametrizations
 from clicktrain.errors import UserError
 from clicktrain.methods import ClickTrain
 from clicktrain.methods.clicktrain import PRESETS
+from clicktrain.methods.pattern_selection import Selection, Target
+from clicktrain.methods.survey import ConvLayer
+from clicktrain.sparsity.patterns import fixed_pool
 
 
 class StandardisedConv(nn.Conv2d):
@@ -178,3 +181,36 @@ def test_a_name_that_matches_no_layer_is_refused(settings: dict[str, Any]) -> No
 def test_wrong_settings_are_refused_by_name(settings: dict[str, Any], message: str) -> None:
     with pytest.raises(UserError, match=message):
         ClickTrain(**settings)
+
+
+def test_a_shared_weight_counts_once_in_the_compression() -> None:
+    model = nn.Sequential(*(nn.Conv2d(8, 8, 3, padding=1) for _ in range(4)))
+    model[2].weight = model[1].weight
+    optimizer = torch.optim.SGD(model.parameters(), lr=0.1)
+    found = ClickTrain(compression=1.5).survey(model, optimizer.param_groups[0]["params"])
+    assert [layer.name for layer in found.layers] == ["3"]
+    assert found.conv_weights == 3 * 8 * 8 * 9
+
+
+def test_a_layer_ratio_below_what_patterns_give_is_refused() -> None:
+    model = nn.Sequential(nn.Conv2d(3, 8, 3), nn.Conv2d(8, 8, 3))
+    optimizer = torch.optim.SGD(model.parameters(), lr=0.1)
+    with pytest.raises(UserError, match=r"layers asks for 1x in 1.*2\.25x"):
+        ClickTrain(compression=2, layers={"1": 1.0}).attach(model, optimizer, epochs=1, steps_per_epoch=10)
+
+
+def test_a_step_with_a_closure_is_refused() -> None:
+    model = nn.Sequential(nn.Conv2d(3, 8, 3), nn.Conv2d(8, 8, 3))
+    optimizer = torch.optim.SGD(model.parameters(), lr=0.1)
+    ClickTrain(compression=2).attach(model, optimizer, epochs=1, steps_per_epoch=10)
+    with pytest.raises(UserError, match="closure"):
+        optimizer.step(lambda: model(torch.randn(1, 3, 8, 8)).sum())
+
+
+def test_a_rejected_batch_with_infinite_importance_leaves_no_trace() -> None:
+    target = Target(ConvLayer("conv", nn.Conv2d(2, 2, 3)), entries=4, group=1)
+    selection = Selection(pools={(3, 3): fixed_pool(4)})
+    selection.vote(target, torch.ones(2, 2, 3, 3), torch.ones(()))
+    selection.vote(target, torch.full((2, 2, 3, 3), float("inf")), torch.zeros(()))
+    assert torch.equal(selection.importance["conv"], torch.ones(2, 2, 3, 3))
+    assert int(selection.votes["conv"].sum()) == 4

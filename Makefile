@@ -16,7 +16,7 @@ export PYTHON
 help: ## this list
 	@awk -F ':.*## ' '/^[a-z]+:.*## / { printf "make %-8s %s\n", $$1, $$2 }' $(MAKEFILE_LIST)
 
-demo: $(VENV)/stamp-run ## train the embedded digits dense and with ClickTrain, compare, write a report (about 2 minutes)
+demo: $(VENV)/stamp-run ## train the embedded digits dense and with ClickTrain, compare, write a report (about 1 minute)
 	$(PY) -m clicktrain.demo $(ARGS)
 
 test: $(VENV)/stamp-test ## every test but the slow and the GPU ones

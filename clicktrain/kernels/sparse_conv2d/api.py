@@ -8,7 +8,7 @@ from typing import TypeAlias
 from torch import Tensor
 
 from clicktrain.formats.packed import Structure
-from clicktrain.kernels.sparse_conv2d.impl import reference
+from clicktrain.kernels.sparse_conv2d.impl import blocked, reference
 
 Pair: TypeAlias = int | tuple[int, int]
 Padding: TypeAlias = int | tuple[int, int] | str
@@ -19,7 +19,7 @@ Impl: TypeAlias = Callable[
 ]
 """(x, values, structure, bias, stride, padding, dilation, groups) -> y, differentiable in x, values, bias."""
 
-IMPLS: Mapping[str, Impl] = {"reference": reference.sparse_conv2d}
+IMPLS: Mapping[str, Impl] = {"reference": reference.sparse_conv2d, "blocked": blocked.sparse_conv2d}
 """Implementations by name."""
 
 

@@ -1,0 +1,73 @@
+"""What ``nn.BatchNorm2d`` does, on activations in the batch-blocked layout."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor, nn
+
+from clicktrain.errors import UserError
+from clicktrain.kernels.batch_norm2d.ops import affine_relu_blocked, batch_norm2d_blocked
+from clicktrain.kernels.native import C_TYPES
+
+
+def batch_norm_blocked(
+    x: Tensor, bn: nn.BatchNorm2d, n: int, residual: Tensor | None = None, relu: bool = False
+) -> Tensor:
+    """``relu?(bn(x) + residual)`` with the parameters, statistics and mode of ``bn``.
+
+    As ``bn`` itself would, this updates its running statistics in training mode. There has to be a compiler:
+    callers ask `clicktrain.kernels.native.toolchain` before they choose this layout.
+
+    Args:
+        x: [B, C, H, W, V], float32 or float64, V the vector lanes of that type; B = ceil(n / V).
+        bn: its parameters and statistics are of the type of ``x``.
+        n: images in the batch; what else the last block holds is not counted.
+        residual: like ``x``, or None.
+        relu: whether negative results become zero.
+
+    Raises:
+        UserError: another number type or shape, or one number per channel in training mode.
+    """
+    if x.dtype not in C_TYPES:
+        raise UserError(
+            f"blocked batch norm computes in float32 or float64, not in {x.dtype}: convert the input"
+        )
+    y: Tensor
+    mean, var = bn.running_mean, bn.running_var
+    if bn.training or mean is None or var is None:
+        count = n * x.shape[2] * x.shape[3]
+        if count == 1:
+            raise UserError("batch norm in training mode needs more than one number per channel")
+        y, batch_mean, batch_var = batch_norm2d_blocked(x, bn.weight, bn.bias, residual, n, bn.eps, relu)
+        if bn.training and bn.track_running_stats:
+            update_running_stats(bn, batch_mean, batch_var, count)
+        return y
+    scale = torch.rsqrt(var + bn.eps)
+    if bn.weight is not None:
+        scale = scale * bn.weight
+    shift = -mean * scale
+    if bn.bias is not None:
+        shift = shift + bn.bias
+    y = affine_relu_blocked(x, scale, shift, residual, n, relu)
+    return y
+
+
+@torch.no_grad()
+def update_running_stats(bn: nn.BatchNorm2d, mean: Tensor, var: Tensor, count: int) -> None:
+    """One step of the running mean, variance and number of batches, as ``nn.BatchNorm2d`` makes it.
+
+    Args:
+        bn: changed in place.
+        mean: [C], of the batch.
+        var: [C], biased, of the batch; what is kept is the unbiased one.
+        count: numbers per channel that both were taken over.
+    """
+    share: float | Tensor = 0.0 if bn.momentum is None else bn.momentum
+    if bn.num_batches_tracked is not None:
+        bn.num_batches_tracked.add_(1)
+        if bn.momentum is None:
+            # A tensor: to read the number here would break a compiled graph in two.
+            share = 1.0 / bn.num_batches_tracked.to(mean.dtype)
+    for running, new in ((bn.running_mean, mean), (bn.running_var, var * (count / (count - 1)))):
+        if running is not None:
+            running.mul_(1 - share).add_(new * share)

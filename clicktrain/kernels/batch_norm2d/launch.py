@@ -1,0 +1,180 @@
+"""Calls of the generated C: checks what pointers cannot say of themselves, and makes room for results."""
+
+from __future__ import annotations
+
+import functools
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+
+from clicktrain.errors import UserError
+from clicktrain.kernels.batch_norm2d.codegen import source
+from clicktrain.kernels.native import C_TYPES, Library, load, toolchain
+from clicktrain.kernels.native.library import arguments
+from clicktrain.kernels.sparse_conv2d.blocked.layout import vectors
+
+
+class Gradients(NamedTuple):
+    """What the backward passes write; ``residual`` has no elements where it was not asked for."""
+
+    x: Tensor
+    weight: Tensor
+    bias: Tensor
+    residual: Tensor
+
+
+def forward(
+    x: Tensor,
+    weight: Tensor | None,
+    bias: Tensor | None,
+    residual: Tensor | None,
+    n: int,
+    eps: float,
+    relu: bool,
+) -> tuple[Tensor, Tensor, Tensor]:
+    """Batch norm with the batch's own statistics: y like ``x``, mean and biased variance [C]."""
+    results = x.new_empty(x.shape), x.new_empty(x.shape[1]), x.new_empty(x.shape[1])
+    forward_into(results, x, weight, bias, residual, n, eps, relu)
+    return results
+
+
+def forward_into(
+    results: tuple[Tensor, Tensor, Tensor],
+    x: Tensor,
+    weight: Tensor | None,
+    bias: Tensor | None,
+    residual: Tensor | None,
+    n: int,
+    eps: float,
+    relu: bool,
+) -> None:
+    """`forward` into given tensors: contiguous, aligned, every element is written."""
+    library = _check(x, n, (residual,), (weight, bias))
+    if n == 0:
+        raise UserError("an empty batch has no mean: batch norm in training mode needs at least one image")
+    x, residual, weight, bias = vectors(x), _vectors(residual), _plain(weight), _plain(bias)
+    y, mean, var = results
+    library.forward(
+        *arguments(x, residual, y, weight, bias, mean, var, eps, relu, n, *_sizes(x)),
+    )
+
+
+def affine(x: Tensor, scale: Tensor, shift: Tensor, residual: Tensor | None, n: int, relu: bool) -> Tensor:
+    """Scaling by channel: y like ``x``."""
+    y = x.new_empty(x.shape)
+    affine_into(y, x, scale, shift, residual, n, relu)
+    return y
+
+
+def affine_into(
+    y: Tensor, x: Tensor, scale: Tensor, shift: Tensor, residual: Tensor | None, n: int, relu: bool
+) -> None:
+    """`affine` into a given tensor: contiguous, aligned, every element is written."""
+    library = _check(x, n, (residual,), (scale, shift))
+    x, residual, scale, shift = vectors(x), _vectors(residual), scale.contiguous(), shift.contiguous()
+    library.affine(*arguments(x, residual, y, scale, shift, relu, *_sizes(x)))
+
+
+def backward(
+    gy: Tensor,
+    x: Tensor | None,
+    y: Tensor | None,
+    weight: Tensor | None,
+    statistics: tuple[Tensor, Tensor, float] | None,
+    n: int,
+    need_residual: bool,
+) -> Gradients:
+    """Gradients of `forward`, or of `affine` where there are no statistics.
+
+    Args:
+        gy: [B, C, H, W, V].
+        x: the input; None with `affine` if nobody asks for the gradient of its scale, which is 0 then.
+        y: the result if it went through a ReLU.
+        weight: of batch norm, or the scale.
+        statistics: mean, biased variance and eps of batch norm.
+        n: images.
+        need_residual: also write ``gy`` where ``y`` is positive; only with ``y``, else that is ``gy``.
+    """
+    channels = gy.shape[1]
+    gr = gy.new_empty(gy.shape if need_residual and y is not None else 0)
+    results = Gradients(gy.new_empty(gy.shape), gy.new_empty(channels), gy.new_empty(channels), gr)
+    backward_into(results, gy, x, y, weight, statistics, n)
+    return results
+
+
+def backward_into(
+    results: Gradients,
+    gy: Tensor,
+    x: Tensor | None,
+    y: Tensor | None,
+    weight: Tensor | None,
+    statistics: tuple[Tensor, Tensor, float] | None,
+    n: int,
+) -> None:
+    """`backward` into given tensors: contiguous, aligned, every element is written."""
+    mean, var, eps = statistics or (None, None, 0.0)
+    library = _check(gy, n, (x, y), (weight, mean, var))
+    gy, x, y, gr = (
+        vectors(gy),
+        _vectors(x),
+        _vectors(y),
+        results.residual if results.residual.numel() else None,
+    )
+    weight, mean, var = _plain(weight), _plain(mean), _plain(var)
+    library.backward(
+        *arguments(
+            gy, x, y, results.x, gr, weight, mean, var, results.weight, results.bias, eps, n, *_sizes(gy)
+        ),
+    )
+
+
+@functools.cache
+def _library(dtype: torch.dtype) -> tuple[Library, int]:
+    """The compiled functions for a number type, and V."""
+    tools = toolchain()
+    if tools is None:
+        raise RuntimeError("there is no C compiler: install gcc or clang, or name one in CC")
+    return load(source(dtype, tools.lanes(dtype))), tools.lanes(dtype)
+
+
+def _check(
+    x: Tensor, n: int, same: tuple[Tensor | None, ...], per_channel: tuple[Tensor | None, ...]
+) -> Library:
+    """The library for ``x``, once everything is as the C text takes it for granted."""
+    if x.dtype not in C_TYPES:
+        raise UserError(
+            f"blocked batch norm computes in float32 or float64, not in {x.dtype}: convert the input"
+        )
+    library, lanes = _library(x.dtype)
+    if x.dim() != 5 or x.shape[4] != lanes:
+        raise UserError(
+            f"blocked batch norm takes [B, C, H, W, {lanes}] of {x.dtype} here, not {list(x.shape)}: "
+            "convert with block_batch"
+        )
+    if not (x.shape[0] - 1) * lanes < n <= x.shape[0] * lanes:
+        raise UserError(f"{n} images of {lanes} lanes are {-(-n // lanes)} blocks, not {x.shape[0]}")
+    for shape, tensors in ((x.shape, same), (x.shape[1:2], per_channel)):
+        for one in tensors:
+            if one is not None and (one.shape != shape or one.dtype != x.dtype):
+                raise UserError(
+                    f"blocked batch norm wants {list(shape)} of {x.dtype} beside its input, "
+                    f"not {list(one.shape)} of {one.dtype}"
+                )
+    for one in (x, *same, *per_channel):
+        if one is not None and one.device.type != "cpu":
+            raise UserError(f"blocked batch norm is for CPUs, not for {one.device}")
+    return library
+
+
+def _sizes(x: Tensor) -> tuple[int, int, int, int]:
+    """Blocks, channels, area and threads: how all argument lists end."""
+    return x.shape[0], x.shape[1], x.shape[2] * x.shape[3], torch.get_num_threads()
+
+
+def _vectors(x: Tensor | None) -> Tensor | None:
+    return None if x is None else vectors(x)
+
+
+def _plain(x: Tensor | None) -> Tensor | None:
+    return None if x is None else x.contiguous()

@@ -1,0 +1,167 @@
+"""The operators that PyTorch sees: batch norm and scaling by channel, each with residual and ReLU.
+
+Shapes and gradients are declared, so that they work under autograd, ``torch.compile`` and ``torch.export``.
+Activations are ``[B, C, H, W, V]`` with B = ceil(n / V). The filling lanes of the last block may hold
+anything in ``x``, ``residual`` and results; gradients have zeros there.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from clicktrain.kernels.batch_norm2d import launch
+
+
+@torch.library.custom_op("clicktrain::batch_norm2d_blocked", mutates_args=())
+def batch_norm2d_blocked(
+    x: Tensor,
+    weight: Tensor | None,
+    bias: Tensor | None,
+    residual: Tensor | None,
+    n: int,
+    eps: float,
+    relu: bool,
+) -> tuple[Tensor, Tensor, Tensor]:
+    """Batch norm in training mode: ``relu?((x - mean) / sqrt(var + eps) * weight + bias + residual)``.
+
+    Args:
+        x: [B, C, H, W, V], float32 or float64, V the vector lanes of that type.
+        weight: [C], or None for ones.
+        bias: [C], or None for zeros.
+        residual: like ``x``, or None.
+        n: images in the batch.
+        eps: what is added to the variance.
+        relu: whether negative results become zero.
+
+    Returns:
+        The result like ``x``; mean and biased variance [C] over n x H x W numbers, both without gradient.
+    """
+    return launch.forward(x, weight, bias, residual, n, eps, relu)
+
+
+@batch_norm2d_blocked.register_fake
+def _(
+    x: Tensor,
+    weight: Tensor | None,
+    bias: Tensor | None,
+    residual: Tensor | None,
+    n: int,
+    eps: float,
+    relu: bool,
+) -> tuple[Tensor, Tensor, Tensor]:
+    return x.new_empty(x.shape), x.new_empty(x.shape[1]), x.new_empty(x.shape[1])
+
+
+@torch.library.custom_op("clicktrain::batch_norm2d_blocked_backward", mutates_args=())
+def batch_norm2d_blocked_backward(
+    gy: Tensor,
+    x: Tensor,
+    y: Tensor | None,
+    weight: Tensor | None,
+    mean: Tensor,
+    var: Tensor,
+    n: int,
+    eps: float,
+    relu: bool,
+    need_residual: bool,
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """Gradients of input, weight, bias, residual; the last is empty unless ``relu`` and ``need_residual``."""
+    return launch.backward(gy, x, y if relu else None, weight, (mean, var, eps), n, need_residual)
+
+
+@batch_norm2d_blocked_backward.register_fake
+def _(
+    gy: Tensor,
+    x: Tensor,
+    y: Tensor | None,
+    weight: Tensor | None,
+    mean: Tensor,
+    var: Tensor,
+    n: int,
+    eps: float,
+    relu: bool,
+    need_residual: bool,
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    return _like_gradients(gy, relu and need_residual)
+
+
+@torch.library.custom_op("clicktrain::affine_relu_blocked", mutates_args=())
+def affine_relu_blocked(
+    x: Tensor, scale: Tensor, shift: Tensor, residual: Tensor | None, n: int, relu: bool
+) -> Tensor:
+    """Batch norm with given statistics: ``relu?(x * scale + shift + residual)``.
+
+    Args:
+        x: [B, C, H, W, V], float32 or float64, V the vector lanes of that type.
+        scale: [C].
+        shift: [C].
+        residual: like ``x``, or None.
+        n: images in the batch; only gradients depend on it.
+        relu: whether negative results become zero.
+    """
+    return launch.affine(x, scale, shift, residual, n, relu)
+
+
+@affine_relu_blocked.register_fake
+def _(x: Tensor, scale: Tensor, shift: Tensor, residual: Tensor | None, n: int, relu: bool) -> Tensor:
+    return x.new_empty(x.shape)
+
+
+@torch.library.custom_op("clicktrain::affine_relu_blocked_backward", mutates_args=())
+def affine_relu_blocked_backward(
+    gy: Tensor, x: Tensor | None, y: Tensor | None, scale: Tensor, n: int, relu: bool, need_residual: bool
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """Gradients of input, scale (zeros without ``x``), shift and residual (as of batch norm)."""
+    return launch.backward(gy, x, y if relu else None, scale, None, n, need_residual)
+
+
+@affine_relu_blocked_backward.register_fake
+def _(
+    gy: Tensor, x: Tensor | None, y: Tensor | None, scale: Tensor, n: int, relu: bool, need_residual: bool
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    return _like_gradients(gy, relu and need_residual)
+
+
+def _like_gradients(gy: Tensor, residual: bool) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    channels = gy.shape[1]
+    gr = gy.new_empty(gy.shape if residual else (0,))
+    return gy.new_empty(gy.shape), gy.new_empty(channels), gy.new_empty(channels), gr
+
+
+def _save(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, Tensor, Tensor]) -> None:
+    x, weight, _, _, ctx.n, ctx.eps, ctx.relu = inputs
+    y, mean, var = output
+    ctx.mark_non_differentiable(mean, var)
+    # The signs of y are the mask of the ReLU: nothing of the size of the activations is kept besides.
+    ctx.save_for_backward(x, y if ctx.relu else None, weight, mean, var)
+
+
+def _backward(ctx: Any, gy: Tensor, *_: Any) -> tuple[Any, ...]:
+    x, y, weight, mean, var = ctx.saved_tensors
+    _, need_weight, need_bias, need_residual = ctx.needs_input_grad[:4]
+    gx, gweight, gbias, gr = batch_norm2d_blocked_backward(
+        gy, x, y, weight, mean, var, ctx.n, ctx.eps, ctx.relu, need_residual
+    )
+    residual = (gr if ctx.relu else gy) if need_residual else None
+    return gx, gweight if need_weight else None, gbias if need_bias else None, residual, None, None, None
+
+
+def _save_affine(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
+    x, scale, _, _, ctx.n, ctx.relu = inputs
+    need_x = ctx.needs_input_grad[1]
+    ctx.save_for_backward(x if need_x else None, output if ctx.relu else None, scale)
+
+
+def _affine_backward(ctx: Any, gy: Tensor) -> tuple[Any, ...]:
+    x, y, scale = ctx.saved_tensors
+    _, need_scale, need_shift, need_residual = ctx.needs_input_grad[:4]
+    gx, gscale, gshift, gr = affine_relu_blocked_backward(gy, x, y, scale, ctx.n, ctx.relu, need_residual)
+    residual = (gr if ctx.relu else gy) if need_residual else None
+    return gx, gscale if need_scale else None, gshift if need_shift else None, residual, None, None
+
+
+batch_norm2d_blocked.register_autograd(_backward, setup_context=_save)
+affine_relu_blocked.register_autograd(_affine_backward, setup_context=_save_affine)

@@ -1,0 +1,84 @@
+"""Calls of the generated transpositions."""
+
+from __future__ import annotations
+
+import functools
+
+import torch
+from torch import Tensor
+
+from clicktrain.errors import UserError
+from clicktrain.kernels.blocked_layout.codegen import source
+from clicktrain.kernels.native import C_TYPES, Library, load
+from clicktrain.kernels.native.library import arguments
+
+MAX_LANES = 16
+"""Float32 in 512 bits; a tile of more lanes would not fit the registers, and take long to compile."""
+
+
+def block_into(out: Tensor, x: Tensor) -> None:
+    """[N, C, H, W] -> [B, C, H, W, V], given and contiguous; the filling becomes zeros."""
+    n, c, h, w = x.shape
+    lanes = out.shape[4]
+    library = _library(x.dtype, lanes)
+    outer, columns, by_run, by_column = 1, c * h * w, 0, 1
+    if not x.is_contiguous() and x.is_contiguous(memory_format=torch.channels_last):
+        outer, columns, by_run, by_column = h * w, c, 1, h * w
+    else:
+        x = x.contiguous()
+    sizes = (n, out.shape[0], outer, columns, by_run, by_column, torch.get_num_threads())
+    if out.numel():
+        library.block(*arguments(x, out, *sizes))
+
+
+def unblock_into(out: Tensor, x: Tensor) -> None:
+    """[B, C, H, W, V] -> [n, C, H, W], given and contiguous; every element is written."""
+    blocks, c, h, w, lanes = x.shape
+    library = _library(x.dtype, lanes)
+    x = x.contiguous()
+    sizes = (out.shape[0], blocks, 1, c * h * w, 0, 1, torch.get_num_threads())
+    if out.numel():
+        library.unblock(*arguments(out, x, *sizes))
+
+
+def block(x: Tensor, lanes: int) -> Tensor:
+    """[N, C, H, W], any memory format -> [ceil(N / lanes), C, H, W, lanes], filled up with zeros."""
+    if x.dim() != 4:
+        raise UserError(f"block_batch takes [N, C, H, W], not {list(x.shape)}")
+    _check(x, lanes)
+    out = x.new_empty(blocked_shape(x, lanes))
+    block_into(out, x)
+    return out
+
+
+def unblock(x: Tensor, n: int) -> Tensor:
+    """[B, C, H, W, V] -> [n, C, H, W], contiguous."""
+    if x.dim() != 5:
+        raise UserError(f"unblock_batch takes [B, C, H, W, V], not {list(x.shape)}")
+    blocks, c, h, w, lanes = x.shape
+    _check(x, lanes)
+    if not (blocks - 1) * lanes < n <= blocks * lanes:
+        raise UserError(f"{n} images of {lanes} lanes are {-(-n // lanes)} blocks, not {blocks}")
+    out = x.new_empty(n, c, h, w)
+    unblock_into(out, x)
+    return out
+
+
+def blocked_shape(x: Tensor, lanes: int) -> tuple[int, int, int, int, int]:
+    """The shape of [N, C, H, W] in blocks."""
+    n, c, h, w = x.shape
+    return (n + lanes - 1) // lanes, c, h, w, lanes
+
+
+def _check(x: Tensor, lanes: int) -> None:
+    if x.dtype not in C_TYPES:
+        raise UserError(f"the blocked layout is for float32 or float64, not for {x.dtype}: convert the input")
+    if x.device.type != "cpu":
+        raise UserError(f"the blocked layout is for CPUs, not for {x.device}")
+    if lanes < 1 or lanes > MAX_LANES or lanes & (lanes - 1):
+        raise UserError(f"{lanes} lanes: a vector has a power of two of them, at most {MAX_LANES}")
+
+
+@functools.cache
+def _library(dtype: torch.dtype, lanes: int) -> Library:
+    return load(source(dtype, lanes))

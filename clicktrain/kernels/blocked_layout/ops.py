@@ -1,0 +1,60 @@
+"""The conversions as operators that PyTorch sees; each is the gradient of the other."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from clicktrain.kernels.blocked_layout import launch
+
+
+@torch.library.custom_op("clicktrain::block_batch", mutates_args=())
+def block_batch(x: Tensor, lanes: int) -> Tensor:
+    """Put ``lanes`` images side by side: [N, C, H, W] -> [ceil(N / lanes), C, H, W, lanes].
+
+    Args:
+        x: float32 or float64; contiguous or channels last is read as it lies.
+        lanes: V, a power of two: ``toolchain().lanes(x.dtype)``.
+
+    Returns:
+        Contiguous, filled up with zeros.
+    """
+    return launch.block(x, lanes)
+
+
+@block_batch.register_fake
+def _(x: Tensor, lanes: int) -> Tensor:
+    return x.new_empty(launch.blocked_shape(x, lanes))
+
+
+@torch.library.custom_op("clicktrain::unblock_batch", mutates_args=())
+def unblock_batch(x: Tensor, n: int) -> Tensor:
+    """Inverse of `block_batch`: [ceil(n / V), C, H, W, V] -> [n, C, H, W], contiguous."""
+    return launch.unblock(x, n)
+
+
+@unblock_batch.register_fake
+def _(x: Tensor, n: int) -> Tensor:
+    return x.new_empty(n, *x.shape[1:4])
+
+
+def _save_images(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
+    ctx.n = inputs[0].shape[0]
+
+
+def _save_lanes(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
+    ctx.lanes = inputs[0].shape[4]
+
+
+def _block_backward(ctx: Any, g: Tensor) -> tuple[Tensor, None]:
+    return unblock_batch(g, ctx.n), None
+
+
+def _unblock_backward(ctx: Any, g: Tensor) -> tuple[Tensor, None]:
+    return block_batch(g, ctx.lanes), None
+
+
+block_batch.register_autograd(_block_backward, setup_context=_save_images)
+unblock_batch.register_autograd(_unblock_backward, setup_context=_save_lanes)

@@ -1,0 +1,1 @@
+"""Convolution in the batch-blocked layout, by generated C."""

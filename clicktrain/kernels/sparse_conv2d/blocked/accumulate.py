@@ -1,0 +1,117 @@
+"""Forward and gradient of the input: sums of a tile of positions, in registers over all kernels."""
+
+from __future__ import annotations
+
+from clicktrain.kernels.sparse_conv2d.blocked.generator import Generator
+from clicktrain.kernels.sparse_conv2d.blocked.regions import TileKind
+from clicktrain.kernels.sparse_conv2d.blocked.template import Code, among
+
+
+def write(code: Code, g: Generator) -> None:
+    """One function for each kind of tile, and ``run``, which walks over regions and their tiles."""
+    for a, row in enumerate(g.rows.kinds):
+        for b, column in enumerate(g.columns.kinds):
+            _tile(code, g, f"tile_{a}_{b}", row, column)
+    code(
+        "int run(const vec *src, vec *dst, const real *values, const real *bias, const int32_t *rows, "
+        "const int32_t *entries, vec *scratch, int64_t blocks, int64_t stream, int64_t threads) {"
+    )
+    code("const int64_t items = blocks * REGION_ROWS * REGION_COLS;")
+    code("(void)threads; (void)scratch;")
+    g.open_threads(code)
+    code("vec *buffer = scratch + me * SCRATCH;")
+    code("(void)buffer;")
+    code("const int64_t last = items * (me + 1) / all;")
+    code("for (int64_t item = items * me / all; item < last; ++item) {")
+    g.locate(code, "item")
+    code("const vec *from = src + b * SOURCES * SRC_H * SRC_W;")
+    code("vec *to = dst + b * RESULTS * DST_H * DST_W;")
+    code("ahead_t ahead = {0};")
+    if g.in_place:
+        code("const vec *window = from;")
+    else:
+        code("const vec *window = buffer;")
+        code("pack(from, buffer, ROW_FIRST[rr], ROW_SPAN[rr], COL_FIRST[rc], COL_SPAN[rc]);")
+        code("if (item + 1 < last) {")
+        g.locate(code, "item + 1", "n")
+        code(
+            "ahead = look(src + nb * SOURCES * SRC_H * SRC_W, SOURCES, SRC_H, SRC_W, "
+            "ROW_FIRST[nrr], ROW_SPAN[nrr], COL_FIRST[nrc], COL_SPAN[nrc]);"
+        )
+        code("}")
+    for row_kind, rows in g.rows.region_kinds().items():
+        for column_kind, columns in g.columns.region_kinds().items():
+            code(f"if ({among('rr', rows)} && {among('rc', columns)}) {{")
+            for row, y, down in row_kind:
+                for column, x, right in column_kind:
+                    name = f"tile_{g.rows.kinds.index(row)}_{g.columns.kinds.index(column)}"
+                    code(
+                        f"{name}(window + {y * g.columns.buffer + x}, "
+                        f"to + (ROW_START[rr] + {down}) * DST_W + COL_START[rc] + {right}, "
+                        "values, bias, rows, entries, stream, &ahead);"
+                    )
+            code("}")
+    code("}")
+    code("if (stream) DRAIN();")
+    code("}")
+    code("return 0;")
+    code("}")
+
+
+def _tile(code: Code, g: Generator, name: str, row: TileKind, column: TileKind) -> None:
+    """All filters of one tile of positions."""
+    positions = row.size * column.size
+    sums = [[f"a{k}_{i}" for i in range(positions)] for k in range(g.together)]
+    steps = max(g.rows.region_tiles * g.columns.region_tiles * (g.results // g.together), 1)
+    code(
+        f"static __attribute__((noinline)) void {name}(const vec *restrict x, vec *restrict y, "
+        "const real *restrict v, const real *restrict bias, const int32_t *restrict rows, "
+        "const int32_t *restrict entries, int64_t stream, ahead_t *ahead) {"
+    )
+    code(f"for (long f = 0; f < RESULTS / {g.together}; ++f) {{")
+    code(f"fetch(ahead, {-(-g.sources * g.rows.buffer // steps)});")
+    for k in range(g.together):
+        code(f"const vec start{k} = splat(bias ? bias[f * {g.together} + {k}] : 0);")
+        code(f"vec {', '.join(f'{one} = start{k}' for one in sums[k])};")
+    code("const int32_t *e = entries + 2L * rows[f], *end = entries + 2L * rows[f + 1];")
+    code("for (; e != end; e += 2) {")
+    code("const vec *p = x + e[0] * WIN;")
+    code("switch (e[1]) {")
+    for number, taps in enumerate(g.vocabulary):
+        code(f"case {number}: {{")
+        code("vec t;")
+        for t in range(len(taps)):
+            for k in range(g.together):
+                code(f"const vec w{t}_{k} = splat(v[{t * g.together + k}]);")
+        last = -1
+        for position, window, tap in g.triples(taps, row, column):
+            if window != last:
+                code(f"t = p[{window}]; KEEP(t);")
+                last = window
+            for k in range(g.together):
+                code(f"{sums[k][position]} += t * w{tap}_{k};")
+        code(f"v += {len(taps) * g.together};")
+        code("break;")
+        code("}")
+    code("default: __builtin_unreachable();")
+    code("}")
+    code("}")
+    for k in range(g.together):
+        _store(code, f"y + (f * {g.together} + {k}) * (DST_H * DST_W)", sums[k], row.size, column.size)
+    code("}")
+    code("}")
+
+
+def _store(code: Code, where: str, sums: list[str], rows: int, columns: int) -> None:
+    """Write a tile, through or around the caches."""
+    places = [f"o[{i} * DST_W + {j}]" for i in range(rows) for j in range(columns)]
+    code("{")
+    code(f"vec *o = {where};")
+    code("if (stream) {")
+    for place, value in zip(places, sums, strict=True):
+        code(f"STREAM(&{place}, {value});")
+    code("} else {")
+    for place, value in zip(places, sums, strict=True):
+        code(f"{place} = {value};")
+    code("}")
+    code("}")

@@ -1,0 +1,54 @@
+"""C text of the blocked sparse convolution kernels: ClickTrain section 5.2, for a CPU's vector units.
+
+Activations lie batch-blocked innermost, ``[N/V, C, H, W, V]``: one weight is one broadcast, one tap of a
+kernel another aligned vector. Three functions come from one generator, because all three are the same set of
+triples *(result position, window position, tap)*:
+
+- forward and gradient of the input: the sums of a tile of positions stay in registers over all kernels of a
+  filter (or channel); each position of the window is loaded once and used by all taps;
+- gradient of the weight: the sums are those of the taps, over tiles of the output's gradient.
+
+A *region* (some tiles) of the source is copied into a buffer that fits the second-level cache first, with the
+zero halo where it reaches over the edge, and used for all filters, while the next one is fetched. Where an
+axis has at most two tiles, what lies in the halo is left out of the code instead: on small images that is up
+to a third of the work.
+"""
+
+from __future__ import annotations
+
+import torch
+
+from clicktrain.kernels.sparse_conv2d.blocked import accumulate, grad_weight
+from clicktrain.kernels.sparse_conv2d.blocked.generator import Generator
+from clicktrain.kernels.sparse_conv2d.blocked.problem import ConvProblem, Phase, Tiling
+from clicktrain.kernels.sparse_conv2d.blocked.vocabulary import Taps
+
+
+def source(
+    phase: Phase,
+    problem: ConvProblem,
+    vocabulary: tuple[Taps, ...],
+    tiling: Tiling,
+    dtype: torch.dtype,
+    lanes: int,
+) -> str:
+    """The C text of one phase; its one exported function is called ``run``.
+
+    Signatures (``real`` is the dtype; every array is contiguous, ``blocks`` = N/V rounded up, ``stream`` =
+    write results around the caches):
+
+    - forward: ``run(x, y, values, bias or NULL, rows, entries, scratch, blocks, stream, threads)``
+    - grad_input: ``run(gy, gx, values, NULL, rows, entries, scratch, blocks, stream, threads)``
+    - grad_weight: ``run(x, gy, grad, rows, entries, chunks, scratch, blocks, threads)``, where ``chunks`` =
+      [parts, nnz, (first entry, last entry, first value) of each part].
+    """
+    generator = Generator(phase, problem, vocabulary, tiling)
+    code = generator.begin(dtype, lanes)
+    kernel = grad_weight if phase == "grad_weight" else accumulate
+    kernel.write(code, generator)
+    return code.text()
+
+
+def scratch_vectors(phase: Phase, problem: ConvProblem, tiling: Tiling) -> int:
+    """Vectors of scratch memory for each thread; the gradient of the weight needs its own values besides."""
+    return Generator(phase, problem, (), tiling).scratch

@@ -1,0 +1,120 @@
+"""What the three kernels of a convolution share: constants, the triples, the walk over regions."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+
+import torch
+
+from clicktrain.kernels.native import preamble
+from clicktrain.kernels.sparse_conv2d.blocked.geometry import Backward, Forward
+from clicktrain.kernels.sparse_conv2d.blocked.problem import ConvProblem, Phase, Tiling
+from clicktrain.kernels.sparse_conv2d.blocked.regions import AxisRegions, TileKind
+from clicktrain.kernels.sparse_conv2d.blocked.template import SUPPORT, Code, join
+from clicktrain.kernels.sparse_conv2d.blocked.vocabulary import Taps
+
+
+class Generator:
+    """Numbers that both kinds of kernels are written from.
+
+    *Source* is what windows are read from: the input, or for its gradient the output's gradient. *Result* is
+    what tiles are cut from: the output, or for the gradient of the input the input.
+    """
+
+    def __init__(
+        self, phase: Phase, problem: ConvProblem, vocabulary: tuple[Taps, ...], tiling: Tiling
+    ) -> None:
+        self.phase, self.vocabulary, self.together = phase, vocabulary, tiling.together
+        self.kernel_width = problem.columns.taps
+        direction = Backward if phase == "grad_input" else Forward
+        self.rows = AxisRegions(direction(problem.rows), tiling.tile[0], tiling.region[0])
+        self.columns = AxisRegions(direction(problem.columns), tiling.tile[1], tiling.region[1])
+        backward = phase == "grad_input"
+        self.sources = problem.filters if backward else problem.channels
+        self.results = problem.channels if backward else problem.filters
+        self.window = self.rows.buffer * self.columns.buffer
+        self.in_place = self.rows.whole() and self.columns.whole()
+        """Whether windows are read from the source itself, without a copy."""
+        self.one_region = len(self.rows.regions) == len(self.columns.regions) == 1
+        self.patch_rows = max(sum(t.size for t in region) for region in self.rows.regions)
+        self.patch_columns = max(sum(t.size for t in region) for region in self.columns.regions)
+
+    @property
+    def window_vectors(self) -> int:
+        """Vectors of the buffer for windows."""
+        return 0 if self.in_place else self.sources * self.window
+
+    @property
+    def patch_vectors(self) -> int:
+        """Vectors of the buffer for the output's gradient (gradient of the weight only)."""
+        if self.phase != "grad_weight" or self.one_region:
+            return 0
+        return self.results * self.patch_rows * self.patch_columns
+
+    @property
+    def scratch(self) -> int:
+        """Vectors that each thread needs for both."""
+        return self.window_vectors + self.patch_vectors
+
+    def begin(self, dtype: torch.dtype, lanes: int) -> Code:
+        """The text up to the first function of the kernel's own."""
+        code = Code()
+        code(preamble(dtype, lanes))
+        numbers = {
+            "SOURCES": self.sources,
+            "RESULTS": self.results,
+            "SRC_H": self.rows.direction.source,
+            "SRC_W": self.columns.direction.source,
+            "DST_H": self.rows.direction.length,
+            "DST_W": self.columns.direction.length,
+            "WIN_W": self.columns.buffer,
+            "WIN": self.window,
+            "PATCH_W": self.patch_columns,
+            "PATCH": self.patch_rows * self.patch_columns,
+            "SCRATCH": self.scratch,
+            "REGION_ROWS": len(self.rows.regions),
+            "REGION_COLS": len(self.columns.regions),
+        }
+        for name, value in numbers.items():
+            code(f"#define {name} {value}L")
+        for name, axis in (("ROW", self.rows), ("COL", self.columns)):
+            spans = [axis.span(region) for region in axis.regions]
+            code(f"static const int {name}_FIRST[] = {{{join(first for first, _ in spans)}}};")
+            code(f"static const int {name}_SPAN[] = {{{join(span for _, span in spans)}}};")
+            code(f"static const int {name}_START[] = {{{join(region[0].start for region in axis.regions)}}};")
+            sizes = [sum(t.size for t in region) for region in axis.regions]
+            code(f"static const int {name}_SIZE[] = {{{join(sizes)}}};")
+        code(SUPPORT)
+        return code
+
+    def triples(self, taps: Taps, row: TileKind, column: TileKind) -> Iterator[tuple[int, int, int]]:
+        """(result position in the tile, window position, which of the taps), window after window."""
+        found = []
+        for number, tap in enumerate(taps):
+            r, s = divmod(tap, self.kernel_width)
+            for i in range(row.size):
+                for j in range(column.size):
+                    y, x = self.rows.reads(row, i, r), self.columns.reads(column, j, s)
+                    if y is not None and x is not None:
+                        found.append((y * self.columns.buffer + x, i * column.size + j, number))
+        for window, position, number in sorted(found):
+            yield position, window, number
+
+    def open_threads(self, code: Code) -> None:
+        """Begin a parallel region; afterwards ``me`` of ``all`` threads runs what follows."""
+        code("#ifdef _OPENMP")
+        code("#pragma omp parallel num_threads(threads) if (threads > 1)")
+        code("#endif")
+        code("{")
+        code("#ifdef _OPENMP")
+        code("const int64_t me = omp_get_thread_num(), all = omp_get_num_threads();")
+        code("#else")
+        code("const int64_t me = 0, all = 1;")
+        code("#endif")
+
+    def locate(self, code: Code, region: str, prefix: str = "") -> None:
+        """Take a region's number apart: block of images ``b``, and its row and column ``rr``, ``rc``."""
+        code(f"const int64_t {prefix}b = ({region}) / (REGION_ROWS * REGION_COLS);")
+        code(f"const int {prefix}rr = ({region}) / REGION_COLS % REGION_ROWS;")
+        code(f"const int {prefix}rc = ({region}) % REGION_COLS;")
+        code(f"(void){prefix}b; (void){prefix}rr; (void){prefix}rc;")

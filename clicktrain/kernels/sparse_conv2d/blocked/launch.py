@@ -1,0 +1,231 @@
+"""From a layer's structure to functions that can be called: tables, generated code, pointers."""
+
+from __future__ import annotations
+
+import functools
+import itertools
+import json
+from collections.abc import Mapping, Sequence
+from dataclasses import asdict, dataclass, field, replace
+
+import torch
+from torch import Tensor
+
+from clicktrain.formats.packed import Structure
+from clicktrain.kernels.native import load, toolchain
+from clicktrain.kernels.native.library import arguments
+from clicktrain.kernels.sparse_conv2d.blocked.codegen import scratch_vectors, source
+from clicktrain.kernels.sparse_conv2d.blocked.layout import vectors
+from clicktrain.kernels.sparse_conv2d.blocked.problem import PHASES, ConvProblem, Phase, Tiling
+from clicktrain.kernels.sparse_conv2d.blocked.tables import Parts
+from clicktrain.kernels.sparse_conv2d.blocked.tiling import GRAD_WEIGHT_FILTERS, default_tiling
+from clicktrain.kernels.sparse_conv2d.blocked.vocabulary import Taps, choose
+
+STREAM_BYTES = 8 << 20
+"""Results of this size are written around the caches: the next reader would not find them there anyway."""
+GROUP_SIZES = (8, 4, 2)
+"""How many filters that share their positions may be computed together."""
+
+
+@dataclass(frozen=True, slots=True)
+class ConvPlan:
+    """What is generated for one layer: everything that the C text depends on, but for the number type.
+
+    Attributes:
+        problem: the layer and its image.
+        vocabulary: tap sets with code of their own.
+        tilings: how each phase cuts its work.
+    """
+
+    problem: ConvProblem
+    vocabulary: tuple[Taps, ...]
+    tilings: tuple[tuple[Phase, Tiling], ...]
+
+    def tiling(self, phase: Phase) -> Tiling:
+        """How that phase cuts its work."""
+        return dict(self.tilings)[phase]
+
+    def with_tiling(self, phase: Phase, tiling: Tiling) -> ConvPlan:
+        """The same plan, one phase cut differently."""
+        return replace(self, tilings=tuple((p, tiling if p == phase else t) for p, t in self.tilings))
+
+    def to_json(self) -> str:
+        """As text: a key for caches, an argument for operators, a line in a file."""
+        tilings = {phase: asdict(tiling) for phase, tiling in self.tilings}
+        plan = {"problem": self.problem.numbers(), "vocabulary": self.vocabulary, "tilings": tilings}
+        return json.dumps(plan, separators=(",", ":"))
+
+    @classmethod
+    @functools.cache
+    def from_json(cls, text: str) -> ConvPlan:
+        """Inverse of `to_json`."""
+        plan = json.loads(text)
+        tilings = tuple(
+            (phase, Tiling(tuple(t["tile"]), tuple(t["region"]), t["together"]))
+            for phase, t in plan["tilings"].items()
+        )
+        vocabulary = tuple(tuple(taps) for taps in plan["vocabulary"])
+        return cls(ConvProblem.from_numbers(plan["problem"]), vocabulary, tilings)
+
+
+@dataclass(frozen=True, slots=True)
+class ConvTables:
+    """A layer's index in the order of each phase: what kernels take beside the activations.
+
+    Attributes:
+        tensors: rows, entries and order of each phase, and the chunks of the gradient of the weight.
+    """
+
+    tensors: tuple[Tensor, ...] = field(repr=False)
+
+
+def prepare(
+    structure: Structure, problem: ConvProblem, groups: int = 1, tilings: Mapping[Phase, Tiling] | None = None
+) -> tuple[ConvPlan, ConvTables]:
+    """Everything about one layer that stays the same over all steps.
+
+    Args:
+        structure: the kept positions.
+        problem: the layer on its image.
+        groups: blocked connections of the convolution.
+        tilings: by phase; what is not given is chosen by rule. ``together`` is lowered to what the
+            structure allows.
+    """
+    tools = toolchain()
+    registers, lanes = (tools.registers, tools.lanes(torch.float32)) if tools else (16, 8)
+    vocabulary = choose(structure)
+    parts = Parts(structure, vocabulary, groups)
+    together = next((size for size in GROUP_SIZES if parts.agree(size)), 1)
+    chosen: list[tuple[Phase, Tiling]] = []
+    for phase in PHASES:
+        tiling = (tilings or {}).get(phase)
+        allowed = 1 if phase == "grad_input" else together
+        if tiling is None:
+            tiling = default_tiling(phase, problem, registers, lanes, allowed)
+        elif allowed % tiling.together:
+            tiling = replace(tiling, together=1)
+        chosen.append((phase, tiling))
+    plan = ConvPlan(problem, vocabulary, tuple(chosen))
+    forward = parts.by_filter(plan.tiling("forward").together)
+    back = parts.by_channel()
+    weight_together = plan.tiling("grad_weight").together
+    weight = parts.by_kernel(weight_together, GRAD_WEIGHT_FILTERS)
+    chunks = _chunks(weight.rows, weight.entries, vocabulary, weight_together)
+    tables = [forward.rows, forward.entries, forward.order, back.rows, back.entries, back.order]
+    return plan, ConvTables((*tables, weight.rows, weight.entries, weight.order, chunks))
+
+
+def _chunks(rows: Tensor, entries: Tensor, vocabulary: Sequence[Taps], together: int) -> Tensor:
+    """Kernels in a few runs of about equal work: [runs, nnz, (first, last, first value) of each run]."""
+    sizes = torch.tensor([len(taps) * together for taps in vocabulary] or [0])
+    values = torch.cat([torch.zeros(1, dtype=torch.int64), sizes[entries[:, 2].long()].cumsum(0)])
+    nnz = int(values[-1])
+    wanted = torch.linspace(0, nnz, 17)[1:-1]
+    starts = values[rows.long()].contiguous()
+    cuts = rows.long()[torch.searchsorted(starts, wanted.long()).clamp(max=len(rows) - 1)]
+    edges = torch.unique(torch.cat([torch.tensor([0, len(entries)]), cuts])).tolist()
+    flat = [len(edges) - 1, nnz]
+    for first, last in itertools.pairwise(edges):
+        flat += [first, last, int(values[first])]
+    return torch.tensor(flat, dtype=torch.int64)
+
+
+def compile_plan(plan: str, dtype: torch.dtype, phases: Sequence[Phase] = PHASES) -> list[str]:
+    """The C texts of a plan's phases, to be built ahead of their first use."""
+    return [_text(plan, dtype, phase) for phase in phases]
+
+
+def forward(x: Tensor, values: Tensor, bias: Tensor | None, tables: Sequence[Tensor], plan: str) -> Tensor:
+    """[B, C, H, W, V] -> [B, F, H', W', V]."""
+    kernel = _kernel(plan, x.dtype, "forward")
+    problem = kernel.plan.problem
+    y = x.new_empty(x.shape[0], problem.filters, problem.rows.out, problem.columns.out, x.shape[4])
+    ordered = values.reshape(-1).index_select(0, tables[2])
+    bias = None if bias is None else bias.contiguous()
+    kernel.run(vectors(x), y, ordered, bias, tables[0], tables[1])
+    return y
+
+
+def grad_input(gy: Tensor, values: Tensor, tables: Sequence[Tensor], plan: str) -> Tensor:
+    """[B, F, H', W', V] -> [B, C, H, W, V]."""
+    kernel = _kernel(plan, gy.dtype, "grad_input")
+    problem = kernel.plan.problem
+    gx = gy.new_empty(gy.shape[0], problem.channels, problem.rows.size, problem.columns.size, gy.shape[4])
+    ordered = values.reshape(-1).index_select(0, tables[5])
+    kernel.run(vectors(gy), gx, ordered, None, tables[3], tables[4])
+    return gx
+
+
+def grad_weight(
+    x: Tensor, gy: Tensor, values_shape: Sequence[int], tables: Sequence[Tensor], plan: str
+) -> Tensor:
+    """Activations and output gradients -> gradient of the packed values."""
+    kernel = _kernel(plan, x.dtype, "grad_weight")
+    order, chunks = tables[8], tables[9]
+    found = x.new_empty(order.numel())
+    few = x.shape[0] * kernel.regions < 4 * torch.get_num_threads()
+    whole = chunks if few else _one_chunk(chunks, tables[7].shape[0])
+    kernel.run(vectors(x), vectors(gy), found, tables[6], tables[7], whole)
+    return torch.empty_like(found).index_copy_(0, order, found).view(tuple(values_shape))
+
+
+def _one_chunk(chunks: Tensor, entries: int) -> Tensor:
+    return torch.tensor([1, int(chunks[1]), 0, entries, 0], dtype=torch.int64)
+
+
+class _Kernel:
+    """One loaded function with what it needs to be called."""
+
+    def __init__(self, plan: ConvPlan, dtype: torch.dtype, phase: Phase, text: str) -> None:
+        self.plan, self.phase, self.dtype = plan, phase, dtype
+        self._run = load(text).run
+        tiling = plan.tiling(phase)
+        self._scratch = scratch_vectors(phase, plan.problem, tiling)
+        self.regions = region_count(phase, plan.problem, tiling)
+
+    def run(self, first: Tensor, *rest: Tensor | None) -> None:
+        threads = torch.get_num_threads()
+        lanes = first.shape[4]
+        vectors_each = self._scratch
+        if self.phase == "grad_weight":
+            result = rest[1]
+            assert result is not None
+            vectors_each += -(-result.numel() // lanes)
+        scratch = first.new_empty(max(vectors_each * threads, 1) * lanes)
+        if first.numel():
+            numbers = [first.shape[0], threads]
+            if self.phase != "grad_weight":
+                result = rest[0]
+                assert result is not None
+                numbers.insert(1, int(result.numel() * result.itemsize >= STREAM_BYTES))
+            self._run(*arguments(first, *rest, scratch, *numbers))
+        elif self.phase == "grad_weight":
+            rest[1].zero_()  # type: ignore[union-attr]
+
+
+def region_count(phase: Phase, problem: ConvProblem, tiling: Tiling) -> int:
+    """Regions of one block of images."""
+    sizes = (
+        (problem.rows.size, problem.columns.size)
+        if phase == "grad_input"
+        else (problem.rows.out, problem.columns.out)
+    )
+    count = 1
+    for size, tile, region in zip(sizes, tiling.tile, tiling.region, strict=True):
+        tiles = -(-size // tile)
+        count *= -(-tiles // region)
+    return count
+
+
+@functools.cache
+def _text(plan: str, dtype: torch.dtype, phase: Phase) -> str:
+    tools = toolchain()
+    if tools is None:
+        raise RuntimeError("there is no C compiler: install gcc or clang, or name one in CC")
+    parsed = ConvPlan.from_json(plan)
+    return source(phase, parsed.problem, parsed.vocabulary, parsed.tiling(phase), dtype, tools.lanes(dtype))
+
+
+@functools.cache
+def _kernel(plan: str, dtype: torch.dtype, phase: Phase) -> _Kernel:
+    return _Kernel(ConvPlan.from_json(plan), dtype, phase, _text(plan, dtype, phase))

@@ -1,0 +1,87 @@
+"""The operators that PyTorch sees: one boundary per layer and direction, with shapes and gradients declared.
+
+``clicktrain::sparse_conv2d_blocked`` and its backward work under autograd, ``torch.compile`` and
+``torch.export``. What a layer's kernels need to know travels as data: tables as tensors, the plan as text.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from clicktrain.kernels.sparse_conv2d.blocked import launch
+from clicktrain.kernels.sparse_conv2d.blocked.launch import ConvPlan
+
+
+@torch.library.custom_op("clicktrain::sparse_conv2d_blocked", mutates_args=())
+def sparse_conv2d_blocked(
+    x: Tensor, values: Tensor, bias: Tensor | None, tables: list[Tensor], plan: str
+) -> Tensor:
+    """Convolve with a packed weight in the blocked layout: ClickTrain section 5.2.
+
+    Args:
+        x: [B, C, H, W, V], float32 or float64, V the vector lanes of that type.
+        values: packed weights, shape ``structure.values_shape``.
+        bias: [F] or None.
+        tables: ``ConvTables.tensors`` of the layer.
+        plan: ``ConvPlan.to_json()`` of the layer.
+
+    Returns:
+        [B, F, H', W', V].
+    """
+    return launch.forward(x, values, bias, tables, plan)
+
+
+@sparse_conv2d_blocked.register_fake
+def _(x: Tensor, values: Tensor, bias: Tensor | None, tables: list[Tensor], plan: str) -> Tensor:
+    problem = ConvPlan.from_json(plan).problem
+    return x.new_empty(x.shape[0], problem.filters, problem.rows.out, problem.columns.out, x.shape[4])
+
+
+@torch.library.custom_op("clicktrain::sparse_conv2d_blocked_grad_input", mutates_args=())
+def sparse_conv2d_blocked_grad_input(gy: Tensor, values: Tensor, tables: list[Tensor], plan: str) -> Tensor:
+    """Gradient of the input: [B, F, H', W', V] -> [B, C, H, W, V]."""
+    return launch.grad_input(gy, values, tables, plan)
+
+
+@sparse_conv2d_blocked_grad_input.register_fake
+def _(gy: Tensor, values: Tensor, tables: list[Tensor], plan: str) -> Tensor:
+    problem = ConvPlan.from_json(plan).problem
+    return gy.new_empty(gy.shape[0], problem.channels, problem.rows.size, problem.columns.size, gy.shape[4])
+
+
+@torch.library.custom_op("clicktrain::sparse_conv2d_blocked_grad_weight", mutates_args=())
+def sparse_conv2d_blocked_grad_weight(
+    x: Tensor, gy: Tensor, values_shape: list[int], tables: list[Tensor], plan: str
+) -> Tensor:
+    """Gradient of the packed values, at the kept positions only. Filling lanes of ``gy`` have to be zero."""
+    return launch.grad_weight(x, gy, values_shape, tables, plan)
+
+
+@sparse_conv2d_blocked_grad_weight.register_fake
+def _(x: Tensor, gy: Tensor, values_shape: list[int], tables: list[Tensor], plan: str) -> Tensor:
+    return x.new_empty(values_shape)
+
+
+def _save(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
+    x, values, _, tables, plan = inputs
+    ctx.save_for_backward(x, values, *tables)
+    ctx.plan = plan
+
+
+def _backward(ctx: Any, gy: Tensor) -> tuple[Any, ...]:
+    x, values, *tables = ctx.saved_tensors
+    need_x, need_values, need_bias = ctx.needs_input_grad[:3]
+    gx = sparse_conv2d_blocked_grad_input(gy, values, tables, ctx.plan) if need_x else None
+    gv = (
+        sparse_conv2d_blocked_grad_weight(x, gy, list(values.shape), tables, ctx.plan)
+        if need_values
+        else None
+    )
+    gb = gy.sum((0, 2, 3, 4)) if need_bias else None
+    return gx, gv, gb, [None] * len(tables), None
+
+
+sparse_conv2d_blocked.register_autograd(_backward, setup_context=_save)

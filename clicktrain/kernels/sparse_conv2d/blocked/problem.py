@@ -1,0 +1,79 @@
+"""A convolution as the blocked kernels see it: all that generated code depends on, but for the batch."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Literal
+
+from clicktrain.kernels.sparse_conv2d.blocked.geometry import Axis
+
+Phase = Literal["forward", "grad_input", "grad_weight"]
+PHASES: tuple[Phase, ...] = ("forward", "grad_input", "grad_weight")
+
+
+@dataclass(frozen=True, slots=True)
+class ConvProblem:
+    """Shape of one convolution layer on images of one size.
+
+    Attributes:
+        channels: of the input, all groups together.
+        filters: of the output, all groups together.
+        rows, columns: sizes along either axis of the image.
+    """
+
+    channels: int
+    filters: int
+    rows: Axis
+    columns: Axis
+
+    @classmethod
+    def make(
+        cls,
+        channels: int,
+        filters: int,
+        kernel: Sequence[int],
+        image: Sequence[int],
+        stride: Sequence[int] = (1, 1),
+        padding: Sequence[int] | str = (0, 0),
+        dilation: Sequence[int] = (1, 1),
+    ) -> ConvProblem:
+        """From what ``F.conv2d`` takes; raises ValueError if the kernel does not fit into the image."""
+        axes = []
+        for i in (0, 1):
+            reach = (kernel[i] - 1) * dilation[i]
+            if isinstance(padding, str):
+                before, both = (reach // 2, reach) if padding == "same" else (0, 0)
+            else:
+                before, both = padding[i], 2 * padding[i]
+            out = (image[i] + both - reach - 1) // stride[i] + 1
+            if out < 1 or image[i] < 1:
+                raise ValueError(f"a kernel of {kernel[i]} (dilation {dilation[i]}) does not fit {image[i]}")
+            axes.append(Axis(image[i], kernel[i], stride[i], before, dilation[i], out))
+        return cls(channels, filters, axes[0], axes[1])
+
+    def numbers(self) -> list[int]:
+        """As plain integers, for an operator's arguments; `from_numbers` is the inverse."""
+        axes = [[a.size, a.taps, a.stride, a.padding, a.dilation, a.out] for a in (self.rows, self.columns)]
+        return [self.channels, self.filters, *axes[0], *axes[1]]
+
+    @classmethod
+    def from_numbers(cls, numbers: Sequence[int]) -> ConvProblem:
+        """Inverse of `numbers`."""
+        channels, filters, *rest = numbers
+        return cls(channels, filters, Axis(*rest[:6]), Axis(*rest[6:12]))
+
+
+@dataclass(frozen=True, slots=True)
+class Tiling:
+    """How a kernel cuts its work; the result does not depend on it.
+
+    Attributes:
+        tile: rows and columns of the positions whose sums are in registers.
+        region: tiles per region along either axis.
+        together: neighbouring filters computed at once; they have to agree on their channels and tap sets.
+    """
+
+    tile: tuple[int, int]
+    region: tuple[int, int] = (1, 1)
+    together: int = 1

@@ -1,0 +1,147 @@
+"""The fixed index of a layer in the orders in which the kernels walk it. Built once, after the hard prune."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from clicktrain.formats.packed import Structure
+from clicktrain.kernels.sparse_conv2d.blocked.vocabulary import Taps, take_apart
+
+
+@dataclass(frozen=True, slots=True)
+class Table:
+    """Parts of kernels in the order of one loop.
+
+    Attributes:
+        rows: int32 [groups + 1], the entries of each group of results.
+        entries: int32 [parts, columns]: what the loop needs of a part; the columns are the loop's own.
+        order: int64 [nnz], place in the packed values of each weight, in the order in which the loop reads
+            (or writes) them.
+    """
+
+    rows: Tensor
+    entries: Tensor
+    order: Tensor
+
+
+class Parts:
+    """A layer's kernels, taken apart into the tap sets that there is code for."""
+
+    def __init__(self, structure: Structure, vocabulary: tuple[Taps, ...], groups: int = 1) -> None:
+        filters, channels, r, s = structure.shape
+        mask = structure.mask().cpu().numpy().reshape(filters, channels, r * s)
+        place = (np.cumsum(mask.reshape(-1)) - 1).reshape(mask.shape)
+        alive_f, alive_c = np.nonzero(mask.any(2))
+        rows = mask[alive_f, alive_c]
+        kinds, kind = np.unique(rows, axis=0, return_inverse=True) if len(rows) else (rows, alive_f)
+        kind = kind.reshape(-1)
+        found: list[tuple[np.ndarray, int]] = []
+        for number, one in enumerate(kinds):
+            members = np.nonzero(kind == number)[0]
+            found.extend(
+                (members, part) for part in take_apart(tuple(np.nonzero(one)[0].tolist()), vocabulary)
+            )
+        members = np.concatenate([m for m, _ in found]) if found else np.zeros(0, np.int64)
+        self.sets = np.concatenate([np.full(len(m), p) for m, p in found]) if found else np.zeros(0, np.int64)
+        self.filter = alive_f[members]
+        self.channel = alive_c[members] + self.filter // max(filters // groups, 1) * channels
+        self._local = alive_c[members]
+        self._place = place
+        self._vocabulary = vocabulary
+        self.filters, self.channels = filters, channels * groups
+
+    def by_filter(self, together: int) -> Table:
+        """For the forward pass: entries (channel, set) of each group of ``together`` filters that agree."""
+        order = np.lexsort((self.channel, self.sets, self.filter))
+        entries = np.stack([self.channel[order], self.sets[order]], 1)
+        rows = np.searchsorted(self.filter[order], np.arange(self.filters + 1))
+        return self._table(order, rows, entries, together)
+
+    def by_channel(self) -> Table:
+        """For the gradient of the input: entries (filter, set) of each channel."""
+        order = np.lexsort((self.filter, self.sets, self.channel))
+        entries = np.stack([self.filter[order], self.sets[order]], 1)
+        rows = np.searchsorted(self.channel[order], np.arange(self.channels + 1))
+        return self._table(order, rows, entries, 1)
+
+    def by_kernel(self, together: int, block: int) -> Table:
+        """For the gradient of the weight: entries (channel, filter, set), channel after channel.
+
+        Within a block of ``block`` filters, so that their output gradients stay in the cache. ``rows`` are
+        the beginnings of the runs of one channel, one block after the other.
+        """
+        block = max(block // together, 1) * together
+        blocks = self.filter // block
+        order = np.lexsort((self.filter, self.sets, self.channel, blocks))
+        entries = np.stack([self.channel[order], self.filter[order], self.sets[order]], 1)
+        count = -(-self.filters // block)
+        key = blocks[order] * self.channels + self.channel[order]
+        rows = np.searchsorted(key, np.arange(count * self.channels + 1))
+        return self._table(order, rows, entries, together, filter_column=1)
+
+    def agree(self, together: int) -> bool:
+        """Whether every ``together`` neighbouring filters have the same channels and tap sets."""
+        if together == 1:
+            return True
+        if self.filters % together:
+            return False
+        order = np.lexsort((self.channel, self.sets, self.filter))
+        rows = np.searchsorted(self.filter[order], np.arange(self.filters + 1))
+        counts = np.diff(rows).reshape(-1, together)
+        if not (counts == counts[:, :1]).all():
+            return False
+        groups = self.filter[order] // together
+        index = np.lexsort((self.filter[order], self.channel[order], self.sets[order], groups))
+        pairs = np.stack([self.sets[order], self.channel[order]], 1)[index].reshape(-1, together, 2)
+        return bool((pairs == pairs[:, :1]).all())
+
+    def _table(
+        self,
+        order: np.ndarray,
+        rows: np.ndarray,
+        entries: np.ndarray,
+        together: int,
+        filter_column: int | None = None,
+    ) -> Table:
+        taps = np.array([len(one) for one in self._vocabulary] or [0])
+        if together > 1:
+            order, rows, entries = self._grouped(order, rows, entries, together, filter_column)
+        heads = order if together == 1 else order[::together]
+        sizes = taps[self.sets[heads]] * together
+        begin = np.cumsum(sizes) - sizes
+        places = np.zeros(int(sizes.sum()), np.int64)
+        for number, one in enumerate(self._vocabulary):
+            index = np.nonzero(self.sets[heads] == number)[0]
+            for i, tap in enumerate(one):
+                for j in range(together):
+                    member = order[index * together + j]
+                    places[begin[index] + i * together + j] = self._place[
+                        self.filter[member], self._local[member], tap
+                    ]
+        return Table(
+            torch.from_numpy(rows.astype(np.int32)),
+            torch.from_numpy(np.ascontiguousarray(entries, dtype=np.int32)),
+            torch.from_numpy(places),
+        )
+
+    def _grouped(
+        self,
+        order: np.ndarray,
+        rows: np.ndarray,
+        entries: np.ndarray,
+        together: int,
+        filter_column: int | None,
+    ) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+        """Bring the parts that neighbouring filters share next to each other; keep one entry of each."""
+        segment = np.repeat(np.arange(len(rows) - 1), np.diff(rows))
+        if filter_column is None:
+            segment = segment // together
+        group = self.filter[order] // together
+        index = np.lexsort((self.filter[order], group, self.channel[order], self.sets[order], segment))
+        order, entries = order[index], entries[index][::together]
+        rows = rows[::together] // together if filter_column is None else rows // together
+        return order, rows, entries

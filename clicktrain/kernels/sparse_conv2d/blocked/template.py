@@ -1,0 +1,87 @@
+"""Writing C text: lines with their indentation, and the parts that all kernels share."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+
+
+class Code:
+    """Lines of C with their indentation."""
+
+    def __init__(self) -> None:
+        self.lines: list[str] = []
+        self.depth = 0
+
+    def __call__(self, line: str) -> None:
+        """Add a line; braces at its ends change the depth."""
+        if line.startswith("}"):
+            self.depth -= 1
+        self.lines.append("  " * self.depth + line)
+        if line.endswith("{"):
+            self.depth += 1
+
+    def text(self) -> str:
+        """All lines."""
+        return "\n".join(self.lines) + "\n"
+
+
+def join(numbers: Iterable[int]) -> str:
+    """The elements of a C array."""
+    return ", ".join(str(number) for number in numbers)
+
+
+def among(name: str, numbers: list[int]) -> str:
+    """A C condition: the variable is one of these numbers (a run of them is two comparisons)."""
+    if numbers == list(range(numbers[0], numbers[-1] + 1)):
+        return f"({name} >= {numbers[0]} && {name} <= {numbers[-1]})"
+    return "(" + " || ".join(f"{name} == {number}" for number in numbers) + ")"
+
+
+SUPPORT = """
+#ifdef _OPENMP
+#include <omp.h>
+#endif
+// What the next region will read: fetched into the second-level cache, a few rows at a time, while this one
+// is computed. Copying alone would wait for memory, computing alone would leave it idle.
+typedef struct { const vec *base; long stride, plane, left; int rows, cols, row; } ahead_t;
+static inline __attribute__((always_inline, unused)) void fetch(ahead_t *a, int count) {
+  for (; count > 0 && a->left > 0; --count, --a->left) {
+    for (int j = 0; j < a->cols; ++j) __builtin_prefetch(a->base + j, 0, 2);
+    a->base += a->stride;
+    if (++a->row == a->rows) { a->row = 0; a->base += a->plane - a->rows * a->stride; }
+  }
+}
+static __attribute__((noinline, unused))
+ahead_t look(const vec *from, long planes, long h, long w, int row, int rows, int col, int cols) {
+  const int r0 = max64(row, 0), r1 = min64(row + rows, h), c0 = max64(col, 0), c1 = min64(col + cols, w);
+  ahead_t a = {from + (long)r0 * w + c0, w, h * w, planes * (r1 - r0), r1 - r0, c1 - c0, 0};
+  if (r1 <= r0 || c1 <= c0) a.left = 0;
+  return a;
+}
+static __attribute__((noinline, unused))
+void pack(const vec *restrict from, vec *restrict to, int row, int rows, int col, int cols) {
+  const int c0 = max64(0, -col), c1 = max64(c0, min64(cols, SRC_W - col));
+  for (long c = 0; c < SOURCES; ++c) {
+    for (int i = 0; i < rows; ++i) {
+      vec *o = to + c * WIN + i * WIN_W;
+      if (row + i < 0 || row + i >= SRC_H) {
+        for (int j = 0; j < cols; ++j) o[j] = (vec){0};
+        continue;
+      }
+      const vec *p = from + (c * SRC_H + row + i) * SRC_W + col;
+      for (int j = 0; j < c0; ++j) o[j] = (vec){0};
+      for (int j = c0; j < c1; ++j) o[j] = p[j];
+      for (int j = c1; j < cols; ++j) o[j] = (vec){0};
+    }
+  }
+}
+#ifdef PATCH
+static __attribute__((noinline, unused))
+void pack_patch(const vec *restrict from, vec *restrict to, int row, int rows, int col, int cols) {
+  for (long f = 0; f < RESULTS; ++f)
+    for (int i = 0; i < rows; ++i)
+      for (int j = 0; j < cols; ++j)
+        to[f * PATCH + i * PATCH_W + j] = from[(f * DST_H + row + i) * DST_W + col + j];
+}
+#endif
+"""

@@ -1,0 +1,75 @@
+"""Which tilings a kernel may use, and the one to take when nothing has been measured."""
+
+from __future__ import annotations
+
+from clicktrain.kernels.sparse_conv2d.blocked.problem import ConvProblem, Phase, Tiling
+
+CACHE_VECTORS = 8192
+"""Vectors of 64 bytes that a region may fill: half a megabyte, half of a usual second-level cache."""
+GRAD_WEIGHT_FILTERS = 128
+"""Filters whose output gradients are gone through before the next ones: they stay in the cache."""
+
+
+def default_tiling(
+    phase: Phase, problem: ConvProblem, registers: int, lanes: int, together: int = 1
+) -> Tiling:
+    """The tiling that is usually best, by rule."""
+    return candidates(phase, problem, registers, lanes, together)[0]
+
+
+def candidates(
+    phase: Phase, problem: ConvProblem, registers: int, lanes: int, together: int = 1
+) -> list[Tiling]:
+    """Tilings worth measuring, the likeliest first."""
+    backward = phase == "grad_input"
+    axes = (problem.rows, problem.columns)
+    lengths = [a.size if backward else a.out for a in axes]
+    together = 1 if backward else together
+    if registers >= 32:
+        shapes = {1: [(4, 4), (2, 8), (4, 5)], 2: [(2, 4), (3, 4)], 4: [(2, 2), (1, 4), (2, 3)], 8: [(1, 2)]}
+    else:
+        shapes = {1: [(2, 4), (2, 3)], 2: [(1, 4), (2, 2)], 4: [(1, 2)], 8: [(1, 1)]}
+    found = []
+    for shape in shapes[together]:
+        tile = []
+        for size, axis, length in zip(shape, axes, lengths, strict=True):
+            step = axis.stride if backward else 1
+            tile.append(min(max(size // step, 1) * step, -(-length // step) * step))
+        found.append(Tiling((tile[0], tile[1]), _region(phase, problem, (tile[0], tile[1]), lanes), together))
+    return list(dict.fromkeys(found))
+
+
+def _region(phase: Phase, problem: ConvProblem, tile: tuple[int, int], lanes: int) -> tuple[int, int]:
+    """Tiles per region: as many as the cache holds, so that little is packed twice."""
+    backward = phase == "grad_input"
+    axes = (problem.rows, problem.columns)
+    lengths = [a.size if backward else a.out for a in axes]
+    sources = problem.filters if backward else problem.channels
+    results = problem.filters if phase == "grad_weight" else 0
+    limit = CACHE_VECTORS * 16 // lanes
+    region = [1, 1]
+
+    def vectors(candidate: list[int]) -> int:
+        window, patch = 1, 1
+        for axis, size, count, length in zip(axes, tile, candidate, lengths, strict=True):
+            positions = min(size * count, length)
+            reach = (axis.taps - 1) * axis.dilation
+            window *= (
+                positions // axis.stride + reach + 1
+                if backward
+                else (positions - 1) * axis.stride + reach + 1
+            )
+            patch *= positions
+        return window * sources + patch * min(results, GRAD_WEIGHT_FILTERS)
+
+    while True:
+        grown = []
+        for axis_number in (1, 0):
+            larger = list(region)
+            larger[axis_number] *= 2
+            useful = region[axis_number] * tile[axis_number] < lengths[axis_number]
+            if useful and vectors(larger) <= limit:
+                grown.append(larger)
+        if not grown:
+            return region[0], region[1]
+        region = min(grown, key=lambda r: (max(r[0] * tile[0], r[1] * tile[1]), vectors(r)))

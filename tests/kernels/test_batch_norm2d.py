@@ -1,0 +1,273 @@
+"""Blocked batch norm, residual and ReLU against PyTorch's in float64: results, statistics, gradients."""
+
+from __future__ import annotations
+
+import copy
+from typing import Any
+
+import pytest
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from clicktrain.errors import UserError
+from clicktrain.kernels.batch_norm2d import (
+    affine_relu_blocked,
+    batch_norm2d_blocked,
+    batch_norm_blocked,
+    launch,
+)
+from clicktrain.kernels.blocked_layout import block_batch, unblock_batch
+from clicktrain.kernels.native import toolchain
+from clicktrain.kernels.sparse_conv2d.blocked.layout import unblock
+
+TOOLS = toolchain()
+pytestmark = pytest.mark.skipif(TOOLS is None, reason="there is no C compiler")
+LANES = {dtype: TOOLS.lanes(dtype) if TOOLS else 1 for dtype in (torch.float32, torch.float64)}
+EPS = 1e-5
+NAN = float("nan")
+# Images, channels, height, width; the last two need more than one piece of a sum.
+SHAPES = [
+    (1, 3, 5, 7),
+    (5, 1, 3, 3),
+    (16, 16, 4, 4),
+    (20, 3, 1, 1),
+    (33, 16, 3, 5),
+    (3, 1, 33, 37),
+    (35, 2, 35, 31),
+]
+CASES = [(False, False), (False, True), (True, False), (True, True)]
+# Of the largest entry or of 1, whichever is more: everything in the cases is of about that size.
+RELATIVE = {torch.float32: 4e-6, torch.float64: 1e-13}
+
+
+def blocked(x: Tensor, filling: float) -> Tensor:
+    """[N, C, H, W] -> [B, C, H, W, V] with something in the filling lanes."""
+    lanes = LANES[x.dtype]
+    out = x.new_full((-(-len(x) // lanes) * lanes, *x.shape[1:]), filling)
+    out[: len(x)] = x
+    return out.view(-1, lanes, *x.shape[1:]).permute(0, 2, 3, 4, 1).contiguous()
+
+
+def rest(x: Tensor, n: int) -> Tensor:
+    """What the filling lanes hold."""
+    return unblock(x, x.shape[0] * x.shape[4])[n:]
+
+
+def close(ours: Tensor, expected: Tensor) -> None:
+    scale = max(float(expected.abs().max()), 1.0)
+    torch.testing.assert_close(ours.double(), expected, rtol=0, atol=RELATIVE[ours.dtype] * scale)
+
+
+class Case:
+    """Numbers of one shape, blocked, and what PyTorch makes of them in float64."""
+
+    def __init__(self, shape: tuple[int, ...], dtype: torch.dtype, residual: bool, relu: bool) -> None:
+        torch.manual_seed(0)
+        self.n, self.relu = shape[0], relu
+        self.x = torch.randn(shape).to(dtype) + 1
+        self.weight, self.bias = torch.rand(shape[1]).to(dtype) + 0.5, torch.randn(shape[1]).to(dtype)
+        self.residual = torch.randn(shape).to(dtype) if residual else None
+        self.gy = torch.randn(shape).to(dtype)
+        self.mean, self.var = self.x.double().mean((0, 2, 3)), self.x.double().var((0, 2, 3), correction=0)
+
+    def expected(self, mean: Tensor | None = None, var: Tensor | None = None) -> tuple[Tensor, list[Tensor]]:
+        """Result and gradients of x, weight, bias and residual; with given statistics if there are some."""
+        wanted = (self.x, self.weight, self.bias, self.residual)
+        inputs = [t.double().requires_grad_() for t in wanted if t is not None]
+        y = F.batch_norm(inputs[0], mean, var, inputs[1], inputs[2], mean is None, 0.1, EPS)
+        y = y + inputs[3] if len(inputs) > 3 else y
+        y = F.relu(y) if self.relu else y
+        return y.detach(), list(torch.autograd.grad(y, inputs, self.gy.double()))
+
+    def blocked(self, filling: float) -> tuple[Tensor, Tensor, Tensor, Tensor | None]:
+        residual = None if self.residual is None else blocked(self.residual, filling)
+        return blocked(self.x, filling), self.weight.clone(), self.bias.clone(), residual
+
+
+@pytest.fixture(params=CASES, ids=lambda c: f"residual={c[0]}-relu={c[1]}")
+def options(request: pytest.FixtureRequest) -> tuple[bool, bool]:
+    return request.param  # type: ignore[no-any-return]
+
+
+@pytest.mark.parametrize("dtype", list(LANES), ids=str)
+@pytest.mark.parametrize("shape", SHAPES, ids=str)
+def test_training(shape: tuple[int, ...], dtype: torch.dtype, options: tuple[bool, bool]) -> None:
+    case = Case(shape, dtype, *options)
+    expected, gradients = case.expected()
+    inputs = [None if t is None else t.requires_grad_() for t in case.blocked(NAN)]
+    y, mean, var = batch_norm2d_blocked(*inputs, case.n, EPS, case.relu)
+    assert not mean.requires_grad
+    assert not var.requires_grad
+    close(mean, case.mean)
+    close(var, case.var)
+    close(unblock(y, case.n), expected)
+    wanted = [t for t in inputs if t is not None]
+    for i, g in enumerate(torch.autograd.grad(y, wanted, blocked(case.gy, 0.0))):
+        close(unblock(g, case.n) if g.dim() == 5 else g, gradients[i])
+        if g.dim() == 5:
+            assert not rest(g, case.n).any()
+
+
+@pytest.mark.parametrize("dtype", list(LANES), ids=str)
+@pytest.mark.parametrize("shape", SHAPES[:5], ids=str)
+def test_given_statistics(shape: tuple[int, ...], dtype: torch.dtype, options: tuple[bool, bool]) -> None:
+    case = Case(shape, dtype, *options)
+    channels = shape[1]
+    bn = nn.BatchNorm2d(channels, EPS, dtype=dtype).eval()
+    with torch.no_grad():
+        bn.running_mean.copy_(torch.randn(channels))  # type: ignore[union-attr]
+        bn.running_var.copy_(torch.rand(channels) + 0.5)  # type: ignore[union-attr]
+        bn.weight.copy_(case.weight)
+        bn.bias.copy_(case.bias)
+    expected, gradients = case.expected(bn.running_mean.double(), bn.running_var.double())  # type: ignore[union-attr]
+    x, _, _, residual = case.blocked(NAN)
+    before = copy.deepcopy(bn.state_dict())
+    wanted = [t.requires_grad_() for t in (x, bn.weight, bn.bias, residual) if t is not None]
+    y = batch_norm_blocked(x, bn, case.n, residual, case.relu)
+    close(unblock(y, case.n), expected)
+    for i, g in enumerate(torch.autograd.grad(y, wanted, blocked(case.gy, 0.0))):
+        close(unblock(g, case.n) if g.dim() == 5 else g, gradients[i])
+        if g.dim() == 5:
+            assert not rest(g, case.n).any()
+    assert all(torch.equal(before[name], now) for name, now in bn.state_dict().items())
+    # With frozen parameters too, where the input is not kept.
+    bn.requires_grad_(False)
+    y = batch_norm_blocked(x, bn, case.n, residual, case.relu)
+    (g,) = torch.autograd.grad(y, x, blocked(case.gy, 0.0))
+    close(unblock(g, case.n), gradients[0])
+
+
+@pytest.mark.parametrize("first", [1000.0, 0.0])
+def test_a_mean_far_from_zero(first: float) -> None:
+    # Sums of plain squares would lose the variance; nor does it matter if the first block is unlike the rest.
+    n = 3 * LANES[torch.float32]
+    x = torch.randn(n, 2, 9, 9) + 1000
+    x[: n // 3] += first - 1000
+    _, mean, var = batch_norm2d_blocked(blocked(x, NAN), None, None, None, n, EPS, False)
+    expected = x.double()
+    torch.testing.assert_close(mean.double(), expected.mean((0, 2, 3)), rtol=2e-7, atol=0)
+    torch.testing.assert_close(var.double(), expected.var((0, 2, 3), correction=0), rtol=2e-6, atol=0)
+
+
+@pytest.mark.parametrize("n", [1, 5, 33])
+def test_every_element_is_written_and_threads_agree(n: int) -> None:
+    case = Case((n, 5, 3, 5), torch.float32, True, True)
+    x, weight, bias, residual = case.blocked(1.0)
+    assert residual is not None
+    # Filled with numbers: NaN would be the output's own in forward results, and gradients drop it.
+    gy = blocked(case.gy, 1.0)
+    found = []
+    before = torch.get_num_threads()
+    try:
+        for threads in (1, 2):
+            torch.set_num_threads(threads)
+            y, mean, var = torch.full_like(x, NAN), torch.full_like(weight, NAN), torch.full_like(weight, NAN)
+            launch.forward_into((y, mean, var), x, weight, bias, residual, n, EPS, True)
+            other = torch.full_like(x, NAN)
+            launch.affine_into(other, x, weight, bias, residual, n, True)
+            results = [y, mean, var, other]
+            for given, statistics in ((x, (mean, var, EPS)), (x, None), (None, None)):
+                gradients = launch.Gradients(*(torch.full_like(t, NAN) for t in (x, weight, weight, x)))
+                launch.backward_into(gradients, gy, given, y, weight, statistics, n)
+                results += gradients
+                assert not rest(gradients.x, n).any()
+                assert not rest(gradients.residual, n).any()
+            assert all(t.isfinite().all() for t in results)
+            found.append(results)
+    finally:
+        torch.set_num_threads(before)
+    assert all(torch.equal(a, b) for a, b in zip(*found, strict=True))
+
+
+@pytest.mark.parametrize("momentum", [0.1, None])
+@pytest.mark.parametrize("affine", [True, False])
+def test_running_statistics(momentum: float | None, affine: bool) -> None:
+    theirs = nn.BatchNorm2d(3, momentum=momentum, affine=affine, dtype=torch.float64)
+    ours = copy.deepcopy(theirs)
+    for n in (5, 16, 1, 20):
+        x = torch.randn(n, 3, 4, 5, dtype=torch.float64) * 2 + 1
+        torch.testing.assert_close(unblock(batch_norm_blocked(blocked(x, NAN), ours, n), n), theirs(x))
+        torch.testing.assert_close(ours.state_dict(), theirs.state_dict())
+    theirs.eval()
+    ours.eval()
+    torch.testing.assert_close(unblock(batch_norm_blocked(blocked(x, NAN), ours, n), n), theirs(x))
+
+
+@pytest.mark.parametrize("training", [True, False])
+def test_without_running_statistics(training: bool) -> None:
+    bn = nn.BatchNorm2d(3, track_running_stats=False, dtype=torch.float64).train(training)
+    x = torch.randn(5, 3, 4, 5, dtype=torch.float64)
+    torch.testing.assert_close(unblock(batch_norm_blocked(blocked(x, NAN), bn, 5), 5), bn(x))
+
+
+def test_numerical_gradients(options: tuple[bool, bool]) -> None:
+    case = Case((5, 2, 2, 3), torch.float64, *options)
+    x, weight, bias, residual = case.blocked(0.0)
+    inputs = tuple(t.requires_grad_() for t in (x, weight, bias, residual) if t is not None)
+
+    # Nothing depends on the filling: differentiable results are those of the images.
+    def training(x: Tensor, weight: Tensor, bias: Tensor, residual: Tensor | None = None) -> Tensor:
+        return unblock(batch_norm2d_blocked(x, weight, bias, residual, 5, EPS, case.relu)[0], 5)
+
+    def given(x: Tensor, weight: Tensor, bias: Tensor, residual: Tensor | None = None) -> Tensor:
+        return unblock(affine_relu_blocked(x, weight, bias, residual, 5, case.relu), 5)
+
+    assert torch.autograd.gradcheck(training, inputs)
+    assert torch.autograd.gradcheck(given, inputs)
+
+
+@pytest.mark.parametrize("residual", [True, False])
+def test_declared_as_computed(residual: bool) -> None:
+    case = Case((5, 3, 4, 3), torch.float32, residual, True)
+    inputs = [None if t is None else t.requires_grad_() for t in case.blocked(1.0)]
+    for relu in (True, False):
+        torch.library.opcheck(batch_norm2d_blocked, (*inputs, 5, EPS, relu))
+        torch.library.opcheck(affine_relu_blocked, (*inputs, 5, relu))
+    torch.library.opcheck(batch_norm2d_blocked, (inputs[0], None, None, None, 5, EPS, False))
+
+
+@pytest.mark.parametrize("momentum", [0.1, None])
+def test_one_graph(momentum: float | None) -> None:
+    theirs = nn.BatchNorm2d(3, momentum=momentum)
+    ours = copy.deepcopy(theirs)
+
+    def step(x: Tensor) -> Tensor:
+        images = block_batch(x, LANES[x.dtype])
+        return unblock_batch(batch_norm_blocked(images, ours, x.shape[0], images, True), x.shape[0])
+
+    compiled = torch.compile(step, backend="aot_eager", fullgraph=True)
+    for n in (5, 20):
+        x, gy = torch.randn(n, 3, 4, 4, requires_grad=True), torch.randn(n, 3, 4, 4)
+        y, expected = compiled(x), F.relu(theirs(x) + x)
+        torch.testing.assert_close(y, expected)
+        torch.testing.assert_close(torch.autograd.grad(y, x, gy), torch.autograd.grad(expected, x, gy))
+        torch.testing.assert_close(ours.state_dict(), theirs.state_dict())
+
+
+def test_a_diverged_training_stays_visible() -> None:
+    x = torch.randn(5, 2, 3, 3)
+    x[2, 1, 0, 0] = NAN
+    y, mean, _ = batch_norm2d_blocked(blocked(x, 0.0), None, None, None, 5, EPS, True)
+    assert unblock(y, 5)[:, 1].isnan().all()
+    assert mean.isnan().tolist() == [False, True]
+    assert not unblock(y, 5)[:, 0].isnan().any()
+
+
+def test_refusals() -> None:
+    lanes = LANES[torch.float32]
+    x, bn = torch.zeros(2, 3, 2, 2, lanes), nn.BatchNorm2d(3)
+    cases: list[tuple[Any, Any, int, str]] = [
+        (x.half(), bn, lanes + 1, "float16"),
+        (x, bn.double(), lanes + 1, "float64"),
+        (x, nn.BatchNorm2d(4), lanes + 1, r"\[3\].*\[4\]"),
+        (x, nn.BatchNorm2d(3), lanes, "1 blocks, not 2"),
+        (x[..., :-1], nn.BatchNorm2d(3), lanes + 1, "block_batch"),
+        (x[:1, :, :1, :1], nn.BatchNorm2d(3), 1, "more than one number"),
+        (x[:0], nn.BatchNorm2d(3), 0, "at least one image"),
+    ]
+    for given, layer, n, text in cases:
+        with pytest.raises(UserError, match=text):
+            batch_norm_blocked(given, layer, n)
+    with pytest.raises(UserError, match="beside its input"):
+        batch_norm_blocked(x, nn.BatchNorm2d(3), lanes + 1, residual=x[:1])

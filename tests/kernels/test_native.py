@@ -1,0 +1,149 @@
+"""The compiler, the cache of libraries, and generated kernels under the sanitizers."""
+
+from __future__ import annotations
+
+import os
+import shutil
+import subprocess
+import sys
+import textwrap
+from pathlib import Path
+
+import pytest
+import torch
+
+from clicktrain.kernels.native import build, load, preamble, toolchain
+from clicktrain.kernels.native.library import arguments
+
+needs_compiler = pytest.mark.skipif(toolchain() is None, reason="there is no C compiler")
+
+
+def run_python(code: str, **environment: str) -> subprocess.CompletedProcess[str]:
+    return subprocess.run(
+        [sys.executable, "-c", textwrap.dedent(code)],
+        env={**os.environ, **environment},
+        capture_output=True,
+        text=True,
+        check=False,
+        timeout=300,
+    )
+
+
+@needs_compiler
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64], ids=str)
+def test_sums_over_lanes(dtype: torch.dtype) -> None:
+    tools = toolchain()
+    assert tools is not None
+    lanes = tools.lanes(dtype)
+    source = preamble(dtype, lanes) + (
+        "void run(const vec *x, real *out) {"
+        " add_lane_sums4(out, x[0], x[1], x[2], x[3]); out[4] = lane_sum(x[0]); vec s = splat(out[4]);"
+        " out[5] = s[LANES - 1]; }"
+    )
+    x = torch.randn(4, lanes, dtype=dtype)
+    out = torch.ones(6, dtype=dtype)
+    load(source).run(*arguments(x, out))
+    assert torch.allclose(out[:4], 1 + x.sum(1))
+    assert torch.allclose(out[4:], x[0].sum().expand(2))
+
+
+@needs_compiler
+def test_library_is_built_once_and_refused_text_says_why(tmp_path: Path) -> None:
+    first = build("int run(void) { return 7; }\n")
+    stamp = first.stat().st_mtime_ns
+    assert build("int run(void) { return 7; }\n") == first
+    assert first.stat().st_mtime_ns == stamp
+    with pytest.raises(RuntimeError, match="refused a generated kernel"):
+        build("int run(void) { return nonsense; }\n")
+
+
+@needs_compiler
+def test_many_processes_may_build_the_same_library_at_once(tmp_path: Path) -> None:
+    code = """
+    from clicktrain.kernels.native import load
+    print(load("int run(void) { return 11; }\\n").run())
+    """
+    environment = {**os.environ, "CLICKTRAIN_KERNEL_CACHE": str(tmp_path)}
+    command = [sys.executable, "-c", textwrap.dedent(code)]
+    running = [
+        subprocess.Popen(command, env=environment, stdout=subprocess.PIPE, text=True) for _ in range(3)
+    ]
+    assert [process.communicate(timeout=120)[0].strip() for process in running] == ["11"] * 3
+    assert [path.suffix for path in tmp_path.iterdir()] == [".so"]
+
+
+def test_cache_that_others_may_write_to_is_not_trusted(tmp_path: Path) -> None:
+    tmp_path.chmod(0o777)
+    code = "from clicktrain.kernels.native.library import cache_folder; print(cache_folder())"
+    found = run_python(code, CLICKTRAIN_KERNEL_CACHE=str(tmp_path))
+    assert found.returncode == 0
+    assert found.stdout.strip() != str(tmp_path)
+
+
+def test_without_a_compiler_there_is_none(tmp_path: Path) -> None:
+    code = """
+    from clicktrain.kernels.native import build, toolchain
+    assert toolchain() is None
+    try:
+        build("int run(void);")
+    except RuntimeError as error:
+        print(error)
+    """
+    found = run_python(code, PATH=str(tmp_path), CC="")
+    assert found.returncode == 0, found.stderr
+    assert "install gcc or clang" in found.stdout
+
+
+SANITIZED = """
+import torch
+from clicktrain.formats.packed import Structure
+from clicktrain.kernels.sparse_conv2d.blocked import launch
+from clicktrain.kernels.sparse_conv2d.blocked.problem import ConvProblem
+from clicktrain.kernels.native import toolchain
+
+torch.manual_seed(0)
+lanes = toolchain().lanes(torch.float32)
+cases = [
+    # filters, channels, kernel, image, stride, padding, dilation, blocks, threads
+    (6, 5, (3, 3), (4, 4), (1, 1), (1, 1), (1, 1), 2, 1),
+    (6, 5, (3, 3), (13, 10), (2, 2), (1, 1), (1, 1), 1, 3),
+    (3, 4, (2, 2), (9, 19), (1, 2), (2, 1), (1, 2), 2, 2),
+    (4, 2, (1, 3), (1, 33), (1, 1), (0, 2), (1, 1), 1, 1),
+]
+for f, c, kernel, image, stride, padding, dilation, blocks, threads in cases:
+    torch.set_num_threads(threads)
+    kept = torch.rand(2, kernel[0] * kernel[1]) < 0.5  # two patterns: little code
+    mask = kept[torch.randint(2, (f, c))].view(f, c, *kernel) & (torch.rand(f, c, 1, 1) < 0.7)
+    structure = Structure.from_mask(mask)
+    problem = ConvProblem.make(c, f, kernel, image, stride, padding, dilation)
+    plan, tables = launch.prepare(structure, problem)
+    text = plan.to_json()
+    values = torch.randn(structure.values_shape)
+    x = torch.randn(blocks, c, *image, lanes)
+    y = launch.forward(x, values, torch.randn(f), tables.tensors, text)
+    launch.grad_input(y, values, tables.tensors, text)
+    launch.grad_weight(x, y, structure.values_shape, tables.tensors, text)
+print("clean")
+"""
+
+
+@needs_compiler
+def test_generated_kernels_are_clean_under_the_sanitizers(tmp_path: Path) -> None:
+    tools = toolchain()
+    assert tools is not None
+    found = subprocess.run(
+        [tools.compiler, "-print-file-name=libasan.so"], capture_output=True, text=True, check=False
+    )
+    library = found.stdout.strip()
+    if "gcc" not in Path(os.path.realpath(tools.compiler)).name or not Path(library).is_absolute():
+        pytest.skip("the address sanitizer's library is loaded ahead, which is known how to do for gcc only")
+    assert shutil.which("env")
+    result = run_python(
+        SANITIZED,
+        LD_PRELOAD=os.path.realpath(library),
+        ASAN_OPTIONS="detect_leaks=0",
+        CLICKTRAIN_CFLAGS="-fsanitize=address,undefined -fno-sanitize-recover=all -O0",
+        CLICKTRAIN_KERNEL_CACHE=str(tmp_path),
+    )
+    assert result.returncode == 0, result.stderr[-3000:]
+    assert "clean" in result.stdout

@@ -1,0 +1,254 @@
+"""Generated convolution kernels against dense convolution in float64, on poisoned memory, over odd shapes."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from typing import Any
+
+import hypothesis.strategies as st
+import pytest
+import torch
+import torch.nn.functional as F
+from hypothesis import example, given, settings
+from torch import Tensor
+
+from clicktrain.formats.packed import Structure, pack_values
+from clicktrain.kernels.native import toolchain
+from clicktrain.kernels.sparse_conv2d.blocked import launch
+from clicktrain.kernels.sparse_conv2d.blocked.layout import block, unblock
+from clicktrain.kernels.sparse_conv2d.blocked.ops import sparse_conv2d_blocked
+from clicktrain.kernels.sparse_conv2d.blocked.problem import ConvProblem, Tiling
+
+pytestmark = pytest.mark.skipif(toolchain() is None, reason="there is no C compiler")
+
+PATTERNS = ((0, 1, 3, 4), (1, 2, 4, 5), (3, 4, 6, 7), (1, 3, 4, 5), (1, 4, 5, 7))
+TOLERANCE = {torch.float32: 3e-6, torch.float64: 1e-14}
+
+
+@pytest.fixture(autouse=True)
+def _poisoned_memory() -> Iterator[None]:
+    """New memory is NaN, so that what a kernel leaves unwritten fails loudly."""
+    before = torch.are_deterministic_algorithms_enabled(), torch.utils.deterministic.fill_uninitialized_memory
+    torch.use_deterministic_algorithms(True)
+    torch.utils.deterministic.fill_uninitialized_memory = True  # type: ignore[assignment]
+    yield
+    torch.use_deterministic_algorithms(before[0])
+    torch.utils.deterministic.fill_uninitialized_memory = before[1]  # type: ignore[assignment]
+
+
+def pattern_mask(f: int, c: int, density: float, group: int, generator: torch.Generator) -> Tensor:
+    """Four of nine positions in some kernels; ``group`` neighbouring filters alike."""
+    mask = torch.zeros(f, c, 9, dtype=torch.bool)
+    for i in range(0, f, group):
+        for ch in (torch.rand(c, generator=generator) < density).nonzero().flatten().tolist():
+            pattern = PATTERNS[int(torch.randint(len(PATTERNS), (1,), generator=generator))]
+            mask[i : i + group, ch, list(pattern)] = True
+    return mask.view(f, c, 3, 3)
+
+
+def check(
+    mask: Tensor,
+    n: int,
+    image: tuple[int, int],
+    *,
+    stride: tuple[int, int] = (1, 1),
+    padding: tuple[int, int] | str = (0, 0),
+    dilation: tuple[int, int] = (1, 1),
+    groups: int = 1,
+    bias: bool = False,
+    dtype: torch.dtype = torch.float32,
+    threads: int = 1,
+    tilings: Any = None,
+) -> None:
+    """Output and all gradients equal to those of ``F.conv2d`` in float64."""
+    tools = toolchain()
+    assert tools is not None
+    lanes = tools.lanes(dtype)
+    structure = Structure.from_mask(mask)
+    f, c, r, s = structure.shape
+    problem = ConvProblem.make(c * groups, f, (r, s), image, stride, padding, dilation)
+    plan, tables = launch.prepare(structure, problem, groups, tilings)
+    x = torch.randn(n, c * groups, *image, dtype=torch.float64, requires_grad=True)
+    weight = (torch.randn(mask.shape, dtype=torch.float64) * mask).requires_grad_()
+    offset = torch.randn(f, dtype=torch.float64, requires_grad=True)
+    want = F.conv2d(x, weight, offset if bias else None, stride, padding, dilation, groups)
+    gy = torch.randn_like(want)
+    want.backward(gy)
+    assert x.grad is not None
+    assert weight.grad is not None
+
+    own_x = x.detach().to(dtype).requires_grad_()
+    values = pack_values(structure, weight.detach()).to(dtype).requires_grad_()
+    own_offset = offset.detach().to(dtype).requires_grad_()
+    torch.set_num_threads(threads)
+    try:
+        y = sparse_conv2d_blocked(
+            block(own_x, lanes), values, own_offset if bias else None, list(tables.tensors), plan.to_json()
+        )
+        unblock(y, n).backward(gy.to(dtype))
+    finally:
+        torch.set_num_threads(1)
+    near(unblock(y, n), want, dtype)
+    near(own_x.grad, x.grad, dtype)
+    near(values.grad, pack_values(structure, weight.grad), dtype)
+    if bias:
+        near(own_offset.grad, offset.grad, dtype)
+
+
+def near(own: Tensor | None, want: Tensor | None, dtype: torch.dtype) -> None:
+    assert own is not None
+    assert want is not None
+    assert own.shape == want.shape
+    if want.numel():
+        bound = TOLERANCE[dtype] * max(float(want.detach().abs().max()), 1.0)
+        assert float((own.detach() - want.detach()).abs().max()) <= bound
+
+
+@st.composite
+def cases(draw: st.DrawFn) -> dict[str, Any]:
+    r, s = draw(st.sampled_from([(3, 3), (1, 1), (1, 3), (2, 2), (5, 5)]))
+    groups = draw(st.sampled_from([1, 1, 1, 2]))
+    f, c = draw(st.integers(1, 9)) * groups, draw(st.integers(1, 9))
+    generator = torch.Generator().manual_seed(draw(st.integers(0, 1000)))
+    density = draw(st.sampled_from([0.0, 0.1, 0.4, 1.0]))
+    kind = draw(st.sampled_from(["patterns", "unstructured", "kernels"]))
+    if kind == "patterns" and (r, s) == (3, 3):
+        mask = pattern_mask(f, c, density, draw(st.sampled_from([1, 2, 4])), generator)
+    elif kind == "kernels":
+        mask = (torch.rand(f, c, 1, 1, generator=generator) < density).expand(f, c, r, s).clone()
+    else:
+        mask = torch.rand(f, c, r, s, generator=generator) < density
+    dilation = (draw(st.integers(1, 2)), draw(st.integers(1, 2)))
+    padding = (draw(st.integers(0, r)), draw(st.integers(0, s)))
+    image = tuple(
+        draw(st.integers(max(1, (k - 1) * d + 1 - 2 * p), 13))
+        for k, d, p in zip((r, s), dilation, padding, strict=True)
+    )
+    return {
+        "mask": mask,
+        "n": draw(st.sampled_from([1, 3, 16, 17])),
+        "image": image,
+        "stride": (draw(st.integers(1, 3)), draw(st.integers(1, 2))),
+        "padding": padding,
+        "dilation": dilation,
+        "groups": groups,
+        "bias": draw(st.booleans()),
+        "dtype": draw(st.sampled_from([torch.float32, torch.float64])),
+    }
+
+
+@settings(max_examples=20)
+@given(cases())
+def test_equals_dense_convolution(case: dict[str, Any]) -> None:
+    check(**case)
+
+
+SIZES = [(4, 4), (7, 7), (8, 8), (9, 5), (14, 14), (33, 18)]
+
+
+@pytest.mark.parametrize("image", SIZES, ids=str)
+@pytest.mark.parametrize("stride", [1, 2])
+def test_pattern_layers(image: tuple[int, int], stride: int) -> None:
+    mask = pattern_mask(12, 10, 0.3, 1, torch.Generator().manual_seed(1))
+    check(mask, 20, image, stride=(stride, stride), padding=(1, 1))
+
+
+@pytest.mark.parametrize("together", [2, 4, 8])
+@pytest.mark.parametrize("image", [(4, 4), (11, 6)], ids=str)
+def test_filters_that_share_positions_are_computed_together(together: int, image: tuple[int, int]) -> None:
+    mask = pattern_mask(16, 10, 0.3, together, torch.Generator().manual_seed(2))
+    structure = Structure.from_mask(mask)
+    plan, _ = launch.prepare(structure, ConvProblem.make(10, 16, (3, 3), image, (1, 1), (1, 1)))
+    assert plan.tiling("forward").together == together
+    check(mask, 17, image, padding=(1, 1), bias=True)
+
+
+def test_filters_that_differ_are_not_computed_together() -> None:
+    mask = pattern_mask(16, 10, 0.3, 8, torch.Generator().manual_seed(2))
+    mask[3, mask[3].flatten(1).any(1).nonzero()[0, 0]] = True
+    plan, _ = launch.prepare(Structure.from_mask(mask), ConvProblem.make(10, 16, (3, 3), (8, 8)))
+    assert plan.tiling("forward").together == 1
+    check(mask, 16, (8, 8))
+
+
+@pytest.mark.parametrize("threads", [2, 3])
+@pytest.mark.parametrize(("n", "image"), [(1, (4, 4)), (16, (7, 7)), (40, (12, 12))], ids=str)
+def test_threads_change_nothing(threads: int, n: int, image: tuple[int, int]) -> None:
+    """Few regions are shared out by kernels, many by images: both splits."""
+    mask = pattern_mask(24, 20, 0.3, 1, torch.Generator().manual_seed(3))
+    check(mask, n, image, padding=(1, 1), threads=threads)
+
+
+@pytest.mark.parametrize("tile", [(1, 1), (2, 3), (4, 5), (16, 1)], ids=str)
+@pytest.mark.parametrize("region", [(1, 1), (2, 3), (8, 8)], ids=str)
+@pytest.mark.parametrize("stride", [1, 2])
+def test_every_tiling_gives_the_same(tile: tuple[int, int], region: tuple[int, int], stride: int) -> None:
+    mask = pattern_mask(6, 5, 0.5, 1, torch.Generator().manual_seed(4))
+    back = Tiling((tile[0] * stride, tile[1] * stride), region)
+    own = Tiling(tile, region)
+    tilings = {"forward": own, "grad_weight": own, "grad_input": back}
+    check(mask, 4, (11, 10), stride=(stride, stride), padding=(1, 1), tilings=tilings)
+
+
+def test_large_kernel_and_full_density() -> None:
+    check(torch.ones(5, 3, 7, 7, dtype=torch.bool), 3, (15, 16), stride=(2, 2), padding=(3, 3), bias=True)
+    check(torch.ones(20, 3, 3, 3, dtype=torch.bool), 16, (12, 12), padding=(1, 1))
+
+
+def test_depthwise_and_same_padding() -> None:
+    check(torch.rand(6, 1, 3, 3) < 0.5, 5, (9, 9), padding=(1, 1), groups=6)
+    check(torch.rand(6, 4, 5, 3) < 0.5, 5, (9, 9), padding="same")
+
+
+def test_no_images_no_weights() -> None:
+    mask = torch.zeros(4, 3, 3, 3, dtype=torch.bool)
+    check(mask, 5, (6, 6), padding=(1, 1), bias=True)
+    structure = Structure.from_mask(torch.ones(4, 3, 3, 3, dtype=torch.bool))
+    plan, tables = launch.prepare(structure, ConvProblem.make(3, 4, (3, 3), (6, 6)))
+    tools = toolchain()
+    assert tools is not None
+    x = torch.zeros(0, 3, 6, 6, tools.lanes(torch.float32), requires_grad=True)
+    values = torch.ones(4, 27, requires_grad=True)
+    y = sparse_conv2d_blocked(x, values, None, list(tables.tensors), plan.to_json())
+    y.sum().backward()
+    assert y.shape[:4] == (0, 4, 4, 4)
+    assert values.grad is not None
+    assert not values.grad.any()
+
+
+@example(stride=2)
+@given(st.integers(1, 2))
+@settings(max_examples=2)
+def test_operator_is_well_formed(stride: int) -> None:
+    mask = torch.rand(4, 3, 3, 3, generator=torch.Generator().manual_seed(0)) < 0.4
+    structure = Structure.from_mask(mask)
+    plan, tables = launch.prepare(structure, ConvProblem.make(3, 4, (3, 3), (5, 5), (stride, stride), (1, 1)))
+    tools = toolchain()
+    assert tools is not None
+    generator = torch.Generator().manual_seed(1)
+    shape = (1, 3, 5, 5, tools.lanes(torch.float64))
+    x = torch.randn(shape, dtype=torch.float64, generator=generator).requires_grad_()
+    values = torch.randn(structure.values_shape, dtype=torch.float64, generator=generator).requires_grad_()
+    bias = torch.randn(4, dtype=torch.float64, generator=generator).requires_grad_()
+    text = plan.to_json()
+
+    def call(x: Tensor, values: Tensor, bias: Tensor) -> Tensor:
+        return sparse_conv2d_blocked(x, values, bias, list(tables.tensors), text)
+
+    torch.use_deterministic_algorithms(False)
+    assert torch.autograd.gradcheck(call, (x, values, bias), fast_mode=True)
+    results = torch.library.opcheck(sparse_conv2d_blocked, (x, values, bias, list(tables.tensors), text))
+    assert set(results.values()) == {"SUCCESS"}
+
+
+def test_misaligned_input_is_copied_not_misread() -> None:
+    mask = torch.ones(2, 2, 1, 1, dtype=torch.bool)
+    structure = Structure.from_mask(mask)
+    plan, tables = launch.prepare(structure, ConvProblem.make(2, 2, (1, 1), (3, 3)))
+    tools = toolchain()
+    assert tools is not None
+    lanes = tools.lanes(torch.float32)
+    flat = torch.randn(1 + 2 * 9 * lanes)
+    x = flat[1:].view(1, 2, 3, 3, lanes)
+    y = sparse_conv2d_blocked(x, torch.ones(2, 2), None, list(tables.tensors), plan.to_json())
+    assert torch.allclose(y[:, 0], x.sum(1))

@@ -153,14 +153,16 @@ def test_pattern_layers(image: tuple[int, int], stride: int) -> None:
     check(mask, 20, image, stride=(stride, stride), padding=(1, 1))
 
 
-@pytest.mark.parametrize("together", [2, 4, 8])
+@pytest.mark.parametrize("together", [2, 4])
 @pytest.mark.parametrize("image", [(4, 4), (11, 6)], ids=str)
 def test_filters_that_share_positions_are_computed_together(together: int, image: tuple[int, int]) -> None:
     mask = pattern_mask(16, 10, 0.3, together, torch.Generator().manual_seed(2))
     structure = Structure.from_mask(mask)
-    plan, _ = launch.prepare(structure, ConvProblem.make(10, 16, (3, 3), image, (1, 1), (1, 1)))
+    tiling = Tiling((2, 3), (2, 2), together)
+    tilings = {"forward": tiling, "grad_weight": tiling}
+    plan, _ = launch.prepare(structure, ConvProblem.make(10, 16, (3, 3), image, (1, 1), (1, 1)), 1, tilings)
     assert plan.tiling("forward").together == together
-    check(mask, 17, image, padding=(1, 1), bias=True)
+    check(mask, 17, image, padding=(1, 1), bias=True, tilings=tilings)
 
 
 def test_filters_that_differ_are_not_computed_together() -> None:
@@ -252,3 +254,36 @@ def test_misaligned_input_is_copied_not_misread() -> None:
     x = flat[1:].view(1, 2, 3, 3, lanes)
     y = sparse_conv2d_blocked(x, torch.ones(2, 2), None, list(tables.tensors), plan.to_json())
     assert torch.allclose(y[:, 0], x.sum(1))
+
+
+class _Layer(torch.nn.Module):
+    def __init__(self, structure: Structure, problem: ConvProblem) -> None:
+        super().__init__()
+        plan, tables = launch.prepare(structure, problem)
+        self.plan, self.tables = plan.to_json(), list(tables.tensors)
+        self.values = torch.nn.Parameter(torch.randn(structure.values_shape))
+
+    def forward(self, x: Tensor) -> Tensor:
+        return torch.relu(sparse_conv2d_blocked(x, self.values, None, self.tables, self.plan))
+
+
+@pytest.mark.filterwarnings("ignore")
+def test_operator_is_exported_and_compiled_as_one_node() -> None:
+    torch.use_deterministic_algorithms(False)
+    tools = toolchain()
+    assert tools is not None
+    mask = torch.rand(4, 3, 3, 3, generator=torch.Generator().manual_seed(0)) < 0.4
+    layer = _Layer(Structure.from_mask(mask), ConvProblem.make(3, 4, (3, 3), (5, 5), (1, 1), (1, 1)))
+    x = torch.randn(2, 3, 5, 5, tools.lanes(torch.float32))
+    want = layer(x)
+    exported = torch.export.export(layer, (x,))
+    assert sum("sparse_conv2d_blocked" in str(node.target) for node in exported.graph.nodes) == 1
+    assert torch.equal(exported.module()(x), want)
+    compiled = torch.compile(layer, fullgraph=True, backend="aot_eager")
+    assert torch.equal(compiled(x), want)
+    compiled(x).sum().backward()
+    own = layer.values.grad
+    layer.values.grad = None
+    layer(x).sum().backward()
+    assert own is not None
+    assert torch.equal(own, layer.values.grad)

@@ -23,7 +23,7 @@ from clicktrain.kernels.sparse_conv2d.blocked.vocabulary import Taps, choose
 
 STREAM_BYTES = 8 << 20
 """Results of this size are written around the caches: the next reader would not find them there anyway."""
-GROUP_SIZES = (8, 4, 2)
+GROUP_SIZES = (4, 2)
 """How many filters that share their positions may be computed together."""
 
 

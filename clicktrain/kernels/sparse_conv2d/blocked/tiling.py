@@ -13,29 +13,45 @@ GRAD_WEIGHT_FILTERS = 128
 def default_tiling(
     phase: Phase, problem: ConvProblem, registers: int, lanes: int, together: int = 1
 ) -> Tiling:
-    """The tiling that is usually best, by rule."""
+    """The tiling that is usually best, by rule; arguments as in `candidates`."""
     return candidates(phase, problem, registers, lanes, together)[0]
 
 
 def candidates(
     phase: Phase, problem: ConvProblem, registers: int, lanes: int, together: int = 1
 ) -> list[Tiling]:
-    """Tilings worth measuring, the likeliest first."""
+    """Tilings worth measuring, the likeliest first.
+
+    Args:
+        phase: forward, grad_input or grad_weight.
+        problem: the layer.
+        registers: vector registers of the processor.
+        lanes: of one of them.
+        together: most filters that may be computed at once (1 where they do not share positions).
+    """
     backward = phase == "grad_input"
     axes = (problem.rows, problem.columns)
     lengths = [a.size if backward else a.out for a in axes]
-    together = 1 if backward else together
     if registers >= 32:
-        shapes = {1: [(4, 4), (2, 8), (4, 5)], 2: [(2, 4), (3, 4)], 4: [(2, 2), (1, 4), (2, 3)], 8: [(1, 2)]}
+        square, flat, pair = (4, 4), (2, 8), (2, 4)
+        # Sizes of ImageNet networks: 14 is two sevens, where fours would leave half a tile over.
+        sevens = lengths[1] % 4 != 0 and lengths[1] % 7 == 0 and lengths[1] > 7
+        first = (2, 7) if sevens else square
+        second = square if sevens else flat
     else:
-        shapes = {1: [(2, 4), (2, 3)], 2: [(1, 4), (2, 2)], 4: [(1, 2)], 8: [(1, 1)]}
+        first, second, pair = (2, 4), (2, 3), (1, 4)
+    shapes = [(first, 1)] if phase == "grad_weight" and first == (4, 4) else [(first, 1), (second, 1)]
+    if together >= 2 and not backward:
+        # Two filters halve the loads; more leave too few positions for the taps of a window to share.
+        shapes = [(pair, 2), *shapes[:1]] if min(lengths) > 4 else [*shapes[:1], (pair, 2)]
     found = []
-    for shape in shapes[together]:
+    for shape, filters in shapes:
         tile = []
         for size, axis, length in zip(shape, axes, lengths, strict=True):
             step = axis.stride if backward else 1
             tile.append(min(max(size // step, 1) * step, -(-length // step) * step))
-        found.append(Tiling((tile[0], tile[1]), _region(phase, problem, (tile[0], tile[1]), lanes), together))
+        region = _region(phase, problem, (tile[0], tile[1]), lanes)
+        found.append(Tiling((tile[0], tile[1]), region, filters))
     return list(dict.fromkeys(found))
 
 

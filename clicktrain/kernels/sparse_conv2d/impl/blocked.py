@@ -58,5 +58,7 @@ def sparse_conv2d(
         prepared[key] = list(tables.tensors), plan.to_json()
     tables_of_layer, text = prepared[key]
     blocks = block_batch(images, tools.lanes(values.dtype))
-    y = unblock_batch(sparse_conv2d_blocked(blocks, values, bias, tables_of_layer, text), images.shape[0])
+    y: Tensor = unblock_batch(
+        sparse_conv2d_blocked(blocks, values, bias, tables_of_layer, text), images.shape[0]
+    )
     return y if x.dim() == 4 else y[0]

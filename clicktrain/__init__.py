@@ -16,6 +16,7 @@ from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
     from clicktrain.accounting import ModelCost, compression_ratio, count
+    from clicktrain.compiler import accelerate
     from clicktrain.errors import UserError
     from clicktrain.kernels.pack_model import pack, unpack
     from clicktrain.methods import METHODS, ClickTrain, Dense, Method, Pruner
@@ -31,6 +32,7 @@ __all__ = [
     "ModelCost",
     "Pruner",
     "UserError",
+    "accelerate",
     "compression_ratio",
     "count",
     "create_model",
@@ -46,6 +48,7 @@ _HOME = {
     "ModelCost": "clicktrain.accounting",
     "Pruner": "clicktrain.methods",
     "UserError": "clicktrain.errors",
+    "accelerate": "clicktrain.compiler",
     "compression_ratio": "clicktrain.accounting",
     "count": "clicktrain.accounting",
     "create_model": "clicktrain.models",

@@ -17,6 +17,7 @@ from clicktrain.train.settings import build, field_names, to_plain, unknown_fiel
 Stem = Literal["auto", "cifar", "imagenet"]
 Optimizer = Literal["sgd", "adamw"]
 Schedule = Literal["cosine", "onecycle", "step", "constant"]
+Operators = Literal["measured", "density", "sparse", "reference"]
 AugmentPreset = Literal["auto", "none", "cifar", "imagenet", "digits"]
 Device = Literal["auto", "cpu", "cuda", "mps"]
 Precision = Literal["fp32", "bf16", "fp16"]
@@ -94,6 +95,9 @@ class RunConfig:
     """Compile the network with torch.compile (again once the weights are packed)."""
     packed: bool = True
     """After hard pruning, train on the kept values only; otherwise on masked dense weights."""
+    operators: Operators = "measured"
+    """How packed layers run (on the CPU): measured: what is fastest, found out once per machine; density:
+    sparse where more than 65% is zero; sparse: all that can; reference: the slow one."""
     evaluate_every: int = 1
     """Epochs between evaluations; the last epoch is always evaluated."""
     checkpoint_every: int = 1
@@ -170,6 +174,7 @@ _CHOICES: dict[str, tuple[str, ...]] = {
     "augment": get_args(AugmentPreset),
     "device": get_args(Device),
     "precision": get_args(Precision),
+    "operators": get_args(Operators),
 }
 
 

@@ -9,6 +9,7 @@ import numpy as np
 import torch
 
 from clicktrain.errors import UserError
+from clicktrain.kernels.native import keep_memory
 from clicktrain.train.config import Precision, RunConfig
 
 _DTYPES: dict[str, torch.dtype] = {"bf16": torch.bfloat16, "fp16": torch.float16}
@@ -33,12 +34,14 @@ def autocast(device: torch.device, precision: Precision) -> torch.autocast:
 
 
 def set_up(config: RunConfig, device: torch.device) -> None:
-    """Threads and determinism, which PyTorch keeps per process."""
+    """Threads, determinism and memory, which belong to the process."""
     if config.threads is not None:
         torch.set_num_threads(config.threads)
     if config.deterministic:
         os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")  # asked for by the next line on cuda
         torch.use_deterministic_algorithms(True)
+    if device.type == "cpu":
+        keep_memory()
     if device.type == "cuda":
         # Choosing convolution algorithms by timing them is faster, but two runs may choose differently.
         torch.backends.cudnn.benchmark = not config.deterministic

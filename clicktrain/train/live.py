@@ -13,11 +13,13 @@ from torch import Tensor, nn
 from torch.amp.grad_scaler import GradScaler
 from torch.optim.swa_utils import AveragedModel
 
+from clicktrain.compiler import Accelerated
 from clicktrain.errors import UserError
 from clicktrain.train.averaging import freeze_average_, make_average
 from clicktrain.train.checkpoint import newest_good, save_checkpoint
 from clicktrain.train.config import config_to_dict
 from clicktrain.train.divergence import diverged, weights_are_finite
+from clicktrain.train.operators import can_accelerate, choose_operators
 from clicktrain.train.prepare import Prepared
 from clicktrain.train.progress import Progress
 from clicktrain.train.run_folder import RunFolder
@@ -58,16 +60,32 @@ class LiveRun:
 
     @property
     def forward(self) -> Callable[[Tensor], Tensor]:
-        """The network as trained: compiled if the settings say so."""
+        """The network as trained: on fast operators after the hard prune, else compiled if so wished."""
         if self._forward is None:
-            model = self.prepared.model
-            self._forward = torch.compile(model) if self.prepared.config.compile else model
+            self._forward = self._accelerated() or self._compiled()
         return self._forward
+
+    def _compiled(self) -> Callable[[Tensor], Tensor]:
+        model = self.prepared.model
+        return torch.compile(model) if self.prepared.config.compile else model
+
+    def _accelerated(self) -> nn.Module | None:
+        """The packed model on fast operators, None before the hard prune or where there are none."""
+        p = self.prepared
+        if not (self.frozen and p.pruner.masks and can_accelerate(p)):
+            return None
+        chosen = choose_operators(p, self.folder, self.progress, self.course.epoch)
+        if chosen.event is not None:
+            p.events({**chosen.event, "step": self.course.step, "epoch": self.course.epoch})
+        return None if chosen.model is p.model and p.config.compile else chosen.model
 
     @property
     def evaluated_model(self) -> nn.Module:
-        """The model that is evaluated and saved: the moving average if there is one."""
-        return self.prepared.model if self.average is None else self.average.module
+        """The model that is evaluated: the moving average if there is one."""
+        if self.average is not None:
+            return self.average.module
+        forward = self.forward
+        return forward if isinstance(forward, Accelerated) else self.prepared.model
 
     @property
     def seconds(self) -> float:

@@ -74,6 +74,11 @@ class RunFolder:
         return self.path / "packed.safetensors"
 
     @property
+    def operators(self) -> Path:
+        """Which operator each layer runs on after the hard prune, JSON; there once a compiler chose."""
+        return self.path / "operators.json"
+
+    @property
     def checkpoint_folder(self) -> Path:
         """Where the last good states lie."""
         return self.path / "checkpoints"

@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Mapping
+import statistics
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import torch
@@ -16,6 +17,7 @@ from clicktrain.kernels.pack_model import unpack_model_
 from clicktrain.train.evaluate import evaluate
 from clicktrain.train.live import LiveRun
 from clicktrain.train.machine import cpu_name, gpu_name, versions
+from clicktrain.train.operators import operator_names
 from clicktrain.train.run_folder import FORMAT_VERSION
 
 
@@ -27,6 +29,7 @@ def finish_run(run: LiveRun) -> dict[str, Any]:
     p, course = run.prepared, run.course
     was_frozen = p.pruner.frozen
     operator = "packed reference" if p.config.packed else "dense"
+    operators = operator_names(run.folder)
     plain = p.pruner.finish()
     model = plain
     if run.average is not None:
@@ -44,7 +47,7 @@ def finish_run(run: LiveRun) -> dict[str, Any]:
     save_tree(run.folder.model, weights, metadata)
     save_packed(run.folder.packed, weights, {name: mask.cpu() for name, mask in masks.items()}, metadata)
     cost = count(model, torch.zeros(1, *p.data.image_shape, device=p.device), masks or None)
-    summary = _summary(run, cost, operator)
+    summary = _summary(run, cost, operator, operators)
     if run.scalars is not None:
         run.scalars.close()
     run.folder.write_summary(summary)
@@ -60,7 +63,7 @@ def _zero_outside(model: nn.Module, masks: Mapping[str, Tensor]) -> None:
         weight.masked_fill_(~mask.to(weight.device), 0.0)
 
 
-def _summary(run: LiveRun, cost: ModelCost, operator: str) -> dict[str, Any]:
+def _summary(run: LiveRun, cost: ModelCost, operator: str, operators: Mapping[str, str]) -> dict[str, Any]:
     p, course = run.prepared, run.course
     config, pruner = p.config, p.pruner
     hard_prune = next((event["epoch"] for event in pruner.events if event["event"] == "hard_prune"), None)
@@ -80,6 +83,7 @@ def _summary(run: LiveRun, cost: ModelCost, operator: str) -> dict[str, Any]:
         "inference_flops": cost.forward_flops,
         "inference_flops_ratio": cost.inference_flops_ratio,
         "train_seconds": run.seconds,
+        "step_ms": _step_ms(run.folder.read_metrics()),
         "data_share": course.data_seconds / max(course.epoch_seconds, 1e-9),
         "hard_prune_epoch": hard_prune,
         "parameters": cost.parameters,
@@ -88,8 +92,24 @@ def _summary(run: LiveRun, cost: ModelCost, operator: str) -> dict[str, Any]:
         "cpu": cpu_name(),
         "gpu": gpu_name(p.device),
         "versions": versions(),
-        "layers": [_layer(layer, pruner.masks.get(layer.name), operator) for layer in cost.layers],
+        "layers": [
+            _layer(
+                layer,
+                pruner.masks.get(layer.name),
+                operators.get(layer.name, operator if layer.name in pruner.masks else "dense"),
+            )
+            for layer in cost.layers
+        ],
     }
+
+
+def _step_ms(metrics: Sequence[Mapping[str, Any]]) -> dict[str, float]:
+    """Median milliseconds of a step, for each stage that filled whole epochs: before and after pruning."""
+    found: dict[str, list[float]] = {}
+    for line in metrics:
+        if len(line["stages"]) == 1 and line["step_ms_median"] is not None:
+            found.setdefault(next(iter(line["stages"])), []).append(line["step_ms_median"])
+    return {stage: statistics.median(times) for stage, times in found.items()}
 
 
 def _layer(layer: LayerCost, mask: Tensor | None, operator: str) -> dict[str, Any]:
@@ -105,5 +125,5 @@ def _layer(layer: LayerCost, mask: Tensor | None, operator: str) -> dict[str, An
         "nnz_per_filter": per_filter,
         "forward_flops": layer.forward_flops,
         "forward_flops_dense": layer.forward_flops_dense,
-        "operator": "dense" if mask is None else operator,
+        "operator": operator,
     }

@@ -27,6 +27,7 @@ FIVE_STAGES: dict[str, Any] = {
     "compression": 4,
     "epochs": 6,
     "threads": 1,
+    "operators": "reference",
     "learning_rate": 0.05,
     "earliest_start": 0.3,
     "latest_start": 0.3,
@@ -87,7 +88,7 @@ def weights(path: Path) -> dict[str, torch.Tensor]:
     return load_file(path / "model.safetensors")
 
 
-TIMES = {"seconds", "data_seconds", "step_ms_median", "train_seconds", "data_share"}
+TIMES = {"seconds", "data_seconds", "step_ms_median", "train_seconds", "data_share", "step_ms"}
 
 
 def without_times(record: Mapping[str, Any]) -> dict[str, Any]:

@@ -1,0 +1,417 @@
+"""One convolution layer: the sparse operators beside the best dense calls of PyTorch (section 5.2).
+
+The sparse side is what a network calls, the registered operators, on activations that are in the blocked
+layout already: within an accelerated network they stay in it from layer to layer.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from dataclasses import asdict, dataclass
+from typing import Any, NamedTuple, cast
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from clicktrain.bench.masks import check_sparsity, pattern_mask
+from clicktrain.bench.timing import (
+    Progress,
+    WrongResultError,
+    check_rounds,
+    fastest,
+    geometric_mean,
+    median_ms,
+)
+from clicktrain.errors import UserError
+from clicktrain.formats.packed import Structure, pack_values
+from clicktrain.kernels.native import keep_memory, toolchain
+from clicktrain.kernels.native.library import build_all
+from clicktrain.kernels.sparse_conv2d.blocked import launch
+from clicktrain.kernels.sparse_conv2d.blocked import ops as _registers  # noqa: F401 - the operators
+from clicktrain.kernels.sparse_conv2d.blocked.geometry import Axis
+from clicktrain.kernels.sparse_conv2d.blocked.layout import block, unblock
+from clicktrain.kernels.sparse_conv2d.blocked.problem import PHASES, ConvProblem, Phase, Tiling
+from clicktrain.kernels.sparse_conv2d.blocked.tiling import candidates
+
+TOLERANCE = 1e-4
+"""Largest error of a result over its largest value. Float32 sums of a layer stay two orders below it."""
+TUNING_ROUNDS = 5
+
+_Call = Callable[[], Tensor]
+_KERNEL = (3, 3)
+
+
+@dataclass(frozen=True, slots=True)
+class Shape:
+    """A 3x3 convolution with stride 1 that keeps the image's size."""
+
+    channels: int
+    filters: int
+    height: int
+    width: int
+    batch: int
+
+    @classmethod
+    def parse(cls, text: str) -> Shape:
+        """From ``C,SIZE,N`` (as many filters as channels, square image) or ``C,F,H,W,N``.
+
+        Raises:
+            UserError: it is neither, or a number is not positive.
+        """
+        try:
+            numbers = [int(part) for part in text.split(",")]
+        except ValueError:
+            numbers = []
+        if len(numbers) == 3:
+            c, size, n = numbers
+            numbers = [c, c, size, size, n]
+        if len(numbers) != 5 or min(numbers) < 1:
+            raise UserError(
+                f"shape is {text!r}: write CHANNELS,SIZE,BATCH as in 64,32,64, or C,F,H,W,N as in "
+                "64,128,32,32,64"
+            )
+        return cls(*numbers)
+
+    def problem(self) -> ConvProblem:
+        """As the kernels know it."""
+        return ConvProblem.make(
+            self.channels, self.filters, _KERNEL, (self.height, self.width), (1, 1), (1, 1)
+        )
+
+    def __str__(self) -> str:
+        channels = f"{self.channels}" if self.channels == self.filters else f"{self.channels}->{self.filters}"
+        return f"{channels} @ {self.height}x{self.width}, batch {self.batch}"
+
+
+SHAPES = tuple(
+    Shape(c, c, size, size, n)
+    for c, size, n in (
+        (64, 32, 64),
+        (128, 16, 64),
+        (256, 8, 64),
+        (512, 4, 64),
+        (64, 56, 16),
+        (128, 28, 16),
+        (256, 14, 16),
+        (512, 7, 16),
+    )
+)
+"""The 3x3 layers of ResNet-18 on CIFAR and on ImageNet."""
+
+
+@dataclass(frozen=True, slots=True)
+class ConvRow:
+    """One layer in one direction.
+
+    Attributes:
+        shape: (C, F, H, W, N).
+        compression: asked for.
+        group: neighbouring filters that share their positions.
+        density: reached; whole kernels cannot meet every compression.
+        phase: forward, grad_input or grad_weight.
+        dense_ms, dense_name: the fastest dense float32 call.
+        dense_bf16_ms, dense_bf16_name: the fastest dense bfloat16 call; None if not asked for.
+        sparse_ms: the sparse operator.
+        ratio, ratio_bf16: dense over sparse.
+        fraction_of_peak: multiply-adds of kept weights (those with the padding left out) per second, over the
+            measured peak; None without one.
+        tiling: how the sparse kernel cut its work.
+    """
+
+    shape: tuple[int, int, int, int, int]
+    compression: float
+    group: int
+    density: float
+    phase: Phase
+    dense_ms: float
+    dense_name: str
+    dense_bf16_ms: float | None
+    dense_bf16_name: str | None
+    sparse_ms: float
+    ratio: float
+    ratio_bf16: float | None
+    fraction_of_peak: float | None
+    tiling: dict[str, Any]
+
+
+def bench_conv(
+    shapes: Sequence[Shape] = SHAPES,
+    *,
+    compressions: tuple[float, ...] = (4.0, 10.0),
+    groups: tuple[int, ...] = (1,),
+    rounds: int = 7,
+    tune: bool = True,
+    compiled: bool = False,
+    bf16: bool = True,
+    peak_gflops: float | None = None,
+    seed: int = 0,
+    progress: Progress = lambda text: None,
+) -> list[ConvRow]:
+    """Time every layer forward and backward, dense and sparse, interleaved.
+
+    Args:
+        shapes: of the layers.
+        compressions: all weights over kept ones.
+        groups: neighbouring filters that share their positions.
+        rounds: timings of which the median is taken.
+        tune: measure the tilings that the kernels can use first and take the best, as the compiler does for
+            a network; else the one that the rule chooses.
+        compiled: also measure dense calls under ``torch.compile``.
+        bf16: also measure dense calls in bfloat16.
+        peak_gflops: what the running threads can do at most, for ``fraction_of_peak``.
+        seed: of data and positions.
+        progress: told what is being measured.
+
+    Raises:
+        UserError: a setting that cannot be, or there is no C compiler.
+        WrongResultError: a sparse result differs from the dense one in float64.
+    """
+    check_rounds(rounds)
+    check_sparsity(compressions, groups)
+    if not shapes:
+        raise UserError("at least one shape is needed")
+    if toolchain() is None:
+        raise UserError("there is no C compiler to build the sparse kernels: install gcc or clang, or set CC")
+    keep_memory()  # for both sides: else what is timed is how the system hands out pages
+    rows = []
+    for shape in shapes:
+        torch.manual_seed(seed)
+        data = _Data(shape)
+        progress(f"{shape}: building and checking")
+        layers = []
+        for compression in compressions:
+            for group in groups:
+                layer = _SparseLayer(data, compression, group, seed, tune)
+                layer.check()
+                layer.choose()
+                layers.append(layer)
+        dense = _dense_calls(data, compiled, bf16)
+        for phase in PHASES:
+            progress(f"{shape}: {phase}")
+            if compiled:
+                # Of one function PyTorch keeps eight compiled forms; what came later would run uncompiled.
+                torch.compiler.reset()
+            rows += _measure(phase, dense[phase], layers, rounds, peak_gflops)
+    return rows
+
+
+def geometric_means(rows: Sequence[ConvRow]) -> dict[str, float]:
+    """Mean ratio over the shapes, by compression, group and phase; and over all phases."""
+    return _means(rows, lambda row: row.ratio)
+
+
+def geometric_means_bf16(rows: Sequence[ConvRow]) -> dict[str, float]:
+    """As `geometric_means`, over dense bfloat16; empty if that was not measured."""
+    return _means([row for row in rows if row.ratio_bf16 is not None], lambda row: row.ratio_bf16 or 0.0)
+
+
+def to_json(rows: Sequence[ConvRow]) -> list[dict[str, Any]]:
+    """Rows as JSON-able dicts."""
+    return [asdict(row) for row in rows]
+
+
+def _means(rows: Sequence[ConvRow], ratio: Callable[[ConvRow], float]) -> dict[str, float]:
+    found: dict[str, list[float]] = {}
+    for phase in (*PHASES, None):
+        for row in rows:
+            if phase in (row.phase, None):
+                key = f"{row.compression:g}x G={row.group} {phase or 'all'}"
+                found.setdefault(key, []).append(ratio(row))
+    return {key: geometric_mean(values) for key, values in found.items()}
+
+
+class _Data:
+    """Activations, gradients and a weight, as the dense calls and the sparse ones want them."""
+
+    def __init__(self, shape: Shape) -> None:
+        self.shape = shape
+        image = (shape.height, shape.width)
+        self.x = torch.randn(shape.batch, shape.channels, *image)
+        self.gy = torch.randn(shape.batch, shape.filters, *image)
+        self.weight = torch.randn(shape.filters, shape.channels, *_KERNEL) * 0.05
+        tools = toolchain()
+        lanes = tools.lanes(torch.float32) if tools else 1
+        self.x_blocked, self.gy_blocked = block(self.x, lanes), block(self.gy, lanes)
+
+
+def _dense(phase: Phase, x: Tensor, gy: Tensor, weight: Tensor) -> Tensor:
+    if phase == "forward":
+        return F.conv2d(x, weight, padding=1)
+    mask = [phase == "grad_input", phase == "grad_weight", False]
+    one = [1, 1]
+    found = torch.ops.aten.convolution_backward(gy, x, weight, None, one, one, one, False, [0, 0], 1, mask)
+    return cast(Tensor, found[0 if phase == "grad_input" else 1])
+
+
+def _dense_calls(data: _Data, compiled: bool, bf16: bool) -> dict[Phase, dict[tuple[bool, str], _Call]]:
+    """By phase and by (bfloat16 or not, name): calls on inputs that are in their layout and type already."""
+    formats = {"NCHW": torch.contiguous_format, "channels_last": torch.channels_last}
+    calls: dict[Phase, dict[tuple[bool, str], _Call]] = {phase: {} for phase in PHASES}
+    for phase in PHASES:
+        for low in (False, True) if bf16 else (False,):
+            dtype = torch.bfloat16 if low else torch.float32
+            for name, memory in formats.items():
+                tensors = [
+                    t.to(dtype).contiguous(memory_format=memory) for t in (data.x, data.gy, data.weight)
+                ]
+                # In training the forward call records for its backward, dense and sparse alike.
+                tensors[2].requires_grad_(phase == "forward")
+                calls[phase][low, name] = _bind(_dense, phase, tensors)
+                if compiled:
+                    run = torch.compile(_dense, dynamic=False)
+                    calls[phase][low, f"{name} compile"] = _bind(run, phase, tensors)
+    return calls
+
+
+def _bind(run: Callable[..., Tensor], phase: Phase, tensors: Sequence[Tensor]) -> _Call:
+    return lambda: run(phase, *tensors)
+
+
+class _Variant(NamedTuple):
+    """A kernel that could do one phase of one layer: what the operator takes beside activations."""
+
+    tiling: Tiling
+    plan: str
+    tables: list[Tensor]
+
+
+class _SparseLayer:
+    """A layer with random positions, its kernels, and the best of them by phase."""
+
+    def __init__(self, data: _Data, compression: float, group: int, seed: int, tune: bool) -> None:
+        self.data, self.compression, self.group = data, compression, group
+        generator = torch.Generator().manual_seed(seed)
+        f, c, r, s = data.weight.shape
+        self.mask = pattern_mask((f, c, r, s), compression, group, generator)
+        self.structure = Structure.from_mask(self.mask)
+        self.values = pack_values(self.structure, data.weight)
+        self.variants = self._variants(tune)
+        build_all(
+            [
+                launch.compile_plan(variant.plan, torch.float32, [phase])[0]
+                for phase, variants in self.variants.items()
+                for variant in variants
+            ]
+        )
+        self.best = {phase: variants[0] for phase, variants in self.variants.items()}
+
+    def _variants(self, tune: bool) -> dict[Phase, list[_Variant]]:
+        """By phase, the rule's own choice first."""
+        problem = self.data.shape.problem()
+        plan, tables = launch.prepare(self.structure, problem)
+        found = {
+            phase: [_Variant(plan.tiling(phase), plan.to_json(), list(tables.tensors))] for phase in PHASES
+        }
+        tools = toolchain()
+        if not tune or tools is None:
+            return found
+        wanted = {
+            phase: candidates(phase, problem, tools.registers, tools.lanes(torch.float32), self.group)
+            for phase in PHASES
+        }
+        for number in range(max(map(len, wanted.values()))):
+            # The tables of a phase depend on its own tiling alone: one candidate of each phase at once.
+            tried = {phase: tilings[number] for phase, tilings in wanted.items() if number < len(tilings)}
+            plan, tables = launch.prepare(self.structure, problem, 1, tried)
+            for phase in tried:
+                tiling = plan.tiling(phase)  # not always what was asked for: see `launch.prepare`
+                if tiling not in [variant.tiling for variant in found[phase]]:
+                    found[phase].append(_Variant(tiling, plan.to_json(), list(tables.tensors)))
+        return found
+
+    def call(self, phase: Phase, variant: _Variant) -> _Call:
+        """The operator as a network calls it."""
+        operators = torch.ops.clicktrain
+        x, gy, values = self.data.x_blocked, self.data.gy_blocked, self.values
+        _, plan, tables = variant
+        if phase == "forward":
+            trained = values.detach().requires_grad_()
+            return lambda: cast(Tensor, operators.sparse_conv2d_blocked(x, trained, None, tables, plan))
+        if phase == "grad_input":
+            return lambda: cast(Tensor, operators.sparse_conv2d_blocked_grad_input(gy, values, tables, plan))
+        shape = list(values.shape)
+        return lambda: cast(Tensor, operators.sparse_conv2d_blocked_grad_weight(x, gy, shape, tables, plan))
+
+    def check(self) -> None:
+        """Compare what every variant computes with the dense convolution in float64.
+
+        Raises:
+            WrongResultError: one of them differs.
+        """
+        x, gy = self.data.x.double(), self.data.gy.double()
+        weight = self.data.weight.double() * self.mask
+        n = self.data.shape.batch
+        for phase, variants in self.variants.items():
+            expected = _dense(phase, x, gy, weight)
+            if phase == "grad_weight":
+                expected = pack_values(self.structure, expected)
+            for variant in variants:
+                result = self.call(phase, variant)().detach()
+                result = result if phase == "grad_weight" else unblock(result, n)
+                error = float((result - expected).abs().max() / expected.abs().max())
+                if not error <= TOLERANCE:
+                    raise WrongResultError(
+                        f"{phase} of {self.data.shape} at {self.compression:g}x, group {self.group}, "
+                        f"{variant.tiling}: the sparse result is off by {error:.2g} of the largest value"
+                    )
+
+    def choose(self) -> None:
+        """Keep the variant of each phase that is fastest; it is timed anew beside the dense calls."""
+        for phase, variants in self.variants.items():
+            if len(variants) > 1:
+                calls = {i: self.call(phase, variant) for i, variant in enumerate(variants)}
+                times = median_ms(calls, TUNING_ROUNDS)
+                self.best[phase] = variants[min(times, key=lambda i: times[i])]
+
+    def operations(self) -> int:
+        """Multiply-adds of kept weights, those with the padding left out; two operations each."""
+        problem = self.data.shape.problem()
+        rows, columns = _inside(problem.rows), _inside(problem.columns)
+        positions = rows[:, None] * columns[None, :]
+        return 2 * self.data.shape.batch * int((self.mask.sum((0, 1)) * positions).sum())
+
+
+def _inside(axis: Axis) -> Tensor:
+    """By tap, how many positions of the result read a place inside the image."""
+    first = torch.arange(axis.out) * axis.stride - axis.padding
+    place = first[None, :] + torch.arange(axis.taps)[:, None] * axis.dilation
+    return ((place >= 0) & (place < axis.size)).sum(1)
+
+
+def _measure(
+    phase: Phase,
+    dense: dict[tuple[bool, str], _Call],
+    layers: Sequence[_SparseLayer],
+    rounds: int,
+    peak_gflops: float | None,
+) -> list[ConvRow]:
+    calls: dict[tuple[bool, str] | int, _Call] = dict(dense.items())
+    calls.update({i: layer.call(phase, layer.best[phase]) for i, layer in enumerate(layers)})
+    times = median_ms(calls, rounds)
+    dense_name, dense_ms = fastest({key[1]: times[key] for key in dense if not key[0]})
+    low = {key[1]: times[key] for key in dense if key[0]}
+    bf16_name, bf16_ms = fastest(low) if low else (None, None)
+    rows = []
+    for i, layer in enumerate(layers):
+        shape, ms = layer.data.shape, times[i]
+        achieved = layer.operations() / ms / 1e6
+        rows.append(
+            ConvRow(
+                shape=(shape.channels, shape.filters, shape.height, shape.width, shape.batch),
+                compression=layer.compression,
+                group=layer.group,
+                density=layer.structure.density,
+                phase=phase,
+                dense_ms=dense_ms,
+                dense_name=dense_name,
+                dense_bf16_ms=bf16_ms,
+                dense_bf16_name=bf16_name,
+                sparse_ms=ms,
+                ratio=dense_ms / ms,
+                ratio_bf16=None if bf16_ms is None else bf16_ms / ms,
+                fraction_of_peak=None if peak_gflops is None else achieved / peak_gflops,
+                tiling=asdict(layer.best[phase].tiling),
+            )
+        )
+    return rows

@@ -1,0 +1,86 @@
+"""Peak memory of training steps, as the system counts it, in a process that does nothing else.
+
+What a profiler of PyTorch's allocator sees leaves out what kernels and libraries allocate themselves, so the
+process is asked instead: its resident memory at the highest point of a step, less what the interpreter and
+the libraries take before there is a model.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import ctypes
+import gc
+import json
+import os
+import subprocess
+import sys
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+_STATUS = Path("/proc/self/status")
+_CLEAR = Path("/proc/self/clear_refs")
+_ENVIRONMENT = {
+    # Freed blocks go back to the system at once, so that resident memory is what is alive.
+    "MALLOC_MMAP_THRESHOLD_": "65536",
+    "MALLOC_TRIM_THRESHOLD_": "65536",
+}
+
+
+def in_fresh_process(module: str, argument: dict[str, Any]) -> float:
+    """Run ``python -m module JSON`` and return the number that it prints last.
+
+    Raises:
+        RuntimeError: it failed, with the end of what it said.
+    """
+    package = str(Path(__file__).resolve().parents[2])
+    path = os.pathsep.join(filter(None, [package, os.environ.get("PYTHONPATH")]))
+    done = subprocess.run(
+        [sys.executable, "-m", module, json.dumps(argument)],
+        capture_output=True,
+        text=True,
+        check=False,
+        env={**os.environ, **_ENVIRONMENT, "PYTHONPATH": path},
+    )
+    if done.returncode != 0:
+        raise RuntimeError(f"measuring memory failed: {done.stderr.strip()[-2000:]}")
+    return float(done.stdout.split()[-1])
+
+
+def peak_mb(prepare: Callable[[], Callable[[], object]], steps: int = 2) -> float:
+    """Megabytes that a step needs beyond an empty process, at its highest point.
+
+    Args:
+        prepare: makes everything and returns the step; one step is done uncounted, so that what is made
+            once (optimizer state, generated code) is there.
+        steps: counted ones.
+    """
+    empty = _resident_kb("VmRSS")
+    step = prepare()
+    step()
+    gc.collect()
+    _release()
+    for _ in range(steps):
+        step()
+    return (_resident_kb("VmHWM") - empty) / 1024
+
+
+def _release() -> None:
+    """Give freed memory back, and forget the highest point so far (without Linux's /proc it stays)."""
+    with contextlib.suppress(OSError, AttributeError):
+        ctypes.CDLL(None).malloc_trim(0)
+    with contextlib.suppress(OSError):
+        _CLEAR.write_text("5")
+
+
+def _resident_kb(name: str) -> float:
+    try:
+        for line in _STATUS.read_text().splitlines():
+            if line.startswith(f"{name}:"):
+                return float(line.split()[1])
+    except OSError:
+        pass
+    import resource  # not above: Windows has none
+
+    highest = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+    return highest / 1024 if sys.platform == "darwin" else float(highest)

@@ -1,0 +1,155 @@
+"""What this processor can do at most: multiply-adds from registers, and reads from its inner caches.
+
+A kernel's time is judged by these: a layer that runs at 90 % of the multiply-add rate cannot be made faster,
+one that waits for its caches can.
+"""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+
+from clicktrain.kernels.native import load, preamble, toolchain
+from clicktrain.kernels.native.library import Library, arguments
+
+_REPETITIONS = 7
+_CACHES = Path("/sys/devices/system/cpu/cpu0/cache")
+_USUAL_BYTES = {1: 32 << 10, 2: 512 << 10}
+
+
+@dataclass(frozen=True, slots=True)
+class Peak:
+    """Best of several measurements, all threads together.
+
+    Attributes:
+        gflops: float32 operations per second in 1e9; a multiply-add is two.
+        l1_read_gbs, l2_read_gbs: bytes per second in 1e9, read from buffers half as large as the cache.
+    """
+
+    gflops: float
+    l1_read_gbs: float
+    l2_read_gbs: float
+
+
+def measure_peak(seconds: float = 0.01) -> Peak | None:
+    """Measure with as many threads as PyTorch uses; None without a C compiler.
+
+    Args:
+        seconds: how long one of several measurements takes, roughly.
+    """
+    tools = toolchain()
+    if tools is None:
+        return None
+    lanes = tools.lanes(torch.float32)
+    # Enough sums to hide the latency of a multiply-add, and few enough that all stay in registers.
+    sums = 20 if tools.registers >= 32 else 12
+    library = load(_source(lanes, sums))
+    threads = torch.get_num_threads()
+    out = torch.zeros(lanes)
+
+    def fma(steps: int) -> float:
+        used = library.multiply_add(*arguments(out, steps, threads))
+        return float(2 * sums * lanes * steps * used)
+
+    return Peak(
+        _rate(fma, seconds) / 1e9,
+        _rate(_reader(library, _cache_bytes(1) // 2, threads), seconds) / 1e9,
+        _rate(_reader(library, _cache_bytes(2) // 2, threads), seconds) / 1e9,
+    )
+
+
+def _reader(library: Library, size: int, threads: int) -> Callable[[int], float]:
+    buffer = torch.ones(threads * size // 4)
+
+    def read(passes: int) -> float:
+        return float(size * passes * library.read_all(*arguments(buffer, size, passes, threads)))
+
+    return read
+
+
+def _rate(work: Callable[[int], float], seconds: float) -> float:
+    """Most work per second; ``work`` does as many steps as it is told and says how much that was."""
+    steps = 64
+    while _seconds(work, steps)[0] < seconds:
+        steps *= 2
+    return max(done / taken for taken, done in (_seconds(work, steps) for _ in range(_REPETITIONS)))
+
+
+def _seconds(work: Callable[[int], float], steps: int) -> tuple[float, float]:
+    start = time.perf_counter()
+    done = work(steps)
+    return time.perf_counter() - start, done
+
+
+def _cache_bytes(level: int) -> int:
+    """Size of a data cache as the system tells it, else a usual one."""
+    try:
+        for folder in sorted(_CACHES.glob("index*")):
+            kind = (folder / "type").read_text().strip()
+            if int((folder / "level").read_text()) == level and kind in ("Data", "Unified"):
+                return int((folder / "size").read_text().strip().removesuffix("K")) << 10
+    except (OSError, ValueError):
+        pass
+    return _USUAL_BYTES[level]
+
+
+def _source(lanes: int, sums: int) -> str:
+    starts = " ".join(f"vec a{i} = splat((real){i});" for i in range(sums))
+    # KEEP after every step: nothing is moved out of the loop, and nothing out of its register.
+    steps = " ".join(f"a{i} = a{i} * factor + term; KEEP(a{i});" for i in range(sums))
+    total = " + ".join(f"a{i}" for i in range(sums))
+    reads = " ".join(f"{{ vec t = p[i + {i}]; USE(t); }}" for i in range(8))
+    return f"""{preamble(torch.float32, lanes)}
+#if defined(__AVX512F__)
+#define USE(x) __asm__ volatile("" : : "v"(x))
+#elif defined(__x86_64__)
+#define USE(x) __asm__ volatile("" : : "x"(x))
+#elif defined(__aarch64__)
+#define USE(x) __asm__ volatile("" : : "w"(x))
+#else
+#define USE(x) __asm__ volatile("" : : "m"(x))
+#endif
+#ifdef _OPENMP
+#include <omp.h>
+#define ME omp_get_thread_num()
+#define ALL omp_get_num_threads()
+#else
+#define ME 0
+#define ALL 1
+#endif
+int multiply_add(real *out, int64_t steps, int64_t threads) {{
+  int used = 1;
+  (void)threads;
+#ifdef _OPENMP
+#pragma omp parallel num_threads(threads) if (threads > 1)
+#endif
+  {{
+    vec factor = splat(0.999f), term = splat(0.001f);
+    KEEP(factor); KEEP(term);
+    {starts}
+    for (int64_t i = 0; i < steps; ++i) {{ {steps} }}
+    const vec total = {total};
+    if (ME == 0) {{ used = ALL; out[0] = lane_sum(total); }} else USE(total);
+  }}
+  return used;
+}}
+int read_all(const vec *from, int64_t bytes, int64_t passes, int64_t threads) {{
+  int used = 1;
+  (void)threads;
+#ifdef _OPENMP
+#pragma omp parallel num_threads(threads) if (threads > 1)
+#endif
+  {{
+    const int64_t count = bytes / (int64_t)sizeof(vec);
+    const vec *p = from + ME * count;
+    for (int64_t pass = 0; pass < passes; ++pass)
+      for (int64_t i = 0; i < count; i += 8) {{ {reads} }}
+    if (ME == 0) used = ALL;
+  }}
+  return used;
+}}
+"""

@@ -1,0 +1,308 @@
+"""Whole training steps: the accelerated packed network beside the best dense one (section 5.4)."""
+
+from __future__ import annotations
+
+import contextlib
+import copy
+import json
+import sys
+from collections.abc import Callable, Sequence
+from dataclasses import asdict, dataclass
+from typing import Any, cast
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from clicktrain.bench.masks import check_sparsity, model_masks
+from clicktrain.bench.memory import in_fresh_process, peak_mb
+from clicktrain.bench.timing import Progress, WrongResultError, check_rounds, fastest, median_ms
+from clicktrain.compiler import accelerate
+from clicktrain.errors import UserError
+from clicktrain.kernels.native import keep_memory, toolchain
+from clicktrain.kernels.pack_model import pack_model_
+from clicktrain.kernels.sparse_conv2d import PackedConv2d
+from clicktrain.models import create_model
+
+WARMUP = 2
+"""Steps before those that count: optimizer state is made in the first, code compiled."""
+CLASSES = 10
+GRADIENT_TOLERANCE = 0.03
+"""Largest error of a gradient over its length, see `check_same`."""
+
+
+@dataclass(frozen=True, slots=True)
+class StepCase:
+    """A network and a batch, the same ones in every process.
+
+    Attributes:
+        model: zoo name, or ``package.module:factory``; a CIFAR stem is used up to 64 pixels.
+        batch_size: images per step.
+        image_size: pixels.
+        seed: of weights, positions and data.
+    """
+
+    model: str = "resnet18"
+    batch_size: int = 64
+    image_size: int = 32
+    seed: int = 0
+
+    def network(self) -> nn.Module:
+        """Dense, in training mode; without dropout, whose choices depend on layout and precision."""
+        torch.manual_seed(self.seed)
+        stem = "cifar" if self.image_size <= 64 else "imagenet"
+        model = create_model(self.model, num_classes=CLASSES, stem=stem)
+        for module in model.modules():
+            if isinstance(module, nn.Dropout):
+                module.p = 0.0
+        return model.train()
+
+    def packed(self, compression: float, group: int) -> nn.Module:
+        """The same with random positions, packed."""
+        model = self.network()
+        pack_model_(model, model_masks(model, compression, group, self.seed))
+        return model
+
+    def batch(self) -> tuple[Tensor, Tensor]:
+        """Images and labels."""
+        generator = torch.Generator().manual_seed(self.seed)
+        x = torch.randn(self.batch_size, 3, self.image_size, self.image_size, generator=generator)
+        return x, torch.randint(CLASSES, (self.batch_size,), generator=generator)
+
+
+@dataclass(frozen=True, slots=True)
+class StepRow:
+    """One network at one compression.
+
+    Attributes:
+        model, compression, group: what was measured.
+        density: kept weights of the packed layers over all of theirs.
+        dense_fp32_ms, dense_fp32_name: the fastest dense float32 step.
+        dense_bf16_ms, dense_bf16_name: the fastest dense step under bfloat16 autocast; None if not asked for.
+        sparse_ms: the accelerated step.
+        ratio_fp32, ratio_bf16: dense over accelerated.
+        dense_memory_mb, dense_memory_name: peak memory of the leaner eager float32 step.
+        sparse_memory_mb: peak memory of the accelerated step.
+    """
+
+    model: str
+    compression: float
+    group: int
+    density: float
+    dense_fp32_ms: float
+    dense_fp32_name: str
+    dense_bf16_ms: float | None
+    dense_bf16_name: str | None
+    sparse_ms: float
+    ratio_fp32: float
+    ratio_bf16: float | None
+    dense_memory_mb: float | None
+    dense_memory_name: str | None
+    sparse_memory_mb: float | None
+
+
+def bench_step(
+    case: StepCase,
+    *,
+    compressions: tuple[float, ...] = (4.0, 10.0),
+    groups: tuple[int, ...] = (1,),
+    rounds: int = 7,
+    compiled: bool = True,
+    bf16: bool = True,
+    memory: bool = True,
+    rule: str = "measured",
+    progress: Progress = lambda text: None,
+) -> list[StepRow]:
+    """Time forward, loss, backward and SGD with momentum; every network on the same batch, interleaved.
+
+    Args:
+        case: the network and the batch.
+        compressions: all weights over kept ones.
+        groups: neighbouring filters that share their positions.
+        rounds: timings of which the median is taken.
+        compiled: also measure the dense network under ``torch.compile``, channels last.
+        bf16: also measure dense steps under bfloat16 autocast.
+        memory: also measure the peak memory of a step, each in a process of its own.
+        rule: how the compiler chooses operators.
+        progress: told what is being measured.
+
+    Raises:
+        UserError: a setting that cannot be.
+        WrongResultError: the accelerated network has another loss or other gradients than the packed one.
+    """
+    check_rounds(rounds)
+    check_sparsity(compressions, groups)
+    if case.batch_size < 1 or case.image_size < 1:
+        raise UserError(
+            f"batch_size and image_size must be at least 1, not {case.batch_size} and {case.image_size}"
+        )
+    if toolchain() is None:
+        raise UserError("there is no C compiler to build the sparse kernels: install gcc or clang, or set CC")
+    keep_memory()  # for both sides: else what is timed is how the system hands out pages
+    calls: dict[tuple[str, str] | tuple[float, int], Callable[[], object]] = {}
+    densities = {}
+    for compression in compressions:
+        for group in groups:
+            progress(f"accelerating at {compression:g}x, group {group}")
+            packed = case.packed(compression, group)
+            densities[compression, group] = _density(packed)
+            fast = accelerate(copy.deepcopy(packed), case.batch()[0], rule=rule, remember=False)
+            progress(f"checking at {compression:g}x, group {group}")
+            check_same(packed, fast, *case.batch())
+            calls[compression, group] = _Step(fast, *case.batch())
+    progress("building the dense networks")
+    names = _dense_names(compiled, bf16)
+    calls.update({key: _dense_step(case, *key) for key in names})
+    progress("timing")
+    times = median_ms(calls, rounds, warmup=WARMUP)
+    fp32 = fastest({name: times[kind, name] for kind, name in names if kind == "fp32"})
+    low = {name: times[kind, name] for kind, name in names if kind == "bf16"}
+    low_name, low_ms = fastest(low) if low else (None, None)
+    calls.clear()
+    dense_memory: tuple[str | None, float | None] = (None, None)
+    if memory:
+        progress("memory of the dense step")
+        dense_memory = fastest({name: _memory(case, layout=name) for name in ("NCHW", "channels_last")})
+    rows = []
+    for (compression, group), density in densities.items():
+        ms = times[compression, group]
+        sparse_memory = None
+        if memory:
+            progress(f"memory at {compression:g}x, group {group}")
+            sparse_memory = _memory(case, compression=compression, group=group, rule=rule, remember=False)
+        rows.append(
+            StepRow(
+                model=case.model,
+                compression=compression,
+                group=group,
+                density=density,
+                dense_fp32_ms=fp32[1],
+                dense_fp32_name=fp32[0],
+                dense_bf16_ms=low_ms,
+                dense_bf16_name=low_name,
+                sparse_ms=ms,
+                ratio_fp32=fp32[1] / ms,
+                ratio_bf16=None if low_ms is None else low_ms / ms,
+                dense_memory_mb=dense_memory[1],
+                dense_memory_name=dense_memory[0],
+                sparse_memory_mb=sparse_memory,
+            )
+        )
+    return rows
+
+
+def to_json(rows: Sequence[StepRow]) -> list[dict[str, Any]]:
+    """Rows as JSON-able dicts."""
+    return [asdict(row) for row in rows]
+
+
+def check_same(reference: nn.Module, fast: nn.Module, x: Tensor, y: Tensor) -> None:
+    """Compare loss and gradients of two networks with the same parameters.
+
+    Both are held against the reference in float64. The loss has to agree closely. Gradients cannot: where
+    rounding carries one input of a ReLU over zero, they jump; between two dense layouts of one network they
+    differ by half a percent already. A wrong kernel or a wrong graph is off by far more.
+
+    Raises:
+        WrongResultError: they differ, or a parameter is missing.
+    """
+    exact_loss, exact = _gradients(copy.deepcopy(reference).double(), x.double(), y)
+    loss, own = _gradients(copy.deepcopy(reference), x, y)
+    fast_loss, found = _gradients(fast, x, y)
+    fast.zero_grad()
+    if found.keys() != exact.keys():
+        different = ", ".join(sorted(found.keys() ^ exact.keys()))
+        raise WrongResultError(f"the accelerated network has other parameters: {different}")
+    allowed = 20 * abs(loss - exact_loss) + 1e-5 * max(abs(exact_loss), 1)
+    if not abs(fast_loss - exact_loss) <= allowed:
+        raise WrongResultError(f"the accelerated network's loss is {fast_loss:.6f}, not {exact_loss:.6f}")
+    total = max(float(gradient.norm()) for gradient in exact.values())
+    for name, gradient in exact.items():
+        error = float((found[name].double() - gradient).norm())
+        usual = float((own[name].double() - gradient).norm())
+        if not error <= 20 * usual + GRADIENT_TOLERANCE * float(gradient.norm()) + 1e-6 * total:
+            raise WrongResultError(
+                f"the accelerated network's gradient of {name} is off by {error:.2g}; "
+                f"its length is {float(gradient.norm()):.2g}, the reference is off by {usual:.2g}"
+            )
+
+
+def _gradients(model: nn.Module, x: Tensor, y: Tensor) -> tuple[float, dict[str, Tensor]]:
+    model.zero_grad()
+    loss = F.cross_entropy(model(x), y)
+    loss.backward()  # type: ignore[no-untyped-call]
+    found = {
+        name: p.grad.detach().clone() if p.grad is not None else torch.zeros_like(p)
+        for name, p in model.named_parameters()
+        if p.requires_grad
+    }
+    return loss.item(), found
+
+
+def _density(packed: nn.Module) -> float:
+    structures = [m.structure for m in packed.modules() if isinstance(m, PackedConv2d)]
+    if not structures:
+        raise UserError("the network has no convolution that could be packed")
+    return float(sum(s.nnz for s in structures) / sum(s.numel for s in structures))
+
+
+def _dense_names(compiled: bool, bf16: bool) -> list[tuple[str, str]]:
+    names = ["NCHW", "channels_last", *(["channels_last compile"] if compiled else [])]
+    return [(kind, name) for kind in (("fp32", "bf16") if bf16 else ("fp32",)) for name in names]
+
+
+def _dense_step(case: StepCase, kind: str, name: str) -> _Step:
+    model, (x, y) = case.network(), case.batch()
+    if name.startswith("channels_last"):
+        model = cast(nn.Module, model.to(memory_format=torch.channels_last))  # type: ignore[call-overload]
+        x = x.contiguous(memory_format=torch.channels_last)
+    if name.endswith("compile"):
+        # A module's own compile keeps the module; code of each is made anew for its own parameters.
+        model.compile(dynamic=False)
+    return _Step(model, x, y, autocast=kind == "bf16")
+
+
+class _Step:
+    """A network with its optimizer and its batch; calling it does one training step."""
+
+    def __init__(self, model: nn.Module, x: Tensor, y: Tensor, autocast: bool = False) -> None:
+        self.model, self.x, self.y, self.autocast = model, x, y, autocast
+        self.optimizer = torch.optim.SGD(model.parameters(), lr=0.01, momentum=0.9)
+
+    def __call__(self) -> None:
+        self.optimizer.zero_grad()
+        context = torch.autocast("cpu", torch.bfloat16) if self.autocast else contextlib.nullcontext()
+        with context:
+            loss = F.cross_entropy(self.model(self.x), self.y)
+        loss.backward()  # type: ignore[no-untyped-call]
+        self.optimizer.step()
+
+
+def _memory(case: StepCase, **what: Any) -> float:
+    """Peak of one step, of the dense network in a ``layout`` or of the accelerated one."""
+    argument = {"case": asdict(case), "threads": torch.get_num_threads(), **what}
+    return in_fresh_process("clicktrain.bench.step", argument)
+
+
+def _main(text: str) -> None:
+    """In a process of its own: print the peak memory of what `_memory` asked for."""
+    what = json.loads(text)
+    torch.set_num_threads(what["threads"])
+    case = StepCase(**what["case"])
+
+    def prepare() -> _Step:
+        if "layout" in what:
+            return _dense_step(case, "fp32", what["layout"])
+        packed = case.packed(what["compression"], what["group"])
+        return _Step(accelerate(packed, case.batch()[0], rule=what["rule"]), *case.batch())
+
+    # What libraries take when they are first used is neither side's: both begin with it.
+    tiny = nn.Sequential(
+        nn.Conv2d(3, 16, 3), nn.BatchNorm2d(16), nn.ReLU(), nn.Flatten(), nn.Linear(144, CLASSES)
+    )
+    _Step(tiny, torch.randn(2, 3, 5, 5), torch.zeros(2, dtype=torch.int64))()
+    print(peak_mb(prepare))
+
+
+if __name__ == "__main__":
+    _main(sys.argv[1])

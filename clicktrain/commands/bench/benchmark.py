@@ -1,0 +1,61 @@
+"""What a benchmark is to the command line: flags, a measurement, and a table."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any
+
+from clicktrain.commands.arguments import Option
+
+if TYPE_CHECKING:
+    from rich.console import Console
+
+Result = dict[str, Any]
+"""As it is written to a file."""
+
+
+@dataclass(frozen=True, slots=True)
+class Benchmark:
+    """One thing that can be measured.
+
+    Attributes:
+        description: for ``--help``.
+        options: its own flags.
+        measure: (values of all flags, what is known of the machine, told what is going on) -> what comes
+            beside "machine" and "settings" in the result. It may add to what is known of the machine.
+        show: print the result for people.
+    """
+
+    description: str
+    options: Sequence[Option]
+    measure: Callable[[Result, Result, Callable[[str], None]], Result]
+    show: Callable[[Result, Console], None]
+
+
+def print_table(
+    console: Console, title: str, heads: Sequence[str], rows: Sequence[Sequence[str]], left: int = 1
+) -> None:
+    """Print cells; the first ``left`` columns are words, the others numbers."""
+    from rich.box import SIMPLE_HEAD
+    from rich.table import Table
+
+    table = Table(title=title, title_justify="left", box=SIMPLE_HEAD)
+    for number, head in enumerate(heads):
+        table.add_column(head, justify="left" if number < left else "right")
+    for row in rows:
+        table.add_row(*row)
+    console.print(table, highlight=False)
+
+
+def times(ratio: float | None) -> str:
+    """A ratio as it is printed."""
+    return "-" if ratio is None else f"{ratio:.2f}x"
+
+
+def ms(value: float | None, name: str | None = None) -> str:
+    """A time as it is printed, with the name of what took it."""
+    if value is None:
+        return "-"
+    text = f"{value:.2f}" if value < 100 else f"{value:.0f}"
+    return f"{text} ({name})" if name else text

@@ -1,0 +1,131 @@
+"""``clicktrain bench conv``."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING, Any
+
+from clicktrain.commands.arguments import Option
+from clicktrain.commands.bench.benchmark import Benchmark, Result, ms, print_table, times
+
+if TYPE_CHECKING:
+    from rich.console import Console
+
+
+def _measure(given: Result, machine: Result, progress: Any) -> Result:
+    from clicktrain.bench import conv
+    from clicktrain.bench.peak import measure_peak
+
+    shapes = [conv.Shape.parse(text) for text in given["shapes"]] or conv.SHAPES
+    peak = measure_peak()
+    machine["peak_gflops"] = None if peak is None else peak.gflops
+    machine["l1_read_gbs"] = None if peak is None else peak.l1_read_gbs
+    machine["l2_read_gbs"] = None if peak is None else peak.l2_read_gbs
+    rows = conv.bench_conv(
+        shapes,
+        compressions=given["compression"],
+        groups=given["group"],
+        rounds=given["rounds"],
+        tune=given["tune"],
+        compiled=given["compile"],
+        bf16=given["bf16"],
+        peak_gflops=machine["peak_gflops"],
+        progress=progress,
+    )
+    return {
+        "rows": conv.to_json(rows),
+        "geomean": conv.geometric_means(rows),
+        "geomean_bf16": conv.geometric_means_bf16(rows),
+    }
+
+
+def _show(result: Result, console: Console) -> None:
+    heads = (
+        "C,F,H,W,N",
+        "x",
+        "G",
+        "phase",
+        "tiling",
+        "dense ms",
+        "bf16 ms",
+        "sparse ms",
+        "ratio",
+        "over bf16",
+        "peak",
+    )
+    rows = [
+        (
+            ",".join(map(str, row["shape"])),
+            f"{row['compression']:g}",
+            str(row["group"]),
+            row["phase"],
+            _tiling(row["tiling"]),
+            ms(row["dense_ms"], row["dense_name"]),
+            ms(row["dense_bf16_ms"], row["dense_bf16_name"]),
+            ms(row["sparse_ms"]),
+            times(row["ratio"]),
+            times(row["ratio_bf16"]),
+            "-" if row["fraction_of_peak"] is None else f"{100 * row['fraction_of_peak']:.0f}%",
+        )
+        for row in result["rows"]
+    ]
+    settings = result["settings"]
+    print_table(console, f"3x3 convolutions, median of {settings['rounds']} rounds", heads, rows, left=5)
+    means = result["geomean_bf16"]
+    cells = [(key, times(value), times(means.get(key))) for key, value in result["geomean"].items()]
+    print_table(console, "geometric means", ("", "ratio", "over bf16"), cells)
+    tiled = "the fastest one of those that fit" if settings["tune"] else "chosen by rule"
+    caption = (
+        "Dense: the fastest PyTorch call, its inputs in its layout and type already. Sparse: the registered "
+        "operator on activations that are blocked already; all results checked against float64. "
+        f"Tiling (rows x columns, in regions of so many tiles, filters together): {tiled}. Peak: "
+        "multiply-adds of kept weights inside the image, over what the threads reach from registers"
+    )
+    machine = result["machine"]
+    if machine["peak_gflops"] is not None:
+        caption += (
+            f" ({machine['peak_gflops']:.0f} GFLOP/s; reads {machine['l1_read_gbs']:.0f} GB/s from L1, "
+            f"{machine['l2_read_gbs']:.0f} GB/s from L2)"
+        )
+    console.print(caption + ".", markup=False, highlight=False)
+
+
+def _tiling(tiling: Result) -> str:
+    tile, region = ("x".join(map(str, tiling[key])) for key in ("tile", "region"))
+    together = f" by {tiling['together']}" if tiling["together"] > 1 else ""
+    return f"{tile} in {region}{together}"
+
+
+BENCHMARK = Benchmark(
+    "Time 3x3 convolutions forward and backward: the sparse operators beside the fastest dense call.",
+    (
+        Option(
+            "shapes",
+            tuple[str, ...],
+            "Layers as CHANNELS,SIZE,BATCH or C,F,H,W,N; those of ResNet-18 by default.",
+            (),
+            metavar="C,SIZE,N [C,SIZE,N ...]",
+        ),
+        Option(
+            "compression", tuple[float, ...], "All weights over kept ones.", (4.0, 10.0), metavar="X [X ...]"
+        ),
+        Option(
+            "group",
+            tuple[int, ...],
+            "Neighbouring filters that share their positions.",
+            (1,),
+            metavar="N [N ...]",
+        ),
+        Option("rounds", int, "Timings of which the median is taken.", 7, metavar="N"),
+        Option("tune", bool, "Measure the sparse kernels' tilings and take the best.", True),
+        Option(
+            "compile",
+            bool,
+            "Also measure dense calls under torch.compile: for a single convolution it gains nothing and "
+            "takes a minute.",
+            False,
+        ),
+        Option("bf16", bool, "Also measure dense calls in bfloat16.", True),
+    ),
+    _measure,
+    _show,
+)

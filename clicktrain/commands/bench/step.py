@@ -1,0 +1,105 @@
+"""``clicktrain bench step``."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING, Any
+
+from clicktrain.commands.arguments import Option
+from clicktrain.commands.bench.benchmark import Benchmark, Result, ms, print_table, times
+
+if TYPE_CHECKING:
+    from rich.console import Console
+
+
+def _measure(given: Result, machine: Result, progress: Any) -> Result:
+    from clicktrain.bench.step import StepCase, bench_step, to_json
+
+    rows = bench_step(
+        StepCase(given["model"], given["batch_size"], given["image_size"]),
+        compressions=given["compression"],
+        groups=given["group"],
+        rounds=given["rounds"],
+        compiled=given["compile"],
+        bf16=given["bf16"],
+        memory=given["memory"],
+        rule=given["rule"],
+        progress=progress,
+    )
+    return {"rows": to_json(rows)}
+
+
+def _show(result: Result, console: Console) -> None:
+    settings = result["settings"]
+    title = (
+        f"training step of {settings['model']}, batch {settings['batch_size']}, "
+        f"{settings['image_size']} pixels, median of {settings['rounds']} rounds"
+    )
+    heads = (
+        "x",
+        "G",
+        "dense fp32 ms",
+        "dense bf16 ms",
+        "sparse ms",
+        "over fp32",
+        "over bf16",
+        "dense MB",
+        "sparse MB",
+    )
+    rows = [
+        (
+            f"{row['compression']:g}",
+            str(row["group"]),
+            ms(row["dense_fp32_ms"], row["dense_fp32_name"]),
+            ms(row["dense_bf16_ms"], row["dense_bf16_name"]),
+            ms(row["sparse_ms"]),
+            times(row["ratio_fp32"]),
+            times(row["ratio_bf16"]),
+            _mb(row["dense_memory_mb"]),
+            _mb(row["sparse_memory_mb"]),
+        )
+        for row in result["rows"]
+    ]
+    print_table(console, title, heads, rows, left=2)
+    console.print(
+        "Forward, loss, backward and SGD with momentum. Dense: the fastest of its kind. Sparse: the "
+        "accelerated packed network, loss and gradients checked against the packed reference. MB: peak of a "
+        "float32 step in a process of its own, beyond what the libraries take.",
+        markup=False,
+        highlight=False,
+    )
+
+
+def _mb(value: float | None) -> str:
+    return "-" if value is None else f"{value:.0f}"
+
+
+BENCHMARK = Benchmark(
+    "Time a whole training step: the accelerated packed network beside the fastest dense one.",
+    (
+        Option("model", str, "Network of the zoo.", "resnet18"),
+        Option("batch_size", int, "Images per step.", 64, metavar="N"),
+        Option("image_size", int, "Side of the images in pixels.", 32, metavar="N"),
+        Option(
+            "compression", tuple[float, ...], "All weights over kept ones.", (4.0, 10.0), metavar="X [X ...]"
+        ),
+        Option(
+            "group",
+            tuple[int, ...],
+            "Neighbouring filters that share their positions.",
+            (1,),
+            metavar="N [N ...]",
+        ),
+        Option("rounds", int, "Timings of which the median is taken.", 7, metavar="N"),
+        Option("rule", str, "How the compiler chooses operators: measured, density or sparse.", "measured"),
+        Option(
+            "compile",
+            bool,
+            "Also measure the dense network under torch.compile; takes a minute or two.",
+            True,
+        ),
+        Option("bf16", bool, "Also measure dense steps under bfloat16 autocast.", True),
+        Option("memory", bool, "Also measure the peak memory of a step.", True),
+    ),
+    _measure,
+    _show,
+)

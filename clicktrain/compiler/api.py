@@ -1,0 +1,133 @@
+"""`accelerate`: from a pruned model to one whose sparse layers are faster. ClickTrain section 5.4."""
+
+from __future__ import annotations
+
+import warnings
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from clicktrain.compiler.fallback import accelerate_layers_
+from clicktrain.compiler.module import Accelerated
+from clicktrain.compiler.plan import LoweringPlan
+from clicktrain.compiler.select import RULES, make_plan
+from clicktrain.compiler.trace import TraceError, trace
+from clicktrain.errors import UserError
+from clicktrain.kernels.native import keep_memory, toolchain
+from clicktrain.kernels.pack_model import pack
+from clicktrain.kernels.sparse_conv2d import PackedConv2d
+
+_PRECISIONS = ("fp32", "bf16")
+
+
+def accelerate(
+    model: nn.Module,
+    example: Tensor | tuple[Tensor, ...],
+    *,
+    rule: str = "measured",
+    plan: LoweringPlan | None = None,
+    dtypes: Sequence[str] = ("fp32",),
+    remember: bool = True,
+    verbose: bool = False,
+) -> nn.Module:
+    """Put the sparse kernels to work where they pay, for the network as a whole: ClickTrain section 5.4.
+
+    The model is traced; each convolution's candidates (dense in each memory format and precision, sparse
+    with each tiling) are measured on the example's shapes, forward and backward; and for the graph as a
+    whole, with the conversions between layouts, the cheapest choice is taken. In regions that run sparse,
+    activations are batch-blocked ``[N/V, C, H, W, V]``, and batch norm, addition and ReLU are one pass. The
+    result trains as the model does: the same parameters, ``state_dict``, ``train()`` and ``eval()``.
+
+    Args:
+        model: on the CPU, with packed convolutions (`clicktrain.pack`, ``finish(packed=True)``). One without
+            any is copied and packed by its zeros: the result then has parameters of its own.
+        example: a batch of images [N, C, H, W] as training uses it, or a tuple of the inputs of ``forward``.
+            The plan holds for any number of images; another image size is lowered when it first comes.
+        rule: ``measured``; ``density``, the paper's: sparse where more than 65% of the weights are zero; or
+            ``sparse``: everything that can run blocked does. The latter two measure nothing.
+        plan: replay these choices instead; a saved one, perhaps edited.
+        dtypes: number types that dense convolutions may use: ``fp32``, ``bf16``. Sparse ones use the
+            parameters' own type, also under autocast.
+        remember: take the plan that was measured before for such a network on this machine, or keep this one
+            for the next time; False measures anew and keeps nothing.
+        verbose: print the plan.
+
+    Returns:
+        An `Accelerated` view of the model. Where that is impossible the model itself, with a warning that
+        says why: without a C compiler or not on the CPU, as it was; if it cannot be traced, with those packed
+        layers that pay running sparse one by one.
+
+    Raises:
+        UserError: there is nothing sparse in the model, or an unknown rule or number type.
+    """
+    if rule not in RULES:
+        raise UserError(f"rule is one of {', '.join(RULES)}, not {rule!r}")
+    if unknown := set(dtypes) - set(_PRECISIONS):
+        raise UserError(f"dtypes are {' and '.join(_PRECISIONS)}, not {', '.join(sorted(unknown))}")
+    if isinstance(model, Accelerated):
+        model = model.base
+    if not _packed(model):
+        model = pack(model)
+        if not _packed(model):
+            raise UserError(
+                "the model has no pruned convolution: prune it first, there is nothing to accelerate"
+            )
+    inputs: tuple[Any, ...] = example if isinstance(example, tuple) else (example,)
+    if not inputs or not isinstance(inputs[0], Tensor) or inputs[0].shape[:1] in ((), (0,)):
+        raise UserError("the example is a batch of images, at least one")
+    reason = _refusal(model, inputs)
+    if reason is not None:
+        warnings.warn(f"the packed model runs on the reference operator: {reason}", stacklevel=2)
+        return model
+    keep_memory()
+    try:
+        traced = trace(model, inputs)
+    except TraceError as error:
+        chosen = accelerate_layers_(model, inputs, rule)
+        warnings.warn(
+            f"the model cannot be traced ({error}): {len(chosen)} of its packed layers run sparse one by "
+            "one, which converts their activations each time",
+            stacklevel=2,
+        )
+        return model
+    if plan is None:
+        with torch.random.fork_rng(
+            devices=[]
+        ):  # measuring draws random numbers, training goes on with its own
+            plan = make_plan(traced, inputs[0].shape[0], rule, tuple(dtypes), remember)
+    if traced.opaque:
+        inside = [path for path in traced.opaque if _packed(model.get_submodule(path))]
+        for path in inside:
+            accelerate_layers_(model, inputs, rule, below=path)
+        if inside:
+            warnings.warn(
+                f"{', '.join(inside)} cannot be traced ({traced.opaque[inside[0]]}): packed layers inside "
+                "run one by one",
+                stacklevel=2,
+            )
+    if verbose:
+        print(plan)
+    result = Accelerated(model, plan, len(inputs))
+    result.prepare(traced, inputs)
+    return result
+
+
+def _packed(model: nn.Module) -> bool:
+    return any(isinstance(module, PackedConv2d) for module in model.modules())
+
+
+def _refusal(model: nn.Module, inputs: tuple[Any, ...]) -> str | None:
+    """Why nothing can be accelerated at all."""
+    if toolchain() is None:
+        return "there is no C compiler (install gcc or clang, or name one in CC)"
+    tensors = [x for x in (*inputs, *model.parameters()) if isinstance(x, Tensor)]
+    elsewhere = [x.device for x in tensors if x.device.type != "cpu"]
+    if elsewhere:
+        return f"it or its example is on {elsewhere[0]}, the sparse kernels are for CPUs"
+    packed = {m.values.dtype for m in model.modules() if isinstance(m, PackedConv2d)}
+    wrong = packed - {torch.float32, torch.float64}
+    if wrong or len(packed) > 1:
+        return "its packed layers are not all float32, or all float64"
+    return None

@@ -1,0 +1,79 @@
+"""Times from arithmetic and bytes, where nothing is measured: rough, to compare with each other."""
+
+from __future__ import annotations
+
+import math
+
+import torch
+from torch import nn
+
+from clicktrain.compiler.units import Unit, shape_of
+from clicktrain.kernels.native import toolchain
+from clicktrain.kernels.sparse_conv2d import PackedConv2d
+
+GFLOPS_DENSE = 90.0
+GFLOPS_SPARSE = 55.0
+"""Speed of one core in dense and in sparse convolutions, 10^9 operations a second."""
+GB_S = 10.0
+"""What one core moves, 10^9 bytes a second."""
+
+# How often a tensor of the output's size goes through memory, forward and backward.
+_PASSES = {"elementwise": 5.0, "cat": 4.0, "pool": 5.0, "global_pool": 2.0}
+_BATCH_NORM, _ADDITION, _RELU = 8.0, 3.0, 5.0
+_FUSED, _FUSED_ADDITION = 8.0, 2.0
+_CONVERSION = 4.0
+
+
+def unit_ms(unit: Unit, *, blocked: bool, gb_s: float | None = None) -> float:
+    """Forward and backward of a unit on the example's batch, in milliseconds.
+
+    Args:
+        unit: with shapes.
+        blocked: in which layout; there, a batch that is no multiple of the lanes is filled up.
+        gb_s: measured speed of memory.
+    """
+    shape = shape_of(unit.inputs[0])
+    filling = _filled(shape[0]) / shape[0] if blocked else 1.0
+    if unit.kind == "conv":
+        return _conv_ms(unit, blocked) * filling
+    larger = max(math.prod(shape), math.prod(shape_of(unit.output))) * _itemsize(unit)
+    if unit.kind == "batch_norm":
+        added, relu = len(unit.inputs) > 1, unit.relu
+        plain = _BATCH_NORM + added * _ADDITION + relu * _RELU
+        passes = _FUSED + added * _FUSED_ADDITION if blocked else plain
+    else:
+        passes = _PASSES[unit.kind]
+    return _moving_ms(passes * larger * filling, gb_s)
+
+
+def conversion_ms(shape: tuple[int, ...], itemsize: int, trained: bool) -> float:
+    """One value from one layout to the other, and its gradient back if anything before it is trained."""
+    if len(shape) != 4:
+        return 0.0
+    passes = _CONVERSION if trained else _CONVERSION / 2
+    return _moving_ms(passes * math.prod(shape[1:]) * _filled(shape[0]) * itemsize, None)
+
+
+def _conv_ms(unit: Unit, sparse: bool) -> float:
+    module = unit.module
+    assert isinstance(module, (PackedConv2d, nn.Conv2d))
+    f, c, r, s = module.structure.shape if isinstance(module, PackedConv2d) else module.weight.shape
+    n, _, h, w = shape_of(unit.output)
+    weights = module.structure.nnz if sparse and isinstance(module, PackedConv2d) else f * c * r * s
+    operations = 3 * 2 * weights * n * h * w
+    return operations / (GFLOPS_SPARSE if sparse else GFLOPS_DENSE) / torch.get_num_threads() * 1e-6
+
+
+def _filled(images: int) -> int:
+    tools = toolchain()
+    lanes = tools.lanes(torch.float32) if tools else 1
+    return -(-images // lanes) * lanes
+
+
+def _itemsize(unit: Unit) -> int:
+    dtype = getattr(unit.output.meta.get("tensor_meta"), "dtype", torch.float32)
+    return int(dtype.itemsize)
+
+
+def _moving_ms(size: float, gb_s: float | None) -> float:
+    return size / ((gb_s or GB_S) * 1e6)

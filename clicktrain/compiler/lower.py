@@ -1,0 +1,184 @@
+"""Rewriting a graph by a plan: regions in the batch-blocked layout, conversions where they begin and end."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+from torch import fx, nn
+
+from clicktrain.compiler import steps
+from clicktrain.compiler.plan import DENSE, Choice, LoweringPlan
+from clicktrain.compiler.trace import ROOT, Traced, layer_name
+from clicktrain.compiler.units import Unit, find_units, hooked, modules_in, shape_of
+from clicktrain.kernels.native import toolchain
+from clicktrain.kernels.native.library import build_all
+from clicktrain.kernels.sparse_conv2d import PackedConv2d
+from clicktrain.kernels.sparse_conv2d.blocked.launch import compile_plan
+
+_STEPS = "steps"
+
+
+@dataclass(frozen=True, slots=True, eq=False)
+class Lowered:
+    """A graph that runs, and whom it stands for.
+
+    Attributes:
+        run: as the model's ``forward``.
+        watched: (children of the parent, name, module) of each layer that runs as a step.
+        parameter: name in the first of these and number type of the one that tells whether the model moved.
+    """
+
+    run: fx.GraphModule
+    watched: tuple[tuple[dict[str, nn.Module | None], str, nn.Module], ...]
+    parameter: tuple[str, torch.dtype] | None = None
+
+    def current(self) -> bool:
+        """Whether the model still has the layers that were lowered, of the number type and where it was."""
+        if self.parameter is not None:
+            name, dtype = self.parameter
+            parameter = self.watched[0][2]._parameters.get(name)
+            if parameter is None or parameter.dtype is not dtype or not parameter.is_cpu:
+                return False
+        return all(children.get(name) is module for children, name, module in self.watched)
+
+    def hooked(self) -> bool:
+        """Whether somebody has begun to watch layers that are not called any more."""
+        return any(hooked(module) for _, _, module in self.watched)
+
+
+def lower(traced: Traced, plan: LoweringPlan, dtype: torch.dtype) -> Lowered:
+    """Rewrite a traced model so that units run where the plan says; what the plan does not name runs plain.
+
+    Args:
+        traced: with shapes.
+        plan: choices by unit name; tilings are taken for images of the size that they were measured on.
+        dtype: number type of the accelerated regions.
+    """
+    units, _ = find_units(traced)
+    choices = plan.by_layer()
+    writer = _Writer(traced, choices, dtype)
+    stepped = []
+    for unit in units:
+        choice = choices.get(unit.name)
+        if choice is not None and choice.kind == unit.kind and not _unpacked(unit, choice):
+            if choice.layout == "blocked":
+                writer.blocked_units.update(dict.fromkeys(unit.nodes, unit))
+                stepped.append(unit)
+            elif unit.kind == "conv" and choice.dense != DENSE[0]:
+                writer.dense[unit.output] = choice
+                stepped.append(unit)
+    watched = []
+    for path, module in modules_in(stepped, traced):
+        parent, _, name = path.rpartition(".")
+        watched.append((traced.model.get_submodule(parent)._modules, name, module))
+    watched.sort(key=lambda entry: not isinstance(entry[2], (PackedConv2d, nn.Conv2d)))
+    parameter = None
+    if watched and isinstance(watched[0][2], (PackedConv2d, nn.Conv2d)):
+        parameter = ("values" if isinstance(watched[0][2], PackedConv2d) else "weight", dtype)
+    lowered = Lowered(writer.write(), tuple(watched), parameter)
+    # Side by side now rather than one by one when they are first called.
+    texts = [step.text for step in writer.steps.children() if isinstance(step, steps.BlockedConv)]
+    build_all([source for text in texts for source in compile_plan(text, dtype)])
+    return lowered
+
+
+def _unpacked(unit: Unit, choice: Choice) -> bool:
+    """Whether a layer has become dense since it was chosen to run sparse: that choice is void."""
+    return isinstance(unit.module, nn.Conv2d) and choice.density < 1
+
+
+class _Writer:
+    """Copies a graph node by node; each value is there in one layout, or in both once both are wanted."""
+
+    def __init__(self, traced: Traced, choices: dict[str, Choice], dtype: torch.dtype) -> None:
+        tools = toolchain()
+        self.lanes = tools.lanes(dtype) if tools else 0
+        self.traced, self.choices, self.dtype = traced, choices, dtype
+        self.blocked_units: dict[fx.Node, Unit] = {}
+        self.dense: dict[fx.Node, Choice] = {}
+        self.graph = fx.Graph()
+        self.steps = nn.Module()
+        self._plain: dict[fx.Node, fx.Node] = {}
+        self._blocked: dict[fx.Node, fx.Node] = {}
+        self._images: dict[fx.Node, fx.Node] = {}
+        """Number of images of a blocked value."""
+
+    def write(self) -> fx.GraphModule:
+        """The lowered graph as a module."""
+        for node in self.traced.graph.nodes:
+            unit = self.blocked_units.get(node)
+            if unit is not None:
+                if node is unit.output:
+                    self._write_blocked(unit)
+            elif node in self.dense:
+                self._plain[node] = self._write_dense(node, self.dense[node])
+            else:
+                self._plain[node] = self.graph.node_copy(node, self.plain)
+        root = nn.Module()
+        root._modules.update({ROOT: self.traced.model, _STEPS: self.steps})
+        module = fx.GraphModule(root, self.graph, "Lowered")
+        # As they are: the graph module would have made holders of its own for what it calls.
+        module._modules.update({ROOT: self.traced.model, _STEPS: self.steps})
+        return module
+
+    def plain(self, node: fx.Node) -> fx.Node:
+        """The value as [N, C, H, W], converted if need be."""
+        if node not in self._plain:
+            arguments = (self._blocked[node], self._images[node])
+            self._plain[node] = self.graph.call_function(steps.unblock, arguments)
+        return self._plain[node]
+
+    def blocked(self, node: fx.Node) -> fx.Node:
+        """The value as [B, C, H, W, V], converted if need be."""
+        if node not in self._blocked:
+            x = self._plain[node]
+            self._images[node] = self.graph.call_method("size", (x, 0))
+            self._blocked[node] = self._call(f"block_{x.name}", steps.Block(self.lanes, self.dtype), x)
+        return self._blocked[node]
+
+    def _write_blocked(self, unit: Unit) -> None:
+        x, *others = [self.blocked(node) for node in unit.inputs]
+        n = self._images[unit.inputs[0]]
+        node, layer = unit.output, unit.module
+        if unit.kind == "global_pool":
+            keepdim = len(shape_of(node)) == 4
+            self._plain[node] = self.graph.call_function(steps.image_mean, (x, n, keepdim))
+            return
+        if unit.kind == "conv":
+            y = self._call(unit.name, self._conv(unit), x)
+        elif unit.kind == "batch_norm":
+            assert isinstance(layer, nn.BatchNorm2d)
+            y = self._call(unit.name, steps.BatchNorm(layer, unit.relu), x, n, *others)
+        elif unit.kind == "pool":
+            view = self.graph.call_function(steps.as_images, (x,))
+            pooled = self.graph.node_copy(node, lambda _: view)
+            y = self.graph.call_function(steps.as_blocks, (pooled, x))
+        elif layer is not None:
+            y = self._call(unit.name, steps.Activation(layer), x)
+        else:
+            y = self.graph.node_copy(node, self.blocked)
+        self._blocked[node] = y
+        self._images[node] = n
+
+    def _conv(self, unit: Unit) -> nn.Module:
+        shape = shape_of(unit.inputs[0])
+        choice = self.choices[unit.name]
+        same = choice.image == shape[1:]
+        tilings = dict(choice.tilings) if same else {}
+        layer = unit.module
+        assert isinstance(layer, (PackedConv2d, nn.Conv2d))
+        return steps.BlockedConv(layer, (shape[2], shape[3]), tilings)
+
+    def _write_dense(self, node: fx.Node, choice: Choice) -> fx.Node:
+        layer = self.traced.module(node)
+        assert isinstance(layer, (PackedConv2d, nn.Conv2d))
+        step = steps.DenseConv(layer, choice.dense.startswith("channels_last"), choice.dense.endswith("bf16"))
+        return self._call(layer_name(node), step, self.plain(node.all_input_nodes[0]))
+
+    def _call(self, name: str, step: nn.Module, *arguments: fx.Node) -> fx.Node:
+        key = name.replace(".", "_").replace("#", "_call")
+        while key in self.steps._modules:
+            key += "_"
+        self.steps._modules[key] = step
+        return self.graph.call_module(f"{_STEPS}.{key}", arguments)

@@ -1,0 +1,286 @@
+"""Measured times of the candidates for one layer on its real shapes, forward and backward.
+
+Candidates take turns, so that a disturbance hits all of them, and the median of the turns counts.
+"""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+from statistics import median
+
+import torch
+from torch import Tensor, nn
+
+from clicktrain.compiler import steps
+from clicktrain.compiler.plan import DENSE
+from clicktrain.compiler.units import Unit, shape_of
+from clicktrain.kernels.native import toolchain
+from clicktrain.kernels.native.library import build_all
+from clicktrain.kernels.sparse_conv2d import PackedConv2d
+from clicktrain.kernels.sparse_conv2d.blocked import launch
+from clicktrain.kernels.sparse_conv2d.blocked.launch import compile_plan, prepare
+from clicktrain.kernels.sparse_conv2d.blocked.problem import PHASES, ConvProblem, Phase, Tiling
+from clicktrain.kernels.sparse_conv2d.blocked.tiling import candidates
+
+SECONDS = 0.8
+"""For all candidates of one layer shape together."""
+TURNS = (2, 7)
+"""At least and at most so many."""
+CALL_MS = 0.05
+"""What one operator costs in PyTorch, forward and backward."""
+_WRITE_ONLY_GRADIENT = ("forward", "grad_weight")
+
+
+@dataclass(frozen=True, slots=True)
+class LayerTimes:
+    """Milliseconds of one convolution, forward + backward.
+
+    Attributes:
+        dense: by name of `DENSE`.
+        sparse: in the blocked layout with the best tilings.
+        tilings: these.
+    """
+
+    dense: Mapping[str, float]
+    sparse: float
+    tilings: tuple[tuple[Phase, Tiling], ...]
+
+
+@dataclass(frozen=True, slots=True)
+class _Candidate:
+    phase: Phase
+    tiling: Tiling
+    text: str
+    tables: list[Tensor]
+
+
+def take_turns(functions: Mapping[str, Callable[[], object]], seconds: float = SECONDS) -> dict[str, float]:
+    """Median milliseconds of each function; each runs once before anything counts."""
+    for function in functions.values():
+        function()
+    taken: dict[str, list[float]] = {name: [] for name in functions}
+    begin = time.perf_counter()
+    for turn in range(TURNS[1]):
+        if turn >= TURNS[0] and time.perf_counter() - begin > seconds:
+            break
+        for name, function in functions.items():
+            start = time.perf_counter()
+            function()
+            taken[name].append(time.perf_counter() - start)
+    return {name: 1e3 * median(times) for name, times in taken.items()}
+
+
+def measure_convolutions(
+    units: Sequence[Unit], trained_inputs: Mapping[str, bool], dtypes: Sequence[str]
+) -> dict[str, LayerTimes]:
+    """Times of each convolution; layers of one shape and density share them.
+
+    Args:
+        units: of kind ``conv``, with shapes.
+        trained_inputs: unit name -> whether the gradient of its input is wanted.
+        dtypes: ``fp32`` and ``bf16``, for the dense candidates.
+    """
+    groups: dict[tuple[object, ...], list[Unit]] = {}
+    for unit in units:
+        groups.setdefault(_key(unit, trained_inputs[unit.name]), []).append(unit)
+    prepared = {key: _sparse_candidates(same[0]) for key, same in groups.items()}
+    build_all(
+        [
+            text
+            for key, same in groups.items()
+            for one in prepared[key]
+            for text in compile_plan(one.text, _dtype(same[0]), [one.phase])
+        ]
+    )
+    times = {}
+    for key, same in groups.items():
+        found = _times(same[0], prepared[key], trained_inputs[same[0].name], dtypes)
+        times.update({unit.name: found for unit in same})
+    return times
+
+
+def measure_batch_norms(units: Sequence[Unit]) -> dict[str, tuple[float, float]]:
+    """Milliseconds (plain, blocked) of each batch norm with what is fused into it."""
+    known: dict[tuple[object, ...], tuple[float, float]] = {}
+    times = {}
+    for unit in units:
+        key = (shape_of(unit.output), len(unit.inputs), unit.relu)
+        if key not in known:
+            known[key] = _batch_norm_times(unit)
+        times[unit.name] = known[key]
+    return times
+
+
+def measure_conversion(shape: Sequence[int], dtype: torch.dtype, trained: bool) -> tuple[float, float]:
+    """Milliseconds into the blocked layout and out of it, with the gradient's way back if ``trained``."""
+    tools = toolchain()
+    assert tools is not None
+    n, c, h, w = shape
+    lanes = tools.lanes(dtype)
+    block = steps.Block(lanes, dtype)
+    images = torch.randn(n, c, h, w, dtype=dtype, requires_grad=trained)
+    blocks = torch.randn(-(-n // lanes), c, h, w, lanes, dtype=dtype, requires_grad=trained)
+    g_images, g_blocks = torch.randn_like(images), torch.randn_like(blocks)
+
+    def into() -> object:
+        with torch.enable_grad():
+            y = block.forward(images)
+        return torch.autograd.grad(y, images, g_blocks) if trained else y
+
+    def out() -> object:
+        with torch.enable_grad():
+            y = steps.unblock(blocks, n)
+        return torch.autograd.grad(y, blocks, g_images) if trained else y
+
+    ms = take_turns({"into": into, "out": out}, SECONDS / 8)
+    return ms["into"], ms["out"]
+
+
+def measure_memory() -> float:
+    """10^9 bytes a second, read and written, of a large copy."""
+    source = torch.ones(8 << 20)
+    target = torch.empty_like(source)
+    ms = take_turns({"copy": lambda: target.copy_(source)}, 0.1)["copy"]
+    return 2 * source.numel() * source.itemsize / (ms * 1e6)
+
+
+def conv_parts(unit: Unit) -> tuple[PackedConv2d | nn.Conv2d, ConvProblem]:
+    """Layer and problem of a convolution's unit."""
+    layer = unit.module
+    assert isinstance(layer, (PackedConv2d, nn.Conv2d))
+    shape = shape_of(unit.inputs[0])
+    return layer, steps.conv_problem(layer, (shape[2], shape[3]))
+
+
+def _key(unit: Unit, trained_input: bool) -> tuple[object, ...]:
+    layer, problem = conv_parts(unit)
+    kind: tuple[object, ...] = ("dense",)
+    if isinstance(layer, PackedConv2d):
+        kind = (round(layer.structure.density, 2), layer.structure.nnz_per_filter is None)
+    images = shape_of(unit.inputs[0])[0]
+    return images, trained_input, layer.groups, layer.bias is None, *problem.numbers(), *kind
+
+
+def _sparse_candidates(unit: Unit) -> list[_Candidate]:
+    layer, problem = conv_parts(unit)
+    structure = layer.structure if isinstance(layer, PackedConv2d) else steps.full_structure(layer)
+    tools = toolchain()
+    assert tools is not None
+    default, _ = prepare(structure, problem, layer.groups)
+    found = []
+    for phase in PHASES:
+        allowed = default.tiling(phase).together
+        tilings = [default.tiling(phase)]
+        for together in dict.fromkeys((allowed, 1)):
+            tilings += candidates(phase, problem, tools.registers, tools.lanes(torch.float32), together)
+        for tiling in dict.fromkeys(tilings):
+            plan, tables = prepare(structure, problem, layer.groups, {phase: tiling})
+            found.append(_Candidate(phase, tiling, plan.to_json(), list(tables.tensors)))
+    return found
+
+
+def _times(
+    unit: Unit, sparse: Sequence[_Candidate], trained_input: bool, dtypes: Sequence[str]
+) -> LayerTimes:
+    layer, problem = conv_parts(unit)
+    dtype, shape = _dtype(unit), shape_of(unit.inputs[0])
+    functions = {
+        name: _dense_call(layer, shape, dtype, name, trained_input)
+        for name in DENSE
+        if name.split()[1] in dtypes
+    }
+    tools = toolchain()
+    assert tools is not None
+    lanes = tools.lanes(dtype)
+    blocks = -(-shape[0] // lanes)
+    x = torch.randn(blocks, *shape[1:], lanes, dtype=dtype)
+    gy = torch.randn(blocks, problem.filters, problem.rows.out, problem.columns.out, lanes, dtype=dtype)
+    values = (layer.values if isinstance(layer, PackedConv2d) else layer.weight.flatten(1)).detach()
+    bias = None if layer.bias is None else layer.bias.detach()
+    wanted = [one for one in sparse if trained_input or one.phase in _WRITE_ONLY_GRADIENT]
+    for number, one in enumerate(wanted):
+        functions[f"sparse {number}"] = _sparse_call(one, x, gy, values, bias)
+    ms = take_turns(functions)
+    total, tilings = CALL_MS, []
+    for phase in PHASES:
+        timed = [(ms[f"sparse {i}"], i) for i, one in enumerate(wanted) if one.phase == phase]
+        if timed:
+            best, index = min(timed)
+            total += best
+            tilings.append((phase, wanted[index].tiling))
+    dense = {name: ms[name] for name in DENSE if name in ms}
+    return LayerTimes(dense, total, tuple(tilings))
+
+
+def _dense_call(
+    layer: PackedConv2d | nn.Conv2d, shape: Sequence[int], dtype: torch.dtype, name: str, trained_input: bool
+) -> Callable[[], object]:
+    channels_last = name.startswith("channels_last")
+    step = steps.DenseConv(layer, channels_last, name.endswith("bf16"))
+    layout = torch.channels_last if channels_last else torch.contiguous_format
+    x = torch.randn(*shape, dtype=dtype).contiguous(memory_format=layout).requires_grad_(trained_input)
+    with torch.no_grad():
+        gy = torch.randn_like(step(x))
+    wanted = [p for p in (x, *layer.parameters()) if p.requires_grad]
+
+    def call() -> object:
+        with torch.enable_grad():
+            y = step(x)
+        return torch.autograd.grad(y, wanted, gy) if wanted else y
+
+    return call
+
+
+def _sparse_call(
+    one: _Candidate, x: Tensor, gy: Tensor, values: Tensor, bias: Tensor | None
+) -> Callable[[], object]:
+    if one.phase == "forward":
+        return lambda: launch.forward(x, values, bias, one.tables, one.text)
+    if one.phase == "grad_input":
+        return lambda: launch.grad_input(gy, values, one.tables, one.text)
+    return lambda: launch.grad_weight(x, gy, list(values.shape), one.tables, one.text)
+
+
+def _batch_norm_times(unit: Unit) -> tuple[float, float]:
+    n, c, h, w = shape_of(unit.output)
+    dtype = _dtype(unit)
+    tools = toolchain()
+    assert tools is not None
+    lanes = tools.lanes(dtype)
+    layer = nn.BatchNorm2d(c, dtype=dtype)
+    fused = steps.BatchNorm(layer, unit.relu)
+
+    def plain(x: Tensor, *residual: Tensor) -> Tensor:
+        y: Tensor = layer(x)
+        for other in residual:
+            y = y + other
+        return torch.relu(y) if unit.relu else y
+
+    def blocked(x: Tensor, *residual: Tensor) -> Tensor:
+        return fused.forward(x, n, *residual)
+
+    functions = {}
+    for name, function, shape in (
+        ("plain", plain, (n, c, h, w)),
+        ("blocked", blocked, (-(-n // lanes), c, h, w, lanes)),
+    ):
+        inputs = [torch.randn(shape, dtype=dtype, requires_grad=True) for _ in unit.inputs]
+        gy = torch.randn(shape, dtype=dtype)
+
+        def call(
+            function: Callable[..., Tensor] = function, inputs: list[Tensor] = inputs, gy: Tensor = gy
+        ) -> object:
+            with torch.enable_grad():
+                y = function(*inputs)
+            return torch.autograd.grad(y, [*inputs, *layer.parameters()], gy)
+
+        functions[name] = call
+    ms = take_turns(functions, SECONDS / 4)
+    return ms["plain"], ms["blocked"]
+
+
+def _dtype(unit: Unit) -> torch.dtype:
+    dtype: torch.dtype = unit.output.meta["tensor_meta"].dtype
+    return dtype

@@ -1,0 +1,194 @@
+"""What the compiler decided, as data: printed, saved, edited by hand, replayed."""
+
+from __future__ import annotations
+
+import json
+import os
+import platform
+from collections.abc import Mapping
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any, Literal
+
+import torch
+
+from clicktrain.errors import UserError
+from clicktrain.kernels.native import toolchain
+from clicktrain.kernels.sparse_conv2d.blocked.problem import PHASES, Phase, Tiling
+
+Layout = Literal["blocked", "plain"]
+"""``blocked``: ``[N/V, C, H, W, V]``; ``plain``: ``[N, C, H, W]``, contiguous or channels last."""
+DENSE = ("nchw fp32", "channels_last fp32", "nchw bf16", "channels_last bf16")
+"""Ways to run a dense convolution: memory format and number type."""
+
+
+@dataclass(frozen=True, slots=True)
+class Choice:
+    """What was decided for one node of the graph (a fused one stands under its first layer's name).
+
+    Attributes:
+        layer: path of the layer, with ``#2`` for its second call; for functions the node's name.
+        kind: ``conv``, ``batch_norm``, ``elementwise``, ``pool``, ``global_pool`` or ``cat``.
+        layout: where it runs. Edit it to force a layer: ``blocked`` or ``plain``.
+        dense: how a convolution runs where ``layout`` is plain, one of `DENSE`.
+        tilings: how the blocked convolution cuts its work, by phase; empty = by rule.
+        weight: (F, C, R, S) of a convolution, else empty.
+        image: (C, H, W) of the input in the example.
+        density: kept weights / all weights; 1 for what has no sparse weight.
+        predicted_ms: forward + backward as estimated from arithmetic and bytes.
+        measured_ms: forward + backward as measured; None where nothing was.
+        refused: the other ways to run it, with the time or the reason why not.
+    """
+
+    layer: str
+    kind: str
+    layout: Layout
+    dense: str = DENSE[0]
+    tilings: tuple[tuple[Phase, Tiling], ...] = ()
+    weight: tuple[int, ...] = ()
+    image: tuple[int, ...] = ()
+    density: float = 1.0
+    predicted_ms: float | None = None
+    measured_ms: float | None = None
+    refused: tuple[str, ...] = ()
+
+    def __post_init__(self) -> None:
+        if self.layout not in ("blocked", "plain"):
+            raise UserError(f"the layout of {self.layer} is 'blocked' or 'plain', not {self.layout!r}")
+        if self.dense not in DENSE:
+            raise UserError(f"{self.layer} can run dense as {', '.join(DENSE)}, not as {self.dense!r}")
+
+    @property
+    def operator(self) -> str:
+        """In words, for people."""
+        if self.kind != "conv":
+            return self.layout
+        return "sparse blocked" if self.layout == "blocked" else f"dense {self.dense}"
+
+
+@dataclass(frozen=True, slots=True)
+class Machine:
+    """Where a plan was made: processor, lanes of fp32 (0 without a compiler) and threads."""
+
+    cpu: str
+    lanes: int
+    threads: int
+
+    @classmethod
+    def here(cls) -> Machine:
+        """The machine of this process."""
+        tools = toolchain()
+        return cls(_cpu_name(), tools.lanes(torch.float32) if tools else 0, torch.get_num_threads())
+
+
+@dataclass(frozen=True, slots=True)
+class LoweringPlan:
+    """The compiler's decisions about a whole network: ClickTrain section 5.4.
+
+    Attributes:
+        rule: ``measured``, ``density`` or ``sparse``.
+        batch: images in the example; the plan serves any other number.
+        machine: where it was made.
+        choices: in the graph's order.
+        notes: sentences about what could not be accelerated.
+    """
+
+    rule: str
+    batch: int
+    machine: Machine
+    choices: tuple[Choice, ...]
+    notes: tuple[str, ...] = ()
+
+    def by_layer(self) -> dict[str, Choice]:
+        """Choices by `Choice.layer`."""
+        return {choice.layer: choice for choice in self.choices}
+
+    def to_json(self) -> str:
+        """As indented text; `from_json` is the inverse."""
+        return json.dumps(asdict(self), indent=1)
+
+    @classmethod
+    def from_json(cls, text: str) -> LoweringPlan:
+        """Read a plan, perhaps one that was edited by hand.
+
+        Raises:
+            UserError: it is no plan; says where.
+        """
+        try:
+            data = json.loads(text)
+            choices = tuple(_choice(entry) for entry in data["choices"])
+            machine = Machine(**data["machine"])
+            return cls(data["rule"], data["batch"], machine, choices, tuple(data.get("notes", ())))
+        except UserError:
+            raise
+        except (ValueError, KeyError, TypeError) as error:
+            raise UserError(f"this is no lowering plan: {type(error).__name__}: {error}") from error
+
+    def table(self) -> list[dict[str, str]]:
+        """Rows for people, one a convolution; the same columns in each."""
+        rows = []
+        for choice in self.choices:
+            if choice.kind != "conv":
+                continue
+            rows.append(
+                {
+                    "layer": choice.layer,
+                    "shape": "x".join(map(str, choice.weight)),
+                    "image": "x".join(map(str, choice.image)),
+                    "density": f"{choice.density:.3f}",
+                    "operator": choice.operator,
+                    "tiling": _tilings(choice),
+                    "predicted_ms": _ms(choice.predicted_ms),
+                    "measured_ms": _ms(choice.measured_ms),
+                    "refused": "; ".join(choice.refused),
+                }
+            )
+        return rows
+
+    def __str__(self) -> str:
+        rows = self.table()
+        m = self.machine
+        lines = [
+            f"{self.rule} rule, {self.batch} images; {m.cpu}, {m.lanes} lanes, {m.threads} threads",
+            *self.notes,
+        ]
+        if rows:
+            rows = [dict(zip(rows[0], rows[0], strict=True)), *rows]
+            widths = {key: max(len(row[key]) for row in rows) for key in rows[0]}
+            lines += ["  ".join(row[key].ljust(widths[key]) for key in row).rstrip() for row in rows]
+        others = [choice for choice in self.choices if choice.kind != "conv"]
+        blocked = sum(choice.layout == "blocked" for choice in others)
+        lines.append(f"{blocked} of {len(others)} other operations run blocked")
+        return "\n".join(lines)
+
+
+def _choice(entry: Mapping[str, Any]) -> Choice:
+    tilings = []
+    for phase, tiling in entry.get("tilings", ()):
+        if phase not in PHASES:
+            raise UserError(f"{entry['layer']}: a phase is one of {', '.join(PHASES)}, not {phase!r}")
+        cut = Tiling(tuple(tiling["tile"]), tuple(tiling["region"]), tiling["together"])
+        tilings.append((phase, cut))
+    plain = {**entry, "tilings": tuple(tilings)}
+    for key in ("weight", "image", "refused"):
+        plain[key] = tuple(plain.get(key, ()))
+    return Choice(**plain)
+
+
+def _tilings(choice: Choice) -> str:
+    if choice.layout != "blocked":
+        return ""
+    return " ".join("x".join(map(str, tiling.tile)) for _, tiling in choice.tilings) or "by rule"
+
+
+def _ms(value: float | None) -> str:
+    return "" if value is None else f"{value:.2f}"
+
+
+def _cpu_name() -> str:
+    try:
+        lines = Path("/proc/cpuinfo").read_text(encoding="utf-8").splitlines()
+    except OSError:
+        lines = []
+    names = [line.partition(":")[2].strip() for line in lines if line.startswith("model name")]
+    return names[0] if names else platform.processor() or platform.machine() or os.name

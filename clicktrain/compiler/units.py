@@ -1,0 +1,260 @@
+"""Which nodes of a graph can run in the batch-blocked layout, and which of them run as one.
+
+A unit is a node, or a batch norm with the addition and the ReLU that follow it. Everything that is in no unit
+runs as it was, on ``[N, C, H, W]``.
+"""
+
+from __future__ import annotations
+
+import operator
+from collections.abc import Iterator
+from dataclasses import dataclass
+from typing import Any, Literal
+
+import torch
+import torch.nn.functional as F
+from torch import fx, nn
+
+from clicktrain.compiler.trace import Traced, layer_name
+from clicktrain.kernels.native import C_TYPES
+from clicktrain.kernels.sparse_conv2d import PackedConv2d
+
+Kind = Literal["conv", "batch_norm", "elementwise", "pool", "global_pool", "cat"]
+
+_ACTIVATIONS = (nn.ReLU, nn.ReLU6, nn.LeakyReLU, nn.ELU, nn.SiLU, nn.GELU, nn.Hardtanh, nn.Hardswish)
+_ELEMENTWISE = (*_ACTIVATIONS, nn.Identity, nn.Dropout)
+_POOLS = (nn.MaxPool2d, nn.AvgPool2d, nn.AdaptiveAvgPool2d, nn.AdaptiveMaxPool2d)
+_RELU_FUNCTIONS = (F.relu, torch.relu)
+_ELEMENTWISE_FUNCTIONS = (*_RELU_FUNCTIONS, F.relu6, F.leaky_relu, F.silu, F.gelu, F.hardswish, F.dropout)
+_ADD_FUNCTIONS = (operator.add, operator.iadd, torch.add)
+_POOL_FUNCTIONS = (F.max_pool2d, F.avg_pool2d, F.adaptive_avg_pool2d, F.adaptive_max_pool2d)
+
+
+@dataclass(frozen=True, slots=True, eq=False)
+class Unit:
+    """Nodes that run as one operation, in either layout.
+
+    Attributes:
+        name: path of its layer, ``#2`` added for the layer's second call; a function's node name.
+        kind: what it does.
+        nodes: in the graph's order; the last one's value is the unit's.
+        inputs: nodes whose values it reads as images, in the order of its arguments.
+        module: its (first) layer, None for a function.
+        relu: batch norm only: whether a ReLU ends it.
+    """
+
+    name: str
+    kind: Kind
+    nodes: tuple[fx.Node, ...]
+    inputs: tuple[fx.Node, ...]
+    module: nn.Module | None = None
+    relu: bool = False
+
+    @property
+    def output(self) -> fx.Node:
+        """The node whose value is the unit's."""
+        return self.nodes[-1]
+
+
+def shape_of(node: fx.Node) -> tuple[int, ...]:
+    """Shape of a node's value on the example; () if it is no tensor."""
+    return tuple(getattr(node.meta.get("tensor_meta"), "shape", ()))
+
+
+def find_units(traced: Traced) -> tuple[list[Unit], dict[str, str]]:
+    """Units in the graph's order, and the convolutions that are none, each with the reason."""
+    finder = _Finder(traced)
+    units: dict[fx.Node, Unit] = {}
+    for node in reversed(traced.graph.nodes):  # of two batch norms that are added, the later one adds
+        unit = finder.batch_norm(node)
+        if unit is not None:
+            units[unit.output] = unit
+    inside = {node for unit in units.values() for node in unit.nodes}
+    for node in traced.graph.nodes:
+        if node not in inside:
+            unit = finder.single(node)
+            if unit is not None:
+                units[node] = unit
+    ordered = [units[node] for node in traced.graph.nodes if node in units]
+    return ordered, finder.refused
+
+
+class _Finder:
+    def __init__(self, traced: Traced) -> None:
+        self.traced = traced
+        self.refused: dict[str, str] = {}
+        self._names: dict[fx.Node, str] = {}
+        calls: dict[str, int] = {}
+        self._taken: set[fx.Node] = set()
+        for node in traced.graph.nodes:
+            name = node.name
+            if node.op == "call_module":
+                name = layer_name(node)
+                calls[name] = calls.get(name, 0) + 1
+                if calls[name] > 1:
+                    name = f"{name}#{calls[name]}"
+            self._names[node] = name
+
+    def batch_norm(self, node: fx.Node) -> Unit | None:
+        """Batch norm (+ addition) (+ ReLU): fused where nobody else reads what lies between."""
+        module = self._module(node)
+        if type(module) is not nn.BatchNorm2d or _hooked(module) or not self._images(node):
+            return None
+        kept = next((t for t in (module.weight, module.running_mean) if t is not None), None)
+        x = node.all_input_nodes[0] if node.all_input_nodes else None
+        if x is None or not self._images(x) or (kept is not None and kept.dtype != _dtype(node)):
+            return None
+        nodes, inputs = [node], [x]
+        following = self._only_user(node)
+        other = None if following is None or following in self._taken else self._added(following, node)
+        if following is not None and other is not None:
+            nodes.append(following)
+            inputs.append(other)
+            following = self._only_user(following)
+        relu = following is not None and self._is_relu(following)
+        if relu:
+            assert following is not None
+            nodes.append(following)
+        self._taken.update(nodes)
+        return Unit(self._names[node], "batch_norm", tuple(nodes), tuple(inputs), module, relu)
+
+    def single(self, node: fx.Node) -> Unit | None:
+        """A unit of one node."""
+        module, name = self._module(node), self._names[node]
+        if isinstance(module, (PackedConv2d, nn.Conv2d)):
+            reason = self._conv_refusal(node, module)
+            if reason is not None:
+                self.refused[name] = reason
+                return None
+            return Unit(name, "conv", (node,), (node.all_input_nodes[0],), module)
+        inputs = tuple(node.all_input_nodes)
+        if node.op not in ("call_module", "call_function", "call_method") or not inputs:
+            return None
+        kind = self._kind(node, module)
+        if (
+            kind is None
+            or not all(map(self._images, inputs))
+            or not (kind == "global_pool" or self._images(node))
+        ):
+            return None
+        return Unit(name, kind, (node,), inputs, module)
+
+    def _kind(self, node: fx.Node, module: nn.Module | None) -> Kind | None:
+        if module is not None:
+            if len(node.args) != 1 or node.kwargs or _hooked(module):
+                return None
+            if type(module) in _ELEMENTWISE:
+                return "elementwise"
+            if type(module) in _POOLS and not getattr(module, "return_indices", False):
+                return "global_pool" if _is_global(module) else "pool"
+            return None
+        target = node.target
+        if node.op == "call_method":
+            if target == "mean":
+                return "global_pool" if _is_image_mean(node) else None
+            if target == "relu":
+                return "elementwise"
+            return "elementwise" if target == "add" and self._added(node, node.args[0]) is not None else None
+        if target in _ADD_FUNCTIONS:
+            return "elementwise" if self._added(node, node.args[0]) is not None else None
+        if target in _ELEMENTWISE_FUNCTIONS:
+            return "elementwise" if len(node.all_input_nodes) == 1 else None
+        if target is torch.mean:
+            return "global_pool" if _is_image_mean(node) else None
+        if target is F.adaptive_avg_pool2d and _argument(node, 1, "output_size") in (1, (1, 1), [1, 1]):
+            return "global_pool"
+        if target in _POOL_FUNCTIONS:
+            return None if node.kwargs.get("return_indices") else "pool"
+        if target is torch.cat and _argument(node, 1, "dim") in (1, -3):
+            return "cat"
+        return None
+
+    def _conv_refusal(self, node: fx.Node, module: PackedConv2d | nn.Conv2d) -> str | None:
+        if _hooked(module):
+            return "it has hooks"
+        if isinstance(module, nn.Conv2d):
+            if type(module) is not nn.Conv2d or set(module._parameters) != {"weight", "bias"}:
+                return "it is no plain Conv2d"
+            if module.padding_mode != "zeros":
+                return f"padding_mode={module.padding_mode!r}"
+            dtype = module.weight.dtype
+        else:
+            dtype = module.values.dtype
+        if len(node.args) != 1 or node.kwargs or not self._images(node) or not self._images(node.args[0]):
+            return f"its input or weight is not a batch of images in {_names_of_types()}"
+        if dtype != _dtype(node):
+            return f"its weight is {dtype}"
+        return None
+
+    def _module(self, node: fx.Node) -> nn.Module | None:
+        return self.traced.module(node) if node.op == "call_module" else None
+
+    def _images(self, node: Any) -> bool:
+        return isinstance(node, fx.Node) and len(shape_of(node)) == 4 and _dtype(node) in C_TYPES
+
+    def _only_user(self, node: fx.Node) -> fx.Node | None:
+        return next(iter(node.users)) if len(node.users) == 1 else None
+
+    def _added(self, node: fx.Node, one: Any) -> fx.Node | None:
+        """The other of two images of one shape that a node adds, None if that is not what it does."""
+        method = node.op == "call_method" and node.target == "add"
+        function = node.op == "call_function" and node.target in _ADD_FUNCTIONS
+        if not (method or function) or len(node.args) != 2 or node.kwargs:
+            return None
+        first, second = node.args
+        other = second if first is one else first
+        if other is one or not self._images(other) or not isinstance(other, fx.Node):
+            return None
+        return other if shape_of(other) == shape_of(node) == shape_of(one) else None
+
+    def _is_relu(self, node: fx.Node) -> bool:
+        module = self._module(node)
+        if module is not None:
+            return type(module) is nn.ReLU and not _hooked(module)
+        if node.op == "call_method":
+            return node.target == "relu"
+        return node.op == "call_function" and node.target in _RELU_FUNCTIONS
+
+
+def modules_in(units: list[Unit], traced: Traced) -> Iterator[tuple[str, nn.Module]]:
+    """Paths and modules that units stand for."""
+    for unit in units:
+        for node in unit.nodes:
+            if node.op == "call_module":
+                yield layer_name(node), traced.module(node)
+
+
+def hooked(module: nn.Module) -> bool:
+    """Whether somebody watches the module's calls: then it has to be called."""
+    return bool(
+        module._forward_hooks
+        or module._forward_pre_hooks
+        or module._backward_hooks
+        or module._backward_pre_hooks
+    )
+
+
+_hooked = hooked
+
+
+def _dtype(node: fx.Node) -> torch.dtype | None:
+    return getattr(node.meta.get("tensor_meta"), "dtype", None)
+
+
+def _names_of_types() -> str:
+    return " or ".join(str(dtype).removeprefix("torch.") for dtype in C_TYPES)
+
+
+def _is_global(module: nn.Module) -> bool:
+    return type(module) is nn.AdaptiveAvgPool2d and module.output_size in (1, (1, 1), [1, 1])
+
+
+def _argument(node: fx.Node, place: int, name: str) -> Any:
+    return node.args[place] if len(node.args) > place else node.kwargs.get(name)
+
+
+def _is_image_mean(node: fx.Node) -> bool:
+    dims = _argument(node, 1, "dim")
+    if not isinstance(dims, (tuple, list)) or not all(isinstance(d, int) for d in dims):
+        return False
+    return len(node.args) <= 3 and sorted(d % 4 for d in dims) == [2, 3] and "dtype" not in node.kwargs

@@ -1,0 +1,95 @@
+"""Stage 5 on fast operators: the compiler chooses, the run remembers (ClickTrain section 5.4)."""
+
+from __future__ import annotations
+
+import time
+import warnings
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import nn
+
+from clicktrain.compiler import Accelerated, LoweringPlan, accelerate
+from clicktrain.formats.atomic import write_text_atomic
+from clicktrain.train.prepare import Prepared
+from clicktrain.train.progress import Progress
+from clicktrain.train.run_folder import RunFolder
+
+SHORT_FLOPS = 2e12
+"""Dense training FLOPs under which measuring costs more than it can bring: less than a minute of one core."""
+
+
+@dataclass(frozen=True, slots=True)
+class Chosen:
+    """What the rest of a run is computed with.
+
+    Attributes:
+        model: the accelerated view of the packed model, or the model itself where that is impossible.
+        event: what was decided, for the record of events; None if nothing new was.
+    """
+
+    model: nn.Module
+    event: dict[str, Any] | None
+
+
+def can_accelerate(p: Prepared) -> bool:
+    """Whether the settings and the device ask for fast operators after the hard prune."""
+    return p.config.packed and p.config.operators != "reference" and p.device.type == "cpu"
+
+
+def choose_operators(p: Prepared, folder: RunFolder, progress: Progress, epoch: int) -> Chosen:
+    """Compile the packed model, by the plan in the run's folder if there is one.
+
+    The plan is written before the first step that uses it, so that a run that is resumed goes on with the
+    very same operators, bit for bit.
+
+    Args:
+        p: the run, after the hard prune, its model packed.
+        folder: of the run.
+        progress: hears why layers stay as they are.
+        epoch: finished epochs. A run with little left to compute measures nothing: it would not earn the
+            time back, and takes the paper's rule.
+    """
+    started = time.perf_counter()
+    config = p.config
+    plan = None
+    if folder.operators.is_file():
+        plan = LoweringPlan.from_json(folder.operators.read_text(encoding="utf-8"))
+    rule = config.operators
+    if rule == "measured" and _work_left(p, epoch) < SHORT_FLOPS:
+        rule = "density"
+    example = torch.zeros(config.batch_size, *p.data.image_shape)
+    dtypes = ("fp32", "bf16") if config.precision == "bf16" else ("fp32",)
+    with warnings.catch_warnings(record=True) as caught:
+        warnings.simplefilter("always")
+        model = accelerate(p.model, example, rule=rule, plan=plan, dtypes=dtypes)
+    for warning in caught:
+        progress.message(str(warning.message))
+    if not isinstance(model, Accelerated):
+        return Chosen(model, None)
+    if plan is None:
+        write_text_atomic(folder.operators, model.plan.to_json())
+    layers = {row["layer"]: row["operator"] for row in model.plan.table()}
+    sparse = sum(operator.startswith("sparse") for operator in layers.values())
+    progress.message(
+        f"{sparse} of {len(layers)} convolutions run in the blocked layout from here on "
+        f"(chosen in {time.perf_counter() - started:.1f} s)"
+    )
+    if any(event["event"] == "operators" for event in folder.read_events()):
+        return Chosen(model, None)  # told before the run was interrupted
+    return Chosen(model, {"event": "operators", "rule": model.plan.rule, "layers": layers})
+
+
+def _work_left(p: Prepared, epoch: int) -> float:
+    """FLOPs that the rest of the run would take if it were dense."""
+    images = len(p.train_loader) * p.config.batch_size * (p.config.epochs - epoch)
+    return float(images) * p.cost.dense
+
+
+def operator_names(folder: RunFolder) -> dict[str, str]:
+    """Layer -> operator that its stage 5 ran on, as far as a compiler chose one."""
+    if not folder.operators.is_file():
+        return {}
+    plan = LoweringPlan.from_json(folder.operators.read_text(encoding="utf-8"))
+    return {row["layer"]: row["operator"] for row in plan.table()}

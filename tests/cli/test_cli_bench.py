@@ -1,0 +1,135 @@
+"""``clicktrain bench``: what it prints and writes, and its mistakes."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+import pytest
+from cli_runs import call, files_below
+
+from clicktrain.bench import step
+from clicktrain.commands.bench import BENCHMARKS
+from clicktrain.kernels.native import toolchain
+
+needs_compiler = pytest.mark.skipif(toolchain() is None, reason="needs a C compiler")
+ONE = ("--rounds", "1", "--threads", "1")
+
+
+@pytest.mark.parametrize("name", BENCHMARKS)
+def test_every_benchmark_has_help(name: str) -> None:
+    outcome = call("bench", name, "--help")
+    assert outcome.code == 0
+    assert outcome.out.startswith(f"usage: clicktrain bench {name} [--flag value ...]")
+    assert "--json FILE" in outcome.out
+    assert name in call("bench", "--help").out
+
+
+@needs_compiler
+def test_conv(place: Path) -> None:
+    flags = ("--shapes", "8,4,4", "--compression", "4", "--group", "1", "2", "--no-tune", "--json", "it.json")
+    outcome = call("bench", "conv", *flags, *ONE)
+    assert outcome.code == 0, outcome.err
+    result = json.loads((place / "it.json").read_text())
+    assert result["machine"].keys() >= {
+        "cpu", "threads", "isa", "compiler", "versions", "peak_gflops", "l1_read_gbs", "l2_read_gbs",
+    }  # fmt: skip
+    assert result["machine"]["threads"] == 1
+    assert result["settings"]["group"] == [1, 2]
+    assert len(result["rows"]) == 6
+    for row in result["rows"]:
+        assert row["shape"] == [8, 8, 4, 4, 4]
+        assert row["phase"] in ("forward", "grad_input", "grad_weight")
+        assert row.keys() >= {
+            "compression", "group", "dense_ms", "dense_name", "dense_bf16_ms", "sparse_ms", "ratio",
+            "ratio_bf16", "fraction_of_peak", "tiling",
+        }  # fmt: skip
+        assert row["tiling"].keys() >= {"tile", "region", "together"}
+    assert result["geomean"]["4x G=1 forward"] == pytest.approx(result["rows"][0]["ratio"])
+    assert result["geomean_bf16"].keys() == result["geomean"].keys()
+    text = " ".join(outcome.out.split())
+    assert "8,8,4,4,4" in text
+    assert "4x G=2 grad_weight" in text
+    assert "blocked already" in text
+    assert f"on {result['machine']['cpu']}, 1 threads" in text
+
+
+def test_pack(place: Path) -> None:
+    flags = ("--filters", "8", "--channels", "16", "--sparsity", "0.75", "--json", "it.json")
+    outcome = call("bench", "pack", *flags, *ONE)
+    assert outcome.code == 0, outcome.err
+    (row,) = json.loads((place / "it.json").read_text())["rows"]
+    assert row["case"] == "8x144"
+    assert row.keys() >= {"density", "pack_ms", "csr_ms", "masked_select_ms", "ratio"}
+    assert "8x144" in outcome.out
+
+
+def test_step(place: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(step, "accelerate", lambda packed, example, rule: packed)
+    flags = ("--model", "resnet20", "--batch-size", "2", "--image-size", "8", "--compression", "4")
+    outcome = call(
+        "bench", "step", *flags, "--no-compile", "--no-memory", *ONE, "--json", str(place / "it.json")
+    )
+    assert outcome.code == 0, outcome.err
+    (row,) = json.loads((place / "it.json").read_text())["rows"]
+    assert row.keys() >= {
+        "model", "compression", "group", "dense_fp32_ms", "dense_fp32_name", "dense_bf16_ms",
+        "dense_bf16_name", "sparse_ms", "ratio_fp32", "ratio_bf16", "dense_memory_mb", "sparse_memory_mb",
+    }  # fmt: skip
+    assert "resnet20, batch 2, 8 pixels, median of 1 rounds" in outcome.out
+
+
+def test_stages(place: Path) -> None:
+    flags = (
+        "--model",
+        "resnet20",
+        "--batch-size",
+        "2",
+        "--image-size",
+        "8",
+        "--steps",
+        "3",
+        "--threads",
+        "1",
+    )
+    outcome = call("bench", "stages", *flags, "--json", "it.json")
+    assert outcome.code == 0, outcome.err
+    result = json.loads((place / "it.json").read_text())
+    assert [row["stage"] for row in result["rows"]][:2] == ["dense", "pool"]
+    assert result["settings"]["steps"] == 3
+    assert "preset default" in outcome.out
+
+
+@pytest.mark.parametrize(
+    ("line", "part"),
+    [
+        ("", "WHAT is missing: write 'clicktrain bench WHAT [--flag value ...]', WHAT one of stages, conv"),
+        ("--threads 1", "WHAT is missing"),
+        ("conf", "there is no benchmark 'conf': did you mean 'conv'?"),
+        ("everything", "there is no benchmark 'everything': use one of stages, conv, pack, step"),
+        ("conv pack", "'pack' is out of place: write 'clicktrain bench conv [--flag value ...]'"),
+        ("conv --shape 64,32,64", "unknown flag --shape: did you mean --shapes?"),
+        ("conv --shapes 64,32", "shape is '64,32': write CHANNELS,SIZE,BATCH"),
+        ("conv --compression 2", "compression is 2: 4 of 9"),
+        ("conv --compression ten", "compression is 'ten': a number is needed"),
+        ("conv --group 0", "group is 0"),
+        ("conv --rounds 0", "rounds must be at least 1, not 0"),
+        ("conv --threads 0", "threads is 0: must be at least 1"),
+        ("conv --json missing/it.json", "--json missing/it.json: there is no folder missing"),
+        ("conv --json .", "--json . is a folder"),
+        ("conv --model resnet18", "unknown flag --model"),
+        ("pack --sparsity 1.5", "sparsity is 1.5"),
+        ("pack --filters 0", "filters and channels must be at least 1"),
+        ("step --model resnet21", "unknown model 'resnet21'"),
+        ("step --batch-size 0", "batch_size and image_size must be at least 1"),
+        ("step --compression 1", "compression is 1"),
+        ("stages --steps 2", "steps must be at least 3"),
+    ],
+)
+def test_mistakes(line: str, part: str, place: Path) -> None:
+    outcome = call("bench", *line.split())
+    assert outcome.code == 2, outcome
+    assert outcome.err.startswith("clicktrain: error: ")
+    assert outcome.err.count("\n") == 1
+    assert part in outcome.err
+    assert files_below(place) == {}

@@ -1,0 +1,202 @@
+"""A lowered network against the packed one on the reference operator, in float64."""
+
+from __future__ import annotations
+
+import copy
+import io
+from collections.abc import Iterator
+
+import pytest
+import torch
+import torch.nn.functional as F
+from pruned_networks import SMALL, assert_same_state, assert_same_step, batch, network, twins
+from torch import nn
+
+import clicktrain
+from clicktrain import UserError, accelerate
+from clicktrain.compiler import Accelerated
+from clicktrain.formats.packed import Structure
+from clicktrain.kernels.native import toolchain
+from clicktrain.kernels.sparse_conv2d import PackedConv2d
+
+pytestmark = pytest.mark.skipif(toolchain() is None, reason="needs a C compiler")
+
+
+@pytest.fixture
+def two_threads() -> Iterator[None]:
+    torch.set_num_threads(2)
+    yield
+    torch.set_num_threads(1)
+
+
+@pytest.mark.parametrize("name", SMALL)
+def test_a_lowered_network_trains_as_the_packed_one(name: str) -> None:
+    model, reference = twins(name)
+    # Small maps of deep networks amplify rounding: few numbers per channel make batch norm steep.
+    size = {"resnet50": 48, "mobilenet_v1": 32}.get(name, 16)
+    # So do filters of one kernel, some of which are left without weights.
+    tolerance = 1e-4 if name == "mobilenet_v1" else 1e-8
+    x, y = batch(16, size)
+    fast = accelerate(model, x, rule="sparse")
+    assert isinstance(fast, Accelerated)
+    blocked = sum(c.layout == "blocked" for c in fast.plan.choices)
+    assert blocked == len(fast.plan.choices)
+    assert_same_step(fast, reference, x, y)
+    optimizers = [torch.optim.SGD(m.parameters(), lr=0.002, momentum=0.9) for m in (fast, reference)]
+    for _ in range(5):
+        x, y = batch(16, size)
+        losses = []
+        for m, optimizer in zip((fast, reference), optimizers, strict=True):
+            optimizer.zero_grad()
+            loss = F.cross_entropy(m(x), y)
+            loss.backward()
+            optimizer.step()
+            losses.append(loss.item())
+        assert losses[0] == pytest.approx(losses[1], rel=tolerance)
+    tolerance *= 10
+    assert_same_state(fast, reference, tolerance)
+    fast.eval()
+    reference.eval()
+    torch.testing.assert_close(fast(x), reference(x), rtol=tolerance, atol=tolerance)
+    assert_same_state(fast, reference, tolerance)
+
+
+@pytest.mark.parametrize("n", [1, 5, 17])
+def test_any_number_of_images(n: int) -> None:
+    model, reference = twins("resnet20")
+    fast = accelerate(model, batch(16)[0], rule="sparse")
+    assert_same_step(fast, reference, *batch(n))
+
+
+def test_another_size_of_images_is_lowered_when_it_comes() -> None:
+    model, reference = twins("resnet20")
+    fast = accelerate(model, batch(8)[0], rule="sparse")
+    for size in (12, 16, 19):
+        assert_same_step(fast, reference, *batch(9, size))
+    assert_same_step(fast.eval(), reference.eval(), *batch(3, 19))
+
+
+@pytest.mark.usefixtures("two_threads")
+def test_two_threads() -> None:
+    model, reference = twins("resnet20")
+    x, y = batch(16)
+    assert_same_step(accelerate(model, x, rule="sparse"), reference, x, y)
+
+
+def test_another_number_type_is_lowered_anew() -> None:
+    model, reference = twins("resnet20")
+    x, y = batch(5)
+    fast = accelerate(model, x, rule="sparse")
+    assert_same_step(fast, reference, x, y)
+    assert_same_step(fast.float(), reference.float(), x.float(), y, 1e-3)
+    assert_same_step(fast.double(), reference.double(), x, y, 1e-3)
+
+
+def test_regions_stay_in_the_number_type_of_the_parameters_under_autocast() -> None:
+    model, reference = twins("resnet20", torch.float32)
+    x, _ = batch(8, dtype=torch.float32)
+    for m in (model, reference):
+        m.fc = nn.Identity()
+    fast = accelerate(model, x, rule="sparse")
+    with torch.autocast("cpu", dtype=torch.bfloat16):
+        features = fast(x.bfloat16().float())
+        converted = fast(x.bfloat16())
+    assert features.dtype == converted.dtype == torch.float32
+    torch.testing.assert_close(features, reference(x.bfloat16().float()), rtol=1e-4, atol=1e-4)
+    torch.testing.assert_close(converted, features)
+    features.sum().backward()
+    assert all(p.grad is not None and p.grad.dtype == torch.float32 for p in fast.parameters())
+
+
+def test_the_view_has_the_models_own_tensors() -> None:
+    model = network("resnet20")
+    fast = accelerate(model, batch(4)[0], rule="sparse")
+    fast(batch(4)[0])
+    assert list(fast.state_dict()) == list(model.state_dict())
+    assert [n for n, _ in fast.named_modules()] == [n for n, _ in model.named_modules()]
+    assert all(a is b for a, b in zip(fast.parameters(), model.parameters(), strict=True))
+    assert fast.stage_names == model.stage_names
+    fast.eval()
+    assert not model.training
+    assert not any(m.training for m in model.modules())
+    model.train()
+    assert fast.training
+
+
+def test_a_checkpoint_with_other_positions_can_be_loaded() -> None:
+    model = network("resnet20")
+    x, y = batch(6)
+    fast = accelerate(model, x, rule="sparse")
+    fast(x)
+    other = copy.deepcopy(model)
+    for layer in other.modules():
+        if isinstance(layer, PackedConv2d):
+            layer.structure = Structure.from_mask(layer.structure.mask().flip(1))
+            layer.keep_bits.copy_(layer.structure.bits())
+            assert layer.structure.values_shape == tuple(layer.values.shape)
+    fast.load_state_dict(other.state_dict())
+    assert_same_step(fast, other, x, y)
+
+
+def test_copies_and_pickles() -> None:
+    model, reference = twins("resnet20")
+    x, y = batch(6)
+    fast = accelerate(model, x, rule="sparse")
+    fast(x)
+    reference(x)
+    twin = copy.deepcopy(fast)
+    assert isinstance(twin, Accelerated)
+    assert_same_step(twin, copy.deepcopy(reference), x, y)
+    assert not any(a is b for a in twin.parameters() for b in fast.parameters())
+    file = io.BytesIO()
+    torch.save(fast, file)
+    file.seek(0)
+    assert_same_step(torch.load(file, weights_only=False), reference, x, y)
+
+
+def test_exchanged_layers_and_hooks_are_respected() -> None:
+    model = network("resnet20")
+    x, _ = batch(3)
+    fast = accelerate(model, x, rule="sparse").eval()
+    seen = []
+    fast(x)
+    handle = model.layer1[0].conv1.register_forward_hook(lambda *_: seen.append("conv"))  # type: ignore[index, union-attr]
+    torch.testing.assert_close(fast(x), model(x))
+    assert seen == ["conv", "conv"]
+    handle.remove()
+    model.layer1[0].conv1 = model.layer1[0].conv1.to_conv()  # type: ignore[index, union-attr]
+    model.fc = nn.Linear(model.fc.in_features, 2, dtype=x.dtype)  # type: ignore[arg-type, union-attr]
+    assert fast(x).shape == (3, 2)
+    torch.testing.assert_close(fast(x), model(x))
+
+
+def test_a_model_with_zeros_is_packed_first() -> None:
+    model = clicktrain.unpack(network("resnet20"))
+    x, _ = batch(4)
+    fast = accelerate(model, x, rule="sparse").eval()
+    assert any(isinstance(m, PackedConv2d) for m in fast.modules())
+    assert not any(isinstance(m, PackedConv2d) for m in model.modules())
+    torch.testing.assert_close(fast(x), model.eval()(x))
+
+
+def test_mistakes() -> None:
+    model, x = network("resnet20"), batch(2)[0]
+    with pytest.raises(UserError, match="rule is one of measured, density, sparse"):
+        accelerate(model, x, rule="fastest")
+    with pytest.raises(UserError, match="dtypes are fp32 and bf16, not fp8"):
+        accelerate(model, x, dtypes=("fp8",))
+    with pytest.raises(UserError, match="no pruned convolution"):
+        accelerate(clicktrain.create_model("resnet20", num_classes=2), x.float())
+    with pytest.raises(UserError, match="at least one"):
+        accelerate(model, x[:0])
+
+
+def test_tracing_leaves_no_trace() -> None:
+    model, untouched = twins("resnet20")
+    state = torch.get_rng_state()
+    model.layer1[0].bn1.eval()  # type: ignore[index, union-attr]
+    accelerate(model, batch(2)[0], rule="sparse")
+    del state
+    assert not model.layer1[0].bn1.training  # type: ignore[index, union-attr]
+    assert model.layer1[0].bn2.training  # type: ignore[index, union-attr]
+    assert_same_state(model, untouched, 0.0)

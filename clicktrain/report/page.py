@@ -152,6 +152,10 @@ def _tiles(entry: Entry) -> list[Tile]:
         tiles.append(
             Tile(wording.file_size(packed), "packed file", f"dense file: {wording.file_size(dense)}")
         )
+    if run.step_ms is not None:
+        before, after = run.step_ms
+        note = f"before: {before:.0f} ms, {before / after:.2f}× the time"  # noqa: RUF001
+        tiles.append(Tile(f"{after:.0f} ms", "step after pruning", note))
     if run.seconds is not None:
         factor = time_factor(entry)
         note = f"{factor:.2f}× the dense run’s" if factor is not None else _TIME[run.finished]  # noqa: RUF001

@@ -140,6 +140,15 @@ class Run:
         return number(self.summary, "inference_flops_ratio")
 
     @property
+    def step_ms(self) -> tuple[float, float] | None:
+        """Median milliseconds of a step before any pruning and after the hard prune, if both are known."""
+        steps = (self.summary or {}).get("step_ms")
+        if not isinstance(steps, Mapping):
+            return None
+        before, after = number(steps, "dense"), number(steps, "accelerated")
+        return (before, after) if before and after else None
+
+    @property
     def seconds(self) -> float | None:
         """Wall clock of the run; for an unfinished one, the sum over its epochs."""
         if self.summary is not None:

@@ -8,7 +8,6 @@ from pathlib import Path
 import pytest
 from cli_runs import call, files_below
 
-from clicktrain.bench import step
 from clicktrain.commands.bench import BENCHMARKS
 from clicktrain.kernels.native import toolchain
 
@@ -64,9 +63,9 @@ def test_pack(place: Path) -> None:
     assert "8x144" in outcome.out
 
 
-def test_step(place: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(step, "accelerate", lambda packed, example, rule: packed)
+def test_step(place: Path) -> None:
     flags = ("--model", "resnet20", "--batch-size", "2", "--image-size", "8", "--compression", "4")
+    flags += ("--rule", "sparse")
     outcome = call(
         "bench", "step", *flags, "--no-compile", "--no-memory", *ONE, "--json", str(place / "it.json")
     )

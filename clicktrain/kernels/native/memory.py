@@ -14,8 +14,8 @@ def keep_memory() -> bool:
     """Have the C library keep freed memory instead of returning it to the system; once per process.
 
     A training step takes and frees the same large tensors each time. The GNU C library maps each anew, and
-    the system clears every page of it: a tenth to a fifth of a dense step, and more of a sparse one. The price
-    is that the process does not shrink between peaks.
+    the system clears every page of it: a tenth to a fifth of a dense step, and more of a sparse one. The
+    price is that the process does not shrink between peaks.
 
     Returns:
         Whether the C library is one that can be told (the GNU one).

@@ -81,7 +81,7 @@ def test_dependencies_are_what_the_package_imports(repository: Path) -> None:
     distribution = {"pil": "pillow", "sklearn": "scikit-learn", "yaml": "pyyaml"}
     others = {name.lower() for name in imported - sys.stdlib_module_names - {"clicktrain"}}
     others = {distribution.get(name, name.replace("_", "-")) for name in others}
-    tools = {"pytest", "pytest-xdist", "hypothesis", "mypy", "ruff", "types-pyyaml"}
+    tools = {"pytest", "pytest-xdist", "hypothesis", "mypy", "ruff", "types-pyyaml", "torch-pruning"}
     by_others = {"onnx", "onnxscript", "tensorboard"}  # PyTorch imports them for us
     assert others - by_others == declared(repository) - tools - by_others
 

@@ -1,0 +1,218 @@
+"""The one place that changes a model: carry a surgery plan out on it and on its optimizers."""
+
+from __future__ import annotations
+
+from collections import OrderedDict
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.optim import Optimizer
+
+from clicktrain.errors import UserError
+from clicktrain.surgery.layers import ChannelScatter, ChannelSelect, ConstantBatchNorm2d, RemovedConv2d
+from clicktrain.surgery.optimizer_state import exchange_, state_refusal
+from clicktrain.surgery.plan import Gate, RemovedLayer, SurgeryPlan
+
+_CONVS = (nn.Conv1d, nn.Conv2d, nn.Conv3d)
+_TRANSPOSED = (nn.ConvTranspose1d, nn.ConvTranspose2d, nn.ConvTranspose3d)
+
+
+def apply_surgery_(
+    plan: SurgeryPlan, model: nn.Module, optimizers: Sequence[Optimizer] | Optimizer = ()
+) -> None:
+    """Shrink a model, its gradients and what its optimizers keep per weight, all together.
+
+    Parameters are exchanged for smaller ones, in the modules and, at the same places, in the optimizers'
+    groups; attributes of parameters and hooks on them come along, and so do the hooks of modules. Whatever
+    holds on to parameters otherwise has to be made anew (DistributedDataParallel, CUDA graphs). The same plan
+    is applied to moving averages of the model, without optimizers.
+
+    Everything is checked first: if it raises, nothing has been changed.
+
+    Args:
+        plan: made for this model, or for one of the same shapes.
+        model: the module itself, not a wrapper around it.
+        optimizers: all that hold its parameters.
+
+    Raises:
+        UserError: the plan does not fit the model, or an optimizer keeps a state that cannot shrink.
+    """
+    listed = [optimizers] if isinstance(optimizers, Optimizer) else list(optimizers)
+    old = _tensors(model)
+    gone = removed_tensors(plan, old)
+    _check(plan, model, old, gone, listed)
+    names = {id(tensor): name for name, tensor in reversed(old.items()) if plan.cuts_of(name)}
+    with torch.no_grad():
+        small = {key: _shrunken(plan, name, old[name]) for key, name in names.items()}
+    for removed in plan.removed_layers:
+        _replace_module(model, removed.name, _remnant(removed, model.get_submodule(removed.name)))
+    for module in model.modules():
+        tables = (module._parameters, module._buffers)
+        if any(id(tensor) in small for table in tables for tensor in table.values()):
+            for table in tables:
+                for leaf, tensor in table.items():
+                    if tensor is not None and id(tensor) in small:
+                        table[leaf] = small[id(tensor)]  # type: ignore[assignment]
+            _follow(module)
+    for gate in plan.gates:
+        _gate(model, gate)
+    new = {old[name]: small[key] for key, name in names.items() if isinstance(old[name], nn.Parameter)}
+    out = [old[name] for name in gone if isinstance(old[name], nn.Parameter)]
+    for optimizer in listed:
+        exchange_(optimizer, new, out, lambda parameter, t: plan.shrink(names[id(parameter)], t))
+
+
+def removed_tensors(plan: SurgeryPlan, tensors: dict[str, Tensor]) -> list[str]:
+    """Names of the parameters and buffers that disappear with the removed layers."""
+    return [name for name in tensors if plan.new_name(name) is None]
+
+
+def _tensors(model: nn.Module) -> dict[str, Tensor]:
+    """All parameters and buffers by all their names."""
+    return {
+        **dict(model.named_parameters(remove_duplicate=False)),
+        **dict(model.named_buffers(remove_duplicate=False)),
+    }
+
+
+def _shrunken(plan: SurgeryPlan, name: str, tensor: Tensor) -> Tensor:
+    small = plan.shrink(name, tensor.detach())
+    if not isinstance(tensor, nn.Parameter):
+        return small
+    parameter = nn.Parameter(small, requires_grad=tensor.requires_grad)
+    parameter.__dict__.update(tensor.__dict__)
+    if tensor.grad is not None:
+        parameter.grad = plan.shrink(name, tensor.grad.detach())
+    # The tables themselves, so that handles go on working.
+    for table in ("_backward_hooks", "_post_accumulate_grad_hooks"):
+        if getattr(tensor, table, None) is not None:
+            setattr(parameter, table, getattr(tensor, table))
+    return parameter
+
+
+# ---------------------------------------------------------------- checks
+
+
+def _check(
+    plan: SurgeryPlan,
+    model: nn.Module,
+    tensors: dict[str, Tensor],
+    gone: list[str],
+    optimizers: Sequence[Optimizer],
+) -> None:
+    modules = dict(model.named_modules(remove_duplicate=False))
+    for name in (*(r.name for r in plan.removed_layers), *(g.name for g in plan.gates)):
+        if not name or name not in modules:
+            raise UserError(f"the plan was made for another network: there is no layer {name!r}")
+    for removed in plan.removed_layers:
+        module = modules[removed.name]
+        conv = removed.remnant in ("zeros", "bias")
+        expected = (nn.Conv2d,) if conv else (nn.BatchNorm2d, nn.SyncBatchNorm, nn.PReLU, ChannelSelect)
+        if not isinstance(module, expected):
+            raise UserError(
+                f"the plan was made for another network: {removed.name} is a {type(module).__name__}"
+            )
+    for cut in plan.cuts:
+        tensor = tensors.get(cut.name)
+        if tensor is None or cut.name in gone:
+            raise UserError(f"the plan was made for another network: there is no {cut.name}")
+        ascending = all(a < b for a, b in zip(cut.keep, cut.keep[1:], strict=False))
+        if not cut.keep or not ascending or cut.keep[0] < 0 or cut.keep[-1] >= cut.size:
+            raise UserError(f"a cut of {cut.name} keeps no channels, or not in ascending order")
+        if not 0 <= cut.dim < tensor.dim() or tensor.shape[cut.dim] != cut.size:
+            raise UserError(
+                f"the plan was made for another network: {cut.name} has shape {tuple(tensor.shape)}, "
+                f"the plan cuts {cut.size} channels along dimension {cut.dim}"
+            )
+        reason = state_refusal(cut.name, tensor, optimizers)
+        if reason is not None:
+            raise UserError(f"{cut.name} cannot shrink: {reason}")
+    for name, module in modules.items():
+        _check_layer(plan, name, module, tensors)
+    for gate in plan.gates:
+        if not gate.channels or max(gate.channels) >= gate.size:
+            raise UserError(f"the gate at {gate.name} selects channels that are not there")
+
+
+def _check_layer(plan: SurgeryPlan, name: str, module: nn.Module, tensors: dict[str, Tensor]) -> None:
+    """The tensors of one layer have to shrink alike."""
+    prefix = f"{name}." if name else ""
+    keeps = {(cut.name[len(prefix) :], cut.dim): cut.keep for cut in plan.cuts if cut.name.startswith(prefix)}
+    outputs = 1 if isinstance(module, _TRANSPOSED) else 0
+    if isinstance(module, (*_CONVS, *_TRANSPOSED, nn.Linear)):
+        # Tied weights are cut under one of their names.
+        alike = [("weight", outputs), ("bias", 0)] if f"{prefix}bias" in tensors else []
+    elif isinstance(module, (nn.modules.batchnorm._NormBase, ConstantBatchNorm2d)):
+        leaves = ("weight", "bias", "running_mean", "running_var")
+        alike = [(leaf, 0) for leaf in leaves if f"{prefix}{leaf}" in tensors]
+    else:
+        return
+    first_names: dict[int, str] = {}
+    for key, tensor in tensors.items():
+        first_names.setdefault(id(tensor), key)
+    own = [first_names[id(tensors[f"{prefix}{leaf}"])] for leaf, _ in alike]
+    if own != [f"{prefix}{leaf}" for leaf, _ in alike]:
+        return
+    if len({keeps.get(key) for key in alike}) > 1 and plan.new_name(f"{prefix}weight") is not None:
+        raise UserError(f"the plan does not cut the parameters of {name} alike")
+
+
+# ---------------------------------------------------------------- changes
+
+
+def _replace_module(model: nn.Module, name: str, new: nn.Module) -> None:
+    parent, _, child = name.rpartition(".")
+    model.get_submodule(parent).register_module(child, new)
+
+
+def _remnant(removed: RemovedLayer, module: Any) -> nn.Module:
+    """What takes the place of a removed layer, in the same mode."""
+    new: nn.Module
+    if removed.remnant == "constant":
+        new = ConstantBatchNorm2d(module, writable=removed.writable)
+    elif removed.remnant == "nothing":
+        new = nn.Identity()
+    else:
+        bias = module.bias if removed.remnant == "bias" else None
+        geometry = (module.kernel_size, module.stride, module.padding, module.dilation)
+        new = RemovedConv2d(*geometry, bias, writable=removed.writable)
+    return new.train(module.training)
+
+
+def _follow(module: Any) -> None:
+    """Set what a layer notes about its shape after its tensors."""
+    if isinstance(module, _CONVS):
+        filters, per_group = module.weight.shape[:2]
+        if module.groups > 1 and per_group == 1:  # whole groups have gone
+            module.groups = module.groups * filters // module.out_channels
+        module.out_channels, module.in_channels = filters, per_group * module.groups
+    elif isinstance(module, _TRANSPOSED):
+        module.in_channels, module.out_channels = module.weight.shape[0], module.weight.shape[1]
+    elif isinstance(module, nn.Linear):
+        module.out_features, module.in_features = module.weight.shape
+    elif isinstance(module, nn.PReLU):
+        module.num_parameters = module.weight.numel()
+    elif isinstance(module, (nn.modules.batchnorm._NormBase, ConstantBatchNorm2d)):
+        tensor: Any = module.running_mean if module.weight is None else module.weight
+        module.num_features = tensor.numel()
+
+
+def _gate(model: nn.Module, gate: Gate) -> None:
+    layer = model.get_submodule(gate.name)
+    kind = ChannelSelect if gate.kind == "select" else ChannelScatter
+    if isinstance(layer, ChannelSelect):
+        layer.channels = torch.tensor(gate.channels, dtype=torch.int64, device=layer.channels.device)
+        layer.size = gate.size
+        return
+    tensor = next(iter((*layer.parameters(), *layer.buffers())), None)
+    module = kind(gate.channels, gate.size, None if tensor is None else tensor.device)
+    parts = (
+        [("select", module), ("layer", layer)]
+        if gate.kind == "select"
+        else [("layer", layer), ("scatter", module)]
+    )
+    wrapped = nn.Sequential(OrderedDict(parts))
+    wrapped.training = module.training = layer.training
+    _replace_module(model, gate.name, wrapped)

@@ -1,0 +1,114 @@
+"""Channel gating: a residual branch works on its own channels only (PruneTrain 4.2, figure 5b).
+
+In front of the branch's first convolutions the channels that they read are selected; behind its last one (and
+the batch norm) its channels are put at their places in the stage, zeros elsewhere. It removes more than
+channel union, which comes first, and pays with a copy at both ends.
+
+A filter of the last convolution goes if it adds nothing to the stage, its batch norm's constant included.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Collection
+
+import torch
+from torch import Tensor, fx, nn
+
+from clicktrain.surgery.groups import Dependencies
+from clicktrain.surgery.layer_removal import Branch, residual_branches
+from clicktrain.surgery.operations import operation
+from clicktrain.surgery.plan import Cut, Gate
+from clicktrain.surgery.values import Values
+
+Cuts = dict[tuple[str, int], Cut]
+
+
+def gate_branches(
+    found: Dependencies,
+    values: Values,
+    threshold: float,
+    masks: list[Tensor],
+    cuts: Cuts,
+    removed: Collection[Branch],
+    round_to: int = 1,
+) -> tuple[Cuts, tuple[Gate, ...]]:
+    """Narrow the ends of residual branches further than the union of their stage.
+
+    Args:
+        found: the groups.
+        values: of the channels, for the same threshold.
+        threshold: 1e-4 in the paper.
+        masks: per group bool [size], True = stays, what channel union decided.
+        cuts: of channel union.
+        removed: branches that disappear.
+        round_to: gated widths become multiples of it.
+
+    Returns:
+        The cuts with narrower ends, and the gates.
+    """
+    result, gates = dict(cuts), []
+    unread = {edge.node: edge.unread for edge in values.edges}
+    gated: set[fx.Node] = {node for branch in removed for node in branch.nodes}
+    for branch in residual_branches(found.graph):
+        if branch.refusal is not None or branch.last in gated:
+            continue
+        for node in found.graph.nodes:
+            head = node in branch.nodes and _plain(found, node) and node not in gated
+            if head and node.all_input_nodes[0] not in branch.nodes:
+                stays = _stays(found, node.all_input_nodes[0], masks)
+                wanted = _rounded(found, node, 1, stays, stays & ~unread[node], round_to)
+                if not torch.equal(wanted, stays):
+                    gates.append(_gate(str(node.target), "select", stays, wanted))
+                    _narrow(result, f"{node.target}.weight", 1, wanted)
+                    gated.add(node)
+        if _plain(found, branch.last):
+            behind = branch.norm or branch.last
+            stays = _stays(found, branch.last, masks)
+            adds = torch.maximum(values.of[behind].size, values.of[branch.end].size) > threshold
+            wanted = _rounded(found, branch.last, 0, stays, stays & adds, round_to)
+            if not torch.equal(wanted, stays):
+                gates.append(_gate(str(behind.target), "scatter", stays, wanted))
+                for layer in {branch.last, behind}:
+                    for leaf in ("weight", "bias", "running_mean", "running_var"):
+                        if isinstance(getattr(found.graph.module(layer), leaf, None), Tensor):
+                            _narrow(result, f"{layer.target}.{leaf}", 0, wanted)
+                gated.add(branch.last)
+    return result, tuple(gates)
+
+
+def _plain(found: Dependencies, node: fx.Node) -> bool:
+    if operation(found.graph, node) != "conv":
+        return False
+    module = found.graph.module(node)
+    return type(module) is nn.Conv2d and module.groups == 1
+
+
+def _stays(found: Dependencies, node: fx.Node, masks: list[Tensor]) -> Tensor:
+    places = found.places(node)
+    return torch.tensor([place is None or bool(masks[place[0]][place[1]]) for place in places])
+
+
+def _rounded(
+    found: Dependencies, node: fx.Node, dim: int, stays: Tensor, wanted: Tensor, round_to: int
+) -> Tensor:
+    """At least one channel, and a multiple where there are enough: the largest of the others come back."""
+    count = int(wanted.sum())
+    goal = min(-(-max(count, 1) // round_to) * round_to, int(stays.sum()))
+    if goal <= count:
+        return wanted
+    weight = found.graph.module(node).weight
+    assert isinstance(weight, Tensor)
+    size = weight.detach().abs().transpose(0, dim).flatten(1).amax(1).double().cpu()
+    size = size.masked_fill(~stays | wanted, -1.0)
+    wanted = wanted.clone()
+    wanted[torch.sort(size, descending=True, stable=True).indices[: goal - count]] = True
+    return wanted
+
+
+def _gate(name: str, kind: str, stays: Tensor, wanted: Tensor) -> Gate:
+    channels = tuple(wanted[stays].nonzero().flatten().tolist())
+    return Gate(name, "select" if kind == "select" else "scatter", channels, int(stays.sum()))
+
+
+def _narrow(cuts: Cuts, name: str, dim: int, wanted: Tensor) -> None:
+    cuts[name, dim] = Cut(name, dim, tuple(wanted.nonzero().flatten().tolist()), wanted.numel())

@@ -1,0 +1,164 @@
+"""Which channels go: the union of what is alive, over everything that shares them (PruneTrain 4.2).
+
+Channel union "prunes only the intersection of the sparsified channels of all neighboring convolution layers
+within a residual stage". A channel goes when, at every layer that reads it,
+
+* what arrives carries nothing of the input, and the layer's weights for it are under the threshold (both
+  sides are sparse, the paper's rule); whatever constant a batch norm adds to it then reaches nothing; or
+* what arrives is zero, batch norm included, while training and in evaluation.
+
+So what a layer computes changes by at most the threshold times what arrives, or times its weights. Zero
+filters whose batch norm sends a constant into living weights stay, as do living filters that nobody reads:
+the lasso makes these zero next.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Collection, Mapping
+
+import torch
+from torch import Tensor, fx, nn
+
+from clicktrain.surgery.groups import ChannelGroup, Dependencies
+from clicktrain.surgery.operations import operation
+from clicktrain.surgery.plan import Cut
+from clicktrain.surgery.values import Values
+
+
+def dead_channels(
+    found: Dependencies, values: Values, threshold: float, gone: Collection[fx.Node] = ()
+) -> tuple[list[Tensor], list[str]]:
+    """For every group, which channels may go, and why dead ones stay.
+
+    Args:
+        found: the groups.
+        values: of the channels, for the same threshold.
+        threshold: 1e-4 in the paper.
+        gone: layers that read no more, because their branch is removed.
+
+    Returns:
+        Per group a bool mask [size], True = may go; per group the reason why not more go, or "".
+    """
+    may_go = [torch.ones(group.size, dtype=torch.bool) for group in found.groups]
+    silent = [torch.ones(group.size, dtype=torch.bool) for group in found.groups]
+    read = [torch.zeros(group.size, dtype=torch.bool) for group in found.groups]
+    readers: list[dict[str, int]] = [{} for _ in found.groups]
+    for edge in values.edges:
+        if edge.node in gone:
+            continue
+        vanishes = edge.value.size <= threshold
+        good = (edge.value.dead & edge.unread) | vanishes
+        ids = found.flow.channels[edge.node.all_input_nodes[0]].ids
+        for index, place in enumerate(map(found.place, ids)):
+            if place is None:
+                continue
+            number, channel = place
+            read[number][channel] = True
+            may_go[number][channel] &= good[index]
+            silent[number][channel] &= edge.value.dead[index]
+            if edge.value.dead[index] and not good[index]:
+                name = str(edge.node.target)
+                readers[number][name] = readers[number].get(name, 0) + 1
+    reasons = []
+    for number, group in enumerate(found.groups):
+        may_go[number] &= read[number]
+        if group.fixed is not None:
+            may_go[number][:] = False
+        reasons.append(group.fixed or _why(silent[number] & read[number] & ~may_go[number], readers[number]))
+    return may_go, reasons
+
+
+def _why(held: Tensor, readers: Mapping[str, int]) -> str:
+    count = int(held.sum())
+    if not count:
+        return ""
+    first, *rest = sorted(readers, key=lambda name: -readers[name])
+    more = f" and {len(rest)} more" if rest else ""
+    return f"{count} dead channels stay: {first}{more} would miss the constant of their batch norm"
+
+
+def keep_masks(
+    model: nn.Module, groups: tuple[ChannelGroup, ...], may_go: list[Tensor], round_to: int = 1
+) -> list[Tensor]:
+    """Which channels stay: at least one of each group, and whole multiples.
+
+    Args:
+        model: whose weights say which of the dead are the largest; these are kept first.
+        groups: all groups.
+        may_go: per group bool [size].
+        round_to: layers' widths become multiples of it, where the group is large enough.
+
+    Returns:
+        Per group bool [size], True = stays.
+    """
+    tensors = {**dict(model.named_parameters()), **dict(model.named_buffers())}
+    masks = []
+    for group, dead in zip(groups, may_go, strict=True):
+        kept = int((~dead).sum())
+        each = min((len(m.indices[0]) for m in group.members if m.dim == 0), default=1)
+        wanted = max(kept, 1)
+        while wanted < group.size and (wanted * each) % round_to:
+            wanted += 1
+        mask = ~dead
+        if wanted > kept:
+            size = largest_weights(tensors, group).masked_fill(mask, -1.0)
+            mask[torch.sort(size, descending=True, stable=True).indices[: wanted - kept]] = True
+        masks.append(mask)
+    return masks
+
+
+def largest_weights(tensors: Mapping[str, Tensor], group: ChannelGroup) -> Tensor:
+    """[size]: the largest absolute weight of each channel, in all layers of the group (figure 4)."""
+    result = torch.zeros(group.size, dtype=torch.float64)
+    for member in group.members:
+        tensor = tensors.get(member.name)
+        if tensor is None or tensor.dim() < 2:
+            continue
+        along = tensor.detach().abs().transpose(0, member.dim).flatten(1).amax(1).double().cpu()
+        result = torch.maximum(result, along[torch.tensor(member.indices)].amax(1))
+    return result
+
+
+def cuts(
+    groups: tuple[ChannelGroup, ...], masks: list[Tensor], gone: Collection[str] = ()
+) -> dict[tuple[str, int], Cut]:
+    """Cuts of all tensors that shrink, by name and dimension.
+
+    Args:
+        groups: all groups.
+        masks: per group bool [size], True = stays.
+        gone: names of parameters and buffers that disappear anyway.
+    """
+    keep: dict[tuple[str, int], list[tuple[int, bool]]] = {}
+    for group, mask in zip(groups, masks, strict=True):
+        for member in group.members:
+            if member.name not in gone:
+                places = keep.setdefault((member.name, member.dim), [])
+                for indices, stays in zip(member.indices, mask.tolist(), strict=True):
+                    places += [(index, stays) for index in indices]
+    return {
+        key: Cut(*key, tuple(index for index, stays in sorted(places) if stays), len(places))
+        for key, places in keep.items()
+        if not all(stays for _, stays in places)
+    }
+
+
+def resize_selections(
+    found: Dependencies, masks: list[Tensor]
+) -> dict[str, tuple[str, tuple[int, ...], int]]:
+    """What gates that are in the model already select after the cuts: name -> (kind, channels, size)."""
+    changed = {}
+    for node in found.graph.nodes:
+        kind = operation(found.graph, node)
+        if kind not in ("select", "scatter"):
+            continue
+        wide = found.flow.channels[node if kind == "scatter" else node.all_input_nodes[0]].ids
+        places = [found.place(atom) for atom in wide]
+        stays = [place is None or bool(masks[place[0]][place[1]]) for place in places]
+        number = {old: new for new, old in enumerate(i for i, kept in enumerate(stays) if kept)}
+        module = found.graph.module(node)
+        assert isinstance(module.channels, Tensor)
+        channels = tuple(number[i] for i in module.channels.tolist() if i in number)
+        if not all(stays):
+            changed[str(node.target)] = (kind, channels, len(number))
+    return changed

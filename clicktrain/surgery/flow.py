@@ -1,0 +1,342 @@
+"""How channels flow through the graph: which indices of which tensors an operation ties together.
+
+One rule per word of `operations.operation`. What no rule understands keeps the channels that go into it, with
+the reason; its result has channels of its own, fixed too.
+"""
+
+from __future__ import annotations
+
+import contextlib
+from collections.abc import Callable
+from typing import Any
+
+from torch import Tensor, fx, nn
+
+from clicktrain.surgery.atoms import Atoms, Channels, SizeOf
+from clicktrain.surgery.graph import ModelGraph
+from clicktrain.surgery.layers import ChannelSelect
+from clicktrain.surgery.operations import operation, words
+from clicktrain.surgery.reshaping import (
+    UnclearError,
+    expand,
+    getitem,
+    permute,
+    reduced,
+    reshape,
+    squeeze,
+    unsqueeze,
+)
+
+
+class ChannelFlow:
+    """Walks the graph once.
+
+    Attributes:
+        graph: of the model.
+        atoms: what is tied to what.
+        channels: of every value that is a tensor with channels.
+        sizes: numbers that depend on a number of channels.
+        unclear: nodes that no rule understood; their results have channels of their own.
+    """
+
+    def __init__(self, graph: ModelGraph) -> None:
+        self.graph = graph
+        self.atoms = Atoms(graph.model)
+        self.channels: dict[fx.Node, Channels] = {}
+        self.sizes: dict[fx.Node, SizeOf] = {}
+        self.unclear: set[fx.Node] = set()
+        self._whole_shapes: dict[fx.Node, Channels] = {}
+        self._attributes: dict[fx.Node, Tensor] = {}
+        rules: dict[str, Callable[[fx.Node], Channels | None]] = {
+            "input": self._input,
+            "conv": self._conv,
+            "conv_transpose": self._conv,
+            "linear": self._linear,
+            "norm": self._norm,
+            "constant_norm": self._norm,
+            "prelu": self._prelu,
+            "unary": self._same,
+            "dropout": self._same,
+            "pool": self._pool,
+            "binary": self._binary,
+            "cat": self._cat,
+            "select": self._select,
+            "scatter": self._scatter,
+            "removed_conv": self._removed_conv,
+        }
+        for node in graph.nodes:
+            if node.op == "output":
+                self._fix_inputs(node, "it is an output of the network")
+            elif node.op == "get_attr":
+                self._attribute(node)
+            elif node not in graph.shapes and self._is_size(node):
+                self._size(node)
+            else:
+                self._step(node, rules.get(operation(graph, node)))
+
+    def _step(self, node: fx.Node, rule: Callable[[fx.Node], Channels | None] | None) -> None:
+        word = operation(self.graph, node)
+        try:
+            if rule is None:
+                rule = self._shaped if word in _SHAPED else None
+            if rule is None:
+                raise UnclearError(f"{words(self.graph, node)} is not understood")
+            self._refuse_sizes(node, word)
+            found = rule(node)
+        except UnclearError as unclear:
+            self.unclear.add(node)
+            self._fix_inputs(node, str(unclear))
+            if node.op == "call_module":
+                self._fix_module(self.graph.module(node), str(unclear))
+            shape = self.graph.shapes.get(node, ())
+            found = None
+            if len(shape) > 1:
+                found = Channels(1, self.atoms.fresh(shape[1], f"it comes out of: {unclear}"))
+        if found is not None:
+            self.channels[node] = found
+
+    # ------------------------------------------------------------ values that are numbers
+
+    def _is_size(self, node: fx.Node) -> bool:
+        return node in self.graph.sizes or node.target is getattr
+
+    def _size(self, node: fx.Node) -> None:
+        """Numbers that come from shapes; arithmetic on them goes on depending on the channels."""
+        ids: list[int] = []
+        exact = True
+        if node.target is getattr and node.args[1] != "shape":
+            return
+        for source in node.all_input_nodes:
+            if source in self.channels:
+                channels = self.channels[source]
+                whole = node.args[1:] in ((), ("shape",))
+                dim = node.args[1] if len(node.args) > 1 and isinstance(node.args[1], int) else None
+                rank = len(self.graph.shapes[source])
+                if whole and str(node.target) not in ("numel", "nelement", "dim", "ndimension"):
+                    self._whole_shapes[node] = channels
+                    return
+                if (dim is not None and dim % rank != channels.dim) or str(node.target) in (
+                    "dim",
+                    "ndimension",
+                ):
+                    continue
+                ids, exact = [*ids, *channels.ids], exact and dim is not None
+            elif source in self._whole_shapes:
+                channels = self._whole_shapes[source]
+                index = node.args[1] if node.op == "call_function" and len(node.args) > 1 else None
+                rank = len(self.graph.sizes[source])
+                if isinstance(index, int) and index % rank != channels.dim:
+                    continue
+                ids, exact = [*ids, *channels.ids], exact and isinstance(index, int)
+            elif source in self.sizes:
+                ids, exact = [*ids, *self.sizes[source].ids], False
+        if ids:
+            self.sizes[node] = SizeOf(tuple(ids), exact)
+
+    def _refuse_sizes(self, node: fx.Node, word: str) -> None:
+        """A number of channels may say what shape a value has, nothing else (a scale would change)."""
+        if word in ("reshape", "expand"):
+            return
+        for source in node.all_input_nodes:
+            if source in self.sizes or source in self._whole_shapes:
+                raise UnclearError(f"{words(self.graph, node)} computes with the number of channels")
+
+    # ------------------------------------------------------------ fixing
+
+    def _fix_inputs(self, node: fx.Node, reason: str) -> None:
+        for source in node.all_input_nodes:
+            if source in self.channels:
+                self.atoms.fix(self.channels[source].ids, reason)
+            elif source in self.sizes:
+                self.atoms.fix(self.sizes[source].ids, reason)
+            elif source in self._whole_shapes:
+                self.atoms.fix(self._whole_shapes[source].ids, reason)
+            elif source in self._attributes:
+                self._fix_tensor(self._attributes[source], reason)
+
+    def _fix_module(self, module: nn.Module, reason: str) -> None:
+        for tensor in (*module.parameters(), *module.buffers()):
+            self._fix_tensor(tensor, reason)
+
+    def _fix_tensor(self, tensor: Tensor, reason: str) -> None:
+        for dim in range(min(tensor.dim(), 2)):
+            self.atoms.fix(self.atoms.of(tensor, dim), reason)
+
+    # ------------------------------------------------------------ rules
+
+    def _from(self, node: fx.Node) -> Channels:
+        """Channels of the first argument."""
+        source = node.args[0] if node.args else node.kwargs.get("input", node.kwargs.get("x"))
+        if not isinstance(source, fx.Node) or source not in self.channels:
+            raise UnclearError(f"{words(self.graph, node)} reads something without channels")
+        return self.channels[source]
+
+    def _input(self, node: fx.Node) -> Channels | None:
+        shape = self.graph.shapes.get(node, ())
+        return (
+            Channels(1, self.atoms.fresh(shape[1], "it is an input of the network"))
+            if len(shape) > 1
+            else None
+        )
+
+    def _attribute(self, node: fx.Node) -> None:
+        value: Any = self.graph.model
+        for part in str(node.target).split("."):
+            value = getattr(value, part)
+        if isinstance(value, Tensor):
+            with contextlib.suppress(KeyError):
+                self.atoms.of(value, 0) if value.dim() else None
+                self._attributes[node] = value
+
+    def _conv(self, node: fx.Node) -> Channels:
+        module, x = self.graph.module(node), self._at(node, 1)
+        assert isinstance(module, (nn.Conv1d, nn.Conv2d, nn.Conv3d, nn.modules.conv._ConvTransposeNd))
+        transposed, groups = operation(self.graph, node) == "conv_transpose", module.groups
+        if transposed and groups > 1:
+            raise UnclearError(f"{words(self.graph, node)} is a transposed convolution with groups")
+        inputs, outputs = (0, 1) if transposed else (1, 0)
+        read, out = self.atoms.of(module.weight, inputs), self.atoms.of(module.weight, outputs)
+        per_group, filters = len(read), len(out) // groups
+        for group in range(groups):
+            mine = x.ids[group * per_group : (group + 1) * per_group]
+            if groups > 1 and per_group == 1:
+                # Depthwise: a channel goes with the filters that read it (and the group disappears).
+                self.atoms.unite(mine * filters, out[group * filters : (group + 1) * filters])
+            else:
+                # Ordinary, or the same positions in every group, so that the groups stay equal.
+                self.atoms.unite(mine, read)
+                self.atoms.unite(out[group * filters : (group + 1) * filters], out[:filters])
+        if module.bias is not None:
+            self.atoms.unite(self.atoms.of(module.bias, 0), out)
+        return Channels(1, out)
+
+    def _linear(self, node: fx.Node) -> Channels:
+        module = self.graph.module(node)
+        assert isinstance(module, nn.Linear)
+        last = len(self.graph.shapes[node]) - 1
+        x = self._at(node, last)
+        self.atoms.unite(x.ids, self.atoms.of(module.weight, 1))
+        out = self.atoms.of(module.weight, 0)
+        if module.bias is not None:
+            self.atoms.unite(self.atoms.of(module.bias, 0), out)
+        return Channels(last, out)
+
+    def _norm(self, node: fx.Node) -> Channels:
+        module = self.graph.module(node)
+        constant = operation(self.graph, node) == "constant_norm"
+        names = ("weight", "bias", "running_mean", "running_var")
+        tensors = [tensor for name in names if (tensor := getattr(module, name)) is not None]
+        x = self._at(node, 1).ids
+        if constant and len(x) != self.graph.shapes[node][1]:
+            x = self.atoms.fresh(self.graph.shapes[node][1])  # behind a removed convolution without bias
+        for tensor in tensors:
+            self.atoms.unite(self.atoms.of(tensor, 0), x)
+        return Channels(1, x)
+
+    def _prelu(self, node: fx.Node) -> Channels:
+        module, x = self.graph.module(node), self._at(node, 1)
+        assert isinstance(module, nn.PReLU)
+        if module.num_parameters > 1:
+            self.atoms.unite(self.atoms.of(module.weight, 0), x.ids)
+        return x
+
+    def _same(self, node: fx.Node) -> Channels | None:
+        if not any(source in self.channels for source in node.all_input_nodes):
+            if any(source in self._attributes for source in node.all_input_nodes):
+                raise UnclearError(f"{words(self.graph, node)} computes with a parameter alone")
+            return None
+        if len(node.all_input_nodes) > 1:
+            raise UnclearError(f"{words(self.graph, node)} has several inputs")
+        return self._from(node)
+
+    def _pool(self, node: fx.Node) -> Channels:
+        shape, x = self.graph.shapes.get(node, ()), self._from(node)
+        source = self.graph.shapes[node.all_input_nodes[0]]
+        if len(shape) != len(source) or x.dim != 1 or len(shape) < 3 or shape[:2] != source[:2]:
+            raise UnclearError(f"{words(self.graph, node)} does not keep the channels")
+        return x
+
+    def _binary(self, node: fx.Node) -> Channels | None:
+        rank = len(self.graph.shapes[node])
+        sources = [s for s in node.args[:2] if isinstance(s, fx.Node) and s in self.graph.shapes]
+        seen: dict[int, list[tuple[int, ...]]] = {}
+        for source in sources:
+            if source in self.channels:
+                channels = self.channels[source]
+                seen.setdefault(channels.dim + rank - len(self.graph.shapes[source]), []).append(channels.ids)
+        if not seen:
+            return self._same(node)
+        if len(seen) > 1:
+            raise UnclearError(f"{words(self.graph, node)} meets channels along different dimensions")
+        (dim, ids), size = next(iter(seen.items())), self.graph.shapes[node][next(iter(seen))]
+        whole = [other for other in ids if len(other) == size]
+        for source in sources:
+            own = dim - (rank - len(self.graph.shapes[source]))
+            if source not in self.channels and own >= 0 and self.graph.shapes[source][own] > 1:
+                if source not in self._attributes:
+                    raise UnclearError(f"{words(self.graph, node)} meets a tensor without known channels")
+                whole.append(self.atoms.of(self._attributes[source], own))
+        for other in whole[1:]:
+            self.atoms.unite(whole[0], other)
+        if size > 1 and any(len(other) == 1 for other in ids):
+            # One channel that is spread over all (a spatial gate) is no part of them, and cannot go.
+            self.atoms.fix(
+                [o[0] for o in ids if len(o) == 1], f"{words(self.graph, node)} spreads it over all"
+            )
+        return Channels(dim, whole[0])
+
+    def _cat(self, node: fx.Node) -> Channels:
+        listed = node.args[0] if node.args else node.kwargs.get("tensors")
+        dim = node.args[1] if len(node.args) > 1 else node.kwargs.get("dim", node.kwargs.get("axis", 0))
+        if not isinstance(listed, (list, tuple)) or not isinstance(dim, int):
+            raise UnclearError(f"{words(self.graph, node)} of a list that is not written out")
+        dim %= len(self.graph.shapes[node])
+        parts = []
+        for source in listed:
+            if not isinstance(source, fx.Node) or source not in self.channels:
+                raise UnclearError(f"{words(self.graph, node)} has a part without channels")
+            parts.append(self.channels[source])
+        if len({part.dim for part in parts}) != 1:
+            raise UnclearError(f"{words(self.graph, node)} meets channels along different dimensions")
+        if dim == parts[0].dim:
+            return Channels(dim, sum((part.ids for part in parts), ()))
+        for part in parts[1:]:
+            self.atoms.unite(parts[0].ids, part.ids)
+        return parts[0]
+
+    def _shaped(self, node: fx.Node) -> Channels | None:
+        return _SHAPED[operation(self.graph, node)](self, node, self._from(node))
+
+    def _select(self, node: fx.Node) -> Channels:
+        module, x = self.graph.module(node), self._at(node, 1)
+        assert isinstance(module, ChannelSelect)
+        return Channels(1, tuple(x.ids[i] for i in module.channels.tolist()))
+
+    def _scatter(self, node: fx.Node) -> Channels:
+        module, x = self.graph.module(node), self._at(node, 1)
+        assert isinstance(module, ChannelSelect)
+        out = list(self.atoms.fresh(module.size))
+        for place, atom in zip(module.channels.tolist(), x.ids, strict=True):
+            out[place] = atom
+        return Channels(1, tuple(out))
+
+    def _removed_conv(self, node: fx.Node) -> Channels:
+        bias = self.graph.module(node).bias
+        return Channels(1, self.atoms.of(bias, 0) if isinstance(bias, Tensor) else self.atoms.fresh(1))
+
+    def _at(self, node: fx.Node, dim: int) -> Channels:
+        found = self._from(node)
+        if found.dim != dim:
+            raise UnclearError(f"{words(self.graph, node)} does not work along the channels")
+        return found
+
+
+_SHAPED: dict[str, Callable[[ChannelFlow, fx.Node, Channels], Channels | None]] = {
+    "reshape": reshape,
+    "permute": permute,
+    "squeeze": squeeze,
+    "unsqueeze": unsqueeze,
+    "expand": expand,
+    "getitem": getitem,
+    "reduce": reduced,
+}

@@ -1,0 +1,183 @@
+"""Surgery plans: what is to be cut, as data that prints, travels as JSON and can be replayed.
+
+A plan names tensors and layers as they are called before it is applied. Plans of one network follow each
+other: the sequence, applied to a fresh model of the user's own class, makes the shrunken network.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from functools import cached_property
+from typing import Any, Literal
+
+import torch
+from torch import Tensor
+
+from clicktrain.errors import UserError
+
+FORMAT_VERSION = 1
+
+Remnant = Literal["zeros", "bias", "constant", "nothing"]
+"""What is left of a layer of a removed branch: for a convolution the size of its output (``zeros``), with its
+bias (``bias``); for a batch norm its constant (``constant``) or the identity (``nothing``)."""
+
+
+@dataclass(frozen=True, slots=True)
+class Cut:
+    """Indices of one dimension of one parameter or buffer that stay, ascending, of ``size`` before."""
+
+    name: str
+    dim: int
+    keep: tuple[int, ...]
+    size: int
+
+
+@dataclass(frozen=True, slots=True)
+class RemovedLayer:
+    """A layer of a residual branch that disappears (PruneTrain 4.1); see `layer_removal`."""
+
+    name: str
+    remnant: Remnant
+    writable: bool = False
+
+
+@dataclass(frozen=True, slots=True)
+class Gate:
+    """Channel gating at a layer (PruneTrain 4.2): ``channels`` of the stage's ``size``, after the cuts."""
+
+    name: str
+    kind: Literal["select", "scatter"]
+    channels: tuple[int, ...]
+    size: int
+
+
+@dataclass(frozen=True, slots=True)
+class LayerChange:
+    """A row of the table: channels of a layer before and after, and why it is not smaller ("" = it is)."""
+
+    name: str
+    inputs: tuple[int, int]
+    outputs: tuple[int, int]
+    stays: str = ""
+
+
+@dataclass(frozen=True)
+class SurgeryPlan:
+    """One reconfiguration of a network.
+
+    Attributes:
+        cuts: one for each dimension that shrinks.
+        removed_layers: of residual branches that disappear; done before the cuts.
+        gates: put in after the cuts.
+        layers: every convolution and linear layer, for the table.
+    """
+
+    cuts: tuple[Cut, ...] = ()
+    removed_layers: tuple[RemovedLayer, ...] = ()
+    gates: tuple[Gate, ...] = ()
+    layers: tuple[LayerChange, ...] = field(default=(), compare=False)
+
+    def __bool__(self) -> bool:
+        """Whether the plan changes anything."""
+        return bool(self.cuts or self.removed_layers or self.gates)
+
+    @cached_property
+    def _cuts_of(self) -> dict[str, tuple[Cut, ...]]:
+        found: dict[str, tuple[Cut, ...]] = {}
+        for cut in self.cuts:
+            found[cut.name] = (*found.get(cut.name, ()), cut)
+        return found
+
+    def cuts_of(self, name: str) -> tuple[Cut, ...]:
+        """The cuts of one parameter or buffer."""
+        return self._cuts_of.get(name, ())
+
+    def shrink(self, name: str, tensor: Tensor) -> Tensor:
+        """What stays of a tensor that has one element for each of a parameter's or buffer's.
+
+        Serves weights, momentum, statistics, averages and masks alike; the result is contiguous in memory as
+        the tensor was. A tensor that is not cut is returned as it is.
+
+        Args:
+            name: path of the parameter or buffer, as it is before the plan is applied.
+            tensor: of its shape.
+
+        Raises:
+            UserError: the tensor has another size than the plan was made for.
+        """
+        result = tensor
+        for cut in self.cuts_of(name):
+            if cut.dim >= tensor.dim() or tensor.shape[cut.dim] != cut.size:
+                raise UserError(
+                    f"the plan was made for another network: {name} has shape {tuple(tensor.shape)}, "
+                    f"the plan cuts {cut.size} channels along dimension {cut.dim}"
+                )
+            index = torch.tensor(cut.keep, dtype=torch.int64, device=tensor.device)
+            result = result.index_select(cut.dim, index)
+        if result is not tensor and tensor.dim() == 4:
+            channels_last = tensor.is_contiguous(memory_format=torch.channels_last)
+            if channels_last and not tensor.is_contiguous():
+                result = result.contiguous(memory_format=torch.channels_last)
+        return result
+
+    def new_name(self, name: str) -> str | None:
+        """Name of a parameter, buffer or layer after the plan; None if it is gone."""
+        for removed in self.removed_layers:
+            if name == removed.name or name.startswith(f"{removed.name}."):
+                leaf = name[len(removed.name) + 1 :]
+                stays = removed.remnant == "constant" or (removed.remnant == "bias" and leaf in ("", "bias"))
+                return name if stays else None
+        for layer in {gate.name for gate in self.gates}:
+            if name == layer or name.startswith(f"{layer}."):
+                return f"{layer}.layer{name[len(layer) :]}"
+        return name
+
+    def to_json(self) -> dict[str, Any]:
+        """Plain lists, numbers and strings for `json.dumps`."""
+        return {"version": FORMAT_VERSION, **json.loads(json.dumps(dataclasses.asdict(self)))}
+
+    @classmethod
+    def from_json(cls, document: Mapping[str, Any]) -> SurgeryPlan:
+        """Inverse of `to_json`.
+
+        Raises:
+            UserError: the document is not a plan, or of a newer version.
+        """
+        try:
+            version = document["version"]
+            if version > FORMAT_VERSION:
+                raise UserError(f"the surgery plan has format version {version}: update clicktrain")
+            return cls(
+                tuple(Cut(c["name"], c["dim"], tuple(c["keep"]), c["size"]) for c in document["cuts"]),
+                tuple(RemovedLayer(**removed) for removed in document["removed_layers"]),
+                tuple(Gate(g["name"], g["kind"], tuple(g["channels"]), g["size"]) for g in document["gates"]),
+                tuple(
+                    LayerChange(row["name"], _pair(row["inputs"]), _pair(row["outputs"]), row["stays"])
+                    for row in document["layers"]
+                ),
+            )
+        except (KeyError, TypeError, AttributeError) as error:
+            raise UserError(f"this is not a surgery plan: {type(error).__name__} {error}") from None
+
+    def table(self) -> str:
+        """Layer, channels in and out before and after, and why a layer stays as it is."""
+        gone = {removed.name for removed in self.removed_layers}
+        rows = [("layer", "inputs", "outputs", "")]
+        for layer in self.layers:
+            note = "removed" if layer.name in gone else layer.stays
+            rows.append((layer.name, _arrow(layer.inputs), _arrow(layer.outputs), note))
+        widths = [max(len(row[i]) for row in rows) for i in range(3)]
+        lines = ("  ".join(cell.ljust(w) for cell, w in zip(row, (*widths, 0), strict=True)) for row in rows)
+        return "\n".join(line.rstrip() for line in lines)
+
+
+def _arrow(pair: tuple[int, int]) -> str:
+    return str(pair[0]) if pair[0] == pair[1] else f"{pair[0]} -> {pair[1]}"
+
+
+def _pair(values: Any) -> tuple[int, int]:
+    first, second = values
+    return int(first), int(second)

@@ -1,0 +1,174 @@
+"""Making plans: from weights that have become zero (PruneTrain), or from a ranking of channels (PaT)."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any, Literal
+
+import torch
+from torch import Tensor, nn
+
+from clicktrain.errors import UserError
+from clicktrain.surgery.channel_gating import gate_branches
+from clicktrain.surgery.channel_union import cuts, dead_channels, keep_masks, resize_selections
+from clicktrain.surgery.groups import Dependencies, dependencies
+from clicktrain.surgery.layer_removal import remnants, removable_branches
+from clicktrain.surgery.operations import operation
+from clicktrain.surgery.plan import Cut, Gate, LayerChange, RemovedLayer, SurgeryPlan
+from clicktrain.surgery.values import Values
+
+Scheme = Literal["union", "gating"]
+
+
+def plan_from_zeros(
+    model: nn.Module,
+    example: Tensor | tuple[Any, ...],
+    threshold: float = 1e-4,
+    scheme: Scheme = "union",
+    round_to: int = 1,
+) -> SurgeryPlan:
+    """What PruneTrain's reconfiguration removes (4.1, 4.2): zeroed channels, and zeroed layers of branches.
+
+    The model is not changed. Weights under the threshold are taken for zero only where nothing can make them
+    large again; a batch norm can (it divides by their standard deviation), so set groups under the threshold
+    to zero first, as the paper does.
+
+    Args:
+        model: any module that torch.fx can trace.
+        example: its arguments, a batch of at least one input.
+        threshold: largest absolute weight of a channel that counts as zero.
+        scheme: ``union`` or ``gating``, see the modules of these names.
+        round_to: widths become multiples of it, by keeping the largest of the dead channels.
+
+    Raises:
+        UserError: the model has no graph, or an argument is out of range.
+    """
+    if scheme not in ("union", "gating"):
+        raise UserError(f"the scheme must be 'union' or 'gating', got {scheme!r}")
+    if not threshold >= 0:
+        raise UserError(f"the threshold must be at least 0, got {threshold}")
+    _check_round_to(round_to)
+    found = dependencies(model, example)
+    values = Values(found, threshold)
+    branches = removable_branches(found.graph, values, threshold)
+    removed = [branch for branch, reason in branches.items() if reason is None]
+    layers = tuple(r for branch in removed for r in remnants(found.graph, branch, values, threshold))
+    gone = {node for branch in removed for node in branch.nodes}
+    may_go, reasons = dead_channels(found, values, threshold, gone)
+    stays = {str(branch.last.target): reason for branch, reason in branches.items() if reason is not None}
+    masks = keep_masks(model, found.groups, may_go, round_to)
+    made = cuts(found.groups, masks, _gone_names(model, layers))
+    gates: tuple[Gate, ...] = ()
+    if scheme == "gating":
+        made, gates = gate_branches(found, values, threshold, masks, made, removed, round_to)
+    return _plan(found, masks, made, layers, gates, reasons, stays)
+
+
+def plan_from_keep(
+    model: nn.Module, example: Tensor | tuple[Any, ...], keep: Mapping[str, Tensor], round_to: int = 1
+) -> SurgeryPlan:
+    """What a ranking of channels removes, whatever the weights are.
+
+    Args:
+        model: any module that torch.fx can trace.
+        example: its arguments, a batch of at least one input.
+        keep: by name of a group (see `groups.ChannelGroup.name`) or of a layer (its output channels), a bool
+            mask [channels], True = stays. Where masks of several layers meet in one group, a channel stays
+            if one of them keeps it (channel union).
+        round_to: widths become multiples of it, by keeping channels with the largest weights.
+
+    Raises:
+        UserError: no such layer, a mask of another size or without a True, or channels that cannot go.
+    """
+    _check_round_to(round_to)
+    found = dependencies(model, example)
+    asked = [torch.zeros(group.size, dtype=torch.bool) for group in found.groups]
+    kept = [torch.zeros(group.size, dtype=torch.bool) for group in found.groups]
+    for name, mask in keep.items():
+        places = _places(found, name)
+        if mask.dtype != torch.bool or tuple(mask.shape) != (len(places),):
+            raise UserError(f"{name} has {len(places)} channels: its mask must be bool of that length")
+        if not mask.any():
+            raise UserError(f"the mask of {name} keeps no channel: keep at least one")
+        for (number, channel), stays in zip(places, mask.tolist(), strict=True):
+            asked[number][channel] = True
+            kept[number][channel] |= stays
+    may_go = [a & ~k for a, k in zip(asked, kept, strict=True)]
+    for group, dead in zip(found.groups, may_go, strict=True):
+        if group.fixed is not None and dead.any():
+            raise UserError(f"channels of {group.name} cannot be removed: {group.fixed}")
+    masks = keep_masks(model, found.groups, may_go, round_to)
+    return _plan(found, masks, cuts(found.groups, masks), (), (), [g.fixed or "" for g in found.groups], {})
+
+
+def _check_round_to(round_to: int) -> None:
+    if round_to < 1:
+        raise UserError(f"round_to must be at least 1, got {round_to}")
+
+
+def _places(found: Dependencies, name: str) -> list[tuple[int, int]]:
+    """(group, channel) of every channel of a group, or of a layer's outputs."""
+    for number, group in enumerate(found.groups):
+        if group.name == name:
+            return [(number, channel) for channel in range(group.size)]
+    module: Any = dict(found.graph.model.named_modules(remove_duplicate=False)).get(name)
+    weight: Any = getattr(module, "weight", None)
+    dim = 1 if "Transpose" in type(module).__name__ else 0
+    atoms = found.flow.atoms
+    if not isinstance(weight, Tensor) or not atoms.knows(weight, dim):
+        raise UserError(f"there is no layer or group of channels called {name!r}")
+    return [place for atom in atoms.of(weight, dim) if (place := found.place(atom)) is not None]
+
+
+def _gone_names(model: nn.Module, layers: tuple[RemovedLayer, ...]) -> set[str]:
+    plan = SurgeryPlan(removed_layers=layers)
+    names = (*dict(model.named_parameters()), *dict(model.named_buffers()))
+    return {name for name in names if plan.new_name(name) is None}
+
+
+def _plan(
+    found: Dependencies,
+    masks: list[Tensor],
+    made: dict[tuple[str, int], Cut],
+    removed: tuple[RemovedLayer, ...],
+    gates: tuple[Gate, ...],
+    reasons: list[str],
+    stays: Mapping[str, str],
+) -> SurgeryPlan:
+    resized = tuple(
+        Gate(name, "select" if kind == "select" else "scatter", channels, size)
+        for name, (kind, channels, size) in resize_selections(found, masks).items()
+    )
+    rows, seen = [], set()
+    for node in found.graph.nodes:
+        name, word = str(node.target), operation(found.graph, node)
+        if word in ("conv", "conv_transpose", "linear") and name not in seen:
+            seen.add(name)
+            rows.append(_row(found, name, word, made, reasons, stays))
+    return SurgeryPlan(tuple(made.values()), removed, (*resized, *gates), tuple(rows))
+
+
+def _row(
+    found: Dependencies,
+    name: str,
+    word: str,
+    made: Mapping[tuple[str, int], Cut],
+    reasons: list[str],
+    stays: Mapping[str, str],
+) -> LayerChange:
+    module: Any = found.graph.module(next(n for n in found.graph.nodes if str(n.target) == name))
+    weight, outputs = module.weight, 1 if word == "conv_transpose" else 0
+    path = found.flow.atoms.name(weight)
+    sizes = []
+    for dim in (1 - outputs, outputs):
+        cut = made.get((path, dim))
+        sizes.append((weight.shape[dim], len(cut.keep) if cut else weight.shape[dim]))
+    if getattr(module, "groups", 1) > 1:
+        grouped, whole = sizes[1 - outputs], sizes[outputs]
+        groups = (module.groups, module.groups * whole[1] // whole[0] if grouped[0] == 1 else module.groups)
+        sizes[0] = (grouped[0] * groups[0], grouped[1] * groups[1])
+    note = stays.get(name, "")
+    if not note:
+        places = [p for atom in found.flow.atoms.of(weight, outputs) if (p := found.place(atom))]
+        note = next((reasons[group] for group, _ in places if reasons[group]), "")
+    return LayerChange(name, sizes[0], sizes[1], note)

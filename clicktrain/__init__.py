@@ -19,13 +19,14 @@ if TYPE_CHECKING:
     from clicktrain.compiler import accelerate
     from clicktrain.errors import UserError
     from clicktrain.kernels.pack_model import pack, unpack
-    from clicktrain.methods import METHODS, ClickTrain, Dense, Method, Pruner
+    from clicktrain.methods import METHODS, Campfire, ClickTrain, Dense, Method, Pruner
     from clicktrain.models import create_model
 
 __version__ = "0.1.0"
 
 __all__ = [
     "METHODS",
+    "Campfire",
     "ClickTrain",
     "Dense",
     "Method",
@@ -42,6 +43,7 @@ __all__ = [
 
 _HOME = {
     "METHODS": "clicktrain.methods",
+    "Campfire": "clicktrain.methods",
     "ClickTrain": "clicktrain.methods",
     "Dense": "clicktrain.methods",
     "Method": "clicktrain.methods",

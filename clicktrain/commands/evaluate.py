@@ -1,11 +1,11 @@
-"""``clicktrain evaluate RUN``: accuracy and loss of a finished run, on its own data or other data."""
+"""``clicktrain evaluate RUN``: accuracy and loss of a finished run, on its own or other data, or attacked."""
 
 from __future__ import annotations
 
 import json
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import replace
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, Literal
 
 from clicktrain.commands.arguments import Command, Option, Positional
 from clicktrain.errors import UserError
@@ -13,10 +13,11 @@ from clicktrain.errors import UserError
 if TYPE_CHECKING:
     from clicktrain.data import ImageData
     from clicktrain.train import LoadedRun, RunConfig
+    from clicktrain.train.robustness import Attack
 
 _COMMAND = Command(
     name="evaluate",
-    description="Accuracy and loss of a finished run on the validation images.",
+    description="Accuracy and loss of a finished run on the validation images, and under attack if asked.",
     positional=Positional("run", "Folder of the run."),
     groups={
         "this command": (
@@ -33,7 +34,19 @@ _COMMAND = Command(
                 "device", str | None, "auto, cpu, cuda or mps; as in training by default.", metavar="NAME"
             ),
             Option("json", bool, "Print one JSON object.", False),
-        )
+        ),
+        "adversarial attack": (
+            Option(
+                "attack", Literal["fgsm", "pgd"] | None, "Attack the images with the network's gradients."
+            ),
+            Option(
+                "epsilon",
+                tuple[float, ...] | None,
+                "Largest change of a pixel, pixels being 0 to 1; one accuracy each. 0.05 to 0.3 by default.",
+                metavar="X [X ...]",
+            ),
+            Option("steps", int | None, "Gradient steps of pgd; 10 by default.", metavar="N"),
+        ),
     },
 )
 
@@ -46,7 +59,12 @@ def run(argv: Sequence[str]) -> int:
     loaded = load_run(given["run"])
     names = [name for name in ("data", "batch_size", "device") if given.get(name) is not None]
     config = replace(loaded.config, **{name: given[name] for name in names})
-    result = _evaluate(loaded, config)
+    attacks = _attacks(given, config.seed)
+    result = _evaluate(loaded, config, attacks)
+    if attacks and config.data == loaded.config.data:
+        from clicktrain.train.robustness import save_robustness
+
+        save_robustness(loaded.folder.path, attacks, [row["accuracy"] for row in result["robustness"]])
     if given.get("json"):
         print(json.dumps(result, indent=2))
         return 0
@@ -55,10 +73,28 @@ def run(argv: Sequence[str]) -> int:
         f"{result['run']}: accuracy {result['val_accuracy']:.2f}%{top5}, loss {result['val_loss']:.4f} "
         f"on {result['images']} images of {result['data']}"
     )
+    for row in result.get("robustness", ()):
+        print(f"under {result['attack']}, epsilon {row['epsilon']:g}: accuracy {row['accuracy']:.2f}%")
     return 0
 
 
-def _evaluate(loaded: LoadedRun, config: RunConfig) -> dict[str, Any]:
+def _attacks(given: Mapping[str, Any], seed: int) -> list[Attack]:
+    """The attacks that are asked for; UserError for flags that do not fit together."""
+    from clicktrain.train.robustness import PAPER_EPSILONS, Attack
+
+    name, steps = given.get("attack"), given.get("steps")
+    if name is None:
+        for flag in ("epsilon", "steps"):
+            if given.get(flag) is not None:
+                raise UserError(f"--{flag} belongs to an attack: add --attack fgsm or --attack pgd")
+        return []
+    if steps is not None and name != "pgd":
+        raise UserError(f"--steps belongs to --attack pgd: {name} takes one step")
+    epsilons = given.get("epsilon") or PAPER_EPSILONS
+    return [Attack(name, epsilon, 10 if steps is None else steps, seed) for epsilon in epsilons]
+
+
+def _evaluate(loaded: LoadedRun, config: RunConfig, attacks: Sequence[Attack]) -> dict[str, Any]:
     from clicktrain.train import evaluate
     from clicktrain.train.device import resolve_device, set_up
     from clicktrain.train.prepare import make_val_loader, open_run_data
@@ -69,14 +105,10 @@ def _evaluate(loaded: LoadedRun, config: RunConfig) -> dict[str, Any]:
         _, height, width = loaded.image_shape
         config = replace(config, image_size=height if height == width else None)
     data = _fitting(loaded, open_run_data(config), config.data)
-    result = evaluate(
-        loaded.model.to(device),
-        make_val_loader(config, data, device),
-        device=device,
-        precision=config.precision,
-    )
+    model, loader = loaded.model.to(device), make_val_loader(config, data, device)
+    result = evaluate(model, loader, device=device, precision=config.precision)
     assert result is not None  # only a stop that is asked for gives none
-    return {
+    found = {
         "run": str(loaded.folder.path),
         "data": config.data,
         "images": result.images,
@@ -85,6 +117,18 @@ def _evaluate(loaded: LoadedRun, config: RunConfig) -> dict[str, Any]:
         "val_loss": result.loss,
         "compression_ratio": loaded.summary["compression_ratio"],
     }
+    if attacks:
+        from clicktrain.train.robustness import attacked_accuracy
+
+        accuracies = attacked_accuracy(
+            model, loader, attacks, mean=data.mean, std=data.std, device=device, precision=config.precision
+        )
+        found["attack"] = attacks[0].name
+        found["robustness"] = [
+            {"epsilon": attack.epsilon, "accuracy": accuracy}
+            for attack, accuracy in zip(attacks, accuracies, strict=True)
+        ]
+    return found
 
 
 def _fitting(loaded: LoadedRun, data: ImageData, spec: str) -> ImageData:

@@ -60,8 +60,10 @@ def describe(loaded: LoadedRun) -> dict[str, Any]:
     for row in summary["layers"]:
         mask = loaded.masks.get(row["name"])
         f, c = (*row["shape"], 1)[:2]
-        counts = {} if mask is None else pattern_counts(mask)
-        kept = f * c if mask is None else int(mask.flatten(2).any(dim=2).sum())
+        if mask is None or mask.dim() != 4:  # dense, or fully connected: weights without kernels
+            counts, kept = {}, f * c
+        else:
+            counts, kept = pattern_counts(mask), int(mask.flatten(2).any(dim=2).sum())
         layers.append({**row, "kernels": f * c, "kernels_kept": kept, "pattern_counts": counts})
     keys = (
         "method", "model", "data", "epochs", "val_accuracy", "best_val_accuracy", "compression_asked",

@@ -25,5 +25,11 @@ def short(number: float, space: str = "") -> str:
 def asked_and_reached(summary: Mapping[str, Any]) -> str:
     """The compression of a run beside what was asked for."""
     asked = summary.get("compression_asked")
-    wish = "no compression asked" if asked is None else f"compression asked {asked:g}x"
+    sparsity = summary.get("sparsity_asked")
+    if asked is not None:
+        wish = f"compression asked {asked:g}x"
+    elif sparsity is not None:
+        wish = f"sparsity asked {100 * sparsity:g}% ({1 / (1 - sparsity):.3g}x)"
+    else:
+        wish = "no compression asked"
     return f"{wish}, reached {summary['compression_ratio']:.2f}x"

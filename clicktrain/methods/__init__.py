@@ -5,10 +5,11 @@ from __future__ import annotations
 from typing import Any
 
 from clicktrain.methods.base import Method, PruningPlan
+from clicktrain.methods.campfire import Campfire
 from clicktrain.methods.clicktrain import ClickTrain
 from clicktrain.methods.dense import Dense
 from clicktrain.methods.pruner import Pruner
 
-METHODS: dict[str, type[Method[Any]]] = {"dense": Dense, "clicktrain": ClickTrain}
+METHODS: dict[str, type[Method[Any]]] = {"dense": Dense, "clicktrain": ClickTrain, "campfire": Campfire}
 
-__all__ = ["METHODS", "ClickTrain", "Dense", "Method", "Pruner", "PruningPlan"]
+__all__ = ["METHODS", "Campfire", "ClickTrain", "Dense", "Method", "Pruner", "PruningPlan"]

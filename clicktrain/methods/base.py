@@ -70,13 +70,22 @@ class Record(NamedTuple):
     event: Event
 
 
-class FreezeMasks(NamedTuple):
-    """Hard prune: from now on these positions are the only ones that live. Masks are bool [F, C, R, S]."""
+class ApplyMasks(NamedTuple):
+    """Write zeros that later steps may change again. Masks are bool, of their weight's shape."""
 
     masks: Mapping[str, Tensor]
 
 
-Action: TypeAlias = Record | FreezeMasks
+class FreezeMasks(NamedTuple):
+    """Hard prune: from now on these positions are the only ones that live.
+
+    Masks are bool [F, C, R, S], or [O, I] of fully connected layers.
+    """
+
+    masks: Mapping[str, Tensor]
+
+
+Action: TypeAlias = Record | ApplyMasks | FreezeMasks
 
 
 @dataclass(frozen=True, slots=True)

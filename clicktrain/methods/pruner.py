@@ -13,9 +13,19 @@ from torch.optim import Optimizer
 
 from clicktrain.errors import UserError
 from clicktrain.kernels.pack_model import pack_model_, pack_refusals, unpack_model_
-from clicktrain.methods.base import Action, Event, FreezeMasks, Method, PruningPlan, Record, RunLength, Step
-from clicktrain.methods.survey import ConvLayer
-from clicktrain.sparsity.masks import hard_prune_, mask_optimizer_state_
+from clicktrain.methods.base import (
+    Action,
+    ApplyMasks,
+    Event,
+    FreezeMasks,
+    Method,
+    PruningPlan,
+    Record,
+    RunLength,
+    Step,
+)
+from clicktrain.methods.survey import ConvLayer, LinearLayer
+from clicktrain.sparsity.masks import conv_masks, hard_prune_, mask_optimizer_state_
 
 
 class Pruner:
@@ -106,7 +116,7 @@ class Pruner:
         if self.packed and not packed:
             unpack_model_(self.model, [self.optimizer])
         elif packed and not self.packed and self.masks:
-            pack_model_(self.model, self.masks, [self.optimizer])
+            pack_model_(self.model, conv_masks(self.masks), [self.optimizer])
         self.packed = packed and self.frozen
         if not self.packed:
             self._find_again()
@@ -127,10 +137,8 @@ class Pruner:
 
     @property
     def nonzero_conv_weights(self) -> int:
-        """Convolution weights that live; all of them before the hard prune."""
-        if not self.frozen:
-            return self._conv_weights
-        dead = sum(mask.numel() - int(mask.sum()) for mask in self.masks.values())
+        """Convolution weights that live now; all of them before anything is masked."""
+        dead = sum(mask.numel() - int(mask.sum()) for mask in conv_masks(self.masks).values())
         return self._conv_weights - dead
 
     @property
@@ -149,12 +157,9 @@ class Pruner:
         Raises:
             AssertionError: names the layer.
         """
-        if self.packed or not self.frozen:
-            return  # packed layers have no pruned positions
-        for layer in self._found.layers:
-            mask = self.masks.get(layer.name)
-            if mask is None:
-                continue
+        if not self.frozen:
+            return
+        for layer, mask in self._masked():
             held = [v for v in self.optimizer.state.get(layer.weight, {}).values() if isinstance(v, Tensor)]
             for tensor in [layer.weight.detach(), *(v for v in held if v.shape == mask.shape)]:
                 if bool((tensor != 0).logical_and_(~mask).any()):
@@ -185,7 +190,7 @@ class Pruner:
             raise UserError(f"this state was saved by method {saved['method']!r}, not {self.method.name!r}")
         self._state = self.method.load_state(self._found, self.length, saved["state"])
         self._seen = saved["seen"]
-        device = next((layer.weight.device for layer in self._found.layers), None)
+        device = next((layer.weight.device for layer in self._found.prunable), None)
         self._losses = [loss.to(device, copy=True) for loss in saved["losses"]]
         epoch_loss = saved["epoch_loss"]
         self._epoch_loss = None if epoch_loss is None else epoch_loss.to(device, copy=True)
@@ -193,12 +198,12 @@ class Pruner:
         self.events = list(saved["events"])
         self.frozen = saved["frozen"]
         self.masks = {layer.name: saved["masks"][layer.name].to(layer.weight.device)
-                      for layer in self._found.layers if layer.name in saved["masks"]}  # fmt: skip
+                      for layer in self._found.prunable if layer.name in saved["masks"]}  # fmt: skip
         if self.frozen:
             self._plan = self.method.plan(self._found, self.length, self._state)
             self.packed = bool(saved["packed"])  # go on in the form that was saved
         if saved["packed"]:
-            pack_model_(self.model, self.masks, [self.optimizer])
+            pack_model_(self.model, conv_masks(self.masks), [self.optimizer])
 
     def _check_packable(self) -> None:
         """Refuse now what could not be packed at the hard prune, hours later."""
@@ -263,21 +268,19 @@ class Pruner:
             found.append(ConvLayer(layer.name, module))
         self._found = replace(self._found, layers=tuple(found))
 
+    def _masked(self) -> list[tuple[ConvLayer | LinearLayer, Tensor]]:
+        """Dense layers with their masks; packed convolutions have no pruned positions."""
+        layers = self._found.linears if self.packed and self.frozen else self._found.prunable
+        return [(layer, self.masks[layer.name]) for layer in layers if layer.name in self.masks]
+
     def _mask_gradients(self) -> None:
-        if self.packed:
-            return
-        for layer in self._found.layers:
-            mask, grad = self.masks.get(layer.name), layer.weight.grad
-            if mask is not None and grad is not None:
-                grad.masked_fill_(~mask, 0.0)
+        for layer, mask in self._masked():
+            if layer.weight.grad is not None:
+                layer.weight.grad.masked_fill_(~mask, 0.0)
 
     def _mask_weights(self) -> None:
-        if self.packed:
-            return
-        for layer in self._found.layers:
-            mask = self.masks.get(layer.name)
-            if mask is not None:
-                hard_prune_(layer.weight, mask)
+        for layer, mask in self._masked():
+            hard_prune_(layer.weight, mask)
 
     def _close_epoch(self) -> None:
         """Note the mean loss once an epoch's batches are all seen."""
@@ -297,17 +300,18 @@ class Pruner:
         match action:
             case Record(event):
                 self._record(event)
+            case ApplyMasks(masks):
+                self.masks = dict(masks)
+                self._mask_weights()
             case FreezeMasks(masks):
                 self.masks = dict(masks)
-                for layer in self._found.layers:
-                    mask = self.masks.get(layer.name)
-                    if mask is not None:
-                        hard_prune_(layer.weight, mask)
-                        mask_optimizer_state_(self.optimizer, layer.weight, mask)
+                self._mask_weights()
+                for layer, mask in self._masked():
+                    mask_optimizer_state_(self.optimizer, layer.weight, mask)
                 self.frozen = True
                 self._plan = self.method.plan(self._found, self.length, self._state)
                 if self.packed:
-                    pack_model_(self.model, self.masks, [self.optimizer])
+                    pack_model_(self.model, conv_masks(self.masks), [self.optimizer])
 
     def _record(self, event: Event) -> None:
         full = {

@@ -1,4 +1,4 @@
-"""Which convolutions of a network can be pruned, and why the others are left alone."""
+"""Which layers of a network can be pruned, and why the others are left alone."""
 
 from __future__ import annotations
 
@@ -12,6 +12,7 @@ from torch.nn.parameter import UninitializedParameter
 from torch.nn.utils import parametrize
 
 from clicktrain.errors import UserError
+from clicktrain.methods.linear_inputs import conv_sources
 from clicktrain.sparsity.patterns import MAX_POSITIONS
 
 
@@ -35,10 +36,35 @@ class ConvLayer:
 
 
 @dataclass(frozen=True, slots=True, eq=False)
+class LinearLayer:
+    """A fully connected layer that may be pruned.
+
+    ``source`` is the prunable convolution whose filters are its inputs, channel after channel, if that is
+    known.
+    """
+
+    name: str
+    module: nn.Linear
+    source: str | None = None
+
+    @property
+    def weight(self) -> Tensor:
+        """[O, I]."""
+        return self.module.weight
+
+    @property
+    def shape(self) -> tuple[int, int]:
+        """(O, I)."""
+        o, i = self.module.weight.shape
+        return o, i
+
+
+@dataclass(frozen=True, slots=True, eq=False)
 class Survey:
     """What a method may touch.
 
-    ``layers`` can be pruned; ``left_alone`` maps the other weighted modules to (shape, reason).
+    ``layers`` are the convolutions that can be pruned, ``linears`` the fully connected layers, for methods
+    that ask for them; ``left_alone`` maps the other weighted modules to (shape, reason).
     ``order`` has all names as the network lists them.
     ``other_conv_weights`` counts the convolution weights outside ``layers``; they stay dense and count in
     the compression ratio, which is over all convolution weights (ClickTrain section 6.2).
@@ -48,6 +74,12 @@ class Survey:
     left_alone: dict[str, tuple[tuple[int, ...], str]] = field(default_factory=dict)
     other_conv_weights: int = 0
     order: tuple[str, ...] = ()
+    linears: tuple[LinearLayer, ...] = ()
+
+    @property
+    def prunable(self) -> tuple[ConvLayer | LinearLayer, ...]:
+        """Everything that can be pruned."""
+        return (*self.layers, *self.linears)
 
     @property
     def conv_weights(self) -> int:
@@ -70,6 +102,7 @@ def survey(
     *,
     exclude: Sequence[str] = (),
     include: Sequence[str] = (),
+    linear: bool = False,
 ) -> Survey:
     """Look at every weighted module of a network; nothing that is unknown is touched.
 
@@ -81,68 +114,91 @@ def survey(
         trained: the optimizer's parameters; layers that it does not train are left alone.
         exclude: module paths (shell-style) to leave alone.
         include: module paths (shell-style) to prune although the defaults would leave them alone.
+        linear: whether fully connected layers may be pruned too.
 
     Raises:
-        UserError: an entry of ``exclude`` or ``include`` matches no convolution.
+        UserError: an entry of ``exclude`` or ``include`` matches no layer of those kinds.
     """
     trained_ids = None if trained is None else {id(p) for p in trained}
     named = [(name, m) for name, m in model.named_modules() if isinstance(m, (_ConvNd, nn.Linear))]
     convs = [name for name, m in named if isinstance(m, _ConvNd)]
+    known, kind = (convs, "convolution") if not linear else ([name for name, _ in named], "layer")
     for glob in (*exclude, *include):
-        if not any(fnmatchcase(name, glob) for name in convs):
-            raise UserError(f"no convolution is called {glob!r}; the convolutions are {_some(convs)}")
+        if not any(fnmatchcase(name, glob) for name in known):
+            raise UserError(f"no {kind} is called {glob!r}; the {kind}s are {_some(known)}")
     uses: dict[int, int] = {}
     for _, module in model.named_modules(remove_duplicate=False):
         weight = module._parameters.get("weight")
         if weight is not None:
             uses[id(weight)] = uses.get(id(weight), 0) + 1
     layers: list[ConvLayer] = []
+    linears: list[tuple[str, nn.Linear]] = []
     left: dict[str, tuple[tuple[int, ...], str]] = {}
     other = 0
     counted: set[int] = set()
     for name, module in named:
-        reason = _reason(module, uses, trained_ids)
+        reason = _reason(module, uses, trained_ids, linear)
         if reason is None and matches(name, exclude):
             reason = "excluded"
         if reason is None and not matches(name, include):
-            if name == convs[0]:
+            if name in convs[:1]:
                 reason = "first convolution: it reads the image"
             elif isinstance(module, nn.Conv2d) and module.groups == module.in_channels and module.groups > 1:
                 reason = "depthwise: one kernel per filter"
         if reason is None and isinstance(module, nn.Conv2d):
             layers.append(ConvLayer(name, module))
             continue
-        known = not isinstance(module.weight, UninitializedParameter)
-        left[name] = (tuple(module.weight.shape) if known else (), reason or "")
-        if known and isinstance(module, _ConvNd):
+        if reason is None and isinstance(module, nn.Linear):
+            linears.append((name, module))
+            continue
+        sized = not isinstance(module.weight, UninitializedParameter)
+        left[name] = (tuple(module.weight.shape) if sized else (), reason or "")
+        if sized and isinstance(module, _ConvNd):
             own = module._parameters.get("weight")  # None: computed anew at each access
             if own is None or id(own) not in counted:
                 other += module.weight.numel()
             counted.add(id(own))  # a shared weight counts once
-    return Survey(tuple(layers), left, other, tuple(name for name, _ in named))
+    prunable = {layer.name for layer in layers}
+    sources = (
+        {name: conv for name, conv in conv_sources(model).items() if conv in prunable} if linears else {}
+    )
+    return Survey(
+        tuple(layers),
+        left,
+        other,
+        tuple(name for name, _ in named),
+        tuple(LinearLayer(name, module, sources.get(name)) for name, module in linears),
+    )
 
 
-def _reason(module: _ConvNd | nn.Linear, uses: dict[int, int], trained_ids: set[int] | None) -> str | None:
+def _reason(
+    module: _ConvNd | nn.Linear, uses: dict[int, int], trained_ids: set[int] | None, linear: bool
+) -> str | None:
     """Why a module cannot be pruned whatever the settings, or None."""
     weight = module._parameters.get("weight")
     if parametrize.is_parametrized(module, "weight") or weight is None:
         return "its weight is computed by a parametrization"
     if isinstance(weight, UninitializedParameter):
         return "lazy: run one batch through the network before attaching"
+    name = type(module).__name__
     if isinstance(module, nn.Linear):
-        return "linear: this method prunes convolutions"
-    if not isinstance(module, nn.Conv2d):
-        return f"{type(module).__name__}: only Conv2d is pruned"
-    kind = type(module)
-    if (kind.forward, kind._conv_forward) != (nn.Conv2d.forward, nn.Conv2d._conv_forward):
-        return f"{kind.__name__}: a convolution with a forward of its own may not use its weight as it is"
+        if not linear:
+            return "linear: this method prunes convolutions"
+        own_forward = type(module).forward is not nn.Linear.forward
+    elif isinstance(module, nn.Conv2d):
+        kind = type(module)
+        own_forward = (kind.forward, kind._conv_forward) != (nn.Conv2d.forward, nn.Conv2d._conv_forward)
+    else:
+        return f"{name}: only Conv2d is pruned"
+    if own_forward:
+        return f"{name}: a layer with a forward of its own may not use its weight as it is"
     if not weight.is_floating_point() or not weight.requires_grad:
         return "its weight is not trained (requires_grad is False)"
     if uses.get(id(weight), 0) > 1:
         return "its weight is shared with another layer"
     if trained_ids is not None and id(weight) not in trained_ids:
         return "its weight is not in the optimizer"
-    if weight.shape[2] * weight.shape[3] > MAX_POSITIONS:
+    if weight.dim() == 4 and weight.shape[2] * weight.shape[3] > MAX_POSITIONS:
         return f"its kernels have more than {MAX_POSITIONS} positions"
     return None
 

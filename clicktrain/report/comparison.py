@@ -8,6 +8,7 @@ from dataclasses import dataclass
 from clicktrain.report import wording
 from clicktrain.report.charts import Point, Series, lane_chart, line_chart, trade_off_chart
 from clicktrain.report.figure import Figure, Key
+from clicktrain.report.robustness import robustness_figures
 from clicktrain.report.run_data import Run, number
 from clicktrain.report.stages import stage_bands
 
@@ -136,6 +137,7 @@ def comparison_figures(found: Sequence[Entry]) -> list[Figure]:
         )
         figures.append(Figure("Sparsity, %", drawn, caption, keys))
     figures += _cost_so_far(found, last, keys)
+    figures += robustness_figures([(e.run, e.css) for e in found])
     curve("Time per epoch, s", "Training time, evaluation and checkpoints left out.", "seconds", zero=True)
     lanes = [(e.run.label, e.css, stage_bands(e.run)) for e in found]
     if any(len(bands) > 1 for _, _, bands in lanes):

@@ -8,6 +8,7 @@ from clicktrain.report import wording
 from clicktrain.report.charts import Bars, Series, bar_chart, line_chart
 from clicktrain.report.comparison import sparsity_steps
 from clicktrain.report.figure import Figure, Key
+from clicktrain.report.robustness import robustness_figures
 from clicktrain.report.run_data import Run, number
 from clicktrain.report.stages import StageBand, stage_bands
 
@@ -27,6 +28,7 @@ def run_figures(run: Run) -> list[Figure]:
         _flops(run, bands),
         _time(run, bands),
         _learning_rate(run, bands),
+        *robustness_figures([(run, _VAL)]),
     ]
     return [figure for figure in figures if figure is not None]
 

@@ -188,6 +188,22 @@ class Run:
         found = (self.summary or {}).get("layers")
         return tuple(layer for layer in found or () if isinstance(layer, Mapping))
 
+    @cached_property
+    def robustness(self) -> dict[str, list[tuple[float, float]]]:
+        """Attack -> (epsilon, accuracy in percent), rising, as far as the run was attacked."""
+        path = self.folder / "robustness.json"
+        if not path.is_file():
+            return {}
+        try:
+            found = json.loads(path.read_text(encoding="utf-8"))["attacks"]
+            curves = {
+                str(name): sorted((float(row["epsilon"]), float(row["accuracy"])) for row in rows)
+                for name, rows in found.items()
+            }
+        except (ValueError, KeyError, TypeError, AttributeError):
+            raise UserError(f"{path} is damaged: make it again with 'clicktrain evaluate'") from None
+        return {name: points for name, points in curves.items() if points}
+
     # ---- weights ----------------------------------------------------------------------------
 
     @cached_property

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
+
 import torch
 from torch import Tensor
 from torch.optim import Optimizer
@@ -20,6 +22,11 @@ def mask_optimizer_state_(optimizer: Optimizer, parameter: Tensor, mask: Tensor)
     for value in optimizer.state.get(parameter, {}).values():
         if isinstance(value, Tensor) and value.shape == parameter.shape:
             value.masked_fill_(~mask, 0.0)
+
+
+def conv_masks(masks: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    """Those of convolutions, [F, C, R, S]: the layers that can be packed."""
+    return {name: mask for name, mask in masks.items() if mask.dim() == 4}
 
 
 def energy_outside(weight: Tensor, mask: Tensor) -> tuple[float, float]:

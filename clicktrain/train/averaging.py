@@ -10,6 +10,7 @@ from torch import Tensor, nn
 from torch.optim.swa_utils import AveragedModel
 
 from clicktrain.kernels.pack_model import pack_model_
+from clicktrain.sparsity.masks import conv_masks
 
 _Tensors: TypeAlias = tuple[Tensor, ...] | list[Tensor]
 
@@ -43,7 +44,7 @@ def freeze_average_(average: AveragedModel, masks: Mapping[str, Tensor], packed:
 
     Args:
         average: as made by `make_average`, still dense.
-        masks: layer name -> bool [F, C, R, S], True = kept.
+        masks: layer name -> bool [F, C, R, S] or [O, I], True = kept.
         packed: whether the model now trains packed values.
     """
     for name, mask in masks.items():
@@ -51,4 +52,4 @@ def freeze_average_(average: AveragedModel, masks: Mapping[str, Tensor], packed:
         assert isinstance(weight, Tensor)
         weight.masked_fill_(~mask.to(weight.device), 0.0)
     if packed and masks:
-        pack_model_(average.module, masks)
+        pack_model_(average.module, conv_masks(masks))

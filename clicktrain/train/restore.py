@@ -28,7 +28,7 @@ class LoadedRun:
         method: settings of the method.
         summary: what it reached, as in summary.json.
         model: plain module on the CPU in eval mode, zeros in place.
-        masks: pruned convolutions, layer name -> bool [F, C, R, S], True = kept.
+        masks: pruned layers, layer name -> bool [F, C, R, S] or [O, I], True = kept.
         facts: see `Prepared.facts`: model, stem, num_classes, image_shape, classes, mean, std ...
     """
 
@@ -72,5 +72,8 @@ def load_run(path: str | Path) -> LoadedRun:
     except RuntimeError as error:
         raise UserError(f"{folder.model} does not fit model {config.model}: {error}") from None
     packed, _ = read_packed(folder.packed)  # a kept weight may happen to be zero: masks are not its zeros
-    masks = {name.removesuffix(".weight"): weight.structure.mask() for name, weight in packed.items()}
+    masks = {
+        name.removesuffix(".weight"): weight.structure.mask().view(weights[name].shape)
+        for name, weight in packed.items()
+    }
     return LoadedRun(folder, config, method, summary, model.eval(), masks, facts)

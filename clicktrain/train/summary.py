@@ -28,7 +28,6 @@ def finish_run(run: LiveRun) -> dict[str, Any]:
     """
     p, course = run.prepared, run.course
     was_frozen = p.pruner.frozen
-    operator = "packed reference" if p.config.packed else "dense"
     operators = operator_names(run.folder)
     plain = p.pruner.finish()
     model = plain
@@ -47,7 +46,7 @@ def finish_run(run: LiveRun) -> dict[str, Any]:
     save_tree(run.folder.model, weights, metadata)
     save_packed(run.folder.packed, weights, {name: mask.cpu() for name, mask in masks.items()}, metadata)
     cost = count(model, torch.zeros(1, *p.data.image_shape, device=p.device), masks or None)
-    summary = _summary(run, cost, operator, operators)
+    summary = _summary(run, cost, operators)
     if run.scalars is not None:
         run.scalars.close()
     run.folder.write_summary(summary)
@@ -63,7 +62,7 @@ def _zero_outside(model: nn.Module, masks: Mapping[str, Tensor]) -> None:
         weight.masked_fill_(~mask.to(weight.device), 0.0)
 
 
-def _summary(run: LiveRun, cost: ModelCost, operator: str, operators: Mapping[str, str]) -> dict[str, Any]:
+def _summary(run: LiveRun, cost: ModelCost, operators: Mapping[str, str]) -> dict[str, Any]:
     p, course = run.prepared, run.course
     config, pruner = p.config, p.pruner
     hard_prune = next((event["epoch"] for event in pruner.events if event["event"] == "hard_prune"), None)
@@ -76,6 +75,7 @@ def _summary(run: LiveRun, cost: ModelCost, operator: str, operators: Mapping[st
         "seed": config.seed,
         "val_accuracy": course.val_accuracy,
         "best_val_accuracy": course.best_val_accuracy,
+        "sparsity_asked": getattr(p.method, "sparsity", None),
         "compression_asked": getattr(p.method, "compression", None),
         "compression_ratio": cost.compression_ratio,
         "train_flops": course.train_flops,
@@ -96,7 +96,7 @@ def _summary(run: LiveRun, cost: ModelCost, operator: str, operators: Mapping[st
             _layer(
                 layer,
                 pruner.masks.get(layer.name),
-                operators.get(layer.name, operator if layer.name in pruner.masks else "dense"),
+                operators.get(layer.name) or _operator(layer, pruner.masks.get(layer.name), p.config.packed),
             )
             for layer in cost.layers
         ],
@@ -110,6 +110,13 @@ def _step_ms(metrics: Sequence[Mapping[str, Any]]) -> dict[str, float]:
         if len(line["stages"]) == 1 and line["step_ms_median"] is not None:
             found.setdefault(next(iter(line["stages"])), []).append(line["step_ms_median"])
     return {stage: statistics.median(times) for stage, times in found.items()}
+
+
+def _operator(layer: LayerCost, mask: Tensor | None, packed: bool) -> str:
+    """What a layer ran on at the end of the run, where no compiler chose."""
+    if mask is None:
+        return "dense"
+    return "packed reference" if packed and len(layer.weight_shape) == 4 else "dense, masked"
 
 
 def _layer(layer: LayerCost, mask: Tensor | None, operator: str) -> dict[str, Any]:

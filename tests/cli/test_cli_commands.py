@@ -264,3 +264,57 @@ def test_report_compares_runs(
     assert outcome.code == 0, outcome.err
     assert "both.html" in outcome.out
     assert "<html" in (place / "both.html").read_text(encoding="utf-8").lower()
+
+
+# ---------------------------------------------------------------- robustness, Campfire
+
+
+def test_evaluate_under_attack(copy_of_finished: Callable[[], Path]) -> None:
+    folder = copy_of_finished()
+    found = json.loads(call("evaluate", folder, "--attack", "fgsm", "--epsilon", "0", "0.3", "--json").out)
+    assert found["attack"] == "fgsm"
+    assert [row["epsilon"] for row in found["robustness"]] == [0.0, 0.3]
+    clean, attacked = (row["accuracy"] for row in found["robustness"])
+    assert clean == pytest.approx(found["val_accuracy"])
+    assert attacked <= clean
+    outcome = call("evaluate", folder, "--attack", "pgd", "--steps", "2")
+    assert outcome.code == 0
+    assert outcome.out.count("under pgd, epsilon") == 6  # those of the paper's table
+    saved = json.loads((folder / "robustness.json").read_text())["attacks"]
+    assert saved["fgsm"] == found["robustness"]
+    assert [row["epsilon"] for row in saved["pgd"]] == [0.05, 0.1, 0.15, 0.2, 0.25, 0.3]
+    assert call("evaluate", folder, "--data", DATA.replace("val=33", "val=60"), "--attack", "fgsm").code == 0
+    assert json.loads((folder / "robustness.json").read_text())["attacks"] == saved  # other images: not kept
+    assert call("report", folder, "-o", folder / "report.html").code == 0
+    page = (folder / "report.html").read_text("utf-8")
+    assert page.count("Accuracy under FGSM, %") == 1
+    assert page.count("Accuracy under PGD, %") == 1
+    (folder / "robustness.json").write_text("[]")
+    outcome = call("report", folder, "-o", folder / "report.html")
+    assert "robustness.json is damaged: make it again with 'clicktrain evaluate'" in outcome.err
+    for flags, sentence in (
+        (("--epsilon", "0.1"), "--epsilon belongs to an attack: add --attack fgsm or --attack pgd"),
+        (("--attack", "fgsm", "--steps", "3"), "--steps belongs to --attack pgd: fgsm takes one step"),
+        (("--attack", "fgsm", "--epsilon", "8"), "epsilon is 8: must be between 0 and 1, as pixels are"),
+        (("--attack", "cw"), "attack is 'cw': use one of fgsm, pgd"),
+    ):
+        outcome = call("evaluate", folder, *flags)
+        assert outcome.code == 2
+        assert sentence in outcome.err
+
+
+def test_campfire_on_the_command_line(place: Path) -> None:
+    words = "--method campfire --granularity ck --sparsity 0.6 --epochs 3 --era 1 2 --operators reference"
+    flags = words.split()
+    outcome = call("train", *TINY, *flags, "--out", "run")
+    assert outcome.code == 0, outcome.err
+    assert (place / "run" / "report.html").is_file()
+    rows = {row["name"]: row for row in json.loads(call("inspect", "run", "--json").out)["layers"]}
+    assert rows["fc"]["density"] < 0.5
+    assert rows["fc"]["pattern_counts"] == {}
+    assert "layer1.0.conv1" in call("inspect", "run").out
+    assert call("train", *TINY, *flags, "--era", "2", "9", "--out", "late").err.startswith(
+        "clicktrain: error: the era ends at epoch 9 but the run has 3"
+    )
+    again = call("train", "--config", place / "run" / "config.yaml", "--dry-run")
+    assert "target sparsity 0.600" in again.out

@@ -1,0 +1,357 @@
+"""Campfire: masks by magnitude over a pruning era early in training, then fixed positions (sections 2, A).
+
+Stages: dense training; the era, in which the mask is evaluated anew after every step at the threshold of
+Eq. (1); fixed positions to the end. Inside the era a pruned weight is zero in every forward pass and gets
+its gradient, so that a step may bring it back among the large ones: this is Algorithm 2. Section 2 also says
+that a zero stays zero "for the rest of the training period"; ``regrow`` chooses.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+from typing import Any, ClassVar, Literal, get_args
+
+from torch import Tensor, nn
+
+from clicktrain.errors import UserError
+from clicktrain.formats.packed import bits_from_mask, mask_from_bits
+from clicktrain.methods.base import (
+    Action,
+    ApplyMasks,
+    FreezeMasks,
+    LayerPlan,
+    Method,
+    PruningPlan,
+    Record,
+    RunLength,
+    Step,
+    plan_rows,
+)
+from clicktrain.methods.survey import ConvLayer, LinearLayer, Survey, survey
+from clicktrain.methods.threshold_masks import Granularity, Linear, MaskRule
+from clicktrain.sparsity.fully_connected import MAX_BLOCK
+from clicktrain.sparsity.granularity import Within
+from clicktrain.sparsity.importance import CRITERIA, magnitude_importance
+from clicktrain.sparsity.masks import conv_masks, energy_outside
+from clicktrain.sparsity.schedules import Era, campfire_threshold
+
+
+@dataclass(slots=True)
+class CampfireState:
+    """What Campfire remembers between steps."""
+
+    stage: str = "dense"
+    threshold: float = 0.0
+    masks: dict[str, Tensor] = field(default_factory=dict)
+    squares: dict[str, Tensor] = field(default_factory=dict)
+    """Running mean of the squared gradient per layer, for criteria that read gradients."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class Campfire(Method[CampfireState]):
+    """Structured masks by magnitude, fixed early, without regularisation (Campfire, 2020)."""
+
+    name: ClassVar[str] = "campfire"
+
+    sparsity: float = 0.6
+    """Share of each pruned layer's weights that is zero at the end (the threshold; true sparsity may be
+    higher, as kernels and filters are whole numbers)."""
+    granularity: Granularity = "combined"
+    """What goes: the smallest of each kernel, whole kernels, both, both one after the other, or all but a
+    pattern of each kernel and then whole kernels."""
+    initial_sparsity: float = 0.0
+    """Threshold with which the era begins."""
+    era: tuple[float, float] | None = None
+    """First and last epoch of pruning, from 0; 30% and 50% of the run by default."""
+    exponent: float = 3.0
+    """Exponent r of the schedule; larger rises sooner."""
+    rise: Literal["epoch", "step"] = "epoch"
+    """The threshold rises from epoch to epoch (the paper's), or from step to step."""
+    regrow: bool = True
+    """Inside the era pruned weights may come back (Algorithm 2); otherwise once zero is always zero."""
+    criterion: Literal["taylor", "magnitude", "mixed"] = "magnitude"
+    """Importance of a weight: (g*w)^2, w^2 (the paper's), or |g|*w^2."""
+    gradient_memory: float = 0.9
+    """Share of the old mean that each step keeps in the running mean of squared gradients."""
+    within: Within = "channel"
+    """Whole kernels compete within an input channel (Algorithm 1), or within a filter, so that all filters
+    keep equally many."""
+    max_non_zero: int | None = None
+    """At most so many of the 9 weights of a 3x3 kernel stay as soon as the threshold is above 0 (window,
+    combined, pattern); other kernel sizes keep the same share."""
+    window_share: float = 0.8
+    """Share of the threshold that is pruned inside kernels (combined, pattern)."""
+    patterns: int = 8
+    """Size of the pattern pool per kernel shape (pattern)."""
+    linear: Linear = "fine"
+    """Fully connected layers: single weights over the layer, blocks, or left dense."""
+    block: int = 4
+    """Side of the blocks of fully connected layers."""
+    exclude: tuple[str, ...] = ()
+    """Layers to leave dense, by module path (shell-style)."""
+    include: tuple[str, ...] = ()
+    """Convolutions to prune although they would be left alone (the first, depthwise ones)."""
+
+    def __post_init__(self) -> None:
+        """Check every setting."""
+        object.__setattr__(self, "exclude", tuple(self.exclude))
+        object.__setattr__(self, "include", tuple(self.include))
+        for key, choices in _CHOICES.items():
+            if getattr(self, key) not in choices:
+                raise UserError(f"{key} must be one of {', '.join(choices)}, not {getattr(self, key)!r}")
+        if not 0 < self.sparsity < 1:
+            raise UserError(f"sparsity must be between 0 and 1 (0.6 keeps 40%), not {self.sparsity}")
+        if not 0 <= self.initial_sparsity <= self.sparsity:
+            raise UserError(f"initial_sparsity must be between 0 and sparsity, not {self.initial_sparsity}")
+        if self.era is not None:
+            object.__setattr__(self, "era", tuple(self.era))
+            if not 0 <= self.era[0] < self.era[1]:
+                raise UserError(
+                    f"era is the first and the last epoch of pruning, as in 30 50, not {list(self.era)}"
+                )
+        for key in ("gradient_memory", "window_share"):
+            if not 0 <= getattr(self, key) < 1:
+                raise UserError(f"{key} must be at least 0 and below 1, not {getattr(self, key)}")
+        if not 0 < self.exponent < math.inf:
+            raise UserError(f"exponent must be above 0, not {self.exponent}")
+        if not 1 <= self.block <= MAX_BLOCK:
+            raise UserError(f"block must be 1 to {MAX_BLOCK}, not {self.block}")
+        if self.max_non_zero is not None and not 1 <= self.max_non_zero <= 9:
+            raise UserError(
+                f"max_non_zero is a number of weights of a 3x3 kernel, 1 to 9, not {self.max_non_zero}"
+            )
+        if self.patterns < 1:
+            raise UserError(f"patterns must be at least 1, not {self.patterns}")
+
+    # ---- what and when ----------------------------------------------------------------------
+
+    def survey(self, model: nn.Module, trained: Sequence[Tensor] | None = None) -> Survey:
+        """Convolutions, and fully connected layers unless they are to stay dense."""
+        return survey(
+            model, trained, exclude=self.exclude, include=self.include, linear=self.linear != "none"
+        )
+
+    def era_of(self, length: RunLength) -> Era:
+        """The pruning era, in epochs.
+
+        Raises:
+            UserError: it ends after the run does, or holds no batch.
+        """
+        era = Era.of_run(length.epochs) if self.era is None else Era(*self.era)
+        if era.last_epoch > length.epochs:
+            raise UserError(
+                f"the era ends at epoch {era.last_epoch:g} but the run has {length.epochs}: end it earlier"
+            )
+        first, last = self._batches(era, length)
+        if first >= last:
+            raise UserError(
+                f"the era {era.first_epoch:g}-{era.last_epoch:g} holds no batch "
+                f"(an epoch has {length.steps_per_epoch}): make it longer"
+            )
+        return era
+
+    @staticmethod
+    def _batches(era: Era, length: RunLength) -> tuple[int, int]:
+        """Batches seen when the era begins and when it is over."""
+        return round(era.first_epoch * length.steps_per_epoch), round(era.last_epoch * length.steps_per_epoch)
+
+    def threshold_after(self, seen: int, length: RunLength) -> float:
+        """Eq. (1) for the batch that follows ``seen`` batches, whose forward pass the mask is for."""
+        era = self.era_of(length)
+        first, last = self._batches(era, length)
+        if seen >= last:
+            return self.sparsity
+        if seen < first:
+            return 0.0
+        done = (seen - first) / length.steps_per_epoch
+        epoch = era.first_epoch + (done if self.rise == "step" else math.floor(done))
+        return self._threshold(epoch, era)
+
+    def _threshold(self, epoch: float, era: Era) -> float:
+        return campfire_threshold(epoch, era, self.sparsity, self.initial_sparsity, self.exponent)
+
+    # ---- which ------------------------------------------------------------------------------
+
+    @property
+    def rule(self) -> MaskRule:
+        """From scores and a threshold to masks."""
+        return MaskRule(
+            granularity=self.granularity,
+            within=self.within,
+            window_share=self.window_share,
+            max_non_zero=self.max_non_zero,
+            patterns=self.patterns,
+            ck_threshold=self._threshold(0.5, Era(0.0, 1.0)),
+            block=self.block if self.linear == "block" else None,
+        )
+
+    def _scores(self, state: CampfireState, layer: ConvLayer | LinearLayer) -> Tensor:
+        weight = layer.weight.detach().float()
+        squares = state.squares.get(layer.name)
+        if squares is None:  # magnitudes, also for a layer that has had no gradient yet
+            return magnitude_importance(weight, weight)
+        return CRITERIA[self.criterion](weight, squares.sqrt())
+
+    def _evaluate(self, state: CampfireState, found: Survey, threshold: float) -> dict[str, Tensor]:
+        """The masks at a threshold, from the weights as they are."""
+        scores = {layer.name: self._scores(state, layer) for layer in found.prunable}
+        old = {} if self.regrow else state.masks
+        for name, mask in old.items():
+            scores[name].masked_fill_(~mask, 0.0)  # what is gone ranks last
+        masks = self.rule.masks(found, scores, threshold)
+        return {name: mask & old[name] if name in old else mask for name, mask in masks.items()}
+
+    # ---- life cycle -------------------------------------------------------------------------
+
+    def init(self, found: Survey, length: RunLength) -> CampfireState:
+        """Check that the run can be done as asked."""
+        if not found.prunable:
+            reasons = "; ".join(f"{name}: {why}" for name, (_, why) in list(found.left_alone.items())[:3])
+            raise UserError(f"this network has no layer that Campfire can prune ({reasons or 'none at all'})")
+        self.era_of(length)
+        return CampfireState()
+
+    def stage(self, state: CampfireState) -> str:
+        """dense, era or fixed."""
+        return state.stage
+
+    def before_step(self, state: CampfireState, found: Survey, step: Step) -> None:
+        """Follow the gradients, if the criterion reads them, from the step that opens the era on."""
+        first, _ = self._batches(self.era_of(step.length), step.length)
+        if self.criterion == "magnitude" or step.seen < first:
+            return
+        for layer in found.prunable:
+            grad = step.gradient(layer.weight)
+            if grad is None:
+                continue
+            square = grad.float().square()
+            before = state.squares.get(layer.name)
+            mean = square if before is None else square.lerp_(before, self.gradient_memory)
+            state.squares[layer.name] = mean
+
+    def after_step(self, state: CampfireState, found: Survey, step: Step) -> Sequence[Action]:
+        """Evaluate the mask anew; after the last step of the era, for good (Algorithm 2)."""
+        first, last = self._batches(self.era_of(step.length), step.length)
+        if step.seen < first:
+            return ()
+        actions: list[Action] = []
+        if state.stage == "dense":
+            state.stage = "era"
+            reason = f"epoch {first / step.length.steps_per_epoch:g} begins"
+            actions.append(Record({"event": "stage", "stage": "era", "number": 2, "reason": reason}))
+        if step.seen >= last:
+            return [*actions, *self._fix(state, found, "the era is over")]
+        threshold = self.threshold_after(step.seen, step.length)
+        if threshold <= 0:
+            return actions  # Algorithm 2: nothing is pruned in the first epoch of the era
+        state.masks = self._evaluate(state, found, threshold)
+        if threshold != state.threshold and self.rise == "epoch":
+            now = sparsity_of(state.masks)
+            actions.append(Record({"event": "threshold", "threshold": threshold, "sparsity": now}))
+        state.threshold = threshold
+        return [*actions, ApplyMasks(state.masks)]
+
+    def _fix(self, state: CampfireState, found: Survey, reason: str) -> list[Action]:
+        """Evaluate the mask at the final threshold and keep it."""
+        state.masks = self._evaluate(state, found, self.sparsity)
+        state.threshold, state.stage, state.squares = self.sparsity, "fixed", {}
+        energies = [energy_outside(layer.weight, state.masks[layer.name]) for layer in found.prunable]
+        lost, whole = (sum(part) for part in zip(*energies, strict=True))
+        pruned = sum(mask.numel() - int(mask.sum()) for mask in conv_masks(state.masks).values())
+        event = {
+            "event": "hard_prune",
+            "sparsity_asked": self.sparsity,
+            "sparsity_reached": sparsity_of(state.masks),
+            "compression_reached": found.conv_weights / max(found.conv_weights - pruned, 1),
+            "energy_outside": lost / whole if whole else 0.0,
+            "layers": [
+                {
+                    "name": layer.name,
+                    "shape": list(layer.shape),
+                    "target_sparsity": self.sparsity,
+                    "true_sparsity": sparsity_of({layer.name: state.masks[layer.name]}),
+                }
+                for layer in found.prunable
+            ],
+        }
+        stage = {"event": "stage", "stage": "fixed", "number": 3, "reason": reason}
+        return [Record(event), FreezeMasks(dict(state.masks)), Record(stage)]
+
+    def at_end(self, state: CampfireState, found: Survey) -> Sequence[Action]:
+        """A run always ends at the sparsity asked for."""
+        return () if state.stage == "fixed" else self._fix(state, found, "the run ended")
+
+    # ---- what is shown and saved ------------------------------------------------------------
+
+    def plan(self, found: Survey, length: RunLength, state: CampfireState | None = None) -> PruningPlan:
+        """Per layer: what is pruned, target and true sparsity; what was decided once it is."""
+        masks = state.masks if state is not None and state.stage == "fixed" else {}
+        rows = []
+        for layer in found.prunable:
+            what, sparsity, note = self.rule.describe(layer, self.sparsity)
+            per_filter = None
+            if layer.name in masks:
+                sparsity = sparsity_of({layer.name: masks[layer.name]})
+                counts = masks[layer.name].flatten(1).sum(dim=1)
+                per_filter = int(counts[0]) if bool((counts == counts[0]).all()) else None
+            why = f"target sparsity {self.sparsity:.3f}, true {sparsity:.3f}{note}"
+            rows.append(LayerPlan(layer.name, layer.shape, what, 1 - sparsity, per_filter, why))
+        weights = sum(math.prod(row.shape) for row in rows)
+        pruned = sum((1 - (row.density or 0.0)) * math.prod(row.shape) for row in rows)
+        summary = (
+            f"sparsity asked {self.sparsity:g}, {'reached' if masks else 'planned'} "
+            f"{pruned / max(weights, 1):.3f} of the weights of {len(rows)} layers"
+        )
+        return PruningPlan(plan_rows(found, rows), summary, self._stage_lines(length))
+
+    def _stage_lines(self, length: RunLength) -> tuple[tuple[str, str], ...]:
+        era = self.era_of(length)
+        every = {"epoch": "by epoch", "step": "by step"}[self.rise]
+        rise = f"{self.initial_sparsity:g} to {self.sparsity:g} {every}, exponent {self.exponent:g}"
+        back = "weights may come back" if self.regrow else "zeros stay"
+        return (
+            ("stage 1 dense", f"until epoch {era.first_epoch:g}"),
+            (
+                "stage 2 era",
+                f"until epoch {era.last_epoch:g}, {rise}, {self.granularity} by {self.criterion}, {back}",
+            ),
+            ("stage 3 fixed", "to the end, positions fixed"),
+        )
+
+    def state_dict(self, state: CampfireState) -> dict[str, Any]:
+        """Nested dicts of tensors, numbers and strings; masks with one bit a weight."""
+        return {
+            "stage": state.stage,
+            "threshold": state.threshold,
+            "masks": {name: bits_from_mask(mask) for name, mask in state.masks.items()},
+            "squares": dict(state.squares),
+        }
+
+    def load_state(self, found: Survey, length: RunLength, saved: Mapping[str, Any]) -> CampfireState:
+        """Inverse of `state_dict`."""
+        del length
+        masks, squares = {}, {}
+        for layer in found.prunable:
+            device = layer.weight.device
+            if layer.name in saved["masks"]:
+                masks[layer.name] = mask_from_bits(saved["masks"][layer.name].to(device), layer.shape)
+            if layer.name in saved["squares"]:
+                squares[layer.name] = saved["squares"][layer.name].to(device, copy=True)
+        return CampfireState(saved["stage"], saved["threshold"], masks, squares)
+
+
+def sparsity_of(masks: Mapping[str, Tensor]) -> float:
+    """Share of the weights of some layers that is masked."""
+    weights = sum(mask.numel() for mask in masks.values())
+    return 1 - sum(int(mask.sum()) for mask in masks.values()) / max(weights, 1)
+
+
+_CHOICES: dict[str, tuple[str, ...]] = {
+    "granularity": get_args(Granularity),
+    "criterion": tuple(CRITERIA),
+    "rise": ("epoch", "step"),
+    "within": get_args(Within),
+    "linear": get_args(Linear),
+}

@@ -1,0 +1,71 @@
+"""Schedules: how sparse a network is to be at which time (Campfire section 2, Eq. (1))."""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass
+
+
+@dataclass(frozen=True, slots=True)
+class Era:
+    """The pruning era: the epochs between the first and the final epoch of pruning (Campfire section 2).
+
+    Epochs count from 0 and may be fractions; the paper's "era 30-50" is ``Era(30, 50)``. The threshold
+    begins to rise when ``first_epoch`` begins and has its final value when ``last_epoch`` begins; from then
+    on masks are fixed.
+    """
+
+    first_epoch: float
+    last_epoch: float
+
+    def __post_init__(self) -> None:
+        if not 0 <= self.first_epoch < self.last_epoch:
+            raise ValueError(
+                f"an era begins at epoch 0 or later and before it ends: {self.first_epoch}-{self.last_epoch}"
+            )
+
+    @property
+    def length(self) -> float:
+        """Epochs of the era, l_p in Eq. (1)."""
+        return self.last_epoch - self.first_epoch
+
+    @classmethod
+    def of_run(cls, epochs: int, first: float = 0.3, last: float = 0.5) -> Era:
+        """These shares of a run, in whole epochs where the era then has at least one.
+
+        The shares are those of the paper's era 30-50 in runs of 100 epochs.
+        """
+        begin, end = round(first * epochs), round(last * epochs)
+        return cls(begin, end) if end > begin else cls(first * epochs, last * epochs)
+
+
+def campfire_threshold(
+    epoch: float, era: Era, final: float, initial: float = 0.0, exponent: float = 3.0
+) -> float:
+    """Share of the weights that is to be zero in an epoch: Campfire Eq. (1).
+
+    ``s_f - (s_f - s_i) * (1 - (e_c - e_i) / l_p)^r``. The paper prints ``s_i + s_f``, which would begin at
+    ``-s_i``; with ``s_i = 0``, "always 0 in our case", both signs agree.
+
+    Args:
+        epoch: current epoch e_c, from 0.
+        era: first epoch e_i and length l_p.
+        final: s_f, in [0, 1].
+        initial: s_i, in [0, 1].
+        exponent: r > 0, 3 in the paper; larger rises sooner.
+
+    Returns:
+        0 before the era, exactly ``initial`` at its first and exactly ``final`` from its last epoch on.
+
+    Example:
+        >>> [round(campfire_threshold(e, Era(30, 50), 0.6), 3) for e in (29, 30, 40, 50, 90)]
+        [0.0, 0.0, 0.525, 0.6, 0.6]
+    """
+    if epoch < era.first_epoch:
+        return 0.0
+    if epoch == era.first_epoch:
+        return initial
+    if epoch >= era.last_epoch:
+        return final
+    left = 1 - (epoch - era.first_epoch) / era.length
+    return final - (final - initial) * math.pow(left, exponent)

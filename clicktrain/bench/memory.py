@@ -24,6 +24,7 @@ _ENVIRONMENT = {
     # Freed blocks go back to the system at once, so that resident memory is what is alive.
     "MALLOC_MMAP_THRESHOLD_": "65536",
     "MALLOC_TRIM_THRESHOLD_": "65536",
+    "CLICKTRAIN_KEEP_MEMORY": "0",
 }
 
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import ctypes
 import functools
+import os
 
 _M_TRIM_THRESHOLD, _M_TOP_PAD, _M_MMAP_MAX = -1, -2, -4
 _PAD_BYTES = 64 << 20
@@ -17,9 +18,13 @@ def keep_memory() -> bool:
     the system clears every page of it: a tenth to a fifth of a dense step, and more of a sparse one. The
     price is that the process does not shrink between peaks.
 
+    ``CLICKTRAIN_KEEP_MEMORY=0`` in the environment leaves things as they are.
+
     Returns:
-        Whether the C library is one that can be told (the GNU one).
+        Whether the C library is one that can be told (the GNU one), and was.
     """
+    if os.environ.get("CLICKTRAIN_KEEP_MEMORY") == "0":
+        return False
     try:
         mallopt = ctypes.CDLL(None).mallopt
     except (AttributeError, OSError, TypeError):

@@ -73,7 +73,8 @@ class ConvTables:
     """A layer's index in the order of each phase: what kernels take beside the activations.
 
     Attributes:
-        tensors: rows, entries and order of each phase, and the chunks of the gradient of the weight.
+        tensors: rows, entries and order of forward and gradient of the input; rows, entries, where the
+            values are found, and chunks of the gradient of the weight.
     """
 
     tensors: tuple[Tensor, ...] = field(repr=False)
@@ -112,7 +113,10 @@ def prepare(
     weight = parts.by_kernel(weight_together, GRAD_WEIGHT_FILTERS)
     chunks = _chunks(weight.rows, weight.entries, vocabulary, weight_together)
     tables = [forward.rows, forward.entries, forward.order, back.rows, back.entries, back.order]
-    return plan, ConvTables((*tables, weight.rows, weight.entries, weight.order, chunks))
+    # The kernel writes in its own order: where each packed value is found there.
+    found = torch.empty_like(weight.order)
+    found[weight.order.long()] = torch.arange(len(found), dtype=found.dtype)
+    return plan, ConvTables((*tables, weight.rows, weight.entries, found, chunks))
 
 
 def _chunks(rows: Tensor, entries: Tensor, vocabulary: Sequence[Taps], together: int) -> Tensor:
@@ -166,7 +170,7 @@ def grad_weight(
     few = x.shape[0] * kernel.regions < 4 * torch.get_num_threads()
     whole = chunks if few else _one_chunk(chunks, tables[7].shape[0])
     kernel.run(vectors(x), vectors(gy), found, tables[6], tables[7], whole)
-    return torch.empty_like(found).index_copy_(0, order, found).view(tuple(values_shape))
+    return found.index_select(0, order).view(tuple(values_shape))
 
 
 def _one_chunk(chunks: Tensor, entries: int) -> Tensor:

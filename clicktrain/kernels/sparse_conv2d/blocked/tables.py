@@ -19,7 +19,7 @@ class Table:
     Attributes:
         rows: int32 [groups + 1], the entries of each group of results.
         entries: int32 [parts, columns]: what the loop needs of a part; the columns are the loop's own.
-        order: int64 [nnz], place in the packed values of each weight, in the order in which the loop reads
+        order: int32 [nnz], place in the packed values of each weight, in the order in which the loop reads
             (or writes) them.
     """
 
@@ -125,7 +125,7 @@ class Parts:
         return Table(
             torch.from_numpy(rows.astype(np.int32)),
             torch.from_numpy(np.ascontiguousarray(entries, dtype=np.int32)),
-            torch.from_numpy(places),
+            torch.from_numpy(places.astype(np.int32)),
         )
 
     def _grouped(

@@ -6,6 +6,8 @@ from clicktrain.kernels.sparse_conv2d.blocked.problem import ConvProblem, Phase,
 
 CACHE_VECTORS = 8192
 """Vectors of 64 bytes that a region may fill: half a megabyte, half of a usual second-level cache."""
+GRAD_WEIGHT_VECTORS = 21504
+"""The same for the gradient of the weight, where sums over lanes at the end of each region want large ones."""
 GRAD_WEIGHT_FILTERS = 128
 """Filters whose output gradients are gone through before the next ones: they stay in the cache."""
 
@@ -62,7 +64,9 @@ def _region(phase: Phase, problem: ConvProblem, tile: tuple[int, int], lanes: in
     lengths = [a.size if backward else a.out for a in axes]
     sources = problem.filters if backward else problem.channels
     results = problem.filters if phase == "grad_weight" else 0
-    limit = CACHE_VECTORS * 16 // lanes
+    limit = (GRAD_WEIGHT_VECTORS if phase == "grad_weight" else CACHE_VECTORS) * 16 // lanes
+    if all(-(-length // size) <= 2 for length, size in zip(lengths, tile, strict=True)):
+        return 2, 2  # a small image: its padding is not in the code, it is read where it is
     region = [1, 1]
 
     def vectors(candidate: list[int]) -> int:

@@ -7,7 +7,7 @@ from clicktrain.kernels.sparse_conv2d.blocked.problem import ConvProblem, Phase,
 CACHE_VECTORS = 8192
 """Vectors of 64 bytes that a region may fill: half a megabyte, half of a usual second-level cache."""
 GRAD_WEIGHT_VECTORS = 21504
-"""The same for the gradient of the weight, where sums over lanes at the end of each region want large ones."""
+"""The same for the gradient of the weight: its sums over lanes, once a region, want large ones."""
 GRAD_WEIGHT_FILTERS = 128
 """Filters whose output gradients are gone through before the next ones: they stay in the cache."""
 

@@ -65,8 +65,9 @@ def _region(phase: Phase, problem: ConvProblem, tile: tuple[int, int], lanes: in
     sources = problem.filters if backward else problem.channels
     results = problem.filters if phase == "grad_weight" else 0
     limit = (GRAD_WEIGHT_VECTORS if phase == "grad_weight" else CACHE_VECTORS) * 16 // lanes
-    if all(-(-length // size) <= 2 for length, size in zip(lengths, tile, strict=True)):
-        return 2, 2  # a small image: its padding is not in the code, it is read where it is
+    small = all(-(-length // size) <= 2 for length, size in zip(lengths, tile, strict=True))
+    if small and (phase == "grad_weight" or sources * lengths[0] * lengths[1] <= 2 * limit):
+        return 2, 2  # its padding is not in the code, so it can be read where it is
     region = [1, 1]
 
     def vectors(candidate: list[int]) -> int:

@@ -1,0 +1,57 @@
+"""Write the JSON of ``clicktrain bench conv`` and ``clicktrain bench step`` as Markdown tables.
+
+python scripts/bench_tables.py FILE.json ...
+"""
+
+from __future__ import annotations
+
+import json
+import sys
+from pathlib import Path
+from typing import Any
+
+PHASES = ("forward", "grad_input", "grad_weight")
+
+
+def conv(rows: list[dict[str, Any]], geomean: dict[str, float]) -> list[str]:
+    """One line a shape: ratios over the fastest dense fp32 call, forward / grad_input / grad_weight."""
+    kinds = list(dict.fromkeys((row["compression"], row["group"]) for row in rows))
+    shapes = list(dict.fromkeys(tuple(row["shape"]) for row in rows))
+    found = {(tuple(r["shape"]), r["compression"], r["group"], r["phase"]): r for r in rows}
+    lines = ["| C=F @ HxW, N | " + " | ".join(f"{x:g}x, G={g}" for x, g in kinds) + " |"]
+    lines.append("|---" * (len(kinds) + 1) + "|")
+    for shape in shapes:
+        cells = [
+            " / ".join(f"{found[shape, x, g, phase]['ratio']:.2f}" for phase in PHASES) for x, g in kinds
+        ]
+        lines.append(f"| {shape[0]} @ {shape[2]}x{shape[3]}, {shape[4]} | " + " | ".join(cells) + " |")
+    means = [" / ".join(f"**{geomean[f'{x:g}x G={g} {phase}']:.2f}**" for phase in PHASES) for x, g in kinds]
+    lines.append("| geometric mean | " + " | ".join(means) + " |")
+    return lines
+
+
+def step(rows: list[dict[str, Any]]) -> list[str]:
+    """One line a compression."""
+    lines = ["| network | compression | dense fp32 | dense bf16 | sparse | over fp32 | over bf16 |"]
+    lines.append("|---" * 7 + "|")
+    for row in rows:
+        lines.append(
+            f"| {row['model']} | {row['compression']:g}x, G={row['group']} "
+            f"| {row['dense_fp32_ms']:.0f} ms ({row['dense_fp32_name']}) "
+            f"| {row['dense_bf16_ms']:.0f} ms ({row['dense_bf16_name']}) | {row['sparse_ms']:.0f} ms "
+            f"| **{row['ratio_fp32']:.2f}x** | **{row['ratio_bf16']:.2f}x** |"
+        )
+    return lines
+
+
+def main() -> None:
+    """Print the tables of the files named on the command line."""
+    for name in sys.argv[1:]:
+        data = json.loads(Path(name).read_text())
+        rows = data["rows"]
+        table = conv(rows, data["geomean"]) if "phase" in rows[0] else step(rows)
+        print("\n".join([*table, ""]))
+
+
+if __name__ == "__main__":
+    main()

@@ -63,7 +63,9 @@ class Choice:
         """In words, for people."""
         if self.kind != "conv":
             return self.layout
-        return "sparse blocked" if self.layout == "blocked" else f"dense {self.dense}"
+        if self.layout == "plain":
+            return f"dense {self.dense}"
+        return "sparse blocked" if self.density < 1 else "dense blocked"
 
 
 @dataclass(frozen=True, slots=True)

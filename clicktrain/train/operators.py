@@ -71,9 +71,9 @@ def choose_operators(p: Prepared, folder: RunFolder, progress: Progress, epoch: 
     if plan is None:
         write_text_atomic(folder.operators, model.plan.to_json())
     layers = {row["layer"]: row["operator"] for row in model.plan.table()}
-    sparse = sum(operator.startswith("sparse") for operator in layers.values())
+    blocked = sum(operator.endswith("blocked") for operator in layers.values())
     progress.message(
-        f"{sparse} of {len(layers)} convolutions run in the blocked layout from here on "
+        f"{blocked} of {len(layers)} convolutions run in the blocked layout from here on "
         f"(chosen in {time.perf_counter() - started:.1f} s)"
     )
     if any(event["event"] == "operators" for event in folder.read_events()):

@@ -212,7 +212,9 @@ def _follow(module: Any) -> None:
     """Set what a layer notes about its shape after its tensors."""
     if isinstance(module, _CONVS):
         filters, per_group = module.weight.shape[:2]
-        if module.groups > 1 and per_group == 1:  # whole groups have gone
+        # By the width that it had: where every group read one channel whole groups have gone (`flow`), and
+        # a group that has come down to one channel may have lost filters, but no group has.
+        if module.groups > 1 and module.in_channels == module.groups:
             module.groups = module.groups * filters // module.out_channels
         module.out_channels, module.in_channels = filters, per_group * module.groups
     elif isinstance(module, _TRANSPOSED):

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import dataclasses
+import re
 import weakref
 from collections import Counter
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
@@ -75,9 +76,13 @@ class TrainingMemory:
         """Bytes of an iteration with that many images per batch, calibrated."""
         return round(self.calibration * (self.fixed + images * self.per_image))
 
+    def with_calibration(self, calibration: float) -> TrainingMemory:
+        """The same estimate with another calibration."""
+        return dataclasses.replace(self, calibration=calibration)
+
     def calibrated(self, measured: int, images: int) -> TrainingMemory:
         """The same with the calibration that makes ``at_batch(images)`` the measured number of bytes."""
-        return dataclasses.replace(self, calibration=measured / max(self.fixed + images * self.per_image, 1))
+        return self.with_calibration(measured / max(self.fixed + images * self.per_image, 1))
 
 
 def training_memory(
@@ -303,3 +308,29 @@ def _bytes(tensor: Tensor) -> int:
 
 def _unique_bytes(tensors: Iterable[Tensor]) -> int:
     return sum({_key(t): _bytes(t) for t in tensors}.values())
+
+
+_UNITS = {"B": 1, "KB": 10**3, "MB": 10**6, "GB": 10**9, "TB": 10**12,
+          "KIB": 2**10, "MIB": 2**20, "GIB": 2**30, "TIB": 2**40}  # fmt: skip
+
+
+def bytes_of(words: str) -> int:
+    """``4GiB``, ``500 MB`` or ``123456`` as bytes.
+
+    Raises:
+        UserError: it is not written like that, or not above 0.
+    """
+    found = re.fullmatch(r"\s*(\d+(?:\.\d*)?)\s*([A-Za-z]*)\s*", words)
+    unit = (found[2] or "B").upper() if found else ""
+    if found is None or unit not in _UNITS or float(found[1]) <= 0:
+        raise UserError(f"{words!r} is no amount of memory: write it as 4GiB, 500MB or a number of bytes")
+    return round(float(found[1]) * _UNITS[unit])
+
+
+def bytes_in_words(count: int) -> str:
+    """``1.4 GiB``."""
+    for unit in ("TiB", "GiB", "MiB", "KiB"):
+        size = _UNITS[unit.upper()]
+        if count >= size:
+            return f"{count / size:.3g} {unit}"
+    return f"{count} bytes"

@@ -313,6 +313,7 @@ class Pruner:
             epoch=self._stepped_epoch,
             position=position,
             ends_epoch=int(position) > self._stepped_epoch,
+            learning_rate=_effective_learning_rate(self.optimizer),
             grad_scale=scale,
         )
 
@@ -445,3 +446,11 @@ class Pruner:
         self.events.append(full)
         if self._on_event is not None:
             self._on_event(full)
+
+
+def _effective_learning_rate(optimizer: Optimizer) -> float:
+    """Of the first group of parameters; see `Step.learning_rate`."""
+    group = optimizer.param_groups[0]
+    return float(group["lr"]) / (
+        1 - float(group.get("momentum", 0.0)) * (1 - float(group.get("dampening", 0.0)))
+    )

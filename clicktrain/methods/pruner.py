@@ -137,7 +137,8 @@ class Pruner:
         """
         self._close_epoch()
         if not self.frozen:
-            self._carry_out(self.method.at_end(self._state, self._found))
+            with torch.no_grad():
+                self._carry_out(self.method.at_end(self._state, self._found))
         self.close()
         if self.packed and not packed:
             unpack_model_(self.model, [self.optimizer])

@@ -128,16 +128,19 @@ def training_memory(
 
 
 def optimizer_bytes(optimizer: Optimizer) -> int:
-    """Bytes of an optimizer's state; before its first step those that SGD, Adam or AdamW will take."""
-    if optimizer.state:
+    """Bytes of an optimizer's state.
+
+    What SGD, Adam and AdamW keep per weight is known before their first step too (and counted, without a few
+    numbers per parameter); of others it is what they hold now.
+    """
+    if not isinstance(optimizer, (SGD, Adam, AdamW)):
         return _unique_bytes(t for t in tree_leaves(list(optimizer.state.values())) if isinstance(t, Tensor))
     total = 0
     for group in optimizer.param_groups:
-        copies = 0
-        if isinstance(optimizer, (Adam, AdamW)):
-            copies = 3 if group.get("amsgrad") else 2
-        elif isinstance(optimizer, SGD):
+        if isinstance(optimizer, SGD):
             copies = 1 if group.get("momentum") else 0
+        else:
+            copies = 3 if group.get("amsgrad") else 2
         total += copies * sum(_bytes(p) for p in group["params"] if p.requires_grad)
     return total
 

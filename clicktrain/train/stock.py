@@ -16,23 +16,21 @@ _BATCH_NORM_PASSES = 2.5
 on the way back it reads its input and a gradient, and writes a gradient."""
 
 
-def take_stock(run: LiveRun, *, measure: bool | None = None) -> TrainingMemory:
+def take_stock(run: LiveRun) -> TrainingMemory:
     """Account for the network and the batch that the coming epoch trains with.
 
     Kept in the run's course, so that the line of that epoch tells what it trained with, whatever is removed
-    at its end, and a resumed run tells the same. The network is only looked at again if it has changed.
-
-    Args:
-        run: between two epochs.
-        measure: calibrate the memory by an iteration (`measures_memory` decides by default).
+    at its end, and a resumed run tells the same. The network is only looked at again if it has changed, and
+    an iteration is measured after each surgery where `measures_memory` says so.
     """
     p, course = run.prepared, run.course
     shapes = tuple(tuple(parameter.shape) for parameter in p.model.parameters())
     if run.memory is None or run.memory_of != shapes:
         run.memory, run.memory_of = _estimate(run), shapes
-        if measures_memory(run) if measure is None else measure:
-            images = p.batch_sizes.now.images
-            course.memory_calibration = run.memory.calibrated(_measure(run, images), images).calibration
+    plans = len(p.pruner.plans)
+    if course.measured_plans != plans and measures_memory(run):
+        course.measured_plans, images = plans, p.batch_sizes.now.images
+        course.memory_calibration = run.memory.calibrated(_measure(run, images), images).calibration
     memory = run.memory.with_calibration(course.memory_calibration)
     course.stock = _stock(run, memory)
     return memory

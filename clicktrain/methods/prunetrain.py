@@ -206,7 +206,7 @@ class PruneTrain(Method[PruneTrainState]):
                                    "penalty_ratio": self.penalty_ratio}))  # fmt: skip
         last = epoch >= step.length.epochs
         if not last and self._due(state, epoch, step.length):
-            actions += self._reconfigure(state, found, epoch)
+            actions += self.reconfigure_now(state, found, epoch)
         if state.stage == "sparsify" and self.fine_tune and epoch >= step.length.epochs - self.fine_tune:
             state.stage = "fine-tune"
             event = {"event": "stage", "stage": state.stage, "number": 2, "reason": f"epoch {epoch} begins"}
@@ -219,7 +219,7 @@ class PruneTrain(Method[PruneTrainState]):
         at = self.once_at if self.once_at is not None else length.epochs / 2
         return self.reconfigure == "once" and not state.done and epoch >= at
 
-    def _reconfigure(self, state: PruneTrainState, found: Survey, epoch: float) -> list[Action]:
+    def reconfigure_now(self, state: PruneTrainState, found: Survey, epoch: float) -> list[Action]:
         """4.1, 4.2: zero what is under the threshold, remove what is zero on both sides."""
         assert found.model is not None
         state.reconfigured, state.done = epoch, True
@@ -256,7 +256,7 @@ class PruneTrain(Method[PruneTrainState]):
         """What is zero at the end of the run goes too (once: it went at its time)."""
         if found.example is None or (self.reconfigure == "once" and state.done):
             return ()
-        return self._reconfigure(state, found, state.reconfigured)
+        return self.reconfigure_now(state, found, state.reconfigured)
 
     # ---- what is shown and saved ------------------------------------------------------------
 

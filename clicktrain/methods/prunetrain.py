@@ -71,7 +71,7 @@ class PruneTrain(Method[PruneTrainState]):
     reads_graph: ClassVar[bool] = True
 
     preset: Literal["default", "paper"] = "default"
-    """Where ``update`` and ``sides`` come from if they are not given: what works in short runs, or the paper."""
+    """Where ``update`` and ``sides`` come from if not given: what works in short runs, or the paper."""
     penalty_ratio: float = 0.25
     """Share of the whole loss that the lasso has at the first step; sets its coefficient (0.2 to 0.25 in runs
     of 182 epochs; short runs need more)."""

@@ -94,5 +94,7 @@ def result_line(summary: Mapping[str, Any], path: Path) -> str:
         parts.append(f"accuracy {accuracy:.2f}% (best {summary['best_val_accuracy']:.2f}%)")
     for title, key in (("training", "train_flops_ratio"), ("inference", "inference_flops_ratio")):
         parts.append(f"{title} FLOPs {100 * summary[key]:.0f}% of dense")
+    if summary.get("initial_train_flops") and summary["total_train_flops_ratio"] is not None:
+        parts.append(f"{100 * summary['total_train_flops_ratio']:.0f}% with its initial weights")
     parts.append(f"time {clock(summary['train_seconds'])}")
     return "; ".join(parts) + f"; files in {path}"

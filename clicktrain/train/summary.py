@@ -80,6 +80,8 @@ def _summary(run: LiveRun, cost: ModelCost, operators: Mapping[str, str]) -> dic
         "compression_ratio": cost.compression_ratio,
         "train_flops": course.train_flops,
         "train_flops_ratio": course.train_flops / max(course.train_flops_dense, 1),
+        "initial_train_flops": course.earlier.flops,
+        "total_train_flops_ratio": course.earlier.total_ratio(course.train_flops, course.train_flops_dense),
         "inference_flops": cost.forward_flops,
         "inference_flops_ratio": cost.inference_flops_ratio,
         "train_seconds": run.seconds,

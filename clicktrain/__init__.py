@@ -19,12 +19,13 @@ if TYPE_CHECKING:
     from clicktrain.compiler import accelerate
     from clicktrain.errors import UserError
     from clicktrain.kernels.pack_model import pack, unpack
-    from clicktrain.methods import METHODS, Campfire, ClickTrain, Dense, Method, Pruner
+    from clicktrain.methods import DSR, METHODS, Campfire, ClickTrain, Dense, Method, Pruner, RigL
     from clicktrain.models import create_model
 
 __version__ = "0.1.0"
 
 __all__ = [
+    "DSR",
     "METHODS",
     "Campfire",
     "ClickTrain",
@@ -32,6 +33,7 @@ __all__ = [
     "Method",
     "ModelCost",
     "Pruner",
+    "RigL",
     "UserError",
     "accelerate",
     "compression_ratio",
@@ -42,6 +44,7 @@ __all__ = [
 ]
 
 _HOME = {
+    "DSR": "clicktrain.methods",
     "METHODS": "clicktrain.methods",
     "Campfire": "clicktrain.methods",
     "ClickTrain": "clicktrain.methods",
@@ -49,6 +52,7 @@ _HOME = {
     "Method": "clicktrain.methods",
     "ModelCost": "clicktrain.accounting",
     "Pruner": "clicktrain.methods",
+    "RigL": "clicktrain.methods",
     "UserError": "clicktrain.errors",
     "accelerate": "clicktrain.compiler",
     "compression_ratio": "clicktrain.accounting",

@@ -8,8 +8,16 @@ from clicktrain.methods.base import Method, PruningPlan
 from clicktrain.methods.campfire import Campfire
 from clicktrain.methods.clicktrain import ClickTrain
 from clicktrain.methods.dense import Dense
+from clicktrain.methods.dsr import DSR
 from clicktrain.methods.pruner import Pruner
+from clicktrain.methods.rigl import RigL
 
-METHODS: dict[str, type[Method[Any]]] = {"dense": Dense, "clicktrain": ClickTrain, "campfire": Campfire}
+METHODS: dict[str, type[Method[Any]]] = {
+    "dense": Dense,
+    "clicktrain": ClickTrain,
+    "campfire": Campfire,
+    "dsr": DSR,
+    "rigl": RigL,
+}
 
-__all__ = ["METHODS", "Campfire", "ClickTrain", "Dense", "Method", "Pruner", "PruningPlan"]
+__all__ = ["DSR", "METHODS", "Campfire", "ClickTrain", "Dense", "Method", "Pruner", "PruningPlan", "RigL"]

@@ -20,7 +20,8 @@ from clicktrain.errors import UserError
 FORMAT_VERSION = 1
 """Newest format of a run folder that is understood."""
 
-_METHOD_NAMES = {"clicktrain": "ClickTrain", "prunetrain": "PruneTrain", "campfire": "Campfire", "pat": "PaT"}
+_METHOD_NAMES = {"clicktrain": "ClickTrain", "prunetrain": "PruneTrain", "campfire": "Campfire", "pat": "PaT",
+                 "dsr": "DSR", "rigl": "RigL"}  # fmt: skip
 _HEADER = "# clicktrain run folder, format "
 
 

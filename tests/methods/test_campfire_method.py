@@ -349,6 +349,28 @@ def test_linear_layers_that_are_pruned_and_left_alone() -> None:
     assert [(layer.name, layer.source) for layer in found.linears] == [("head", "deep")]
 
 
+class Untraceable(Net):
+    """The same network, but its course depends on the numbers in it."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        if x.sum() > 1e9:
+            x = -x
+        return super().forward(x)
+
+
+def test_the_plan_says_why_no_input_is_eliminated() -> None:
+    model = Untraceable()
+    optimizer = torch.optim.SGD(model.parameters(), lr=0.1)
+    pruner = Campfire().attach(model, optimizer, epochs=5, steps_per_epoch=4)
+    row = next(row for row in pruner.plan().rows if row.name == "head")
+    assert "inputs from dead filters stay: torch.fx cannot trace this network (TraceError: symbolically" in (
+        row.reason
+    )
+    model, optimizer, pruner = attach()
+    row = next(row for row in pruner.plan().rows if row.name == "head")
+    assert row.reason.endswith(", without inputs from dead filters of deep")
+
+
 def test_the_plan_shows_target_and_true_sparsity() -> None:
     _, _, pruner = attach(granularity="window", sparsity=0.6)
     text = str(pruner.plan())

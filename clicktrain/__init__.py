@@ -19,8 +19,19 @@ if TYPE_CHECKING:
     from clicktrain.compiler import accelerate
     from clicktrain.errors import UserError
     from clicktrain.kernels.pack_model import pack, unpack
-    from clicktrain.methods import DSR, METHODS, Campfire, ClickTrain, Dense, Method, Pruner, RigL
+    from clicktrain.methods import (
+        DSR,
+        METHODS,
+        Campfire,
+        ClickTrain,
+        Dense,
+        Method,
+        Pruner,
+        PruneTrain,
+        RigL,
+    )
     from clicktrain.models import create_model
+    from clicktrain.surgery import load_pruned
 
 __version__ = "0.1.0"
 
@@ -32,6 +43,7 @@ __all__ = [
     "Dense",
     "Method",
     "ModelCost",
+    "PruneTrain",
     "Pruner",
     "RigL",
     "UserError",
@@ -39,6 +51,7 @@ __all__ = [
     "compression_ratio",
     "count",
     "create_model",
+    "load_pruned",
     "pack",
     "unpack",
 ]
@@ -51,6 +64,7 @@ _HOME = {
     "Dense": "clicktrain.methods",
     "Method": "clicktrain.methods",
     "ModelCost": "clicktrain.accounting",
+    "PruneTrain": "clicktrain.methods",
     "Pruner": "clicktrain.methods",
     "RigL": "clicktrain.methods",
     "UserError": "clicktrain.errors",
@@ -58,6 +72,7 @@ _HOME = {
     "compression_ratio": "clicktrain.accounting",
     "count": "clicktrain.accounting",
     "create_model": "clicktrain.models",
+    "load_pruned": "clicktrain.surgery",
     "pack": "clicktrain.kernels.pack_model",
     "unpack": "clicktrain.kernels.pack_model",
 }

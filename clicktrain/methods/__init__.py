@@ -10,14 +10,27 @@ from clicktrain.methods.clicktrain import ClickTrain
 from clicktrain.methods.dense import Dense
 from clicktrain.methods.dsr import DSR
 from clicktrain.methods.pruner import Pruner
+from clicktrain.methods.prunetrain import PruneTrain
 from clicktrain.methods.rigl import RigL
 
 METHODS: dict[str, type[Method[Any]]] = {
     "dense": Dense,
     "clicktrain": ClickTrain,
+    "prunetrain": PruneTrain,
     "campfire": Campfire,
     "dsr": DSR,
     "rigl": RigL,
 }
 
-__all__ = ["DSR", "METHODS", "Campfire", "ClickTrain", "Dense", "Method", "Pruner", "PruningPlan", "RigL"]
+__all__ = [
+    "DSR",
+    "METHODS",
+    "Campfire",
+    "ClickTrain",
+    "Dense",
+    "Method",
+    "PruneTrain",
+    "Pruner",
+    "PruningPlan",
+    "RigL",
+]

@@ -317,3 +317,22 @@ def test_runs_that_cannot_be() -> None:
     optimizer = torch.optim.SGD(head.parameters(), lr=0.1)
     with pytest.raises(UserError, match="no layer that DSR can prune"):
         DSR(linear=False).attach(head, optimizer, epochs=3, steps_per_epoch=2)
+
+
+def test_the_target_is_a_share_of_what_lives() -> None:
+    """100 weights live, 10 of them tiny: just what is to go, so the threshold stays; with 13 it is halved."""
+    for tiny, then in ((10, 0.01), (13, 0.005), (7, 0.02)):
+        layer = nn.Linear(20, 10)
+        optimizer = torch.optim.SGD(layer.parameters(), lr=0.0)
+        method = DSR(sparsity=0.5, drop=0.1, tolerance=0.05, threshold=0.01, interval=1)
+        pruner = method.attach(nn.Sequential(layer), optimizer, epochs=4, steps_per_epoch=4)
+        living = pruner.masks["0"].nonzero()
+        assert len(living) == 100
+        with torch.no_grad():
+            layer.weight[tuple(living.T)] = 1.0
+            layer.weight[tuple(living[:tiny].T)] = 0.001
+        pruner.observe(layer(torch.ones(2, 20)).sum())
+        optimizer.step()
+        (event,) = (event for event in pruner.events if event["event"] == "regrown")
+        assert (event["dropped"], event["grown"], event["threshold"]) == (tiny, tiny, 0.01)
+        assert pruner._state.threshold == then

@@ -143,6 +143,24 @@ def test_a_fixed_mask_from_initialisation(packed: bool) -> None:
         assert torch.allclose(weights(model)[name], weights(at_once)[name], atol=1e-5), name
 
 
+def test_the_first_step_does_not_choose_again() -> None:
+    """Pruning after training goes by the trained weights, whatever the first step makes of them."""
+    model, optimizer, pruner = attach(era=(0, 0), sparsity=0.6)
+    first = {name: mask.clone() for name, mask in pruner.masks.items()}
+    x, y = next(batches(1))
+    loss = F.cross_entropy(model(x), y)
+    loss.backward()
+    for name in ALL:
+        grad = model.get_submodule(name).weight.grad
+        assert isinstance(grad, Tensor)
+        grad[~first[name]] = 1e3
+    pruner.observe(loss)
+    optimizer.step()
+    assert pruner.frozen
+    assert all(torch.equal(pruner.masks[name], first[name]) for name in ALL)
+    assert not any(weights(model)[name][~first[name]].any() for name in ALL)
+
+
 def test_an_era_without_length_prunes_at_once() -> None:
     model, optimizer, pruner = attach(era=(2, 2), sparsity=0.6)
     course: list[float] = []

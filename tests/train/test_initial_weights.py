@@ -13,6 +13,8 @@ from safetensors.torch import load_file, save_file
 from short_runs import DENSE, At, Killed, assert_same_run, kill, resume, run, weights
 
 from clicktrain.errors import UserError
+from clicktrain.report import write_report
+from clicktrain.report.run_data import read_runs
 from clicktrain.train import RunFolder, from_dict, prepare
 
 AFTER: dict[str, Any] = {**DENSE, "method": "campfire", "preset": "after-training", "sparsity": 0.7,
@@ -136,3 +138,14 @@ def test_pruning_after_training_needs_a_training(tmp_path: Path) -> None:
     with pytest.raises(UserError, match="give initial_weights, the folder of a finished run"):
         run(tmp_path / "run", AFTER)
     assert not (tmp_path / "run").exists()
+
+
+def test_what_is_shown_counts_both(trained: Path, tmp_path: Path) -> None:
+    """The report compares a fine-tuned network by all that it has cost."""
+    run(tmp_path / "run", {**AFTER, "initial_weights": str(trained), "epochs": 1})
+    (shown,) = read_runs([tmp_path / "run"])
+    assert shown.train_flops_ratio is not None
+    assert shown.train_flops_ratio > 1
+    page = write_report([tmp_path / "run"], tmp_path / "report.html").read_text("utf-8")
+    assert "of one dense training, initial weights included" in page
+    assert "Campfire (after-training)" in page

@@ -16,14 +16,11 @@ from clicktrain.methods.dynamic_masks import (
     DynamicMasks,
     DynamicState,
     Growth,
-    Timing,
-    check_shares,
-    check_times,
     dynamic_state_dict,
     load_dynamic_state,
-    make_timing,
 )
 from clicktrain.methods.survey import Survey, survey
+from clicktrain.methods.update_times import Timing, check_shares, check_times, make_timing
 from clicktrain.sparsity.regrowth import UnitKind
 
 

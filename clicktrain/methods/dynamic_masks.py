@@ -15,7 +15,7 @@ are zero: no operator makes use of positions that still change.
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import Any, Literal, TypeAlias
 
@@ -31,11 +31,11 @@ from clicktrain.methods.base import (
     LayerPlan,
     PruningPlan,
     Record,
-    RunLength,
     Step,
     plan_rows,
 )
 from clicktrain.methods.survey import Survey
+from clicktrain.methods.update_times import Timing
 from clicktrain.sparsity.masks import conv_masks, sparsity_of
 from clicktrain.sparsity.regrowth import (
     UnitKind,
@@ -102,45 +102,6 @@ class DropBelow:
         """The survivors, by the threshold as it is."""
         del done
         return {name: keep_above(magnitudes[name], alive[name], state.threshold) for name in alive}
-
-
-@dataclass(frozen=True, slots=True)
-class Timing:
-    """When units move: every ``interval`` batches, before ``end``; with ``doubling`` half as often in each
-    further quarter of the run."""
-
-    interval: int
-    end: int
-    total: int
-    doubling: bool = False
-
-    def due(self, seen: int, updated: int) -> bool:
-        """Whether units are to move after ``seen`` batches, given when they last did."""
-        if seen >= self.end:
-            return False
-        interval = self.interval
-        if self.doubling:
-            interval *= 2 ** min(4 * updated // self.total, 3)
-        return seen // interval > updated // interval
-
-
-def make_timing(
-    length: RunLength, interval: int | None, usual: int, stop: float, *, doubling: bool = False
-) -> Timing:
-    """Batches from settings: ``stop`` is a share of the run, ``usual`` stands in for no interval.
-
-    Raises:
-        UserError: no unit would ever move.
-    """
-    timing = Timing(
-        max(usual, 1) if interval is None else interval, round(stop * length.total), length.total, doubling
-    )
-    if timing.interval >= timing.end:
-        raise UserError(
-            f"interval is {timing.interval} but masks are fixed after {timing.end} of {length.total} batches "
-            f"(stop {stop:g}): they would never change; take a shorter interval or a longer run"
-        )
-    return timing
 
 
 @dataclass(frozen=True, slots=True)
@@ -343,20 +304,3 @@ def load_dynamic_state(found: Survey, saved: Mapping[str, Any]) -> DynamicState:
         for layer in found.prunable
     }
     return DynamicState(saved["seed"], saved["stage"], saved["updated"], saved["threshold"], masks)
-
-
-def check_times(interval: int | None, stop: float, mask_seed: int | None) -> None:
-    """UserError unless updates can be timed by these."""
-    if interval is not None and interval < 1:
-        raise UserError(f"interval is a number of batches, at least 1, not {interval}")
-    if not 0 < stop <= 1:
-        raise UserError(f"stop is a share of the run, above 0 and at most 1, not {stop}")
-    if mask_seed is not None and mask_seed < 0:
-        raise UserError(f"mask_seed must be at least 0, not {mask_seed}")
-
-
-def check_shares(settings: Any, names: Sequence[str]) -> None:
-    """UserError unless these settings lie between 0 and 1."""
-    for name in names:
-        if not 0 < getattr(settings, name) < 1:
-            raise UserError(f"{name} is a share and must be between 0 and 1, not {getattr(settings, name)}")

@@ -6,6 +6,7 @@ from typing import Any
 
 from clicktrain.methods.base import Method, PruningPlan
 from clicktrain.methods.campfire import Campfire
+from clicktrain.methods.channels_then_patterns import ChannelsThenPatterns
 from clicktrain.methods.clicktrain import ClickTrain
 from clicktrain.methods.dense import Dense
 from clicktrain.methods.dsr import DSR
@@ -17,6 +18,7 @@ METHODS: dict[str, type[Method[Any]]] = {
     "dense": Dense,
     "clicktrain": ClickTrain,
     "prunetrain": PruneTrain,
+    "prunetrain-clicktrain": ChannelsThenPatterns,
     "campfire": Campfire,
     "dsr": DSR,
     "rigl": RigL,
@@ -26,6 +28,7 @@ __all__ = [
     "DSR",
     "METHODS",
     "Campfire",
+    "ChannelsThenPatterns",
     "ClickTrain",
     "Dense",
     "Method",

@@ -275,9 +275,8 @@ class DynamicMasks:
         )
         grow = {"gradient": "the largest gradients", "random": "random positions"}[self.growth]
         where = "layers by their survivors" if self.redistribute else "the same layer"
-        every = f"every {timing.interval} batches" + (
-            ", twice as many by quarters" if timing.doubling else ""
-        )
+        every = "every batch" if timing.interval == 1 else f"every {timing.interval} batches"
+        every += ", twice as many by quarters" if timing.doubling else ""
         until = f"until batch {timing.end} of {timing.total}"
         stages = (
             ("stage 1 dynamic", f"{until}, {every}: {how} dropped, {grow} grow in {where}"),

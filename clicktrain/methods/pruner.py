@@ -115,7 +115,12 @@ class Pruner:
         self._depth = 0
 
     def plan(self) -> PruningPlan:
-        """What will be pruned, to what density, by what, and why a layer is left alone; printable."""
+        """What will be pruned, to what density, by what, and why a layer is left alone; printable.
+
+        Of a method that removes channels: what it would remove from the network as it is at this moment.
+        """
+        if self.method.reads_graph and not self.frozen:
+            return self.method.plan(self._found, self.length, self._state)
         return self._plan
 
     def resize_epoch(self, steps_per_epoch: int) -> None:

@@ -44,6 +44,12 @@ from clicktrain.surgery import SurgeryPlan, plan_from_zeros
 Axes = dict[str, tuple[ChannelAxis, ...]]
 
 
+PRESETS: dict[str, dict[str, str]] = {
+    "default": {"update": "proximal", "sides": "readers"},
+    "paper": {"update": "gradient", "sides": "both"},
+}
+
+
 @dataclass(slots=True)
 class PruneTrainState:
     """What PruneTrain remembers between steps. ``axes`` follow from the network and are not saved."""
@@ -64,12 +70,14 @@ class PruneTrain(Method[PruneTrainState]):
     name: ClassVar[str] = "prunetrain"
     reads_graph: ClassVar[bool] = True
 
+    preset: Literal["default", "paper"] = "default"
+    """Where ``update`` and ``sides`` come from if not given: what works in short runs, or the paper."""
     penalty_ratio: float = 0.25
     """Share of the whole loss that the lasso has at the first step; sets its coefficient (0.2 to 0.25 in runs
     of 182 epochs; short runs need more)."""
     coefficient: float | None = None
     """Coefficient of the lasso itself, instead of the penalty ratio."""
-    update: Literal["proximal", "gradient"] = "proximal"
+    update: Literal["proximal", "gradient"] | None = None
     """How the lasso acts: shrink channels after each step, to exactly zero; or add its gradient (the paper's,
     which needs a long run to come under the threshold)."""
     reconfigure: Literal["interval", "once", "end"] = "interval"
@@ -82,7 +90,7 @@ class PruneTrain(Method[PruneTrainState]):
     scheme: Literal["union", "gating"] = "union"
     """How the layers of a residual stage agree: keep what one of them needs, or select and scatter channels
     around each branch."""
-    sides: Literal["both", "readers"] = "readers"
+    sides: Literal["both", "readers"] | None = None
     """A channel goes when no layer reads it, or only if it is zero on both sides, as in the paper. Neither
     changes what the network computes; the latter comes later."""
     threshold: float = 1e-4
@@ -99,7 +107,12 @@ class PruneTrain(Method[PruneTrainState]):
     """Layers without penalty, by module path (shell-style)."""
 
     def __post_init__(self) -> None:
-        """Check every setting."""
+        """Fill in the preset and check every setting."""
+        if self.preset not in PRESETS:
+            raise UserError(f"preset must be one of {', '.join(PRESETS)}, not {self.preset!r}")
+        for key, value in PRESETS[self.preset].items():
+            if getattr(self, key) is None:
+                object.__setattr__(self, key, value)
         object.__setattr__(self, "exclude", tuple(self.exclude))
         for key, choices in _CHOICES.items():
             if getattr(self, key) not in choices:
@@ -206,7 +219,7 @@ class PruneTrain(Method[PruneTrainState]):
                                    "penalty_ratio": self.penalty_ratio}))  # fmt: skip
         last = epoch >= step.length.epochs
         if not last and self._due(state, epoch, step.length):
-            actions += self._reconfigure(state, found, epoch)
+            actions += self.reconfigure_now(state, found, epoch)
         if state.stage == "sparsify" and self.fine_tune and epoch >= step.length.epochs - self.fine_tune:
             state.stage = "fine-tune"
             event = {"event": "stage", "stage": state.stage, "number": 2, "reason": f"epoch {epoch} begins"}
@@ -219,7 +232,7 @@ class PruneTrain(Method[PruneTrainState]):
         at = self.once_at if self.once_at is not None else length.epochs / 2
         return self.reconfigure == "once" and not state.done and epoch >= at
 
-    def _reconfigure(self, state: PruneTrainState, found: Survey, epoch: float) -> list[Action]:
+    def reconfigure_now(self, state: PruneTrainState, found: Survey, epoch: float) -> list[Action]:
         """4.1, 4.2: zero what is under the threshold, remove what is zero on both sides."""
         assert found.model is not None
         state.reconfigured, state.done = epoch, True
@@ -245,7 +258,7 @@ class PruneTrain(Method[PruneTrainState]):
             self.threshold,
             self.scheme,
             round_to or self.round_to,
-            self.sides,
+            self.sides or "both",
         )
 
     def after_surgery(self, state: PruneTrainState, plan: SurgeryPlan, found: Survey) -> None:
@@ -256,7 +269,7 @@ class PruneTrain(Method[PruneTrainState]):
         """What is zero at the end of the run goes too (once: it went at its time)."""
         if found.example is None or (self.reconfigure == "once" and state.done):
             return ()
-        return self._reconfigure(state, found, state.reconfigured)
+        return self.reconfigure_now(state, found, state.reconfigured)
 
     # ---- what is shown and saved ------------------------------------------------------------
 

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import dataclasses
 import importlib.util
-import math
 from collections.abc import Callable
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -20,6 +19,7 @@ from clicktrain.errors import UserError
 from clicktrain.methods import Method, Pruner
 from clicktrain.methods.base import Event
 from clicktrain.models import create_model, min_image_size
+from clicktrain.train.batch_sizes import BatchSizes
 from clicktrain.train.config import RunConfig
 from clicktrain.train.device import resolve_device, set_up
 from clicktrain.train.flops import TrainingCost
@@ -70,6 +70,7 @@ class Prepared:
         pruner: the method, attached to model and optimizer; ``pruner.plan()`` tells what it will do.
         cost: FLOPs per image.
         earlier: what the initial weights have cost; of a run that goes on, its checkpoint knows.
+        batch_sizes: of the training batches, from the first on.
         events: where the pruner's decisions go.
         facts: what is needed to build the network again: model, width, stem, num_classes, in_channels,
             image_shape, classes, mean, std.
@@ -87,13 +88,19 @@ class Prepared:
     pruner: Pruner
     cost: TrainingCost
     earlier: EarlierCost
+    batch_sizes: BatchSizes
     events: EventRelay
     facts: dict[str, Any]
 
     @property
+    def batch_size(self) -> int:
+        """Images in a training batch of the running epoch."""
+        return self.batch_sizes.now.images
+
+    @property
     def optimizer_steps_per_epoch(self) -> int:
-        """Steps of the optimizer in an epoch."""
-        return math.ceil(len(self.train_loader) / self.config.accumulate)
+        """Steps of the optimizer in the running epoch."""
+        return self.batch_sizes.now.steps
 
 
 def prepare(config: RunConfig, method: Method[Any], *, begins: bool = True) -> Prepared:
@@ -110,6 +117,11 @@ def prepare(config: RunConfig, method: Method[Any], *, begins: bool = True) -> P
     """
     if config.tensorboard and importlib.util.find_spec("tensorboard") is None:
         raise UserError("tensorboard is on but not installed: run 'pip install tensorboard', or turn it off")
+    if config.dynamic_batch and not method.reads_graph:
+        raise UserError(
+            f"dynamic_batch is true but method {config.method} removes no channels while it trains: "
+            "turn it off, or use prunetrain"
+        )
     device = resolve_device(config.device)
     set_up(config, device)
     data = open_run_data(config)
@@ -140,7 +152,7 @@ def prepare(config: RunConfig, method: Method[Any], *, begins: bool = True) -> P
         example=torch.zeros(1, *data.image_shape, device=device),
         on_event=events,
     )
-    steps = config.epochs * math.ceil(len(train_loader) / config.accumulate)
+    sizes = BatchSizes(config.batch_size, len(train_loader), config.accumulate)
     return Prepared(
         config=config,
         method=method,
@@ -150,10 +162,11 @@ def prepare(config: RunConfig, method: Method[Any], *, begins: bool = True) -> P
         val_loader=val_loader,
         model=model,
         optimizer=optimizer,
-        scheduler=make_scheduler(optimizer, config, steps),
+        scheduler=make_scheduler(optimizer, config, config.epochs * sizes.first.steps, sizes),
         pruner=pruner,
         cost=cost,
         earlier=earlier,
+        batch_sizes=sizes,
         events=events,
         facts=facts,
     )

@@ -68,6 +68,36 @@ def test_killed_and_resumed(tmp_path: Path, whole: Path, batch: int) -> None:
     assert_same_run(tmp_path / "run", whole)
 
 
+def test_channels_then_patterns(tmp_path: Path) -> None:
+    settings = {
+        **SETTINGS,
+        "method": "prunetrain-clicktrain",
+        "switch_at": 2,
+        "pattern_compression": 3,
+        "group": 2,
+        "operators": "reference",
+    }
+    summary = run(tmp_path / "whole", settings)
+    folder = RunFolder(tmp_path / "whole")
+    channels = [e["epoch"] for e in folder.read_events() if e["event"] == "reconfigured"]
+    assert channels == [1, 2]
+    hard_prune = next(e for e in folder.read_events() if e["event"] == "hard_prune")
+    assert hard_prune["compression_reached"] == pytest.approx(3, rel=0.03)
+    loaded = load_run(tmp_path / "whole")
+    kept = {layer["name"]: layer["density"] for layer in summary["layers"]}
+    assert sum(int(mask.sum()) for mask in loaded.masks.values()) > 0
+    assert summary["compression_ratio"] > 1.1 * hard_prune["compression_reached"]
+    for name, mask in loaded.masks.items():
+        assert mask.shape == loaded.model.get_submodule(name).weight.shape  # type: ignore[union-attr]
+        assert mask.shape[0] % 2 == 0
+        assert kept[name] == pytest.approx(float(mask.float().mean()))
+    for batch in (24, 40):
+        with pytest.raises(Killed):
+            run(tmp_path / f"killed-{batch}", settings, At(batch, kill))
+        resume(tmp_path / f"killed-{batch}")
+        assert_same_run(tmp_path / f"killed-{batch}", tmp_path / "whole")
+
+
 def test_it_loads_into_the_users_own_class_and_exports(tmp_path: Path, whole: Path) -> None:
     loaded = load_run(whole)
     fresh = clicktrain.create_model("resnet8", num_classes=10, in_channels=1, width=0.5, stem="cifar")

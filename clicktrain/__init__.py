@@ -19,13 +19,24 @@ if TYPE_CHECKING:
     from clicktrain.compiler import accelerate
     from clicktrain.errors import UserError
     from clicktrain.kernels.pack_model import pack, unpack
-    from clicktrain.methods import METHODS, Campfire, ClickTrain, Dense, Method, Pruner, PruneTrain
+    from clicktrain.methods import (
+        DSR,
+        METHODS,
+        Campfire,
+        ClickTrain,
+        Dense,
+        Method,
+        Pruner,
+        PruneTrain,
+        RigL,
+    )
     from clicktrain.models import create_model
     from clicktrain.surgery import load_pruned
 
 __version__ = "0.1.0"
 
 __all__ = [
+    "DSR",
     "METHODS",
     "Campfire",
     "ClickTrain",
@@ -34,6 +45,7 @@ __all__ = [
     "ModelCost",
     "PruneTrain",
     "Pruner",
+    "RigL",
     "UserError",
     "accelerate",
     "compression_ratio",
@@ -45,6 +57,7 @@ __all__ = [
 ]
 
 _HOME = {
+    "DSR": "clicktrain.methods",
     "METHODS": "clicktrain.methods",
     "Campfire": "clicktrain.methods",
     "ClickTrain": "clicktrain.methods",
@@ -53,6 +66,7 @@ _HOME = {
     "ModelCost": "clicktrain.accounting",
     "PruneTrain": "clicktrain.methods",
     "Pruner": "clicktrain.methods",
+    "RigL": "clicktrain.methods",
     "UserError": "clicktrain.errors",
     "accelerate": "clicktrain.compiler",
     "compression_ratio": "clicktrain.accounting",

@@ -19,8 +19,9 @@ if TYPE_CHECKING:
     from clicktrain.compiler import accelerate
     from clicktrain.errors import UserError
     from clicktrain.kernels.pack_model import pack, unpack
-    from clicktrain.methods import METHODS, Campfire, ClickTrain, Dense, Method, Pruner
+    from clicktrain.methods import METHODS, Campfire, ClickTrain, Dense, Method, Pruner, PruneTrain
     from clicktrain.models import create_model
+    from clicktrain.surgery import load_pruned
 
 __version__ = "0.1.0"
 
@@ -31,12 +32,14 @@ __all__ = [
     "Dense",
     "Method",
     "ModelCost",
+    "PruneTrain",
     "Pruner",
     "UserError",
     "accelerate",
     "compression_ratio",
     "count",
     "create_model",
+    "load_pruned",
     "pack",
     "unpack",
 ]
@@ -48,12 +51,14 @@ _HOME = {
     "Dense": "clicktrain.methods",
     "Method": "clicktrain.methods",
     "ModelCost": "clicktrain.accounting",
+    "PruneTrain": "clicktrain.methods",
     "Pruner": "clicktrain.methods",
     "UserError": "clicktrain.errors",
     "accelerate": "clicktrain.compiler",
     "compression_ratio": "clicktrain.accounting",
     "count": "clicktrain.accounting",
     "create_model": "clicktrain.models",
+    "load_pruned": "clicktrain.surgery",
     "pack": "clicktrain.kernels.pack_model",
     "unpack": "clicktrain.kernels.pack_model",
 }

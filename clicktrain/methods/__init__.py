@@ -9,7 +9,13 @@ from clicktrain.methods.campfire import Campfire
 from clicktrain.methods.clicktrain import ClickTrain
 from clicktrain.methods.dense import Dense
 from clicktrain.methods.pruner import Pruner
+from clicktrain.methods.prunetrain import PruneTrain
 
-METHODS: dict[str, type[Method[Any]]] = {"dense": Dense, "clicktrain": ClickTrain, "campfire": Campfire}
+METHODS: dict[str, type[Method[Any]]] = {
+    "dense": Dense,
+    "clicktrain": ClickTrain,
+    "prunetrain": PruneTrain,
+    "campfire": Campfire,
+}
 
-__all__ = ["METHODS", "Campfire", "ClickTrain", "Dense", "Method", "Pruner", "PruningPlan"]
+__all__ = ["METHODS", "Campfire", "ClickTrain", "Dense", "Method", "PruneTrain", "Pruner", "PruningPlan"]

@@ -5,12 +5,14 @@ from __future__ import annotations
 import abc
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
+from types import MappingProxyType
 from typing import TYPE_CHECKING, Any, ClassVar, Generic, NamedTuple, TypeAlias, TypeVar
 
 from torch import Tensor, nn
 from torch.optim import Optimizer
 
 from clicktrain.methods.survey import Survey, survey
+from clicktrain.surgery import SurgeryPlan
 
 if TYPE_CHECKING:
     from clicktrain.methods.pruner import Pruner
@@ -45,7 +47,10 @@ class Step:
         batches: batches whose gradients this step holds (more than 1 with gradient accumulation).
         loss: mean loss since the last optimizer step, 0-dim, detached.
         epoch_losses: mean training loss of every finished epoch.
-        length: how long the run is.
+        length: how long the run is; the batches of an epoch are those of the running one.
+        epoch: finished epochs before the batches of this step.
+        position: epochs done, with those batches: 2.5 in the middle of the third.
+        ends_epoch: the last batch of an epoch is among them.
         grad_scale: what the gradients are still multiplied by (fused mixed-precision optimizers), or None.
     """
 
@@ -54,6 +59,9 @@ class Step:
     loss: Tensor
     epoch_losses: Sequence[float]
     length: RunLength
+    epoch: int = 0
+    position: float = 0.0
+    ends_epoch: bool = False
     grad_scale: Tensor | None = None
 
     def gradient(self, parameter: Tensor) -> Tensor | None:
@@ -85,7 +93,29 @@ class FreezeMasks(NamedTuple):
     masks: Mapping[str, Tensor]
 
 
-Action: TypeAlias = Record | ApplyMasks | FreezeMasks
+class SilenceChannels(NamedTuple):
+    """Write zeros to all that a plan would cut along the output channels of layers, and leave it in place.
+
+    Filters, their biases and the scale and shift of their batch norms: the channels then carry nothing. Later
+    steps may change it again.
+    """
+
+    plan: SurgeryPlan
+
+
+class Reconfigure(NamedTuple):
+    """Remove channels and layers physically, from the model and its optimizer.
+
+    ``event`` is added to what is written down about it; ``checked``: measure how much the output of the last
+    batch changes, in evaluation mode.
+    """
+
+    plan: SurgeryPlan
+    event: Mapping[str, Any] = MappingProxyType({})
+    checked: bool = False
+
+
+Action: TypeAlias = Record | ApplyMasks | FreezeMasks | SilenceChannels | Reconfigure
 
 
 @dataclass(frozen=True, slots=True)
@@ -144,7 +174,15 @@ class Method(abc.ABC, Generic[S]):
     """
 
     name: ClassVar[str]
+    reads_graph: ClassVar[bool] = False
+    """Whether the method needs to know how layers depend on each other: `Survey.example` is set for it, at
+    the first forward pass if the caller gave none."""
     settings_exclude: ClassVar[tuple[str, ...]] = ()
+
+    @property
+    def keeps_inputs(self) -> bool:
+        """Whether the last batch of inputs is kept, for `Reconfigure.checked`."""
+        return False
 
     def survey(self, model: nn.Module, trained: Sequence[Tensor] | None = None) -> Survey:
         """Which layers this method may prune."""
@@ -177,6 +215,10 @@ class Method(abc.ABC, Generic[S]):
         del state, found
         return ()
 
+    def after_surgery(self, state: S, plan: SurgeryPlan, found: Survey) -> None:
+        """Channels have gone: shrink what the state holds. ``found`` is of the smaller model."""
+        del state, plan, found
+
     def state_dict(self, state: S) -> dict[str, Any]:
         """The state as nested dicts of tensors, numbers and strings."""
         del state
@@ -195,6 +237,7 @@ class Method(abc.ABC, Generic[S]):
         epochs: int,
         steps_per_epoch: int,
         packed: bool = False,
+        example: Tensor | None = None,
         on_event: Callable[[Event], None] | None = None,
     ) -> Pruner:
         """Hook this method into a training loop: two lines, this one and `Pruner.observe`.
@@ -208,6 +251,8 @@ class Method(abc.ABC, Generic[S]):
                 gradients are accumulated).
             packed: train on packed values after the hard prune (modules and parameters are then swapped
                 inside the optimizer); False keeps dense tensors with zeros.
+            example: batch of inputs, [N, C, H, W], for methods that remove channels; values do not matter.
+                Taken from the first forward pass if it is not given.
             on_event: called with every decision.
 
         Raises:
@@ -216,7 +261,13 @@ class Method(abc.ABC, Generic[S]):
         from clicktrain.methods.pruner import Pruner
 
         return Pruner(
-            self, model, optimizer, RunLength(epochs, steps_per_epoch), packed=packed, on_event=on_event
+            self,
+            model,
+            optimizer,
+            RunLength(epochs, steps_per_epoch),
+            packed=packed,
+            example=example,
+            on_event=on_event,
         )
 
 

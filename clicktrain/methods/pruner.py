@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import json
+import time
 from collections.abc import Callable, Mapping
 from dataclasses import replace
 from typing import Any
@@ -20,12 +22,15 @@ from clicktrain.methods.base import (
     FreezeMasks,
     Method,
     PruningPlan,
+    Reconfigure,
     Record,
     RunLength,
+    SilenceChannels,
     Step,
 )
 from clicktrain.methods.survey import ConvLayer, LinearLayer
 from clicktrain.sparsity.masks import conv_masks, hard_prune_, mask_optimizer_state_
+from clicktrain.surgery import SurgeryPlan, apply_surgery_, silence_
 
 
 class Pruner:
@@ -43,6 +48,7 @@ class Pruner:
         length: RunLength,
         *,
         packed: bool = False,
+        example: Tensor | None = None,
         on_event: Callable[[Event], None] | None = None,
     ) -> None:
         if length.epochs < 1 or length.steps_per_epoch < 1:
@@ -57,14 +63,19 @@ class Pruner:
         self.packed = packed
         self.events: list[Event] = []
         self.masks: dict[str, Tensor] = {}
+        self.plans: list[SurgeryPlan] = []
         self.frozen = False
         self._on_event = on_event
         trained = [p for group in optimizer.param_groups for p in group["params"]]
-        self._found = method.survey(model, trained)
-        self._conv_weights = self._found.conv_weights
+        self._found = replace(method.survey(model, trained), example=example)
+        self._conv_weights = self._conv_weights_now = self._found.conv_weights
         self._state = method.init(self._found, length)
         self._plan = method.plan(self._found, length)
         self._seen = 0
+        self._epoch = 0
+        self._in_epoch = 0
+        self._stepped_epoch = 0
+        self._inputs: Tensor | None = None
         self._losses: list[Tensor] = []
         self._epoch_loss: Tensor | None = None
         self._epoch_losses: list[float] = []
@@ -75,6 +86,8 @@ class Pruner:
             optimizer.register_step_pre_hook(self._before_step),
             optimizer.register_step_post_hook(self._after_step),
         ]
+        if method.reads_graph and (example is None or method.keeps_inputs):
+            self._handles.append(model.register_forward_pre_hook(self._see_inputs))
 
     # ---- what a loop calls ------------------------------------------------------------------
 
@@ -97,11 +110,24 @@ class Pruner:
         self._losses.append(value)
         self._epoch_loss = value.clone() if self._epoch_loss is None else self._epoch_loss + value
         self._seen += 1
+        self._in_epoch += 1
         self._depth = 0
 
     def plan(self) -> PruningPlan:
         """What will be pruned, to what density, by what, and why a layer is left alone; printable."""
         return self._plan
+
+    def resize_epoch(self, steps_per_epoch: int) -> None:
+        """Tell that the epochs to come have another number of batches, because the batch has another size.
+
+        Call it between two epochs.
+        """
+        if steps_per_epoch < 1:
+            raise UserError(f"an epoch has at least 1 batch, not {steps_per_epoch}")
+        self._close_epoch()
+        if self._in_epoch:
+            raise UserError("the number of batches can change between two epochs only")
+        self.length = RunLength(self.length.epochs, steps_per_epoch)
 
     def finish(self, packed: bool = False) -> nn.Module:
         """End the run: hard prune if that has not happened, remove the hooks, return the model.
@@ -139,11 +165,11 @@ class Pruner:
     def nonzero_conv_weights(self) -> int:
         """Convolution weights that live now; all of them before anything is masked."""
         dead = sum(mask.numel() - int(mask.sum()) for mask in conv_masks(self.masks).values())
-        return self._conv_weights - dead
+        return self._conv_weights_now - dead
 
     @property
     def density(self) -> float:
-        """Living convolution weights / all convolution weights."""
+        """Living convolution weights / all convolution weights, those of removed channels included."""
         return self.nonzero_conv_weights / max(self._conv_weights, 1)
 
     @property
@@ -171,6 +197,11 @@ class Pruner:
             "method": self.method.name,
             "state": self.method.state_dict(self._state),
             "seen": self._seen,
+            "epoch": self._epoch,
+            "in_epoch": self._in_epoch,
+            "stepped_epoch": self._stepped_epoch,
+            "steps_per_epoch": self.length.steps_per_epoch,
+            "plans": [json.dumps(plan.to_json()) for plan in self.plans],
             "losses": list(self._losses),
             "epoch_loss": self._epoch_loss,
             "epoch_losses": list(self._epoch_losses),
@@ -183,13 +214,19 @@ class Pruner:
     def load_state_dict(self, saved: Mapping[str, Any]) -> None:
         """Go on from a saved state.
 
-        If that state was packed, model and optimizer are packed here; load weights and optimizer state
-        after this call.
+        If channels had been removed, or the state was packed, model and optimizer are made so here; load
+        weights and optimizer state after this call.
         """
         if saved["method"] != self.method.name:
             raise UserError(f"this state was saved by method {saved['method']!r}, not {self.method.name!r}")
+        for document in saved["plans"]:
+            plan = SurgeryPlan.from_json(json.loads(document))
+            apply_surgery_(plan, self.model, self.optimizer)
+            self._follow(plan)
+        self.length = RunLength(self.length.epochs, saved["steps_per_epoch"])
         self._state = self.method.load_state(self._found, self.length, saved["state"])
-        self._seen = saved["seen"]
+        self._seen, self._epoch = saved["seen"], saved["epoch"]
+        self._in_epoch, self._stepped_epoch = saved["in_epoch"], saved["stepped_epoch"]
         device = next((layer.weight.device for layer in self._found.prunable), None)
         self._losses = [loss.to(device, copy=True) for loss in saved["losses"]]
         epoch_loss = saved["epoch_loss"]
@@ -246,7 +283,16 @@ class Pruner:
                 self._mask_weights()
             elif self._losses:
                 self._carry_out(self.method.after_step(self._state, self._found, self._step()))
+        self._stepped_epoch = self._epoch
         self._losses = []
+
+    def _see_inputs(self, module: nn.Module, args: Any) -> None:
+        inputs = args[0] if args else None
+        if isinstance(inputs, Tensor):
+            if self._found.example is None:
+                self._found = replace(self._found, example=inputs.detach()[:1].clone())
+            if self.method.keeps_inputs and module.training:
+                self._inputs = inputs.detach()
 
     def _full_precision(self) -> torch.autocast:
         """Decisions do not depend on whether ``optimizer.step()`` is called inside autocast."""
@@ -257,7 +303,18 @@ class Pruner:
     def _step(self) -> Step:
         scale = getattr(self.optimizer, "grad_scale", None)
         loss = torch.stack(self._losses).mean()
-        return Step(self._seen, len(self._losses), loss, self._epoch_losses, self.length, scale)
+        position = self._epoch + self._in_epoch / self.length.steps_per_epoch
+        return Step(
+            self._seen,
+            len(self._losses),
+            loss,
+            self._epoch_losses,
+            self.length,
+            epoch=self._stepped_epoch,
+            position=position,
+            ends_epoch=int(position) > self._stepped_epoch,
+            grad_scale=scale,
+        )
 
     def _find_again(self) -> None:
         """Look the layers up by name: packing and unpacking replace modules."""
@@ -284,10 +341,11 @@ class Pruner:
 
     def _close_epoch(self) -> None:
         """Note the mean loss once an epoch's batches are all seen."""
-        if self._epoch_loss is not None and self._seen % self.length.steps_per_epoch == 0:
+        if self._epoch_loss is not None and self._in_epoch == self.length.steps_per_epoch:
             mean = float(self._epoch_loss) / self.length.steps_per_epoch
             self._epoch_losses.append(mean)
             self._epoch_loss = None
+            self._epoch, self._in_epoch = self._epoch + 1, 0
 
     # ---- the one place where actions touch the world ----------------------------------------
 
@@ -312,12 +370,76 @@ class Pruner:
                 self._plan = self.method.plan(self._found, self.length, self._state)
                 if self.packed:
                     pack_model_(self.model, conv_masks(self.masks), [self.optimizer])
+            case SilenceChannels(plan):
+                silence_(plan, self.model)
+            case Reconfigure(plan, event, checked):
+                self._reconfigure(plan, event, checked)
+
+    def _reconfigure(self, plan: SurgeryPlan, event: Mapping[str, Any], checked: bool) -> None:
+        """Remove channels from the model and its optimizer, and let all that is remembered follow."""
+        started = time.perf_counter()
+        before = self._output() if checked else None
+        channels = sum(row.outputs[0] for row in plan.layers)
+        if plan:
+            apply_surgery_(plan, self.model, self.optimizer)
+            self._follow(plan)
+            self.method.after_surgery(self._state, plan, self._found)
+            self._plan = self.method.plan(self._found, self.length, self._state)
+        seconds = time.perf_counter() - started
+        after = self._output() if checked else None
+        gone = {removed.name for removed in plan.removed_layers}
+        rows = [row for row in plan.layers if row.name not in gone]
+        self._record(
+            {
+                "event": "reconfigured",
+                **event,
+                "seconds": seconds,
+                "channels_before": channels,
+                "channels_after": sum(row.outputs[1] for row in rows),
+                "layers_removed": [row.name for row in plan.layers if row.name in gone],
+                "layers": [
+                    {
+                        "name": row.name,
+                        "inputs": list(row.inputs),
+                        "outputs": list(row.outputs),
+                        "stays": row.stays,
+                    }
+                    for row in plan.layers
+                ],
+                "max_output_change": None
+                if before is None or after is None
+                else float((after - before).abs().max()),
+            }
+        )
+
+    def _follow(self, plan: SurgeryPlan) -> None:
+        """Note a plan that was carried out, and look at the smaller model."""
+        self.plans.append(plan)
+        self._found = self._found.after_surgery(plan)
+        self._conv_weights_now = self._found.conv_weights
+        shrunken = {
+            plan.new_name(name): plan.shrink(f"{name}.weight", mask) for name, mask in self.masks.items()
+        }
+        self.masks = {name: mask for name, mask in shrunken.items() if name is not None}
+
+    def _output(self) -> Tensor | None:
+        """Of the last batch of inputs in evaluation mode, leaving no trace."""
+        if self._inputs is None:
+            return None
+        modes = [(module, module.training) for module in self.model.modules()]
+        try:
+            self.model.eval()
+            output = self.model(self._inputs)
+        finally:
+            for module, mode in modes:
+                module.training = mode
+        return output.float() if isinstance(output, Tensor) else None
 
     def _record(self, event: Event) -> None:
         full = {
             "event": event["event"],
             "step": self._seen,
-            "epoch": self._seen / self.length.steps_per_epoch,
+            "epoch": self._epoch + self._in_epoch / self.length.steps_per_epoch,
         }
         full.update(event)
         self.events.append(full)

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterable, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from fnmatch import fnmatchcase
 
 from torch import Tensor, nn
@@ -14,6 +14,7 @@ from torch.nn.utils import parametrize
 from clicktrain.errors import UserError
 from clicktrain.methods.linear_inputs import conv_sources
 from clicktrain.sparsity.patterns import MAX_POSITIONS
+from clicktrain.surgery import SurgeryPlan
 
 
 @dataclass(frozen=True, slots=True, eq=False)
@@ -65,7 +66,8 @@ class Survey:
 
     ``layers`` are the convolutions that can be pruned, ``linears`` the fully connected layers, for methods
     that ask for them; ``left_alone`` maps the other weighted modules to (shape, reason).
-    ``order`` has all names as the network lists them.
+    ``order`` has all names as the network lists them. ``model`` is what was looked at, ``example`` an input
+    of it (batch of at least one; values do not matter), None until one is known.
     ``other_conv_weights`` counts the convolution weights outside ``layers``; they stay dense and count in
     the compression ratio, which is over all convolution weights (ClickTrain section 6.2).
     """
@@ -75,6 +77,8 @@ class Survey:
     other_conv_weights: int = 0
     order: tuple[str, ...] = ()
     linears: tuple[LinearLayer, ...] = ()
+    model: nn.Module | None = None
+    example: Tensor | None = None
 
     @property
     def prunable(self) -> tuple[ConvLayer | LinearLayer, ...]:
@@ -89,6 +93,42 @@ class Survey:
     def layer(self, name: str) -> ConvLayer:
         """The prunable layer of that name."""
         return next(layer for layer in self.layers if layer.name == name)
+
+    def after_surgery(self, plan: SurgeryPlan) -> Survey:
+        """The same layers in the smaller model, those that are gone left out."""
+        assert self.model is not None
+        modules = dict(self.model.named_modules())
+
+        def now(name: str | None) -> tuple[str, nn.Module] | None:
+            moved = None if name is None else plan.new_name(name)
+            module = modules.get(moved) if moved is not None else None
+            return None if moved is None or not isinstance(module, (_ConvNd, nn.Linear)) else (moved, module)
+
+        layers, linears, left = [], [], {}
+        for layer in self.layers:
+            if (place := now(layer.name)) is not None and isinstance(place[1], nn.Conv2d):
+                layers.append(ConvLayer(place[0], place[1]))
+        for linear in self.linears:
+            if (place := now(linear.name)) is not None and isinstance(place[1], nn.Linear):
+                source = now(linear.source)
+                linears.append(LinearLayer(place[0], place[1], None if source is None else source[0]))
+        other: dict[int, int] = {}
+        for name, (_, reason) in self.left_alone.items():
+            if (place := now(name)) is not None:
+                weight = place[1].weight
+                assert isinstance(weight, Tensor)
+                left[place[0]] = (tuple(weight.shape), reason)
+                if isinstance(place[1], _ConvNd):
+                    other[id(weight)] = weight.numel()
+        order = tuple(place[0] for name in self.order if (place := now(name)) is not None)
+        return replace(
+            self,
+            layers=tuple(layers),
+            linears=tuple(linears),
+            left_alone=left,
+            other_conv_weights=sum(other.values()),
+            order=order,
+        )
 
 
 def matches(name: str, globs: Iterable[str]) -> bool:
@@ -168,6 +208,7 @@ def survey(
         other,
         tuple(name for name, _ in named),
         tuple(LinearLayer(name, module, sources.get(name)) for name, module in linears),
+        model,
     )
 
 

@@ -1,9 +1,10 @@
 """Physical removal of channels and layers: dependency analysis, plans, and the one mutator."""
 
-from clicktrain.surgery.apply import apply_surgery_
+from clicktrain.surgery.apply import apply_surgery_, silence_
 from clicktrain.surgery.groups import ChannelGroup, Member, channel_groups, dependencies
 from clicktrain.surgery.plan import Cut, Gate, LayerChange, RemovedLayer, SurgeryPlan
 from clicktrain.surgery.planning import plan_from_keep, plan_from_zeros
+from clicktrain.surgery.recipe import load_pruned, read_recipe, write_recipe
 
 __all__ = [
     "ChannelGroup",
@@ -16,6 +17,10 @@ __all__ = [
     "apply_surgery_",
     "channel_groups",
     "dependencies",
+    "load_pruned",
     "plan_from_keep",
     "plan_from_zeros",
+    "read_recipe",
+    "silence_",
+    "write_recipe",
 ]

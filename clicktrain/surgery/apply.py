@@ -64,6 +64,33 @@ def apply_surgery_(
         exchange_(optimizer, new, out, lambda parameter, t: plan.shrink(names[id(parameter)], t))
 
 
+@torch.no_grad()
+def silence_(plan: SurgeryPlan, model: nn.Module) -> None:
+    """Write zeros to the filters that a plan would cut, their biases, and the scale and shift behind them.
+
+    The channels then carry zeros, and the plan changes nothing of what the network computes. What reads the
+    channels stays as it is.
+
+    Args:
+        plan: made for this model.
+        model: changed in place; shapes, buffers and optimizers stay.
+
+    Raises:
+        UserError: the plan does not fit the model.
+    """
+    tensors = _tensors(model)
+    _check(plan, model, tensors, removed_tensors(plan, tensors), ())
+    modules = dict(model.named_modules(remove_duplicate=False))
+    for cut in plan.cuts:
+        outputs = 1 if isinstance(modules[cut.name.rpartition(".")[0]], _TRANSPOSED) else 0
+        tensor = tensors[cut.name]
+        along = outputs if tensor.dim() > 1 else 0
+        if isinstance(tensor, nn.Parameter) and cut.dim == along:
+            cut_away = torch.ones(cut.size, dtype=torch.bool, device=tensor.device)
+            cut_away[torch.tensor(cut.keep, device=tensor.device)] = False
+            tensor.index_fill_(cut.dim, cut_away.nonzero().flatten(), 0.0)
+
+
 def removed_tensors(plan: SurgeryPlan, tensors: dict[str, Tensor]) -> list[str]:
     """Names of the parameters and buffers that disappear with the removed layers."""
     return [name for name in tensors if plan.new_name(name) is None]
@@ -185,7 +212,9 @@ def _follow(module: Any) -> None:
     """Set what a layer notes about its shape after its tensors."""
     if isinstance(module, _CONVS):
         filters, per_group = module.weight.shape[:2]
-        if module.groups > 1 and per_group == 1:  # whole groups have gone
+        # By the width that it had: where every group read one channel whole groups have gone (`flow`), and
+        # a group that has come down to one channel may have lost filters, but no group has.
+        if module.groups > 1 and module.in_channels == module.groups:
             module.groups = module.groups * filters // module.out_channels
         module.out_channels, module.in_channels = filters, per_group * module.groups
     elif isinstance(module, _TRANSPOSED):

@@ -84,6 +84,11 @@ class SurgeryPlan:
         """Whether the plan changes anything."""
         return bool(self.cuts or self.removed_layers or self.gates)
 
+    @property
+    def removed_names(self) -> tuple[str, ...]:
+        """Convolutions that are gone, by their names before the plan."""
+        return tuple(r.name for r in self.removed_layers if r.remnant in ("zeros", "bias"))
+
     @cached_property
     def _cuts_of(self) -> dict[str, tuple[Cut, ...]]:
         found: dict[str, tuple[Cut, ...]] = {}

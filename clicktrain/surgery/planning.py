@@ -164,9 +164,10 @@ def _row(
         cut = made.get((path, dim))
         sizes.append((weight.shape[dim], len(cut.keep) if cut else weight.shape[dim]))
     if getattr(module, "groups", 1) > 1:
-        grouped, whole = sizes[1 - outputs], sizes[outputs]
+        # The second dimension of the weight is per group; of a depthwise layer whole groups go.
+        grouped, whole = sizes[outputs], sizes[1 - outputs]
         groups = (module.groups, module.groups * whole[1] // whole[0] if grouped[0] == 1 else module.groups)
-        sizes[0] = (grouped[0] * groups[0], grouped[1] * groups[1])
+        sizes[outputs] = (grouped[0] * groups[0], grouped[1] * groups[1])
     note = stays.get(name, "")
     if not note:
         places = [p for atom in found.flow.atoms.of(weight, outputs) if (p := found.place(atom))]

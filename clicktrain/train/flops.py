@@ -16,9 +16,14 @@ class TrainingCost:
         """Count the model on ``example`` [1, C, H, W], on its device."""
         self._model = model
         self._example = example
-        self.cost = count(model, example)
+        self.initial = self.cost = count(model, example)
         self.dense = self.cost.training_flops_dense
         self.now = self.dense
+
+    def shrink(self) -> None:
+        """The model has become smaller; it is dense."""
+        self.cost = count(self._model, self._example, {})
+        self.now = self.cost.training_flops
 
     def freeze(self, masks: Mapping[str, Tensor]) -> None:
         """From now on a weight outside ``masks`` costs nothing, in none of the three passes."""

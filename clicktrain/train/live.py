@@ -15,6 +15,7 @@ from torch.optim.swa_utils import AveragedModel
 
 from clicktrain.compiler import Accelerated
 from clicktrain.errors import UserError
+from clicktrain.surgery import apply_surgery_
 from clicktrain.train.averaging import freeze_average_, make_average
 from clicktrain.train.checkpoint import newest_good, save_checkpoint
 from clicktrain.train.config import config_to_dict
@@ -44,6 +45,7 @@ class LiveRun:
     average: AveragedModel | None = None
     scalars: ScalarLog | None = None
     frozen: bool = False
+    followed_plans: int = 0
     _forward: Callable[[Tensor], Tensor] | None = None
 
     def __post_init__(self) -> None:
@@ -104,8 +106,16 @@ class LiveRun:
         return self.course.epoch * len(self.prepared.train_loader) + self.course.batch
 
     def follow_pruner(self) -> None:
-        """After the hard prune, once: cost, average and compiled network follow the masks."""
+        """After channels have gone, and once after the hard prune: cost, average and forward pass follow."""
         pruner = self.prepared.pruner
+        if len(pruner.plans) > self.followed_plans:
+            for plan in pruner.plans[self.followed_plans :]:
+                if self.average is not None:
+                    apply_surgery_(plan, self.average.module)
+            self.followed_plans = len(pruner.plans)
+            self.prepared.cost.shrink()
+            self.density = pruner.density
+            self._forward = None
         if self.frozen or not pruner.frozen:
             return
         self.frozen = True

@@ -120,6 +120,7 @@ def prepare(config: RunConfig, method: Method[Any]) -> Prepared:
         epochs=config.epochs,
         steps_per_epoch=len(train_loader),
         packed=config.packed,
+        example=torch.zeros(1, *data.image_shape, device=device),
         on_event=events,
     )
     steps = config.epochs * math.ceil(len(train_loader) / config.accumulate)

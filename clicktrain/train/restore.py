@@ -13,6 +13,7 @@ from clicktrain.errors import UserError
 from clicktrain.formats.packed_file import read_packed
 from clicktrain.formats.tree import load_tree, read_metadata
 from clicktrain.methods import Method
+from clicktrain.surgery import apply_surgery_, read_recipe
 from clicktrain.train.config import RunConfig
 from clicktrain.train.prepare import build_model
 from clicktrain.train.run_folder import RunFolder
@@ -67,6 +68,9 @@ def load_run(path: str | Path) -> LoadedRun:
     except Exception as error:
         raise UserError(f"{folder.model} is missing or damaged: {error}") from None
     model = build_model(facts)
+    if folder.surgery.exists():
+        for plan in read_recipe(folder.surgery):
+            apply_surgery_(plan, model)
     try:
         model.load_state_dict(weights)
     except RuntimeError as error:

@@ -74,6 +74,11 @@ class RunFolder:
         return self.path / "packed.safetensors"
 
     @property
+    def surgery(self) -> Path:
+        """The surgery plans that made the network smaller, JSON; there if channels were removed."""
+        return self.path / "surgery.json"
+
+    @property
     def operators(self) -> Path:
         """Which operator each layer runs on after the hard prune, JSON; there once a compiler chose."""
         return self.path / "operators.json"

@@ -11,9 +11,11 @@ import torch
 from torch import Tensor, nn
 
 from clicktrain.accounting import LayerCost, ModelCost, count
+from clicktrain.accounting.cost import ratio
 from clicktrain.formats.packed_file import save_packed
 from clicktrain.formats.tree import save_tree
 from clicktrain.kernels.pack_model import unpack_model_
+from clicktrain.surgery import write_recipe
 from clicktrain.train.evaluate import evaluate
 from clicktrain.train.live import LiveRun
 from clicktrain.train.machine import cpu_name, gpu_name, versions
@@ -27,22 +29,25 @@ def finish_run(run: LiveRun) -> dict[str, Any]:
     Can be done again: a run killed in the middle of it is finished when it is resumed.
     """
     p, course = run.prepared, run.course
-    was_frozen = p.pruner.frozen
+    was_frozen, plans = p.pruner.frozen, len(p.pruner.plans)
     operators = operator_names(run.folder)
     plain = p.pruner.finish()
+    run.follow_pruner()
     model = plain
     if run.average is not None:
         model = run.average.module
         unpack_model_(model)
     masks = p.pruner.masks
     _zero_outside(model, masks)
-    if masks and not was_frozen:  # hard prune at the very end: what was evaluated is not what is saved
+    if (masks and not was_frozen) or len(p.pruner.plans) > plans:  # what was evaluated is not what is saved
         result = evaluate(model, p.val_loader, device=p.device, precision=p.config.precision)
         assert result is not None
         course.val_accuracy = result.accuracy
         run.progress.message(f"pruned after the last epoch: validation accuracy is {result.accuracy:.2f}%")
     weights = {name: tensor.detach().cpu().contiguous() for name, tensor in model.state_dict().items()}
     metadata = {"format_version": str(FORMAT_VERSION), "clicktrain": json.dumps(p.facts)}
+    if p.pruner.plans:
+        write_recipe(run.folder.surgery, p.pruner.plans)
     save_tree(run.folder.model, weights, metadata)
     save_packed(run.folder.packed, weights, {name: mask.cpu() for name, mask in masks.items()}, metadata)
     cost = count(model, torch.zeros(1, *p.data.image_shape, device=p.device), masks or None)
@@ -77,17 +82,19 @@ def _summary(run: LiveRun, cost: ModelCost, operators: Mapping[str, str]) -> dic
         "best_val_accuracy": course.best_val_accuracy,
         "sparsity_asked": getattr(p.method, "sparsity", None),
         "compression_asked": getattr(p.method, "compression", None),
-        "compression_ratio": cost.compression_ratio,
+        "compression_ratio": ratio(p.cost.initial.conv_weights, cost.conv_nonzero),
         "train_flops": course.train_flops,
         "train_flops_ratio": course.train_flops / max(course.train_flops_dense, 1),
         "inference_flops": cost.forward_flops,
-        "inference_flops_ratio": cost.inference_flops_ratio,
+        "inference_flops_ratio": cost.forward_flops / max(p.cost.initial.forward_flops_dense, 1),
         "train_seconds": run.seconds,
         "step_ms": _step_ms(run.folder.read_metrics()),
         "data_share": course.data_seconds / max(course.epoch_seconds, 1e-9),
         "hard_prune_epoch": hard_prune,
         "parameters": cost.parameters,
         "nonzero_parameters": cost.nonzero_parameters,
+        "dense_parameters": p.cost.initial.parameters,
+        "layers_removed": [name for plan in p.pruner.plans for name in plan.removed_names],
         "device": p.device.type,
         "cpu": cpu_name(),
         "gpu": gpu_name(p.device),

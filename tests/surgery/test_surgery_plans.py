@@ -8,7 +8,7 @@ from typing import Any
 import pytest
 import torch
 import torch.nn.functional as F
-from odd_graphs import assert_same_function, images, masked, network
+from odd_graphs import CLASSES, assert_same_function, images, masked, network
 from torch import Tensor, nn
 
 from clicktrain.errors import UserError
@@ -311,3 +311,27 @@ def test_tied_weights_stay_tied() -> None:
     assert model[3].weight.shape == (4, 4, 1, 1)
     assert model[3].out_channels == model[1].in_channels == 4
     model(images())
+
+
+@pytest.mark.parametrize("inputs", [1, 2])
+@pytest.mark.parametrize("outputs", [1, 2, 3])
+def test_a_group_that_comes_down_to_one_channel_remains(inputs: int, outputs: int) -> None:
+    """Not to be taken for a depthwise layer, of which whole groups go; a second plan may then do that."""
+    model = nn.Sequential(
+        nn.Conv2d(3, 4, 3), nn.Conv2d(4, 6, 1, groups=2), nn.ReLU(), nn.Conv2d(6, CLASSES, 1), nn.Flatten()
+    ).double()
+    fresh = copy.deepcopy(model)
+    keep = {"0": torch.arange(4) % 2 < inputs, "1": torch.arange(6) % 3 < outputs}
+    plans = [plan_from_keep(model, images(2), keep)]
+    apply_surgery_(plans[0], model)
+    grouped: Any = model[1]
+    assert (grouped.groups, grouped.in_channels, grouped.out_channels) == (2, 2 * inputs, 2 * outputs)
+    assert grouped.weight.shape == (2 * outputs, inputs, 1, 1)
+    assert plans[0].layers[1].inputs == (4, 2 * inputs)
+    if inputs == 1:
+        plans.append(plan_from_keep(model, images(2), {"0": torch.tensor([True, False])}))
+        apply_surgery_(plans[1], model)
+        assert (grouped.groups, grouped.in_channels, grouped.out_channels) == (1, 1, outputs)
+    for plan in plans:
+        apply_surgery_(SurgeryPlan.from_json(plan.to_json()), fresh)
+    assert_same_function(model, fresh)

@@ -1,0 +1,307 @@
+"""PruneTrain: a group lasso over channels, and a network that becomes smaller while it trains (section 4).
+
+Every step adds the lasso's gradient (`sparsity.channel_lasso`). Every ``interval`` epochs channels under the
+threshold are set to zero, and those that are zero on both sides are removed, with layers of residual branches
+that have become zero (`surgery.plan_from_zeros`). The paper's own comparisons are the same composition with
+another rhythm: one reconfiguration at a given epoch (Alvarez and Salzmann), none before the end (SSL).
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+from typing import Any, ClassVar, Literal
+
+import torch
+from torch import Tensor, nn
+
+from clicktrain.errors import UserError
+from clicktrain.methods.base import (
+    Action,
+    LayerPlan,
+    Method,
+    PruningPlan,
+    Reconfigure,
+    Record,
+    RunLength,
+    Step,
+    plan_rows,
+)
+from clicktrain.methods.channel_axes import channel_axes
+from clicktrain.methods.survey import Survey, matches, survey
+from clicktrain.sparsity.channel_lasso import (
+    ChannelAxis,
+    add_channel_lasso_gradient_,
+    channel_penalty,
+    coefficient_for_ratio,
+    zero_small_channels_,
+)
+from clicktrain.surgery import SurgeryPlan, plan_from_zeros
+
+Axes = dict[str, tuple[ChannelAxis, ...]]
+
+
+@dataclass(slots=True)
+class PruneTrainState:
+    """What PruneTrain remembers between steps. ``axes`` follow from the network and are not saved."""
+
+    stage: str = "sparsify"
+    coefficient: float | None = None
+    reconfigured: float = 0.0
+    """Epoch of the last reconfiguration."""
+    done: bool = False
+    axes: Axes | None = field(default=None, compare=False)
+    last_plan: SurgeryPlan | None = field(default=None, compare=False)
+
+
+@dataclass(frozen=True, kw_only=True)
+class PruneTrain(Method[PruneTrainState]):
+    """Channels and layers are removed while the network trains (PruneTrain, 2019)."""
+
+    name: ClassVar[str] = "prunetrain"
+    reads_graph: ClassVar[bool] = True
+
+    penalty_ratio: float = 0.25
+    """Share of the whole loss that the lasso has at the first step; sets its coefficient (0.2 to 0.25 in runs
+    of 182 epochs; short runs need more)."""
+    coefficient: float | None = None
+    """Coefficient of the lasso itself, instead of the penalty ratio."""
+    reconfigure: Literal["interval", "once", "end"] = "interval"
+    """When channels are removed: every interval (PruneTrain), once (Alvarez and Salzmann), or only at the end
+    of the run (SSL)."""
+    interval: float | None = None
+    """Epochs between reconfigurations; 1/18 of the run by default, as the paper's 10 of 182 and 5 of 90."""
+    once_at: float | None = None
+    """Epoch of the only reconfiguration (reconfigure: once); half of the run by default."""
+    scheme: Literal["union", "gating"] = "union"
+    """How the layers of a residual stage agree: keep what one of them needs, or select and scatter channels
+    around each branch."""
+    threshold: float = 1e-4
+    """Channels whose weights are all at most this large are set to zero."""
+    round_to: int = 1
+    """Widths that remain are multiples of it, where the layer is wide enough."""
+    fine_tune: float = 0.0
+    """Epochs without the lasso at the end of the run."""
+    linear: bool = True
+    """Penalise the input channels of fully connected layers too."""
+    check_outputs: bool = False
+    """At every reconfiguration, measure how much the network's output changes on the last batch."""
+    exclude: tuple[str, ...] = ()
+    """Layers without penalty, by module path (shell-style)."""
+
+    def __post_init__(self) -> None:
+        """Check every setting."""
+        object.__setattr__(self, "exclude", tuple(self.exclude))
+        for key, choices in _CHOICES.items():
+            if getattr(self, key) not in choices:
+                raise UserError(f"{key} must be one of {', '.join(choices)}, not {getattr(self, key)!r}")
+        if not 0 <= self.penalty_ratio < 1:
+            raise UserError(f"penalty_ratio must be at least 0 and below 1, not {self.penalty_ratio}")
+        for key in ("coefficient", "interval", "once_at"):
+            value = getattr(self, key)
+            if value is not None and not 0 < value < math.inf:
+                raise UserError(f"{key} must be above 0, not {value}")
+        for key in ("threshold", "fine_tune"):
+            if not 0 <= getattr(self, key) < math.inf:
+                raise UserError(f"{key} must not be negative, not {getattr(self, key)}")
+        if self.round_to < 1:
+            raise UserError(f"round_to must be at least 1, not {self.round_to}")
+        if self.once_at is not None and self.reconfigure != "once":
+            raise UserError("once_at is set but reconfigure is not 'once': set that too")
+
+    @property
+    def keeps_inputs(self) -> bool:
+        """For ``check_outputs``."""
+        return self.check_outputs
+
+    # ---- what and when ----------------------------------------------------------------------
+
+    def survey(self, model: nn.Module, trained: Sequence[Tensor] | None = None) -> Survey:
+        """Every convolution, the first and depthwise ones too, and fully connected layers."""
+        return survey(model, trained, exclude=self.exclude, include=("*",), linear=True)
+
+    def interval_of(self, length: RunLength) -> float:
+        """Epochs between two reconfigurations."""
+        return self.interval or float(max(1, round(length.epochs / 18)))
+
+    def init(self, found: Survey, length: RunLength) -> PruneTrainState:
+        """Check that the run can be done as asked."""
+        if not found.layers:
+            reasons = "; ".join(f"{name}: {why}" for name, (_, why) in list(found.left_alone.items())[:3])
+            raise UserError(f"this network has no convolution to prune ({reasons or 'none at all'})")
+        if self.once_at is not None and self.once_at > length.epochs:
+            raise UserError(f"once_at is {self.once_at:g} but the run has {length.epochs} epochs")
+        if self.fine_tune >= length.epochs:
+            raise UserError(
+                f"fine_tune is {self.fine_tune:g} epochs: leave some of the {length.epochs} to the lasso"
+            )
+        state = PruneTrainState()
+        if found.example is not None:
+            state.axes = self._axes(found)
+        return state
+
+    def _axes(self, found: Survey) -> Axes:
+        assert found.model is not None
+        assert found.example is not None
+        names = [layer.name for layer in found.layers if not matches(layer.name, self.exclude)]
+        if self.linear:
+            names += [layer.name for layer in found.linears if not matches(layer.name, self.exclude)]
+        axes = channel_axes(found.model, found.example, names)
+        if not axes:
+            raise UserError(
+                "no channel of this network can be removed: 'clicktrain train --dry-run' says why"
+            )
+        return axes
+
+    def _weights(self, found: Survey, axes: Axes) -> list[tuple[Tensor, tuple[ChannelAxis, ...]]]:
+        return [(layer.weight, axes[layer.name]) for layer in found.prunable if layer.name in axes]
+
+    def stage(self, state: PruneTrainState) -> str:
+        """sparsify, or fine-tune without the lasso."""
+        return state.stage
+
+    # ---- steps ------------------------------------------------------------------------------
+
+    def before_step(self, state: PruneTrainState, found: Survey, step: Step) -> None:
+        """Set the coefficient at the first step (Eq. (3)), then add the lasso's gradient."""
+        if state.stage != "sparsify":
+            return
+        if state.axes is None:
+            state.axes = self._axes(found)
+        weights = self._weights(found, state.axes)
+        if state.coefficient is None:
+            penalty = float(torch.stack([channel_penalty(w.float(), a) for w, a in weights]).sum())
+            state.coefficient = self.coefficient or coefficient_for_ratio(
+                self.penalty_ratio, float(step.loss), penalty
+            )
+        strength: float | Tensor = state.coefficient
+        if step.grad_scale is not None:
+            strength = step.grad_scale * strength
+        for weight, axes in weights:
+            if weight.grad is not None:
+                add_channel_lasso_gradient_(weight.grad, weight.detach(), axes, strength)
+
+    def after_step(self, state: PruneTrainState, found: Survey, step: Step) -> Sequence[Action]:
+        """Reconfigure at the end of an epoch, when it is time; leave the lasso for the last epochs."""
+        if not step.ends_epoch:
+            return ()
+        epoch = math.floor(step.position)
+        actions: list[Action] = []
+        if state.reconfigured == 0 and step.epoch == 0 and state.coefficient is not None:
+            actions.append(Record({"event": "penalty", "coefficient": state.coefficient,
+                                   "penalty_ratio": self.penalty_ratio}))  # fmt: skip
+        last = epoch >= step.length.epochs
+        if not last and self._due(state, epoch, step.length):
+            actions += self._reconfigure(state, found, epoch)
+        if state.stage == "sparsify" and self.fine_tune and epoch >= step.length.epochs - self.fine_tune:
+            state.stage = "fine-tune"
+            event = {"event": "stage", "stage": state.stage, "number": 2, "reason": f"epoch {epoch} begins"}
+            actions.append(Record(event))
+        return actions
+
+    def _due(self, state: PruneTrainState, epoch: int, length: RunLength) -> bool:
+        if self.reconfigure == "interval":
+            return epoch - state.reconfigured >= self.interval_of(length)
+        at = self.once_at if self.once_at is not None else length.epochs / 2
+        return self.reconfigure == "once" and not state.done and epoch >= at
+
+    def _reconfigure(self, state: PruneTrainState, found: Survey, epoch: float) -> list[Action]:
+        """4.1, 4.2: zero what is under the threshold, remove what is zero on both sides."""
+        assert found.model is not None
+        state.reconfigured, state.done = epoch, True
+        axes = state.axes or self._axes(found)
+        zeroed = sum(zero_small_channels_(w, a, self.threshold) for w, a in self._weights(found, axes))
+        plan = self.surgery_plan(found)
+        unrounded = plan if self.round_to == 1 else self.surgery_plan(found, round_to=1)
+        event = {
+            "zeroed_channels": zeroed,
+            "round_to": self.round_to,
+            "channels_without_rounding": sum(row.outputs[1] for row in unrounded.layers),
+        }
+        return [Reconfigure(plan, event, self.check_outputs)]
+
+    def surgery_plan(self, found: Survey, round_to: int | None = None) -> SurgeryPlan:
+        """What would be removed from the network as it is."""
+        assert found.model is not None
+        if found.example is None:
+            return SurgeryPlan()
+        return plan_from_zeros(
+            found.model, found.example, self.threshold, self.scheme, round_to or self.round_to
+        )
+
+    def after_surgery(self, state: PruneTrainState, plan: SurgeryPlan, found: Survey) -> None:
+        """The channels of the smaller network."""
+        state.axes, state.last_plan = self._axes(found), plan
+
+    def at_end(self, state: PruneTrainState, found: Survey) -> Sequence[Action]:
+        """What is zero at the end of the run goes too (once: it went at its time)."""
+        if found.example is None or (self.reconfigure == "once" and state.done):
+            return ()
+        return self._reconfigure(state, found, state.reconfigured)
+
+    # ---- what is shown and saved ------------------------------------------------------------
+
+    def plan(self, found: Survey, length: RunLength, state: PruneTrainState | None = None) -> PruningPlan:
+        """Per layer: channels now, how many would go at once, and why one stays."""
+        changes = {}
+        if found.model is not None and found.example is not None:
+            changes = {row.name: row for row in self.surgery_plan(found).layers}
+        rows, full, kept = [], 0, 0
+        for layer in found.prunable:
+            change = changes.get(layer.name)
+            density, note = 1.0, "excluded" if matches(layer.name, self.exclude) else ""
+            if change is not None:
+                before, after = (
+                    math.prod((change.inputs[0], change.outputs[0])),
+                    math.prod((change.inputs[1], change.outputs[1])),
+                )
+                density = after / max(before, 1)
+                note = change.stays or note
+            weights = math.prod(layer.shape)
+            full, kept = full + weights, kept + round(weights * density)
+            rows.append(LayerPlan(layer.name, layer.shape, "channels", density, None, note))
+        every = self.interval_of(length)
+        when = {
+            "interval": f"every {every:g} epoch{'s' if every != 1 else ''} and at the end",
+            "once": f"once, after epoch {self.once_at or length.epochs / 2:g}",
+            "end": "at the end of the run only",
+        }[self.reconfigure]
+        strength = (
+            f"coefficient {self.coefficient:g}"
+            if self.coefficient is not None
+            else f"{self.penalty_ratio:g} of the whole loss at the first step"
+        )
+        stages = [
+            ("lasso", f"over input and output channels, {strength}"),
+            (
+                "reconfiguration",
+                f"{when}; {self.scheme}, threshold {self.threshold:g}, widths in {self.round_to}s",
+            ),
+        ]
+        if self.fine_tune:
+            stages.append(("fine-tune", f"the last {self.fine_tune:g} epochs without the lasso"))
+        summary = f"{full - kept} of {full} weights would be removed as the network is now"
+        return PruningPlan(plan_rows(found, rows), summary, tuple(stages))
+
+    def state_dict(self, state: PruneTrainState) -> dict[str, Any]:
+        """Numbers and strings."""
+        return {
+            "stage": state.stage,
+            "coefficient": state.coefficient,
+            "reconfigured": state.reconfigured,
+            "done": state.done,
+        }
+
+    def load_state(self, found: Survey, length: RunLength, saved: Mapping[str, Any]) -> PruneTrainState:
+        """Inverse of `state_dict`, on the network as it was then."""
+        state = PruneTrainState(saved["stage"], saved["coefficient"], saved["reconfigured"], saved["done"])
+        if found.example is not None:
+            state.axes = self._axes(found)
+        return state
+
+
+_CHOICES: dict[str, tuple[str, ...]] = {
+    "reconfigure": ("interval", "once", "end"),
+    "scheme": ("union", "gating"),
+}

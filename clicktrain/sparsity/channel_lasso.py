@@ -1,0 +1,104 @@
+"""PruneTrain's group lasso over the input and output channels of layers, with its gradient written out.
+
+Section 4.1, Eq. (2): for every layer the L2 norms of its filters and of its input channels are added up, with
+one coefficient for the whole network, which Eq. (3) sets from the share that the penalty shall have of the
+loss.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+
+@dataclass(frozen=True, slots=True, eq=False)
+class ChannelAxis:
+    """One dimension of a weight, divided into channels.
+
+    Attributes:
+        dim: the dimension, 0 for a layer's filters, 1 for its input channels.
+        channel: int64 [size of dim], the channel of every index; -1 = not penalised.
+        count: number of channels.
+    """
+
+    dim: int
+    channel: Tensor
+    count: int
+
+    def norms(self, weight: Tensor) -> Tensor:
+        """L2 norm of every channel, [count]."""
+        along = weight.detach().square().transpose(0, self.dim).flatten(1).sum(1)
+        counted = self.channel >= 0
+        total = along.new_zeros(self.count)
+        return total.index_add_(0, self.channel[counted], along[counted]).sqrt_()
+
+    def largest(self, weight: Tensor) -> Tensor:
+        """Largest absolute weight of every channel, [count] (figure 4)."""
+        along = weight.detach().abs().transpose(0, self.dim).flatten(1).amax(1)
+        counted = self.channel >= 0
+        start = along.new_zeros(self.count)
+        return start.scatter_reduce_(0, self.channel[counted], along[counted], "amax")
+
+    def spread(self, values: Tensor, weight: Tensor) -> Tensor:
+        """[count] -> one value for each index of the dimension, 0 where it is not penalised, to broadcast."""
+        padded = torch.cat([values, values.new_zeros(1)])  # index -1 is the last one
+        shape = [1] * weight.dim()
+        shape[self.dim] = -1
+        return padded[self.channel].view(shape)
+
+
+def channel_penalty(weight: Tensor, axes: tuple[ChannelAxis, ...]) -> Tensor:
+    """One layer's part of the sum in Eq. (2), without the coefficient: 0-dim."""
+    return torch.stack([axis.norms(weight).sum() for axis in axes]).sum()
+
+
+def add_channel_lasso_gradient_(
+    grad: Tensor, weight: Tensor, axes: tuple[ChannelAxis, ...], coefficient: float | Tensor
+) -> None:
+    """Add the penalty's gradient, ``coefficient * w / ||channel of w||`` for each axis, to ``grad`` in place.
+
+    At a norm of 0 the sub-gradient 0 is taken, so a channel that reached zero stays.
+
+    Args:
+        grad: of the weight's shape, changed in place.
+        weight: [F, C, R, S] or [O, I].
+        axes: its channels.
+        coefficient: lambda of Eq. (2).
+    """
+    scale: Tensor | None = None
+    for axis in axes:
+        norms = axis.norms(weight)
+        inverse = torch.where(norms > 0, 1 / norms.clamp_min(torch.finfo(norms.dtype).tiny), 0.0)
+        part = axis.spread(inverse, weight)
+        scale = part if scale is None else scale + part
+    if scale is not None:
+        grad.addcmul_(weight, (scale * coefficient).to(weight.dtype))
+
+
+def coefficient_for_ratio(ratio: float, loss: float, penalty: float) -> float:
+    """Lambda such that the penalty is the given share of the whole loss: Eq. (3) solved for it.
+
+    Args:
+        ratio: lasso penalty ratio, in [0, 1); 0.2 to 0.25 in the paper.
+        loss: classification loss of the first forward pass.
+        penalty: sum of the norms at the same moment, without coefficient.
+
+    Example:
+        >>> coefficient_for_ratio(0.25, 2.4, 800.0)
+        0.001
+    """
+    return ratio / (1 - ratio) * loss / penalty if penalty > 0 else 0.0
+
+
+def zero_small_channels_(weight: Tensor, axes: tuple[ChannelAxis, ...], threshold: float) -> int:
+    """Set channels to zero whose weights are all under the threshold (4.1: 1e-4); the number of those."""
+    zeroed = 0
+    for axis in axes:
+        largest = axis.largest(weight)
+        small = (largest <= threshold) & (largest > 0)
+        if bool(small.any()):
+            zeroed += int(small.sum())
+            weight.masked_fill_(axis.spread(small.to(weight.dtype), weight) > 0, 0.0)
+    return zeroed

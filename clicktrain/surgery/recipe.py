@@ -1,0 +1,70 @@
+"""A shrunken network as a file: its surgery plans rebuild it, one by one, from the class of the user."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Iterable
+from pathlib import Path
+
+from torch import nn
+
+from clicktrain.errors import UserError
+from clicktrain.formats.tree import load_tree, write_text_atomic
+from clicktrain.surgery.apply import apply_surgery_
+from clicktrain.surgery.plan import SurgeryPlan
+
+
+def write_recipe(path: str | Path, plans: Iterable[SurgeryPlan]) -> None:
+    """Write plans as JSON, in the order in which they were carried out."""
+    write_text_atomic(Path(path), json.dumps([plan.to_json() for plan in plans]) + "\n")
+
+
+def read_recipe(path: str | Path) -> list[SurgeryPlan]:
+    """Read plans back.
+
+    Raises:
+        UserError: no such file, not a list of plans, or of a newer version.
+    """
+    try:
+        documents = json.loads(Path(path).read_text(encoding="utf-8"))
+    except FileNotFoundError:
+        raise UserError(
+            f"there is no file {path}: a recipe of surgery plans (surgery.json) is needed"
+        ) from None
+    except ValueError:
+        raise UserError(f"{path} is damaged: it is not JSON") from None
+    if not isinstance(documents, list):
+        raise UserError(f"{path} is not a list of surgery plans")
+    return [SurgeryPlan.from_json(document) for document in documents]
+
+
+def load_pruned(model: nn.Module, folder: str | Path) -> nn.Module:
+    """Make a fresh model of the user's own class into the shrunken one of a run, weights included.
+
+    Args:
+        model: as it was before training; changed in place.
+        folder: of a run: ``model.safetensors`` and, if channels were removed, ``surgery.json``.
+
+    Returns:
+        The same model.
+
+    Raises:
+        UserError: a file is missing or damaged, or they belong to another network.
+
+    Example:
+        ``model = clicktrain.load_pruned(MyNetwork(), "runs/mine")``
+    """
+    folder = Path(folder)
+    weights_path = folder / "model.safetensors"
+    try:
+        weights = load_tree(weights_path)
+    except Exception as error:
+        raise UserError(f"{weights_path} is missing or damaged: {error}") from None
+    recipe = folder / "surgery.json"
+    for plan in read_recipe(recipe) if recipe.exists() else []:
+        apply_surgery_(plan, model)
+    try:
+        model.load_state_dict(weights)
+    except RuntimeError as error:
+        raise UserError(f"{weights_path} does not fit {type(model).__name__}: {error}") from None
+    return model

@@ -19,7 +19,7 @@ if TYPE_CHECKING:
     from clicktrain.compiler import accelerate
     from clicktrain.errors import UserError
     from clicktrain.kernels.pack_model import pack, unpack
-    from clicktrain.methods import METHODS, Campfire, ClickTrain, Dense, Method, Pruner, PruneTrain
+    from clicktrain.methods import METHODS, Campfire, ClickTrain, Dense, Method, PaT, Pruner, PruneTrain
     from clicktrain.models import create_model
     from clicktrain.surgery import load_pruned
 
@@ -32,6 +32,7 @@ __all__ = [
     "Dense",
     "Method",
     "ModelCost",
+    "PaT",
     "PruneTrain",
     "Pruner",
     "UserError",
@@ -51,6 +52,7 @@ _HOME = {
     "Dense": "clicktrain.methods",
     "Method": "clicktrain.methods",
     "ModelCost": "clicktrain.accounting",
+    "PaT": "clicktrain.methods",
     "PruneTrain": "clicktrain.methods",
     "Pruner": "clicktrain.methods",
     "UserError": "clicktrain.errors",

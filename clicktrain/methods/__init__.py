@@ -8,6 +8,7 @@ from clicktrain.methods.base import Method, PruningPlan
 from clicktrain.methods.campfire import Campfire
 from clicktrain.methods.clicktrain import ClickTrain
 from clicktrain.methods.dense import Dense
+from clicktrain.methods.pat import PaT
 from clicktrain.methods.pruner import Pruner
 from clicktrain.methods.prunetrain import PruneTrain
 
@@ -16,6 +17,17 @@ METHODS: dict[str, type[Method[Any]]] = {
     "clicktrain": ClickTrain,
     "prunetrain": PruneTrain,
     "campfire": Campfire,
+    "pat": PaT,
 }
 
-__all__ = ["METHODS", "Campfire", "ClickTrain", "Dense", "Method", "PruneTrain", "Pruner", "PruningPlan"]
+__all__ = [
+    "METHODS",
+    "Campfire",
+    "ClickTrain",
+    "Dense",
+    "Method",
+    "PaT",
+    "PruneTrain",
+    "Pruner",
+    "PruningPlan",
+]

@@ -17,13 +17,16 @@ import torch
 from torch import Tensor, fx, nn
 
 from clicktrain.accounting.layer_times import LayerGeometry, LayerTimes, layer_times, synchronised
-from clicktrain.accounting.timing import median_ms
+from clicktrain.accounting.timing import interleaved_ms, least_ms
 from clicktrain.errors import UserError
 from clicktrain.surgery import SurgeryPlan, apply_surgery_
 from clicktrain.surgery.groups import Dependencies
 from clicktrain.surgery.operations import operation
 
-ROUNDS = 9
+ROUNDS = (9, 60)
+"""At least and at most so many measurements of a network,"""
+SECONDS = 1.5
+"""for about so long."""
 LEAST_SAVING = 0.05
 """A neuron counts as saving this share of the mean at least: one that saves nothing is not worth infinity."""
 _HOOKS = ("_forward_hooks", "_forward_pre_hooks", "_backward_hooks", "_backward_pre_hooks")
@@ -175,7 +178,7 @@ class LatencyModel:
 def measure_ms(
     model: nn.Module, plans: Mapping[str, SurgeryPlan | None], example: Tensor, batch: int
 ) -> dict[str, float]:
-    """Median milliseconds of a batch in inference, of copies of a network with plans carried out.
+    """Milliseconds of a batch in inference, the least of many, of copies of a network after plans.
 
     The copies take turns, run in evaluation mode and leave the network as it is.
 
@@ -196,7 +199,9 @@ def measure_ms(
         replica.eval()
         calls[name] = synchronised(_forward(replica, x), x.device)
     with torch.inference_mode():
-        return median_ms(calls, ROUNDS, warmup=2)
+        once = interleaved_ms(calls, 1)
+        rounds = round(1000 * SECONDS / max(sum(ms for (ms,) in once.values()), 1e-3))
+        return least_ms(calls, min(max(rounds, ROUNDS[0]), ROUNDS[1]))
 
 
 def bare_copy(model: nn.Module) -> nn.Module:

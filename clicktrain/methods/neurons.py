@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any, Literal
+from typing import Literal
 
 import torch
 from torch import Tensor, nn
@@ -12,7 +12,7 @@ from torch import Tensor, nn
 from clicktrain.errors import UserError
 from clicktrain.methods.survey import matches
 from clicktrain.sparsity.channel_importance import batch_norm_taylor, filter_magnitude, filter_taylor
-from clicktrain.surgery import ChannelGroup, Member
+from clicktrain.surgery import ChannelGroup, Member, SurgeryPlan
 from clicktrain.surgery.groups import Dependencies
 
 ChannelCriterion = Literal["taylor", "taylor_weights", "magnitude"]
@@ -24,21 +24,29 @@ _NORMS = (nn.BatchNorm1d, nn.BatchNorm2d, nn.BatchNorm3d, nn.SyncBatchNorm)
 
 @dataclass(frozen=True, slots=True, eq=False)
 class Rows:
-    """The entries of one parameter that belong to each neuron of a group; ``index`` [n, k], along ``dim``."""
+    """The entries of one parameter that belong to each neuron of a group.
+
+    ``index`` [n, k] along ``dim``; ``plain``: neuron n is index n of the whole dimension.
+    """
 
     name: str
     dim: int
     index: Tensor
+    plain: bool
 
     @classmethod
     def of(cls, member: Member) -> Rows:
         """The rows of a member of a group of channels."""
-        return cls(member.name, member.dim, torch.tensor(member.indices))
+        index = torch.tensor(member.indices)
+        plain = index.shape[1] == 1 and torch.equal(index[:, 0], torch.arange(len(index)))
+        return cls(member.name, member.dim, index, plain)
 
     def take(self, tensor: Tensor) -> Tensor:
         """[n, everything of a neuron] of a tensor of the parameter's shape, in float32 or better."""
-        rows = tensor.detach().transpose(0, self.dim)[self.index.to(tensor.device)]
-        return rows.flatten(1).to(torch.promote_types(tensor.dtype, torch.float32))
+        rows = tensor.detach().transpose(0, self.dim)
+        if not (self.plain and len(rows) == len(self.index)):
+            rows = rows[self.index.to(tensor.device)]
+        return rows.reshape(len(self.index), -1).to(torch.promote_types(tensor.dtype, torch.float32))
 
 
 @dataclass(frozen=True, slots=True, eq=False)
@@ -159,29 +167,42 @@ def widths(masks: Mapping[str, Tensor]) -> dict[str, int]:
     return {name: int(mask.sum()) for name, mask in masks.items()}
 
 
-def masks_of_plan(groups: Sequence[NeuronGroup], cuts: Mapping[tuple[str, int], Any]) -> dict[str, Tensor]:
-    """The kept neurons, group -> bool [n], of a plan for a network of the same shapes.
-
-    Args:
-        groups: of the network.
-        cuts: (parameter, dimension) -> kept indices; dimensions that are not named stay whole.
-
-    Raises:
-        UserError: the plan is for another network.
-    """
-    masks = {}
-    for group in groups:
-        rows = group.filters[0]
-        keep = cuts.get((rows.name, rows.dim))
-        masks[group.name] = torch.ones(group.size, dtype=torch.bool)
-        if keep is not None:
-            masks[group.name] = torch.isin(rows.index[:, 0], torch.tensor(list(keep)))
-        if not masks[group.name].any():
-            raise UserError(f"the structure is of another network: it keeps nothing of {rows.name}")
-    return masks
-
-
 def shuffled(masks: Mapping[str, Tensor], seed: int) -> dict[str, Tensor]:
     """Other neurons, the same structure: section 4.5, "performance with similar structures"."""
     generator = torch.Generator().manual_seed(seed)
     return {name: mask[torch.randperm(len(mask), generator=generator)] for name, mask in masks.items()}
+
+
+def masks_of_recipe(groups: Sequence[NeuronGroup], plans: Sequence[SurgeryPlan]) -> dict[str, Tensor]:
+    """The neurons that some plans, one after the other, leave of a network of the same class.
+
+    Args:
+        groups: of the whole network.
+        plans: as in a run's ``surgery.json``.
+
+    Returns:
+        Group -> bool [n], True = kept.
+
+    Raises:
+        UserError: the plans are for another network, or remove more than channels.
+    """
+    kept: dict[tuple[str, int], list[int]] = {}
+    for plan in plans:
+        if plan.removed_layers or plan.gates:
+            raise UserError("the structure has removed layers or gates: only channels can be taken over")
+        for cut in plan.cuts:
+            before = kept.get((cut.name, cut.dim), list(range(cut.size)))
+            if len(before) != cut.size:
+                raise UserError(f"the structure's plans do not follow each other at {cut.name}")
+            kept[cut.name, cut.dim] = [before[i] for i in cut.keep]
+    masks, used = {}, 0
+    for group in groups:
+        rows = group.filters[0]
+        keep = kept.get((rows.name, rows.dim))
+        masks[group.name] = torch.ones(group.size, dtype=torch.bool)
+        if keep is not None:
+            masks[group.name] = torch.isin(rows.index[:, 0], torch.tensor(keep))
+            used += not bool(masks[group.name].all())
+    if any(plans) and not used:
+        raise UserError("the structure was made for another network: it cuts none of the layers of this one")
+    return masks

@@ -29,18 +29,23 @@ def median_ms(
 
 
 def least_ms(
-    calls: Mapping[Key, Callable[[], object]], rounds: int, *, repeat: int = 1, warmup: int = 1
+    calls: Mapping[Key, Callable[[], object]], rounds: int, *, clock: Callable[[], float] | None = None
 ) -> dict[Key, float]:
     """Least milliseconds of each call; arguments as `interleaved_ms`.
 
     What the call takes when nothing disturbs it: on a busy machine a median tells of the other programs.
     """
-    times = interleaved_ms(calls, rounds, repeat=repeat, warmup=warmup)
+    times = interleaved_ms(calls, rounds, clock=clock)
     return {key: min(found) for key, found in times.items()}
 
 
 def interleaved_ms(
-    calls: Mapping[Key, Callable[[], object]], rounds: int, *, repeat: int = 1, warmup: int = 1
+    calls: Mapping[Key, Callable[[], object]],
+    rounds: int,
+    *,
+    repeat: int = 1,
+    warmup: int = 1,
+    clock: Callable[[], float] | None = None,
 ) -> dict[Key, list[float]]:
     """Milliseconds of each call in each round.
 
@@ -52,8 +57,10 @@ def interleaved_ms(
         rounds: how many times each is timed.
         repeat: calls within one timing; more than one where a call takes microseconds.
         warmup: rounds before those that count.
+        clock: seconds; wall clock by default.
     """
     check_rounds(rounds)
+    now = clock or time.perf_counter
     order = list(calls)
     times: dict[Key, list[float]] = {key: [] for key in order}
     shuffle = random.Random(0).shuffle
@@ -65,10 +72,10 @@ def interleaved_ms(
             shuffle(order)
             for key in order:
                 call = calls[key]
-                start = time.perf_counter()
+                start = now()
                 for _ in range(repeat):
                     call()
-                taken = time.perf_counter() - start
+                taken = now() - start
                 if number >= warmup:
                     times[key].append(taken / repeat * 1e3)
     finally:

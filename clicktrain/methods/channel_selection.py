@@ -243,7 +243,6 @@ class ChannelSelection:
             "measured_ms": ms,
             "dense_ms": times["dense"],
             "latency_ratio": ratio,
-            "latency_error": now / self.target_ms - 1 if self.amount.by_latency else None,
         }
 
     def final(
@@ -261,6 +260,10 @@ class ChannelSelection:
         best: tuple[Masks, SurgeryPlan, dict[str, Any]] | None = None
         for attempt in range(1, ATTEMPTS + 1):
             event = {**self.measured(plan, masks), "attempts": attempt}
+            reached = event["measured_ms"] / self.target_ms
+            if self.amount.latency_ratio is not None:
+                reached = event["latency_ratio"] / self.amount.latency_ratio
+            event["latency_error"] = reached - 1
             if best is None or abs(event["latency_error"]) < abs(best[2]["latency_error"]):
                 best = masks, plan, event
             if abs(event["latency_error"]) <= AIM_WITHIN:

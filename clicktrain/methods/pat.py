@@ -222,6 +222,9 @@ class PaT(Method[PaTState]):
         state = PaTState()
         if found.example is not None:
             self._selection(state, found)
+        if self.rewind and found.model is not None:
+            tensors = {**dict(found.model.named_parameters()), **dict(found.model.named_buffers())}
+            state.initial = {name: tensor.detach().clone() for name, tensor in tensors.items()}
         if (reason := self.start(length).due(0, state.watch, ())) is not None:
             state.stage, state.reason = "prune", reason
         return state
@@ -239,9 +242,6 @@ class PaT(Method[PaTState]):
         """Add up scores; before training, take the gradients away so that no weight moves."""
         if state.stage == "sparse" or found.model is None or found.example is None:
             return
-        if self.rewind and not state.initial:
-            tensors = {**dict(found.model.named_parameters()), **dict(found.model.named_buffers())}
-            state.initial = {name: tensor.detach().clone() for name, tensor in tensors.items()}
         selection = self._selection(state, found)
         for group in selection.groups:
             scores = neuron_scores(group, self.criterion, selection.parameters, step.gradient)

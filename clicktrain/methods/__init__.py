@@ -6,6 +6,7 @@ from typing import Any
 
 from clicktrain.methods.base import Method, PruningPlan
 from clicktrain.methods.campfire import Campfire
+from clicktrain.methods.channels_then_patterns import ChannelsThenPatterns
 from clicktrain.methods.clicktrain import ClickTrain
 from clicktrain.methods.dense import Dense
 from clicktrain.methods.pat import PaT
@@ -16,6 +17,7 @@ METHODS: dict[str, type[Method[Any]]] = {
     "dense": Dense,
     "clicktrain": ClickTrain,
     "prunetrain": PruneTrain,
+    "prunetrain-clicktrain": ChannelsThenPatterns,
     "campfire": Campfire,
     "pat": PaT,
 }
@@ -23,6 +25,7 @@ METHODS: dict[str, type[Method[Any]]] = {
 __all__ = [
     "METHODS",
     "Campfire",
+"ChannelsThenPatterns",
     "ClickTrain",
     "Dense",
     "Method",

@@ -51,6 +51,8 @@ class Step:
         epoch: finished epochs before the batches of this step.
         position: epochs done, with those batches: 2.5 in the middle of the third.
         ends_epoch: the last batch of an epoch is among them.
+        learning_rate: of this step, divided by 1 - momentum for SGD: how far a constant gradient of 1 moves a
+            weight per step in the long run.
         grad_scale: what the gradients are still multiplied by (fused mixed-precision optimizers), or None.
     """
 
@@ -62,6 +64,7 @@ class Step:
     epoch: int = 0
     position: float = 0.0
     ends_epoch: bool = False
+    learning_rate: float = 0.0
     grad_scale: Tensor | None = None
 
     def gradient(self, parameter: Tensor) -> Tensor | None:

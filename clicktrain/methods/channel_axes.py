@@ -41,6 +41,12 @@ def channel_axes(
                 continue
             key = (weights[member.name], member.dim)
             weight = model.get_parameter(member.name)
+            if (
+                member.dim == 1
+                and weight.shape[1] == 1
+                and getattr(model.get_submodule(key[0]), "groups", 1) > 1
+            ):
+                continue  # depthwise: the filters are the channels that it reads
             if key not in found:
                 unknown = torch.full((weight.shape[member.dim],), -1, dtype=torch.int64)
                 found[key] = (unknown, 0)

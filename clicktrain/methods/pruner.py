@@ -115,7 +115,12 @@ class Pruner:
         self._depth = 0
 
     def plan(self) -> PruningPlan:
-        """What will be pruned, to what density, by what, and why a layer is left alone; printable."""
+        """What will be pruned, to what density, by what, and why a layer is left alone; printable.
+
+        Of a method that removes channels: what it would remove from the network as it is at this moment.
+        """
+        if self.method.reads_graph and not self.frozen:
+            return self.method.plan(self._found, self.length, self._state)
         return self._plan
 
     def resize_epoch(self, steps_per_epoch: int) -> None:
@@ -138,7 +143,8 @@ class Pruner:
         """
         self._close_epoch()
         if not self.frozen:
-            self._carry_out(self.method.at_end(self._state, self._found))
+            with torch.no_grad():
+                self._carry_out(self.method.at_end(self._state, self._found))
         self.close()
         if self.packed and not packed:
             unpack_model_(self.model, [self.optimizer])
@@ -314,6 +320,7 @@ class Pruner:
             epoch=self._stepped_epoch,
             position=position,
             ends_epoch=int(position) > self._stepped_epoch,
+            learning_rate=_effective_learning_rate(self.optimizer),
             grad_scale=scale,
         )
 
@@ -451,3 +458,11 @@ class Pruner:
         self.events.append(full)
         if self._on_event is not None:
             self._on_event(full)
+
+
+def _effective_learning_rate(optimizer: Optimizer) -> float:
+    """Of the first group of parameters; see `Step.learning_rate`."""
+    group = optimizer.param_groups[0]
+    return float(group["lr"]) / (
+        1 - float(group.get("momentum", 0.0)) * (1 - float(group.get("dampening", 0.0)))
+    )

@@ -1,9 +1,10 @@
 """PruneTrain: a group lasso over channels, and a network that becomes smaller while it trains (section 4).
 
-Every step adds the lasso's gradient (`sparsity.channel_lasso`). Every ``interval`` epochs channels under the
-threshold are set to zero, and those that are zero on both sides are removed, with layers of residual branches
-that have become zero (`surgery.plan_from_zeros`). The paper's own comparisons are the same composition with
-another rhythm: one reconfiguration at a given epoch (Alvarez and Salzmann), none before the end (SSL).
+Every step adds the lasso's gradient, or shrinks channels by it (`sparsity.channel_lasso`). Every ``interval``
+epochs channels under the threshold are set to zero, and those that are zero on both sides, or that no layer
+reads, are removed, with layers of residual branches that have become zero (`surgery.plan_from_zeros`). The
+paper's own comparisons are the same composition with another rhythm: one reconfiguration at a given epoch
+(Alvarez and Salzmann), none before the end (SSL).
 """
 
 from __future__ import annotations
@@ -35,11 +36,18 @@ from clicktrain.sparsity.channel_lasso import (
     add_channel_lasso_gradient_,
     channel_penalty,
     coefficient_for_ratio,
+    shrink_channels_,
     zero_small_channels_,
 )
 from clicktrain.surgery import SurgeryPlan, plan_from_zeros
 
 Axes = dict[str, tuple[ChannelAxis, ...]]
+
+
+PRESETS: dict[str, dict[str, str]] = {
+    "default": {"update": "proximal", "sides": "readers"},
+    "paper": {"update": "gradient", "sides": "both"},
+}
 
 
 @dataclass(slots=True)
@@ -62,11 +70,16 @@ class PruneTrain(Method[PruneTrainState]):
     name: ClassVar[str] = "prunetrain"
     reads_graph: ClassVar[bool] = True
 
+    preset: Literal["default", "paper"] = "default"
+    """Where ``update`` and ``sides`` come from if not given: what works in short runs, or the paper."""
     penalty_ratio: float = 0.25
     """Share of the whole loss that the lasso has at the first step; sets its coefficient (0.2 to 0.25 in runs
     of 182 epochs; short runs need more)."""
     coefficient: float | None = None
     """Coefficient of the lasso itself, instead of the penalty ratio."""
+    update: Literal["proximal", "gradient"] | None = None
+    """How the lasso acts: shrink channels after each step, to exactly zero; or add its gradient (the paper's,
+    which needs a long run to come under the threshold)."""
     reconfigure: Literal["interval", "once", "end"] = "interval"
     """When channels are removed: every interval (PruneTrain), once (Alvarez and Salzmann), or only at the end
     of the run (SSL)."""
@@ -77,6 +90,9 @@ class PruneTrain(Method[PruneTrainState]):
     scheme: Literal["union", "gating"] = "union"
     """How the layers of a residual stage agree: keep what one of them needs, or select and scatter channels
     around each branch."""
+    sides: Literal["both", "readers"] | None = None
+    """A channel goes when no layer reads it, or only if it is zero on both sides, as in the paper. Neither
+    changes what the network computes; the latter comes later."""
     threshold: float = 1e-4
     """Channels whose weights are all at most this large are set to zero."""
     round_to: int = 1
@@ -91,7 +107,12 @@ class PruneTrain(Method[PruneTrainState]):
     """Layers without penalty, by module path (shell-style)."""
 
     def __post_init__(self) -> None:
-        """Check every setting."""
+        """Fill in the preset and check every setting."""
+        if self.preset not in PRESETS:
+            raise UserError(f"preset must be one of {', '.join(PRESETS)}, not {self.preset!r}")
+        for key, value in PRESETS[self.preset].items():
+            if getattr(self, key) is None:
+                object.__setattr__(self, key, value)
         object.__setattr__(self, "exclude", tuple(self.exclude))
         for key, choices in _CHOICES.items():
             if getattr(self, key) not in choices:
@@ -164,7 +185,7 @@ class PruneTrain(Method[PruneTrainState]):
     # ---- steps ------------------------------------------------------------------------------
 
     def before_step(self, state: PruneTrainState, found: Survey, step: Step) -> None:
-        """Set the coefficient at the first step (Eq. (3)), then add the lasso's gradient."""
+        """Set the coefficient at the first step (Eq. (3)); add the lasso's gradient."""
         if state.stage != "sparsify":
             return
         if state.axes is None:
@@ -175,6 +196,8 @@ class PruneTrain(Method[PruneTrainState]):
             state.coefficient = self.coefficient or coefficient_for_ratio(
                 self.penalty_ratio, float(step.loss), penalty
             )
+        if self.update == "proximal":
+            return
         strength: float | Tensor = state.coefficient
         if step.grad_scale is not None:
             strength = step.grad_scale * strength
@@ -183,7 +206,10 @@ class PruneTrain(Method[PruneTrainState]):
                 add_channel_lasso_gradient_(weight.grad, weight.detach(), axes, strength)
 
     def after_step(self, state: PruneTrainState, found: Survey, step: Step) -> Sequence[Action]:
-        """Reconfigure at the end of an epoch, when it is time; leave the lasso for the last epochs."""
+        """Shrink; reconfigure at the end of an epoch, when it is time; no lasso in the last epochs."""
+        if self.update == "proximal" and state.stage == "sparsify" and state.coefficient is not None:
+            for weight, axes in self._weights(found, state.axes or {}):
+                shrink_channels_(weight, axes, state.coefficient * step.learning_rate)
         if not step.ends_epoch:
             return ()
         epoch = math.floor(step.position)
@@ -193,7 +219,7 @@ class PruneTrain(Method[PruneTrainState]):
                                    "penalty_ratio": self.penalty_ratio}))  # fmt: skip
         last = epoch >= step.length.epochs
         if not last and self._due(state, epoch, step.length):
-            actions += self._reconfigure(state, found, epoch)
+            actions += self.reconfigure_now(state, found, epoch)
         if state.stage == "sparsify" and self.fine_tune and epoch >= step.length.epochs - self.fine_tune:
             state.stage = "fine-tune"
             event = {"event": "stage", "stage": state.stage, "number": 2, "reason": f"epoch {epoch} begins"}
@@ -206,7 +232,7 @@ class PruneTrain(Method[PruneTrainState]):
         at = self.once_at if self.once_at is not None else length.epochs / 2
         return self.reconfigure == "once" and not state.done and epoch >= at
 
-    def _reconfigure(self, state: PruneTrainState, found: Survey, epoch: float) -> list[Action]:
+    def reconfigure_now(self, state: PruneTrainState, found: Survey, epoch: float) -> list[Action]:
         """4.1, 4.2: zero what is under the threshold, remove what is zero on both sides."""
         assert found.model is not None
         state.reconfigured, state.done = epoch, True
@@ -227,7 +253,12 @@ class PruneTrain(Method[PruneTrainState]):
         if found.example is None:
             return SurgeryPlan()
         return plan_from_zeros(
-            found.model, found.example, self.threshold, self.scheme, round_to or self.round_to
+            found.model,
+            found.example,
+            self.threshold,
+            self.scheme,
+            round_to or self.round_to,
+            self.sides or "both",
         )
 
     def after_surgery(self, state: PruneTrainState, plan: SurgeryPlan, found: Survey) -> None:
@@ -238,7 +269,7 @@ class PruneTrain(Method[PruneTrainState]):
         """What is zero at the end of the run goes too (once: it went at its time)."""
         if found.example is None or (self.reconfigure == "once" and state.done):
             return ()
-        return self._reconfigure(state, found, state.reconfigured)
+        return self.reconfigure_now(state, found, state.reconfigured)
 
     # ---- what is shown and saved ------------------------------------------------------------
 
@@ -273,7 +304,7 @@ class PruneTrain(Method[PruneTrainState]):
             else f"{self.penalty_ratio:g} of the whole loss at the first step"
         )
         stages = [
-            ("lasso", f"over input and output channels, {strength}"),
+            ("lasso", f"over input and output channels, {strength}, {self.update}"),
             (
                 "reconfiguration",
                 f"{when}; {self.scheme}, threshold {self.threshold:g}, widths in {self.round_to}s",
@@ -304,4 +335,6 @@ class PruneTrain(Method[PruneTrainState]):
 _CHOICES: dict[str, tuple[str, ...]] = {
     "reconfigure": ("interval", "once", "end"),
     "scheme": ("union", "gating"),
+    "update": ("proximal", "gradient"),
+    "sides": ("both", "readers"),
 }

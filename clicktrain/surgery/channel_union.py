@@ -15,6 +15,7 @@ the lasso makes these zero next.
 from __future__ import annotations
 
 from collections.abc import Collection, Mapping
+from typing import Literal
 
 import torch
 from torch import Tensor, fx, nn
@@ -24,9 +25,15 @@ from clicktrain.surgery.operations import operation
 from clicktrain.surgery.plan import Cut
 from clicktrain.surgery.values import Values
 
+Sides = Literal["both", "readers"]
+
 
 def dead_channels(
-    found: Dependencies, values: Values, threshold: float, gone: Collection[fx.Node] = ()
+    found: Dependencies,
+    values: Values,
+    threshold: float,
+    gone: Collection[fx.Node] = (),
+    sides: Sides = "both",
 ) -> tuple[list[Tensor], list[str]]:
     """For every group, which channels may go, and why dead ones stay.
 
@@ -35,6 +42,9 @@ def dead_channels(
         values: of the channels, for the same threshold.
         threshold: 1e-4 in the paper.
         gone: layers that read no more, because their branch is removed.
+        sides: ``both``: nothing of the input arrives and nothing is read, the paper's intersection of
+            adjacent layers; ``readers``: what no layer reads may go, whatever arrives. Neither changes what
+            the network computes.
 
     Returns:
         Per group a bool mask [size], True = may go; per group the reason why not more go, or "".
@@ -47,7 +57,7 @@ def dead_channels(
         if edge.node in gone:
             continue
         vanishes = edge.value.size <= threshold
-        good = (edge.value.dead & edge.unread) | vanishes
+        good = (edge.unread if sides == "readers" else edge.value.dead & edge.unread) | vanishes
         ids = found.flow.channels[edge.node.all_input_nodes[0]].ids
         for index, place in enumerate(map(found.place, ids)):
             if place is None:

@@ -10,7 +10,7 @@ from torch import Tensor, nn
 
 from clicktrain.errors import UserError
 from clicktrain.surgery.channel_gating import gate_branches
-from clicktrain.surgery.channel_union import cuts, dead_channels, keep_masks, resize_selections
+from clicktrain.surgery.channel_union import Sides, cuts, dead_channels, keep_masks, resize_selections
 from clicktrain.surgery.groups import Dependencies, dependencies
 from clicktrain.surgery.layer_removal import remnants, removable_branches
 from clicktrain.surgery.operations import operation
@@ -26,6 +26,7 @@ def plan_from_zeros(
     threshold: float = 1e-4,
     scheme: Scheme = "union",
     round_to: int = 1,
+    sides: Sides = "both",
 ) -> SurgeryPlan:
     """What PruneTrain's reconfiguration removes (4.1, 4.2): zeroed channels, and zeroed layers of branches.
 
@@ -39,12 +40,15 @@ def plan_from_zeros(
         threshold: largest absolute weight of a channel that counts as zero.
         scheme: ``union`` or ``gating``, see the modules of these names.
         round_to: widths become multiples of it, by keeping the largest of the dead channels.
+        sides: ``both`` or ``readers``, see `channel_union.dead_channels`.
 
     Raises:
         UserError: the model has no graph, or an argument is out of range.
     """
     if scheme not in ("union", "gating"):
         raise UserError(f"the scheme must be 'union' or 'gating', got {scheme!r}")
+    if sides not in ("both", "readers"):
+        raise UserError(f"sides must be 'both' or 'readers', got {sides!r}")
     if not threshold >= 0:
         raise UserError(f"the threshold must be at least 0, got {threshold}")
     _check_round_to(round_to)
@@ -54,7 +58,7 @@ def plan_from_zeros(
     removed = [branch for branch, reason in branches.items() if reason is None]
     layers = tuple(r for branch in removed for r in remnants(found.graph, branch, values, threshold))
     gone = {node for branch in removed for node in branch.nodes}
-    may_go, reasons = dead_channels(found, values, threshold, gone)
+    may_go, reasons = dead_channels(found, values, threshold, gone, sides)
     stays = {str(branch.last.target): reason for branch, reason in branches.items() if reason is not None}
     masks = keep_masks(model, found.groups, may_go, round_to)
     made = cuts(found.groups, masks, _gone_names(model, layers))

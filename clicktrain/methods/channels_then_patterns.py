@@ -1,0 +1,234 @@
+"""PruneTrain's removal of channels, then ClickTrain's patterns in what is left: two methods, one run.
+
+The first part of the run is `PruneTrain` and ends with a reconfiguration; from then on `ClickTrain` works on
+the smaller network, with the rest of the run as its run. Both are used as they are.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field, replace
+from typing import Any, ClassVar, Literal
+
+from torch import Tensor, nn
+
+from clicktrain.errors import UserError
+from clicktrain.methods.base import Action, Method, PruningPlan, Record, RunLength, Step
+from clicktrain.methods.clicktrain import ClickTrain, ClickTrainState
+from clicktrain.methods.prunetrain import PruneTrain, PruneTrainState
+from clicktrain.methods.survey import Survey
+from clicktrain.surgery import SurgeryPlan
+
+
+@dataclass(slots=True)
+class TwoPartState:
+    """The states of both parts; ``second`` is None until it begins.
+
+    ``seen`` and ``epochs`` are batches and epochs when it began. ``found`` is what it may touch, and follows
+    from the network.
+    """
+
+    first: PruneTrainState
+    second: ClickTrainState | None = None
+    switched: bool = False
+    seen: int = 0
+    epochs: int = 0
+    found: Survey | None = field(default=None, compare=False)
+
+
+@dataclass(frozen=True, kw_only=True)
+class ChannelsThenPatterns(Method[TwoPartState]):
+    """Channels are removed first, then patterns are chosen in what is left (PruneTrain, then ClickTrain)."""
+
+    name: ClassVar[str] = "prunetrain-clicktrain"
+    reads_graph: ClassVar[bool] = True
+
+    switch_at: float | None = None
+    """Epoch at which channels are removed for the last time and ClickTrain begins; 40% of the run by
+    default."""
+    compression: float = 4.0
+    """ClickTrain's compression of the convolution weights that the removal of channels leaves."""
+    penalty_ratio: float = 0.25
+    """Share of the whole loss that PruneTrain's lasso has at the first step."""
+    coefficient: float | None = None
+    """Coefficient of PruneTrain's lasso itself, instead of the penalty ratio."""
+    interval: float | None = None
+    """Epochs between reconfigurations; 1/18 of the run by default."""
+    update: Literal["proximal", "gradient"] = "proximal"
+    """How PruneTrain's lasso acts: shrink channels after each step, or add its gradient (the paper's)."""
+    sides: Literal["both", "readers"] = "readers"
+    """A channel goes when no layer reads it, or only if it is zero on both sides, as in the paper."""
+    scheme: Literal["union", "gating"] = "union"
+    """How the layers of a residual stage agree on channels."""
+    round_to: int = 1
+    """Widths that remain are multiples of it, where the layer is wide enough."""
+    check_outputs: bool = False
+    """At every reconfiguration, measure how much the network's output changes on the last batch."""
+    preset: Literal["default", "paper", "one-shot"] = "default"
+    """ClickTrain's settings that are not given."""
+    patterns: int | None = None
+    """Size N of ClickTrain's pattern pool."""
+    group: int = 1
+    """Neighbouring filters that share ClickTrain's patterns; widths are rounded to a multiple of it."""
+    allocation: Literal["uniform", "importance", "relative", "erk"] | None = None
+    """ClickTrain's kept kernels per layer."""
+
+    def __post_init__(self) -> None:
+        """Check every setting, those of the parts by the parts themselves."""
+        if self.switch_at is not None and not self.switch_at >= 1:
+            raise UserError(f"switch_at is an epoch, 1 or later, not {self.switch_at}")
+        _ = self.first, self.second
+
+    @property
+    def first(self) -> PruneTrain:
+        """The part that removes channels."""
+        return PruneTrain(
+            penalty_ratio=self.penalty_ratio,
+            coefficient=self.coefficient,
+            interval=self.interval,
+            update=self.update,
+            sides=self.sides,
+            scheme=self.scheme,
+            round_to=max(self.round_to, self.group),
+            check_outputs=self.check_outputs,
+        )
+
+    @property
+    def second(self) -> ClickTrain:
+        """The part that chooses patterns."""
+        return ClickTrain(
+            compression=self.compression,
+            preset=self.preset,
+            patterns=self.patterns,
+            group=self.group,
+            allocation=self.allocation,
+        )
+
+    @property
+    def keeps_inputs(self) -> bool:
+        """For ``check_outputs``."""
+        return self.check_outputs
+
+    def switch_epoch(self, length: RunLength) -> int:
+        """Finished epochs when ClickTrain begins."""
+        return round(self.switch_at) if self.switch_at is not None else max(1, round(0.4 * length.epochs))
+
+    def _rest(self, length: RunLength) -> RunLength:
+        return RunLength(length.epochs - self.switch_epoch(length), length.steps_per_epoch)
+
+    def survey(self, model: nn.Module, trained: Sequence[Tensor] | None = None) -> Survey:
+        """What channels may be removed of."""
+        return self.first.survey(model, trained)
+
+    def init(self, found: Survey, length: RunLength) -> TwoPartState:
+        """Check both parts, as far as the network is known yet."""
+        if self.switch_epoch(length) >= length.epochs:
+            raise UserError(
+                f"switch_at is {self.switch_epoch(length)} but the run has {length.epochs} epochs: "
+                "leave some to ClickTrain"
+            )
+        assert found.model is not None
+        self.second.init(self.second.survey(found.model), self._rest(length))
+        return TwoPartState(self.first.init(found, length))
+
+    def stage(self, state: TwoPartState) -> str:
+        """PruneTrain's, then ClickTrain's."""
+        return self.first.stage(state.first) if state.second is None else self.second.stage(state.second)
+
+    def _own(self, state: TwoPartState, found: Survey) -> Survey:
+        """What ClickTrain may touch in the smaller network."""
+        if state.found is None:
+            assert found.model is not None
+            state.found = self.second.survey(found.model)
+        return state.found
+
+    def _own_step(self, state: TwoPartState, step: Step) -> Step:
+        """The step as one of ClickTrain's own run."""
+        return replace(
+            step,
+            seen=step.seen - state.seen,
+            epoch_losses=step.epoch_losses[state.epochs :],
+            length=RunLength(step.length.epochs - state.epochs, step.length.steps_per_epoch),
+            epoch=step.epoch - state.epochs,
+            position=step.position - state.epochs,
+        )
+
+    def before_step(self, state: TwoPartState, found: Survey, step: Step) -> None:
+        """Hand on to the part that is on; ClickTrain begins with the first step after the switch."""
+        if not state.switched:
+            self.first.before_step(state.first, found, step)
+            return
+        own = self._own(state, found)
+        if state.second is None:
+            state.seen, state.epochs = step.seen - step.batches, step.epoch
+            state.second = self.second.init(own, self._own_step(state, step).length)
+        self.second.before_step(state.second, own, self._own_step(state, step))
+
+    def after_step(self, state: TwoPartState, found: Survey, step: Step) -> Sequence[Action]:
+        """Hand on; the last reconfiguration and the switch come with the end of an epoch."""
+        if state.second is not None:
+            return self.second.after_step(state.second, self._own(state, found), self._own_step(state, step))
+        if state.switched:
+            return ()
+        if step.ends_epoch and int(step.position) >= self.switch_epoch(step.length):
+            state.switched = True
+            event = {
+                "event": "switch",
+                "method": self.second.name,
+                "reason": f"epoch {int(step.position)} begins",
+            }
+            return [*self.first.reconfigure_now(state.first, found, int(step.position)), Record(event)]
+        return self.first.after_step(state.first, found, step)
+
+    def after_surgery(self, state: TwoPartState, plan: SurgeryPlan, found: Survey) -> None:
+        """PruneTrain's state shrinks."""
+        state.found = None
+        self.first.after_surgery(state.first, plan, found)
+
+    def at_end(self, state: TwoPartState, found: Survey) -> Sequence[Action]:
+        """A run ends at ClickTrain's compression of what is left."""
+        own = self._own(state, found)
+        if state.second is None:
+            assert found.example is not None
+            state.second = self.second.init(own, RunLength(1, 10_000))
+        return self.second.at_end(state.second, own)
+
+    def plan(self, found: Survey, length: RunLength, state: TwoPartState | None = None) -> PruningPlan:
+        """Before the switch PruneTrain's plan with ClickTrain's stages, then ClickTrain's."""
+        assert found.model is not None
+        if state is not None and state.second is not None:
+            return self.second.plan(self._own(state, found), self._rest(length), state.second)
+        channels = self.first.plan(found, length, None if state is None else state.first)
+        patterns = self.second.plan(self.second.survey(found.model), self._rest(length))
+        switch = (
+            "switch",
+            f"after epoch {self.switch_epoch(length)}; shares of the rest of the run from there",
+        )
+        return replace(
+            channels,
+            stages=(*channels.stages, switch, *patterns.stages),
+            summary=f"{channels.summary}; then compression {self.compression:g} of what is left",
+        )
+
+    def state_dict(self, state: TwoPartState) -> dict[str, Any]:
+        """Both states."""
+        return {
+            "first": self.first.state_dict(state.first),
+            "second": None if state.second is None else self.second.state_dict(state.second),
+            "switched": state.switched,
+            "seen": state.seen,
+            "epochs": state.epochs,
+        }
+
+    def load_state(self, found: Survey, length: RunLength, saved: Mapping[str, Any]) -> TwoPartState:
+        """Inverse of `state_dict`, on the network as it was then."""
+        state = TwoPartState(
+            self.first.load_state(found, length, saved["first"]),
+            switched=saved["switched"],
+            seen=saved["seen"],
+            epochs=saved["epochs"],
+        )
+        if saved["second"] is not None:
+            rest = RunLength(length.epochs - state.epochs, length.steps_per_epoch)
+            state.second = self.second.load_state(self._own(state, found), rest, saved["second"])
+        return state

@@ -25,7 +25,7 @@ METHODS: dict[str, type[Method[Any]]] = {
 __all__ = [
     "METHODS",
     "Campfire",
-"ChannelsThenPatterns",
+    "ChannelsThenPatterns",
     "ClickTrain",
     "Dense",
     "Method",

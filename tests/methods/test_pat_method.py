@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import sys
 from pathlib import Path
 from typing import Any
 
@@ -16,9 +15,6 @@ from clicktrain import PaT
 from clicktrain.errors import UserError
 from clicktrain.methods import Pruner
 from clicktrain.surgery import write_recipe
-
-sys.path.insert(0, str(Path(__file__).parent.parent / "papers"))
-import when_to_prune_reference as reference
 
 PER_EPOCH = 4
 
@@ -86,56 +82,6 @@ def channels(model: nn.Module) -> tuple[int, int]:
     assert model.second.out_channels == model.first.in_channels == model.head.in_features == stage
     assert model.second.in_channels == inside
     return stage, inside
-
-
-def rows(weight: Tensor) -> list[list[float]]:
-    return weight.detach().double().view(len(weight), -1).tolist()
-
-
-def literal_scores(pruner: Pruner, criterion: str) -> dict[str, list[float]]:
-    """Of the gradients that the parameters hold now."""
-    m: Any = pruner.model
-    if criterion == "magnitude":
-        pairs = {STAGE: [m.stem, m.second], INSIDE: [m.first]}
-        return {
-            name: reference.magnitude([rows(layer.weight) for layer in layers])
-            for name, layers in pairs.items()
-        }
-    norms = {STAGE: [m.bn, m.bn2], INSIDE: [m.bn1]}
-    convs = {STAGE: [m.stem, m.second], INSIDE: [m.first]}
-    parameters = {
-        name: [p for layer in layers for p in (layer.weight, layer.bias)] for name, layers in norms.items()
-    }
-    if criterion == "taylor_weights":
-        parameters = {name: [layer.weight for layer in layers] for name, layers in convs.items()}
-    return {
-        name: reference.taylor([rows(p) for p in own], [rows(p.grad) for p in own])
-        for name, own in parameters.items()
-    }
-
-
-@pytest.mark.parametrize("criterion", ["taylor", "magnitude", "taylor_weights"])
-def test_epi_and_structures_are_those_of_plain_loops(criterion: Any) -> None:
-    ratio = 0.45
-    method = PaT(prune_ratio=ratio, criterion=criterion, policy="epoch", prune_epoch=5, epi_window=2)
-    pruner = attach(method)
-    structures: list[list[int]] = []
-    for epoch in range(5):
-        sums: dict[str, list[float]] = {}
-        for number in range(epoch * PER_EPOCH, (epoch + 1) * PER_EPOCH):
-            gradients(pruner, number)
-            for name, score in literal_scores(pruner, criterion).items():
-                sums[name] = [a + b for a, b in zip(sums.get(name, [0.0] * len(score)), score, strict=True)]
-            pruner.optimizer.step()
-            pruner.optimizer.zero_grad()
-        kept = reference.prune(sums, round(ratio * 16), 1)
-        structures.append([sum(kept[name]) for name in (STAGE, INSIDE)])
-        event = events(pruner, "epi")[-1]
-        assert event["epoch"] == epoch + 1
-        assert event["structure"] == dict(zip((STAGE, INSIDE), structures[-1], strict=True))
-        expected = reference.epi(structures, 2) if epoch >= 2 else None
-        assert event["epi"] == (None if expected is None else pytest.approx(expected))
-    assert pruner.stage == "prune"
 
 
 def test_the_course_of_a_run() -> None:

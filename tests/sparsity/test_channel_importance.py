@@ -3,41 +3,17 @@
 from __future__ import annotations
 
 import math
-import sys
-from pathlib import Path
 
 import pytest
 import torch
-from hypothesis import given
-from hypothesis import strategies as st
 
 from clicktrain.sparsity.channel_importance import (
     add_scores_,
     batch_norm_taylor,
-    filter_magnitude,
-    filter_taylor,
-    prunable_channels,
     rank_channels,
     round_widths,
 )
 from clicktrain.sparsity.schedules import exponential_steps
-
-sys.path.insert(0, str(Path(__file__).parent.parent / "papers"))
-import when_to_prune_reference as reference
-
-
-def lists(parts: list[torch.Tensor]) -> reference.Filters:
-    return [part.double().tolist() for part in parts]
-
-
-@pytest.mark.parametrize("layers", [1, 3])
-def test_scores_are_those_of_the_equations(layers: int) -> None:
-    filters = [torch.randn(5, 4 + 3 * i) for i in range(layers)]
-    grads = [torch.randn_like(part) for part in filters]
-    expected = reference.magnitude(lists(filters))
-    torch.testing.assert_close(filter_magnitude(filters).tolist(), expected, rtol=1e-5, atol=1e-6)
-    expected = reference.taylor(lists(filters), lists(grads))
-    torch.testing.assert_close(filter_taylor(filters, grads).tolist(), expected, rtol=1e-4, atol=1e-5)
 
 
 def test_scale_and_shift_by_hand() -> None:
@@ -55,26 +31,6 @@ def test_scores_add_up_over_batches() -> None:
     add_scores_(sums, {"a": torch.tensor([1.0, 1.0]), "b": torch.tensor([5.0])})
     assert {name: score.tolist() for name, score in sums.items()} == {"a": [2.0, 3.0], "b": [5.0]}
     assert first.tolist() == [1.0, 2.0]
-
-
-NETWORKS = st.lists(st.lists(st.integers(0, 4), min_size=1, max_size=7), min_size=1, max_size=5)
-
-
-@given(values=NETWORKS, data=st.data(), least=st.integers(1, 3))
-def test_ranking_is_that_of_one_neuron_at_a_time(
-    values: list[list[int]], data: st.DataObject, least: int
-) -> None:
-    scores = {f"g{i}": torch.tensor(group).float() for i, group in enumerate(values)}
-    most = prunable_channels((len(group) for group in values), least)
-    total = data.draw(st.integers(0, most))
-    masks = rank_channels(scores, total, least)
-    expected = reference.prune({name: score.tolist() for name, score in scores.items()}, total, least)
-    assert {name: mask.tolist() for name, mask in masks.items()} == expected
-    first = data.draw(st.integers(0, total))
-    again = rank_channels(scores, total, least, rank_channels(scores, first, least))
-    assert all(torch.equal(again[name], masks[name]) for name in masks), "in two steps as in one"
-    with pytest.raises(ValueError, match="cannot be pruned"):
-        rank_channels(scores, most + 1, least)
 
 
 def test_what_is_pruned_stays_pruned_although_it_scores_high() -> None:

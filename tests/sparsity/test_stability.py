@@ -2,13 +2,8 @@
 
 from __future__ import annotations
 
-import sys
-from pathlib import Path
-
 import pytest
 import torch
-from hypothesis import given
-from hypothesis import strategies as st
 
 from clicktrain.sparsity.stability import (
     GRADIENT_THRESHOLD,
@@ -19,9 +14,6 @@ from clicktrain.sparsity.stability import (
     structure_similarity,
 )
 from clicktrain.sparsity.triggers import StructureStable
-
-sys.path.insert(0, str(Path(__file__).parent.parent / "papers"))
-import when_to_prune_reference as reference
 
 
 def test_by_hand() -> None:
@@ -39,26 +31,6 @@ def test_by_hand() -> None:
     assert early_pruning_indicator([], 1) is None
     with pytest.raises(ValueError, match="compared"):
         structure_similarity([1], [1, 2])
-
-
-@given(
-    structures=st.lists(st.lists(st.integers(1, 9), min_size=3, max_size=3), min_size=2, max_size=9),
-    window=st.integers(1, 8),
-)
-def test_against_plain_loops(structures: list[list[int]], window: int) -> None:
-    value = early_pruning_indicator(structures, window)
-    if len(structures) <= window:
-        assert value is None
-    else:
-        assert value == pytest.approx(reference.epi(structures, window))
-        assert 0 <= value <= 1
-
-
-@given(st.lists(st.one_of(st.none(), st.sampled_from([0.5, 0.9, 0.95, 0.99, 1.0])), max_size=12))
-def test_fires_when_algorithm_2_does(values: list[float | None]) -> None:
-    trigger = StructureStable(0.94)
-    fired = next((t for t in range(len(values)) if trigger.fires(values[: t + 1])), None)
-    assert fired == reference.epoch_that_prunes(values, 0.94)
 
 
 def test_says_why_and_does_not_fire_on_a_fall() -> None:

@@ -99,8 +99,8 @@ def test_the_course_of_a_run() -> None:
     assert torch.equal(*silent), "coupled filters go together"
     assert sum(int(s.sum()) for s in (silent[0], m.first.weight.flatten(1).eq(0).all(dim=1))) == 5
     train(pruner, PER_EPOCH + 3, PER_EPOCH + 2)
-    now = m.bn.weight.eq(0) & m.bn.bias.eq(0)
-    assert torch.equal(now, silent[0]), "steps between two prunings do not bring anything back"
+    now = [norm.weight.eq(0) & norm.bias.eq(0) for norm in (m.bn, m.bn1)]
+    assert sum(int(silent.sum()) for silent in now) == 5, "the steps between bring nothing back"
     train(pruner, 2 * PER_EPOCH, PER_EPOCH + 3)
     assert pruner.stage == "sparse"
     stage, inside = channels(pruner.model)
@@ -220,9 +220,9 @@ def test_the_structure_of_another_run(tmp_path: Path) -> None:
     ],
     ids=["taylor", "magnitude-rewind", "weights"],
 )
-@pytest.mark.parametrize("stop", [2, 5, 7, 9])
+@pytest.mark.parametrize("stop", [2, 5, 6, 7, 9])
 def test_goes_on_bit_for_bit(settings: dict[str, Any], stop: int) -> None:
-    method = PaT(prune_ratio=0.4, policy="epoch", prune_epoch=1, prune_steps=3, **settings)
+    method = PaT(prune_ratio=0.4, policy="epoch", prune_epoch=1, prune_steps=2, **settings)
     whole = train(attach(method, epochs=3), 3 * PER_EPOCH)
     first = train(attach(method, epochs=3), stop)
     second = attach(method, epochs=3)

@@ -2,8 +2,7 @@
 
 from __future__ import annotations
 
-import contextlib
-from collections.abc import Iterator, Mapping
+from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
 
@@ -13,6 +12,7 @@ from torch.nn.modules.conv import _ConvNd, _ConvTransposeNd
 
 from clicktrain.accounting.cost import LayerCost, ModelCost, ratio
 from clicktrain.accounting.traffic import Traffic
+from clicktrain.accounting.watching import eager, no_trace, plain
 from clicktrain.errors import UserError
 
 
@@ -62,7 +62,7 @@ def count(model: nn.Module, example: Tensor, masks: Mapping[str, Tensor] | None 
     Raises:
         UserError: a mask fits no layer, or the example has no images.
     """
-    model = _plain(model)
+    model = plain(model)
     if example.dim() < 1 or example.shape[0] < 1:
         raise UserError(f"counting needs at least one image, got an example of shape {tuple(example.shape)}")
     calls, traffic = _watch(model, example)
@@ -90,15 +90,8 @@ def compression_ratio(model: nn.Module) -> float:
 
     1.0 for a network without convolutions, inf for one without a living convolution weight.
     """
-    convs = {layer.identity: layer for layer in _layers(_plain(model), None) if layer.kind == "conv"}.values()
+    convs = {layer.identity: layer for layer in _layers(plain(model), None) if layer.kind == "conv"}.values()
     return ratio(sum(layer.weights for layer in convs), sum(layer.nonzero for layer in convs))
-
-
-def _plain(model: nn.Module) -> nn.Module:
-    """The module inside ``torch.compile``'s wrapper, where hooks work."""
-    inner = getattr(model, "_orig_mod", model)
-    assert isinstance(inner, nn.Module)
-    return inner
 
 
 def _kind_of(module: nn.Module) -> str | None:
@@ -176,7 +169,12 @@ def _watch(model: nn.Module, example: Tensor) -> tuple[dict[int, _Calls], Mappin
     ]
     try:
         # Gradients are enabled, although none is computed: who needs one is read off the tensors.
-        with _no_trace(model, example), _eager(model), torch.inference_mode(False), torch.enable_grad():
+        with (
+            no_trace(model, example, training=False),
+            eager(model),
+            torch.inference_mode(False),
+            torch.enable_grad(),
+        ):
             x = example.clone() if example.is_inference() else example.detach()
             with Traffic() as traffic:
                 model(x)
@@ -215,34 +213,3 @@ def _cost(layer: _Layer, calls: _Calls, batch: int) -> LayerCost:
         grad_weight_flops_dense=flops(calls.grad_weight, layer.weights),
         grad_weight_flops=flops(calls.grad_weight, layer.nonzero),
     )
-
-
-def _eager(model: nn.Module) -> contextlib.AbstractContextManager[Any]:
-    """Keep parts that compile themselves from doing so: hooks and modes watch plain Python."""
-    if any(m._compiled_call_impl is not None or "_orig_mod" in m._modules for m in model.modules()):
-        stance: contextlib.AbstractContextManager[Any] = torch.compiler.set_stance("force_eager")
-        return stance
-    return contextlib.nullcontext()
-
-
-@contextlib.contextmanager
-def _no_trace(model: nn.Module, example: Tensor) -> Iterator[None]:
-    """Evaluation mode; afterwards every module's mode, all buffers and the random state are as before.
-
-    The flags are set directly: ``model.eval()`` may be overridden and do more.
-    """
-    modes = [(module, module.training) for module in model.modules()]
-    buffers = [(buffer, buffer.detach().clone()) for buffer in model.buffers()]
-    devices = [example.device] if example.is_cuda else []
-    try:
-        with torch.random.fork_rng(devices):
-            for module, _ in modes:
-                module.training = False
-            yield
-    finally:
-        for module, mode in modes:
-            module.training = mode
-        with torch.no_grad():
-            for buffer, before in buffers:
-                if not torch.equal(buffer, before):
-                    buffer.copy_(before)

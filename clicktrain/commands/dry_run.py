@@ -7,8 +7,11 @@ import statistics
 import time
 from typing import Any
 
+import torch
 import torch.nn.functional as F
 
+from clicktrain.accounting import training_memory
+from clicktrain.accounting.memory import bytes_in_words
 from clicktrain.commands.wording import clock, short
 from clicktrain.methods import Method
 from clicktrain.train import Prepared, RunConfig, prepare
@@ -35,6 +38,13 @@ def cost_lines(prepared: Prepared) -> list[str]:
     batches = len(prepared.train_loader)
     images = config.epochs * batches * config.batch_size
     ms = step_ms(prepared)
+    example = torch.zeros(1, *prepared.data.image_shape, device=prepared.device)
+    memory = training_memory(
+        prepared.model,
+        example,
+        prepared.optimizer,
+        autocast=lambda: autocast(prepared.device, config.precision),
+    )
     return [
         f"model: {config.model}, {cost.parameters:,} parameters, "
         f"{short(cost.forward_flops_dense, ' ')}FLOPs forward per image",
@@ -43,6 +53,7 @@ def cost_lines(prepared: Prepared) -> list[str]:
         f"{short(cost.training_flops_dense * images, ' ')}FLOPs if it stayed dense",
         f"time: about {clock(config.epochs * batches * ms / 1000)} at {ms:.0f} ms per dense batch on "
         f"{prepared.device} (measured), without evaluation",
+        f"memory: about {bytes_in_words(memory.at_batch(config.batch_size))} per iteration (estimated)",
         f"disk: up to {bytes_needed(prepared.model, config) / 2**20:,.0f} MB",
         "dry run: nothing was written",
     ]

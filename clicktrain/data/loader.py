@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
+import copy
 from abc import ABC, abstractmethod
 from collections.abc import Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Literal, NamedTuple
 
 import torch
@@ -39,6 +40,12 @@ class BatchPlan:
         """Return the number of batches of an epoch."""
         whole, rest = divmod(self.num_images, self.batch_size)
         return whole + (1 if rest and not self.drop_last else 0)
+
+    def resized(self, batch_size: int) -> BatchPlan:
+        """Return the plan for batches of another size, of which at least one is full."""
+        if not 1 <= batch_size <= self.num_images:
+            raise ValueError(f"{self.num_images} images make no batch of {batch_size}")
+        return replace(self, batch_size=batch_size)
 
     def order(self, epoch: int) -> Tensor:
         """Return the order of the images, int64 [num_images]; batch b is its b-th run of ``batch_size``."""
@@ -83,6 +90,10 @@ class Loader(ABC):
         """Return the number of batches of an epoch."""
 
     @abstractmethod
+    def with_batch_size(self, batch_size: int) -> Loader:
+        """Return a loader of the same images, in the same order, in batches of another size."""
+
+    @abstractmethod
     def epoch(self, epoch: int, start_batch: int = 0) -> Iterator[Batch]:
         """Yield the batches of one epoch.
 
@@ -106,6 +117,12 @@ class InMemoryLoader(Loader):
 
     def __len__(self) -> int:
         return len(self._plan)
+
+    def with_batch_size(self, batch_size: int) -> InMemoryLoader:
+        """Return a loader of other batches: see `Loader.with_batch_size`. The images are shared."""
+        other = copy.copy(self)
+        other._plan = self._plan.resized(batch_size)
+        return other
 
     def epoch(self, epoch: int, start_batch: int = 0) -> Iterator[Batch]:
         """Yield the batches of one epoch: see `Loader.epoch`."""

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import warnings
 from collections.abc import Iterator
 from dataclasses import dataclass, replace
@@ -76,6 +77,12 @@ class StreamingLoader(Loader):
 
     def __len__(self) -> int:
         return len(self._plan)
+
+    def with_batch_size(self, batch_size: int) -> StreamingLoader:
+        """Return a loader of other batches: see `Loader.with_batch_size`."""
+        other = copy.copy(self)
+        other._plan = self._plan.resized(batch_size)
+        return other
 
     def epoch(self, epoch: int, start_batch: int = 0) -> Iterator[Batch]:
         """Yield the batches of one epoch: see `Loader.epoch`."""

@@ -59,6 +59,8 @@ def line_chart(
     zero: bool = False,
     top: float | None = None,
     x_name: str = "epoch",
+    reference: float | None = None,
+    marks: Sequence[tuple[float, str]] = (),
 ) -> Markup:
     """Lines over epochs, with the stages as coloured bands behind them.
 
@@ -71,13 +73,24 @@ def line_chart(
         zero: let the axis begin at zero.
         top: a bound of the axis (100 for percents).
         x_name: name of the horizontal axis.
+        reference: height of a dashed line.
+        marks: upright dashed lines, (place, what it says when pointed at).
     """
-    values = [y for one in series for _, y in one.points]
+    values = [y for one in series for _, y in one.points] + ([] if reference is None else [reference])
     frame = _frame(epochs, y_range or around(values, zero=zero, top=top))
     parts = [*_bands(bands, frame), *_axes(frame, x_name)]
+    left, upper, right, lower = frame.box
+    if reference is not None:
+        y = frame.y(reference)
+        parts.append(element("line", x1=left, x2=right, y1=y, y2=y, class_="reference"))
     for one in series:
         parts += _line(one, frame)
-    parts += _tooltips(series, frame)
+    parts += _tooltips(series, frame, x_name)
+    for place, text in marks:
+        x = frame.x(place)
+        parts.append(
+            element("line", element("title", text), x1=x, x2=x, y1=upper, y2=lower, class_="reference")
+        )
     return picture(WIDTH, HEIGHT, label, parts)
 
 
@@ -129,7 +142,7 @@ def _line(one: Series, frame: Frame) -> list[Markup]:
     ]
 
 
-def _tooltips(series: Sequence[Series], frame: Frame) -> list[Markup]:
+def _tooltips(series: Sequence[Series], frame: Frame, x_name: str = "epoch") -> list[Markup]:
     """Invisible columns that tell the values of an epoch when pointed at."""
     at: dict[float, list[str]] = {}
     for one in series:
@@ -142,7 +155,7 @@ def _tooltips(series: Sequence[Series], frame: Frame) -> list[Markup]:
     return [
         element(
             "rect",
-            element("title", f"epoch {coordinate(x)}\n" + "\n".join(lines)),
+            element("title", f"{x_name} {coordinate(x)}\n" + "\n".join(lines)),
             x=frame.x(x) - half,
             width=2 * half,
             y=top,
@@ -169,6 +182,7 @@ def bar_chart(
     last_epoch: float,
     bands: Sequence[StageBand] = (),
     reference: float | None = None,
+    x_name: str = "epoch",
 ) -> Markup:
     """Stacked steps, one per epoch (that of epoch e spans e-1..e); ``reference`` is a dashed line."""
     stacks: dict[float, float] = {}
@@ -177,7 +191,7 @@ def bar_chart(
             stacks[x] = stacks.get(x, 0.0) + y
     highest = max([*stacks.values(), reference or 0.0])
     frame = _frame((0.0, max(last_epoch, 1e-9)), around([0.0, highest], zero=True))
-    drawn = [*_bands(bands, frame), *_axes(frame, "epoch")]
+    drawn = [*_bands(bands, frame), *_axes(frame, x_name)]
     base = dict.fromkeys(stacks, 0.0)
     for part in parts:
         upper: list[tuple[float, float]] = []
@@ -194,7 +208,7 @@ def bar_chart(
         left, _, right, _ = frame.box
         drawn.append(element("line", x1=left, x2=right, y1=y, y2=y, class_="reference"))
     named = [Series(part.label, [(x, y) for x, y in part.values], part.css) for part in parts]
-    return picture(WIDTH, HEIGHT, label, [*drawn, *_tooltips(named, frame)])
+    return picture(WIDTH, HEIGHT, label, [*drawn, *_tooltips(named, frame, x_name)])
 
 
 @dataclass(frozen=True, slots=True)
@@ -207,13 +221,19 @@ class Point:
     css: str
 
 
-def trade_off_chart(points: Sequence[Point], *, label: str, reference: float | None) -> Markup:
-    """Accuracy over compression; ``reference`` is the dense accuracy, a dashed line."""
+def trade_off_chart(
+    points: Sequence[Point],
+    *,
+    label: str,
+    reference: float | None,
+    x_name: str = "compression (times smaller)",
+) -> Markup:
+    """Accuracy over compression, or over a cost; ``reference`` is the dense accuracy, a dashed line."""
     heights = [p.y for p in points] + ([reference] if reference is not None else [])
     low, high = around(heights, top=100.0)
     _, furthest = around([p.x for p in points], zero=True)
     frame = _frame((0.0, furthest), (low, high))
-    parts = _axes(frame, "compression (times smaller)")
+    parts = _axes(frame, x_name)
     left, top, right, bottom = frame.box
     line = -100.0
     if reference is not None:

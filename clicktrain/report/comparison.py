@@ -6,6 +6,7 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
 from clicktrain.report import wording
+from clicktrain.report.channels import flops_of_dense
 from clicktrain.report.charts import Point, Series, lane_chart, line_chart, trade_off_chart
 from clicktrain.report.figure import Figure, Key
 from clicktrain.report.robustness import robustness_figures
@@ -109,7 +110,7 @@ def comparison_figures(found: Sequence[Entry]) -> list[Figure]:
     runs = [entry.run for entry in found]
     last = float(max(run.epochs_done for run in runs))
     keys = tuple(Key(e.run.label, e.css, dashed=e.run.is_dense) for e in found)
-    figures = [_trade_off(found)]
+    figures = [_trade_off(found), *_cost_trade_offs(found)]
 
     def curve(title: str, caption: str, key: str, *, since: float = 0.0, zero: bool = False) -> None:
         lines = _lines(found, lambda run: [p for p in run.column(key) if p[0] >= since])
@@ -137,6 +138,11 @@ def comparison_figures(found: Sequence[Entry]) -> list[Figure]:
         )
         figures.append(Figure("Sparsity, %", drawn, caption, keys))
     figures += _cost_so_far(found, last, keys)
+    shrinking = _lines(found, flops_of_dense)
+    if any(y < 99.5 for line in shrinking for _, y in line.points):
+        drawn = line_chart(shrinking, label="FLOPs per image, all runs", epochs=(0.0, last), zero=True)
+        caption = "Of a training step on one image, in the network that each epoch trained."
+        figures.append(Figure("FLOPs per image in training, % of dense", drawn, caption, keys))
     figures += robustness_figures([(e.run, e.css) for e in found])
     curve("Time per epoch, s", "Training time, evaluation and checkpoints left out.", "seconds", zero=True)
     lanes = [(e.run.label, e.css, stage_bands(e.run)) for e in found]
@@ -186,6 +192,32 @@ def _trade_off(found: Sequence[Entry]) -> Figure | None:
         caption += " The dashed line is the dense run."
     drawn = trade_off_chart(points, label="Validation accuracy over compression ratio", reference=reference)
     return Figure("Accuracy, %, against compression", drawn, caption)
+
+
+def _cost_trade_offs(found: Sequence[Entry]) -> list[Figure]:
+    """Accuracy over the FLOPs of training and of a prediction, as a sweep over penalty ratios draws them."""
+    figures = []
+    for what, key in (("training", "train_flops_ratio"), ("inference", "inference_flops_ratio")):
+        shown = [
+            (entry, ratio, accuracy)
+            for entry in found
+            if entry.run.finished
+            and (ratio := getattr(entry.run, key)) is not None
+            and (accuracy := entry.run.accuracy) is not None
+        ]
+        if len({round(ratio, 3) for _, ratio, _ in shown}) < 2:
+            continue
+        points = [Point(e.run.label, 100 * ratio, accuracy, e.css) for e, ratio, accuracy in shown]
+        dense = [accuracy for e, _, accuracy in shown if e.run.is_dense]
+        drawn = trade_off_chart(
+            points,
+            label=f"Validation accuracy over {what} FLOPs",
+            reference=dense[0] if len(dense) == 1 else None,
+            x_name=f"{what} FLOPs, % of dense",
+        )
+        caption = "Each point is a finished run: up is more accurate, left is cheaper."
+        figures.append(Figure(f"Accuracy, %, against {what} FLOPs", drawn, caption))
+    return figures
 
 
 def _accuracy_caption(found: Sequence[Entry]) -> str:

@@ -12,6 +12,7 @@ from markupsafe import Markup
 from clicktrain.errors import UserError
 from clicktrain.formats.atomic import write_text_atomic
 from clicktrain.report import patterns, wording
+from clicktrain.report.channels import ChannelView, channel_view
 from clicktrain.report.comparison import (
     Entry,
     comparison_figures,
@@ -208,6 +209,7 @@ class Section:
     headline: str
     figures: list[Figure]
     stages: tuple[Key, ...]
+    channels: ChannelView | None
     moments: tuple[Moment, ...]
     pools: tuple[PoolView, ...]
     layers: tuple[LayerRow, ...]
@@ -229,6 +231,7 @@ def _section(entry: Entry, *, opened: bool) -> Section:
         headline=headline(entry),
         figures=run_figures(run),
         stages=stages if len(stages) > 1 else (),
+        channels=channel_view(run),
         moments=timeline(run),
         pools=tuple(views),
         layers=() if run.is_dense else layer_rows(run),

@@ -220,9 +220,13 @@ class Run:
 
     def keep(self, layer: str) -> Tensor:
         """Mask of a convolution in `weight_shapes`: bool [F, C, R, S], True = kept (not zero)."""
+        return self.weight(layer) != 0
+
+    def weight(self, layer: str) -> Tensor:
+        """Weight of a convolution in `weight_shapes`: [F, C, R, S]."""
         with _opened(self.folder / "model.safetensors") as file:
             weight: Tensor = file.get_tensor(f"{layer}.weight")
-        return weight != 0
+        return weight
 
     @cached_property
     def facts(self) -> dict[str, Any]:

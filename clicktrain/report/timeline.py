@@ -21,9 +21,14 @@ class Moment:
     css: str = ""
 
 
+_ELSEWHERE = ("epi",)
+"""Events of every epoch, which a figure shows."""
+
+
 def timeline(run: Run, most: int = 60) -> tuple[Moment, ...]:
     """The first ``most`` events of a run."""
-    return tuple(_moment(event) for event in run.events[:most])
+    told = [event for event in run.events if event.get("event") not in _ELSEWHERE]
+    return tuple(_moment(event) for event in told[:most])
 
 
 def _moment(event: Mapping[str, Any]) -> Moment:
@@ -43,6 +48,10 @@ def _moment(event: Mapping[str, Any]) -> Moment:
         lost = number(event, "energy_outside")
         energy = "" if lost is None else f"; {wording.percent(lost, 1)} of the weights’ energy was cut"  # noqa: RUF001
         return Moment(at, "hard prune", _compression(event).removeprefix(", ") + energy)
+    if name == "reconfigured":
+        return Moment(at, "channels removed", _removed(event))
+    if name == "batch_resized":
+        return Moment(at, "larger batches", _larger(event))
     known = ("event", "step", "epoch")
     detail = ", ".join(f"{key} {value}" for key, value in event.items() if key not in known)
     return Moment(at, name.replace("_", " "), detail if len(detail) < 200 else detail[:199] + "…")
@@ -56,6 +65,21 @@ def _pools(event: Mapping[str, Any]) -> str:
         among = f" of {candidates:.0f} candidates" if candidates else ""
         parts.append(f"{count} pattern{'' if count == 1 else 's'}{among} for {shape} kernels")
     return wording.sentence_list(parts)
+
+
+def _removed(event: Mapping[str, Any]) -> str:
+    before, after = number(event, "channels_before"), number(event, "channels_after")
+    if before == after:
+        return "none could go"
+    layers = len(event.get("layers_removed") or ())
+    text = f"{wording.integer(before)} → {wording.integer(after)} channels"
+    return text + (f", {layers} layer{'' if layers == 1 else 's'} gone" if layers else "")
+
+
+def _larger(event: Mapping[str, Any]) -> str:
+    factor = number(event, "learning_rate_factor")
+    text = f"{wording.integer(number(event, 'batch_size'))} images"
+    return text if factor is None else f"{text}, learning rate × {factor:.3g}"  # noqa: RUF001
 
 
 def _compression(event: Mapping[str, Any]) -> str:

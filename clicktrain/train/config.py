@@ -10,6 +10,7 @@ from typing import Any, Literal, get_args
 
 import yaml
 
+from clicktrain.accounting.memory import bytes_of
 from clicktrain.errors import UserError
 from clicktrain.methods import METHODS, Method
 from clicktrain.train.settings import build, field_names, to_plain, unknown_field
@@ -21,6 +22,7 @@ Operators = Literal["measured", "density", "sparse", "reference"]
 AugmentPreset = Literal["auto", "none", "cifar", "imagenet", "digits"]
 Device = Literal["auto", "cpu", "cuda", "mps"]
 Precision = Literal["fp32", "bf16", "fp16"]
+BatchRate = Literal["linear", "sqrt", "none"]
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -50,6 +52,18 @@ class RunConfig:
     """Passes over the training images."""
     batch_size: int = 128
     """Images in one forward and backward pass; the optimizer steps on batch_size x accumulate images."""
+    dynamic_batch: bool = False
+    """Let the batch grow when channels have been removed, to fill the memory budget (PruneTrain)."""
+    memory_budget: str | None = None
+    """Memory that an iteration may take when the batch grows, as 4GiB or 500MB; what the first batch takes by
+    default."""
+    batch_granularity: int = 32
+    """Images by which the batch grows at a time."""
+    batch_limit: int | None = None
+    """Largest batch that the growing may lead to; the whole training set by default."""
+    batch_lr: BatchRate = "linear"
+    """How the learning rate grows with the batch: linear (by the same ratio), sqrt (by its square root) or
+    none."""
     optimizer: Optimizer = "sgd"
     """sgd, or adamw (betas: momentum and 0.999)."""
     learning_rate: float = 0.1
@@ -119,7 +133,8 @@ class RunConfig:
         self._at_least("keep_checkpoints", 1)
         for name in ("workers", "cutout", "seed", "weight_decay", "warmup_epochs", "mixup", "clip_grad_norm"):
             self._at_least(name, 0)
-        for name in ("image_size", "threads"):
+        self._at_least("batch_granularity", 1)
+        for name in ("image_size", "threads", "batch_limit"):
             if getattr(self, name) is not None:
                 self._at_least(name, 1)
         for name in ("width", "learning_rate", "gamma"):
@@ -135,6 +150,7 @@ class RunConfig:
             raise UserError(
                 f"warmup_epochs is {self.warmup_epochs}: must be less than epochs ({self.epochs})"
             )
+        self._check_dynamic_batch()
         if self.optimizer == "sgd" and self.nesterov and self.momentum == 0:
             raise UserError("nesterov is true but momentum is 0: set nesterov to false or momentum above 0")
         last = 0.0
@@ -145,6 +161,20 @@ class RunConfig:
                     "each between 0 and 1"
                 )
             last = share
+
+    def _check_dynamic_batch(self) -> None:
+        if self.memory_budget is not None:
+            try:
+                bytes_of(self.memory_budget)
+            except UserError as error:
+                raise UserError(f"memory_budget: {error}") from None
+        if self.batch_limit is not None and self.batch_limit < self.batch_size:
+            raise UserError(
+                f"batch_limit is {self.batch_limit}: must be at least batch_size ({self.batch_size})"
+            )
+        for name in ("memory_budget", "batch_limit"):
+            if getattr(self, name) is not None and not self.dynamic_batch:
+                raise UserError(f"{name} is set but dynamic_batch is false: set that to true too")
 
     def _at_least(self, name: str, low: int) -> None:
         value = getattr(self, name)
@@ -175,6 +205,7 @@ _CHOICES: dict[str, tuple[str, ...]] = {
     "device": get_args(Device),
     "precision": get_args(Precision),
     "operators": get_args(Operators),
+    "batch_lr": get_args(BatchRate),
 }
 
 

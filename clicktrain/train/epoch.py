@@ -18,6 +18,7 @@ from clicktrain.train.divergence import LossWatch, diverged, explosion
 from clicktrain.train.evaluate import Evaluation, evaluate
 from clicktrain.train.interrupt import StopRequest, TrainingInterrupted
 from clicktrain.train.live import LiveRun
+from clicktrain.train.minibatch import next_epoch
 from clicktrain.train.optim import trained_parameters
 from clicktrain.train.progress import StepInfo
 from clicktrain.train.state import EpochTotals
@@ -41,7 +42,7 @@ def train_epoch(run: LiveRun, stop: StopRequest) -> None:
     for batch in _timed(run, stop):
         first = course.batch - course.batch % p.config.accumulate
         group = min(p.config.accumulate, batches - first)
-        seed_batch(p.config.seed, course.epoch * batches + course.batch, p.device)
+        seed_batch(p.config.seed, p.batch_sizes.batch_number(course.epoch, course.batch), p.device)
         course.totals.stages[p.pruner.stage] = course.totals.stages.get(p.pruner.stage, 0) + 1
         course.train_flops += p.cost.now * len(batch.y)
         course.train_flops_dense += p.cost.dense * len(batch.y)
@@ -203,6 +204,7 @@ def end_epoch(run: LiveRun, stop: StopRequest) -> None:
     course.epoch_seconds += course.totals.seconds
     course.data_seconds += course.totals.data_seconds
     course.totals = EpochTotals()
+    next_epoch(run)
     if last or number % config.checkpoint_every == 0:
         run.save()
     if run.scalars is not None:
@@ -224,7 +226,8 @@ def _record(run: LiveRun, result: Evaluation | None) -> dict[str, Any]:
         "density": p.pruner.density,
         "sparsity": 1 - p.pruner.density,
         "learning_rate": totals.learning_rate,
-        "batch_size": p.config.batch_size,
+        "batch_size": p.batch_size,
+        **course.stock,
         "seconds": totals.seconds,
         "data_seconds": totals.data_seconds,
         "step_ms_median": totals.step_ms_median,

@@ -12,6 +12,7 @@ from clicktrain.train.disk import bytes_needed, check_disk
 from clicktrain.train.epoch import end_epoch, train_epoch
 from clicktrain.train.interrupt import StopRequest
 from clicktrain.train.live import LiveRun
+from clicktrain.train.minibatch import begin_stock
 from clicktrain.train.prepare import prepare
 from clicktrain.train.progress import Progress, Silent
 from clicktrain.train.run_folder import RunFolder
@@ -57,6 +58,8 @@ def fit(
     prepared = prepare(config, method)
     check_disk(folder.path, bytes_needed(prepared.model, config))
     run = LiveRun(prepared, folder, progress)
+    if run.newest_checkpoint() is None:
+        begin_stock(run)
     with StopRequest() as stop:
         if resume:
             run.go_on()

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import time
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
@@ -13,6 +13,7 @@ from torch import Tensor, nn
 from torch.amp.grad_scaler import GradScaler
 from torch.optim.swa_utils import AveragedModel
 
+from clicktrain.accounting import TrainingMemory
 from clicktrain.compiler import Accelerated
 from clicktrain.errors import UserError
 from clicktrain.surgery import apply_surgery_
@@ -46,6 +47,8 @@ class LiveRun:
     scalars: ScalarLog | None = None
     frozen: bool = False
     followed_plans: int = 0
+    memory: TrainingMemory | None = None
+    memory_of: tuple[tuple[int, ...], ...] = ()
     _forward: Callable[[Tensor], Tensor] | None = None
 
     def __post_init__(self) -> None:
@@ -57,7 +60,7 @@ class LiveRun:
             self.scalars = ScalarLog(self.folder.path / "tensorboard")
         self.density = 1.0
         self._seconds_before = 0.0
-        self._batches_before = 0
+        self._epochs_before = 0.0
         self._started = time.perf_counter()
 
     @property
@@ -97,13 +100,13 @@ class LiveRun:
     @property
     def eta_seconds(self) -> float | None:
         """Seconds to the end at the pace of this process, None before its first batch."""
-        done = self._batches_done - self._batches_before
-        left = self.prepared.config.epochs * len(self.prepared.train_loader) - self._batches_done
+        done = self._epochs_done - self._epochs_before
+        left = self.prepared.config.epochs - self._epochs_done
         return left * (time.perf_counter() - self._started) / done if done else None
 
     @property
-    def _batches_done(self) -> int:
-        return self.course.epoch * len(self.prepared.train_loader) + self.course.batch
+    def _epochs_done(self) -> float:
+        return self.course.epoch + self.course.batch / len(self.prepared.train_loader)
 
     def follow_pruner(self) -> None:
         """After channels have gone, and once after the hard prune: cost, average and forward pass follow."""
@@ -155,6 +158,7 @@ class LiveRun:
             "optimizer": p.optimizer.state_dict(),
             "scheduler": p.scheduler.state_dict(),
             "scaler": self.scaler.state_dict(),
+            "batch_sizes": p.batch_sizes.state_dict(),
             "pruner": p.pruner.state_dict(),
             "average": None if self.average is None else dict(self.average.state_dict()),
         }
@@ -165,7 +169,10 @@ class LiveRun:
         self._check_settings(saved["settings"])
         self.course = Course.from_state(saved["course"])
         self._seconds_before = self.course.seconds
-        self._batches_before = self._batches_done
+        p.batch_sizes.load_state(saved["batch_sizes"])
+        if p.batch_size != p.config.batch_size:
+            p = self.prepared = replace(p, train_loader=p.train_loader.with_batch_size(p.batch_size))
+        self._epochs_before = self._epochs_done
         p.pruner.load_state_dict(saved["pruner"])  # packs the model and the optimizer if they were packed
         self.follow_pruner()
         p.model.load_state_dict(saved["model"])

@@ -59,7 +59,7 @@ def choose_operators(p: Prepared, folder: RunFolder, progress: Progress, epoch: 
     rule = config.operators
     if rule == "measured" and _work_left(p, epoch) < SHORT_FLOPS:
         rule = "density"
-    example = torch.zeros(config.batch_size, *p.data.image_shape)
+    example = torch.zeros(p.batch_size, *p.data.image_shape)
     dtypes = ("fp32", "bf16") if config.precision == "bf16" else ("fp32",)
     with warnings.catch_warnings(record=True) as caught:
         warnings.simplefilter("always")
@@ -83,7 +83,7 @@ def choose_operators(p: Prepared, folder: RunFolder, progress: Progress, epoch: 
 
 def _work_left(p: Prepared, epoch: int) -> float:
     """FLOPs that the rest of the run would take if it were dense."""
-    images = len(p.train_loader) * p.config.batch_size * (p.config.epochs - epoch)
+    images = len(p.train_loader) * p.batch_size * (p.config.epochs - epoch)
     return float(images) * p.cost.dense
 
 

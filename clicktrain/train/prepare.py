@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import dataclasses
 import importlib.util
-import math
 from collections.abc import Callable
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -20,6 +19,7 @@ from clicktrain.errors import UserError
 from clicktrain.methods import Method, Pruner
 from clicktrain.methods.base import Event
 from clicktrain.models import create_model, min_image_size
+from clicktrain.train.batch_sizes import BatchSizes
 from clicktrain.train.config import RunConfig
 from clicktrain.train.device import resolve_device, set_up
 from clicktrain.train.flops import TrainingCost
@@ -68,6 +68,7 @@ class Prepared:
         scheduler: to be stepped after each optimizer step.
         pruner: the method, attached to model and optimizer; ``pruner.plan()`` tells what it will do.
         cost: FLOPs per image.
+        batch_sizes: of the training batches, from the first on.
         events: where the pruner's decisions go.
         facts: what is needed to build the network again: model, width, stem, num_classes, in_channels,
             image_shape, classes, mean, std.
@@ -84,13 +85,19 @@ class Prepared:
     scheduler: LambdaLR
     pruner: Pruner
     cost: TrainingCost
+    batch_sizes: BatchSizes
     events: EventRelay
     facts: dict[str, Any]
 
     @property
+    def batch_size(self) -> int:
+        """Images in a training batch of the running epoch."""
+        return self.batch_sizes.now.images
+
+    @property
     def optimizer_steps_per_epoch(self) -> int:
-        """Steps of the optimizer in an epoch."""
-        return math.ceil(len(self.train_loader) / self.config.accumulate)
+        """Steps of the optimizer in the running epoch."""
+        return self.batch_sizes.now.steps
 
 
 def prepare(config: RunConfig, method: Method[Any]) -> Prepared:
@@ -101,6 +108,11 @@ def prepare(config: RunConfig, method: Method[Any]) -> Prepared:
     """
     if config.tensorboard and importlib.util.find_spec("tensorboard") is None:
         raise UserError("tensorboard is on but not installed: run 'pip install tensorboard', or turn it off")
+    if config.dynamic_batch and not method.reads_graph:
+        raise UserError(
+            f"dynamic_batch is true but method {config.method} removes no channels while it trains: "
+            "turn it off, or use prunetrain"
+        )
     device = resolve_device(config.device)
     set_up(config, device)
     data = open_run_data(config)
@@ -123,7 +135,7 @@ def prepare(config: RunConfig, method: Method[Any]) -> Prepared:
         example=torch.zeros(1, *data.image_shape, device=device),
         on_event=events,
     )
-    steps = config.epochs * math.ceil(len(train_loader) / config.accumulate)
+    sizes = BatchSizes(config.batch_size, len(train_loader), config.accumulate)
     return Prepared(
         config=config,
         method=method,
@@ -133,9 +145,10 @@ def prepare(config: RunConfig, method: Method[Any]) -> Prepared:
         val_loader=val_loader,
         model=model,
         optimizer=optimizer,
-        scheduler=make_scheduler(optimizer, config, steps),
+        scheduler=make_scheduler(optimizer, config, config.epochs * sizes.first.steps, sizes),
         pruner=pruner,
         cost=cost,
+        batch_sizes=sizes,
         events=events,
         facts=facts,
     )

@@ -54,8 +54,11 @@ class Course:
     """How far a run has come.
 
     ``epoch`` counts finished epochs, ``batch`` batches done in the running one, ``step`` optimizer steps.
-    FLOPs and seconds are of the whole run so far. ``metrics_bytes`` and ``events_bytes`` are the lengths of
-    the two files when a checkpoint is written.
+    FLOPs and seconds are of the whole run so far. ``stock`` is what an iteration of the running epoch takes
+    (`take_stock`), ``memory_calibration`` measured / estimated memory, ``memory_budget`` the bytes that a
+    growing batch may take, ``sized_plans`` and ``measured_plans`` the numbers of surgery plans that its size
+    and the measurement know of.
+    ``metrics_bytes`` and ``events_bytes`` are the lengths of the two files when a checkpoint is written.
     """
 
     epoch: int = 0
@@ -69,6 +72,11 @@ class Course:
     first_loss: float | None = None
     val_accuracy: float | None = None
     best_val_accuracy: float | None = None
+    stock: dict[str, Any] = field(default_factory=dict)
+    memory_calibration: float = 1.0
+    memory_budget: int | None = None
+    sized_plans: int = 0
+    measured_plans: int | None = None
     metrics_bytes: int = 0
     events_bytes: int = 0
     totals: EpochTotals = field(default_factory=EpochTotals)

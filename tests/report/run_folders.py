@@ -298,3 +298,92 @@ def _layer(
 
 def _write_lines(path: Path, records: list[dict[str, Any]]) -> None:
     path.write_text("".join(json.dumps(record) + "\n" for record in records), encoding="utf-8")
+
+
+def make_shrinking_run(
+    folder: Path,
+    *,
+    every: int = 10,
+    epochs: int = 60,
+    accuracy: float = 87.0,
+    batch_grows: bool = True,
+    removed: tuple[str, ...] = ("layer3.2.conv1", "layer3.2.conv2"),
+    stop_after: int | None = None,
+) -> Path:
+    """A run of PruneTrain: channels go every ``every`` epochs, most of them early, half of them in all."""
+    make_run(folder, method="prunetrain", epochs=epochs, accuracy=accuracy, stop_after=stop_after)
+    layers = resnet_layers()
+    done = epochs if stop_after is None else stop_after
+
+    def left(epoch: int) -> float:
+        """Share of the channels in the network that epoch ``epoch`` trains."""
+        return 0.5 + 0.5 * 0.5 ** ((epoch - 1) // every)
+
+    lines = [json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()]
+    for line in lines:
+        share = left(line["epoch"])
+        batch = 128 + (32 * ((line["epoch"] - 1) // every) if batch_grows else 0)
+        line |= {
+            "stage": "sparsify", "stages": {"sparsify": 1.0}, "batch_size": batch,
+            "memory_bytes": round(2_000_000 * share * batch + 4_000_000 * share**2),
+            "memory_calibration": 0.8,
+            "batch_norm_bytes": round(1_000_000 * share * batch),
+            "gradient_bytes": round(1_000_000 * share**2),
+            "gradient_bytes_epoch": round(1_000_000 * share**2) * (40_000 // batch),
+            "parameters": round(270_000 * share**2), "train_flops_per_image": round(240e6 * share**2),
+            "inference_flops_per_image": round(80e6 * share**2),
+        }  # fmt: skip
+    _write_lines(folder / "metrics.jsonl", lines)
+    events: list[dict[str, Any]] = [
+        {"event": "penalty", "step": 312, "epoch": 1.0, "coefficient": 1e-4, "penalty_ratio": 0.25}
+    ]
+    for epoch in range(every, done + 1, every):
+        before, after = left(epoch), left(epoch + 1)
+        gone = removed if epoch == every else ()
+        rows = [
+            {
+                "name": layer["name"],
+                "inputs": [max(1, round(layer["shape"][1] * s)) for s in (before, after)],
+                "outputs": [max(1, round(layer["shape"][0] * s)) for s in (before, after)],
+                "stays": "",
+            }
+            for layer in layers
+            if layer["name"] not in removed or epoch == every
+        ]
+        events.append(
+            {
+                "event": "reconfigured", "step": 312 * epoch, "epoch": float(epoch), "seconds": 0.25,
+                "channels_before": sum(row["outputs"][0] for row in rows),
+                "channels_after": sum(row["outputs"][1] for row in rows if row["name"] not in gone),
+                "layers_removed": list(gone), "layers": rows, "max_output_change": 3e-6,
+            }
+        )  # fmt: skip
+        if batch_grows and epoch < done:
+            batch = 128 + 32 * (epoch // every)
+            events.append(
+                {
+                    "event": "batch_resized", "step": 312 * epoch, "epoch": epoch, "batch_size": batch,
+                    "learning_rate_factor": batch / 128, "memory_estimated": 255_000_000,
+                    "memory_budget": 260_000_000,
+                }
+            )  # fmt: skip
+    _write_lines(folder / "events.jsonl", events)
+    return folder
+
+
+def make_pat_run(folder: Path, *, chosen: int = 14) -> Path:
+    """A run of pruning-aware training: the indicator rises over its threshold, and channels go at once."""
+    make_run(folder, method="pat", epochs=30, accuracy=85.0)
+    events: list[dict[str, Any]] = [
+        {"event": "epi", "step": 312 * e, "epoch": float(e), "value": 1 - 0.5 * 0.85**e, "threshold": 0.944}
+        for e in range(1, chosen + 1)
+    ]
+    events.append(
+        {
+            "event": "reconfigured", "step": 312 * chosen, "epoch": float(chosen), "seconds": 0.4,
+            "channels_before": 688, "channels_after": 400, "layers_removed": [], "layers": [],
+            "max_output_change": None,
+        }
+    )  # fmt: skip
+    _write_lines(folder / "events.jsonl", events)
+    return folder

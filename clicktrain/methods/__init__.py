@@ -10,6 +10,7 @@ from clicktrain.methods.channels_then_patterns import ChannelsThenPatterns
 from clicktrain.methods.clicktrain import ClickTrain
 from clicktrain.methods.dense import Dense
 from clicktrain.methods.dsr import DSR
+from clicktrain.methods.pat import PaT
 from clicktrain.methods.pruner import Pruner
 from clicktrain.methods.prunetrain import PruneTrain
 from clicktrain.methods.rigl import RigL
@@ -22,6 +23,7 @@ METHODS: dict[str, type[Method[Any]]] = {
     "campfire": Campfire,
     "dsr": DSR,
     "rigl": RigL,
+    "pat": PaT,
 }
 
 __all__ = [
@@ -32,6 +34,7 @@ __all__ = [
     "ClickTrain",
     "Dense",
     "Method",
+    "PaT",
     "PruneTrain",
     "Pruner",
     "PruningPlan",

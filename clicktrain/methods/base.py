@@ -122,7 +122,13 @@ class Reconfigure(NamedTuple):
     checked: bool = False
 
 
-Action: TypeAlias = Record | ApplyMasks | FreezeMasks | SilenceChannels | Reconfigure
+class RestoreTensors(NamedTuple):
+    """Write these values into parameters and buffers, by name; the optimizer forgets what it kept of them."""
+
+    values: Mapping[str, Tensor]
+
+
+Action: TypeAlias = Record | ApplyMasks | FreezeMasks | SilenceChannels | Reconfigure | RestoreTensors
 
 
 @dataclass(frozen=True, slots=True)

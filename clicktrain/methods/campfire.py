@@ -33,6 +33,8 @@ from clicktrain.methods.base import (
     Step,
     plan_rows,
 )
+from clicktrain.methods.kernel_watch import KernelWatch, default_threshold
+from clicktrain.methods.pruning_start import default_window
 from clicktrain.methods.survey import ConvLayer, LinearLayer, Survey, survey
 from clicktrain.methods.threshold_masks import Granularity, Linear, MaskRule
 from clicktrain.sparsity.fully_connected import MAX_BLOCK
@@ -58,6 +60,10 @@ class CampfireState:
     masks: dict[str, Tensor] = field(default_factory=dict)
     squares: dict[str, Tensor] = field(default_factory=dict)
     """Running mean of the squared gradient per layer, for criteria that read gradients."""
+    shift: int = 0
+    """Batches by which the era began earlier than it would have (trigger epi)."""
+    kernels: KernelWatch = field(default_factory=KernelWatch)
+    """For trigger epi, before the era."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -79,6 +85,14 @@ class Campfire(Method[CampfireState]):
     """Threshold with which the era begins."""
     era: tuple[float, float] | None = None
     """First and last epoch of pruning, from 0 (the same twice: all at once); the preset's by default."""
+    trigger: Literal["own", "epi"] = "own"
+    """The era begins at its epoch (own), or as soon as it is stable how many kernels each layer keeps (epi:
+    When to Prune?, Eq. (4) to (6)), at its epoch at the latest; its length stays."""
+    epi_threshold: float | None = None
+    """EPI from which the structure is stable (trigger epi); 0.983 for magnitude, else 0.944, by default."""
+    epi_window: int | None = None
+    """Past epochs that a structure is compared with (trigger epi); a third of the epochs before the era by
+    default, 5 at the most."""
     exponent: float = 3.0
     """Exponent r of the schedule; larger rises sooner."""
     rise: Literal["epoch", "step"] = "epoch"
@@ -130,6 +144,10 @@ class Campfire(Method[CampfireState]):
         for key in ("gradient_memory", "window_share"):
             if not 0 <= getattr(self, key) < 1:
                 raise UserError(f"{key} must be at least 0 and below 1, not {getattr(self, key)}")
+        if self.epi_threshold is not None and not 0 <= self.epi_threshold <= 1:
+            raise UserError(f"epi_threshold must be between 0 and 1, not {self.epi_threshold}")
+        if self.epi_window is not None and self.epi_window < 1:
+            raise UserError(f"epi_window must be at least 1, not {self.epi_window}")
         if not 0 < self.exponent < math.inf:
             raise UserError(f"exponent must be above 0, not {self.exponent}")
         if not 1 <= self.block <= MAX_BLOCK:
@@ -243,39 +261,48 @@ class Campfire(Method[CampfireState]):
         first, _ = self._batches(self.era_of(length), length)
         if first > 0:
             return ()
-        return [self._open_era(state, 0.0), *self._prune(state, found, self.threshold_after(0, length))]
+        return [self._open_era(state, "epoch 0 begins"), *self._prune(state, found, self.threshold_after(0, length))]
 
     def before_step(self, state: CampfireState, found: Survey, step: Step) -> None:
         """Follow the gradients, if the criterion reads them, from the step that opens the era on."""
         first, _ = self._batches(self.era_of(step.length), step.length)
-        if self.criterion == "magnitude" or step.seen < first:
+        before = step.seen + state.shift < first
+        if before and self.trigger == "epi":
+            state.kernels.see(found.layers, self.criterion, step)
+        if self.criterion == "magnitude" or before:
             return
         for layer in found.prunable:
             grad = step.gradient(layer.weight)
             if grad is None:
                 continue
             square = grad.float().square()
-            before = state.squares.get(layer.name)
-            mean = square if before is None else square.lerp_(before, self.gradient_memory)
+            mean = state.squares.get(layer.name)
+            mean = square if mean is None else square.lerp_(mean, self.gradient_memory)
             state.squares[layer.name] = mean
 
     def after_step(self, state: CampfireState, found: Survey, step: Step) -> Sequence[Action]:
         """Evaluate the mask anew; after the last step of the era, for good (Algorithm 2)."""
         first, last = self._batches(self.era_of(step.length), step.length)
-        if step.seen < first:
-            return ()
+        reason = f"epoch {first / step.length.steps_per_epoch:g} begins"
         actions: list[Action] = []
+        if step.seen + state.shift < first:
+            if self.trigger == "own" or not step.ends_epoch:
+                return ()
+            actions.append(self._indicator(state, found, first // step.length.steps_per_epoch))
+            if (stable := state.kernels.fires(self._epi_threshold)) is None:
+                return actions
+            state.shift, reason = first - step.seen, stable
+        seen = step.seen + state.shift
         if state.stage == "dense":
-            actions.append(self._open_era(state, first / step.length.steps_per_epoch))
-        if step.seen >= last:
+            actions.append(self._open_era(state, reason))
+        if seen >= last:
             # An era without any length has chosen before the first step; that step must not choose again.
             keep = last == 0 and bool(state.masks)
             return [*actions, *self._fix(state, found, "the era is over", keep=keep)]
-        return [*actions, *self._prune(state, found, self.threshold_after(step.seen, step.length))]
+        return [*actions, *self._prune(state, found, self.threshold_after(seen, step.length))]
 
-    def _open_era(self, state: CampfireState, epoch: float) -> Action:
-        state.stage = "era"
-        reason = f"epoch {epoch:g} begins"
+    def _open_era(self, state: CampfireState, reason: str) -> Action:
+        state.stage, state.kernels.sums = "era", {}
         return Record({"event": "stage", "stage": "era", "number": 2, "reason": reason})
 
     def _prune(self, state: CampfireState, found: Survey, threshold: float) -> list[Action]:
@@ -289,6 +316,17 @@ class Campfire(Method[CampfireState]):
             actions.append(Record({"event": "threshold", "threshold": threshold, "sparsity": now}))
         state.threshold = threshold
         return [*actions, ApplyMasks(state.masks)]
+
+    @property
+    def _epi_threshold(self) -> float:
+        return default_threshold(self.criterion) if self.epi_threshold is None else self.epi_threshold
+
+    def _indicator(self, state: CampfireState, found: Survey, latest: int) -> Action:
+        """EPI of the kernels that would be kept."""
+        window = self.epi_window or default_window(latest)
+        return state.kernels.close_epoch(
+            found.layers, 1 - self.sparsity, window, self._epi_threshold, self.criterion
+        )
 
     def _fix(self, state: CampfireState, found: Survey, reason: str, *, keep: bool = False) -> list[Action]:
         """Evaluate the mask at the final threshold (or ``keep`` what it is) and fix it."""
@@ -349,12 +387,16 @@ class Campfire(Method[CampfireState]):
         every = {"epoch": "by epoch", "step": "by step"}[self.rise]
         rise = f"{self.initial_sparsity:g} to {self.sparsity:g} {every}, exponent {self.exponent:g}"
         rise = rise if era.length else f"{self.sparsity:g} all at once"
+        early, until = "", f"until epoch {era.last_epoch:g}"
+        if self.trigger == "epi":
+            early = f" at the latest, or until EPI is at least {self._epi_threshold:g}"
+            until = f"{era.length:g} epochs"
         back = "weights may come back" if self.regrow else "zeros stay"
         return (
-            ("stage 1 dense", f"until epoch {era.first_epoch:g}"),
+            ("stage 1 dense", f"until epoch {era.first_epoch:g}{early}"),
             (
                 "stage 2 era",
-                f"until epoch {era.last_epoch:g}, {rise}, {self.granularity} by {self.criterion}, {back}",
+                f"{until}, {rise}, {self.granularity} by {self.criterion}, {back}",
             ),
             ("stage 3 fixed", "to the end, positions fixed"),
         )
@@ -366,6 +408,8 @@ class Campfire(Method[CampfireState]):
             "threshold": state.threshold,
             "masks": {name: bits_from_mask(mask) for name, mask in state.masks.items()},
             "squares": dict(state.squares),
+            "shift": state.shift,
+            "kernels": state.kernels.state_dict(),
         }
 
     def load_state(self, found: Survey, length: RunLength, saved: Mapping[str, Any]) -> CampfireState:
@@ -378,13 +422,18 @@ class Campfire(Method[CampfireState]):
                 masks[layer.name] = mask_from_bits(saved["masks"][layer.name].to(device), layer.shape)
             if layer.name in saved["squares"]:
                 squares[layer.name] = saved["squares"][layer.name].to(device, copy=True)
-        return CampfireState(saved["stage"], saved["threshold"], masks, squares)
+        state = CampfireState(saved["stage"], saved["threshold"], masks, squares, saved.get("shift", 0))
+        if "kernels" in saved:  # not in states of older versions, which knew no EPI
+            device = found.prunable[0].weight.device
+            state.kernels = KernelWatch.from_state(saved["kernels"], lambda t: t.to(device, copy=True))
+        return state
 
 
 _CHOICES: dict[str, tuple[str, ...]] = {
     "granularity": get_args(Granularity),
     "criterion": tuple(CRITERIA),
     "rise": ("epoch", "step"),
+    "trigger": ("own", "epi"),
     "within": get_args(Within),
     "linear": get_args(Linear),
 }

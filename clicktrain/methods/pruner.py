@@ -24,6 +24,7 @@ from clicktrain.methods.base import (
     PruningPlan,
     Reconfigure,
     Record,
+    RestoreTensors,
     RunLength,
     SilenceChannels,
     Step,
@@ -387,6 +388,11 @@ class Pruner:
                 silence_(plan, self.model)
             case Reconfigure(plan, event, checked):
                 self._reconfigure(plan, event, checked)
+            case RestoreTensors(values):
+                tensors = {**dict(self.model.named_parameters()), **dict(self.model.named_buffers())}
+                for name, value in values.items():
+                    tensors[name].copy_(value)
+                    self.optimizer.state.pop(tensors[name], None)
 
     def _reconfigure(self, plan: SurgeryPlan, event: Mapping[str, Any], checked: bool) -> None:
         """Remove channels from the model and its optimizer, and let all that is remembered follow."""

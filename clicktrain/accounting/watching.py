@@ -27,7 +27,7 @@ def eager(model: nn.Module) -> contextlib.AbstractContextManager[Any]:
 
 @contextlib.contextmanager
 def no_trace(model: nn.Module, example: Tensor, *, training: bool) -> Iterator[None]:
-    """Another mode; afterwards every module's mode, all buffers and the random state are as before.
+    """Another mode; afterwards modes, buffers, numbers that modules keep and the random state are as before.
 
     The flags are set directly: ``model.eval()`` may be overridden and do more.
 
@@ -37,19 +37,24 @@ def no_trace(model: nn.Module, example: Tensor, *, training: bool) -> Iterator[N
         training: False: evaluation mode. True: training mode, unless the model is in it already: then every
             module stays in the mode that it has (frozen batch norms).
     """
-    modes = [(module, module.training) for module in model.modules()]
+    kept = [(module, _numbers(module)) for module in model.modules()]  # the mode is one of them
     buffers = [(buffer, buffer.detach().clone()) for buffer in model.buffers()]
     devices = [example.device] if example.is_cuda else []
     try:
         with torch.random.fork_rng(devices):
             if not (training and model.training):
-                for module, _ in modes:
+                for module, _ in kept:
                     module.training = training
             yield
     finally:
-        for module, mode in modes:
-            module.training = mode
+        for module, numbers in kept:
+            vars(module).update(numbers)
         with torch.no_grad():
             for buffer, before in buffers:
                 if not torch.equal(buffer, before):
                     buffer.copy_(before)
+
+
+def _numbers(module: nn.Module) -> dict[str, Any]:
+    """A module's own attributes that are plain values: its mode, and whatever it counts."""
+    return {name: value for name, value in vars(module).items() if isinstance(value, (bool, int, float, str))}

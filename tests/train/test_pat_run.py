@@ -100,7 +100,7 @@ def test_a_structure_and_other_neurons_of_it(tmp_path: Path) -> None:
     assert one != two
 
 
-@pytest.mark.parametrize("target", ["ratio", "milliseconds"])
+@pytest.mark.parametrize("target", [pytest.param("ratio", marks=pytest.mark.slow), "milliseconds"])
 def test_a_latency_is_met(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, target: str) -> None:
     monkeypatch.setenv("CLICKTRAIN_LATENCY_CACHE", str(tmp_path / "cache"))
     settings = {**SETTINGS, "policy": "epoch", "prune_epoch": 1, "epochs": 2, "latency_batch": 64,

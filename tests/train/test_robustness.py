@@ -26,6 +26,9 @@ class Batches(Loader):
     def __len__(self) -> int:
         return -(-len(self.y) // self.size)
 
+    def with_batch_size(self, batch_size: int) -> Batches:
+        raise AssertionError("evaluation takes the batches as they are")
+
     def epoch(self, epoch: int, start_batch: int = 0) -> Iterator[Batch]:
         for at in range(0, len(self.y), self.size):
             yield Batch(self.x[at : at + self.size], self.y[at : at + self.size])

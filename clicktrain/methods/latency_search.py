@@ -41,6 +41,9 @@ class LatencySearch:
             return following
         slow = min((one for one in self.tried if one[1] > 1), key=lambda one: one[0], default=None)
         fast = max((one for one in self.tried if one[1] <= 1), key=lambda one: one[0], default=None)
+        if slow is None and fast is not None:  # the next slower one is more than a proportion away
+            aims = (fast[0] * 1.05**step for step in range(1, 20))
+            return next((found for aim in aims if (found := self._new(aim)) is not None), None)
         if slow is None or fast is None:
             return None
         before, after = widths(slow[2]), widths(fast[2])
@@ -48,8 +51,9 @@ class LatencySearch:
         self.tried = [slow]
         return self._new()
 
-    def _new(self) -> Masks | None:
-        masks = self.within(next_aim([one[:2] for one in self.tried]), self.fixed)
+    def _new(self, aim: float | None = None) -> Masks | None:
+        aim = next_aim([one[:2] for one in self.tried]) if aim is None else aim
+        masks = self.within(aim, self.fixed)
         return None if tuple(widths(masks).values()) in self.seen else masks
 
 

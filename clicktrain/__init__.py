@@ -19,13 +19,25 @@ if TYPE_CHECKING:
     from clicktrain.compiler import accelerate
     from clicktrain.errors import UserError
     from clicktrain.kernels.pack_model import pack, unpack
-    from clicktrain.methods import METHODS, Campfire, ClickTrain, Dense, Method, PaT, Pruner, PruneTrain
+    from clicktrain.methods import (
+        DSR,
+        METHODS,
+        Campfire,
+        ClickTrain,
+        Dense,
+        Method,
+        PaT,
+        Pruner,
+        PruneTrain,
+        RigL,
+    )
     from clicktrain.models import create_model
     from clicktrain.surgery import load_pruned
 
 __version__ = "0.1.0"
 
 __all__ = [
+    "DSR",
     "METHODS",
     "Campfire",
     "ClickTrain",
@@ -35,6 +47,7 @@ __all__ = [
     "PaT",
     "PruneTrain",
     "Pruner",
+    "RigL",
     "UserError",
     "accelerate",
     "compression_ratio",
@@ -46,6 +59,7 @@ __all__ = [
 ]
 
 _HOME = {
+    "DSR": "clicktrain.methods",
     "METHODS": "clicktrain.methods",
     "Campfire": "clicktrain.methods",
     "ClickTrain": "clicktrain.methods",
@@ -55,6 +69,7 @@ _HOME = {
     "PaT": "clicktrain.methods",
     "PruneTrain": "clicktrain.methods",
     "Pruner": "clicktrain.methods",
+    "RigL": "clicktrain.methods",
     "UserError": "clicktrain.errors",
     "accelerate": "clicktrain.compiler",
     "compression_ratio": "clicktrain.accounting",

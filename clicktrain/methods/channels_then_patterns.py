@@ -46,7 +46,7 @@ class ChannelsThenPatterns(Method[TwoPartState]):
     switch_at: float | None = None
     """Epoch at which channels are removed for the last time and ClickTrain begins; 40% of the run by
     default."""
-    compression: float = 4.0
+    pattern_compression: float = 4.0
     """ClickTrain's compression of the convolution weights that the removal of channels leaves."""
     penalty_ratio: float = 0.25
     """Share of the whole loss that PruneTrain's lasso has at the first step."""
@@ -97,7 +97,7 @@ class ChannelsThenPatterns(Method[TwoPartState]):
     def second(self) -> ClickTrain:
         """The part that chooses patterns."""
         return ClickTrain(
-            compression=self.compression,
+            compression=self.pattern_compression,
             preset=self.preset,
             patterns=self.patterns,
             group=self.group,
@@ -207,7 +207,7 @@ class ChannelsThenPatterns(Method[TwoPartState]):
         return replace(
             channels,
             stages=(*channels.stages, switch, *patterns.stages),
-            summary=f"{channels.summary}; then compression {self.compression:g} of what is left",
+            summary=f"{channels.summary}; then compression {self.pattern_compression:g} of what is left",
         )
 
     def state_dict(self, state: TwoPartState) -> dict[str, Any]:

@@ -83,6 +83,7 @@ class Pruner:
         self._depth = 0
         if packed:
             self._check_packable()
+        self._carry_out(method.at_start(self._state, self._found, length))
         self._handles = [
             optimizer.register_step_pre_hook(self._before_step),
             optimizer.register_step_post_hook(self._after_step),
@@ -347,6 +348,10 @@ class Pruner:
         for layer, mask in self._masked():
             hard_prune_(layer.weight, mask)
 
+    def _mask_state(self) -> None:
+        for layer, mask in self._masked():
+            mask_optimizer_state_(self.optimizer, layer.weight, mask)
+
     def _close_epoch(self) -> None:
         """Note the mean loss once an epoch's batches are all seen."""
         if self._epoch_loss is not None and self._in_epoch == self.length.steps_per_epoch:
@@ -366,14 +371,15 @@ class Pruner:
         match action:
             case Record(event):
                 self._record(event)
-            case ApplyMasks(masks):
+            case ApplyMasks(masks, forget):
                 self.masks = dict(masks)
                 self._mask_weights()
+                if forget:
+                    self._mask_state()
             case FreezeMasks(masks):
                 self.masks = dict(masks)
                 self._mask_weights()
-                for layer, mask in self._masked():
-                    mask_optimizer_state_(self.optimizer, layer.weight, mask)
+                self._mask_state()
                 self.frozen = True
                 self._plan = self.method.plan(self._found, self.length, self._state)
                 if self.packed:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections import Counter
 from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
@@ -52,9 +53,21 @@ def _moment(event: Mapping[str, Any]) -> Moment:
         return Moment(at, "channels removed", _removed(event))
     if name == "batch_resized":
         return Moment(at, "larger batches", _larger(event))
+    if name == "operators":
+        return Moment(at, "operators chosen", _operators(event))
+    if name == "switch":
+        return Moment(at, f"{event.get('method')} begins", str(event.get("reason") or ""))
     known = ("event", "step", "epoch")
     detail = ", ".join(f"{key} {value}" for key, value in event.items() if key not in known)
     return Moment(at, name.replace("_", " "), detail if len(detail) < 200 else detail[:199] + "…")
+
+
+def _operators(event: Mapping[str, Any]) -> str:
+    layers = event.get("layers")
+    names = [str(name) for name in layers.values()] if isinstance(layers, Mapping) else []
+    counts = Counter(names).most_common()
+    rule = f", by the rule '{event['rule']}'" if event.get("rule") else ""
+    return wording.sentence_list([f"{count} × {name}" for name, count in counts]) + rule  # noqa: RUF001
 
 
 def _pools(event: Mapping[str, Any]) -> str:

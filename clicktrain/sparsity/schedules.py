@@ -12,16 +12,17 @@ class Era:
 
     Epochs count from 0 and may be fractions; the paper's "era 30-50" is ``Era(30, 50)``. The threshold
     begins to rise when ``first_epoch`` begins and has its final value when ``last_epoch`` begins; from then
-    on masks are fixed.
+    on masks are fixed. An era without any length prunes all at once.
     """
 
     first_epoch: float
     last_epoch: float
 
     def __post_init__(self) -> None:
-        if not 0 <= self.first_epoch < self.last_epoch:
+        if not 0 <= self.first_epoch <= self.last_epoch:
             raise ValueError(
-                f"an era begins at epoch 0 or later and before it ends: {self.first_epoch}-{self.last_epoch}"
+                "an era begins at epoch 0 or later and not after its end: "
+                f"{self.first_epoch}-{self.last_epoch}"
             )
 
     @property
@@ -36,7 +37,7 @@ class Era:
         The shares are those of the paper's era 30-50 in runs of 100 epochs.
         """
         begin, end = round(first * epochs), round(last * epochs)
-        return cls(begin, end) if end > begin else cls(first * epochs, last * epochs)
+        return cls(begin, end) if end > begin or first == last else cls(first * epochs, last * epochs)
 
 
 def campfire_threshold(
@@ -63,10 +64,10 @@ def campfire_threshold(
     """
     if epoch < era.first_epoch:
         return 0.0
-    if epoch == era.first_epoch:
-        return initial
     if epoch >= era.last_epoch:
         return final
+    if epoch == era.first_epoch:
+        return initial
     left = 1 - (epoch - era.first_epoch) / era.length
     return final - (final - initial) * math.pow(left, exponent)
 

@@ -1,6 +1,7 @@
 """Physical removal of channels and layers: dependency analysis, plans, and the one mutator."""
 
 from clicktrain.surgery.apply import apply_surgery_, silence_
+from clicktrain.surgery.fast_widths import LayerShape, WidthTable, measured_round_to, typical_layer
 from clicktrain.surgery.groups import ChannelGroup, Member, channel_groups, dependencies
 from clicktrain.surgery.plan import Cut, Gate, LayerChange, RemovedLayer, SurgeryPlan
 from clicktrain.surgery.planning import plan_from_keep, plan_from_zeros
@@ -11,16 +12,20 @@ __all__ = [
     "Cut",
     "Gate",
     "LayerChange",
+    "LayerShape",
     "Member",
     "RemovedLayer",
     "SurgeryPlan",
+    "WidthTable",
     "apply_surgery_",
     "channel_groups",
     "dependencies",
     "load_pruned",
+    "measured_round_to",
     "plan_from_keep",
     "plan_from_zeros",
     "read_recipe",
     "silence_",
+    "typical_layer",
     "write_recipe",
 ]

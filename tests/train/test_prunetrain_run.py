@@ -73,7 +73,7 @@ def test_channels_then_patterns(tmp_path: Path) -> None:
         **SETTINGS,
         "method": "prunetrain-clicktrain",
         "switch_at": 2,
-        "compression": 3,
+        "pattern_compression": 3,
         "group": 2,
         "operators": "reference",
     }

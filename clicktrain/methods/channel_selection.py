@@ -9,7 +9,8 @@ from typing import Any
 from torch import Tensor
 
 from clicktrain.errors import UserError
-from clicktrain.methods.latency_target import LatencyModel, fewest_pruned, measure_ms
+from clicktrain.methods.latency_search import LatencySearch
+from clicktrain.methods.latency_target import SECONDS, LatencyModel, compare_ms, fewest_pruned, measure_ms
 from clicktrain.methods.neurons import NeuronGroup, neuron_groups, widths
 from clicktrain.methods.survey import Survey
 from clicktrain.sparsity.channel_importance import (
@@ -26,7 +27,14 @@ TOLERANCE = 0.05
 """A latency target is met within this share, measured."""
 AIM_WITHIN = 0.025
 """Corrections stop here: two measurements differ a little."""
-ATTEMPTS = 8
+ATTEMPTS = 10
+FINAL_SECONDS = 2.0
+"""For each measurement of the last step."""
+RESERVE = 1.2
+"""Steps before the last go no further than this times the target: what they prune is gone, and predictions
+err."""
+MEASURE_EVERY = 3
+"""Pruning steps between two measurements of the network."""
 
 Masks = dict[str, Tensor]
 
@@ -108,8 +116,7 @@ class ChannelSelection:
             return result
         if amount.by_latency or amount.latency_penalty > 0:
             if course.dense_ms == 0:
-                times = measure_ms(found.model, {"dense": None}, found.example, amount.latency_batch)
-                course.dense_ms = times["dense"]
+                course.dense_ms = measure_ms(found.model, found.example, amount.latency_batch)
             result.latency = LatencyModel(
                 graph, result.sizes, found.example, amount.latency_batch, course.dense_ms
             )
@@ -190,8 +197,11 @@ class ChannelSelection:
             steps: S.
         """
         if self.amount.by_latency:
-            aim = exponential_steps(self.course.dense_ms, self.target_ms, steps)[step - 1]
-            return self.within(aim, scores, kept, may_go_too_far=step == steps)
+            dense, last = self.course.dense_ms, step == steps
+            aim = self.target_ms
+            if not last:
+                aim = exponential_steps(dense, min(RESERVE * aim, dense), steps - 1)[step - 1]
+            return self.within(aim, scores, kept, may_go_too_far=last)
         left = exponential_steps(self.total, self.total - self.num_pruned, steps)[step - 1]
         ranked = self._ranked(scores, kept)
         gone = sum(int((~mask).sum()) for mask in (kept or {}).values())  # rounded widths may be ahead
@@ -199,7 +209,14 @@ class ChannelSelection:
         masks = rank_channels(ranked, num_pruned, self.amount.min_channels, kept)
         return self._rounded(masks, ranked, kept)
 
-    def within(self, aim_ms: float, scores: Masks, kept: Masks | None, may_go_too_far: bool = True) -> Masks:
+    def within(
+        self,
+        aim_ms: float,
+        scores: Masks,
+        kept: Masks | None,
+        may_go_too_far: bool = True,
+        fixed: Mapping[str, Tensor] | None = None,
+    ) -> Masks:
         """The fewest pruned neurons whose predicted, corrected latency is within milliseconds.
 
         Args:
@@ -208,6 +225,7 @@ class ChannelSelection:
             kept: what is left before.
             may_go_too_far: before the last step what is pruned is gone for good, and a measurement that
                 something disturbed must not prune more; so corrections count there only if they keep more.
+            fixed: masks of groups that are decided.
         """
         assert self.latency is not None
         latency, ranked = self.latency, self._ranked(scores, kept)
@@ -216,34 +234,38 @@ class ChannelSelection:
         correction = self.course.correction if may_go_too_far else min(self.course.correction, 1.0)
 
         def masks(first: Sequence[tuple[str, int]]) -> Masks:
-            return self._rounded(masks_after([*order[:gone], *first], self.sizes), ranked, kept)
+            rounded = self._rounded(masks_after([*order[:gone], *first], self.sizes), ranked, kept)
+            return {**rounded, **(fixed or {})}
 
         def predict(counts: Mapping[str, int]) -> float:
             return latency.predict(counts) * correction
 
-        return fewest_pruned(order[gone:], masks, predict, aim_ms)
+        free = [neuron for neuron in order[gone:] if neuron[0] not in (fixed or {})]
+        return fewest_pruned(free, masks, predict, aim_ms)
 
-    def measured(self, plan: SurgeryPlan, kept: Masks) -> dict[str, Any]:
+    def measured(self, plan: SurgeryPlan, kept: Masks, seconds: float = SECONDS) -> dict[str, Any]:
         """Measure what is left, correct the predictions by it, and tell both."""
         assert self.latency is not None
         assert self.found.model is not None
         assert self.found.example is not None
-        both = {"dense": None, "pruned": plan}
-        times = measure_ms(self.found.model, both, self.found.example, self.amount.latency_batch)
+        times = compare_ms(self.found.model, plan, self.found.example, self.amount.latency_batch, seconds)
         predicted = self.latency.predict(widths(kept))
         told = predicted * self.course.correction
-        ms, ratio = times["pruned"], times["pruned"] / times["dense"]
-        # A ratio is measured as one, so that a machine that has become busier changes nothing.
-        now = ms if self.amount.latency_ms is not None else ratio * self.course.dense_ms
+        by_ratio = self.amount.latency_ms is None
+        now = times.ratio * self.course.dense_ms if by_ratio else times.pruned_ms
         self.course.correction = now / predicted
         return {
             "latency_batch": self.amount.latency_batch,
             "latency_target_ms": self.target_ms if self.amount.by_latency else None,
             "predicted_ms": told,
-            "measured_ms": ms,
-            "dense_ms": times["dense"],
-            "latency_ratio": ratio,
+            "measured_ms": times.pruned_ms,
+            "dense_ms": times.dense_ms,
+            "latency_ratio": times.ratio,
         }
+
+    def measures_after(self, step: int) -> bool:
+        """Whether the network is measured after a pruning step, to correct the predictions of the next."""
+        return self.amount.by_latency and step % MEASURE_EVERY == 0
 
     def final(
         self, scores: Masks, kept: Masks | None, steps: int
@@ -258,8 +280,12 @@ class ChannelSelection:
         if not self.amount.by_latency:
             return masks, plan, self.measured(plan, masks) if self.latency is not None else {}
         best: tuple[Masks, SurgeryPlan, dict[str, Any]] | None = None
+        assert self.latency is not None
+        search = LatencySearch(
+            self.latency.predict, lambda aim, fixed: self.within(aim, scores, kept, fixed=fixed)
+        )
         for attempt in range(1, ATTEMPTS + 1):
-            event = {**self.measured(plan, masks), "attempts": attempt}
+            event = {**self.measured(plan, masks, FINAL_SECONDS), "attempts": attempt}
             reached = event["measured_ms"] / self.target_ms
             if self.amount.latency_ratio is not None:
                 reached = event["latency_ratio"] / self.amount.latency_ratio
@@ -268,8 +294,11 @@ class ChannelSelection:
                 best = masks, plan, event
             if abs(event["latency_error"]) <= AIM_WITHIN:
                 break
-            masks = self.within(self.target_ms, scores, kept)
-            plan = self.plan(masks)
+            self.course.correction = 1.0  # what was tried says where to go on
+            following = search.after(masks, reached)
+            if following is None:
+                break
+            masks, plan = following, self.plan(following)
         assert best is not None
         best[2]["latency_met"] = abs(best[2]["latency_error"]) <= TOLERANCE
         return best

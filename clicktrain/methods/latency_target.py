@@ -8,6 +8,7 @@ importance per millisecond, which a target in milliseconds is paid for in.
 from __future__ import annotations
 
 import copy
+import statistics
 from collections import OrderedDict
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
@@ -17,13 +18,13 @@ import torch
 from torch import Tensor, fx, nn
 
 from clicktrain.accounting.layer_times import LayerGeometry, LayerTimes, clock_of, layer_times, synchronised
-from clicktrain.accounting.timing import interleaved_ms, least_ms
+from clicktrain.accounting.timing import interleaved_ms
 from clicktrain.errors import UserError
 from clicktrain.surgery import SurgeryPlan, apply_surgery_
 from clicktrain.surgery.groups import Dependencies
 from clicktrain.surgery.operations import operation
 
-ROUNDS = (9, 60)
+ROUNDS = (7, 80)
 """At least and at most so many measurements of a network,"""
 SECONDS = 0.6
 """for about so long."""
@@ -175,33 +176,62 @@ class LatencyModel:
         return Width(fixed, tuple((name, total // self._sizes[name]) for name, total in each.items()))
 
 
-def measure_ms(
-    model: nn.Module, plans: Mapping[str, SurgeryPlan | None], example: Tensor, batch: int
-) -> dict[str, float]:
-    """Milliseconds of a batch in inference, the least of many, of copies of a network after plans.
+@dataclass(frozen=True, slots=True)
+class Measured:
+    """Milliseconds of a network before and after a plan, and the latter over the former.
+
+    Times are the least of many. The ratio is the median over rounds, whose two times were taken one after the
+    other, so that a machine that becomes busier changes little.
+    """
+
+    dense_ms: float
+    pruned_ms: float
+    ratio: float
+
+
+def measure_ms(model: nn.Module, example: Tensor, batch: int) -> float:
+    """Milliseconds of a batch in inference; arguments as `compare_ms`."""
+    return min(_times(model, [None], example, batch, SECONDS)[0])
+
+
+def compare_ms(
+    model: nn.Module, plan: SurgeryPlan, example: Tensor, batch: int, seconds: float = SECONDS
+) -> Measured:
+    """Times of a batch in inference, of a copy of a network and of one after a plan.
 
     The copies take turns, run in evaluation mode and leave the network as it is.
 
     Args:
         model: the network.
-        plans: name -> plan, None for the network as it is.
+        plan: to be carried out on a copy.
         example: input of one image or more, whose size and device count.
         batch: images.
+        seconds: for about so long.
     """
+    times = _times(model, [None, plan], example, batch, seconds)
+    ratios = [pruned / dense for dense, pruned in zip(times[0], times[1], strict=True)]
+    return Measured(min(times[0]), min(times[1]), statistics.median(ratios))
+
+
+def _times(
+    model: nn.Module, plans: Sequence[SurgeryPlan | None], example: Tensor, batch: int, seconds: float
+) -> dict[int, list[float]]:
+    """Milliseconds of every round for each plan."""
     x = torch.zeros(batch, *example.shape[1:], device=example.device, dtype=example.dtype)
     if any(p.dim() == 4 and _channels_last(p) for p in model.parameters()):
         x = x.contiguous(memory_format=torch.channels_last)
-    calls: dict[str, Callable[[], object]] = {}
-    for name, plan in plans.items():
+    calls: dict[int, Callable[[], object]] = {}
+    for number, plan in enumerate(plans):
         replica = bare_copy(model)
         if plan is not None:
             apply_surgery_(plan, replica)
         replica.eval()
-        calls[name] = synchronised(_forward(replica, x), x.device)
+        calls[number] = synchronised(_forward(replica, x), x.device)
     with torch.inference_mode():
         once = interleaved_ms(calls, 1)
-        rounds = round(1000 * SECONDS / max(sum(ms for (ms,) in once.values()), 1e-3))
-        return least_ms(calls, min(max(rounds, ROUNDS[0]), ROUNDS[1]), clock=clock_of(x.device))
+        rounds = round(1000 * seconds / max(sum(ms for (ms,) in once.values()), 1e-3))
+        rounds = min(max(rounds, ROUNDS[0]), ROUNDS[1])
+        return interleaved_ms(calls, rounds, clock=clock_of(x.device))
 
 
 def bare_copy(model: nn.Module) -> nn.Module:

@@ -321,7 +321,7 @@ class PaT(Method[PaTState]):
             scores = self._mean_scores(state, found)
             state.kept = selection.choose(scores, state.kept or None, due, self.prune_steps)
             state.plan = selection.plan(state.kept)
-            measured = selection.measured(state.plan, state.kept) if selection.amount.by_latency else {}
+            measured = selection.measured(state.plan, state.kept) if selection.measures_after(due) else {}
             state.steps_done, state.sums, state.counts = due, {}, {}
             pruned = selection.total - sum(widths(state.kept).values())
             event = {"event": "pruned", "pruning_step": due, "neurons_pruned": pruned,

@@ -12,7 +12,8 @@ from hypothesis import strategies as st
 from torch import Tensor, nn
 
 from clicktrain.methods.channel_selection import Amount, ChannelSelection, LatencyCourse
-from clicktrain.methods.latency_target import bare_copy, fewest_pruned, measure_ms
+from clicktrain.methods.latency_search import LatencySearch
+from clicktrain.methods.latency_target import bare_copy, compare_ms, fewest_pruned
 from clicktrain.methods.survey import survey
 from clicktrain.models import create_model
 from clicktrain.sparsity.channel_importance import masks_after
@@ -124,8 +125,9 @@ def test_measuring_leaves_the_network_alone() -> None:
     before = {name: tensor.clone() for name, tensor in model.state_dict().items()}
     plan = chosen.plan(chosen.choose({n: torch.rand(s) for n, s in chosen.sizes.items()}, None, 1, 1))
     assert plan
-    times = measure_ms(model, {"dense": None, "pruned": plan}, torch.zeros(1, 3, 8, 8), 2)
-    assert min(times.values()) > 0
+    times = compare_ms(model, plan, torch.zeros(1, 3, 8, 8), 2)
+    assert min(times.dense_ms, times.pruned_ms) > 0
+    assert 0 < times.ratio < 3
     assert calls == []
     assert model.training
     assert all(torch.equal(before[name], tensor) for name, tensor in model.state_dict().items())
@@ -137,6 +139,8 @@ def test_measuring_leaves_the_network_alone() -> None:
 def test_steps_before_the_last_prune_no_more_than_predicted() -> None:
     chosen = selection("resnet8", dense_ms=50.0)
     scores = {n: torch.rand(s) for n, s in chosen.sizes.items()}
+    before_last, reserve = chosen.choose(scores, None, 2, 3), chosen.within(1.2 * 25.0, scores, None)
+    assert all(torch.equal(before_last[n], reserve[n]) for n in reserve), "something is left to give"
     plain = chosen.choose(scores, None, 1, 3)
     chosen.course.correction = 1.6
     careful = chosen.choose(scores, None, 1, 3)
@@ -146,3 +150,30 @@ def test_steps_before_the_last_prune_no_more_than_predicted() -> None:
     chosen.course.correction = 0.8
     fewer = chosen.choose(scores, None, 1, 3)
     assert sum(int(m.sum()) for m in fewer.values()) > sum(int(m.sum()) for m in plain.values())
+
+
+@pytest.mark.parametrize("jump", [0.0, 0.3])
+def test_the_search_ends_within_the_target_although_one_layer_is_a_staircase(jump: float) -> None:
+    chosen = selection("resnet8", dense_ms=50.0)
+    assert chosen.latency is not None
+    latency = chosen.latency
+    scores = {n: torch.rand(s) for n, s in chosen.sizes.items()}
+    stage = next(iter(chosen.sizes))
+    start = chosen.within(0.6 * 50.0, scores, None)
+    edge = int(start[stage].sum())
+
+    def true_ms(masks: dict[str, Tensor]) -> float:
+        """One neuron more than the start has costs a lot; all predictions are a tenth too low."""
+        kept = {name: int(mask.sum()) for name, mask in masks.items()}
+        return 1.1 * latency.predict(kept) * (1 + jump * (kept[stage] > edge))
+
+    target = true_ms(start) * (1.1 if jump else 0.9)
+    search = LatencySearch(latency.predict, lambda aim, fixed: chosen.within(aim, scores, None, fixed=fixed))
+    masks: dict[str, Tensor] | None = start
+    reached = []
+    while masks is not None and len(reached) < 10:
+        reached.append(true_ms(masks) / target)
+        if abs(reached[-1] - 1) <= 0.025:
+            break
+        masks = search.after(masks, reached[-1])
+    assert min(abs(one - 1) for one in reached) <= 0.05, reached

@@ -107,14 +107,13 @@ def test_a_latency_is_met(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, targe
                 "latency_target": 0.6}  # fmt: skip
     settings.pop("prune_ratio")
     if target == "milliseconds":
-        whole = measure_ms(tiny(10, 1), {"dense": None}, torch.zeros(1, 1, 8, 8), 64)["dense"]
+        whole = measure_ms(tiny(10, 1), torch.zeros(1, 1, 8, 8), 64)
         settings = {**settings, "latency_target": None, "latency_target_ms": 0.6 * whole}
     run(tmp_path / "run", settings)
     events = RunFolder(tmp_path / "run").read_events()
     done = next(e for e in events if e["event"] == "reconfigured")
     reached = done["measured_ms"] / done["latency_target_ms"]
     if target == "ratio":
-        assert done["latency_ratio"] == pytest.approx(done["measured_ms"] / done["dense_ms"])
         reached = done["latency_ratio"] / 0.6
     assert done["latency_error"] == pytest.approx(reached - 1)
     assert done["latency_met"] == (abs(reached - 1) <= 0.05)

@@ -29,7 +29,8 @@ def eager(model: nn.Module) -> contextlib.AbstractContextManager[Any]:
 def no_trace(model: nn.Module, example: Tensor, *, training: bool) -> Iterator[None]:
     """Another mode; afterwards every module's mode, all buffers and the random state are as before.
 
-    The flags are set directly: ``model.eval()`` may be overridden and do more.
+    So are the attributes of modules (a counter in ``forward``), as far as they are not changed in place. The
+    flags are set directly: ``model.eval()`` may be overridden and do more.
 
     Args:
         model: the network.
@@ -37,18 +38,21 @@ def no_trace(model: nn.Module, example: Tensor, *, training: bool) -> Iterator[N
         training: False: evaluation mode. True: training mode, unless the model is in it already: then every
             module stays in the mode that it has (frozen batch norms).
     """
-    modes = [(module, module.training) for module in model.modules()]
+    modules = [(module, dict(module.__dict__), dict(module._buffers)) for module in model.modules()]
     buffers = [(buffer, buffer.detach().clone()) for buffer in model.buffers()]
     devices = [example.device] if example.is_cuda else []
     try:
         with torch.random.fork_rng(devices):
             if not (training and model.training):
-                for module, _ in modes:
+                for module, _, _ in modules:
                     module.training = training
             yield
     finally:
-        for module, mode in modes:
-            module.training = mode
+        for module, attributes, own in modules:
+            module.__dict__.clear()
+            module.__dict__.update(attributes)
+            module._buffers.clear()
+            module._buffers.update(own)
         with torch.no_grad():
             for buffer, before in buffers:
                 if not torch.equal(buffer, before):

@@ -19,21 +19,35 @@ if TYPE_CHECKING:
     from clicktrain.compiler import accelerate
     from clicktrain.errors import UserError
     from clicktrain.kernels.pack_model import pack, unpack
-    from clicktrain.methods import METHODS, Campfire, ClickTrain, Dense, Method, Pruner, PruneTrain
+    from clicktrain.methods import (
+        DSR,
+        METHODS,
+        Campfire,
+        ClickTrain,
+        Dense,
+        Method,
+        PaT,
+        Pruner,
+        PruneTrain,
+        RigL,
+    )
     from clicktrain.models import create_model
     from clicktrain.surgery import load_pruned
 
 __version__ = "0.1.0"
 
 __all__ = [
+    "DSR",
     "METHODS",
     "Campfire",
     "ClickTrain",
     "Dense",
     "Method",
     "ModelCost",
+    "PaT",
     "PruneTrain",
     "Pruner",
+    "RigL",
     "UserError",
     "accelerate",
     "compression_ratio",
@@ -45,14 +59,17 @@ __all__ = [
 ]
 
 _HOME = {
+    "DSR": "clicktrain.methods",
     "METHODS": "clicktrain.methods",
     "Campfire": "clicktrain.methods",
     "ClickTrain": "clicktrain.methods",
     "Dense": "clicktrain.methods",
     "Method": "clicktrain.methods",
     "ModelCost": "clicktrain.accounting",
+    "PaT": "clicktrain.methods",
     "PruneTrain": "clicktrain.methods",
     "Pruner": "clicktrain.methods",
+    "RigL": "clicktrain.methods",
     "UserError": "clicktrain.errors",
     "accelerate": "clicktrain.compiler",
     "compression_ratio": "clicktrain.accounting",

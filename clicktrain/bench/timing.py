@@ -1,68 +1,19 @@
-"""Times of calls that are compared with each other: interleaved, and told as medians."""
+"""What the benchmarks share: medians of interleaved calls, and how they are told."""
 
 from __future__ import annotations
 
-import gc
 import math
-import random
-import statistics
-import time
 from collections.abc import Callable, Iterable, Mapping
-from typing import TypeVar
 
-from clicktrain.errors import UserError
+from clicktrain.accounting.timing import check_rounds as check_rounds
+from clicktrain.accounting.timing import median_ms as median_ms
 
-Key = TypeVar("Key")
 Progress = Callable[[str], None]
 """Told what is being measured, for whoever waits."""
 
 
 class WrongResultError(RuntimeError):
     """What was to be timed does not compute what it should, so its time would mean nothing."""
-
-
-def check_rounds(rounds: int) -> None:
-    """Raise UserError unless there is at least one round to measure."""
-    if rounds < 1:
-        raise UserError(f"rounds must be at least 1, not {rounds}")
-
-
-def median_ms(
-    calls: Mapping[Key, Callable[[], object]], rounds: int, *, repeat: int = 1, warmup: int = 1
-) -> dict[Key, float]:
-    """Median milliseconds of each call.
-
-    Every round times all calls, so that whatever else the machine does meets all of them; in another order
-    each time, so that none always finds the caches as the same neighbour left them.
-
-    Args:
-        calls: what to time, by name.
-        rounds: how many times each is timed.
-        repeat: calls within one timing; more than one where a call takes microseconds.
-        warmup: rounds before those that count.
-    """
-    check_rounds(rounds)
-    order = list(calls)
-    times: dict[Key, list[float]] = {key: [] for key in order}
-    shuffle = random.Random(0).shuffle
-    collecting = gc.isenabled()
-    gc.collect()
-    gc.disable()  # a collection would fall into the time of whichever call it happens in
-    try:
-        for number in range(warmup + rounds):
-            shuffle(order)
-            for key in order:
-                call = calls[key]
-                start = time.perf_counter()
-                for _ in range(repeat):
-                    call()
-                taken = time.perf_counter() - start
-                if number >= warmup:
-                    times[key].append(taken / repeat * 1e3)
-    finally:
-        if collecting:
-            gc.enable()
-    return {key: statistics.median(found) for key, found in times.items()}
 
 
 def fastest(times: Mapping[str, float]) -> tuple[str, float]:

@@ -9,7 +9,7 @@ from collections.abc import Mapping, Sequence
 from typing import TYPE_CHECKING, Any
 
 from clicktrain.commands.arguments import Command, Option, Positional
-from clicktrain.commands.wording import asked_and_reached, short
+from clicktrain.commands.wording import asked_and_reached, short, training_share
 
 if TYPE_CHECKING:
     from rich.console import Console
@@ -67,9 +67,15 @@ def describe(loaded: LoadedRun) -> dict[str, Any]:
         layers.append({**row, "kernels": f * c, "kernels_kept": kept, "pattern_counts": counts})
     keys = (
         "method", "model", "data", "epochs", "val_accuracy", "best_val_accuracy", "compression_asked",
-        "compression_ratio", "train_flops_ratio", "inference_flops_ratio", "parameters", "nonzero_parameters",
+        "sparsity_asked", "compression_ratio", "train_flops_ratio", "total_train_flops_ratio",
+        "inference_flops_ratio", "parameters", "nonzero_parameters",
     )  # fmt: skip
-    return {"run": str(loaded.folder.path), **{key: summary.get(key) for key in keys}, "layers": layers}
+    return {
+        "run": str(loaded.folder.path),
+        **{key: summary.get(key) for key in keys},
+        "initial_train_flops": summary.get("initial_train_flops", 0),
+        "layers": layers,
+    }
 
 
 def pattern_counts(mask: Tensor) -> dict[int, int]:
@@ -121,7 +127,7 @@ def _sums(found: Mapping[str, Any]) -> list[str]:
         f"{asked_and_reached(found)}; "
         f"{found['nonzero_parameters']:,} of {found['parameters']:,} parameters are not zero",
         f"inference FLOPs {100 * found['inference_flops_ratio']:.1f}% of dense, "
-        f"training FLOPs {100 * found['train_flops_ratio']:.1f}%; "
+        f"{training_share(found, 1)}; "
         f"accuracy {'-' if accuracy is None else f'{accuracy:.2f}%'}",
     ]
 

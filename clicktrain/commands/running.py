@@ -12,7 +12,7 @@ from typing import Any
 from rich.console import Console
 
 from clicktrain.commands.progress import make_progress
-from clicktrain.commands.wording import asked_and_reached, clock
+from clicktrain.commands.wording import asked_and_reached, clock, training_share
 from clicktrain.methods import Method
 from clicktrain.train import RunConfig, RunFolder, TrainingInterrupted, fit
 
@@ -92,7 +92,7 @@ def result_line(summary: Mapping[str, Any], path: Path) -> str:
     parts = [asked_and_reached(summary)]
     if (accuracy := summary.get("val_accuracy")) is not None:
         parts.append(f"accuracy {accuracy:.2f}% (best {summary['best_val_accuracy']:.2f}%)")
-    for title, key in (("training", "train_flops_ratio"), ("inference", "inference_flops_ratio")):
-        parts.append(f"{title} FLOPs {100 * summary[key]:.0f}% of dense")
+    parts.append(training_share(summary, 0))
+    parts.append(f"inference FLOPs {100 * summary['inference_flops_ratio']:.0f}% of dense")
     parts.append(f"time {clock(summary['train_seconds'])}")
     return "; ".join(parts) + f"; files in {path}"

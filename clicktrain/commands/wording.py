@@ -22,6 +22,17 @@ def short(number: float, space: str = "") -> str:
     return f"{number:.0f}{space}"
 
 
+def training_share(summary: Mapping[str, Any], digits: int) -> str:
+    """Training FLOPs of a run over dense training, and with those of the weights that it started from."""
+    text = f"training FLOPs {100 * summary['train_flops_ratio']:.{digits}f}% of dense"
+    earlier = summary.get("initial_train_flops", 0)
+    if earlier is None:
+        return f"{text}, its initial weights not counted"
+    if earlier == 0:
+        return text
+    return f"{text}, {100 * summary['total_train_flops_ratio']:.{digits}f}% with its initial weights"
+
+
 def asked_and_reached(summary: Mapping[str, Any]) -> str:
     """The compression of a run beside what was asked for."""
     asked = summary.get("compression_asked")

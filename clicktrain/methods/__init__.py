@@ -9,8 +9,11 @@ from clicktrain.methods.campfire import Campfire
 from clicktrain.methods.channels_then_patterns import ChannelsThenPatterns
 from clicktrain.methods.clicktrain import ClickTrain
 from clicktrain.methods.dense import Dense
+from clicktrain.methods.dsr import DSR
+from clicktrain.methods.pat import PaT
 from clicktrain.methods.pruner import Pruner
 from clicktrain.methods.prunetrain import PruneTrain
+from clicktrain.methods.rigl import RigL
 
 METHODS: dict[str, type[Method[Any]]] = {
     "dense": Dense,
@@ -18,16 +21,22 @@ METHODS: dict[str, type[Method[Any]]] = {
     "prunetrain": PruneTrain,
     "prunetrain-clicktrain": ChannelsThenPatterns,
     "campfire": Campfire,
+    "dsr": DSR,
+    "rigl": RigL,
+    "pat": PaT,
 }
 
 __all__ = [
+    "DSR",
     "METHODS",
     "Campfire",
     "ChannelsThenPatterns",
     "ClickTrain",
     "Dense",
     "Method",
+    "PaT",
     "PruneTrain",
     "Pruner",
     "PruningPlan",
+    "RigL",
 ]

@@ -82,9 +82,13 @@ class Record(NamedTuple):
 
 
 class ApplyMasks(NamedTuple):
-    """Write zeros that later steps may change again. Masks are bool, of their weight's shape."""
+    """Write zeros that later steps may change again. Masks are bool, of their weight's shape.
+
+    ``forget``: also zero what the optimizer keeps at these positions (momentum, moments).
+    """
 
     masks: Mapping[str, Tensor]
+    forget: bool = False
 
 
 class FreezeMasks(NamedTuple):
@@ -118,7 +122,13 @@ class Reconfigure(NamedTuple):
     checked: bool = False
 
 
-Action: TypeAlias = Record | ApplyMasks | FreezeMasks | SilenceChannels | Reconfigure
+class RestoreTensors(NamedTuple):
+    """Write these values into parameters and buffers, by name; the optimizer forgets what it kept of them."""
+
+    values: Mapping[str, Tensor]
+
+
+Action: TypeAlias = Record | ApplyMasks | FreezeMasks | SilenceChannels | Reconfigure | RestoreTensors
 
 
 @dataclass(frozen=True, slots=True)
@@ -183,6 +193,11 @@ class Method(abc.ABC, Generic[S]):
     settings_exclude: ClassVar[tuple[str, ...]] = ()
 
     @property
+    def expects_trained(self) -> bool:
+        """Whether it makes sense only on a network that has been trained before."""
+        return False
+
+    @property
     def keeps_inputs(self) -> bool:
         """Whether the last batch of inputs is kept, for `Reconfigure.checked`."""
         return False
@@ -203,6 +218,14 @@ class Method(abc.ABC, Generic[S]):
         """Name of the current stage."""
         del state
         return "dense"
+
+    def at_start(self, state: S, found: Survey, length: RunLength) -> Sequence[Action]:
+        """Nothing has been computed yet: what a network that is sparse from the first step starts with.
+
+        Positions cannot be frozen here: a run that goes on comes through here too, before its state is known.
+        """
+        del state, found, length
+        return ()
 
     def before_step(self, state: S, found: Survey, step: Step) -> None:
         """Gradients are there: read them, add to them."""

@@ -4,6 +4,10 @@ Stages: dense training; the era, in which the mask is evaluated anew after every
 Eq. (1); fixed positions to the end. Inside the era a pruned weight is zero in every forward pass and gets
 its gradient, so that a step may bring it back among the large ones: this is Algorithm 2. Section 2 also says
 that a zero stays zero "for the rest of the training period"; ``regrow`` chooses.
+
+An era that begins with the run masks the initial weights, before the first step. An era that ends where it
+begins prunes once: at the very start that is pruning after training (of weights trained elsewhere), or a
+fixed random network.
 """
 
 from __future__ import annotations
@@ -29,13 +33,22 @@ from clicktrain.methods.base import (
     Step,
     plan_rows,
 )
+from clicktrain.methods.kernel_watch import KernelWatch, default_threshold
+from clicktrain.methods.pruning_start import default_window
 from clicktrain.methods.survey import ConvLayer, LinearLayer, Survey, survey
 from clicktrain.methods.threshold_masks import Granularity, Linear, MaskRule
 from clicktrain.sparsity.fully_connected import MAX_BLOCK
 from clicktrain.sparsity.granularity import Within
 from clicktrain.sparsity.importance import CRITERIA, magnitude_importance
-from clicktrain.sparsity.masks import conv_masks, energy_outside
+from clicktrain.sparsity.masks import conv_masks, energy_outside, sparsity_of
 from clicktrain.sparsity.schedules import Era, campfire_threshold
+
+PRESETS: dict[str, tuple[float, float]] = {
+    "default": (0.3, 0.5),  # section 4: era 30-50 of 100 epochs
+    "from-scratch": (0.0, 0.3),  # Tables 4 and 5: "start 0, era 0-30"
+    "after-training": (0.0, 0.0),
+}
+"""First and last epoch of the era, as shares of the run."""
 
 
 @dataclass(slots=True)
@@ -47,6 +60,10 @@ class CampfireState:
     masks: dict[str, Tensor] = field(default_factory=dict)
     squares: dict[str, Tensor] = field(default_factory=dict)
     """Running mean of the squared gradient per layer, for criteria that read gradients."""
+    shift: int = 0
+    """Batches by which the era began earlier than it would have (trigger epi)."""
+    kernels: KernelWatch = field(default_factory=KernelWatch)
+    """For trigger epi, before the era."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -55,6 +72,9 @@ class Campfire(Method[CampfireState]):
 
     name: ClassVar[str] = "campfire"
 
+    preset: Literal["default", "from-scratch", "after-training"] = "default"
+    """Where the era lies if it is not given: 30% to 50% of the run, its first 30%, or, on weights that are
+    trained already (--initial-weights), all at once before the first step."""
     sparsity: float = 0.6
     """Share of each pruned layer's weights that is zero at the end (the threshold; true sparsity may be
     higher, as kernels and filters are whole numbers)."""
@@ -64,7 +84,15 @@ class Campfire(Method[CampfireState]):
     initial_sparsity: float = 0.0
     """Threshold with which the era begins."""
     era: tuple[float, float] | None = None
-    """First and last epoch of pruning, from 0; 30% and 50% of the run by default."""
+    """First and last epoch of pruning, from 0 (the same twice: all at once); the preset's by default."""
+    trigger: Literal["own", "epi"] = "own"
+    """The era begins at its epoch (own), or as soon as it is stable how many kernels each layer keeps (epi:
+    When to Prune?, Eq. (4) to (6)), at its epoch at the latest; its length stays."""
+    epi_threshold: float | None = None
+    """EPI from which the structure is stable (trigger epi); 0.983 for magnitude, else 0.944, by default."""
+    epi_window: int | None = None
+    """Past epochs that a structure is compared with (trigger epi); a third of the epochs before the era by
+    default, 5 at the most."""
     exponent: float = 3.0
     """Exponent r of the schedule; larger rises sooner."""
     rise: Literal["epoch", "step"] = "epoch"
@@ -101,19 +129,25 @@ class Campfire(Method[CampfireState]):
         for key, choices in _CHOICES.items():
             if getattr(self, key) not in choices:
                 raise UserError(f"{key} must be one of {', '.join(choices)}, not {getattr(self, key)!r}")
+        if self.preset not in PRESETS:
+            raise UserError(f"preset must be one of {', '.join(PRESETS)}, not {self.preset!r}")
         if not 0 < self.sparsity < 1:
             raise UserError(f"sparsity must be between 0 and 1 (0.6 keeps 40%), not {self.sparsity}")
         if not 0 <= self.initial_sparsity <= self.sparsity:
             raise UserError(f"initial_sparsity must be between 0 and sparsity, not {self.initial_sparsity}")
         if self.era is not None:
             object.__setattr__(self, "era", tuple(self.era))
-            if not 0 <= self.era[0] < self.era[1]:
+            if not 0 <= self.era[0] <= self.era[1]:
                 raise UserError(
                     f"era is the first and the last epoch of pruning, as in 30 50, not {list(self.era)}"
                 )
         for key in ("gradient_memory", "window_share"):
             if not 0 <= getattr(self, key) < 1:
                 raise UserError(f"{key} must be at least 0 and below 1, not {getattr(self, key)}")
+        if self.epi_threshold is not None and not 0 <= self.epi_threshold <= 1:
+            raise UserError(f"epi_threshold must be between 0 and 1, not {self.epi_threshold}")
+        if self.epi_window is not None and self.epi_window < 1:
+            raise UserError(f"epi_window must be at least 1, not {self.epi_window}")
         if not 0 < self.exponent < math.inf:
             raise UserError(f"exponent must be above 0, not {self.exponent}")
         if not 1 <= self.block <= MAX_BLOCK:
@@ -127,6 +161,11 @@ class Campfire(Method[CampfireState]):
 
     # ---- what and when ----------------------------------------------------------------------
 
+    @property
+    def expects_trained(self) -> bool:
+        """Pruning after training needs a network that has been trained."""
+        return self.preset == "after-training"
+
     def survey(self, model: nn.Module, trained: Sequence[Tensor] | None = None) -> Survey:
         """Convolutions, and fully connected layers unless they are to stay dense."""
         return survey(
@@ -137,15 +176,15 @@ class Campfire(Method[CampfireState]):
         """The pruning era, in epochs.
 
         Raises:
-            UserError: it ends after the run does, or holds no batch.
+            UserError: it ends after the run does, or holds no batch although it is to be longer than that.
         """
-        era = Era.of_run(length.epochs) if self.era is None else Era(*self.era)
+        era = Era.of_run(length.epochs, *PRESETS[self.preset]) if self.era is None else Era(*self.era)
         if era.last_epoch > length.epochs:
             raise UserError(
                 f"the era ends at epoch {era.last_epoch:g} but the run has {length.epochs}: end it earlier"
             )
         first, last = self._batches(era, length)
-        if first >= last:
+        if first >= last and era.length > 0:
             raise UserError(
                 f"the era {era.first_epoch:g}-{era.last_epoch:g} holds no batch "
                 f"(an epoch has {length.steps_per_epoch}): make it longer"
@@ -217,35 +256,60 @@ class Campfire(Method[CampfireState]):
         """dense, era or fixed."""
         return state.stage
 
+    def at_start(self, state: CampfireState, found: Survey, length: RunLength) -> Sequence[Action]:
+        """Mask the initial weights if the era has begun, with magnitudes: there are no gradients yet."""
+        first, _ = self._batches(self.era_of(length), length)
+        if first > 0:
+            return ()
+        return [self._open_era(state, "epoch 0 begins"), *self._prune(state, found, self.threshold_after(0, length))]
+
     def before_step(self, state: CampfireState, found: Survey, step: Step) -> None:
         """Follow the gradients, if the criterion reads them, from the step that opens the era on."""
         first, _ = self._batches(self.era_of(step.length), step.length)
-        if self.criterion == "magnitude" or step.seen < first:
+        before = step.seen + state.shift < first
+        if before and self.trigger == "epi":
+            state.kernels.see(found.layers, self.criterion, step)
+        if self.criterion == "magnitude" or before:
             return
         for layer in found.prunable:
             grad = step.gradient(layer.weight)
             if grad is None:
                 continue
             square = grad.float().square()
-            before = state.squares.get(layer.name)
-            mean = square if before is None else square.lerp_(before, self.gradient_memory)
+            mean = state.squares.get(layer.name)
+            mean = square if mean is None else square.lerp_(mean, self.gradient_memory)
             state.squares[layer.name] = mean
 
     def after_step(self, state: CampfireState, found: Survey, step: Step) -> Sequence[Action]:
         """Evaluate the mask anew; after the last step of the era, for good (Algorithm 2)."""
         first, last = self._batches(self.era_of(step.length), step.length)
-        if step.seen < first:
-            return ()
+        reason = f"epoch {first / step.length.steps_per_epoch:g} begins"
         actions: list[Action] = []
+        if step.seen + state.shift < first:
+            if self.trigger == "own" or not step.ends_epoch:
+                return ()
+            actions.append(self._indicator(state, found, first // step.length.steps_per_epoch))
+            if (stable := state.kernels.fires(self._epi_threshold)) is None:
+                return actions
+            state.shift, reason = first - step.seen, stable
+        seen = step.seen + state.shift
         if state.stage == "dense":
-            state.stage = "era"
-            reason = f"epoch {first / step.length.steps_per_epoch:g} begins"
-            actions.append(Record({"event": "stage", "stage": "era", "number": 2, "reason": reason}))
-        if step.seen >= last:
-            return [*actions, *self._fix(state, found, "the era is over")]
-        threshold = self.threshold_after(step.seen, step.length)
+            actions.append(self._open_era(state, reason))
+        if seen >= last:
+            # An era without any length has chosen before the first step; that step must not choose again.
+            keep = last == 0 and bool(state.masks)
+            return [*actions, *self._fix(state, found, "the era is over", keep=keep)]
+        return [*actions, *self._prune(state, found, self.threshold_after(seen, step.length))]
+
+    def _open_era(self, state: CampfireState, reason: str) -> Action:
+        state.stage, state.kernels.sums = "era", {}
+        return Record({"event": "stage", "stage": "era", "number": 2, "reason": reason})
+
+    def _prune(self, state: CampfireState, found: Survey, threshold: float) -> list[Action]:
+        """Evaluate the mask inside the era."""
         if threshold <= 0:
-            return actions  # Algorithm 2: nothing is pruned in the first epoch of the era
+            return []  # Algorithm 2: nothing is pruned in the first epoch of the era
+        actions: list[Action] = []
         state.masks = self._evaluate(state, found, threshold)
         if threshold != state.threshold and self.rise == "epoch":
             now = sparsity_of(state.masks)
@@ -253,9 +317,21 @@ class Campfire(Method[CampfireState]):
         state.threshold = threshold
         return [*actions, ApplyMasks(state.masks)]
 
-    def _fix(self, state: CampfireState, found: Survey, reason: str) -> list[Action]:
-        """Evaluate the mask at the final threshold and keep it."""
-        state.masks = self._evaluate(state, found, self.sparsity)
+    @property
+    def _epi_threshold(self) -> float:
+        return default_threshold(self.criterion) if self.epi_threshold is None else self.epi_threshold
+
+    def _indicator(self, state: CampfireState, found: Survey, latest: int) -> Action:
+        """EPI of the kernels that would be kept."""
+        window = self.epi_window or default_window(latest)
+        return state.kernels.close_epoch(
+            found.layers, 1 - self.sparsity, window, self._epi_threshold, self.criterion
+        )
+
+    def _fix(self, state: CampfireState, found: Survey, reason: str, *, keep: bool = False) -> list[Action]:
+        """Evaluate the mask at the final threshold (or ``keep`` what it is) and fix it."""
+        if not keep:
+            state.masks = self._evaluate(state, found, self.sparsity)
         state.threshold, state.stage, state.squares = self.sparsity, "fixed", {}
         energies = [energy_outside(layer.weight, state.masks[layer.name]) for layer in found.prunable]
         lost, whole = (sum(part) for part in zip(*energies, strict=True))
@@ -310,12 +386,17 @@ class Campfire(Method[CampfireState]):
         era = self.era_of(length)
         every = {"epoch": "by epoch", "step": "by step"}[self.rise]
         rise = f"{self.initial_sparsity:g} to {self.sparsity:g} {every}, exponent {self.exponent:g}"
+        rise = rise if era.length else f"{self.sparsity:g} all at once"
+        early, until = "", f"until epoch {era.last_epoch:g}"
+        if self.trigger == "epi":
+            early = f" at the latest, or until EPI is at least {self._epi_threshold:g}"
+            until = f"{era.length:g} epochs"
         back = "weights may come back" if self.regrow else "zeros stay"
         return (
-            ("stage 1 dense", f"until epoch {era.first_epoch:g}"),
+            ("stage 1 dense", f"until epoch {era.first_epoch:g}{early}"),
             (
                 "stage 2 era",
-                f"until epoch {era.last_epoch:g}, {rise}, {self.granularity} by {self.criterion}, {back}",
+                f"{until}, {rise}, {self.granularity} by {self.criterion}, {back}",
             ),
             ("stage 3 fixed", "to the end, positions fixed"),
         )
@@ -327,6 +408,8 @@ class Campfire(Method[CampfireState]):
             "threshold": state.threshold,
             "masks": {name: bits_from_mask(mask) for name, mask in state.masks.items()},
             "squares": dict(state.squares),
+            "shift": state.shift,
+            "kernels": state.kernels.state_dict(),
         }
 
     def load_state(self, found: Survey, length: RunLength, saved: Mapping[str, Any]) -> CampfireState:
@@ -339,19 +422,18 @@ class Campfire(Method[CampfireState]):
                 masks[layer.name] = mask_from_bits(saved["masks"][layer.name].to(device), layer.shape)
             if layer.name in saved["squares"]:
                 squares[layer.name] = saved["squares"][layer.name].to(device, copy=True)
-        return CampfireState(saved["stage"], saved["threshold"], masks, squares)
-
-
-def sparsity_of(masks: Mapping[str, Tensor]) -> float:
-    """Share of the weights of some layers that is masked."""
-    weights = sum(mask.numel() for mask in masks.values())
-    return 1 - sum(int(mask.sum()) for mask in masks.values()) / max(weights, 1)
+        state = CampfireState(saved["stage"], saved["threshold"], masks, squares, saved.get("shift", 0))
+        if "kernels" in saved:  # not in states of older versions, which knew no EPI
+            device = found.prunable[0].weight.device
+            state.kernels = KernelWatch.from_state(saved["kernels"], lambda t: t.to(device, copy=True))
+        return state
 
 
 _CHOICES: dict[str, tuple[str, ...]] = {
     "granularity": get_args(Granularity),
     "criterion": tuple(CRITERIA),
     "rise": ("epoch", "step"),
+    "trigger": ("own", "epi"),
     "within": get_args(Within),
     "linear": get_args(Linear),
 }

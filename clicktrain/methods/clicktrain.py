@@ -25,7 +25,9 @@ from clicktrain.methods.base import (
     Step,
     plan_rows,
 )
+from clicktrain.methods.kernel_watch import KernelWatch, default_threshold
 from clicktrain.methods.pattern_selection import Selection, Target, allocation_gains, effective_group
+from clicktrain.methods.pruning_start import default_window
 from clicktrain.methods.survey import ConvLayer, Survey, matches, survey
 from clicktrain.sparsity.allocation import LayerBudget, allocate, check_reachable
 from clicktrain.sparsity.finalize import batch_counts
@@ -74,6 +76,8 @@ class ClickTrainState:
     """Optimizer steps that this stage has used."""
     previous_loss: Tensor | None = None
     selection: Selection = field(default_factory=Selection)
+    kernels: KernelWatch = field(default_factory=KernelWatch)
+    """For trigger epi, in stage 1."""
     masks: dict[str, Tensor] = field(default_factory=dict)
     """Derived from the selection once it has decided."""
 
@@ -119,6 +123,14 @@ class ClickTrain(Method[ClickTrainState]):
     """Convolutions to leave dense, by module path (shell-style)."""
     include: tuple[str, ...] = ()
     """Convolutions to prune although they would be left alone (the first, depthwise ones)."""
+    trigger: Literal["own", "epi"] = "own"
+    """Stage 2 starts by the loss (own), or when it is stable how many kernels each layer keeps (epi: When to
+    Prune?, Eq. (4) to (6)); epi sets earliest_start to 0 unless it is given."""
+    epi_threshold: float | None = None
+    """EPI from which the structure is stable (trigger epi); 0.983 for magnitude, else 0.944, by default."""
+    epi_window: int | None = None
+    """Past epochs that a structure is compared with (trigger epi); a third of the longest stage 1 by default,
+    5 at the most."""
     loss_slope: float = 0.27
     """Stage 2 starts when the mean training loss falls by less than this between epochs (section 4.1)."""
     earliest_start: float | None = None
@@ -145,6 +157,8 @@ class ClickTrain(Method[ClickTrainState]):
         """Fill in the preset and check every setting."""
         if self.preset not in PRESETS:
             raise UserError(f"preset must be one of {', '.join(PRESETS)}, not {self.preset!r}")
+        if self.trigger == "epi" and self.earliest_start is None:
+            object.__setattr__(self, "earliest_start", 0.0)
         for key, value in PRESETS[self.preset].items():
             if getattr(self, key) is None:
                 object.__setattr__(self, key, value)
@@ -169,6 +183,10 @@ class ClickTrain(Method[ClickTrainState]):
                 raise UserError(
                     f"a fixed pool keeps 4 positions per kernel; entries={self.entries} needs pool=dynamic"
                 )
+        if self.epi_threshold is not None and not 0 <= self.epi_threshold <= 1:
+            raise UserError(f"epi_threshold must be between 0 and 1, not {self.epi_threshold}")
+        if self.epi_window is not None and self.epi_window < 1:
+            raise UserError(f"epi_window must be at least 1, not {self.epi_window}")
         shares = ("earliest_start", "latest_start", "pool_length", "finalize_length", "regularize_length")
         for key in (*shares, "allocation_floor"):
             if not 0 <= getattr(self, key) <= 1:
@@ -269,6 +287,8 @@ class ClickTrain(Method[ClickTrainState]):
                 self._add_lasso(state, found, step)
         elif state.stage in ("pool", "finalize"):
             self._read(state, found, step)
+        elif state.stage == "dense" and self.trigger == "epi":
+            state.kernels.see(found.layers, self.criterion or "taylor", step)
 
     def _read(self, state: ClickTrainState, found: Survey, step: Step) -> None:
         criterion = CRITERIA[self.criterion or "taylor"]
@@ -305,6 +325,8 @@ class ClickTrain(Method[ClickTrainState]):
                 for layer in found.layers:
                     shrink_groups_(layer.weight, state.masks[layer.name], math.ceil(left / step.batches))
         actions: list[Action] = []
+        if state.stage == "dense" and self.trigger == "epi" and step.ends_epoch:
+            actions.append(self._indicator(state, found, step.length))
         while (reason := self._due(state, step, lengths)) is not None:
             actions += self._advance(state, found, step.seen, reason)
         return actions
@@ -316,11 +338,32 @@ class ClickTrain(Method[ClickTrainState]):
         if state.stage == "dense":
             if step.seen >= lengths["latest"]:
                 return f"{step.seen / step.length.total:.0%} of the run is over"
-            slope = LossSlope(self.loss_slope).fires(step.epoch_losses)
-            return slope if step.seen >= lengths["earliest"] else None
+            if step.seen < lengths["earliest"]:
+                return None
+            if self.trigger == "epi":
+                return state.kernels.fires(self._epi_threshold)
+            return LossSlope(self.loss_slope).fires(step.epoch_losses)
         over = step.seen - state.entered >= lengths[state.stage]
         reads = state.stage == "finalize" or (state.stage == "pool" and lengths["pool"] > 0)
         return "its length is over" if over and (state.counted > 0 or not reads) else None
+
+    @property
+    def _epi_threshold(self) -> float:
+        default = default_threshold(self.criterion or "taylor")
+        return default if self.epi_threshold is None else self.epi_threshold
+
+    def _epi_window(self, length: RunLength) -> int:
+        return self.epi_window or default_window(self.schedule(length)["latest"] // length.steps_per_epoch)
+
+    def _indicator(self, state: ClickTrainState, found: Survey, length: RunLength) -> Action:
+        """EPI of the kernels that would be kept: as many as equal densities leave, wherever they are."""
+        budgets = [target.budget for target in self.targets(found)]
+        even = allocate(budgets, found.other_conv_weights, self.compression)
+        kept = sum(even[layer.name] * layer.shape[0] for layer in found.layers)
+        share = kept / sum(layer.shape[0] * layer.shape[1] for layer in found.layers)
+        return state.kernels.close_epoch(
+            found.layers, share, self._epi_window(length), self._epi_threshold, self.criterion or "taylor"
+        )
 
     def _advance(self, state: ClickTrainState, found: Survey, seen: int, reason: str) -> list[Action]:
         """Close the current stage and enter the next."""
@@ -332,6 +375,7 @@ class ClickTrain(Method[ClickTrainState]):
             actions.append(self._finalize(state, found))
         elif state.stage == "regularize":
             actions += self._hard_prune(state, found)
+        state.kernels.sums = {}
         state.stage = STAGES[STAGES.index(state.stage) + 1]
         state.entered, state.counted = seen, 0
         number = STAGES.index(state.stage) + 1
@@ -451,6 +495,9 @@ class ClickTrain(Method[ClickTrainState]):
             else f"{self.patterns} given patterns"
         )
         begin = f"until the loss falls by less than {self.loss_slope:g} per epoch, "
+        if self.trigger == "epi":
+            window = self._epi_window(length)
+            begin = f"until EPI over {window} epochs is at least {self._epi_threshold:g}, "
         begin += f"{epochs(lengths['earliest'])} at the least, {epochs(lengths['latest'])} at the most"
         return (
             ("stage 1 dense", begin),
@@ -471,6 +518,7 @@ class ClickTrain(Method[ClickTrainState]):
             "counted": state.counted,
             "previous_loss": state.previous_loss,
             "selection": state.selection.state_dict(),
+            "kernels": state.kernels.state_dict(),
         }
 
     def load_state(self, found: Survey, length: RunLength, saved: Mapping[str, Any]) -> ClickTrainState:
@@ -485,6 +533,8 @@ class ClickTrain(Method[ClickTrainState]):
             None if previous is None else previous.to(device),
             Selection.from_state_dict(saved["selection"], device),
         )
+        if "kernels" in saved:  # not in states of older versions, which knew no EPI
+            state.kernels = KernelWatch.from_state(saved["kernels"], lambda t: t.to(device, copy=True))
         if state.selection.kept:
             state.masks = {t.layer.name: state.selection.mask(t) for t in targets}
         return state
@@ -493,6 +543,7 @@ class ClickTrain(Method[ClickTrainState]):
 _CHOICES: dict[str, tuple[str, ...]] = {
     "criterion": tuple(CRITERIA),
     "pool": ("dynamic", "fixed"),
+    "trigger": ("own", "epi"),
     "selection": ("votes", "accumulated"),
     "kernel_score": ("kernel", "pattern"),
     "allocation": ("uniform", "importance", "relative", "erk"),

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import NamedTuple
+
 import torch
 import torch.nn.functional as F
 from torch import fx, nn
@@ -24,17 +26,28 @@ _SPACE = ({2, 3}, {-1, -2}, {2, -1})
 """Dimensions of a mean that leaves batch and channels."""
 
 
-def conv_sources(model: nn.Module) -> dict[str, str]:
-    """Linear layer -> the convolution whose filters it reads, where nothing mixes the channels between.
+class ConvSources(NamedTuple):
+    """What could be found out about a network.
+
+    ``sources``: linear layer -> convolution. ``untraced``: why nothing could, "" if the network was followed.
+    """
+
+    sources: dict[str, str]
+    untraced: str = ""
+
+
+def conv_sources(model: nn.Module) -> ConvSources:
+    """The convolution whose filters a linear layer reads, where nothing mixes the channels between.
 
     Pooling, normalisation, activation and flattening may lie between; after an addition, as in a residual
     network, a zero filter is no zero input, and the layer is left out. So are all layers of a network that
-    ``torch.fx`` cannot trace: nothing is eliminated there.
+    ``torch.fx`` cannot trace: nothing is eliminated there, and the reason is told.
     """
     try:
         graph = fx.Tracer().trace(model)
-    except Exception:  # whatever a user's forward does with a stand-in for its input
-        return {}
+    except Exception as error:  # whatever a user's forward does with a stand-in for its input
+        first = (str(error).strip().splitlines() or [""])[0]
+        return ConvSources({}, f"{type(error).__name__}: {first}" if first else type(error).__name__)
     modules = dict(model.named_modules())
     found = {}
     for node in graph.nodes:
@@ -45,7 +58,7 @@ def conv_sources(model: nn.Module) -> dict[str, str]:
         conv = modules.get(source)
         if isinstance(conv, nn.Conv2d) and linear.in_features % conv.out_channels == 0:
             found[str(node.target)] = source
-    return found
+    return ConvSources(found)
 
 
 def _back(node: object, modules: dict[str, nn.Module]) -> str:

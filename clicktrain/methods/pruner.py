@@ -24,6 +24,7 @@ from clicktrain.methods.base import (
     PruningPlan,
     Reconfigure,
     Record,
+    RestoreTensors,
     RunLength,
     SilenceChannels,
     Step,
@@ -82,6 +83,7 @@ class Pruner:
         self._depth = 0
         if packed:
             self._check_packable()
+        self._carry_out(method.at_start(self._state, self._found, length))
         self._handles = [
             optimizer.register_step_pre_hook(self._before_step),
             optimizer.register_step_post_hook(self._after_step),
@@ -346,6 +348,10 @@ class Pruner:
         for layer, mask in self._masked():
             hard_prune_(layer.weight, mask)
 
+    def _mask_state(self) -> None:
+        for layer, mask in self._masked():
+            mask_optimizer_state_(self.optimizer, layer.weight, mask)
+
     def _close_epoch(self) -> None:
         """Note the mean loss once an epoch's batches are all seen."""
         if self._epoch_loss is not None and self._in_epoch == self.length.steps_per_epoch:
@@ -365,14 +371,15 @@ class Pruner:
         match action:
             case Record(event):
                 self._record(event)
-            case ApplyMasks(masks):
+            case ApplyMasks(masks, forget):
                 self.masks = dict(masks)
                 self._mask_weights()
+                if forget:
+                    self._mask_state()
             case FreezeMasks(masks):
                 self.masks = dict(masks)
                 self._mask_weights()
-                for layer, mask in self._masked():
-                    mask_optimizer_state_(self.optimizer, layer.weight, mask)
+                self._mask_state()
                 self.frozen = True
                 self._plan = self.method.plan(self._found, self.length, self._state)
                 if self.packed:
@@ -381,6 +388,11 @@ class Pruner:
                 silence_(plan, self.model)
             case Reconfigure(plan, event, checked):
                 self._reconfigure(plan, event, checked)
+            case RestoreTensors(values):
+                tensors = {**dict(self.model.named_parameters()), **dict(self.model.named_buffers())}
+                for name, value in values.items():
+                    tensors[name].copy_(value)
+                    self.optimizer.state.pop(tensors[name], None)
 
     def _reconfigure(self, plan: SurgeryPlan, event: Mapping[str, Any], checked: bool) -> None:
         """Remove channels from the model and its optimizer, and let all that is remembered follow."""

@@ -12,7 +12,7 @@ from torch.nn.parameter import UninitializedParameter
 from torch.nn.utils import parametrize
 
 from clicktrain.errors import UserError
-from clicktrain.methods.linear_inputs import conv_sources
+from clicktrain.methods.linear_inputs import ConvSources, conv_sources
 from clicktrain.sparsity.patterns import MAX_POSITIONS
 from clicktrain.surgery import SurgeryPlan
 
@@ -41,12 +41,13 @@ class LinearLayer:
     """A fully connected layer that may be pruned.
 
     ``source`` is the prunable convolution whose filters are its inputs, channel after channel, if that is
-    known.
+    known; ``untraced`` says why nothing can be known about this network, "" if it could be followed.
     """
 
     name: str
     module: nn.Linear
     source: str | None = None
+    untraced: str = ""
 
     @property
     def weight(self) -> Tensor:
@@ -111,7 +112,8 @@ class Survey:
         for linear in self.linears:
             if (place := now(linear.name)) is not None and isinstance(place[1], nn.Linear):
                 source = now(linear.source)
-                linears.append(LinearLayer(place[0], place[1], None if source is None else source[0]))
+                known = None if source is None else source[0]
+                linears.append(LinearLayer(place[0], place[1], known, linear.untraced))
         other: dict[int, int] = {}
         for name, (_, reason) in self.left_alone.items():
             if (place := now(name)) is not None:
@@ -199,15 +201,16 @@ def survey(
                 other += module.weight.numel()
             counted.add(id(own))  # a shared weight counts once
     prunable = {layer.name for layer in layers}
-    sources = (
-        {name: conv for name, conv in conv_sources(model).items() if conv in prunable} if linears else {}
-    )
+    known_sources = conv_sources(model) if linears else ConvSources({})
+    sources = {name: conv for name, conv in known_sources.sources.items() if conv in prunable}
     return Survey(
         tuple(layers),
         left,
         other,
         tuple(name for name, _ in named),
-        tuple(LinearLayer(name, module, sources.get(name)) for name, module in linears),
+        tuple(
+            LinearLayer(name, module, sources.get(name), known_sources.untraced) for name, module in linears
+        ),
         model,
     )
 

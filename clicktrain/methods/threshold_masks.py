@@ -101,6 +101,10 @@ class MaskRule:
         """In words what goes of a layer, the sparsity that this makes without ties, and a remark."""
         if isinstance(layer, LinearLayer):
             remark = f", without inputs from dead filters of {layer.source}" if layer.source else ""
+            if layer.untraced:
+                remark = (
+                    f", inputs from dead filters stay: torch.fx cannot trace this network ({layer.untraced})"
+                )
             if self.block is None:
                 weights = layer.weight.numel()
                 return "weights", num_pruned(weights, threshold) / weights, remark

@@ -144,6 +144,8 @@ def _tiles(entry: Entry) -> list[Tile]:
         tiles.append(Tile(wording.times(run.compression), "compression", note))
     if not run.is_dense and run.train_flops_ratio is not None:
         note = "of dense training of the same length" if run.finished else "of dense, so far"
+        if number(run.summary, "initial_train_flops"):
+            note = "of one dense training, initial weights included"
         tiles.append(Tile(wording.percent(run.train_flops_ratio), "training FLOPs", note))
     if not run.is_dense and run.inference_flops_ratio is not None:
         note = "of the dense network, per prediction"

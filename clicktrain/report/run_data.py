@@ -20,7 +20,8 @@ from clicktrain.errors import UserError
 FORMAT_VERSION = 1
 """Newest format of a run folder that is understood."""
 
-_METHOD_NAMES = {"clicktrain": "ClickTrain", "prunetrain": "PruneTrain", "campfire": "Campfire", "pat": "PaT"}
+_METHOD_NAMES = {"clicktrain": "ClickTrain", "prunetrain": "PruneTrain", "campfire": "Campfire", "pat": "PaT",
+                 "dsr": "DSR", "rigl": "RigL"}  # fmt: skip
 _HEADER = "# clicktrain run folder, format "
 
 
@@ -128,9 +129,13 @@ class Run:
 
     @property
     def train_flops_ratio(self) -> float | None:
-        """Training FLOPs of the run as it happened (so far) / those of dense training."""
+        """Training FLOPs of the run as it happened (so far) / those of dense training.
+
+        Of a finished run that started from the weights of another, the FLOPs of both.
+        """
         if self.summary is not None:
-            return number(self.summary, "train_flops_ratio")
+            total = number(self.summary, "total_train_flops_ratio")
+            return number(self.summary, "train_flops_ratio") if total is None else total
         done, dense = self._reached("", "train_flops"), self._reached("", "train_flops_dense")
         return done / dense if done is not None and dense else None
 

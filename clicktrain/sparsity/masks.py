@@ -29,6 +29,12 @@ def conv_masks(masks: Mapping[str, Tensor]) -> dict[str, Tensor]:
     return {name: mask for name, mask in masks.items() if mask.dim() == 4}
 
 
+def sparsity_of(masks: Mapping[str, Tensor]) -> float:
+    """Share of the weights of some layers that is masked."""
+    weights = sum(mask.numel() for mask in masks.values())
+    return 1 - sum(int(mask.sum()) for mask in masks.values()) / max(weights, 1)
+
+
 def energy_outside(weight: Tensor, mask: Tensor) -> tuple[float, float]:
     """Squared norm outside the mask, and in all: what a hard prune would destroy."""
     squares = weight.detach().square()

@@ -1,4 +1,4 @@
-"""Schedules: how sparse a network is to be at which time (Campfire section 2, Eq. (1))."""
+"""Schedules: how sparse a network is to be at which time (Campfire Eq. (1), When to Prune? Algorithm 1)."""
 
 from __future__ import annotations
 
@@ -12,16 +12,17 @@ class Era:
 
     Epochs count from 0 and may be fractions; the paper's "era 30-50" is ``Era(30, 50)``. The threshold
     begins to rise when ``first_epoch`` begins and has its final value when ``last_epoch`` begins; from then
-    on masks are fixed.
+    on masks are fixed. An era without any length prunes all at once.
     """
 
     first_epoch: float
     last_epoch: float
 
     def __post_init__(self) -> None:
-        if not 0 <= self.first_epoch < self.last_epoch:
+        if not 0 <= self.first_epoch <= self.last_epoch:
             raise ValueError(
-                f"an era begins at epoch 0 or later and before it ends: {self.first_epoch}-{self.last_epoch}"
+                "an era begins at epoch 0 or later and not after its end: "
+                f"{self.first_epoch}-{self.last_epoch}"
             )
 
     @property
@@ -36,7 +37,7 @@ class Era:
         The shares are those of the paper's era 30-50 in runs of 100 epochs.
         """
         begin, end = round(first * epochs), round(last * epochs)
-        return cls(begin, end) if end > begin else cls(first * epochs, last * epochs)
+        return cls(begin, end) if end > begin or first == last else cls(first * epochs, last * epochs)
 
 
 def campfire_threshold(
@@ -63,9 +64,34 @@ def campfire_threshold(
     """
     if epoch < era.first_epoch:
         return 0.0
-    if epoch == era.first_epoch:
-        return initial
     if epoch >= era.last_epoch:
         return final
+    if epoch == era.first_epoch:
+        return initial
     left = 1 - (epoch - era.first_epoch) / era.length
     return final - (final - initial) * math.pow(left, exponent)
+
+
+def exponential_steps(total: float, final: float, steps: int) -> list[float]:
+    """What is left after each of some pruning steps, ever smaller steps down: When to Prune?, Algorithm 1.
+
+    ``exp(a * log(final) + (1 - a) * log(total))`` with ``a = step / steps``, the exponential scheduler of its
+    reference [8] (FORCE): every step keeps the same share of what is left.
+
+    Args:
+        total: what there is before the first step (neurons, or milliseconds), above 0.
+        final: what is left after the last one, above 0 and at most ``total``.
+        steps: S, at least 1.
+
+    Returns:
+        S values that do not rise, the last exactly ``final``.
+
+    Example:
+        >>> [round(left, 3) for left in exponential_steps(64, 8, 3)]
+        [32.0, 16.0, 8]
+    """
+    if not 0 < final <= total or steps < 1:
+        raise ValueError(f"no exponential schedule from {total} to {final} in {steps} steps")
+    shares = (step / steps for step in range(1, steps))
+    between = (math.exp(a * math.log(final) + (1 - a) * math.log(total)) for a in shares)
+    return [*(min(max(left, final), total) for left in between), final]

@@ -16,7 +16,8 @@ from clicktrain.methods import METHODS, Method
 from clicktrain.train.settings import build, field_names, to_plain, unknown_field
 
 Stem = Literal["auto", "cifar", "imagenet"]
-Optimizer = Literal["sgd", "adamw"]
+Optimizer = Literal["sgd", "adamw", "adam"]
+Scaling = Literal["linear", "sqrt"]
 Schedule = Literal["cosine", "onecycle", "step", "constant"]
 Operators = Literal["measured", "density", "sparse", "reference"]
 AugmentPreset = Literal["auto", "none", "cifar", "imagenet", "digits"]
@@ -48,6 +49,9 @@ class RunConfig:
     """Folder for decoded data sets; a folder in the user's cache by default."""
     method: str = "clicktrain"
     """How the network is pruned while it trains; dense for not at all."""
+    initial_weights: str | None = None
+    """Weights to start from: the folder of a finished run, or a .safetensors file of the plain network; fresh
+    ones by default."""
     epochs: int = 60
     """Passes over the training images."""
     batch_size: int = 128
@@ -65,15 +69,20 @@ class RunConfig:
     """How the learning rate grows with the batch: linear (by the same ratio), sqrt (by its square root) or
     none."""
     optimizer: Optimizer = "sgd"
-    """sgd, or adamw (betas: momentum and 0.999)."""
+    """sgd, adamw, or adam (weight decay added to the gradient); betas: momentum and 0.999."""
     learning_rate: float = 0.1
     """Peak learning rate."""
+    learning_rate_batch: int | None = None
+    """Images per optimizer step that learning_rate is meant for: with others it is scaled, as
+    learning_rate_scaling says; by default it is taken as it stands."""
+    learning_rate_scaling: Scaling = "linear"
+    """Scale the learning rate in proportion to the images per optimizer step, or to their square root."""
     momentum: float = 0.9
-    """Momentum of sgd; first beta of adamw."""
+    """Momentum of sgd; first beta of adamw and adam."""
     nesterov: bool = True
     """Nesterov's momentum (sgd only)."""
     weight_decay: float = 5e-4
-    """Weight decay: added to the gradient by sgd, decoupled in adamw."""
+    """Weight decay: added to the gradient by sgd and adam, decoupled in adamw."""
     decay_norm_and_bias: bool = True
     """Apply weight decay to batch norm parameters and biases too, as the recipes of the papers do."""
     schedule: Schedule = "cosine"
@@ -134,7 +143,7 @@ class RunConfig:
         for name in ("workers", "cutout", "seed", "weight_decay", "warmup_epochs", "mixup", "clip_grad_norm"):
             self._at_least(name, 0)
         self._at_least("batch_granularity", 1)
-        for name in ("image_size", "threads", "batch_limit"):
+        for name in ("image_size", "threads", "batch_limit", "learning_rate_batch"):
             if getattr(self, name) is not None:
                 self._at_least(name, 1)
         for name in ("width", "learning_rate", "gamma"):
@@ -196,10 +205,19 @@ class RunConfig:
         """Images that one optimizer step averages over."""
         return self.batch_size * self.accumulate
 
+    @property
+    def peak_learning_rate(self) -> float:
+        """The learning rate for the images per step that this run has."""
+        if self.learning_rate_batch is None:
+            return self.learning_rate
+        factor = self.images_per_step / self.learning_rate_batch
+        return self.learning_rate * (math.sqrt(factor) if self.learning_rate_scaling == "sqrt" else factor)
+
 
 _CHOICES: dict[str, tuple[str, ...]] = {
     "stem": get_args(Stem),
     "optimizer": get_args(Optimizer),
+    "learning_rate_scaling": get_args(Scaling),
     "schedule": get_args(Schedule),
     "augment": get_args(AugmentPreset),
     "device": get_args(Device),

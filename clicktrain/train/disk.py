@@ -17,12 +17,13 @@ _SPARE_BYTES = 20 * 2**20
 def bytes_needed(model: nn.Module, config: RunConfig) -> int:
     """Upper estimate of what the folder of a run takes, in bytes.
 
-    A checkpoint holds the weights, one (sgd) or two (adamw) moments, the moving average and the importance
-    that a method collects; one more than ``keep_checkpoints`` is on disk while the newest is written.
+    A checkpoint holds the weights, one (sgd) or two (adam, adamw) moments, the moving average and the
+    importance that a method collects; one more than ``keep_checkpoints`` is on disk while the newest is
+    written.
     """
     tensors = [*model.parameters(), *model.buffers()]
     weights = sum(t.numel() * t.element_size() for t in tensors)
-    moments = 2 if config.optimizer == "adamw" else 1
+    moments = 1 if config.optimizer == "sgd" else 2
     per_checkpoint = weights * (1 + moments + (1 if config.ema_decay else 0) + 2)
     return per_checkpoint * (config.keep_checkpoints + 1) + 2 * weights + _SPARE_BYTES
 

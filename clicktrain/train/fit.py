@@ -55,7 +55,7 @@ def fit(
     elif (summary := folder.open().summary()) is not None:
         progress.message(f"the run in {folder.path} is finished already: nothing to resume")
         return summary
-    prepared = prepare(config, method)
+    prepared = prepare(config, method, begins=not (resume and folder.checkpoints()))
     check_disk(folder.path, bytes_needed(prepared.model, config))
     run = LiveRun(prepared, folder, progress)
     if run.newest_checkpoint() is None:

@@ -196,6 +196,7 @@ class LiveRun:
     def begin(self) -> None:
         """Make the run's folder and write the first checkpoint."""
         self.folder.create(self.prepared.config, self.prepared.method)
+        self.course.earlier = self.prepared.earlier
         self.prepared.events.connect(self.folder.append_event)
         self.save()
 
@@ -205,6 +206,7 @@ class LiveRun:
         if saved is None:
             self.progress.message("no checkpoint was written yet: starting from the beginning")
             self.folder.truncate(0, 0)
+            self.course.earlier = self.prepared.earlier
         else:
             self.load_state_dict(saved)
             self.folder.truncate(self.course.metrics_bytes, self.course.events_bytes)

@@ -5,14 +5,14 @@ from __future__ import annotations
 from typing import Any
 
 from torch import Tensor, nn
-from torch.optim import SGD, AdamW, Optimizer
+from torch.optim import SGD, Adam, AdamW, Optimizer
 
 from clicktrain.errors import UserError
 from clicktrain.train.config import RunConfig
 
 
 def make_optimizer(model: nn.Module, config: RunConfig) -> Optimizer:
-    """SGD or AdamW over the parameters that are trained.
+    """SGD, AdamW or Adam over the parameters that are trained.
 
     With ``decay_norm_and_bias`` off, parameters of at most one dimension (batch norm, biases) form a
     second group without weight decay.
@@ -30,9 +30,11 @@ def make_optimizer(model: nn.Module, config: RunConfig) -> Optimizer:
             {"params": [p for p in trained if p.ndim <= 1], "weight_decay": 0.0},
         ]
         groups = [group for group in groups if group["params"]]
-    common: dict[str, Any] = {"lr": config.learning_rate, "weight_decay": config.weight_decay}
+    common: dict[str, Any] = {"lr": config.peak_learning_rate, "weight_decay": config.weight_decay}
     if config.optimizer == "adamw":
         return AdamW(groups, betas=(config.momentum, 0.999), **common)
+    if config.optimizer == "adam":
+        return Adam(groups, betas=(config.momentum, 0.999), **common)
     return SGD(groups, momentum=config.momentum, nesterov=config.nesterov, **common)
 
 

@@ -23,6 +23,7 @@ from clicktrain.train.batch_sizes import BatchSizes
 from clicktrain.train.config import RunConfig
 from clicktrain.train.device import resolve_device, set_up
 from clicktrain.train.flops import TrainingCost
+from clicktrain.train.initial_weights import EarlierCost, load_initial_weights_
 from clicktrain.train.optim import make_optimizer
 from clicktrain.train.schedule import make_scheduler
 
@@ -68,6 +69,7 @@ class Prepared:
         scheduler: to be stepped after each optimizer step.
         pruner: the method, attached to model and optimizer; ``pruner.plan()`` tells what it will do.
         cost: FLOPs per image.
+        earlier: what the initial weights have cost; of a run that goes on, its checkpoint knows.
         batch_sizes: of the training batches, from the first on.
         events: where the pruner's decisions go.
         facts: what is needed to build the network again: model, width, stem, num_classes, in_channels,
@@ -85,6 +87,7 @@ class Prepared:
     scheduler: LambdaLR
     pruner: Pruner
     cost: TrainingCost
+    earlier: EarlierCost
     batch_sizes: BatchSizes
     events: EventRelay
     facts: dict[str, Any]
@@ -100,8 +103,14 @@ class Prepared:
         return self.batch_sizes.now.steps
 
 
-def prepare(config: RunConfig, method: Method[Any]) -> Prepared:
+def prepare(config: RunConfig, method: Method[Any], *, begins: bool = True) -> Prepared:
     """Open the data, build and check everything; used by a run and by a dry run.
+
+    Args:
+        config: settings of the run.
+        method: settings of the method.
+        begins: the run has no checkpoint yet. One that has needs its initial weights no more: the file may
+            have changed, or be gone.
 
     Raises:
         UserError: anything in the settings that cannot be done here, in one sentence.
@@ -121,6 +130,14 @@ def prepare(config: RunConfig, method: Method[Any]) -> Prepared:
     torch.manual_seed(config.seed)  # of the initial weights; each batch is seeded by itself
     model = build_model(facts).to(device)
     check_model(model, config, data, device)
+    earlier = EarlierCost()
+    if config.initial_weights is not None and begins:
+        earlier = load_initial_weights_(model, config.initial_weights, data.classes)
+    elif config.initial_weights is None and method.expects_trained:
+        raise UserError(
+            f"this setting of method {config.method} prunes a network that is trained already: give "
+            "initial_weights, the folder of a finished run"
+        )
     if config.channels_last:
         model = model.to(memory_format=torch.channels_last)  # type: ignore[call-overload]
     optimizer = make_optimizer(model, config)
@@ -148,6 +165,7 @@ def prepare(config: RunConfig, method: Method[Any]) -> Prepared:
         scheduler=make_scheduler(optimizer, config, config.epochs * sizes.first.steps, sizes),
         pruner=pruner,
         cost=cost,
+        earlier=earlier,
         batch_sizes=sizes,
         events=events,
         facts=facts,

@@ -8,6 +8,8 @@ from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import Any
 
+from clicktrain.train.initial_weights import EarlierCost
+
 
 @dataclass
 class EpochTotals:
@@ -54,7 +56,8 @@ class Course:
     """How far a run has come.
 
     ``epoch`` counts finished epochs, ``batch`` batches done in the running one, ``step`` optimizer steps.
-    FLOPs and seconds are of the whole run so far. ``stock`` is what an iteration of the running epoch takes
+    FLOPs and seconds are of the whole run so far, ``earlier`` is what its initial weights have cost.
+    ``stock`` is what an iteration of the running epoch takes
     (`take_stock`), ``memory_calibration`` measured / estimated memory, ``memory_budget`` the bytes that a
     growing batch may take, ``sized_plans`` and ``measured_plans`` the numbers of surgery plans that its size
     and the measurement know of.
@@ -66,6 +69,7 @@ class Course:
     step: int = 0
     train_flops: int = 0
     train_flops_dense: int = 0
+    earlier: EarlierCost = field(default_factory=EarlierCost)
     seconds: float = 0.0
     epoch_seconds: float = 0.0
     data_seconds: float = 0.0
@@ -88,5 +92,5 @@ class Course:
     @classmethod
     def from_state(cls, saved: Mapping[str, Any]) -> Course:
         """Inverse of `state_dict`."""
-        totals = dict(saved["totals"])
-        return cls(**{**saved, "totals": EpochTotals(**totals)})
+        parts = {"totals": EpochTotals(**saved["totals"]), "earlier": EarlierCost(**saved.get("earlier", {}))}
+        return cls(**{**saved, **parts})

@@ -85,6 +85,8 @@ def _summary(run: LiveRun, cost: ModelCost, operators: Mapping[str, str]) -> dic
         "compression_ratio": ratio(p.cost.initial.conv_weights, cost.conv_nonzero),
         "train_flops": course.train_flops,
         "train_flops_ratio": course.train_flops / max(course.train_flops_dense, 1),
+        "initial_train_flops": course.earlier.flops,
+        "total_train_flops_ratio": course.earlier.total_ratio(course.train_flops, course.train_flops_dense),
         "inference_flops": cost.forward_flops,
         "inference_flops_ratio": cost.forward_flops / max(p.cost.initial.forward_flops_dense, 1),
         "train_seconds": run.seconds,

@@ -107,6 +107,10 @@ def test_result_line(tmp_path: Path) -> None:
         "compression asked 8x, reached 8.01x; accuracy 91.23% (best 92.00%); training FLOPs 61% of dense; "
         f"inference FLOPs 15% of dense; time 1:01:01; files in {tmp_path}"
     )
+    summary |= {"initial_train_flops": 10, "total_train_flops_ratio": 1.61}
+    assert "training FLOPs 61% of dense, 161% with its initial weights; inf" in result_line(summary, tmp_path)
+    summary |= {"initial_train_flops": None, "total_train_flops_ratio": None}  # of a file
+    assert "61% of dense, its initial weights not counted; inf" in result_line(summary, tmp_path)
     summary["compression_asked"] = summary["val_accuracy"] = None
     assert result_line(summary, tmp_path).startswith("no compression asked, reached 8.01x; training FLOPs")
 

@@ -60,9 +60,9 @@ def test_read_recipe_gives_only_what_stands_there(tmp_path: Path) -> None:
 
 def test_the_method_of_a_recipe_decides_which_flags_there_are(place: Path) -> None:
     (place / "recipe.yaml").write_text("method: dense\n")
-    outcome = call("train", "--config", "recipe.yaml", "--loss-slope", "0.2")
+    outcome = call("train", "--config", "recipe.yaml", "--loss-margin", "0.2")
     assert outcome.code == 2
-    assert "--loss-slope is a setting of method clicktrain, not of dense" in outcome.err
+    assert "--loss-margin is a setting of method clicktrain, not of dense" in outcome.err
     text = " ".join(call("train", "--config=recipe.yaml", "--help").out.split())
     assert "settings of method dense" in text
 

@@ -15,8 +15,10 @@ from torch import Tensor, nn
 from clicktrain.errors import UserError
 from clicktrain.kernels.sparse_conv2d.module import PackedConv2d
 from clicktrain.methods import Campfire, Pruner
-from clicktrain.methods.campfire import sparsity_of
+from clicktrain.methods.base import RunLength
 from clicktrain.sparsity.granularity import ck, combined, inter_epoch, window
+from clicktrain.sparsity.masks import sparsity_of
+from clicktrain.sparsity.schedules import Era
 
 ALL = (*PRUNED, "head")
 GRANULARITIES = ("window", "ck", "combined", "inter_epoch", "pattern")
@@ -98,6 +100,75 @@ def test_the_masks_are_those_of_the_weights(settings: dict[str, Any], mask_of: A
 
 def most(scores: Tensor, of_9: int) -> int:
     return max(1, round(of_9 * scores.shape[2] * scores.shape[3] / 9))
+
+
+def test_an_era_that_begins_with_the_run_masks_the_initial_weights() -> None:
+    initial, _ = make()
+    expected = {name: combined(weights(initial)[name].abs(), 0.3) for name in PRUNED}
+    model, optimizer, pruner = attach(era=(0, 2), sparsity=0.6, initial_sparsity=0.3)
+    assert pruner.stage == "era"
+    assert pruner.events[0]["step"] == 0
+    for name in PRUNED:
+        assert torch.equal(pruner.masks[name], expected[name]), name
+        assert torch.equal(weights(model)[name], weights(initial)[name] * expected[name]), name
+    course: list[float] = []
+    train(model, optimizer, pruner, 20, after_step=lambda _: course.append(zeros(model)))
+    assert 0.25 < course[0] < 0.5 < course[3] < course[7] < 0.75  # thresholds 0.3, 0.5625, 0.6
+    assert entered(pruner) == {"era": 0, "fixed": 8}
+    pruner.check_zeros()
+    paper = Campfire(preset="from-scratch", granularity="window")
+    assert paper.era_of(RunLength(100, 7)) == Era(0, 30)
+
+
+@pytest.mark.parametrize("packed", [False, True])
+def test_a_fixed_mask_from_initialisation(packed: bool) -> None:
+    """From the first forward pass on the same positions, whether fixed slowly or in a moment."""
+    model, optimizer, pruner = attach(era=(0, 2), sparsity=0.6, initial_sparsity=0.6, regrow=False)
+    first = {name: mask.clone() for name, mask in pruner.masks.items()}
+    assert set(first) == set(ALL)
+    train(model, optimizer, pruner, 20)
+    at_once, its_optimizer, its_pruner = attach(packed=packed, era=(0, 0), sparsity=0.6)
+    assert its_pruner.stage == "era"
+    train(at_once, its_optimizer, its_pruner, 1)
+    assert its_pruner.stage == "fixed"
+    assert its_pruner.frozen
+    train(at_once, its_optimizer, its_pruner, 20, start=1)
+    for name in ALL:
+        assert torch.equal(pruner.masks[name], first[name]), name
+        assert torch.equal(its_pruner.masks[name], first[name]), name
+    its_pruner.finish()
+    pruner.finish()
+    for name in ALL:
+        assert torch.equal(weights(model)[name] != 0, first[name]), name
+        assert torch.allclose(weights(model)[name], weights(at_once)[name], atol=1e-5), name
+
+
+def test_the_first_step_does_not_choose_again() -> None:
+    """Pruning after training goes by the trained weights, whatever the first step makes of them."""
+    model, optimizer, pruner = attach(era=(0, 0), sparsity=0.6)
+    first = {name: mask.clone() for name, mask in pruner.masks.items()}
+    x, y = next(batches(1))
+    loss = F.cross_entropy(model(x), y)
+    loss.backward()
+    for name in ALL:
+        grad = model.get_submodule(name).weight.grad
+        assert isinstance(grad, Tensor)
+        grad[~first[name]] = 1e3
+    pruner.observe(loss)
+    optimizer.step()
+    assert pruner.frozen
+    assert all(torch.equal(pruner.masks[name], first[name]) for name in ALL)
+    assert not any(weights(model)[name][~first[name]].any() for name in ALL)
+
+
+def test_an_era_without_length_prunes_at_once() -> None:
+    model, optimizer, pruner = attach(era=(2, 2), sparsity=0.6)
+    course: list[float] = []
+    train(model, optimizer, pruner, 20, after_step=lambda _: course.append(zeros(model)))
+    assert course[:7] == [0.0] * 7
+    assert course[7] > 0.55
+    assert course[7:] == [course[7]] * 13
+    assert "0.6 all at once" in str(pruner.plan())
 
 
 @pytest.mark.parametrize("optimizer_name", list(OPTIMIZERS))
@@ -296,6 +367,28 @@ def test_linear_layers_that_are_pruned_and_left_alone() -> None:
     assert [(layer.name, layer.source) for layer in found.linears] == [("head", "deep")]
 
 
+class Untraceable(Net):
+    """The same network, but its course depends on the numbers in it."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        if x.sum() > 1e9:
+            x = -x
+        return super().forward(x)
+
+
+def test_the_plan_says_why_no_input_is_eliminated() -> None:
+    model = Untraceable()
+    optimizer = torch.optim.SGD(model.parameters(), lr=0.1)
+    pruner = Campfire().attach(model, optimizer, epochs=5, steps_per_epoch=4)
+    row = next(row for row in pruner.plan().rows if row.name == "head")
+    assert "inputs from dead filters stay: torch.fx cannot trace this network (TraceError: symbolically" in (
+        row.reason
+    )
+    model, optimizer, pruner = attach()
+    row = next(row for row in pruner.plan().rows if row.name == "head")
+    assert row.reason.endswith(", without inputs from dead filters of deep")
+
+
 def test_the_plan_shows_target_and_true_sparsity() -> None:
     _, _, pruner = attach(granularity="window", sparsity=0.6)
     text = str(pruner.plan())
@@ -319,6 +412,7 @@ def test_the_plan_shows_target_and_true_sparsity() -> None:
         ({"sparsity": 0.0}, "sparsity must be between 0 and 1"),
         ({"initial_sparsity": 0.7}, "initial_sparsity must be between 0 and sparsity"),
         ({"era": (50, 30)}, r"era is the first and the last epoch of pruning, as in 30 50, not \[50, 30\]"),
+        ({"preset": "late"}, "preset must be one of default, from-scratch, after-training"),
         ({"granularity": "kernel"}, "granularity must be one of window, ck, combined"),
         ({"block": 5}, "block must be 1 to 4"),
         ({"max_non_zero": 0}, "max_non_zero is a number of weights"),

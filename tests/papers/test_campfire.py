@@ -82,7 +82,10 @@ def test_eras() -> None:
     assert Era.of_run(100) == Era(30, 50)
     assert Era.of_run(3) == Era(1, 2)
     assert Era.of_run(1) == Era(0.3, 0.5)
-    for first, last in ((5, 5), (5, 4), (-1, 4)):
+    assert Era.of_run(100, 0.0, 0.0) == Era(0, 0)
+    assert campfire_threshold(5, Era(5, 5), 0.6) == 0.6
+    assert campfire_threshold(4, Era(5, 5), 0.6) == 0.0
+    for first, last in ((5, 4), (-1, 4)):
         with pytest.raises(ValueError, match="an era begins"):
             Era(first, last)
 

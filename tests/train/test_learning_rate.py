@@ -2,16 +2,22 @@
 
 from __future__ import annotations
 
+from pathlib import Path
+
 import pytest
 import torch
 from torch import nn
-from torch.optim import SGD
+from torch.optim import SGD, Adam
 from torch.optim.lr_scheduler import CosineAnnealingLR, LRScheduler, MultiStepLR, OneCycleLR
 
-from clicktrain.train.config import RunConfig
+from clicktrain.errors import UserError
+from clicktrain.methods import Campfire
+from clicktrain.train.config import RunConfig, load_config
+from clicktrain.train.optim import make_optimizer
 from clicktrain.train.schedule import learning_rate_factor, make_scheduler
 
 STEPS = 40
+RECIPES = Path(__file__).resolve().parents[2] / "recipes"
 
 
 def optimizer() -> SGD:
@@ -66,3 +72,35 @@ def test_a_run_of_one_step() -> None:
     for schedule in ("cosine", "onecycle", "step", "constant"):
         config = RunConfig(epochs=1, schedule=schedule)  # type: ignore[arg-type]
         assert 0 < learning_rate_factor(config, 1)(0) <= 1
+
+
+def test_scaled_to_the_images_per_step() -> None:
+    """Campfire appendix B.3: 0.1 is meant for 256 images; 64 make it 0.025, or 0.05 by the root."""
+    meant = {"learning_rate": 0.1, "learning_rate_batch": 256}
+    assert RunConfig(batch_size=64, **meant).peak_learning_rate == pytest.approx(0.025)  # type: ignore[arg-type]
+    assert RunConfig(batch_size=64, accumulate=8, **meant).peak_learning_rate == pytest.approx(0.2)  # type: ignore[arg-type]
+    config = RunConfig(batch_size=64, learning_rate_scaling="sqrt", **meant)  # type: ignore[arg-type]
+    assert config.peak_learning_rate == pytest.approx(0.05)
+    (group,) = make_optimizer(nn.Linear(2, 2), config).param_groups
+    assert group["lr"] == pytest.approx(0.05)
+    assert RunConfig(batch_size=64, learning_rate=0.1).peak_learning_rate == 0.1
+    with pytest.raises(UserError, match="learning_rate_batch is 0: must be at least 1"):
+        RunConfig(learning_rate_batch=0)
+
+
+def test_the_papers_recipes() -> None:
+    """Campfire appendix B: the learning rate in each epoch, and the optimizer."""
+    config, method = load_config(RECIPES / "imagenet-campfire.yaml")
+    factor = learning_rate_factor(config, 100 * 10)
+    rates = [config.peak_learning_rate * factor(10 * epoch) for epoch in (0, 29, 30, 60, 89, 90, 99)]
+    assert rates == pytest.approx([0.05, 0.05, 5e-3, 5e-4, 5e-4, 5e-5, 5e-5])
+    config, method = load_config(RECIPES / "tiny-imagenet-campfire.yaml")
+    factor = learning_rate_factor(config, 40 * 10)
+    assert [config.peak_learning_rate * factor(10 * epoch) for epoch in (0, 29, 30)] == pytest.approx(
+        [1e-3, 1e-3, 1e-4]
+    )
+    made = make_optimizer(nn.Linear(2, 2), config)
+    assert type(made) is Adam  # weight decay in the gradient
+    assert made.param_groups[0]["betas"] == (0.9, 0.999)
+    assert made.param_groups[0]["weight_decay"] == 1e-4
+    assert method == Campfire(granularity="window", max_non_zero=2, sparsity=0.6, era=(0, 10))

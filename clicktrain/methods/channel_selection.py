@@ -1,0 +1,297 @@
+"""Which neurons go, until enough have: by a ratio, or until a latency is met (When to Prune? 3.1, 4.3)."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+from typing import Any
+
+from torch import Tensor
+
+from clicktrain.errors import UserError
+from clicktrain.methods.latency_target import LatencyModel, fewest_pruned, measure_ms
+from clicktrain.methods.neurons import NeuronGroup, neuron_groups, widths
+from clicktrain.methods.survey import Survey
+from clicktrain.sparsity.channel_importance import (
+    masks_after,
+    prunable_channels,
+    pruning_order,
+    rank_channels,
+    round_widths,
+)
+from clicktrain.sparsity.schedules import exponential_steps
+from clicktrain.surgery import SurgeryPlan, dependencies, plan_from_keep
+
+TOLERANCE = 0.05
+"""A latency target is met within this share, measured."""
+AIM_WITHIN = 0.025
+"""Corrections stop here: two measurements differ a little."""
+ATTEMPTS = 8
+
+Masks = dict[str, Tensor]
+
+
+@dataclass(frozen=True, slots=True)
+class Amount:
+    """How much is to go; settings as in `clicktrain.methods.pat.PaT`. ``latency_*`` None: by the ratio."""
+
+    prune_ratio: float
+    latency_ratio: float | None
+    latency_ms: float | None
+    latency_batch: int
+    latency_penalty: float
+    min_channels: int
+    round_to: int
+
+    @property
+    def by_latency(self) -> bool:
+        """Whether a latency is the target."""
+        return self.latency_ratio is not None or self.latency_ms is not None
+
+
+@dataclass(slots=True)
+class LatencyCourse:
+    """What was measured of the whole network at the beginning, and how far predictions were off since."""
+
+    dense_ms: float = 0.0
+    correction: float = 1.0
+
+
+@dataclass(eq=False)
+class ChannelSelection:
+    """The neurons of a network and how many of them go.
+
+    Attributes:
+        found: the network.
+        groups: neurons that may go, in the network's order.
+        reasons: groups of channels that stay, and why.
+        latency: predictions, if they are needed.
+    """
+
+    found: Survey
+    amount: Amount
+    groups: tuple[NeuronGroup, ...]
+    reasons: dict[str, str]
+    course: LatencyCourse
+    latency: LatencyModel | None = None
+    parameters: dict[str, Tensor] = field(default_factory=dict)
+
+    @classmethod
+    def of(
+        cls, found: Survey, amount: Amount, exclude: Sequence[str], course: LatencyCourse | None = None
+    ) -> ChannelSelection:
+        """Look at a network.
+
+        Args:
+            found: with the model and an example.
+            amount: how much is to go.
+            exclude: module paths (shell-style) whose outputs stay.
+            course: 0 milliseconds mean that the network is measured now; None, only to be looked at.
+
+        Raises:
+            UserError: nothing can be pruned, or not as much as is asked for.
+        """
+        assert found.model is not None
+        assert found.example is not None
+        graph = dependencies(found.model, found.example)
+        untrained = {
+            name for name, (_, why) in found.left_alone.items() if "not trained" in why or "not in the" in why
+        }
+        kept_weights = {id(graph.graph.model.get_submodule(name).weight) for name in untrained}
+        groups, reasons = neuron_groups(graph, exclude, lambda weight: id(weight) not in kept_weights)
+        if not groups:
+            why = "; ".join(f"{name}: {reason}" for name, reason in list(reasons.items())[:3])
+            raise UserError(f"no neuron of this network can be removed ({why or 'it has no layers'})")
+        result = cls(found, amount, groups, reasons, course or LatencyCourse())
+        result.parameters = dict(found.model.named_parameters())
+        if course is None:
+            return result
+        if amount.by_latency or amount.latency_penalty > 0:
+            if course.dense_ms == 0:
+                times = measure_ms(found.model, {"dense": None}, found.example, amount.latency_batch)
+                course.dense_ms = times["dense"]
+            result.latency = LatencyModel(
+                graph, result.sizes, found.example, amount.latency_batch, course.dense_ms
+            )
+        result._check()
+        return result
+
+    def _check(self) -> None:
+        least, sizes = self.amount.min_channels, self.sizes
+        if not self.amount.by_latency:
+            most, asked = prunable_channels(sizes.values(), least), self.num_pruned
+            if asked > most:
+                raise UserError(
+                    f"prune_ratio {self.amount.prune_ratio:g} asks for {asked} of {self.total} neurons, but "
+                    f"at most {most} can go: ask for {most / self.total:.3f} or less"
+                )
+            return
+        assert self.latency is not None
+        dense, floor = (
+            self.course.dense_ms,
+            self.latency.predict({n: min(s, least) for n, s in sizes.items()}),
+        )
+        if self.target_ms >= dense:
+            raise UserError(
+                f"the latency target is {self.target_ms:.3g} ms, but the whole network takes {dense:.3g} ms "
+                f"for {self.amount.latency_batch} images here: ask for less"
+            )
+        if self.target_ms < floor:
+            raise UserError(
+                f"the latency target is {self.target_ms:.3g} ms for {self.amount.latency_batch} images, but "
+                f"even with {least} channel(s) per layer about {floor:.3g} ms are left: ask for more"
+            )
+
+    # ---- numbers ----------------------------------------------------------------------------
+
+    @property
+    def sizes(self) -> dict[str, int]:
+        """Neurons of each group."""
+        return {group.name: group.size for group in self.groups}
+
+    @property
+    def total(self) -> int:
+        """All neurons that may go; those that can only go together are one."""
+        return sum(self.sizes.values())
+
+    @property
+    def num_pruned(self) -> int:
+        """Neurons that go by the ratio."""
+        return round(self.amount.prune_ratio * self.total)
+
+    @property
+    def target_ms(self) -> float:
+        """The latency target in milliseconds."""
+        if self.amount.latency_ms is not None:
+            return self.amount.latency_ms
+        assert self.amount.latency_ratio is not None
+        return self.amount.latency_ratio * self.course.dense_ms
+
+    def describe(self) -> dict[str, str]:
+        """Layer -> how many neurons it has, and with which layers they can only go together."""
+        notes = {}
+        for group in self.groups:
+            for layer in group.layers:
+                others = [name for name in group.layers if name != layer]
+                more = f" and {len(others) - 2} more" if len(others) > 2 else ""
+                together = f", one with those of {', '.join(others[:2])}{more}" if others else ""
+                notes[layer] = f"{group.size} neurons{together}"
+        return notes
+
+    # ---- decisions --------------------------------------------------------------------------
+
+    def choose(self, scores: Masks, kept: Masks | None, step: int, steps: int) -> Masks:
+        """The kept neurons after one of the steps of Algorithm 1; all at once with ``steps`` = 1.
+
+        Args:
+            scores: group -> [n], larger = keep.
+            kept: what is left after the step before.
+            step: number of the step, from 1.
+            steps: S.
+        """
+        if self.amount.by_latency:
+            aim = exponential_steps(self.course.dense_ms, self.target_ms, steps)[step - 1]
+            return self.within(aim, scores, kept, may_go_too_far=step == steps)
+        left = exponential_steps(self.total, self.total - self.num_pruned, steps)[step - 1]
+        ranked = self._ranked(scores, kept)
+        gone = sum(int((~mask).sum()) for mask in (kept or {}).values())  # rounded widths may be ahead
+        num_pruned = max(self.total - round(left), gone)
+        masks = rank_channels(ranked, num_pruned, self.amount.min_channels, kept)
+        return self._rounded(masks, ranked, kept)
+
+    def within(self, aim_ms: float, scores: Masks, kept: Masks | None, may_go_too_far: bool = True) -> Masks:
+        """The fewest pruned neurons whose predicted, corrected latency is within milliseconds.
+
+        Args:
+            aim_ms: the milliseconds.
+            scores: group -> [n], larger = keep.
+            kept: what is left before.
+            may_go_too_far: before the last step what is pruned is gone for good, and a measurement that
+                something disturbed must not prune more; so corrections count there only if they keep more.
+        """
+        assert self.latency is not None
+        latency, ranked = self.latency, self._ranked(scores, kept)
+        order = pruning_order(ranked, self.amount.min_channels, kept)
+        gone = sum(int((~mask).sum()) for mask in (kept or {}).values())
+        correction = self.course.correction if may_go_too_far else min(self.course.correction, 1.0)
+
+        def masks(first: Sequence[tuple[str, int]]) -> Masks:
+            return self._rounded(masks_after([*order[:gone], *first], self.sizes), ranked, kept)
+
+        def predict(counts: Mapping[str, int]) -> float:
+            return latency.predict(counts) * correction
+
+        return fewest_pruned(order[gone:], masks, predict, aim_ms)
+
+    def measured(self, plan: SurgeryPlan, kept: Masks) -> dict[str, Any]:
+        """Measure what is left, correct the predictions by it, and tell both."""
+        assert self.latency is not None
+        assert self.found.model is not None
+        assert self.found.example is not None
+        both = {"dense": None, "pruned": plan}
+        times = measure_ms(self.found.model, both, self.found.example, self.amount.latency_batch)
+        predicted = self.latency.predict(widths(kept))
+        told = predicted * self.course.correction
+        ms, ratio = times["pruned"], times["pruned"] / times["dense"]
+        # A ratio is measured as one, so that a machine that has become busier changes nothing.
+        now = ms if self.amount.latency_ms is not None else ratio * self.course.dense_ms
+        self.course.correction = now / predicted
+        return {
+            "latency_batch": self.amount.latency_batch,
+            "latency_target_ms": self.target_ms if self.amount.by_latency else None,
+            "predicted_ms": told,
+            "measured_ms": ms,
+            "dense_ms": times["dense"],
+            "latency_ratio": ratio,
+        }
+
+    def final(
+        self, scores: Masks, kept: Masks | None, steps: int
+    ) -> tuple[Masks, SurgeryPlan, dict[str, Any]]:
+        """The last step; a latency is measured, and the choice corrected until it is met.
+
+        Returns:
+            The kept neurons, the plan that removes the others, and what is to be written down.
+        """
+        masks = self.choose(scores, kept, steps, steps)
+        plan = self.plan(masks)
+        if not self.amount.by_latency:
+            return masks, plan, self.measured(plan, masks) if self.latency is not None else {}
+        best: tuple[Masks, SurgeryPlan, dict[str, Any]] | None = None
+        for attempt in range(1, ATTEMPTS + 1):
+            event = {**self.measured(plan, masks), "attempts": attempt}
+            reached = event["measured_ms"] / self.target_ms
+            if self.amount.latency_ratio is not None:
+                reached = event["latency_ratio"] / self.amount.latency_ratio
+            event["latency_error"] = reached - 1
+            if best is None or abs(event["latency_error"]) < abs(best[2]["latency_error"]):
+                best = masks, plan, event
+            if abs(event["latency_error"]) <= AIM_WITHIN:
+                break
+            masks = self.within(self.target_ms, scores, kept)
+            plan = self.plan(masks)
+        assert best is not None
+        best[2]["latency_met"] = abs(best[2]["latency_error"]) <= TOLERANCE
+        return best
+
+    def plan(self, kept: Masks) -> SurgeryPlan:
+        """What removes all others."""
+        assert self.found.model is not None
+        assert self.found.example is not None
+        return plan_from_keep(self.found.model, self.found.example, kept)
+
+    def _ranked(self, scores: Masks, kept: Masks | None) -> Masks:
+        """Scores on one device, less what a removal saves; what is pruned ranks last."""
+        result = {name: score.detach().double().cpu() for name, score in scores.items()}
+        if self.latency is not None:
+            counts = self.sizes if kept is None else widths(kept)
+            result = self.latency.penalised(result, counts, self.amount.latency_penalty)
+        if kept is not None:
+            result = {name: score.masked_fill(~kept[name], -1.0) for name, score in result.items()}
+        return result
+
+    def _rounded(self, masks: Masks, ranked: Masks, kept: Masks | None) -> Masks:
+        if self.amount.round_to == 1:
+            return masks
+        rounded = round_widths(masks, ranked, self.amount.round_to)
+        return rounded if kept is None else {name: mask & kept[name] for name, mask in rounded.items()}

@@ -1,0 +1,305 @@
+"""Dynamic sparse training over a run: the composition that DSR and RigL (and SET) are settings of.
+
+Drop rule x growth rule x distribution over layers x interval x units. The network is sparse from the first
+forward pass on. Every ``interval`` batches, after the optimizer's step, some units are dropped and as many
+grow, at zero; after the last time the positions are fixed for good.
+
+In between, masks hold at every step: the gradient of a dead weight is read when units are to grow by it and
+then zeroed, and so is what the optimizer keeps for it, so that no momentum moves it, or starts it off when it
+grows. The papers skip the optimizer's step at an update; here it has happened before.
+
+Until positions are fixed a run is charged the dense cost in `clicktrain.train.flops`, although most weights
+are zero: no operator makes use of positions that still change.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from typing import Any, Literal, TypeAlias
+
+import torch
+from torch import Tensor
+
+from clicktrain.errors import UserError
+from clicktrain.formats.packed import bits_from_mask, mask_from_bits
+from clicktrain.methods.base import (
+    Action,
+    ApplyMasks,
+    FreezeMasks,
+    LayerPlan,
+    PruningPlan,
+    Record,
+    Step,
+    plan_rows,
+)
+from clicktrain.methods.survey import Survey
+from clicktrain.methods.update_times import Timing
+from clicktrain.sparsity.masks import conv_masks, sparsity_of
+from clicktrain.sparsity.regrowth import (
+    UnitKind,
+    adapted_threshold,
+    cosine_share,
+    erdos_renyi_densities,
+    grow_random,
+    grow_steepest,
+    growth_shares,
+    keep_above,
+    keep_largest,
+    random_numbers,
+    random_units,
+    uniform_densities,
+    unit_scores,
+    unit_size,
+    units_of,
+    weights_of,
+)
+
+Growth = Literal["gradient", "random"]
+Densities = Literal["erk", "uniform"]
+Units: TypeAlias = dict[str, Tensor]
+
+
+@dataclass(slots=True)
+class DynamicState:
+    """What dynamic sparse training remembers between steps."""
+
+    seed: int = 0
+    stage: str = "dynamic"
+    updated: int = 0
+    """Batches seen at the last update."""
+    threshold: float = 0.0
+    """H, for the drop rule that has one."""
+    masks: dict[str, Tensor] = field(default_factory=dict)
+    gradients: Units = field(default_factory=dict)
+    """Of this step, if units are to grow by them; empty between steps."""
+
+
+@dataclass(frozen=True, slots=True)
+class DropShare:
+    """RigL: in each layer a share of the living units, that falls from ``first`` to 0; it grows them back."""
+
+    first: float
+
+    def keep(self, magnitudes: Units, alive: Units, done: float, state: DynamicState) -> Units:
+        """The survivors, ``done`` being the time of all updates that is past."""
+        del state
+        share = cosine_share(done, self.first)
+        counts = {name: int(units.sum()) for name, units in alive.items()}
+        kept = {name: max(count - math.floor(share * count), 1) for name, count in counts.items()}
+        return {name: keep_largest(magnitudes[name], alive[name], kept[name]) for name in alive}
+
+
+@dataclass(frozen=True, slots=True)
+class DropBelow:
+    """DSR: in all layers what is below one threshold, which adapts until ``share`` of the weights goes."""
+
+    share: float
+    tolerance: float
+
+    def keep(self, magnitudes: Units, alive: Units, done: float, state: DynamicState) -> Units:
+        """The survivors, by the threshold as it is."""
+        del done
+        return {name: keep_above(magnitudes[name], alive[name], state.threshold) for name in alive}
+
+
+@dataclass(frozen=True, slots=True)
+class DynamicMasks:
+    """One composition. ``redistribute``: what grows goes to layers by their survivors, not where it was lost.
+
+    Settings as in `clicktrain.methods.rigl.RigL` and `clicktrain.methods.dsr.DSR`.
+    """
+
+    sparsity: float
+    kind: UnitKind
+    densities: Densities
+    drop: DropShare | DropBelow
+    growth: Growth
+    redistribute: bool
+
+    # ---- beginning ------------------------------------------------------------------------------
+
+    def layer_densities(self, found: Survey) -> dict[str, float]:
+        """Share of each layer's weights that lives at the beginning."""
+        rule = erdos_renyi_densities if self.densities == "erk" else uniform_densities
+        return rule({layer.name: layer.shape for layer in found.prunable}, 1 - self.sparsity)
+
+    def init(self, found: Survey, seed: int | None, name: str) -> DynamicState:
+        """Random positions, from the seed or else from PyTorch's (which is only read)."""
+        if not found.prunable:
+            reasons = "; ".join(f"{layer}: {why}" for layer, (_, why) in list(found.left_alone.items())[:3])
+            raise UserError(f"this network has no layer that {name} can prune ({reasons or 'none at all'})")
+        seed = torch.initial_seed() if seed is None else seed
+        state = DynamicState(seed=seed)
+        densities = self.layer_densities(found)
+        for number, layer in enumerate(found.prunable):
+            shape = layer.shape[:2] if self.kind == "kernel" else layer.shape
+            units = random_units(shape, densities[layer.name], seed, number).to(layer.weight.device)
+            state.masks[layer.name] = weights_of(units, layer.shape)
+        return state
+
+    def at_start(self, state: DynamicState) -> list[Action]:
+        """The network is sparse before its first forward pass."""
+        event = {"event": "stage", "stage": "dynamic", "number": 1, "reason": "sparse from the start"}
+        return [Record(event), ApplyMasks(state.masks, forget=True)]
+
+    # ---- steps ----------------------------------------------------------------------------------
+
+    def before_step(self, state: DynamicState, found: Survey, step: Step, timing: Timing) -> None:
+        """Read the gradients of dead weights if units are to grow by them; then dead weights have none."""
+        if state.stage != "dynamic":
+            return
+        due = self.growth == "gradient" and timing.due(step.seen, state.updated)
+        for layer in found.prunable:
+            grad = step.gradient(layer.weight)
+            if grad is None or layer.weight.grad is None:
+                continue
+            if due:
+                state.gradients[layer.name] = unit_scores(grad, self.kind)
+            layer.weight.grad.masked_fill_(~state.masks[layer.name], 0.0)
+
+    def after_step(self, state: DynamicState, found: Survey, step: Step, timing: Timing) -> list[Action]:
+        """Hold the masks; move units when it is time; fix them after the last time."""
+        gradients, state.gradients = state.gradients, {}
+        if step.seen >= timing.end:
+            return self.fix(state, found, f"batch {timing.end} of {timing.total}")
+        if not timing.due(step.seen, state.updated):
+            return [ApplyMasks(state.masks)]
+        if self.growth == "gradient" and len(gradients) < len(found.prunable):
+            return [ApplyMasks(state.masks)]  # a step without gradients, skipped for overflow: at the next
+        event = self._update(state, found, gradients, step.seen, step.seen / timing.end)
+        state.updated = step.seen
+        return [Record(event), ApplyMasks(state.masks, forget=True)]
+
+    def _update(
+        self, state: DynamicState, found: Survey, gradients: Units, seen: int, done: float
+    ) -> dict[str, Any]:
+        """Drop and grow; the decision in words. Grown weights are zero already: dead ones were."""
+        magnitudes = {layer.name: unit_scores(layer.weight, self.kind) for layer in found.prunable}
+        alive = {name: units_of(mask, self.kind) for name, mask in state.masks.items()}
+        sizes = {layer.name: unit_size(layer.shape, self.kind) for layer in found.prunable}
+        before = sum(int(alive[name].sum()) * sizes[name] for name in alive)
+        kept = self.drop.keep(magnitudes, alive, done, state)
+        after = sum(int(kept[name].sum()) * sizes[name] for name in kept)
+        counts = self._counts(found, alive, kept, sizes)
+        for number, layer in enumerate(found.prunable):
+            name, count = layer.name, counts[layer.name]
+            if self.growth == "gradient":
+                grown = grow_steepest(kept[name], count, gradients[name])
+            else:
+                numbers = random_numbers(kept[name].shape, state.seed, seen, number)
+                grown = grow_random(kept[name], alive[name], count, numbers)
+            state.masks[name] = weights_of(grown, layer.shape)
+        moved = sum(counts[name] * sizes[name] for name in counts)
+        event: dict[str, Any] = {"event": "regrown", "dropped": before - after, "grown": moved}
+        if isinstance(self.drop, DropBelow):
+            event["threshold"] = state.threshold
+            target = self.drop.share * before
+            state.threshold = adapted_threshold(state.threshold, before - after, target, self.drop.tolerance)
+        return event
+
+    def _counts(self, found: Survey, alive: Units, kept: Units, sizes: Mapping[str, int]) -> dict[str, int]:
+        """Units that grow per layer."""
+        if not self.redistribute:
+            return {name: int(alive[name].sum()) - int(kept[name].sum()) for name in alive}
+        names = [layer.name for layer in found.prunable]
+        survivors = [int(kept[name].sum()) * sizes[name] for name in names]
+        shares = growth_shares(
+            self.budget(found) - sum(survivors),
+            survivors,
+            [kept[name].numel() - int(kept[name].sum()) for name in names],
+            [sizes[name] for name in names],
+        )
+        return dict(zip(names, shares, strict=True))
+
+    def budget(self, found: Survey) -> int:
+        """Weights that live, in all layers: the same at every time but for parts of units."""
+        densities = self.layer_densities(found)
+        total = 0
+        for layer in found.prunable:
+            size = unit_size(layer.shape, self.kind)
+            units = layer.weight.numel() // size
+            total += size * min(max(round(densities[layer.name] * units), 1), units)
+        return total
+
+    def fix(self, state: DynamicState, found: Survey, reason: str) -> list[Action]:
+        """The positions that live now are the only ones from now on."""
+        if state.stage == "fixed":
+            return []
+        state.stage = "fixed"
+        pruned = sum(mask.numel() - int(mask.sum()) for mask in conv_masks(state.masks).values())
+        event = {
+            "event": "hard_prune",
+            "sparsity_asked": self.sparsity,
+            "sparsity_reached": sparsity_of(state.masks),
+            "compression_reached": found.conv_weights / max(found.conv_weights - pruned, 1),
+            "energy_outside": 0.0,  # dead weights are zero
+            "layers": [
+                {
+                    "name": layer.name,
+                    "shape": list(layer.shape),
+                    "true_sparsity": sparsity_of({layer.name: state.masks[layer.name]}),
+                }
+                for layer in found.prunable
+            ],
+        }
+        stage = {"event": "stage", "stage": "fixed", "number": 2, "reason": reason}
+        return [Record(event), FreezeMasks(dict(state.masks)), Record(stage)]
+
+    # ---- what is shown and saved ----------------------------------------------------------------
+
+    def plan(self, found: Survey, state: DynamicState | None, timing: Timing, how: str) -> PruningPlan:
+        """Per layer: the units, the density at the beginning, or the one reached."""
+        fixed = state is not None and state.stage == "fixed"
+        densities = self.layer_densities(found)
+        rows = []
+        for layer in found.prunable:
+            kernels = self.kind == "kernel" and len(layer.shape) == 4
+            density, per_filter = densities[layer.name], None
+            if state is not None and fixed:
+                counts = state.masks[layer.name].flatten(1).sum(dim=1)
+                density = float(counts.sum()) / layer.weight.numel()
+                per_filter = int(counts[0]) if bool((counts == counts[0]).all()) else None
+            why = "dense by Erdos-Renyi" if density == 1 and not fixed else ""
+            rows.append(
+                LayerPlan(
+                    layer.name, layer.shape, "kernels" if kernels else "weights", density, per_filter, why
+                )
+            )
+        weights = sum(math.prod(row.shape) for row in rows)
+        live = sum((row.density or 0.0) * math.prod(row.shape) for row in rows)
+        summary = (
+            f"sparsity asked {self.sparsity:g}, {'reached' if fixed else 'planned'} "
+            f"{1 - live / max(weights, 1):.3f} of the weights of {len(rows)} layers"
+        )
+        grow = {"gradient": "the largest gradients", "random": "random positions"}[self.growth]
+        where = "layers by their survivors" if self.redistribute else "the same layer"
+        every = "every batch" if timing.interval == 1 else f"every {timing.interval} batches"
+        every += ", twice as many by quarters" if timing.doubling else ""
+        until = f"until batch {timing.end} of {timing.total}"
+        stages = (
+            ("stage 1 dynamic", f"{until}, {every}: {how} dropped, {grow} grow in {where}"),
+            ("stage 2 fixed", "to the end, positions fixed"),
+        )
+        return PruningPlan(plan_rows(found, rows), summary, stages)
+
+
+def dynamic_state_dict(state: DynamicState) -> dict[str, Any]:
+    """Nested dicts of tensors and numbers; masks with one bit a weight."""
+    return {
+        "seed": state.seed,
+        "stage": state.stage,
+        "updated": state.updated,
+        "threshold": state.threshold,
+        "masks": {name: bits_from_mask(mask) for name, mask in state.masks.items()},
+    }
+
+
+def load_dynamic_state(found: Survey, saved: Mapping[str, Any]) -> DynamicState:
+    """Inverse of `dynamic_state_dict`."""
+    masks = {
+        layer.name: mask_from_bits(saved["masks"][layer.name].to(layer.weight.device), layer.shape)
+        for layer in found.prunable
+    }
+    return DynamicState(saved["seed"], saved["stage"], saved["updated"], saved["threshold"], masks)

@@ -1,0 +1,167 @@
+"""Importance of whole channels (neurons), and their ranking over a network: When to Prune?, section 3.1.
+
+Filters that can only go together, such as those of one residual stage, are one neuron. An equation is then
+taken over the union of their weights: the norm of Eq. (2) divides by the number of all of them (a mean, so
+that neurons of different size stay comparable, which is what its root is for), and the sum of Eq. (3) runs
+over all of them (a sum, because it estimates what the loss does when all of them go). With one filter both
+are the paper's equations.
+
+Scores of a batch are accumulated as they are, absolute values and not squares: section 3.1 finds L1 slightly
+better than the L2 of its reference [29]. Larger = keep.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Mapping, Sequence
+
+import torch
+from torch import Tensor
+
+
+def filter_magnitude(filters: Sequence[Tensor]) -> Tensor:
+    """``||W_n||_2 / sqrt(P)``: When to Prune?, Eq. (2).
+
+    Args:
+        filters: per layer whose filters are coupled [n, P_l]: row n holds the weights of neuron n there.
+
+    Returns:
+        [n], with P the sum of all P_l.
+    """
+    squares = [weights.square().sum(dim=1) for weights in filters]
+    return (torch.stack(squares).sum(dim=0) / sum(weights.shape[1] for weights in filters)).sqrt()
+
+
+def filter_taylor(filters: Sequence[Tensor], grads: Sequence[Tensor]) -> Tensor:
+    """``|sum over w in W_n of g_w * w|``: When to Prune?, Eq. (3).
+
+    In front of a batch norm this is about zero, because the loss does not depend on the size of such a
+    filter: use `batch_norm_taylor` there, as the paper does.
+
+    Args:
+        filters: per coupled layer [n, P_l].
+        grads: gradients of the loss, of the same shapes.
+
+    Returns:
+        [n].
+    """
+    return _signed_change(filters, grads).abs_()
+
+
+def batch_norm_taylor(
+    scales: Sequence[Tensor], scale_grads: Sequence[Tensor], shifts: Sequence[Tensor],
+    shift_grads: Sequence[Tensor],
+) -> Tensor:  # fmt: skip
+    """``|g_gamma * gamma + g_beta * beta|``: section 3.1, after its reference [29].
+
+    Args:
+        scales: gamma per coupled batch norm, [n, k] (k = 1 as a rule).
+        scale_grads: gradients of the loss.
+        shifts: beta, likewise.
+        shift_grads: gradients of the loss.
+
+    Returns:
+        [n].
+    """
+    return _signed_change([*scales, *shifts], [*scale_grads, *shift_grads]).abs_()
+
+
+def _signed_change(weights: Sequence[Tensor], grads: Sequence[Tensor]) -> Tensor:
+    products = [(w * g).sum(dim=1) for w, g in zip(weights, grads, strict=True)]
+    return torch.stack(products).sum(dim=0)
+
+
+def add_scores_(sums: dict[str, Tensor], scores: Mapping[str, Tensor]) -> None:
+    """Add the scores of a batch to those of the epoch: name -> [n]."""
+    for name, score in scores.items():
+        if name in sums:
+            sums[name] += score
+        else:
+            sums[name] = score.clone()
+
+
+def prunable_channels(sizes: Iterable[int], min_channels: int = 1) -> int:
+    """How many neurons can go at the most if every group of this many keeps ``min_channels``."""
+    return sum(max(size - min_channels, 0) for size in sizes)
+
+
+def rank_channels(
+    scores: Mapping[str, Tensor],
+    num_pruned: int,
+    min_channels: int = 1,
+    kept: Mapping[str, Tensor] | None = None,
+) -> dict[str, Tensor]:
+    """Prune the bottom-ranked neurons of a network, whatever layer they are in: section 3.1, Algorithm 1.
+
+    Ties go in the order of groups and channels, the first is pruned first. A neuron whose group is down to
+    ``min_channels`` is passed over.
+
+    Args:
+        scores: group -> [n], larger = keep.
+        num_pruned: neurons that are pruned afterwards, those of ``kept`` included.
+        min_channels: neurons that every group keeps.
+        kept: group -> bool [n]; what is False has been pruned before and stays so.
+
+    Returns:
+        group -> bool [n] on the CPU, True = kept; exactly ``num_pruned`` are False.
+
+    Raises:
+        ValueError: so many cannot be pruned, or fewer than there are already.
+
+    Example:
+        >>> scores = {"a": torch.tensor([3.0, 1.0]), "b": torch.tensor([2.0, 1.0, 0.5])}
+        >>> {name: mask.tolist() for name, mask in rank_channels(scores, 2).items()}
+        {'a': [True, False], 'b': [True, True, False]}
+    """
+    ranked = pruning_order(scores, min_channels, kept)
+    gone = sum(int((~mask).sum()) for mask in (kept or {}).values())
+    if not gone <= num_pruned <= len(ranked):
+        raise ValueError(f"{num_pruned} neurons cannot be pruned: {gone} are, {len(ranked)} can be")
+    return masks_after(ranked[:num_pruned], {name: len(score) for name, score in scores.items()})
+
+
+def pruning_order(
+    scores: Mapping[str, Tensor], min_channels: int = 1, kept: Mapping[str, Tensor] | None = None
+) -> list[tuple[str, int]]:
+    """All neurons that may go, (group, channel), in the order in which `rank_channels` prunes them."""
+    order: list[tuple[float, int, int]] = []
+    names = list(scores)
+    for number, name in enumerate(names):
+        values = scores[name].detach().double().cpu()
+        if kept is not None:
+            values = values.masked_fill(~kept[name].cpu(), -torch.inf)
+        rising = torch.sort(values, stable=True).indices.tolist()
+        flat = values.tolist()
+        order += [(flat[i], number, i) for i in rising[: max(len(rising) - min_channels, 0)]]
+    return [(names[number], channel) for _, number, channel in sorted(order)]
+
+
+def masks_after(pruned: Iterable[tuple[str, int]], sizes: Mapping[str, int]) -> dict[str, Tensor]:
+    """Masks of groups of these sizes once some neurons, (group, channel), are pruned; True = kept."""
+    masks = {name: torch.ones(size, dtype=torch.bool) for name, size in sizes.items()}
+    for name, channel in pruned:
+        masks[name][channel] = False
+    return masks
+
+
+def round_widths(
+    masks: Mapping[str, Tensor], scores: Mapping[str, Tensor], multiple: int
+) -> dict[str, Tensor]:
+    """The nearest widths that are multiples, by pruning or keeping the neurons that are next in rank.
+
+    Args:
+        masks: group -> bool [n], True = kept.
+        scores: group -> [n].
+        multiple: of this number; groups of no more neurons stay whole.
+    """
+    rounded = {}
+    for name, mask in masks.items():
+        size, kept = len(mask), int(mask.sum())
+        wanted = max(multiple, (kept + multiple // 2) // multiple * multiple)
+        if multiple == 1 or kept == size:
+            rounded[name] = mask
+            continue
+        values, stays = scores[name].detach().double().cpu().tolist(), mask.tolist()
+        order = sorted(range(size), key=lambda i: (stays[i], values[i], i))
+        rounded[name] = torch.ones_like(mask)
+        rounded[name][order[: max(size - wanted, 0)]] = False
+    return rounded

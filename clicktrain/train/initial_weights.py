@@ -1,0 +1,123 @@
+"""Weights that a run starts from: those of an earlier run, and what that one has cost."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from clicktrain.errors import UserError
+from clicktrain.formats.tree import read_tensors
+from clicktrain.train.run_folder import RunFolder
+
+
+@dataclass(frozen=True, slots=True)
+class EarlierCost:
+    """Training FLOPs that went into the weights before the run begins.
+
+    Attributes:
+        flops: as they happened, over all trainings in a row; None if the weights came without an account.
+        flops_dense: of the one dense training that they are compared with: the longest of those trainings.
+    """
+
+    flops: int | None = 0
+    flops_dense: int = 0
+
+    def total_ratio(self, flops: int, flops_dense: int) -> float | None:
+        """Everything spent, over one dense training: the longer of this run's and the earlier one.
+
+        A network that is trained dense, pruned and fine-tuned for as many epochs again has cost up to twice a
+        dense training, and that is what the ratio says: what a user would have paid without pruning is one
+        training, not two.
+
+        Args:
+            flops: of this run, as it happened.
+            flops_dense: of this run, had it stayed dense.
+        """
+        if self.flops is None:
+            return None
+        return (self.flops + flops) / max(flops_dense, self.flops_dense, 1)
+
+
+def load_initial_weights_(model: nn.Module, source: str | Path, classes: Sequence[str]) -> EarlierCost:
+    """Put the weights of an earlier run, or of any safetensors file of the plain network, into ``model``.
+
+    Args:
+        model: changed in place; on any device.
+        source: folder of a finished run, or a .safetensors file with the names of the network's state dict.
+        classes: those of the data that the run is about to train on.
+
+    Returns:
+        What the weights have cost: of a run's folder by its summary; unknown for a file.
+
+    Raises:
+        UserError: there is no such thing, it is damaged, or belongs to another network or other classes.
+    """
+    path = Path(source)
+    cost = EarlierCost(flops=None)
+    if path.is_dir():
+        cost, path = _cost_of(RunFolder(path)), RunFolder(path).model
+    elif not path.exists():
+        raise UserError(
+            f"initial_weights is {str(source)!r}, which does not exist: give the folder of a finished run or "
+            "a .safetensors file"
+        )
+    try:
+        tensors, metadata = read_tensors(path)
+        facts = json.loads(metadata.get("clicktrain", "{}"))
+    except (UserError, ValueError) as error:
+        raise UserError(f"initial_weights {source} cannot be read: {error}") from None
+    _check_classes(source, facts, classes)
+    _check_tensors(source, tensors, model.state_dict())
+    model.load_state_dict(tensors)
+    return cost
+
+
+def _cost_of(folder: RunFolder) -> EarlierCost:
+    """What a finished run, and those before it whose weights it started from, have cost."""
+    summary = folder.open().summary()
+    if summary is None:
+        raise UserError(
+            f"initial_weights is the run in {folder.path}, which is not finished: continue it with "
+            f"'clicktrain resume {folder.path}', or give another"
+        )
+    flops, ratio = summary["train_flops"], summary["train_flops_ratio"]
+    before = summary.get("initial_train_flops", 0)
+    if before is None:
+        return EarlierCost(None)
+    total, total_ratio = flops + before, summary.get("total_train_flops_ratio") or ratio
+    return EarlierCost(total, round(total / total_ratio) if total_ratio else 0)
+
+
+def _check_classes(source: str | Path, facts: Any, classes: Sequence[str]) -> None:
+    theirs = facts.get("classes") if isinstance(facts, dict) else None
+    if theirs is None or list(theirs) == list(classes):
+        return
+    if len(theirs) != len(classes):
+        what = f"for {len(theirs)} classes, this data has {len(classes)}"
+    else:
+        one = next((a, b) for a, b in zip(theirs, classes, strict=True) if a != b)
+        what = f"for other classes ({one[0]!r} where this data has {one[1]!r})"
+    raise UserError(f"initial_weights {source} was trained {what}: give weights of the same data")
+
+
+def _check_tensors(source: str | Path, tensors: Mapping[str, Tensor], own: Mapping[str, Tensor]) -> None:
+    missing = [name for name in own if name not in tensors]
+    surplus = [name for name in tensors if name not in own]
+    if missing or surplus:
+        what = f"lacks {missing[0]}" if missing else f"has {surplus[0]}, which the network does not"
+        raise UserError(f"initial_weights {source} {what}: give weights of the same network")
+    for name, tensor in own.items():
+        other = tensors[name]
+        if other.shape != tensor.shape:
+            raise UserError(
+                f"initial_weights {source} has {name} of shape {list(other.shape)}, the network has "
+                f"{list(tensor.shape)}: give weights of the same network"
+            )
+        if other.is_floating_point() and not bool(torch.isfinite(other).all()):
+            raise UserError(f"initial_weights {source} is damaged: {name} holds values that are no numbers")

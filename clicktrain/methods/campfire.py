@@ -261,7 +261,10 @@ class Campfire(Method[CampfireState]):
         first, _ = self._batches(self.era_of(length), length)
         if first > 0:
             return ()
-        return [self._open_era(state, "epoch 0 begins"), *self._prune(state, found, self.threshold_after(0, length))]
+        return [
+            self._open_era(state, "epoch 0 begins"),
+            *self._prune(state, found, self.threshold_after(0, length)),
+        ]
 
     def before_step(self, state: CampfireState, found: Survey, step: Step) -> None:
         """Follow the gradients, if the criterion reads them, from the step that opens the era on."""

@@ -39,7 +39,13 @@ from clicktrain.sparsity.channel_lasso import (
     shrink_channels_,
     zero_small_channels_,
 )
-from clicktrain.surgery import SurgeryPlan, plan_from_zeros
+from clicktrain.surgery import (
+    SurgeryPlan,
+    WidthTable,
+    measured_round_to,
+    plan_from_zeros,
+    typical_layer,
+)
 
 Axes = dict[str, tuple[ChannelAxis, ...]]
 
@@ -59,6 +65,8 @@ class PruneTrainState:
     reconfigured: float = 0.0
     """Epoch of the last reconfiguration."""
     done: bool = False
+    round_to: int | None = None
+    """Multiple of the widths; None while it is not measured."""
     axes: Axes | None = field(default=None, compare=False)
     last_plan: SurgeryPlan | None = field(default=None, compare=False)
 
@@ -95,8 +103,9 @@ class PruneTrain(Method[PruneTrainState]):
     changes what the network computes; the latter comes later."""
     threshold: float = 1e-4
     """Channels whose weights are all at most this large are set to zero."""
-    round_to: int = 1
-    """Widths that remain are multiples of it, where the layer is wide enough."""
+    round_to: int | Literal["auto"] = 1
+    """Widths that remain are multiples of it, where the layer is wide enough; auto: the multiple that pays on
+    this device, measured once."""
     fine_tune: float = 0.0
     """Epochs without the lasso at the end of the run."""
     linear: bool = True
@@ -126,8 +135,8 @@ class PruneTrain(Method[PruneTrainState]):
         for key in ("threshold", "fine_tune"):
             if not 0 <= getattr(self, key) < math.inf:
                 raise UserError(f"{key} must not be negative, not {getattr(self, key)}")
-        if self.round_to < 1:
-            raise UserError(f"round_to must be at least 1, not {self.round_to}")
+        if self.round_to != "auto" and self.round_to < 1:
+            raise UserError(f"round_to must be at least 1, or auto, not {self.round_to}")
         if self.once_at is not None and self.reconfigure != "once":
             raise UserError("once_at is set but reconfigure is not 'once': set that too")
 
@@ -135,6 +144,10 @@ class PruneTrain(Method[PruneTrainState]):
     def keeps_inputs(self) -> bool:
         """For ``check_outputs``."""
         return self.check_outputs
+
+    @property
+    def _given(self) -> int:
+        return 1 if self.round_to == "auto" else self.round_to
 
     # ---- what and when ----------------------------------------------------------------------
 
@@ -157,7 +170,7 @@ class PruneTrain(Method[PruneTrainState]):
             raise UserError(
                 f"fine_tune is {self.fine_tune:g} epochs: leave some of the {length.epochs} to the lasso"
             )
-        state = PruneTrainState()
+        state = PruneTrainState(round_to=None if self.round_to == "auto" else self.round_to)
         if found.example is not None:
             state.axes = self._axes(found)
         return state
@@ -238,16 +251,21 @@ class PruneTrain(Method[PruneTrainState]):
         state.reconfigured, state.done = epoch, True
         axes = state.axes or self._axes(found)
         zeroed = sum(zero_small_channels_(w, a, self.threshold) for w, a in self._weights(found, axes))
-        plan = self.surgery_plan(found)
-        unrounded = plan if self.round_to == 1 else self.surgery_plan(found, round_to=1)
+        actions: list[Action] = []
+        if self.round_to == "auto" and state.round_to is None:
+            state.round_to, table = _measured_rounding(found)
+            actions.append(Record({"event": "widths", **table.to_json()}))
+        multiple = state.round_to or 1
+        plan = self.surgery_plan(found, multiple)
+        unrounded = plan if multiple == 1 else self.surgery_plan(found, 1)
         event = {
             "zeroed_channels": zeroed,
-            "round_to": self.round_to,
+            "round_to": multiple,
             "channels_without_rounding": sum(row.outputs[1] for row in unrounded.layers),
         }
-        return [Reconfigure(plan, event, self.check_outputs)]
+        return [*actions, Reconfigure(plan, event, self.check_outputs)]
 
-    def surgery_plan(self, found: Survey, round_to: int | None = None) -> SurgeryPlan:
+    def surgery_plan(self, found: Survey, round_to: int = 1) -> SurgeryPlan:
         """What would be removed from the network as it is."""
         assert found.model is not None
         if found.example is None:
@@ -257,7 +275,7 @@ class PruneTrain(Method[PruneTrainState]):
             found.example,
             self.threshold,
             self.scheme,
-            round_to or self.round_to,
+            round_to,
             self.sides or "both",
         )
 
@@ -277,7 +295,8 @@ class PruneTrain(Method[PruneTrainState]):
         """Per layer: channels now, how many would go at once, and why one stays."""
         changes = {}
         if found.model is not None and found.example is not None:
-            changes = {row.name: row for row in self.surgery_plan(found).layers}
+            multiple = None if state is None else state.round_to
+            changes = {row.name: row for row in self.surgery_plan(found, multiple or self._given).layers}
         rows, full, kept = [], 0, 0
         for layer in found.prunable:
             change = changes.get(layer.name)
@@ -303,11 +322,14 @@ class PruneTrain(Method[PruneTrainState]):
             if self.coefficient is not None
             else f"{self.penalty_ratio:g} of the whole loss at the first step"
         )
+        widths = (
+            "widths as the device likes them" if self.round_to == "auto" else f"widths in {self.round_to}s"
+        )
         stages = [
             ("lasso", f"over input and output channels, {strength}, {self.update}"),
             (
                 "reconfiguration",
-                f"{when}; {self.scheme}, threshold {self.threshold:g}, widths in {self.round_to}s",
+                f"{when}; {self.scheme}, threshold {self.threshold:g}, {widths}",
             ),
         ]
         if self.fine_tune:
@@ -322,11 +344,14 @@ class PruneTrain(Method[PruneTrainState]):
             "coefficient": state.coefficient,
             "reconfigured": state.reconfigured,
             "done": state.done,
+            "round_to": state.round_to,
         }
 
     def load_state(self, found: Survey, length: RunLength, saved: Mapping[str, Any]) -> PruneTrainState:
         """Inverse of `state_dict`, on the network as it was then."""
-        state = PruneTrainState(saved["stage"], saved["coefficient"], saved["reconfigured"], saved["done"])
+        state = PruneTrainState(
+            saved["stage"], saved["coefficient"], saved["reconfigured"], saved["done"], saved["round_to"]
+        )
         if found.example is not None:
             state.axes = self._axes(found)
         return state
@@ -338,3 +363,13 @@ _CHOICES: dict[str, tuple[str, ...]] = {
     "update": ("proximal", "gradient"),
     "sides": ("both", "readers"),
 }
+
+
+def _measured_rounding(found: Survey) -> tuple[int, WidthTable]:
+    """The multiple of channels that pays for this network on its device."""
+    assert found.model is not None
+    assert found.example is not None
+    weight = found.layers[0].weight
+    channels_last = weight.is_contiguous(memory_format=torch.channels_last) and not weight.is_contiguous()
+    layer = typical_layer(found.model, found.example, channels_last=channels_last)
+    return measured_round_to(weight.device, layer)

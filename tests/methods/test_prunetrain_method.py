@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -13,6 +14,7 @@ from torch import Tensor, nn
 from clicktrain import PruneTrain, create_model
 from clicktrain.errors import UserError
 from clicktrain.methods import Pruner
+from clicktrain.surgery import fast_widths
 
 STEPS = 4
 """Batches in an epoch."""
@@ -179,6 +181,31 @@ def test_epochs_of_another_length() -> None:
     train(model, optimizer, pruner, 0, 1)
     with pytest.raises(UserError, match="between two epochs"):
         pruner.resize_epoch(3)
+
+
+def test_widths_are_multiples_and_the_price_is_told() -> None:
+    model = network()
+    optimizer = torch.optim.SGD(model.parameters(), lr=0.05, momentum=0.9)
+    pruner = PruneTrain(**STRONG, round_to=4).attach(model, optimizer, epochs=4, steps_per_epoch=STEPS)
+    train(model, optimizer, pruner, 0, 4 * STEPS)
+    pruner.finish()
+    widths = [m.out_channels for m in model.modules() if isinstance(m, nn.Conv2d)]
+    assert all(width % 4 == 0 for width in widths)
+    events = [event for event in pruner.events if event["event"] == "reconfigured"]
+    assert any(event["channels_without_rounding"] < event["channels_after"] for event in events)
+
+
+def test_the_multiple_is_measured_once(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
+    monkeypatch.setattr(fast_widths, "SECONDS", 0.0)
+    model = network()
+    optimizer = torch.optim.SGD(model.parameters(), lr=0.05)
+    pruner = PruneTrain(round_to="auto").attach(model, optimizer, epochs=2, steps_per_epoch=STEPS)
+    train(model, optimizer, pruner, 0, 2 * STEPS)
+    (table,) = [event for event in pruner.events if event["event"] == "widths"]
+    used = {event["round_to"] for event in pruner.events if event["event"] == "reconfigured"}
+    assert used == {table["chosen"]}
+    assert pruner.state_dict()["state"]["round_to"] == table["chosen"]
 
 
 def test_a_network_without_channels_left_is_legal() -> None:

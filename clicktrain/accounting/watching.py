@@ -27,9 +27,10 @@ def eager(model: nn.Module) -> contextlib.AbstractContextManager[Any]:
 
 @contextlib.contextmanager
 def no_trace(model: nn.Module, example: Tensor, *, training: bool) -> Iterator[None]:
-    """Another mode; afterwards modes, buffers, numbers that modules keep and the random state are as before.
+    """Another mode; afterwards every module's mode, all buffers and the random state are as before.
 
-    The flags are set directly: ``model.eval()`` may be overridden and do more.
+    So are the attributes of modules (a counter in ``forward``), as far as they are not changed in place. The
+    flags are set directly: ``model.eval()`` may be overridden and do more.
 
     Args:
         model: the network.
@@ -37,24 +38,22 @@ def no_trace(model: nn.Module, example: Tensor, *, training: bool) -> Iterator[N
         training: False: evaluation mode. True: training mode, unless the model is in it already: then every
             module stays in the mode that it has (frozen batch norms).
     """
-    kept = [(module, _numbers(module)) for module in model.modules()]  # the mode is one of them
+    modules = [(module, dict(module.__dict__), dict(module._buffers)) for module in model.modules()]
     buffers = [(buffer, buffer.detach().clone()) for buffer in model.buffers()]
     devices = [example.device] if example.is_cuda else []
     try:
         with torch.random.fork_rng(devices):
             if not (training and model.training):
-                for module, _ in kept:
+                for module, _, _ in modules:
                     module.training = training
             yield
     finally:
-        for module, numbers in kept:
-            vars(module).update(numbers)
+        for module, attributes, own in modules:
+            module.__dict__.clear()
+            module.__dict__.update(attributes)
+            module._buffers.clear()
+            module._buffers.update(own)
         with torch.no_grad():
             for buffer, before in buffers:
                 if not torch.equal(buffer, before):
                     buffer.copy_(before)
-
-
-def _numbers(module: nn.Module) -> dict[str, Any]:
-    """A module's own attributes that are plain values: its mode, and whatever it counts."""
-    return {name: value for name, value in vars(module).items() if isinstance(value, (bool, int, float, str))}

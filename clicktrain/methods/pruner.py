@@ -127,7 +127,14 @@ class Pruner:
     def resize_epoch(self, steps_per_epoch: int) -> None:
         """Tell that the epochs to come have another number of batches, because the batch has another size.
 
-        Call it between two epochs.
+        Call it between two epochs. Nothing else is needed where the batch grows after channels have gone
+        (PruneTrain 4.3; ``plans`` is longer then); the learning rate is the caller's.
+
+        Args:
+            steps_per_epoch: calls of `observe` in every epoch from the next one on.
+
+        Raises:
+            UserError: fewer than 1, or in the middle of an epoch.
         """
         if steps_per_epoch < 1:
             raise UserError(f"an epoch has at least 1 batch, not {steps_per_epoch}")

@@ -18,6 +18,8 @@ from clicktrain.report.run_data import Run, number
 _A, _B = "curve-val", "curve-train"
 _MEGABYTE = 1e6
 _PHASES = 3
+_BEGINS = ("trigger", "stage", "reconfigured", "hard_prune")
+"""Events of which the first says when the indicator was heeded."""
 
 Points = list[tuple[float, float]]
 
@@ -173,14 +175,13 @@ def _batch_norm(run: Run) -> Figure | None:
 def _indicator(run: Run) -> Figure | None:
     """PaT's early pruning indicator, and when it said that it is time."""
     told = [event for event in run.events if event.get("event") == "epi"]
-    pairs = ((number(event, "epoch"), number(event, "value")) for event in told)
+    pairs = ((number(event, "epoch"), number(event, "epi")) for event in told)
     points = [(epoch, value) for epoch, value in pairs if epoch is not None and value is not None]
     if not points:
         return None
     threshold = number(told[-1], "threshold")
-    chosen = next(
-        (number(e, "epoch") for e in run.events if e.get("event") in ("reconfigured", "hard_prune")), None
-    )
+    begins = [number(e, "epoch") for e in run.events if e.get("event") in _BEGINS]
+    chosen = next((epoch for epoch in begins if epoch), None)
     values = [value for _, value in points] + ([] if threshold is None else [threshold])
     drawn = line_chart(
         [Series("indicator", points, _A)],
@@ -188,11 +189,13 @@ def _indicator(run: Run) -> Figure | None:
         epochs=(0.0, float(max(run.epochs_done, *(e for e, _ in points)))),
         y_range=(min(0.0, *values), max(1.0, *values)),
         reference=threshold,
-        marks=[] if chosen is None else [(chosen, f"pruned after epoch {wording.epoch(chosen)}")],
+        marks=[] if chosen is None else [(chosen, f"pruning began after epoch {wording.epoch(chosen)}")],
     )
     caption = "How alike the structures of neighbouring epochs are"
     caption += f"; dashed: the threshold {threshold:.3g}" if threshold is not None else ""
-    caption += f". Pruned after epoch {wording.epoch(chosen)} (upright line)." if chosen is not None else "."
+    caption += (
+        f". Pruning began after epoch {wording.epoch(chosen)} (upright line)." if chosen is not None else "."
+    )
     return Figure("Early pruning indicator", drawn, caption)
 
 

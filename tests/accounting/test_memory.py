@@ -10,7 +10,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from clicktrain.accounting import TrainingMemory, measure_training_memory, training_memory
+from clicktrain.accounting import TrainingMemory, count, measure_training_memory, training_memory
 from clicktrain.accounting.memory import optimizer_bytes
 from clicktrain.errors import UserError
 from clicktrain.models import create_model
@@ -136,6 +136,32 @@ def test_watching_leaves_no_trace() -> None:
     assert not optimizer.state
     assert not calls
     assert all(p.grad is None for p in model.parameters())
+
+
+class Counts(nn.Module):
+    """Counts its calls, and puts another tensor in the place of a buffer."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.fc, self.calls = nn.Linear(4, 2), 0
+        self.register_buffer("seen", torch.zeros(1))
+
+    def forward(self, x: Tensor) -> Tensor:
+        self.calls += 1
+        self.seen = self.seen + 1
+        z: Tensor = self.fc(x)
+        return z
+
+
+def test_watching_does_not_count() -> None:
+    model = Counts()
+    seen = model.seen
+    training_memory(model, torch.zeros(1, 4))
+    measure_training_memory(model, torch.zeros(3, 4), lambda z: z.sum())
+    count(model, torch.zeros(1, 4))
+    assert model.calls == 0
+    assert model.seen is seen
+    assert float(seen) == 0
 
 
 def test_autocast_keeps_less() -> None:

@@ -375,12 +375,20 @@ def make_pat_run(folder: Path, *, chosen: int = 14) -> Path:
     """A run of pruning-aware training: the indicator rises over its threshold, and channels go at once."""
     make_run(folder, method="pat", epochs=30, accuracy=85.0)
     events: list[dict[str, Any]] = [
-        {"event": "epi", "step": 312 * e, "epoch": float(e), "value": 1 - 0.5 * 0.85**e, "threshold": 0.944}
+        {
+            "event": "epi",
+            "step": 312 * e,
+            "epoch": float(e),
+            "epi": 1 - 0.5 * 0.85**e if e > 1 else None,
+            "threshold": 0.944,
+            "window": 5,
+        }
         for e in range(1, chosen + 1)
     ]
+    events.append({"event": "trigger", "step": 312 * chosen, "epoch": float(chosen), "prune_epoch": chosen})
     events.append(
         {
-            "event": "reconfigured", "step": 312 * chosen, "epoch": float(chosen), "seconds": 0.4,
+            "event": "reconfigured", "step": 312 * (chosen + 1), "epoch": chosen + 1.0, "seconds": 0.4,
             "channels_before": 688, "channels_after": 400, "layers_removed": [], "layers": [],
             "max_output_change": None,
         }

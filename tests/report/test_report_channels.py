@@ -146,7 +146,7 @@ def test_when_to_prune(tmp_path: Path) -> None:
     page = page_of(make_pat_run(tmp_path / "pat"))
     drawn = figure(page, "Early pruning indicator")
     assert "the threshold 0.944" in drawn.one("figcaption").text
-    assert "Pruned after epoch 14" in drawn.one("figcaption").text
+    assert "Pruning began after epoch 14" in drawn.one("figcaption").text
     upright = [
         line for line in drawn.all("line", "reference") if line.attributes["x1"] == line.attributes["x2"]
     ]

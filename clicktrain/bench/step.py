@@ -149,7 +149,7 @@ def bench_step(
             fast = accelerate(copy.deepcopy(packed), case.batch()[0], rule=rule, remember=False)
             progress(f"checking at {compression:g}x, group {group}")
             check_same(packed, fast, *case.batch())
-            calls[compression, group] = _Step(fast, *case.batch())
+            calls[compression, group] = TrainingStep(fast, *case.batch())
     progress("building the dense networks")
     names = _dense_names(compiled, bf16)
     calls.update({key: _dense_step(case, *key) for key in names})
@@ -251,7 +251,7 @@ def _dense_names(compiled: bool, bf16: bool) -> list[tuple[str, str]]:
     return [(kind, name) for kind in (("fp32", "bf16") if bf16 else ("fp32",)) for name in names]
 
 
-def _dense_step(case: StepCase, kind: str, name: str) -> _Step:
+def _dense_step(case: StepCase, kind: str, name: str) -> TrainingStep:
     model, (x, y) = case.network(), case.batch()
     if name.startswith("channels_last"):
         model = cast(nn.Module, model.to(memory_format=torch.channels_last))  # type: ignore[call-overload]
@@ -259,10 +259,10 @@ def _dense_step(case: StepCase, kind: str, name: str) -> _Step:
     if name.endswith("compile"):
         # A module's own compile keeps the module; code of each is made anew for its own parameters.
         model.compile(dynamic=False)
-    return _Step(model, x, y, autocast=kind == "bf16")
+    return TrainingStep(model, x, y, autocast=kind == "bf16")
 
 
-class _Step:
+class TrainingStep:
     """A network with its optimizer and its batch; calling it does one training step."""
 
     def __init__(self, model: nn.Module, x: Tensor, y: Tensor, autocast: bool = False) -> None:
@@ -270,6 +270,7 @@ class _Step:
         self.optimizer = torch.optim.SGD(model.parameters(), lr=0.01, momentum=0.9)
 
     def __call__(self) -> None:
+        """Do one step."""
         self.optimizer.zero_grad()
         context = torch.autocast("cpu", torch.bfloat16) if self.autocast else contextlib.nullcontext()
         with context:
@@ -290,17 +291,17 @@ def _main(text: str) -> None:
     torch.set_num_threads(what["threads"])
     case = StepCase(**what["case"])
 
-    def prepare() -> _Step:
+    def prepare() -> TrainingStep:
         if "layout" in what:
             return _dense_step(case, "fp32", what["layout"])
         packed = case.packed(what["compression"], what["group"])
-        return _Step(accelerate(packed, case.batch()[0], rule=what["rule"]), *case.batch())
+        return TrainingStep(accelerate(packed, case.batch()[0], rule=what["rule"]), *case.batch())
 
     # What libraries take when they are first used is neither side's: both begin with it.
     tiny = nn.Sequential(
         nn.Conv2d(3, 16, 3), nn.BatchNorm2d(16), nn.ReLU(), nn.Flatten(), nn.Linear(144, CLASSES)
     )
-    _Step(tiny, torch.randn(2, 3, 5, 5), torch.zeros(2, dtype=torch.int64))()
+    TrainingStep(tiny, torch.randn(2, 3, 5, 5), torch.zeros(2, dtype=torch.int64))()
     print(peak_mb(prepare))
 
 

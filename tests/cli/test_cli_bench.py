@@ -53,6 +53,33 @@ def test_conv(place: Path) -> None:
     assert f"on {result['machine']['cpu']}, 1 threads" in text
 
 
+def test_runs(place: Path) -> None:
+    for name, flags in (
+        ("channels", ("--method", "prunetrain", "--coefficient", "0.06", "--interval", "1")),
+        ("masks", ("--method", "campfire", "--sparsity", "0.8", "--era", "0", "1")),
+    ):
+        run = call("train", "--model", "resnet8", "--width", "0.25", "--epochs", "2", "--out", name, *flags,
+                   "--operators", "reference", "--quiet", "--threads", "1")  # fmt: skip
+        assert run.code == 0, run.err
+    outcome = call(
+        "bench", "runs", "--runs", "channels", "masks", "--batch-size", "4", "--json", "it.json", *ONE
+    )
+    assert outcome.code == 0, outcome.err
+    rows = json.loads((place / "it.json").read_text())["rows"]
+    assert [(row["run"], row["what"]) for row in rows] == [
+        ("channels", "inference"), ("channels", "training step"),
+        ("masks", "inference"), ("masks", "training step"),
+    ]  # fmt: skip
+    summary = json.loads((place / "masks" / "summary.json").read_text())
+    assert rows[2]["flops_ratio"] == pytest.approx(summary["inference_flops_ratio"])
+    for row in rows:
+        assert row["ratio"] == pytest.approx(row["dense_ms"] / row["pruned_ms"])
+        assert 0 < row["flops_ratio"] < 1
+    nothing = call("bench", "runs")
+    assert nothing.code == 2
+    assert "name finished runs" in nothing.err
+
+
 def test_pack(place: Path) -> None:
     flags = ("--filters", "8", "--channels", "16", "--sparsity", "0.75", "--json", "it.json")
     outcome = call("bench", "pack", *flags, *ONE)

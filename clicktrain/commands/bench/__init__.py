@@ -18,6 +18,7 @@ BENCHMARKS: dict[str, str] = {
     "conv": "one sparse convolution layer against the best dense call",
     "pack": "packing a weight with known positions against its conversion to CSR",
     "step": "a whole accelerated training step against the best dense one",
+    "runs": "networks of finished runs against the dense ones, in inference and training",
 }
 """What can be measured. Each is a module of this package with a ``BENCHMARK``."""
 

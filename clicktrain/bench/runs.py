@@ -1,0 +1,164 @@
+"""Networks of finished runs beside the dense ones that they come from: inference and a training step."""
+
+from __future__ import annotations
+
+import contextlib
+import copy
+from collections.abc import Callable, Sequence
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any, cast
+
+import torch
+from torch import Tensor, nn
+
+from clicktrain.accounting import ModelCost, count
+from clicktrain.bench.step import TrainingStep
+from clicktrain.bench.timing import Progress, WrongResultError, check_rounds, fastest, median_ms
+from clicktrain.compiler import Accelerated, accelerate
+from clicktrain.errors import UserError
+from clicktrain.kernels.native import keep_memory, toolchain
+from clicktrain.kernels.pack_model import pack_model_
+from clicktrain.sparsity.masks import conv_masks
+from clicktrain.train import load_run
+from clicktrain.train.prepare import build_model
+from clicktrain.train.restore import LoadedRun
+
+TOLERANCE = 1e-3
+"""Allowed difference of logits between the run's network and what is timed, relative to the largest."""
+LAYOUTS = ("NCHW", "channels_last")
+
+
+@dataclass(frozen=True, slots=True)
+class RunRow:
+    """One network doing one thing.
+
+    Attributes:
+        run: its folder.
+        method: how it was pruned.
+        what: ``inference``, or ``training step`` (forward, loss, backward, SGD with momentum).
+        batch_size: images.
+        dense_ms, dense_name: of the dense network, in the fastest memory order and precision that was tried.
+        pruned_ms, pruned_name: of the run's network, likewise, or accelerated.
+        ratio: dense_ms / pruned_ms.
+        flops_ratio: FLOPs of the pruned network over those of the dense one, for the same thing.
+        share_of_saving: time saved over FLOPs saved; 1 = time fell as FLOPs did, None if no FLOPs were saved.
+    """
+
+    run: str
+    method: str
+    what: str
+    batch_size: int
+    dense_ms: float
+    dense_name: str
+    pruned_ms: float
+    pruned_name: str
+    ratio: float
+    flops_ratio: float
+    share_of_saving: float | None
+
+
+def bench_runs(
+    paths: Sequence[str],
+    *,
+    batch_sizes: Sequence[int] = (64,),
+    rounds: int = 7,
+    bf16: bool = False,
+    progress: Progress = lambda text: None,
+) -> list[RunRow]:
+    """Time the networks of finished runs; all that is compared is interleaved in one process.
+
+    Args:
+        paths: folders of the runs.
+        batch_sizes: images per call.
+        rounds: timings of which the median is taken.
+        bf16: also try everything dense under bfloat16 autocast.
+        progress: told what is being measured.
+
+    Raises:
+        UserError: no such run, or a number out of range.
+        WrongResultError: an accelerated network does not compute what the run's does.
+    """
+    check_rounds(rounds)
+    if not paths:
+        raise UserError("there is nothing to measure: name finished runs, as in --runs runs/A runs/B")
+    if not batch_sizes or min(batch_sizes) < 1:
+        raise UserError(f"batch_size must be at least 1, not {min(batch_sizes, default=0)}")
+    keep_memory()
+    rows = []
+    for path in paths:
+        loaded = load_run(path)
+        for batch in batch_sizes:
+            for what in ("inference", "training step"):
+                progress(f"{path}: {what}, batch {batch}")
+                rows.append(_row(Path(path), loaded, what, batch, rounds, bf16))
+    return rows
+
+
+def _row(path: Path, loaded: LoadedRun, what: str, batch: int, rounds: int, bf16: bool) -> RunRow:
+    generator = torch.Generator().manual_seed(0)
+    x = torch.randn(batch, *loaded.image_shape, generator=generator)
+    y = torch.randint(loaded.facts["num_classes"], (batch,), generator=generator)
+    dense, pruned = build_model(loaded.facts), loaded.model
+    training = what == "training step"
+    calls: dict[tuple[str, str], Callable[[], object]] = {}
+    for kind, model in (("dense", dense), ("pruned", pruned)):
+        for layout in LAYOUTS:
+            for half in (False, True) if bf16 else (False,):
+                name = f"{layout} bf16" if half else layout
+                calls[kind, name] = _call(copy.deepcopy(model), x, y, layout, half, training)
+    if (fast := _accelerated(loaded, x)) is not None:
+        calls["pruned", "accelerated"] = _call(fast, x, y, "NCHW", False, training)
+    times = median_ms(calls, rounds, warmup=2)
+    name, slow = fastest({name: ms for (kind, name), ms in times.items() if kind == "dense"})
+    own, quick = fastest({name: ms for (kind, name), ms in times.items() if kind == "pruned"})
+    costs = count(pruned, x[:1], loaded.masks), count(dense, x[:1], {})
+    flops = _flops(costs[0], training) / max(_flops(costs[1], training), 1)
+    return RunRow(
+        str(path), loaded.config.method, what, batch, slow, name, quick, own, slow / quick, flops,
+        (1 - quick / slow) / (1 - flops) if flops < 1 else None,
+    )  # fmt: skip
+
+
+def _flops(cost: ModelCost, training: bool) -> int:
+    return cost.training_flops if training else cost.forward_flops
+
+
+def _accelerated(loaded: LoadedRun, x: Tensor) -> nn.Module | None:
+    """On the sparse kernels, where there is something sparse; checked against the run's own network."""
+    masks = conv_masks(loaded.masks)
+    if not masks or toolchain() is None:
+        return None
+    packed = copy.deepcopy(loaded.model)
+    pack_model_(packed, masks)
+    fast = accelerate(packed, x)
+    if not isinstance(fast, Accelerated):
+        return None
+    with torch.inference_mode():
+        expected, found = loaded.model.eval()(x), fast.eval()(x)
+    if not bool((found - expected).abs().max() <= TOLERANCE * expected.abs().max().clamp_min(1)):
+        raise WrongResultError(f"the accelerated network of {loaded.folder.path} computes something else")
+    return fast
+
+
+def _call(
+    model: nn.Module, x: Tensor, y: Tensor, layout: str, half: bool, training: bool
+) -> Callable[[], object]:
+    if layout == "channels_last":
+        model = cast(nn.Module, model.to(memory_format=torch.channels_last))  # type: ignore[call-overload]
+        x = x.contiguous(memory_format=torch.channels_last)
+    if training:
+        return TrainingStep(model.train(), x, y, autocast=half)
+    model.eval()
+
+    def predict() -> None:
+        context = torch.autocast("cpu", torch.bfloat16) if half else contextlib.nullcontext()
+        with torch.inference_mode(), context:
+            model(x)
+
+    return predict
+
+
+def to_json(rows: Sequence[RunRow]) -> list[dict[str, Any]]:
+    """Rows as plain dicts."""
+    return [asdict(row) for row in rows]

@@ -228,8 +228,9 @@ class PruneTrain(Method[PruneTrainState]):
         epoch = math.floor(step.position)
         actions: list[Action] = []
         if state.reconfigured == 0 and step.epoch == 0 and state.coefficient is not None:
-            actions.append(Record({"event": "penalty", "coefficient": state.coefficient,
-                                   "penalty_ratio": self.penalty_ratio}))  # fmt: skip
+            share = self.penalty_ratio if self.coefficient is None else None
+            event = {"event": "penalty", "coefficient": state.coefficient, "penalty_ratio": share}
+            actions.append(Record(event))
         last = epoch >= step.length.epochs
         if not last and self._due(state, epoch, step.length):
             actions += self.reconfigure_now(state, found, epoch)

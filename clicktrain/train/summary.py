@@ -50,8 +50,10 @@ def finish_run(run: LiveRun) -> dict[str, Any]:
         write_recipe(run.folder.surgery, p.pruner.plans)
     save_tree(run.folder.model, weights, metadata)
     save_packed(run.folder.packed, weights, {name: mask.cpu() for name, mask in masks.items()}, metadata)
-    cost = count(model, torch.zeros(1, *p.data.image_shape, device=p.device), masks or None)
-    summary = _summary(run, cost, operators)
+    # Zeros without fixed positions cost as much as any weight; they only count in the compression.
+    image = torch.zeros(1, *p.data.image_shape, device=p.device)
+    cost = count(model, image, masks)
+    summary = _summary(run, cost, cost if masks else count(model, image), operators)
     if run.scalars is not None:
         run.scalars.close()
     run.folder.write_summary(summary)
@@ -67,7 +69,9 @@ def _zero_outside(model: nn.Module, masks: Mapping[str, Tensor]) -> None:
         weight.masked_fill_(~mask.to(weight.device), 0.0)
 
 
-def _summary(run: LiveRun, cost: ModelCost, operators: Mapping[str, str]) -> dict[str, Any]:
+def _summary(
+    run: LiveRun, cost: ModelCost, living: ModelCost, operators: Mapping[str, str]
+) -> dict[str, Any]:
     p, course = run.prepared, run.course
     config, pruner = p.config, p.pruner
     hard_prune = next((event["epoch"] for event in pruner.events if event["event"] == "hard_prune"), None)
@@ -82,7 +86,7 @@ def _summary(run: LiveRun, cost: ModelCost, operators: Mapping[str, str]) -> dic
         "best_val_accuracy": course.best_val_accuracy,
         "sparsity_asked": getattr(p.method, "sparsity", None),
         "compression_asked": getattr(p.method, "compression", None),
-        "compression_ratio": ratio(p.cost.initial.conv_weights, cost.conv_nonzero),
+        "compression_ratio": ratio(p.cost.initial.conv_weights, living.conv_nonzero),
         "train_flops": course.train_flops,
         "train_flops_ratio": course.train_flops / max(course.train_flops_dense, 1),
         "initial_train_flops": course.earlier.flops,
@@ -94,7 +98,7 @@ def _summary(run: LiveRun, cost: ModelCost, operators: Mapping[str, str]) -> dic
         "data_share": course.data_seconds / max(course.epoch_seconds, 1e-9),
         "hard_prune_epoch": hard_prune,
         "parameters": cost.parameters,
-        "nonzero_parameters": cost.nonzero_parameters,
+        "nonzero_parameters": living.nonzero_parameters,
         "dense_parameters": p.cost.initial.parameters,
         "layers_removed": [name for plan in p.pruner.plans for name in plan.removed_names],
         "device": p.device.type,

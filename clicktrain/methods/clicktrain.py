@@ -117,14 +117,14 @@ class ClickTrain(Method[ClickTrainState]):
     batches."""
     kernel_score: Literal["kernel", "pattern"] | None = None
     """Importance of a kernel: over all its positions (Eq. 2), or inside its chosen pattern."""
-    allocation: Literal["uniform", "importance", "relative", "erk"] | None = None
-    """Kept kernels per layer: equal densities, by importance, by importance relative to the layer's mean,
-    or Erdos-Renyi-kernel."""
+    allocation: Literal["uniform", "importance", "relative", "share", "erk"] | None = None
+    """Kept kernels per layer: equal densities, by importance, by importance relative to the layer's mean or
+    as a share of all of the layer's, or Erdos-Renyi-kernel."""
     allocation_floor: float = 0.2
     """Every layer keeps at least this share of the density that equal densities would give it."""
     latency_target: float | None = None
     """Time to end at, as a share of the dense network's, instead of a compression (on CPUs); kernels are then
-    allocated by the time that they take, and allocation is relative unless it is given."""
+    allocated by the time that they take, and allocation is share unless it is given."""
     latency_target_ms: float | None = None
     """Time to end at, in milliseconds per batch, instead of a compression."""
     latency_batch: int = 64
@@ -174,7 +174,7 @@ class ClickTrain(Method[ClickTrainState]):
         if self.trigger == "epi" and self.earliest_start is None:
             object.__setattr__(self, "earliest_start", 0.0)
         if self.aim is not None and self.allocation is None:
-            object.__setattr__(self, "allocation", "relative")
+            object.__setattr__(self, "allocation", "share")
         for key, value in PRESETS[self.preset].items():
             if getattr(self, key) is None:
                 object.__setattr__(self, key, value)
@@ -489,7 +489,7 @@ class ClickTrain(Method[ClickTrainState]):
             budgets = [t.budget for t in targets]
             return allocate(budgets, found.other_conv_weights, self.compression, gains, floor=floor), {}
         latency = self._latency(state, found)
-        by_time = self.allocation in ("importance", "relative")
+        by_time = self.allocation in ("importance", "relative", "share")
         return latency.search(
             lambda ms: latency.allocate(ms, gains, by_time, floor),
             lambda kernels: _chosen(state.selection, targets, scores, kernels),
@@ -630,7 +630,7 @@ _CHOICES: dict[str, tuple[str, ...]] = {
     "trigger": ("own", "epi"),
     "selection": ("votes", "accumulated"),
     "kernel_score": ("kernel", "pattern"),
-    "allocation": ("uniform", "importance", "relative", "erk"),
+    "allocation": ("uniform", "importance", "relative", "share", "erk"),
     "penalty": ("lasso", "shrink", "none"),
     "loss_margin_rule": ("ratio", "increase"),
     "latency_of": get_args(Timed),

@@ -158,7 +158,7 @@ def test_what_is_measured_decides(allocation: str) -> None:
     train(pruner, 10)
     pruner.finish()
     event = finalised(pruner)
-    assert event["attempts"] == len(measure.seen) <= 4
+    assert event["attempts"] == len(measure.seen) <= 6
     best = min(measure.seen, key=lambda ratio: abs(torch.tensor(ratio / 0.8).log()))
     assert event["latency_ratio"] == best
     assert event["latency_error"] == pytest.approx(best / 0.8 - 1)

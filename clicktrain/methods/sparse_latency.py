@@ -175,7 +175,7 @@ class SparseLatency:
             tried.append((now, measured))
             if abs(self.aim.reached(measured) - 1) <= TOLERANCE:
                 break
-            aim = next_aim([(a.predicted_ms, self.aim.reached(m)) for a, m in tried])
+            aim = aim_after([(a.predicted_ms, self.aim.reached(m)) for a, m in tried])
             now = allocated(aim)
         best, measured = min(tried, key=lambda one: abs(math.log(self.aim.reached(one[1]))))
         return best.kernels, self._about(best, measured, len(tried))
@@ -196,6 +196,27 @@ class SparseLatency:
             "latency_met": None if error is None else abs(error) <= TOLERANCE,
             "attempts": attempts,
         }
+
+
+def aim_after(tried: Sequence[tuple[float, float]]) -> float:
+    """Where to go on: between the nearest network that is too slow and the nearest that is not.
+
+    Where there are not both, or they contradict each other, as `next_aim`. Predictions are not wrong by
+    a factor alone: whole networks convert layouts and fuse steps.
+
+    Args:
+        tried: predicted milliseconds of what was measured, and measured / target; at least one.
+
+    Example:
+        >>> aim_after([(10.0, 1.5), (6.0, 0.5)])
+        8.0
+    """
+    slow = min((one for one in tried if one[1] > 1), default=None)
+    fast = max((one for one in tried if one[1] <= 1), default=None)
+    if slow is None or fast is None or fast[0] >= slow[0]:
+        return next_aim(tried)
+    share = (1 - fast[1]) / (slow[1] - fast[1])
+    return fast[0] + min(max(share, 0.1), 0.9) * (slow[0] - fast[0])
 
 
 def _check(found: Survey) -> tuple[nn.Module, Tensor]:

@@ -205,11 +205,12 @@ def cache_folder() -> Path:
 
 
 def _cache_path(geometry: LayerGeometry, batch: int, device: torch.device) -> Path:
-    text = json.dumps([FORMAT_VERSION, _machine(device), torch.__version__, batch, asdict(geometry)])
+    text = json.dumps([FORMAT_VERSION, machine(device), torch.__version__, batch, asdict(geometry)])
     return cache_folder() / f"layer-{hashlib.sha256(text.encode()).hexdigest()[:32]}.json"
 
 
-def _machine(device: torch.device) -> list[object]:
+def machine(device: torch.device) -> list[object]:
+    """What times depend on beside the work: the processor or GPU, and the threads."""
     if device.type == "cuda":
         return [torch.cuda.get_device_name(device), torch.version.cuda]
     try:

@@ -16,6 +16,7 @@ from clicktrain.surgery import SurgeryPlan
 
 if TYPE_CHECKING:
     from clicktrain.methods.pruner import Pruner
+    from clicktrain.methods.sparse_latency import MeasureMasks
 
 Event: TypeAlias = dict[str, Any]
 """A decision, JSON-able; key ``event`` says which."""
@@ -265,6 +266,7 @@ class Method(abc.ABC, Generic[S]):
         packed: bool = False,
         example: Tensor | None = None,
         on_event: Callable[[Event], None] | None = None,
+        measure: MeasureMasks | None = None,
     ) -> Pruner:
         """Hook this method into a training loop: two lines, this one and `Pruner.observe`.
 
@@ -280,6 +282,8 @@ class Method(abc.ABC, Generic[S]):
             example: batch of inputs, [N, C, H, W], for methods that remove channels; values do not matter.
                 Taken from the first forward pass if it is not given.
             on_event: called with every decision.
+            measure: times the network with masks, for ClickTrain with a latency as its target:
+                ``clicktrain.train.MaskedLatency(model, example)``; without it predictions are believed.
 
         Raises:
             UserError: what is asked for cannot be done on this network or in a run of this length.
@@ -294,6 +298,7 @@ class Method(abc.ABC, Generic[S]):
             packed=packed,
             example=example,
             on_event=on_event,
+            measure=measure,
         )
 
 

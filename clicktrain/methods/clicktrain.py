@@ -9,7 +9,7 @@ from __future__ import annotations
 import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
-from typing import Any, ClassVar, Literal
+from typing import Any, ClassVar, Literal, get_args
 
 from torch import Tensor, nn
 
@@ -28,6 +28,8 @@ from clicktrain.methods.base import (
 from clicktrain.methods.kernel_watch import KernelWatch, default_threshold
 from clicktrain.methods.pattern_selection import Selection, Target, allocation_gains, effective_group
 from clicktrain.methods.pruning_start import default_window
+from clicktrain.methods.sparse_latency import LatencyAim, SparseLatency
+from clicktrain.methods.sparse_times import Timed
 from clicktrain.methods.survey import ConvLayer, Survey, matches, survey
 from clicktrain.sparsity.allocation import LayerBudget, allocate, check_reachable
 from clicktrain.sparsity.finalize import batch_counts
@@ -80,6 +82,8 @@ class ClickTrainState:
     """For trigger epi, in stage 1."""
     masks: dict[str, Tensor] = field(default_factory=dict)
     """Derived from the selection once it has decided."""
+    latency: SparseLatency | None = field(default=None, compare=False)
+    """Measured when it is needed, not saved."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -93,7 +97,8 @@ class ClickTrain(Method[ClickTrainState]):
     name: ClassVar[str] = "clicktrain"
 
     compression: float = 8.0
-    """All convolution weights / non-zero convolution weights at the end, over the whole network."""
+    """All convolution weights / non-zero convolution weights at the end, over the whole network; with a
+    latency as the target it is not used: it is what comes out."""
     preset: Literal["default", "paper", "one-shot"] = "default"
     """Where settings that are not given come from: what wins in short runs, the paper's own, or magnitudes
     once with fixed patterns (a baseline)."""
@@ -112,11 +117,20 @@ class ClickTrain(Method[ClickTrainState]):
     batches."""
     kernel_score: Literal["kernel", "pattern"] | None = None
     """Importance of a kernel: over all its positions (Eq. 2), or inside its chosen pattern."""
-    allocation: Literal["uniform", "importance", "relative", "erk"] | None = None
-    """Kept kernels per layer: equal densities, by importance, by importance relative to the layer's mean,
-    or Erdos-Renyi-kernel."""
+    allocation: Literal["uniform", "importance", "relative", "share", "erk"] | None = None
+    """Kept kernels per layer: equal densities, by importance, by importance relative to the layer's mean or
+    as a share of all of the layer's, or Erdos-Renyi-kernel."""
     allocation_floor: float = 0.2
     """Every layer keeps at least this share of the density that equal densities would give it."""
+    latency_target: float | None = None
+    """Time to end at, as a share of the dense network's, instead of a compression (on CPUs); kernels are then
+    allocated by the time that they take, and allocation is share unless it is given."""
+    latency_target_ms: float | None = None
+    """Time to end at, in milliseconds per batch, instead of a compression."""
+    latency_batch: int = 64
+    """Images of the batch whose time counts."""
+    latency_of: Timed = "inference"
+    """The time that counts: inference, or a training step (forward and backward pass)."""
     layers: dict[str, float] = field(default_factory=dict)
     """Compression ratio of single layers, by module path (shell-style): the paper's fixed ratios."""
     exclude: tuple[str, ...] = ()
@@ -159,6 +173,8 @@ class ClickTrain(Method[ClickTrainState]):
             raise UserError(f"preset must be one of {', '.join(PRESETS)}, not {self.preset!r}")
         if self.trigger == "epi" and self.earliest_start is None:
             object.__setattr__(self, "earliest_start", 0.0)
+        if self.aim is not None and self.allocation is None:
+            object.__setattr__(self, "allocation", "share")
         for key, value in PRESETS[self.preset].items():
             if getattr(self, key) is None:
                 object.__setattr__(self, key, value)
@@ -171,6 +187,7 @@ class ClickTrain(Method[ClickTrainState]):
             raise UserError(
                 f"compression must be more than 1 (8 keeps an eighth of the weights), not {self.compression}"
             )
+        self._check_latency()
         if self.group < 1 or self.entries < 1 or (self.patterns or 0) < 1:
             raise UserError("group, entries and patterns must be at least 1")
         if self.entries > 9:
@@ -201,6 +218,31 @@ class ClickTrain(Method[ClickTrainState]):
         for glob, ratio in self.layers.items():
             if not ratio >= 1:
                 raise UserError(f"the compression of layer {glob!r} must be at least 1, not {ratio}")
+
+    def _check_latency(self) -> None:
+        if self.latency_target is not None and self.latency_target_ms is not None:
+            raise UserError("latency_target and latency_target_ms are both set: give one")
+        if self.latency_target is not None and not 0 < self.latency_target < 1:
+            raise UserError(
+                f"latency_target is a share of the dense network's time, between 0 and 1, not "
+                f"{self.latency_target}; milliseconds are latency_target_ms"
+            )
+        if self.latency_target_ms is not None and not 0 < self.latency_target_ms < math.inf:
+            raise UserError(f"latency_target_ms must be above 0, not {self.latency_target_ms}")
+        if self.latency_batch < 1:
+            raise UserError(f"latency_batch must be at least 1, not {self.latency_batch}")
+
+    @property
+    def aim(self) -> LatencyAim | None:
+        """The time to end at, if that is the target."""
+        if self.latency_target is None and self.latency_target_ms is None:
+            return None
+        return LatencyAim(self.latency_target, self.latency_target_ms, self.latency_batch, self.latency_of)
+
+    @property
+    def compression_asked(self) -> float | None:
+        """The compression ratio to end at; None if a latency is the target."""
+        return None if self.aim is not None else self.compression
 
     # ---- what is pruned ---------------------------------------------------------------------
 
@@ -273,8 +315,22 @@ class ClickTrain(Method[ClickTrainState]):
                 f"this network has no convolution that ClickTrain can prune ({reasons or 'none at all'})"
             )
         self.schedule(length)
-        check_reachable([t.budget for t in self.targets(found)], found.other_conv_weights, self.compression)
-        return ClickTrainState(entered=0)
+        state = ClickTrainState(entered=0)
+        if self.aim is not None:
+            self._latency(
+                state, found
+            )  # now: a target out of reach is not to be told when the run is half over
+        else:
+            check_reachable(
+                [t.budget for t in self.targets(found)], found.other_conv_weights, self.compression
+            )
+        return state
+
+    def _latency(self, state: ClickTrainState, found: Survey) -> SparseLatency:
+        if state.latency is None:
+            assert self.aim is not None
+            state.latency = SparseLatency(found, self.targets(found), self.patterns or 1, self.aim)
+        return state.latency
 
     def stage(self, state: ClickTrainState) -> str:
         """dense, pool, finalize, regularize or accelerated."""
@@ -358,7 +414,10 @@ class ClickTrain(Method[ClickTrainState]):
     def _indicator(self, state: ClickTrainState, found: Survey, length: RunLength) -> Action:
         """EPI of the kernels that would be kept: as many as equal densities leave, wherever they are."""
         budgets = [target.budget for target in self.targets(found)]
-        even = allocate(budgets, found.other_conv_weights, self.compression)
+        if self.aim is None:
+            even = allocate(budgets, found.other_conv_weights, self.compression)
+        else:
+            even = self._latency(state, found).even()[1]
         kept = sum(even[layer.name] * layer.shape[0] for layer in found.layers)
         share = kept / sum(layer.shape[0] * layer.shape[1] for layer in found.layers)
         return state.kernels.close_epoch(
@@ -404,23 +463,37 @@ class ClickTrain(Method[ClickTrainState]):
             selection.choose_patterns(target, self.selection == "votes")
         scores = {t.layer.name: selection.scores(t, self.kernel_score == "pattern") for t in targets}
         gains = allocation_gains(targets, scores, self.allocation or "uniform")
-        kernels = allocate(
-            [t.budget for t in targets],
-            found.other_conv_weights,
-            self.compression,
-            gains,
-            floor=self.allocation_floor,
-        )
-        for target in targets:
-            selection.choose_kernels(target, scores[target.layer.name], kernels[target.layer.name])
-        state.masks = {t.layer.name: selection.mask(t) for t in targets}
+        kernels, about = self._kernels(state, found, scores, gains)
+        state.masks = _chosen(selection, targets, scores, kernels)
+        state.latency = None
         return Record(
             {
                 "event": "finalised",
-                "compression_asked": self.compression,
+                "compression_asked": self.compression_asked,
                 "compression_reached": _compression(found, state.masks),
+                **about,
                 "layers": [_decision(t, kernels[t.layer.name], selection) for t in targets],
             }
+        )
+
+    def _kernels(
+        self,
+        state: ClickTrainState,
+        found: Survey,
+        scores: Mapping[str, Tensor],
+        gains: Mapping[str, Tensor] | None,
+    ) -> tuple[dict[str, int], dict[str, Any]]:
+        """Kept kernels per filter of every layer, and what to write down about a latency."""
+        targets, floor = self.targets(found), self.allocation_floor
+        if self.aim is None:
+            budgets = [t.budget for t in targets]
+            return allocate(budgets, found.other_conv_weights, self.compression, gains, floor=floor), {}
+        latency = self._latency(state, found)
+        by_time = self.allocation in ("importance", "relative", "share")
+        return latency.search(
+            lambda ms: latency.allocate(ms, gains, by_time, floor),
+            lambda kernels: _chosen(state.selection, targets, scores, kernels),
+            found.measure,
         )
 
     def _hard_prune(self, state: ClickTrainState, found: Survey) -> list[Action]:
@@ -428,7 +501,7 @@ class ClickTrain(Method[ClickTrainState]):
         lost, whole = (sum(part) for part in zip(*energies, strict=True))
         event = {
             "event": "hard_prune",
-            "compression_asked": self.compression,
+            "compression_asked": self.compression_asked,
             "compression_reached": _compression(found, state.masks),
             "energy_outside": lost / whole if whole else 0.0,
         }
@@ -459,28 +532,39 @@ class ClickTrain(Method[ClickTrainState]):
         """Per layer: what is pruned, to what density, by what; what was decided once it is."""
         decided = state is not None and bool(state.selection.kept)
         targets = self.targets(found)
+        if self.aim is not None and not decided:
+            return self._undecided(found, length, self.aim)
         budgets = [t.budget for t in targets]
-        even = allocate(budgets, found.other_conv_weights, self.compression) if targets else {}
+        even = (
+            allocate(budgets, found.other_conv_weights, self.compression) if targets and not decided else {}
+        )
         rows = []
         for target in targets:
-            name, kernels = target.layer.name, even[target.layer.name]
+            name, kernels = target.layer.name, even.get(target.layer.name, 0)
             reason = "fixed by 'layers'" if target.fixed_kernels else ""
             if decided and state is not None:
                 kernels = int(state.selection.kept[name][0].sum())
             elif self.allocation != "uniform" and not target.fixed_kernels:
                 reason = f"shown for equal densities; allocated by {self.allocation} after stage 3"
             density = kernels * target.budget.price / target.budget.weights
-            what = (
-                f"{target.entries} of {target.budget.positions} + kernels"
-                if target.has_patterns
-                else "kernels"
+            rows.append(
+                LayerPlan(name, target.layer.shape, _what(target), density, kernels * target.entries, reason)
             )
-            rows.append(LayerPlan(name, target.layer.shape, what, density, kernels * target.entries, reason))
         kept = sum(round((r.density or 0) * math.prod(r.shape)) for r in rows) + found.other_conv_weights
         reached = found.conv_weights / max(kept, 1)
-        summary = (
-            f"compression asked {self.compression:g}, {'reached' if decided else 'planned'} {reached:.2f}"
-        )
+        asked = "" if self.compression_asked is None else f"asked {self.compression:g}, "
+        summary = f"compression {asked}{'reached' if decided else 'planned'} {reached:.2f}"
+        return PruningPlan(plan_rows(found, rows), summary, self._stage_lines(length))
+
+    def _undecided(self, found: Survey, length: RunLength, aim: LatencyAim) -> PruningPlan:
+        """The plan with a latency as the target: densities come out of measurements after stage 3."""
+        rows = [
+            LayerPlan(t.layer.name, t.layer.shape, _what(t), None, None,
+                      "fixed by 'layers'" if t.fixed_kernels else "by its time, after stage 3")
+            for t in self.targets(found)
+        ]  # fmt: skip
+        asked = f"{aim.ms:g} ms" if aim.ms is not None else f"{aim.ratio:.0%} of the dense network's time"
+        summary = f"as many kernels are kept as {asked} allow ({aim.timed}, batch {aim.batch})"
         return PruningPlan(plan_rows(found, rows), summary, self._stage_lines(length))
 
     def _stage_lines(self, length: RunLength) -> tuple[tuple[str, str], ...]:
@@ -546,10 +630,24 @@ _CHOICES: dict[str, tuple[str, ...]] = {
     "trigger": ("own", "epi"),
     "selection": ("votes", "accumulated"),
     "kernel_score": ("kernel", "pattern"),
-    "allocation": ("uniform", "importance", "relative", "erk"),
+    "allocation": ("uniform", "importance", "relative", "share", "erk"),
     "penalty": ("lasso", "shrink", "none"),
     "loss_margin_rule": ("ratio", "increase"),
+    "latency_of": get_args(Timed),
 }
+
+
+def _what(target: Target) -> str:
+    return f"{target.entries} of {target.budget.positions} + kernels" if target.has_patterns else "kernels"
+
+
+def _chosen(
+    selection: Selection, targets: Sequence[Target], scores: Mapping[str, Tensor], kernels: Mapping[str, int]
+) -> dict[str, Tensor]:
+    """Let the selection keep so many kernels per filter; the masks."""
+    for target in targets:
+        selection.choose_kernels(target, scores[target.layer.name], kernels[target.layer.name])
+    return {target.layer.name: selection.mask(target) for target in targets}
 
 
 def _compression(found: Survey, masks: Mapping[str, Tensor]) -> float:

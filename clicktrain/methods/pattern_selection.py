@@ -195,6 +195,7 @@ def allocation_gains(
 
     Rules: ``"uniform"`` equal densities (None); ``"importance"`` the measured scores as they are, as a
     first-order Taylor estimate compares over layers; ``"relative"`` the scores over their layer's mean;
+    ``"share"`` the scores over their layer's sum, so that every layer is worth the same as a whole;
     ``"erk"`` densities in proportion to (F + C + R + S) / (F C R S) (Evci et al. 2020, RigL, section 3).
     """
     if rule == "uniform":
@@ -208,10 +209,14 @@ def allocation_gains(
             scale = (f + c + r + s) / (f * c * r * s)
             gains[target.layer.name] = -density / scale * target.budget.price
         return gains
-    if rule not in ("importance", "relative"):
+    if rule not in ("importance", "relative", "share"):
         raise ValueError(f"unknown allocation rule {rule!r}")
     for target in targets:
-        own = kernel_gains(scores[target.layer.name], normalise=rule == "relative")
+        own = kernel_gains(scores[target.layer.name], normalise=rule != "importance")
         # Scores of a group are sums over its filters; relative to their mean they are not any more.
-        gains[target.layer.name] = own * target.group if rule == "relative" else own
+        if rule == "relative":
+            own = own * target.group
+        elif rule == "share":
+            own = own / scores[target.layer.name].numel()
+        gains[target.layer.name] = own
     return gains

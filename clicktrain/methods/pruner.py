@@ -29,6 +29,7 @@ from clicktrain.methods.base import (
     SilenceChannels,
     Step,
 )
+from clicktrain.methods.sparse_latency import MeasureMasks
 from clicktrain.methods.survey import ConvLayer, LinearLayer
 from clicktrain.sparsity.masks import conv_masks, hard_prune_, mask_optimizer_state_
 from clicktrain.surgery import SurgeryPlan, apply_surgery_, silence_
@@ -51,6 +52,7 @@ class Pruner:
         packed: bool = False,
         example: Tensor | None = None,
         on_event: Callable[[Event], None] | None = None,
+        measure: MeasureMasks | None = None,
     ) -> None:
         if length.epochs < 1 or length.steps_per_epoch < 1:
             raise UserError(
@@ -68,7 +70,7 @@ class Pruner:
         self.frozen = False
         self._on_event = on_event
         trained = [p for group in optimizer.param_groups for p in group["params"]]
-        self._found = replace(method.survey(model, trained), example=example)
+        self._found = replace(method.survey(model, trained), example=example, measure=measure)
         self._conv_weights = self._conv_weights_now = self._found.conv_weights
         self._state = method.init(self._found, length)
         self._plan = method.plan(self._found, length)

@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, field, replace
 from fnmatch import fnmatchcase
+from typing import TYPE_CHECKING
 
 from torch import Tensor, nn
 from torch.nn.modules.conv import _ConvNd
@@ -15,6 +16,9 @@ from clicktrain.errors import UserError
 from clicktrain.methods.linear_inputs import ConvSources, conv_sources
 from clicktrain.sparsity.patterns import MAX_POSITIONS
 from clicktrain.surgery import SurgeryPlan
+
+if TYPE_CHECKING:
+    from clicktrain.methods.sparse_latency import MeasureMasks
 
 
 @dataclass(frozen=True, slots=True, eq=False)
@@ -68,7 +72,8 @@ class Survey:
     ``layers`` are the convolutions that can be pruned, ``linears`` the fully connected layers, for methods
     that ask for them; ``left_alone`` maps the other weighted modules to (shape, reason).
     ``order`` has all names as the network lists them. ``model`` is what was looked at, ``example`` an input
-    of it (batch of at least one; values do not matter), None until one is known.
+    of it (batch of at least one; values do not matter), None until one is known;
+    ``measure`` times it with masks, None if nobody can.
     ``other_conv_weights`` counts the convolution weights outside ``layers``; they stay dense and count in
     the compression ratio, which is over all convolution weights (ClickTrain section 6.2).
     """
@@ -80,6 +85,7 @@ class Survey:
     linears: tuple[LinearLayer, ...] = ()
     model: nn.Module | None = None
     example: Tensor | None = None
+    measure: MeasureMasks | None = None
 
     @property
     def prunable(self) -> tuple[ConvLayer | LinearLayer, ...]:

@@ -124,7 +124,9 @@ class Run:
 
     @property
     def compression_asked(self) -> float | None:
-        """The compression ratio that was asked for, if any."""
+        """The compression ratio that was asked for, if any; with a latency as the target it comes out."""
+        if any(number(self.config, key) for key in ("latency_target", "latency_target_ms")):
+            return None
         return number(self.summary, "compression_asked") or number(self.config, "compression")
 
     @property

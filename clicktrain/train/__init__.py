@@ -6,6 +6,7 @@ from clicktrain.train.divergence import TrainingDiverged
 from clicktrain.train.evaluate import Evaluation, evaluate
 from clicktrain.train.fit import fit
 from clicktrain.train.interrupt import TrainingInterrupted
+from clicktrain.train.masked_latency import MaskedLatency
 from clicktrain.train.prepare import Prepared, prepare
 from clicktrain.train.progress import Progress, Silent, StepInfo
 from clicktrain.train.restore import LoadedRun, load_run
@@ -15,6 +16,7 @@ __all__ = [
     "DamagedCheckpoint",
     "Evaluation",
     "LoadedRun",
+    "MaskedLatency",
     "Prepared",
     "Progress",
     "RunConfig",

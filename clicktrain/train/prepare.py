@@ -24,6 +24,7 @@ from clicktrain.train.config import RunConfig
 from clicktrain.train.device import resolve_device, set_up
 from clicktrain.train.flops import TrainingCost
 from clicktrain.train.initial_weights import EarlierCost, load_initial_weights_
+from clicktrain.train.masked_latency import MaskedLatency
 from clicktrain.train.optim import make_optimizer
 from clicktrain.train.schedule import make_scheduler
 
@@ -143,14 +144,16 @@ def prepare(config: RunConfig, method: Method[Any], *, begins: bool = True) -> P
     optimizer = make_optimizer(model, config)
     cost = TrainingCost(model, torch.zeros(1, *data.image_shape, device=device))
     events = EventRelay()
+    example = torch.zeros(1, *data.image_shape, device=device)
     pruner = method.attach(
         model,
         optimizer,
         epochs=config.epochs,
         steps_per_epoch=len(train_loader),
         packed=config.packed,
-        example=torch.zeros(1, *data.image_shape, device=device),
+        example=example,
         on_event=events,
+        measure=MaskedLatency(model, example),
     )
     sizes = BatchSizes(config.batch_size, len(train_loader), config.accumulate)
     return Prepared(

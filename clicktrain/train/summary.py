@@ -85,7 +85,7 @@ def _summary(
         "val_accuracy": course.val_accuracy,
         "best_val_accuracy": course.best_val_accuracy,
         "sparsity_asked": getattr(p.method, "sparsity", None),
-        "compression_asked": getattr(p.method, "compression", None),
+        "compression_asked": getattr(p.method, "compression_asked", None),
         "compression_ratio": ratio(p.cost.initial.conv_weights, living.conv_nonzero),
         "train_flops": course.train_flops,
         "train_flops_ratio": course.train_flops / max(course.train_flops_dense, 1),

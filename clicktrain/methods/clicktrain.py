@@ -9,7 +9,7 @@ from __future__ import annotations
 import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
-from typing import Any, ClassVar, Literal, get_args
+from typing import Any, ClassVar, Literal
 
 from torch import Tensor, nn
 
@@ -17,14 +17,14 @@ from clicktrain.errors import UserError
 from clicktrain.methods.base import (
     Action,
     FreezeMasks,
-    LayerPlan,
     Method,
     PruningPlan,
     Record,
     RunLength,
     Step,
-    plan_rows,
 )
+from clicktrain.methods.clicktrain_plan import clicktrain_plan
+from clicktrain.methods.clicktrain_settings import check, fill_in
 from clicktrain.methods.kernel_watch import KernelWatch, default_threshold
 from clicktrain.methods.pattern_selection import Selection, Target, allocation_gains, effective_group
 from clicktrain.methods.pruning_start import default_window
@@ -40,31 +40,6 @@ from clicktrain.sparsity.patterns import default_entries, fixed_pool
 from clicktrain.sparsity.triggers import LossSlope
 
 STAGES = ("dense", "pool", "finalize", "regularize", "accelerated")
-
-PRESETS: dict[str, dict[str, Any]] = {
-    # What does best in short runs (docs/results/cifar10.md): magnitudes, decided late, pruned at half time.
-    "default": {
-        "criterion": "magnitude", "selection": "accumulated", "kernel_score": "pattern",
-        "allocation": "uniform", "penalty": "shrink", "pool": "dynamic", "patterns": 12,
-        "earliest_start": 0.44, "latest_start": 0.44,
-        "pool_length": 0.02, "finalize_length": 0.02, "regularize_length": 0.02,
-    },
-    # Sections 4 and 6.1: Taylor votes, the modified group lasso, one ratio for every layer; the hard prune
-    # at about epoch 95 of 190, stage 2 at epoch 50 at the latest (Figure 5, Table 1).
-    "paper": {
-        "criterion": "taylor", "selection": "votes", "kernel_score": "kernel",
-        "allocation": "uniform", "penalty": "lasso", "pool": "dynamic", "patterns": 12,
-        "earliest_start": 0.1, "latest_start": 0.26,
-        "pool_length": 0.08, "finalize_length": 0.08, "regularize_length": 0.08,
-    },
-    # Magnitudes once, fixed patterns, no penalty: the baseline of section 3.2.
-    "one-shot": {
-        "criterion": "magnitude", "selection": "accumulated", "kernel_score": "kernel",
-        "allocation": "uniform", "penalty": "none", "pool": "fixed", "patterns": 8,
-        "earliest_start": 0.5, "latest_start": 0.5,
-        "pool_length": 0.0, "finalize_length": 0.0, "regularize_length": 0.0,
-    },
-}  # fmt: skip
 
 
 @dataclass(slots=True)
@@ -169,68 +144,8 @@ class ClickTrain(Method[ClickTrainState]):
 
     def __post_init__(self) -> None:
         """Fill in the preset and check every setting."""
-        if self.preset not in PRESETS:
-            raise UserError(f"preset must be one of {', '.join(PRESETS)}, not {self.preset!r}")
-        if self.trigger == "epi" and self.earliest_start is None:
-            object.__setattr__(self, "earliest_start", 0.0)
-        if self.aim is not None and self.allocation is None:
-            object.__setattr__(self, "allocation", "share")
-        for key, value in PRESETS[self.preset].items():
-            if getattr(self, key) is None:
-                object.__setattr__(self, key, value)
-        for key, choices in _CHOICES.items():
-            if getattr(self, key) not in choices:
-                raise UserError(f"{key} must be one of {', '.join(choices)}, not {getattr(self, key)!r}")
-        object.__setattr__(self, "exclude", tuple(self.exclude))
-        object.__setattr__(self, "include", tuple(self.include))
-        if not self.compression > 1:
-            raise UserError(
-                f"compression must be more than 1 (8 keeps an eighth of the weights), not {self.compression}"
-            )
-        self._check_latency()
-        if self.group < 1 or self.entries < 1 or (self.patterns or 0) < 1:
-            raise UserError("group, entries and patterns must be at least 1")
-        if self.entries > 9:
-            raise UserError(
-                f"entries is the number of kept positions of a 3x3 kernel, 1 to 9, not {self.entries}"
-            )
-        if self.pool == "fixed":
-            fixed_pool(self.patterns or 0)
-            if self.entries != 4:
-                raise UserError(
-                    f"a fixed pool keeps 4 positions per kernel; entries={self.entries} needs pool=dynamic"
-                )
-        if self.epi_threshold is not None and not 0 <= self.epi_threshold <= 1:
-            raise UserError(f"epi_threshold must be between 0 and 1, not {self.epi_threshold}")
-        if self.epi_window is not None and self.epi_window < 1:
-            raise UserError(f"epi_window must be at least 1, not {self.epi_window}")
-        shares = ("earliest_start", "latest_start", "pool_length", "finalize_length", "regularize_length")
-        for key in (*shares, "allocation_floor"):
-            if not 0 <= getattr(self, key) <= 1:
-                raise UserError(f"{key} is a share and must be between 0 and 1, not {getattr(self, key)}")
-        if sum(getattr(self, key) for key in shares[1:]) > 1:
-            raise UserError("latest_start and the lengths of stages 2 to 4 must not add up to more than 1")
-        if (self.earliest_start or 0) > (self.latest_start or 0):
-            raise UserError("earliest_start must not be later than latest_start")
-        for key in ("lasso", "loss_margin"):
-            if getattr(self, key) < 0:
-                raise UserError(f"{key} must not be negative, got {getattr(self, key)}")
-        for glob, ratio in self.layers.items():
-            if not ratio >= 1:
-                raise UserError(f"the compression of layer {glob!r} must be at least 1, not {ratio}")
-
-    def _check_latency(self) -> None:
-        if self.latency_target is not None and self.latency_target_ms is not None:
-            raise UserError("latency_target and latency_target_ms are both set: give one")
-        if self.latency_target is not None and not 0 < self.latency_target < 1:
-            raise UserError(
-                f"latency_target is a share of the dense network's time, between 0 and 1, not "
-                f"{self.latency_target}; milliseconds are latency_target_ms"
-            )
-        if self.latency_target_ms is not None and not 0 < self.latency_target_ms < math.inf:
-            raise UserError(f"latency_target_ms must be above 0, not {self.latency_target_ms}")
-        if self.latency_batch < 1:
-            raise UserError(f"latency_batch must be at least 1, not {self.latency_batch}")
+        fill_in(self)
+        check(self)
 
     @property
     def aim(self) -> LatencyAim | None:
@@ -397,18 +312,20 @@ class ClickTrain(Method[ClickTrainState]):
             if step.seen < lengths["earliest"]:
                 return None
             if self.trigger == "epi":
-                return state.kernels.fires(self._epi_threshold)
+                return state.kernels.fires(self.epi_fires_from)
             return LossSlope(self.loss_slope).fires(step.epoch_losses)
         over = step.seen - state.entered >= lengths[state.stage]
         reads = state.stage == "finalize" or (state.stage == "pool" and lengths["pool"] > 0)
         return "its length is over" if over and (state.counted > 0 or not reads) else None
 
     @property
-    def _epi_threshold(self) -> float:
+    def epi_fires_from(self) -> float:
+        """EPI from which the structure is stable (trigger epi)."""
         default = default_threshold(self.criterion or "taylor")
         return default if self.epi_threshold is None else self.epi_threshold
 
-    def _epi_window(self, length: RunLength) -> int:
+    def epi_epochs(self, length: RunLength) -> int:
+        """Past epochs that a structure is compared with (trigger epi)."""
         return self.epi_window or default_window(self.schedule(length)["latest"] // length.steps_per_epoch)
 
     def _indicator(self, state: ClickTrainState, found: Survey, length: RunLength) -> Action:
@@ -421,7 +338,7 @@ class ClickTrain(Method[ClickTrainState]):
         kept = sum(even[layer.name] * layer.shape[0] for layer in found.layers)
         share = kept / sum(layer.shape[0] * layer.shape[1] for layer in found.layers)
         return state.kernels.close_epoch(
-            found.layers, share, self._epi_window(length), self._epi_threshold, self.criterion or "taylor"
+            found.layers, share, self.epi_epochs(length), self.epi_fires_from, self.criterion or "taylor"
         )
 
     def _advance(self, state: ClickTrainState, found: Survey, seen: int, reason: str) -> list[Action]:
@@ -530,69 +447,7 @@ class ClickTrain(Method[ClickTrainState]):
 
     def plan(self, found: Survey, length: RunLength, state: ClickTrainState | None = None) -> PruningPlan:
         """Per layer: what is pruned, to what density, by what; what was decided once it is."""
-        decided = state is not None and bool(state.selection.kept)
-        targets = self.targets(found)
-        if self.aim is not None and not decided:
-            return self._undecided(found, length, self.aim)
-        budgets = [t.budget for t in targets]
-        even = (
-            allocate(budgets, found.other_conv_weights, self.compression) if targets and not decided else {}
-        )
-        rows = []
-        for target in targets:
-            name, kernels = target.layer.name, even.get(target.layer.name, 0)
-            reason = "fixed by 'layers'" if target.fixed_kernels else ""
-            if decided and state is not None:
-                kernels = int(state.selection.kept[name][0].sum())
-            elif self.allocation != "uniform" and not target.fixed_kernels:
-                reason = f"shown for equal densities; allocated by {self.allocation} after stage 3"
-            density = kernels * target.budget.price / target.budget.weights
-            rows.append(
-                LayerPlan(name, target.layer.shape, _what(target), density, kernels * target.entries, reason)
-            )
-        kept = sum(round((r.density or 0) * math.prod(r.shape)) for r in rows) + found.other_conv_weights
-        reached = found.conv_weights / max(kept, 1)
-        asked = "" if self.compression_asked is None else f"asked {self.compression:g}, "
-        summary = f"compression {asked}{'reached' if decided else 'planned'} {reached:.2f}"
-        return PruningPlan(plan_rows(found, rows), summary, self._stage_lines(length))
-
-    def _undecided(self, found: Survey, length: RunLength, aim: LatencyAim) -> PruningPlan:
-        """The plan with a latency as the target: densities come out of measurements after stage 3."""
-        rows = [
-            LayerPlan(t.layer.name, t.layer.shape, _what(t), None, None,
-                      "fixed by 'layers'" if t.fixed_kernels else "by its time, after stage 3")
-            for t in self.targets(found)
-        ]  # fmt: skip
-        asked = f"{aim.ms:g} ms" if aim.ms is not None else f"{aim.ratio:.0%} of the dense network's time"
-        summary = f"as many kernels are kept as {asked} allow ({aim.timed}, batch {aim.batch})"
-        return PruningPlan(plan_rows(found, rows), summary, self._stage_lines(length))
-
-    def _stage_lines(self, length: RunLength) -> tuple[tuple[str, str], ...]:
-        lengths, per_epoch = self.schedule(length), length.steps_per_epoch
-
-        def epochs(batches: int) -> str:
-            return f"{batches / per_epoch:.2f} epochs"
-
-        pool = (
-            f"{epochs(lengths['pool'])}, {self.patterns} patterns"
-            if lengths["pool"]
-            else f"{self.patterns} given patterns"
-        )
-        begin = f"until the loss falls by less than {self.loss_slope:g} per epoch, "
-        if self.trigger == "epi":
-            window = self._epi_window(length)
-            begin = f"until EPI over {window} epochs is at least {self._epi_threshold:g}, "
-        begin += f"{epochs(lengths['earliest'])} at the least, {epochs(lengths['latest'])} at the most"
-        return (
-            ("stage 1 dense", begin),
-            ("stage 2 pool", pool),
-            ("stage 3 finalize", f"{epochs(lengths['finalize'])}, by {self.criterion} importance"),
-            (
-                "stage 4 regularize",
-                f"{epochs(lengths['regularize'])}, penalty {self.penalty}, then hard prune",
-            ),
-            ("stage 5 accelerated", "to the end, positions fixed"),
-        )
+        return clicktrain_plan(self, found, length, None if state is None else state.selection)
 
     def state_dict(self, state: ClickTrainState) -> dict[str, Any]:
         """Nested dicts of tensors, numbers and strings."""
@@ -622,23 +477,6 @@ class ClickTrain(Method[ClickTrainState]):
         if state.selection.kept:
             state.masks = {t.layer.name: state.selection.mask(t) for t in targets}
         return state
-
-
-_CHOICES: dict[str, tuple[str, ...]] = {
-    "criterion": tuple(CRITERIA),
-    "pool": ("dynamic", "fixed"),
-    "trigger": ("own", "epi"),
-    "selection": ("votes", "accumulated"),
-    "kernel_score": ("kernel", "pattern"),
-    "allocation": ("uniform", "importance", "relative", "share", "erk"),
-    "penalty": ("lasso", "shrink", "none"),
-    "loss_margin_rule": ("ratio", "increase"),
-    "latency_of": get_args(Timed),
-}
-
-
-def _what(target: Target) -> str:
-    return f"{target.entries} of {target.budget.positions} + kernels" if target.has_patterns else "kernels"
 
 
 def _chosen(

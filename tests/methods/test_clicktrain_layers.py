@@ -13,7 +13,7 @@ from torch.nn.utils import parametrizations
 
 from clicktrain.errors import UserError
 from clicktrain.methods import ClickTrain
-from clicktrain.methods.clicktrain import PRESETS
+from clicktrain.methods.clicktrain_settings import PRESETS
 from clicktrain.methods.pattern_selection import Selection, Target
 from clicktrain.methods.survey import ConvLayer
 from clicktrain.sparsity.patterns import fixed_pool

@@ -14,7 +14,8 @@ from torch import Tensor
 
 from clicktrain.errors import UserError
 from clicktrain.methods import ClickTrain
-from clicktrain.methods.clicktrain import PRESETS, STAGES
+from clicktrain.methods.clicktrain import STAGES
+from clicktrain.methods.clicktrain_settings import PRESETS
 
 # ---------------------------------------------------------------- the five stages
 

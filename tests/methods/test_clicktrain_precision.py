@@ -12,7 +12,8 @@ from own_loop import OPTIMIZERS, assert_pruned, assert_same, batches, entered, m
 from torch import Tensor
 
 from clicktrain.methods import ClickTrain
-from clicktrain.methods.clicktrain import PRESETS, STAGES
+from clicktrain.methods.clicktrain import STAGES
+from clicktrain.methods.clicktrain_settings import PRESETS
 
 
 @pytest.mark.parametrize("unscale", [False, True])

@@ -12,7 +12,11 @@ from torch import Tensor
 
 from clicktrain.errors import UserError
 from clicktrain.formats.tree import flatten_tree, load_tree, read_metadata, save_tree
-from clicktrain.train.run_folder import FORMAT_VERSION, RunFolder
+from clicktrain.train.run_folder import RunFolder
+
+CHECKPOINT_VERSION = 2
+"""Version of checkpoints: a run is resumed with the version that it was begun with. 2: removed channels, and
+epochs of changing length."""
 
 
 class DamagedCheckpoint(UserError):  # noqa: N818 - reads as a sentence to the user
@@ -31,7 +35,7 @@ def save_checkpoint(folder: RunFolder, epoch: int, step: int, state: dict[str, A
     """
     path = folder.checkpoint(epoch, step)
     path.parent.mkdir(parents=True, exist_ok=True)
-    metadata = {"format_version": str(FORMAT_VERSION), "kind": "checkpoint", "crc32": _checksum(state)}
+    metadata = {"format_version": str(CHECKPOINT_VERSION), "kind": "checkpoint", "crc32": _checksum(state)}
     try:
         save_tree(path, state, metadata)
     except OSError as error:
@@ -46,17 +50,18 @@ def load_checkpoint(path: Path) -> dict[str, Any]:
 
     Raises:
         DamagedCheckpoint: the file cannot be read, or is not what was written.
-        UserError: it was written by a newer version.
+        UserError: it was written by a newer or an older version.
     """
     try:
         metadata = read_metadata(path)
         version = int(metadata["format_version"])
     except Exception as error:
         raise DamagedCheckpoint(f"{path} is damaged or not a checkpoint of clicktrain: {error}") from None
-    if version > FORMAT_VERSION:
+    if version != CHECKPOINT_VERSION:
+        newer = version > CHECKPOINT_VERSION
         raise UserError(
-            f"{path} has format {version}, this version of clicktrain reads up to {FORMAT_VERSION}: "
-            "update clicktrain"
+            f"{path} has format {version}, this version of clicktrain goes on from {CHECKPOINT_VERSION}: "
+            + ("update clicktrain" if newer else "resume with an older one, or start again")
         )
     try:
         state = load_tree(path)
@@ -76,7 +81,7 @@ def newest_good(folder: RunFolder, message: Callable[[str], None]) -> dict[str, 
         Its content, or None when no checkpoint has been written yet.
 
     Raises:
-        UserError: there are checkpoints and none can be read, or one is of a newer version.
+        UserError: there are checkpoints and none can be read, or one is of another version.
     """
     paths = folder.checkpoints()
     for path in reversed(paths):

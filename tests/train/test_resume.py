@@ -210,15 +210,18 @@ def test_no_checkpoint_left_that_can_be_read(tmp_path: Path) -> None:
         resume(tmp_path / "run")
 
 
-def test_a_checkpoint_of_a_newer_version_is_not_touched(tmp_path: Path) -> None:
+def test_a_checkpoint_of_another_version_is_not_touched(tmp_path: Path) -> None:
     with pytest.raises(Killed):
         run(tmp_path / "run", DENSE, At(13, kill))
     newest = RunFolder(tmp_path / "run").checkpoints()[-1]
     with safe_open(newest, framework="pt") as file:
         metadata = file.metadata()
         tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118
-    save_file(tensors, newest, {**metadata, "format_version": "2"})
-    with pytest.raises(UserError, match=r"has format 2, .* update clicktrain"):
+    save_file(tensors, newest, {**metadata, "format_version": "1"})
+    with pytest.raises(UserError, match=r"has format 1, .* resume with an older one, or start again"):
+        resume(tmp_path / "run")
+    save_file(tensors, newest, {**metadata, "format_version": "9"})
+    with pytest.raises(UserError, match=r"has format 9, .* update clicktrain"):
         resume(tmp_path / "run")
 
 

@@ -30,6 +30,14 @@ def choose(structure: Structure) -> tuple[Taps, ...]:
     return choose_from(mask.flatten(0, 1), r * s)
 
 
+def is_complete(structure: Structure, vocabulary: tuple[Taps, ...]) -> bool:
+    """Whether every kernel of a layer is one of the sets, so that none has to be taken apart."""
+    mask = structure.mask().cpu().flatten(2).flatten(0, 1)
+    bits = (mask.long() << torch.arange(mask.shape[1])).sum(1)
+    known = torch.tensor([0, *(sum(1 << tap for tap in one) for one in vocabulary)])
+    return bool(torch.isin(bits, known).all())
+
+
 def choose_from(kernels: Tensor, taps: int) -> tuple[Taps, ...]:
     """As `choose`, from a bool [kernels, taps]."""
     alive = kernels[kernels.any(1)]

@@ -22,6 +22,7 @@ from clicktrain.kernels.sparse_conv2d import PackedConv2d
 from clicktrain.kernels.sparse_conv2d.blocked import launch
 from clicktrain.kernels.sparse_conv2d.blocked.launch import Variant, compile_plan, variants
 from clicktrain.kernels.sparse_conv2d.blocked.problem import PHASES, ConvProblem, Phase, Tiling
+from clicktrain.kernels.sparse_conv2d.blocked.vocabulary import MAX_SETS, distinct
 
 SECONDS = 0.8
 """For all candidates of one layer shape together."""
@@ -149,7 +150,8 @@ def _key(unit: Unit, trained_input: bool) -> tuple[object, ...]:
     layer, problem = conv_parts(unit)
     kind: tuple[object, ...] = ("dense",)
     if isinstance(layer, PackedConv2d):
-        kind = (round(layer.structure.density, 2), layer.structure.nnz_per_filter is None)
+        sets = min(len(distinct(layer.structure)), MAX_SETS + 1)
+        kind = (round(layer.structure.density, 2), layer.structure.nnz_per_filter is None, sets)
     images = shape_of(unit.inputs[0])[0]
     return images, trained_input, layer.groups, layer.bias is None, *problem.numbers(), *kind
 

@@ -33,7 +33,9 @@ def candidates(
     """
     sets = _set_candidates(phase, problem, registers, lanes, together)
     taps = tap_candidates(phase, problem, registers, lanes)
-    return [*sets, *taps[:1]] if registers >= 32 and complete else [*taps, *sets[:1]]
+    if registers >= 32 and complete:
+        return [*sets, *taps[:1]]
+    return [*taps, *(sets if together > 1 else sets[:1])]
 
 
 def _set_candidates(

@@ -7,6 +7,7 @@ the frequent ones get code, and single taps make up the rest, so that one mechan
 
 from __future__ import annotations
 
+import numpy as np
 import torch
 from torch import Tensor
 
@@ -32,10 +33,16 @@ def choose(structure: Structure) -> tuple[Taps, ...]:
 
 def is_complete(structure: Structure, vocabulary: tuple[Taps, ...]) -> bool:
     """Whether every kernel of a layer is one of the sets, so that none has to be taken apart."""
-    mask = structure.mask().cpu().flatten(2).flatten(0, 1)
-    bits = (mask.long() << torch.arange(mask.shape[1])).sum(1)
-    known = torch.tensor([0, *(sum(1 << tap for tap in one) for one in vocabulary)])
-    return bool(torch.isin(bits, known).all())
+    return all(taps in vocabulary for taps in distinct(structure))
+
+
+def distinct(structure: Structure) -> set[Taps]:
+    """The different tap sets of a layer's kernels; none for kernels without weights."""
+    r, s = structure.shape[2:]
+    kernels = structure.mask().cpu().numpy().reshape(-1, r * s)
+    packed = np.packbits(kernels, axis=1)
+    _, first = np.unique(packed.view(f"V{packed.shape[1]}"), return_index=True)
+    return {taps for i in first if (taps := tuple(np.nonzero(kernels[i])[0].tolist()))}
 
 
 def choose_from(kernels: Tensor, taps: int) -> tuple[Taps, ...]:

@@ -179,7 +179,8 @@ def _choice(entry: Mapping[str, Any]) -> Choice:
 def _tilings(choice: Choice) -> str:
     if choice.layout != "blocked":
         return ""
-    return " ".join("x".join(map(str, tiling.tile)) for _, tiling in choice.tilings) or "by rule"
+    tiles = ("x".join(map(str, tiling.tile)) + " " + tiling.code for _, tiling in choice.tilings)
+    return ", ".join(tiles) or "by rule"
 
 
 def _ms(value: float | None) -> str:

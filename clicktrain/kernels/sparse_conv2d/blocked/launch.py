@@ -115,14 +115,13 @@ def prepare(
     forward, back, weight = (table(phase) for phase in PHASES)
     tiling = plan.tiling("grad_weight")
     if tiling.code == "taps":
-        chunks = _run_chunks(weight.rows)
+        chunks = _run_chunks(weight.rows, structure.nnz)
     else:
         chunks = _chunks(weight.rows, weight.entries, vocabulary, tiling.together)
     tables = [forward.rows, forward.entries, forward.order, back.rows, back.entries, back.order]
     # The kernel writes in its own order: where each packed value is found there.
-    taken = (weight.order >= 0).nonzero().flatten()
-    found = torch.empty(structure.nnz, dtype=torch.int32)
-    found[weight.order[taken].long()] = taken.int()
+    found = torch.empty_like(weight.order)
+    found[weight.order.long()] = torch.arange(len(found), dtype=found.dtype)
     return plan, ConvTables((*tables, weight.rows, weight.entries, found, chunks))
 
 
@@ -192,18 +191,22 @@ def _chunks(rows: Tensor, entries: Tensor, vocabulary: Sequence[Taps], together:
     return torch.tensor(flat, dtype=torch.int64)
 
 
-def _run_chunks(rows: Tensor) -> Tensor:
-    """As `_chunks`, for runs of offsets: [chunks, entries, (first run, last run, unused) of each chunk]."""
+def _run_chunks(rows: Tensor, nnz: int) -> Tensor:
+    """As `_chunks`, for runs of offsets: [chunks, nnz, (first run, last run, unused) of each chunk]."""
     starts = rows[:, 0].long().contiguous()
     wanted = torch.linspace(0, int(starts[-1]), 17)[1:-1].long()
     cuts = torch.searchsorted(starts, wanted).clamp(max=len(rows) - 1)
     edges = torch.unique(torch.cat([torch.tensor([0, len(rows) - 1]), cuts])).tolist()
-    flat = [len(edges) - 1, int(starts[-1])]
-    for first, last in itertools.pairwise(edges):
+    flat = [max(len(edges) - 1, 1), nnz]
+    for first, last in itertools.pairwise(edges if len(edges) > 1 else [0, 0]):
         flat += [first, last, 0]
-    if len(edges) == 1:
-        flat = [1, 0, 0, 0, 0]
     return torch.tensor(flat, dtype=torch.int64)
+
+
+def _ordered(values: Tensor, order: Tensor) -> Tensor:
+    """Values in the order of a kernel; without one, as they are."""
+    flat = values.reshape(-1)
+    return flat.index_select(0, order) if order.numel() else flat.contiguous()
 
 
 def compile_plan(plan: str, dtype: torch.dtype, phases: Sequence[Phase] = PHASES) -> list[str]:
@@ -216,7 +219,7 @@ def forward(x: Tensor, values: Tensor, bias: Tensor | None, tables: Sequence[Ten
     kernel = _kernel(plan, x.dtype, "forward")
     problem = kernel.plan.problem
     y = x.new_empty(x.shape[0], problem.filters, problem.rows.out, problem.columns.out, x.shape[4])
-    ordered = values.reshape(-1).index_select(0, tables[2])
+    ordered = _ordered(values, tables[2])
     bias = None if bias is None else bias.contiguous()
     kernel.run(vectors(x), y, ordered, bias, tables[0], tables[1])
     return y
@@ -227,7 +230,7 @@ def grad_input(gy: Tensor, values: Tensor, tables: Sequence[Tensor], plan: str) 
     kernel = _kernel(plan, gy.dtype, "grad_input")
     problem = kernel.plan.problem
     gx = gy.new_empty(gy.shape[0], problem.channels, problem.rows.size, problem.columns.size, gy.shape[4])
-    ordered = values.reshape(-1).index_select(0, tables[5])
+    ordered = _ordered(values, tables[5])
     kernel.run(vectors(gy), gx, ordered, None, tables[3], tables[4])
     return gx
 
@@ -242,7 +245,7 @@ def grad_weight(
     few = x.shape[0] * kernel.regions < 4 * kernel.images * torch.get_num_threads()
     whole = chunks if few else _one_chunk(chunks)
     kernel.run(vectors(x), vectors(gy), found, tables[6], tables[7], whole)
-    return found.index_select(0, order).view(tuple(values_shape))
+    return _ordered(found, order).view(tuple(values_shape))
 
 
 def _one_chunk(chunks: Tensor) -> Tensor:

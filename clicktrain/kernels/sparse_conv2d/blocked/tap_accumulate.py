@@ -12,7 +12,7 @@ def write(code: Code, g: TapGenerator) -> None:
     rows, columns = g.rows, g.columns
     code(
         "int run(const vec *src, vec *dst, const real *values, const real *bias, const int32_t *rows, "
-        "const int32_t *entries, vec *scratch, int64_t blocks, int64_t stream, int64_t threads) {"
+        "const uint16_t *entries, vec *scratch, int64_t blocks, int64_t stream, int64_t threads) {"
     )
     code("const int64_t items = blocks * REGION_ROWS * REGION_COLS;")
     code("(void)threads;")
@@ -51,8 +51,8 @@ def write(code: Code, g: TapGenerator) -> None:
         f"+ tj * {columns.tile * columns.reach};"
     )
     code(f"vec *y = to + (ROW_START[lr] + i * {rows.step}) * DST_W + COL_START[lc] + j * {columns.step};")
-    code(f"const int32_t *n = rows + (lr * {len(columns.lattices)} + lc) * {g.passes} * RESULTS;")
-    code(f"for (long p = 0; p < {g.passes}; ++p, n += RESULTS)")
+    code(f"const int32_t *n = rows + (lr * {len(columns.lattices)} + lc) * {g.passes} * 2 * RESULTS;")
+    code(f"for (long p = 0; p < {g.passes}; ++p, n += 2 * RESULTS, x += PASS)")
     code(f"  tile(x, y, sums, values, p ? NULL : bias, n, entries, p == 0, p == {g.passes - 1},")
     code("    down, right, stream, &ahead);")
     code("}")
@@ -74,10 +74,10 @@ def _tile(code: Code, g: TapGenerator) -> None:
     code(
         "static __attribute__((noinline)) void tile(const vec *restrict x, vec *restrict y, "
         "vec *restrict sums, const real *restrict values, const real *restrict bias, "
-        "const int32_t *restrict rows, const int32_t *restrict entries, int first, int last, long down, "
+        "const int32_t *restrict rows, const uint16_t *restrict entries, int first, int last, long down, "
         "long right, int64_t stream, ahead_t *ahead) {"
     )
-    code(f"for (long f = 0; f < RESULTS; ++f, sums += {len(places)}, y += DST_H * DST_W) {{")
+    code(f"for (long f = 0; f < RESULTS; ++f, rows += 2, sums += {len(places)}, y += DST_H * DST_W) {{")
     if not g.in_place:
         code(f"fetch(ahead, {-(-g.sources * g.rows.buffer // calls)});")
     code(f"vec {', '.join(names)};")
@@ -87,8 +87,8 @@ def _tile(code: Code, g: TapGenerator) -> None:
     code("} else {")
     code(" ".join(f"{name} = sums[{k}];" for k, name in enumerate(names)))
     code("}")
-    code("const int32_t *e = entries + rows[f], *end = entries + rows[f + 1];")
-    code("const real *v = values + rows[f];")
+    code("const uint16_t *e = entries + rows[0], *end = entries + rows[2];")
+    code("const real *v = values + rows[1];")
     code("for (; e != end; ++e, ++v) {")
     code("const vec *p = x + *e;")
     code("const vec w = splat(*v);")

@@ -17,6 +17,8 @@ from clicktrain.kernels.sparse_conv2d.blocked.lattice import AxisLattices
 from clicktrain.kernels.sparse_conv2d.blocked.problem import ConvProblem, Phase, Tiling
 from clicktrain.kernels.sparse_conv2d.blocked.template import SUPPORT, Code, join
 
+OFFSETS = 1 << 16
+"""Vectors that the windows of one pass may have, so that an offset takes two bytes."""
 FILTER_VECTORS = 8192
 """Vectors of the output's gradient that are gone through before the next: half of a second-level cache."""
 
@@ -35,11 +37,14 @@ class TapGenerator:
         self.taps = problem.rows.taps, problem.columns.taps
         self.window = self.rows.buffer * self.columns.buffer
         self.in_place = phase != "grad_weight" and self.rows.whole() and self.columns.whole()
-        self.per_pass = min(tiling.sources or self.sources, self.sources)
+        self.images = max(tiling.images, 1) if phase == "grad_weight" else 1
+        most = OFFSETS // (self.window * self.images)
+        if not most:
+            raise ValueError(f"windows of {self.window} vectors are too large for offsets of 16 bits")
+        self.per_pass = min(tiling.sources or self.sources, self.sources, most)
         self.passes = -(-self.sources // self.per_pass)
         self.lattices = len(self.rows.lattices) * len(self.columns.lattices)
         self.patch = self.rows.positions * self.columns.positions
-        self.images = max(tiling.images, 1) if phase == "grad_weight" else 1
         self.filters_at_once = max(FILTER_VECTORS // (self.patch * self.images), 1)
 
     @property
@@ -70,6 +75,7 @@ class TapGenerator:
             "WIN_H": self.rows.buffer,
             "WIN_W": self.columns.buffer,
             "WIN": self.window * self.images,
+            "PASS": self.per_pass * self.window * self.images,
             "SCRATCH": self.scratch,
             "REGION_ROWS": self.rows.regions,
             "REGION_COLS": self.columns.regions,
@@ -84,6 +90,14 @@ class TapGenerator:
             code(f"static __attribute__((unused)) const int *{name}_use[] = {{{name}_START, {name}_COUNT}};")
         code(SUPPORT)
         return code
+
+
+def window_vectors(phase: Phase, problem: ConvProblem, tiling: Tiling) -> int:
+    """Vectors that a region reads of one channel (of the gradient of the input: of one filter)."""
+    direction = Backward if phase == "grad_input" else Forward
+    rows = AxisLattices(direction(problem.rows), tiling.tile[0], tiling.region[0])
+    columns = AxisLattices(direction(problem.columns), tiling.tile[1], tiling.region[1])
+    return rows.buffer * columns.buffer * (tiling.images if phase == "grad_weight" else 1)
 
 
 def _hit(axis: AxisLattices, tap: int) -> tuple[int, int]:

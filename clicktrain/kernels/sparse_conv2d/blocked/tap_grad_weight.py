@@ -12,7 +12,7 @@ from clicktrain.kernels.sparse_conv2d.blocked.tap_generator import TapGenerator
 from clicktrain.kernels.sparse_conv2d.blocked.template import Code, locate, open_threads
 
 UNIT = 4
-"""Weights of a filter that are computed together; the table is filled up to a multiple."""
+"""Weights of a filter that are computed together; offsets are filled up to a multiple."""
 _CHAINS = 3
 """Sums of each of them that are built side by side."""
 
@@ -25,7 +25,7 @@ def write(code: Code, g: TapGenerator) -> None:
     _pack_gradient(code, g)
     _region(code, g)
     code(
-        "int run(const vec *x, const vec *gy, real *grad, const int32_t *rows, const int32_t *entries, "
+        "int run(const vec *x, const vec *gy, real *grad, const int32_t *rows, const uint16_t *entries, "
         "const int64_t *chunks, vec *scratch, int64_t blocks, int64_t threads) {"
     )
     code("const int64_t parts = chunks[0], nnz = chunks[1];")
@@ -55,7 +55,7 @@ def write(code: Code, g: TapGenerator) -> None:
     code("packed = region;")
     code("}")
     code("const int64_t *chunk = chunks + 2 + 3 * part;")
-    code("region_sums(window, patch, sums, entries, rows + 2 * chunk[0], rows + 2 * chunk[1], images);")
+    code("region_sums(window, patch, sums, entries, rows + 5 * chunk[0], rows + 5 * chunk[1], images);")
     code("}")
     code("#ifdef _OPENMP")
     code("#pragma omp barrier")
@@ -93,13 +93,15 @@ def _region(code: Code, g: TapGenerator) -> None:
     sums = [[f"s{u}_{c}" for c in range(_CHAINS)] for u in range(UNIT)]
     code(
         "static __attribute__((noinline)) void region_sums(const vec *restrict x, const vec *restrict gy, "
-        "real *restrict sums, const int32_t *restrict e, const int32_t *restrict rows, "
+        "real *restrict sums, const uint16_t *restrict entries, const int32_t *restrict rows, "
         "const int32_t *end, int64_t images) {"
     )
-    code("for (; rows != end; rows += 2) {")
-    code("const vec *const q = gy + rows[1] * PATCHES;")
-    code(f"for (long k = rows[0]; k < rows[2]; k += {UNIT}) {{")
-    code("const vec " + ", ".join(f"*p{u} = x + e[k + {u}]" for u in range(UNIT)) + ";")
+    code("for (; rows != end; rows += 5) {")
+    code("const uint16_t *e = entries + rows[0];")
+    code("const vec *const q = gy + rows[1] * PATCHES, *const w = x + rows[2];")
+    code("real *out = sums + rows[3];")
+    code(f"for (long left = rows[4]; left > 0; left -= {UNIT}, e += {UNIT}, out += {UNIT}) {{")
+    code("const vec " + ", ".join(f"*p{u} = w + e[{u}]" for u in range(UNIT)) + ";")
     code("const vec *d = q;")
     code(f"vec {', '.join(f'{one} = {{0}}' for chains in sums for one in chains)};")
     code("for (long n = 0; n < images; ++n) {")
@@ -121,7 +123,13 @@ def _region(code: Code, g: TapGenerator) -> None:
     code(" ".join(f"p{u} += {image};" for u in range(UNIT)))
     code("}")
     totals = [" + ".join(chains) for chains in sums]
-    code(f"add_lane_sums4(sums + k, {', '.join(totals)});")
+    code(f"if (left >= {UNIT}) {{")
+    code(f"add_lane_sums4(out, {', '.join(totals)});")
+    code("} else {")
+    code(f"real some[{UNIT}] = {{0}};")
+    code(f"add_lane_sums4(some, {', '.join(totals)});")
+    code("for (long u = 0; u < left; ++u) out[u] += some[u];")
+    code("}")
     code("}")
     code("}")
     code("}")

@@ -16,9 +16,11 @@ from clicktrain.kernels.sparse_conv2d.blocked.tap_grad_weight import UNIT
 def table(phase: Phase, problem: ConvProblem, structure: Structure, groups: int, tiling: Tiling) -> Table:
     """Every kept weight's offset, in the order in which the loop reads it.
 
-    ``rows`` are where the weights of each result begin, [lattices * passes * results + 1]; for the gradient
-    of the weight [runs + 1, 2] with the filter of each run, its weights filled up to whole units (``order``
-    says -1 there).
+    ``entries`` are uint16 (kept as int16): vectors from the beginning of the pass's windows. ``rows`` say,
+    int32, for forward and gradient of the input [lattices * passes * results + 1, 2]: first entry, first
+    value; for the gradient of the weight [runs + 1, 5]: first entry (filled up to whole units), filter,
+    vectors to the pass's windows, first value, values. A filter's packed values are in the order of channels
+    and taps, so those of a pass are neighbours: only the gradient of the input needs an ``order``.
     """
     g = TapGenerator(phase, problem, tiling)
     filters, channels, r, s = structure.shape
@@ -28,33 +30,39 @@ def table(phase: Phase, problem: ConvProblem, structure: Structure, groups: int,
     source, result = (filter_, channel) if phase == "grad_input" else (channel, filter_)
     known = [g.offset(t) for t in range(r * s)]
     lattice = np.array([one for one, _ in known])[tap]
-    offset = np.array([one for _, one in known])[tap] + source * (g.window * g.images)
+    number = source // g.per_pass
+    offset = np.array([one for _, one in known])[tap] + source % g.per_pass * (g.window * g.images)
     if phase == "grad_weight":
-        return _runs(g, result, source // g.per_pass, offset)
-    order = np.lexsort((offset, result, source // g.per_pass, lattice))
-    key = (lattice * g.passes + source // g.per_pass) * g.results + result
-    rows = np.searchsorted(key[order], np.arange(g.lattices * g.passes * g.results + 1))
-    return Table(_int32(rows), _int32(offset[order]), _int32(order))
+        return _runs(g, result, number, offset)
+    order = np.lexsort((offset, result, number, lattice))
+    key = ((lattice * g.passes + number) * g.results + result)[order]
+    first = np.searchsorted(key, np.arange(g.lattices * g.passes * g.results + 1))
+    entries, place = offset[order], first
+    if phase == "forward":
+        place = np.append(order, 0)[first]
+        order = order[:0]
+    return Table(_int32(np.stack([first, place], 1)), _uint16(entries), _int32(order))
 
 
 def _runs(g: TapGenerator, filter_: np.ndarray, number: np.ndarray, offset: np.ndarray) -> Table:
     """Runs of one filter's weights in one pass, pass after pass within a block of filters."""
     block = filter_ // g.filters_at_once
     order = np.lexsort((offset, filter_, number, block))
-    key = (block * g.passes + number) * g.results + filter_
-    keys, counts = np.unique(key[order], return_counts=True)
+    key = ((block * g.passes + number) * g.results + filter_)[order]
+    keys, place, counts = np.unique(key, return_index=True, return_counts=True)
     filled = -(-counts // UNIT) * UNIT
     starts = np.concatenate([[0], np.cumsum(filled)])
-    rows = np.stack([starts, np.append(keys % g.results, 0)], 1)
-    place = (
-        np.repeat(starts[:-1], counts) + np.arange(len(order)) - np.repeat(np.cumsum(counts) - counts, counts)
-    )
     entries = np.zeros(starts[-1], np.int64)
-    entries[place] = offset[order]
-    taken = np.full(starts[-1], -1, np.int64)
-    taken[place] = order
-    return Table(_int32(rows), _int32(entries), _int32(taken))
+    entries[np.repeat(starts[:-1] - place, counts) + np.arange(len(order))] = offset[order]
+    windows = keys // g.results % g.passes * (g.per_pass * g.window * g.images)
+    rows = np.stack([starts[:-1], keys % g.results, windows, order[place], counts], 1)
+    rows = np.concatenate([rows, [[starts[-1], 0, 0, 0, 0]]])
+    return Table(_int32(rows), _uint16(entries), _int32(order[:0]))
 
 
 def _int32(numbers: np.ndarray) -> Tensor:
     return torch.from_numpy(np.ascontiguousarray(numbers, dtype=np.int32))
+
+
+def _uint16(numbers: np.ndarray) -> Tensor:
+    return torch.from_numpy(np.ascontiguousarray(numbers, dtype=np.uint16).view(np.int16))

@@ -5,6 +5,7 @@ from __future__ import annotations
 from clicktrain.kernels.sparse_conv2d.blocked.geometry import Backward, Forward
 from clicktrain.kernels.sparse_conv2d.blocked.lattice import AxisLattices
 from clicktrain.kernels.sparse_conv2d.blocked.problem import ConvProblem, Phase, Tiling
+from clicktrain.kernels.sparse_conv2d.blocked.tap_generator import OFFSETS, window_vectors
 
 CACHE_VECTORS = 8192
 """Vectors of 64 bytes that a region may fill: half a megabyte, half of a usual second-level cache."""
@@ -108,9 +109,19 @@ def _region(phase: Phase, problem: ConvProblem, tile: tuple[int, int], lanes: in
 
 
 def tap_candidates(phase: Phase, problem: ConvProblem, registers: int, lanes: int) -> list[Tiling]:
-    """Tilings for code that takes taps as data, the likeliest first; arguments as in `candidates`."""
-    if phase == "grad_weight":
-        return _tap_grad_weight(problem, lanes)
+    """Tilings for code that takes taps as data, the likeliest first; arguments as in `candidates`.
+
+    None where windows are too large for its offsets (kernels that reach over hundreds of pixels).
+    """
+    found = (
+        _tap_grad_weight(problem, lanes)
+        if phase == "grad_weight"
+        else _tap_accumulate(phase, problem, registers, lanes)
+    )
+    return [one for one in found if window_vectors(phase, problem, one) <= OFFSETS]
+
+
+def _tap_accumulate(phase: Phase, problem: ConvProblem, registers: int, lanes: int) -> list[Tiling]:
     direction = Backward if phase == "grad_input" else Forward
     axes = direction(problem.rows), direction(problem.columns)
     counts = [AxisLattices(axis, 1, 1).count for axis in axes]

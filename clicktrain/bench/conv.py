@@ -8,7 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass
-from typing import Any, NamedTuple, cast
+from typing import Any, cast
 
 import torch
 import torch.nn.functional as F
@@ -30,9 +30,9 @@ from clicktrain.kernels.native.library import build_all
 from clicktrain.kernels.sparse_conv2d.blocked import launch
 from clicktrain.kernels.sparse_conv2d.blocked import ops as _registers  # noqa: F401 - the operators
 from clicktrain.kernels.sparse_conv2d.blocked.geometry import Axis
+from clicktrain.kernels.sparse_conv2d.blocked.launch import Variant
 from clicktrain.kernels.sparse_conv2d.blocked.layout import block, unblock
-from clicktrain.kernels.sparse_conv2d.blocked.problem import PHASES, ConvProblem, Phase, Tiling
-from clicktrain.kernels.sparse_conv2d.blocked.tiling import candidates
+from clicktrain.kernels.sparse_conv2d.blocked.problem import PHASES, ConvProblem, Phase
 
 TOLERANCE = 1e-4
 """Largest error of a result over its largest value. Float32 sums of a layer stay two orders below it."""
@@ -268,14 +268,6 @@ def _bind(run: Callable[..., Tensor], phase: Phase, tensors: Sequence[Tensor]) -
     return lambda: run(phase, *tensors)
 
 
-class _Variant(NamedTuple):
-    """A kernel that could do one phase of one layer: what the operator takes beside activations."""
-
-    tiling: Tiling
-    plan: str
-    tables: list[Tensor]
-
-
 class _SparseLayer:
     """A layer with random positions, its kernels, and the best of them by phase."""
 
@@ -296,35 +288,19 @@ class _SparseLayer:
         )
         self.best = {phase: variants[0] for phase, variants in self.variants.items()}
 
-    def _variants(self, tune: bool) -> dict[Phase, list[_Variant]]:
+    def _variants(self, tune: bool) -> dict[Phase, list[Variant]]:
         """By phase, the rule's own choice first."""
-        problem = self.data.shape.problem()
-        plan, tables = launch.prepare(self.structure, problem)
-        found = {
-            phase: [_Variant(plan.tiling(phase), plan.to_json(), list(tables.tensors))] for phase in PHASES
-        }
-        tools = toolchain()
-        if not tune or tools is None:
-            return found
-        wanted = {
-            phase: candidates(phase, problem, tools.registers, tools.lanes(torch.float32), self.group)
-            for phase in PHASES
-        }
-        for number in range(max(map(len, wanted.values()))):
-            # The tables of a phase depend on its own tiling alone: one candidate of each phase at once.
-            tried = {phase: tilings[number] for phase, tilings in wanted.items() if number < len(tilings)}
-            plan, tables = launch.prepare(self.structure, problem, 1, tried)
-            for phase in tried:
-                tiling = plan.tiling(phase)  # not always what was asked for: see `launch.prepare`
-                if tiling not in [variant.tiling for variant in found[phase]]:
-                    found[phase].append(_Variant(tiling, plan.to_json(), list(tables.tensors)))
+        found: dict[Phase, list[Variant]] = {phase: [] for phase in PHASES}
+        for variant in launch.variants(self.structure, self.data.shape.problem()):
+            if tune or not found[variant.phase]:
+                found[variant.phase].append(variant)
         return found
 
-    def call(self, phase: Phase, variant: _Variant) -> _Call:
+    def call(self, phase: Phase, variant: Variant) -> _Call:
         """The operator as a network calls it."""
         operators = torch.ops.clicktrain
         x, gy, values = self.data.x_blocked, self.data.gy_blocked, self.values
-        _, plan, tables = variant
+        plan, tables = variant.plan, variant.tables
         if phase == "forward":
             trained = values.detach().requires_grad_()
             return lambda: cast(Tensor, operators.sparse_conv2d_blocked(x, trained, None, tables, plan))

@@ -20,9 +20,9 @@ from clicktrain.kernels.native import toolchain
 from clicktrain.kernels.native.library import build_all
 from clicktrain.kernels.sparse_conv2d import PackedConv2d
 from clicktrain.kernels.sparse_conv2d.blocked import launch
-from clicktrain.kernels.sparse_conv2d.blocked.launch import compile_plan, prepare
+from clicktrain.kernels.sparse_conv2d.blocked.launch import Variant, compile_plan, variants
 from clicktrain.kernels.sparse_conv2d.blocked.problem import PHASES, ConvProblem, Phase, Tiling
-from clicktrain.kernels.sparse_conv2d.blocked.tiling import candidates
+from clicktrain.kernels.sparse_conv2d.blocked.vocabulary import MAX_SETS, distinct
 
 SECONDS = 0.8
 """For all candidates of one layer shape together."""
@@ -46,14 +46,6 @@ class LayerTimes:
     dense: Mapping[str, float]
     sparse: float
     tilings: tuple[tuple[Phase, Tiling], ...]
-
-
-@dataclass(frozen=True, slots=True)
-class _Candidate:
-    phase: Phase
-    tiling: Tiling
-    text: str
-    tables: list[Tensor]
 
 
 def take_turns(functions: Mapping[str, Callable[[], object]], seconds: float = SECONDS) -> dict[str, float]:
@@ -91,7 +83,7 @@ def measure_convolutions(
             text
             for key, same in groups.items()
             for one in prepared[key]
-            for text in compile_plan(one.text, _dtype(same[0]), [one.phase])
+            for text in compile_plan(one.plan, _dtype(same[0]), [one.phase])
         ]
     )
     times = {}
@@ -158,32 +150,19 @@ def _key(unit: Unit, trained_input: bool) -> tuple[object, ...]:
     layer, problem = conv_parts(unit)
     kind: tuple[object, ...] = ("dense",)
     if isinstance(layer, PackedConv2d):
-        kind = (round(layer.structure.density, 2), layer.structure.nnz_per_filter is None)
+        sets = min(len(distinct(layer.structure)), MAX_SETS + 1)
+        kind = (round(layer.structure.density, 2), layer.structure.nnz_per_filter is None, sets)
     images = shape_of(unit.inputs[0])[0]
     return images, trained_input, layer.groups, layer.bias is None, *problem.numbers(), *kind
 
 
-def _sparse_candidates(unit: Unit) -> list[_Candidate]:
+def _sparse_candidates(unit: Unit) -> list[Variant]:
     layer, problem = conv_parts(unit)
     structure = layer.structure if isinstance(layer, PackedConv2d) else steps.full_structure(layer)
-    tools = toolchain()
-    assert tools is not None
-    default, _ = prepare(structure, problem, layer.groups)
-    found = []
-    for phase in PHASES:
-        allowed = default.tiling(phase).together
-        tilings = [default.tiling(phase)]
-        for together in dict.fromkeys((allowed, 1)):
-            tilings += candidates(phase, problem, tools.registers, tools.lanes(torch.float32), together)
-        for tiling in dict.fromkeys(tilings):
-            plan, tables = prepare(structure, problem, layer.groups, {phase: tiling})
-            found.append(_Candidate(phase, tiling, plan.to_json(), list(tables.tensors)))
-    return found
+    return variants(structure, problem, layer.groups)
 
 
-def _times(
-    unit: Unit, sparse: Sequence[_Candidate], trained_input: bool, dtypes: Sequence[str]
-) -> LayerTimes:
+def _times(unit: Unit, sparse: Sequence[Variant], trained_input: bool, dtypes: Sequence[str]) -> LayerTimes:
     layer, problem = conv_parts(unit)
     dtype, shape = _dtype(unit), shape_of(unit.inputs[0])
     functions = {
@@ -234,13 +213,13 @@ def _dense_call(
 
 
 def _sparse_call(
-    one: _Candidate, x: Tensor, gy: Tensor, values: Tensor, bias: Tensor | None
+    one: Variant, x: Tensor, gy: Tensor, values: Tensor, bias: Tensor | None
 ) -> Callable[[], object]:
     if one.phase == "forward":
-        return lambda: launch.forward(x, values, bias, one.tables, one.text)
+        return lambda: launch.forward(x, values, bias, one.tables, one.plan)
     if one.phase == "grad_input":
-        return lambda: launch.grad_input(gy, values, one.tables, one.text)
-    return lambda: launch.grad_weight(x, gy, list(values.shape), one.tables, one.text)
+        return lambda: launch.grad_input(gy, values, one.tables, one.plan)
+    return lambda: launch.grad_weight(x, gy, list(values.shape), one.tables, one.plan)
 
 
 def _batch_norm_times(unit: Unit) -> tuple[float, float]:

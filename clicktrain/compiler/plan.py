@@ -169,8 +169,7 @@ def _choice(entry: Mapping[str, Any]) -> Choice:
     for phase, tiling in entry.get("tilings", ()):
         if phase not in PHASES:
             raise UserError(f"{entry['layer']}: a phase is one of {', '.join(PHASES)}, not {phase!r}")
-        cut = Tiling(tuple(tiling["tile"]), tuple(tiling["region"]), tiling["together"])
-        tilings.append((phase, cut))
+        tilings.append((phase, Tiling.from_dict(tiling)))
     plain = {**entry, "tilings": tuple(tilings)}
     for key in ("weight", "image", "refused"):
         plain[key] = tuple(plain.get(key, ()))

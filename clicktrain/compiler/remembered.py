@@ -21,15 +21,17 @@ from clicktrain.formats.atomic import write_text_atomic
 from clicktrain.kernels.native import toolchain
 from clicktrain.kernels.native.library import cache_folder
 from clicktrain.kernels.sparse_conv2d import PackedConv2d
+from clicktrain.kernels.sparse_conv2d.blocked.vocabulary import MAX_SETS, distinct
 
-KERNELS = 2
+KERNELS = 3
 """To be raised when kernels change so that old measurements say nothing any more."""
 
 
 def place(units: Sequence[Unit], trained: Collection[fx.Node], batch: int, dtypes: Sequence[str]) -> Path:
     """Where the plan of such a network is kept on this machine.
 
-    Networks are alike if they have the same layers with the same shapes and, to a hundredth, densities.
+    Networks are alike if they have the same layers with the same shapes and, to a hundredth, densities, and
+    as many different tap sets.
     """
     tools = toolchain()
     about = [
@@ -68,4 +70,6 @@ def keep(path: Path, plan: LoweringPlan) -> None:
 def _packed(layer: PackedConv2d) -> str:
     together = layer.structure.nnz_per_filter is not None
     shape = layer.structure.shape
-    return f"{shape} {layer.structure.density:.2f} {together} {layer.stride} {layer.padding} {layer.groups}"
+    sets = min(len(distinct(layer.structure)), MAX_SETS + 1)
+    numbers = f"{layer.structure.density:.2f} {together} {sets}"
+    return f"{shape} {numbers} {layer.stride} {layer.padding} {layer.groups}"

@@ -116,13 +116,14 @@ for f, c, kernel, image, stride, padding, dilation, blocks, threads in cases:
     mask = kept[torch.randint(2, (f, c))].view(f, c, *kernel) & (torch.rand(f, c, 1, 1) < 0.7)
     structure = Structure.from_mask(mask)
     problem = ConvProblem.make(c, f, kernel, image, stride, padding, dilation)
-    plan, tables = launch.prepare(structure, problem)
-    text = plan.to_json()
     values = torch.randn(structure.values_shape)
     x = torch.randn(blocks, c, *image, lanes)
-    y = launch.forward(x, values, torch.randn(f), tables.tensors, text)
-    launch.grad_input(y, values, tables.tensors, text)
-    launch.grad_weight(x, y, structure.values_shape, tables.tensors, text)
+    for code in ("sets", "taps"):
+        one = {v.phase: v for v in launch.variants(structure, problem) if v.tiling.code == code}
+        y = launch.forward(x, values, torch.randn(f), one["forward"].tables, one["forward"].plan)
+        launch.grad_input(y, values, one["grad_input"].tables, one["grad_input"].plan)
+        weight = one["grad_weight"]
+        launch.grad_weight(x, y, structure.values_shape, weight.tables, weight.plan)
 print("clean")
 """
 

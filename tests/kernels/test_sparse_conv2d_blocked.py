@@ -17,7 +17,7 @@ from clicktrain.kernels.native import toolchain
 from clicktrain.kernels.sparse_conv2d.blocked import launch
 from clicktrain.kernels.sparse_conv2d.blocked.layout import block, unblock
 from clicktrain.kernels.sparse_conv2d.blocked.ops import sparse_conv2d_blocked
-from clicktrain.kernels.sparse_conv2d.blocked.problem import ConvProblem, Tiling
+from clicktrain.kernels.sparse_conv2d.blocked.problem import PHASES, ConvProblem, Tiling
 
 pytestmark = pytest.mark.skipif(toolchain() is None, reason="there is no C compiler")
 
@@ -124,11 +124,24 @@ def cases(draw: st.DrawFn) -> dict[str, Any]:
         draw(st.integers(max(1, (k - 1) * d + 1 - 2 * p), 13))
         for k, d, p in zip((r, s), dilation, padding, strict=True)
     )
+    stride = draw(st.integers(1, 3)), draw(st.integers(1, 2))
+    code = draw(st.sampled_from(["by rule", "sets", "taps", "taps"]))
+    tile = draw(st.integers(1, 4)), draw(st.integers(1, 5))
+    region = draw(st.integers(1, 3)), draw(st.integers(1, 3))
+    tilings = None
+    if code == "sets":
+        back = Tiling((tile[0] * stride[0], tile[1] * stride[1]), region)
+        tilings = {"forward": Tiling(tile, region), "grad_weight": Tiling(tile, region), "grad_input": back}
+    elif code == "taps":
+        images, sources = draw(st.integers(1, 3)), draw(st.integers(0, 4))
+        own = Tiling(tile, region, code="taps", sources=sources, images=images)
+        tilings = dict.fromkeys(PHASES, own)
     return {
         "mask": mask,
         "n": draw(st.sampled_from([1, 3, 16, 17])),
         "image": image,
-        "stride": (draw(st.integers(1, 3)), draw(st.integers(1, 2))),
+        "stride": stride,
+        "tilings": tilings,
         "padding": padding,
         "dilation": dilation,
         "groups": groups,
@@ -137,7 +150,7 @@ def cases(draw: st.DrawFn) -> dict[str, Any]:
     }
 
 
-@settings(max_examples=20)
+@settings(max_examples=24)
 @given(cases())
 def test_equals_dense_convolution(case: dict[str, Any]) -> None:
     check(**case)
@@ -186,6 +199,11 @@ def test_threads_change_nothing(threads: int, n: int, image: tuple[int, int]) ->
 @pytest.mark.parametrize("stride", [1, 2])
 def test_every_tiling_gives_the_same(tile: tuple[int, int], region: tuple[int, int], stride: int) -> None:
     mask = pattern_mask(6, 5, 0.5, 1, torch.Generator().manual_seed(4))
+    if region != (1, 1):
+        taps = Tiling(tile, region, code="taps", sources=region[0], images=region[1])
+        check(
+            mask, 20, (11, 10), stride=(stride, stride), padding=(1, 1), tilings=dict.fromkeys(PHASES, taps)
+        )
     back = Tiling((tile[0] * stride, tile[1] * stride), region)
     own = Tiling(tile, region)
     tilings = {"forward": own, "grad_weight": own, "grad_input": back}

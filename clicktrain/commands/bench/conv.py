@@ -77,7 +77,8 @@ def _show(result: Result, console: Console) -> None:
     caption = (
         "Dense: the fastest PyTorch call, its inputs in its layout and type already. Sparse: the registered "
         "operator on activations that are blocked already; all results checked against float64. "
-        f"Tiling (rows x columns, in regions of so many tiles, filters together): {tiled}. Peak: "
+        "Tiling (rows x columns, in regions of so many tiles, filters together; taps of so many channels in "
+        f"one pass): {tiled}. Peak: "
         "multiply-adds of kept weights inside the image, over what the threads reach from registers"
     )
     machine = result["machine"]
@@ -92,7 +93,8 @@ def _show(result: Result, console: Console) -> None:
 def _tiling(tiling: Result) -> str:
     tile, region = ("x".join(map(str, tiling[key])) for key in ("tile", "region"))
     together = f" by {tiling['together']}" if tiling["together"] > 1 else ""
-    return f"{tile} in {region}{together}"
+    taps = f", taps of {tiling['sources'] or 'all'}" if tiling["code"] == "taps" else ""
+    return f"{tile} in {region}{together}{taps}"
 
 
 BENCHMARK = Benchmark(

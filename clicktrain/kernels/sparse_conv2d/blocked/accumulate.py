@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from clicktrain.kernels.sparse_conv2d.blocked.generator import Generator
 from clicktrain.kernels.sparse_conv2d.blocked.regions import TileKind
-from clicktrain.kernels.sparse_conv2d.blocked.template import Code, among
+from clicktrain.kernels.sparse_conv2d.blocked.template import Code, among, locate, open_threads
 
 
 def write(code: Code, g: Generator) -> None:
@@ -18,12 +18,12 @@ def write(code: Code, g: Generator) -> None:
     )
     code("const int64_t items = blocks * REGION_ROWS * REGION_COLS;")
     code("(void)threads; (void)scratch;")
-    g.open_threads(code)
+    open_threads(code)
     code("vec *buffer = scratch + me * SCRATCH;")
     code("(void)buffer;")
     code("const int64_t last = items * (me + 1) / all;")
     code("for (int64_t item = items * me / all; item < last; ++item) {")
-    g.locate(code, "item")
+    locate(code, "item")
     code("const vec *from = src + b * SOURCES * SRC_H * SRC_W;")
     code("vec *to = dst + b * RESULTS * DST_H * DST_W;")
     code("ahead_t ahead = {0};")
@@ -33,7 +33,7 @@ def write(code: Code, g: Generator) -> None:
         code("const vec *window = buffer;")
         code("pack(from, buffer, ROW_FIRST[rr], ROW_SPAN[rr], COL_FIRST[rc], COL_SPAN[rc]);")
         code("if (item + 1 < last) {")
-        g.locate(code, "item + 1", "n")
+        locate(code, "item + 1", "n")
         code(
             "ahead = look(src + nb * SOURCES * SRC_H * SRC_W, SOURCES, SRC_H, SRC_W, "
             "ROW_FIRST[nrr], ROW_SPAN[nrr], COL_FIRST[nrc], COL_SPAN[nrc]);"

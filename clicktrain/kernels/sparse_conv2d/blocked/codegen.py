@@ -18,9 +18,15 @@ from __future__ import annotations
 
 import torch
 
-from clicktrain.kernels.sparse_conv2d.blocked import accumulate, grad_weight
+from clicktrain.kernels.sparse_conv2d.blocked import (
+    accumulate,
+    grad_weight,
+    tap_accumulate,
+    tap_grad_weight,
+)
 from clicktrain.kernels.sparse_conv2d.blocked.generator import Generator
 from clicktrain.kernels.sparse_conv2d.blocked.problem import ConvProblem, Phase, Tiling
+from clicktrain.kernels.sparse_conv2d.blocked.tap_generator import TapGenerator
 from clicktrain.kernels.sparse_conv2d.blocked.vocabulary import Taps
 
 
@@ -42,6 +48,11 @@ def source(
     - grad_weight: ``run(x, gy, grad, rows, entries, chunks, scratch, blocks, threads)``, where ``chunks`` =
       [parts, nnz, (first entry, last entry, first value) of each part].
     """
+    if tiling.code == "taps":
+        taps = TapGenerator(phase, problem, tiling)
+        code = taps.begin(dtype, lanes)
+        (tap_grad_weight if phase == "grad_weight" else tap_accumulate).write(code, taps)
+        return code.text()
     generator = Generator(phase, problem, vocabulary, tiling)
     code = generator.begin(dtype, lanes)
     kernel = grad_weight if phase == "grad_weight" else accumulate
@@ -51,4 +62,6 @@ def source(
 
 def scratch_vectors(phase: Phase, problem: ConvProblem, tiling: Tiling) -> int:
     """Vectors of scratch memory for each thread; the gradient of the weight needs its own values besides."""
+    if tiling.code == "taps":
+        return TapGenerator(phase, problem, tiling).scratch
     return Generator(phase, problem, (), tiling).scratch

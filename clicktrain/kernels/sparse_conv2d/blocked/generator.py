@@ -99,22 +99,3 @@ class Generator:
                         found.append((y * self.columns.buffer + x, i * column.size + j, number))
         for window, position, number in sorted(found):
             yield position, window, number
-
-    def open_threads(self, code: Code) -> None:
-        """Begin a parallel region; afterwards ``me`` of ``all`` threads runs what follows."""
-        code("#ifdef _OPENMP")
-        code("#pragma omp parallel num_threads(threads) if (threads > 1)")
-        code("#endif")
-        code("{")
-        code("#ifdef _OPENMP")
-        code("const int64_t me = omp_get_thread_num(), all = omp_get_num_threads();")
-        code("#else")
-        code("const int64_t me = 0, all = 1;")
-        code("#endif")
-
-    def locate(self, code: Code, region: str, prefix: str = "") -> None:
-        """Take a region's number apart: block of images ``b``, and its row and column ``rr``, ``rc``."""
-        code(f"const int64_t {prefix}b = ({region}) / (REGION_ROWS * REGION_COLS);")
-        code(f"const int {prefix}rr = ({region}) / REGION_COLS % REGION_ROWS;")
-        code(f"const int {prefix}rc = ({region}) % REGION_COLS;")
-        code(f"(void){prefix}b; (void){prefix}rr; (void){prefix}rc;")

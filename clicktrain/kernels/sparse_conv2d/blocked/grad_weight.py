@@ -6,7 +6,7 @@ from typing import NamedTuple
 
 from clicktrain.kernels.sparse_conv2d.blocked.generator import Generator
 from clicktrain.kernels.sparse_conv2d.blocked.regions import RegionKind, TileKind
-from clicktrain.kernels.sparse_conv2d.blocked.template import Code, among
+from clicktrain.kernels.sparse_conv2d.blocked.template import Code, among, locate, open_threads
 from clicktrain.kernels.sparse_conv2d.blocked.vocabulary import Taps
 
 _CHAINS = 8
@@ -34,7 +34,7 @@ def write(code: Code, g: Generator) -> None:
     code("const int64_t items = blocks * REGION_ROWS * REGION_COLS * parts;")
     code("const int64_t own = SCRATCH + (nnz + LANES - 1) / LANES;")
     code("(void)threads; (void)rows;")
-    g.open_threads(code)
+    open_threads(code)
     code("vec *buffer = scratch + me * own;")
     code("real *sums = (real *)(buffer + SCRATCH);")
     code("memset(sums, 0, nnz * sizeof(real));")
@@ -42,7 +42,7 @@ def write(code: Code, g: Generator) -> None:
     code("const int64_t last = items * (me + 1) / all;")
     code("for (int64_t item = items * me / all; item < last; ++item) {")
     code("const int64_t region = item / parts, part = item % parts;")
-    g.locate(code, "region")
+    locate(code, "region")
     code("const vec *from = x + b * SOURCES * SRC_H * SRC_W, *other = gy + b * RESULTS * DST_H * DST_W;")
     _pack(code, g)
     code("const int32_t *e = entries + 3 * chunks[2 + 3 * part];")
@@ -82,7 +82,7 @@ def _pack(code: Code, g: Generator) -> None:
     code("packed = region;")
     code("ahead_t next_x = {0}, next_gy = {0};")
     code("if (item + 1 < last && (item + 1) / parts != region) {")
-    g.locate(code, "region + 1", "n")
+    locate(code, "region + 1", "n")
     if not g.in_place:
         code(
             "next_x = look(x + nb * SOURCES * SRC_H * SRC_W, SOURCES, SRC_H, SRC_W, "

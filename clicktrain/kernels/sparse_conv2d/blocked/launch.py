@@ -5,7 +5,7 @@ from __future__ import annotations
 import functools
 import itertools
 import json
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, dataclass, field, replace
 
 import torch
@@ -17,9 +17,10 @@ from clicktrain.kernels.native.library import arguments
 from clicktrain.kernels.sparse_conv2d.blocked.codegen import scratch_vectors, source
 from clicktrain.kernels.sparse_conv2d.blocked.layout import vectors
 from clicktrain.kernels.sparse_conv2d.blocked.problem import PHASES, ConvProblem, Phase, Tiling
-from clicktrain.kernels.sparse_conv2d.blocked.tables import Parts
-from clicktrain.kernels.sparse_conv2d.blocked.tiling import GRAD_WEIGHT_FILTERS, default_tiling
-from clicktrain.kernels.sparse_conv2d.blocked.vocabulary import Taps, choose
+from clicktrain.kernels.sparse_conv2d.blocked.tables import Parts, Table
+from clicktrain.kernels.sparse_conv2d.blocked.tap_tables import table as tap_table
+from clicktrain.kernels.sparse_conv2d.blocked.tiling import GRAD_WEIGHT_FILTERS, candidates
+from clicktrain.kernels.sparse_conv2d.blocked.vocabulary import Taps, choose, is_complete
 
 STREAM_BYTES = 8 << 20
 """Results of this size are written around the caches: the next reader would not find them there anyway."""
@@ -60,10 +61,7 @@ class ConvPlan:
     def from_json(cls, text: str) -> ConvPlan:
         """Inverse of `to_json`."""
         plan = json.loads(text)
-        tilings = tuple(
-            (phase, Tiling(tuple(t["tile"]), tuple(t["region"]), t["together"]))
-            for phase, t in plan["tilings"].items()
-        )
+        tilings = tuple((phase, Tiling.from_dict(tiling)) for phase, tiling in plan["tilings"].items())
         vocabulary = tuple(tuple(taps) for taps in plan["vocabulary"])
         return cls(ConvProblem.from_numbers(plan["problem"]), vocabulary, tilings)
 
@@ -92,31 +90,91 @@ def prepare(
         tilings: by phase; what is not given is chosen by rule. ``together`` is lowered to what the
             structure allows.
     """
-    tools = toolchain()
-    registers, lanes = (tools.registers, tools.lanes(torch.float32)) if tools else (16, 8)
     vocabulary = choose(structure)
-    parts = Parts(structure, vocabulary, groups)
-    together = next((size for size in GROUP_SIZES if parts.agree(size)), 1)
+    parts = functools.cache(lambda: Parts(structure, vocabulary, groups))
     chosen: list[tuple[Phase, Tiling]] = []
     for phase in PHASES:
         tiling = (tilings or {}).get(phase)
-        allowed = 1 if phase == "grad_input" else together
         if tiling is None:
-            tiling = default_tiling(phase, problem, registers, lanes, allowed)
-        elif allowed % tiling.together:
+            tiling = _candidates(phase, structure, problem, vocabulary, parts)[0]
+        elif tiling.together > 1 and _together(phase, parts()) % tiling.together:
             tiling = replace(tiling, together=1)
         chosen.append((phase, tiling))
     plan = ConvPlan(problem, vocabulary, tuple(chosen))
-    forward = parts.by_filter(plan.tiling("forward").together)
-    back = parts.by_channel()
-    weight_together = plan.tiling("grad_weight").together
-    weight = parts.by_kernel(weight_together, GRAD_WEIGHT_FILTERS)
-    chunks = _chunks(weight.rows, weight.entries, vocabulary, weight_together)
+
+    def table(phase: Phase) -> Table:
+        tiling = plan.tiling(phase)
+        if tiling.code == "taps":
+            return tap_table(phase, problem, structure, groups, tiling)
+        if phase == "forward":
+            return parts().by_filter(tiling.together)
+        if phase == "grad_input":
+            return parts().by_channel()
+        return parts().by_kernel(tiling.together, GRAD_WEIGHT_FILTERS)
+
+    forward, back, weight = (table(phase) for phase in PHASES)
+    tiling = plan.tiling("grad_weight")
+    if tiling.code == "taps":
+        chunks = _run_chunks(weight.rows)
+    else:
+        chunks = _chunks(weight.rows, weight.entries, vocabulary, tiling.together)
     tables = [forward.rows, forward.entries, forward.order, back.rows, back.entries, back.order]
     # The kernel writes in its own order: where each packed value is found there.
-    found = torch.empty_like(weight.order)
-    found[weight.order.long()] = torch.arange(len(found), dtype=found.dtype)
+    taken = (weight.order >= 0).nonzero().flatten()
+    found = torch.empty(structure.nnz, dtype=torch.int32)
+    found[weight.order[taken].long()] = taken.int()
     return plan, ConvTables((*tables, weight.rows, weight.entries, found, chunks))
+
+
+@dataclass(frozen=True, slots=True)
+class Variant:
+    """A kernel that could do one phase of one layer: what its operator takes beside activations."""
+
+    phase: Phase
+    tiling: Tiling
+    plan: str
+    tables: list[Tensor]
+
+
+def variants(structure: Structure, problem: ConvProblem, groups: int = 1) -> list[Variant]:
+    """All that is worth measuring for a layer, of each phase the rule's own choice first."""
+    vocabulary = choose(structure)
+    parts = functools.cache(lambda: Parts(structure, vocabulary, groups))
+    wanted = {phase: _candidates(phase, structure, problem, vocabulary, parts) for phase in PHASES}
+    found = []
+    # The tables of a phase depend on its own tiling alone: one candidate of each phase at once.
+    for number in range(max(map(len, wanted.values()))):
+        tried = {phase: tilings[number] for phase, tilings in wanted.items() if number < len(tilings)}
+        plan, tables = prepare(structure, problem, groups, tried)
+        found += [Variant(phase, plan.tiling(phase), plan.to_json(), list(tables.tensors)) for phase in tried]
+    return found
+
+
+def _candidates(
+    phase: Phase,
+    structure: Structure,
+    problem: ConvProblem,
+    vocabulary: tuple[Taps, ...],
+    parts: Callable[[], Parts],
+) -> list[Tiling]:
+    tools = toolchain()
+    registers, lanes = (tools.registers, tools.lanes(torch.float32)) if tools else (16, 8)
+    complete = is_complete(structure, vocabulary)
+    counts = (_together(phase, parts()), 1) if complete else (1,)
+    return list(
+        dict.fromkeys(
+            tiling
+            for together in counts
+            for tiling in candidates(phase, problem, registers, lanes, together, complete)
+        )
+    )
+
+
+def _together(phase: Phase, parts: Parts) -> int:
+    """Most filters that may be computed at once."""
+    if phase == "grad_input":
+        return 1
+    return next((size for size in GROUP_SIZES if parts.agree(size)), 1)
 
 
 def _chunks(rows: Tensor, entries: Tensor, vocabulary: Sequence[Taps], together: int) -> Tensor:
@@ -131,6 +189,20 @@ def _chunks(rows: Tensor, entries: Tensor, vocabulary: Sequence[Taps], together:
     flat = [len(edges) - 1, nnz]
     for first, last in itertools.pairwise(edges):
         flat += [first, last, int(values[first])]
+    return torch.tensor(flat, dtype=torch.int64)
+
+
+def _run_chunks(rows: Tensor) -> Tensor:
+    """As `_chunks`, for runs of offsets: [chunks, entries, (first run, last run, unused) of each chunk]."""
+    starts = rows[:, 0].long().contiguous()
+    wanted = torch.linspace(0, int(starts[-1]), 17)[1:-1].long()
+    cuts = torch.searchsorted(starts, wanted).clamp(max=len(rows) - 1)
+    edges = torch.unique(torch.cat([torch.tensor([0, len(rows) - 1]), cuts])).tolist()
+    flat = [len(edges) - 1, int(starts[-1])]
+    for first, last in itertools.pairwise(edges):
+        flat += [first, last, 0]
+    if len(edges) == 1:
+        flat = [1, 0, 0, 0, 0]
     return torch.tensor(flat, dtype=torch.int64)
 
 
@@ -166,15 +238,15 @@ def grad_weight(
     """Activations and output gradients -> gradient of the packed values."""
     kernel = _kernel(plan, x.dtype, "grad_weight")
     order, chunks = tables[8], tables[9]
-    found = x.new_empty(order.numel())
-    few = x.shape[0] * kernel.regions < 4 * torch.get_num_threads()
-    whole = chunks if few else _one_chunk(chunks, tables[7].shape[0])
+    found = x.new_empty(int(chunks[1]))
+    few = x.shape[0] * kernel.regions < 4 * kernel.images * torch.get_num_threads()
+    whole = chunks if few else _one_chunk(chunks)
     kernel.run(vectors(x), vectors(gy), found, tables[6], tables[7], whole)
     return found.index_select(0, order).view(tuple(values_shape))
 
 
-def _one_chunk(chunks: Tensor, entries: int) -> Tensor:
-    return torch.tensor([1, int(chunks[1]), 0, entries, 0], dtype=torch.int64)
+def _one_chunk(chunks: Tensor) -> Tensor:
+    return torch.tensor([1, int(chunks[1]), 0, int(chunks[-2]), 0], dtype=torch.int64)
 
 
 class _Kernel:
@@ -186,6 +258,7 @@ class _Kernel:
         tiling = plan.tiling(phase)
         self._scratch = scratch_vectors(phase, plan.problem, tiling)
         self.regions = region_count(phase, plan.problem, tiling)
+        self.images = tiling.images
 
     def run(self, first: Tensor, *rest: Tensor | None) -> None:
         threads = torch.get_num_threads()

@@ -2,9 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from typing import Literal
+from typing import Any, Literal
 
 from clicktrain.kernels.sparse_conv2d.blocked.geometry import Axis
 
@@ -72,8 +72,20 @@ class Tiling:
         tile: rows and columns of the positions whose sums are in registers.
         region: tiles per region along either axis.
         together: neighbouring filters computed at once; they have to agree on their channels and tap sets.
+        code: ``sets``, code of its own for each tap set, or ``taps``, offsets of taps as data.
+        sources: channels (of the gradient of the input: filters) of one pass over all results; 0 = all
+            (``taps`` only).
+        images: blocks of images of one region (gradient of the weight with ``taps`` only).
     """
 
     tile: tuple[int, int]
     region: tuple[int, int] = (1, 1)
     together: int = 1
+    code: Literal["sets", "taps"] = "sets"
+    sources: int = 0
+    images: int = 1
+
+    @classmethod
+    def from_dict(cls, fields: Mapping[str, Any]) -> Tiling:
+        """Inverse of ``dataclasses.asdict``, after JSON; what an older program did not write defaults."""
+        return cls(**{**fields, "tile": tuple(fields["tile"]), "region": tuple(fields["region"])})

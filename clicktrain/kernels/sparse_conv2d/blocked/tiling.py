@@ -2,27 +2,26 @@
 
 from __future__ import annotations
 
+from clicktrain.kernels.sparse_conv2d.blocked.geometry import Backward, Forward
+from clicktrain.kernels.sparse_conv2d.blocked.lattice import AxisLattices
 from clicktrain.kernels.sparse_conv2d.blocked.problem import ConvProblem, Phase, Tiling
 
 CACHE_VECTORS = 8192
 """Vectors of 64 bytes that a region may fill: half a megabyte, half of a usual second-level cache."""
+TAP_VECTORS = 256
+"""Vectors of 64 bytes of a tile's windows in one pass over taps as data: half of a first-level cache."""
 GRAD_WEIGHT_VECTORS = 21504
 """The same for the gradient of the weight: its sums over lanes, once a region, want large ones."""
 GRAD_WEIGHT_FILTERS = 128
 """Filters whose output gradients are gone through before the next ones: they stay in the cache."""
 
 
-def default_tiling(
-    phase: Phase, problem: ConvProblem, registers: int, lanes: int, together: int = 1
-) -> Tiling:
-    """The tiling that is usually best, by rule; arguments as in `candidates`."""
-    return candidates(phase, problem, registers, lanes, together)[0]
-
-
 def candidates(
-    phase: Phase, problem: ConvProblem, registers: int, lanes: int, together: int = 1
+    phase: Phase, problem: ConvProblem, registers: int, lanes: int, together: int = 1, complete: bool = True
 ) -> list[Tiling]:
     """Tilings worth measuring, the likeliest first.
+
+    Code for tap sets wants many registers and layers with few sets; else taps as data come first.
 
     Args:
         phase: forward, grad_input or grad_weight.
@@ -30,7 +29,19 @@ def candidates(
         registers: vector registers of the processor.
         lanes: of one of them.
         together: most filters that may be computed at once (1 where they do not share positions).
+        complete: whether each kernel is one of the tap sets that there is code for.
     """
+    sets = _set_candidates(phase, problem, registers, lanes, together)
+    taps = tap_candidates(phase, problem, registers, lanes)
+    if registers >= 32 and complete:
+        return [*sets, *taps[:1]]
+    return [*taps, *(sets if together > 1 else sets[:1])]
+
+
+def _set_candidates(
+    phase: Phase, problem: ConvProblem, registers: int, lanes: int, together: int
+) -> list[Tiling]:
+    """Tilings for code of tap sets."""
     backward = phase == "grad_input"
     axes = (problem.rows, problem.columns)
     lengths = [a.size if backward else a.out for a in axes]
@@ -94,3 +105,64 @@ def _region(phase: Phase, problem: ConvProblem, tile: tuple[int, int], lanes: in
         if not grown:
             return region[0], region[1]
         region = min(grown, key=lambda r: (max(r[0] * tile[0], r[1] * tile[1]), vectors(r)))
+
+
+def tap_candidates(phase: Phase, problem: ConvProblem, registers: int, lanes: int) -> list[Tiling]:
+    """Tilings for code that takes taps as data, the likeliest first; arguments as in `candidates`."""
+    if phase == "grad_weight":
+        return _tap_grad_weight(problem, lanes)
+    direction = Backward if phase == "grad_input" else Forward
+    axes = direction(problem.rows), direction(problem.columns)
+    counts = [AxisLattices(axis, 1, 1).count for axis in axes]
+    sums = registers - 4
+    shapes = [(i, j) for i in range(1, 5) for j in range(1, sums + 1) if i * j <= sums]
+    shapes = [(min(i, counts[0]), min(j, counts[1])) for i, j in shapes]
+
+    def cost(shape: tuple[int, int]) -> tuple[float, int]:
+        tiles = -(-counts[0] // shape[0]) * -(-counts[1] // shape[1])
+        # Fewer sums than that wait for each other; each tap has its own broadcast and loop.
+        window = [AxisLattices(a, n, 1).buffer for a, n in zip(axes, shape, strict=True)]
+        return tiles * (max(shape[0] * shape[1], 8) + 1.5), window[0] * window[1]
+
+    tile = min(dict.fromkeys(shapes), key=cost)
+    sources = problem.filters if phase == "grad_input" else problem.channels
+    window = [AxisLattices(axis, size, 1).buffer for axis, size in zip(axes, tile, strict=True)]
+    per_pass = max(TAP_VECTORS * 16 // lanes // (window[0] * window[1]), 1)
+    region = [1, 1]
+    while True:
+        grown = []
+        for number in (1, 0):
+            larger = list(region)
+            larger[number] *= 2
+            buffers = [AxisLattices(a, t, n).buffer for a, t, n in zip(axes, tile, larger, strict=True)]
+            if region[number] * tile[number] < counts[number] and (
+                buffers[0] * buffers[1] * sources <= CACHE_VECTORS // 2 * 16 // lanes
+            ):
+                grown.append((buffers[0] * buffers[1] / (larger[0] * larger[1]), larger))
+        if not grown:
+            break
+        region = min(grown)[1]
+    found = []
+    for count in (per_pass, 2 * per_pass):
+        passes = -(-sources // count)
+        even = -(-sources // passes)
+        found.append(Tiling(tile, (region[0], region[1]), code="taps", sources=0 if passes == 1 else even))
+    return list(dict.fromkeys(found))
+
+
+def _tap_grad_weight(problem: ConvProblem, lanes: int) -> list[Tiling]:
+    rows, columns = problem.rows.out, problem.columns.out
+    width = min(columns, 8)
+    width = -(-columns // -(-columns // width))
+    across = min(-(-columns // width), 2)
+    found = []
+    for positions in (64, 32):
+        down = min(max(positions // (width * across), 1), rows)
+        down = -(-rows // -(-rows // down))
+        axes = Forward(problem.rows), Forward(problem.columns)
+        window = AxisLattices(axes[0], 1, down).buffer * AxisLattices(axes[1], width, across).buffer
+        images = max(positions // (down * width * across), 1)
+        free = TAP_VECTORS * 16 // lanes * 5 // 4 - down * width * across * images
+        per_pass = min(max(free // (window * images), 1), problem.channels)
+        found.append(Tiling((1, width), (down, across), code="taps", sources=per_pass, images=images))
+    return list(dict.fromkeys(found))

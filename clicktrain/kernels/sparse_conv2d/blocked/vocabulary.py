@@ -7,6 +7,7 @@ the frequent ones get code, and single taps make up the rest, so that one mechan
 
 from __future__ import annotations
 
+import numpy as np
 import torch
 from torch import Tensor
 
@@ -28,6 +29,20 @@ def choose(structure: Structure) -> tuple[Taps, ...]:
     r, s = structure.shape[2:]
     mask = structure.mask().cpu().flatten(2)
     return choose_from(mask.flatten(0, 1), r * s)
+
+
+def is_complete(structure: Structure, vocabulary: tuple[Taps, ...]) -> bool:
+    """Whether every kernel of a layer is one of the sets, so that none has to be taken apart."""
+    return all(taps in vocabulary for taps in distinct(structure))
+
+
+def distinct(structure: Structure) -> set[Taps]:
+    """The different tap sets of a layer's kernels; none for kernels without weights."""
+    r, s = structure.shape[2:]
+    kernels = structure.mask().cpu().numpy().reshape(-1, r * s)
+    packed = np.packbits(kernels, axis=1)
+    _, first = np.unique(packed.view(f"V{packed.shape[1]}"), return_index=True)
+    return {taps for i in first if (taps := tuple(np.nonzero(kernels[i])[0].tolist()))}
 
 
 def choose_from(kernels: Tensor, taps: int) -> tuple[Taps, ...]:

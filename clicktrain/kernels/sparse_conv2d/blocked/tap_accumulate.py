@@ -1,0 +1,114 @@
+"""Forward and gradient of the input with offsets of taps as data: see `tap_generator`."""
+
+from __future__ import annotations
+
+from clicktrain.kernels.sparse_conv2d.blocked.tap_generator import TapGenerator
+from clicktrain.kernels.sparse_conv2d.blocked.template import Code, locate, open_threads
+
+
+def write(code: Code, g: TapGenerator) -> None:
+    """The function of one tile, and ``run``, which walks over regions, tiles, lattices and passes."""
+    _tile(code, g)
+    rows, columns = g.rows, g.columns
+    code(
+        "int run(const vec *src, vec *dst, const real *values, const real *bias, const int32_t *rows, "
+        "const int32_t *entries, vec *scratch, int64_t blocks, int64_t stream, int64_t threads) {"
+    )
+    code("const int64_t items = blocks * REGION_ROWS * REGION_COLS;")
+    code("(void)threads;")
+    open_threads(code)
+    code("vec *sums = scratch + me * SCRATCH;")
+    code(f"vec *buffer = sums + RESULTS * {rows.tile * columns.tile};")
+    code("(void)buffer;")
+    code("const int64_t last = items * (me + 1) / all;")
+    code("for (int64_t item = items * me / all; item < last; ++item) {")
+    locate(code, "item")
+    code("const vec *from = src + b * SOURCES * SRC_H * SRC_W;")
+    code("vec *to = dst + b * RESULTS * DST_H * DST_W;")
+    code("ahead_t ahead = {0};")
+    if g.in_place:
+        code("const vec *window = from;")
+    else:
+        code("const vec *window = buffer;")
+        code("pack(from, buffer, ROW_FIRST(rr), WIN_H, COL_FIRST(rc), WIN_W);")
+        code("if (item + 1 < last) {")
+        locate(code, "item + 1", "n")
+        code(
+            "ahead = look(src + nb * SOURCES * SRC_H * SRC_W, SOURCES, SRC_H, SRC_W, "
+            "ROW_FIRST(nrr), WIN_H, COL_FIRST(nrc), WIN_W);"
+        )
+        code("}")
+    code(f"for (long ti = 0; ti < {rows.positions // rows.tile}; ++ti)")
+    code(f"for (long tj = 0; tj < {columns.positions // columns.tile}; ++tj)")
+    code(f"for (long lr = 0; lr < {len(rows.lattices)}; ++lr)")
+    code(f"for (long lc = 0; lc < {len(columns.lattices)}; ++lc) {{")
+    code(f"const long i = rr * {rows.positions}L + ti * {rows.tile};")
+    code(f"const long j = rc * {columns.positions}L + tj * {columns.tile};")
+    code("const long down = ROW_COUNT[lr] - i, right = COL_COUNT[lc] - j;")
+    code("if (down <= 0 || right <= 0) continue;")
+    code(
+        f"const vec *x = window + ti * {rows.tile * rows.reach} * WIN_W "
+        f"+ tj * {columns.tile * columns.reach};"
+    )
+    code(f"vec *y = to + (ROW_START[lr] + i * {rows.step}) * DST_W + COL_START[lc] + j * {columns.step};")
+    code(f"const int32_t *n = rows + (lr * {len(columns.lattices)} + lc) * {g.passes} * RESULTS;")
+    code(f"for (long p = 0; p < {g.passes}; ++p, n += RESULTS)")
+    code(f"  tile(x, y, sums, values, p ? NULL : bias, n, entries, p == 0, p == {g.passes - 1},")
+    code("    down, right, stream, &ahead);")
+    code("}")
+    code("}")
+    code("if (stream) DRAIN();")
+    code("}")
+    code("return 0;")
+    code("}")
+
+
+def _tile(code: Code, g: TapGenerator) -> None:
+    """All results of one tile of positions, over the sources of one pass."""
+    height, width = g.rows.tile, g.columns.tile
+    places = [(i, j) for i in range(height) for j in range(width)]
+    names = [f"a{k}" for k in range(len(places))]
+    calls = max(
+        (g.rows.positions // height) * (g.columns.positions // width) * g.lattices * g.passes * g.results, 1
+    )
+    code(
+        "static __attribute__((noinline)) void tile(const vec *restrict x, vec *restrict y, "
+        "vec *restrict sums, const real *restrict values, const real *restrict bias, "
+        "const int32_t *restrict rows, const int32_t *restrict entries, int first, int last, long down, "
+        "long right, int64_t stream, ahead_t *ahead) {"
+    )
+    code(f"for (long f = 0; f < RESULTS; ++f, sums += {len(places)}, y += DST_H * DST_W) {{")
+    if not g.in_place:
+        code(f"fetch(ahead, {-(-g.sources * g.rows.buffer // calls)});")
+    code(f"vec {', '.join(names)};")
+    code("if (first) {")
+    code("const vec start = splat(bias ? bias[f] : 0);")
+    code(" ".join(f"{name} = start;" for name in names))
+    code("} else {")
+    code(" ".join(f"{name} = sums[{k}];" for k, name in enumerate(names)))
+    code("}")
+    code("const int32_t *e = entries + rows[f], *end = entries + rows[f + 1];")
+    code("const real *v = values + rows[f];")
+    code("for (; e != end; ++e, ++v) {")
+    code("const vec *p = x + *e;")
+    code("const vec w = splat(*v);")
+    for (i, j), name in zip(places, names, strict=True):
+        code(f"{name} += w * p[{i * g.rows.reach} * WIN_W + {j * g.columns.reach}];")
+    code("}")
+    code(f"if (last && down >= {height} && right >= {width}) {{")
+    where = [f"y[{i * g.rows.step} * DST_W + {j * g.columns.step}]" for i, j in places]
+    code("if (stream) {")
+    for place, name in zip(where, names, strict=True):
+        code(f"STREAM(&{place}, {name});")
+    code("} else {")
+    for place, name in zip(where, names, strict=True):
+        code(f"{place} = {name};")
+    code("}")
+    code("} else {")
+    code(" ".join(f"sums[{k}] = {name};" for k, name in enumerate(names)))
+    code("if (last)")
+    code(f"  for (long i = 0; i < {height} && i < down; ++i) for (long j = 0; j < {width} && j < right; ++j)")
+    code(f"    y[i * {g.rows.step} * DST_W + j * {g.columns.step}] = sums[i * {width} + j];")
+    code("}")
+    code("}")
+    code("}")

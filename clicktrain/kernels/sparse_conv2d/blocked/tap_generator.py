@@ -1,0 +1,95 @@
+"""What the kernels that take offsets of taps as data share: numbers, constants, the order of the weights.
+
+Code of its own for each tap set wants few sets and many registers. These kernels know nothing of sets: each
+weight is an offset and a value, every result position one multiply-add with its operand in the first-level
+cache. There is no jump to mispredict and no load to share, so it does not matter where the kept positions
+lie; what matters is that windows stay in the first-level cache: the source is gone through in *passes* of a
+few channels (or filters, for the gradient of the input), over all results, with the sums kept in between.
+"""
+
+from __future__ import annotations
+
+import torch
+
+from clicktrain.kernels.native import preamble
+from clicktrain.kernels.sparse_conv2d.blocked.geometry import Backward, Forward
+from clicktrain.kernels.sparse_conv2d.blocked.lattice import AxisLattices
+from clicktrain.kernels.sparse_conv2d.blocked.problem import ConvProblem, Phase, Tiling
+from clicktrain.kernels.sparse_conv2d.blocked.template import SUPPORT, Code, join
+
+FILTER_VECTORS = 8192
+"""Vectors of the output's gradient that are gone through before the next: half of a second-level cache."""
+
+
+class TapGenerator:
+    """Numbers that the code and the order of the weights are made from; names as in ``Generator``."""
+
+    def __init__(self, phase: Phase, problem: ConvProblem, tiling: Tiling) -> None:
+        self.phase = phase
+        direction = Backward if phase == "grad_input" else Forward
+        self.rows = AxisLattices(direction(problem.rows), tiling.tile[0], tiling.region[0])
+        self.columns = AxisLattices(direction(problem.columns), tiling.tile[1], tiling.region[1])
+        backward = phase == "grad_input"
+        self.sources = problem.filters if backward else problem.channels
+        self.results = problem.channels if backward else problem.filters
+        self.taps = problem.rows.taps, problem.columns.taps
+        self.window = self.rows.buffer * self.columns.buffer
+        self.in_place = phase != "grad_weight" and self.rows.whole() and self.columns.whole()
+        self.per_pass = min(tiling.sources or self.sources, self.sources)
+        self.passes = -(-self.sources // self.per_pass)
+        self.lattices = len(self.rows.lattices) * len(self.columns.lattices)
+        self.patch = self.rows.positions * self.columns.positions
+        self.images = max(tiling.images, 1) if phase == "grad_weight" else 1
+        self.filters_at_once = max(FILTER_VECTORS // (self.patch * self.images), 1)
+
+    @property
+    def scratch(self) -> int:
+        """Vectors that each thread needs, beside the sums of the gradient of the weight."""
+        window = 0 if self.in_place else self.sources * self.window * self.images
+        if self.phase == "grad_weight":
+            return window + self.results * self.patch * self.images
+        return window + self.results * self.rows.tile * self.columns.tile
+
+    def offset(self, tap: int) -> tuple[int, int]:
+        """(lattice, vectors from the beginning of a tile's window) of a tap, 0 to R*S - 1."""
+        r, s = divmod(tap, self.taps[1])
+        (a, down), (b, right) = _hit(self.rows, r), _hit(self.columns, s)
+        return a * len(self.columns.lattices) + b, down * self.columns.buffer + right
+
+    def begin(self, dtype: torch.dtype, lanes: int) -> Code:
+        """The text up to the first function of the kernel's own."""
+        code = Code()
+        code(preamble(dtype, lanes))
+        numbers = {
+            "SOURCES": self.sources,
+            "RESULTS": self.results,
+            "SRC_H": self.rows.direction.source,
+            "SRC_W": self.columns.direction.source,
+            "DST_H": self.rows.direction.length,
+            "DST_W": self.columns.direction.length,
+            "WIN_H": self.rows.buffer,
+            "WIN_W": self.columns.buffer,
+            "WIN": self.window * self.images,
+            "SCRATCH": self.scratch,
+            "REGION_ROWS": self.rows.regions,
+            "REGION_COLS": self.columns.regions,
+        }
+        for name, value in numbers.items():
+            code(f"#define {name} {value}L")
+        for name, axis in (("ROW", self.rows), ("COL", self.columns)):
+            code(f"#define {name}_FIRST(region) ((region) * {axis.positions * axis.reach}L + {axis.low}L)")
+            starts = join(lattice.start for lattice in axis.lattices)
+            counts = join(lattice.count for lattice in axis.lattices)
+            code(f"static const int {name}_START[] = {{{starts}}}, {name}_COUNT[] = {{{counts}}};")
+            code(f"static __attribute__((unused)) const int *{name}_use[] = {{{name}_START, {name}_COUNT}};")
+        code(SUPPORT)
+        return code
+
+
+def _hit(axis: AxisLattices, tap: int) -> tuple[int, int]:
+    """The lattice that a tap belongs to, and how far from a window's beginning it reads."""
+    for number, lattice in enumerate(axis.lattices):
+        shift = lattice.shifts[tap]
+        if shift is not None:
+            return number, shift - axis.low
+    raise AssertionError("every tap hits one lattice")

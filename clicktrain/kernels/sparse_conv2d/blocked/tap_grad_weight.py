@@ -1,0 +1,127 @@
+"""Gradient of the weight with offsets of taps as data: see `tap_generator`.
+
+The weights of one filter are taken a few at a time: they share each load of the output's gradient, wherever
+in their kernels they lie. Filter after filter within a pass of a few channels, whose windows stay in the
+first-level cache. On small images a region holds several blocks of images, so that the sums over lanes, once
+a region and weight, stay few.
+"""
+
+from __future__ import annotations
+
+from clicktrain.kernels.sparse_conv2d.blocked.tap_generator import TapGenerator
+from clicktrain.kernels.sparse_conv2d.blocked.template import Code, locate, open_threads
+
+UNIT = 4
+"""Weights of a filter that are computed together; the table is filled up to a multiple."""
+_CHAINS = 3
+"""Sums of each of them that are built side by side."""
+
+
+def write(code: Code, g: TapGenerator) -> None:
+    """The function of one region, and ``run``, which shares regions and runs of weights out to threads."""
+    code(f"#define PATCH_H {g.rows.positions}L")
+    code(f"#define PATCH_W {g.columns.positions}L")
+    code(f"#define PATCHES {g.patch * g.images}L")
+    _pack_gradient(code, g)
+    _region(code, g)
+    code(
+        "int run(const vec *x, const vec *gy, real *grad, const int32_t *rows, const int32_t *entries, "
+        "const int64_t *chunks, vec *scratch, int64_t blocks, int64_t threads) {"
+    )
+    code("const int64_t parts = chunks[0], nnz = chunks[1];")
+    code(f"const int64_t sets = (blocks + {g.images - 1}) / {g.images};")
+    code("const int64_t items = sets * REGION_ROWS * REGION_COLS * parts;")
+    code("const int64_t own = SCRATCH + (nnz + LANES - 1) / LANES;")
+    code("(void)threads;")
+    open_threads(code)
+    code("vec *window = scratch + me * own, *patch = window + SOURCES * WIN;")
+    code("real *sums = (real *)(window + SCRATCH);")
+    code("memset(sums, 0, nnz * sizeof(real));")
+    code("int64_t packed = -1;")
+    code("const int64_t last = items * (me + 1) / all;")
+    code("for (int64_t item = items * me / all; item < last; ++item) {")
+    code("const int64_t region = item / parts, part = item % parts;")
+    locate(code, "region")
+    code(f"const int64_t begin = b * {g.images}, images = min64({g.images}, blocks - begin);")
+    code("if (region != packed) {")
+    code("for (int64_t i = 0; i < images; ++i) {")
+    code("const vec *from = x + (begin + i) * SOURCES * SRC_H * SRC_W;")
+    code(f"pack(from, window + i * {g.window}L, ROW_FIRST(rr), WIN_H, COL_FIRST(rc), WIN_W);")
+    code(
+        f"pack_gradient(gy + (begin + i) * RESULTS * DST_H * DST_W, patch + i * {g.patch}L, "
+        "rr * PATCH_H, rc * PATCH_W);"
+    )
+    code("}")
+    code("packed = region;")
+    code("}")
+    code("const int64_t *chunk = chunks + 2 + 3 * part;")
+    code("region_sums(window, patch, sums, entries, rows + 2 * chunk[0], rows + 2 * chunk[1], images);")
+    code("}")
+    code("#ifdef _OPENMP")
+    code("#pragma omp barrier")
+    code("#endif")
+    code("for (int64_t i = nnz * me / all; i < nnz * (me + 1) / all; ++i) {")
+    code("real s = 0;")
+    code("for (int64_t t = 0; t < all; ++t) s += ((const real *)(scratch + t * own + SCRATCH))[i];")
+    code("grad[i] = s;")
+    code("}")
+    code("}")
+    code("return 0;")
+    code("}")
+
+
+def _pack_gradient(code: Code, g: TapGenerator) -> None:
+    """Copy a region of the output's gradient; zero outside of it, where windows hold anything."""
+    code("static __attribute__((noinline))")
+    code("void pack_gradient(const vec *restrict from, vec *restrict to, long row, long col) {")
+    code("const long rows = min64(PATCH_H, DST_H - row), cols = min64(PATCH_W, DST_W - col);")
+    code("for (long f = 0; f < RESULTS; ++f) {")
+    code("vec *o = to + f * PATCHES;")
+    code("const vec *p = from + (f * DST_H + row) * DST_W + col;")
+    code("for (long i = 0; i < PATCH_H; ++i, o += PATCH_W, p += DST_W) {")
+    code("long j = 0;")
+    code("if (i < rows) for (; j < cols; ++j) o[j] = p[j];")
+    code("for (; j < PATCH_W; ++j) o[j] = (vec){0};")
+    code("}")
+    code("}")
+    code("}")
+
+
+def _region(code: Code, g: TapGenerator) -> None:
+    """All weights of some runs (filters in a pass) over one region."""
+    tile = g.columns.tile
+    sums = [[f"s{u}_{c}" for c in range(_CHAINS)] for u in range(UNIT)]
+    code(
+        "static __attribute__((noinline)) void region_sums(const vec *restrict x, const vec *restrict gy, "
+        "real *restrict sums, const int32_t *restrict e, const int32_t *restrict rows, "
+        "const int32_t *end, int64_t images) {"
+    )
+    code("for (; rows != end; rows += 2) {")
+    code("const vec *const q = gy + rows[1] * PATCHES;")
+    code(f"for (long k = rows[0]; k < rows[2]; k += {UNIT}) {{")
+    code("const vec " + ", ".join(f"*p{u} = x + e[k + {u}]" for u in range(UNIT)) + ";")
+    code("const vec *d = q;")
+    code(f"vec {', '.join(f'{one} = {{0}}' for chains in sums for one in chains)};")
+    code("for (long n = 0; n < images; ++n) {")
+    code("for (long i = 0; i < PATCH_H; ++i) {")
+    code(f"for (long j = 0; j < {g.columns.positions // tile}; ++j) {{")
+    for t in range(tile):
+        code("{")
+        code(f"vec g = d[{t}]; KEEP(g);")
+        for u in range(UNIT):
+            code(f"{sums[u][t % _CHAINS]} += g * p{u}[{t * g.columns.reach}];")
+        code("}")
+    code(f"d += {tile};")
+    code(" ".join(f"p{u} += {tile * g.columns.reach};" for u in range(UNIT)))
+    code("}")
+    row = g.rows.reach * g.columns.buffer - g.columns.positions * g.columns.reach
+    code(" ".join(f"p{u} += {row};" for u in range(UNIT)))
+    code("}")
+    image = g.window - g.rows.positions * g.rows.reach * g.columns.buffer
+    code(" ".join(f"p{u} += {image};" for u in range(UNIT)))
+    code("}")
+    totals = [" + ".join(chains) for chains in sums]
+    code(f"add_lane_sums4(sums + k, {', '.join(totals)});")
+    code("}")
+    code("}")
+    code("}")

@@ -21,10 +21,15 @@ def check_rounds(rounds: int) -> None:
 
 
 def median_ms(
-    calls: Mapping[Key, Callable[[], object]], rounds: int, *, repeat: int = 1, warmup: int = 1
+    calls: Mapping[Key, Callable[[], object]],
+    rounds: int,
+    *,
+    repeat: int = 1,
+    warmup: int = 1,
+    clock: Callable[[], float] | None = None,
 ) -> dict[Key, float]:
     """Median milliseconds of each call; arguments as `interleaved_ms`."""
-    times = interleaved_ms(calls, rounds, repeat=repeat, warmup=warmup)
+    times = interleaved_ms(calls, rounds, repeat=repeat, warmup=warmup, clock=clock)
     return {key: statistics.median(found) for key, found in times.items()}
 
 

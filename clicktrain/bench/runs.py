@@ -38,7 +38,8 @@ class RunRow:
         method: how it was pruned.
         what: ``inference``, or ``training step`` (forward, loss, backward, SGD with momentum).
         batch_size: images.
-        dense_ms, dense_name: of the dense network, in the fastest memory order and precision that was tried.
+        dense_ms, dense_name: of the dense network, in the fastest memory order and precision that was tried
+            (`safe_layouts`).
         pruned_ms, pruned_name: of the run's network, likewise, or accelerated.
         ratio: dense_ms / pruned_ms.
         flops_ratio: FLOPs of the pruned network over those of the dense one, for the same thing.
@@ -96,19 +97,17 @@ def bench_runs(
 
 
 def _row(path: Path, loaded: LoadedRun, what: str, batch: int, rounds: int, bf16: bool) -> RunRow:
-    generator = torch.Generator().manual_seed(0)
-    x = torch.randn(batch, *loaded.image_shape, generator=generator)
-    y = torch.randint(loaded.facts["num_classes"], (batch,), generator=generator)
+    x, y = random_batch(loaded, batch)
     dense, pruned = build_model(loaded.facts), loaded.model
     training = what == "training step"
     calls: dict[tuple[str, str], Callable[[], object]] = {}
     for kind, model in (("dense", dense), ("pruned", pruned)):
-        for layout in LAYOUTS:
+        for layout in safe_layouts(model) if training else LAYOUTS:
             for half in (False, True) if bf16 else (False,):
                 name = f"{layout} bf16" if half else layout
-                calls[kind, name] = _call(copy.deepcopy(model), x, y, layout, half, training)
+                calls[kind, name] = network_call(copy.deepcopy(model), x, y, layout, half, training)
     if (fast := _accelerated(loaded, x)) is not None:
-        calls["pruned", "accelerated"] = _call(fast, x, y, "NCHW", False, training)
+        calls["pruned", "accelerated"] = network_call(fast, x, y, "NCHW", False, training)
     times = median_ms(calls, rounds, warmup=2)
     name, slow = fastest({name: ms for (kind, name), ms in times.items() if kind == "dense"})
     own, quick = fastest({name: ms for (kind, name), ms in times.items() if kind == "pruned"})
@@ -118,6 +117,29 @@ def _row(path: Path, loaded: LoadedRun, what: str, batch: int, rounds: int, bf16
         str(path), loaded.config.method, what, batch, slow, name, quick, own, slow / quick, flops,
         (1 - quick / slow) / (1 - flops) if flops < 1 else None,
     )  # fmt: skip
+
+
+def random_batch(loaded: LoadedRun, size: int) -> tuple[Tensor, Tensor]:
+    """Images and labels of the run's shapes."""
+    generator = torch.Generator().manual_seed(0)
+    x = torch.randn(size, *loaded.image_shape, generator=generator)
+    return x, torch.randint(loaded.facts["num_classes"], (size,), generator=generator)
+
+
+def safe_layouts(model: nn.Module) -> tuple[str, ...]:
+    """Memory orders that a network can be trained in on a CPU.
+
+    oneDNN computes the weight gradient of a strided 1x1 convolution with fewer input channels than a vector
+    has numbers past the end of its memory, if the input is in channels_last (its issue 6035): wrong gradients
+    at best. The shortcuts of pruned residual networks are such layers.
+    """
+    vector = 16 if torch.backends.cpu.get_cpu_capability() == "AVX512" else 8
+    unsafe = any(
+        set(conv.kernel_size) == {1} and max(conv.stride) > 1 and conv.in_channels // conv.groups < vector
+        for conv in model.modules()
+        if isinstance(conv, nn.Conv2d)
+    )
+    return tuple(layout for layout in LAYOUTS if layout != "channels_last") if unsafe else LAYOUTS
 
 
 def _flops(cost: ModelCost, training: bool) -> int:
@@ -141,9 +163,10 @@ def _accelerated(loaded: LoadedRun, x: Tensor) -> nn.Module | None:
     return fast
 
 
-def _call(
+def network_call(
     model: nn.Module, x: Tensor, y: Tensor, layout: str, half: bool, training: bool
 ) -> Callable[[], object]:
+    """A network's training step, or its inference, in a memory order; ``half``: under bfloat16 autocast."""
     if layout == "channels_last":
         model = cast(nn.Module, model.to(memory_format=torch.channels_last))  # type: ignore[call-overload]
         x = x.contiguous(memory_format=torch.channels_last)

@@ -17,6 +17,7 @@ from clicktrain.surgery import SurgeryPlan
 if TYPE_CHECKING:
     from clicktrain.methods.pruner import Pruner
     from clicktrain.methods.sparse_latency import MeasureMasks
+    from clicktrain.sparsity.channel_lasso import ChannelAxis
 
 Event: TypeAlias = dict[str, Any]
 """A decision, JSON-able; key ``event`` says which."""
@@ -245,6 +246,11 @@ class Method(abc.ABC, Generic[S]):
     def after_surgery(self, state: S, plan: SurgeryPlan, found: Survey) -> None:
         """Channels have gone: shrink what the state holds. ``found`` is of the smaller model."""
         del state, plan, found
+
+    def penalised_channels(self, state: S) -> Mapping[str, tuple[ChannelAxis, ...]]:
+        """Layer name -> the channels that a penalty pushes towards zero; none in most methods."""
+        del state
+        return {}
 
     def state_dict(self, state: S) -> dict[str, Any]:
         """The state as nested dicts of tensors, numbers and strings."""

@@ -17,6 +17,7 @@ from clicktrain.methods.base import Action, Method, PruningPlan, Record, RunLeng
 from clicktrain.methods.clicktrain import ClickTrain, ClickTrainState
 from clicktrain.methods.prunetrain import PruneTrain, PruneTrainState
 from clicktrain.methods.survey import Survey
+from clicktrain.sparsity.channel_lasso import ChannelAxis
 from clicktrain.surgery import SurgeryPlan
 
 
@@ -184,6 +185,10 @@ class ChannelsThenPatterns(Method[TwoPartState]):
         """PruneTrain's state shrinks."""
         state.found = None
         self.first.after_surgery(state.first, plan, found)
+
+    def penalised_channels(self, state: TwoPartState) -> Mapping[str, tuple[ChannelAxis, ...]]:
+        """PruneTrain's, until the switch."""
+        return {} if state.second is not None else self.first.penalised_channels(state.first)
 
     def at_end(self, state: TwoPartState, found: Survey) -> Sequence[Action]:
         """A run ends at ClickTrain's compression of what is left."""

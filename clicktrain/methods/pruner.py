@@ -31,6 +31,7 @@ from clicktrain.methods.base import (
 )
 from clicktrain.methods.sparse_latency import MeasureMasks
 from clicktrain.methods.survey import ConvLayer, LinearLayer
+from clicktrain.sparsity.channel_lasso import ChannelAxis
 from clicktrain.sparsity.masks import conv_masks, hard_prune_, mask_optimizer_state_
 from clicktrain.surgery import SurgeryPlan, apply_surgery_, silence_
 
@@ -69,6 +70,7 @@ class Pruner:
         self.plans: list[SurgeryPlan] = []
         self.frozen = False
         self._on_event = on_event
+        self._at_epoch_end: list[Callable[[int], None]] = []
         trained = [p for group in optimizer.param_groups for p in group["params"]]
         self._found = replace(method.survey(model, trained), example=example, measure=measure)
         self._conv_weights = self._conv_weights_now = self._found.conv_weights
@@ -145,6 +147,14 @@ class Pruner:
             raise UserError("the number of batches can change between two epochs only")
         self.length = RunLength(self.length.epochs, steps_per_epoch)
 
+    def watch_epochs(self, listener: Callable[[int], None]) -> None:
+        """Have a function called at the end of every epoch, with the number of epochs done.
+
+        It is called when the method has decided and nothing has been carried out: penalties have acted, but
+        what is removed there is still in the network. Nothing is told of epochs after the hard prune.
+        """
+        self._at_epoch_end.append(listener)
+
     def finish(self, packed: bool = False) -> nn.Module:
         """End the run: hard prune if that has not happened, remove the hooks, return the model.
 
@@ -177,6 +187,11 @@ class Pruner:
     def stage(self) -> str:
         """Name of the current stage."""
         return self.method.stage(self._state)
+
+    @property
+    def penalised_channels(self) -> Mapping[str, tuple[ChannelAxis, ...]]:
+        """Layer name -> channels that are being pushed towards zero; see `Method.penalised_channels`."""
+        return self.method.penalised_channels(self._state)
 
     @property
     def nonzero_conv_weights(self) -> int:
@@ -299,7 +314,11 @@ class Pruner:
             if self.frozen:
                 self._mask_weights()
             elif self._losses:
-                self._carry_out(self.method.after_step(self._state, self._found, self._step()))
+                step = self._step()
+                actions = self.method.after_step(self._state, self._found, step)
+                for listener in self._at_epoch_end if step.ends_epoch else ():
+                    listener(int(step.position))
+                self._carry_out(actions)
         self._stepped_epoch = self._epoch
         self._losses = []
 

@@ -290,6 +290,10 @@ class PruneTrain(Method[PruneTrainState]):
             return ()
         return self.reconfigure_now(state, found, state.reconfigured)
 
+    def penalised_channels(self, state: PruneTrainState) -> Axes:
+        """All that can be removed, after the lasso has ended too: what is zero could come back."""
+        return state.axes or {}
+
     # ---- what is shown and saved ------------------------------------------------------------
 
     def plan(self, found: Survey, length: RunLength, state: PruneTrainState | None = None) -> PruningPlan:

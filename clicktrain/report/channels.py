@@ -1,6 +1,6 @@
 """Networks that become smaller while they train: what an iteration takes, and every reconfiguration.
 
-The figures are those of PruneTrain (2, 6, 9, 11, 12); PaT's indicator of when to prune is here too.
+The figures are those of PruneTrain (2, 4, 6, 9, 11, 12); PaT's indicator of when to prune is here too.
 """
 
 from __future__ import annotations
@@ -11,6 +11,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from clicktrain.report import wording
+from clicktrain.report.channel_weights import channel_weight_figures
 from clicktrain.report.charts import Bars, Series, bar_chart, line_chart
 from clicktrain.report.figure import Figure, Key
 from clicktrain.report.run_data import Run, number
@@ -37,8 +38,10 @@ def channel_view(run: Run) -> ChannelView | None:
     """Figures and table of a run that removes channels; None for one that does not."""
     events = [event for event in run.events if event.get("event") == "reconfigured"]
     indicator = _indicator(run)
+    weights = channel_weight_figures(run)
     if not events:
-        return ChannelView((indicator,), (), "") if indicator else None
+        early = (indicator, *weights) if indicator else weights
+        return ChannelView(early, (), "") if early else None
     figures = [
         indicator,
         _flops(run),
@@ -48,6 +51,7 @@ def channel_view(run: Run) -> ChannelView | None:
         _exchange(run),
         _batch_norm(run),
         _densities(run, events),
+        *weights,
     ]
     rows = tuple(_row(run, event) for event in events)
     return ChannelView(tuple(figure for figure in figures if figure), rows, _overhead(run, events))

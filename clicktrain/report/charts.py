@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 from dataclasses import dataclass
 
@@ -114,13 +115,14 @@ def _bands(bands: Sequence[StageBand], frame: Frame) -> list[Markup]:
     return parts
 
 
-def _axes(frame: Frame, x_name: str) -> list[Markup]:
+def _axes(frame: Frame, x_name: str, heights: Sequence[tuple[float, str]] | None = None) -> list[Markup]:
+    """Both axes; ``heights`` are marks (value, text) other than round numbers."""
     left, _, right, bottom = frame.box
     parts = []
-    for value in ticks(frame.y.low, frame.y.high):
+    for value, text in heights or [(v, tick_text(v)) for v in ticks(frame.y.low, frame.y.high)]:
         y = frame.y(value)
         parts.append(element("line", x1=left, x2=right, y1=y, y2=y, class_="grid"))
-        parts.append(element("text", tick_text(value), x=left - 6, y=y + 4, class_="tick y"))
+        parts.append(element("text", text, x=left - 6, y=y + 4, class_="tick y"))
     for value in ticks(frame.x.low, frame.x.high, 6, whole=True):
         x = frame.x(value)
         parts.append(element("line", x1=x, x2=x, y1=bottom, y2=bottom + 4, class_="axis"))
@@ -128,6 +130,48 @@ def _axes(frame: Frame, x_name: str) -> list[Markup]:
     parts.append(element("line", x1=left, x2=right, y1=bottom, y2=bottom, class_="axis"))
     parts.append(element("text", x_name, x=right, y=HEIGHT - 3, class_="axis-name"))
     return parts
+
+
+def log_line_chart(
+    series: Sequence[Series],
+    *,
+    label: str,
+    epochs: tuple[float, float],
+    floor: float,
+    reference: float | None,
+    marks: Sequence[float],
+) -> Markup:
+    """Many fine lines over epochs, heights by their logarithm; pointing at one tells its label.
+
+    Args:
+        series: at least one point in all; a dot is the end of one that is not bold.
+        label: said by screen readers.
+        epochs: left and right end of the axis.
+        floor: the lowest height; what is smaller, and zero, lies on the bottom line, which is marked 0.
+        reference: height of a dashed line.
+        marks: places of upright dotted lines.
+    """
+    low = math.floor(math.log10(floor))
+    highest = max(y for one in series for _, y in one.points)
+    high = math.ceil(math.log10(max(highest, reference or 0.0, 10.0 ** (low + 1))))
+    frame = _frame(epochs, (float(low), float(high)))
+    names = [(float(n), f"{10.0**n:g}" if n > -3 else f"1e{n}") for n in range(low + 1, high + 1)]
+    parts = _axes(frame, "epoch", [(float(low), "0"), *names])
+    left, upper, right, lower = frame.box
+    for place in marks:
+        x = frame.x(place)
+        parts.append(element("line", x1=x, x2=x, y1=upper, y2=lower, class_="dotted"))
+    for one in series:
+        pixels = [(frame.x(x), frame.y(math.log10(max(y, 10.0**low)))) for x, y in one.points]
+        title = element("title", one.label)
+        parts.append(element("path", title, d=polyline(pixels), class_=f"line hair {one.css}"))
+        if not one.bold:
+            x, y = pixels[-1]
+            parts.append(element("circle", cx=x, cy=y, r=2.2, class_=f"dot {one.css}"))
+    if reference is not None:
+        y = frame.y(math.log10(reference))
+        parts.append(element("line", x1=left, x2=right, y1=y, y2=y, class_="reference"))
+    return picture(WIDTH, HEIGHT, label, parts)
 
 
 def _line(one: Series, frame: Frame) -> list[Markup]:

@@ -295,8 +295,8 @@ def _read(folder: Path, label: str) -> Run:
         label,
         folder,
         config,
-        _read_lines(folder / "metrics.jsonl"),
-        _read_lines(folder / "events.jsonl"),
+        read_lines(folder / "metrics.jsonl"),
+        read_lines(folder / "events.jsonl"),
         _read_summary(folder / "summary.json"),
     )
 
@@ -318,7 +318,7 @@ def _read_config(folder: Path) -> dict[str, Any]:
     return {str(key): value for key, value in values.items()}
 
 
-def _read_lines(path: Path) -> tuple[Mapping[str, Any], ...]:
+def read_lines(path: Path) -> tuple[Mapping[str, Any], ...]:
     """Records of a JSONL file; a last line without its end is still being written and left out."""
     if not path.is_file():
         return ()

@@ -41,6 +41,13 @@ class ChannelAxis:
         start = along.new_zeros(self.count)
         return start.scatter_reduce_(0, self.channel[counted], along[counted], "amax")
 
+    def first_indices(self) -> Tensor:
+        """Smallest index of every channel, int64 [count]."""
+        counted = self.channel >= 0
+        indices = torch.arange(len(self.channel), device=self.channel.device)
+        start = torch.full((self.count,), len(self.channel), device=self.channel.device)
+        return start.scatter_reduce_(0, self.channel[counted], indices[counted], "amin")
+
     def spread(self, values: Tensor, weight: Tensor) -> Tensor:
         """[count] -> one value for each index of the dimension, 0 where it is not penalised, to broadcast."""
         padded = torch.cat([values, values.new_zeros(1)])  # index -1 is the last one

@@ -3,6 +3,7 @@
 from clicktrain.surgery.apply import apply_surgery_, silence_
 from clicktrain.surgery.fast_widths import LayerShape, WidthTable, measured_round_to, typical_layer
 from clicktrain.surgery.groups import ChannelGroup, Member, channel_groups, dependencies
+from clicktrain.surgery.numbering import OriginalChannels, original_channels, renumbered
 from clicktrain.surgery.plan import Cut, Gate, LayerChange, RemovedLayer, SurgeryPlan
 from clicktrain.surgery.planning import plan_from_keep, plan_from_zeros
 from clicktrain.surgery.recipe import load_pruned, read_recipe, write_recipe
@@ -14,6 +15,7 @@ __all__ = [
     "LayerChange",
     "LayerShape",
     "Member",
+    "OriginalChannels",
     "RemovedLayer",
     "SurgeryPlan",
     "WidthTable",
@@ -22,9 +24,11 @@ __all__ = [
     "dependencies",
     "load_pruned",
     "measured_round_to",
+    "original_channels",
     "plan_from_keep",
     "plan_from_zeros",
     "read_recipe",
+    "renumbered",
     "silence_",
     "typical_layer",
     "write_recipe",

@@ -7,6 +7,7 @@ from pathlib import Path
 from typing import Any
 
 from clicktrain.methods import Method
+from clicktrain.train.channel_log import watch_channels
 from clicktrain.train.config import RunConfig
 from clicktrain.train.disk import bytes_needed, check_disk
 from clicktrain.train.epoch import end_epoch, train_epoch
@@ -58,6 +59,7 @@ def fit(
     prepared = prepare(config, method, begins=not (resume and folder.checkpoints()))
     check_disk(folder.path, bytes_needed(prepared.model, config))
     run = LiveRun(prepared, folder, progress)
+    watch_channels(run)
     if run.newest_checkpoint() is None:
         begin_stock(run)
     with StopRequest() as stop:

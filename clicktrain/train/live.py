@@ -141,7 +141,7 @@ class LiveRun:
         if not weights_are_finite(self.prepared.model):
             raise diverged("a weight is not a number", max(epoch, 1), course.batch, self.newest_checkpoint())
         course.seconds = self.seconds
-        course.metrics_bytes, course.events_bytes = self.folder.lengths()
+        course.metrics_bytes, course.events_bytes, course.channels_bytes = self.folder.lengths()
         return save_checkpoint(self.folder, epoch, course.step, self.state_dict(), config.keep_checkpoints)
 
     def newest_checkpoint(self) -> Path | None:
@@ -205,11 +205,12 @@ class LiveRun:
         saved = newest_good(self.folder, self.progress.message)
         if saved is None:
             self.progress.message("no checkpoint was written yet: starting from the beginning")
-            self.folder.truncate(0, 0)
+            self.folder.truncate(0, 0, 0)
             self.course.earlier = self.prepared.earlier
         else:
             self.load_state_dict(saved)
-            self.folder.truncate(self.course.metrics_bytes, self.course.events_bytes)
+            course = self.course
+            self.folder.truncate(course.metrics_bytes, course.events_bytes, course.channels_bytes)
             self.prepared.events.waiting.clear()  # told before the checkpoint
         self.prepared.events.connect(self.folder.append_event)
         if saved is None:

@@ -59,6 +59,11 @@ class RunFolder:
         return self.path / "events.jsonl"
 
     @property
+    def channels(self) -> Path:
+        """Largest weight of every channel, one JSON line per epoch; there if a lasso acts on channels."""
+        return self.path / "channels.jsonl"
+
+    @property
     def summary_path(self) -> Path:
         """What the run reached, JSON; there once the run is finished."""
         return self.path / "summary.json"
@@ -105,7 +110,7 @@ class RunFolder:
         self.check_free()
         try:
             self.checkpoint_folder.mkdir(parents=True, exist_ok=True)
-            self.truncate(0, 0)
+            self.truncate(0, 0, 0)
             settings = yaml.safe_dump(config_to_dict(config, method), sort_keys=False)
             write_text_atomic(self.config, f"{_HEADER}{FORMAT_VERSION}\n{settings}")
         except OSError as error:
@@ -137,6 +142,10 @@ class RunFolder:
         """Add a decision."""
         append_jsonl(self.events, dict(event))
 
+    def append_channels(self, record: Mapping[str, Any]) -> None:
+        """Add an epoch's largest weights."""
+        append_jsonl(self.channels, dict(record))
+
     def read_metrics(self) -> list[dict[str, Any]]:
         """Lines of the finished epochs, in order; an unfinished last line is left out."""
         return _read_lines(self.metrics)
@@ -145,15 +154,27 @@ class RunFolder:
         """The decisions, in order; an unfinished last line is left out."""
         return _read_lines(self.events)
 
-    def lengths(self) -> tuple[int, int]:
-        """Bytes of metrics.jsonl and events.jsonl."""
-        return _size(self.metrics), _size(self.events)
+    def read_channels(self) -> list[dict[str, Any]]:
+        """Largest weights of channels, in order of the epochs; an unfinished last line is left out."""
+        return _read_lines(self.channels)
 
-    def truncate(self, metrics_bytes: int, events_bytes: int) -> None:
-        """Cut both files back to these lengths, so that what is done again is not told twice."""
-        for path, length in ((self.metrics, metrics_bytes), (self.events, events_bytes)):
-            with path.open("ab") as file:
-                file.truncate(min(length, _size(path)))
+    def lengths(self) -> tuple[int, int, int]:
+        """Bytes of metrics.jsonl, events.jsonl and channels.jsonl."""
+        return _size(self.metrics), _size(self.events), _size(self.channels)
+
+    def truncate(self, metrics_bytes: int, events_bytes: int, channels_bytes: int) -> None:
+        """Cut the files back to these lengths, so that what is done again is not told twice.
+
+        The first two are made if they are missing.
+        """
+        for path, length in (
+            (self.metrics, metrics_bytes),
+            (self.events, events_bytes),
+            (self.channels, channels_bytes),
+        ):
+            if path != self.channels or path.exists():
+                with path.open("ab") as file:
+                    file.truncate(min(length, _size(path)))
 
     def write_summary(self, summary: Mapping[str, Any]) -> None:
         """Write summary.json whole; its presence says that the run is finished."""

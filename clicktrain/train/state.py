@@ -61,7 +61,10 @@ class Course:
     (`take_stock`), ``memory_calibration`` measured / estimated memory, ``memory_budget`` the bytes that a
     growing batch may take, ``sized_plans`` and ``measured_plans`` the numbers of surgery plans that its size
     and the measurement know of.
-    ``metrics_bytes`` and ``events_bytes`` are the lengths of the two files when a checkpoint is written.
+    ``numbered_plans`` is the number of surgery plans that the last line of channels.jsonl knew of, None
+    before the first.
+    ``metrics_bytes``, ``events_bytes`` and ``channels_bytes`` are the lengths of the three files when a
+    checkpoint is written.
     """
 
     epoch: int = 0
@@ -81,8 +84,10 @@ class Course:
     memory_budget: int | None = None
     sized_plans: int = 0
     measured_plans: int | None = None
+    numbered_plans: int | None = None
     metrics_bytes: int = 0
     events_bytes: int = 0
+    channels_bytes: int = 0
     totals: EpochTotals = field(default_factory=EpochTotals)
 
     def state_dict(self) -> dict[str, Any]:

@@ -62,10 +62,29 @@ def test_runs(place: Path) -> None:
                    "--operators", "reference", "--quiet", "--threads", "1")  # fmt: skip
         assert run.code == 0, run.err
     outcome = call(
-        "bench", "runs", "--runs", "channels", "masks", "--batch-size", "4", "--json", "it.json", *ONE
-    )
+        "bench", "runs", "--runs", "channels", "masks", "--batch-size", "4", "--by-layer", "true", "--json",
+        "it.json", *ONE,
+    )  # fmt: skip
     assert outcome.code == 0, outcome.err
-    rows = json.loads((place / "it.json").read_text())["rows"]
+    result = json.loads((place / "it.json").read_text())
+    rows = result["rows"]
+    tables = result["by_layer"]
+    assert [(table["run"], table["what"]) for table in tables] == [(row["run"], row["what"]) for row in rows]
+    for table in tables:
+        assert table.keys() == {
+            "run", "method", "what", "batch_size", "dense_name", "pruned_name", "layers", "dense_ms",
+            "pruned_ms", "flops_ratio", "dense_rest_ms", "pruned_rest_ms", "rest_share_of_saving",
+            "rest_excess_ms",
+        }  # fmt: skip
+        for layer in table["layers"]:
+            assert layer.keys() == {
+                "layer", "kind", "dense_shape", "pruned_shape", "dense_input", "pruned_input", "dense_flops",
+                "pruned_flops", "flops_share", "dense_ms", "pruned_ms", "time_share", "share_of_saving",
+                "excess_ms", "note",
+            }  # fmt: skip
+    text = " ".join(outcome.out.split())
+    assert "channels: training step, batch 4, layer by layer" in text
+    assert "A layer is timed alone, everything else is the whole less its layers." in text
     assert [(row["run"], row["what"]) for row in rows] == [
         ("channels", "inference"), ("channels", "training step"),
         ("masks", "inference"), ("masks", "training step"),
@@ -75,6 +94,12 @@ def test_runs(place: Path) -> None:
     for row in rows:
         assert row["ratio"] == pytest.approx(row["dense_ms"] / row["pruned_ms"])
         assert 0 < row["flops_ratio"] < 1
+    dense = call("train", "--model", "resnet8", "--width", "0.25", "--epochs", "1", "--out", "dense",
+                 "--method", "dense", "--quiet", "--threads", "1")  # fmt: skip
+    assert dense.code == 0, dense.err
+    wrong = call("bench", "runs", "--runs", "channels", "dense", "--by-layer", *ONE)
+    assert wrong.code == 2
+    assert "nothing was pruned in dense (method dense): name runs that removed" in " ".join(wrong.err.split())
     nothing = call("bench", "runs")
     assert nothing.code == 2
     assert "name finished runs" in nothing.err

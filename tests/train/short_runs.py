@@ -104,6 +104,7 @@ def assert_same_run(first: Path, second: Path) -> None:
     one, two = RunFolder(first), RunFolder(second)
     assert [without_times(r) for r in one.read_metrics()] == [without_times(r) for r in two.read_metrics()]
     assert [without_times(e) for e in one.read_events()] == [without_times(e) for e in two.read_events()]
+    assert one.read_channels() == two.read_channels()
     summary, other = one.summary(), two.summary()
     assert summary is not None
     assert other is not None

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, Literal
 
 from clicktrain.commands.arguments import Option
 
@@ -34,15 +34,25 @@ class Benchmark:
 
 
 def print_table(
-    console: Console, title: str, heads: Sequence[str], rows: Sequence[Sequence[str]], left: int = 1
+    console: Console,
+    title: str,
+    heads: Sequence[str],
+    rows: Sequence[Sequence[str]],
+    left: int = 1,
+    *,
+    whole_words: bool = False,
 ) -> None:
-    """Print cells; the first ``left`` columns are words, the others numbers."""
+    """Print cells; the first ``left`` columns are words, the others numbers.
+
+    ``whole_words``: in a narrow window long words go on in the next line instead of being cut.
+    """
     from rich.box import SIMPLE_HEAD
     from rich.table import Table
 
     table = Table(title=title, title_justify="left", box=SIMPLE_HEAD)
     for number, head in enumerate(heads):
-        table.add_column(head, justify="left" if number < left else "right")
+        justify: Literal["left", "right"] = "left" if number < left else "right"
+        table.add_column(head, justify=justify, overflow="fold" if whole_words else "ellipsis")
     for row in rows:
         table.add_row(*row)
     console.print(table, highlight=False)

@@ -12,8 +12,11 @@ if TYPE_CHECKING:
 
 
 def _measure(given: Result, machine: Result, progress: Any) -> Result:
+    from clicktrain.bench import layers
     from clicktrain.bench.runs import bench_runs, to_json
 
+    if given["by_layer"]:
+        layers.check_pruned(given["runs"])
     rows = bench_runs(
         given["runs"],
         batch_sizes=given["batch_size"],
@@ -21,7 +24,8 @@ def _measure(given: Result, machine: Result, progress: Any) -> Result:
         bf16=given["bf16"],
         progress=progress,
     )
-    return {"rows": to_json(rows)}
+    tables = layers.bench_layers(rows, rounds=given["rounds"], progress=progress) if given["by_layer"] else []
+    return {"rows": to_json(rows), "by_layer": layers.to_json(tables)}
 
 
 def _show(result: Result, console: Console) -> None:
@@ -48,6 +52,77 @@ def _show(result: Result, console: Console) -> None:
         markup=False,
         highlight=False,
     )
+    for table in result["by_layer"]:
+        _show_layers(table, console)
+
+
+def _show_layers(table: Result, console: Console) -> None:
+    heads = ("layer", "outputs x inputs", "FLOPs left", "of all FLOPs", "dense ms", "of all time",
+             "pruned ms", "time / FLOPs saved", "ms over")  # fmt: skip
+    rows = [
+        (
+            row["layer"],
+            _shapes(row),
+            _percent(row["pruned_flops"] / max(row["dense_flops"], 1)),
+            _percent(row["flops_share"]),
+            _fine(row["dense_ms"]),
+            _percent(row["time_share"]),
+            row["note"].partition(":")[0] if row["note"] else _fine(row["pruned_ms"]),
+            _share(row["share_of_saving"]),
+            _over(row["excess_ms"]),
+        )
+        for row in table["layers"]
+    ]
+    rest = (
+        ("everything else", "", "", "", _fine(table["dense_rest_ms"]),
+         _percent(table["dense_rest_ms"] / table["dense_ms"]), _fine(table["pruned_rest_ms"]),
+         _share(table["rest_share_of_saving"]), _over(table["rest_excess_ms"])),
+        ("whole", "", _percent(table["flops_ratio"]), "100%", _fine(table["dense_ms"]), "100%",
+         _fine(table["pruned_ms"]), "", ""),
+    )  # fmt: skip
+    what = f"{table['run']}: {table['what']}, batch {table['batch_size']}"
+    names = f"dense in {table['dense_name']}, pruned in {table['pruned_name']}"
+    title = f"{what}, layer by layer ({names})"
+    print_table(console, title, heads, [*rows, *rest], left=2, whole_words=True)
+    console.print(_at_fault(table), markup=False, highlight=False)
+
+
+def _at_fault(table: Result) -> str:
+    """Where most of the time is that FLOPs would have let go."""
+    over = [(row["excess_ms"], row["layer"]) for row in table["layers"] if row["excess_ms"] is not None]
+    if table["rest_excess_ms"] is not None:
+        over.append((table["rest_excess_ms"], "everything else"))
+    worst = [f"{name} ({_over(ms)} ms)" for ms, name in sorted(over, reverse=True)[:3] if ms > 0]
+    text = (
+        "ms over: what is taken beyond the dense time times the FLOPs that are left (everything else: of the "
+    )
+    text += "whole network). "
+    if worst:
+        text += f"Most of it: {', '.join(worst)}. "
+    return text + "A layer is timed alone, everything else is the whole less its layers."
+
+
+def _shapes(row: Result) -> str:
+    before, after = (
+        None if s is None else f"{s[0]}x{s[1]}" for s in (row["dense_shape"], row["pruned_shape"])
+    )
+    return str(before) if after in (None, before) else f"{before} -> {after}"
+
+
+def _percent(share: float) -> str:
+    return f"{100 * share:.0f}%"
+
+
+def _fine(value: float | None) -> str:
+    return "-" if value is None else f"{value:.3f}" if abs(value) < 10 else f"{value:.1f}"
+
+
+def _over(value: float | None) -> str:
+    return "-" if value is None else f"{value:+.3f}" if abs(value) < 10 else f"{value:+.1f}"
+
+
+def _share(value: float | None) -> str:
+    return "-" if value is None else f"{value:.2f}"
 
 
 BENCHMARK = Benchmark(
@@ -57,6 +132,7 @@ BENCHMARK = Benchmark(
         Option("batch_size", tuple[int, ...], "Images per call.", (64,), metavar="N [N ...]"),
         Option("rounds", int, "Timings of which the median is taken.", 7, metavar="N"),
         Option("bf16", bool, "Also try everything dense under bfloat16 autocast.", False),
+        Option("by_layer", bool, "Also time every convolution and linear layer, dense and pruned.", False),
     ),
     _measure,
     _show,

@@ -1,0 +1,73 @@
+"""The largest absolute weight of every channel, epoch by epoch (PruneTrain, figure 4).
+
+channels.jsonl has one line per epoch, of the network as the epoch's last step left it. Where the epoch ends
+with a reconfiguration, what is under the threshold has been set to zero and nothing has been removed yet. A
+line is ``{"epoch": 3, "outputs": {layer: [...]}, "inputs": {layer: [...]}}``, a number of three digits for
+every channel that can be removed; layers have the names of the network as it was at first. ``channels``, in
+the first line and in the first one after channels have gone, says in the same form which channels these are,
+by their numbers in that network; it holds until the next one. So a removed channel has its last number in the
+line of the epoch at whose end it went.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Any
+
+from torch import Tensor
+
+from clicktrain.surgery import OriginalChannels, original_channels, renumbered
+from clicktrain.train.live import LiveRun
+
+SIDES = ("outputs", "inputs")
+"""Of the dimensions 0 and 1 of a weight."""
+
+
+def watch_channels(run: LiveRun) -> None:
+    """Write a line at the end of every epoch in which a method pushes channels towards zero.
+
+    Call it before the run goes on from a checkpoint: the network is still the whole one then.
+    """
+    log = _ChannelLog(run, original_channels(run.prepared.model))
+    run.prepared.pruner.watch_epochs(log.write)
+
+
+@dataclass
+class _ChannelLog:
+    """``numbers`` are those of the network after ``followed`` plans."""
+
+    run: LiveRun
+    numbers: dict[str, OriginalChannels]
+    followed: int = 0
+
+    def write(self, epoch: int) -> None:
+        """The line of an epoch, nothing where no channel is penalised."""
+        self._follow()
+        pruner, course = self.run.prepared.pruner, self.run.course
+        axes = {name: own for name, own in pruner.penalised_channels.items() if name in self.numbers}
+        if not axes:
+            return
+        numbers: dict[str, dict[str, list[int]]] = {side: {} for side in SIDES}
+        largest: dict[str, dict[str, list[float]]] = {side: {} for side in SIDES}
+        for name, own in axes.items():
+            layer, weight = self.numbers[name], pruner.model.get_parameter(f"{name}.weight")
+            for axis in own:
+                side, (indices, order) = SIDES[axis.dim], axis.first_indices().sort()
+                numbers[side][layer.name] = [layer.numbers[axis.dim][i] for i in indices.tolist()]
+                largest[side][layer.name] = _three_digits(axis.largest(weight)[order])
+        line: dict[str, Any] = {"epoch": epoch}
+        if course.numbered_plans != self.followed:
+            line["channels"] = numbers
+            course.numbered_plans = self.followed
+        self.run.folder.append_channels({**line, **largest})
+
+    def _follow(self) -> None:
+        plans = self.run.prepared.pruner.plans
+        for plan in plans[self.followed :]:
+            self.numbers = renumbered(self.numbers, plan)
+        self.followed = len(plans)
+
+
+def _three_digits(values: Tensor) -> list[float]:
+    """Rounded to three significant digits, which are short as text."""
+    return [float(f"{value:.3g}") if value else 0 for value in values.tolist()]

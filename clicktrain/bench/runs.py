@@ -17,6 +17,7 @@ from clicktrain.bench.step import TrainingStep
 from clicktrain.bench.timing import Progress, WrongResultError, check_rounds, fastest, median_ms
 from clicktrain.compiler import Accelerated, accelerate
 from clicktrain.errors import UserError
+from clicktrain.formats.memory_format import unsafe_in_channels_last
 from clicktrain.kernels.native import keep_memory, toolchain
 from clicktrain.kernels.pack_model import pack_model_
 from clicktrain.sparsity.masks import conv_masks
@@ -133,12 +134,7 @@ def safe_layouts(model: nn.Module) -> tuple[str, ...]:
     has numbers past the end of its memory, if the input is in channels_last (its issue 6035): wrong gradients
     at best. The shortcuts of pruned residual networks are such layers.
     """
-    vector = 16 if torch.backends.cpu.get_cpu_capability() == "AVX512" else 8
-    unsafe = any(
-        set(conv.kernel_size) == {1} and max(conv.stride) > 1 and conv.in_channels // conv.groups < vector
-        for conv in model.modules()
-        if isinstance(conv, nn.Conv2d)
-    )
+    unsafe = any(unsafe_in_channels_last(module) for module in model.modules())
     return tuple(layout for layout in LAYOUTS if layout != "channels_last") if unsafe else LAYOUTS
 
 

@@ -13,6 +13,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from clicktrain.formats.memory_format import plain, unsafe_in_channels_last
 from clicktrain.formats.packed import Structure
 from clicktrain.kernels.batch_norm2d import batch_norm_blocked
 from clicktrain.kernels.blocked_layout import block_batch, unblock_batch
@@ -91,8 +92,11 @@ class DenseConv(nn.Module):
         weight = layer.weight if isinstance(layer, nn.Conv2d) else layer.dense_weight()
         bias = layer.bias
         dtype = x.dtype
-        x = x.contiguous(memory_format=self.format)
-        weight = weight.contiguous(memory_format=self.format)
+        if unsafe_in_channels_last(layer):
+            x, weight = plain(x), plain(weight)
+        else:
+            x = x.contiguous(memory_format=self.format)
+            weight = weight.contiguous(memory_format=self.format)
         if self.bf16:
             x, weight = x.bfloat16(), weight.bfloat16()
             bias = None if bias is None else bias.bfloat16()

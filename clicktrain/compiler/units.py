@@ -16,6 +16,7 @@ import torch.nn.functional as F
 from torch import fx, nn
 
 from clicktrain.compiler.trace import Traced, layer_name
+from clicktrain.formats.memory_format import plain_input
 from clicktrain.kernels.native import C_TYPES
 from clicktrain.kernels.sparse_conv2d import PackedConv2d
 
@@ -228,7 +229,7 @@ def hooked(module: nn.Module) -> bool:
     """Whether somebody watches the module's calls: then it has to be called."""
     return bool(
         module._forward_hooks
-        or module._forward_pre_hooks
+        or any(hook is not plain_input for hook in module._forward_pre_hooks.values())
         or module._backward_hooks
         or module._backward_pre_hooks
     )

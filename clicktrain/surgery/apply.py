@@ -11,6 +11,7 @@ from torch import Tensor, nn
 from torch.optim import Optimizer
 
 from clicktrain.errors import UserError
+from clicktrain.formats.memory_format import keep_out_of_channels_last_
 from clicktrain.surgery.layers import ChannelScatter, ChannelSelect, ConstantBatchNorm2d, RemovedConv2d
 from clicktrain.surgery.optimizer_state import exchange_, state_refusal
 from clicktrain.surgery.plan import Gate, RemovedLayer, SurgeryPlan
@@ -62,6 +63,7 @@ def apply_surgery_(
     out = [old[name] for name in gone if isinstance(old[name], nn.Parameter)]
     for optimizer in listed:
         exchange_(optimizer, new, out, lambda parameter, t: plan.shrink(names[id(parameter)], t))
+    keep_out_of_channels_last_(model)
 
 
 @torch.no_grad()

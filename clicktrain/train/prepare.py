@@ -16,6 +16,7 @@ from torch.optim.lr_scheduler import LambdaLR
 
 from clicktrain.data import Augment, ImageData, Loader, make_loader, open_data
 from clicktrain.errors import UserError
+from clicktrain.formats.memory_format import keep_out_of_channels_last_
 from clicktrain.methods import Method, Pruner
 from clicktrain.methods.base import Event
 from clicktrain.models import create_model, min_image_size
@@ -141,6 +142,7 @@ def prepare(config: RunConfig, method: Method[Any], *, begins: bool = True) -> P
         )
     if config.channels_last:
         model = model.to(memory_format=torch.channels_last)  # type: ignore[call-overload]
+        keep_out_of_channels_last_(model)
     optimizer = make_optimizer(model, config)
     cost = TrainingCost(model, torch.zeros(1, *data.image_shape, device=device))
     events = EventRelay()

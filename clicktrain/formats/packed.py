@@ -26,7 +26,7 @@ class Structure:
 
     Attributes:
         shape: (F, C, R, S) of the dense weight, C = in_channels / groups.
-        col_indices: int64, kept positions in C*R*S of each filter, ascending. [F, nnz_per_filter] if all
+        col_indices: int32, kept positions in C*R*S of each filter, ascending. [F, nnz_per_filter] if all
             filters keep equally many (ClickTrain section 5.2), else [nnz], filter after filter.
         crow_indices: None if all filters keep equally many, else int64 [F + 1]: filter f has
             ``col_indices[crow_indices[f]:crow_indices[f + 1]]``.
@@ -45,7 +45,8 @@ class Structure:
             rows = torch.repeat_interleave(
                 torch.arange(f, device=self.device), self.crow_indices.diff(), output_size=self.nnz
             )
-            object.__setattr__(self, "_flat", self.col_indices + rows * self.row_length)
+            flat = self.col_indices + rows * self.row_length
+            object.__setattr__(self, "_flat", flat.to(torch.int32))
 
     @classmethod
     def from_mask(cls, mask: Tensor) -> Structure:
@@ -55,7 +56,7 @@ class Structure:
         f, c, r, s = mask.shape
         rows = mask.reshape(f, c * r * s)
         counts = rows.sum(1)
-        columns = rows.nonzero()[:, 1]
+        columns = rows.nonzero()[:, 1].to(torch.int32)
         if f > 0 and bool((counts == counts[0]).all()):
             return cls((f, c, r, s), columns.view(f, -1) if len(columns) else columns.new_empty(f, 0))
         return cls((f, c, r, s), columns, torch.nn.functional.pad(counts.cumsum(0), (1, 0)))
@@ -156,7 +157,7 @@ def pack_values(structure: Structure, dense: Tensor) -> Tensor:
         raise ValueError(f"the structure is of a weight {structure.shape}, got {tuple(dense.shape)}")
     if structure._flat is not None:
         return dense.reshape(-1).index_select(0, structure._flat)
-    return dense.reshape(structure.shape[0], structure.row_length).gather(1, structure.col_indices)
+    return dense.reshape(structure.shape[0], structure.row_length).gather(1, structure.col_indices.long())
 
 
 def unpack_values(structure: Structure, values: Tensor) -> Tensor:
@@ -164,11 +165,13 @@ def unpack_values(structure: Structure, values: Tensor) -> Tensor:
 
     Differentiable: the gradient of the values is the gather of the gradient of the result.
     """
-    # In place into fresh zeros: the out-of-place scatter would copy them first.
+    # In place into fresh zeros: the out-of-place scatter would copy them first. Indices are kept in four bytes
+    # and are eight for the call alone: that is less memory than a large layer's values take, and little time.
     if structure._flat is not None:
-        return values.new_zeros(structure.numel).scatter_(0, structure._flat, values).view(structure.shape)
+        flat = values.new_zeros(structure.numel).scatter_(0, structure._flat.long(), values)
+        return flat.view(structure.shape)
     rows = values.new_zeros(structure.shape[0], structure.row_length)
-    return rows.scatter_(1, structure.col_indices, values).view(structure.shape)
+    return rows.scatter_(1, structure.col_indices.long(), values).view(structure.shape)
 
 
 def bits_from_mask(mask: Tensor) -> Tensor:

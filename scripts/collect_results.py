@@ -12,6 +12,7 @@ from pathlib import Path
 from typing import Any
 
 KEPT = ("config.yaml", "summary.json", "metrics.jsonl", "events.jsonl")
+SOME_HAVE = ("channels.jsonl", "surgery.json")
 HEAD = ("run", "accuracy", "best", "compression", "training FLOPs", "inference FLOPs", "hard prune", "seed")
 
 
@@ -44,7 +45,7 @@ def main() -> None:
         if args.output:
             target = args.output / run.name
             target.mkdir(parents=True, exist_ok=True)
-            for name in KEPT:
+            for name in (*KEPT, *(name for name in SOME_HAVE if (run / name).exists())):
                 shutil.copyfile(run / name, target / name)
 
 

@@ -166,7 +166,7 @@ def unpack_values(structure: Structure, values: Tensor) -> Tensor:
     Differentiable: the gradient of the values is the gather of the gradient of the result.
     """
     # In place into fresh zeros: the out-of-place scatter would copy them first. Indices are kept in four bytes
-    # and are eight for the call alone: that is less memory than a large layer's values take, and little time.
+    # and have eight for the call alone.
     if structure._flat is not None:
         flat = values.new_zeros(structure.numel).scatter_(0, structure._flat.long(), values)
         return flat.view(structure.shape)

@@ -165,8 +165,8 @@ def unpack_values(structure: Structure, values: Tensor) -> Tensor:
 
     Differentiable: the gradient of the values is the gather of the gradient of the result.
     """
-    # In place into fresh zeros: the out-of-place scatter would copy them first. Indices are kept in four bytes
-    # and have eight for the call alone.
+    # In place into fresh zeros: the out-of-place scatter would copy them first. Indices are kept in four
+    # bytes and have eight for the call alone.
     if structure._flat is not None:
         flat = values.new_zeros(structure.numel).scatter_(0, structure._flat.long(), values)
         return flat.view(structure.shape)

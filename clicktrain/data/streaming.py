@@ -106,7 +106,8 @@ class StreamingLoader(Loader):
                 pin_memory=self._device.type == "cuda",
                 generator=torch.Generator(),  # the default would advance the global one
             )
-        for batch, (indices, images) in enumerate(zip(pending, decoded, strict=True), start=start_batch):
+            ready = iter(decoded)
+        for batch, (indices, images) in enumerate(zip(pending, ready, strict=True), start=start_batch):
             if isinstance(images, _Broken):
                 raise UserError(images.message)
             images = images.to(self._device, non_blocking=True)

@@ -9,12 +9,12 @@ from clicktrain.kernels.sparse_conv2d.blocked.tap_generator import OFFSETS, wind
 
 CACHE_VECTORS = 8192
 """Vectors of 64 bytes that a region may fill: half a megabyte, half of a usual second-level cache."""
-TAP_VECTORS = 256
-"""Vectors of 64 bytes of a tile's windows in one pass over taps as data: half of a first-level cache."""
 GRAD_WEIGHT_VECTORS = 21504
 """The same for the gradient of the weight: its sums over lanes, once a region, want large ones."""
 GRAD_WEIGHT_FILTERS = 128
 """Filters whose output gradients are gone through before the next ones: they stay in the cache."""
+TAP_VECTORS = 256
+"""Vectors of 64 bytes of a tile's windows in one pass over taps as data: half of a first-level cache."""
 
 
 def candidates(
@@ -131,8 +131,8 @@ def _tap_accumulate(phase: Phase, problem: ConvProblem, registers: int, lanes: i
 
     def cost(shape: tuple[int, int]) -> tuple[float, int]:
         tiles = -(-counts[0] // shape[0]) * -(-counts[1] // shape[1])
-        # Fewer sums than that wait for each other; each tap has its own broadcast and loop.
         window = [AxisLattices(a, n, 1).buffer for a, n in zip(axes, shape, strict=True)]
+        # Fewer than eight sums wait for each other; each tap has its own broadcast and loop.
         return tiles * (max(shape[0] * shape[1], 8) + 1.5), window[0] * window[1]
 
     tile = min(dict.fromkeys(shapes), key=cost)

@@ -13,6 +13,7 @@ from statistics import median
 import torch
 from torch import Tensor, nn
 
+from clicktrain.accounting.layer_times import clock_of
 from clicktrain.compiler import steps
 from clicktrain.compiler.plan import DENSE
 from clicktrain.compiler.units import Unit, shape_of
@@ -53,7 +54,7 @@ def take_turns(functions: Mapping[str, Callable[[], object]], seconds: float = S
 
     Where one thread does the work it is that thread's time on the processor: other programs do not count.
     """
-    clock = time.process_time if torch.get_num_threads() == 1 else time.perf_counter
+    clock = clock_of(torch.device("cpu"))
     for function in functions.values():
         function()
     taken: dict[str, list[float]] = {name: [] for name in functions}

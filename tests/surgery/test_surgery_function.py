@@ -83,3 +83,21 @@ def test_every_layer_notes_its_new_shape(name: str) -> None:
             assert module.num_features == module.weight.numel() == module.running_mean.numel()
         elif isinstance(module, nn.Linear):
             assert module.weight.shape == (module.out_features, module.in_features)
+
+
+def test_narrow_shortcuts_train_in_channels_last() -> None:
+    """PyTorch's library corrupts memory there; see `clicktrain.formats.memory_format`."""
+    model = network("resnet20")
+    keep = {"conv1": torch.arange(16) < 3, "layer1.0.conv2": torch.arange(16) < 3}
+    apply_surgery_(plan_from_keep(model, images(2), keep), model)
+    before = copy.deepcopy(model)
+    model = model.float().to(memory_format=torch.channels_last)  # type: ignore[call-overload]
+    x = torch.randn(16, 3, 16, 16)
+    for _ in range(3):
+        model(x.to(memory_format=torch.channels_last)).square().mean().backward()
+    before(x.double()).square().mean().backward()
+    shortcut, wanted = (m.get_submodule("layer2.0.downsample.0").weight.grad for m in (model, before))
+    assert isinstance(shortcut, torch.Tensor)
+    assert isinstance(wanted, torch.Tensor)
+    assert shortcut.shape == (32, 3, 1, 1)
+    assert torch.allclose(shortcut.double(), 3 * wanted, rtol=1e-3, atol=1e-3 * float(wanted.abs().max()))

@@ -6,7 +6,7 @@ from typing import NamedTuple
 
 from clicktrain.kernels.sparse_conv2d.blocked.generator import Generator
 from clicktrain.kernels.sparse_conv2d.blocked.regions import RegionKind, TileKind
-from clicktrain.kernels.sparse_conv2d.blocked.template import Code, among, locate, open_threads
+from clicktrain.kernels.sparse_conv2d.blocked.template import Code, add_threads, among, locate, open_threads
 from clicktrain.kernels.sparse_conv2d.blocked.vocabulary import Taps
 
 _CHAINS = 8
@@ -52,14 +52,7 @@ def write(code: Code, g: Generator) -> None:
         code(f"if ({among('rr', rows)} && {among('rc', columns)})")
         code(f"  region_{number}(window, patch, to, e, end, &next_x, &next_gy);")
     code("}")
-    code("#ifdef _OPENMP")
-    code("#pragma omp barrier")
-    code("#endif")
-    code("for (int64_t i = nnz * me / all; i < nnz * (me + 1) / all; ++i) {")
-    code("real s = 0;")
-    code("for (int64_t t = 0; t < all; ++t) s += ((const real *)(scratch + t * own + SCRATCH))[i];")
-    code("grad[i] = s;")
-    code("}")
+    add_threads(code)
     code("}")
     code("return 0;")
     code("}")

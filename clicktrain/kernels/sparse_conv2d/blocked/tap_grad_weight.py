@@ -9,7 +9,7 @@ a region and weight, stay few.
 from __future__ import annotations
 
 from clicktrain.kernels.sparse_conv2d.blocked.tap_generator import TapGenerator
-from clicktrain.kernels.sparse_conv2d.blocked.template import Code, locate, open_threads
+from clicktrain.kernels.sparse_conv2d.blocked.template import Code, add_threads, locate, open_threads
 
 UNIT = 4
 """Weights of a filter that are computed together; offsets are filled up to a multiple."""
@@ -57,14 +57,7 @@ def write(code: Code, g: TapGenerator) -> None:
     code("const int64_t *chunk = chunks + 2 + 3 * part;")
     code("region_sums(window, patch, sums, entries, rows + 5 * chunk[0], rows + 5 * chunk[1], images);")
     code("}")
-    code("#ifdef _OPENMP")
-    code("#pragma omp barrier")
-    code("#endif")
-    code("for (int64_t i = nnz * me / all; i < nnz * (me + 1) / all; ++i) {")
-    code("real s = 0;")
-    code("for (int64_t t = 0; t < all; ++t) s += ((const real *)(scratch + t * own + SCRATCH))[i];")
-    code("grad[i] = s;")
-    code("}")
+    add_threads(code)
     code("}")
     code("return 0;")
     code("}")

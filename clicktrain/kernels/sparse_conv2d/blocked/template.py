@@ -50,6 +50,18 @@ def open_threads(code: Code) -> None:
     code("#endif")
 
 
+def add_threads(code: Code) -> None:
+    """Add all threads' sums (``nnz``, behind ``SCRATCH`` of each one's ``own`` vectors) into ``grad``."""
+    code("#ifdef _OPENMP")
+    code("#pragma omp barrier")
+    code("#endif")
+    code("for (int64_t i = nnz * me / all; i < nnz * (me + 1) / all; ++i) {")
+    code("real s = 0;")
+    code("for (int64_t t = 0; t < all; ++t) s += ((const real *)(scratch + t * own + SCRATCH))[i];")
+    code("grad[i] = s;")
+    code("}")
+
+
 def locate(code: Code, region: str, prefix: str = "") -> None:
     """Take a region's number apart: block of images ``b``, and its row and column ``rr``, ``rc``."""
     code(f"const int64_t {prefix}b = ({region}) / (REGION_ROWS * REGION_COLS);")

@@ -128,12 +128,7 @@ def random_batch(loaded: LoadedRun, size: int) -> tuple[Tensor, Tensor]:
 
 
 def safe_layouts(model: nn.Module) -> tuple[str, ...]:
-    """Memory orders that a network can be trained in on a CPU.
-
-    oneDNN computes the weight gradient of a strided 1x1 convolution with fewer input channels than a vector
-    has numbers past the end of its memory, if the input is in channels_last (its issue 6035): wrong gradients
-    at best. The shortcuts of pruned residual networks are such layers.
-    """
+    """Memory orders that a network can be trained in as a whole on a CPU: see `memory_format`."""
     unsafe = any(unsafe_in_channels_last(module) for module in model.modules())
     return tuple(layout for layout in LAYOUTS if layout != "channels_last") if unsafe else LAYOUTS
 

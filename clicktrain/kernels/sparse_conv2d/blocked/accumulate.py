@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from clicktrain.kernels.sparse_conv2d.blocked.generator import Generator
 from clicktrain.kernels.sparse_conv2d.blocked.regions import TileKind
-from clicktrain.kernels.sparse_conv2d.blocked.template import Code, among, locate, open_threads
+from clicktrain.kernels.sparse_conv2d.blocked.template import Code, among, open_regions, open_threads
 
 
 def write(code: Code, g: Generator) -> None:
@@ -21,24 +21,8 @@ def write(code: Code, g: Generator) -> None:
     open_threads(code)
     code("vec *buffer = scratch + me * SCRATCH;")
     code("(void)buffer;")
-    code("const int64_t last = items * (me + 1) / all;")
-    code("for (int64_t item = items * me / all; item < last; ++item) {")
-    locate(code, "item")
-    code("const vec *from = src + b * SOURCES * SRC_H * SRC_W;")
-    code("vec *to = dst + b * RESULTS * DST_H * DST_W;")
-    code("ahead_t ahead = {0};")
-    if g.in_place:
-        code("const vec *window = from;")
-    else:
-        code("const vec *window = buffer;")
-        code("pack(from, buffer, ROW_FIRST[rr], ROW_SPAN[rr], COL_FIRST[rc], COL_SPAN[rc]);")
-        code("if (item + 1 < last) {")
-        locate(code, "item + 1", "n")
-        code(
-            "ahead = look(src + nb * SOURCES * SRC_H * SRC_W, SOURCES, SRC_H, SRC_W, "
-            "ROW_FIRST[nrr], ROW_SPAN[nrr], COL_FIRST[nrc], COL_SPAN[nrc]);"
-        )
-        code("}")
+    span = "ROW_FIRST[{0}rr], ROW_SPAN[{0}rr], COL_FIRST[{0}rc], COL_SPAN[{0}rc]"
+    open_regions(code, g.in_place, span)
     for row_kind, rows in g.rows.region_kinds().items():
         for column_kind, columns in g.columns.region_kinds().items():
             code(f"if ({among('rr', rows)} && {among('rc', columns)}) {{")

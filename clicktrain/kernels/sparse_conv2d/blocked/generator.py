@@ -10,7 +10,7 @@ from clicktrain.kernels.native import preamble
 from clicktrain.kernels.sparse_conv2d.blocked.geometry import Backward, Forward
 from clicktrain.kernels.sparse_conv2d.blocked.problem import ConvProblem, Phase, Tiling
 from clicktrain.kernels.sparse_conv2d.blocked.regions import AxisRegions, TileKind
-from clicktrain.kernels.sparse_conv2d.blocked.template import SUPPORT, Code, join
+from clicktrain.kernels.sparse_conv2d.blocked.template import SUPPORT, Code, define, join, planes
 from clicktrain.kernels.sparse_conv2d.blocked.vocabulary import Taps
 
 
@@ -61,12 +61,7 @@ class Generator:
         code = Code()
         code(preamble(dtype, lanes))
         numbers = {
-            "SOURCES": self.sources,
-            "RESULTS": self.results,
-            "SRC_H": self.rows.direction.source,
-            "SRC_W": self.columns.direction.source,
-            "DST_H": self.rows.direction.length,
-            "DST_W": self.columns.direction.length,
+            **planes(self.sources, self.results, self.rows.direction, self.columns.direction),
             "WIN_W": self.columns.buffer,
             "WIN": self.window,
             "PATCH_W": self.patch_columns,
@@ -75,8 +70,7 @@ class Generator:
             "REGION_ROWS": len(self.rows.regions),
             "REGION_COLS": len(self.columns.regions),
         }
-        for name, value in numbers.items():
-            code(f"#define {name} {value}L")
+        define(code, numbers)
         for name, axis in (("ROW", self.rows), ("COL", self.columns)):
             spans = [axis.span(region) for region in axis.regions]
             code(f"static const int {name}_FIRST[] = {{{join(first for first, _ in spans)}}};")

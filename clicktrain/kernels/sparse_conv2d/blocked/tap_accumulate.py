@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from clicktrain.kernels.sparse_conv2d.blocked.tap_generator import TapGenerator
-from clicktrain.kernels.sparse_conv2d.blocked.template import Code, locate, open_threads
+from clicktrain.kernels.sparse_conv2d.blocked.template import Code, open_regions, open_threads
 
 
 def write(code: Code, g: TapGenerator) -> None:
@@ -20,24 +20,7 @@ def write(code: Code, g: TapGenerator) -> None:
     code("vec *sums = scratch + me * SCRATCH;")
     code(f"vec *buffer = sums + RESULTS * {rows.tile * columns.tile};")
     code("(void)buffer;")
-    code("const int64_t last = items * (me + 1) / all;")
-    code("for (int64_t item = items * me / all; item < last; ++item) {")
-    locate(code, "item")
-    code("const vec *from = src + b * SOURCES * SRC_H * SRC_W;")
-    code("vec *to = dst + b * RESULTS * DST_H * DST_W;")
-    code("ahead_t ahead = {0};")
-    if g.in_place:
-        code("const vec *window = from;")
-    else:
-        code("const vec *window = buffer;")
-        code("pack(from, buffer, ROW_FIRST(rr), WIN_H, COL_FIRST(rc), WIN_W);")
-        code("if (item + 1 < last) {")
-        locate(code, "item + 1", "n")
-        code(
-            "ahead = look(src + nb * SOURCES * SRC_H * SRC_W, SOURCES, SRC_H, SRC_W, "
-            "ROW_FIRST(nrr), WIN_H, COL_FIRST(nrc), WIN_W);"
-        )
-        code("}")
+    open_regions(code, g.in_place, "ROW_FIRST({0}rr), WIN_H, COL_FIRST({0}rc), WIN_W")
     code(f"for (long ti = 0; ti < {rows.positions // rows.tile}; ++ti)")
     code(f"for (long tj = 0; tj < {columns.positions // columns.tile}; ++tj)")
     code(f"for (long lr = 0; lr < {len(rows.lattices)}; ++lr)")

@@ -15,7 +15,7 @@ from clicktrain.kernels.native import preamble
 from clicktrain.kernels.sparse_conv2d.blocked.geometry import Backward, Forward
 from clicktrain.kernels.sparse_conv2d.blocked.lattice import AxisLattices
 from clicktrain.kernels.sparse_conv2d.blocked.problem import ConvProblem, Phase, Tiling
-from clicktrain.kernels.sparse_conv2d.blocked.template import SUPPORT, Code, join
+from clicktrain.kernels.sparse_conv2d.blocked.template import SUPPORT, Code, define, join, planes
 
 OFFSETS = 1 << 16
 """Vectors that the windows of one pass may have, so that an offset takes two bytes."""
@@ -66,12 +66,7 @@ class TapGenerator:
         code = Code()
         code(preamble(dtype, lanes))
         numbers = {
-            "SOURCES": self.sources,
-            "RESULTS": self.results,
-            "SRC_H": self.rows.direction.source,
-            "SRC_W": self.columns.direction.source,
-            "DST_H": self.rows.direction.length,
-            "DST_W": self.columns.direction.length,
+            **planes(self.sources, self.results, self.rows.direction, self.columns.direction),
             "WIN_H": self.rows.buffer,
             "WIN_W": self.columns.buffer,
             "WIN": self.window * self.images,
@@ -80,14 +75,13 @@ class TapGenerator:
             "REGION_ROWS": self.rows.regions,
             "REGION_COLS": self.columns.regions,
         }
-        for name, value in numbers.items():
-            code(f"#define {name} {value}L")
+        define(code, numbers)
         for name, axis in (("ROW", self.rows), ("COL", self.columns)):
             code(f"#define {name}_FIRST(region) ((region) * {axis.positions * axis.reach}L + {axis.low}L)")
             starts = join(lattice.start for lattice in axis.lattices)
             counts = join(lattice.count for lattice in axis.lattices)
-            code(f"static const int {name}_START[] = {{{starts}}}, {name}_COUNT[] = {{{counts}}};")
-            code(f"static __attribute__((unused)) const int *{name}_use[] = {{{name}_START, {name}_COUNT}};")
+            code(f"static __attribute__((unused)) const int {name}_START[] = {{{starts}}};")
+            code(f"static __attribute__((unused)) const int {name}_COUNT[] = {{{counts}}};")
         code(SUPPORT)
         return code
 

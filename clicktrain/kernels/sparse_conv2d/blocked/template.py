@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
+
+from clicktrain.kernels.sparse_conv2d.blocked.geometry import Direction
 
 
 class Code:
@@ -23,6 +25,24 @@ class Code:
     def text(self) -> str:
         """All lines."""
         return "\n".join(self.lines) + "\n"
+
+
+def planes(sources: int, results: int, rows: Direction, columns: Direction) -> dict[str, int]:
+    """The constants that say what is read and written: planes, rows and columns of both."""
+    return {
+        "SOURCES": sources,
+        "RESULTS": results,
+        "SRC_H": rows.source,
+        "SRC_W": columns.source,
+        "DST_H": rows.length,
+        "DST_W": columns.length,
+    }
+
+
+def define(code: Code, numbers: Mapping[str, int]) -> None:
+    """Name numbers in the C text."""
+    for name, value in numbers.items():
+        code(f"#define {name} {value}L")
 
 
 def join(numbers: Iterable[int]) -> str:
@@ -68,6 +88,32 @@ def locate(code: Code, region: str, prefix: str = "") -> None:
     code(f"const int {prefix}rr = ({region}) / REGION_COLS % REGION_ROWS;")
     code(f"const int {prefix}rc = ({region}) % REGION_COLS;")
     code(f"(void){prefix}b; (void){prefix}rr; (void){prefix}rc;")
+
+
+def open_regions(code: Code, in_place: bool, span: str) -> None:
+    """Begin a thread's loop over its regions; afterwards ``window`` is what tiles read, ``to`` the result.
+
+    Args:
+        code: written to; ``items``, ``src``, ``dst`` and ``buffer`` are declared.
+        in_place: windows are read from the source itself; else copied to ``buffer``, the next ones fetched.
+        span: C arguments for a region's first row, rows, first column and columns; ``{0}`` is the prefix of
+            `locate`.
+    """
+    code("const int64_t last = items * (me + 1) / all;")
+    code("for (int64_t item = items * me / all; item < last; ++item) {")
+    locate(code, "item")
+    code("const vec *from = src + b * SOURCES * SRC_H * SRC_W;")
+    code("vec *to = dst + b * RESULTS * DST_H * DST_W;")
+    code("ahead_t ahead = {0};")
+    if in_place:
+        code("const vec *window = from;")
+    else:
+        code("const vec *window = buffer;")
+        code(f"pack(from, buffer, {span.format('')});")
+        code("if (item + 1 < last) {")
+        locate(code, "item + 1", "n")
+        code(f"ahead = look(src + nb * SOURCES * SRC_H * SRC_W, SOURCES, SRC_H, SRC_W, {span.format('n')});")
+        code("}")
 
 
 SUPPORT = """

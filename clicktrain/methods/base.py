@@ -201,7 +201,7 @@ class Method(abc.ABC, Generic[S]):
 
     @property
     def keeps_inputs(self) -> bool:
-        """Whether the last batch of inputs is kept, for `Reconfigure.checked`."""
+        """Whether the last training batch is kept, as `Survey.seen`."""
         return False
 
     def survey(self, model: nn.Module, trained: Sequence[Tensor] | None = None) -> Survey:

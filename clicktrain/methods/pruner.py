@@ -30,7 +30,7 @@ from clicktrain.methods.base import (
     Step,
 )
 from clicktrain.methods.sparse_latency import MeasureMasks
-from clicktrain.methods.survey import ConvLayer, LinearLayer
+from clicktrain.methods.survey import ConvLayer, LinearLayer, SeenBatch
 from clicktrain.sparsity.channel_lasso import ChannelAxis
 from clicktrain.sparsity.masks import conv_masks, hard_prune_, mask_optimizer_state_
 from clicktrain.surgery import SurgeryPlan, apply_surgery_, silence_
@@ -80,7 +80,6 @@ class Pruner:
         self._epoch = 0
         self._in_epoch = 0
         self._stepped_epoch = 0
-        self._inputs: Tensor | None = None
         self._losses: list[Tensor] = []
         self._epoch_loss: Tensor | None = None
         self._epoch_losses: list[float] = []
@@ -328,7 +327,9 @@ class Pruner:
             if self._found.example is None:
                 self._found = replace(self._found, example=inputs.detach()[:1].clone())
             if self.method.keeps_inputs and module.training:
-                self._inputs = inputs.detach()
+                kind = inputs.device.type
+                dtype = torch.get_autocast_dtype(kind) if torch.is_autocast_enabled(kind) else None
+                self._found = replace(self._found, seen=SeenBatch(inputs.detach(), dtype))
 
     def _full_precision(self) -> torch.autocast:
         """Decisions do not depend on whether ``optimizer.step()`` is called inside autocast."""
@@ -471,12 +472,13 @@ class Pruner:
 
     def _output(self) -> Tensor | None:
         """Of the last batch of inputs in evaluation mode, leaving no trace."""
-        if self._inputs is None:
+        seen = self._found.seen
+        if seen is None:
             return None
         modes = [(module, module.training) for module in self.model.modules()]
         try:
             self.model.eval()
-            output = self.model(self._inputs)
+            output = self.model(seen.inputs)
         finally:
             for module, mode in modes:
                 module.training = mode

@@ -30,7 +30,8 @@ from clicktrain.methods.base import (
     plan_rows,
 )
 from clicktrain.methods.channel_axes import channel_axes
-from clicktrain.methods.survey import Survey, matches, survey
+from clicktrain.methods.fast_widths import CPU_IMAGES, MULTIPLES, fastest_multiple
+from clicktrain.methods.survey import SeenBatch, Survey, matches, survey
 from clicktrain.sparsity.channel_lasso import (
     ChannelAxis,
     add_channel_lasso_gradient_,
@@ -39,13 +40,7 @@ from clicktrain.sparsity.channel_lasso import (
     shrink_channels_,
     zero_small_channels_,
 )
-from clicktrain.surgery import (
-    SurgeryPlan,
-    WidthTable,
-    measured_round_to,
-    plan_from_zeros,
-    typical_layer,
-)
+from clicktrain.surgery import SurgeryPlan, plan_from_zeros
 
 Axes = dict[str, tuple[ChannelAxis, ...]]
 
@@ -66,7 +61,7 @@ class PruneTrainState:
     """Epoch of the last reconfiguration."""
     done: bool = False
     round_to: int | None = None
-    """Multiple of the widths; None while it is not measured."""
+    """Multiple of the widths at the last reconfiguration; None while there was nothing to choose."""
     axes: Axes | None = field(default=None, compare=False)
     last_plan: SurgeryPlan | None = field(default=None, compare=False)
 
@@ -104,8 +99,8 @@ class PruneTrain(Method[PruneTrainState]):
     threshold: float = 1e-4
     """Channels whose weights are all at most this large are set to zero."""
     round_to: int | Literal["auto"] = 1
-    """Widths that remain are multiples of it, where the layer is wide enough; auto: the multiple that pays on
-    this device, measured once."""
+    """Widths that remain are multiples of it, where the layer is wide enough; auto: the multiple with which
+    the network that is left trains fastest on this device, measured at each reconfiguration."""
     fine_tune: float = 0.0
     """Epochs without the lasso at the end of the run."""
     linear: bool = True
@@ -142,8 +137,8 @@ class PruneTrain(Method[PruneTrainState]):
 
     @property
     def keeps_inputs(self) -> bool:
-        """For ``check_outputs``."""
-        return self.check_outputs
+        """For ``check_outputs``, and to time steps on (``round_to: auto``)."""
+        return self.check_outputs or self.round_to == "auto"
 
     @property
     def _given(self) -> int:
@@ -253,18 +248,21 @@ class PruneTrain(Method[PruneTrainState]):
         axes = state.axes or self._axes(found)
         zeroed = sum(zero_small_channels_(w, a, self.threshold) for w, a in self._weights(found, axes))
         actions: list[Action] = []
-        if self.round_to == "auto" and state.round_to is None:
-            state.round_to, table = _measured_rounding(found)
-            actions.append(Record({"event": "widths", **table.to_json()}))
-        multiple = state.round_to or 1
-        plan = self.surgery_plan(found, multiple)
-        unrounded = plan if multiple == 1 else self.surgery_plan(found, 1)
+        candidates = MULTIPLES if self.round_to == "auto" else sorted({1, self.round_to})
+        plans = {multiple: self.surgery_plan(found, multiple) for multiple in candidates}
+        multiple = self._given
+        if self.round_to == "auto":
+            choice = fastest_multiple(found.model, _seen(found), plans)
+            if choice is not None:
+                state.round_to = choice.chosen
+                actions.append(Record({"event": "widths", **choice.to_json()}))
+            multiple = state.round_to or 1
         event = {
             "zeroed_channels": zeroed,
             "round_to": multiple,
-            "channels_without_rounding": sum(row.outputs[1] for row in unrounded.layers),
+            "channels_without_rounding": sum(row.outputs[1] for row in plans[1].layers),
         }
-        return [*actions, Reconfigure(plan, event, self.check_outputs)]
+        return [*actions, Reconfigure(plans[multiple], event, self.check_outputs)]
 
     def surgery_plan(self, found: Survey, round_to: int = 1) -> SurgeryPlan:
         """What would be removed from the network as it is."""
@@ -370,11 +368,9 @@ _CHOICES: dict[str, tuple[str, ...]] = {
 }
 
 
-def _measured_rounding(found: Survey) -> tuple[int, WidthTable]:
-    """The multiple of channels that pays for this network on its device."""
-    assert found.model is not None
+def _seen(found: Survey) -> SeenBatch:
+    """The last training batch; of a run that was resumed after it, blank images."""
+    if found.seen is not None:
+        return found.seen
     assert found.example is not None
-    weight = found.layers[0].weight
-    channels_last = weight.is_contiguous(memory_format=torch.channels_last) and not weight.is_contiguous()
-    layer = typical_layer(found.model, found.example, channels_last=channels_last)
-    return measured_round_to(weight.device, layer)
+    return SeenBatch(found.example.new_zeros(CPU_IMAGES, *found.example.shape[1:]))

@@ -7,6 +7,7 @@ from dataclasses import dataclass, field, replace
 from fnmatch import fnmatchcase
 from typing import TYPE_CHECKING
 
+import torch
 from torch import Tensor, nn
 from torch.nn.modules.conv import _ConvNd
 from torch.nn.parameter import UninitializedParameter
@@ -66,6 +67,14 @@ class LinearLayer:
 
 
 @dataclass(frozen=True, slots=True, eq=False)
+class SeenBatch:
+    """The last training batch: ``inputs`` as they came, and what autocast computed in, None without it."""
+
+    inputs: Tensor
+    autocast: torch.dtype | None = None
+
+
+@dataclass(frozen=True, slots=True, eq=False)
 class Survey:
     """What a method may touch.
 
@@ -73,7 +82,8 @@ class Survey:
     that ask for them; ``left_alone`` maps the other weighted modules to (shape, reason).
     ``order`` has all names as the network lists them. ``model`` is what was looked at, ``example`` an input
     of it (batch of at least one; values do not matter), None until one is known;
-    ``measure`` times it with masks, None if nobody can.
+    ``measure`` times it with masks, None if nobody can; ``seen`` is the last training batch, of methods that
+    ask for it (`Method.keeps_inputs`).
     ``other_conv_weights`` counts the convolution weights outside ``layers``; they stay dense and count in
     the compression ratio, which is over all convolution weights (ClickTrain section 6.2).
     """
@@ -86,6 +96,7 @@ class Survey:
     model: nn.Module | None = None
     example: Tensor | None = None
     measure: MeasureMasks | None = None
+    seen: SeenBatch | None = None
 
     @property
     def prunable(self) -> tuple[ConvLayer | LinearLayer, ...]:

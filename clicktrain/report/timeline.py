@@ -51,6 +51,8 @@ def _moment(event: Mapping[str, Any]) -> Moment:
         return Moment(at, "hard prune", _compression(event).removeprefix(", ") + energy)
     if name == "reconfigured":
         return Moment(at, "channels removed", _removed(event))
+    if name == "widths":
+        return Moment(at, "widths measured", _widths(event))
     if name == "batch_resized":
         return Moment(at, "larger batches", _larger(event))
     if name == "operators":
@@ -58,8 +60,12 @@ def _moment(event: Mapping[str, Any]) -> Moment:
     if name == "switch":
         return Moment(at, f"{event.get('method')} begins", str(event.get("reason") or ""))
     known = ("event", "step", "epoch")
-    detail = ", ".join(f"{key} {value}" for key, value in event.items() if key not in known)
+    detail = ", ".join(f"{key} {_short(value)}" for key, value in event.items() if key not in known)
     return Moment(at, name.replace("_", " "), detail if len(detail) < 200 else detail[:199] + "…")
+
+
+def _short(value: Any) -> str:
+    return f"{value:.4g}" if isinstance(value, float) else str(value)
 
 
 def _operators(event: Mapping[str, Any]) -> str:
@@ -86,7 +92,28 @@ def _removed(event: Mapping[str, Any]) -> str:
         return "none could go"
     layers = len(event.get("layers_removed") or ())
     text = f"{wording.integer(before)} → {wording.integer(after)} channels"
+    unrounded = number(event, "channels_without_rounding")
+    if unrounded is not None and after is not None and after > unrounded:
+        text += f" ({wording.integer(after - unrounded)} kept for widths in {event.get('round_to')}s)"
     return text + (f", {layers} layer{'' if layers == 1 else 's'} gone" if layers else "")
+
+
+def _widths(event: Mapping[str, Any]) -> str:
+    """The multiple that was chosen, and its price."""
+    rows = {row.get("multiple"): row for row in event.get("rows") or ()}
+    first, chosen = rows.get(1), rows.get(event.get("chosen"))
+    if first is None or chosen is None:
+        return ""
+    if chosen is first:
+        return "no multiple trains faster than the widths as they are"
+    ms, first_ms = number(chosen, "ms"), number(first, "ms")
+    channels, first_channels = number(chosen, "channels"), number(first, "channels")
+    if ms is None or channels is None or not first_ms or not first_channels:
+        return ""
+    return (
+        f"in {event['chosen']}s: a step takes {wording.percent(ms / first_ms, 0)} of the time, for "
+        f"{wording.percent(channels / first_channels - 1, 1)} more channels"
+    )
 
 
 def _larger(event: Mapping[str, Any]) -> str:

@@ -1,7 +1,6 @@
 """Physical removal of channels and layers: dependency analysis, plans, and the one mutator."""
 
 from clicktrain.surgery.apply import apply_surgery_, silence_
-from clicktrain.surgery.fast_widths import LayerShape, WidthTable, measured_round_to, typical_layer
 from clicktrain.surgery.groups import ChannelGroup, Member, channel_groups, dependencies
 from clicktrain.surgery.numbering import OriginalChannels, original_channels, renumbered
 from clicktrain.surgery.plan import Cut, Gate, LayerChange, RemovedLayer, SurgeryPlan
@@ -13,23 +12,19 @@ __all__ = [
     "Cut",
     "Gate",
     "LayerChange",
-    "LayerShape",
     "Member",
     "OriginalChannels",
     "RemovedLayer",
     "SurgeryPlan",
-    "WidthTable",
     "apply_surgery_",
     "channel_groups",
     "dependencies",
     "load_pruned",
-    "measured_round_to",
     "original_channels",
     "plan_from_keep",
     "plan_from_zeros",
     "read_recipe",
     "renumbered",
     "silence_",
-    "typical_layer",
     "write_recipe",
 ]

@@ -14,7 +14,6 @@ from torch import Tensor, nn
 from clicktrain import PruneTrain, create_model
 from clicktrain.errors import UserError
 from clicktrain.methods import Pruner
-from clicktrain.surgery import fast_widths
 
 STEPS = 4
 """Batches in an epoch."""
@@ -195,17 +194,28 @@ def test_widths_are_multiples_and_the_price_is_told() -> None:
     assert any(event["channels_without_rounding"] < event["channels_after"] for event in events)
 
 
-def test_the_multiple_is_measured_once(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
-    monkeypatch.setattr(fast_widths, "SECONDS", 0.0)
+def test_the_multiple_is_measured_at_every_reconfiguration(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("CLICKTRAIN_LATENCY_CACHE", str(tmp_path))
     model = network()
-    optimizer = torch.optim.SGD(model.parameters(), lr=0.05)
-    pruner = PruneTrain(round_to="auto").attach(model, optimizer, epochs=2, steps_per_epoch=STEPS)
-    train(model, optimizer, pruner, 0, 2 * STEPS)
-    (table,) = [event for event in pruner.events if event["event"] == "widths"]
-    used = {event["round_to"] for event in pruner.events if event["event"] == "reconfigured"}
-    assert used == {table["chosen"]}
-    assert pruner.state_dict()["state"]["round_to"] == table["chosen"]
+    optimizer = torch.optim.SGD(model.parameters(), lr=0.05, momentum=0.9)
+    pruner = PruneTrain(**STRONG, round_to="auto").attach(model, optimizer, epochs=4, steps_per_epoch=STEPS)
+    train(model, optimizer, pruner, 0, 4 * STEPS)
+    pruner.finish()
+    events = [event for event in pruner.events if event["event"] in ("widths", "reconfigured")]
+    assert any(event["event"] == "widths" for event in events)
+    chosen = 1
+    for event in events:  # each choice is told before what it led to
+        if event["event"] == "widths":
+            chosen = event["chosen"]
+            assert event["images"] == 8
+        else:
+            assert event["round_to"] == chosen
+            kept = {row["multiple"]: row["channels"] for row in events[0]["rows"]}
+            assert kept[1] <= kept[32]
+    assert pruner.state_dict()["state"]["round_to"] == chosen
+    assert model(batch(0)[0]).shape == (8, 4)
 
 
 def test_a_network_without_channels_left_is_legal() -> None:

@@ -181,3 +181,20 @@ def test_a_sweep_draws_accuracy_over_cost(tmp_path: Path) -> None:
         assert found == pytest.approx(places, abs=0.5)
         assert len(drawn.all("line", "reference")) == 1
     assert "FLOPs per image in training, % of dense" in titles(page)
+
+
+def test_the_price_of_rounded_widths_is_told(tmp_path: Path) -> None:
+    folder = make_shrinking_run(tmp_path / "run")
+    events = [json.loads(line) for line in (folder / "events.jsonl").read_text().splitlines()]
+    number = next(i for i, event in enumerate(events) if event["event"] == "reconfigured")
+    removal = events[number]
+    removal |= {"round_to": 8, "channels_without_rounding": removal["channels_after"] - 7}
+    rows = [{"multiple": 1, "ms": 4.0, "channels": 100}, {"multiple": 8, "ms": 3.0, "channels": 107}]
+    widths = {"event": "widths", "step": 312, "epoch": 1.0, "chosen": 8, "rows": rows}
+    events.insert(number, widths)
+    events.insert(number, {**widths, "chosen": 1})
+    (folder / "events.jsonl").write_text("".join(json.dumps(event) + "\n" for event in events))
+    moments = [item.text for item in page_of(folder).one("ol", "moments").all("li")]
+    assert any("in 8s: a step takes 75% of the time, for 7.0% more channels" in text for text in moments)
+    assert any("no multiple trains faster" in text for text in moments)
+    assert any("(7 kept for widths in 8s)" in text for text in moments)

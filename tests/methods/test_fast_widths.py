@@ -1,0 +1,158 @@
+"""Which multiple of channels pays: on made-up times, and on the networks that pruning would leave."""
+
+from __future__ import annotations
+
+import copy
+import json
+from collections.abc import Callable, Mapping
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor, nn
+
+from clicktrain import create_model
+from clicktrain.errors import UserError
+from clicktrain.methods import fast_widths
+from clicktrain.methods.fast_widths import (
+    MULTIPLES,
+    Rounding,
+    WidthChoice,
+    best,
+    fastest_multiple,
+    step_ms,
+)
+from clicktrain.methods.survey import SeenBatch
+from clicktrain.surgery import SurgeryPlan, apply_surgery_, plan_from_zeros
+
+
+def up(width: int, multiple: int) -> int:
+    while width % multiple:
+        width += 1
+    return width
+
+
+@pytest.mark.parametrize(
+    ("name", "widths", "cost", "chosen"),
+    [
+        ("proportional: every channel counts", (11, 21, 30), lambda w: w, 1),
+        ("as slow as the multiple above: nothing to gain", (11, 21, 30), lambda w: up(w, 16), 1),
+        ("a slow path unless a multiple of 8", (11, 21, 30), lambda w: w * (1 if w % 8 == 0 else 2), 8),
+        ("these widths are multiples already", (16, 24, 32), lambda w: w * (1 if w % 8 == 0 else 2), 1),
+        ("a slow path unless a multiple of 16", (11, 21, 30), lambda w: w * (1 if w % 16 == 0 else 3), 16),
+        ("hardly slower: not worth it", (11, 21, 30), lambda w: 100 + (2 if w % 4 else 0), 1),
+    ],
+)
+def test_which_multiple_pays(
+    name: str, widths: tuple[int, ...], cost: Callable[[int], float], chosen: int
+) -> None:
+    rows = []
+    for multiple in MULTIPLES:
+        rounded = [up(width, multiple) for width in widths]
+        rows.append(Rounding(multiple, float(sum(map(cost, rounded))), sum(rounded)))
+    assert best(rows) == chosen, name
+
+
+def pruned_plans(dead: int = 5) -> tuple[nn.Module, dict[int, SurgeryPlan]]:
+    """A network of 16 channels whose middle layers have lost some, and what each multiple removes of them."""
+    torch.manual_seed(0)
+    model = create_model("resnet8", num_classes=4, in_channels=3, stem="cifar")
+    with torch.no_grad():
+        for name, module in model.named_modules():
+            if isinstance(module, nn.Conv2d) and name.endswith("conv1") and "layer" in name:
+                module.weight[:dead] = 0
+            if isinstance(module, nn.BatchNorm2d) and name.endswith("bn1") and "layer" in name:
+                module.weight[:dead] = 0
+                module.bias[:dead] = 0
+            if isinstance(module, nn.Conv2d) and name.endswith("conv2"):
+                module.weight[:, :dead] = 0
+    example = torch.zeros(1, 3, 8, 8)
+    return model, {m: plan_from_zeros(model, example, round_to=m, sides="readers") for m in MULTIPLES}
+
+
+def batch(images: int = 4) -> Tensor:
+    return torch.randn(images, 3, 8, 8, generator=torch.Generator().manual_seed(0))
+
+
+def test_the_network_is_measured_once_and_left_alone(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    model, plans = pruned_plans()
+    before, state = copy.deepcopy(model.state_dict()), torch.get_rng_state()
+    choice = fastest_multiple(model, SeenBatch(batch()), plans, folder=tmp_path)
+    assert choice is not None
+    assert torch.equal(torch.get_rng_state(), state)
+    assert all(torch.equal(value, before[name]) for name, value in model.state_dict().items())
+    assert all(parameter.grad is None for parameter in model.parameters())
+    assert [row.multiple for row in choice.rows] == list(MULTIPLES)
+    for row in choice.rows:
+        smaller = copy.deepcopy(model)
+        apply_surgery_(plans[row.multiple], smaller)
+        convs = [module for module in smaller.modules() if isinstance(module, (nn.Conv2d, nn.Linear))]
+        assert row.channels == sum(module.weight.shape[0] for module in convs)
+        assert row.ms > 0
+    assert choice.chosen == best(choice.rows)
+    assert (choice.images, choice.dtype) == (4, "float32")
+    assert WidthChoice.from_json(json.loads(json.dumps(choice.to_json()))) == choice
+
+    asked: list[int] = []
+
+    def again(model: nn.Module, x: Tensor, autocast: Any, plans: Mapping[str, Any]) -> dict[str, float]:
+        asked.append(len(x))
+        return {name: 1.0 + number for number, name in enumerate(plans)}
+
+    monkeypatch.setattr(fast_widths, "step_ms", again)
+    assert fastest_multiple(model, SeenBatch(batch()), plans, folder=tmp_path) == choice
+    assert not asked
+    fastest_multiple(model, SeenBatch(batch(2)), plans, folder=tmp_path)  # another batch, other times
+    assert asked == [2]
+    for path in tmp_path.iterdir():  # damaged: measured again
+        path.write_text("{", encoding="utf-8")
+    fastest_multiple(model, SeenBatch(batch()), plans, folder=tmp_path)
+    assert asked == [2, 4]
+    fastest_multiple(model, SeenBatch(batch(1000)), plans, folder=tmp_path)  # of a CPU's batch a part will do
+    assert asked[-1] == fast_widths.CPU_IMAGES * torch.get_num_threads()
+
+
+def test_equal_networks_have_one_time(tmp_path: Path) -> None:
+    model, plans = pruned_plans(dead=8)  # 8, 24, 56 channels are left of 16, 32, 64
+    choice = fastest_multiple(model, SeenBatch(batch(), torch.bfloat16), plans, folder=tmp_path)
+    assert choice is not None
+    ms = {row.multiple: row.ms for row in choice.rows}
+    assert ms[1] == ms[2] == ms[4] == ms[8]
+    assert len(set(ms.values())) == 2  # 16 and 32 leave the whole network
+    assert choice.chosen in (1, 16, 32)
+    assert choice.dtype == "bfloat16"
+
+
+def test_nothing_to_choose(tmp_path: Path) -> None:
+    model, plans = pruned_plans(dead=0)
+    assert fastest_multiple(model, SeenBatch(batch()), plans, folder=tmp_path) is None
+    assert not list(tmp_path.iterdir())
+
+
+def test_a_network_whose_output_is_a_dictionary() -> None:
+    class Two(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.conv, self.idle = nn.Conv2d(3, 4, 3), nn.Linear(2, 2)
+
+        def forward(self, x: Tensor) -> dict[str, Tensor]:
+            return {"a": self.conv(x), "b": x.mean()}
+
+    times = step_ms(Two(), batch(), None, {"whole": SurgeryPlan()})
+    assert times["whole"] > 0
+
+
+def test_the_choice_is_told_in_words() -> None:
+    rows = (Rounding(1, 2.0, 100), Rounding(8, 1.0, 110), Rounding(16, 1.5, 150))
+    lines = str(WidthChoice(8, rows, 16, "float32")).splitlines()
+    assert lines[1].split() == ["1", "100.0%", "0.0%"]
+    assert lines[2].split() == ["8", "50.0%", "10.0%", "<-", "chosen"]
+    assert lines[3].split() == ["16", "75.0%", "50.0%"]
+
+
+def test_mistakes() -> None:
+    with pytest.raises(UserError, match="no choice of widths"):
+        WidthChoice.from_json({"version": 2})
+    with pytest.raises(UserError, match="format version 1"):
+        WidthChoice.from_json({"version": 1})

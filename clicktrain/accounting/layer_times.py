@@ -15,13 +15,14 @@ import os
 import platform
 import time
 from collections.abc import Callable, Iterable, Mapping, Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from clicktrain.accounting.agreement import agreed
 from clicktrain.accounting.timing import least_ms
 from clicktrain.errors import UserError
 from clicktrain.formats.atomic import write_text_atomic
@@ -147,7 +148,10 @@ def layer_times(
             progress(f"measuring a layer of {geometry.inputs} -> {geometry.outputs} channels, batch {batch}")
             times = measure_layer(geometry, batch, device)
             _keep(path, times)
-        found[geometry] = times
+        columns = len(times.outputs)
+        ms = agreed([ms for row in times.ms for ms in row], device)
+        rows = tuple(tuple(ms[first : first + columns]) for first in range(0, len(ms), columns))
+        found[geometry] = replace(times, ms=rows)
     return found
 
 

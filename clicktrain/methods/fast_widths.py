@@ -20,6 +20,7 @@ import torch
 from torch import Tensor, nn
 from torch.utils import _pytree as pytree
 
+from clicktrain.accounting.agreement import agreed
 from clicktrain.accounting.layer_times import cache_folder, clock_of, machine, synchronised
 from clicktrain.accounting.timing import interleaved_ms, median_ms
 from clicktrain.errors import UserError
@@ -128,7 +129,8 @@ def fastest_multiple(
         dtype = str(seen.autocast or torch.float32).removeprefix("torch.")
         choice = WidthChoice(best(rows), rows, len(inputs), dtype)
         _keep(path, choice)
-    return choice
+    (chosen,) = agreed([choice.chosen], inputs.device)
+    return dataclasses.replace(choice, chosen=int(chosen))
 
 
 def best(rows: Sequence[Rounding], worth: float = WORTH) -> int:

@@ -17,6 +17,7 @@ from typing import Any
 import torch
 from torch import Tensor, fx, nn
 
+from clicktrain.accounting.agreement import agreed
 from clicktrain.accounting.layer_times import LayerGeometry, LayerTimes, clock_of, layer_times, synchronised
 from clicktrain.accounting.timing import interleaved_ms
 from clicktrain.errors import UserError
@@ -188,10 +189,15 @@ class Measured:
     pruned_ms: float
     ratio: float
 
+    def agreed(self, device: torch.device) -> Measured:
+        """What the first of several processes has measured."""
+        return Measured(*agreed([self.dense_ms, self.pruned_ms, self.ratio], device))
+
 
 def measure_ms(model: nn.Module, example: Tensor, batch: int) -> float:
     """Milliseconds of a batch in inference; arguments as `compare_ms`."""
-    return min(_times(model, [None], example, batch, SECONDS)[0])
+    (ms,) = agreed([min(_times(model, [None], example, batch, SECONDS)[0])], example.device)
+    return ms
 
 
 def compare_ms(
@@ -210,7 +216,7 @@ def compare_ms(
     """
     times = _times(model, [None, plan], example, batch, seconds)
     ratios = [pruned / dense for dense, pruned in zip(times[0], times[1], strict=True)]
-    return Measured(min(times[0]), min(times[1]), statistics.median(ratios))
+    return Measured(min(times[0]), min(times[1]), statistics.median(ratios)).agreed(example.device)
 
 
 def _times(

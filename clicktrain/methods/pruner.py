@@ -9,10 +9,11 @@ from dataclasses import replace
 from typing import Any
 
 import torch
-import torch.distributed as dist
 from torch import Tensor, nn
+from torch.nn.parallel import DistributedDataParallel
 from torch.optim import Optimizer
 
+from clicktrain.accounting.agreement import agree_on_, agreed_text, mean_over_processes, several_processes
 from clicktrain.errors import UserError
 from clicktrain.kernels.pack_model import pack_model_, pack_refusals, unpack_model_
 from clicktrain.methods.base import (
@@ -31,6 +32,7 @@ from clicktrain.methods.base import (
 )
 from clicktrain.methods.sparse_latency import MeasureMasks
 from clicktrain.methods.survey import ConvLayer, LinearLayer, SeenBatch
+from clicktrain.methods.wrapping import W, Wrapped
 from clicktrain.sparsity.channel_lasso import ChannelAxis
 from clicktrain.sparsity.masks import conv_masks, hard_prune_, mask_optimizer_state_
 from clicktrain.surgery import SurgeryPlan, apply_surgery_, silence_
@@ -60,6 +62,11 @@ class Pruner:
                 f"a run has at least 1 epoch of 1 batch, got epochs={length.epochs}, "
                 f"steps_per_epoch={length.steps_per_epoch}"
             )
+        if isinstance(model, DistributedDataParallel | nn.DataParallel):
+            raise UserError(
+                f"attach takes the network itself, not a {type(model).__name__} around it, which would keep "
+                "parameters that are replaced: attach first, then call pruner.wrapped(...) to wrap it"
+            )
         self.method = method
         self.model = model
         self.optimizer = optimizer
@@ -68,6 +75,7 @@ class Pruner:
         self.events: list[Event] = []
         self.masks: dict[str, Tensor] = {}
         self.plans: list[SurgeryPlan] = []
+        self.revision = 0
         self.frozen = False
         self._on_event = on_event
         self._at_epoch_end: list[Callable[[int], None]] = []
@@ -106,17 +114,25 @@ class Pruner:
         """
         if loss.numel() != 1:
             raise ValueError(f"observe takes a scalar loss, got a tensor of shape {tuple(loss.shape)}")
-        value = loss.detach().float().reshape(()).clone()
-        if dist.is_available() and dist.is_initialized():
-            dist.all_reduce(value, dist.ReduceOp.AVG if value.is_cuda else dist.ReduceOp.SUM)
-            if not value.is_cuda:  # gloo has no average
-                value /= dist.get_world_size()
+        value = mean_over_processes(loss.detach().float().reshape(()).clone())
         self._close_epoch()
         self._losses.append(value)
         self._epoch_loss = value.clone() if self._epoch_loss is None else self._epoch_loss + value
         self._seen += 1
         self._in_epoch += 1
         self._depth = 0
+
+    def wrapped(self, wrap: Callable[[nn.Module], W]) -> Wrapped[W]:
+        """The network as a loop calls it inside a wrapper that is made anew when parameters are replaced.
+
+        ``revision`` counts how often that has happened: when channels have gone, and when convolutions are
+        packed or unpacked.
+
+        Args:
+            wrap: makes the wrapper: ``DistributedDataParallel``, ``torch.compile``, or a function that
+                captures CUDA graphs.
+        """
+        return Wrapped(self, wrap)
 
     def plan(self) -> PruningPlan:
         """What will be pruned, to what density, by what, and why a layer is left alone; printable.
@@ -167,8 +183,10 @@ class Pruner:
         self.close()
         if self.packed and not packed:
             unpack_model_(self.model, [self.optimizer])
+            self.revision += 1
         elif packed and not self.packed and self.masks:
             pack_model_(self.model, conv_masks(self.masks), [self.optimizer])
+            self.revision += 1
         self.packed = packed and self.frozen
         if not self.packed:
             self._find_again()
@@ -272,6 +290,7 @@ class Pruner:
             self.packed = bool(saved["packed"])  # go on in the form that was saved
         if saved["packed"]:
             pack_model_(self.model, conv_masks(self.masks), [self.optimizer])
+            self.revision += 1
 
     def _check_packable(self) -> None:
         """Refuse now what could not be packed at the hard prune, hours later."""
@@ -407,12 +426,14 @@ class Pruner:
                     self._mask_state()
             case FreezeMasks(masks):
                 self.masks = dict(masks)
+                agree_on_([self.masks[name] for name in sorted(self.masks)])
                 self._mask_weights()
                 self._mask_state()
                 self.frozen = True
                 self._plan = self.method.plan(self._found, self.length, self._state)
                 if self.packed:
                     pack_model_(self.model, conv_masks(self.masks), [self.optimizer])
+                    self.revision += 1
             case SilenceChannels(plan):
                 silence_(plan, self.model)
             case Reconfigure(plan, event, checked):
@@ -426,6 +447,7 @@ class Pruner:
     def _reconfigure(self, plan: SurgeryPlan, event: Mapping[str, Any], checked: bool) -> None:
         """Remove channels from the model and its optimizer, and let all that is remembered follow."""
         started = time.perf_counter()
+        plan = self._agreed(plan)
         before = self._output() if checked else None
         channels = sum(row.outputs[0] for row in plan.layers)
         if plan:
@@ -460,9 +482,18 @@ class Pruner:
             }
         )
 
+    def _agreed(self, plan: SurgeryPlan) -> SurgeryPlan:
+        """The first process's plan: others may have other statistics in their batch norms."""
+        if not several_processes():
+            return plan
+        parameter = next(self.model.parameters())
+        text = agreed_text(json.dumps(plan.to_json()), parameter.device)
+        return SurgeryPlan.from_json(json.loads(text))
+
     def _follow(self, plan: SurgeryPlan) -> None:
         """Note a plan that was carried out, and look at the smaller model."""
         self.plans.append(plan)
+        self.revision += 1
         self._found = self._found.after_surgery(plan)
         self._conv_weights_now = self._found.conv_weights
         shrunken = {

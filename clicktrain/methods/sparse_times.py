@@ -11,7 +11,7 @@ from __future__ import annotations
 import hashlib
 import json
 from collections.abc import Callable, Iterable
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Literal
 
@@ -19,6 +19,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from clicktrain.accounting.agreement import agreed
 from clicktrain.accounting.layer_times import LayerTimes, cache_folder, clock_of, machine
 from clicktrain.accounting.timing import least_ms
 from clicktrain.errors import UserError
@@ -165,7 +166,8 @@ def sparse_times(geometries: Iterable[SparseGeometry]) -> dict[SparseGeometry, S
         if times is None:
             times = measure_sparse(geometry)
             _keep(path, times)
-        found[geometry] = times
+        *sparse, dense = agreed([*times.sparse_ms, times.dense_ms], torch.device("cpu"))
+        found[geometry] = replace(times, sparse_ms=tuple(sparse), dense_ms=dense)
     return found
 
 

@@ -1,0 +1,67 @@
+"""What several processes of one training must agree on: the first one's word counts.
+
+Weights, gradients and losses are the same in all processes of data-parallel training, so what follows from
+them is. Measured times and the statistics of batch norms are not. Without a process group nothing is sent.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import torch
+import torch.distributed as dist
+from torch import Tensor
+
+
+def several_processes() -> bool:
+    """Whether this process trains together with others."""
+    return dist.is_available() and dist.is_initialized() and dist.get_world_size() > 1
+
+
+def agreed(numbers: Sequence[float], device: torch.device) -> list[float]:
+    """The first process's numbers, in all of them; each process gives as many.
+
+    Args:
+        numbers: what this process has.
+        device: of the network; GPU backends send tensors of their own device only.
+    """
+    if not several_processes():
+        return list(numbers)
+    dtype = torch.float32 if device.type == "mps" else torch.float64
+    sent = torch.tensor(list(numbers), dtype=dtype, device=device)
+    dist.broadcast(sent, 0)
+    return [float(number) for number in sent.tolist()]
+
+
+def agreed_text(text: str, device: torch.device) -> str:
+    """The first process's text, in all of them."""
+    if not several_processes():
+        return text
+    data = text.encode()
+    length = torch.tensor([len(data)], dtype=torch.int64, device=device)
+    dist.broadcast(length, 0)
+    sent = torch.zeros(int(length), dtype=torch.uint8, device=device)
+    if dist.get_rank() == 0:
+        sent.copy_(torch.frombuffer(bytearray(data), dtype=torch.uint8))
+    dist.broadcast(sent, 0)
+    return bytes(sent.cpu().tolist()).decode()
+
+
+def agree_on_(tensors: Sequence[Tensor]) -> None:
+    """Write the first process's values into tensors; bool ones too."""
+    if not several_processes():
+        return
+    for tensor in tensors:
+        sent = tensor.to(torch.uint8) if tensor.dtype == torch.bool else tensor.contiguous()
+        dist.broadcast(sent, 0)
+        tensor.copy_(sent)
+
+
+def mean_over_processes(value: Tensor) -> Tensor:
+    """The mean of a 0-dim tensor over all processes, in place."""
+    if several_processes():
+        average = value.is_cuda  # gloo has no average
+        dist.all_reduce(value, dist.ReduceOp.AVG if average else dist.ReduceOp.SUM)
+        if not average:
+            value /= dist.get_world_size()
+    return value

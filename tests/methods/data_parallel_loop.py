@@ -1,0 +1,118 @@
+"""A training loop of one process among several (or alone), run as a script by the tests.
+
+python data_parallel_loop.py METHOD RANK PROCESSES FOLDER: every process trains on its share of each batch and
+writes what it ends with. METHOD: channels, normed, packed; or agreement, where nothing is trained.
+"""
+
+from __future__ import annotations
+
+import json
+import sys
+from pathlib import Path
+from typing import Any
+
+import torch
+import torch.distributed as dist
+import torch.nn.functional as F
+from safetensors.torch import save_file
+from torch import Tensor, nn
+from torch.nn.parallel import DistributedDataParallel
+
+from clicktrain import ClickTrain, PruneTrain
+from clicktrain.accounting.agreement import agree_on_, agreed, agreed_text, mean_over_processes
+
+STEPS, EPOCHS, BATCH = 4, 6, 8
+
+
+def network() -> nn.Module:
+    """Without batch norm: then the shares of a batch give the gradients of the whole."""
+    torch.manual_seed(0)
+    return nn.Sequential(
+        nn.Conv2d(3, 12, 3, padding=1), nn.ReLU(),
+        nn.Conv2d(12, 16, 3, padding=1), nn.ReLU(),
+        nn.Conv2d(16, 8, 3, padding=1), nn.ReLU(),
+        nn.AdaptiveAvgPool2d(1), nn.Flatten(), nn.Linear(8, 4),
+    )  # fmt: skip
+
+
+def normed() -> nn.Module:
+    """With batch norm, whose statistics differ from process to process."""
+    torch.manual_seed(0)
+    return nn.Sequential(
+        nn.Conv2d(3, 12, 3, padding=1, bias=False), nn.BatchNorm2d(12), nn.ReLU(),
+        nn.Conv2d(12, 16, 3, padding=1, bias=False), nn.BatchNorm2d(16), nn.ReLU(),
+        nn.AdaptiveAvgPool2d(1), nn.Flatten(), nn.Linear(16, 4),
+    )  # fmt: skip
+
+
+def batch(number: int) -> tuple[Tensor, Tensor]:
+    generator = torch.Generator().manual_seed(number)
+    y = torch.randint(0, 4, (BATCH,), generator=generator)
+    return torch.randn(BATCH, 3, 6, 6, generator=generator) + y.view(BATCH, 1, 1, 1) * 0.5, y
+
+
+METHODS: dict[str, Any] = {
+    "channels": PruneTrain(penalty_ratio=0.7, interval=1),
+    "normed": PruneTrain(coefficient=0.05, interval=1, round_to="auto"),
+    "packed": ClickTrain(compression=3, patterns=4),
+}
+
+
+def agreement(rank: int) -> dict[str, Any]:
+    """What each process hears when it says something of its own."""
+    cpu, mask, weights = (
+        torch.device("cpu"),
+        torch.tensor([rank == 0, True]),
+        torch.full((2, 3), float(rank)).T,
+    )
+    agree_on_([mask, weights])
+    return {
+        "numbers": agreed([0.1 + rank, 2.0], cpu),
+        "text": agreed_text(f"pröcess {rank}" + "!" * rank, cpu),
+        "mask": mask.tolist(),
+        "weights": weights.tolist(),
+        "mean": float(mean_over_processes(torch.tensor(float(rank)))),
+    }
+
+
+def main(name: str, rank: int, processes: int, folder: Path) -> None:
+    torch.set_num_threads(1)
+    if processes > 1:
+        dist.init_process_group("gloo", f"file://{folder / 'store'}", rank=rank, world_size=processes)
+    if name == "agreement":
+        (folder / f"{rank}.json").write_text(json.dumps(agreement(rank)))
+        save_file({}, folder / f"{rank}.safetensors")
+        return
+    model = normed() if name == "normed" else network()
+    optimizer = torch.optim.SGD(model.parameters(), lr=0.05, momentum=0.9)
+    pruner = METHODS[name].attach(
+        model, optimizer, epochs=EPOCHS, steps_per_epoch=STEPS, packed=name == "packed"
+    )
+    wraps = []
+
+    def wrap(module: nn.Module) -> Any:
+        wraps.append(sum(parameter.numel() for parameter in module.parameters()))
+        return DistributedDataParallel(module) if processes > 1 else module
+
+    forward = pruner.wrapped(wrap)
+    for number in range(EPOCHS * STEPS):
+        x, y = (part.chunk(processes)[rank] for part in batch(number))
+        loss = F.cross_entropy(forward(x), y)
+        loss.backward()
+        pruner.observe(loss)
+        optimizer.step()
+        optimizer.zero_grad()
+    pruner.finish()
+    told = {
+        "wraps": wraps,
+        "plans": [plan.to_json() for plan in pruner.plans],
+        "events": [{k: v for k, v in e.items() if k != "seconds"} for e in pruner.events],
+    }
+    (folder / f"{rank}.json").write_text(json.dumps(told))
+    save_file({k: v.contiguous() for k, v in model.state_dict().items()}, folder / f"{rank}.safetensors")
+    if processes > 1:
+        dist.destroy_process_group()
+
+
+if __name__ == "__main__":
+    main(sys.argv[1], int(sys.argv[2]), int(sys.argv[3]), Path(sys.argv[4]))

@@ -1,0 +1,128 @@
+"""Several processes, one network: the same channels and weights everywhere, and those of one process."""
+
+from __future__ import annotations
+
+import json
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+import torch.distributed as dist
+from safetensors.torch import load_file
+from torch import Tensor, nn
+from torch.nn.parallel import DistributedDataParallel
+
+from clicktrain import PruneTrain
+from clicktrain.errors import UserError
+
+SCRIPT = Path(__file__).parent / "data_parallel_loop.py"
+
+pytestmark = pytest.mark.skipif(not dist.is_available(), reason="PyTorch without torch.distributed")
+
+
+def trained(name: str, processes: int, folder: Path) -> list[tuple[dict[str, Any], dict[str, Tensor]]]:
+    """What every process ends with."""
+    folder.mkdir()
+    running = [
+        subprocess.Popen(
+            [sys.executable, str(SCRIPT), name, str(rank), str(processes), str(folder)],
+            stderr=subprocess.PIPE,
+            text=True,
+        )
+        for rank in range(processes)
+    ]
+    try:
+        for process in running:
+            _, errors = process.communicate(timeout=180)
+            assert process.returncode == 0, errors
+    finally:
+        for process in running:
+            process.kill()
+            process.communicate()
+    return [
+        (json.loads((folder / f"{rank}.json").read_text()), load_file(folder / f"{rank}.safetensors"))
+        for rank in range(processes)
+    ]
+
+
+def test_the_first_process_has_the_word(tmp_path: Path) -> None:
+    heard = [told for told, _ in trained("agreement", 2, tmp_path / "two")]
+    first = {"numbers": [0.1, 2.0], "text": "pröcess 0", "mask": [True, True], "weights": [[0.0, 0.0]] * 3}
+    assert heard == [{**first, "mean": 0.5}] * 2
+    ((told, _),) = trained("agreement", 1, tmp_path / "one")
+    assert told == {**first, "mean": 0.0}
+
+
+@pytest.mark.parametrize("name", ["channels", "packed"])
+def test_two_processes_train_as_one_does(name: str, tmp_path: Path) -> None:
+    ((alone, weights),) = trained(name, 1, tmp_path / "one")
+    (first, mine), (second, others) = trained(name, 2, tmp_path / "two")
+    assert first["plans"] == second["plans"]
+    assert all(torch.equal(mine[key], others[key]) for key in mine)
+    assert first["plans"] == alone["plans"]
+    for key, value in weights.items():
+        torch.testing.assert_close(mine[key], value, rtol=1e-3, atol=1e-5)
+    # A wrapper for the network as it was at first, and one whenever it had other parameters.
+    assert first["wraps"] == alone["wraps"]
+    if name == "channels":
+        assert first["plans"]
+        assert first["wraps"] == sorted(set(first["wraps"]), reverse=True)
+        assert len(first["wraps"]) in (len(first["plans"]), len(first["plans"]) + 1)  # the last is at the end
+    else:
+        assert len(first["wraps"]) == 2
+        assert first["wraps"][1] < first["wraps"][0]
+
+
+def test_statistics_and_measurements_that_differ_decide_alike(tmp_path: Path) -> None:
+    (first, mine), (second, others) = trained("normed", 2, tmp_path / "two")
+    assert first["plans"]
+    assert first["plans"] == second["plans"]
+    chosen = [
+        [e["round_to"] for e in told["events"] if e["event"] == "reconfigured"] for told in (first, second)
+    ]
+    assert chosen[0] == chosen[1]
+    statistics = ("running_mean", "running_var")
+    assert all(torch.equal(mine[key], others[key]) for key in mine if not key.endswith(statistics))
+    assert any(not torch.equal(mine[key], others[key]) for key in mine if key.endswith(statistics))
+
+
+def test_a_wrapper_is_made_anew_only_when_parameters_are_replaced() -> None:
+    torch.manual_seed(0)
+    model = nn.Sequential(nn.Conv2d(3, 8, 3), nn.ReLU(), nn.Conv2d(8, 4, 3), nn.Flatten(), nn.LazyLinear(2))
+    model(torch.zeros(1, 3, 6, 6))
+    optimizer = torch.optim.SGD(model.parameters(), lr=0.1)
+    pruner = PruneTrain(coefficient=5.0, interval=1).attach(model, optimizer, epochs=2, steps_per_epoch=2)
+    made: list[nn.Module] = []
+
+    def wrap(module: nn.Module) -> Any:
+        made.append(module)
+        return torch.compile(module, backend="eager")
+
+    forward = pruner.wrapped(wrap)
+    sizes = []
+    for number in range(4):
+        y = forward(torch.randn(4, 3, 6, 6, generator=torch.Generator().manual_seed(number)))
+        sizes.append((len(made), pruner.revision))
+        loss = y.square().mean()
+        loss.backward()
+        pruner.observe(loss)
+        optimizer.step()
+        optimizer.zero_grad()
+    assert sizes == [(1, 0), (1, 0), (2, 1), (2, 1)]
+    assert made == [model, model]
+    assert forward.current is forward.current
+
+
+def test_a_network_in_a_wrapper_is_refused() -> None:
+    dist.init_process_group("gloo", store=dist.HashStore(), rank=0, world_size=1)
+    try:
+        wrapper = DistributedDataParallel(nn.Sequential(nn.Conv2d(3, 8, 3)))
+        with pytest.raises(UserError, match=r"the network itself, not a DistributedDataParallel.*wrapped"):
+            PruneTrain().attach(
+                wrapper, torch.optim.SGD(wrapper.parameters(), lr=0.1), epochs=1, steps_per_epoch=1
+            )
+    finally:
+        dist.destroy_process_group()

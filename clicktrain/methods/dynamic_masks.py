@@ -130,6 +130,7 @@ class DynamicMasks:
         if not found.prunable:
             reasons = "; ".join(f"{layer}: {why}" for layer, (_, why) in list(found.left_alone.items())[:3])
             raise UserError(f"this network has no layer that {name} can prune ({reasons or 'none at all'})")
+        self._check_sparsity(found)
         seed = torch.initial_seed() if seed is None else seed
         state = DynamicState(seed=seed)
         densities = self.layer_densities(found)
@@ -138,6 +139,18 @@ class DynamicMasks:
             units = random_units(shape, densities[layer.name], seed, number).to(layer.weight.device)
             state.masks[layer.name] = weights_of(units, layer.shape)
         return state
+
+    def _check_sparsity(self, found: Survey) -> None:
+        """UserError where fewer units would live than there are filters."""
+        shapes = [layer.shape for layer in found.prunable]
+        units = sum(math.prod(shape[:2] if self.kind == "kernel" else shape) for shape in shapes)
+        filters = sum(shape[0] for shape in shapes)
+        if (1 - self.sparsity) * units < filters:
+            most = math.floor(1000 * (1 - filters / units)) / 1000
+            raise UserError(
+                f"a sparsity of {self.sparsity:g} leaves {(1 - self.sparsity) * units:.0f} {self.kind}s to "
+                f"{filters} filters: at most {most:g} can be asked of this network"
+            )
 
     def at_start(self, state: DynamicState) -> list[Action]:
         """The network is sparse before its first forward pass."""

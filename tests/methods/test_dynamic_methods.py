@@ -319,12 +319,12 @@ def test_runs_that_cannot_be() -> None:
         DSR(linear=False).attach(head, optimizer, epochs=3, steps_per_epoch=2)
     model = nn.Sequential(nn.Conv2d(4, 10, 3), nn.Conv2d(10, 6, 3))
     optimizer = torch.optim.SGD(model.parameters(), lr=0.1)
-    few = r"a sparsity of 0.99 leaves 9 weights to 16 filters: at most 0.982 can be asked"
-    with pytest.raises(UserError, match=few):  # of 360 + 540 weights
+    few = r"a sparsity of 0.99 leaves 5 weights to 6 filters: at most 0.988 can be asked"
+    with pytest.raises(UserError, match=few):  # of 540 weights: the first layer stays dense
         RigL(sparsity=0.99).attach(model, optimizer, epochs=3, steps_per_epoch=2)
-    RigL(sparsity=0.982).attach(model, optimizer, epochs=3, steps_per_epoch=2)
-    with pytest.raises(UserError, match=r"leaves 10 kernels to 16 filters: at most 0.84 can be asked"):
-        DSR(sparsity=0.9, granularity="kernel").attach(model, optimizer, epochs=3, steps_per_epoch=2)
+    RigL(sparsity=0.988).attach(model, optimizer, epochs=3, steps_per_epoch=2)
+    with pytest.raises(UserError, match=r"leaves 3 kernels to 6 filters: at most 0.9 can be asked"):
+        DSR(sparsity=0.95, granularity="kernel").attach(model, optimizer, epochs=3, steps_per_epoch=2)
 
 
 def test_the_target_is_a_share_of_what_lives() -> None:

@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import json
-import time
 from collections.abc import Callable, Mapping
 from dataclasses import replace
 from typing import Any
@@ -13,9 +11,8 @@ from torch import Tensor, nn
 from torch.nn.parallel import DistributedDataParallel
 from torch.optim import Optimizer
 
-from clicktrain.accounting.agreement import agree_on_, agreed_text, mean_over_processes, several_processes
+from clicktrain.accounting.agreement import mean_over_processes
 from clicktrain.errors import UserError
-from clicktrain.kernels.pack_model import pack_model_, pack_refusals, unpack_model_
 from clicktrain.methods.base import (
     Action,
     ApplyMasks,
@@ -30,12 +27,12 @@ from clicktrain.methods.base import (
     SilenceChannels,
     Step,
 )
+from clicktrain.methods.pruned_network import PrunedNetwork
 from clicktrain.methods.sparse_latency import MeasureMasks
-from clicktrain.methods.survey import ConvLayer, LinearLayer, SeenBatch
+from clicktrain.methods.survey import Survey
 from clicktrain.methods.wrapping import W, Wrapped
 from clicktrain.sparsity.channel_lasso import ChannelAxis
-from clicktrain.sparsity.masks import conv_masks, hard_prune_, mask_optimizer_state_
-from clicktrain.surgery import SurgeryPlan, apply_surgery_, silence_
+from clicktrain.surgery import SurgeryPlan
 
 
 class Pruner:
@@ -68,20 +65,13 @@ class Pruner:
                 "parameters that are replaced: attach first, then call pruner.wrapped(...) to wrap it"
             )
         self.method = method
-        self.model = model
-        self.optimizer = optimizer
         self.length = length
-        self.packed = packed
         self.events: list[Event] = []
-        self.masks: dict[str, Tensor] = {}
-        self.plans: list[SurgeryPlan] = []
-        self.revision = 0
-        self.frozen = False
         self._on_event = on_event
         self._at_epoch_end: list[Callable[[int], None]] = []
         trained = [p for group in optimizer.param_groups for p in group["params"]]
-        self._found = replace(method.survey(model, trained), example=example, measure=measure)
-        self._conv_weights = self._conv_weights_now = self._found.conv_weights
+        found = replace(method.survey(model, trained), example=example, measure=measure)
+        self.network = PrunedNetwork(model, optimizer, found, packed)
         self._state = method.init(self._found, length)
         self._plan = method.plan(self._found, length)
         self._seen = 0
@@ -93,7 +83,7 @@ class Pruner:
         self._epoch_losses: list[float] = []
         self._depth = 0
         if packed:
-            self._check_packable()
+            self.network.check_packable()
         self._carry_out(method.at_start(self._state, self._found, length))
         self._handles = [
             optimizer.register_step_pre_hook(self._before_step),
@@ -181,15 +171,7 @@ class Pruner:
             with torch.no_grad():
                 self._carry_out(self.method.at_end(self._state, self._found))
         self.close()
-        if self.packed and not packed:
-            unpack_model_(self.model, [self.optimizer])
-            self.revision += 1
-        elif packed and not self.packed and self.masks:
-            pack_model_(self.model, conv_masks(self.masks), [self.optimizer])
-            self.revision += 1
-        self.packed = packed and self.frozen
-        if not self.packed:
-            self._find_again()
+        self.network.finish(packed)
         return self.model
 
     def close(self) -> None:
@@ -211,20 +193,58 @@ class Pruner:
         return self.method.penalised_channels(self._state)
 
     @property
+    def model(self) -> nn.Module:
+        """The network, always the same object."""
+        return self.network.model
+
+    @property
+    def optimizer(self) -> Optimizer:
+        """The optimizer, always the same object."""
+        return self.network.optimizer
+
+    @property
+    def masks(self) -> dict[str, Tensor]:
+        """Layer name -> bool, of the weight's shape, True = lives; empty before anything is masked."""
+        return self.network.masks
+
+    @property
+    def plans(self) -> list[SurgeryPlan]:
+        """The removals of channels that were carried out, in order."""
+        return self.network.plans
+
+    @property
+    def frozen(self) -> bool:
+        """Whether the masks are final."""
+        return self.network.frozen
+
+    @property
+    def packed(self) -> bool:
+        """Whether convolutions are, or will be, packed when the masks are final."""
+        return self.network.packed
+
+    @property
+    def revision(self) -> int:
+        """How often parameters have been replaced: channels gone, convolutions packed or unpacked."""
+        return self.network.revision
+
+    @property
+    def _found(self) -> Survey:
+        return self.network.found
+
+    @property
     def nonzero_conv_weights(self) -> int:
         """Convolution weights that live now; all of them before anything is masked."""
-        dead = sum(mask.numel() - int(mask.sum()) for mask in conv_masks(self.masks).values())
-        return self._conv_weights_now - dead
+        return self.network.nonzero_conv_weights
 
     @property
     def density(self) -> float:
         """Living convolution weights / all convolution weights, those of removed channels included."""
-        return self.nonzero_conv_weights / max(self._conv_weights, 1)
+        return self.nonzero_conv_weights / max(self.network.conv_weights, 1)
 
     @property
     def compression_ratio(self) -> float:
         """All convolution weights / living convolution weights (ClickTrain section 6.2)."""
-        return self._conv_weights / max(self.nonzero_conv_weights, 1)
+        return self.network.conv_weights / max(self.nonzero_conv_weights, 1)
 
     def check_zeros(self) -> None:
         """Assert that no pruned position came back, in weights or optimizer state.
@@ -232,13 +252,7 @@ class Pruner:
         Raises:
             AssertionError: names the layer.
         """
-        if not self.frozen:
-            return
-        for layer, mask in self._masked():
-            held = [v for v in self.optimizer.state.get(layer.weight, {}).values() if isinstance(v, Tensor)]
-            for tensor in [layer.weight.detach(), *(v for v in held if v.shape == mask.shape)]:
-                if bool((tensor != 0).logical_and_(~mask).any()):
-                    raise AssertionError(f"a pruned position of {layer.name} is no longer zero")
+        self.network.check_zeros()
 
     def state_dict(self) -> dict[str, Any]:
         """All that the pruner remembers, as nested dicts of tensors, numbers and strings."""
@@ -250,13 +264,10 @@ class Pruner:
             "in_epoch": self._in_epoch,
             "stepped_epoch": self._stepped_epoch,
             "steps_per_epoch": self.length.steps_per_epoch,
-            "plans": [json.dumps(plan.to_json()) for plan in self.plans],
             "losses": list(self._losses),
             "epoch_loss": self._epoch_loss,
             "epoch_losses": list(self._epoch_losses),
-            "frozen": self.frozen,
-            "packed": self.packed and self.frozen,
-            "masks": dict(self.masks),
+            **self.network.state_dict(),
             "events": list(self.events),
         }
 
@@ -268,10 +279,7 @@ class Pruner:
         """
         if saved["method"] != self.method.name:
             raise UserError(f"this state was saved by method {saved['method']!r}, not {self.method.name!r}")
-        for document in saved["plans"]:
-            plan = SurgeryPlan.from_json(json.loads(document))
-            apply_surgery_(plan, self.model, self.optimizer)
-            self._follow(plan)
+        self.network.load_plans(saved["plans"])
         self.length = RunLength(self.length.epochs, saved["steps_per_epoch"])
         self._state = self.method.load_state(self._found, self.length, saved["state"])
         self._seen, self._epoch = saved["seen"], saved["epoch"]
@@ -282,26 +290,10 @@ class Pruner:
         self._epoch_loss = None if epoch_loss is None else epoch_loss.to(device, copy=True)
         self._epoch_losses = list(saved["epoch_losses"])
         self.events = list(saved["events"])
-        self.frozen = saved["frozen"]
-        self.masks = {layer.name: saved["masks"][layer.name].to(layer.weight.device)
-                      for layer in self._found.prunable if layer.name in saved["masks"]}  # fmt: skip
+        self.network.load_masks(saved)
         if self.frozen:
             self._plan = self.method.plan(self._found, self.length, self._state)
-            self.packed = bool(saved["packed"])  # go on in the form that was saved
-        if saved["packed"]:
-            pack_model_(self.model, conv_masks(self.masks), [self.optimizer])
-            self.revision += 1
-
-    def _check_packable(self) -> None:
-        """Refuse now what could not be packed at the hard prune, hours later."""
-        names = [layer.name for layer in self._found.layers]
-        refusals = pack_refusals(self.model, names, [self.optimizer])
-        if refusals:
-            name, reason = next(iter(refusals.items()))
-            raise UserError(
-                f"{name} cannot be packed: {reason}; set packed to false to train masked dense weights, "
-                "or exclude the layer"
-            )
+            self.network.pack()
 
     # ---- hooks ------------------------------------------------------------------------------
 
@@ -319,7 +311,7 @@ class Pruner:
         found_inf = getattr(optimizer, "found_inf", None)
         with torch.no_grad(), self._full_precision():
             if self.frozen:
-                self._mask_gradients()
+                self.network.mask_gradients()
             elif self._losses and (found_inf is None or not bool(found_inf)):
                 self.method.before_step(self._state, self._found, self._step())
 
@@ -330,7 +322,7 @@ class Pruner:
         self._close_epoch()
         with torch.no_grad(), self._full_precision():
             if self.frozen:
-                self._mask_weights()
+                self.network.mask_weights()
             elif self._losses:
                 step = self._step()
                 actions = self.method.after_step(self._state, self._found, step)
@@ -343,12 +335,7 @@ class Pruner:
     def _see_inputs(self, module: nn.Module, args: Any) -> None:
         inputs = args[0] if args else None
         if isinstance(inputs, Tensor):
-            if self._found.example is None:
-                self._found = replace(self._found, example=inputs.detach()[:1].clone())
-            if self.method.keeps_inputs and module.training:
-                kind = inputs.device.type
-                dtype = torch.get_autocast_dtype(kind) if torch.is_autocast_enabled(kind) else None
-                self._found = replace(self._found, seen=SeenBatch(inputs.detach(), dtype))
+            self.network.see(inputs, self.method.keeps_inputs and module.training)
 
     def _full_precision(self) -> torch.autocast:
         """Decisions do not depend on whether ``optimizer.step()`` is called inside autocast."""
@@ -373,33 +360,6 @@ class Pruner:
             grad_scale=scale,
         )
 
-    def _find_again(self) -> None:
-        """Look the layers up by name: packing and unpacking replace modules."""
-        found = []
-        for layer in self._found.layers:
-            module = self.model.get_submodule(layer.name)
-            assert isinstance(module, nn.Conv2d)
-            found.append(ConvLayer(layer.name, module))
-        self._found = replace(self._found, layers=tuple(found))
-
-    def _masked(self) -> list[tuple[ConvLayer | LinearLayer, Tensor]]:
-        """Dense layers with their masks; packed convolutions have no pruned positions."""
-        layers = self._found.linears if self.packed and self.frozen else self._found.prunable
-        return [(layer, self.masks[layer.name]) for layer in layers if layer.name in self.masks]
-
-    def _mask_gradients(self) -> None:
-        for layer, mask in self._masked():
-            if layer.weight.grad is not None:
-                layer.weight.grad.masked_fill_(~mask, 0.0)
-
-    def _mask_weights(self) -> None:
-        for layer, mask in self._masked():
-            hard_prune_(layer.weight, mask)
-
-    def _mask_state(self) -> None:
-        for layer, mask in self._masked():
-            mask_optimizer_state_(self.optimizer, layer.weight, mask)
-
     def _close_epoch(self) -> None:
         """Note the mean loss once an epoch's batches are all seen."""
         if self._epoch_loss is not None and self._in_epoch == self.length.steps_per_epoch:
@@ -420,100 +380,23 @@ class Pruner:
             case Record(event):
                 self._record(event)
             case ApplyMasks(masks, forget):
-                self.masks = dict(masks)
-                self._mask_weights()
-                if forget:
-                    self._mask_state()
+                self.network.mask(masks, forget)
             case FreezeMasks(masks):
-                self.masks = dict(masks)
-                agree_on_([self.masks[name] for name in sorted(self.masks)])
-                self._mask_weights()
-                self._mask_state()
-                self.frozen = True
+                self.network.freeze(masks)
                 self._plan = self.method.plan(self._found, self.length, self._state)
-                if self.packed:
-                    pack_model_(self.model, conv_masks(self.masks), [self.optimizer])
-                    self.revision += 1
+                self.network.pack()
             case SilenceChannels(plan):
-                silence_(plan, self.model)
+                self.network.silence(plan)
             case Reconfigure(plan, event, checked):
-                self._reconfigure(plan, event, checked)
+                told = self.network.reconfigure(plan, checked, self._follow)
+                self._record({"event": "reconfigured", **event, **told})
             case RestoreTensors(values):
-                tensors = {**dict(self.model.named_parameters()), **dict(self.model.named_buffers())}
-                for name, value in values.items():
-                    tensors[name].copy_(value)
-                    self.optimizer.state.pop(tensors[name], None)
-
-    def _reconfigure(self, plan: SurgeryPlan, event: Mapping[str, Any], checked: bool) -> None:
-        """Remove channels from the model and its optimizer, and let all that is remembered follow."""
-        started = time.perf_counter()
-        plan = self._agreed(plan)
-        before = self._output() if checked else None
-        channels = sum(row.outputs[0] for row in plan.layers)
-        if plan:
-            apply_surgery_(plan, self.model, self.optimizer)
-            self._follow(plan)
-            self.method.after_surgery(self._state, plan, self._found)
-            self._plan = self.method.plan(self._found, self.length, self._state)
-        seconds = time.perf_counter() - started
-        after = self._output() if checked else None
-        gone = {removed.name for removed in plan.removed_layers}
-        rows = [row for row in plan.layers if row.name not in gone]
-        self._record(
-            {
-                "event": "reconfigured",
-                **event,
-                "seconds": seconds,
-                "channels_before": channels,
-                "channels_after": sum(row.outputs[1] for row in rows),
-                "layers_removed": [row.name for row in plan.layers if row.name in gone],
-                "layers": [
-                    {
-                        "name": row.name,
-                        "inputs": list(row.inputs),
-                        "outputs": list(row.outputs),
-                        "stays": row.stays,
-                    }
-                    for row in plan.layers
-                ],
-                "max_output_change": None
-                if before is None or after is None
-                else float((after - before).abs().max()),
-            }
-        )
-
-    def _agreed(self, plan: SurgeryPlan) -> SurgeryPlan:
-        """The first process's plan: others may have other statistics in their batch norms."""
-        if not several_processes():
-            return plan
-        parameter = next(self.model.parameters())
-        text = agreed_text(json.dumps(plan.to_json()), parameter.device)
-        return SurgeryPlan.from_json(json.loads(text))
+                self.network.restore(values)
 
     def _follow(self, plan: SurgeryPlan) -> None:
-        """Note a plan that was carried out, and look at the smaller model."""
-        self.plans.append(plan)
-        self.revision += 1
-        self._found = self._found.after_surgery(plan)
-        self._conv_weights_now = self._found.conv_weights
-        shrunken = {
-            plan.new_name(name): plan.shrink(f"{name}.weight", mask) for name, mask in self.masks.items()
-        }
-        self.masks = {name: mask for name, mask in shrunken.items() if name is not None}
-
-    def _output(self) -> Tensor | None:
-        """Of the last batch of inputs in evaluation mode, leaving no trace."""
-        seen = self._found.seen
-        if seen is None:
-            return None
-        modes = [(module, module.training) for module in self.model.modules()]
-        try:
-            self.model.eval()
-            output = self.model(seen.inputs)
-        finally:
-            for module, mode in modes:
-                module.training = mode
-        return output.float() if isinstance(output, Tensor) else None
+        """Channels have gone: what the method remembers shrinks with them."""
+        self.method.after_surgery(self._state, plan, self._found)
+        self._plan = self.method.plan(self._found, self.length, self._state)
 
     def _record(self, event: Event) -> None:
         full = {

@@ -290,7 +290,7 @@ def test_going_on_from_a_saved_state_is_the_same_run(settings: dict[str, Any], p
 
 def sum_density(masks: dict[str, Tensor], pruner: Pruner) -> float:
     dead = sum(int((~mask).sum()) for name, mask in masks.items() if name != "head")
-    return 1 - dead / pruner._conv_weights
+    return 1 - dead / pruner.network.conv_weights
 
 
 def test_a_packed_run_is_the_same_run() -> None:
@@ -315,7 +315,7 @@ def test_a_run_that_ends_in_the_era_is_pruned_all_the_same() -> None:
     train(model, optimizer, pruner, 9)
     packed = pruner.finish(packed=True)
     assert any(isinstance(module, PackedConv2d) for module in packed.modules())
-    assert pruner.density < 0.25 + 216 / pruner._conv_weights  # the first convolution stays
+    assert pruner.density < 0.25 + 216 / pruner.network.conv_weights  # the first convolution stays
 
 
 def test_the_head_reads_the_last_convolution() -> None:

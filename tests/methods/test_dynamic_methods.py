@@ -238,7 +238,7 @@ def test_accumulated_gradients_and_steps_without_any() -> None:
     # 3 falls between two steps, the one at 4 makes up for it.
     assert [e["step"] for e in run.pruner.events if e["event"] == "regrown"] == [4, 6, 10, 12, 16]
     run = Watched(method="rigl", interval=3)
-    method, found, state = run.pruner.method, run.pruner._found, run.pruner._state
+    method, found, state = run.pruner.method, run.pruner.network.found, run.pruner._state
     step = Step(3, 1, torch.tensor(1.0), [], RunLength(6, 4))
     (action,) = method.after_step(state, found, step)  # a mixed-precision overflow: no gradients were read
     assert isinstance(action, ApplyMasks)

@@ -1,0 +1,262 @@
+"""A model and its optimizer, and all that pruning has done to them: the one place where they are changed."""
+
+from __future__ import annotations
+
+import json
+import time
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import replace
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.optim import Optimizer
+
+from clicktrain.accounting.agreement import agree_on_, agreed_text, several_processes
+from clicktrain.errors import UserError
+from clicktrain.kernels.pack_model import pack_model_, pack_refusals, unpack_model_
+from clicktrain.methods.survey import ConvLayer, LinearLayer, SeenBatch, Survey
+from clicktrain.sparsity.masks import conv_masks, hard_prune_, mask_optimizer_state_
+from clicktrain.surgery import SurgeryPlan, apply_surgery_, silence_
+
+
+class PrunedNetwork:
+    """Masks, removed channels and packed layers of one model and its optimizer.
+
+    Attributes:
+        model, optimizer: changed in place.
+        found: the model's layers, as they are now.
+        masks: layer name -> bool, of the weight's shape, True = lives; empty before anything is masked.
+        plans: surgery that was carried out, in order.
+        frozen: the masks are final.
+        packed: convolutions are, or will be, packed when the masks are final.
+        revision: how often parameters have been replaced by others.
+        conv_weights: convolution weights of the network before anything was removed.
+    """
+
+    def __init__(self, model: nn.Module, optimizer: Optimizer, found: Survey, packed: bool) -> None:
+        """Of a model that nothing has been done to."""
+        self.model, self.optimizer = model, optimizer
+        self.found = found
+        self.masks: dict[str, Tensor] = {}
+        self.plans: list[SurgeryPlan] = []
+        self.frozen = False
+        self.packed = packed
+        self.revision = 0
+        self.conv_weights = self._conv_weights_now = found.conv_weights
+
+    # ---- masks ------------------------------------------------------------------------------
+
+    def mask(self, masks: Mapping[str, Tensor], forget: bool) -> None:
+        """Write zeros that may change again; ``forget``: also in the optimizer's state."""
+        self.masks = dict(masks)
+        self.mask_weights()
+        if forget:
+            self._mask_state()
+
+    def freeze(self, masks: Mapping[str, Tensor]) -> None:
+        """Write zeros for good. Of several processes the first one's count."""
+        self.masks = dict(masks)
+        agree_on_([self.masks[name] for name in sorted(self.masks)])
+        self.mask_weights()
+        self._mask_state()
+        self.frozen = True
+
+    def pack(self) -> None:
+        """Exchange convolutions and their parameters for packed ones, if they are to be."""
+        if self.packed:
+            self._pack()
+
+    def mask_gradients(self) -> None:
+        """Zero the gradients of dead weights."""
+        for layer, mask in self._masked():
+            if layer.weight.grad is not None:
+                layer.weight.grad.masked_fill_(~mask, 0.0)
+
+    def mask_weights(self) -> None:
+        """Zero dead weights."""
+        for layer, mask in self._masked():
+            hard_prune_(layer.weight, mask)
+
+    def _mask_state(self) -> None:
+        for layer, mask in self._masked():
+            mask_optimizer_state_(self.optimizer, layer.weight, mask)
+
+    def _masked(self) -> list[tuple[ConvLayer | LinearLayer, Tensor]]:
+        """Dense layers with their masks; packed convolutions have no pruned positions."""
+        layers = self.found.linears if self.packed and self.frozen else self.found.prunable
+        return [(layer, self.masks[layer.name]) for layer in layers if layer.name in self.masks]
+
+    def check_zeros(self) -> None:
+        """AssertionError that names the layer if a dead weight, or its optimizer state, is not zero."""
+        if not self.frozen:
+            return
+        for layer, mask in self._masked():
+            held = [v for v in self.optimizer.state.get(layer.weight, {}).values() if isinstance(v, Tensor)]
+            for tensor in [layer.weight.detach(), *(v for v in held if v.shape == mask.shape)]:
+                if bool((tensor != 0).logical_and_(~mask).any()):
+                    raise AssertionError(f"a pruned position of {layer.name} is no longer zero")
+
+    @property
+    def nonzero_conv_weights(self) -> int:
+        """Convolution weights that live now; all of them before anything is masked."""
+        dead = sum(mask.numel() - int(mask.sum()) for mask in conv_masks(self.masks).values())
+        return self._conv_weights_now - dead
+
+    # ---- channels ---------------------------------------------------------------------------
+
+    def silence(self, plan: SurgeryPlan) -> None:
+        """Write zeros to all that a plan would cut along the output channels of layers."""
+        silence_(plan, self.model)
+
+    def reconfigure(
+        self, plan: SurgeryPlan, checked: bool, follow: Callable[[SurgeryPlan], None]
+    ) -> dict[str, Any]:
+        """Remove channels and layers; of several processes the first one's plan counts.
+
+        Args:
+            plan: what goes.
+            checked: compare outputs of the last batch before and after.
+            follow: called with what has been removed, unless that is nothing.
+
+        Returns:
+            What was removed, layer by layer, and what it took and changed.
+        """
+        started = time.perf_counter()
+        plan = self._agreed(plan)
+        before = self._output() if checked else None
+        if plan:
+            self.remove(plan)
+            follow(plan)
+        seconds = time.perf_counter() - started
+        after = self._output() if checked else None
+        gone = {removed.name for removed in plan.removed_layers}
+        return {
+            "seconds": seconds,
+            "channels_before": sum(row.outputs[0] for row in plan.layers),
+            "channels_after": sum(row.outputs[1] for row in plan.layers if row.name not in gone),
+            "layers_removed": [row.name for row in plan.layers if row.name in gone],
+            "layers": [
+                {
+                    "name": row.name,
+                    "inputs": list(row.inputs),
+                    "outputs": list(row.outputs),
+                    "stays": row.stays,
+                }
+                for row in plan.layers
+            ],
+            "max_output_change": None
+            if before is None or after is None
+            else float((after - before).abs().max()),
+        }
+
+    def _agreed(self, plan: SurgeryPlan) -> SurgeryPlan:
+        """The first process's plan: others may have other statistics in their batch norms."""
+        if not several_processes():
+            return plan
+        parameter = next(self.model.parameters())
+        text = agreed_text(json.dumps(plan.to_json()), parameter.device)
+        return SurgeryPlan.from_json(json.loads(text))
+
+    def remove(self, plan: SurgeryPlan) -> None:
+        """Remove channels from the model and the optimizer, and look at the smaller model."""
+        apply_surgery_(plan, self.model, self.optimizer)
+        self.plans.append(plan)
+        self.revision += 1
+        self.found = self.found.after_surgery(plan)
+        self._conv_weights_now = self.found.conv_weights
+        shrunken = {
+            plan.new_name(name): plan.shrink(f"{name}.weight", mask) for name, mask in self.masks.items()
+        }
+        self.masks = {name: mask for name, mask in shrunken.items() if name is not None}
+
+    def restore(self, values: Mapping[str, Tensor]) -> None:
+        """Write values into parameters and buffers, by name; the optimizer forgets what it kept of them."""
+        tensors = {**dict(self.model.named_parameters()), **dict(self.model.named_buffers())}
+        for name, value in values.items():
+            tensors[name].copy_(value)
+            self.optimizer.state.pop(tensors[name], None)
+
+    def _output(self) -> Tensor | None:
+        """Of the last batch of inputs in evaluation mode, leaving no trace; None if none was kept."""
+        seen = self.found.seen
+        if seen is None:
+            return None
+        modes = [(module, module.training) for module in self.model.modules()]
+        try:
+            self.model.eval()
+            output = self.model(seen.inputs)
+        finally:
+            for module, mode in modes:
+                module.training = mode
+        return output.float() if isinstance(output, Tensor) else None
+
+    def see(self, inputs: Tensor, keep: bool) -> None:
+        """Note an input of the model: as an example if there is none yet, as the last batch if it is kept."""
+        if self.found.example is None:
+            self.found = replace(self.found, example=inputs.detach()[:1].clone())
+        if keep:
+            kind = inputs.device.type
+            dtype = torch.get_autocast_dtype(kind) if torch.is_autocast_enabled(kind) else None
+            self.found = replace(self.found, seen=SeenBatch(inputs.detach(), dtype))
+
+    # ---- packed layers ----------------------------------------------------------------------
+
+    def check_packable(self) -> None:
+        """Refuse now what could not be packed at the hard prune, hours later."""
+        names = [layer.name for layer in self.found.layers]
+        refusals = pack_refusals(self.model, names, [self.optimizer])
+        if refusals:
+            name, reason = next(iter(refusals.items()))
+            raise UserError(
+                f"{name} cannot be packed: {reason}; set packed to false to train masked dense weights, "
+                "or exclude the layer"
+            )
+
+    def finish(self, packed: bool) -> None:
+        """Pack or unpack, as the finished network is wanted."""
+        if self.packed and not packed:
+            unpack_model_(self.model, [self.optimizer])
+            self.revision += 1
+        elif packed and not self.packed and self.masks:
+            self._pack()
+        self.packed = packed and self.frozen
+        if not self.packed:
+            self._find_again()
+
+    def _pack(self) -> None:
+        pack_model_(self.model, conv_masks(self.masks), [self.optimizer])
+        self.revision += 1
+
+    def _find_again(self) -> None:
+        """Look the layers up by name: packing and unpacking replace modules."""
+        found = []
+        for layer in self.found.layers:
+            module = self.model.get_submodule(layer.name)
+            assert isinstance(module, nn.Conv2d)
+            found.append(ConvLayer(layer.name, module))
+        self.found = replace(self.found, layers=tuple(found))
+
+    # ---- saved states -----------------------------------------------------------------------
+
+    def state_dict(self) -> dict[str, Any]:
+        """Plans, masks and what they mean; weights and optimizer state are saved by the loop."""
+        return {
+            "plans": [json.dumps(plan.to_json()) for plan in self.plans],
+            "frozen": self.frozen,
+            "packed": self.packed and self.frozen,
+            "masks": dict(self.masks),
+        }
+
+    def load_plans(self, documents: Sequence[str]) -> None:
+        """Remove again what had been removed."""
+        for document in documents:
+            self.remove(SurgeryPlan.from_json(json.loads(document)))
+
+    def load_masks(self, saved: Mapping[str, Any]) -> None:
+        """Take over masks, once the channels are those of the saved state; pack if it was packed."""
+        self.frozen = saved["frozen"]
+        self.masks = {layer.name: saved["masks"][layer.name].to(layer.weight.device)
+                      for layer in self.found.prunable if layer.name in saved["masks"]}  # fmt: skip
+        if self.frozen:
+            self.packed = bool(saved["packed"])  # go on in the form that was saved

@@ -239,13 +239,19 @@ def test_gradients_of_convolution_and_norm(tiling: Tiling, options: tuple[bool, 
     assert float(found[-1].abs().max()) < 1e-10  # batch norm takes every bias out again
 
 
-def test_every_element_of_the_norm_is_written() -> None:
+@pytest.mark.parametrize("channels", [3, 37])
+def test_every_element_of_the_norm_is_written(channels: int) -> None:
     lanes = LANES[torch.float32]
-    x, mean, var = torch.randn(2, 3, 3, 5, lanes), torch.randn(3), torch.rand(3)
-    y = torch.full_like(x, NAN)
-    launch.given_into(y, x, (mean, var, EPS), None, None, None, lanes + 1, False)
-    want = (x - mean.view(3, 1, 1, 1)) / (var.view(3, 1, 1, 1) + EPS).sqrt()
-    torch.testing.assert_close(y, want, rtol=1e-5, atol=1e-5)
+    x, mean, var = torch.randn(2, channels, 3, 5, lanes), torch.randn(channels), torch.rand(channels)
+    want = (x - mean.view(-1, 1, 1, 1)) / (var.view(-1, 1, 1, 1) + EPS).sqrt()
+    try:
+        for threads in (1, 2, 5):
+            torch.set_num_threads(threads)
+            y = torch.full_like(x, NAN)
+            launch.given_into(y, x, (mean, var, EPS), None, None, None, lanes + 1, False)
+            torch.testing.assert_close(y, want, rtol=1e-5, atol=1e-5)
+    finally:
+        torch.set_num_threads(1)
 
 
 def test_declared_as_computed() -> None:

@@ -130,8 +130,8 @@ int forward(const vec *x, const vec *residual, vec *y, const real *weight, const
   return 0;
 }
 
-/* The statistics are known: whoever made x took them on the way. Nothing has to stay in the cache for a second
-   pass, so that a few channels are read together: longer runs in the order of memory. */
+/* The statistics are known: whoever made x took them on the way. Nothing has to stay in the cache for a
+   second pass, so that a few channels are read together: longer runs in the order of memory. */
 #define TOGETHER 16
 int given(const vec *x, const vec *residual, vec *y, const real *weight, const real *bias, const real *mean,
           const real *var, double eps, int64_t relu, int64_t blocks, int64_t channels, int64_t area,

@@ -94,7 +94,7 @@ def _tile(code: Code, g: Generator, name: str, row: TileKind, column: TileKind, 
     for k in range(g.together):
         _store(code, f"y + (f * {g.together} + {k}) * (DST_H * DST_W)", sums[k], row.size, column.size)
         if moments:
-            statistics.add_tile(code, f"moments + (f * {g.together} + {k}) * 3", sums[k])
+            statistics.add_tile(code, f"f * {g.together} + {k}", sums[k])
     code("}")
     code("}")
 

@@ -1,10 +1,11 @@
 """Mean and variance of each filter's results, summed up by the forward kernels while a tile is in registers.
 
-A lane of a thread sums ``x - c`` and its square, where c is the first result that it computed for the filter:
-sums of plain squares would lose the variance where the mean is far from zero. Rounding stays small for any
-data, because one value d away from the mean of k numbers means a variance of at least ``d * d / k``. A run of
-tiles is summed in the number type, then added up in double. Lanes stay apart until the end: what fills up the
-last block of images is dropped there, even if it is NaN. Threads are combined in their order.
+A thread sums ``x - c`` and its square, where c is the first result that it computed for the filter: sums of
+plain squares would lose the variance where the mean is far from zero. If c is no usual number but d away from
+the mean of k numbers, the variance is at least ``d * d / k``, so what rounding takes of it stays bounded. A
+tile is summed by itself, a run of tiles in the number type, then all in double. Lanes stay apart until the
+end: what fills up the last block of images is dropped there, even if it is NaN. Threads are combined in their
+order, so that results repeat bit for bit.
 """
 
 from __future__ import annotations
@@ -13,18 +14,18 @@ import torch
 
 from clicktrain.kernels.sparse_conv2d.blocked.template import Code
 
-TILE_PARAMETERS = ", vec *restrict moments, int fresh"
-TILE_ARGUMENTS = ", moments, fresh"
+TILE_PARAMETERS = ", vec *restrict moments, real *restrict centres, int fresh"
+TILE_ARGUMENTS = ", moments, centres, fresh"
 
 
 def moment_vectors(filters: int, dtype: torch.dtype) -> int:
     """Vectors that each thread needs, behind the scratch memory of all threads."""
-    return filters * (3 + 16 // dtype.itemsize) + 1
+    return 3 * filters + 16 // dtype.itemsize * filters + 1
 
 
 def support(dtype: torch.dtype) -> str:
     """The functions that add up and combine sums."""
-    return f"#define MOMENTS (RESULTS * {3 + 16 // dtype.itemsize}L + 1)\n" + _SUPPORT
+    return f"#define MOMENTS (3 * RESULTS + {16 // dtype.itemsize} * RESULTS + 1)\n" + _SUPPORT
 
 
 def open_run(code: Code, entries: str, sums: bool) -> None:
@@ -40,6 +41,7 @@ def open_run(code: Code, entries: str, sums: bool) -> None:
 def open_sums(code: Code) -> None:
     """Begin a thread's sums."""
     code("vec *moments = scratch + all * SCRATCH + me * MOMENTS;")
+    code("real *centres = (real *)(moments + 2 * RESULTS);")
     code("double *totals = (double *)(moments + 3 * RESULTS), seen[2] = {0};")
     code("memset(totals, 0, 2 * LANES * RESULTS * sizeof(double));")
     code("int64_t held = 0;")
@@ -65,31 +67,39 @@ def close_sums(code: Code) -> None:
     code("combine(scratch + all * SCRATCH, all, me, blocks, n, mean, var);")
 
 
-def add_tile(code: Code, moments: str, sums: list[str]) -> None:
+def open_tile(code: Code, number: str, first: str) -> None:
+    """Find the sums ``m`` of a filter and where they begin, ``c``; ``first`` is the tile's first result.
+
+    Its lane 0 is an image also in the last block.
+    """
+    code(f"vec *m = moments + 2 * ({number});")
+    code(f"if (fresh) {{ centres[{number}] = {first}[0]; m[0] = m[1] = (vec){{0}}; }}")
+    code(f"const vec c = splat(centres[{number}]);")
+
+
+def add_tile(code: Code, number: str, sums: list[str]) -> None:
     """Add a whole tile to the sums of its filter."""
     code("{")
-    code(f"vec *m = {moments};")
-    code(f"if (fresh) {{ m[0] = {sums[0]}; m[1] = m[2] = (vec){{0}}; }}")
-    code("const vec c = m[0];")
-    code("vec d, s0 = m[1], q0 = m[2], s1 = {0}, q1 = {0};")
+    open_tile(code, number, sums[0])
+    code("vec d, s0 = {0}, q0 = {0}, s1 = {0}, q1 = {0};")
     for k, one in enumerate(sums):
         code(f"d = {one} - c; s{k % 2} += d; q{k % 2} += d * d;")
-    code("m[1] = s0 + s1; m[2] = q0 + q1;")
+    code("m[0] += s0 + s1; m[1] += q0 + q1;")
     code("}")
 
 
 _SUPPORT = """
 // Positions of which a lane's sums are held in `real` before they go over to double.
-#define PIECE 1024
-// Of each thread: for each filter where its sums begin, and the sums of what lies above and of its square;
-// the same two in double, lane by lane; positions seen before the last block of images, and in it.
+#define PIECE 256
+// Of each thread: each filter's sums of what lies above its centre and of its square; the centres; the sums
+// in double, lane by lane; positions seen before the last block of images, and in it.
 static __attribute__((noinline)) void add_up(vec *restrict moments, double *restrict totals, int64_t lanes) {
-  for (long f = 0; f < RESULTS; ++f, moments += 3, totals += 2 * LANES) {
+  for (long f = 0; f < RESULTS; ++f, moments += 2, totals += 2 * LANES) {
     real s[2 * LANES];
-    memcpy(s, moments + 1, sizeof s);
+    memcpy(s, moments, sizeof s);
     if (lanes == LANES) for (int l = 0; l < 2 * LANES; ++l) totals[l] += s[l];
     else for (int l = 0; l < lanes; ++l) { totals[l] += s[l]; totals[LANES + l] += s[LANES + l]; }
-    moments[1] = moments[2] = (vec){0};
+    moments[0] = moments[1] = (vec){0};
   }
 }
 static __attribute__((noinline)) void combine(const vec *of, int64_t all, int64_t me, int64_t blocks,
@@ -103,13 +113,12 @@ static __attribute__((noinline)) void combine(const vec *of, int64_t all, int64_
         const vec *moments = of + t * MOMENTS;
         const double *totals = (const double *)(moments + 3 * RESULTS), *seen = totals + 2 * LANES * RESULTS;
         const double *s = totals + 2 * LANES * f, *q = s + LANES;
-        real c[LANES];
-        memcpy(c, moments + 3 * f, sizeof c);
+        const double c = ((const real *)(moments + 2 * RESULTS))[f], d = c - centre;
         for (int l = 0; l < LANES; ++l) {
-          const double k = seen[0] + (l < tail ? seen[1] : 0), d = c[l] - centre;
+          const double k = seen[0] + (l < tail ? seen[1] : 0);
           if (k == 0) continue;
           if (second) square += q[l] + d * (2 * s[l] + k * d);
-          else sum += s[l] + k * c[l];
+          else sum += s[l] + k * c;
         }
       }
       centre = sum / count;

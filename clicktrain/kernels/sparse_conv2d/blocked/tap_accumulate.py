@@ -101,20 +101,19 @@ def _tile(code: Code, g: TapGenerator, moments: bool) -> None:
         code(f"{place} = {name};")
     code("}")
     if moments:
-        statistics.add_tile(code, "moments + f * 3", names)
+        statistics.add_tile(code, "f", names)
     code("} else {")
     code(" ".join(f"sums[{k}] = {name};" for k, name in enumerate(names)))
     code("if (last) {")
     if moments:
-        code("vec *m = moments + f * 3;")
-        code("if (fresh) { m[0] = sums[0]; m[1] = m[2] = (vec){0}; }")
+        statistics.open_tile(code, "f", "sums[0]")
     code(
         f"for (long i = 0; i < {height} && i < down; ++i) for (long j = 0; j < {width} && j < right; ++j) {{"
     )
     code(f"y[i * {g.rows.step} * DST_W + j * {g.columns.step}] = sums[i * {width} + j];")
     if moments:
-        code(f"const vec d = sums[i * {width} + j] - m[0];")
-        code("m[1] += d; m[2] += d * d;")
+        code(f"const vec d = sums[i * {width} + j] - c;")
+        code("m[0] += d; m[1] += d * d;")
     code("}")
     code("}")
     code("}")

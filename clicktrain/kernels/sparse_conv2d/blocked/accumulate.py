@@ -17,7 +17,7 @@ def write(code: Code, g: Generator, sums: bool = False) -> None:
     for a, row in enumerate(g.rows.kinds):
         for b, column in enumerate(g.columns.kinds):
             _tile(code, g, f"tile_{a}_{b}", row, column, sums)
-    statistics.open_run(code, "int32_t", sums)
+    statistics.open_run(code, g.entry, sums)
     code("const int64_t items = blocks * REGION_ROWS * REGION_COLS;")
     code("(void)threads; (void)scratch;")
     open_threads(code)
@@ -60,7 +60,7 @@ def _tile(code: Code, g: Generator, name: str, row: TileKind, column: TileKind, 
     code(
         f"static __attribute__((noinline)) void {name}(const vec *restrict x, vec *restrict y, "
         "const real *restrict v, const real *restrict bias, const int32_t *restrict rows, "
-        f"const int32_t *restrict entries, int64_t stream, ahead_t *ahead"
+        f"const {g.entry} *restrict entries, int64_t stream, ahead_t *ahead"
         f"{statistics.TILE_PARAMETERS if moments else ''}) {{"
     )
     code(f"for (long f = 0; f < RESULTS / {g.together}; ++f) {{")
@@ -68,7 +68,7 @@ def _tile(code: Code, g: Generator, name: str, row: TileKind, column: TileKind, 
     for k in range(g.together):
         code(f"const vec start{k} = splat(bias ? bias[f * {g.together} + {k}] : 0);")
         code(f"vec {', '.join(f'{one} = start{k}' for one in sums[k])};")
-    code("const int32_t *e = entries + 2L * rows[f], *end = entries + 2L * rows[f + 1];")
+    code(f"const {g.entry} *e = entries + 2L * rows[f], *end = entries + 2L * rows[f + 1];")
     code("for (; e != end; e += 2) {")
     code("const vec *p = x + e[0] * WIN;")
     code("switch (e[1]) {")

@@ -11,6 +11,7 @@ from torch import Tensor, nn
 
 from clicktrain.compiler.fallback import accelerate_layers_
 from clicktrain.compiler.module import Accelerated
+from clicktrain.compiler.norm_statistics import check_statistics
 from clicktrain.compiler.plan import LoweringPlan
 from clicktrain.compiler.select import RULES, make_plan
 from clicktrain.compiler.trace import TraceError, trace
@@ -37,7 +38,8 @@ def accelerate(
     The model is traced; each convolution's candidates (dense in each memory format and precision, sparse
     with each tiling) are measured on the example's shapes, forward and backward; and for the graph as a
     whole, with the conversions between layouts, the cheapest choice is taken. In regions that run sparse,
-    activations are batch-blocked ``[N/V, C, H, W, V]``, and batch norm, addition and ReLU are one pass. The
+    activations are batch-blocked ``[N/V, C, H, W, V]``, and batch norm, addition and ReLU are one pass, whose
+    statistics the convolution before it takes where that is faster. The
     result trains as the model does: the same parameters, ``state_dict``, ``train()`` and ``eval()``.
 
     Args:
@@ -60,7 +62,8 @@ def accelerate(
         layers that pay running sparse one by one.
 
     Raises:
-        UserError: there is nothing sparse in the model, or an unknown rule or number type.
+        UserError: there is nothing sparse in the model, an unknown rule or number type, or a plan that wants
+            statistics where they cannot be taken.
     """
     if rule not in RULES:
         raise UserError(f"rule is one of {', '.join(RULES)}, not {rule!r}")
@@ -92,7 +95,9 @@ def accelerate(
             stacklevel=2,
         )
         return model
-    if plan is None:
+    if plan is not None:
+        check_statistics(traced, plan)
+    else:
         with torch.random.fork_rng(
             devices=[]
         ):  # measuring draws random numbers, training goes on with its own

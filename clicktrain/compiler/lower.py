@@ -8,6 +8,7 @@ import torch
 from torch import fx, nn
 
 from clicktrain.compiler import steps
+from clicktrain.compiler.norm_statistics import convolutions_before_norms
 from clicktrain.compiler.plan import DENSE, Choice, LoweringPlan
 from clicktrain.compiler.trace import ROOT, Traced, layer_name
 from clicktrain.compiler.units import Unit, find_units, hooked, modules_in, shape_of
@@ -68,6 +69,9 @@ def lower(traced: Traced, plan: LoweringPlan, dtype: torch.dtype) -> Lowered:
             elif unit.kind == "conv" and choice.dense != DENSE[0]:
                 writer.dense[unit.output] = choice
                 stepped.append(unit)
+    for name, norm in convolutions_before_norms(stepped).items():
+        if choices[name].statistics:
+            writer.joined[norm.inputs[0]] = norm
     watched = []
     for path, module in modules_in(stepped, traced):
         parent, _, name = path.rpartition(".")
@@ -78,8 +82,13 @@ def lower(traced: Traced, plan: LoweringPlan, dtype: torch.dtype) -> Lowered:
         parameter = ("values" if isinstance(watched[0][2], PackedConv2d) else "weight", dtype)
     lowered = Lowered(writer.write(), tuple(watched), parameter)
     # Side by side now rather than one by one when they are first called.
-    texts = [step.text for step in writer.steps.children() if isinstance(step, steps.BlockedConv)]
-    build_all([source for text in texts for source in compile_plan(text, dtype)])
+    texts = []
+    for step in writer.steps.modules():
+        if isinstance(step, steps.BlockedConv):
+            texts += compile_plan(step.text, dtype)
+        elif isinstance(step, steps.ConvBatchNorm):
+            texts += compile_plan(step.conv.text, dtype, ["forward"], sums=True)
+    build_all(texts)
     return lowered
 
 
@@ -97,6 +106,8 @@ class _Writer:
         self.traced, self.choices, self.dtype = traced, choices, dtype
         self.blocked_units: dict[fx.Node, Unit] = {}
         self.dense: dict[fx.Node, Choice] = {}
+        self.joined: dict[fx.Node, Unit] = {}
+        """By a convolution's node the batch norm that it takes the statistics of: both run there."""
         self.graph = fx.Graph()
         self.steps = nn.Module()
         self._plain: dict[fx.Node, fx.Node] = {}
@@ -138,6 +149,11 @@ class _Writer:
         return self._blocked[node]
 
     def _write_blocked(self, unit: Unit) -> None:
+        if unit.output in self.joined:
+            return
+        if unit.kind == "batch_norm" and unit.inputs[0] in self.joined:
+            self._write_joined(unit)
+            return
         x, *others = [self.blocked(node) for node in unit.inputs]
         n = self._images[unit.inputs[0]]
         node, layer = unit.output, unit.module
@@ -161,7 +177,17 @@ class _Writer:
         self._blocked[node] = y
         self._images[node] = n
 
-    def _conv(self, unit: Unit) -> nn.Module:
+    def _write_joined(self, norm: Unit) -> None:
+        """A convolution and its batch norm, where the norm stands: what it adds may come in between."""
+        conv, layer = self.blocked_units[norm.inputs[0]], norm.module
+        assert isinstance(layer, nn.BatchNorm2d)
+        x, *others = [self.blocked(node) for node in (*conv.inputs, *norm.inputs[1:])]
+        n = self._images[conv.inputs[0]]
+        step = steps.ConvBatchNorm(self._conv(conv), steps.BatchNorm(layer, norm.relu))
+        self._blocked[norm.output] = self._call(norm.name, step, x, n, *others)
+        self._images[norm.output] = n
+
+    def _conv(self, unit: Unit) -> steps.BlockedConv:
         shape = shape_of(unit.inputs[0])
         choice = self.choices[unit.name]
         same = choice.image == shape[1:]

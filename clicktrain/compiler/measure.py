@@ -17,6 +17,7 @@ from clicktrain.accounting.layer_times import clock_of
 from clicktrain.compiler import steps
 from clicktrain.compiler.plan import DENSE
 from clicktrain.compiler.units import Unit, shape_of
+from clicktrain.formats.packed import Structure
 from clicktrain.kernels.native import toolchain
 from clicktrain.kernels.native.library import build_all
 from clicktrain.kernels.sparse_conv2d import PackedConv2d
@@ -81,7 +82,7 @@ def measure_convolutions(
     """
     groups: dict[tuple[object, ...], list[Unit]] = {}
     for unit in units:
-        groups.setdefault(_key(unit, trained_inputs[unit.name]), []).append(unit)
+        groups.setdefault((*layer_key(unit), trained_inputs[unit.name]), []).append(unit)
     prepared = {key: _sparse_candidates(same[0]) for key, same in groups.items()}
     build_all(
         [
@@ -151,20 +152,25 @@ def conv_parts(unit: Unit) -> tuple[PackedConv2d | nn.Conv2d, ConvProblem]:
     return layer, steps.conv_problem(layer, (shape[2], shape[3]))
 
 
-def _key(unit: Unit, trained_input: bool) -> tuple[object, ...]:
+def layer_key(unit: Unit) -> tuple[object, ...]:
+    """What makes two convolutions alike, as far as time goes."""
     layer, problem = conv_parts(unit)
     kind: tuple[object, ...] = ("dense",)
     if isinstance(layer, PackedConv2d):
         sets = min(len(distinct(layer.structure)), MAX_SETS + 1)
         kind = (round(layer.structure.density, 2), layer.structure.nnz_per_filter is None, sets)
     images = shape_of(unit.inputs[0])[0]
-    return images, trained_input, layer.groups, layer.bias is None, *problem.numbers(), *kind
+    return images, layer.groups, layer.bias is None, *problem.numbers(), *kind
 
 
 def _sparse_candidates(unit: Unit) -> list[Variant]:
     layer, problem = conv_parts(unit)
-    structure = layer.structure if isinstance(layer, PackedConv2d) else steps.full_structure(layer)
-    return variants(structure, problem, layer.groups)
+    return variants(sparse_structure(layer), problem, layer.groups)
+
+
+def sparse_structure(layer: PackedConv2d | nn.Conv2d) -> Structure:
+    """The kept positions; of a dense layer all."""
+    return layer.structure if isinstance(layer, PackedConv2d) else steps.full_structure(layer)
 
 
 def _times(unit: Unit, sparse: Sequence[Variant], trained_input: bool, dtypes: Sequence[str]) -> LayerTimes:

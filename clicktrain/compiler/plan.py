@@ -38,6 +38,8 @@ class Choice:
         predicted_ms: forward + backward as estimated from arithmetic and bytes.
         measured_ms: forward + backward as measured; None where nothing was.
         refused: the other ways to run it, with the time or the reason why not.
+        statistics: whether a blocked convolution takes the statistics of the batch norm behind it on its way,
+            in training. Edit it to force either; the norm has to run blocked and be its only reader.
     """
 
     layer: str
@@ -51,12 +53,20 @@ class Choice:
     predicted_ms: float | None = None
     measured_ms: float | None = None
     refused: tuple[str, ...] = ()
+    statistics: bool = False
 
     def __post_init__(self) -> None:
         if self.layout not in ("blocked", "plain"):
             raise UserError(f"the layout of {self.layer} is 'blocked' or 'plain', not {self.layout!r}")
         if self.dense not in DENSE:
             raise UserError(f"{self.layer} can run dense as {', '.join(DENSE)}, not as {self.dense!r}")
+        if not isinstance(self.statistics, bool):
+            raise UserError(f"the statistics of {self.layer} are true or false, not {self.statistics!r}")
+        if self.statistics and (self.kind != "conv" or self.layout != "blocked"):
+            raise UserError(
+                f"{self.layer} is no convolution that runs blocked, so it cannot take a batch norm's "
+                "statistics: set its statistics to false"
+            )
 
     @property
     def operator(self) -> str:
@@ -140,6 +150,7 @@ class LoweringPlan:
                     "density": f"{choice.density:.3f}",
                     "operator": choice.operator,
                     "tiling": _tilings(choice),
+                    "statistics": "taken" if choice.statistics else "",
                     "predicted_ms": _ms(choice.predicted_ms),
                     "measured_ms": _ms(choice.measured_ms),
                     "refused": "; ".join(choice.refused),

@@ -8,6 +8,7 @@ minimum cut over costs and conversions.
 from __future__ import annotations
 
 from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import replace
 
 from torch import fx, nn
 
@@ -21,6 +22,7 @@ from clicktrain.compiler.measure import (
     measure_memory,
 )
 from clicktrain.compiler.min_cut import Value, cheapest_layouts
+from clicktrain.compiler.norm_statistics import NormTimes, measure_statistics
 from clicktrain.compiler.plan import DENSE, Choice, LoweringPlan, Machine
 from clicktrain.compiler.trace import Traced
 from clicktrain.compiler.units import Unit, find_units, shape_of
@@ -78,11 +80,15 @@ def make_plan(
         blocked = {unit.name: True for unit in units}
     else:
         blocked = cheapest_layouts(costs, values_of(traced, units, trained, rule == "measured"))
+    statistics: dict[str, NormTimes] = {}
+    if rule == "measured":
+        statistics = measure_statistics(units, blocked, {name: times[name].tilings for name in times})
     choices = []
     for unit in units:
         if unit.kind == "conv":
             way = dense.get(unit.name, DENSE[0])
-            choices.append(_conv_choice(unit, blocked[unit.name], times.get(unit.name), way, rule))
+            choice = _conv_choice(unit, blocked[unit.name], times.get(unit.name), way, rule)
+            choices.append(_with_statistics(choice, statistics.get(unit.name)))
         else:
             choices.append(_choice(unit, blocked[unit.name], norms.get(unit.name)))
     choices += [
@@ -195,6 +201,13 @@ def _conv_choice(unit: Unit, blocked: bool, times: LayerTimes | None, way: str, 
         measured_ms=None if times is None else round(times.sparse if blocked else times.dense[way], 4),
         refused=_refused(blocked, times, way, rule, density_of(module)),
     )
+
+
+def _with_statistics(choice: Choice, times: NormTimes | None) -> Choice:
+    """The choice, and whether the convolution takes the statistics of the norm behind it."""
+    if times is None:
+        return choice
+    return replace(choice, statistics=times.pays, refused=(*choice.refused, times.reason()))
 
 
 def _refused(blocked: bool, times: LayerTimes | None, way: str, rule: str, density: float) -> tuple[str, ...]:

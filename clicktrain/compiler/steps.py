@@ -15,11 +15,14 @@ from torch import Tensor, nn
 
 from clicktrain.formats.memory_format import plain, unsafe_in_channels_last
 from clicktrain.formats.packed import Structure
-from clicktrain.kernels.batch_norm2d import batch_norm_blocked
+from clicktrain.kernels.batch_norm2d import batch_norm_blocked, uses_batch_statistics
 from clicktrain.kernels.blocked_layout import block_batch, unblock_batch
 from clicktrain.kernels.sparse_conv2d import PackedConv2d
 from clicktrain.kernels.sparse_conv2d.blocked.launch import prepare
-from clicktrain.kernels.sparse_conv2d.blocked.ops import sparse_conv2d_blocked
+from clicktrain.kernels.sparse_conv2d.blocked.ops import (
+    sparse_conv2d_blocked,
+    sparse_conv2d_blocked_statistics,
+)
 from clicktrain.kernels.sparse_conv2d.blocked.problem import ConvProblem, Phase, Tiling
 
 
@@ -64,15 +67,23 @@ class BlockedConv(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         """[B, C, H, W, V] -> [B, F, H', W', V]."""
+        values = self._values()
+        y: Tensor = sparse_conv2d_blocked(x, values, self.layer.bias, self.tables, self.text)
+        return y
+
+    def with_statistics(self, x: Tensor, n: int) -> tuple[Tensor, tuple[Tensor, Tensor]]:
+        """As `forward`, and mean and biased variance [F] of the results of ``n`` images."""
+        values = self._values()
+        y, mean, var = sparse_conv2d_blocked_statistics(x, values, self.layer.bias, self.tables, self.text, n)
+        return y, (mean, var)
+
+    def _values(self) -> Tensor:
         layer = self.layer
         if isinstance(layer, nn.Conv2d):
-            values = layer.weight.flatten(1)
-        else:
-            values = layer.values
-            if layer.structure is not self.structure:
-                self._prepare(layer.structure)
-        y: Tensor = sparse_conv2d_blocked(x, values, layer.bias, self.tables, self.text)
-        return y
+            return layer.weight.flatten(1)
+        if layer.structure is not self.structure:
+            self._prepare(layer.structure)
+        return layer.values
 
 
 class DenseConv(nn.Module):
@@ -117,6 +128,23 @@ class BatchNorm(nn.Module):
     def forward(self, x: Tensor, n: int, residual: Tensor | None = None) -> Tensor:
         """[B, C, H, W, V] of ``n`` images -> the same shape."""
         return batch_norm_blocked(x, self.layer, n, residual, self.relu)
+
+
+class ConvBatchNorm(nn.Module):
+    """A convolution and the batch norm behind it, whose statistics are taken on the way in training."""
+
+    def __init__(self, conv: BlockedConv, norm: BatchNorm) -> None:
+        super().__init__()
+        self.conv, self.norm = conv, norm
+
+    def forward(self, x: Tensor, n: int, residual: Tensor | None = None) -> Tensor:
+        """[B, C, H, W, V] of ``n`` images -> [B, F, H', W', V]."""
+        layer = self.norm.layer
+        if not uses_batch_statistics(layer):
+            y: Tensor = self.norm(self.conv(x), n, residual)
+            return y
+        y, statistics = self.conv.with_statistics(x, n)
+        return batch_norm_blocked(y, layer, n, residual, self.norm.relu, statistics)
 
 
 class Activation(nn.Module):

@@ -121,6 +121,8 @@ for f, c, kernel, image, stride, padding, dilation, blocks, threads in cases:
     for code in ("sets", "taps"):
         one = {v.phase: v for v in launch.variants(structure, problem) if v.tiling.code == code}
         y = launch.forward(x, values, torch.randn(f), one["forward"].tables, one["forward"].plan)
+        forward = one["forward"]
+        launch.forward_statistics(x, values, None, forward.tables, forward.plan, blocks * lanes - 3)
         launch.grad_input(y, values, one["grad_input"].tables, one["grad_input"].plan)
         weight = one["grad_weight"]
         launch.grad_weight(x, y, structure.values_shape, weight.tables, weight.plan)

@@ -18,6 +18,7 @@ from clicktrain.kernels.sparse_conv2d.blocked import launch
 from clicktrain.kernels.sparse_conv2d.blocked.layout import block, unblock
 from clicktrain.kernels.sparse_conv2d.blocked.ops import sparse_conv2d_blocked
 from clicktrain.kernels.sparse_conv2d.blocked.problem import PHASES, ConvProblem, Tiling
+from clicktrain.kernels.sparse_conv2d.blocked.tables import NARROW
 
 pytestmark = pytest.mark.skipif(toolchain() is None, reason="there is no C compiler")
 
@@ -218,6 +219,23 @@ def test_large_kernel_and_full_density() -> None:
 def test_depthwise_and_same_padding() -> None:
     check(torch.rand(6, 1, 3, 3) < 0.5, 5, (9, 9), padding=(1, 1), groups=6)
     check(torch.rand(6, 4, 5, 3) < 0.5, 5, (9, 9), padding="same")
+
+
+@pytest.mark.parametrize("channels", [NARROW, NARROW + 1])
+def test_more_channels_than_two_bytes_can_tell_apart(channels: int) -> None:
+    mask = torch.zeros(2, channels, 1, 1, dtype=torch.bool)
+    mask[:, [0, 255, 32768, channels - 1]] = True
+    mask[1, 0] = False
+    tiling = Tiling((1, 2), (2, 2))
+    plan, tables = launch.prepare(
+        Structure.from_mask(mask),
+        ConvProblem.make(channels, 2, (1, 1), (1, 2)),
+        1,
+        dict.fromkeys(PHASES, tiling),
+    )
+    assert plan.tiling("forward").code == "sets"
+    assert tables.tensors[1].itemsize == (2 if channels <= NARROW else 4)
+    check(mask, 3, (1, 2), tilings=dict.fromkeys(PHASES, tiling))
 
 
 def test_no_images_no_weights() -> None:

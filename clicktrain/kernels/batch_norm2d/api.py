@@ -6,12 +6,21 @@ import torch
 from torch import Tensor, nn
 
 from clicktrain.errors import UserError
-from clicktrain.kernels.batch_norm2d.ops import affine_relu_blocked, batch_norm2d_blocked
+from clicktrain.kernels.batch_norm2d.ops import (
+    affine_relu_blocked,
+    batch_norm2d_blocked,
+    batch_norm2d_blocked_given,
+)
 from clicktrain.kernels.native import C_TYPES
 
 
 def batch_norm_blocked(
-    x: Tensor, bn: nn.BatchNorm2d, n: int, residual: Tensor | None = None, relu: bool = False
+    x: Tensor,
+    bn: nn.BatchNorm2d,
+    n: int,
+    residual: Tensor | None = None,
+    relu: bool = False,
+    statistics: tuple[Tensor, Tensor] | None = None,
 ) -> Tensor:
     """``relu?(bn(x) + residual)`` with the parameters, statistics and mode of ``bn``.
 
@@ -24,6 +33,8 @@ def batch_norm_blocked(
         n: images in the batch; what else the last block holds is not counted.
         residual: like ``x``, or None.
         relu: whether negative results become zero.
+        statistics: mean and biased variance [C] of ``x``, where they are known; only for a layer that
+            `uses_batch_statistics`.
 
     Raises:
         UserError: another number type or shape, or one number per channel in training mode.
@@ -34,11 +45,15 @@ def batch_norm_blocked(
         )
     y: Tensor
     mean, var = bn.running_mean, bn.running_var
-    if bn.training or mean is None or var is None:
+    if uses_batch_statistics(bn) or mean is None or var is None:
         count = n * x.shape[2] * x.shape[3]
         if count == 1:
             raise UserError("batch norm in training mode needs more than one number per channel")
-        y, batch_mean, batch_var = batch_norm2d_blocked(x, bn.weight, bn.bias, residual, n, bn.eps, relu)
+        if statistics is None:
+            y, batch_mean, batch_var = batch_norm2d_blocked(x, bn.weight, bn.bias, residual, n, bn.eps, relu)
+        else:
+            batch_mean, batch_var = statistics
+            y = batch_norm2d_blocked_given(x, *statistics, bn.weight, bn.bias, residual, n, bn.eps, relu)
         if bn.training and bn.track_running_stats:
             update_running_stats(bn, batch_mean, batch_var, count)
         return y
@@ -50,6 +65,11 @@ def batch_norm_blocked(
         shift = shift + bn.bias
     y = affine_relu_blocked(x, scale, shift, residual, n, relu)
     return y
+
+
+def uses_batch_statistics(bn: nn.BatchNorm2d) -> bool:
+    """Whether the layer, in its mode, takes mean and variance of the batch and not the running ones."""
+    return bn.training or bn.running_mean is None or bn.running_var is None
 
 
 @torch.no_grad()

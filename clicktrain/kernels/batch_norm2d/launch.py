@@ -60,6 +60,39 @@ def forward_into(
     )
 
 
+def given(
+    x: Tensor,
+    statistics: tuple[Tensor, Tensor, float],
+    weight: Tensor | None,
+    bias: Tensor | None,
+    residual: Tensor | None,
+    n: int,
+    relu: bool,
+) -> Tensor:
+    """Batch norm with the mean, biased variance and eps given: y like ``x``."""
+    y = x.new_empty(x.shape)
+    given_into(y, x, statistics, weight, bias, residual, n, relu)
+    return y
+
+
+def given_into(
+    y: Tensor,
+    x: Tensor,
+    statistics: tuple[Tensor, Tensor, float],
+    weight: Tensor | None,
+    bias: Tensor | None,
+    residual: Tensor | None,
+    n: int,
+    relu: bool,
+) -> None:
+    """`given` into a given tensor: contiguous, aligned, every element is written."""
+    mean, var, eps = statistics
+    library = _check(x, n, (residual,), (weight, bias, mean, var))
+    x, residual, weight, bias = vectors(x), _vectors(residual), _plain(weight), _plain(bias)
+    mean, var = mean.contiguous(), var.contiguous()
+    library.given(*arguments(x, residual, y, weight, bias, mean, var, eps, relu, *_sizes(x)))
+
+
 def affine(x: Tensor, scale: Tensor, shift: Tensor, residual: Tensor | None, n: int, relu: bool) -> Tensor:
     """Scaling by channel: y like ``x``."""
     y = x.new_empty(x.shape)
@@ -85,7 +118,7 @@ def backward(
     n: int,
     need_residual: bool,
 ) -> Gradients:
-    """Gradients of `forward`, or of `affine` where there are no statistics.
+    """Gradients of `forward` and `given`, or of `affine` where there are no statistics.
 
     Args:
         gy: [B, C, H, W, V].

@@ -7,6 +7,7 @@ anything in ``x``, ``residual`` and results; gradients have zeros there.
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import Any
 
 import torch
@@ -53,6 +54,42 @@ def _(
     relu: bool,
 ) -> tuple[Tensor, Tensor, Tensor]:
     return x.new_empty(x.shape), x.new_empty(x.shape[1]), x.new_empty(x.shape[1])
+
+
+@torch.library.custom_op("clicktrain::batch_norm2d_blocked_given", mutates_args=())
+def batch_norm2d_blocked_given(
+    x: Tensor,
+    mean: Tensor,
+    var: Tensor,
+    weight: Tensor | None,
+    bias: Tensor | None,
+    residual: Tensor | None,
+    n: int,
+    eps: float,
+    relu: bool,
+) -> Tensor:
+    """`batch_norm2d_blocked` of an ``x`` whose mean and biased variance [C] are known already.
+
+    They are a function of ``x``, and gradients are those of the whole: what ``x`` changes in them counts in
+    its gradient, and they have none themselves. Statistics that do not depend on ``x`` are a scaling by
+    channel: `affine_relu_blocked`.
+    """
+    return launch.given(x, (mean, var, eps), weight, bias, residual, n, relu)
+
+
+@batch_norm2d_blocked_given.register_fake
+def _(
+    x: Tensor,
+    mean: Tensor,
+    var: Tensor,
+    weight: Tensor | None,
+    bias: Tensor | None,
+    residual: Tensor | None,
+    n: int,
+    eps: float,
+    relu: bool,
+) -> Tensor:
+    return x.new_empty(x.shape)
 
 
 @torch.library.custom_op("clicktrain::batch_norm2d_blocked_backward", mutates_args=())
@@ -140,13 +177,29 @@ def _save(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, Tensor, Tenso
 
 
 def _backward(ctx: Any, gy: Tensor, *_: Any) -> tuple[Any, ...]:
+    return *_gradients(ctx, gy, ctx.needs_input_grad[1:4]), None, None, None
+
+
+def _gradients(ctx: Any, gy: Tensor, need: Sequence[bool]) -> tuple[Tensor | None, ...]:
+    """Of x, weight, bias and residual; those of the last three where needed."""
     x, y, weight, mean, var = ctx.saved_tensors
-    _, need_weight, need_bias, need_residual = ctx.needs_input_grad[:4]
+    need_weight, need_bias, need_residual = need
     gx, gweight, gbias, gr = batch_norm2d_blocked_backward(
         gy, x, y, weight, mean, var, ctx.n, ctx.eps, ctx.relu, need_residual
     )
     residual = (gr if ctx.relu else gy) if need_residual else None
-    return gx, gweight if need_weight else None, gbias if need_bias else None, residual, None, None, None
+    return gx, gweight if need_weight else None, gbias if need_bias else None, residual
+
+
+def _save_given(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
+    x, mean, var, weight, _, _, ctx.n, ctx.eps, ctx.relu = inputs
+    ctx.save_for_backward(x, output if ctx.relu else None, weight, mean, var)
+
+
+def _given_backward(ctx: Any, gy: Tensor) -> tuple[Any, ...]:
+    need_x, _, _, *need = ctx.needs_input_grad[:6]
+    gx, *gradients = _gradients(ctx, gy, need)
+    return gx if need_x else None, None, None, *gradients, None, None, None
 
 
 def _save_affine(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
@@ -164,4 +217,5 @@ def _affine_backward(ctx: Any, gy: Tensor) -> tuple[Any, ...]:
 
 
 batch_norm2d_blocked.register_autograd(_backward, setup_context=_save)
+batch_norm2d_blocked_given.register_autograd(_given_backward, setup_context=_save_given)
 affine_relu_blocked.register_autograd(_affine_backward, setup_context=_save_affine)

@@ -2,25 +2,29 @@
 
 from __future__ import annotations
 
+from clicktrain.kernels.sparse_conv2d.blocked import statistics
 from clicktrain.kernels.sparse_conv2d.blocked.generator import Generator
 from clicktrain.kernels.sparse_conv2d.blocked.regions import TileKind
 from clicktrain.kernels.sparse_conv2d.blocked.template import Code, among, open_regions, open_threads
 
 
-def write(code: Code, g: Generator) -> None:
-    """One function for each kind of tile, and ``run``, which walks over regions and their tiles."""
+def write(code: Code, g: Generator, sums: bool = False) -> None:
+    """One function for each kind of tile, and ``run``, which walks over regions and their tiles.
+
+    With ``sums`` mean and variance of each filter's results are taken on the way.
+    """
+    extra = statistics.TILE_ARGUMENTS if sums else ""
     for a, row in enumerate(g.rows.kinds):
         for b, column in enumerate(g.columns.kinds):
-            _tile(code, g, f"tile_{a}_{b}", row, column)
-    code(
-        "int run(const vec *src, vec *dst, const real *values, const real *bias, const int32_t *rows, "
-        "const int32_t *entries, vec *scratch, int64_t blocks, int64_t stream, int64_t threads) {"
-    )
+            _tile(code, g, f"tile_{a}_{b}", row, column, sums)
+    statistics.open_run(code, g.entry, sums)
     code("const int64_t items = blocks * REGION_ROWS * REGION_COLS;")
     code("(void)threads; (void)scratch;")
     open_threads(code)
     code("vec *buffer = scratch + me * SCRATCH;")
     code("(void)buffer;")
+    if sums:
+        statistics.open_sums(code)
     span = "ROW_FIRST[{0}rr], ROW_SPAN[{0}rr], COL_FIRST[{0}rc], COL_SPAN[{0}rc]"
     open_regions(code, g.in_place, span)
     for row_kind, rows in g.rows.region_kinds().items():
@@ -32,17 +36,23 @@ def write(code: Code, g: Generator) -> None:
                     code(
                         f"{name}(window + {y * g.columns.buffer + x}, "
                         f"to + (ROW_START[rr] + {down}) * DST_W + COL_START[rc] + {right}, "
-                        "values, bias, rows, entries, stream, &ahead);"
+                        f"values, bias, rows, entries, stream, &ahead{extra});"
                     )
+                    if sums:
+                        code("fresh = 0;")
             code("}")
+    if sums:
+        statistics.close_region(code, "ROW_SIZE[rr] * COL_SIZE[rc]")
     code("}")
     code("if (stream) DRAIN();")
+    if sums:
+        statistics.close_sums(code)
     code("}")
     code("return 0;")
     code("}")
 
 
-def _tile(code: Code, g: Generator, name: str, row: TileKind, column: TileKind) -> None:
+def _tile(code: Code, g: Generator, name: str, row: TileKind, column: TileKind, moments: bool) -> None:
     """All filters of one tile of positions."""
     positions = row.size * column.size
     sums = [[f"a{k}_{i}" for i in range(positions)] for k in range(g.together)]
@@ -50,14 +60,15 @@ def _tile(code: Code, g: Generator, name: str, row: TileKind, column: TileKind) 
     code(
         f"static __attribute__((noinline)) void {name}(const vec *restrict x, vec *restrict y, "
         "const real *restrict v, const real *restrict bias, const int32_t *restrict rows, "
-        "const int32_t *restrict entries, int64_t stream, ahead_t *ahead) {"
+        f"const {g.entry} *restrict entries, int64_t stream, ahead_t *ahead"
+        f"{statistics.TILE_PARAMETERS if moments else ''}) {{"
     )
     code(f"for (long f = 0; f < RESULTS / {g.together}; ++f) {{")
     code(f"fetch(ahead, {-(-g.sources * g.rows.buffer // steps)});")
     for k in range(g.together):
         code(f"const vec start{k} = splat(bias ? bias[f * {g.together} + {k}] : 0);")
         code(f"vec {', '.join(f'{one} = start{k}' for one in sums[k])};")
-    code("const int32_t *e = entries + 2L * rows[f], *end = entries + 2L * rows[f + 1];")
+    code(f"const {g.entry} *e = entries + 2L * rows[f], *end = entries + 2L * rows[f + 1];")
     code("for (; e != end; e += 2) {")
     code("const vec *p = x + e[0] * WIN;")
     code("switch (e[1]) {")
@@ -82,6 +93,8 @@ def _tile(code: Code, g: Generator, name: str, row: TileKind, column: TileKind) 
     code("}")
     for k in range(g.together):
         _store(code, f"y + (f * {g.together} + {k}) * (DST_H * DST_W)", sums[k], row.size, column.size)
+        if moments:
+            statistics.add_tile(code, f"f * {g.together} + {k}", sums[k])
     code("}")
     code("}")
 

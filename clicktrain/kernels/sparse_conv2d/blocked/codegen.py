@@ -21,6 +21,7 @@ import torch
 from clicktrain.kernels.sparse_conv2d.blocked import (
     accumulate,
     grad_weight,
+    statistics,
     tap_accumulate,
     tap_grad_weight,
 )
@@ -37,6 +38,7 @@ def source(
     tiling: Tiling,
     dtype: torch.dtype,
     lanes: int,
+    sums: bool = False,
 ) -> str:
     """The C text of one phase; its one exported function is called ``run``.
 
@@ -47,16 +49,27 @@ def source(
     - grad_input: ``run(gy, gx, values, NULL, rows, entries, scratch, blocks, stream, threads)``
     - grad_weight: ``run(x, gy, grad, rows, entries, chunks, scratch, blocks, threads)``, where ``chunks`` =
       [parts, nnz, (first entry, last entry, first value) of each part].
+    - forward with ``sums``: ``run(x, y, values, bias or NULL, rows, entries, mean, var, scratch, n, blocks,
+      stream, threads)``: also mean and biased variance of each filter's results, over n images.
     """
+    if sums and phase != "forward":
+        raise ValueError(f"statistics are taken of the forward pass, not of {phase}")
     if tiling.code == "taps":
         taps = TapGenerator(phase, problem, tiling)
         code = taps.begin(dtype, lanes)
-        (tap_grad_weight if phase == "grad_weight" else tap_accumulate).write(code, taps)
+        if phase == "grad_weight":
+            tap_grad_weight.write(code, taps)
+        else:
+            code(statistics.support(dtype) if sums else "")
+            tap_accumulate.write(code, taps, sums)
         return code.text()
     generator = Generator(phase, problem, vocabulary, tiling)
     code = generator.begin(dtype, lanes)
-    kernel = grad_weight if phase == "grad_weight" else accumulate
-    kernel.write(code, generator)
+    if phase == "grad_weight":
+        grad_weight.write(code, generator)
+    else:
+        code(statistics.support(dtype) if sums else "")
+        accumulate.write(code, generator, sums)
     return code.text()
 
 

@@ -10,6 +10,7 @@ from clicktrain.kernels.native import preamble
 from clicktrain.kernels.sparse_conv2d.blocked.geometry import Backward, Forward
 from clicktrain.kernels.sparse_conv2d.blocked.problem import ConvProblem, Phase, Tiling
 from clicktrain.kernels.sparse_conv2d.blocked.regions import AxisRegions, TileKind
+from clicktrain.kernels.sparse_conv2d.blocked.tables import NARROW
 from clicktrain.kernels.sparse_conv2d.blocked.template import SUPPORT, Code, define, join, planes
 from clicktrain.kernels.sparse_conv2d.blocked.vocabulary import Taps
 
@@ -32,6 +33,8 @@ class Generator:
         backward = phase == "grad_input"
         self.sources = problem.filters if backward else problem.channels
         self.results = problem.channels if backward else problem.filters
+        self.entry = "uint16_t" if max(self.sources, self.results) <= NARROW else "int32_t"
+        """C type of what a table says of each part."""
         self.window = self.rows.buffer * self.columns.buffer
         self.in_place = self.rows.whole() and self.columns.whole()
         """Whether windows are read from the source itself, without a copy."""

@@ -27,7 +27,7 @@ def write(code: Code, g: Generator) -> None:
     for number, (row_kind, _, column_kind, _) in enumerate(kinds):
         _region(code, g, number, row_kind, column_kind)
     code(
-        "int run(const vec *x, const vec *gy, real *grad, const int32_t *rows, const int32_t *entries, "
+        f"int run(const vec *x, const vec *gy, real *grad, const int32_t *rows, const {g.entry} *entries, "
         "const int64_t *chunks, vec *scratch, int64_t blocks, int64_t threads) {"
     )
     code("const int64_t parts = chunks[0], nnz = chunks[1];")
@@ -45,8 +45,8 @@ def write(code: Code, g: Generator) -> None:
     locate(code, "region")
     code("const vec *from = x + b * SOURCES * SRC_H * SRC_W, *other = gy + b * RESULTS * DST_H * DST_W;")
     _pack(code, g)
-    code("const int32_t *e = entries + 3 * chunks[2 + 3 * part];")
-    code("const int32_t *end = entries + 3 * chunks[3 + 3 * part];")
+    code(f"const {g.entry} *e = entries + 3 * chunks[2 + 3 * part];")
+    code(f"const {g.entry} *end = entries + 3 * chunks[3 + 3 * part];")
     code("real *to = sums + chunks[4 + 3 * part];")
     for number, (_, rows, _, columns) in enumerate(kinds):
         code(f"if ({among('rr', rows)} && {among('rc', columns)})")
@@ -93,8 +93,8 @@ def _region(code: Code, g: Generator, number: int, rows: RegionKind, columns: Re
     """All kernels of one region."""
     code(
         f"static __attribute__((noinline)) void region_{number}(const vec *restrict x, "
-        "const vec *restrict gy, real *restrict out, const int32_t *restrict e, "
-        "const int32_t *end, ahead_t *next_x, ahead_t *next_gy) {"
+        f"const vec *restrict gy, real *restrict out, const {g.entry} *restrict e, "
+        f"const {g.entry} *end, ahead_t *next_x, ahead_t *next_gy) {{"
     )
     code("const long kernels = max64((end - e) / 3, 1);")
     code("const int share_x = next_x->left / kernels + 1, share_gy = next_gy->left / kernels + 1;")

@@ -11,12 +11,14 @@ from dataclasses import asdict, dataclass, field, replace
 import torch
 from torch import Tensor
 
+from clicktrain.errors import UserError
 from clicktrain.formats.packed import Structure
 from clicktrain.kernels.native import load, toolchain
 from clicktrain.kernels.native.library import arguments
 from clicktrain.kernels.sparse_conv2d.blocked.codegen import scratch_vectors, source
 from clicktrain.kernels.sparse_conv2d.blocked.layout import vectors
 from clicktrain.kernels.sparse_conv2d.blocked.problem import PHASES, ConvProblem, Phase, Tiling
+from clicktrain.kernels.sparse_conv2d.blocked.statistics import moment_vectors
 from clicktrain.kernels.sparse_conv2d.blocked.tables import Parts, Table
 from clicktrain.kernels.sparse_conv2d.blocked.tap_tables import table as tap_table
 from clicktrain.kernels.sparse_conv2d.blocked.tiling import GRAD_WEIGHT_FILTERS, candidates
@@ -209,20 +211,41 @@ def _ordered(values: Tensor, order: Tensor) -> Tensor:
     return flat.index_select(0, order) if order.numel() else flat.contiguous()
 
 
-def compile_plan(plan: str, dtype: torch.dtype, phases: Sequence[Phase] = PHASES) -> list[str]:
-    """The C texts of a plan's phases, to be built ahead of their first use."""
-    return [_text(plan, dtype, phase) for phase in phases]
+def compile_plan(
+    plan: str, dtype: torch.dtype, phases: Sequence[Phase] = PHASES, sums: bool = False
+) -> list[str]:
+    """The C texts of a plan's phases, to be built ahead of their first use; forward perhaps with sums."""
+    return [_text(plan, dtype, phase, sums and phase == "forward") for phase in phases]
 
 
 def forward(x: Tensor, values: Tensor, bias: Tensor | None, tables: Sequence[Tensor], plan: str) -> Tensor:
     """[B, C, H, W, V] -> [B, F, H', W', V]."""
     kernel = _kernel(plan, x.dtype, "forward")
-    problem = kernel.plan.problem
-    y = x.new_empty(x.shape[0], problem.filters, problem.rows.out, problem.columns.out, x.shape[4])
-    ordered = _ordered(values, tables[2])
+    y = x.new_empty(output_shape(x, kernel.plan.problem))
     bias = None if bias is None else bias.contiguous()
-    kernel.run(vectors(x), y, ordered, bias, tables[0], tables[1])
+    kernel.run(vectors(x), y, _ordered(values, tables[2]), bias, tables[0], tables[1])
     return y
+
+
+def forward_statistics(
+    x: Tensor, values: Tensor, bias: Tensor | None, tables: Sequence[Tensor], plan: str, n: int
+) -> tuple[Tensor, Tensor, Tensor]:
+    """As `forward`; also mean and biased variance [F] of the results of ``n`` images."""
+    lanes = x.shape[4]
+    if not max((x.shape[0] - 1) * lanes, 0) < n <= x.shape[0] * lanes:
+        raise UserError(f"{x.shape[0]} blocks of {lanes} lanes hold no batch of {n} images to take a mean of")
+    kernel = _kernel(plan, x.dtype, "forward", sums=True)
+    y = x.new_empty(output_shape(x, kernel.plan.problem))
+    mean, var = x.new_empty(y.shape[1]), x.new_empty(y.shape[1])
+    bias = None if bias is None else bias.contiguous()
+    ordered = _ordered(values, tables[2])
+    kernel.run(vectors(x), y, ordered, bias, tables[0], tables[1], mean, var, images=n)
+    return y, mean, var
+
+
+def output_shape(x: Tensor, problem: ConvProblem) -> tuple[int, int, int, int, int]:
+    """Of a convolution's result, [B, F, H', W', V]."""
+    return x.shape[0], problem.filters, problem.rows.out, problem.columns.out, x.shape[4]
 
 
 def grad_input(gy: Tensor, values: Tensor, tables: Sequence[Tensor], plan: str) -> Tensor:
@@ -255,15 +278,17 @@ def _one_chunk(chunks: Tensor) -> Tensor:
 class _Kernel:
     """One loaded function with what it needs to be called."""
 
-    def __init__(self, plan: ConvPlan, dtype: torch.dtype, phase: Phase, text: str) -> None:
+    def __init__(self, plan: ConvPlan, dtype: torch.dtype, phase: Phase, text: str, sums: bool) -> None:
         self.plan, self.phase, self.dtype = plan, phase, dtype
         self._run = load(text).run
         tiling = plan.tiling(phase)
         self._scratch = scratch_vectors(phase, plan.problem, tiling)
+        if sums:
+            self._scratch += moment_vectors(plan.problem.filters, dtype)
         self.regions = region_count(phase, plan.problem, tiling)
         self.images = tiling.images
 
-    def run(self, first: Tensor, *rest: Tensor | None) -> None:
+    def run(self, first: Tensor, *rest: Tensor | None, images: int | None = None) -> None:
         threads = torch.get_num_threads()
         lanes = first.shape[4]
         vectors_each = self._scratch
@@ -278,6 +303,8 @@ class _Kernel:
                 result = rest[0]
                 assert result is not None
                 numbers.insert(1, int(result.numel() * result.itemsize >= STREAM_BYTES))
+            if images is not None:
+                numbers.insert(0, images)
             self._run(*arguments(first, *rest, scratch, *numbers))
         elif self.phase == "grad_weight":
             rest[1].zero_()  # type: ignore[union-attr]
@@ -298,14 +325,15 @@ def region_count(phase: Phase, problem: ConvProblem, tiling: Tiling) -> int:
 
 
 @functools.cache
-def _text(plan: str, dtype: torch.dtype, phase: Phase) -> str:
+def _text(plan: str, dtype: torch.dtype, phase: Phase, sums: bool = False) -> str:
     tools = toolchain()
     if tools is None:
         raise RuntimeError("there is no C compiler: install gcc or clang, or name one in CC")
     parsed = ConvPlan.from_json(plan)
-    return source(phase, parsed.problem, parsed.vocabulary, parsed.tiling(phase), dtype, tools.lanes(dtype))
+    tiling, lanes = parsed.tiling(phase), tools.lanes(dtype)
+    return source(phase, parsed.problem, parsed.vocabulary, tiling, dtype, lanes, sums)
 
 
 @functools.cache
-def _kernel(plan: str, dtype: torch.dtype, phase: Phase) -> _Kernel:
-    return _Kernel(ConvPlan.from_json(plan), dtype, phase, _text(plan, dtype, phase))
+def _kernel(plan: str, dtype: torch.dtype, phase: Phase, sums: bool = False) -> _Kernel:
+    return _Kernel(ConvPlan.from_json(plan), dtype, phase, _text(plan, dtype, phase, sums), sums)

@@ -36,8 +36,33 @@ def sparse_conv2d_blocked(
 
 @sparse_conv2d_blocked.register_fake
 def _(x: Tensor, values: Tensor, bias: Tensor | None, tables: list[Tensor], plan: str) -> Tensor:
+    return x.new_empty(launch.output_shape(x, ConvPlan.from_json(plan).problem))
+
+
+@torch.library.custom_op("clicktrain::sparse_conv2d_blocked_statistics", mutates_args=())
+def sparse_conv2d_blocked_statistics(
+    x: Tensor, values: Tensor, bias: Tensor | None, tables: list[Tensor], plan: str, n: int
+) -> tuple[Tensor, Tensor, Tensor]:
+    """As `sparse_conv2d_blocked`, and what a batch norm behind it wants to know, taken on the way.
+
+    Args:
+        x, values, bias, tables, plan: as there.
+        n: images in the batch, at least one; what else the last block holds is not counted.
+
+    Returns:
+        The convolution's result [B, F, H', W', V]; its mean and biased variance [F] over n x H' x W' numbers.
+        Gradients do not come back through these two: ``batch_norm2d_blocked_given`` reckons with that.
+    """
+    return launch.forward_statistics(x, values, bias, tables, plan, n)
+
+
+@sparse_conv2d_blocked_statistics.register_fake
+def _(
+    x: Tensor, values: Tensor, bias: Tensor | None, tables: list[Tensor], plan: str, n: int
+) -> tuple[Tensor, Tensor, Tensor]:
     problem = ConvPlan.from_json(plan).problem
-    return x.new_empty(x.shape[0], problem.filters, problem.rows.out, problem.columns.out, x.shape[4])
+    y = x.new_empty(launch.output_shape(x, problem))
+    return y, x.new_empty(problem.filters), x.new_empty(problem.filters)
 
 
 @torch.library.custom_op("clicktrain::sparse_conv2d_blocked_grad_input", mutates_args=())
@@ -84,4 +109,14 @@ def _backward(ctx: Any, gy: Tensor) -> tuple[Any, ...]:
     return gx, gv, gb, [None] * len(tables), None
 
 
+def _save_statistics(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, Tensor, Tensor]) -> None:
+    ctx.mark_non_differentiable(*output[1:])
+    _save(ctx, inputs[:5], output[0])
+
+
+def _statistics_backward(ctx: Any, gy: Tensor, *_: Any) -> tuple[Any, ...]:
+    return *_backward(ctx, gy), None
+
+
 sparse_conv2d_blocked.register_autograd(_backward, setup_context=_save)
+sparse_conv2d_blocked_statistics.register_autograd(_statistics_backward, setup_context=_save_statistics)

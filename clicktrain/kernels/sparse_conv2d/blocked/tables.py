@@ -11,6 +11,9 @@ from torch import Tensor
 from clicktrain.formats.packed import Structure
 from clicktrain.kernels.sparse_conv2d.blocked.vocabulary import Taps, take_apart
 
+NARROW = 1 << 16
+"""Filters and channels that numbers of two bytes can tell apart."""
+
 
 @dataclass(frozen=True, slots=True)
 class Table:
@@ -18,7 +21,8 @@ class Table:
 
     Attributes:
         rows: int32 [groups + 1], the entries of each group of results.
-        entries: int32 [parts, columns]: what the loop needs of a part; the columns are the loop's own.
+        entries: [parts, columns]: what the loop needs of a part; the columns are the loop's own. uint16, kept
+            as int16; int32 where there are more than `NARROW` filters or channels.
         order: int32 [nnz], place in the packed values of each weight, in the order in which the loop reads
             (or writes) them.
     """
@@ -122,9 +126,13 @@ class Parts:
                     places[begin[index] + i * together + j] = self._place[
                         self.filter[member], self._local[member], tap
                     ]
+        if max(self.filters, self.channels) <= NARROW:
+            entries = np.ascontiguousarray(entries, dtype=np.uint16).view(np.int16)
+        else:
+            entries = np.ascontiguousarray(entries, dtype=np.int32)
         return Table(
             torch.from_numpy(rows.astype(np.int32)),
-            torch.from_numpy(np.ascontiguousarray(entries, dtype=np.int32)),
+            torch.from_numpy(entries),
             torch.from_numpy(places.astype(np.int32)),
         )
 

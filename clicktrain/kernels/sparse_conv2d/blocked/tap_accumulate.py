@@ -2,24 +2,27 @@
 
 from __future__ import annotations
 
+from clicktrain.kernels.sparse_conv2d.blocked import statistics
 from clicktrain.kernels.sparse_conv2d.blocked.tap_generator import TapGenerator
 from clicktrain.kernels.sparse_conv2d.blocked.template import Code, open_regions, open_threads
 
 
-def write(code: Code, g: TapGenerator) -> None:
-    """The function of one tile, and ``run``, which walks over regions, tiles, lattices and passes."""
-    _tile(code, g)
+def write(code: Code, g: TapGenerator, sums: bool = False) -> None:
+    """The function of one tile, and ``run``, which walks over regions, tiles, lattices and passes.
+
+    With ``sums`` (forward only) mean and variance of each filter's results are taken on the way.
+    """
+    _tile(code, g, sums)
     rows, columns = g.rows, g.columns
-    code(
-        "int run(const vec *src, vec *dst, const real *values, const real *bias, const int32_t *rows, "
-        "const uint16_t *entries, vec *scratch, int64_t blocks, int64_t stream, int64_t threads) {"
-    )
+    statistics.open_run(code, "uint16_t", sums)
     code("const int64_t items = blocks * REGION_ROWS * REGION_COLS;")
     code("(void)threads;")
     open_threads(code)
     code("vec *sums = scratch + me * SCRATCH;")
     code(f"vec *buffer = sums + RESULTS * {rows.tile * columns.tile};")
     code("(void)buffer;")
+    if sums:
+        statistics.open_sums(code)
     open_regions(code, g.in_place, "ROW_FIRST({0}rr), WIN_H, COL_FIRST({0}rc), WIN_W")
     code(f"for (long ti = 0; ti < {rows.positions // rows.tile}; ++ti)")
     code(f"for (long tj = 0; tj < {columns.positions // columns.tile}; ++tj)")
@@ -37,16 +40,26 @@ def write(code: Code, g: TapGenerator) -> None:
     code(f"const int32_t *n = rows + (lr * {len(columns.lattices)} + lc) * {g.passes} * 2 * RESULTS;")
     code(f"for (long p = 0; p < {g.passes}; ++p, n += 2 * RESULTS, x += PASS)")
     code(f"  tile(x, y, sums, values, p ? NULL : bias, n, entries, p == 0, p == {g.passes - 1},")
-    code("    down, right, stream, &ahead);")
+    code(f"    down, right, stream, &ahead{statistics.TILE_ARGUMENTS if sums else ''});")
+    if sums:
+        code("fresh = 0;")
     code("}")
+    if sums:
+        sizes = [
+            f"min64({axis.positions}, {name}_COUNT[0] - {place} * {axis.positions})"
+            for axis, name, place in ((rows, "ROW", "rr"), (columns, "COL", "rc"))
+        ]
+        statistics.close_region(code, " * ".join(sizes))
     code("}")
     code("if (stream) DRAIN();")
+    if sums:
+        statistics.close_sums(code)
     code("}")
     code("return 0;")
     code("}")
 
 
-def _tile(code: Code, g: TapGenerator) -> None:
+def _tile(code: Code, g: TapGenerator, moments: bool) -> None:
     """All results of one tile of positions, over the sources of one pass."""
     height, width = g.rows.tile, g.columns.tile
     places = [(i, j) for i in range(height) for j in range(width)]
@@ -58,7 +71,7 @@ def _tile(code: Code, g: TapGenerator) -> None:
         "static __attribute__((noinline)) void tile(const vec *restrict x, vec *restrict y, "
         "vec *restrict sums, const real *restrict values, const real *restrict bias, "
         "const int32_t *restrict rows, const uint16_t *restrict entries, int first, int last, long down, "
-        "long right, int64_t stream, ahead_t *ahead) {"
+        f"long right, int64_t stream, ahead_t *ahead{statistics.TILE_PARAMETERS if moments else ''}) {{"
     )
     code(f"for (long f = 0; f < RESULTS; ++f, rows += 2, sums += {len(places)}, y += DST_H * DST_W) {{")
     if not g.in_place:
@@ -87,11 +100,22 @@ def _tile(code: Code, g: TapGenerator) -> None:
     for place, name in zip(where, names, strict=True):
         code(f"{place} = {name};")
     code("}")
+    if moments:
+        statistics.add_tile(code, "f", names)
     code("} else {")
     code(" ".join(f"sums[{k}] = {name};" for k, name in enumerate(names)))
-    code("if (last)")
-    code(f"  for (long i = 0; i < {height} && i < down; ++i) for (long j = 0; j < {width} && j < right; ++j)")
-    code(f"    y[i * {g.rows.step} * DST_W + j * {g.columns.step}] = sums[i * {width} + j];")
+    code("if (last) {")
+    if moments:
+        statistics.open_tile(code, "f", "sums[0]")
+    code(
+        f"for (long i = 0; i < {height} && i < down; ++i) for (long j = 0; j < {width} && j < right; ++j) {{"
+    )
+    code(f"y[i * {g.rows.step} * DST_W + j * {g.columns.step}] = sums[i * {width} + j];")
+    if moments:
+        code(f"const vec d = sums[i * {width} + j] - c;")
+        code("m[0] += d; m[1] += d * d;")
+    code("}")
+    code("}")
     code("}")
     code("}")
     code("}")

@@ -60,8 +60,6 @@ def agree_on_(tensors: Sequence[Tensor]) -> None:
 def mean_over_processes(value: Tensor) -> Tensor:
     """The mean of a 0-dim tensor over all processes, in place."""
     if several_processes():
-        average = value.is_cuda  # gloo has no average
-        dist.all_reduce(value, dist.ReduceOp.AVG if average else dist.ReduceOp.SUM)
-        if not average:
-            value /= dist.get_world_size()
+        dist.all_reduce(value)
+        value /= dist.get_world_size()
     return value

@@ -61,8 +61,9 @@ class ChannelsThenPatterns(Method[TwoPartState]):
     """A channel goes when no layer reads it, or only if it is zero on both sides, as in the paper."""
     scheme: Literal["union", "gating"] = "union"
     """How the layers of a residual stage agree on channels."""
-    round_to: int = 1
-    """Widths that remain are multiples of it, where the layer is wide enough."""
+    round_to: int | Literal["auto"] = 1
+    """Widths that remain are multiples of it, where the layer is wide enough; auto: of what trains fastest,
+    measured."""
     check_outputs: bool = False
     """At every reconfiguration, measure how much the network's output changes on the last batch."""
     preset: Literal["default", "paper", "one-shot"] = "default"
@@ -71,13 +72,17 @@ class ChannelsThenPatterns(Method[TwoPartState]):
     """Size N of ClickTrain's pattern pool."""
     group: int = 1
     """Neighbouring filters that share ClickTrain's patterns; widths are rounded to a multiple of it."""
-    allocation: Literal["uniform", "importance", "relative", "erk"] | None = None
+    allocation: Literal["uniform", "importance", "relative", "share", "erk"] | None = None
     """ClickTrain's kept kernels per layer."""
 
     def __post_init__(self) -> None:
         """Check every setting, those of the parts by the parts themselves."""
         if self.switch_at is not None and not self.switch_at >= 1:
             raise UserError(f"switch_at is an epoch, 1 or later, not {self.switch_at}")
+        if self.round_to == "auto" and self.group > 1:
+            raise UserError(
+                f"round_to is auto but filters go in groups of {self.group}: set round_to to a number"
+            )
         _ = self.first, self.second
 
     @property
@@ -90,7 +95,7 @@ class ChannelsThenPatterns(Method[TwoPartState]):
             update=self.update,
             sides=self.sides,
             scheme=self.scheme,
-            round_to=max(self.round_to, self.group),
+            round_to="auto" if self.round_to == "auto" else max(self.round_to, self.group),
             check_outputs=self.check_outputs,
         )
 
@@ -107,8 +112,8 @@ class ChannelsThenPatterns(Method[TwoPartState]):
 
     @property
     def keeps_inputs(self) -> bool:
-        """For ``check_outputs``."""
-        return self.check_outputs
+        """For the part that removes channels."""
+        return self.first.keeps_inputs
 
     def switch_epoch(self, length: RunLength) -> int:
         """Finished epochs when ClickTrain begins."""

@@ -22,6 +22,7 @@ from typing import Any, Literal, TypeAlias
 import torch
 from torch import Tensor
 
+from clicktrain.accounting.agreement import agreed_text
 from clicktrain.errors import UserError
 from clicktrain.formats.packed import bits_from_mask, mask_from_bits
 from clicktrain.methods.base import (
@@ -131,7 +132,8 @@ class DynamicMasks:
             reasons = "; ".join(f"{layer}: {why}" for layer, (_, why) in list(found.left_alone.items())[:3])
             raise UserError(f"this network has no layer that {name} can prune ({reasons or 'none at all'})")
         self._check_sparsity(found)
-        seed = torch.initial_seed() if seed is None else seed
+        device = found.prunable[0].weight.device
+        seed = int(agreed_text(str(torch.initial_seed() if seed is None else seed), device))
         state = DynamicState(seed=seed)
         densities = self.layer_densities(found)
         for number, layer in enumerate(found.prunable):

@@ -14,7 +14,7 @@ import json
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
@@ -35,12 +35,33 @@ MULTIPLES = (1, 2, 4, 8, 16, 32)
 """What widths may be rounded to."""
 CPU_IMAGES = 16
 """Images at most per thread of a CPU, where time is proportional to them from a few on."""
-ROUNDS = (7, 30)
+ROUNDS = (5, 30)
 """At least and at most so many timed steps of each copy,"""
-SECONDS = 3.0
+SECONDS = 1.5
 """for about so long."""
 WORTH = 0.03
 """Share of the time that a larger multiple has to save: measurements repeat to about that."""
+
+
+class BatchForm(NamedTuple):
+    """What the time of a step depends on of a batch: shape, strides, and what autocast computes in."""
+
+    shape: tuple[int, ...]
+    strides: tuple[int, ...] = ()
+    autocast: str | None = None
+
+    @classmethod
+    def of(cls, seen: SeenBatch) -> BatchForm:
+        """Of a batch that was seen."""
+        dtype = None if seen.autocast is None else str(seen.autocast).removeprefix("torch.")
+        return cls(tuple(seen.inputs.shape), seen.inputs.stride(), dtype)
+
+    def blank(self, like: Tensor) -> SeenBatch:
+        """Zeros in this form, of the dtype and device of a tensor."""
+        x = like.new_zeros(self.shape)
+        if self.strides:
+            x = x.new_empty_strided(self.shape, self.strides).zero_()
+        return SeenBatch(x, None if self.autocast is None else getattr(torch, self.autocast))
 
 
 @dataclass(frozen=True, slots=True)
@@ -54,7 +75,7 @@ class Rounding:
 
 @dataclass(frozen=True, slots=True)
 class WidthChoice:
-    """What was measured. ``str(choice)`` shows what each multiple brings and costs.
+    """What was measured.
 
     Attributes:
         chosen: the multiple that pays.
@@ -66,14 +87,6 @@ class WidthChoice:
     rows: tuple[Rounding, ...]
     images: int
     dtype: str
-
-    def __str__(self) -> str:
-        lines, first = ["multiple  time of a step  extra channels"], self.rows[0]
-        for row in self.rows:
-            mark = "  <- chosen" if row.multiple == self.chosen else ""
-            extra = row.channels / max(first.channels, 1) - 1
-            lines.append(f"{row.multiple:8d}  {row.ms / first.ms:13.1%}  {extra:14.1%}{mark}")
-        return "\n".join(lines)
 
     def to_json(self) -> dict[str, Any]:
         """Plain lists, numbers and strings for `json.dumps`."""
@@ -157,6 +170,7 @@ def step_ms(
             replica = bare_copy(model)
             apply_surgery_(plan, replica)
             keep_out_of_channels_last_(replica)
+            _norm_alone_(replica)
             calls[name] = synchronised(_step(replica.train(), inputs, autocast), inputs.device)
         once = interleaved_ms(calls, 1)
         rounds = round(1000 * SECONDS / max(sum(ms for (ms,) in once.values()), 1e-3))
@@ -171,8 +185,16 @@ def _step(model: nn.Module, inputs: Tensor, autocast: torch.dtype | None) -> Cal
             outputs = model(inputs)
         tensors = [y for y in pytree.tree_leaves(outputs) if isinstance(y, Tensor) and y.requires_grad]
         torch.autograd.grad(tensors, trained, [torch.ones_like(y) for y in tensors], allow_unused=True)
+        torch.clear_autocast_cache()  # inside another autocast the next step would find its casts there
 
     return step
+
+
+def _norm_alone_(model: nn.Module) -> None:
+    """Batch norms that wait for other processes no more: these do not time as many steps."""
+    for module in model.modules():
+        if type(module) is nn.SyncBatchNorm:
+            module.__class__ = nn.BatchNorm2d  # type: ignore[assignment]
 
 
 def _left(plan: SurgeryPlan) -> str:

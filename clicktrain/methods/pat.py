@@ -168,6 +168,12 @@ class PaT(Method[PaTState]):
             )
         if self.latency_target_ms is not None and not 0 < self.latency_target_ms < math.inf:
             raise UserError(f"latency_target_ms must be above 0, not {self.latency_target_ms}")
+        targets = (self.latency_target, self.latency_target_ms, self.latency_penalty)
+        if self.latency_batch != 1 and targets == (None, None, None):
+            raise UserError(
+                f"latency_batch is {self.latency_batch} but no latency counts: give latency_target or "
+                "latency_penalty too"
+            )
         if self.latency_penalty is not None and not 0 <= self.latency_penalty < math.inf:
             raise UserError(f"latency_penalty must not be negative, not {self.latency_penalty}")
 

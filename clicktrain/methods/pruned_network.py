@@ -12,9 +12,10 @@ import torch
 from torch import Tensor, nn
 from torch.optim import Optimizer
 
-from clicktrain.accounting.agreement import agree_on_, agreed_text, several_processes
+from clicktrain.accounting.agreement import agree_on_
 from clicktrain.errors import UserError
 from clicktrain.kernels.pack_model import pack_model_, pack_refusals, unpack_model_
+from clicktrain.methods.agreed_plans import agreed_plans
 from clicktrain.methods.survey import ConvLayer, LinearLayer, SeenBatch, Survey
 from clicktrain.sparsity.masks import conv_masks, hard_prune_, mask_optimizer_state_
 from clicktrain.surgery import SurgeryPlan, apply_surgery_, silence_
@@ -123,7 +124,7 @@ class PrunedNetwork:
             What was removed, layer by layer, and what it took and changed.
         """
         started = time.perf_counter()
-        plan = self._agreed(plan)
+        plan = agreed_plans({1: plan}, next(self.model.parameters()).device)[1]
         before = self._output() if checked else None
         if plan:
             self.remove(plan)
@@ -149,14 +150,6 @@ class PrunedNetwork:
             if before is None or after is None
             else float((after - before).abs().max()),
         }
-
-    def _agreed(self, plan: SurgeryPlan) -> SurgeryPlan:
-        """The first process's plan: others may have other statistics in their batch norms."""
-        if not several_processes():
-            return plan
-        parameter = next(self.model.parameters())
-        text = agreed_text(json.dumps(plan.to_json()), parameter.device)
-        return SurgeryPlan.from_json(json.loads(text))
 
     def remove(self, plan: SurgeryPlan) -> None:
         """Remove channels from the model and the optimizer, and look at the smaller model."""

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import weakref
 from collections.abc import Callable, Mapping
 from dataclasses import replace
 from typing import Any
@@ -90,7 +91,7 @@ class Pruner:
             optimizer.register_step_post_hook(self._after_step),
         ]
         if method.reads_graph and (example is None or method.keeps_inputs):
-            self._handles.append(model.register_forward_pre_hook(self._see_inputs))
+            self._handles.append(model.register_forward_pre_hook(_InputHook(self)))
 
     # ---- what a loop calls ------------------------------------------------------------------
 
@@ -162,6 +163,8 @@ class Pruner:
 
     def finish(self, packed: bool = False) -> nn.Module:
         """End the run: hard prune if that has not happened, remove the hooks, return the model.
+
+        Where several processes train together, all of them have to call it.
 
         Args:
             packed: return the model with packed convolutions instead of a plain module with zeros.
@@ -408,6 +411,21 @@ class Pruner:
         self.events.append(full)
         if self._on_event is not None:
             self._on_event(full)
+
+
+class _InputHook:
+    """Shows a model's inputs to the pruner; a copy of the model gets one that shows them to nobody."""
+
+    def __init__(self, pruner: Pruner | None) -> None:
+        self._pruner = (lambda: None) if pruner is None else weakref.ref(pruner)
+
+    def __call__(self, module: nn.Module, args: Any) -> None:
+        pruner = self._pruner()
+        if pruner is not None:
+            pruner._see_inputs(module, args)
+
+    def __deepcopy__(self, memo: dict[int, Any]) -> _InputHook:
+        return _InputHook(None)
 
 
 def _effective_learning_rate(optimizer: Optimizer) -> float:

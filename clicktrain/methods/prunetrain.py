@@ -10,6 +10,7 @@ paper's own comparisons are the same composition with another rhythm: one reconf
 from __future__ import annotations
 
 import math
+import time
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any, ClassVar, Literal
@@ -18,6 +19,7 @@ import torch
 from torch import Tensor, nn
 
 from clicktrain.errors import UserError
+from clicktrain.methods.agreed_plans import agreed_plans
 from clicktrain.methods.base import (
     Action,
     LayerPlan,
@@ -30,7 +32,7 @@ from clicktrain.methods.base import (
     plan_rows,
 )
 from clicktrain.methods.channel_axes import channel_axes
-from clicktrain.methods.fast_widths import CPU_IMAGES, MULTIPLES, fastest_multiple
+from clicktrain.methods.fast_widths import MULTIPLES, BatchForm, fastest_multiple
 from clicktrain.methods.survey import SeenBatch, Survey, matches, survey
 from clicktrain.sparsity.channel_lasso import (
     ChannelAxis,
@@ -40,7 +42,7 @@ from clicktrain.sparsity.channel_lasso import (
     shrink_channels_,
     zero_small_channels_,
 )
-from clicktrain.surgery import SurgeryPlan, plan_from_zeros
+from clicktrain.surgery import SurgeryPlan, plans_from_zeros
 
 Axes = dict[str, tuple[ChannelAxis, ...]]
 
@@ -62,8 +64,9 @@ class PruneTrainState:
     done: bool = False
     round_to: int | None = None
     """Multiple of the widths at the last reconfiguration; None while there was nothing to choose."""
+    batch: BatchForm | None = None
+    """Of the last training batch, where widths are chosen by timing."""
     axes: Axes | None = field(default=None, compare=False)
-    last_plan: SurgeryPlan | None = field(default=None, compare=False)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -220,6 +223,8 @@ class PruneTrain(Method[PruneTrainState]):
                 shrink_channels_(weight, axes, state.coefficient * step.learning_rate)
         if not step.ends_epoch:
             return ()
+        if self.round_to == "auto" and found.seen is not None:
+            state.batch = BatchForm.of(found.seen)
         epoch = math.floor(step.position)
         actions: list[Action] = []
         if state.reconfigured == 0 and step.epoch == 0 and state.coefficient is not None:
@@ -243,21 +248,23 @@ class PruneTrain(Method[PruneTrainState]):
 
     def reconfigure_now(self, state: PruneTrainState, found: Survey, epoch: float) -> list[Action]:
         """4.1, 4.2: zero what is under the threshold, remove what is zero on both sides."""
+        started = time.perf_counter()
         assert found.model is not None
         state.reconfigured, state.done = epoch, True
         axes = state.axes or self._axes(found)
         zeroed = sum(zero_small_channels_(w, a, self.threshold) for w, a in self._weights(found, axes))
         actions: list[Action] = []
         candidates = MULTIPLES if self.round_to == "auto" else sorted({1, self.round_to})
-        plans = {multiple: self.surgery_plan(found, multiple) for multiple in candidates}
+        plans = agreed_plans(self._plans(found, candidates), found.prunable[0].weight.device)
         multiple = self._given
         if self.round_to == "auto":
-            choice = fastest_multiple(found.model, _seen(found), plans)
+            choice = fastest_multiple(found.model, self._seen(state, found), plans)
             if choice is not None:
                 state.round_to = choice.chosen
                 actions.append(Record({"event": "widths", **choice.to_json()}))
             multiple = state.round_to or 1
         event = {
+            "planning_seconds": time.perf_counter() - started,
             "zeroed_channels": zeroed,
             "round_to": multiple,
             "channels_without_rounding": sum(row.outputs[1] for row in plans[1].layers),
@@ -266,21 +273,28 @@ class PruneTrain(Method[PruneTrainState]):
 
     def surgery_plan(self, found: Survey, round_to: int = 1) -> SurgeryPlan:
         """What would be removed from the network as it is."""
+        return self._plans(found, (round_to,))[round_to]
+
+    def _plans(self, found: Survey, multiples: Sequence[int]) -> dict[int, SurgeryPlan]:
+        """`surgery_plan` for each multiple."""
         assert found.model is not None
         if found.example is None:
-            return SurgeryPlan()
-        return plan_from_zeros(
-            found.model,
-            found.example,
-            self.threshold,
-            self.scheme,
-            round_to,
-            self.sides or "both",
+            return dict.fromkeys(multiples, SurgeryPlan())
+        return plans_from_zeros(
+            found.model, found.example, self.threshold, self.scheme, multiples, self.sides or "both"
         )
+
+    def _seen(self, state: PruneTrainState, found: Survey) -> SeenBatch:
+        """The last training batch; in a run that was resumed behind it, a blank one of its form."""
+        if found.seen is not None:
+            return found.seen
+        assert found.example is not None
+        return (state.batch or BatchForm(tuple(found.example.shape))).blank(found.example)
 
     def after_surgery(self, state: PruneTrainState, plan: SurgeryPlan, found: Survey) -> None:
         """The channels of the smaller network."""
-        state.axes, state.last_plan = self._axes(found), plan
+        del plan
+        state.axes = self._axes(found)
 
     def at_end(self, state: PruneTrainState, found: Survey) -> Sequence[Action]:
         """What is zero at the end of the run goes too (once: it went at its time)."""
@@ -348,6 +362,7 @@ class PruneTrain(Method[PruneTrainState]):
             "reconfigured": state.reconfigured,
             "done": state.done,
             "round_to": state.round_to,
+            "batch": None if state.batch is None else list(state.batch),
         }
 
     def load_state(self, found: Survey, length: RunLength, saved: Mapping[str, Any]) -> PruneTrainState:
@@ -355,6 +370,9 @@ class PruneTrain(Method[PruneTrainState]):
         state = PruneTrainState(
             saved["stage"], saved["coefficient"], saved["reconfigured"], saved["done"], saved["round_to"]
         )
+        if saved.get("batch") is not None:  # not in states of older versions
+            shape, strides, autocast = saved["batch"]
+            state.batch = BatchForm(tuple(shape), tuple(strides), autocast)
         if found.example is not None:
             state.axes = self._axes(found)
         return state
@@ -366,11 +384,3 @@ _CHOICES: dict[str, tuple[str, ...]] = {
     "update": ("proximal", "gradient"),
     "sides": ("both", "readers"),
 }
-
-
-def _seen(found: Survey) -> SeenBatch:
-    """The last training batch; of a run that was resumed after it, blank images."""
-    if found.seen is not None:
-        return found.seen
-    assert found.example is not None
-    return SeenBatch(found.example.new_zeros(CPU_IMAGES, *found.example.shape[1:]))

@@ -317,7 +317,8 @@ def _next_line(run: Run, epoch: float | None) -> Mapping[str, Any] | None:
 
 
 def _overhead(run: Run, events: Sequence[Mapping[str, Any]]) -> str:
-    seconds = sum(number(event, "seconds") or 0.0 for event in events)
+    took = ("seconds", "planning_seconds")  # the latter not in older runs
+    seconds = sum(number(event, key) or 0.0 for event in events for key in took)
     text = f"{len(events)} reconfiguration{'' if len(events) == 1 else 's'} took {seconds:.2g} s"
     if run.seconds:
         text += f", {wording.percent(seconds / run.seconds, 2)} of the run"

@@ -4,7 +4,7 @@ from clicktrain.surgery.apply import apply_surgery_, silence_
 from clicktrain.surgery.groups import ChannelGroup, Member, channel_groups, dependencies
 from clicktrain.surgery.numbering import OriginalChannels, original_channels, renumbered
 from clicktrain.surgery.plan import Cut, Gate, LayerChange, RemovedLayer, SurgeryPlan
-from clicktrain.surgery.planning import plan_from_keep, plan_from_zeros
+from clicktrain.surgery.planning import plan_from_keep, plan_from_zeros, plans_from_zeros
 from clicktrain.surgery.recipe import load_pruned, read_recipe, write_recipe
 
 __all__ = [
@@ -23,6 +23,7 @@ __all__ = [
     "original_channels",
     "plan_from_keep",
     "plan_from_zeros",
+    "plans_from_zeros",
     "read_recipe",
     "renumbered",
     "silence_",

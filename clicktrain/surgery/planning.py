@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import Any, Literal
 
 import torch
@@ -28,6 +28,18 @@ def plan_from_zeros(
     round_to: int = 1,
     sides: Sides = "both",
 ) -> SurgeryPlan:
+    """`plans_from_zeros` for one multiple."""
+    return plans_from_zeros(model, example, threshold, scheme, (round_to,), sides)[round_to]
+
+
+def plans_from_zeros(
+    model: nn.Module,
+    example: Tensor | tuple[Any, ...],
+    threshold: float = 1e-4,
+    scheme: Scheme = "union",
+    multiples: Sequence[int] = (1,),
+    sides: Sides = "both",
+) -> dict[int, SurgeryPlan]:
     """What PruneTrain's reconfiguration removes (4.1, 4.2): zeroed channels, and zeroed layers of branches.
 
     The model is not changed. Weights under the threshold are taken for zero only where nothing can make them
@@ -39,7 +51,7 @@ def plan_from_zeros(
         example: its arguments, a batch of at least one input.
         threshold: largest absolute weight of a channel that counts as zero.
         scheme: ``union`` or ``gating``, see the modules of these names.
-        round_to: widths become multiples of it, by keeping the largest of the dead channels.
+        multiples: widths become multiples of it, by keeping the largest of the dead channels: one plan each.
         sides: ``both`` or ``readers``, see `channel_union.dead_channels`.
 
     Raises:
@@ -51,7 +63,8 @@ def plan_from_zeros(
         raise UserError(f"sides must be 'both' or 'readers', got {sides!r}")
     if not threshold >= 0:
         raise UserError(f"the threshold must be at least 0, got {threshold}")
-    _check_round_to(round_to)
+    for multiple in multiples:
+        _check_round_to(multiple)
     found = dependencies(model, example)
     values = Values(found, threshold)
     branches = removable_branches(found.graph, values, threshold)
@@ -60,12 +73,15 @@ def plan_from_zeros(
     gone = {node for branch in removed for node in branch.nodes}
     may_go, reasons = dead_channels(found, values, threshold, gone, sides)
     stays = {str(branch.last.target): reason for branch, reason in branches.items() if reason is not None}
-    masks = keep_masks(model, found.groups, may_go, round_to)
-    made = cuts(found.groups, masks, _gone_names(model, layers))
-    gates: tuple[Gate, ...] = ()
-    if scheme == "gating":
-        made, gates = gate_branches(found, values, threshold, masks, made, removed, round_to)
-    return _plan(found, masks, made, layers, gates, reasons, stays)
+    plans, names = {}, _gone_names(model, layers)
+    for multiple in multiples:
+        masks = keep_masks(model, found.groups, may_go, multiple)
+        made = cuts(found.groups, masks, names)
+        gates: tuple[Gate, ...] = ()
+        if scheme == "gating":
+            made, gates = gate_branches(found, values, threshold, masks, made, removed, multiple)
+        plans[multiple] = _plan(found, masks, made, layers, gates, reasons, stays)
+    return plans
 
 
 def plan_from_keep(

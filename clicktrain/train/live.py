@@ -72,7 +72,10 @@ class LiveRun:
 
     def _compiled(self) -> Callable[[Tensor], Tensor]:
         model = self.prepared.model
-        return torch.compile(model) if self.prepared.config.compile else model
+        if not self.prepared.config.compile:
+            return model
+        torch.compiler.reset()  # which keeps few versions of one function, and then uses none
+        return torch.compile(model)
 
     def _accelerated(self) -> nn.Module | None:
         """The packed model on fast operators, None before the hard prune or where there are none."""

@@ -17,7 +17,7 @@ from torch.optim.lr_scheduler import LambdaLR
 from clicktrain.data import Augment, ImageData, Loader, make_loader, open_data
 from clicktrain.errors import UserError
 from clicktrain.formats.memory_format import keep_out_of_channels_last_
-from clicktrain.methods import Method, Pruner
+from clicktrain.methods import METHODS, Method, Pruner
 from clicktrain.methods.base import Event
 from clicktrain.models import create_model, min_image_size
 from clicktrain.train.batch_sizes import BatchSizes
@@ -122,7 +122,7 @@ def prepare(config: RunConfig, method: Method[Any], *, begins: bool = True) -> P
     if config.dynamic_batch and not method.reads_graph:
         raise UserError(
             f"dynamic_batch is true but method {config.method} removes no channels while it trains: "
-            "turn it off, or use prunetrain"
+            f"turn it off, or use {' or '.join(name for name, kind in METHODS.items() if kind.reads_graph)}"
         )
     device = resolve_device(config.device)
     set_up(config, device)

@@ -82,14 +82,22 @@ def _convert_union(name: str, value: Any, args: tuple[Any, ...]) -> Any:
     if value is None and type(None) in args:
         return None
     options = [arg for arg in args if arg is not type(None)]
-    problem: UserError | None = None
+    problems: list[UserError] = []
     for option in options:
         try:
             return convert(name, value, option)
         except UserError as error:
-            problem = error
-    assert problem is not None
-    raise problem
+            problems.append(error)
+    if len(problems) == 1:
+        raise problems[0]
+    right = [
+        ", ".join(map(str, get_args(o))) if get_origin(o) is Literal else _WORDS.get(o, str(o))
+        for o in options
+    ]
+    raise UserError(f"{name} is {value!r}: use {' or '.join(right)}")
+
+
+_WORDS = {int: "a whole number", float: "a number", str: "a text", bool: "true or false"}
 
 
 def _convert_float(name: str, value: Any) -> float:

@@ -38,6 +38,7 @@ def check_told(outcome: Outcome, *parts: str) -> None:
         ("train --epoch 3", "unknown flag --epoch: did you mean --epochs?"),
         ("train --epochs three", "epochs is 'three': a value of type int is needed"),
         ("train --epochs 0", "epochs is 0: must be at least 1"),
+        ("train --method prunetrain --round-to foo", "round_to is 'foo': use a whole number or auto"),
         ("train --precision fp8", "precision is 'fp8': use one of fp32, bf16, fp16"),
         ("train --schedule step --milestones 0.7 0.2", "milestones is [0.7, 0.2]: rising shares"),
         (

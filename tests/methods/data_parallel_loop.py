@@ -20,6 +20,7 @@ from torch.nn.parallel import DistributedDataParallel
 
 from clicktrain import ClickTrain, PruneTrain
 from clicktrain.accounting.agreement import agree_on_, agreed, agreed_text, mean_over_processes
+from clicktrain.methods import DSR, RigL
 
 STEPS, EPOCHS, BATCH = 4, 6, 8
 
@@ -45,6 +46,21 @@ def normed() -> nn.Module:
     )  # fmt: skip
 
 
+@torch.no_grad()
+def unlike_(model: nn.Module, optimizer: torch.optim.Optimizer, rank: int) -> None:
+    """Channels that the first process takes for dead, and the second one only without its statistics."""
+    convolution, norm = model.get_submodule("0"), model.get_submodule("1")
+    assert isinstance(convolution, nn.Conv2d)
+    assert isinstance(norm, nn.BatchNorm2d)
+    assert norm.running_mean is not None
+    for weight in (convolution.weight, norm.weight, norm.bias):
+        assert weight.grad is not None
+        for tensor in (weight, weight.grad, optimizer.state[weight]["momentum_buffer"]):
+            tensor[:3] = 0
+    norm.weight[:3] = 1e-6
+    norm.running_mean[:3] = -1e6 * rank
+
+
 def batch(number: int) -> tuple[Tensor, Tensor]:
     generator = torch.Generator().manual_seed(number)
     y = torch.randint(0, 4, (BATCH,), generator=generator)
@@ -55,6 +71,8 @@ METHODS: dict[str, Any] = {
     "channels": PruneTrain(penalty_ratio=0.7, interval=1),
     "normed": PruneTrain(coefficient=0.05, interval=1, round_to="auto"),
     "packed": ClickTrain(compression=3, patterns=4),
+    "rigl": RigL(sparsity=0.6, interval=2),
+    "dsr": DSR(sparsity=0.6, interval=1),
 }
 
 
@@ -84,6 +102,7 @@ def main(name: str, rank: int, processes: int, folder: Path) -> None:
         save_file({}, folder / f"{rank}.safetensors")
         return
     model = normed() if name == "normed" else network()
+    torch.manual_seed(rank)  # weights are alike, whatever else is drawn is not
     optimizer = torch.optim.SGD(model.parameters(), lr=0.05, momentum=0.9)
     pruner = METHODS[name].attach(
         model, optimizer, epochs=EPOCHS, steps_per_epoch=STEPS, packed=name == "packed"
@@ -92,7 +111,9 @@ def main(name: str, rank: int, processes: int, folder: Path) -> None:
 
     def wrap(module: nn.Module) -> Any:
         wraps.append(sum(parameter.numel() for parameter in module.parameters()))
-        return DistributedDataParallel(module) if processes > 1 else module
+        if processes == 1:
+            return module
+        return DistributedDataParallel(module, broadcast_buffers=name != "normed")
 
     forward = pruner.wrapped(wrap)
     for number in range(EPOCHS * STEPS):
@@ -100,6 +121,8 @@ def main(name: str, rank: int, processes: int, folder: Path) -> None:
         loss = F.cross_entropy(forward(x), y)
         loss.backward()
         pruner.observe(loss)
+        if name == "normed" and number == 2 * STEPS - 1:
+            unlike_(model, optimizer, rank)
         optimizer.step()
         optimizer.zero_grad()
     pruner.finish()

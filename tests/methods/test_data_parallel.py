@@ -56,7 +56,7 @@ def test_the_first_process_has_the_word(tmp_path: Path) -> None:
     assert told == {**first, "mean": 0.0}
 
 
-@pytest.mark.parametrize("name", ["channels", "packed"])
+@pytest.mark.parametrize("name", ["channels", "packed", "rigl", "dsr"])
 def test_two_processes_train_as_one_does(name: str, tmp_path: Path) -> None:
     ((alone, weights),) = trained(name, 1, tmp_path / "one")
     (first, mine), (second, others) = trained(name, 2, tmp_path / "two")
@@ -71,7 +71,7 @@ def test_two_processes_train_as_one_does(name: str, tmp_path: Path) -> None:
         assert first["plans"]
         assert first["wraps"] == sorted(set(first["wraps"]), reverse=True)
         assert len(first["wraps"]) in (len(first["plans"]), len(first["plans"]) + 1)  # the last is at the end
-    else:
+    elif name == "packed":
         assert len(first["wraps"]) == 2
         assert first["wraps"][1] < first["wraps"][0]
 
@@ -114,6 +114,35 @@ def test_a_wrapper_is_made_anew_only_when_parameters_are_replaced() -> None:
     assert sizes == [(1, 0), (1, 0), (2, 1), (2, 1)]
     assert made == [model, model]
     assert forward.current is forward.current
+
+
+def test_every_network_of_a_long_run_is_compiled() -> None:
+    """PyTorch keeps 8 compiled versions of a function, and then runs it as it is."""
+    torch.manual_seed(0)
+    model = nn.Sequential(nn.Conv2d(3, 40, 3), nn.ReLU(), nn.Conv2d(40, 2, 3), nn.Flatten())
+    optimizer = torch.optim.SGD(model.parameters(), lr=1e-6)
+    pruner = PruneTrain(coefficient=1e-9, interval=1).attach(model, optimizer, epochs=12, steps_per_epoch=1)
+    compiled: list[int] = []
+
+    def backend(graph: torch.fx.GraphModule, inputs: list[Tensor]) -> Any:
+        compiled.append(sum(parameter.numel() for parameter in model.parameters()))
+        return graph.forward
+
+    forward = pruner.wrapped(lambda module: torch.compile(module, backend=backend))
+    for number in range(12):
+        loss = (
+            forward(torch.randn(2, 3, 5, 5, generator=torch.Generator().manual_seed(number))).square().mean()
+        )
+        loss.backward()
+        pruner.observe(loss)
+        with torch.no_grad():  # one more channel has become zero
+            model.get_parameter("0.weight")[0] = 0
+            model.get_parameter("0.bias")[0] = 0
+            model.get_parameter("2.weight")[:, 0] = 0
+        optimizer.zero_grad()
+        optimizer.step()
+    assert pruner.revision > 9
+    assert len(set(compiled)) == len(pruner.plans) + 1
 
 
 def test_a_network_in_a_wrapper_is_refused() -> None:

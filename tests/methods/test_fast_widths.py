@@ -17,6 +17,7 @@ from clicktrain.errors import UserError
 from clicktrain.methods import fast_widths
 from clicktrain.methods.fast_widths import (
     MULTIPLES,
+    BatchForm,
     Rounding,
     WidthChoice,
     best,
@@ -143,12 +144,28 @@ def test_a_network_whose_output_is_a_dictionary() -> None:
     assert times["whole"] > 0
 
 
-def test_the_choice_is_told_in_words() -> None:
-    rows = (Rounding(1, 2.0, 100), Rounding(8, 1.0, 110), Rounding(16, 1.5, 150))
-    lines = str(WidthChoice(8, rows, 16, "float32")).splitlines()
-    assert lines[1].split() == ["1", "100.0%", "0.0%"]
-    assert lines[2].split() == ["8", "50.0%", "10.0%", "<-", "chosen"]
-    assert lines[3].split() == ["16", "75.0%", "50.0%"]
+@pytest.mark.parametrize("memory_format", [torch.contiguous_format, torch.channels_last])
+def test_a_resumed_run_decides_on_a_blank_batch_of_the_same_form(
+    memory_format: torch.memory_format, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    model, plans = pruned_plans()
+    seen = SeenBatch(batch().to(memory_format=memory_format), torch.bfloat16)
+    choice = fastest_multiple(model, seen, plans, folder=tmp_path)
+    monkeypatch.setattr(fast_widths, "step_ms", None)  # what was measured is found again
+    saved = json.loads(json.dumps(list(BatchForm.of(seen))))
+    form = BatchForm(tuple(saved[0]), tuple(saved[1]), saved[2])
+    assert form == BatchForm.of(seen)
+    blank = form.blank(torch.zeros(1, 3, 8, 8))
+    assert blank.inputs.is_contiguous(memory_format=memory_format)
+    assert fastest_multiple(model, blank, plans, folder=tmp_path) == choice
+
+
+def test_synchronised_norms_do_not_wait_for_others() -> None:
+    torch.manual_seed(0)
+    model = nn.Sequential(nn.Conv2d(3, 4, 3), nn.SyncBatchNorm(4), nn.Flatten(), nn.LazyLinear(2))
+    model.eval()(batch())
+    assert step_ms(model, batch(), None, {"whole": SurgeryPlan()})["whole"] > 0
+    assert type(model[1]) is nn.SyncBatchNorm
 
 
 def test_mistakes() -> None:

@@ -288,6 +288,7 @@ def test_gradient_accumulation_over_the_end_of_an_epoch() -> None:
         ({"epi_threshold": 2.0}, "epi_threshold must be between"),
         ({"prune_steps": 0}, "prune_steps must be at least 1"),
         ({"latency_penalty": -1.0}, "latency_penalty"),
+        ({"latency_batch": 64}, "latency_batch is 64 but no latency counts"),
         ({"policy": "init", "structure_from": "x"}, "prune_epoch 0 instead of init"),
     ],
 )

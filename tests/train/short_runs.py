@@ -88,7 +88,15 @@ def weights(path: Path) -> dict[str, torch.Tensor]:
     return load_file(path / "model.safetensors")
 
 
-TIMES = {"seconds", "data_seconds", "step_ms_median", "train_seconds", "data_share", "step_ms"}
+TIMES = {
+    "seconds",
+    "planning_seconds",
+    "data_seconds",
+    "step_ms_median",
+    "train_seconds",
+    "data_share",
+    "step_ms",
+}
 
 
 def without_times(record: Mapping[str, Any]) -> dict[str, Any]:

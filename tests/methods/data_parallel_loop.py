@@ -1,7 +1,7 @@
 """A training loop of one process among several (or alone), run as a script by the tests.
 
-python data_parallel_loop.py METHOD RANK PROCESSES FOLDER: every process trains on its share of each batch and
-writes what it ends with. METHOD: channels, normed, packed; or agreement, where nothing is trained.
+python data_parallel_loop.py RANK PROCESSES FOLDER: for each of `METHODS` every process trains on its share of
+each batch and writes what it ends with; and what the processes hear from each other.
 """
 
 from __future__ import annotations
@@ -93,14 +93,18 @@ def agreement(rank: int) -> dict[str, Any]:
     }
 
 
-def main(name: str, rank: int, processes: int, folder: Path) -> None:
+def main(rank: int, processes: int, folder: Path) -> None:
     torch.set_num_threads(1)
     if processes > 1:
         dist.init_process_group("gloo", f"file://{folder / 'store'}", rank=rank, world_size=processes)
-    if name == "agreement":
-        (folder / f"{rank}.json").write_text(json.dumps(agreement(rank)))
-        save_file({}, folder / f"{rank}.safetensors")
-        return
+    (folder / f"agreement-{rank}.json").write_text(json.dumps(agreement(rank)))
+    for name in METHODS:
+        train(name, rank, processes, folder)
+    if processes > 1:
+        dist.destroy_process_group()
+
+
+def train(name: str, rank: int, processes: int, folder: Path) -> None:
     model = normed() if name == "normed" else network()
     torch.manual_seed(rank)  # weights are alike, whatever else is drawn is not
     optimizer = torch.optim.SGD(model.parameters(), lr=0.05, momentum=0.9)
@@ -131,11 +135,10 @@ def main(name: str, rank: int, processes: int, folder: Path) -> None:
         "plans": [plan.to_json() for plan in pruner.plans],
         "events": [{k: v for k, v in e.items() if k != "seconds"} for e in pruner.events],
     }
-    (folder / f"{rank}.json").write_text(json.dumps(told))
-    save_file({k: v.contiguous() for k, v in model.state_dict().items()}, folder / f"{rank}.safetensors")
-    if processes > 1:
-        dist.destroy_process_group()
+    (folder / f"{name}-{rank}.json").write_text(json.dumps(told))
+    weights = {key: value.contiguous() for key, value in model.state_dict().items()}
+    save_file(weights, folder / f"{name}-{rank}.safetensors")
 
 
 if __name__ == "__main__":
-    main(sys.argv[1], int(sys.argv[2]), int(sys.argv[3]), Path(sys.argv[4]))
+    main(int(sys.argv[1]), int(sys.argv[2]), Path(sys.argv[3]))

@@ -23,12 +23,11 @@ SCRIPT = Path(__file__).parent / "data_parallel_loop.py"
 pytestmark = pytest.mark.skipif(not dist.is_available(), reason="PyTorch without torch.distributed")
 
 
-def trained(name: str, processes: int, folder: Path) -> list[tuple[dict[str, Any], dict[str, Tensor]]]:
-    """What every process ends with."""
-    folder.mkdir()
+def run(processes: int, folder: Path) -> Path:
+    """Train with every method in so many processes."""
     running = [
         subprocess.Popen(
-            [sys.executable, str(SCRIPT), name, str(rank), str(processes), str(folder)],
+            [sys.executable, str(SCRIPT), str(rank), str(processes), str(folder)],
             stderr=subprocess.PIPE,
             text=True,
         )
@@ -36,30 +35,42 @@ def trained(name: str, processes: int, folder: Path) -> list[tuple[dict[str, Any
     ]
     try:
         for process in running:
-            _, errors = process.communicate(timeout=180)
+            _, errors = process.communicate(timeout=240)
             assert process.returncode == 0, errors
     finally:
         for process in running:
             process.kill()
             process.communicate()
-    return [
-        (json.loads((folder / f"{rank}.json").read_text()), load_file(folder / f"{rank}.safetensors"))
-        for rank in range(processes)
-    ]
+    return folder
 
 
-def test_the_first_process_has_the_word(tmp_path: Path) -> None:
-    heard = [told for told, _ in trained("agreement", 2, tmp_path / "two")]
+@pytest.fixture(scope="module")
+def one(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return run(1, tmp_path_factory.mktemp("one"))
+
+
+@pytest.fixture(scope="module")
+def two(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return run(2, tmp_path_factory.mktemp("two"))
+
+
+def end_of(folder: Path, name: str, rank: int) -> tuple[dict[str, Any], dict[str, Tensor]]:
+    """What a process ended with."""
+    told = json.loads((folder / f"{name}-{rank}.json").read_text())
+    return told, load_file(folder / f"{name}-{rank}.safetensors")
+
+
+def test_the_first_process_has_the_word(one: Path, two: Path) -> None:
+    heard = [json.loads((two / f"agreement-{rank}.json").read_text()) for rank in range(2)]
     first = {"numbers": [0.1, 2.0], "text": "pröcess 0", "mask": [True, True], "weights": [[0.0, 0.0]] * 3}
     assert heard == [{**first, "mean": 0.5}] * 2
-    ((told, _),) = trained("agreement", 1, tmp_path / "one")
-    assert told == {**first, "mean": 0.0}
+    assert json.loads((one / "agreement-0.json").read_text()) == {**first, "mean": 0.0}
 
 
 @pytest.mark.parametrize("name", ["channels", "packed", "rigl", "dsr"])
-def test_two_processes_train_as_one_does(name: str, tmp_path: Path) -> None:
-    ((alone, weights),) = trained(name, 1, tmp_path / "one")
-    (first, mine), (second, others) = trained(name, 2, tmp_path / "two")
+def test_two_processes_train_as_one_does(name: str, one: Path, two: Path) -> None:
+    alone, weights = end_of(one, name, 0)
+    (first, mine), (second, others) = (end_of(two, name, rank) for rank in range(2))
     assert first["plans"] == second["plans"]
     assert all(torch.equal(mine[key], others[key]) for key in mine)
     assert first["plans"] == alone["plans"]
@@ -76,8 +87,8 @@ def test_two_processes_train_as_one_does(name: str, tmp_path: Path) -> None:
         assert first["wraps"][1] < first["wraps"][0]
 
 
-def test_statistics_and_measurements_that_differ_decide_alike(tmp_path: Path) -> None:
-    (first, mine), (second, others) = trained("normed", 2, tmp_path / "two")
+def test_statistics_and_measurements_that_differ_decide_alike(two: Path) -> None:
+    (first, mine), (second, others) = (end_of(two, "normed", rank) for rank in range(2))
     assert first["plans"]
     assert first["plans"] == second["plans"]
     chosen = [

@@ -28,6 +28,12 @@ from clicktrain.methods.survey import SeenBatch
 from clicktrain.surgery import SurgeryPlan, apply_surgery_, plan_from_zeros
 
 
+@pytest.fixture(autouse=True)
+def quick(monkeypatch: pytest.MonkeyPatch) -> None:
+    """The fewest rounds: these tests are not about how well is measured."""
+    monkeypatch.setattr(fast_widths, "SECONDS", 0.0)
+
+
 def up(width: int, multiple: int) -> int:
     while width % multiple:
         width += 1

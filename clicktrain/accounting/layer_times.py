@@ -147,7 +147,7 @@ def layer_times(
         if times is None:
             progress(f"measuring a layer of {geometry.inputs} -> {geometry.outputs} channels, batch {batch}")
             times = measure_layer(geometry, batch, device)
-            _keep(path, times)
+            keep_json(path, asdict(times))
         columns = len(times.outputs)
         ms = agreed([ms for row in times.ms for ms in row], device)
         rows = tuple(tuple(ms[first : first + columns]) for first in range(0, len(ms), columns))
@@ -237,10 +237,10 @@ def _read(path: Path, geometry: LayerGeometry) -> LayerTimes | None:
     return LayerTimes(inputs, outputs, ms) if fits else None
 
 
-def _keep(path: Path, times: LayerTimes) -> None:
-    """Write a table down; where that is not possible the next run measures again."""
+def keep_json(path: Path, document: Mapping[str, object]) -> None:
+    """Write a measurement down; where that is not possible the next run measures again."""
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
-        write_text_atomic(path, json.dumps(asdict(times)))
+        write_text_atomic(path, json.dumps(document))
     except (OSError, UserError):
         return

@@ -44,6 +44,19 @@ def least_ms(
     return {key: min(found) for key, found in times.items()}
 
 
+def timed_for(
+    calls: Mapping[Key, Callable[[], object]],
+    seconds: float,
+    rounds: tuple[int, int],
+    *,
+    clock: Callable[[], float] | None = None,
+) -> dict[Key, list[float]]:
+    """`interleaved_ms` for about so many seconds, in at least and at most so many rounds."""
+    once = sum(ms for (ms,) in interleaved_ms(calls, 1).values())
+    least, most = rounds
+    return interleaved_ms(calls, min(max(round(1000 * seconds / max(once, 1e-3)), least), most), clock=clock)
+
+
 def interleaved_ms(
     calls: Mapping[Key, Callable[[], object]],
     rounds: int,

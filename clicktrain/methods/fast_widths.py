@@ -11,6 +11,7 @@ from __future__ import annotations
 import dataclasses
 import hashlib
 import json
+import statistics
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -18,13 +19,13 @@ from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
+from torch.nn.modules.batchnorm import _BatchNorm
 from torch.utils import _pytree as pytree
 
 from clicktrain.accounting.agreement import agreed
-from clicktrain.accounting.layer_times import cache_folder, clock_of, machine, synchronised
-from clicktrain.accounting.timing import interleaved_ms, median_ms
+from clicktrain.accounting.layer_times import cache_folder, clock_of, keep_json, machine, synchronised
+from clicktrain.accounting.timing import timed_for
 from clicktrain.errors import UserError
-from clicktrain.formats.atomic import write_text_atomic
 from clicktrain.formats.memory_format import keep_out_of_channels_last_
 from clicktrain.methods.latency_target import bare_copy
 from clicktrain.methods.survey import SeenBatch
@@ -141,7 +142,7 @@ def fastest_multiple(
         )
         dtype = str(seen.autocast or torch.float32).removeprefix("torch.")
         choice = WidthChoice(best(rows), rows, len(inputs), dtype)
-        _keep(path, choice)
+        keep_json(path, choice.to_json())
     (chosen,) = agreed([choice.chosen], inputs.device)
     return dataclasses.replace(choice, chosen=int(chosen))
 
@@ -172,9 +173,8 @@ def step_ms(
             keep_out_of_channels_last_(replica)
             _norm_alone_(replica)
             calls[name] = synchronised(_step(replica.train(), inputs, autocast), inputs.device)
-        once = interleaved_ms(calls, 1)
-        rounds = round(1000 * SECONDS / max(sum(ms for (ms,) in once.values()), 1e-3))
-        return median_ms(calls, min(max(rounds, ROUNDS[0]), ROUNDS[1]), clock=clock_of(inputs.device))
+        times = timed_for(calls, SECONDS, ROUNDS, clock=clock_of(inputs.device))
+    return {name: statistics.median(found) for name, found in times.items()}
 
 
 def _step(model: nn.Module, inputs: Tensor, autocast: torch.dtype | None) -> Callable[[], object]:
@@ -190,11 +190,18 @@ def _step(model: nn.Module, inputs: Tensor, autocast: torch.dtype | None) -> Cal
     return step
 
 
+class _NormAlone(_BatchNorm):
+    """Of whatever dimensions, as the synchronised one."""
+
+    def _check_input_dim(self, input: Tensor) -> None:
+        del input
+
+
 def _norm_alone_(model: nn.Module) -> None:
     """Batch norms that wait for other processes no more: these do not time as many steps."""
     for module in model.modules():
         if type(module) is nn.SyncBatchNorm:
-            module.__class__ = nn.BatchNorm2d  # type: ignore[assignment]
+            module.__class__ = _NormAlone  # type: ignore[assignment]
 
 
 def _left(plan: SurgeryPlan) -> str:
@@ -224,12 +231,3 @@ def _read(path: Path) -> WidthChoice | None:
         return WidthChoice.from_json(json.loads(path.read_text(encoding="utf-8")))
     except (OSError, ValueError, UserError):
         return None
-
-
-def _keep(path: Path, choice: WidthChoice) -> None:
-    """Write it down; where that is not possible the next run measures again."""
-    try:
-        path.parent.mkdir(parents=True, exist_ok=True)
-        write_text_atomic(path, json.dumps(choice.to_json()))
-    except (OSError, UserError):
-        return

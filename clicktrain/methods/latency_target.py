@@ -19,7 +19,7 @@ from torch import Tensor, fx, nn
 
 from clicktrain.accounting.agreement import agreed
 from clicktrain.accounting.layer_times import LayerGeometry, LayerTimes, clock_of, layer_times, synchronised
-from clicktrain.accounting.timing import interleaved_ms
+from clicktrain.accounting.timing import timed_for
 from clicktrain.errors import UserError
 from clicktrain.surgery import SurgeryPlan, apply_surgery_
 from clicktrain.surgery.groups import Dependencies
@@ -234,10 +234,7 @@ def _times(
         replica.eval()
         calls[number] = synchronised(_forward(replica, x), x.device)
     with torch.inference_mode():
-        once = interleaved_ms(calls, 1)
-        rounds = round(1000 * seconds / max(sum(ms for (ms,) in once.values()), 1e-3))
-        rounds = min(max(rounds, ROUNDS[0]), ROUNDS[1])
-        return interleaved_ms(calls, rounds, clock=clock_of(x.device))
+        return timed_for(calls, seconds, ROUNDS, clock=clock_of(x.device))
 
 
 def bare_copy(model: nn.Module) -> nn.Module:

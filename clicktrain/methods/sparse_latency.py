@@ -16,7 +16,7 @@ from torch import Tensor, nn
 
 from clicktrain.accounting.agreement import agreed
 from clicktrain.accounting.layer_times import clock_of
-from clicktrain.accounting.timing import interleaved_ms
+from clicktrain.accounting.timing import timed_for
 from clicktrain.errors import UserError
 from clicktrain.kernels.native import keep_memory, toolchain
 from clicktrain.kernels.sparse_conv2d import refusal
@@ -259,9 +259,7 @@ def network_times(
     """
     x = torch.zeros(batch, *example.shape[1:], dtype=example.dtype)
     calls = {name: network_call(model, x, timed) for name, model in models.items()}
-    once = interleaved_ms(calls, 1)
-    rounds = round(1000 * seconds / max(sum(ms for (ms,) in once.values()), 1e-3))
-    return interleaved_ms(calls, min(max(rounds, ROUNDS[0]), ROUNDS[1]), clock=clock_of(x.device))
+    return timed_for(calls, seconds, ROUNDS, clock=clock_of(x.device))
 
 
 def network_call(model: nn.Module, x: Tensor, timed: Timed) -> Callable[[], object]:

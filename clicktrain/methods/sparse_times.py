@@ -20,10 +20,8 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from clicktrain.accounting.agreement import agreed
-from clicktrain.accounting.layer_times import LayerTimes, cache_folder, clock_of, machine
+from clicktrain.accounting.layer_times import LayerTimes, cache_folder, clock_of, keep_json, machine
 from clicktrain.accounting.timing import least_ms
-from clicktrain.errors import UserError
-from clicktrain.formats.atomic import write_text_atomic
 from clicktrain.formats.packed import Structure
 from clicktrain.kernels.native import toolchain
 from clicktrain.kernels.native.library import build_all
@@ -165,7 +163,7 @@ def sparse_times(geometries: Iterable[SparseGeometry]) -> dict[SparseGeometry, S
         times = _read(path, geometry)
         if times is None:
             times = measure_sparse(geometry)
-            _keep(path, times)
+            keep_json(path, asdict(times))
         *sparse, dense = agreed([*times.sparse_ms, times.dense_ms], torch.device("cpu"))
         found[geometry] = replace(times, sparse_ms=tuple(sparse), dense_ms=dense)
     return found
@@ -249,12 +247,3 @@ def _read(path: Path, geometry: SparseGeometry) -> SparseTimes | None:
         return None
     fits = kernels == geometry.points() and len(sparse) == len(kernels)
     return SparseTimes(kernels, sparse, dense) if fits else None
-
-
-def _keep(path: Path, times: SparseTimes) -> None:
-    """Write a table down; where that is not possible the next run measures again."""
-    try:
-        path.parent.mkdir(parents=True, exist_ok=True)
-        write_text_atomic(path, json.dumps(asdict(times)))
-    except (OSError, UserError):
-        return

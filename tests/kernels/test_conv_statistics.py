@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import copy
-from collections.abc import Iterator, Mapping
+from collections.abc import Mapping
 from typing import Any
 
 import hypothesis.strategies as st
@@ -24,24 +24,16 @@ from clicktrain.kernels.sparse_conv2d.blocked.ops import sparse_conv2d_blocked_s
 from clicktrain.kernels.sparse_conv2d.blocked.problem import ConvProblem, Tiling
 
 TOOLS = toolchain()
-pytestmark = pytest.mark.skipif(TOOLS is None, reason="there is no C compiler")
+pytestmark = [
+    pytest.mark.skipif(TOOLS is None, reason="there is no C compiler"),
+    pytest.mark.usefixtures("poisoned_memory"),
+]
 LANES = {dtype: TOOLS.lanes(dtype) if TOOLS else 1 for dtype in (torch.float32, torch.float64)}
 NAN = float("nan")
 EPS = 1e-5
 # Of the variance, and of the deviation for the mean: in float32 a mean of 100 deviations is itself known to
 # 1e-5 of them, and so is every number that the variance is taken of.
 RELATIVE = {torch.float32: 3e-5, torch.float64: 1e-11}
-
-
-@pytest.fixture(autouse=True)
-def _poisoned_memory() -> Iterator[None]:
-    """New memory is NaN, so that what a kernel leaves unwritten fails loudly."""
-    before = torch.are_deterministic_algorithms_enabled(), torch.utils.deterministic.fill_uninitialized_memory
-    torch.use_deterministic_algorithms(True)
-    torch.utils.deterministic.fill_uninitialized_memory = True  # type: ignore[assignment]
-    yield
-    torch.use_deterministic_algorithms(before[0])
-    torch.utils.deterministic.fill_uninitialized_memory = before[1]  # type: ignore[assignment]
 
 
 def blocked(x: Tensor, filling: float = NAN) -> Tensor:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
 from typing import Any
 
 import hypothesis.strategies as st
@@ -20,21 +19,13 @@ from clicktrain.kernels.sparse_conv2d.blocked.ops import sparse_conv2d_blocked
 from clicktrain.kernels.sparse_conv2d.blocked.problem import PHASES, ConvProblem, Tiling
 from clicktrain.kernels.sparse_conv2d.blocked.tables import NARROW
 
-pytestmark = pytest.mark.skipif(toolchain() is None, reason="there is no C compiler")
+pytestmark = [
+    pytest.mark.skipif(toolchain() is None, reason="there is no C compiler"),
+    pytest.mark.usefixtures("poisoned_memory"),
+]
 
 PATTERNS = ((0, 1, 3, 4), (1, 2, 4, 5), (3, 4, 6, 7), (1, 3, 4, 5), (1, 4, 5, 7))
 TOLERANCE = {torch.float32: 3e-6, torch.float64: 1e-14}
-
-
-@pytest.fixture(autouse=True)
-def _poisoned_memory() -> Iterator[None]:
-    """New memory is NaN, so that what a kernel leaves unwritten fails loudly."""
-    before = torch.are_deterministic_algorithms_enabled(), torch.utils.deterministic.fill_uninitialized_memory
-    torch.use_deterministic_algorithms(True)
-    torch.utils.deterministic.fill_uninitialized_memory = True  # type: ignore[assignment]
-    yield
-    torch.use_deterministic_algorithms(before[0])
-    torch.utils.deterministic.fill_uninitialized_memory = before[1]  # type: ignore[assignment]
 
 
 def pattern_mask(f: int, c: int, density: float, group: int, generator: torch.Generator) -> Tensor:

@@ -168,7 +168,9 @@ def test_a_resumed_run_decides_on_a_blank_batch_of_the_same_form(
 
 def test_synchronised_norms_do_not_wait_for_others() -> None:
     torch.manual_seed(0)
-    model = nn.Sequential(nn.Conv2d(3, 4, 3), nn.SyncBatchNorm(4), nn.Flatten(), nn.LazyLinear(2))
+    model = nn.Sequential(
+        nn.Conv2d(3, 4, 3), nn.SyncBatchNorm(4), nn.Flatten(), nn.Linear(144, 2), nn.SyncBatchNorm(2)
+    )
     model.eval()(batch())
     assert step_ms(model, batch(), None, {"whole": SurgeryPlan()})["whole"] > 0
     assert type(model[1]) is nn.SyncBatchNorm

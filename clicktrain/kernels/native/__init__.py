@@ -3,6 +3,17 @@
 from clicktrain.kernels.native.library import Library, build, load
 from clicktrain.kernels.native.memory import keep_memory
 from clicktrain.kernels.native.toolchain import Toolchain, toolchain
-from clicktrain.kernels.native.vector import C_TYPES, preamble
+from clicktrain.kernels.native.vector import C_TYPES, STORED_TYPES, compute_type, preamble
 
-__all__ = ["C_TYPES", "Library", "Toolchain", "build", "keep_memory", "load", "preamble", "toolchain"]
+__all__ = [
+    "C_TYPES",
+    "STORED_TYPES",
+    "Library",
+    "Toolchain",
+    "build",
+    "compute_type",
+    "keep_memory",
+    "load",
+    "preamble",
+    "toolchain",
+]

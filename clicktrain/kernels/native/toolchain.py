@@ -12,6 +12,8 @@ from pathlib import Path
 
 import torch
 
+from clicktrain.kernels.native.vector import compute_type
+
 _FLAGS = ("-std=gnu11", "-O2", "-fPIC", "-shared", "-fno-math-errno", "-ffp-contract=fast")
 _TUNE = (("-march=native",), ("-mcpu=native",), ())
 _VECTOR_BYTES = (("__AVX512F__", 64), ("__AVX__", 32))
@@ -44,8 +46,11 @@ class Toolchain:
         return 32 if "__AVX512F__" in self.isa or "__ARM_NEON" in self.isa else 16
 
     def lanes(self, dtype: torch.dtype) -> int:
-        """Numbers of that type in one vector register."""
-        return self.vector_bytes // dtype.itemsize
+        """V: images that lie side by side where activations are kept in that type.
+
+        As many as a vector register has numbers of the type that is computed in.
+        """
+        return self.vector_bytes // compute_type(dtype).itemsize
 
 
 @functools.cache

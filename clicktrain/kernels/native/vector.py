@@ -1,18 +1,32 @@
-"""What generated sources start with: the vector type, broadcasts, sums over lanes."""
+"""What generated sources start with: vector types, broadcasts, sums over lanes, numbers kept in bfloat16."""
 
 from __future__ import annotations
 
 import torch
 
 C_TYPES = {torch.float32: "float", torch.float64: "double"}
-"""Number types that kernels are generated for."""
+"""Number types that kernels compute in."""
+STORED_TYPES = (*C_TYPES, torch.bfloat16)
+"""Number types that activations may be kept in."""
+
+
+def compute_type(dtype: torch.dtype) -> torch.dtype:
+    """What kernels compute in, and have their parameters in, where activations are kept in that type."""
+    return torch.float32 if dtype is torch.bfloat16 else dtype
 
 
 def preamble(dtype: torch.dtype, lanes: int) -> str:
     """Types and helpers: ``real``, ``vec`` of ``LANES`` reals (aligned), ``splat``, ``lane_sum``.
 
+    Activations are read and written as ``stored``, as many numbers of their own type, through ``widen`` and
+    ``narrow`` (to the nearest, ties to even, NaN stays NaN); both do nothing where that type is computed in.
     Vector extensions of GCC and Clang, not intrinsics: AVX2, AVX-512 and NEON come from one text.
+
+    Args:
+        dtype: of the activations, one of `STORED_TYPES`.
+        lanes: V, numbers of its `compute_type` in one vector register.
     """
+    kept, dtype = dtype, compute_type(dtype)
     size = dtype.itemsize
     steps = []
     half = lanes
@@ -66,7 +80,8 @@ def preamble(dtype: torch.dtype, lanes: int) -> str:
             "#define KEEP(x)",
             "#endif",
             *_lane_sums(dtype, lanes),
-            *_STREAM,
+            *_stored(kept, lanes),
+            *_stream(lanes * kept.itemsize),
             "static inline int64_t min64(int64_t a, int64_t b) { return a < b ? a : b; }",
             "static inline int64_t max64(int64_t a, int64_t b) { return a > b ? a : b; }",
             "",
@@ -74,26 +89,73 @@ def preamble(dtype: torch.dtype, lanes: int) -> str:
     )
 
 
-# A store around the caches, for results that are too large to be found there again: nothing has to be read
-# first. DRAIN makes them visible to other threads.
-_STREAM = [
-    "#if defined(__clang__)",
-    "#define STREAM(p, v) __builtin_nontemporal_store(v, p)",
-    "#elif defined(__AVX512F__)",
-    "typedef float stream_t __attribute__((vector_size(64), may_alias));",
-    "#define STREAM(p, v) __builtin_ia32_movntps512((float *)(p), (stream_t)(v))",
-    "#elif defined(__AVX__)",
-    "typedef float stream_t __attribute__((vector_size(32), may_alias));",
-    "#define STREAM(p, v) __builtin_ia32_movntps256((float *)(p), (stream_t)(v))",
-    "#else",
-    "#define STREAM(p, v) (*(p) = (v))",
-    "#endif",
-    "#if defined(__x86_64__)",
-    "#define DRAIN() __builtin_ia32_sfence()",
-    "#else",
-    "#define DRAIN() ((void)0)",
-    "#endif",
-]
+def _stored(dtype: torch.dtype, lanes: int) -> list[str]:
+    """``number`` and ``stored``, one and ``LANES`` activations, and the ways from and to ``vec``."""
+    inline = "static inline __attribute__((always_inline, unused))"
+    if dtype is not torch.bfloat16:
+        return [
+            "typedef real number;",
+            "typedef vec stored;",
+            f"{inline} vec widen(stored v) {{ return v; }}",
+            f"{inline} stored narrow(vec v) {{ return v; }}",
+        ]
+    return [
+        "typedef uint16_t number;",
+        f"typedef uint16_t stored __attribute__((vector_size({2 * lanes}), aligned({2 * lanes}), may_alias));",
+        f"typedef uint32_t bits __attribute__((vector_size({4 * lanes}), aligned({4 * lanes})));",
+        f"{inline} vec widen(stored v) {{",
+        # Instructions by name where GCC 12 finds no good ones; they take whole registers.
+        "#if (defined(__AVX512F__) && LANES == 16) || (defined(__AVX2__) && LANES == 8)",
+        "  bits b;",
+        '  __asm__("vpmovzxwd %1, %0" : "=v"(b) : "vm"(v));',
+        "  return (vec)(b << 16);",
+        "#else",
+        "  return (vec)(__builtin_convertvector(v, bits) << 16);",
+        "#endif",
+        "}",
+        f"{inline} stored narrow(vec v) {{",
+        "#if defined(__AVX512BF16__) && LANES == 16",
+        "  stored s;",
+        '  __asm__("vcvtneps2bf16 %1, %0" : "=v"(s) : "v"(v));',
+        "  return s;",
+        "#else",
+        "  const bits b = (bits)v, odd = (b >> 16) & 1, near = b + 0x7fff + odd, nan = b | 0x400000;",
+        "  const bits known = (bits)(v == v);",
+        "  return __builtin_convertvector(((near & known) | (nan & ~known)) >> 16, stored);",
+        "#endif",
+        "}",
+    ]
+
+
+def _stream(size: int) -> list[str]:
+    """``STREAM(p, v)``, a store of so many bytes around the caches, and ``DRAIN``.
+
+    For results that are too large to be found there again: nothing has to be read first. ``DRAIN`` makes them
+    visible to other threads.
+    """
+    known = {64: ("__AVX512F__", "movntps512"), 32: ("__AVX__", "movntps256"), 16: ("__SSE__", "movntps")}
+    lines = [
+        "#if defined(__clang__)",
+        "#define STREAM(p, v) __builtin_nontemporal_store(v, p)",
+    ]
+    if size in known:
+        macro, name = known[size]
+        lines += [
+            f"#elif defined({macro})",
+            f"typedef float stream_t __attribute__((vector_size({size}), may_alias));",
+            f"#define STREAM(p, v) __builtin_ia32_{name}((float *)(p), (stream_t)(v))",
+        ]
+    return [
+        *lines,
+        "#else",
+        "#define STREAM(p, v) (*(p) = (v))",
+        "#endif",
+        "#if defined(__x86_64__)",
+        "#define DRAIN() __builtin_ia32_sfence()",
+        "#else",
+        "#define DRAIN() ((void)0)",
+        "#endif",
+    ]
 
 
 def _lane_sums(dtype: torch.dtype, lanes: int) -> list[str]:

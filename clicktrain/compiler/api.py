@@ -50,8 +50,10 @@ def accelerate(
         rule: ``measured``; ``density``, the paper's: sparse where more than 65% of the weights are zero; or
             ``sparse``: everything that can run blocked does. The latter two measure nothing.
         plan: replay these choices instead; a saved one, perhaps edited.
-        dtypes: number types that dense convolutions may use: ``fp32``, ``bf16``. Sparse ones use the
-            parameters' own type, also under autocast.
+        dtypes: number types that may be used, whether under autocast or not: ``fp32`` (the parameters' own),
+            ``bf16``. Dense convolutions compute in them. Accelerated regions keep their activations in them:
+            with both, in what is measured to be faster for the whole network; they compute in the parameters'
+            type, or in pairs of bfloat16 numbers summed up in float32 where the processor can.
         remember: take the plan that was measured before for such a network on this machine, or keep this one
             for the next time; False measures anew and keeps nothing.
         verbose: print the plan.

@@ -24,19 +24,20 @@ _FUSED, _FUSED_ADDITION = 8.0, 2.0
 _CONVERSION = 4.0
 
 
-def unit_ms(unit: Unit, *, blocked: bool, gb_s: float | None = None) -> float:
+def unit_ms(unit: Unit, *, blocked: bool, gb_s: float | None = None, itemsize: int | None = None) -> float:
     """Forward and backward of a unit on the example's batch, in milliseconds.
 
     Args:
         unit: with shapes.
         blocked: in which layout; there, a batch that is no multiple of the lanes is filled up.
         gb_s: measured speed of memory.
+        itemsize: bytes of an activation, where it is not the type of the example's.
     """
     shape = shape_of(unit.inputs[0])
     filling = _filled(shape[0]) / shape[0] if blocked else 1.0
     if unit.kind == "conv":
         return _conv_ms(unit, blocked) * filling
-    larger = max(math.prod(shape), math.prod(shape_of(unit.output))) * _itemsize(unit)
+    larger = max(math.prod(shape), math.prod(shape_of(unit.output))) * (itemsize or _itemsize(unit))
     if unit.kind == "batch_norm":
         added, relu = len(unit.inputs) > 1, unit.relu
         plain = _BATCH_NORM + added * _ADDITION + relu * _RELU

@@ -2,14 +2,14 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
 from torch import fx, nn
 
 from clicktrain.compiler import steps
 from clicktrain.compiler.norm_statistics import convolutions_before_norms
-from clicktrain.compiler.plan import DENSE, Choice, LoweringPlan
+from clicktrain.compiler.plan import DENSE, Choice, LoweringPlan, kept_in
 from clicktrain.compiler.trace import ROOT, Traced, layer_name
 from clicktrain.compiler.units import Unit, find_units, hooked, modules_in, shape_of
 from clicktrain.kernels.native import toolchain
@@ -54,11 +54,11 @@ def lower(traced: Traced, plan: LoweringPlan, dtype: torch.dtype) -> Lowered:
     Args:
         traced: with shapes.
         plan: choices by unit name; tilings are taken for images of the size that they were measured on.
-        dtype: number type of the accelerated regions.
+        dtype: number type of the parameters; the plan says what accelerated regions keep activations in.
     """
     units, _ = find_units(traced)
     choices = plan.by_layer()
-    writer = _Writer(traced, choices, dtype)
+    writer = _Writer(traced, choices, dtype, kept_in(plan.activations, dtype))
     stepped = []
     for unit in units:
         choice = choices.get(unit.name)
@@ -85,9 +85,9 @@ def lower(traced: Traced, plan: LoweringPlan, dtype: torch.dtype) -> Lowered:
     texts = []
     for step in writer.steps.modules():
         if isinstance(step, steps.BlockedConv):
-            texts += compile_plan(step.text, dtype)
+            texts += compile_plan(step.text, writer.kept)
         elif isinstance(step, steps.ConvBatchNorm):
-            texts += compile_plan(step.conv.text, dtype, ["forward"], sums=True)
+            texts += compile_plan(step.conv.text, writer.kept, ["forward"], sums=True)
     build_all(texts)
     return lowered
 
@@ -100,10 +100,12 @@ def _unpacked(unit: Unit, choice: Choice) -> bool:
 class _Writer:
     """Copies a graph node by node; each value is there in one layout, or in both once both are wanted."""
 
-    def __init__(self, traced: Traced, choices: dict[str, Choice], dtype: torch.dtype) -> None:
+    def __init__(
+        self, traced: Traced, choices: dict[str, Choice], dtype: torch.dtype, kept: torch.dtype
+    ) -> None:
         tools = toolchain()
-        self.lanes = tools.lanes(dtype) if tools else 0
-        self.traced, self.choices, self.dtype = traced, choices, dtype
+        self.lanes = tools.lanes(kept) if tools else 0
+        self.traced, self.choices, self.dtype, self.kept = traced, choices, dtype, kept
         self.blocked_units: dict[fx.Node, Unit] = {}
         self.dense: dict[fx.Node, Choice] = {}
         self.joined: dict[fx.Node, Unit] = {}
@@ -136,7 +138,7 @@ class _Writer:
     def plain(self, node: fx.Node) -> fx.Node:
         """The value as [N, C, H, W], converted if need be."""
         if node not in self._plain:
-            arguments = (self._blocked[node], self._images[node])
+            arguments = (self._blocked[node], self._images[node], self.dtype)
             self._plain[node] = self.graph.call_function(steps.unblock, arguments)
         return self._plain[node]
 
@@ -145,7 +147,7 @@ class _Writer:
         if node not in self._blocked:
             x = self._plain[node]
             self._images[node] = self.graph.call_method("size", (x, 0))
-            self._blocked[node] = self._call(f"block_{x.name}", steps.Block(self.lanes, self.dtype), x)
+            self._blocked[node] = self._call(f"block_{x.name}", steps.Block(self.lanes, self.kept), x)
         return self._blocked[node]
 
     def _write_blocked(self, unit: Unit) -> None:
@@ -159,7 +161,7 @@ class _Writer:
         node, layer = unit.output, unit.module
         if unit.kind == "global_pool":
             keepdim = len(shape_of(node)) == 4
-            self._plain[node] = self.graph.call_function(steps.image_mean, (x, n, keepdim))
+            self._plain[node] = self.graph.call_function(steps.image_mean, (x, n, keepdim, self.dtype))
             return
         if unit.kind == "conv":
             y = self._call(unit.name, self._conv(unit), x)
@@ -192,6 +194,8 @@ class _Writer:
         choice = self.choices[unit.name]
         same = choice.image == shape[1:]
         tilings = dict(choice.tilings) if same else {}
+        if self.kept is not torch.bfloat16:  # the model has another number type than when it was measured
+            tilings = {phase: replace(tiling, pairs=False) for phase, tiling in tilings.items()}
         layer = unit.module
         assert isinstance(layer, (PackedConv2d, nn.Conv2d))
         return steps.BlockedConv(layer, (shape[2], shape[3]), tilings)

@@ -15,7 +15,7 @@ from torch import Tensor, nn
 
 from clicktrain.accounting.layer_times import clock_of
 from clicktrain.compiler import steps
-from clicktrain.compiler.plan import DENSE
+from clicktrain.compiler.plan import DENSE, Activations, activations_of, kept_in
 from clicktrain.compiler.units import Unit, shape_of
 from clicktrain.formats.packed import Structure
 from clicktrain.kernels.native import toolchain
@@ -36,18 +36,24 @@ _WRITE_ONLY_GRADIENT = ("forward", "grad_weight")
 
 
 @dataclass(frozen=True, slots=True)
+class BlockedTimes:
+    """Milliseconds of one convolution in the blocked layout, forward + backward, and its best tilings."""
+
+    ms: float
+    tilings: tuple[tuple[Phase, Tiling], ...]
+
+
+@dataclass(frozen=True, slots=True)
 class LayerTimes:
     """Milliseconds of one convolution, forward + backward.
 
     Attributes:
         dense: by name of `DENSE`.
-        sparse: in the blocked layout with the best tilings.
-        tilings: these.
+        blocked: by what activations are kept in.
     """
 
     dense: Mapping[str, float]
-    sparse: float
-    tilings: tuple[tuple[Phase, Tiling], ...]
+    blocked: Mapping[Activations, BlockedTimes]
 
 
 def take_turns(functions: Mapping[str, Callable[[], object]], seconds: float = SECONDS) -> dict[str, float]:
@@ -78,18 +84,19 @@ def measure_convolutions(
     Args:
         units: of kind ``conv``, with shapes.
         trained_inputs: unit name -> whether the gradient of its input is wanted.
-        dtypes: ``fp32`` and ``bf16``, for the dense candidates.
+        dtypes: ``fp32`` and ``bf16``: what dense candidates compute in, and activations are kept in.
     """
     groups: dict[tuple[object, ...], list[Unit]] = {}
     for unit in units:
         groups.setdefault((*layer_key(unit), trained_inputs[unit.name]), []).append(unit)
-    prepared = {key: _sparse_candidates(same[0]) for key, same in groups.items()}
+    prepared = {key: _sparse_candidates(same[0], dtypes) for key, same in groups.items()}
     build_all(
         [
             text
             for key, same in groups.items()
-            for one in prepared[key]
-            for text in compile_plan(one.plan, _dtype(same[0]), [one.phase])
+            for kept, candidates in prepared[key].items()
+            for one in candidates
+            for text in compile_plan(one.plan, kept_in(kept, dtype_of(same[0])), [one.phase])
         ]
     )
     times = {}
@@ -99,27 +106,38 @@ def measure_convolutions(
     return times
 
 
-def measure_batch_norms(units: Sequence[Unit]) -> dict[str, tuple[float, float]]:
-    """Milliseconds (plain, blocked) of each batch norm with what is fused into it."""
-    known: dict[tuple[object, ...], tuple[float, float]] = {}
+def measure_batch_norms(
+    units: Sequence[Unit], activations: Sequence[Activations]
+) -> dict[str, dict[str, float]]:
+    """Milliseconds of each batch norm with what is fused into it: ``plain``, and blocked by what is kept."""
+    known: dict[tuple[object, ...], dict[str, float]] = {}
     times = {}
     for unit in units:
         key = (shape_of(unit.output), len(unit.inputs), unit.relu)
         if key not in known:
-            known[key] = _batch_norm_times(unit)
+            known[key] = _batch_norm_times(unit, activations)
         times[unit.name] = known[key]
     return times
 
 
-def measure_conversion(shape: Sequence[int], dtype: torch.dtype, trained: bool) -> tuple[float, float]:
-    """Milliseconds into the blocked layout and out of it, with the gradient's way back if ``trained``."""
+def measure_conversion(
+    shape: Sequence[int], dtype: torch.dtype, kept: torch.dtype, trained: bool
+) -> tuple[float, float]:
+    """Milliseconds into the blocked layout and out of it, with the gradient's way back if ``trained``.
+
+    Args:
+        shape: of the images.
+        dtype: of the images.
+        kept: of the blocks.
+        trained: whether there are gradients.
+    """
     tools = toolchain()
     assert tools is not None
     n, c, h, w = shape
-    lanes = tools.lanes(dtype)
-    block = steps.Block(lanes, dtype)
+    lanes = tools.lanes(kept)
+    block = steps.Block(lanes, kept)
     images = torch.randn(n, c, h, w, dtype=dtype, requires_grad=trained)
-    blocks = torch.randn(-(-n // lanes), c, h, w, lanes, dtype=dtype, requires_grad=trained)
+    blocks = torch.randn(-(-n // lanes), c, h, w, lanes, dtype=kept, requires_grad=trained)
     g_images, g_blocks = torch.randn_like(images), torch.randn_like(blocks)
 
     def into() -> object:
@@ -129,7 +147,7 @@ def measure_conversion(shape: Sequence[int], dtype: torch.dtype, trained: bool) 
 
     def out() -> object:
         with torch.enable_grad():
-            y = steps.unblock(blocks, n)
+            y = steps.unblock(blocks, n, dtype)
         return torch.autograd.grad(y, blocks, g_images) if trained else y
 
     ms = take_turns({"into": into, "out": out}, SECONDS / 8)
@@ -163,9 +181,13 @@ def layer_key(unit: Unit) -> tuple[object, ...]:
     return images, layer.groups, layer.bias is None, *problem.numbers(), *kind
 
 
-def _sparse_candidates(unit: Unit) -> list[Variant]:
+def _sparse_candidates(unit: Unit, dtypes: Sequence[str]) -> dict[Activations, list[Variant]]:
     layer, problem = conv_parts(unit)
-    return variants(sparse_structure(layer), problem, layer.groups)
+    structure, dtype = sparse_structure(layer), dtype_of(unit)
+    return {
+        kept: variants(structure, problem, layer.groups, kept_in(kept, dtype))
+        for kept in activations_of(dtypes, dtype)
+    }
 
 
 def sparse_structure(layer: PackedConv2d | nn.Conv2d) -> Structure:
@@ -173,9 +195,14 @@ def sparse_structure(layer: PackedConv2d | nn.Conv2d) -> Structure:
     return layer.structure if isinstance(layer, PackedConv2d) else steps.full_structure(layer)
 
 
-def _times(unit: Unit, sparse: Sequence[Variant], trained_input: bool, dtypes: Sequence[str]) -> LayerTimes:
+def _times(
+    unit: Unit,
+    sparse: Mapping[Activations, Sequence[Variant]],
+    trained_input: bool,
+    dtypes: Sequence[str],
+) -> LayerTimes:
     layer, problem = conv_parts(unit)
-    dtype, shape = _dtype(unit), shape_of(unit.inputs[0])
+    dtype, shape = dtype_of(unit), shape_of(unit.inputs[0])
     functions = {
         name: _dense_call(layer, shape, dtype, name, trained_input)
         for name in DENSE
@@ -189,19 +216,30 @@ def _times(unit: Unit, sparse: Sequence[Variant], trained_input: bool, dtypes: S
     gy = torch.randn(blocks, problem.filters, problem.rows.out, problem.columns.out, lanes, dtype=dtype)
     values = (layer.values if isinstance(layer, PackedConv2d) else layer.weight.flatten(1)).detach()
     bias = None if layer.bias is None else layer.bias.detach()
-    wanted = [one for one in sparse if trained_input or one.phase in _WRITE_ONLY_GRADIENT]
-    for number, one in enumerate(wanted):
-        functions[f"sparse {number}"] = _sparse_call(one, x, gy, values, bias)
+    named: dict[Activations, dict[str, Variant]] = {}
+    for kept, candidates in sparse.items():
+        own_x, own_gy = (t.to(kept_in(kept, dtype)) for t in (x, gy))
+        wanted = [one for one in candidates if trained_input or one.phase in _WRITE_ONLY_GRADIENT]
+        named[kept] = {f"sparse {kept} {number}": one for number, one in enumerate(wanted)}
+        for name, one in named[kept].items():
+            functions[name] = _sparse_call(one, own_x, own_gy, values, bias)
     ms = take_turns(functions)
+    dense = {name: ms[name] for name in DENSE if name in ms}
+    return LayerTimes(dense, {kept: _best(ms, candidates) for kept, candidates in named.items()})
+
+
+def _best(ms: Mapping[str, float], candidates: Mapping[str, Variant]) -> BlockedTimes:
+    """The fastest candidate of each phase."""
     total, tilings = CALL_MS, []
     for phase in PHASES:
-        timed = [(ms[f"sparse {i}"], i) for i, one in enumerate(wanted) if one.phase == phase]
+        timed = [
+            (ms[name], place) for place, name in enumerate(candidates) if candidates[name].phase == phase
+        ]
         if timed:
-            best, index = min(timed)
+            best, place = min(timed)
             total += best
-            tilings.append((phase, wanted[index].tiling))
-    dense = {name: ms[name] for name in DENSE if name in ms}
-    return LayerTimes(dense, total, tuple(tilings))
+            tilings.append((phase, list(candidates.values())[place].tiling))
+    return BlockedTimes(total, tuple(tilings))
 
 
 def _dense_call(
@@ -233,9 +271,9 @@ def _sparse_call(
     return lambda: launch.grad_weight(x, gy, list(values.shape), one.tables, one.plan)
 
 
-def _batch_norm_times(unit: Unit) -> tuple[float, float]:
+def _batch_norm_times(unit: Unit, activations: Sequence[Activations]) -> dict[str, float]:
     n, c, h, w = shape_of(unit.output)
-    dtype = _dtype(unit)
+    dtype = dtype_of(unit)
     tools = toolchain()
     assert tools is not None
     lanes = tools.lanes(dtype)
@@ -252,12 +290,14 @@ def _batch_norm_times(unit: Unit) -> tuple[float, float]:
         return fused.forward(x, n, *residual)
 
     functions = {}
-    for name, function, shape in (
-        ("plain", plain, (n, c, h, w)),
-        ("blocked", blocked, (-(-n // lanes), c, h, w, lanes)),
-    ):
-        inputs = [torch.randn(shape, dtype=dtype, requires_grad=True) for _ in unit.inputs]
-        gy = torch.randn(shape, dtype=dtype)
+    images, blocks = (n, c, h, w), (-(-n // lanes), c, h, w, lanes)
+    ways: list[tuple[str, Callable[..., Tensor], tuple[int, ...], torch.dtype]] = [
+        ("plain", plain, images, dtype),
+        *((kept, blocked, blocks, kept_in(kept, dtype)) for kept in activations),
+    ]
+    for name, function, shape, of in ways:
+        inputs = [torch.randn(shape, dtype=dtype).to(of).requires_grad_() for _ in unit.inputs]
+        gy = torch.randn(shape, dtype=dtype).to(of)
 
         def call(
             function: Callable[..., Tensor] = function, inputs: list[Tensor] = inputs, gy: Tensor = gy
@@ -267,10 +307,10 @@ def _batch_norm_times(unit: Unit) -> tuple[float, float]:
             return torch.autograd.grad(y, [*inputs, *layer.parameters()], gy)
 
         functions[name] = call
-    ms = take_turns(functions, SECONDS / 4)
-    return ms["plain"], ms["blocked"]
+    return take_turns(functions, SECONDS / 4)
 
 
-def _dtype(unit: Unit) -> torch.dtype:
+def dtype_of(unit: Unit) -> torch.dtype:
+    """Number type of a unit's result in the example."""
     dtype: torch.dtype = unit.output.meta["tensor_meta"].dtype
     return dtype

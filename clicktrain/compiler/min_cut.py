@@ -65,6 +65,21 @@ def cheapest_layouts(
     return {name: node in with_source for name, node in number.items()}
 
 
+def total_cost(
+    costs: Mapping[str, tuple[float | None, float | None]],
+    values: Sequence[Value],
+    blocked: Mapping[str, bool],
+) -> float:
+    """What `cheapest_layouts` makes small, of a choice: the nodes' costs and the conversions."""
+    total = sum(costs[name][int(there)] or 0.0 for name, there in blocked.items())
+    for value in values:
+        there = value.producer is not None and blocked[value.producer]
+        wanted = {consumer is not None and blocked[consumer] for consumer in value.consumers}
+        if (not there) in wanted:
+            total += value.to_plain if there else value.to_blocked
+    return total
+
+
 def _source_side(
     size: int, edges: Sequence[tuple[int, int, float | None]], source: int, sink: int
 ) -> set[int]:

@@ -12,8 +12,15 @@ from dataclasses import dataclass
 import torch
 from torch import nn
 
-from clicktrain.compiler.measure import SECONDS, conv_parts, layer_key, sparse_structure, take_turns
-from clicktrain.compiler.plan import LoweringPlan
+from clicktrain.compiler.measure import (
+    SECONDS,
+    conv_parts,
+    dtype_of,
+    layer_key,
+    sparse_structure,
+    take_turns,
+)
+from clicktrain.compiler.plan import Activations, LoweringPlan, kept_in
 from clicktrain.compiler.trace import Traced
 from clicktrain.compiler.units import Unit, find_units, shape_of
 from clicktrain.errors import UserError
@@ -87,7 +94,10 @@ def check_statistics(traced: Traced, plan: LoweringPlan) -> None:
 
 
 def measure_statistics(
-    units: Sequence[Unit], blocked: Mapping[str, bool], tilings: Mapping[str, Tilings]
+    units: Sequence[Unit],
+    blocked: Mapping[str, bool],
+    tilings: Mapping[str, Tilings],
+    activations: Activations = "parameters",
 ) -> dict[str, NormTimes]:
     """Times of each blocked convolution that a blocked batch norm alone reads, by its name.
 
@@ -95,6 +105,7 @@ def measure_statistics(
         units: of the graph, with shapes.
         blocked: unit name -> whether it runs in the blocked layout.
         tilings: convolution name -> how it cuts its work.
+        activations: what is kept.
     """
     norms = convolutions_before_norms(units)
     known: dict[tuple[object, ...], NormTimes] = {}
@@ -105,12 +116,12 @@ def measure_statistics(
             continue
         key = (*layer_key(unit), tilings[unit.name], norm.relu, len(norm.inputs))
         if key not in known:
-            known[key] = _times(unit, norm, tilings[unit.name])
+            known[key] = _times(unit, norm, tilings[unit.name], kept_in(activations, dtype_of(unit)))
         times[unit.name] = known[key]
     return times
 
 
-def _times(unit: Unit, norm: Unit, tilings: Tilings) -> NormTimes:
+def _times(unit: Unit, norm: Unit, tilings: Tilings, kept: torch.dtype) -> NormTimes:
     layer, problem = conv_parts(unit)
     tools = toolchain()
     assert tools is not None
@@ -118,12 +129,12 @@ def _times(unit: Unit, norm: Unit, tilings: Tilings) -> NormTimes:
     values = (layer.values if isinstance(layer, PackedConv2d) else layer.weight.flatten(1)).detach()
     plan, tables = launch.prepare(sparse_structure(layer), problem, layer.groups, dict(tilings))
     text, of_layer, dtype = plan.to_json(), list(tables.tensors), values.dtype
-    build_all([launch.compile_plan(text, dtype, ["forward"], sums)[0] for sums in (False, True)])
+    build_all([launch.compile_plan(text, kept, ["forward"], sums)[0] for sums in (False, True)])
     n, *image = shape_of(unit.inputs[0])
-    lanes = tools.lanes(dtype)
-    x = torch.randn(-(-n // lanes), *image, lanes, dtype=dtype)
+    lanes = tools.lanes(kept)
+    x = torch.randn(-(-n // lanes), *image, lanes, dtype=dtype).to(kept)
     ones, eps = torch.ones(problem.filters, dtype=dtype), norm.module.eps
-    residual = torch.randn(launch.output_shape(x, problem), dtype=dtype) if len(norm.inputs) > 1 else None
+    residual = torch.randn(launch.output_shape(x, problem)).to(kept) if len(norm.inputs) > 1 else None
     bias = None if layer.bias is None else layer.bias.detach()
 
     def apart() -> object:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 import os
 import platform
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any, Literal
@@ -18,8 +18,24 @@ from clicktrain.kernels.sparse_conv2d.blocked.problem import PHASES, Phase, Tili
 
 Layout = Literal["blocked", "plain"]
 """``blocked``: ``[N/V, C, H, W, V]``; ``plain``: ``[N, C, H, W]``, contiguous or channels last."""
+Activations = Literal["parameters", "bf16"]
+"""What blocked regions keep activations in: the parameters' number type, or bfloat16 computed in float32."""
+ACTIVATIONS: tuple[Activations, ...] = ("parameters", "bf16")
 DENSE = ("nchw fp32", "channels_last fp32", "nchw bf16", "channels_last bf16")
 """Ways to run a dense convolution: memory format and number type."""
+
+
+def activations_of(dtypes: Sequence[str], dtype: torch.dtype) -> tuple[Activations, ...]:
+    """What activations may be kept in by a network of that type that may compute in ``dtypes``."""
+    if dtype is not torch.float32:
+        return ACTIVATIONS[:1]
+    allowed = {"parameters": "fp32", "bf16": "bf16"}
+    return tuple(one for one in ACTIVATIONS if allowed[one] in dtypes)
+
+
+def kept_in(activations: Activations, dtype: torch.dtype) -> torch.dtype:
+    """The number type that a network of type ``dtype`` then keeps activations in."""
+    return torch.bfloat16 if activations == "bf16" and dtype is torch.float32 else dtype
 
 
 @dataclass(frozen=True, slots=True)
@@ -103,6 +119,8 @@ class LoweringPlan:
         machine: where it was made.
         choices: in the graph's order.
         notes: sentences about what could not be accelerated.
+        activations: what blocked regions keep their activations in, one of `ACTIVATIONS`. Edit it to force
+            either; tilings that multiply pairs of bfloat16 numbers need ``bf16``.
     """
 
     rule: str
@@ -110,6 +128,19 @@ class LoweringPlan:
     machine: Machine
     choices: tuple[Choice, ...]
     notes: tuple[str, ...] = ()
+    activations: Activations = "parameters"
+
+    def __post_init__(self) -> None:
+        if self.activations not in ACTIVATIONS:
+            raise UserError(
+                f"the activations of a plan are {' or '.join(ACTIVATIONS)}, not {self.activations!r}"
+            )
+        pairs = [c.layer for c in self.choices if any(tiling.pairs for _, tiling in c.tilings)]
+        if pairs and self.activations != "bf16":
+            raise UserError(
+                f"{pairs[0]} multiplies pairs of bfloat16 numbers, which its plan does not keep: set "
+                "the plan's activations to bf16, or pairs of its tilings to false"
+            )
 
     def by_layer(self) -> dict[str, Choice]:
         """Choices by `Choice.layer`."""
@@ -130,7 +161,8 @@ class LoweringPlan:
             data = json.loads(text)
             choices = tuple(_choice(entry) for entry in data["choices"])
             machine = Machine(**data["machine"])
-            return cls(data["rule"], data["batch"], machine, choices, tuple(data.get("notes", ())))
+            notes, activations = tuple(data.get("notes", ())), data.get("activations", ACTIVATIONS[0])
+            return cls(data["rule"], data["batch"], machine, choices, notes, activations)
         except UserError:
             raise
         except (ValueError, KeyError, TypeError) as error:
@@ -162,7 +194,8 @@ class LoweringPlan:
         rows = self.table()
         m = self.machine
         lines = [
-            f"{self.rule} rule, {self.batch} images; {m.cpu}, {m.lanes} lanes, {m.threads} threads",
+            f"{self.rule} rule, {self.batch} images; {m.cpu}, {m.lanes} lanes, {m.threads} threads"
+            + ("; activations in bf16" if self.activations == "bf16" else ""),
             *self.notes,
         ]
         if rows:
@@ -190,7 +223,10 @@ def _choice(entry: Mapping[str, Any]) -> Choice:
 def _tilings(choice: Choice) -> str:
     if choice.layout != "blocked":
         return ""
-    tiles = ("x".join(map(str, tiling.tile)) + " " + tiling.code for _, tiling in choice.tilings)
+    tiles = (
+        "x".join(map(str, tiling.tile)) + " " + tiling.code + (" pairs" if tiling.pairs else "")
+        for _, tiling in choice.tilings
+    )
     return ", ".join(tiles) or "by rule"
 
 

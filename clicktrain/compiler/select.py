@@ -7,23 +7,34 @@ minimum cut over costs and conversions.
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from dataclasses import replace
+from typing import NamedTuple
 
+import torch
 from torch import fx, nn
 
 from clicktrain.compiler import remembered
 from clicktrain.compiler.estimate import conversion_ms, unit_ms
 from clicktrain.compiler.measure import (
     LayerTimes,
+    dtype_of,
     measure_batch_norms,
     measure_conversion,
     measure_convolutions,
     measure_memory,
 )
-from clicktrain.compiler.min_cut import Value, cheapest_layouts
+from clicktrain.compiler.min_cut import Value, cheapest_layouts, total_cost
 from clicktrain.compiler.norm_statistics import NormTimes, measure_statistics
-from clicktrain.compiler.plan import DENSE, Choice, LoweringPlan, Machine
+from clicktrain.compiler.plan import (
+    DENSE,
+    Activations,
+    Choice,
+    LoweringPlan,
+    Machine,
+    activations_of,
+    kept_in,
+)
 from clicktrain.compiler.trace import Traced
 from clicktrain.compiler.units import Unit, find_units, shape_of
 from clicktrain.kernels.native import C_TYPES
@@ -43,7 +54,8 @@ def make_plan(
         traced: with the shapes of the example.
         batch: images in the example.
         rule: one of `RULES`.
-        dtypes: what dense convolutions may compute in.
+        dtypes: what dense convolutions may compute in, and activations of blocked regions be kept in; without
+            measurements the first one possible.
         remember: take a plan that was measured before on this machine, or keep this one for later.
     """
     units, refused = find_units(traced)
@@ -51,55 +63,107 @@ def make_plan(
     place = remembered.place(units, trained, batch, dtypes)
     if rule == "measured" and remember and (known := remembered.read(place)) is not None:
         return known
-    convolutions = [unit for unit in units if unit.kind == "conv"]
-    times: dict[str, LayerTimes] = {}
-    costs: dict[str, tuple[float | None, float | None]] = {
-        unit.name: (unit_ms(unit, blocked=False), unit_ms(unit, blocked=True)) for unit in units
-    }
-    norms: dict[str, tuple[float, float]] = {}
-    gb_s = None
-    if rule == "measured":
-        gb_s = measure_memory()
-        times = measure_convolutions(
-            convolutions, {u.name: u.inputs[0] in trained for u in convolutions}, dtypes
-        )
-        norms = measure_batch_norms([unit for unit in units if unit.kind == "batch_norm"])
-        costs = {
-            unit.name: (unit_ms(unit, blocked=False, gb_s=gb_s), unit_ms(unit, blocked=True, gb_s=gb_s))
-            for unit in units
-        }
-        costs.update(norms)
-    dense = dense_ways(times)
-    for unit in convolutions:
-        if rule == "measured":
-            costs[unit.name] = (times[unit.name].dense[dense[unit.name]], times[unit.name].sparse)
-        elif rule == "density":
-            # The paper decides a convolution before its neighbours are looked at.
-            costs[unit.name] = (None, 0.0) if density_of(unit.module) < DENSITY_LIMIT else (0.0, None)
-    if rule == "sparse":
-        blocked = {unit.name: True for unit in units}
+    types = {dtype_of(unit) for unit in units}
+    possible = activations_of(dtypes, torch.float32 if types == {torch.float32} else torch.float64)
+    measured = _measure(units, trained, dtypes, possible) if rule == "measured" else None
+    ways = dense_ways(measured.convolutions) if measured else {}
+    if measured is not None:
+        found = [_cheapest(traced, units, trained, kept, measured, ways) for kept in possible]
+        _, activations, blocked = min(found, key=lambda one: one[0])
     else:
-        blocked = cheapest_layouts(costs, values_of(traced, units, trained, rule == "measured"))
+        activations, blocked = possible[0], _by_rule(traced, units, trained, rule)
     statistics: dict[str, NormTimes] = {}
-    if rule == "measured":
-        statistics = measure_statistics(units, blocked, {name: times[name].tilings for name in times})
+    if measured is not None:
+        tilings = {name: times.blocked[activations].tilings for name, times in measured.convolutions.items()}
+        statistics = measure_statistics(units, blocked, tilings, activations)
     choices = []
     for unit in units:
         if unit.kind == "conv":
-            way = dense.get(unit.name, DENSE[0])
-            choice = _conv_choice(unit, blocked[unit.name], times.get(unit.name), way, rule)
+            times = measured.convolutions[unit.name] if measured else None
+            way = ways.get(unit.name, DENSE[0])
+            choice = _conv_choice(unit, blocked[unit.name], times, way, rule, activations)
             choices.append(_with_statistics(choice, statistics.get(unit.name)))
         else:
-            choices.append(_choice(unit, blocked[unit.name], norms.get(unit.name)))
+            norm = measured.norms.get(unit.name) if measured else None
+            ms = None if norm is None else norm[activations if blocked[unit.name] else "plain"]
+            choices.append(_choice(unit, blocked[unit.name], ms))
     choices += [
         Choice(name, "conv", "plain", refused=(f"sparse blocked: {reason}",))
         for name, reason in refused.items()
     ]
-    notes = tuple(f"{path} is not traced: {reason}" for path, reason in traced.opaque.items())
-    plan = LoweringPlan(rule, batch, Machine.here(), tuple(choices), notes)
+    notes = [f"{path} is not traced: {reason}" for path, reason in traced.opaque.items()]
+    if measured is not None and len(found) > 1:
+        totals = [f"{kept} {total:.1f} ms" for total, kept, _ in found]
+        notes.append(
+            f"activations kept in {activations}; convolutions, norms, conversions: {', '.join(totals)}"
+        )
+    plan = LoweringPlan(rule, batch, Machine.here(), tuple(choices), tuple(notes), activations)
     if rule == "measured" and remember:
         remembered.keep(place, plan)
     return plan
+
+
+class _Measured(NamedTuple):
+    """Times of everything that is measured, whatever the choice; ``norms`` as `measure_batch_norms`."""
+
+    convolutions: Mapping[str, LayerTimes]
+    norms: Mapping[str, Mapping[str, float]]
+    gb_s: float
+
+
+def _measure(
+    units: Sequence[Unit],
+    trained: Collection[fx.Node],
+    dtypes: Sequence[str],
+    activations: Sequence[Activations],
+) -> _Measured:
+    convolutions = [unit for unit in units if unit.kind == "conv"]
+    gb_s = measure_memory()
+    times = measure_convolutions(convolutions, {u.name: u.inputs[0] in trained for u in convolutions}, dtypes)
+    norms = measure_batch_norms([unit for unit in units if unit.kind == "batch_norm"], activations)
+    return _Measured(times, norms, gb_s)
+
+
+def _cheapest(
+    traced: Traced,
+    units: Sequence[Unit],
+    trained: Collection[fx.Node],
+    activations: Activations,
+    measured: _Measured,
+    ways: Mapping[str, str],
+) -> tuple[float, Activations, dict[str, bool]]:
+    """Milliseconds, and which units then run blocked, if activations are kept so."""
+    costs: dict[str, tuple[float | None, float | None]] = {}
+    for unit in units:
+        kept, gb_s = kept_in(activations, dtype_of(unit)), measured.gb_s
+        if unit.kind == "conv":
+            times = measured.convolutions[unit.name]
+            costs[unit.name] = times.dense[ways[unit.name]], times.blocked[activations].ms
+        elif unit.name in measured.norms:
+            norm = measured.norms[unit.name]
+            costs[unit.name] = norm["plain"], norm[activations]
+        else:
+            plain = unit_ms(unit, blocked=False, gb_s=gb_s)
+            costs[unit.name] = plain, unit_ms(unit, blocked=True, gb_s=gb_s, itemsize=kept.itemsize)
+    values = values_of(traced, units, trained, activations)
+    blocked = cheapest_layouts(costs, values)
+    return total_cost(costs, values, blocked), activations, blocked
+
+
+def _by_rule(
+    traced: Traced, units: Sequence[Unit], trained: Collection[fx.Node], rule: str
+) -> dict[str, bool]:
+    """Which units run blocked where nothing is measured."""
+    if rule == "sparse":
+        return {unit.name: True for unit in units}
+    costs: dict[str, tuple[float | None, float | None]] = {}
+    for unit in units:
+        if unit.kind == "conv":
+            # The paper decides a convolution before its neighbours are looked at.
+            costs[unit.name] = (None, 0.0) if density_of(unit.module) < DENSITY_LIMIT else (0.0, None)
+        else:
+            costs[unit.name] = unit_ms(unit, blocked=False), unit_ms(unit, blocked=True)
+    return cheapest_layouts(costs, values_of(traced, units, trained, None))
 
 
 def density_of(module: nn.Module | None) -> float:
@@ -141,10 +205,16 @@ def trained_values(traced: Traced) -> set[fx.Node]:
 
 
 def values_of(
-    traced: Traced, units: Sequence[Unit], trained: Iterable[fx.Node], measured: bool
+    traced: Traced, units: Sequence[Unit], trained: Collection[fx.Node], activations: Activations | None
 ) -> list[Value]:
-    """What is computed by whom, read by whom, and what converting it costs."""
-    trained = set(trained)
+    """What is computed by whom, read by whom, and what converting it costs.
+
+    Args:
+        traced: with shapes.
+        units: of the graph.
+        trained: nodes whose gradients are computed.
+        activations: measure conversions to what is kept so; None estimates them.
+    """
     known: dict[tuple[object, ...], tuple[float, float]] = {}
     of_output = {unit.output: unit for unit in units}
     inside = {node for unit in units for node in unit.nodes}
@@ -165,27 +235,33 @@ def values_of(
         shape, dtype = shape_of(node), getattr(node.meta.get("tensor_meta"), "dtype", None)
         key = (shape, dtype, node in trained)
         if key not in known:
-            if measured and len(shape) == 4 and dtype in C_TYPES:
-                known[key] = measure_conversion(shape, dtype, node in trained)
+            if activations is not None and len(shape) == 4 and dtype in C_TYPES:
+                known[key] = measure_conversion(shape, dtype, kept_in(activations, dtype), node in trained)
             else:
                 known[key] = (conversion_ms(shape, getattr(dtype, "itemsize", 4), node in trained),) * 2
         values.append(Value(producer, tuple(consumers), *known[key]))
     return values
 
 
-def _choice(unit: Unit, blocked: bool, norm: tuple[float, float] | None) -> Choice:
+def _choice(unit: Unit, blocked: bool, ms: float | None) -> Choice:
     return Choice(
         unit.name,
         unit.kind,
         "blocked" if blocked else "plain",
         image=shape_of(unit.inputs[0])[1:],
         predicted_ms=round(unit_ms(unit, blocked=blocked), 4),
-        measured_ms=None if norm is None else round(norm[int(blocked)], 4),
+        measured_ms=None if ms is None else round(ms, 4),
     )
 
 
-def _conv_choice(unit: Unit, blocked: bool, times: LayerTimes | None, way: str, rule: str) -> Choice:
+def _conv_choice(
+    unit: Unit, blocked: bool, times: LayerTimes | None, way: str, rule: str, activations: Activations
+) -> Choice:
     module = unit.module
+    sparse = None if times is None else times.blocked[activations]
+    ms = None
+    if times is not None and sparse is not None:
+        ms = round(sparse.ms if blocked else times.dense[way], 4)
     assert isinstance(module, (PackedConv2d, nn.Conv2d))
     shape = module.structure.shape if isinstance(module, PackedConv2d) else tuple(module.weight.shape)
     return Choice(
@@ -193,13 +269,13 @@ def _conv_choice(unit: Unit, blocked: bool, times: LayerTimes | None, way: str, 
         unit.kind,
         "blocked" if blocked else "plain",
         dense=way,
-        tilings=times.tilings if times is not None and blocked else (),
+        tilings=sparse.tilings if sparse is not None and blocked else (),
         weight=shape,
         image=shape_of(unit.inputs[0])[1:],
         density=round(density_of(module), 6),
         predicted_ms=round(unit_ms(unit, blocked=blocked), 4),
-        measured_ms=None if times is None else round(times.sparse if blocked else times.dense[way], 4),
-        refused=_refused(blocked, times, way, rule, density_of(module)),
+        measured_ms=ms,
+        refused=_refused(blocked, times, way, rule, density_of(module), activations),
     )
 
 
@@ -210,7 +286,14 @@ def _with_statistics(choice: Choice, times: NormTimes | None) -> Choice:
     return replace(choice, statistics=times.pays, refused=(*choice.refused, times.reason()))
 
 
-def _refused(blocked: bool, times: LayerTimes | None, way: str, rule: str, density: float) -> tuple[str, ...]:
+def _refused(
+    blocked: bool,
+    times: LayerTimes | None,
+    way: str,
+    rule: str,
+    density: float,
+    activations: Activations,
+) -> tuple[str, ...]:
     """Why the other ways were not taken."""
     if times is None:
         if rule == "density" and blocked:
@@ -219,9 +302,15 @@ def _refused(blocked: bool, times: LayerTimes | None, way: str, rule: str, densi
             return (f"sparse blocked: only {1 - density:.0%} of the weights are zero",)
         return ()
     reasons = [f"dense {name}: {ms:.2f} ms" for name, ms in times.dense.items() if blocked or name != way]
-    if blocked and times.sparse > times.dense[way]:
+    sparse = times.blocked[activations].ms
+    reasons += [
+        f"sparse blocked, activations in {kept}: {other.ms:.2f} ms"
+        for kept, other in times.blocked.items()
+        if kept != activations
+    ]
+    if blocked and sparse > times.dense[way]:
         reasons.append("slower by itself, but it saves conversions")
     if not blocked:
-        more = ", and the conversions cost more than it gains" if times.sparse < times.dense[way] else ""
-        reasons.append(f"sparse blocked: {times.sparse:.2f} ms{more}")
+        more = ", and the conversions cost more than it gains" if sparse < times.dense[way] else ""
+        reasons.append(f"sparse blocked: {sparse:.2f} ms{more}")
     return tuple(reasons)

@@ -167,10 +167,10 @@ class Activation(nn.Module):
         return y
 
 
-def unblock(x: Tensor, n: int) -> Tensor:
-    """Out of the layout: [B, C, H, W, V] -> [n, C, H, W]."""
+def unblock(x: Tensor, n: int, dtype: torch.dtype) -> Tensor:
+    """Out of the layout, in the number type of the rest: [B, C, H, W, V] -> [n, C, H, W]."""
     y: Tensor = unblock_batch(x, n)
-    return y
+    return y.to(dtype)
 
 
 def as_images(x: Tensor) -> Tensor:
@@ -185,10 +185,10 @@ def as_blocks(y: Tensor, like: Tensor) -> Tensor:
     return y.permute(0, 2, 3, 1).contiguous().view(like.shape[0], like.shape[1], h, w, v)
 
 
-def image_mean(x: Tensor, n: int, keepdim: bool) -> Tensor:
+def image_mean(x: Tensor, n: int, keepdim: bool, dtype: torch.dtype) -> Tensor:
     """Mean over each image: [B, C, H, W, V] -> [n, C, 1, 1] or [n, C]; the filling is dropped."""
     b, c, _, _, v = x.shape
-    means = x.mean((2, 3)).permute(0, 2, 1).reshape(b * v, c)[:n]
+    means = x.mean((2, 3), dtype=dtype).permute(0, 2, 1).reshape(b * v, c)[:n]
     return means[:, :, None, None] if keepdim else means
 
 

@@ -8,7 +8,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from clicktrain.compiler.min_cut import Value, cheapest_layouts
+from clicktrain.compiler.min_cut import Value, cheapest_layouts, total_cost
 
 
 def total(
@@ -48,7 +48,9 @@ def test_no_assignment_is_cheaper(
     graph: tuple[dict[str, tuple[float | None, float | None]], list[Value]],
 ) -> None:
     costs, values = graph
-    found = total(costs, values, cheapest_layouts(costs, values))
+    chosen = cheapest_layouts(costs, values)
+    found = total(costs, values, chosen)
+    assert total_cost(costs, values, chosen) == found
     every = (
         dict(zip(costs, bits, strict=True)) for bits in itertools.product((False, True), repeat=len(costs))
     )

@@ -6,6 +6,7 @@ layout already: within an accelerated network they stay in it from layer to laye
 
 from __future__ import annotations
 
+import itertools
 from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass
 from typing import Any, cast
@@ -34,8 +35,11 @@ from clicktrain.kernels.sparse_conv2d.blocked.launch import Variant
 from clicktrain.kernels.sparse_conv2d.blocked.layout import block, unblock
 from clicktrain.kernels.sparse_conv2d.blocked.problem import PHASES, ConvProblem, Phase
 
-TOLERANCE = 1e-4
-"""Largest error of a result over its largest value. Float32 sums of a layer stay two orders below it."""
+PRECISIONS = {"fp32": torch.float32, "bf16": torch.bfloat16}
+"""What the sparse operators' activations are kept in, by name."""
+TOLERANCE = {"fp32": 1e-4, "bf16": 1e-2}
+"""Largest error of a result over its largest value. Float32 sums of a layer stay two orders below it; results
+in bfloat16 are rounded to a 256th, weights that are multiplied in pairs are as well."""
 TUNING_ROUNDS = 5
 
 _Call = Callable[[], Tensor]
@@ -112,6 +116,7 @@ class ConvRow:
         phase: forward, grad_input or grad_weight.
         dense_ms, dense_name: the fastest dense float32 call.
         dense_bf16_ms, dense_bf16_name: the fastest dense bfloat16 call; None if not asked for.
+        precision: of the sparse operator's activations, ``fp32`` or ``bf16`` (summed up in float32).
         sparse_ms: the sparse operator.
         ratio, ratio_bf16: dense over sparse.
         fraction_of_peak: multiply-adds of kept weights (those with the padding left out) per second, over the
@@ -128,6 +133,7 @@ class ConvRow:
     dense_name: str
     dense_bf16_ms: float | None
     dense_bf16_name: str | None
+    precision: str
     sparse_ms: float
     ratio: float
     ratio_bf16: float | None
@@ -140,6 +146,7 @@ def bench_conv(
     *,
     compressions: tuple[float, ...] = (4.0, 10.0),
     groups: tuple[int, ...] = (1,),
+    precisions: tuple[str, ...] = ("fp32",),
     rounds: int = 7,
     tune: bool = True,
     compiled: bool = False,
@@ -154,6 +161,7 @@ def bench_conv(
         shapes: of the layers.
         compressions: all weights over kept ones.
         groups: neighbouring filters that share their positions.
+        precisions: what the sparse operators' activations are kept in: keys of `PRECISIONS`.
         rounds: timings of which the median is taken.
         tune: measure the tilings that the kernels can use first and take the best, as the compiler does for
             a network; else the one that the rule chooses.
@@ -169,6 +177,7 @@ def bench_conv(
     """
     check_rounds(rounds)
     check_sparsity(compressions, groups)
+    check_precisions(precisions)
     if not shapes:
         raise UserError("at least one shape is needed")
     if toolchain() is None:
@@ -181,8 +190,8 @@ def bench_conv(
         progress(f"{shape}: building and checking")
         layers = []
         for compression in compressions:
-            for group in groups:
-                layer = _SparseLayer(data, compression, group, seed, tune)
+            for group, precision in itertools.product(groups, precisions):
+                layer = _SparseLayer(data, compression, group, precision, seed, tune)
                 layer.check()
                 layer.choose()
                 layers.append(layer)
@@ -196,8 +205,14 @@ def bench_conv(
     return rows
 
 
+def check_precisions(precisions: Sequence[str]) -> None:
+    """Raise UserError unless there are some, and all known."""
+    if not precisions or set(precisions) - set(PRECISIONS):
+        raise UserError(f"precision is {' or '.join(PRECISIONS)}, not {', '.join(precisions) or 'nothing'}")
+
+
 def geometric_means(rows: Sequence[ConvRow]) -> dict[str, float]:
-    """Mean ratio over the shapes, by compression, group and phase; and over all phases."""
+    """Mean ratio over the shapes by compression, group, precision if bf16, and phase; over all phases."""
     return _means(rows, lambda row: row.ratio)
 
 
@@ -216,7 +231,8 @@ def _means(rows: Sequence[ConvRow], ratio: Callable[[ConvRow], float]) -> dict[s
     for phase in (*PHASES, None):
         for row in rows:
             if phase in (row.phase, None):
-                key = f"{row.compression:g}x G={row.group} {phase or 'all'}"
+                precision = "" if row.precision == "fp32" else f" {row.precision}"
+                key = f"{row.compression:g}x G={row.group}{precision} {phase or 'all'}"
                 found.setdefault(key, []).append(ratio(row))
     return {key: geometric_mean(values) for key, values in found.items()}
 
@@ -271,8 +287,12 @@ def _bind(run: Callable[..., Tensor], phase: Phase, tensors: Sequence[Tensor]) -
 class _SparseLayer:
     """A layer with random positions, its kernels, and the best of them by phase."""
 
-    def __init__(self, data: _Data, compression: float, group: int, seed: int, tune: bool) -> None:
-        self.data, self.compression, self.group = data, compression, group
+    def __init__(
+        self, data: _Data, compression: float, group: int, precision: str, seed: int, tune: bool
+    ) -> None:
+        self.data, self.compression, self.group, self.precision = data, compression, group, precision
+        self.kept = PRECISIONS[precision]
+        self.x, self.gy = data.x_blocked.to(self.kept), data.gy_blocked.to(self.kept)
         generator = torch.Generator().manual_seed(seed)
         f, c, r, s = data.weight.shape
         self.mask = pattern_mask((f, c, r, s), compression, group, generator)
@@ -281,7 +301,7 @@ class _SparseLayer:
         self.variants = self._variants(tune)
         build_all(
             [
-                launch.compile_plan(variant.plan, torch.float32, [phase])[0]
+                launch.compile_plan(variant.plan, self.kept, [phase])[0]
                 for phase, variants in self.variants.items()
                 for variant in variants
             ]
@@ -291,7 +311,7 @@ class _SparseLayer:
     def _variants(self, tune: bool) -> dict[Phase, list[Variant]]:
         """By phase, the rule's own choice first."""
         found: dict[Phase, list[Variant]] = {phase: [] for phase in PHASES}
-        for variant in launch.variants(self.structure, self.data.shape.problem()):
+        for variant in launch.variants(self.structure, self.data.shape.problem(), 1, self.kept):
             if tune or not found[variant.phase]:
                 found[variant.phase].append(variant)
         return found
@@ -299,7 +319,7 @@ class _SparseLayer:
     def call(self, phase: Phase, variant: Variant) -> _Call:
         """The operator as a network calls it."""
         operators = torch.ops.clicktrain
-        x, gy, values = self.data.x_blocked, self.data.gy_blocked, self.values
+        x, gy, values = self.x, self.gy, self.values
         plan, tables = variant.plan, variant.tables
         if phase == "forward":
             trained = values.detach().requires_grad_()
@@ -326,7 +346,7 @@ class _SparseLayer:
                 result = self.call(phase, variant)().detach()
                 result = result if phase == "grad_weight" else unblock(result, n)
                 error = float((result - expected).abs().max() / expected.abs().max())
-                if not error <= TOLERANCE:
+                if not error <= TOLERANCE[self.precision]:
                     raise WrongResultError(
                         f"{phase} of {self.data.shape} at {self.compression:g}x, group {self.group}, "
                         f"{variant.tiling}: the sparse result is off by {error:.2g} of the largest value"
@@ -383,6 +403,7 @@ def _measure(
                 dense_name=dense_name,
                 dense_bf16_ms=bf16_ms,
                 dense_bf16_name=bf16_name,
+                precision=layer.precision,
                 sparse_ms=ms,
                 ratio=dense_ms / ms,
                 ratio_bf16=None if bf16_ms is None else bf16_ms / ms,

@@ -4,20 +4,22 @@ from __future__ import annotations
 
 import contextlib
 import copy
+import itertools
 import json
 import sys
 from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass
-from typing import Any, cast
+from typing import Any, NamedTuple, cast
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from clicktrain.bench.conv import check_precisions
 from clicktrain.bench.masks import check_sparsity, model_masks
 from clicktrain.bench.memory import in_fresh_process, peak_mb
 from clicktrain.bench.timing import Progress, WrongResultError, check_rounds, fastest, median_ms
-from clicktrain.compiler import accelerate
+from clicktrain.compiler import Accelerated, accelerate
 from clicktrain.errors import UserError
 from clicktrain.kernels.native import keep_memory, toolchain
 from clicktrain.kernels.pack_model import pack_model_
@@ -79,9 +81,12 @@ class StepRow:
         density: kept weights of the packed layers over all of theirs.
         dense_fp32_ms, dense_fp32_name: the fastest dense float32 step.
         dense_bf16_ms, dense_bf16_name: the fastest dense step under bfloat16 autocast; None if not asked for.
+        precision: of the accelerated step: ``fp32``, or ``bf16`` for one under autocast whose activations the
+            compiler may keep in bfloat16.
+        activations: what it keeps them in, see `clicktrain.compiler.LoweringPlan`.
         sparse_ms: the accelerated step.
         ratio_fp32, ratio_bf16: dense over accelerated.
-        dense_memory_mb, dense_memory_name: peak memory of the leaner eager float32 step.
+        dense_memory_mb, dense_memory_name: peak memory of the leaner eager step in that precision.
         sparse_memory_mb: peak memory of the accelerated step.
     """
 
@@ -93,6 +98,8 @@ class StepRow:
     dense_fp32_name: str
     dense_bf16_ms: float | None
     dense_bf16_name: str | None
+    precision: str
+    activations: str
     sparse_ms: float
     ratio_fp32: float
     ratio_bf16: float | None
@@ -106,6 +113,7 @@ def bench_step(
     *,
     compressions: tuple[float, ...] = (4.0, 10.0),
     groups: tuple[int, ...] = (1,),
+    precisions: tuple[str, ...] = ("fp32",),
     rounds: int = 7,
     compiled: bool = True,
     bf16: bool = True,
@@ -119,6 +127,7 @@ def bench_step(
         case: the network and the batch.
         compressions: all weights over kept ones.
         groups: neighbouring filters that share their positions.
+        precisions: of the accelerated steps, ``fp32`` and ``bf16``.
         rounds: timings of which the median is taken.
         compiled: also measure the dense network under ``torch.compile``, channels last.
         bf16: also measure dense steps under bfloat16 autocast.
@@ -132,6 +141,7 @@ def bench_step(
     """
     check_rounds(rounds)
     check_sparsity(compressions, groups)
+    check_precisions(precisions)
     if case.batch_size < 1 or case.image_size < 1:
         raise UserError(
             f"batch_size and image_size must be at least 1, not {case.batch_size} and {case.image_size}"
@@ -139,17 +149,18 @@ def bench_step(
     if toolchain() is None:
         raise UserError("there is no C compiler to build the sparse kernels: install gcc or clang, or set CC")
     keep_memory()  # for both sides: else what is timed is how the system hands out pages
-    calls: dict[tuple[str, str] | tuple[float, int], Callable[[], object]] = {}
-    densities = {}
-    for compression in compressions:
-        for group in groups:
-            progress(f"accelerating at {compression:g}x, group {group}")
-            packed = case.packed(compression, group)
-            densities[compression, group] = _density(packed)
-            fast = accelerate(copy.deepcopy(packed), case.batch()[0], rule=rule, remember=False)
-            progress(f"checking at {compression:g}x, group {group}")
-            check_same(packed, fast, *case.batch())
-            calls[compression, group] = TrainingStep(fast, *case.batch())
+    calls: dict[tuple[str, str] | _Sparse, Callable[[], object]] = {}
+    sparse = list(itertools.starmap(_Sparse, itertools.product(compressions, groups, precisions)))
+    about = {}
+    for one in sparse:
+        progress(f"accelerating at {one}")
+        packed = case.packed(one.compression, one.group)
+        fast = one.accelerate(copy.deepcopy(packed), case, rule)
+        kept = fast.plan.activations if isinstance(fast, Accelerated) else "parameters"
+        about[one] = _density(packed), kept
+        progress(f"checking at {one}")
+        check_same(packed, fast, *case.batch(), autocast=one.autocast)
+        calls[one] = TrainingStep(fast, *case.batch(), autocast=one.autocast)
     progress("building the dense networks")
     names = _dense_names(compiled, bf16)
     calls.update({key: _dense_step(case, *key) for key in names})
@@ -159,36 +170,62 @@ def bench_step(
     low = {name: times[kind, name] for kind, name in names if kind == "bf16"}
     low_name, low_ms = fastest(low) if low else (None, None)
     calls.clear()
-    dense_memory: tuple[str | None, float | None] = (None, None)
-    if memory:
-        progress("memory of the dense step")
-        dense_memory = fastest({name: _memory(case, layout=name) for name in ("NCHW", "channels_last")})
+    dense_memory: dict[str, tuple[str | None, float | None]] = {}
+    for kind in precisions if memory else ():
+        progress(f"memory of the dense step in {kind}")
+        dense_memory[kind] = fastest(
+            {name: _memory(case, layout=name, kind=kind) for name in ("NCHW", "channels_last")}
+        )
     rows = []
-    for (compression, group), density in densities.items():
-        ms = times[compression, group]
+    for one in sparse:
+        ms = times[one]
         sparse_memory = None
         if memory:
-            progress(f"memory at {compression:g}x, group {group}")
-            sparse_memory = _memory(case, compression=compression, group=group, rule=rule, remember=False)
+            progress(f"memory at {one}")
+            sparse_memory = _memory(case, sparse=one, rule=rule)
+        name, megabytes = dense_memory.get(one.precision, (None, None))
         rows.append(
             StepRow(
                 model=case.model,
-                compression=compression,
-                group=group,
-                density=density,
+                compression=one.compression,
+                group=one.group,
+                density=about[one][0],
                 dense_fp32_ms=fp32[1],
                 dense_fp32_name=fp32[0],
                 dense_bf16_ms=low_ms,
                 dense_bf16_name=low_name,
+                precision=one.precision,
+                activations=about[one][1],
                 sparse_ms=ms,
                 ratio_fp32=fp32[1] / ms,
                 ratio_bf16=None if low_ms is None else low_ms / ms,
-                dense_memory_mb=dense_memory[1],
-                dense_memory_name=dense_memory[0],
+                dense_memory_mb=megabytes,
+                dense_memory_name=name,
                 sparse_memory_mb=sparse_memory,
             )
         )
     return rows
+
+
+class _Sparse(NamedTuple):
+    """One accelerated network."""
+
+    compression: float
+    group: int
+    precision: str
+
+    def __str__(self) -> str:
+        return f"{self.compression:g}x, group {self.group}, {self.precision}"
+
+    @property
+    def autocast(self) -> bool:
+        """Whether its steps run under autocast."""
+        return self.precision == "bf16"
+
+    def accelerate(self, packed: nn.Module, case: StepCase, rule: str) -> nn.Module:
+        """As the trainer does it, measured anew."""
+        dtypes = ("fp32", "bf16") if self.autocast else ("fp32",)
+        return accelerate(packed, case.batch()[0], rule=rule, dtypes=dtypes, remember=False)
 
 
 def to_json(rows: Sequence[StepRow]) -> list[dict[str, Any]]:
@@ -196,40 +233,46 @@ def to_json(rows: Sequence[StepRow]) -> list[dict[str, Any]]:
     return [asdict(row) for row in rows]
 
 
-def check_same(reference: nn.Module, fast: nn.Module, x: Tensor, y: Tensor) -> None:
+def check_same(reference: nn.Module, fast: nn.Module, x: Tensor, y: Tensor, autocast: bool = False) -> None:
     """Compare loss and gradients of two networks with the same parameters.
 
     Both are held against the reference in float64. The loss has to agree closely. Gradients cannot: where
     rounding carries one input of a ReLU over zero, they jump; between two dense layouts of one network they
-    differ by half a percent already. A wrong kernel or a wrong graph is off by far more.
+    differ by half a percent already. A wrong kernel or a wrong graph is off by far more. With ``autocast``
+    both run under it, and the accelerated one may be off by twice what the reference is.
 
     Raises:
         WrongResultError: they differ, or a parameter is missing.
     """
     exact_loss, exact = _gradients(copy.deepcopy(reference).double(), x.double(), y)
-    loss, own = _gradients(copy.deepcopy(reference), x, y)
-    fast_loss, found = _gradients(fast, x, y)
+    loss, own = _gradients(copy.deepcopy(reference), x, y, autocast)
+    fast_loss, found = _gradients(fast, x, y, autocast)
     fast.zero_grad()
     if found.keys() != exact.keys():
         different = ", ".join(sorted(found.keys() ^ exact.keys()))
         raise WrongResultError(f"the accelerated network has other parameters: {different}")
-    allowed = 20 * abs(loss - exact_loss) + 1e-5 * max(abs(exact_loss), 1)
+    times = 2 if autocast else 20
+    near = 2e-2 if autocast else 1e-5  # a loss in bfloat16 agrees by chance
+    allowed = times * abs(loss - exact_loss) + near * max(abs(exact_loss), 1)
     if not abs(fast_loss - exact_loss) <= allowed:
         raise WrongResultError(f"the accelerated network's loss is {fast_loss:.6f}, not {exact_loss:.6f}")
     total = max(float(gradient.norm()) for gradient in exact.values())
     for name, gradient in exact.items():
         error = float((found[name].double() - gradient).norm())
         usual = float((own[name].double() - gradient).norm())
-        if not error <= 20 * usual + GRADIENT_TOLERANCE * float(gradient.norm()) + 1e-6 * total:
+        if not error <= times * usual + GRADIENT_TOLERANCE * float(gradient.norm()) + 1e-6 * total:
             raise WrongResultError(
                 f"the accelerated network's gradient of {name} is off by {error:.2g}; "
                 f"its length is {float(gradient.norm()):.2g}, the reference is off by {usual:.2g}"
             )
 
 
-def _gradients(model: nn.Module, x: Tensor, y: Tensor) -> tuple[float, dict[str, Tensor]]:
+def _gradients(
+    model: nn.Module, x: Tensor, y: Tensor, autocast: bool = False
+) -> tuple[float, dict[str, Tensor]]:
     model.zero_grad()
-    loss = F.cross_entropy(model(x), y)
+    with _precision(autocast):
+        loss = F.cross_entropy(model(x), y)
     loss.backward()  # type: ignore[no-untyped-call]
     found = {
         name: p.grad.detach().clone() if p.grad is not None else torch.zeros_like(p)
@@ -272,15 +315,18 @@ class TrainingStep:
     def __call__(self) -> None:
         """Do one step."""
         self.optimizer.zero_grad()
-        context = torch.autocast("cpu", torch.bfloat16) if self.autocast else contextlib.nullcontext()
-        with context:
+        with _precision(self.autocast):
             loss = F.cross_entropy(self.model(self.x), self.y)
         loss.backward()  # type: ignore[no-untyped-call]
         self.optimizer.step()
 
 
+def _precision(autocast: bool) -> contextlib.AbstractContextManager[object]:
+    return torch.autocast("cpu", torch.bfloat16) if autocast else contextlib.nullcontext()
+
+
 def _memory(case: StepCase, **what: Any) -> float:
-    """Peak of one step, of the dense network in a ``layout`` or of the accelerated one."""
+    """Peak of one step, of the dense network in a ``layout`` and ``kind`` or of a ``sparse`` one."""
     argument = {"case": asdict(case), "threads": torch.get_num_threads(), **what}
     return in_fresh_process("clicktrain.bench.step", argument)
 
@@ -293,9 +339,10 @@ def _main(text: str) -> None:
 
     def prepare() -> TrainingStep:
         if "layout" in what:
-            return _dense_step(case, "fp32", what["layout"])
-        packed = case.packed(what["compression"], what["group"])
-        return TrainingStep(accelerate(packed, case.batch()[0], rule=what["rule"]), *case.batch())
+            return _dense_step(case, what["kind"], what["layout"])
+        one = _Sparse(*what["sparse"])
+        fast = one.accelerate(case.packed(one.compression, one.group), case, what["rule"])
+        return TrainingStep(fast, *case.batch(), autocast=one.autocast)
 
     # What libraries take when they are first used is neither side's: both begin with it.
     tiny = nn.Sequential(

@@ -59,13 +59,26 @@ def test_rows_and_means() -> None:
 
 @needs_compiler
 def test_the_fastest_tiling_is_kept() -> None:
-    layer = conv._SparseLayer(conv._Data(TINY), 4.0, 2, 0, True)
+    layer = conv._SparseLayer(conv._Data(TINY), 4.0, 2, "fp32", 0, True)
     assert all(len(variants) > 1 for variants in layer.variants.values())
     assert {v.tiling.together for v in layer.variants["forward"]} == {1, 2}
     assert {v.tiling.together for v in layer.variants["grad_input"]} == {1}
     layer.check()
     layer.choose()
     assert all(layer.best[phase] in variants for phase, variants in layer.variants.items())
+
+
+@needs_compiler
+def test_rows_in_bf16_stand_beside_those_in_fp32() -> None:
+    rows = bench_conv([TINY], compressions=(4.0,), precisions=("fp32", "bf16"), rounds=1, bf16=False)
+    assert [row.precision for row in rows] == ["fp32", "bf16"] * 3
+    assert set(geometric_means(rows)) == {
+        f"4x G=1{kept} {phase}"
+        for kept in ("", " bf16")
+        for phase in ("forward", "grad_input", "grad_weight", "all")
+    }
+    with pytest.raises(UserError, match="precision is fp32 or bf16, not fp8"):
+        bench_conv([TINY], precisions=("fp8",))
 
 
 @needs_compiler
@@ -102,7 +115,7 @@ def test_results_that_are_not_numbers_are_wrong(monkeypatch: pytest.MonkeyPatch)
 
 @needs_compiler
 def test_operations_leave_the_padding_out() -> None:
-    layer = conv._SparseLayer(conv._Data(TINY), 4.0, 1, 0, False)
+    layer = conv._SparseLayer(conv._Data(TINY), 4.0, 1, "fp32", 0, False)
     ones = F.conv2d(torch.ones(3, 8, 4, 5), layer.mask.float(), padding=1)
     assert layer.operations() == 2 * int(ones.sum())
 

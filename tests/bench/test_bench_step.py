@@ -35,11 +35,23 @@ def test_rows() -> None:
 
 
 def test_rows_without_bf16_and_with_memory(monkeypatch: pytest.MonkeyPatch) -> None:
-    memory = {"NCHW": 30.0, "channels_last": 20.0, None: 10.0}
-    monkeypatch.setattr(step, "_memory", lambda case, **what: memory[what.get("layout")])
-    (row,) = bench_step(CASE, compressions=(4.0,), rounds=1, compiled=False, bf16=False)
-    assert row.dense_bf16_ms is row.dense_bf16_name is row.ratio_bf16 is None
-    assert (row.dense_memory_name, row.dense_memory_mb, row.sparse_memory_mb) == ("channels_last", 20.0, 10.0)
+    memory = {
+        ("NCHW", "fp32"): 30.0,
+        ("channels_last", "fp32"): 20.0,
+        ("NCHW", "bf16"): 12.0,
+        ("channels_last", "bf16"): 14.0,
+    }
+    monkeypatch.setattr(
+        step, "_memory", lambda case, kind=None, layout=None, **_: memory.get((layout, kind), 10.0)
+    )
+    single, low = bench_step(
+        CASE, compressions=(4.0,), rounds=1, precisions=("fp32", "bf16"), compiled=False, bf16=False
+    )
+    assert single.dense_bf16_ms is single.dense_bf16_name is single.ratio_bf16 is None
+    found = [(row.dense_memory_name, row.dense_memory_mb, row.sparse_memory_mb) for row in (single, low)]
+    assert found == [("channels_last", 20.0, 10.0), ("NCHW", 12.0, 10.0)]
+    assert (single.precision, single.activations, low.precision) == ("fp32", "parameters", "bf16")
+    assert low.activations in ("parameters", "bf16")
 
 
 def test_a_network_is_the_same_each_time() -> None:
@@ -88,6 +100,11 @@ def test_a_wrong_network_is_not_timed(monkeypatch: pytest.MonkeyPatch) -> None:
         bench_step(CASE, compressions=(4.0,), rounds=1, compiled=False, memory=False)
 
 
+def test_an_unknown_precision() -> None:
+    with pytest.raises(UserError, match="precision is fp32 or bf16, not fp16"):
+        bench_step(CASE, precisions=("fp16",), rounds=1)
+
+
 @pytest.mark.parametrize("case", [StepCase(batch_size=0), StepCase(image_size=0), StepCase("resnet21")])
 def test_a_case_that_cannot_be(case: StepCase) -> None:
     with pytest.raises(UserError):
@@ -118,11 +135,11 @@ print("megabytes", peak_mb(prepare))
 
 
 def test_memory_of_a_dense_step_in_a_process_of_its_own() -> None:
-    assert step._memory(CASE, layout="NCHW") > 1
+    assert step._memory(CASE, layout="NCHW", kind="fp32") > 1
 
 
 def test_a_process_that_fails_is_told() -> None:
     with pytest.raises(RuntimeError, match="unknown model 'resnet21'"):
-        step._memory(StepCase("resnet21"), layout="NCHW")
+        step._memory(StepCase("resnet21"), layout="NCHW", kind="fp32")
     with pytest.raises(RuntimeError, match="No module named"):
         in_fresh_process("clicktrain.bench.nothing", {})

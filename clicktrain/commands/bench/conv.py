@@ -24,6 +24,7 @@ def _measure(given: Result, machine: Result, progress: Any) -> Result:
         shapes,
         compressions=given["compression"],
         groups=given["group"],
+        precisions=given["precision"],
         rounds=given["rounds"],
         tune=given["tune"],
         compiled=given["compile"],
@@ -43,6 +44,7 @@ def _show(result: Result, console: Console) -> None:
         "C,F,H,W,N",
         "x",
         "G",
+        "sparse",
         "phase",
         "tiling",
         "dense ms",
@@ -57,6 +59,7 @@ def _show(result: Result, console: Console) -> None:
             ",".join(map(str, row["shape"])),
             f"{row['compression']:g}",
             str(row["group"]),
+            row["precision"],
             row["phase"],
             _tiling(row["tiling"]),
             ms(row["dense_ms"], row["dense_name"]),
@@ -69,7 +72,7 @@ def _show(result: Result, console: Console) -> None:
         for row in result["rows"]
     ]
     settings = result["settings"]
-    print_table(console, f"3x3 convolutions, median of {settings['rounds']} rounds", heads, rows, left=5)
+    print_table(console, f"3x3 convolutions, median of {settings['rounds']} rounds", heads, rows, left=6)
     means = result["geomean_bf16"]
     cells = [(key, times(value), times(means.get(key))) for key, value in result["geomean"].items()]
     print_table(console, "geometric means", ("", "ratio", "over bf16"), cells)
@@ -94,7 +97,8 @@ def _tiling(tiling: Result) -> str:
     tile, region = ("x".join(map(str, tiling[key])) for key in ("tile", "region"))
     together = f" by {tiling['together']}" if tiling["together"] > 1 else ""
     taps = f", taps of {tiling['sources'] or 'all'}" if tiling["code"] == "taps" else ""
-    return f"{tile} in {region}{together}{taps}"
+    pairs = " in pairs" if tiling["pairs"] else ""
+    return f"{tile} in {region}{together}{taps}{pairs}"
 
 
 BENCHMARK = Benchmark(
@@ -116,6 +120,13 @@ BENCHMARK = Benchmark(
             "Neighbouring filters that share their positions.",
             (1,),
             metavar="N [N ...]",
+        ),
+        Option(
+            "precision",
+            tuple[str, ...],
+            "What the sparse operators' activations are kept in; bf16 is summed up in fp32.",
+            ("fp32",),
+            metavar="fp32|bf16 [...]",
         ),
         Option("rounds", int, "Timings of which the median is taken.", 7, metavar="N"),
         Option("tune", bool, "Measure the sparse kernels' tilings and take the best.", True),

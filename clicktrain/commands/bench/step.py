@@ -18,6 +18,7 @@ def _measure(given: Result, machine: Result, progress: Any) -> Result:
         StepCase(given["model"], given["batch_size"], given["image_size"]),
         compressions=given["compression"],
         groups=given["group"],
+        precisions=given["precision"],
         rounds=given["rounds"],
         compiled=given["compile"],
         bf16=given["bf16"],
@@ -37,6 +38,7 @@ def _show(result: Result, console: Console) -> None:
     heads = (
         "x",
         "G",
+        "sparse",
         "dense fp32 ms",
         "dense bf16 ms",
         "sparse ms",
@@ -49,6 +51,7 @@ def _show(result: Result, console: Console) -> None:
         (
             f"{row['compression']:g}",
             str(row["group"]),
+            row["precision"] + (", kept in bf16" if row["activations"] == "bf16" else ""),
             ms(row["dense_fp32_ms"], row["dense_fp32_name"]),
             ms(row["dense_bf16_ms"], row["dense_bf16_name"]),
             ms(row["sparse_ms"]),
@@ -59,11 +62,11 @@ def _show(result: Result, console: Console) -> None:
         )
         for row in result["rows"]
     ]
-    print_table(console, title, heads, rows, left=2)
+    print_table(console, title, heads, rows, left=3)
     console.print(
         "Forward, loss, backward and SGD with momentum. Dense: the fastest of its kind. Sparse: the "
         "accelerated packed network, loss and gradients checked against the packed reference. MB: peak of a "
-        "float32 step in a process of its own, beyond what the libraries take.",
+        "step in the precision of the sparse one, in a process of its own, beyond what the libraries take.",
         markup=False,
         highlight=False,
     )
@@ -88,6 +91,13 @@ BENCHMARK = Benchmark(
             "Neighbouring filters that share their positions.",
             (1,),
             metavar="N [N ...]",
+        ),
+        Option(
+            "precision",
+            tuple[str, ...],
+            "Of the accelerated steps; bf16 runs under autocast and may keep activations in it.",
+            ("fp32",),
+            metavar="fp32|bf16 [...]",
         ),
         Option("rounds", int, "Timings of which the median is taken.", 7, metavar="N"),
         Option("rule", str, "How the compiler chooses operators: measured, density or sparse.", "measured"),

@@ -21,19 +21,19 @@ def source(dtype: torch.dtype, lanes: int) -> str:
     types = f"""
 typedef int{8 * size}_t ivec __attribute__((vector_size({total})));
 /* Images begin anywhere: no alignment beyond a number's. */
-typedef real uvec __attribute__((vector_size({total}), aligned({size}), may_alias));
+typedef number uvec __attribute__((vector_size({total}), aligned({size}), may_alias));
 """
     block = {
         "name": "block",
-        "plain_type": "const real",
-        "blocked_type": "real",
+        "plain_type": "const number",
+        "blocked_type": "number",
         "tile": "tile(p, image, q, by_column * LANES, rows, LANES);",
         "number": "q[i] = i < rows ? p[i * image] : 0;",
     }
     unblock = {
         "name": "unblock",
-        "plain_type": "real",
-        "blocked_type": "const real",
+        "plain_type": "number",
+        "blocked_type": "const number",
         "tile": "tile(q, by_column * LANES, p, image, LANES, rows);",
         "number": "if (i < rows) p[i * image] = q[i];",
     }
@@ -45,8 +45,8 @@ def _tile(lanes: int) -> str:
     """A square: ``rows`` vectors are read, zeros for the others, and ``out`` of its transpose written."""
     lines = [
         "",
-        "INLINE void tile(const real *from, int64_t from_row, real *to, int64_t to_row, const int64_t rows,",
-        "                 const int64_t out) {",
+        "INLINE void tile(const number *from, int64_t from_row, number *to, int64_t to_row,",
+        "                 const int64_t rows, const int64_t out) {",
         "  const uvec zero = {0};",
         f"  uvec {', '.join(f'r{i}' for i in range(lanes))};",
         *(f"  r{i} = {i} < rows ? *(const uvec *)(from + {i} * from_row) : zero;" for i in range(lanes)),

@@ -60,8 +60,8 @@ def _tile(lanes: int, size: int) -> str:
 def _transpose(lanes: int, size: int) -> Iterator[str]:
     """Rounds over pairs of registers that are ``step`` apart; each exchanges one bit of row and column.
 
-    Where a step stays within 128 bits, where processors have one instruction for it, pairs are interleaved:
-    column bits rotate there, and after the last of these rounds all have changed places. Larger steps swap the
+    Within 128 bits pairs are interleaved, which is one instruction a register for numbers of any size: column
+    bits rotate there, and after the last of these rounds all are in their places. Larger steps swap the
     off-diagonal quarters of a square.
     """
     near = min(16 // size, lanes)

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import subprocess
+from pathlib import Path
 from typing import Any
 
 import hypothesis.strategies as st
@@ -12,11 +14,12 @@ from hypothesis import example, given, settings
 from torch import Tensor
 
 from clicktrain.formats.packed import Structure, pack_values
-from clicktrain.kernels.native import toolchain
+from clicktrain.kernels.native import compute_type, toolchain
 from clicktrain.kernels.sparse_conv2d.blocked import launch
+from clicktrain.kernels.sparse_conv2d.blocked.codegen import source
 from clicktrain.kernels.sparse_conv2d.blocked.layout import block, unblock
 from clicktrain.kernels.sparse_conv2d.blocked.ops import sparse_conv2d_blocked
-from clicktrain.kernels.sparse_conv2d.blocked.problem import PHASES, ConvProblem, Tiling
+from clicktrain.kernels.sparse_conv2d.blocked.problem import PHASES, ConvProblem, Phase, Tiling
 from clicktrain.kernels.sparse_conv2d.blocked.tables import NARROW
 
 pytestmark = [
@@ -25,7 +28,9 @@ pytestmark = [
 ]
 
 PATTERNS = ((0, 1, 3, 4), (1, 2, 4, 5), (3, 4, 6, 7), (1, 3, 4, 5), (1, 4, 5, 7))
-TOLERANCE = {torch.float32: 3e-6, torch.float64: 1e-14}
+# Of the largest number; what is kept in bfloat16 is computed in float32, and then rounded.
+TOLERANCE = {torch.float32: 3e-6, torch.float64: 1e-14, torch.bfloat16: 3e-6}
+ROUNDING = {torch.bfloat16: 2**-8}
 
 
 def pattern_mask(f: int, c: int, density: float, group: int, generator: torch.Generator) -> Tensor:
@@ -60,18 +65,19 @@ def check(
     f, c, r, s = structure.shape
     problem = ConvProblem.make(c * groups, f, (r, s), image, stride, padding, dilation)
     plan, tables = launch.prepare(structure, problem, groups, tilings)
-    x = torch.randn(n, c * groups, *image, dtype=torch.float64, requires_grad=True)
-    weight = (torch.randn(mask.shape, dtype=torch.float64) * mask).requires_grad_()
+    x = torch.randn(n, c * groups, *image, dtype=torch.float64).to(dtype).double().requires_grad_()
+    weight = (torch.randn(mask.shape, dtype=torch.float64) * mask).to(dtype).double().requires_grad_()
     offset = torch.randn(f, dtype=torch.float64, requires_grad=True)
     want = F.conv2d(x, weight, offset if bias else None, stride, padding, dilation, groups)
-    gy = torch.randn_like(want)
+    gy = torch.randn_like(want).to(dtype).double()
     want.backward(gy)
     assert x.grad is not None
     assert weight.grad is not None
 
+    parameters = compute_type(dtype)
     own_x = x.detach().to(dtype).requires_grad_()
-    values = pack_values(structure, weight.detach()).to(dtype).requires_grad_()
-    own_offset = offset.detach().to(dtype).requires_grad_()
+    values = pack_values(structure, weight.detach()).to(parameters).requires_grad_()
+    own_offset = offset.detach().to(parameters).requires_grad_()
     torch.set_num_threads(threads)
     try:
         y = sparse_conv2d_blocked(
@@ -93,7 +99,8 @@ def near(own: Tensor | None, want: Tensor | None, dtype: torch.dtype) -> None:
     assert own.shape == want.shape
     if want.numel():
         bound = TOLERANCE[dtype] * max(float(want.detach().abs().max()), 1.0)
-        assert float((own.detach() - want.detach()).abs().max()) <= bound
+        bound = bound + ROUNDING.get(own.dtype, 0.0) * want.detach().abs()
+        assert bool(((own.detach() - want.detach()).abs() <= bound).all())
 
 
 @st.composite
@@ -117,16 +124,19 @@ def cases(draw: st.DrawFn) -> dict[str, Any]:
         for k, d, p in zip((r, s), dilation, padding, strict=True)
     )
     stride = draw(st.integers(1, 3)), draw(st.integers(1, 2))
+    dtype = draw(st.sampled_from([torch.float32, torch.float64, torch.bfloat16]))
+    pairs = dtype is torch.bfloat16 and draw(st.booleans())
     code = draw(st.sampled_from(["by rule", "sets", "taps", "taps"]))
     tile = draw(st.integers(1, 4)), draw(st.integers(1, 5))
     region = draw(st.integers(1, 3)), draw(st.integers(1, 3))
     tilings = None
     if code == "sets":
         back = Tiling((tile[0] * stride[0], tile[1] * stride[1]), region)
-        tilings = {"forward": Tiling(tile, region), "grad_weight": Tiling(tile, region), "grad_input": back}
+        weight = Tiling(tile, region, pairs=pairs)
+        tilings = {"forward": Tiling(tile, region), "grad_weight": weight, "grad_input": back}
     elif code == "taps":
         images, sources = draw(st.integers(1, 3)), draw(st.integers(0, 4))
-        own = Tiling(tile, region, code="taps", sources=sources, images=images)
+        own = Tiling(tile, region, code="taps", sources=sources, images=images, pairs=pairs)
         tilings = dict.fromkeys(PHASES, own)
     return {
         "mask": mask,
@@ -138,7 +148,7 @@ def cases(draw: st.DrawFn) -> dict[str, Any]:
         "dilation": dilation,
         "groups": groups,
         "bias": draw(st.booleans()),
-        "dtype": draw(st.sampled_from([torch.float32, torch.float64])),
+        "dtype": dtype,
     }
 
 
@@ -200,6 +210,74 @@ def test_every_tiling_gives_the_same(tile: tuple[int, int], region: tuple[int, i
     own = Tiling(tile, region)
     tilings = {"forward": own, "grad_weight": own, "grad_input": back}
     check(mask, 4, (11, 10), stride=(stride, stride), padding=(1, 1), tilings=tilings)
+
+
+@pytest.mark.parametrize("pairs", [False, True])
+@pytest.mark.parametrize(
+    ("image", "stride", "dilation"), [((7, 7), 1, 1), ((9, 14), 2, 1), ((10, 9), 1, 2), ((11, 12), 2, 3)]
+)
+def test_activations_in_bfloat16(image: tuple[int, int], stride: int, dilation: int, pairs: bool) -> None:
+    """Patterns and anything; in pairs the rows of a kernel fall into pairs and single taps in every way."""
+    mask = pattern_mask(9, 7, 0.5, 1, torch.Generator().manual_seed(5))
+    mask[4:] |= torch.rand(5, 7, 3, 3, generator=torch.Generator().manual_seed(6)) < 0.4
+    own = Tiling((2, 4), (2, 2), code="taps", sources=3, images=2, pairs=pairs)
+    back = Tiling((2 * stride, 4 * stride), (1, 2))
+    for tilings in (
+        dict.fromkeys(PHASES, own),
+        {"forward": Tiling((2, 4), (1, 2)), "grad_input": back, "grad_weight": Tiling((2, 4), pairs=pairs)},
+    ):
+        check(
+            mask,
+            19,
+            image,
+            stride=(stride, stride),
+            padding=(dilation, dilation),
+            dilation=(dilation, dilation),
+            bias=True,
+            dtype=torch.bfloat16,
+            threads=2,
+            tilings=tilings,
+        )
+
+
+def test_pairs_are_as_many_as_the_rows_of_kernels_allow() -> None:
+    mask = torch.zeros(1, 3, 3, 3, dtype=torch.bool)
+    mask[0, 0, 0] = mask[0, 1, 1, :2] = mask[0, 2, 2, 1:] = mask[0, 2, 0, 0] = mask[0, 2, 0, 2] = True
+    tilings = dict.fromkeys(PHASES, Tiling((2, 4), code="taps", pairs=True))
+    problem = ConvProblem.make(3, 1, (3, 3), (5, 5), (1, 1), (1, 1))
+    _, tables = launch.prepare(Structure.from_mask(mask), problem, 1, tilings)
+    first = tables.tensors[2].view(-1, 2)  # of three taps in a row, of two, of two apart, of two
+    assert first.tolist() == [[0, 1], [2, 9], [3, 4], [5, 9], [6, 9], [7, 8]]
+
+
+def test_only_bfloat16_is_multiplied_in_pairs() -> None:
+    problem = ConvProblem.make(3, 4, (3, 3), (5, 5))
+    pairs = Tiling((2, 4), code="taps", pairs=True)
+    with pytest.raises(ValueError, match="only bfloat16 is multiplied in pairs"):
+        source("forward", problem, (), pairs, torch.float32, 8)
+    with pytest.raises(ValueError, match="its code has to be 'taps'"):
+        source("forward", problem, (), Tiling((2, 4), pairs=True), torch.bfloat16, 8)
+
+
+@pytest.mark.parametrize("phase", PHASES)
+def test_the_instruction_for_pairs_is_used_where_it_is_known(phase: Phase, tmp_path: Path) -> None:
+    tools = toolchain()
+    assert tools is not None
+    path = tmp_path / "kernel.c"
+    tiling = Tiling((4, 4), code="taps", pairs=True)
+    path.write_text(
+        source(phase, ConvProblem.make(8, 8, (3, 3), (8, 8), (1, 1), (1, 1)), (), tiling, torch.bfloat16, 16)
+    )
+    command = [tools.compiler, "-O2", "-march=cooperlake", "-ffp-contract=fast", "-S", str(path), "-o", "-"]
+    done = subprocess.run(command, capture_output=True, text=True, check=False)
+    if "march" in done.stderr:
+        pytest.skip(f"{tools.version} knows no processor with AVX512_BF16")
+    assert done.returncode == 0, done.stderr
+    loop = [line.split() for line in done.stdout.splitlines() if "vdpbf16ps" in line]
+    register = "%zmm" if phase != "grad_weight" else "%ymm"
+    assert len(loop) >= 12
+    assert all(register in line[-1] for line in loop)
+    assert phase == "grad_weight" or "vfmadd" not in done.stdout
 
 
 def test_large_kernel_and_full_density() -> None:

@@ -45,6 +45,11 @@ class Toolchain:
         """Vector registers that code can use."""
         return 32 if "__AVX512F__" in self.isa or "__ARM_NEON" in self.isa else 16
 
+    @property
+    def multiplies_pairs(self) -> bool:
+        """Whether the processor multiplies pairs of bfloat16 numbers in whole registers (``vdpbf16ps``)."""
+        return "__AVX512BF16__" in self.isa and self.vector_bytes == 64
+
     def lanes(self, dtype: torch.dtype) -> int:
         """V: images that lie side by side where activations are kept in that type.
 

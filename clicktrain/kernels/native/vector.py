@@ -28,26 +28,11 @@ def preamble(dtype: torch.dtype, lanes: int) -> str:
     """
     kept, dtype = dtype, compute_type(dtype)
     size = dtype.itemsize
-    steps = []
-    half = lanes
-    while half > 1:
-        half //= 2
-        low = ", ".join(str(i) for i in range(half))
-        high = ", ".join(str(i + half) for i in range(half))
-        if half == 1:
-            steps.append("return v2[0] + v2[1];")
-        else:
-            steps.append(
-                f"vec{half} v{half} = __builtin_shufflevector(v{2 * half}, v{2 * half}, {low}) + "
-                f"__builtin_shufflevector(v{2 * half}, v{2 * half}, {high});"
-            )
     widths = []
     half = lanes // 2
     while half > 1:
         widths.append(f"typedef real vec{half} __attribute__((vector_size({half * size})));")
         half //= 2
-    plain = "real s = 0; for (int i = 0; i < LANES; ++i) s += v[i]; return s;"
-    body = " ".join([f"vec v{lanes} = v;", *steps]) if lanes > 1 else "return v[0];"
     return "\n".join(
         [
             "#include <stdint.h>",
@@ -62,13 +47,6 @@ def preamble(dtype: torch.dtype, lanes: int) -> str:
             "#define __has_builtin(x) 0",
             "#endif",
             "static inline __attribute__((always_inline)) vec splat(real x) { return x - (vec){0}; }",
-            "static inline __attribute__((always_inline)) real lane_sum(vec v) {",
-            "#if __has_builtin(__builtin_shufflevector)",
-            f"  {body}",
-            "#else",
-            f"  {plain}",
-            "#endif",
-            "}",
             # What several sums use is to be loaded once: compilers fold the load into each use instead.
             "#if defined(__AVX512F__)",
             '#define KEEP(x) __asm__("" : "+v"(x))',
@@ -79,7 +57,7 @@ def preamble(dtype: torch.dtype, lanes: int) -> str:
             "#else",
             "#define KEEP(x)",
             "#endif",
-            *_lane_sums(dtype, lanes),
+            *_lane_sums("", "vec", dtype, lanes),
             *_stored(kept, lanes),
             *_stream(lanes * kept.itemsize),
             "static inline int64_t min64(int64_t a, int64_t b) { return a < b ? a : b; }",
@@ -101,18 +79,21 @@ def _stored(dtype: torch.dtype, lanes: int) -> list[str]:
         ]
     return [
         "typedef uint16_t number;",
-        f"typedef uint16_t stored __attribute__((vector_size({2 * lanes}), aligned({2 * lanes}), may_alias));",
-        f"typedef uint32_t bits __attribute__((vector_size({4 * lanes}), aligned({4 * lanes})));",
-        f"{inline} vec widen(stored v) {{",
+        f"typedef uint16_t stored {_vector(2 * lanes)};",
+        f"typedef uint32_t bits {_vector(4 * lanes)};",
+        f"{inline} bits spread(stored v) {{",
         # Instructions by name where GCC 12 finds no good ones; they take whole registers.
         "#if (defined(__AVX512F__) && LANES == 16) || (defined(__AVX2__) && LANES == 8)",
         "  bits b;",
         '  __asm__("vpmovzxwd %1, %0" : "=v"(b) : "vm"(v));',
-        "  return (vec)(b << 16);",
+        "  return b;",
         "#else",
-        "  return (vec)(__builtin_convertvector(v, bits) << 16);",
+        "  return __builtin_convertvector(v, bits);",
         "#endif",
         "}",
+        f"{inline} vec widen(stored v) {{ return (vec)(spread(v) << 16); }}",
+        f"typedef real half_vec {_vector(2 * lanes)};",
+        *_lane_sums("half_", "half_vec", torch.float32, lanes // 2),
         f"{inline} stored narrow(vec v) {{",
         "#if defined(__AVX512BF16__) && LANES == 16",
         "  stored s;",
@@ -125,6 +106,11 @@ def _stored(dtype: torch.dtype, lanes: int) -> list[str]:
         "#endif",
         "}",
     ]
+
+
+def _vector(size: int) -> str:
+    """A C type's attributes that make it a vector of so many bytes, which may lie over any other type."""
+    return f"__attribute__((vector_size({size}), aligned({size}), may_alias))"
 
 
 def _stream(size: int) -> list[str]:
@@ -158,15 +144,41 @@ def _stream(size: int) -> list[str]:
     ]
 
 
-def _lane_sums(dtype: torch.dtype, lanes: int) -> list[str]:
-    """``add_lane_sums4(out, a, b, c, d)``: adds four vectors' sums to ``out[0..3]``, by transposing adds."""
+def _lane_sums(prefix: str, vector: str, dtype: torch.dtype, lanes: int) -> list[str]:
+    """``lane_sum(v)``, and ``add_lane_sums4(out, a, b, c, d)``, by transposing adds.
+
+    The latter adds four vectors' sums to ``out[0..3]``.
+    """
+    inline = "static inline __attribute__((always_inline, unused))"
+    steps = [f"{vector} v{lanes} = v;"]
+    half = lanes
+    while half > 1:
+        half //= 2
+        lower = ", ".join(str(i) for i in range(half))
+        upper = ", ".join(str(i + half) for i in range(half))
+        if half == 1:
+            steps.append("return v2[0] + v2[1];")
+        else:
+            steps.append(
+                f"vec{half} v{half} = __builtin_shufflevector(v{2 * half}, v{2 * half}, {lower}) + "
+                f"__builtin_shufflevector(v{2 * half}, v{2 * half}, {upper});"
+            )
+    sum_of = f"{prefix}lane_sum"
+    single = [
+        f"{inline} real {sum_of}({vector} v) {{",
+        "#if __has_builtin(__builtin_shufflevector)",
+        f"  {' '.join(steps) if lanes > 1 else 'return v[0];'}",
+        "#else",
+        f"  real s = 0; for (int i = 0; i < {lanes}; ++i) s += v[i]; return s;",
+        "#endif",
+        "}",
+    ]
     head = (
-        "static inline __attribute__((always_inline)) "
-        "void add_lane_sums4(real *out, vec a, vec b, vec c, vec d) {"
+        f"{inline} void {prefix}add_lane_sums4(real *out, {vector} a, {vector} b, {vector} c, {vector} d) {{"
     )
-    plain = "out[0] += lane_sum(a); out[1] += lane_sum(b); out[2] += lane_sum(c); out[3] += lane_sum(d);"
+    plain = " ".join(f"out[{i}] += {sum_of}({name});" for i, name in enumerate("abcd"))
     if lanes < 4:
-        return [f"{head} {plain} }}"]
+        return [*single, f"{head} {plain} }}"]
 
     def pick(first: str, second: str, indices: list[int]) -> str:
         return f"__builtin_shufflevector({first}, {second}, {', '.join(map(str, indices))})"
@@ -174,11 +186,12 @@ def _lane_sums(dtype: torch.dtype, lanes: int) -> list[str]:
     even = [i for pair in range(0, lanes, 2) for i in (pair, lanes + pair)]
     low = [i for four in range(0, lanes, 4) for i in (four, four + 1, lanes + four, lanes + four + 1)]
     lines = [
+        *single,
         head,
         "#if __has_builtin(__builtin_shufflevector)",
-        f"  vec t = {pick('a', 'b', even)} + {pick('a', 'b', [i + 1 for i in even])};",
-        f"  vec u = {pick('c', 'd', even)} + {pick('c', 'd', [i + 1 for i in even])};",
-        f"  vec s{lanes} = {pick('t', 'u', low)} + {pick('t', 'u', [i + 2 for i in low])};",
+        f"  {vector} t = {pick('a', 'b', even)} + {pick('a', 'b', [i + 1 for i in even])};",
+        f"  {vector} u = {pick('c', 'd', even)} + {pick('c', 'd', [i + 1 for i in even])};",
+        f"  {vector} s{lanes} = {pick('t', 'u', low)} + {pick('t', 'u', [i + 2 for i in low])};",
     ]
     half = lanes
     while half > 4:

@@ -21,7 +21,7 @@ def write(code: Code, g: Generator, sums: bool = False) -> None:
     code("const int64_t items = blocks * REGION_ROWS * REGION_COLS;")
     code("(void)threads; (void)scratch;")
     open_threads(code)
-    code("vec *buffer = scratch + me * SCRATCH;")
+    code("cell *buffer = (cell *)(scratch + me * SCRATCH);")
     code("(void)buffer;")
     if sums:
         statistics.open_sums(code)
@@ -58,8 +58,8 @@ def _tile(code: Code, g: Generator, name: str, row: TileKind, column: TileKind, 
     sums = [[f"a{k}_{i}" for i in range(positions)] for k in range(g.together)]
     steps = max(g.rows.region_tiles * g.columns.region_tiles * (g.results // g.together), 1)
     code(
-        f"static __attribute__((noinline)) void {name}(const vec *restrict x, vec *restrict y, "
-        "const real *restrict v, const real *restrict bias, const int32_t *restrict rows, "
+        f"static __attribute__((noinline)) void {name}(const cell *restrict x, stored *restrict y, "
+        "const weight *restrict v, const real *restrict bias, const int32_t *restrict rows, "
         f"const {g.entry} *restrict entries, int64_t stream, ahead_t *ahead"
         f"{statistics.TILE_PARAMETERS if moments else ''}) {{"
     )
@@ -70,11 +70,11 @@ def _tile(code: Code, g: Generator, name: str, row: TileKind, column: TileKind, 
         code(f"vec {', '.join(f'{one} = start{k}' for one in sums[k])};")
     code(f"const {g.entry} *e = entries + 2L * rows[f], *end = entries + 2L * rows[f + 1];")
     code("for (; e != end; e += 2) {")
-    code("const vec *p = x + e[0] * WIN;")
+    code("const cell *p = x + e[0] * WIN;")
     code("switch (e[1]) {")
     for number, taps in enumerate(g.vocabulary):
         code(f"case {number}: {{")
-        code("vec t;")
+        code("cell t;")
         for t in range(len(taps)):
             for k in range(g.together):
                 code(f"const vec w{t}_{k} = splat(v[{t * g.together + k}]);")
@@ -103,12 +103,12 @@ def _store(code: Code, where: str, sums: list[str], rows: int, columns: int) -> 
     """Write a tile, through or around the caches."""
     places = [f"o[{i} * DST_W + {j}]" for i in range(rows) for j in range(columns)]
     code("{")
-    code(f"vec *o = {where};")
+    code(f"stored *o = {where};")
     code("if (stream) {")
     for place, value in zip(places, sums, strict=True):
-        code(f"STREAM(&{place}, {value});")
+        code(f"STREAM(&{place}, narrow({value}));")
     code("} else {")
     for place, value in zip(places, sums, strict=True):
-        code(f"{place} = {value};")
+        code(f"{place} = narrow({value});")
     code("}")
     code("}")

@@ -18,6 +18,7 @@ from __future__ import annotations
 
 import torch
 
+from clicktrain.kernels.native import compute_type
 from clicktrain.kernels.sparse_conv2d.blocked import (
     accumulate,
     grad_weight,
@@ -42,8 +43,9 @@ def source(
 ) -> str:
     """The C text of one phase; its one exported function is called ``run``.
 
-    Signatures (``real`` is the dtype; every array is contiguous, ``blocks`` = N/V rounded up, ``stream`` =
-    write results around the caches):
+    Signatures (activations are of the dtype, ``real`` is what it is computed in, ``weight`` that or two
+    bfloat16; every array is contiguous, ``blocks`` = N/V rounded up, ``stream`` = write results around the
+    caches):
 
     - forward: ``run(x, y, values, bias or NULL, rows, entries, scratch, blocks, stream, threads)``
     - grad_input: ``run(gy, gx, values, NULL, rows, entries, scratch, blocks, stream, threads)``
@@ -54,27 +56,31 @@ def source(
     """
     if sums and phase != "forward":
         raise ValueError(f"statistics are taken of the forward pass, not of {phase}")
+    if tiling.pairs and dtype is not torch.bfloat16:
+        raise ValueError(f"only bfloat16 is multiplied in pairs, not {dtype}")
+    if tiling.pairs and tiling.code == "sets" and phase != "grad_weight":
+        raise ValueError(f"code for tap sets does not multiply pairs in {phase}: its code has to be 'taps'")
     if tiling.code == "taps":
-        taps = TapGenerator(phase, problem, tiling)
-        code = taps.begin(dtype, lanes)
+        taps = TapGenerator(phase, problem, tiling, dtype)
+        code = taps.begin(lanes)
         if phase == "grad_weight":
             tap_grad_weight.write(code, taps)
         else:
-            code(statistics.support(dtype) if sums else "")
+            code(statistics.support(compute_type(dtype)) if sums else "")
             tap_accumulate.write(code, taps, sums)
         return code.text()
-    generator = Generator(phase, problem, vocabulary, tiling)
-    code = generator.begin(dtype, lanes)
+    generator = Generator(phase, problem, vocabulary, tiling, dtype)
+    code = generator.begin(lanes)
     if phase == "grad_weight":
         grad_weight.write(code, generator)
     else:
-        code(statistics.support(dtype) if sums else "")
+        code(statistics.support(compute_type(dtype)) if sums else "")
         accumulate.write(code, generator, sums)
     return code.text()
 
 
-def scratch_vectors(phase: Phase, problem: ConvProblem, tiling: Tiling) -> int:
+def scratch_vectors(phase: Phase, problem: ConvProblem, tiling: Tiling, dtype: torch.dtype) -> int:
     """Vectors of scratch memory for each thread; the gradient of the weight needs its own values besides."""
     if tiling.code == "taps":
-        return TapGenerator(phase, problem, tiling).scratch
-    return Generator(phase, problem, (), tiling).scratch
+        return TapGenerator(phase, problem, tiling, dtype).scratch
+    return Generator(phase, problem, (), tiling, dtype).scratch

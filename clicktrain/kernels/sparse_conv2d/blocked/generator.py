@@ -7,6 +7,7 @@ from collections.abc import Iterator
 import torch
 
 from clicktrain.kernels.native import preamble
+from clicktrain.kernels.sparse_conv2d.blocked import cells
 from clicktrain.kernels.sparse_conv2d.blocked.geometry import Backward, Forward
 from clicktrain.kernels.sparse_conv2d.blocked.problem import ConvProblem, Phase, Tiling
 from clicktrain.kernels.sparse_conv2d.blocked.regions import AxisRegions, TileKind
@@ -23,9 +24,15 @@ class Generator:
     """
 
     def __init__(
-        self, phase: Phase, problem: ConvProblem, vocabulary: tuple[Taps, ...], tiling: Tiling
+        self,
+        phase: Phase,
+        problem: ConvProblem,
+        vocabulary: tuple[Taps, ...],
+        tiling: Tiling,
+        dtype: torch.dtype,
     ) -> None:
         self.phase, self.vocabulary, self.together = phase, vocabulary, tiling.together
+        self.dtype, self.cells = dtype, cells.support(phase, problem, tiling.pairs)
         self.kernel_width = problem.columns.taps
         direction = Backward if phase == "grad_input" else Forward
         self.rows = AxisRegions(direction(problem.rows), tiling.tile[0], tiling.region[0])
@@ -36,9 +43,11 @@ class Generator:
         self.entry = "uint16_t" if max(self.sources, self.results) <= NARROW else "int32_t"
         """C type of what a table says of each part."""
         self.window = self.rows.buffer * self.columns.buffer
-        self.in_place = self.rows.whole() and self.columns.whole()
+        as_stored = cells.as_stored(phase, tiling.pairs, dtype)
+        self.in_place = as_stored and self.rows.whole() and self.columns.whole()
         """Whether windows are read from the source itself, without a copy."""
-        self.one_region = len(self.rows.regions) == len(self.columns.regions) == 1
+        self.patch_in_place = as_stored and len(self.rows.regions) == len(self.columns.regions) == 1
+        """As much for the output's gradient (gradient of the weight only)."""
         self.patch_rows = max(sum(t.size for t in region) for region in self.rows.regions)
         self.patch_columns = max(sum(t.size for t in region) for region in self.columns.regions)
 
@@ -50,7 +59,7 @@ class Generator:
     @property
     def patch_vectors(self) -> int:
         """Vectors of the buffer for the output's gradient (gradient of the weight only)."""
-        if self.phase != "grad_weight" or self.one_region:
+        if self.phase != "grad_weight" or self.patch_in_place:
             return 0
         return self.results * self.patch_rows * self.patch_columns
 
@@ -59,10 +68,10 @@ class Generator:
         """Vectors that each thread needs for both."""
         return self.window_vectors + self.patch_vectors
 
-    def begin(self, dtype: torch.dtype, lanes: int) -> Code:
+    def begin(self, lanes: int) -> Code:
         """The text up to the first function of the kernel's own."""
         code = Code()
-        code(preamble(dtype, lanes))
+        code(preamble(self.dtype, lanes))
         numbers = {
             **planes(self.sources, self.results, self.rows.direction, self.columns.direction),
             "WIN_W": self.columns.buffer,
@@ -81,6 +90,7 @@ class Generator:
             code(f"static const int {name}_START[] = {{{join(region[0].start for region in axis.regions)}}};")
             sizes = [sum(t.size for t in region) for region in axis.regions]
             code(f"static const int {name}_SIZE[] = {{{join(sizes)}}};")
+        code(self.cells)
         code(SUPPORT)
         return code
 

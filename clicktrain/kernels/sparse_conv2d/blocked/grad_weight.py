@@ -27,23 +27,23 @@ def write(code: Code, g: Generator) -> None:
     for number, (row_kind, _, column_kind, _) in enumerate(kinds):
         _region(code, g, number, row_kind, column_kind)
     code(
-        f"int run(const vec *x, const vec *gy, real *grad, const int32_t *rows, const {g.entry} *entries, "
-        "const int64_t *chunks, vec *scratch, int64_t blocks, int64_t threads) {"
+        "int run(const stored *x, const stored *gy, real *grad, const int32_t *rows, "
+        f"const {g.entry} *entries, const int64_t *chunks, vec *scratch, int64_t blocks, int64_t threads) {{"
     )
     code("const int64_t parts = chunks[0], nnz = chunks[1];")
     code("const int64_t items = blocks * REGION_ROWS * REGION_COLS * parts;")
     code("const int64_t own = SCRATCH + (nnz + LANES - 1) / LANES;")
     code("(void)threads; (void)rows;")
     open_threads(code)
-    code("vec *buffer = scratch + me * own;")
-    code("real *sums = (real *)(buffer + SCRATCH);")
+    code("cell *buffer = (cell *)(scratch + me * own);")
+    code("real *sums = (real *)(scratch + me * own + SCRATCH);")
     code("memset(sums, 0, nnz * sizeof(real));")
     code("int64_t packed = -1;")
     code("const int64_t last = items * (me + 1) / all;")
     code("for (int64_t item = items * me / all; item < last; ++item) {")
     code("const int64_t region = item / parts, part = item % parts;")
     locate(code, "region")
-    code("const vec *from = x + b * SOURCES * SRC_H * SRC_W, *other = gy + b * RESULTS * DST_H * DST_W;")
+    code("const stored *from = x + b * SOURCES * SRC_H * SRC_W, *other = gy + b * RESULTS * DST_H * DST_W;")
     _pack(code, g)
     code(f"const {g.entry} *e = entries + 3 * chunks[2 + 3 * part];")
     code(f"const {g.entry} *end = entries + 3 * chunks[3 + 3 * part];")
@@ -60,13 +60,13 @@ def write(code: Code, g: Generator) -> None:
 
 def _pack(code: Code, g: Generator) -> None:
     """Copy the windows and the output's gradient of a region, unless they can be read where they are."""
-    code("const vec *window = from, *patch = other;")
+    code(f"const cell *window = {'from' if g.in_place else 'buffer'};")
+    code(f"const cell *patch = {'other' if g.patch_in_place else f'buffer + {g.window_vectors}L'};")
+    code("(void)from; (void)other;")
     if not g.in_place:
-        code("window = buffer;")
         code("if (region != packed)")
         code("  pack(from, buffer, ROW_FIRST[rr], ROW_SPAN[rr], COL_FIRST[rc], COL_SPAN[rc]);")
-    if not g.one_region:
-        code(f"patch = buffer + {g.window_vectors}L;")
+    if not g.patch_in_place:
         code("if (region != packed)")
         code(
             f"  pack_patch(other, buffer + {g.window_vectors}L, "
@@ -81,7 +81,7 @@ def _pack(code: Code, g: Generator) -> None:
             "next_x = look(x + nb * SOURCES * SRC_H * SRC_W, SOURCES, SRC_H, SRC_W, "
             "ROW_FIRST[nrr], ROW_SPAN[nrr], COL_FIRST[nrc], COL_SPAN[nrc]);"
         )
-    if not g.one_region:
+    if not g.patch_in_place:
         code(
             "next_gy = look(gy + nb * RESULTS * DST_H * DST_W, RESULTS, DST_H, DST_W, "
             "ROW_START[nrr], ROW_SIZE[nrr], COL_START[nrc], COL_SIZE[nrc]);"
@@ -92,8 +92,8 @@ def _pack(code: Code, g: Generator) -> None:
 def _region(code: Code, g: Generator, number: int, rows: RegionKind, columns: RegionKind) -> None:
     """All kernels of one region."""
     code(
-        f"static __attribute__((noinline)) void region_{number}(const vec *restrict x, "
-        f"const vec *restrict gy, real *restrict out, const {g.entry} *restrict e, "
+        f"static __attribute__((noinline)) void region_{number}(const cell *restrict x, "
+        f"const cell *restrict gy, real *restrict out, const {g.entry} *restrict e, "
         f"const {g.entry} *end, ahead_t *next_x, ahead_t *next_gy) {{"
     )
     code("const long kernels = max64((end - e) / 3, 1);")
@@ -101,7 +101,7 @@ def _region(code: Code, g: Generator, number: int, rows: RegionKind, columns: Re
     code("for (; e != end; e += 3) {")
     code("fetch(next_x, share_x);")
     code("fetch(next_gy, share_gy);")
-    code("const vec *xc = x + e[0] * WIN, *gc = gy + e[1] * PATCH;")
+    code("const cell *xc = x + e[0] * WIN, *gc = gy + e[1] * PATCH;")
     code("switch (e[2]) {")
     for case, taps in enumerate(g.vocabulary):
         code(f"case {case}: {{")
@@ -119,16 +119,16 @@ def _kernel(code: Code, g: Generator, taps: Taps, rows: RegionKind, columns: Reg
     count = len(taps) * g.together
     chains = max(1, _CHAINS // count)
     names = [[f"s{i}_{c}" for c in range(chains)] for i in range(count)]
-    code(f"vec {', '.join(f'{one} = {{0}}' for group in names for one in group)};")
+    code(f"sums_t {', '.join(f'{one} = {{0}}' for group in names for one in group)};")
     for row in _runs(rows):
         for column in _runs(columns):
             _tiles(code, g, taps, row, column, names)
     sums = [" + ".join(group) for group in names]
     whole = count - count % 4
     for first in range(0, whole, 4):
-        code(f"add_lane_sums4(out + {first}, {', '.join(sums[first : first + 4])});")
+        code(f"ADD_LANE_SUMS4(out + {first}, {', '.join(sums[first : first + 4])});")
     for i in range(whole, count):
-        code(f"out[{i}] += lane_sum({sums[i]});")
+        code(f"out[{i}] += LANE_SUM({sums[i]});")
     code(f"out += {count};")
 
 
@@ -137,16 +137,16 @@ def _tiles(code: Code, g: Generator, taps: Taps, row: _Run, column: _Run, sums: 
     code(f"for (int i = 0; i < {row.tiles}; ++i) for (int j = 0; j < {column.tiles}; ++j) {{")
     first = row.window * g.columns.buffer + column.window
     code(
-        f"const vec *p = xc + {first} + i * {row.window_step * g.columns.buffer} + j * {column.window_step};"
+        f"const cell *p = xc + {first} + i * {row.window_step * g.columns.buffer} + j * {column.window_step};"
     )
-    code(f"const vec *q = gc + ({row.start} + i * {row.start_step}) * PATCH_W;")
+    code(f"const cell *q = gc + ({row.start} + i * {row.start_step}) * PATCH_W;")
     code(f"q += {column.start} + j * {column.start_step};")
-    code("vec t;")
+    code("cell t;")
     triples = list(g.triples(taps, row.kind, column.kind))
     for position in sorted({position for position, _, _ in triples}):
         y, x = divmod(position, column.kind.size)
         for k in range(g.together):
-            code(f"vec g{k}_{position} = q[{k} * PATCH + {y} * PATCH_W + {x}]; KEEP(g{k}_{position});")
+            code(f"cell g{k}_{position} = q[{k} * PATCH + {y} * PATCH_W + {x}]; KEEP(g{k}_{position});")
     last = -1
     used = [0] * len(taps)
     for position, window, tap in triples:
@@ -155,7 +155,7 @@ def _tiles(code: Code, g: Generator, taps: Taps, row: _Run, column: _Run, sums: 
             last = window
         for k in range(g.together):
             group = sums[tap * g.together + k]
-            code(f"{group[used[tap] % len(group)]} += t * g{k}_{position};")
+            code(f"MULTIPLY_ADD({group[used[tap] % len(group)]}, t, g{k}_{position});")
         used[tap] += 1
     code("}")
 

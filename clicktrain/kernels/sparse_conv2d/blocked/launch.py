@@ -13,7 +13,7 @@ from torch import Tensor
 
 from clicktrain.errors import UserError
 from clicktrain.formats.packed import Structure
-from clicktrain.kernels.native import load, toolchain
+from clicktrain.kernels.native import compute_type, load, toolchain
 from clicktrain.kernels.native.library import arguments
 from clicktrain.kernels.sparse_conv2d.blocked.codegen import scratch_vectors, source
 from clicktrain.kernels.sparse_conv2d.blocked.layout import vectors
@@ -21,7 +21,7 @@ from clicktrain.kernels.sparse_conv2d.blocked.problem import PHASES, ConvProblem
 from clicktrain.kernels.sparse_conv2d.blocked.statistics import moment_vectors
 from clicktrain.kernels.sparse_conv2d.blocked.tables import Parts, Table
 from clicktrain.kernels.sparse_conv2d.blocked.tap_tables import table as tap_table
-from clicktrain.kernels.sparse_conv2d.blocked.tiling import GRAD_WEIGHT_FILTERS, candidates
+from clicktrain.kernels.sparse_conv2d.blocked.tiling import GRAD_WEIGHT_FILTERS, candidates, pair_candidates
 from clicktrain.kernels.sparse_conv2d.blocked.vocabulary import Taps, choose, is_complete
 
 STREAM_BYTES = 8 << 20
@@ -137,11 +137,24 @@ class Variant:
     tables: list[Tensor]
 
 
-def variants(structure: Structure, problem: ConvProblem, groups: int = 1) -> list[Variant]:
-    """All that is worth measuring for a layer, of each phase the rule's own choice first."""
+def variants(
+    structure: Structure, problem: ConvProblem, groups: int = 1, dtype: torch.dtype = torch.float32
+) -> list[Variant]:
+    """All that is worth measuring for a layer, of each phase the rule's own choice first.
+
+    Args:
+        structure: the kept positions.
+        problem: the layer on its image.
+        groups: blocked connections of the convolution.
+        dtype: of the activations; bfloat16 is also multiplied in pairs where the processor has that.
+    """
     vocabulary = choose(structure)
     parts = functools.cache(lambda: Parts(structure, vocabulary, groups))
     wanted = {phase: _candidates(phase, structure, problem, vocabulary, parts) for phase in PHASES}
+    tools = toolchain()
+    if dtype is torch.bfloat16 and tools is not None and tools.multiplies_pairs:
+        for phase, tilings in wanted.items():
+            tilings += pair_candidates(phase, problem, tilings)
     found = []
     # The tables of a phase depend on its own tiling alone: one candidate of each phase at once.
     for number in range(max(map(len, wanted.values()))):
@@ -205,6 +218,14 @@ def _run_chunks(rows: Tensor, nnz: int) -> Tensor:
     return torch.tensor(flat, dtype=torch.int64)
 
 
+def _weights(values: Tensor, order: Tensor, tiling: Tiling) -> Tensor:
+    """Values as a kernel reads them: in its order, perhaps in pairs of bfloat16."""
+    if not tiling.pairs:
+        return _ordered(values, order)
+    flat = values.reshape(-1).bfloat16()
+    return torch.cat([flat, flat.new_zeros(1)]).index_select(0, order)
+
+
 def _ordered(values: Tensor, order: Tensor) -> Tensor:
     """Values in the order of a kernel; without one, as they are."""
     flat = values.reshape(-1)
@@ -223,7 +244,8 @@ def forward(x: Tensor, values: Tensor, bias: Tensor | None, tables: Sequence[Ten
     kernel = _kernel(plan, x.dtype, "forward")
     y = x.new_empty(output_shape(x, kernel.plan.problem))
     bias = None if bias is None else bias.contiguous()
-    kernel.run(vectors(x), y, _ordered(values, tables[2]), bias, tables[0], tables[1])
+    weights = _weights(values, tables[2], kernel.tiling)
+    kernel.run(vectors(x), y, weights, bias, tables[0], tables[1])
     return y
 
 
@@ -236,10 +258,10 @@ def forward_statistics(
         raise UserError(f"{x.shape[0]} blocks of {lanes} lanes hold no batch of {n} images to take a mean of")
     kernel = _kernel(plan, x.dtype, "forward", sums=True)
     y = x.new_empty(output_shape(x, kernel.plan.problem))
-    mean, var = x.new_empty(y.shape[1]), x.new_empty(y.shape[1])
+    mean, var = values.new_empty(y.shape[1]), values.new_empty(y.shape[1])
     bias = None if bias is None else bias.contiguous()
-    ordered = _ordered(values, tables[2])
-    kernel.run(vectors(x), y, ordered, bias, tables[0], tables[1], mean, var, images=n)
+    weights = _weights(values, tables[2], kernel.tiling)
+    kernel.run(vectors(x), y, weights, bias, tables[0], tables[1], mean, var, images=n)
     return y, mean, var
 
 
@@ -253,8 +275,8 @@ def grad_input(gy: Tensor, values: Tensor, tables: Sequence[Tensor], plan: str) 
     kernel = _kernel(plan, gy.dtype, "grad_input")
     problem = kernel.plan.problem
     gx = gy.new_empty(gy.shape[0], problem.channels, problem.rows.size, problem.columns.size, gy.shape[4])
-    ordered = _ordered(values, tables[5])
-    kernel.run(vectors(gy), gx, ordered, None, tables[3], tables[4])
+    weights = _weights(values, tables[5], kernel.tiling)
+    kernel.run(vectors(gy), gx, weights, None, tables[3], tables[4])
     return gx
 
 
@@ -264,7 +286,7 @@ def grad_weight(
     """Activations and output gradients -> gradient of the packed values."""
     kernel = _kernel(plan, x.dtype, "grad_weight")
     order, chunks = tables[8], tables[9]
-    found = x.new_empty(int(chunks[1]))
+    found = x.new_empty(int(chunks[1]), dtype=compute_type(x.dtype))
     few = x.shape[0] * kernel.regions < 4 * kernel.images * torch.get_num_threads()
     whole = chunks if few else _one_chunk(chunks)
     kernel.run(vectors(x), vectors(gy), found, tables[6], tables[7], whole)
@@ -281,12 +303,13 @@ class _Kernel:
     def __init__(self, plan: ConvPlan, dtype: torch.dtype, phase: Phase, text: str, sums: bool) -> None:
         self.plan, self.phase, self.dtype = plan, phase, dtype
         self._run = load(text).run
-        tiling = plan.tiling(phase)
-        self._scratch = scratch_vectors(phase, plan.problem, tiling)
+        self.tiling = plan.tiling(phase)
+        self._computed = compute_type(dtype)
+        self._scratch = scratch_vectors(phase, plan.problem, self.tiling, dtype)
         if sums:
-            self._scratch += moment_vectors(plan.problem.filters, dtype)
-        self.regions = region_count(phase, plan.problem, tiling)
-        self.images = tiling.images
+            self._scratch += moment_vectors(plan.problem.filters, self._computed)
+        self.regions = region_count(phase, plan.problem, self.tiling)
+        self.images = self.tiling.images
 
     def run(self, first: Tensor, *rest: Tensor | None, images: int | None = None) -> None:
         threads = torch.get_num_threads()
@@ -296,7 +319,7 @@ class _Kernel:
             result = rest[1]
             assert result is not None
             vectors_each += -(-result.numel() // lanes)
-        scratch = first.new_empty(max(vectors_each * threads, 1) * lanes)
+        scratch = first.new_empty(max(vectors_each * threads, 1) * lanes, dtype=self._computed)
         if first.numel():
             numbers = [first.shape[0], threads]
             if self.phase != "grad_weight":

@@ -11,6 +11,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from clicktrain.kernels.native import compute_type
 from clicktrain.kernels.sparse_conv2d.blocked import launch
 from clicktrain.kernels.sparse_conv2d.blocked.launch import ConvPlan
 
@@ -22,14 +23,15 @@ def sparse_conv2d_blocked(
     """Convolve with a packed weight in the blocked layout: ClickTrain section 5.2.
 
     Args:
-        x: [B, C, H, W, V], float32 or float64, V the vector lanes of that type.
-        values: packed weights, shape ``structure.values_shape``.
+        x: [B, C, H, W, V], float32, float64 or bfloat16, V the vector lanes of what that is computed in.
+        values: packed weights, shape ``structure.values_shape``, of the type of ``x``; for bfloat16 in
+            float32, as are bias and the gradients of both.
         bias: [F] or None.
         tables: ``ConvTables.tensors`` of the layer.
         plan: ``ConvPlan.to_json()`` of the layer.
 
     Returns:
-        [B, F, H', W', V].
+        [B, F, H', W', V] of the type of ``x``.
     """
     return launch.forward(x, values, bias, tables, plan)
 
@@ -62,7 +64,7 @@ def _(
 ) -> tuple[Tensor, Tensor, Tensor]:
     problem = ConvPlan.from_json(plan).problem
     y = x.new_empty(launch.output_shape(x, problem))
-    return y, x.new_empty(problem.filters), x.new_empty(problem.filters)
+    return y, values.new_empty(problem.filters), values.new_empty(problem.filters)
 
 
 @torch.library.custom_op("clicktrain::sparse_conv2d_blocked_grad_input", mutates_args=())
@@ -87,7 +89,7 @@ def sparse_conv2d_blocked_grad_weight(
 
 @sparse_conv2d_blocked_grad_weight.register_fake
 def _(x: Tensor, gy: Tensor, values_shape: list[int], tables: list[Tensor], plan: str) -> Tensor:
-    return x.new_empty(values_shape)
+    return x.new_empty(values_shape, dtype=compute_type(x.dtype))
 
 
 def _save(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
@@ -105,7 +107,7 @@ def _backward(ctx: Any, gy: Tensor) -> tuple[Any, ...]:
         if need_values
         else None
     )
-    gb = gy.sum((0, 2, 3, 4)) if need_bias else None
+    gb = gy.sum((0, 2, 3, 4), dtype=values.dtype) if need_bias else None
     return gx, gv, gb, [None] * len(tables), None
 
 

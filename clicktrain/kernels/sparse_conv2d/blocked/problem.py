@@ -76,6 +76,8 @@ class Tiling:
         sources: channels (of the gradient of the input: filters) of one pass over all results; 0 = all
             (``taps`` only).
         images: blocks of images of one region (gradient of the weight with ``taps`` only).
+        pairs: multiply pairs of bfloat16 numbers, see `cells` (activations in bfloat16 only; forward and
+            gradient of the input with ``taps`` only).
     """
 
     tile: tuple[int, int]
@@ -84,6 +86,7 @@ class Tiling:
     code: Literal["sets", "taps"] = "sets"
     sources: int = 0
     images: int = 1
+    pairs: bool = False
 
     @classmethod
     def from_dict(cls, fields: Mapping[str, Any]) -> Tiling:

@@ -19,7 +19,7 @@ def write(code: Code, g: TapGenerator, sums: bool = False) -> None:
     code("(void)threads;")
     open_threads(code)
     code("vec *sums = scratch + me * SCRATCH;")
-    code(f"vec *buffer = sums + RESULTS * {rows.tile * columns.tile};")
+    code(f"cell *buffer = (cell *)(sums + RESULTS * {rows.tile * columns.tile});")
     code("(void)buffer;")
     if sums:
         statistics.open_sums(code)
@@ -33,10 +33,10 @@ def write(code: Code, g: TapGenerator, sums: bool = False) -> None:
     code("const long down = ROW_COUNT[lr] - i, right = COL_COUNT[lc] - j;")
     code("if (down <= 0 || right <= 0) continue;")
     code(
-        f"const vec *x = window + ti * {rows.tile * rows.reach} * WIN_W "
+        f"const cell *x = window + ti * {rows.tile * rows.reach} * WIN_W "
         f"+ tj * {columns.tile * columns.reach};"
     )
-    code(f"vec *y = to + (ROW_START[lr] + i * {rows.step}) * DST_W + COL_START[lc] + j * {columns.step};")
+    code(f"stored *y = to + (ROW_START[lr] + i * {rows.step}) * DST_W + COL_START[lc] + j * {columns.step};")
     code(f"const int32_t *n = rows + (lr * {len(columns.lattices)} + lc) * {g.passes} * 2 * RESULTS;")
     code(f"for (long p = 0; p < {g.passes}; ++p, n += 2 * RESULTS, x += PASS)")
     code(f"  tile(x, y, sums, values, p ? NULL : bias, n, entries, p == 0, p == {g.passes - 1},")
@@ -68,8 +68,8 @@ def _tile(code: Code, g: TapGenerator, moments: bool) -> None:
         (g.rows.positions // height) * (g.columns.positions // width) * g.lattices * g.passes * g.results, 1
     )
     code(
-        "static __attribute__((noinline)) void tile(const vec *restrict x, vec *restrict y, "
-        "vec *restrict sums, const real *restrict values, const real *restrict bias, "
+        "static __attribute__((noinline)) void tile(const cell *restrict x, stored *restrict y, "
+        "vec *restrict sums, const weight *restrict values, const real *restrict bias, "
         "const int32_t *restrict rows, const uint16_t *restrict entries, int first, int last, long down, "
         f"long right, int64_t stream, ahead_t *ahead{statistics.TILE_PARAMETERS if moments else ''}) {{"
     )
@@ -84,21 +84,21 @@ def _tile(code: Code, g: TapGenerator, moments: bool) -> None:
     code(" ".join(f"{name} = sums[{k}];" for k, name in enumerate(names)))
     code("}")
     code("const uint16_t *e = entries + rows[0], *end = entries + rows[2];")
-    code("const real *v = values + rows[1];")
+    code("const weight *v = values + rows[1];")
     code("for (; e != end; ++e, ++v) {")
-    code("const vec *p = x + *e;")
-    code("const vec w = splat(*v);")
+    code("const cell *p = x + *e;")
+    code("const cell w = all_lanes(*v);")
     for (i, j), name in zip(places, names, strict=True):
-        code(f"{name} += w * p[{i * g.rows.reach} * WIN_W + {j * g.columns.reach}];")
+        code(f"MULTIPLY_ADD({name}, w, p[{i * g.rows.reach} * WIN_W + {j * g.columns.reach}]);")
     code("}")
     code(f"if (last && down >= {height} && right >= {width}) {{")
     where = [f"y[{i * g.rows.step} * DST_W + {j * g.columns.step}]" for i, j in places]
     code("if (stream) {")
     for place, name in zip(where, names, strict=True):
-        code(f"STREAM(&{place}, {name});")
+        code(f"STREAM(&{place}, narrow({name}));")
     code("} else {")
     for place, name in zip(where, names, strict=True):
-        code(f"{place} = {name};")
+        code(f"{place} = narrow({name});")
     code("}")
     if moments:
         statistics.add_tile(code, "f", names)
@@ -110,7 +110,7 @@ def _tile(code: Code, g: TapGenerator, moments: bool) -> None:
     code(
         f"for (long i = 0; i < {height} && i < down; ++i) for (long j = 0; j < {width} && j < right; ++j) {{"
     )
-    code(f"y[i * {g.rows.step} * DST_W + j * {g.columns.step}] = sums[i * {width} + j];")
+    code(f"y[i * {g.rows.step} * DST_W + j * {g.columns.step}] = narrow(sums[i * {width} + j]);")
     if moments:
         code(f"const vec d = sums[i * {width} + j] - c;")
         code("m[0] += d; m[1] += d * d;")

@@ -12,6 +12,7 @@ from __future__ import annotations
 import torch
 
 from clicktrain.kernels.native import preamble
+from clicktrain.kernels.sparse_conv2d.blocked import cells
 from clicktrain.kernels.sparse_conv2d.blocked.geometry import Backward, Forward
 from clicktrain.kernels.sparse_conv2d.blocked.lattice import AxisLattices
 from clicktrain.kernels.sparse_conv2d.blocked.problem import ConvProblem, Phase, Tiling
@@ -26,8 +27,9 @@ FILTER_VECTORS = 8192
 class TapGenerator:
     """Numbers that the code and the order of the weights are made from; names as in ``Generator``."""
 
-    def __init__(self, phase: Phase, problem: ConvProblem, tiling: Tiling) -> None:
-        self.phase = phase
+    def __init__(self, phase: Phase, problem: ConvProblem, tiling: Tiling, dtype: torch.dtype) -> None:
+        self.phase, self.dtype = phase, dtype
+        self.cells = cells.support(phase, problem, tiling.pairs)
         direction = Backward if phase == "grad_input" else Forward
         self.rows = AxisLattices(direction(problem.rows), tiling.tile[0], tiling.region[0])
         self.columns = AxisLattices(direction(problem.columns), tiling.tile[1], tiling.region[1])
@@ -36,7 +38,8 @@ class TapGenerator:
         self.results = problem.channels if backward else problem.filters
         self.taps = problem.rows.taps, problem.columns.taps
         self.window = self.rows.buffer * self.columns.buffer
-        self.in_place = phase != "grad_weight" and self.rows.whole() and self.columns.whole()
+        as_stored = cells.as_stored(phase, tiling.pairs, dtype) and phase != "grad_weight"
+        self.in_place = as_stored and self.rows.whole() and self.columns.whole()
         self.images = max(tiling.images, 1) if phase == "grad_weight" else 1
         most = OFFSETS // (self.window * self.images)
         if not most:
@@ -61,10 +64,10 @@ class TapGenerator:
         (a, down), (b, right) = _hit(self.rows, r), _hit(self.columns, s)
         return a * len(self.columns.lattices) + b, down * self.columns.buffer + right
 
-    def begin(self, dtype: torch.dtype, lanes: int) -> Code:
+    def begin(self, lanes: int) -> Code:
         """The text up to the first function of the kernel's own."""
         code = Code()
-        code(preamble(dtype, lanes))
+        code(preamble(self.dtype, lanes))
         numbers = {
             **planes(self.sources, self.results, self.rows.direction, self.columns.direction),
             "WIN_H": self.rows.buffer,
@@ -82,6 +85,7 @@ class TapGenerator:
             counts = join(lattice.count for lattice in axis.lattices)
             code(f"static __attribute__((unused)) const int {name}_START[] = {{{starts}}};")
             code(f"static __attribute__((unused)) const int {name}_COUNT[] = {{{counts}}};")
+        code(self.cells)
         code(SUPPORT)
         return code
 

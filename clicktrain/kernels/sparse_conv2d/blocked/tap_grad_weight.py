@@ -25,8 +25,8 @@ def write(code: Code, g: TapGenerator) -> None:
     _pack_gradient(code, g)
     _region(code, g)
     code(
-        "int run(const vec *x, const vec *gy, real *grad, const int32_t *rows, const uint16_t *entries, "
-        "const int64_t *chunks, vec *scratch, int64_t blocks, int64_t threads) {"
+        "int run(const stored *x, const stored *gy, real *grad, const int32_t *rows, "
+        "const uint16_t *entries, const int64_t *chunks, vec *scratch, int64_t blocks, int64_t threads) {"
     )
     code("const int64_t parts = chunks[0], nnz = chunks[1];")
     code(f"const int64_t sets = (blocks + {g.images - 1}) / {g.images};")
@@ -34,8 +34,8 @@ def write(code: Code, g: TapGenerator) -> None:
     code("const int64_t own = SCRATCH + (nnz + LANES - 1) / LANES;")
     code("(void)threads;")
     open_threads(code)
-    code("vec *window = scratch + me * own, *patch = window + SOURCES * WIN;")
-    code("real *sums = (real *)(window + SCRATCH);")
+    code("cell *window = (cell *)(scratch + me * own), *patch = window + SOURCES * WIN;")
+    code("real *sums = (real *)(scratch + me * own + SCRATCH);")
     code("memset(sums, 0, nnz * sizeof(real));")
     code("int64_t packed = -1;")
     code("const int64_t last = items * (me + 1) / all;")
@@ -45,7 +45,7 @@ def write(code: Code, g: TapGenerator) -> None:
     code(f"const int64_t begin = b * {g.images}, images = min64({g.images}, blocks - begin);")
     code("if (region != packed) {")
     code("for (int64_t i = 0; i < images; ++i) {")
-    code("const vec *from = x + (begin + i) * SOURCES * SRC_H * SRC_W;")
+    code("const stored *from = x + (begin + i) * SOURCES * SRC_H * SRC_W;")
     code(f"pack(from, window + i * {g.window}L, ROW_FIRST(rr), WIN_H, COL_FIRST(rc), WIN_W);")
     code(
         f"pack_gradient(gy + (begin + i) * RESULTS * DST_H * DST_W, patch + i * {g.patch}L, "
@@ -66,15 +66,15 @@ def write(code: Code, g: TapGenerator) -> None:
 def _pack_gradient(code: Code, g: TapGenerator) -> None:
     """Copy a region of the output's gradient; zero outside of it, where windows hold anything."""
     code("static __attribute__((noinline))")
-    code("void pack_gradient(const vec *restrict from, vec *restrict to, long row, long col) {")
+    code("void pack_gradient(const stored *restrict from, cell *restrict to, long row, long col) {")
     code("const long rows = min64(PATCH_H, DST_H - row), cols = min64(PATCH_W, DST_W - col);")
     code("for (long f = 0; f < RESULTS; ++f) {")
-    code("vec *o = to + f * PATCHES;")
-    code("const vec *p = from + (f * DST_H + row) * DST_W + col;")
+    code("cell *o = to + f * PATCHES;")
+    code("const stored *p = from + (f * DST_H + row) * DST_W + col;")
     code("for (long i = 0; i < PATCH_H; ++i, o += PATCH_W, p += DST_W) {")
     code("long j = 0;")
-    code("if (i < rows) for (; j < cols; ++j) o[j] = p[j];")
-    code("for (; j < PATCH_W; ++j) o[j] = (vec){0};")
+    code("if (i < rows) for (; j < cols; ++j) o[j] = to_cell(p[j]);")
+    code("for (; j < PATCH_W; ++j) o[j] = (cell){0};")
     code("}")
     code("}")
     code("}")
@@ -85,26 +85,26 @@ def _region(code: Code, g: TapGenerator) -> None:
     tile = g.columns.tile
     sums = [[f"s{u}_{c}" for c in range(_CHAINS)] for u in range(UNIT)]
     code(
-        "static __attribute__((noinline)) void region_sums(const vec *restrict x, const vec *restrict gy, "
+        "static __attribute__((noinline)) void region_sums(const cell *restrict x, const cell *restrict gy, "
         "real *restrict sums, const uint16_t *restrict entries, const int32_t *restrict rows, "
         "const int32_t *end, int64_t images) {"
     )
     code("for (; rows != end; rows += 5) {")
     code("const uint16_t *e = entries + rows[0];")
-    code("const vec *const q = gy + rows[1] * PATCHES, *const w = x + rows[2];")
+    code("const cell *const q = gy + rows[1] * PATCHES, *const w = x + rows[2];")
     code("real *out = sums + rows[3];")
     code(f"for (long left = rows[4]; left > 0; left -= {UNIT}, e += {UNIT}, out += {UNIT}) {{")
-    code("const vec " + ", ".join(f"*p{u} = w + e[{u}]" for u in range(UNIT)) + ";")
-    code("const vec *d = q;")
-    code(f"vec {', '.join(f'{one} = {{0}}' for chains in sums for one in chains)};")
+    code("const cell " + ", ".join(f"*p{u} = w + e[{u}]" for u in range(UNIT)) + ";")
+    code("const cell *d = q;")
+    code(f"sums_t {', '.join(f'{one} = {{0}}' for chains in sums for one in chains)};")
     code("for (long n = 0; n < images; ++n) {")
     code("for (long i = 0; i < PATCH_H; ++i) {")
     code(f"for (long j = 0; j < {g.columns.positions // tile}; ++j) {{")
     for t in range(tile):
         code("{")
-        code(f"vec g = d[{t}]; KEEP(g);")
+        code(f"cell g = d[{t}]; KEEP(g);")
         for u in range(UNIT):
-            code(f"{sums[u][t % _CHAINS]} += g * p{u}[{t * g.columns.reach}];")
+            code(f"MULTIPLY_ADD({sums[u][t % _CHAINS]}, g, p{u}[{t * g.columns.reach}]);")
         code("}")
     code(f"d += {tile};")
     code(" ".join(f"p{u} += {tile * g.columns.reach};" for u in range(UNIT)))
@@ -117,10 +117,10 @@ def _region(code: Code, g: TapGenerator) -> None:
     code("}")
     totals = [" + ".join(chains) for chains in sums]
     code(f"if (left >= {UNIT}) {{")
-    code(f"add_lane_sums4(out, {', '.join(totals)});")
+    code(f"ADD_LANE_SUMS4(out, {', '.join(totals)});")
     code("} else {")
     code(f"real some[{UNIT}] = {{0}};")
-    code(f"add_lane_sums4(some, {', '.join(totals)});")
+    code(f"ADD_LANE_SUMS4(some, {', '.join(totals)});")
     code("for (long u = 0; u < left; ++u) out[u] += some[u];")
     code("}")
     code("}")

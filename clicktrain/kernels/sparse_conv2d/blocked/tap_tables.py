@@ -7,6 +7,7 @@ import torch
 from torch import Tensor
 
 from clicktrain.formats.packed import Structure
+from clicktrain.kernels.sparse_conv2d.blocked.cells import distance
 from clicktrain.kernels.sparse_conv2d.blocked.problem import ConvProblem, Phase, Tiling
 from clicktrain.kernels.sparse_conv2d.blocked.tables import Table
 from clicktrain.kernels.sparse_conv2d.blocked.tap_generator import TapGenerator
@@ -20,9 +21,11 @@ def table(phase: Phase, problem: ConvProblem, structure: Structure, groups: int,
     int32, for forward and gradient of the input [lattices * passes * results + 1, 2]: first entry, first
     value; for the gradient of the weight [runs + 1, 5]: first entry (filled up to whole units), filter,
     vectors to the pass's windows, first value, values. A filter's packed values are in the order of channels
-    and taps, so those of a pass are neighbours: only the gradient of the input needs an ``order``.
+    and taps, so those of a pass are neighbours: only the gradient of the input needs an ``order``. With
+    `Tiling.pairs` an entry has two weights, those of taps next to each other in a row of their kernel, and
+    ``order`` [2 * entries] says where both are; a number past the last value stands for a zero.
     """
-    g = TapGenerator(phase, problem, tiling)
+    g = TapGenerator(phase, problem, tiling, torch.bfloat16 if tiling.pairs else torch.float32)
     filters, channels, r, s = structure.shape
     kept = structure.mask().cpu().numpy().reshape(filters, channels, r * s)
     filter_, channel, tap = np.nonzero(kept)
@@ -36,12 +39,38 @@ def table(phase: Phase, problem: ConvProblem, structure: Structure, groups: int,
         return _runs(g, result, number, offset)
     order = np.lexsort((offset, result, number, lattice))
     key = ((lattice * g.passes + number) * g.results + result)[order]
+    pairs = order[:0]
+    if tiling.pairs:
+        row = offset // g.columns.buffer  # windows are whole rows: one number for source and row
+        order, key, pairs = _pair(order, key, row[order], offset[order], distance(phase, problem))
     first = np.searchsorted(key, np.arange(g.lattices * g.passes * g.results + 1))
     entries, place = offset[order], first
+    if tiling.pairs:
+        return Table(_int32(np.stack([first, place], 1)), _uint16(entries), _int32(pairs))
     if phase == "forward":
         place = np.append(order, 0)[first]
         order = order[:0]
     return Table(_int32(np.stack([first, place], 1)), _uint16(entries), _int32(order))
+
+
+def _pair(
+    order: np.ndarray, key: np.ndarray, row: np.ndarray, offset: np.ndarray, apart: int
+) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+    """Two weights an entry, where they are neighbours: first weights, their keys, and both [2 * entries].
+
+    Weights of one result and row of its windows, each ``apart`` from the next, are a run: the first is paired
+    with the second, the third with the fourth. That leaves as few alone as possible.
+    """
+    count = len(order)
+    linked = np.zeros(count, bool)
+    linked[1:] = (key[1:] == key[:-1]) & (row[1:] == row[:-1]) & (offset[1:] - offset[:-1] == apart)
+    index = np.arange(count)
+    start = np.maximum.accumulate(np.where(linked, 0, index)) if count else index
+    leads = (index - start) % 2 == 0
+    second = np.append(linked[1:], False)[leads]
+    partner = np.append(order[1:], 0)[leads]
+    both = np.stack([order[leads], np.where(second, partner, count)], 1)
+    return order[leads], key[leads], both.reshape(-1)
 
 
 def _runs(g: TapGenerator, filter_: np.ndarray, number: np.ndarray, offset: np.ndarray) -> Table:

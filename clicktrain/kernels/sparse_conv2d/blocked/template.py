@@ -102,13 +102,13 @@ def open_regions(code: Code, in_place: bool, span: str) -> None:
     code("const int64_t last = items * (me + 1) / all;")
     code("for (int64_t item = items * me / all; item < last; ++item) {")
     locate(code, "item")
-    code("const vec *from = src + b * SOURCES * SRC_H * SRC_W;")
-    code("vec *to = dst + b * RESULTS * DST_H * DST_W;")
+    code("const stored *from = src + b * SOURCES * SRC_H * SRC_W;")
+    code("stored *to = dst + b * RESULTS * DST_H * DST_W;")
     code("ahead_t ahead = {0};")
     if in_place:
-        code("const vec *window = from;")
+        code("const cell *window = from;")
     else:
-        code("const vec *window = buffer;")
+        code("const cell *window = buffer;")
         code(f"pack(from, buffer, {span.format('')});")
         code("if (item + 1 < last) {")
         locate(code, "item + 1", "n")
@@ -122,45 +122,44 @@ SUPPORT = """
 #endif
 // What the next region will read: fetched into the second-level cache, a few rows at a time, while this one
 // is computed. Copying alone would wait for memory, computing alone would leave it idle.
-typedef struct { const vec *base; long stride, plane, left; int rows, cols, row; } ahead_t;
+typedef struct { const stored *base; long stride, plane, left; int rows, cols, row; } ahead_t;
+#define LINE (sizeof(stored) < 64 ? 64 / (int)sizeof(stored) : 1)
 static inline __attribute__((always_inline, unused)) void fetch(ahead_t *a, int count) {
   for (; count > 0 && a->left > 0; --count, --a->left) {
-    for (int j = 0; j < a->cols; ++j) __builtin_prefetch(a->base + j, 0, 2);
+    for (int j = 0; j < a->cols; j += LINE) __builtin_prefetch(a->base + j, 0, 2);
     a->base += a->stride;
     if (++a->row == a->rows) { a->row = 0; a->base += a->plane - a->rows * a->stride; }
   }
 }
 static __attribute__((noinline, unused))
-ahead_t look(const vec *from, long planes, long h, long w, int row, int rows, int col, int cols) {
+ahead_t look(const stored *from, long planes, long h, long w, int row, int rows, int col, int cols) {
   const int r0 = max64(row, 0), r1 = min64(row + rows, h), c0 = max64(col, 0), c1 = min64(col + cols, w);
   ahead_t a = {from + (long)r0 * w + c0, w, h * w, planes * (r1 - r0), r1 - r0, c1 - c0, 0};
   if (r1 <= r0 || c1 <= c0) a.left = 0;
   return a;
 }
 static __attribute__((noinline, unused))
-void pack(const vec *restrict from, vec *restrict to, int row, int rows, int col, int cols) {
+void pack(const stored *restrict from, cell *restrict to, int row, int rows, int col, int cols) {
   const int c0 = max64(0, -col), c1 = max64(c0, min64(cols, SRC_W - col));
   for (long c = 0; c < SOURCES; ++c) {
     for (int i = 0; i < rows; ++i) {
-      vec *o = to + c * WIN + i * WIN_W;
+      cell *o = to + c * WIN + i * WIN_W;
       if (row + i < 0 || row + i >= SRC_H) {
-        for (int j = 0; j < cols; ++j) o[j] = (vec){0};
+        for (int j = 0; j < cols; ++j) o[j] = (cell){0};
         continue;
       }
-      const vec *p = from + (c * SRC_H + row + i) * SRC_W + col;
-      for (int j = 0; j < c0; ++j) o[j] = (vec){0};
-      for (int j = c0; j < c1; ++j) o[j] = p[j];
-      for (int j = c1; j < cols; ++j) o[j] = (vec){0};
+      const stored *p = from + (c * SRC_H + row + i) * SRC_W + col;
+      PACK_ROW(o, p)
     }
   }
 }
 #ifdef PATCH
 static __attribute__((noinline, unused))
-void pack_patch(const vec *restrict from, vec *restrict to, int row, int rows, int col, int cols) {
+void pack_patch(const stored *restrict from, cell *restrict to, int row, int rows, int col, int cols) {
   for (long f = 0; f < RESULTS; ++f)
     for (int i = 0; i < rows; ++i)
       for (int j = 0; j < cols; ++j)
-        to[f * PATCH + i * PATCH_W + j] = from[(f * DST_H + row + i) * DST_W + col + j];
+        to[f * PATCH + i * PATCH_W + j] = to_cell(from[(f * DST_H + row + i) * DST_W + col + j]);
 }
 #endif
 """

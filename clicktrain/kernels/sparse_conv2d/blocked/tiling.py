@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+from dataclasses import replace
+
 from clicktrain.kernels.sparse_conv2d.blocked.geometry import Backward, Forward
 from clicktrain.kernels.sparse_conv2d.blocked.lattice import AxisLattices
 from clicktrain.kernels.sparse_conv2d.blocked.problem import ConvProblem, Phase, Tiling
@@ -37,6 +40,18 @@ def candidates(
     if registers >= 32 and complete:
         return [*sets, *taps[:1]]
     return [*taps, *(sets if together > 1 else sets[:1])]
+
+
+def pair_candidates(phase: Phase, problem: ConvProblem, tilings: Sequence[Tiling]) -> list[Tiling]:
+    """Those of the tilings that can multiply pairs of bfloat16 numbers, doing so.
+
+    Forward and gradient of the input pair taps of a row: kernels of one column have none.
+    """
+    if phase == "grad_weight":
+        return [replace(one, pairs=True) for one in tilings]
+    if problem.columns.taps == 1:
+        return []
+    return [replace(one, pairs=True) for one in tilings if one.code == "taps"]
 
 
 def _set_candidates(

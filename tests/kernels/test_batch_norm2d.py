@@ -16,6 +16,7 @@ from clicktrain.kernels.batch_norm2d import (
     batch_norm2d_blocked,
     batch_norm_blocked,
     launch,
+    ops,
 )
 from clicktrain.kernels.blocked_layout import block_batch, unblock_batch
 from clicktrain.kernels.native import STORED_TYPES, compute_type, toolchain
@@ -109,6 +110,8 @@ def test_training(shape: tuple[int, ...], dtype: torch.dtype, options: tuple[boo
     close(mean, case.mean)
     close(var, case.var)
     close(unblock(y, case.n), expected)
+    known = ops.batch_norm2d_blocked_given(inputs[0], mean, var, *inputs[1:], case.n, EPS, case.relu)
+    close(unblock(known, case.n), expected)
     wanted = [t for t in inputs if t is not None]
     for i, g in enumerate(torch.autograd.grad(y, wanted, blocked(case.gy, 0.0))):
         close(unblock(g, case.n) if g.dim() == 5 else g, gradients[i])
@@ -240,6 +243,14 @@ def test_declared_as_computed(residual: bool, dtype: torch.dtype) -> None:
         torch.library.opcheck(batch_norm2d_blocked, (*inputs, 5, EPS, relu))
         torch.library.opcheck(affine_relu_blocked, (*inputs, 5, relu))
     torch.library.opcheck(batch_norm2d_blocked, (inputs[0], None, None, None, 5, EPS, False))
+    x, weight, bias = (None if t is None else t.detach() for t in inputs[:3])
+    for statistics, op in (
+        ((bias, weight, 5, EPS), ops.batch_norm2d_blocked_backward),
+        ((5,), ops.affine_relu_blocked_backward),
+    ):
+        torch.library.opcheck(
+            op, (x, x, x, weight, *statistics, True, residual), test_utils="test_faketensor"
+        )
 
 
 @pytest.mark.parametrize("momentum", [0.1, None])
@@ -258,6 +269,14 @@ def test_one_graph(momentum: float | None) -> None:
         torch.testing.assert_close(y, expected)
         torch.testing.assert_close(torch.autograd.grad(y, x, gy), torch.autograd.grad(expected, x, gy))
         torch.testing.assert_close(ours.state_dict(), theirs.state_dict())
+
+
+def test_rounded_to_the_nearest_and_ties_to_even() -> None:
+    # All of [1, 2): half a unit more lies between two numbers.
+    x = (1 + torch.arange(128).view(2, 4, 4, 4) / 128).bfloat16()
+    one, half = torch.ones(4), torch.full((4,), 2.0**-8)
+    y = affine_relu_blocked(blocked(x, 0.0), one, half, None, 2, False)
+    assert torch.equal(unblock(y, 2), (x.float() + half[0]).bfloat16())
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)

@@ -16,14 +16,15 @@ from clicktrain.kernels.batch_norm2d import (
     batch_norm2d_blocked,
     batch_norm_blocked,
     launch,
+    ops,
 )
 from clicktrain.kernels.blocked_layout import block_batch, unblock_batch
-from clicktrain.kernels.native import toolchain
+from clicktrain.kernels.native import STORED_TYPES, compute_type, toolchain
 from clicktrain.kernels.sparse_conv2d.blocked.layout import unblock
 
 TOOLS = toolchain()
 pytestmark = pytest.mark.skipif(TOOLS is None, reason="there is no C compiler")
-LANES = {dtype: TOOLS.lanes(dtype) if TOOLS else 1 for dtype in (torch.float32, torch.float64)}
+LANES = {dtype: TOOLS.lanes(dtype) if TOOLS else 1 for dtype in STORED_TYPES}
 EPS = 1e-5
 NAN = float("nan")
 # Images, channels, height, width; the last two need more than one piece of a sum.
@@ -39,6 +40,8 @@ SHAPES = [
 CASES = [(False, False), (False, True), (True, False), (True, True)]
 # Of the largest entry or of 1, whichever is more: everything in the cases is of about that size.
 RELATIVE = {torch.float32: 4e-6, torch.float64: 1e-13}
+# What is kept in bfloat16 is rounded once more, by half a unit in the last of its 8 places.
+ROUNDING = {torch.float32: 0.0, torch.float64: 0.0, torch.bfloat16: 2.0**-8}
 
 
 def blocked(x: Tensor, filling: float) -> Tensor:
@@ -55,8 +58,10 @@ def rest(x: Tensor, n: int) -> Tensor:
 
 
 def close(ours: Tensor, expected: Tensor) -> None:
+    expected = expected.detach()
     scale = max(float(expected.abs().max()), 1.0)
-    torch.testing.assert_close(ours.double(), expected, rtol=0, atol=RELATIVE[ours.dtype] * scale)
+    rtol, atol = ROUNDING[ours.dtype], RELATIVE[compute_type(ours.dtype)] * scale
+    torch.testing.assert_close(ours.double(), expected, rtol=rtol, atol=atol)
 
 
 class Case:
@@ -66,7 +71,8 @@ class Case:
         torch.manual_seed(0)
         self.n, self.relu = shape[0], relu
         self.x = torch.randn(shape).to(dtype) + 1
-        self.weight, self.bias = torch.rand(shape[1]).to(dtype) + 0.5, torch.randn(shape[1]).to(dtype)
+        computed = compute_type(dtype)
+        self.weight, self.bias = torch.rand(shape[1]).to(computed) + 0.5, torch.randn(shape[1]).to(computed)
         self.residual = torch.randn(shape).to(dtype) if residual else None
         self.gy = torch.randn(shape).to(dtype)
         self.mean, self.var = self.x.double().mean((0, 2, 3)), self.x.double().var((0, 2, 3), correction=0)
@@ -99,9 +105,13 @@ def test_training(shape: tuple[int, ...], dtype: torch.dtype, options: tuple[boo
     y, mean, var = batch_norm2d_blocked(*inputs, case.n, EPS, case.relu)
     assert not mean.requires_grad
     assert not var.requires_grad
+    assert y.dtype == dtype
+    assert mean.dtype == var.dtype == compute_type(dtype)
     close(mean, case.mean)
     close(var, case.var)
     close(unblock(y, case.n), expected)
+    known = ops.batch_norm2d_blocked_given(inputs[0], mean, var, *inputs[1:], case.n, EPS, case.relu)
+    close(unblock(known, case.n), expected)
     wanted = [t for t in inputs if t is not None]
     for i, g in enumerate(torch.autograd.grad(y, wanted, blocked(case.gy, 0.0))):
         close(unblock(g, case.n) if g.dim() == 5 else g, gradients[i])
@@ -114,7 +124,7 @@ def test_training(shape: tuple[int, ...], dtype: torch.dtype, options: tuple[boo
 def test_given_statistics(shape: tuple[int, ...], dtype: torch.dtype, options: tuple[bool, bool]) -> None:
     case = Case(shape, dtype, *options)
     channels = shape[1]
-    bn = nn.BatchNorm2d(channels, EPS, dtype=dtype).eval()
+    bn = nn.BatchNorm2d(channels, EPS, dtype=compute_type(dtype)).eval()
     with torch.no_grad():
         bn.running_mean.copy_(torch.randn(channels))  # type: ignore[union-attr]
         bn.running_var.copy_(torch.rand(channels) + 0.5)  # type: ignore[union-attr]
@@ -138,21 +148,24 @@ def test_given_statistics(shape: tuple[int, ...], dtype: torch.dtype, options: t
     close(unblock(g, case.n), gradients[0])
 
 
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
 @pytest.mark.parametrize("first", [1000.0, 0.0])
-def test_a_mean_far_from_zero(first: float) -> None:
+def test_a_mean_far_from_zero(first: float, dtype: torch.dtype) -> None:
     # Sums of plain squares would lose the variance; nor does it matter if the first block is unlike the rest.
-    n = 3 * LANES[torch.float32]
+    n = 3 * LANES[dtype]
     x = torch.randn(n, 2, 9, 9) + 1000
     x[: n // 3] += first - 1000
+    x = x.to(dtype)
     _, mean, var = batch_norm2d_blocked(blocked(x, NAN), None, None, None, n, EPS, False)
     expected = x.double()
-    torch.testing.assert_close(mean.double(), expected.mean((0, 2, 3)), rtol=2e-7, atol=0)
+    torch.testing.assert_close(mean.double(), expected.mean((0, 2, 3)), rtol=4e-7, atol=0)
     torch.testing.assert_close(var.double(), expected.var((0, 2, 3), correction=0), rtol=2e-6, atol=0)
 
 
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
 @pytest.mark.parametrize("n", [1, 5, 33])
-def test_every_element_is_written_and_threads_agree(n: int) -> None:
-    case = Case((n, 5, 3, 5), torch.float32, True, True)
+def test_every_element_is_written_and_threads_agree(n: int, dtype: torch.dtype) -> None:
+    case = Case((n, 5, 3, 5), dtype, True, True)
     x, weight, bias, residual = case.blocked(1.0)
     assert residual is not None
     # Filled with numbers: NaN would be the output's own in forward results, and gradients drop it.
@@ -180,18 +193,21 @@ def test_every_element_is_written_and_threads_agree(n: int) -> None:
     assert all(torch.equal(a, b) for a, b in zip(*found, strict=True))
 
 
+@pytest.mark.parametrize("dtype", [torch.float64, torch.bfloat16], ids=str)
 @pytest.mark.parametrize("momentum", [0.1, None])
 @pytest.mark.parametrize("affine", [True, False])
-def test_running_statistics(momentum: float | None, affine: bool) -> None:
+def test_running_statistics(momentum: float | None, affine: bool, dtype: torch.dtype) -> None:
     theirs = nn.BatchNorm2d(3, momentum=momentum, affine=affine, dtype=torch.float64)
-    ours = copy.deepcopy(theirs)
+    ours = copy.deepcopy(theirs).to(compute_type(dtype))
     for n in (5, 16, 1, 20):
-        x = torch.randn(n, 3, 4, 5, dtype=torch.float64) * 2 + 1
-        torch.testing.assert_close(unblock(batch_norm_blocked(blocked(x, NAN), ours, n), n), theirs(x))
-        torch.testing.assert_close(ours.state_dict(), theirs.state_dict())
+        x = (torch.randn(n, 3, 4, 5, dtype=torch.float64) * 2 + 1).to(dtype)
+        close(unblock(batch_norm_blocked(blocked(x, NAN), ours, n), n), theirs(x.double()))
+        assert torch.equal(ours.num_batches_tracked, theirs.num_batches_tracked)
+        close(ours.running_mean, theirs.running_mean)
+        close(ours.running_var, theirs.running_var)
     theirs.eval()
     ours.eval()
-    torch.testing.assert_close(unblock(batch_norm_blocked(blocked(x, NAN), ours, n), n), theirs(x))
+    close(unblock(batch_norm_blocked(blocked(x, NAN), ours, n), n), theirs(x.double()))
 
 
 @pytest.mark.parametrize("training", [True, False])
@@ -217,14 +233,24 @@ def test_numerical_gradients(options: tuple[bool, bool]) -> None:
     assert torch.autograd.gradcheck(given, inputs)
 
 
-@pytest.mark.parametrize("residual", [True, False])
-def test_declared_as_computed(residual: bool) -> None:
-    case = Case((5, 3, 4, 3), torch.float32, residual, True)
+@pytest.mark.parametrize(
+    ("residual", "dtype"), [(True, torch.float32), (False, torch.float32), (True, torch.bfloat16)], ids=str
+)
+def test_declared_as_computed(residual: bool, dtype: torch.dtype) -> None:
+    case = Case((5, 3, 4, 3), dtype, residual, True)
     inputs = [None if t is None else t.requires_grad_() for t in case.blocked(1.0)]
     for relu in (True, False):
         torch.library.opcheck(batch_norm2d_blocked, (*inputs, 5, EPS, relu))
         torch.library.opcheck(affine_relu_blocked, (*inputs, 5, relu))
     torch.library.opcheck(batch_norm2d_blocked, (inputs[0], None, None, None, 5, EPS, False))
+    x, weight, bias = (None if t is None else t.detach() for t in inputs[:3])
+    for statistics, op in (
+        ((bias, weight, 5, EPS), ops.batch_norm2d_blocked_backward),
+        ((5,), ops.affine_relu_blocked_backward),
+    ):
+        torch.library.opcheck(
+            op, (x, x, x, weight, *statistics, True, residual), test_utils="test_faketensor"
+        )
 
 
 @pytest.mark.parametrize("momentum", [0.1, None])
@@ -245,8 +271,17 @@ def test_one_graph(momentum: float | None) -> None:
         torch.testing.assert_close(ours.state_dict(), theirs.state_dict())
 
 
-def test_a_diverged_training_stays_visible() -> None:
-    x = torch.randn(5, 2, 3, 3)
+def test_rounded_to_the_nearest_and_ties_to_even() -> None:
+    # All of [1, 2): half a unit more lies between two numbers.
+    x = (1 + torch.arange(128).view(2, 4, 4, 4) / 128).bfloat16()
+    one, half = torch.ones(4), torch.full((4,), 2.0**-8)
+    y = affine_relu_blocked(blocked(x, 0.0), one, half, None, 2, False)
+    assert torch.equal(unblock(y, 2), (x.float() + half[0]).bfloat16())
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+def test_a_diverged_training_stays_visible(dtype: torch.dtype) -> None:
+    x = torch.randn(5, 2, 3, 3, dtype=dtype)
     x[2, 1, 0, 0] = NAN
     y, mean, _ = batch_norm2d_blocked(blocked(x, 0.0), None, None, None, 5, EPS, True)
     assert unblock(y, 5)[:, 1].isnan().all()
@@ -259,7 +294,8 @@ def test_refusals() -> None:
     x, bn = torch.zeros(2, 3, 2, 2, lanes), nn.BatchNorm2d(3)
     cases: list[tuple[Any, Any, int, str]] = [
         (x.half(), bn, lanes + 1, "float16"),
-        (x, bn.double(), lanes + 1, "float64"),
+        (x, copy.deepcopy(bn).double(), lanes + 1, "float64"),
+        (x.bfloat16(), copy.deepcopy(bn).bfloat16(), lanes + 1, r"\[3\] of torch.float32 .*bfloat16, not"),
         (x, nn.BatchNorm2d(4), lanes + 1, r"\[3\].*\[4\]"),
         (x, nn.BatchNorm2d(3), lanes, "1 blocks, not 2"),
         (x[..., :-1], nn.BatchNorm2d(3), lanes + 1, "block_batch"),
@@ -271,3 +307,5 @@ def test_refusals() -> None:
             batch_norm_blocked(given, layer, n)
     with pytest.raises(UserError, match="beside its input"):
         batch_norm_blocked(x, nn.BatchNorm2d(3), lanes + 1, residual=x[:1])
+    with pytest.raises(UserError, match=r"of torch.bfloat16 beside its input"):
+        batch_norm_blocked(x.bfloat16(), nn.BatchNorm2d(3), lanes + 1, residual=x)

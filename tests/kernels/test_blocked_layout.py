@@ -7,12 +7,12 @@ import torch
 
 from clicktrain.errors import UserError
 from clicktrain.kernels.blocked_layout import block_batch, launch, unblock_batch
-from clicktrain.kernels.native import toolchain
+from clicktrain.kernels.native import STORED_TYPES, toolchain
 from clicktrain.kernels.sparse_conv2d.blocked import layout
 
 TOOLS = toolchain()
 pytestmark = pytest.mark.skipif(TOOLS is None, reason="there is no C compiler")
-LANES = {dtype: TOOLS.lanes(dtype) if TOOLS else 1 for dtype in (torch.float32, torch.float64)}
+LANES = {dtype: TOOLS.lanes(dtype) if TOOLS else 1 for dtype in STORED_TYPES}
 # Images, channels, height, width: parts of tiles in every direction, several parts of runs and of columns.
 SHAPES = [
     (1, 1, 1, 1),
@@ -45,17 +45,22 @@ def test_there_and_back(shape: tuple[int, int, int, int], dtype: torch.dtype) ->
         assert unblock_batch(blocked, n).is_contiguous()
 
 
-@pytest.mark.parametrize("lanes", [1, 2, 4])
-def test_lanes_other_than_the_machines(lanes: int) -> None:
-    x = torch.randn(7, 5, 3, 3)
+@pytest.mark.parametrize(
+    ("lanes", "dtype"),
+    [*((lanes, torch.float32) for lanes in (1, 2, 4)), *((lanes, torch.bfloat16) for lanes in (2, 4, 16))],
+    ids=str,
+)
+def test_lanes_other_than_the_machines(lanes: int, dtype: torch.dtype) -> None:
+    x = torch.randn(19, 5, 3, 3, dtype=dtype)
     assert torch.equal(block_batch(x, lanes), layout.block(x, lanes))
-    assert torch.equal(unblock_batch(block_batch(x, lanes), 7), x)
+    assert torch.equal(unblock_batch(block_batch(x, lanes), 19), x)
 
 
-def test_images_that_begin_anywhere() -> None:
-    x = torch.randn(1 + 18 * 45)[1:].view(18, 5, 3, 3)
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+def test_images_that_begin_anywhere(dtype: torch.dtype) -> None:
+    x = torch.randn(1 + 18 * 45, dtype=dtype)[1:].view(18, 5, 3, 3)
     assert torch.equal(block_batch(x, 8), layout.block(x, 8))
-    blocked = torch.zeros(1 + 3 * 45 * 8)[1:].view(3, 5, 3, 3, 8).copy_(layout.block(x, 8))
+    blocked = torch.zeros(1 + 3 * 45 * 8, dtype=dtype)[1:].view(3, 5, 3, 3, 8).copy_(layout.block(x, 8))
     assert torch.equal(unblock_batch(blocked, 18), x)
 
 
@@ -76,6 +81,8 @@ def test_declared_as_computed() -> None:
     torch.library.opcheck(block_batch, (torch.randn(5, 3, 4, 3, requires_grad=True), 8))
     torch.library.opcheck(block_batch, (torch.randn(9, 3, 4, 3).to(memory_format=torch.channels_last), 8))
     torch.library.opcheck(unblock_batch, (torch.randn(2, 3, 4, 3, 8, requires_grad=True), 13))
+    small = torch.randn(5, 3, 4, 3, dtype=torch.bfloat16, requires_grad=True)
+    torch.library.opcheck(block_batch, (small, 8))
 
 
 def test_threads_agree() -> None:

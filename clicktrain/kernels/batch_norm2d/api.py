@@ -6,12 +6,12 @@ import torch
 from torch import Tensor, nn
 
 from clicktrain.errors import UserError
+from clicktrain.kernels.batch_norm2d.launch import check_type
 from clicktrain.kernels.batch_norm2d.ops import (
     affine_relu_blocked,
     batch_norm2d_blocked,
     batch_norm2d_blocked_given,
 )
-from clicktrain.kernels.native import C_TYPES
 
 
 def batch_norm_blocked(
@@ -28,8 +28,9 @@ def batch_norm_blocked(
     callers ask `clicktrain.kernels.native.toolchain` before they choose this layout.
 
     Args:
-        x: [B, C, H, W, V], float32 or float64, V the vector lanes of that type; B = ceil(n / V).
-        bn: its parameters and statistics are of the type of ``x``.
+        x: [B, C, H, W, V], float32, float64 or bfloat16, V the vector lanes of that type; B = ceil(n / V).
+        bn: its parameters and statistics are of the type that is computed in: float32 where ``x`` is in
+            bfloat16, else that of ``x``.
         n: images in the batch; what else the last block holds is not counted.
         residual: like ``x``, or None.
         relu: whether negative results become zero.
@@ -39,10 +40,7 @@ def batch_norm_blocked(
     Raises:
         UserError: another number type or shape, or one number per channel in training mode.
     """
-    if x.dtype not in C_TYPES:
-        raise UserError(
-            f"blocked batch norm computes in float32 or float64, not in {x.dtype}: convert the input"
-        )
+    check_type(x)
     y: Tensor
     mean, var = bn.running_mean, bn.running_var
     if uses_batch_statistics(bn) or mean is None or var is None:

@@ -6,18 +6,26 @@ result does not depend on the number of threads. Sizes are arguments.
 
 Lanes are summed apart until the end, and what the filling lanes of the last block summed up is dropped there:
 loops over activations have no case for the filling, and not even a NaN in it is counted.
+
+Activations are widened where they are read and rounded where they are written, once: whatever type they are
+kept in, numbers per channel and everything between are of the type that is computed in, or double.
 """
 
 from __future__ import annotations
 
 import torch
 
-from clicktrain.kernels.native import preamble
+from clicktrain.kernels.native import compute_type, preamble
 
 
 def source(dtype: torch.dtype, lanes: int) -> str:
-    """The functions ``forward``, ``given``, ``affine`` and ``backward`` (of each) for one number type."""
-    size = dtype.itemsize
+    """The functions ``forward``, ``given``, ``affine`` and ``backward`` (of each).
+
+    Args:
+        dtype: of the activations, one of `STORED_TYPES`.
+        lanes: V.
+    """
+    size = compute_type(dtype).itemsize
     shape = f"vector_size({lanes * size}), aligned({lanes * size})"
     integers = f"typedef int{8 * size}_t ivec __attribute__(({shape}));\n"
     return preamble(dtype, lanes) + integers + _LANES + _FORWARD + _BACKWARD
@@ -59,7 +67,7 @@ INLINE double total(const double *from) {
 
 _FORWARD = """
 /* Sums of x - centre and of its square over one chunk, lane by lane. */
-CHUNK centred_sums(const vec *restrict x, int64_t area, real centre, ivec lanes, double *restrict sum,
+CHUNK centred_sums(const stored *restrict x, int64_t area, real centre, ivec lanes, double *restrict sum,
                    double *restrict square) {
   const vec k = splat(centre);
   for (int64_t first = 0; first < area; first += PIECE) {
@@ -67,12 +75,13 @@ CHUNK centred_sums(const vec *restrict x, int64_t area, real centre, ivec lanes,
     vec s0 = {0}, s1 = {0}, s2 = {0}, s3 = {0}, q0 = {0}, q1 = {0}, q2 = {0}, q3 = {0};
     int64_t i = first;
     for (; i + 4 <= end; i += 4) {
-      const vec a = x[i] - k, b = x[i + 1] - k, c = x[i + 2] - k, d = x[i + 3] - k;
+      const vec a = widen(x[i]) - k, b = widen(x[i + 1]) - k;
+      const vec c = widen(x[i + 2]) - k, d = widen(x[i + 3]) - k;
       s0 += a; s1 += b; s2 += c; s3 += d;
       q0 += a * a; q1 += b * b; q2 += c * c; q3 += d * d;
     }
     for (; i < end; ++i) {
-      const vec a = x[i] - k;
+      const vec a = widen(x[i]) - k;
       s0 += a; q0 += a * a;
     }
     flush(sum, (s0 + s1) + (s2 + s3), lanes);
@@ -80,32 +89,32 @@ CHUNK centred_sums(const vec *restrict x, int64_t area, real centre, ivec lanes,
   }
 }
 
-INLINE void scaled(const vec *restrict x, const vec *restrict residual, vec *restrict y, int64_t area,
-                   real centre, real scale, real shift, const int add, const int relu) {
+INLINE void scaled(const stored *restrict x, const stored *restrict residual, stored *restrict y,
+                   int64_t area, real centre, real scale, real shift, const int add, const int relu) {
   const vec k = splat(centre), a = splat(scale), b = splat(shift);
   for (int64_t i = 0; i < area; ++i) {
-    vec v = (x[i] - k) * a + b;
-    if (add) v += residual[i];
-    y[i] = relu ? where_positive(v, v) : v;
+    vec v = (widen(x[i]) - k) * a + b;
+    if (add) v += widen(residual[i]);
+    y[i] = narrow(relu ? where_positive(v, v) : v);
   }
 }
 /* y = relu?((x - centre) * scale + shift + residual) over one chunk. */
-CHUNK apply(const vec *x, const vec *residual, vec *y, int64_t area, real centre, real scale, real shift,
-            int64_t relu) {
+CHUNK apply(const stored *x, const stored *residual, stored *y, int64_t area, real centre, real scale,
+            real shift, int64_t relu) {
   if (residual && relu) scaled(x, residual, y, area, centre, scale, shift, 1, 1);
   else if (residual) scaled(x, residual, y, area, centre, scale, shift, 1, 0);
   else if (relu) scaled(x, residual, y, area, centre, scale, shift, 0, 1);
   else scaled(x, residual, y, area, centre, scale, shift, 0, 0);
 }
 
-int forward(const vec *x, const vec *residual, vec *y, const real *weight, const real *bias, real *mean,
-            real *var, double eps, int64_t relu, int64_t n, int64_t blocks, int64_t channels, int64_t area,
-            int64_t threads) {
+int forward(const stored *x, const stored *residual, stored *y, const real *weight, const real *bias,
+            real *mean, real *var, double eps, int64_t relu, int64_t n, int64_t blocks, int64_t channels,
+            int64_t area, int64_t threads) {
   const int64_t stride = channels * area;
   const ivec all = first_lanes(LANES), last = first_lanes(n - (blocks - 1) * LANES);
   CHANNELS
   for (int64_t c = 0; c < channels; ++c) {
-    const vec *xc = x + c * area;
+    const stored *xc = x + c * area;
     /* The mean of the first block is near enough to that of all: with it as the centre, one reading gives
        both sums. The mean of the squares is at most B times the variance, so rounding stays small: where the
        mean lies d away from that of a share 1/B of the numbers, the variance is at least d * d / (B - 1). */
@@ -133,9 +142,9 @@ int forward(const vec *x, const vec *residual, vec *y, const real *weight, const
 /* The statistics are known: whoever made x took them on the way. Nothing has to stay in the cache for a
    second pass, so that a few channels are read together: longer runs in the order of memory. */
 #define TOGETHER 16
-int given(const vec *x, const vec *residual, vec *y, const real *weight, const real *bias, const real *mean,
-          const real *var, double eps, int64_t relu, int64_t blocks, int64_t channels, int64_t area,
-          int64_t threads) {
+int given(const stored *x, const stored *residual, stored *y, const real *weight, const real *bias,
+          const real *mean, const real *var, double eps, int64_t relu, int64_t blocks, int64_t channels,
+          int64_t area, int64_t threads) {
   const int64_t run = max64(min64(TOGETHER, channels / threads), 1);
   CHANNELS
   for (int64_t first = 0; first < channels; first += run) {
@@ -153,8 +162,8 @@ int given(const vec *x, const vec *residual, vec *y, const real *weight, const r
   return 0;
 }
 
-int affine(const vec *x, const vec *residual, vec *y, const real *scale, const real *shift, int64_t relu,
-           int64_t blocks, int64_t channels, int64_t area, int64_t threads) {
+int affine(const stored *x, const stored *residual, stored *y, const real *scale, const real *shift,
+           int64_t relu, int64_t blocks, int64_t channels, int64_t area, int64_t threads) {
   CHANNELS
   for (int64_t c = 0; c < channels; ++c) {
     for (int64_t b = 0; b < blocks; ++b) {
@@ -167,17 +176,17 @@ int affine(const vec *x, const vec *residual, vec *y, const real *scale, const r
 """
 
 _BACKWARD = """
-INLINE void products(const vec *restrict gy, const vec *restrict x, const vec *restrict y, int64_t area,
-                     real centre, ivec lanes, double *restrict sum, double *restrict product, const int relu,
-                     const int with_x) {
+INLINE void products(const stored *restrict gy, const stored *restrict x, const stored *restrict y,
+                     int64_t area, real centre, ivec lanes, double *restrict sum, double *restrict product,
+                     const int relu, const int with_x) {
   const vec k = splat(centre);
   for (int64_t first = 0; first < area; first += PIECE) {
     const int64_t end = min64(first + PIECE, area);
     vec s[4] = {{0}}, p[4] = {{0}};
 #define STEP(j, at) { \\
-      const vec g = relu ? where_positive(gy[at], y[at]) : gy[at]; \\
-      s[j] += g; \\
-      if (with_x) p[j] += g * (x[at] - k); }
+      const vec g = widen(gy[at]), h = relu ? where_positive(g, widen(y[at])) : g; \\
+      s[j] += h; \\
+      if (with_x) p[j] += h * (widen(x[at]) - k); }
     int64_t i = first;
     for (; i + 4 <= end; i += 4) { STEP(0, i) STEP(1, i + 1) STEP(2, i + 2) STEP(3, i + 3) }
     for (; i < end; ++i) STEP(0, i)
@@ -187,27 +196,27 @@ INLINE void products(const vec *restrict gy, const vec *restrict x, const vec *r
   }
 }
 /* Sums of g and g * (x - centre) over one chunk, lane by lane; g is gy where y, unless null, is positive. */
-CHUNK grad_sums(const vec *gy, const vec *x, const vec *y, int64_t area, real centre, ivec lanes, double *sum,
-                double *product) {
+CHUNK grad_sums(const stored *gy, const stored *x, const stored *y, int64_t area, real centre, ivec lanes,
+                double *sum, double *product) {
   if (y && x) products(gy, x, y, area, centre, lanes, sum, product, 1, 1);
   else if (x) products(gy, x, y, area, centre, lanes, sum, product, 0, 1);
   else if (y) products(gy, x, y, area, centre, lanes, sum, product, 1, 0);
   else products(gy, x, y, area, centre, lanes, sum, product, 0, 0);
 }
 
-INLINE void combined(const vec *restrict gy, const vec *restrict x, const vec *restrict y, vec *restrict gx,
-                     vec *restrict gr, int64_t area, real centre, real by_g, real by_x, real plus, ivec lanes,
-                     const int relu, const int with_x, const int with_r) {
+INLINE void combined(const stored *restrict gy, const stored *restrict x, const stored *restrict y,
+                     stored *restrict gx, stored *restrict gr, int64_t area, real centre, real by_g,
+                     real by_x, real plus, ivec lanes, const int relu, const int with_x, const int with_r) {
   const vec k = splat(centre), kg = splat(by_g), kx = splat(by_x), k1 = splat(plus);
   for (int64_t i = 0; i < area; ++i) {
-    const vec g = only(relu ? where_positive(gy[i], y[i]) : gy[i], lanes);
-    gx[i] = with_x ? only(kg * g + (kx * (x[i] - k) + k1), lanes) : kg * g;
-    if (with_r) gr[i] = g;
+    const vec all = widen(gy[i]), g = only(relu ? where_positive(all, widen(y[i])) : all, lanes);
+    gx[i] = narrow(with_x ? only(kg * g + (kx * (widen(x[i]) - k) + k1), lanes) : kg * g);
+    if (with_r) gr[i] = narrow(g);
   }
 }
 /* gx = by_g * g + by_x * (x - centre) + plus (without x only the first term), gr = g, over one chunk. */
-CHUNK grad_apply(const vec *gy, const vec *x, const vec *y, vec *gx, vec *gr, int64_t area, real centre,
-                 real by_g, real by_x, real plus, ivec lanes) {
+CHUNK grad_apply(const stored *gy, const stored *x, const stored *y, stored *gx, stored *gr, int64_t area,
+                 real centre, real by_g, real by_x, real plus, ivec lanes) {
 #define CASE(relu, with_x, with_r) \\
   combined(gy, x, y, gx, gr, area, centre, by_g, by_x, plus, lanes, relu, with_x, with_r)
   if (x) { if (!y) CASE(0, 1, 0); else if (gr) CASE(1, 1, 1); else CASE(1, 1, 0); }
@@ -217,7 +226,7 @@ CHUNK grad_apply(const vec *gy, const vec *x, const vec *y, vec *gx, vec *gr, in
 
 /* With mean and var: of batch norm, by its weight. Without: of the scaling by `weight`, which needs x only
    for that weight's own gradient (null: not wanted). y is null without ReLU, gr where nobody asks for it. */
-int backward(const vec *gy, const vec *x, const vec *y, vec *gx, vec *gr, const real *weight,
+int backward(const stored *gy, const stored *x, const stored *y, stored *gx, stored *gr, const real *weight,
              const real *mean, const real *var, real *gweight, real *gbias, double eps, int64_t n,
              int64_t blocks, int64_t channels, int64_t area, int64_t threads) {
   const int64_t stride = channels * area;

@@ -10,7 +10,7 @@ from torch import Tensor
 
 from clicktrain.errors import UserError
 from clicktrain.kernels.batch_norm2d.codegen import source
-from clicktrain.kernels.native import C_TYPES, Library, load, toolchain
+from clicktrain.kernels.native import STORED_TYPES, Library, compute_type, load, toolchain
 from clicktrain.kernels.native.library import arguments
 from clicktrain.kernels.sparse_conv2d.blocked.layout import vectors
 
@@ -34,7 +34,7 @@ def forward(
     relu: bool,
 ) -> tuple[Tensor, Tensor, Tensor]:
     """Batch norm with the batch's own statistics: y like ``x``, mean and biased variance [C]."""
-    results = x.new_empty(x.shape), x.new_empty(x.shape[1]), x.new_empty(x.shape[1])
+    results = x.new_empty(x.shape), per_channel(x), per_channel(x)
     forward_into(results, x, weight, bias, residual, n, eps, relu)
     return results
 
@@ -129,9 +129,8 @@ def backward(
         n: images.
         need_residual: also write ``gy`` where ``y`` is positive; only with ``y``, else that is ``gy``.
     """
-    channels = gy.shape[1]
     gr = gy.new_empty(gy.shape if need_residual and y is not None else 0)
-    results = Gradients(gy.new_empty(gy.shape), gy.new_empty(channels), gy.new_empty(channels), gr)
+    results = Gradients(gy.new_empty(gy.shape), per_channel(gy), per_channel(gy), gr)
     backward_into(results, gy, x, y, weight, statistics, n)
     return results
 
@@ -162,9 +161,23 @@ def backward_into(
     )
 
 
+def per_channel(x: Tensor) -> Tensor:
+    """Room for a number per channel [C] of activations, of the type that is computed in."""
+    return x.new_empty(x.shape[1], dtype=compute_type(x.dtype))
+
+
+def check_type(x: Tensor) -> None:
+    """Refuse activations of a type that there are no kernels for."""
+    if x.dtype not in STORED_TYPES:
+        names = ", ".join(str(dtype).removeprefix("torch.") for dtype in STORED_TYPES)
+        raise UserError(
+            f"blocked batch norm is for activations of one of {names}, not of {x.dtype}: convert the input"
+        )
+
+
 @functools.cache
 def _library(dtype: torch.dtype) -> tuple[Library, int]:
-    """The compiled functions for a number type, and V."""
+    """The compiled functions for a type of activations, and V."""
     tools = toolchain()
     if tools is None:
         raise RuntimeError("there is no C compiler: install gcc or clang, or name one in CC")
@@ -172,13 +185,10 @@ def _library(dtype: torch.dtype) -> tuple[Library, int]:
 
 
 def _check(
-    x: Tensor, n: int, same: tuple[Tensor | None, ...], per_channel: tuple[Tensor | None, ...]
+    x: Tensor, n: int, same: tuple[Tensor | None, ...], parameters: tuple[Tensor | None, ...]
 ) -> Library:
     """The library for ``x``, once everything is as the C text takes it for granted."""
-    if x.dtype not in C_TYPES:
-        raise UserError(
-            f"blocked batch norm computes in float32 or float64, not in {x.dtype}: convert the input"
-        )
+    check_type(x)
     library, lanes = _library(x.dtype)
     if x.dim() != 5 or x.shape[4] != lanes:
         raise UserError(
@@ -187,14 +197,15 @@ def _check(
         )
     if not (x.shape[0] - 1) * lanes < n <= x.shape[0] * lanes:
         raise UserError(f"{n} images of {lanes} lanes are {-(-n // lanes)} blocks, not {x.shape[0]}")
-    for shape, tensors in ((x.shape, same), (x.shape[1:2], per_channel)):
+    computed = compute_type(x.dtype)
+    for shape, dtype, tensors in ((x.shape, x.dtype, same), (x.shape[1:2], computed, parameters)):
         for one in tensors:
-            if one is not None and (one.shape != shape or one.dtype != x.dtype):
+            if one is not None and (one.shape != shape or one.dtype != dtype):
                 raise UserError(
-                    f"blocked batch norm wants {list(shape)} of {x.dtype} beside its input, "
+                    f"blocked batch norm wants {list(shape)} of {dtype} beside its input of {x.dtype}, "
                     f"not {list(one.shape)} of {one.dtype}"
                 )
-    for one in (x, *same, *per_channel):
+    for one in (x, *same, *parameters):
         if one is not None and one.device.type != "cpu":
             raise UserError(f"blocked batch norm is for CPUs, not for {one.device}")
     return library

@@ -3,6 +3,9 @@
 Shapes and gradients are declared, so that they work under autograd, ``torch.compile`` and ``torch.export``.
 Activations are ``[B, C, H, W, V]`` with B = ceil(n / V). The filling lanes of the last block may hold
 anything in ``x``, ``residual`` and results; gradients have zeros there.
+
+Activations and their gradients are of one type; numbers per channel and their gradients are of the type that
+is computed in: float32 where activations are kept in bfloat16, else the same.
 """
 
 from __future__ import annotations
@@ -29,8 +32,8 @@ def batch_norm2d_blocked(
     """Batch norm in training mode: ``relu?((x - mean) / sqrt(var + eps) * weight + bias + residual)``.
 
     Args:
-        x: [B, C, H, W, V], float32 or float64, V the vector lanes of that type.
-        weight: [C], or None for ones.
+        x: [B, C, H, W, V], float32, float64 or bfloat16, V the vector lanes of that type.
+        weight: [C], or None for ones; like all numbers per channel of the type that is computed in.
         bias: [C], or None for zeros.
         residual: like ``x``, or None.
         n: images in the batch.
@@ -53,7 +56,7 @@ def _(
     eps: float,
     relu: bool,
 ) -> tuple[Tensor, Tensor, Tensor]:
-    return x.new_empty(x.shape), x.new_empty(x.shape[1]), x.new_empty(x.shape[1])
+    return x.new_empty(x.shape), launch.per_channel(x), launch.per_channel(x)
 
 
 @torch.library.custom_op("clicktrain::batch_norm2d_blocked_given", mutates_args=())
@@ -122,7 +125,7 @@ def affine_relu_blocked(
     """Batch norm with given statistics: ``relu?(x * scale + shift + residual)``.
 
     Args:
-        x: [B, C, H, W, V], float32 or float64, V the vector lanes of that type.
+        x: [B, C, H, W, V], float32, float64 or bfloat16, V the vector lanes of that type.
         scale: [C].
         shift: [C].
         residual: like ``x``, or None.
@@ -153,9 +156,8 @@ def _(
 
 
 def _like_gradients(gy: Tensor, residual: bool) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    channels = gy.shape[1]
     gr = gy.new_empty(gy.shape if residual else (0,))
-    return gy.new_empty(gy.shape), gy.new_empty(channels), gy.new_empty(channels), gr
+    return gy.new_empty(gy.shape), launch.per_channel(gy), launch.per_channel(gy), gr
 
 
 def _save(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, Tensor, Tensor]) -> None:

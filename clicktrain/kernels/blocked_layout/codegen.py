@@ -21,52 +21,65 @@ def source(dtype: torch.dtype, lanes: int) -> str:
     types = f"""
 typedef int{8 * size}_t ivec __attribute__((vector_size({total})));
 /* Images begin anywhere: no alignment beyond a number's. */
-typedef real uvec __attribute__((vector_size({total}), aligned({size}), may_alias));
+typedef number uvec __attribute__((vector_size({total}), aligned({size}), may_alias));
 """
     block = {
         "name": "block",
-        "plain_type": "const real",
-        "blocked_type": "real",
+        "plain_type": "const number",
+        "blocked_type": "number",
         "tile": "tile(p, image, q, by_column * LANES, rows, LANES);",
         "number": "q[i] = i < rows ? p[i * image] : 0;",
     }
     unblock = {
         "name": "unblock",
-        "plain_type": "real",
-        "blocked_type": "const real",
+        "plain_type": "number",
+        "blocked_type": "const number",
         "tile": "tile(q, by_column * LANES, p, image, LANES, rows);",
         "number": "if (i < rows) p[i * image] = q[i];",
     }
     loops = _fill(_LOOPS, block) + _fill(_LOOPS, unblock)
-    return preamble(dtype, lanes) + types + _MACROS + _tile(lanes) + loops
+    return preamble(dtype, lanes) + types + _MACROS + _tile(lanes, size) + loops
 
 
-def _tile(lanes: int) -> str:
+def _tile(lanes: int, size: int) -> str:
     """A square: ``rows`` vectors are read, zeros for the others, and ``out`` of its transpose written."""
     lines = [
         "",
-        "INLINE void tile(const real *from, int64_t from_row, real *to, int64_t to_row, const int64_t rows,",
-        "                 const int64_t out) {",
+        "INLINE void tile(const number *from, int64_t from_row, number *to, int64_t to_row,",
+        "                 const int64_t rows, const int64_t out) {",
         "  const uvec zero = {0};",
         f"  uvec {', '.join(f'r{i}' for i in range(lanes))};",
         *(f"  r{i} = {i} < rows ? *(const uvec *)(from + {i} * from_row) : zero;" for i in range(lanes)),
-        *_transpose(lanes),
+        *_transpose(lanes, size),
         *(f"  if ({i} < out) *(uvec *)(to + {i} * to_row) = r{i};" for i in range(lanes)),
         "}",
     ]
     return "\n".join(lines)
 
 
-def _transpose(lanes: int) -> Iterator[str]:
-    """Swap the off-diagonal quarters of a square of registers, then those of its quarters, and so on."""
+def _transpose(lanes: int, size: int) -> Iterator[str]:
+    """Rounds over pairs of registers that are ``step`` apart; each exchanges one bit of row and column.
+
+    Within 128 bits pairs are interleaved, which is one instruction a register for numbers of any size: column
+    bits rotate there, and after the last of these rounds all are in their places. Larger steps swap the
+    off-diagonal quarters of a square.
+    """
+    near = min(16 // size, lanes)
+    half = near // 2
     step = lanes // 2
     while step:
-        low = ", ".join(str(lanes + j - step if j & step else j) for j in range(lanes))
-        high = ", ".join(str(lanes + j if j & step else j + step) for j in range(lanes))
+        if step < near:
+            first = [i for start in range(0, lanes, near) for i in range(start, start + half)]
+            low = [i for j in first for i in (j, lanes + j)]
+            high = [i + half for i in low]
+        else:
+            low = [lanes + j - step if j & step else j for j in range(lanes)]
+            high = [i + step for i in low]
         for i in range(lanes):
             if not i & step:
                 a, b = f"r{i}", f"r{i + step}"
-                yield f"  {{ const uvec a = {a}, b = {b}; {a} = MIX(a, b, {low}); {b} = MIX(a, b, {high}); }}"
+                mixed = (f"MIX(a, b, {', '.join(map(str, indices))})" for indices in (low, high))
+                yield f"  {{ const uvec a = {a}, b = {b}; {a} = {next(mixed)}; {b} = {next(mixed)}; }}"
         step //= 2
 
 

@@ -9,7 +9,7 @@ from torch import Tensor
 
 from clicktrain.errors import UserError
 from clicktrain.kernels.blocked_layout.codegen import source
-from clicktrain.kernels.native import C_TYPES, Library, load
+from clicktrain.kernels.native import STORED_TYPES, Library, load
 from clicktrain.kernels.native.library import arguments
 
 MAX_LANES = 16
@@ -71,8 +71,9 @@ def blocked_shape(x: Tensor, lanes: int) -> tuple[int, int, int, int, int]:
 
 
 def _check(x: Tensor, lanes: int) -> None:
-    if x.dtype not in C_TYPES:
-        raise UserError(f"the blocked layout is for float32 or float64, not for {x.dtype}: convert the input")
+    if x.dtype not in STORED_TYPES:
+        names = ", ".join(str(dtype).removeprefix("torch.") for dtype in STORED_TYPES)
+        raise UserError(f"the blocked layout is for one of {names}, not for {x.dtype}: convert the input")
     if x.device.type != "cpu":
         raise UserError(f"the blocked layout is for CPUs, not for {x.device}")
     if lanes < 1 or lanes > MAX_LANES or lanes & (lanes - 1):

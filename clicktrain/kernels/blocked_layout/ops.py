@@ -15,7 +15,7 @@ def block_batch(x: Tensor, lanes: int) -> Tensor:
     """Put ``lanes`` images side by side: [N, C, H, W] -> [ceil(N / lanes), C, H, W, lanes].
 
     Args:
-        x: float32 or float64; contiguous or channels last is read as it lies.
+        x: float32, float64 or bfloat16; contiguous or channels last is read as it lies.
         lanes: V, a power of two: ``toolchain().lanes(x.dtype)``.
 
     Returns:

@@ -16,7 +16,7 @@ from torch import Tensor, nn
 from clicktrain.errors import UserError
 from clicktrain.formats.packed import Structure, pack_values
 from clicktrain.kernels.batch_norm2d import batch_norm2d_blocked_given, batch_norm_blocked, launch
-from clicktrain.kernels.native import toolchain
+from clicktrain.kernels.native import C_TYPES, STORED_TYPES, toolchain
 from clicktrain.kernels.sparse_conv2d.blocked.codegen import source
 from clicktrain.kernels.sparse_conv2d.blocked.launch import forward_statistics, prepare
 from clicktrain.kernels.sparse_conv2d.blocked.layout import unblock
@@ -28,7 +28,7 @@ pytestmark = [
     pytest.mark.skipif(TOOLS is None, reason="there is no C compiler"),
     pytest.mark.usefixtures("poisoned_memory"),
 ]
-LANES = {dtype: TOOLS.lanes(dtype) if TOOLS else 1 for dtype in (torch.float32, torch.float64)}
+LANES = {dtype: TOOLS.lanes(dtype) if TOOLS else 1 for dtype in STORED_TYPES}
 NAN = float("nan")
 EPS = 1e-5
 # Of the variance, and of the deviation for the mean: in float32 a mean of 100 deviations is itself known to
@@ -123,7 +123,7 @@ def layers(draw: st.DrawFn) -> dict[str, Any]:
         "kernel": kernel,
         "stride": (draw(st.integers(1, 2)), draw(st.integers(1, 3))),
         "padding": (draw(st.integers(0, 1)), draw(st.integers(0, 2))),
-        "dtype": draw(st.sampled_from(list(LANES))),
+        "dtype": draw(st.sampled_from(list(C_TYPES))),
         "bias": draw(st.sampled_from([None, 0.0, 300.0])),
         "share": share,
         "seed": draw(st.integers(0, 100)),
@@ -134,6 +134,29 @@ def layers(draw: st.DrawFn) -> dict[str, Any]:
 @given(layers())
 def test_equal_those_of_dense_convolution(case: dict[str, Any]) -> None:
     check(Layer(**case))
+
+
+@pytest.mark.parametrize("code", ["sets", "taps"])
+def test_padding_wider_than_a_window(code: Any) -> None:
+    check(Layer(3, (5, 4), Tiling((1, 1), code=code), kernel=(1, 1), stride=(1, 3), padding=(0, 2)))
+
+
+@pytest.mark.parametrize(
+    "tiling",
+    [Tiling((2, 4), (2, 2)), Tiling((3, 4), code="taps"), Tiling((3, 4), code="taps", pairs=True)],
+    ids=["sets", "taps", "pairs"],
+)
+def test_of_results_as_they_were_before_they_are_kept_in_bfloat16(tiling: Tiling) -> None:
+    layer = Layer(19, (9, 7), tiling, dtype=torch.bfloat16, bias=3.0)
+    want = layer.dense()
+    # Parameters are float32; these are numbers of bfloat16, so that pairs of them are exact.
+    layer.values, layer.bias = layer.values.float(), layer.bias.float()  # type: ignore[union-attr]
+    y, mean, var = layer.run()
+    assert y.dtype is torch.bfloat16
+    assert mean.dtype is var.dtype is torch.float32
+    torch.testing.assert_close(unblock(y, layer.n).double(), want, rtol=2**-8, atol=1e-5)
+    torch.testing.assert_close(mean.double(), want.mean((0, 2, 3)), rtol=1e-5, atol=1e-5)
+    torch.testing.assert_close(var.double(), want.var((0, 2, 3), correction=0), rtol=1e-5, atol=1e-5)
 
 
 SETS, TAPS = Tiling((2, 4), (2, 2)), Tiling((3, 4), (2, 2), code="taps", sources=2)

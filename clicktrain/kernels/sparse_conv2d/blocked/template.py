@@ -140,7 +140,7 @@ ahead_t look(const stored *from, long planes, long h, long w, int row, int rows,
 }
 static __attribute__((noinline, unused))
 void pack(const stored *restrict from, cell *restrict to, int row, int rows, int col, int cols) {
-  const int c0 = max64(0, -col), c1 = max64(c0, min64(cols, SRC_W - col));
+  const int c0 = min64(cols, max64(0, -col)), c1 = max64(c0, min64(cols, SRC_W - col));
   for (long c = 0; c < SOURCES; ++c) {
     for (int i = 0; i < rows; ++i) {
       cell *o = to + c * WIN + i * WIN_W;

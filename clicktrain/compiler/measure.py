@@ -30,6 +30,9 @@ SECONDS = 0.8
 """For all candidates of one layer shape together."""
 TURNS = (2, 7)
 """At least and at most so many."""
+HOPELESS = 5
+HOPELESS_SECONDS = 0.1
+"""See `take_turns`; a first call also builds things, which takes less than this."""
 CALL_MS = 0.05
 """What one operator costs in PyTorch, forward and backward."""
 _WRITE_ONLY_GRADIENT = ("forward", "grad_weight")
@@ -56,23 +59,46 @@ class LayerTimes:
     blocked: Mapping[Activations, BlockedTimes]
 
 
-def take_turns(functions: Mapping[str, Callable[[], object]], seconds: float = SECONDS) -> dict[str, float]:
+def take_turns(
+    functions: Mapping[str, Callable[[], object]],
+    seconds: float = SECONDS,
+    rivals: Mapping[str, str] | None = None,
+) -> dict[str, float]:
     """Median milliseconds of each function; each runs once before anything counts.
 
     Where one thread does the work it is that thread's time on the processor: other programs do not count.
+
+    Args:
+        functions: by name.
+        seconds: for all turns together.
+        rivals: by name, what it is an alternative for. One whose first call takes `HOPELESS` times as long as
+            the fastest first call of its rivals is not called again, and that call counts: bfloat16 on a
+            processor without it takes seconds where float32 takes a tenth of one.
     """
     clock = clock_of(torch.device("cpu"))
-    for function in functions.values():
+
+    def timed(function: Callable[[], object]) -> float:
+        start = clock()
         function()
-    taken: dict[str, list[float]] = {name: [] for name in functions}
+        return clock() - start
+
+    first = {name: timed(function) for name, function in functions.items()}
+    least: dict[str, float] = {}
+    for name, rival in (rivals or {}).items():
+        least[rival] = min(least.get(rival, first[name]), first[name])
+    hopeless = {
+        name
+        for name, rival in (rivals or {}).items()
+        if first[name] > max(HOPELESS * least[rival], HOPELESS_SECONDS)
+    }
+    taken: dict[str, list[float]] = {name: [first[name]] if name in hopeless else [] for name in functions}
     begin = time.perf_counter()
     for turn in range(TURNS[1]):
         if turn >= TURNS[0] and time.perf_counter() - begin > seconds:
             break
         for name, function in functions.items():
-            start = clock()
-            function()
-            taken[name].append(clock() - start)
+            if name not in hopeless:
+                taken[name].append(timed(function))
     return {name: 1e3 * median(times) for name, times in taken.items()}
 
 
@@ -223,7 +249,9 @@ def _times(
         named[kept] = {f"sparse {kept} {number}": one for number, one in enumerate(wanted)}
         for name, one in named[kept].items():
             functions[name] = _sparse_call(one, own_x, own_gy, values, bias)
-    ms = take_turns(functions)
+    kinds = {name: "dense" for name in DENSE if name in functions}
+    kinds.update({name: one.phase for candidates in named.values() for name, one in candidates.items()})
+    ms = take_turns(functions, rivals=kinds)
     dense = {name: ms[name] for name in DENSE if name in ms}
     return LayerTimes(dense, {kept: _best(ms, candidates) for kept, candidates in named.items()})
 

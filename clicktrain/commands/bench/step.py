@@ -39,6 +39,7 @@ def _show(result: Result, console: Console) -> None:
         "x",
         "G",
         "sparse",
+        "kept in",
         "dense fp32 ms",
         "dense bf16 ms",
         "sparse ms",
@@ -51,7 +52,8 @@ def _show(result: Result, console: Console) -> None:
         (
             f"{row['compression']:g}",
             str(row["group"]),
-            row["precision"] + (", kept in bf16" if row["activations"] == "bf16" else ""),
+            row["precision"],
+            "bf16" if row["activations"] == "bf16" else "fp32",
             ms(row["dense_fp32_ms"], row["dense_fp32_name"]),
             ms(row["dense_bf16_ms"], row["dense_bf16_name"]),
             ms(row["sparse_ms"]),
@@ -62,7 +64,7 @@ def _show(result: Result, console: Console) -> None:
         )
         for row in result["rows"]
     ]
-    print_table(console, title, heads, rows, left=3)
+    print_table(console, title, heads, rows, left=4)
     console.print(
         "Forward, loss, backward and SGD with momentum. Dense: the fastest of its kind. Sparse: the "
         "accelerated packed network, loss and gradients checked against the packed reference. MB: peak of a "

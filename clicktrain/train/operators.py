@@ -72,13 +72,22 @@ def choose_operators(p: Prepared, folder: RunFolder, progress: Progress, epoch: 
         write_text_atomic(folder.operators, model.plan.to_json())
     layers = {row["layer"]: row["operator"] for row in model.plan.table()}
     blocked = sum(operator.endswith("blocked") for operator in layers.values())
+    kept = ", activations kept in bf16" if model.plan.activations == "bf16" else ""
     progress.message(
-        f"{blocked} of {len(layers)} convolutions run in the blocked layout from here on "
+        f"{blocked} of {len(layers)} convolutions run in the blocked layout from here on{kept} "
         f"(chosen in {time.perf_counter() - started:.1f} s)"
     )
     if any(event["event"] == "operators" for event in folder.read_events()):
         return Chosen(model, None)  # told before the run was interrupted
-    return Chosen(model, {"event": "operators", "rule": model.plan.rule, "layers": layers})
+    return Chosen(
+        model,
+        {
+            "event": "operators",
+            "rule": model.plan.rule,
+            "activations": model.plan.activations,
+            "layers": layers,
+        },
+    )
 
 
 def _work_left(p: Prepared, epoch: int) -> float:

@@ -28,8 +28,7 @@ from clicktrain.errors import UserError
 from clicktrain.formats.packed import Structure, pack_values
 from clicktrain.kernels.native import keep_memory, toolchain
 from clicktrain.kernels.native.library import build_all
-from clicktrain.kernels.sparse_conv2d.blocked import launch
-from clicktrain.kernels.sparse_conv2d.blocked import ops as _registers  # noqa: F401 - the operators
+from clicktrain.kernels.sparse_conv2d.blocked import launch, ops
 from clicktrain.kernels.sparse_conv2d.blocked.geometry import Axis
 from clicktrain.kernels.sparse_conv2d.blocked.launch import Variant
 from clicktrain.kernels.sparse_conv2d.blocked.layout import block, unblock
@@ -318,16 +317,15 @@ class _SparseLayer:
 
     def call(self, phase: Phase, variant: Variant) -> _Call:
         """The operator as a network calls it."""
-        operators = torch.ops.clicktrain
         x, gy, values = self.x, self.gy, self.values
         plan, tables = variant.plan, variant.tables
         if phase == "forward":
             trained = values.detach().requires_grad_()
-            return lambda: cast(Tensor, operators.sparse_conv2d_blocked(x, trained, None, tables, plan))
+            return lambda: ops.sparse_conv2d_blocked(x, trained, None, tables, plan)
         if phase == "grad_input":
-            return lambda: cast(Tensor, operators.sparse_conv2d_blocked_grad_input(gy, values, tables, plan))
+            return lambda: ops.sparse_conv2d_blocked_grad_input(gy, values, tables, plan)
         shape = list(values.shape)
-        return lambda: cast(Tensor, operators.sparse_conv2d_blocked_grad_weight(x, gy, shape, tables, plan))
+        return lambda: ops.sparse_conv2d_blocked_grad_weight(x, gy, shape, tables, plan)
 
     def check(self) -> None:
         """Compare what every variant computes with the dense convolution in float64.

@@ -14,7 +14,7 @@ from pathlib import Path
 import torch
 
 from clicktrain.kernels.native import load, preamble, toolchain
-from clicktrain.kernels.native.library import Library, arguments
+from clicktrain.kernels.native.library import Library, call
 
 _REPETITIONS = 7
 _CACHES = Path("/sys/devices/system/cpu/cpu0/cache")
@@ -52,7 +52,7 @@ def measure_peak(seconds: float = 0.01) -> Peak | None:
     out = torch.zeros(lanes)
 
     def fma(steps: int) -> float:
-        used = library.multiply_add(*arguments(out, steps, threads))
+        used = call(library.multiply_add, out, steps, threads)
         return float(2 * sums * lanes * steps * used)
 
     return Peak(
@@ -66,7 +66,7 @@ def _reader(library: Library, size: int, threads: int) -> Callable[[int], float]
     buffer = torch.ones(threads * size // 4)
 
     def read(passes: int) -> float:
-        return float(size * passes * library.read_all(*arguments(buffer, size, passes, threads)))
+        return float(size * passes * call(library.read_all, buffer, size, passes, threads))
 
     return read
 

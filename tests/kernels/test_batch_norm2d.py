@@ -23,6 +23,7 @@ from clicktrain.kernels.native import STORED_TYPES, compute_type, toolchain
 from clicktrain.kernels.sparse_conv2d.blocked.layout import unblock
 
 TOOLS = toolchain()
+OPERATORS = torch.ops.clicktrain
 pytestmark = pytest.mark.skipif(TOOLS is None, reason="there is no C compiler")
 LANES = {dtype: TOOLS.lanes(dtype) if TOOLS else 1 for dtype in STORED_TYPES}
 EPS = 1e-5
@@ -240,13 +241,15 @@ def test_declared_as_computed(residual: bool, dtype: torch.dtype) -> None:
     case = Case((5, 3, 4, 3), dtype, residual, True)
     inputs = [None if t is None else t.requires_grad_() for t in case.blocked(1.0)]
     for relu in (True, False):
-        torch.library.opcheck(batch_norm2d_blocked, (*inputs, 5, EPS, relu))
-        torch.library.opcheck(affine_relu_blocked, (*inputs, 5, relu))
-    torch.library.opcheck(batch_norm2d_blocked, (inputs[0], None, None, None, 5, EPS, False))
+        torch.library.opcheck(OPERATORS.batch_norm2d_blocked.default, (*inputs, 5, EPS, relu))
+        torch.library.opcheck(OPERATORS.affine_relu_blocked.default, (*inputs, 5, relu))
+    torch.library.opcheck(
+        OPERATORS.batch_norm2d_blocked.default, (inputs[0], None, None, None, 5, EPS, False)
+    )
     x, weight, bias = (None if t is None else t.detach() for t in inputs[:3])
     for statistics, op in (
-        ((bias, weight, 5, EPS), ops.batch_norm2d_blocked_backward),
-        ((5,), ops.affine_relu_blocked_backward),
+        ((bias, weight, 5, EPS), OPERATORS.batch_norm2d_blocked_backward.default),
+        ((5,), OPERATORS.affine_relu_blocked_backward.default),
     ):
         torch.library.opcheck(
             op, (x, x, x, weight, *statistics, True, residual), test_utils="test_faketensor"

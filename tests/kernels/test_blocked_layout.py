@@ -11,6 +11,7 @@ from clicktrain.kernels.native import STORED_TYPES, toolchain
 from clicktrain.kernels.sparse_conv2d.blocked import layout
 
 TOOLS = toolchain()
+OPERATORS = torch.ops.clicktrain
 pytestmark = pytest.mark.skipif(TOOLS is None, reason="there is no C compiler")
 LANES = {dtype: TOOLS.lanes(dtype) if TOOLS else 1 for dtype in STORED_TYPES}
 # Images, channels, height, width: parts of tiles in every direction, several parts of runs and of columns.
@@ -78,11 +79,16 @@ def test_gradients() -> None:
 
 
 def test_declared_as_computed() -> None:
-    torch.library.opcheck(block_batch, (torch.randn(5, 3, 4, 3, requires_grad=True), 8))
-    torch.library.opcheck(block_batch, (torch.randn(9, 3, 4, 3).to(memory_format=torch.channels_last), 8))
-    torch.library.opcheck(unblock_batch, (torch.randn(2, 3, 4, 3, 8, requires_grad=True), 13))
+    torch.library.opcheck(OPERATORS.block_batch.default, (torch.randn(5, 3, 4, 3, requires_grad=True), 8))
+    torch.library.opcheck(
+        OPERATORS.block_batch.default,
+        (torch.randn(9, 3, 4, 3).to(memory_format=torch.channels_last), 8),
+    )
+    torch.library.opcheck(
+        OPERATORS.unblock_batch.default, (torch.randn(2, 3, 4, 3, 8, requires_grad=True), 13)
+    )
     small = torch.randn(5, 3, 4, 3, dtype=torch.bfloat16, requires_grad=True)
-    torch.library.opcheck(block_batch, (small, 8))
+    torch.library.opcheck(OPERATORS.block_batch.default, (small, 8))
 
 
 def test_threads_agree() -> None:

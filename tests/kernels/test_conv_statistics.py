@@ -15,7 +15,7 @@ from torch import Tensor, nn
 
 from clicktrain.errors import UserError
 from clicktrain.formats.packed import Structure, pack_values
-from clicktrain.kernels.batch_norm2d import batch_norm2d_blocked_given, batch_norm_blocked, launch
+from clicktrain.kernels.batch_norm2d import batch_norm_blocked, launch
 from clicktrain.kernels.native import C_TYPES, STORED_TYPES, toolchain
 from clicktrain.kernels.sparse_conv2d.blocked.codegen import source
 from clicktrain.kernels.sparse_conv2d.blocked.launch import forward_statistics, prepare
@@ -24,6 +24,7 @@ from clicktrain.kernels.sparse_conv2d.blocked.ops import sparse_conv2d_blocked_s
 from clicktrain.kernels.sparse_conv2d.blocked.problem import ConvProblem, Tiling
 
 TOOLS = toolchain()
+OPERATORS = torch.ops.clicktrain
 pytestmark = [
     pytest.mark.skipif(TOOLS is None, reason="there is no C compiler"),
     pytest.mark.usefixtures("poisoned_memory"),
@@ -275,7 +276,10 @@ def test_declared_as_computed() -> None:
     assert layer.bias is not None
     x, values, bias = blocked(layer.x, 0.0), layer.values, layer.bias
     inputs = [t.requires_grad_() for t in (x, values, bias)]
-    torch.library.opcheck(sparse_conv2d_blocked_statistics, (*inputs, layer.tables, layer.text, layer.n))
+    torch.library.opcheck(
+        OPERATORS.sparse_conv2d_blocked_statistics.default,
+        (*inputs, layer.tables, layer.text, layer.n),
+    )
     with torch.no_grad():
         y, mean, var = sparse_conv2d_blocked_statistics(*inputs, layer.tables, layer.text, layer.n)
     for weight in (None, torch.rand(6, dtype=torch.float64, requires_grad=True)):
@@ -291,7 +295,7 @@ def test_declared_as_computed() -> None:
             EPS,
             weight is not None,
         )
-        torch.library.opcheck(batch_norm2d_blocked_given, arguments)
+        torch.library.opcheck(OPERATORS.batch_norm2d_blocked_given.default, arguments)
 
 
 class _Block(nn.Module):

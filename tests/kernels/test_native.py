@@ -13,7 +13,7 @@ import pytest
 import torch
 
 from clicktrain.kernels.native import build, load, preamble, toolchain
-from clicktrain.kernels.native.library import arguments
+from clicktrain.kernels.native.library import call
 
 needs_compiler = pytest.mark.skipif(toolchain() is None, reason="there is no C compiler")
 
@@ -42,7 +42,7 @@ def test_sums_over_lanes(dtype: torch.dtype) -> None:
     )
     x = torch.randn(4, lanes, dtype=dtype)
     out = torch.ones(6, dtype=dtype)
-    load(source).run(*arguments(x, out))
+    call(load(source).run, x, out)
     assert torch.allclose(out[:4], 1 + x.sum(1))
     assert torch.allclose(out[4:], x[0].sum().expand(2))
 

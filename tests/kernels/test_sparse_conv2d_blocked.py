@@ -22,6 +22,7 @@ from clicktrain.kernels.sparse_conv2d.blocked.ops import sparse_conv2d_blocked
 from clicktrain.kernels.sparse_conv2d.blocked.problem import PHASES, ConvProblem, Phase, Tiling
 from clicktrain.kernels.sparse_conv2d.blocked.tables import NARROW
 
+OPERATORS = torch.ops.clicktrain
 pytestmark = [
     pytest.mark.skipif(toolchain() is None, reason="there is no C compiler"),
     pytest.mark.usefixtures("poisoned_memory"),
@@ -344,7 +345,9 @@ def test_operator_is_well_formed(stride: int) -> None:
 
     torch.use_deterministic_algorithms(False)
     assert torch.autograd.gradcheck(call, (x, values, bias), fast_mode=True)
-    results = torch.library.opcheck(sparse_conv2d_blocked, (x, values, bias, list(tables.tensors), text))
+    results = torch.library.opcheck(
+        OPERATORS.sparse_conv2d_blocked.default, (x, values, bias, list(tables.tensors), text)
+    )
     assert set(results.values()) == {"SUCCESS"}
 
 

@@ -11,7 +11,7 @@ from torch import Tensor
 from clicktrain.errors import UserError
 from clicktrain.kernels.batch_norm2d.codegen import source
 from clicktrain.kernels.native import STORED_TYPES, Library, compute_type, load, toolchain
-from clicktrain.kernels.native.library import arguments
+from clicktrain.kernels.native.library import call
 from clicktrain.kernels.sparse_conv2d.blocked.layout import vectors
 
 
@@ -55,9 +55,7 @@ def forward_into(
         raise UserError("an empty batch has no mean: batch norm in training mode needs at least one image")
     x, residual, weight, bias = vectors(x), _vectors(residual), _plain(weight), _plain(bias)
     y, mean, var = results
-    library.forward(
-        *arguments(x, residual, y, weight, bias, mean, var, eps, relu, n, *_sizes(x)),
-    )
+    call(library.forward, x, residual, y, weight, bias, mean, var, eps, relu, n, *_sizes(x))
 
 
 def given(
@@ -90,7 +88,7 @@ def given_into(
     library = _check(x, n, (residual,), (weight, bias, mean, var))
     x, residual, weight, bias = vectors(x), _vectors(residual), _plain(weight), _plain(bias)
     mean, var = mean.contiguous(), var.contiguous()
-    library.given(*arguments(x, residual, y, weight, bias, mean, var, eps, relu, *_sizes(x)))
+    call(library.given, x, residual, y, weight, bias, mean, var, eps, relu, *_sizes(x))
 
 
 def affine(x: Tensor, scale: Tensor, shift: Tensor, residual: Tensor | None, n: int, relu: bool) -> Tensor:
@@ -106,7 +104,7 @@ def affine_into(
     """`affine` into a given tensor: contiguous, aligned, every element is written."""
     library = _check(x, n, (residual,), (scale, shift))
     x, residual, scale, shift = vectors(x), _vectors(residual), scale.contiguous(), shift.contiguous()
-    library.affine(*arguments(x, residual, y, scale, shift, relu, *_sizes(x)))
+    call(library.affine, x, residual, y, scale, shift, relu, *_sizes(x))
 
 
 def backward(
@@ -154,10 +152,21 @@ def backward_into(
         results.residual if results.residual.numel() else None,
     )
     weight, mean, var = _plain(weight), _plain(mean), _plain(var)
-    library.backward(
-        *arguments(
-            gy, x, y, results.x, gr, weight, mean, var, results.weight, results.bias, eps, n, *_sizes(gy)
-        ),
+    call(
+        library.backward,
+        gy,
+        x,
+        y,
+        results.x,
+        gr,
+        weight,
+        mean,
+        var,
+        results.weight,
+        results.bias,
+        eps,
+        n,
+        *_sizes(gy),
     )
 
 

@@ -17,10 +17,11 @@ import torch
 from torch import Tensor
 
 from clicktrain.kernels.batch_norm2d import launch
+from clicktrain.kernels.direct import differentiable, plain
 
 
 @torch.library.custom_op("clicktrain::batch_norm2d_blocked", mutates_args=())
-def batch_norm2d_blocked(
+def batch_norm2d_blocked_op(
     x: Tensor,
     weight: Tensor | None,
     bias: Tensor | None,
@@ -46,7 +47,7 @@ def batch_norm2d_blocked(
     return launch.forward(x, weight, bias, residual, n, eps, relu)
 
 
-@batch_norm2d_blocked.register_fake
+@batch_norm2d_blocked_op.register_fake
 def _(
     x: Tensor,
     weight: Tensor | None,
@@ -60,7 +61,7 @@ def _(
 
 
 @torch.library.custom_op("clicktrain::batch_norm2d_blocked_given", mutates_args=())
-def batch_norm2d_blocked_given(
+def batch_norm2d_blocked_given_op(
     x: Tensor,
     mean: Tensor,
     var: Tensor,
@@ -77,16 +78,30 @@ def batch_norm2d_blocked_given(
     its gradient, and they have none themselves. Statistics that do not depend on ``x`` are a scaling by
     channel: `affine_relu_blocked`.
     """
+    return _given(x, mean, var, weight, bias, residual, n, eps, relu)
+
+
+def _given(
+    x: Tensor,
+    mean: Tensor,
+    var: Tensor,
+    weight: Tensor | None,
+    bias: Tensor | None,
+    residual: Tensor | None,
+    n: int,
+    eps: float,
+    relu: bool,
+) -> Tensor:
     return launch.given(x, (mean, var, eps), weight, bias, residual, n, relu)
 
 
-@batch_norm2d_blocked_given.register_fake
+@batch_norm2d_blocked_given_op.register_fake
 def _(x: Tensor, *_: object, **__: object) -> Tensor:
     return x.new_empty(x.shape)
 
 
 @torch.library.custom_op("clicktrain::batch_norm2d_blocked_backward", mutates_args=())
-def batch_norm2d_blocked_backward(
+def batch_norm2d_blocked_backward_op(
     gy: Tensor,
     x: Tensor,
     y: Tensor | None,
@@ -99,10 +114,28 @@ def batch_norm2d_blocked_backward(
     need_residual: bool,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     """Gradients of input, weight, bias, residual; the last is empty unless ``relu`` and ``need_residual``."""
+    return _run_backward(gy, x, y, weight, mean, var, n, eps, relu, need_residual)
+
+
+def _run_backward(
+    gy: Tensor,
+    x: Tensor,
+    y: Tensor | None,
+    weight: Tensor | None,
+    mean: Tensor,
+    var: Tensor,
+    n: int,
+    eps: float,
+    relu: bool,
+    need_residual: bool,
+) -> launch.Gradients:
     return launch.backward(gy, x, y if relu else None, weight, (mean, var, eps), n, need_residual)
 
 
-@batch_norm2d_blocked_backward.register_fake
+batch_norm2d_blocked_backward = plain(batch_norm2d_blocked_backward_op, _run_backward)
+
+
+@batch_norm2d_blocked_backward_op.register_fake
 def _(
     gy: Tensor,
     x: Tensor,
@@ -119,7 +152,7 @@ def _(
 
 
 @torch.library.custom_op("clicktrain::affine_relu_blocked", mutates_args=())
-def affine_relu_blocked(
+def affine_relu_blocked_op(
     x: Tensor, scale: Tensor, shift: Tensor, residual: Tensor | None, n: int, relu: bool
 ) -> Tensor:
     """Batch norm with given statistics: ``relu?(x * scale + shift + residual)``.
@@ -135,20 +168,29 @@ def affine_relu_blocked(
     return launch.affine(x, scale, shift, residual, n, relu)
 
 
-@affine_relu_blocked.register_fake
+@affine_relu_blocked_op.register_fake
 def _(x: Tensor, scale: Tensor, shift: Tensor, residual: Tensor | None, n: int, relu: bool) -> Tensor:
     return x.new_empty(x.shape)
 
 
 @torch.library.custom_op("clicktrain::affine_relu_blocked_backward", mutates_args=())
-def affine_relu_blocked_backward(
+def affine_relu_blocked_backward_op(
     gy: Tensor, x: Tensor | None, y: Tensor | None, scale: Tensor, n: int, relu: bool, need_residual: bool
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     """Gradients of input, scale (zeros without ``x``), shift and residual (as of batch norm)."""
+    return _run_affine_backward(gy, x, y, scale, n, relu, need_residual)
+
+
+def _run_affine_backward(
+    gy: Tensor, x: Tensor | None, y: Tensor | None, scale: Tensor, n: int, relu: bool, need_residual: bool
+) -> launch.Gradients:
     return launch.backward(gy, x, y if relu else None, scale, None, n, need_residual)
 
 
-@affine_relu_blocked_backward.register_fake
+affine_relu_blocked_backward = plain(affine_relu_blocked_backward_op, _run_affine_backward)
+
+
+@affine_relu_blocked_backward_op.register_fake
 def _(
     gy: Tensor, x: Tensor | None, y: Tensor | None, scale: Tensor, n: int, relu: bool, need_residual: bool
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
@@ -208,6 +250,12 @@ def _affine_backward(ctx: Any, gy: Tensor) -> tuple[Any, ...]:
     return gx, gscale if need_scale else None, gshift if need_shift else None, residual, None, None
 
 
-batch_norm2d_blocked.register_autograd(_backward, setup_context=_save)
-batch_norm2d_blocked_given.register_autograd(_given_backward, setup_context=_save_given)
-affine_relu_blocked.register_autograd(_affine_backward, setup_context=_save_affine)
+batch_norm2d_blocked_op.register_autograd(_backward, setup_context=_save)
+batch_norm2d_blocked_given_op.register_autograd(_given_backward, setup_context=_save_given)
+affine_relu_blocked_op.register_autograd(_affine_backward, setup_context=_save_affine)
+
+batch_norm2d_blocked = differentiable(batch_norm2d_blocked_op, launch.forward, _save, _backward)
+batch_norm2d_blocked_given = differentiable(
+    batch_norm2d_blocked_given_op, _given, _save_given, _given_backward
+)
+affine_relu_blocked = differentiable(affine_relu_blocked_op, launch.affine, _save_affine, _affine_backward)

@@ -10,7 +10,7 @@ from torch import Tensor
 from clicktrain.errors import UserError
 from clicktrain.kernels.blocked_layout.codegen import source
 from clicktrain.kernels.native import STORED_TYPES, Library, load
-from clicktrain.kernels.native.library import arguments
+from clicktrain.kernels.native.library import call
 
 MAX_LANES = 16
 """Float32 in 512 bits; a tile of more lanes would not fit the registers, and take long to compile."""
@@ -28,7 +28,7 @@ def block_into(out: Tensor, x: Tensor) -> None:
         x = x.contiguous()
     sizes = (n, out.shape[0], outer, columns, by_run, by_column, torch.get_num_threads())
     if out.numel():
-        library.block(*arguments(x, out, *sizes))
+        call(library.block, x, out, *sizes)
 
 
 def unblock_into(out: Tensor, x: Tensor) -> None:
@@ -38,7 +38,7 @@ def unblock_into(out: Tensor, x: Tensor) -> None:
     x = x.contiguous()
     sizes = (out.shape[0], blocks, 1, c * h * w, 0, 1, torch.get_num_threads())
     if out.numel():
-        library.unblock(*arguments(out, x, *sizes))
+        call(library.unblock, out, x, *sizes)
 
 
 def block(x: Tensor, lanes: int) -> Tensor:

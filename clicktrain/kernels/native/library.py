@@ -13,6 +13,8 @@ from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
+from torch import Tensor
+
 from clicktrain.kernels.native.toolchain import Toolchain, toolchain
 
 Library = ctypes.CDLL
@@ -64,19 +66,17 @@ def load(source: str) -> Library:
     return ctypes.CDLL(str(build(source)))
 
 
-def arguments(*values: Any) -> list[Any]:
-    """Tensors as pointers (None as a null pointer), integers as 64-bit integers, floats as doubles."""
-    return [_argument(value) for value in values]
+def call(function: Any, *values: Any) -> Any:
+    """Call a library's function: tensors as pointers, None as a null one, int as int64_t, float as double.
+
+    A function takes the same kinds of arguments at each call: their types are declared at the first one.
+    """
+    if function.argtypes is None:
+        function.argtypes = [_C_TYPES.get(type(value), ctypes.c_void_p) for value in values]
+    return function(*[value.data_ptr() if isinstance(value, Tensor) else value for value in values])
 
 
-def _argument(value: Any) -> Any:
-    if value is None:
-        return ctypes.c_void_p(None)
-    if isinstance(value, int):
-        return ctypes.c_int64(value)
-    if isinstance(value, float):
-        return ctypes.c_double(value)
-    return ctypes.c_void_p(value.data_ptr())
+_C_TYPES = {int: ctypes.c_int64, bool: ctypes.c_int64, float: ctypes.c_double}
 
 
 @functools.cache

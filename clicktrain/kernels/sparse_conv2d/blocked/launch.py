@@ -14,7 +14,7 @@ from torch import Tensor
 from clicktrain.errors import UserError
 from clicktrain.formats.packed import Structure
 from clicktrain.kernels.native import compute_type, load, toolchain
-from clicktrain.kernels.native.library import arguments
+from clicktrain.kernels.native.library import call
 from clicktrain.kernels.sparse_conv2d.blocked.codegen import scratch_vectors, source
 from clicktrain.kernels.sparse_conv2d.blocked.layout import vectors
 from clicktrain.kernels.sparse_conv2d.blocked.problem import PHASES, ConvProblem, Phase, Tiling
@@ -328,7 +328,7 @@ class _Kernel:
                 numbers.insert(1, int(result.numel() * result.itemsize >= STREAM_BYTES))
             if images is not None:
                 numbers.insert(0, images)
-            self._run(*arguments(first, *rest, scratch, *numbers))
+            call(self._run, first, *rest, scratch, *numbers)
         elif self.phase == "grad_weight":
             rest[1].zero_()  # type: ignore[union-attr]
 

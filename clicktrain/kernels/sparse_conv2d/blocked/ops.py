@@ -1,5 +1,8 @@
 """The operators that PyTorch sees: one boundary per layer and direction, with shapes and gradients declared.
 
+What is registered has a name in ``_op``; under the plain name it is called without the dispatcher where that
+makes no difference (`clicktrain.kernels.direct`).
+
 ``clicktrain::sparse_conv2d_blocked`` and its backward work under autograd, ``torch.compile`` and
 ``torch.export``. What a layer's kernels need to know travels as data: tables as tensors, the plan as text.
 """
@@ -11,13 +14,14 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from clicktrain.kernels.direct import differentiable, plain
 from clicktrain.kernels.native import compute_type
 from clicktrain.kernels.sparse_conv2d.blocked import launch
 from clicktrain.kernels.sparse_conv2d.blocked.launch import ConvPlan
 
 
 @torch.library.custom_op("clicktrain::sparse_conv2d_blocked", mutates_args=())
-def sparse_conv2d_blocked(
+def sparse_conv2d_blocked_op(
     x: Tensor, values: Tensor, bias: Tensor | None, tables: list[Tensor], plan: str
 ) -> Tensor:
     """Convolve with a packed weight in the blocked layout: ClickTrain section 5.2.
@@ -36,13 +40,13 @@ def sparse_conv2d_blocked(
     return launch.forward(x, values, bias, tables, plan)
 
 
-@sparse_conv2d_blocked.register_fake
+@sparse_conv2d_blocked_op.register_fake
 def _(x: Tensor, values: Tensor, bias: Tensor | None, tables: list[Tensor], plan: str) -> Tensor:
     return x.new_empty(launch.output_shape(x, ConvPlan.from_json(plan).problem))
 
 
 @torch.library.custom_op("clicktrain::sparse_conv2d_blocked_statistics", mutates_args=())
-def sparse_conv2d_blocked_statistics(
+def sparse_conv2d_blocked_statistics_op(
     x: Tensor, values: Tensor, bias: Tensor | None, tables: list[Tensor], plan: str, n: int
 ) -> tuple[Tensor, Tensor, Tensor]:
     """As `sparse_conv2d_blocked`, and what a batch norm behind it wants to know, taken on the way.
@@ -58,7 +62,7 @@ def sparse_conv2d_blocked_statistics(
     return launch.forward_statistics(x, values, bias, tables, plan, n)
 
 
-@sparse_conv2d_blocked_statistics.register_fake
+@sparse_conv2d_blocked_statistics_op.register_fake
 def _(
     x: Tensor, values: Tensor, bias: Tensor | None, tables: list[Tensor], plan: str, n: int
 ) -> tuple[Tensor, Tensor, Tensor]:
@@ -68,28 +72,34 @@ def _(
 
 
 @torch.library.custom_op("clicktrain::sparse_conv2d_blocked_grad_input", mutates_args=())
-def sparse_conv2d_blocked_grad_input(gy: Tensor, values: Tensor, tables: list[Tensor], plan: str) -> Tensor:
+def sparse_conv2d_blocked_grad_input_op(
+    gy: Tensor, values: Tensor, tables: list[Tensor], plan: str
+) -> Tensor:
     """Gradient of the input: [B, F, H', W', V] -> [B, C, H, W, V]."""
     return launch.grad_input(gy, values, tables, plan)
 
 
-@sparse_conv2d_blocked_grad_input.register_fake
+@sparse_conv2d_blocked_grad_input_op.register_fake
 def _(gy: Tensor, values: Tensor, tables: list[Tensor], plan: str) -> Tensor:
     problem = ConvPlan.from_json(plan).problem
     return gy.new_empty(gy.shape[0], problem.channels, problem.rows.size, problem.columns.size, gy.shape[4])
 
 
 @torch.library.custom_op("clicktrain::sparse_conv2d_blocked_grad_weight", mutates_args=())
-def sparse_conv2d_blocked_grad_weight(
+def sparse_conv2d_blocked_grad_weight_op(
     x: Tensor, gy: Tensor, values_shape: list[int], tables: list[Tensor], plan: str
 ) -> Tensor:
     """Gradient of the packed values, at the kept positions only. Filling lanes of ``gy`` have to be zero."""
     return launch.grad_weight(x, gy, values_shape, tables, plan)
 
 
-@sparse_conv2d_blocked_grad_weight.register_fake
+@sparse_conv2d_blocked_grad_weight_op.register_fake
 def _(x: Tensor, gy: Tensor, values_shape: list[int], tables: list[Tensor], plan: str) -> Tensor:
     return x.new_empty(values_shape, dtype=compute_type(x.dtype))
+
+
+sparse_conv2d_blocked_grad_input = plain(sparse_conv2d_blocked_grad_input_op, launch.grad_input)
+sparse_conv2d_blocked_grad_weight = plain(sparse_conv2d_blocked_grad_weight_op, launch.grad_weight)
 
 
 def _save(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
@@ -120,5 +130,10 @@ def _statistics_backward(ctx: Any, gy: Tensor, *_: Any) -> tuple[Any, ...]:
     return *_backward(ctx, gy), None
 
 
-sparse_conv2d_blocked.register_autograd(_backward, setup_context=_save)
-sparse_conv2d_blocked_statistics.register_autograd(_statistics_backward, setup_context=_save_statistics)
+sparse_conv2d_blocked_op.register_autograd(_backward, setup_context=_save)
+sparse_conv2d_blocked_statistics_op.register_autograd(_statistics_backward, setup_context=_save_statistics)
+
+sparse_conv2d_blocked = differentiable(sparse_conv2d_blocked_op, launch.forward, _save, _backward)
+sparse_conv2d_blocked_statistics = differentiable(
+    sparse_conv2d_blocked_statistics_op, launch.forward_statistics, _save_statistics, _statistics_backward
+)

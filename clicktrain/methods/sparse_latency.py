@@ -23,7 +23,7 @@ from clicktrain.kernels.sparse_conv2d import refusal
 from clicktrain.methods.latency_search import next_aim
 from clicktrain.methods.latency_target import ROUNDS, SECONDS, Measured, bare_copy
 from clicktrain.methods.pattern_selection import Target
-from clicktrain.methods.sparse_times import SparseGeometry, SparseTimes, Timed, sparse_times
+from clicktrain.methods.sparse_times import SparseGeometry, Timed, sparse_times
 from clicktrain.methods.survey import Survey
 from clicktrain.sparsity.allocation import allocate
 from clicktrain.sparsity.latency_allocation import allocate_within, least_compression_within
@@ -74,8 +74,9 @@ class Allocation:
 class SparseLatency:
     """Predicts the time of a network from the kept kernels per filter of each layer.
 
-    The time of a layer is that of its faster operator, dense or sparse; what the network takes beyond the
-    layers that are pruned is what was measured of the dense one.
+    The time of a layer is that of its faster operator, dense or sparse. What the network takes beyond them is
+    what the network with one kernel per filter, accelerated and measured, takes beyond its layers; where
+    nobody can measure that, what the dense one does.
 
     Attributes:
         aim: what is asked for.
@@ -87,9 +88,10 @@ class SparseLatency:
         """Measure what is not known yet.
 
         Raises:
-            UserError: the target is below what one kernel per filter would take.
+            UserError: the target is below what one kernel per filter takes.
         """
         model, example = _check(found)
+        floor: Measured | None = None
         self.aim = aim
         self._budgets = [target.budget for target in targets]
         self._other = found.other_conv_weights
@@ -97,7 +99,12 @@ class SparseLatency:
         with torch.random.fork_rng(devices=[]):
             times = network_times({"dense": bare_copy(model)}, example, aim.batch, aim.timed)["dense"]
             (self.dense_ms,) = agreed([min(times)], _CPU)
-            tables = _tables(model, example, targets, patterns, aim)
+            geometries = _geometries(model, example, targets, patterns, aim)
+            known = sparse_times(geometry for of_layer in geometries.values() for geometry in of_layer)
+            if found.measure is not None:
+                masks = _least_masks(targets, geometries)
+                floor = found.measure(masks, aim.batch, aim.timed).agreed(_CPU)
+        tables = {name: [known[geometry] for geometry in of_layer] for name, of_layer in geometries.items()}
         self._times = {
             t.layer.name: [sum(table.at(k) for table in tables[t.layer.name]) for k in _counts(t)]
             for t in targets
@@ -105,12 +112,17 @@ class SparseLatency:
         dense = sum(table.dense_ms for found_tables in tables.values() for table in found_tables)
         self._rest_ms = max(self.dense_ms - dense, 0.0)
         self.target_ms = aim.ms if aim.ms is not None else (aim.ratio or 1.0) * self.dense_ms
-        least = self.predict({b.name: b.fixed or 1 for b in self._budgets})
-        if self.target_ms < (1 - 2 * TOLERANCE) * least:
+        fewest = {b.name: b.fixed or 1 for b in self._budgets}
+        least = self.predict(fewest)
+        too_slow = self.target_ms < (1 - 2 * TOLERANCE) * least
+        if floor is not None:
+            self._rest_ms = max(floor.pruned_ms - (least - self._rest_ms), 0.0)
+            least, too_slow = floor.pruned_ms, aim.reached(floor) > 1 + TOLERANCE
+        if too_slow:
             raise UserError(
                 f"a latency of {self.target_ms:.3g} ms cannot be met by this network: with one kernel per "
                 f"filter it takes about {least:.3g} ms, dense {self.dense_ms:.3g} ms a batch of {aim.batch} "
-                "(a larger target, fewer entries or excluded layers, or a smaller network)"
+                "(ask for a larger one, larger batches, fewer entries, or a smaller network)"
             )
 
     def predict(self, kernels: Mapping[str, int]) -> float:
@@ -285,10 +297,10 @@ def _counts(target: Target) -> range:
     return range(1, target.layer.shape[1] + 1)
 
 
-def _tables(
+def _geometries(
     model: nn.Module, example: Tensor, targets: Sequence[Target], patterns: int, aim: LatencyAim
-) -> dict[str, list[SparseTimes]]:
-    """The tables of every layer, one for each call of it."""
+) -> dict[str, list[SparseGeometry]]:
+    """What the time of every layer depends on, once for each call of it."""
     images = _image_sizes(model, example, [target.layer.name for target in targets])
     wanted: dict[str, list[SparseGeometry]] = {}
     for target in targets:
@@ -301,8 +313,19 @@ def _tables(
                               batch=aim.batch, timed=aim.timed)
             for size in sizes
         ]  # fmt: skip
-    times = sparse_times(geometry for geometries in wanted.values() for geometry in geometries)
-    return {name: [times[geometry] for geometry in geometries] for name, geometries in wanted.items()}
+    return wanted
+
+
+def _least_masks(
+    targets: Sequence[Target], geometries: Mapping[str, Sequence[SparseGeometry]]
+) -> dict[str, Tensor]:
+    """As few kernels per filter as there can be, anywhere. Layers that cannot be packed have no mask."""
+    masks = {}
+    for target in targets:
+        if geometries[target.layer.name]:
+            count = target.budget.fixed or 1
+            masks[target.layer.name] = geometries[target.layer.name][0].masks((count,))[count]
+    return masks
 
 
 def _image_sizes(model: nn.Module, example: Tensor, names: Sequence[str]) -> dict[str, list[tuple[int, int]]]:

@@ -10,7 +10,7 @@ from __future__ import annotations
 
 import hashlib
 import json
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Literal
@@ -103,8 +103,11 @@ class SparseGeometry:
         """The numbers of kept kernels per filter that are measured, ascending."""
         return tuple(sorted({1, *(max(1, round(share * self.kernels)) for share in SHARES)}))
 
-    def masks(self) -> dict[int, Tensor]:
-        """Random positions for every point, those of a smaller one within those of the next."""
+    def masks(self, counts: Sequence[int] | None = None) -> dict[int, Tensor]:
+        """Random positions for each number of kernels per filter (by default the points).
+
+        Those of a smaller number lie within those of a larger one.
+        """
         generator = torch.Generator().manual_seed(0)
         size = self.kernel[0] * self.kernel[1]
         order = torch.rand(self.patterns, size, generator=generator).argsort(1)[:, : self.entries]
@@ -117,7 +120,7 @@ class SparseGeometry:
             count: (whole & (rank < count)[:, :, None, None])
             .repeat_interleave(self.together, 0)[: self.filters]
             .contiguous()
-            for count in self.points()
+            for count in (self.points() if counts is None else counts)
         }
 
 

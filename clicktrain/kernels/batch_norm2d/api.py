@@ -55,6 +55,10 @@ def batch_norm_blocked(
         if bn.training and bn.track_running_stats:
             update_running_stats(bn, batch_mean, batch_var, count)
         return y
+    if not torch.is_grad_enabled():
+        # What they depend on matters to gradients only, and one pass needs no tensors of its own.
+        y = batch_norm2d_blocked_given(x, mean, var, bn.weight, bn.bias, residual, n, bn.eps, relu)
+        return y
     scale = torch.rsqrt(var + bn.eps)
     if bn.weight is not None:
         scale = scale * bn.weight

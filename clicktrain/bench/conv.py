@@ -206,8 +206,9 @@ def bench_conv(
 
 def check_precisions(precisions: Sequence[str]) -> None:
     """Raise UserError unless there are some, and all known."""
-    if not precisions or set(precisions) - set(PRECISIONS):
-        raise UserError(f"precision is {' or '.join(PRECISIONS)}, not {', '.join(precisions) or 'nothing'}")
+    unknown = sorted(set(precisions) - set(PRECISIONS))
+    if unknown or not precisions:
+        raise UserError(f"precision is {' or '.join(PRECISIONS)}, not {', '.join(unknown) or 'nothing'}")
 
 
 def geometric_means(rows: Sequence[ConvRow]) -> dict[str, float]:

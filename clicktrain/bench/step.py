@@ -19,7 +19,7 @@ from clicktrain.bench.conv import check_precisions
 from clicktrain.bench.masks import check_sparsity, model_masks
 from clicktrain.bench.memory import in_fresh_process, peak_mb
 from clicktrain.bench.timing import Progress, WrongResultError, check_rounds, fastest, median_ms
-from clicktrain.compiler import Accelerated, accelerate
+from clicktrain.compiler import Accelerated, LoweringPlan, accelerate
 from clicktrain.errors import UserError
 from clicktrain.kernels.native import keep_memory, toolchain
 from clicktrain.kernels.pack_model import pack_model_
@@ -151,13 +151,14 @@ def bench_step(
     keep_memory()  # for both sides: else what is timed is how the system hands out pages
     calls: dict[tuple[str, str] | _Sparse, Callable[[], object]] = {}
     sparse = list(itertools.starmap(_Sparse, itertools.product(compressions, groups, precisions)))
-    about = {}
+    density: dict[_Sparse, float] = {}
+    plans: dict[_Sparse, LoweringPlan | None] = {}
     for one in sparse:
         progress(f"accelerating at {one}")
         packed = case.packed(one.compression, one.group)
         fast = one.accelerate(copy.deepcopy(packed), case, rule)
-        kept = fast.plan.activations if isinstance(fast, Accelerated) else "parameters"
-        about[one] = _density(packed), kept
+        density[one] = _density(packed)
+        plans[one] = fast.plan if isinstance(fast, Accelerated) else None
         progress(f"checking at {one}")
         check_same(packed, fast, *case.batch(), autocast=one.autocast)
         calls[one] = TrainingStep(fast, *case.batch(), autocast=one.autocast)
@@ -178,24 +179,24 @@ def bench_step(
         )
     rows = []
     for one in sparse:
-        ms = times[one]
+        ms, plan = times[one], plans[one]
         sparse_memory = None
         if memory:
             progress(f"memory at {one}")
-            sparse_memory = _memory(case, sparse=one, rule=rule)
+            sparse_memory = _memory(case, sparse=one, plan=None if plan is None else plan.to_json())
         name, megabytes = dense_memory.get(one.precision, (None, None))
         rows.append(
             StepRow(
                 model=case.model,
                 compression=one.compression,
                 group=one.group,
-                density=about[one][0],
+                density=density[one],
                 dense_fp32_ms=fp32[1],
                 dense_fp32_name=fp32[0],
                 dense_bf16_ms=low_ms,
                 dense_bf16_name=low_name,
                 precision=one.precision,
-                activations=about[one][1],
+                activations="parameters" if plan is None else plan.activations,
                 sparse_ms=ms,
                 ratio_fp32=fp32[1] / ms,
                 ratio_bf16=None if low_ms is None else low_ms / ms,
@@ -341,7 +342,10 @@ def _main(text: str) -> None:
         if "layout" in what:
             return _dense_step(case, what["kind"], what["layout"])
         one = _Sparse(*what["sparse"])
-        fast = one.accelerate(case.packed(one.compression, one.group), case, what["rule"])
+        packed = case.packed(one.compression, one.group)
+        fast = packed
+        if what["plan"] is not None:
+            fast = accelerate(packed, case.batch()[0], plan=LoweringPlan.from_json(what["plan"]))
         return TrainingStep(fast, *case.batch(), autocast=one.autocast)
 
     # What libraries take when they are first used is neither side's: both begin with it.

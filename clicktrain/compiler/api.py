@@ -52,8 +52,9 @@ def accelerate(
         plan: replay these choices instead; a saved one, perhaps edited.
         dtypes: number types that may be used, whether under autocast or not: ``fp32`` (the parameters' own),
             ``bf16``. Dense convolutions compute in them. Accelerated regions keep their activations in them:
-            with both, in what is measured to be faster for the whole network; they compute in the parameters'
-            type, or in pairs of bfloat16 numbers summed up in float32 where the processor can.
+            with both, in what is measured to be faster for the network; unmeasured, in ``bf16``. They
+            compute in the parameters' type, or in pairs of bfloat16 numbers summed up in float32 where the
+            processor can.
         remember: take the plan that was measured before for such a network on this machine, or keep this one
             for the next time; False measures anew and keeps nothing.
         verbose: print the plan.
@@ -79,6 +80,8 @@ def accelerate(
             raise UserError(
                 "the model has no pruned convolution: prune it first, there is nothing to accelerate"
             )
+    if not dtypes:
+        raise UserError(f"dtypes are {' and '.join(_PRECISIONS)}, at least one")
     inputs: tuple[Any, ...] = example if isinstance(example, tuple) else (example,)
     if not inputs or not isinstance(inputs[0], Tensor) or inputs[0].shape[:1] in ((), (0,)):
         raise UserError("the example is a batch of images, at least one")
@@ -99,6 +102,13 @@ def accelerate(
         return model
     if plan is not None:
         check_statistics(traced, plan)
+        pairs, tools = plan.with_pairs(), toolchain()
+        if pairs and tools is not None and not tools.multiplies_pairs:
+            warnings.warn(
+                f"the plan multiplies pairs of bfloat16 numbers in {len(pairs)} layers, which this processor "
+                "has no instruction for: they run, but slowly; measure a plan here",
+                stacklevel=2,
+            )
     else:
         with torch.random.fork_rng(
             devices=[]

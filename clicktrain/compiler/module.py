@@ -13,7 +13,7 @@ from torch import Tensor, fx, nn
 from clicktrain.compiler.lower import Lowered, lower
 from clicktrain.compiler.plan import LoweringPlan
 from clicktrain.compiler.trace import Traced, TraceError, trace
-from clicktrain.kernels.sparse_conv2d import PackedConv2d
+from clicktrain.compiler.units import packed_type
 
 _NONE = Lowered(fx.GraphModule(nn.Module(), fx.Graph()), ())
 """Stands for inputs that cannot be lowered."""
@@ -143,8 +143,7 @@ class Accelerated(nn.Module):
         return (*((x.shape[1:], x.dtype) for x in args), *(module.training for module in self._entered))
 
     def _dtype(self) -> torch.dtype:
-        packed = (m.values.dtype for m in self.base.modules() if isinstance(m, PackedConv2d))
-        return next(packed, torch.float32)
+        return packed_type(self.base)
 
     def _elsewhere(self, args: tuple[Tensor, ...]) -> bool:
         """Whether there is nothing to lower: another device, or no images to find shapes with."""

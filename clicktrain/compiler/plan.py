@@ -135,12 +135,23 @@ class LoweringPlan:
             raise UserError(
                 f"the activations of a plan are {' or '.join(ACTIVATIONS)}, not {self.activations!r}"
             )
-        pairs = [c.layer for c in self.choices if any(tiling.pairs for _, tiling in c.tilings)]
+        for choice in self.choices:
+            for phase, tiling in choice.tilings:
+                if tiling.pairs and tiling.code == "sets" and phase != "grad_weight":
+                    raise UserError(
+                        f"{choice.layer} cannot multiply pairs in {phase} with code for tap sets: set the "
+                        "tiling's code to taps, or its pairs to false"
+                    )
+        pairs = self.with_pairs()
         if pairs and self.activations != "bf16":
             raise UserError(
                 f"{pairs[0]} multiplies pairs of bfloat16 numbers, which its plan does not keep: set "
                 "the plan's activations to bf16, or pairs of its tilings to false"
             )
+
+    def with_pairs(self) -> list[str]:
+        """Layers that multiply pairs of bfloat16 numbers."""
+        return [c.layer for c in self.choices if any(tiling.pairs for _, tiling in c.tilings)]
 
     def by_layer(self) -> dict[str, Choice]:
         """Choices by `Choice.layer`."""

@@ -55,7 +55,7 @@ def make_plan(
         batch: images in the example.
         rule: one of `RULES`.
         dtypes: what dense convolutions may compute in, and activations of blocked regions be kept in; without
-            measurements the first one possible.
+            measurements bfloat16 where that is possible.
         remember: take a plan that was measured before on this machine, or keep this one for later.
     """
     units, refused = find_units(traced)
@@ -71,7 +71,7 @@ def make_plan(
         found = [_cheapest(traced, units, trained, kept, measured, ways) for kept in possible]
         _, activations, blocked = min(found, key=lambda one: one[0])
     else:
-        activations, blocked = possible[0], _by_rule(traced, units, trained, rule)
+        activations, blocked = possible[-1], _by_rule(traced, units, trained, rule)
     statistics: dict[str, NormTimes] = {}
     if measured is not None:
         tilings = {name: times.blocked[activations].tilings for name, times in measured.convolutions.items()}
@@ -93,14 +93,20 @@ def make_plan(
     ]
     notes = [f"{path} is not traced: {reason}" for path, reason in traced.opaque.items()]
     if measured is not None and len(found) > 1:
-        totals = [f"{kept} {total:.1f} ms" for total, kept, _ in found]
+        totals = [f"{_in_words(kept)} {total:.1f} ms" for total, kept, _ in found]
         notes.append(
-            f"activations kept in {activations}; convolutions, norms, conversions: {', '.join(totals)}"
+            f"activations kept in {_in_words(activations)}; convolutions, norms and conversions take "
+            f"{', '.join(totals)}"
         )
     plan = LoweringPlan(rule, batch, Machine.here(), tuple(choices), tuple(notes), activations)
     if rule == "measured" and remember:
         remembered.keep(place, plan)
     return plan
+
+
+def _in_words(activations: Activations) -> str:
+    """For people; there is a choice only where parameters are float32."""
+    return "bf16" if activations == "bf16" else "fp32"
 
 
 class _Measured(NamedTuple):
@@ -304,7 +310,7 @@ def _refused(
     reasons = [f"dense {name}: {ms:.2f} ms" for name, ms in times.dense.items() if blocked or name != way]
     sparse = times.blocked[activations].ms
     reasons += [
-        f"sparse blocked, activations in {kept}: {other.ms:.2f} ms"
+        f"sparse blocked, activations in {_in_words(kept)}: {other.ms:.2f} ms"
         for kept, other in times.blocked.items()
         if kept != activations
     ]

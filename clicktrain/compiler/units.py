@@ -17,7 +17,6 @@ from torch import fx, nn
 
 from clicktrain.compiler.trace import Traced, layer_name
 from clicktrain.formats.memory_format import plain_input
-from clicktrain.kernels.native import C_TYPES
 from clicktrain.kernels.sparse_conv2d import PackedConv2d
 
 Kind = Literal["conv", "batch_norm", "elementwise", "pool", "global_pool", "cat"]
@@ -83,6 +82,7 @@ def find_units(traced: Traced) -> tuple[list[Unit], dict[str, str]]:
 class _Finder:
     def __init__(self, traced: Traced) -> None:
         self.traced = traced
+        self.dtype = packed_type(traced.model)
         self.refused: dict[str, str] = {}
         self._names: dict[fx.Node, str] = {}
         calls: dict[str, int] = {}
@@ -182,7 +182,7 @@ class _Finder:
         else:
             dtype = module.values.dtype
         if len(node.args) != 1 or node.kwargs or not self._images(node) or not self._images(node.args[0]):
-            return f"its input or weight is not a batch of images in {_names_of_types()}"
+            return f"its input is not a batch of images in {str(self.dtype).removeprefix('torch.')}"
         if dtype != _dtype(node):
             return f"its weight is {dtype}"
         return None
@@ -191,7 +191,7 @@ class _Finder:
         return self.traced.module(node) if node.op == "call_module" else None
 
     def _images(self, node: Any) -> bool:
-        return isinstance(node, fx.Node) and len(shape_of(node)) == 4 and _dtype(node) in C_TYPES
+        return isinstance(node, fx.Node) and len(shape_of(node)) == 4 and _dtype(node) is self.dtype
 
     def _only_user(self, node: fx.Node) -> fx.Node | None:
         return next(iter(node.users)) if len(node.users) == 1 else None
@@ -217,6 +217,12 @@ class _Finder:
         return node.op == "call_function" and node.target in _RELU_FUNCTIONS
 
 
+def packed_type(model: nn.Module) -> torch.dtype:
+    """Number type of a network's packed layers: blocked regions are of one type."""
+    packed = (m.values.dtype for m in model.modules() if isinstance(m, PackedConv2d))
+    return next(packed, torch.float32)
+
+
 def modules_in(units: list[Unit], traced: Traced) -> Iterator[tuple[str, nn.Module]]:
     """Paths and modules that units stand for."""
     for unit in units:
@@ -240,10 +246,6 @@ _hooked = hooked
 
 def _dtype(node: fx.Node) -> torch.dtype | None:
     return getattr(node.meta.get("tensor_meta"), "dtype", None)
-
-
-def _names_of_types() -> str:
-    return " or ".join(str(dtype).removeprefix("torch.") for dtype in C_TYPES)
 
 
 def _is_global(module: nn.Module) -> bool:

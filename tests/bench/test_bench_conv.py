@@ -13,7 +13,7 @@ from clicktrain.bench.pack import bench_pack
 from clicktrain.bench.timing import WrongResultError
 from clicktrain.errors import UserError
 from clicktrain.kernels.native import toolchain
-from clicktrain.kernels.sparse_conv2d.blocked import launch
+from clicktrain.kernels.sparse_conv2d.blocked import ops
 
 needs_compiler = pytest.mark.skipif(toolchain() is None, reason="needs a C compiler")
 TINY = Shape(8, 16, 4, 5, 3)
@@ -92,14 +92,15 @@ def test_without_bf16_there_is_no_such_ratio() -> None:
 @needs_compiler
 @pytest.mark.parametrize("name", ["forward", "grad_input", "grad_weight"])
 def test_a_wrong_result_is_not_timed(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
-    right = getattr(launch, name)
+    operator = "sparse_conv2d_blocked" + ("" if name == "forward" else f"_{name}")
+    right = getattr(ops, operator)
 
     def wrong(*arguments: Any) -> torch.Tensor:
-        result: torch.Tensor = right(*arguments).clone()
+        result: torch.Tensor = right(*arguments).detach().clone()
         result.view(-1)[0] += 0.01 * result.abs().max()
         return result
 
-    monkeypatch.setattr(launch, name, wrong)
+    monkeypatch.setattr(ops, operator, wrong)
     monkeypatch.setattr(conv, "median_ms", lambda *a, **k: pytest.fail("timed a wrong result"))
     with pytest.raises(WrongResultError, match=f"{name} of 8->16 @ 4x5, batch 3 at 4x, group 1"):
         bench_conv([TINY], compressions=(4.0,), rounds=1, tune=False)
@@ -107,8 +108,8 @@ def test_a_wrong_result_is_not_timed(name: str, monkeypatch: pytest.MonkeyPatch)
 
 @needs_compiler
 def test_results_that_are_not_numbers_are_wrong(monkeypatch: pytest.MonkeyPatch) -> None:
-    right = launch.forward
-    monkeypatch.setattr(launch, "forward", lambda *a: right(*a) * float("nan"))
+    right = ops.sparse_conv2d_blocked
+    monkeypatch.setattr(ops, "sparse_conv2d_blocked", lambda *a: right(*a) * float("nan"))
     with pytest.raises(WrongResultError):
         bench_conv([TINY], compressions=(4.0,), rounds=1, tune=False)
 

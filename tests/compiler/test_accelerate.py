@@ -179,6 +179,38 @@ def test_a_model_with_zeros_is_packed_first() -> None:
     torch.testing.assert_close(fast(x), model.eval()(x))
 
 
+def test_layers_of_another_number_type_stay_as_they_are() -> None:
+    class Mixed(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.inner = network("resnet20", torch.float32)
+            self.first = nn.Conv2d(3, 3, 3, padding=1).double()
+
+        def forward(self, x: torch.Tensor) -> torch.Tensor:
+            y: torch.Tensor = self.inner(self.first(x.double()).float())
+            return y
+
+    model = Mixed().eval()
+    x, _ = batch(5, 16, torch.float32)
+    for dtypes in (("fp32",), ("bf16",)):
+        fast = accelerate(model, x, rule="sparse", dtypes=dtypes)
+        assert isinstance(fast, Accelerated)
+        choices = fast.plan.by_layer()
+        assert choices["first"].layout == "plain"
+        assert choices["first"].refused == ("sparse blocked: its input is not a batch of images in float32",)
+        tolerance = 1e-4 if dtypes == ("fp32",) else 0.1
+        torch.testing.assert_close(fast(x), model(x), rtol=tolerance, atol=tolerance)
+
+
+def test_a_layer_that_changes_its_type_afterwards_is_not_misread() -> None:
+    model = network("resnet20", torch.float32)
+    x, _ = batch(5, 16, torch.float32)
+    fast = accelerate(model, x, rule="sparse")
+    model.layer2[0].conv1.bfloat16()  # type: ignore[index, union-attr, operator]
+    with pytest.raises(UserError, match=r"has weights and bias of torch.float32, not of torch.bfloat16"):
+        fast(x)
+
+
 def test_mistakes() -> None:
     model, x = network("resnet20"), batch(2)[0]
     with pytest.raises(UserError, match="rule is one of measured, density, sparse"):

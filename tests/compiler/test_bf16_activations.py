@@ -21,6 +21,14 @@ pytestmark = pytest.mark.skipif(toolchain() is None, reason="needs a C compiler"
 PAIRS = Tiling((2, 4), (1, 2), code="taps", sources=16, pairs=True)
 
 
+def test_unmeasured_plans_keep_what_the_run_is_in() -> None:
+    x, _ = batch(4, 8, torch.float32)
+    for dtypes, kept in ((("fp32",), "parameters"), (("fp32", "bf16"), "bf16"), (("bf16",), "bf16")):
+        fast = accelerate(network("vgg11", torch.float32), x, rule="density", dtypes=dtypes)
+        assert isinstance(fast, Accelerated)
+        assert fast.plan.activations == kept
+
+
 def in_bf16(model: nn.Module, x: Tensor, rule: str = "sparse") -> Accelerated:
     fast = accelerate(model, x, rule=rule, dtypes=("bf16",))
     assert isinstance(fast, Accelerated)
@@ -35,7 +43,11 @@ def with_pairs(fast: Accelerated, x: Tensor) -> Accelerated:
         for c in fast.plan.choices
     )
     plan = LoweringPlan.from_json(replace(fast.plan, choices=choices).to_json())
-    paired = accelerate(fast, x, plan=plan)
+    tools = toolchain()
+    assert tools is not None
+    slow = nullcontext() if tools.multiplies_pairs else pytest.warns(UserWarning, match="run, but slowly")
+    with slow:
+        paired = accelerate(fast, x, plan=plan)
     assert isinstance(paired, Accelerated)
     return paired
 
@@ -127,7 +139,7 @@ def test_the_measured_plan_says_what_it_keeps() -> None:
     assert isinstance(fast, Accelerated)
     plan = fast.plan
     assert any("activations kept in" in note and "bf16" in note for note in plan.notes)
-    other = "bf16" if plan.activations == "parameters" else "parameters"
+    other = "bf16" if plan.activations == "parameters" else "fp32"
     blocked = [c for c in plan.choices if c.kind == "conv" and c.layout == "blocked"]
     assert all(any(f"activations in {other}" in r for r in c.refused) for c in blocked)
     for kept in ("parameters", "bf16"):
@@ -136,7 +148,7 @@ def test_the_measured_plan_says_what_it_keeps() -> None:
         text = replace(plan, activations=kept, choices=choices).to_json()
         again = LoweringPlan.from_json(text)
         assert again.activations == kept
-        assert ("activations in bf16" in str(again)) == (kept == "bf16")
+        assert ("activations in bf16" in str(again).splitlines()[0]) == (kept == "bf16")
         loss, _ = step(accelerate(model, x, plan=again), x, y)
         assert loss == pytest.approx(step(copy.deepcopy(model).double(), x.double(), y)[0], rel=0.02)
 
@@ -161,5 +173,16 @@ def test_wrong_plans_are_refused() -> None:
     plan = with_pairs(in_bf16(model, x), x).plan
     with pytest.raises(UserError, match="activations of a plan are parameters or bf16, not 'fp8'"):
         LoweringPlan.from_json(plan.to_json().replace('"activations": "bf16"', '"activations": "fp8"'))
+    for wrong, message in (
+        ('"pairs": "false"', "pairs of a tiling is true or false, not 'false'"),
+        ('"code": "tap"', "the code of a tiling is sets or taps, not 'tap'"),
+        ('"code": "sets"', "conv1 cannot multiply pairs in forward with code for tap sets"),
+    ):
+        key = wrong.split(":")[0]
+        right = '"pairs": true' if key == '"pairs"' else '"code": "taps"'
+        with pytest.raises(UserError, match=message):
+            LoweringPlan.from_json(plan.to_json().replace(right, wrong))
+    with pytest.raises(UserError, match="dtypes are fp32 and bf16, at least one"):
+        accelerate(model, x, dtypes=())
     with pytest.raises(UserError, match="conv1 multiplies pairs of bfloat16 numbers"):
         LoweringPlan.from_json(plan.to_json().replace('"activations": "bf16"', '"activations": "parameters"'))

@@ -13,6 +13,7 @@ import torch.nn.functional as F
 from hypothesis import example, given, settings
 from torch import Tensor
 
+from clicktrain.errors import UserError
 from clicktrain.formats.packed import Structure, pack_values
 from clicktrain.kernels.native import compute_type, toolchain
 from clicktrain.kernels.sparse_conv2d.blocked import launch
@@ -349,6 +350,29 @@ def test_operator_is_well_formed(stride: int) -> None:
         OPERATORS.sparse_conv2d_blocked.default, (x, values, bias, list(tables.tensors), text)
     )
     assert set(results.values()) == {"SUCCESS"}
+
+
+def test_what_kernels_would_misread_is_refused() -> None:
+    structure = Structure.from_mask(torch.ones(2, 2, 1, 1, dtype=torch.bool))
+    plan, tables = launch.prepare(structure, ConvProblem.make(2, 2, (1, 1), (3, 3)))
+    text, index = plan.to_json(), list(tables.tensors)
+    tools = toolchain()
+    assert tools is not None
+    x, values = torch.randn(1, 2, 3, 3, tools.lanes(torch.float32)), torch.ones(2, 2)
+    low = x.bfloat16()
+    for arguments in (
+        (low, values.bfloat16(), None),
+        (x, values.double(), None),
+        (x, values, low[0, :, 0, 0, 0]),
+    ):
+        with pytest.raises(UserError, match=r"has weights and bias of torch\.float32, not of"):
+            sparse_conv2d_blocked(*arguments, index, text)
+    with pytest.raises(UserError, match="convert with block_batch"):
+        sparse_conv2d_blocked(torch.randn(1, 2, 3, 3, 3), values, None, index, text)
+    with pytest.raises(UserError, match="both have to be alike"):
+        launch.grad_weight(x, low, [2, 2], index, text)
+    with pytest.raises(UserError, match="has weights and bias"):
+        launch.grad_input(low, values.bfloat16(), index, text)
 
 
 def test_misaligned_input_is_copied_not_misread() -> None:

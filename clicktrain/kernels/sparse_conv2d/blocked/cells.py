@@ -2,11 +2,12 @@
 
 - Numbers that are kept as they are computed with, and bfloat16 widened to float32: ``cell`` is ``vec``.
 - **Pairs** (`Tiling.pairs`, bfloat16 only): AVX512_BF16's ``vdpbf16ps`` multiplies pairs of bfloat16 and adds
-  both products to a float32, two multiply-adds in the time of one. Forward and gradient of the input pair two
+  both products to a float32, two multiply-adds a lane. Forward and gradient of the input pair two
   neighbouring columns of the source, laid side by side when a region is copied: a kernel's taps that lie next
   to each other in a row become one instruction, a tap without a neighbour has a zero for the other. So
-  patterns need no restriction; of the twelve usual ones with four taps most have two such pairs. The gradient
-  of the weight is a sum over images: it pairs two images, which lie side by side anyway.
+  masks need no restriction; of patterns of four taps about one and a half go into one. The gradient of the
+  weight is a sum over images: it pairs two images, which lie side by side anyway. Its operands are half a
+  register, so that it gains only where those are multiplied at twice the rate.
 
 On other processors the same code runs with two multiply-adds for a pair: for tests, and slower.
 """

@@ -4,11 +4,12 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any, Literal
+from typing import Any, Literal, get_args
 
 from clicktrain.kernels.sparse_conv2d.blocked.geometry import Axis
 
 Phase = Literal["forward", "grad_input", "grad_weight"]
+Code = Literal["sets", "taps"]
 PHASES: tuple[Phase, ...] = ("forward", "grad_input", "grad_weight")
 
 
@@ -83,12 +84,20 @@ class Tiling:
     tile: tuple[int, int]
     region: tuple[int, int] = (1, 1)
     together: int = 1
-    code: Literal["sets", "taps"] = "sets"
+    code: Code = "sets"
     sources: int = 0
     images: int = 1
     pairs: bool = False
 
     @classmethod
     def from_dict(cls, fields: Mapping[str, Any]) -> Tiling:
-        """Inverse of ``dataclasses.asdict``, after JSON; what an older program did not write defaults."""
+        """Inverse of ``dataclasses.asdict``, after JSON; what an older program did not write defaults.
+
+        Raises:
+            ValueError: ``code`` or ``pairs`` is nothing that there is.
+        """
+        if fields.get("code", "sets") not in get_args(Code):
+            raise ValueError(f"the code of a tiling is {' or '.join(get_args(Code))}, not {fields['code']!r}")
+        if not isinstance(fields.get("pairs", False), bool):
+            raise ValueError(f"pairs of a tiling is true or false, not {fields['pairs']!r}")
         return cls(**{**fields, "tile": tuple(fields["tile"]), "region": tuple(fields["region"])})

@@ -240,7 +240,8 @@ def check_same(reference: nn.Module, fast: nn.Module, x: Tensor, y: Tensor, auto
     Both are held against the reference in float64. The loss has to agree closely. Gradients cannot: where
     rounding carries one input of a ReLU over zero, they jump; between two dense layouts of one network they
     differ by half a percent already. A wrong kernel or a wrong graph is off by far more. With ``autocast``
-    both run under it, and the accelerated one may be off by twice what the reference is.
+    both run under it: all gradients together may be off by twice what the reference's are, each by more: single
+    ones are off by chance.
 
     Raises:
         WrongResultError: they differ, or a parameter is missing.
@@ -252,20 +253,27 @@ def check_same(reference: nn.Module, fast: nn.Module, x: Tensor, y: Tensor, auto
     if found.keys() != exact.keys():
         different = ", ".join(sorted(found.keys() ^ exact.keys()))
         raise WrongResultError(f"the accelerated network has other parameters: {different}")
-    times = 2 if autocast else 20
     near = 2e-2 if autocast else 1e-5  # a loss in bfloat16 agrees by chance
-    allowed = times * abs(loss - exact_loss) + near * max(abs(exact_loss), 1)
+    allowed = (2 if autocast else 20) * abs(loss - exact_loss) + near * max(abs(exact_loss), 1)
     if not abs(fast_loss - exact_loss) <= allowed:
         raise WrongResultError(f"the accelerated network's loss is {fast_loss:.6f}, not {exact_loss:.6f}")
+    if autocast:
+        together = [torch.cat([g.flatten() for g in one.values()]) for one in (exact, own, found)]
+        _near("all parameters", *together, times=2, room=0)
     total = max(float(gradient.norm()) for gradient in exact.values())
     for name, gradient in exact.items():
-        error = float((found[name].double() - gradient).norm())
-        usual = float((own[name].double() - gradient).norm())
-        if not error <= times * usual + GRADIENT_TOLERANCE * float(gradient.norm()) + 1e-6 * total:
-            raise WrongResultError(
-                f"the accelerated network's gradient of {name} is off by {error:.2g}; "
-                f"its length is {float(gradient.norm()):.2g}, the reference is off by {usual:.2g}"
-            )
+        _near(name, gradient, own[name], found[name], times=20, room=1e-6 * total)
+
+
+def _near(name: str, exact: Tensor, own: Tensor, found: Tensor, *, times: float, room: float) -> None:
+    """Raise WrongResultError if a gradient is further off than a multiple of what the reference's own is."""
+    length = float(exact.norm())
+    error, usual = (float((one.double() - exact).norm()) for one in (found, own))
+    if not error <= times * usual + GRADIENT_TOLERANCE * length + room:
+        raise WrongResultError(
+            f"the accelerated network's gradient of {name} is off by {error:.2g}; "
+            f"its length is {length:.2g}, the reference is off by {usual:.2g}"
+        )
 
 
 def _gradients(

@@ -17,7 +17,11 @@ DEPENDENCY = re.compile(r"^[A-Za-z0-9_.-]+")
 
 
 def names_in(path: Path) -> set[str]:
-    return {node.name for node in ast.parse(path.read_text(encoding="utf-8")).body if hasattr(node, "name")}
+    body = ast.parse(path.read_text(encoding="utf-8")).body
+    assigned = {
+        t.id for node in body if isinstance(node, ast.Assign) for t in node.targets if isinstance(t, ast.Name)
+    }
+    return assigned | {node.name for node in body if hasattr(node, "name")}
 
 
 @pytest.mark.parametrize(

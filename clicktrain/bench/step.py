@@ -240,8 +240,8 @@ def check_same(reference: nn.Module, fast: nn.Module, x: Tensor, y: Tensor, auto
     Both are held against the reference in float64. The loss has to agree closely. Gradients cannot: where
     rounding carries one input of a ReLU over zero, they jump; between two dense layouts of one network they
     differ by half a percent already. A wrong kernel or a wrong graph is off by far more. With ``autocast``
-    both run under it: all gradients together may be off by twice what the reference's are, each by more: single
-    ones are off by chance.
+    both run under it: all gradients together may be off by twice what the reference's are, each by more, by
+    chance.
 
     Raises:
         WrongResultError: they differ, or a parameter is missing.

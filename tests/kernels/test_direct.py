@@ -58,6 +58,12 @@ def test_whoever_looks_sees_operators() -> None:
     assert all(any(name in str(node.target) for node in graph.nodes) for name in NAMES)
 
 
+@pytest.mark.filterwarnings("ignore")
+def test_a_trace_has_operators() -> None:
+    traced = torch.jit.trace(network, tuple(one.detach() for one in inputs()))  # type: ignore[no-untyped-call]
+    assert all(f"clicktrain::{name}" in str(traced.graph) for name in NAMES)
+
+
 def test_both_ways_give_the_same_to_the_last_bit() -> None:
     direct, watched = inputs(), inputs()
     network(*direct).square().sum().backward()

@@ -22,7 +22,7 @@ _PLAIN = (Tensor, torch.nn.Parameter)
 
 def unwatched(*arguments: object) -> bool:
     """Whether only plain tensors are there, and nothing that wants to see operators."""
-    if torch.compiler.is_compiling() or torch.jit.is_tracing():  # type: ignore[attr-defined]
+    if torch.compiler.is_compiling() or torch.jit.is_tracing():  # type: ignore[attr-defined, no-untyped-call]
         return False
     if torch._C._len_torch_dispatch_stack() or torch._C._are_functorch_transforms_active():
         return False

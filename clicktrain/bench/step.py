@@ -151,17 +151,9 @@ def bench_step(
     keep_memory()  # for both sides: else what is timed is how the system hands out pages
     calls: dict[tuple[str, str] | _Sparse, Callable[[], object]] = {}
     sparse = list(itertools.starmap(_Sparse, itertools.product(compressions, groups, precisions)))
-    density: dict[_Sparse, float] = {}
-    plans: dict[_Sparse, LoweringPlan | None] = {}
+    about: dict[_Sparse, _About] = {}
     for one in sparse:
-        progress(f"accelerating at {one}")
-        packed = case.packed(one.compression, one.group)
-        fast = one.accelerate(copy.deepcopy(packed), case, rule)
-        density[one] = _density(packed)
-        plans[one] = fast.plan if isinstance(fast, Accelerated) else None
-        progress(f"checking at {one}")
-        check_same(packed, fast, *case.batch(), autocast=one.autocast)
-        calls[one] = TrainingStep(fast, *case.batch(), autocast=one.autocast)
+        calls[one], about[one] = _accelerated(case, one, rule, progress)
     progress("building the dense networks")
     names = _dense_names(compiled, bf16)
     calls.update({key: _dense_step(case, *key) for key in names})
@@ -179,7 +171,7 @@ def bench_step(
         )
     rows = []
     for one in sparse:
-        ms, plan = times[one], plans[one]
+        ms, plan = times[one], about[one].plan
         sparse_memory = None
         if memory:
             progress(f"memory at {one}")
@@ -190,7 +182,7 @@ def bench_step(
                 model=case.model,
                 compression=one.compression,
                 group=one.group,
-                density=density[one],
+                density=about[one].density,
                 dense_fp32_ms=fp32[1],
                 dense_fp32_name=fp32[0],
                 dense_bf16_ms=low_ms,
@@ -227,6 +219,25 @@ class _Sparse(NamedTuple):
         """As the trainer does it, measured anew."""
         dtypes = ("fp32", "bf16") if self.autocast else ("fp32",)
         return accelerate(packed, case.batch()[0], rule=rule, dtypes=dtypes, remember=False)
+
+
+class _About(NamedTuple):
+    """What is told of an accelerated network."""
+
+    density: float
+    plan: LoweringPlan | None
+
+
+def _accelerated(case: StepCase, one: _Sparse, rule: str, progress: Progress) -> tuple[TrainingStep, _About]:
+    """A step whose results are right."""
+    progress(f"accelerating at {one}")
+    packed = case.packed(one.compression, one.group)
+    fast = one.accelerate(copy.deepcopy(packed), case, rule)
+    progress(f"checking at {one}")
+    check_same(packed, fast, *case.batch(), autocast=one.autocast)
+    plan = fast.plan if isinstance(fast, Accelerated) else None
+    step = TrainingStep(fast, *case.batch(), autocast=one.autocast)
+    return step, _About(_density(packed), plan)
 
 
 def to_json(rows: Sequence[StepRow]) -> list[dict[str, Any]]:

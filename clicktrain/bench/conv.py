@@ -30,8 +30,8 @@ from clicktrain.kernels.native import keep_memory, toolchain
 from clicktrain.kernels.native.library import build_all
 from clicktrain.kernels.sparse_conv2d.blocked import launch, ops
 from clicktrain.kernels.sparse_conv2d.blocked.geometry import Axis
-from clicktrain.kernels.sparse_conv2d.blocked.launch import Variant
 from clicktrain.kernels.sparse_conv2d.blocked.layout import block, unblock
+from clicktrain.kernels.sparse_conv2d.blocked.prepared import Variant, variants
 from clicktrain.kernels.sparse_conv2d.blocked.problem import PHASES, ConvProblem, Phase
 
 PRECISIONS = {"fp32": torch.float32, "bf16": torch.bfloat16}
@@ -311,7 +311,7 @@ class _SparseLayer:
     def _variants(self, tune: bool) -> dict[Phase, list[Variant]]:
         """By phase, the rule's own choice first."""
         found: dict[Phase, list[Variant]] = {phase: [] for phase in PHASES}
-        for variant in launch.variants(self.structure, self.data.shape.problem(), 1, self.kept):
+        for variant in variants(self.structure, self.data.shape.problem(), 1, self.kept):
             if tune or not found[variant.phase]:
                 found[variant.phase].append(variant)
         return found
@@ -337,11 +337,11 @@ class _SparseLayer:
         x, gy = self.data.x.double(), self.data.gy.double()
         weight = self.data.weight.double() * self.mask
         n = self.data.shape.batch
-        for phase, variants in self.variants.items():
+        for phase, found in self.variants.items():
             expected = _dense(phase, x, gy, weight)
             if phase == "grad_weight":
                 expected = pack_values(self.structure, expected)
-            for variant in variants:
+            for variant in found:
                 result = self.call(phase, variant)().detach()
                 result = result if phase == "grad_weight" else unblock(result, n)
                 error = float((result - expected).abs().max() / expected.abs().max())
@@ -353,11 +353,11 @@ class _SparseLayer:
 
     def choose(self) -> None:
         """Keep the variant of each phase that is fastest; it is timed anew beside the dense calls."""
-        for phase, variants in self.variants.items():
-            if len(variants) > 1:
-                calls = {i: self.call(phase, variant) for i, variant in enumerate(variants)}
+        for phase, found in self.variants.items():
+            if len(found) > 1:
+                calls = {i: self.call(phase, variant) for i, variant in enumerate(found)}
                 times = median_ms(calls, TUNING_ROUNDS)
-                self.best[phase] = variants[min(times, key=lambda i: times[i])]
+                self.best[phase] = found[min(times, key=lambda i: times[i])]
 
     def operations(self) -> int:
         """Multiply-adds of kept weights, those with the padding left out; two operations each."""

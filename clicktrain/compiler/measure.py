@@ -22,7 +22,8 @@ from clicktrain.kernels.native import toolchain
 from clicktrain.kernels.native.library import build_all
 from clicktrain.kernels.sparse_conv2d import PackedConv2d
 from clicktrain.kernels.sparse_conv2d.blocked import launch
-from clicktrain.kernels.sparse_conv2d.blocked.launch import Variant, compile_plan, variants
+from clicktrain.kernels.sparse_conv2d.blocked.launch import compile_plan
+from clicktrain.kernels.sparse_conv2d.blocked.prepared import Variant, variants
 from clicktrain.kernels.sparse_conv2d.blocked.problem import PHASES, ConvProblem, Phase, Tiling
 from clicktrain.kernels.sparse_conv2d.blocked.vocabulary import MAX_SETS, distinct
 

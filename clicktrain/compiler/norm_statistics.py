@@ -29,6 +29,7 @@ from clicktrain.kernels.native import toolchain
 from clicktrain.kernels.native.library import build_all
 from clicktrain.kernels.sparse_conv2d import PackedConv2d
 from clicktrain.kernels.sparse_conv2d.blocked import launch
+from clicktrain.kernels.sparse_conv2d.blocked.prepared import prepare
 from clicktrain.kernels.sparse_conv2d.blocked.problem import Phase, Tiling
 
 Tilings = tuple[tuple[Phase, Tiling], ...]
@@ -127,7 +128,7 @@ def _times(unit: Unit, norm: Unit, tilings: Tilings, kept: torch.dtype) -> NormT
     assert tools is not None
     assert isinstance(norm.module, nn.BatchNorm2d)
     values = (layer.values if isinstance(layer, PackedConv2d) else layer.weight.flatten(1)).detach()
-    plan, tables = launch.prepare(sparse_structure(layer), problem, layer.groups, dict(tilings))
+    plan, tables = prepare(sparse_structure(layer), problem, layer.groups, dict(tilings))
     text, of_layer, dtype = plan.to_json(), list(tables.tensors), values.dtype
     build_all([launch.compile_plan(text, kept, ["forward"], sums)[0] for sums in (False, True)])
     n, *image = shape_of(unit.inputs[0])

@@ -18,11 +18,11 @@ from clicktrain.formats.packed import Structure
 from clicktrain.kernels.batch_norm2d import batch_norm_blocked, uses_batch_statistics
 from clicktrain.kernels.blocked_layout import block_batch, unblock_batch
 from clicktrain.kernels.sparse_conv2d import PackedConv2d
-from clicktrain.kernels.sparse_conv2d.blocked.launch import prepare
 from clicktrain.kernels.sparse_conv2d.blocked.ops import (
     sparse_conv2d_blocked,
     sparse_conv2d_blocked_statistics,
 )
+from clicktrain.kernels.sparse_conv2d.blocked.prepared import prepare
 from clicktrain.kernels.sparse_conv2d.blocked.problem import ConvProblem, Phase, Tiling
 
 

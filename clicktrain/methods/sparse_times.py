@@ -26,6 +26,7 @@ from clicktrain.formats.packed import Structure
 from clicktrain.kernels.native import toolchain
 from clicktrain.kernels.native.library import build_all
 from clicktrain.kernels.sparse_conv2d.blocked import launch
+from clicktrain.kernels.sparse_conv2d.blocked.prepared import prepare
 from clicktrain.kernels.sparse_conv2d.blocked.problem import PHASES, ConvProblem, Phase
 
 FORMAT_VERSION = 1
@@ -187,7 +188,7 @@ def measure_sparse(geometry: SparseGeometry) -> SparseTimes:
     texts: list[str] = []
     for count, mask in g.masks().items():
         structure = Structure.from_mask(mask)
-        plan, tables = launch.prepare(structure, problem, g.groups)
+        plan, tables = prepare(structure, problem, g.groups)
         values = torch.full((g.filters, count * g.entries), 0.01)
         text = plan.to_json()
         texts += launch.compile_plan(text, torch.float32, g.phases)

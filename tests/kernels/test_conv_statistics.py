@@ -18,9 +18,10 @@ from clicktrain.formats.packed import Structure, pack_values
 from clicktrain.kernels.batch_norm2d import batch_norm_blocked, launch
 from clicktrain.kernels.native import C_TYPES, STORED_TYPES, toolchain
 from clicktrain.kernels.sparse_conv2d.blocked.codegen import source
-from clicktrain.kernels.sparse_conv2d.blocked.launch import forward_statistics, prepare
+from clicktrain.kernels.sparse_conv2d.blocked.launch import forward_statistics
 from clicktrain.kernels.sparse_conv2d.blocked.layout import unblock
 from clicktrain.kernels.sparse_conv2d.blocked.ops import sparse_conv2d_blocked_statistics
+from clicktrain.kernels.sparse_conv2d.blocked.prepared import prepare
 from clicktrain.kernels.sparse_conv2d.blocked.problem import ConvProblem, Tiling
 
 TOOLS = toolchain()

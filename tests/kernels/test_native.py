@@ -98,6 +98,7 @@ SANITIZED = """
 import torch
 from clicktrain.formats.packed import Structure
 from clicktrain.kernels.sparse_conv2d.blocked import launch
+from clicktrain.kernels.sparse_conv2d.blocked.prepared import variants
 from clicktrain.kernels.sparse_conv2d.blocked.problem import ConvProblem
 from clicktrain.kernels.native import toolchain
 
@@ -119,7 +120,7 @@ for f, c, kernel, image, stride, padding, dilation, blocks, threads in cases:
     values = torch.randn(structure.values_shape)
     x = torch.randn(blocks, c, *image, lanes)
     for code in ("sets", "taps"):
-        one = {v.phase: v for v in launch.variants(structure, problem) if v.tiling.code == code}
+        one = {v.phase: v for v in variants(structure, problem) if v.tiling.code == code}
         y = launch.forward(x, values, torch.randn(f), one["forward"].tables, one["forward"].plan)
         forward = one["forward"]
         launch.forward_statistics(x, values, None, forward.tables, forward.plan, blocks * lanes - 3)

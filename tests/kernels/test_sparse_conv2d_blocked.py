@@ -20,6 +20,7 @@ from clicktrain.kernels.sparse_conv2d.blocked import launch
 from clicktrain.kernels.sparse_conv2d.blocked.codegen import source
 from clicktrain.kernels.sparse_conv2d.blocked.layout import block, unblock
 from clicktrain.kernels.sparse_conv2d.blocked.ops import sparse_conv2d_blocked
+from clicktrain.kernels.sparse_conv2d.blocked.prepared import prepare
 from clicktrain.kernels.sparse_conv2d.blocked.problem import PHASES, ConvProblem, Phase, Tiling
 from clicktrain.kernels.sparse_conv2d.blocked.tables import NARROW
 
@@ -66,7 +67,7 @@ def check(
     structure = Structure.from_mask(mask)
     f, c, r, s = structure.shape
     problem = ConvProblem.make(c * groups, f, (r, s), image, stride, padding, dilation)
-    plan, tables = launch.prepare(structure, problem, groups, tilings)
+    plan, tables = prepare(structure, problem, groups, tilings)
     x = torch.randn(n, c * groups, *image, dtype=torch.float64).to(dtype).double().requires_grad_()
     weight = (torch.randn(mask.shape, dtype=torch.float64) * mask).to(dtype).double().requires_grad_()
     offset = torch.randn(f, dtype=torch.float64, requires_grad=True)
@@ -177,7 +178,7 @@ def test_filters_that_share_positions_are_computed_together(together: int, image
     structure = Structure.from_mask(mask)
     tiling = Tiling((2, 3), (2, 2), together)
     tilings = {"forward": tiling, "grad_weight": tiling}
-    plan, _ = launch.prepare(structure, ConvProblem.make(10, 16, (3, 3), image, (1, 1), (1, 1)), 1, tilings)
+    plan, _ = prepare(structure, ConvProblem.make(10, 16, (3, 3), image, (1, 1), (1, 1)), 1, tilings)
     assert plan.tiling("forward").together == together
     check(mask, 17, image, padding=(1, 1), bias=True, tilings=tilings)
 
@@ -185,7 +186,7 @@ def test_filters_that_share_positions_are_computed_together(together: int, image
 def test_filters_that_differ_are_not_computed_together() -> None:
     mask = pattern_mask(16, 10, 0.3, 8, torch.Generator().manual_seed(2))
     mask[3, mask[3].flatten(1).any(1).nonzero()[0, 0]] = True
-    plan, _ = launch.prepare(Structure.from_mask(mask), ConvProblem.make(10, 16, (3, 3), (8, 8)))
+    plan, _ = prepare(Structure.from_mask(mask), ConvProblem.make(10, 16, (3, 3), (8, 8)))
     assert plan.tiling("forward").together == 1
     check(mask, 16, (8, 8))
 
@@ -247,7 +248,7 @@ def test_pairs_are_as_many_as_the_rows_of_kernels_allow() -> None:
     mask[0, 0, 0] = mask[0, 1, 1, :2] = mask[0, 2, 2, 1:] = mask[0, 2, 0, 0] = mask[0, 2, 0, 2] = True
     tilings = dict.fromkeys(PHASES, Tiling((2, 4), code="taps", pairs=True))
     problem = ConvProblem.make(3, 1, (3, 3), (5, 5), (1, 1), (1, 1))
-    _, tables = launch.prepare(Structure.from_mask(mask), problem, 1, tilings)
+    _, tables = prepare(Structure.from_mask(mask), problem, 1, tilings)
     first = tables.tensors[2].view(-1, 2)  # of three taps in a row, of two, of two apart, of two
     assert first.tolist() == [[0, 1], [2, 9], [3, 4], [5, 9], [6, 9], [7, 8]]
 
@@ -298,7 +299,7 @@ def test_more_channels_than_two_bytes_can_tell_apart(channels: int) -> None:
     mask[:, [0, 255, 32768, channels - 1]] = True
     mask[1, 0] = False
     tiling = Tiling((1, 2), (2, 2))
-    plan, tables = launch.prepare(
+    plan, tables = prepare(
         Structure.from_mask(mask),
         ConvProblem.make(channels, 2, (1, 1), (1, 2)),
         1,
@@ -313,7 +314,7 @@ def test_no_images_no_weights() -> None:
     mask = torch.zeros(4, 3, 3, 3, dtype=torch.bool)
     check(mask, 5, (6, 6), padding=(1, 1), bias=True)
     structure = Structure.from_mask(torch.ones(4, 3, 3, 3, dtype=torch.bool))
-    plan, tables = launch.prepare(structure, ConvProblem.make(3, 4, (3, 3), (6, 6)))
+    plan, tables = prepare(structure, ConvProblem.make(3, 4, (3, 3), (6, 6)))
     tools = toolchain()
     assert tools is not None
     x = torch.zeros(0, 3, 6, 6, tools.lanes(torch.float32), requires_grad=True)
@@ -331,7 +332,7 @@ def test_no_images_no_weights() -> None:
 def test_operator_is_well_formed(stride: int) -> None:
     mask = torch.rand(4, 3, 3, 3, generator=torch.Generator().manual_seed(0)) < 0.4
     structure = Structure.from_mask(mask)
-    plan, tables = launch.prepare(structure, ConvProblem.make(3, 4, (3, 3), (5, 5), (stride, stride), (1, 1)))
+    plan, tables = prepare(structure, ConvProblem.make(3, 4, (3, 3), (5, 5), (stride, stride), (1, 1)))
     tools = toolchain()
     assert tools is not None
     generator = torch.Generator().manual_seed(1)
@@ -354,7 +355,7 @@ def test_operator_is_well_formed(stride: int) -> None:
 
 def test_what_kernels_would_misread_is_refused() -> None:
     structure = Structure.from_mask(torch.ones(2, 2, 1, 1, dtype=torch.bool))
-    plan, tables = launch.prepare(structure, ConvProblem.make(2, 2, (1, 1), (3, 3)))
+    plan, tables = prepare(structure, ConvProblem.make(2, 2, (1, 1), (3, 3)))
     text, index = plan.to_json(), list(tables.tensors)
     tools = toolchain()
     assert tools is not None
@@ -378,7 +379,7 @@ def test_what_kernels_would_misread_is_refused() -> None:
 def test_misaligned_input_is_copied_not_misread() -> None:
     mask = torch.ones(2, 2, 1, 1, dtype=torch.bool)
     structure = Structure.from_mask(mask)
-    plan, tables = launch.prepare(structure, ConvProblem.make(2, 2, (1, 1), (3, 3)))
+    plan, tables = prepare(structure, ConvProblem.make(2, 2, (1, 1), (3, 3)))
     tools = toolchain()
     assert tools is not None
     lanes = tools.lanes(torch.float32)
@@ -391,7 +392,7 @@ def test_misaligned_input_is_copied_not_misread() -> None:
 class _Layer(torch.nn.Module):
     def __init__(self, structure: Structure, problem: ConvProblem) -> None:
         super().__init__()
-        plan, tables = launch.prepare(structure, problem)
+        plan, tables = prepare(structure, problem)
         self.plan, self.tables = plan.to_json(), list(tables.tensors)
         self.values = torch.nn.Parameter(torch.randn(structure.values_shape))
 

@@ -17,7 +17,7 @@ from torch import Tensor
 from clicktrain.kernels.direct import differentiable, plain
 from clicktrain.kernels.native import compute_type
 from clicktrain.kernels.sparse_conv2d.blocked import launch
-from clicktrain.kernels.sparse_conv2d.blocked.launch import ConvPlan
+from clicktrain.kernels.sparse_conv2d.blocked.prepared import ConvPlan
 
 
 @torch.library.custom_op("clicktrain::sparse_conv2d_blocked", mutates_args=())

@@ -33,8 +33,8 @@ def sparse_conv2d(
     """
     from clicktrain.kernels.blocked_layout import block_batch, unblock_batch
     from clicktrain.kernels.native import C_TYPES, toolchain
-    from clicktrain.kernels.sparse_conv2d.blocked.launch import prepare
     from clicktrain.kernels.sparse_conv2d.blocked.ops import sparse_conv2d_blocked
+    from clicktrain.kernels.sparse_conv2d.blocked.prepared import prepare
     from clicktrain.kernels.sparse_conv2d.blocked.problem import ConvProblem
 
     tools = toolchain()

@@ -1,0 +1,211 @@
+"""What is fixed about a layer before its first step: how its work is cut, its index in each loop's order."""
+
+from __future__ import annotations
+
+import functools
+import itertools
+import json
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import asdict, dataclass, field, replace
+
+import torch
+from torch import Tensor
+
+from clicktrain.formats.packed import Structure
+from clicktrain.kernels.native import toolchain
+from clicktrain.kernels.sparse_conv2d.blocked.problem import PHASES, ConvProblem, Phase, Tiling
+from clicktrain.kernels.sparse_conv2d.blocked.tables import Parts, Table
+from clicktrain.kernels.sparse_conv2d.blocked.tap_tables import table as tap_table
+from clicktrain.kernels.sparse_conv2d.blocked.tiling import GRAD_WEIGHT_FILTERS, candidates, pair_candidates
+from clicktrain.kernels.sparse_conv2d.blocked.vocabulary import Taps, choose, is_complete
+
+GROUP_SIZES = (4, 2)
+"""How many filters that share their positions may be computed together."""
+
+
+@dataclass(frozen=True, slots=True)
+class ConvPlan:
+    """What is generated for one layer: everything that the C text depends on, but for the number type.
+
+    Attributes:
+        problem: the layer and its image.
+        vocabulary: tap sets with code of their own.
+        tilings: how each phase cuts its work.
+    """
+
+    problem: ConvProblem
+    vocabulary: tuple[Taps, ...]
+    tilings: tuple[tuple[Phase, Tiling], ...]
+
+    def tiling(self, phase: Phase) -> Tiling:
+        """How that phase cuts its work."""
+        return dict(self.tilings)[phase]
+
+    def with_tiling(self, phase: Phase, tiling: Tiling) -> ConvPlan:
+        """The same plan, one phase cut differently."""
+        return replace(self, tilings=tuple((p, tiling if p == phase else t) for p, t in self.tilings))
+
+    def to_json(self) -> str:
+        """As text: a key for caches, an argument for operators, a line in a file."""
+        tilings = {phase: asdict(tiling) for phase, tiling in self.tilings}
+        plan = {"problem": self.problem.numbers(), "vocabulary": self.vocabulary, "tilings": tilings}
+        return json.dumps(plan, separators=(",", ":"))
+
+    @classmethod
+    @functools.cache
+    def from_json(cls, text: str) -> ConvPlan:
+        """Inverse of `to_json`."""
+        plan = json.loads(text)
+        tilings = tuple((phase, Tiling.from_dict(tiling)) for phase, tiling in plan["tilings"].items())
+        vocabulary = tuple(tuple(taps) for taps in plan["vocabulary"])
+        return cls(ConvProblem.from_numbers(plan["problem"]), vocabulary, tilings)
+
+
+@dataclass(frozen=True, slots=True)
+class ConvTables:
+    """A layer's index in the order of each phase: what kernels take beside the activations.
+
+    Attributes:
+        tensors: rows, entries and order of forward and gradient of the input; rows, entries, where the
+            values are found, and chunks of the gradient of the weight.
+    """
+
+    tensors: tuple[Tensor, ...] = field(repr=False)
+
+
+def prepare(
+    structure: Structure, problem: ConvProblem, groups: int = 1, tilings: Mapping[Phase, Tiling] | None = None
+) -> tuple[ConvPlan, ConvTables]:
+    """Everything about one layer that stays the same over all steps.
+
+    Args:
+        structure: the kept positions.
+        problem: the layer on its image.
+        groups: blocked connections of the convolution.
+        tilings: by phase; what is not given is chosen by rule. ``together`` is lowered to what the
+            structure allows.
+    """
+    vocabulary = choose(structure)
+    parts = functools.cache(lambda: Parts(structure, vocabulary, groups))
+    chosen: list[tuple[Phase, Tiling]] = []
+    for phase in PHASES:
+        tiling = (tilings or {}).get(phase)
+        if tiling is None:
+            tiling = _candidates(phase, structure, problem, vocabulary, parts)[0]
+        elif tiling.together > 1 and _together(phase, parts()) % tiling.together:
+            tiling = replace(tiling, together=1)
+        chosen.append((phase, tiling))
+    plan = ConvPlan(problem, vocabulary, tuple(chosen))
+
+    def table(phase: Phase) -> Table:
+        tiling = plan.tiling(phase)
+        if tiling.code == "taps":
+            return tap_table(phase, problem, structure, groups, tiling)
+        if phase == "forward":
+            return parts().by_filter(tiling.together)
+        if phase == "grad_input":
+            return parts().by_channel()
+        return parts().by_kernel(tiling.together, GRAD_WEIGHT_FILTERS)
+
+    forward, back, weight = (table(phase) for phase in PHASES)
+    tiling = plan.tiling("grad_weight")
+    if tiling.code == "taps":
+        chunks = _run_chunks(weight.rows, structure.nnz)
+    else:
+        chunks = _chunks(weight.rows, weight.entries, vocabulary, tiling.together)
+    tables = [forward.rows, forward.entries, forward.order, back.rows, back.entries, back.order]
+    # The kernel writes in its own order: where each packed value is found there.
+    found = torch.empty_like(weight.order)
+    found[weight.order.long()] = torch.arange(len(found), dtype=found.dtype)
+    return plan, ConvTables((*tables, weight.rows, weight.entries, found, chunks))
+
+
+@dataclass(frozen=True, slots=True)
+class Variant:
+    """A kernel that could do one phase of one layer: what its operator takes beside activations."""
+
+    phase: Phase
+    tiling: Tiling
+    plan: str
+    tables: list[Tensor]
+
+
+def variants(
+    structure: Structure, problem: ConvProblem, groups: int = 1, dtype: torch.dtype = torch.float32
+) -> list[Variant]:
+    """All that is worth measuring for a layer, of each phase the rule's own choice first.
+
+    Args:
+        structure: the kept positions.
+        problem: the layer on its image.
+        groups: blocked connections of the convolution.
+        dtype: of the activations; bfloat16 is also multiplied in pairs where the processor has that.
+    """
+    vocabulary = choose(structure)
+    parts = functools.cache(lambda: Parts(structure, vocabulary, groups))
+    wanted = {phase: _candidates(phase, structure, problem, vocabulary, parts) for phase in PHASES}
+    tools = toolchain()
+    if dtype is torch.bfloat16 and tools is not None and tools.multiplies_pairs:
+        for phase, tilings in wanted.items():
+            tilings += pair_candidates(phase, problem, tilings)
+    found = []
+    # The tables of a phase depend on its own tiling alone: one candidate of each phase at once.
+    for number in range(max(map(len, wanted.values()))):
+        tried = {phase: tilings[number] for phase, tilings in wanted.items() if number < len(tilings)}
+        plan, tables = prepare(structure, problem, groups, tried)
+        found += [Variant(phase, plan.tiling(phase), plan.to_json(), list(tables.tensors)) for phase in tried]
+    return found
+
+
+def _candidates(
+    phase: Phase,
+    structure: Structure,
+    problem: ConvProblem,
+    vocabulary: tuple[Taps, ...],
+    parts: Callable[[], Parts],
+) -> list[Tiling]:
+    tools = toolchain()
+    registers, lanes = (tools.registers, tools.lanes(torch.float32)) if tools else (16, 8)
+    complete = is_complete(structure, vocabulary)
+    counts = (_together(phase, parts()), 1) if complete else (1,)
+    return list(
+        dict.fromkeys(
+            tiling
+            for together in counts
+            for tiling in candidates(phase, problem, registers, lanes, together, complete)
+        )
+    )
+
+
+def _together(phase: Phase, parts: Parts) -> int:
+    """Most filters that may be computed at once."""
+    if phase == "grad_input":
+        return 1
+    return next((size for size in GROUP_SIZES if parts.agree(size)), 1)
+
+
+def _chunks(rows: Tensor, entries: Tensor, vocabulary: Sequence[Taps], together: int) -> Tensor:
+    """Kernels in a few runs of about equal work: [runs, nnz, (first, last, first value) of each run]."""
+    sizes = torch.tensor([len(taps) * together for taps in vocabulary] or [0])
+    values = torch.cat([torch.zeros(1, dtype=torch.int64), sizes[entries[:, 2].long()].cumsum(0)])
+    nnz = int(values[-1])
+    wanted = torch.linspace(0, nnz, 17)[1:-1]
+    starts = values[rows.long()].contiguous()
+    cuts = rows.long()[torch.searchsorted(starts, wanted.long()).clamp(max=len(rows) - 1)]
+    edges = torch.unique(torch.cat([torch.tensor([0, len(entries)]), cuts])).tolist()
+    flat = [len(edges) - 1, nnz]
+    for first, last in itertools.pairwise(edges):
+        flat += [first, last, int(values[first])]
+    return torch.tensor(flat, dtype=torch.int64)
+
+
+def _run_chunks(rows: Tensor, nnz: int) -> Tensor:
+    """As `_chunks`, for runs of offsets: [chunks, nnz, (first run, last run, unused) of each chunk]."""
+    starts = rows[:, 0].long().contiguous()
+    wanted = torch.linspace(0, int(starts[-1]), 17)[1:-1].long()
+    cuts = torch.searchsorted(starts, wanted).clamp(max=len(rows) - 1)
+    edges = torch.unique(torch.cat([torch.tensor([0, len(rows) - 1]), cuts])).tolist()
+    flat = [max(len(edges) - 1, 1), nnz]
+    for first, last in itertools.pairwise(edges if len(edges) > 1 else [0, 0]):
+        flat += [first, last, 0]
+    return torch.tensor(flat, dtype=torch.int64)

@@ -78,8 +78,8 @@ def _show(result: Result, console: Console) -> None:
     print_table(console, "geometric means", ("", "ratio", "over bf16"), cells)
     tiled = "the fastest one of those that fit" if settings["tune"] else "chosen by rule"
     caption = (
-        "Dense: the fastest PyTorch call, its inputs in its layout and type already. Sparse: the registered "
-        "operator on activations that are blocked already; all results checked against float64. "
+        "Dense: the fastest PyTorch call, its inputs in its layout and type already. Sparse: the operator "
+        "as networks call it, on activations that are blocked already; all results checked against float64. "
         "Tiling (rows x columns, in regions of so many tiles, filters together; taps of so many channels in "
         f"one pass): {tiled}. Peak: "
         "multiply-adds of kept weights inside the image, over what the threads reach from registers"

@@ -44,7 +44,8 @@ def _moment(event: Mapping[str, Any]) -> Moment:
         return Moment(at, "pattern pool chosen", _pools(event))
     if name == "finalised":
         reached = _compression(event)
-        return Moment(at, "patterns and kernels chosen", f"{len(event.get('layers') or ())} layers{reached}")
+        layers = f"{len(event.get('layers') or ())} layers{reached}{_latency(event)}"
+        return Moment(at, "patterns and kernels chosen", layers)
     if name == "hard_prune":
         lost = number(event, "energy_outside")
         energy = "" if lost is None else f"; {wording.percent(lost, 1)} of the weights’ energy was cut"  # noqa: RUF001
@@ -68,12 +69,22 @@ def _short(value: Any) -> str:
     return f"{value:.4g}" if isinstance(value, float) else str(value)
 
 
+def _latency(event: Mapping[str, Any]) -> str:
+    """What a latency target came to; nothing where there was none."""
+    wanted, measured = number(event, "latency_target_ms"), number(event, "measured_ms")
+    if wanted is None:
+        return ""
+    took = f"measured {measured:.3g} ms, " if measured is not None else ""
+    return f"; {took}asked {wanted:.3g} ms"
+
+
 def _operators(event: Mapping[str, Any]) -> str:
     layers = event.get("layers")
     names = [str(name) for name in layers.values()] if isinstance(layers, Mapping) else []
     counts = Counter(names).most_common()
     rule = f", by the rule '{event['rule']}'" if event.get("rule") else ""
-    return wording.sentence_list([f"{count} × {name}" for name, count in counts]) + rule  # noqa: RUF001
+    kept = "; activations kept in bf16" if event.get("activations") == "bf16" else ""
+    return wording.sentence_list([f"{count} × {name}" for name, count in counts]) + rule + kept  # noqa: RUF001
 
 
 def _pools(event: Mapping[str, Any]) -> str:

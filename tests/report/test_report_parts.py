@@ -1,6 +1,7 @@
 from __future__ import annotations
 
 import re
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -18,6 +19,7 @@ from clicktrain.report.patterns import pools
 from clicktrain.report.run_data import read_runs
 from clicktrain.report.stages import stage_bands
 from clicktrain.report.svg import around, ticks
+from clicktrain.report.timeline import timeline
 
 
 def cells(picture: str) -> set[tuple[int, int]]:
@@ -26,6 +28,33 @@ def cells(picture: str) -> set[tuple[int, int]]:
     for column, row, length in re.findall(r"M(\d+) (\d+)h(\d+)v1h-\3z", picture):
         found |= {(int(row), int(column) + i) for i in range(int(length))}
     return found
+
+
+def test_the_timeline_tells_latencies_and_what_is_kept(runs: dict[str, Path]) -> None:
+    (run,) = read_runs([runs["8x"]])
+    events = (
+        {
+            "event": "finalised",
+            "epoch": 2.0,
+            "layers": [1, 2],
+            "latency_target_ms": 4.0,
+            "measured_ms": 3.854,
+        },
+        {"event": "finalised", "epoch": 2.0, "layers": [1], "latency_target_ms": 4.0, "measured_ms": None},
+        {"event": "operators", "epoch": 3, "rule": "measured", "activations": "bf16", "layers": {"a": "x"}},
+        {
+            "event": "operators",
+            "epoch": 3,
+            "rule": "measured",
+            "activations": "parameters",
+            "layers": {"a": "x"},
+        },
+    )
+    told = [moment.detail for moment in timeline(replace(run, events=events))]
+    assert told[0].endswith("; measured 3.85 ms, asked 4 ms")
+    assert told[1].endswith("; asked 4 ms")
+    assert told[2].endswith("; activations kept in bf16")
+    assert "kept" not in told[3]
 
 
 def test_the_mask_picture_shows_exactly_the_kept_kernels(runs: dict[str, Path]) -> None:

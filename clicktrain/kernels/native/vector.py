@@ -19,8 +19,8 @@ def preamble(dtype: torch.dtype, lanes: int) -> str:
     """Types and helpers: ``real``, ``vec`` of ``LANES`` reals (aligned), ``splat``, ``lane_sum``.
 
     Activations are read and written as ``stored``, as many numbers of their own type, through ``widen`` and
-    ``narrow`` (to the nearest, ties to even, NaN stays NaN); both do nothing where that type is computed in. The
-    instructions of AVX512_BF16 also make zeros of numbers under 1.2e-38.
+    ``narrow`` (to the nearest, ties to even, NaN stays NaN); both do nothing where that type is computed in.
+    The instructions of AVX512_BF16 also make zeros of numbers under 1.2e-38.
     Vector extensions of GCC and Clang, not intrinsics: AVX2, AVX-512 and NEON come from one text.
 
     Args:

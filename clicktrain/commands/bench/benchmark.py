@@ -15,6 +15,19 @@ Result = dict[str, Any]
 """As it is written to a file."""
 
 
+SPARSITY = (
+    Option("compression", tuple[float, ...], "All weights over kept ones.", (4.0, 10.0), metavar="X [X ...]"),
+    Option(
+        "group",
+        tuple[int, ...],
+        "Neighbouring filters that share their positions.",
+        (1,),
+        metavar="N [N ...]",
+    ),
+)
+"""What is kept of the layers that are timed, for benchmarks of more than one sparsity."""
+
+
 @dataclass(frozen=True, slots=True)
 class Benchmark:
     """One thing that can be measured.

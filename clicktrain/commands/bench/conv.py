@@ -5,7 +5,7 @@ from __future__ import annotations
 from typing import TYPE_CHECKING, Any
 
 from clicktrain.commands.arguments import Option
-from clicktrain.commands.bench.benchmark import Benchmark, Result, ms, print_table, times
+from clicktrain.commands.bench.benchmark import SPARSITY, Benchmark, Result, ms, print_table, times
 
 if TYPE_CHECKING:
     from rich.console import Console
@@ -111,16 +111,7 @@ BENCHMARK = Benchmark(
             (),
             metavar="C,SIZE,N [C,SIZE,N ...]",
         ),
-        Option(
-            "compression", tuple[float, ...], "All weights over kept ones.", (4.0, 10.0), metavar="X [X ...]"
-        ),
-        Option(
-            "group",
-            tuple[int, ...],
-            "Neighbouring filters that share their positions.",
-            (1,),
-            metavar="N [N ...]",
-        ),
+        *SPARSITY,
         Option(
             "precision",
             tuple[str, ...],

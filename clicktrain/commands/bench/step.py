@@ -5,7 +5,7 @@ from __future__ import annotations
 from typing import TYPE_CHECKING, Any
 
 from clicktrain.commands.arguments import Option
-from clicktrain.commands.bench.benchmark import Benchmark, Result, ms, print_table, times
+from clicktrain.commands.bench.benchmark import SPARSITY, Benchmark, Result, ms, print_table, times
 
 if TYPE_CHECKING:
     from rich.console import Console
@@ -84,16 +84,7 @@ BENCHMARK = Benchmark(
         Option("model", str, "Network of the zoo.", "resnet18"),
         Option("batch_size", int, "Images per step.", 64, metavar="N"),
         Option("image_size", int, "Side of the images in pixels.", 32, metavar="N"),
-        Option(
-            "compression", tuple[float, ...], "All weights over kept ones.", (4.0, 10.0), metavar="X [X ...]"
-        ),
-        Option(
-            "group",
-            tuple[int, ...],
-            "Neighbouring filters that share their positions.",
-            (1,),
-            metavar="N [N ...]",
-        ),
+        *SPARSITY,
         Option(
             "precision",
             tuple[str, ...],

@@ -60,8 +60,7 @@ def _(
     return x.new_empty(x.shape), launch.per_channel(x), launch.per_channel(x)
 
 
-@torch.library.custom_op("clicktrain::batch_norm2d_blocked_given", mutates_args=())
-def batch_norm2d_blocked_given_op(
+def _given(
     x: Tensor,
     mean: Tensor,
     var: Tensor,
@@ -78,43 +77,17 @@ def batch_norm2d_blocked_given_op(
     its gradient, and they have none themselves. Statistics that do not depend on ``x`` are a scaling by
     channel: `affine_relu_blocked`.
     """
-    return _given(x, mean, var, weight, bias, residual, n, eps, relu)
-
-
-def _given(
-    x: Tensor,
-    mean: Tensor,
-    var: Tensor,
-    weight: Tensor | None,
-    bias: Tensor | None,
-    residual: Tensor | None,
-    n: int,
-    eps: float,
-    relu: bool,
-) -> Tensor:
     return launch.given(x, (mean, var, eps), weight, bias, residual, n, relu)
+
+
+batch_norm2d_blocked_given_op = torch.library.custom_op(
+    "clicktrain::batch_norm2d_blocked_given", _given, mutates_args=()
+)
 
 
 @batch_norm2d_blocked_given_op.register_fake
 def _(x: Tensor, *_: object, **__: object) -> Tensor:
     return x.new_empty(x.shape)
-
-
-@torch.library.custom_op("clicktrain::batch_norm2d_blocked_backward", mutates_args=())
-def batch_norm2d_blocked_backward_op(
-    gy: Tensor,
-    x: Tensor,
-    y: Tensor | None,
-    weight: Tensor | None,
-    mean: Tensor,
-    var: Tensor,
-    n: int,
-    eps: float,
-    relu: bool,
-    need_residual: bool,
-) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    """Gradients of input, weight, bias, residual; the last is empty unless ``relu`` and ``need_residual``."""
-    return _run_backward(gy, x, y, weight, mean, var, n, eps, relu, need_residual)
 
 
 def _run_backward(
@@ -128,10 +101,14 @@ def _run_backward(
     eps: float,
     relu: bool,
     need_residual: bool,
-) -> launch.Gradients:
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """Gradients of input, weight, bias, residual; the last is empty unless ``relu`` and ``need_residual``."""
     return launch.backward(gy, x, y if relu else None, weight, (mean, var, eps), n, need_residual)
 
 
+batch_norm2d_blocked_backward_op = torch.library.custom_op(
+    "clicktrain::batch_norm2d_blocked_backward", _run_backward, mutates_args=()
+)
 batch_norm2d_blocked_backward = plain(batch_norm2d_blocked_backward_op, _run_backward)
 
 
@@ -173,20 +150,16 @@ def _(x: Tensor, scale: Tensor, shift: Tensor, residual: Tensor | None, n: int, 
     return x.new_empty(x.shape)
 
 
-@torch.library.custom_op("clicktrain::affine_relu_blocked_backward", mutates_args=())
-def affine_relu_blocked_backward_op(
+def _run_affine_backward(
     gy: Tensor, x: Tensor | None, y: Tensor | None, scale: Tensor, n: int, relu: bool, need_residual: bool
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     """Gradients of input, scale (zeros without ``x``), shift and residual (as of batch norm)."""
-    return _run_affine_backward(gy, x, y, scale, n, relu, need_residual)
-
-
-def _run_affine_backward(
-    gy: Tensor, x: Tensor | None, y: Tensor | None, scale: Tensor, n: int, relu: bool, need_residual: bool
-) -> launch.Gradients:
     return launch.backward(gy, x, y if relu else None, scale, None, n, need_residual)
 
 
+affine_relu_blocked_backward_op = torch.library.custom_op(
+    "clicktrain::affine_relu_blocked_backward", _run_affine_backward, mutates_args=()
+)
 affine_relu_blocked_backward = plain(affine_relu_blocked_backward_op, _run_affine_backward)
 
 

@@ -137,7 +137,7 @@ class LoweringPlan:
             )
         for choice in self.choices:
             for phase, tiling in choice.tilings:
-                if tiling.pairs and tiling.code == "sets" and phase != "grad_weight":
+                if tiling.pairs and tiling.code != "taps" and phase != "grad_weight":
                     raise UserError(
                         f"{choice.layer} cannot multiply pairs in {phase} with code for tap sets: set the "
                         "tiling's code to taps, or its pairs to false"

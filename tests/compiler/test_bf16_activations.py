@@ -175,7 +175,7 @@ def test_wrong_plans_are_refused() -> None:
         LoweringPlan.from_json(plan.to_json().replace('"activations": "bf16"', '"activations": "fp8"'))
     for wrong, message in (
         ('"pairs": "false"', "pairs of a tiling is true or false, not 'false'"),
-        ('"code": "tap"', "the code of a tiling is sets or taps, not 'tap'"),
+        ('"code": "tap"', "the code of a tiling is sets, sweep or taps, not 'tap'"),
         ('"code": "sets"', "conv1 cannot multiply pairs in forward with code for tap sets"),
     ):
         key = wrong.split(":")[0]

@@ -115,9 +115,12 @@ def layers(draw: st.DrawFn) -> dict[str, Any]:
     kernel = draw(st.sampled_from([(3, 3), (1, 1), (1, 3), (2, 2)]))
     tile, region = draw(st.sampled_from([(1, 1), (2, 3), (4, 3)])), draw(st.sampled_from([(1, 1), (2, 3)]))
     share = draw(st.sampled_from([1, 2]))
-    tiling = Tiling(tile, region, share, draw(st.sampled_from(["sets", "taps"])))
-    if tiling.code == "taps":
-        tiling = Tiling(tile, region, code="taps", sources=draw(st.integers(0, 3)))
+    tiling = Tiling(tile, region, share, draw(st.sampled_from(["sets", "sweep", "taps"])))
+    if tiling.code != "sets":
+        parts = {"sources": draw(st.integers(0, 3))}
+        if tiling.code == "sweep":
+            parts["results"] = draw(st.integers(0, 4))
+        tiling = Tiling(tile, region, code=tiling.code, **parts)
     return {
         "n": draw(st.sampled_from([1, 3, 16, 21])),
         "image": (draw(st.integers(3, 11)), draw(st.integers(3, 11))),
@@ -138,15 +141,20 @@ def test_equal_those_of_dense_convolution(case: dict[str, Any]) -> None:
     check(Layer(**case))
 
 
-@pytest.mark.parametrize("code", ["sets", "taps"])
+@pytest.mark.parametrize("code", ["sets", "sweep", "taps"])
 def test_padding_wider_than_a_window(code: Any) -> None:
     check(Layer(3, (5, 4), Tiling((1, 1), code=code), kernel=(1, 1), stride=(1, 3), padding=(0, 2)))
 
 
 @pytest.mark.parametrize(
     "tiling",
-    [Tiling((2, 4), (2, 2)), Tiling((3, 4), code="taps"), Tiling((3, 4), code="taps", pairs=True)],
-    ids=["sets", "taps", "pairs"],
+    [
+        Tiling((2, 4), (2, 2)),
+        Tiling((3, 4), code="sweep", results=2),
+        Tiling((3, 4), code="taps"),
+        Tiling((3, 4), code="taps", pairs=True),
+    ],
+    ids=["sets", "sweep", "taps", "pairs"],
 )
 def test_of_results_as_they_were_before_they_are_kept_in_bfloat16(tiling: Tiling) -> None:
     layer = Layer(19, (9, 7), tiling, dtype=torch.bfloat16, bias=3.0)
@@ -162,9 +170,11 @@ def test_of_results_as_they_were_before_they_are_kept_in_bfloat16(tiling: Tiling
 
 
 SETS, TAPS = Tiling((2, 4), (2, 2)), Tiling((3, 4), (2, 2), code="taps", sources=2)
+SWEEP = Tiling((4, 3), (1, 2), code="sweep", sources=2, results=4)
+every_code = pytest.mark.parametrize("tiling", [SETS, SWEEP, TAPS], ids=["sets", "sweep", "taps"])
 
 
-@pytest.mark.parametrize("tiling", [SETS, TAPS], ids=["sets", "taps"])
+@every_code
 @pytest.mark.parametrize("mean", [100.0, 1e4])
 def test_a_mean_far_from_zero(tiling: Tiling, mean: float) -> None:
     # Deviations are about 4: sums of plain squares in float32 would leave nothing of them.
@@ -174,7 +184,7 @@ def test_a_mean_far_from_zero(tiling: Tiling, mean: float) -> None:
     check(layer)
 
 
-@pytest.mark.parametrize("tiling", [SETS, TAPS], ids=["sets", "taps"])
+@every_code
 def test_long_sums_and_a_first_value_unlike_the_rest(tiling: Tiling) -> None:
     layer = Layer(2 * LANES[torch.float32] + 3, (40, 37), tiling, filters=2, channels=2, bias=0.0)
     layer.x[:, :, 0, 0] = 1000.0
@@ -182,7 +192,7 @@ def test_long_sums_and_a_first_value_unlike_the_rest(tiling: Tiling) -> None:
     check(layer, 2 * 1480 * torch.finfo(torch.float32).eps)
 
 
-@pytest.mark.parametrize("tiling", [SETS, TAPS], ids=["sets", "taps"])
+@every_code
 @pytest.mark.parametrize("n", [1, 17, 45])
 def test_any_number_of_threads(tiling: Tiling, n: int) -> None:
     layer = Layer(n, (9, 10), tiling, stride=(2, 1), bias=50.0)
@@ -215,7 +225,7 @@ def test_a_diverged_training_stays_visible() -> None:
     assert var.isnan().all()
 
 
-@pytest.mark.parametrize("tiling", [SETS, TAPS], ids=["sets", "taps"])
+@every_code
 @pytest.mark.parametrize("options", [(False, False), (True, True)], ids=["plain", "residual-relu"])
 def test_gradients_of_convolution_and_norm(tiling: Tiling, options: tuple[bool, bool]) -> None:
     layer = Layer(11, (6, 5), tiling, dtype=torch.float64, bias=30.0)

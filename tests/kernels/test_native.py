@@ -100,7 +100,7 @@ import torch
 from clicktrain.formats.packed import Structure
 from clicktrain.kernels.sparse_conv2d.blocked import launch
 from clicktrain.kernels.sparse_conv2d.blocked.prepared import prepare, variants
-from clicktrain.kernels.sparse_conv2d.blocked.problem import ConvProblem
+from clicktrain.kernels.sparse_conv2d.blocked.problem import ConvProblem, Tiling
 from clicktrain.kernels.native import toolchain
 
 torch.manual_seed(0)
@@ -129,6 +129,11 @@ for f, c, kernel, image, stride, padding, dilation, blocks, threads in cases:
         launch.grad_input(y, values, one["grad_input"].tables, one["grad_input"].plan)
         weight = one["grad_weight"]
         launch.grad_weight(x, y, structure.values_shape, weight.tables, weight.plan)
+    sweep = Tiling((2 * stride[0], 2 * stride[1]), (2, 1), code="sweep", sources=2, results=4)
+    plan, tables = prepare(structure, problem, 1, {"forward": sweep, "grad_input": sweep})
+    text, index = plan.to_json(), list(tables.tensors)
+    y, _, _ = launch.forward_statistics(x, values, None, index, text, blocks * lanes - 3)
+    launch.grad_input(launch.forward(x, values, torch.randn(f), index, text), values, index, text)
     if threads != 3:
         continue
     low = x.bfloat16()

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import subprocess
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -106,6 +107,15 @@ def near(own: Tensor | None, want: Tensor | None, dtype: torch.dtype) -> None:
         assert bool(((own.detach() - want.detach()).abs() <= bound).all())
 
 
+def sweeps(
+    tile: tuple[int, int], region: tuple[int, int], stride: tuple[int, int], sources: int, results: int
+) -> dict[Phase, Tiling]:
+    """Sums in the cache, of blocks of results over passes of sources; the gradient of the weight has none."""
+    own = Tiling(tile, region, code="sweep", sources=sources, results=results)
+    back = replace(own, tile=(tile[0] * stride[0], tile[1] * stride[1]), sources=results, results=sources)
+    return {"forward": own, "grad_input": back}
+
+
 @st.composite
 def cases(draw: st.DrawFn) -> dict[str, Any]:
     r, s = draw(st.sampled_from([(3, 3), (1, 1), (1, 3), (2, 2), (5, 5)]))
@@ -129,7 +139,7 @@ def cases(draw: st.DrawFn) -> dict[str, Any]:
     stride = draw(st.integers(1, 3)), draw(st.integers(1, 2))
     dtype = draw(st.sampled_from([torch.float32, torch.float64, torch.bfloat16]))
     pairs = dtype is torch.bfloat16 and draw(st.booleans())
-    code = draw(st.sampled_from(["by rule", "sets", "taps", "taps"]))
+    code = draw(st.sampled_from(["by rule", "sets", "sweep", "sweep", "taps", "taps"]))
     tile = draw(st.integers(1, 4)), draw(st.integers(1, 5))
     region = draw(st.integers(1, 3)), draw(st.integers(1, 3))
     tilings = None
@@ -137,6 +147,9 @@ def cases(draw: st.DrawFn) -> dict[str, Any]:
         back = Tiling((tile[0] * stride[0], tile[1] * stride[1]), region)
         weight = Tiling(tile, region, pairs=pairs)
         tilings = {"forward": Tiling(tile, region), "grad_weight": weight, "grad_input": back}
+    elif code == "sweep":
+        tile = draw(st.integers(1, 7)), draw(st.integers(1, 7))
+        tilings = sweeps(tile, region, stride, draw(st.integers(0, 5)), draw(st.integers(0, 5)))
     elif code == "taps":
         images, sources = draw(st.integers(1, 3)), draw(st.integers(0, 4))
         own = Tiling(tile, region, code="taps", sources=sources, images=images, pairs=pairs)
@@ -209,6 +222,8 @@ def test_every_tiling_gives_the_same(tile: tuple[int, int], region: tuple[int, i
         check(
             mask, 20, (11, 10), stride=(stride, stride), padding=(1, 1), tilings=dict.fromkeys(PHASES, taps)
         )
+        swept = sweeps(tile, region, (stride, stride), region[0], region[1])
+        check(mask, 20, (11, 10), stride=(stride, stride), padding=(1, 1), tilings=swept)
     back = Tiling((tile[0] * stride, tile[1] * stride), region)
     own = Tiling(tile, region)
     tilings = {"forward": own, "grad_weight": own, "grad_input": back}
@@ -228,6 +243,7 @@ def test_activations_in_bfloat16(image: tuple[int, int], stride: int, dilation: 
     for tilings in (
         dict.fromkeys(PHASES, own),
         {"forward": Tiling((2, 4), (1, 2)), "grad_input": back, "grad_weight": Tiling((2, 4), pairs=pairs)},
+        {**sweeps((3, 4), (2, 1), (stride, stride), 3, 4), "grad_weight": Tiling((2, 4), pairs=pairs)},
     ):
         check(
             mask,
@@ -260,6 +276,12 @@ def test_only_bfloat16_is_multiplied_in_pairs() -> None:
         source("forward", problem, (), pairs, torch.float32, 8)
     with pytest.raises(ValueError, match="its code has to be 'taps'"):
         source("forward", problem, (), Tiling((2, 4), pairs=True), torch.bfloat16, 8)
+
+
+def test_the_gradient_of_the_weight_does_not_sweep() -> None:
+    problem = ConvProblem.make(3, 4, (3, 3), (5, 5))
+    with pytest.raises(ValueError, match="has code 'sets' or 'taps', not 'sweep'"):
+        source("grad_weight", problem, (), Tiling((2, 4), code="sweep"), torch.float32, 8)
 
 
 @pytest.mark.parametrize("phase", PHASES)

@@ -1,11 +1,20 @@
-"""Forward and gradient of the input: sums of a tile of positions, in registers over all kernels."""
+"""Forward and gradient of the input with code for tap sets: the walk over tiles, and sums in registers.
+
+Sums of a tile of positions are in registers over all kernels of a filter; `sweep` keeps them in the cache.
+"""
 
 from __future__ import annotations
 
-from clicktrain.kernels.sparse_conv2d.blocked import statistics
+from clicktrain.kernels.sparse_conv2d.blocked import statistics, sweep
 from clicktrain.kernels.sparse_conv2d.blocked.generator import Generator
 from clicktrain.kernels.sparse_conv2d.blocked.regions import TileKind
-from clicktrain.kernels.sparse_conv2d.blocked.template import Code, among, open_regions, open_threads
+from clicktrain.kernels.sparse_conv2d.blocked.template import (
+    Code,
+    among,
+    open_regions,
+    open_threads,
+    store_tile,
+)
 
 
 def write(code: Code, g: Generator, sums: bool = False) -> None:
@@ -16,13 +25,15 @@ def write(code: Code, g: Generator, sums: bool = False) -> None:
     extra = statistics.TILE_ARGUMENTS if sums else ""
     for a, row in enumerate(g.rows.kinds):
         for b, column in enumerate(g.columns.kinds):
-            _tile(code, g, f"tile_{a}_{b}", row, column, sums)
+            write_tile = sweep.write_tile if g.sweeps else _tile
+            write_tile(code, g, f"tile_{a}_{b}", row, column, sums)
     statistics.open_run(code, g.entry, sums)
     code("const int64_t items = blocks * REGION_ROWS * REGION_COLS;")
     code("(void)threads; (void)scratch;")
     open_threads(code)
-    code("cell *buffer = (cell *)(scratch + me * SCRATCH);")
-    code("(void)buffer;")
+    code("vec *sums = scratch + me * SCRATCH;")
+    code(f"cell *buffer = (cell *)(sums + {g.sum_vectors});")
+    code("(void)sums; (void)buffer;")
     if sums:
         statistics.open_sums(code)
     span = "ROW_FIRST[{0}rr], ROW_SPAN[{0}rr], COL_FIRST[{0}rc], COL_SPAN[{0}rc]"
@@ -36,7 +47,7 @@ def write(code: Code, g: Generator, sums: bool = False) -> None:
                     code(
                         f"{name}(window + {y * g.columns.buffer + x}, "
                         f"to + (ROW_START[rr] + {down}) * DST_W + COL_START[rc] + {right}, "
-                        f"values, bias, rows, entries, stream, &ahead{extra});"
+                        f"{'sums, ' if g.sweeps else ''}values, bias, rows, entries, stream, &ahead{extra});"
                     )
                     if sums:
                         code("fresh = 0;")
@@ -92,23 +103,8 @@ def _tile(code: Code, g: Generator, name: str, row: TileKind, column: TileKind, 
     code("}")
     code("}")
     for k in range(g.together):
-        _store(code, f"y + (f * {g.together} + {k}) * (DST_H * DST_W)", sums[k], row.size, column.size)
+        store_tile(code, f"y + (f * {g.together} + {k}) * (DST_H * DST_W)", sums[k], row.size, column.size)
         if moments:
             statistics.add_tile(code, f"f * {g.together} + {k}", sums[k])
-    code("}")
-    code("}")
-
-
-def _store(code: Code, where: str, sums: list[str], rows: int, columns: int) -> None:
-    """Write a tile, through or around the caches."""
-    places = [f"o[{i} * DST_W + {j}]" for i in range(rows) for j in range(columns)]
-    code("{")
-    code(f"stored *o = {where};")
-    code("if (stream) {")
-    for place, value in zip(places, sums, strict=True):
-        code(f"STREAM(&{place}, narrow({value}));")
-    code("} else {")
-    for place, value in zip(places, sums, strict=True):
-        code(f"{place} = narrow({value});")
     code("}")
     code("}")

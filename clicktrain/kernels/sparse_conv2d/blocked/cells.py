@@ -46,6 +46,7 @@ def support(phase: Phase, problem: ConvProblem, pairs: bool) -> str:
 _COPY_ROW = """
 #define PACK_ROW(o, p) \\
   for (int j = 0; j < c0; ++j) o[j] = (cell){0}; \\
+  _Pragma("GCC unroll 18") \\
   for (int j = c0; j < c1; ++j) o[j] = to_cell(p[j]); \\
   for (int j = c1; j < cols; ++j) o[j] = (cell){0};
 """

@@ -58,8 +58,10 @@ def source(
         raise ValueError(f"statistics are taken of the forward pass, not of {phase}")
     if tiling.pairs and dtype is not torch.bfloat16:
         raise ValueError(f"only bfloat16 is multiplied in pairs, not {dtype}")
-    if tiling.pairs and tiling.code == "sets" and phase != "grad_weight":
+    if tiling.pairs and tiling.code != "taps" and phase != "grad_weight":
         raise ValueError(f"code for tap sets does not multiply pairs in {phase}: its code has to be 'taps'")
+    if tiling.code == "sweep" and phase == "grad_weight":
+        raise ValueError("the gradient of the weight has code 'sets' or 'taps', not 'sweep'")
     if tiling.code == "taps":
         taps = TapGenerator(phase, problem, tiling, dtype)
         code = taps.begin(lanes)

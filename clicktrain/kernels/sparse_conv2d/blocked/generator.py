@@ -12,7 +12,7 @@ from clicktrain.kernels.sparse_conv2d.blocked.geometry import Backward, Forward
 from clicktrain.kernels.sparse_conv2d.blocked.problem import ConvProblem, Phase, Tiling
 from clicktrain.kernels.sparse_conv2d.blocked.regions import AxisRegions, TileKind
 from clicktrain.kernels.sparse_conv2d.blocked.tables import NARROW
-from clicktrain.kernels.sparse_conv2d.blocked.template import SUPPORT, Code, define, join, planes
+from clicktrain.kernels.sparse_conv2d.blocked.template import SUPPORT, Code, define, define_pack, join, planes
 from clicktrain.kernels.sparse_conv2d.blocked.vocabulary import Taps
 
 
@@ -48,6 +48,11 @@ class Generator:
         """Whether windows are read from the source itself, without a copy."""
         self.patch_in_place = as_stored and len(self.rows.regions) == len(self.columns.regions) == 1
         """As much for the output's gradient (gradient of the weight only)."""
+        self.sweeps = tiling.code == "sweep" and phase != "grad_weight"
+        """Whether sums are in the first-level cache, of a block of results over passes of sources."""
+        self.block = min(tiling.results or self.results, self.results)
+        self.blocks = -(-self.results // self.block)
+        self.passes = -(-self.sources // min(tiling.sources or self.sources, self.sources))
         self.patch_rows = max(sum(t.size for t in region) for region in self.rows.regions)
         self.patch_columns = max(sum(t.size for t in region) for region in self.columns.regions)
 
@@ -64,9 +69,16 @@ class Generator:
         return self.results * self.patch_rows * self.patch_columns
 
     @property
+    def sum_vectors(self) -> int:
+        """Vectors of a block's sums."""
+        if not self.sweeps:
+            return 0
+        return self.block * max(k.size for k in self.rows.kinds) * max(k.size for k in self.columns.kinds)
+
+    @property
     def scratch(self) -> int:
-        """Vectors that each thread needs for both."""
-        return self.window_vectors + self.patch_vectors
+        """Vectors that each thread needs for all of them."""
+        return self.sum_vectors + self.window_vectors + self.patch_vectors
 
     def begin(self, lanes: int) -> Code:
         """The text up to the first function of the kernel's own."""
@@ -90,6 +102,8 @@ class Generator:
             code(f"static const int {name}_START[] = {{{join(region[0].start for region in axis.regions)}}};")
             sizes = [sum(t.size for t in region) for region in axis.regions]
             code(f"static const int {name}_SIZE[] = {{{join(sizes)}}};")
+        spans = [self.columns.span(region) for region in self.columns.regions]
+        define_pack(code, spans, self.columns.direction.source)
         code(self.cells)
         code(SUPPORT)
         return code

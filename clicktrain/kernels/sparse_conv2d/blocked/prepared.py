@@ -101,6 +101,8 @@ def prepare(
         tiling = plan.tiling(phase)
         if tiling.code == "taps":
             return tap_table(phase, problem, structure, groups, tiling)
+        if tiling.code == "sweep" and phase != "grad_weight":
+            return parts().by_block(phase == "grad_input", tiling.results, tiling.sources)
         if phase == "forward":
             return parts().by_filter(tiling.together)
         if phase == "grad_input":

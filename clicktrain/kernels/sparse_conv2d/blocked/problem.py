@@ -9,7 +9,7 @@ from typing import Any, Literal, get_args
 from clicktrain.kernels.sparse_conv2d.blocked.geometry import Axis
 
 Phase = Literal["forward", "grad_input", "grad_weight"]
-Code = Literal["sets", "taps"]
+Code = Literal["sets", "sweep", "taps"]
 PHASES: tuple[Phase, ...] = ("forward", "grad_input", "grad_weight")
 
 
@@ -70,12 +70,16 @@ class Tiling:
     """How a kernel cuts its work; the result does not depend on it.
 
     Attributes:
-        tile: rows and columns of the positions whose sums are in registers.
+        tile: rows and columns of the positions whose sums are in registers (``sweep``: in the cache).
         region: tiles per region along either axis.
         together: neighbouring filters computed at once; they have to agree on their channels and tap sets.
-        code: ``sets``, code of its own for each tap set, or ``taps``, offsets of taps as data.
+        code: ``sets``, code of its own for each tap set, sums in registers; ``sweep``, the same with sums in
+            the first-level cache (forward and gradient of the input only); or ``taps``, offsets of taps as
+            data.
         sources: channels (of the gradient of the input: filters) of one pass over all results; 0 = all
-            (``taps`` only).
+            (``sweep`` and ``taps`` only).
+        results: filters (of the gradient of the input: channels) whose sums are in the cache at once; 0 = all
+            (``sweep`` only).
         images: blocks of images of one region (gradient of the weight with ``taps`` only).
         pairs: multiply pairs of bfloat16 numbers, see `cells` (activations in bfloat16 only; forward and
             gradient of the input with ``taps`` only).
@@ -86,6 +90,7 @@ class Tiling:
     together: int = 1
     code: Code = "sets"
     sources: int = 0
+    results: int = 0
     images: int = 1
     pairs: bool = False
 
@@ -97,7 +102,7 @@ class Tiling:
             ValueError: ``code`` or ``pairs`` is nothing that there is.
         """
         if fields.get("code", "sets") not in get_args(Code):
-            raise ValueError(f"the code of a tiling is {' or '.join(get_args(Code))}, not {fields['code']!r}")
+            raise ValueError(f"the code of a tiling is sets, sweep or taps, not {fields['code']!r}")
         if not isinstance(fields.get("pairs", False), bool):
             raise ValueError(f"pairs of a tiling is true or false, not {fields['pairs']!r}")
         return cls(**{**fields, "tile": tuple(fields["tile"]), "region": tuple(fields["region"])})

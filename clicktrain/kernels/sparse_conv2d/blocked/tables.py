@@ -72,6 +72,24 @@ class Parts:
         rows = np.searchsorted(self.channel[order], np.arange(self.channels + 1))
         return self._table(order, rows, entries, 1)
 
+    def by_block(self, backward: bool, results: int, sources: int) -> Table:
+        """For sums in the cache: entries (source, result within its block), set after set.
+
+        ``rows`` are the beginnings of each set's run, of each pass of ``sources`` within each block of
+        ``results`` (0 = all); channels are the results of the gradient of the input (``backward``).
+        """
+        result, source = (self.channel, self.filter) if backward else (self.filter, self.channel)
+        counts = (self.channels, self.filters) if backward else (self.filters, self.channels)
+        results, sources = (
+            min(size or count, count) for size, count in zip((results, sources), counts, strict=True)
+        )
+        passes, sets = -(-counts[1] // sources), len(self._vocabulary)
+        runs = ((result // results) * passes + source // sources) * sets + self.sets
+        order = np.lexsort((result, source, runs))
+        entries = np.stack([source[order], result[order] % results], 1)
+        rows = np.searchsorted(runs[order], np.arange(-(-counts[0] // results) * passes * sets + 1))
+        return self._table(order, rows, entries, 1)
+
     def by_kernel(self, together: int, block: int) -> Table:
         """For the gradient of the weight: entries (channel, filter, set), channel after channel.
 

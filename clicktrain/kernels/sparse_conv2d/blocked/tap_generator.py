@@ -16,7 +16,7 @@ from clicktrain.kernels.sparse_conv2d.blocked import cells
 from clicktrain.kernels.sparse_conv2d.blocked.geometry import Backward, Forward
 from clicktrain.kernels.sparse_conv2d.blocked.lattice import AxisLattices
 from clicktrain.kernels.sparse_conv2d.blocked.problem import ConvProblem, Phase, Tiling
-from clicktrain.kernels.sparse_conv2d.blocked.template import SUPPORT, Code, define, join, planes
+from clicktrain.kernels.sparse_conv2d.blocked.template import SUPPORT, Code, define, define_pack, join, planes
 
 OFFSETS = 1 << 16
 """Vectors that the windows of one pass may have, so that an offset takes two bytes."""
@@ -85,6 +85,9 @@ class TapGenerator:
             counts = join(lattice.count for lattice in axis.lattices)
             code(f"static __attribute__((unused)) const int {name}_START[] = {{{starts}}};")
             code(f"static __attribute__((unused)) const int {name}_COUNT[] = {{{counts}}};")
+        columns = self.columns
+        spans = [(columns.first(region), columns.buffer) for region in range(columns.regions)]
+        define_pack(code, spans, columns.direction.source)
         code(self.cells)
         code(SUPPORT)
         return code

@@ -2,9 +2,13 @@
 
 from __future__ import annotations
 
+from collections import Counter
 from collections.abc import Iterable, Mapping
 
 from clicktrain.kernels.sparse_conv2d.blocked.geometry import Direction
+
+PACK_CASES = 4
+"""Ways of copying a row that get code of their own: at either edge of an image, between them."""
 
 
 class Code:
@@ -43,6 +47,16 @@ def define(code: Code, numbers: Mapping[str, int]) -> None:
     """Name numbers in the C text."""
     for name, value in numbers.items():
         code(f"#define {name} {value}L")
+
+
+def define_pack(code: Code, spans: Iterable[tuple[int, int]], source: int) -> None:
+    """Name the (first column, columns) that regions copy of a source of that width, for code of their own."""
+    cases = []
+    for first, columns in spans:
+        begin = min(max(-first, 0), columns)
+        cases.append((begin, max(min(columns, source - first), begin), columns))
+    frequent = [case for case, _ in Counter(cases).most_common(PACK_CASES)]
+    code("#define PACK_CASES " + " ".join(f"PACK_CASE({join(case)})" for case in frequent))
 
 
 def join(numbers: Iterable[int]) -> str:
@@ -116,6 +130,21 @@ def open_regions(code: Code, in_place: bool, span: str) -> None:
         code("}")
 
 
+def store_tile(code: Code, where: str, sums: list[str], rows: int, columns: int) -> None:
+    """Write a tile to where the C expression says, through or around the caches."""
+    places = [f"o[{i} * DST_W + {j}]" for i in range(rows) for j in range(columns)]
+    code("{")
+    code(f"stored *o = {where};")
+    code("if (stream) {")
+    for place, value in zip(places, sums, strict=True):
+        code(f"STREAM(&{place}, narrow({value}));")
+    code("} else {")
+    for place, value in zip(places, sums, strict=True):
+        code(f"{place} = narrow({value});")
+    code("}")
+    code("}")
+
+
 SUPPORT = """
 #ifdef _OPENMP
 #include <omp.h>
@@ -138,9 +167,9 @@ ahead_t look(const stored *from, long planes, long h, long w, int row, int rows,
   if (r1 <= r0 || c1 <= c0) a.left = 0;
   return a;
 }
-static __attribute__((noinline, unused))
-void pack(const stored *restrict from, cell *restrict to, int row, int rows, int col, int cols) {
-  const int c0 = min64(cols, max64(0, -col)), c1 = max64(c0, min64(cols, SRC_W - col));
+static inline __attribute__((always_inline, unused))
+void pack_span(const stored *restrict from, cell *restrict to, int row, int rows, int col, int cols,
+               int c0, int c1) {
   for (long c = 0; c < SOURCES; ++c) {
     for (int i = 0; i < rows; ++i) {
       cell *o = to + c * WIN + i * WIN_W;
@@ -152,6 +181,17 @@ void pack(const stored *restrict from, cell *restrict to, int row, int rows, int
       PACK_ROW(o, p)
     }
   }
+}
+// Of the columns, those from c0 to c1 lie in the source. Where the numbers are known rows are copied by code
+// without loops, whose ends nobody foresees.
+static __attribute__((noinline, unused))
+void pack(const stored *restrict from, cell *restrict to, int row, int rows, int col, int cols) {
+  const int c0 = min64(cols, max64(0, -col)), c1 = max64(c0, min64(cols, SRC_W - col));
+#define PACK_CASE(begin, end, width) \
+  if (c0 == begin && c1 == end && cols == width) \
+    return pack_span(from, to, row, rows, col, width, begin, end);
+  PACK_CASES
+  pack_span(from, to, row, rows, col, cols, c0, c1);
 }
 #ifdef PATCH
 static __attribute__((noinline, unused))

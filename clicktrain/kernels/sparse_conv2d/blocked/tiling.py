@@ -18,6 +18,10 @@ GRAD_WEIGHT_FILTERS = 128
 """Filters whose output gradients are gone through before the next ones: they stay in the cache."""
 TAP_VECTORS = 256
 """Vectors of 64 bytes of a tile's windows in one pass over taps as data: half of a first-level cache."""
+SWEEP_VECTORS = ((384, 256), (160, 320))
+"""Vectors of 64 bytes that a block's sums and a pass's windows may fill where tap sets sweep over a tile."""
+SWEEP_POSITIONS = 3
+"""Positions of a kernel from which on sweeping can pay: each tap loads and stores its sums anew."""
 
 
 def candidates(
@@ -25,7 +29,8 @@ def candidates(
 ) -> list[Tiling]:
     """Tilings worth measuring, the likeliest first.
 
-    Code for tap sets wants many registers and layers with few sets; else taps as data come first.
+    Code for tap sets wants layers with few sets, and many registers or kernels of several taps over which it
+    can sweep; else taps as data come first.
 
     Args:
         phase: forward, grad_input or grad_weight.
@@ -37,9 +42,12 @@ def candidates(
     """
     sets = _set_candidates(phase, problem, registers, lanes, together)
     taps = tap_candidates(phase, problem, registers, lanes)
+    sweeps = []
+    if phase != "grad_weight" and complete and problem.rows.taps * problem.columns.taps >= SWEEP_POSITIONS:
+        sweeps = _sweep_candidates(phase, problem, lanes)
     if registers >= 32 and complete:
-        return [*sets, *taps[:1]]
-    return [*taps, *(sets if together > 1 else sets[:1])]
+        return [*sets, *sweeps, *taps[:1]]
+    return [*sweeps, *(taps[:1] if sweeps else taps), *(sets if together > 1 else sets[:1])]
 
 
 def pair_candidates(phase: Phase, problem: ConvProblem, tilings: Sequence[Tiling]) -> list[Tiling]:
@@ -121,6 +129,47 @@ def _region(phase: Phase, problem: ConvProblem, tile: tuple[int, int], lanes: in
         if not grown:
             return region[0], region[1]
         region = min(grown, key=lambda r: (max(r[0] * tile[0], r[1] * tile[1]), vectors(r)))
+
+
+def _sweep_candidates(phase: Phase, problem: ConvProblem, lanes: int) -> list[Tiling]:
+    """Tilings for code of tap sets that sweeps over tiles with sums in the cache."""
+    backward = phase == "grad_input"
+    axes = (problem.rows, problem.columns)
+    lengths = [a.size if backward else a.out for a in axes]
+    steps = [a.stride if backward else 1 for a in axes]
+    sizes = [_sweep_size(-(-length // step)) for length, step in zip(lengths, steps, strict=True)]
+    tile = sizes[0] * steps[0], sizes[1] * steps[1]
+    direction = Backward if backward else Forward
+    window = 1
+    for axis, size in zip(axes, tile, strict=True):
+        window *= min(direction(axis).window(0, size)[1], axis.out if backward else axis.size)
+    results, sources = problem.filters, problem.channels
+    if backward:
+        results, sources = sources, results
+    wide = -(-lengths[0] // tile[0]), -(-lengths[1] // tile[1])
+    regions = [_region(phase, problem, tile, lanes)]
+    if wide[0] > 2 or wide[1] > 2:
+        regions.insert(0, (1, wide[1]))  # whole rows: read without gaps
+    positions = min(tile[0], lengths[0]) * min(tile[1], lengths[1])
+    found = []
+    for for_sums, for_windows in SWEEP_VECTORS:
+        block = _even(results, for_sums * 16 // lanes // positions)
+        part = _even(sources, for_windows * 16 // lanes // window)
+        found += [Tiling(tile, region, code="sweep", sources=part, results=block) for region in regions]
+    return list(dict.fromkeys(found[:3]))
+
+
+def _sweep_size(length: int) -> int:
+    """Positions of a tile along one axis: about four, without a small rest."""
+    if length % 4 and length % 7 == 0:
+        return 7
+    return 4 if length % 4 == 0 or length > 28 else -(-length // max(round(length / 4.5), 1))
+
+
+def _even(count: int, most: int) -> int:
+    """The size of parts of about the same size, none larger than ``most``; 0 for a single one."""
+    parts = -(-count // max(most, 1))
+    return 0 if parts <= 1 else -(-count // parts)
 
 
 def tap_candidates(phase: Phase, problem: ConvProblem, registers: int, lanes: int) -> list[Tiling]:

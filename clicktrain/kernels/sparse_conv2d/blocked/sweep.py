@@ -1,0 +1,132 @@
+"""Forward and gradient of the input: sums of many filters' tiles, in the first-level cache.
+
+`accumulate` keeps the sums of one tile in registers over all kernels of a filter: each kernel may have
+another tap set, whose code is jumped to; with 16 registers the tile is small, its windows overlap, and they
+are too many for the first-level cache. Here the sums of a *block* of results lie in that cache instead,
+beside the windows of a *pass* of a few sources. All kernels of a block and a pass that have the same tap set
+are one loop without a jump. It sweeps over the tile once: a window position is loaded once for all taps, a
+sum is loaded before its first tap and stored after its last, so that only the sums of a column (or row) and
+its neighbours are in registers, and the tile may be as large as it likes. Of four taps on a tile of 4x4, 64
+multiply-adds come with 56 loads and 16 stores. It wants kernels of several taps, and few different sets.
+"""
+
+from __future__ import annotations
+
+from clicktrain.kernels.sparse_conv2d.blocked import statistics
+from clicktrain.kernels.sparse_conv2d.blocked.generator import Generator
+from clicktrain.kernels.sparse_conv2d.blocked.regions import TileKind
+from clicktrain.kernels.sparse_conv2d.blocked.template import Code, store_tile
+from clicktrain.kernels.sparse_conv2d.blocked.vocabulary import Taps
+
+
+def write_tile(code: Code, g: Generator, name: str, row: TileKind, column: TileKind, moments: bool) -> None:
+    """All filters of one tile of positions, and before it the loops over kernels of one tap set each."""
+    for number, taps in enumerate(g.vocabulary):
+        _kernels(code, g, f"{name}_set_{number}", taps, row, column)
+    positions = row.size * column.size
+    code(
+        f"static __attribute__((noinline)) void {name}(const cell *restrict x, stored *restrict y, "
+        "vec *restrict sums, const weight *restrict v, const real *restrict bias, "
+        f"const int32_t *restrict rows, const {g.entry} *restrict entries, int64_t stream, ahead_t *ahead"
+        f"{statistics.TILE_PARAMETERS if moments else ''}) {{"
+    )
+    code(f"for (long f = 0; f < RESULTS; f += {g.block}) {{")
+    code(f"const long count = min64({g.block}, RESULTS - f);")
+    code("for (long k = 0; k < count; ++k) {")
+    code("const vec start = splat(bias ? bias[f + k] : 0);")
+    code(f"for (long i = 0; i < {positions}; ++i) sums[k * {positions} + i] = start;")
+    code("}")
+    code(f"for (long p = 0; p < {g.passes}; ++p, rows += {len(g.vocabulary)}) {{")
+    for number in range(len(g.vocabulary)):
+        code(
+            f"v = {name}_set_{number}(x, sums, v, entries + 2L * rows[{number}], "
+            f"entries + 2L * rows[{number + 1}], ahead);"
+        )
+    code("}")
+    code("for (long k = 0; k < count; ++k) {")
+    code(f"const vec *s = sums + k * {positions};")
+    ready = [f"s[{i}]" for i in range(positions)]
+    store_tile(code, "y + (f + k) * (DST_H * DST_W)", ready, row.size, column.size)
+    if moments:
+        statistics.add_tile(code, "f + k", ready)
+    code("}")
+    code("}")
+    code("}")
+
+
+def _kernels(code: Code, g: Generator, name: str, taps: Taps, row: TileKind, column: TileKind) -> None:
+    """The loop over those kernels of a block and a pass that have one tap set; returns the next weight."""
+    positions = row.size * column.size
+    calls = g.rows.region_tiles * g.columns.region_tiles * g.blocks * g.passes * len(g.vocabulary)
+    code(
+        f"static __attribute__((noinline)) const weight *{name}(const cell *restrict x, vec *restrict sums, "
+        f"const weight *restrict v, const {g.entry} *restrict e, const {g.entry} *end, ahead_t *ahead) {{"
+    )
+    code(f"fetch(ahead, {-(-g.sources * g.rows.buffer // calls)});")
+    code(f"for (; e != end; e += 2, v += {len(taps)}) {{")
+    code("const cell *p = x + e[0] * WIN;")
+    code(f"vec *s = sums + e[1] * {positions}L;")
+    code("(void)p; (void)s;")
+    for t in range(len(taps)):
+        code(f"vec w{t} = splat(v[{t}]); KEEP(w{t});")
+    uses = _sweep(list(g.triples(taps, row, column)), g.columns.buffer)
+    left = [0] * positions
+    for use in uses:
+        for position, _ in use[1]:
+            left[position] += 1
+    begun = set()
+    for window, found in uses:
+        for position, _ in found:
+            if position not in begun:
+                begun.add(position)
+                code(f"vec a{position} = s[{position}];")
+        if len(found) > 1:
+            code(f"{{ vec t = p[{window}]; KEEP(t);")
+            for position, tap in found:
+                code(f"  a{position} += t * w{tap};")
+            code("}")
+        else:
+            ((position, tap),) = found
+            code(f"a{position} += p[{window}] * w{tap};")
+        for position, _ in found:
+            left[position] -= 1
+            if not left[position]:
+                code(f"s[{position}] = a{position};")
+    code("}")
+    code("return v;")
+    code("}")
+
+
+_Uses = list[tuple[int, list[tuple[int, int]]]]
+
+
+def _sweep(triples: list[tuple[int, int, int]], width: int) -> _Uses:
+    """Windows and what uses them, (result position, tap), row after row or column after column.
+
+    Whichever order has fewer sums begun and not finished: those are in registers.
+    """
+    by_window: dict[int, list[tuple[int, int]]] = {}
+    for position, window, tap in triples:
+        by_window.setdefault(window, []).append((position, tap))
+    rows: _Uses = sorted(by_window.items())
+    columns: _Uses = sorted(by_window.items(), key=lambda item: (item[0] % width, item[0] // width))
+    return min(rows, columns, key=_open_sums)
+
+
+def _open_sums(uses: _Uses) -> int:
+    """Most sums that are begun and not finished at any time."""
+    first: dict[int, int] = {}
+    last: dict[int, int] = {}
+    for time, (_, found) in enumerate(uses):
+        for position, _ in found:
+            first.setdefault(position, time)
+            last[position] = time
+    changes = [0] * (len(uses) + 1)
+    for position, time in first.items():
+        changes[time] += 1
+        changes[last[position] + 1] -= 1
+    most = open_now = 0
+    for change in changes:
+        open_now += change
+        most = max(most, open_now)
+    return most

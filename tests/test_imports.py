@@ -8,6 +8,7 @@ import sys
 from pathlib import Path
 
 import pytest
+from test_layers import LAYERS, PACKAGE, modules_of
 
 # Packages of the extras, and what a machine may lack.
 OPTIONAL = ("triton", "torchvision", "onnx", "onnxscript", "onnxruntime", "tensorboard", "timm", "lightning")
@@ -71,29 +72,36 @@ assert seconds < {SECONDS}, f"import clicktrain and its names take {{seconds:.1f
 
 @pytest.mark.skipif(not hasattr(os, "fork"), reason="needs os.fork")
 def test_every_module_imports_alone_and_without_optional_packages(repository: Path) -> None:
-    """Each in a process that has imported nothing of the package yet; forked, so that others load once."""
+    """Each in a process that has imported nothing of its layer yet; forked, so that others load once.
+
+    Lower layers are loaded: they import what is lower still (test_layers), so they can be in no circle.
+    """
+    modules = [name for name in modules_of(PACKAGE) if not name.endswith("__main__")]
+    layers = [[name for name in modules if (name.split(".")[1:] or ["__init__"])[0] in row] for row in LAYERS]
+    assert sorted(name for layer in layers for name in layer) == sorted(modules)
     code = (
         blocked(OPTIONAL)
+        + f"layers = {layers!r}"
         + """
-import importlib, os, pathlib, sys, warnings
+import importlib, os, sys, warnings
 import docstring_parser, jinja2, jsonargparse, numpy, PIL.Image, rich.live, safetensors.torch, torch, yaml
 import torch.export, torch.optim.swa_utils
 warnings.simplefilter("ignore", DeprecationWarning)  # fork with threads about: the child only imports
 failed = []
-for path in sorted(pathlib.Path("clicktrain").rglob("*.py")):
-    parts = path.with_suffix("").parts
-    name = ".".join(parts[:-1] if parts[-1] == "__init__" else parts)
-    if parts[-1] == "__main__":
-        continue
-    if (child := os.fork()) == 0:
-        try:
-            importlib.import_module(name)
-        except BaseException as error:
-            print(f"{name}: {type(error).__name__}: {error}", file=sys.stderr, flush=True)
-            os._exit(1)
-        os._exit(0)
-    failed += [name] * bool(os.waitpid(child, 0)[1])
-sys.exit(f"{len(failed)} modules cannot be imported alone" if failed else 0)
+for layer in layers:
+    for name in layer:
+        if (child := os.fork()) == 0:
+            try:
+                importlib.import_module(name)
+            except BaseException as error:
+                print(f"{name}: {type(error).__name__}: {error}", file=sys.stderr, flush=True)
+                os._exit(1)
+            os._exit(0)
+        failed += [name] * bool(os.waitpid(child, 0)[1])
+    if failed:
+        sys.exit(f"{len(failed)} modules cannot be imported alone")
+    for name in layer:
+        importlib.import_module(name)
 """
     )
     run_python(code, repository)

@@ -22,7 +22,10 @@ def write(code: Code, g: Generator, sums: bool = False) -> None:
 
     With ``sums`` mean and variance of each filter's results are taken on the way.
     """
-    extra = statistics.TILE_ARGUMENTS if sums else ""
+    extra = ", &ready" if g.sweeps else ""
+    extra += statistics.TILE_ARGUMENTS if sums else ""
+    if g.sweeps:
+        code(sweep.support(sums))
     for a, row in enumerate(g.rows.kinds):
         for b, column in enumerate(g.columns.kinds):
             write_tile = sweep.write_tile if g.sweeps else _tile
@@ -34,6 +37,8 @@ def write(code: Code, g: Generator, sums: bool = False) -> None:
     code("vec *sums = scratch + me * SCRATCH;")
     code(f"cell *buffer = (cell *)(sums + {g.sum_vectors});")
     code("(void)sums; (void)buffer;")
+    if g.sweeps:
+        code("ready_t ready = {0};")
     if sums:
         statistics.open_sums(code)
     span = "ROW_FIRST[{0}rr], ROW_SPAN[{0}rr], COL_FIRST[{0}rc], COL_SPAN[{0}rc]"
@@ -52,6 +57,8 @@ def write(code: Code, g: Generator, sums: bool = False) -> None:
                     if sums:
                         code("fresh = 0;")
             code("}")
+    if g.sweeps:
+        code("if (ready.left) ready.store(&ready, ready.left);")
     if sums:
         statistics.close_region(code, "ROW_SIZE[rr] * COL_SIZE[rc]")
     code("}")
@@ -75,7 +82,7 @@ def _tile(code: Code, g: Generator, name: str, row: TileKind, column: TileKind, 
         f"{statistics.TILE_PARAMETERS if moments else ''}) {{"
     )
     code(f"for (long f = 0; f < RESULTS / {g.together}; ++f) {{")
-    code(f"fetch(ahead, {-(-g.sources * g.rows.buffer // steps)});")
+    code(f"fetch(ahead, {-(-g.sources * g.rows.buffer // steps)}, WIN_W);")
     for k in range(g.together):
         code(f"const vec start{k} = splat(bias ? bias[f * {g.together} + {k}] : 0);")
         code(f"vec {', '.join(f'{one} = start{k}' for one in sums[k])};")

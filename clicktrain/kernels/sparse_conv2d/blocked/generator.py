@@ -70,10 +70,10 @@ class Generator:
 
     @property
     def sum_vectors(self) -> int:
-        """Vectors of a block's sums."""
+        """Vectors of two blocks' sums: one is computed, the one before is stored."""
         if not self.sweeps:
             return 0
-        return self.block * max(k.size for k in self.rows.kinds) * max(k.size for k in self.columns.kinds)
+        return 2 * self.block * max(k.size for k in self.rows.kinds) * max(k.size for k in self.columns.kinds)
 
     @property
     def scratch(self) -> int:

@@ -99,8 +99,8 @@ def _region(code: Code, g: Generator, number: int, rows: RegionKind, columns: Re
     code("const long kernels = max64((end - e) / 3, 1);")
     code("const int share_x = next_x->left / kernels + 1, share_gy = next_gy->left / kernels + 1;")
     code("for (; e != end; e += 3) {")
-    code("fetch(next_x, share_x);")
-    code("fetch(next_gy, share_gy);")
+    code("fetch(next_x, share_x, WIN_W);")
+    code("fetch(next_gy, share_gy, PATCH_W);")
     code("const cell *xc = x + e[0] * WIN, *gc = gy + e[1] * PATCH;")
     code("switch (e[2]) {")
     for case, taps in enumerate(g.vocabulary):

@@ -19,36 +19,75 @@ from clicktrain.kernels.sparse_conv2d.blocked.template import Code, store_tile
 from clicktrain.kernels.sparse_conv2d.blocked.vocabulary import Taps
 
 
+def support(moments: bool) -> str:
+    """The type of a block whose sums are ready: it is stored a result at a time while the next is computed.
+
+    Stored at once, as many lines as the core can wait for would hold everything up.
+    """
+    extra = " vec *moments; real *centres; int fresh;" if moments else ""
+    return (
+        "typedef struct ready_t { void (*store)(struct ready_t *, long); const vec *sums; stored *y; "
+        f"long f, left; int64_t stream; int turn;{extra} }} ready_t;"
+    )
+
+
 def write_tile(code: Code, g: Generator, name: str, row: TileKind, column: TileKind, moments: bool) -> None:
     """All filters of one tile of positions, and before it the loops over kernels of one tap set each."""
+    positions = row.size * column.size
+    _store(code, f"{name}_store", row, column, moments)
     for number, taps in enumerate(g.vocabulary):
         _kernels(code, g, f"{name}_set_{number}", taps, row, column)
-    positions = row.size * column.size
     code(
         f"static __attribute__((noinline)) void {name}(const cell *restrict x, stored *restrict y, "
         "vec *restrict sums, const weight *restrict v, const real *restrict bias, "
-        f"const int32_t *restrict rows, const {g.entry} *restrict entries, int64_t stream, ahead_t *ahead"
-        f"{statistics.TILE_PARAMETERS if moments else ''}) {{"
+        f"const int32_t *restrict rows, const {g.entry} *restrict entries, int64_t stream, ahead_t *ahead, "
+        f"ready_t *ready{statistics.TILE_PARAMETERS if moments else ''}) {{"
     )
     code(f"for (long f = 0; f < RESULTS; f += {g.block}) {{")
     code(f"const long count = min64({g.block}, RESULTS - f);")
+    code("const int turn = !ready->turn;")
+    code(f"vec *own = turn ? sums + {g.sum_vectors // 2} : sums;")
     code("for (long k = 0; k < count; ++k) {")
     code("const vec start = splat(bias ? bias[f + k] : 0);")
-    code(f"for (long i = 0; i < {positions}; ++i) sums[k * {positions} + i] = start;")
+    code(f"for (long i = 0; i < {positions}; ++i) own[k * {positions} + i] = start;")
     code("}")
     code(f"for (long p = 0; p < {g.passes}; ++p, rows += {len(g.vocabulary)}) {{")
     for number in range(len(g.vocabulary)):
         code(
-            f"v = {name}_set_{number}(x, sums, v, entries + 2L * rows[{number}], "
-            f"entries + 2L * rows[{number + 1}], ahead);"
+            f"v = {name}_set_{number}(x, own, v, entries + 2L * rows[{number}], "
+            f"entries + 2L * rows[{number + 1}], ahead, ready);"
         )
     code("}")
-    code("for (long k = 0; k < count; ++k) {")
-    code(f"const vec *s = sums + k * {positions};")
-    ready = [f"s[{i}]" for i in range(positions)]
-    store_tile(code, "y + (f + k) * (DST_H * DST_W)", ready, row.size, column.size)
+    code("if (ready->left) ready->store(ready, ready->left);")
+    extra = ", moments, centres, fresh" if moments else ""
+    code(f"*ready = (ready_t){{{name}_store, own, y + f * (DST_H * DST_W), f, count, stream, turn{extra}}};")
+    code("}")
+    code("}")
+
+
+def _store(code: Code, name: str, row: TileKind, column: TileKind, moments: bool) -> None:
+    """The function that stores some results of a block."""
+    positions = row.size * column.size
+    sums = [f"s[{i}]" for i in range(positions)]
+    code(f"static __attribute__((noinline)) void {name}(ready_t *ready, long count) {{")
+    code("const int64_t stream = ready->stream;")
     if moments:
-        statistics.add_tile(code, "f + k", ready)
+        code("vec *moments = ready->moments;")
+        code("real *centres = ready->centres;")
+        code("const int fresh = ready->fresh;")
+    code("for (; count > 0 && ready->left > 0; --count, --ready->left) {")
+    code("const vec *s = ready->sums;")
+    store_tile(code, "ready->y", sums, row.size, column.size)
+    if moments:
+        statistics.add_tile(code, "ready->f", sums)
+    code(f"ready->sums += {positions}; ready->y += DST_H * DST_W; ++ready->f;")
+    # Stores retire in their order: one that waits for its line would hold up those of the sums.
+    code("if (!stream) {")
+    code(f"for (int i = 0; i < {row.size}; ++i) {{")
+    code('_Pragma("GCC unroll 18")')
+    code(f"for (int j = 0; j < {column.size} + LINE - 1; j += LINE)")
+    code("  __builtin_prefetch(ready->y + i * DST_W + j, 1, 3);")
+    code("}")
     code("}")
     code("}")
     code("}")
@@ -60,9 +99,11 @@ def _kernels(code: Code, g: Generator, name: str, taps: Taps, row: TileKind, col
     calls = g.rows.region_tiles * g.columns.region_tiles * g.blocks * g.passes * len(g.vocabulary)
     code(
         f"static __attribute__((noinline)) const weight *{name}(const cell *restrict x, vec *restrict sums, "
-        f"const weight *restrict v, const {g.entry} *restrict e, const {g.entry} *end, ahead_t *ahead) {{"
+        f"const weight *restrict v, const {g.entry} *restrict e, const {g.entry} *end, ahead_t *ahead, "
+        "ready_t *ready) {"
     )
-    code(f"fetch(ahead, {-(-g.sources * g.rows.buffer // calls)});")
+    code(f"fetch(ahead, {-(-g.sources * g.rows.buffer // calls)}, WIN_W);")
+    code(f"if (ready->left) ready->store(ready, {-(-g.block // (g.passes * len(g.vocabulary)))});")
     code(f"for (; e != end; e += 2, v += {len(taps)}) {{")
     code("const cell *p = x + e[0] * WIN;")
     code(f"vec *s = sums + e[1] * {positions}L;")

@@ -75,7 +75,7 @@ def _tile(code: Code, g: TapGenerator, moments: bool) -> None:
     )
     code(f"for (long f = 0; f < RESULTS; ++f, rows += 2, sums += {len(places)}, y += DST_H * DST_W) {{")
     if not g.in_place:
-        code(f"fetch(ahead, {-(-g.sources * g.rows.buffer // calls)});")
+        code(f"fetch(ahead, {-(-g.sources * g.rows.buffer // calls)}, WIN_W);")
     code(f"vec {', '.join(names)};")
     code("if (first) {")
     code("const vec start = splat(bias ? bias[f] : 0);")

@@ -7,12 +7,20 @@ from collections.abc import Iterator
 import torch
 
 from clicktrain.kernels.native import preamble
-from clicktrain.kernels.sparse_conv2d.blocked import cells
+from clicktrain.kernels.sparse_conv2d.blocked import ahead, cells
 from clicktrain.kernels.sparse_conv2d.blocked.geometry import Backward, Forward
 from clicktrain.kernels.sparse_conv2d.blocked.problem import ConvProblem, Phase, Tiling
 from clicktrain.kernels.sparse_conv2d.blocked.regions import AxisRegions, TileKind
 from clicktrain.kernels.sparse_conv2d.blocked.tables import NARROW
-from clicktrain.kernels.sparse_conv2d.blocked.template import SUPPORT, Code, define, define_pack, join, planes
+from clicktrain.kernels.sparse_conv2d.blocked.template import (
+    FETCH,
+    SUPPORT,
+    Code,
+    define,
+    define_pack,
+    join,
+    planes,
+)
 from clicktrain.kernels.sparse_conv2d.blocked.vocabulary import Taps
 
 
@@ -58,8 +66,8 @@ class Generator:
 
     @property
     def window_vectors(self) -> int:
-        """Vectors of the buffer for windows."""
-        return 0 if self.in_place else self.sources * self.window
+        """Vectors of the buffer for windows; of two, where the next region is copied beside this one."""
+        return 0 if self.in_place else self.sources * self.window * (2 if self.sweeps else 1)
 
     @property
     def patch_vectors(self) -> int:
@@ -106,6 +114,7 @@ class Generator:
         define_pack(code, spans, self.columns.direction.source)
         code(self.cells)
         code(SUPPORT)
+        code(ahead.SUPPORT if self.sweeps else FETCH)
         return code
 
     def triples(self, taps: Taps, row: TileKind, column: TileKind) -> Iterator[tuple[int, int, int]]:

@@ -102,7 +102,7 @@ def _kernels(code: Code, g: Generator, name: str, taps: Taps, row: TileKind, col
         f"const weight *restrict v, const {g.entry} *restrict e, const {g.entry} *end, ahead_t *ahead, "
         "ready_t *ready) {"
     )
-    code(f"fetch(ahead, {-(-g.sources * g.rows.buffer // calls)}, WIN_W);")
+    code(f"if (ahead->left) copy(ahead, {-(-g.sources * g.rows.buffer // calls)});")
     code(f"if (ready->left) ready->store(ready, {-(-g.block // (g.passes * len(g.vocabulary)))});")
     code(f"for (; e != end; e += 2, v += {len(taps)}) {{")
     code("const cell *p = x + e[0] * WIN;")

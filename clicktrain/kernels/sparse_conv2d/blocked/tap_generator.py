@@ -16,7 +16,15 @@ from clicktrain.kernels.sparse_conv2d.blocked import cells
 from clicktrain.kernels.sparse_conv2d.blocked.geometry import Backward, Forward
 from clicktrain.kernels.sparse_conv2d.blocked.lattice import AxisLattices
 from clicktrain.kernels.sparse_conv2d.blocked.problem import ConvProblem, Phase, Tiling
-from clicktrain.kernels.sparse_conv2d.blocked.template import SUPPORT, Code, define, define_pack, join, planes
+from clicktrain.kernels.sparse_conv2d.blocked.template import (
+    FETCH,
+    SUPPORT,
+    Code,
+    define,
+    define_pack,
+    join,
+    planes,
+)
 
 OFFSETS = 1 << 16
 """Vectors that the windows of one pass may have, so that an offset takes two bytes."""
@@ -90,6 +98,7 @@ class TapGenerator:
         define_pack(code, spans, columns.direction.source)
         code(self.cells)
         code(SUPPORT)
+        code(FETCH)
         return code
 
 

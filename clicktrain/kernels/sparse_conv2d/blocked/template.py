@@ -149,26 +149,8 @@ SUPPORT = """
 #ifdef _OPENMP
 #include <omp.h>
 #endif
-// What the next region will read: fetched into the second-level cache, a few rows at a time, while this one
-// is computed. Copying alone would wait for memory, computing alone would leave it idle. Rows are fetched in
-// the width that most have, which is known: code without a loop.
-typedef struct { const stored *base; long stride, plane, left; int rows, row; } ahead_t;
+// Activations in a cache line.
 #define LINE (sizeof(stored) < 64 ? 64 / (int)sizeof(stored) : 1)
-static inline __attribute__((always_inline, unused)) void fetch(ahead_t *a, int count, int width) {
-  for (; count > 0 && a->left > 0; --count, --a->left) {
-    _Pragma("GCC unroll 18")
-    for (int j = 0; j < width + LINE - 1; j += LINE) __builtin_prefetch(a->base + j, 0, 2);
-    a->base += a->stride;
-    if (++a->row == a->rows) { a->row = 0; a->base += a->plane - a->rows * a->stride; }
-  }
-}
-static __attribute__((noinline, unused))
-ahead_t look(const stored *from, long planes, long h, long w, int row, int rows, int col, int cols) {
-  const int r0 = max64(row, 0), r1 = min64(row + rows, h), c0 = max64(col, 0), c1 = min64(col + cols, w);
-  ahead_t a = {from + (long)r0 * w + c0, w, h * w, planes * (r1 - r0), r1 - r0, 0};
-  if (r1 <= r0 || c1 <= c0) a.left = 0;
-  return a;
-}
 static inline __attribute__((always_inline, unused))
 void pack_span(const stored *restrict from, cell *restrict to, int row, int rows, int col, int cols,
                int c0, int c1) {
@@ -204,4 +186,27 @@ void pack_patch(const stored *restrict from, cell *restrict to, int row, int row
         to[f * PATCH + i * PATCH_W + j] = to_cell(from[(f * DST_H + row + i) * DST_W + col + j]);
 }
 #endif
+"""
+
+
+FETCH = """
+// What the next region will read: fetched into the second-level cache, a few rows at a time, while this one
+// is computed. Copying alone would wait for memory, computing alone would leave it idle. Rows are fetched in
+// the width that most have, which is known: code without a loop.
+typedef struct { const stored *base; long stride, plane, left; int rows, row; } ahead_t;
+static inline __attribute__((always_inline, unused)) void fetch(ahead_t *a, int count, int width) {
+  for (; count > 0 && a->left > 0; --count, --a->left) {
+    _Pragma("GCC unroll 18")
+    for (int j = 0; j < width + LINE - 1; j += LINE) __builtin_prefetch(a->base + j, 0, 2);
+    a->base += a->stride;
+    if (++a->row == a->rows) { a->row = 0; a->base += a->plane - a->rows * a->stride; }
+  }
+}
+static __attribute__((noinline, unused))
+ahead_t look(const stored *from, long planes, long h, long w, int row, int rows, int col, int cols) {
+  const int r0 = max64(row, 0), r1 = min64(row + rows, h), c0 = max64(col, 0), c1 = min64(col + cols, w);
+  ahead_t a = {from + (long)r0 * w + c0, w, h * w, planes * (r1 - r0), r1 - r0, 0};
+  if (r1 <= r0 || c1 <= c0) a.left = 0;
+  return a;
+}
 """

@@ -18,7 +18,7 @@ GRAD_WEIGHT_FILTERS = 128
 """Filters whose output gradients are gone through before the next ones: they stay in the cache."""
 TAP_VECTORS = 256
 """Vectors of 64 bytes of a tile's windows in one pass over taps as data: half of a first-level cache."""
-SWEEP_VECTORS = ((384, 256), (160, 320))
+SWEEP_VECTORS = ((384, 288), (768, 288))
 """Vectors of 64 bytes that a block's sums and a pass's windows may fill where tap sets sweep over a tile."""
 SWEEP_POSITIONS = 3
 """Positions of a kernel from which on sweeping can pay: each tap loads and stores its sums anew."""
@@ -135,10 +135,10 @@ def _sweep_candidates(phase: Phase, problem: ConvProblem, lanes: int) -> list[Ti
     """Tilings for code of tap sets that sweeps over tiles with sums in the cache."""
     backward = phase == "grad_input"
     axes = (problem.rows, problem.columns)
-    lengths = [a.size if backward else a.out for a in axes]
     steps = [a.stride if backward else 1 for a in axes]
-    sizes = [_sweep_size(-(-length // step)) for length, step in zip(lengths, steps, strict=True)]
-    tile = sizes[0] * steps[0], sizes[1] * steps[1]
+    lengths = [-(-(a.size if backward else a.out) // step) for a, step in zip(axes, steps, strict=True)]
+    columns = _sweep_columns(lengths[1])
+    tile = _sweep_rows(lengths[0], columns) * steps[0], columns * steps[1]
     direction = Backward if backward else Forward
     window = 1
     for axis, size in zip(axes, tile, strict=True):
@@ -146,24 +146,31 @@ def _sweep_candidates(phase: Phase, problem: ConvProblem, lanes: int) -> list[Ti
     results, sources = problem.filters, problem.channels
     if backward:
         results, sources = sources, results
-    wide = -(-lengths[0] // tile[0]), -(-lengths[1] // tile[1])
-    regions = [_region(phase, problem, tile, lanes)]
-    if wide[0] > 2 or wide[1] > 2:
-        regions.insert(0, (1, wide[1]))  # whole rows: read without gaps
-    positions = min(tile[0], lengths[0]) * min(tile[1], lengths[1])
+    # Whole rows of tiles, which are read without gaps; or half of them, which stay in a smaller cache.
+    wide = -(-lengths[1] // columns)
+    regions = dict.fromkeys(((1, 1), (1, wide)) if wide == 2 else ((1, wide), (1, -(-wide // 2))))
     found = []
     for for_sums, for_windows in SWEEP_VECTORS:
-        block = _even(results, for_sums * 16 // lanes // positions)
+        block = _even(results, for_sums * 16 // lanes // (tile[0] * tile[1]))
         part = _even(sources, for_windows * 16 // lanes // window)
         found += [Tiling(tile, region, code="sweep", sources=part, results=block) for region in regions]
     return list(dict.fromkeys(found[:3]))
 
 
-def _sweep_size(length: int) -> int:
-    """Positions of a tile along one axis: about four, without a small rest."""
-    if length % 4 and length % 7 == 0:
-        return 7
-    return 4 if length % 4 == 0 or length > 28 else -(-length // max(round(length / 4.5), 1))
+def _sweep_rows(length: int, columns: int) -> int:
+    """Rows of a tile of so many columns: about 16 positions, without a rest of a few rows."""
+    if length <= 7:
+        return length
+    if length % 4 and length % 2 == 0 and columns > 4:
+        return 2
+    return 4
+
+
+def _sweep_columns(length: int) -> int:
+    """Columns of a tile: about four, without a small rest."""
+    if length <= 7 or length % 4 == 0 or length > 28:
+        return 4 if length % 4 == 0 or length > 28 else length
+    return 7 if length % 7 == 0 else -(-length // round(length / 4.5))
 
 
 def _even(count: int, most: int) -> int:

@@ -5,7 +5,7 @@ Sums of a tile of positions are in registers over all kernels of a filter; `swee
 
 from __future__ import annotations
 
-from clicktrain.kernels.sparse_conv2d.blocked import ahead, statistics, sweep
+from clicktrain.kernels.sparse_conv2d.blocked import copies, statistics, sweep
 from clicktrain.kernels.sparse_conv2d.blocked.generator import Generator
 from clicktrain.kernels.sparse_conv2d.blocked.regions import TileKind
 from clicktrain.kernels.sparse_conv2d.blocked.template import (
@@ -42,7 +42,7 @@ def write(code: Code, g: Generator, sums: bool = False) -> None:
     if sums:
         statistics.open_sums(code)
     span = "ROW_FIRST[{0}rr], ROW_SPAN[{0}rr], COL_FIRST[{0}rc], COL_SPAN[{0}rc]"
-    (ahead.open_regions if g.sweeps else open_regions)(code, g.in_place, span)
+    (copies.open_regions if g.sweeps else open_regions)(code, g.in_place, span)
     for row_kind, rows in g.rows.region_kinds().items():
         for column_kind, columns in g.columns.region_kinds().items():
             code(f"if ({among('rr', rows)} && {among('rc', columns)}) {{")

@@ -7,7 +7,7 @@ from collections.abc import Iterator
 import torch
 
 from clicktrain.kernels.native import preamble
-from clicktrain.kernels.sparse_conv2d.blocked import ahead, cells
+from clicktrain.kernels.sparse_conv2d.blocked import cells, copies
 from clicktrain.kernels.sparse_conv2d.blocked.geometry import Backward, Forward
 from clicktrain.kernels.sparse_conv2d.blocked.problem import ConvProblem, Phase, Tiling
 from clicktrain.kernels.sparse_conv2d.blocked.regions import AxisRegions, TileKind
@@ -17,7 +17,6 @@ from clicktrain.kernels.sparse_conv2d.blocked.template import (
     SUPPORT,
     Code,
     define,
-    define_pack,
     join,
     planes,
 )
@@ -110,11 +109,13 @@ class Generator:
             code(f"static const int {name}_START[] = {{{join(region[0].start for region in axis.regions)}}};")
             sizes = [sum(t.size for t in region) for region in axis.regions]
             code(f"static const int {name}_SIZE[] = {{{join(sizes)}}};")
-        spans = [self.columns.span(region) for region in self.columns.regions]
-        define_pack(code, spans, self.columns.direction.source)
         code(self.cells)
         code(SUPPORT)
-        code(ahead.SUPPORT if self.sweeps else FETCH)
+        if not self.sweeps:
+            code(FETCH)
+        code(copies.TYPE)
+        columns = tuple(self.columns.span(region) for region in self.columns.regions)
+        copies.windows(self.window, self.columns.buffer, columns, self.columns.direction.source).write(code)
         return code
 
     def triples(self, taps: Taps, row: TileKind, column: TileKind) -> Iterator[tuple[int, int, int]]:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from typing import NamedTuple
 
+from clicktrain.kernels.sparse_conv2d.blocked import copies
 from clicktrain.kernels.sparse_conv2d.blocked.generator import Generator
 from clicktrain.kernels.sparse_conv2d.blocked.regions import RegionKind, TileKind
 from clicktrain.kernels.sparse_conv2d.blocked.template import Code, add_threads, among, locate, open_threads
@@ -24,6 +25,12 @@ def write(code: Code, g: Generator) -> None:
         for row_kind, rows in g.rows.region_kinds().items()
         for column_kind, columns in g.columns.region_kinds().items()
     ]
+    if not g.patch_in_place:
+        starts = [region[0].start for region in g.columns.regions]
+        sizes = [sum(t.size for t in region) for region in g.columns.regions]
+        spans = tuple(zip(starts, sizes, strict=True))
+        patch = g.patch_rows * g.patch_columns
+        copies.gradients(patch, g.patch_columns, spans, g.columns.direction.length).write(code)
     for number, (row_kind, _, column_kind, _) in enumerate(kinds):
         _region(code, g, number, row_kind, column_kind)
     code(
@@ -64,14 +71,21 @@ def _pack(code: Code, g: Generator) -> None:
     code(f"const cell *patch = {'other' if g.patch_in_place else f'buffer + {g.window_vectors}L'};")
     code("(void)from; (void)other;")
     if not g.in_place:
-        code("if (region != packed)")
-        code("  pack(from, buffer, ROW_FIRST[rr], ROW_SPAN[rr], COL_FIRST[rc], COL_SPAN[rc]);")
-    if not g.patch_in_place:
-        code("if (region != packed)")
+        code("if (region != packed) {")
         code(
-            f"  pack_patch(other, buffer + {g.window_vectors}L, "
+            "copy_t rows = windows_of(from, buffer, 1, "
+            "ROW_FIRST[rr], ROW_SPAN[rr], COL_FIRST[rc], COL_SPAN[rc]);"
+        )
+        code("copy_windows(&rows, rows.left);")
+        code("}")
+    if not g.patch_in_place:
+        code("if (region != packed) {")
+        code(
+            f"copy_t rows = gradients_of(other, buffer + {g.window_vectors}L, 1, "
             "ROW_START[rr], ROW_SIZE[rr], COL_START[rc], COL_SIZE[rc]);"
         )
+        code("copy_gradients(&rows, rows.left);")
+        code("}")
     code("packed = region;")
     code("ahead_t next_x = {0}, next_gy = {0};")
     code("if (item + 1 < last && (item + 1) / parts != region) {")

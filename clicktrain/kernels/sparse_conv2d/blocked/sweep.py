@@ -40,7 +40,7 @@ def write_tile(code: Code, g: Generator, name: str, row: TileKind, column: TileK
     code(
         f"static __attribute__((noinline)) void {name}(const cell *restrict x, stored *restrict y, "
         "vec *restrict sums, const weight *restrict v, const real *restrict bias, "
-        f"const int32_t *restrict rows, const {g.entry} *restrict entries, int64_t stream, ahead_t *ahead, "
+        f"const int32_t *restrict rows, const {g.entry} *restrict entries, int64_t stream, copy_t *ahead, "
         f"ready_t *ready{statistics.TILE_PARAMETERS if moments else ''}) {{"
     )
     code(f"for (long f = 0; f < RESULTS; f += {g.block}) {{")
@@ -99,10 +99,10 @@ def _kernels(code: Code, g: Generator, name: str, taps: Taps, row: TileKind, col
     calls = g.rows.region_tiles * g.columns.region_tiles * g.blocks * g.passes * len(g.vocabulary)
     code(
         f"static __attribute__((noinline)) const weight *{name}(const cell *restrict x, vec *restrict sums, "
-        f"const weight *restrict v, const {g.entry} *restrict e, const {g.entry} *end, ahead_t *ahead, "
+        f"const weight *restrict v, const {g.entry} *restrict e, const {g.entry} *end, copy_t *ahead, "
         "ready_t *ready) {"
     )
-    code(f"if (ahead->left) copy(ahead, {-(-g.sources * g.rows.buffer // calls)});")
+    code(f"if (ahead->left) copy_windows(ahead, {-(-g.sources * g.rows.buffer // calls)});")
     code(f"if (ready->left) ready->store(ready, {-(-g.block // (g.passes * len(g.vocabulary)))});")
     code(f"for (; e != end; e += 2, v += {len(taps)}) {{")
     code("const cell *p = x + e[0] * WIN;")

@@ -12,7 +12,7 @@ from __future__ import annotations
 import torch
 
 from clicktrain.kernels.native import preamble
-from clicktrain.kernels.sparse_conv2d.blocked import cells
+from clicktrain.kernels.sparse_conv2d.blocked import cells, copies
 from clicktrain.kernels.sparse_conv2d.blocked.geometry import Backward, Forward
 from clicktrain.kernels.sparse_conv2d.blocked.lattice import AxisLattices
 from clicktrain.kernels.sparse_conv2d.blocked.problem import ConvProblem, Phase, Tiling
@@ -21,13 +21,14 @@ from clicktrain.kernels.sparse_conv2d.blocked.template import (
     SUPPORT,
     Code,
     define,
-    define_pack,
     join,
     planes,
 )
 
 OFFSETS = 1 << 16
 """Vectors that the windows of one pass may have, so that an offset takes two bytes."""
+BESIDE_VECTORS = 16384
+"""Vectors of a region that is copied while another is computed: two of them fill a second-level cache."""
 FILTER_VECTORS = 8192
 """Vectors of the output's gradient that are gone through before the next: half of a second-level cache."""
 
@@ -59,11 +60,17 @@ class TapGenerator:
         self.filters_at_once = max(FILTER_VECTORS // (self.patch * self.images), 1)
 
     @property
+    def buffers(self) -> int:
+        """Of regions (gradient of the weight): two, if small, one of which is computed, the next copied."""
+        both = (self.sources * self.window + self.results * self.patch) * self.images
+        return 2 if both <= BESIDE_VECTORS else 1
+
+    @property
     def scratch(self) -> int:
         """Vectors that each thread needs, beside the sums of the gradient of the weight."""
         window = 0 if self.in_place else self.sources * self.window * self.images
         if self.phase == "grad_weight":
-            return window + self.results * self.patch * self.images
+            return self.buffers * (window + self.results * self.patch * self.images)
         return window + self.results * self.rows.tile * self.columns.tile
 
     def offset(self, tap: int) -> tuple[int, int]:
@@ -93,12 +100,14 @@ class TapGenerator:
             counts = join(lattice.count for lattice in axis.lattices)
             code(f"static __attribute__((unused)) const int {name}_START[] = {{{starts}}};")
             code(f"static __attribute__((unused)) const int {name}_COUNT[] = {{{counts}}};")
-        columns = self.columns
-        spans = [(columns.first(region), columns.buffer) for region in range(columns.regions)]
-        define_pack(code, spans, columns.direction.source)
         code(self.cells)
         code(SUPPORT)
-        code(FETCH)
+        if self.phase != "grad_weight":
+            code(FETCH)
+        code(copies.TYPE)
+        spans = tuple((self.columns.first(n), self.columns.buffer) for n in range(self.columns.regions))
+        width = self.columns.direction.source
+        copies.windows(self.window, self.columns.buffer, spans, width, self.images).write(code)
         return code
 
 

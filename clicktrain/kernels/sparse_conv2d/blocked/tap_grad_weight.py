@@ -8,6 +8,7 @@ a region and weight, stay few.
 
 from __future__ import annotations
 
+from clicktrain.kernels.sparse_conv2d.blocked import copies
 from clicktrain.kernels.sparse_conv2d.blocked.tap_generator import TapGenerator
 from clicktrain.kernels.sparse_conv2d.blocked.template import Code, add_threads, locate, open_threads
 
@@ -22,7 +23,9 @@ def write(code: Code, g: TapGenerator) -> None:
     code(f"#define PATCH_H {g.rows.positions}L")
     code(f"#define PATCH_W {g.columns.positions}L")
     code(f"#define PATCHES {g.patch * g.images}L")
-    _pack_gradient(code, g)
+    columns = tuple((n * g.columns.positions, g.columns.positions) for n in range(g.columns.regions))
+    width = g.columns.direction.length
+    copies.gradients(g.patch, g.columns.positions, columns, width, g.images).write(code)
     _region(code, g)
     code(
         "int run(const stored *x, const stored *gy, real *grad, const int32_t *rows, "
@@ -34,28 +37,33 @@ def write(code: Code, g: TapGenerator) -> None:
     code("const int64_t own = SCRATCH + (nnz + LANES - 1) / LANES;")
     code("(void)threads;")
     open_threads(code)
-    code("cell *window = (cell *)(scratch + me * own), *patch = window + SOURCES * WIN;")
+    code("cell *buffer = (cell *)(scratch + me * own);")
     code("real *sums = (real *)(scratch + me * own + SCRATCH);")
     code("memset(sums, 0, nnz * sizeof(real));")
+    code("copy_t next_x = {0}, next_gy = {0};")
     code("int64_t packed = -1;")
     code("const int64_t last = items * (me + 1) / all;")
     code("for (int64_t item = items * me / all; item < last; ++item) {")
     code("const int64_t region = item / parts, part = item % parts;")
-    locate(code, "region")
-    code(f"const int64_t begin = b * {g.images}, images = min64({g.images}, blocks - begin);")
+    code(f"cell *window = buffer + region % {g.buffers} * (SOURCES * WIN + RESULTS * PATCHES);")
+    code("cell *patch = window + SOURCES * WIN;")
     code("if (region != packed) {")
-    code("for (int64_t i = 0; i < images; ++i) {")
-    code("const stored *from = x + (begin + i) * SOURCES * SRC_H * SRC_W;")
-    code(f"pack(from, window + i * {g.window}L, ROW_FIRST(rr), WIN_H, COL_FIRST(rc), WIN_W);")
-    code(
-        f"pack_gradient(gy + (begin + i) * RESULTS * DST_H * DST_W, patch + i * {g.patch}L, "
-        "rr * PATCH_H, rc * PATCH_W);"
-    )
+    code(f"if (packed < 0 || {g.buffers} == 1) {{")
+    _begin_copies(code, g, "region", "window", "patch")
     code("}")
+    code("copy_windows(&next_x, next_x.left);")
+    code("copy_gradients(&next_gy, next_gy.left);")
     code("packed = region;")
+    if g.buffers > 1:
+        code("if ((region + 1) * parts < last) {")
+        code("cell *other = buffer + (region + 1) % 2 * (SOURCES * WIN + RESULTS * PATCHES);")
+        _begin_copies(code, g, "region + 1", "other", "other + SOURCES * WIN")
+        code("}")
     code("}")
+    code(f"const int64_t begin = region / (REGION_ROWS * REGION_COLS) * {g.images};")
     code("const int64_t *chunk = chunks + 2 + 3 * part;")
-    code("region_sums(window, patch, sums, entries, rows + 5 * chunk[0], rows + 5 * chunk[1], images);")
+    code("region_sums(window, patch, sums, entries, rows + 5 * chunk[0], rows + 5 * chunk[1],")
+    code(f"  min64({g.images}, blocks - begin), &next_x, &next_gy);")
     code("}")
     add_threads(code)
     code("}")
@@ -63,20 +71,19 @@ def write(code: Code, g: TapGenerator) -> None:
     code("}")
 
 
-def _pack_gradient(code: Code, g: TapGenerator) -> None:
-    """Copy a region of the output's gradient; zero outside of it, where windows hold anything."""
-    code("static __attribute__((noinline))")
-    code("void pack_gradient(const stored *restrict from, cell *restrict to, long row, long col) {")
-    code("const long rows = min64(PATCH_H, DST_H - row), cols = min64(PATCH_W, DST_W - col);")
-    code("for (long f = 0; f < RESULTS; ++f) {")
-    code("cell *o = to + f * PATCHES;")
-    code("const stored *p = from + (f * DST_H + row) * DST_W + col;")
-    code("for (long i = 0; i < PATCH_H; ++i, o += PATCH_W, p += DST_W) {")
-    code("long j = 0;")
-    code("if (i < rows) for (; j < cols; ++j) o[j] = to_cell(p[j]);")
-    code("for (; j < PATCH_W; ++j) o[j] = (cell){0};")
-    code("}")
-    code("}")
+def _begin_copies(code: Code, g: TapGenerator, region: str, window: str, patch: str) -> None:
+    """Begin to copy a region's windows and output gradient; zero outside of the latter."""
+    code("{")
+    locate(code, region)
+    code(f"const int64_t begin = b * {g.images}, images = min64({g.images}, blocks - begin);")
+    code(
+        f"next_x = windows_of(x + begin * SOURCES * SRC_H * SRC_W, {window}, images, "
+        "ROW_FIRST(rr), WIN_H, COL_FIRST(rc), WIN_W);"
+    )
+    code(
+        f"next_gy = gradients_of(gy + begin * RESULTS * DST_H * DST_W, {patch}, images, "
+        "rr * PATCH_H, PATCH_H, rc * PATCH_W, PATCH_W);"
+    )
     code("}")
 
 
@@ -87,9 +94,13 @@ def _region(code: Code, g: TapGenerator) -> None:
     code(
         "static __attribute__((noinline)) void region_sums(const cell *restrict x, const cell *restrict gy, "
         "real *restrict sums, const uint16_t *restrict entries, const int32_t *restrict rows, "
-        "const int32_t *end, int64_t images) {"
+        "const int32_t *end, int64_t images, copy_t *next_x, copy_t *next_gy) {"
     )
+    code("const long runs = max64((end - rows) / 5, 1);")
+    code("const long share_x = next_x->left / runs + 1, share_gy = next_gy->left / runs + 1;")
     code("for (; rows != end; rows += 5) {")
+    code("if (next_x->left) copy_windows(next_x, share_x);")
+    code("if (next_gy->left) copy_gradients(next_gy, share_gy);")
     code("const uint16_t *e = entries + rows[0];")
     code("const cell *const q = gy + rows[1] * PATCHES, *const w = x + rows[2];")
     code("real *out = sums + rows[3];")

@@ -2,13 +2,9 @@
 
 from __future__ import annotations
 
-from collections import Counter
 from collections.abc import Iterable, Mapping
 
 from clicktrain.kernels.sparse_conv2d.blocked.geometry import Direction
-
-PACK_CASES = 4
-"""Ways of copying a row that get code of their own: at either edge of an image, between them."""
 
 
 class Code:
@@ -47,16 +43,6 @@ def define(code: Code, numbers: Mapping[str, int]) -> None:
     """Name numbers in the C text."""
     for name, value in numbers.items():
         code(f"#define {name} {value}L")
-
-
-def define_pack(code: Code, spans: Iterable[tuple[int, int]], source: int) -> None:
-    """Name the (first column, columns) that regions copy of a source of that width, for code of their own."""
-    cases = []
-    for first, columns in spans:
-        begin = min(max(-first, 0), columns)
-        cases.append((begin, max(min(columns, source - first), begin), columns))
-    frequent = [case for case, _ in Counter(cases).most_common(PACK_CASES)]
-    code("#define PACK_CASES " + " ".join(f"PACK_CASE({join(case)})" for case in frequent))
 
 
 def join(numbers: Iterable[int]) -> str:
@@ -123,7 +109,8 @@ def open_regions(code: Code, in_place: bool, span: str) -> None:
         code("const cell *window = from;")
     else:
         code("const cell *window = buffer;")
-        code(f"pack(from, buffer, {span.format('')});")
+        code(f"copy_t all_rows = windows_of(from, buffer, 1, {span.format('')});")
+        code("copy_windows(&all_rows, all_rows.left);")
         code("if (item + 1 < last) {")
         locate(code, "item + 1", "n")
         code(f"ahead = look(src + nb * SOURCES * SRC_H * SRC_W, SOURCES, SRC_H, SRC_W, {span.format('n')});")
@@ -151,41 +138,6 @@ SUPPORT = """
 #endif
 // Activations in a cache line.
 #define LINE (sizeof(stored) < 64 ? 64 / (int)sizeof(stored) : 1)
-static inline __attribute__((always_inline, unused))
-void pack_span(const stored *restrict from, cell *restrict to, int row, int rows, int col, int cols,
-               int c0, int c1) {
-  for (long c = 0; c < SOURCES; ++c) {
-    for (int i = 0; i < rows; ++i) {
-      cell *o = to + c * WIN + i * WIN_W;
-      if (row + i < 0 || row + i >= SRC_H) {
-        for (int j = 0; j < cols; ++j) o[j] = (cell){0};
-        continue;
-      }
-      const stored *p = from + (c * SRC_H + row + i) * SRC_W + col;
-      PACK_ROW(o, p)
-    }
-  }
-}
-// Of the columns, those from c0 to c1 lie in the source. Where the numbers are known rows are copied by code
-// without loops, whose ends nobody foresees.
-static __attribute__((noinline, unused))
-void pack(const stored *restrict from, cell *restrict to, int row, int rows, int col, int cols) {
-  const int c0 = min64(cols, max64(0, -col)), c1 = max64(c0, min64(cols, SRC_W - col));
-#define PACK_CASE(begin, end, width) \
-  if (c0 == begin && c1 == end && cols == width) \
-    return pack_span(from, to, row, rows, col, width, begin, end);
-  PACK_CASES
-  pack_span(from, to, row, rows, col, cols, c0, c1);
-}
-#ifdef PATCH
-static __attribute__((noinline, unused))
-void pack_patch(const stored *restrict from, cell *restrict to, int row, int rows, int col, int cols) {
-  for (long f = 0; f < RESULTS; ++f)
-    for (int i = 0; i < rows; ++i)
-      for (int j = 0; j < cols; ++j)
-        to[f * PATCH + i * PATCH_W + j] = to_cell(from[(f * DST_H + row + i) * DST_W + col + j]);
-}
-#endif
 """
 
 

@@ -18,6 +18,10 @@ GRAD_WEIGHT_FILTERS = 128
 """Filters whose output gradients are gone through before the next ones: they stay in the cache."""
 TAP_VECTORS = 256
 """Vectors of 64 bytes of a tile's windows in one pass over taps as data: half of a first-level cache."""
+REGION_POSITIONS = (256, 128)
+"""Positions of a region of the gradient of the weight over taps as data: lanes are summed once for each."""
+FEW_POSITIONS = 64
+"""Positions below which such a region has several blocks of images."""
 SWEEP_VECTORS = ((384, 288), (768, 288))
 """Vectors of 64 bytes that a block's sums and a pass's windows may fill where tap sets sweep over a tile."""
 SWEEP_POSITIONS = 3
@@ -234,17 +238,17 @@ def _tap_accumulate(phase: Phase, problem: ConvProblem, registers: int, lanes: i
 
 def _tap_grad_weight(problem: ConvProblem, lanes: int) -> list[Tiling]:
     rows, columns = problem.rows.out, problem.columns.out
-    width = min(columns, 8)
-    width = -(-columns // -(-columns // width))
-    across = min(-(-columns // width), 2)
+    across = -(-columns // 8)
+    width = -(-columns // across)
     found = []
-    for positions in (64, 32):
-        down = min(max(positions // (width * across), 1), rows)
-        down = -(-rows // -(-rows // down))
+    for positions in REGION_POSITIONS:
+        most = max(positions * 8 // max(lanes, 8) // columns, 1)
+        # Whole rows of the image; a region costs about as much beside its rows as one row.
+        down = min(range(1, min(most, rows) + 1), key=lambda size: -(-rows // size) * (size + 1))
         axes = Forward(problem.rows), Forward(problem.columns)
         window = AxisLattices(axes[0], 1, down).buffer * AxisLattices(axes[1], width, across).buffer
-        images = max(positions // (down * width * across), 1)
+        images = max(FEW_POSITIONS // (down * columns), 1) if down == rows else 1
         free = TAP_VECTORS * 16 // lanes * 5 // 4 - down * width * across * images
-        per_pass = min(max(free // (window * images), 1), problem.channels)
+        per_pass = min(max(free // (window * images), 4), problem.channels)
         found.append(Tiling((1, width), (down, across), code="taps", sources=per_pass, images=images))
     return list(dict.fromkeys(found))

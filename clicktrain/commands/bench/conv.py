@@ -81,7 +81,7 @@ def _show(result: Result, console: Console) -> None:
         "Dense: the fastest PyTorch call, its inputs in its layout and type already. Sparse: the operator "
         "as networks call it, on activations that are blocked already; all results checked against float64. "
         "Tiling (rows x columns, in regions of so many tiles, filters together; taps of so many channels in "
-        f"one pass): {tiled}. Peak: "
+        f"one pass; sweep of so many filters by so many channels): {tiled}. Peak: "
         "multiply-adds of kept weights inside the image, over what the threads reach from registers"
     )
     machine = result["machine"]
@@ -96,9 +96,12 @@ def _show(result: Result, console: Console) -> None:
 def _tiling(tiling: Result) -> str:
     tile, region = ("x".join(map(str, tiling[key])) for key in ("tile", "region"))
     together = f" by {tiling['together']}" if tiling["together"] > 1 else ""
-    taps = f", taps of {tiling['sources'] or 'all'}" if tiling["code"] == "taps" else ""
+    sources, results = (tiling[key] or "all" for key in ("sources", "results"))
+    code = {"taps": f", taps of {sources}", "sweep": f", sweep {results} by {sources}"}.get(
+        tiling["code"], ""
+    )
     pairs = " in pairs" if tiling["pairs"] else ""
-    return f"{tile} in {region}{together}{taps}{pairs}"
+    return f"{tile} in {region}{together}{code}{pairs}"
 
 
 BENCHMARK = Benchmark(

@@ -123,19 +123,22 @@ for f, c, kernel, image, stride, padding, dilation, blocks, threads in cases:
     x = torch.randn(blocks, c, *image, lanes)
     for code in ("sets", "taps"):
         one = {v.phase: v for v in variants(structure, problem) if v.tiling.code == code}
-        y = launch.forward(x, values, torch.randn(f), one["forward"].tables, one["forward"].plan)
         forward = one["forward"]
-        launch.forward_statistics(x, values, None, forward.tables, forward.plan, blocks * lanes - 3)
+        n = blocks * lanes - 3
+        y, _, _ = launch.forward_statistics(x, values, torch.randn(f), forward.tables, forward.plan, n)
+        if threads == 3:  # the same code without sums
+            launch.forward(x, values, None, forward.tables, forward.plan)
         launch.grad_input(y, values, one["grad_input"].tables, one["grad_input"].plan)
         weight = one["grad_weight"]
         launch.grad_weight(x, y, structure.values_shape, weight.tables, weight.plan)
     sweep = Tiling((2 * stride[0], 2 * stride[1]), (2, 1), code="sweep", sources=2, results=4)
     plan, tables = prepare(structure, problem, 1, {"forward": sweep, "grad_input": sweep})
     text, index = plan.to_json(), list(tables.tensors)
-    y, _, _ = launch.forward_statistics(x, values, None, index, text, blocks * lanes - 3)
-    launch.grad_input(launch.forward(x, values, torch.randn(f), index, text), values, index, text)
+    y, _, _ = launch.forward_statistics(x, values, torch.randn(f), index, text, blocks * lanes - 3)
+    launch.grad_input(y, values, index, text)
     if threads != 3:
         continue
+    launch.forward(x, values, None, index, text)
     low = x.bfloat16()
     for code in ("sets", "taps"):  # activations in bfloat16, multiplied in pairs where that can be
         tilings = {}

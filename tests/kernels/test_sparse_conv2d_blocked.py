@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import os
+import re
 import subprocess
 from dataclasses import replace
 from pathlib import Path
@@ -303,6 +305,29 @@ def test_the_instruction_for_pairs_is_used_where_it_is_known(phase: Phase, tmp_p
     assert len(loop) >= 12
     assert all(register in line[-1] for line in loop)
     assert phase == "grad_weight" or "vfmadd" not in done.stdout
+
+
+@pytest.mark.parametrize(("march", "lanes"), [("haswell", 8), ("skylake-avx512", 16)])
+def test_a_sweep_loads_each_window_once_and_spills_nothing(march: str, lanes: int, tmp_path: Path) -> None:
+    tools = toolchain()
+    assert tools is not None
+    path = tmp_path / "kernel.c"
+    problem = ConvProblem.make(16, 16, (3, 3), (32, 32), (1, 1), (1, 1))
+    tiling = Tiling((4, 4), (1, 4), code="sweep")
+    path.write_text(source("forward", problem, PATTERNS, tiling, torch.float32, lanes))
+    command = [tools.compiler, "-O2", f"-march={march}", "-ffp-contract=fast", "-S", str(path), "-o", "-"]
+    done = subprocess.run(command, capture_output=True, text=True, check=False)
+    if "march" in done.stderr or "gcc" not in Path(os.path.realpath(tools.compiler)).name:
+        pytest.skip(f"{tools.version} makes no code of gcc's for {march}")
+    assert done.returncode == 0, done.stderr
+    functions = re.findall(r"_set_\d+:\n(.*?)\.size", done.stdout, re.DOTALL)
+    assert len(functions) == len(PATTERNS)
+    for text in functions:
+        vector = [line.strip() for line in text.splitlines() if line.strip().startswith("v")]
+        assert sum("vfmadd" in line for line in vector) == 64
+        assert sum("(" in line and not line.endswith(")") for line in vector) <= 50  # 4 + 16 and windows
+        assert sum(line.endswith(")") for line in vector) == 16
+        assert not any("%rsp" in line or "%rbp" in line for line in vector)
 
 
 def test_large_kernel_and_full_density() -> None:

@@ -7,7 +7,7 @@ beside the windows of a *pass* of a few sources. All kernels of a block and a pa
 are one loop without a jump. It sweeps over the tile once: a window position is loaded once for all taps, a
 sum is loaded before its first tap and stored after its last, so that only the sums of a column (or row) and
 its neighbours are in registers, and the tile may be as large as it likes. Of four taps on a tile of 4x4, 64
-multiply-adds come with 56 loads and 16 stores. It wants kernels of several taps, and few different sets.
+multiply-adds come with 45 to 48 loads and 16 stores. It wants kernels of several taps, and few sets.
 """
 
 from __future__ import annotations

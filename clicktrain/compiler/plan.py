@@ -142,6 +142,10 @@ class LoweringPlan:
                         f"{choice.layer} cannot multiply pairs in {phase} with code for tap sets: set the "
                         "tiling's code to taps, or its pairs to false"
                     )
+                if tiling.code == "sweep" and phase == "grad_weight":
+                    raise UserError(
+                        f"{choice.layer} cannot sweep in grad_weight: set the tiling's code to sets or taps"
+                    )
         pairs = self.with_pairs()
         if pairs and self.activations != "bf16":
             raise UserError(

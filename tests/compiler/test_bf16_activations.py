@@ -182,6 +182,13 @@ def test_wrong_plans_are_refused() -> None:
         right = '"pairs": true' if key == '"pairs"' else '"code": "taps"'
         with pytest.raises(UserError, match=message):
             LoweringPlan.from_json(plan.to_json().replace(right, wrong))
+    text = (
+        plan.to_json().replace('"pairs": true', '"pairs": false').replace('"code": "taps"', '"code": "sweep"')
+    )
+    with pytest.raises(
+        UserError, match="conv1 cannot sweep in grad_weight: set the tiling's code to sets or"
+    ):
+        LoweringPlan.from_json(text)
     with pytest.raises(UserError, match="dtypes are fp32 and bf16, at least one"):
         accelerate(model, x, dtypes=())
     with pytest.raises(UserError, match="conv1 multiplies pairs of bfloat16 numbers"):

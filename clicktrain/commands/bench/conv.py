@@ -81,7 +81,7 @@ def _show(result: Result, console: Console) -> None:
         "Dense: the fastest PyTorch call, its inputs in its layout and type already. Sparse: the operator "
         "as networks call it, on activations that are blocked already; all results checked against float64. "
         "Tiling (rows x columns, in regions of so many tiles, filters together; taps of so many channels in "
-        f"one pass; sweep of so many filters by so many channels): {tiled}. Peak: "
+        f"one pass; sweep of so many results by so many sources): {tiled}. Peak: "
         "multiply-adds of kept weights inside the image, over what the threads reach from registers"
     )
     machine = result["machine"]

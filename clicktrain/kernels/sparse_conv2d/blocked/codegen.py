@@ -5,13 +5,14 @@ kernel another aligned vector. Three functions come from one generator, because 
 triples *(result position, window position, tap)*:
 
 - forward and gradient of the input: the sums of a tile of positions stay in registers over all kernels of a
-  filter (or channel); each position of the window is loaded once and used by all taps;
+  filter (or channel), or in the first-level cache; each position of the window is loaded once and used by all
+  taps of a kernel;
 - gradient of the weight: the sums are those of the taps, over tiles of the output's gradient.
 
 A *region* (some tiles) of the source is copied into a buffer that fits the second-level cache first, with the
-zero halo where it reaches over the edge, and used for all filters, while the next one is fetched. Where an
-axis has at most two tiles, what lies in the halo is left out of the code instead: on small images that is up
-to a third of the work.
+zero halo where it reaches over the edge, and used for all filters, while the next one is fetched or copied.
+Where an axis has at most two tiles, what lies in the halo is left out of the code instead: on small images
+that is up to a third of the work.
 """
 
 from __future__ import annotations

@@ -57,9 +57,9 @@ class Generator:
         """As much for the output's gradient (gradient of the weight only)."""
         self.sweeps = tiling.code == "sweep" and phase != "grad_weight"
         """Whether sums are in the first-level cache, of a block of results over passes of sources."""
-        self.block = min(tiling.results or self.results, self.results)
+        self.block = max(min(tiling.results or self.results, self.results), 1)
         self.blocks = -(-self.results // self.block)
-        self.passes = -(-self.sources // min(tiling.sources or self.sources, self.sources))
+        self.passes = -(-self.sources // max(min(tiling.sources or self.sources, self.sources), 1))
         self.patch_rows = max(sum(t.size for t in region) for region in self.rows.regions)
         self.patch_columns = max(sum(t.size for t in region) for region in self.columns.regions)
 

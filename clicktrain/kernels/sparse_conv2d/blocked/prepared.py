@@ -174,7 +174,7 @@ def _candidates(
         dict.fromkeys(
             tiling
             for together in counts
-            for tiling in candidates(phase, problem, registers, lanes, together, complete)
+            for tiling in candidates(phase, problem, registers, lanes, vocabulary, together, complete)
         )
     )
 

@@ -11,6 +11,7 @@ from clicktrain.kernels.sparse_conv2d.blocked.geometry import Axis
 Phase = Literal["forward", "grad_input", "grad_weight"]
 Code = Literal["sets", "sweep", "taps"]
 PHASES: tuple[Phase, ...] = ("forward", "grad_input", "grad_weight")
+_LEAST = {"tile": 1, "region": 1, "together": 1, "images": 1, "sources": 0, "results": 0}
 
 
 @dataclass(frozen=True, slots=True)
@@ -99,10 +100,18 @@ class Tiling:
         """Inverse of ``dataclasses.asdict``, after JSON; what an older program did not write defaults.
 
         Raises:
-            ValueError: ``code`` or ``pairs`` is nothing that there is.
+            ValueError: one of them is nothing that there is.
         """
         if fields.get("code", "sets") not in get_args(Code):
             raise ValueError(f"the code of a tiling is sets, sweep or taps, not {fields['code']!r}")
         if not isinstance(fields.get("pairs", False), bool):
             raise ValueError(f"pairs of a tiling is true or false, not {fields['pairs']!r}")
-        return cls(**{**fields, "tile": tuple(fields["tile"]), "region": tuple(fields["region"])})
+        plain = {**fields, "tile": tuple(fields["tile"]), "region": tuple(fields["region"])}
+        for name, least in _LEAST.items():
+            numbers = plain.get(name, least)
+            if isinstance(numbers, tuple) and len(numbers) != 2:
+                raise ValueError(f"{name} of a tiling is two numbers, not {list(numbers)}")
+            for number in numbers if isinstance(numbers, tuple) else (numbers,):
+                if type(number) is not int or number < least:
+                    raise ValueError(f"{name} of a tiling is a number of at least {least}, not {number!r}")
+        return cls(**plain)

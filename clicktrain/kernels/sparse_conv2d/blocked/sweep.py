@@ -6,8 +6,8 @@ are too many for the first-level cache. Here the sums of a *block* of results li
 beside the windows of a *pass* of a few sources. All kernels of a block and a pass that have the same tap set
 are one loop without a jump. It sweeps over the tile once: a window position is loaded once for all taps, a
 sum is loaded before its first tap and stored after its last, so that only the sums of a column (or row) and
-its neighbours are in registers, and the tile may be as large as it likes. Of four taps on a tile of 4x4, 64
-multiply-adds come with 45 to 48 loads and 16 stores. It wants kernels of several taps, and few sets.
+its neighbours are in registers, and the tile need not fit them. Of four taps on a tile of 4x4, 64
+multiply-adds come with 45 to 56 loads and 16 stores. It wants kernels of several taps, and few sets.
 """
 
 from __future__ import annotations
@@ -39,7 +39,7 @@ def write_tile(code: Code, g: Generator, name: str, row: TileKind, column: TileK
         _kernels(code, g, f"{name}_set_{number}", taps, row, column)
     code(
         f"static __attribute__((noinline)) void {name}(const cell *restrict x, stored *restrict y, "
-        "vec *restrict sums, const weight *restrict v, const real *restrict bias, "
+        "vec *sums, const weight *restrict v, const real *restrict bias, "
         f"const int32_t *restrict rows, const {g.entry} *restrict entries, int64_t stream, copy_t *ahead, "
         f"ready_t *ready{statistics.TILE_PARAMETERS if moments else ''}) {{"
     )

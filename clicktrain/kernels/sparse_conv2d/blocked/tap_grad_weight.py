@@ -63,7 +63,7 @@ def write(code: Code, g: TapGenerator) -> None:
     code(f"const int64_t begin = region / (REGION_ROWS * REGION_COLS) * {g.images};")
     code("const int64_t *chunk = chunks + 2 + 3 * part;")
     code("region_sums(window, patch, sums, entries, rows + 5 * chunk[0], rows + 5 * chunk[1],")
-    code(f"  min64({g.images}, blocks - begin), &next_x, &next_gy);")
+    code(f"  min64({g.images}, blocks - begin), parts - part, &next_x, &next_gy);")
     code("}")
     add_threads(code)
     code("}")
@@ -94,9 +94,10 @@ def _region(code: Code, g: TapGenerator) -> None:
     code(
         "static __attribute__((noinline)) void region_sums(const cell *restrict x, const cell *restrict gy, "
         "real *restrict sums, const uint16_t *restrict entries, const int32_t *restrict rows, "
-        "const int32_t *end, int64_t images, copy_t *next_x, copy_t *next_gy) {"
+        "const int32_t *end, int64_t images, int64_t parts, "
+        "copy_t *next_x, copy_t *next_gy) {"
     )
-    code("const long runs = max64((end - rows) / 5, 1);")
+    code("const long runs = max64((end - rows) / 5 * parts, 1);")
     code("const long share_x = next_x->left / runs + 1, share_gy = next_gy->left / runs + 1;")
     code("for (; rows != end; rows += 5) {")
     code("if (next_x->left) copy_windows(next_x, share_x);")

@@ -9,6 +9,7 @@ from clicktrain.kernels.sparse_conv2d.blocked.geometry import Backward, Forward
 from clicktrain.kernels.sparse_conv2d.blocked.lattice import AxisLattices
 from clicktrain.kernels.sparse_conv2d.blocked.problem import ConvProblem, Phase, Tiling
 from clicktrain.kernels.sparse_conv2d.blocked.tap_generator import OFFSETS, window_vectors
+from clicktrain.kernels.sparse_conv2d.blocked.vocabulary import Taps
 
 CACHE_VECTORS = 8192
 """Vectors of 64 bytes that a region may fill: half a megabyte, half of a usual second-level cache."""
@@ -24,12 +25,22 @@ FEW_POSITIONS = 64
 """Positions below which such a region has several blocks of images."""
 SWEEP_VECTORS = ((384, 288), (768, 288))
 """Vectors of 64 bytes that a block's sums and a pass's windows may fill where tap sets sweep over a tile."""
-SWEEP_POSITIONS = 3
-"""Positions of a kernel from which on sweeping can pay: each tap loads and stores its sums anew."""
+SWEEP_REGION_VECTORS, SWEEP_REGION_TILES = 12288, 64
+"""Vectors of 64 bytes and tiles of a region of such code: each has a call of its own in the text."""
+SWEEP_TAPS = 3
+"""Taps of a set, in the mean, from which on sweeping can pay: each kernel loads and stores its sums anew."""
+SWEEP_CODE = 3200
+"""Multiply-adds of all sets on one tile, beyond which the code is too large for its cache."""
 
 
 def candidates(
-    phase: Phase, problem: ConvProblem, registers: int, lanes: int, together: int = 1, complete: bool = True
+    phase: Phase,
+    problem: ConvProblem,
+    registers: int,
+    lanes: int,
+    vocabulary: Sequence[Taps] = (),
+    together: int = 1,
+    complete: bool = True,
 ) -> list[Tiling]:
     """Tilings worth measuring, the likeliest first.
 
@@ -41,14 +52,15 @@ def candidates(
         problem: the layer.
         registers: vector registers of the processor.
         lanes: of one of them.
+        vocabulary: the tap sets that there is code for.
         together: most filters that may be computed at once (1 where they do not share positions).
         complete: whether each kernel is one of the tap sets that there is code for.
     """
     sets = _set_candidates(phase, problem, registers, lanes, together)
     taps = tap_candidates(phase, problem, registers, lanes)
     sweeps = []
-    if phase != "grad_weight" and complete and problem.rows.taps * problem.columns.taps >= SWEEP_POSITIONS:
-        sweeps = _sweep_candidates(phase, problem, lanes)
+    if phase != "grad_weight" and complete:
+        sweeps = _sweep_candidates(phase, problem, lanes, sum(map(len, vocabulary)), len(vocabulary))
     if registers >= 32 and complete:
         return [*sets, *sweeps, *taps[:1]]
     return [*sweeps, *(taps[:1] if sweeps else taps), *(sets if together > 1 else sets[:1])]
@@ -135,34 +147,39 @@ def _region(phase: Phase, problem: ConvProblem, tile: tuple[int, int], lanes: in
         region = min(grown, key=lambda r: (max(r[0] * tile[0], r[1] * tile[1]), vectors(r)))
 
 
-def _sweep_candidates(phase: Phase, problem: ConvProblem, lanes: int) -> list[Tiling]:
-    """Tilings for code of tap sets that sweeps over tiles with sums in the cache."""
+def _sweep_candidates(phase: Phase, problem: ConvProblem, lanes: int, taps: int, sets: int) -> list[Tiling]:
+    """Tilings for code of tap sets that sweeps, with sums in the cache; none where it cannot pay."""
     backward = phase == "grad_input"
     axes = (problem.rows, problem.columns)
     steps = [a.stride if backward else 1 for a in axes]
     lengths = [-(-(a.size if backward else a.out) // step) for a, step in zip(axes, steps, strict=True)]
     columns = _sweep_columns(lengths[1])
-    tile = _sweep_rows(lengths[0], columns) * steps[0], columns * steps[1]
+    rows = _sweep_rows(lengths[0], columns)
+    if taps < SWEEP_TAPS * max(sets, 1) or taps * rows * columns > SWEEP_CODE:
+        return []
+    tile = rows * steps[0], columns * steps[1]
     direction = Backward if backward else Forward
-    window = 1
-    for axis, size in zip(axes, tile, strict=True):
-        window *= min(direction(axis).window(0, size)[1], axis.out if backward else axis.size)
+    windows = [
+        min(direction(axis).window(0, size)[1], axis.out if backward else axis.size)
+        for axis, size in zip(axes, tile, strict=True)
+    ]
     results, sources = problem.filters, problem.channels
     if backward:
         results, sources = sources, results
     # Whole rows of tiles, which are read without gaps; or half of them, which stay in a smaller cache.
-    wide = -(-lengths[1] // columns)
+    room = SWEEP_REGION_VECTORS * 16 // lanes // (windows[0] * windows[1] * sources)
+    wide = min(-(-lengths[1] // columns), max(room, 2), SWEEP_REGION_TILES)
     regions = dict.fromkeys(((1, 1), (1, wide)) if wide == 2 else ((1, wide), (1, -(-wide // 2))))
     found = []
     for for_sums, for_windows in SWEEP_VECTORS:
         block = _even(results, for_sums * 16 // lanes // (tile[0] * tile[1]))
-        part = _even(sources, for_windows * 16 // lanes // window)
+        part = _even(sources, for_windows * 16 // lanes // (windows[0] * windows[1]))
         found += [Tiling(tile, region, code="sweep", sources=part, results=block) for region in regions]
     return list(dict.fromkeys(found[:3]))
 
 
 def _sweep_rows(length: int, columns: int) -> int:
-    """Rows of a tile of so many columns: about 16 positions, without a rest of a few rows."""
+    """Rows of a tile of so many columns: about 16 positions, or all of a small image."""
     if length <= 7:
         return length
     if length % 4 and length % 2 == 0 and columns > 4:
@@ -171,7 +188,7 @@ def _sweep_rows(length: int, columns: int) -> int:
 
 
 def _sweep_columns(length: int) -> int:
-    """Columns of a tile: about four, without a small rest."""
+    """Columns of a tile: about four, or seven where that divides the image and four does not."""
     if length <= 7 or length % 4 == 0 or length > 28:
         return 4 if length % 4 == 0 or length > 28 else length
     return 7 if length % 7 == 0 else -(-length // round(length / 4.5))
@@ -238,16 +255,19 @@ def _tap_accumulate(phase: Phase, problem: ConvProblem, registers: int, lanes: i
 
 def _tap_grad_weight(problem: ConvProblem, lanes: int) -> list[Tiling]:
     rows, columns = problem.rows.out, problem.columns.out
-    across = -(-columns // 8)
-    width = -(-columns // across)
+    wide = -(-columns // 8)
+    width = -(-columns // wide)
     found = []
-    for positions in REGION_POSITIONS:
-        most = max(positions * 8 // max(lanes, 8) // columns, 1)
-        # Whole rows of the image; a region costs about as much beside its rows as one row.
+    for size in REGION_POSITIONS:
+        positions = size * 8 // max(lanes, 8)
+        # Wide images are cut: of one row, most of what is copied would be the rows above and below.
+        across = min(wide, max(positions // (width * min(rows, 4)), 1))
+        most = max(positions // (width * across), 1)
+        # A region costs about as much beside its rows as one row.
         down = min(range(1, min(most, rows) + 1), key=lambda size: -(-rows // size) * (size + 1))
         axes = Forward(problem.rows), Forward(problem.columns)
         window = AxisLattices(axes[0], 1, down).buffer * AxisLattices(axes[1], width, across).buffer
-        images = max(FEW_POSITIONS // (down * columns), 1) if down == rows else 1
+        images = max(FEW_POSITIONS // (down * columns), 1) if down == rows and across == wide else 1
         free = TAP_VECTORS * 16 // lanes * 5 // 4 - down * width * across * images
         per_pass = min(max(free // (window * images), 4), problem.channels)
         found.append(Tiling((1, width), (down, across), code="taps", sources=per_pass, images=images))

@@ -13,19 +13,25 @@ from typing import Any
 PHASES = ("forward", "grad_input", "grad_weight")
 
 
+def _kind(row: dict[str, Any]) -> str:
+    """As the geometric means are named; files from before activations were kept in bf16 say no precision."""
+    precision = " bf16" if row.get("precision") == "bf16" else ""
+    return f"{row['compression']:g}x G={row['group']}{precision}"
+
+
 def conv(rows: list[dict[str, Any]], geomean: dict[str, float]) -> list[str]:
     """One line a shape: ratios over the fastest dense fp32 call, forward / grad_input / grad_weight."""
-    kinds = list(dict.fromkeys((row["compression"], row["group"]) for row in rows))
+    kinds = list(dict.fromkeys(_kind(row) for row in rows))
     shapes = list(dict.fromkeys(tuple(row["shape"]) for row in rows))
-    found = {(tuple(r["shape"]), r["compression"], r["group"], r["phase"]): r for r in rows}
-    lines = ["| C=F @ HxW, N | " + " | ".join(f"{x:g}x, G={g}" for x, g in kinds) + " |"]
+    found = {(tuple(r["shape"]), _kind(r), r["phase"]): r for r in rows}
+    lines = ["| C=F @ HxW, N | " + " | ".join(kind.replace(" ", ", ") for kind in kinds) + " |"]
     lines.append("|---" * (len(kinds) + 1) + "|")
     for shape in shapes:
         cells = [
-            " / ".join(f"{found[shape, x, g, phase]['ratio']:.2f}" for phase in PHASES) for x, g in kinds
+            " / ".join(f"{found[shape, kind, phase]['ratio']:.2f}" for phase in PHASES) for kind in kinds
         ]
         lines.append(f"| {shape[0]} @ {shape[2]}x{shape[3]}, {shape[4]} | " + " | ".join(cells) + " |")
-    means = [" / ".join(f"**{geomean[f'{x:g}x G={g} {phase}']:.2f}**" for phase in PHASES) for x, g in kinds]
+    means = [" / ".join(f"**{geomean[f'{kind} {phase}']:.2f}**" for phase in PHASES) for kind in kinds]
     lines.append("| geometric mean | " + " | ".join(means) + " |")
     return lines
 

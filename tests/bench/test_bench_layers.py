@@ -10,7 +10,7 @@ import torch
 from torch import nn
 
 from clicktrain.bench import layers as module
-from clicktrain.bench.layers import PACKED, bench_layers, check_pruned, to_json
+from clicktrain.bench.layers import PACKED, LayerTable, bench_layers, check_pruned, to_json
 from clicktrain.bench.runs import RunRow, safe_layouts
 from clicktrain.errors import UserError
 from clicktrain.models import create_model
@@ -40,6 +40,13 @@ def channels(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFa
     return path
 
 
+@pytest.fixture(scope="module")
+def trained(channels: Path) -> LayerTable:
+    """The layers of a training step."""
+    (table,) = bench_layers([row_of(channels, "training step")], rounds=1)
+    return table
+
+
 def literal_shapes(
     model: nn.Module, image: torch.Tensor
 ) -> dict[str, tuple[tuple[int, ...], tuple[int, ...]]]:
@@ -57,8 +64,8 @@ def literal_shapes(
 
 
 @pytest.mark.parametrize("what", ["inference", "training step"])
-def test_every_layer_at_its_own_shapes(channels: Path, what: str) -> None:
-    (table,) = bench_layers([row_of(channels, what)], rounds=1)
+def test_every_layer_at_its_own_shapes(channels: Path, trained: LayerTable, what: str) -> None:
+    (table,) = [trained] if what == "training step" else bench_layers([row_of(channels, what)], rounds=1)
     image = torch.zeros(4, 1, 8, 8)
     dense = create_model("resnet8", num_classes=3, in_channels=1, width=0.5, stem="cifar")
     before = literal_shapes(dense, image)
@@ -91,8 +98,8 @@ def test_every_layer_at_its_own_shapes(channels: Path, what: str) -> None:
     ) * 2 * 8 * 9 * 64
 
 
-def test_what_is_made_of_the_times(channels: Path) -> None:
-    (table,) = bench_layers([row_of(channels, "training step")], rounds=1)
+def test_what_is_made_of_the_times(trained: LayerTable) -> None:
+    table = trained
     timed = [layer.pruned_ms for layer in table.layers if layer.pruned_ms is not None]
     assert len(timed) == len(table.layers)
     assert table.dense_rest_ms == pytest.approx(

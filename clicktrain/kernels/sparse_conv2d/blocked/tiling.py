@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 from dataclasses import replace
 
@@ -29,6 +30,8 @@ SWEEP_REGION_VECTORS, SWEEP_REGION_TILES = 12288, 64
 """Vectors of 64 bytes and tiles of a region of such code: each has a call of its own in the text."""
 SWEEP_TAPS = 3
 """Taps of a set, in the mean, from which on sweeping can pay: each kernel loads and stores its sums anew."""
+SWEEP_WORK = 1 << 19
+"""Multiply-adds of a layer on one image, dense, below which its code takes longer to build than it saves."""
 SWEEP_CODE = 3200
 """Multiply-adds of all sets on one tile, beyond which the code is too large for its cache."""
 
@@ -155,7 +158,8 @@ def _sweep_candidates(phase: Phase, problem: ConvProblem, lanes: int, taps: int,
     lengths = [-(-(a.size if backward else a.out) // step) for a, step in zip(axes, steps, strict=True)]
     columns = _sweep_columns(lengths[1])
     rows = _sweep_rows(lengths[0], columns)
-    if taps < SWEEP_TAPS * max(sets, 1) or taps * rows * columns > SWEEP_CODE:
+    work = problem.filters * problem.channels * math.prod(axis.taps * axis.out for axis in axes)
+    if work < SWEEP_WORK or taps < SWEEP_TAPS * max(sets, 1) or taps * rows * columns > SWEEP_CODE:
         return []
     tile = rows * steps[0], columns * steps[1]
     direction = Backward if backward else Forward

@@ -107,7 +107,8 @@ def test_a_latency_is_met(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, targe
                 "latency_target": 0.6}  # fmt: skip
     settings.pop("prune_ratio")
     if target == "milliseconds":
-        whole = measure_ms(tiny(10, 1), torch.zeros(1, 1, 8, 8), 64)
+        # A disturbed measurement would ask for more than the whole network takes.
+        whole = min(measure_ms(tiny(10, 1), torch.zeros(1, 1, 8, 8), 64) for _ in range(5))
         settings = {**settings, "latency_target": None, "latency_target_ms": 0.6 * whole}
     run(tmp_path / "run", settings)
     events = RunFolder(tmp_path / "run").read_events()

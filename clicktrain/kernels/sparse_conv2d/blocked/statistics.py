@@ -1,4 +1,4 @@
-"""Mean and variance of each filter's results, summed up by the forward kernels while a tile is in registers.
+"""Mean and variance of each filter's results, summed up by the forward kernels as they store a tile.
 
 A thread sums ``x - c`` and its square, where c is the first result that it computed for the filter: sums of
 plain squares would lose the variance where the mean is far from zero. If c is no usual number but d away from

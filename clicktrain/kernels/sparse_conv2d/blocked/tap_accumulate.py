@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from clicktrain.kernels.sparse_conv2d.blocked import statistics
 from clicktrain.kernels.sparse_conv2d.blocked.tap_generator import TapGenerator
-from clicktrain.kernels.sparse_conv2d.blocked.template import Code, open_regions, open_threads
+from clicktrain.kernels.sparse_conv2d.blocked.template import Code, open_regions, open_threads, store_tile
 
 
 def write(code: Code, g: TapGenerator, sums: bool = False) -> None:
@@ -92,14 +92,7 @@ def _tile(code: Code, g: TapGenerator, moments: bool) -> None:
         code(f"MULTIPLY_ADD({name}, w, p[{i * g.rows.reach} * WIN_W + {j * g.columns.reach}]);")
     code("}")
     code(f"if (last && down >= {height} && right >= {width}) {{")
-    where = [f"y[{i * g.rows.step} * DST_W + {j * g.columns.step}]" for i, j in places]
-    code("if (stream) {")
-    for place, name in zip(where, names, strict=True):
-        code(f"STREAM(&{place}, narrow({name}));")
-    code("} else {")
-    for place, name in zip(where, names, strict=True):
-        code(f"{place} = narrow({name});")
-    code("}")
+    store_tile(code, "y", names, height, width, (g.rows.step, g.columns.step))
     if moments:
         statistics.add_tile(code, "f", names)
     code("} else {")

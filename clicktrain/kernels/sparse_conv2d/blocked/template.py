@@ -117,9 +117,14 @@ def open_regions(code: Code, in_place: bool, span: str) -> None:
         code("}")
 
 
-def store_tile(code: Code, where: str, sums: list[str], rows: int, columns: int) -> None:
-    """Write a tile to where the C expression says, through or around the caches."""
-    places = [f"o[{i} * DST_W + {j}]" for i in range(rows) for j in range(columns)]
+def store_tile(
+    code: Code, where: str, sums: list[str], rows: int, columns: int, steps: tuple[int, int] = (1, 1)
+) -> None:
+    """Write a tile, every ``steps``-th row and column from where the C expression says on.
+
+    Through the caches or around them.
+    """
+    places = [f"o[{i * steps[0]} * DST_W + {j * steps[1]}]" for i in range(rows) for j in range(columns)]
     code("{")
     code(f"stored *o = {where};")
     code("if (stream) {")

@@ -200,9 +200,10 @@ def test_any_number_of_threads(tiling: Tiling, n: int) -> None:
         for threads in (1, 2, 3, 7):
             torch.set_num_threads(threads)
             check(layer)
-            first, second = layer.run(), layer.run()
-            for a, b in zip(first[1:], second[1:], strict=True):
-                assert torch.equal(a, b)
+            first = layer.run()
+            for _ in range(5):  # threads may take other regions, or parts of them, every time
+                for a, b in zip(first[1:], layer.run()[1:], strict=True):
+                    assert torch.equal(a, b)
     finally:
         torch.set_num_threads(1)
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 import re
 import subprocess
+import sys
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -17,7 +18,7 @@ from hypothesis import example, given, settings
 from torch import Tensor
 
 from clicktrain.errors import UserError
-from clicktrain.formats.packed import Structure, pack_values
+from clicktrain.formats.packed import Structure, pack_values, unpack_values
 from clicktrain.kernels.native import compute_type, toolchain
 from clicktrain.kernels.sparse_conv2d.blocked import launch
 from clicktrain.kernels.sparse_conv2d.blocked.codegen import source
@@ -167,6 +168,7 @@ def cases(draw: st.DrawFn) -> dict[str, Any]:
         "groups": groups,
         "bias": draw(st.booleans()),
         "dtype": dtype,
+        "threads": draw(st.sampled_from([1, 1, 2, 5])),
     }
 
 
@@ -174,6 +176,66 @@ def cases(draw: st.DrawFn) -> dict[str, Any]:
 @given(cases())
 def test_equals_dense_convolution(case: dict[str, Any]) -> None:
     check(**case)
+
+
+@pytest.mark.parametrize("code", ["sets", "sweep", "taps"])
+@pytest.mark.parametrize("n", [1, 40])
+def test_results_do_not_depend_on_threads(code: Any, n: int) -> None:
+    # Whichever thread takes which part of a region, or which region.
+    tools = toolchain()
+    assert tools is not None
+    mask = pattern_mask(10, 7, 0.6, 1, torch.Generator().manual_seed(1))
+    tiling = Tiling((3, 2), (2, 2), code=code)
+    if code == "sweep":
+        tiling = replace(tiling, sources=3, results=2)
+    structure, problem = Structure.from_mask(mask), ConvProblem.make(7, 10, (3, 3), (9, 8), padding=(1, 1))
+    plan, tables = prepare(structure, problem, 1, {"forward": tiling, "grad_input": tiling})
+    values, index = torch.randn(structure.values_shape), list(tables.tensors)
+    lanes = tools.lanes(torch.float32)
+    x, gy = (block(torch.randn(n, planes, 9, 8), lanes).nan_to_num() for planes in (7, 10))
+    y = launch.forward(x, values, None, index, plan.to_json())
+    gx = launch.grad_input(gy, values, index, plan.to_json())
+    near(unblock(y, n), F.conv2d(unblock(x, n), unpack_values(structure, values), padding=1), torch.float32)
+    try:
+        for threads in (2, 3, 7):
+            torch.set_num_threads(threads)
+            for _ in range(5):
+                assert torch.equal(launch.forward(x, values, None, index, plan.to_json()), y)
+                assert torch.equal(launch.grad_input(gy, values, index, plan.to_json()), gx)
+    finally:
+        torch.set_num_threads(1)
+
+
+_FEWER_THREADS = """
+import torch
+from clicktrain.formats.packed import Structure
+from clicktrain.kernels.sparse_conv2d.blocked import launch
+from clicktrain.kernels.sparse_conv2d.blocked.layout import block
+from clicktrain.kernels.sparse_conv2d.blocked.prepared import prepare
+from clicktrain.kernels.sparse_conv2d.blocked.problem import ConvProblem
+from clicktrain.kernels.native import toolchain
+
+structure = Structure.from_mask(torch.rand(4, 3, 3, 3) < 0.5)
+plan, tables = prepare(structure, ConvProblem.make(3, 4, (3, 3), (6, 6)))
+x = block(torch.randn(64, 3, 6, 6), toolchain().lanes(torch.float32))
+values = torch.randn(structure.values_shape)
+torch.set_num_threads(1)
+want = launch.forward_statistics(x, values, None, list(tables.tensors), plan.to_json(), 64)
+torch.set_num_threads(4)
+for _ in range(3):
+    own = launch.forward_statistics(x, values, None, list(tables.tensors), plan.to_json(), 64)
+    assert torch.equal(own[0], want[0])
+    torch.testing.assert_close(own[1:], want[1:])
+print("the same")
+"""
+
+
+def test_fewer_threads_than_asked_for() -> None:
+    environment = {**os.environ, "OMP_THREAD_LIMIT": "1"}
+    done = subprocess.run(
+        [sys.executable, "-c", _FEWER_THREADS], capture_output=True, text=True, env=environment, check=False
+    )
+    assert done.stdout == "the same\n", done.stderr
 
 
 SIZES = [(4, 4), (7, 7), (8, 8), (9, 5), (14, 14), (33, 18)]

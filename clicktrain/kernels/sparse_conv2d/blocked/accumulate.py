@@ -5,16 +5,10 @@ Sums of a tile of positions are in registers over all kernels of a filter; `swee
 
 from __future__ import annotations
 
-from clicktrain.kernels.sparse_conv2d.blocked import copies, statistics, sweep
+from clicktrain.kernels.sparse_conv2d.blocked import statistics, sweep, walk
 from clicktrain.kernels.sparse_conv2d.blocked.generator import Generator
 from clicktrain.kernels.sparse_conv2d.blocked.regions import TileKind
-from clicktrain.kernels.sparse_conv2d.blocked.template import (
-    Code,
-    among,
-    open_regions,
-    open_threads,
-    store_tile,
-)
+from clicktrain.kernels.sparse_conv2d.blocked.template import Code, among, store_tile
 
 
 def write(code: Code, g: Generator, sums: bool = False) -> None:
@@ -31,9 +25,8 @@ def write(code: Code, g: Generator, sums: bool = False) -> None:
             write_tile = sweep.write_tile if g.sweeps else _tile
             write_tile(code, g, f"tile_{a}_{b}", row, column, sums)
     statistics.open_run(code, g.entry, sums)
-    code("const int64_t items = blocks * REGION_ROWS * REGION_COLS;")
-    code("(void)threads; (void)scratch;")
-    open_threads(code)
+    code("(void)scratch;")
+    walk.open_shares(code, g.results, g.block if g.sweeps else g.together)
     code("vec *sums = scratch + me * SCRATCH;")
     code(f"cell *buffer = (cell *)(sums + {g.sum_vectors});")
     code("(void)sums; (void)buffer;")
@@ -42,7 +35,9 @@ def write(code: Code, g: Generator, sums: bool = False) -> None:
     if sums:
         statistics.open_sums(code)
     span = "ROW_FIRST[{0}rr], ROW_SPAN[{0}rr], COL_FIRST[{0}rc], COL_SPAN[{0}rc]"
-    (copies.open_regions if g.sweeps else open_regions)(code, g.in_place, span)
+    walk.open_regions(code, g.in_place, span, beside=g.sweeps)
+    if sums:
+        statistics.open_region(code)
     for row_kind, rows in g.rows.region_kinds().items():
         for column_kind, columns in g.columns.region_kinds().items():
             code(f"if ({among('rr', rows)} && {among('rc', columns)}) {{")
@@ -52,7 +47,8 @@ def write(code: Code, g: Generator, sums: bool = False) -> None:
                     code(
                         f"{name}(window + {y * g.columns.buffer + x}, "
                         f"to + (ROW_START[rr] + {down}) * DST_W + COL_START[rc] + {right}, "
-                        f"{'sums, ' if g.sweeps else ''}values, bias, rows, entries, stream, &ahead{extra});"
+                        f"{'sums, ' if g.sweeps else ''}values, bias, rows, entries, first, end, "
+                        f"stream, &ahead{extra});"
                     )
                     if sums:
                         code("fresh = 0;")
@@ -61,8 +57,7 @@ def write(code: Code, g: Generator, sums: bool = False) -> None:
         code("if (ready.left) ready.store(&ready, ready.left);")
     if sums:
         statistics.close_region(code, "ROW_SIZE[rr] * COL_SIZE[rc]")
-    code("}")
-    code("if (stream) DRAIN();")
+    walk.close_regions(code)
     if sums:
         statistics.close_sums(code)
     code("}")
@@ -77,17 +72,18 @@ def _tile(code: Code, g: Generator, name: str, row: TileKind, column: TileKind, 
     steps = max(g.rows.region_tiles * g.columns.region_tiles * (g.results // g.together), 1)
     code(
         f"static __attribute__((noinline)) void {name}(const cell *restrict x, stored *restrict y, "
-        "const weight *restrict v, const real *restrict bias, const int32_t *restrict rows, "
-        f"const {g.entry} *restrict entries, int64_t stream, ahead_t *ahead"
+        "const weight *restrict values, const real *restrict bias, const int32_t *restrict rows, "
+        f"const {g.entry} *restrict entries, long first, long end, int64_t stream, ahead_t *ahead"
         f"{statistics.TILE_PARAMETERS if moments else ''}) {{"
     )
-    code(f"for (long f = 0; f < RESULTS / {g.together}; ++f) {{")
+    code(f"const weight *v = values + rows[2 * (first / {g.together}) + 1];")
+    code(f"for (long f = first / {g.together}; f < end / {g.together}; ++f) {{")
     code(f"fetch(ahead, {-(-g.sources * g.rows.buffer // steps)}, WIN_W);")
     for k in range(g.together):
         code(f"const vec start{k} = splat(bias ? bias[f * {g.together} + {k}] : 0);")
         code(f"vec {', '.join(f'{one} = start{k}' for one in sums[k])};")
-    code(f"const {g.entry} *e = entries + 2L * rows[f], *end = entries + 2L * rows[f + 1];")
-    code("for (; e != end; e += 2) {")
+    code(f"const {g.entry} *e = entries + 2L * rows[2 * f], *stop = entries + 2L * rows[2 * f + 2];")
+    code("for (; e != stop; e += 2) {")
     code("const cell *p = x + e[0] * WIN;")
     code("switch (e[1]) {")
     for number, taps in enumerate(g.vocabulary):

@@ -19,7 +19,6 @@ from __future__ import annotations
 
 import torch
 
-from clicktrain.kernels.native import compute_type
 from clicktrain.kernels.sparse_conv2d.blocked import (
     accumulate,
     grad_weight,
@@ -69,7 +68,7 @@ def source(
         if phase == "grad_weight":
             tap_grad_weight.write(code, taps)
         else:
-            code(statistics.support(compute_type(dtype)) if sums else "")
+            code(statistics.SUPPORT if sums else "")
             tap_accumulate.write(code, taps, sums)
         return code.text()
     generator = Generator(phase, problem, vocabulary, tiling, dtype)
@@ -77,7 +76,7 @@ def source(
     if phase == "grad_weight":
         grad_weight.write(code, generator)
     else:
-        code(statistics.support(compute_type(dtype)) if sums else "")
+        code(statistics.SUPPORT if sums else "")
         accumulate.write(code, generator, sums)
     return code.text()
 

@@ -12,7 +12,7 @@ from collections import Counter
 from collections.abc import Iterable
 from dataclasses import dataclass
 
-from clicktrain.kernels.sparse_conv2d.blocked.template import Code, locate
+from clicktrain.kernels.sparse_conv2d.blocked.template import Code
 
 CASES = 4
 """Ways of copying a row that get code of their own: at either edge of an image, between them."""
@@ -118,24 +118,3 @@ def _frequent(columns: Iterable[tuple[int, int]], width: int) -> list[tuple[int,
         begin = min(max(-first, 0), count)
         cases.append((begin, max(min(count, width - first), begin), count))
     return [case for case, _ in Counter(cases).most_common(CASES)]
-
-
-def open_regions(code: Code, in_place: bool, span: str) -> None:
-    """As `template.open_regions`, but ``ahead`` copies the next region, and is finished when it begins."""
-    code("const int64_t begin = items * me / all, last = items * (me + 1) / all;")
-    code("copy_t ahead = {0};")
-    code("for (int64_t item = begin; item < last; ++item) {")
-    locate(code, "item")
-    code("const stored *from = src + b * SOURCES * SRC_H * SRC_W;")
-    code("stored *to = dst + b * RESULTS * DST_H * DST_W;")
-    if in_place:
-        code("const cell *window = from;")
-        return
-    code("cell *window = buffer + ((item - begin) & 1) * (SOURCES * WIN);")
-    code(f"if (item == begin) ahead = windows_of(from, window, 1, {span.format('')});")
-    code("copy_windows(&ahead, ahead.left);")
-    code("if (item + 1 < last) {")
-    locate(code, "item + 1", "n")
-    code("cell *other = buffer + ((item + 1 - begin) & 1) * (SOURCES * WIN);")
-    code(f"ahead = windows_of(src + nb * SOURCES * SRC_H * SRC_W, other, 1, {span.format('n')});")
-    code("}")

@@ -7,7 +7,7 @@ from collections.abc import Iterator
 import torch
 
 from clicktrain.kernels.native import preamble
-from clicktrain.kernels.sparse_conv2d.blocked import cells, copies
+from clicktrain.kernels.sparse_conv2d.blocked import cells, copies, walk
 from clicktrain.kernels.sparse_conv2d.blocked.geometry import Backward, Forward
 from clicktrain.kernels.sparse_conv2d.blocked.problem import ConvProblem, Phase, Tiling
 from clicktrain.kernels.sparse_conv2d.blocked.regions import AxisRegions, TileKind
@@ -114,6 +114,8 @@ class Generator:
         if not self.sweeps:
             code(FETCH)
         code(copies.TYPE)
+        if self.phase != "grad_weight":
+            code(walk.SUPPORT)
         columns = tuple(self.columns.span(region) for region in self.columns.regions)
         copies.windows(self.window, self.columns.buffer, columns, self.columns.direction.source).write(code)
         return code

@@ -11,11 +11,11 @@ from torch import Tensor
 from clicktrain.errors import UserError
 from clicktrain.kernels.native import compute_type, load, toolchain
 from clicktrain.kernels.native.library import call
+from clicktrain.kernels.sparse_conv2d.blocked import statistics
 from clicktrain.kernels.sparse_conv2d.blocked.codegen import scratch_vectors, source
 from clicktrain.kernels.sparse_conv2d.blocked.layout import vectors
 from clicktrain.kernels.sparse_conv2d.blocked.prepared import ConvPlan
 from clicktrain.kernels.sparse_conv2d.blocked.problem import PHASES, ConvProblem, Phase, Tiling
-from clicktrain.kernels.sparse_conv2d.blocked.statistics import moment_vectors
 
 STREAM_BYTES = 8 << 20
 """Results of this size are written around the caches: the next reader would not find them there anyway."""
@@ -137,8 +137,7 @@ class _Kernel:
         self.tiling = plan.tiling(phase)
         self._computed = compute_type(dtype)
         self._scratch = scratch_vectors(phase, plan.problem, self.tiling, dtype)
-        if sums:
-            self._scratch += moment_vectors(plan.problem.filters, self._computed)
+        self._sums = sums
         self.regions = region_count(phase, plan.problem, self.tiling)
         self.images = self.tiling.images
 
@@ -150,7 +149,12 @@ class _Kernel:
             result = rest[1]
             assert result is not None
             vectors_each += -(-result.numel() // lanes)
-        scratch = first.new_empty(max(vectors_each * threads, 1) * lanes, dtype=self._computed)
+        size = self._computed.itemsize
+        room = vectors_each * threads * lanes
+        if self._sums:
+            filters = self.plan.problem.filters
+            room += -(-statistics.scratch_bytes(filters, threads, lanes * size) // size)
+        scratch = first.new_empty(max(room, 1), dtype=self._computed)
         if first.numel():
             numbers = [first.shape[0], threads]
             if self.phase != "grad_weight":

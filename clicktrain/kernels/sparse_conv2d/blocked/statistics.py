@@ -1,31 +1,26 @@
 """Mean and variance of each filter's results, summed up by the forward kernels as they store a tile.
 
-A thread sums ``x - c`` and its square, where c is the first result that it computed for the filter: sums of
-plain squares would lose the variance where the mean is far from zero. If c is no usual number but d away from
-the mean of k numbers, the variance is at least ``d * d / k``, so what rounding takes of it stays bounded. A
-tile is summed by itself, a run of tiles in the number type, then all in double. Lanes stay apart until the
-end: what fills up the last block of images is dropped there, even if it is NaN. Threads are combined in their
-order, so that results repeat bit for bit.
+A chunk of regions (`walk`) sums ``x - c`` and its square, where c is the first result that it has for the
+filter: sums of plain squares would lose the variance where the mean is far from zero. If c is no usual number
+but d away from the mean of k numbers, the variance is at least ``d * d / k``, so what rounding takes of it
+stays bounded. A tile is summed by itself, a run of tiles in the number type and lane by lane, then all in
+double. What fills up the last block of images is dropped with its lanes, even if it is NaN. Chunks are
+combined in their order, so that results repeat bit for bit, whichever thread took them.
 """
 
 from __future__ import annotations
 
-import torch
-
 from clicktrain.kernels.sparse_conv2d.blocked.template import Code
+from clicktrain.kernels.sparse_conv2d.blocked.walk import CHUNKS
 
 TILE_PARAMETERS = ", vec *restrict moments, real *restrict centres, int fresh"
 TILE_ARGUMENTS = ", moments, centres, fresh"
 
 
-def moment_vectors(filters: int, dtype: torch.dtype) -> int:
-    """Vectors that each thread needs, behind the scratch memory of all threads."""
-    return 3 * filters + 16 // dtype.itemsize * filters + 1
-
-
-def support(dtype: torch.dtype) -> str:
-    """The functions that add up and combine sums."""
-    return f"#define MOMENTS (3 * RESULTS + {16 // dtype.itemsize} * RESULTS + 1)\n" + _SUPPORT
+def scratch_bytes(filters: int, threads: int, vector_bytes: int) -> int:
+    """Memory behind the scratch memory of all threads: each one's running sums, and sums by chunk."""
+    chunks = CHUNKS * threads if threads > 1 else 1
+    return threads * 2 * filters * vector_bytes + chunks * 4 * filters * 8
 
 
 def open_run(code: Code, entries: str, sums: bool) -> None:
@@ -39,32 +34,42 @@ def open_run(code: Code, entries: str, sums: bool) -> None:
 
 
 def open_sums(code: Code) -> None:
-    """Begin a thread's sums."""
-    code("vec *moments = scratch + all * SCRATCH + me * MOMENTS;")
-    code("real *centres = (real *)(moments + 2 * RESULTS);")
-    code("double *totals = (double *)(moments + 3 * RESULTS), seen[2] = {0};")
-    code("memset(totals, 0, 2 * LANES * RESULTS * sizeof(double));")
+    """Before a thread's first region."""
+    code("vec *moments = scratch + threads * SCRATCH + me * (2 * RESULTS);")
+    code("double *all_totals = (double *)(scratch + threads * (SCRATCH + 2 * RESULTS));")
+    code("double *totals = NULL;")
+    code("real *centres = NULL;")
     code("int64_t held = 0;")
     code("int fresh = 1;")
+
+
+def open_region(code: Code) -> None:
+    """Before a region's first tile: a chunk that begins has sums of its own."""
+    code("if (item == items * chunk / chunks) {")
+    code("totals = all_totals + chunk * TOTALS;")
+    code("memset(totals, 0, 3 * RESULTS * sizeof(double));")
+    code("centres = (real *)(totals + 3 * RESULTS);")
+    code("fresh = 1;")
+    code("}")
+    code("if (parts > 1) fresh = totals[2 * RESULTS + first] == 0;")
 
 
 def close_region(code: Code, positions: str) -> None:
     """After a region of so many positions: add up where sums get long, and where the last block begins."""
     code(f"held += {positions};")
-    code("if (held >= PIECE || item + 1 == last || item + 1 == (blocks - 1) * REGION_ROWS * REGION_COLS) {")
-    code("add_up(moments, totals, b == blocks - 1 ? n - b * LANES : LANES);")
-    code("seen[b == blocks - 1] += held;")
+    code("if (parts > 1 || held >= PIECE || item + 1 == last")
+    code("    || item + 1 == (blocks - 1) * REGION_ROWS * REGION_COLS) {")
+    code("add_up(moments, totals, first, end, held, b == blocks - 1 ? n - b * LANES : LANES);")
     code("held = 0;")
     code("}")
 
 
 def close_sums(code: Code) -> None:
-    """After a thread's last region: all threads' sums become mean and variance."""
-    code("memcpy(totals + 2 * LANES * RESULTS, seen, sizeof seen);")
+    """After a thread's last region: the sums of all chunks become mean and variance."""
     code("#ifdef _OPENMP")
     code("#pragma omp barrier")
     code("#endif")
-    code("combine(scratch + all * SCRATCH, all, me, blocks, n, mean, var);")
+    code("combine(all_totals, chunks, me, all, n, mean, var);")
 
 
 def open_tile(code: Code, number: str, first: str) -> None:
@@ -88,38 +93,38 @@ def add_tile(code: Code, number: str, sums: list[str]) -> None:
     code("}")
 
 
-_SUPPORT = """
+SUPPORT = """
 // Positions of which a lane's sums are held in `real` before they go over to double.
 #define PIECE 256
-// Of each thread: each filter's sums of what lies above its centre and of its square; the centres; the sums
-// in double, lane by lane; positions seen before the last block of images, and in it.
-static __attribute__((noinline)) void add_up(vec *restrict moments, double *restrict totals, int64_t lanes) {
-  for (long f = 0; f < RESULTS; ++f, moments += 2, totals += 2 * LANES) {
+// Of each chunk: every filter's sum of what lies above its centre, and of the square of it; how many numbers
+// these are sums of; the centre, which is `real`.
+#define TOTALS (4 * RESULTS)
+static __attribute__((noinline)) void add_up(vec *restrict moments, double *restrict totals, long first,
+                                             long end, int64_t positions, int64_t lanes) {
+  for (long f = first; f < end; ++f) {
     real s[2 * LANES];
-    memcpy(s, moments, sizeof s);
-    if (lanes == LANES) for (int l = 0; l < 2 * LANES; ++l) totals[l] += s[l];
-    else for (int l = 0; l < lanes; ++l) { totals[l] += s[l]; totals[LANES + l] += s[LANES + l]; }
-    moments[0] = moments[1] = (vec){0};
+    double sum = 0, square = 0;
+    memcpy(s, moments + 2 * f, sizeof s);
+    for (int l = 0; l < lanes; ++l) { sum += s[l]; square += s[LANES + l]; }
+    totals[f] += sum;
+    totals[RESULTS + f] += square;
+    totals[2 * RESULTS + f] += (double)positions * lanes;
+    moments[2 * f] = moments[2 * f + 1] = (vec){0};
   }
 }
-static __attribute__((noinline)) void combine(const vec *of, int64_t all, int64_t me, int64_t blocks,
+static __attribute__((noinline)) void combine(const double *of, int64_t chunks, int64_t me, int64_t all,
                                               int64_t n, real *restrict mean, real *restrict var) {
-  const int64_t tail = n - (blocks - 1) * LANES;
   const double count = (double)n * (DST_H * DST_W);
   for (long f = RESULTS * me / all; f < RESULTS * (me + 1) / all; ++f) {
     double sum = 0, square = 0, centre = 0;
     for (int second = 0; second < 2; ++second) {
-      for (int64_t t = 0; t < all; ++t) {
-        const vec *moments = of + t * MOMENTS;
-        const double *totals = (const double *)(moments + 3 * RESULTS), *seen = totals + 2 * LANES * RESULTS;
-        const double *s = totals + 2 * LANES * f, *q = s + LANES;
-        const double c = ((const real *)(moments + 2 * RESULTS))[f], d = c - centre;
-        for (int l = 0; l < LANES; ++l) {
-          const double k = seen[0] + (l < tail ? seen[1] : 0);
-          if (k == 0) continue;
-          if (second) square += q[l] + d * (2 * s[l] + k * d);
-          else sum += s[l] + k * c;
-        }
+      const double *totals = of;
+      for (int64_t t = 0; t < chunks; ++t, totals += TOTALS) {
+        const double k = totals[2 * RESULTS + f];
+        if (k == 0) continue;
+        const double c = ((const real *)(totals + 3 * RESULTS))[f], d = c - centre;
+        if (second) square += totals[RESULTS + f] + d * (2 * totals[f] + k * d);
+        else sum += totals[f] + k * c;
       }
       centre = sum / count;
     }

@@ -39,11 +39,14 @@ def write_tile(code: Code, g: Generator, name: str, row: TileKind, column: TileK
         _kernels(code, g, f"{name}_set_{number}", taps, row, column)
     code(
         f"static __attribute__((noinline)) void {name}(const cell *restrict x, stored *restrict y, "
-        "vec *sums, const weight *restrict v, const real *restrict bias, "
-        f"const int32_t *restrict rows, const {g.entry} *restrict entries, int64_t stream, copy_t *ahead, "
-        f"ready_t *ready{statistics.TILE_PARAMETERS if moments else ''}) {{"
+        "vec *sums, const weight *restrict values, const real *restrict bias, "
+        f"const int32_t *restrict rows, const {g.entry} *restrict entries, long first, long end, "
+        f"int64_t stream, copy_t *ahead, ready_t *ready{statistics.TILE_PARAMETERS if moments else ''}) {{"
     )
-    code(f"for (long f = 0; f < RESULTS; f += {g.block}) {{")
+    runs = 2 * g.passes * len(g.vocabulary)
+    code(f"rows += first / {g.block} * {runs};")
+    code("const weight *v = values + rows[1];")
+    code(f"for (long f = first; f < end; f += {g.block}) {{")
     code(f"const long count = min64({g.block}, RESULTS - f);")
     code("const int turn = !ready->turn;")
     code(f"vec *own = turn ? sums + {g.sum_vectors // 2} : sums;")
@@ -51,11 +54,11 @@ def write_tile(code: Code, g: Generator, name: str, row: TileKind, column: TileK
     code("const vec start = splat(bias ? bias[f + k] : 0);")
     code(f"for (long i = 0; i < {positions}; ++i) own[k * {positions} + i] = start;")
     code("}")
-    code(f"for (long p = 0; p < {g.passes}; ++p, rows += {len(g.vocabulary)}) {{")
+    code(f"for (long p = 0; p < {g.passes}; ++p, rows += {2 * len(g.vocabulary)}) {{")
     for number in range(len(g.vocabulary)):
         code(
-            f"v = {name}_set_{number}(x, own, v, entries + 2L * rows[{number}], "
-            f"entries + 2L * rows[{number + 1}], ahead, ready);"
+            f"v = {name}_set_{number}(x, own, v, entries + 2L * rows[{2 * number}], "
+            f"entries + 2L * rows[{2 * number + 2}], ahead, ready);"
         )
     code("}")
     code("if (ready->left) ready->store(ready, ready->left);")

@@ -20,7 +20,8 @@ class Table:
     """Parts of kernels in the order of one loop.
 
     Attributes:
-        rows: int32 [groups + 1], the entries of each group of results.
+        rows: int32 [groups + 1, 2], the first entry and the first weight of each group of results; of the
+            gradient of the weight [groups + 1], the first entry.
         entries: [parts, columns]: what the loop needs of a part; the columns are the loop's own. uint16, kept
             as int16; int32 where there are more than `NARROW` filters or channels.
         order: int32 [nnz], place in the packed values of each weight, in the order in which the loop reads
@@ -144,6 +145,8 @@ class Parts:
                     places[begin[index] + i * together + j] = self._place[
                         self.filter[member], self._local[member], tap
                     ]
+        if filter_column is None:
+            rows = np.stack([rows, np.append(begin, sizes.sum())[rows]], 1)
         if max(self.filters, self.channels) <= NARROW:
             entries = np.ascontiguousarray(entries, dtype=np.uint16).view(np.int16)
         else:

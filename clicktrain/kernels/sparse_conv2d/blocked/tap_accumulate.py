@@ -2,9 +2,9 @@
 
 from __future__ import annotations
 
-from clicktrain.kernels.sparse_conv2d.blocked import statistics
+from clicktrain.kernels.sparse_conv2d.blocked import statistics, walk
 from clicktrain.kernels.sparse_conv2d.blocked.tap_generator import TapGenerator
-from clicktrain.kernels.sparse_conv2d.blocked.template import Code, open_regions, open_threads, store_tile
+from clicktrain.kernels.sparse_conv2d.blocked.template import Code, store_tile
 
 
 def write(code: Code, g: TapGenerator, sums: bool = False) -> None:
@@ -15,15 +15,16 @@ def write(code: Code, g: TapGenerator, sums: bool = False) -> None:
     _tile(code, g, sums)
     rows, columns = g.rows, g.columns
     statistics.open_run(code, "uint16_t", sums)
-    code("const int64_t items = blocks * REGION_ROWS * REGION_COLS;")
-    code("(void)threads;")
-    open_threads(code)
+    walk.open_shares(code, g.results, 1)
     code("vec *sums = scratch + me * SCRATCH;")
     code(f"cell *buffer = (cell *)(sums + RESULTS * {rows.tile * columns.tile});")
     code("(void)buffer;")
     if sums:
         statistics.open_sums(code)
-    open_regions(code, g.in_place, "ROW_FIRST({0}rr), WIN_H, COL_FIRST({0}rc), WIN_W")
+    span = "ROW_FIRST({0}rr), WIN_H, COL_FIRST({0}rc), WIN_W"
+    walk.open_regions(code, g.in_place, span, beside=False)
+    if sums:
+        statistics.open_region(code)
     code(f"for (long ti = 0; ti < {rows.positions // rows.tile}; ++ti)")
     code(f"for (long tj = 0; tj < {columns.positions // columns.tile}; ++tj)")
     code(f"for (long lr = 0; lr < {len(rows.lattices)}; ++lr)")
@@ -39,7 +40,7 @@ def write(code: Code, g: TapGenerator, sums: bool = False) -> None:
     code(f"stored *y = to + (ROW_START[lr] + i * {rows.step}) * DST_W + COL_START[lc] + j * {columns.step};")
     code(f"const int32_t *n = rows + (lr * {len(columns.lattices)} + lc) * {g.passes} * 2 * RESULTS;")
     code(f"for (long p = 0; p < {g.passes}; ++p, n += 2 * RESULTS, x += PASS)")
-    code(f"  tile(x, y, sums, values, p ? NULL : bias, n, entries, p == 0, p == {g.passes - 1},")
+    code(f"  tile(x, y, sums, values, p ? NULL : bias, n, entries, first, end, p == 0, p == {g.passes - 1},")
     code(f"    down, right, stream, &ahead{statistics.TILE_ARGUMENTS if sums else ''});")
     if sums:
         code("fresh = 0;")
@@ -50,8 +51,7 @@ def write(code: Code, g: TapGenerator, sums: bool = False) -> None:
             for axis, name, place in ((rows, "ROW", "rr"), (columns, "COL", "rc"))
         ]
         statistics.close_region(code, " * ".join(sizes))
-    code("}")
-    code("if (stream) DRAIN();")
+    walk.close_regions(code)
     if sums:
         statistics.close_sums(code)
     code("}")
@@ -70,22 +70,24 @@ def _tile(code: Code, g: TapGenerator, moments: bool) -> None:
     code(
         "static __attribute__((noinline)) void tile(const cell *restrict x, stored *restrict y, "
         "vec *restrict sums, const weight *restrict values, const real *restrict bias, "
-        "const int32_t *restrict rows, const uint16_t *restrict entries, int first, int last, long down, "
-        f"long right, int64_t stream, ahead_t *ahead{statistics.TILE_PARAMETERS if moments else ''}) {{"
+        "const int32_t *restrict rows, const uint16_t *restrict entries, long first, long end, int begin, "
+        "int last, long down, long right, int64_t stream, "
+        f"ahead_t *ahead{statistics.TILE_PARAMETERS if moments else ''}) {{"
     )
-    code(f"for (long f = 0; f < RESULTS; ++f, rows += 2, sums += {len(places)}, y += DST_H * DST_W) {{")
+    code(f"rows += 2 * first, sums += {len(places)} * first, y += DST_H * DST_W * first;")
+    code(f"for (long f = first; f < end; ++f, rows += 2, sums += {len(places)}, y += DST_H * DST_W) {{")
     if not g.in_place:
         code(f"fetch(ahead, {-(-g.sources * g.rows.buffer // calls)}, WIN_W);")
     code(f"vec {', '.join(names)};")
-    code("if (first) {")
+    code("if (begin) {")
     code("const vec start = splat(bias ? bias[f] : 0);")
     code(" ".join(f"{name} = start;" for name in names))
     code("} else {")
     code(" ".join(f"{name} = sums[{k}];" for k, name in enumerate(names)))
     code("}")
-    code("const uint16_t *e = entries + rows[0], *end = entries + rows[2];")
+    code("const uint16_t *e = entries + rows[0], *stop = entries + rows[2];")
     code("const weight *v = values + rows[1];")
-    code("for (; e != end; ++e, ++v) {")
+    code("for (; e != stop; ++e, ++v) {")
     code("const cell *p = x + *e;")
     code("const cell w = all_lanes(*v);")
     for (i, j), name in zip(places, names, strict=True):

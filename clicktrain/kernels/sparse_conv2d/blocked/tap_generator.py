@@ -12,7 +12,7 @@ from __future__ import annotations
 import torch
 
 from clicktrain.kernels.native import preamble
-from clicktrain.kernels.sparse_conv2d.blocked import cells, copies
+from clicktrain.kernels.sparse_conv2d.blocked import cells, copies, walk
 from clicktrain.kernels.sparse_conv2d.blocked.geometry import Backward, Forward
 from clicktrain.kernels.sparse_conv2d.blocked.lattice import AxisLattices
 from clicktrain.kernels.sparse_conv2d.blocked.problem import ConvProblem, Phase, Tiling
@@ -105,6 +105,8 @@ class TapGenerator:
         if self.phase != "grad_weight":
             code(FETCH)
         code(copies.TYPE)
+        if self.phase != "grad_weight":
+            code(walk.SUPPORT)
         spans = tuple((self.columns.first(n), self.columns.buffer) for n in range(self.columns.regions))
         width = self.columns.direction.source
         copies.windows(self.window, self.columns.buffer, spans, width, self.images).write(code)

@@ -90,33 +90,6 @@ def locate(code: Code, region: str, prefix: str = "") -> None:
     code(f"(void){prefix}b; (void){prefix}rr; (void){prefix}rc;")
 
 
-def open_regions(code: Code, in_place: bool, span: str) -> None:
-    """Begin a thread's loop over its regions; afterwards ``window`` is what tiles read, ``to`` the result.
-
-    Args:
-        code: written to; ``items``, ``src``, ``dst`` and ``buffer`` are declared.
-        in_place: windows are read from the source itself; else copied to ``buffer``, the next ones fetched.
-        span: C arguments for a region's first row, rows, first column and columns; ``{0}`` is the prefix of
-            `locate`.
-    """
-    code("const int64_t last = items * (me + 1) / all;")
-    code("for (int64_t item = items * me / all; item < last; ++item) {")
-    locate(code, "item")
-    code("const stored *from = src + b * SOURCES * SRC_H * SRC_W;")
-    code("stored *to = dst + b * RESULTS * DST_H * DST_W;")
-    code("ahead_t ahead = {0};")
-    if in_place:
-        code("const cell *window = from;")
-    else:
-        code("const cell *window = buffer;")
-        code(f"copy_t all_rows = windows_of(from, buffer, 1, {span.format('')});")
-        code("copy_windows(&all_rows, all_rows.left);")
-        code("if (item + 1 < last) {")
-        locate(code, "item + 1", "n")
-        code(f"ahead = look(src + nb * SOURCES * SRC_H * SRC_W, SOURCES, SRC_H, SRC_W, {span.format('n')});")
-        code("}")
-
-
 def store_tile(
     code: Code, where: str, sums: list[str], rows: int, columns: int, steps: tuple[int, int] = (1, 1)
 ) -> None:

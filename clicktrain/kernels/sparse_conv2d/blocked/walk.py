@@ -1,0 +1,123 @@
+"""Which thread computes which regions, and what it copies or fetches on its way from one to the next.
+
+Of few regions (small images, few of them) each has several *parts*, some of the results, so that there is
+work for all threads. Regions, or parts, are cut into *chunks*, some for each thread. A thread begins with its
+own, the same in every call, so that what it reads and writes tends to be in its caches and its memory; then
+it takes what others have not begun. A core that is slower, or busy with something else, holds nobody up for
+long. Results do not depend on who computed what, nor do the sums of `statistics`, which are kept by chunk.
+"""
+
+from __future__ import annotations
+
+from clicktrain.kernels.sparse_conv2d.blocked.template import Code, define, locate, open_threads
+
+CHUNKS = 4
+"""Chunks of each thread, if there are several: at the end one waits for a quarter of its work at most."""
+
+SUPPORT = f"""
+// Chunks of a thread that nobody has taken, on a cache line of their own.
+typedef struct {{ int64_t next, end, apart[6]; }} share_t;
+// The next chunk of one's own, or of somebody else's; -1 if all are taken.
+static __attribute__((noinline)) int64_t take(share_t *shares, int64_t me, int64_t threads) {{
+  for (int64_t i = 0; i < threads; ++i) {{
+    share_t *s = shares + (me + i) % threads;
+    if (__atomic_load_n(&s->next, __ATOMIC_RELAXED) >= s->end) continue;
+    const int64_t chunk = __atomic_fetch_add(&s->next, 1, __ATOMIC_RELAXED);
+    if (chunk < s->end) return chunk;
+  }}
+  return -1;
+}}
+#define CHUNKS {CHUNKS}
+"""
+
+
+def open_shares(code: Code, results: int, size: int) -> None:
+    """Give every thread its chunks, and begin the parallel region.
+
+    Args:
+        code: written to.
+        results: of a region.
+        size: of a unit of results, parts are some of these.
+    """
+    define(code, {"UNIT": size, "UNITS": -(-results // size)})
+    code("const int64_t regions = blocks * REGION_ROWS * REGION_COLS, wanted = CHUNKS * threads;")
+    code("const int64_t parts = threads > 1 ? min64((wanted + regions - 1) / regions, UNITS) : 1;")
+    code("const int64_t items = regions * parts, chunks = threads > 1 ? min64(items, wanted) : 1;")
+    code("share_t shares[threads];")
+    code("for (int64_t t = 0; t < threads; ++t)")
+    code("  shares[t] = (share_t){chunks * t / threads, chunks * (t + 1) / threads, {0}};")
+    open_threads(code)
+
+
+def open_regions(code: Code, in_place: bool, span: str, beside: bool) -> None:
+    """Begin a thread's loop over its regions, or parts of them.
+
+    Afterwards ``window`` is what tiles read, ``to`` the result, of which they compute those from ``first`` to
+    ``end``. The ``item`` before ``last`` is the last of its ``chunk``.
+
+    Args:
+        code: written to; ``src``, ``dst`` and ``buffer`` are declared.
+        in_place: windows are read from the source itself; else copied to ``buffer``.
+        span: C arguments for a region's first row, rows, first column and columns; ``{0}`` is the prefix of
+            `template.locate`.
+        beside: ``ahead`` is a copy of the next region (`copies`), which tiles have to go on with; else it is
+            what they fetch of it (`template.FETCH`), and it is copied at once when it begins.
+    """
+    source = "src + {0}b * SOURCES * SRC_H * SRC_W"
+    copy = f"windows_of({source}, {{1}}, 1, {span})"
+    code("int64_t chunk = take(shares, me, threads), item = items * chunk / chunks;")
+    if beside:
+        code("copy_t ahead = {0};")
+    if in_place:
+        pass
+    elif beside:
+        code("long turn = 0;")
+        code("if (chunk >= 0) {")
+        locate(code, "item / parts")
+        code(f"ahead = {copy.format('', 'buffer')};")
+        code("}")
+    else:
+        code("int64_t copied = -1;")
+    code("while (chunk >= 0) {")
+    code("const int64_t last = items * (chunk + 1) / chunks;")
+    code("const int64_t following = item + 1 < last ? chunk : take(shares, me, threads);")
+    code("const int64_t next = item + 1 < last ? item + 1 : items * following / chunks;")
+    code("const int64_t region = item / parts, part = item % parts;")
+    code("const int other = following >= 0 && next / parts != region;")
+    code("const long first = UNITS * part / parts * UNIT;")
+    code("const long end = min64(UNITS * (part + 1) / parts * UNIT, RESULTS);")
+    locate(code, "region")
+    code(f"const stored *from = {source.format('')};")
+    code("stored *to = dst + b * RESULTS * DST_H * DST_W;")
+    code("(void)from; (void)other;")
+    if not beside:
+        code("ahead_t ahead = {0};")
+    if in_place:
+        code("const cell *window = from;")
+        return
+    if beside:
+        code("const cell *window = buffer + turn * (SOURCES * WIN);")
+        code("copy_windows(&ahead, ahead.left);")
+    else:
+        code("const cell *window = buffer;")
+        code("if (copied != region) {")
+        code(f"copy_t now = {copy.format('', 'buffer')};")
+        code("copy_windows(&now, now.left);")
+        code("copied = region;")
+        code("}")
+    code("if (other) {")
+    locate(code, "next / parts", "n")
+    if beside:
+        code("turn = !turn;")
+        code(f"ahead = {copy.format('n', 'buffer + turn * (SOURCES * WIN)')};")
+    else:
+        code(f"ahead = look({source.format('n')}, SOURCES, SRC_H, SRC_W, {span.format('n')});")
+    code("}")
+
+
+def close_regions(code: Code) -> None:
+    """End the loop, and what has been written around the caches."""
+    code("item = next;")
+    code("chunk = following;")
+    code("}")
+    code("if (stream) DRAIN();")

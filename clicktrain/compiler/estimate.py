@@ -7,7 +7,7 @@ import math
 import torch
 from torch import nn
 
-from clicktrain.compiler.units import Unit, shape_of
+from clicktrain.compiler.units import Unit, max_pooling, shape_of
 from clicktrain.kernels.native import toolchain
 from clicktrain.kernels.sparse_conv2d import PackedConv2d
 
@@ -21,6 +21,7 @@ GB_S = 10.0
 _PASSES = {"elementwise": 5.0, "cat": 4.0, "pool": 5.0, "global_pool": 2.0}
 _BATCH_NORM, _ADDITION, _RELU = 8.0, 3.0, 5.0
 _FUSED, _FUSED_ADDITION = 8.0, 2.0
+_MAX_POOL = 3.0
 _CONVERSION = 4.0
 
 
@@ -42,6 +43,8 @@ def unit_ms(unit: Unit, *, blocked: bool, gb_s: float | None = None, itemsize: i
         added, relu = len(unit.inputs) > 1, unit.relu
         plain = _BATCH_NORM + added * _ADDITION + relu * _RELU
         passes = _FUSED + added * _FUSED_ADDITION if blocked else plain
+    elif blocked and max_pooling(unit) is not None:
+        passes = _MAX_POOL
     else:
         passes = _PASSES[unit.kind]
     return _moving_ms(passes * larger * filling, gb_s)

@@ -11,7 +11,7 @@ from clicktrain.compiler import steps
 from clicktrain.compiler.norm_statistics import convolutions_before_norms
 from clicktrain.compiler.plan import DENSE, Choice, LoweringPlan, kept_in
 from clicktrain.compiler.trace import ROOT, Traced, layer_name
-from clicktrain.compiler.units import Unit, find_units, hooked, modules_in, shape_of
+from clicktrain.compiler.units import Unit, find_units, hooked, max_pooling, modules_in, shape_of
 from clicktrain.kernels.native import toolchain
 from clicktrain.kernels.native.library import build_all
 from clicktrain.kernels.sparse_conv2d import PackedConv2d
@@ -168,6 +168,8 @@ class _Writer:
         elif unit.kind == "batch_norm":
             assert isinstance(layer, nn.BatchNorm2d)
             y = self._call(unit.name, steps.BatchNorm(layer, unit.relu), x, n, *others)
+        elif (pooling := max_pooling(unit)) is not None:
+            y = self._call(unit.name, steps.MaxPool(pooling), x)
         elif unit.kind == "pool":
             view = self.graph.call_function(steps.as_images, (x,))
             pooled = self.graph.node_copy(node, lambda _: view)

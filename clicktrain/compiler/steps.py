@@ -17,6 +17,7 @@ from clicktrain.formats.memory_format import plain, unsafe_in_channels_last
 from clicktrain.formats.packed import Structure
 from clicktrain.kernels.batch_norm2d import batch_norm_blocked, uses_batch_statistics
 from clicktrain.kernels.blocked_layout import block_batch, unblock_batch
+from clicktrain.kernels.max_pool2d import Pooling, max_pool_blocked
 from clicktrain.kernels.sparse_conv2d import PackedConv2d
 from clicktrain.kernels.sparse_conv2d.blocked.ops import (
     sparse_conv2d_blocked,
@@ -165,6 +166,23 @@ class Activation(nn.Module):
             return F.dropout(x, self.layer.p, self.layer.training)
         y: Tensor = self.own(x)
         return y
+
+
+class MaxPool(nn.Module):
+    """Max pooling, of a layer or as a function's arguments say."""
+
+    pooling: nn.MaxPool2d | Pooling
+
+    def __init__(self, pooling: nn.MaxPool2d | Pooling) -> None:
+        super().__init__()
+        object.__setattr__(self, "pooling", pooling)
+
+    def forward(self, x: Tensor) -> Tensor:
+        """[B, C, H, W, V] -> [B, C, H', W', V]."""
+        one = self.pooling
+        if isinstance(one, nn.MaxPool2d):
+            one = Pooling(one.kernel_size, one.stride, one.padding, one.dilation, one.ceil_mode)
+        return max_pool_blocked(x, one)
 
 
 def unblock(x: Tensor, n: int, dtype: torch.dtype) -> Tensor:

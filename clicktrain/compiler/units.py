@@ -17,6 +17,7 @@ from torch import fx, nn
 
 from clicktrain.compiler.trace import Traced, layer_name
 from clicktrain.formats.memory_format import plain_input
+from clicktrain.kernels.max_pool2d import Pooling
 from clicktrain.kernels.sparse_conv2d import PackedConv2d
 
 Kind = Literal["conv", "batch_norm", "elementwise", "pool", "global_pool", "cat"]
@@ -215,6 +216,23 @@ class _Finder:
         if node.op == "call_method":
             return node.target == "relu"
         return node.op == "call_function" and node.target in _RELU_FUNCTIONS
+
+
+def max_pooling(unit: Unit) -> nn.MaxPool2d | Pooling | None:
+    """What a unit pools, if it takes maxima over windows that there is a kernel for."""
+    node, layer = unit.output, unit.module
+    if isinstance(layer, nn.MaxPool2d):
+        known = Pooling(layer.kernel_size, layer.stride, layer.padding, layer.dilation, layer.ceil_mode)
+        return layer if known.fits() else None
+    if node.target is not F.max_pool2d or len(node.all_input_nodes) != 1:
+        return None  # sizes that are computed are not known here
+    arguments = {
+        name: given
+        for place, name in enumerate(("kernel_size", "stride", "padding", "dilation", "ceil_mode"), 1)
+        if (given := _argument(node, place, name)) is not None
+    }
+    found = Pooling(**arguments)
+    return found if found.fits() else None
 
 
 def packed_type(model: nn.Module) -> torch.dtype:

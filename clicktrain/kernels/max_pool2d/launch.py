@@ -1,0 +1,104 @@
+"""Calls of the generated C: checks what pointers cannot say of themselves, and makes room for results."""
+
+from __future__ import annotations
+
+import functools
+from collections.abc import Sequence
+
+import torch
+from torch import Tensor
+
+from clicktrain.errors import UserError
+from clicktrain.kernels.max_pool2d.codegen import source, tap_type
+from clicktrain.kernels.native import STORED_TYPES, Library, load, toolchain
+from clicktrain.kernels.native.library import call
+from clicktrain.kernels.sparse_conv2d.blocked.layout import vectors
+
+MOST_TAPS = 128
+"""Positions of a window that a signed byte can tell apart."""
+
+
+def output_size(size: Sequence[int], window: Sequence[int], ceil: bool) -> tuple[int, int]:
+    """Rows and columns of the result, as PyTorch counts them.
+
+    Args:
+        size: rows and columns of the image.
+        window: kernel, stride, padding and dilation, rows and columns of each.
+        ceil: whether windows that begin inside count, wherever they end.
+    """
+    found = []
+    for axis in (0, 1):
+        kernel, stride, padding, dilation = window[axis::2]
+        free = size[axis] + 2 * padding - dilation * (kernel - 1) - 1
+        count = (free + (stride - 1 if ceil else 0)) // stride + 1
+        if ceil and (count - 1) * stride >= size[axis] + padding:
+            count -= 1  # a last window would lie in the padding
+        found.append(count)
+    return found[0], found[1]
+
+
+def check_window(window: Sequence[int]) -> None:
+    """Refuse what is no pooling window.
+
+    Raises:
+        UserError: eight numbers are wanted; paddings of at most half a kernel; at most `MOST_TAPS` taps.
+    """
+    if len(window) != 8 or min(*window[:4], *window[6:]) < 1 or min(window[4:6]) < 0:
+        raise UserError(
+            f"a window is kernel, stride, padding and dilation, two numbers each, not {list(window)}"
+        )
+    if any(2 * padding > kernel for kernel, padding in zip(window[:2], window[4:6], strict=True)):
+        raise UserError(f"padding is at most half the kernel, not {window[4:6]} for {window[:2]}")
+    if window[0] * window[1] > MOST_TAPS:
+        raise UserError(f"windows have at most {MOST_TAPS} positions here, not {window[0]}x{window[1]}")
+
+
+def forward(x: Tensor, window: Sequence[int], ceil: bool) -> tuple[Tensor, Tensor]:
+    """[B, C, H, W, V] -> the largest of each window [B, C, H', W', V], and which of its taps that is."""
+    library = _check(x)
+    check_window(window)
+    size = output_size(x.shape[2:4], window, ceil)
+    if min(size) < 1:
+        raise UserError(f"a window of {window[:2]} does not fit images of {list(x.shape[2:4])}")
+    shape = (*x.shape[:2], *size, x.shape[4])
+    y, taps = x.new_empty(shape), x.new_empty(shape, dtype=tap_type(shape[4]))
+    call(library.forward, vectors(x), y, taps, *x.shape[2:4], *size, *window, *_amount(x))
+    return y, taps
+
+
+def backward(gy: Tensor, taps: Tensor, size: Sequence[int], window: Sequence[int]) -> Tensor:
+    """Gradient of the input [B, C, H, W, V] from that of the result, and its taps; ``size`` is (H, W)."""
+    library = _check(gy)
+    wanted = tap_type(gy.shape[4])
+    if taps.shape != gy.shape or taps.dtype is not wanted:
+        raise UserError(f"taps are {list(gy.shape)} of {wanted}, not {list(taps.shape)} of {taps.dtype}")
+    gx = gy.new_empty((*gy.shape[:2], *size, gy.shape[4]))
+    call(library.backward, vectors(gy), vectors(taps), gx, *size, *gy.shape[2:4], *window, *_amount(gy))
+    return gx
+
+
+def _amount(x: Tensor) -> tuple[int, int]:
+    """Planes and threads: how both argument lists end."""
+    return x.shape[0] * x.shape[1], torch.get_num_threads()
+
+
+@functools.cache
+def _library(dtype: torch.dtype) -> tuple[Library, int]:
+    """The compiled functions for a type of activations, and V."""
+    tools = toolchain()
+    if tools is None:
+        raise RuntimeError("there is no C compiler: install gcc or clang, or name one in CC")
+    return load(source(dtype, tools.lanes(dtype))), tools.lanes(dtype)
+
+
+def _check(x: Tensor) -> Library:
+    if x.dtype not in STORED_TYPES:
+        names = ", ".join(str(dtype).removeprefix("torch.") for dtype in STORED_TYPES)
+        raise UserError(f"blocked pooling is for activations of one of {names}, not of {x.dtype}")
+    library, lanes = _library(x.dtype)
+    if x.dim() != 5 or x.shape[4] != lanes or x.device.type != "cpu":
+        raise UserError(
+            f"blocked pooling takes [B, C, H, W, {lanes}] of {x.dtype} on a CPU here, not {list(x.shape)} on "
+            f"{x.device}: convert with block_batch"
+        )
+    return library

@@ -20,7 +20,7 @@ demo: $(VENV)/stamp-run ## train the embedded digits dense and with ClickTrain, 
 	$(PY) -m clicktrain.demo $(ARGS)
 
 test: $(VENV)/stamp-test ## every test but the slow and the GPU ones
-	$(PYTEST) -n $(WORKERS) $(ARGS)
+	$(PYTEST) -n $(WORKERS) --dist worksteal $(ARGS)
 
 check: lint types test ## what CI runs: lint, types, tests
 

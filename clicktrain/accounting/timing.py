@@ -83,7 +83,7 @@ def interleaved_ms(
     times: dict[Key, list[float]] = {key: [] for key in order}
     shuffle = random.Random(0).shuffle
     collecting = gc.isenabled()
-    gc.collect()
+    gc.collect(1)  # not the oldest: in a process with torch that takes a quarter of a second each time
     gc.disable()  # a collection would fall into the time of whichever call it happens in
     try:
         for number in range(warmup + rounds):

@@ -95,6 +95,8 @@ def test_without_a_compiler_there_is_none(tmp_path: Path) -> None:
 
 
 SANITIZED = """
+import os
+os.environ.pop("LD_PRELOAD")  # for this process: compilers would run slowly under it
 from dataclasses import replace
 import torch
 from clicktrain.formats.packed import Structure

@@ -55,7 +55,7 @@ def problems(draw: st.DrawFn) -> dict[str, Any]:
 
 @pytest.mark.parametrize("impl", IMPLS)
 @given(problem=problems())
-@settings(max_examples=30)
+@settings(max_examples=16)
 def test_forward_and_every_gradient(impl: str, problem: dict[str, Any]) -> None:
     torch.manual_seed(problem["seed"])
     options = problem["options"]

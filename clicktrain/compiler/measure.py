@@ -5,6 +5,7 @@ Candidates take turns, so that a disturbance hits all of them, and the median of
 
 from __future__ import annotations
 
+import math
 import time
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
@@ -34,6 +35,9 @@ TURNS = (2, 7)
 HOPELESS = 5
 HOPELESS_SECONDS = 0.1
 """See `take_turns`; a first call also builds things, which takes less than this."""
+LITTLE_WORK = 1 << 21
+"""Kept multiply-adds of a layer and batch, under 0.1 ms, from which on more than one candidate is built: that
+takes a third of a second each, and could save microseconds."""
 CALL_MS = 0.05
 """What one operator costs in PyTorch, forward and backward."""
 _WRITE_ONLY_GRADIENT = ("forward", "grad_weight")
@@ -209,12 +213,16 @@ def layer_key(unit: Unit) -> tuple[object, ...]:
 
 
 def _sparse_candidates(unit: Unit, dtypes: Sequence[str]) -> dict[Activations, list[Variant]]:
+    """By what is kept; of layers of little work the likeliest of each phase alone."""
     layer, problem = conv_parts(unit)
     structure, dtype = sparse_structure(layer), dtype_of(unit)
-    return {
-        kept: variants(structure, problem, layer.groups, kept_in(kept, dtype))
-        for kept in activations_of(dtypes, dtype)
-    }
+    little = structure.nnz * math.prod((shape_of(unit.output)[0], *shape_of(unit.output)[2:])) < LITTLE_WORK
+    found = {}
+    for kept in activations_of(dtypes, dtype):
+        every = variants(structure, problem, layer.groups, kept_in(kept, dtype))
+        first = {one.phase: one for one in reversed(every)}
+        found[kept] = list(first.values()) if little else every
+    return found
 
 
 def sparse_structure(layer: PackedConv2d | nn.Conv2d) -> Structure:

@@ -100,6 +100,7 @@ os.environ.pop("LD_PRELOAD")  # for this process: compilers would run slowly und
 from dataclasses import replace
 import torch
 from clicktrain.formats.packed import Structure
+from clicktrain.kernels.max_pool2d import Pooling, launch as pool
 from clicktrain.kernels.sparse_conv2d.blocked import launch
 from clicktrain.kernels.sparse_conv2d.blocked.prepared import prepare, variants
 from clicktrain.kernels.sparse_conv2d.blocked.problem import ConvProblem, Tiling
@@ -152,6 +153,13 @@ for f, c, kernel, image, stride, padding, dilation, blocks, threads in cases:
         y, _, _ = launch.forward_statistics(low, values, None, index, text, blocks * lanes - 3)
         launch.grad_input(y, values, index, text)
         launch.grad_weight(low, y, structure.values_shape, index, text)
+windows = Pooling(2, ceil_mode=True), Pooling(3, 2, 1), Pooling((3, 2), (1, 3), (1, 0), 2)
+for number, pooling in enumerate(windows):
+    torch.set_num_threads(number + 1)
+    for dtype in (torch.float32, torch.bfloat16):
+        x = torch.randn(2, 3, 9, 7, lanes).to(dtype)
+        y, taps = pool.forward(x, pooling.window(), pooling.ceil_mode)
+        pool.backward(y, taps, (9, 7), pooling.window())
 print("clean")
 """
 

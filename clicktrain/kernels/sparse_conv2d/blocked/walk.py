@@ -68,28 +68,19 @@ def open_regions(code: Code, in_place: bool, span: str, beside: bool) -> None:
     code("int64_t chunk = take(shares, me, threads), item = items * chunk / chunks;")
     if beside:
         code("copy_t ahead = {0};")
-    if in_place:
-        pass
-    elif beside:
         code("long turn = 0;")
+        code("(void)turn;")
+    if beside and not in_place:
         code("if (chunk >= 0) {")
         locate(code, "item / parts")
         code(f"ahead = {copy.format('', 'buffer')};")
         code("}")
-    else:
-        code("int64_t copied = -1;")
+    code("int64_t before = -1;")
     code("while (chunk >= 0) {")
-    code("const int64_t last = items * (chunk + 1) / chunks;")
-    code("const int64_t following = item + 1 < last ? chunk : take(shares, me, threads);")
-    code("const int64_t next = item + 1 < last ? item + 1 : items * following / chunks;")
-    code("const int64_t region = item / parts, part = item % parts;")
-    code("const int other = following >= 0 && next / parts != region;")
-    code("const long first = UNITS * part / parts * UNIT;")
-    code("const long end = min64(UNITS * (part + 1) / parts * UNIT, RESULTS);")
-    locate(code, "region")
+    _open_item(code)
     code(f"const stored *from = {source.format('')};")
     code("stored *to = dst + b * RESULTS * DST_H * DST_W;")
-    code("(void)from; (void)other;")
+    code("(void)from; (void)other; (void)before;")
     if not beside:
         code("ahead_t ahead = {0};")
     if in_place:
@@ -98,25 +89,37 @@ def open_regions(code: Code, in_place: bool, span: str, beside: bool) -> None:
     if beside:
         code("const cell *window = buffer + turn * (SOURCES * WIN);")
         code("copy_windows(&ahead, ahead.left);")
+        following = copy.format("n", "buffer + turn * (SOURCES * WIN)")
     else:
         code("const cell *window = buffer;")
-        code("if (copied != region) {")
+        code("if (before != region) {")
         code(f"copy_t now = {copy.format('', 'buffer')};")
         code("copy_windows(&now, now.left);")
-        code("copied = region;")
         code("}")
+        following = f"look({source.format('n')}, SOURCES, SRC_H, SRC_W, {span.format('n')})"
     code("if (other) {")
     locate(code, "next / parts", "n")
     if beside:
         code("turn = !turn;")
-        code(f"ahead = {copy.format('n', 'buffer + turn * (SOURCES * WIN)')};")
-    else:
-        code(f"ahead = look({source.format('n')}, SOURCES, SRC_H, SRC_W, {span.format('n')});")
+    code(f"ahead = {following};")
     code("}")
+
+
+def _open_item(code: Code) -> None:
+    """Which region and results are next, and which come after them (``other``: of another region)."""
+    code("const int64_t last = items * (chunk + 1) / chunks;")
+    code("const int64_t following = item + 1 < last ? chunk : take(shares, me, threads);")
+    code("const int64_t next = item + 1 < last ? item + 1 : items * following / chunks;")
+    code("const int64_t region = item / parts, part = item % parts;")
+    code("const int other = following >= 0 && next / parts != region;")
+    code("const long first = UNITS * part / parts * UNIT;")
+    code("const long end = min64(UNITS * (part + 1) / parts * UNIT, RESULTS);")
+    locate(code, "region")
 
 
 def close_regions(code: Code) -> None:
     """End the loop, and what has been written around the caches."""
+    code("before = region;")
     code("item = next;")
     code("chunk = following;")
     code("}")

@@ -28,11 +28,13 @@ class Lowered:
         run: as the model's ``forward``.
         watched: (children of the parent, name, module) of each layer that runs as a step.
         parameter: name in the first of these and number type of the one that tells whether the model moved.
+        pools: (pooling layer, its settings): what follows was lowered for the sizes that they give.
     """
 
     run: fx.GraphModule
     watched: tuple[tuple[dict[str, nn.Module | None], str, nn.Module], ...]
     parameter: tuple[str, torch.dtype] | None = None
+    pools: tuple[tuple[nn.Module, tuple[object, ...]], ...] = ()
 
     def current(self) -> bool:
         """Whether the model still has the layers that were lowered, of the number type and where it was."""
@@ -41,6 +43,8 @@ class Lowered:
             parameter = self.watched[0][2]._parameters.get(name)
             if parameter is None or parameter.dtype is not dtype or not parameter.is_cpu:
                 return False
+        if any(_settings(module) != known for module, known in self.pools):
+            return False
         return all(children.get(name) is module for children, name, module in self.watched)
 
     def hooked(self) -> bool:
@@ -80,7 +84,9 @@ def lower(traced: Traced, plan: LoweringPlan, dtype: torch.dtype) -> Lowered:
     parameter = None
     if watched and isinstance(watched[0][2], (PackedConv2d, nn.Conv2d)):
         parameter = ("values" if isinstance(watched[0][2], PackedConv2d) else "weight", dtype)
-    lowered = Lowered(writer.write(), tuple(watched), parameter)
+    layers = [unit.module for unit in stepped if unit.kind == "pool" and unit.module is not None]
+    pools = tuple((layer, _settings(layer)) for layer in layers)
+    lowered = Lowered(writer.write(), tuple(watched), parameter, pools)
     # Side by side now rather than one by one when they are first called.
     texts = []
     for step in writer.steps.modules():
@@ -90,6 +96,11 @@ def lower(traced: Traced, plan: LoweringPlan, dtype: torch.dtype) -> Lowered:
             texts += compile_plan(step.conv.text, writer.kept, ["forward"], sums=True)
     build_all(texts)
     return lowered
+
+
+def _settings(module: nn.Module) -> tuple[object, ...]:
+    """What a layer of PyTorch's was made with."""
+    return tuple(getattr(module, name) for name in getattr(module, "__constants__", ()))
 
 
 def _unpacked(unit: Unit, choice: Choice) -> bool:

@@ -232,3 +232,34 @@ def test_tracing_leaves_no_trace() -> None:
     assert not model.layer1[0].bn1.training  # type: ignore[index, union-attr]
     assert model.layer1[0].bn2.training  # type: ignore[index, union-attr]
     assert_same_state(model, untouched, 0.0)
+
+
+class Pooled(nn.Module):
+    """Two convolutions with a pooling between them."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.first, self.norm = nn.Conv2d(3, 8, 3, padding=1), nn.BatchNorm2d(8)
+        self.pool = nn.MaxPool2d(3, 2, 1)
+        self.second = nn.Conv2d(8, 8, 3, padding=1)
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        y: torch.Tensor = self.second(self.pool(self.norm(self.first(x)).relu())).mean((2, 3))
+        return y
+
+
+@pytest.mark.parametrize(
+    "change", [{"padding": 0}, {"ceil_mode": True}, {"stride": 3}, {"kernel_size": (2, 3)}], ids=str
+)
+def test_a_pooling_that_is_set_otherwise_is_lowered_anew(change: dict[str, object]) -> None:
+    model, x = Pooled(), torch.randn(5, 3, 12, 11)
+    with torch.no_grad():
+        for conv in (model.first, model.second):
+            conv.weight[:, 1] = 0
+    fast = accelerate(clicktrain.pack(model), x, rule="sparse")
+    assert isinstance(fast, Accelerated)
+    torch.testing.assert_close(fast(x), model(x))
+    for name, value in change.items():
+        setattr(fast.pool, name, value)
+        setattr(model.pool, name, value)
+    torch.testing.assert_close(fast(x), model(x))

@@ -173,6 +173,14 @@ def test_anything_but_plain_data_is_refused(content: object) -> None:
         load_plain_pickle(pickle.dumps(content, 2), "batch")
 
 
+def test_room_for_objects_that_are_not_there_is_not_made() -> None:
+    raw = pickle.dumps({b"x": b"y"}, 2)
+    gigantic = raw.replace(pickle.BINPUT + b"\x00", pickle.LONG_BINPUT + b"\xff\xff\xff\x7f", 1)
+    assert gigantic != raw
+    with pytest.raises(UserError, match="remembers an object as number 2147483647"):
+        load_plain_pickle(gigantic, "batch")
+
+
 @given(cut=st.integers(0, 400), flip=st.integers(0, 399), bits=st.integers(0, 255))
 def test_a_damaged_pickle_is_a_user_error_or_plain_data(cut: int, flip: int, bits: int) -> None:
     raw = bytearray(

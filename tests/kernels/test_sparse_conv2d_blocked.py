@@ -462,6 +462,24 @@ def test_operator_is_well_formed(stride: int) -> None:
     assert set(results.values()) == {"SUCCESS"}
 
 
+def test_images_of_another_size_than_the_plan_is_for_are_refused() -> None:
+    tools = toolchain()
+    assert tools is not None
+    structure = Structure.from_mask(torch.ones(4, 3, 3, 3, dtype=torch.bool))
+    plan, tables = prepare(structure, ConvProblem.make(3, 4, (3, 3), (6, 6), padding=(1, 1)))
+    values, index, text = torch.ones(structure.values_shape), list(tables.tensors), plan.to_json()
+    x, gy = (torch.zeros(1, planes, 6, 6, tools.lanes(torch.float32)) for planes in (3, 4))
+    small = x[:, :, :5, :5].contiguous()
+    with pytest.raises(UserError, match=r"plan is for \[3, 6, 6\] \(C, H, W\), not for \[3, 5, 5\]"):
+        launch.forward(small, values, None, index, text)
+    with pytest.raises(UserError, match=r"plan is for \[4, 6, 6\]"):
+        launch.grad_input(gy[:, :3], values, index, text)
+    with pytest.raises(UserError, match="plan is for"):
+        launch.grad_weight(small, gy, structure.values_shape, index, text)
+    with pytest.raises(UserError, match="this layer's plan says"):
+        launch.grad_weight(x, gy[:, :, :5], structure.values_shape, index, text)
+
+
 def test_what_kernels_would_misread_is_refused() -> None:
     structure = Structure.from_mask(torch.ones(2, 2, 1, 1, dtype=torch.bool))
     plan, tables = prepare(structure, ConvProblem.make(2, 2, (1, 1), (3, 3)))

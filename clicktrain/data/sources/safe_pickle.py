@@ -10,6 +10,7 @@ from __future__ import annotations
 import io
 import math
 import pickle
+import pickletools
 from typing import Any
 
 import numpy as np
@@ -95,6 +96,7 @@ def load_plain_pickle(data: bytes, name: str) -> dict[str, Any]:
         UserError: the file is damaged, is no dictionary, or asks for anything but plain data.
     """
     try:
+        _check_places(data)
         loaded = _PlainUnpickler(io.BytesIO(data), encoding="bytes").load()
         if not isinstance(loaded, dict):
             raise pickle.UnpicklingError("it is no dictionary")
@@ -105,6 +107,16 @@ def load_plain_pickle(data: bytes, name: str) -> dict[str, Any]:
         raise UserError(
             f"{name} is not a CIFAR batch of plain data ({error}); download the official archive again"
         ) from error
+
+
+def _check_places(data: bytes) -> None:
+    """Refuse lengths beyond the file and numbers of remembered objects that it cannot hold.
+
+    The unpickler makes room for as many as the largest number says: a damaged byte could ask for 30 GB.
+    """
+    for operation, argument, _ in pickletools.genops(data):
+        if operation.name in ("PUT", "BINPUT", "LONG_BINPUT") and not 0 <= int(argument or 0) < len(data):
+            raise pickle.UnpicklingError(f"it remembers an object as number {argument}")
 
 
 def _text(key: object) -> str:

@@ -45,7 +45,7 @@ def compile_plan(
 def forward(x: Tensor, values: Tensor, bias: Tensor | None, tables: Sequence[Tensor], plan: str) -> Tensor:
     """[B, C, H, W, V] -> [B, F, H', W', V]."""
     kernel = _kernel(plan, x.dtype, "forward")
-    _check(x, values, bias)
+    _check(x, _read(kernel), values, bias)
     y = x.new_empty(output_shape(x, kernel.plan.problem))
     bias = None if bias is None else bias.contiguous()
     weights = _weights(values, tables[2], kernel.tiling)
@@ -61,7 +61,7 @@ def forward_statistics(
     if not max((x.shape[0] - 1) * lanes, 0) < n <= x.shape[0] * lanes:
         raise UserError(f"{x.shape[0]} blocks of {lanes} lanes hold no batch of {n} images to take a mean of")
     kernel = _kernel(plan, x.dtype, "forward", sums=True)
-    _check(x, values, bias)
+    _check(x, _read(kernel), values, bias)
     y = x.new_empty(output_shape(x, kernel.plan.problem))
     mean, var = values.new_empty(y.shape[1]), values.new_empty(y.shape[1])
     bias = None if bias is None else bias.contiguous()
@@ -78,7 +78,7 @@ def output_shape(x: Tensor, problem: ConvProblem) -> tuple[int, int, int, int, i
 def grad_input(gy: Tensor, values: Tensor, tables: Sequence[Tensor], plan: str) -> Tensor:
     """[B, F, H', W', V] -> [B, C, H, W, V]."""
     kernel = _kernel(plan, gy.dtype, "grad_input")
-    _check(gy, values)
+    _check(gy, _read(kernel), values)
     problem = kernel.plan.problem
     gx = gy.new_empty(gy.shape[0], problem.channels, problem.rows.size, problem.columns.size, gy.shape[4])
     weights = _weights(values, tables[5], kernel.tiling)
@@ -91,11 +91,14 @@ def grad_weight(
 ) -> Tensor:
     """Activations and output gradients -> gradient of the packed values."""
     kernel = _kernel(plan, x.dtype, "grad_weight")
-    _check(x)
+    _check(x, _read(kernel))
     if gy.dtype is not x.dtype:
         raise UserError(
             f"the output's gradient is of {gy.dtype}, the input of {x.dtype}: both have to be alike"
         )
+    expected = output_shape(x, kernel.plan.problem)
+    if gy.shape != expected:
+        raise UserError(f"the output's gradient is {list(gy.shape)}, this layer's plan says {list(expected)}")
     order, chunks = tables[8], tables[9]
     found = x.new_empty(int(chunks[1]), dtype=compute_type(x.dtype))
     few = x.shape[0] * kernel.regions < 4 * kernel.images * torch.get_num_threads()
@@ -104,11 +107,20 @@ def grad_weight(
     return _ordered(found, order).view(tuple(values_shape))
 
 
-def _check(x: Tensor, *parameters: Tensor | None) -> None:
+def _read(kernel: _Kernel) -> tuple[int, int, int]:
+    """Channels, rows and columns of what a phase reads its windows from."""
+    problem = kernel.plan.problem
+    if kernel.phase == "grad_input":
+        return problem.filters, problem.rows.out, problem.columns.out
+    return problem.channels, problem.rows.size, problem.columns.size
+
+
+def _check(x: Tensor, planes: tuple[int, int, int], *parameters: Tensor | None) -> None:
     """Refuse what the generated code would misread: it takes pointers.
 
     Raises:
-        UserError: number types that do not fit each other, or other lanes than this processor has.
+        UserError: number types that do not fit each other, images of another size than the plan is for, or
+            other lanes than this processor has.
     """
     computed, tools = compute_type(x.dtype), toolchain()
     for one in parameters:
@@ -122,6 +134,8 @@ def _check(x: Tensor, *parameters: Tensor | None) -> None:
             f"a blocked convolution takes [B, C, H, W, {lanes}] of {x.dtype} here, not {list(x.shape)}: "
             "convert with block_batch"
         )
+    if x.shape[1:4] != planes:
+        raise UserError(f"this layer's plan is for {list(planes)} (C, H, W), not for {list(x.shape[1:4])}")
 
 
 def _one_chunk(chunks: Tensor) -> Tensor:

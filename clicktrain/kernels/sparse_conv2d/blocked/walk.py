@@ -16,7 +16,7 @@ CHUNKS = 4
 
 SUPPORT = f"""
 // Chunks of a thread that nobody has taken, on a cache line of their own.
-typedef struct {{ int64_t next, end, apart[6]; }} share_t;
+typedef struct {{ int64_t next, end; }} __attribute__((aligned(64))) share_t;
 // The next chunk of one's own, or of somebody else's; -1 if all are taken.
 static __attribute__((noinline)) int64_t take(share_t *shares, int64_t me, int64_t threads) {{
   for (int64_t i = 0; i < threads; ++i) {{
@@ -45,7 +45,7 @@ def open_shares(code: Code, results: int, size: int) -> None:
     code("const int64_t items = regions * parts, chunks = threads > 1 ? min64(items, wanted) : 1;")
     code("share_t shares[threads];")
     code("for (int64_t t = 0; t < threads; ++t)")
-    code("  shares[t] = (share_t){chunks * t / threads, chunks * (t + 1) / threads, {0}};")
+    code("  shares[t] = (share_t){chunks * t / threads, chunks * (t + 1) / threads};")
     open_threads(code)
 
 

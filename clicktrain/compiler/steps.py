@@ -169,20 +169,15 @@ class Activation(nn.Module):
 
 
 class MaxPool(nn.Module):
-    """Max pooling, of a layer or as a function's arguments say."""
+    """Max pooling. A layer that is set otherwise is lowered anew: what follows has other sizes then."""
 
-    pooling: nn.MaxPool2d | Pooling
-
-    def __init__(self, pooling: nn.MaxPool2d | Pooling) -> None:
+    def __init__(self, pooling: Pooling) -> None:
         super().__init__()
-        object.__setattr__(self, "pooling", pooling)
+        self.pooling = pooling
 
     def forward(self, x: Tensor) -> Tensor:
         """[B, C, H, W, V] -> [B, C, H', W', V]."""
-        one = self.pooling
-        if isinstance(one, nn.MaxPool2d):
-            one = Pooling(one.kernel_size, one.stride, one.padding, one.dilation, one.ceil_mode)
-        return max_pool_blocked(x, one)
+        return max_pool_blocked(x, self.pooling)
 
 
 def unblock(x: Tensor, n: int, dtype: torch.dtype) -> Tensor:

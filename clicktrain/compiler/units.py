@@ -218,20 +218,19 @@ class _Finder:
         return node.op == "call_function" and node.target in _RELU_FUNCTIONS
 
 
-def max_pooling(unit: Unit) -> nn.MaxPool2d | Pooling | None:
+_POOLING = ("kernel_size", "stride", "padding", "dilation", "ceil_mode")
+
+
+def max_pooling(unit: Unit) -> Pooling | None:
     """What a unit pools, if it takes maxima over windows that there is a kernel for."""
     node, layer = unit.output, unit.module
     if isinstance(layer, nn.MaxPool2d):
-        known = Pooling(layer.kernel_size, layer.stride, layer.padding, layer.dilation, layer.ceil_mode)
-        return layer if known.fits() else None
-    if node.target is not F.max_pool2d or len(node.all_input_nodes) != 1:
-        return None  # sizes that are computed are not known here
-    arguments = {
-        name: given
-        for place, name in enumerate(("kernel_size", "stride", "padding", "dilation", "ceil_mode"), 1)
-        if (given := _argument(node, place, name)) is not None
-    }
-    found = Pooling(**arguments)
+        found = Pooling(*(getattr(layer, name) for name in _POOLING))
+    elif node.target is F.max_pool2d and len(node.all_input_nodes) == 1:
+        given = {name: _argument(node, place, name) for place, name in enumerate(_POOLING, 1)}
+        found = Pooling(**{name: value for name, value in given.items() if value is not None})
+    else:
+        return None  # another kind, or its sizes are computed and not known here
     return found if found.fits() else None
 
 

@@ -35,6 +35,7 @@ from clicktrain.methods.base import (
 )
 from clicktrain.methods.kernel_watch import KernelWatch, default_threshold
 from clicktrain.methods.pruning_start import default_window
+from clicktrain.methods.settings import check_choices, keep_as_tuples
 from clicktrain.methods.survey import ConvLayer, LinearLayer, Survey, survey
 from clicktrain.methods.threshold_masks import Granularity, Linear, MaskRule
 from clicktrain.sparsity.fully_connected import MAX_BLOCK
@@ -124,11 +125,8 @@ class Campfire(Method[CampfireState]):
 
     def __post_init__(self) -> None:
         """Check every setting."""
-        object.__setattr__(self, "exclude", tuple(self.exclude))
-        object.__setattr__(self, "include", tuple(self.include))
-        for key, choices in _CHOICES.items():
-            if getattr(self, key) not in choices:
-                raise UserError(f"{key} must be one of {', '.join(choices)}, not {getattr(self, key)!r}")
+        keep_as_tuples(self, "exclude", "include")
+        check_choices(self, _CHOICES)
         if self.preset not in PRESETS:
             raise UserError(f"preset must be one of {', '.join(PRESETS)}, not {self.preset!r}")
         if not 0 < self.sparsity < 1:

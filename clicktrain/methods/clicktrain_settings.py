@@ -6,6 +6,7 @@ import math
 from typing import TYPE_CHECKING, Any, get_args
 
 from clicktrain.errors import UserError
+from clicktrain.methods.settings import check_choices, keep_as_tuples
 from clicktrain.methods.sparse_times import Timed
 from clicktrain.sparsity.importance import CRITERIA
 from clicktrain.sparsity.patterns import fixed_pool
@@ -66,11 +67,8 @@ def fill_in(method: ClickTrain) -> None:
 
 def check(method: ClickTrain) -> None:
     """Raise UserError for a value out of range, or settings that exclude each other."""
-    for key, choices in CHOICES.items():
-        if getattr(method, key) not in choices:
-            raise UserError(f"{key} must be one of {', '.join(choices)}, not {getattr(method, key)!r}")
-    object.__setattr__(method, "exclude", tuple(method.exclude))
-    object.__setattr__(method, "include", tuple(method.include))
+    check_choices(method, CHOICES)
+    keep_as_tuples(method, "exclude", "include")
     if not method.compression > 1:
         raise UserError(
             f"compression must be more than 1 (8 keeps an eighth of the weights), not {method.compression}"

@@ -9,7 +9,6 @@ from typing import Any, ClassVar, get_args
 
 from torch import Tensor, nn
 
-from clicktrain.errors import UserError
 from clicktrain.methods.base import Action, Method, PruningPlan, RunLength, Step
 from clicktrain.methods.dynamic_masks import (
     Densities,
@@ -21,6 +20,7 @@ from clicktrain.methods.dynamic_masks import (
     dynamic_state_dict,
     load_dynamic_state,
 )
+from clicktrain.methods.settings import check_choices, keep_as_tuples
 from clicktrain.methods.survey import Survey, survey
 from clicktrain.methods.update_times import Timing, check_shares, check_times
 from clicktrain.sparsity.regrowth import UnitKind
@@ -60,11 +60,8 @@ class DynamicSparse(Method[DynamicState]):
 
     def __post_init__(self) -> None:
         """Check every setting."""
-        object.__setattr__(self, "exclude", tuple(self.exclude))
-        object.__setattr__(self, "include", tuple(self.include))
-        for key, choices in _CHOICES.items():
-            if getattr(self, key) not in choices:
-                raise UserError(f"{key} must be one of {', '.join(choices)}, not {getattr(self, key)!r}")
+        keep_as_tuples(self, "exclude", "include")
+        check_choices(self, _CHOICES)
         check_shares(self, ("sparsity", "drop"))
         check_times(self.interval, self.stop, self.mask_seed)
 

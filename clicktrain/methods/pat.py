@@ -38,6 +38,7 @@ from clicktrain.methods.neurons import (
     widths,
 )
 from clicktrain.methods.pruning_start import Policy, StartRule, StructureWatch, default_window
+from clicktrain.methods.settings import check_choices, keep_as_tuples
 from clicktrain.methods.survey import Survey, survey
 from clicktrain.sparsity.channel_importance import add_scores_
 from clicktrain.sparsity.stability import GRADIENT_THRESHOLD, MAGNITUDE_THRESHOLD
@@ -132,10 +133,8 @@ class PaT(Method[PaTState]):
 
     def __post_init__(self) -> None:
         """Check every setting."""
-        object.__setattr__(self, "exclude", tuple(self.exclude))
-        for key, choices in _CHOICES.items():
-            if getattr(self, key) not in choices:
-                raise UserError(f"{key} must be one of {', '.join(choices)}, not {getattr(self, key)!r}")
+        keep_as_tuples(self, "exclude")
+        check_choices(self, _CHOICES)
         if not 0 < self.prune_ratio < 1:
             raise UserError(f"prune_ratio must be between 0 and 1 (0.3 keeps 70%), not {self.prune_ratio}")
         for key in ("epi_window", "prune_steps", "init_batches", "min_channels", "round_to", "latency_batch"):

@@ -33,6 +33,7 @@ from clicktrain.methods.base import (
 )
 from clicktrain.methods.channel_axes import channel_axes
 from clicktrain.methods.fast_widths import MULTIPLES, BatchForm, fastest_multiple
+from clicktrain.methods.settings import check_choices, keep_as_tuples
 from clicktrain.methods.survey import SeenBatch, Survey, matches, survey
 from clicktrain.sparsity.channel_lasso import (
     ChannelAxis,
@@ -120,10 +121,8 @@ class PruneTrain(Method[PruneTrainState]):
         for key, value in PRESETS[self.preset].items():
             if getattr(self, key) is None:
                 object.__setattr__(self, key, value)
-        object.__setattr__(self, "exclude", tuple(self.exclude))
-        for key, choices in _CHOICES.items():
-            if getattr(self, key) not in choices:
-                raise UserError(f"{key} must be one of {', '.join(choices)}, not {getattr(self, key)!r}")
+        keep_as_tuples(self, "exclude")
+        check_choices(self, _CHOICES)
         if not 0 <= self.penalty_ratio < 1:
             raise UserError(f"penalty_ratio must be at least 0 and below 1, not {self.penalty_ratio}")
         for key in ("coefficient", "interval", "once_at"):

@@ -6,12 +6,13 @@ import torch
 from torch import Tensor, nn
 
 from clicktrain.errors import UserError
-from clicktrain.kernels.batch_norm2d.launch import check_type
+from clicktrain.kernels.batch_norm2d.launch import WHAT
 from clicktrain.kernels.batch_norm2d.ops import (
     affine_relu_blocked,
     batch_norm2d_blocked,
     batch_norm2d_blocked_given,
 )
+from clicktrain.kernels.blocked_library import check_type
 
 
 def batch_norm_blocked(
@@ -40,7 +41,7 @@ def batch_norm_blocked(
     Raises:
         UserError: another number type or shape, or one number per channel in training mode.
     """
-    check_type(x)
+    check_type(x, WHAT)
     y: Tensor
     mean, var = bn.running_mean, bn.running_var
     if uses_batch_statistics(bn) or mean is None or var is None:

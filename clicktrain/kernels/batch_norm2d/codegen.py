@@ -15,7 +15,7 @@ from __future__ import annotations
 
 import torch
 
-from clicktrain.kernels.native import compute_type, preamble
+from clicktrain.kernels.native import integer_vectors, preamble
 
 
 def source(dtype: torch.dtype, lanes: int) -> str:
@@ -25,14 +25,10 @@ def source(dtype: torch.dtype, lanes: int) -> str:
         dtype: of the activations, one of `STORED_TYPES`.
         lanes: V.
     """
-    size = compute_type(dtype).itemsize
-    shape = f"vector_size({lanes * size}), aligned({lanes * size})"
-    integers = f"typedef int{8 * size}_t ivec __attribute__(({shape}));\n"
-    return preamble(dtype, lanes) + integers + _LANES + _FORWARD + _BACKWARD
+    return preamble(dtype, lanes) + integer_vectors(dtype, lanes) + _LANES + _FORWARD + _BACKWARD
 
 
 _LANES = """
-#define INLINE static inline __attribute__((always_inline))
 #define CHUNK static __attribute__((noinline)) void
 #ifdef _OPENMP
 #define CHANNELS _Pragma("omp parallel for num_threads(threads) if (threads > 1) schedule(static)")

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import functools
 from typing import NamedTuple
 
 import torch
@@ -10,9 +9,13 @@ from torch import Tensor
 
 from clicktrain.errors import UserError
 from clicktrain.kernels.batch_norm2d.codegen import source
-from clicktrain.kernels.native import STORED_TYPES, Library, compute_type, load, toolchain
+from clicktrain.kernels.blocked_library import check_blocked, library_for
+from clicktrain.kernels.native import Library, compute_type
 from clicktrain.kernels.native.library import call
 from clicktrain.kernels.sparse_conv2d.blocked.layout import vectors
+
+WHAT = "blocked batch norm"
+"""In messages."""
 
 
 class Gradients(NamedTuple):
@@ -175,35 +178,12 @@ def per_channel(x: Tensor) -> Tensor:
     return x.new_empty(x.shape[1], dtype=compute_type(x.dtype))
 
 
-def check_type(x: Tensor) -> None:
-    """Refuse activations of a type that there are no kernels for."""
-    if x.dtype not in STORED_TYPES:
-        names = ", ".join(str(dtype).removeprefix("torch.") for dtype in STORED_TYPES)
-        raise UserError(
-            f"blocked batch norm is for activations of one of {names}, not of {x.dtype}: convert the input"
-        )
-
-
-@functools.cache
-def _library(dtype: torch.dtype) -> tuple[Library, int]:
-    """The compiled functions for a type of activations, and V."""
-    tools = toolchain()
-    if tools is None:
-        raise RuntimeError("there is no C compiler: install gcc or clang, or name one in CC")
-    return load(source(dtype, tools.lanes(dtype))), tools.lanes(dtype)
-
-
 def _check(
     x: Tensor, n: int, same: tuple[Tensor | None, ...], parameters: tuple[Tensor | None, ...]
 ) -> Library:
     """The library for ``x``, once everything is as the C text takes it for granted."""
-    check_type(x)
-    library, lanes = _library(x.dtype)
-    if x.dim() != 5 or x.shape[4] != lanes:
-        raise UserError(
-            f"blocked batch norm takes [B, C, H, W, {lanes}] of {x.dtype} here, not {list(x.shape)}: "
-            "convert with block_batch"
-        )
+    check_blocked(x, WHAT)
+    lanes = x.shape[4]
     if not (x.shape[0] - 1) * lanes < n <= x.shape[0] * lanes:
         raise UserError(f"{n} images of {lanes} lanes are {-(-n // lanes)} blocks, not {x.shape[0]}")
     computed = compute_type(x.dtype)
@@ -211,13 +191,13 @@ def _check(
         for one in tensors:
             if one is not None and (one.shape != shape or one.dtype != dtype):
                 raise UserError(
-                    f"blocked batch norm wants {list(shape)} of {dtype} beside its input of {x.dtype}, "
+                    f"{WHAT} wants {list(shape)} of {dtype} beside its input of {x.dtype}, "
                     f"not {list(one.shape)} of {one.dtype}"
                 )
-    for one in (x, *same, *parameters):
+    for one in (*same, *parameters):
         if one is not None and one.device.type != "cpu":
-            raise UserError(f"blocked batch norm is for CPUs, not for {one.device}")
-    return library
+            raise UserError(f"{WHAT} is for CPUs, not for {one.device}")
+    return library_for(source, x.dtype)
 
 
 def _sizes(x: Tensor) -> tuple[int, int, int, int]:

@@ -9,8 +9,6 @@ from torch import Tensor
 from clicktrain.kernels.max_pool2d.launch import MOST_TAPS
 from clicktrain.kernels.max_pool2d.ops import max_pool2d_blocked
 
-__all__ = ["MOST_TAPS", "Pooling", "max_pool_blocked"]
-
 Pair = int | tuple[int, ...] | list[int]
 
 

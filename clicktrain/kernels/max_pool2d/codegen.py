@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import torch
 
-from clicktrain.kernels.native import compute_type, preamble
+from clicktrain.kernels.native import integer_vectors, preamble
 
 
 def tap_type(lanes: int) -> torch.dtype:
@@ -28,16 +28,12 @@ def source(dtype: torch.dtype, lanes: int) -> str:
         dtype: of the activations, one of `STORED_TYPES`.
         lanes: V.
     """
-    size = compute_type(dtype).itemsize
-    shape = f"vector_size({lanes * size}), aligned({lanes * size})"
-    integers = f"typedef int{8 * size}_t ivec __attribute__(({shape}));\n"
     small = tap_type(lanes).itemsize
-    integers += f"typedef int{8 * small}_t taps_t __attribute__((vector_size({lanes * small})));\n"
-    return preamble(dtype, lanes) + integers + _TEXT
+    taps = f"typedef int{8 * small}_t taps_t __attribute__((vector_size({lanes * small})));\n"
+    return preamble(dtype, lanes) + integer_vectors(dtype, lanes) + taps + _TEXT
 
 
 _TEXT = """
-#define INLINE static inline __attribute__((always_inline))
 #ifdef _OPENMP
 #define PLANES _Pragma("omp parallel for num_threads(threads) if (threads > 1) schedule(static)") \\
   for (int64_t p = 0; p < planes; ++p)

@@ -2,18 +2,19 @@
 
 from __future__ import annotations
 
-import functools
 from collections.abc import Sequence
 
 import torch
 from torch import Tensor
 
 from clicktrain.errors import UserError
+from clicktrain.kernels.blocked_library import check_blocked, library_for
 from clicktrain.kernels.max_pool2d.codegen import source, tap_type
-from clicktrain.kernels.native import STORED_TYPES, Library, load, toolchain
 from clicktrain.kernels.native.library import call
 from clicktrain.kernels.sparse_conv2d.blocked.layout import vectors
 
+WHAT = "blocked pooling"
+"""In messages."""
 MOST_TAPS = 128
 """Positions of a window that a signed byte can tell apart."""
 
@@ -55,50 +56,39 @@ def check_window(window: Sequence[int]) -> None:
 
 def forward(x: Tensor, window: Sequence[int], ceil: bool) -> tuple[Tensor, Tensor]:
     """[B, C, H, W, V] -> the largest of each window [B, C, H', W', V], and which of its taps that is."""
-    library = _check(x)
+    check_blocked(x, WHAT)
     check_window(window)
     size = output_size(x.shape[2:4], window, ceil)
     if min(size) < 1:
         raise UserError(f"a window of {window[:2]} does not fit images of {list(x.shape[2:4])}")
     shape = (*x.shape[:2], *size, x.shape[4])
     y, taps = x.new_empty(shape), x.new_empty(shape, dtype=tap_type(shape[4]))
-    call(library.forward, vectors(x), y, taps, *x.shape[2:4], *size, *window, *_amount(x))
+    call(
+        library_for(source, x.dtype).forward, vectors(x), y, taps, *x.shape[2:4], *size, *window, *_amount(x)
+    )
     return y, taps
 
 
 def backward(gy: Tensor, taps: Tensor, size: Sequence[int], window: Sequence[int]) -> Tensor:
     """Gradient of the input [B, C, H, W, V] from that of the result, and its taps; ``size`` is (H, W)."""
-    library = _check(gy)
+    check_blocked(gy, WHAT)
     wanted = tap_type(gy.shape[4])
     if taps.shape != gy.shape or taps.dtype is not wanted:
         raise UserError(f"taps are {list(gy.shape)} of {wanted}, not {list(taps.shape)} of {taps.dtype}")
     gx = gy.new_empty((*gy.shape[:2], *size, gy.shape[4]))
-    call(library.backward, vectors(gy), vectors(taps), gx, *size, *gy.shape[2:4], *window, *_amount(gy))
+    call(
+        library_for(source, gy.dtype).backward,
+        vectors(gy),
+        vectors(taps),
+        gx,
+        *size,
+        *gy.shape[2:4],
+        *window,
+        *_amount(gy),
+    )
     return gx
 
 
 def _amount(x: Tensor) -> tuple[int, int]:
     """Planes and threads: how both argument lists end."""
     return x.shape[0] * x.shape[1], torch.get_num_threads()
-
-
-@functools.cache
-def _library(dtype: torch.dtype) -> tuple[Library, int]:
-    """The compiled functions for a type of activations, and V."""
-    tools = toolchain()
-    if tools is None:
-        raise RuntimeError("there is no C compiler: install gcc or clang, or name one in CC")
-    return load(source(dtype, tools.lanes(dtype))), tools.lanes(dtype)
-
-
-def _check(x: Tensor) -> Library:
-    if x.dtype not in STORED_TYPES:
-        names = ", ".join(str(dtype).removeprefix("torch.") for dtype in STORED_TYPES)
-        raise UserError(f"blocked pooling is for activations of one of {names}, not of {x.dtype}")
-    library, lanes = _library(x.dtype)
-    if x.dim() != 5 or x.shape[4] != lanes or x.device.type != "cpu":
-        raise UserError(
-            f"blocked pooling takes [B, C, H, W, {lanes}] of {x.dtype} on a CPU here, not {list(x.shape)} on "
-            f"{x.device}: convert with block_batch"
-        )
-    return library

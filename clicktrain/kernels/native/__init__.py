@@ -2,8 +2,8 @@
 
 from clicktrain.kernels.native.library import Library, build, load
 from clicktrain.kernels.native.memory import keep_memory
-from clicktrain.kernels.native.toolchain import Toolchain, toolchain
-from clicktrain.kernels.native.vector import C_TYPES, STORED_TYPES, compute_type, preamble
+from clicktrain.kernels.native.toolchain import Toolchain, needed_toolchain, toolchain
+from clicktrain.kernels.native.vector import C_TYPES, STORED_TYPES, compute_type, integer_vectors, preamble
 
 __all__ = [
     "C_TYPES",
@@ -12,8 +12,10 @@ __all__ = [
     "Toolchain",
     "build",
     "compute_type",
+    "integer_vectors",
     "keep_memory",
     "load",
+    "needed_toolchain",
     "preamble",
     "toolchain",
 ]

@@ -15,7 +15,7 @@ from typing import Any
 
 from torch import Tensor
 
-from clicktrain.kernels.native.toolchain import Toolchain, toolchain
+from clicktrain.kernels.native.toolchain import Toolchain, needed_toolchain
 
 Library = ctypes.CDLL
 """A loaded library; its functions take pointers and numbers as `ctypes` passes them."""
@@ -33,9 +33,7 @@ def build(source: str, tools: Toolchain | None = None) -> Path:
     Raises:
         RuntimeError: there is no compiler, or it refuses the text (with what it said).
     """
-    tools = tools or toolchain()
-    if tools is None:
-        raise RuntimeError("there is no C compiler: install gcc or clang, or name one in CC")
+    tools = tools or needed_toolchain()
     key = "\n".join((source, tools.version, *tools.flags, *tools.isa))
     folder = cache_folder()
     path = folder / f"{hashlib.sha256(key.encode()).hexdigest()[:32]}.so"

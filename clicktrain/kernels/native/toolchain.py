@@ -71,6 +71,14 @@ def toolchain() -> Toolchain | None:
     return None
 
 
+def needed_toolchain() -> Toolchain:
+    """`toolchain`, where nothing goes without it; RuntimeError if there is none."""
+    tools = toolchain()
+    if tools is None:
+        raise RuntimeError("there is no C compiler: install gcc or clang, or name one in CC")
+    return tools
+
+
 def _try(compiler: str) -> Toolchain | None:
     extra = tuple(os.environ.get("CLICKTRAIN_CFLAGS", "").split())
     for tune in _TUNE:

@@ -68,6 +68,16 @@ def preamble(dtype: torch.dtype, lanes: int) -> str:
     )
 
 
+def integer_vectors(dtype: torch.dtype, lanes: int) -> str:
+    """``ivec``, LANES integers of the size of ``real``: what comparisons of ``vec`` give, masks of bits."""
+    size = compute_type(dtype).itemsize
+    shape = f"vector_size({lanes * size}), aligned({lanes * size})"
+    return f"typedef int{8 * size}_t ivec __attribute__(({shape}));\n" + _INLINE
+
+
+_INLINE = "#define INLINE static inline __attribute__((always_inline))\n"
+
+
 def _stored(dtype: torch.dtype, lanes: int) -> list[str]:
     """``number`` and ``stored``, one and ``LANES`` activations, and the ways from and to ``vec``."""
     inline = "static inline __attribute__((always_inline, unused))"

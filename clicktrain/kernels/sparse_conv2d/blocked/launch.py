@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from clicktrain.errors import UserError
-from clicktrain.kernels.native import compute_type, load, toolchain
+from clicktrain.kernels.native import compute_type, load, needed_toolchain, toolchain
 from clicktrain.kernels.native.library import call
 from clicktrain.kernels.sparse_conv2d.blocked import statistics
 from clicktrain.kernels.sparse_conv2d.blocked.codegen import scratch_vectors, source
@@ -198,11 +198,8 @@ def region_count(phase: Phase, problem: ConvProblem, tiling: Tiling) -> int:
 
 @functools.cache
 def _text(plan: str, dtype: torch.dtype, phase: Phase, sums: bool = False) -> str:
-    tools = toolchain()
-    if tools is None:
-        raise RuntimeError("there is no C compiler: install gcc or clang, or name one in CC")
     parsed = ConvPlan.from_json(plan)
-    tiling, lanes = parsed.tiling(phase), tools.lanes(dtype)
+    tiling, lanes = parsed.tiling(phase), needed_toolchain().lanes(dtype)
     return source(phase, parsed.problem, parsed.vocabulary, tiling, dtype, lanes, sums)
 
 

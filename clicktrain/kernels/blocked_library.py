@@ -1,0 +1,55 @@
+"""What generated passes over blocked activations share: the library of a number type, checks of x."""
+
+from __future__ import annotations
+
+import functools
+from collections.abc import Callable
+
+import torch
+from torch import Tensor
+
+from clicktrain.errors import UserError
+from clicktrain.kernels.native import STORED_TYPES, Library, load, needed_toolchain
+
+
+@functools.cache
+def library_for(source: Callable[[torch.dtype, int], str], dtype: torch.dtype) -> Library:
+    """The compiled functions of a text for a type of activations; ``source(dtype, lanes)`` is the text.
+
+    Raises:
+        RuntimeError: there is no compiler.
+    """
+    return load(source(dtype, needed_toolchain().lanes(dtype)))
+
+
+def check_type(x: Tensor, what: str) -> None:
+    """Refuse activations of a type that there are no kernels for.
+
+    Args:
+        x: the activations.
+        what: does that with them, for the message.
+    """
+    if x.dtype not in STORED_TYPES:
+        names = ", ".join(str(dtype).removeprefix("torch.") for dtype in STORED_TYPES)
+        raise UserError(f"{what} is for activations of one of {names}, not of {x.dtype}: convert the input")
+
+
+def check_blocked(x: Tensor, what: str) -> None:
+    """Refuse what generated code would misread: it takes pointers to ``[B, C, H, W, V]`` in memory.
+
+    Args:
+        x: the activations.
+        what: does that with them, for the message.
+
+    Raises:
+        UserError: another number type, shape or device.
+    """
+    check_type(x, what)
+    lanes = needed_toolchain().lanes(x.dtype)
+    if x.dim() != 5 or x.shape[4] != lanes:
+        raise UserError(
+            f"{what} takes [B, C, H, W, {lanes}] of {x.dtype} here, not {list(x.shape)}: "
+            "convert with block_batch"
+        )
+    if x.device.type != "cpu":
+        raise UserError(f"{what} is for CPUs, not for {x.device}")

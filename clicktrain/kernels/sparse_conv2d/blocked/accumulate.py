@@ -5,6 +5,8 @@ Sums of a tile of positions are in registers over all kernels of a filter; `swee
 
 from __future__ import annotations
 
+from collections.abc import Hashable
+
 from clicktrain.kernels.sparse_conv2d.blocked import statistics, sweep, walk
 from clicktrain.kernels.sparse_conv2d.blocked.generator import Generator
 from clicktrain.kernels.sparse_conv2d.blocked.regions import TileKind
@@ -19,11 +21,14 @@ def write(code: Code, g: Generator, sums: bool = False) -> None:
     extra = ", &ready" if g.sweeps else ""
     extra += statistics.TILE_ARGUMENTS if sums else ""
     if g.sweeps:
-        code(sweep.support(sums))
+        sweep.support(code, g, sums)
+    written: dict[Hashable, str] = {}
     for a, row in enumerate(g.rows.kinds):
         for b, column in enumerate(g.columns.kinds):
-            write_tile = sweep.write_tile if g.sweeps else _tile
-            write_tile(code, g, f"tile_{a}_{b}", row, column, sums)
+            if g.sweeps:
+                sweep.write_tile(code, g, f"tile_{a}_{b}", row, column, sums, written)
+            else:
+                _tile(code, g, f"tile_{a}_{b}", row, column, sums)
     statistics.open_run(code, g.entry, sums)
     code("(void)scratch;")
     walk.open_shares(code, g.results, g.block if g.sweeps else g.together)
@@ -34,8 +39,8 @@ def write(code: Code, g: Generator, sums: bool = False) -> None:
         code("ready_t ready = {0};")
     if sums:
         statistics.open_sums(code)
-    span = "ROW_FIRST[{0}rr], ROW_SPAN[{0}rr], COL_FIRST[{0}rc], COL_SPAN[{0}rc]"
-    walk.open_regions(code, g.in_place, span, beside=g.sweeps)
+    span = ("ROW_FIRST[{0}rr]", "ROW_SPAN[{0}rr]", "COL_FIRST[{0}rc]", "COL_SPAN[{0}rc]")
+    walk.open_regions(code, g.windows, span)
     if sums:
         statistics.open_region(code)
     for row_kind, rows in g.rows.region_kinds().items():

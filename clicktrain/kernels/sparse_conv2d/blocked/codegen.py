@@ -12,7 +12,8 @@ triples *(result position, window position, tap)*:
 A *region* (some tiles) of the source is copied into a buffer that fits the second-level cache first, with the
 zero halo where it reaches over the edge, and used for all filters, while the next one is fetched or copied.
 Where an axis has at most two tiles, what lies in the halo is left out of the code instead: on small images
-that is up to a third of the work.
+that is up to a third of the work. Code that sweeps over tiles leaves it out everywhere, and reads the source
+itself.
 """
 
 from __future__ import annotations
@@ -81,8 +82,10 @@ def source(
     return code.text()
 
 
-def scratch_vectors(phase: Phase, problem: ConvProblem, tiling: Tiling, dtype: torch.dtype) -> int:
+def scratch_vectors(
+    phase: Phase, problem: ConvProblem, vocabulary: tuple[Taps, ...], tiling: Tiling, dtype: torch.dtype
+) -> int:
     """Vectors of scratch memory for each thread; the gradient of the weight needs its own values besides."""
     if tiling.code == "taps":
         return TapGenerator(phase, problem, tiling, dtype).scratch
-    return Generator(phase, problem, (), tiling, dtype).scratch
+    return Generator(phase, problem, vocabulary, tiling, dtype).scratch

@@ -8,7 +8,7 @@ import torch
 
 from clicktrain.kernels.native import preamble
 from clicktrain.kernels.sparse_conv2d.blocked import cells, copies, walk
-from clicktrain.kernels.sparse_conv2d.blocked.geometry import Backward, Forward
+from clicktrain.kernels.sparse_conv2d.blocked.geometry import Backward, Direction, Forward
 from clicktrain.kernels.sparse_conv2d.blocked.problem import ConvProblem, Phase, Tiling
 from clicktrain.kernels.sparse_conv2d.blocked.regions import AxisRegions, TileKind
 from clicktrain.kernels.sparse_conv2d.blocked.tables import NARROW
@@ -21,6 +21,12 @@ from clicktrain.kernels.sparse_conv2d.blocked.template import (
     planes,
 )
 from clicktrain.kernels.sparse_conv2d.blocked.vocabulary import Taps
+
+IN_PLACE_CODE = 8192
+"""Multiply-adds of all tap sets on all kinds of tiles, beyond which their code would take long to build.
+
+Windows that are read in place want code of its own for tiles at the edges of the image.
+"""
 
 
 class Generator:
@@ -41,27 +47,41 @@ class Generator:
         self.phase, self.vocabulary, self.together = phase, vocabulary, tiling.together
         self.dtype, self.cells = dtype, cells.support(phase, problem, tiling.pairs)
         self.kernel_width = problem.columns.taps
-        direction = Backward if phase == "grad_input" else Forward
-        self.rows = AxisRegions(direction(problem.rows), tiling.tile[0], tiling.region[0])
-        self.columns = AxisRegions(direction(problem.columns), tiling.tile[1], tiling.region[1])
+        self.sweeps = tiling.code == "sweep" and phase != "grad_weight"
+        """Whether sums are in the first-level cache, of a block of results over passes of sources."""
         backward = phase == "grad_input"
+        direction = Backward if backward else Forward
+        as_stored = cells.as_stored(phase, tiling.pairs, dtype)
+        self.rows, self.columns = _axes(direction, problem, tiling, self.sweeps and as_stored)
+        if self.sweeps and self._code_size() > IN_PLACE_CODE:
+            self.rows, self.columns = _axes(direction, problem, tiling, in_place=False)
         self.sources = problem.filters if backward else problem.channels
         self.results = problem.channels if backward else problem.filters
         self.entry = "uint16_t" if max(self.sources, self.results) <= NARROW else "int32_t"
         """C type of what a table says of each part."""
         self.window = self.rows.buffer * self.columns.buffer
-        as_stored = cells.as_stored(phase, tiling.pairs, dtype)
-        self.in_place = as_stored and self.rows.whole() and self.columns.whole()
+        self.in_place = as_stored and self.rows.in_place and self.columns.in_place
         """Whether windows are read from the source itself, without a copy."""
         self.patch_in_place = as_stored and len(self.rows.regions) == len(self.columns.regions) == 1
         """As much for the output's gradient (gradient of the weight only)."""
-        self.sweeps = tiling.code == "sweep" and phase != "grad_weight"
-        """Whether sums are in the first-level cache, of a block of results over passes of sources."""
         self.block = max(min(tiling.results or self.results, self.results), 1)
         self.blocks = -(-self.results // self.block)
         self.passes = -(-self.sources // max(min(tiling.sources or self.sources, self.sources), 1))
         self.patch_rows = max(sum(t.size for t in region) for region in self.rows.regions)
         self.patch_columns = max(sum(t.size for t in region) for region in self.columns.regions)
+
+    def _code_size(self) -> int:
+        """Multiply-adds of all tap sets on all kinds of tiles."""
+        tile = max(k.size for k in self.rows.kinds) * max(k.size for k in self.columns.kinds)
+        kinds = len(self.rows.kinds) * len(self.columns.kinds)
+        return sum(map(len, self.vocabulary)) * tile * kinds
+
+    @property
+    def windows(self) -> walk.Windows:
+        """Where tiles read their windows (not of the gradient of the weight)."""
+        if self.in_place:
+            return "in place"
+        return "copied beside" if self.sweeps else "copied at once"
 
     @property
     def window_vectors(self) -> int:
@@ -111,7 +131,7 @@ class Generator:
             code(f"static const int {name}_SIZE[] = {{{join(sizes)}}};")
         code(self.cells)
         code(SUPPORT)
-        if not self.sweeps:
+        if self.windows != "copied beside":
             code(FETCH)
         code(copies.TYPE)
         if self.phase != "grad_weight":
@@ -132,3 +152,14 @@ class Generator:
                         found.append((y * self.columns.buffer + x, i * column.size + j, number))
         for window, position, number in sorted(found):
             yield position, window, number
+
+
+def _axes(
+    direction: type[Direction], problem: ConvProblem, tiling: Tiling, in_place: bool
+) -> tuple[AxisRegions, AxisRegions]:
+    """Tiles and regions of rows and of columns."""
+    (height, width), (down, across) = tiling.tile, tiling.region
+    return (
+        AxisRegions(direction(problem.rows), height, down, in_place),
+        AxisRegions(direction(problem.columns), width, across, in_place),
+    )

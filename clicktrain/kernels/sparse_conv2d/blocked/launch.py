@@ -150,7 +150,7 @@ class _Kernel:
         self._run = load(text).run
         self.tiling = plan.tiling(phase)
         self._computed = compute_type(dtype)
-        self._scratch = scratch_vectors(phase, plan.problem, self.tiling, dtype)
+        self._scratch = scratch_vectors(phase, plan.problem, plan.vocabulary, self.tiling, dtype)
         self._sums = sums
         self.regions = region_count(phase, plan.problem, self.tiling)
         self.images = self.tiling.images

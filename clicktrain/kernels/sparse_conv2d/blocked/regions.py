@@ -29,16 +29,21 @@ RegionKind: TypeAlias = tuple[tuple[TileKind, int, int], ...]
 class AxisRegions:
     """Tiles and regions along one axis of the result.
 
-    Where there are at most two tiles, the code leaves out what lies in the padding.
+    Where there are at most two tiles, or windows are read from the source itself, the code leaves out what
+    lies in the padding.
     """
 
-    def __init__(self, direction: Direction, tile: int, region: int) -> None:
+    def __init__(self, direction: Direction, tile: int, region: int, in_place: bool = False) -> None:
         self.direction = direction
         self.tiles = tiles(direction, min(tile, direction.length))
-        self.skips = len(self.tiles) <= 2
+        self.skips = in_place or len(self.tiles) <= 2
         self.regions = [self.tiles[i : i + region] for i in range(0, len(self.tiles), region)]
         self.kinds = sorted({self.kind_of(t) for t in self.tiles})
-        self.buffer = max(self.span(region)[1] for region in self.regions)
+        self.span_most = max(self.span(region)[1] for region in self.regions)
+        whole = len(self.regions) == 1 and self.span(self.regions[0]) == (0, direction.source)
+        self.in_place = in_place or whole
+        """Whether windows can be read from the source itself."""
+        self.buffer = direction.source if in_place else self.span_most
         self.region_tiles = max(len(region) for region in self.regions)
 
     def kind_of(self, tile: Tile) -> TileKind:
@@ -74,7 +79,3 @@ class AxisRegions:
         for index in range(len(self.regions)):
             found.setdefault(self.region_kind(index), []).append(index)
         return found
-
-    def whole(self) -> bool:
-        """Whether one region's buffer is the source itself."""
-        return len(self.regions) == 1 and self.span(self.regions[0]) == (0, self.direction.source)

@@ -8,9 +8,15 @@ are one loop without a jump. It sweeps over the tile once: a window position is 
 sum is loaded before its first tap and stored after its last, so that only the sums of a column (or row) and
 its neighbours are in registers, and the tile need not fit them. Of four taps on a tile of 4x4, 64
 multiply-adds come with 45 to 56 loads and 16 stores. It wants kernels of several taps, and few sets.
+
+Windows are read from the source itself where its numbers are those that are computed with: a copy of a region
+goes through the second-level cache twice, and costs as much as a tenth of the multiply-adds. Tiles at the
+edges of the image then have code that leaves out what lies in the padding.
 """
 
 from __future__ import annotations
+
+from collections.abc import Hashable
 
 from clicktrain.kernels.sparse_conv2d.blocked import statistics
 from clicktrain.kernels.sparse_conv2d.blocked.generator import Generator
@@ -19,29 +25,45 @@ from clicktrain.kernels.sparse_conv2d.blocked.template import Code, store_tile
 from clicktrain.kernels.sparse_conv2d.blocked.vocabulary import Taps
 
 
-def support(moments: bool) -> str:
+def support(code: Code, g: Generator, moments: bool) -> None:
     """The type of a block whose sums are ready: it is stored a result at a time while the next is computed.
 
     Stored at once, as many lines as the core can wait for would hold everything up.
     """
     extra = " vec *moments; real *centres; int fresh;" if moments else ""
-    return (
+    code(
         "typedef struct ready_t { void (*store)(struct ready_t *, long); const vec *sums; stored *y; "
         f"long f, left; int64_t stream; int turn;{extra} }} ready_t;"
     )
+    if g.in_place:
+        code("static __attribute__((noinline)) void fetch_windows(ahead_t *ahead, int count) {")
+        code(f"fetch(ahead, count, {g.columns.span_most});")
+        code("}")
 
 
-def write_tile(code: Code, g: Generator, name: str, row: TileKind, column: TileKind, moments: bool) -> None:
-    """All filters of one tile of positions, and before it the loops over kernels of one tap set each."""
+def write_tile(
+    code: Code,
+    g: Generator,
+    name: str,
+    row: TileKind,
+    column: TileKind,
+    moments: bool,
+    written: dict[Hashable, str],
+) -> None:
+    """All filters of one tile of positions, and before it the loops over kernels of one tap set each.
+
+    ``written`` are the functions that there are, for kinds of tiles to share: what they compute, their names.
+    """
     positions = row.size * column.size
-    _store(code, f"{name}_store", row, column, moments)
-    for number, taps in enumerate(g.vocabulary):
-        _kernels(code, g, f"{name}_set_{number}", taps, row, column)
+    store = _store(code, row, column, moments, written)
+    loops = [_kernels(code, g, taps, row, column, written) for taps in g.vocabulary]
+    low = row.low * g.columns.buffer + column.low
     code(
         f"static __attribute__((noinline)) void {name}(const cell *restrict x, stored *restrict y, "
         "vec *sums, const weight *restrict values, const real *restrict bias, "
         f"const int32_t *restrict rows, const {g.entry} *restrict entries, long first, long end, "
-        f"int64_t stream, copy_t *ahead, ready_t *ready{statistics.TILE_PARAMETERS if moments else ''}) {{"
+        f"int64_t stream, {_ahead(g)} *ahead, ready_t *ready"
+        f"{statistics.TILE_PARAMETERS if moments else ''}) {{"
     )
     runs = 2 * g.passes * len(g.vocabulary)
     code(f"rows += first / {g.block} * {runs};")
@@ -55,22 +77,26 @@ def write_tile(code: Code, g: Generator, name: str, row: TileKind, column: TileK
     code(f"for (long i = 0; i < {positions}; ++i) own[k * {positions} + i] = start;")
     code("}")
     code(f"for (long p = 0; p < {g.passes}; ++p, rows += {2 * len(g.vocabulary)}) {{")
-    for number in range(len(g.vocabulary)):
+    for number, loop in enumerate(loops):
         code(
-            f"v = {name}_set_{number}(x, own, v, entries + 2L * rows[{2 * number}], "
+            f"v = {loop}(x, {low}, own, v, entries + 2L * rows[{2 * number}], "
             f"entries + 2L * rows[{2 * number + 2}], ahead, ready);"
         )
     code("}")
     code("if (ready->left) ready->store(ready, ready->left);")
     extra = ", moments, centres, fresh" if moments else ""
-    code(f"*ready = (ready_t){{{name}_store, own, y + f * (DST_H * DST_W), f, count, stream, turn{extra}}};")
+    code(f"*ready = (ready_t){{{store}, own, y + f * (DST_H * DST_W), f, count, stream, turn{extra}}};")
     code("}")
     code("}")
 
 
-def _store(code: Code, name: str, row: TileKind, column: TileKind, moments: bool) -> None:
+def _store(code: Code, row: TileKind, column: TileKind, moments: bool, written: dict[Hashable, str]) -> str:
     """The function that stores some results of a block."""
     positions = row.size * column.size
+    name = f"store_{row.size}_{column.size}"
+    if name in written:
+        return name
+    written[name] = name
     sums = [f"s[{i}]" for i in range(positions)]
     code(f"static __attribute__((noinline)) void {name}(ready_t *ready, long count) {{")
     code("const int64_t stream = ready->stream;")
@@ -94,26 +120,42 @@ def _store(code: Code, name: str, row: TileKind, column: TileKind, moments: bool
     code("}")
     code("}")
     code("}")
+    return name
 
 
-def _kernels(code: Code, g: Generator, name: str, taps: Taps, row: TileKind, column: TileKind) -> None:
-    """The loop over those kernels of a block and a pass that have one tap set; returns the next weight."""
+def _kernels(
+    code: Code, g: Generator, taps: Taps, row: TileKind, column: TileKind, written: dict[Hashable, str]
+) -> str:
+    """The loop over those kernels of a block and a pass that have one tap set; it returns the next weight.
+
+    Window positions count from where they would begin if there were no padding, ``low`` before ``x``: so taps
+    that do not reach it have the same code at an edge of the image as inside.
+    """
     positions = row.size * column.size
+    low = row.low * g.columns.buffer + column.low
+    uses = [
+        (window + low, tuple(found))
+        for window, found in _sweep(list(g.triples(taps, row, column)), g.columns.buffer)
+    ]
+    key = positions, len(taps), tuple(uses)
+    if key in written:
+        return written[key]
+    name = written[key] = f"kernels_{len(written)}"
     calls = g.rows.region_tiles * g.columns.region_tiles * g.blocks * g.passes * len(g.vocabulary)
     code(
-        f"static __attribute__((noinline)) const weight *{name}(const cell *restrict x, vec *restrict sums, "
-        f"const weight *restrict v, const {g.entry} *restrict e, const {g.entry} *end, copy_t *ahead, "
-        "ready_t *ready) {"
+        f"static __attribute__((noinline)) const weight *{name}(const cell *restrict x, long low, "
+        f"vec *restrict sums, const weight *restrict v, const {g.entry} *restrict e, "
+        f"const {g.entry} *end, {_ahead(g)} *ahead, ready_t *ready) {{"
     )
-    code(f"if (ahead->left) copy_windows(ahead, {-(-g.sources * g.rows.buffer // calls)});")
+    rows = -(-g.sources * g.rows.span_most // calls)
+    code(f"if (ahead->left) {'fetch' if g.in_place else 'copy'}_windows(ahead, {rows});")
     code(f"if (ready->left) ready->store(ready, {-(-g.block // (g.passes * len(g.vocabulary)))});")
     code(f"for (; e != end; e += 2, v += {len(taps)}) {{")
-    code("const cell *p = x + e[0] * WIN;")
+    code("const long p = e[0] * WIN - low;")
     code(f"vec *s = sums + e[1] * {positions}L;")
     code("(void)p; (void)s;")
     for t in range(len(taps)):
         code(f"vec w{t} = splat(v[{t}]); KEEP(w{t});")
-    uses = _sweep(list(g.triples(taps, row, column)), g.columns.buffer)
     left = [0] * positions
     for use in uses:
         for position, _ in use[1]:
@@ -125,13 +167,13 @@ def _kernels(code: Code, g: Generator, name: str, taps: Taps, row: TileKind, col
                 begun.add(position)
                 code(f"vec a{position} = s[{position}];")
         if len(found) > 1:
-            code(f"{{ vec t = p[{window}]; KEEP(t);")
+            code(f"{{ vec t = x[p + {window}]; KEEP(t);")
             for position, tap in found:
                 code(f"  a{position} += t * w{tap};")
             code("}")
         else:
             ((position, tap),) = found
-            code(f"a{position} += p[{window}] * w{tap};")
+            code(f"a{position} += x[p + {window}] * w{tap};")
         for position, _ in found:
             left[position] -= 1
             if not left[position]:
@@ -139,6 +181,12 @@ def _kernels(code: Code, g: Generator, name: str, taps: Taps, row: TileKind, col
     code("}")
     code("return v;")
     code("}")
+    return name
+
+
+def _ahead(g: Generator) -> str:
+    """The type of what is done for the next region: rows of it are fetched, or copied."""
+    return "ahead_t" if g.in_place else "copy_t"
 
 
 _Uses = list[tuple[int, list[tuple[int, int]]]]

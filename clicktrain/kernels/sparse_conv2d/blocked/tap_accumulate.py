@@ -21,8 +21,8 @@ def write(code: Code, g: TapGenerator, sums: bool = False) -> None:
     code("(void)buffer;")
     if sums:
         statistics.open_sums(code)
-    span = "ROW_FIRST({0}rr), WIN_H, COL_FIRST({0}rc), WIN_W"
-    walk.open_regions(code, g.in_place, span, beside=False)
+    span = ("ROW_FIRST({0}rr)", "WIN_H", "COL_FIRST({0}rc)", "WIN_W")
+    walk.open_regions(code, "in place" if g.in_place else "copied at once", span)
     if sums:
         statistics.open_region(code)
     code(f"for (long ti = 0; ti < {rows.positions // rows.tile}; ++ti)")

@@ -9,6 +9,8 @@ long. Results do not depend on who computed what, nor do the sums of `statistics
 
 from __future__ import annotations
 
+from typing import Literal, TypeAlias
+
 from clicktrain.kernels.sparse_conv2d.blocked.template import Code, define, locate, open_threads
 
 CHUNKS = 4
@@ -49,28 +51,34 @@ def open_shares(code: Code, results: int, size: int) -> None:
     open_threads(code)
 
 
-def open_regions(code: Code, in_place: bool, span: str, beside: bool) -> None:
+Windows: TypeAlias = Literal["in place", "copied at once", "copied beside"]
+"""Where tiles read a region's windows: in the source itself, or in a buffer.
+
+To this the region is copied when it begins, or while the one before it is computed.
+"""
+
+
+def open_regions(code: Code, windows: Windows, span: tuple[str, str, str, str]) -> None:
     """Begin a thread's loop over its regions, or parts of them.
 
     Afterwards ``window`` is what tiles read, ``to`` the result, of which they compute those from ``first`` to
-    ``end``. The ``item`` before ``last`` is the last of its ``chunk``.
+    ``end``. The ``item`` before ``last`` is the last of its ``chunk``. ``ahead`` is a copy of the next region
+    (`copies`) that tiles have to go on with, if it is copied beside them; else what they fetch of it
+    (`template.FETCH`).
 
     Args:
         code: written to; ``src``, ``dst`` and ``buffer`` are declared.
-        in_place: windows are read from the source itself; else copied to ``buffer``.
-        span: C arguments for a region's first row, rows, first column and columns; ``{0}`` is the prefix of
+        windows: where they are read.
+        span: C expressions of a region's first row, rows, first column and columns; ``{0}`` is the prefix of
             `template.locate`.
-        beside: ``ahead`` is a copy of the next region (`copies`), which tiles have to go on with; else it is
-            what they fetch of it (`template.FETCH`), and it is copied at once when it begins.
     """
+    beside = windows == "copied beside"
     source = "src + {0}b * SOURCES * SRC_H * SRC_W"
-    copy = f"windows_of({source}, {{1}}, 1, {span})"
+    copy = f"windows_of({source}, {{1}}, 1, {', '.join(span)})"
     code("int64_t chunk = take(shares, me, threads), item = items * chunk / chunks;")
     if beside:
         code("copy_t ahead = {0};")
         code("long turn = 0;")
-        code("(void)turn;")
-    if beside and not in_place:
         code("if (chunk >= 0) {")
         locate(code, "item / parts")
         code(f"ahead = {copy.format('', 'buffer')};")
@@ -83,10 +91,10 @@ def open_regions(code: Code, in_place: bool, span: str, beside: bool) -> None:
     code("(void)from; (void)other; (void)before;")
     if not beside:
         code("ahead_t ahead = {0};")
-    if in_place:
-        code("const cell *window = from;")
-        return
-    if beside:
+    following = f"look({source.format('n')}, SOURCES, SRC_H, SRC_W, {', '.join(span).format('n')})"
+    if windows == "in place":
+        code(f"const cell *window = from + {span[0].format('')} * SRC_W + {span[2].format('')};")
+    elif beside:
         code("const cell *window = buffer + turn * (SOURCES * WIN);")
         code("copy_windows(&ahead, ahead.left);")
         following = copy.format("n", "buffer + turn * (SOURCES * WIN)")
@@ -96,7 +104,6 @@ def open_regions(code: Code, in_place: bool, span: str, beside: bool) -> None:
         code(f"copy_t now = {copy.format('', 'buffer')};")
         code("copy_windows(&now, now.left);")
         code("}")
-        following = f"look({source.format('n')}, SOURCES, SRC_H, SRC_W, {span.format('n')})"
     code("if (other) {")
     locate(code, "next / parts", "n")
     if beside:

@@ -66,7 +66,9 @@ def candidates(
         sweeps = _sweep_candidates(phase, problem, lanes, sum(map(len, vocabulary)), len(vocabulary))
     if registers >= 32 and complete:
         return [*sets, *sweeps, *taps[:1]]
-    return [*sweeps, *(taps[:1] if sweeps else taps), *(sets if together > 1 else sets[:1])]
+    if sweeps:
+        return [*sweeps, *taps[:1], *(sets[:1] if together > 1 else ())]
+    return [*taps, *(sets if together > 1 else sets[:1])]
 
 
 def pair_candidates(phase: Phase, problem: ConvProblem, tilings: Sequence[Tiling]) -> list[Tiling]:
@@ -170,16 +172,15 @@ def _sweep_candidates(phase: Phase, problem: ConvProblem, lanes: int, taps: int,
     results, sources = problem.filters, problem.channels
     if backward:
         results, sources = sources, results
-    # Whole rows of tiles, which are read without gaps; or half of them, which stay in a smaller cache.
+    # Whole rows of tiles, which are read without gaps.
     room = SWEEP_REGION_VECTORS * 16 // lanes // (windows[0] * windows[1] * sources)
     wide = min(-(-lengths[1] // columns), max(room, 2), SWEEP_REGION_TILES)
-    regions = dict.fromkeys(((1, 1), (1, wide)) if wide == 2 else ((1, wide), (1, -(-wide // 2))))
     found = []
     for for_sums, for_windows in SWEEP_VECTORS:
         block = _even(results, for_sums * 16 // lanes // (tile[0] * tile[1]))
         part = _even(sources, for_windows * 16 // lanes // (windows[0] * windows[1]))
-        found += [Tiling(tile, region, code="sweep", sources=part, results=block) for region in regions]
-    return list(dict.fromkeys(found[:3]))
+        found.append(Tiling(tile, (1, wide), code="sweep", sources=part, results=block))
+    return list(dict.fromkeys(found))
 
 
 def _sweep_rows(length: int, columns: int) -> int:

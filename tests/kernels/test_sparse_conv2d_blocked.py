@@ -8,7 +8,7 @@ import subprocess
 import sys
 from dataclasses import replace
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import hypothesis.strategies as st
 import pytest
@@ -550,3 +550,19 @@ def test_operator_is_exported_and_compiled_as_one_node() -> None:
     layer(x).sum().backward()
     assert own is not None
     assert torch.equal(own, layer.values.grad)
+
+
+@pytest.mark.parametrize("code", ["sets", "sweep"])
+def test_fewer_weights_than_the_plan_is_for_are_refused(code: Literal["sets", "sweep"]) -> None:
+    tools = toolchain()
+    assert tools is not None
+    structure = Structure.from_mask(torch.ones(4, 3, 3, 3, dtype=torch.bool))
+    tiling = Tiling((2, 2), code=code)
+    tilings: dict[Phase, Tiling] = {"forward": tiling, "grad_input": tiling}
+    plan, tables = prepare(structure, ConvProblem.make(3, 4, (3, 3), (6, 6), padding=(1, 1)), 1, tilings)
+    values, index, text = torch.ones(structure.nnz - 1), list(tables.tensors), plan.to_json()
+    x, gy = (torch.zeros(1, planes, 6, 6, tools.lanes(torch.float32)) for planes in (3, 4))
+    with pytest.raises(UserError, match="plan is for 108 weights, not for 107"):
+        launch.forward(x, values, None, index, text)
+    with pytest.raises(UserError, match="plan is for 108 weights, not for 107"):
+        launch.grad_input(gy, values, index, text)

@@ -48,12 +48,16 @@ def source(
     bfloat16; every array is contiguous, ``blocks`` = N/V rounded up, ``stream`` = write results around the
     caches):
 
-    - forward: ``run(x, y, values, bias or NULL, rows, entries, scratch, blocks, stream, threads)``
-    - grad_input: ``run(gy, gx, values, NULL, rows, entries, scratch, blocks, stream, threads)``
+    - forward: ``run(x, y, values, order or NULL, bias or NULL, rows, entries, scratch, count, blocks,
+      stream, threads)``: ``order`` says where each of ``count`` weights is found in the packed values, which
+      without it are in the order of the kernel.
+    - grad_input: ``run(gy, gx, values, order or NULL, NULL, rows, entries, scratch, count, blocks, stream,
+      threads)``
     - grad_weight: ``run(x, gy, grad, rows, entries, chunks, scratch, blocks, threads)``, where ``chunks`` =
       [parts, nnz, (first entry, last entry, first value) of each part].
-    - forward with ``sums``: ``run(x, y, values, bias or NULL, rows, entries, mean, var, scratch, n, blocks,
-      stream, threads)``: also mean and biased variance of each filter's results, over n images.
+    - forward with ``sums``: ``run(x, y, values, order or NULL, bias or NULL, rows, entries, mean, var,
+      scratch, n, count, blocks, stream, threads)``: also mean and biased variance of each filter's results,
+      over n images.
     """
     if sums and phase != "forward":
         raise ValueError(f"statistics are taken of the forward pass, not of {phase}")

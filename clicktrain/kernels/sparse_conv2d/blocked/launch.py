@@ -16,17 +16,23 @@ from clicktrain.kernels.sparse_conv2d.blocked.codegen import scratch_vectors, so
 from clicktrain.kernels.sparse_conv2d.blocked.layout import vectors
 from clicktrain.kernels.sparse_conv2d.blocked.prepared import ConvPlan
 from clicktrain.kernels.sparse_conv2d.blocked.problem import PHASES, ConvProblem, Phase, Tiling
+from clicktrain.kernels.sparse_conv2d.blocked.walk import ordered_vectors
 
 STREAM_BYTES = 8 << 20
 """Results of this size are written around the caches: the next reader would not find them there anyway."""
 
 
-def _weights(values: Tensor, order: Tensor, tiling: Tiling) -> Tensor:
-    """Values as a kernel reads them: in its order, perhaps in pairs of bfloat16."""
+def _weights(values: Tensor, order: Tensor, tiling: Tiling) -> tuple[Tensor, Tensor | None]:
+    """Values as a kernel reads them, and the order that it brings them into itself.
+
+    Pairs of bfloat16 are made here.
+    """
     if not tiling.pairs:
-        return _ordered(values, order)
+        if values.numel() < order.numel():
+            raise UserError(f"this layer's plan is for {order.numel()} weights, not for {values.numel()}")
+        return values.contiguous(), order if order.numel() else None
     flat = values.reshape(-1).bfloat16()
-    return torch.cat([flat, flat.new_zeros(1)]).index_select(0, order)
+    return torch.cat([flat, flat.new_zeros(1)]).index_select(0, order), None
 
 
 def _ordered(values: Tensor, order: Tensor) -> Tensor:
@@ -49,7 +55,7 @@ def forward(x: Tensor, values: Tensor, bias: Tensor | None, tables: Sequence[Ten
     y = x.new_empty(output_shape(x, kernel.plan.problem))
     bias = None if bias is None else bias.contiguous()
     weights = _weights(values, tables[2], kernel.tiling)
-    kernel.run(vectors(x), y, weights, bias, tables[0], tables[1])
+    kernel.run(vectors(x), y, *weights, bias, tables[0], tables[1])
     return y
 
 
@@ -66,7 +72,7 @@ def forward_statistics(
     mean, var = values.new_empty(y.shape[1]), values.new_empty(y.shape[1])
     bias = None if bias is None else bias.contiguous()
     weights = _weights(values, tables[2], kernel.tiling)
-    kernel.run(vectors(x), y, weights, bias, tables[0], tables[1], mean, var, images=n)
+    kernel.run(vectors(x), y, *weights, bias, tables[0], tables[1], mean, var, images=n)
     return y, mean, var
 
 
@@ -82,7 +88,7 @@ def grad_input(gy: Tensor, values: Tensor, tables: Sequence[Tensor], plan: str) 
     problem = kernel.plan.problem
     gx = gy.new_empty(gy.shape[0], problem.channels, problem.rows.size, problem.columns.size, gy.shape[4])
     weights = _weights(values, tables[5], kernel.tiling)
-    kernel.run(vectors(gy), gx, weights, None, tables[3], tables[4])
+    kernel.run(vectors(gy), gx, *weights, None, tables[3], tables[4])
     return gx
 
 
@@ -168,13 +174,16 @@ class _Kernel:
         if self._sums:
             filters = self.plan.problem.filters
             room += -(-statistics.scratch_bytes(filters, threads, lanes * size) // size)
+        numbers = [first.shape[0], threads]
+        if self.phase != "grad_weight":
+            result, _, order = rest[:3]
+            assert result is not None
+            count = 0 if order is None else order.numel()
+            room += ordered_vectors(count, size, lanes * size) * lanes
+            stream = result.numel() * result.itemsize >= STREAM_BYTES
+            numbers = [count, first.shape[0], int(stream), threads]
         scratch = first.new_empty(max(room, 1), dtype=self._computed)
         if first.numel():
-            numbers = [first.shape[0], threads]
-            if self.phase != "grad_weight":
-                result = rest[0]
-                assert result is not None
-                numbers.insert(1, int(result.numel() * result.itemsize >= STREAM_BYTES))
             if images is not None:
                 numbers.insert(0, images)
             call(self._run, first, *rest, scratch, *numbers)

@@ -27,10 +27,13 @@ def open_run(code: Code, entries: str, sums: bool) -> None:
     """Begin ``run`` of a kernel whose entries are of that type; with ``sums`` it also takes statistics."""
     results, images = ("real *mean, real *var, ", "int64_t n, ") if sums else ("", "")
     code(
-        "int run(const stored *src, stored *dst, const weight *values, const real *bias, "
-        f"const int32_t *rows, const {entries} *entries, {results}vec *scratch, {images}int64_t blocks, "
-        "int64_t stream, int64_t threads) {"
+        "int run(const stored *src, stored *dst, const weight *packed, const int32_t *order, "
+        f"const real *bias, const int32_t *rows, const {entries} *entries, {results}vec *scratch, {images}"
+        "int64_t count, int64_t blocks, int64_t stream, int64_t threads) {"
     )
+    code("weight *ordered = (weight *)scratch;")
+    code("const weight *values = order ? ordered : packed;")
+    code("if (order) scratch += ORDERED_VECTORS(count);")
 
 
 def open_sums(code: Code) -> None:

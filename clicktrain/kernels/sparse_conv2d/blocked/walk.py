@@ -16,7 +16,12 @@ from clicktrain.kernels.sparse_conv2d.blocked.template import Code, define, loca
 CHUNKS = 4
 """Chunks of each thread, if there are several: at the end one waits for a quarter of its work at most."""
 
+_LINE = 64
 SUPPORT = f"""
+// Scratch memory for weights in the order of this kernel: `ordered_vectors`.
+#define ORDERED_LINE (sizeof(vec) < {_LINE} ? {_LINE} : sizeof(vec))
+#define ORDERED_VECTORS(count) \\
+  (((count) * sizeof(weight) + ORDERED_LINE - 1) / ORDERED_LINE * (ORDERED_LINE / sizeof(vec)))
 // Chunks of a thread that nobody has taken, on a cache line of their own.
 typedef struct {{ int64_t next, end; }} __attribute__((aligned(64))) share_t;
 // The next chunk of one's own, or of somebody else's; -1 if all are taken.
@@ -33,8 +38,14 @@ static __attribute__((noinline)) int64_t take(share_t *shares, int64_t me, int64
 """
 
 
+def ordered_vectors(count: int, weight_bytes: int, vector_bytes: int) -> int:
+    """Vectors of scratch memory for so many weights in the order of a kernel: whole cache lines."""
+    line = max(_LINE // vector_bytes, 1)
+    return -(-count * weight_bytes // (vector_bytes * line)) * line
+
+
 def open_shares(code: Code, results: int, size: int) -> None:
-    """Give every thread its chunks, and begin the parallel region.
+    """Give every thread its chunks, begin the parallel region, and bring the weights into their order.
 
     Args:
         code: written to.
@@ -49,6 +60,12 @@ def open_shares(code: Code, results: int, size: int) -> None:
     code("for (int64_t t = 0; t < threads; ++t)")
     code("  shares[t] = (share_t){chunks * t / threads, chunks * (t + 1) / threads};")
     open_threads(code)
+    code("if (order) {")
+    code("for (int64_t i = count * me / all; i < count * (me + 1) / all; ++i) ordered[i] = packed[order[i]];")
+    code("#ifdef _OPENMP")
+    code("#pragma omp barrier")
+    code("#endif")
+    code("}")
 
 
 Windows: TypeAlias = Literal["in place", "copied at once", "copied beside"]

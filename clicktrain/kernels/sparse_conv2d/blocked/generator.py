@@ -10,7 +10,7 @@ from clicktrain.kernels.native import preamble
 from clicktrain.kernels.sparse_conv2d.blocked import cells, copies, walk
 from clicktrain.kernels.sparse_conv2d.blocked.geometry import Backward, Direction, Forward
 from clicktrain.kernels.sparse_conv2d.blocked.problem import ConvProblem, Phase, Tiling
-from clicktrain.kernels.sparse_conv2d.blocked.regions import AxisRegions, TileKind
+from clicktrain.kernels.sparse_conv2d.blocked.regions import IN_PLACE_CODE, AxisRegions, TileKind
 from clicktrain.kernels.sparse_conv2d.blocked.tables import NARROW
 from clicktrain.kernels.sparse_conv2d.blocked.template import (
     FETCH,
@@ -21,12 +21,6 @@ from clicktrain.kernels.sparse_conv2d.blocked.template import (
     planes,
 )
 from clicktrain.kernels.sparse_conv2d.blocked.vocabulary import Taps
-
-IN_PLACE_CODE = 8192
-"""Multiply-adds of all tap sets on all kinds of tiles, beyond which their code would take long to build.
-
-Windows that are read in place want code of its own for tiles at the edges of the image.
-"""
 
 
 class Generator:

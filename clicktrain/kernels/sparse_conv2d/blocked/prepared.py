@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 
 from clicktrain.formats.packed import Structure
-from clicktrain.kernels.native import toolchain
+from clicktrain.kernels.native import compute_type, toolchain
 from clicktrain.kernels.sparse_conv2d.blocked.problem import PHASES, ConvProblem, Phase, Tiling
 from clicktrain.kernels.sparse_conv2d.blocked.tables import Parts, Table
 from clicktrain.kernels.sparse_conv2d.blocked.tap_tables import table as tap_table
@@ -145,7 +145,8 @@ def variants(
     """
     vocabulary = choose(structure)
     parts = functools.cache(lambda: Parts(structure, vocabulary, groups))
-    wanted = {phase: _candidates(phase, structure, problem, vocabulary, parts) for phase in PHASES}
+    copied = dtype is not compute_type(dtype)
+    wanted = {phase: _candidates(phase, structure, problem, vocabulary, parts, copied) for phase in PHASES}
     tools = toolchain()
     if dtype is torch.bfloat16 and tools is not None and tools.multiplies_pairs:
         for phase, tilings in wanted.items():
@@ -165,6 +166,7 @@ def _candidates(
     problem: ConvProblem,
     vocabulary: tuple[Taps, ...],
     parts: Callable[[], Parts],
+    copied: bool = False,
 ) -> list[Tiling]:
     tools = toolchain()
     registers, lanes = (tools.registers, tools.lanes(torch.float32)) if tools else (16, 8)
@@ -174,7 +176,7 @@ def _candidates(
         dict.fromkeys(
             tiling
             for together in counts
-            for tiling in candidates(phase, problem, registers, lanes, vocabulary, together, complete)
+            for tiling in candidates(phase, problem, registers, lanes, vocabulary, together, complete, copied)
         )
     )
 

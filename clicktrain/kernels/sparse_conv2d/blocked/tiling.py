@@ -9,6 +9,7 @@ from dataclasses import replace
 from clicktrain.kernels.sparse_conv2d.blocked.geometry import Backward, Forward
 from clicktrain.kernels.sparse_conv2d.blocked.lattice import AxisLattices
 from clicktrain.kernels.sparse_conv2d.blocked.problem import ConvProblem, Phase, Tiling
+from clicktrain.kernels.sparse_conv2d.blocked.regions import IN_PLACE_CODE
 from clicktrain.kernels.sparse_conv2d.blocked.tap_generator import OFFSETS, window_vectors
 from clicktrain.kernels.sparse_conv2d.blocked.vocabulary import Taps
 
@@ -27,7 +28,7 @@ FEW_POSITIONS = 64
 SWEEP_VECTORS = ((384, 288), (768, 288))
 """Vectors of 64 bytes that a block's sums and a pass's windows may fill where tap sets sweep over a tile."""
 SWEEP_REGION_VECTORS, SWEEP_REGION_TILES = 12288, 64
-"""Vectors of 64 bytes and tiles of a region of such code: each has a call of its own in the text."""
+"""Vectors of 64 bytes that such code copies of a region, and tiles of one: each is a call in the text."""
 SWEEP_TAPS = 3
 """Taps of a set, in the mean, from which on sweeping can pay: each kernel loads and stores its sums anew."""
 SWEEP_WORK = 1 << 19
@@ -44,6 +45,7 @@ def candidates(
     vocabulary: Sequence[Taps] = (),
     together: int = 1,
     complete: bool = True,
+    copied: bool = False,
 ) -> list[Tiling]:
     """Tilings worth measuring, the likeliest first.
 
@@ -58,12 +60,13 @@ def candidates(
         vocabulary: the tap sets that there is code for.
         together: most filters that may be computed at once (1 where they do not share positions).
         complete: whether each kernel is one of the tap sets that there is code for.
+        copied: whether no code can read the source itself, because it is kept in another type.
     """
     sets = _set_candidates(phase, problem, registers, lanes, together)
     taps = tap_candidates(phase, problem, registers, lanes)
     sweeps = []
     if phase != "grad_weight" and complete:
-        sweeps = _sweep_candidates(phase, problem, lanes, sum(map(len, vocabulary)), len(vocabulary))
+        sweeps = _sweep_candidates(phase, problem, lanes, sum(map(len, vocabulary)), len(vocabulary), copied)
     if registers >= 32 and complete:
         return [*sets, *sweeps, *taps[:1]]
     if sweeps:
@@ -152,7 +155,9 @@ def _region(phase: Phase, problem: ConvProblem, tile: tuple[int, int], lanes: in
         region = min(grown, key=lambda r: (max(r[0] * tile[0], r[1] * tile[1]), vectors(r)))
 
 
-def _sweep_candidates(phase: Phase, problem: ConvProblem, lanes: int, taps: int, sets: int) -> list[Tiling]:
+def _sweep_candidates(
+    phase: Phase, problem: ConvProblem, lanes: int, taps: int, sets: int, copied: bool
+) -> list[Tiling]:
     """Tilings for code of tap sets that sweeps, with sums in the cache; none where it cannot pay."""
     backward = phase == "grad_input"
     axes = (problem.rows, problem.columns)
@@ -172,9 +177,12 @@ def _sweep_candidates(phase: Phase, problem: ConvProblem, lanes: int, taps: int,
     results, sources = problem.filters, problem.channels
     if backward:
         results, sources = sources, results
-    # Whole rows of tiles, which are read without gaps.
-    room = SWEEP_REGION_VECTORS * 16 // lanes // (windows[0] * windows[1] * sources)
-    wide = min(-(-lengths[1] // columns), max(room, 2), SWEEP_REGION_TILES)
+    # Whole rows of tiles, which are read without gaps; of copies as many as the cache holds.
+    wide = min(-(-lengths[1] // columns), SWEEP_REGION_TILES)
+    kinds = min(-(-lengths[0] // rows), 3) * min(-(-lengths[1] // columns), 3)
+    if copied or taps * rows * columns * kinds > IN_PLACE_CODE:
+        room = SWEEP_REGION_VECTORS * 16 // lanes // (windows[0] * windows[1] * sources)
+        wide = min(wide, max(room, 2))
     found = []
     for for_sums, for_windows in SWEEP_VECTORS:
         block = _even(results, for_sums * 16 // lanes // (tile[0] * tile[1]))

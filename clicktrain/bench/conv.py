@@ -7,7 +7,7 @@ layout already: within an accelerated network they stay in it from layer to laye
 from __future__ import annotations
 
 import itertools
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Hashable, Sequence
 from dataclasses import asdict, dataclass
 from typing import Any, cast
 
@@ -16,6 +16,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from clicktrain.bench.masks import check_sparsity, pattern_mask
+from clicktrain.bench.peak import multiply_adds, one_pass
 from clicktrain.bench.timing import (
     Progress,
     WrongResultError,
@@ -120,6 +121,10 @@ class ConvRow:
         ratio, ratio_bf16: dense over sparse.
         fraction_of_peak: multiply-adds of kept weights (those with the padding left out) per second, over the
             measured peak; None without one.
+        multiply_adds_ms: as many multiply-adds as the kept weights bring, from registers.
+        memory_ms: one pass over what the layer reads and writes. Both are timed beside the calls, with the
+            same threads.
+        bound: dense_ms over the sum of both: the ratio of a layer that did nothing else, one after the other.
         tiling: how the sparse kernel cut its work.
     """
 
@@ -137,6 +142,9 @@ class ConvRow:
     ratio: float
     ratio_bf16: float | None
     fraction_of_peak: float | None
+    multiply_adds_ms: float
+    memory_ms: float
+    bound: float
     tiling: dict[str, Any]
 
 
@@ -219,6 +227,11 @@ def geometric_means(rows: Sequence[ConvRow]) -> dict[str, float]:
 def geometric_means_bf16(rows: Sequence[ConvRow]) -> dict[str, float]:
     """As `geometric_means`, over dense bfloat16; empty if that was not measured."""
     return _means([row for row in rows if row.ratio_bf16 is not None], lambda row: row.ratio_bf16 or 0.0)
+
+
+def geometric_means_bound(rows: Sequence[ConvRow]) -> dict[str, float]:
+    """As `geometric_means`, of what the ratios could be at most."""
+    return _means(rows, lambda row: row.bound)
 
 
 def to_json(rows: Sequence[ConvRow]) -> list[dict[str, Any]]:
@@ -359,6 +372,14 @@ class _SparseLayer:
                 times = median_ms(calls, TUNING_ROUNDS)
                 self.best[phase] = found[min(times, key=lambda i: times[i])]
 
+    def memory(self, phase: Phase) -> tuple[list[Tensor], Tensor]:
+        """What a phase reads, and something as large as what it writes."""
+        return {
+            "forward": ([self.x], self.gy),
+            "grad_input": ([self.gy], self.x),
+            "grad_weight": ([self.x, self.gy], self.values),
+        }[phase]
+
     def operations(self) -> int:
         """Multiply-adds of kept weights, those with the padding left out; two operations each."""
         problem = self.data.shape.problem()
@@ -381,8 +402,12 @@ def _measure(
     rounds: int,
     peak_gflops: float | None,
 ) -> list[ConvRow]:
-    calls: dict[tuple[bool, str] | int, _Call] = dict(dense.items())
+    calls: dict[Hashable, _Call] = dict(dense.items())
     calls.update({i: layer.call(phase, layer.best[phase]) for i, layer in enumerate(layers)})
+    calls.update(
+        {("arithmetic", i): multiply_adds(layer.operations() // 2) for i, layer in enumerate(layers)}
+    )
+    calls.update({("memory", i): one_pass(*layer.memory(phase)) for i, layer in enumerate(layers)})
     times = median_ms(calls, rounds)
     dense_name, dense_ms = fastest({key[1]: times[key] for key in dense if not key[0]})
     low = {key[1]: times[key] for key in dense if key[0]}
@@ -407,6 +432,9 @@ def _measure(
                 ratio=dense_ms / ms,
                 ratio_bf16=None if bf16_ms is None else bf16_ms / ms,
                 fraction_of_peak=None if peak_gflops is None else achieved / peak_gflops,
+                multiply_adds_ms=times["arithmetic", i],
+                memory_ms=times["memory", i],
+                bound=dense_ms / (times["arithmetic", i] + times["memory", i]),
                 tiling=asdict(layer.best[phase].tiling),
             )
         )

@@ -1,20 +1,24 @@
 """What this processor can do at most: multiply-adds from registers, and reads from its inner caches.
 
 A kernel's time is judged by these: a layer that runs at 90 % of the multiply-add rate cannot be made faster,
-one that waits for its caches can.
+one that waits for its caches can. And by `multiply_adds` and `one_pass`, which do nothing but the arithmetic,
+or the reading and writing, that a layer cannot do without: to be timed beside it, since others' work on the
+machine slows them down alike.
 """
 
 from __future__ import annotations
 
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
 import torch
+from torch import Tensor
 
-from clicktrain.kernels.native import load, preamble, toolchain
+from clicktrain.kernels.native import load, needed_toolchain, preamble, toolchain
 from clicktrain.kernels.native.library import Library, call
+from clicktrain.kernels.sparse_conv2d.blocked.launch import STREAM_BYTES
 
 _REPETITIONS = 7
 _CACHES = Path("/sys/devices/system/cpu/cpu0/cache")
@@ -41,13 +45,9 @@ def measure_peak(seconds: float = 0.01) -> Peak | None:
     Args:
         seconds: how long one of several measurements takes, roughly.
     """
-    tools = toolchain()
-    if tools is None:
+    if toolchain() is None:
         return None
-    lanes = tools.lanes(torch.float32)
-    # Enough sums to hide the latency of a multiply-add, and few enough that all stay in registers.
-    sums = 20 if tools.registers >= 32 else 12
-    library = load(_source(lanes, sums))
+    library, lanes, sums = _library()
     threads = torch.get_num_threads()
     out = torch.zeros(lanes)
 
@@ -60,6 +60,49 @@ def measure_peak(seconds: float = 0.01) -> Peak | None:
         _rate(_reader(library, _cache_bytes(1) // 2, threads), seconds) / 1e9,
         _rate(_reader(library, _cache_bytes(2) // 2, threads), seconds) / 1e9,
     )
+
+
+def multiply_adds(count: int) -> Callable[[], Tensor]:
+    """Does so many float32 multiply-adds at least, from registers, with all threads. Needs a C compiler."""
+    library, lanes, sums = _library()
+    threads = torch.get_num_threads()
+    out = torch.zeros(lanes)
+    steps = -(-count // (sums * lanes * threads))
+
+    def run() -> Tensor:
+        call(library.multiply_add, out, steps, threads)
+        return out
+
+    return run
+
+
+def one_pass(read: Sequence[Tensor], written: Tensor) -> Callable[[], Tensor]:
+    """Reads those once, and writes as much as the other one, with all threads. Needs a C compiler.
+
+    Writes to memory of its own, around the caches where the kernels do.
+    """
+    library, _, _ = _library()
+    threads = torch.get_num_threads()
+    size = written.numel() * written.itemsize
+    stream = int(size >= STREAM_BYTES)
+
+    def run() -> Tensor:
+        new = torch.empty_like(written)
+        for i, one in enumerate(read):
+            out = 0 if i else size
+            call(library.pass_over, one, one.numel() * one.itemsize, new, out, stream, threads)
+        return new
+
+    return run
+
+
+def _library() -> tuple[Library, int, int]:
+    """The measuring loops, lanes of their vectors, and sums in registers."""
+    tools = needed_toolchain()
+    lanes = tools.lanes(torch.float32)
+    # Enough sums to hide the latency of a multiply-add, and few enough that all stay in registers.
+    sums = 20 if tools.registers >= 32 else 12
+    return load(_source(lanes, sums)), lanes, sums
 
 
 def _reader(library: Library, size: int, threads: int) -> Callable[[int], float]:
@@ -151,5 +194,29 @@ int read_all(const vec *from, int64_t bytes, int64_t passes, int64_t threads) {{
     if (ME == 0) used = ALL;
   }}
   return used;
+}}
+// In pieces, so that reading and writing go side by side.
+#define PIECE 128
+int pass_over(const vec *from, int64_t bytes_read, vec *to, int64_t bytes_written, int64_t stream,
+              int64_t threads) {{
+  const int64_t size = (int64_t)sizeof(vec), in = bytes_read / size, out = bytes_written / size;
+  const int64_t pieces = ((in > out ? in : out) + PIECE - 1) / PIECE;
+  (void)threads;
+#ifdef _OPENMP
+#pragma omp parallel num_threads(threads) if (threads > 1)
+#endif
+  {{
+    vec zero = splat(0);
+    for (int64_t k = pieces * ME / ALL; k < pieces * (ME + 1) / ALL; ++k) {{
+      const int64_t begin = k * PIECE, stop = begin + PIECE;
+      for (int64_t i = begin; i < min64(stop, in); ++i) {{ vec t = from[i]; USE(t); }}
+      for (int64_t i = begin; i < min64(stop, out); ++i) {{
+        KEEP(zero);
+        if (stream) STREAM(&to[i], zero); else to[i] = zero;
+      }}
+    }}
+    if (stream) DRAIN();
+  }}
+  return 0;
 }}
 """

@@ -7,7 +7,7 @@ import torch
 from torch import nn
 
 from clicktrain.bench.masks import check_sparsity, model_masks, pattern_mask
-from clicktrain.bench.peak import measure_peak
+from clicktrain.bench.peak import measure_peak, multiply_adds, one_pass
 from clicktrain.bench.timing import fastest, geometric_mean, median_ms
 from clicktrain.errors import UserError
 from clicktrain.kernels.native import toolchain
@@ -102,3 +102,18 @@ def test_peak_is_measured() -> None:
     else:
         assert peak is not None
         assert min(peak.gflops, peak.l1_read_gbs, peak.l2_read_gbs) > 0.01
+
+
+@pytest.mark.parametrize("threads", [1, 2, 3])
+@pytest.mark.parametrize("sizes", [(0, 8), (8, 0), (1000, 24), (24, 3000), (8192, 8192)], ids=str)
+def test_one_pass_writes_all_and_nothing_else(threads: int, sizes: tuple[int, int]) -> None:
+    before = torch.get_num_threads()
+    torch.set_num_threads(threads)
+    try:
+        written = torch.empty(sizes[1])
+        result = one_pass([torch.ones(sizes[0]), torch.ones(16)], written)()
+        assert result.shape == written.shape
+        assert not result.any()
+        assert float(multiply_adds(1000)().isfinite().all())
+    finally:
+        torch.set_num_threads(before)

@@ -36,6 +36,7 @@ def _measure(given: Result, machine: Result, progress: Any) -> Result:
         "rows": conv.to_json(rows),
         "geomean": conv.geometric_means(rows),
         "geomean_bf16": conv.geometric_means_bf16(rows),
+        "geomean_bound": conv.geometric_means_bound(rows),
     }
 
 
@@ -52,6 +53,7 @@ def _show(result: Result, console: Console) -> None:
         "sparse ms",
         "ratio",
         "over bf16",
+        "bound",
         "peak",
     )
     rows = [
@@ -67,21 +69,27 @@ def _show(result: Result, console: Console) -> None:
             ms(row["sparse_ms"]),
             times(row["ratio"]),
             times(row["ratio_bf16"]),
+            times(row["bound"]),
             "-" if row["fraction_of_peak"] is None else f"{100 * row['fraction_of_peak']:.0f}%",
         )
         for row in result["rows"]
     ]
     settings = result["settings"]
     print_table(console, f"3x3 convolutions, median of {settings['rounds']} rounds", heads, rows, left=6)
-    means = result["geomean_bf16"]
-    cells = [(key, times(value), times(means.get(key))) for key, value in result["geomean"].items()]
-    print_table(console, "geometric means", ("", "ratio", "over bf16"), cells)
+    low, bound = result["geomean_bf16"], result["geomean_bound"]
+    cells = [
+        (key, times(value), times(low.get(key)), times(bound[key]))
+        for key, value in result["geomean"].items()
+    ]
+    print_table(console, "geometric means", ("", "ratio", "over bf16", "bound"), cells)
     tiled = "the fastest one of those that fit" if settings["tune"] else "chosen by rule"
     caption = (
         "Dense: the fastest PyTorch call, its inputs in its layout and type already. Sparse: the operator "
         "as networks call it, on activations that are blocked already; all results checked against float64. "
         "Tiling (rows x columns, in regions of so many tiles, filters together; taps of so many channels in "
-        f"one pass; sweep of so many results by so many sources): {tiled}. Peak: "
+        f"one pass; sweep of so many results by so many sources): {tiled}. Bound: the ratio of a layer that "
+        "did nothing but its multiply-adds from registers and then one pass over what it reads and writes, "
+        "both timed beside the calls. Peak: "
         "multiply-adds of kept weights inside the image, over what the threads reach from registers"
     )
     machine = result["machine"]

@@ -553,16 +553,31 @@ def test_operator_is_exported_and_compiled_as_one_node() -> None:
 
 
 @pytest.mark.parametrize("code", ["sets", "sweep"])
-def test_fewer_weights_than_the_plan_is_for_are_refused(code: Literal["sets", "sweep"]) -> None:
+def test_other_weights_than_the_plan_is_for_are_refused(code: Literal["sets", "sweep"]) -> None:
     tools = toolchain()
     assert tools is not None
     structure = Structure.from_mask(torch.ones(4, 3, 3, 3, dtype=torch.bool))
     tiling = Tiling((2, 2), code=code)
     tilings: dict[Phase, Tiling] = {"forward": tiling, "grad_input": tiling}
     plan, tables = prepare(structure, ConvProblem.make(3, 4, (3, 3), (6, 6), padding=(1, 1)), 1, tilings)
-    values, index, text = torch.ones(structure.nnz - 1), list(tables.tensors), plan.to_json()
+    index, text = list(tables.tensors), plan.to_json()
     x, gy = (torch.zeros(1, planes, 6, 6, tools.lanes(torch.float32)) for planes in (3, 4))
-    with pytest.raises(UserError, match="plan is for 108 weights, not for 107"):
-        launch.forward(x, values, None, index, text)
-    with pytest.raises(UserError, match="plan is for 108 weights, not for 107"):
-        launch.grad_input(gy, values, index, text)
+    for count in (107, 109):
+        with pytest.raises(UserError, match=f"plan is not for {count} weights"):
+            launch.forward(x, torch.ones(count), None, index, text)
+        with pytest.raises(UserError, match=f"plan is not for {count} weights"):
+            launch.grad_input(gy, torch.ones(count), index, text)
+
+
+def test_the_index_has_a_number_for_each_kernel_where_its_weights_follow_each_other() -> None:
+    mask = pattern_mask(8, 6, 0.5, 1, torch.Generator().manual_seed(5))
+    kernels, weights = int(mask.flatten(2).any(2).sum()), int(mask.sum())
+    tilings = sweeps((3, 4), (1, 2), (1, 1), 2, 3)
+    _, tables = prepare(Structure.from_mask(mask), ConvProblem.make(6, 8, (3, 3), (9, 9)), 1, tilings)
+    assert [tables.tensors[i].numel() for i in (2, 5)] == [kernels, kernels]
+    mask = torch.ones(8, 6, 3, 3, dtype=torch.bool)
+    mask[0, 0, 0, 0] = False  # falls apart into sets that the vocabulary has
+    _, tables = prepare(Structure.from_mask(mask), ConvProblem.make(6, 8, (3, 3), (9, 9)), 1, tilings)
+    assert tables.tensors[2].numel() <= int(mask.sum())
+    check(mask, 5, (9, 9), padding=(1, 1), tilings=tilings)
+    assert weights == 4 * kernels

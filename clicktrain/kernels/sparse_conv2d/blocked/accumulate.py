@@ -31,7 +31,12 @@ def write(code: Code, g: Generator, sums: bool = False) -> None:
                 _tile(code, g, f"tile_{a}_{b}", row, column, sums)
     statistics.open_run(code, g.entry, sums)
     code("(void)scratch;")
-    walk.open_shares(code, g.results, g.block if g.sweeps else g.together)
+    groups = g.blocks * g.passes * len(g.vocabulary) if g.sweeps else g.results // g.together
+    code(f"if (order && rows[{2 * groups + 1}] != count) return 1;")
+    if g.sweeps:
+        walk.open_shares(code, g.results, g.block, sweep.order_weights(g))
+    else:
+        walk.open_shares(code, g.results, g.together)
     code("vec *sums = scratch + me * SCRATCH;")
     code(f"cell *buffer = (cell *)(sums + {g.sum_vectors});")
     code("(void)sums; (void)buffer;")

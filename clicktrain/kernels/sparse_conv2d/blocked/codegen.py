@@ -48,16 +48,17 @@ def source(
     bfloat16; every array is contiguous, ``blocks`` = N/V rounded up, ``stream`` = write results around the
     caches):
 
-    - forward: ``run(x, y, values, order or NULL, bias or NULL, rows, entries, scratch, count, blocks,
-      stream, threads)``: ``order`` says where each of ``count`` weights is found in the packed values, which
-      without it are in the order of the kernel.
-    - grad_input: ``run(gy, gx, values, order or NULL, NULL, rows, entries, scratch, count, blocks, stream,
-      threads)``
+    - forward: ``run(x, y, values, order or NULL, bias or NULL, rows, entries, scratch, count, places,
+      blocks, stream, threads)``: ``order`` has the ``places`` in the packed values of each of ``count``
+      weights (or of the first one of each part, if they are fewer); without it they are in the kernel's order.
+      It returns 1 if the tables are for another number of weights.
+    - grad_input: ``run(gy, gx, values, order or NULL, NULL, rows, entries, scratch, count, places,
+      blocks, stream, threads)``
     - grad_weight: ``run(x, gy, grad, rows, entries, chunks, scratch, blocks, threads)``, where ``chunks`` =
       [parts, nnz, (first entry, last entry, first value) of each part].
     - forward with ``sums``: ``run(x, y, values, order or NULL, bias or NULL, rows, entries, mean, var,
-      scratch, n, count, blocks, stream, threads)``: also mean and biased variance of each filter's results,
-      over n images.
+      scratch, n, count, places, blocks, stream, threads)``: also mean and biased variance of each filter's
+      results, over n images.
     """
     if sums and phase != "forward":
         raise ValueError(f"statistics are taken of the forward pass, not of {phase}")

@@ -27,12 +27,10 @@ def _weights(values: Tensor, order: Tensor, tiling: Tiling) -> tuple[Tensor, Ten
 
     Pairs of bfloat16 are made here.
     """
-    if not tiling.pairs:
-        if values.numel() < order.numel():
-            raise UserError(f"this layer's plan is for {order.numel()} weights, not for {values.numel()}")
-        return values.contiguous(), order if order.numel() else None
-    flat = values.reshape(-1).bfloat16()
-    return torch.cat([flat, flat.new_zeros(1)]).index_select(0, order), None
+    if tiling.pairs:
+        flat = values.reshape(-1).bfloat16()
+        return torch.cat([flat, flat.new_zeros(1)]).index_select(0, order), None
+    return values.contiguous(), order if order.numel() else None
 
 
 def _ordered(values: Tensor, order: Tensor) -> Tensor:
@@ -164,7 +162,7 @@ class _Kernel:
     def run(self, first: Tensor, *rest: Tensor | None, images: int | None = None) -> None:
         threads = torch.get_num_threads()
         lanes = first.shape[4]
-        vectors_each = self._scratch
+        vectors_each, count = self._scratch, 0
         if self.phase == "grad_weight":
             result = rest[1]
             assert result is not None
@@ -176,17 +174,23 @@ class _Kernel:
             room += -(-statistics.scratch_bytes(filters, threads, lanes * size) // size)
         numbers = [first.shape[0], threads]
         if self.phase != "grad_weight":
-            result, _, order = rest[:3]
+            result, weights, order = rest[:3]
             assert result is not None
-            count = 0 if order is None else order.numel()
-            room += ordered_vectors(count, size, lanes * size) * lanes
+            assert weights is not None
+            places = 0 if order is None else order.numel()
+            count = places if self.tiling.code == "taps" else weights.numel()
+            if weights.numel() < places:
+                raise UserError(f"this layer's plan is not for {weights.numel()} weights")
+            if places:
+                room += ordered_vectors(count, size, lanes * size) * lanes
             stream = result.numel() * result.itemsize >= STREAM_BYTES
-            numbers = [count, first.shape[0], int(stream), threads]
+            numbers = [count, places, first.shape[0], int(stream), threads]
         scratch = first.new_empty(max(room, 1), dtype=self._computed)
         if first.numel():
             if images is not None:
                 numbers.insert(0, images)
-            call(self._run, first, *rest, scratch, *numbers)
+            if call(self._run, first, *rest, scratch, *numbers):
+                raise UserError(f"this layer's plan is not for {count} weights")
         elif self.phase == "grad_weight":
             rest[1].zero_()  # type: ignore[union-attr]
 

@@ -18,10 +18,10 @@ from __future__ import annotations
 
 from collections.abc import Hashable
 
-from clicktrain.kernels.sparse_conv2d.blocked import statistics
+from clicktrain.kernels.sparse_conv2d.blocked import statistics, walk
 from clicktrain.kernels.sparse_conv2d.blocked.generator import Generator
 from clicktrain.kernels.sparse_conv2d.blocked.regions import TileKind
-from clicktrain.kernels.sparse_conv2d.blocked.template import Code, store_tile
+from clicktrain.kernels.sparse_conv2d.blocked.template import Code, join, store_tile
 from clicktrain.kernels.sparse_conv2d.blocked.vocabulary import Taps
 
 
@@ -39,6 +39,26 @@ def support(code: Code, g: Generator, moments: bool) -> None:
         code("static __attribute__((noinline)) void fetch_windows(ahead_t *ahead, int count) {")
         code(f"fetch(ahead, count, {g.columns.span_most});")
         code("}")
+
+
+def order_weights(g: Generator) -> str:
+    """C text of a thread's share in bringing the weights into their order, a run of kernels at a time."""
+    sets = len(g.vocabulary)
+    if not sets:
+        return walk.ORDER_WEIGHTS
+    runs = g.blocks * g.passes * sets
+    sizes = [len(taps) for taps in g.vocabulary]
+    return f"""if (places == count) {{ {walk.ORDER_WEIGHTS} }}
+else {{
+  static const int sizes[] = {{{join(sizes)}}};
+  for (int64_t r = {runs}L * me / all; r < {runs}L * (me + 1) / all; ++r) {{
+    weight *to = ordered + rows[2 * r + 1];
+    const int size = {sizes[0] if len(set(sizes)) == 1 else f"sizes[r % {sets}]"};
+    (void)sizes;
+    for (int64_t e = rows[2 * r]; e < rows[2 * r + 2]; ++e, to += size)
+      for (int t = 0; t < size; ++t) to[t] = packed[order[e] + t];
+  }}
+}}"""
 
 
 def write_tile(

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import numpy as np
 import torch
@@ -25,7 +25,7 @@ class Table:
         entries: [parts, columns]: what the loop needs of a part; the columns are the loop's own. uint16, kept
             as int16; int32 where there are more than `NARROW` filters or channels.
         order: int32 [nnz], place in the packed values of each weight, in the order in which the loop reads
-            (or writes) them.
+            (or writes) them; or [parts], of each part's first weight, if the others follow it there.
     """
 
     rows: Tensor
@@ -89,7 +89,20 @@ class Parts:
         order = np.lexsort((result, source, runs))
         entries = np.stack([source[order], result[order] % results], 1)
         rows = np.searchsorted(runs[order], np.arange(-(-counts[0] // results) * passes * sets + 1))
-        return self._table(order, rows, entries, 1)
+        table = self._table(order, rows, entries, 1)
+        firsts = self._firsts(self.sets[order], table.order)
+        return table if firsts is None else replace(table, order=firsts)
+
+    def _firsts(self, sets: np.ndarray, order: Tensor) -> Tensor | None:
+        """The places of the parts' first weights, unless some part's weights do not follow each other."""
+        taps = np.array([len(one) for one in self._vocabulary] or [0])
+        sizes = taps[sets]
+        begin = np.cumsum(sizes) - sizes
+        places = order.numpy()
+        firsts = places[begin]
+        if (places - np.repeat(firsts, sizes) != np.arange(len(places)) - np.repeat(begin, sizes)).any():
+            return None
+        return torch.from_numpy(firsts)
 
     def by_kernel(self, together: int, block: int) -> Table:
         """For the gradient of the weight: entries (channel, filter, set), channel after channel.

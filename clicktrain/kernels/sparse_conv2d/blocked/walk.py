@@ -44,13 +44,20 @@ def ordered_vectors(count: int, weight_bytes: int, vector_bytes: int) -> int:
     return -(-count * weight_bytes // (vector_bytes * line)) * line
 
 
-def open_shares(code: Code, results: int, size: int) -> None:
+ORDER_WEIGHTS = (
+    "for (int64_t i = count * me / all; i < count * (me + 1) / all; ++i) ordered[i] = packed[order[i]];"
+)
+"""C text of a thread's share in bringing the weights into their order."""
+
+
+def open_shares(code: Code, results: int, size: int, order_weights: str = ORDER_WEIGHTS) -> None:
     """Give every thread its chunks, begin the parallel region, and bring the weights into their order.
 
     Args:
         code: written to.
         results: of a region.
         size: of a unit of results, parts are some of these.
+        order_weights: C text of a thread's share in that.
     """
     define(code, {"UNIT": size, "UNITS": -(-results // size)})
     code("const int64_t regions = blocks * REGION_ROWS * REGION_COLS, wanted = CHUNKS * threads;")
@@ -61,7 +68,7 @@ def open_shares(code: Code, results: int, size: int) -> None:
     code("  shares[t] = (share_t){chunks * t / threads, chunks * (t + 1) / threads};")
     open_threads(code)
     code("if (order) {")
-    code("for (int64_t i = count * me / all; i < count * (me + 1) / all; ++i) ordered[i] = packed[order[i]];")
+    code(order_weights)
     code("#ifdef _OPENMP")
     code("#pragma omp barrier")
     code("#endif")

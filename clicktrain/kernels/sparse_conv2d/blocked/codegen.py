@@ -50,8 +50,8 @@ def source(
 
     - forward: ``run(x, y, values, order or NULL, bias or NULL, rows, entries, scratch, count, places,
       blocks, stream, threads)``: ``order`` has the ``places`` in the packed values of each of ``count``
-      weights (or of the first one of each part, if they are fewer); without it they are in the kernel's order.
-      It returns 1 if the tables are for another number of weights.
+      weights (or of each part's first one, if they are fewer); without it they are in the kernel's order. It
+      returns 1 if the tables are for another number of weights.
     - grad_input: ``run(gy, gx, values, order or NULL, NULL, rows, entries, scratch, count, places,
       blocks, stream, threads)``
     - grad_weight: ``run(x, gy, grad, rows, entries, chunks, scratch, blocks, threads)``, where ``chunks`` =

@@ -10,7 +10,7 @@ import torch
 from torch import Tensor, nn
 
 from clicktrain.compiler.fallback import accelerate_layers_
-from clicktrain.compiler.module import Accelerated
+from clicktrain.compiler.module import Accelerated, refusal
 from clicktrain.compiler.norm_statistics import check_statistics
 from clicktrain.compiler.plan import LoweringPlan
 from clicktrain.compiler.select import RULES, make_plan
@@ -85,7 +85,7 @@ def accelerate(
     inputs: tuple[Any, ...] = example if isinstance(example, tuple) else (example,)
     if not inputs or not isinstance(inputs[0], Tensor) or inputs[0].shape[:1] in ((), (0,)):
         raise UserError("the example is a batch of images, at least one")
-    reason = _refusal(model, inputs)
+    reason = refusal(model, inputs)
     if reason is not None:
         warnings.warn(f"the packed model runs on the reference operator: {reason}", stacklevel=2)
         return model
@@ -133,18 +133,3 @@ def accelerate(
 
 def _packed(model: nn.Module) -> bool:
     return any(isinstance(module, PackedConv2d) for module in model.modules())
-
-
-def _refusal(model: nn.Module, inputs: tuple[Any, ...]) -> str | None:
-    """Why nothing can be accelerated at all."""
-    if toolchain() is None:
-        return "there is no C compiler (install gcc or clang, or name one in CC)"
-    tensors = [x for x in (*inputs, *model.parameters()) if isinstance(x, Tensor)]
-    elsewhere = [x.device for x in tensors if x.device.type != "cpu"]
-    if elsewhere:
-        return f"it or its example is on {elsewhere[0]}, the sparse kernels are for CPUs"
-    packed = {m.values.dtype for m in model.modules() if isinstance(m, PackedConv2d)}
-    wrong = packed - {torch.float32, torch.float64}
-    if wrong or len(packed) > 1:
-        return "its packed layers are not all float32, or all float64"
-    return None

@@ -14,6 +14,8 @@ from clicktrain.compiler.lower import Lowered, lower
 from clicktrain.compiler.plan import LoweringPlan
 from clicktrain.compiler.trace import Traced, TraceError, trace
 from clicktrain.compiler.units import packed_type
+from clicktrain.kernels.native import toolchain
+from clicktrain.kernels.sparse_conv2d import PackedConv2d
 
 _NONE = Lowered(fx.GraphModule(nn.Module(), fx.Graph()), ())
 """Stands for inputs that cannot be lowered."""
@@ -95,6 +97,10 @@ class Accelerated(nn.Module):
         """What the model computes."""
         if kwargs:
             args, kwargs = self._positional(args, kwargs)
+        if torch.jit.is_tracing():  # type: ignore[attr-defined, no-untyped-call]
+            return self.base.forward(
+                *args, **kwargs
+            )  # its sizes are no numbers, and pointers are not recorded
         if kwargs or len(args) != self._inputs or not all(isinstance(x, Tensor) and x.dim() for x in args):
             return self.base.forward(*args, **kwargs)
         lowered = self._lowered.get(self._key(args))
@@ -129,6 +135,9 @@ class Accelerated(nn.Module):
 
     def _lower(self, args: tuple[Tensor, ...]) -> Lowered:
         try:
+            # A pickle may come to where there is no compiler, a model be given another number type.
+            if reason := refusal(self.base, args):
+                raise TraceError(reason)
             traced = trace(self.base, args)
         except TraceError as error:
             warnings.warn(
@@ -160,3 +169,18 @@ class Accelerated(nn.Module):
                 break
             args = (*args, kwargs.pop(name))
         return args, kwargs
+
+
+def refusal(model: nn.Module, inputs: tuple[Any, ...]) -> str | None:
+    """Why nothing can be accelerated at all."""
+    if toolchain() is None:
+        return "there is no C compiler (install gcc or clang, or name one in CC)"
+    tensors = [x for x in (*inputs, *model.parameters()) if isinstance(x, Tensor)]
+    elsewhere = [x.device for x in tensors if x.device.type != "cpu"]
+    if elsewhere:
+        return f"it or its example is on {elsewhere[0]}, the sparse kernels are for CPUs"
+    packed = {m.values.dtype for m in model.modules() if isinstance(m, PackedConv2d)}
+    wrong = packed - {torch.float32, torch.float64}
+    if wrong or len(packed) > 1:
+        return "its packed layers are not all float32, or all float64"
+    return None

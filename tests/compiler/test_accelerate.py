@@ -4,7 +4,12 @@ from __future__ import annotations
 
 import copy
 import io
+import os
+import subprocess
+import sys
+import textwrap
 from collections.abc import Iterator
+from pathlib import Path
 
 import pytest
 import torch
@@ -152,6 +157,41 @@ def test_copies_and_pickles() -> None:
     torch.save(fast, file)
     file.seek(0)
     assert_same_step(torch.load(file, weights_only=False), reference, x, y)
+
+
+def test_a_pickle_runs_where_there_is_no_compiler(tmp_path: Path) -> None:
+    model = network("resnet20").eval()
+    x, _ = batch(3)
+    fast = accelerate(model, x, rule="sparse")
+    torch.save({"fast": fast, "x": x, "y": model(x)}, tmp_path / "it.pt")
+    code = """
+    import sys, warnings, torch
+    found = torch.load(sys.argv[1], weights_only=False)
+    with warnings.catch_warnings(record=True) as heard:
+        warnings.simplefilter("always")
+        for _ in range(2):
+            torch.testing.assert_close(found["fast"](found["x"]), found["y"])
+    told = [str(one.message) for one in heard if "acceleration" in str(one.message)]
+    print(len(told), told[0])
+    """
+    (tmp_path / "bin").mkdir()
+    environment = {**os.environ, "PATH": str(tmp_path / "bin"), "CC": ""}
+    command = [sys.executable, "-c", textwrap.dedent(code), str(tmp_path / "it.pt")]
+    done = subprocess.run(command, env=environment, capture_output=True, text=True, check=False)
+    assert done.returncode == 0, done.stderr
+    assert done.stdout.startswith(
+        "1 inputs of [[3, 3, 16, 16]] run without acceleration: there is no C compiler"
+    )
+
+
+@pytest.mark.filterwarnings("ignore::DeprecationWarning")
+def test_recording_a_network_records_the_model() -> None:
+    model = network("resnet20").eval()
+    x, _ = batch(3)
+    fast = accelerate(model, x, rule="sparse")
+    recorded = torch.jit.trace(fast, (x,))  # type: ignore[no-untyped-call]
+    torch.testing.assert_close(recorded(x), model(x))
+    torch.testing.assert_close(fast(x), model(x))
 
 
 def test_exchanged_layers_and_hooks_are_respected() -> None:

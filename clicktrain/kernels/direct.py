@@ -17,14 +17,17 @@ from torch import Tensor
 from torch.autograd.function import once_differentiable
 
 R = TypeVar("R")
-_PLAIN = (Tensor, torch.nn.Parameter)
+_PLAIN = frozenset((Tensor, torch.nn.Parameter))
 
 
 def unwatched(*arguments: object) -> bool:
     """Whether only plain tensors are there, and nothing that wants to see operators."""
-    if torch.compiler.is_compiling() or torch.jit.is_tracing():  # type: ignore[attr-defined, no-untyped-call]
-        return False
-    if torch._C._len_torch_dispatch_stack() or torch._C._are_functorch_transforms_active():
+    if (
+        torch.compiler.is_compiling()
+        or torch._C._is_tracing()
+        or torch._C._len_torch_dispatch_stack()
+        or torch._C._are_functorch_transforms_active()
+    ):
         return False
     return all(type(one) in _PLAIN for one in arguments if isinstance(one, Tensor))
 
@@ -53,9 +56,10 @@ def differentiable(
     """An operator with a gradient.
 
     Args:
-        operator: as registered, with ``save`` and ``backward`` as its ``register_autograd`` has them.
+        operator: as registered, with its gradient.
         run: what it does, with the same arguments.
-        save: (context, inputs, output).
+        save: (context, inputs, output), as ``register_autograd`` has it; tensors that never have a gradient
+            may stay with the context as they are, which costs less.
         backward: (context, gradients of the outputs) -> one gradient for each argument.
     """
 

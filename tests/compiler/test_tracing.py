@@ -11,7 +11,7 @@ from pruned_networks import assert_same_step, batch, network, prune_
 from torch import Tensor, nn
 
 from clicktrain import accelerate
-from clicktrain.compiler import Accelerated, api
+from clicktrain.compiler import Accelerated, module
 from clicktrain.kernels.native import toolchain
 from clicktrain.kernels.sparse_conv2d import PackedConv2d
 
@@ -161,7 +161,7 @@ def test_a_forward_that_asks_for_the_mode() -> None:
 
 
 def test_without_a_compiler_the_packed_model_comes_back(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(api, "toolchain", lambda: None)
+    monkeypatch.setattr(module, "toolchain", lambda: None)
     model = network("resnet20")
     with pytest.warns(UserWarning, match="reference operator: there is no C compiler"):
         assert accelerate(model, batch(2)[0]) is model

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import functools
+import threading
 from collections.abc import Sequence
 
 import torch
@@ -146,6 +147,23 @@ def _one_chunk(chunks: Tensor) -> Tensor:
     return torch.tensor([1, int(chunks[1]), 0, int(chunks[-2]), 0], dtype=torch.int64)
 
 
+class _Scratch(threading.local):
+    """Memory that a thread's kernels work in, kept from call to call: as much as the largest one needs."""
+
+    def __init__(self) -> None:
+        self._kept: dict[torch.dtype, Tensor] = {}
+
+    def take(self, count: int, dtype: torch.dtype) -> Tensor:
+        """So many numbers at least, of any value."""
+        kept = self._kept.get(dtype)
+        if kept is None or kept.numel() < count:
+            kept = self._kept[dtype] = torch.empty(count, dtype=dtype, device="cpu")
+        return kept
+
+
+_SCRATCH = _Scratch()
+
+
 class _Kernel:
     """One loaded function with what it needs to be called."""
 
@@ -185,7 +203,7 @@ class _Kernel:
                 room += ordered_vectors(count, size, lanes * size) * lanes
             stream = result.numel() * result.itemsize >= STREAM_BYTES
             numbers = [count, places, first.shape[0], int(stream), threads]
-        scratch = first.new_empty(max(room, 1), dtype=self._computed)
+        scratch = _SCRATCH.take(max(room, 1), self._computed)
         if first.numel():
             if images is not None:
                 numbers.insert(0, images)

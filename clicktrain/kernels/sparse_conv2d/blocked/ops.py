@@ -108,8 +108,22 @@ def _save(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
     ctx.plan = plan
 
 
+def _save_directly(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
+    x, values, _, ctx.tables, ctx.plan = inputs
+    ctx.save_for_backward(x, values)
+
+
 def _backward(ctx: Any, gy: Tensor) -> tuple[Any, ...]:
     x, values, *tables = ctx.saved_tensors
+    return _gradients(ctx, gy, x, values, tables)
+
+
+def _direct_backward(ctx: Any, gy: Tensor) -> tuple[Any, ...]:
+    x, values = ctx.saved_tensors
+    return _gradients(ctx, gy, x, values, ctx.tables)
+
+
+def _gradients(ctx: Any, gy: Tensor, x: Tensor, values: Tensor, tables: list[Tensor]) -> tuple[Any, ...]:
     need_x, need_values, need_bias = ctx.needs_input_grad[:3]
     gx = sparse_conv2d_blocked_grad_input(gy, values, tables, ctx.plan) if need_x else None
     gv = (
@@ -126,14 +140,30 @@ def _save_statistics(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, Te
     _save(ctx, inputs[:5], output[0])
 
 
+def _save_statistics_directly(
+    ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, Tensor, Tensor]
+) -> None:
+    ctx.mark_non_differentiable(*output[1:])
+    _save_directly(ctx, inputs[:5], output[0])
+
+
 def _statistics_backward(ctx: Any, gy: Tensor, *_: Any) -> tuple[Any, ...]:
     return *_backward(ctx, gy), None
+
+
+def _direct_statistics_backward(ctx: Any, gy: Tensor, *_: Any) -> tuple[Any, ...]:
+    return *_direct_backward(ctx, gy), None
 
 
 sparse_conv2d_blocked_op.register_autograd(_backward, setup_context=_save)
 sparse_conv2d_blocked_statistics_op.register_autograd(_statistics_backward, setup_context=_save_statistics)
 
-sparse_conv2d_blocked = differentiable(sparse_conv2d_blocked_op, launch.forward, _save, _backward)
+sparse_conv2d_blocked = differentiable(
+    sparse_conv2d_blocked_op, launch.forward, _save_directly, _direct_backward
+)
 sparse_conv2d_blocked_statistics = differentiable(
-    sparse_conv2d_blocked_statistics_op, launch.forward_statistics, _save_statistics, _statistics_backward
+    sparse_conv2d_blocked_statistics_op,
+    launch.forward_statistics,
+    _save_statistics_directly,
+    _direct_statistics_backward,
 )

@@ -230,7 +230,7 @@ def geometric_means_bf16(rows: Sequence[ConvRow]) -> dict[str, float]:
 
 
 def geometric_means_bound(rows: Sequence[ConvRow]) -> dict[str, float]:
-    """As `geometric_means`, of what the ratios could be at most."""
+    """As `geometric_means`, of `ConvRow.bound`."""
     return _means(rows, lambda row: row.bound)
 
 

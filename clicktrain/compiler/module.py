@@ -44,7 +44,9 @@ class Accelerated(nn.Module):
     There is one set of tensors: training either trains both, and ``state_dict`` has the model's keys. The
     forward pass is lowered anew when the size of the images, the number type or the layers change, always by
     the same plan. It is the model's own, for that call, while hooks watch layers that lowering has fused,
-    when the model is not on the CPU, and when it is called in another way than the example was.
+    when the model is not on the CPU, when its packed layers are of a type that has no kernels, under
+    ``torch.jit.trace``, and when it is called in another way than the example was; and always where there is
+    no C compiler.
 
     Attributes:
         plan: what was decided, layer by layer.
@@ -134,15 +136,18 @@ class Accelerated(nn.Module):
         return Accelerated, (self.base, self.plan, self._inputs)
 
     def _lower(self, args: tuple[Tensor, ...]) -> Lowered:
+        shapes = [list(x.shape) for x in args]
         try:
             # A pickle may come to where there is no compiler, a model be given another number type.
-            if reason := refusal(self.base, args):
+            reason = refusal(self.base, args)
+            if reason and toolchain() is not None:
+                warnings.warn(f"inputs of {shapes} run without acceleration: {reason}", stacklevel=4)
+                return _NONE  # for this call: the type may change back
+            if reason:
                 raise TraceError(reason)
             traced = trace(self.base, args)
         except TraceError as error:
-            warnings.warn(
-                f"inputs of {[list(x.shape) for x in args]} run without acceleration: {error}", stacklevel=4
-            )
+            warnings.warn(f"inputs of {shapes} run without acceleration: {error}", stacklevel=4)
             self._lowered[self._key(args)] = _NONE
         else:
             self.prepare(traced, args)

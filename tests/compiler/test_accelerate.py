@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+import contextlib
 import copy
 import io
 import os
 import subprocess
 import sys
 import textwrap
+import warnings
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -182,6 +184,23 @@ def test_a_pickle_runs_where_there_is_no_compiler(tmp_path: Path) -> None:
     assert done.stdout.startswith(
         "1 inputs of [[3, 3, 16, 16]] run without acceleration: there is no C compiler"
     )
+
+
+def test_a_model_of_another_type_is_accelerated_again_when_it_is_back() -> None:
+    model = network("resnet20").eval()
+    x, _ = batch(3)
+    fast = accelerate(model, x, rule="sparse")
+    other = x[:, :, :12, :12].contiguous()
+    model.half()
+    told = pytest.warns(UserWarning, match="run without acceleration: its packed layers are not all float32")
+    with told, contextlib.suppress(RuntimeError):  # the images are not half
+        fast(other)
+    model.to(x.dtype)
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        torch.testing.assert_close(fast(other), model(other))
+    model.forward = None  # type: ignore[assignment]
+    fast(other)  # lowered: it does not ask the model
 
 
 @pytest.mark.filterwarnings("ignore::DeprecationWarning")

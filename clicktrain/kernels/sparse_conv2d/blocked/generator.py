@@ -10,7 +10,7 @@ from clicktrain.kernels.native import preamble
 from clicktrain.kernels.sparse_conv2d.blocked import cells, copies, walk
 from clicktrain.kernels.sparse_conv2d.blocked.geometry import Backward, Direction, Forward
 from clicktrain.kernels.sparse_conv2d.blocked.problem import ConvProblem, Phase, Tiling
-from clicktrain.kernels.sparse_conv2d.blocked.regions import IN_PLACE_CODE, AxisRegions, TileKind
+from clicktrain.kernels.sparse_conv2d.blocked.regions import IN_PLACE_CODE, AxisRegions, TileKind, code_size
 from clicktrain.kernels.sparse_conv2d.blocked.tables import NARROW
 from clicktrain.kernels.sparse_conv2d.blocked.template import (
     FETCH,
@@ -47,7 +47,7 @@ class Generator:
         direction = Backward if backward else Forward
         as_stored = cells.as_stored(phase, tiling.pairs, dtype)
         self.rows, self.columns = _axes(direction, problem, tiling, self.sweeps and as_stored)
-        if self.sweeps and self._code_size() > IN_PLACE_CODE:
+        if self.sweeps and code_size(self.rows, self.columns, sum(map(len, vocabulary))) > IN_PLACE_CODE:
             self.rows, self.columns = _axes(direction, problem, tiling, in_place=False)
         self.sources = problem.filters if backward else problem.channels
         self.results = problem.channels if backward else problem.filters
@@ -63,12 +63,6 @@ class Generator:
         self.passes = -(-self.sources // max(min(tiling.sources or self.sources, self.sources), 1))
         self.patch_rows = max(sum(t.size for t in region) for region in self.rows.regions)
         self.patch_columns = max(sum(t.size for t in region) for region in self.columns.regions)
-
-    def _code_size(self) -> int:
-        """Multiply-adds of all tap sets on all kinds of tiles."""
-        tile = max(k.size for k in self.rows.kinds) * max(k.size for k in self.columns.kinds)
-        kinds = len(self.rows.kinds) * len(self.columns.kinds)
-        return sum(map(len, self.vocabulary)) * tile * kinds
 
     @property
     def windows(self) -> walk.Windows:

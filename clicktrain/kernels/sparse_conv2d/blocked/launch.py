@@ -192,12 +192,15 @@ class _Kernel:
             room += -(-statistics.scratch_bytes(filters, threads, lanes * size) // size)
         numbers = [first.shape[0], threads]
         if self.phase != "grad_weight":
-            result, weights, order = rest[:3]
+            result, weights, order, _, _, entries = rest[:6]
             assert result is not None
             assert weights is not None
+            assert entries is not None
             places = 0 if order is None else order.numel()
             count = places if self.tiling.code == "taps" else weights.numel()
-            if weights.numel() < places:
+            # In their order already: each has an entry.
+            missing = order is None and not self.tiling.pairs and weights.numel() != entries.numel()
+            if missing or weights.numel() < places:
                 raise UserError(f"this layer's plan is not for {weights.numel()} weights")
             if places:
                 room += ordered_vectors(count, size, lanes * size) * lanes

@@ -29,7 +29,7 @@ class TileKind(NamedTuple):
 
 
 RegionKind: TypeAlias = tuple[tuple[TileKind, int, int], ...]
-"""For each tile of a region its kind, where it begins to read in the buffer, and where to write."""
+"""For each tile of a region its kind, where it begins to read in the windows, and where to write."""
 
 
 class AxisRegions:
@@ -61,7 +61,7 @@ class AxisRegions:
         return tile.window + self.kind_of(tile).low
 
     def span(self, region: list[Tile]) -> tuple[int, int]:
-        """First source position and positions of a region's buffer."""
+        """First source position, and positions, that a region's windows take."""
         first = min(self.first(t) for t in region)
         last = max(t.window + t.extent - self.kind_of(t).high for t in region)
         return first, max(last - first, 1)
@@ -85,3 +85,12 @@ class AxisRegions:
         for index in range(len(self.regions)):
             found.setdefault(self.region_kind(index), []).append(index)
         return found
+
+
+def code_size(rows: AxisRegions, columns: AxisRegions, taps: int) -> int:
+    """Multiply-adds on all kinds of tiles, of so many taps in all sets; about."""
+    size = taps
+    for axis in (rows, columns):
+        # Of a gradient with a stride, each position of a tile takes part of the taps.
+        size *= len(axis.kinds) * max(kind.size for kind in axis.kinds) // axis.direction.step
+    return size

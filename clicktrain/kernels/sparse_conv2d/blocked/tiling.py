@@ -9,7 +9,7 @@ from dataclasses import replace
 from clicktrain.kernels.sparse_conv2d.blocked.geometry import Backward, Forward
 from clicktrain.kernels.sparse_conv2d.blocked.lattice import AxisLattices
 from clicktrain.kernels.sparse_conv2d.blocked.problem import ConvProblem, Phase, Tiling
-from clicktrain.kernels.sparse_conv2d.blocked.regions import IN_PLACE_CODE
+from clicktrain.kernels.sparse_conv2d.blocked.regions import IN_PLACE_CODE, AxisRegions, code_size
 from clicktrain.kernels.sparse_conv2d.blocked.tap_generator import OFFSETS, window_vectors
 from clicktrain.kernels.sparse_conv2d.blocked.vocabulary import Taps
 
@@ -179,8 +179,8 @@ def _sweep_candidates(
         results, sources = sources, results
     # Whole rows of tiles, which are read without gaps; of copies as many as the cache holds.
     wide = min(-(-lengths[1] // columns), SWEEP_REGION_TILES)
-    kinds = min(-(-lengths[0] // rows), 3) * min(-(-lengths[1] // columns), 3)
-    if copied or taps * rows * columns * kinds > IN_PLACE_CODE:
+    in_place = [AxisRegions(direction(axis), size, 1, True) for axis, size in zip(axes, tile, strict=True)]
+    if copied or code_size(in_place[0], in_place[1], taps) > IN_PLACE_CODE:
         room = SWEEP_REGION_VECTORS * 16 // lanes // (windows[0] * windows[1] * sources)
         wide = min(wide, max(room, 2))
     found = []

@@ -343,7 +343,9 @@ def test_such_an_optimizer_may_be_packed_before_its_first_step() -> None:
     model = make_net()
     optimizer = torch.optim.Adafactor(model.parameters())
     pack_model_(model, make_masks(model), [optimizer])
+    before = [one.detach().clone() for one in model.parameters()]
     train(model, optimizer, range(2))
+    assert not any(torch.equal(a, b) for a, b in zip(before, model.parameters(), strict=True))
 
 
 def test_refusals_are_data() -> None:

@@ -14,22 +14,24 @@ from typing import Any, TypeVar
 
 import torch
 from torch import Tensor
+from torch._C import _are_functorch_transforms_active, _is_tracing, _len_torch_dispatch_stack
 from torch.autograd.function import once_differentiable
 
 R = TypeVar("R")
-_PLAIN = frozenset((Tensor, torch.nn.Parameter))
+_KNOWN = frozenset((Tensor, torch.nn.Parameter, list, str, int, type(None)))
 
 
 def unwatched(*arguments: object) -> bool:
     """Whether only plain tensors are there, and nothing that wants to see operators."""
     if (
         torch.compiler.is_compiling()
-        or torch._C._is_tracing()
-        or torch._C._len_torch_dispatch_stack()
-        or torch._C._are_functorch_transforms_active()
+        or _is_tracing()
+        or _len_torch_dispatch_stack()
+        or _are_functorch_transforms_active()
     ):
         return False
-    return all(type(one) in _PLAIN for one in arguments if isinstance(one, Tensor))
+    # Asking what is no tensor costs more, so it comes last.
+    return all(type(one) in _KNOWN or not isinstance(one, Tensor) for one in arguments)
 
 
 def plain(operator: Callable[..., R], run: Callable[..., R]) -> Callable[..., R]:
@@ -79,13 +81,13 @@ def differentiable(
             # Lists of tensors have lists of gradients there, and count as no tensor here.
             return tuple(None if isinstance(one, list) else one for one in found)
 
+    # `torch.autograd.Function.apply` without its Python: there are no function transforms to look for.
+    record: Callable[..., R] = super(torch.autograd.Function, Direct).apply
+
     @functools.wraps(run)
     def call(*arguments: Any) -> R:
         if not unwatched(*arguments):
             return operator(*arguments)
-        if not torch.is_grad_enabled():
-            return run(*arguments)
-        result: R = Direct.apply(*arguments)  # type: ignore[no-untyped-call]
-        return result
+        return record(*arguments) if torch.is_grad_enabled() else run(*arguments)
 
     return call

@@ -559,10 +559,14 @@ def test_other_weights_than_the_plan_is_for_are_refused(code: Literal["sets", "s
     structure = Structure.from_mask(torch.ones(4, 3, 3, 3, dtype=torch.bool))
     tiling = Tiling((2, 2), code=code)
     tilings: dict[Phase, Tiling] = {"forward": tiling, "grad_input": tiling}
+    if code != "sweep":
+        tilings["grad_weight"] = Tiling((1, 2), code=code)
     plan, tables = prepare(structure, ConvProblem.make(3, 4, (3, 3), (6, 6), padding=(1, 1)), 1, tilings)
     index, text = list(tables.tensors), plan.to_json()
     x, gy = (torch.zeros(1, planes, 6, 6, tools.lanes(torch.float32)) for planes in (3, 4))
     for count in (107, 109):
+        with pytest.raises(UserError, match=f"plan is not for {count} weights"):
+            launch.grad_weight(x, gy, (count,), index, text)
         with pytest.raises(UserError, match=f"plan is not for {count} weights"):
             launch.forward(x, torch.ones(count), None, index, text)
         if code != "taps" or count < 108:  # what there is more than that is not read

@@ -54,8 +54,10 @@ def source(
       With it, code of tap sets returns 1 if the tables are for another number of weights.
     - grad_input: ``run(gy, gx, values, order or NULL, NULL, rows, entries, scratch, count, places,
       blocks, stream, threads)``
-    - grad_weight: ``run(x, gy, grad, rows, entries, chunks, scratch, blocks, threads)``, where ``chunks`` =
-      [parts, nnz, (first entry, last entry, first value) of each part].
+    - grad_weight: ``run(x, gy, grad, rows, entries, chunks, found or NULL, scratch, count, blocks, whole,
+      threads)``, where ``chunks`` = [parts, nnz, (first entry, last entry, first value) of each part];
+      if ``whole``, all of them are computed at once. ``found`` has the place in the kernel's order of each of
+      ``count`` packed values. Returns 1 if the tables are for another number of weights.
     - forward with ``sums``: ``run(x, y, values, order or NULL, bias or NULL, rows, entries, mean, var,
       scratch, n, count, places, blocks, stream, threads)``: also mean and biased variance of each filter's
       results, over n images.

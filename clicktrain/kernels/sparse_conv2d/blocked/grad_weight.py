@@ -7,7 +7,15 @@ from typing import NamedTuple
 from clicktrain.kernels.sparse_conv2d.blocked import copies
 from clicktrain.kernels.sparse_conv2d.blocked.generator import Generator
 from clicktrain.kernels.sparse_conv2d.blocked.regions import RegionKind, TileKind
-from clicktrain.kernels.sparse_conv2d.blocked.template import Code, add_threads, among, locate, open_threads
+from clicktrain.kernels.sparse_conv2d.blocked.template import (
+    CHUNK,
+    Code,
+    add_threads,
+    among,
+    locate,
+    open_threads,
+    open_weights,
+)
 from clicktrain.kernels.sparse_conv2d.blocked.vocabulary import Taps
 
 _CHAINS = 8
@@ -33,14 +41,8 @@ def write(code: Code, g: Generator) -> None:
         copies.gradients(patch, g.patch_columns, spans, g.columns.direction.length).write(code)
     for number, (row_kind, _, column_kind, _) in enumerate(kinds):
         _region(code, g, number, row_kind, column_kind)
-    code(
-        "int run(const stored *x, const stored *gy, real *grad, const int32_t *rows, "
-        f"const {g.entry} *entries, const int64_t *chunks, vec *scratch, int64_t blocks, int64_t threads) {{"
-    )
-    code("const int64_t parts = chunks[0], nnz = chunks[1];")
+    open_weights(code, g.entry)
     code("const int64_t items = blocks * REGION_ROWS * REGION_COLS * parts;")
-    code("const int64_t own = SCRATCH + (nnz + LANES - 1) / LANES;")
-    code("(void)threads; (void)rows;")
     open_threads(code)
     code("cell *buffer = (cell *)(scratch + me * own);")
     code("real *sums = (real *)(scratch + me * own + SCRATCH);")
@@ -52,9 +54,9 @@ def write(code: Code, g: Generator) -> None:
     locate(code, "region")
     code("const stored *from = x + b * SOURCES * SRC_H * SRC_W, *other = gy + b * RESULTS * DST_H * DST_W;")
     _pack(code, g)
-    code(f"const {g.entry} *e = entries + 3 * chunks[2 + 3 * part];")
-    code(f"const {g.entry} *end = entries + 3 * chunks[3 + 3 * part];")
-    code("real *to = sums + chunks[4 + 3 * part];")
+    code(CHUNK)
+    code(f"const {g.entry} *e = entries + 3 * chunk[0], *end = entries + 3 * stop[1];")
+    code("real *to = sums + chunk[2];")
     for number, (_, rows, _, columns) in enumerate(kinds):
         code(f"if ({among('rr', rows)} && {among('rc', columns)})")
         code(f"  region_{number}(window, patch, to, e, end, &next_x, &next_gy);")

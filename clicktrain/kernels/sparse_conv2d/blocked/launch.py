@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from clicktrain.errors import UserError
-from clicktrain.kernels.native import compute_type, load, needed_toolchain, toolchain
+from clicktrain.kernels.native import compute_type, load, needed_toolchain
 from clicktrain.kernels.native.library import call
 from clicktrain.kernels.sparse_conv2d.blocked import statistics
 from clicktrain.kernels.sparse_conv2d.blocked.codegen import scratch_vectors, source
@@ -23,23 +23,6 @@ STREAM_BYTES = 8 << 20
 """Results of this size are written around the caches: the next reader would not find them there anyway."""
 
 
-def _weights(values: Tensor, order: Tensor, tiling: Tiling) -> tuple[Tensor, Tensor | None]:
-    """Values as a kernel reads them, and the order that it brings them into itself.
-
-    Pairs of bfloat16 are made here.
-    """
-    if tiling.pairs:
-        flat = values.reshape(-1).bfloat16()
-        return torch.cat([flat, flat.new_zeros(1)]).index_select(0, order), None
-    return values.contiguous(), order if order.numel() else None
-
-
-def _ordered(values: Tensor, order: Tensor) -> Tensor:
-    """Values in the order of a kernel; without one, as they are."""
-    flat = values.reshape(-1)
-    return flat.index_select(0, order) if order.numel() else flat.contiguous()
-
-
 def compile_plan(
     plan: str, dtype: torch.dtype, phases: Sequence[Phase] = PHASES, sums: bool = False
 ) -> list[str]:
@@ -50,11 +33,9 @@ def compile_plan(
 def forward(x: Tensor, values: Tensor, bias: Tensor | None, tables: Sequence[Tensor], plan: str) -> Tensor:
     """[B, C, H, W, V] -> [B, F, H', W', V]."""
     kernel = _kernel(plan, x.dtype, "forward")
-    _check(x, _read(kernel), values, bias)
-    y = x.new_empty(output_shape(x, kernel.plan.problem))
-    bias = None if bias is None else bias.contiguous()
-    weights = _weights(values, tables[2], kernel.tiling)
-    kernel.run(vectors(x), y, *weights, bias, tables[0], tables[1])
+    kernel.check(x, values, bias)
+    y = kernel.result(x)
+    kernel.accumulate(x, y, values, bias, tables[:3])
     return y
 
 
@@ -66,12 +47,10 @@ def forward_statistics(
     if not max((x.shape[0] - 1) * lanes, 0) < n <= x.shape[0] * lanes:
         raise UserError(f"{x.shape[0]} blocks of {lanes} lanes hold no batch of {n} images to take a mean of")
     kernel = _kernel(plan, x.dtype, "forward", sums=True)
-    _check(x, _read(kernel), values, bias)
-    y = x.new_empty(output_shape(x, kernel.plan.problem))
+    kernel.check(x, values, bias)
+    y = kernel.result(x)
     mean, var = values.new_empty(y.shape[1]), values.new_empty(y.shape[1])
-    bias = None if bias is None else bias.contiguous()
-    weights = _weights(values, tables[2], kernel.tiling)
-    kernel.run(vectors(x), y, *weights, bias, tables[0], tables[1], mean, var, images=n)
+    kernel.accumulate(x, y, values, bias, tables[:3], (mean, var), (n,))
     return y, mean, var
 
 
@@ -83,11 +62,9 @@ def output_shape(x: Tensor, problem: ConvProblem) -> tuple[int, int, int, int, i
 def grad_input(gy: Tensor, values: Tensor, tables: Sequence[Tensor], plan: str) -> Tensor:
     """[B, F, H', W', V] -> [B, C, H, W, V]."""
     kernel = _kernel(plan, gy.dtype, "grad_input")
-    _check(gy, _read(kernel), values)
-    problem = kernel.plan.problem
-    gx = gy.new_empty(gy.shape[0], problem.channels, problem.rows.size, problem.columns.size, gy.shape[4])
-    weights = _weights(values, tables[5], kernel.tiling)
-    kernel.run(vectors(gy), gx, *weights, None, tables[3], tables[4])
+    kernel.check(gy, values)
+    gx = kernel.result(gy)
+    kernel.accumulate(gy, gx, values, None, tables[3:6])
     return gx
 
 
@@ -96,7 +73,7 @@ def grad_weight(
 ) -> Tensor:
     """Activations and output gradients -> gradient of the packed values."""
     kernel = _kernel(plan, x.dtype, "grad_weight")
-    _check(x, _read(kernel))
+    kernel.check(x)
     if gy.dtype is not x.dtype:
         raise UserError(
             f"the output's gradient is of {gy.dtype}, the input of {x.dtype}: both have to be alike"
@@ -104,47 +81,9 @@ def grad_weight(
     expected = output_shape(x, kernel.plan.problem)
     if gy.shape != expected:
         raise UserError(f"the output's gradient is {list(gy.shape)}, this layer's plan says {list(expected)}")
-    order, chunks = tables[8], tables[9]
-    found = x.new_empty(int(chunks[1]), dtype=compute_type(x.dtype))
-    few = x.shape[0] * kernel.regions < 4 * kernel.images * torch.get_num_threads()
-    whole = chunks if few else _one_chunk(chunks)
-    kernel.run(vectors(x), vectors(gy), found, tables[6], tables[7], whole)
-    return _ordered(found, order).view(tuple(values_shape))
-
-
-def _read(kernel: _Kernel) -> tuple[int, int, int]:
-    """Channels, rows and columns of what a phase reads its windows from."""
-    problem = kernel.plan.problem
-    if kernel.phase == "grad_input":
-        return problem.filters, problem.rows.out, problem.columns.out
-    return problem.channels, problem.rows.size, problem.columns.size
-
-
-def _check(x: Tensor, planes: tuple[int, int, int], *parameters: Tensor | None) -> None:
-    """Refuse what the generated code would misread: it takes pointers.
-
-    Raises:
-        UserError: number types that do not fit each other, images of another size than the plan is for, or
-            other lanes than this processor has.
-    """
-    computed, tools = compute_type(x.dtype), toolchain()
-    for one in parameters:
-        if one is not None and one.dtype is not computed:
-            raise UserError(
-                f"a blocked convolution of {x.dtype} has weights and bias of {computed}, not of {one.dtype}"
-            )
-    lanes = tools.lanes(x.dtype) if tools else 0
-    if x.dim() != 5 or x.shape[4] != lanes:
-        raise UserError(
-            f"a blocked convolution takes [B, C, H, W, {lanes}] of {x.dtype} here, not {list(x.shape)}: "
-            "convert with block_batch"
-        )
-    if x.shape[1:4] != planes:
-        raise UserError(f"this layer's plan is for {list(planes)} (C, H, W), not for {list(x.shape[1:4])}")
-
-
-def _one_chunk(chunks: Tensor) -> Tensor:
-    return torch.tensor([1, int(chunks[1]), 0, int(chunks[-2]), 0], dtype=torch.int64)
+    grad = x.new_empty(values_shape, dtype=kernel.computed)
+    kernel.collect(x, gy, grad, tables[6:10])
+    return grad
 
 
 class _Scratch(threading.local):
@@ -165,55 +104,163 @@ _SCRATCH = _Scratch()
 
 
 class _Kernel:
-    """One loaded function with what it needs to be called."""
+    """One loaded function with what it needs to be called.
+
+    What is asked at each call has been put together before: between two kernels, all that Python and PyTorch
+    touch has to come back from memory.
+    """
 
     def __init__(self, plan: ConvPlan, dtype: torch.dtype, phase: Phase, text: str, sums: bool) -> None:
-        self.plan, self.phase, self.dtype = plan, phase, dtype
-        self._run = load(text).run
+        self.plan = plan
         self.tiling = plan.tiling(phase)
-        self._computed = compute_type(dtype)
+        self.computed = compute_type(dtype)
+        self._run = load(text).run
+        self._dtype, self._sums = dtype, sums
+        self._lanes = lanes = needed_toolchain().lanes(dtype)
         self._scratch = scratch_vectors(phase, plan.problem, plan.vocabulary, self.tiling, dtype)
-        self._sums = sums
-        self.regions = region_count(phase, plan.problem, self.tiling)
-        self.images = self.tiling.images
+        self._room = functools.cache(self._find_room)
+        self._regions = region_count(phase, plan.problem, self.tiling)
+        problem = plan.problem
+        inner = problem.channels, problem.rows.size, problem.columns.size, lanes
+        outer = problem.filters, problem.rows.out, problem.columns.out, lanes
+        self._reads, self._writes = (outer, inner) if phase == "grad_input" else (inner, outer)
 
-    def run(self, first: Tensor, *rest: Tensor | None, images: int | None = None) -> None:
-        threads = torch.get_num_threads()
-        lanes = first.shape[4]
-        vectors_each, count = self._scratch, 0
-        if self.phase == "grad_weight":
-            result = rest[1]
-            assert result is not None
-            vectors_each += -(-result.numel() // lanes)
-        size = self._computed.itemsize
-        room = vectors_each * threads * lanes
+    def check(self, x: Tensor, values: Tensor | None = None, bias: Tensor | None = None) -> None:
+        """Refuse what the generated code would misread: it takes pointers.
+
+        Raises:
+            UserError: number types that do not fit each other, images of another size than the plan is for,
+                or other lanes than this processor has.
+        """
+        for one in (values, bias):
+            if one is not None and one.dtype is not self.computed:
+                raise UserError(
+                    f"a blocked convolution of {self._dtype} has weights and bias of {self.computed}, "
+                    f"not of {one.dtype}"
+                )
+        shape = x.shape
+        if shape[1:] == self._reads:
+            return
+        if x.dim() != 5 or shape[4] != self._lanes:
+            raise UserError(
+                f"a blocked convolution takes [B, C, H, W, {self._lanes}] of {x.dtype} here, not "
+                f"{list(shape)}: convert with block_batch"
+            )
+        planes = list(self._reads[:3])
+        raise UserError(f"this layer's plan is for {planes} (C, H, W), not for {list(shape[1:4])}")
+
+    def result(self, x: Tensor) -> Tensor:
+        """Memory for what is computed from ``x``."""
+        return x.new_empty((x.shape[0], *self._writes))
+
+    def accumulate(
+        self,
+        x: Tensor,
+        y: Tensor,
+        values: Tensor,
+        bias: Tensor | None,
+        tables: Sequence[Tensor],
+        results: tuple[Tensor, ...] = (),
+        numbers: tuple[int, ...] = (),
+    ) -> None:
+        """Forward or gradient of the input: ``y`` from ``x``.
+
+        Args:
+            x, y: activations; may be empty.
+            values: packed weights.
+            bias: of each result, or None.
+            tables: rows, entries and order of the phase.
+            results: what is written beside ``y``.
+            numbers: what the kernel wants to know beside sizes.
+        """
+        rows, entries, order = tables
+        places = order.numel()
+        if self.tiling.pairs:
+            flat = values.reshape(-1).bfloat16()
+            values, places = torch.cat([flat, flat.new_zeros(1)]).index_select(0, order), 0
+        weights, threads = values.numel(), torch.get_num_threads()
+        count, room = self._room(weights, places, entries.numel(), threads)
+        if not x.numel():
+            return
+        refused = call(
+            self._run,
+            vectors(x),
+            y,
+            values.contiguous(),
+            order if places else None,
+            None if bias is None else bias.contiguous(),
+            rows,
+            entries,
+            *results,
+            _SCRATCH.take(room, self.computed),
+            *numbers,
+            count,
+            places,
+            x.shape[0],
+            y.nbytes >= STREAM_BYTES,
+            threads,
+        )
+        if refused:
+            raise UserError(f"this layer's plan is not for {count} weights")
+
+    def _find_room(self, weights: int, places: int, entries: int, threads: int) -> tuple[int, int]:
+        """Weights in the kernel's order, and numbers of scratch memory.
+
+        Args:
+            weights: as they are packed.
+            places: numbers that say where the kernel finds them; 0 if they are in its order.
+            entries: numbers in that table.
+            threads: that will compute.
+        """
+        # In their order already: each has an entry.
+        missing = not places and not self.tiling.pairs and weights != entries
+        if missing or weights < places:
+            raise UserError(f"this layer's plan is not for {weights} weights")
+        count = weights
+        if self.tiling.code == "taps":
+            count = places
+        lanes, size = self._lanes, self.computed.itemsize
+        room = self._scratch * threads * lanes
         if self._sums:
             filters = self.plan.problem.filters
             room += -(-statistics.scratch_bytes(filters, threads, lanes * size) // size)
-        numbers = [first.shape[0], threads]
-        if self.phase != "grad_weight":
-            result, weights, order, _, _, entries = rest[:6]
-            assert result is not None
-            assert weights is not None
-            assert entries is not None
-            places = 0 if order is None else order.numel()
-            count = places if self.tiling.code == "taps" else weights.numel()
-            # In their order already: each has an entry.
-            missing = order is None and not self.tiling.pairs and weights.numel() != entries.numel()
-            if missing or weights.numel() < places:
-                raise UserError(f"this layer's plan is not for {weights.numel()} weights")
-            if places:
-                room += ordered_vectors(count, size, lanes * size) * lanes
-            stream = result.numel() * result.itemsize >= STREAM_BYTES
-            numbers = [count, places, first.shape[0], int(stream), threads]
-        scratch = _SCRATCH.take(max(room, 1), self._computed)
-        if first.numel():
-            if images is not None:
-                numbers.insert(0, images)
-            if call(self._run, first, *rest, scratch, *numbers):
-                raise UserError(f"this layer's plan is not for {count} weights")
-        elif self.phase == "grad_weight":
-            rest[1].zero_()  # type: ignore[union-attr]
+        if places:
+            room += ordered_vectors(count, size, lanes * size) * lanes
+        return count, max(room, 1)
+
+    def collect(self, x: Tensor, gy: Tensor, grad: Tensor, tables: Sequence[Tensor]) -> None:
+        """Gradient of the weight: ``grad``, in the order of the packed values.
+
+        Args:
+            x, gy: activations and the output's gradient; may be empty.
+            grad: of the packed values.
+            tables: rows, entries, where each value is found, and chunks.
+        """
+        rows, entries, found, chunks = tables
+        count, blocks, threads = grad.numel(), x.shape[0], torch.get_num_threads()
+        if not x.numel():
+            grad.zero_()
+            return
+        lanes = self._lanes
+        room = (self._scratch + -(-count // lanes)) * threads * lanes
+        few = blocks * self._regions < 4 * self.tiling.images * threads
+        refused = call(
+            self._run,
+            vectors(x),
+            vectors(gy),
+            grad,
+            rows,
+            entries,
+            chunks,
+            found if found.numel() else None,
+            _SCRATCH.take(max(room, 1), self.computed),
+            count,
+            blocks,
+            not few,
+            threads,
+        )
+        if refused:
+            raise UserError(f"this layer's plan is not for {count} weights")
 
 
 def region_count(phase: Phase, problem: ConvProblem, tiling: Tiling) -> int:

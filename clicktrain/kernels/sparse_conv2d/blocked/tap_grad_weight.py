@@ -10,7 +10,14 @@ from __future__ import annotations
 
 from clicktrain.kernels.sparse_conv2d.blocked import copies
 from clicktrain.kernels.sparse_conv2d.blocked.tap_generator import TapGenerator
-from clicktrain.kernels.sparse_conv2d.blocked.template import Code, add_threads, locate, open_threads
+from clicktrain.kernels.sparse_conv2d.blocked.template import (
+    CHUNK,
+    Code,
+    add_threads,
+    locate,
+    open_threads,
+    open_weights,
+)
 
 UNIT = 4
 """Weights of a filter that are computed together; offsets are filled up to a multiple."""
@@ -27,15 +34,9 @@ def write(code: Code, g: TapGenerator) -> None:
     width = g.columns.direction.length
     copies.gradients(g.patch, g.columns.positions, columns, width, g.images).write(code)
     _region(code, g)
-    code(
-        "int run(const stored *x, const stored *gy, real *grad, const int32_t *rows, "
-        "const uint16_t *entries, const int64_t *chunks, vec *scratch, int64_t blocks, int64_t threads) {"
-    )
-    code("const int64_t parts = chunks[0], nnz = chunks[1];")
+    open_weights(code, "uint16_t")
     code(f"const int64_t sets = (blocks + {g.images - 1}) / {g.images};")
     code("const int64_t items = sets * REGION_ROWS * REGION_COLS * parts;")
-    code("const int64_t own = SCRATCH + (nnz + LANES - 1) / LANES;")
-    code("(void)threads;")
     open_threads(code)
     code("cell *buffer = (cell *)(scratch + me * own);")
     code("real *sums = (real *)(scratch + me * own + SCRATCH);")
@@ -61,8 +62,8 @@ def write(code: Code, g: TapGenerator) -> None:
         code("}")
     code("}")
     code(f"const int64_t begin = region / (REGION_ROWS * REGION_COLS) * {g.images};")
-    code("const int64_t *chunk = chunks + 2 + 3 * part;")
-    code("region_sums(window, patch, sums, entries, rows + 5 * chunk[0], rows + 5 * chunk[1],")
+    code(CHUNK)
+    code("region_sums(window, patch, sums, entries, rows + 5 * chunk[0], rows + 5 * stop[1],")
     code(f"  min64({g.images}, blocks - begin), parts - part, &next_x, &next_gy);")
     code("}")
     add_threads(code)

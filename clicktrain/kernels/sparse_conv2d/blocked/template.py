@@ -70,14 +70,36 @@ def open_threads(code: Code) -> None:
     code("#endif")
 
 
+def open_weights(code: Code, entries: str) -> None:
+    """Begin ``run`` of a gradient of the weight whose entries are of that type.
+
+    Afterwards a region's kernels are computed in ``parts``, and each thread needs ``own`` vectors.
+    """
+    code(
+        "int run(const stored *x, const stored *gy, real *grad, const int32_t *rows, "
+        f"const {entries} *entries, const int64_t *chunks, const int32_t *found, vec *scratch, "
+        "int64_t nnz, int64_t blocks, int64_t whole, int64_t threads) {"
+    )
+    code("if (chunks[1] != nnz) return 1;")
+    code("const int64_t parts = whole ? 1 : chunks[0];")
+    code("const int64_t own = SCRATCH + (nnz + LANES - 1) / LANES;")
+    code("(void)rows; (void)threads;")
+
+
+CHUNK = """const int64_t *chunk = chunks + 2 + 3 * part;
+const int64_t *stop = whole ? chunks + 2 + 3 * (chunks[0] - 1) : chunk;"""
+"""C text that finds the first and last chunk of a part: (first entry, last entry, first value)."""
+
+
 def add_threads(code: Code) -> None:
     """Add all threads' sums (``nnz``, behind ``SCRATCH`` of each one's ``own`` vectors) into ``grad``."""
     code("#ifdef _OPENMP")
     code("#pragma omp barrier")
     code("#endif")
     code("for (int64_t i = nnz * me / all; i < nnz * (me + 1) / all; ++i) {")
+    code("const int64_t place = found ? found[i] : i;")
     code("real s = 0;")
-    code("for (int64_t t = 0; t < all; ++t) s += ((const real *)(scratch + t * own + SCRATCH))[i];")
+    code("for (int64_t t = 0; t < all; ++t) s += ((const real *)(scratch + t * own + SCRATCH))[place];")
     code("grad[i] = s;")
     code("}")
 

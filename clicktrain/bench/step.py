@@ -7,7 +7,7 @@ import copy
 import itertools
 import json
 import sys
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, dataclass
 from typing import Any, NamedTuple, cast
 
@@ -163,20 +163,11 @@ def bench_step(
     low = {name: times[kind, name] for kind, name in names if kind == "bf16"}
     low_name, low_ms = fastest(low) if low else (None, None)
     calls.clear()
-    dense_memory: dict[str, tuple[str | None, float | None]] = {}
-    for kind in precisions if memory else ():
-        progress(f"memory of the dense step in {kind}")
-        dense_memory[kind] = fastest(
-            {name: _memory(case, layout=name, kind=kind) for name in ("NCHW", "channels_last")}
-        )
+    dense_peaks, sparse_peaks = _peaks(case, about, precisions, progress) if memory else ({}, {})
     rows = []
     for one in sparse:
         ms, plan = times[one], about[one].plan
-        sparse_memory = None
-        if memory:
-            progress(f"memory at {one}")
-            sparse_memory = _memory(case, sparse=one, plan=None if plan is None else plan.to_json())
-        name, megabytes = dense_memory.get(one.precision, (None, None))
+        name, megabytes = dense_peaks.get(one.precision, (None, None))
         rows.append(
             StepRow(
                 model=case.model,
@@ -194,7 +185,7 @@ def bench_step(
                 ratio_bf16=None if low_ms is None else low_ms / ms,
                 dense_memory_mb=megabytes,
                 dense_memory_name=name,
-                sparse_memory_mb=sparse_memory,
+                sparse_memory_mb=sparse_peaks.get(one),
             )
         )
     return rows
@@ -238,6 +229,23 @@ def _accelerated(case: StepCase, one: _Sparse, rule: str, progress: Progress) ->
     plan = fast.plan if isinstance(fast, Accelerated) else None
     step = TrainingStep(fast, *case.batch(), autocast=one.autocast)
     return step, _About(_density(packed), plan)
+
+
+def _peaks(
+    case: StepCase, about: Mapping[_Sparse, _About], precisions: Sequence[str], progress: Progress
+) -> tuple[dict[str, tuple[str, float]], dict[_Sparse, float]]:
+    """Peak memory of the leaner dense step in each precision, with its name, and of each accelerated one."""
+    dense = {}
+    for kind in precisions:
+        progress(f"memory of the dense step in {kind}")
+        dense[kind] = fastest(
+            {name: _memory(case, layout=name, kind=kind) for name in ("NCHW", "channels_last")}
+        )
+    sparse = {}
+    for one, (_, plan) in about.items():
+        progress(f"memory at {one}")
+        sparse[one] = _memory(case, sparse=one, plan=None if plan is None else plan.to_json())
+    return dense, sparse
 
 
 def to_json(rows: Sequence[StepRow]) -> list[dict[str, Any]]:

@@ -14,7 +14,7 @@ from clicktrain.compiler.module import Accelerated, refusal
 from clicktrain.compiler.norm_statistics import check_statistics
 from clicktrain.compiler.plan import LoweringPlan
 from clicktrain.compiler.select import RULES, make_plan
-from clicktrain.compiler.trace import TraceError, trace
+from clicktrain.compiler.trace import Traced, TraceError, trace
 from clicktrain.errors import UserError
 from clicktrain.kernels.native import keep_memory, toolchain
 from clicktrain.kernels.pack_model import pack
@@ -68,10 +68,8 @@ def accelerate(
         UserError: there is nothing sparse in the model, an unknown rule or number type, or a plan that wants
             statistics where they cannot be taken.
     """
-    if rule not in RULES:
-        raise UserError(f"rule is one of {', '.join(RULES)}, not {rule!r}")
-    if unknown := set(dtypes) - set(_PRECISIONS):
-        raise UserError(f"dtypes are {' and '.join(_PRECISIONS)}, not {', '.join(sorted(unknown))}")
+    inputs: tuple[Any, ...] = example if isinstance(example, tuple) else (example,)
+    _check_arguments(inputs, rule, dtypes)
     if isinstance(model, Accelerated):
         model = model.base
     if not _packed(model):
@@ -80,11 +78,6 @@ def accelerate(
             raise UserError(
                 "the model has no pruned convolution: prune it first, there is nothing to accelerate"
             )
-    if not dtypes:
-        raise UserError(f"dtypes are {' and '.join(_PRECISIONS)}, at least one")
-    inputs: tuple[Any, ...] = example if isinstance(example, tuple) else (example,)
-    if not inputs or not isinstance(inputs[0], Tensor) or inputs[0].shape[:1] in ((), (0,)):
-        raise UserError("the example is a batch of images, at least one")
     reason = refusal(model, inputs)
     if reason is not None:
         warnings.warn(f"the packed model runs on the reference operator: {reason}", stacklevel=2)
@@ -102,33 +95,52 @@ def accelerate(
         return model
     if plan is not None:
         check_statistics(traced, plan)
-        pairs, tools = plan.with_pairs(), toolchain()
-        if pairs and tools is not None and not tools.multiplies_pairs:
-            warnings.warn(
-                f"the plan multiplies pairs of bfloat16 numbers in {len(pairs)} layers, which this processor "
-                "has no instruction for: they run, but slowly; measure a plan here",
-                stacklevel=2,
-            )
+        _warn_of_pairs(plan)
     else:
-        with torch.random.fork_rng(
-            devices=[]
-        ):  # measuring draws random numbers, training goes on with its own
+        # Measuring draws random numbers; training goes on with its own.
+        with torch.random.fork_rng(devices=[]):
             plan = make_plan(traced, inputs[0].shape[0], rule, tuple(dtypes), remember)
-    if traced.opaque:
-        inside = [path for path in traced.opaque if _packed(model.get_submodule(path))]
-        for path in inside:
-            accelerate_layers_(model, inputs, rule, below=path)
-        if inside:
-            warnings.warn(
-                f"{', '.join(inside)} cannot be traced ({traced.opaque[inside[0]]}): packed layers inside "
-                "run one by one",
-                stacklevel=2,
-            )
+    _accelerate_inside_(model, traced, inputs, rule)
     if verbose:
         print(plan)
     result = Accelerated(model, plan, len(inputs))
     result.prepare(traced, inputs)
     return result
+
+
+def _check_arguments(inputs: tuple[Any, ...], rule: str, dtypes: Sequence[str]) -> None:
+    if rule not in RULES:
+        raise UserError(f"rule is one of {', '.join(RULES)}, not {rule!r}")
+    if unknown := set(dtypes) - set(_PRECISIONS):
+        raise UserError(f"dtypes are {' and '.join(_PRECISIONS)}, not {', '.join(sorted(unknown))}")
+    if not dtypes:
+        raise UserError(f"dtypes are {' and '.join(_PRECISIONS)}, at least one")
+    if not inputs or not isinstance(inputs[0], Tensor) or inputs[0].shape[:1] in ((), (0,)):
+        raise UserError("the example is a batch of images, at least one")
+
+
+def _warn_of_pairs(plan: LoweringPlan) -> None:
+    """Say so if a plan from elsewhere wants an instruction that this processor lacks."""
+    pairs, tools = plan.with_pairs(), toolchain()
+    if pairs and tools is not None and not tools.multiplies_pairs:
+        warnings.warn(
+            f"the plan multiplies pairs of bfloat16 numbers in {len(pairs)} layers, which this processor "
+            "has no instruction for: they run, but slowly; measure a plan here",
+            stacklevel=3,
+        )
+
+
+def _accelerate_inside_(model: nn.Module, traced: Traced, inputs: tuple[Any, ...], rule: str) -> None:
+    """Packed layers inside modules that cannot be traced run one by one."""
+    inside = [path for path in traced.opaque if _packed(model.get_submodule(path))]
+    for path in inside:
+        accelerate_layers_(model, inputs, rule, below=path)
+    if inside:
+        warnings.warn(
+            f"{', '.join(inside)} cannot be traced ({traced.opaque[inside[0]]}): packed layers inside "
+            "run one by one",
+            stacklevel=3,
+        )
 
 
 def _packed(model: nn.Module) -> bool:

@@ -3,32 +3,27 @@
 from __future__ import annotations
 
 import os
-import re
 import subprocess
 import sys
 from dataclasses import replace
-from pathlib import Path
-from typing import Any, Literal
+from typing import Any
 
 import hypothesis.strategies as st
 import pytest
 import torch
 import torch.nn.functional as F
-from hypothesis import example, given, settings
+from hypothesis import given, settings
 from torch import Tensor
 
-from clicktrain.errors import UserError
 from clicktrain.formats.packed import Structure, pack_values, unpack_values
 from clicktrain.kernels.native import compute_type, toolchain
 from clicktrain.kernels.sparse_conv2d.blocked import launch
-from clicktrain.kernels.sparse_conv2d.blocked.codegen import source
 from clicktrain.kernels.sparse_conv2d.blocked.layout import block, unblock
 from clicktrain.kernels.sparse_conv2d.blocked.ops import sparse_conv2d_blocked
 from clicktrain.kernels.sparse_conv2d.blocked.prepared import prepare
 from clicktrain.kernels.sparse_conv2d.blocked.problem import PHASES, ConvProblem, Phase, Tiling
 from clicktrain.kernels.sparse_conv2d.blocked.tables import NARROW
 
-OPERATORS = torch.ops.clicktrain
 pytestmark = [
     pytest.mark.skipif(toolchain() is None, reason="there is no C compiler"),
     pytest.mark.usefixtures("poisoned_memory"),
@@ -333,68 +328,6 @@ def test_pairs_are_as_many_as_the_rows_of_kernels_allow() -> None:
     assert first.tolist() == [[0, 1], [2, 9], [3, 4], [5, 9], [6, 9], [7, 8]]
 
 
-def test_only_bfloat16_is_multiplied_in_pairs() -> None:
-    problem = ConvProblem.make(3, 4, (3, 3), (5, 5))
-    pairs = Tiling((2, 4), code="taps", pairs=True)
-    with pytest.raises(ValueError, match="only bfloat16 is multiplied in pairs"):
-        source("forward", problem, (), pairs, torch.float32, 8)
-    with pytest.raises(ValueError, match="its code has to be 'taps'"):
-        source("forward", problem, (), Tiling((2, 4), pairs=True), torch.bfloat16, 8)
-
-
-def test_the_gradient_of_the_weight_does_not_sweep() -> None:
-    problem = ConvProblem.make(3, 4, (3, 3), (5, 5))
-    with pytest.raises(ValueError, match="has code 'sets' or 'taps', not 'sweep'"):
-        source("grad_weight", problem, (), Tiling((2, 4), code="sweep"), torch.float32, 8)
-
-
-@pytest.mark.parametrize("phase", PHASES)
-def test_the_instruction_for_pairs_is_used_where_it_is_known(phase: Phase, tmp_path: Path) -> None:
-    tools = toolchain()
-    assert tools is not None
-    path = tmp_path / "kernel.c"
-    tiling = Tiling((4, 4), code="taps", pairs=True)
-    path.write_text(
-        source(phase, ConvProblem.make(8, 8, (3, 3), (8, 8), (1, 1), (1, 1)), (), tiling, torch.bfloat16, 16)
-    )
-    command = [tools.compiler, "-O2", "-march=cooperlake", "-ffp-contract=fast", "-S", str(path), "-o", "-"]
-    done = subprocess.run(command, capture_output=True, text=True, check=False)
-    if "march" in done.stderr:
-        pytest.skip(f"{tools.version} knows no processor with AVX512_BF16")
-    assert done.returncode == 0, done.stderr
-    loop = [line.split() for line in done.stdout.splitlines() if "vdpbf16ps" in line]
-    register = "%zmm" if phase != "grad_weight" else "%ymm"
-    assert len(loop) >= 12
-    assert all(register in line[-1] for line in loop)
-    assert phase == "grad_weight" or "vfmadd" not in done.stdout
-
-
-@pytest.mark.parametrize(("march", "lanes"), [("haswell", 8), ("skylake-avx512", 16)])
-def test_a_sweep_loads_each_window_once_and_spills_nothing(march: str, lanes: int, tmp_path: Path) -> None:
-    tools = toolchain()
-    assert tools is not None
-    path = tmp_path / "kernel.c"
-    problem = ConvProblem.make(16, 16, (3, 3), (32, 32), (1, 1), (1, 1))
-    tiling = Tiling((4, 4), (1, 4), code="sweep")
-    path.write_text(source("forward", problem, PATTERNS, tiling, torch.float32, lanes))
-    command = [tools.compiler, "-O2", f"-march={march}", "-ffp-contract=fast", "-S", str(path), "-o", "-"]
-    done = subprocess.run(command, capture_output=True, text=True, check=False)
-    if "march" in done.stderr or "gcc" not in Path(os.path.realpath(tools.compiler)).name:
-        pytest.skip(f"{tools.version} makes no code of gcc's for {march}")
-    assert done.returncode == 0, done.stderr
-    functions = re.findall(r"kernels_\d+[\w.]*:\n(.*?)\.size", done.stdout, re.DOTALL)
-    operations = []
-    for text in functions:
-        vector = [line.strip() for line in text.splitlines() if line.strip().startswith("v")]
-        operations.append(sum("vfmadd" in line for line in vector))
-        assert sum("(" in line and not line.endswith(")") for line in vector) <= 50  # 4 + 16 and windows
-        assert sum(line.endswith(")") for line in vector) <= 16
-        assert not any("%rsp" in line for line in vector)
-    # Inside the image all sums take all taps; its edges have code of their own where taps reach over them.
-    assert operations.count(64) == len(PATTERNS) < len(functions) < 9 * len(PATTERNS)
-    assert min(operations) >= 32
-
-
 def test_large_kernel_and_full_density() -> None:
     check(torch.ones(5, 3, 7, 7, dtype=torch.bool), 3, (15, 16), stride=(2, 2), padding=(3, 3), bias=True)
     check(torch.ones(20, 3, 3, 3, dtype=torch.bool), 16, (12, 12), padding=(1, 1))
@@ -436,142 +369,6 @@ def test_no_images_no_weights() -> None:
     assert y.shape[:4] == (0, 4, 4, 4)
     assert values.grad is not None
     assert not values.grad.any()
-
-
-@example(stride=2)
-@given(st.integers(1, 2))
-@settings(max_examples=2)
-def test_operator_is_well_formed(stride: int) -> None:
-    mask = torch.rand(4, 3, 3, 3, generator=torch.Generator().manual_seed(0)) < 0.4
-    structure = Structure.from_mask(mask)
-    plan, tables = prepare(structure, ConvProblem.make(3, 4, (3, 3), (5, 5), (stride, stride), (1, 1)))
-    tools = toolchain()
-    assert tools is not None
-    generator = torch.Generator().manual_seed(1)
-    shape = (1, 3, 5, 5, tools.lanes(torch.float64))
-    x = torch.randn(shape, dtype=torch.float64, generator=generator).requires_grad_()
-    values = torch.randn(structure.values_shape, dtype=torch.float64, generator=generator).requires_grad_()
-    bias = torch.randn(4, dtype=torch.float64, generator=generator).requires_grad_()
-    text = plan.to_json()
-
-    def call(x: Tensor, values: Tensor, bias: Tensor) -> Tensor:
-        return sparse_conv2d_blocked(x, values, bias, list(tables.tensors), text)
-
-    torch.use_deterministic_algorithms(False)
-    assert torch.autograd.gradcheck(call, (x, values, bias), fast_mode=True)
-    results = torch.library.opcheck(
-        OPERATORS.sparse_conv2d_blocked.default, (x, values, bias, list(tables.tensors), text)
-    )
-    assert set(results.values()) == {"SUCCESS"}
-
-
-def test_images_of_another_size_than_the_plan_is_for_are_refused() -> None:
-    tools = toolchain()
-    assert tools is not None
-    structure = Structure.from_mask(torch.ones(4, 3, 3, 3, dtype=torch.bool))
-    plan, tables = prepare(structure, ConvProblem.make(3, 4, (3, 3), (6, 6), padding=(1, 1)))
-    values, index, text = torch.ones(structure.values_shape), list(tables.tensors), plan.to_json()
-    x, gy = (torch.zeros(1, planes, 6, 6, tools.lanes(torch.float32)) for planes in (3, 4))
-    small = x[:, :, :5, :5].contiguous()
-    with pytest.raises(UserError, match=r"plan is for \[3, 6, 6\] \(C, H, W\), not for \[3, 5, 5\]"):
-        launch.forward(small, values, None, index, text)
-    with pytest.raises(UserError, match=r"plan is for \[4, 6, 6\]"):
-        launch.grad_input(gy[:, :3], values, index, text)
-    with pytest.raises(UserError, match="plan is for"):
-        launch.grad_weight(small, gy, structure.values_shape, index, text)
-    with pytest.raises(UserError, match="this layer's plan says"):
-        launch.grad_weight(x, gy[:, :, :5], structure.values_shape, index, text)
-
-
-def test_what_kernels_would_misread_is_refused() -> None:
-    structure = Structure.from_mask(torch.ones(2, 2, 1, 1, dtype=torch.bool))
-    plan, tables = prepare(structure, ConvProblem.make(2, 2, (1, 1), (3, 3)))
-    text, index = plan.to_json(), list(tables.tensors)
-    tools = toolchain()
-    assert tools is not None
-    x, values = torch.randn(1, 2, 3, 3, tools.lanes(torch.float32)), torch.ones(2, 2)
-    low = x.bfloat16()
-    for arguments in (
-        (low, values.bfloat16(), None),
-        (x, values.double(), None),
-        (x, values, low[0, :, 0, 0, 0]),
-    ):
-        with pytest.raises(UserError, match=r"has weights and bias of torch\.float32, not of"):
-            sparse_conv2d_blocked(*arguments, index, text)
-    with pytest.raises(UserError, match="convert with block_batch"):
-        sparse_conv2d_blocked(torch.randn(1, 2, 3, 3, 3), values, None, index, text)
-    with pytest.raises(UserError, match="both have to be alike"):
-        launch.grad_weight(x, low, [2, 2], index, text)
-    with pytest.raises(UserError, match="has weights and bias"):
-        launch.grad_input(low, values.bfloat16(), index, text)
-
-
-def test_misaligned_input_is_copied_not_misread() -> None:
-    mask = torch.ones(2, 2, 1, 1, dtype=torch.bool)
-    structure = Structure.from_mask(mask)
-    plan, tables = prepare(structure, ConvProblem.make(2, 2, (1, 1), (3, 3)))
-    tools = toolchain()
-    assert tools is not None
-    lanes = tools.lanes(torch.float32)
-    flat = torch.randn(1 + 2 * 9 * lanes)
-    x = flat[1:].view(1, 2, 3, 3, lanes)
-    y = sparse_conv2d_blocked(x, torch.ones(2, 2), None, list(tables.tensors), plan.to_json())
-    assert torch.allclose(y[:, 0], x.sum(1))
-
-
-class _Layer(torch.nn.Module):
-    def __init__(self, structure: Structure, problem: ConvProblem) -> None:
-        super().__init__()
-        plan, tables = prepare(structure, problem)
-        self.plan, self.tables = plan.to_json(), list(tables.tensors)
-        self.values = torch.nn.Parameter(torch.randn(structure.values_shape))
-
-    def forward(self, x: Tensor) -> Tensor:
-        return torch.relu(sparse_conv2d_blocked(x, self.values, None, self.tables, self.plan))
-
-
-@pytest.mark.filterwarnings("ignore")
-def test_operator_is_exported_and_compiled_as_one_node() -> None:
-    torch.use_deterministic_algorithms(False)
-    tools = toolchain()
-    assert tools is not None
-    mask = torch.rand(4, 3, 3, 3, generator=torch.Generator().manual_seed(0)) < 0.4
-    layer = _Layer(Structure.from_mask(mask), ConvProblem.make(3, 4, (3, 3), (5, 5), (1, 1), (1, 1)))
-    x = torch.randn(2, 3, 5, 5, tools.lanes(torch.float32))
-    want = layer(x)
-    exported = torch.export.export(layer, (x,))
-    assert sum("sparse_conv2d_blocked" in str(node.target) for node in exported.graph.nodes) == 1
-    assert torch.equal(exported.module()(x), want)
-    compiled = torch.compile(layer, fullgraph=True, backend="aot_eager")
-    assert torch.equal(compiled(x), want)
-    compiled(x).sum().backward()
-    own = layer.values.grad
-    layer.values.grad = None
-    layer(x).sum().backward()
-    assert own is not None
-    assert torch.equal(own, layer.values.grad)
-
-
-@pytest.mark.parametrize("code", ["sets", "sweep", "taps"])
-def test_other_weights_than_the_plan_is_for_are_refused(code: Literal["sets", "sweep", "taps"]) -> None:
-    tools = toolchain()
-    assert tools is not None
-    structure = Structure.from_mask(torch.ones(4, 3, 3, 3, dtype=torch.bool))
-    tiling = Tiling((2, 2), code=code)
-    tilings: dict[Phase, Tiling] = {"forward": tiling, "grad_input": tiling}
-    if code != "sweep":
-        tilings["grad_weight"] = Tiling((1, 2), code=code)
-    plan, tables = prepare(structure, ConvProblem.make(3, 4, (3, 3), (6, 6), padding=(1, 1)), 1, tilings)
-    index, text = list(tables.tensors), plan.to_json()
-    x, gy = (torch.zeros(1, planes, 6, 6, tools.lanes(torch.float32)) for planes in (3, 4))
-    for count in (107, 109):
-        with pytest.raises(UserError, match=f"plan is not for {count} weights"):
-            launch.grad_weight(x, gy, (count,), index, text)
-        with pytest.raises(UserError, match=f"plan is not for {count} weights"):
-            launch.forward(x, torch.ones(count), None, index, text)
-        if code != "taps" or count < 108:  # what there is more than that is not read
-            with pytest.raises(UserError, match=f"plan is not for {count} weights"):
-                launch.grad_input(gy, torch.ones(count), index, text)
 
 
 def test_the_index_has_a_number_for_each_kernel_where_its_weights_follow_each_other() -> None:

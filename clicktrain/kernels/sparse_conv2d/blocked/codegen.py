@@ -48,19 +48,20 @@ def source(
     bfloat16; every array is contiguous, ``blocks`` = N/V rounded up, ``stream`` = write results around the
     caches):
 
-    - forward: ``run(x, y, values, order or NULL, bias or NULL, rows, entries, scratch, count, places,
+    - forward: ``run(x, y, values, order or NULL, bias or NULL, rows, entries, scratch, count, places, room,
       blocks, stream, threads)``: ``order`` has the ``places`` in the packed values of each of ``count``
-      weights (or of each part's first one, if they are fewer); without it they are in the kernel's order.
+      weights (or of each part's first one, if they are fewer), which are brought into that order in the first
+      ``room`` vectors of ``scratch``; without it they are in the kernel's order.
       With it, code of tap sets returns 1 if the tables are for another number of weights.
-    - grad_input: ``run(gy, gx, values, order or NULL, NULL, rows, entries, scratch, count, places,
+    - grad_input: ``run(gy, gx, values, order or NULL, NULL, rows, entries, scratch, count, places, room,
       blocks, stream, threads)``
     - grad_weight: ``run(x, gy, grad, rows, entries, chunks, found or NULL, scratch, count, blocks, whole,
       threads)``, where ``chunks`` = [parts, nnz, (first entry, last entry, first value) of each part];
       if ``whole``, all of them are computed at once. ``found`` has the place in the kernel's order of each of
       ``count`` packed values. Returns 1 if the tables are for another number of weights.
     - forward with ``sums``: ``run(x, y, values, order or NULL, bias or NULL, rows, entries, mean, var,
-      scratch, n, count, places, blocks, stream, threads)``: also mean and biased variance of each filter's
-      results, over n images.
+      scratch, n, count, places, room, blocks, stream, threads)``: also mean and biased variance of each
+      filter's results, over n images.
     """
     if sums and phase != "forward":
         raise ValueError(f"statistics are taken of the forward pass, not of {phase}")

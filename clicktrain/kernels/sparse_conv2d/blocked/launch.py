@@ -179,7 +179,7 @@ class _Kernel:
             flat = values.reshape(-1).bfloat16()
             values, places = torch.cat([flat, flat.new_zeros(1)]).index_select(0, order), 0
         weights, threads = values.numel(), torch.get_num_threads()
-        count, room = self._room(weights, places, entries.numel(), threads)
+        count, ordered, room = self._room(weights, places, entries.numel(), threads)
         if not x.numel():
             return
         refused = call(
@@ -196,6 +196,7 @@ class _Kernel:
             *numbers,
             count,
             places,
+            ordered,
             x.shape[0],
             y.nbytes >= STREAM_BYTES,
             threads,
@@ -203,8 +204,8 @@ class _Kernel:
         if refused:
             raise UserError(f"this layer's plan is not for {count} weights")
 
-    def _find_room(self, weights: int, places: int, entries: int, threads: int) -> tuple[int, int]:
-        """Weights in the kernel's order, and numbers of scratch memory.
+    def _find_room(self, weights: int, places: int, entries: int, threads: int) -> tuple[int, int, int]:
+        """Weights in the kernel's order, vectors that they fill, and numbers of all scratch memory.
 
         Args:
             weights: as they are packed.
@@ -216,17 +217,14 @@ class _Kernel:
         missing = not places and not self.tiling.pairs and weights != entries
         if missing or weights < places:
             raise UserError(f"this layer's plan is not for {weights} weights")
-        count = weights
-        if self.tiling.code == "taps":
-            count = places
+        count = places if self.tiling.code == "taps" else weights
         lanes, size = self._lanes, self.computed.itemsize
         room = self._scratch * threads * lanes
         if self._sums:
             filters = self.plan.problem.filters
             room += -(-statistics.scratch_bytes(filters, threads, lanes * size) // size)
-        if places:
-            room += ordered_vectors(count, size, lanes * size) * lanes
-        return count, max(room, 1)
+        ordered = ordered_vectors(count, size, lanes * size) if places else 0
+        return count, ordered, max(room + ordered * lanes, 1)
 
     def collect(self, x: Tensor, gy: Tensor, grad: Tensor, tables: Sequence[Tensor]) -> None:
         """Gradient of the weight: ``grad``, in the order of the packed values.

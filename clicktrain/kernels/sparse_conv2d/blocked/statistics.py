@@ -29,12 +29,12 @@ def open_run(code: Code, entries: str, sums: bool) -> None:
     code(
         "int run(const stored *src, stored *dst, const weight *packed, const int32_t *order, "
         f"const real *bias, const int32_t *rows, const {entries} *entries, {results}vec *scratch, {images}"
-        "int64_t count, int64_t places, int64_t blocks, int64_t stream, int64_t threads) {"
+        "int64_t count, int64_t places, int64_t room, int64_t blocks, int64_t stream, int64_t threads) {"
     )
     code("(void)places;")
     code("weight *ordered = (weight *)scratch;")
     code("const weight *values = order ? ordered : packed;")
-    code("if (order) scratch += ORDERED_VECTORS(count);")
+    code("scratch += room;")
 
 
 def open_sums(code: Code) -> None:

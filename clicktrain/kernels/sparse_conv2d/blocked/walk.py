@@ -18,10 +18,6 @@ CHUNKS = 4
 
 _LINE = 64
 SUPPORT = f"""
-// Scratch memory for weights in the order of this kernel: `ordered_vectors`.
-#define ORDERED_LINE (sizeof(vec) < {_LINE} ? {_LINE} : sizeof(vec))
-#define ORDERED_VECTORS(count) \\
-  (((count) * sizeof(weight) + ORDERED_LINE - 1) / ORDERED_LINE * (ORDERED_LINE / sizeof(vec)))
 // Chunks of a thread that nobody has taken, on a cache line of their own.
 typedef struct {{ int64_t next, end; }} __attribute__((aligned(64))) share_t;
 // The next chunk of one's own, or of somebody else's; -1 if all are taken.

@@ -1,0 +1,80 @@
+"""What the generators refuse, and what compilers make of their text: the instructions that it counts on."""
+
+from __future__ import annotations
+
+import os
+import re
+import subprocess
+from pathlib import Path
+
+import pytest
+import torch
+
+from clicktrain.kernels.native import toolchain
+from clicktrain.kernels.sparse_conv2d.blocked.codegen import source
+from clicktrain.kernels.sparse_conv2d.blocked.problem import PHASES, ConvProblem, Phase, Tiling
+
+PATTERNS = ((0, 1, 3, 4), (1, 2, 4, 5), (3, 4, 6, 7), (1, 3, 4, 5), (1, 4, 5, 7))
+pytestmark = pytest.mark.skipif(toolchain() is None, reason="there is no C compiler")
+
+
+def test_only_bfloat16_is_multiplied_in_pairs() -> None:
+    problem = ConvProblem.make(3, 4, (3, 3), (5, 5))
+    pairs = Tiling((2, 4), code="taps", pairs=True)
+    with pytest.raises(ValueError, match="only bfloat16 is multiplied in pairs"):
+        source("forward", problem, (), pairs, torch.float32, 8)
+    with pytest.raises(ValueError, match="its code has to be 'taps'"):
+        source("forward", problem, (), Tiling((2, 4), pairs=True), torch.bfloat16, 8)
+
+
+def test_the_gradient_of_the_weight_does_not_sweep() -> None:
+    problem = ConvProblem.make(3, 4, (3, 3), (5, 5))
+    with pytest.raises(ValueError, match="has code 'sets' or 'taps', not 'sweep'"):
+        source("grad_weight", problem, (), Tiling((2, 4), code="sweep"), torch.float32, 8)
+
+
+@pytest.mark.parametrize("phase", PHASES)
+def test_the_instruction_for_pairs_is_used_where_it_is_known(phase: Phase, tmp_path: Path) -> None:
+    tools = toolchain()
+    assert tools is not None
+    path = tmp_path / "kernel.c"
+    tiling = Tiling((4, 4), code="taps", pairs=True)
+    path.write_text(
+        source(phase, ConvProblem.make(8, 8, (3, 3), (8, 8), (1, 1), (1, 1)), (), tiling, torch.bfloat16, 16)
+    )
+    command = [tools.compiler, "-O2", "-march=cooperlake", "-ffp-contract=fast", "-S", str(path), "-o", "-"]
+    done = subprocess.run(command, capture_output=True, text=True, check=False)
+    if "march" in done.stderr:
+        pytest.skip(f"{tools.version} knows no processor with AVX512_BF16")
+    assert done.returncode == 0, done.stderr
+    loop = [line.split() for line in done.stdout.splitlines() if "vdpbf16ps" in line]
+    register = "%zmm" if phase != "grad_weight" else "%ymm"
+    assert len(loop) >= 12
+    assert all(register in line[-1] for line in loop)
+    assert phase == "grad_weight" or "vfmadd" not in done.stdout
+
+
+@pytest.mark.parametrize(("march", "lanes"), [("haswell", 8), ("skylake-avx512", 16)])
+def test_a_sweep_loads_each_window_once_and_spills_nothing(march: str, lanes: int, tmp_path: Path) -> None:
+    tools = toolchain()
+    assert tools is not None
+    path = tmp_path / "kernel.c"
+    problem = ConvProblem.make(16, 16, (3, 3), (32, 32), (1, 1), (1, 1))
+    tiling = Tiling((4, 4), (1, 4), code="sweep")
+    path.write_text(source("forward", problem, PATTERNS, tiling, torch.float32, lanes))
+    command = [tools.compiler, "-O2", f"-march={march}", "-ffp-contract=fast", "-S", str(path), "-o", "-"]
+    done = subprocess.run(command, capture_output=True, text=True, check=False)
+    if "march" in done.stderr or "gcc" not in Path(os.path.realpath(tools.compiler)).name:
+        pytest.skip(f"{tools.version} makes no code of gcc's for {march}")
+    assert done.returncode == 0, done.stderr
+    functions = re.findall(r"kernels_\d+[\w.]*:\n(.*?)\.size", done.stdout, re.DOTALL)
+    operations = []
+    for text in functions:
+        vector = [line.strip() for line in text.splitlines() if line.strip().startswith("v")]
+        operations.append(sum("vfmadd" in line for line in vector))
+        assert sum("(" in line and not line.endswith(")") for line in vector) <= 50  # 4 + 16 and windows
+        assert sum(line.endswith(")") for line in vector) <= 16
+        assert not any("%rsp" in line for line in vector)
+    # Inside the image all sums take all taps; its edges have code of their own where taps reach over them.
+    assert operations.count(64) == len(PATTERNS) < len(functions) < 9 * len(PATTERNS)
+    assert min(operations) >= 32

@@ -156,6 +156,17 @@ for f, c, kernel, image, stride, padding, dilation, blocks, threads in cases:
         y, _, _ = launch.forward_statistics(low, values, None, index, text, blocks * lanes - 3)
         launch.grad_input(y, values, index, text)
         launch.grad_weight(low, y, structure.values_shape, index, text)
+empty = Structure.from_mask(torch.zeros(3, 2, 3, 3, dtype=torch.bool))
+values = torch.zeros(empty.values_shape)
+for code in ("sets", "sweep", "taps"):  # a layer that has no weight left
+    tilings = {phase: Tiling((2, 2), code=code) for phase in ("forward", "grad_input")}
+    tilings["grad_weight"] = Tiling((1, 2), code="taps" if code == "taps" else "sets")
+    plan, tables = prepare(empty, ConvProblem.make(2, 3, (3, 3), (6, 5)), 1, tilings)
+    text, index = plan.to_json(), list(tables.tensors)
+    x = torch.randn(1, 2, 6, 5, lanes)
+    y = launch.forward(x, values, None, index, text)
+    launch.grad_input(y, values, index, text)
+    launch.grad_weight(x, y, empty.values_shape, index, text)
 windows = Pooling(2, ceil_mode=True), Pooling(3, 2, 1), Pooling((3, 2), (1, 3), (1, 0), 2)
 for number, pooling in enumerate(windows):
     torch.set_num_threads(number + 1)

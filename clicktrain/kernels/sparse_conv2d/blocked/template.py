@@ -81,6 +81,7 @@ def open_weights(code: Code, entries: str) -> None:
         "int64_t nnz, int64_t blocks, int64_t whole, int64_t threads) {"
     )
     code("if (chunks[1] != nnz) return 1;")
+    code("if (!nnz) return 0;")
     code("const int64_t parts = whole ? 1 : chunks[0];")
     code("const int64_t own = SCRATCH + (nnz + LANES - 1) / LANES;")
     code("(void)rows; (void)threads;")

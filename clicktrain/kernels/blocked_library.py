@@ -22,16 +22,16 @@ def library_for(source: Callable[[torch.dtype, int], str], dtype: torch.dtype) -
     return load(source(dtype, needed_toolchain().lanes(dtype)))
 
 
-def check_type(x: Tensor, what: str) -> None:
+def check_dtype(dtype: torch.dtype, what: str) -> None:
     """Refuse activations of a type that there are no kernels for.
 
     Args:
-        x: the activations.
-        what: does that with them, for the message.
+        dtype: of the activations.
+        what: does something with them, for the message.
     """
-    if x.dtype not in STORED_TYPES:
-        names = ", ".join(str(dtype).removeprefix("torch.") for dtype in STORED_TYPES)
-        raise UserError(f"{what} is for activations of one of {names}, not of {x.dtype}: convert the input")
+    if dtype not in STORED_TYPES:
+        names = ", ".join(str(one).removeprefix("torch.") for one in STORED_TYPES)
+        raise UserError(f"{what} is for activations of one of {names}, not of {dtype}: convert the input")
 
 
 def check_blocked(x: Tensor, what: str) -> None:
@@ -44,7 +44,7 @@ def check_blocked(x: Tensor, what: str) -> None:
     Raises:
         UserError: another number type, shape or device.
     """
-    check_type(x, what)
+    check_dtype(x.dtype, what)
     lanes = needed_toolchain().lanes(x.dtype)
     if x.dim() != 5 or x.shape[4] != lanes:
         raise UserError(

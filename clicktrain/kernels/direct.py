@@ -15,6 +15,7 @@ from typing import Any, TypeVar
 import torch
 from torch import Tensor
 from torch._C import _are_functorch_transforms_active, _is_tracing, _len_torch_dispatch_stack
+from torch._functorch.utils import unwrap_dead_wrappers
 from torch.autograd.function import once_differentiable
 
 R = TypeVar("R")
@@ -34,6 +35,17 @@ def unwatched(*arguments: object) -> bool:
     return all(type(one) in _KNOWN or not isinstance(one, Tensor) for one in arguments)
 
 
+def _alive(function: Callable[..., R], arguments: tuple[Any, ...]) -> R:
+    """Call a function; tensors that have outlived a function transform stand for those inside them."""
+    try:
+        return function(*arguments)
+    except RuntimeError:  # such tensors have no memory
+        inside = unwrap_dead_wrappers(arguments)
+        if all(a is b for a, b in zip(arguments, inside, strict=True)):
+            raise
+        return function(*inside)
+
+
 def plain(operator: Callable[..., R], run: Callable[..., R]) -> Callable[..., R]:
     """An operator without a gradient: ``run`` itself where nobody watches.
 
@@ -44,7 +56,7 @@ def plain(operator: Callable[..., R], run: Callable[..., R]) -> Callable[..., R]
 
     @functools.wraps(run)
     def call(*arguments: Any) -> R:
-        return run(*arguments) if unwatched(*arguments) else operator(*arguments)
+        return _alive(run, arguments) if unwatched(*arguments) else operator(*arguments)
 
     return call
 
@@ -81,13 +93,14 @@ def differentiable(
             # Lists of tensors have lists of gradients there, and count as no tensor here.
             return tuple(None if isinstance(one, list) else one for one in found)
 
-    # `torch.autograd.Function.apply` without its Python: there are no function transforms to look for.
+    # `torch.autograd.Function.apply` without its Python: there are no function transforms to look for, and
+    # `_alive` looks after what they leave behind.
     record: Callable[..., R] = super(torch.autograd.Function, Direct).apply
 
     @functools.wraps(run)
     def call(*arguments: Any) -> R:
         if not unwatched(*arguments):
             return operator(*arguments)
-        return record(*arguments) if torch.is_grad_enabled() else run(*arguments)
+        return _alive(record if torch.is_grad_enabled() else run, arguments)
 
     return call

@@ -85,6 +85,10 @@ def test_what_kernels_would_misread_is_refused() -> None:
     ):
         with pytest.raises(UserError, match=r"has weights and bias of torch\.float32, not of"):
             sparse_conv2d_blocked(*arguments, index, text)
+    with pytest.raises(UserError, match="has 2 filters, its bias 1 numbers"):
+        sparse_conv2d_blocked(x, values, torch.ones(1), index, text)
+    with pytest.raises(UserError, match=r"one of float32, float64, bfloat16, not of torch\.float16"):
+        sparse_conv2d_blocked(x.half(), values, None, index, text)
     with pytest.raises(UserError, match="convert with block_batch"):
         sparse_conv2d_blocked(torch.randn(1, 2, 3, 3, 3), values, None, index, text)
     with pytest.raises(UserError, match="both have to be alike"):
@@ -152,8 +156,9 @@ def test_other_weights_than_the_plan_is_for_are_refused(code: Literal["sets", "s
     index, text = list(tables.tensors), plan.to_json()
     x, gy = (torch.zeros(1, planes, 6, 6, tools.lanes(torch.float32)) for planes in (3, 4))
     for count in (107, 109):
-        with pytest.raises(UserError, match=f"plan is not for {count} weights"):
-            launch.grad_weight(x, gy, (count,), index, text)
+        for images in (1, 0):
+            with pytest.raises(UserError, match=f"plan is not for {count} weights"):
+                launch.grad_weight(x[:images], gy[:images], (count,), index, text)
         with pytest.raises(UserError, match=f"plan is not for {count} weights"):
             launch.forward(x, torch.ones(count), None, index, text)
         if code != "taps" or count < 108:  # what there is more than that is not read

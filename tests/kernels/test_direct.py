@@ -100,3 +100,21 @@ def test_copies_and_parameters_are_plain() -> None:
     y = network(x, *copy.deepcopy(parameters))
     assert y.grad_fn is not None
     assert "Direct" in type(y.grad_fn).__name__
+
+
+def test_what_has_outlived_a_function_transform_is_what_was_inside() -> None:
+    x, weight, bias = inputs()
+    kept = []
+
+    def function(x: Tensor) -> Tensor:
+        kept.append(x * 1)
+        return kept[0].square().sum()
+
+    torch.func.grad(function)(x.detach())
+    want = network(x, weight, bias)
+    own = network(kept[0], weight, bias)
+    assert torch.equal(own, want)
+    own.sum().backward()
+    assert weight.grad is not None
+    with torch.no_grad():
+        assert torch.equal(network(kept[0], weight, bias), want)

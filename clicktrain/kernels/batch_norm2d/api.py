@@ -12,7 +12,7 @@ from clicktrain.kernels.batch_norm2d.ops import (
     batch_norm2d_blocked,
     batch_norm2d_blocked_given,
 )
-from clicktrain.kernels.blocked_library import check_type
+from clicktrain.kernels.blocked_library import check_dtype
 
 
 def batch_norm_blocked(
@@ -41,7 +41,7 @@ def batch_norm_blocked(
     Raises:
         UserError: another number type or shape, or one number per channel in training mode.
     """
-    check_type(x, WHAT)
+    check_dtype(x.dtype, WHAT)
     y: Tensor
     mean, var = bn.running_mean, bn.running_var
     if uses_batch_statistics(bn) or mean is None or var is None:

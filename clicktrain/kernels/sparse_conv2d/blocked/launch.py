@@ -10,6 +10,7 @@ import torch
 from torch import Tensor
 
 from clicktrain.errors import UserError
+from clicktrain.kernels.blocked_library import check_dtype
 from clicktrain.kernels.native import compute_type, load, needed_toolchain
 from clicktrain.kernels.native.library import call
 from clicktrain.kernels.sparse_conv2d.blocked import statistics
@@ -138,6 +139,10 @@ class _Kernel:
                     f"a blocked convolution of {self._dtype} has weights and bias of {self.computed}, "
                     f"not of {one.dtype}"
                 )
+        if bias is not None and bias.numel() != self.plan.problem.filters:
+            raise UserError(
+                f"this layer has {self.plan.problem.filters} filters, its bias {bias.numel()} numbers"
+            )
         shape = x.shape
         if shape[1:] == self._reads:
             return
@@ -236,6 +241,8 @@ class _Kernel:
         """
         rows, entries, found, chunks = tables
         count, blocks, threads = grad.numel(), x.shape[0], torch.get_num_threads()
+        if found.numel() not in (0, count) or (not x.numel() and int(chunks[1]) != count):
+            raise UserError(f"this layer's plan is not for {count} weights")
         if not x.numel():
             grad.zero_()
             return
@@ -284,4 +291,5 @@ def _text(plan: str, dtype: torch.dtype, phase: Phase, sums: bool = False) -> st
 
 @functools.cache
 def _kernel(plan: str, dtype: torch.dtype, phase: Phase, sums: bool = False) -> _Kernel:
+    check_dtype(dtype, "a blocked convolution")
     return _Kernel(ConvPlan.from_json(plan), dtype, phase, _text(plan, dtype, phase, sums), sums)

@@ -75,7 +75,7 @@ class Tiling:
         region: tiles per region along either axis.
         together: neighbouring filters computed at once; they have to agree on their channels and tap sets.
         code: ``sets``, code of its own for each tap set, sums in registers; ``sweep``, the same with sums in
-            the first-level cache (forward and gradient of the input only); or ``taps``, offsets of taps as
+            the caches (forward and gradient of the input only); or ``taps``, offsets of taps as
             data.
         sources: channels (of the gradient of the input: filters) of one pass over all results; 0 = all
             (``sweep`` and ``taps`` only).

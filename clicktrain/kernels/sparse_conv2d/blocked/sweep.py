@@ -1,13 +1,14 @@
-"""Forward and gradient of the input: sums of many filters' tiles, in the first-level cache.
+"""Forward and gradient of the input: sums of many filters' tiles, in the caches.
 
 `accumulate` keeps the sums of one tile in registers over all kernels of a filter: each kernel may have
 another tap set, whose code is jumped to; with 16 registers the tile is small, its windows overlap, and they
-are too many for the first-level cache. Here the sums of a *block* of results lie in that cache instead,
-beside the windows of a *pass* of a few sources. All kernels of a block and a pass that have the same tap set
-are one loop without a jump. It sweeps over the tile once: a window position is loaded once for all taps, a
-sum is loaded before its first tap and stored after its last, so that only the sums of a column (or row) and
-its neighbours are in registers, and the tile need not fit them. Of four taps on a tile of 4x4, 64
-multiply-adds come with 45 to 56 loads and 16 stores. It wants kernels of several taps, and few sets.
+are too many for the first-level cache. Here the sums of a *block* of results lie in the caches instead,
+beside the windows of a *pass* of so few sources that they stay in the first-level one. All kernels of a
+block and a pass that have the same tap set are one loop without a jump. It sweeps over the tile once: a
+window position is loaded once for all taps, a sum is loaded before its first tap and stored after its last,
+so that only the sums of a column (or row) and its neighbours are in registers, and the tile need not fit
+them. Of four taps on a tile of 4x4, 64 multiply-adds come with 45 to 56 loads and 16 stores. It wants
+kernels of several taps, and few sets.
 
 Windows are read from the source itself where its numbers are those that are computed with: a copy of a region
 goes through the second-level cache twice, and costs as much as a tenth of the multiply-adds. Tiles at the

@@ -14,7 +14,7 @@ from typing import Any
 from torch import fx
 
 from clicktrain.surgery.flow import ChannelFlow
-from clicktrain.surgery.graph import ModelGraph
+from clicktrain.surgery.graph import NetworkGraph
 
 
 @dataclass(frozen=True, slots=True)
@@ -60,7 +60,7 @@ class Dependencies:
         groups: of all channels that parameters or buffers have.
     """
 
-    def __init__(self, graph: ModelGraph) -> None:
+    def __init__(self, graph: NetworkGraph) -> None:
         self.graph = graph
         self.flow = ChannelFlow(graph)
         self.groups: tuple[ChannelGroup, ...] = ()

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from torch import Tensor, nn
+from torch import nn
 
 from clicktrain.surgery.layers import ChannelScatter, ChannelSelect, ConstantBatchNorm2d, RemovedConv2d
 
@@ -46,5 +46,7 @@ def layer_kind(module: nn.Module) -> str | None:
 
 def computed(module: nn.Module) -> bool:
     """Whether a layer's weight is computed at each access (weight norm, parametrizations)."""
-    weight = getattr(module, "weight", None)
-    return isinstance(weight, Tensor) and module._parameters.get("weight") is not weight
+    # The attribute itself is not asked for: while a model is traced that would be part of its graph.
+    if "weight" in module._parameters:
+        return False
+    return "weight" in module.__dict__ or isinstance(getattr(type(module), "weight", None), property)

@@ -71,7 +71,7 @@ def plans_from_zeros(
     branches = removable_branches(found.graph, values, threshold)
     removed = [branch for branch, reason in branches.items() if reason is None]
     layers = tuple(r for branch in removed for r in remnants(found.graph, branch, values, threshold))
-    gone = {node for branch in removed for node in branch.nodes}
+    gone = {node for branch in removed for view in branch.views for node in view.nodes}
     may_go, reasons = dead_channels(found, values, threshold, gone, sides)
     stays = {str(branch.last.target): reason for branch, reason in branches.items() if reason is not None}
     plans, names = {}, _gone_names(model, layers)

@@ -11,7 +11,7 @@ from torch import Tensor, nn
 from clicktrain.errors import UserError
 from clicktrain.surgery.channel_gating import gate_branches
 from clicktrain.surgery.channel_union import Sides, cuts, dead_channels, keep_masks, resized_gates
-from clicktrain.surgery.dependencies import dependencies
+from clicktrain.surgery.dependency_analysis import dependencies
 from clicktrain.surgery.groups import Dependencies
 from clicktrain.surgery.layer_removal import remnants, removable_branches
 from clicktrain.surgery.operations import operation

@@ -123,20 +123,15 @@ def trace_copy(
                     raise TraceError(reason) from error
                 opaque[tracer.failed] = reason
         constants = {n: v for n, v in vars(traced).items() if n not in before and isinstance(v, Tensor)}
-        later_uses_see_changes(graph, twin)
-        recorder = Recorder(twin, graph, constants)
-        try:
-            with torch.no_grad():
-                recorder.run(*inputs.tensors())
-        except Exception as error:
-            raise TraceError(f"its graph does not run: {one_line(error)}") from error
+    later_uses_see_changes(graph, twin)
+    shapes, sizes = record(graph, constants, twin, inputs)
     called = {str(node.target) for node in graph.nodes if node.op == "call_module"}
     return ModelGraph(
         model,
         graph,
         inputs,
-        recorder.shapes,
-        recorder.sizes,
+        shapes,
+        sizes,
         {path: reason for path, reason in opaque.items() if path in called},
         tuple(tracer.entered),
         tracer.watch.effects,
@@ -145,18 +140,39 @@ def trace_copy(
     )
 
 
-class Recorder(fx.Interpreter):
-    """Runs a graph on a model, and notes shapes and sizes of all values in the nodes."""
+def record(
+    graph: fx.Graph, constants: dict[str, Tensor], twin: nn.Module, inputs: Inputs
+) -> tuple[dict[fx.Node, tuple[int, ...]], dict[fx.Node, Any]]:
+    """Run a graph once: shapes and sizes of its values, as in `ModelGraph`, and ``meta["tensor_meta"]``.
 
-    def __init__(self, model: nn.Module, graph: fx.Graph, constants: dict[str, Tensor]) -> None:
+    Raises:
+        TraceError: the graph does not run.
+    """
+    recorder = Recorder(twin, graph, constants)
+    with own_random_numbers(inputs.tensors()), _outside_autocast(), torch.no_grad():
+        try:
+            recorder.run(*inputs.tensors())
+        except Exception as error:
+            raise TraceError(f"its graph does not run: {one_line(error)}") from error
+    return recorder.shapes, recorder.sizes
+
+
+class Recorder(fx.Interpreter):
+    """Runs a graph on a model, and notes shapes and sizes of all values if asked to."""
+
+    def __init__(
+        self, model: nn.Module, graph: fx.Graph, constants: dict[str, Tensor], *, note: bool = True
+    ) -> None:
         super().__init__(model, graph=graph)
-        self._model, self._constants = model, constants
+        self._model, self._constants, self._note = model, constants, note
         self.shapes: dict[fx.Node, tuple[int, ...]] = {}
         self.sizes: dict[fx.Node, Any] = {}
 
     def run_node(self, n: fx.Node) -> Any:
         """One node."""
         result = super().run_node(n)
+        if not self._note:
+            return result
         if isinstance(result, Tensor):
             self.shapes[n] = tuple(result.shape)
             n.meta["tensor_meta"] = _extract_tensor_metadata(result)

@@ -82,11 +82,15 @@ class Watch:
             plain_set(module, name, value)
 
         patched.__getattribute__, patched.__setattr__ = get, put
-        sys.setprofile(self._called)
+        # cProfile could not be put back: its profile then lacks nothing, and globals are not recorded.
+        profile = before is None or callable(before)
+        if profile:
+            sys.setprofile(self._called)
         try:
             yield
         finally:
-            sys.setprofile(before)
+            if profile:
+                sys.setprofile(before)
             patched.__setattr__ = plain_set
             del patched.__getattribute__
 

@@ -14,6 +14,7 @@ from torch.optim import Optimizer
 
 from clicktrain.accounting.agreement import mean_over_processes
 from clicktrain.errors import UserError
+from clicktrain.graph import Inputs, as_inputs
 from clicktrain.methods.base import (
     Action,
     ApplyMasks,
@@ -51,7 +52,7 @@ class Pruner:
         length: RunLength,
         *,
         packed: bool = False,
-        example: Tensor | None = None,
+        example: Any = None,
         on_event: Callable[[Event], None] | None = None,
         measure: MeasureMasks | None = None,
     ) -> None:
@@ -71,7 +72,8 @@ class Pruner:
         self._on_event = on_event
         self._at_epoch_end: list[Callable[[int], None]] = []
         trained = [p for group in optimizer.param_groups for p in group["params"]]
-        found = replace(method.survey(model, trained), example=example, measure=measure)
+        inputs = None if example is None else as_inputs(example, model)
+        found = replace(method.survey(model, trained), example=inputs, measure=measure)
         self.network = PrunedNetwork(model, optimizer, found, packed)
         self._state = method.init(self._found, length)
         self._plan = method.plan(self._found, length)
@@ -91,7 +93,7 @@ class Pruner:
             optimizer.register_step_post_hook(self._after_step),
         ]
         if method.reads_graph and (example is None or method.keeps_inputs):
-            self._handles.append(model.register_forward_pre_hook(_InputHook(self)))
+            self._handles.append(model.register_forward_pre_hook(_InputHook(self), with_kwargs=True))
 
     # ---- what a loop calls ------------------------------------------------------------------
 
@@ -316,6 +318,7 @@ class Pruner:
             if self.frozen:
                 self.network.mask_gradients()
             elif self._losses and (found_inf is None or not bool(found_inf)):
+                self.network.check_seen(self.method.reads_graph)
                 self.method.before_step(self._state, self._found, self._step())
 
     def _after_step(self, optimizer: Optimizer, args: Any, kwargs: Any) -> None:
@@ -335,10 +338,8 @@ class Pruner:
         self._stepped_epoch = self._epoch
         self._losses = []
 
-    def _see_inputs(self, module: nn.Module, args: Any) -> None:
-        inputs = args[0] if args else None
-        if isinstance(inputs, Tensor):
-            self.network.see(inputs, self.method.keeps_inputs and module.training)
+    def _see_inputs(self, module: nn.Module, args: Any, kwargs: Any) -> None:
+        self.network.see(Inputs(args, kwargs), self.method.keeps_inputs and module.training)
 
     def _full_precision(self) -> torch.autocast:
         """Decisions do not depend on whether ``optimizer.step()`` is called inside autocast."""
@@ -419,10 +420,10 @@ class _InputHook:
     def __init__(self, pruner: Pruner | None) -> None:
         self._pruner = (lambda: None) if pruner is None else weakref.ref(pruner)
 
-    def __call__(self, module: nn.Module, args: Any) -> None:
+    def __call__(self, module: nn.Module, args: Any, kwargs: Any) -> None:
         pruner = self._pruner()
         if pruner is not None:
-            pruner._see_inputs(module, args)
+            pruner._see_inputs(module, args, kwargs)
 
     def __deepcopy__(self, memo: dict[int, Any]) -> _InputHook:
         return _InputHook(None)

@@ -41,8 +41,12 @@ class Proxy(fx.Proxy):
         if self.node.op != "get_attr":
             return super().__len__()
         self.tracer.create_proxy("call_method", "size", (self, 0), {})
-        root: Any = self.tracer.root  # type: ignore[attr-defined]
-        return len(operator.attrgetter(str(self.node.target))(root))
+        module: Any = self.tracer.root  # type: ignore[attr-defined]
+        *path, name = str(self.node.target).split(".")
+        for part in path:
+            module = module._modules[part]
+        # From the tables: an attribute would be a stand-in again.
+        return len(module._parameters[name] if name in module._parameters else module._buffers[name])
 
 
 class Tracer(fx.Tracer):

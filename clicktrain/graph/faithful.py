@@ -23,6 +23,10 @@ _FEW = 4
 """Images that are enough to compare with."""
 
 
+Modes = tuple[bool, ...]
+"""``training`` of all modules, in the order of ``modules()``."""
+
+
 class UnfaithfulError(Exception):
     """No graph of the whole model does what the model does; why, in a clause about the model's class."""
 
@@ -39,16 +43,22 @@ class Believed:
         graph: of the model in the modes that it is in. ``graph.opaque`` says which modules run as they are
             and why, in a clause about the module's class.
         few: inputs like the example's, of few images and with random numbers, to compare with.
+        originals: what the model does with those, by the modes of all its modules, the present ones first.
     """
 
     graph: ModelGraph
     few: Inputs
+    originals: dict[Modes, list[Observation]]
 
 
-Modes = tuple[bool, ...]
-
-
-def believed_graph(model: nn.Module, inputs: Inputs, leaves: IsLeaf, *, all_modes: bool) -> Believed:
+def believed_graph(
+    model: nn.Module,
+    inputs: Inputs,
+    leaves: IsLeaf,
+    *,
+    all_modes: bool = True,
+    own: Mapping[str, str] | None = None,
+) -> Believed:
     """Trace a model, and leave out of the graph the smallest modules with which it would do something else.
 
     Works on copies; the model is not touched.
@@ -58,6 +68,7 @@ def believed_graph(model: nn.Module, inputs: Inputs, leaves: IsLeaf, *, all_mode
         inputs: of a call.
         leaves: as of `trace`.
         all_modes: find out what is to be left out in training and in evaluation mode as well.
+        own: path -> reason, what is to be left out in any case.
 
     Raises:
         UnfaithfulError: the model's own ``forward`` would have to be left out.
@@ -67,6 +78,7 @@ def believed_graph(model: nn.Module, inputs: Inputs, leaves: IsLeaf, *, all_mode
     few, now = _few_images(model, inputs)
     originals: dict[Modes, list[Observation] | None] = {modes[0]: now}
     opaque = {path: "has hooks" for path, module in model.named_modules() if path and users_hooks(module)}
+    opaque.update(own or {})
     while True:
         graphs = []
         for flags in modes:
@@ -83,7 +95,8 @@ def believed_graph(model: nn.Module, inputs: Inputs, leaves: IsLeaf, *, all_mode
                 opaque.update(found)
                 break
         else:
-            return Believed(_for_whole_batches(graphs[0], modes[0], inputs), few)
+            graph = _for_whole_batches(graphs[0], modes[0], inputs)
+            return Believed(graph, few, {flags: seen for flags, seen in originals.items() if seen})
 
 
 def _in_another_mode(model: nn.Module, flags: Modes, few: Inputs) -> list[Observation] | None:

@@ -109,7 +109,7 @@ def trace_copy(
         TraceError: as `trace`.
     """
     opaque = dict(opaque)
-    with own_random_numbers(inputs.tensors()), _outside_autocast():
+    with own_random_numbers(inputs.tensors()), outside_autocast():
         while True:
             tracer = Tracer(inputs, leaves, opaque)
             traced = working_copy(twin, tensors=False)
@@ -149,7 +149,7 @@ def record(
         TraceError: the graph does not run.
     """
     recorder = Recorder(twin, graph, constants)
-    with own_random_numbers(inputs.tensors()), _outside_autocast(), torch.no_grad():
+    with own_random_numbers(inputs.tensors()), outside_autocast(), torch.no_grad():
         try:
             recorder.run(*inputs.tensors())
         except Exception as error:
@@ -202,7 +202,7 @@ def one_line(error: BaseException) -> str:
 
 
 @contextlib.contextmanager
-def _outside_autocast() -> Iterator[None]:
+def outside_autocast() -> Iterator[None]:
     """Shapes and dtypes are those without autocast."""
     with torch.autocast("cpu", enabled=False), torch.autocast("cuda", enabled=False):
         yield

@@ -16,11 +16,23 @@ from clicktrain.graph.in_place import write_elsewhere
 from clicktrain.graph.inputs import Inputs
 from clicktrain.graph.observe import Observation, observe
 from clicktrain.graph.random_state import own_random_numbers
-from clicktrain.graph.trace import ModelGraph, Recorder, TraceError, one_line, record, trace_copy
+from clicktrain.graph.trace import (
+    ModelGraph,
+    Recorder,
+    TraceError,
+    one_line,
+    outside_autocast,
+    record,
+    trace_copy,
+)
 from clicktrain.graph.tracer import IsLeaf
 
 _FEW = 4
 """Images that are enough to compare with."""
+
+
+Modes = tuple[bool, ...]
+"""``training`` of all modules, in the order of ``modules()``."""
 
 
 class UnfaithfulError(Exception):
@@ -39,34 +51,46 @@ class Believed:
         graph: of the model in the modes that it is in. ``graph.opaque`` says which modules run as they are
             and why, in a clause about the module's class.
         few: inputs like the example's, of few images and with random numbers, to compare with.
+        originals: what the model does with those, by the modes of all its modules, the present ones first.
     """
 
     graph: ModelGraph
     few: Inputs
+    originals: dict[Modes, list[Observation]]
 
 
-Modes = tuple[bool, ...]
-
-
-def believed_graph(model: nn.Module, inputs: Inputs, leaves: IsLeaf, *, all_modes: bool) -> Believed:
+def believed_graph(
+    model: nn.Module,
+    inputs: Inputs,
+    leaves: IsLeaf,
+    *,
+    all_modes: bool = True,
+    own: Mapping[str, str] | None = None,
+) -> Believed:
     """Trace a model, and leave out of the graph the smallest modules with which it would do something else.
 
-    Works on copies; the model is not touched.
+    Works on copies; the model is not touched. Under autocast, the graph is the one without it.
 
     Args:
         model: to be traced in the modes that it is in.
         inputs: of a call.
         leaves: as of `trace`.
         all_modes: find out what is to be left out in training and in evaluation mode as well.
+        own: path -> reason, what is to be left out in any case.
 
     Raises:
         UnfaithfulError: the model's own ``forward`` would have to be left out.
         ExampleError: the model does not run on the inputs.
     """
+    if torch.is_autocast_enabled("cpu"):
+        with outside_autocast():
+            whole = inputs.map(_whole)
+            return believed_graph(model, whole, leaves, all_modes=all_modes, own=own)
     modes = _modes(model, all_modes)
     few, now = _few_images(model, inputs)
     originals: dict[Modes, list[Observation] | None] = {modes[0]: now}
     opaque = {path: "has hooks" for path, module in model.named_modules() if path and users_hooks(module)}
+    opaque.update(own or {})
     while True:
         graphs = []
         for flags in modes:
@@ -83,7 +107,8 @@ def believed_graph(model: nn.Module, inputs: Inputs, leaves: IsLeaf, *, all_mode
                 opaque.update(found)
                 break
         else:
-            return Believed(_for_whole_batches(graphs[0], modes[0], inputs), few)
+            graph = _for_whole_batches(graphs[0], modes[0], inputs)
+            return Believed(graph, few, {flags: seen for flags, seen in originals.items() if seen})
 
 
 def _in_another_mode(model: nn.Module, flags: Modes, few: Inputs) -> list[Observation] | None:
@@ -239,6 +264,11 @@ def _few_images(model: nn.Module, inputs: Inputs) -> tuple[Inputs, list[Observat
         return inputs, original_calls(model, flags, inputs)
     except Exception as error:
         raise ExampleError(one_line(error)) from error
+
+
+def _whole(x: Tensor) -> Tensor:
+    """What autocast would have taken in a smaller dtype, as float32."""
+    return x.float() if x.dtype in (torch.bfloat16, torch.float16) else x
 
 
 def _varied(tensor: Tensor) -> Tensor:

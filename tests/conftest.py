@@ -12,6 +12,8 @@ import numpy as np
 import pytest
 import torch
 
+from clicktrain.kernels.native import toolchain
+
 REPOSITORY = Path(__file__).resolve().parent.parent
 CIFAR10 = REPOSITORY.parent / "shared" / "data" / "cifar10"
 
@@ -22,6 +24,19 @@ torch.set_num_threads(1)
 hypothesis.settings.register_profile("local", deadline=None)
 hypothesis.settings.register_profile("ci", deadline=None, derandomize=True, print_blob=True)
 hypothesis.settings.load_profile("ci" if os.environ.get("CI") else "local")
+
+
+def pytest_terminal_summary(terminalreporter: pytest.TerminalReporter) -> None:
+    """Say what generated kernels ran on: CLICKTRAIN_LANES and CLICKTRAIN_PAIRS in the environment set it."""
+    tools = toolchain()
+    if tools is None:
+        terminalreporter.write_line("generated kernels: none, for want of a C compiler")
+        return
+    isa = next(iter(tools.isa), "plain C").strip("_")
+    terminalreporter.write_line(
+        f"generated kernels: {tools.lanes(torch.float32)} float32 lanes, {tools.registers} registers, "
+        f"{'with' if tools.multiplies_pairs else 'without'} bfloat16 pairs; {tools.version} for {isa}"
+    )
 
 
 @pytest.fixture(autouse=True)

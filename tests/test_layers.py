@@ -15,7 +15,7 @@ PACKAGE = Path(__file__).resolve().parent.parent / "clicktrain"
 LAYERS: tuple[tuple[str, ...], ...] = (
     ("errors",),
     ("models", "data", "sparsity"),
-    ("formats",),
+    ("formats", "graph"),
     ("kernels", "surgery", "accounting"),
     ("methods", "compiler", "comm"),
     ("train", "export", "report"),

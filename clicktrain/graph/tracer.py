@@ -37,6 +37,14 @@ class Proxy(fx.Proxy):
         return self.tracer.create_proxy("call_function", operator.itruediv, (self, other), {})
 
 
+    def __len__(self) -> int:
+        """Of a parameter or buffer, whose shape is known; the graph shows that it was asked for."""
+        if self.node.op != "get_attr":
+            return super().__len__()  # type: ignore[no-any-return, no-untyped-call, misc]
+        self.tracer.create_proxy("call_method", "size", (self, 0), {})
+        return len(operator.attrgetter(str(self.node.target))(self.tracer.root))
+
+
 class Tracer(fx.Tracer):
     """Traces one call of a model.
 

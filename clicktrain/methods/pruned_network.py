@@ -1,4 +1,4 @@
-"""A model and its optimizer, and all that pruning has done to them: the one place where they are changed."""
+"""A model, its optimizers and its moving averages: the one place where pruning changes them."""
 
 from __future__ import annotations
 
@@ -14,18 +14,20 @@ from torch.optim import Optimizer
 
 from clicktrain.accounting.agreement import agree_on_
 from clicktrain.errors import UserError
-from clicktrain.kernels.pack_model import pack_model_, pack_refusals, unpack_model_
+from clicktrain.kernels.pack_model import pack_model_, pack_refusals, unpack_model_, unpackable_state
 from clicktrain.methods.agreed_plans import agreed_plans
+from clicktrain.methods.averages import catch_up_, mask_copy_, unwrapped_average
 from clicktrain.methods.survey import ConvLayer, LinearLayer, SeenBatch, Survey
 from clicktrain.sparsity.masks import conv_masks, hard_prune_, mask_optimizer_state_
 from clicktrain.surgery import SurgeryPlan, apply_surgery_, silence_
 
 
 class PrunedNetwork:
-    """Masks, removed channels and packed layers of one model and its optimizer.
+    """Masks, removed channels and packed layers of one model, its optimizers and its moving averages.
 
     Attributes:
-        model, optimizer: changed in place.
+        model, optimizers: changed in place.
+        averages: copies of the model that follow it, see `follow`; changed in place.
         found: the model's layers, as they are now.
         masks: layer name -> bool, of the weight's shape, True = lives; empty before anything is masked.
         plans: surgery that was carried out, in order.
@@ -35,9 +37,12 @@ class PrunedNetwork:
         conv_weights: convolution weights of the network before anything was removed.
     """
 
-    def __init__(self, model: nn.Module, optimizer: Optimizer, found: Survey, packed: bool) -> None:
+    def __init__(
+        self, model: nn.Module, optimizers: Sequence[Optimizer], found: Survey, packed: bool
+    ) -> None:
         """Of a model that nothing has been done to."""
-        self.model, self.optimizer = model, optimizer
+        self.model, self.optimizers = model, tuple(optimizers)
+        self.averages: list[nn.Module] = []
         self.found = found
         self.masks: dict[str, Tensor] = {}
         self.plans: list[SurgeryPlan] = []
@@ -62,6 +67,8 @@ class PrunedNetwork:
         self.mask_weights()
         self._mask_state()
         self.frozen = True
+        for average in self.averages:
+            mask_copy_(average, self.masks)
 
     def pack(self) -> None:
         """Exchange convolutions and their parameters for packed ones, if they are to be."""
@@ -81,7 +88,8 @@ class PrunedNetwork:
 
     def _mask_state(self) -> None:
         for layer, mask in self._masked():
-            mask_optimizer_state_(self.optimizer, layer.weight, mask)
+            for optimizer in self.optimizers:
+                mask_optimizer_state_(optimizer, layer.weight, mask)
 
     def _masked(self) -> list[tuple[ConvLayer | LinearLayer, Tensor]]:
         """Dense layers with their masks; packed convolutions have no pruned positions."""
@@ -93,15 +101,32 @@ class PrunedNetwork:
         if not self.frozen:
             return
         for layer, mask in self._masked():
-            held = [v for v in self.optimizer.state.get(layer.weight, {}).values() if isinstance(v, Tensor)]
+            states = [optimizer.state.get(layer.weight, {}) for optimizer in self.optimizers]
+            held = [v for state in states for v in state.values() if isinstance(v, Tensor)]
             for tensor in [layer.weight.detach(), *(v for v in held if v.shape == mask.shape)]:
                 if bool((tensor != 0).logical_and_(~mask).any()):
                     raise AssertionError(f"a pruned position of {layer.name} is no longer zero")
 
+    def revived(self) -> list[str]:
+        """Layers with frozen masks in which pruned weights are no longer zero: somebody else wrote them."""
+        if not self.frozen:
+            return []
+        return [
+            layer.name for layer, mask in self._masked() if bool((layer.weight.detach()[~mask] != 0).any())
+        ]
+
     @property
     def nonzero_conv_weights(self) -> int:
-        """Convolution weights that live now; all of them before anything is masked."""
+        """Convolution weights that live now; all of them before anything is masked.
+
+        Once masks are frozen the weights themselves are counted too: pruned ones that somebody else has
+        written live.
+        """
         dead = sum(mask.numel() - int(mask.sum()) for mask in conv_masks(self.masks).values())
+        if self.frozen and not self.packed:
+            for layer in self.found.layers:
+                if layer.name in self.masks:
+                    dead -= int((layer.weight.detach()[~self.masks[layer.name]] != 0).sum())
         return self._conv_weights_now - dead
 
     # ---- channels ---------------------------------------------------------------------------
@@ -153,7 +178,9 @@ class PrunedNetwork:
 
     def remove(self, plan: SurgeryPlan) -> None:
         """Remove channels from the model and the optimizer, and look at the smaller model."""
-        apply_surgery_(plan, self.model, self.optimizer)
+        apply_surgery_(plan, self.model, self.optimizers)
+        for average in self.averages:
+            apply_surgery_(plan, average)
         self.plans.append(plan)
         self.revision += 1
         self.found = self.found.after_surgery(plan)
@@ -168,7 +195,8 @@ class PrunedNetwork:
         tensors = {**dict(self.model.named_parameters()), **dict(self.model.named_buffers())}
         for name, value in values.items():
             tensors[name].copy_(value)
-            self.optimizer.state.pop(tensors[name], None)
+            for optimizer in self.optimizers:
+                optimizer.state.pop(tensors[name], None)
 
     def _output(self) -> Tensor | None:
         """Of the last batch of inputs in evaluation mode, leaving no trace; None if none was kept."""
@@ -193,12 +221,22 @@ class PrunedNetwork:
             dtype = torch.get_autocast_dtype(kind) if torch.is_autocast_enabled(kind) else None
             self.found = replace(self.found, seen=SeenBatch(inputs.detach(), dtype))
 
+    # ---- moving averages --------------------------------------------------------------------
+
+    def follow(self, average: nn.Module) -> None:
+        """Have a copy of the model masked, shrunk, packed and unpacked with it; see `Pruner.follow`."""
+        module = unwrapped_average(average, self.model)
+        if any(module is other for other in self.averages):
+            return
+        catch_up_(module, self.model, self.plans, self.masks if self.frozen else {})
+        self.averages.append(module)
+
     # ---- packed layers ----------------------------------------------------------------------
 
     def check_packable(self) -> None:
         """Refuse now what could not be packed at the hard prune, hours later."""
         names = [layer.name for layer in self.found.layers]
-        refusals = pack_refusals(self.model, names, [self.optimizer])
+        refusals = pack_refusals(self.model, names, self.optimizers)
         if refusals:
             name, reason = next(iter(refusals.items()))
             raise UserError(
@@ -209,17 +247,30 @@ class PrunedNetwork:
     def finish(self, packed: bool) -> None:
         """Pack or unpack, as the finished network is wanted."""
         if self.packed and not packed:
-            unpack_model_(self.model, [self.optimizer])
+            unpack_model_(self.model, self.optimizers)
+            for average in self.averages:
+                unpack_model_(average)
             self.revision += 1
         elif packed and not self.packed and self.masks:
+            self._forget_unpackable_state()
             self._pack()
         self.packed = packed and self.frozen
         if not self.packed:
             self._find_again()
 
     def _pack(self) -> None:
-        pack_model_(self.model, conv_masks(self.masks), [self.optimizer])
+        masks = conv_masks(self.masks)
+        pack_model_(self.model, masks, self.optimizers)
+        for average in self.averages:
+            pack_model_(average, masks)
         self.revision += 1
+
+    def _forget_unpackable_state(self) -> None:
+        """At the end of a run: an optimizer that goes on all the same starts such a state again."""
+        for layer in self.found.layers:
+            for optimizer in self.optimizers:
+                if unpackable_state(optimizer, optimizer.state.get(layer.weight, {}), layer.weight):
+                    del optimizer.state[layer.weight]
 
     def _find_again(self) -> None:
         """Look the layers up by name: packing and unpacking replace modules."""

@@ -13,14 +13,10 @@ from typing import Any
 import yaml
 
 from clicktrain.errors import UserError
+from clicktrain.formats.run_files import FORMAT_VERSION, HEADER, check_folder, read_records, read_summary
 from clicktrain.formats.tree import append_jsonl, write_text_atomic
 from clicktrain.methods import Method
-from clicktrain.train.config import RunConfig, config_to_dict, load_config
-
-FORMAT_VERSION = 1
-"""Version of the folder, its checkpoints and summary; raised when older programs could not read them."""
-
-_HEADER = "# clicktrain run folder, format "
+from clicktrain.train.config import RunConfig, config_to_dict, from_dict, load_config, read_settings
 
 
 @dataclass(frozen=True)
@@ -112,27 +108,37 @@ class RunFolder:
             self.checkpoint_folder.mkdir(parents=True, exist_ok=True)
             self.truncate(0, 0, 0)
             settings = yaml.safe_dump(config_to_dict(config, method), sort_keys=False)
-            write_text_atomic(self.config, f"{_HEADER}{FORMAT_VERSION}\n{settings}")
+            write_text_atomic(self.config, f"{HEADER}{FORMAT_VERSION}\n{settings}")
         except OSError as error:
             raise UserError(f"cannot make the folder {self.path}: {error.strerror}") from None
         return self
 
     def open(self) -> RunFolder:
         """Check that this is the folder of a run that this version can read; UserError otherwise."""
-        if not self.config.is_file():
-            raise UserError(f"{self.path} is not the folder of a run: it has no config.yaml")
-        first = self.config.read_text(encoding="utf-8").split("\n", 1)[0]
-        version = first.removeprefix(_HEADER).strip()
-        if first.startswith(_HEADER) and version.isdigit() and int(version) > FORMAT_VERSION:
-            raise UserError(
-                f"{self.path} has format {version}, this version of clicktrain reads up to {FORMAT_VERSION}: "
-                "update clicktrain"
-            )
+        check_folder(self.path)
         return self
 
-    def load_config(self) -> tuple[RunConfig, Method[Any]]:
-        """The settings that the run was started with; UserError if this is not the folder of a run."""
-        return load_config(self.open().config)
+    def load_config(
+        self, model: str | None = None, *, own_model_allowed: bool = False
+    ) -> tuple[RunConfig, Method[Any]]:
+        """The settings that the run was started with.
+
+        Args:
+            model: the network instead of the one that the settings name; a network of somebody's own counts
+                only when it is given here.
+            own_model_allowed: return the settings all the same, for a caller who builds no network from them.
+
+        Raises:
+            UserError: this is not the folder of a run, its settings are damaged, or ``model`` is missing.
+        """
+        self.open()
+        if own_model_allowed and model is None:
+            values = read_settings(self.config)
+            try:
+                return from_dict(values)
+            except UserError as error:
+                raise UserError(f"{self.config}: {error}") from None
+        return load_config(self.config, model)
 
     def append_metrics(self, record: Mapping[str, Any]) -> None:
         """Add the line of a finished epoch."""
@@ -148,15 +154,15 @@ class RunFolder:
 
     def read_metrics(self) -> list[dict[str, Any]]:
         """Lines of the finished epochs, in order; an unfinished last line is left out."""
-        return _read_lines(self.metrics)
+        return read_records(self.metrics)
 
     def read_events(self) -> list[dict[str, Any]]:
         """The decisions, in order; an unfinished last line is left out."""
-        return _read_lines(self.events)
+        return read_records(self.events)
 
     def read_channels(self) -> list[dict[str, Any]]:
         """Largest weights of channels, in order of the epochs; an unfinished last line is left out."""
-        return _read_lines(self.channels)
+        return read_records(self.channels)
 
     def lengths(self) -> tuple[int, int, int]:
         """Bytes of metrics.jsonl, events.jsonl and channels.jsonl."""
@@ -181,16 +187,8 @@ class RunFolder:
         write_text_atomic(self.summary_path, json.dumps(dict(summary), indent=2) + "\n")
 
     def summary(self) -> dict[str, Any] | None:
-        """What the run reached, or None while it is not finished."""
-        if not self.summary_path.is_file():
-            return None
-        try:
-            values = json.loads(self.summary_path.read_text(encoding="utf-8"))
-        except ValueError:
-            raise UserError(f"{self.summary_path} is damaged: it is not JSON") from None
-        if not isinstance(values, dict) or values.get("format_version", 0) > FORMAT_VERSION:
-            raise UserError(f"{self.summary_path} was written by a newer clicktrain: update clicktrain")
-        return values
+        """What the run reached, or None while it is not finished; UserError for a damaged file."""
+        return read_summary(self.summary_path)
 
     def checkpoint(self, epoch: int, step: int) -> Path:
         """Path of the checkpoint after ``step`` optimizer steps, of which the last was in ``epoch``."""
@@ -203,13 +201,3 @@ class RunFolder:
 
 def _size(path: Path) -> int:
     return path.stat().st_size if path.exists() else 0
-
-
-def _read_lines(path: Path) -> list[dict[str, Any]]:
-    if not path.exists():
-        return []
-    lines = path.read_bytes().split(b"\n")[:-1]  # what follows the last newline is unfinished
-    try:
-        return [json.loads(line) for line in lines if line.strip()]
-    except ValueError:
-        raise UserError(f"{path} is damaged: a line of it is not JSON") from None

@@ -13,13 +13,13 @@ from torch import Tensor
 from clicktrain.accounting import LayerCost, ModelCost, count
 from clicktrain.accounting.cost import ratio
 from clicktrain.formats.packed_file import save_packed
+from clicktrain.formats.run_files import FORMAT_VERSION
 from clicktrain.formats.tree import save_tree
 from clicktrain.surgery import write_recipe
 from clicktrain.train.evaluate import evaluate
 from clicktrain.train.live import LiveRun
 from clicktrain.train.machine import cpu_name, gpu_name, versions
 from clicktrain.train.operators import operator_names
-from clicktrain.train.run_folder import FORMAT_VERSION
 
 
 def finish_run(run: LiveRun) -> dict[str, Any]:

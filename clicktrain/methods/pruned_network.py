@@ -21,6 +21,9 @@ from clicktrain.methods.survey import ConvLayer, LinearLayer, SeenBatch, Survey
 from clicktrain.sparsity.masks import conv_masks, hard_prune_, mask_optimizer_state_
 from clicktrain.surgery import SurgeryPlan, apply_surgery_, silence_
 
+_SCALES = ("exp_inf", "step_size")
+"""What Adamax and Rprop divide or multiply by: never zero, whatever the gradients are."""
+
 
 class PrunedNetwork:
     """Masks, removed channels and packed layers of one model, its optimizers and its moving averages.
@@ -102,7 +105,12 @@ class PrunedNetwork:
             return
         for layer, mask in self._masked():
             states = [optimizer.state.get(layer.weight, {}) for optimizer in self.optimizers]
-            held = [v for state in states for v in state.values() if isinstance(v, Tensor)]
+            held = [
+                value
+                for state in states
+                for key, value in state.items()
+                if isinstance(value, Tensor) and key not in _SCALES
+            ]
             for tensor in [layer.weight.detach(), *(v for v in held if v.shape == mask.shape)]:
                 if bool((tensor != 0).logical_and_(~mask).any()):
                     raise AssertionError(f"a pruned position of {layer.name} is no longer zero")

@@ -67,7 +67,7 @@ class Pruner:
         on_event: Callable[[Event], None] | None = None,
         measure: MeasureMasks | None = None,
     ) -> None:
-        if length.epochs < 1 or length.steps_per_epoch < 1:
+        if not all(_is_count(number) for number in (length.epochs, length.steps_per_epoch)):
             raise UserError(
                 f"a run has at least 1 epoch of 1 batch, got epochs={length.epochs}, "
                 f"steps_per_epoch={length.steps_per_epoch}"
@@ -208,8 +208,8 @@ class Pruner:
         Raises:
             UserError: fewer than 1, or in the middle of an epoch.
         """
-        if steps_per_epoch < 1:
-            raise UserError(f"an epoch has at least 1 batch, not {steps_per_epoch}")
+        if not _is_count(steps_per_epoch):
+            raise UserError(f"an epoch has at least 1 batch, not {steps_per_epoch!r}")
         self._close_epoch()
         if self._in_epoch:
             raise UserError("the number of batches can change between two epochs only")
@@ -541,8 +541,9 @@ class _InputHook:
         if pruner is not None:
             pruner._see_inputs(module, args)
 
-    def __deepcopy__(self, memo: dict[int, Any]) -> _InputHook:
-        return _InputHook(None)
+    def __reduce__(self) -> tuple[type[_InputHook], tuple[None]]:
+        """For copies and pickles of the model."""
+        return _InputHook, (None,)
 
 
 class _Round:
@@ -586,8 +587,14 @@ def _cuts(action: Action) -> bool:
     return isinstance(action, FreezeMasks) or (isinstance(action, Reconfigure) and bool(action.plan))
 
 
+def _is_count(number: object) -> bool:
+    return isinstance(number, int) and not isinstance(number, bool) and number >= 1
+
+
 def _check_model(model: nn.Module) -> None:
-    """UserError if this is a wrapper around the network and not the network itself."""
+    """UserError if this is no network, or a wrapper around it and not the network itself."""
+    if not isinstance(model, nn.Module):
+        raise UserError(f"attach takes the network, a torch.nn.Module, not a {type(model).__name__}")
     wrapper = isinstance(model, DistributedDataParallel | nn.DataParallel)
     if wrapper or "_orig_mod" in model._modules:
         raise UserError(

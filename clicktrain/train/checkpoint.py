@@ -14,9 +14,9 @@ from clicktrain.errors import UserError
 from clicktrain.formats.tree import flatten_tree, load_tree, read_metadata, save_tree
 from clicktrain.train.run_folder import RunFolder
 
-CHECKPOINT_VERSION = 2
+CHECKPOINT_VERSION = 3
 """Version of checkpoints: a run is resumed with the version that it was begun with. 2: removed channels, and
-epochs of changing length."""
+epochs of changing length. 3: zeros outside frozen masks are left out."""
 
 
 class DamagedCheckpoint(UserError):  # noqa: N818 - reads as a sentence to the user

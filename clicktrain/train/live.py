@@ -145,7 +145,7 @@ class LiveRun:
         if not weights_are_finite(self.prepared.model):
             raise diverged("a weight is not a number", max(epoch, 1), course.batch, self.newest_checkpoint())
         course.seconds = self.seconds
-        course.metrics_bytes, course.events_bytes, course.channels_bytes = self.folder.lengths()
+        course.logs = self.folder.log_marks()
         return save_checkpoint(self.folder, epoch, course.step, self.state_dict(), config.keep_checkpoints)
 
     def newest_checkpoint(self) -> Path | None:
@@ -211,13 +211,26 @@ class LiveRun:
         saved = newest_good(self.folder, self.progress.message)
         if saved is None:
             self.progress.message("no checkpoint was written yet: starting from the beginning")
-            self.folder.truncate(0, 0, 0)
+            self.folder.take_back({}, 0.0)
             self.course.earlier = self.prepared.earlier
         else:
             self.load_state_dict(saved)
-            course = self.course
-            self.folder.truncate(course.metrics_bytes, course.events_bytes, course.channels_bytes)
             self.prepared.events.waiting.clear()  # told before the checkpoint
+            self._take_back_logs()
         self.prepared.events.connect(self.folder.append_event)
         if saved is None:
             self.save()
+
+    def _take_back_logs(self) -> None:
+        """Cut the logs back to the checkpoint; report those that were changed since."""
+        for mended in self.folder.take_back(self.course.logs, self._epochs_done):
+            self.progress.message(str(mended))
+            self.folder.append_event(
+                {
+                    "event": "log_mended",
+                    "step": self.course.step,
+                    "epoch": self._epochs_done,
+                    "file": mended.path.name,
+                    "lines_kept": mended.lines,
+                }
+            )

@@ -108,7 +108,7 @@ class RunFolder:
 
         It is missing, empty, or holds only what a run leaves that is killed while its folder is made.
         """
-        if (user := self.user) is not None:
+        if exists(self.path) and (user := self.user) is not None:
             raise RunFolderInUse(f"{self.path} is in use: {user} trains in it; give another --out")
         self._check_contents()
 

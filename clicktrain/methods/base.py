@@ -275,7 +275,7 @@ class Method(abc.ABC, Generic[S]):
     def attach(
         self,
         model: nn.Module,
-        optimizer: Optimizer,
+        optimizer: Optimizer | Sequence[Optimizer],
         *,
         epochs: int,
         steps_per_epoch: int,
@@ -288,8 +288,9 @@ class Method(abc.ABC, Generic[S]):
 
         Args:
             model: the network, already on its device.
-            optimizer: any torch optimizer over its parameters; masks, penalties and votes ride on its step
-                hooks.
+            optimizer: any torch optimizer over its parameters, or a list of all that train it; masks,
+                penalties and votes ride on their step hooks. How several count: `Pruner`. An optimizer that
+                wraps another (SAM, Lookahead) is given alone.
             epochs: length of the run.
             steps_per_epoch: calls of `Pruner.observe` per epoch, i.e. batches (not optimizer steps, if
                 gradients are accumulated).
@@ -302,7 +303,8 @@ class Method(abc.ABC, Generic[S]):
                 ``clicktrain.train.MaskedLatency(model, example)``; without it predictions are believed.
 
         Raises:
-            UserError: what is asked for cannot be done on this network or in a run of this length.
+            UserError: what is asked for cannot be done on this network, with this optimizer or in a run of
+                this length; or the network or an optimizer has a method attached that is not finished.
         """
         from clicktrain.methods.pruner import Pruner
 

@@ -19,7 +19,6 @@ from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
-from torch.nn.modules.batchnorm import _BatchNorm
 from torch.utils import _pytree as pytree
 
 from clicktrain.accounting.agreement import agreed
@@ -30,6 +29,7 @@ from clicktrain.formats.memory_format import keep_out_of_channels_last_
 from clicktrain.methods.latency_target import bare_copy
 from clicktrain.methods.survey import SeenBatch
 from clicktrain.surgery import SurgeryPlan, apply_surgery_
+from clicktrain.surgery.norms import norm_alone_
 
 FORMAT_VERSION = 2
 MULTIPLES = (1, 2, 4, 8, 16, 32)
@@ -171,7 +171,7 @@ def step_ms(
             replica = bare_copy(model)
             apply_surgery_(plan, replica)
             keep_out_of_channels_last_(replica)
-            _norm_alone_(replica)
+            norm_alone_(replica)
             calls[name] = synchronised(_step(replica.train(), inputs, autocast), inputs.device)
         times = timed_for(calls, SECONDS, ROUNDS, clock=clock_of(inputs.device))
     return {name: statistics.median(found) for name, found in times.items()}
@@ -188,20 +188,6 @@ def _step(model: nn.Module, inputs: Tensor, autocast: torch.dtype | None) -> Cal
         torch.clear_autocast_cache()  # inside another autocast the next step would find its casts there
 
     return step
-
-
-class _NormAlone(_BatchNorm):
-    """Of whatever dimensions, as the synchronised one."""
-
-    def _check_input_dim(self, input: Tensor) -> None:
-        del input
-
-
-def _norm_alone_(model: nn.Module) -> None:
-    """Batch norms that wait for other processes no more: these do not time as many steps."""
-    for module in model.modules():
-        if type(module) is nn.SyncBatchNorm:
-            module.__class__ = _NormAlone  # type: ignore[assignment]
 
 
 def _left(plan: SurgeryPlan) -> str:

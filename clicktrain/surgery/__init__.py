@@ -1,7 +1,8 @@
 """Physical removal of channels and layers: dependency analysis, plans, and the one mutator."""
 
 from clicktrain.surgery.apply import apply_surgery_, silence_
-from clicktrain.surgery.groups import ChannelGroup, Member, channel_groups, dependencies
+from clicktrain.surgery.dependency_analysis import channel_groups, dependencies
+from clicktrain.surgery.groups import ChannelGroup, Member
 from clicktrain.surgery.numbering import OriginalChannels, original_channels, renumbered
 from clicktrain.surgery.plan import Cut, Gate, LayerChange, RemovedLayer, SurgeryPlan
 from clicktrain.surgery.planning import plan_from_keep, plan_from_zeros, plans_from_zeros

@@ -10,8 +10,9 @@ from torch import Tensor, nn
 
 from clicktrain.errors import UserError
 from clicktrain.surgery.channel_gating import gate_branches
-from clicktrain.surgery.channel_union import Sides, cuts, dead_channels, keep_masks, resize_selections
-from clicktrain.surgery.groups import Dependencies, dependencies
+from clicktrain.surgery.channel_union import Sides, cuts, dead_channels, keep_masks, resized_gates
+from clicktrain.surgery.dependency_analysis import dependencies
+from clicktrain.surgery.groups import Dependencies
 from clicktrain.surgery.layer_removal import remnants, removable_branches
 from clicktrain.surgery.operations import operation
 from clicktrain.surgery.plan import Cut, Gate, LayerChange, RemovedLayer, SurgeryPlan
@@ -22,7 +23,7 @@ Scheme = Literal["union", "gating"]
 
 def plan_from_zeros(
     model: nn.Module,
-    example: Tensor | tuple[Any, ...],
+    example: Any,
     threshold: float = 1e-4,
     scheme: Scheme = "union",
     round_to: int = 1,
@@ -34,7 +35,7 @@ def plan_from_zeros(
 
 def plans_from_zeros(
     model: nn.Module,
-    example: Tensor | tuple[Any, ...],
+    example: Any,
     threshold: float = 1e-4,
     scheme: Scheme = "union",
     multiples: Sequence[int] = (1,),
@@ -48,7 +49,7 @@ def plans_from_zeros(
 
     Args:
         model: any module that torch.fx can trace.
-        example: its arguments, a batch of at least one input.
+        example: its inputs, see `dependencies`.
         threshold: largest absolute weight of a channel that counts as zero.
         scheme: ``union`` or ``gating``, see the modules of these names.
         multiples: widths become multiples of it, by keeping the largest of the dead channels: one plan each.
@@ -70,7 +71,7 @@ def plans_from_zeros(
     branches = removable_branches(found.graph, values, threshold)
     removed = [branch for branch, reason in branches.items() if reason is None]
     layers = tuple(r for branch in removed for r in remnants(found.graph, branch, values, threshold))
-    gone = {node for branch in removed for node in branch.nodes}
+    gone = {node for branch in removed for view in branch.views for node in view.nodes}
     may_go, reasons = dead_channels(found, values, threshold, gone, sides)
     stays = {str(branch.last.target): reason for branch, reason in branches.items() if reason is not None}
     plans, names = {}, _gone_names(model, layers)
@@ -85,13 +86,13 @@ def plans_from_zeros(
 
 
 def plan_from_keep(
-    model: nn.Module, example: Tensor | tuple[Any, ...], keep: Mapping[str, Tensor], round_to: int = 1
+    model: nn.Module, example: Any, keep: Mapping[str, Tensor], round_to: int = 1
 ) -> SurgeryPlan:
     """What a ranking of channels removes, whatever the weights are.
 
     Args:
         model: any module that torch.fx can trace.
-        example: its arguments, a batch of at least one input.
+        example: its inputs, see `dependencies`.
         keep: by name of a group (see `groups.ChannelGroup.name`) or of a layer (its output channels), a bool
             mask [channels], True = stays. Where masks of several layers meet in one group, a channel stays
             if one of them keeps it (channel union).
@@ -155,12 +156,9 @@ def _plan(
     reasons: list[str],
     stays: Mapping[str, str],
 ) -> SurgeryPlan:
-    resized = tuple(
-        Gate(name, "select" if kind == "select" else "scatter", channels, size)
-        for name, (kind, channels, size) in resize_selections(found, masks).items()
-    )
+    resized = resized_gates(found, masks)
     rows, seen = [], set()
-    for node in found.graph.nodes:
+    for node in found.graph.all_nodes:
         name, word = str(node.target), operation(found.graph, node)
         if word in ("conv", "conv_transpose", "linear") and name not in seen:
             seen.add(name)
@@ -176,7 +174,7 @@ def _row(
     reasons: list[str],
     stays: Mapping[str, str],
 ) -> LayerChange:
-    module: Any = found.graph.module(next(n for n in found.graph.nodes if str(n.target) == name))
+    module: Any = found.graph.module(next(n for n in found.graph.all_nodes if str(n.target) == name))
     weight, outputs = module.weight, 1 if word == "conv_transpose" else 0
     path = found.flow.atoms.name(weight)
     sizes = []

@@ -16,8 +16,7 @@ from torch.optim.swa_utils import AveragedModel
 from clicktrain.accounting import TrainingMemory
 from clicktrain.compiler import Accelerated
 from clicktrain.errors import UserError
-from clicktrain.surgery import apply_surgery_
-from clicktrain.train.averaging import freeze_average_, make_average
+from clicktrain.train.averaging import make_average
 from clicktrain.train.checkpoint import newest_good, save_checkpoint
 from clicktrain.train.config import config_to_dict
 from clicktrain.train.divergence import diverged, weights_are_finite
@@ -57,6 +56,7 @@ class LiveRun:
         self.scaler = GradScaler(self.prepared.device.type, enabled=config.precision == "fp16")
         if config.ema_decay:
             self.average = make_average(self.prepared.model, config.ema_decay)
+            self.prepared.pruner.follow(self.average)
         if config.tensorboard:
             self.scalars = ScalarLog(self.folder.path / "tensorboard")
         self.density = 1.0
@@ -113,12 +113,9 @@ class LiveRun:
         return self.course.epoch + self.course.batch / len(self.prepared.train_loader)
 
     def follow_pruner(self) -> None:
-        """After channels have gone, and once after the hard prune: cost, average and forward pass follow."""
+        """After channels have gone, and once after the hard prune: cost and forward pass follow."""
         pruner = self.prepared.pruner
         if len(pruner.plans) > self.followed_plans:
-            for plan in pruner.plans[self.followed_plans :]:
-                if self.average is not None:
-                    apply_surgery_(plan, self.average.module)
             self.followed_plans = len(pruner.plans)
             self.prepared.cost.shrink()
             self.density = pruner.density
@@ -128,8 +125,6 @@ class LiveRun:
         self.frozen = True
         self.density = pruner.density
         self.prepared.cost.freeze(pruner.masks)
-        if self.average is not None:
-            freeze_average_(self.average, pruner.masks, pruner.packed)
         self._forward = None
 
     # ---- checkpoints ------------------------------------------------------------------------

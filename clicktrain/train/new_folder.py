@@ -7,10 +7,9 @@ from pathlib import Path
 
 from clicktrain.errors import UserError
 from clicktrain.formats.atomic import is_leftover
+from clicktrain.formats.run_files import HEADER
 from clicktrain.train.run_lock import LOCK_NAME
 
-CONFIG_HEADER = "# clicktrain run folder, format "
-"""How the first line of a run's config.yaml begins."""
 LOGS = ("metrics.jsonl", "events.jsonl")
 """Files that are made with the folder."""
 CHECKPOINTS = "checkpoints"
@@ -96,7 +95,7 @@ def _size(path: Path) -> int:
 
 def _written_by_a_run(config: Path) -> bool:
     with config.open("rb") as file:
-        return file.read(len(CONFIG_HEADER)) == CONFIG_HEADER.encode()
+        return file.read(len(HEADER)) == HEADER.encode()
 
 
 def _shown(path: Path) -> str:

@@ -14,13 +14,13 @@ from typing import Any
 import yaml
 
 from clicktrain.errors import UserError
+from clicktrain.formats.run_files import FORMAT_VERSION, HEADER, check_folder, read_records, read_summary
 from clicktrain.formats.tree import append_jsonl, remove_leftovers, write_text_atomic
 from clicktrain.methods import Method
-from clicktrain.train.config import RunConfig, config_to_dict, load_config
+from clicktrain.train.config import RunConfig, config_to_dict, from_dict, load_config, read_settings
 from clicktrain.train.logs import LogMark, Mended, take_back
 from clicktrain.train.new_folder import (
     CHECKPOINTS,
-    CONFIG_HEADER,
     clear_begun,
     existing_part,
     exists,
@@ -28,9 +28,6 @@ from clicktrain.train.new_folder import (
     remove_new,
 )
 from clicktrain.train.run_lock import RunFolderInUse, holder, locked
-
-FORMAT_VERSION = 1
-"""Version of the folder, its checkpoints and summary; raised when older programs could not read them."""
 
 
 @dataclass(frozen=True)
@@ -189,33 +186,42 @@ class RunFolder:
             for path in (self.metrics, self.events):
                 path.touch()
             settings = yaml.safe_dump(config_to_dict(config, method), sort_keys=False)
-            write_text_atomic(self.config, f"{CONFIG_HEADER}{FORMAT_VERSION}\n{settings}")
+            write_text_atomic(self.config, f"{HEADER}{FORMAT_VERSION}\n{settings}")
         except OSError as error:
             raise UserError(f"cannot make the folder {self.path}: {error.strerror}") from None
         return self
 
     def open(self) -> RunFolder:
         """Check that this is the folder of a run that this version can read; UserError otherwise."""
-        if not (exists(self.config) and self.config.is_file()):
-            begun = self.checkpoint_folder.is_dir() and only_begun(self.path)
+        if not exists(self.config) and self.checkpoint_folder.is_dir() and only_begun(self.path):
             raise UserError(
                 f"{self.path} holds only the beginnings of a run that was killed while its folder was made: "
                 "start it again with the same command"
-                if begun
-                else f"{self.path} is not the folder of a run: it has no config.yaml"
             )
-        first = self.config.read_text(encoding="utf-8", errors="replace").split("\n", 1)[0]
-        version = first.removeprefix(CONFIG_HEADER).strip()
-        if first.startswith(CONFIG_HEADER) and version.isdigit() and int(version) > FORMAT_VERSION:
-            raise UserError(
-                f"{self.path} has format {version}, this version of clicktrain reads up to {FORMAT_VERSION}: "
-                "update clicktrain"
-            )
+        check_folder(self.path)
         return self
 
-    def load_config(self) -> tuple[RunConfig, Method[Any]]:
-        """The settings that the run was started with; UserError if this is not the folder of a run."""
-        return load_config(self.open().config)
+    def load_config(
+        self, model: str | None = None, *, own_model_allowed: bool = False
+    ) -> tuple[RunConfig, Method[Any]]:
+        """The settings that the run was started with.
+
+        Args:
+            model: the network instead of the one that the settings name; a network of somebody's own counts
+                only when it is given here.
+            own_model_allowed: return the settings all the same, for a caller who builds no network from them.
+
+        Raises:
+            UserError: this is not the folder of a run, its settings are damaged, or ``model`` is missing.
+        """
+        self.open()
+        if own_model_allowed and model is None:
+            values = read_settings(self.config)
+            try:
+                return from_dict(values)
+            except UserError as error:
+                raise UserError(f"{self.config}: {error}") from None
+        return load_config(self.config, model)
 
     def append_metrics(self, record: Mapping[str, Any]) -> None:
         """Add the line of a finished epoch."""
@@ -231,15 +237,15 @@ class RunFolder:
 
     def read_metrics(self) -> list[dict[str, Any]]:
         """Lines of the finished epochs, in order; an unfinished last line is left out."""
-        return _read_lines(self.metrics)
+        return read_records(self.metrics)
 
     def read_events(self) -> list[dict[str, Any]]:
         """The decisions, in order; an unfinished last line is left out."""
-        return _read_lines(self.events)
+        return read_records(self.events)
 
     def read_channels(self) -> list[dict[str, Any]]:
         """Largest weights of channels, in order of the epochs; an unfinished last line is left out."""
-        return _read_lines(self.channels)
+        return read_records(self.channels)
 
     @property
     def logs(self) -> tuple[Path, ...]:
@@ -273,16 +279,8 @@ class RunFolder:
         write_text_atomic(self.summary_path, json.dumps(dict(summary), indent=2) + "\n")
 
     def summary(self) -> dict[str, Any] | None:
-        """What the run reached, or None while it is not finished."""
-        if not self.summary_path.is_file():
-            return None
-        try:
-            values = json.loads(self.summary_path.read_text(encoding="utf-8"))
-        except ValueError:
-            raise UserError(f"{self.summary_path} is damaged: it is not JSON") from None
-        if not isinstance(values, dict) or values.get("format_version", 0) > FORMAT_VERSION:
-            raise UserError(f"{self.summary_path} was written by a newer clicktrain: update clicktrain")
-        return values
+        """What the run reached, or None while it is not finished; UserError for a damaged file."""
+        return read_summary(self.summary_path)
 
     def checkpoint(self, epoch: int, step: int) -> Path:
         """Path of the checkpoint after ``step`` optimizer steps, of which the last was in ``epoch``."""
@@ -291,13 +289,3 @@ class RunFolder:
     def checkpoints(self) -> list[Path]:
         """Checkpoints that are there, oldest first."""
         return sorted(self.checkpoint_folder.glob("step-*.safetensors"))
-
-
-def _read_lines(path: Path) -> list[dict[str, Any]]:
-    if not path.exists():
-        return []
-    lines = path.read_bytes().split(b"\n")[:-1]  # what follows the last newline is unfinished
-    try:
-        return [json.loads(line) for line in lines if line.strip()]
-    except ValueError:
-        raise UserError(f"{path} is damaged: a line of it is not JSON") from None

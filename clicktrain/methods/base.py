@@ -247,6 +247,16 @@ class Method(abc.ABC, Generic[S]):
         """Channels have gone: shrink what the state holds. ``found`` is of the smaller model."""
         del state, plan, found
 
+    def after_freeze(self, state: S, masks: Mapping[str, Tensor]) -> None:
+        """Masks are frozen and the network holds them: release what only served to choose them.
+
+        Args:
+            state: what `plan` shows of the masks has to stay in it.
+            masks: the frozen ones, layer name -> bool of the weight's shape; where several processes train,
+                those of the first one.
+        """
+        del state, masks
+
     def penalised_channels(self, state: S) -> Mapping[str, tuple[ChannelAxis, ...]]:
         """Layer name -> the channels that a penalty pushes towards zero; none in most methods."""
         del state

@@ -502,6 +502,7 @@ class Pruner:
                 self.network.mask(masks, forget)
             case FreezeMasks(masks):
                 self.network.freeze(masks)
+                self.method.after_freeze(self._state, self.network.masks)
                 self._plan = self.method.plan(self._found, self.length, self._state)
                 self.network.pack()
             case SilenceChannels(plan):

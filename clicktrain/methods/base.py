@@ -5,12 +5,14 @@ from __future__ import annotations
 import abc
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
+from numbers import Integral
 from types import MappingProxyType
 from typing import TYPE_CHECKING, Any, ClassVar, Generic, NamedTuple, TypeAlias, TypeVar
 
 from torch import Tensor, nn
 from torch.optim import Optimizer
 
+from clicktrain.errors import UserError, shown
 from clicktrain.methods.survey import Survey, survey
 from clicktrain.surgery import SurgeryPlan
 
@@ -33,6 +35,12 @@ class RunLength:
 
     epochs: int
     steps_per_epoch: int
+
+    def __post_init__(self) -> None:
+        for name in ("epochs", "steps_per_epoch"):
+            value = getattr(self, name)
+            if not isinstance(value, Integral):
+                raise UserError(f"{name} is {shown(value)}: a whole number is needed")
 
     @property
     def total(self) -> int:
@@ -308,6 +316,10 @@ class Method(abc.ABC, Generic[S]):
         """
         from clicktrain.methods.pruner import Pruner
 
+        if not isinstance(model, nn.Module):
+            raise UserError(
+                f"attach takes the network first, a torch.nn.Module, not a {type(model).__name__}"
+            )
         return Pruner(
             self,
             model,

@@ -36,7 +36,6 @@ class Proxy(fx.Proxy):
     def __itruediv__(self, other: Any) -> fx.Proxy:
         return self.tracer.create_proxy("call_function", operator.itruediv, (self, other), {})
 
-
     def __len__(self) -> int:
         """Of a parameter or buffer, whose shape is known; the graph shows that it was asked for."""
         if self.node.op != "get_attr":

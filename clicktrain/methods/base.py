@@ -288,7 +288,7 @@ class Method(abc.ABC, Generic[S]):
         epochs: int,
         steps_per_epoch: int,
         packed: bool = False,
-        example: Tensor | None = None,
+        example: Any = None,
         on_event: Callable[[Event], None] | None = None,
         measure: MeasureMasks | None = None,
     ) -> Pruner:
@@ -304,8 +304,9 @@ class Method(abc.ABC, Generic[S]):
                 gradients are accumulated).
             packed: train on packed values after the hard prune (modules and parameters are then swapped
                 inside the optimizer); False keeps dense tensors with zeros.
-            example: batch of inputs, [N, C, H, W], for methods that remove channels; values do not matter.
-                Taken from the first forward pass if it is not given.
+            example: batch of inputs for methods that remove channels: a tensor [N, C, H, W], a tuple of
+                positional arguments or a dict of keyword arguments. Taken from the first forward pass if it
+                is not given.
             on_event: called with every decision.
             measure: times the network with masks, for ClickTrain with a latency as its target:
                 ``clicktrain.train.MaskedLatency(model, example)``; without it predictions are believed.

@@ -200,6 +200,11 @@ class PackedConv2d(nn.Module):
         unexpected_keys: list[str],
         error_msgs: list[str],
     ) -> None:
+        if f"{prefix}values" not in state_dict and f"{prefix}weight" in state_dict:
+            problem, state_dict = self._packed_here(state_dict, prefix)
+            if problem:
+                error_msgs.append(problem)
+                return
         bits = state_dict.get(f"{prefix}keep_bits")
         if bits is not None and not _equal(bits, self.keep_bits):
             try:
@@ -217,6 +222,26 @@ class PackedConv2d(nn.Module):
         super()._load_from_state_dict(
             state_dict, prefix, local_metadata, strict, missing_keys, unexpected_keys, error_msgs
         )
+
+    def _packed_here(self, state_dict: dict[str, Any], prefix: str) -> tuple[str, dict[str, Any]]:
+        """A dense weight in this layer's positions; a sentence if it has others, or another shape."""
+        weight = state_dict[f"{prefix}weight"]
+        layer = prefix.rstrip(".") or "the layer"
+        if tuple(weight.shape) != tuple(self.structure.shape):
+            return (
+                f"{layer}: a weight of shape {tuple(weight.shape)} does not fit this packed layer of "
+                f"{tuple(self.structure.shape)}"
+            ), state_dict
+        structure = self.structure.to(weight.device)
+        values = pack_values(structure, weight)
+        if int((weight != 0).sum()) > int((values != 0).sum()):
+            return (
+                f"{layer}: these weights are not zero where this packed layer has no values: load weights "
+                "that were saved after the hard prune, or unpack the network first (clicktrain.unpack)"
+            ), state_dict
+        packed = {key: value for key, value in state_dict.items() if key != f"{prefix}weight"}
+        packed |= {f"{prefix}values": values, f"{prefix}keep_bits": self.keep_bits}
+        return "", packed
 
 
 def refusal(module: nn.Module) -> str | None:

@@ -10,6 +10,7 @@ import math
 import warnings
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
+
 import torch
 from torch import Tensor, nn
 from torch.nn.parameter import is_lazy

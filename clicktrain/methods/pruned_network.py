@@ -61,14 +61,14 @@ class PrunedNetwork:
         self.masks = dict(masks)
         self.mask_weights()
         if forget:
-            self._mask_state()
+            self.mask_state()
 
     def freeze(self, masks: Mapping[str, Tensor]) -> None:
         """Write zeros for good. Of several processes the first one's count."""
         self.masks = dict(masks)
         agree_on_([self.masks[name] for name in sorted(self.masks)])
         self.mask_weights()
-        self._mask_state()
+        self.mask_state()
         self.frozen = True
         for average in self.averages:
             mask_copy_(average, self.masks)
@@ -89,7 +89,8 @@ class PrunedNetwork:
         for layer, mask in self._masked():
             hard_prune_(layer.weight, mask)
 
-    def _mask_state(self) -> None:
+    def mask_state(self) -> None:
+        """Zero what the optimizers keep for dead weights."""
         for layer, mask in self._masked():
             for optimizer in self.optimizers:
                 mask_optimizer_state_(optimizer, layer.weight, mask)

@@ -450,6 +450,24 @@ def test_weights_loaded_into_packed_layers() -> None:
     pruner.finish()
 
 
+def test_an_optimizer_state_of_another_moment() -> None:
+    """Saved before the hard prune it has other shapes than after packing; nothing is changed."""
+    model, optimizer, pruner = started(packed=True)
+    train(model, pruner, batches=range(2))
+    early = copy.deepcopy(optimizer.state_dict())
+    train(model, pruner, batches=range(2, 20))
+    now = copy.deepcopy(optimizer.state_dict())
+    with pytest.raises(UserError, match="this state of SGD does not fit: momentum_buffer has shape"):
+        optimizer.load_state_dict(early)
+    assert str(optimizer.state_dict()) == str(now)
+    model, optimizer, pruner = started()
+    train(model, pruner, batches=range(20))
+    optimizer.load_state_dict(early)  # of the same shapes: momentum of what is pruned goes
+    pruner.check_zeros()
+    train(model, pruner, batches=range(20, TOTAL))
+    pruner.finish()
+
+
 # ---------------------------------------------------------------- copies and files
 
 

@@ -17,6 +17,7 @@ from torch.utils.hooks import RemovableHandle
 
 from clicktrain.accounting.agreement import mean_over_processes
 from clicktrain.errors import UserError
+from clicktrain.graph import Inputs, as_inputs
 from clicktrain.methods.attached_optimizers import (
     AttachedOptimizers,
     OptimizerUnit,
@@ -69,7 +70,7 @@ class Pruner:
         length: RunLength,
         *,
         packed: bool = False,
-        example: Tensor | None = None,
+        example: Any = None,
         on_event: Callable[[Event], None] | None = None,
         measure: MeasureMasks | None = None,
     ) -> None:
@@ -87,7 +88,8 @@ class Pruner:
         self._on_event = on_event
         self._at_epoch_end: list[Callable[[int], None]] = []
         self._ended = ""
-        found = replace(method.survey(model, self._optimizers.parameters()), example=example, measure=measure)
+        inputs = None if example is None else as_inputs(example, model)
+        found = replace(method.survey(model, self._optimizers.parameters()), example=inputs, measure=measure)
         self._optimizers.check(
             model, [layer.weight for layer in found.prunable], packed, shrinks=method.reads_graph
         )
@@ -118,7 +120,7 @@ class Pruner:
                 self._handles.append(one.register_load_state_dict_pre_hook(check_loaded_state))
                 self._handles.append(one.register_load_state_dict_post_hook(self._after_load))
         if method.reads_graph and (example is None or method.keeps_inputs):
-            self._handles.append(model.register_forward_pre_hook(_InputHook(self)))
+            self._handles.append(model.register_forward_pre_hook(_InputHook(self), with_kwargs=True))
         self._copies = CopyNote(model)
         claim(self, [*self._optimizers.all, model, *(layer.module for layer in found.prunable)])
 
@@ -176,7 +178,7 @@ class Pruner:
         the network after `attach` is also found without this call, when masks are frozen or channels go.
 
         From then on the average has the network's shapes at every step, so that
-        ``average.update_parameters(model)`` goes on as before, and `finish` leaves it pruned like the network.
+        ``average.update_parameters(model)`` goes on as before; `finish` leaves it pruned like the network.
 
         Args:
             average: ``torch.optim.swa_utils.AveragedModel(model)`` (EMA or SWA), or any deep copy of the
@@ -437,6 +439,7 @@ class Pruner:
             elif not self._losses or (found_inf is not None and bool(found_inf)):
                 return
             elif unit in self._counted_units() and self._round.begins(self._seen):
+                self.network.check_seen(self.method.reads_graph)
                 self.method.before_step(self._state, self._found, self._step(optimizer))
 
     def _after_step(self, optimizer: Optimizer, args: Any, kwargs: Any) -> None:
@@ -474,10 +477,8 @@ class Pruner:
             self._holders_revision = self.revision
         return self._holders
 
-    def _see_inputs(self, module: nn.Module, args: Any) -> None:
-        inputs = args[0] if args else None
-        if isinstance(inputs, Tensor):
-            self.network.see(inputs, self.method.keeps_inputs and module.training)
+    def _see_inputs(self, module: nn.Module, args: Any, kwargs: Any) -> None:
+        self.network.see(Inputs(args, kwargs), self.method.keeps_inputs and module.training)
 
     def _full_precision(self) -> torch.autocast:
         """Decisions do not depend on whether ``optimizer.step()`` is called inside autocast."""
@@ -526,6 +527,7 @@ class Pruner:
             case FreezeMasks(masks):
                 self._find_averages()
                 self.network.freeze(masks)
+                self.method.after_freeze(self._state, self.network.masks)
                 self._plan = self.method.plan(self._found, self.length, self._state)
                 self.network.pack()
             case SilenceChannels(plan):
@@ -561,10 +563,10 @@ class _InputHook:
     def __init__(self, pruner: Pruner | None) -> None:
         self._pruner = (lambda: None) if pruner is None else weakref.ref(pruner)
 
-    def __call__(self, module: nn.Module, args: Any) -> None:
+    def __call__(self, module: nn.Module, args: Any, kwargs: Any) -> None:
         pruner = self._pruner()
         if pruner is not None:
-            pruner._see_inputs(module, args)
+            pruner._see_inputs(module, args, kwargs)
 
     def __reduce__(self) -> tuple[type[_InputHook], tuple[None]]:
         """For copies and pickles of the model."""

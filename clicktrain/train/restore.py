@@ -12,7 +12,6 @@ from torch import Tensor, nn
 
 from clicktrain.errors import UserError
 from clicktrain.formats.packed_file import read_packed
-from clicktrain.formats.run_files import check_summary
 from clicktrain.formats.tree import load_tree, read_metadata
 from clicktrain.methods import Method
 from clicktrain.models import call_factory, create_model, is_own, require_named
@@ -81,10 +80,11 @@ def load_run(path: str | PathLike[str], model: Factory | None = None) -> LoadedR
     config, method = folder.load_config(own_model_allowed=True)
     summary = folder.summary()
     if summary is None:
+        if (user := folder.user) is not None:
+            raise UserError(f"the run in {folder.path} is not finished: {user} is training it")
         raise UserError(
             f"the run in {folder.path} is not finished: continue it with 'clicktrain resume {folder.path}'"
         )
-    check_summary(summary, folder.summary_path)
     facts = read_facts(_metadata(folder), folder.model)
     factory = _choose_factory(facts["model"], model, folder)
     network = _build(factory, facts)

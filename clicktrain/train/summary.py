@@ -108,8 +108,9 @@ def _step_ms(metrics: Sequence[Mapping[str, Any]]) -> dict[str, float]:
     """Median milliseconds of a step, for each stage that filled whole epochs: before and after pruning."""
     found: dict[str, list[float]] = {}
     for line in metrics:
-        if len(line["stages"]) == 1 and line["step_ms_median"] is not None:
-            found.setdefault(next(iter(line["stages"])), []).append(line["step_ms_median"])
+        stages, milliseconds = line.get("stages", ()), line.get("step_ms_median")
+        if len(stages) == 1 and milliseconds is not None:
+            found.setdefault(next(iter(stages)), []).append(milliseconds)
     return {stage: statistics.median(times) for stage, times in found.items()}
 
 

@@ -35,9 +35,13 @@ def read_regular(path: str | os.PathLike[str], most_bytes: int) -> bytes:
     """
     # O_NONBLOCK: opening a FIFO without a writer would wait for one. What is opened is what is looked at.
     descriptor = os.open(path, os.O_RDONLY | getattr(os, "O_NONBLOCK", 0) | getattr(os, "O_BINARY", 0))
-    with os.fdopen(descriptor, "rb") as file:
+    try:
         status = os.fstat(descriptor)
         check_regular(path, status)
+    except BaseException:
+        os.close(descriptor)
+        raise
+    with os.fdopen(descriptor, "rb") as file:
         if status.st_size > most_bytes:
             raise UserError(
                 f"{path} has {status.st_size:,} bytes: files of its kind are read up to {most_bytes:,} bytes"

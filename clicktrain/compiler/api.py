@@ -8,7 +8,7 @@ from typing import Any
 
 from torch import nn
 
-from clicktrain.compiler.believe import LoweringError, is_packed
+from clicktrain.compiler.believe import LoweringError, is_operator
 from clicktrain.compiler.fallback import accelerate_layers_, plan_by_layer
 from clicktrain.compiler.module import Accelerated, refusal
 from clicktrain.compiler.norm_statistics import check_statistics
@@ -94,7 +94,7 @@ def accelerate(
     keep_memory()
     batch = inputs.tensors()[0].shape[0]
     try:
-        believed = believed_graph(model, inputs, is_packed)
+        believed = believed_graph(model, inputs, is_operator)
     except ExampleError as error:
         raise UserError(f"the model does not run on the example: {error}") from error
     except UnfaithfulError as error:
@@ -110,7 +110,7 @@ def accelerate(
         print(plan)
     result = Accelerated(model, plan, rule)
     try:
-        result.adopt(believed)
+        result.adopt(believed, inputs)
     except LoweringError as error:
         told = f"computes something else when it is lowered ({error})"
         return _by_its_own_code(model, inputs, rule, None, told)
@@ -123,8 +123,8 @@ def _by_its_own_code(
     """The network as it is, each packed layer for itself; says why."""
     chosen = accelerate_layers_(model, inputs, rule, plan=plan)
     told = (
-        f"{type(model).__name__} {reason}, so it runs as it is written: {len(chosen)} of its packed layers "
-        "run sparse one by one, which converts their activations each time"
+        f"{type(model).__name__} {reason}: {len(chosen)} of its packed layers run sparse one by one, which "
+        "converts their activations each time; all else runs as it is written"
     )
     warnings.warn(told, stacklevel=3)
     batch = inputs.tensors()[0].shape[0]

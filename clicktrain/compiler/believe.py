@@ -14,10 +14,10 @@ from clicktrain.graph import Inputs
 from clicktrain.graph.faithful import Believed, copy_in_modes, original_calls
 from clicktrain.graph.observe import Observation, observe, tensors_in
 from clicktrain.graph.random_state import same_random_state
-from clicktrain.graph.trace import one_line
+from clicktrain.graph.trace import one_line, outside_autocast
 from clicktrain.kernels.sparse_conv2d import PackedConv2d
 
-_FLOOR = {torch.float64: 1e-6, torch.float32: 1e-2, torch.bfloat16: 0.3}
+_FLOOR = {torch.float64: 1e-6, torch.float32: 1e-2, torch.bfloat16: 0.5}
 """Relative errors that come of sums in another order, or of activations kept in so few digits."""
 _INPUT = {torch.float64: 1e-14, torch.float32: 1e-6, torch.bfloat16: 2.0**-9}
 _AMPLIFIED = 50
@@ -28,9 +28,14 @@ class LoweringError(Exception):
     """Why a lowered network cannot be used, in a clause."""
 
 
-def is_packed(module: nn.Module) -> bool:
-    """Whether a module is a packed convolution: the compiler does not trace into it."""
-    return isinstance(module, PackedConv2d)
+def is_operator(module: nn.Module) -> bool:
+    """Whether the compiler takes a module as one operation.
+
+    Packed convolutions, and modules of the user's own that have parameters and no children. Those that only
+    call functions are part of the graph.
+    """
+    own = next(module.parameters(recurse=False), None) is not None and not any(module.children())
+    return own or isinstance(module, PackedConv2d)
 
 
 def believed_lowering(believed: Believed, plan: LoweringPlan, dtype: torch.dtype) -> Lowered:
@@ -44,9 +49,16 @@ def believed_lowering(believed: Believed, plan: LoweringPlan, dtype: torch.dtype
     Raises:
         LoweringError: it does not run, or does something else than the model.
     """
+    graph = believed.graph
+    lowered = lower(graph, plan, dtype)
+    with outside_autocast():
+        _compare(believed, lowered, plan, dtype)
+    return lowered
+
+
+def _compare(believed: Believed, lowered: Lowered, plan: LoweringPlan, dtype: torch.dtype) -> None:
     graph, few = believed.graph, believed.few
     paths = [path for path, _ in graph.model.named_modules()]
-    lowered = lower(graph, plan, dtype)
     for flags, expected in believed.originals.items():
         if not lowered.guards.allows(dict(zip(paths, flags, strict=True))):
             continue
@@ -58,12 +70,17 @@ def believed_lowering(believed: Believed, plan: LoweringPlan, dtype: torch.dtype
             raise LoweringError(one_line(error)) from error
         finally:
             trial.run._modules.clear()  # graph and module know each other: the copy would live on
-        kept = kept_in(plan.activations, dtype)
+        kept = _coarsest(plan, dtype)
         noise = _rounded(graph.model, flags, few, kept, expected)
         told = _difference(found, expected, noise, _FLOOR.get(kept, 1e-2))
         if told:
             raise LoweringError(told)
-    return lowered
+
+
+def _coarsest(plan: LoweringPlan, dtype: torch.dtype) -> torch.dtype:
+    """The dtype with the fewest digits that a plan computes in."""
+    dense = any(c.layout == "plain" and c.dense.endswith("bf16") for c in plan.choices)
+    return torch.bfloat16 if dense else kept_in(plan.activations, dtype)
 
 
 def _on_tensors(lowered: Lowered) -> Callable[..., object]:

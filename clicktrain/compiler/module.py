@@ -10,7 +10,7 @@ from typing import Any
 import torch
 from torch import Tensor, fx, nn
 
-from clicktrain.compiler.believe import LoweringError, believed_lowering, is_packed
+from clicktrain.compiler.believe import LoweringError, believed_lowering, is_operator
 from clicktrain.compiler.fallback import accelerate_layers_
 from clicktrain.compiler.lower import Lowered
 from clicktrain.compiler.plan import LoweringPlan
@@ -53,9 +53,9 @@ class Accelerated(nn.Module):
     forward pass is lowered again, by the same plan, and compared with the model's own again, when the size of
     the images changes, the kind of arguments, the dtype, the layers, the mode if ``forward`` asks for it, or
     a plain attribute or global that ``forward`` reads. It is the model's own, for that call, while hooks
-    watch layers that lowering has fused, when the model is not on the CPU, when its packed layers are of a dtype
-    that has no kernels, and under ``torch.jit.trace``; and always where there is no C compiler, or where
-    nothing else does what it does (see `accelerate`). Threads may call it at once.
+    watch layers that lowering has fused, when the model is not on the CPU, when its packed layers are of a
+    dtype that has no kernels, and under ``torch.jit.trace``; and always where there is no C compiler, or
+    where nothing else does what it does (see `accelerate`). Threads may call it at once.
 
     Attributes:
         plan: what was decided, layer by layer.
@@ -137,8 +137,8 @@ class Accelerated(nn.Module):
             )
         return lowered.run
 
-    def adopt(self, believed: Believed) -> Lowered:
-        """Lower a graph of the model, build all kernels, compare, and use it for calls like the one traced.
+    def adopt(self, believed: Believed, inputs: Inputs) -> Lowered:
+        """Lower a graph of the model, build all kernels, compare, and use it for calls like this one.
 
         Raises:
             LoweringError: the lowered graph does something else.
@@ -149,7 +149,7 @@ class Accelerated(nn.Module):
             accelerate_layers_(self.base, graph.inputs, self._rule, below=path)
         lowered = believed_lowering(believed, self.plan, packed_type(self.base))
         self._tell(graph)
-        key, _ = _kind_of(Inputs(*self._positional(graph.inputs.args, dict(graph.inputs.kwargs))))
+        key, _ = _kind_of(Inputs(*self._positional(inputs.args, dict(inputs.kwargs))))
         # A new tuple: other threads may be reading the old one.
         self._lowered[key] = (lowered, *(old for old in self._lowered.get(key, ())[: _VARIANTS - 1]))
         return lowered
@@ -198,16 +198,16 @@ class Accelerated(nn.Module):
             self._leave_out_what_changes(key)
             try:
                 believed = believed_graph(
-                    self.base, inputs, is_packed, all_modes=not self._lowered, own=self._left
+                    self.base, inputs, is_operator, all_modes=not self._lowered, own=self._left
                 )
-                return self.adopt(believed)
+                return self.adopt(believed, inputs)
             except ExampleError:
                 return None  # the model's own code says best what is wrong
             except (UnfaithfulError, LoweringError) as error:
                 lowered_badly = isinstance(error, LoweringError)
                 kind = "" if not lowered_badly else "computes something else when it is lowered: "
                 self._warn(
-                    f"{type(self.base).__name__} {kind}{error}, so it runs as it is written from here on, "
+                    f"{type(self.base).__name__} {kind}{error}: it runs as it is written from here on, "
                     "its packed layers one by one"
                 )
                 accelerate_layers_(self.base, inputs, self._rule)
@@ -229,10 +229,8 @@ class Accelerated(nn.Module):
         self._told.update(new)
         if not new:
             return
-        named = "; ".join(
-            f"{path} ({type(self.base.get_submodule(path)).__name__} {why})" for path, why in new.items()
-        )
-        self._warn(f"these modules run as they are written, packed layers inside run one by one: {named}")
+        named = "; ".join(f"{path} {why}" for path, why in new.items())
+        self._warn(f"{named}: run as written, and packed layers inside run one by one")
 
     def _warn(self, message: str) -> None:
         warnings.warn(message, stacklevel=5)

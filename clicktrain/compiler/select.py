@@ -91,7 +91,7 @@ def make_plan(
         Choice(name, "conv", "plain", refused=(f"sparse blocked: {reason}",))
         for name, reason in refused.items()
     ]
-    notes = [f"{path} is not traced: {reason}" for path, reason in traced.opaque.items()]
+    notes = [f"{path} runs as it is written: it {reason}" for path, reason in traced.opaque.items()]
     if measured is not None and len(found) > 1:
         totals = [f"{_in_words(kept)} {total:.1f} ms" for total, kept, _ in found]
         notes.append(

@@ -105,7 +105,7 @@ def _constant(image: Image.Image) -> bool:
     """Whether each channel has one value only."""
     extrema = image.getextrema()
     pairs = extrema if isinstance(extrema[0], tuple) else (extrema,)
-    return all(low == high for low, high in pairs)  # type: ignore[misc]
+    return all(low == high for low, high in pairs)
 
 
 def fit(image: Image.Image, size: tuple[int, int], ratio: float = 1.0) -> Image.Image:

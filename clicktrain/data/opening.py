@@ -18,10 +18,13 @@ from clicktrain.data.listing import EncodedImages, ListedSplit, Listing, SubsetI
 from clicktrain.data.spec import DataSpec
 from clicktrain.data.statistics import IMAGENET_MEAN, IMAGENET_STD, channel_sums, mean_and_std
 from clicktrain.data.value_range import EIGHT_BIT, ValueRange
-from clicktrain.errors import UserError
+from clicktrain.errors import UserError, shortened, shown
+from clicktrain.limits import check_memory
 
 MEMORY_LIMIT = 2 * 2**30
 """Decoded bytes up to which a data set is kept in memory."""
+LARGEST_SIDE = 16_384
+"""Pixels that images may be resized to."""
 _PROBED = 128  # headers looked at to learn size and colour
 _MEASURED = 4096  # images decoded to learn mean and std of a set that does not fit
 logger = logging.getLogger(__name__)
@@ -68,7 +71,10 @@ def open_data(
     try:
         listing = _list(parsed, folder, cache_dir, memory_limit)
     except OSError as error:  # a folder without permission, a disk that fails
-        raise UserError(f"data {spec!r} cannot be read ({error}); check the folder's permissions") from error
+        raise UserError(
+            f"data {shown(spec, 150)} cannot be read ({shortened(str(error), 200)}); check the folder's "
+            "permissions"
+        ) from error
     classes = listing.check(spec)
     if isinstance(listing.train.images, Tensor):
         loaded = _from_pixels(listing, image_size)
@@ -93,8 +99,10 @@ def open_data(
 
 
 def _check_arguments(image_size: int | None, val_fraction: float, workers: int) -> None:
-    if image_size is not None and image_size < 1:
-        raise UserError(f"image_size={image_size} is not possible; a number of pixels from 1 on is")
+    if image_size is not None and not 1 <= image_size <= LARGEST_SIDE:
+        raise UserError(
+            f"image_size={shown(image_size)} is not possible; a number of pixels from 1 to {LARGEST_SIDE} is"
+        )
     if not 0 < val_fraction < 1:
         raise UserError(
             f"val_fraction={val_fraction} is not possible; a share above 0 and below 1 is, such as 0.2"
@@ -112,7 +120,7 @@ def _list(spec: DataSpec, folder: Path, cache_dir: Path | None, memory_limit: in
     if spec.kind == "synthetic":
         from clicktrain.data.sources.synthetic import list_synthetic
 
-        return list_synthetic(spec.argument)
+        return list_synthetic(spec.argument, memory_limit)
     if spec.kind == "imagefolder":
         from clicktrain.data.sources.image_folder import list_image_folder
 
@@ -166,6 +174,11 @@ def _from_pixels(listing: Listing, image_size: int | None) -> _Loaded:
         assert isinstance(split.images, Tensor)
         images = split.images
         if image_size is not None and images.shape[2:] != (image_size, image_size):
+            check_memory(
+                images.shape[0] * images.shape[1] * image_size**2,
+                f"{len(images):,} images of {image_size}x{image_size} pixels",
+                "make image_size smaller",
+            )
             images = _resized(images, image_size)
         return PixelSource(images, split.labels)
 

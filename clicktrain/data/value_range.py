@@ -43,7 +43,8 @@ class ValueRange:
             wide = (wide - self.low) * (255 / (self.high - self.low))
         elif values.dtype.kind == "f" and 0 <= self.low <= 1:
             wide *= 255
-        return np.rint(wide).clip(0, 255).astype(np.uint8)
+        rounded: np.ndarray[Any, np.dtype[np.uint8]] = np.rint(wide).clip(0, 255).astype(np.uint8)
+        return rounded
 
     def __str__(self) -> str:
         return f"{self.low:g} to {self.high:g}"

@@ -128,6 +128,8 @@ _SUMMARY: dict[str, tuple[Callable[[Any], bool], str]] = {
     "total_train_flops_ratio": _MAYBE_NUMBER,
     "initial_train_flops": _MAYBE_NUMBER,
     "inference_flops_ratio": _NUMBER,
+    "train_flops": _COUNT,
+    "train_seconds": _NUMBER,
     "parameters": _COUNT,
     "nonzero_parameters": _COUNT,
     "layers": (_is_list(lambda row: isinstance(row, dict)), "a list of records"),

@@ -16,7 +16,15 @@ from clicktrain.graph.in_place import write_elsewhere
 from clicktrain.graph.inputs import Inputs
 from clicktrain.graph.observe import Observation, observe
 from clicktrain.graph.random_state import own_random_numbers
-from clicktrain.graph.trace import ModelGraph, Recorder, TraceError, one_line, record, trace_copy
+from clicktrain.graph.trace import (
+    ModelGraph,
+    Recorder,
+    TraceError,
+    one_line,
+    outside_autocast,
+    record,
+    trace_copy,
+)
 from clicktrain.graph.tracer import IsLeaf
 
 _FEW = 4
@@ -61,7 +69,7 @@ def believed_graph(
 ) -> Believed:
     """Trace a model, and leave out of the graph the smallest modules with which it would do something else.
 
-    Works on copies; the model is not touched.
+    Works on copies; the model is not touched. Under autocast, the graph is the one without it.
 
     Args:
         model: to be traced in the modes that it is in.
@@ -74,6 +82,10 @@ def believed_graph(
         UnfaithfulError: the model's own ``forward`` would have to be left out.
         ExampleError: the model does not run on the inputs.
     """
+    if torch.is_autocast_enabled("cpu"):
+        with outside_autocast():
+            whole = inputs.map(_whole)
+            return believed_graph(model, whole, leaves, all_modes=all_modes, own=own)
     modes = _modes(model, all_modes)
     few, now = _few_images(model, inputs)
     originals: dict[Modes, list[Observation] | None] = {modes[0]: now}
@@ -252,6 +264,11 @@ def _few_images(model: nn.Module, inputs: Inputs) -> tuple[Inputs, list[Observat
         return inputs, original_calls(model, flags, inputs)
     except Exception as error:
         raise ExampleError(one_line(error)) from error
+
+
+def _whole(x: Tensor) -> Tensor:
+    """What autocast would have taken in a smaller dtype, as float32."""
+    return x.float() if x.dtype in (torch.bfloat16, torch.float16) else x
 
 
 def _varied(tensor: Tensor) -> Tensor:

@@ -51,10 +51,22 @@ def writes_into_input(node: fx.Node, model: nn.Module) -> bool:
     )
 
 
+def changes(node: fx.Node) -> bool:
+    """Whether a node that is no layer gives its first argument, changed."""
+    return (node.op == "call_function" and node.target in _ASSIGNMENTS) or str(node.target) in _METHODS
+
+
 def write_elsewhere(graph: fx.Graph) -> None:
-    """Let functions and methods write into new tensors. Layers go on working in place."""
+    """Let functions and methods write into new tensors; layers go on working in place.
+
+    What writes into a buffer or a parameter does so still: that is what it is for.
+    """
+    lasting: set[fx.Node] = set()
     for node in graph.nodes:
-        if node.op == "call_function" and node.target in _ASSIGNMENTS:
+        first = node.args[0] if node.args else None
+        if node.op == "get_attr" or (isinstance(first, fx.Node) and first in lasting and changes(node)):
+            lasting.add(node)
+        elif node.op == "call_function" and node.target in _ASSIGNMENTS:
             node.target = _ASSIGNMENTS[node.target]
         elif node.op == "call_method":
             node.target = _METHODS.get(str(node.target), node.target)

@@ -109,20 +109,7 @@ def trace_copy(
         TraceError: as `trace`.
     """
     opaque = dict(opaque)
-    with own_random_numbers(inputs.tensors()), _outside_autocast():
-        while True:
-            tracer = Tracer(inputs, leaves, opaque)
-            traced = working_copy(twin, tensors=False)
-            before = set(vars(traced))
-            try:
-                graph = tracer.trace_call(traced)
-                break
-            except Exception as error:  # whatever a user's forward does with a stand-in for a tensor
-                reason = one_line(error)
-                if not tracer.failed or tracer.failed in opaque:
-                    raise TraceError(reason) from error
-                opaque[tracer.failed] = reason
-        constants = {n: v for n, v in vars(traced).items() if n not in before and isinstance(v, Tensor)}
+    tracer, graph, constants = _retrying(twin, inputs, leaves, opaque)
     later_uses_see_changes(graph, twin)
     shapes, sizes = record(graph, constants, twin, inputs)
     called = {str(node.target) for node in graph.nodes if node.op == "call_module"}
@@ -140,6 +127,39 @@ def trace_copy(
     )
 
 
+def trace_symbolically(model: nn.Module, leaves: IsLeaf = lambda module: False) -> fx.Graph:
+    """The graph of a call of which only the number of arguments is known: nothing runs, nothing has a shape.
+
+    Arguments with defaults keep them. Everything else is as in `trace`.
+
+    Raises:
+        TraceError: the model's own ``forward`` cannot be traced.
+    """
+    twin = working_copy(model, tensors=False)
+    _, graph, _ = _retrying(twin, None, leaves, {})
+    return graph
+
+
+def _retrying(
+    twin: nn.Module, inputs: Inputs | None, leaves: IsLeaf, opaque: dict[str, str]
+) -> tuple[Tracer, fx.Graph, dict[str, Tensor]]:
+    """Trace, and once more for each module that cannot be traced into: it joins the opaque ones."""
+    with own_random_numbers(() if inputs is None else inputs.tensors()), outside_autocast():
+        while True:
+            tracer = Tracer(inputs, leaves, opaque)
+            traced = working_copy(twin, tensors=False)
+            before = set(vars(traced))
+            try:
+                graph = tracer.trace_call(traced)
+                break
+            except Exception as error:  # whatever a user's forward does with a stand-in for a tensor
+                reason = one_line(error)
+                if not tracer.failed or tracer.failed in opaque:
+                    raise TraceError(reason) from error
+                opaque[tracer.failed] = reason
+    return tracer, graph, {n: v for n, v in vars(traced).items() if n not in before and isinstance(v, Tensor)}
+
+
 def record(
     graph: fx.Graph, constants: dict[str, Tensor], twin: nn.Module, inputs: Inputs
 ) -> tuple[dict[fx.Node, tuple[int, ...]], dict[fx.Node, Any]]:
@@ -149,7 +169,7 @@ def record(
         TraceError: the graph does not run.
     """
     recorder = Recorder(twin, graph, constants)
-    with own_random_numbers(inputs.tensors()), _outside_autocast(), torch.no_grad():
+    with own_random_numbers(inputs.tensors()), outside_autocast(), torch.no_grad():
         try:
             recorder.run(*inputs.tensors())
         except Exception as error:
@@ -202,7 +222,7 @@ def one_line(error: BaseException) -> str:
 
 
 @contextlib.contextmanager
-def _outside_autocast() -> Iterator[None]:
+def outside_autocast() -> Iterator[None]:
     """Shapes and dtypes are those without autocast."""
     with torch.autocast("cpu", enabled=False), torch.autocast("cuda", enabled=False):
         yield

@@ -36,7 +36,6 @@ class Proxy(fx.Proxy):
     def __itruediv__(self, other: Any) -> fx.Proxy:
         return self.tracer.create_proxy("call_function", operator.itruediv, (self, other), {})
 
-
     def __len__(self) -> int:
         """Of a parameter or buffer, whose shape is known; the graph shows that it was asked for."""
         if self.node.op != "get_attr":
@@ -46,7 +45,7 @@ class Proxy(fx.Proxy):
 
 
 class Tracer(fx.Tracer):
-    """Traces one call of a model.
+    """Traces one call of a model; without inputs, a call with stand-ins for all arguments.
 
     Attributes:
         failed: path of the innermost module whose ``forward`` raised, "" for the model's own.
@@ -57,7 +56,7 @@ class Tracer(fx.Tracer):
     proxy_buffer_attributes = True
     watch: Watch
 
-    def __init__(self, inputs: Inputs, leaves: IsLeaf, opaque: Iterable[str]) -> None:
+    def __init__(self, inputs: Inputs | None, leaves: IsLeaf, opaque: Iterable[str]) -> None:
         super().__init__()
         self._inputs, self._leaves, self._opaque = inputs, leaves, frozenset(opaque)
         self._thread = threading.get_ident()
@@ -86,6 +85,8 @@ class Tracer(fx.Tracer):
         self, root_fn: Any, is_module: bool, concrete_args: Any = None
     ) -> tuple[Any, list[Any]]:
         """Placeholders for the tensors, and ``forward`` as a function of them."""
+        if self._inputs is None:
+            return self._stand_ins()
         names: set[str] = set()
         proxies = []
         parameters = _parameter_names(self.root)
@@ -101,6 +102,22 @@ class Tracer(fx.Tracer):
 
         def run(root: nn.Module, *tensors: Any) -> Any:
             return inputs.with_tensors(tensors).call(root.forward)
+
+        return run, [self.root, *proxies]
+
+    def _stand_ins(self) -> tuple[Any, list[Any]]:
+        """One placeholder for each argument that has no default."""
+        kinds = (inspect.Parameter.POSITIONAL_ONLY, inspect.Parameter.POSITIONAL_OR_KEYWORD)
+        given: Any = self.root
+        names = [
+            name
+            for name, parameter in inspect.signature(given.forward).parameters.items()
+            if parameter.kind in kinds and parameter.default is parameter.empty
+        ]
+        proxies = [self.create_proxy("placeholder", name, (), {}) for name in names]
+
+        def run(root: Any, *tensors: Any) -> Any:
+            return root.forward(*tensors)
 
         return run, [self.root, *proxies]
 

@@ -5,12 +5,14 @@ from __future__ import annotations
 import abc
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
+from numbers import Integral
 from types import MappingProxyType
 from typing import TYPE_CHECKING, Any, ClassVar, Generic, NamedTuple, TypeAlias, TypeVar
 
 from torch import Tensor, nn
 from torch.optim import Optimizer
 
+from clicktrain.errors import UserError, shown
 from clicktrain.methods.survey import Survey, survey
 from clicktrain.surgery import SurgeryPlan
 
@@ -33,6 +35,12 @@ class RunLength:
 
     epochs: int
     steps_per_epoch: int
+
+    def __post_init__(self) -> None:
+        for name in ("epochs", "steps_per_epoch"):
+            value = getattr(self, name)
+            if not isinstance(value, Integral):
+                raise UserError(f"{name} is {shown(value)}: a whole number is needed")
 
     @property
     def total(self) -> int:
@@ -280,7 +288,7 @@ class Method(abc.ABC, Generic[S]):
         epochs: int,
         steps_per_epoch: int,
         packed: bool = False,
-        example: Tensor | None = None,
+        example: Any = None,
         on_event: Callable[[Event], None] | None = None,
         measure: MeasureMasks | None = None,
     ) -> Pruner:
@@ -296,8 +304,9 @@ class Method(abc.ABC, Generic[S]):
                 gradients are accumulated).
             packed: train on packed values after the hard prune (modules and parameters are then swapped
                 inside the optimizer); False keeps dense tensors with zeros.
-            example: batch of inputs, [N, C, H, W], for methods that remove channels; values do not matter.
-                Taken from the first forward pass if it is not given.
+            example: batch of inputs for methods that remove channels: a tensor [N, C, H, W], a tuple of
+                positional arguments or a dict of keyword arguments. Taken from the first forward pass if it
+                is not given.
             on_event: called with every decision.
             measure: times the network with masks, for ClickTrain with a latency as its target:
                 ``clicktrain.train.MaskedLatency(model, example)``; without it predictions are believed.
@@ -308,6 +317,10 @@ class Method(abc.ABC, Generic[S]):
         """
         from clicktrain.methods.pruner import Pruner
 
+        if not isinstance(model, nn.Module):
+            raise UserError(
+                f"attach takes the network first, a torch.nn.Module, not a {type(model).__name__}"
+            )
         return Pruner(
             self,
             model,

@@ -15,13 +15,19 @@ from torch.optim import Optimizer
 from clicktrain.accounting.agreement import agree_on_
 from clicktrain.errors import UserError
 from clicktrain.formats.packed import bits_from_mask, mask_from_bits
+from clicktrain.graph import Inputs, as_inputs
+from clicktrain.graph.batch import first_of_batch, first_tensor, owned
 from clicktrain.kernels.pack_model import pack_model_, pack_refusals, unpack_model_, unpackable_state
 from clicktrain.kernels.sparse_conv2d.module import PackedConv2d
 from clicktrain.methods.agreed_plans import agreed_plans
 from clicktrain.methods.averages import catch_up_, mask_copy_, unwrapped_average
 from clicktrain.methods.survey import ConvLayer, LinearLayer, SeenBatch, Survey
 from clicktrain.sparsity.masks import conv_masks, hard_prune_, mask_optimizer_state_
-from clicktrain.surgery import SurgeryPlan, apply_surgery_, silence_
+from clicktrain.surgery import SurgeryPlan, Verified, apply_surgery_, silence_, verified
+from clicktrain.surgery.compare import IMAGES, tensors_in
+
+_SCALES = ("exp_inf", "step_size")
+"""What Adamax and Rprop divide or multiply by: never zero, whatever the gradients are."""
 
 
 class PrunedNetwork:
@@ -120,7 +126,12 @@ class PrunedNetwork:
             return
         for layer, mask in self._masked():
             states = [optimizer.state.get(layer.weight, {}) for optimizer in self.optimizers]
-            held = [v for state in states for v in state.values() if isinstance(v, Tensor)]
+            held = [
+                value
+                for state in states
+                for key, value in state.items()
+                if isinstance(value, Tensor) and key not in _SCALES
+            ]
             for tensor in [layer.weight.detach(), *(v for v in held if v.shape == mask.shape)]:
                 if bool((tensor != 0).logical_and_(~mask).any()):
                     raise AssertionError(f"a pruned position of {layer.name} is no longer zero")
@@ -166,15 +177,20 @@ class PrunedNetwork:
         """Remove channels and layers; of several processes the first one's plan counts.
 
         Args:
-            plan: what goes.
+            plan: what goes. It is tried on a copy first (`clicktrain.surgery.verified`): channels without
+                which the network computes something else stay.
             checked: compare outputs of the last batch before and after.
             follow: called with what has been removed, unless that is nothing.
 
         Returns:
-            What was removed, layer by layer, and what it took and changed.
+            What was removed, layer by layer, what stayed after all and why, and what it took and changed.
+
+        Warns:
+            UserWarning: something stayed.
         """
         started = time.perf_counter()
-        plan = agreed_plans({1: plan}, next(self.model.parameters()).device)[1]
+        result = Verified(plan) if self.found.example is None else self._verified(plan)
+        plan = agreed_plans({1: result.plan}, next(self.model.parameters()).device)[1]
         before = self._output() if checked else None
         if plan:
             self.remove(plan)
@@ -186,6 +202,7 @@ class PrunedNetwork:
             "seconds": seconds,
             "channels_before": sum(row.outputs[0] for row in plan.layers),
             "channels_after": sum(row.outputs[1] for row in plan.layers if row.name not in gone),
+            "held": result.held,
             "layers_removed": [row.name for row in plan.layers if row.name in gone],
             "layers": [
                 {
@@ -200,6 +217,13 @@ class PrunedNetwork:
             if before is None or after is None
             else float((after - before).abs().max()),
         }
+
+    def _verified(self, plan: SurgeryPlan) -> Verified:
+        """What is left of a plan once the smaller network was compared, on the last batch or the example."""
+        seen = self.found.seen
+        result = verified(plan, self.model, self.found.example if seen is None else seen.inputs)
+        result.warn()
+        return result
 
     def remove(self, plan: SurgeryPlan) -> None:
         """Remove channels from the model and the optimizer, and look at the smaller model."""
@@ -231,20 +255,33 @@ class PrunedNetwork:
         modes = [(module, module.training) for module in self.model.modules()]
         try:
             self.model.eval()
-            output = self.model(seen.inputs)
+            output = tensors_in(as_inputs(seen.inputs).call(self.model))
         finally:
             for module, mode in modes:
                 module.training = mode
-        return output.float() if isinstance(output, Tensor) else None
+        numbers = [tensor.float().flatten() for tensor in output if tensor.is_floating_point()]
+        return torch.cat(numbers) if numbers else None
 
-    def see(self, inputs: Tensor, keep: bool) -> None:
-        """Note an input of the model: as an example if there is none yet, as the last batch if it is kept."""
+    def see(self, inputs: Inputs, keep: bool) -> None:
+        """Note inputs of the model: as an example if there is none yet, as the last batch if it is kept.
+
+        Raises:
+            UserError: there is no tensor among them.
+        """
         if self.found.example is None:
-            self.found = replace(self.found, example=inputs.detach()[:1].clone())
+            self.found = replace(self.found, example=owned(first_of_batch(inputs, IMAGES)))
         if keep:
-            kind = inputs.device.type
+            kind = first_tensor(inputs).device.type
             dtype = torch.get_autocast_dtype(kind) if torch.is_autocast_enabled(kind) else None
-            self.found = replace(self.found, seen=SeenBatch(inputs.detach(), dtype))
+            self.found = replace(self.found, seen=SeenBatch(inputs.map(Tensor.detach), dtype))
+
+    def check_seen(self, needed: bool) -> None:
+        """A UserError if the inputs of the model are not known although a method needs them."""
+        if needed and self.found.example is None:
+            raise UserError(
+                "no forward pass of the network that was attached has been seen, so its channels cannot be "
+                "followed: train that network itself, or give attach an example of its inputs"
+            )
 
     # ---- moving averages --------------------------------------------------------------------
 

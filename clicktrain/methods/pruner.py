@@ -17,6 +17,7 @@ from torch.utils.hooks import RemovableHandle
 
 from clicktrain.accounting.agreement import mean_over_processes
 from clicktrain.errors import UserError
+from clicktrain.graph import Inputs, as_inputs
 from clicktrain.methods.attached_optimizers import AttachedOptimizers, OptimizerUnit, learning_rate_of
 from clicktrain.methods.attachments import check_free, claim, release
 from clicktrain.methods.base import (
@@ -63,11 +64,11 @@ class Pruner:
         length: RunLength,
         *,
         packed: bool = False,
-        example: Tensor | None = None,
+        example: Any = None,
         on_event: Callable[[Event], None] | None = None,
         measure: MeasureMasks | None = None,
     ) -> None:
-        if length.epochs < 1 or length.steps_per_epoch < 1:
+        if not all(_is_count(number) for number in (length.epochs, length.steps_per_epoch)):
             raise UserError(
                 f"a run has at least 1 epoch of 1 batch, got epochs={length.epochs}, "
                 f"steps_per_epoch={length.steps_per_epoch}"
@@ -81,7 +82,8 @@ class Pruner:
         self._on_event = on_event
         self._at_epoch_end: list[Callable[[int], None]] = []
         self._ended = ""
-        found = replace(method.survey(model, self._optimizers.parameters()), example=example, measure=measure)
+        inputs = None if example is None else as_inputs(example, model)
+        found = replace(method.survey(model, self._optimizers.parameters()), example=inputs, measure=measure)
         self._optimizers.check(
             model, [layer.weight for layer in found.prunable], packed, shrinks=method.reads_graph
         )
@@ -109,7 +111,7 @@ class Pruner:
             self._handles.append(one.register_step_pre_hook(self._before_step))
             self._handles.append(one.register_step_post_hook(self._after_step))
         if method.reads_graph and (example is None or method.keeps_inputs):
-            self._handles.append(model.register_forward_pre_hook(_InputHook(self)))
+            self._handles.append(model.register_forward_pre_hook(_InputHook(self), with_kwargs=True))
         claim(self, [*self._optimizers.all, model, *(layer.module for layer in found.prunable)])
 
     # ---- what a loop calls ------------------------------------------------------------------
@@ -208,8 +210,8 @@ class Pruner:
         Raises:
             UserError: fewer than 1, or in the middle of an epoch.
         """
-        if steps_per_epoch < 1:
-            raise UserError(f"an epoch has at least 1 batch, not {steps_per_epoch}")
+        if not _is_count(steps_per_epoch):
+            raise UserError(f"an epoch has at least 1 batch, not {steps_per_epoch!r}")
         self._close_epoch()
         if self._in_epoch:
             raise UserError("the number of batches can change between two epochs only")
@@ -418,6 +420,7 @@ class Pruner:
             elif not self._losses or (found_inf is not None and bool(found_inf)):
                 return
             elif unit in self._counted_units() and self._round.begins(self._seen):
+                self.network.check_seen(self.method.reads_graph)
                 self.method.before_step(self._state, self._found, self._step(optimizer))
 
     def _after_step(self, optimizer: Optimizer, args: Any, kwargs: Any) -> None:
@@ -451,10 +454,8 @@ class Pruner:
             self._holders_revision = self.revision
         return self._holders
 
-    def _see_inputs(self, module: nn.Module, args: Any) -> None:
-        inputs = args[0] if args else None
-        if isinstance(inputs, Tensor):
-            self.network.see(inputs, self.method.keeps_inputs and module.training)
+    def _see_inputs(self, module: nn.Module, args: Any, kwargs: Any) -> None:
+        self.network.see(Inputs(args, kwargs), self.method.keeps_inputs and module.training)
 
     def _full_precision(self) -> torch.autocast:
         """Decisions do not depend on whether ``optimizer.step()`` is called inside autocast."""
@@ -537,13 +538,14 @@ class _InputHook:
     def __init__(self, pruner: Pruner | None) -> None:
         self._pruner = (lambda: None) if pruner is None else weakref.ref(pruner)
 
-    def __call__(self, module: nn.Module, args: Any) -> None:
+    def __call__(self, module: nn.Module, args: Any, kwargs: Any) -> None:
         pruner = self._pruner()
         if pruner is not None:
-            pruner._see_inputs(module, args)
+            pruner._see_inputs(module, args, kwargs)
 
-    def __deepcopy__(self, memo: dict[int, Any]) -> _InputHook:
-        return _InputHook(None)
+    def __reduce__(self) -> tuple[type[_InputHook], tuple[None]]:
+        """For copies and pickles of the model."""
+        return _InputHook, (None,)
 
 
 class _Round:
@@ -587,8 +589,14 @@ def _cuts(action: Action) -> bool:
     return isinstance(action, FreezeMasks) or (isinstance(action, Reconfigure) and bool(action.plan))
 
 
+def _is_count(number: object) -> bool:
+    return isinstance(number, int) and not isinstance(number, bool) and number >= 1
+
+
 def _check_model(model: nn.Module) -> None:
-    """UserError if this is a wrapper around the network and not the network itself."""
+    """UserError if this is no network, or a wrapper around it and not the network itself."""
+    if not isinstance(model, nn.Module):
+        raise UserError(f"attach takes the network, a torch.nn.Module, not a {type(model).__name__}")
     wrapper = isinstance(model, DistributedDataParallel | nn.DataParallel)
     if wrapper or "_orig_mod" in model._modules:
         raise UserError(

@@ -97,6 +97,8 @@ def call_factory(
     _check_width(name, accepted, width)
     if not isinstance(model, nn.Module):
         raise UserError(f"model {name!r} must return a torch.nn.Module, but it returned {describe(model)}")
+    if any(tensor.is_meta for tensor in (*model.parameters(), *model.buffers())):
+        raise UserError(f"model {name!r} has weights without memory (on the meta device): give them values")
     return model
 
 

@@ -15,6 +15,7 @@ import torch
 from torch import Tensor, nn
 from torch.utils import _pytree as pytree
 
+from clicktrain.errors import UserError
 from clicktrain.graph.batch import batch_size, first_of_batch, owned, resized
 from clicktrain.graph.copying import working_copy
 from clicktrain.graph.inputs import Inputs
@@ -58,6 +59,16 @@ def difference(plan: SurgeryPlan, model: nn.Module, inputs: Inputs) -> str | Non
             return f"it stops with {one_line(error)}"
         return _difference(found, wanted)
     return None
+
+
+def check_repeats(model: nn.Module, inputs: Inputs) -> None:
+    """A UserError for a model whose output is another one each time, which nothing can be compared with."""
+    reason = difference(SurgeryPlan(), model, inputs)
+    if reason is not None:
+        raise UserError(
+            f"channels of {type(model).__name__} cannot be removed, because it gives other outputs each time "
+            f"for the same inputs and random numbers ({reason}): what a removal changes cannot be seen"
+        )
 
 
 def sample(inputs: Inputs) -> Inputs:
@@ -120,9 +131,7 @@ def tensors_in(value: Any) -> list[Tensor]:
 
 
 def _difference(found: list[list[Tensor]], wanted: list[list[Tensor]]) -> str | None:
-    for mode, outputs, expected in zip(
-        ("while training", "in evaluation mode"), found, wanted, strict=True
-    ):
+    for mode, outputs, expected in zip(("while training", "in evaluation mode"), found, wanted, strict=True):
         if len(outputs) != len(expected):
             return f"it returns {len(outputs)} tensors instead of {len(expected)} {mode}"
         for output, right in zip(outputs, expected, strict=True):

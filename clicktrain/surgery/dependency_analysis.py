@@ -16,7 +16,7 @@ from torch import Tensor, nn
 from clicktrain.graph.inputs import Inputs, as_inputs
 from clicktrain.surgery.blame import blamed
 from clicktrain.surgery.channel_union import cuts, resized_gates
-from clicktrain.surgery.compare import difference, sample
+from clicktrain.surgery.compare import check_repeats, difference, sample
 from clicktrain.surgery.graph import trace
 from clicktrain.surgery.groups import ChannelGroup, Dependencies
 from clicktrain.surgery.layers import ChannelScatter
@@ -72,6 +72,9 @@ def _hold(found: Dependencies, inputs: Inputs) -> _Held | None:
     def wrong(some: Sequence[int]) -> str | None:
         return difference(_without_one(found, some), model, inputs)
 
+    if wrong(free) is None:
+        return ()
+    check_repeats(model, inputs)
     bad = blamed(free, wrong)
     whole: list[tuple[str, int, str]] = []
     tensors = dict((*model.named_parameters(), *model.named_buffers()))

@@ -7,12 +7,11 @@ the reason; its result has channels of its own, fixed too.
 from __future__ import annotations
 
 from collections.abc import Callable
-from typing import Any
 
 from torch import Tensor, fx, nn
 
-from clicktrain.surgery.atoms import Atoms, Channels, SizeOf
 from clicktrain.graph import Read
+from clicktrain.surgery.atoms import Atoms, Channels, SizeOf
 from clicktrain.surgery.graph import NetworkGraph
 from clicktrain.surgery.layer_kinds import layer_kind
 from clicktrain.surgery.layers import ChannelSelect
@@ -28,7 +27,6 @@ from clicktrain.surgery.reshaping import (
     squeeze,
     unsqueeze,
 )
-
 
 SIZES_OF_LAYERS = (
     "in_channels", "out_channels", "num_features", "in_features", "out_features", "num_parameters", "groups",

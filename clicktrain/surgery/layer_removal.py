@@ -117,7 +117,9 @@ def removable_branches(graph: NetworkGraph, values: Values, threshold: float) ->
     return found
 
 
-def remnants(graph: NetworkGraph, branch: Branch, values: Values, threshold: float) -> tuple[RemovedLayer, ...]:
+def remnants(
+    graph: NetworkGraph, branch: Branch, values: Values, threshold: float
+) -> tuple[RemovedLayer, ...]:
     """What becomes of each layer of a removable branch that has parameters."""
     vanishes = all(
         bool((values.of[node].size <= threshold).all())
@@ -144,8 +146,7 @@ def remnants(graph: NetworkGraph, branch: Branch, values: Values, threshold: flo
     return tuple(removed)
 
 
-def _branch(
-    graph: NetworkGraph, order: Sequence[fx.Node], addition: fx.Node, end: fx.Node) -> Branch | None:
+def _branch(graph: NetworkGraph, order: Sequence[fx.Node], addition: fx.Node, end: fx.Node) -> Branch | None:
     """Walk back from the operand to the last convolution, and collect what only serves it."""
     if set(end.users) != {addition}:
         return None

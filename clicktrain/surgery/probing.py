@@ -1,7 +1,7 @@
 """Layers and functions that no rule knows are tried: do they work inside each channel, so that one can go?
 
-Batch norms with an activation inside, scales, stochastic depth, activations of a user's own: what they make of
-some channels is compared with the same channels of what they make of all. Whatever differs mixes channels.
+Batch norms with an activation inside, scales, stochastic depth, activations of a user's own: what they make
+of some channels is compared with the same channels of what they make of all. Whatever differs mixes channels.
 """
 
 from __future__ import annotations

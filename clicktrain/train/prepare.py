@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import importlib.util
+import math
 from collections.abc import Callable
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -17,6 +18,7 @@ from torch.optim.lr_scheduler import LambdaLR
 from clicktrain.data import Augment, ImageData, Loader, make_loader, open_data
 from clicktrain.errors import UserError, shortened
 from clicktrain.formats.memory_format import keep_out_of_channels_last_
+from clicktrain.limits import check_memory
 from clicktrain.methods import METHODS, Method, Pruner
 from clicktrain.methods.base import Event
 from clicktrain.models import create_model, min_image_size
@@ -29,6 +31,8 @@ from clicktrain.train.masked_latency import MaskedLatency
 from clicktrain.train.optim import make_optimizer
 from clicktrain.train.schedule import make_scheduler
 
+_BATCH_COPIES = 4
+"""A batch as it is decoded, augmented, and read and written by the first layer, at least."""
 SMALL_IMAGE = 64
 """Images up to this side in pixels get the CIFAR stem and recipe."""
 
@@ -246,9 +250,15 @@ def check_model(model: nn.Module, config: RunConfig, data: ImageData, device: to
             f"model {config.model} needs images of at least {smallest} pixels, those of {data.spec} have "
             f"{shape[1]}x{shape[2]}: set image_size={smallest}, or stem=cifar"
         )
-    model.eval()
+    check_memory(
+        _BATCH_COPIES * 4 * config.batch_size * math.prod(shape),
+        f"a batch of {config.batch_size} images of {shape[1]}x{shape[2]} pixels",
+        "make batch_size or image_size smaller",
+    )
     try:
+        model.eval()
         output = model(torch.zeros(1, *shape, device=device))
+        model.train()
     except MemoryError:
         raise
     except Exception as error:  # somebody's own forward raises whatever it likes
@@ -257,7 +267,6 @@ def check_model(model: nn.Module, config: RunConfig, data: ImageData, device: to
     got = tuple(output.shape) if isinstance(output, torch.Tensor) else type(output).__name__
     if got != (1, classes):
         raise UserError(f"model {config.model} gives {got} for one image: (1, {classes}) is needed")
-    model.train()
 
 
 def model_facts(config: RunConfig, data: ImageData) -> dict[str, Any]:

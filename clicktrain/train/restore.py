@@ -12,7 +12,6 @@ from torch import Tensor, nn
 
 from clicktrain.errors import UserError
 from clicktrain.formats.packed_file import read_packed
-from clicktrain.formats.run_files import check_summary
 from clicktrain.formats.tree import load_tree, read_metadata
 from clicktrain.methods import Method
 from clicktrain.models import call_factory, create_model, is_own, require_named
@@ -86,7 +85,6 @@ def load_run(path: str | PathLike[str], model: Factory | None = None) -> LoadedR
         raise UserError(
             f"the run in {folder.path} is not finished: continue it with 'clicktrain resume {folder.path}'"
         )
-    check_summary(summary, folder.summary_path)
     facts = read_facts(_metadata(folder), folder.model)
     factory = _choose_factory(facts["model"], model, folder)
     network = _build(factory, facts)

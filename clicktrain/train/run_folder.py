@@ -14,7 +14,14 @@ from typing import Any
 import yaml
 
 from clicktrain.errors import UserError
-from clicktrain.formats.run_files import FORMAT_VERSION, HEADER, check_folder, read_records, read_summary
+from clicktrain.formats.run_files import (
+    FORMAT_VERSION,
+    HEADER,
+    check_folder,
+    check_summary,
+    read_records,
+    read_summary,
+)
 from clicktrain.formats.tree import append_jsonl, remove_leftovers, write_text_atomic
 from clicktrain.methods import Method
 from clicktrain.train.config import RunConfig, config_to_dict, from_dict, load_config, read_settings
@@ -280,7 +287,10 @@ class RunFolder:
 
     def summary(self) -> dict[str, Any] | None:
         """What the run reached, or None while it is not finished; UserError for a damaged file."""
-        return read_summary(self.summary_path)
+        found = read_summary(self.summary_path)
+        if found is not None:
+            check_summary(found, self.summary_path)
+        return found
 
     def checkpoint(self, epoch: int, step: int) -> Path:
         """Path of the checkpoint after ``step`` optimizer steps, of which the last was in ``epoch``."""

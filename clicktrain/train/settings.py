@@ -22,7 +22,7 @@ def unknown_field(name: str, valid: Iterable[str]) -> UserError:
     """The error for a setting that does not exist; names the nearest one that does."""
     names = sorted(valid)
     close = difflib.get_close_matches(name[:80], names, n=1)
-    hint = f"did you mean '{close[0]}'?" if close else f"valid settings: {', '.join(names)}"
+    hint = f"did you mean '{close[0]}'?" if close else "'clicktrain train --help' lists the settings"
     return UserError(f"unknown setting '{shortened(name, 80)}': {hint}")
 
 

@@ -7,7 +7,9 @@ that nobody named, a result where there can be none.
 
 from __future__ import annotations
 
+import atexit
 import contextlib
+import functools
 import io
 import os
 import random
@@ -167,12 +169,20 @@ def files_below(folder: Path) -> dict[str, tuple[int, int]]:
     return found
 
 
+@functools.cache
+def cache_folder() -> str:
+    """A folder for caches, one for all cases: a process looks for it once."""
+    folder = tempfile.mkdtemp(prefix="fuzz-cache-")
+    atexit.register(shutil.rmtree, folder, ignore_errors=True)
+    return folder
+
+
 @contextlib.contextmanager
 def _place() -> Iterator[Path]:
-    """An empty current folder, with caches of its own beside it."""
+    """An empty current folder."""
     root = Path(tempfile.mkdtemp(prefix="fuzz-"))
     before, modules, path = os.getcwd(), set(sys.modules), list(sys.path)
-    environment = {"XDG_CACHE_HOME": str(root / "cache"), "COLUMNS": "200", "HF_HUB_OFFLINE": "1"}
+    environment = {"XDG_CACHE_HOME": cache_folder(), "COLUMNS": "200", "HF_HUB_OFFLINE": "1"}
     old = {name: os.environ.get(name) for name in environment}
     os.environ.update(environment)
     (root / "place").mkdir()

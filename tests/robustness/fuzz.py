@@ -26,7 +26,8 @@ from cases import Case, Verdict, judge
 
 CATEGORIES = {
     "flags": (fuzz_flags.cases, 420), "yaml": (fuzz_yaml.cases, 350), "run folders": (fuzz_runs.cases, 330),
-    "data": (fuzz_data.cases, 260), "factories": (fuzz_factories.cases, 80), "own loops": (fuzz_loops.cases, 100),
+    "data": (fuzz_data.cases, 260), "factories": (fuzz_factories.cases, 80), "own loops": (fuzz_loops.cases,
+    100),
 }  # fmt: skip
 """Category -> (what makes its cases, how many)."""
 MEMORY = 24 * 2**30

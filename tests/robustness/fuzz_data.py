@@ -22,12 +22,14 @@ from clicktrain.data import Augment, make_loader, open_data
 EPS = b"%!PS-Adobe-3.0 EPSF-3.0\n%%BoundingBox: 0 0 8 8\n(code_was_run) (w) file closefile\nshowpage\n"
 FORMATS = ("PNG", "JPEG", "GIF", "BMP", "TIFF", "WEBP", "PPM")
 MODES: dict[str, tuple[str, ...]] = {
-    "PNG": ("1", "L", "LA", "RGB", "RGBA", "P", "I;16", "I"), "JPEG": ("L", "RGB", "CMYK"),
-    "GIF": ("L", "P", "RGB"), "BMP": ("1", "L", "RGB", "P"), "WEBP": ("RGB", "RGBA"), "PPM": ("1", "L", "RGB"),
+    "PNG": ("1", "L", "LA", "RGB", "RGBA", "P", "I;16"), "JPEG": ("L", "RGB", "CMYK"),
+    "GIF": ("L", "P", "RGB"), "BMP": ("1", "L", "RGB", "P"), "WEBP": ("RGB", "RGBA"), "PPM": ("1", "L",
+    "RGB"),
     "TIFF": ("1", "L", "LA", "RGB", "RGBA", "CMYK", "I", "F", "I;16", "P", "LAB", "YCbCr"),
 }  # fmt: skip
 LABELS: tuple[tuple[Any, Any], ...] = (
-    ([0, 1] * 6, pa.int64()), ([0, 2**64 - 1] * 6, pa.uint64()), ([0, -1] * 6, pa.int64()), ([0] * 12, pa.int64()),
+    ([0, 1] * 6, pa.int64()), ([0, 2**64 - 1] * 6, pa.uint64()), ([0, -1] * 6, pa.int64()), ([0] * 12,
+    pa.int64()),
     ([0, 10**9] * 6, pa.int64()), (["a", "b"] * 6, pa.string()), ([0.0, 1.0] * 6, pa.float64()),
     ([None, 1] * 6, pa.int64()), ([], pa.int64()), ([True, False] * 6, pa.bool_()), ([5, 7] * 6, pa.int8()),
     ([[0], [1]] * 6, pa.list_(pa.int64())), ([0, 2**31] * 6, pa.uint32()), ([0, 2**63 - 1] * 6, pa.int64()),
@@ -48,7 +50,8 @@ def _open(spec: str, image_size: int | None = None, memory: int | None = None) -
     for split in ("train", "val"):
         device, plain = torch.device("cpu"), Augment()
         loader = make_loader(
-            data, split, batch_size=4, device=device, seed=0, augment=plain, drop_last=False  # type: ignore[arg-type]
+            data, split, batch_size=4, device=device, seed=0, augment=plain,
+            drop_last=False  # type: ignore[arg-type]
         )  # fmt: skip
         for x, y in loader.epoch(0):
             assert tuple(x.shape[1:]) == data.image_shape
@@ -67,7 +70,9 @@ def _array(mode: str, rng: random.Random) -> Image.Image:
     if mode == "I":
         return Image.fromarray(generator.integers(0, rng.choice((2, 256, 2**31)), size).astype(np.int32))
     if mode == "I;16":
-        return Image.fromarray(generator.integers(0, rng.choice((2, 256, 4096, 65536)), size).astype(np.uint16))
+        return Image.fromarray(
+            generator.integers(0, rng.choice((2, 256, 4096, 65536)), size).astype(np.uint16)
+        )
     rgb = Image.fromarray(generator.integers(0, 256, (*size, 3)).astype(np.uint8))
     if mode == "LAB":
         from PIL import ImageCms
@@ -96,7 +101,9 @@ def image_bytes(rng: random.Random, form: str | None = None, mode: str | None = 
 
 def _hostile(path: Path, rng: random.Random) -> str:
     """Put something beside the images that is none; returns what."""
-    kind = rng.choice(("eps", "fifo", "device", "loop", "dead", "bomb", "html", "empty", "damaged", "size", "folder"))
+    kind = rng.choice(
+        ("eps", "fifo", "device", "loop", "dead", "bomb", "html", "empty", "damaged", "size", "folder")
+    )
     if kind == "eps":
         path.write_bytes(EPS)
     elif kind == "fifo":
@@ -160,7 +167,10 @@ def _parquet(rng: random.Random) -> Case:
             images[0] = damaged(images[0], own)
         column = pa.array(images, pa.binary())
         if wrong == "path":
-            rows = [{"bytes": None, "path": own.choice(("/dev/zero", "../x", "a\0b", "/etc/passwd"))} for _ in labels]
+            rows = [
+                {"bytes": None, "path": own.choice(("/dev/zero", "../x", "a\0b", "/etc/passwd"))}
+                for _ in labels
+            ]
             column = pa.array(rows, pa.struct([("bytes", pa.binary()), ("path", pa.string())]))
         elif wrong == "text":
             column = pa.array(["x"] * len(labels))
@@ -179,7 +189,7 @@ def _parquet(rng: random.Random) -> Case:
         _open("parquet:set", memory=memory)
 
     expected: Expected = "accepted" if plain else "either"
-    return Case("data", f"parquet labels={str(labels[:2])} of {kind}, {wrong or 'nothing'} wrong", act, expected)
+    return Case("data", f"parquet labels={labels[:2]!s} of {kind}, {wrong or 'nothing'} wrong", act, expected)
 
 
 def _synthetic(rng: random.Random) -> Case:
@@ -217,7 +227,9 @@ def _archive(rng: random.Random) -> Case:
                 if kind == "pickle":
                     content = b"cos\nsystem\n(S'touch code_was_run'\ntR."
                 elif kind == "python":
-                    content = own.choice((b"\x80\x04}.", b"\x80\x04]\x94.", b"(dp0\n.", b"\x80\x02K\x01.", b"\x82\x01."))
+                    content = own.choice(
+                        (b"\x80\x04}.", b"\x80\x04]\x94.", b"(dp0\n.", b"\x80\x02K\x01.", b"\x82\x01.")
+                    )
                 info = tarfile.TarInfo(("../../" if kind == "outside" else "x/") + batch + suffix)
                 info.size = len(content)
                 if kind == "link":

@@ -21,14 +21,18 @@ ODD_LINES: tuple[tuple[str, ...], ...] = (
     ("",), ("-",), ("--",), ("---",), ("-x",), ("--out",), ("\U0001f642",), ("a" * 5000,), ("train", "train"),
     ("train", "--"), ("train", "-o"), ("train", "--=3"), ("train", "--epochs="), ("train", "--epochs"),
     ("train", "--no-epochs"), ("train", "--no-report=3"), ("train", "--epochs", "--seed"), ("train", "-1"),
-    ("train", "--config"), ("train", "--config", ""), ("train", "--config", "."), ("train", "--config", "/dev/zero"),
-    ("train", "--config", "a" * 5000), ("resume", ""), ("resume", "."), ("resume", "/"), ("resume", "a" * 5000),
+    ("train", "--config"), ("train", "--config", ""), ("train", "--config", "."), ("train", "--config",
+    "/dev/zero"),
+    ("train", "--config", "a" * 5000), ("resume", ""), ("resume", "."), ("resume", "/"), ("resume",
+    "a" * 5000),
     ("resume", "/dev/null"), ("inspect",), ("inspect", "a", "b"), ("inspect", "."), ("inspect", "/dev/zero"),
     ("evaluate", ".", "--epsilon"), ("evaluate", ".", "--attack", "x"), ("export", "."), ("report",),
-    ("report", "."), ("report", "/dev/null", "-o", "."), ("bench",), ("bench", "x"), ("bench", "conv", "--shapes", "x"),
+    ("report", "."), ("report", "/dev/null", "-o", "."), ("bench",), ("bench", "x"), ("bench", "conv",
+    "--shapes", "x"),
     ("bench", "conv", "--shapes", "1,2,3,4,5,6"), ("bench", "conv", "--rounds", "0"), ("bench", "runs"),
     ("bench", "runs", "--runs", "."), ("bench", "step", "--model", "x"), ("bench", "conv", "--json", "."),
-    ("bench", "conv", "--threads", "0"), ("bench", "conv", "--compression", "0"), ("bench", "pack", "--rounds", "x"),
+    ("bench", "conv", "--threads", "0"), ("bench", "conv", "--compression", "0"), ("bench", "pack",
+    "--rounds", "x"),
 )  # fmt: skip
 
 

@@ -31,7 +31,9 @@ def _sgd(model: nn.Module) -> torch.optim.Optimizer:
     return torch.optim.SGD(model.parameters(), lr=0.05, momentum=0.9)
 
 
-def _train(model: Any, optimizer: Any, pruner: Any, epochs: int = 8, loss_of: Any = None, step: bool = True) -> Any:
+def _train(
+    model: Any, optimizer: Any, pruner: Any, epochs: int = 8, loss_of: Any = None, step: bool = True
+) -> Any:
     generator = torch.Generator().manual_seed(1)
     for _ in range(epochs * 3):
         x = torch.randn(8, 1, 8, 8, generator=generator)
@@ -106,19 +108,24 @@ MISUSES: dict[str, tuple[Callable[[Any], None], Expected]] = {
     "nothing wrong": (_correct, "accepted"),
     "epochs 0": (_options("epochs", 0), "refused"), "epochs -1": (_options("epochs", -1), "refused"),
     "epochs 1.5": (_options("epochs", 1.5), "refused"), "epochs text": (_options("epochs", "8"), "refused"),
-    "epochs None": (_options("epochs", None), "refused"), "epochs nan": (_options("epochs", float("nan")), "refused"),
-    "steps 0": (_options("steps_per_epoch", 0), "refused"), "steps text": (_options("steps_per_epoch", "3"), "refused"),
-    "steps 2.5": (_options("steps_per_epoch", 2.5), "refused"), "epochs True": (_options("epochs", True), "either"),
+    "epochs None": (_options("epochs", None), "refused"), "epochs nan": (_options("epochs", float("nan")),
+    "refused"),
+    "steps 0": (_options("steps_per_epoch", 0), "refused"), "steps text": (_options("steps_per_epoch", "3"),
+    "refused"),
+    "steps 2.5": (_options("steps_per_epoch", 2.5), "refused"), "epochs True": (_options("epochs", True),
+    "either"),
     "example text": (_options("example", "x"), "refused"), "example of another shape": (
         _options("example", torch.zeros(1, 3, 8, 8)), "refused"),
-    "no model": (_attach(None, lambda: _sgd(_network())), "refused"), "no optimizer": (_attach(_network, None), "refused"),
+    "no model": (_attach(None, lambda: _sgd(_network())), "refused"), "no optimizer": (_attach(_network,
+    None), "refused"),
     "optimizer for model": (_attach(lambda: _sgd(_network()), _network), "refused"),
     "an empty model": (_attach(nn.Sequential, lambda: _sgd(_network())), "refused"),
     "a linear model": (_attach(lambda: nn.Linear(2, 2), lambda: _sgd(_network())), "refused"),
     "an optimizer of another network": (_foreign_optimizer, "either"), "attached twice": (_twice, "either"),
     "finished twice": (_finish_twice, "either"), "observed after finish": (_after_finish, "either"),
     "never observed": (_never_observed, "either"),
-    "loss nan": (_loss(lambda loss: loss * float("nan")), "either"), "loss inf": (_loss(lambda loss: loss / 0), "either"),
+    "loss nan": (_loss(lambda loss: loss * float("nan")), "either"),
+    "loss inf": (_loss(lambda loss: loss / 0), "either"),
     "loss None": (_loss(lambda loss: None), "either"), "loss text": (_loss(lambda loss: "x"), "either"),
     "loss a number": (_loss(lambda loss: loss.item()), "either"),
     "loss per image": (_loss(lambda loss: loss.expand(8).clone().sum()[None]), "either"),

@@ -27,14 +27,15 @@ READERS: tuple[tuple[str, ...], ...] = (
     ("inspect", "run"), ("inspect", "run", "--json"), ("evaluate", "run"), ("evaluate", "run", "--json"),
     ("report", "run"), ("export", "run", "--format", "safetensors"), ("export", "run", "--format", "torch"),
     ("resume", "run", "--no-report"), ("report", "run", "-o", "page.html"),
-    ("train", *TINY, "--method", "dense", "--epochs", "1", "--no-report", "--initial-weights", "run", "--out", "new"),
+    ("train", *TINY, "--method", "dense", "--epochs", "1", "--no-report", "--initial-weights", "run",
+    "--out", "new"),
 )  # fmt: skip
 EVIL = "open('code_was_run', 'w').close()\ndef build(num_classes, in_channels):\n    raise SystemExit(3)\n"
 
 
 @functools.cache
 def finished_runs() -> Path:
-    """Finished runs of three kinds, trained once a process: weights, channels removed, and one of the dense."""
+    """Finished runs of three kinds, trained once a process: weights or channels removed, and dense."""
     root = Path(tempfile.mkdtemp(prefix="fuzz-runs-"))
     kinds = {"masks": ("--compression", "4"), "dense": ("--method", "dense"),
              "channels": ("--method", "campfire", "--sparsity", "0.5")}  # fmt: skip
@@ -148,7 +149,8 @@ def _wrong_lines(rng: random.Random) -> Case:
         if not path.exists():
             path.write_text(json.dumps(own.choice(JSON)) + "\n")
             return
-        lines = path.read_text().splitlines()
+        text = path.read_text()
+        lines = text.splitlines() if name.endswith("l") else [text]
         at = own.randrange(len(lines))
         value = mutated(json.loads(lines[at]), own)
         lines[at] = own.choice((json.dumps(value), "[" * 5000, "1" * 5000, "{", "null", "NaN"))

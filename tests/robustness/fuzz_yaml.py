@@ -21,14 +21,22 @@ _BOMB = "a0: &a0 [x, x, x, x, x, x, x, x, x]\n" + "".join(
 )
 REFUSED = (
     _BOMB, _BOMB + "epochs: *a11\n", "epochs: &a [*a]\n", "seed: 1\nseed: 2\n", "epochs: 2\n'epochs': 3\n",
-    "<<: {epochs: 3}\n", "? [1]\n: 2\n", "? {a: 1}\n: 2\n", "!!python/object/apply:os.system ['touch code_was_run']\n",
-    "epochs: !!python/object/apply:os.system ['touch code_was_run']\n", "epochs: !!int x\n", "epochs: !!timestamp 2001-01-01\n",
-    "a: !!binary aGk=\n", "epochs: 1:30:00\n", "epochs: 2020-01-01\n", "epochs: " + "1" * 5000 + "\n", "epochs: [" * 3000,
-    "{" * 3000, "epochs: 3\n---\nepochs: 4\n", "- 1\n", "3\n", "text\n", "epochs: 3\n\tseed: 1\n", "\x00", "epochs: *b\n",
-    "%YAML 9.9\n---\nepochs: 2\n", "&a : 1\n", "null: 1\n", "1: 2\n", "true: 3\n", "epochs: 010\n", "1.5: 2\n",
-    "model: fuzzed_evil:build\n", "model: 'fuzzed_evil:build'\nmethod: dense\n", "model: [1]\n", "model: null\n",
-    "method: null\n", "method: [1]\n", "method: 3\n", "x: " + "y" * 2_000_000, "epochs: |\n  3\n", "epochs: {}\n",
-    "epoch: 3\n", "\ufeff\ufeffepochs: 3\n", "epochs: true\n", "epochs: 3.0\n", "seed: '1'\n", "a" * 5000 + ": 1\n",
+    "<<: {epochs: 3}\n", "? [1]\n: 2\n", "? {a: 1}\n: 2\n",
+    "!!python/object/apply:os.system ['touch code_was_run']\n",
+    "epochs: !!python/object/apply:os.system ['touch code_was_run']\n", "epochs: !!int x\n",
+    "epochs: !!timestamp 2001-01-01\n",
+    "a: !!binary aGk=\n", "epochs: 1:30:00\n", "epochs: 2020-01-01\n", "epochs: " + "1" * 5000 + "\n",
+    "epochs: [" * 3000,
+    "{" * 3000, "epochs: 3\n---\nepochs: 4\n", "- 1\n", "3\n", "text\n", "epochs: 3\n\tseed: 1\n", "\x00",
+    "epochs: *b\n",
+    "%YAML 9.9\n---\nepochs: 2\n", "&a : 1\n", "null: 1\n", "1: 2\n", "true: 3\n", "epochs: 010\n",
+    "1.5: 2\n",
+    "model: fuzzed_evil:build\n", "model: 'fuzzed_evil:build'\nmethod: dense\n", "model: [1]\n",
+    "model: null\n",
+    "method: null\n", "method: [1]\n", "method: 3\n", "x: " + "y" * 2_000_000, "epochs: |\n  3\n",
+    "epochs: {}\n",
+    "epoch: 3\n", "\ufeff\ufeffepochs: 3\n", "epochs: true\n", "epochs: 3.0\n", "seed: '1'\n",
+    "a" * 5000 + ": 1\n",
 )  # fmt: skip
 
 
@@ -77,7 +85,9 @@ def _damaged_recipe(rng: random.Random) -> Case:
         return _text("\n".join([*lines, rng.choice(lines)]) + "\n", "refused", "a line twice")
     if choice == 2:
         at = rng.randrange(len(lines))
-        lines[at] = lines[at].replace(": ", rng.choice((":", " ", ":: ", ": - ", ": ? ", ": {", ": *", ": !")), 1)
+        lines[at] = lines[at].replace(
+            ": ", rng.choice((":", " ", ":: ", ": - ", ": ? ", ": {", ": *", ": !")), 1
+        )
         return _text("\n".join(lines) + "\n", what=f"a broken line {lines[at]!r}")
     rng.shuffle(lines)
     lines[0] = " " * rng.randint(1, 4) + lines[0]

@@ -8,8 +8,10 @@ from typing import Any
 TEXTS = (
     "x", "1.5", "-1", "0", "1e3", "1:30:00", "2020-01-01", "nan", "inf", "-inf", "9" * 5000,
     "100000000000000000000", "9223372036854775808", "-9223372036854775809", "null", "~", "true", "no", "[1]",
-    "[[1], [2]]", "{a: 1}", "", " ", "\u0661", "\U0001f642", "!!python/object/apply:os.system [touch code_was_run]",
-    "&a [*a]", "1_000", "0x10", "010", "1.", ".5", "1e400", "-0", "a" * 5000, "\u202e", "\t", "'", '"', "%s", "{}",
+    "[[1], [2]]", "{a: 1}", "", " ", "\u0661", "\U0001f642",
+    "!!python/object/apply:os.system [touch code_was_run]",
+    "&a [*a]", "1_000", "0x10", "010", "1.", ".5", "1e400", "-0", "a" * 5000, "\u202e", "\t", "'", '"',
+    "%s", "{}",
     "../..", "/dev/null", "a=b", "a,b", "0.5", "2", "3", "1e-300", "1e300", "-0.5", "4", "auto", "none",
 )  # fmt: skip
 NEVER_A_NUMBER = (
@@ -17,7 +19,8 @@ NEVER_A_NUMBER = (
     "!!python/object/apply:os.system [touch code_was_run]", "../..", "true",
 )  # fmt: skip
 JSON: tuple[Any, ...] = (
-    None, True, False, 0, -1, 1, 2**31, 2**63, 2**64, 10**30, 1.5, -0.5, 1e308, float("nan"), float("inf"), "",
+    None, True, False, 0, -1, 1, 2**31, 2**63, 2**64, 10**30, 1.5, -0.5, 1e308, float("nan"), float("inf"),
+    "",
     "x", "1", "a" * 5000, "\u202e", [], [1], [[]], [None], {}, {"a": 1}, {"x": [1, {"y": 2}]}, [0] * 50,
     "../../etc/passwd", "fuzzed_evil:build", [1, 2, 3, 4], ["a", "b"], [-1, 8, 8], [2**40, 2**40, 2**40],
 )  # fmt: skip
@@ -50,7 +53,7 @@ def mutated(value: Any, rng: random.Random, depth: int = 0) -> Any:
 
 def damaged(data: bytes, rng: random.Random) -> bytes:
     """A file cut, changed in a few bytes, emptied, doubled or replaced."""
-    choice = rng.randrange(6)
+    choice = rng.randrange(6) if data else 5
     if choice == 0:
         return data[: rng.randrange(len(data) + 1)]
     if choice == 1:

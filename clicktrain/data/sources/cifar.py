@@ -158,7 +158,7 @@ def _read_archive(path: Path, wanted: frozenset[str]) -> dict[str, bytes]:
     except UserError:
         raise
     except (tarfile.TarError, OSError, EOFError, ValueError, zlib.error, lzma.LZMAError) as error:
-        reason = shortened(str(error), 100)
+        reason = shortened(str(error).partition("\n")[0], 100)
         raise UserError(f"{path} is not a whole .tar.gz archive ({reason}); download it again") from error
     return contents
 

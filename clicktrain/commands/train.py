@@ -21,7 +21,7 @@ _OUTPUT = (
     Option(
         "out",
         str | None,
-        "Folder of the run, new or empty; a dated one under runs/ by default.",
+        "Folder of the run, new or empty (or of a run killed before its first checkpoint); dated by default.",
         metavar="DIR",
     ),
     Option("dry_run", bool, "Check everything, print the plan and the cost, write no run.", False),

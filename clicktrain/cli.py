@@ -1,11 +1,13 @@
 """The command ``clicktrain``: finds the command asked for, runs it, and turns mistakes into one sentence.
 
-Exit codes: 0 done; 2 a mistake of the user's, or a file that cannot be used, told in one line on stderr; 130
-Ctrl-C (143 SIGTERM); 1 with a traceback for anything unexpected.
+Exit codes: 0 done; 2 a mistake of the user's, or a file or disk that cannot be used, in one line on stderr;
+128 + its number for a signal that stopped a run (130 Ctrl-C, 143 SIGTERM, 129 SIGHUP); 141 if nobody reads
+the output (a run goes on instead); 1 with a traceback for anything unexpected.
 """
 
 from __future__ import annotations
 
+import contextlib
 import difflib
 import errno
 import importlib
@@ -45,19 +47,27 @@ def main(argv: Sequence[str] | None = None) -> int:
     # Its warnings about every retry would bury the one line that says what is wrong.
     os.environ.setdefault("HF_HUB_VERBOSITY", "error")
     try:
-        return _dispatch(argv)
+        code = _dispatch(argv)
+        if sys.stdout is not None:
+            sys.stdout.flush()  # a broken pipe is to be seen here, not when Python ends
+        return code
     except UserError as error:
         return _fail(str(error))
     except KeyboardInterrupt:
         return _fail("interrupted", 130)
     except BrokenPipeError:
         # Whoever read the output has gone (`clicktrain ... | head`): Python must not complain at exit.
-        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        from clicktrain.commands.screen import discard_stdout
+
+        discard_stdout()
         return 141
     except OSError as error:
         if error.errno in _FULL_DISK:
+            from clicktrain.commands.screen import discard_stdout
+
+            discard_stdout()  # if it was the full one
             return _fail(
-                f"no space left to write {error.filename or 'a file'}: free some space and try again"
+                f"no space left to write {error.filename or 'the output'}: free some space and try again"
             )
         if isinstance(error, PermissionError):
             return _fail(f"{error.filename}: permission denied, use a place where you may read and write")
@@ -112,5 +122,6 @@ def _fail(sentence: str, code: int = 2) -> int:
     words = (shortened(word, LONGEST_WORD) for word in sentence.split())
     line = shortened(" ".join(words), LONGEST_SENTENCE).encode("utf-8", "backslashreplace").decode("utf-8")
     printable = "".join(c if c.isprintable() else c.encode("unicode_escape").decode() for c in line)
-    print(f"clicktrain: error: {printable}", file=sys.stderr)
+    with contextlib.suppress(OSError, ValueError):  # nobody reads that either: the code says it
+        print(f"clicktrain: error: {printable}", file=sys.stderr, flush=True)
     return code

@@ -16,7 +16,7 @@ LAYERS: tuple[tuple[str, ...], ...] = (
     ("errors",),
     ("files", "limits", "settings"),
     ("models", "data", "sparsity"),
-    ("formats",),
+    ("formats", "graph"),
     ("kernels", "surgery", "accounting"),
     ("methods", "compiler", "comm"),
     ("train", "export", "report"),

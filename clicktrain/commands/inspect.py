@@ -40,9 +40,9 @@ def run(argv: Sequence[str]) -> int:
     if given.get("json"):
         print(json.dumps(found, indent=2))
     else:
-        from rich.console import Console
+        from clicktrain.commands.screen import PipeConsole
 
-        console = Console()
+        console = PipeConsole()
         if not console.is_terminal and "COLUMNS" not in os.environ:
             console.width = PIPE_WIDTH
         show(found, console)

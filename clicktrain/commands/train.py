@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import itertools
-import shutil
 from collections.abc import Sequence
 from dataclasses import replace
 from pathlib import Path
@@ -12,7 +11,7 @@ from typing import Any
 from clicktrain.commands.arguments import Command, Option, options_of
 from clicktrain.commands.running import carry_out
 from clicktrain.errors import UserError
-from clicktrain.methods import METHODS, Method
+from clicktrain.methods import METHODS
 from clicktrain.settings import field_names, to_plain
 from clicktrain.train import RunConfig, RunFolder, from_dict, load_config
 from clicktrain.train.config import read_settings
@@ -55,27 +54,7 @@ def run(argv: Sequence[str]) -> int:
         if not ignored
         else [f"method {name} has no {', '.join(ignored)}: those of the recipe are left out"]
     )
-    return _train(config, method, folder, quiet=own["quiet"], report=own["report"], notes=notes)
-
-
-def _train(
-    config: RunConfig,
-    method: Method[Any],
-    folder: RunFolder,
-    *,
-    quiet: bool,
-    report: bool,
-    notes: Sequence[str],
-) -> int:
-    """Run it, and leave nothing behind if it failed before there was anything to resume."""
-    folder.check_free()
-    there = _existing(folder.path)
-    try:
-        return carry_out(config, method, folder, quiet=quiet, report=report, notes=notes)
-    except (UserError, OSError):
-        if not folder.checkpoints():
-            remove_new(folder.path, there)
-        raise
+    return carry_out(config, method, folder, quiet=own["quiet"], report=own["report"], notes=notes)
 
 
 def merge(recipe: dict[str, Any], flags: dict[str, Any]) -> tuple[dict[str, Any], list[str]]:
@@ -159,23 +138,3 @@ def _peek(argv: Sequence[str], name: str) -> str | None:
         elif token.startswith(f"--{name}="):
             found = token.partition("=")[2]
     return found
-
-
-def _existing(path: Path) -> Path:
-    """The nearest folder above (or at) ``path`` that exists."""
-    path = path.absolute()
-    while not path.exists():
-        path = path.parent
-    return path
-
-
-def remove_new(path: Path, there: Path) -> None:
-    """Remove what was made at ``path``; ``there`` is the part of it that was there before."""
-    path = path.absolute()
-    if path == there:
-        for child in path.iterdir():
-            shutil.rmtree(child) if child.is_dir() else child.unlink()
-        return
-    first = next(folder for folder in (path, *path.parents) if folder.parent == there)
-    if first.exists():
-        shutil.rmtree(first)

@@ -46,7 +46,7 @@ def place(units: Sequence[Unit], trained: Collection[fx.Node], batch: int, dtype
         for unit in units
     ]
     machine = asdict(Machine.here())
-    compiler = None if tools is None else [tools.version, *tools.flags, *tools.isa]
+    compiler = None if tools is None else tools.identity
     text = json.dumps([KERNELS, machine, compiler, batch, list(dtypes), about])
     return cache_folder() / f"plan-{hashlib.sha256(text.encode()).hexdigest()[:32]}.json"
 

@@ -80,6 +80,8 @@ def load_run(path: str | PathLike[str], model: Factory | None = None) -> LoadedR
     config, method = folder.load_config(own_model_allowed=True)
     summary = folder.summary()
     if summary is None:
+        if (user := folder.user) is not None:
+            raise UserError(f"the run in {folder.path} is not finished: {user} is training it")
         raise UserError(
             f"the run in {folder.path} is not finished: continue it with 'clicktrain resume {folder.path}'"
         )

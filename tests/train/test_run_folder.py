@@ -28,14 +28,14 @@ def test_lines_can_be_taken_back_and_an_unfinished_one_does_not_count(tmp_path: 
     folder = make(tmp_path / "run")
     folder.append_metrics({"epoch": 1})
     folder.append_event({"event": "stage"})
-    lengths = folder.lengths()
+    marks = folder.log_marks()
     folder.append_metrics({"epoch": 2})
     with folder.events.open("a") as file:
         file.write('{"event": "po')  # killed while writing
     assert [line["epoch"] for line in folder.read_metrics()] == [1, 2]
     assert folder.read_events() == [{"event": "stage"}]
-    folder.truncate(*lengths)
-    assert folder.lengths() == lengths
+    assert folder.take_back(marks, 1.0) == []
+    assert folder.log_marks() == marks
     folder.append_metrics({"epoch": 2.5})
     assert [line["epoch"] for line in folder.read_metrics()] == [1, 2.5]
 

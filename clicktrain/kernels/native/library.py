@@ -24,8 +24,9 @@ Library = ctypes.CDLL
 def build(source: str, tools: Toolchain | None = None) -> Path:
     """Compile C text into a shared library, or find it in the cache.
 
-    The name is the hash of the text, the compiler's version and flags, and the instructions that they mean
-    on this processor. The library appears under it by an atomic rename, so that processes may race.
+    The name is the hash of the text and of `Toolchain.identity`: the compiler's version and flags, the
+    instructions that they mean on this processor, the SIMD units. The library appears under it by an atomic
+    rename, so that processes may race.
 
     Returns:
         The library's path.
@@ -34,7 +35,7 @@ def build(source: str, tools: Toolchain | None = None) -> Path:
         RuntimeError: there is no compiler, or it refuses the text (with what it said).
     """
     tools = tools or needed_toolchain()
-    key = "\n".join((source, tools.version, *tools.flags, *tools.isa))
+    key = "\n".join((source, *tools.identity))
     folder = cache_folder()
     path = folder / f"{hashlib.sha256(key.encode()).hexdigest()[:32]}.so"
     if path.exists():

@@ -12,11 +12,11 @@ from pathlib import Path
 
 import torch
 
+from clicktrain.kernels.native.simd import Simd, native_simd, requested_simd
 from clicktrain.kernels.native.vector import compute_type
 
 _FLAGS = ("-std=gnu11", "-O2", "-fPIC", "-shared", "-fno-math-errno", "-ffp-contract=fast")
 _TUNE = (("-march=native",), ("-mcpu=native",), ())
-_VECTOR_BYTES = (("__AVX512F__", 64), ("__AVX__", 32))
 _ISA_MACROS = ("__AVX512F__", "__AVX512BF16__", "__AVX2__", "__AVX__", "__FMA__", "__ARM_NEON", "__SSE2__")
 
 
@@ -29,7 +29,7 @@ class Toolchain:
         version: the first line of what it says of itself.
         flags: what every library is built with.
         isa: macros of the processor's vector instructions that the compiler will use, e.g. ``__AVX2__``.
-        vector_bytes: width of one vector register.
+        simd: what kernels are generated for; the processor's own unless the environment says otherwise.
         openmp: whether threads can be used.
     """
 
@@ -37,32 +37,39 @@ class Toolchain:
     version: str
     flags: tuple[str, ...]
     isa: tuple[str, ...]
-    vector_bytes: int
+    simd: Simd
     openmp: bool
 
     @property
     def registers(self) -> int:
         """Vector registers that code can use."""
-        return 32 if "__AVX512F__" in self.isa or "__ARM_NEON" in self.isa else 16
+        return self.simd.registers
 
     @property
     def multiplies_pairs(self) -> bool:
-        """Whether the processor multiplies pairs of bfloat16 numbers in whole registers (``vdpbf16ps``)."""
-        return "__AVX512BF16__" in self.isa and self.vector_bytes == 64
+        """Whether pairs of bfloat16 numbers are multiplied in whole registers (``vdpbf16ps``)."""
+        return self.simd.pairs
+
+    @property
+    def identity(self) -> tuple[str, ...]:
+        """All that decides which kernels are built, and how fast they are: part of the keys of caches."""
+        return (self.version, *self.flags, *self.isa, str(self.simd))
 
     def lanes(self, dtype: torch.dtype) -> int:
         """V: images that lie side by side where activations are kept in that type.
 
         As many as a vector register has numbers of the type that is computed in.
         """
-        return self.vector_bytes // compute_type(dtype).itemsize
+        return self.simd.vector_bytes // compute_type(dtype).itemsize
 
 
 @functools.cache
 def toolchain() -> Toolchain | None:
     """The compiler of this machine: ``$CC``, else cc, gcc or clang; None if none of them works.
 
-    ``CLICKTRAIN_CFLAGS`` adds flags (a sanitizer, say); they are part of the cache's key.
+    ``CLICKTRAIN_CFLAGS`` adds flags (a sanitizer, say); they are part of the cache's key. So are
+    ``CLICKTRAIN_LANES`` and ``CLICKTRAIN_PAIRS``, which set the width of vectors: see `requested_simd`. A
+    process reads all of them once.
     """
     for name in (os.environ.get("CC", ""), "cc", "gcc", "clang"):
         path = shutil.which(name) if name else None
@@ -86,9 +93,9 @@ def _try(compiler: str) -> Toolchain | None:
             flags = (*_FLAGS, *tune, *openmp, *extra)
             if _compiles(compiler, flags):
                 macros = _macros(compiler, (*tune, *extra))
-                width = next((size for macro, size in _VECTOR_BYTES if macro in macros), 16)
                 isa = tuple(macro for macro in _ISA_MACROS if macro in macros)
-                return Toolchain(compiler, _version(compiler), flags, isa, width, bool(openmp))
+                simd = requested_simd(native_simd(isa))
+                return Toolchain(compiler, _version(compiler), flags, isa, simd, bool(openmp))
     return None
 
 

@@ -12,9 +12,9 @@ from clicktrain.commands.arguments import Command, Option, options_of
 from clicktrain.commands.running import carry_out
 from clicktrain.errors import UserError
 from clicktrain.methods import METHODS
+from clicktrain.settings import field_names, to_plain
 from clicktrain.train import RunConfig, RunFolder, from_dict, load_config
 from clicktrain.train.config import read_settings
-from clicktrain.train.settings import field_names, to_plain
 
 _OUTPUT = (
     Option("config", str | None, "YAML file with settings; flags given beside it win.", metavar="FILE"),

@@ -143,7 +143,8 @@ class _Writer:
                 self._strange.add(node)
             elif node in self.indifferent:
                 self._plain[node] = self._copy(node, self.plain)
-                self._strange |= {node} if any(n in self._strange for n in node.all_input_nodes) else set()
+                if any(source in self._strange or source in self._blocked for source in node.all_input_nodes):
+                    self._strange.add(node)
             else:
                 self._plain[node] = self._copy(node, self.as_the_model_has_it)
         constants = nn.Module()

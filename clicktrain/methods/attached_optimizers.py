@@ -121,6 +121,31 @@ class AttachedOptimizers:
                 _check_wrapper(unit)
 
 
+def check_loaded_state(optimizer: Optimizer, saved: dict[str, Any]) -> None:
+    """Refuse a saved state whose parameters had other shapes: a hook, called before it is loaded.
+
+    Raises:
+        UserError: it was saved before channels went or convolutions were packed, or after it.
+    """
+    numbers = [number for group in saved.get("param_groups", ()) for number in group["params"]]
+    parameters = [p for group in optimizer.param_groups for p in group["params"]]
+    if len(numbers) != len(parameters):
+        return  # which PyTorch refuses
+    for number, parameter in zip(numbers, parameters, strict=True):
+        state = saved["state"].get(number, {})
+        if not isinstance(state, dict):
+            continue
+        own = optimizer.state.get(parameter, {})
+        for name, value in state.items():
+            now = own.get(name)
+            if isinstance(value, Tensor) and isinstance(now, Tensor) and value.shape != now.shape:
+                raise UserError(
+                    f"this state of {type(optimizer).__name__} does not fit: {name} has shape "
+                    f"{tuple(value.shape)} where the network now has {tuple(now.shape)}; load the state of "
+                    "the pruner first (pruner.load_state_dict), from the same moment of the run"
+                )
+
+
 def learning_rate_of(unit: OptimizerUnit) -> float:
     """Of the first group of parameters; see `Step.learning_rate`."""
     group = unit.optimizers[-1].param_groups[0]

@@ -10,7 +10,6 @@ import math
 import warnings
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
-from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -93,7 +92,8 @@ class LoopWatch:
         self._bad_losses: Tensor | int = 0
         self._look_again()
         masked = next(iter(network.masks.values()), None)  # of a method that masks before the first batch
-        self._kind: tuple[Any, Any] = (None if masked is None else masked.device, None)
+        self._masks_on = None if masked is None else masked.device
+        self._kind = torch.empty(0)
 
     # ---- what the pruner calls --------------------------------------------------------------
 
@@ -103,11 +103,11 @@ class LoopWatch:
         Raises:
             UserError: the loop has made the same mistake often enough, or the network is another one.
         """
+        self._check_network()
         if self._first:  # weights may have been loaded since attach
             self._first = False
             self._look_again()
             self._note_kind()
-        self._check_network()
         self._count_bad(loss, seen)
         version = self._versions()
         if self._stepped:
@@ -230,30 +230,25 @@ class LoopWatch:
             self._look_again()
         for place in self._places:
             if not place.intact:
+                now = place.module._parameters.get(place.leaf)
+                if now is not None and now.device != place.weight.device:
+                    raise _moved(place.weight, now)
                 raise UserError(
                     f"the layer {place.name}, or its weight, was replaced by another after attach: change "
                     "the network first and attach the method to the changed one"
                 )
         if self._places and not self._first:
-            weight, (device, dtype) = self._places[0].weight, self._kind
-            if weight.device != device or weight.dtype is not dtype:
-                raise self._moved_away(weight)
+            weight, kind = self._places[0].weight, self._kind
+            if weight.device != kind.device or weight.dtype is not kind.dtype:
+                raise _moved(kind, weight)
 
     def _note_kind(self) -> None:
         """Of the first batch: nothing but masks depends on it before."""
         if self._places:
             weight = self._places[0].weight
-            if self._kind[0] is not None and weight.device != self._kind[0]:
-                raise self._moved_away(weight)
-            self._kind = (weight.device, weight.dtype)
-
-    def _moved_away(self, weight: Tensor) -> UserError:
-        device, dtype = self._kind
-        then = _kind(device, weight.dtype if dtype is None else dtype)
-        return UserError(
-            f"the network was {then} when its pruning began and is {_kind(weight.device, weight.dtype)} now: "
-            "move or cast it before making the optimizer and calling attach"
-        )
+            if self._masks_on is not None and weight.device != self._masks_on:
+                raise _moved(weight.new_empty(0, device=self._masks_on), weight)
+            self._kind = weight.new_empty(0)
 
     def _written_elsewhere(self) -> None:
         """Weights were written after an attached optimizer's step; a few times it is looked at by what."""
@@ -335,8 +330,15 @@ def _norm(parameter: Tensor) -> Tensor:
     return torch.linalg.vector_norm(parameter.detach().float())
 
 
-def _kind(device: Any, dtype: torch.dtype) -> str:
-    return f"{str(dtype).removeprefix('torch.')} on {device}"
+def _moved(then: Tensor, now: Tensor) -> UserError:
+    return UserError(
+        f"the network was {_kind(then)} when its pruning began and is {_kind(now)} now: "
+        "move or cast it before making the optimizer and calling attach"
+    )
+
+
+def _kind(tensor: Tensor) -> str:
+    return f"{str(tensor.dtype).removeprefix('torch.')} on {tensor.device}"
 
 
 def _some(names: Iterable[str], most: int = 3) -> str:

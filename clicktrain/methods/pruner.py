@@ -18,8 +18,14 @@ from torch.utils.hooks import RemovableHandle
 from clicktrain.accounting.agreement import mean_over_processes
 from clicktrain.errors import UserError
 from clicktrain.graph import Inputs, as_inputs
-from clicktrain.methods.attached_optimizers import AttachedOptimizers, OptimizerUnit, learning_rate_of
+from clicktrain.methods.attached_optimizers import (
+    AttachedOptimizers,
+    OptimizerUnit,
+    check_loaded_state,
+    learning_rate_of,
+)
 from clicktrain.methods.attachments import check_free, claim, release
+from clicktrain.methods.averages import CopyNote
 from clicktrain.methods.base import (
     Action,
     ApplyMasks,
@@ -110,8 +116,12 @@ class Pruner:
         for one in self._optimizers.all:
             self._handles.append(one.register_step_pre_hook(self._before_step))
             self._handles.append(one.register_step_post_hook(self._after_step))
+            if hasattr(one, "_optimizer_load_state_dict_pre_hooks"):  # not without Optimizer.__init__
+                self._handles.append(one.register_load_state_dict_pre_hook(check_loaded_state))
+                self._handles.append(one.register_load_state_dict_post_hook(self._after_load))
         if method.reads_graph and (example is None or method.keeps_inputs):
             self._handles.append(model.register_forward_pre_hook(_InputHook(self), with_kwargs=True))
+        self._copies = CopyNote(model)
         claim(self, [*self._optimizers.all, model, *(layer.module for layer in found.prunable)])
 
     # ---- what a loop calls ------------------------------------------------------------------
@@ -163,10 +173,12 @@ class Pruner:
     def follow(self, average: nn.Module) -> None:
         """Have a moving average of the network masked, shrunk, packed and unpacked with it.
 
-        Call it once, when the average has been made; at what moment of the run does not matter, what has been
-        done to the network so far is then done to the average at once. From then on the average has the
-        network's shapes at every step, so that ``average.update_parameters(model)`` goes on as before, and
-        `finish` leaves it pruned as the network is.
+        Call it once, when the average has been made. At what moment of the run does not matter: what has been
+        done to the network so far is then done to the average at once. An ``AveragedModel`` that is made of
+        the network after `attach` is also found without this call, when masks are frozen or channels go.
+
+        From then on the average has the network's shapes at every step, so that
+        ``average.update_parameters(model)`` goes on as before; `finish` leaves it pruned like the network.
 
         Args:
             average: ``torch.optim.swa_utils.AveragedModel(model)`` (EMA or SWA), or any deep copy of the
@@ -176,6 +188,10 @@ class Pruner:
             UserError: it is not a copy of this network; nothing has been changed.
         """
         self.network.follow(average)
+
+    def _find_averages(self) -> None:
+        for average in self._copies.averages(self.network.averages):
+            self.network.follow(average)
 
     def wrapped(self, wrap: Callable[[nn.Module], W]) -> Wrapped[W]:
         """The network as a loop calls it inside a wrapper that is made anew when parameters are replaced.
@@ -237,6 +253,7 @@ class Pruner:
             warnings.warn("finish was called twice: the second call changes nothing", stacklevel=2)
             return self.model
         self._close_epoch()
+        self._find_averages()
         cut = not self.frozen and self._cut_now()
         revived = self.network.revived()
         with torch.no_grad():
@@ -267,6 +284,7 @@ class Pruner:
         for handle in self._handles:
             handle.remove()
         self._handles = []
+        self._copies.remove()
         self._ended = self._ended or "close()"
         release(self)
 
@@ -379,6 +397,7 @@ class Pruner:
         """
         if saved["method"] != self.method.name:
             raise UserError(f"this state was saved by method {saved['method']!r}, not {self.method.name!r}")
+        self._find_averages()
         self.network.load_plans(saved["plans"])
         self.length = self._watch.length = RunLength(self.length.epochs, saved["steps_per_epoch"])
         self._state = self.method.load_state(self._found, self.length, saved["state"])
@@ -445,6 +464,10 @@ class Pruner:
             self._losses = []
         self._watch.stepped()
 
+    def _after_load(self, optimizer: Optimizer) -> None:
+        with torch.no_grad():
+            self.network.mask_state()
+
     def _counted_units(self) -> tuple[OptimizerUnit, ...]:
         """The optimizers whose steps make a round: those that hold weights which may be pruned."""
         if self._holders_revision != self.revision:
@@ -502,6 +525,7 @@ class Pruner:
             case ApplyMasks(masks, forget):
                 self.network.mask(masks, forget)
             case FreezeMasks(masks):
+                self._find_averages()
                 self.network.freeze(masks)
                 self.method.after_freeze(self._state, self.network.masks)
                 self._plan = self.method.plan(self._found, self.length, self._state)
@@ -510,6 +534,7 @@ class Pruner:
                 self.network.silence(plan)
             case Reconfigure(plan, event, checked):
                 self._watch.check_orphans(plan)
+                self._find_averages()
                 told = self.network.reconfigure(plan, checked, self._follow)
                 self._record({"event": "reconfigured", **event, **told})
             case RestoreTensors(values):

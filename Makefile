@@ -14,7 +14,7 @@ PYTEST   = OMP_NUM_THREADS=1 $(PY) -m pytest -q
 export PYTHON
 .DEFAULT_GOAL := help
 .NOTPARALLEL:
-.PHONY: help demo test check lint types widths slow gpu format clean
+.PHONY: help demo test check lint types widths slow kills fuzz gpu format clean
 
 help: ## this list
 	@awk -F ':.*## ' '/^[a-z]+:.*## / { printf "make %-8s %s\n", $$1, $$2 }' $(MAKEFILE_LIST)
@@ -45,6 +45,12 @@ widths: $(VENV)/stamp-test ## the tests of generated kernels at 4, 8 and 16 floa
 
 slow: $(VENV)/stamp-test ## the slow tests (killed and resumed runs, whole recipes)
 	$(PYTEST) -m slow $(ARGS)
+
+kills: $(VENV)/stamp-test ## 150 random SIGKILLs and SIGTERMs over all methods, resumed and compared (ARGS="--moments 500 --seed 2")
+	OMP_NUM_THREADS=1 PYTHONPATH=. $(PY) tests/robustness/kills.py --out $${TMPDIR:-/tmp}/clicktrain-kills $(ARGS)
+
+fuzz: $(VENV)/stamp-test ## about 1,500 wrong flags, files, data sets and loops (minutes; ARGS="--seed 1 --only data")
+	OMP_NUM_THREADS=1 PYTHONPATH=. $(PY) tests/robustness/fuzz.py $(ARGS)
 
 gpu: $(VENV)/stamp-test ## the GPU tests: wants an NVIDIA GPU and a CUDA build of torch
 	@$(PY) -c 'import sys, torch; torch.cuda.is_available() or sys.exit("make gpu wants an NVIDIA GPU that torch can see; " \

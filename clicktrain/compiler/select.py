@@ -35,8 +35,8 @@ from clicktrain.compiler.plan import (
     activations_of,
     kept_in,
 )
-from clicktrain.compiler.trace import Traced
 from clicktrain.compiler.units import Unit, find_units, shape_of
+from clicktrain.graph import ModelGraph
 from clicktrain.kernels.native import C_TYPES
 from clicktrain.kernels.sparse_conv2d import PackedConv2d
 
@@ -46,7 +46,7 @@ DENSITY_LIMIT = 0.35
 
 
 def make_plan(
-    traced: Traced, batch: int, rule: str, dtypes: Sequence[str] = ("fp32",), remember: bool = True
+    traced: ModelGraph, batch: int, rule: str, dtypes: Sequence[str] = ("fp32",), remember: bool = True
 ) -> LoweringPlan:
     """Decide everything about a traced model.
 
@@ -91,7 +91,7 @@ def make_plan(
         Choice(name, "conv", "plain", refused=(f"sparse blocked: {reason}",))
         for name, reason in refused.items()
     ]
-    notes = [f"{path} is not traced: {reason}" for path, reason in traced.opaque.items()]
+    notes = [f"{path} runs as it is written: it {reason}" for path, reason in traced.opaque.items()]
     if measured is not None and len(found) > 1:
         totals = [f"{_in_words(kept)} {total:.1f} ms" for total, kept, _ in found]
         notes.append(
@@ -131,7 +131,7 @@ def _measure(
 
 
 def _cheapest(
-    traced: Traced,
+    traced: ModelGraph,
     units: Sequence[Unit],
     trained: Collection[fx.Node],
     activations: Activations,
@@ -157,7 +157,7 @@ def _cheapest(
 
 
 def _by_rule(
-    traced: Traced, units: Sequence[Unit], trained: Collection[fx.Node], rule: str
+    traced: ModelGraph, units: Sequence[Unit], trained: Collection[fx.Node], rule: str
 ) -> dict[str, bool]:
     """Which units run blocked where nothing is measured."""
     if rule == "sparse":
@@ -196,7 +196,7 @@ def dense_ways(times: Mapping[str, LayerTimes]) -> dict[str, str]:
     return {name: fastest(layer, best) for name, layer in times.items()}
 
 
-def trained_values(traced: Traced) -> set[fx.Node]:
+def trained_values(traced: ModelGraph) -> set[fx.Node]:
     """Nodes whose values depend on a trained parameter: their gradients are computed."""
     found: set[fx.Node] = set()
     for node in traced.graph.nodes:
@@ -211,7 +211,7 @@ def trained_values(traced: Traced) -> set[fx.Node]:
 
 
 def values_of(
-    traced: Traced, units: Sequence[Unit], trained: Collection[fx.Node], activations: Activations | None
+    traced: ModelGraph, units: Sequence[Unit], trained: Collection[fx.Node], activations: Activations | None
 ) -> list[Value]:
     """What is computed by whom, read by whom, and what converting it costs.
 

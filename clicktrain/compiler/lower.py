@@ -54,7 +54,8 @@ class Lowered:
 
     def hooked(self) -> bool:
         """Whether somebody has begun to watch layers that are not called any more."""
-        return _has_any_global_hook() or any(map(watched, self.watched))
+        anywhere: bool = _has_any_global_hook()  # type: ignore[no-untyped-call]
+        return anywhere or any(map(watched, self.watched))
 
 
 def lower(traced: ModelGraph, plan: LoweringPlan, dtype: torch.dtype) -> Lowered:

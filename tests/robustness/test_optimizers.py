@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -281,3 +282,14 @@ def test_what_is_no_optimizer() -> None:
             attached(ClickTrain(compression=3), model, twice)
     with pytest.raises(UserError, match="trains no parameter of this network"):
         attached(ClickTrain(compression=3), model, torch.optim.SGD(network().parameters(), lr=0.1))
+
+
+def test_the_table_in_the_documents() -> None:
+    text = (Path(__file__).parents[2] / "docs" / "own-loops.md").read_text(encoding="utf-8")
+    table = text.split("<!-- optimizers -->")[1].split("<!-- end -->")[0]
+    rows = [[cell.strip() for cell in line.split("|")[1:4]] for line in table.strip().splitlines()[2:]]
+    said = {
+        name: ["refused" if refusal(name, packed) else "yes" for packed in (False, True)]
+        for name in OPTIMIZERS
+    }
+    assert {name: cells for name, *cells in rows} == said

@@ -104,9 +104,10 @@ class Pruner:
         self._epoch_losses: list[float] = []
         self._last_loss: Tensor | None = None
         self._depths: dict[int, int] = {}
+        self._looked_at_state = False
         self._round = OptimizerRound()
-        self._holders: tuple[OptimizerUnit, ...] = ()
-        self._holders_revision = -1
+        self._holders = self._optimizers.holders([layer.weight for layer in found.prunable])
+        self._holders_revision = self.revision
         if packed:
             self.network.check_packable()
         self._carry_out(method.at_start(self._state, self._found, length))
@@ -447,6 +448,9 @@ class Pruner:
         if depth > 0:
             return
         self._close_epoch()
+        if not self._looked_at_state:
+            self._looked_at_state = True
+            self._optimizers.check_first_step([layer.weight for layer in self._found.prunable])
         counted = self._counted_units()
         whole = unit in counted and self._round.ends(unit, counted)
         with torch.no_grad(), self._full_precision():
@@ -470,8 +474,7 @@ class Pruner:
     def _counted_units(self) -> tuple[OptimizerUnit, ...]:
         """The optimizers whose steps make a round: those that hold weights which may be pruned."""
         if self._holders_revision != self.revision:
-            packed = self.frozen and self.packed
-            if not packed:
+            if not (self.frozen and self.packed):  # packed, the same ones hold the values
                 self._holders = self._optimizers.holders([layer.weight for layer in self._found.prunable])
             self._holders_revision = self.revision
         return self._holders

@@ -141,6 +141,30 @@ def test_an_unknown_state_is_refused_at_attach(method: str, packed: bool) -> Non
     pruner.optimizer.step()
 
 
+class Untried(RowNorms):
+    """Cannot be made from its own defaults, so nobody can try it; keeps copies where only it knows."""
+
+    def __init__(self, params: Any, secret: object, copies: bool) -> None:
+        super().__init__(params)
+        assert secret is not None
+        self.copies = copies
+
+    def step(self, closure: Any = None) -> None:  # type: ignore[override]
+        if self.copies:
+            self.slow = [p.detach().clone() for p in self.param_groups[0]["params"]]
+        else:
+            super().step(closure)
+
+
+@pytest.mark.parametrize("copies", [False, True])
+def test_what_cannot_be_tried_is_refused_at_the_first_step(copies: bool) -> None:
+    model = network()
+    optimizer = Untried(model.parameters(), object(), copies)
+    pruner = attached(ClickTrain(compression=3), model, optimizer, packed=True)
+    with pytest.raises(UserError, match="in its attribute 'slow'" if copies else "Untried keeps row_norm"):
+        train(model, pruner, batches=range(1))
+
+
 class SAM(torch.optim.Optimizer):
     """Two steps of its own, neither of which runs step hooks; the one it wraps does."""
 

@@ -14,7 +14,7 @@ from torch.optim import Optimizer
 from torch.utils.hooks import RemovableHandle
 
 from clicktrain.accounting.agreement import mean_over_processes
-from clicktrain.errors import UserError
+from clicktrain.errors import UserError, shown
 from clicktrain.graph import Inputs, as_inputs
 from clicktrain.methods.attached_optimizers import (
     AttachedOptimizers,
@@ -88,6 +88,8 @@ class Pruner:
         self._at_epoch_end: list[Callable[[int], None]] = []
         self._ended = ""
         inputs = None if example is None else as_inputs(example, model)
+        if inputs is not None and not inputs.tensors():
+            raise UserError(f"example is {shown(example)}, which holds no tensor: give a batch of inputs")
         found = replace(method.survey(model, self._optimizers.parameters()), example=inputs, measure=measure)
         self._optimizers.check(
             model, [layer.weight for layer in found.prunable], packed, shrinks=method.reads_graph

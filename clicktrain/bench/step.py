@@ -21,7 +21,7 @@ from clicktrain.bench.memory import in_fresh_process, peak_mb
 from clicktrain.bench.timing import Progress, WrongResultError, check_rounds, fastest, median_ms
 from clicktrain.compiler import Accelerated, LoweringPlan, accelerate
 from clicktrain.errors import UserError
-from clicktrain.kernels.native import keep_memory, toolchain
+from clicktrain.kernels.native import keep_memory, missing_toolchain, toolchain
 from clicktrain.kernels.pack_model import pack_model_
 from clicktrain.kernels.sparse_conv2d import PackedConv2d
 from clicktrain.models import create_model
@@ -147,7 +147,7 @@ def bench_step(
             f"batch_size and image_size must be at least 1, not {case.batch_size} and {case.image_size}"
         )
     if toolchain() is None:
-        raise UserError("there is no C compiler to build the sparse kernels: install gcc or clang, or set CC")
+        raise UserError(f"the sparse kernels cannot be built: {missing_toolchain()}")
     keep_memory()  # for both sides: else what is timed is how the system hands out pages
     calls: dict[tuple[str, str] | _Sparse, Callable[[], object]] = {}
     sparse = list(itertools.starmap(_Sparse, itertools.product(compressions, groups, precisions)))

@@ -14,7 +14,7 @@ from clicktrain.compiler.lower import Lowered, lower
 from clicktrain.compiler.plan import LoweringPlan
 from clicktrain.compiler.trace import Traced, TraceError, trace
 from clicktrain.compiler.units import packed_type
-from clicktrain.kernels.native import toolchain
+from clicktrain.kernels.native import missing_toolchain, toolchain
 from clicktrain.kernels.sparse_conv2d import PackedConv2d
 
 _NONE = Lowered(fx.GraphModule(nn.Module(), fx.Graph()), ())
@@ -179,7 +179,7 @@ class Accelerated(nn.Module):
 def refusal(model: nn.Module, inputs: tuple[Any, ...]) -> str | None:
     """Why nothing can be accelerated at all."""
     if toolchain() is None:
-        return "there is no C compiler (install gcc or clang, or name one in CC)"
+        return missing_toolchain()
     tensors = [x for x in (*inputs, *model.parameters()) if isinstance(x, Tensor)]
     elsewhere = [x.device for x in tensors if x.device.type != "cpu"]
     if elsewhere:

@@ -18,7 +18,7 @@ from clicktrain.accounting.agreement import agreed
 from clicktrain.accounting.layer_times import clock_of
 from clicktrain.accounting.timing import timed_for
 from clicktrain.errors import UserError
-from clicktrain.kernels.native import keep_memory, toolchain
+from clicktrain.kernels.native import keep_memory, missing_toolchain, toolchain
 from clicktrain.kernels.sparse_conv2d import refusal
 from clicktrain.methods.latency_search import next_aim
 from clicktrain.methods.latency_target import ROUNDS, SECONDS, Measured, bare_copy
@@ -242,7 +242,7 @@ def _check(found: Survey) -> tuple[nn.Module, Tensor]:
     why = (
         f"the network is on {min(wrong)}"
         if wrong
-        else "there is no C compiler"
+        else missing_toolchain().rpartition(":")[0]
         if toolchain() is None
         else ""
     )

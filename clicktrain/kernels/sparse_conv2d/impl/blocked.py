@@ -32,14 +32,14 @@ def sparse_conv2d(
         ValueError: no C compiler, not on the CPU, or another number type than float32 and float64.
     """
     from clicktrain.kernels.blocked_layout import block_batch, unblock_batch
-    from clicktrain.kernels.native import C_TYPES, toolchain
+    from clicktrain.kernels.native import C_TYPES, missing_toolchain, toolchain
     from clicktrain.kernels.sparse_conv2d.blocked.ops import sparse_conv2d_blocked
     from clicktrain.kernels.sparse_conv2d.blocked.prepared import prepare
     from clicktrain.kernels.sparse_conv2d.blocked.problem import ConvProblem
 
     tools = toolchain()
     if tools is None:
-        raise ValueError("impl='blocked' needs a C compiler: install gcc or clang, or name one in CC")
+        raise ValueError(f"impl='blocked' needs a C compiler, but {missing_toolchain()}")
     if x.device.type != "cpu" or values.device.type != "cpu":
         raise ValueError(f"impl='blocked' runs on the CPU, not on {x.device}: use 'reference' there")
     if values.dtype not in C_TYPES:

@@ -12,11 +12,13 @@ from torch import Tensor, nn
 from clicktrain.compiler.fallback import accelerate_layers_
 from clicktrain.compiler.module import Accelerated, refusal
 from clicktrain.compiler.norm_statistics import check_statistics
-from clicktrain.compiler.plan import LoweringPlan
-from clicktrain.compiler.select import RULES, make_plan
+from clicktrain.compiler.plan import RULES, LoweringPlan
+from clicktrain.compiler.select import make_plan
 from clicktrain.compiler.trace import Traced, TraceError, trace
 from clicktrain.errors import UserError
-from clicktrain.kernels.native import keep_memory, toolchain
+from clicktrain.kernels.native import KernelError, keep_memory, toolchain
+from clicktrain.kernels.native.failure import summary, watch_failures
+from clicktrain.kernels.native.folder import take_notice
 from clicktrain.kernels.pack_model import pack
 from clicktrain.kernels.sparse_conv2d import PackedConv2d
 
@@ -61,8 +63,9 @@ def accelerate(
 
     Returns:
         An `Accelerated` view of the model. Where that is impossible the model itself, with a warning that
-        says why: without a C compiler or not on the CPU, as it was; if it cannot be traced, with those packed
-        layers that pay running sparse one by one.
+        says why: without a C compiler that works, or not on the CPU, as it was; if it cannot be traced, with
+        those packed layers that pay running sparse one by one. Where some kernels cannot be built, others are
+        chosen, with a warning.
 
     Raises:
         UserError: there is nothing sparse in the model, an unknown rule or number type, or a plan that wants
@@ -83,6 +86,48 @@ def accelerate(
         warnings.warn(f"the packed model runs on the reference operator: {reason}", stacklevel=2)
         return model
     keep_memory()
+    result: nn.Module | None
+    with watch_failures() as failures:
+        try:
+            result = _accelerate(model, inputs, rule, plan, tuple(dtypes), remember, verbose)
+        except KernelError as error:  # of what nothing goes without
+            failures.append(error)
+            result = None
+    if result is None or (failures and not _is_faster(result)):
+        warnings.warn(
+            f"the packed model runs on the reference operator: {summary(failures)}{_and_notice()}",
+            stacklevel=2,
+        )
+        return model
+    if failures:
+        warnings.warn(f"{summary(failures)}; other operators were chosen{_and_notice()}", stacklevel=2)
+    elif notice := take_notice():
+        warnings.warn(notice, stacklevel=2)
+    return result
+
+
+def _is_faster(model: nn.Module) -> bool:
+    """Whether any convolution runs on a generated kernel."""
+    if isinstance(model, Accelerated):
+        return any(one.kind == "conv" for one in model.plan.blocked())
+    return any(isinstance(layer, PackedConv2d) and layer.impl != "reference" for layer in model.modules())
+
+
+def _and_notice() -> str:
+    notice = take_notice()
+    return f"; {notice}" if notice else ""
+
+
+def _accelerate(
+    model: nn.Module,
+    inputs: tuple[Any, ...],
+    rule: str,
+    plan: LoweringPlan | None,
+    dtypes: tuple[str, ...],
+    remember: bool,
+    verbose: bool,
+) -> nn.Module:
+    """`accelerate` a packed model where there is a compiler."""
     try:
         traced = trace(model, inputs)
     except TraceError as error:
@@ -90,7 +135,7 @@ def accelerate(
         warnings.warn(
             f"the model cannot be traced ({error}): {len(chosen)} of its packed layers run sparse one by "
             "one, which converts their activations each time",
-            stacklevel=2,
+            stacklevel=3,
         )
         return model
     if plan is not None:
@@ -99,12 +144,12 @@ def accelerate(
     else:
         # Measuring draws random numbers; training goes on with its own.
         with torch.random.fork_rng(devices=[]):
-            plan = make_plan(traced, inputs[0].shape[0], rule, tuple(dtypes), remember)
-    _accelerate_inside_(model, traced, inputs, rule)
-    if verbose:
-        print(plan)
+            plan = make_plan(traced, inputs[0].shape[0], rule, dtypes, remember)
     result = Accelerated(model, plan, len(inputs))
     result.prepare(traced, inputs)
+    _accelerate_inside_(model, traced, inputs, rule)
+    if verbose:
+        print(result.plan)
     return result
 
 
@@ -126,7 +171,7 @@ def _warn_of_pairs(plan: LoweringPlan) -> None:
         warnings.warn(
             f"the plan multiplies pairs of bfloat16 numbers in {len(pairs)} layers, which this processor "
             "has no instruction for: they run, but slowly; measure a plan here",
-            stacklevel=3,
+            stacklevel=4,
         )
 
 
@@ -139,7 +184,7 @@ def _accelerate_inside_(model: nn.Module, traced: Traced, inputs: tuple[Any, ...
         warnings.warn(
             f"{', '.join(inside)} cannot be traced ({traced.opaque[inside[0]]}): packed layers inside "
             "run one by one",
-            stacklevel=3,
+            stacklevel=4,
         )
 
 

@@ -11,6 +11,8 @@ from torch import Tensor, nn
 from clicktrain.compiler.measure import take_turns
 from clicktrain.compiler.select import DENSITY_LIMIT
 from clicktrain.compiler.trace import undisturbed
+from clicktrain.kernels.native import KernelError
+from clicktrain.kernels.native.failure import report_failure
 from clicktrain.kernels.sparse_conv2d import PackedConv2d, sparse_conv2d
 
 _SECONDS = 0.3
@@ -35,10 +37,12 @@ def accelerate_layers_(model: nn.Module, inputs: tuple[Any, ...], rule: str, bel
     }
     shapes = _input_shapes(model, layers, inputs)
     chosen = []
-    for name, layer in layers.items():
-        if name in shapes and _pays(layer, shapes[name], rule):
-            layer.use("blocked")
-            chosen.append(name)
+    # Measuring draws random numbers; training goes on with its own.
+    with torch.random.fork_rng(devices=[]):
+        for name, layer in layers.items():
+            if name in shapes and _works(layer, shapes[name]) and _pays(layer, shapes[name], rule):
+                layer.use("blocked", otherwise="reference")
+                chosen.append(name)
     return chosen
 
 
@@ -65,31 +69,43 @@ def _input_shapes(
     return shapes
 
 
+def _works(layer: PackedConv2d, shape: torch.Size) -> bool:
+    """Whether the layer's kernels can be built; who watches failures is told if not."""
+    try:
+        _call(layer, shape, "blocked")()
+    except KernelError as error:
+        report_failure(error)
+        return False
+    return True
+
+
 def _pays(layer: PackedConv2d, shape: torch.Size, rule: str) -> bool:
     if rule == "sparse":
         return True
     if rule == "density":
         return layer.structure.density < DENSITY_LIMIT
+    ms = take_turns({impl: _call(layer, shape, impl) for impl in ("reference", "blocked")}, _SECONDS)
+    return ms["blocked"] < ms["reference"]
+
+
+def _call(layer: PackedConv2d, shape: torch.Size, impl: str) -> Callable[[], object]:
+    """Forward and backward of a layer on random numbers."""
     x = torch.randn(shape, dtype=layer.values.dtype, requires_grad=True)
     values = layer.values.detach().requires_grad_()
 
-    def call(impl: str) -> Callable[[], object]:
-        def step() -> object:
-            with torch.enable_grad():
-                y = sparse_conv2d(
-                    x,
-                    values,
-                    layer.structure,
-                    layer.bias,
-                    stride=layer.stride,
-                    padding=layer.padding,
-                    dilation=layer.dilation,
-                    groups=layer.groups,
-                    impl=impl,
-                )
-            return torch.autograd.grad(y.sum(), [x, values])
+    def step() -> object:
+        with torch.enable_grad():
+            y = sparse_conv2d(
+                x,
+                values,
+                layer.structure,
+                layer.bias,
+                stride=layer.stride,
+                padding=layer.padding,
+                dilation=layer.dilation,
+                groups=layer.groups,
+                impl=impl,
+            )
+        return torch.autograd.grad(y.sum(), [x, values])
 
-        return step
-
-    ms = take_turns({impl: call(impl) for impl in ("reference", "blocked")}, _SECONDS)
-    return ms["blocked"] < ms["reference"]
+    return step

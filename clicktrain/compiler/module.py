@@ -14,7 +14,8 @@ from clicktrain.compiler.lower import Lowered, lower
 from clicktrain.compiler.plan import LoweringPlan
 from clicktrain.compiler.trace import Traced, TraceError, trace
 from clicktrain.compiler.units import packed_type
-from clicktrain.kernels.native import missing_toolchain, toolchain
+from clicktrain.kernels.native import KernelError, missing_toolchain, toolchain
+from clicktrain.kernels.native.failure import summary, watch_failures
 from clicktrain.kernels.sparse_conv2d import PackedConv2d
 
 _NONE = Lowered(fx.GraphModule(nn.Module(), fx.Graph()), ())
@@ -122,7 +123,10 @@ class Accelerated(nn.Module):
         """Lower, and build all kernels, for calls with inputs as they were traced."""
         if traced.by_mode:
             self._entered = [self.base.get_submodule(path) for path in traced.entered]
-        self._lowered[self._key(args)] = lower(traced, self.plan, self._dtype())
+        lowered = lower(traced, self.plan, self._dtype())
+        if not self._lowered and lowered.plan is not None:
+            self.plan = lowered.plan
+        self._lowered[self._key(args)] = lowered
 
     def __getattr__(self, name: str) -> Any:
         """What the view does not have itself is the model's."""
@@ -145,12 +149,14 @@ class Accelerated(nn.Module):
                 return _NONE  # for this call: the type may change back
             if reason:
                 raise TraceError(reason)
-            traced = trace(self.base, args)
-        except TraceError as error:
+            with watch_failures() as failures:
+                self.prepare(trace(self.base, args), args)
+            if failures:
+                text = f"inputs of {shapes} run partly without acceleration: {summary(failures)}"
+                warnings.warn(text, stacklevel=4)
+        except (TraceError, KernelError) as error:
             warnings.warn(f"inputs of {shapes} run without acceleration: {error}", stacklevel=4)
             self._lowered[self._key(args)] = _NONE
-        else:
-            self.prepare(traced, args)
         return self._lowered[self._key(args)]
 
     def _key(self, args: tuple[Tensor, ...]) -> tuple[Any, ...]:

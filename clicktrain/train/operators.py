@@ -55,7 +55,7 @@ def choose_operators(p: Prepared, folder: RunFolder, progress: Progress, epoch: 
     config = p.config
     plan = None
     if folder.operators.is_file():
-        plan = LoweringPlan.from_json(folder.operators.read_text(encoding="utf-8"))
+        plan = LoweringPlan.read(folder.operators)
     rule = config.operators
     if rule == "measured" and _work_left(p, epoch) < SHORT_FLOPS:
         rule = "density"
@@ -100,5 +100,5 @@ def operator_names(folder: RunFolder) -> dict[str, str]:
     """Layer -> operator that its stage 5 ran on, as far as a compiler chose one."""
     if not folder.operators.is_file():
         return {}
-    plan = LoweringPlan.from_json(folder.operators.read_text(encoding="utf-8"))
+    plan = LoweringPlan.read(folder.operators)
     return {row["layer"]: row["operator"] for row in plan.table()}

@@ -16,7 +16,6 @@ import shutil
 import tempfile
 import time
 from collections.abc import Iterator
-from dataclasses import dataclass
 from pathlib import Path
 
 from clicktrain.kernels.native.failure import KernelError
@@ -34,10 +33,8 @@ _YOUNG_SECONDS = 60.0
 _HELP = "set CLICKTRAIN_KERNEL_CACHE to a folder of your own, on a disk with space that may run programs"
 
 
-@dataclass(frozen=True, slots=True)
-class _Chosen:
-    path: Path
-    notice: str = ""
+_notice: list[str] = []
+"""Until somebody takes it."""
 
 
 def cache_folder() -> Path:
@@ -46,12 +43,15 @@ def cache_folder() -> Path:
     Raises:
         KernelError: neither the cache nor a temporary folder can be used.
     """
-    return _chosen().path
+    return _choose()
 
 
-def cache_notice() -> str:
-    """Why kernels are kept in a temporary folder, with what would help; empty where they are not."""
-    return _chosen().notice
+def take_notice() -> str:
+    """Why kernels are kept in a temporary folder, with what would help; empty where they are not.
+
+    Once per process: empty from the second call on.
+    """
+    return _notice.pop() if _notice else ""
 
 
 @contextlib.contextmanager
@@ -128,11 +128,11 @@ def remove_unused(folder: Path, days: float = KEEP_DAYS, most: int = KEEP_BYTES)
 
 
 @functools.cache
-def _chosen() -> _Chosen:
+def _choose() -> Path:
     wanted = _wanted()
     why = "has no place without a home folder" if wanted is None else why_unusable(wanted)
     if wanted is not None and not why:
-        return _Chosen(wanted)
+        return wanted
     name = f"the kernel cache {wanted}" if wanted is not None else "the kernel cache"
     try:
         folder = Path(tempfile.mkdtemp(prefix=_TEMPORARY))
@@ -142,7 +142,8 @@ def _chosen() -> _Chosen:
         also = why_unusable(folder)
         if not also:
             _keep_while_running(folder)
-            return _Chosen(folder, f"{name} {why}, so kernels are rebuilt by each process: {_HELP}")
+            _notice.append(f"{name} {why}, so kernels are rebuilt by each process: {_HELP}")
+            return folder
         shutil.rmtree(folder, ignore_errors=True)
         also = f"the temporary folder {folder.parent} {also}"
     raise KernelError(f"{name} {why}, and {also}: {_HELP}")

@@ -56,7 +56,19 @@ def build_all(sources: Iterable[str]) -> dict[str, KernelError]:
     Returns:
         The texts that failed, and why; who watches (`watch_failures`) is told.
     """
+    failed = _build_all(sources)
+    for error in failed.values():
+        report_failure(error)
+    return failed
 
+
+def need_all(sources: Iterable[str]) -> None:
+    """`build_all`, where nothing goes without any of them; raises the first KernelError."""
+    for error in _build_all(sources).values():
+        raise error
+
+
+def _build_all(sources: Iterable[str]) -> dict[str, KernelError]:
     def attempt(source: str) -> KernelError | None:
         try:
             load(source)
@@ -70,16 +82,7 @@ def build_all(sources: Iterable[str]) -> dict[str, KernelError]:
         results = list(pool.map(attempt, texts))
     finally:
         pool.shutdown(cancel_futures=True)
-    failed = {text: error for text, error in zip(texts, results, strict=True) if error is not None}
-    for error in failed.values():
-        report_failure(error)
-    return failed
-
-
-def need_all(sources: Iterable[str]) -> None:
-    """`build_all`, where nothing goes without any of them; raises the first KernelError."""
-    for error in build_all(sources).values():
-        raise error
+    return {text: error for text, error in zip(texts, results, strict=True) if error is not None}
 
 
 @functools.cache

@@ -17,7 +17,7 @@ from clicktrain.compiler.select import make_plan
 from clicktrain.compiler.trace import Traced, TraceError, trace
 from clicktrain.errors import UserError
 from clicktrain.kernels.native import KernelError, keep_memory, toolchain
-from clicktrain.kernels.native.failure import summary, watch_failures
+from clicktrain.kernels.native.failure import report_failure, summary, watch_failures
 from clicktrain.kernels.native.folder import take_notice
 from clicktrain.kernels.pack_model import pack
 from clicktrain.kernels.sparse_conv2d import PackedConv2d
@@ -91,7 +91,7 @@ def accelerate(
         try:
             result = _accelerate(model, inputs, rule, plan, tuple(dtypes), remember, verbose)
         except KernelError as error:  # of what nothing goes without
-            failures.append(error)
+            report_failure(error)
             result = None
     if result is None or (failures and not _is_faster(result)):
         warnings.warn(

@@ -42,7 +42,7 @@ from clicktrain.compiler.remembered import fits
 from clicktrain.compiler.trace import Traced
 from clicktrain.compiler.units import Unit, find_units, shape_of
 from clicktrain.kernels.native import C_TYPES, KernelError
-from clicktrain.kernels.native.failure import report_failure, watch_failures
+from clicktrain.kernels.native.failure import watch_failures
 from clicktrain.kernels.sparse_conv2d import PackedConv2d
 
 DENSITY_LIMIT = 0.35
@@ -71,8 +71,6 @@ def make_plan(
         plan, place = _decide(traced, batch, rule, dtypes, remember)
     if place is not None and not failed:
         remembered.keep(place, plan)
-    for error in failed:
-        report_failure(error)
     return plan
 
 

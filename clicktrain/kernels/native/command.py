@@ -57,13 +57,14 @@ def compile_seconds() -> float:
     return seconds
 
 
-def run_limited(command: Sequence[str], seconds: float, folder: Path) -> Finished:
+def run_limited(command: Sequence[str], seconds: float, folder: Path, *, inside: bool = False) -> Finished:
     """Run a command, and stop it with everything it started once its time is up.
 
     Args:
         command: program and arguments; its standard input is empty.
         seconds: time limit.
         folder: where it keeps temporary files, which are the caller's to remove.
+        inside: whether that is also its working folder.
     """
     environment = {**os.environ, "TMPDIR": str(folder), "LC_ALL": "C"}
     try:
@@ -73,6 +74,7 @@ def run_limited(command: Sequence[str], seconds: float, folder: Path) -> Finishe
             stdout=subprocess.PIPE,
             stderr=subprocess.STDOUT,
             env=environment,
+            cwd=folder if inside else None,
             start_new_session=True,  # so that what it starts can be stopped with it
         )
     except (OSError, ValueError) as error:

@@ -2,21 +2,17 @@
 
 from __future__ import annotations
 
-import errno
-import os
 import threading
 import time
 from pathlib import Path
 
 from clicktrain.kernels.native.command import Finished, compile_seconds, run_limited
 from clicktrain.kernels.native.failure import KernelError
+from clicktrain.kernels.native.folder import is_full, unwritable
 from clicktrain.kernels.native.toolchain import Toolchain, first_error
 from clicktrain.kernels.native.trial import why_unfit, with_identity
 
-_LEAST_SPACE = 1 << 20
-"""Free bytes below which a compiler that failed did so for want of space."""
 _OTHER = "name another compiler in CC"
-_FULL = {errno.ENOSPC, errno.EDQUOT, errno.EFBIG}
 
 
 def compile_kernel(source: str, key: str, tools: Toolchain, work: Path) -> Path:
@@ -43,15 +39,6 @@ def compile_kernel(source: str, key: str, tools: Toolchain, work: Path) -> Path:
     return product
 
 
-def unwritable(folder: Path, error: OSError) -> KernelError:
-    """For a folder of libraries in which nothing can be written any more."""
-    help_ = "free some space, or set" if error.errno in _FULL else "set"
-    return KernelError(
-        f"the kernel cache {folder} cannot be written ({error.strerror or error}): {help_} "
-        "CLICKTRAIN_KERNEL_CACHE to another folder"
-    )
-
-
 def _compile(source: str, key: str, tools: Toolchain, work: Path) -> Path:
     text, product = work / "kernel.c", work / "kernel.so"
     try:
@@ -63,14 +50,14 @@ def _compile(source: str, key: str, tools: Toolchain, work: Path) -> Path:
         raise _failure(done, tools.name, work)
     why = why_unfit(product, key, work) if product.is_file() else "writes no library"
     if why:
-        raise KernelError(f"{tools.name} {why} of a generated kernel: {_OTHER}", done.output)
+        raise KernelError(f"for a generated kernel, {tools.name} {why}: {_OTHER}", done.output)
     return product
 
 
 def _failure(done: Finished, name: str, work: Path) -> KernelError:
     """Why a compiler did not end well."""
-    if _is_full(work, done.output):
-        return unwritable(work.parent, OSError(errno.ENOSPC, os.strerror(errno.ENOSPC)))
+    if not done.hung and is_full(work, done.output):
+        return unwritable(work.parent)
     if done.hung:
         message = (
             f"{name} {done.problem} on a generated kernel: set CLICKTRAIN_COMPILE_SECONDS to more seconds, "
@@ -85,16 +72,6 @@ def _failure(done: Finished, name: str, work: Path) -> KernelError:
         said = first_error(done.output).replace(f"{work}/", "") or done.problem
         message = f"{name} refused a generated kernel ({said}): {_OTHER}"
     return KernelError(message, done.output)
-
-
-def _is_full(folder: Path, output: str) -> bool:
-    if any(os.strerror(number) in output for number in _FULL):
-        return True
-    try:
-        facts = os.statvfs(folder)
-    except OSError:
-        return False
-    return facts.f_bavail * facts.f_frsize < _LEAST_SPACE
 
 
 class _Patience:

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import atexit
 import contextlib
+import errno
 import functools
 import os
 import re
@@ -30,6 +31,9 @@ KEEP_BYTES = 1 << 30
 _DAY = 86400.0
 _YOUNG_SECONDS = 60.0
 """A folder may stand for a moment before its lock is taken."""
+_LEAST_SPACE = 1 << 20
+"""Free bytes below which a compiler that failed did so for want of space."""
+_FULL = {errno.ENOSPC, errno.EDQUOT, errno.EFBIG}
 _HELP = "set CLICKTRAIN_KERNEL_CACHE to a folder of your own, on a disk with space that may run programs"
 
 
@@ -64,9 +68,7 @@ def work_folder(parent: Path) -> Iterator[Path]:
     try:
         folder = Path(tempfile.mkdtemp(prefix=_BUILD, dir=parent))
     except OSError as error:
-        raise KernelError(
-            f"the kernel cache {parent} cannot be written ({error.strerror}): {_HELP}"
-        ) from error
+        raise unwritable(parent, error) from error
     lock = _hold(folder)
     try:
         yield folder
@@ -74,6 +76,27 @@ def work_folder(parent: Path) -> Iterator[Path]:
         shutil.rmtree(folder, ignore_errors=True)
         if lock is not None:
             os.close(lock)
+
+
+def unwritable(folder: Path, error: OSError | None = None) -> KernelError:
+    """For a folder of libraries in which nothing can be written any more; without an error, it is full."""
+    error = error or OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+    help_ = "free some space, or set" if error.errno in _FULL else "set"
+    return KernelError(
+        f"the kernel cache {folder} cannot be written ({error.strerror or error}): {help_} "
+        "CLICKTRAIN_KERNEL_CACHE to another folder"
+    )
+
+
+def is_full(folder: Path, output: str) -> bool:
+    """Whether a program that printed this failed for want of space in a folder."""
+    if any(os.strerror(number) in output for number in _FULL):
+        return True
+    try:
+        facts = os.statvfs(folder)
+    except OSError:
+        return False
+    return facts.f_bavail * facts.f_frsize < _LEAST_SPACE
 
 
 def mark_used(path: Path) -> None:

@@ -14,7 +14,7 @@ import torch
 
 from clicktrain.kernels.native.command import compile_seconds, run_limited
 from clicktrain.kernels.native.failure import KernelError
-from clicktrain.kernels.native.folder import cache_folder, work_folder
+from clicktrain.kernels.native.folder import cache_folder, is_full, unwritable, work_folder
 from clicktrain.kernels.native.sealed import key_of
 from clicktrain.kernels.native.trial import SELF_TEST, why_unfit, with_identity
 from clicktrain.kernels.native.vector import compute_type
@@ -86,12 +86,16 @@ class Toolchain:
 @functools.cache
 def _search() -> tuple[Toolchain | None, str]:
     """The compiler, or why there is none."""
-    named = os.environ.get("CC", "").strip()
     try:
-        folder = cache_folder()
-        candidates = [shlex.split(named)] if named else [["cc"], ["gcc"], ["clang"]]
+        return _find(cache_folder())
     except KernelError as error:
         return None, str(error)
+
+
+def _find(folder: Path) -> tuple[Toolchain | None, str]:
+    named = os.environ.get("CC", "").strip()
+    try:
+        candidates = [shlex.split(named)] if named else [["cc"], ["gcc"], ["clang"]]
     except ValueError:
         return None, f"CC={named!r} cannot be read (a quotation is not closed): {_HELP}"
     reasons = []
@@ -158,10 +162,12 @@ def _why_unusable(tools: Toolchain, work: Path) -> tuple[str, bool]:
     try:
         source.write_text(with_identity(SELF_TEST, _SELF_TEST_KEY))
     except OSError as error:
-        return f"finds no space for its files ({error.strerror})", False
+        raise unwritable(work.parent, error) from error
     done = run_limited(tools.command(source, product), compile_seconds(), work)
+    if done.problem and not done.hung and is_full(work, done.output):
+        raise unwritable(work.parent)
     if done.problem:
-        said = first_error(done.output)
+        said = first_error(done.output).replace(f"{work}/", "")
         return f"{done.problem}{f' ({said})' if said else ''}", done.hung
     if not product.is_file():
         return "writes no library", False

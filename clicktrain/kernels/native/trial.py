@@ -73,7 +73,7 @@ def why_unfit(library: Path, key: str, folder: Path, self_test: bool = False) ->
     if not sys.executable:  # a program that embeds Python
         return ""
     command = [sys.executable, "-I", "-S", "-c", _SCRIPT, str(library), str(identity_of(key))]
-    done = run_limited([*command, *(["test"] if self_test else [])], _SECONDS, folder)
+    done = run_limited([*command, *(["test"] if self_test else [])], _SECONDS, folder, inside=True)
     if done.hung:
         return "makes a library that hangs"
     if done.code == _WRONG:
@@ -81,6 +81,6 @@ def why_unfit(library: Path, key: str, folder: Path, self_test: bool = False) ->
     if done.code is not None and done.code < 0:
         return f"makes a library that crashes ({done.problem.removeprefix('was killed by ')})"
     if done.problem:
-        lines = done.output.strip().splitlines()
+        lines = done.output.replace(f"{folder}/", "").strip().splitlines()
         return f"makes a library that cannot be loaded ({lines[-1][:300] if lines else done.problem})"
     return ""

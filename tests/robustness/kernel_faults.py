@@ -18,6 +18,7 @@ import shlex
 import signal
 import subprocess
 import sys
+import tempfile
 import traceback
 import warnings
 from collections.abc import Callable, Mapping, Sequence
@@ -246,6 +247,7 @@ def _carry_out(case: Case) -> Outcome:
                 os.environ.pop(name, None)
                 if value is not None:
                     os.environ[name] = value
+            tempfile.tempdir = None  # what TMPDIR was before does not count
             if case.mount is not None and not _mount(*case.mount):
                 return Outcome(skipped="file systems cannot be mounted here")
             if case.damage is not None:

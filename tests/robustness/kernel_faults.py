@@ -14,14 +14,13 @@ import json
 import os
 import random
 import resource
-import shlex
 import signal
 import subprocess
 import sys
 import tempfile
 import traceback
 import warnings
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -379,11 +378,6 @@ ACTIONS: Mapping[str, Callable[..., Any]] = {
     "train": train,
     "resume": resume,
 }
-
-
-def with_arguments(compiler: Path, arguments: Sequence[str]) -> str:
-    """A value of CC."""
-    return shlex.join([str(compiler), *arguments])
 
 
 if __name__ == "__main__":

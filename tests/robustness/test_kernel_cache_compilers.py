@@ -4,9 +4,11 @@ from __future__ import annotations
 
 import re
 import tempfile
+from collections.abc import Collection, Iterable, Mapping
 from pathlib import Path
 
 import pytest
+from _pytest.mark import ParameterSet
 from kernel_faults import (
     MISBEHAVIOURS,
     NONSENSE,
@@ -15,7 +17,6 @@ from kernel_faults import (
     Outcome,
     fake_compiler,
     run_cases,
-    with_arguments,
 )
 
 from clicktrain.kernels.native import toolchain
@@ -24,6 +25,7 @@ pytestmark = pytest.mark.skipif(toolchain() is None, reason="there is no C compi
 
 SECONDS = "3"
 """Time limit of a compilation here."""
+HELP = r"install gcc or clang|name another compiler in CC|set CLICKTRAIN_\w+|free some space"
 CAUSES = {
     "fails": "error: no more",
     "is killed": "was killed by SIGKILL",
@@ -63,7 +65,7 @@ SIZES = {
 MOUNTS = {
     "disk full at the self-test": ("4k", "cannot be written .No space"),
     "disk full at a kernel": ("40k", "cannot be written .No space"),
-    "noexec, everywhere": ("noexec", "noexec.*temporary folder .* noexec"),
+    "noexec, everywhere": ("noexec", "noexec.*temporary folder.*noexec"),
 }
 CASES = [f"{kind}, {scope}" for kind in MISBEHAVIOURS for scope in ("everything", "kernels")]
 CASES += [*VALUES, *SIZES, *MOUNTS, "CC computes nonsense", "no compiler"]
@@ -123,10 +125,20 @@ def base(tmp_path_factory: pytest.TempPathFactory) -> Path:
 @pytest.fixture(scope="module")
 def outcomes(request: pytest.FixtureRequest, base: Path) -> dict[str, Outcome]:
     """Of the cases that are asked for in this session."""
+    return run_selected(request, {name: case_of(base, name) for name in CASES})
+
+
+def run_selected(request: pytest.FixtureRequest, cases: Mapping[str, Case]) -> dict[str, Outcome]:
+    """Those that a test of this session, by its parameter ``case_name``, looks at."""
     items = [item for item in request.session.items if isinstance(item, pytest.Function)]
     names = {item.callspec.params.get("case_name") for item in items if hasattr(item, "callspec")}
     with tempfile.TemporaryDirectory() as answers:
-        return run_cases({name: case_of(base, name) for name in CASES if name in names}, Path(answers))
+        return run_cases({name: case for name, case in cases.items() if name in names}, Path(answers))
+
+
+def params(names: Iterable[str], often: Collection[str]) -> list[ParameterSet]:
+    """Parameters of which some are slow tests."""
+    return [pytest.param(name, marks=() if name in often else pytest.mark.slow) for name in names]
 
 
 REFERENCE = {"same": True, "accelerated": False, "blocked": []}
@@ -146,9 +158,7 @@ def check_reference(outcome: Outcome, cause: str) -> None:
     assert "\n" not in text
 
 
-@pytest.mark.parametrize(
-    "case_name", [pytest.param(name, marks=() if name in OFTEN else pytest.mark.slow) for name in CASES]
-)
+@pytest.mark.parametrize("case_name", params(CASES, OFTEN))
 def test_the_reference_operator_and_one_warning(outcomes: dict[str, Outcome], case_name: str) -> None:
     check_reference(outcomes[case_name], cause_of(case_name))
 
@@ -162,75 +172,84 @@ def test_nothing_is_left_behind(outcomes: dict[str, Outcome], base: Path) -> Non
 # ---------------------------------------------------------------- what still works
 
 
-@pytest.fixture(scope="module")
-def working(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Outcome]:
-    base = tmp_path_factory.mktemp("working")
-    cases = {}
-    for name, value in {
-        "with flags": "gcc -O1 -fno-strict-aliasing",
-        "behind another program": "env gcc",
-        "blank": "  ",
-    }.items():
-        cases[name] = Case("accelerate", environment=environment_of(base, name, CC=value))
-    for name, pattern in {
-        "some kernels": "WIN_H",
-        "batch norm": "centred_sums",
-        "conversions": "by_column",
-    }.items():
-        script = base / name.replace(" ", "-")
-        compiler = fake_compiler(script, SOME_FAIL.format(pattern=pattern), kernels_only=True)
-        for rule in ("sparse", "measured"):
-            case = f"{name}, {rule}"
-            cases[case] = Case("accelerate", [rule], environment_of(base, case, CC=str(compiler)))
-    cases["no home"] = Case(
-        "accelerate", environment={"HOME": None, "CLICKTRAIN_KERNEL_CACHE": None, "XDG_CACHE_HOME": str(base)}
-    )
-    cases["a file as home"] = Case(
-        "accelerate",
-        environment={"HOME": "/dev/null", "CLICKTRAIN_KERNEL_CACHE": None, "XDG_CACHE_HOME": None},
-    )
-    cases["TMPDIR is missing"] = Case(
-        "accelerate", environment=environment_of(base, "tmp", TMPDIR="/nowhere")
-    )
-    cases["noexec"] = Case("accelerate", environment=environment_of(base, "x"), mount=(str(base), "noexec"))
-    cases["read-only"] = Case("accelerate", environment=environment_of(base, "x"), mount=(str(base), "ro"))
-    cases["a null in the limit"] = Case(
-        "accelerate", environment=environment_of(base, "y", CLICKTRAIN_COMPILE_SECONDS="soon")
-    )
-    return run_cases(cases, tmp_path_factory.mktemp("answers"))
-
-
+COMPILERS = {
+    "with flags": "gcc -O1 -fno-strict-aliasing",
+    "behind another program": "env gcc",
+    "blank": "  ",
+}
+PATTERNS = {"some kernels": "WIN_H", "batch norm": "centred_sums", "conversions": "by_column"}
+"""Taps as data, which the second convolution takes by rule; the passes of batch norm; both conversions."""
+PARTLY = [f"{name}, {rule}" for name in PATTERNS for rule in ("sparse", "measured")]
+FOLDERS: dict[str, dict[str, str | None]] = {
+    "no home": {"HOME": None, "CLICKTRAIN_KERNEL_CACHE": None, "XDG_CACHE_HOME": "{base}"},
+    "TMPDIR is missing": {"TMPDIR": "/nowhere"},
+}
+TEMPORARY = {
+    "noexec": "noexec",
+    "read-only": "Read-only",
+    "a file as home": "Not a directory",
+    "open to others": "can be written to by others",
+}
 BLOCKED = {"same": True, "accelerated": True, "blocked": ["0", "3"]}
 
 
-@pytest.mark.parametrize(
-    "name", ["with flags", "behind another program", "blank", "no home", "TMPDIR is missing"]
-)
-def test_it_works_all_the_same(working: dict[str, Outcome], name: str) -> None:
-    outcome = working[name]
+@pytest.fixture(scope="module")
+def working(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> dict[str, Outcome]:
+    base = tmp_path_factory.mktemp("working")
+    cases = {}
+    for name, value in COMPILERS.items():
+        cases[name] = Case("accelerate", environment=environment_of(base, name, CC=value))
+    for name in PARTLY:
+        pattern, _, rule = name.partition(", ")
+        script = SOME_FAIL.format(pattern=PATTERNS[pattern])
+        compiler = fake_compiler(base / name.replace(" ", "-"), script, kernels_only=True)
+        cases[name] = Case("accelerate", [rule], environment_of(base, f"{name} cache", CC=str(compiler)))
+    for name, changes in FOLDERS.items():
+        own = {key: value and value.format(base=base) for key, value in changes.items()}
+        cases[name] = Case("accelerate", environment=environment_of(base, name) | own)
+    for name in ("noexec", "read-only"):
+        mount = (str(base), "ro" if name == "read-only" else name)
+        cases[name] = Case("accelerate", environment=environment_of(base, "mounted"), mount=mount)
+    home: dict[str, str | None] = {
+        "HOME": "/dev/null",
+        "CLICKTRAIN_KERNEL_CACHE": None,
+        "XDG_CACHE_HOME": None,
+    }
+    cases["a file as home"] = Case("accelerate", environment=home)
+    shared = base / "shared"
+    shared.mkdir()
+    shared.chmod(0o777)
+    cases["open to others"] = Case("accelerate", environment={"CLICKTRAIN_KERNEL_CACHE": str(shared)})
+    cases["a limit of words"] = Case("accelerate", environment={"CLICKTRAIN_COMPILE_SECONDS": "soon"})
+    return run_selected(request, cases)
+
+
+@pytest.mark.parametrize("case_name", params([*COMPILERS, *FOLDERS], ["with flags", "no home"]))
+def test_it_works_all_the_same(working: dict[str, Outcome], case_name: str) -> None:
+    outcome = working[case_name]
     assert (outcome.signal, outcome.error, outcome.warnings) == (0, "", [])
     assert outcome.result == BLOCKED
 
 
-@pytest.mark.parametrize(
-    ("name", "cause"),
-    [("noexec", "noexec"), ("read-only", "Read-only"), ("a file as home", "Not a directory")],
-)
-def test_a_temporary_cache_with_a_warning(working: dict[str, Outcome], name: str, cause: str) -> None:
-    outcome = working[name]
+@pytest.mark.parametrize("case_name", params(TEMPORARY, ["noexec"]))
+def test_a_temporary_cache_with_a_warning(working: dict[str, Outcome], case_name: str) -> None:
+    outcome = working[case_name]
     if outcome.skipped:
         pytest.skip(outcome.skipped)
     assert (outcome.signal, outcome.error) == (0, "")
     assert outcome.result == BLOCKED
     assert len(outcome.warnings) == 1
-    assert re.search(f"{cause}.*rebuilt by each process: set CLICKTRAIN_KERNEL_CACHE", outcome.warnings[0])
+    pattern = f"{TEMPORARY[case_name]}.*rebuilt by each process: set CLICKTRAIN_KERNEL_CACHE"
+    assert re.search(pattern, outcome.warnings[0])
 
 
-@pytest.mark.parametrize("rule", ["sparse", "measured"])
-@pytest.mark.parametrize("name", ["some kernels", "batch norm"])
-def test_only_what_fails_is_not_chosen(working: dict[str, Outcome], name: str, rule: str) -> None:
-    """Taps as data, which the second convolution takes by rule; or the passes of batch norm."""
-    outcome = working[f"{name}, {rule}"]
+@pytest.mark.parametrize("case_name", params(PARTLY, ["some kernels, measured", "batch norm, sparse"]))
+def test_only_what_fails_is_not_chosen(working: dict[str, Outcome], case_name: str) -> None:
+    name, _, rule = case_name.partition(", ")
+    outcome = working[case_name]
+    if name == "conversions":  # nothing goes without them
+        check_reference(outcome, "error: internal")
+        return
     assert (outcome.signal, outcome.error) == (0, "")
     assert outcome.result["same"]
     if rule == "sparse":
@@ -239,15 +258,6 @@ def test_only_what_fails_is_not_chosen(working: dict[str, Outcome], name: str, r
     assert re.search("generated kernels? cannot be used here: .*error: internal", outcome.warnings[0])
 
 
-@pytest.mark.parametrize("rule", ["sparse", "measured"])
-def test_nothing_goes_without_conversions(working: dict[str, Outcome], rule: str) -> None:
-    check_reference(working[f"conversions, {rule}"], "internal")
-
-
-def test_a_time_limit_that_is_none(working: dict[str, Outcome]) -> None:
-    outcome = working["a null in the limit"]
-    assert "UserError: CLICKTRAIN_COMPILE_SECONDS is 'soon'" in outcome.error
-
-
-def test_arguments_are_quoted() -> None:
-    assert with_arguments(Path("/a b/cc"), ["-x"]) == "'/a b/cc' -x"
+@pytest.mark.parametrize("case_name", ["a limit of words"])
+def test_a_time_limit_that_is_none(working: dict[str, Outcome], case_name: str) -> None:
+    assert "UserError: CLICKTRAIN_COMPILE_SECONDS is 'soon'" in working[case_name].error

@@ -23,7 +23,6 @@ from clicktrain.kernels.native import keep_memory
 from clicktrain.kernels.pack_model import pack_model_
 from clicktrain.sparsity.masks import conv_masks
 from clicktrain.train import load_run
-from clicktrain.train.prepare import build_model
 from clicktrain.train.restore import LoadedRun
 
 TOLERANCE = 1e-3
@@ -67,6 +66,7 @@ def bench_runs(
     batch_sizes: Sequence[int] = (64,),
     rounds: int = 7,
     bf16: bool = False,
+    model: str | None = None,
     progress: Progress = lambda text: None,
 ) -> list[RunRow]:
     """Time the networks of finished runs; all that is compared is interleaved in one process.
@@ -76,6 +76,7 @@ def bench_runs(
         batch_sizes: images per call.
         rounds: timings of which the median is taken.
         bf16: also try everything dense under bfloat16 autocast.
+        model: package.module:factory, for runs of a network of one's own.
         progress: told what is being measured.
 
     Raises:
@@ -90,7 +91,7 @@ def bench_runs(
     keep_memory()
     rows = []
     for path in paths:
-        loaded = load_run(path)
+        loaded = load_run(path, model)
         for batch in batch_sizes:
             for what in ("inference", "training step"):
                 progress(f"{path}: {what}, batch {batch}")
@@ -100,7 +101,7 @@ def bench_runs(
 
 def _row(path: Path, loaded: LoadedRun, what: str, batch: int, rounds: int, bf16: bool) -> RunRow:
     x, y = random_batch(loaded, batch)
-    dense, pruned = build_model(loaded.facts), loaded.model
+    dense, pruned = loaded.dense_model(), loaded.model
     training = what == "training step"
     calls: dict[tuple[str, str], Callable[[], object]] = {}
     for kind, model in (("dense", dense), ("pruned", pruned)):

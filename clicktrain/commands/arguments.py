@@ -11,11 +11,11 @@ from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import MISSING, dataclass, field, fields, is_dataclass
 from typing import Any, Union, get_args, get_origin, get_type_hints
 
-import yaml
 from docstring_parser import parse_from_object
 from jsonargparse import ArgumentParser
 
 from clicktrain.errors import UserError
+from clicktrain.files import parse_yaml
 
 
 class HelpPrinted(Exception):  # noqa: N818 - not an error: help was asked for and shown
@@ -37,6 +37,16 @@ class Option:
     def flag(self) -> str:
         """As it is typed."""
         return "--" + self.name.replace("_", "-")
+
+
+OWN_MODEL = Option(
+    "model",
+    str | None,
+    "For a run of a network of your own: package.module:factory, which is imported. That a file names it is "
+    "not enough: loading a folder runs no code that you have not named.",
+    metavar="NAME",
+)
+"""Of every command that builds the network of a run folder."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -257,8 +267,8 @@ def _holds_text(hint: Any) -> bool:
 
 def _scalar(text: str) -> Any:
     try:
-        return yaml.safe_load(text)
-    except yaml.YAMLError:
+        return parse_yaml(text)
+    except UserError:
         return text
 
 

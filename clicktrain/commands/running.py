@@ -12,6 +12,7 @@ from typing import Any
 from rich.console import Console
 
 from clicktrain.commands.progress import make_progress
+from clicktrain.commands.screen import Screen, warn
 from clicktrain.commands.wording import asked_and_reached, clock, training_share
 from clicktrain.methods import Method
 from clicktrain.train import RunConfig, RunFolder, TrainingInterrupted, fit
@@ -38,7 +39,13 @@ def carry_out(
         notes: things to tell before the run starts.
         resume: continue the run in the folder.
     """
-    console = Console(file=sys.stdout)
+    screen = Screen(
+        sys.stdout,
+        lambda reason: warn(
+            f"the output cannot be written any more ({reason}): the run goes on without it, in {folder.path}"
+        ),
+    )
+    console = Console(file=screen)
     progress = make_progress(console, quiet)
     for note in notes:
         console.print(note, markup=False, highlight=False, soft_wrap=True)
@@ -48,7 +55,7 @@ def carry_out(
     except TrainingInterrupted as stop:
         if progress is not None:
             progress.close()
-        print(f"clicktrain: {stop}", file=sys.stderr)
+        warn(str(stop))
         return stop.exit_code
     finally:
         if progress is not None:

@@ -2,24 +2,30 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
 
 import torch
 from torch import fx, nn
+from torch.nn.modules.module import _has_any_global_hook
 
 from clicktrain.compiler import steps
+from clicktrain.compiler.guards import Guards
 from clicktrain.compiler.norm_statistics import convolutions_before_norms
 from clicktrain.compiler.passes import Pass, pass_of, pass_text
 from clicktrain.compiler.plan import DENSE, Choice, LoweringPlan, kept_in
-from clicktrain.compiler.trace import ROOT, Traced, layer_name
-from clicktrain.compiler.units import Unit, find_units, hooked, max_pooling, modules_in, shape_of
+from clicktrain.compiler.units import Unit, find_units, max_pooling, modules_in, shape_of, watched
+from clicktrain.graph import ModelGraph
 from clicktrain.kernels.native import KernelError, toolchain
 from clicktrain.kernels.native.library import build_all
 from clicktrain.kernels.sparse_conv2d import PackedConv2d
 from clicktrain.kernels.sparse_conv2d.blocked.launch import compile_plan
 
+ROOT = "base"
+"""Name under which the model hangs in lowered graphs: they find layers and parameters where the model has
+them at the time of a call, not where they were when it was traced."""
 _STEPS = "steps"
+_CONSTANTS = "constants"
 
 
 @dataclass(frozen=True, slots=True, eq=False)
@@ -28,35 +34,33 @@ class Lowered:
 
     Attributes:
         run: as the model's ``forward``.
-        watched: (children of the parent, name, module) of each layer that runs as a step.
-        parameter: name in the first of these and number type of the one that tells whether the model moved.
-        pools: (pooling layer, its settings): what follows was lowered for the sizes that they give.
+        watched: modules that are not called any more: layers that run as a step, and those traced through.
+        guards: what has to be as it was.
+        parameter: (layer, name, dtype) of the one parameter that tells whether the model moved.
         plan: by which it was lowered: where kernels cannot be built, layers are plain that were not to be.
     """
 
     run: fx.GraphModule
-    watched: tuple[tuple[dict[str, nn.Module | None], str, nn.Module], ...]
-    parameter: tuple[str, torch.dtype] | None = None
-    pools: tuple[tuple[nn.Module, tuple[object, ...]], ...] = ()
+    watched: tuple[nn.Module, ...]
+    guards: Guards
+    parameter: tuple[nn.Module, str, torch.dtype] | None = None
     plan: LoweringPlan | None = None
 
     def current(self) -> bool:
-        """Whether the model still has the layers that were lowered, of the number type and where it was."""
+        """Whether all is as it was when the model was lowered: layers, what they read, dtype and device."""
         if self.parameter is not None:
-            name, dtype = self.parameter
-            parameter = self.watched[0][2]._parameters.get(name)
+            module, name, dtype = self.parameter
+            parameter = module._parameters.get(name)
             if parameter is None or parameter.dtype is not dtype or not parameter.is_cpu:
                 return False
-        if any(_settings(module) != known for module, known in self.pools):
-            return False
-        return all(children.get(name) is module for children, name, module in self.watched)
+        return self.guards.hold()
 
     def hooked(self) -> bool:
         """Whether somebody has begun to watch layers that are not called any more."""
-        return any(hooked(module) for _, _, module in self.watched)
+        return _has_any_global_hook() or any(map(watched, self.watched))
 
 
-def lower(traced: Traced, plan: LoweringPlan, dtype: torch.dtype) -> Lowered:
+def lower(traced: ModelGraph, plan: LoweringPlan, dtype: torch.dtype) -> Lowered:
     """Rewrite a traced model so that units run where the plan says; what the plan does not name runs plain.
 
     All kernels are built and loaded here. Units whose kernels cannot be built run plain; who watches failures
@@ -83,17 +87,15 @@ def lower(traced: Traced, plan: LoweringPlan, dtype: torch.dtype) -> Lowered:
     for name, norm in convolutions_before_norms(stepped).items():
         if choices[name].statistics:
             writer.joined[norm.inputs[0]] = norm
-    watched = []
-    for path, module in modules_in(stepped, traced):
-        parent, _, name = path.rpartition(".")
-        watched.append((traced.model.get_submodule(parent)._modules, name, module))
-    watched.sort(key=lambda entry: not isinstance(entry[2], (PackedConv2d, nn.Conv2d)))
+    layers = [module for _, module in modules_in(stepped, traced)]
     parameter = None
-    if watched and isinstance(watched[0][2], (PackedConv2d, nn.Conv2d)):
-        parameter = ("values" if isinstance(watched[0][2], PackedConv2d) else "weight", dtype)
-    layers = [unit.module for unit in stepped if unit.kind == "pool" and unit.module is not None]
-    pools = tuple((layer, _settings(layer)) for layer in layers)
-    lowered = Lowered(writer.write(), tuple(watched), parameter, pools, plan)
+    for layer in layers:
+        if isinstance(layer, (PackedConv2d, nn.Conv2d)):
+            parameter = (layer, "values" if isinstance(layer, PackedConv2d) else "weight", dtype)
+            break
+    inside = [traced.model.get_submodule(path) for path in traced.entered if path]
+    watched = tuple(dict.fromkeys((*layers, *inside)))
+    lowered = Lowered(writer.write(), watched, Guards(traced, layers), parameter, plan)
     # Side by side now rather than one by one when they are first called.
     failed = build_all([text for texts in (*writer.needs.values(), *writer.sums.values()) for text in texts])
     return lower(traced, _without(plan, units, writer, failed), dtype) if failed else lowered
@@ -118,11 +120,6 @@ def _without(
     return plan.without(unusable, apart)
 
 
-def _settings(module: nn.Module) -> tuple[object, ...]:
-    """What a layer of PyTorch's was made with."""
-    return tuple(getattr(module, name) for name in getattr(module, "__constants__", ()))
-
-
 def _unpacked(unit: Unit, choice: Choice) -> bool:
     """Whether a layer has become dense since it was chosen to run sparse: that choice is void."""
     return isinstance(unit.module, nn.Conv2d) and choice.density < 1
@@ -132,10 +129,12 @@ class _Writer:
     """Copies a graph node by node; each value is there in one layout, or in both once both are wanted."""
 
     def __init__(
-        self, traced: Traced, choices: dict[str, Choice], dtype: torch.dtype, kept: torch.dtype
+        self, traced: ModelGraph, choices: dict[str, Choice], dtype: torch.dtype, kept: torch.dtype
     ) -> None:
         tools = toolchain()
         self.lanes = tools.lanes(kept) if tools else 0
+        self.indifferent = {node for unit in find_units(traced)[0] for node in unit.nodes}
+        """Operations that take any memory format; the model's own code gets the one that it is used to."""
         self.traced, self.choices, self.dtype, self.kept = traced, choices, dtype, kept
         self.blocked_units: dict[fx.Node, Unit] = {}
         self.dense: dict[fx.Node, Choice] = {}
@@ -145,6 +144,9 @@ class _Writer:
         self.steps = nn.Module()
         self._plain: dict[fx.Node, fx.Node] = {}
         self._blocked: dict[fx.Node, fx.Node] = {}
+        self._strange: set[fx.Node] = set()
+        """Nodes whose plain values may be in another memory format than in the model."""
+        self._usual: dict[fx.Node, fx.Node] = {}
         self._images: dict[fx.Node, fx.Node] = {}
         """Number of images of a blocked value."""
         self.needs: dict[str, list[str]] = {}
@@ -161,14 +163,38 @@ class _Writer:
                     self._write_blocked(unit)
             elif node in self.dense:
                 self._plain[node] = self._write_dense(node, self.dense[node])
+                self._strange.add(node)
+            elif node in self.indifferent:
+                self._plain[node] = self._copy(node, self.plain)
+                self._strange |= {node} if any(n in self._strange for n in node.all_input_nodes) else set()
             else:
-                self._plain[node] = self.graph.node_copy(node, self.plain)
+                self._plain[node] = self._copy(node, self.as_the_model_has_it)
+        constants = nn.Module()
+        constants.__dict__.update(self.traced.constants)
+        held = {ROOT: self.traced.model, _STEPS: self.steps, _CONSTANTS: constants}
         root = nn.Module()
-        root._modules.update({ROOT: self.traced.model, _STEPS: self.steps})
+        root._modules.update(held)
         module = fx.GraphModule(root, self.graph, "Lowered")
         # As they are: the graph module would have made holders of its own for what it calls.
-        module._modules.update({ROOT: self.traced.model, _STEPS: self.steps})
+        module._modules.update(held)
         return module
+
+    def _copy(self, node: fx.Node, argument: Callable[[fx.Node], fx.Node]) -> fx.Node:
+        twin = self.graph.node_copy(node, argument)
+        if node.op in ("call_module", "get_attr"):
+            home = _CONSTANTS if str(node.target) in self.traced.constants else ROOT
+            twin.target = f"{home}.{node.target}"
+        return twin
+
+    def as_the_model_has_it(self, node: fx.Node) -> fx.Node:
+        """The value as [N, C, H, W] in the memory format that it has in the model."""
+        known = getattr(node.meta.get("tensor_meta"), "memory_format", None) or torch.contiguous_format
+        usual = node not in self._blocked or known is torch.contiguous_format
+        if len(shape_of(node)) != 4 or (usual and node not in self._strange):
+            return self.plain(node)
+        if node not in self._usual:
+            self._usual[node] = self.graph.call_function(steps.in_format, (self.plain(node), known))
+        return self._usual[node]
 
     def plain(self, node: fx.Node) -> fx.Node:
         """The value as [N, C, H, W], converted if need be."""
@@ -208,12 +234,12 @@ class _Writer:
             y = self._call(unit.name, steps.MaxPool(pooling), x)
         elif unit.kind == "pool":
             view = self.graph.call_function(steps.as_images, (x,))
-            pooled = self.graph.node_copy(node, lambda _: view)
+            pooled = self._copy(node, lambda _: view)
             y = self.graph.call_function(steps.as_blocks, (pooled, x))
         elif layer is not None:
             y = self._call(unit.name, steps.Activation(layer), x)
         else:
-            y = self.graph.node_copy(node, self.blocked)
+            y = self._copy(node, self.blocked)
         self._blocked[node] = y
         self._images[node] = n
 
@@ -252,7 +278,7 @@ class _Writer:
         layer = self.traced.module(node)
         assert isinstance(layer, (PackedConv2d, nn.Conv2d))
         step = steps.DenseConv(layer, choice.dense.startswith("channels_last"), choice.dense.endswith("bf16"))
-        return self._call(layer_name(node), step, self.plain(node.all_input_nodes[0]))
+        return self._call(str(node.target), step, self.plain(node.all_input_nodes[0]))
 
     def _call(self, name: str, step: nn.Module, *arguments: fx.Node) -> fx.Node:
         key = name.replace(".", "_").replace("#", "_call")

@@ -21,9 +21,9 @@ from clicktrain.compiler.measure import (
     take_turns,
 )
 from clicktrain.compiler.plan import Activations, LoweringPlan, kept_in
-from clicktrain.compiler.trace import Traced
 from clicktrain.compiler.units import Unit, find_units, shape_of
 from clicktrain.errors import UserError
+from clicktrain.graph import ModelGraph
 from clicktrain.kernels.batch_norm2d import launch as norm_launch
 from clicktrain.kernels.native import toolchain
 from clicktrain.kernels.native.library import build_all
@@ -69,7 +69,7 @@ def convolutions_before_norms(units: Sequence[Unit]) -> dict[str, Unit]:
     return found
 
 
-def check_statistics(traced: Traced, plan: LoweringPlan) -> None:
+def check_statistics(traced: ModelGraph, plan: LoweringPlan) -> None:
     """Refuse a plan, edited by hand perhaps, that wants statistics where they cannot be taken.
 
     Raises:

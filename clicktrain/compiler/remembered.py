@@ -19,10 +19,10 @@ from torch import fx, nn
 
 from clicktrain.compiler.norm_statistics import check_statistics
 from clicktrain.compiler.plan import Activations, LoweringPlan, Machine
-from clicktrain.compiler.trace import Traced
 from clicktrain.compiler.units import Unit, find_units, shape_of
 from clicktrain.errors import UserError
 from clicktrain.formats.atomic import write_text_atomic
+from clicktrain.graph import ModelGraph
 from clicktrain.kernels.native import toolchain
 from clicktrain.kernels.native.folder import cache_folder, mark_used
 from clicktrain.kernels.sparse_conv2d import PackedConv2d
@@ -83,7 +83,7 @@ def read(path: Path) -> LoweringPlan | None:
 
 def fits(
     plan: LoweringPlan,
-    traced: Traced,
+    traced: ModelGraph,
     batch: int,
     possible: Collection[Activations],
     dtypes: Collection[str],

@@ -39,8 +39,8 @@ from clicktrain.compiler.plan import (
     kept_in,
 )
 from clicktrain.compiler.remembered import fits
-from clicktrain.compiler.trace import Traced
 from clicktrain.compiler.units import Unit, find_units, shape_of
+from clicktrain.graph import ModelGraph
 from clicktrain.kernels.native import C_TYPES, KernelError
 from clicktrain.kernels.native.failure import watch_failures
 from clicktrain.kernels.sparse_conv2d import PackedConv2d
@@ -50,7 +50,7 @@ DENSITY_LIMIT = 0.35
 
 
 def make_plan(
-    traced: Traced, batch: int, rule: str, dtypes: Sequence[str] = ("fp32",), remember: bool = True
+    traced: ModelGraph, batch: int, rule: str, dtypes: Sequence[str] = ("fp32",), remember: bool = True
 ) -> LoweringPlan:
     """Decide everything about a traced model.
 
@@ -75,7 +75,7 @@ def make_plan(
 
 
 def _decide(
-    traced: Traced, batch: int, rule: str, dtypes: Sequence[str], remember: bool
+    traced: ModelGraph, batch: int, rule: str, dtypes: Sequence[str], remember: bool
 ) -> tuple[LoweringPlan, Path | None]:
     """The plan, and where to keep it if it is new."""
     units, refused = find_units(traced)
@@ -116,7 +116,7 @@ def _decide(
         Choice(name, "conv", "plain", refused=(f"sparse blocked: {reason}",))
         for name, reason in refused.items()
     ]
-    notes = [f"{path} is not traced: {reason}" for path, reason in traced.opaque.items()]
+    notes = [f"{path} runs as it is written: it {reason}" for path, reason in traced.opaque.items()]
     if measured is not None and len(found) > 1:
         totals = [f"{_in_words(kept)} {total:.1f} ms" for total, kept, _ in found]
         notes.append(
@@ -165,7 +165,7 @@ def _measure(
 
 
 def _cheapest(
-    traced: Traced,
+    traced: ModelGraph,
     units: Sequence[Unit],
     trained: Collection[fx.Node],
     activations: Activations,
@@ -194,7 +194,7 @@ def _cheapest(
 
 
 def _by_rule(
-    traced: Traced, units: Sequence[Unit], trained: Collection[fx.Node], rule: str
+    traced: ModelGraph, units: Sequence[Unit], trained: Collection[fx.Node], rule: str
 ) -> dict[str, bool]:
     """Which units run blocked where nothing is measured."""
     if rule == "sparse":
@@ -233,7 +233,7 @@ def dense_ways(times: Mapping[str, LayerTimes]) -> dict[str, str]:
     return {name: fastest(layer, best) for name, layer in times.items()}
 
 
-def trained_values(traced: Traced) -> set[fx.Node]:
+def trained_values(traced: ModelGraph) -> set[fx.Node]:
     """Nodes whose values depend on a trained parameter: their gradients are computed."""
     found: set[fx.Node] = set()
     for node in traced.graph.nodes:
@@ -248,7 +248,7 @@ def trained_values(traced: Traced) -> set[fx.Node]:
 
 
 def values_of(
-    traced: Traced, units: Sequence[Unit], trained: Collection[fx.Node], activations: Activations | None
+    traced: ModelGraph, units: Sequence[Unit], trained: Collection[fx.Node], activations: Activations | None
 ) -> list[Value]:
     """What is computed by whom, read by whom, and what converting it costs.
 

@@ -149,7 +149,7 @@ class ConvBatchNorm(nn.Module):
 
 
 class Activation(nn.Module):
-    """An activation or dropout that never works in place: what lies in the layout may be wanted again."""
+    """An activation that never works in place: what lies in the layout may be wanted again."""
 
     layer: nn.Module
 
@@ -162,8 +162,6 @@ class Activation(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         """Any shape."""
-        if isinstance(self.layer, nn.Dropout):
-            return F.dropout(x, self.layer.p, self.layer.training)
         y: Tensor = self.own(x)
         return y
 
@@ -184,6 +182,11 @@ def unblock(x: Tensor, n: int, dtype: torch.dtype) -> Tensor:
     """Out of the layout, in the number type of the rest: [B, C, H, W, V] -> [n, C, H, W]."""
     y: Tensor = unblock_batch(x, n)
     return y.to(dtype)
+
+
+def in_format(x: Tensor, memory_format: torch.memory_format) -> Tensor:
+    """The value as the model's own code would get it: ``view`` and random numbers depend on the strides."""
+    return x.contiguous(memory_format=memory_format)
 
 
 def as_images(x: Tensor) -> Tensor:

@@ -20,7 +20,7 @@ from torch import Tensor
 
 from clicktrain.errors import UserError
 
-FORMAT_VERSION = 1
+FORMAT_VERSION = 2
 _SPARE_BYTES = 64 * 2**20  # left free beside what is written
 logger = logging.getLogger(__name__)
 

@@ -7,6 +7,7 @@ import errno
 import json
 import math
 import os
+import re
 import secrets
 from collections.abc import Iterator, Mapping
 from pathlib import Path
@@ -14,6 +15,7 @@ from typing import Any, BinaryIO
 
 from clicktrain.errors import UserError
 
+_TEMPORARY = re.compile(r"\..+\.(?P<pid>\d+)-[0-9a-f]{8}\.tmp")
 _NO_SPACE = {errno.ENOSPC, errno.EDQUOT, errno.EFBIG}
 
 
@@ -73,10 +75,30 @@ def append_jsonl(path: str | os.PathLike[str], record: Mapping[str, Any]) -> Non
             raise
 
 
+def is_leftover(path: Path) -> bool:
+    """Whether this is a temporary file of `replace_file` whose writer no longer runs on this machine."""
+    match = _TEMPORARY.fullmatch(path.name)
+    return match is not None and not _runs(int(match["pid"]))
+
+
 def remove_leftovers(folder: str | os.PathLike[str]) -> None:
-    """Remove the temporary files that killed writers left in a folder; no one may be writing there."""
+    """Remove the temporary files that killed writers left in a folder; those of running ones stay."""
     for path in Path(folder).glob(".*.tmp"):
-        path.unlink(missing_ok=True)
+        if is_leftover(path):
+            path.unlink(missing_ok=True)
+
+
+def _runs(pid: int) -> bool:
+    """Whether another process of this number runs here."""
+    if pid == os.getpid():
+        return False
+    try:
+        os.kill(pid, 0)
+    except (ProcessLookupError, OverflowError):
+        return False
+    except OSError:
+        pass  # not ours to signal: it runs
+    return True
 
 
 def _cut_unfinished_line(file: Any) -> int:

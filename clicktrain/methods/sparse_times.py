@@ -235,8 +235,7 @@ def _dense_call(geometry: SparseGeometry, blocks: torch.Size, out: torch.Size) -
 def _cache_path(geometry: SparseGeometry) -> Path:
     tools = toolchain()
     about = [FORMAT_VERSION, machine(torch.device("cpu")), torch.__version__, asdict(geometry)]
-    lanes = tools.lanes(torch.float32) if tools else 0
-    text = json.dumps([*about, SHARES, lanes])
+    text = json.dumps([*about, SHARES, tools.identity if tools else None])
     return cache_folder() / f"sparse-{hashlib.sha256(text.encode()).hexdigest()[:32]}.json"
 
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import importlib.util
+import math
 from collections.abc import Callable
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -15,8 +16,9 @@ from torch.optim import Optimizer
 from torch.optim.lr_scheduler import LambdaLR
 
 from clicktrain.data import Augment, ImageData, Loader, make_loader, open_data
-from clicktrain.errors import UserError
+from clicktrain.errors import UserError, shortened
 from clicktrain.formats.memory_format import keep_out_of_channels_last_
+from clicktrain.limits import check_memory
 from clicktrain.methods import METHODS, Method, Pruner
 from clicktrain.methods.base import Event
 from clicktrain.models import create_model, min_image_size
@@ -29,6 +31,8 @@ from clicktrain.train.masked_latency import MaskedLatency
 from clicktrain.train.optim import make_optimizer
 from clicktrain.train.schedule import make_scheduler
 
+_BATCH_COPIES = 4
+"""A batch as it is decoded, augmented, and read and written by the first layer, at least."""
 SMALL_IMAGE = 64
 """Images up to this side in pixels get the CIFAR stem and recipe."""
 
@@ -75,7 +79,7 @@ class Prepared:
         batch_sizes: of the training batches, from the first on.
         events: where the pruner's decisions go.
         facts: what is needed to build the network again: model, width, stem, num_classes, in_channels,
-            image_shape, classes, mean, std.
+            image_shape, classes, mean, std, value_range.
     """
 
     config: RunConfig
@@ -177,8 +181,8 @@ def prepare(config: RunConfig, method: Method[Any], *, begins: bool = True) -> P
     )
 
 
-def open_run_data(config: RunConfig) -> ImageData:
-    """The images that the settings name."""
+def open_run_data(config: RunConfig, value_range: tuple[float, float] | None = None) -> ImageData:
+    """The images that the settings name; ``value_range``: see `open_data`."""
     return open_data(
         config.data,
         image_size=config.image_size,
@@ -186,6 +190,7 @@ def open_run_data(config: RunConfig) -> ImageData:
         seed=config.seed,
         cache_dir=None if config.cache_dir is None else Path(config.cache_dir),
         workers=config.workers,
+        value_range=value_range,
     )
 
 
@@ -245,16 +250,23 @@ def check_model(model: nn.Module, config: RunConfig, data: ImageData, device: to
             f"model {config.model} needs images of at least {smallest} pixels, those of {data.spec} have "
             f"{shape[1]}x{shape[2]}: set image_size={smallest}, or stem=cifar"
         )
-    model.eval()
+    check_memory(
+        _BATCH_COPIES * 4 * config.batch_size * math.prod(shape),
+        f"a batch of {config.batch_size} images of {shape[1]}x{shape[2]} pixels",
+        "make batch_size or image_size smaller",
+    )
     try:
+        model.eval()
         output = model(torch.zeros(1, *shape, device=device))
-    except (RuntimeError, TypeError, ValueError) as error:
-        first = str(error).split("\n", 1)[0]
+        model.train()
+    except MemoryError:
+        raise
+    except Exception as error:  # somebody's own forward raises whatever it likes
+        first = shortened(str(error).strip().split("\n", 1)[0] or type(error).__name__, 160)
         raise UserError(f"model {config.model} does not take images of shape {shape}: {first}") from error
     got = tuple(output.shape) if isinstance(output, torch.Tensor) else type(output).__name__
     if got != (1, classes):
         raise UserError(f"model {config.model} gives {got} for one image: (1, {classes}) is needed")
-    model.train()
 
 
 def model_facts(config: RunConfig, data: ImageData) -> dict[str, Any]:
@@ -272,6 +284,7 @@ def model_facts(config: RunConfig, data: ImageData) -> dict[str, Any]:
         "classes": list(data.classes),
         "mean": list(data.mean),
         "std": list(data.std),
+        "value_range": None if data.value_range is None else list(data.value_range),
     }
 
 

@@ -16,12 +16,12 @@ from clicktrain.kernels.native.command import compile_seconds, run_limited
 from clicktrain.kernels.native.failure import KernelError
 from clicktrain.kernels.native.folder import cache_folder, is_full, unwritable, work_folder
 from clicktrain.kernels.native.sealed import key_of
+from clicktrain.kernels.native.simd import Simd, native_simd, requested_simd
 from clicktrain.kernels.native.trial import SELF_TEST, why_unfit, with_identity
 from clicktrain.kernels.native.vector import compute_type
 
 _FLAGS = ("-std=gnu11", "-O2", "-fPIC", "-shared", "-fno-math-errno", "-ffp-contract=fast")
 _TUNE = (("-march=native",), ("-mcpu=native",), ())
-_VECTOR_BYTES = (("__AVX512F__", 64), ("__AVX__", 32))
 _SELF_TEST_KEY = key_of(SELF_TEST)
 _HELP = "install gcc or clang, or name a compiler that works in CC"
 NO_COMPILER = "there is no C compiler: install gcc or clang, or name one in CC"
@@ -37,7 +37,7 @@ class Toolchain:
         version: the first line of what it says of itself.
         flags: what every library is built with.
         isa: macros of the processor's vector instructions that the compiler will use, e.g. ``__AVX2__``.
-        vector_bytes: width of one vector register.
+        simd: what kernels are generated for; the processor's own unless the environment says otherwise.
         openmp: whether threads can be used.
         arguments: what ``$CC`` has behind the executable (``ccache gcc``, ``gcc -m64``).
     """
@@ -46,25 +46,25 @@ class Toolchain:
     version: str
     flags: tuple[str, ...]
     isa: tuple[str, ...]
-    vector_bytes: int
+    simd: Simd
     openmp: bool
     arguments: tuple[str, ...] = ()
 
     @property
     def registers(self) -> int:
         """Vector registers that code can use."""
-        return 32 if "__AVX512F__" in self.isa or "__ARM_NEON" in self.isa else 16
+        return self.simd.registers
 
     @property
     def multiplies_pairs(self) -> bool:
-        """Whether the processor multiplies pairs of bfloat16 numbers in whole registers (``vdpbf16ps``)."""
-        return "__AVX512BF16__" in self.isa and self.vector_bytes == 64
+        """Whether pairs of bfloat16 numbers are multiplied in whole registers (``vdpbf16ps``)."""
+        return self.simd.pairs
 
     @property
     def identity(self) -> tuple[str, ...]:
-        """All that decides which code is built: part of the keys of caches."""
+        """All that decides which kernels are built, and how fast they are: part of the keys of caches."""
         program = os.path.realpath(self.compiler)
-        return (program, *self.arguments, self.version, *self.flags, *self.isa)
+        return (program, *self.arguments, self.version, *self.flags, *self.isa, str(self.simd))
 
     @property
     def name(self) -> str:
@@ -80,7 +80,7 @@ class Toolchain:
 
         As many as a vector register has numbers of the type that is computed in.
         """
-        return self.vector_bytes // compute_type(dtype).itemsize
+        return self.simd.vector_bytes // compute_type(dtype).itemsize
 
 
 @functools.cache
@@ -118,6 +118,8 @@ def toolchain() -> Toolchain | None:
 
     A compiler works if a library that it builds passes a self-test, in another process. It is looked for
     once per process. ``CLICKTRAIN_CFLAGS`` adds flags (a sanitizer, say); they are part of the cache's key.
+    So are ``CLICKTRAIN_LANES`` and ``CLICKTRAIN_PAIRS``, which set the width of vectors: see
+    `requested_simd`. All are read once per process.
     """
     return _search()[0]
 
@@ -143,16 +145,15 @@ def _try(compiler: str, arguments: Sequence[str], folder: Path) -> Toolchain | s
         for openmp in (("-fopenmp",), ()):
             flags = (*_FLAGS, *tune, *openmp, *extra)
             with work_folder(folder) as work:
-                tools = Toolchain(compiler, "", flags, (), 16, bool(openmp), tuple(arguments))
+                tools = Toolchain(compiler, "", flags, (), native_simd(()), bool(openmp), tuple(arguments))
                 why, hung = _why_unusable(tools, work)
                 if hung:
                     return why
                 if not why:
                     macros = _macros(tools, (*tune, *extra), work)
                     version = _version(tools, work)
-                    width = next((size for macro, size in _VECTOR_BYTES if macro in macros), 16)
                     isa = tuple(macro for macro in _ISA_MACROS if macro in macros)
-                    return replace(tools, version=version, isa=isa, vector_bytes=width)
+                    return replace(tools, version=version, isa=isa, simd=requested_simd(native_simd(isa)))
     return why
 
 

@@ -144,6 +144,21 @@ def test_what_only_the_real_plan_shows_stays_and_is_told() -> None:
     torch.testing.assert_close(model(x), before(x))
 
 
+def test_looking_at_a_network_waits_for_no_other_process(monkeypatch: pytest.MonkeyPatch) -> None:
+    """A synchronised batch norm would: one process may print a plan alone."""
+    torch.manual_seed(0)
+    model = nn.SyncBatchNorm.convert_sync_batchnorm(network("dropout"))
+
+    def wait(self: nn.Module, x: Tensor) -> Tensor:
+        raise AssertionError("waits for the others")
+
+    with monkeypatch.context() as patched:
+        patched.setattr(nn.SyncBatchNorm, "forward", wait)
+        plan = plan_of_a_third(model, "dropout")
+    assert {"stem.1.weight", "stem.1.running_mean"} <= {cut.name for cut in plan.cuts}
+    assert plan == plan_of_a_third(network("dropout"), "dropout")
+
+
 class Restless(nn.Module):
     """Gives something else at each call, whatever random numbers are set."""
 

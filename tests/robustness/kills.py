@@ -41,6 +41,7 @@ from clicktrain.train import RunFolder
 
 for module in ("commands.train", "commands.resume", "commands.running", "train", "compiler"):
     importlib.import_module(f"clicktrain.{module}")  # now, not in every fork
+importlib.import_module("torch._dynamo")  # by the first optimizer, and as slow as the rest of PyTorch
 
 COMMON: dict[str, Any] = {
     "model": "tiny_networks:tiny", "data": "synthetic:classes=4,size=8,channels=1,train=128,val=40",

@@ -165,7 +165,7 @@ class RunFolder:
             try:
                 yield
             except Exception:
-                if new and not self.checkpoints():
+                if new and self.path.is_dir() and only_begun(self.path):
                     remove_new(self.path, there)
                 raise
 

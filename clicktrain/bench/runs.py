@@ -13,12 +13,13 @@ import torch
 from torch import Tensor, nn
 
 from clicktrain.accounting import ModelCost, count
+from clicktrain.bench.accelerating import accelerated
 from clicktrain.bench.step import TrainingStep
 from clicktrain.bench.timing import Progress, WrongResultError, check_rounds, fastest, median_ms
-from clicktrain.compiler import Accelerated, accelerate
+from clicktrain.compiler import Accelerated
 from clicktrain.errors import UserError
 from clicktrain.formats.memory_format import unsafe_in_channels_last
-from clicktrain.kernels.native import keep_memory, toolchain
+from clicktrain.kernels.native import keep_memory
 from clicktrain.kernels.pack_model import pack_model_
 from clicktrain.sparsity.masks import conv_masks
 from clicktrain.train import load_run
@@ -141,11 +142,11 @@ def _flops(cost: ModelCost, training: bool) -> int:
 def _accelerated(loaded: LoadedRun, x: Tensor) -> nn.Module | None:
     """On the sparse kernels, where there is something sparse; checked against the run's own network."""
     masks = conv_masks(loaded.masks)
-    if not masks or toolchain() is None:
+    if not masks:
         return None
     packed = copy.deepcopy(loaded.model)
     pack_model_(packed, masks)
-    fast = accelerate(packed, x)
+    fast = accelerated(packed, x)
     if not isinstance(fast, Accelerated):
         return None
     with torch.inference_mode():

@@ -76,10 +76,10 @@ class Guards:
         else:
             self._equal.append((home, name, copy.deepcopy(value), read))
         if not is_plain(value) and type(value).__module__ != "builtins":
-            inside = getattr(value, "__dict__", None)
-            for part in list(inside or ()):
-                if is_plain(inside[part]) and not callable(value) and not isinstance(value, nn.Module):
-                    self._equal.append((inside, part, copy.deepcopy(inside[part]), read))
+            inside: dict[str, Any] = getattr(value, "__dict__", {})
+            for part, held in list(inside.items()):
+                if is_plain(held) and not callable(value) and not isinstance(value, nn.Module):
+                    self._equal.append((inside, part, copy.deepcopy(held), read))
 
 
 def _containers(graph: ModelGraph) -> list[nn.Module]:

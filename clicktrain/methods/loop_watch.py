@@ -13,14 +13,13 @@ from dataclasses import dataclass
 
 import torch
 from torch import Tensor, nn
-from torch.nn.parameter import is_lazy
 from torch.optim import Optimizer
 
 from clicktrain.errors import UserError
 from clicktrain.methods.attached_optimizers import AttachedOptimizers
 from clicktrain.methods.base import RunLength
+from clicktrain.methods.outsiders import Outsiders
 from clicktrain.methods.pruned_network import PrunedNetwork
-from clicktrain.surgery import SurgeryPlan
 
 STRIKES = 8
 """How often in a row something odd has to happen before it counts as a mistake."""
@@ -30,8 +29,6 @@ _BAD_LOSSES = 16
 """Losses in a row that are not finite; mixed precision may produce a few."""
 _READ_EVERY = 64
 """Batches between two readings of a counter from an accelerator, which wait for it."""
-_WEIGHTED = (nn.modules.conv._ConvNd, nn.Linear, nn.modules.batchnorm._NormBase)
-"""Layers whose parameters have channels."""
 
 
 @dataclass(eq=False)
@@ -53,21 +50,6 @@ class _Place:
         return self.module._parameters.get(self.leaf) is self.weight
 
 
-@dataclass(eq=False)
-class _Outsider:
-    """A trainable parameter that no attached optimizer holds."""
-
-    name: str
-    parameter: Tensor
-    version: int
-    norm: Tensor
-    """At the last change of version: optimizers that write through ``.data`` leave the version as it is."""
-    layered: bool
-    """Whether it belongs to a layer with channels."""
-    moved: int = 0
-    """Batches before which it had changed."""
-
-
 class LoopWatch:
     """What a loop has done since `attach`, as far as it can be seen from hooks and `observe`."""
 
@@ -82,7 +64,10 @@ class LoopWatch:
             length: as told to `attach`.
             replaces: whether the method removes channels, so that parameters are replaced by others.
         """
-        self._network, self._optimizers, self._replaces = network, optimizers, replaces
+        self._network, self._optimizers = network, optimizers
+        self.outsiders = Outsiders(network.model, optimizers, replaces)
+        self._places: list[_Place] = []
+        self._version = 0
         self.length = length
         self._revision = -1
         self._unstepped = self._unobserved = self._moved = self._without_gradient = 0
@@ -119,7 +104,7 @@ class LoopWatch:
             self._unstepped += 1
             self._moved += version != self._version
         self._version, self._stepped, self._unobserved = version, False, 0
-        self._watch_outsiders()
+        self.outsiders.watch()
         self._check_steps()
         if over and not self._ran_over:
             self._ran_over = True
@@ -162,17 +147,6 @@ class LoopWatch:
             self._look_again()
         self._version = self._versions()
 
-    def check_orphans(self, plan: SurgeryPlan) -> None:
-        """Refuse a removal of channels that would take a parameter away from an optimizer unknown here.
-
-        Raises:
-            UserError: names the parameter.
-        """
-        for outsider in self._outsiders:
-            replaced = plan.cuts_of(outsider.name) or plan.new_name(outsider.name) is None
-            if replaced and outsider.parameter.grad is not None and self._is_trained(outsider):
-                raise self._orphaned(outsider)
-
     def batches_or_steps(self, seen: int) -> int:
         """How much of a loop has been seen at all."""
         return seen + self._unobserved
@@ -203,21 +177,7 @@ class LoopWatch:
             if weight is not None:
                 place = _Place(layer.name, modules[parent]._modules, child, module, leaf, weight)
                 self._places.append(place)
-        before = {o.name: o.moved for o in self._outsiders} if self._revision >= 0 else {}
-        held = {id(p) for p in self._optimizers.parameters()}
-        self._outsiders = [
-            _Outsider(
-                f"{name}.{leaf}" if name else leaf,
-                p,
-                p._version,
-                _norm(p),
-                isinstance(module, _WEIGHTED),
-                before.get(f"{name}.{leaf}", 0),
-            )
-            for name, module in modules.items()
-            for leaf, p in module._parameters.items()
-            if p is not None and p.requires_grad and id(p) not in held and not is_lazy(p)
-        ] if self._replaces else []  # fmt: skip
+        self.outsiders.look_again()
         self._revision = network.revision
         self._version = self._versions()
 
@@ -296,38 +256,6 @@ class LoopWatch:
                 f"the last {count} losses were not finite numbers: training has diverged; lower the learning "
                 "rate, or look for the first batch whose loss is NaN"
             )
-
-    # ---- parameters outside -----------------------------------------------------------------
-
-    def _watch_outsiders(self) -> None:
-        """A parameter that others train must not lose channels: refused as soon as it is seen to move."""
-        for outsider in self._outsiders:
-            version = outsider.parameter._version
-            if version != outsider.version:
-                outsider.version, outsider.norm = version, _norm(outsider.parameter)
-                outsider.moved += 1
-                if outsider.layered and outsider.moved >= 3 and not self._now_held(outsider):
-                    raise self._orphaned(outsider)
-
-    def _is_trained(self, outsider: _Outsider) -> bool:
-        if self._now_held(outsider):
-            return False
-        return outsider.moved >= 2 or not torch.equal(_norm(outsider.parameter), outsider.norm)
-
-    def _now_held(self, outsider: _Outsider) -> bool:
-        """Whether it was added to a group of an attached optimizer meanwhile."""
-        return any(p is outsider.parameter for p in self._optimizers.parameters())
-
-    def _orphaned(self, outsider: _Outsider) -> UserError:
-        return UserError(
-            f"{outsider.name} is trained by an optimizer that attach was not given, and would be lost to it "
-            "when channels are removed: give attach all optimizers, attach(model, [first, second], ...)"
-        )
-
-
-@torch.no_grad()
-def _norm(parameter: Tensor) -> Tensor:
-    return torch.linalg.vector_norm(parameter.detach().float())
 
 
 def _moved(then: Tensor, now: Tensor) -> UserError:

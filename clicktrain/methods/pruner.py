@@ -10,13 +10,11 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
-from torch.nn.parallel import DistributedDataParallel
 from torch.optim import Optimizer
-from torch.optim.swa_utils import AveragedModel
 from torch.utils.hooks import RemovableHandle
 
 from clicktrain.accounting.agreement import mean_over_processes
-from clicktrain.errors import UserError
+from clicktrain.errors import UserError, shown
 from clicktrain.graph import Inputs, as_inputs
 from clicktrain.methods.attached_optimizers import (
     AttachedOptimizers,
@@ -24,7 +22,7 @@ from clicktrain.methods.attached_optimizers import (
     check_loaded_state,
     learning_rate_of,
 )
-from clicktrain.methods.attachments import check_free, claim, release
+from clicktrain.methods.attachments import check_free, check_network, claim, release
 from clicktrain.methods.averages import CopyNote
 from clicktrain.methods.base import (
     Action,
@@ -40,7 +38,8 @@ from clicktrain.methods.base import (
     SilenceChannels,
     Step,
 )
-from clicktrain.methods.loop_watch import STRIKES, LoopWatch
+from clicktrain.methods.loop_watch import LoopWatch
+from clicktrain.methods.optimizer_round import OptimizerRound
 from clicktrain.methods.pruned_network import PrunedNetwork
 from clicktrain.methods.sparse_latency import MeasureMasks
 from clicktrain.methods.survey import Survey
@@ -79,7 +78,7 @@ class Pruner:
                 f"a run has at least 1 epoch of 1 batch, got epochs={length.epochs}, "
                 f"steps_per_epoch={length.steps_per_epoch}"
             )
-        _check_model(model)
+        check_network(model)
         self._optimizers = AttachedOptimizers(optimizer)
         check_free([*self._optimizers.all, *model.modules()])
         self.method = method
@@ -89,6 +88,8 @@ class Pruner:
         self._at_epoch_end: list[Callable[[int], None]] = []
         self._ended = ""
         inputs = None if example is None else as_inputs(example, model)
+        if inputs is not None and not inputs.tensors():
+            raise UserError(f"example is {shown(example)}, which holds no tensor: give a batch of inputs")
         found = replace(method.survey(model, self._optimizers.parameters()), example=inputs, measure=measure)
         self._optimizers.check(
             model, [layer.weight for layer in found.prunable], packed, shrinks=method.reads_graph
@@ -105,9 +106,10 @@ class Pruner:
         self._epoch_losses: list[float] = []
         self._last_loss: Tensor | None = None
         self._depths: dict[int, int] = {}
-        self._round = _Round()
-        self._holders: tuple[OptimizerUnit, ...] = ()
-        self._holders_revision = -1
+        self._looked_at_state = False
+        self._round = OptimizerRound()
+        self._holders = self._optimizers.holders([layer.weight for layer in found.prunable])
+        self._holders_revision = self.revision
         if packed:
             self.network.check_packable()
         self._carry_out(method.at_start(self._state, self._found, length))
@@ -448,6 +450,9 @@ class Pruner:
         if depth > 0:
             return
         self._close_epoch()
+        if not self._looked_at_state:
+            self._looked_at_state = True
+            self._optimizers.check_first_step([layer.weight for layer in self._found.prunable])
         counted = self._counted_units()
         whole = unit in counted and self._round.ends(unit, counted)
         with torch.no_grad(), self._full_precision():
@@ -471,8 +476,7 @@ class Pruner:
     def _counted_units(self) -> tuple[OptimizerUnit, ...]:
         """The optimizers whose steps make a round: those that hold weights which may be pruned."""
         if self._holders_revision != self.revision:
-            packed = self.frozen and self.packed
-            if not packed:
+            if not (self.frozen and self.packed):  # packed, the same ones hold the values
                 self._holders = self._optimizers.holders([layer.weight for layer in self._found.prunable])
             self._holders_revision = self.revision
         return self._holders
@@ -533,7 +537,7 @@ class Pruner:
             case SilenceChannels(plan):
                 self.network.silence(plan)
             case Reconfigure(plan, event, checked):
-                self._watch.check_orphans(plan)
+                self._watch.outsiders.check_orphans(plan)
                 self._find_averages()
                 told = self.network.reconfigure(plan, checked, self._follow)
                 self._record({"event": "reconfigured", **event, **told})
@@ -573,42 +577,6 @@ class _InputHook:
         return _InputHook, (None,)
 
 
-class _Round:
-    """One step each of the optimizers that hold weights to be pruned; see `Pruner`."""
-
-    def __init__(self) -> None:
-        self._stepped: list[OptimizerUnit] = []
-        self._seen = -1
-        self._broken = 0
-
-    def begins(self, seen: int) -> bool:
-        """Whether gradients are new to the method: the first step after `Pruner.observe`.
-
-        Raises:
-            UserError: again and again an optimizer has not stepped between two of these.
-        """
-        if seen == self._seen:
-            return False
-        self._broken = self._broken + 1 if self._stepped else 0
-        if self._broken >= STRIKES:
-            raise UserError(
-                "the attached optimizers hold weights to be pruned together but do not step together: after "
-                "each backward() and observe(loss) let every one of them step once, or, where networks take "
-                "turns (a GAN), attach one method to each network with its own optimizer"
-            )
-        self._stepped, self._seen = [], seen
-        return True
-
-    def ends(self, unit: OptimizerUnit, counted: Sequence[OptimizerUnit]) -> bool:
-        """Note a step; whether every optimizer that counts has now stepped."""
-        if unit not in self._stepped:
-            self._stepped.append(unit)
-        if any(other not in self._stepped for other in counted):
-            return False
-        self._stepped = []
-        return True
-
-
 def _cuts(action: Action) -> bool:
     """Whether an action takes something away for good."""
     return isinstance(action, FreezeMasks) or (isinstance(action, Reconfigure) and bool(action.plan))
@@ -616,20 +584,3 @@ def _cuts(action: Action) -> bool:
 
 def _is_count(number: object) -> bool:
     return isinstance(number, int) and not isinstance(number, bool) and number >= 1
-
-
-def _check_model(model: nn.Module) -> None:
-    """UserError if this is no network, or a wrapper around it and not the network itself."""
-    if not isinstance(model, nn.Module):
-        raise UserError(f"attach takes the network, a torch.nn.Module, not a {type(model).__name__}")
-    wrapper = isinstance(model, DistributedDataParallel | nn.DataParallel)
-    if wrapper or "_orig_mod" in model._modules:
-        raise UserError(
-            f"attach takes the network itself, not a {type(model).__name__} around it, which would keep "
-            "parameters that are replaced: attach first, then call pruner.wrapped(...) to wrap it"
-        )
-    if isinstance(model, AveragedModel):
-        raise UserError(
-            "attach takes the network that is trained, not an AveragedModel of it: attach to the network, "
-            "then call pruner.follow(average)"
-        )

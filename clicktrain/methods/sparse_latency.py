@@ -20,7 +20,7 @@ from clicktrain.accounting.timing import timed_for
 from clicktrain.errors import UserError
 from clicktrain.graph import Inputs, as_inputs
 from clicktrain.graph.batch import blank, first_of_batch, first_tensor
-from clicktrain.kernels.native import keep_memory, toolchain
+from clicktrain.kernels.native import keep_memory, missing_toolchain, toolchain
 from clicktrain.kernels.sparse_conv2d import refusal
 from clicktrain.methods.latency_search import next_aim
 from clicktrain.methods.latency_target import ROUNDS, SECONDS, Measured, bare_copy
@@ -244,7 +244,7 @@ def _check(found: Survey) -> tuple[nn.Module, Any]:
     why = (
         f"the network is on {min(wrong)}"
         if wrong
-        else "there is no C compiler"
+        else missing_toolchain().rpartition(":")[0]
         if toolchain() is None
         else ""
     )

@@ -11,7 +11,7 @@ import torch
 from torch import nn
 
 from clicktrain.compiler import Accelerated, LoweringPlan, accelerate
-from clicktrain.files import is_file, read_text
+from clicktrain.files import is_file
 from clicktrain.formats.atomic import write_text_atomic
 from clicktrain.train.prepare import Prepared
 from clicktrain.train.progress import Progress
@@ -56,7 +56,7 @@ def choose_operators(p: Prepared, folder: RunFolder, progress: Progress, epoch: 
     config = p.config
     plan = None
     if is_file(folder.operators):
-        plan = LoweringPlan.from_json(read_text(folder.operators))
+        plan = LoweringPlan.read(folder.operators)
     rule = config.operators
     if rule == "measured" and _work_left(p, epoch) < SHORT_FLOPS:
         rule = "density"
@@ -101,5 +101,5 @@ def operator_names(folder: RunFolder) -> dict[str, str]:
     """Layer -> operator that its stage 5 ran on, as far as a compiler chose one."""
     if not is_file(folder.operators):
         return {}
-    plan = LoweringPlan.from_json(read_text(folder.operators))
+    plan = LoweringPlan.read(folder.operators)
     return {row["layer"]: row["operator"] for row in plan.table()}

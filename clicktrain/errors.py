@@ -1,6 +1,8 @@
-"""The one exception that stands for a mistake of the user's."""
+"""The one exception that stands for a mistake of the user's, and how its sentence shows a wrong value."""
 
 from __future__ import annotations
+
+import reprlib
 
 
 class UserError(ValueError):
@@ -8,3 +10,32 @@ class UserError(ValueError):
 
     The command line prints the sentence without a traceback and exits with code 2.
     """
+
+
+def shown(value: object, longest: int = 60) -> str:
+    """``repr`` of a value from outside, cut in the middle where it is long.
+
+    Work and length are bounded whatever the value is: a list that holds itself a million times over, a number
+    of 5,000 digits, a text of a megabyte.
+    """
+    short = reprlib.Repr()
+    short.maxstring = short.maxother = short.maxlong = longest
+    short.maxlevel = 3
+    short.maxlist = short.maxtuple = short.maxset = short.maxfrozenset = short.maxdict = 4
+    try:
+        text = short.repr(value)
+    except ValueError:  # Python refuses to write integers of more than 4,300 digits
+        text = f"a number of {_digits(value)} digits" if isinstance(value, int) else type(value).__name__
+    return shortened(text, 2 * longest)
+
+
+def shortened(text: str, longest: int) -> str:
+    """A text of at most about ``longest`` characters: the middle of a longer one becomes ``...``."""
+    if len(text) <= longest:
+        return text
+    head = longest * 2 // 3
+    return f"{text[:head]}...{text[-(longest - head) :]}"
+
+
+def _digits(number: int) -> str:
+    return f"about {round(number.bit_length() * 0.30103):,}"

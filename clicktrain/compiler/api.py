@@ -12,12 +12,14 @@ from clicktrain.compiler.believe import LoweringError, is_operator
 from clicktrain.compiler.fallback import accelerate_layers_, plan_by_layer
 from clicktrain.compiler.module import Accelerated, refusal
 from clicktrain.compiler.norm_statistics import check_statistics
-from clicktrain.compiler.plan import LoweringPlan
-from clicktrain.compiler.select import RULES, make_plan
+from clicktrain.compiler.plan import RULES, LoweringPlan
+from clicktrain.compiler.select import make_plan
 from clicktrain.errors import UserError
 from clicktrain.graph import Inputs, as_inputs, own_random_numbers
 from clicktrain.graph.faithful import ExampleError, UnfaithfulError, believed_graph
-from clicktrain.kernels.native import keep_memory, toolchain
+from clicktrain.kernels.native import KernelError, keep_memory, toolchain
+from clicktrain.kernels.native.failure import report_failure, summary, watch_failures
+from clicktrain.kernels.native.folder import take_notice
 from clicktrain.kernels.pack_model import pack
 from clicktrain.kernels.sparse_conv2d import PackedConv2d
 
@@ -63,8 +65,9 @@ def accelerate(
         verbose: print the plan.
 
     Returns:
-        An `Accelerated` view of the model; without a C compiler, or not on the CPU, the model itself with a
-        warning that says why.
+        An `Accelerated` view of the model; without a C compiler that works, or not on the CPU, the model
+        itself with a warning that says why. Where some kernels cannot be built, others are chosen, with a
+        warning.
 
         The lowered network has been run beside the model, in training and in evaluation mode, twice each and
         under the same random numbers: outputs, gradients, buffers, attributes and random numbers drawn are
@@ -92,6 +95,40 @@ def accelerate(
         warnings.warn(f"the packed model runs on the reference operator: {reason}", stacklevel=2)
         return model
     keep_memory()
+    result: Accelerated | None = None
+    with watch_failures() as failures:
+        try:
+            result = _accelerated(model, inputs, rule, plan, tuple(dtypes), remember)
+        except KernelError as error:  # of what nothing goes without
+            report_failure(error)
+    if result is None or (failures and not any(one.kind == "conv" for one in result.plan.blocked())):
+        told = f"the packed model runs on the reference operator: {summary(failures)}{_and_notice()}"
+        warnings.warn(told, stacklevel=2)
+        return model
+    if failures:
+        told = f"{summary(failures)}; other operators were chosen{_and_notice()}"
+        warnings.warn(told, stacklevel=2)
+    elif notice := take_notice():
+        warnings.warn(notice, stacklevel=2)
+    if verbose:
+        print(result.plan)
+    return result
+
+
+def _and_notice() -> str:
+    notice = take_notice()
+    return f"; {notice}" if notice else ""
+
+
+def _accelerated(
+    model: nn.Module,
+    inputs: Inputs,
+    rule: str,
+    plan: LoweringPlan | None,
+    dtypes: tuple[str, ...],
+    remember: bool,
+) -> Accelerated:
+    """`accelerate` a packed model where there is a compiler."""
     batch = inputs.tensors()[0].shape[0]
     try:
         believed = believed_graph(model, inputs, is_operator)
@@ -105,9 +142,7 @@ def accelerate(
     else:
         # Measuring draws random numbers; training goes on with its own.
         with own_random_numbers():
-            plan = make_plan(believed.graph, batch, rule, tuple(dtypes), remember)
-    if verbose:
-        print(plan)
+            plan = make_plan(believed.graph, batch, rule, dtypes, remember)
     result = Accelerated(model, plan, rule)
     try:
         result.adopt(believed, inputs)
@@ -126,7 +161,9 @@ def _by_its_own_code(
         f"{type(model).__name__} {reason}: {len(chosen)} of its packed layers run sparse one by one, which "
         "converts their activations each time; all else runs as it is written"
     )
-    warnings.warn(told, stacklevel=3)
+    warnings.warn(told, stacklevel=4)
+    if plan is not None:
+        plan = plan.without(dict.fromkeys({*plan.by_layer()} - {*chosen}, "its kernels cannot be built"))
     batch = inputs.tensors()[0].shape[0]
     return Accelerated(model, plan or plan_by_layer(model, chosen, rule, batch, told), rule, lowers=False)
 
@@ -150,7 +187,7 @@ def _warn_of_pairs(plan: LoweringPlan) -> None:
         warnings.warn(
             f"the plan multiplies pairs of bfloat16 numbers in {len(pairs)} layers, which this processor "
             "has no instruction for: they run, but slowly; measure a plan here",
-            stacklevel=3,
+            stacklevel=4,
         )
 
 

@@ -64,7 +64,7 @@ def _compare(believed: Believed, lowered: Lowered, plan: LoweringPlan, dtype: to
         if not lowered.guards.allows(dict(zip(paths, flags, strict=True))):
             continue
         twin = copy_in_modes(graph.model, flags)
-        trial = lower(replace(graph, model=twin), plan, dtype)
+        trial = lower(replace(graph, model=twin), lowered.plan or plan, dtype)
         try:
             found = observe(twin, _on_tensors(trial), few)
         except Exception as error:

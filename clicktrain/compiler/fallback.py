@@ -12,6 +12,8 @@ from clicktrain.compiler.measure import take_turns
 from clicktrain.compiler.plan import Choice, LoweringPlan, Machine
 from clicktrain.compiler.select import DENSITY_LIMIT
 from clicktrain.graph import Inputs, own_random_numbers, working_copy
+from clicktrain.kernels.native import KernelError
+from clicktrain.kernels.native.failure import report_failure
 from clicktrain.kernels.sparse_conv2d import PackedConv2d, sparse_conv2d
 
 _SECONDS = 0.3
@@ -38,17 +40,16 @@ def accelerate_layers_(
         if isinstance(module, PackedConv2d) and (not below or f"{name}.".startswith(f"{below}."))
     }
     known = {} if plan is None else plan.by_layer()
-    unknown = [name for name in layers if name not in known]
-    shapes = _input_shapes(model, unknown, inputs) if unknown else {}
+    possible = [name for name in layers if name not in known or known[name].layout == "blocked"]
+    shapes = _input_shapes(model, possible, inputs) if possible else {}
     chosen = []
-    for name, layer in layers.items():
-        if name in known:
-            pays = known[name].layout == "blocked"
-        else:
-            pays = name in shapes and _pays(layer, shapes[name], rule)
-        if pays:
-            layer.use("blocked")
-            chosen.append(name)
+    # Measuring draws random numbers; training goes on with its own.
+    with own_random_numbers():
+        for name, shape in shapes.items():
+            layer = layers[name]
+            if _works(layer, shape) and (name in known or _pays(layer, shape, rule)):
+                layer.use("blocked", otherwise="reference")
+                chosen.append(name)
     return chosen
 
 
@@ -87,31 +88,43 @@ def _input_shapes(model: nn.Module, names: list[str], inputs: Inputs) -> dict[st
     return shapes
 
 
+def _works(layer: PackedConv2d, shape: torch.Size) -> bool:
+    """Whether the layer's kernels can be built; who watches failures is told if not."""
+    try:
+        _call(layer, shape, "blocked")()
+    except KernelError as error:
+        report_failure(error)
+        return False
+    return True
+
+
 def _pays(layer: PackedConv2d, shape: torch.Size, rule: str) -> bool:
     if rule == "sparse":
         return True
     if rule == "density":
         return layer.structure.density < DENSITY_LIMIT
+    ms = take_turns({impl: _call(layer, shape, impl) for impl in ("reference", "blocked")}, _SECONDS)
+    return ms["blocked"] < ms["reference"]
+
+
+def _call(layer: PackedConv2d, shape: torch.Size, impl: str) -> Callable[[], object]:
+    """Forward and backward of a layer on random numbers."""
     x = torch.randn(shape, dtype=layer.values.dtype, requires_grad=True)
     values = layer.values.detach().requires_grad_()
 
-    def call(impl: str) -> Callable[[], object]:
-        def step() -> object:
-            with torch.enable_grad():
-                y = sparse_conv2d(
-                    x,
-                    values,
-                    layer.structure,
-                    layer.bias,
-                    stride=layer.stride,
-                    padding=layer.padding,
-                    dilation=layer.dilation,
-                    groups=layer.groups,
-                    impl=impl,
-                )
-            return torch.autograd.grad(y.sum(), [x, values])
+    def step() -> object:
+        with torch.enable_grad():
+            y = sparse_conv2d(
+                x,
+                values,
+                layer.structure,
+                layer.bias,
+                stride=layer.stride,
+                padding=layer.padding,
+                dilation=layer.dilation,
+                groups=layer.groups,
+                impl=impl,
+            )
+        return torch.autograd.grad(y.sum(), [x, values])
 
-        return step
-
-    ms = take_turns({impl: call(impl) for impl in ("reference", "blocked")}, _SECONDS)
-    return ms["blocked"] < ms["reference"]
+    return step

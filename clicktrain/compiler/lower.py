@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
 
 import torch
@@ -12,11 +12,12 @@ from torch.nn.modules.module import _has_any_global_hook
 from clicktrain.compiler import steps
 from clicktrain.compiler.guards import Guards
 from clicktrain.compiler.norm_statistics import convolutions_before_norms
+from clicktrain.compiler.passes import Pass, pass_of, pass_text
 from clicktrain.compiler.plan import DENSE, Choice, LoweringPlan, kept_in
 from clicktrain.compiler.units import Unit, find_units, max_pooling, modules_in, shape_of, watched
 from clicktrain.graph import ModelGraph
 from clicktrain.graph.copying import HOOK_TABLES
-from clicktrain.kernels.native import toolchain
+from clicktrain.kernels.native import KernelError, toolchain
 from clicktrain.kernels.native.library import build_all
 from clicktrain.kernels.sparse_conv2d import PackedConv2d
 from clicktrain.kernels.sparse_conv2d.blocked.launch import compile_plan
@@ -38,6 +39,7 @@ class Lowered:
         guards: what has to be as it was.
         tables: of the hooks of ``watched``.
         parameter: (layer, name, dtype) of the one parameter that tells whether the model moved.
+        plan: by which it was lowered: where kernels cannot be built, layers are plain that were not to be.
     """
 
     run: fx.GraphModule
@@ -45,6 +47,7 @@ class Lowered:
     guards: Guards
     tables: tuple[Mapping[int, object], ...]
     parameter: tuple[nn.Module, str, torch.dtype] | None = None
+    plan: LoweringPlan | None = None
 
     def current(self) -> bool:
         """Whether all is as it was when the model was lowered: layers, what they read, dtype and device."""
@@ -65,6 +68,9 @@ class Lowered:
 
 def lower(traced: ModelGraph, plan: LoweringPlan, dtype: torch.dtype) -> Lowered:
     """Rewrite a traced model so that units run where the plan says; what the plan does not name runs plain.
+
+    All kernels are built and loaded here. Units whose kernels cannot be built run plain; who watches failures
+    is told.
 
     Args:
         traced: with shapes.
@@ -96,16 +102,29 @@ def lower(traced: ModelGraph, plan: LoweringPlan, dtype: torch.dtype) -> Lowered
     inside = [traced.model.get_submodule(path) for path in traced.entered if path]
     unseen = tuple(dict.fromkeys((*layers, *inside)))
     tables = tuple(getattr(module, name) for module in unseen for name in HOOK_TABLES)
-    lowered = Lowered(writer.write(), unseen, Guards(traced, layers), tables, parameter)
+    lowered = Lowered(writer.write(), unseen, Guards(traced, layers), tables, parameter, plan)
     # Side by side now rather than one by one when they are first called.
-    texts = []
-    for step in writer.steps.modules():
-        if isinstance(step, steps.BlockedConv):
-            texts += compile_plan(step.text, writer.kept)
-        elif isinstance(step, steps.ConvBatchNorm):
-            texts += compile_plan(step.conv.text, writer.kept, ["forward"], sums=True)
-    build_all(texts)
-    return lowered
+    failed = build_all([text for texts in (*writer.needs.values(), *writer.sums.values()) for text in texts])
+    return lower(traced, _without(plan, units, writer, failed), dtype) if failed else lowered
+
+
+def _without(
+    plan: LoweringPlan, units: Sequence[Unit], writer: _Writer, failed: Mapping[str, KernelError]
+) -> LoweringPlan:
+    """The plan without what needs kernels that cannot be built; at least one of its choices changes."""
+    unusable = {
+        name: str(next(failed[text] for text in texts if text in failed))
+        for name, texts in writer.needs.items()
+        if any(text in failed for text in texts)
+    }
+    blocked = [unit for unit in units if unit in writer.blocked_units.values() and unit.name not in unusable]
+    if unusable and not any(unit.kind == "conv" for unit in blocked):
+        # Conversions to and fro would pay for nothing.
+        cause = next(iter(unusable.values()))
+        unusable |= {unit.name: cause for unit in blocked}
+    apart = {name for name, texts in writer.sums.items() if any(text in failed for text in texts)}
+    apart |= {name for name, norm in convolutions_before_norms(units).items() if norm.name in unusable}
+    return plan.without(unusable, apart)
 
 
 def _unpacked(unit: Unit, choice: Choice) -> bool:
@@ -137,6 +156,10 @@ class _Writer:
         self._usual: dict[fx.Node, fx.Node] = {}
         self._images: dict[fx.Node, fx.Node] = {}
         """Number of images of a blocked value."""
+        self.needs: dict[str, list[str]] = {}
+        """C texts by the name of the unit that needs them."""
+        self.sums: dict[str, list[str]] = {}
+        """C texts by the name of the convolution that takes statistics by them."""
 
     def write(self) -> fx.GraphModule:
         """The lowered graph as a module."""
@@ -202,6 +225,7 @@ class _Writer:
         if unit.kind == "batch_norm" and unit.inputs[0] in self.joined:
             self._write_joined(unit)
             return
+        self._need(unit)
         x, *others = [self.blocked(node) for node in unit.inputs]
         n = self._images[unit.inputs[0]]
         node, layer = unit.output, unit.module
@@ -234,6 +258,8 @@ class _Writer:
         x, *others = [self.blocked(node) for node in (*conv.inputs, *norm.inputs[1:])]
         n = self._images[conv.inputs[0]]
         step = steps.ConvBatchNorm(self._conv(conv), steps.BatchNorm(layer, norm.relu))
+        self.sums[conv.name] = compile_plan(step.conv.text, self.kept, ["forward"], sums=True)
+        self._need(norm)
         self._blocked[norm.output] = self._call(norm.name, step, x, n, *others)
         self._images[norm.output] = n
 
@@ -246,7 +272,15 @@ class _Writer:
             tilings = {phase: replace(tiling, pairs=False) for phase, tiling in tilings.items()}
         layer = unit.module
         assert isinstance(layer, (PackedConv2d, nn.Conv2d))
-        return steps.BlockedConv(layer, (shape[2], shape[3]), tilings)
+        step = steps.BlockedConv(layer, (shape[2], shape[3]), tilings)
+        self._need(unit, *compile_plan(step.text, self.kept))
+        return step
+
+    def _need(self, unit: Unit, *texts: str) -> None:
+        """Note the kernels that a blocked unit runs on."""
+        named = pass_of(unit)
+        passes: list[Pass] = ["layout"] if named is None else ["layout", named]
+        self.needs[unit.name] = [*texts, *(pass_text(name, self.kept) for name in passes)]
 
     def _write_dense(self, node: fx.Node, choice: Choice) -> fx.Node:
         layer = self.traced.module(node)

@@ -18,7 +18,8 @@ from clicktrain.compiler.units import packed_type
 from clicktrain.errors import UserError
 from clicktrain.graph import Inputs, ModelGraph, is_plain
 from clicktrain.graph.faithful import Believed, ExampleError, UnfaithfulError, believed_graph
-from clicktrain.kernels.native import toolchain
+from clicktrain.kernels.native import KernelError, missing_toolchain, toolchain
+from clicktrain.kernels.native.failure import summary, watch_failures
 from clicktrain.kernels.sparse_conv2d import PackedConv2d
 
 _LOCK = threading.RLock()
@@ -152,6 +153,8 @@ class Accelerated(nn.Module):
         for path in inside:
             accelerate_layers_(self.base, graph.inputs, self._rule, below=path)
         lowered = believed_lowering(believed, self.plan, packed_type(self.base))
+        if not self._lowered and lowered.plan is not None:
+            self.__dict__["plan"] = lowered.plan
         self._tell(graph)
         key, _ = _kind_of(Inputs(*self._positional(inputs.args, dict(inputs.kwargs))))
         # A new tuple: other threads may be reading the old one.
@@ -204,10 +207,14 @@ class Accelerated(nn.Module):
                 believed = believed_graph(
                     self.base, inputs, is_operator, all_modes=not self._lowered, own=self._left
                 )
-                return self.adopt(believed, inputs)
+                with watch_failures() as failures:
+                    lowered = self.adopt(believed, inputs)
+                if failures:
+                    self._warn(f"inputs of {_shapes(inputs)} run partly unaccelerated: {summary(failures)}")
+                return lowered
             except ExampleError:
                 return None  # the model's own code says best what is wrong
-            except (UnfaithfulError, LoweringError) as error:
+            except (UnfaithfulError, LoweringError, KernelError) as error:
                 lowered_badly = isinstance(error, LoweringError)
                 kind = "" if not lowered_badly else "computes something else when it is lowered: "
                 self._warn(
@@ -297,7 +304,7 @@ def _holds_packed(model: nn.Module) -> bool:
 def refusal(model: nn.Module, inputs: tuple[Any, ...]) -> str | None:
     """Why nothing can be accelerated at all."""
     if toolchain() is None:
-        return "there is no C compiler (install gcc or clang, or name one in CC)"
+        return missing_toolchain()
     tensors = [x for x in (*inputs, *model.parameters()) if isinstance(x, Tensor)]
     elsewhere = [x.device for x in tensors if x.device.type != "cpu"]
     if elsewhere:

@@ -59,8 +59,11 @@ def working_copy(model: nn.Module, *, tensors: bool = True) -> nn.Module:
 
 def users_hook(hook: Any) -> bool:
     """Whether a hook is the user's own, not part of how PyTorch or this package compute something."""
-    home = getattr(hook, "__module__", None) or type(hook).__module__
-    return not f"{home}.".startswith(_OWN)
+    return not _home(hook).startswith(_OWN)
+
+
+def _home(hook: Any) -> str:
+    return f"{getattr(hook, '__module__', None) or type(hook).__module__}."
 
 
 def users_hooks(module: nn.Module) -> bool:
@@ -80,7 +83,10 @@ def _attributes(module: nn.Module, memo: dict[int, Any]) -> dict[str, Any]:
         if name in ("_parameters", "_buffers", "_modules"):
             found[name] = type(value)((key, memo.get(id(item), item)) for key, item in value.items())
         elif name in HOOK_TABLES:
-            found[name] = OrderedDict((key, hook) for key, hook in value.items() if not users_hook(hook))
+            # PyTorch's own compute weights (weight norm); this package's watch the model, not its copies.
+            found[name] = OrderedDict(
+                (k, hook) for k, hook in value.items() if _home(hook).startswith("torch.")
+            )
         else:
             found[name] = copied(value, memo)
     return found

@@ -36,6 +36,18 @@ class Proxy(fx.Proxy):
     def __itruediv__(self, other: Any) -> fx.Proxy:
         return self.tracer.create_proxy("call_function", operator.itruediv, (self, other), {})
 
+    def __len__(self) -> int:
+        """Of a parameter or buffer, whose shape is known; the graph shows that it was asked for."""
+        if self.node.op != "get_attr":
+            return super().__len__()
+        self.tracer.create_proxy("call_method", "size", (self, 0), {})
+        module: Any = self.tracer.root  # type: ignore[attr-defined]
+        *path, name = str(self.node.target).split(".")
+        for part in path:
+            module = module._modules[part]
+        # From the tables: an attribute would be a stand-in again.
+        return len(module._parameters[name] if name in module._parameters else module._buffers[name])
+
 
 class Tracer(fx.Tracer):
     """Traces one call of a model; without inputs, a call with stand-ins for all arguments.

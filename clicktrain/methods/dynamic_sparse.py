@@ -121,6 +121,10 @@ class DynamicSparse(Method[DynamicState]):
         """Positions are fixed at the latest when the run is over."""
         return self.masks.fix(state, found, "the run ended")
 
+    def after_freeze(self, state: DynamicState, masks: Mapping[str, Tensor]) -> None:
+        """The network holds the masks from here on."""
+        state.release(masks)
+
     def plan(self, found: Survey, length: RunLength, state: DynamicState | None = None) -> PruningPlan:
         """Per layer: density and units."""
         return self.masks.plan(found, state, self.timing(length), self.dropped)

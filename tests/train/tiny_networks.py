@@ -141,3 +141,21 @@ def wide(num_classes: int, in_channels: int) -> nn.Module:
         nn.Flatten(),
         nn.Linear(96, num_classes),
     )
+
+
+def medium(num_classes: int, in_channels: int) -> nn.Module:
+    """Weights enough that a file of them is larger than what is beside them."""
+    return nn.Sequential(
+        nn.Conv2d(in_channels, 32, 3, padding=1, stride=2, bias=False),
+        nn.BatchNorm2d(32),
+        nn.ReLU(),
+        nn.Conv2d(32, 64, 3, padding=1, bias=False),
+        nn.BatchNorm2d(64),
+        nn.ReLU(),
+        nn.Conv2d(64, 64, 3, padding=1, bias=False),
+        nn.BatchNorm2d(64),
+        nn.ReLU(),
+        nn.AdaptiveAvgPool2d(1),
+        nn.Flatten(),
+        nn.Linear(64, num_classes),
+    )

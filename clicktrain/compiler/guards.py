@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import copy
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import dataclass
 from itertools import repeat
 from typing import Any
@@ -11,6 +11,8 @@ from typing import Any
 from torch import nn
 
 from clicktrain.graph import ModelGraph, Read, is_plain
+
+_GET: Callable[[Mapping[str, Any], str], Any] = dict.get  # type: ignore[assignment]
 
 
 class Guards:
@@ -47,9 +49,9 @@ class Guards:
     def hold(self) -> bool:
         """Whether everything is as it was."""
         return (
-            list(map(dict.get, self._homes, self._names)) == self._values
-            and list(map(id, map(dict.get, self._known_homes, self._known_names))) == self._ids
-            and list(map(dict.get, self._own, repeat("forward"))) == self._forwards
+            list(map(_GET, self._homes, self._names)) == self._values
+            and list(map(id, map(_GET, self._known_homes, self._known_names))) == self._ids
+            and list(map(_GET, self._own, repeat("forward"))) == self._forwards
             and all(list(table.values()) == known for table, known in self._children)
             and all(e.same() for e in self._others)
         )

@@ -6,6 +6,8 @@ import contextlib
 import os
 from pathlib import Path
 
+import torch
+
 from clicktrain.errors import UserError
 
 _FALLBACK = 64 * 2**30
@@ -23,20 +25,32 @@ def machine_bytes() -> int:
     return total
 
 
-def check_memory(needed_bytes: float, what: str, remedy: str) -> None:
+def device_bytes(device: torch.device | None) -> int:
+    """Memory of the device: a GPU's own, else `machine_bytes`."""
+    if device is not None and device.type == "cuda":
+        return int(torch.cuda.get_device_properties(device).total_memory)
+    return machine_bytes()
+
+
+def check_memory(needed_bytes: float, what: str, remedy: str, device: torch.device | None = None) -> None:
     """Raise a `UserError` unless the bytes fit the machine; says the estimate and the limit.
 
     Args:
         needed_bytes: estimate.
         what: takes the memory, as the subject of the sentence.
         remedy: what would help, an imperative.
+        device: whose memory it is; the CPU's by default.
     """
-    limit = machine_bytes()
+    limit = device_bytes(device)
     if not needed_bytes <= limit:
         raise UserError(
-            f"{what} would take about {in_words(needed_bytes)} and this machine has {in_words(limit)}: "
-            f"{remedy}"
+            f"{what} would take about {in_words(needed_bytes)} and this {_kind(device)} has "
+            f"{in_words(limit)}: {remedy}"
         )
+
+
+def _kind(device: torch.device | None) -> str:
+    return "GPU" if device is not None and device.type == "cuda" else "machine"
 
 
 def in_words(num_bytes: float) -> str:

@@ -1,8 +1,7 @@
-"""Arguments of one command: declared as data, typed by jsonargparse, mistakes told in one sentence."""
+"""Arguments of one command: declared as data, converted as settings are, mistakes told in one sentence."""
 
 from __future__ import annotations
 
-import argparse
 import difflib
 import json
 import sys
@@ -16,6 +15,7 @@ from jsonargparse import ArgumentParser
 
 from clicktrain.errors import UserError
 from clicktrain.files import parse_yaml
+from clicktrain.settings import convert
 
 
 class HelpPrinted(Exception):  # noqa: N818 - not an error: help was asked for and shown
@@ -91,10 +91,7 @@ class Command:
             self._jsonargparse().print_help(sys.stdout)
             raise HelpPrinted
         flags, words = self._split(argv)
-        values: dict[str, Any] = {}
-        parser = self._jsonargparse()
-        for option, text in flags:
-            values.update(_typed(parser, option, text))
+        values = {option.name: _typed(option, text) for option, text in flags}
         if self.positional is not None:
             values[self.positional.name] = self._check_words(words)
         elif words:
@@ -241,16 +238,18 @@ def _take(option: Option, rest: list[str]) -> str:
     return json.dumps({name: _item(value, option.hint) for name, _, value in pairs})
 
 
-def _typed(parser: ArgumentParser, option: Option, text: str) -> dict[str, Any]:
-    """The flag's value by name, in its own type."""
-    try:
-        value = parser.parse_args([f"{option.flag}={text}"], defaults=False)[option.name]
-    except argparse.ArgumentError as error:
-        from clicktrain.train.settings import convert  # not above: it brings torch, which takes seconds
+def _typed(option: Option, text: str) -> Any:
+    """A flag's value in its own type: what the same text would be as the value of a YAML setting.
 
-        convert(option.name, _scalar(text), option.hint)  # raises the sentence that a recipe would get
-        raise UserError(f"{option.flag} is {text!r}, which does not fit: {error}") from None
-    return {option.name: value}
+    Where only text is asked for it is taken as it is typed, without YAML's quotes; ``null`` is nothing.
+    """
+    kinds = _kinds(option.hint)
+    if kinds <= {str, types.NoneType}:
+        return None if text == "null" and types.NoneType in kinds else text
+    value = _scalar(text)
+    if tuple in kinds and not isinstance(value, list) and value is not None:
+        value = [_item(text, option.hint)]
+    return convert(option.name, value, option.hint)
 
 
 def _item(text: str, hint: Any) -> Any:

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import logging
-import sys
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager, nullcontext
 from pathlib import Path
@@ -12,7 +11,7 @@ from typing import Any
 from rich.console import Console
 
 from clicktrain.commands.progress import make_progress
-from clicktrain.commands.screen import Screen, warn
+from clicktrain.commands.screen import lasting_console, warn
 from clicktrain.commands.wording import asked_and_reached, clock, training_share
 from clicktrain.methods import Method
 from clicktrain.train import RunConfig, RunFolder, TrainingInterrupted, fit
@@ -39,13 +38,7 @@ def carry_out(
         notes: things to tell before the run starts.
         resume: continue the run in the folder.
     """
-    screen = Screen(
-        sys.stdout,
-        lambda reason: warn(
-            f"the output cannot be written any more ({reason}): the run goes on without it, in {folder.path}"
-        ),
-    )
-    console = Console(file=screen)
+    console = lasting_console(f"the run goes on without it, in {folder.path}")
     progress = make_progress(console, quiet)
     for note in notes:
         console.print(note, markup=False, highlight=False, soft_wrap=True)

@@ -7,7 +7,7 @@ import io
 import os
 import sys
 from collections.abc import Callable
-from typing import NoReturn, TextIO
+from typing import NoReturn, TextIO, cast
 
 from rich.console import Console
 
@@ -65,6 +65,14 @@ class Screen(io.TextIOBase):
         if stream is sys.stdout:
             discard_stdout()
         self._lost(getattr(error, "strerror", None) or str(error))
+
+
+def lasting_console(goes_on: str) -> Console:
+    """A console for a run: if its output cannot be written any more, one warning says how the run goes on."""
+    screen = Screen(
+        sys.stdout, lambda reason: warn(f"the output cannot be written any more ({reason}): {goes_on}")
+    )
+    return Console(file=cast("TextIO", screen))
 
 
 class PipeConsole(Console):

@@ -12,16 +12,16 @@ from clicktrain.commands.arguments import Command, Option, options_of
 from clicktrain.commands.running import carry_out
 from clicktrain.errors import UserError
 from clicktrain.methods import METHODS
+from clicktrain.settings import field_names, to_plain
 from clicktrain.train import RunConfig, RunFolder, from_dict, load_config
 from clicktrain.train.config import read_settings
-from clicktrain.train.settings import field_names, to_plain
 
 _OUTPUT = (
     Option("config", str | None, "YAML file with settings; flags given beside it win.", metavar="FILE"),
     Option(
         "out",
         str | None,
-        "Folder of the run, new or empty; a dated one under runs/ by default.",
+        "Folder of the run, new or empty (or of a run killed before its first checkpoint); dated by default.",
         metavar="DIR",
     ),
     Option("dry_run", bool, "Check everything, print the plan and the cost, write no run.", False),

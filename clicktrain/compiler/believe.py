@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import replace
+from dataclasses import dataclass, replace
 
 import torch
 from torch import Tensor, nn
@@ -19,9 +19,10 @@ from clicktrain.kernels.sparse_conv2d import PackedConv2d
 
 _FLOOR = {torch.float64: 1e-6, torch.float32: 1e-2, torch.bfloat16: 0.5}
 """Relative errors that come of sums in another order, or of activations kept in so few digits."""
-_INPUT = {torch.float64: 1e-14, torch.float32: 1e-6, torch.bfloat16: 2.0**-9}
-_AMPLIFIED = 50
-"""How much worse than a network whose inputs are rounded a lowered one may be: it rounds in every layer."""
+_INPUT = {torch.float64: 1e-14, torch.float32: 1e-6}
+_AMPLIFIED = {torch.float64: 50, torch.float32: 50, torch.bfloat16: 8}
+"""How much worse a lowered network may be than one whose inputs are rounded: it rounds in every layer. In
+bfloat16 the model under autocast, which rounds as often, is the measure."""
 
 
 class LoweringError(Exception):
@@ -72,7 +73,8 @@ def _compare(believed: Believed, lowered: Lowered, plan: LoweringPlan, dtype: to
             trial.run._modules.clear()  # graph and module know each other: the copy would live on
         kept = _coarsest(plan, dtype)
         noise = _rounded(graph.model, flags, few, kept, expected)
-        told = _difference(found, expected, noise, _FLOOR.get(kept, 1e-2))
+        compare = _Comparison(_FLOOR.get(kept, 1e-2), _AMPLIFIED.get(kept, 50), kept is not torch.bfloat16)
+        told = compare.of(found, expected, noise)
         if told:
             raise LoweringError(told)
 
@@ -93,7 +95,7 @@ def _on_tensors(lowered: Lowered) -> Callable[..., object]:
 def _rounded(
     model: nn.Module, flags: tuple[bool, ...], few: Inputs, kept: torch.dtype, expected: Sequence[Observation]
 ) -> Sequence[Observation]:
-    """What the model does with inputs that are rounded a little: how sensitive it is."""
+    """What the model does with less accurate numbers: how sensitive it is."""
     generator = torch.Generator().manual_seed(0)
 
     def disturb(x: Tensor) -> Tensor:
@@ -103,60 +105,89 @@ def _rounded(
         return x + x.abs().amax() * _INPUT.get(kept, 1e-6) * noise
 
     try:
+        if kept is torch.bfloat16:
+            with torch.autocast("cpu", torch.bfloat16):
+                return original_calls(model, flags, few)
         return original_calls(model, flags, few.map(disturb))
     except Exception:
         return expected
 
 
-def _difference(
-    found: Sequence[Observation],
-    expected: Sequence[Observation],
-    rounded: Sequence[Observation],
-    floor: float,
-) -> str:
-    """What the lowered network does otherwise, in words; "" if nothing that rounding would not explain."""
-    for mine, theirs, near in zip(found, expected, rounded, strict=True):
-        if not same_random_state(mine.random, theirs.random):
-            return "it draws other random numbers"
-        ours, original, other = (dict(tensors_in(one.output, "output")) for one in (mine, theirs, near))
-        if told := _apart(ours, original, other, floor):
-            return told
-        if told := _apart(mine.buffers, theirs.buffers, near.buffers, floor):
-            return f"buffer {told}"
-        if told := _apart(mine.gradients, theirs.gradients, near.gradients, floor):
-            return f"gradient of {told}"
-    return ""
+@dataclass(frozen=True)
+class _Comparison:
+    """Relative errors up to ``floor`` are nothing; so are those up to ``amplified`` times the sensitivity.
 
+    Without ``gradients``, these only have to be there: of few images, in bfloat16, they are noise.
+    """
 
-def _apart(
-    mine: Mapping[str, Tensor | None],
-    theirs: Mapping[str, Tensor | None],
-    near: Mapping[str, Tensor | None],
-    floor: float,
-) -> str:
-    if mine.keys() != theirs.keys():
-        return "missing values"
-    total = sum(_norm(tensor) ** 2 for tensor in theirs.values()) ** 0.5
-    for name, expected in theirs.items():
-        found, other = mine[name], near.get(name)
-        if expected is None or found is None:
-            if expected is not found:
-                return name
-            continue
-        if found.shape != expected.shape or found.dtype != expected.dtype:
-            return name
-        if not expected.is_floating_point():
-            if not torch.equal(found, expected):
-                return name
-        elif bool(expected.isfinite().all()):
-            # What is nearly nothing is rounding altogether: a bias before a batch norm.
-            size = max(_norm(expected), 1e-2 * total) + 1e-30
-            noise = (
-                _norm(other - expected) / size if other is not None and other.shape == found.shape else 0.0
+    floor: float
+    amplified: float
+    gradients: bool
+
+    def of(
+        self, found: Sequence[Observation], expected: Sequence[Observation], rounded: Sequence[Observation]
+    ) -> str:
+        """What the lowered network does otherwise, in words; "" if rounding explains everything."""
+        for mine, theirs, near in zip(found, expected, rounded, strict=True):
+            if not same_random_state(mine.random, theirs.random):
+                return "it draws other random numbers"
+            ours, original, other = (dict(tensors_in(one.output, "output")) for one in (mine, theirs, near))
+            told = (
+                self._apart(ours, original, other)
+                or self._apart(mine.buffers, theirs.buffers, near.buffers, "buffer ")
+                or self._apart(
+                    mine.gradients,
+                    theirs.gradients if self.gradients else _instead(theirs.gradients, mine.gradients),
+                    near.gradients,
+                    "gradient of ",
+                )
             )
-            if not _norm(found - expected) / size <= max(floor, _AMPLIFIED * noise):
-                return name
-    return ""
+            if told:
+                return told
+        return ""
+
+    def _apart(
+        self,
+        mine: Mapping[str, Tensor | None],
+        theirs: Mapping[str, Tensor | None],
+        near: Mapping[str, Tensor | None],
+        what: str = "",
+    ) -> str:
+        if mine.keys() != theirs.keys():
+            return f"{what}other values"
+        total = sum(_norm(tensor) ** 2 for tensor in theirs.values()) ** 0.5
+        wrong = (
+            n for n, expected in theirs.items() if not self._close(mine[n], expected, near.get(n), total)
+        )
+        name = next(wrong, None)
+        return "" if name is None else f"{what}{name}"
+
+    def _close(
+        self, found: Tensor | None, expected: Tensor | None, near: Tensor | None, total: float
+    ) -> bool:
+        if expected is None or found is None:
+            return expected is found
+        if found.shape != expected.shape or found.dtype != expected.dtype:
+            return False
+        if not expected.is_floating_point():
+            return torch.equal(found, expected)
+        if not bool(expected.isfinite().all()):
+            return True
+        # What is nearly nothing is rounding altogether: a bias before a batch norm.
+        size = max(_norm(expected), 1e-2 * total) + 1e-30
+        noise = 0.0 if near is None or near.shape != found.shape else _norm(near - expected) / size
+        return _norm(found - expected) / size <= max(self.floor, self.amplified * noise)
+
+
+def _instead(
+    expected: Mapping[str, Tensor | None], found: Mapping[str, Tensor | None]
+) -> dict[str, Tensor | None]:
+    """The gradients found where some were expected and all of their numbers are finite."""
+    return {
+        name: mine if theirs is not None and mine is not None and bool(mine.isfinite().all()) else theirs
+        for name, theirs in expected.items()
+        for mine in (found.get(name),)
+    }
 
 
 def _norm(tensor: Tensor | None) -> float:

@@ -84,7 +84,11 @@ class Accelerated(nn.Module):
         self.training = mode
         own = self.__dict__
         own.update(plan=plan, _rule=rule, _lowers=lowers, _lowered={}, _told=set(), _left={}, _changes={})
-        own["_names"] = list(inspect.signature(model.forward).parameters)
+        own["_names"] = [
+            name
+            for name, parameter in inspect.signature(model.forward).parameters.items()
+            if parameter.kind is parameter.POSITIONAL_OR_KEYWORD
+        ]
 
     @property
     def base(self) -> nn.Module:
@@ -270,18 +274,23 @@ def _restored(model: nn.Module, plan: LoweringPlan, rule: str, lowers: bool) -> 
 def _kind_of(inputs: Inputs) -> tuple[Any, tuple[Tensor, ...]]:
     """What calls must have in common to run one lowered graph, None if they cannot; and their tensors."""
     if not inputs.kwargs and all(type(x) is Tensor and x.dim() for x in inputs.args):
-        return tuple((x.shape[1:], x.dtype) for x in inputs.args), inputs.args
+        return tuple((x.shape[1:], x.dtype, _strange(x)) for x in inputs.args), inputs.args
     parts: list[Any] = []
     tensors = []
     for place, leaf in inputs.leaves():
         if isinstance(leaf, Tensor):
             tensors.append(leaf)
-            parts.append((place, leaf.shape[1:], leaf.dtype, leaf.dim()))
+            parts.append((place, leaf.shape[1:], leaf.dtype, leaf.dim(), _strange(leaf)))
         elif is_plain(leaf):
             parts.append((place, type(leaf), repr(leaf)))
         else:
             return None, ()
     return (tuple(parts) if tensors else None), tuple(tensors)
+
+
+def _strange(x: Tensor) -> bool:
+    """Whether a tensor lies in another memory format: random numbers are drawn in the order of memory."""
+    return not x.is_contiguous()
 
 
 def _shapes(inputs: Inputs) -> list[list[int]]:

@@ -14,6 +14,7 @@ import torch
 
 from clicktrain.compiler import plan_fields as check
 from clicktrain.errors import UserError
+from clicktrain.files import read_text
 from clicktrain.kernels.native import toolchain
 from clicktrain.kernels.sparse_conv2d.blocked.problem import PHASES, Phase, Tiling
 
@@ -214,9 +215,10 @@ class LoweringPlan:
             UserError: it is no plan; names the file.
             OSError: it cannot be read.
         """
+        text = read_text(path)
         try:
-            return cls.from_json(path.read_text(encoding="utf-8"))
-        except ValueError as error:  # UserError, and what is no UTF-8
+            return cls.from_json(text)
+        except UserError as error:
             raise UserError(f"{path}: {error}") from error
 
     def without(self, unusable: Mapping[str, str], apart: Collection[str] = ()) -> LoweringPlan:

@@ -204,7 +204,8 @@ def as_blocks(y: Tensor, like: Tensor) -> Tensor:
 def image_mean(x: Tensor, n: int, keepdim: bool, dtype: torch.dtype) -> Tensor:
     """Mean over each image: [B, C, H, W, V] -> [n, C, 1, 1] or [n, C]; the filling is dropped."""
     b, c, _, _, v = x.shape
-    means = x.mean((2, 3), dtype=dtype).permute(0, 2, 1).reshape(b * v, c)[:n]
+    # In rows, as the model has them: a dropout behind would draw for other places.
+    means = x.mean((2, 3), dtype=dtype).permute(0, 2, 1).reshape(b * v, c)[:n].contiguous()
     return means[:, :, None, None] if keepdim else means
 
 

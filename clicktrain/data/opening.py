@@ -19,11 +19,11 @@ from clicktrain.data.spec import DataSpec
 from clicktrain.data.statistics import IMAGENET_MEAN, IMAGENET_STD, channel_sums, mean_and_std
 from clicktrain.data.value_range import EIGHT_BIT, ValueRange
 from clicktrain.errors import UserError, shortened, shown
-from clicktrain.limits import check_memory
+from clicktrain.limits import in_words
 
 MEMORY_LIMIT = 2 * 2**30
 """Decoded bytes up to which a data set is kept in memory."""
-LARGEST_SIDE = 16_384
+LARGEST_SIDE = 8192
 """Pixels that images may be resized to."""
 _PROBED = 128  # headers looked at to learn size and colour
 _MEASURED = 4096  # images decoded to learn mean and std of a set that does not fit
@@ -77,7 +77,7 @@ def open_data(
         ) from error
     classes = listing.check(spec)
     if isinstance(listing.train.images, Tensor):
-        loaded = _from_pixels(listing, image_size)
+        loaded = _from_pixels(listing, image_size, memory_limit)
     else:
         request = _Request(
             spec, parsed.kind, image_size, memory_limit, workers, PixelCache(folder), value_range
@@ -167,18 +167,19 @@ class _Request:
         return measure_values(images, indices, self.workers)
 
 
-def _from_pixels(listing: Listing, image_size: int | None) -> _Loaded:
-    """Take over pixels that the source holds, resized if need be."""
+def _from_pixels(listing: Listing, image_size: int | None, memory_limit: int) -> _Loaded:
+    """Take over pixels that the source holds, resized if need be, within the memory that they may take."""
 
     def source(split: ListedSplit) -> PixelSource:
         assert isinstance(split.images, Tensor)
         images = split.images
         if image_size is not None and images.shape[2:] != (image_size, image_size):
-            check_memory(
-                images.shape[0] * images.shape[1] * image_size**2,
-                f"{len(images):,} images of {image_size}x{image_size} pixels",
-                "make image_size smaller",
-            )
+            needed = images.shape[0] * images.shape[1] * image_size**2
+            if needed > memory_limit:
+                raise UserError(
+                    f"{len(images):,} images of {image_size}x{image_size} pixels take {in_words(needed)} and "
+                    f"may take {in_words(memory_limit)}; make image_size smaller"
+                )
             images = _resized(images, image_size)
         return PixelSource(images, split.labels)
 

@@ -14,6 +14,7 @@ from pathlib import Path
 from typing import Any, BinaryIO
 
 from clicktrain.errors import UserError
+from clicktrain.leftovers import process_runs
 
 _TEMPORARY = re.compile(r"\..+\.(?P<pid>\d+)-[0-9a-f]{8}\.tmp")
 _NO_SPACE = {errno.ENOSPC, errno.EDQUOT, errno.EFBIG}
@@ -78,7 +79,7 @@ def append_jsonl(path: str | os.PathLike[str], record: Mapping[str, Any]) -> Non
 def is_leftover(path: Path) -> bool:
     """Whether this is a temporary file of `replace_file` whose writer no longer runs on this machine."""
     match = _TEMPORARY.fullmatch(path.name)
-    return match is not None and not _runs(int(match["pid"]))
+    return match is not None and not process_runs(int(match["pid"]))
 
 
 def remove_leftovers(folder: str | os.PathLike[str]) -> None:
@@ -86,19 +87,6 @@ def remove_leftovers(folder: str | os.PathLike[str]) -> None:
     for path in Path(folder).glob(".*.tmp"):
         if is_leftover(path):
             path.unlink(missing_ok=True)
-
-
-def _runs(pid: int) -> bool:
-    """Whether another process of this number runs here."""
-    if pid == os.getpid():
-        return False
-    try:
-        os.kill(pid, 0)
-    except (ProcessLookupError, OverflowError):
-        return False
-    except OSError:
-        pass  # not ours to signal: it runs
-    return True
 
 
 def _cut_unfinished_line(file: Any) -> int:

@@ -39,9 +39,14 @@ class Proxy(fx.Proxy):
     def __len__(self) -> int:
         """Of a parameter or buffer, whose shape is known; the graph shows that it was asked for."""
         if self.node.op != "get_attr":
-            return super().__len__()  # type: ignore[no-any-return, no-untyped-call, misc]
+            return super().__len__()
         self.tracer.create_proxy("call_method", "size", (self, 0), {})
-        return len(operator.attrgetter(str(self.node.target))(self.tracer.root))
+        module: Any = self.tracer.root  # type: ignore[attr-defined]
+        *path, name = str(self.node.target).split(".")
+        for part in path:
+            module = module._modules[part]
+        # From the tables: an attribute would be a stand-in again.
+        return len(module._parameters[name] if name in module._parameters else module._buffers[name])
 
 
 class Tracer(fx.Tracer):

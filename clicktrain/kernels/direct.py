@@ -85,7 +85,7 @@ def _only_once(
     """Gradients that refuse to be differentiated, by whatever they depend on."""
     given = [one for one in found if one is not None]
     saved = [t for t in (*ctx.saved_tensors, *gradients) if isinstance(t, Tensor) and t.requires_grad]
-    marked = iter(_Once.apply(len(given), *given, *saved))
+    marked = iter(_Once.apply(len(given), *given, *saved))  # type: ignore[no-untyped-call]
     return tuple(None if one is None else next(marked) for one in found)
 
 

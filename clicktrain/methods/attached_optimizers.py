@@ -5,7 +5,7 @@ from __future__ import annotations
 import inspect
 import warnings
 from collections import OrderedDict
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -74,6 +74,7 @@ class AttachedOptimizers:
             units.append(unit)
             self._unit_of.update({id(o): unit for o in unit.optimizers})
         self.units = tuple(units)
+        self._packs = self._shrinks = False
         self.all = tuple(o for unit in self.units for o in unit.optimizers)
         for optimizer in self.all:
             _make_hookable(optimizer)
@@ -114,11 +115,82 @@ class AttachedOptimizers:
                 )
             for optimizer in unit.optimizers:
                 _check_kind(optimizer)
+        self._packs, self._shrinks = packs, shrinks
         for unit in self.holders(weights):
             for optimizer in unit.optimizers:
-                _check_state(optimizer, packs, shrinks)
-            if packs or shrinks:
-                _check_wrapper(unit)
+                if packs or shrinks:
+                    self._check_state(optimizer, *_state_after_a_step(optimizer))
+            self._check_wrapper(unit)
+
+    def check_first_step(self, weights: Sequence[Tensor]) -> None:
+        """Look at what the optimizers keep, after the first step: not all of them can be tried before.
+
+        Args:
+            weights: what may be pruned.
+
+        Raises:
+            UserError: it cannot follow when parameters are replaced, and they will be.
+        """
+        for unit in self.holders(weights):
+            self._check_wrapper(unit)
+            for optimizer in unit.optimizers:
+                for weight in weights:
+                    self._check_state(optimizer, optimizer.state.get(weight, {}), weight)
+
+    def _check_state(self, optimizer: Optimizer, state: Mapping[str, Any], weight: Tensor) -> None:
+        """Refuse a state that can be neither packed nor shrunk."""
+        kind = type(optimizer).__name__
+        if self._packs and (odd := unpackable_state(optimizer, state, weight)):
+            raise UserError(
+                f"{kind} keeps {', '.join(odd)} for a weight, which cannot be packed with it: attach with "
+                "packed=False, or use another optimizer"
+            )
+        if self._shrinks and (odd := unshrinkable_state(state, weight)):
+            raise UserError(
+                f"{kind} keeps {', '.join(odd)} for a weight, which cannot lose channels with it: use "
+                "another optimizer, or a method that removes no channels"
+            )
+
+    def _check_wrapper(self, unit: OptimizerUnit) -> None:
+        """Refuse a wrapper that keeps copies of the weights where nobody can follow them."""
+        if not self._packs and not self._shrinks:
+            return
+        shapes = {tuple(p.shape) for p in unit.parameters() if p.dim() > 1}
+        for optimizer in unit.optimizers:
+            for name, value in vars(optimizer).items():
+                if name in ("state", "param_groups", "defaults"):
+                    continue
+                if any(tuple(t.shape) in shapes for t in _tensors_in(value)):
+                    raise UserError(
+                        f"{type(optimizer).__name__} keeps copies of the weights in its attribute {name!r}, "
+                        "outside of its state, where they cannot follow when parameters are replaced: "
+                        "attach with packed=False and a method that removes no channels"
+                    )
+
+
+def check_loaded_state(optimizer: Optimizer, saved: dict[str, Any]) -> None:
+    """Refuse a saved state whose parameters had other shapes: a hook, called before it is loaded.
+
+    Raises:
+        UserError: it was saved before channels went or convolutions were packed, or after it.
+    """
+    numbers = [number for group in saved.get("param_groups", ()) for number in group["params"]]
+    parameters = [p for group in optimizer.param_groups for p in group["params"]]
+    if len(numbers) != len(parameters):
+        return  # which PyTorch refuses
+    for number, parameter in zip(numbers, parameters, strict=True):
+        state = saved["state"].get(number, {})
+        if not isinstance(state, dict):
+            continue
+        own = optimizer.state.get(parameter, {})
+        for name, value in state.items():
+            now = own.get(name)
+            if isinstance(value, Tensor) and isinstance(now, Tensor) and value.shape != now.shape:
+                raise UserError(
+                    f"this state of {type(optimizer).__name__} does not fit: {name} has shape "
+                    f"{tuple(value.shape)} where the network now has {tuple(now.shape)}; load the state of "
+                    "the pruner first (pruner.load_state_dict), from the same moment of the run"
+                )
 
 
 def learning_rate_of(unit: OptimizerUnit) -> float:
@@ -178,24 +250,6 @@ def _check_kind(optimizer: Optimizer) -> None:
             raise UserError(f"{kind} with {option}=True cannot be attached: {why}")
 
 
-def _check_state(optimizer: Optimizer, packs: bool, shrinks: bool) -> None:
-    """Refuse a state that can be neither packed nor shrunk, found out on a small weight of its own."""
-    if not packs and not shrinks:
-        return
-    state, weight = _state_after_a_step(optimizer)
-    kind = type(optimizer).__name__
-    if packs and (odd := unpackable_state(optimizer, state, weight)):
-        raise UserError(
-            f"{kind} keeps {', '.join(odd)} for a weight, which cannot be packed with it: attach with "
-            "packed=False, or use another optimizer"
-        )
-    if shrinks and (odd := unshrinkable_state(state, weight)):
-        raise UserError(
-            f"{kind} keeps {', '.join(odd)} for a weight, which cannot lose channels with it: use another "
-            "optimizer, or a method that removes no channels"
-        )
-
-
 def _state_after_a_step(optimizer: Optimizer) -> tuple[dict[str, Any], Tensor]:
     """What an optimizer like this one keeps for a weight after a step; nothing if it cannot be tried."""
     kind, defaults = type(optimizer), optimizer.defaults
@@ -212,21 +266,6 @@ def _state_after_a_step(optimizer: Optimizer) -> tuple[dict[str, Any], Tensor]:
         return dict(like.state.get(weight, {})), weight
     except Exception:  # anybody's class: whatever it raises here says only that it cannot be tried
         return {}, weight
-
-
-def _check_wrapper(unit: OptimizerUnit) -> None:
-    """Refuse a wrapper that keeps copies of the weights where nobody can follow them."""
-    shapes = {tuple(p.shape) for p in unit.parameters() if p.dim() > 1}
-    for optimizer in unit.optimizers:
-        for name, value in vars(optimizer).items():
-            if name in ("state", "param_groups", "defaults"):
-                continue
-            if any(tuple(t.shape) in shapes for t in _tensors_in(value)):
-                raise UserError(
-                    f"{type(optimizer).__name__} keeps copies of the weights in its attribute {name!r}, "
-                    "outside of its state, where they cannot follow when parameters are replaced: "
-                    "attach with packed=False and a method that removes no channels"
-                )
 
 
 def _tensors_in(value: Any, depth: int = 3) -> Iterator[Tensor]:

@@ -2,8 +2,11 @@
 
 from __future__ import annotations
 
+import gc
+import weakref
 from collections.abc import Mapping, Sequence
 from copy import deepcopy
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -14,6 +17,48 @@ from clicktrain.kernels.pack_model import pack_model_
 from clicktrain.kernels.sparse_conv2d.module import PackedConv2d
 from clicktrain.sparsity.masks import conv_masks
 from clicktrain.surgery import SurgeryPlan, apply_surgery_
+
+_NOTE = "_clicktrain_copies"
+
+
+class CopyNote:
+    """Left in a network as an attribute while a method is attached: notes the deep copies made of it.
+
+    Copies and pickles of the network have None in its place.
+    """
+
+    def __init__(self, model: nn.Module) -> None:
+        self._model = weakref.ref(model)
+        self._copies: list[weakref.ref[nn.Module]] = []
+        setattr(model, _NOTE, self)
+
+    def averages(self, known: Sequence[nn.Module]) -> list[nn.Module]:
+        """The copies that are, by now, the inside of an ``AveragedModel``, without those known already."""
+        ids = {id(module) for module in known}
+        copies = [c for reference in self._copies if (c := reference()) is not None and id(c) not in ids]
+        if not copies:  # looking through all objects takes a while
+            return []
+        held = {
+            id(module)
+            for thing in gc.get_objects()
+            if issubclass(type(thing), AveragedModel)
+            for module in thing.modules()
+        }
+        return [copy for copy in copies if id(copy) in held]
+
+    def remove(self) -> None:
+        """Take it out of the network again."""
+        model = self._model()
+        if model is not None and model.__dict__.get(_NOTE) is self:
+            delattr(model, _NOTE)
+
+    def __deepcopy__(self, memo: dict[int, Any]) -> None:
+        copy = memo.get(id(self._model()))
+        if isinstance(copy, nn.Module):
+            self._copies.append(weakref.ref(copy))
+
+    def __reduce__(self) -> tuple[type[None], tuple[()]]:
+        return type(None), ()
 
 
 def unwrapped_average(average: object, model: nn.Module) -> nn.Module:

@@ -10,18 +10,16 @@ import math
 import warnings
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
-from typing import Any
 
 import torch
 from torch import Tensor, nn
-from torch.nn.parameter import is_lazy
 from torch.optim import Optimizer
 
 from clicktrain.errors import UserError
 from clicktrain.methods.attached_optimizers import AttachedOptimizers
 from clicktrain.methods.base import RunLength
+from clicktrain.methods.outsiders import Outsiders
 from clicktrain.methods.pruned_network import PrunedNetwork
-from clicktrain.surgery import SurgeryPlan
 
 STRIKES = 8
 """How often in a row something odd has to happen before it counts as a mistake."""
@@ -31,8 +29,6 @@ _BAD_LOSSES = 16
 """Losses in a row that are not finite; mixed precision may produce a few."""
 _READ_EVERY = 64
 """Batches between two readings of a counter from an accelerator, which wait for it."""
-_WEIGHTED = (nn.modules.conv._ConvNd, nn.Linear, nn.modules.batchnorm._NormBase)
-"""Layers whose parameters have channels."""
 
 
 @dataclass(eq=False)
@@ -54,21 +50,6 @@ class _Place:
         return self.module._parameters.get(self.leaf) is self.weight
 
 
-@dataclass(eq=False)
-class _Outsider:
-    """A trainable parameter that no attached optimizer holds."""
-
-    name: str
-    parameter: Tensor
-    version: int
-    norm: Tensor
-    """At the last change of version: optimizers that write through ``.data`` leave the version as it is."""
-    layered: bool
-    """Whether it belongs to a layer with channels."""
-    moved: int = 0
-    """Batches before which it had changed."""
-
-
 class LoopWatch:
     """What a loop has done since `attach`, as far as it can be seen from hooks and `observe`."""
 
@@ -83,7 +64,10 @@ class LoopWatch:
             length: as told to `attach`.
             replaces: whether the method removes channels, so that parameters are replaced by others.
         """
-        self._network, self._optimizers, self._replaces = network, optimizers, replaces
+        self._network, self._optimizers = network, optimizers
+        self.outsiders = Outsiders(network.model, optimizers, replaces)
+        self._places: list[_Place] = []
+        self._version = 0
         self.length = length
         self._revision = -1
         self._unstepped = self._unobserved = self._moved = self._without_gradient = 0
@@ -93,7 +77,8 @@ class LoopWatch:
         self._bad_losses: Tensor | int = 0
         self._look_again()
         masked = next(iter(network.masks.values()), None)  # of a method that masks before the first batch
-        self._kind: tuple[Any, Any] = (None if masked is None else masked.device, None)
+        self._masks_on = None if masked is None else masked.device
+        self._kind = torch.empty(0)
 
     # ---- what the pruner calls --------------------------------------------------------------
 
@@ -103,11 +88,11 @@ class LoopWatch:
         Raises:
             UserError: the loop has made the same mistake often enough, or the network is another one.
         """
+        self._check_network()
         if self._first:  # weights may have been loaded since attach
             self._first = False
             self._look_again()
             self._note_kind()
-        self._check_network()
         self._count_bad(loss, seen)
         version = self._versions()
         if self._stepped:
@@ -119,7 +104,7 @@ class LoopWatch:
             self._unstepped += 1
             self._moved += version != self._version
         self._version, self._stepped, self._unobserved = version, False, 0
-        self._watch_outsiders()
+        self.outsiders.watch()
         self._check_steps()
         if over and not self._ran_over:
             self._ran_over = True
@@ -162,17 +147,6 @@ class LoopWatch:
             self._look_again()
         self._version = self._versions()
 
-    def check_orphans(self, plan: SurgeryPlan) -> None:
-        """Refuse a removal of channels that would take a parameter away from an optimizer unknown here.
-
-        Raises:
-            UserError: names the parameter.
-        """
-        for outsider in self._outsiders:
-            replaced = plan.cuts_of(outsider.name) or plan.new_name(outsider.name) is None
-            if replaced and outsider.parameter.grad is not None and self._is_trained(outsider):
-                raise self._orphaned(outsider)
-
     def batches_or_steps(self, seen: int) -> int:
         """How much of a loop has been seen at all."""
         return seen + self._unobserved
@@ -203,21 +177,7 @@ class LoopWatch:
             if weight is not None:
                 place = _Place(layer.name, modules[parent]._modules, child, module, leaf, weight)
                 self._places.append(place)
-        before = {o.name: o.moved for o in self._outsiders} if self._revision >= 0 else {}
-        held = {id(p) for p in self._optimizers.parameters()}
-        self._outsiders = [
-            _Outsider(
-                f"{name}.{leaf}" if name else leaf,
-                p,
-                p._version,
-                _norm(p),
-                isinstance(module, _WEIGHTED),
-                before.get(f"{name}.{leaf}", 0),
-            )
-            for name, module in modules.items()
-            for leaf, p in module._parameters.items()
-            if p is not None and p.requires_grad and id(p) not in held and not is_lazy(p)
-        ] if self._replaces else []  # fmt: skip
+        self.outsiders.look_again()
         self._revision = network.revision
         self._version = self._versions()
 
@@ -230,30 +190,25 @@ class LoopWatch:
             self._look_again()
         for place in self._places:
             if not place.intact:
+                now = place.module._parameters.get(place.leaf)
+                if now is not None and now.device != place.weight.device:
+                    raise _moved(place.weight, now)
                 raise UserError(
                     f"the layer {place.name}, or its weight, was replaced by another after attach: change "
                     "the network first and attach the method to the changed one"
                 )
         if self._places and not self._first:
-            weight, (device, dtype) = self._places[0].weight, self._kind
-            if weight.device != device or weight.dtype is not dtype:
-                raise self._moved_away(weight)
+            weight, kind = self._places[0].weight, self._kind
+            if weight.device != kind.device or weight.dtype is not kind.dtype:
+                raise _moved(kind, weight)
 
     def _note_kind(self) -> None:
         """Of the first batch: nothing but masks depends on it before."""
         if self._places:
             weight = self._places[0].weight
-            if self._kind[0] is not None and weight.device != self._kind[0]:
-                raise self._moved_away(weight)
-            self._kind = (weight.device, weight.dtype)
-
-    def _moved_away(self, weight: Tensor) -> UserError:
-        device, dtype = self._kind
-        then = _kind(device, weight.dtype if dtype is None else dtype)
-        return UserError(
-            f"the network was {then} when its pruning began and is {_kind(weight.device, weight.dtype)} now: "
-            "move or cast it before making the optimizer and calling attach"
-        )
+            if self._masks_on is not None and weight.device != self._masks_on:
+                raise _moved(weight.new_empty(0, device=self._masks_on), weight)
+            self._kind = weight.new_empty(0)
 
     def _written_elsewhere(self) -> None:
         """Weights were written after an attached optimizer's step; a few times it is looked at by what."""
@@ -302,41 +257,16 @@ class LoopWatch:
                 "rate, or look for the first batch whose loss is NaN"
             )
 
-    # ---- parameters outside -----------------------------------------------------------------
 
-    def _watch_outsiders(self) -> None:
-        """A parameter that others train must not lose channels: refused as soon as it is seen to move."""
-        for outsider in self._outsiders:
-            version = outsider.parameter._version
-            if version != outsider.version:
-                outsider.version, outsider.norm = version, _norm(outsider.parameter)
-                outsider.moved += 1
-                if outsider.layered and outsider.moved >= 3 and not self._now_held(outsider):
-                    raise self._orphaned(outsider)
-
-    def _is_trained(self, outsider: _Outsider) -> bool:
-        if self._now_held(outsider):
-            return False
-        return outsider.moved >= 2 or not torch.equal(_norm(outsider.parameter), outsider.norm)
-
-    def _now_held(self, outsider: _Outsider) -> bool:
-        """Whether it was added to a group of an attached optimizer meanwhile."""
-        return any(p is outsider.parameter for p in self._optimizers.parameters())
-
-    def _orphaned(self, outsider: _Outsider) -> UserError:
-        return UserError(
-            f"{outsider.name} is trained by an optimizer that attach was not given, and would be lost to it "
-            "when channels are removed: give attach all optimizers, attach(model, [first, second], ...)"
-        )
+def _moved(then: Tensor, now: Tensor) -> UserError:
+    return UserError(
+        f"the network was {_kind(then)} when its pruning began and is {_kind(now)} now: "
+        "move or cast it before making the optimizer and calling attach"
+    )
 
 
-@torch.no_grad()
-def _norm(parameter: Tensor) -> Tensor:
-    return torch.linalg.vector_norm(parameter.detach().float())
-
-
-def _kind(device: Any, dtype: torch.dtype) -> str:
-    return f"{str(dtype).removeprefix('torch.')} on {device}"
+def _kind(tensor: Tensor) -> str:
+    return f"{str(tensor.dtype).removeprefix('torch.')} on {tensor.device}"
 
 
 def _some(names: Iterable[str], most: int = 3) -> str:

@@ -81,14 +81,14 @@ class PrunedNetwork:
         self._masks = dict(masks)
         self.mask_weights()
         if forget:
-            self._mask_state()
+            self.mask_state()
 
     def freeze(self, masks: Mapping[str, Tensor]) -> None:
         """Write zeros for good. Of several processes the first one's count."""
         agree_on_([masks[name] for name in sorted(masks)])
         self._masks = dict(masks)
         self.mask_weights()
-        self._mask_state()
+        self.mask_state()
         self.frozen = True
         for average in self.averages:
             mask_copy_(average, self.masks)
@@ -109,7 +109,8 @@ class PrunedNetwork:
         for layer, mask in self._masked():
             hard_prune_(layer.weight, mask)
 
-    def _mask_state(self) -> None:
+    def mask_state(self) -> None:
+        """Zero what the optimizers keep for dead weights."""
         for layer, mask in self._masked():
             for optimizer in self.optimizers:
                 mask_optimizer_state_(optimizer, layer.weight, mask)

@@ -10,16 +10,20 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
-from torch.nn.parallel import DistributedDataParallel
 from torch.optim import Optimizer
-from torch.optim.swa_utils import AveragedModel
 from torch.utils.hooks import RemovableHandle
 
 from clicktrain.accounting.agreement import mean_over_processes
-from clicktrain.errors import UserError
+from clicktrain.errors import UserError, shown
 from clicktrain.graph import Inputs, as_inputs
-from clicktrain.methods.attached_optimizers import AttachedOptimizers, OptimizerUnit, learning_rate_of
-from clicktrain.methods.attachments import check_free, claim, release
+from clicktrain.methods.attached_optimizers import (
+    AttachedOptimizers,
+    OptimizerUnit,
+    check_loaded_state,
+    learning_rate_of,
+)
+from clicktrain.methods.attachments import check_free, check_network, claim, release
+from clicktrain.methods.averages import CopyNote
 from clicktrain.methods.base import (
     Action,
     ApplyMasks,
@@ -34,7 +38,8 @@ from clicktrain.methods.base import (
     SilenceChannels,
     Step,
 )
-from clicktrain.methods.loop_watch import STRIKES, LoopWatch
+from clicktrain.methods.loop_watch import LoopWatch
+from clicktrain.methods.optimizer_round import OptimizerRound
 from clicktrain.methods.pruned_network import PrunedNetwork
 from clicktrain.methods.sparse_latency import MeasureMasks
 from clicktrain.methods.survey import Survey
@@ -73,7 +78,7 @@ class Pruner:
                 f"a run has at least 1 epoch of 1 batch, got epochs={length.epochs}, "
                 f"steps_per_epoch={length.steps_per_epoch}"
             )
-        _check_model(model)
+        check_network(model)
         self._optimizers = AttachedOptimizers(optimizer)
         check_free([*self._optimizers.all, *model.modules()])
         self.method = method
@@ -83,6 +88,8 @@ class Pruner:
         self._at_epoch_end: list[Callable[[int], None]] = []
         self._ended = ""
         inputs = None if example is None else as_inputs(example, model)
+        if inputs is not None and not inputs.tensors():
+            raise UserError(f"example is {shown(example)}, which holds no tensor: give a batch of inputs")
         found = replace(method.survey(model, self._optimizers.parameters()), example=inputs, measure=measure)
         self._optimizers.check(
             model, [layer.weight for layer in found.prunable], packed, shrinks=method.reads_graph
@@ -99,9 +106,10 @@ class Pruner:
         self._epoch_losses: list[float] = []
         self._last_loss: Tensor | None = None
         self._depths: dict[int, int] = {}
-        self._round = _Round()
-        self._holders: tuple[OptimizerUnit, ...] = ()
-        self._holders_revision = -1
+        self._looked_at_state = False
+        self._round = OptimizerRound()
+        self._holders = self._optimizers.holders([layer.weight for layer in found.prunable])
+        self._holders_revision = self.revision
         if packed:
             self.network.check_packable()
         self._carry_out(method.at_start(self._state, self._found, length))
@@ -110,8 +118,12 @@ class Pruner:
         for one in self._optimizers.all:
             self._handles.append(one.register_step_pre_hook(self._before_step))
             self._handles.append(one.register_step_post_hook(self._after_step))
+            if hasattr(one, "_optimizer_load_state_dict_pre_hooks"):  # not without Optimizer.__init__
+                self._handles.append(one.register_load_state_dict_pre_hook(check_loaded_state))
+                self._handles.append(one.register_load_state_dict_post_hook(self._after_load))
         if method.reads_graph and (example is None or method.keeps_inputs):
             self._handles.append(model.register_forward_pre_hook(_InputHook(self), with_kwargs=True))
+        self._copies = CopyNote(model)
         claim(self, [*self._optimizers.all, model, *(layer.module for layer in found.prunable)])
 
     # ---- what a loop calls ------------------------------------------------------------------
@@ -163,10 +175,12 @@ class Pruner:
     def follow(self, average: nn.Module) -> None:
         """Have a moving average of the network masked, shrunk, packed and unpacked with it.
 
-        Call it once, when the average has been made; at what moment of the run does not matter, what has been
-        done to the network so far is then done to the average at once. From then on the average has the
-        network's shapes at every step, so that ``average.update_parameters(model)`` goes on as before, and
-        `finish` leaves it pruned as the network is.
+        Call it once, when the average has been made. At what moment of the run does not matter: what has been
+        done to the network so far is then done to the average at once. An ``AveragedModel`` that is made of
+        the network after `attach` is also found without this call, when masks are frozen or channels go.
+
+        From then on the average has the network's shapes at every step, so that
+        ``average.update_parameters(model)`` goes on as before; `finish` leaves it pruned like the network.
 
         Args:
             average: ``torch.optim.swa_utils.AveragedModel(model)`` (EMA or SWA), or any deep copy of the
@@ -176,6 +190,10 @@ class Pruner:
             UserError: it is not a copy of this network; nothing has been changed.
         """
         self.network.follow(average)
+
+    def _find_averages(self) -> None:
+        for average in self._copies.averages(self.network.averages):
+            self.network.follow(average)
 
     def wrapped(self, wrap: Callable[[nn.Module], W]) -> Wrapped[W]:
         """The network as a loop calls it inside a wrapper that is made anew when parameters are replaced.
@@ -237,6 +255,7 @@ class Pruner:
             warnings.warn("finish was called twice: the second call changes nothing", stacklevel=2)
             return self.model
         self._close_epoch()
+        self._find_averages()
         cut = not self.frozen and self._cut_now()
         revived = self.network.revived()
         with torch.no_grad():
@@ -267,6 +286,7 @@ class Pruner:
         for handle in self._handles:
             handle.remove()
         self._handles = []
+        self._copies.remove()
         self._ended = self._ended or "close()"
         release(self)
 
@@ -379,6 +399,7 @@ class Pruner:
         """
         if saved["method"] != self.method.name:
             raise UserError(f"this state was saved by method {saved['method']!r}, not {self.method.name!r}")
+        self._find_averages()
         self.network.load_plans(saved["plans"])
         self.length = self._watch.length = RunLength(self.length.epochs, saved["steps_per_epoch"])
         self._state = self.method.load_state(self._found, self.length, saved["state"])
@@ -429,6 +450,9 @@ class Pruner:
         if depth > 0:
             return
         self._close_epoch()
+        if not self._looked_at_state:
+            self._looked_at_state = True
+            self._optimizers.check_first_step([layer.weight for layer in self._found.prunable])
         counted = self._counted_units()
         whole = unit in counted and self._round.ends(unit, counted)
         with torch.no_grad(), self._full_precision():
@@ -445,11 +469,14 @@ class Pruner:
             self._losses = []
         self._watch.stepped()
 
+    def _after_load(self, optimizer: Optimizer) -> None:
+        with torch.no_grad():
+            self.network.mask_state()
+
     def _counted_units(self) -> tuple[OptimizerUnit, ...]:
         """The optimizers whose steps make a round: those that hold weights which may be pruned."""
         if self._holders_revision != self.revision:
-            packed = self.frozen and self.packed
-            if not packed:
+            if not (self.frozen and self.packed):  # packed, the same ones hold the values
                 self._holders = self._optimizers.holders([layer.weight for layer in self._found.prunable])
             self._holders_revision = self.revision
         return self._holders
@@ -502,6 +529,7 @@ class Pruner:
             case ApplyMasks(masks, forget):
                 self.network.mask(masks, forget)
             case FreezeMasks(masks):
+                self._find_averages()
                 self.network.freeze(masks)
                 self.method.after_freeze(self._state, self.network.masks)
                 self._plan = self.method.plan(self._found, self.length, self._state)
@@ -509,7 +537,8 @@ class Pruner:
             case SilenceChannels(plan):
                 self.network.silence(plan)
             case Reconfigure(plan, event, checked):
-                self._watch.check_orphans(plan)
+                self._watch.outsiders.check_orphans(plan)
+                self._find_averages()
                 told = self.network.reconfigure(plan, checked, self._follow)
                 self._record({"event": "reconfigured", **event, **told})
             case RestoreTensors(values):
@@ -548,42 +577,6 @@ class _InputHook:
         return _InputHook, (None,)
 
 
-class _Round:
-    """One step each of the optimizers that hold weights to be pruned; see `Pruner`."""
-
-    def __init__(self) -> None:
-        self._stepped: list[OptimizerUnit] = []
-        self._seen = -1
-        self._broken = 0
-
-    def begins(self, seen: int) -> bool:
-        """Whether gradients are new to the method: the first step after `Pruner.observe`.
-
-        Raises:
-            UserError: again and again an optimizer has not stepped between two of these.
-        """
-        if seen == self._seen:
-            return False
-        self._broken = self._broken + 1 if self._stepped else 0
-        if self._broken >= STRIKES:
-            raise UserError(
-                "the attached optimizers hold weights to be pruned together but do not step together: after "
-                "each backward() and observe(loss) let every one of them step once, or, where networks take "
-                "turns (a GAN), attach one method to each network with its own optimizer"
-            )
-        self._stepped, self._seen = [], seen
-        return True
-
-    def ends(self, unit: OptimizerUnit, counted: Sequence[OptimizerUnit]) -> bool:
-        """Note a step; whether every optimizer that counts has now stepped."""
-        if unit not in self._stepped:
-            self._stepped.append(unit)
-        if any(other not in self._stepped for other in counted):
-            return False
-        self._stepped = []
-        return True
-
-
 def _cuts(action: Action) -> bool:
     """Whether an action takes something away for good."""
     return isinstance(action, FreezeMasks) or (isinstance(action, Reconfigure) and bool(action.plan))
@@ -591,20 +584,3 @@ def _cuts(action: Action) -> bool:
 
 def _is_count(number: object) -> bool:
     return isinstance(number, int) and not isinstance(number, bool) and number >= 1
-
-
-def _check_model(model: nn.Module) -> None:
-    """UserError if this is no network, or a wrapper around it and not the network itself."""
-    if not isinstance(model, nn.Module):
-        raise UserError(f"attach takes the network, a torch.nn.Module, not a {type(model).__name__}")
-    wrapper = isinstance(model, DistributedDataParallel | nn.DataParallel)
-    if wrapper or "_orig_mod" in model._modules:
-        raise UserError(
-            f"attach takes the network itself, not a {type(model).__name__} around it, which would keep "
-            "parameters that are replaced: attach first, then call pruner.wrapped(...) to wrap it"
-        )
-    if isinstance(model, AveragedModel):
-        raise UserError(
-            "attach takes the network that is trained, not an AveragedModel of it: attach to the network, "
-            "then call pruner.follow(average)"
-        )

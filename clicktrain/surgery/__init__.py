@@ -6,7 +6,7 @@ from clicktrain.surgery.groups import ChannelGroup, Member
 from clicktrain.surgery.numbering import OriginalChannels, original_channels, renumbered
 from clicktrain.surgery.plan import Cut, Gate, LayerChange, RemovedLayer, SurgeryPlan
 from clicktrain.surgery.planning import plan_keeping, plans_from_zeros
-from clicktrain.surgery.recipe import load_pruned, read_recipe, write_recipe
+from clicktrain.surgery.recipe import apply_recipe_, load_pruned, read_recipe, write_recipe
 from clicktrain.surgery.verify import Verified, plan_from_keep, plan_from_zeros, verified
 
 __all__ = [
@@ -19,6 +19,7 @@ __all__ = [
     "RemovedLayer",
     "SurgeryPlan",
     "Verified",
+    "apply_recipe_",
     "apply_surgery_",
     "channel_groups",
     "dependencies",

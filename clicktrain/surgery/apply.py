@@ -199,7 +199,8 @@ def _check_layer(plan: SurgeryPlan, name: str, module: nn.Module, tensors: dict[
     outputs = 1 if isinstance(module, _TRANSPOSED) else 0
     if isinstance(module, (*_CONVS, *_TRANSPOSED, nn.Linear)):
         # Tied weights are cut under one of their names.
-        alike = [("weight", outputs), ("bias", 0)] if f"{prefix}bias" in tensors else []
+        both = f"{prefix}weight" in tensors and f"{prefix}bias" in tensors  # or the weight is computed
+        alike = [("weight", outputs), ("bias", 0)] if both else []
     elif isinstance(module, (nn.modules.batchnorm._NormBase, ConstantBatchNorm2d)):
         leaves = ("weight", "bias", "running_mean", "running_var")
         alike = [(leaf, 0) for leaf in leaves if f"{prefix}{leaf}" in tensors]

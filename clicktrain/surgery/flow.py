@@ -97,12 +97,18 @@ class ChannelFlow:
             self._fix_inputs(node, str(unclear))
             if node.op == "call_module":
                 self._fix_module(self.graph.module(node), str(unclear))
-            shape = self.graph.shapes.get(node, ())
-            found = None
-            if len(shape) > 1:
-                found = Channels(1, self.atoms.fresh(shape[1], f"it comes out of: {unclear}"))
+            found = self._unclear_result(node, f"it comes out of: {unclear}")
         if found is not None:
             self.channels[node] = found
+
+    def _unclear_result(self, node: fx.Node, reason: str) -> Channels | None:
+        """Channels of its own: where the input had them if the shape is the same, else along dimension 1."""
+        shape = self.graph.shapes.get(node, ())
+        if len(shape) < 2:
+            return None
+        alike = [s for s in node.all_input_nodes if s in self.channels and self.graph.shapes[s] == shape]
+        dim = self.channels[alike[0]].dim if alike else 1
+        return Channels(dim, self.atoms.fresh(shape[dim], reason))
 
     # ------------------------------------------------------------ values that are numbers
 
@@ -346,7 +352,8 @@ class ChannelFlow:
                 raise unknown
             keeps = module_keeps_channels(module, inputs, dtype)
         else:
-            keeps = keeps_channels(lambda keep, training: calling(node, sources), inputs, dtype)
+            device = self.graph.evaluation.inputs.tensors()[0].device
+            keeps = keeps_channels(lambda keep, training: calling(node, sources), inputs, dtype, device)
         if not keeps or shape[next(iter(places))] != size:
             raise unknown
         whole = [self.channels[s].ids for s in sources if len(self.channels[s].ids) == size]

@@ -5,8 +5,8 @@ Layers that are called in one mode only (auxiliary heads, features for a second 
 
 from __future__ import annotations
 
-from collections.abc import Mapping
-from dataclasses import dataclass
+from collections.abc import Collection, Mapping
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
@@ -19,7 +19,8 @@ from clicktrain.graph.batch import owned
 from clicktrain.graph.trace import one_line
 from clicktrain.surgery.layer_kinds import layer_kind
 from clicktrain.surgery.layers import SURGERY_LAYERS
-from clicktrain.surgery.probing import layer_keeps_channels, may_keep_channels
+from clicktrain.surgery.norms import NormAlone, norm_alone_
+from clicktrain.surgery.probing import kind_by_trial, layer_keeps_channels, may_keep_channels
 
 MODES = {False: "in evaluation mode", True: "while training"}
 
@@ -34,6 +35,7 @@ class NetworkGraph:
         training: the pass in training mode; None where it is the same.
         shapes, sizes: of the values in both, see `clicktrain.graph.ModelGraph`.
         opaque: path -> reason, for modules that are single nodes in one of them.
+        kinds: path -> word, for layers whose ``forward`` is their own but computes what their parent's does.
     """
 
     model: nn.Module
@@ -42,6 +44,7 @@ class NetworkGraph:
     shapes: dict[fx.Node, tuple[int, ...]]
     sizes: dict[fx.Node, Any]
     opaque: dict[str, str]
+    kinds: dict[str, str]
 
     @property
     def nodes(self) -> tuple[fx.Node, ...]:
@@ -86,13 +89,18 @@ def trace(model: nn.Module, inputs: Inputs) -> NetworkGraph:
     if hasattr(model, "_orig_mod") or type(model).__module__.startswith("torch.nn.parallel"):
         inner = "model._orig_mod" if hasattr(model, "_orig_mod") else "model.module"
         raise UserError(f"surgery is done on the model inside {type(model).__name__}: pass {inner}")
-    whole = {
+    kinds = {
+        name: kind
+        for name, module in model.named_modules()
+        if name and layer_kind(module) is None and (kind := kind_by_trial(module)) is not None
+    }
+    whole = dict.fromkeys(kinds, "a layer with a forward of its own") | {
         name: "a layer of its own kind"
         for name, module in model.named_modules()
-        if name and layer_kind(module) is None and may_keep_channels(module)
+        if name and name not in kinds and layer_kind(module) is None and may_keep_channels(module)
     }
     evaluation = _traced(model, inputs, False, whole)
-    mixing = _mixing(evaluation, whole)
+    mixing = _mixing(evaluation, whole.keys() - kinds.keys())
     if mixing:
         whole = {name: reason for name, reason in whole.items() if name not in mixing}
         evaluation = _traced(model, inputs, False, whole)
@@ -106,14 +114,20 @@ def trace(model: nn.Module, inputs: Inputs) -> NetworkGraph:
     opaque: dict[str, str] = {}
     for graph in passes:
         shapes |= graph.shapes
-        sizes |= graph.sizes
+        sizes |= {node: value for node, value in graph.sizes.items() if _is_size(value)}
         opaque |= graph.opaque
-    return NetworkGraph(model, evaluation, training, shapes, sizes, opaque)
+    return NetworkGraph(model, evaluation, training, shapes, sizes, opaque, kinds)
 
 
 def _traced(model: nn.Module, inputs: Inputs, training: bool, whole: Mapping[str, str]) -> ModelGraph:
+    traced = model
+    if any(type(module) is nn.SyncBatchNorm for module in model.modules()):
+        # Another process may not be asking at this moment.
+        traced = working_copy(model)
+        norm_alone_(traced)
     try:
-        return trace_call(model, inputs, training=training, leaves=_is_leaf, opaque=whole)
+        graph = trace_call(traced, inputs, training=training, leaves=_is_leaf, opaque=whole)
+        return replace(graph, model=model)
     except TraceError as error:
         _check_runs(model, inputs, training)
         raise UserError(
@@ -126,6 +140,7 @@ def _check_runs(model: nn.Module, inputs: Inputs, training: bool) -> None:
     """A UserError if it is the example that does not fit the model."""
     twin = working_copy(model)
     twin.train(training)
+    norm_alone_(twin)
     try:
         with own_random_numbers(inputs.tensors()), torch.no_grad():
             owned(inputs).call(twin)
@@ -136,10 +151,10 @@ def _check_runs(model: nn.Module, inputs: Inputs, training: bool) -> None:
 
 
 def _is_leaf(module: nn.Module) -> bool:
-    return isinstance(module, SURGERY_LAYERS) or layer_kind(module) is not None
+    return isinstance(module, (*SURGERY_LAYERS, NormAlone)) or layer_kind(module) is not None
 
 
-def _mixing(graph: ModelGraph, whole: Mapping[str, str]) -> set[str]:
+def _mixing(graph: ModelGraph, whole: Collection[str]) -> set[str]:
     """Modules that were taken for layers that work inside each channel, and do not: these are traced into."""
     found = set()
     for node in graph.nodes:
@@ -150,6 +165,11 @@ def _mixing(graph: ModelGraph, whole: Mapping[str, str]) -> set[str]:
             if meta is None or not layer_keeps_channels(graph.module(node), tuple(meta.shape), meta.dtype):
                 found.add(name)
     return found
+
+
+def _is_size(value: Any) -> bool:
+    """Whether it is a number or a shape, not several tensors."""
+    return isinstance(value, int) or (isinstance(value, tuple) and all(isinstance(v, int) for v in value))
 
 
 def _text(graph: ModelGraph) -> str:

@@ -44,6 +44,20 @@ def layer_kind(module: nn.Module) -> str | None:
     return None
 
 
+def parent_kind(module: nn.Module) -> type[nn.Module] | None:
+    """The known layer that a layer with a ``forward`` of its own is derived from; None if there is none."""
+    for kind in type(module).__mro__:
+        if kind in _WORDS:
+            plain = kind is not type(module) and "forward" not in module.__dict__ and not computed(module)
+            return kind if plain else None
+    return None
+
+
+def word_of(kind: type[nn.Module]) -> str:
+    """The word for a known layer's class."""
+    return _WORDS[kind]
+
+
 def computed(module: nn.Module) -> bool:
     """Whether a layer's weight is computed at each access (weight norm, parametrizations)."""
     # The attribute itself is not asked for: while a model is traced that would be part of its graph.

@@ -57,6 +57,8 @@ def operation(graph: NetworkGraph, node: fx.Node) -> str:
             return "attribute"
         case "call_module":
             kind = layer_kind(graph.module(node))
+            if str(node.target) in graph.kinds:
+                return graph.kinds[str(node.target)]
             return "unknown" if kind is None or str(node.target) in graph.opaque else kind
         case "call_method":
             return _FUNCTIONS.get(str(node.target).removesuffix("_"), "unknown")

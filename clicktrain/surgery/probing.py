@@ -7,6 +7,7 @@ of some channels is compared with the same channels of what they make of all. Wh
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Sequence
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -14,6 +15,7 @@ from torch import Tensor, nn
 from clicktrain.graph import working_copy
 from clicktrain.surgery.apply import follow_shape
 from clicktrain.surgery.compare import distance
+from clicktrain.surgery.layer_kinds import parent_kind, word_of
 from clicktrain.surgery.steady import steadily
 
 _CLOSE = 1e-4
@@ -65,36 +67,82 @@ def module_keeps_channels(
             cut_channels_(twin, channels, keep)
         return lambda tensors: twin(*tensors)
 
-    return keeps_channels(made, inputs, dtype)
+    device = next((tensor.device for tensor in _tensors(module)), torch.device("cpu"))
+    return keeps_channels(made, inputs, dtype, device)
+
+
+def kind_by_trial(module: nn.Module) -> str | None:
+    """The word for a layer whose ``forward`` is its own but computes what its known parent's does."""
+    kind = parent_kind(module)
+    inputs = None if kind is None else _inputs_of(module)
+    if kind is None or inputs is None:
+        return None
+    for training in (True, False):
+        results = []
+        for function in (type(module).forward, kind.forward):
+            twin = working_copy(module)
+            twin.training = training
+            try:
+                with steadily((inputs,)), torch.no_grad():
+                    results.append(function(twin, inputs.clone()))
+            except Exception:  # whatever code of a user's does
+                return None
+        whole, right = results
+        if (
+            not isinstance(whole, Tensor)
+            or whole.shape != right.shape
+            or not distance(whole, right) <= _CLOSE
+        ):
+            return None
+    return word_of(kind)
+
+
+def _inputs_of(module: Any) -> Tensor | None:
+    """Something that a layer can read: convolutions, linear layers and batch norms of any dimensions."""
+    generator = torch.Generator().manual_seed(0)
+    weight = module._parameters.get("weight")
+    dtype, device = (torch.float32, "cpu") if weight is None else (weight.dtype, weight.device)
+    if isinstance(module, nn.Linear):
+        shape = [4, module.in_features]
+    elif isinstance(module, nn.modules.conv._ConvNd):
+        reach = [1 + (k - 1) * d for k, d in zip(module.kernel_size, module.dilation, strict=True)]
+        shape = [2, module.in_channels, *(size + 7 + n for n, size in enumerate(reach))]
+    elif isinstance(module, nn.modules.batchnorm._NormBase):
+        dims = next((n for n in (1, 2, 3) if f"{n}d" in "".join(k.__name__ for k in type(module).__mro__)), 2)
+        shape = [4, module.num_features, *[5] * dims]
+    else:
+        return None
+    return torch.randn(shape, generator=generator).to(device, dtype)
 
 
 def keeps_channels(
     made: Callable[[Tensor | None, bool], Callable[[list[Tensor]], object]],
     inputs: Sequence[tuple[tuple[int, ...], int]],
     dtype: torch.dtype,
+    device: torch.device,
 ) -> bool:
     """Whether an operation gives for some channels what it gives for all.
 
     Args:
         made: (channels that stay, or None for all; training mode) -> the operation on tensors.
         inputs: shape of each tensor, and the dimension of the channels; a tensor with one channel is spread.
-        dtype: of the tensors.
+        dtype, device: of the tensors.
     """
     channels = max((shape[dim] for shape, dim in inputs), default=0)
     if channels < 2 or not dtype.is_floating_point:
         return False
     generator = torch.Generator().manual_seed(0)
-    tensors = [torch.randn(shape, generator=generator).to(dtype) for shape, _ in inputs]
-    for keep in (torch.arange(0, channels, 2), torch.arange(channels - 1)):
+    tensors = [torch.randn(shape, generator=generator).to(device, dtype) for shape, _ in inputs]
+    for keep in (torch.arange(0, channels, 2, device=device), torch.arange(channels - 1, device=device)):
         some = [
             tensor.index_select(dim, keep) if shape[dim] == channels else tensor
             for tensor, (shape, dim) in zip(tensors, inputs, strict=True)
         ]
         for training in (True, False):
             try:
-                with steadily(()), torch.no_grad():
+                with steadily(tuple(tensors)), torch.no_grad():
                     whole = made(None, training)([tensor.clone() for tensor in tensors])
-                with steadily(()), torch.no_grad():
+                with steadily(tuple(tensors)), torch.no_grad():
                     part = made(keep, training)([tensor.clone() for tensor in some])
             except Exception:  # whatever code of a user's does with other numbers of channels
                 return False

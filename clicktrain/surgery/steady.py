@@ -22,7 +22,7 @@ def steadily(tensors: tuple[Tensor, ...]) -> Iterator[None]:
     Args:
         tensors: on whose devices something is drawn.
     """
-    with own_random_numbers(tensors), _Steady():
+    with own_random_numbers(tensors), _Steady():  # type: ignore[no-untyped-call]
         torch.manual_seed(0)
         random.seed(0)
         numpy = sys.modules.get("numpy")

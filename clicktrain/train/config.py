@@ -13,7 +13,7 @@ from clicktrain.errors import UserError, shown
 from clicktrain.files import read_yaml
 from clicktrain.methods import METHODS, Method
 from clicktrain.models import require_named
-from clicktrain.train.settings import build, field_names, to_plain, unknown_field
+from clicktrain.settings import build, field_names, to_plain, unknown_field
 
 Stem = Literal["auto", "cifar", "imagenet"]
 Optimizer = Literal["sgd", "adamw", "adam"]
@@ -232,7 +232,7 @@ _MOST = {
     "learning_rate_batch": 2**62,
     "warmup_epochs": 1_000_000,
     "cutout": 65_536,
-    "image_size": 16_384,
+    "image_size": 8192,
     "threads": 4096,
     "workers": 1024,
     "seed": 2**63 - 1,

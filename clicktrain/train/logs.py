@@ -9,6 +9,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from clicktrain.files import LARGEST_TEXT, read_regular
 from clicktrain.formats.atomic import write_text_atomic
 
 _PIECE = 2**20
@@ -94,10 +95,10 @@ def _put_aside(path: Path) -> Path:
 
 def _readable(path: Path) -> list[dict[str, Any]]:
     lines = []
-    for line in path.read_bytes().split(b"\n")[:-1]:
+    for line in read_regular(path, LARGEST_TEXT).split(b"\n")[:-1]:
         try:
             record = json.loads(line)
-        except ValueError:
+        except (ValueError, RecursionError):
             continue
         if isinstance(record, dict):
             lines.append(record)

@@ -2,10 +2,10 @@
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
 import importlib.util
-import math
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -31,8 +31,6 @@ from clicktrain.train.masked_latency import MaskedLatency
 from clicktrain.train.optim import make_optimizer
 from clicktrain.train.schedule import make_scheduler
 
-_BATCH_COPIES = 4
-"""A batch as it is decoded, augmented, and read and written by the first layer, at least."""
 SMALL_IMAGE = 64
 """Images up to this side in pixels get the CIFAR stem and recipe."""
 
@@ -250,14 +248,10 @@ def check_model(model: nn.Module, config: RunConfig, data: ImageData, device: to
             f"model {config.model} needs images of at least {smallest} pixels, those of {data.spec} have "
             f"{shape[1]}x{shape[2]}: set image_size={smallest}, or stem=cifar"
         )
-    check_memory(
-        _BATCH_COPIES * 4 * config.batch_size * math.prod(shape),
-        f"a batch of {config.batch_size} images of {shape[1]}x{shape[2]} pixels",
-        "make batch_size or image_size smaller",
-    )
     try:
         model.eval()
-        output = model(torch.zeros(1, *shape, device=device))
+        with _output_bytes(model) as kept:
+            output = model(torch.zeros(1, *shape, device=device))
         model.train()
     except MemoryError:
         raise
@@ -267,6 +261,31 @@ def check_model(model: nn.Module, config: RunConfig, data: ImageData, device: to
     got = tuple(output.shape) if isinstance(output, torch.Tensor) else type(output).__name__
     if got != (1, classes):
         raise UserError(f"model {config.model} gives {got} for one image: (1, {classes}) is needed")
+    # Half of the estimate: activations may share memory (in-place operators) or be recomputed.
+    check_memory(
+        config.batch_size * sum(kept) / 2,
+        f"training model {config.model} on batches of {config.batch_size} images of {shape[1]}x{shape[2]}",
+        "make batch_size, image_size or width smaller",
+        device,
+    )
+
+
+@contextlib.contextmanager
+def _output_bytes(model: nn.Module) -> Iterator[list[int]]:
+    """Collect the bytes of what each layer gives while the block runs: what a backward pass would keep."""
+    found: list[int] = []
+
+    def note(module: nn.Module, inputs: object, output: object) -> None:
+        if isinstance(output, torch.Tensor):
+            found.append(output.nbytes)
+
+    leaves = [module for module in model.modules() if next(module.children(), None) is None]
+    handles = [module.register_forward_hook(note) for module in leaves]
+    try:
+        yield found
+    finally:
+        for handle in handles:
+            handle.remove()
 
 
 def model_facts(config: RunConfig, data: ImageData) -> dict[str, Any]:

@@ -15,7 +15,7 @@ from clicktrain.formats.packed_file import read_packed
 from clicktrain.formats.tree import load_tree, read_metadata
 from clicktrain.methods import Method
 from clicktrain.models import call_factory, create_model, is_own, require_named
-from clicktrain.surgery import apply_surgery_, read_recipe
+from clicktrain.surgery import apply_recipe_
 from clicktrain.train.config import RunConfig
 from clicktrain.train.facts import read_facts
 from clicktrain.train.run_folder import RunFolder
@@ -88,9 +88,7 @@ def load_run(path: str | PathLike[str], model: Factory | None = None) -> LoadedR
     facts = read_facts(_metadata(folder), folder.model)
     factory = _choose_factory(facts["model"], model, folder)
     network = _build(factory, facts)
-    if folder.surgery.exists():
-        for plan in read_recipe(folder.surgery):
-            apply_surgery_(plan, network)
+    apply_recipe_(folder.surgery, network)
     weights = _weights(folder)
     try:
         network.load_state_dict(weights)

@@ -33,7 +33,8 @@ from clicktrain.errors import UserError
 PREFIX = "clicktrain: error: "
 LONGEST = 600
 """Characters of a sentence: 400 and room for the paths of temporary folders."""
-SECONDS = 60
+SECONDS = 180
+"""Wall clock, on a machine that may be busy: what takes this long waits for something, or has no end."""
 CANARY = "code_was_run"
 """A file of this name appears in the current folder where code runs that nobody has named."""
 Expected = Literal["either", "refused", "accepted"]

@@ -242,8 +242,8 @@ def nothing_odd(m: Any, x: Tensor) -> Any:
 KINDS = (
     layer_drop, random_scale_of_the_batch, random_scale_of_images, noise, python_random, numpy_random,
     own_generator, counter, counter_in_a_buffer, counter_in_a_tensor, buffer_filled, buffer_assigned, no_grad,
-    set_grad_enabled, inference_mode, detached, feature_kept, feature_in_a_list, feature_in_a_dict, recomputed,
-    recomputed_reentrant, functional_dropout, dropout_layers, mode_of_a_layer, data_dependent,
+    set_grad_enabled, inference_mode, detached, feature_kept, feature_in_a_list, feature_in_a_dict,
+    recomputed, recomputed_reentrant, functional_dropout, dropout_layers, mode_of_a_layer, data_dependent,
     size_of_the_batch, written_through_a_view, written_in_place, own_autocast, weight_read, sizes_read,
     same_layer_twice, tensors_made, values_read, nothing_odd,
 )  # fmt: skip

@@ -115,7 +115,7 @@ MISUSES: dict[str, tuple[Callable[[Any], None], Expected]] = {
     "steps 2.5": (_options("steps_per_epoch", 2.5), "refused"), "epochs True": (_options("epochs", True),
     "either"),
     "example text": (_options("example", "x"), "refused"), "example of another shape": (
-        _options("example", torch.zeros(1, 3, 8, 8)), "refused"),
+        _options("example", torch.zeros(1, 3, 8, 8)), "either"),
     "no model": (_attach(None, lambda: _sgd(_network())), "refused"), "no optimizer": (_attach(_network,
     None), "refused"),
     "optimizer for model": (_attach(lambda: _sgd(_network()), _network), "refused"),

@@ -146,7 +146,7 @@ def _wrong_lines(rng: random.Random) -> Case:
 
     def change(run: Path) -> None:
         own, path = random.Random(seed), run / name
-        if not path.exists():
+        if not path.exists() or not path.read_text():
             path.write_text(json.dumps(own.choice(JSON)) + "\n")
             return
         text = path.read_text()

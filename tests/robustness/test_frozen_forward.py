@@ -110,8 +110,8 @@ def test_the_smallest_module_runs_as_written_and_the_rest_is_lowered() -> None:
 def test_the_outermost_forward_runs_as_written() -> None:
     fast, told = accelerated(packed(frozen_kinds.counter, Outermost), torch.randn(4, 3, 6, 6).double())
     assert told == [
-        "Outermost changes .n at each call: 2 of its packed layers run sparse one by one, which converts their "
-        "activations each time; all else runs as it is written"
+        "Outermost changes .n at each call: 2 of its packed layers run sparse one by one, which converts "
+        "their activations each time; all else runs as it is written"
     ]
     operators = {row["layer"]: row["operator"] for row in fast.plan.table()}
     assert operators == {

@@ -38,8 +38,11 @@ def assert_follows(average: AveragedModel, model: nn.Module, pruner: Pruner) -> 
 
 
 @pytest.mark.parametrize("packed", [False, True], ids=["masked", "packed"])
-@pytest.mark.parametrize("method", METHODS_MADE)
-@pytest.mark.parametrize("kind", AVERAGES)
+@pytest.mark.parametrize(
+    ("kind", "method"),
+    [("ema, buffers", method) for method in METHODS_MADE]
+    + [(kind, method) for kind in AVERAGES if kind != "ema, buffers" for method in ("clicktrain", "pat")],
+)
 def test_every_average_by_every_method(kind: str, method: str, packed: bool) -> None:
     model = network()
     pruner = attached(METHODS_MADE[method](), model, sgd(model), packed=packed)
@@ -109,6 +112,29 @@ def test_the_average_is_that_of_a_masked_network() -> None:
     assert results[0].keys() == results[1].keys()
     for name, value in results[0].items():
         torch.testing.assert_close(results[1][name], value, rtol=1e-9, atol=1e-12, msg=name)
+
+
+@pytest.mark.parametrize("packed", [False, True], ids=["masked", "packed"])
+@pytest.mark.parametrize("method", ["clicktrain", "pat", "rigl"])
+@pytest.mark.parametrize("made_at", [0, 10, 21])
+def test_an_average_made_after_attach_is_found(made_at: int, method: str, packed: bool) -> None:
+    """Without a call; and no other copy of the network is touched."""
+    model = network()
+    pruner = attached(METHODS_MADE[method](), model, sgd(model), packed=packed)
+    average, other, before = None, None, {}
+    for number in range(24):
+        if number == made_at:
+            average, other = AveragedModel(model), copy.deepcopy(model)
+            before = {name: value.clone() for name, value in other.state_dict().items()}
+        train(model, pruner, batches=range(number, number + 1))
+        if average is not None:
+            average.update_parameters(model)
+    pruner.finish()
+    assert average is not None
+    assert other is not None
+    assert_follows(average, model, pruner)
+    assert all(torch.equal(value, before[name]) for name, value in other.state_dict().items())
+    assert not any("clicktrain" in name for name in vars(model)), "nothing is left in the network"
 
 
 class Ema(nn.Module):

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -138,6 +139,30 @@ def test_an_unknown_state_is_refused_at_attach(method: str, packed: bool) -> Non
     assert any(isinstance(module, PackedConv2d) for module in model.modules())
     F.cross_entropy(model(batch(99)[0]), batch(99)[1]).backward()
     pruner.optimizer.step()
+
+
+class Untried(RowNorms):
+    """Cannot be made from its own defaults, so nobody can try it; keeps copies where only it knows."""
+
+    def __init__(self, params: Any, secret: object, copies: bool) -> None:
+        super().__init__(params)
+        assert secret is not None
+        self.copies = copies
+
+    def step(self, closure: Any = None) -> None:  # type: ignore[override]
+        if self.copies:
+            self.slow = [p.detach().clone() for p in self.param_groups[0]["params"]]
+        else:
+            super().step(closure)
+
+
+@pytest.mark.parametrize("copies", [False, True])
+def test_what_cannot_be_tried_is_refused_at_the_first_step(copies: bool) -> None:
+    model = network()
+    optimizer = Untried(model.parameters(), object(), copies)
+    pruner = attached(ClickTrain(compression=3), model, optimizer, packed=True)
+    with pytest.raises(UserError, match="in its attribute 'slow'" if copies else "Untried keeps row_norm"):
+        train(model, pruner, batches=range(1))
 
 
 class SAM(torch.optim.Optimizer):
@@ -281,3 +306,14 @@ def test_what_is_no_optimizer() -> None:
             attached(ClickTrain(compression=3), model, twice)
     with pytest.raises(UserError, match="trains no parameter of this network"):
         attached(ClickTrain(compression=3), model, torch.optim.SGD(network().parameters(), lr=0.1))
+
+
+def test_the_table_in_the_documents() -> None:
+    text = (Path(__file__).parents[2] / "docs" / "own-loops.md").read_text(encoding="utf-8")
+    table = text.split("<!-- optimizers -->")[1].split("<!-- end -->")[0]
+    rows = [[cell.strip() for cell in line.split("|")[1:4]] for line in table.strip().splitlines()[2:]]
+    said = {
+        name: ["refused" if refusal(name, packed) else "yes" for packed in (False, True)]
+        for name in OPTIMIZERS
+    }
+    assert {name: cells for name, *cells in rows} == said

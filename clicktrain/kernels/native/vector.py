@@ -130,7 +130,7 @@ def _in_register(size: int) -> list[str]:
     What several sums use is to be loaded once: compilers fold the load into each use instead. Vectors wider
     than a register are several of them, which ``KEEP`` leaves to the compiler.
     """
-    lines = []
+    lines: list[str] = []
     for macro, widest, letter in _REGISTER_CLASSES:
         if size <= widest:
             lines += [

@@ -38,7 +38,7 @@ class DenseView(Tensor):
 
     def __reduce_ex__(self, protocol: Any) -> Any:
         """Saved as a plain tensor."""
-        return _plain(self).__reduce_ex__(protocol)
+        return _plain(self).__reduce_ex__(protocol)  # type: ignore[no-untyped-call]
 
     @classmethod
     def __torch_function__(

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import difflib
+import math
 import types
 from collections.abc import Iterable, Mapping
 from typing import Any, Literal, TypeVar, Union, get_args, get_origin, get_type_hints
@@ -103,7 +104,9 @@ _WORDS = {int: "a whole number", float: "a number", str: "a text", bool: "true o
 def _convert_float(name: str, value: Any) -> float:
     if isinstance(value, int | float | str) and not isinstance(value, bool):
         try:
-            return float(value)
+            number = float(value)
+            if not math.isnan(number):
+                return number
         except (ValueError, OverflowError):
             pass
     raise UserError(f"{name} is {shown(value)}: a number is needed")

@@ -56,6 +56,7 @@ class Step:
         learning_rate: of this step, divided by 1 - momentum for SGD: how far a constant gradient of 1 moves a
             weight per step in the long run.
         grad_scale: what the gradients are still multiplied by (fused mixed-precision optimizers), or None.
+        adaptive: the optimizer's step is not the learning rate times the gradient, as SGD's is.
     """
 
     seen: int
@@ -68,6 +69,7 @@ class Step:
     ends_epoch: bool = False
     learning_rate: float = 0.0
     grad_scale: Tensor | None = None
+    adaptive: bool = False
 
     def gradient(self, parameter: Tensor) -> Tensor | None:
         """The true gradient of a parameter, without a mixed-precision scale; None if there is none."""

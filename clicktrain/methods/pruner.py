@@ -361,6 +361,7 @@ class Pruner:
             ends_epoch=int(position) > self._stepped_epoch,
             learning_rate=_effective_learning_rate(self.optimizer),
             grad_scale=scale,
+            adaptive=not isinstance(self.optimizer, torch.optim.SGD),
         )
 
     def _close_epoch(self) -> None:
@@ -431,6 +432,6 @@ class _InputHook:
 def _effective_learning_rate(optimizer: Optimizer) -> float:
     """Of the first group of parameters; see `Step.learning_rate`."""
     group = optimizer.param_groups[0]
-    return float(group["lr"]) / (
+    return float(group.get("lr", 1.0)) / (
         1 - float(group.get("momentum", 0.0)) * (1 - float(group.get("dampening", 0.0)))
     )

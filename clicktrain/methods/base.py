@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING, Any, ClassVar, Generic, NamedTuple, TypeAlias,
 from torch import Tensor, nn
 from torch.optim import Optimizer
 
+from clicktrain.methods.outcome import Reached, Target
 from clicktrain.methods.survey import Survey, survey
 from clicktrain.surgery import SurgeryPlan
 
@@ -248,6 +249,11 @@ class Method(abc.ABC, Generic[S]):
     def after_surgery(self, state: S, plan: SurgeryPlan, found: Survey) -> None:
         """Channels have gone: shrink what the state holds. ``found`` is of the smaller model."""
         del state, plan, found
+
+    def targets_of(self, state: S, reached: Reached) -> Sequence[Target]:
+        """At the end: what was asked for, what was reached and why not; nothing if nothing was asked."""
+        del state, reached
+        return ()
 
     def penalised_channels(self, state: S) -> Mapping[str, tuple[ChannelAxis, ...]]:
         """Layer name -> the channels that a penalty pushes towards zero; none in most methods."""

@@ -34,6 +34,7 @@ from clicktrain.methods.base import (
     plan_rows,
 )
 from clicktrain.methods.kernel_watch import KernelWatch, default_threshold
+from clicktrain.methods.outcome import Reached, Target, sparsity_target
 from clicktrain.methods.pruning_start import default_window
 from clicktrain.methods.settings import check_choices, keep_as_tuples
 from clicktrain.methods.survey import ConvLayer, LinearLayer, Survey, survey
@@ -359,6 +360,11 @@ class Campfire(Method[CampfireState]):
     def at_end(self, state: CampfireState, found: Survey) -> Sequence[Action]:
         """A run always ends at the sparsity asked for."""
         return () if state.stage == "fixed" else self._fix(state, found, "the run ended")
+
+    def targets_of(self, state: CampfireState, reached: Reached) -> Sequence[Target]:
+        """Sparsity of the layers that are pruned."""
+        del state
+        return [sparsity_target(self.sparsity, reached, "whole kernels, positions and blocks are pruned")]
 
     # ---- what is shown and saved ------------------------------------------------------------
 

@@ -15,6 +15,7 @@ from torch import Tensor, nn
 from clicktrain.errors import UserError
 from clicktrain.methods.base import Action, Method, PruningPlan, Record, RunLength, Step
 from clicktrain.methods.clicktrain import ClickTrain, ClickTrainState
+from clicktrain.methods.outcome import Reached, Target
 from clicktrain.methods.prunetrain import PruneTrain, PruneTrainState
 from clicktrain.methods.survey import Survey
 from clicktrain.sparsity.channel_lasso import ChannelAxis
@@ -218,6 +219,18 @@ class ChannelsThenPatterns(Method[TwoPartState]):
             assert found.example is not None
             state.second = self.second.init(own, RunLength(1, 10_000))
         return self.second.at_end(state.second, own)
+
+    def targets_of(self, state: TwoPartState, reached: Reached) -> Sequence[Target]:
+        """Of the channels at the switch, then of the patterns in what they leave."""
+        channels = [
+            replace(row, reason=row.reason if state.switched else "the run ended before the switch")
+            for row in self.first.targets_of(state.first, reached)
+        ]
+        second = state.second or ClickTrainState()
+        patterns = [
+            replace(row, what=f"{row.what} that are left") for row in self.second.targets_of(second, reached)
+        ]
+        return [*channels, *patterns]
 
     def plan(self, found: Survey, length: RunLength, state: TwoPartState | None = None) -> PruningPlan:
         """Before the switch PruneTrain's plan with ClickTrain's stages, then ClickTrain's."""

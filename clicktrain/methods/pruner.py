@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import warnings
 import weakref
 from collections.abc import Callable, Mapping
 from dataclasses import replace
@@ -13,7 +14,7 @@ from torch.nn.parallel import DistributedDataParallel
 from torch.optim import Optimizer
 
 from clicktrain.accounting.agreement import mean_over_processes
-from clicktrain.errors import UserError
+from clicktrain.errors import MissedTarget, UserError
 from clicktrain.methods.base import (
     Action,
     ApplyMasks,
@@ -28,6 +29,7 @@ from clicktrain.methods.base import (
     SilenceChannels,
     Step,
 )
+from clicktrain.methods.outcome import Outcome, Reached
 from clicktrain.methods.pruned_network import PrunedNetwork
 from clicktrain.methods.sparse_latency import MeasureMasks
 from clicktrain.methods.survey import Survey
@@ -40,7 +42,8 @@ class Pruner:
     """One method at work on one model and its optimizer. Made by `Method.attach`.
 
     Call `observe(loss)` once per backward pass, before ``optimizer.step()``; everything else rides on the
-    optimizer's step hooks. `finish` ends the run at the compression asked for, whatever happened.
+    optimizer's step hooks. `finish` ends the run at what was asked for, as far as can be; `outcome` says how
+    far that is.
     """
 
     def __init__(
@@ -164,6 +167,7 @@ class Pruner:
     def finish(self, packed: bool = False) -> nn.Module:
         """End the run: hard prune if that has not happened, remove the hooks, return the model.
 
+        A result more than 5% of what was asked away from it is a `clicktrain.errors.MissedTarget` warning.
         Where several processes train together, all of them have to call it.
 
         Args:
@@ -173,9 +177,31 @@ class Pruner:
         if not self.frozen:
             with torch.no_grad():
                 self._carry_out(self.method.at_end(self._state, self._found))
+        if self._handles:
+            self._conclude()
         self.close()
         self.network.finish(packed)
         return self.model
+
+    def outcome(self) -> Outcome:
+        """What was asked for, what is reached, and why not: printable; final once `finish` was called."""
+        network = self.network
+        reached = Reached(
+            found=network.found,
+            conv_weights=network.conv_weights,
+            conv_weights_now=network.found.conv_weights,
+            conv_nonzero=network.nonzero_conv_weights,
+            masks=network.masks,
+            events=self.events,
+        )
+        return Outcome(tuple(self.method.targets_of(self._state, reached)))
+
+    def _conclude(self) -> None:
+        """Write the outcome down, and warn of what was missed."""
+        outcome = self.outcome()
+        self._record({"event": "outcome", "targets": outcome.to_json()})
+        for sentence in outcome.warnings:
+            warnings.warn(sentence, MissedTarget, stacklevel=3)
 
     def close(self) -> None:
         """Remove the hooks from the optimizer; the model stays as it is."""

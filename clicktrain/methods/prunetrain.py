@@ -40,6 +40,7 @@ from clicktrain.methods.channel_axes import channel_axes
 from clicktrain.methods.channel_costs import Cost
 from clicktrain.methods.channel_target import NEAR, WORDS, ChannelTarget, original_widths
 from clicktrain.methods.fast_widths import MULTIPLES, BatchForm, fastest_multiple
+from clicktrain.methods.outcome import NOTED, Reached, Target
 from clicktrain.methods.settings import check_choices, keep_as_tuples
 from clicktrain.methods.survey import SeenBatch, Survey, matches, survey
 from clicktrain.methods.target_steering import (
@@ -508,6 +509,23 @@ class PruneTrain(Method[PruneTrainState]):
     def penalised_channels(self, state: PruneTrainState) -> Axes:
         """All that can be removed, after the lasso has ended too: what is zero could come back."""
         return state.axes or {}
+
+    def targets_of(self, state: PruneTrainState, reached: Reached) -> Sequence[Target]:
+        """The share of the cost that is left; of a fixed penalty, which asks for none, the weights."""
+        if self.target is None:
+            share = reached.conv_weights_now / max(reached.conv_weights, 1)
+            return [Target("convolution weights left", None, share, "share", "the penalty is fixed")]
+        asked, left = self.target[1], state.target.share
+        reason = ""
+        if abs(left - asked) > NOTED * asked:
+            reason = "no channel was left to remove"
+            if state.round_to is not None and state.round_to > 1:
+                reason = f"widths are multiples of {state.round_to}"
+            elif state.target.dense is None:
+                reason = "the run ended before a batch was seen"
+            elif left > asked:
+                reason = "every channel that is left is needed, or larger than what is missing"
+        return [Target(f"{self._what} left", asked, left, "share", reason)]
 
     # ---- what is shown and saved ------------------------------------------------------------
 

@@ -196,8 +196,7 @@ def end_epoch(run: LiveRun, stop: StopRequest) -> None:
         )
         if result is None:
             raise _interrupted(run, stop)
-        course.val_accuracy = result.accuracy
-        course.best_val_accuracy = max(result.accuracy, course.best_val_accuracy or 0.0)
+        note_accuracy(run, result.accuracy)
     record = _record(run, result)
     run.folder.append_metrics(record)
     course.epoch, course.batch = number, 0
@@ -210,6 +209,16 @@ def end_epoch(run: LiveRun, stop: StopRequest) -> None:
     if run.scalars is not None:
         run.scalars.add(record)
     run.progress.epoch(record)
+
+
+def note_accuracy(run: LiveRun, accuracy: float) -> None:
+    """The accuracy now; the best so far is of the network as it is, not of what it was before pruning."""
+    pruner, course = run.prepared.pruner, run.course
+    network = len(pruner.plans) + pruner.frozen
+    if course.best_of != network:
+        course.best_of, course.best_val_accuracy = network, None
+    course.val_accuracy = accuracy
+    course.best_val_accuracy = max(accuracy, course.best_val_accuracy or 0.0)
 
 
 def _record(run: LiveRun, result: Evaluation | None) -> dict[str, Any]:

@@ -10,5 +10,9 @@ class UserError(ValueError):
     """
 
 
+class NetworkCollapsed(UserError):  # noqa: N818 - reads as a sentence to the user
+    """Pruning has destroyed the network: training on would be in vain."""
+
+
 class MissedTarget(UserWarning):
     """A run ended more than 5% of what was asked away from it; the warning says what, and why if known."""

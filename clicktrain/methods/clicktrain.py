@@ -32,7 +32,7 @@ from clicktrain.methods.pattern_selection import Target as LayerTarget
 from clicktrain.methods.pruning_start import default_window
 from clicktrain.methods.sparse_latency import LatencyAim, SparseLatency
 from clicktrain.methods.sparse_times import Timed
-from clicktrain.methods.survey import ConvLayer, Survey, matches, survey
+from clicktrain.methods.survey import ConvLayer, Survey, check_convolutions, matches, survey
 from clicktrain.sparsity.allocation import LayerBudget, allocate, check_reachable
 from clicktrain.sparsity.finalize import batch_counts
 from clicktrain.sparsity.group_lasso import add_lasso_gradient_, shrink_groups_
@@ -226,11 +226,7 @@ class ClickTrain(Method[ClickTrainState]):
 
     def init(self, found: Survey, length: RunLength) -> ClickTrainState:
         """Check that the run can be done as asked."""
-        if not found.layers:
-            reasons = "; ".join(f"{name}: {why}" for name, (_, why) in list(found.left_alone.items())[:3])
-            raise UserError(
-                f"this network has no convolution that ClickTrain can prune ({reasons or 'none at all'})"
-            )
+        check_convolutions(found, "ClickTrain")
         self.schedule(length)
         state = ClickTrainState(entered=0)
         if self.aim is not None:

@@ -120,6 +120,13 @@ class Reached:
         return next((e for e in reversed(self.events) if e["event"] == name and key in e), {})
 
 
+def planned_far_off(asked: float, planned: float) -> str:
+    """What a plan's summary adds where it is already known that the target will be missed; else nothing."""
+    if abs(planned - asked) <= TOLERANCE * asked:
+        return ""
+    return "; that is more than 5% from what was asked, and this network allows nothing closer"
+
+
 def in_unit(value: float | None, unit: Unit) -> str:
     """60.0%, 8.00x or 3.2 ms; a dash where there is no number."""
     if value is None:

@@ -14,7 +14,7 @@ from torch.nn.parallel import DistributedDataParallel
 from torch.optim import Optimizer
 
 from clicktrain.accounting.agreement import mean_over_processes
-from clicktrain.errors import MissedTarget, UserError
+from clicktrain.errors import MissedTarget, NetworkCollapsed, UserError
 from clicktrain.methods.base import (
     Action,
     ApplyMasks,
@@ -29,6 +29,7 @@ from clicktrain.methods.base import (
     SilenceChannels,
     Step,
 )
+from clicktrain.methods.collapse import at_chance, no_gradient
 from clicktrain.methods.outcome import Outcome, Reached
 from clicktrain.methods.pruned_network import PrunedNetwork
 from clicktrain.methods.sparse_latency import MeasureMasks
@@ -86,6 +87,8 @@ class Pruner:
         self._epoch_loss: Tensor | None = None
         self._epoch_losses: list[float] = []
         self._depth = 0
+        self._first_loss: Tensor | None = None
+        self._collapse: str | None = None
         if packed:
             self.network.check_packable()
         self._carry_out(method.at_start(self._state, self._found, length))
@@ -105,11 +108,16 @@ class Pruner:
             loss: 0-dim tensor, unscaled, the mean over this batch and not divided by the number of
                 accumulated batches: the loss slope of stage 1 is absolute. The value is read on its own
                 device, without waiting for it.
+
+        Raises:
+            NetworkCollapsed: pruning has destroyed the network, see `clicktrain.methods.collapse`.
         """
         if loss.numel() != 1:
             raise ValueError(f"observe takes a scalar loss, got a tensor of shape {tuple(loss.shape)}")
         value = mean_over_processes(loss.detach().float().reshape(()).clone())
         self._close_epoch()
+        self.check_alive()
+        self._first_loss = value.clone() if self._first_loss is None else self._first_loss
         self._losses.append(value)
         self._epoch_loss = value.clone() if self._epoch_loss is None else self._epoch_loss + value
         self._seen += 1
@@ -172,14 +180,19 @@ class Pruner:
 
         Args:
             packed: return the model with packed convolutions instead of a plain module with zeros.
+
+        Raises:
+            NetworkCollapsed: pruning has destroyed the network.
         """
         self._close_epoch()
         if not self.frozen:
             with torch.no_grad():
                 self._carry_out(self.method.at_end(self._state, self._found))
-        if self._handles:
-            self._conclude()
+        first = bool(self._handles)
         self.close()
+        self.check_alive()
+        if first:
+            self._conclude()
         self.network.finish(packed)
         return self.model
 
@@ -283,6 +296,11 @@ class Pruner:
         """
         self.network.check_zeros()
 
+    def check_alive(self) -> None:
+        """Raise NetworkCollapsed if pruning has destroyed the network, by the signs of the last epoch."""
+        if self._collapse is not None:
+            raise NetworkCollapsed(f"{self._collapse}; prune less, or later, or with another seed")
+
     def state_dict(self) -> dict[str, Any]:
         """All that the pruner remembers, as nested dicts of tensors, numbers and strings."""
         return {
@@ -296,6 +314,7 @@ class Pruner:
             "losses": list(self._losses),
             "epoch_loss": self._epoch_loss,
             "epoch_losses": list(self._epoch_losses),
+            "first_loss": self._first_loss,
             **self.network.state_dict(),
             "events": list(self.events),
         }
@@ -318,6 +337,8 @@ class Pruner:
         epoch_loss = saved["epoch_loss"]
         self._epoch_loss = None if epoch_loss is None else epoch_loss.to(device, copy=True)
         self._epoch_losses = list(saved["epoch_losses"])
+        first_loss = saved.get("first_loss")  # not in states of older versions
+        self._first_loss = None if first_loss is None else first_loss.to(device, copy=True)
         self.events = list(saved["events"])
         self.network.load_masks(saved)
         if self.frozen:
@@ -337,6 +358,7 @@ class Pruner:
                 "the optimizer's step was called with a closure, whose gradients the pruner cannot read: "
                 "call backward() and observe(loss) first, then optimizer.step() without one"
             )
+        self._look_for_gradients()
         found_inf = getattr(optimizer, "found_inf", None)
         with torch.no_grad(), self._full_precision():
             if self.frozen:
@@ -360,6 +382,16 @@ class Pruner:
                 self._carry_out(actions)
         self._stepped_epoch = self._epoch
         self._losses = []
+
+    def _look_for_gradients(self) -> None:
+        """At the last step of an epoch, once something is pruned: does the network still learn?"""
+        pruned = self.network.masks or self.network.plans
+        if not pruned or not self._losses or self._in_epoch < self.length.steps_per_epoch:
+            return
+        assert self._first_loss is not None
+        what = no_gradient(self.model, self._losses[-1], self._first_loss)
+        if what is not None:
+            self._collapse = f"the network has collapsed in epoch {self._epoch + 1}: {what}"
 
     def _see_inputs(self, module: nn.Module, args: Any) -> None:
         inputs = args[0] if args else None
@@ -397,6 +429,10 @@ class Pruner:
             self._epoch_losses.append(mean)
             self._epoch_loss = None
             self._epoch, self._in_epoch = self._epoch + 1, 0
+            if self._first_loss is not None:
+                chance = at_chance(self._epoch_losses, float(self._first_loss), self.events)
+                if chance is not None:
+                    self._collapse = f"the network has collapsed after epoch {chance[1]:g}: {chance[0]}"
 
     # ---- the one place where actions touch the world ----------------------------------------
 

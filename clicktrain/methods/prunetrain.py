@@ -17,7 +17,7 @@ import functools
 import math
 import time
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any, ClassVar, Literal
 
 import torch
@@ -42,7 +42,7 @@ from clicktrain.methods.channel_target import NEAR, WORDS, ChannelTarget, origin
 from clicktrain.methods.fast_widths import MULTIPLES, BatchForm, fastest_multiple
 from clicktrain.methods.outcome import NOTED, Reached, Target
 from clicktrain.methods.settings import check_choices, keep_as_tuples
-from clicktrain.methods.survey import SeenBatch, Survey, matches, survey
+from clicktrain.methods.survey import SeenBatch, Survey, check_convolutions, matches, survey
 from clicktrain.methods.target_steering import (
     TargetState,
     held_indices,
@@ -240,8 +240,7 @@ class PruneTrain(Method[PruneTrainState]):
     def init(self, found: Survey, length: RunLength) -> PruneTrainState:
         """Check that the run can be done as asked."""
         if not found.layers:
-            reasons = "; ".join(f"{name}: {why}" for name, (_, why) in list(found.left_alone.items())[:3])
-            raise UserError(f"this network has no convolution to prune ({reasons or 'none at all'})")
+            check_convolutions(replace(found, linears=()), "PruneTrain")
         if self.once_at is not None and self.once_at > length.epochs:
             raise UserError(f"once_at is {self.once_at:g} but the run has {length.epochs} epochs")
         if self.fine_tune >= length.epochs:

@@ -18,7 +18,7 @@ from clicktrain.formats.packed_file import save_packed
 from clicktrain.formats.tree import save_tree
 from clicktrain.kernels.pack_model import unpack_model_
 from clicktrain.surgery import SurgeryPlan, write_recipe
-from clicktrain.train.epoch import note_accuracy
+from clicktrain.train.epoch import check_outputs, note_accuracy
 from clicktrain.train.evaluate import evaluate
 from clicktrain.train.live import LiveRun
 from clicktrain.train.machine import cpu_name, gpu_name, versions
@@ -47,6 +47,7 @@ def finish_run(run: LiveRun) -> dict[str, Any]:
     if (masks and not was_frozen) or len(p.pruner.plans) > plans:  # what was evaluated is not what is saved
         result = evaluate(model, p.val_loader, device=p.device, precision=p.config.precision)
         assert result is not None
+        check_outputs(run, result)
         note_accuracy(run, result.accuracy)
         run.progress.message(f"pruned after the last epoch: validation accuracy is {result.accuracy:.2f}%")
     weights = {name: tensor.detach().cpu().contiguous() for name, tensor in model.state_dict().items()}

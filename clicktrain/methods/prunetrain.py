@@ -63,6 +63,7 @@ from clicktrain.sparsity.channel_lasso import (
 from clicktrain.surgery import SurgeryPlan, plans_from_zeros
 
 Axes = dict[str, tuple[ChannelAxis, ...]]
+Scheme = Literal["union", "gating"]
 
 
 PRESETS: dict[str, dict[str, Any]] = {
@@ -459,9 +460,15 @@ class PruneTrain(Method[PruneTrainState]):
     def _within(self, target: ChannelTarget, found: Survey, multiple: int, *, fill: bool) -> SurgeryPlan:
         """What is zero, none of it beyond the target; with ``fill`` as much as is missing."""
 
-        def make(stay: Mapping[str, Tensor], remove_layers: bool, scheme: str = self.scheme) -> SurgeryPlan:
+        model, example = found.model, found.example
+        assert model is not None
+        assert example is not None
+
+        def make(
+            stay: Mapping[str, Tensor], remove_layers: bool, scheme: Scheme = self.scheme
+        ) -> SurgeryPlan:
             return plans_from_zeros(
-                found.model, found.example, self.threshold, scheme, (multiple,), self.sides or "both",
+                model, example, self.threshold, scheme, (multiple,), self.sides or "both",
                 stay=stay, remove_layers=remove_layers,
             )[multiple]  # fmt: skip
 

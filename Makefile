@@ -1,17 +1,20 @@
 # `make demo` and `make test` set everything up themselves and are quick the second time.
-# Variables: PYTHON=python3.12 (only to create .venv), WORKERS=4, ARGS="-k pattern" (for pytest) or "--epochs 5" (for demo)
+# Variables: PYTHON=python3.12 (only to create .venv), WORKERS=4, ARGS="-k pattern" (for pytest) or "--epochs 5" (for demo),
+# WIDTHS="8 8-pairs" (for widths: float32 lanes of a vector, with or without pairs of bfloat16 numbers)
 
 VENV    := .venv
 PY      := $(VENV)/bin/python
 WORKERS ?= 2
 ARGS    ?=
+WIDTHS  ?= 4-pairs 8 16-pairs
 PYTHON  ?=
+KERNEL_TESTS = tests/kernels tests/compiler tests/bench/test_bench_timing.py
 PYTEST   = OMP_NUM_THREADS=1 $(PY) -m pytest -q
 
 export PYTHON
 .DEFAULT_GOAL := help
 .NOTPARALLEL:
-.PHONY: help demo test check lint types slow gpu format clean
+.PHONY: help demo test check lint types widths slow kills fuzz gpu format clean
 
 help: ## this list
 	@awk -F ':.*## ' '/^[a-z]+:.*## / { printf "make %-8s %s\n", $$1, $$2 }' $(MAKEFILE_LIST)
@@ -31,8 +34,23 @@ lint: $(VENV)/stamp-test ## formatting and ruff
 types: $(VENV)/stamp-test ## mypy, strict, on the package
 	$(PY) -m mypy
 
+widths: $(VENV)/stamp-test ## the tests of generated kernels at 4, 8 and 16 float32 lanes, on any processor
+	@passed=; for width in $(WIDTHS); do \
+	    lanes=$${width%-pairs}; pairs=$$([ $$width = $$lanes ] && echo 0 || echo 1); \
+	    echo "== kernels at $$lanes float32 lanes, CLICKTRAIN_PAIRS=$$pairs"; \
+	    CLICKTRAIN_LANES=$$lanes CLICKTRAIN_PAIRS=$$pairs \
+	        $(PYTEST) -n $(WORKERS) --dist worksteal $(KERNEL_TESTS) $(ARGS) || exit 1; \
+	    passed="$$passed $$width"; \
+	done; echo "== kernels passed at these widths:$$passed"
+
 slow: $(VENV)/stamp-test ## the slow tests (killed and resumed runs, whole recipes)
 	$(PYTEST) -m slow $(ARGS)
+
+kills: $(VENV)/stamp-test ## 150 random SIGKILLs and SIGTERMs over all methods, resumed and compared (ARGS="--moments 500 --seed 2")
+	OMP_NUM_THREADS=1 PYTHONPATH=. $(PY) tests/robustness/kills.py --out $${TMPDIR:-/tmp}/clicktrain-kills $(ARGS)
+
+fuzz: $(VENV)/stamp-test ## about 1,500 wrong flags, files, data sets and loops (minutes; ARGS="--seed 1 --only data")
+	OMP_NUM_THREADS=1 PYTHONPATH=. $(PY) tests/robustness/fuzz.py $(ARGS)
 
 gpu: $(VENV)/stamp-test ## the GPU tests: wants an NVIDIA GPU and a CUDA build of torch
 	@$(PY) -c 'import sys, torch; torch.cuda.is_available() or sys.exit("make gpu wants an NVIDIA GPU that torch can see; " \

@@ -11,10 +11,14 @@ Two lines in an existing loop::
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from importlib import import_module
+from os import PathLike
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
+    from torch import nn
+
     from clicktrain.accounting import ModelCost, compression_ratio, count
     from clicktrain.compiler import accelerate
     from clicktrain.errors import UserError
@@ -53,6 +57,7 @@ __all__ = [
     "compression_ratio",
     "count",
     "create_model",
+    "load",
     "load_pruned",
     "pack",
     "unpack",
@@ -79,6 +84,29 @@ _HOME = {
     "pack": "clicktrain.kernels.pack_model",
     "unpack": "clicktrain.kernels.pack_model",
 }
+
+
+def load(folder: str | PathLike[str], model: str | Callable[..., nn.Module] | None = None) -> nn.Module:
+    """Load the network of a finished run: a plain module on the CPU, in eval mode, pruned weights zero.
+
+    Loading runs no code that a file names. A network of the zoo needs nothing; one of your own is built by
+    the factory that you give here.
+
+    Args:
+        folder: of the run.
+        model: for a network of your own, its factory, or ``package.module:factory``; it is called with those
+            of num_classes, in_channels and width that it takes.
+
+    Raises:
+        UserError: not the folder of a finished run, damaged, of a newer version; or the run is of a network
+            of somebody's own and ``model`` is missing or builds another network.
+
+    Example:
+        ``net = clicktrain.load("runs/first")``, ``net = clicktrain.load("runs/mine", model=MyNetwork)``
+    """
+    from clicktrain.train import load_run
+
+    return load_run(folder, model).model
 
 
 def __getattr__(name: str) -> Any:

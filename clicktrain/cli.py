@@ -1,11 +1,13 @@
 """The command ``clicktrain``: finds the command asked for, runs it, and turns mistakes into one sentence.
 
-Exit codes: 0 done; 2 a mistake of the user's, told in one line on stderr; 130 Ctrl-C (143 SIGTERM); 1 with a
-traceback for anything unexpected.
+Exit codes: 0 done; 2 a mistake of the user's, or a file or disk that cannot be used, in one line on stderr;
+128 + its number for a signal that stopped a run (130 Ctrl-C, 143 SIGTERM, 129 SIGHUP); 141 if nobody reads
+the output (a run goes on instead); 1 with a traceback for anything unexpected.
 """
 
 from __future__ import annotations
 
+import contextlib
 import difflib
 import errno
 import importlib
@@ -13,7 +15,7 @@ import os
 import sys
 from collections.abc import Sequence
 
-from clicktrain.errors import UserError
+from clicktrain.errors import UserError, shortened
 
 COMMANDS: dict[str, str] = {
     "train": "train and prune a network in one run",
@@ -25,6 +27,9 @@ COMMANDS: dict[str, str] = {
     "bench": "time what the methods cost and give, side by side",
 }
 """Commands with what they do. Each is a module of ``clicktrain.commands`` with ``run(argv) -> exit code``."""
+
+LONGEST_WORD, LONGEST_SENTENCE = 300, 1000
+"""Characters of what is printed, whatever was given."""
 
 _FULL_DISK = frozenset((errno.ENOSPC, errno.EDQUOT, errno.EFBIG))
 
@@ -42,22 +47,33 @@ def main(argv: Sequence[str] | None = None) -> int:
     # Its warnings about every retry would bury the one line that says what is wrong.
     os.environ.setdefault("HF_HUB_VERBOSITY", "error")
     try:
-        return _dispatch(argv)
+        code = _dispatch(argv)
+        if sys.stdout is not None:
+            sys.stdout.flush()  # a broken pipe is to be seen here, not when Python ends
+        return code
     except UserError as error:
         return _fail(str(error))
     except KeyboardInterrupt:
         return _fail("interrupted", 130)
     except BrokenPipeError:
         # Whoever read the output has gone (`clicktrain ... | head`): Python must not complain at exit.
-        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        from clicktrain.commands.screen import discard_stdout
+
+        discard_stdout()
         return 141
     except OSError as error:
         if error.errno in _FULL_DISK:
+            from clicktrain.commands.screen import discard_stdout
+
+            discard_stdout()  # if it was the full one
             return _fail(
-                f"no space left to write {error.filename or 'a file'}: free some space and try again"
+                f"no space left to write {error.filename or 'the output'}: free some space and try again"
             )
         if isinstance(error, PermissionError):
             return _fail(f"{error.filename}: permission denied, use a place where you may read and write")
+        if error.filename is not None:
+            reason = error.strerror or type(error).__name__
+            return _fail(f"{error.filename} cannot be used: {reason[:1].lower()}{reason[1:]}")
         raise
 
 
@@ -74,7 +90,7 @@ def _dispatch(argv: list[str]) -> int:
     if name not in COMMANDS:
         near = difflib.get_close_matches(name, COMMANDS, n=1)
         hint = f"did you mean '{near[0]}'?" if near else f"use one of {', '.join(COMMANDS)}"
-        raise UserError(f"unknown command '{name}': {hint}")
+        raise UserError(f"unknown command '{shortened(name, 80)}': {hint}")
     from clicktrain.commands.arguments import HelpPrinted
 
     try:
@@ -102,6 +118,10 @@ def _help() -> str:
 
 
 def _fail(sentence: str, code: int = 2) -> int:
-    """Print a sentence, whatever it was broken into, as one line."""
-    print(f"clicktrain: error: {' '.join(sentence.split())}", file=sys.stderr)
+    """Print a sentence, whatever it was broken into, as one line of bounded length and printable text."""
+    words = (shortened(word, LONGEST_WORD) for word in sentence.split())
+    line = shortened(" ".join(words), LONGEST_SENTENCE).encode("utf-8", "backslashreplace").decode("utf-8")
+    printable = "".join(c if c.isprintable() else c.encode("unicode_escape").decode() for c in line)
+    with contextlib.suppress(OSError, ValueError):  # nobody reads that either: the code says it
+        print(f"clicktrain: error: {printable}", file=sys.stderr, flush=True)
     return code

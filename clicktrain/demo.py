@@ -14,6 +14,7 @@ from rich.console import Console
 from rich.table import Table
 
 from clicktrain.commands.progress import make_progress
+from clicktrain.commands.screen import lasting_console
 from clicktrain.errors import UserError
 from clicktrain.train import RunFolder, TrainingInterrupted, fit, from_dict
 
@@ -133,7 +134,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         "--quiet", action="store_true", help="no progress, only the table and the report's path"
     )
     given = parser.parse_args(argv)
-    console = Console(file=sys.stdout)
+    console = lasting_console(f"the runs go on without it, in {given.out}")
     started = time.monotonic()
     try:
         report = run_demo(given.out, console, epochs=given.epochs, quiet=given.quiet)

@@ -1,6 +1,11 @@
-"""The one exception that stands for a mistake of the user's, and the warning of a run that fell short."""
+"""The exceptions that stand for a mistake of the user's, and how their sentence shows a wrong value.
+
+And the warning of a run that fell short of what was asked.
+"""
 
 from __future__ import annotations
+
+import reprlib
 
 
 class UserError(ValueError):
@@ -16,3 +21,32 @@ class NetworkCollapsed(UserError):  # noqa: N818 - reads as a sentence to the us
 
 class MissedTarget(UserWarning):
     """A run ended more than 5% of what was asked away from it; the warning says what, and why if known."""
+
+
+def shown(value: object, longest: int = 60) -> str:
+    """``repr`` of a value from outside, cut in the middle where it is long.
+
+    Work and length are bounded whatever the value is: a list that holds itself a million times over, a number
+    of 5,000 digits, a text of a megabyte.
+    """
+    short = reprlib.Repr()
+    short.maxstring = short.maxother = short.maxlong = longest
+    short.maxlevel = 3
+    short.maxlist = short.maxtuple = short.maxset = short.maxfrozenset = short.maxdict = 4
+    try:
+        text = short.repr(value)
+    except ValueError:  # Python refuses to write integers of more than 4,300 digits
+        text = f"a number of {_digits(value)} digits" if isinstance(value, int) else type(value).__name__
+    return shortened(text, 2 * longest)
+
+
+def shortened(text: str, longest: int) -> str:
+    """A text of at most about ``longest`` characters: the middle of a longer one becomes ``...``."""
+    if len(text) <= longest:
+        return text
+    head = longest * 2 // 3
+    return f"{text[:head]}...{text[-(longest - head) :]}"
+
+
+def _digits(number: int) -> str:
+    return f"about {round(number.bit_length() * 0.30103):,}"

@@ -14,8 +14,9 @@ PACKAGE = Path(__file__).resolve().parent.parent / "clicktrain"
 # do not know each other. A new package has to be given its row here.
 LAYERS: tuple[tuple[str, ...], ...] = (
     ("errors",),
+    ("files", "leftovers", "limits", "settings"),
     ("models", "data", "sparsity"),
-    ("formats",),
+    ("formats", "graph"),
     ("kernels", "surgery", "accounting"),
     ("methods", "compiler", "comm"),
     ("train", "export", "report"),

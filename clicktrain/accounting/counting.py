@@ -14,6 +14,8 @@ from clicktrain.accounting.cost import LayerCost, ModelCost, ratio
 from clicktrain.accounting.traffic import Traffic
 from clicktrain.accounting.watching import eager, no_trace, plain
 from clicktrain.errors import UserError
+from clicktrain.graph.batch import batch_size, first_tensor
+from clicktrain.graph.inputs import Inputs, as_inputs
 
 
 @dataclass(frozen=True, slots=True, eq=False)
@@ -45,7 +47,7 @@ class _Calls:
     grad_weight: int = 0
 
 
-def count(model: nn.Module, example: Tensor, masks: Mapping[str, Tensor] | None = None) -> ModelCost:
+def count(model: nn.Module, example: Any, masks: Mapping[str, Tensor] | None = None) -> ModelCost:
     """Count weights, FLOPs and bytes of a network, per image.
 
     Layers are ``nn.Conv1d/2d/3d``, their transposed forms, ``nn.Linear`` and packed convolutions; weights
@@ -55,7 +57,8 @@ def count(model: nn.Module, example: Tensor, masks: Mapping[str, Tensor] | None 
 
     Args:
         model: the network; a compiled one is counted as it was before.
-        example: batch of inputs, [N, C, H, W] for images, on the model's device.
+        example: batch of inputs on the model's device: a tensor, [N, C, H, W] for images, a tuple of
+            positional arguments or a dict of keyword arguments.
         masks: layer name -> bool mask of its weight, True = kept. Layers without one then count as dense.
             None: what is exactly zero counts as pruned.
 
@@ -63,11 +66,13 @@ def count(model: nn.Module, example: Tensor, masks: Mapping[str, Tensor] | None 
         UserError: a mask fits no layer, or the example has no images.
     """
     model = plain(model)
-    if example.dim() < 1 or example.shape[0] < 1:
-        raise UserError(f"counting needs at least one image, got an example of shape {tuple(example.shape)}")
-    calls, traffic = _watch(model, example)
+    inputs = as_inputs(example, model)
+    batch = batch_size(inputs)
+    if batch < 1:
+        shape = tuple(first_tensor(inputs).shape)
+        raise UserError(f"counting needs at least one image, got an example of shape {shape}")
+    calls, traffic = _watch(model, inputs)
     layers = _layers(model, masks)
-    batch = example.shape[0]
     by_module = {id(layer.module): layer for layer in layers}
     unique = {layer.identity: layer for layer in layers}.values()
     pruned = sum(layer.weights - layer.nonzero for layer in unique)
@@ -149,7 +154,7 @@ def _parameters(model: nn.Module) -> int:
     return total
 
 
-def _watch(model: nn.Module, example: Tensor) -> tuple[dict[int, _Calls], Mapping[str, int]]:
+def _watch(model: nn.Module, inputs: Inputs) -> tuple[dict[int, _Calls], Mapping[str, int]]:
     """Run the network once; calls by the identity of the module, and bytes moved."""
     calls: dict[int, _Calls] = {}
 
@@ -170,14 +175,14 @@ def _watch(model: nn.Module, example: Tensor) -> tuple[dict[int, _Calls], Mappin
     try:
         # Gradients are enabled, although none is computed: who needs one is read off the tensors.
         with (
-            no_trace(model, example, training=False),
+            no_trace(model, inputs, training=False),
             eager(model),
             torch.inference_mode(False),
             torch.enable_grad(),
         ):
-            x = example.clone() if example.is_inference() else example.detach()
+            plainly = inputs.map(lambda x: x.clone() if x.is_inference() else x.detach())
             with Traffic() as traffic:
-                model(x)
+                plainly.call(model)
     finally:
         for handle in handles:
             handle.remove()

@@ -19,6 +19,8 @@ from torch.utils._pytree import tree_leaves
 
 from clicktrain.accounting.watching import eager, no_trace, plain
 from clicktrain.errors import UserError
+from clicktrain.graph.batch import blank, first_tensor
+from clicktrain.graph.inputs import Inputs, as_inputs
 
 _BATCHES = (2, 4)
 """Two batches tell the part per image from the fixed one; batch norm trains on more than one image."""
@@ -87,7 +89,7 @@ class TrainingMemory:
 
 def training_memory(
     model: nn.Module,
-    example: Tensor,
+    example: Any,
     optimizer: Optimizer | None = None,
     *,
     averages: Sequence[nn.Module] = (),
@@ -101,7 +103,7 @@ def training_memory(
 
     Args:
         model: the network; a compiled one is taken as it was before.
-        example: a batch of inputs; only shape without the batch, dtype and device count.
+        example: a batch of inputs, as in `count`; only shapes without the batch, dtypes and devices count.
         optimizer: its state counts as it is; before the first step as SGD, Adam and AdamW will make it.
         averages: further copies of the weights that are held (moving averages).
         autocast: makes the context of the forward pass.
@@ -110,7 +112,8 @@ def training_memory(
         UserError: the network does not take a batch of two such inputs.
     """
     model = plain(model)
-    small, large = (_kept(model, _blank(example, batch), autocast) for batch in _BATCHES)
+    inputs = as_inputs(example, model)
+    small, large = (_kept(model, blank(inputs, batch), autocast) for batch in _BATCHES)
     step = _BATCHES[1] - _BATCHES[0]
     layers = tuple(LayerMemory(name, (large[name] - small[name]) // step) for name in large)
     per_image = (large.total() - small.total()) // step
@@ -147,7 +150,7 @@ def optimizer_bytes(optimizer: Optimizer) -> int:
 
 def measure_training_memory(
     model: nn.Module,
-    batch: Tensor,
+    batch: Any,
     loss: Callable[[Any], Tensor],
     optimizer: Optimizer | None = None,
     *,
@@ -168,19 +171,21 @@ def measure_training_memory(
         averages, autocast: as in `training_memory`.
     """
     model = plain(model)
+    inputs = as_inputs(batch, model)
+    first = first_tensor(inputs)
     trained = [p for p in model.parameters() if p.requires_grad]
     resident = _unique_bytes(t for m in (model, *averages) for t in (*m.parameters(), *m.buffers()))
     resident += 0 if optimizer is None else optimizer_bytes(optimizer)
 
     def iteration() -> None:
         with autocast():
-            output = loss(model(batch))
+            output = loss(inputs.call(model))
         # Not backward(): the parameters' own gradients and the hooks on them are left alone.
         torch.autograd.grad(output, trained, allow_unused=True)
 
-    with no_trace(model, batch, training=True), eager(model), torch.enable_grad():
-        peak = _cuda_peak(iteration, batch.device) if batch.is_cuda else _followed_peak(iteration)
-    return resident + peak + _bytes(batch)
+    with no_trace(model, inputs, training=True), eager(model), torch.enable_grad():
+        peak = _cuda_peak(iteration, first.device) if first.is_cuda else _followed_peak(iteration)
+    return resident + peak + sum(map(_bytes, inputs.tensors()))
 
 
 def _cuda_peak(iteration: Callable[[], None], device: torch.device) -> int:
@@ -239,7 +244,7 @@ class _Kept(Counter[str]):
     largest = 0
 
 
-def _kept(model: nn.Module, batch: Tensor, autocast: Autocast) -> _Kept:
+def _kept(model: nn.Module, batch: Inputs, autocast: Autocast) -> _Kept:
     own = {_key(t) for t in (*model.parameters(), *model.buffers())}
     seen: dict[int, Tensor] = {}  # held, so that no storage takes the place of another
     kept, running = _Kept(), [""]
@@ -263,12 +268,12 @@ def _kept(model: nn.Module, batch: Tensor, autocast: Autocast) -> _Kept:
         autocast(),
     ):
         try:
-            model(batch)
+            batch.call(model)
         except (RuntimeError, ValueError, TypeError) as error:
             first = str(error).split("\n", 1)[0]
             raise UserError(
                 f"the memory of training cannot be estimated: the network does not take a batch of shape "
-                f"{tuple(batch.shape)}: {first}"
+                f"{tuple(first_tensor(batch).shape)}: {first}"
             ) from error
     return kept
 
@@ -292,10 +297,6 @@ def _names(model: nn.Module, running: list[str]) -> Iterator[None]:
     finally:
         for handle in handles:
             handle.remove()
-
-
-def _blank(example: Tensor, batch: int) -> Tensor:
-    return example.new_zeros((batch, *example.shape[1:]))
 
 
 def _key(tensor: Tensor) -> int | None:

@@ -7,7 +7,9 @@ from collections.abc import Iterator
 from typing import Any
 
 import torch
-from torch import Tensor, nn
+from torch import nn
+
+from clicktrain.graph.inputs import Inputs
 
 
 def plain(model: nn.Module) -> nn.Module:
@@ -26,7 +28,7 @@ def eager(model: nn.Module) -> contextlib.AbstractContextManager[Any]:
 
 
 @contextlib.contextmanager
-def no_trace(model: nn.Module, example: Tensor, *, training: bool) -> Iterator[None]:
+def no_trace(model: nn.Module, example: Inputs, *, training: bool) -> Iterator[None]:
     """Another mode; afterwards every module's mode, all buffers and the random state are as before.
 
     So are the attributes of modules (a counter in ``forward``), as far as they are not changed in place. The
@@ -34,13 +36,13 @@ def no_trace(model: nn.Module, example: Tensor, *, training: bool) -> Iterator[N
 
     Args:
         model: the network.
-        example: an input, on the device whose random state is to stay.
+        example: inputs, on the device whose random state is to stay.
         training: False: evaluation mode. True: training mode, unless the model is in it already: then every
             module stays in the mode that it has (frozen batch norms).
     """
     modules = [(module, dict(module.__dict__), dict(module._buffers)) for module in model.modules()]
     buffers = [(buffer, buffer.detach().clone()) for buffer in model.buffers()]
-    devices = [example.device] if example.is_cuda else []
+    devices = sorted({t.device for t in example.tensors() if t.is_cuda}, key=str)
     try:
         with torch.random.fork_rng(devices):
             if not (training and model.training):

@@ -27,8 +27,8 @@ from clicktrain.bench.timing import (
 )
 from clicktrain.errors import UserError
 from clicktrain.formats.packed import Structure, pack_values
-from clicktrain.kernels.native import keep_memory, toolchain
-from clicktrain.kernels.native.library import build_all
+from clicktrain.kernels.native import keep_memory, missing_toolchain, toolchain
+from clicktrain.kernels.native.library import need_all
 from clicktrain.kernels.sparse_conv2d.blocked import launch, ops
 from clicktrain.kernels.sparse_conv2d.blocked.geometry import Axis
 from clicktrain.kernels.sparse_conv2d.blocked.layout import block, unblock
@@ -188,7 +188,7 @@ def bench_conv(
     if not shapes:
         raise UserError("at least one shape is needed")
     if toolchain() is None:
-        raise UserError("there is no C compiler to build the sparse kernels: install gcc or clang, or set CC")
+        raise UserError(f"the sparse kernels cannot be built: {missing_toolchain()}")
     keep_memory()  # for both sides: else what is timed is how the system hands out pages
     rows = []
     for shape in shapes:
@@ -312,7 +312,7 @@ class _SparseLayer:
         self.structure = Structure.from_mask(self.mask)
         self.values = pack_values(self.structure, data.weight)
         self.variants = self._variants(tune)
-        build_all(
+        need_all(
             [
                 launch.compile_plan(variant.plan, self.kept, [phase])[0]
                 for phase, variants in self.variants.items()

@@ -26,7 +26,6 @@ from clicktrain.errors import UserError
 from clicktrain.sparsity.masks import conv_masks
 from clicktrain.surgery import SurgeryPlan, read_recipe
 from clicktrain.train import load_run
-from clicktrain.train.prepare import build_model
 from clicktrain.train.restore import LoadedRun
 
 TIMED_MS = 2.0
@@ -104,10 +103,10 @@ class LayerTable:
     rest_excess_ms: float | None
 
 
-def check_pruned(paths: Sequence[str]) -> None:
+def check_pruned(paths: Sequence[str], model: str | None = None) -> None:
     """Raise UserError if a run has nothing to compare layer by layer, before anything is measured."""
     for path in paths:
-        loaded = load_run(path)
+        loaded = load_run(path, model)
         if not loaded.folder.surgery.exists() and not loaded.masks:
             raise UserError(
                 f"by_layer compares pruned layers with dense ones, and nothing was pruned in {path} "
@@ -116,7 +115,11 @@ def check_pruned(paths: Sequence[str]) -> None:
 
 
 def bench_layers(
-    rows: Sequence[RunRow], *, rounds: int = 7, progress: Progress = lambda text: None
+    rows: Sequence[RunRow],
+    *,
+    rounds: int = 7,
+    model: str | None = None,
+    progress: Progress = lambda text: None,
 ) -> list[LayerTable]:
     """Time the layers of networks that `bench_runs` has timed whole, in the memory order that was fastest.
 
@@ -126,6 +129,7 @@ def bench_layers(
     Args:
         rows: of `bench_runs`.
         rounds: timings of which the median is taken.
+        model: as for `bench_runs`.
         progress: told what is being measured.
 
     Raises:
@@ -134,7 +138,7 @@ def bench_layers(
     tables = []
     for row in rows:
         progress(f"{row.run}: layers, {row.what}, batch {row.batch_size}")
-        tables.append(_table(load_run(row.run), row, rounds))
+        tables.append(_table(load_run(row.run, model), row, rounds))
     return tables
 
 
@@ -179,7 +183,7 @@ def _table(loaded: LoadedRun, row: RunRow, rounds: int) -> LayerTable:
     x, y = random_batch(loaded, row.batch_size)
     accelerated = row.pruned_name == "accelerated"
     own_name = row.dense_name if accelerated else row.pruned_name
-    dense = _side(build_model(loaded.facts), x, {}, row.dense_name, row.what)
+    dense = _side(loaded.dense_model(), x, {}, row.dense_name, row.what)
     pruned = _side(loaded.model, x, loaded.masks, own_name, row.what)
     plans = read_recipe(loaded.folder.surgery) if loaded.folder.surgery.exists() else []
     total = sum(dense.flops(name) for name in dense.costs)

@@ -47,7 +47,7 @@ def measure_peak(seconds: float = 0.01) -> Peak | None:
     """
     if toolchain() is None:
         return None
-    library, lanes, sums = _library()
+    library, lanes, sums = measuring_loops()
     threads = torch.get_num_threads()
     out = torch.zeros(lanes)
 
@@ -64,7 +64,7 @@ def measure_peak(seconds: float = 0.01) -> Peak | None:
 
 def multiply_adds(count: int) -> Callable[[], Tensor]:
     """Does so many float32 multiply-adds at least, from registers, with all threads. Needs a C compiler."""
-    library, lanes, sums = _library()
+    library, lanes, sums = measuring_loops()
     threads = torch.get_num_threads()
     out = torch.zeros(lanes)
     steps = -(-count // (sums * lanes * threads))
@@ -79,9 +79,10 @@ def multiply_adds(count: int) -> Callable[[], Tensor]:
 def one_pass(read: Sequence[Tensor], written: Tensor) -> Callable[[], Tensor]:
     """Reads those once, and writes as much as the other one, with all threads. Needs a C compiler.
 
-    Writes to memory of its own, around the caches where the kernels do.
+    Writes zeros to memory of its own, around the caches where the kernels do. Tensors may have any number of
+    bytes, and begin anywhere; each fills its memory without gaps.
     """
-    library, _, _ = _library()
+    library, _, _ = measuring_loops()
     threads = torch.get_num_threads()
     size = written.numel() * written.itemsize
     stream = int(size >= STREAM_BYTES)
@@ -96,7 +97,7 @@ def one_pass(read: Sequence[Tensor], written: Tensor) -> Callable[[], Tensor]:
     return run
 
 
-def _library() -> tuple[Library, int, int]:
+def measuring_loops() -> tuple[Library, int, int]:
     """The measuring loops, lanes of their vectors, and sums in registers."""
     tools = needed_toolchain()
     lanes = tools.lanes(torch.float32)
@@ -106,7 +107,7 @@ def _library() -> tuple[Library, int, int]:
 
 
 def _reader(library: Library, size: int, threads: int) -> Callable[[int], float]:
-    buffer = torch.ones(threads * size // 4)
+    buffer = torch.ones(-(-threads * size // 4))
 
     def read(passes: int) -> float:
         return float(size * passes * call(library.read_all, buffer, size, passes, threads))
@@ -147,15 +148,6 @@ def _source(lanes: int, sums: int) -> str:
     total = " + ".join(f"a{i}" for i in range(sums))
     reads = " ".join(f"{{ vec t = p[i + {i}]; USE(t); }}" for i in range(8))
     return f"""{preamble(torch.float32, lanes)}
-#if defined(__AVX512F__)
-#define USE(x) __asm__ volatile("" : : "v"(x))
-#elif defined(__x86_64__)
-#define USE(x) __asm__ volatile("" : : "x"(x))
-#elif defined(__aarch64__)
-#define USE(x) __asm__ volatile("" : : "w"(x))
-#else
-#define USE(x) __asm__ volatile("" : : "m"(x))
-#endif
 #ifdef _OPENMP
 #include <omp.h>
 #define ME omp_get_thread_num()
@@ -189,18 +181,24 @@ int read_all(const vec *from, int64_t bytes, int64_t passes, int64_t threads) {{
   {{
     const int64_t count = bytes / (int64_t)sizeof(vec);
     const vec *p = from + ME * count;
-    for (int64_t pass = 0; pass < passes; ++pass)
-      for (int64_t i = 0; i < count; i += 8) {{ {reads} }}
+    for (int64_t pass = 0; pass < passes; ++pass) {{
+      int64_t i = 0;
+      for (; i + 8 <= count; i += 8) {{ {reads} }}
+      for (; i < count; ++i) {{ vec t = p[i]; USE(t); }}
+    }}
     if (ME == 0) used = ALL;
   }}
   return used;
 }}
-// In pieces, so that reading and writing go side by side.
+// In pieces, so that reading and writing go side by side. A rest shorter than a vector comes last.
 #define PIECE 128
-int pass_over(const vec *from, int64_t bytes_read, vec *to, int64_t bytes_written, int64_t stream,
+typedef real unaligned_t __attribute__((vector_size(sizeof(vec)), aligned(1), may_alias));
+int pass_over(const char *from, int64_t bytes_read, char *to, int64_t bytes_written, int64_t stream,
               int64_t threads) {{
   const int64_t size = (int64_t)sizeof(vec), in = bytes_read / size, out = bytes_written / size;
   const int64_t pieces = ((in > out ? in : out) + PIECE - 1) / PIECE;
+  const unaligned_t *source = (const unaligned_t *)from;
+  vec *target = (vec *)to;
   (void)threads;
 #ifdef _OPENMP
 #pragma omp parallel num_threads(threads) if (threads > 1)
@@ -209,14 +207,16 @@ int pass_over(const vec *from, int64_t bytes_read, vec *to, int64_t bytes_writte
     vec zero = splat(0);
     for (int64_t k = pieces * ME / ALL; k < pieces * (ME + 1) / ALL; ++k) {{
       const int64_t begin = k * PIECE, stop = begin + PIECE;
-      for (int64_t i = begin; i < min64(stop, in); ++i) {{ vec t = from[i]; USE(t); }}
+      for (int64_t i = begin; i < min64(stop, in); ++i) {{ vec t = source[i]; USE(t); }}
       for (int64_t i = begin; i < min64(stop, out); ++i) {{
         KEEP(zero);
-        if (stream) STREAM(&to[i], zero); else to[i] = zero;
+        if (stream) STREAM(&target[i], zero); else target[i] = zero;
       }}
     }}
     if (stream) DRAIN();
   }}
+  for (int64_t i = in * size; i < bytes_read; ++i) (void)((const volatile char *)from)[i];
+  if (out * size < bytes_written) memset(to + out * size, 0, bytes_written - out * size);
   return 0;
 }}
 """

@@ -13,16 +13,16 @@ import torch
 from torch import Tensor, nn
 
 from clicktrain.accounting import ModelCost, count
+from clicktrain.bench.accelerating import accelerated
 from clicktrain.bench.step import TrainingStep
 from clicktrain.bench.timing import Progress, WrongResultError, check_rounds, fastest, median_ms
-from clicktrain.compiler import Accelerated, accelerate
+from clicktrain.compiler import Accelerated
 from clicktrain.errors import UserError
 from clicktrain.formats.memory_format import unsafe_in_channels_last
-from clicktrain.kernels.native import keep_memory, toolchain
+from clicktrain.kernels.native import keep_memory
 from clicktrain.kernels.pack_model import pack_model_
 from clicktrain.sparsity.masks import conv_masks
 from clicktrain.train import load_run
-from clicktrain.train.prepare import build_model
 from clicktrain.train.restore import LoadedRun
 
 TOLERANCE = 1e-3
@@ -66,6 +66,7 @@ def bench_runs(
     batch_sizes: Sequence[int] = (64,),
     rounds: int = 7,
     bf16: bool = False,
+    model: str | None = None,
     progress: Progress = lambda text: None,
 ) -> list[RunRow]:
     """Time the networks of finished runs; all that is compared is interleaved in one process.
@@ -75,6 +76,7 @@ def bench_runs(
         batch_sizes: images per call.
         rounds: timings of which the median is taken.
         bf16: also try everything dense under bfloat16 autocast.
+        model: package.module:factory, for runs of a network of one's own.
         progress: told what is being measured.
 
     Raises:
@@ -89,7 +91,7 @@ def bench_runs(
     keep_memory()
     rows = []
     for path in paths:
-        loaded = load_run(path)
+        loaded = load_run(path, model)
         for batch in batch_sizes:
             for what in ("inference", "training step"):
                 progress(f"{path}: {what}, batch {batch}")
@@ -99,7 +101,7 @@ def bench_runs(
 
 def _row(path: Path, loaded: LoadedRun, what: str, batch: int, rounds: int, bf16: bool) -> RunRow:
     x, y = random_batch(loaded, batch)
-    dense, pruned = build_model(loaded.facts), loaded.model
+    dense, pruned = loaded.dense_model(), loaded.model
     training = what == "training step"
     calls: dict[tuple[str, str], Callable[[], object]] = {}
     for kind, model in (("dense", dense), ("pruned", pruned)):
@@ -140,11 +142,11 @@ def _flops(cost: ModelCost, training: bool) -> int:
 def _accelerated(loaded: LoadedRun, x: Tensor) -> nn.Module | None:
     """On the sparse kernels, where there is something sparse; checked against the run's own network."""
     masks = conv_masks(loaded.masks)
-    if not masks or toolchain() is None:
+    if not masks:
         return None
     packed = copy.deepcopy(loaded.model)
     pack_model_(packed, masks)
-    fast = accelerate(packed, x)
+    fast = accelerated(packed, x)
     if not isinstance(fast, Accelerated):
         return None
     with torch.inference_mode():

@@ -15,13 +15,14 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from clicktrain.bench.accelerating import accelerated, need_compiler
 from clicktrain.bench.conv import check_precisions
 from clicktrain.bench.masks import check_sparsity, model_masks
 from clicktrain.bench.memory import in_fresh_process, peak_mb
 from clicktrain.bench.timing import Progress, WrongResultError, check_rounds, fastest, median_ms
 from clicktrain.compiler import Accelerated, LoweringPlan, accelerate
 from clicktrain.errors import UserError
-from clicktrain.kernels.native import keep_memory, toolchain
+from clicktrain.kernels.native import keep_memory
 from clicktrain.kernels.pack_model import pack_model_
 from clicktrain.kernels.sparse_conv2d import PackedConv2d
 from clicktrain.models import create_model
@@ -146,8 +147,7 @@ def bench_step(
         raise UserError(
             f"batch_size and image_size must be at least 1, not {case.batch_size} and {case.image_size}"
         )
-    if toolchain() is None:
-        raise UserError("there is no C compiler to build the sparse kernels: install gcc or clang, or set CC")
+    need_compiler()
     keep_memory()  # for both sides: else what is timed is how the system hands out pages
     calls: dict[tuple[str, str] | _Sparse, Callable[[], object]] = {}
     sparse = list(itertools.starmap(_Sparse, itertools.product(compressions, groups, precisions)))
@@ -209,7 +209,7 @@ class _Sparse(NamedTuple):
     def accelerate(self, packed: nn.Module, case: StepCase, rule: str) -> nn.Module:
         """As the trainer does it, measured anew."""
         dtypes = ("fp32", "bf16") if self.autocast else ("fp32",)
-        return accelerate(packed, case.batch()[0], rule=rule, dtypes=dtypes, remember=False)
+        return accelerated(packed, case.batch()[0], rule=rule, dtypes=dtypes, remember=False)
 
 
 class _About(NamedTuple):

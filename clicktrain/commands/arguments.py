@@ -1,8 +1,7 @@
-"""Arguments of one command: declared as data, typed by jsonargparse, mistakes told in one sentence."""
+"""Arguments of one command: declared as data, converted as settings are, mistakes told in one sentence."""
 
 from __future__ import annotations
 
-import argparse
 import difflib
 import json
 import sys
@@ -11,11 +10,12 @@ from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import MISSING, dataclass, field, fields, is_dataclass
 from typing import Any, Union, get_args, get_origin, get_type_hints
 
-import yaml
 from docstring_parser import parse_from_object
 from jsonargparse import ArgumentParser
 
 from clicktrain.errors import UserError
+from clicktrain.files import parse_yaml
+from clicktrain.settings import convert
 
 
 class HelpPrinted(Exception):  # noqa: N818 - not an error: help was asked for and shown
@@ -37,6 +37,16 @@ class Option:
     def flag(self) -> str:
         """As it is typed."""
         return "--" + self.name.replace("_", "-")
+
+
+OWN_MODEL = Option(
+    "model",
+    str | None,
+    "For a run of a network of your own: package.module:factory, which is imported. That a file names it is "
+    "not enough: loading a folder runs no code that you have not named.",
+    metavar="NAME",
+)
+"""Of every command that builds the network of a run folder."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -81,10 +91,7 @@ class Command:
             self._jsonargparse().print_help(sys.stdout)
             raise HelpPrinted
         flags, words = self._split(argv)
-        values: dict[str, Any] = {}
-        parser = self._jsonargparse()
-        for option, text in flags:
-            values.update(_typed(parser, option, text))
+        values = {option.name: _typed(option, text) for option, text in flags}
         if self.positional is not None:
             values[self.positional.name] = self._check_words(words)
         elif words:
@@ -231,16 +238,18 @@ def _take(option: Option, rest: list[str]) -> str:
     return json.dumps({name: _item(value, option.hint) for name, _, value in pairs})
 
 
-def _typed(parser: ArgumentParser, option: Option, text: str) -> dict[str, Any]:
-    """The flag's value by name, in its own type."""
-    try:
-        value = parser.parse_args([f"{option.flag}={text}"], defaults=False)[option.name]
-    except argparse.ArgumentError as error:
-        from clicktrain.train.settings import convert  # not above: it brings torch, which takes seconds
+def _typed(option: Option, text: str) -> Any:
+    """A flag's value in its own type: what the same text would be as the value of a YAML setting.
 
-        convert(option.name, _scalar(text), option.hint)  # raises the sentence that a recipe would get
-        raise UserError(f"{option.flag} is {text!r}, which does not fit: {error}") from None
-    return {option.name: value}
+    Where only text is asked for it is taken as it is typed, without YAML's quotes; ``null`` is nothing.
+    """
+    kinds = _kinds(option.hint)
+    if kinds <= {str, types.NoneType}:
+        return None if text == "null" and types.NoneType in kinds else text
+    value = _scalar(text)
+    if tuple in kinds and not isinstance(value, list) and value is not None:
+        value = [_item(text, option.hint)]
+    return convert(option.name, value, option.hint)
 
 
 def _item(text: str, hint: Any) -> Any:
@@ -257,8 +266,8 @@ def _holds_text(hint: Any) -> bool:
 
 def _scalar(text: str) -> Any:
     try:
-        return yaml.safe_load(text)
-    except yaml.YAMLError:
+        return parse_yaml(text)
+    except UserError:
         return text
 
 

@@ -7,7 +7,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from typing import TYPE_CHECKING, Any, Literal
 
-from clicktrain.commands.arguments import Command, Option, Positional
+from clicktrain.commands.arguments import OWN_MODEL, Command, Option, Positional
 from clicktrain.errors import UserError
 
 if TYPE_CHECKING:
@@ -21,6 +21,7 @@ _COMMAND = Command(
     positional=Positional("run", "Folder of the run."),
     groups={
         "this command": (
+            OWN_MODEL,
             Option(
                 "data",
                 str | None,
@@ -56,7 +57,7 @@ def run(argv: Sequence[str]) -> int:
     given = _COMMAND.parse(argv)
     from clicktrain.train import load_run
 
-    loaded = load_run(given["run"])
+    loaded = load_run(given["run"], given.get("model"))
     names = [name for name in ("data", "batch_size", "device") if given.get(name) is not None]
     config = replace(loaded.config, **{name: given[name] for name in names})
     attacks = _attacks(given, config.seed)
@@ -104,7 +105,7 @@ def _evaluate(loaded: LoadedRun, config: RunConfig, attacks: Sequence[Attack]) -
     if config.data != loaded.config.data:
         _, height, width = loaded.image_shape
         config = replace(config, image_size=height if height == width else None)
-    data = _fitting(loaded, open_run_data(config), config.data)
+    data = _fitting(loaded, open_run_data(config, loaded.value_range), config.data)
     model, loader = loaded.model.to(device), make_val_loader(config, data, device)
     result = evaluate(model, loader, device=device, precision=config.precision)
     assert result is not None  # only a stop that is asked for gives none

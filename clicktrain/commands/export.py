@@ -6,7 +6,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Literal
 
-from clicktrain.commands.arguments import Command, Option, Positional
+from clicktrain.commands.arguments import OWN_MODEL, Command, Option, Positional
 from clicktrain.errors import UserError
 
 _COMMAND = Command(
@@ -18,6 +18,7 @@ _COMMAND = Command(
     positional=Positional("run", "Folder of the run."),
     groups={
         "this command": (
+            OWN_MODEL,
             Option(
                 "format",
                 Literal["safetensors", "onnx", "torch"],
@@ -44,7 +45,7 @@ def run(argv: Sequence[str]) -> int:
     from clicktrain.export import SUFFIXES, export_run
     from clicktrain.train import load_run
 
-    loaded = load_run(given["run"])
+    loaded = load_run(given["run"], given.get("model"))
     folder = loaded.folder.path
     output = given.get("output")
     path = folder / f"export{SUFFIXES[given['format']]}" if output is None else Path(output)

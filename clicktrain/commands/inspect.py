@@ -8,7 +8,7 @@ from collections import Counter
 from collections.abc import Mapping, Sequence
 from typing import TYPE_CHECKING, Any
 
-from clicktrain.commands.arguments import Command, Option, Positional
+from clicktrain.commands.arguments import OWN_MODEL, Command, Option, Positional
 from clicktrain.commands.wording import asked_and_reached, short, training_share
 
 if TYPE_CHECKING:
@@ -21,7 +21,7 @@ _COMMAND = Command(
     name="inspect",
     description="Layer by layer: shape, density, kept weights, patterns, FLOPs, operator.",
     positional=Positional("run", "Folder of the run."),
-    groups={"this command": (Option("json", bool, "Print one JSON object.", False),)},
+    groups={"this command": (OWN_MODEL, Option("json", bool, "Print one JSON object.", False))},
 )
 
 MAX_POSITIONS = 62
@@ -36,13 +36,13 @@ def run(argv: Sequence[str]) -> int:
     given = _COMMAND.parse(argv)
     from clicktrain.train import load_run
 
-    found = describe(load_run(given["run"]))
+    found = describe(load_run(given["run"], given.get("model")))
     if given.get("json"):
         print(json.dumps(found, indent=2))
     else:
-        from rich.console import Console
+        from clicktrain.commands.screen import PipeConsole
 
-        console = Console()
+        console = PipeConsole()
         if not console.is_terminal and "COLUMNS" not in os.environ:
             console.width = PIPE_WIDTH
         show(found, console)

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from pathlib import Path
 
-from clicktrain.commands.arguments import Command, Option, Positional
+from clicktrain.commands.arguments import OWN_MODEL, Command, Option, Positional
 
 _COMMAND = Command(
     name="resume",
@@ -13,6 +13,7 @@ _COMMAND = Command(
     positional=Positional("run", "Folder of the run."),
     groups={
         "this command": (
+            OWN_MODEL,
             Option("report", bool, "Write report.html into the run's folder at the end.", True),
             Option("quiet", bool, "No progress, only the last line.", False),
         )
@@ -27,7 +28,7 @@ def run(argv: Sequence[str]) -> int:
     from clicktrain.train import RunFolder
 
     folder = RunFolder(Path(given["run"])).open()
-    config, method = folder.load_config()
+    config, method = folder.load_config(given.get("model"))
     return carry_out(
         config, method, folder, quiet=given.get("quiet", False), report=given.get("report", True), resume=True
     )

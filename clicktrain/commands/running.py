@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import logging
-import sys
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager, nullcontext
 from pathlib import Path
@@ -12,6 +11,7 @@ from typing import Any
 from rich.console import Console
 
 from clicktrain.commands.progress import make_progress
+from clicktrain.commands.screen import lasting_console, warn
 from clicktrain.commands.wording import asked_and_reached, clock, training_share
 from clicktrain.methods import Method
 from clicktrain.methods.outcome import Outcome
@@ -39,7 +39,7 @@ def carry_out(
         notes: things to tell before the run starts.
         resume: continue the run in the folder.
     """
-    console = Console(file=sys.stdout)
+    console = lasting_console(f"the run goes on without it, in {folder.path}")
     progress = make_progress(console, quiet)
     for note in notes:
         console.print(note, markup=False, highlight=False, soft_wrap=True)
@@ -49,7 +49,7 @@ def carry_out(
     except TrainingInterrupted as stop:
         if progress is not None:
             progress.close()
-        print(f"clicktrain: {stop}", file=sys.stderr)
+        warn(str(stop))
         return stop.exit_code
     finally:
         if progress is not None:

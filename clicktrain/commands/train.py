@@ -2,27 +2,26 @@
 
 from __future__ import annotations
 
-import shutil
+import itertools
 from collections.abc import Sequence
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
-import yaml
-
 from clicktrain.commands.arguments import Command, Option, options_of
 from clicktrain.commands.running import carry_out
 from clicktrain.errors import UserError
-from clicktrain.methods import METHODS, Method
+from clicktrain.methods import METHODS
+from clicktrain.settings import field_names, to_plain
 from clicktrain.train import RunConfig, RunFolder, from_dict, load_config
-from clicktrain.train.settings import field_names, to_plain
+from clicktrain.train.config import read_settings
 
 _OUTPUT = (
     Option("config", str | None, "YAML file with settings; flags given beside it win.", metavar="FILE"),
     Option(
         "out",
         str | None,
-        "Folder of the run, new or empty; a dated one under runs/ by default.",
+        "Folder of the run, new or empty (or of a run killed before its first checkpoint); dated by default.",
         metavar="DIR",
     ),
     Option("dry_run", bool, "Check everything, print the plan and the cost, write no run.", False),
@@ -39,7 +38,7 @@ _EXAMPLES = (
 def run(argv: Sequence[str]) -> int:
     """Run the command; the exit code."""
     recipe = _peek(argv, "config")
-    settings = {} if recipe is None else read_recipe(recipe)
+    settings = {} if recipe is None else read_recipe(recipe, _peek(argv, "model"))
     name = _peek(argv, "method") or settings.get("method", RunConfig.method)
     given = _command(name).parse(argv)
     own = {option.name: given.pop(option.name, option.default) for option in _OUTPUT}
@@ -55,27 +54,7 @@ def run(argv: Sequence[str]) -> int:
         if not ignored
         else [f"method {name} has no {', '.join(ignored)}: those of the recipe are left out"]
     )
-    return _train(config, method, folder, quiet=own["quiet"], report=own["report"], notes=notes)
-
-
-def _train(
-    config: RunConfig,
-    method: Method[Any],
-    folder: RunFolder,
-    *,
-    quiet: bool,
-    report: bool,
-    notes: Sequence[str],
-) -> int:
-    """Run it, and leave nothing behind if it failed before there was anything to resume."""
-    folder.check_free()
-    there = _existing(folder.path)
-    try:
-        return carry_out(config, method, folder, quiet=quiet, report=report, notes=notes)
-    except (UserError, OSError):
-        if not folder.checkpoints():
-            remove_new(folder.path, there)
-        raise
+    return carry_out(config, method, folder, quiet=own["quiet"], report=own["report"], notes=notes)
 
 
 def merge(recipe: dict[str, Any], flags: dict[str, Any]) -> tuple[dict[str, Any], list[str]]:
@@ -109,10 +88,13 @@ def merge(recipe: dict[str, Any], flags: dict[str, Any]) -> tuple[dict[str, Any]
     return {**kept, **flags}, sorted(ignored)
 
 
-def read_recipe(path: str) -> dict[str, Any]:
-    """The settings in a YAML file, as they stand there; UserError unless they are a valid recipe."""
-    load_config(path)
-    return yaml.safe_load(Path(path).read_text(encoding="utf-8")) or {}
+def read_recipe(path: str, model: str | None = None) -> dict[str, Any]:
+    """The settings in a YAML file, as they stand there; UserError unless they are a valid recipe.
+
+    ``model``: what the flags give, see `load_config`.
+    """
+    load_config(path, model)
+    return read_settings(path)
 
 
 def _command(method: str) -> Command:
@@ -150,29 +132,9 @@ def _of_another_method(name: str, method: str) -> str | None:
 def _peek(argv: Sequence[str], name: str) -> str | None:
     """The last value of a text flag, before the flags can be parsed: which there are depends on it."""
     found = None
-    for token, following in zip(argv, [*argv[1:], None], strict=True):
+    for token, following in itertools.zip_longest(argv, argv[1:]):
         if token == f"--{name}":
             found = following
         elif token.startswith(f"--{name}="):
             found = token.partition("=")[2]
     return found
-
-
-def _existing(path: Path) -> Path:
-    """The nearest folder above (or at) ``path`` that exists."""
-    path = path.absolute()
-    while not path.exists():
-        path = path.parent
-    return path
-
-
-def remove_new(path: Path, there: Path) -> None:
-    """Remove what was made at ``path``; ``there`` is the part of it that was there before."""
-    path = path.absolute()
-    if path == there:
-        for child in path.iterdir():
-            shutil.rmtree(child) if child.is_dir() else child.unlink()
-        return
-    first = next(folder for folder in (path, *path.parents) if folder.parent == there)
-    if first.exists():
-        shutil.rmtree(first)

@@ -6,17 +6,20 @@ import warnings
 from collections.abc import Sequence
 from typing import Any
 
-import torch
-from torch import Tensor, nn
+from torch import nn
 
-from clicktrain.compiler.fallback import accelerate_layers_
+from clicktrain.compiler.believe import LoweringError, is_operator
+from clicktrain.compiler.fallback import accelerate_layers_, plan_by_layer
 from clicktrain.compiler.module import Accelerated, refusal
 from clicktrain.compiler.norm_statistics import check_statistics
-from clicktrain.compiler.plan import LoweringPlan
-from clicktrain.compiler.select import RULES, make_plan
-from clicktrain.compiler.trace import Traced, TraceError, trace
+from clicktrain.compiler.plan import RULES, LoweringPlan
+from clicktrain.compiler.select import make_plan
 from clicktrain.errors import UserError
-from clicktrain.kernels.native import keep_memory, toolchain
+from clicktrain.graph import Inputs, as_inputs, own_random_numbers
+from clicktrain.graph.faithful import ExampleError, UnfaithfulError, believed_graph
+from clicktrain.kernels.native import KernelError, keep_memory, toolchain
+from clicktrain.kernels.native.failure import report_failure, summary, watch_failures
+from clicktrain.kernels.native.folder import take_notice
 from clicktrain.kernels.pack_model import pack
 from clicktrain.kernels.sparse_conv2d import PackedConv2d
 
@@ -25,7 +28,7 @@ _PRECISIONS = ("fp32", "bf16")
 
 def accelerate(
     model: nn.Module,
-    example: Tensor | tuple[Tensor, ...],
+    example: Any,
     *,
     rule: str = "measured",
     plan: LoweringPlan | None = None,
@@ -45,8 +48,10 @@ def accelerate(
     Args:
         model: on the CPU, with packed convolutions (`clicktrain.pack`, ``finish(packed=True)``). One without
             any is copied and packed by its zeros: the result then has parameters of its own.
-        example: a batch of images [N, C, H, W] as training uses it, or a tuple of the inputs of ``forward``.
-            The plan holds for any number of images; another image size is lowered when it first comes.
+        example: a batch of images [N, C, H, W] as training uses it; a tuple of positional arguments of
+            ``forward``, a dict of keyword arguments, or `clicktrain.graph.Inputs` with both. Arguments may be
+            left out that have defaults. The plan holds for any number of images; another image size, and a
+            call with other arguments, is lowered when it first comes.
         rule: ``measured``; ``density``, the paper's: sparse where more than 65% of the weights are zero; or
             ``sparse``: everything that can run blocked does. The latter two measure nothing.
         plan: replay these choices instead; a saved one, perhaps edited.
@@ -60,15 +65,22 @@ def accelerate(
         verbose: print the plan.
 
     Returns:
-        An `Accelerated` view of the model. Where that is impossible the model itself, with a warning that
-        says why: without a C compiler or not on the CPU, as it was; if it cannot be traced, with those packed
-        layers that pay running sparse one by one.
+        An `Accelerated` view of the model; without a C compiler that works, or not on the CPU, the model
+        itself with a warning that says why. Where some kernels cannot be built, others are chosen, with a
+        warning.
+
+        The lowered network has been run beside the model, in training and in evaluation mode, twice each and
+        under the same random numbers: outputs, gradients, buffers, attributes and random numbers drawn are
+        the same. The smallest modules that would differ (they count calls, draw random numbers, recompute
+        activations, cannot be traced) run as they are written, with those packed layers inside that pay
+        running sparse one by one; a warning says which and why. If that is the model's own ``forward``, it
+        holds for the whole model.
 
     Raises:
-        UserError: there is nothing sparse in the model, an unknown rule or number type, or a plan that wants
-            statistics where they cannot be taken.
+        UserError: there is nothing sparse in the model, it does not run on the example, an unknown rule or
+            dtype, or a plan that wants statistics where they cannot be taken.
     """
-    inputs: tuple[Any, ...] = example if isinstance(example, tuple) else (example,)
+    inputs = as_inputs(example, model)
     _check_arguments(inputs, rule, dtypes)
     if isinstance(model, Accelerated):
         model = model.base
@@ -78,44 +90,93 @@ def accelerate(
             raise UserError(
                 "the model has no pruned convolution: prune it first, there is nothing to accelerate"
             )
-    reason = refusal(model, inputs)
+    reason = refusal(model, inputs.tensors())
     if reason is not None:
         warnings.warn(f"the packed model runs on the reference operator: {reason}", stacklevel=2)
         return model
     keep_memory()
-    try:
-        traced = trace(model, inputs)
-    except TraceError as error:
-        chosen = accelerate_layers_(model, inputs, rule)
-        warnings.warn(
-            f"the model cannot be traced ({error}): {len(chosen)} of its packed layers run sparse one by "
-            "one, which converts their activations each time",
-            stacklevel=2,
-        )
+    result: Accelerated | None = None
+    with watch_failures() as failures:
+        try:
+            result = _accelerated(model, inputs, rule, plan, tuple(dtypes), remember)
+        except KernelError as error:  # of what nothing goes without
+            report_failure(error)
+    if result is None or (failures and not any(one.kind == "conv" for one in result.plan.blocked())):
+        told = f"the packed model runs on the reference operator: {summary(failures)}{_and_notice()}"
+        warnings.warn(told, stacklevel=2)
         return model
-    if plan is not None:
-        check_statistics(traced, plan)
-        _warn_of_pairs(plan)
-    else:
-        # Measuring draws random numbers; training goes on with its own.
-        with torch.random.fork_rng(devices=[]):
-            plan = make_plan(traced, inputs[0].shape[0], rule, tuple(dtypes), remember)
-    _accelerate_inside_(model, traced, inputs, rule)
+    if failures:
+        told = f"{summary(failures)}; other operators were chosen{_and_notice()}"
+        warnings.warn(told, stacklevel=2)
+    elif notice := take_notice():
+        warnings.warn(notice, stacklevel=2)
     if verbose:
-        print(plan)
-    result = Accelerated(model, plan, len(inputs))
-    result.prepare(traced, inputs)
+        print(result.plan)
     return result
 
 
-def _check_arguments(inputs: tuple[Any, ...], rule: str, dtypes: Sequence[str]) -> None:
+def _and_notice() -> str:
+    notice = take_notice()
+    return f"; {notice}" if notice else ""
+
+
+def _accelerated(
+    model: nn.Module,
+    inputs: Inputs,
+    rule: str,
+    plan: LoweringPlan | None,
+    dtypes: tuple[str, ...],
+    remember: bool,
+) -> Accelerated:
+    """`accelerate` a packed model where there is a compiler."""
+    batch = inputs.tensors()[0].shape[0]
+    try:
+        believed = believed_graph(model, inputs, is_operator)
+    except ExampleError as error:
+        raise UserError(f"the model does not run on the example: {error}") from error
+    except UnfaithfulError as error:
+        return _by_its_own_code(model, inputs, rule, plan, str(error))
+    if plan is not None:
+        check_statistics(believed.graph, plan)
+        _warn_of_pairs(plan)
+    else:
+        # Measuring draws random numbers; training goes on with its own.
+        with own_random_numbers():
+            plan = make_plan(believed.graph, batch, rule, dtypes, remember)
+    result = Accelerated(model, plan, rule)
+    try:
+        result.adopt(believed, inputs)
+    except LoweringError as error:
+        told = f"computes something else when it is lowered ({error})"
+        return _by_its_own_code(model, inputs, rule, None, told)
+    return result
+
+
+def _by_its_own_code(
+    model: nn.Module, inputs: Inputs, rule: str, plan: LoweringPlan | None, reason: str
+) -> Accelerated:
+    """The network as it is, each packed layer for itself; says why."""
+    chosen = accelerate_layers_(model, inputs, rule, plan=plan)
+    told = (
+        f"{type(model).__name__} {reason}: {len(chosen)} of its packed layers run sparse one by one, which "
+        "converts their activations each time; all else runs as it is written"
+    )
+    warnings.warn(told, stacklevel=4)
+    if plan is not None:
+        plan = plan.without(dict.fromkeys({*plan.by_layer()} - {*chosen}, "its kernels cannot be built"))
+    batch = inputs.tensors()[0].shape[0]
+    return Accelerated(model, plan or plan_by_layer(model, chosen, rule, batch, told), rule, lowers=False)
+
+
+def _check_arguments(inputs: Inputs, rule: str, dtypes: Sequence[str]) -> None:
     if rule not in RULES:
         raise UserError(f"rule is one of {', '.join(RULES)}, not {rule!r}")
     if unknown := set(dtypes) - set(_PRECISIONS):
         raise UserError(f"dtypes are {' and '.join(_PRECISIONS)}, not {', '.join(sorted(unknown))}")
     if not dtypes:
         raise UserError(f"dtypes are {' and '.join(_PRECISIONS)}, at least one")
-    if not inputs or not isinstance(inputs[0], Tensor) or inputs[0].shape[:1] in ((), (0,)):
+    tensors = inputs.tensors()
+    if not tensors or tensors[0].shape[:1] in ((), (0,)):
         raise UserError("the example is a batch of images, at least one")
 
 
@@ -126,20 +187,7 @@ def _warn_of_pairs(plan: LoweringPlan) -> None:
         warnings.warn(
             f"the plan multiplies pairs of bfloat16 numbers in {len(pairs)} layers, which this processor "
             "has no instruction for: they run, but slowly; measure a plan here",
-            stacklevel=3,
-        )
-
-
-def _accelerate_inside_(model: nn.Module, traced: Traced, inputs: tuple[Any, ...], rule: str) -> None:
-    """Packed layers inside modules that cannot be traced run one by one."""
-    inside = [path for path in traced.opaque if _packed(model.get_submodule(path))]
-    for path in inside:
-        accelerate_layers_(model, inputs, rule, below=path)
-    if inside:
-        warnings.warn(
-            f"{', '.join(inside)} cannot be traced ({traced.opaque[inside[0]]}): packed layers inside "
-            "run one by one",
-            stacklevel=3,
+            stacklevel=4,
         )
 
 

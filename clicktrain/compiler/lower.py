@@ -2,22 +2,30 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
 
 import torch
 from torch import fx, nn
+from torch.nn.modules.module import _has_any_global_hook
 
 from clicktrain.compiler import steps
+from clicktrain.compiler.guards import Guards
 from clicktrain.compiler.norm_statistics import convolutions_before_norms
+from clicktrain.compiler.passes import Pass, pass_of, pass_text
 from clicktrain.compiler.plan import DENSE, Choice, LoweringPlan, kept_in
-from clicktrain.compiler.trace import ROOT, Traced, layer_name
-from clicktrain.compiler.units import Unit, find_units, hooked, max_pooling, modules_in, shape_of
-from clicktrain.kernels.native import toolchain
+from clicktrain.compiler.units import Unit, find_units, max_pooling, modules_in, shape_of, watched
+from clicktrain.graph import ModelGraph
+from clicktrain.kernels.native import KernelError, toolchain
 from clicktrain.kernels.native.library import build_all
 from clicktrain.kernels.sparse_conv2d import PackedConv2d
 from clicktrain.kernels.sparse_conv2d.blocked.launch import compile_plan
 
+ROOT = "base"
+"""Name under which the model hangs in lowered graphs: they find layers and parameters where the model has
+them at the time of a call, not where they were when it was traced."""
 _STEPS = "steps"
+_CONSTANTS = "constants"
 
 
 @dataclass(frozen=True, slots=True, eq=False)
@@ -26,34 +34,38 @@ class Lowered:
 
     Attributes:
         run: as the model's ``forward``.
-        watched: (children of the parent, name, module) of each layer that runs as a step.
-        parameter: name in the first of these and number type of the one that tells whether the model moved.
-        pools: (pooling layer, its settings): what follows was lowered for the sizes that they give.
+        watched: modules that are not called any more: layers that run as a step, and those traced through.
+        guards: what has to be as it was.
+        parameter: (layer, name, dtype) of the one parameter that tells whether the model moved.
+        plan: by which it was lowered: where kernels cannot be built, layers are plain that were not to be.
     """
 
     run: fx.GraphModule
-    watched: tuple[tuple[dict[str, nn.Module | None], str, nn.Module], ...]
-    parameter: tuple[str, torch.dtype] | None = None
-    pools: tuple[tuple[nn.Module, tuple[object, ...]], ...] = ()
+    watched: tuple[nn.Module, ...]
+    guards: Guards
+    parameter: tuple[nn.Module, str, torch.dtype] | None = None
+    plan: LoweringPlan | None = None
 
     def current(self) -> bool:
-        """Whether the model still has the layers that were lowered, of the number type and where it was."""
+        """Whether all is as it was when the model was lowered: layers, what they read, dtype and device."""
         if self.parameter is not None:
-            name, dtype = self.parameter
-            parameter = self.watched[0][2]._parameters.get(name)
+            module, name, dtype = self.parameter
+            parameter = module._parameters.get(name)
             if parameter is None or parameter.dtype is not dtype or not parameter.is_cpu:
                 return False
-        if any(_settings(module) != known for module, known in self.pools):
-            return False
-        return all(children.get(name) is module for children, name, module in self.watched)
+        return self.guards.hold()
 
     def hooked(self) -> bool:
         """Whether somebody has begun to watch layers that are not called any more."""
-        return any(hooked(module) for _, _, module in self.watched)
+        anywhere: bool = _has_any_global_hook()  # type: ignore[no-untyped-call]
+        return anywhere or any(map(watched, self.watched))
 
 
-def lower(traced: Traced, plan: LoweringPlan, dtype: torch.dtype) -> Lowered:
+def lower(traced: ModelGraph, plan: LoweringPlan, dtype: torch.dtype) -> Lowered:
     """Rewrite a traced model so that units run where the plan says; what the plan does not name runs plain.
+
+    All kernels are built and loaded here. Units whose kernels cannot be built run plain; who watches failures
+    is told.
 
     Args:
         traced: with shapes.
@@ -76,31 +88,37 @@ def lower(traced: Traced, plan: LoweringPlan, dtype: torch.dtype) -> Lowered:
     for name, norm in convolutions_before_norms(stepped).items():
         if choices[name].statistics:
             writer.joined[norm.inputs[0]] = norm
-    watched = []
-    for path, module in modules_in(stepped, traced):
-        parent, _, name = path.rpartition(".")
-        watched.append((traced.model.get_submodule(parent)._modules, name, module))
-    watched.sort(key=lambda entry: not isinstance(entry[2], (PackedConv2d, nn.Conv2d)))
+    layers = [module for _, module in modules_in(stepped, traced)]
     parameter = None
-    if watched and isinstance(watched[0][2], (PackedConv2d, nn.Conv2d)):
-        parameter = ("values" if isinstance(watched[0][2], PackedConv2d) else "weight", dtype)
-    layers = [unit.module for unit in stepped if unit.kind == "pool" and unit.module is not None]
-    pools = tuple((layer, _settings(layer)) for layer in layers)
-    lowered = Lowered(writer.write(), tuple(watched), parameter, pools)
+    for layer in layers:
+        if isinstance(layer, (PackedConv2d, nn.Conv2d)):
+            parameter = (layer, "values" if isinstance(layer, PackedConv2d) else "weight", dtype)
+            break
+    inside = [traced.model.get_submodule(path) for path in traced.entered if path]
+    watched = tuple(dict.fromkeys((*layers, *inside)))
+    lowered = Lowered(writer.write(), watched, Guards(traced, layers), parameter, plan)
     # Side by side now rather than one by one when they are first called.
-    texts = []
-    for step in writer.steps.modules():
-        if isinstance(step, steps.BlockedConv):
-            texts += compile_plan(step.text, writer.kept)
-        elif isinstance(step, steps.ConvBatchNorm):
-            texts += compile_plan(step.conv.text, writer.kept, ["forward"], sums=True)
-    build_all(texts)
-    return lowered
+    failed = build_all([text for texts in (*writer.needs.values(), *writer.sums.values()) for text in texts])
+    return lower(traced, _without(plan, units, writer, failed), dtype) if failed else lowered
 
 
-def _settings(module: nn.Module) -> tuple[object, ...]:
-    """What a layer of PyTorch's was made with."""
-    return tuple(getattr(module, name) for name in getattr(module, "__constants__", ()))
+def _without(
+    plan: LoweringPlan, units: Sequence[Unit], writer: _Writer, failed: Mapping[str, KernelError]
+) -> LoweringPlan:
+    """The plan without what needs kernels that cannot be built; at least one of its choices changes."""
+    unusable = {
+        name: str(next(failed[text] for text in texts if text in failed))
+        for name, texts in writer.needs.items()
+        if any(text in failed for text in texts)
+    }
+    blocked = [unit for unit in units if unit in writer.blocked_units.values() and unit.name not in unusable]
+    if unusable and not any(unit.kind == "conv" for unit in blocked):
+        # Conversions to and fro would pay for nothing.
+        cause = next(iter(unusable.values()))
+        unusable |= {unit.name: cause for unit in blocked}
+    apart = {name for name, texts in writer.sums.items() if any(text in failed for text in texts)}
+    apart |= {name for name, norm in convolutions_before_norms(units).items() if norm.name in unusable}
+    return plan.without(unusable, apart)
 
 
 def _unpacked(unit: Unit, choice: Choice) -> bool:
@@ -112,10 +130,12 @@ class _Writer:
     """Copies a graph node by node; each value is there in one layout, or in both once both are wanted."""
 
     def __init__(
-        self, traced: Traced, choices: dict[str, Choice], dtype: torch.dtype, kept: torch.dtype
+        self, traced: ModelGraph, choices: dict[str, Choice], dtype: torch.dtype, kept: torch.dtype
     ) -> None:
         tools = toolchain()
         self.lanes = tools.lanes(kept) if tools else 0
+        self.indifferent = {node for unit in find_units(traced)[0] for node in unit.nodes}
+        """Operations that take any memory format; the model's own code gets the one that it is used to."""
         self.traced, self.choices, self.dtype, self.kept = traced, choices, dtype, kept
         self.blocked_units: dict[fx.Node, Unit] = {}
         self.dense: dict[fx.Node, Choice] = {}
@@ -125,8 +145,15 @@ class _Writer:
         self.steps = nn.Module()
         self._plain: dict[fx.Node, fx.Node] = {}
         self._blocked: dict[fx.Node, fx.Node] = {}
+        self._strange: set[fx.Node] = set()
+        """Nodes whose plain values may be in another memory format than in the model."""
+        self._usual: dict[fx.Node, fx.Node] = {}
         self._images: dict[fx.Node, fx.Node] = {}
         """Number of images of a blocked value."""
+        self.needs: dict[str, list[str]] = {}
+        """C texts by the name of the unit that needs them."""
+        self.sums: dict[str, list[str]] = {}
+        """C texts by the name of the convolution that takes statistics by them."""
 
     def write(self) -> fx.GraphModule:
         """The lowered graph as a module."""
@@ -137,14 +164,39 @@ class _Writer:
                     self._write_blocked(unit)
             elif node in self.dense:
                 self._plain[node] = self._write_dense(node, self.dense[node])
+                self._strange.add(node)
+            elif node in self.indifferent:
+                self._plain[node] = self._copy(node, self.plain)
+                if any(source in self._strange or source in self._blocked for source in node.all_input_nodes):
+                    self._strange.add(node)
             else:
-                self._plain[node] = self.graph.node_copy(node, self.plain)
+                self._plain[node] = self._copy(node, self.as_the_model_has_it)
+        constants = nn.Module()
+        constants.__dict__.update(self.traced.constants)
+        held = {ROOT: self.traced.model, _STEPS: self.steps, _CONSTANTS: constants}
         root = nn.Module()
-        root._modules.update({ROOT: self.traced.model, _STEPS: self.steps})
+        root._modules.update(held)
         module = fx.GraphModule(root, self.graph, "Lowered")
         # As they are: the graph module would have made holders of its own for what it calls.
-        module._modules.update({ROOT: self.traced.model, _STEPS: self.steps})
+        module._modules.update(held)
         return module
+
+    def _copy(self, node: fx.Node, argument: Callable[[fx.Node], fx.Node]) -> fx.Node:
+        twin = self.graph.node_copy(node, argument)
+        if node.op in ("call_module", "get_attr"):
+            home = _CONSTANTS if str(node.target) in self.traced.constants else ROOT
+            twin.target = f"{home}.{node.target}"
+        return twin
+
+    def as_the_model_has_it(self, node: fx.Node) -> fx.Node:
+        """The value as [N, C, H, W] in the memory format that it has in the model."""
+        known = getattr(node.meta.get("tensor_meta"), "memory_format", None) or torch.contiguous_format
+        usual = node not in self._blocked or known is torch.contiguous_format
+        if len(shape_of(node)) != 4 or (usual and node not in self._strange):
+            return self.plain(node)
+        if node not in self._usual:
+            self._usual[node] = self.graph.call_function(steps.in_format, (self.plain(node), known))
+        return self._usual[node]
 
     def plain(self, node: fx.Node) -> fx.Node:
         """The value as [N, C, H, W], converted if need be."""
@@ -167,6 +219,7 @@ class _Writer:
         if unit.kind == "batch_norm" and unit.inputs[0] in self.joined:
             self._write_joined(unit)
             return
+        self._need(unit)
         x, *others = [self.blocked(node) for node in unit.inputs]
         n = self._images[unit.inputs[0]]
         node, layer = unit.output, unit.module
@@ -183,12 +236,12 @@ class _Writer:
             y = self._call(unit.name, steps.MaxPool(pooling), x)
         elif unit.kind == "pool":
             view = self.graph.call_function(steps.as_images, (x,))
-            pooled = self.graph.node_copy(node, lambda _: view)
+            pooled = self._copy(node, lambda _: view)
             y = self.graph.call_function(steps.as_blocks, (pooled, x))
         elif layer is not None:
             y = self._call(unit.name, steps.Activation(layer), x)
         else:
-            y = self.graph.node_copy(node, self.blocked)
+            y = self._copy(node, self.blocked)
         self._blocked[node] = y
         self._images[node] = n
 
@@ -199,6 +252,8 @@ class _Writer:
         x, *others = [self.blocked(node) for node in (*conv.inputs, *norm.inputs[1:])]
         n = self._images[conv.inputs[0]]
         step = steps.ConvBatchNorm(self._conv(conv), steps.BatchNorm(layer, norm.relu))
+        self.sums[conv.name] = compile_plan(step.conv.text, self.kept, ["forward"], sums=True)
+        self._need(norm)
         self._blocked[norm.output] = self._call(norm.name, step, x, n, *others)
         self._images[norm.output] = n
 
@@ -211,13 +266,21 @@ class _Writer:
             tilings = {phase: replace(tiling, pairs=False) for phase, tiling in tilings.items()}
         layer = unit.module
         assert isinstance(layer, (PackedConv2d, nn.Conv2d))
-        return steps.BlockedConv(layer, (shape[2], shape[3]), tilings)
+        step = steps.BlockedConv(layer, (shape[2], shape[3]), tilings)
+        self._need(unit, *compile_plan(step.text, self.kept))
+        return step
+
+    def _need(self, unit: Unit, *texts: str) -> None:
+        """Note the kernels that a blocked unit runs on."""
+        named = pass_of(unit)
+        passes: list[Pass] = ["layout"] if named is None else ["layout", named]
+        self.needs[unit.name] = [*texts, *(pass_text(name, self.kept) for name in passes)]
 
     def _write_dense(self, node: fx.Node, choice: Choice) -> fx.Node:
         layer = self.traced.module(node)
         assert isinstance(layer, (PackedConv2d, nn.Conv2d))
         step = steps.DenseConv(layer, choice.dense.startswith("channels_last"), choice.dense.endswith("bf16"))
-        return self._call(layer_name(node), step, self.plain(node.all_input_nodes[0]))
+        return self._call(str(node.target), step, self.plain(node.all_input_nodes[0]))
 
     def _call(self, name: str, step: nn.Module, *arguments: fx.Node) -> fx.Node:
         key = name.replace(".", "_").replace("#", "_call")

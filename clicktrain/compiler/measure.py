@@ -40,12 +40,17 @@ LITTLE_WORK = 1 << 21
 takes a third of a second each, and could save microseconds."""
 CALL_MS = 0.05
 """What one operator costs in PyTorch, forward and backward."""
-_WRITE_ONLY_GRADIENT = ("forward", "grad_weight")
+_WRITE_ONLY_GRADIENT: tuple[Phase, ...] = ("forward", "grad_weight")
+Candidates = Mapping[Activations, Sequence[Variant]]
+"""Kernels that could run a convolution, by what activations are kept in."""
 
 
 @dataclass(frozen=True, slots=True)
 class BlockedTimes:
-    """Milliseconds of one convolution in the blocked layout, forward + backward, and its best tilings."""
+    """Milliseconds of one convolution in the blocked layout, forward + backward, and its best tilings.
+
+    Infinitely many where a kernel that it needs cannot be built.
+    """
 
     ms: float
     tilings: tuple[tuple[Phase, Tiling], ...]
@@ -120,21 +125,32 @@ def measure_convolutions(
     groups: dict[tuple[object, ...], list[Unit]] = {}
     for unit in units:
         groups.setdefault((*layer_key(unit), trained_inputs[unit.name]), []).append(unit)
-    prepared = {key: _sparse_candidates(same[0], dtypes) for key, same in groups.items()}
-    build_all(
-        [
-            text
-            for key, same in groups.items()
-            for kept, candidates in prepared[key].items()
-            for one in candidates
-            for text in compile_plan(one.plan, kept_in(kept, dtype_of(same[0])), [one.phase])
-        ]
-    )
+    prepared = _built({key: (same[0], _sparse_candidates(same[0], dtypes)) for key, same in groups.items()})
     times = {}
     for key, same in groups.items():
         found = _times(same[0], prepared[key], trained_inputs[same[0].name], dtypes)
         times.update({unit.name: found for unit in same})
     return times
+
+
+def _built(
+    wanted: Mapping[tuple[object, ...], tuple[Unit, Candidates]],
+) -> dict[tuple[object, ...], Candidates]:
+    """Build the kernels of all candidates; those that cannot be built are left out."""
+    texts = {
+        (key, kept, number): compile_plan(one.plan, kept_in(kept, dtype_of(unit)), [one.phase])[0]
+        for key, (unit, candidates) in wanted.items()
+        for kept, variants_ in candidates.items()
+        for number, one in enumerate(variants_)
+    }
+    failed = build_all(texts.values())
+    return {
+        key: {
+            kept: [one for number, one in enumerate(variants_) if texts[key, kept, number] not in failed]
+            for kept, variants_ in candidates.items()
+        }
+        for key, (_, candidates) in wanted.items()
+    }
 
 
 def measure_batch_norms(
@@ -212,12 +228,12 @@ def layer_key(unit: Unit) -> tuple[object, ...]:
     return images, layer.groups, layer.bias is None, *problem.numbers(), *kind
 
 
-def _sparse_candidates(unit: Unit, dtypes: Sequence[str]) -> dict[Activations, list[Variant]]:
+def _sparse_candidates(unit: Unit, dtypes: Sequence[str]) -> Candidates:
     """By what is kept; of layers of little work the likeliest of each phase alone."""
     layer, problem = conv_parts(unit)
     structure, dtype = sparse_structure(layer), dtype_of(unit)
     little = structure.nnz * math.prod((shape_of(unit.output)[0], *shape_of(unit.output)[2:])) < LITTLE_WORK
-    found = {}
+    found: dict[Activations, Sequence[Variant]] = {}
     for kept in activations_of(dtypes, dtype):
         every = variants(structure, problem, layer.groups, kept_in(kept, dtype))
         first = {one.phase: one for one in reversed(every)}
@@ -262,20 +278,24 @@ def _times(
     kinds.update({name: one.phase for candidates in named.values() for name, one in candidates.items()})
     ms = take_turns(functions, rivals=kinds)
     dense = {name: ms[name] for name in DENSE if name in ms}
-    return LayerTimes(dense, {kept: _best(ms, candidates) for kept, candidates in named.items()})
+    phases = PHASES if trained_input else _WRITE_ONLY_GRADIENT
+    return LayerTimes(dense, {kept: _best(ms, candidates, phases) for kept, candidates in named.items()})
 
 
-def _best(ms: Mapping[str, float], candidates: Mapping[str, Variant]) -> BlockedTimes:
+def _best(
+    ms: Mapping[str, float], candidates: Mapping[str, Variant], phases: Sequence[Phase]
+) -> BlockedTimes:
     """The fastest candidate of each phase."""
     total, tilings = CALL_MS, []
-    for phase in PHASES:
+    for phase in phases:
         timed = [
             (ms[name], place) for place, name in enumerate(candidates) if candidates[name].phase == phase
         ]
-        if timed:
-            best, place = min(timed)
-            total += best
-            tilings.append((phase, list(candidates.values())[place].tiling))
+        if not timed:
+            return BlockedTimes(math.inf, ())
+        best, place = min(timed)
+        total += best
+        tilings.append((phase, list(candidates.values())[place].tiling))
     return BlockedTimes(total, tuple(tilings))
 
 

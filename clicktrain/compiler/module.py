@@ -3,22 +3,31 @@
 from __future__ import annotations
 
 import inspect
+import threading
 import warnings
-from collections.abc import Sequence
 from typing import Any
 
 import torch
 from torch import Tensor, fx, nn
 
-from clicktrain.compiler.lower import Lowered, lower
+from clicktrain.compiler.believe import LoweringError, believed_lowering, is_operator
+from clicktrain.compiler.fallback import accelerate_layers_
+from clicktrain.compiler.lower import Lowered
 from clicktrain.compiler.plan import LoweringPlan
-from clicktrain.compiler.trace import Traced, TraceError, trace
 from clicktrain.compiler.units import packed_type
-from clicktrain.kernels.native import toolchain
+from clicktrain.errors import UserError
+from clicktrain.graph import Inputs, ModelGraph, is_plain
+from clicktrain.graph.faithful import Believed, ExampleError, UnfaithfulError, believed_graph
+from clicktrain.kernels.native import KernelError, missing_toolchain, toolchain
+from clicktrain.kernels.native.failure import summary, watch_failures
 from clicktrain.kernels.sparse_conv2d import PackedConv2d
 
-_NONE = Lowered(fx.GraphModule(nn.Module(), fx.Graph()), ())
-"""Stands for inputs that cannot be lowered."""
+_LOCK = threading.RLock()
+"""One network is lowered at a time in a process; calls that need no lowering do not wait."""
+_VARIANTS = 8
+"""Lowered graphs that are kept for one kind of call: for modes, and values that ``forward`` read."""
+_CHANGES = 3
+"""How often a value may change before it is no constant."""
 _SHARED = (
     "_parameters",
     "_buffers",
@@ -42,11 +51,12 @@ class Accelerated(nn.Module):
     """A view of a model: its parameters, buffers, layers, hooks and mode, and a lowered ``forward``.
 
     There is one set of tensors: training either trains both, and ``state_dict`` has the model's keys. The
-    forward pass is lowered anew when the size of the images, the number type or the layers change, always by
-    the same plan. It is the model's own, for that call, while hooks watch layers that lowering has fused,
-    when the model is not on the CPU, when its packed layers are of a type that has no kernels, under
-    ``torch.jit.trace``, and when it is called in another way than the example was; and always where there is
-    no C compiler.
+    forward pass is lowered again, by the same plan, and compared with the model's own again, when the size of
+    the images changes, the kind of arguments, the dtype, the layers, the mode if ``forward`` asks for it, or
+    a plain attribute or global that ``forward`` reads. It is the model's own, for that call, while hooks
+    watch layers that lowering has fused, when the model is not on the CPU, when its packed layers are of a
+    dtype that has no kernels, and under ``torch.jit.trace``; and always where there is no C compiler, or
+    where nothing else does what it does (see `accelerate`). Threads may call it at once.
 
     Attributes:
         plan: what was decided, layer by layer.
@@ -54,13 +64,16 @@ class Accelerated(nn.Module):
 
     plan: LoweringPlan
 
-    def __init__(self, model: nn.Module, plan: LoweringPlan, inputs: int = 1) -> None:
+    def __init__(
+        self, model: nn.Module, plan: LoweringPlan, rule: str = "density", *, lowers: bool = True
+    ) -> None:
         """Make a view; `accelerate` makes plans that fit.
 
         Args:
             model: with packed convolutions.
             plan: choices by layer; layers that it does not name run as they were.
-            inputs: positional arguments of a call that is lowered.
+            rule: as of `accelerate`, for layers inside modules that turn out to run as they are written.
+            lowers: False runs the model's own ``forward`` always.
         """
         mode = model.training
         object.__setattr__(self, "_base", model)
@@ -69,11 +82,13 @@ class Accelerated(nn.Module):
             if table in model.__dict__:
                 self.__dict__[table] = model.__dict__[table]
         self.training = mode
-        self.plan = plan
-        self._inputs = inputs
-        self._lowered: dict[Any, Lowered] = {}
-        self._entered: Sequence[nn.Module] = ()
-        self._names = list(inspect.signature(model.forward).parameters)
+        own = self.__dict__
+        own.update(plan=plan, _rule=rule, _lowers=lowers, _lowered={}, _told=set(), _left={}, _changes={})
+        own["_names"] = [
+            name
+            for name, parameter in inspect.signature(model.forward).parameters.items()
+            if parameter.kind is parameter.POSITIONAL_OR_KEYWORD
+        ]
 
     @property
     def base(self) -> nn.Module:
@@ -97,32 +112,54 @@ class Accelerated(nn.Module):
 
     def forward(self, *args: Any, **kwargs: Any) -> Any:
         """What the model computes."""
-        if kwargs:
-            args, kwargs = self._positional(args, kwargs)
-        if torch.jit.is_tracing():  # type: ignore[attr-defined, no-untyped-call]
-            return self.base.forward(
-                *args, **kwargs
-            )  # its sizes are no numbers, and pointers are not recorded
-        if kwargs or len(args) != self._inputs or not all(isinstance(x, Tensor) and x.dim() for x in args):
+        if not self._lowers or torch.jit.is_tracing():  # type: ignore[attr-defined, no-untyped-call]
+            # Tracing has sizes that are no numbers, and does not record pointers.
             return self.base.forward(*args, **kwargs)
-        lowered = self._lowered.get(self._key(args))
-        if lowered is None or not lowered.current():
-            if self._elsewhere(args):
-                return self.base.forward(*args)
-            lowered = self._lower(args)
-        if lowered is _NONE or lowered.hooked():
-            return self.base.forward(*args)
-        return lowered.run.forward(*args)
+        inputs = Inputs(*self._positional(args, kwargs))
+        key, tensors = _kind_of(inputs)
+        if key is None:
+            return self.base.forward(*args, **kwargs)
+        lowered = self._known(key)
+        if lowered is None:
+            if self._elsewhere(tensors):
+                return self.base.forward(*args, **kwargs)
+            lowered = self._lower(inputs, key)
+        if lowered is None or lowered.hooked():
+            return self.base.forward(*args, **kwargs)
+        return lowered.run.forward(*tensors)
 
-    def graph(self, *args: Tensor) -> fx.GraphModule:
-        """The lowered graph that a call with these inputs runs, for looking at."""
-        return self._lower(args).run
+    def graph(self, *args: Any, **kwargs: Any) -> fx.GraphModule:
+        """The lowered graph that a call with these inputs runs, for looking at.
 
-    def prepare(self, traced: Traced, args: tuple[Tensor, ...]) -> None:
-        """Lower, and build all kernels, for calls with inputs as they were traced."""
-        if traced.by_mode:
-            self._entered = [self.base.get_submodule(path) for path in traced.entered]
-        self._lowered[self._key(args)] = lower(traced, self.plan, self._dtype())
+        Raises:
+            UserError: such a call runs the model's own code.
+        """
+        inputs = Inputs(*self._positional(args, kwargs))
+        lowered = self._lower(inputs, _kind_of(inputs)[0]) if self._lowers else None
+        if lowered is None:
+            raise UserError(
+                f"{type(self.base).__name__} runs its own code for these inputs: no graph does the same"
+            )
+        return lowered.run
+
+    def adopt(self, believed: Believed, inputs: Inputs) -> Lowered:
+        """Lower a graph of the model, build all kernels, compare, and use it for calls like this one.
+
+        Raises:
+            LoweringError: the lowered graph does something else.
+        """
+        graph = believed.graph
+        inside = [path for path in graph.opaque if _holds_packed(self.base.get_submodule(path))]
+        for path in inside:
+            accelerate_layers_(self.base, graph.inputs, self._rule, below=path)
+        lowered = believed_lowering(believed, self.plan, packed_type(self.base))
+        if not self._lowered and lowered.plan is not None:
+            self.__dict__["plan"] = lowered.plan
+        self._tell(graph)
+        key, _ = _kind_of(Inputs(*self._positional(inputs.args, dict(inputs.kwargs))))
+        # A new tuple: other threads may be reading the old one.
+        self._lowered[key] = (lowered, *(old for old in self._lowered.get(key, ())[: _VARIANTS - 1]))
+        return lowered
 
     def __getattr__(self, name: str) -> Any:
         """What the view does not have itself is the model's."""
@@ -131,55 +168,143 @@ class Accelerated(nn.Module):
         except AttributeError:
             return getattr(self.base, name)
 
+    def __setattr__(self, name: str, value: Any) -> None:
+        """Attributes are the model's: its ``forward`` reads them there."""
+        if name in self.__dict__ or isinstance(getattr(type(self), name, None), property):
+            super().__setattr__(name, value)
+        else:
+            setattr(self.base, name, value)
+
+    def __delattr__(self, name: str) -> None:
+        """As `__setattr__`."""
+        delattr(self.base, name)
+
     def __reduce__(self) -> tuple[Any, ...]:
         """Copies and pickles hold the model and the plan; they lower again when they are called."""
-        return Accelerated, (self.base, self.plan, self._inputs)
+        return _restored, (self.base, self.plan, self._rule, self._lowers)
 
-    def _lower(self, args: tuple[Tensor, ...]) -> Lowered:
-        shapes = [list(x.shape) for x in args]
-        try:
-            # A pickle may come to where there is no compiler, a model be given another number type.
-            reason = refusal(self.base, args)
-            if reason and toolchain() is not None:
-                warnings.warn(f"inputs of {shapes} run without acceleration: {reason}", stacklevel=4)
-                return _NONE  # for this call: the type may change back
-            if reason:
-                raise TraceError(reason)
-            traced = trace(self.base, args)
-        except TraceError as error:
-            warnings.warn(f"inputs of {shapes} run without acceleration: {error}", stacklevel=4)
-            self._lowered[self._key(args)] = _NONE
-        else:
-            self.prepare(traced, args)
-        return self._lowered[self._key(args)]
+    def _known(self, key: Any) -> Lowered | None:
+        for lowered in self._lowered.get(key, ()):
+            if lowered.current():
+                found: Lowered = lowered
+                return found
+        return None
 
-    def _key(self, args: tuple[Tensor, ...]) -> tuple[Any, ...]:
-        return (*((x.shape[1:], x.dtype) for x in args), *(module.training for module in self._entered))
+    def _lower(self, inputs: Inputs, key: Any) -> Lowered | None:
+        """Lower for calls of this kind; None where the model's own code has to run, now or always."""
+        with _LOCK:
+            lowered = self._known(key)
+            if lowered is not None or not self._lowers:
+                return lowered
+            # A pickle may come to where there is no compiler, a model be given another dtype.
+            reason = refusal(self.base, inputs.tensors())
+            if reason is not None:
+                self._warn(f"inputs of {_shapes(inputs)} run without acceleration: {reason}")
+                object.__setattr__(self, "_lowers", toolchain() is not None)
+                return None  # for this call: the dtype may change back
+            self._leave_out_what_changes(key)
+            try:
+                believed = believed_graph(
+                    self.base, inputs, is_operator, all_modes=not self._lowered, own=self._left
+                )
+                with watch_failures() as failures:
+                    lowered = self.adopt(believed, inputs)
+                if failures:
+                    self._warn(f"inputs of {_shapes(inputs)} run partly unaccelerated: {summary(failures)}")
+                return lowered
+            except ExampleError:
+                return None  # the model's own code says best what is wrong
+            except (UnfaithfulError, LoweringError, KernelError) as error:
+                lowered_badly = isinstance(error, LoweringError)
+                kind = "" if not lowered_badly else "computes something else when it is lowered: "
+                self._warn(
+                    f"{type(self.base).__name__} {kind}{error}: it runs as it is written from here on, "
+                    "its packed layers one by one"
+                )
+                accelerate_layers_(self.base, inputs, self._rule)
+                self.__dict__["_lowers"] = False
+                return None
 
-    def _dtype(self) -> torch.dtype:
-        return packed_type(self.base)
+    def _leave_out_what_changes(self, key: Any) -> None:
+        """A value that is another one in every call is no constant: who reads it runs as it is written."""
+        for lowered in self._lowered.get(key, ())[:1]:
+            for read in lowered.guards.changed():
+                name = (read.path, read.name)
+                self._changes[name] = self._changes.get(name, 0) + 1
+                if self._changes[name] > _CHANGES and read.name != "training":
+                    self._left[read.reader] = f"reads {read.name}, which changes between calls"
 
-    def _elsewhere(self, args: tuple[Tensor, ...]) -> bool:
+    def _tell(self, graph: ModelGraph) -> None:
+        """Say once which modules run as they are written."""
+        new = {path: why for path, why in graph.opaque.items() if path not in self._told}
+        self._told.update(new)
+        if not new:
+            return
+        named = "; ".join(f"{path} {why}" for path, why in new.items())
+        self._warn(f"{named}: run as written, and packed layers inside run one by one")
+
+    def _warn(self, message: str) -> None:
+        warnings.warn(message, stacklevel=5)
+
+    def _elsewhere(self, tensors: tuple[Tensor, ...]) -> bool:
         """Whether there is nothing to lower: another device, or no images to find shapes with."""
-        parameter = next(self.base.parameters(), args[0])
-        return {args[0].device.type, parameter.device.type} != {"cpu"} or args[0].shape[0] == 0
+        parameter = next(self.base.parameters(), tensors[0])
+        return {tensors[0].device.type, parameter.device.type} != {"cpu"} or any(
+            x.dim() > 0 and x.shape[0] == 0 for x in tensors
+        )
 
     def _positional(
         self, args: tuple[Any, ...], kwargs: dict[str, Any]
     ) -> tuple[tuple[Any, ...], dict[str, Any]]:
         """Arguments in the order of ``forward`` as far as they go."""
+        if not kwargs:
+            return args, kwargs
         kwargs = dict(kwargs)
-        for name in self._names[len(args) : self._inputs]:
+        for name in self._names[len(args) :]:
             if name not in kwargs:
                 break
             args = (*args, kwargs.pop(name))
         return args, kwargs
 
 
+def _restored(model: nn.Module, plan: LoweringPlan, rule: str, lowers: bool) -> Accelerated:
+    return Accelerated(model, plan, rule, lowers=lowers)
+
+
+def _kind_of(inputs: Inputs) -> tuple[Any, tuple[Tensor, ...]]:
+    """What calls must have in common to run one lowered graph, None if they cannot; and their tensors."""
+    if not inputs.kwargs and all(type(x) is Tensor and x.dim() for x in inputs.args):
+        return tuple((x.shape[1:], x.dtype, _strange(x)) for x in inputs.args), inputs.args
+    parts: list[Any] = []
+    tensors = []
+    for place, leaf in inputs.leaves():
+        if isinstance(leaf, Tensor):
+            tensors.append(leaf)
+            parts.append((place, leaf.shape[1:], leaf.dtype, leaf.dim(), _strange(leaf)))
+        elif is_plain(leaf):
+            parts.append((place, type(leaf), repr(leaf)))
+        else:
+            return None, ()
+    return (tuple(parts) if tensors else None), tuple(tensors)
+
+
+def _strange(x: Tensor) -> bool:
+    """Whether a tensor lies in another memory format: random numbers are drawn in the order of memory."""
+    return not x.is_contiguous()
+
+
+def _shapes(inputs: Inputs) -> list[list[int]]:
+    return [list(x.shape) for x in inputs.tensors()]
+
+
+def _holds_packed(model: nn.Module) -> bool:
+    return any(isinstance(module, PackedConv2d) for module in model.modules())
+
+
 def refusal(model: nn.Module, inputs: tuple[Any, ...]) -> str | None:
     """Why nothing can be accelerated at all."""
     if toolchain() is None:
-        return "there is no C compiler (install gcc or clang, or name one in CC)"
+        return missing_toolchain()
     tensors = [x for x in (*inputs, *model.parameters()) if isinstance(x, Tensor)]
     elsewhere = [x.device for x in tensors if x.device.type != "cpu"]
     if elsewhere:

@@ -21,9 +21,9 @@ from clicktrain.compiler.measure import (
     take_turns,
 )
 from clicktrain.compiler.plan import Activations, LoweringPlan, kept_in
-from clicktrain.compiler.trace import Traced
 from clicktrain.compiler.units import Unit, find_units, shape_of
 from clicktrain.errors import UserError
+from clicktrain.graph import ModelGraph
 from clicktrain.kernels.batch_norm2d import launch as norm_launch
 from clicktrain.kernels.native import toolchain
 from clicktrain.kernels.native.library import build_all
@@ -69,7 +69,7 @@ def convolutions_before_norms(units: Sequence[Unit]) -> dict[str, Unit]:
     return found
 
 
-def check_statistics(traced: Traced, plan: LoweringPlan) -> None:
+def check_statistics(traced: ModelGraph, plan: LoweringPlan) -> None:
     """Refuse a plan, edited by hand perhaps, that wants statistics where they cannot be taken.
 
     Raises:
@@ -109,7 +109,7 @@ def measure_statistics(
         activations: what is kept.
     """
     norms = convolutions_before_norms(units)
-    known: dict[tuple[object, ...], NormTimes] = {}
+    known: dict[tuple[object, ...], NormTimes | None] = {}
     times = {}
     for unit in units:
         norm = norms.get(unit.name)
@@ -118,11 +118,13 @@ def measure_statistics(
         key = (*layer_key(unit), tilings[unit.name], norm.relu, len(norm.inputs))
         if key not in known:
             known[key] = _times(unit, norm, tilings[unit.name], kept_in(activations, dtype_of(unit)))
-        times[unit.name] = known[key]
+        if (found := known[key]) is not None:
+            times[unit.name] = found
     return times
 
 
-def _times(unit: Unit, norm: Unit, tilings: Tilings, kept: torch.dtype) -> NormTimes:
+def _times(unit: Unit, norm: Unit, tilings: Tilings, kept: torch.dtype) -> NormTimes | None:
+    """Both times; None where a kernel cannot be built."""
     layer, problem = conv_parts(unit)
     tools = toolchain()
     assert tools is not None
@@ -130,7 +132,8 @@ def _times(unit: Unit, norm: Unit, tilings: Tilings, kept: torch.dtype) -> NormT
     values = (layer.values if isinstance(layer, PackedConv2d) else layer.weight.flatten(1)).detach()
     plan, tables = prepare(sparse_structure(layer), problem, layer.groups, dict(tilings))
     text, of_layer, dtype = plan.to_json(), list(tables.tensors), values.dtype
-    build_all([launch.compile_plan(text, kept, ["forward"], sums)[0] for sums in (False, True)])
+    if build_all([launch.compile_plan(text, kept, ["forward"], sums)[0] for sums in (False, True)]):
+        return None
     n, *image = shape_of(unit.inputs[0])
     lanes = tools.lanes(kept)
     x = torch.randn(-(-n // lanes), *image, lanes, dtype=dtype).to(kept)

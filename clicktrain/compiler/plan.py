@@ -5,17 +5,21 @@ from __future__ import annotations
 import json
 import os
 import platform
-from collections.abc import Mapping, Sequence
-from dataclasses import asdict, dataclass
+from collections.abc import Collection, Mapping, Sequence
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any, Literal
 
 import torch
 
+from clicktrain.compiler import plan_fields as check
 from clicktrain.errors import UserError
+from clicktrain.files import read_text
 from clicktrain.kernels.native import toolchain
 from clicktrain.kernels.sparse_conv2d.blocked.problem import PHASES, Phase, Tiling
 
+RULES = ("measured", "density", "sparse")
+KINDS = ("conv", "batch_norm", "elementwise", "pool", "global_pool", "cat")
 Layout = Literal["blocked", "plain"]
 """``blocked``: ``[N/V, C, H, W, V]``; ``plain``: ``[N, C, H, W]``, contiguous or channels last."""
 Activations = Literal["parameters", "bf16"]
@@ -72,6 +76,8 @@ class Choice:
     statistics: bool = False
 
     def __post_init__(self) -> None:
+        if self.kind not in KINDS:
+            raise UserError(f"{self.layer} is one of {', '.join(KINDS)}, not {self.kind!r}")
         if self.layout not in ("blocked", "plain"):
             raise UserError(f"the layout of {self.layer} is 'blocked' or 'plain', not {self.layout!r}")
         if self.dense not in DENSE:
@@ -131,6 +137,8 @@ class LoweringPlan:
     activations: Activations = "parameters"
 
     def __post_init__(self) -> None:
+        if self.rule not in RULES:
+            raise UserError(f"the rule of a plan is {', '.join(RULES)}, not {self.rule!r}")
         if self.activations not in ACTIVATIONS:
             raise UserError(
                 f"the activations of a plan are {' or '.join(ACTIVATIONS)}, not {self.activations!r}"
@@ -157,6 +165,10 @@ class LoweringPlan:
         """Layers that multiply pairs of bfloat16 numbers."""
         return [c.layer for c in self.choices if any(tiling.pairs for _, tiling in c.tilings)]
 
+    def blocked(self) -> list[Choice]:
+        """What runs in the blocked layout."""
+        return [choice for choice in self.choices if choice.layout == "blocked"]
+
     def by_layer(self) -> dict[str, Choice]:
         """Choices by `Choice.layer`."""
         return {choice.layer: choice for choice in self.choices}
@@ -173,15 +185,57 @@ class LoweringPlan:
             UserError: it is no plan; says where.
         """
         try:
-            data = json.loads(text)
-            choices = tuple(_choice(entry) for entry in data["choices"])
-            machine = Machine(**data["machine"])
-            notes, activations = tuple(data.get("notes", ())), data.get("activations", ACTIVATIONS[0])
-            return cls(data["rule"], data["batch"], machine, choices, notes, activations)
+            data = check.fields(json.loads(text), "a plan")
+            choices = tuple(
+                _choice(check.fields(one, "a choice")) for one in check.entries(data["choices"], "choices")
+            )
+            notes = tuple(
+                check.text(note, "a note") for note in check.entries(data.get("notes", ()), "notes")
+            )
+            activations = data.get("activations", ACTIVATIONS[0])
+            batch = check.whole(data["batch"], "batch", 1)
+            return cls(
+                check.text(data["rule"], "rule"),
+                batch,
+                _machine(data["machine"]),
+                choices,
+                notes,
+                activations,
+            )
         except UserError:
             raise
-        except (ValueError, KeyError, TypeError) as error:
+        except (ValueError, KeyError, TypeError, RecursionError) as error:
             raise UserError(f"this is no lowering plan: {type(error).__name__}: {error}") from error
+
+    @classmethod
+    def read(cls, path: Path) -> LoweringPlan:
+        """Read a plan from a file.
+
+        Raises:
+            UserError: it is no plan; names the file.
+            OSError: it cannot be read.
+        """
+        text = read_text(path)
+        try:
+            return cls.from_json(text)
+        except UserError as error:
+            raise UserError(f"{path}: {error}") from error
+
+    def without(self, unusable: Mapping[str, str], apart: Collection[str] = ()) -> LoweringPlan:
+        """The plan with some layers in the plain layout.
+
+        Args:
+            unusable: layer -> why it cannot run blocked.
+            apart: convolutions that leave the statistics to the norm behind them.
+        """
+
+        def changed(choice: Choice) -> Choice:
+            if choice.layer in unusable and choice.layout == "blocked":
+                refused = (*choice.refused, f"blocked: {unusable[choice.layer]}")
+                return replace(choice, layout="plain", tilings=(), refused=refused, statistics=False)
+            return replace(choice, statistics=choice.statistics and choice.layer not in apart)
+
+        return replace(self, choices=tuple(changed(choice) for choice in self.choices))
 
     def table(self) -> list[dict[str, str]]:
         """Rows for people, one a convolution; the same columns in each."""
@@ -223,16 +277,31 @@ class LoweringPlan:
         return "\n".join(lines)
 
 
+def _machine(value: Any) -> Machine:
+    data = check.fields(value, "machine")
+    cpu = check.text(data["cpu"], "cpu")
+    return Machine(cpu, check.whole(data["lanes"], "lanes"), check.whole(data["threads"], "threads", 1))
+
+
 def _choice(entry: Mapping[str, Any]) -> Choice:
+    layer = check.text(entry["layer"], "layer")
     tilings = []
-    for phase, tiling in entry.get("tilings", ()):
+    for phase, tiling in check.entries(entry.get("tilings", ()), f"tilings of {layer}"):
         if phase not in PHASES:
-            raise UserError(f"{entry['layer']}: a phase is one of {', '.join(PHASES)}, not {phase!r}")
-        tilings.append((phase, Tiling.from_dict(tiling)))
-    plain = {**entry, "tilings": tuple(tilings)}
-    for key in ("weight", "image", "refused"):
-        plain[key] = tuple(plain.get(key, ()))
-    return Choice(**plain)
+            raise UserError(f"{layer}: a phase is one of {', '.join(PHASES)}, not {phase!r}")
+        tilings.append((phase, Tiling.from_dict(check.fields(tiling, "a tiling"))))
+    checked = {
+        "tilings": tuple(tilings),
+        "weight": check.sizes(entry.get("weight", ()), f"weight of {layer}"),
+        "image": check.sizes(entry.get("image", ()), f"image of {layer}"),
+        "density": check.share(entry.get("density", 1.0), f"density of {layer}"),
+        "predicted_ms": check.milliseconds(entry.get("predicted_ms"), f"predicted_ms of {layer}"),
+        "measured_ms": check.milliseconds(entry.get("measured_ms"), f"measured_ms of {layer}"),
+        "refused": tuple(
+            check.text(one, "refused") for one in check.entries(entry.get("refused", ()), "refused")
+        ),
+    }
+    return Choice(**{**entry, **checked})
 
 
 def _tilings(choice: Choice) -> str:

@@ -6,23 +6,30 @@ the first plan makes a second run of the same settings equal to the first, bit f
 
 from __future__ import annotations
 
+import contextlib
 import hashlib
 import json
+import os
+import stat
 from collections.abc import Collection, Sequence
 from dataclasses import asdict
 from pathlib import Path
 
-from torch import fx
+from torch import fx, nn
 
-from clicktrain.compiler.plan import LoweringPlan, Machine
-from clicktrain.compiler.units import Unit, shape_of
+from clicktrain.compiler.norm_statistics import check_statistics
+from clicktrain.compiler.plan import Activations, LoweringPlan, Machine
+from clicktrain.compiler.units import Unit, find_units, shape_of
 from clicktrain.errors import UserError
 from clicktrain.formats.atomic import write_text_atomic
+from clicktrain.graph import ModelGraph
 from clicktrain.kernels.native import toolchain
-from clicktrain.kernels.native.library import cache_folder
+from clicktrain.kernels.native.folder import cache_folder, mark_used
 from clicktrain.kernels.sparse_conv2d import PackedConv2d
 from clicktrain.kernels.sparse_conv2d.blocked.vocabulary import MAX_SETS, distinct
 
+FORMAT_VERSION = 2
+_MOST_BYTES = 64 << 20
 KERNELS = 10
 """To be raised when kernels change so that old measurements say nothing any more."""
 
@@ -46,25 +53,77 @@ def place(units: Sequence[Unit], trained: Collection[fx.Node], batch: int, dtype
         for unit in units
     ]
     machine = asdict(Machine.here())
-    compiler = None if tools is None else [tools.version, *tools.flags, *tools.isa]
+    compiler = None if tools is None else tools.identity
     text = json.dumps([KERNELS, machine, compiler, batch, list(dtypes), about])
     return cache_folder() / f"plan-{hashlib.sha256(text.encode()).hexdigest()[:32]}.json"
 
 
 def read(path: Path) -> LoweringPlan | None:
-    """The plan that is kept there, None if there is none that can be read."""
+    """The plan that is kept there; None if there is none, or not as it was written for that place.
+
+    The file holds the name that it was written under and a hash of the plan: one that was damaged, edited or
+    copied from elsewhere is not believed.
+    """
     try:
-        return LoweringPlan.from_json(path.read_text(encoding="utf-8"))
-    except (OSError, UserError):
+        with open(os.open(path, os.O_RDONLY | os.O_NONBLOCK), encoding="utf-8") as file:
+            if not stat.S_ISREG(os.fstat(file.fileno()).st_mode):
+                return None
+            document = json.loads(file.read(_MOST_BYTES))
+        text = document["plan"]
+        if document["version"] != FORMAT_VERSION or document["name"] != path.name:
+            return None
+        if document["sha256"] != hashlib.sha256(text.encode()).hexdigest():
+            return None
+        plan = LoweringPlan.from_json(text)
+    except (OSError, ValueError, KeyError, TypeError, AttributeError, RecursionError):
         return None
+    mark_used(path)
+    return plan
+
+
+def fits(
+    plan: LoweringPlan,
+    traced: ModelGraph,
+    batch: int,
+    possible: Collection[Activations],
+    dtypes: Collection[str],
+) -> bool:
+    """Whether a plan is one that could have been made for this network, here and now."""
+    units, refused = find_units(traced)
+    if plan.rule != "measured" or plan.batch != batch or plan.machine != Machine.here():
+        return False
+    if plan.activations not in possible:
+        return False
+    known = [(unit.name, unit.kind, shape_of(unit.inputs[0])[1:], _weight(unit.module)) for unit in units]
+    known += [(name, "conv", (), ()) for name in refused]
+    if [(one.layer, one.kind, one.image, one.weight) for one in plan.choices] != known:
+        return False
+    if any(one.kind == "conv" and one.dense.split()[1] not in dtypes for one in plan.choices[: len(units)]):
+        return False
+    try:
+        check_statistics(traced, plan)
+    except UserError:
+        return False
+    return True
 
 
 def keep(path: Path, plan: LoweringPlan) -> None:
-    """Write a plan down; a full disk only means that the next run measures again."""
+    """Write a plan down; where that is impossible the next run measures again."""
+    text = plan.to_json()
+    digest = hashlib.sha256(text.encode()).hexdigest()
+    document = {"version": FORMAT_VERSION, "name": path.name, "sha256": digest, "plan": text}
     try:
-        write_text_atomic(path, plan.to_json())
-    except OSError:
-        path.unlink(missing_ok=True)
+        write_text_atomic(path, json.dumps(document))
+    except (OSError, UserError):  # UserError: the disk is full
+        with contextlib.suppress(OSError):
+            path.unlink(missing_ok=True)
+
+
+def _weight(layer: nn.Module | None) -> tuple[int, ...]:
+    """Shape of a convolution's weight, () for other layers."""
+    if isinstance(layer, PackedConv2d):
+        return tuple(layer.structure.shape)
+    return tuple(layer.weight.shape) if isinstance(layer, nn.Conv2d) else ()
 
 
 def _packed(layer: PackedConv2d) -> str:

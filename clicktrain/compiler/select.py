@@ -7,8 +7,10 @@ minimum cut over costs and conversions.
 
 from __future__ import annotations
 
+import math
 from collections.abc import Collection, Mapping, Sequence
 from dataclasses import replace
+from pathlib import Path
 from typing import NamedTuple
 
 import torch
@@ -26,6 +28,7 @@ from clicktrain.compiler.measure import (
 )
 from clicktrain.compiler.min_cut import Value, cheapest_layouts, total_cost
 from clicktrain.compiler.norm_statistics import NormTimes, measure_statistics
+from clicktrain.compiler.passes import Pass, broken_passes, pass_of
 from clicktrain.compiler.plan import (
     DENSE,
     Activations,
@@ -35,20 +38,23 @@ from clicktrain.compiler.plan import (
     activations_of,
     kept_in,
 )
-from clicktrain.compiler.trace import Traced
+from clicktrain.compiler.remembered import fits
 from clicktrain.compiler.units import Unit, find_units, shape_of
-from clicktrain.kernels.native import C_TYPES
+from clicktrain.graph import ModelGraph
+from clicktrain.kernels.native import C_TYPES, KernelError
+from clicktrain.kernels.native.failure import watch_failures
 from clicktrain.kernels.sparse_conv2d import PackedConv2d
 
-RULES = ("measured", "density", "sparse")
 DENSITY_LIMIT = 0.35
 """ClickTrain section 5.4: sparse where more than 65% of the weights are zero."""
 
 
 def make_plan(
-    traced: Traced, batch: int, rule: str, dtypes: Sequence[str] = ("fp32",), remember: bool = True
+    traced: ModelGraph, batch: int, rule: str, dtypes: Sequence[str] = ("fp32",), remember: bool = True
 ) -> LoweringPlan:
     """Decide everything about a traced model.
+
+    A kernel that cannot be built is no candidate; who watches failures is told, and the plan is not kept.
 
     Args:
         traced: with the shapes of the example.
@@ -57,17 +63,36 @@ def make_plan(
         dtypes: what dense convolutions may compute in, and activations of blocked regions be kept in; without
             measurements bfloat16 where that is possible.
         remember: take a plan that was measured before on this machine, or keep this one for later.
+
+    Raises:
+        KernelError: activations cannot be converted, for want of a kernel.
     """
+    with watch_failures() as failed:
+        plan, place = _decide(traced, batch, rule, dtypes, remember)
+    if place is not None and not failed:
+        remembered.keep(place, plan)
+    return plan
+
+
+def _decide(
+    traced: ModelGraph, batch: int, rule: str, dtypes: Sequence[str], remember: bool
+) -> tuple[LoweringPlan, Path | None]:
+    """The plan, and where to keep it if it is new."""
     units, refused = find_units(traced)
     trained = trained_values(traced)
-    place = remembered.place(units, trained, batch, dtypes)
-    if rule == "measured" and remember and (known := remembered.read(place)) is not None:
-        return known
     types = {dtype_of(unit) for unit in units}
-    possible = activations_of(dtypes, torch.float32 if types == {torch.float32} else torch.float64)
-    measured = _measure(units, trained, dtypes, possible) if rule == "measured" else None
+    dtype = torch.float32 if types == {torch.float32} else torch.float64
+    possible = activations_of(dtypes, dtype)
+    place = None
+    if rule == "measured" and remember:
+        place = remembered.place(units, trained, batch, dtypes)
+        known = remembered.read(place)
+        if known is not None and fits(known, traced, batch, possible, dtypes):
+            return known, None
+    measured = _measure(units, trained, dtypes, possible, dtype) if rule == "measured" else None
     ways = dense_ways(measured.convolutions) if measured else {}
     if measured is not None:
+        possible = tuple(kept for kept in possible if ("layout", kept) not in measured.broken)
         found = [_cheapest(traced, units, trained, kept, measured, ways) for kept in possible]
         _, activations, blocked = min(found, key=lambda one: one[0])
     else:
@@ -91,17 +116,14 @@ def make_plan(
         Choice(name, "conv", "plain", refused=(f"sparse blocked: {reason}",))
         for name, reason in refused.items()
     ]
-    notes = [f"{path} is not traced: {reason}" for path, reason in traced.opaque.items()]
+    notes = [f"{path} runs as it is written: it {reason}" for path, reason in traced.opaque.items()]
     if measured is not None and len(found) > 1:
         totals = [f"{_in_words(kept)} {total:.1f} ms" for total, kept, _ in found]
         notes.append(
             f"activations kept in {_in_words(activations)}; convolutions, norms and conversions take "
             f"{', '.join(totals)}"
         )
-    plan = LoweringPlan(rule, batch, Machine.here(), tuple(choices), tuple(notes), activations)
-    if rule == "measured" and remember:
-        remembered.keep(place, plan)
-    return plan
+    return LoweringPlan(rule, batch, Machine.here(), tuple(choices), tuple(notes), activations), place
 
 
 def _in_words(activations: Activations) -> str:
@@ -110,11 +132,15 @@ def _in_words(activations: Activations) -> str:
 
 
 class _Measured(NamedTuple):
-    """Times of everything that is measured, whatever the choice; ``norms`` as `measure_batch_norms`."""
+    """Times of everything that is measured, whatever the choice; ``norms`` as `measure_batch_norms`.
+
+    ``broken`` are passes over activations that cannot be built, by what is kept.
+    """
 
     convolutions: Mapping[str, LayerTimes]
     norms: Mapping[str, Mapping[str, float]]
     gb_s: float
+    broken: Collection[tuple[Pass, Activations]]
 
 
 def _measure(
@@ -122,16 +148,24 @@ def _measure(
     trained: Collection[fx.Node],
     dtypes: Sequence[str],
     activations: Sequence[Activations],
+    dtype: torch.dtype,
 ) -> _Measured:
+    failed = broken_passes(units, [kept_in(kept, dtype) for kept in activations])
+    broken: dict[tuple[Pass, Activations], KernelError] = {}
+    for kept in activations:
+        broken.update({(name, kept): e for (name, of), e in failed.items() if of is kept_in(kept, dtype)})
+    if all(("layout", kept) in broken for kept in activations):
+        raise broken["layout", activations[0]]
     convolutions = [unit for unit in units if unit.kind == "conv"]
     gb_s = measure_memory()
     times = measure_convolutions(convolutions, {u.name: u.inputs[0] in trained for u in convolutions}, dtypes)
-    norms = measure_batch_norms([unit for unit in units if unit.kind == "batch_norm"], activations)
-    return _Measured(times, norms, gb_s)
+    usable = [kept for kept in activations if ("batch_norm", kept) not in broken]
+    norms = measure_batch_norms([unit for unit in units if unit.kind == "batch_norm"], usable)
+    return _Measured(times, norms, gb_s, broken)
 
 
 def _cheapest(
-    traced: Traced,
+    traced: ModelGraph,
     units: Sequence[Unit],
     trained: Collection[fx.Node],
     activations: Activations,
@@ -144,20 +178,23 @@ def _cheapest(
         kept, gb_s = kept_in(activations, dtype_of(unit)), measured.gb_s
         if unit.kind == "conv":
             times = measured.convolutions[unit.name]
-            costs[unit.name] = times.dense[ways[unit.name]], times.blocked[activations].ms
+            sparse = times.blocked[activations].ms
+            costs[unit.name] = times.dense[ways[unit.name]], None if math.isinf(sparse) else sparse
         elif unit.name in measured.norms:
             norm = measured.norms[unit.name]
-            costs[unit.name] = norm["plain"], norm[activations]
+            costs[unit.name] = norm["plain"], norm.get(activations)
         else:
             plain = unit_ms(unit, blocked=False, gb_s=gb_s)
-            costs[unit.name] = plain, unit_ms(unit, blocked=True, gb_s=gb_s, itemsize=kept.itemsize)
+            one = unit_ms(unit, blocked=True, gb_s=gb_s, itemsize=kept.itemsize)
+            broken = (pass_of(unit), activations) in measured.broken
+            costs[unit.name] = plain, None if broken else one
     values = values_of(traced, units, trained, activations)
     blocked = cheapest_layouts(costs, values)
     return total_cost(costs, values, blocked), activations, blocked
 
 
 def _by_rule(
-    traced: Traced, units: Sequence[Unit], trained: Collection[fx.Node], rule: str
+    traced: ModelGraph, units: Sequence[Unit], trained: Collection[fx.Node], rule: str
 ) -> dict[str, bool]:
     """Which units run blocked where nothing is measured."""
     if rule == "sparse":
@@ -196,7 +233,7 @@ def dense_ways(times: Mapping[str, LayerTimes]) -> dict[str, str]:
     return {name: fastest(layer, best) for name, layer in times.items()}
 
 
-def trained_values(traced: Traced) -> set[fx.Node]:
+def trained_values(traced: ModelGraph) -> set[fx.Node]:
     """Nodes whose values depend on a trained parameter: their gradients are computed."""
     found: set[fx.Node] = set()
     for node in traced.graph.nodes:
@@ -211,7 +248,7 @@ def trained_values(traced: Traced) -> set[fx.Node]:
 
 
 def values_of(
-    traced: Traced, units: Sequence[Unit], trained: Collection[fx.Node], activations: Activations | None
+    traced: ModelGraph, units: Sequence[Unit], trained: Collection[fx.Node], activations: Activations | None
 ) -> list[Value]:
     """What is computed by whom, read by whom, and what converting it costs.
 
@@ -310,7 +347,7 @@ def _refused(
     reasons = [f"dense {name}: {ms:.2f} ms" for name, ms in times.dense.items() if blocked or name != way]
     sparse = times.blocked[activations].ms
     reasons += [
-        f"sparse blocked, activations in {_in_words(kept)}: {other.ms:.2f} ms"
+        f"sparse blocked, activations in {_in_words(kept)}: {_time(other.ms)}"
         for kept, other in times.blocked.items()
         if kept != activations
     ]
@@ -318,5 +355,9 @@ def _refused(
         reasons.append("slower by itself, but it saves conversions")
     if not blocked:
         more = ", and the conversions cost more than it gains" if sparse < times.dense[way] else ""
-        reasons.append(f"sparse blocked: {sparse:.2f} ms{more}")
+        reasons.append(f"sparse blocked: {_time(sparse)}{more}")
     return tuple(reasons)
+
+
+def _time(ms: float) -> str:
+    return "its kernels cannot be built" if math.isinf(ms) else f"{ms:.2f} ms"

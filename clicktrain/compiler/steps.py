@@ -149,7 +149,7 @@ class ConvBatchNorm(nn.Module):
 
 
 class Activation(nn.Module):
-    """An activation or dropout that never works in place: what lies in the layout may be wanted again."""
+    """An activation that never works in place: what lies in the layout may be wanted again."""
 
     layer: nn.Module
 
@@ -162,8 +162,6 @@ class Activation(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         """Any shape."""
-        if isinstance(self.layer, nn.Dropout):
-            return F.dropout(x, self.layer.p, self.layer.training)
         y: Tensor = self.own(x)
         return y
 
@@ -186,6 +184,11 @@ def unblock(x: Tensor, n: int, dtype: torch.dtype) -> Tensor:
     return y.to(dtype)
 
 
+def in_format(x: Tensor, memory_format: torch.memory_format) -> Tensor:
+    """The value as the model's own code would get it: ``view`` and random numbers depend on the strides."""
+    return x.contiguous(memory_format=memory_format)
+
+
 def as_images(x: Tensor) -> Tensor:
     """A view that PyTorch's pooling knows: [B, C, H, W, V] -> [B*C, V, H, W], which is channels last."""
     b, c, h, w, v = x.shape
@@ -201,7 +204,8 @@ def as_blocks(y: Tensor, like: Tensor) -> Tensor:
 def image_mean(x: Tensor, n: int, keepdim: bool, dtype: torch.dtype) -> Tensor:
     """Mean over each image: [B, C, H, W, V] -> [n, C, 1, 1] or [n, C]; the filling is dropped."""
     b, c, _, _, v = x.shape
-    means = x.mean((2, 3), dtype=dtype).permute(0, 2, 1).reshape(b * v, c)[:n]
+    # In rows, as the model has them: a dropout behind would draw for other places.
+    means = x.mean((2, 3), dtype=dtype).permute(0, 2, 1).reshape(b * v, c)[:n].contiguous()
     return means[:, :, None, None] if keepdim else means
 
 

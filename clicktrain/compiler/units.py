@@ -15,18 +15,19 @@ import torch
 import torch.nn.functional as F
 from torch import fx, nn
 
-from clicktrain.compiler.trace import Traced, layer_name
 from clicktrain.formats.memory_format import plain_input
+from clicktrain.graph import ModelGraph
 from clicktrain.kernels.max_pool2d import Pooling
 from clicktrain.kernels.sparse_conv2d import PackedConv2d
 
 Kind = Literal["conv", "batch_norm", "elementwise", "pool", "global_pool", "cat"]
 
 _ACTIVATIONS = (nn.ReLU, nn.ReLU6, nn.LeakyReLU, nn.ELU, nn.SiLU, nn.GELU, nn.Hardtanh, nn.Hardswish)
-_ELEMENTWISE = (*_ACTIVATIONS, nn.Identity, nn.Dropout)
+_ELEMENTWISE = (*_ACTIVATIONS, nn.Identity)
+"""Not dropout, which would draw other random numbers in another layout."""
 _POOLS = (nn.MaxPool2d, nn.AvgPool2d, nn.AdaptiveAvgPool2d, nn.AdaptiveMaxPool2d)
 _RELU_FUNCTIONS = (F.relu, torch.relu)
-_ELEMENTWISE_FUNCTIONS = (*_RELU_FUNCTIONS, F.relu6, F.leaky_relu, F.silu, F.gelu, F.hardswish, F.dropout)
+_ELEMENTWISE_FUNCTIONS = (*_RELU_FUNCTIONS, F.relu6, F.leaky_relu, F.silu, F.gelu, F.hardswish)
 _ADD_FUNCTIONS = (operator.add, operator.iadd, torch.add)
 _POOL_FUNCTIONS = (F.max_pool2d, F.avg_pool2d, F.adaptive_avg_pool2d, F.adaptive_max_pool2d)
 
@@ -62,7 +63,7 @@ def shape_of(node: fx.Node) -> tuple[int, ...]:
     return tuple(getattr(node.meta.get("tensor_meta"), "shape", ()))
 
 
-def find_units(traced: Traced) -> tuple[list[Unit], dict[str, str]]:
+def find_units(traced: ModelGraph) -> tuple[list[Unit], dict[str, str]]:
     """Units in the graph's order, and the convolutions that are none, each with the reason."""
     finder = _Finder(traced)
     units: dict[fx.Node, Unit] = {}
@@ -81,7 +82,7 @@ def find_units(traced: Traced) -> tuple[list[Unit], dict[str, str]]:
 
 
 class _Finder:
-    def __init__(self, traced: Traced) -> None:
+    def __init__(self, traced: ModelGraph) -> None:
         self.traced = traced
         self.dtype = packed_type(traced.model)
         self.refused: dict[str, str] = {}
@@ -91,7 +92,7 @@ class _Finder:
         for node in traced.graph.nodes:
             name = node.name
             if node.op == "call_module":
-                name = layer_name(node)
+                name = str(node.target)
                 calls[name] = calls.get(name, 0) + 1
                 if calls[name] > 1:
                     name = f"{name}#{calls[name]}"
@@ -240,15 +241,15 @@ def packed_type(model: nn.Module) -> torch.dtype:
     return next(packed, torch.float32)
 
 
-def modules_in(units: list[Unit], traced: Traced) -> Iterator[tuple[str, nn.Module]]:
+def modules_in(units: list[Unit], traced: ModelGraph) -> Iterator[tuple[str, nn.Module]]:
     """Paths and modules that units stand for."""
     for unit in units:
         for node in unit.nodes:
             if node.op == "call_module":
-                yield layer_name(node), traced.module(node)
+                yield str(node.target), traced.module(node)
 
 
-def hooked(module: nn.Module) -> bool:
+def watched(module: nn.Module) -> bool:
     """Whether somebody watches the module's calls: then it has to be called."""
     return bool(
         module._forward_hooks
@@ -258,7 +259,8 @@ def hooked(module: nn.Module) -> bool:
     )
 
 
-_hooked = hooked
+def _hooked(module: nn.Module) -> bool:
+    return watched(module) or "forward" in module.__dict__
 
 
 def _dtype(node: fx.Node) -> torch.dtype | None:

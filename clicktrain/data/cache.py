@@ -19,8 +19,9 @@ from safetensors.torch import save_file
 from torch import Tensor
 
 from clicktrain.errors import UserError
+from clicktrain.leftovers import remove_abandoned
 
-FORMAT_VERSION = 1
+FORMAT_VERSION = 2
 _SPARE_BYTES = 64 * 2**20  # left free beside what is written
 logger = logging.getLogger(__name__)
 
@@ -62,6 +63,7 @@ def atomic_path(path: Path) -> Iterator[Path]:
     Whatever happens, ``path`` is either absent, the old file or the whole new one.
     """
     path.parent.mkdir(parents=True, exist_ok=True)
+    remove_abandoned(path.parent, r"\..+\.(?P<pid>\d+)\.tmp")
     temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
     try:
         yield temporary

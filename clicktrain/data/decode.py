@@ -2,86 +2,110 @@
 
 from __future__ import annotations
 
-import io
+from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import dataclass
+from typing import TypeVar
 
 import numpy as np
 import torch
 from PIL import Image
 from torch import Tensor
 
+from clicktrain.data.image_files import GREY_MODES, Header, broken, read_header, read_image
 from clicktrain.data.listing import EncodedImages
+from clicktrain.data.value_range import EIGHT_BIT, ValueRange, range_of
 from clicktrain.errors import UserError
 
-_GREY_MODES = frozenset({"1", "L", "LA", "La", "I", "I;16", "I;16B", "I;16L", "I;16N", "F"})
+__all__ = [
+    "Header",
+    "check_size",
+    "decode_all",
+    "decode_image",
+    "fit",
+    "measure_values",
+    "mixed_sizes",
+    "read_header",
+    "to_pixels",
+    "values_of",
+]
+
+T = TypeVar("T")
+
 _CHUNK = 64  # images per task of a decoding thread
 
 
-@dataclass(frozen=True)
-class Header:
-    """What the first bytes of an image file tell."""
-
-    size: tuple[int, int]
-    """Height, width in pixels."""
-    grey: bool
-
-
-def read_header(data: bytes, name: str) -> Header:
-    """Read the size and the colour mode without decoding.
-
-    Raises:
-        UserError: not an image that Pillow knows.
-    """
-    try:
-        with Image.open(io.BytesIO(data)) as image:
-            return Header((image.height, image.width), image.mode in _GREY_MODES)
-    except MemoryError:
-        raise
-    except Exception as error:  # Pillow's readers raise whatever a broken file leads them to
-        raise _broken(name, error) from error
-
-
-def decode_image(data: bytes, name: str, channels: int) -> Image.Image:
+def decode_image(data: bytes, name: str, channels: int, values: ValueRange | None = None) -> Image.Image:
     """Decode one file to an 8-bit grey (1 channel) or RGB (3 channels) image.
 
-    An EXIF rotation is not applied, as in the usual ImageNet pipelines; transparency is dropped.
+    - 8 bits a channel (grey, colour, palette, CMYK, YCbCr) and 1 bit: values as they are, 1 bit as 0 and 255.
+    - 16 or 32 bits, signed or not, and floating point (PNG, PPM, TIFF): ``values`` becomes 0 to 255. A file
+      does not say which values it uses (8 or 12 bits in 16, 0 to 1), so the range is measured, see
+      `ValueRange`. NaN and infinities are an error.
+    - Transparency is dropped; an image that shows nothing without it is an error.
+    - Of an animation or a file of several pages the first frame is taken.
+    - An EXIF rotation is not applied, as in the usual ImageNet pipelines.
+
+    Args:
+        data: the bytes of the file.
+        name: what messages call it.
+        channels: 1 or 3.
+        values: range of the data set; `EIGHT_BIT` for one of 8-bit images. None: of this image alone.
 
     Raises:
-        UserError: truncated, broken or not an image; or in colour where ``channels`` is 1. Names the file.
+        UserError: truncated, broken or not an image; in colour where ``channels`` is 1; deeper than 8 bits in
+            a data set of 8-bit images, or the other way round. Names the file.
     """
-    try:
-        with Image.open(io.BytesIO(data)) as image:
-            image.load()
-    except MemoryError:
-        raise
-    except Exception as error:  # see read_header
-        raise _broken(name, error) from error
-    return _to_mode(image, name, channels)
+    image = read_image(data, name)
+    if isinstance(image, Image.Image):
+        if values not in (None, EIGHT_BIT):
+            raise _mixed_depths(name, "8 bits or fewer", "more")
+        return _to_mode(image, name, channels)
+    if values == EIGHT_BIT:
+        raise _mixed_depths(name, "more than 8 bits", "8")
+    own = range_of(image, name)
+    return _to_mode(Image.fromarray((own if values is None else values).to_8_bit(image)), name, channels)
+
+
+def values_of(data: bytes, name: str) -> ValueRange | None:
+    """Smallest and largest value of an image deeper than 8 bits, else None; errors as `decode_image`."""
+    image = read_image(data, name)
+    return None if isinstance(image, Image.Image) else range_of(image, name)
+
+
+def _mixed_depths(name: str, depth: str, others: str) -> UserError:
+    return UserError(
+        f"{name} has {depth} per value although the images looked at first have {others}; "
+        "convert them all to one depth"
+    )
 
 
 def _to_mode(image: Image.Image, name: str, channels: int) -> Image.Image:
-    """Convert to 8-bit grey or RGB."""
-    if image.mode.startswith("I"):  # 16-bit grey: convert() would clip instead of scaling
-        image = Image.fromarray((np.asarray(image).clip(0, 65535) // 256).astype(np.uint8))
+    """Convert an image of at most 8 bits a channel to 8-bit grey or RGB."""
     wanted = "L" if channels == 1 else "RGB"
     if image.mode == wanted:
         return image
-    if channels == 1 and image.mode not in _GREY_MODES:
+    if channels == 1 and image.mode not in GREY_MODES:
         raise UserError(
             f"{name} is in colour although the images looked at first are grey; convert them all to one of "
             "the two"
         )
-    if image.mode == "P" and "transparency" in image.info:
+    transparent = image.has_transparency_data
+    if transparent and image.mode in ("P", "PA"):
         image = image.convert("RGBA")
-    return image.convert(wanted)
+    try:
+        opaque = image.convert(wanted)
+    except ValueError as error:  # LAB, which Pillow cannot convert
+        raise broken(name, error) from error
+    if transparent and _constant(opaque) and image.mode in ("LA", "RGBA") and not _constant(image):
+        raise UserError(f"{name} has a picture in its transparency only; put it on a background or remove it")
+    return opaque
 
 
-def _broken(name: str, error: Exception) -> UserError:
-    reason = str(error).split(" <")[0] or type(error).__name__  # Pillow ends with the address of a buffer
-    return UserError(
-        f"{name} is not a whole image ({reason}); replace it with a good copy or remove it, then start again"
-    )
+def _constant(image: Image.Image) -> bool:
+    """Whether each channel has one value only."""
+    extrema = image.getextrema()
+    pairs = extrema if isinstance(extrema[0], tuple) else (extrema,)
+    return all(low == high for low, high in pairs)
 
 
 def fit(image: Image.Image, size: tuple[int, int], ratio: float = 1.0) -> Image.Image:
@@ -122,6 +146,7 @@ def decode_all(
     resize: bool,
     ratio: float = 1.0,
     threads: int = 1,
+    values: ValueRange | None = None,
 ) -> Tensor:
     """Decode images in threads (Pillow decodes outside the interpreter lock).
 
@@ -133,6 +158,7 @@ def decode_all(
         resize: fit images of other sizes (see `fit`); otherwise another size is an error.
         ratio: see `fit`.
         threads: how many.
+        values: see `decode_image`.
 
     Returns:
         uint8 [len(indices), C, H, W].
@@ -145,18 +171,46 @@ def decode_all(
     def decode_chunk(start: int) -> None:
         for row in range(start, min(start + _CHUNK, len(indices))):
             name = images.name(indices[row])
-            image = decode_image(images.read(indices[row]), name, channels)
+            image = decode_image(images.read(indices[row]), name, channels, values)
             if not resize:
                 check_size(image, size, name)
             out[row] = to_pixels(fit(image, size, ratio))
 
+    for _ in _in_threads(decode_chunk, len(indices), threads):
+        pass
+    return out
+
+
+def measure_values(images: EncodedImages, indices: list[int], threads: int = 1) -> ValueRange:
+    """Return the range of the values in images that are deeper than 8 bits.
+
+    Raises:
+        UserError: for the first image, in order, that is broken or has 8 bits.
+    """
+
+    def measure_chunk(start: int) -> ValueRange | None:
+        found = None
+        for index in indices[start : start + _CHUNK]:
+            own = values_of(images.read(index), images.name(index))
+            if own is None:
+                raise _mixed_depths(images.name(index), "8 bits or fewer", "more")
+            found = own.including(found)
+        return found
+
+    found: ValueRange | None = None
+    for part in _in_threads(measure_chunk, len(indices), threads):
+        found = found if part is None else part.including(found)
+    assert found is not None  # a listing that passed its check is not empty
+    return found
+
+
+def _in_threads(chunk: Callable[[int], T], count: int, threads: int) -> Iterator[T]:
+    """Yield ``chunk(start)`` for every run of images, in order; the first error ends it."""
     pool = ThreadPoolExecutor(max_workers=max(threads, 1))
     try:
-        for _ in pool.map(decode_chunk, range(0, len(indices), _CHUNK)):
-            pass
+        yield from pool.map(chunk, range(0, count, _CHUNK))
     finally:
         pool.shutdown(cancel_futures=True)
-    return out
 
 
 def check_size(image: Image.Image, size: tuple[int, int], name: str) -> None:

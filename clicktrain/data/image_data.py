@@ -8,6 +8,7 @@ from dataclasses import dataclass
 from torch import Tensor
 
 from clicktrain.data.listing import EncodedImages
+from clicktrain.data.value_range import EIGHT_BIT, ValueRange
 
 
 @dataclass(frozen=True, eq=False)
@@ -32,6 +33,8 @@ class EncodedSource:
     """Height, width of the decoded images."""
     resize: bool
     """Whether images of other sizes are fitted to ``size``; otherwise they are an error."""
+    values: ValueRange = EIGHT_BIT
+    """Which values become 0 to 255."""
 
     def __len__(self) -> int:
         return len(self.labels)
@@ -61,6 +64,8 @@ class ImageData:
     val: Source
     workers: int = 2
     """Processes that decode where the images are not in memory."""
+    value_range: tuple[float, float] | None = None
+    """Of images deeper than 8 bits, the values that became 0 and 255."""
 
     @property
     def in_memory(self) -> bool:
@@ -76,6 +81,9 @@ class ImageData:
             where = f"in memory ({mebibytes:,.1f} MiB)"
         else:
             where = f"decoded by {self.workers} workers"
+        if self.value_range is not None:
+            low, high = self.value_range
+            where += f", pixel values {low:g} to {high:g} scaled to 0 to 255"
         return (
             f"{self.spec}: {len(self.train):,} training and {len(self.val):,} validation images, "
             f"{len(self.classes)} classes, {height}x{width} {colour}, {where}"

@@ -4,14 +4,15 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass
-from pathlib import Path
 from typing import Protocol
 
 import torch
 from torch import Tensor
 
+from clicktrain.data.image_files import LARGEST_FILE
 from clicktrain.data.seeding import seeded_generator
 from clicktrain.errors import UserError
+from clicktrain.files import read_regular
 
 
 class EncodedImages(Protocol):
@@ -38,7 +39,7 @@ class FileImages:
     def read(self, index: int) -> bytes:
         """Return the bytes of one image file."""
         try:
-            return Path(self._paths[index]).read_bytes()
+            return read_regular(self._paths[index], LARGEST_FILE)
         except OSError as error:
             raise UserError(
                 f"{self._paths[index]} cannot be read ({error.strerror}); make it readable or remove it"

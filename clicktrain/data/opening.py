@@ -12,15 +12,19 @@ from PIL import Image
 from torch import Tensor
 
 from clicktrain.data.cache import PixelCache, content_key, default_cache_dir, require_space
-from clicktrain.data.decode import decode_all, fit, mixed_sizes, read_header, to_pixels
+from clicktrain.data.decode import decode_all, fit, measure_values, mixed_sizes, read_header, to_pixels
 from clicktrain.data.image_data import EncodedSource, ImageData, PixelSource, Source
 from clicktrain.data.listing import EncodedImages, ListedSplit, Listing, SubsetImages, stratified_split
 from clicktrain.data.spec import DataSpec
 from clicktrain.data.statistics import IMAGENET_MEAN, IMAGENET_STD, channel_sums, mean_and_std
-from clicktrain.errors import UserError
+from clicktrain.data.value_range import EIGHT_BIT, ValueRange
+from clicktrain.errors import UserError, shortened, shown
+from clicktrain.limits import in_words
 
 MEMORY_LIMIT = 2 * 2**30
 """Decoded bytes up to which a data set is kept in memory."""
+LARGEST_SIDE = 8192
+"""Pixels that images may be resized to."""
 _PROBED = 128  # headers looked at to learn size and colour
 _MEASURED = 4096  # images decoded to learn mean and std of a set that does not fit
 logger = logging.getLogger(__name__)
@@ -35,6 +39,7 @@ def open_data(
     cache_dir: Path | None = None,
     workers: int = 2,
     memory_limit: int = MEMORY_LIMIT,
+    value_range: tuple[float, float] | None = None,
 ) -> ImageData:
     """Open a data set.
 
@@ -53,6 +58,9 @@ def open_data(
         cache_dir: folder for decoded images; None is the platform's.
         workers: decoding threads now, and decoding processes in a loader of a set that does not fit.
         memory_limit: bytes.
+        value_range: of images deeper than 8 bits, the values that become 0 and 255: that of the data that a
+            network was trained on. None measures it: over all images, or over a sample of those that are
+            decoded while training. Without effect on 8-bit images.
 
     Raises:
         UserError: anything that is wrong with the arguments or the data; one sentence that names it.
@@ -63,12 +71,17 @@ def open_data(
     try:
         listing = _list(parsed, folder, cache_dir, memory_limit)
     except OSError as error:  # a folder without permission, a disk that fails
-        raise UserError(f"data {spec!r} cannot be read ({error}); check the folder's permissions") from error
+        raise UserError(
+            f"data {shown(spec, 150)} cannot be read ({shortened(str(error), 200)}); check the folder's "
+            "permissions"
+        ) from error
     classes = listing.check(spec)
     if isinstance(listing.train.images, Tensor):
-        loaded = _from_pixels(listing, image_size)
+        loaded = _from_pixels(listing, image_size, memory_limit)
     else:
-        request = _Request(spec, parsed.kind, image_size, memory_limit, workers, PixelCache(folder))
+        request = _Request(
+            spec, parsed.kind, image_size, memory_limit, workers, PixelCache(folder), value_range
+        )
         loaded = _from_files(listing, request, imagenet=len(classes) == 1000)
     train, val, train_sums = loaded.train, loaded.val, loaded.train_sums
     if val is None:
@@ -80,14 +93,16 @@ def open_data(
     mean, std = (
         (IMAGENET_MEAN, IMAGENET_STD) if train_sums is None else mean_and_std(train_sums, height * width)
     )
-    data = ImageData(spec, classes, loaded.shape, mean, std, train, val, workers)
+    data = ImageData(spec, classes, loaded.shape, mean, std, train, val, workers, loaded.value_range)
     logger.info("%s", data.describe())
     return data
 
 
 def _check_arguments(image_size: int | None, val_fraction: float, workers: int) -> None:
-    if image_size is not None and image_size < 1:
-        raise UserError(f"image_size={image_size} is not possible; a number of pixels from 1 on is")
+    if image_size is not None and not 1 <= image_size <= LARGEST_SIDE:
+        raise UserError(
+            f"image_size={shown(image_size)} is not possible; a number of pixels from 1 to {LARGEST_SIDE} is"
+        )
     if not 0 < val_fraction < 1:
         raise UserError(
             f"val_fraction={val_fraction} is not possible; a share above 0 and below 1 is, such as 0.2"
@@ -105,7 +120,7 @@ def _list(spec: DataSpec, folder: Path, cache_dir: Path | None, memory_limit: in
     if spec.kind == "synthetic":
         from clicktrain.data.sources.synthetic import list_synthetic
 
-        return list_synthetic(spec.argument)
+        return list_synthetic(spec.argument, memory_limit)
     if spec.kind == "imagefolder":
         from clicktrain.data.sources.image_folder import list_image_folder
 
@@ -131,6 +146,7 @@ class _Loaded:
     train: Source
     val: Source | None
     train_sums: Tensor | None
+    value_range: tuple[float, float] | None = None
 
 
 @dataclass(frozen=True)
@@ -141,15 +157,29 @@ class _Request:
     memory_limit: int
     workers: int
     cache: PixelCache
+    value_range: tuple[float, float] | None
+
+    def values(self, images: EncodedImages, indices: list[int]) -> ValueRange:
+        """The range that was asked for, or that of these images."""
+        if self.value_range is not None:
+            return ValueRange(*self.value_range)
+        logger.info("measuring the range of the pixel values of %s, once", self.spec)
+        return measure_values(images, indices, self.workers)
 
 
-def _from_pixels(listing: Listing, image_size: int | None) -> _Loaded:
-    """Take over pixels that the source holds, resized if need be."""
+def _from_pixels(listing: Listing, image_size: int | None, memory_limit: int) -> _Loaded:
+    """Take over pixels that the source holds, resized if need be, within the memory that they may take."""
 
     def source(split: ListedSplit) -> PixelSource:
         assert isinstance(split.images, Tensor)
         images = split.images
         if image_size is not None and images.shape[2:] != (image_size, image_size):
+            needed = images.shape[0] * images.shape[1] * image_size**2
+            if needed > memory_limit:
+                raise UserError(
+                    f"{len(images):,} images of {image_size}x{image_size} pixels take {in_words(needed)} and "
+                    f"may take {in_words(memory_limit)}; make image_size smaller"
+                )
             images = _resized(images, image_size)
         return PixelSource(images, split.labels)
 
@@ -171,16 +201,16 @@ def _from_files(listing: Listing, request: _Request, *, imagenet: bool) -> _Load
     """Decode the files, take their pixels from the cache, or prepare to stream them."""
     key = None
     if listing.fingerprint is not None:
-        key = f"{request.kind}-{content_key(listing.fingerprint(), request.image_size)}"
+        key = f"{request.kind}-{content_key(listing.fingerprint(), request.image_size, request.value_range)}"
     cached = request.cache.load(key) if key is not None else None
     if cached is not None and _is_usable(cached, listing, request):
         return _from_cache(cached, listing)
     splits = [split for split in (listing.train, listing.val) if split is not None]
-    channels, size = _probe(splits, request)
+    channels, size, deep = _probe(splits, request)
     count = sum(map(len, splits))
     if count * channels * math.prod(size) <= request.memory_limit:
-        return _decode(listing, channels, size, request, key)
-    return _stream(listing, channels, size, request, key, imagenet=imagenet)
+        return _decode(listing, channels, size, request, key, deep=deep)
+    return _stream(listing, channels, size, request, key, imagenet=imagenet, deep=deep)
 
 
 def _is_usable(cached: dict[str, Tensor], listing: Listing, request: _Request) -> bool:
@@ -198,7 +228,13 @@ def _from_cache(cached: dict[str, Tensor], listing: Listing) -> _Loaded:
     train = PixelSource(cached["train"], listing.train.labels)
     val = PixelSource(cached["val"], listing.val.labels) if listing.val is not None else None
     channels, height, width = train.images.shape[1:]
-    return _Loaded((channels, height, width), train, val, cached["train_sums"])
+    values = _pair(cached["value_range"]) if "value_range" in cached else None
+    return _Loaded((channels, height, width), train, val, cached["train_sums"], values)
+
+
+def _pair(values: Tensor) -> tuple[float, float]:
+    low, high = values.tolist()
+    return low, high
 
 
 def _encoded(split: ListedSplit) -> EncodedImages:
@@ -206,21 +242,28 @@ def _encoded(split: ListedSplit) -> EncodedImages:
     return split.images
 
 
-def _probe(splits: list[ListedSplit], request: _Request) -> tuple[int, tuple[int, int]]:
-    """Learn the number of channels and the size of the images from the headers of some of them."""
+def _probe(splits: list[ListedSplit], request: _Request) -> tuple[int, tuple[int, int], bool]:
+    """Learn channels, size and whether values have more than 8 bits from the headers of some images."""
     grey = True
     first: tuple[str, tuple[int, int]] | None = None
+    deep: dict[bool, str] = {}
     for split in splits:
         images = _encoded(split)
         for index in _spread(len(images), _PROBED):
             header = read_header(images.read(index), images.name(index))
             grey = grey and header.grey
             first = first or (images.name(index), header.size)
+            deep.setdefault(header.deep, images.name(index))
             if request.image_size is None and header.size != first[1]:
                 raise mixed_sizes(images.name(index), header.size, first[0], first[1])
     assert first is not None  # a listing that passed its check is not empty
+    if len(deep) > 1:
+        raise UserError(
+            f"{deep[True]} has more than 8 bits per value and {deep[False]} has not; convert them all to one "
+            "depth, so that equal values mean equal brightness"
+        )
     size = first[1] if request.image_size is None else (request.image_size, request.image_size)
-    return (1 if grey else 3), size
+    return (1 if grey else 3), size, True in deep
 
 
 def _spread(count: int, wanted: int) -> list[int]:
@@ -230,24 +273,39 @@ def _spread(count: int, wanted: int) -> list[int]:
 
 
 def _decode(
-    listing: Listing, channels: int, size: tuple[int, int], request: _Request, key: str | None
+    listing: Listing,
+    channels: int,
+    size: tuple[int, int],
+    request: _Request,
+    key: str | None,
+    *,
+    deep: bool,
 ) -> _Loaded:
     """Decode every image and put the pixels into the cache."""
     resize = request.image_size is not None
+    splits = [split for split in (listing.train, listing.val) if split is not None]
+    values = EIGHT_BIT
 
     def pixels(split: ListedSplit) -> Tensor:
         images = _encoded(split)
         indices = list(range(len(images)))
-        return decode_all(images, indices, channels, size, resize=resize, threads=request.workers)
+        return decode_all(
+            images, indices, channels, size, resize=resize, threads=request.workers, values=values
+        )
 
     if key is not None:  # before the long part, not after it
         needed = (len(listing.train) + len(listing.val or ())) * channels * math.prod(size)
         require_space(request.cache.folder, needed, "the cache of the decoded images")
     logger.info("decoding the images of %s, once", request.spec)
+    if deep:
+        ranges = [request.values(_encoded(split), list(range(len(split)))) for split in splits]
+        values = ranges[0].including(ranges[-1])
     tensors = {"train": pixels(listing.train)}
     if listing.val is not None:
         tensors["val"] = pixels(listing.val)
     tensors["train_sums"] = channel_sums(tensors["train"])
+    if deep:
+        tensors["value_range"] = torch.tensor([values.low, values.high], dtype=torch.float64)
     if key is not None:
         request.cache.store(key, tensors)
     return _from_cache(tensors, listing)
@@ -261,18 +319,34 @@ def _stream(
     key: str | None,
     *,
     imagenet: bool,
+    deep: bool,
 ) -> _Loaded:
     """Leave the images encoded; measure a sample of them, or take ImageNet's figures for a set like it."""
+    values = _sampled_range(_encoded(listing.train), request, key) if deep else EIGHT_BIT
 
     def source(split: ListedSplit) -> EncodedSource:
-        return EncodedSource(_encoded(split), split.labels, channels, size, request.image_size is not None)
+        resize = request.image_size is not None
+        return EncodedSource(_encoded(split), split.labels, channels, size, resize, values)
 
     train = source(listing.train)
     val = source(listing.val) if listing.val is not None else None
     sums = None
     if not (imagenet and channels == 3):
         sums = _sampled_sums(train, request, key)
-    return _Loaded((channels, *size), train, val, sums)
+    return _Loaded((channels, *size), train, val, sums, (values.low, values.high) if deep else None)
+
+
+def _sampled_range(images: EncodedImages, request: _Request, key: str | None) -> ValueRange:
+    """Range of the values of a sample of the training images; what lies outside is clipped later."""
+    key = key and f"{key}-range"
+    cached = request.cache.load(key) if key is not None else None
+    if cached is not None and "value_range" in cached:
+        return ValueRange(*_pair(cached["value_range"]))
+    values = request.values(images, _spread(len(images), _MEASURED))
+    if key is not None:
+        both = torch.tensor([values.low, values.high], dtype=torch.float64)
+        request.cache.store(key, {"value_range": both})
+    return values
 
 
 def _sampled_sums(train: EncodedSource, request: _Request, key: str | None) -> Tensor:
@@ -293,6 +367,7 @@ def _sampled_sums(train: EncodedSource, request: _Request, key: str | None) -> T
             resize=train.resize,
             ratio=train.ratio,
             threads=request.workers,
+            values=train.values,
         )
         sums.append(channel_sums(images))
     joined = torch.cat(sums)
@@ -310,4 +385,5 @@ def _subset(source: Source, indices: Tensor) -> Source:
         source.channels,
         source.size,
         source.resize,
+        source.values,
     )

@@ -47,7 +47,7 @@ class _DecodedBatches(Dataset["Tensor | _Broken"]):
     def _decode(self, epoch: int, index: int) -> Image.Image:
         source = self._source
         name = source.images.name(index)
-        image = decode_image(source.images.read(index), name, source.channels)
+        image = decode_image(source.images.read(index), name, source.channels, source.values)
         if not source.resize:
             check_size(image, source.size, name)
         if not self._resized_crop:

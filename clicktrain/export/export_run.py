@@ -15,6 +15,7 @@ from torch import Tensor, nn
 
 from clicktrain.errors import UserError
 from clicktrain.export import onnx_file, safetensors_file, torch_file
+from clicktrain.leftovers import remove_abandoned
 
 Format = Literal["safetensors", "onnx", "torch"]
 FORMATS: tuple[Format, ...] = get_args(Format)
@@ -87,7 +88,8 @@ def export_run(run: FinishedRun, format: Format, output: str | Path) -> Exported
     model = run.model.eval()
     facts = json.dumps(run.facts)
     try:
-        folder = tempfile.TemporaryDirectory(dir=output.parent, prefix=".export-")
+        remove_abandoned(output.parent, r"\.export-(?P<pid>\d+)-.*")
+        folder = tempfile.TemporaryDirectory(dir=output.parent, prefix=f".export-{os.getpid()}-")
     except OSError as error:
         raise UserError(f"cannot write to {output.parent}: {error.strerror}") from None
     with folder as name, torch.no_grad():

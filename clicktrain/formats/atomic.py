@@ -7,13 +7,16 @@ import errno
 import json
 import math
 import os
+import re
 import secrets
 from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any, BinaryIO
 
 from clicktrain.errors import UserError
+from clicktrain.leftovers import process_runs
 
+_TEMPORARY = re.compile(r"\..+\.(?P<pid>\d+)-[0-9a-f]{8}\.tmp")
 _NO_SPACE = {errno.ENOSPC, errno.EDQUOT, errno.EFBIG}
 
 
@@ -40,7 +43,7 @@ def replace_file(path: str | os.PathLike[str]) -> Iterator[BinaryIO]:
         except BaseException:
             temporary.unlink(missing_ok=True)
             raise
-    _sync_folder(target.parent)
+    sync_folder(target.parent)
 
 
 def write_text_atomic(path: str | os.PathLike[str], text: str) -> None:
@@ -73,10 +76,17 @@ def append_jsonl(path: str | os.PathLike[str], record: Mapping[str, Any]) -> Non
             raise
 
 
+def is_leftover(path: Path) -> bool:
+    """Whether this is a temporary file of `replace_file` whose writer no longer runs on this machine."""
+    match = _TEMPORARY.fullmatch(path.name)
+    return match is not None and not process_runs(int(match["pid"]))
+
+
 def remove_leftovers(folder: str | os.PathLike[str]) -> None:
-    """Remove the temporary files that killed writers left in a folder; no one may be writing there."""
+    """Remove the temporary files that killed writers left in a folder; those of running ones stay."""
     for path in Path(folder).glob(".*.tmp"):
-        path.unlink(missing_ok=True)
+        if is_leftover(path):
+            path.unlink(missing_ok=True)
 
 
 def _cut_unfinished_line(file: Any) -> int:
@@ -118,7 +128,7 @@ def _clear_disk_full(path: Path) -> Iterator[None]:
         raise
 
 
-def _sync_folder(folder: Path) -> None:
+def sync_folder(folder: Path) -> None:
     """Bring a rename to the disk, where the system can (Windows cannot open a folder)."""
     with contextlib.suppress(OSError):
         descriptor = os.open(folder, os.O_RDONLY)

@@ -16,7 +16,8 @@ import torch
 from torch import Tensor
 from torch._C import _are_functorch_transforms_active, _is_tracing, _len_torch_dispatch_stack
 from torch._functorch.utils import unwrap_dead_wrappers
-from torch.autograd.function import once_differentiable
+
+from clicktrain.errors import UserError
 
 R = TypeVar("R")
 _KNOWN = frozenset((Tensor, torch.nn.Parameter, list, str, int, type(None)))
@@ -61,6 +62,33 @@ def plain(operator: Callable[..., R], run: Callable[..., R]) -> Callable[..., R]
     return call
 
 
+class _Once(torch.autograd.Function):
+    """Gradients as they are, which cannot be differentiated themselves."""
+
+    @staticmethod
+    def forward(ctx: Any, count: int, *tensors: Tensor) -> tuple[Tensor, ...]:
+        """The first ``count`` tensors; the others are what they depend on."""
+        return tuple(tensor.view_as(tensor) for tensor in tensors[:count])
+
+    @staticmethod
+    def backward(ctx: Any, *_: Tensor) -> Any:
+        """There are no kernels for it."""
+        raise UserError(
+            "sparse kernels have no second derivatives: compute those (create_graph=True) with the network "
+            "that clicktrain.unpack(model) gives"
+        )
+
+
+def _only_once(
+    ctx: Any, gradients: tuple[Any, ...], found: tuple[Tensor | None, ...]
+) -> tuple[Tensor | None, ...]:
+    """Gradients that refuse to be differentiated, by whatever they depend on."""
+    given = [one for one in found if one is not None]
+    saved = [t for t in (*ctx.saved_tensors, *gradients) if isinstance(t, Tensor) and t.requires_grad]
+    marked = iter(_Once.apply(len(given), *given, *saved))  # type: ignore[no-untyped-call]
+    return tuple(None if one is None else next(marked) for one in found)
+
+
 def differentiable(
     operator: Callable[..., R],
     run: Callable[..., R],
@@ -85,13 +113,14 @@ def differentiable(
             return output
 
         @staticmethod
-        @once_differentiable
         def backward(ctx: Any, *gradients: Tensor) -> Any:
-            found = backward(ctx, *gradients)
-            if not isinstance(found, tuple):
-                return found
+            again = torch.is_grad_enabled()  # the graph of the gradient was asked for
+            with torch.no_grad():
+                found = backward(ctx, *gradients)
+            found = found if isinstance(found, tuple) else (found,)
             # Lists of tensors have lists of gradients there, and count as no tensor here.
-            return tuple(None if isinstance(one, list) else one for one in found)
+            found = tuple(None if isinstance(one, list) else one for one in found)
+            return _only_once(ctx, gradients, found) if again else found
 
     # `torch.autograd.Function.apply` without its Python: there are no function transforms to look for, and
     # `_alive` looks after what they leave behind.

@@ -18,7 +18,15 @@ from clicktrain.errors import UserError
 from clicktrain.formats.packed import Structure, pack_values, unpack_values
 from clicktrain.kernels.sparse_conv2d.module import PackedConv2d, mask_refusal, refusal
 
-__all__ = ["dense_state_dict", "pack", "pack_model_", "pack_refusals", "unpack", "unpack_model_"]
+__all__ = [
+    "dense_state_dict",
+    "pack",
+    "pack_model_",
+    "pack_refusals",
+    "unpack",
+    "unpack_model_",
+    "unpackable_state",
+]
 
 M = TypeVar("M", bound=nn.Module)
 _Convert: TypeAlias = Callable[[Tensor], Tensor]
@@ -211,18 +219,25 @@ def _state_refusal(parameter: Tensor, optimizers: Sequence[Optimizer]) -> str | 
         state = optimizer.state.get(parameter, {})
         if kind == "LBFGS" and _holds(optimizer, parameter):
             return "LBFGS keeps one state for all parameters together: use another optimizer"
-        # By name: for 1x1 kernels its row sums happen to have the weight's shape.
-        foreign = list(state) if kind == "Adafactor" else _foreign(state, parameter)
-        if foreign:
+        odd = unpackable_state(optimizer, state, parameter)
+        if odd:
             return (
-                f"{kind} keeps {foreign}, neither numbers nor one value a weight: "
+                f"{kind} keeps {odd}, neither numbers nor one value a weight: "
                 "make the optimizer after packing, or train with packed=False"
             )
     return None
 
 
-def _foreign(state: Mapping[str, Any], parameter: Tensor) -> list[str]:
-    """Entries of a parameter's state of which it is not known how to convert them."""
+def unpackable_state(optimizer: Optimizer, state: Mapping[str, Any], parameter: Tensor) -> list[str]:
+    """Names of the entries of a parameter's optimizer state that cannot be converted with it.
+
+    Args:
+        optimizer: whose state it is.
+        state: what it keeps for the parameter.
+        parameter: the weight, or its packed values.
+    """
+    if isinstance(optimizer, torch.optim.Adafactor):
+        return list(state)  # for 1x1 kernels its row sums happen to have the weight's shape
     return [
         key
         for key, value in state.items()

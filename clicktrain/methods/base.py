@@ -5,12 +5,14 @@ from __future__ import annotations
 import abc
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
+from numbers import Integral
 from types import MappingProxyType
 from typing import TYPE_CHECKING, Any, ClassVar, Generic, NamedTuple, TypeAlias, TypeVar
 
 from torch import Tensor, nn
 from torch.optim import Optimizer
 
+from clicktrain.errors import UserError, shown
 from clicktrain.methods.outcome import Reached, Target
 from clicktrain.methods.survey import Survey, survey
 from clicktrain.surgery import SurgeryPlan
@@ -34,6 +36,12 @@ class RunLength:
 
     epochs: int
     steps_per_epoch: int
+
+    def __post_init__(self) -> None:
+        for name in ("epochs", "steps_per_epoch"):
+            value = getattr(self, name)
+            if not isinstance(value, Integral):
+                raise UserError(f"{name} is {shown(value)}: a whole number is needed")
 
     @property
     def total(self) -> int:
@@ -255,6 +263,16 @@ class Method(abc.ABC, Generic[S]):
         del state, reached
         return ()
 
+    def after_freeze(self, state: S, masks: Mapping[str, Tensor]) -> None:
+        """Masks are frozen and the network holds them: release what only served to choose them.
+
+        Args:
+            state: what `plan` shows of the masks has to stay in it.
+            masks: the frozen ones, layer name -> bool of the weight's shape; where several processes train,
+                those of the first one.
+        """
+        del state, masks
+
     def penalised_channels(self, state: S) -> Mapping[str, tuple[ChannelAxis, ...]]:
         """Layer name -> the channels that a penalty pushes towards zero; none in most methods."""
         del state
@@ -273,12 +291,12 @@ class Method(abc.ABC, Generic[S]):
     def attach(
         self,
         model: nn.Module,
-        optimizer: Optimizer,
+        optimizer: Optimizer | Sequence[Optimizer],
         *,
         epochs: int,
         steps_per_epoch: int,
         packed: bool = False,
-        example: Tensor | None = None,
+        example: Any = None,
         on_event: Callable[[Event], None] | None = None,
         measure: MeasureMasks | None = None,
     ) -> Pruner:
@@ -286,24 +304,31 @@ class Method(abc.ABC, Generic[S]):
 
         Args:
             model: the network, already on its device.
-            optimizer: any torch optimizer over its parameters; masks, penalties and votes ride on its step
-                hooks.
+            optimizer: any torch optimizer over its parameters, or a list of all that train it; masks,
+                penalties and votes ride on their step hooks. How several count: `Pruner`. An optimizer that
+                wraps another (SAM, Lookahead) is given alone.
             epochs: length of the run.
             steps_per_epoch: calls of `Pruner.observe` per epoch, i.e. batches (not optimizer steps, if
                 gradients are accumulated).
             packed: train on packed values after the hard prune (modules and parameters are then swapped
                 inside the optimizer); False keeps dense tensors with zeros.
-            example: batch of inputs, [N, C, H, W], for methods that remove channels; values do not matter.
-                Taken from the first forward pass if it is not given.
+            example: batch of inputs for methods that remove channels: a tensor [N, C, H, W], a tuple of
+                positional arguments or a dict of keyword arguments. Taken from the first forward pass if it
+                is not given.
             on_event: called with every decision.
             measure: times the network with masks, for ClickTrain with a latency as its target:
                 ``clicktrain.train.MaskedLatency(model, example)``; without it predictions are believed.
 
         Raises:
-            UserError: what is asked for cannot be done on this network or in a run of this length.
+            UserError: what is asked for cannot be done on this network, with this optimizer or in a run of
+                this length; or the network or an optimizer has a method attached that is not finished.
         """
         from clicktrain.methods.pruner import Pruner
 
+        if not isinstance(model, nn.Module):
+            raise UserError(
+                f"attach takes the network first, a torch.nn.Module, not a {type(model).__name__}"
+            )
         return Pruner(
             self,
             model,

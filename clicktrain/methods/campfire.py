@@ -42,7 +42,7 @@ from clicktrain.methods.threshold_masks import Granularity, Linear, MaskRule
 from clicktrain.sparsity.fully_connected import MAX_BLOCK
 from clicktrain.sparsity.granularity import Within
 from clicktrain.sparsity.importance import CRITERIA, magnitude_importance
-from clicktrain.sparsity.masks import conv_masks, energy_outside, sparsity_of
+from clicktrain.sparsity.masks import KeptWeights, conv_masks, energy_outside, kept_weights, sparsity_of
 from clicktrain.sparsity.schedules import Era, campfire_threshold
 
 PRESETS: dict[str, tuple[float, float]] = {
@@ -66,6 +66,8 @@ class CampfireState:
     """Batches by which the era began earlier than it would have (trigger epi)."""
     kernels: KernelWatch = field(default_factory=KernelWatch)
     """For trigger epi, before the era."""
+    kept: dict[str, KeptWeights] = field(default_factory=dict)
+    """What the frozen masks keep per layer; the masks themselves are the network's then."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -302,7 +304,7 @@ class Campfire(Method[CampfireState]):
         return [*actions, *self._prune(state, found, self.threshold_after(seen, step.length))]
 
     def _open_era(self, state: CampfireState, reason: str) -> Action:
-        state.stage, state.kernels.sums = "era", {}
+        state.stage, state.kernels = "era", KernelWatch()
         return Record({"event": "stage", "stage": "era", "number": 2, "reason": reason})
 
     def _prune(self, state: CampfireState, found: Survey, threshold: float) -> list[Action]:
@@ -364,25 +366,29 @@ class Campfire(Method[CampfireState]):
         del state
         return [sparsity_target(self.sparsity, reached, "whole kernels, positions and blocks are pruned")]
 
+    def after_freeze(self, state: CampfireState, masks: Mapping[str, Tensor]) -> None:
+        """The network holds the masks from here on."""
+        state.kept = {name: kept_weights(mask) for name, mask in masks.items()}
+        state.masks = {}
+
     # ---- what is shown and saved ------------------------------------------------------------
 
     def plan(self, found: Survey, length: RunLength, state: CampfireState | None = None) -> PruningPlan:
         """Per layer: what is pruned, target and true sparsity; what was decided once it is."""
-        masks = state.masks if state is not None and state.stage == "fixed" else {}
+        reached = {} if state is None else state.kept
         rows = []
         for layer in found.prunable:
             what, sparsity, note = self.rule.describe(layer, self.sparsity)
             per_filter = None
-            if layer.name in masks:
-                sparsity = sparsity_of({layer.name: masks[layer.name]})
-                counts = masks[layer.name].flatten(1).sum(dim=1)
-                per_filter = int(counts[0]) if bool((counts == counts[0]).all()) else None
+            if layer.name in reached:
+                nonzero, per_filter = reached[layer.name]
+                sparsity = 1 - nonzero / math.prod(layer.shape)
             why = f"target sparsity {self.sparsity:.3f}, true {sparsity:.3f}{note}"
             rows.append(LayerPlan(layer.name, layer.shape, what, 1 - sparsity, per_filter, why))
         weights = sum(math.prod(row.shape) for row in rows)
         pruned = sum((1 - (row.density or 0.0)) * math.prod(row.shape) for row in rows)
         summary = (
-            f"sparsity asked {self.sparsity:g}, {'reached' if masks else 'planned'} "
+            f"sparsity asked {self.sparsity:g}, {'reached' if reached else 'planned'} "
             f"{pruned / max(weights, 1):.3f} of the weights of {len(rows)} layers"
             f"{planned_far_off(self.sparsity, pruned / max(weights, 1))}"
         )
@@ -416,6 +422,7 @@ class Campfire(Method[CampfireState]):
             "squares": dict(state.squares),
             "shift": state.shift,
             "kernels": state.kernels.state_dict(),
+            "kept": {name: list(counts) for name, counts in state.kept.items()},
         }
 
     def load_state(self, found: Survey, length: RunLength, saved: Mapping[str, Any]) -> CampfireState:
@@ -429,6 +436,9 @@ class Campfire(Method[CampfireState]):
             if layer.name in saved["squares"]:
                 squares[layer.name] = saved["squares"][layer.name].to(device, copy=True)
         state = CampfireState(saved["stage"], saved["threshold"], masks, squares, saved.get("shift", 0))
+        state.kept = {name: (nonzero, each) for name, (nonzero, each) in saved.get("kept", {}).items()}
+        if state.stage == "fixed" and masks:  # states of older versions keep the masks
+            self.after_freeze(state, masks)
         if "kernels" in saved:  # not in states of older versions, which knew no EPI
             device = found.prunable[0].weight.device
             state.kernels = KernelWatch.from_state(saved["kernels"], lambda t: t.to(device, copy=True))

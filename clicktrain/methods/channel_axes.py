@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Collection
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -12,7 +13,7 @@ from clicktrain.surgery import dependencies
 
 
 def channel_axes(
-    model: nn.Module, example: Tensor, layers: Collection[str]
+    model: nn.Module, example: Any, layers: Collection[str]
 ) -> dict[str, tuple[ChannelAxis, ...]]:
     """The removable channels of layers, by the network's own dependencies (PruneTrain 4.1).
 
@@ -22,7 +23,7 @@ def channel_axes(
 
     Args:
         model: any module that torch.fx can trace.
-        example: batch of at least one input.
+        example: its inputs, see `clicktrain.surgery.dependencies`.
         layers: names of convolutions and linear layers.
 
     Returns:

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Mapping, Sequence
-from typing import Literal
+from typing import Any, Literal
 
 from torch import Tensor, nn
 
@@ -27,7 +27,7 @@ class ChannelCosts:
     """
 
     def __init__(
-        self, model: nn.Module, example: Tensor, groups: Sequence[ChannelGroup], what: Cost = "flops"
+        self, model: nn.Module, example: Any, groups: Sequence[ChannelGroup], what: Cost = "flops"
     ) -> None:
         """Count the model on ``example`` (batch of at least one input; per image)."""
         self.groups = tuple(groups)
@@ -52,9 +52,7 @@ class ChannelCosts:
         return total
 
 
-def _flops_per_weight(
-    model: nn.Module, example: Tensor, parameters: Mapping[str, Tensor]
-) -> dict[str, float]:
+def _flops_per_weight(model: nn.Module, example: Any, parameters: Mapping[str, Tensor]) -> dict[str, float]:
     names = {id(tensor): name for name, tensor in parameters.items()}
     units: dict[str, float] = {}
     for layer in count(model, example, {}).layers:

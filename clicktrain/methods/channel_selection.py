@@ -21,7 +21,7 @@ from clicktrain.sparsity.channel_importance import (
     round_widths,
 )
 from clicktrain.sparsity.schedules import exponential_steps
-from clicktrain.surgery import SurgeryPlan, dependencies, plan_from_keep
+from clicktrain.surgery import SurgeryPlan, dependencies, plan_keeping
 
 TOLERANCE = 0.05
 """A latency target is met within this share, measured."""
@@ -307,7 +307,7 @@ class ChannelSelection:
         """What removes all others."""
         assert self.found.model is not None
         assert self.found.example is not None
-        return plan_from_keep(self.found.model, self.found.example, kept)
+        return plan_keeping(self.found.model, self.found.example, kept)
 
     def _ranked(self, scores: Masks, kept: Masks | None) -> Masks:
         """Scores on one device, less what a removal saves; what is pruned ranks last."""

@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 from collections import Counter
 from collections.abc import Collection, Mapping, Sequence
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -35,7 +36,7 @@ class ChannelTarget:
     def __init__(
         self,
         model: nn.Module,
-        example: Tensor,
+        example: Any,
         what: Cost,
         share: float,
         *,

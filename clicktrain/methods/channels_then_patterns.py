@@ -184,6 +184,7 @@ class ChannelsThenPatterns(Method[TwoPartState]):
         if state.second is None:
             state.seen, state.epochs = step.seen - step.batches, step.epoch
             state.second = self.second.init(own, self._own_step(state, step).length)
+            state.first.axes = None
         self.second.before_step(state.second, own, self._own_step(state, step))
 
     def after_step(self, state: TwoPartState, found: Survey, step: Step) -> Sequence[Action]:
@@ -207,6 +208,11 @@ class ChannelsThenPatterns(Method[TwoPartState]):
         """PruneTrain's state shrinks."""
         state.found = None
         self.first.after_surgery(state.first, plan, found)
+
+    def after_freeze(self, state: TwoPartState, masks: Mapping[str, Tensor]) -> None:
+        """ClickTrain's state shrinks."""
+        assert state.second is not None
+        self.second.after_freeze(state.second, masks)
 
     def penalised_channels(self, state: TwoPartState) -> Mapping[str, tuple[ChannelAxis, ...]]:
         """PruneTrain's, until the switch."""
@@ -270,4 +276,5 @@ class ChannelsThenPatterns(Method[TwoPartState]):
         if saved["second"] is not None:
             rest = RunLength(length.epochs - state.epochs, length.steps_per_epoch)
             state.second = self.second.load_state(self._own(state, found), rest, saved["second"])
+            state.first.axes = None
         return state

@@ -367,7 +367,7 @@ class ClickTrain(Method[ClickTrainState]):
             actions.append(self._finalize(state, found))
         elif state.stage == "regularize":
             actions += self._hard_prune(state, found)
-        state.kernels.sums = {}
+        state.kernels = KernelWatch()
         state.stage = STAGES[STAGES.index(state.stage) + 1]
         state.entered, state.counted = seen, 0
         number = STAGES.index(state.stage) + 1
@@ -387,6 +387,7 @@ class ClickTrain(Method[ClickTrainState]):
             )
             shown = [{"bits": p.bits, "score": score.get(p.bits)} for p in pool.patterns]
             pools.append({"shape": list(shape), "patterns": shown, "candidates": len(score)})
+        selection.candidates = {}
         return Record({"event": "pool", "pools": pools})
 
     def _finalize(self, state: ClickTrainState, found: Survey) -> Action:
@@ -399,6 +400,7 @@ class ClickTrain(Method[ClickTrainState]):
         kernels, about = self._kernels(state, found, scores, gains)
         state.masks = _chosen(selection, targets, scores, kernels)
         state.latency = None
+        selection.forget_gradients()
         return Record(
             {
                 "event": "finalised",
@@ -446,6 +448,12 @@ class ClickTrain(Method[ClickTrainState]):
         while state.stage != "accelerated":
             actions += self._advance(state, found, state.entered, "the run ended")
         return actions
+
+    def after_freeze(self, state: ClickTrainState, masks: Mapping[str, Tensor]) -> None:
+        """The network holds the masks from here on."""
+        del masks
+        state.masks = {}
+        state.selection.forget_choices()
 
     def _fill_in(self, state: ClickTrainState, found: Survey) -> None:
         """Before a stage is closed: layers whose gradients it never saw take part by their magnitudes."""

@@ -20,7 +20,7 @@ def clicktrain_plan(
     method: ClickTrain, found: Survey, length: RunLength, selection: Selection | None
 ) -> PruningPlan:
     """Per layer: what is pruned, to what density, by what; what was decided once it is."""
-    decided = selection is not None and bool(selection.kept)
+    decided = selection is not None and bool(selection.kernels)
     targets = method.targets(found)
     if method.aim is not None and not decided:
         return _undecided(method, found, length, method.aim)
@@ -31,7 +31,7 @@ def clicktrain_plan(
         name, kernels = target.layer.name, even.get(target.layer.name, 0)
         reason = "fixed by 'layers'" if target.fixed_kernels else ""
         if decided and selection is not None:
-            kernels = int(selection.kept[name][0].sum())
+            kernels = selection.kernels[name]
         elif method.allocation != "uniform" and not target.fixed_kernels:
             reason = f"shown for equal densities; allocated by {method.allocation} after stage 3"
         density = kernels * target.budget.price / target.budget.weights

@@ -38,7 +38,7 @@ from clicktrain.methods.base import (
 from clicktrain.methods.outcome import planned_far_off
 from clicktrain.methods.survey import Survey, check_convolutions
 from clicktrain.methods.update_times import Timing
-from clicktrain.sparsity.masks import conv_masks, sparsity_of
+from clicktrain.sparsity.masks import KeptWeights, conv_masks, kept_weights, sparsity_of
 from clicktrain.sparsity.regrowth import (
     UnitKind,
     adapted_threshold,
@@ -76,6 +76,13 @@ class DynamicState:
     masks: dict[str, Tensor] = field(default_factory=dict)
     gradients: Units = field(default_factory=dict)
     """Of this step, if units are to grow by them; empty between steps."""
+    kept: dict[str, KeptWeights] = field(default_factory=dict)
+    """What the frozen masks keep per layer; the masks themselves are the network's then."""
+
+    def release(self, masks: Mapping[str, Tensor]) -> None:
+        """The masks are frozen: the network holds them from here on."""
+        self.kept = {name: kept_weights(mask) for name, mask in masks.items()}
+        self.masks = {}
 
 
 @dataclass(frozen=True, slots=True)
@@ -265,16 +272,15 @@ class DynamicMasks:
 
     def plan(self, found: Survey, state: DynamicState | None, timing: Timing, how: str) -> PruningPlan:
         """Per layer: the units, the density at the beginning, or the one reached."""
-        fixed = state is not None and state.stage == "fixed"
+        fixed = state is not None and bool(state.kept)
         densities = self.layer_densities(found)
         rows = []
         for layer in found.prunable:
             kernels = self.kind == "kernel" and len(layer.shape) == 4
             density, per_filter = densities[layer.name], None
-            if state is not None and fixed:
-                counts = state.masks[layer.name].flatten(1).sum(dim=1)
-                density = float(counts.sum()) / layer.weight.numel()
-                per_filter = int(counts[0]) if bool((counts == counts[0]).all()) else None
+            if state is not None and layer.name in state.kept:
+                nonzero, per_filter = state.kept[layer.name]
+                density = nonzero / math.prod(layer.shape)
             why = "dense by Erdos-Renyi" if density == 1 and not fixed else ""
             rows.append(
                 LayerPlan(
@@ -308,6 +314,7 @@ def dynamic_state_dict(state: DynamicState) -> dict[str, Any]:
         "updated": state.updated,
         "threshold": state.threshold,
         "masks": {name: bits_from_mask(mask) for name, mask in state.masks.items()},
+        "kept": {name: list(counts) for name, counts in state.kept.items()},
     }
 
 
@@ -316,5 +323,10 @@ def load_dynamic_state(found: Survey, saved: Mapping[str, Any]) -> DynamicState:
     masks = {
         layer.name: mask_from_bits(saved["masks"][layer.name].to(layer.weight.device), layer.shape)
         for layer in found.prunable
+        if layer.name in saved["masks"]
     }
-    return DynamicState(saved["seed"], saved["stage"], saved["updated"], saved["threshold"], masks)
+    state = DynamicState(saved["seed"], saved["stage"], saved["updated"], saved["threshold"], masks)
+    state.kept = {name: (nonzero, each) for name, (nonzero, each) in saved.get("kept", {}).items()}
+    if state.stage == "fixed" and masks:  # states of older versions keep the masks
+        state.release(masks)
+    return state

@@ -127,6 +127,10 @@ class DynamicSparse(Method[DynamicState]):
         del state
         return [sparsity_target(self.sparsity, reached, "every filter keeps a weight, kernels are whole")]
 
+    def after_freeze(self, state: DynamicState, masks: Mapping[str, Tensor]) -> None:
+        """The network holds the masks from here on."""
+        state.release(masks)
+
     def plan(self, found: Survey, length: RunLength, state: DynamicState | None = None) -> PruningPlan:
         """Per layer: density and units."""
         return self.masks.plan(found, state, self.timing(length), self.dropped)

@@ -19,7 +19,6 @@ from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
-from torch.nn.modules.batchnorm import _BatchNorm
 from torch.utils import _pytree as pytree
 
 from clicktrain.accounting.agreement import agreed
@@ -27,9 +26,12 @@ from clicktrain.accounting.layer_times import cache_folder, clock_of, keep_json,
 from clicktrain.accounting.timing import timed_for
 from clicktrain.errors import UserError
 from clicktrain.formats.memory_format import keep_out_of_channels_last_
+from clicktrain.graph import Inputs, as_inputs
+from clicktrain.graph.batch import batch_size, blank, first_of_batch, first_tensor
 from clicktrain.methods.latency_target import bare_copy
 from clicktrain.methods.survey import SeenBatch
 from clicktrain.surgery import SurgeryPlan, apply_surgery_
+from clicktrain.surgery.norms import norm_alone_
 
 FORMAT_VERSION = 2
 MULTIPLES = (1, 2, 4, 8, 16, 32)
@@ -55,14 +57,18 @@ class BatchForm(NamedTuple):
     def of(cls, seen: SeenBatch) -> BatchForm:
         """Of a batch that was seen."""
         dtype = None if seen.autocast is None else str(seen.autocast).removeprefix("torch.")
-        return cls(tuple(seen.inputs.shape), seen.inputs.stride(), dtype)
+        first = first_tensor(as_inputs(seen.inputs))
+        return cls(tuple(first.shape), first.stride(), dtype)
 
-    def blank(self, like: Tensor) -> SeenBatch:
-        """Zeros in this form, of the dtype and device of a tensor."""
-        x = like.new_zeros(self.shape)
+    def blank(self, like: Any) -> SeenBatch:
+        """Zeros in this form, with the dtypes and devices of other inputs, and their shapes but the first."""
+        inputs = blank(as_inputs(like), self.shape[0] if self.shape else None)
+        first = first_tensor(inputs)
+        x = first.new_zeros(self.shape)
         if self.strides:
             x = x.new_empty_strided(self.shape, self.strides).zero_()
-        return SeenBatch(x, None if self.autocast is None else getattr(torch, self.autocast))
+        whole = inputs.map(lambda tensor: x if tensor is first else tensor)
+        return SeenBatch(whole, None if self.autocast is None else getattr(torch, self.autocast))
 
 
 @dataclass(frozen=True, slots=True)
@@ -128,9 +134,10 @@ def fastest_multiple(
     left = {multiple: _left(plan) for multiple, plan in plans.items()}
     if len(set(left.values())) < 2:
         return None
-    inputs = seen.inputs
-    if inputs.device.type == "cpu":
-        inputs = inputs[: CPU_IMAGES * torch.get_num_threads()]
+    inputs = as_inputs(seen.inputs, model)
+    device = first_tensor(inputs).device
+    if device.type == "cpu":
+        inputs = first_of_batch(inputs, CPU_IMAGES * torch.get_num_threads())
     path = (folder or cache_folder()) / f"widths-{_key(model, inputs, seen, left)}.json"
     choice = _read(path)
     if choice is None:
@@ -141,9 +148,9 @@ def fastest_multiple(
             for multiple, text in left.items()
         )
         dtype = str(seen.autocast or torch.float32).removeprefix("torch.")
-        choice = WidthChoice(best(rows), rows, len(inputs), dtype)
+        choice = WidthChoice(best(rows), rows, batch_size(inputs), dtype)
         keep_json(path, choice.to_json())
-    (chosen,) = agreed([choice.chosen], inputs.device)
+    (chosen,) = agreed([choice.chosen], device)
     return dataclasses.replace(choice, chosen=int(chosen))
 
 
@@ -157,7 +164,7 @@ def best(rows: Sequence[Rounding], worth: float = WORTH) -> int:
 
 
 def step_ms(
-    model: nn.Module, inputs: Tensor, autocast: torch.dtype | None, plans: Mapping[str, SurgeryPlan]
+    model: nn.Module, example: Any, autocast: torch.dtype | None, plans: Mapping[str, SurgeryPlan]
 ) -> dict[str, float]:
     """Median milliseconds of a forward and backward pass in training mode, of a copy after each plan.
 
@@ -165,43 +172,32 @@ def step_ms(
     programs do not count.
     """
     calls: dict[str, Callable[[], object]] = {}
-    devices = [inputs.device] if inputs.device.type == "cuda" else []
+    inputs = as_inputs(example, model)
+    device = first_tensor(inputs).device
+    devices = [device] if device.type == "cuda" else []
     with torch.random.fork_rng(devices), torch.enable_grad(), torch.inference_mode(False):
         for name, plan in plans.items():
             replica = bare_copy(model)
             apply_surgery_(plan, replica)
             keep_out_of_channels_last_(replica)
-            _norm_alone_(replica)
-            calls[name] = synchronised(_step(replica.train(), inputs, autocast), inputs.device)
-        times = timed_for(calls, SECONDS, ROUNDS, clock=clock_of(inputs.device))
+            norm_alone_(replica)
+            calls[name] = synchronised(_step(replica.train(), inputs, autocast), device)
+        times = timed_for(calls, SECONDS, ROUNDS, clock=clock_of(device))
     return {name: statistics.median(found) for name, found in times.items()}
 
 
-def _step(model: nn.Module, inputs: Tensor, autocast: torch.dtype | None) -> Callable[[], object]:
+def _step(model: nn.Module, inputs: Inputs, autocast: torch.dtype | None) -> Callable[[], object]:
     trained = [parameter for parameter in model.parameters() if parameter.requires_grad]
+    kind = first_tensor(inputs).device.type
 
     def step() -> None:
-        with torch.autocast(inputs.device.type, dtype=autocast, enabled=autocast is not None):
-            outputs = model(inputs)
+        with torch.autocast(kind, dtype=autocast, enabled=autocast is not None):
+            outputs = inputs.call(model)
         tensors = [y for y in pytree.tree_leaves(outputs) if isinstance(y, Tensor) and y.requires_grad]
         torch.autograd.grad(tensors, trained, [torch.ones_like(y) for y in tensors], allow_unused=True)
         torch.clear_autocast_cache()  # inside another autocast the next step would find its casts there
 
     return step
-
-
-class _NormAlone(_BatchNorm):
-    """Of whatever dimensions, as the synchronised one."""
-
-    def _check_input_dim(self, input: Tensor) -> None:
-        del input
-
-
-def _norm_alone_(model: nn.Module) -> None:
-    """Batch norms that wait for other processes no more: these do not time as many steps."""
-    for module in model.modules():
-        if type(module) is nn.SyncBatchNorm:
-            module.__class__ = _NormAlone  # type: ignore[assignment]
 
 
 def _left(plan: SurgeryPlan) -> str:
@@ -211,14 +207,13 @@ def _left(plan: SurgeryPlan) -> str:
     return json.dumps([cuts, sorted(layer.name for layer in plan.removed_layers), gates])
 
 
-def _key(model: nn.Module, inputs: Tensor, seen: SeenBatch, left: Mapping[int, str]) -> str:
+def _key(model: nn.Module, inputs: Inputs, seen: SeenBatch, left: Mapping[int, str]) -> str:
     about = [
         FORMAT_VERSION,
-        machine(inputs.device),
+        machine(first_tensor(inputs).device),
         torch.__version__,
         str(model),
-        [*inputs.shape],
-        [*inputs.stride()],
+        [[*tensor.shape, *tensor.stride()] for tensor in inputs.tensors()],
         str(seen.autocast),
         [[*p.shape, *p.stride()] for p in model.parameters()],
         [*left.items()],

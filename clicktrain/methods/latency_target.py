@@ -21,6 +21,8 @@ from clicktrain.accounting.agreement import agreed
 from clicktrain.accounting.layer_times import LayerGeometry, LayerTimes, clock_of, layer_times, synchronised
 from clicktrain.accounting.timing import timed_for
 from clicktrain.errors import UserError
+from clicktrain.graph import Inputs, as_inputs
+from clicktrain.graph.batch import blank, first_tensor
 from clicktrain.surgery import SurgeryPlan, apply_surgery_
 from clicktrain.surgery.groups import Dependencies
 from clicktrain.surgery.operations import operation
@@ -59,7 +61,7 @@ class LatencyModel:
     """
 
     def __init__(
-        self, found: Dependencies, sizes: Mapping[str, int], example: Tensor, batch: int, dense_ms: float
+        self, found: Dependencies, sizes: Mapping[str, int], example: Any, batch: int, dense_ms: float
     ) -> None:
         """From the dependencies of a network, the sizes of its prunable groups and a blank input.
 
@@ -69,7 +71,7 @@ class LatencyModel:
         self.batch, self.dense_ms = batch, dense_ms
         self._sizes = dict(sizes)
         self._layers = self._find_layers(found)
-        times = layer_times([geometry for geometry, _, _ in self._layers], batch, example.device)
+        times = layer_times([geometry for geometry, _, _ in self._layers], batch, _device(example))
         self._times: list[tuple[LayerTimes, Width, Width]] = [
             (times[geometry], inputs, outputs) for geometry, inputs, outputs in self._layers
         ]
@@ -194,14 +196,14 @@ class Measured:
         return Measured(*agreed([self.dense_ms, self.pruned_ms, self.ratio], device))
 
 
-def measure_ms(model: nn.Module, example: Tensor, batch: int) -> float:
+def measure_ms(model: nn.Module, example: Any, batch: int) -> float:
     """Milliseconds of a batch in inference; arguments as `compare_ms`."""
-    (ms,) = agreed([min(_times(model, [None], example, batch, SECONDS)[0])], example.device)
+    (ms,) = agreed([min(_times(model, [None], example, batch, SECONDS)[0])], _device(example))
     return ms
 
 
 def compare_ms(
-    model: nn.Module, plan: SurgeryPlan, example: Tensor, batch: int, seconds: float = SECONDS
+    model: nn.Module, plan: SurgeryPlan, example: Any, batch: int, seconds: float = SECONDS
 ) -> Measured:
     """Times of a batch in inference, of a copy of a network and of one after a plan.
 
@@ -210,31 +212,34 @@ def compare_ms(
     Args:
         model: the network.
         plan: to be carried out on a copy.
-        example: input of one image or more, whose size and device count.
+        example: inputs of one image or more, whose sizes and device count.
         batch: images.
         seconds: for about so long.
     """
     times = _times(model, [None, plan], example, batch, seconds)
     ratios = [pruned / dense for dense, pruned in zip(times[0], times[1], strict=True)]
-    return Measured(min(times[0]), min(times[1]), statistics.median(ratios)).agreed(example.device)
+    return Measured(min(times[0]), min(times[1]), statistics.median(ratios)).agreed(_device(example))
 
 
 def _times(
-    model: nn.Module, plans: Sequence[SurgeryPlan | None], example: Tensor, batch: int, seconds: float
+    model: nn.Module, plans: Sequence[SurgeryPlan | None], example: Any, batch: int, seconds: float
 ) -> dict[int, list[float]]:
     """Milliseconds of every round for each plan."""
-    x = torch.zeros(batch, *example.shape[1:], device=example.device, dtype=example.dtype)
+    inputs = blank(as_inputs(example, model), batch)
     if any(p.dim() == 4 and _channels_last(p) for p in model.parameters()):
-        x = x.contiguous(memory_format=torch.channels_last)
+        inputs = inputs.map(
+            lambda t: t.contiguous(memory_format=torch.channels_last) if t.dim() == 4 else t.contiguous()
+        )
+    device = _device(inputs)
     calls: dict[int, Callable[[], object]] = {}
     for number, plan in enumerate(plans):
         replica = bare_copy(model)
         if plan is not None:
             apply_surgery_(plan, replica)
         replica.eval()
-        calls[number] = synchronised(_forward(replica, x), x.device)
+        calls[number] = synchronised(_forward(replica, inputs), device)
     with torch.inference_mode():
-        return timed_for(calls, seconds, ROUNDS, clock=clock_of(x.device))
+        return timed_for(calls, seconds, ROUNDS, clock=clock_of(device))
 
 
 def bare_copy(model: nn.Module) -> nn.Module:
@@ -255,8 +260,12 @@ def bare_copy(model: nn.Module) -> nn.Module:
                 setattr(module, name, table)
 
 
-def _forward(model: nn.Module, x: Tensor) -> Callable[[], object]:
-    return lambda: model(x)
+def _forward(model: nn.Module, inputs: Inputs) -> Callable[[], object]:
+    return lambda: inputs.call(model)
+
+
+def _device(example: Any) -> torch.device:
+    return first_tensor(as_inputs(example)).device
 
 
 def _channels_last(weight: Tensor) -> bool:

@@ -11,6 +11,8 @@ from torch.nn.modules.batchnorm import _BatchNorm
 from torch.nn.modules.dropout import _DropoutNd
 from torch.nn.modules.pooling import _AdaptiveAvgPoolNd, _AdaptiveMaxPoolNd, _AvgPoolNd, _MaxPoolNd
 
+from clicktrain.graph import TraceError, trace_symbolically
+
 # What keeps the channels apart and in their order: a channel that is constant stays constant.
 _MODULES = (
     _BatchNorm, _DropoutNd, _AdaptiveAvgPoolNd, _AdaptiveMaxPoolNd, _AvgPoolNd, _MaxPoolNd, nn.Flatten,
@@ -44,10 +46,9 @@ def conv_sources(model: nn.Module) -> ConvSources:
     ``torch.fx`` cannot trace: nothing is eliminated there, and the reason is told.
     """
     try:
-        graph = fx.Tracer().trace(model)
-    except Exception as error:  # whatever a user's forward does with a stand-in for its input
-        first = (str(error).strip().splitlines() or [""])[0]
-        return ConvSources({}, f"{type(error).__name__}: {first}" if first else type(error).__name__)
+        graph = trace_symbolically(model)
+    except TraceError as error:
+        return ConvSources({}, str(error))
     modules = dict(model.named_modules())
     found = {}
     for node in graph.nodes:

@@ -369,6 +369,7 @@ class PaT(Method[PaTState]):
         """What served the decision."""
         state.sums, state.counts, state.kept, state.initial = {}, {}, {}, {}
         state.selection = state.plan = None
+        state.watch = StructureWatch()
 
     def at_end(self, state: PaTState, found: Survey) -> Sequence[Action]:
         """A run always ends pruned."""

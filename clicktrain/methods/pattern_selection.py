@@ -70,6 +70,9 @@ class Selection:
     votes: int32 [F/G, C, P] per layer, occurrences of the best pattern (section 4.3).
     importance: [F/G, C, R, S] per layer, summed over the batches that counted.
     pattern_id, kept: the decisions, [F/G, C] per layer.
+    kernels: kept kernels of every filter, per layer.
+
+    Each is released by the stage that needs it last.
     """
 
     candidates: dict[Shape, PatternVotes] = field(default_factory=dict)
@@ -78,6 +81,7 @@ class Selection:
     importance: dict[str, Tensor] = field(default_factory=dict)
     pattern_id: dict[str, Tensor] = field(default_factory=dict)
     kept: dict[str, Tensor] = field(default_factory=dict)
+    kernels: dict[str, int] = field(default_factory=dict)
 
     def propose(self, target: Target, importance: Tensor) -> None:
         """Count every kernel's candidate pattern (section 4.2, steps 1 to 5)."""
@@ -133,7 +137,16 @@ class Selection:
 
     def choose_kernels(self, target: Target, scores: Tensor, kernels: int) -> None:
         """Keep the best ``kernels`` of every filter (section 4.3)."""
-        self.kept[target.layer.name] = keep_kernels(scores, kernels)
+        kept = self.kept[target.layer.name] = keep_kernels(scores, kernels)
+        self.kernels[target.layer.name] = int(kept[0].sum())
+
+    def forget_gradients(self) -> None:
+        """Patterns and kernels are chosen: release what was measured to choose them."""
+        self.votes, self.importance = {}, {}
+
+    def forget_choices(self) -> None:
+        """Masks are frozen and the network holds them: release patterns and kernels."""
+        self.pools, self.pattern_id, self.kept = {}, {}, {}
 
     def mask(self, target: Target) -> Tensor:
         """The decided mask: bool [F, C, R, S]."""
@@ -157,6 +170,7 @@ class Selection:
             "importance": dict(self.importance),
             "pattern_id": dict(self.pattern_id),
             "kept": dict(self.kept),
+            "kernels": dict(self.kernels),
         }
 
     @classmethod
@@ -176,6 +190,8 @@ class Selection:
             moved(saved["importance"]),
             moved(saved["pattern_id"]),
             moved(saved["kept"]),
+            # States of older versions have only the kept kernels themselves.
+            dict(saved.get("kernels", {name: int(kept[0].sum()) for name, kept in saved["kept"].items()})),
         )
 
 

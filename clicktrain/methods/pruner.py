@@ -4,17 +4,26 @@ from __future__ import annotations
 
 import warnings
 import weakref
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import replace
 from typing import Any
 
 import torch
 from torch import Tensor, nn
-from torch.nn.parallel import DistributedDataParallel
 from torch.optim import Optimizer
+from torch.utils.hooks import RemovableHandle
 
 from clicktrain.accounting.agreement import mean_over_processes
-from clicktrain.errors import MissedTarget, NetworkCollapsed, UserError
+from clicktrain.errors import MissedTarget, NetworkCollapsed, UserError, shown
+from clicktrain.graph import Inputs, as_inputs
+from clicktrain.methods.attached_optimizers import (
+    AttachedOptimizers,
+    OptimizerUnit,
+    check_loaded_state,
+    learning_rate_of,
+)
+from clicktrain.methods.attachments import check_free, check_network, claim, release
+from clicktrain.methods.averages import CopyNote
 from clicktrain.methods.base import (
     Action,
     ApplyMasks,
@@ -30,6 +39,8 @@ from clicktrain.methods.base import (
     Step,
 )
 from clicktrain.methods.collapse import at_chance, no_gradient
+from clicktrain.methods.loop_watch import LoopWatch
+from clicktrain.methods.optimizer_round import OptimizerRound
 from clicktrain.methods.outcome import Outcome, Reached
 from clicktrain.methods.pruned_network import PrunedNetwork
 from clicktrain.methods.sparse_latency import MeasureMasks
@@ -40,43 +51,53 @@ from clicktrain.surgery import SurgeryPlan
 
 
 class Pruner:
-    """One method at work on one model and its optimizer. Made by `Method.attach`.
+    """One method at work on one model and its optimizers. Made by `Method.attach`.
 
     Call `observe(loss)` once per backward pass, before ``optimizer.step()``; everything else rides on the
-    optimizer's step hooks. `finish` ends the run at what was asked for, as far as can be; `outcome` says how
+    optimizers' step hooks. `finish` ends the run at what was asked for, as far as can be; `outcome` says how
     far that is.
+
+    Of several optimizers those count that hold weights which may be pruned (the first one if none does). One
+    step of the method is one round: after `observe`, each of them steps once, in any order. The method sees
+    the gradients before the first of these steps and decides after the last; the learning rate it is told is
+    that of the first of them in the list. The others may step whenever they like. An optimizer without a step
+    in a round (its gradients were not finite) leaves the round open, and its batches count in the next one.
     """
 
     def __init__(
         self,
         method: Method[Any],
         model: nn.Module,
-        optimizer: Optimizer,
+        optimizer: Optimizer | Sequence[Optimizer],
         length: RunLength,
         *,
         packed: bool = False,
-        example: Tensor | None = None,
+        example: Any = None,
         on_event: Callable[[Event], None] | None = None,
         measure: MeasureMasks | None = None,
     ) -> None:
-        if length.epochs < 1 or length.steps_per_epoch < 1:
+        if not all(_is_count(number) for number in (length.epochs, length.steps_per_epoch)):
             raise UserError(
                 f"a run has at least 1 epoch of 1 batch, got epochs={length.epochs}, "
                 f"steps_per_epoch={length.steps_per_epoch}"
             )
-        if isinstance(model, DistributedDataParallel | nn.DataParallel):
-            raise UserError(
-                f"attach takes the network itself, not a {type(model).__name__} around it, which would keep "
-                "parameters that are replaced: attach first, then call pruner.wrapped(...) to wrap it"
-            )
+        check_network(model)
+        self._optimizers = AttachedOptimizers(optimizer)
+        check_free([*self._optimizers.all, *model.modules()])
         self.method = method
         self.length = length
         self.events: list[Event] = []
         self._on_event = on_event
         self._at_epoch_end: list[Callable[[int], None]] = []
-        trained = [p for group in optimizer.param_groups for p in group["params"]]
-        found = replace(method.survey(model, trained), example=example, measure=measure)
-        self.network = PrunedNetwork(model, optimizer, found, packed)
+        self._ended = ""
+        inputs = None if example is None else as_inputs(example, model)
+        if inputs is not None and not inputs.tensors():
+            raise UserError(f"example is {shown(example)}, which holds no tensor: give a batch of inputs")
+        found = replace(method.survey(model, self._optimizers.parameters()), example=inputs, measure=measure)
+        self._optimizers.check(
+            model, [layer.weight for layer in found.prunable], packed, shrinks=method.reads_graph
+        )
+        self.network = PrunedNetwork(model, self._optimizers.all, found, packed)
         self._state = method.init(self._found, length)
         self._plan = method.plan(self._found, length)
         self._seen = 0
@@ -86,43 +107,101 @@ class Pruner:
         self._losses: list[Tensor] = []
         self._epoch_loss: Tensor | None = None
         self._epoch_losses: list[float] = []
-        self._depth = 0
         self._first_loss: Tensor | None = None
         self._collapse: str | None = None
+        self._last_loss: Tensor | None = None
+        self._depths: dict[int, int] = {}
+        self._looked_at_state = False
+        self._round = OptimizerRound()
+        self._holders = self._optimizers.holders([layer.weight for layer in found.prunable])
+        self._holders_revision = self.revision
         if packed:
             self.network.check_packable()
         self._carry_out(method.at_start(self._state, self._found, length))
-        self._handles = [
-            optimizer.register_step_pre_hook(self._before_step),
-            optimizer.register_step_post_hook(self._after_step),
-        ]
+        self._watch = LoopWatch(self.network, self._optimizers, length, replaces=method.reads_graph)
+        self._handles: list[RemovableHandle] = []
+        for one in self._optimizers.all:
+            self._handles.append(one.register_step_pre_hook(self._before_step))
+            self._handles.append(one.register_step_post_hook(self._after_step))
+            if hasattr(one, "_optimizer_load_state_dict_pre_hooks"):  # not without Optimizer.__init__
+                self._handles.append(one.register_load_state_dict_pre_hook(check_loaded_state))
+                self._handles.append(one.register_load_state_dict_post_hook(self._after_load))
         if method.reads_graph and (example is None or method.keeps_inputs):
-            self._handles.append(model.register_forward_pre_hook(_InputHook(self)))
+            self._handles.append(model.register_forward_pre_hook(_InputHook(self), with_kwargs=True))
+        self._copies = CopyNote(model)
+        claim(self, [*self._optimizers.all, model, *(layer.module for layer in found.prunable)])
 
     # ---- what a loop calls ------------------------------------------------------------------
 
     def observe(self, loss: Tensor) -> None:
         """Tell the loss of a batch whose gradients have just been computed.
 
+        Mistakes of the loop that can be seen from here are told here, within a few batches: see Raises.
+
         Args:
             loss: 0-dim tensor, unscaled, the mean over this batch and not divided by the number of
                 accumulated batches: the loss slope of stage 1 is absolute. The value is read on its own
-                device, without waiting for it.
+                device, without waiting for it. A loss that is not finite counts as the one before.
 
         Raises:
+            UserError: the run is over; this is no scalar loss; no attached optimizer steps (for longer than
+                gradients can be accumulated, or at once where weights change all the same); losses stay not
+                finite; the network, a layer of it, its device or its dtype is another than at attach; or a
+                parameter that would lose channels is trained by an optimizer that attach was not given.
             NetworkCollapsed: pruning has destroyed the network, see `clicktrain.methods.collapse`.
         """
+        if self._ended:
+            raise UserError(f"observe was called after {self._ended}: attach a method again to go on pruning")
+        if not isinstance(loss, Tensor):
+            raise UserError(
+                f"observe takes the loss as a tensor, not a {type(loss).__name__}: pruner.observe(loss) "
+                "after loss.backward()"
+            )
         if loss.numel() != 1:
-            raise ValueError(f"observe takes a scalar loss, got a tensor of shape {tuple(loss.shape)}")
+            raise UserError(f"observe takes a scalar loss, not a tensor of shape {tuple(loss.shape)}")
         value = mean_over_processes(loss.detach().float().reshape(()).clone())
         self._close_epoch()
         self.check_alive()
+        self._watch.observed(value, self._seen, over=self._epoch >= self.length.epochs)
+        value = self._finite(value)
         self._first_loss = value.clone() if self._first_loss is None else self._first_loss
         self._losses.append(value)
         self._epoch_loss = value.clone() if self._epoch_loss is None else self._epoch_loss + value
         self._seen += 1
         self._in_epoch += 1
-        self._depth = 0
+        self._depths.clear()
+        if self.frozen and len(self._optimizers.all) > len(self._optimizers.units):
+            with torch.no_grad():
+                self.network.mask_gradients()  # SAM moves weights by them before any step
+
+    def _finite(self, loss: Tensor) -> Tensor:
+        """The loss, or the last finite one in its place."""
+        last = torch.zeros_like(loss) if self._last_loss is None else self._last_loss
+        self._last_loss = torch.where(torch.isfinite(loss), loss, last)
+        return self._last_loss
+
+    def follow(self, average: nn.Module) -> None:
+        """Have a moving average of the network masked, shrunk, packed and unpacked with it.
+
+        Call it once, when the average has been made. At what moment of the run does not matter: what has been
+        done to the network so far is then done to the average at once. An ``AveragedModel`` that is made of
+        the network after `attach` is also found without this call, when masks are frozen or channels go.
+
+        From then on the average has the network's shapes at every step, so that
+        ``average.update_parameters(model)`` goes on as before; `finish` leaves it pruned like the network.
+
+        Args:
+            average: ``torch.optim.swa_utils.AveragedModel(model)`` (EMA or SWA), or any deep copy of the
+                network, also inside a wrapper that calls it ``module``.
+
+        Raises:
+            UserError: it is not a copy of this network; nothing has been changed.
+        """
+        self.network.follow(average)
+
+    def _find_averages(self) -> None:
+        for average in self._copies.averages(self.network.averages):
+            self.network.follow(average)
 
     def wrapped(self, wrap: Callable[[nn.Module], W]) -> Wrapped[W]:
         """The network as a loop calls it inside a wrapper that is made anew when parameters are replaced.
@@ -157,12 +236,12 @@ class Pruner:
         Raises:
             UserError: fewer than 1, or in the middle of an epoch.
         """
-        if steps_per_epoch < 1:
-            raise UserError(f"an epoch has at least 1 batch, not {steps_per_epoch}")
+        if not _is_count(steps_per_epoch):
+            raise UserError(f"an epoch has at least 1 batch, not {steps_per_epoch!r}")
         self._close_epoch()
         if self._in_epoch:
             raise UserError("the number of batches can change between two epochs only")
-        self.length = RunLength(self.length.epochs, steps_per_epoch)
+        self.length = self._watch.length = RunLength(self.length.epochs, steps_per_epoch)
 
     def watch_epochs(self, listener: Callable[[int], None]) -> None:
         """Have a function called at the end of every epoch, with the number of epochs done.
@@ -184,16 +263,29 @@ class Pruner:
         Raises:
             NetworkCollapsed: pruning has destroyed the network.
         """
+        if self._ended == "finish()":
+            warnings.warn("finish was called twice: the second call changes nothing", stacklevel=2)
+            return self.model
         self._close_epoch()
-        if not self.frozen:
-            with torch.no_grad():
-                self._carry_out(self.method.at_end(self._state, self._found))
-        first = bool(self._handles)
-        self.close()
-        self.check_alive()
-        if first:
-            self._conclude()
+        self._find_averages()
+        cut = not self.frozen and self._cut_now()
+        revived = self.network.revived()
+        with torch.no_grad():
+            self.network.mask_weights()
         self.network.finish(packed)
+        self.close()
+        self._ended = "finish()"
+        done = self._epoch + self._in_epoch / self.length.steps_per_epoch
+        if cut and self._watch.batches_or_steps(self._seen) and done < self.length.epochs:
+            warnings.warn(
+                f"the loop ended after {done:.3g} of the {self.length.epochs} epochs that attach was told "
+                f"(of {self.length.steps_per_epoch} calls of observe each): the network was pruned at once, "
+                "without training afterwards",
+                stacklevel=2,
+            )
+        self._watch.warn_of_lost_zeros(revived, stacklevel=3)
+        self.check_alive()
+        self._conclude()
         return self.model
 
     def outcome(self) -> Outcome:
@@ -216,11 +308,21 @@ class Pruner:
         for sentence in outcome.warnings:
             warnings.warn(sentence, MissedTarget, stacklevel=3)
 
+    @torch.no_grad()
+    def _cut_now(self) -> bool:
+        """Let the method decide what it has not decided; whether that took anything away."""
+        actions = self.method.at_end(self._state, self._found)
+        self._carry_out(actions)
+        return any(_cuts(action) for action in actions)
+
     def close(self) -> None:
-        """Remove the hooks from the optimizer; the model stays as it is."""
+        """Remove the hooks from the optimizers; the model stays as it is."""
         for handle in self._handles:
             handle.remove()
         self._handles = []
+        self._copies.remove()
+        self._ended = self._ended or "close()"
+        release(self)
 
     # ---- what a loop may ask ----------------------------------------------------------------
 
@@ -241,8 +343,13 @@ class Pruner:
 
     @property
     def optimizer(self) -> Optimizer:
-        """The optimizer, always the same object."""
-        return self.network.optimizer
+        """The first optimizer that was attached, always the same object."""
+        return self._optimizers.units[0].outer
+
+    @property
+    def optimizers(self) -> tuple[Optimizer, ...]:
+        """All optimizers that were attached, in the order given."""
+        return tuple(unit.outer for unit in self._optimizers.units)
 
     @property
     def masks(self) -> dict[str, Tensor]:
@@ -280,7 +387,11 @@ class Pruner:
 
     @property
     def density(self) -> float:
-        """Living convolution weights / all convolution weights, those of removed channels included."""
+        """Nonzero convolution weights / all convolution weights, those of removed channels included.
+
+        Pruned weights that something else has written (dense weights loaded, an optimizer that is not
+        attached) count as nonzero until they are cut again.
+        """
         return self.nonzero_conv_weights / max(self.network.conv_weights, 1)
 
     @property
@@ -315,6 +426,7 @@ class Pruner:
             "epoch_loss": self._epoch_loss,
             "epoch_losses": list(self._epoch_losses),
             "first_loss": self._first_loss,
+            "last_loss": self._last_loss,
             **self.network.state_dict(),
             "events": list(self.events),
         }
@@ -327,8 +439,9 @@ class Pruner:
         """
         if saved["method"] != self.method.name:
             raise UserError(f"this state was saved by method {saved['method']!r}, not {self.method.name!r}")
+        self._find_averages()
         self.network.load_plans(saved["plans"])
-        self.length = RunLength(self.length.epochs, saved["steps_per_epoch"])
+        self.length = self._watch.length = RunLength(self.length.epochs, saved["steps_per_epoch"])
         self._state = self.method.load_state(self._found, self.length, saved["state"])
         self._seen, self._epoch = saved["seen"], saved["epoch"]
         self._in_epoch, self._stepped_epoch = saved["in_epoch"], saved["stepped_epoch"]
@@ -339,6 +452,8 @@ class Pruner:
         self._epoch_losses = list(saved["epoch_losses"])
         first_loss = saved.get("first_loss")  # not in states of older versions
         self._first_loss = None if first_loss is None else first_loss.to(device, copy=True)
+        last_loss = saved.get("last_loss")
+        self._last_loss = None if last_loss is None else last_loss.to(device, copy=True)
         self.events = list(saved["events"])
         self.network.load_masks(saved)
         if self.frozen:
@@ -347,11 +462,13 @@ class Pruner:
 
     # ---- hooks ------------------------------------------------------------------------------
 
-    # An optimizer whose step calls its parent's runs the hooks of both: only the outermost count.
+    # An optimizer whose step calls its parent's, or that of an optimizer it wraps, runs the hooks of both:
+    # only the outermost count.
 
     def _before_step(self, optimizer: Optimizer, args: Any, kwargs: Any) -> None:
-        self._depth += 1
-        if self._depth > 1:
+        unit = self._optimizers.unit(optimizer)
+        depth = self._depths[id(unit)] = self._depths.get(id(unit), 0) + 1
+        if depth > 1:
             return
         if any(map(callable, args[1:])) or kwargs.get("closure") is not None:
             raise UserError(
@@ -360,28 +477,40 @@ class Pruner:
             )
         self._look_for_gradients()
         found_inf = getattr(optimizer, "found_inf", None)
+        self._watch.before_step(optimizer)
         with torch.no_grad(), self._full_precision():
             if self.frozen:
                 self.network.mask_gradients()
-            elif self._losses and (found_inf is None or not bool(found_inf)):
-                self.method.before_step(self._state, self._found, self._step())
+            elif not self._losses or (found_inf is not None and bool(found_inf)):
+                return
+            elif unit in self._counted_units() and self._round.begins(self._seen):
+                self.network.check_seen(self.method.reads_graph)
+                self.method.before_step(self._state, self._found, self._step(optimizer))
 
     def _after_step(self, optimizer: Optimizer, args: Any, kwargs: Any) -> None:
-        self._depth = max(self._depth - 1, 0)
-        if self._depth > 0:
+        unit = self._optimizers.unit(optimizer)
+        depth = self._depths[id(unit)] = max(self._depths.get(id(unit), 0) - 1, 0)
+        if depth > 0:
             return
         self._close_epoch()
+        if not self._looked_at_state:
+            self._looked_at_state = True
+            self._optimizers.check_first_step([layer.weight for layer in self._found.prunable])
+        counted = self._counted_units()
+        whole = unit in counted and self._round.ends(unit, counted)
         with torch.no_grad(), self._full_precision():
             if self.frozen:
                 self.network.mask_weights()
-            elif self._losses:
-                step = self._step()
+            elif self._losses and whole:
+                step = self._step(optimizer)
                 actions = self.method.after_step(self._state, self._found, step)
                 for listener in self._at_epoch_end if step.ends_epoch else ():
                     listener(int(step.position))
                 self._carry_out(actions)
-        self._stepped_epoch = self._epoch
-        self._losses = []
+        if whole:
+            self._stepped_epoch = self._epoch
+            self._losses = []
+        self._watch.stepped()
 
     def _look_for_gradients(self) -> None:
         """At the last step of an epoch, once something is pruned: does the network still learn?"""
@@ -393,10 +522,20 @@ class Pruner:
         if what is not None:
             self._collapse = f"the network has collapsed in epoch {self._epoch + 1}: {what}"
 
-    def _see_inputs(self, module: nn.Module, args: Any) -> None:
-        inputs = args[0] if args else None
-        if isinstance(inputs, Tensor):
-            self.network.see(inputs, self.method.keeps_inputs and module.training)
+    def _after_load(self, optimizer: Optimizer) -> None:
+        with torch.no_grad():
+            self.network.mask_state()
+
+    def _counted_units(self) -> tuple[OptimizerUnit, ...]:
+        """The optimizers whose steps make a round: those that hold weights which may be pruned."""
+        if self._holders_revision != self.revision:
+            if not (self.frozen and self.packed):  # packed, the same ones hold the values
+                self._holders = self._optimizers.holders([layer.weight for layer in self._found.prunable])
+            self._holders_revision = self.revision
+        return self._holders
+
+    def _see_inputs(self, module: nn.Module, args: Any, kwargs: Any) -> None:
+        self.network.see(Inputs(args, kwargs), self.method.keeps_inputs and module.training)
 
     def _full_precision(self) -> torch.autocast:
         """Decisions do not depend on whether ``optimizer.step()`` is called inside autocast."""
@@ -404,8 +543,8 @@ class Pruner:
         kind = "cpu" if parameter is None else parameter.device.type
         return torch.autocast(kind, enabled=False)
 
-    def _step(self) -> Step:
-        scale = getattr(self.optimizer, "grad_scale", None)
+    def _step(self, optimizer: Optimizer) -> Step:
+        scale = getattr(optimizer, "grad_scale", None)
         loss = torch.stack(self._losses).mean()
         position = self._epoch + self._in_epoch / self.length.steps_per_epoch
         return Step(
@@ -417,9 +556,11 @@ class Pruner:
             epoch=self._stepped_epoch,
             position=position,
             ends_epoch=int(position) > self._stepped_epoch,
-            learning_rate=_effective_learning_rate(self.optimizer),
+            learning_rate=learning_rate_of(self._counted_units()[0]),
             grad_scale=scale,
-            adaptive=not isinstance(self.optimizer, torch.optim.SGD),
+            adaptive=any(
+                not isinstance(unit.optimizers[-1], torch.optim.SGD) for unit in self._counted_units()
+            ),
         )
 
     def _close_epoch(self) -> None:
@@ -448,12 +589,16 @@ class Pruner:
             case ApplyMasks(masks, forget):
                 self.network.mask(masks, forget)
             case FreezeMasks(masks):
+                self._find_averages()
                 self.network.freeze(masks)
+                self.method.after_freeze(self._state, self.network.masks)
                 self._plan = self.method.plan(self._found, self.length, self._state)
                 self.network.pack()
             case SilenceChannels(plan):
                 self.network.silence(plan)
             case Reconfigure(plan, event, checked):
+                self._watch.outsiders.check_orphans(plan)
+                self._find_averages()
                 told = self.network.reconfigure(plan, checked, self._follow)
                 self._record({"event": "reconfigured", **event, **told})
             case RestoreTensors(values):
@@ -482,18 +627,20 @@ class _InputHook:
     def __init__(self, pruner: Pruner | None) -> None:
         self._pruner = (lambda: None) if pruner is None else weakref.ref(pruner)
 
-    def __call__(self, module: nn.Module, args: Any) -> None:
+    def __call__(self, module: nn.Module, args: Any, kwargs: Any) -> None:
         pruner = self._pruner()
         if pruner is not None:
-            pruner._see_inputs(module, args)
+            pruner._see_inputs(module, args, kwargs)
 
-    def __deepcopy__(self, memo: dict[int, Any]) -> _InputHook:
-        return _InputHook(None)
+    def __reduce__(self) -> tuple[type[_InputHook], tuple[None]]:
+        """For copies and pickles of the model."""
+        return _InputHook, (None,)
 
 
-def _effective_learning_rate(optimizer: Optimizer) -> float:
-    """Of the first group of parameters; see `Step.learning_rate`."""
-    group = optimizer.param_groups[0]
-    return float(group.get("lr", 1.0)) / (
-        1 - float(group.get("momentum", 0.0)) * (1 - float(group.get("dampening", 0.0)))
-    )
+def _cuts(action: Action) -> bool:
+    """Whether an action takes something away for good."""
+    return isinstance(action, FreezeMasks) or (isinstance(action, Reconfigure) and bool(action.plan))
+
+
+def _is_count(number: object) -> bool:
+    return isinstance(number, int) and not isinstance(number, bool) and number >= 1

@@ -24,6 +24,8 @@ import torch
 from torch import Tensor, nn
 
 from clicktrain.errors import UserError
+from clicktrain.graph import as_inputs
+from clicktrain.graph.batch import first_tensor
 from clicktrain.methods.agreed_plans import agreed_plans
 from clicktrain.methods.base import (
     Action,
@@ -493,7 +495,9 @@ class PruneTrain(Method[PruneTrainState]):
         if found.seen is not None:
             return found.seen
         assert found.example is not None
-        return (state.batch or BatchForm(tuple(found.example.shape))).blank(found.example)
+        return (state.batch or BatchForm(tuple(first_tensor(as_inputs(found.example)).shape))).blank(
+            found.example
+        )
 
     def after_surgery(self, state: PruneTrainState, plan: SurgeryPlan, found: Survey) -> None:
         """The channels of the smaller network."""

@@ -18,7 +18,9 @@ from clicktrain.accounting.agreement import agreed
 from clicktrain.accounting.layer_times import clock_of
 from clicktrain.accounting.timing import timed_for
 from clicktrain.errors import UserError
-from clicktrain.kernels.native import keep_memory, toolchain
+from clicktrain.graph import Inputs, as_inputs
+from clicktrain.graph.batch import blank, first_of_batch, first_tensor
+from clicktrain.kernels.native import keep_memory, missing_toolchain, toolchain
 from clicktrain.kernels.sparse_conv2d import refusal
 from clicktrain.methods.latency_search import next_aim
 from clicktrain.methods.latency_target import ROUNDS, SECONDS, Measured, bare_copy
@@ -234,7 +236,7 @@ def aim_after(tried: Sequence[tuple[float, float]]) -> float:
     return fast[0] + min(max(share, 0.1), 0.9) * (slow[0] - fast[0])
 
 
-def _check(found: Survey) -> tuple[nn.Module, Tensor]:
+def _check(found: Survey) -> tuple[nn.Module, Any]:
     """The network and an input; a UserError unless the sparse kernels run here and both are known."""
     model, example = found.model, found.example
     assert model is not None
@@ -242,7 +244,7 @@ def _check(found: Survey) -> tuple[nn.Module, Tensor]:
     why = (
         f"the network is on {min(wrong)}"
         if wrong
-        else "there is no C compiler"
+        else missing_toolchain().rpartition(":")[0]
         if toolchain() is None
         else ""
     )
@@ -260,7 +262,7 @@ def _check(found: Survey) -> tuple[nn.Module, Tensor]:
 
 
 def network_times(
-    models: Mapping[str, nn.Module], example: Tensor, batch: int, timed: Timed, seconds: float = SECONDS
+    models: Mapping[str, nn.Module], example: Any, batch: int, timed: Timed, seconds: float = SECONDS
 ) -> dict[str, list[float]]:
     """Milliseconds of networks that take turns, in each round.
 
@@ -271,23 +273,23 @@ def network_times(
         timed: ``inference`` in evaluation mode, or the forward and backward pass of a training ``step``.
         seconds: for about so long.
     """
-    x = torch.zeros(batch, *example.shape[1:], dtype=example.dtype)
-    calls = {name: network_call(model, x, timed) for name, model in models.items()}
-    return timed_for(calls, seconds, ROUNDS, clock=clock_of(x.device))
+    inputs = blank(as_inputs(example), batch)
+    calls = {name: network_call(model, inputs, timed) for name, model in models.items()}
+    return timed_for(calls, seconds, ROUNDS, clock=clock_of(first_tensor(inputs).device))
 
 
-def network_call(model: nn.Module, x: Tensor, timed: Timed) -> Callable[[], object]:
+def network_call(model: nn.Module, inputs: Inputs, timed: Timed) -> Callable[[], object]:
     """What is timed of a network."""
     model.train(timed == "step")
     trained = [p for p in model.parameters() if p.requires_grad]
 
     def infer() -> None:
         with torch.no_grad():
-            model(x)
+            inputs.call(model)
 
     def step() -> None:
         with torch.enable_grad():
-            y = model(x)
+            y = inputs.call(model)
             if not isinstance(y, Tensor):
                 raise UserError("the time of a step is measured of networks that return one tensor")
             torch.autograd.grad(y, trained, torch.ones_like(y), allow_unused=True)
@@ -300,7 +302,7 @@ def _counts(target: Target) -> range:
 
 
 def _geometries(
-    model: nn.Module, example: Tensor, targets: Sequence[Target], patterns: int, aim: LatencyAim
+    model: nn.Module, example: Any, targets: Sequence[Target], patterns: int, aim: LatencyAim
 ) -> dict[str, list[SparseGeometry]]:
     """What the time of every layer depends on, once for each call of it."""
     images = _image_sizes(model, example, [target.layer.name for target in targets])
@@ -330,7 +332,7 @@ def _least_masks(
     return masks
 
 
-def _image_sizes(model: nn.Module, example: Tensor, names: Sequence[str]) -> dict[str, list[tuple[int, int]]]:
+def _image_sizes(model: nn.Module, example: Any, names: Sequence[str]) -> dict[str, list[tuple[int, int]]]:
     """[H, W] of what layers read, call by call."""
     sizes: dict[str, list[tuple[int, int]]] = {name: [] for name in names}
     replica = bare_copy(model).eval()
@@ -344,5 +346,5 @@ def _image_sizes(model: nn.Module, example: Tensor, names: Sequence[str]) -> dic
     for name in names:
         replica.get_submodule(name).register_forward_pre_hook(watch(name))
     with torch.no_grad():
-        replica(example[:1])
+        first_of_batch(as_inputs(example, model), 1).call(replica)
     return sizes

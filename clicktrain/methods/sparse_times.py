@@ -24,7 +24,7 @@ from clicktrain.accounting.layer_times import LayerTimes, cache_folder, clock_of
 from clicktrain.accounting.timing import least_ms
 from clicktrain.formats.packed import Structure
 from clicktrain.kernels.native import toolchain
-from clicktrain.kernels.native.library import build_all
+from clicktrain.kernels.native.library import need_all
 from clicktrain.kernels.sparse_conv2d.blocked import launch
 from clicktrain.kernels.sparse_conv2d.blocked.prepared import prepare
 from clicktrain.kernels.sparse_conv2d.blocked.problem import PHASES, ConvProblem, Phase
@@ -193,7 +193,7 @@ def measure_sparse(geometry: SparseGeometry) -> SparseTimes:
         text = plan.to_json()
         texts += launch.compile_plan(text, torch.float32, g.phases)
         calls[count] = _sparse_call(g, x, gy, values, list(tables.tensors), text)
-    build_all(texts)
+    need_all(texts)
     calls[0] = _dense_call(g, x.shape, gy.shape)
     with torch.no_grad():
         ms = least_ms(calls, ROUNDS, clock=clock_of(torch.device("cpu")))
@@ -235,8 +235,7 @@ def _dense_call(geometry: SparseGeometry, blocks: torch.Size, out: torch.Size) -
 def _cache_path(geometry: SparseGeometry) -> Path:
     tools = toolchain()
     about = [FORMAT_VERSION, machine(torch.device("cpu")), torch.__version__, asdict(geometry)]
-    lanes = tools.lanes(torch.float32) if tools else 0
-    text = json.dumps([*about, SHARES, lanes])
+    text = json.dumps([*about, SHARES, tools.identity if tools else None])
     return cache_folder() / f"sparse-{hashlib.sha256(text.encode()).hexdigest()[:32]}.json"
 
 

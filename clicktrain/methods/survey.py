@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, field, replace
 from fnmatch import fnmatchcase
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor, nn
@@ -68,9 +68,10 @@ class LinearLayer:
 
 @dataclass(frozen=True, slots=True, eq=False)
 class SeenBatch:
-    """The last training batch: ``inputs`` as they came, and what autocast computed in, None without it."""
+    """The last training batch: the inputs of the model as they came, as `as_inputs` reads them, and what
+    autocast computed in, None without it."""
 
-    inputs: Tensor
+    inputs: Any
     autocast: torch.dtype | None = None
 
 
@@ -80,8 +81,9 @@ class Survey:
 
     ``layers`` are the convolutions that can be pruned, ``linears`` the fully connected layers, for methods
     that ask for them; ``left_alone`` maps the other weighted modules to (shape, reason).
-    ``order`` has all names as the network lists them. ``model`` is what was looked at, ``example`` an input
-    of it (batch of at least one; values do not matter), None until one is known;
+    ``order`` has all names as the network lists them. ``model`` is what was looked at, ``example`` its
+    inputs (batch of at least one; values do not matter; see `clicktrain.graph.as_inputs`), None until they
+    are known;
     ``measure`` times it with masks, None if nobody can; ``seen`` is the last training batch, of methods that
     ask for it (`Method.keeps_inputs`).
     ``other_conv_weights`` counts the convolution weights outside ``layers``; they stay dense and count in
@@ -94,7 +96,7 @@ class Survey:
     order: tuple[str, ...] = ()
     linears: tuple[LinearLayer, ...] = ()
     model: nn.Module | None = None
-    example: Tensor | None = None
+    example: Any = None
     measure: MeasureMasks | None = None
     seen: SeenBatch | None = None
 

@@ -5,16 +5,19 @@ from __future__ import annotations
 import difflib
 import math
 
+import torch
 from torch import nn
 
-from clicktrain.errors import UserError
+from clicktrain.errors import UserError, shortened
+from clicktrain.limits import check_memory
 from clicktrain.models.layers import Stem
 from clicktrain.models.mobilenet import MobileNetV1
 from clicktrain.models.resnet import RESNETS, resnet
-from clicktrain.models.user_factory import HOW_TO_NAME, create_user_model
+from clicktrain.models.user_factory import HOW_TO_NAME, create_user_model, is_own
 from clicktrain.models.vgg import VGGS, vgg
 
 MOBILENET = "mobilenet_v1"
+_BYTES_PER_PARAMETER = 12  # float32 weight, gradient and momentum
 STEMS: tuple[Stem, ...] = ("imagenet", "cifar")
 
 
@@ -29,8 +32,8 @@ def create_model(
     """Build a network with random weights, from PyTorch's default random generator.
 
     Args:
-        name: one of ``list_models()``, or ``package.module:factory`` for a network of the user's own, see
-            ``create_user_model``; ``stem`` is not passed on to the latter.
+        name: one of ``list_models()``, or ``package.module:factory`` for a network of the user's own, which
+            is imported, see ``create_user_model``; ``stem`` is not passed on to the latter.
         num_classes: outputs, at least 1.
         in_channels: channels of the images, at least 1.
         width: factor on all channels, see ``scaled_channels``.
@@ -41,7 +44,8 @@ def create_model(
         A module from images [N, in_channels, H, W] to logits [N, num_classes].
 
     Raises:
-        UserError: unknown name, value out of range, or a factory that is not usable.
+        UserError: unknown name, value out of range, a network that does not fit the machine's memory, or a
+            factory that is not usable or raises.
 
     Example:
         >>> model = create_model("resnet20", num_classes=10)
@@ -50,8 +54,39 @@ def create_model(
     """
     check_numbers(num_classes, in_channels, width)
     known_stem = check_stem(stem)
-    if ":" in name:
+    if is_own(name):
         return create_user_model(name, num_classes=num_classes, in_channels=in_channels, width=width)
+    if name in list_models() and not _is_ordinary(num_classes, in_channels, width):
+        _check_size(name, num_classes, in_channels, width, known_stem)
+    return _from_zoo(name, num_classes, in_channels, width, known_stem)
+
+
+def _is_ordinary(num_classes: int, in_channels: int, width: float) -> bool:
+    """Whether every network of the zoo has a few GB of weights at most, so that none is estimated."""
+    return num_classes <= 20_000 and in_channels <= 64 and width <= 2
+
+
+def _check_size(name: str, num_classes: int, in_channels: int, width: float, stem: Stem | None) -> None:
+    """Raise UserError for a network whose weights and training state do not fit the machine's memory."""
+    try:
+        with torch.device("meta"):  # shapes alone, no memory
+            model = _from_zoo(name, num_classes, in_channels, width, stem)
+        parameters = float(sum(parameter.numel() for parameter in model.parameters()))
+    except (RuntimeError, TypeError, OverflowError, ValueError):  # shapes beyond 64-bit numbers
+        parameters = math.inf
+    size = f"{num_classes} classes, {in_channels} channels and width {width:g}"
+    if not math.isfinite(parameters):
+        raise UserError(f"model {name} of {size} has more weights than can be numbered: make it smaller")
+    check_memory(
+        _BYTES_PER_PARAMETER * parameters,
+        f"training model {name} of {size} ({parameters:.3g} parameters)",
+        "make it smaller",
+    )
+
+
+def _from_zoo(
+    name: str, num_classes: int, in_channels: int, width: float, known_stem: Stem | None
+) -> nn.Module:
     if name in RESNETS:
         return resnet(name, num_classes=num_classes, in_channels=in_channels, width=width, stem=known_stem)
     if name in VGGS:
@@ -94,6 +129,7 @@ def check_stem(stem: str | None) -> Stem | None:
 
 def unknown_model(name: str) -> str:
     """The sentence about a name that is not in the zoo: what was meant perhaps, and what there is."""
+    name = shortened(name, 80)
     near = difflib.get_close_matches(name.lower(), list_models(), n=3, cutoff=0.6)
     hint = f" (did you mean {' or '.join(near)}?)" if near else ""
     return f"unknown model {name!r}{hint}: the zoo has {', '.join(list_models())}; {HOW_TO_NAME}"

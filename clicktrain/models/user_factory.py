@@ -1,4 +1,8 @@
-"""A user's own network, named as ``package.module:factory``."""
+"""A user's own network, named as ``package.module:factory``.
+
+Importing a module runs it, so a name is imported only where the user gives it in the call at hand: never
+because a file names it (`require_named`).
+"""
 
 from __future__ import annotations
 
@@ -6,39 +10,109 @@ import contextlib
 import importlib
 import inspect
 import os
+import re
 import sys
 import traceback
 from collections.abc import Callable, Iterator
 from types import ModuleType
+from typing import Any
 
+import torch
 from torch import nn
 
-from clicktrain.errors import UserError
+from clicktrain.errors import UserError, shortened
 
 HOW_TO_NAME = "a model of your own is named as package.module:factory"
+_REFUSED = re.compile(r"got an unexpected keyword argument '(\w+)'")
+
+
+def is_own(name: object) -> bool:
+    """Whether a name is that of a user's own network, which is imported, rather than of the zoo."""
+    return isinstance(name, str) and ":" in name
+
+
+def require_named(name: object, source: object, given: str | None) -> None:
+    """Raise a `UserError` where a file names a network of somebody's own and the user did not.
+
+    Args:
+        name: what the file names.
+        source: the file, for the message.
+        given: what the user named in this call, or None.
+    """
+    if is_own(name) and given is None:
+        short = shortened(str(name), 120)
+        raise UserError(
+            f"{source} names the model {short!r}, whose code would run: if you trust it, name it yourself "
+            f"with --model {short} (in Python, model={short!r})"
+        )
 
 
 def create_user_model(name: str, *, num_classes: int, in_channels: int, width: float) -> nn.Module:
     """Import ``package.module``, call ``factory`` and return the network that it builds.
 
-    The factory (a function or a class) gets those of ``num_classes``, ``in_channels`` and ``width`` that its
-    signature names, all of them if it takes ``**kwargs``. The current directory is searched first, as for
-    ``python -m``. What the factory itself raises passes through unchanged.
+    See `call_factory` for what it is called with. The current directory is searched first, as for
+    ``python -m``.
 
     Raises:
-        UserError: the module or the factory is missing or is not what it has to be, or a width other than 1
-            is asked of a factory without ``width``.
+        UserError: the module or the factory is missing, is not what it has to be, or raises; or a width other
+            than 1 is asked of a factory without ``width``.
     """
     module_name, _, factory_name = name.partition(":")
     if not all(part.isidentifier() for part in (*module_name.split("."), factory_name)):
-        raise UserError(f"cannot read the model name {name!r}: {HOW_TO_NAME}, for example mynets.small:build")
+        raise UserError(
+            f"cannot read the model name {shortened(name, 120)!r}: {HOW_TO_NAME}, for example "
+            "mynets.small:build"
+        )
     with current_directory_importable():
         factory = find_factory(name, import_user_module(module_name), factory_name)
-        options = {"num_classes": num_classes, "in_channels": in_channels, "width": width}
-        model = factory(**accepted_options(name, factory, options))
+        return call_factory(name, factory, num_classes=num_classes, in_channels=in_channels, width=width)
+
+
+def call_factory(
+    name: str, factory: Callable[..., object], *, num_classes: int, in_channels: int, width: float
+) -> nn.Module:
+    """Call a factory (a function or a class) and return the network that it builds.
+
+    It gets those of ``num_classes``, ``in_channels`` and ``width`` that its signature names; all of them if
+    it takes ``**kwargs``, without those that whatever it passes them on to refuses.
+
+    Raises:
+        UserError: it needs other arguments, raises, or returns something else than a network.
+    """
+    options: dict[str, int | float] = {"num_classes": num_classes, "in_channels": in_channels, "width": width}
+    accepted = accepted_options(name, factory, options)
+    random_state = torch.get_rng_state()
+    while True:
+        try:
+            model = factory(**accepted)
+            break
+        except TypeError as error:
+            refused = _refused_option(error, accepted)
+            if refused is None or not _takes_all(factory):
+                raise _failed(name, error) from error
+            del accepted[refused]
+            torch.set_rng_state(random_state)
+        except (Exception, SystemExit) as error:
+            raise _failed(name, error) from error
+    _check_width(name, accepted, width)
     if not isinstance(model, nn.Module):
         raise UserError(f"model {name!r} must return a torch.nn.Module, but it returned {describe(model)}")
+    if any(tensor.is_meta for tensor in (*model.parameters(), *model.buffers())):
+        raise UserError(f"model {name!r} has weights without memory (on the meta device): give them values")
     return model
+
+
+def _refused_option(error: TypeError, options: dict[str, Any]) -> str | None:
+    """The option that the error says is not taken, if it is one of these."""
+    found = _REFUSED.search(str(error))
+    return found[1] if found is not None and found[1] in options else None
+
+
+def _failed(name: str, error: BaseException) -> UserError:
+    if isinstance(error, UserError):
+        return error
+    reason = shortened(str(error), 160)
+    return UserError(f"building model {name!r} failed with {type(error).__name__}: {reason}{place_of(error)}")
 
 
 @contextlib.contextmanager
@@ -58,24 +132,30 @@ def import_user_module(module_name: str) -> ModuleType:
     """The module, or a UserError that tells a missing module from one that fails while it is imported."""
     try:
         return importlib.import_module(module_name)
-    except Exception as error:
+    except (Exception, SystemExit) as error:
         missing = error.name if isinstance(error, ModuleNotFoundError) else None
         if missing is not None and (module_name == missing or module_name.startswith(missing + ".")):
             raise UserError(
-                f"there is no module {missing!r} (looked for {module_name!r} in the current directory "
-                f"{os.getcwd()} and in the installed packages): {HOW_TO_NAME}"
+                f"there is no module {shortened(missing, 80)!r} (looked for {shortened(module_name, 80)!r} "
+                f"in the current directory {os.getcwd()} and in the installed packages): {HOW_TO_NAME}"
             ) from error
         raise UserError(
-            f"importing {module_name!r} failed with {type(error).__name__}: {error}{place_of(error)}"
+            f"importing {module_name!r} failed with {type(error).__name__}: {shortened(str(error), 160)}"
+            f"{place_of(error)}"
         ) from error
 
 
 def find_factory(name: str, module: ModuleType, factory_name: str) -> Callable[..., object]:
     """The callable of that name in the module."""
-    if not hasattr(module, factory_name):
+    try:
+        factory: object = getattr(module, factory_name)
+    except AttributeError:
         place = getattr(module, "__file__", None) or "a namespace package"
-        raise UserError(f"module {module.__name__!r} ({place}) has no {factory_name!r}: {HOW_TO_NAME}")
-    factory: object = getattr(module, factory_name)
+        raise UserError(
+            f"module {module.__name__!r} ({place}) has no {shortened(factory_name, 80)!r}: {HOW_TO_NAME}"
+        ) from None
+    except Exception as error:  # a module may answer for names that it does not have
+        raise _failed(name, error) from error
     if isinstance(factory, nn.Module):
         raise UserError(
             f"model {name!r} is a network that is already built: name the class or a function that builds it"
@@ -91,13 +171,12 @@ def accepted_options(
     """The options to call the factory with."""
     try:
         parameters = inspect.signature(factory).parameters.values()
-    except ValueError as error:
+    except (ValueError, TypeError) as error:
         raise UserError(f"the parameters of model {name!r} cannot be read: wrap it in a function") from error
     by_keyword = (inspect.Parameter.POSITIONAL_OR_KEYWORD, inspect.Parameter.KEYWORD_ONLY)
     variadic = (inspect.Parameter.VAR_POSITIONAL, inspect.Parameter.VAR_KEYWORD)
     names = {p.name for p in parameters if p.kind in by_keyword}
-    takes_all = any(p.kind is inspect.Parameter.VAR_KEYWORD for p in parameters)
-    accepted = {key: value for key, value in options.items() if takes_all or key in names}
+    accepted = {key: value for key, value in options.items() if _takes_all(factory) or key in names}
     missing = [
         p.name
         for p in parameters
@@ -110,9 +189,19 @@ def accepted_options(
             f"model {name!r} needs {', '.join(missing)}, but a factory is called with num_classes, "
             "in_channels and width by keyword only: give the others a default"
         )
-    if options["width"] != 1 and "width" not in accepted:
-        raise UserError(f"model {name!r} has no parameter width, so width must stay 1.0")
+    _check_width(name, accepted, options["width"])
     return accepted
+
+
+def _takes_all(factory: Callable[..., object]) -> bool:
+    """Whether a factory has ``**kwargs``."""
+    parameters = inspect.signature(factory).parameters.values()
+    return any(p.kind is inspect.Parameter.VAR_KEYWORD for p in parameters)
+
+
+def _check_width(name: str, accepted: dict[str, int | float], width: float) -> None:
+    if width != 1 and "width" not in accepted:
+        raise UserError(f"model {name!r} has no parameter width, so width must stay 1.0")
 
 
 def describe(value: object) -> str:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
@@ -11,18 +10,15 @@ from pathlib import Path
 from typing import Any
 
 import torch
-import yaml
 from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
 from clicktrain.errors import UserError
-
-FORMAT_VERSION = 1
-"""Newest format of a run folder that is understood."""
+from clicktrain.files import parse_json, read_json, read_yaml
+from clicktrain.formats.run_files import check_folder, read_records, read_summary
 
 _METHOD_NAMES = {"clicktrain": "ClickTrain", "prunetrain": "PruneTrain", "campfire": "Campfire", "pat": "PaT",
                  "dsr": "DSR", "rigl": "RigL"}  # fmt: skip
-_HEADER = "# clicktrain run folder, format "
 
 
 def number(values: Mapping[str, Any] | None, key: str) -> float | None:
@@ -202,7 +198,7 @@ class Run:
         if not path.is_file():
             return {}
         try:
-            found = json.loads(path.read_text(encoding="utf-8"))["attacks"]
+            found = read_json(path)["attacks"]
             curves = {
                 str(name): sorted((float(row["epsilon"]), float(row["accuracy"])) for row in rows)
                 for name, rows in found.items()
@@ -244,8 +240,8 @@ class Run:
         with _opened(path) as file:
             text = (file.metadata() or {}).get("clicktrain", "{}")
         try:
-            values = json.loads(text)
-        except ValueError:
+            values = parse_json(text, "")
+        except UserError:
             return {}
         return values if isinstance(values, dict) else {}
 
@@ -297,22 +293,17 @@ def _read(folder: Path, label: str) -> Run:
         config,
         read_lines(folder / "metrics.jsonl"),
         read_lines(folder / "events.jsonl"),
-        _read_summary(folder / "summary.json"),
+        read_summary(folder / "summary.json"),
     )
 
 
 def _read_config(folder: Path) -> dict[str, Any]:
+    check_folder(folder)
     path = folder / "config.yaml"
-    if not path.is_file():
-        raise UserError(f"{folder} is not the folder of a run: it has no config.yaml")
     try:
-        text = path.read_text(encoding="utf-8")
-        values = yaml.safe_load(text)
-    except (yaml.YAMLError, UnicodeDecodeError):
-        raise UserError(f"{path} is damaged: it is not YAML") from None
-    version = text.split("\n", 1)[0].removeprefix(_HEADER).strip()
-    if text.startswith(_HEADER) and version.isdigit() and int(version) > FORMAT_VERSION:
-        raise UserError(f"{folder} was written by a newer clicktrain (format {version}): update clicktrain")
+        values = read_yaml(path)
+    except UserError as error:
+        raise UserError(f"{folder} is not the folder of a run: {error}") from None
     if not isinstance(values, dict):
         raise UserError(f"{folder} is not the folder of a run: its config.yaml holds no settings")
     return {str(key): value for key, value in values.items()}
@@ -320,29 +311,7 @@ def _read_config(folder: Path) -> dict[str, Any]:
 
 def read_lines(path: Path) -> tuple[Mapping[str, Any], ...]:
     """Records of a JSONL file; a last line without its end is still being written and left out."""
-    if not path.is_file():
-        return ()
-    try:
-        records = [json.loads(line) for line in path.read_bytes().split(b"\n")[:-1] if line.strip()]
-    except ValueError:
-        raise UserError(f"{path} is damaged: a line of it is not JSON") from None
-    if not all(isinstance(record, dict) for record in records):
-        raise UserError(f"{path} is damaged: a line of it is not a record")
-    return tuple(records)
-
-
-def _read_summary(path: Path) -> dict[str, Any] | None:
-    if not path.is_file():
-        return None
-    try:
-        values = json.loads(path.read_text(encoding="utf-8"))
-    except ValueError:
-        raise UserError(f"{path} is damaged: it is not JSON") from None
-    if not isinstance(values, dict):
-        raise UserError(f"{path} is damaged: it is not a record")
-    if (number(values, "format_version") or 0) > FORMAT_VERSION:
-        raise UserError(f"{path} was written by a newer clicktrain: update clicktrain")
-    return values
+    return tuple(read_records(path))
 
 
 def kernel_density(keep: Tensor) -> float:

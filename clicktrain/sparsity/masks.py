@@ -3,10 +3,14 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
+from typing import TypeAlias
 
 import torch
 from torch import Tensor
 from torch.optim import Optimizer
+
+KeptWeights: TypeAlias = tuple[int, int | None]
+"""Nonzero weights of a layer, and of each of its filters (None if filters differ)."""
 
 
 def hard_prune_(weight: Tensor, mask: Tensor) -> None:
@@ -27,6 +31,13 @@ def mask_optimizer_state_(optimizer: Optimizer, parameter: Tensor, mask: Tensor)
 def conv_masks(masks: Mapping[str, Tensor]) -> dict[str, Tensor]:
     """Those of convolutions, [F, C, R, S]: the layers that can be packed."""
     return {name: mask for name, mask in masks.items() if mask.dim() == 4}
+
+
+def kept_weights(mask: Tensor) -> KeptWeights:
+    """Count what a mask, bool [F, ...], keeps."""
+    counts = mask.flatten(1).sum(dim=1)
+    per_filter = int(counts[0]) if len(counts) and bool((counts == counts[0]).all()) else None
+    return int(counts.sum()), per_filter
 
 
 def sparsity_of(masks: Mapping[str, Tensor]) -> float:

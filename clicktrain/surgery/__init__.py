@@ -1,11 +1,13 @@
 """Physical removal of channels and layers: dependency analysis, plans, and the one mutator."""
 
 from clicktrain.surgery.apply import apply_surgery_, silence_
-from clicktrain.surgery.groups import ChannelGroup, Member, channel_groups, dependencies
+from clicktrain.surgery.dependency_analysis import channel_groups, dependencies
+from clicktrain.surgery.groups import ChannelGroup, Member
 from clicktrain.surgery.numbering import OriginalChannels, original_channels, renumbered
 from clicktrain.surgery.plan import Cut, Gate, LayerChange, RemovedLayer, SurgeryPlan
-from clicktrain.surgery.planning import plan_from_keep, plan_from_zeros, plans_from_zeros
-from clicktrain.surgery.recipe import load_pruned, read_recipe, write_recipe
+from clicktrain.surgery.planning import plan_keeping, plans_from_zeros
+from clicktrain.surgery.recipe import apply_recipe_, load_pruned, read_recipe, write_recipe
+from clicktrain.surgery.verify import Verified, plan_from_keep, plan_from_zeros, verified
 
 __all__ = [
     "ChannelGroup",
@@ -16,6 +18,8 @@ __all__ = [
     "OriginalChannels",
     "RemovedLayer",
     "SurgeryPlan",
+    "Verified",
+    "apply_recipe_",
     "apply_surgery_",
     "channel_groups",
     "dependencies",
@@ -23,9 +27,11 @@ __all__ = [
     "original_channels",
     "plan_from_keep",
     "plan_from_zeros",
+    "plan_keeping",
     "plans_from_zeros",
     "read_recipe",
     "renumbered",
     "silence_",
+    "verified",
     "write_recipe",
 ]

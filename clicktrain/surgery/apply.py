@@ -56,7 +56,7 @@ def apply_surgery_(
                 for leaf, tensor in table.items():
                     if tensor is not None and id(tensor) in small:
                         table[leaf] = small[id(tensor)]  # type: ignore[assignment]
-            _follow(module)
+            follow_shape(module)
     for gate in plan.gates:
         _gate(model, gate)
     new = {old[name]: small[key] for key, name in names.items() if isinstance(old[name], nn.Parameter)}
@@ -91,6 +91,33 @@ def silence_(plan: SurgeryPlan, model: nn.Module) -> None:
             cut_away = torch.ones(cut.size, dtype=torch.bool, device=tensor.device)
             cut_away[torch.tensor(cut.keep, device=tensor.device)] = False
             tensor.index_fill_(cut.dim, cut_away.nonzero().flatten(), 0.0)
+
+
+@torch.no_grad()
+def zero_(plan: SurgeryPlan, model: nn.Module) -> None:
+    """Write zeros to all parameters that a plan would take away, on both sides: made by and read from.
+
+    The network then computes what the smaller one has to compute.
+
+    Args:
+        plan: made for this model.
+        model: changed in place; shapes and buffers stay.
+
+    Raises:
+        UserError: the plan does not fit the model.
+    """
+    tensors = _tensors(model)
+    _check(plan, model, tensors, removed_tensors(plan, tensors), ())
+    for cut in plan.cuts:
+        tensor = tensors[cut.name]
+        if isinstance(tensor, nn.Parameter):
+            gone = sorted(set(range(cut.size)) - set(cut.keep))
+            tensor.index_fill_(cut.dim, torch.tensor(gone, device=tensor.device), 0.0)
+    for removed in plan.removed_layers:
+        for name, parameter in model.get_submodule(removed.name).named_parameters():
+            stays = removed.remnant == "constant" or (removed.remnant == "bias" and name == "bias")
+            if not stays:
+                parameter.zero_()
 
 
 def removed_tensors(plan: SurgeryPlan, tensors: dict[str, Tensor]) -> list[str]:
@@ -172,7 +199,8 @@ def _check_layer(plan: SurgeryPlan, name: str, module: nn.Module, tensors: dict[
     outputs = 1 if isinstance(module, _TRANSPOSED) else 0
     if isinstance(module, (*_CONVS, *_TRANSPOSED, nn.Linear)):
         # Tied weights are cut under one of their names.
-        alike = [("weight", outputs), ("bias", 0)] if f"{prefix}bias" in tensors else []
+        both = f"{prefix}weight" in tensors and f"{prefix}bias" in tensors  # or the weight is computed
+        alike = [("weight", outputs), ("bias", 0)] if both else []
     elif isinstance(module, (nn.modules.batchnorm._NormBase, ConstantBatchNorm2d)):
         leaves = ("weight", "bias", "running_mean", "running_var")
         alike = [(leaf, 0) for leaf in leaves if f"{prefix}{leaf}" in tensors]
@@ -210,7 +238,7 @@ def _remnant(removed: RemovedLayer, module: Any) -> nn.Module:
     return new.train(module.training)
 
 
-def _follow(module: Any) -> None:
+def follow_shape(module: Any) -> None:
     """Set what a layer notes about its shape after its tensors."""
     if isinstance(module, _CONVS):
         filters, per_group = module.weight.shape[:2]

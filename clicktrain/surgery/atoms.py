@@ -60,6 +60,10 @@ class Atoms:
             self.members[self._names[id(tensor)], dim] = self._owned[key]
         return self._owned[key]
 
+    def owns(self, tensor: Tensor) -> bool:
+        """Whether a tensor is a parameter or a buffer."""
+        return id(tensor) in self._names
+
     def knows(self, tensor: Tensor, dim: int) -> bool:
         """Whether that dimension has been met."""
         return (id(tensor), dim) in self._owned

@@ -64,7 +64,8 @@ def gate_branches(
         if _plain(found, branch.last):
             behind = branch.norm or branch.last
             stays = _stays(found, branch.last, masks)
-            adds = torch.maximum(values.of[behind].size, values.of[branch.end].size) > threshold
+            ends = [node for view in branch.views for node in (view.norm or view.last, view.end)]
+            adds = torch.stack([values.of[node].size for node in ends]).amax(0) > threshold
             wanted = _rounded(found, branch.last, 0, stays, stays & adds, round_to)
             if not torch.equal(wanted, stays):
                 gates.append(_gate(str(behind.target), "scatter", stays, wanted))

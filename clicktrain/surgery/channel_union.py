@@ -22,7 +22,7 @@ from torch import Tensor, fx, nn
 
 from clicktrain.surgery.groups import ChannelGroup, Dependencies
 from clicktrain.surgery.operations import operation
-from clicktrain.surgery.plan import Cut
+from clicktrain.surgery.plan import Cut, Gate
 from clicktrain.surgery.values import Values
 
 Sides = Literal["both", "readers"]
@@ -153,12 +153,10 @@ def cuts(
     }
 
 
-def resize_selections(
-    found: Dependencies, masks: list[Tensor]
-) -> dict[str, tuple[str, tuple[int, ...], int]]:
-    """What gates that are in the model already select after the cuts: name -> (kind, channels, size)."""
-    changed = {}
-    for node in found.graph.nodes:
+def resized_gates(found: Dependencies, masks: list[Tensor]) -> tuple[Gate, ...]:
+    """What gates that are in the model already select after the cuts."""
+    changed: dict[str, Gate] = {}
+    for node in found.graph.all_nodes:
         kind = operation(found.graph, node)
         if kind not in ("select", "scatter"):
             continue
@@ -170,5 +168,6 @@ def resize_selections(
         assert isinstance(module.channels, Tensor)
         channels = tuple(number[i] for i in module.channels.tolist() if i in number)
         if not all(stays):
-            changed[str(node.target)] = (kind, channels, len(number))
-    return changed
+            name = str(node.target)
+            changed[name] = Gate(name, "select" if kind == "select" else "scatter", channels, len(number))
+    return tuple(changed.values())

@@ -6,16 +6,17 @@ the reason; its result has channels of its own, fixed too.
 
 from __future__ import annotations
 
-import contextlib
 from collections.abc import Callable
-from typing import Any
 
 from torch import Tensor, fx, nn
 
+from clicktrain.graph import Read
 from clicktrain.surgery.atoms import Atoms, Channels, SizeOf
-from clicktrain.surgery.graph import ModelGraph
+from clicktrain.surgery.graph import NetworkGraph
+from clicktrain.surgery.layer_kinds import layer_kind
 from clicktrain.surgery.layers import ChannelSelect
 from clicktrain.surgery.operations import operation, words
+from clicktrain.surgery.probing import channel_tensors, keeps_channels, module_keeps_channels
 from clicktrain.surgery.reshaping import (
     UnclearError,
     expand,
@@ -27,9 +28,14 @@ from clicktrain.surgery.reshaping import (
     unsqueeze,
 )
 
+SIZES_OF_LAYERS = (
+    "in_channels", "out_channels", "num_features", "in_features", "out_features", "num_parameters", "groups",
+)  # fmt: skip
+"""What layers note about their shape, and surgery changes."""
+
 
 class ChannelFlow:
-    """Walks the graph once.
+    """Walks the graph of each mode once; tensors, and so layers, are the same in both.
 
     Attributes:
         graph: of the model.
@@ -37,14 +43,16 @@ class ChannelFlow:
         channels: of every value that is a tensor with channels.
         sizes: numbers that depend on a number of channels.
         unclear: nodes that no rule understood; their results have channels of their own.
+        per_channel: nodes that no rule knows, but that were found to work inside each channel.
     """
 
-    def __init__(self, graph: ModelGraph) -> None:
+    def __init__(self, graph: NetworkGraph) -> None:
         self.graph = graph
         self.atoms = Atoms(graph.model)
         self.channels: dict[fx.Node, Channels] = {}
         self.sizes: dict[fx.Node, SizeOf] = {}
         self.unclear: set[fx.Node] = set()
+        self.per_channel: set[fx.Node] = set()
         self._whole_shapes: dict[fx.Node, Channels] = {}
         self._attributes: dict[fx.Node, Tensor] = {}
         rules: dict[str, Callable[[fx.Node], Channels | None]] = {
@@ -64,7 +72,7 @@ class ChannelFlow:
             "scatter": self._scatter,
             "removed_conv": self._removed_conv,
         }
-        for node in graph.nodes:
+        for node in graph.all_nodes:
             if node.op == "output":
                 self._fix_inputs(node, "it is an output of the network")
             elif node.op == "get_attr":
@@ -73,14 +81,15 @@ class ChannelFlow:
                 self._size(node)
             else:
                 self._step(node, rules.get(operation(graph, node)))
+        for calls in graph.passes:
+            for read in calls.reads:
+                self._number_read(read)
 
     def _step(self, node: fx.Node, rule: Callable[[fx.Node], Channels | None] | None) -> None:
         word = operation(self.graph, node)
         try:
             if rule is None:
-                rule = self._shaped if word in _SHAPED else None
-            if rule is None:
-                raise UnclearError(f"{words(self.graph, node)} is not understood")
+                rule = self._shaped if word in _SHAPED else self._tried
             self._refuse_sizes(node, word)
             found = rule(node)
         except UnclearError as unclear:
@@ -88,12 +97,18 @@ class ChannelFlow:
             self._fix_inputs(node, str(unclear))
             if node.op == "call_module":
                 self._fix_module(self.graph.module(node), str(unclear))
-            shape = self.graph.shapes.get(node, ())
-            found = None
-            if len(shape) > 1:
-                found = Channels(1, self.atoms.fresh(shape[1], f"it comes out of: {unclear}"))
+            found = self._unclear_result(node, f"it comes out of: {unclear}")
         if found is not None:
             self.channels[node] = found
+
+    def _unclear_result(self, node: fx.Node, reason: str) -> Channels | None:
+        """Channels of its own: where the input had them if the shape is the same, else along dimension 1."""
+        shape = self.graph.shapes.get(node, ())
+        if len(shape) < 2:
+            return None
+        alike = [s for s in node.all_input_nodes if s in self.channels and self.graph.shapes[s] == shape]
+        dim = self.channels[alike[0]].dim if alike else 1
+        return Channels(dim, self.atoms.fresh(shape[dim], reason))
 
     # ------------------------------------------------------------ values that are numbers
 
@@ -121,6 +136,9 @@ class ChannelFlow:
                 ):
                     continue
                 ids, exact = [*ids, *channels.ids], exact and dim is not None
+            elif source in self._attributes:
+                reason = f"the shape of {source.target} is read in forward"
+                self._fix_tensor(self._attributes[source], reason)
             elif source in self._whole_shapes:
                 channels = self._whole_shapes[source]
                 index = node.args[1] if node.op == "call_function" and len(node.args) > 1 else None
@@ -162,6 +180,14 @@ class ChannelFlow:
         for dim in range(min(tensor.dim(), 2)):
             self.atoms.fix(self.atoms.of(tensor, dim), reason)
 
+    def _number_read(self, read: Read) -> None:
+        """A constant in the user's code that would be another one in the smaller network."""
+        if read.path is None or read.name not in SIZES_OF_LAYERS:
+            return
+        module = self.graph.model.get_submodule(read.path)
+        if layer_kind(module) is not None:
+            self._fix_module(module, f"{read.path}.{read.name} is read in forward")
+
     # ------------------------------------------------------------ rules
 
     def _from(self, node: fx.Node) -> Channels:
@@ -180,13 +206,11 @@ class ChannelFlow:
         )
 
     def _attribute(self, node: fx.Node) -> None:
-        value: Any = self.graph.model
-        for part in str(node.target).split("."):
-            value = getattr(value, part)
-        if isinstance(value, Tensor):
-            with contextlib.suppress(KeyError):
-                self.atoms.of(value, 0) if value.dim() else None
-                self._attributes[node] = value
+        value = self.graph.attribute(node)
+        if isinstance(value, Tensor) and self.atoms.owns(value):
+            self._attributes[node] = value
+            if value.dim():
+                self.atoms.of(value, 0)
 
     def _conv(self, node: fx.Node) -> Channels:
         module, x = self.graph.module(node), self._at(node, 1)
@@ -304,6 +328,43 @@ class ChannelFlow:
             self.atoms.unite(parts[0].ids, part.ids)
         return parts[0]
 
+    def _tried(self, node: fx.Node) -> Channels:
+        """Whatever no rule knows: it is tried whether it works inside each channel."""
+        unknown = UnclearError(f"{words(self.graph, node)} is not understood")
+        shape = self.graph.shapes.get(node)
+        sources = list(node.all_input_nodes)
+        if shape is None or not sources or not all(s in self.channels for s in sources):
+            raise unknown
+        inputs = [(self.graph.shapes[s], self.channels[s].dim) for s in sources]
+        size = max(s[dim] for s, dim in inputs)
+        rank = max(len(s) for s, _ in inputs)
+        places = {dim + rank - len(s) for s, dim in inputs if s[dim] == size}
+        if len(places) != 1 or any(len(self.channels[s].ids) not in (1, size) for s in sources):
+            raise unknown
+        dtype = sources[0].meta["tensor_meta"].dtype
+        tensors: list[tuple[Tensor, int]] = []
+        if node.op == "call_module":
+            module = self.graph.module(node)
+            tensors = channel_tensors(module, size)
+            others = {id(t) for t in (*module.parameters(), *module.buffers()) if t.numel() > 1}
+            plain = tuple(node.args) == tuple(sources) and not node.kwargs
+            if not plain or others != {id(t) for t, _ in tensors if t.numel() > 1}:
+                raise unknown
+            keeps = module_keeps_channels(module, inputs, dtype)
+        else:
+            device = self.graph.evaluation.inputs.tensors()[0].device
+            keeps = keeps_channels(lambda keep, training: calling(node, sources), inputs, dtype, device)
+        if not keeps or shape[next(iter(places))] != size:
+            raise unknown
+        whole = [self.channels[s].ids for s in sources if len(self.channels[s].ids) == size]
+        for ids in (*whole[1:], *(self.atoms.of(tensor, dim) for tensor, dim in tensors)):
+            self.atoms.unite(whole[0], ids)
+        if size > 1:
+            spread = [self.channels[s].ids[0] for s in sources if len(self.channels[s].ids) == 1]
+            self.atoms.fix(spread, f"{words(self.graph, node)} spreads it over all")
+        self.per_channel.add(node)
+        return Channels(next(iter(places)), whole[0])
+
     def _shaped(self, node: fx.Node) -> Channels | None:
         return _SHAPED[operation(self.graph, node)](self, node, self._from(node))
 
@@ -329,6 +390,21 @@ class ChannelFlow:
         if found.dim != dim:
             raise UnclearError(f"{words(self.graph, node)} does not work along the channels")
         return found
+
+
+def calling(node: fx.Node, sources: list[fx.Node]) -> Callable[[list[Tensor]], object]:
+    """A function or method as the graph calls it, with other tensors."""
+
+    def call(tensors: list[Tensor]) -> object:
+        given = dict(zip(sources, tensors, strict=True))
+        args = fx.map_arg(node.args, lambda source: given[source])
+        kwargs = fx.map_arg(node.kwargs, lambda source: given[source])
+        if node.op == "call_method":
+            return getattr(args[0], str(node.target))(*args[1:], **kwargs)
+        assert callable(node.target)
+        return node.target(*args, **kwargs)
+
+    return call
 
 
 _SHAPED: dict[str, Callable[[ChannelFlow, fx.Node, Channels], Channels | None]] = {

@@ -1,54 +1,86 @@
-"""The model as a torch.fx graph with the shape of every value, taken without leaving a trace on the model."""
+"""The model as a graph in evaluation and in training mode: what surgery looks at.
+
+Layers that are called in one mode only (auxiliary heads, features for a second loss) are seen there.
+"""
 
 from __future__ import annotations
 
-import contextlib
-import operator
-from collections import OrderedDict
-from collections.abc import Iterator
+from collections.abc import Collection, Mapping
 from dataclasses import dataclass
 from typing import Any
 
 import torch
-from torch import Tensor, fx, nn
+from torch import fx, nn
 
 from clicktrain.errors import UserError
+from clicktrain.graph import Inputs, ModelGraph, TraceError, own_random_numbers, working_copy
+from clicktrain.graph import trace as trace_call
+from clicktrain.graph.batch import owned
+from clicktrain.graph.trace import one_line
+from clicktrain.surgery.layer_kinds import layer_kind
 from clicktrain.surgery.layers import SURGERY_LAYERS
+from clicktrain.surgery.probing import kind_by_trial, layer_keeps_channels, may_keep_channels
 
-_HOOKS = ("_forward_hooks", "_forward_pre_hooks")
+MODES = {False: "in evaluation mode", True: "while training"}
 
 
 @dataclass(frozen=True, slots=True, eq=False)
-class ModelGraph:
-    """A traced model.
+class NetworkGraph:
+    """A model's forward passes.
 
     Attributes:
         model: what was traced.
-        nodes: the fx nodes, in the order of execution.
-        shapes: shape of every node's value that is a tensor.
-        sizes: values that are numbers or tuples of them (what ``x.shape`` and arithmetic on it give).
-        opaque: path -> reason, for modules that could not be traced into; they are single nodes.
+        evaluation: the pass in evaluation mode.
+        training: the pass in training mode; None where it is the same.
+        shapes, sizes: of the values in both, see `clicktrain.graph.ModelGraph`.
+        opaque: path -> reason, for modules that are single nodes in one of them.
+        kinds: path -> word, for layers whose ``forward`` is their own but computes what their parent's does.
     """
 
     model: nn.Module
-    nodes: tuple[fx.Node, ...]
+    evaluation: ModelGraph
+    training: ModelGraph | None
     shapes: dict[fx.Node, tuple[int, ...]]
     sizes: dict[fx.Node, Any]
     opaque: dict[str, str]
+    kinds: dict[str, str]
+
+    @property
+    def nodes(self) -> tuple[fx.Node, ...]:
+        """Of the pass in evaluation mode, in the order of execution."""
+        return self.evaluation.nodes
+
+    @property
+    def training_nodes(self) -> tuple[fx.Node, ...]:
+        """Of the pass in training mode; the same nodes where the passes are the same."""
+        return self.nodes if self.training is None else self.training.nodes
+
+    @property
+    def all_nodes(self) -> tuple[fx.Node, ...]:
+        """Of both passes, each once."""
+        return self.nodes if self.training is None else (*self.nodes, *self.training.nodes)
+
+    @property
+    def passes(self) -> tuple[ModelGraph, ...]:
+        """One, or two that differ."""
+        return (self.evaluation,) if self.training is None else (self.evaluation, self.training)
 
     def module(self, node: fx.Node) -> nn.Module:
         """What a ``call_module`` node calls."""
         return self.model.get_submodule(str(node.target))
 
+    def attribute(self, node: fx.Node) -> Any:
+        """What a ``get_attr`` node gets."""
+        owner = next(graph for graph in self.passes if node.graph is graph.graph)
+        return owner.attribute(node)
 
-def trace(model: nn.Module, example: Tensor | tuple[Any, ...]) -> ModelGraph:
-    """Trace a model, and run the graph once on the example, in evaluation mode, for the shapes.
 
-    Modes, buffers and random state are afterwards as before; hooks do not see the pass.
+def trace(model: nn.Module, inputs: Inputs) -> NetworkGraph:
+    """Trace a model in both modes; nothing of it changes.
 
     Args:
         model: the module itself, not a wrapper around it.
-        example: its positional arguments, or the only one; [N, C, H, W] for images.
+        inputs: of a call; several images, for the sake of batch norms.
 
     Raises:
         UserError: the model cannot be traced (its own ``forward`` depends on data), or is a wrapper.
@@ -56,143 +88,82 @@ def trace(model: nn.Module, example: Tensor | tuple[Any, ...]) -> ModelGraph:
     if hasattr(model, "_orig_mod") or type(model).__module__.startswith("torch.nn.parallel"):
         inner = "model._orig_mod" if hasattr(model, "_orig_mod") else "model.module"
         raise UserError(f"surgery is done on the model inside {type(model).__name__}: pass {inner}")
-    arguments = example if isinstance(example, tuple) else (example,)
+    kinds = {
+        name: kind
+        for name, module in model.named_modules()
+        if name and layer_kind(module) is None and (kind := kind_by_trial(module)) is not None
+    }
+    whole = dict.fromkeys(kinds, "a layer with a forward of its own") | {
+        name: "a layer of its own kind"
+        for name, module in model.named_modules()
+        if name and name not in kinds and layer_kind(module) is None and may_keep_channels(module)
+    }
+    evaluation = _traced(model, inputs, False, whole)
+    mixing = _mixing(evaluation, whole.keys() - kinds.keys())
+    if mixing:
+        whole = {name: reason for name, reason in whole.items() if name not in mixing}
+        evaluation = _traced(model, inputs, False, whole)
+    training: ModelGraph | None = _traced(model, inputs, True, whole)
+    assert training is not None
+    if _text(training) == _text(evaluation):
+        training = None
+    passes = (evaluation,) if training is None else (evaluation, training)
+    shapes: dict[fx.Node, tuple[int, ...]] = {}
+    sizes: dict[fx.Node, Any] = {}
     opaque: dict[str, str] = {}
-    with _undisturbed(model):
-        while True:
-            tracer = _Tracer(opaque)
-            try:
-                graph = tracer.trace(model)
-                break
-            except Exception as error:
-                reason = _first_line(error)
-                if not tracer.failed or tracer.failed in opaque:
-                    raise UserError(
-                        f"channels of {type(model).__name__} cannot be removed, because torch.fx cannot "
-                        f"trace its forward ({reason}): write it without branches on the values of tensors"
-                    ) from error
-                opaque[tracer.failed] = reason
-        _later_uses_see_changes(graph, model)
-        recorder = _Recorder(fx.GraphModule(model, graph))
-        try:
-            with torch.no_grad():
-                recorder.run(*arguments)
-        except Exception as error:
-            raise UserError(f"the model does not run on the example: {_first_line(error)}") from error
-    # The recorder walks a copy of the graph; its nodes are known by name.
-    nodes = tuple(graph.nodes)
-    shapes = {node: recorder.shapes[node.name] for node in nodes if node.name in recorder.shapes}
-    sizes = {node: recorder.sizes[node.name] for node in nodes if node.name in recorder.sizes}
-    return ModelGraph(model, nodes, shapes, sizes, opaque)
+    for graph in passes:
+        shapes |= graph.shapes
+        sizes |= {node: value for node, value in graph.sizes.items() if _is_size(value)}
+        opaque |= graph.opaque
+    return NetworkGraph(model, evaluation, training, shapes, sizes, opaque, kinds)
 
 
-class _Proxy(fx.Proxy):
-    """Augmented assignments are recorded as such: ``x += y`` writes into x, unlike ``x + y``."""
-
-    def __iadd__(self, other: Any) -> fx.Proxy:
-        return self.tracer.create_proxy("call_function", operator.iadd, (self, other), {})
-
-    def __isub__(self, other: Any) -> fx.Proxy:
-        return self.tracer.create_proxy("call_function", operator.isub, (self, other), {})
-
-    def __imul__(self, other: Any) -> fx.Proxy:
-        return self.tracer.create_proxy("call_function", operator.imul, (self, other), {})
-
-    def __itruediv__(self, other: Any) -> fx.Proxy:
-        return self.tracer.create_proxy("call_function", operator.itruediv, (self, other), {})
+def _traced(model: nn.Module, inputs: Inputs, training: bool, whole: Mapping[str, str]) -> ModelGraph:
+    try:
+        return trace_call(model, inputs, training=training, leaves=_is_leaf, opaque=whole)
+    except TraceError as error:
+        _check_runs(model, inputs, training)
+        raise UserError(
+            f"channels of {type(model).__name__} cannot be removed, because torch.fx cannot trace its "
+            f"forward {MODES[training]} ({error}): write it without branches on the values of tensors"
+        ) from error
 
 
-class _Tracer(fx.Tracer):
-    """Notes which module a failure came from; the layers that surgery puts in are leaves."""
-
-    def __init__(self, opaque: dict[str, str]) -> None:
-        super().__init__()
-        self._opaque = opaque
-        self.failed = ""
-
-    def proxy(self, node: fx.Node) -> fx.Proxy:
-        return _Proxy(node, self)
-
-    def is_leaf_module(self, m: nn.Module, module_qualified_name: str) -> bool:
-        known = isinstance(m, SURGERY_LAYERS) or module_qualified_name in self._opaque
-        return known or super().is_leaf_module(m, module_qualified_name)
-
-    def call_module(self, m: nn.Module, forward: Any, args: Any, kwargs: Any) -> Any:
-        try:
-            return super().call_module(m, forward, args, kwargs)
-        except Exception:
-            self.failed = self.failed or self.path_of_module(m)
-            raise
+def _check_runs(model: nn.Module, inputs: Inputs, training: bool) -> None:
+    """A UserError if it is the example that does not fit the model."""
+    twin = working_copy(model)
+    twin.train(training)
+    try:
+        with own_random_numbers(inputs.tensors()), torch.no_grad():
+            owned(inputs).call(twin)
+    except Exception as error:
+        raise UserError(
+            f"the model does not run on the example {MODES[training]}: {one_line(error)}"
+        ) from error
 
 
-class _Recorder(fx.Interpreter):
-    """Runs a graph and keeps shapes and sizes instead of values."""
-
-    def __init__(self, module: fx.GraphModule) -> None:
-        super().__init__(module)
-        self.shapes: dict[str, tuple[int, ...]] = {}
-        self.sizes: dict[str, Any] = {}
-
-    def run_node(self, n: fx.Node) -> Any:
-        result = super().run_node(n)
-        if isinstance(result, Tensor):
-            self.shapes[n.name] = tuple(result.shape)
-        elif isinstance(result, (int, torch.Size)):
-            self.sizes[n.name] = result
-        return result
+def _is_leaf(module: nn.Module) -> bool:
+    return isinstance(module, SURGERY_LAYERS) or layer_kind(module) is not None
 
 
-def _later_uses_see_changes(graph: fx.Graph, model: nn.Module) -> None:
-    """After an operation in place, later users of the old value are users of the new one."""
-    order = {node: i for i, node in enumerate(graph.nodes)}
+def _mixing(graph: ModelGraph, whole: Collection[str]) -> set[str]:
+    """Modules that were taken for layers that work inside each channel, and do not: these are traced into."""
+    found = set()
     for node in graph.nodes:
-        target = str(node.target)
-        method = node.op == "call_method" and target.endswith("_") and not target.endswith("__")
-        function = node.kwargs.get("inplace") is True
-        layer = node.op == "call_module" and getattr(model.get_submodule(target), "inplace", False) is True
-        if (method or function or layer or changes_in_place(node)) and node.args:
-            first = node.args[0]
-            if isinstance(first, fx.Node):
-
-                def later(user: fx.Node, place: int = order[node]) -> bool:
-                    return order[user] > place
-
-                first.replace_all_uses_with(node, later)
+        name = str(node.target)
+        if node.op == "call_module" and name in whole:
+            source = node.all_input_nodes[0] if node.all_input_nodes else None
+            meta = None if source is None else source.meta.get("tensor_meta")
+            if meta is None or not layer_keeps_channels(graph.module(node), tuple(meta.shape), meta.dtype):
+                found.add(name)
+    return found
 
 
-def changes_in_place(node: fx.Node) -> bool:
-    """Whether a node is an augmented assignment such as ``x += y`` or its method ``x.add_(y)``."""
-    if node.op == "call_function":
-        module, name = getattr(node.target, "__module__", None), getattr(node.target, "__name__", "")
-        return module == "_operator" and name in ("iadd", "isub", "imul", "itruediv")
-    return node.op == "call_method" and str(node.target) in ("add_", "sub_", "mul_", "div_")
+def _is_size(value: Any) -> bool:
+    """Whether it is a number or a shape, not several tensors."""
+    return isinstance(value, int) or (isinstance(value, tuple) and all(isinstance(v, int) for v in value))
 
 
-@contextlib.contextmanager
-def _undisturbed(model: nn.Module) -> Iterator[None]:
-    """Evaluation mode and no hooks inside; afterwards everything is as before."""
-    modules = list(model.modules())
-    modes = [module.training for module in modules]
-    hooks = [{name: getattr(module, name) for name in _HOOKS} for module in modules]
-    buffers = [(buffer, buffer.clone()) for buffer in model.buffers()]
-    with torch.random.fork_rng(devices=[]):
-        try:
-            for module in modules:
-                module.training = False
-                for name in _HOOKS:
-                    setattr(module, name, OrderedDict())
-            yield
-        finally:
-            for module, mode, kept in zip(modules, modes, hooks, strict=True):
-                module.training = mode
-                for name, table in kept.items():
-                    setattr(module, name, table)
-            with torch.no_grad():
-                for buffer, before in buffers:
-                    if not torch.equal(buffer, before):
-                        buffer.copy_(before)
-
-
-def _first_line(error: BaseException) -> str:
-    lines = str(error).strip().splitlines()
-    return f"{type(error).__name__}: {lines[0] if lines else ''}"
+def _text(graph: ModelGraph) -> str:
+    lines = (f"{n.op} {n.name} {n.target} {n.args} {n.kwargs} {graph.shapes.get(n)}" for n in graph.nodes)
+    return "\n".join((*lines, str(sorted(graph.opaque))))

@@ -7,13 +7,14 @@ other branch. Channels that are sets along the same dimensions form a group, e.g
 
 from __future__ import annotations
 
+from collections.abc import Iterable
 from dataclasses import dataclass
 from typing import Any
 
-from torch import Tensor, fx, nn
+from torch import fx
 
 from clicktrain.surgery.flow import ChannelFlow
-from clicktrain.surgery.graph import ModelGraph, trace
+from clicktrain.surgery.graph import NetworkGraph
 
 
 @dataclass(frozen=True, slots=True)
@@ -59,12 +60,12 @@ class Dependencies:
         groups: of all channels that parameters or buffers have.
     """
 
-    def __init__(self, graph: ModelGraph) -> None:
+    def __init__(self, graph: NetworkGraph) -> None:
         self.graph = graph
         self.flow = ChannelFlow(graph)
         self.groups: tuple[ChannelGroup, ...] = ()
         self._place: dict[int, tuple[int, int]] = {}
-        self._collect()
+        self.collect()
 
     def place(self, atom: int) -> tuple[int, int] | None:
         """(number of the group, channel in it) of an atom; None if no tensor has that channel."""
@@ -74,7 +75,22 @@ class Dependencies:
         """The same for every channel of a node's value."""
         return [self.place(atom) for atom in self.flow.channels[node].ids]
 
-    def _collect(self) -> None:
+    def hold(self, group: ChannelGroup, reason: str) -> None:
+        """Keep the channels of a group, from the next `collect` on."""
+        atoms = self.flow.atoms
+        for member in group.members:
+            ids = atoms.members[member.name, member.dim]
+            atoms.fix([ids[index] for indices in member.indices for index in indices], reason)
+
+    def hold_tensors(self, held: Iterable[tuple[str, int, str]]) -> None:
+        """Keep all channels along (tensor, dimension), for a reason."""
+        for name, dim, reason in held:
+            self.flow.atoms.fix(self.flow.atoms.members.get((name, dim), ()), reason)
+        self.collect()
+
+    def collect(self) -> None:
+        """Sort all channels that tensors have into groups."""
+        self._place = {}
         atoms = self.flow.atoms
         keys: dict[int, dict[tuple[str, int], list[int]]] = {}
         for (name, dim), ids in atoms.members.items():
@@ -97,28 +113,3 @@ class Dependencies:
             name += f"#{count[name]}" if count[name] > 1 else ""
             groups.append(ChannelGroup(name, members, len(roots), reason))
         self.groups = tuple(groups)
-
-
-def dependencies(model: nn.Module, example: Tensor | tuple[Any, ...]) -> Dependencies:
-    """Analyse a model.
-
-    Args:
-        model: any module that torch.fx can trace; modules inside that it cannot are kept whole.
-        example: its arguments, a batch of at least one input.
-
-    Raises:
-        UserError: the model has no graph.
-
-    Example:
-        >>> import torch
-        >>> model = nn.Sequential(nn.Conv2d(3, 8, 3), nn.BatchNorm2d(8), nn.Conv2d(8, 4, 1))
-        >>> group = dependencies(model, torch.zeros(1, 3, 8, 8)).groups[1]
-        >>> group.size, [(member.name, member.dim) for member in group.members][:2]
-        (8, [('0.weight', 0), ('0.bias', 0)])
-    """
-    return Dependencies(trace(model, example))
-
-
-def channel_groups(model: nn.Module, example: Tensor | tuple[Any, ...]) -> tuple[ChannelGroup, ...]:
-    """The groups of a model alone; arguments and errors as `dependencies`."""
-    return dependencies(model, example).groups

@@ -15,11 +15,13 @@ the branch: it may be anything. The activation after the addition stays in any c
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
 
 from torch import fx, nn
 
-from clicktrain.surgery.graph import ModelGraph, changes_in_place
+from clicktrain.graph import changes_in_place
+from clicktrain.surgery.graph import NetworkGraph
 from clicktrain.surgery.operations import operation, words
 from clicktrain.surgery.plan import RemovedLayer
 from clicktrain.surgery.values import Values
@@ -39,6 +41,7 @@ class Branch:
         norm: the batch norm behind that; None if there is none.
         nodes: all that only serves the branch.
         refusal: why the branch cannot be taken out; None if it can.
+        twin: the same branch in the graph of the training mode, where that is another graph.
     """
 
     addition: fx.Node
@@ -47,12 +50,39 @@ class Branch:
     norm: fx.Node | None
     nodes: frozenset[fx.Node]
     refusal: str | None
+    twin: Branch | None = None
+
+    @property
+    def views(self) -> tuple[Branch, ...]:
+        """The branch in each graph."""
+        return (self,) if self.twin is None else (self, self.twin)
+
+    @property
+    def layers(self) -> frozenset[str]:
+        """Modules that are called in it."""
+        return frozenset(str(node.target) for node in self.nodes if node.op == "call_module")
 
 
-def residual_branches(graph: ModelGraph) -> tuple[Branch, ...]:
+def residual_branches(graph: NetworkGraph) -> tuple[Branch, ...]:
     """All operands of additions that end in a convolution, the larger one of an addition first."""
+    found = _branches(graph, graph.nodes)
+    if graph.training is None:
+        return tuple(found)
+    called = {str(node.target) for node in graph.training_nodes if node.op == "call_module"}
+    twins = {branch.layers: branch for branch in _branches(graph, graph.training_nodes)}
+    both = []
+    for branch in found:
+        twin = twins.get(branch.layers)
+        refusal = branch.refusal or (None if twin is None else twin.refusal)
+        if twin is None and branch.layers & called:
+            refusal = refusal or "its layers are called in another way while training"
+        both.append(replace(branch, refusal=refusal, twin=twin))
+    return tuple(both)
+
+
+def _branches(graph: NetworkGraph, nodes: Sequence[fx.Node]) -> list[Branch]:
     found: list[Branch] = []
-    for node in graph.nodes:
+    for node in nodes:
         name = str(getattr(node.target, "__name__", node.target)).rstrip("_").removeprefix("i")
         if operation(graph, node) != "binary" or name != "add" or node.kwargs:
             continue
@@ -61,21 +91,23 @@ def residual_branches(graph: ModelGraph) -> tuple[Branch, ...]:
             continue
         if graph.shapes.get(left) != graph.shapes.get(right) or len(graph.shapes[node]) != 4:
             continue
-        both = [branch for end in (left, right) if (branch := _branch(graph, node, end)) is not None]
+        both = [branch for end in (left, right) if (branch := _branch(graph, nodes, node, end))]
         found += sorted(both, key=lambda branch: -len(branch.nodes))
-    return tuple(found)
+    return found
 
 
-def removable_branches(graph: ModelGraph, values: Values, threshold: float) -> dict[Branch, str | None]:
+def removable_branches(graph: NetworkGraph, values: Values, threshold: float) -> dict[Branch, str | None]:
     """Branches whose last convolution adds nothing, with the reason why one stays all the same (or None)."""
     found: dict[Branch, str | None] = {}
     additions: set[fx.Node] = set()
     for branch in residual_branches(graph):
-        contribution = values.contribution.get(branch.last)
-        if contribution is None or bool((contribution > threshold).any()):
+        contributions = [values.contribution.get(view.last) for view in branch.views]
+        if any(c is None or bool((c > threshold).any()) for c in contributions):
             continue
         reason = branch.refusal
-        if reason is None and bool((values.of[branch.end].radius > threshold).any()):
+        if reason is None and any(
+            bool((values.of[view.end].radius > threshold).any()) for view in branch.views
+        ):
             reason = "its batch norm makes weights under the threshold large again: set them to zero first"
         if reason is None and branch.addition in additions:
             reason = "the other operand of the addition has gone already"
@@ -85,12 +117,16 @@ def removable_branches(graph: ModelGraph, values: Values, threshold: float) -> d
     return found
 
 
-def remnants(graph: ModelGraph, branch: Branch, values: Values, threshold: float) -> tuple[RemovedLayer, ...]:
+def remnants(
+    graph: NetworkGraph, branch: Branch, values: Values, threshold: float
+) -> tuple[RemovedLayer, ...]:
     """What becomes of each layer of a removable branch that has parameters."""
-    vanishes = bool((values.of[branch.end].size <= threshold).all()) and bool(
-        (values.of[branch.norm or branch.last].size <= threshold).all()
+    vanishes = all(
+        bool((values.of[node].size <= threshold).all())
+        for view in branch.views
+        for node in (view.end, view.norm or view.last)
     )
-    writable = _written_into(graph, branch)
+    writable = any(_written_into(graph, view) for view in branch.views)
     removed = []
     for node in graph.nodes:
         if node not in branch.nodes or node.op != "call_module":
@@ -110,7 +146,7 @@ def remnants(graph: ModelGraph, branch: Branch, values: Values, threshold: float
     return tuple(removed)
 
 
-def _branch(graph: ModelGraph, addition: fx.Node, end: fx.Node) -> Branch | None:
+def _branch(graph: NetworkGraph, order: Sequence[fx.Node], addition: fx.Node, end: fx.Node) -> Branch | None:
     """Walk back from the operand to the last convolution, and collect what only serves it."""
     if set(end.users) != {addition}:
         return None
@@ -123,19 +159,29 @@ def _branch(graph: ModelGraph, addition: fx.Node, end: fx.Node) -> Branch | None
     if operation(graph, node) != "conv" or type(graph.module(node)) is not nn.Conv2d:
         return None
     nodes = {end}
-    for candidate in reversed(graph.nodes):
+    for candidate in reversed(order):
         if candidate.op != "placeholder" and candidate.users and set(candidate.users) <= nodes:
             nodes.add(candidate)
     return Branch(
-        addition, end, node, norm, frozenset(nodes), _refusal(graph, nodes, addition, end, norm or node)
+        addition,
+        end,
+        node,
+        norm,
+        frozenset(nodes),
+        _refusal(graph, order, nodes, addition, end, norm or node),
     )
 
 
 def _refusal(
-    graph: ModelGraph, nodes: set[fx.Node], addition: fx.Node, end: fx.Node, behind: fx.Node
+    graph: NetworkGraph,
+    order: Sequence[fx.Node],
+    nodes: set[fx.Node],
+    addition: fx.Node,
+    end: fx.Node,
+    behind: fx.Node,
 ) -> str | None:
-    calls = [str(node.target) for node in graph.nodes if node.op == "call_module"]
-    for node in graph.nodes:
+    calls = [str(node.target) for node in order if node.op == "call_module"]
+    for node in order:
         if node not in nodes:
             continue
         word = operation(graph, node)
@@ -161,7 +207,7 @@ def _registered(model: nn.Module, module: nn.Module) -> int:
     return sum(m is module for _, m in model.named_modules(remove_duplicate=False))
 
 
-def _written_into(graph: ModelGraph, branch: Branch) -> bool:
+def _written_into(graph: NetworkGraph, branch: Branch) -> bool:
     """Whether something behind the last layer works in place."""
     node = branch.norm or branch.last
     while node is not branch.end:

@@ -11,33 +11,11 @@ from __future__ import annotations
 
 import types
 
-from torch import Tensor, fx, nn
+from torch import fx
 
-from clicktrain.surgery.graph import ModelGraph
-from clicktrain.surgery.layers import ChannelScatter, ChannelSelect, ConstantBatchNorm2d, RemovedConv2d
+from clicktrain.surgery.graph import NetworkGraph
+from clicktrain.surgery.layer_kinds import layer_kind
 
-_MODULES: dict[type[nn.Module], str] = {
-    **dict.fromkeys((nn.Conv1d, nn.Conv2d, nn.Conv3d), "conv"),
-    **dict.fromkeys((nn.ConvTranspose1d, nn.ConvTranspose2d, nn.ConvTranspose3d), "conv_transpose"),
-    nn.Linear: "linear",
-    **dict.fromkeys((nn.BatchNorm1d, nn.BatchNorm2d, nn.BatchNorm3d, nn.SyncBatchNorm), "norm"),
-    **dict.fromkeys((nn.InstanceNorm1d, nn.InstanceNorm2d, nn.InstanceNorm3d), "norm"),
-    **dict.fromkeys((nn.ReLU, nn.ReLU6, nn.LeakyReLU, nn.ELU, nn.CELU, nn.SELU, nn.GELU, nn.SiLU), "unary"),
-    **dict.fromkeys((nn.Mish, nn.Sigmoid, nn.Tanh, nn.Hardswish, nn.Hardsigmoid, nn.Hardtanh), "unary"),
-    **dict.fromkeys((nn.Softplus, nn.Softsign, nn.Identity), "unary"),
-    **dict.fromkeys((nn.Dropout, nn.Dropout1d, nn.Dropout2d, nn.Dropout3d), "dropout"),
-    nn.PReLU: "prelu",
-    **dict.fromkeys((nn.MaxPool1d, nn.MaxPool2d, nn.MaxPool3d), "pool"),
-    **dict.fromkeys((nn.AvgPool1d, nn.AvgPool2d, nn.AvgPool3d), "pool"),
-    **dict.fromkeys((nn.AdaptiveAvgPool1d, nn.AdaptiveAvgPool2d, nn.AdaptiveAvgPool3d), "pool"),
-    **dict.fromkeys((nn.AdaptiveMaxPool1d, nn.AdaptiveMaxPool2d, nn.AdaptiveMaxPool3d), "pool"),
-    **dict.fromkeys((nn.Upsample, nn.UpsamplingNearest2d, nn.UpsamplingBilinear2d, nn.ZeroPad2d), "pool"),
-    nn.Flatten: "reshape",
-    ChannelScatter: "scatter",
-    ChannelSelect: "select",
-    ConstantBatchNorm2d: "constant_norm",
-    RemovedConv2d: "removed_conv",
-}
 _UNARY = (
     "relu", "relu6", "leaky_relu", "elu", "celu", "selu", "gelu", "silu", "mish", "sigmoid", "tanh",
     "hardswish", "hardsigmoid", "hardtanh", "softplus", "softsign", "contiguous", "clone", "float",
@@ -68,7 +46,7 @@ _FUNCTIONS: dict[str, str] = {
 _TORCH = ("torch", "_operator", "operator")
 
 
-def operation(graph: ModelGraph, node: fx.Node) -> str:
+def operation(graph: NetworkGraph, node: fx.Node) -> str:
     """The word for a node, see the module's documentation."""
     match node.op:
         case "placeholder":
@@ -78,28 +56,23 @@ def operation(graph: ModelGraph, node: fx.Node) -> str:
         case "get_attr":
             return "attribute"
         case "call_module":
-            module = graph.module(node)
-            kind = _MODULES.get(type(module), "unknown")
-            return "unknown" if str(node.target) in graph.opaque or computed(module) else kind
+            kind = layer_kind(graph.module(node))
+            if str(node.target) in graph.kinds:
+                return graph.kinds[str(node.target)]
+            return "unknown" if kind is None or str(node.target) in graph.opaque else kind
         case "call_method":
             return _FUNCTIONS.get(str(node.target).removesuffix("_"), "unknown")
         case _:
             return _FUNCTIONS.get(_function_name(node), "unknown")
 
 
-def words(graph: ModelGraph, node: fx.Node) -> str:
+def words(graph: NetworkGraph, node: fx.Node) -> str:
     """A node in the words of the user, for reasons."""
     if node.op == "call_module":
         return f"{node.target} ({type(graph.module(node)).__name__})"
     return (
         str(node.target) if node.op == "call_method" else str(getattr(node.target, "__name__", node.target))
     )
-
-
-def computed(module: nn.Module) -> bool:
-    """Whether a layer's weight is computed anew each time (weight norm, parametrizations)."""
-    weight = getattr(module, "weight", None)
-    return isinstance(weight, Tensor) and module._parameters.get("weight") is not weight
 
 
 def _function_name(node: fx.Node) -> str:

@@ -16,17 +16,18 @@ def state_refusal(name: str, parameter: Tensor, optimizers: Sequence[Optimizer])
         held = any(p is parameter for group in optimizer.param_groups for p in group["params"])
         if held and kind == "LBFGS":
             return "LBFGS keeps one state for all parameters together: use another optimizer"
-        state = optimizer.state.get(parameter, {})
-        # By name: row sums of a weight may happen to have its shape.
-        foreign = (
-            list(state) if kind == "Adafactor" else [k for k, v in state.items() if _foreign(v, parameter)]
-        )
-        if foreign:
+        odd = unshrinkable_state(optimizer.state.get(parameter, {}), parameter)
+        if odd:
             return (
-                f"{kind} keeps {', '.join(map(str, foreign))} for {name}, "
+                f"{kind} keeps {', '.join(odd)} for {name}, "
                 "neither numbers nor one value for each weight: make the optimizer after surgery"
             )
     return None
+
+
+def unshrinkable_state(state: Mapping[str, Any], parameter: Tensor) -> list[str]:
+    """Names of the entries of a parameter's optimizer state that cannot shrink with it."""
+    return [str(key) for key, value in state.items() if not _shrinks(value, parameter)]
 
 
 def exchange_(
@@ -63,19 +64,33 @@ def exchange_(
             continue
         if isinstance(key, Tensor) and key in new:
             optimizer.state[new[key]] = {
-                name: shrink(key, value) if _per_weight(value, key) else value
+                name: _shrunken(key, value, shrink) if _per_channel(value, key) else value
                 for name, value in state.items()
             }
         else:
             optimizer.state[key] = state
 
 
-def _per_weight(value: Any, parameter: Tensor) -> bool:
-    return isinstance(value, Tensor) and value.shape == parameter.shape
+def _shrunken(parameter: Tensor, value: Tensor, shrink: Callable[[Tensor, Tensor], Tensor]) -> Tensor:
+    """What stays of a value for each weight, or of factors whose sizes are the parameter's or 1."""
+    if value.shape == parameter.shape:
+        return shrink(parameter, value)
+    result = shrink(parameter, value.expand(parameter.shape))
+    for dim, size in enumerate(value.shape):
+        if size != parameter.shape[dim]:
+            result = result.narrow(dim, 0, 1)
+    return result.contiguous()
 
 
-def _foreign(value: Any, parameter: Tensor) -> bool:
-    """Whether it is not known how an entry of a parameter's state shrinks."""
-    if not isinstance(value, (Tensor, list, tuple, dict)) or _per_weight(value, parameter):
-        return False
-    return not (isinstance(value, Tensor) and value.numel() == 1)
+def _per_channel(value: Any, parameter: Tensor) -> bool:
+    """Whether a value has the parameter's sizes, or 1 in their place (the factors that Adafactor keeps)."""
+    if not isinstance(value, Tensor) or value.dim() != parameter.dim() or value.numel() == 1:
+        return isinstance(value, Tensor) and value.shape == parameter.shape
+    return all(mine in (1, its) for mine, its in zip(value.shape, parameter.shape, strict=True))
+
+
+def _shrinks(value: Any, parameter: Tensor) -> bool:
+    """Whether it is known how an entry of a parameter's state shrinks."""
+    if not isinstance(value, (Tensor, list, tuple, dict)) or _per_channel(value, parameter):
+        return True
+    return isinstance(value, Tensor) and value.numel() == 1

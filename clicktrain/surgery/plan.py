@@ -164,7 +164,9 @@ class SurgeryPlan:
                     for row in document["layers"]
                 ),
             )
-        except (KeyError, TypeError, AttributeError) as error:
+        except (KeyError, TypeError, AttributeError, ValueError, OverflowError) as error:
+            if isinstance(error, UserError):
+                raise
             raise UserError(f"this is not a surgery plan: {type(error).__name__} {error}") from None
 
     def table(self) -> str:

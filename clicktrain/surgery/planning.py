@@ -10,8 +10,9 @@ from torch import Tensor, nn
 
 from clicktrain.errors import UserError
 from clicktrain.surgery.channel_gating import gate_branches
-from clicktrain.surgery.channel_union import Sides, cuts, dead_channels, keep_masks, resize_selections
-from clicktrain.surgery.groups import Dependencies, dependencies
+from clicktrain.surgery.channel_union import Sides, cuts, dead_channels, keep_masks, resized_gates
+from clicktrain.surgery.dependency_analysis import dependencies
+from clicktrain.surgery.groups import Dependencies
 from clicktrain.surgery.layer_removal import remnants, removable_branches
 from clicktrain.surgery.operations import operation
 from clicktrain.surgery.plan import Cut, Gate, LayerChange, RemovedLayer, SurgeryPlan
@@ -20,21 +21,9 @@ from clicktrain.surgery.values import Values
 Scheme = Literal["union", "gating"]
 
 
-def plan_from_zeros(
-    model: nn.Module,
-    example: Tensor | tuple[Any, ...],
-    threshold: float = 1e-4,
-    scheme: Scheme = "union",
-    round_to: int = 1,
-    sides: Sides = "both",
-) -> SurgeryPlan:
-    """`plans_from_zeros` for one multiple."""
-    return plans_from_zeros(model, example, threshold, scheme, (round_to,), sides)[round_to]
-
-
 def plans_from_zeros(
     model: nn.Module,
-    example: Tensor | tuple[Any, ...],
+    example: Any,
     threshold: float = 1e-4,
     scheme: Scheme = "union",
     multiples: Sequence[int] = (1,),
@@ -45,13 +34,13 @@ def plans_from_zeros(
 ) -> dict[int, SurgeryPlan]:
     """What PruneTrain's reconfiguration removes (4.1, 4.2): zeroed channels, and zeroed layers of branches.
 
-    The model is not changed. Weights under the threshold are taken for zero only where nothing can make them
-    large again; a batch norm can (it divides by their standard deviation), so set groups under the threshold
-    to zero first, as the paper does.
+    Nothing is compared, see `verify`. The model is not changed. Weights under the threshold are taken for
+    zero only where nothing can make them large again; a batch norm can (it divides by their standard
+    deviation), so set groups under the threshold to zero first, as the paper does.
 
     Args:
         model: any module that torch.fx can trace.
-        example: its arguments, a batch of at least one input.
+        example: its inputs, see `dependencies`.
         threshold: largest absolute weight of a channel that counts as zero.
         scheme: ``union`` or ``gating``, see the modules of these names.
         multiples: widths become multiples of it, by keeping the largest of the dead channels: one plan each.
@@ -75,31 +64,31 @@ def plans_from_zeros(
     branches = removable_branches(found.graph, values, threshold) if remove_layers else {}
     removed = [branch for branch, reason in branches.items() if reason is None]
     layers = tuple(r for branch in removed for r in remnants(found.graph, branch, values, threshold))
-    gone = {node for branch in removed for node in branch.nodes}
+    gone = {node for branch in removed for view in branch.views for node in view.nodes}
     may_go, reasons = dead_channels(found, values, threshold, gone, sides)
     for group, dead in zip(found.groups, may_go, strict=True):
         if stay is not None and group.name in stay:
             dead &= ~stay[group.name]
     stays = {str(branch.last.target): reason for branch, reason in branches.items() if reason is not None}
-    plans, names = {}, _gone_names(model, layers)
+    plans, names = {}, gone_names(model, layers)
     for multiple in multiples:
         masks = keep_masks(model, found.groups, may_go, multiple)
         made = cuts(found.groups, masks, names)
         gates: tuple[Gate, ...] = ()
         if scheme == "gating":
             made, gates = gate_branches(found, values, threshold, masks, made, removed, multiple)
-        plans[multiple] = _plan(found, masks, made, layers, gates, reasons, stays)
+        plans[multiple] = plan_of(found, masks, made, layers, gates, reasons, stays)
     return plans
 
 
-def plan_from_keep(
-    model: nn.Module, example: Tensor | tuple[Any, ...], keep: Mapping[str, Tensor], round_to: int = 1
+def plan_keeping(
+    model: nn.Module, example: Any, keep: Mapping[str, Tensor], round_to: int = 1
 ) -> SurgeryPlan:
-    """What a ranking of channels removes, whatever the weights are.
+    """What a ranking of channels removes, whatever the weights are; not compared, see `verify`.
 
     Args:
         model: any module that torch.fx can trace.
-        example: its arguments, a batch of at least one input.
+        example: its inputs, see `dependencies`.
         keep: by name of a group (see `groups.ChannelGroup.name`) or of a layer (its output channels), a bool
             mask [channels], True = stays. Where masks of several layers meet in one group, a channel stays
             if one of them keeps it (channel union).
@@ -126,7 +115,7 @@ def plan_from_keep(
         if group.fixed is not None and dead.any():
             raise UserError(f"channels of {group.name} cannot be removed: {group.fixed}")
     masks = keep_masks(model, found.groups, may_go, round_to)
-    return _plan(found, masks, cuts(found.groups, masks), (), (), [g.fixed or "" for g in found.groups], {})
+    return plan_of(found, masks, cuts(found.groups, masks), (), (), [g.fixed or "" for g in found.groups], {})
 
 
 def _check_round_to(round_to: int) -> None:
@@ -148,13 +137,14 @@ def _places(found: Dependencies, name: str) -> list[tuple[int, int]]:
     return [place for atom in atoms.of(weight, dim) if (place := found.place(atom)) is not None]
 
 
-def _gone_names(model: nn.Module, layers: tuple[RemovedLayer, ...]) -> set[str]:
+def gone_names(model: nn.Module, layers: tuple[RemovedLayer, ...]) -> set[str]:
+    """Parameters and buffers that disappear with these layers."""
     plan = SurgeryPlan(removed_layers=layers)
     names = (*dict(model.named_parameters()), *dict(model.named_buffers()))
     return {name for name in names if plan.new_name(name) is None}
 
 
-def _plan(
+def plan_of(
     found: Dependencies,
     masks: list[Tensor],
     made: dict[tuple[str, int], Cut],
@@ -163,12 +153,10 @@ def _plan(
     reasons: list[str],
     stays: Mapping[str, str],
 ) -> SurgeryPlan:
-    resized = tuple(
-        Gate(name, "select" if kind == "select" else "scatter", channels, size)
-        for name, (kind, channels, size) in resize_selections(found, masks).items()
-    )
+    """A plan from its parts, with the table of all layers and the sizes of gates that are there already."""
+    resized = resized_gates(found, masks)
     rows, seen = [], set()
-    for node in found.graph.nodes:
+    for node in found.graph.all_nodes:
         name, word = str(node.target), operation(found.graph, node)
         if word in ("conv", "conv_transpose", "linear") and name not in seen:
             seen.add(name)
@@ -184,7 +172,7 @@ def _row(
     reasons: list[str],
     stays: Mapping[str, str],
 ) -> LayerChange:
-    module: Any = found.graph.module(next(n for n in found.graph.nodes if str(n.target) == name))
+    module: Any = found.graph.module(next(n for n in found.graph.all_nodes if str(n.target) == name))
     weight, outputs = module.weight, 1 if word == "conv_transpose" else 0
     path = found.flow.atoms.name(weight)
     sizes = []

@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 import json
+import os
 from collections.abc import Iterable
 from pathlib import Path
 
 from torch import nn
 
-from clicktrain.errors import UserError
+from clicktrain.errors import UserError, shortened
+from clicktrain.files import read_json
 from clicktrain.formats.tree import load_tree, write_text_atomic
 from clicktrain.surgery.apply import apply_surgery_
 from clicktrain.surgery.plan import SurgeryPlan
@@ -26,16 +28,32 @@ def read_recipe(path: str | Path) -> list[SurgeryPlan]:
         UserError: no such file, not a list of plans, or of a newer version.
     """
     try:
-        documents = json.loads(Path(path).read_text(encoding="utf-8"))
+        documents = read_json(path)
     except FileNotFoundError:
         raise UserError(
             f"there is no file {path}: a recipe of surgery plans (surgery.json) is needed"
         ) from None
-    except ValueError:
-        raise UserError(f"{path} is damaged: it is not JSON") from None
     if not isinstance(documents, list):
         raise UserError(f"{path} is not a list of surgery plans")
     return [SurgeryPlan.from_json(document) for document in documents]
+
+
+def apply_recipe_(path: str | Path, model: nn.Module) -> None:
+    """Carry out the plans of a file, if there is one, on the network that they were made for.
+
+    Raises:
+        UserError: the file is damaged, or its plans do not fit the network.
+    """
+    if not os.path.lexists(path):
+        return
+    for plan in read_recipe(path):
+        try:
+            apply_surgery_(plan, model)
+        except UserError:
+            raise
+        except (ArithmeticError, AttributeError, LookupError, RuntimeError, TypeError, ValueError) as error:
+            reason = shortened(" ".join(str(error).split()), 120)
+            raise UserError(f"{path} is damaged: a plan cannot be carried out ({reason})") from error
 
 
 def load_pruned(model: nn.Module, folder: str | Path) -> nn.Module:
@@ -60,11 +78,10 @@ def load_pruned(model: nn.Module, folder: str | Path) -> nn.Module:
         weights = load_tree(weights_path)
     except Exception as error:
         raise UserError(f"{weights_path} is missing or damaged: {error}") from None
-    recipe = folder / "surgery.json"
-    for plan in read_recipe(recipe) if recipe.exists() else []:
-        apply_surgery_(plan, model)
+    apply_recipe_(folder / "surgery.json", model)
     try:
         model.load_state_dict(weights)
     except RuntimeError as error:
-        raise UserError(f"{weights_path} does not fit {type(model).__name__}: {error}") from None
+        reason = shortened(" ".join(str(error).split()), 300)
+        raise UserError(f"{weights_path} does not fit {type(model).__name__}: {reason}") from None
     return model

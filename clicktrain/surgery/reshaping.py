@@ -8,7 +8,7 @@ from typing import Any, Protocol
 from torch import fx, nn
 
 from clicktrain.surgery.atoms import Atoms, Channels, SizeOf
-from clicktrain.surgery.graph import ModelGraph
+from clicktrain.surgery.graph import NetworkGraph
 
 
 class UnclearError(Exception):
@@ -18,7 +18,7 @@ class UnclearError(Exception):
 class Flow(Protocol):
     """What these rules need of `flow.ChannelFlow`."""
 
-    graph: ModelGraph
+    graph: NetworkGraph
     atoms: Atoms
     sizes: dict[fx.Node, SizeOf]
 

@@ -13,7 +13,6 @@ a batch norm makes small weights large again, and only weights of exactly zero a
 
 from __future__ import annotations
 
-import operator
 from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
@@ -21,8 +20,11 @@ from typing import Any
 import torch
 from torch import Tensor, fx
 
+from clicktrain.graph import working_copy
+from clicktrain.surgery.flow import calling
 from clicktrain.surgery.groups import Dependencies
 from clicktrain.surgery.operations import operation
+from clicktrain.surgery.steady import steadily
 
 _ANY = 1e9
 """Radius of what depends on the input: stands for infinity, but zero times it is zero."""
@@ -95,10 +97,11 @@ class Values:
         }
         unclear = found.flow.unclear
         with torch.no_grad():
-            for node in self._graph.nodes:
+            for node in self._graph.all_nodes:
                 if node in found.flow.channels:
                     n = len(found.flow.channels[node].ids)
                     rule = rules.get(operation(self._graph, node)) if node not in unclear else None
+                    rule = self._per_channel if node in found.flow.per_channel else rule
                     self.of[node] = (rule(node, n) if rule else None) or _alive(n)
 
     def _from(self, node: fx.Node) -> Value | None:
@@ -185,6 +188,46 @@ class Values:
             result = node.target(x.clone(), *node.args[1:], **node.kwargs)
         return result if isinstance(result, Tensor) else None
 
+    def _per_channel(self, node: fx.Node, n: int) -> Value | None:
+        """Something that works inside each channel: of a constant it is tried what it makes."""
+        sources = [self.of[source] for source in node.all_input_nodes if self.of[source].dead.numel() == n]
+        if len(sources) != len(node.all_input_nodes):
+            return None
+        dead = torch.stack([source.dead for source in sources]).all(0)
+        exact = torch.stack([source.radius == 0 for source in sources]).all(0)
+        made = [self._of_constants(node, sources, training) for training in (True, False)]
+        if made[0] is None or made[1] is None:
+            return Value(torch.zeros(2, n).double(), torch.full((n,), _ANY).double(), dead)
+        center = torch.stack([made[0], made[1]])
+        exact &= center.isfinite().all(0)
+        return Value(center.nan_to_num(0.0, 0.0, 0.0), torch.where(exact, 0.0, _ANY).double(), dead)
+
+    def _of_constants(self, node: fx.Node, sources: list[Value], training: bool) -> Tensor | None:
+        """[n]: what comes out where all pixels of a channel are the same; not a number where they differ."""
+        inputs = []
+        for source, value in zip(node.all_input_nodes, sources, strict=True):
+            shape = self._graph.shapes[source]
+            dim = self._found.flow.channels[source].dim
+            view = [1] * len(shape)
+            view[dim] = shape[dim]
+            inputs.append(value.center[0 if training else 1].view(view).expand(shape).clone())
+        try:
+            with steadily(()):
+                if node.op == "call_module":
+                    twin = working_copy(self._graph.module(node)).double().cpu()
+                    for module in twin.modules():
+                        module.training = training
+                    result = twin(*inputs)
+                else:
+                    result = calling(node, list(node.all_input_nodes))(inputs)
+        except Exception:  # whatever code of a user's does with such numbers
+            return None
+        if not isinstance(result, Tensor):
+            return None
+        rows = result.transpose(0, self._found.flow.channels[node].dim).flatten(1).double()
+        same = rows.amax(1) - rows.amin(1) <= 1e-12 * rows.abs().amax(1).clamp(min=1.0)
+        return torch.where(same, rows[:, 0], float("nan"))
+
     def _dropout(self, node: fx.Node, n: int) -> Value | None:
         x = self._from(node)
         p: Any = getattr(self._graph.module(node), "p", 0.5) if node.op == "call_module" else 0.5
@@ -242,7 +285,7 @@ class Values:
 
     def _parameter(self, node: fx.Node, operand: fx.Node, n: int) -> Value:
         """A parameter used directly: constants along the channels, if it has nothing but channels."""
-        value = operator.attrgetter(str(operand.target))(self._graph.model).detach().double().cpu()
+        value = self._graph.attribute(operand).detach().double().cpu()
         rank, dim = len(self._graph.shapes[node]), self._found.flow.channels[node].dim
         own = dim - (rank - value.dim())
         if value.numel() == 1:

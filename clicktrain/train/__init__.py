@@ -11,6 +11,7 @@ from clicktrain.train.prepare import Prepared, prepare
 from clicktrain.train.progress import Progress, Silent, StepInfo
 from clicktrain.train.restore import LoadedRun, load_run
 from clicktrain.train.run_folder import RunFolder
+from clicktrain.train.run_lock import RunFolderInUse
 
 __all__ = [
     "DamagedCheckpoint",
@@ -21,6 +22,7 @@ __all__ = [
     "Progress",
     "RunConfig",
     "RunFolder",
+    "RunFolderInUse",
     "Silent",
     "StepInfo",
     "TrainingDiverged",

@@ -2,15 +2,11 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
 from typing import TypeAlias
 
 import torch
 from torch import Tensor, nn
 from torch.optim.swa_utils import AveragedModel
-
-from clicktrain.kernels.pack_model import pack_model_
-from clicktrain.sparsity.masks import conv_masks
 
 _Tensors: TypeAlias = tuple[Tensor, ...] | list[Tensor]
 
@@ -19,10 +15,11 @@ def make_average(model: nn.Module, decay: float) -> AveragedModel:
     """A copy of the model that follows it: exponential moving average of parameters and buffers.
 
     The decay of the n-th update is ``min(decay, (1 + n) / (10 + n))``, so that a short run is not held
-    back by its first weights. Whole-number buffers are copied, not averaged.
+    back by its first weights. Whole-number buffers are copied, not averaged. ``pruner.follow(average)`` keeps
+    it pruned as the model is.
 
     Args:
-        model: the model as trained, not yet packed.
+        model: the model as trained.
         decay: share of the old average that an update keeps, in [0, 1).
     """
 
@@ -36,20 +33,3 @@ def make_average(model: nn.Module, decay: float) -> AveragedModel:
 
     average = AveragedModel(model, multi_avg_fn=follow, use_buffers=True)
     return average
-
-
-@torch.no_grad()
-def freeze_average_(average: AveragedModel, masks: Mapping[str, Tensor], packed: bool) -> None:
-    """Give the average the frozen positions of the model: zeros outside, packed if the model is.
-
-    Args:
-        average: as made by `make_average`, still dense.
-        masks: layer name -> bool [F, C, R, S] or [O, I], True = kept.
-        packed: whether the model now trains packed values.
-    """
-    for name, mask in masks.items():
-        weight = average.module.get_submodule(name).weight
-        assert isinstance(weight, Tensor)
-        weight.masked_fill_(~mask.to(weight.device), 0.0)
-    if packed and masks:
-        pack_model_(average.module, conv_masks(masks))

@@ -14,9 +14,9 @@ from clicktrain.errors import UserError
 from clicktrain.formats.tree import flatten_tree, load_tree, read_metadata, save_tree
 from clicktrain.train.run_folder import RunFolder
 
-CHECKPOINT_VERSION = 2
+CHECKPOINT_VERSION = 3
 """Version of checkpoints: a run is resumed with the version that it was begun with. 2: removed channels, and
-epochs of changing length."""
+epochs of changing length. 3: zeros outside frozen masks are left out."""
 
 
 class DamagedCheckpoint(UserError):  # noqa: N818 - reads as a sentence to the user
@@ -32,15 +32,19 @@ def save_checkpoint(folder: RunFolder, epoch: int, step: int, state: dict[str, A
         step: optimizer steps done.
         state: nested dicts and lists of tensors, numbers, strings and None.
         keep: how many checkpoints may stay.
+
+    Raises:
+        UserError: the disk is full; older checkpoints stay.
+        OSError: anything else that the file system refuses.
     """
     path = folder.checkpoint(epoch, step)
-    path.parent.mkdir(parents=True, exist_ok=True)
+    path.parent.mkdir(exist_ok=True)  # not its parents: a run's folder that was deleted stays away
     metadata = {"format_version": str(CHECKPOINT_VERSION), "kind": "checkpoint", "crc32": _checksum(state)}
-    try:
-        save_tree(path, state, metadata)
-    except OSError as error:
-        raise UserError(f"cannot write the checkpoint {path}: {error.strerror or error}") from None
-    for old in folder.checkpoints()[:-keep]:
+    save_tree(path, state, metadata)
+    there = folder.checkpoints()
+    newest = there.index(path)
+    # Later ones are of a course that was given up: they were damaged, and an older one was used.
+    for old in (*there[: max(newest + 1 - keep, 0)], *there[newest + 1 :]):
         old.unlink(missing_ok=True)
     return path
 

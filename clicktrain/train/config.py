@@ -8,12 +8,12 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal, get_args
 
-import yaml
-
 from clicktrain.accounting.memory import bytes_of
-from clicktrain.errors import UserError
+from clicktrain.errors import UserError, shown
+from clicktrain.files import read_yaml
 from clicktrain.methods import METHODS, Method
-from clicktrain.train.settings import build, field_names, to_plain, unknown_field
+from clicktrain.models import require_named
+from clicktrain.settings import build, field_names, to_plain, unknown_field
 
 Stem = Literal["auto", "cifar", "imagenet"]
 Optimizer = Literal["sgd", "adamw", "adam"]
@@ -140,6 +140,8 @@ class RunConfig:
         for name in ("epochs", "batch_size", "accumulate", "evaluate_every", "checkpoint_every"):
             self._at_least(name, 1)
         self._at_least("keep_checkpoints", 1)
+        for name, most in _MOST.items():
+            self._at_most(name, most)
         for name in ("workers", "cutout", "seed", "weight_decay", "warmup_epochs", "mixup", "clip_grad_norm"):
             self._at_least(name, 0)
         self._at_least("batch_granularity", 1)
@@ -154,7 +156,7 @@ class RunConfig:
         self._share("val_fraction")
         for name, allowed in _CHOICES.items():
             if getattr(self, name) not in allowed:
-                raise UserError(f"{name} is {getattr(self, name)!r}: use one of {', '.join(allowed)}")
+                raise UserError(f"{name} is {shown(getattr(self, name))}: use one of {', '.join(allowed)}")
         if self.warmup_epochs >= self.epochs:
             raise UserError(
                 f"warmup_epochs is {self.warmup_epochs}: must be less than epochs ({self.epochs})"
@@ -166,7 +168,7 @@ class RunConfig:
         for share in self.milestones:
             if not last < share < 1:
                 raise UserError(
-                    f"milestones is {list(self.milestones)}: rising shares of the run are needed, "
+                    f"milestones is {shown(list(self.milestones))}: rising shares of the run are needed, "
                     "each between 0 and 1"
                 )
             last = share
@@ -188,17 +190,22 @@ class RunConfig:
     def _at_least(self, name: str, low: int) -> None:
         value = getattr(self, name)
         if not low <= value < math.inf:
-            raise UserError(f"{name} is {value}: must be at least {low}")
+            raise UserError(f"{name} is {shown(value)}: must be at least {low}")
+
+    def _at_most(self, name: str, most: int) -> None:
+        value = getattr(self, name)
+        if value is not None and value > most:
+            raise UserError(f"{name} is {shown(value)}: must be at most {most}")
 
     def _positive(self, name: str) -> None:
         value = getattr(self, name)
         if not 0 < value < math.inf:
-            raise UserError(f"{name} is {value}: must be above 0")
+            raise UserError(f"{name} is {shown(value)}: must be above 0")
 
     def _share(self, name: str) -> None:
         value = getattr(self, name)
         if not 0 <= value < 1:
-            raise UserError(f"{name} is {value}: must be at least 0 and below 1")
+            raise UserError(f"{name} is {shown(value)}: must be at least 0 and below 1")
 
     @property
     def images_per_step(self) -> int:
@@ -213,6 +220,24 @@ class RunConfig:
         factor = self.images_per_step / self.learning_rate_batch
         return self.learning_rate * (math.sqrt(factor) if self.learning_rate_scaling == "sqrt" else factor)
 
+
+_MOST = {
+    "epochs": 1_000_000,
+    "batch_size": 10_000_000,
+    "accumulate": 1_000_000,
+    "evaluate_every": 1_000_000,
+    "checkpoint_every": 1_000_000,
+    "batch_granularity": 10_000_000,
+    "batch_limit": 2**62,
+    "learning_rate_batch": 2**62,
+    "warmup_epochs": 1_000_000,
+    "cutout": 65_536,
+    "image_size": 8192,
+    "threads": 4096,
+    "workers": 1024,
+    "seed": 2**63 - 1,
+}
+"""Beyond what a run can have; larger numbers would only be refused by the system, with memory or threads."""
 
 _CHOICES: dict[str, tuple[str, ...]] = {
     "stem": get_args(Stem),
@@ -230,7 +255,7 @@ _CHOICES: dict[str, tuple[str, ...]] = {
 def resolve_method(name: str, **settings: Any) -> Method[Any]:
     """The method called ``name`` with its settings; UserError for an unknown name, setting or value."""
     if name not in METHODS:
-        raise UserError(f"method is {name!r}: use one of {', '.join(METHODS)}")
+        raise UserError(f"method is {shown(name)}: use one of {', '.join(METHODS)}")
     return build(METHODS[name], settings)
 
 
@@ -242,7 +267,7 @@ def from_dict(values: Mapping[str, Any]) -> tuple[RunConfig, Method[Any]]:
     """
     for name in values:
         if not isinstance(name, str):
-            raise UserError(f"settings need names, {name!r} is none")
+            raise UserError(f"settings need names, {shown(name)} is none")
     run_fields = field_names(RunConfig)
     run = build(RunConfig, {k: v for k, v in values.items() if k in run_fields})
     rest = {k: v for k, v in values.items() if k not in run_fields}
@@ -254,29 +279,39 @@ def from_dict(values: Mapping[str, Any]) -> tuple[RunConfig, Method[Any]]:
     return run, resolve_method(run.method, **rest)
 
 
-def load_config(path: str | Path) -> tuple[RunConfig, Method[Any]]:
+def load_config(path: str | Path, model: str | None = None) -> tuple[RunConfig, Method[Any]]:
     """Read a YAML recipe: flat, fields of RunConfig and of the method it names; others keep their defaults.
 
+    Args:
+        path: of the file.
+        model: the network instead of the one that the file names. A network of somebody's own, whose code
+            would run, counts only when it is given here.
+
     Raises:
-        UserError: no such file, not YAML, not a flat mapping, an unknown setting or a wrong value.
+        UserError: no such file, not YAML, not a flat mapping, an unknown setting or a wrong value; or the
+            file names a network of somebody's own and ``model`` is not given.
     """
-    path = Path(path)
+    values = read_settings(path)
     try:
-        values = yaml.safe_load(path.read_text(encoding="utf-8"))
-    except FileNotFoundError:
-        raise UserError(f"there is no file {path}: give the path of a YAML file with settings") from None
-    except (yaml.YAMLError, UnicodeDecodeError) as error:
-        where = getattr(error, "problem_mark", None)
-        line = f" (line {where.line + 1})" if where is not None else ""
-        raise UserError(f"{path} is not valid YAML{line}: write one 'setting: value' a line") from None
-    if values is None:
-        values = {}
-    if not isinstance(values, dict):
-        raise UserError(f"{path} holds no settings: write one 'setting: value' a line")
-    try:
-        return from_dict(values)
+        require_named(values.get("model"), "it", model)
+        return from_dict(values if model is None else {**values, "model": model})
     except UserError as error:
         raise UserError(f"{path}: {error}") from None
+
+
+def read_settings(path: str | Path) -> dict[Any, Any]:
+    """The settings in a YAML file as they stand there, not checked; errors for a file that has none."""
+    try:
+        values = read_yaml(path)
+    except FileNotFoundError:
+        raise UserError(f"there is no file {path}: give the path of a YAML file with settings") from None
+    except OSError as error:
+        raise UserError(f"{path} cannot be read: {error.strerror}") from None
+    if values is None:
+        return {}
+    if not isinstance(values, dict):
+        raise UserError(f"{path} holds no settings: write one 'setting: value' a line")
+    return values
 
 
 def config_to_dict(run: RunConfig, method: Method[Any]) -> dict[str, Any]:

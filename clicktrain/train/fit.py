@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -13,7 +14,7 @@ from clicktrain.train.config import RunConfig
 from clicktrain.train.disk import bytes_needed, check_disk
 from clicktrain.train.divergence import collapsed
 from clicktrain.train.epoch import end_epoch, train_epoch
-from clicktrain.train.interrupt import StopRequest
+from clicktrain.train.interrupt import StoppedAtOnce, StopRequest, TrainingInterrupted
 from clicktrain.train.live import LiveRun
 from clicktrain.train.minibatch import begin_stock
 from clicktrain.train.prepare import prepare
@@ -38,7 +39,8 @@ def fit(
     Args:
         config: settings of the run.
         method: settings of the method, from `resolve_method`.
-        folder: where the files go; missing or empty, unless ``resume``.
+        folder: where the files go; missing or empty (or left by a run that was killed before its first
+            checkpoint), unless ``resume``. One process at a time trains in it.
         progress: listener; silent by default.
         resume: continue the run in ``folder``, with the settings it was started with
             (`RunFolder.load_config`).
@@ -47,25 +49,55 @@ def fit(
         The summary, as in summary.json.
 
     Raises:
-        UserError: something asked for cannot be done; nothing has been written unless the disk is full.
+        UserError: something asked for cannot be done, nothing has been written then; or the folder cannot be
+            written to any more: the disk is full, or the folder was deleted.
+        RunFolderInUse: another process trains in the folder.
         TrainingDiverged: the loss is no longer a number or exploded; the last good checkpoint is left.
         NetworkCollapsed: pruning has destroyed the network; the checkpoint from before is left.
-        TrainingInterrupted: SIGTERM or SIGINT; a checkpoint was written.
+        TrainingInterrupted: SIGTERM, SIGINT or SIGHUP; a checkpoint was written if training had begun.
     """
     progress = progress or Silent()
     folder = folder if isinstance(folder, RunFolder) else RunFolder(Path(folder))
     if not resume:
         folder.check_free()
     elif (summary := folder.open().summary()) is not None:
-        progress.message(f"the run in {folder.path} is finished already: nothing to resume")
-        return summary
-    prepared = prepare(config, method, begins=not (resume and folder.checkpoints()))
-    check_disk(folder.path, bytes_needed(prepared.model, config))
-    run = LiveRun(prepared, folder, progress)
-    watch_channels(run)
-    if run.newest_checkpoint() is None:
-        begin_stock(run)
+        return _finished(folder, summary, progress)
     with StopRequest() as stop:
+        try:
+            return _fit(config, method, folder, progress, stop, resume)
+        except StoppedAtOnce as stopped:
+            again = f"continue with 'clicktrain resume {folder.path}'" if resume else "nothing was written"
+            raise TrainingInterrupted(stopped.signum, f"stopped before training began; {again}") from None
+        except OSError as error:
+            explained = folder.explained(error)
+            if explained is error:
+                raise
+            raise explained from error
+
+
+def _fit(
+    config: RunConfig,
+    method: Method[Any],
+    folder: RunFolder,
+    progress: Progress,
+    stop: StopRequest,
+    resume: bool,
+) -> Mapping[str, Any]:
+    with contextlib.ExitStack() as held:
+        stop.at_once = True
+        if resume:
+            held.enter_context(folder.in_use(progress.message))
+            if (summary := folder.summary()) is not None:  # finished while this process was starting
+                return _finished(folder, summary, progress)
+        prepared = prepare(config, method, begins=not (resume and folder.checkpoints()))
+        check_disk(folder.path, bytes_needed(prepared.model, config))
+        stop.at_once = False
+        if not resume:
+            held.enter_context(folder.in_use(progress.message, new=True))
+        run = LiveRun(prepared, folder, progress)
+        watch_channels(run)
+        if run.newest_checkpoint() is None:
+            begin_stock(run)
         if resume:
             run.go_on()
         else:
@@ -79,4 +111,9 @@ def fit(
         except NetworkCollapsed as collapse:
             raise collapsed(str(collapse), run.newest_checkpoint()) from None
     progress.finish(summary)
+    return summary
+
+
+def _finished(folder: RunFolder, summary: Mapping[str, Any], progress: Progress) -> Mapping[str, Any]:
+    progress.message(f"the run in {folder.path} is finished already: nothing to resume")
     return summary

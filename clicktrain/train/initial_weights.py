@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -11,7 +10,8 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from clicktrain.errors import UserError
+from clicktrain.errors import UserError, shown
+from clicktrain.files import parse_json
 from clicktrain.formats.tree import read_tensors
 from clicktrain.train.run_folder import RunFolder
 
@@ -69,8 +69,8 @@ def load_initial_weights_(model: nn.Module, source: str | Path, classes: Sequenc
         )
     try:
         tensors, metadata = read_tensors(path)
-        facts = json.loads(metadata.get("clicktrain", "{}"))
-    except (UserError, ValueError) as error:
+        facts = parse_json(metadata.get("clicktrain", "{}"), "what it says of its network is not JSON")
+    except UserError as error:
         raise UserError(f"initial_weights {source} cannot be read: {error}") from None
     _check_classes(source, facts, classes)
     _check_tensors(source, tensors, model.state_dict())
@@ -96,7 +96,11 @@ def _cost_of(folder: RunFolder) -> EarlierCost:
 
 def _check_classes(source: str | Path, facts: Any, classes: Sequence[str]) -> None:
     theirs = facts.get("classes") if isinstance(facts, dict) else None
-    if theirs is None or list(theirs) == list(classes):
+    if theirs is None:
+        return
+    if not isinstance(theirs, list):
+        raise UserError(f"initial_weights {source} is damaged: its classes are {shown(theirs)}, not a list")
+    if theirs == list(classes):
         return
     if len(theirs) != len(classes):
         what = f"for {len(theirs)} classes, this data has {len(classes)}"

@@ -1,18 +1,24 @@
-"""SIGTERM and SIGINT: the current step is finished and a checkpoint written before the process ends."""
+"""Signals that ask a run to stop: it finishes the current step and writes a checkpoint first."""
 
 from __future__ import annotations
 
 import signal
 import threading
+import time
 from types import FrameType
 from typing import Any
 
+SIGNALS = tuple(getattr(signal, name) for name in ("SIGTERM", "SIGINT", "SIGHUP") if hasattr(signal, name))
+"""Ask a run to stop. Where one is ignored (``nohup``, a shell's background jobs), it stays ignored."""
+ECHO_SECONDS = 1.0
+"""Signals that follow the first one within this time say the same: a terminal that closes sends several."""
+
 
 class TrainingInterrupted(Exception):  # noqa: N818 - not an error: the run was asked to stop
-    """A signal stopped the run after a checkpoint was written.
+    """A signal stopped the run: before anything was written, or after a checkpoint was.
 
     Attributes:
-        exit_code: 128 + the signal's number: 143 for SIGTERM, 130 for SIGINT.
+        exit_code: 128 + the signal's number: 143 for SIGTERM, 130 for SIGINT, 129 for SIGHUP.
     """
 
     def __init__(self, signum: int, message: str) -> None:
@@ -21,17 +27,33 @@ class TrainingInterrupted(Exception):  # noqa: N818 - not an error: the run was 
         self.exit_code = 128 + signum
 
 
+class StoppedAtOnce(BaseException):
+    """A signal came before training; passes through whatever catches exceptions."""
+
+    def __init__(self, signum: int) -> None:
+        super().__init__()
+        self.signum = signum
+
+
 class StopRequest:
-    """While active, the first SIGTERM or SIGINT only sets ``signum``; a second one acts as usual."""
+    """While active, the first signal only sets ``signum``; one that comes later acts as usual.
+
+    Attributes:
+        signum: the signal that came, or None.
+        at_once: raise `StoppedAtOnce` instead: there is no state that a checkpoint would save.
+    """
 
     def __init__(self) -> None:
         self.signum: int | None = None
+        self.at_once = False
+        self._came = 0.0
         self._previous: dict[int, Any] = {}
 
     def __enter__(self) -> StopRequest:
         if threading.current_thread() is threading.main_thread():  # others may not set handlers
-            for signum in (signal.SIGTERM, signal.SIGINT):
-                self._previous[signum] = signal.signal(signum, self._note)
+            for signum in SIGNALS:
+                if signal.getsignal(signum) is not signal.SIG_IGN:
+                    self._previous[signum] = signal.signal(signum, self._note)
         return self
 
     def __exit__(self, *unused: object) -> None:
@@ -43,10 +65,14 @@ class StopRequest:
         return self.signum is not None
 
     def _note(self, signum: int, frame: FrameType | None) -> None:
-        if self.signum is not None:
+        if self.at_once:
+            self._restore()
+            raise StoppedAtOnce(signum)
+        if self.signum is None:
+            self.signum, self._came = signum, time.monotonic()
+        elif time.monotonic() - self._came >= ECHO_SECONDS:
             self._restore()
             signal.raise_signal(signum)
-        self.signum = signum
 
     def _restore(self) -> None:
         for signum, handler in self._previous.items():

@@ -17,8 +17,7 @@ from clicktrain.accounting import TrainingMemory
 from clicktrain.compiler import Accelerated
 from clicktrain.errors import UserError
 from clicktrain.sparsity.masks import conv_masks
-from clicktrain.surgery import apply_surgery_
-from clicktrain.train.averaging import freeze_average_, make_average
+from clicktrain.train.averaging import make_average
 from clicktrain.train.checkpoint import newest_good, save_checkpoint
 from clicktrain.train.config import config_to_dict
 from clicktrain.train.divergence import diverged, weights_are_finite
@@ -28,6 +27,7 @@ from clicktrain.train.progress import Progress
 from clicktrain.train.run_folder import RunFolder
 from clicktrain.train.state import Course
 from clicktrain.train.tensorboard import ScalarLog
+from clicktrain.train.thin_state import full_optimizer, full_weights, thin_optimizer, thin_weights
 
 _FREE_TO_CHANGE = frozenset(
     ("device", "threads", "workers", "cache_dir", "evaluate_every", "checkpoint_every", "keep_checkpoints",
@@ -57,6 +57,7 @@ class LiveRun:
         self.scaler = GradScaler(self.prepared.device.type, enabled=config.precision == "fp16")
         if config.ema_decay:
             self.average = make_average(self.prepared.model, config.ema_decay)
+            self.prepared.pruner.follow(self.average)
         if config.tensorboard:
             self.scalars = ScalarLog(self.folder.path / "tensorboard")
         self.density = 1.0
@@ -113,12 +114,9 @@ class LiveRun:
         return self.course.epoch + self.course.batch / len(self.prepared.train_loader)
 
     def follow_pruner(self) -> None:
-        """After channels have gone, and once after the hard prune: cost, average and forward pass follow."""
+        """After channels have gone, and once after the hard prune: cost and forward pass follow."""
         pruner = self.prepared.pruner
         if len(pruner.plans) > self.followed_plans:
-            for plan in pruner.plans[self.followed_plans :]:
-                if self.average is not None:
-                    apply_surgery_(plan, self.average.module)
             self.followed_plans = len(pruner.plans)
             self.prepared.cost.shrink()
             self.density = pruner.density
@@ -128,8 +126,6 @@ class LiveRun:
         self.frozen = True
         self.density = pruner.density
         self.prepared.cost.freeze(pruner.masks)
-        if self.average is not None:
-            freeze_average_(self.average, pruner.masks, pruner.packed)
         self._forward = None
 
     # ---- checkpoints ------------------------------------------------------------------------
@@ -145,7 +141,7 @@ class LiveRun:
         if not weights_are_finite(self.prepared.model):
             raise diverged("a weight is not a number", max(epoch, 1), course.batch, self.newest_checkpoint())
         course.seconds = self.seconds
-        course.metrics_bytes, course.events_bytes, course.channels_bytes = self.folder.lengths()
+        course.logs = self.folder.log_marks()
         return save_checkpoint(self.folder, epoch, course.step, self.state_dict(), config.keep_checkpoints)
 
     def newest_checkpoint(self) -> Path | None:
@@ -155,16 +151,17 @@ class LiveRun:
     def state_dict(self) -> dict[str, Any]:
         """Everything that the rest of the run depends on. Random numbers need no state: see `seed_batch`."""
         p = self.prepared
+        masks = p.pruner.masks if p.pruner.frozen else {}
         return {
             "settings": config_to_dict(p.config, p.method),
             "course": self.course.state_dict(),
-            "model": dict(p.model.state_dict()),
-            "optimizer": p.optimizer.state_dict(),
+            "model": thin_weights(p.model, masks),
+            "optimizer": thin_optimizer(p.optimizer, p.model, masks),
             "scheduler": p.scheduler.state_dict(),
             "scaler": self.scaler.state_dict(),
             "batch_sizes": p.batch_sizes.state_dict(),
             "pruner": p.pruner.state_dict(),
-            "average": None if self.average is None else dict(self.average.state_dict()),
+            "average": None if self.average is None else thin_weights(self.average, masks),
         }
 
     def load_state_dict(self, saved: Mapping[str, Any]) -> None:
@@ -179,12 +176,13 @@ class LiveRun:
         self._epochs_before = self._epochs_done
         p.pruner.load_state_dict(saved["pruner"])  # packs the model and the optimizer if they were packed
         self.follow_pruner()
-        p.model.load_state_dict(saved["model"])
-        p.optimizer.load_state_dict(saved["optimizer"])
+        masks = p.pruner.masks
+        p.model.load_state_dict(full_weights(p.model, saved["model"], masks))
+        p.optimizer.load_state_dict(full_optimizer(saved["optimizer"], masks))
         p.scheduler.load_state_dict(saved["scheduler"])
         self.scaler.load_state_dict(saved["scaler"])
         if self.average is not None:
-            self.average.load_state_dict(saved["average"])
+            self.average.load_state_dict(full_weights(self.average, saved["average"], masks))
 
     def _check_settings(self, saved: Mapping[str, Any]) -> None:
         now = config_to_dict(self.prepared.config, self.prepared.method)
@@ -209,13 +207,26 @@ class LiveRun:
         saved = newest_good(self.folder, self.progress.message)
         if saved is None:
             self.progress.message("no checkpoint was written yet: starting from the beginning")
-            self.folder.truncate(0, 0, 0)
+            self.folder.take_back({}, 0.0)
             self.course.earlier = self.prepared.earlier
         else:
             self.load_state_dict(saved)
-            course = self.course
-            self.folder.truncate(course.metrics_bytes, course.events_bytes, course.channels_bytes)
             self.prepared.events.waiting.clear()  # told before the checkpoint
+            self._take_back_logs()
         self.prepared.events.connect(self.folder.append_event)
         if saved is None:
             self.save()
+
+    def _take_back_logs(self) -> None:
+        """Cut the logs back to the checkpoint; report those that were changed since."""
+        for mended in self.folder.take_back(self.course.logs, self._epochs_done):
+            self.progress.message(str(mended))
+            self.folder.append_event(
+                {
+                    "event": "log_mended",
+                    "step": self.course.step,
+                    "epoch": self._epochs_done,
+                    "file": mended.path.name,
+                    "lines_kept": mended.lines,
+                }
+            )

@@ -5,11 +5,13 @@ from __future__ import annotations
 import statistics
 import warnings
 from collections.abc import Mapping
+from typing import Any
 
-import torch
 from torch import Tensor, nn
 
 from clicktrain.compiler import accelerate
+from clicktrain.graph import as_inputs
+from clicktrain.graph.batch import blank
 from clicktrain.kernels.pack_model import pack_model_, pack_refusals
 from clicktrain.methods.latency_target import Measured, bare_copy
 from clicktrain.methods.sparse_latency import network_times
@@ -23,12 +25,12 @@ class MaskedLatency:
     network itself stays as it is.
     """
 
-    def __init__(self, model: nn.Module, example: Tensor) -> None:
+    def __init__(self, model: nn.Module, example: Any) -> None:
         """Of this network.
 
         Args:
             model: on the CPU; packed convolutions are not allowed yet.
-            example: [N, C, H, W], whose image size counts.
+            example: its inputs, [N, C, H, W] for images, whose sizes count.
         """
         self.model, self.example = model, example
 
@@ -43,10 +45,10 @@ class MaskedLatency:
         dense, pruned = bare_copy(self.model), bare_copy(self.model)
         refused = pack_refusals(pruned, masks)
         pack_model_(pruned, {name: mask for name, mask in masks.items() if name not in refused})
-        x = torch.zeros(batch, *self.example.shape[1:], dtype=self.example.dtype)
+        inputs = blank(as_inputs(self.example, self.model), batch)
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")  # the run says it when it accelerates the real network
-            fast = accelerate(pruned, x)
-        times = network_times({"dense": dense, "pruned": fast}, self.example, batch, timed)
+            fast = accelerate(pruned, inputs)
+        times = network_times({"dense": dense, "pruned": fast}, inputs, batch, timed)
         ratios = [after / before for before, after in zip(times["dense"], times["pruned"], strict=True)]
         return Measured(min(times["dense"]), min(times["pruned"]), statistics.median(ratios))

@@ -11,6 +11,7 @@ import torch
 from torch import nn
 
 from clicktrain.compiler import Accelerated, LoweringPlan, accelerate
+from clicktrain.files import is_file
 from clicktrain.formats.atomic import write_text_atomic
 from clicktrain.train.prepare import Prepared
 from clicktrain.train.progress import Progress
@@ -54,8 +55,8 @@ def choose_operators(p: Prepared, folder: RunFolder, progress: Progress, epoch: 
     started = time.perf_counter()
     config = p.config
     plan = None
-    if folder.operators.is_file():
-        plan = LoweringPlan.from_json(folder.operators.read_text(encoding="utf-8"))
+    if is_file(folder.operators):
+        plan = LoweringPlan.read(folder.operators)
     rule = config.operators
     if rule == "measured" and _work_left(p, epoch) < SHORT_FLOPS:
         rule = "density"
@@ -98,7 +99,7 @@ def _work_left(p: Prepared, epoch: int) -> float:
 
 def operator_names(folder: RunFolder) -> dict[str, str]:
     """Layer -> operator that its stage 5 ran on, as far as a compiler chose one."""
-    if not folder.operators.is_file():
+    if not is_file(folder.operators):
         return {}
-    plan = LoweringPlan.from_json(folder.operators.read_text(encoding="utf-8"))
+    plan = LoweringPlan.read(folder.operators)
     return {row["layer"]: row["operator"] for row in plan.table()}

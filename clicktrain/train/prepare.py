@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
 import importlib.util
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -15,8 +16,9 @@ from torch.optim import Optimizer
 from torch.optim.lr_scheduler import LambdaLR
 
 from clicktrain.data import Augment, ImageData, Loader, make_loader, open_data
-from clicktrain.errors import UserError
+from clicktrain.errors import UserError, shortened
 from clicktrain.formats.memory_format import keep_out_of_channels_last_
+from clicktrain.limits import check_memory
 from clicktrain.methods import METHODS, Method, Pruner
 from clicktrain.methods.base import Event
 from clicktrain.models import create_model, min_image_size
@@ -75,7 +77,7 @@ class Prepared:
         batch_sizes: of the training batches, from the first on.
         events: where the pruner's decisions go.
         facts: what is needed to build the network again: model, width, stem, num_classes, in_channels,
-            image_shape, classes, mean, std.
+            image_shape, classes, mean, std, value_range.
     """
 
     config: RunConfig
@@ -177,8 +179,8 @@ def prepare(config: RunConfig, method: Method[Any], *, begins: bool = True) -> P
     )
 
 
-def open_run_data(config: RunConfig) -> ImageData:
-    """The images that the settings name."""
+def open_run_data(config: RunConfig, value_range: tuple[float, float] | None = None) -> ImageData:
+    """The images that the settings name; ``value_range``: see `open_data`."""
     return open_data(
         config.data,
         image_size=config.image_size,
@@ -186,6 +188,7 @@ def open_run_data(config: RunConfig) -> ImageData:
         seed=config.seed,
         cache_dir=None if config.cache_dir is None else Path(config.cache_dir),
         workers=config.workers,
+        value_range=value_range,
     )
 
 
@@ -245,16 +248,44 @@ def check_model(model: nn.Module, config: RunConfig, data: ImageData, device: to
             f"model {config.model} needs images of at least {smallest} pixels, those of {data.spec} have "
             f"{shape[1]}x{shape[2]}: set image_size={smallest}, or stem=cifar"
         )
-    model.eval()
     try:
-        output = model(torch.zeros(1, *shape, device=device))
-    except (RuntimeError, TypeError, ValueError) as error:
-        first = str(error).split("\n", 1)[0]
+        model.eval()
+        with _output_bytes(model) as kept:
+            output = model(torch.zeros(1, *shape, device=device))
+        model.train()
+    except MemoryError:
+        raise
+    except Exception as error:  # somebody's own forward raises whatever it likes
+        first = shortened(str(error).strip().split("\n", 1)[0] or type(error).__name__, 160)
         raise UserError(f"model {config.model} does not take images of shape {shape}: {first}") from error
     got = tuple(output.shape) if isinstance(output, torch.Tensor) else type(output).__name__
     if got != (1, classes):
         raise UserError(f"model {config.model} gives {got} for one image: (1, {classes}) is needed")
-    model.train()
+    # Half of the estimate: activations may share memory (in-place operators) or be recomputed.
+    check_memory(
+        config.batch_size * sum(kept) / 2,
+        f"training model {config.model} on batches of {config.batch_size} images of {shape[1]}x{shape[2]}",
+        "make batch_size, image_size or width smaller",
+        device,
+    )
+
+
+@contextlib.contextmanager
+def _output_bytes(model: nn.Module) -> Iterator[list[int]]:
+    """Collect the bytes of what each layer gives while the block runs: what a backward pass would keep."""
+    found: list[int] = []
+
+    def note(module: nn.Module, inputs: object, output: object) -> None:
+        if isinstance(output, torch.Tensor):
+            found.append(output.nbytes)
+
+    leaves = [module for module in model.modules() if next(module.children(), None) is None]
+    handles = [module.register_forward_hook(note) for module in leaves]
+    try:
+        yield found
+    finally:
+        for handle in handles:
+            handle.remove()
 
 
 def model_facts(config: RunConfig, data: ImageData) -> dict[str, Any]:
@@ -272,6 +303,7 @@ def model_facts(config: RunConfig, data: ImageData) -> dict[str, Any]:
         "classes": list(data.classes),
         "mean": list(data.mean),
         "std": list(data.std),
+        "value_range": None if data.value_range is None else list(data.value_range),
     }
 
 

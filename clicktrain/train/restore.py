@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
-import json
+from collections.abc import Callable
 from dataclasses import dataclass
+from os import PathLike
 from pathlib import Path
 from typing import Any
 
@@ -13,10 +14,14 @@ from clicktrain.errors import UserError
 from clicktrain.formats.packed_file import read_packed
 from clicktrain.formats.tree import load_tree, read_metadata
 from clicktrain.methods import Method
-from clicktrain.surgery import apply_surgery_, read_recipe
+from clicktrain.models import call_factory, create_model, is_own, require_named
+from clicktrain.surgery import apply_recipe_
 from clicktrain.train.config import RunConfig
-from clicktrain.train.prepare import build_model
+from clicktrain.train.facts import read_facts
 from clicktrain.train.run_folder import RunFolder
+
+Factory = str | Callable[..., nn.Module]
+"""``package.module:factory``, or the factory itself."""
 
 
 @dataclass(frozen=True, eq=False)
@@ -31,6 +36,7 @@ class LoadedRun:
         model: plain module on the CPU in eval mode, zeros in place.
         masks: pruned layers, layer name -> bool [F, C, R, S] or [O, I], True = kept.
         facts: see `Prepared.facts`: model, stem, num_classes, image_shape, classes, mean, std ...
+        factory: what built the network: a name of the zoo, or what the caller gave.
     """
 
     folder: RunFolder
@@ -40,6 +46,7 @@ class LoadedRun:
     model: nn.Module
     masks: dict[str, Tensor]
     facts: dict[str, Any]
+    factory: Factory
 
     @property
     def image_shape(self) -> tuple[int, int, int]:
@@ -47,37 +54,96 @@ class LoadedRun:
         c, h, w = self.facts["image_shape"]
         return c, h, w
 
+    @property
+    def value_range(self) -> tuple[float, float] | None:
+        """Of images deeper than 8 bits, the values that became 0 and 255 in training."""
+        values = self.facts.get("value_range")
+        return None if values is None else (values[0], values[1])
 
-def load_run(path: str | Path) -> LoadedRun:
-    """Read a finished run. The network is made by the factory that its settings name.
+    def dense_model(self) -> nn.Module:
+        """The network as it was before training: nothing removed, fresh weights."""
+        return _build(self.factory, self.facts)
+
+
+def load_run(path: str | PathLike[str], model: Factory | None = None) -> LoadedRun:
+    """Read a finished run with its settings and masks.
+
+    Args:
+        path: of its folder.
+        model: of a network of the caller's own, its factory or ``package.module:factory``. Nothing is
+            imported because a file names it.
 
     Raises:
-        UserError: not the folder of a run, not finished, damaged, of a newer version; or the factory no
-            longer makes the network that was trained.
+        UserError: as `clicktrain.load`.
     """
     folder = RunFolder(Path(path)).open()
-    config, method = folder.load_config()
+    config, method = folder.load_config(own_model_allowed=True)
     summary = folder.summary()
     if summary is None:
+        if (user := folder.user) is not None:
+            raise UserError(f"the run in {folder.path} is not finished: {user} is training it")
         raise UserError(
             f"the run in {folder.path} is not finished: continue it with 'clicktrain resume {folder.path}'"
         )
+    facts = read_facts(_metadata(folder), folder.model)
+    factory = _choose_factory(facts["model"], model, folder)
+    network = _build(factory, facts)
+    apply_recipe_(folder.surgery, network)
+    weights = _weights(folder)
     try:
-        facts = json.loads(read_metadata(folder.model)["clicktrain"])
-        weights = load_tree(folder.model)
-    except Exception as error:
-        raise UserError(f"{folder.model} is missing or damaged: {error}") from None
-    model = build_model(facts)
-    if folder.surgery.exists():
-        for plan in read_recipe(folder.surgery):
-            apply_surgery_(plan, model)
-    try:
-        model.load_state_dict(weights)
+        network.load_state_dict(weights)
     except RuntimeError as error:
-        raise UserError(f"{folder.model} does not fit model {config.model}: {error}") from None
+        what = str(error).replace("\t", " ").split("\n")
+        raise UserError(
+            f"{folder.model} does not fit model {facts['model']}: {what[min(1, len(what) - 1)]}"
+        ) from None
     packed, _ = read_packed(folder.packed)  # a kept weight may happen to be zero: masks are not its zeros
-    masks = {
-        name.removesuffix(".weight"): weight.structure.mask().view(weights[name].shape)
-        for name, weight in packed.items()
-    }
-    return LoadedRun(folder, config, method, summary, model.eval(), masks, facts)
+    masks = {}
+    for name, weight in packed.items():
+        shape = weights[name].shape if name in weights else None
+        if shape is None or shape.numel() != weight.structure.numel:
+            raise UserError(f"{folder.packed} is damaged: {name} is not a weight of {folder.model}")
+        masks[name.removesuffix(".weight")] = weight.structure.mask().view(shape)
+    return LoadedRun(folder, config, method, summary, network.eval(), masks, facts, factory)
+
+
+def _choose_factory(name: str, given: Factory | None, folder: RunFolder) -> Factory:
+    """What builds the network: code of somebody's own only where the caller named it."""
+    if is_own(name):
+        require_named(name, folder.path, given if isinstance(given, str) or given is None else "")
+        assert given is not None
+        return given
+    if given is not None and given != name:
+        raise UserError(f"the run in {folder.path} is of model {name}, which needs no model: leave it out")
+    return name
+
+
+def _build(factory: Factory, facts: dict[str, Any]) -> nn.Module:
+    """The network with fresh weights."""
+    numbers = {name: facts[name] for name in ("num_classes", "in_channels", "width")}
+    if isinstance(factory, str):
+        return create_model(factory, stem=facts["stem"], **numbers)
+    if isinstance(factory, nn.Module):
+        raise UserError(
+            "model is a network that is built already: give its class, or use "
+            "clicktrain.load_pruned(model, folder)"
+        )
+    if not callable(factory):
+        raise UserError(
+            f"model is of type {type(factory).__name__}: give a class or a function that builds it"
+        )
+    return call_factory(getattr(factory, "__qualname__", type(factory).__name__), factory, **numbers)
+
+
+def _metadata(folder: RunFolder) -> dict[str, str]:
+    try:
+        return read_metadata(folder.model)
+    except UserError as error:
+        raise UserError(f"{folder.model} is missing or damaged: {error}") from None
+
+
+def _weights(folder: RunFolder) -> dict[str, Tensor]:
+    weights = load_tree(folder.model)
+    if not isinstance(weights, dict) or not all(isinstance(value, Tensor) for value in weights.values()):
+        raise UserError(f"{folder.model} is damaged: it does not hold the weights of a network")
+    return weights

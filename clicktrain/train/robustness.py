@@ -19,6 +19,7 @@ from torch import Tensor, nn
 
 from clicktrain.data import Loader, seeded_generator
 from clicktrain.errors import UserError
+from clicktrain.files import read_json
 from clicktrain.formats.atomic import write_text_atomic
 from clicktrain.train.config import Precision
 from clicktrain.train.device import autocast
@@ -163,7 +164,7 @@ def save_robustness(folder: Path, attacks: Sequence[Attack], accuracies: Sequenc
     """
     path = folder / "robustness.json"
     try:
-        found: dict[str, Any] = dict(json.loads(path.read_text(encoding="utf-8"))["attacks"])
+        found: dict[str, Any] = dict(read_json(path)["attacks"])
     except (OSError, ValueError, KeyError, TypeError):
         found = {}
     curves: dict[str, list[dict[str, float]]] = {}

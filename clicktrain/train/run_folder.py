@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
 import re
-from collections.abc import Mapping
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
 from datetime import datetime
 from pathlib import Path
@@ -13,14 +14,27 @@ from typing import Any
 import yaml
 
 from clicktrain.errors import UserError
-from clicktrain.formats.tree import append_jsonl, write_text_atomic
+from clicktrain.formats.run_files import (
+    FORMAT_VERSION,
+    HEADER,
+    check_folder,
+    check_summary,
+    read_records,
+    read_summary,
+)
+from clicktrain.formats.tree import append_jsonl, remove_leftovers, write_text_atomic
 from clicktrain.methods import Method
-from clicktrain.train.config import RunConfig, config_to_dict, load_config
-
-FORMAT_VERSION = 1
-"""Version of the folder, its checkpoints and summary; raised when older programs could not read them."""
-
-_HEADER = "# clicktrain run folder, format "
+from clicktrain.train.config import RunConfig, config_to_dict, from_dict, load_config, read_settings
+from clicktrain.train.logs import LogMark, Mended, take_back
+from clicktrain.train.new_folder import (
+    CHECKPOINTS,
+    clear_begun,
+    existing_part,
+    exists,
+    only_begun,
+    remove_new,
+)
+from clicktrain.train.run_lock import RunFolderInUse, holder, locked
 
 
 @dataclass(frozen=True)
@@ -91,48 +105,130 @@ class RunFolder:
     @property
     def checkpoint_folder(self) -> Path:
         """Where the last good states lie."""
-        return self.path / "checkpoints"
+        return self.path / CHECKPOINTS
 
     def check_free(self) -> None:
-        """Raise UserError unless the folder can become that of a new run (missing or empty)."""
+        """Raise UserError unless the folder can become that of a new run.
+
+        It is missing, empty, or holds only what a run leaves that is killed while its folder is made.
+        """
+        if exists(self.path) and (user := self.user) is not None:
+            raise RunFolderInUse(f"{self.path} is in use: {user} trains in it; give another --out")
+        self._check_contents()
+
+    @property
+    def user(self) -> str | None:
+        """The process that trains in the folder now, in words, or None."""
+        return holder(self.path)
+
+    def _check_contents(self) -> None:
+        if not exists(self.path):
+            return
+        if not self.path.is_dir():
+            raise UserError(f"{self.path} is a file: give a folder as --out")
+        if only_begun(self.path):
+            return
         if self.config.exists():
             raise UserError(
                 f"{self.path} already holds a run: continue it with 'clicktrain resume {self.path}', "
                 "or give another --out"
             )
-        if self.path.is_file():
-            raise UserError(f"{self.path} is a file: give a folder as --out")
-        if self.path.is_dir() and any(self.path.iterdir()):
-            raise UserError(f"{self.path} is not empty: give another --out")
+        raise UserError(f"{self.path} is not empty: give another --out")
+
+    @contextlib.contextmanager
+    def in_use(self, message: Callable[[str], None], *, new: bool = False) -> Iterator[None]:
+        """Hold the folder for this process: others that would train in it are refused, readers are not.
+
+        What killed writers left behind is removed.
+
+        Args:
+            message: is told if the file system has no locks.
+            new: make the folder; remove what was made if the block raises before the first checkpoint.
+
+        Raises:
+            RunFolderInUse: another process trains in it.
+            UserError: the folder cannot be made or written to, or is not that of a new run.
+        """
+        there = existing_part(self.path)
+        with contextlib.ExitStack() as held:
+            try:
+                if new:
+                    self.path.mkdir(parents=True, exist_ok=True)
+                held.enter_context(locked(self.path, message))
+                for folder in (self.path, self.checkpoint_folder):
+                    remove_leftovers(folder)
+            except OSError as error:
+                what = "make" if new else "write to"
+                raise UserError(f"cannot {what} the folder {self.path}: {error.strerror}") from None
+            if new:
+                self._check_contents()
+            try:
+                yield
+            except Exception:
+                if new and not self.checkpoints():
+                    remove_new(self.path, there)
+                raise
+
+    def explained(self, error: OSError) -> Exception:
+        """An error of the file system in this folder as a sentence; any other error as it is."""
+        name = error.filename2 or error.filename
+        if not isinstance(name, str) or not Path(name).is_relative_to(self.path):
+            return error
+        if not self.path.is_dir():
+            return UserError(
+                f"the folder of the run, {self.path}, is gone (deleted, moved or unmounted): training stopped"
+            )
+        return UserError(
+            f"cannot write {name}: {error.strerror}; the last checkpoint is kept: continue with "
+            f"'clicktrain resume {self.path}'"
+        )
 
     def create(self, config: RunConfig, method: Method[Any]) -> RunFolder:
-        """Make the folder and write its settings; UserError unless it is missing or empty."""
-        self.check_free()
+        """Make the folder and write its settings; UserError unless it is that of a new run."""
+        self._check_contents()
         try:
+            if exists(self.path):
+                clear_begun(self.path)
             self.checkpoint_folder.mkdir(parents=True, exist_ok=True)
-            self.truncate(0, 0, 0)
+            for path in (self.metrics, self.events):
+                path.touch()
             settings = yaml.safe_dump(config_to_dict(config, method), sort_keys=False)
-            write_text_atomic(self.config, f"{_HEADER}{FORMAT_VERSION}\n{settings}")
+            write_text_atomic(self.config, f"{HEADER}{FORMAT_VERSION}\n{settings}")
         except OSError as error:
             raise UserError(f"cannot make the folder {self.path}: {error.strerror}") from None
         return self
 
     def open(self) -> RunFolder:
         """Check that this is the folder of a run that this version can read; UserError otherwise."""
-        if not self.config.is_file():
-            raise UserError(f"{self.path} is not the folder of a run: it has no config.yaml")
-        first = self.config.read_text(encoding="utf-8").split("\n", 1)[0]
-        version = first.removeprefix(_HEADER).strip()
-        if first.startswith(_HEADER) and version.isdigit() and int(version) > FORMAT_VERSION:
+        if not exists(self.config) and self.checkpoint_folder.is_dir() and only_begun(self.path):
             raise UserError(
-                f"{self.path} has format {version}, this version of clicktrain reads up to {FORMAT_VERSION}: "
-                "update clicktrain"
+                f"{self.path} holds only the beginnings of a run that was killed while its folder was made: "
+                "start it again with the same command"
             )
+        check_folder(self.path)
         return self
 
-    def load_config(self) -> tuple[RunConfig, Method[Any]]:
-        """The settings that the run was started with; UserError if this is not the folder of a run."""
-        return load_config(self.open().config)
+    def load_config(
+        self, model: str | None = None, *, own_model_allowed: bool = False
+    ) -> tuple[RunConfig, Method[Any]]:
+        """The settings that the run was started with.
+
+        Args:
+            model: the network instead of the one that the settings name; a network of somebody's own counts
+                only when it is given here.
+            own_model_allowed: return the settings all the same, for a caller who builds no network from them.
+
+        Raises:
+            UserError: this is not the folder of a run, its settings are damaged, or ``model`` is missing.
+        """
+        self.open()
+        if own_model_allowed and model is None:
+            values = read_settings(self.config)
+            try:
+                return from_dict(values)
+            except UserError as error:
+                raise UserError(f"{self.config}: {error}") from None
+        return load_config(self.config, model)
 
     def append_metrics(self, record: Mapping[str, Any]) -> None:
         """Add the line of a finished epoch."""
@@ -148,49 +244,53 @@ class RunFolder:
 
     def read_metrics(self) -> list[dict[str, Any]]:
         """Lines of the finished epochs, in order; an unfinished last line is left out."""
-        return _read_lines(self.metrics)
+        return read_records(self.metrics)
 
     def read_events(self) -> list[dict[str, Any]]:
         """The decisions, in order; an unfinished last line is left out."""
-        return _read_lines(self.events)
+        return read_records(self.events)
 
     def read_channels(self) -> list[dict[str, Any]]:
         """Largest weights of channels, in order of the epochs; an unfinished last line is left out."""
-        return _read_lines(self.channels)
+        return read_records(self.channels)
 
-    def lengths(self) -> tuple[int, int, int]:
-        """Bytes of metrics.jsonl, events.jsonl and channels.jsonl."""
-        return _size(self.metrics), _size(self.events), _size(self.channels)
+    @property
+    def logs(self) -> tuple[Path, ...]:
+        """The three files of lines."""
+        return self.metrics, self.events, self.channels
 
-    def truncate(self, metrics_bytes: int, events_bytes: int, channels_bytes: int) -> None:
-        """Cut the files back to these lengths, so that what is done again is not told twice.
+    def log_marks(self) -> dict[str, LogMark]:
+        """What the logs are now, by file name: what a checkpoint remembers of them."""
+        return {path.name: LogMark.of(path) for path in self.logs}
 
-        The first two are made if they are missing.
+    def take_back(self, marks: Mapping[str, LogMark], epoch: float) -> list[Mended]:
+        """Cut the logs back to a checkpoint, so that what is done again is not told twice.
+
+        Args:
+            marks: what they were then; nothing of a file without a mark stays.
+            epoch: how far the run had come then. Lines up to it stay of a log that was changed in between.
+
+        Returns:
+            The logs that were not as the checkpoint knew them.
         """
-        for path, length in (
-            (self.metrics, metrics_bytes),
-            (self.events, events_bytes),
-            (self.channels, channels_bytes),
-        ):
-            if path != self.channels or path.exists():
-                with path.open("ab") as file:
-                    file.truncate(min(length, _size(path)))
+
+        def belongs(line: dict[str, Any]) -> bool:
+            at = line.get("epoch")
+            return isinstance(at, int | float) and at <= epoch + 1e-9
+
+        found = [take_back(path, marks.get(path.name, LogMark()), belongs) for path in self.logs]
+        return [mended for mended in found if mended is not None]
 
     def write_summary(self, summary: Mapping[str, Any]) -> None:
         """Write summary.json whole; its presence says that the run is finished."""
         write_text_atomic(self.summary_path, json.dumps(dict(summary), indent=2) + "\n")
 
     def summary(self) -> dict[str, Any] | None:
-        """What the run reached, or None while it is not finished."""
-        if not self.summary_path.is_file():
-            return None
-        try:
-            values = json.loads(self.summary_path.read_text(encoding="utf-8"))
-        except ValueError:
-            raise UserError(f"{self.summary_path} is damaged: it is not JSON") from None
-        if not isinstance(values, dict) or values.get("format_version", 0) > FORMAT_VERSION:
-            raise UserError(f"{self.summary_path} was written by a newer clicktrain: update clicktrain")
-        return values
+        """What the run reached, or None while it is not finished; UserError for a damaged file."""
+        found = read_summary(self.summary_path)
+        if found is not None:
+            check_summary(found, self.summary_path)
+        return found
 
     def checkpoint(self, epoch: int, step: int) -> Path:
         """Path of the checkpoint after ``step`` optimizer steps, of which the last was in ``epoch``."""
@@ -199,17 +299,3 @@ class RunFolder:
     def checkpoints(self) -> list[Path]:
         """Checkpoints that are there, oldest first."""
         return sorted(self.checkpoint_folder.glob("step-*.safetensors"))
-
-
-def _size(path: Path) -> int:
-    return path.stat().st_size if path.exists() else 0
-
-
-def _read_lines(path: Path) -> list[dict[str, Any]]:
-    if not path.exists():
-        return []
-    lines = path.read_bytes().split(b"\n")[:-1]  # what follows the last newline is unfinished
-    try:
-        return [json.loads(line) for line in lines if line.strip()]
-    except ValueError:
-        raise UserError(f"{path} is damaged: a line of it is not JSON") from None

@@ -9,6 +9,7 @@ from dataclasses import dataclass, field
 from typing import Any
 
 from clicktrain.train.initial_weights import EarlierCost
+from clicktrain.train.logs import LogMark
 
 
 @dataclass
@@ -65,8 +66,7 @@ class Course:
     after the hard prune.
     ``numbered_plans`` is the number of surgery plans that the last line of channels.jsonl knew of, None
     before the first.
-    ``metrics_bytes``, ``events_bytes`` and ``channels_bytes`` are the lengths of the three files when a
-    checkpoint is written.
+    ``logs`` is what metrics.jsonl, events.jsonl and channels.jsonl were when a checkpoint was written.
     """
 
     epoch: int = 0
@@ -88,9 +88,7 @@ class Course:
     sized_plans: int = 0
     measured_plans: int | None = None
     numbered_plans: int | None = None
-    metrics_bytes: int = 0
-    events_bytes: int = 0
-    channels_bytes: int = 0
+    logs: dict[str, LogMark] = field(default_factory=dict)
     totals: EpochTotals = field(default_factory=EpochTotals)
 
     def state_dict(self) -> dict[str, Any]:
@@ -100,5 +98,9 @@ class Course:
     @classmethod
     def from_state(cls, saved: Mapping[str, Any]) -> Course:
         """Inverse of `state_dict`."""
-        parts = {"totals": EpochTotals(**saved["totals"]), "earlier": EarlierCost(**saved.get("earlier", {}))}
+        parts = {
+            "totals": EpochTotals(**saved["totals"]),
+            "earlier": EarlierCost(**saved.get("earlier", {})),
+            "logs": {name: LogMark(**mark) for name, mark in saved["logs"].items()},
+        }
         return cls(**{**saved, **parts})

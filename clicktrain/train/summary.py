@@ -9,21 +9,20 @@ from collections.abc import Mapping, Sequence
 from typing import Any
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
 from clicktrain.accounting import LayerCost, ModelCost, count
 from clicktrain.accounting.cost import ratio
 from clicktrain.errors import MissedTarget
 from clicktrain.formats.packed_file import save_packed
+from clicktrain.formats.run_files import FORMAT_VERSION
 from clicktrain.formats.tree import save_tree
-from clicktrain.kernels.pack_model import unpack_model_
 from clicktrain.surgery import SurgeryPlan, write_recipe
 from clicktrain.train.epoch import check_outputs, note_accuracy
 from clicktrain.train.evaluate import evaluate
 from clicktrain.train.live import LiveRun
 from clicktrain.train.machine import cpu_name, gpu_name, versions
 from clicktrain.train.operators import operator_names
-from clicktrain.train.run_folder import FORMAT_VERSION
 
 
 def finish_run(run: LiveRun) -> dict[str, Any]:
@@ -40,10 +39,8 @@ def finish_run(run: LiveRun) -> dict[str, Any]:
     run.follow_pruner()
     model = plain
     if run.average is not None:
-        model = run.average.module
-        unpack_model_(model)
+        model = run.average.module  # unpacked and masked as the network is
     masks = p.pruner.masks
-    _zero_outside(model, masks)
     if (masks and not was_frozen) or len(p.pruner.plans) > plans:  # what was evaluated is not what is saved
         result = evaluate(model, p.val_loader, device=p.device, precision=p.config.precision)
         assert result is not None
@@ -64,15 +61,6 @@ def finish_run(run: LiveRun) -> dict[str, Any]:
         run.scalars.close()
     run.folder.write_summary(summary)
     return summary
-
-
-@torch.no_grad()
-def _zero_outside(model: nn.Module, masks: Mapping[str, Tensor]) -> None:
-    """Write the zeros, which a moving average lacks when the hard prune came at the very end."""
-    for name, mask in masks.items():
-        weight = model.get_submodule(name).weight
-        assert isinstance(weight, Tensor)
-        weight.masked_fill_(~mask.to(weight.device), 0.0)
 
 
 def _summary(
@@ -140,8 +128,9 @@ def _step_ms(metrics: Sequence[Mapping[str, Any]]) -> dict[str, float]:
     """Median milliseconds of a step, for each stage that filled whole epochs: before and after pruning."""
     found: dict[str, list[float]] = {}
     for line in metrics:
-        if len(line["stages"]) == 1 and line["step_ms_median"] is not None:
-            found.setdefault(next(iter(line["stages"])), []).append(line["step_ms_median"])
+        stages, milliseconds = line.get("stages", ()), line.get("step_ms_median")
+        if len(stages) == 1 and milliseconds is not None:
+            found.setdefault(next(iter(stages)), []).append(milliseconds)
     return {stage: statistics.median(times) for stage, times in found.items()}
 
 

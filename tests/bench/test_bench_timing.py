@@ -7,11 +7,14 @@ import torch
 from torch import nn
 
 from clicktrain.bench.masks import check_sparsity, model_masks, pattern_mask
-from clicktrain.bench.peak import measure_peak, multiply_adds, one_pass
+from clicktrain.bench.peak import measure_peak, measuring_loops, multiply_adds, one_pass
 from clicktrain.bench.timing import fastest, geometric_mean, median_ms
 from clicktrain.errors import UserError
 from clicktrain.kernels.native import toolchain
+from clicktrain.kernels.native.library import call
 from clicktrain.models import create_model
+
+needs_compiler = pytest.mark.skipif(toolchain() is None, reason="there is no C compiler")
 
 
 def test_every_call_is_made_in_every_round() -> None:
@@ -104,16 +107,46 @@ def test_peak_is_measured() -> None:
         assert min(peak.gflops, peak.l1_read_gbs, peak.l2_read_gbs) > 0.01
 
 
+SIZES = [(0, 8), (8, 0), (1000, 24), (24, 3000), (8192, 8192), (7, 1), (33, 65), (2048, 2049)]
+
+
+@needs_compiler
+@pytest.mark.usefixtures("poisoned_memory")
 @pytest.mark.parametrize("threads", [1, 2, 3])
-@pytest.mark.parametrize("sizes", [(0, 8), (8, 0), (1000, 24), (24, 3000), (8192, 8192)], ids=str)
-def test_one_pass_writes_all_and_nothing_else(threads: int, sizes: tuple[int, int]) -> None:
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+@pytest.mark.parametrize("sizes", SIZES, ids=str)
+def test_one_pass_writes_all_of_a_result(sizes: tuple[int, int], dtype: torch.dtype, threads: int) -> None:
     before = torch.get_num_threads()
     torch.set_num_threads(threads)
     try:
-        written = torch.empty(sizes[1])
-        result = one_pass([torch.ones(sizes[0]), torch.ones(16)], written)()
-        assert result.shape == written.shape
+        anywhere = torch.ones(sizes[0] + 1, dtype=dtype)[1:]
+        result = one_pass([anywhere, torch.ones(16)], torch.empty(sizes[1], dtype=dtype))()
+        assert result.shape == (sizes[1],)
+        assert result.dtype == dtype
         assert not result.any()
-        assert float(multiply_adds(1000)().isfinite().all())
     finally:
         torch.set_num_threads(before)
+
+
+@needs_compiler
+@pytest.mark.parametrize("stream", [0, 1])
+@pytest.mark.parametrize("size", [4, 60, 64, 100, 8196])
+def test_one_pass_writes_nothing_else(size: int, stream: int) -> None:
+    memory = torch.full((size + 128,), 7, dtype=torch.uint8)
+    source = torch.ones(size, dtype=torch.uint8)
+    call(measuring_loops()[0].pass_over, source, size, memory[64:], size, stream, 1)
+    assert not memory[64 : 64 + size].any()
+    assert (memory[:64] == 7).all()
+    assert (memory[64 + size :] == 7).all()
+
+
+@needs_compiler
+def test_multiply_adds_are_finite() -> None:
+    assert multiply_adds(1000)().isfinite().all()
+
+
+@needs_compiler
+@pytest.mark.parametrize("size", [4, 100, 4096, 5000])
+def test_reads_of_any_size_are_counted(size: int) -> None:
+    library, _, _ = measuring_loops()
+    assert call(library.read_all, torch.ones(2 * size), size, 3, 1) == 1

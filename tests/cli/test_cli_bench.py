@@ -54,6 +54,7 @@ def test_conv(place: Path) -> None:
     assert f"on {result['machine']['cpu']}, 1 threads" in text
 
 
+@needs_compiler
 def test_runs(place: Path) -> None:
     for name, flags in (
         ("channels", ("--method", "prunetrain", "--coefficient", "0.06", "--interval", "1")),

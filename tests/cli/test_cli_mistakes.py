@@ -281,12 +281,16 @@ def test_in_a_process_of_its_own(place: Path) -> None:
     assert files_below(place) == {}
 
 
-def test_what_is_not_the_users_mistake_keeps_its_traceback(place: Path) -> None:
+def test_a_network_with_a_bug(place: Path) -> None:
     (place / "net_with_a_bug.py").write_text("def build(num_classes):\n    return 1 / 0\n")
     flags = ("--model", "net_with_a_bug:build", "--data", DATA, "--out", "run")
-    with spawn("train", *flags, cwd=place) as process:
-        _, err = process.communicate(timeout=120)
-    assert process.returncode == 1
-    assert "Traceback" in err
-    assert "ZeroDivisionError" in err
+    check_told(call("train", *flags), "failed with ZeroDivisionError", "net_with_a_bug.py, line 2")
     assert not (place / "run").exists()
+
+
+def test_what_is_not_the_users_mistake_keeps_its_traceback(place: Path) -> None:
+    code = "import clicktrain.commands.train as t, clicktrain.cli as c; t.from_dict = None; c.main(['train'])"
+    done = subprocess.run([sys.executable, "-c", code], cwd=place, text=True, capture_output=True)
+    assert done.returncode == 1
+    assert "Traceback" in done.stderr
+    assert "TypeError" in done.stderr

@@ -14,9 +14,10 @@ from torch import Tensor, nn
 
 from clicktrain import UserError, accelerate
 from clicktrain.compiler import Accelerated, LoweringPlan, steps
+from clicktrain.compiler.believe import is_operator
 from clicktrain.compiler.norm_statistics import convolutions_before_norms
-from clicktrain.compiler.trace import trace
 from clicktrain.compiler.units import find_units
+from clicktrain.graph import trace
 from clicktrain.kernels.native import toolchain
 
 pytestmark = pytest.mark.skipif(toolchain() is None, reason="needs a C compiler")
@@ -27,7 +28,7 @@ def with_statistics(model: nn.Module, x: Tensor) -> Accelerated:
     plan = accelerate(model, x, rule="sparse").plan  # type: ignore[union-attr]
     assert isinstance(plan, LoweringPlan)
     assert not any(choice.statistics for choice in plan.choices)
-    able = convolutions_before_norms(find_units(trace(model, (x,)))[0])
+    able = convolutions_before_norms(find_units(trace(model, x, leaves=is_operator))[0])
     choices = tuple(replace(choice, statistics=choice.layer in able) for choice in plan.choices)
     fast = accelerate(model, x, plan=replace(plan, choices=choices))
     assert isinstance(fast, Accelerated)
@@ -88,7 +89,7 @@ def test_the_plan_says_so_and_is_replayed() -> None:
     fast = accelerate(model, x, remember=False)
     assert isinstance(fast, Accelerated)
     choices = fast.plan.by_layer()
-    able = convolutions_before_norms(find_units(trace(model, (x,)))[0])
+    able = convolutions_before_norms(find_units(trace(model, x, leaves=is_operator))[0])
     assert able
     for name, norm in able.items():
         both = choices[name].layout == choices[norm.name].layout == "blocked"
@@ -169,5 +170,9 @@ def test_small_networks_are_listed() -> None:
     """Every convolution of these networks stands before a batch norm; what cannot run blocked is left out."""
     for name in SMALL:
         model, x = network(name), batch(2, 32)[0]
-        convolutions = [unit for unit in find_units(trace(model, (x,)))[0] if unit.kind == "conv"]
-        assert len(convolutions_before_norms(find_units(trace(model, (x,)))[0])) == len(convolutions)
+        convolutions = [
+            unit for unit in find_units(trace(model, x, leaves=is_operator))[0] if unit.kind == "conv"
+        ]
+        assert len(convolutions_before_norms(find_units(trace(model, x, leaves=is_operator))[0])) == len(
+            convolutions
+        )

@@ -110,7 +110,9 @@ def test_what_cannot_be_traced_runs_layer_by_layer() -> None:
         UserWarning, match=r"cannot be traced \(.*\): 2 of its packed layers run sparse one by one"
     ):
         fast = accelerate(model, x, rule="sparse")
-    assert fast is model
+    assert isinstance(fast, Accelerated)
+    assert fast.base is model
+    assert "cannot be traced" in fast.plan.notes[0]
     assert {m.impl for m in model.modules() if isinstance(m, PackedConv2d)} == {"blocked"}
     assert_same_step(fast, reference, x, y)
 

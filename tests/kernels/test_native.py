@@ -95,8 +95,6 @@ def test_without_a_compiler_there_is_none(tmp_path: Path) -> None:
 
 
 SANITIZED = """
-import os
-os.environ.pop("LD_PRELOAD")  # for this process: compilers would run slowly under it
 from dataclasses import replace
 import torch
 from clicktrain.formats.packed import Structure
@@ -192,6 +190,7 @@ def test_generated_kernels_are_clean_under_the_sanitizers(tmp_path: Path) -> Non
     result = run_python(
         SANITIZED,
         LD_PRELOAD=os.path.realpath(library),
+        CC=f"env -u LD_PRELOAD {tools.compiler}",  # compilers would run slowly under it
         ASAN_OPTIONS="detect_leaks=0",
         CLICKTRAIN_CFLAGS="-fsanitize=address,undefined -fno-sanitize-recover=all -O0",
         CLICKTRAIN_KERNEL_CACHE=str(tmp_path),

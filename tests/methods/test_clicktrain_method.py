@@ -59,6 +59,7 @@ def test_an_empty_run_is_refused(epochs: int, steps: int) -> None:
 
 @pytest.mark.parametrize("optimizer_name", ["nesterov", "adamw"])
 @pytest.mark.parametrize("stop", [*range(10), 13])
+@pytest.mark.filterwarnings("ignore:the loop ended after")
 def test_a_run_that_ends_early_still_ends_at_the_compression(stop: int, optimizer_name: str) -> None:
     model, optimizer = make(optimizer=optimizer_name)
     pruner = ClickTrain(compression=4, group=2).attach(model, optimizer, epochs=2, steps_per_epoch=10)
@@ -67,7 +68,8 @@ def test_a_run_that_ends_early_still_ends_at_the_compression(stop: int, optimize
     assert pruner.stage == "accelerated"
     assert pruner.frozen
     assert_pruned(model, pruner, 4)
-    pruner.finish()
+    with pytest.warns(UserWarning, match="finish was called twice"):
+        assert pruner.finish() is model
     assert_pruned(model, pruner, 4)
 
 
@@ -204,7 +206,8 @@ def test_pruned_positions_never_come_back(optimizer_name: str, penalty: Any) -> 
             assert all(v[~mask].eq(0).all() for v in tensors), (name, number)
 
     train(model, optimizer, pruner, 20, after_step=check)
-    train(model, optimizer, pruner, 120 - checked, start=20, after_step=check)
+    with pytest.warns(UserWarning, match="the loop runs longer than attach was told"):
+        train(model, optimizer, pruner, 120 - checked, start=20, after_step=check)
     assert checked == 100
     for name, before in at_prune.items():
         mask = pruner.masks[name]

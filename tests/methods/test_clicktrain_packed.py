@@ -123,6 +123,7 @@ def test_going_on_in_the_other_form_keeps_the_zeros(saved_packed: bool) -> None:
     assert_pruned(model, again, 5)
 
 
+@pytest.mark.filterwarnings("ignore:the loop ended after")
 def test_a_run_that_stops_early_ends_in_the_form_asked_for() -> None:
     for stop in (0, 3, 8):
         model, optimizer, pruner = attach("adamw", packed=True)

@@ -11,6 +11,7 @@ import torch.nn.functional as F
 from own_loop import OPTIMIZERS, assert_pruned, assert_same, batches, entered, make, snapshot, train
 from torch import Tensor
 
+from clicktrain.errors import UserError
 from clicktrain.methods import ClickTrain
 from clicktrain.methods.clicktrain import STAGES
 from clicktrain.methods.clicktrain_settings import PRESETS
@@ -130,14 +131,15 @@ def test_skipping_observe_leaves_the_network_dense_until_the_end() -> None:
         F.cross_entropy(model(x), y).backward()
         optimizer.step()
     assert pruner.stage == "dense"
-    pruner.finish()
+    with pytest.warns(UserWarning, match="ended after 0 of the 1 epochs"):
+        pruner.finish()
     assert_pruned(model, pruner, 5)
 
 
 def test_observe_wants_a_scalar() -> None:
     model, optimizer = make()
     pruner = ClickTrain(compression=5).attach(model, optimizer, epochs=1, steps_per_epoch=10)
-    with pytest.raises(ValueError, match="scalar"):
+    with pytest.raises(UserError, match="scalar"):
         pruner.observe(torch.ones(3))
 
 
@@ -145,6 +147,10 @@ def test_close_takes_the_hooks_away() -> None:
     model, optimizer = make()
     pruner = ClickTrain(compression=5).attach(model, optimizer, epochs=1, steps_per_epoch=10)
     pruner.close()
-    train(model, optimizer, pruner, 10)
+    with pytest.raises(UserError, match=r"observe was called after close\(\)"):
+        train(model, optimizer, pruner, 10)
+    for x, y in batches(20):
+        F.cross_entropy(model(x), y).backward()
+        optimizer.step()
     assert pruner.stage == "dense"
     assert not pruner.events

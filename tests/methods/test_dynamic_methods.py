@@ -322,7 +322,7 @@ def test_runs_that_cannot_be() -> None:
     few = r"a sparsity of 0.99 leaves 5 weights to 6 filters: at most 0.988 can be asked"
     with pytest.raises(UserError, match=few):  # of 540 weights: the first layer stays dense
         RigL(sparsity=0.99).attach(model, optimizer, epochs=3, steps_per_epoch=2)
-    RigL(sparsity=0.988).attach(model, optimizer, epochs=3, steps_per_epoch=2)
+    RigL(sparsity=0.988).attach(model, optimizer, epochs=3, steps_per_epoch=2).close()
     with pytest.raises(UserError, match=r"leaves 3 kernels to 6 filters: at most 0.9 can be asked"):
         DSR(sparsity=0.95, granularity="kernel").attach(model, optimizer, epochs=3, steps_per_epoch=2)
 

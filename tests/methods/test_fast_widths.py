@@ -14,6 +14,7 @@ from torch import Tensor, nn
 
 from clicktrain import create_model
 from clicktrain.errors import UserError
+from clicktrain.graph.batch import first_tensor
 from clicktrain.methods import fast_widths
 from clicktrain.methods.fast_widths import (
     MULTIPLES,
@@ -103,8 +104,8 @@ def test_the_network_is_measured_once_and_left_alone(tmp_path: Path, monkeypatch
 
     asked: list[int] = []
 
-    def again(model: nn.Module, x: Tensor, autocast: Any, plans: Mapping[str, Any]) -> dict[str, float]:
-        asked.append(len(x))
+    def again(model: nn.Module, x: Any, autocast: Any, plans: Mapping[str, Any]) -> dict[str, float]:
+        asked.append(len(first_tensor(x)))
         return {name: 1.0 + number for number, name in enumerate(plans)}
 
     monkeypatch.setattr(fast_widths, "step_ms", again)
@@ -162,7 +163,7 @@ def test_a_resumed_run_decides_on_a_blank_batch_of_the_same_form(
     form = BatchForm(tuple(saved[0]), tuple(saved[1]), saved[2])
     assert form == BatchForm.of(seen)
     blank = form.blank(torch.zeros(1, 3, 8, 8))
-    assert blank.inputs.is_contiguous(memory_format=memory_format)
+    assert first_tensor(blank.inputs).is_contiguous(memory_format=memory_format)
     assert fastest_multiple(model, blank, plans, folder=tmp_path) == choice
 
 

@@ -36,6 +36,12 @@ def demanding(num_classes, backbone, *, pretrained): ...
 def positional(num_classes, /): ...
 def none(num_classes): ...
 def failing(num_classes): raise LookupError("my own mistake")
+def leaving(num_classes): raise SystemExit(3)
+def keyword_only(*, num_classes, in_channels, width):
+    return nn.Conv2d(in_channels, int(num_classes * width), 1)
+def passes_on(*, weights=None, **options):
+    return Net(**options)
+def mistaken(**options): return Net(num_clases=2)
 def a_class(num_classes): return nn.Linear
 built = nn.Linear(2, 2)
 number = 5
@@ -146,6 +152,24 @@ def test_a_factory_that_is_not_usable(factory, options, message):
     assert error(f"mynets.small:{factory}", **options).startswith(f"model 'mynets.small:{factory}' {message}")
 
 
-def test_what_the_factory_raises_passes_through():
-    with pytest.raises(LookupError, match="my own mistake"):
-        create("failing")
+def test_what_the_factory_raises_is_told_with_its_place():
+    text = error("mynets.small:failing")
+    assert text.startswith("building model 'mynets.small:failing' failed with LookupError: my own mistake (")
+    assert text.endswith("small.py, line 29)")
+    assert "SystemExit" in error("mynets.small:leaving")
+
+
+def test_keywords_that_a_factory_passes_on_to_one_who_refuses_them_are_left_out():
+    create("passes_on")  # importing the module draws random numbers too
+    torch.manual_seed(7)
+    model = create("passes_on", in_channels=3)
+    torch.manual_seed(7)
+    assert model.fc.weight.equal(nn.Linear(4, 10).weight)  # the refused calls have drawn no random numbers
+    assert "has no parameter width, so width must stay 1.0" in error("mynets.small:passes_on", width=0.5)
+    text = error("mynets.small:mistaken")
+    assert "failed with TypeError" in text
+    assert "'num_clases'" in text
+
+
+def test_keyword_only_names_are_given():
+    assert create("keyword_only", in_channels=2, width=0.5).weight.shape == (5, 2, 1, 1)

@@ -136,12 +136,45 @@ def test_named_parameters_hooks_and_attributes_come_along() -> None:
     assert len(seen) == 3
 
 
-@pytest.mark.parametrize("kind", ["LBFGS", "Adafactor"])
+def test_factors_of_a_state_shrink_along_their_own_dimensions() -> None:
+    """Adafactor keeps row and column means of each weight, with a 1 in place of what they are taken over."""
+    model, optimizer = trained(lambda p: torch.optim.Adafactor(p, lr=1e-2))
+    names = {p: name for name, p in model.named_parameters()}
+    before = {names[p]: copy.deepcopy(state) for p, state in optimizer.state.items()}
+    plan = plan_from_zeros(model, images(2))
+    apply_surgery_(plan, model, optimizer)
+    factors = 0
+    for name, parameter in model.named_parameters():
+        for key, value in optimizer.state[parameter].items():
+            old = before[name][key]
+            if old.numel() == 1:
+                torch.testing.assert_close(value, old, rtol=0, atol=0)
+                continue
+            factors += value.shape != parameter.shape
+            expected = old
+            for cut in plan.cuts_of(name):
+                if old.shape[cut.dim] == cut.size:
+                    expected = expected.index_select(cut.dim, torch.tensor(cut.keep))
+            assert torch.equal(value, expected), (name, key)
+    assert factors > 4
+    step(model, optimizer, images(), torch.randint(CLASSES, (4,)))
+
+
+class RowNorms(torch.optim.SGD):
+    """Keeps one number for each row of a weight, without its other dimensions."""
+
+    def step(self, closure: Any = None) -> None:
+        for group in self.param_groups:
+            for parameter in group["params"]:
+                self.state[parameter]["row_norm"] = torch.ones(parameter.shape[0])
+
+
+@pytest.mark.parametrize("kind", ["LBFGS", "RowNorms"])
 def test_a_state_that_cannot_shrink_is_refused_before_anything_changes(kind: str) -> None:
     model, _ = masked("TwoAdditions")
-    optimizer = getattr(torch.optim, kind)(model.parameters())
+    optimizer = {"LBFGS": torch.optim.LBFGS, "RowNorms": RowNorms}[kind](model.parameters())
     F.cross_entropy(model(images()), torch.randint(CLASSES, (4,))).backward()
-    if kind == "Adafactor":
+    if kind == "RowNorms":
         optimizer.step()
         model, _ = (model, model.zero_grad())
     plan = plan_from_zeros(masked("TwoAdditions")[0], images(2))

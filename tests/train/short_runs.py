@@ -73,7 +73,12 @@ def run(path: Path, settings: Mapping[str, Any], progress: Silent | None = None)
 
 def resume(path: Path, progress: Silent | None = None) -> dict[str, Any]:
     folder = RunFolder(path)
-    return dict(fit(*folder.load_config(), folder, progress=progress, resume=True))
+    return dict(fit(*folder.load_config(_model(folder)), folder, progress=progress, resume=True))
+
+
+def _model(folder: RunFolder) -> str:
+    """What a user types as --model: the network that these tests have chosen themselves."""
+    return folder.load_config(own_model_allowed=True)[0].model
 
 
 def kill() -> None:

@@ -8,6 +8,7 @@ from typing import Any
 import pytest
 import torch
 from short_runs import At, Killed, assert_same_run, kill, resume, run
+from tiny_networks import tiny
 
 from clicktrain.report import write_report
 from clicktrain.train import RunFolder, load_run
@@ -41,7 +42,7 @@ def test_the_files_of_a_run(tmp_path: Path, method: str) -> None:
         metrics[1]["train_flops"] == 2 * dense == metrics[1]["train_flops_dense"]
     )  # until positions are fixed
     assert metrics[2]["train_flops"] - metrics[1]["train_flops"] < 0.7 * dense
-    loaded = load_run(folder.path)
+    loaded = load_run(folder.path, model=tiny)
     assert set(loaded.masks) == PRUNED
     for name in PRUNED:
         weight = loaded.model.get_submodule(name).weight
@@ -54,7 +55,7 @@ def test_the_files_of_a_run(tmp_path: Path, method: str) -> None:
     assert {"rigl": "RigL", "dsr": "DSR"}[method] in page
     again = run(tmp_path / "again", {**SETTINGS, "method": method, "seed": 4})
     assert again["seed"] == 4
-    masks = load_run(tmp_path / "again").masks
+    masks = load_run(tmp_path / "again", model="tiny_networks:tiny").masks
     assert any(not torch.equal(masks[name], loaded.masks[name]) for name in PRUNED)
 
 

@@ -166,7 +166,7 @@ def test_a_run_too_coarse_for_its_stages_still_ends_pruned(tmp_path: Path) -> No
     )
     assert "pruned after the last epoch" in messages.messages[0]
     assert summary["compression_ratio"] == pytest.approx(4, rel=0.06)
-    loaded = load_run(tmp_path / "run")
+    loaded = load_run(tmp_path / "run", model=tiny)
     loader = make_val_loader(loaded.config, open_run_data(loaded.config), torch.device("cpu"))
     result = evaluate(loaded.model, loader, device=torch.device("cpu"))
     assert result is not None

@@ -2,15 +2,18 @@
 
 from __future__ import annotations
 
+import functools
 import json
 import signal
 from pathlib import Path
 from typing import Any
 
 import pytest
+import tiny_networks
 import torch
 from short_runs import (
     BATCH_IN_STAGE,
+    BATCHES,
     FIVE_STAGES,
     At,
     Killed,
@@ -122,3 +125,31 @@ def test_a_plan_edited_by_hand_is_obeyed_and_nonsense_refused(tmp_path: Path) ->
     messages = Messages()
     resume(tmp_path / "run", messages)
     assert any(text.startswith("0 of 3 convolutions") for text in messages.messages)
+
+
+def test_stochastic_depth_goes_on_after_the_hard_prune(tmp_path: Path, monkeypatch: Any) -> None:
+    """The same batches drop the same branches as on the reference operator, to the end of the run."""
+    made = []
+    monkeypatch.setattr(tiny_networks, "stochastic_depth", remembered(tiny_networks.stochastic_depth, made))
+    settings = {**FIVE_STAGES, "model": "tiny_networks:stochastic_depth", "augment": "none"}
+    settings["learning_rate"] = 0.005
+    run(tmp_path / "reference", settings)
+    messages = Messages()
+    run(tmp_path / "sparse", {**settings, "operators": "sparse"}, messages)
+    told = [text for text in messages.messages if "dropped" in text]
+    assert len(told) == 1
+    assert "dropped draws random numbers in forward" in told[0] or "dropped changes" in told[0]
+    counts = [(model.dropped.kept, model.dropped.left_out) for model in made[-2:]]
+    assert counts[0] == counts[1]
+    assert counts[0][1] > 6 * BATCHES / 4
+    one, two = weights(tmp_path / "reference"), weights(tmp_path / "sparse")
+    for name, tensor in one.items():
+        assert torch.allclose(tensor.double(), two[name].double(), atol=2e-3, rtol=2e-2), name
+
+
+def remembered(factory: Any, made: list[Any]) -> Any:
+    def make(**arguments: Any) -> Any:
+        made.append(factory(**arguments))
+        return made[-1]
+
+    return functools.wraps(factory)(make)

@@ -47,7 +47,7 @@ def test_the_files_of_a_run(tmp_path: Path) -> None:
     done = next(e for e in events if e["event"] == "reconfigured")
     assert (done["neurons"], done["neurons_pruned"]) == (40, 16)
     assert done["epoch"] == trigger["prune_epoch"] + 1
-    loaded = load_run(folder.path)
+    loaded = load_run(folder.path, model=tiny)
     convs = [m for m in loaded.model.modules() if isinstance(m, torch.nn.Conv2d)]
     assert [conv.out_channels for conv in convs] == list(done["structure"].values())
     assert summary["parameters"] == sum(p.numel() for p in loaded.model.parameters())

@@ -7,6 +7,7 @@ from pathlib import Path
 import pytest
 import torch
 from short_runs import DENSE, FIVE_STAGES, At, Killed, kill, run
+from tiny_networks import tiny
 
 from clicktrain.errors import UserError
 from clicktrain.train import evaluate, load_run
@@ -21,7 +22,7 @@ def finished(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 def test_the_network_reaches_what_the_summary_says(finished: Path) -> None:
-    loaded = load_run(finished)
+    loaded = load_run(finished, model=tiny)
     data = open_run_data(loaded.config)
     loader = make_val_loader(loaded.config, data, torch.device("cpu"))
     result = evaluate(loaded.model, loader, device=torch.device("cpu"))
@@ -33,7 +34,7 @@ def test_the_network_reaches_what_the_summary_says(finished: Path) -> None:
 
 
 def test_masks_are_those_of_the_pruned_layers(finished: Path) -> None:
-    loaded = load_run(finished)
+    loaded = load_run(finished, model=tiny)
     assert set(loaded.masks) == {"3", "7"}
     for name, mask in loaded.masks.items():
         weight = loaded.model.get_submodule(name).weight
@@ -57,10 +58,10 @@ def test_weights_that_are_damaged_or_missing(tmp_path: Path) -> None:
     model = tmp_path / "run" / "model.safetensors"
     model.write_bytes(model.read_bytes()[:-5])
     with pytest.raises(UserError, match=r"model.safetensors is missing or damaged"):
-        load_run(tmp_path / "run")
+        load_run(tmp_path / "run", model=tiny)
     model.unlink()
     with pytest.raises(UserError, match=r"model.safetensors is missing or damaged"):
-        load_run(tmp_path / "run")
+        load_run(tmp_path / "run", model=tiny)
 
 
 def test_no_run_at_all(tmp_path: Path) -> None:

@@ -18,7 +18,7 @@ def make(path: Path) -> RunFolder:
 
 def test_settings_are_kept(tmp_path: Path) -> None:
     folder = make(tmp_path / "a" / "run")
-    assert folder.open().load_config() == from_dict(SETTINGS)
+    assert folder.open().load_config("mine.nets:Small") == from_dict(SETTINGS)
     assert folder.config.read_text().startswith("# clicktrain run folder, format 1\nmodel: mine.nets:Small\n")
     assert folder.summary() is None
     assert folder.read_metrics() == folder.read_events() == []
@@ -28,14 +28,14 @@ def test_lines_can_be_taken_back_and_an_unfinished_one_does_not_count(tmp_path: 
     folder = make(tmp_path / "run")
     folder.append_metrics({"epoch": 1})
     folder.append_event({"event": "stage"})
-    lengths = folder.lengths()
+    marks = folder.log_marks()
     folder.append_metrics({"epoch": 2})
     with folder.events.open("a") as file:
         file.write('{"event": "po')  # killed while writing
     assert [line["epoch"] for line in folder.read_metrics()] == [1, 2]
     assert folder.read_events() == [{"event": "stage"}]
-    folder.truncate(*lengths)
-    assert folder.lengths() == lengths
+    assert folder.take_back(marks, 1.0) == []
+    assert folder.log_marks() == marks
     folder.append_metrics({"epoch": 2.5})
     assert [line["epoch"] for line in folder.read_metrics()] == [1, 2.5]
 
@@ -49,7 +49,7 @@ def test_a_damaged_line_or_summary_is_named(tmp_path: Path) -> None:
     with pytest.raises(UserError, match=r"summary.json is damaged"):
         folder.summary()
     folder.write_summary({"format_version": 99})
-    with pytest.raises(UserError, match="newer"):
+    with pytest.raises(UserError, match=r"has format 99, .*: update clicktrain"):
         folder.summary()
 
 

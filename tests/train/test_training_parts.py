@@ -13,7 +13,7 @@ from torch import nn
 
 from clicktrain.data import Batch
 from clicktrain.errors import UserError
-from clicktrain.train.averaging import freeze_average_, make_average
+from clicktrain.train.averaging import make_average
 from clicktrain.train.config import RunConfig
 from clicktrain.train.device import autocast, resolve_device, seed_batch
 from clicktrain.train.disk import bytes_needed, check_disk
@@ -57,28 +57,6 @@ def test_average_by_hand() -> None:
     assert average.module.weight.item() == pytest.approx(expected)
     assert average.module.running_mean.item() == pytest.approx(expected)  # type: ignore[union-attr, operator]
     assert average.module.num_batches_tracked.item() == 2  # type: ignore[union-attr, operator]
-
-
-@pytest.mark.parametrize("packed", [True, False])
-def test_an_average_of_a_pruned_model_has_its_zeros(packed: bool) -> None:
-    from clicktrain.kernels.pack_model import pack_model_, unpack_model_
-
-    model = tiny(10, 1)
-    average = make_average(model, 0.5)
-    average.update_parameters(model)
-    mask = torch.rand(16, 8, 3, 3) < 0.5
-    mask[:, 0, 0, 0] = True
-    weight = model[3].weight  # type: ignore[index]
-    with torch.no_grad():
-        weight.masked_fill_(~mask, 0.0)  # type: ignore[operator, union-attr]
-    if packed:
-        pack_model_(model, {"3": mask})
-    freeze_average_(average, {"3": mask}, packed)
-    average.update_parameters(model)
-    if packed:
-        unpack_model_(average.module)
-    assert bool((average.module[3].weight[~mask] == 0).all())  # type: ignore[index]
-    assert bool((average.module[3].weight[mask] != 0).all())  # type: ignore[index]
 
 
 def test_losses_are_read_in_bundles() -> None:

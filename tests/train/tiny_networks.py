@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import torch
 from torch import Tensor, nn
 
 
@@ -36,6 +37,44 @@ def plain(num_classes: int, in_channels: int) -> nn.Module:
         nn.Flatten(),
         nn.Linear(32, num_classes),
     )
+
+
+class Dropped(nn.Module):
+    """A residual branch that is left out of half of all training batches, and notes how often."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.conv, self.norm = nn.Conv2d(16, 16, 3, padding=1, bias=False), nn.BatchNorm2d(16)
+        self.kept = self.left_out = 0
+
+    def forward(self, x: Tensor) -> Tensor:
+        if self.training and torch.rand(()).item() < 0.5:
+            self.left_out += 1
+            return x
+        self.kept += self.training
+        y: Tensor = x + self.norm(self.conv(x))
+        return y
+
+
+class StochasticDepth(nn.Module):
+    """Layer drop inside, ``view`` after a pooling at the end."""
+
+    def __init__(self, num_classes: int, in_channels: int) -> None:
+        super().__init__()
+        self.first, self.norm = nn.Conv2d(in_channels, 16, 3, padding=1, bias=False), nn.BatchNorm2d(16)
+        self.dropped, self.relu = Dropped(), nn.ReLU()
+        self.last, self.pool = nn.Conv2d(16, 16, 3, padding=1, bias=False), nn.AdaptiveAvgPool2d(2)
+        self.head = nn.Linear(64, num_classes)
+
+    def forward(self, x: Tensor) -> Tensor:
+        x = self.relu(self.norm(self.first(x)))
+        x = self.pool(self.relu(self.last(self.relu(self.dropped(x)))))
+        y: Tensor = self.head(x.view(x.size(0), -1))
+        return y
+
+
+def stochastic_depth(num_classes: int, in_channels: int) -> nn.Module:
+    return StochasticDepth(num_classes, in_channels)
 
 
 class Breaks(nn.Module):
@@ -101,4 +140,22 @@ def wide(num_classes: int, in_channels: int) -> nn.Module:
         nn.AdaptiveAvgPool2d(1),
         nn.Flatten(),
         nn.Linear(96, num_classes),
+    )
+
+
+def medium(num_classes: int, in_channels: int) -> nn.Module:
+    """Weights enough that a file of them is larger than what is beside them."""
+    return nn.Sequential(
+        nn.Conv2d(in_channels, 32, 3, padding=1, stride=2, bias=False),
+        nn.BatchNorm2d(32),
+        nn.ReLU(),
+        nn.Conv2d(32, 64, 3, padding=1, bias=False),
+        nn.BatchNorm2d(64),
+        nn.ReLU(),
+        nn.Conv2d(64, 64, 3, padding=1, bias=False),
+        nn.BatchNorm2d(64),
+        nn.ReLU(),
+        nn.AdaptiveAvgPool2d(1),
+        nn.Flatten(),
+        nn.Linear(64, num_classes),
     )

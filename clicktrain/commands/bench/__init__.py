@@ -100,9 +100,9 @@ def _measure(benchmark: Benchmark, given: dict[str, Any]) -> dict[str, Any]:
 
 
 def _show(benchmark: Benchmark, result: dict[str, Any]) -> None:
-    from rich.console import Console
+    from clicktrain.commands.screen import PipeConsole
 
-    console = Console()
+    console = PipeConsole()
     benchmark.show(result, console)
     machine = result["machine"]
     where = machine["gpu"] or machine["cpu"]

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING, Any
 
-from clicktrain.commands.arguments import Option
+from clicktrain.commands.arguments import OWN_MODEL, Option
 from clicktrain.commands.bench.benchmark import Benchmark, Result, ms, print_table, times
 
 if TYPE_CHECKING:
@@ -16,15 +16,20 @@ def _measure(given: Result, machine: Result, progress: Any) -> Result:
     from clicktrain.bench.runs import bench_runs, to_json
 
     if given["by_layer"]:
-        layers.check_pruned(given["runs"])
+        layers.check_pruned(given["runs"], given["model"])
     rows = bench_runs(
         given["runs"],
         batch_sizes=given["batch_size"],
         rounds=given["rounds"],
         bf16=given["bf16"],
+        model=given["model"],
         progress=progress,
     )
-    tables = layers.bench_layers(rows, rounds=given["rounds"], progress=progress) if given["by_layer"] else []
+    tables = (
+        layers.bench_layers(rows, rounds=given["rounds"], model=given["model"], progress=progress)
+        if given["by_layer"]
+        else []
+    )
     return {"rows": to_json(rows), "by_layer": layers.to_json(tables)}
 
 
@@ -129,6 +134,7 @@ BENCHMARK = Benchmark(
     "Time the networks of finished runs beside the dense ones: inference and a training step.",
     (
         Option("runs", tuple[str, ...], "Folders of finished runs.", (), metavar="RUN [RUN ...]"),
+        OWN_MODEL,
         Option("batch_size", tuple[int, ...], "Images per call.", (64,), metavar="N [N ...]"),
         Option("rounds", int, "Timings of which the median is taken.", 7, metavar="N"),
         Option("bf16", bool, "Also try everything dense under bfloat16 autocast.", False),

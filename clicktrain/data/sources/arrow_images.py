@@ -11,11 +11,14 @@ from pathlib import Path
 from typing import Any, Literal
 
 import pyarrow as pa
+import pyarrow.compute as pc
 import pyarrow.parquet as pq
 import torch
 from torch import Tensor
 
-from clicktrain.errors import UserError
+from clicktrain.data.image_files import LARGEST_FILE
+from clicktrain.errors import UserError, shortened, shown
+from clicktrain.files import read_regular
 
 Form = Literal["parquet", "arrow-file", "arrow-stream"]
 _IMAGE_NAMES = ("image", "img", "jpg", "png")
@@ -46,7 +49,7 @@ def find_columns(schema: Any, where: str) -> Columns:
     }
     images = by_feature["Image"] or [field.name for field in schema if _holds_bytes(field.type)]
     labels = by_feature["ClassLabel"] or [field.name for field in schema if pa.types.is_integer(field.type)]
-    listed = ", ".join(f"{field.name}: {_short(field.type)}" for field in schema) or "none"
+    listed = shortened(", ".join(f"{field.name}: {_short(field.type)}" for field in schema) or "none", 160)
     image = _choose(
         images,
         _IMAGE_NAMES,
@@ -55,6 +58,8 @@ def find_columns(schema: Any, where: str) -> Columns:
     )
     label = _choose(labels, _LABEL_NAMES, f"{where} has no single label column (integers)", listed)
     names = features.get(label, {}).get("names")
+    if names is not None and not isinstance(names, list):
+        raise UserError(f"{where} names the classes of {label} as {shown(names)}; a list of names is needed")
     return Columns(image, label, tuple(str(name) for name in names) if names else None)
 
 
@@ -103,12 +108,16 @@ def read_labels(table: Any, column: str, where: str) -> Tensor:
     if values.null_count:
         row = values.is_null().to_pylist().index(True)
         raise UserError(f"{where} row {row} has no label (null); give it one or remove the row")
-    return torch.tensor(values.cast(pa.int64()).to_numpy(), dtype=torch.int64)
+    try:
+        return torch.tensor(values.cast(pa.int64()).to_numpy(), dtype=torch.int64)
+    except pa.ArrowException:  # unsigned, and beyond what a class number can be
+        largest = pc.max(values).as_py()
+        raise UserError(f"{where} has label {largest}; labels are class numbers that count from 0") from None
 
 
 def damaged(path: Path, error: Exception) -> UserError:
     """Return the error for a file that Arrow cannot read."""
-    reason = (str(error).splitlines() or [type(error).__name__])[0]
+    reason = shortened((str(error).splitlines() or [type(error).__name__])[0], 150)
     return UserError(f"{path} is not a whole {path.suffix[1:]} file ({reason}); get it again")
 
 
@@ -123,7 +132,7 @@ def open_table(path: Path, form: Form, columns: list[str]) -> Any:
             return pq.ParquetFile(path).read(columns=columns)
         opener = pa.ipc.open_file if form == "arrow-file" else pa.ipc.open_stream
         return opener(pa.memory_map(str(path))).read_all().select(columns)
-    except (pa.ArrowException, OSError) as error:
+    except (pa.ArrowException, OSError, OverflowError, KeyError) as error:
         raise damaged(path, error) from error
 
 
@@ -175,12 +184,12 @@ class ArrowImages:
             path, value = value.get("path"), value.get("bytes")
         if value is None and path is not None:
             try:
-                return Path(path).read_bytes()
-            except OSError as error:
+                return read_regular(path, LARGEST_FILE)
+            except (OSError, ValueError) as error:  # ValueError: a zero byte in the path, or no regular file
+                reason = error.strerror if isinstance(error, OSError) else str(error)
                 raise UserError(
-                    f"{self.name(index)} holds only the path {path}, which cannot be read "
-                    f"({error.strerror}); "
-                    "the column must hold the bytes of the images"
+                    f"{self.name(index)} holds only the path {shortened(path, 300)}, which cannot be read "
+                    f"({reason}); the column must hold the bytes of the images"
                 ) from error
         if value is None:
             raise UserError(f"{self.name(index)} has no image (null); give it one or remove the row")

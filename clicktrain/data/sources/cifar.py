@@ -2,11 +2,12 @@
 
 from __future__ import annotations
 
+import lzma
 import tarfile
 import zlib
 from collections.abc import Mapping
 from dataclasses import dataclass
-from pathlib import Path
+from pathlib import Path, PurePosixPath
 from typing import Any
 
 import numpy as np
@@ -14,9 +15,14 @@ import torch
 
 from clicktrain.data.listing import ListedSplit, Listing
 from clicktrain.data.sources.safe_pickle import load_plain_pickle
-from clicktrain.errors import UserError
+from clicktrain.errors import UserError, shortened
+from clicktrain.files import read_regular
 
 _PIXELS = 3 * 32 * 32
+LARGEST_MEMBER = 512 * 2**20
+"""Bytes of one file of an archive that is read; the largest of CIFAR has 160 MB."""
+LARGEST_ARCHIVE = 2**30
+"""Bytes of an archive without its compression; those of CIFAR have 190 MB."""
 
 
 @dataclass(frozen=True)
@@ -32,6 +38,13 @@ class _Layout:
     label_bytes: int
     label_key: str
     names_key: str
+
+    @property
+    def file_names(self) -> frozenset[str]:
+        """Every file of either version."""
+        return frozenset(
+            name for train, test, meta in (self.binary, self.python) for name in (*train, test, meta)
+        )
 
 
 _LAYOUTS: Mapping[str, _Layout] = {
@@ -95,9 +108,11 @@ def list_cifar(kind: str, argument: str) -> Listing:
 class _Files:
     """The batch files of a folder or of an archive, by their last name."""
 
-    def __init__(self, where: Path) -> None:
+    def __init__(self, where: Path, layout: _Layout) -> None:
         self.where = where
-        self._contents: dict[str, bytes] | None = None if where.is_dir() else _read_archive(where)
+        self._contents: dict[str, bytes] | None = None
+        if not where.is_dir():
+            self._contents = _read_archive(where, layout.file_names)
         self.names = (
             frozenset(file.name for file in where.iterdir())
             if self._contents is None
@@ -112,31 +127,46 @@ class _Files:
         if self._contents is not None:
             return self._contents[name]
         try:
-            return (self.where / name).read_bytes()
+            return read_regular(self.where / name, LARGEST_MEMBER)
         except OSError as error:
             raise UserError(
                 f"{self.where / name} cannot be read ({error.strerror}); make it readable"
             ) from error
 
 
-def _read_archive(path: Path) -> dict[str, bytes]:
-    contents = {}
+def _read_archive(path: Path, wanted: frozenset[str]) -> dict[str, bytes]:
+    """Read the wanted regular members by their last name; nothing is written, no path followed."""
+    contents: dict[str, bytes] = {}
     try:
         with tarfile.open(path, "r:*") as archive:
             for member in archive:
-                if member.isfile():
-                    file = archive.extractfile(member)
-                    assert file is not None  # it is a regular file
-                    contents[Path(member.name).name] = file.read()
-    except (tarfile.TarError, OSError, EOFError, zlib.error) as error:
-        raise UserError(f"{path} is not a whole .tar.gz archive ({error}); download it again") from error
+                if member.offset_data + member.size > LARGEST_ARCHIVE:
+                    raise UserError(
+                        f"{path} holds more than {LARGEST_ARCHIVE:,} bytes, several times what CIFAR has; "
+                        "download it again"
+                    )
+                name = PurePosixPath(member.name).name
+                if not member.isfile() or name not in wanted:
+                    continue
+                if member.size > LARGEST_MEMBER:
+                    raise UserError(
+                        f"{path} has {name} of {member.size:,} bytes; up to {LARGEST_MEMBER:,} are read"
+                    )
+                file = archive.extractfile(member)
+                assert file is not None  # it is a regular file
+                contents[name] = file.read()
+    except UserError:
+        raise
+    except (tarfile.TarError, OSError, EOFError, ValueError, zlib.error, lzma.LZMAError) as error:
+        reason = shortened(str(error).partition("\n")[0], 100)
+        raise UserError(f"{path} is not a whole .tar.gz archive ({reason}); download it again") from error
     return contents
 
 
 def _find(path: Path, layout: _Layout, kind: str) -> _Files:
     """Find the batches: binary before python, extracted before packed."""
     if path.is_file():
-        files = _Files(path)
+        files = _Files(path, layout)
         if layout.binary[1] in files.names or layout.python[1] in files.names:
             return files
         raise UserError(f"{path} holds no {kind} batches; one of {', '.join(layout.archives)} does")
@@ -146,9 +176,9 @@ def _find(path: Path, layout: _Layout, kind: str) -> _Files:
     ):
         for candidate in (path, path / folder):
             if (candidate / test_name).is_file():
-                return _Files(candidate)
+                return _Files(candidate, layout)
         if (path / archive).is_file():
-            return _Files(path / archive)
+            return _Files(path / archive, layout)
     raise UserError(
         f"{path} holds no {kind} data; put {' or '.join(layout.archives)} there, or the folder "
         f"{layout.binary_folder} or {layout.python_folder} extracted from it"

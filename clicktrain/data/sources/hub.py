@@ -33,6 +33,8 @@ def list_hub(name: str, config: str | None, cache_dir: Path | None) -> Listing:
     import datasets
 
     text = name if config is None else f"{name}:{config}"
+    if hasattr(datasets.config, "HF_DATASETS_TRUST_REMOTE_CODE"):  # before version 4: scripts of a data set
+        datasets.config.HF_DATASETS_TRUST_REMOTE_CODE = False
     try:
         loaded = datasets.load_dataset(
             name, config, cache_dir=None if cache_dir is None else str(cache_dir / "hub")

@@ -10,6 +10,7 @@ import torch
 from clicktrain.data.cache import files_fingerprint
 from clicktrain.data.listing import FileImages, ListedSplit, Listing
 from clicktrain.errors import UserError
+from clicktrain.files import check_regular, read_text
 
 _SUFFIXES = (".jpg", ".jpeg", ".png", ".webp", ".bmp", ".ppm", ".pgm", ".gif", ".tif", ".tiff")
 _VAL_NAMES = ("val", "validation", "valid", "test")
@@ -63,16 +64,35 @@ def _folders(root: Path) -> list[str]:
 
 
 def _images_below(folder: Path) -> list[str]:
-    """Return the image files of a folder and the folders in it, in a fixed order."""
-    found = []
-    for parent, folders, files in os.walk(folder, followlinks=True):
-        folders[:] = [name for name in folders if not name.startswith(".")]
-        found += [
-            os.path.join(parent, name)
-            for name in files
-            if name.lower().endswith(_SUFFIXES) and not name.startswith(".")
-        ]
+    """Return the image files of a folder and the folders in it, links followed, in a fixed order.
+
+    Raises:
+        UserError: a link to a folder that it lies in, or an image that is a pipe, a device or a dead link.
+    """
+    found: list[str] = []
+    waiting: list[tuple[str, frozenset[tuple[int, int]]]] = [(str(folder), frozenset())]
+    while waiting:
+        here, above = waiting.pop()
+        status = os.stat(here)
+        identity = (status.st_dev, status.st_ino)
+        if identity in above:
+            raise UserError(f"{here} is a link to a folder that it lies in; remove the link")
+        for entry in os.scandir(here):
+            if entry.name.startswith("."):
+                continue
+            if entry.is_dir():
+                waiting.append((entry.path, above | {identity}))
+            elif entry.name.lower().endswith(_SUFFIXES):
+                _check_file(entry)
+                found.append(entry.path)
     return sorted(found)
+
+
+def _check_file(entry: os.DirEntry[str]) -> None:
+    try:
+        check_regular(entry.path, entry.stat())
+    except OSError as error:
+        raise UserError(f"{entry.path} cannot be read ({error.strerror}); remove it") from error
 
 
 def _walk_classes(root: Path, classes: list[str]) -> tuple[list[str], list[int]]:
@@ -110,8 +130,8 @@ def _read_annotations(root: Path, classes: list[str]) -> tuple[list[str], list[i
     number = {name: label for label, name in enumerate(classes)}
     annotations = root / _ANNOTATIONS
     try:
-        lines = annotations.read_text().splitlines()
-    except (OSError, UnicodeDecodeError) as error:
+        lines = read_text(annotations).splitlines()
+    except OSError as error:
         raise UserError(f"{annotations} cannot be read ({error}); extract the data set again") from error
     paths: list[str] = []
     labels: list[int] = []
@@ -123,7 +143,7 @@ def _read_annotations(root: Path, classes: list[str]) -> tuple[list[str], list[i
                 "a tab and the class"
             )
         path = root / "images" / fields[0]
-        if not path.is_file():
+        if Path(fields[0]).name != fields[0] or not path.is_file():
             raise UserError(
                 f"{annotations} line {row} names {path}, which does not exist; extract the data set again"
             )

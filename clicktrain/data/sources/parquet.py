@@ -24,6 +24,8 @@ from clicktrain.errors import UserError
 
 _SPLIT = re.compile(r"(?P<split>train|validation|valid|val|test)([-_.].*)?\.parquet")
 _VAL_NAMES = ("validation", "val", "valid", "test")
+MOST_ROWS = 100_000_000
+"""Rows of the largest Parquet file that is read: their labels alone take 800 MB."""
 _ROWS = 256  # rows that are converted at a time
 
 
@@ -94,8 +96,12 @@ def _inspect(files: list[Path]) -> _Shards:
         try:
             with pq.ParquetFile(path) as file:
                 schema, metadata = file.schema_arrow, file.metadata
-        except (pa.ArrowException, OSError) as error:
+        except (pa.ArrowException, OSError, OverflowError) as error:
             raise damaged(path, error) from error
+        if not 0 <= metadata.num_rows <= MOST_ROWS:
+            raise UserError(
+                f"{path} says that it has {metadata.num_rows:,} rows; up to {MOST_ROWS:,} are read"
+            )
         here = find_columns(schema, str(path))
         columns = columns or here
         if (here.image, here.label) != (columns.image, columns.label):

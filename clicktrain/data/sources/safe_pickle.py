@@ -65,6 +65,10 @@ def _encode(text: str, encoding: str = "latin1") -> bytes:
 class _PlainUnpickler(pickle.Unpickler):
     """Admits dictionaries, lists, tuples, text, bytes, numbers and arrays; looks no other name up."""
 
+    def __init__(self, data: bytes) -> None:
+        super().__init__(io.BytesIO(data), encoding="bytes")
+        self._left = 2 * len(data)  # bytes that may be encoded: one text can be named again and again
+
     def find_class(self, module: str, name: str, /) -> Any:
         if name == "_reconstruct" and module in ("numpy.core.multiarray", "numpy._core.multiarray"):
             return lambda *arguments: _rebuild_array(
@@ -75,8 +79,14 @@ class _PlainUnpickler(pickle.Unpickler):
         if (module, name) == ("numpy", "dtype"):
             return lambda *arguments: _Type(*arguments)
         if (module, name) == ("_codecs", "encode"):
-            return lambda *arguments: _encode(*arguments)
+            return self._encode
         raise pickle.UnpicklingError(f"it asks for {module}.{name}, which is not plain data")
+
+    def _encode(self, text: str, encoding: str = "latin1") -> bytes:
+        self._left -= len(text)
+        if self._left < 0:
+            raise pickle.UnpicklingError("it is a small file that becomes a large one")
+        return _encode(text, encoding)
 
     def persistent_load(self, pid: Any, /) -> Any:
         raise pickle.UnpicklingError("it refers to objects outside itself")
@@ -96,8 +106,8 @@ def load_plain_pickle(data: bytes, name: str) -> dict[str, Any]:
         UserError: the file is damaged, is no dictionary, or asks for anything but plain data.
     """
     try:
-        _check_places(data)
-        loaded = _PlainUnpickler(io.BytesIO(data), encoding="bytes").load()
+        _check_operations(data)
+        loaded = _PlainUnpickler(data).load()
         if not isinstance(loaded, dict):
             raise pickle.UnpicklingError("it is no dictionary")
         return {_text(key): _plain(value) for key, value in loaded.items()}
@@ -109,12 +119,27 @@ def load_plain_pickle(data: bytes, name: str) -> dict[str, Any]:
         ) from error
 
 
-def _check_places(data: bytes) -> None:
-    """Refuse lengths beyond the file and numbers of remembered objects that it cannot hold.
+_OPERATIONS = frozenset(
+    """
+    MARK STOP POP POP_MARK DUP NONE NEWTRUE NEWFALSE INT BININT BININT1 BININT2 LONG LONG1 LONG4 FLOAT
+    BINFLOAT STRING BINSTRING SHORT_BINSTRING UNICODE BINUNICODE SHORT_BINUNICODE BINUNICODE8 BINBYTES
+    SHORT_BINBYTES BINBYTES8 EMPTY_LIST APPEND APPENDS LIST EMPTY_TUPLE TUPLE TUPLE1 TUPLE2 TUPLE3 EMPTY_DICT
+    DICT SETITEM SETITEMS GLOBAL STACK_GLOBAL REDUCE BUILD GET BINGET LONG_BINGET PUT BINPUT LONG_BINPUT
+    MEMOIZE PROTO FRAME
+    """.split()  # noqa: SIM905 - a literal list would be one word a line
+)
+"""Plain data, and the calls of stand-ins: no classes are instantiated, no registries or buffers asked."""
 
-    The unpickler makes room for as many as the largest number says: a damaged byte could ask for 30 GB.
+
+def _check_operations(data: bytes) -> None:
+    """Refuse operations beyond plain data, lengths beyond the file, and places that it cannot have.
+
+    The unpickler makes room for as many remembered objects as the largest number says: a damaged byte could
+    ask for 30 GB.
     """
     for operation, argument, _ in pickletools.genops(data):
+        if operation.name not in _OPERATIONS:
+            raise pickle.UnpicklingError(f"it uses {operation.name}, which plain data does not need")
         if operation.name in ("PUT", "BINPUT", "LONG_BINPUT") and not 0 <= int(argument or 0) < len(data):
             raise pickle.UnpicklingError(f"it remembers an object as number {argument}")
 

@@ -8,24 +8,38 @@ from torch import Tensor
 
 from clicktrain.data.listing import ListedSplit, Listing
 from clicktrain.data.seeding import seeded_generator
-from clicktrain.errors import UserError
+from clicktrain.errors import UserError, shown
+from clicktrain.limits import in_words
 
 _DEFAULTS = {"classes": 10, "size": 32, "channels": 3, "train": 512, "val": 128, "seed": 0}
 _LEAST = {"classes": 2, "size": 1, "channels": 1, "train": 2, "val": 1, "seed": 0}
+_DIGITS, _SEED_DIGITS = 9, 18
 _CHUNK = 1024
 
 
-def list_synthetic(argument: str) -> Listing:
+def list_synthetic(argument: str, memory_limit: int) -> Listing:
     """Draw a data set that a network can learn.
 
     Each class has a smooth random picture; an image is its class's picture with random contrast, brightness
     and noise. The settings (``classes=10,size=32,channels=3,train=512,val=128,seed=0``, any of them may be
     left out) fix every pixel. Classes take turns, so that each split has the same number of each.
 
+    Args:
+        argument: the settings.
+        memory_limit: bytes that the images, and the pictures that they are drawn from, may take.
+
     Raises:
-        UserError: an unknown setting, or a value that is no integer or too small.
+        UserError: an unknown setting, a value that is no integer or too small, or images that take more than
+            ``memory_limit``.
     """
     settings = _parse(argument)
+    pixels = settings["channels"] * settings["size"] ** 2
+    needed = (settings["train"] + settings["val"] + 4 * settings["classes"]) * pixels
+    if needed > memory_limit:
+        raise UserError(
+            f"synthetic data of {in_words(needed)} is more than the {in_words(memory_limit)} that it may "
+            "take; make size, channels, train, val or classes smaller"
+        )
     classes, size, channels = settings["classes"], settings["size"], settings["channels"]
     generator = seeded_generator("synthetic", settings["seed"])
     coarse = torch.randn(classes, channels, 4, 4, generator=generator)
@@ -53,10 +67,12 @@ def _parse(argument: str) -> dict[str, int]:
     for item in filter(None, argument.split(",")):
         name, _, value = (part.strip() for part in item.partition("="))
         if name not in _DEFAULTS:
-            raise UserError(f"synthetic data has no setting {name!r}; it has {', '.join(_DEFAULTS)}")
-        if not value.isdecimal() or int(value) < _LEAST[name]:
+            raise UserError(f"synthetic data has no setting {shown(name)}; it has {', '.join(_DEFAULTS)}")
+        most = _DIGITS if name != "seed" else _SEED_DIGITS
+        if not value.isdecimal() or len(value) > most or int(value) < _LEAST[name]:
             raise UserError(
-                f"synthetic {name}={value!r} is not possible; an integer from {_LEAST[name]} on is"
+                f"synthetic {name}={shown(value)} is not possible; an integer from {_LEAST[name]} on is, of "
+                f"up to {most} digits"
             )
         settings[name] = int(value)
     if settings["train"] < settings["classes"]:

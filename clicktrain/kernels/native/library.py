@@ -4,17 +4,18 @@ from __future__ import annotations
 
 import ctypes
 import functools
-import hashlib
 import os
-import subprocess
-import tempfile
-from collections.abc import Sequence
+from collections.abc import Iterable
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
 from torch import Tensor
 
+from clicktrain.kernels.native import sealed, trial
+from clicktrain.kernels.native.compilation import compile_kernel
+from clicktrain.kernels.native.failure import KernelError, report_failure
+from clicktrain.kernels.native.folder import cache_folder, mark_used, tidy, unwritable, work_folder
 from clicktrain.kernels.native.toolchain import Toolchain, needed_toolchain
 
 Library = ctypes.CDLL
@@ -24,44 +25,93 @@ Library = ctypes.CDLL
 def build(source: str, tools: Toolchain | None = None) -> Path:
     """Compile C text into a shared library, or find it in the cache.
 
-    The name is the hash of the text, the compiler's version and flags, and the instructions that they mean
-    on this processor. The library appears under it by an atomic rename, so that processes may race.
+    Its name has the hash of the text and of `Toolchain.identity`, and its own length and hash: see `sealed`.
+    What is found is compared with its name, what is compiled has been loaded by another process first.
 
     Returns:
         The library's path.
 
     Raises:
-        RuntimeError: there is no compiler, or it refuses the text (with what it said).
+        KernelError: there is no compiler, it fails on this text, or the library cannot be kept.
     """
     tools = tools or needed_toolchain()
-    key = "\n".join((source, tools.version, *tools.flags, *tools.isa))
-    folder = cache_folder()
-    path = folder / f"{hashlib.sha256(key.encode()).hexdigest()[:32]}.so"
-    if path.exists():
-        return path
-    with tempfile.TemporaryDirectory(prefix="build-", dir=folder) as work:
-        text = Path(work) / "kernel.c"
-        text.write_text(source)
-        product = Path(work) / "kernel.so"
-        command = [tools.compiler, *tools.flags, str(text), "-o", str(product), "-lm"]
-        done = subprocess.run(command, capture_output=True, text=True, check=False)
-        if done.returncode != 0:
-            raise RuntimeError(f"{tools.compiler} refused a generated kernel: {done.stderr.strip()[:2000]}")
-        os.replace(product, path)
+    folder, key = cache_folder(), _key(source, tools)
+    path = sealed.find(folder, key)
+    if path is None:
+        tidy(folder)
+        with work_folder(folder) as work:
+            product = compile_kernel(source, key, tools, work)
+            try:
+                path = sealed.store(product, folder, key)
+            except OSError as error:
+                raise unwritable(folder, error) from error
+    else:
+        mark_used(path)
     return path
 
 
-def build_all(sources: Sequence[str]) -> None:
-    """Compile several texts side by side, as many at a time as there are processors."""
-    with ThreadPoolExecutor(max_workers=os.cpu_count() or 1) as pool:
-        for _ in pool.map(build, dict.fromkeys(sources)):
-            pass
+def build_all(sources: Iterable[str]) -> dict[str, KernelError]:
+    """Build and load several texts side by side, as many at a time as there are processors.
+
+    Returns:
+        The texts that failed, and why; who watches (`watch_failures`) is told.
+    """
+    failed = _build_all(sources)
+    for error in failed.values():
+        report_failure(error)
+    return failed
+
+
+def need_all(sources: Iterable[str]) -> None:
+    """`build_all`, where nothing goes without any of them; raises the first KernelError."""
+    for error in _build_all(sources).values():
+        raise error
+
+
+def _build_all(sources: Iterable[str]) -> dict[str, KernelError]:
+    def attempt(source: str) -> KernelError | None:
+        try:
+            load(source)
+        except KernelError as error:
+            return error
+        return None
+
+    texts = list(dict.fromkeys(sources))
+    pool = ThreadPoolExecutor(max_workers=os.cpu_count() or 1)
+    try:
+        results = list(pool.map(attempt, texts))
+    finally:
+        pool.shutdown(cancel_futures=True)
+    return {text: error for text, error in zip(texts, results, strict=True) if error is not None}
 
 
 @functools.cache
 def load(source: str) -> Library:
-    """Build and load; the same library object for the same text within a process."""
-    return ctypes.CDLL(str(build(source)))
+    """Build and load; the same library object for the same text within a process.
+
+    Raises:
+        KernelError: as `build`, or what was built cannot be loaded.
+    """
+    tools = needed_toolchain()
+    why = ""
+    for _ in range(2):  # another process may remove a library that it finds damaged or unused
+        path = build(source, tools)
+        try:
+            library = Library(str(path))
+            if getattr(library, trial.IDENTITY)() == trial.identity_of(_key(source, tools)):
+                return library
+            why = "it is another kernel's"
+        except (OSError, AttributeError) as error:
+            why = str(error)
+        sealed.discard(path)
+    raise KernelError(
+        f"a library of the kernel cache {cache_folder()} cannot be loaded ({why}): set "
+        "CLICKTRAIN_KERNEL_CACHE to a folder of your own, on a disk that may run programs"
+    )
+
+
+def _key(source: str, tools: Toolchain) -> str:
+    return sealed.key_of(source, *tools.identity)
 
 
 def call(function: Any, *values: Any) -> Any:
@@ -75,21 +125,3 @@ def call(function: Any, *values: Any) -> Any:
 
 
 _C_TYPES = {int: ctypes.c_int64, bool: ctypes.c_int64, float: ctypes.c_double}
-
-
-@functools.cache
-def cache_folder() -> Path:
-    """``$CLICKTRAIN_KERNEL_CACHE``, else ``clicktrain/kernels`` in the user's cache, else a temporary folder.
-
-    Libraries are executed: the folder is made for its owner only, and one that others can write to is
-    refused in favour of a temporary one.
-    """
-    home = os.environ.get("XDG_CACHE_HOME") or str(Path.home() / ".cache")
-    wanted = os.environ.get("CLICKTRAIN_KERNEL_CACHE") or str(Path(home) / "clicktrain" / "kernels")
-    folder = Path(wanted)
-    try:
-        folder.mkdir(mode=0o700, parents=True, exist_ok=True)
-        safe = not folder.stat().st_mode & 0o022 and os.access(folder, os.W_OK)
-    except OSError:
-        safe = False
-    return folder if safe else Path(tempfile.mkdtemp(prefix="clicktrain-kernels-"))

@@ -4,19 +4,27 @@ from __future__ import annotations
 
 import functools
 import os
+import shlex
 import shutil
-import subprocess
-import tempfile
-from dataclasses import dataclass
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 import torch
 
+from clicktrain.kernels.native.command import compile_seconds, run_limited
+from clicktrain.kernels.native.failure import KernelError
+from clicktrain.kernels.native.folder import cache_folder, is_full, unwritable, work_folder
+from clicktrain.kernels.native.sealed import key_of
+from clicktrain.kernels.native.simd import Simd, native_simd, requested_simd
+from clicktrain.kernels.native.trial import SELF_TEST, why_unfit, with_identity
 from clicktrain.kernels.native.vector import compute_type
 
 _FLAGS = ("-std=gnu11", "-O2", "-fPIC", "-shared", "-fno-math-errno", "-ffp-contract=fast")
 _TUNE = (("-march=native",), ("-mcpu=native",), ())
-_VECTOR_BYTES = (("__AVX512F__", 64), ("__AVX__", 32))
+_SELF_TEST_KEY = key_of(SELF_TEST)
+_HELP = "install gcc or clang, or name a compiler that works in CC"
+NO_COMPILER = "there is no C compiler: install gcc or clang, or name one in CC"
 _ISA_MACROS = ("__AVX512F__", "__AVX512BF16__", "__AVX2__", "__AVX__", "__FMA__", "__ARM_NEON", "__SSE2__")
 
 
@@ -29,83 +37,158 @@ class Toolchain:
         version: the first line of what it says of itself.
         flags: what every library is built with.
         isa: macros of the processor's vector instructions that the compiler will use, e.g. ``__AVX2__``.
-        vector_bytes: width of one vector register.
+        simd: what kernels are generated for; the processor's own unless the environment says otherwise.
         openmp: whether threads can be used.
+        arguments: what ``$CC`` has behind the executable (``ccache gcc``, ``gcc -m64``).
     """
 
     compiler: str
     version: str
     flags: tuple[str, ...]
     isa: tuple[str, ...]
-    vector_bytes: int
+    simd: Simd
     openmp: bool
+    arguments: tuple[str, ...] = ()
 
     @property
     def registers(self) -> int:
         """Vector registers that code can use."""
-        return 32 if "__AVX512F__" in self.isa or "__ARM_NEON" in self.isa else 16
+        return self.simd.registers
 
     @property
     def multiplies_pairs(self) -> bool:
-        """Whether the processor multiplies pairs of bfloat16 numbers in whole registers (``vdpbf16ps``)."""
-        return "__AVX512BF16__" in self.isa and self.vector_bytes == 64
+        """Whether pairs of bfloat16 numbers are multiplied in whole registers (``vdpbf16ps``)."""
+        return self.simd.pairs
+
+    @property
+    def identity(self) -> tuple[str, ...]:
+        """All that decides which kernels are built, and how fast they are: part of the keys of caches."""
+        program = os.path.realpath(self.compiler)
+        return (program, *self.arguments, self.version, *self.flags, *self.isa, str(self.simd))
+
+    @property
+    def name(self) -> str:
+        """How it is called."""
+        return " ".join((self.compiler, *self.arguments))
+
+    def command(self, source: Path, product: Path) -> list[str]:
+        """What builds a library of a text."""
+        return [self.compiler, *self.arguments, *self.flags, str(source), "-o", str(product), "-lm"]
 
     def lanes(self, dtype: torch.dtype) -> int:
         """V: images that lie side by side where activations are kept in that type.
 
         As many as a vector register has numbers of the type that is computed in.
         """
-        return self.vector_bytes // compute_type(dtype).itemsize
+        return self.simd.vector_bytes // compute_type(dtype).itemsize
 
 
 @functools.cache
-def toolchain() -> Toolchain | None:
-    """The compiler of this machine: ``$CC``, else cc, gcc or clang; None if none of them works.
+def _search() -> tuple[Toolchain | None, str]:
+    """The compiler, or why there is none."""
+    try:
+        return _find(cache_folder())
+    except KernelError as error:
+        return None, str(error)
 
-    ``CLICKTRAIN_CFLAGS`` adds flags (a sanitizer, say); they are part of the cache's key.
+
+def _find(folder: Path) -> tuple[Toolchain | None, str]:
+    named = os.environ.get("CC", "").strip()
+    try:
+        candidates = [shlex.split(named)] if named else [["cc"], ["gcc"], ["clang"]]
+    except ValueError:
+        return None, f"CC={named!r} cannot be read (a quotation is not closed): {_HELP}"
+    reasons = []
+    for program, *arguments in candidates:
+        path = shutil.which(program)
+        if path is not None:
+            found = _try(path, arguments, folder)
+            if isinstance(found, Toolchain):
+                return found, ""
+            reasons.append(f"the C compiler {' '.join((program, *arguments))} {found}")
+    if reasons:
+        return None, f"{reasons[0]}: {_HELP}"
+    if named:
+        return None, f"CC={named!r} names a program that does not exist: {_HELP}"
+    return None, NO_COMPILER
+
+
+def toolchain() -> Toolchain | None:
+    """The compiler of this machine: ``$CC`` alone if it is set, else cc, gcc or clang; None if none works.
+
+    A compiler works if a library that it builds passes a self-test, in another process. It is looked for
+    once per process. ``CLICKTRAIN_CFLAGS`` adds flags (a sanitizer, say); they are part of the cache's key.
+    So are ``CLICKTRAIN_LANES`` and ``CLICKTRAIN_PAIRS``, which set the width of vectors: see
+    `requested_simd`. All are read once per process.
     """
-    for name in (os.environ.get("CC", ""), "cc", "gcc", "clang"):
-        path = shutil.which(name) if name else None
-        if path is not None and (found := _try(path)) is not None:
-            return found
-    return None
+    return _search()[0]
+
+
+def missing_toolchain() -> str:
+    """Why there is no `toolchain`, and what would help."""
+    return _search()[1] or NO_COMPILER
 
 
 def needed_toolchain() -> Toolchain:
-    """`toolchain`, where nothing goes without it; RuntimeError if there is none."""
+    """`toolchain`, where nothing goes without it; KernelError if there is none."""
     tools = toolchain()
     if tools is None:
-        raise RuntimeError("there is no C compiler: install gcc or clang, or name one in CC")
+        raise KernelError(missing_toolchain())
     return tools
 
 
-def _try(compiler: str) -> Toolchain | None:
+def _try(compiler: str, arguments: Sequence[str], folder: Path) -> Toolchain | str:
+    """The compiler with the flags that it can do most with, or what is wrong with it, as a predicate."""
     extra = tuple(os.environ.get("CLICKTRAIN_CFLAGS", "").split())
+    why = ""
     for tune in _TUNE:
         for openmp in (("-fopenmp",), ()):
             flags = (*_FLAGS, *tune, *openmp, *extra)
-            if _compiles(compiler, flags):
-                macros = _macros(compiler, (*tune, *extra))
-                width = next((size for macro, size in _VECTOR_BYTES if macro in macros), 16)
-                isa = tuple(macro for macro in _ISA_MACROS if macro in macros)
-                return Toolchain(compiler, _version(compiler), flags, isa, width, bool(openmp))
-    return None
+            with work_folder(folder) as work:
+                tools = Toolchain(compiler, "", flags, (), native_simd(()), bool(openmp), tuple(arguments))
+                why, hung = _why_unusable(tools, work)
+                if hung:
+                    return why
+                if not why:
+                    macros = _macros(tools, (*tune, *extra), work)
+                    version = _version(tools, work)
+                    isa = tuple(macro for macro in _ISA_MACROS if macro in macros)
+                    return replace(tools, version=version, isa=isa, simd=requested_simd(native_simd(isa)))
+    return why
 
 
-def _compiles(compiler: str, flags: tuple[str, ...]) -> bool:
-    with tempfile.TemporaryDirectory(prefix="clicktrain-") as folder:
-        source = Path(folder) / "try.c"
-        source.write_text("int answer(void) { return 42; }\n")
-        command = [compiler, *flags, str(source), "-o", str(Path(folder) / "try.so")]
-        return subprocess.run(command, capture_output=True, check=False).returncode == 0
+def _why_unusable(tools: Toolchain, work: Path) -> tuple[str, bool]:
+    """What is wrong with a compiler and its flags, as a predicate, and whether it hung."""
+    source, product = work / "try.c", work / "try.so"
+    try:
+        source.write_text(with_identity(SELF_TEST, _SELF_TEST_KEY))
+    except OSError as error:
+        raise unwritable(work.parent, error) from error
+    done = run_limited(tools.command(source, product), compile_seconds(), work)
+    if done.problem and not done.hung and is_full(work, done.output):
+        raise unwritable(work.parent)
+    if done.problem:
+        said = first_error(done.output).replace(f"{work}/", "")
+        return f"{done.problem}{f' ({said})' if said else ''}", done.hung
+    if not product.is_file():
+        return "writes no library", False
+    return why_unfit(product, _SELF_TEST_KEY, work, self_test=True), False
 
 
-def _macros(compiler: str, flags: tuple[str, ...]) -> frozenset[str]:
-    command = [compiler, *flags, "-dM", "-E", "-x", "c", os.devnull]
-    text = subprocess.run(command, capture_output=True, text=True, check=False).stdout
-    return frozenset(line.split()[1] for line in text.splitlines() if line.startswith("#define "))
+def first_error(output: str) -> str:
+    """The line of a compiler's output that tells most."""
+    lines = [line.strip() for line in output.splitlines() if line.strip()]
+    return next((line for line in lines if "error" in line.lower()), lines[-1] if lines else "")[:400]
 
 
-def _version(compiler: str) -> str:
-    text = subprocess.run([compiler, "--version"], capture_output=True, text=True, check=False).stdout
-    return text.splitlines()[0] if text else compiler
+def _macros(tools: Toolchain, flags: Sequence[str], work: Path) -> frozenset[str]:
+    command = [tools.compiler, *tools.arguments, *flags, "-dM", "-E", "-x", "c", os.devnull]
+    text = run_limited(command, compile_seconds(), work).output
+    words = [line.split() for line in text.splitlines() if line.startswith("#define ")]
+    return frozenset(line[1] for line in words if len(line) > 1)
+
+
+def _version(tools: Toolchain, work: Path) -> str:
+    command = [tools.compiler, *tools.arguments, "--version"]
+    text = run_limited(command, compile_seconds(), work).output.strip()
+    return text.splitlines()[0][:200] if text else tools.compiler

@@ -48,16 +48,7 @@ def preamble(dtype: torch.dtype, lanes: int) -> str:
             "#define __has_builtin(x) 0",
             "#endif",
             "static inline __attribute__((always_inline)) vec splat(real x) { return x - (vec){0}; }",
-            # What several sums use is to be loaded once: compilers fold the load into each use instead.
-            "#if defined(__AVX512F__)",
-            '#define KEEP(x) __asm__("" : "+v"(x))',
-            "#elif defined(__x86_64__)",
-            '#define KEEP(x) __asm__("" : "+x"(x))',
-            "#elif defined(__aarch64__)",
-            '#define KEEP(x) __asm__("" : "+w"(x))',
-            "#else",
-            "#define KEEP(x)",
-            "#endif",
+            *_in_register(lanes * size),
             *_lane_sums("", "vec", dtype, lanes),
             *_stored(kept, lanes),
             *_stream(lanes * kept.itemsize),
@@ -131,6 +122,33 @@ def _stored(dtype: torch.dtype, lanes: int) -> list[str]:
 def _vector(size: int) -> str:
     """A C type's attributes that make it a vector of so many bytes, which may lie over any other type."""
     return f"__attribute__((vector_size({size}), aligned({size}), may_alias))"
+
+
+def _in_register(size: int) -> list[str]:
+    """``KEEP(v)``, which holds a vector of so many bytes in a register, and ``USE(v)``, which needs it there.
+
+    What several sums use is to be loaded once: compilers fold the load into each use instead. Vectors wider
+    than a register are several of them, which ``KEEP`` leaves to the compiler.
+    """
+    lines: list[str] = []
+    for macro, widest, letter in _REGISTER_CLASSES:
+        if size <= widest:
+            lines += [
+                f"#{'el' if lines else ''}if defined({macro})",
+                f'#define KEEP(x) __asm__("" : "+{letter}"(x))',
+                f'#define USE(x) __asm__ volatile("" : : "{letter}"(x))',
+            ]
+    other = ["#define KEEP(x)", '#define USE(x) __asm__ volatile("" : : "m"(x))']
+    return [*lines, "#else", *other, "#endif"] if lines else other
+
+
+_REGISTER_CLASSES = (
+    ("__AVX512F__", 64, "v"),
+    ("__AVX__", 32, "x"),
+    ("__x86_64__", 16, "x"),
+    ("__aarch64__", 16, "w"),
+)
+"""Macro, bytes of a vector register, and the letter for one in inline assembly."""
 
 
 def _stream(size: int) -> list[str]:

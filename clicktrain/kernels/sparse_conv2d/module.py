@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import warnings
 from collections.abc import Callable
 from typing import Any
 
@@ -11,7 +12,9 @@ from torch.nn.parameter import UninitializedParameter
 
 from clicktrain.errors import UserError
 from clicktrain.formats.packed import Structure, pack_values, unpack_values
+from clicktrain.kernels.native.failure import KernelError
 from clicktrain.kernels.sparse_conv2d.api import Padding, Pair, implementation, padding_pair, pair
+from clicktrain.kernels.sparse_conv2d.dense_view import READ_ONLY, DenseView
 
 _HOOKS = (
     "_forward_hooks",
@@ -38,6 +41,10 @@ class PackedConv2d(nn.Module):
         impl: name of the operator's implementation.
     """
 
+    transposed = False
+    output_padding = (0, 0)
+    impl: str
+    _otherwise: str | None = None
     values: nn.Parameter
     bias: nn.Parameter | None
     keep_bits: Tensor
@@ -74,8 +81,7 @@ class PackedConv2d(nn.Module):
         self.dilation = pair(dilation)
         self.groups = groups
         self.padding_mode = "zeros"
-        self.impl = impl
-        self._run = implementation(impl)
+        self.use(impl)
 
     @classmethod
     def from_conv(cls, conv: nn.Conv2d, mask: Tensor, name: str = "the convolution") -> PackedConv2d:
@@ -136,17 +142,59 @@ class PackedConv2d(nn.Module):
         _take_over(self, conv)
         return conv
 
+    @property
+    def weight(self) -> Tensor:
+        """[F, C, R, S] with zeros in place, made at each access; gradients flow to ``values``.
+
+        For networks and losses that read a layer's weight. It is no parameter and not in ``state_dict``;
+        writing into it, like setting it, is a UserError: the parameter is ``values``.
+        """
+        if not isinstance(self.values, Tensor):
+            raise TypeError("it reads the weight of a packed convolution")  # in a symbolic trace
+        view = self.dense_weight().as_subclass(DenseView)
+        view.dense_gradient = self._dense_gradient
+        return view
+
+    def _dense_gradient(self) -> Tensor | None:
+        gradient = self.values.grad
+        return None if gradient is None else unpack_values(self.structure, gradient)
+
     def dense_weight(self) -> Tensor:
         """[F, C, R, S] with zeros in place; differentiable."""
         return unpack_values(self.structure, self.values)
 
-    def use(self, impl: str) -> None:
-        """Choose the implementation that `forward` calls from now on; ValueError if there is none."""
+    def __setattr__(self, name: str, value: Any) -> None:
+        """As in any module; ``weight`` cannot be set."""
+        if name == "weight":
+            raise UserError(READ_ONLY)
+        super().__setattr__(name, value)
+
+    def use(self, impl: str, otherwise: str | None = None) -> None:
+        """Choose the implementation that `forward` calls from now on.
+
+        Args:
+            impl: key of `IMPLS`.
+            otherwise: the one to go on with, after a warning, once a kernel of the first cannot be built;
+                without one the KernelError is raised.
+
+        Raises:
+            ValueError: there is no such implementation.
+        """
         self._run = implementation(impl)
-        self.impl = impl
+        self.impl, self._otherwise = impl, otherwise
 
     def forward(self, x: Tensor) -> Tensor:
         """[N, in_channels, H, W] -> [N, F, H', W']."""
+        try:
+            return self._compute(x)
+        except KernelError as error:
+            if self._otherwise is None:
+                raise
+            warnings.warn(f"a packed layer runs on the {self._otherwise} operator: {error}", stacklevel=2)
+            self.use(self._otherwise)
+            return self._compute(x)
+
+    def _compute(self, x: Tensor) -> Tensor:
         return self._run(
             x, self.values, self.structure, self.bias, self.stride, self.padding, self.dilation, self.groups
         )
@@ -174,6 +222,11 @@ class PackedConv2d(nn.Module):
         unexpected_keys: list[str],
         error_msgs: list[str],
     ) -> None:
+        if f"{prefix}values" not in state_dict and f"{prefix}weight" in state_dict:
+            problem, state_dict = self._packed_here(state_dict, prefix)
+            if problem:
+                error_msgs.append(problem)
+                return
         bits = state_dict.get(f"{prefix}keep_bits")
         if bits is not None and not _equal(bits, self.keep_bits):
             try:
@@ -191,6 +244,26 @@ class PackedConv2d(nn.Module):
         super()._load_from_state_dict(
             state_dict, prefix, local_metadata, strict, missing_keys, unexpected_keys, error_msgs
         )
+
+    def _packed_here(self, state_dict: dict[str, Any], prefix: str) -> tuple[str, dict[str, Any]]:
+        """A dense weight in this layer's positions; a sentence if it has others, or another shape."""
+        weight = state_dict[f"{prefix}weight"]
+        layer = prefix.rstrip(".") or "the layer"
+        if tuple(weight.shape) != tuple(self.structure.shape):
+            return (
+                f"{layer}: a weight of shape {tuple(weight.shape)} does not fit this packed layer of "
+                f"{tuple(self.structure.shape)}"
+            ), state_dict
+        structure = self.structure.to(weight.device)
+        values = pack_values(structure, weight)
+        if int((weight != 0).sum()) > int((values != 0).sum()):
+            return (
+                f"{layer}: these weights are not zero where this packed layer has no values: load weights "
+                "that were saved after the hard prune, or unpack the network first (clicktrain.unpack)"
+            ), state_dict
+        packed = {key: value for key, value in state_dict.items() if key != f"{prefix}weight"}
+        packed |= {f"{prefix}values": values, f"{prefix}keep_bits": self.keep_bits}
+        return "", packed
 
 
 def refusal(module: nn.Module) -> str | None:

@@ -91,6 +91,11 @@ _IMAGES = (
 typedef stored cell;
 typedef uint32_t half_bits __attribute__((vector_size(2 * LANES), aligned(2 * LANES), may_alias));
 typedef half_vec sums_t;
+#if LANES < 8
+// Clang holds no operand of less than 16 bytes in a vector register.
+#undef KEEP
+#define KEEP(x)
+#endif
 static inline __attribute__((always_inline, unused)) cell to_cell(stored v) { return v; }
 #if defined(__AVX512BF16__) && LANES == 16
 #define MULTIPLY_ADD(sum, w, x) __asm__("vdpbf16ps %2, %1, %0" : "+v"(sum) : "v"(w), "vm"(x))

@@ -12,6 +12,9 @@ Phase = Literal["forward", "grad_input", "grad_weight"]
 Code = Literal["sets", "sweep", "taps"]
 PHASES: tuple[Phase, ...] = ("forward", "grad_input", "grad_weight")
 _LEAST = {"tile": 1, "region": 1, "together": 1, "images": 1, "sources": 0, "results": 0}
+_MOST = {"tile": 256, "together": 16}
+"""Code is written for each position of a tile and each filter of it; the others are bounds of loops."""
+_MOST_NUMBER = 1 << 24
 
 
 @dataclass(frozen=True, slots=True)
@@ -114,4 +117,6 @@ class Tiling:
             for number in numbers if isinstance(numbers, tuple) else (numbers,):
                 if type(number) is not int or number < least:
                     raise ValueError(f"{name} of a tiling is a number of at least {least}, not {number!r}")
+                if number > (most := _MOST.get(name, _MOST_NUMBER)):
+                    raise ValueError(f"{name} of a tiling is a number of at most {most}, not {number}")
         return cls(**plain)

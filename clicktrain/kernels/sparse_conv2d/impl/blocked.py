@@ -29,17 +29,20 @@ def sparse_conv2d(
     ``accelerate`` keeps activations blocked from layer to layer and saves the conversions.
 
     Raises:
-        ValueError: no C compiler, not on the CPU, or another number type than float32 and float64.
+        ValueError: not on the CPU, or another number type than float32 and float64.
+        KernelError: no C compiler, or it fails on a kernel of this layer.
     """
     from clicktrain.kernels.blocked_layout import block_batch, unblock_batch
-    from clicktrain.kernels.native import C_TYPES, toolchain
+    from clicktrain.kernels.native import C_TYPES, KernelError, missing_toolchain, toolchain
+    from clicktrain.kernels.native.library import need_all
+    from clicktrain.kernels.sparse_conv2d.blocked.launch import compile_plan
     from clicktrain.kernels.sparse_conv2d.blocked.ops import sparse_conv2d_blocked
     from clicktrain.kernels.sparse_conv2d.blocked.prepared import prepare
     from clicktrain.kernels.sparse_conv2d.blocked.problem import ConvProblem
 
     tools = toolchain()
     if tools is None:
-        raise ValueError("impl='blocked' needs a C compiler: install gcc or clang, or name one in CC")
+        raise KernelError(f"impl='blocked' needs a C compiler, but {missing_toolchain()}")
     if x.device.type != "cpu" or values.device.type != "cpu":
         raise ValueError(f"impl='blocked' runs on the CPU, not on {x.device}: use 'reference' there")
     if values.dtype not in C_TYPES:
@@ -55,6 +58,8 @@ def sparse_conv2d(
     key = (tuple(problem.numbers()), groups)
     if key not in prepared:
         plan, tables = prepare(structure, problem, groups)
+        # All of them now: what cannot be built would else be missed in a backward pass.
+        need_all(compile_plan(plan.to_json(), values.dtype))
         prepared[key] = list(tables.tensors), plan.to_json()
     tables_of_layer, text = prepared[key]
     blocks = block_batch(images, tools.lanes(values.dtype))

@@ -4,11 +4,12 @@ from __future__ import annotations
 
 import dataclasses
 import difflib
+import math
 import types
 from collections.abc import Iterable, Mapping
 from typing import Any, Literal, TypeVar, Union, get_args, get_origin, get_type_hints
 
-from clicktrain.errors import UserError
+from clicktrain.errors import UserError, shortened, shown
 
 T = TypeVar("T")
 
@@ -21,9 +22,9 @@ def field_names(cls: type) -> tuple[str, ...]:
 def unknown_field(name: str, valid: Iterable[str]) -> UserError:
     """The error for a setting that does not exist; names the nearest one that does."""
     names = sorted(valid)
-    close = difflib.get_close_matches(name, names, n=1)
-    hint = f"did you mean '{close[0]}'?" if close else f"valid settings: {', '.join(names)}"
-    return UserError(f"unknown setting '{name}': {hint}")
+    close = difflib.get_close_matches(name[:80], names, n=1)
+    hint = f"did you mean '{close[0]}'?" if close else "'clicktrain train --help' lists the settings"
+    return UserError(f"unknown setting '{shortened(name, 80)}': {hint}")
 
 
 def build(cls: type[T], settings: Mapping[str, Any]) -> T:
@@ -50,7 +51,7 @@ def convert(name: str, value: Any, hint: Any) -> Any:
     if origin is Literal:
         if value in args:
             return value
-        raise UserError(f"{name} is {value!r}: use one of {', '.join(str(a) for a in args)}")
+        raise UserError(f"{name} is {shown(value)}: use one of {', '.join(str(a) for a in args)}")
     if hint is bool:
         fits = isinstance(value, bool)
     elif hint is int:
@@ -61,20 +62,20 @@ def convert(name: str, value: Any, hint: Any) -> Any:
         fits = isinstance(value, str)
     elif origin is tuple and len(args) == 2 and args[1] is Ellipsis:
         if not isinstance(value, list | tuple):
-            raise UserError(f"{name} is {value!r}: a list is needed, as in [0.5, 0.75]")
+            raise UserError(f"{name} is {shown(value)}: a list is needed, as in [0.5, 0.75]")
         return tuple(convert(name, item, args[0]) for item in value)
     elif origin is tuple:
         if not isinstance(value, list | tuple) or len(value) != len(args):
-            raise UserError(f"{name} is {value!r}: a list of {len(args)} values is needed")
+            raise UserError(f"{name} is {shown(value)}: a list of {len(args)} values is needed")
         return tuple(convert(name, item, arg) for item, arg in zip(value, args, strict=True))
     elif origin is dict:
         if not isinstance(value, Mapping):
-            raise UserError(f"{name} is {value!r}: a mapping is needed, as in {{layer2: 4}}")
+            raise UserError(f"{name} is {shown(value)}: a mapping is needed, as in {{layer2: 4}}")
         return {convert(name, k, args[0]): convert(name, v, args[1]) for k, v in value.items()}
     else:
         return value
     if not fits:
-        raise UserError(f"{name} is {value!r}: a value of type {hint.__name__} is needed")
+        raise UserError(f"{name} is {shown(value)}: a value of type {hint.__name__} is needed")
     return value
 
 
@@ -94,7 +95,7 @@ def _convert_union(name: str, value: Any, args: tuple[Any, ...]) -> Any:
         ", ".join(map(str, get_args(o))) if get_origin(o) is Literal else _WORDS.get(o, str(o))
         for o in options
     ]
-    raise UserError(f"{name} is {value!r}: use {' or '.join(right)}")
+    raise UserError(f"{name} is {shown(value)}: use {' or '.join(right)}")
 
 
 _WORDS = {int: "a whole number", float: "a number", str: "a text", bool: "true or false"}
@@ -103,10 +104,12 @@ _WORDS = {int: "a whole number", float: "a number", str: "a text", bool: "true o
 def _convert_float(name: str, value: Any) -> float:
     if isinstance(value, int | float | str) and not isinstance(value, bool):
         try:
-            return float(value)
-        except ValueError:
+            number = float(value)
+            if not math.isnan(number):
+                return number
+        except (ValueError, OverflowError):
             pass
-    raise UserError(f"{name} is {value!r}: a number is needed")
+    raise UserError(f"{name} is {shown(value)}: a number is needed")
 
 
 def to_plain(settings: Any) -> dict[str, Any]:

@@ -1,0 +1,97 @@
+"""Standard output that may end before its program does: `| head`, a closed terminal, a full disk."""
+
+from __future__ import annotations
+
+import contextlib
+import io
+import os
+import sys
+from collections.abc import Callable
+from typing import NoReturn, TextIO, cast
+
+from rich.console import Console
+
+
+class Screen(io.TextIOBase):
+    """Text that goes to a stream for as long as anybody reads it.
+
+    A run lasts longer than a pipe: when the stream fails, ``lost`` is called once with the reason, and what
+    is written from then on goes nowhere.
+    """
+
+    def __init__(self, stream: TextIO | None, lost: Callable[[str], None]) -> None:
+        super().__init__()
+        self._stream = stream
+        self._lost = lost
+
+    @property
+    def encoding(self) -> str:  # type: ignore[override]
+        """Of the stream."""
+        return getattr(self._stream, "encoding", None) or "utf-8"
+
+    def writable(self) -> bool:
+        """Always: what nobody reads is dropped."""
+        return True
+
+    def isatty(self) -> bool:
+        """Whether a person sees it."""
+        return self._stream is not None and self._stream.isatty()
+
+    def fileno(self) -> int:
+        """Of the stream; OSError where there is none."""
+        if self._stream is None:
+            raise OSError("nobody reads the output")
+        return self._stream.fileno()
+
+    def write(self, text: str) -> int:
+        """Write, or drop."""
+        if self._stream is not None:
+            try:
+                self._stream.write(text)
+            except (OSError, ValueError) as error:  # ValueError: closed
+                self._give_up(error)
+        return len(text)
+
+    def flush(self) -> None:
+        """Hand on what is buffered."""
+        if self._stream is not None:
+            try:
+                self._stream.flush()
+            except (OSError, ValueError) as error:
+                self._give_up(error)
+
+    def _give_up(self, error: Exception) -> None:
+        stream, self._stream = self._stream, None
+        if stream is sys.stdout:
+            discard_stdout()
+        self._lost(getattr(error, "strerror", None) or str(error))
+
+
+def lasting_console(goes_on: str) -> Console:
+    """A console for a run: if its output cannot be written any more, one warning says how the run goes on."""
+    screen = Screen(
+        sys.stdout, lambda reason: warn(f"the output cannot be written any more ({reason}): {goes_on}")
+    )
+    return Console(file=cast("TextIO", screen))
+
+
+class PipeConsole(Console):
+    """A console that passes a broken pipe on to the command line, which ends quietly."""
+
+    def on_broken_pipe(self) -> NoReturn:
+        """Rich's own ends the process with code 1."""
+        raise BrokenPipeError
+
+
+def discard_stdout() -> None:
+    """Send what is still in Python's buffers, and all that follows, nowhere: nothing may fail at exit."""
+    with contextlib.suppress(OSError, ValueError, AttributeError):
+        descriptor = os.open(os.devnull, os.O_WRONLY)
+        os.dup2(descriptor, sys.stdout.fileno())
+        os.close(descriptor)
+
+
+def warn(sentence: str) -> None:
+    """Print to standard error, if anybody reads that."""
+    with contextlib.suppress(OSError, ValueError, AttributeError):
+        print(f"clicktrain: {sentence}", file=sys.stderr, flush=True)

@@ -1,0 +1,147 @@
+"""The text files of a run folder: version, settings, logs and summary, checked while they are read."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Mapping
+from pathlib import Path
+from typing import Any
+
+from clicktrain.errors import UserError, shown
+from clicktrain.files import (
+    LARGEST_TEXT,
+    LARGEST_YAML,
+    is_file,
+    parse_json,
+    read_json,
+    read_regular,
+    read_text,
+)
+
+FORMAT_VERSION = 1
+"""Version of the folder, its checkpoints and summary; raised when older programs could not read them."""
+
+HEADER = "# clicktrain run folder, format "
+"""Start of the first line of config.yaml; the version follows."""
+
+
+def check_folder(folder: Path) -> None:
+    """Raise a `UserError` unless this is the folder of a run that this version can read."""
+    config = folder / "config.yaml"
+    if not is_file(config):
+        raise UserError(f"{folder} is not the folder of a run: it has no config.yaml")
+    first = read_text(config, LARGEST_YAML).split("\n", 1)[0]
+    if not first.startswith(HEADER):
+        return
+    version = first.removeprefix(HEADER).strip()
+    if not version.isdecimal() or len(version) > 9:
+        raise UserError(f"{config} is damaged: its first line names the format {shown(version, 20)}")
+    if int(version) > FORMAT_VERSION:
+        raise UserError(
+            f"{folder} has format {version}, this version of clicktrain reads up to {FORMAT_VERSION}: "
+            "update clicktrain"
+        )
+
+
+def read_records(path: Path) -> list[dict[str, Any]]:
+    """Records of a JSONL file, in order; an unfinished last line is left out, a missing file has none.
+
+    Raises:
+        UserError: a line that is not JSON, or not a mapping.
+    """
+    if not is_file(path):
+        return []
+    lines = read_regular(path, LARGEST_TEXT).split(b"\n")[:-1]  # what follows the last newline is unfinished
+    problem = f"{path} is damaged: a line of it is not JSON"
+    records = [parse_json(line, problem) for line in lines if line.strip()]
+    if not all(isinstance(record, dict) for record in records):
+        raise UserError(f"{path} is damaged: a line of it is not a record")
+    return records
+
+
+def read_summary(path: Path) -> dict[str, Any] | None:
+    """summary.json, or None while there is none; UserError for one that is damaged or of a newer version."""
+    if not is_file(path):
+        return None
+    values = read_json(path)
+    if not isinstance(values, dict):
+        raise UserError(f"{path} is damaged: it is {shown(values)}, not a record")
+    version = values.get("format_version", 0)
+    if not _is_whole(version):
+        raise UserError(
+            f"{path} is damaged: its format_version is {shown(version)}, a whole number is needed"
+        )
+    if version > FORMAT_VERSION:
+        raise UserError(
+            f"{path} has format {shown(version)}, this version of clicktrain reads up to {FORMAT_VERSION}: "
+            "update clicktrain"
+        )
+    return values
+
+
+def check_summary(summary: Mapping[str, Any], path: Path) -> None:
+    """Check the values that commands compute with; UserError that names the first that is wrong."""
+    _check(summary, _SUMMARY, f"{path} is damaged: its")
+    for row in summary["layers"]:
+        _check(row, _LAYER, f"{path} is damaged: a layer's")
+
+
+def _check(values: Any, checks: Mapping[str, tuple[Callable[[Any], bool], str]], problem: str) -> None:
+    for key, (fits, what) in checks.items():
+        value = values.get(key)
+        if not fits(value):
+            raise UserError(f"{problem} {key} is {shown(value)}, {what} is needed")
+
+
+def _is_whole(value: object) -> bool:
+    return isinstance(value, int) and not isinstance(value, bool) and abs(value) < 2**63
+
+
+def _is_number(value: object) -> bool:
+    return isinstance(value, int | float) and not isinstance(value, bool) and abs(value) < math.inf
+
+
+def _is_count(value: Any) -> bool:
+    return _is_whole(value) and value >= 0
+
+
+def _or_nothing(fits: Callable[[Any], bool]) -> Callable[[Any], bool]:
+    return lambda value: value is None or fits(value)
+
+
+def _is_list(fits: Callable[[Any], bool]) -> Callable[[Any], bool]:
+    return lambda value: isinstance(value, list) and all(map(fits, value))
+
+
+_NUMBER, _COUNT = (_is_number, "a number"), (_is_count, "a whole number")
+_MAYBE_NUMBER = (_or_nothing(_is_number), "a number or nothing")
+_TEXT = (lambda value: isinstance(value, str), "a text")
+_SUMMARY: dict[str, tuple[Callable[[Any], bool], str]] = {
+    "method": _TEXT,
+    "model": _TEXT,
+    "val_accuracy": _MAYBE_NUMBER,
+    "best_val_accuracy": _MAYBE_NUMBER,
+    "compression_asked": _MAYBE_NUMBER,
+    "sparsity_asked": (_or_nothing(lambda v: _is_number(v) and v < 1), "a share below 1 or nothing"),
+    "compression_ratio": _NUMBER,
+    "train_flops_ratio": _NUMBER,
+    "total_train_flops_ratio": _MAYBE_NUMBER,
+    "initial_train_flops": _MAYBE_NUMBER,
+    "inference_flops_ratio": _NUMBER,
+    "train_flops": _COUNT,
+    "train_seconds": _NUMBER,
+    "parameters": _COUNT,
+    "nonzero_parameters": _COUNT,
+    "layers": (_is_list(lambda row: isinstance(row, dict)), "a list of records"),
+}
+_LAYER: dict[str, tuple[Callable[[Any], bool], str]] = {
+    "name": _TEXT,
+    "shape": (
+        lambda v: _is_list(lambda size: _is_count(size) and size > 0)(v) and len(v) > 0,
+        "a list of sizes",
+    ),
+    "density": _NUMBER,
+    "nnz_per_filter": (_or_nothing(_is_count), "a whole number or nothing"),
+    "forward_flops": _COUNT,
+    "forward_flops_dense": _COUNT,
+}

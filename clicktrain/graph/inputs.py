@@ -1,0 +1,107 @@
+"""The arguments of a model's ``forward``: positional, keyword, nested in tuples, lists and dicts."""
+
+from __future__ import annotations
+
+import inspect
+from collections.abc import Callable, Iterator, Mapping
+from dataclasses import dataclass, field
+from typing import Any
+
+from torch import Tensor, nn
+
+
+@dataclass(frozen=True, slots=True, eq=False)
+class Inputs:
+    """One call of ``forward``: ``model(*args, **kwargs)``.
+
+    Arguments that are left out keep their defaults. Tensors may be nested in tuples, lists and dicts;
+    whatever else an argument holds (numbers, strings, None) is a constant of the call.
+    """
+
+    args: tuple[Any, ...] = ()
+    kwargs: Mapping[str, Any] = field(default_factory=dict)
+
+    def call(self, function: Callable[..., Any]) -> Any:
+        """What the function gives for these arguments."""
+        return function(*self.args, **self.kwargs)
+
+    def tensors(self) -> tuple[Tensor, ...]:
+        """All tensors, in the order of the arguments."""
+        return tuple(leaf for _, leaf in self.leaves() if isinstance(leaf, Tensor))
+
+    def constants(self) -> tuple[tuple[str, Any], ...]:
+        """(place, value) of everything that is not a tensor."""
+        return tuple((place, leaf) for place, leaf in self.leaves() if not isinstance(leaf, Tensor))
+
+    def leaves(self) -> Iterator[tuple[str, Any]]:
+        """(place, value) of everything inside the arguments, such as ("0", x) and ("batch.image", x)."""
+        for index, value in enumerate(self.args):
+            yield from _leaves(str(index), value)
+        for name, value in self.kwargs.items():
+            yield from _leaves(name, value)
+
+    def map(self, change: Callable[[Tensor], Any]) -> Inputs:
+        """The same call with every tensor exchanged."""
+        return Inputs(
+            tuple(_map(value, change) for value in self.args),
+            {name: _map(value, change) for name, value in self.kwargs.items()},
+        )
+
+    def with_tensors(self, tensors: tuple[Any, ...]) -> Inputs:
+        """The same call with other values in the places of its tensors, in order."""
+        values = iter(tensors)
+        return self.map(lambda _: next(values))
+
+
+def as_inputs(example: Any, model: nn.Module | None = None) -> Inputs:
+    """Read what users give as an example of a model's inputs.
+
+    A tensor is the only argument; a tuple holds the positional arguments; a dict holds keyword arguments,
+    unless ``forward`` cannot be called with its keys as names: then the dict is the only argument. Anything
+    else, a list too, is the only argument. `Inputs` stay as they are: they can mix all kinds.
+
+    Args:
+        example: see above.
+        model: whose ``forward`` decides what a dict is; without it, a dict holds keyword arguments.
+    """
+    if isinstance(example, Inputs):
+        return example
+    if isinstance(example, tuple) and not hasattr(example, "_fields"):
+        return Inputs(example)
+    if isinstance(example, Mapping):
+        keywords = {str(name): value for name, value in example.items()}
+        if all(isinstance(name, str) for name in example) and (model is None or _fits(model, keywords)):
+            return Inputs((), keywords)
+    return Inputs((example,))
+
+
+def _fits(model: nn.Module, keywords: dict[str, Any]) -> bool:
+    try:
+        inspect.signature(model.forward).bind(**keywords)
+    except (TypeError, ValueError):
+        return False
+    return True
+
+
+def _leaves(place: str, value: Any) -> Iterator[tuple[str, Any]]:
+    if isinstance(value, (tuple, list)):
+        for index, item in enumerate(value):
+            yield from _leaves(f"{place}.{index}", item)
+    elif isinstance(value, dict):
+        for name, item in value.items():
+            yield from _leaves(f"{place}.{name}", item)
+    else:
+        yield place, value
+
+
+def _map(value: Any, change: Callable[[Tensor], Any]) -> Any:
+    if isinstance(value, Tensor):
+        return change(value)
+    if isinstance(value, tuple):
+        items = [_map(item, change) for item in value]
+        return type(value)(*items) if hasattr(value, "_fields") else tuple(items)
+    if isinstance(value, list):
+        return [_map(item, change) for item in value]
+    if isinstance(value, dict):
+        return {name: _map(item, change) for name, item in value.items()}
+    return value

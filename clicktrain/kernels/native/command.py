@@ -1,0 +1,137 @@
+"""Running a compiler that may hang, print without end, be killed, or not be there at all."""
+
+from __future__ import annotations
+
+import contextlib
+import math
+import os
+import select
+import signal
+import subprocess
+import time
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+from clicktrain.errors import UserError
+
+SECONDS = 120.0
+"""Time limit of one compilation, unless ``CLICKTRAIN_COMPILE_SECONDS`` says otherwise."""
+_MOST_OUTPUT = 16 << 20
+"""Bytes after which a program is taken for one that prints without end."""
+_POLL_SECONDS = 0.2
+
+
+@dataclass(frozen=True, slots=True)
+class Finished:
+    """How a command ended.
+
+    Attributes:
+        output: what it printed, standard output and error together.
+        problem: what went wrong, to be put behind the program's name; empty if it ended with code 0.
+        hung: whether it was stopped because it did not end by itself.
+        code: its exit code; None if it never started or was stopped.
+    """
+
+    output: str
+    problem: str = ""
+    hung: bool = False
+    code: int | None = None
+
+
+def compile_seconds() -> float:
+    """Seconds that one compilation may take.
+
+    Raises:
+        UserError: ``CLICKTRAIN_COMPILE_SECONDS`` is no number above 0.
+    """
+    text = os.environ.get("CLICKTRAIN_COMPILE_SECONDS", "").strip()
+    if not text:
+        return SECONDS
+    try:
+        seconds = float(text)
+    except ValueError:
+        seconds = math.nan
+    if not 0 < seconds < math.inf:
+        raise UserError(f"CLICKTRAIN_COMPILE_SECONDS is {text!r}: set it to a number of seconds above 0")
+    return seconds
+
+
+def run_limited(command: Sequence[str], seconds: float, folder: Path, *, inside: bool = False) -> Finished:
+    """Run a command, and stop it with everything it started once its time is up.
+
+    Args:
+        command: program and arguments; its standard input is empty.
+        seconds: time limit.
+        folder: where it keeps temporary files, which are the caller's to remove.
+        inside: whether that is also its working folder.
+    """
+    environment = {**os.environ, "TMPDIR": str(folder), "LC_ALL": "C"}
+    try:
+        process = subprocess.Popen(
+            command,
+            stdin=subprocess.DEVNULL,
+            stdout=subprocess.PIPE,
+            stderr=subprocess.STDOUT,
+            env=environment,
+            cwd=folder if inside else None,
+            start_new_session=True,  # so that what it starts can be stopped with it
+        )
+    except (OSError, ValueError) as error:
+        return Finished("", f"cannot be started ({getattr(error, 'strerror', None) or error})")
+    try:
+        output, hung = _read(process, seconds)
+    finally:
+        _stop(process)
+    text = output.decode("utf-8", "replace")
+    if hung:
+        return Finished(text, hung, True)
+    code = process.returncode
+    if code < 0:
+        return Finished(text, f"was killed by {signal_name(-code)}", code=code)
+    return Finished(text, f"ended with code {code}" if code else "", code=code)
+
+
+def signal_name(number: int) -> str:
+    """``SIGSEGV`` for 11."""
+    try:
+        return signal.Signals(number).name
+    except ValueError:
+        return f"signal {number}"
+
+
+def _read(process: subprocess.Popen[bytes], seconds: float) -> tuple[bytes, str]:
+    """Output of a process until it ends, and why it has to be stopped if it does not."""
+    assert process.stdout is not None
+    descriptor, end = process.stdout.fileno(), time.monotonic() + seconds
+    chunks: list[bytes] = []
+    size = 0
+    closed = False
+    while True:
+        left = end - time.monotonic()
+        if left <= 0:
+            return b"".join(chunks), f"did not finish within {seconds:g} s"
+        if closed:
+            with contextlib.suppress(subprocess.TimeoutExpired):
+                process.wait(left)
+                return b"".join(chunks), ""
+            continue
+        readable, _, _ = select.select([descriptor], [], [], min(left, _POLL_SECONDS))
+        if readable:
+            chunk = os.read(descriptor, 1 << 16)
+            closed = not chunk
+            chunks.append(chunk)
+            size += len(chunk)
+            if size > _MOST_OUTPUT:
+                return chunks[0], "printed without end"
+        elif process.poll() is not None:  # something it left behind holds the pipe
+            return b"".join(chunks), ""
+
+
+def _stop(process: subprocess.Popen[bytes]) -> None:
+    if process.returncode is None:
+        with contextlib.suppress(ProcessLookupError, PermissionError):
+            os.killpg(process.pid, signal.SIGKILL)
+        process.wait()
+    if process.stdout is not None:
+        process.stdout.close()

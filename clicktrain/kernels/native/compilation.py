@@ -1,0 +1,105 @@
+"""One kernel: from its text to a library that has been loaded once, or a sentence that says why not."""
+
+from __future__ import annotations
+
+import threading
+import time
+from pathlib import Path
+
+from clicktrain.kernels.native.command import Finished, compile_seconds, run_limited
+from clicktrain.kernels.native.failure import KernelError
+from clicktrain.kernels.native.folder import is_full, unwritable
+from clicktrain.kernels.native.toolchain import Toolchain, first_error
+from clicktrain.kernels.native.trial import why_unfit, with_identity
+
+_OTHER = "name another compiler in CC"
+
+
+def compile_kernel(source: str, key: str, tools: Toolchain, work: Path) -> Path:
+    """Compile a text, and load the library in another process.
+
+    Args:
+        source: the C text.
+        key: of the text, see `with_identity`.
+        tools: the compiler.
+        work: a folder that is removed afterwards, in the folder of libraries.
+
+    Raises:
+        KernelError: the compiler refuses the text, hangs, is killed, finds no space, or makes a library that
+            cannot be loaded; or it has failed for so long that it is not tried again.
+    """
+    _PATIENCE.check()
+    start = time.monotonic()
+    try:
+        product = _compile(source, key, tools, work)
+    except KernelError as error:
+        _PATIENCE.failed(error, time.monotonic() - start)
+        raise
+    _PATIENCE.succeeded()
+    return product
+
+
+def _compile(source: str, key: str, tools: Toolchain, work: Path) -> Path:
+    text, product = work / "kernel.c", work / "kernel.so"
+    try:
+        text.write_text(with_identity(source, key), encoding="utf-8")
+    except OSError as error:
+        raise unwritable(work.parent, error) from error
+    done = run_limited(tools.command(text, product), compile_seconds(), work)
+    if done.problem:
+        raise _failure(done, tools.name, work)
+    why = why_unfit(product, key, work) if product.is_file() else "writes no library"
+    if why:
+        raise KernelError(f"for a generated kernel, {tools.name} {why}: {_OTHER}", done.output)
+    return product
+
+
+def _failure(done: Finished, name: str, work: Path) -> KernelError:
+    """Why a compiler did not end well."""
+    if not done.hung and is_full(work, done.output):
+        return unwritable(work.parent)
+    if done.hung:
+        message = (
+            f"{name} {done.problem} on a generated kernel: set CLICKTRAIN_COMPILE_SECONDS to more seconds, "
+            f"or {_OTHER}"
+        )
+    elif done.code is None or done.code < 0:
+        message = (
+            f"{name} {done.problem} while compiling a generated kernel: try again with more free memory, or "
+            f"{_OTHER}"
+        )
+    else:
+        said = first_error(done.output).replace(f"{work}/", "") or done.problem
+        message = f"{name} refused a generated kernel ({said}): {_OTHER}"
+    return KernelError(message, done.output)
+
+
+class _Patience:
+    """How long compilations have failed in a row: at the time limit of one, no more are tried.
+
+    A compiler that hangs on everything would else cost its time limit for every kernel of a network.
+    """
+
+    def __init__(self) -> None:
+        self._lock = threading.Lock()
+        self._wasted = 0.0
+        self._last = ""
+
+    def check(self) -> None:
+        """Raise the last failure again where there have been too many."""
+        if self._wasted >= compile_seconds():
+            raise KernelError(self._last)
+
+    def failed(self, error: KernelError, seconds: float) -> None:
+        """Count a failure that took so long."""
+        with self._lock:
+            self._wasted += seconds
+            self._last = str(error)
+
+    def succeeded(self) -> None:
+        """Start over."""
+        with self._lock:
+            self._wasted = 0.0
+
+
+_PATIENCE = _Patience()

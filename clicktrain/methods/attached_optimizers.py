@@ -1,0 +1,276 @@
+"""The optimizers that `Method.attach` is given: which of them step, which wrap others, which are refused."""
+
+from __future__ import annotations
+
+import inspect
+import warnings
+from collections import OrderedDict
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.optim import Optimizer
+
+from clicktrain.errors import UserError
+from clicktrain.kernels.pack_model import unpackable_state
+from clicktrain.surgery.optimizer_state import unshrinkable_state
+
+_PROBE_SHAPE = (5, 4, 3, 2)
+"""Of the weight on which an unknown optimizer takes a step: no two sizes alike, so that no entry of its state
+has the weight's shape by chance."""
+
+
+@dataclass(frozen=True, eq=False)
+class OptimizerUnit:
+    """One optimizer that was attached, followed by those that it wraps (SAM and Lookahead wrap a base).
+
+    Whichever of them steps, it is one step of the unit; a step inside a step counts once.
+    """
+
+    optimizers: tuple[Optimizer, ...]
+
+    @property
+    def outer(self) -> Optimizer:
+        """The optimizer that `attach` was given."""
+        return self.optimizers[0]
+
+    def parameters(self) -> Iterator[Tensor]:
+        """What it trains now; a parameter may come more than once."""
+        for optimizer in self.optimizers:
+            for group in optimizer.param_groups:
+                yield from group["params"]
+
+
+class AttachedOptimizers:
+    """All optimizers of a run, as units.
+
+    Attributes:
+        units: one for each optimizer that was given, in that order.
+        all: every optimizer, wrapped ones included: what has to follow when parameters are replaced.
+    """
+
+    def __init__(self, optimizers: Optimizer | Sequence[Optimizer]) -> None:
+        """Find wrapped optimizers, and make sure that step hooks run.
+
+        Raises:
+            UserError: something here is no optimizer, or is given twice.
+        """
+        given = [optimizers] if isinstance(optimizers, Optimizer) else optimizers
+        if not isinstance(given, Sequence) or not given or not all(isinstance(o, Optimizer) for o in given):
+            raise UserError(
+                f"attach takes a torch.optim.Optimizer or a list of them, not {_described(optimizers)}"
+            )
+        units: list[OptimizerUnit] = []
+        self._unit_of: dict[int, OptimizerUnit] = {}
+        for optimizer in given:
+            if id(optimizer) in self._unit_of:
+                raise UserError(
+                    f"attach was given one {type(optimizer).__name__} twice, or together with an optimizer "
+                    "that wraps it: name each once, the outermost where one wraps another"
+                )
+            unit = OptimizerUnit(tuple(_with_wrapped(optimizer)))
+            units.append(unit)
+            self._unit_of.update({id(o): unit for o in unit.optimizers})
+        self.units = tuple(units)
+        self._packs = self._shrinks = False
+        self.all = tuple(o for unit in self.units for o in unit.optimizers)
+        for optimizer in self.all:
+            _make_hookable(optimizer)
+
+    def unit(self, optimizer: Optimizer) -> OptimizerUnit:
+        """The unit that an optimizer belongs to."""
+        return self._unit_of[id(optimizer)]
+
+    def parameters(self) -> list[Tensor]:
+        """All that is trained, each parameter once."""
+        return list({id(p): p for unit in self.units for p in unit.parameters()}.values())
+
+    def holders(self, weights: Sequence[Tensor]) -> tuple[OptimizerUnit, ...]:
+        """The units that train one of these weights; the first unit if none does."""
+        wanted = {id(weight) for weight in weights}
+        found = tuple(u for u in self.units if any(id(p) in wanted for p in u.parameters()))
+        return found or self.units[:1]
+
+    def check(self, model: nn.Module, weights: Sequence[Tensor], packs: bool, shrinks: bool) -> None:
+        """Refuse now what would go wrong in the middle of the run.
+
+        Args:
+            model: the network.
+            weights: what may be pruned.
+            packs: whether convolutions are to be packed while training.
+            shrinks: whether the method removes channels.
+
+        Raises:
+            UserError: an optimizer cannot be used, or trains nothing of this network.
+        """
+        own = {id(p) for p in model.parameters()}
+        for unit in self.units:
+            kind = type(unit.outer).__name__
+            if not any(id(p) in own for p in unit.parameters()):
+                raise UserError(
+                    f"the {kind} trains no parameter of this network: make it from the parameters of the "
+                    "network that is attached, not from those of a copy"
+                )
+            for optimizer in unit.optimizers:
+                _check_kind(optimizer)
+        self._packs, self._shrinks = packs, shrinks
+        for unit in self.holders(weights):
+            for optimizer in unit.optimizers:
+                if packs or shrinks:
+                    self._check_state(optimizer, *_state_after_a_step(optimizer))
+            self._check_wrapper(unit)
+
+    def check_first_step(self, weights: Sequence[Tensor]) -> None:
+        """Look at what the optimizers keep, after the first step: not all of them can be tried before.
+
+        Args:
+            weights: what may be pruned.
+
+        Raises:
+            UserError: it cannot follow when parameters are replaced, and they will be.
+        """
+        for unit in self.holders(weights):
+            self._check_wrapper(unit)
+            for optimizer in unit.optimizers:
+                for weight in weights:
+                    self._check_state(optimizer, optimizer.state.get(weight, {}), weight)
+
+    def _check_state(self, optimizer: Optimizer, state: Mapping[str, Any], weight: Tensor) -> None:
+        """Refuse a state that can be neither packed nor shrunk."""
+        kind = type(optimizer).__name__
+        if self._packs and (odd := unpackable_state(optimizer, state, weight)):
+            raise UserError(
+                f"{kind} keeps {', '.join(odd)} for a weight, which cannot be packed with it: attach with "
+                "packed=False, or use another optimizer"
+            )
+        if self._shrinks and (odd := unshrinkable_state(state, weight)):
+            raise UserError(
+                f"{kind} keeps {', '.join(odd)} for a weight, which cannot lose channels with it: use "
+                "another optimizer, or a method that removes no channels"
+            )
+
+    def _check_wrapper(self, unit: OptimizerUnit) -> None:
+        """Refuse a wrapper that keeps copies of the weights where nobody can follow them."""
+        if not self._packs and not self._shrinks:
+            return
+        shapes = {tuple(p.shape) for p in unit.parameters() if p.dim() > 1}
+        for optimizer in unit.optimizers:
+            for name, value in vars(optimizer).items():
+                if name in ("state", "param_groups", "defaults"):
+                    continue
+                if any(tuple(t.shape) in shapes for t in _tensors_in(value)):
+                    raise UserError(
+                        f"{type(optimizer).__name__} keeps copies of the weights in its attribute {name!r}, "
+                        "outside of its state, where they cannot follow when parameters are replaced: "
+                        "attach with packed=False and a method that removes no channels"
+                    )
+
+
+def check_loaded_state(optimizer: Optimizer, saved: dict[str, Any]) -> None:
+    """Refuse a saved state whose parameters had other shapes: a hook, called before it is loaded.
+
+    Raises:
+        UserError: it was saved before channels went or convolutions were packed, or after it.
+    """
+    numbers = [number for group in saved.get("param_groups", ()) for number in group["params"]]
+    parameters = [p for group in optimizer.param_groups for p in group["params"]]
+    if len(numbers) != len(parameters):
+        return  # which PyTorch refuses
+    for number, parameter in zip(numbers, parameters, strict=True):
+        state = saved["state"].get(number, {})
+        if not isinstance(state, dict):
+            continue
+        own = optimizer.state.get(parameter, {})
+        for name, value in state.items():
+            now = own.get(name)
+            if isinstance(value, Tensor) and isinstance(now, Tensor) and value.shape != now.shape:
+                raise UserError(
+                    f"this state of {type(optimizer).__name__} does not fit: {name} has shape "
+                    f"{tuple(value.shape)} where the network now has {tuple(now.shape)}; load the state of "
+                    "the pruner first (pruner.load_state_dict), from the same moment of the run"
+                )
+
+
+def learning_rate_of(unit: OptimizerUnit) -> float:
+    """Of the first group of parameters; see `Step.learning_rate`."""
+    group = unit.optimizers[-1].param_groups[0]
+    return float(group["lr"]) / (
+        1 - float(group.get("momentum", 0.0)) * (1 - float(group.get("dampening", 0.0)))
+    )
+
+
+def _described(given: Any) -> str:
+    if isinstance(given, (list, tuple)):
+        odd = next((o for o in given if not isinstance(o, Optimizer)), None)
+        return "an empty list" if not given else f"a list with a {type(odd).__name__} in it"
+    return f"a {type(given).__name__}"
+
+
+def _with_wrapped(optimizer: Optimizer) -> Iterator[Optimizer]:
+    """An optimizer and those among its attributes, attributes of these, and so on."""
+    found: dict[int, Optimizer] = {}
+    waiting = [optimizer]
+    while waiting:
+        current = waiting.pop(0)
+        if id(current) in found:
+            continue
+        found[id(current)] = current
+        for value in vars(current).values():
+            values = value if isinstance(value, (list, tuple)) else (value,)
+            waiting += [v for v in values if isinstance(v, Optimizer)]
+    yield from found.values()
+
+
+def _make_hookable(optimizer: Optimizer) -> None:
+    """Step hooks run even where a class has not called ``Optimizer.__init__`` (Lookahead of timm)."""
+    for table in ("_optimizer_step_pre_hooks", "_optimizer_step_post_hooks"):
+        if not hasattr(optimizer, table):
+            setattr(optimizer, table, OrderedDict())
+    if not getattr(type(optimizer).step, "hooked", False):
+        optimizer._patch_step_function()
+
+
+# ---------------------------------------------------------------- refusals
+
+
+def _check_kind(optimizer: Optimizer) -> None:
+    kind = type(optimizer).__name__
+    if isinstance(optimizer, torch.optim.LBFGS):
+        raise UserError(
+            f"{kind} cannot train a network that is pruned: it steps with a closure and keeps one state for "
+            "all parameters together; use another optimizer"
+        )
+    for option, why in (
+        ("maximize", "penalties and the loss slope are of a loss that is minimised: minimise its negative"),
+        ("differentiable", "masks are written in place: make the optimizer without it"),
+    ):
+        if any(group.get(option) for group in optimizer.param_groups):
+            raise UserError(f"{kind} with {option}=True cannot be attached: {why}")
+
+
+def _state_after_a_step(optimizer: Optimizer) -> tuple[dict[str, Any], Tensor]:
+    """What an optimizer like this one keeps for a weight after a step; nothing if it cannot be tried."""
+    kind, defaults = type(optimizer), optimizer.defaults
+    weight = nn.Parameter(torch.ones(_PROBE_SHAPE))
+    weight.grad = torch.full(_PROBE_SHAPE, 0.5)
+    try:
+        accepted = inspect.signature(kind).parameters
+        takes_all = any(p.kind is inspect.Parameter.VAR_KEYWORD for p in accepted.values())
+        settings = {k: v for k, v in defaults.items() if takes_all or k in accepted}
+        with torch.random.fork_rng(devices=[]), warnings.catch_warnings():
+            warnings.simplefilter("ignore")
+            like = kind([weight], **settings)
+            like.step()
+        return dict(like.state.get(weight, {})), weight
+    except Exception:  # anybody's class: whatever it raises here says only that it cannot be tried
+        return {}, weight
+
+
+def _tensors_in(value: Any, depth: int = 3) -> Iterator[Tensor]:
+    if isinstance(value, Tensor):
+        yield value
+    elif depth and isinstance(value, (list, tuple, dict)):
+        for part in value.values() if isinstance(value, dict) else value:
+            yield from _tensors_in(part, depth - 1)

@@ -1,0 +1,105 @@
+"""Logs of a run taken back to a checkpoint, and what happens if they are not what the checkpoint knew."""
+
+from __future__ import annotations
+
+import json
+import zlib
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from clicktrain.files import LARGEST_TEXT, read_regular
+from clicktrain.formats.atomic import write_text_atomic
+
+_PIECE = 2**20
+
+
+@dataclass(frozen=True, slots=True)
+class LogMark:
+    """The state of a log at a checkpoint: its bytes, and their CRC-32."""
+
+    num_bytes: int = 0
+    crc32: int = 0
+
+    @classmethod
+    def of(cls, path: Path, num_bytes: int | None = None) -> LogMark:
+        """Of a file as it is (or of its first ``num_bytes``); nothing where there is none."""
+        if not path.exists():
+            return cls()
+        left = path.stat().st_size if num_bytes is None else num_bytes
+        size = crc = 0
+        with path.open("rb") as file:
+            while left > 0 and (piece := file.read(min(left, _PIECE))):
+                crc, size, left = zlib.crc32(piece, crc), size + len(piece), left - len(piece)
+        return cls(size, crc)
+
+
+@dataclass(frozen=True, slots=True)
+class Mended:
+    """A log that was not as the checkpoint knew it.
+
+    Attributes:
+        path: of the log.
+        lines: those that could be read and were kept.
+        aside: the file as it was found, under another name; None if it was gone.
+    """
+
+    path: Path
+    lines: int
+    aside: Path | None
+
+    def __str__(self) -> str:
+        found = (
+            f"{self.path} is gone"
+            if self.aside is None
+            else f"{self.path} was cut or changed since the checkpoint; as it was found it is now "
+            f"{self.aside.name}"
+        )
+        return (
+            f"{found}: {self.lines} of its lines stay, and training goes on (weights do not depend on logs)"
+        )
+
+
+def take_back(path: Path, mark: LogMark, belongs: Callable[[dict[str, Any]], bool]) -> Mended | None:
+    """Cut a log back to what it was at a checkpoint.
+
+    If its beginning is not what it was, every whole line of JSON that ``belongs`` stays, and the file as it
+    was found is put aside.
+
+    Args:
+        path: of the log; made if it is missing and had been there.
+        mark: what it was.
+        belongs: whether a line was written before the checkpoint.
+
+    Returns:
+        What had to be mended, None if nothing.
+    """
+    if LogMark.of(path, mark.num_bytes) == mark:
+        if path.exists():
+            with path.open("r+b") as file:
+                file.truncate(mark.num_bytes)
+        return None
+    aside = _put_aside(path) if path.exists() else None
+    lines = [] if aside is None else [line for line in _readable(aside) if belongs(line)]
+    write_text_atomic(path, "".join(json.dumps(line, ensure_ascii=False) + "\n" for line in lines))
+    return Mended(path, len(lines), aside)
+
+
+def _put_aside(path: Path) -> Path:
+    number = 1
+    while (aside := path.with_name(f"{path.stem}.damaged-{number}{path.suffix}")).exists():
+        number += 1
+    return path.rename(aside)
+
+
+def _readable(path: Path) -> list[dict[str, Any]]:
+    lines = []
+    for line in read_regular(path, LARGEST_TEXT).split(b"\n")[:-1]:
+        try:
+            record = json.loads(line)
+        except (ValueError, RecursionError):
+            continue
+        if isinstance(record, dict):
+            lines.append(record)
+    return lines

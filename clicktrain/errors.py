@@ -1,4 +1,7 @@
-"""The one exception that stands for a mistake of the user's, and how its sentence shows a wrong value."""
+"""The exceptions that stand for a mistake of the user's, and how their sentence shows a wrong value.
+
+And the warning of a run that fell short of what was asked.
+"""
 
 from __future__ import annotations
 
@@ -10,6 +13,14 @@ class UserError(ValueError):
 
     The command line prints the sentence without a traceback and exits with code 2.
     """
+
+
+class NetworkCollapsed(UserError):  # noqa: N818 - reads as a sentence to the user
+    """Pruning has destroyed the network: training on would be in vain."""
+
+
+class MissedTarget(UserWarning):
+    """A run ended more than 5% of what was asked away from it; the warning says what, and why if known."""
 
 
 def shown(value: object, longest: int = 60) -> str:

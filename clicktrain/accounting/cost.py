@@ -81,7 +81,7 @@ class ModelCost:
     def compression_ratio(self) -> float:
         """All convolution weights / non-zero convolution weights (ClickTrain section 6.2).
 
-        1.0 for a network without convolutions, inf for one without a living convolution weight.
+        1.0 for a network without convolutions. Where no convolution weight is left, as if one were.
         """
         return ratio(self.conv_weights, self.conv_nonzero)
 
@@ -128,7 +128,5 @@ class ModelCost:
 
 
 def ratio(weights: int, nonzero: int) -> float:
-    """Compression ratio of some weights; 1.0 if there are none."""
-    if nonzero == 0:
-        return float("inf") if weights else 1.0
-    return weights / nonzero
+    """Compression ratio of some weights; 1.0 if there are none, and a number if none of them is left."""
+    return weights / max(nonzero, 1) if weights else 1.0

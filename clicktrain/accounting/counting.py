@@ -93,7 +93,7 @@ def count(model: nn.Module, example: Any, masks: Mapping[str, Tensor] | None = N
 def compression_ratio(model: nn.Module) -> float:
     """All convolution weights / non-zero convolution weights (ClickTrain section 6.2), shared weights once.
 
-    1.0 for a network without convolutions, inf for one without a living convolution weight.
+    1.0 for a network without convolutions. Where no convolution weight is left, as if one were.
     """
     convs = {layer.identity: layer for layer in _layers(plain(model), None) if layer.kind == "conv"}.values()
     return ratio(sum(layer.weights for layer in convs), sum(layer.nonzero for layer in convs))

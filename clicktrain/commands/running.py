@@ -14,6 +14,7 @@ from clicktrain.commands.progress import make_progress
 from clicktrain.commands.screen import lasting_console, warn
 from clicktrain.commands.wording import asked_and_reached, clock, training_share
 from clicktrain.methods import Method
+from clicktrain.methods.outcome import Outcome
 from clicktrain.train import RunConfig, RunFolder, TrainingInterrupted, fit
 
 
@@ -59,6 +60,8 @@ def carry_out(
 
             write_report([folder.path], folder.path / "report.html")
     finally:  # whatever happens to the report: the run itself is done
+        for line in outcome_lines(summary):
+            console.print(line, markup=False, highlight=False, soft_wrap=True)
         console.print(result_line(summary, folder.path), markup=False, highlight=False, soft_wrap=True)
     return 0
 
@@ -85,6 +88,13 @@ class _ConsoleHandler(logging.Handler):
 
     def emit(self, record: logging.LogRecord) -> None:
         self.console.print(record.getMessage(), markup=False, highlight=False, soft_wrap=True)
+
+
+def outcome_lines(summary: Mapping[str, Any]) -> list[str]:
+    """The table of what was asked and reached, and a warning for what was missed."""
+    outcome = Outcome.from_json(summary.get("outcome") or ())
+    lines = str(outcome).splitlines() if outcome.targets else []
+    return [*lines, *(f"warning: {sentence}" for sentence in summary.get("warnings") or ())]
 
 
 def result_line(summary: Mapping[str, Any], path: Path) -> str:

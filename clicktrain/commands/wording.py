@@ -41,6 +41,8 @@ def asked_and_reached(summary: Mapping[str, Any]) -> str:
         wish = f"compression asked {asked:g}x"
     elif sparsity is not None:
         wish = f"sparsity asked {100 * sparsity:g}% ({1 / (1 - sparsity):.3g}x)"
+    elif any(target.get("asked") is not None for target in summary.get("outcome") or ()):
+        wish = "compression not asked"
     else:
         wish = "no compression asked"
     return f"{wish}, reached {summary['compression_ratio']:.2f}x"

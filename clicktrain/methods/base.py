@@ -13,6 +13,7 @@ from torch import Tensor, nn
 from torch.optim import Optimizer
 
 from clicktrain.errors import UserError, shown
+from clicktrain.methods.outcome import Reached, Target
 from clicktrain.methods.survey import Survey, survey
 from clicktrain.surgery import SurgeryPlan
 
@@ -64,6 +65,7 @@ class Step:
         learning_rate: of this step, divided by 1 - momentum for SGD: how far a constant gradient of 1 moves a
             weight per step in the long run.
         grad_scale: what the gradients are still multiplied by (fused mixed-precision optimizers), or None.
+        adaptive: the optimizer's step is not the learning rate times the gradient, as SGD's is.
     """
 
     seen: int
@@ -76,6 +78,7 @@ class Step:
     ends_epoch: bool = False
     learning_rate: float = 0.0
     grad_scale: Tensor | None = None
+    adaptive: bool = False
 
     def gradient(self, parameter: Tensor) -> Tensor | None:
         """The true gradient of a parameter, without a mixed-precision scale; None if there is none."""
@@ -254,6 +257,11 @@ class Method(abc.ABC, Generic[S]):
     def after_surgery(self, state: S, plan: SurgeryPlan, found: Survey) -> None:
         """Channels have gone: shrink what the state holds. ``found`` is of the smaller model."""
         del state, plan, found
+
+    def targets_of(self, state: S, reached: Reached) -> Sequence[Target]:
+        """At the end: what was asked for, what was reached and why not; nothing if nothing was asked."""
+        del state, reached
+        return ()
 
     def after_freeze(self, state: S, masks: Mapping[str, Tensor]) -> None:
         """Masks are frozen and the network holds them: release what only served to choose them.

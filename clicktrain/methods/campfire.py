@@ -34,9 +34,10 @@ from clicktrain.methods.base import (
     plan_rows,
 )
 from clicktrain.methods.kernel_watch import KernelWatch, default_threshold
+from clicktrain.methods.outcome import Reached, Target, planned_far_off, sparsity_target
 from clicktrain.methods.pruning_start import default_window
 from clicktrain.methods.settings import check_choices, keep_as_tuples
-from clicktrain.methods.survey import ConvLayer, LinearLayer, Survey, survey
+from clicktrain.methods.survey import ConvLayer, LinearLayer, Survey, check_convolutions, survey
 from clicktrain.methods.threshold_masks import Granularity, Linear, MaskRule
 from clicktrain.sparsity.fully_connected import MAX_BLOCK
 from clicktrain.sparsity.granularity import Within
@@ -246,9 +247,7 @@ class Campfire(Method[CampfireState]):
 
     def init(self, found: Survey, length: RunLength) -> CampfireState:
         """Check that the run can be done as asked."""
-        if not found.prunable:
-            reasons = "; ".join(f"{name}: {why}" for name, (_, why) in list(found.left_alone.items())[:3])
-            raise UserError(f"this network has no layer that Campfire can prune ({reasons or 'none at all'})")
+        check_convolutions(found, "Campfire")
         self.era_of(length)
         return CampfireState()
 
@@ -362,6 +361,11 @@ class Campfire(Method[CampfireState]):
         """A run always ends at the sparsity asked for."""
         return () if state.stage == "fixed" else self._fix(state, found, "the run ended")
 
+    def targets_of(self, state: CampfireState, reached: Reached) -> Sequence[Target]:
+        """Sparsity of the layers that are pruned."""
+        del state
+        return [sparsity_target(self.sparsity, reached, "whole kernels, positions and blocks are pruned")]
+
     def after_freeze(self, state: CampfireState, masks: Mapping[str, Tensor]) -> None:
         """The network holds the masks from here on."""
         state.kept = {name: kept_weights(mask) for name, mask in masks.items()}
@@ -386,6 +390,7 @@ class Campfire(Method[CampfireState]):
         summary = (
             f"sparsity asked {self.sparsity:g}, {'reached' if reached else 'planned'} "
             f"{pruned / max(weights, 1):.3f} of the weights of {len(rows)} layers"
+            f"{planned_far_off(self.sparsity, pruned / max(weights, 1))}"
         )
         return PruningPlan(plan_rows(found, rows), summary, self._stage_lines(length))
 

@@ -15,6 +15,7 @@ from torch import Tensor, nn
 from clicktrain.errors import UserError
 from clicktrain.methods.base import Action, Method, PruningPlan, Record, RunLength, Step
 from clicktrain.methods.clicktrain import ClickTrain, ClickTrainState
+from clicktrain.methods.outcome import Reached, Target
 from clicktrain.methods.prunetrain import PruneTrain, PruneTrainState
 from clicktrain.methods.survey import Survey
 from clicktrain.sparsity.channel_lasso import ChannelAxis
@@ -49,8 +50,15 @@ class ChannelsThenPatterns(Method[TwoPartState]):
     default."""
     pattern_compression: float = 4.0
     """ClickTrain's compression of the convolution weights that the removal of channels leaves."""
-    penalty_ratio: float = 0.25
-    """Share of the whole loss that PruneTrain's lasso has at the first step."""
+    target_flops: float | None = None
+    """Share of the inference FLOPs that PruneTrain leaves at the switch; 0.6 by default, as there."""
+    target_parameters: float | None = None
+    """Share of the parameters that PruneTrain leaves at the switch, instead."""
+    floor: float | None = None
+    """Share of each layer's channels that stays, one at least; 0.1 by default."""
+    penalty_ratio: float | None = None
+    """Share of the whole loss that PruneTrain's lasso has at the first step; given alone, there is no
+    target."""
     coefficient: float | None = None
     """Coefficient of PruneTrain's lasso itself, instead of the penalty ratio."""
     interval: float | None = None
@@ -89,6 +97,9 @@ class ChannelsThenPatterns(Method[TwoPartState]):
     def first(self) -> PruneTrain:
         """The part that removes channels."""
         return PruneTrain(
+            target_flops=self.target_flops,
+            target_parameters=self.target_parameters,
+            floor=self.floor,
             penalty_ratio=self.penalty_ratio,
             coefficient=self.coefficient,
             interval=self.interval,
@@ -98,6 +109,11 @@ class ChannelsThenPatterns(Method[TwoPartState]):
             round_to="auto" if self.round_to == "auto" else max(self.round_to, self.group),
             check_outputs=self.check_outputs,
         )
+
+    def first_of(self, length: RunLength) -> PruneTrain:
+        """The part that removes channels, whose target is to be met at the switch."""
+        first = self.first
+        return first if first.target is None else replace(first, target_at=float(self.switch_epoch(length)))
 
     @property
     def second(self) -> ClickTrain:
@@ -135,7 +151,7 @@ class ChannelsThenPatterns(Method[TwoPartState]):
             )
         assert found.model is not None
         self.second.init(self.second.survey(found.model), self._rest(length))
-        return TwoPartState(self.first.init(found, length))
+        return TwoPartState(self.first_of(length).init(found, length))
 
     def stage(self, state: TwoPartState) -> str:
         """PruneTrain's, then ClickTrain's."""
@@ -162,7 +178,7 @@ class ChannelsThenPatterns(Method[TwoPartState]):
     def before_step(self, state: TwoPartState, found: Survey, step: Step) -> None:
         """Hand on to the part that is on; ClickTrain begins with the first step after the switch."""
         if not state.switched:
-            self.first.before_step(state.first, found, step)
+            self.first_of(step.length).before_step(state.first, found, step)
             return
         own = self._own(state, found)
         if state.second is None:
@@ -184,8 +200,9 @@ class ChannelsThenPatterns(Method[TwoPartState]):
                 "method": self.second.name,
                 "reason": f"epoch {int(step.position)} begins",
             }
-            return [*self.first.reconfigure_now(state.first, found, int(step.position)), Record(event)]
-        return self.first.after_step(state.first, found, step)
+            done = int(step.position)
+            return [*self.first.reconfigure_now(state.first, found, done, final=True), Record(event)]
+        return self.first_of(step.length).after_step(state.first, found, step)
 
     def after_surgery(self, state: TwoPartState, plan: SurgeryPlan, found: Survey) -> None:
         """PruneTrain's state shrinks."""
@@ -209,12 +226,24 @@ class ChannelsThenPatterns(Method[TwoPartState]):
             state.second = self.second.init(own, RunLength(1, 10_000))
         return self.second.at_end(state.second, own)
 
+    def targets_of(self, state: TwoPartState, reached: Reached) -> Sequence[Target]:
+        """Of the channels at the switch, then of the patterns in what they leave."""
+        channels = [
+            replace(row, reason=row.reason if state.switched else "the run ended before the switch")
+            for row in self.first.targets_of(state.first, reached)
+        ]
+        second = state.second or ClickTrainState()
+        patterns = [
+            replace(row, what=f"{row.what} that are left") for row in self.second.targets_of(second, reached)
+        ]
+        return [*channels, *patterns]
+
     def plan(self, found: Survey, length: RunLength, state: TwoPartState | None = None) -> PruningPlan:
         """Before the switch PruneTrain's plan with ClickTrain's stages, then ClickTrain's."""
         assert found.model is not None
         if state is not None and state.second is not None:
             return self.second.plan(self._own(state, found), self._rest(length), state.second)
-        channels = self.first.plan(found, length, None if state is None else state.first)
+        channels = self.first_of(length).plan(found, length, None if state is None else state.first)
         patterns = self.second.plan(self.second.survey(found.model), self._rest(length))
         switch = (
             "switch",

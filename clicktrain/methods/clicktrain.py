@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any, ClassVar, Literal
 
 from torch import Tensor, nn
@@ -26,11 +26,13 @@ from clicktrain.methods.base import (
 from clicktrain.methods.clicktrain_plan import clicktrain_plan
 from clicktrain.methods.clicktrain_settings import check, fill_in
 from clicktrain.methods.kernel_watch import KernelWatch, default_threshold
-from clicktrain.methods.pattern_selection import Selection, Target, allocation_gains, effective_group
+from clicktrain.methods.outcome import NOTED, Reached, Target, latency_target
+from clicktrain.methods.pattern_selection import Selection, allocation_gains, effective_group
+from clicktrain.methods.pattern_selection import Target as LayerTarget
 from clicktrain.methods.pruning_start import default_window
 from clicktrain.methods.sparse_latency import LatencyAim, SparseLatency
 from clicktrain.methods.sparse_times import Timed
-from clicktrain.methods.survey import ConvLayer, Survey, matches, survey
+from clicktrain.methods.survey import ConvLayer, Survey, check_convolutions, matches, survey
 from clicktrain.sparsity.allocation import LayerBudget, allocate, check_reachable
 from clicktrain.sparsity.finalize import batch_counts
 from clicktrain.sparsity.group_lasso import add_lasso_gradient_, shrink_groups_
@@ -169,11 +171,11 @@ class ClickTrain(Method[ClickTrainState]):
                 raise UserError(f"no layer that can be pruned is called {glob!r} (setting 'layers')")
         return found
 
-    def targets(self, found: Survey) -> tuple[Target, ...]:
+    def targets(self, found: Survey) -> tuple[LayerTarget, ...]:
         """The layers with their kept positions per kernel, group size and per-layer override."""
         return tuple(self._target(layer) for layer in found.layers)
 
-    def _target(self, layer: ConvLayer) -> Target:
+    def _target(self, layer: ConvLayer) -> LayerTarget:
         f, c, r, s = layer.shape
         entries = default_entries((r, s), self.entries)
         if self.pool == "fixed" and (r, s) != (3, 3):
@@ -188,7 +190,7 @@ class ClickTrain(Method[ClickTrainState]):
                     f"per kernel is {least:.2f}x at the least: ask for more, or exclude the layer"
                 )
             fixed = LayerBudget(layer.name, f, c, entries, r * s).kernels_for_density(1 / ratio)
-        return Target(layer, entries, effective_group(f, self.group), fixed)
+        return LayerTarget(layer, entries, effective_group(f, self.group), fixed)
 
     # ---- when -------------------------------------------------------------------------------
 
@@ -224,11 +226,7 @@ class ClickTrain(Method[ClickTrainState]):
 
     def init(self, found: Survey, length: RunLength) -> ClickTrainState:
         """Check that the run can be done as asked."""
-        if not found.layers:
-            reasons = "; ".join(f"{name}: {why}" for name, (_, why) in list(found.left_alone.items())[:3])
-            raise UserError(
-                f"this network has no convolution that ClickTrain can prune ({reasons or 'none at all'})"
-            )
+        check_convolutions(found, "ClickTrain")
         self.schedule(length)
         state = ClickTrainState(entered=0)
         if self.aim is not None:
@@ -246,6 +244,24 @@ class ClickTrain(Method[ClickTrainState]):
             assert self.aim is not None
             state.latency = SparseLatency(found, self.targets(found), self.patterns or 1, self.aim)
         return state.latency
+
+    def targets_of(self, state: ClickTrainState, reached: Reached) -> Sequence[Target]:
+        """The compression of all convolution weights, or the time."""
+        del state
+        if self.aim is not None:
+            event = reached.last_event("finalised", "predicted_ms")
+            timed = {"inference": "inference time", "training": "time of a training step"}
+            return [
+                latency_target(
+                    event, self.latency_target, self.latency_target_ms, timed.get(self.latency_of, "time")
+                )
+            ]
+        compression = reached.conv_weights_now / max(reached.conv_nonzero, 1)
+        reason = "each filter of a layer keeps as many whole kernels"
+        if self.layers:
+            reason += ", and 'layers' fixes some"
+        target = Target("compression of convolution weights", self.compression, compression, "times")
+        return [replace(target, reason=reason if abs(compression / self.compression - 1) > NOTED else "")]
 
     def stage(self, state: ClickTrainState) -> str:
         """dense, pool, finalize, regularize or accelerated."""
@@ -488,7 +504,10 @@ class ClickTrain(Method[ClickTrainState]):
 
 
 def _chosen(
-    selection: Selection, targets: Sequence[Target], scores: Mapping[str, Tensor], kernels: Mapping[str, int]
+    selection: Selection,
+    targets: Sequence[LayerTarget],
+    scores: Mapping[str, Tensor],
+    kernels: Mapping[str, int],
 ) -> dict[str, Tensor]:
     """Let the selection keep so many kernels per filter; the masks."""
     for target in targets:
@@ -501,7 +520,7 @@ def _compression(found: Survey, masks: Mapping[str, Tensor]) -> float:
     return found.conv_weights / max(kept, 1)
 
 
-def _decision(target: Target, kernels: int, selection: Selection) -> dict[str, Any]:
+def _decision(target: LayerTarget, kernels: int, selection: Selection) -> dict[str, Any]:
     budget = target.budget
     return {
         "name": target.layer.name,

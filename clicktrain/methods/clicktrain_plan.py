@@ -6,6 +6,7 @@ import math
 from typing import TYPE_CHECKING
 
 from clicktrain.methods.base import LayerPlan, PruningPlan, RunLength, plan_rows
+from clicktrain.methods.outcome import planned_far_off
 from clicktrain.methods.pattern_selection import Selection, Target
 from clicktrain.methods.sparse_latency import LatencyAim
 from clicktrain.methods.survey import Survey
@@ -41,6 +42,8 @@ def clicktrain_plan(
     reached = found.conv_weights / max(kept, 1)
     asked = "" if method.compression_asked is None else f"asked {method.compression:g}, "
     summary = f"compression {asked}{'reached' if decided else 'planned'} {reached:.2f}"
+    if method.compression_asked is not None:
+        summary += planned_far_off(method.compression, reached)
     return PruningPlan(plan_rows(found, rows), summary, _stage_lines(method, length))
 
 

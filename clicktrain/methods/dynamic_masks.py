@@ -35,7 +35,8 @@ from clicktrain.methods.base import (
     Step,
     plan_rows,
 )
-from clicktrain.methods.survey import Survey
+from clicktrain.methods.outcome import planned_far_off
+from clicktrain.methods.survey import Survey, check_convolutions
 from clicktrain.methods.update_times import Timing
 from clicktrain.sparsity.masks import KeptWeights, conv_masks, kept_weights, sparsity_of
 from clicktrain.sparsity.regrowth import (
@@ -135,9 +136,7 @@ class DynamicMasks:
 
     def init(self, found: Survey, seed: int | None, name: str) -> DynamicState:
         """Random positions, from the seed or else from PyTorch's (which is only read)."""
-        if not found.prunable:
-            reasons = "; ".join(f"{layer}: {why}" for layer, (_, why) in list(found.left_alone.items())[:3])
-            raise UserError(f"this network has no layer that {name} can prune ({reasons or 'none at all'})")
+        check_convolutions(found, name)
         self._check_sparsity(found)
         device = found.prunable[0].weight.device
         seed = int(agreed_text(str(torch.initial_seed() if seed is None else seed), device))
@@ -293,6 +292,7 @@ class DynamicMasks:
         summary = (
             f"sparsity asked {self.sparsity:g}, {'reached' if fixed else 'planned'} "
             f"{1 - live / max(weights, 1):.3f} of the weights of {len(rows)} layers"
+            f"{planned_far_off(self.sparsity, 1 - live / max(weights, 1))}"
         )
         grow = {"gradient": "the largest gradients", "random": "random positions"}[self.growth]
         where = "layers by their survivors" if self.redistribute else "the same layer"

@@ -20,6 +20,7 @@ from clicktrain.methods.dynamic_masks import (
     dynamic_state_dict,
     load_dynamic_state,
 )
+from clicktrain.methods.outcome import Reached, Target, sparsity_target
 from clicktrain.methods.settings import check_choices, keep_as_tuples
 from clicktrain.methods.survey import Survey, survey
 from clicktrain.methods.update_times import Timing, check_shares, check_times
@@ -120,6 +121,11 @@ class DynamicSparse(Method[DynamicState]):
     def at_end(self, state: DynamicState, found: Survey) -> Sequence[Action]:
         """Positions are fixed at the latest when the run is over."""
         return self.masks.fix(state, found, "the run ended")
+
+    def targets_of(self, state: DynamicState, reached: Reached) -> Sequence[Target]:
+        """Sparsity of the layers that are pruned."""
+        del state
+        return [sparsity_target(self.sparsity, reached, "every filter keeps a weight, kernels are whole")]
 
     def after_freeze(self, state: DynamicState, masks: Mapping[str, Tensor]) -> None:
         """The network holds the masks from here on."""

@@ -37,6 +37,7 @@ from clicktrain.methods.neurons import (
     shuffled,
     widths,
 )
+from clicktrain.methods.outcome import NOTED, Reached, Target, latency_target
 from clicktrain.methods.pruning_start import Policy, StartRule, StructureWatch, default_window
 from clicktrain.methods.settings import check_choices, keep_as_tuples
 from clicktrain.methods.survey import Survey, survey
@@ -375,6 +376,22 @@ class PaT(Method[PaTState]):
         if state.stage == "sparse" or found.example is None:
             return ()
         return self._remove(state, found)
+
+    def targets_of(self, state: PaTState, reached: Reached) -> Sequence[Target]:
+        """The share of neurons, or the time; the structure of another run is none of its own."""
+        del state
+        if self.structure_from is not None:
+            return ()
+        event = reached.last_event("reconfigured", "neurons")
+        if self.amount.by_latency:
+            return [latency_target(event, self.latency_target, self.latency_target_ms)]
+        removed = float(event.get("prune_ratio", 0.0))
+        reason = "" if event else "the run ended before a batch was seen"
+        if event and abs(removed - self.prune_ratio) > NOTED * self.prune_ratio:
+            reason = f"there are {event['neurons']} neurons"
+            if self.round_to > 1:
+                reason += f", and widths are multiples of {self.round_to}"
+        return [Target("neurons removed", self.prune_ratio, removed, "share", reason)]
 
     # ---- what is shown and saved ------------------------------------------------------------
 

@@ -14,7 +14,7 @@ from torch.optim import Optimizer
 from torch.utils.hooks import RemovableHandle
 
 from clicktrain.accounting.agreement import mean_over_processes
-from clicktrain.errors import UserError, shown
+from clicktrain.errors import MissedTarget, NetworkCollapsed, UserError, shown
 from clicktrain.graph import Inputs, as_inputs
 from clicktrain.methods.attached_optimizers import (
     AttachedOptimizers,
@@ -38,8 +38,10 @@ from clicktrain.methods.base import (
     SilenceChannels,
     Step,
 )
+from clicktrain.methods.collapse import at_chance, no_gradient
 from clicktrain.methods.loop_watch import LoopWatch
 from clicktrain.methods.optimizer_round import OptimizerRound
+from clicktrain.methods.outcome import Outcome, Reached
 from clicktrain.methods.pruned_network import PrunedNetwork
 from clicktrain.methods.sparse_latency import MeasureMasks
 from clicktrain.methods.survey import Survey
@@ -52,7 +54,8 @@ class Pruner:
     """One method at work on one model and its optimizers. Made by `Method.attach`.
 
     Call `observe(loss)` once per backward pass, before ``optimizer.step()``; everything else rides on the
-    optimizers' step hooks. `finish` ends the run at the compression asked for, whatever happened.
+    optimizers' step hooks. `finish` ends the run at what was asked for, as far as can be; `outcome` says how
+    far that is.
 
     Of several optimizers those count that hold weights which may be pruned (the first one if none does). One
     step of the method is one round: after `observe`, each of them steps once, in any order. The method sees
@@ -104,6 +107,8 @@ class Pruner:
         self._losses: list[Tensor] = []
         self._epoch_loss: Tensor | None = None
         self._epoch_losses: list[float] = []
+        self._first_loss: Tensor | None = None
+        self._collapse: str | None = None
         self._last_loss: Tensor | None = None
         self._depths: dict[int, int] = {}
         self._looked_at_state = False
@@ -143,6 +148,7 @@ class Pruner:
                 gradients can be accumulated, or at once where weights change all the same); losses stay not
                 finite; the network, a layer of it, its device or its dtype is another than at attach; or a
                 parameter that would lose channels is trained by an optimizer that attach was not given.
+            NetworkCollapsed: pruning has destroyed the network, see `clicktrain.methods.collapse`.
         """
         if self._ended:
             raise UserError(f"observe was called after {self._ended}: attach a method again to go on pruning")
@@ -155,8 +161,10 @@ class Pruner:
             raise UserError(f"observe takes a scalar loss, not a tensor of shape {tuple(loss.shape)}")
         value = mean_over_processes(loss.detach().float().reshape(()).clone())
         self._close_epoch()
+        self.check_alive()
         self._watch.observed(value, self._seen, over=self._epoch >= self.length.epochs)
         value = self._finite(value)
+        self._first_loss = value.clone() if self._first_loss is None else self._first_loss
         self._losses.append(value)
         self._epoch_loss = value.clone() if self._epoch_loss is None else self._epoch_loss + value
         self._seen += 1
@@ -246,10 +254,14 @@ class Pruner:
     def finish(self, packed: bool = False) -> nn.Module:
         """End the run: hard prune if that has not happened, remove the hooks, return the model.
 
+        A result more than 5% of what was asked away from it is a `clicktrain.errors.MissedTarget` warning.
         Where several processes train together, all of them have to call it.
 
         Args:
             packed: return the model with packed convolutions instead of a plain module with zeros.
+
+        Raises:
+            NetworkCollapsed: pruning has destroyed the network.
         """
         if self._ended == "finish()":
             warnings.warn("finish was called twice: the second call changes nothing", stacklevel=2)
@@ -272,7 +284,29 @@ class Pruner:
                 stacklevel=2,
             )
         self._watch.warn_of_lost_zeros(revived, stacklevel=3)
+        self.check_alive()
+        self._conclude()
         return self.model
+
+    def outcome(self) -> Outcome:
+        """What was asked for, what is reached, and why not: printable; final once `finish` was called."""
+        network = self.network
+        reached = Reached(
+            found=network.found,
+            conv_weights=network.conv_weights,
+            conv_weights_now=network.found.conv_weights,
+            conv_nonzero=network.nonzero_conv_weights,
+            masks=network.masks,
+            events=self.events,
+        )
+        return Outcome(tuple(self.method.targets_of(self._state, reached)))
+
+    def _conclude(self) -> None:
+        """Write the outcome down, and warn of what was missed."""
+        outcome = self.outcome()
+        self._record({"event": "outcome", "targets": outcome.to_json()})
+        for sentence in outcome.warnings:
+            warnings.warn(sentence, MissedTarget, stacklevel=3)
 
     @torch.no_grad()
     def _cut_now(self) -> bool:
@@ -373,6 +407,11 @@ class Pruner:
         """
         self.network.check_zeros()
 
+    def check_alive(self) -> None:
+        """Raise NetworkCollapsed if pruning has destroyed the network, by the signs of the last epoch."""
+        if self._collapse is not None:
+            raise NetworkCollapsed(f"{self._collapse}; prune less, or later, or with another seed")
+
     def state_dict(self) -> dict[str, Any]:
         """All that the pruner remembers, as nested dicts of tensors, numbers and strings."""
         return {
@@ -386,6 +425,7 @@ class Pruner:
             "losses": list(self._losses),
             "epoch_loss": self._epoch_loss,
             "epoch_losses": list(self._epoch_losses),
+            "first_loss": self._first_loss,
             "last_loss": self._last_loss,
             **self.network.state_dict(),
             "events": list(self.events),
@@ -410,6 +450,8 @@ class Pruner:
         epoch_loss = saved["epoch_loss"]
         self._epoch_loss = None if epoch_loss is None else epoch_loss.to(device, copy=True)
         self._epoch_losses = list(saved["epoch_losses"])
+        first_loss = saved.get("first_loss")  # not in states of older versions
+        self._first_loss = None if first_loss is None else first_loss.to(device, copy=True)
         last_loss = saved.get("last_loss")
         self._last_loss = None if last_loss is None else last_loss.to(device, copy=True)
         self.events = list(saved["events"])
@@ -433,6 +475,7 @@ class Pruner:
                 "the optimizer's step was called with a closure, whose gradients the pruner cannot read: "
                 "call backward() and observe(loss) first, then optimizer.step() without one"
             )
+        self._look_for_gradients()
         found_inf = getattr(optimizer, "found_inf", None)
         self._watch.before_step(optimizer)
         with torch.no_grad(), self._full_precision():
@@ -468,6 +511,16 @@ class Pruner:
             self._stepped_epoch = self._epoch
             self._losses = []
         self._watch.stepped()
+
+    def _look_for_gradients(self) -> None:
+        """At the last step of an epoch, once something is pruned: does the network still learn?"""
+        pruned = self.network.masks or self.network.plans
+        if not pruned or not self._losses or self._in_epoch < self.length.steps_per_epoch:
+            return
+        assert self._first_loss is not None
+        what = no_gradient(self.model, self._losses[-1], self._first_loss)
+        if what is not None:
+            self._collapse = f"the network has collapsed in epoch {self._epoch + 1}: {what}"
 
     def _after_load(self, optimizer: Optimizer) -> None:
         with torch.no_grad():
@@ -505,6 +558,9 @@ class Pruner:
             ends_epoch=int(position) > self._stepped_epoch,
             learning_rate=learning_rate_of(self._counted_units()[0]),
             grad_scale=scale,
+            adaptive=any(
+                not isinstance(unit.optimizers[-1], torch.optim.SGD) for unit in self._counted_units()
+            ),
         )
 
     def _close_epoch(self) -> None:
@@ -514,6 +570,10 @@ class Pruner:
             self._epoch_losses.append(mean)
             self._epoch_loss = None
             self._epoch, self._in_epoch = self._epoch + 1, 0
+            if self._first_loss is not None:
+                chance = at_chance(self._epoch_losses, float(self._first_loss), self.events)
+                if chance is not None:
+                    self._collapse = f"the network has collapsed after epoch {chance[1]:g}: {chance[0]}"
 
     # ---- the one place where actions touch the world ----------------------------------------
 

@@ -5,14 +5,19 @@ epochs channels under the threshold are set to zero, and those that are zero on 
 reads, are removed, with layers of residual branches that have become zero (`surgery.plan_from_zeros`). The
 paper's own comparisons are the same composition with another rhythm: one reconfiguration at a given epoch
 (Alvarez and Salzmann), none before the end (SSL).
+
+Where no penalty is given, a run has a target, the share of FLOPs or parameters that is to be left, and the
+coefficient is steered towards it (`target_steering`); that is not in the paper. The paper trains with SGD;
+with any other optimizer the shrinkage is scaled by how far its steps move the weights (`measured_step`).
 """
 
 from __future__ import annotations
 
+import functools
 import math
 import time
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any, ClassVar, Literal
 
 import torch
@@ -34,26 +39,45 @@ from clicktrain.methods.base import (
     plan_rows,
 )
 from clicktrain.methods.channel_axes import channel_axes
+from clicktrain.methods.channel_costs import Cost
+from clicktrain.methods.channel_target import NEAR, WORDS, ChannelTarget, original_widths
 from clicktrain.methods.fast_widths import MULTIPLES, BatchForm, fastest_multiple
+from clicktrain.methods.outcome import NOTED, Reached, Target
 from clicktrain.methods.settings import check_choices, keep_as_tuples
-from clicktrain.methods.survey import SeenBatch, Survey, matches, survey
+from clicktrain.methods.survey import SeenBatch, Survey, check_convolutions, matches, survey
+from clicktrain.methods.target_steering import (
+    TargetState,
+    held_indices,
+    plan_within,
+    steered_coefficient,
+    sum_of_squares,
+)
 from clicktrain.sparsity.channel_lasso import (
     ChannelAxis,
     add_channel_lasso_gradient_,
     channel_penalty,
     coefficient_for_ratio,
+    measured_step,
     shrink_channels_,
+    without_channels,
     zero_small_channels_,
 )
 from clicktrain.surgery import SurgeryPlan, plans_from_zeros
 
 Axes = dict[str, tuple[ChannelAxis, ...]]
+Scheme = Literal["union", "gating"]
 
 
-PRESETS: dict[str, dict[str, str]] = {
-    "default": {"update": "proximal", "sides": "readers"},
-    "paper": {"update": "gradient", "sides": "both"},
+PRESETS: dict[str, dict[str, Any]] = {
+    "default": {"update": "proximal", "sides": "readers", "floor": 0.1},
+    "paper": {"update": "gradient", "sides": "both", "floor": 0.0},
 }
+TARGET_FLOPS = 0.6
+"""The target where neither a target nor a penalty is given."""
+PENALTY_RATIO = 0.25
+"""The strongest of the paper's (5.1); with a target, where steering starts."""
+TARGET_AT = 0.75
+"""Share of the run after which the target is met."""
 
 
 @dataclass(slots=True)
@@ -69,7 +93,13 @@ class PruneTrainState:
     """Multiple of the widths at the last reconfiguration; None while there was nothing to choose."""
     batch: BatchForm | None = None
     """Of the last training batch, where widths are chosen by timing."""
+    target: TargetState = field(default_factory=TargetState)
     axes: Axes | None = field(default=None, compare=False)
+    shrunk: Axes | None = field(default=None, compare=False)
+    """``axes`` without the channels that are held."""
+    view: ChannelTarget | None = field(default=None, compare=False)
+    before: tuple[list[Tensor], Tensor] | None = field(default=None, compare=False)
+    """Inside a step: the weights, and the sum of their squared gradients; of adaptive optimizers."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -80,10 +110,21 @@ class PruneTrain(Method[PruneTrainState]):
     reads_graph: ClassVar[bool] = True
 
     preset: Literal["default", "paper"] = "default"
-    """Where ``update`` and ``sides`` come from if not given: what works in short runs, or the paper."""
-    penalty_ratio: float = 0.25
-    """Share of the whole loss that the lasso has at the first step; sets its coefficient (0.2 to 0.25 in runs
-    of 182 epochs; short runs need more)."""
+    """Where settings that are not given come from: what works in short runs, with a target, or the paper,
+    with a penalty alone."""
+    target_flops: float | None = None
+    """Share of the inference FLOPs that is to be left; the lasso is steered towards it. 0.6 by default,
+    unless target_parameters, penalty_ratio, coefficient or the paper's preset is given."""
+    target_parameters: float | None = None
+    """Share of the parameters that is to be left, instead."""
+    target_at: float | None = None
+    """Epoch at whose end the target is met, what is missing by the smallest norms; 3/4 of the run by
+    default."""
+    floor: float | None = None
+    """Share of each layer's channels that stays, one at least; 0.1 by default (paper: 0)."""
+    penalty_ratio: float | None = None
+    """Share of the whole loss that the lasso has at the first step, 0.25 by default; sets its coefficient
+    (the paper's 0.2 to 0.25 prune in runs of 182 epochs). With a target, where steering starts."""
     coefficient: float | None = None
     """Coefficient of the lasso itself, instead of the penalty ratio."""
     update: Literal["proximal", "gradient"] | None = None
@@ -120,14 +161,28 @@ class PruneTrain(Method[PruneTrainState]):
         """Fill in the preset and check every setting."""
         if self.preset not in PRESETS:
             raise UserError(f"preset must be one of {', '.join(PRESETS)}, not {self.preset!r}")
+        self._fill_in_target()
         for key, value in PRESETS[self.preset].items():
             if getattr(self, key) is None:
                 object.__setattr__(self, key, value)
         keep_as_tuples(self, "exclude")
         check_choices(self, _CHOICES)
-        if not 0 <= self.penalty_ratio < 1:
-            raise UserError(f"penalty_ratio must be at least 0 and below 1, not {self.penalty_ratio}")
-        for key in ("coefficient", "interval", "once_at"):
+        for key in ("penalty_ratio", "floor"):
+            if not 0 <= getattr(self, key) < 1:
+                raise UserError(f"{key} must be at least 0 and below 1, not {getattr(self, key)}")
+        for key in ("target_flops", "target_parameters"):
+            value = getattr(self, key)
+            if value is not None and not 0 < value < 1:
+                raise UserError(
+                    f"{key} is the share that is left, between 0 and 1 (0.6 saves 40%), not {value}"
+                )
+        if self.target_flops is not None and self.target_parameters is not None:
+            raise UserError("target_flops and target_parameters are both set: give one")
+        if self.target_at is not None and self.target is None:
+            raise UserError(
+                "target_at is set but there is no target: set target_flops or target_parameters too"
+            )
+        for key in ("coefficient", "interval", "once_at", "target_at"):
             value = getattr(self, key)
             if value is not None and not 0 < value < math.inf:
                 raise UserError(f"{key} must be above 0, not {value}")
@@ -138,6 +193,33 @@ class PruneTrain(Method[PruneTrainState]):
             raise UserError(f"round_to must be at least 1, or auto, not {self.round_to}")
         if self.once_at is not None and self.reconfigure != "once":
             raise UserError("once_at is set but reconfigure is not 'once': set that too")
+
+    def _fill_in_target(self) -> None:
+        """The default target, for runs that name neither a target nor a penalty; the penalty's default."""
+        given = (self.target_flops, self.target_parameters, self.penalty_ratio, self.coefficient)
+        if self.preset == "default" and all(value is None for value in given):
+            object.__setattr__(self, "target_flops", TARGET_FLOPS)
+        if self.penalty_ratio is None:
+            object.__setattr__(self, "penalty_ratio", PENALTY_RATIO)
+
+    @property
+    def target(self) -> tuple[Cost, float] | None:
+        """What is to be left, and which share of it; None where the penalty is fixed."""
+        if self.target_flops is not None:
+            return "flops", self.target_flops
+        return None if self.target_parameters is None else ("parameters", self.target_parameters)
+
+    def target_epoch(self, length: RunLength) -> int:
+        """Finished epochs when the target is met; those of the run: at its end."""
+        if self.reconfigure == "end":
+            return length.epochs
+        if self.reconfigure == "once":
+            return max(1, math.floor(self._once(length)))
+        at = TARGET_AT * length.epochs if self.target_at is None else self.target_at
+        return max(1, math.floor(min(at, length.epochs - self.fine_tune)))
+
+    def _once(self, length: RunLength) -> float:
+        return self.once_at if self.once_at is not None else length.epochs / 2
 
     @property
     def keeps_inputs(self) -> bool:
@@ -161,18 +243,64 @@ class PruneTrain(Method[PruneTrainState]):
     def init(self, found: Survey, length: RunLength) -> PruneTrainState:
         """Check that the run can be done as asked."""
         if not found.layers:
-            reasons = "; ".join(f"{name}: {why}" for name, (_, why) in list(found.left_alone.items())[:3])
-            raise UserError(f"this network has no convolution to prune ({reasons or 'none at all'})")
+            check_convolutions(replace(found, linears=()), "PruneTrain")
         if self.once_at is not None and self.once_at > length.epochs:
             raise UserError(f"once_at is {self.once_at:g} but the run has {length.epochs} epochs")
         if self.fine_tune >= length.epochs:
             raise UserError(
                 f"fine_tune is {self.fine_tune:g} epochs: leave some of the {length.epochs} to the lasso"
             )
+        if self.target_at is not None and self.target_at > length.epochs:
+            raise UserError(f"target_at is {self.target_at:g} but the run has {length.epochs} epochs")
         state = PruneTrainState(round_to=None if self.round_to == "auto" else self.round_to)
         if found.example is not None:
-            state.axes = self._axes(found)
+            self._look(state, found)
         return state
+
+    def _look(self, state: PruneTrainState, found: Survey) -> None:
+        """At the network as it is; the first time, whether the target can be reached.
+
+        Raises:
+            UserError: it cannot, or no channel can go.
+        """
+        state.axes = state.shrunk = self._axes(found)
+        state.view = None
+        target = self._view(state, found)
+        if target is None:
+            return
+        if state.target.dense is None:
+            target.check_reachable(f"target_{target.what}", self.floor or 0.0)
+            state.target.dense = target.dense
+            state.target.widths = original_widths(target.groups)
+        self._hold(state, target)
+
+    def _view(self, state: PruneTrainState, found: Survey) -> ChannelTarget | None:
+        """The target, as seen from the network as it is; None if there is none."""
+        if self.target is None:
+            return None
+        if state.view is None:
+            assert found.model is not None
+            assert found.example is not None
+            what, share = self.target
+            state.view = ChannelTarget(
+                found.model,
+                found.example,
+                what,
+                share,
+                penalised=state.axes or (),
+                both_sides=self.sides == "both",
+                floor=self.floor or 0.0,
+                dense=state.target.dense,
+                widths=state.target.widths or None,
+            )
+        return state.view
+
+    def _hold(self, state: PruneTrainState, target: ChannelTarget) -> None:
+        """Leave out of the lasso what every layer keeps."""
+        indices = held_indices(target, state.target.held)
+        state.shrunk = {
+            name: without_channels(own, indices.get(name, {})) for name, own in (state.axes or {}).items()
+        }
 
     def _axes(self, found: Survey) -> Axes:
         assert found.model is not None
@@ -197,18 +325,24 @@ class PruneTrain(Method[PruneTrainState]):
     # ---- steps ------------------------------------------------------------------------------
 
     def before_step(self, state: PruneTrainState, found: Survey, step: Step) -> None:
-        """Set the coefficient at the first step (Eq. (3)); add the lasso's gradient."""
+        """Set the coefficient, at the first step by Eq. (3); add the lasso's gradient."""
+        if state.axes is None:
+            self._look(state, found)
         if state.stage != "sparsify":
             return
-        if state.axes is None:
-            state.axes = self._axes(found)
-        weights = self._weights(found, state.axes)
         if state.coefficient is None:
+            weights = self._weights(found, state.axes or {})
             penalty = float(torch.stack([channel_penalty(w.float(), a) for w, a in weights]).sum())
             state.coefficient = self.coefficient or coefficient_for_ratio(
-                self.penalty_ratio, float(step.loss), penalty
+                self.penalty_ratio or 0.0, float(step.loss), penalty
             )
+        self._steer(state, found, step)
+        weights = self._weights(found, state.shrunk or {})
         if self.update == "proximal":
+            if step.adaptive and not state.target.steered:
+                gradients = [step.gradient(weight) for weight, _ in weights]
+                square = sum_of_squares([g for g in gradients if g is not None] or [step.loss.new_zeros(1)])
+                state.before = [weight.detach().clone() for weight, _ in weights], square
             return
         strength: float | Tensor = state.coefficient
         if step.grad_scale is not None:
@@ -217,11 +351,39 @@ class PruneTrain(Method[PruneTrainState]):
             if weight.grad is not None:
                 add_channel_lasso_gradient_(weight.grad, weight.detach(), axes, strength)
 
+    def _steer(self, state: PruneTrainState, found: Survey, step: Step) -> None:
+        """Set the coefficient for an epoch that begins."""
+        target, course = self._view(state, found), state.target
+        if target is None:
+            return
+        if course.steered < step.epoch:
+            course.steered = step.epoch
+            last = self.target_epoch(step.length)
+            state.coefficient = steered_coefficient(
+                target, course, state.coefficient or 0.0, step.epoch, last
+            )
+            self._hold(state, target)
+        course.steps, course.rates = course.steps + 1, course.rates + step.learning_rate
+
+    def _shrink(self, state: PruneTrainState, found: Survey, step: Step) -> None:
+        """The proximal step; of an adaptive optimizer by what its step was, until the lasso is steered."""
+        if state.stage != "sparsify" or state.coefficient is None:
+            return
+        weights, reach = self._weights(found, state.shrunk or {}), torch.tensor(step.learning_rate)
+        before, state.before = state.before, None
+        if step.adaptive and not state.target.steered:
+            if before is None:
+                return  # a step that was skipped for overflow
+            moved = sum_of_squares([w - old for (w, _), old in zip(weights, before[0], strict=True)])
+            channels = sum(axis.count for _, axes in weights for axis in axes)
+            reach = measured_step(moved, before[1], state.coefficient, channels)
+        for weight, axes in weights:
+            shrink_channels_(weight, axes, state.coefficient * reach.to(weight.device))
+
     def after_step(self, state: PruneTrainState, found: Survey, step: Step) -> Sequence[Action]:
         """Shrink; reconfigure at the end of an epoch, when it is time; no lasso in the last epochs."""
-        if self.update == "proximal" and state.stage == "sparsify" and state.coefficient is not None:
-            for weight, axes in self._weights(found, state.axes or {}):
-                shrink_channels_(weight, axes, state.coefficient * step.learning_rate)
+        if self.update == "proximal":
+            self._shrink(state, found, step)
         if not step.ends_epoch:
             return ()
         if self.round_to == "auto" and found.seen is not None:
@@ -233,22 +395,36 @@ class PruneTrain(Method[PruneTrainState]):
             event = {"event": "penalty", "coefficient": state.coefficient, "penalty_ratio": share}
             actions.append(Record(event))
         last = epoch >= step.length.epochs
-        if not last and self._due(state, epoch, step.length):
-            actions += self.reconfigure_now(state, found, epoch)
-        if state.stage == "sparsify" and self.fine_tune and epoch >= step.length.epochs - self.fine_tune:
+        final = self.target is not None and epoch >= self.target_epoch(step.length)
+        if not last and (self._due(state, epoch, step.length) or (final and not state.target.met)):
+            actions += self.reconfigure_now(state, found, epoch, final=final)
+        if state.stage == "sparsify":
+            reason = f"epoch {epoch} begins"
+            if state.target.met:
+                reason = f"{state.target.share:.3f} of the {self._what} are left"
+            elif not (self.fine_tune and epoch >= step.length.epochs - self.fine_tune):
+                return actions
             state.stage = "fine-tune"
-            event = {"event": "stage", "stage": state.stage, "number": 2, "reason": f"epoch {epoch} begins"}
+            event = {"event": "stage", "stage": state.stage, "number": 2, "reason": reason}
             actions.append(Record(event))
         return actions
+
+    @property
+    def _what(self) -> str:
+        return "" if self.target is None else WORDS[self.target[0]]
 
     def _due(self, state: PruneTrainState, epoch: int, length: RunLength) -> bool:
         if self.reconfigure == "interval":
             return epoch - state.reconfigured >= self.interval_of(length)
-        at = self.once_at if self.once_at is not None else length.epochs / 2
-        return self.reconfigure == "once" and not state.done and epoch >= at
+        return self.reconfigure == "once" and not state.done and epoch >= self._once(length)
 
-    def reconfigure_now(self, state: PruneTrainState, found: Survey, epoch: float) -> list[Action]:
-        """4.1, 4.2: zero what is under the threshold, remove what is zero on both sides."""
+    def reconfigure_now(
+        self, state: PruneTrainState, found: Survey, epoch: float, *, final: bool = False
+    ) -> list[Action]:
+        """4.1, 4.2: zero what is under the threshold, remove what is zero on both sides.
+
+        ``final``: and what the target lacks, by the smallest norms.
+        """
         started = time.perf_counter()
         assert found.model is not None
         state.reconfigured, state.done = epoch, True
@@ -264,13 +440,42 @@ class PruneTrain(Method[PruneTrainState]):
                 state.round_to = choice.chosen
                 actions.append(Record({"event": "widths", **choice.to_json()}))
             multiple = state.round_to or 1
-        event = {
+        plan, event = plans[multiple], {}
+        if (target := self._view(state, found)) is not None:
+            plan = self._within(target, found, multiple, fill=final)
+            plan = agreed_plans({multiple: plan}, found.prunable[0].weight.device)[multiple]
+            state.target.share = target.share_after(plan)
+            state.target.met = final or state.target.share <= target.share + NEAR
+            event = {
+                "target": target.share,
+                "share_left": state.target.share,
+                "coefficient": state.coefficient,
+            }
+        event |= {
             "planning_seconds": time.perf_counter() - started,
             "zeroed_channels": zeroed,
             "round_to": multiple,
             "channels_without_rounding": sum(row.outputs[1] for row in plans[1].layers),
         }
-        return [*actions, Reconfigure(plans[multiple], event, self.check_outputs)]
+        return [*actions, Reconfigure(plan, event, self.check_outputs)]
+
+    def _within(self, target: ChannelTarget, found: Survey, multiple: int, *, fill: bool) -> SurgeryPlan:
+        """What is zero, none of it beyond the target; with ``fill`` as much as is missing."""
+
+        model, example = found.model, found.example
+        assert model is not None
+        assert example is not None
+
+        def make(
+            stay: Mapping[str, Tensor], remove_layers: bool, scheme: Scheme = self.scheme
+        ) -> SurgeryPlan:
+            return plans_from_zeros(
+                model, example, self.threshold, scheme, (multiple,), self.sides or "both",
+                stay=stay, remove_layers=remove_layers,
+            )[multiple]  # fmt: skip
+
+        union = functools.partial(make, scheme="union")
+        return plan_within(target, make, union, round_to=multiple, fill=fill)
 
     def surgery_plan(self, found: Survey, round_to: int = 1) -> SurgeryPlan:
         """What would be removed from the network as it is."""
@@ -296,18 +501,41 @@ class PruneTrain(Method[PruneTrainState]):
 
     def after_surgery(self, state: PruneTrainState, plan: SurgeryPlan, found: Survey) -> None:
         """The channels of the smaller network."""
-        del plan
-        state.axes = self._axes(found)
+        state.target.follow(plan)
+        state.axes = state.shrunk = self._axes(found)
+        state.view = None
+        if (target := self._view(state, found)) is not None:
+            state.target.held = target.held(target.norms())
+            self._hold(state, target)
 
     def at_end(self, state: PruneTrainState, found: Survey) -> Sequence[Action]:
         """What is zero at the end of the run goes too (once: it went at its time)."""
         if found.example is None or (self.reconfigure == "once" and state.done):
             return ()
-        return self.reconfigure_now(state, found, state.reconfigured)
+        if state.axes is None:
+            self._look(state, found)
+        return self.reconfigure_now(state, found, state.reconfigured, final=True)
 
     def penalised_channels(self, state: PruneTrainState) -> Axes:
         """All that can be removed, after the lasso has ended too: what is zero could come back."""
         return state.axes or {}
+
+    def targets_of(self, state: PruneTrainState, reached: Reached) -> Sequence[Target]:
+        """The share of the cost that is left; of a fixed penalty, which asks for none, the weights."""
+        if self.target is None:
+            share = reached.conv_weights_now / max(reached.conv_weights, 1)
+            return [Target("convolution weights left", None, share, "share", "the penalty is fixed")]
+        asked, left = self.target[1], state.target.share
+        reason = ""
+        if abs(left - asked) > NOTED * asked:
+            reason = "no channel was left to remove"
+            if state.round_to is not None and state.round_to > 1:
+                reason = f"widths are multiples of {state.round_to}"
+            elif state.target.dense is None:
+                reason = "the run ended before a batch was seen"
+            elif left > asked:
+                reason = "every channel that is left is needed, or larger than what is missing"
+        return [Target(f"{self._what} left", asked, left, "share", reason)]
 
     # ---- what is shown and saved ------------------------------------------------------------
 
@@ -334,7 +562,7 @@ class PruneTrain(Method[PruneTrainState]):
         every = self.interval_of(length)
         when = {
             "interval": f"every {every:g} epoch{'s' if every != 1 else ''} and at the end",
-            "once": f"once, after epoch {self.once_at or length.epochs / 2:g}",
+            "once": f"once, after epoch {self._once(length):g}",
             "end": "at the end of the run only",
         }[self.reconfigure]
         strength = (
@@ -352,10 +580,21 @@ class PruneTrain(Method[PruneTrainState]):
                 f"{when}; {self.scheme}, threshold {self.threshold:g}, {widths}",
             ),
         ]
+        if self.target is not None:
+            stages.insert(0, ("target", self._target_line(length)))
         if self.fine_tune:
             stages.append(("fine-tune", f"the last {self.fine_tune:g} epochs without the lasso"))
         summary = f"{full - kept} of {full} weights would be removed as the network is now"
         return PruningPlan(plan_rows(found, rows), summary, tuple(stages))
+
+    def _target_line(self, length: RunLength) -> str:
+        assert self.target is not None
+        when = self.target_epoch(length)
+        by = "at the end of the run" if when >= length.epochs else f"after epoch {when}"
+        return (
+            f"{self.target[1]:g} of the {self._what} left {by}, where the lasso ends; every layer keeps "
+            f"{self.floor:g} of its channels"
+        )
 
     def state_dict(self, state: PruneTrainState) -> dict[str, Any]:
         """Numbers and strings."""
@@ -366,6 +605,7 @@ class PruneTrain(Method[PruneTrainState]):
             "done": state.done,
             "round_to": state.round_to,
             "batch": None if state.batch is None else list(state.batch),
+            "target": state.target.state_dict(),
         }
 
     def load_state(self, found: Survey, length: RunLength, saved: Mapping[str, Any]) -> PruneTrainState:
@@ -376,8 +616,10 @@ class PruneTrain(Method[PruneTrainState]):
         if saved.get("batch") is not None:  # not in states of older versions
             shape, strides, autocast = saved["batch"]
             state.batch = BatchForm(tuple(shape), tuple(strides), autocast)
+        if "target" in saved:  # not in states of older versions
+            state.target = TargetState.from_state(saved["target"])
         if found.example is not None:
-            state.axes = self._axes(found)
+            self._look(state, found)
         return state
 
 

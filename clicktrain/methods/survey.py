@@ -152,6 +152,31 @@ class Survey:
         )
 
 
+def check_convolutions(found: Survey, who: str) -> None:
+    """UserError where the network has convolutions, but none that a method may prune, or no layer at all.
+
+    What a method would prune then, if anything, is the classifier: not what a sparsity is asked for.
+
+    Args:
+        found: what the method may touch.
+        who: the method, in the sentence.
+    """
+    convs = [name for name, (shape, _) in found.left_alone.items() if len(shape) > 2]
+    if found.layers or (found.linears and not convs):
+        return
+    told = convs or list(found.left_alone)
+    reasons = "; ".join(f"{name}: {found.left_alone[name][1]}" for name in told[:3])
+    hint = (
+        ", or name some with include"
+        if any("reads the image" in found.left_alone[n][1] for n in told)
+        else ""
+    )
+    raise UserError(
+        f"this network has no convolution that {who} can prune ({reasons or 'none at all'}): "
+        f"use a network with more convolutions{hint}"
+    )
+
+
 def matches(name: str, globs: Iterable[str]) -> bool:
     """Whether a module path matches one of the shell-style patterns."""
     return any(fnmatchcase(name, glob) for glob in globs)

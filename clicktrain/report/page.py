@@ -27,6 +27,7 @@ from clicktrain.report.curves import run_figures
 from clicktrain.report.figure import Figure, Key
 from clicktrain.report.layers import LayerRow, layer_rows
 from clicktrain.report.masks import MaskPicture, mask_pictures
+from clicktrain.report.outcome import OutcomeRow, outcome_rows
 from clicktrain.report.run_data import Run, number, read_runs
 from clicktrain.report.timeline import Moment, timeline
 
@@ -209,6 +210,7 @@ class Section:
     entry: Entry
     opened: bool
     headline: str
+    outcome: tuple[OutcomeRow, ...]
     figures: list[Figure]
     stages: tuple[Key, ...]
     channels: ChannelView | None
@@ -231,6 +233,7 @@ def _section(entry: Entry, *, opened: bool) -> Section:
         entry=entry,
         opened=opened,
         headline=headline(entry),
+        outcome=outcome_rows((run.summary or {}).get("outcome")),
         figures=run_figures(run),
         stages=stages if len(stages) > 1 else (),
         channels=channel_view(run),

@@ -8,6 +8,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from clicktrain.report import wording
+from clicktrain.report.outcome import outcome_rows
 from clicktrain.report.run_data import Run, number
 from clicktrain.report.stages import STAGE_NAMES
 
@@ -58,11 +59,17 @@ def _moment(event: Mapping[str, Any]) -> Moment:
         return Moment(at, "larger batches", _larger(event))
     if name == "operators":
         return Moment(at, "operators chosen", _operators(event))
+    if name == "outcome":
+        return Moment(at, "the end", _outcome(event))
     if name == "switch":
         return Moment(at, f"{event.get('method')} begins", str(event.get("reason") or ""))
     known = ("event", "step", "epoch")
     detail = ", ".join(f"{key} {_short(value)}" for key, value in event.items() if key not in known)
     return Moment(at, name.replace("_", " "), detail if len(detail) < 200 else detail[:199] + "…")
+
+
+def _outcome(event: Mapping[str, Any]) -> str:
+    return "; ".join(row.sentence for row in outcome_rows(event.get("targets"))) or "nothing was asked for"
 
 
 def _short(value: Any) -> str:

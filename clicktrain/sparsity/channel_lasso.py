@@ -84,7 +84,7 @@ def add_channel_lasso_gradient_(
         grad.addcmul_(weight, (scale * coefficient).to(weight.dtype))
 
 
-def shrink_channels_(weight: Tensor, axes: tuple[ChannelAxis, ...], threshold: float) -> None:
+def shrink_channels_(weight: Tensor, axes: tuple[ChannelAxis, ...], threshold: float | Tensor) -> None:
     """One proximal step of the lasso: every channel's norm falls by ``threshold``, but not below zero.
 
     The axes overlap, so they are treated one after the other. Not in the paper, whose sub-gradient steps let
@@ -95,12 +95,50 @@ def shrink_channels_(weight: Tensor, axes: tuple[ChannelAxis, ...], threshold: f
     Args:
         weight: [F, C, R, S] or [O, I], changed in place.
         axes: its channels.
-        threshold: coefficient of the lasso times the learning rate.
+        threshold: coefficient of the lasso times how far a step moves a weight per unit of gradient: the
+            learning rate of SGD, or `measured_step`; a number, or 0-dim.
     """
     for axis in axes:
         norms = axis.norms(weight)
         lost = (threshold / norms.clamp_min(torch.finfo(norms.dtype).tiny)).clamp_max_(1.0)
         weight.addcmul_(weight, axis.spread(lost, weight).to(weight.dtype), value=-1)
+
+
+def measured_step(moved: Tensor, gradient: Tensor, coefficient: float, channels: int) -> Tensor:
+    """How far a step of any optimizer moves the weights per unit of gradient: 0-dim, on their device.
+
+    SGD moves them by the learning rate times the gradient, so the proximal step of `shrink_channels_` is the
+    coefficient times the learning rate. An adaptive optimizer divides by a running size of the gradient: it
+    moves every weight by about the learning rate, however small gradients are, and the lasso has to be
+    measured by the same scale or it vanishes beside it. With the diagonal metric ``D`` of such a step the
+    proximal step of a group has no closed form; ``D`` is replaced by its mean, ``|gradient| / |moved|``. The
+    lasso's own gradient, of norm coefficient * sqrt(channels), counts as part of the gradient, as it would in
+    the sum that the paper's Algorithm 1 gives to the optimizer (line 14); so all channels together never
+    shrink by more than the step moved the weights. Not in the paper, which trains with SGD (section 5).
+
+    Args:
+        moved: sum of the squares of the weights' changes, 0-dim.
+        gradient: sum of the squares of their gradients without the lasso's, 0-dim.
+        coefficient: lambda of Eq. (2).
+        channels: number of groups of the lasso.
+    """
+    whole = gradient + coefficient**2 * channels
+    return (moved / whole.clamp_min(torch.finfo(whole.dtype).tiny)).sqrt()
+
+
+def without_channels(axes: tuple[ChannelAxis, ...], indices: dict[int, list[int]]) -> tuple[ChannelAxis, ...]:
+    """The same axes with some indices no longer penalised.
+
+    Args:
+        axes: of one layer.
+        indices: dimension -> indices along it.
+    """
+    found = []
+    for axis in axes:
+        channel = axis.channel.clone()
+        channel[indices.get(axis.dim, [])] = -1
+        found.append(ChannelAxis(axis.dim, channel, axis.count))
+    return tuple(found)
 
 
 def coefficient_for_ratio(ratio: float, loss: float, penalty: float) -> float:

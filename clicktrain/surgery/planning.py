@@ -28,6 +28,9 @@ def plans_from_zeros(
     scheme: Scheme = "union",
     multiples: Sequence[int] = (1,),
     sides: Sides = "both",
+    *,
+    stay: Mapping[str, Tensor] | None = None,
+    remove_layers: bool = True,
 ) -> dict[int, SurgeryPlan]:
     """What PruneTrain's reconfiguration removes (4.1, 4.2): zeroed channels, and zeroed layers of branches.
 
@@ -42,6 +45,8 @@ def plans_from_zeros(
         scheme: ``union`` or ``gating``, see the modules of these names.
         multiples: widths become multiples of it, by keeping the largest of the dead channels: one plan each.
         sides: ``both`` or ``readers``, see `channel_union.dead_channels`.
+        stay: name of a group -> bool [channels], True = stays although it is zero.
+        remove_layers: whether zeroed layers of branches go.
 
     Raises:
         UserError: the model has no graph, or an argument is out of range.
@@ -56,11 +61,14 @@ def plans_from_zeros(
         _check_round_to(multiple)
     found = dependencies(model, example)
     values = Values(found, threshold)
-    branches = removable_branches(found.graph, values, threshold)
+    branches = removable_branches(found.graph, values, threshold) if remove_layers else {}
     removed = [branch for branch, reason in branches.items() if reason is None]
     layers = tuple(r for branch in removed for r in remnants(found.graph, branch, values, threshold))
     gone = {node for branch in removed for view in branch.views for node in view.nodes}
     may_go, reasons = dead_channels(found, values, threshold, gone, sides)
+    for group, dead in zip(found.groups, may_go, strict=True):
+        if stay is not None and group.name in stay:
+            dead &= ~stay[group.name]
     stays = {str(branch.last.target): reason for branch, reason in branches.items() if reason is not None}
     plans, names = {}, gone_names(model, layers)
     for multiple in multiples:

@@ -1,4 +1,7 @@
-"""Losses of the running epoch: read from the device in bundles, summed up, and watched for explosion."""
+"""Losses of the running epoch: read from the device in bundles, summed up, and watched for explosion.
+
+And the two errors that end a run in which nothing can be learned any more.
+"""
 
 from __future__ import annotations
 
@@ -9,7 +12,7 @@ from pathlib import Path
 import torch
 from torch import Tensor, nn
 
-from clicktrain.errors import UserError
+from clicktrain.errors import NetworkCollapsed, UserError
 
 EXPLOSION = 1e4
 """A loss this many times that of the first epoch stops a run."""
@@ -33,6 +36,12 @@ def diverged(what: str, epoch: int, batch: int, checkpoint: Path | None) -> Trai
         f"training diverged: {what} in epoch {epoch} after batch {batch}; {left}; "
         "try a lower learning_rate, a longer warmup_epochs, clip_grad_norm=1, or precision=fp32"
     )
+
+
+def collapsed(what: str, checkpoint: Path | None) -> NetworkCollapsed:
+    """The error, as one sentence, with the checkpoint that is left."""
+    left = f"the last checkpoint is {checkpoint}" if checkpoint else "no checkpoint was written yet"
+    return NetworkCollapsed(f"{what}; {left}")
 
 
 class LossWatch:

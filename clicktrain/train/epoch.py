@@ -13,6 +13,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from clicktrain.data import Batch, mixup
+from clicktrain.errors import NetworkCollapsed
 from clicktrain.train.device import autocast, seed_batch
 from clicktrain.train.divergence import LossWatch, diverged, explosion
 from clicktrain.train.evaluate import Evaluation, evaluate
@@ -179,9 +180,11 @@ def end_epoch(run: LiveRun, stop: StopRequest) -> None:
 
     Raises:
         TrainingInterrupted: a signal came during evaluation; resuming evaluates again.
+        NetworkCollapsed: pruning has destroyed the network; no checkpoint of it is written.
     """
     p, course, config = run.prepared, run.course, run.prepared.config
     p.pruner.check_zeros()
+    p.pruner.check_alive()
     if course.epoch == 0:
         course.first_loss = course.totals.loss
     number, last = course.epoch + 1, course.epoch + 1 == config.epochs
@@ -196,8 +199,8 @@ def end_epoch(run: LiveRun, stop: StopRequest) -> None:
         )
         if result is None:
             raise _interrupted(run, stop)
-        course.val_accuracy = result.accuracy
-        course.best_val_accuracy = max(result.accuracy, course.best_val_accuracy or 0.0)
+        check_outputs(run, result)
+        note_accuracy(run, result.accuracy)
     record = _record(run, result)
     run.folder.append_metrics(record)
     course.epoch, course.batch = number, 0
@@ -210,6 +213,27 @@ def end_epoch(run: LiveRun, stop: StopRequest) -> None:
     if run.scalars is not None:
         run.scalars.add(record)
     run.progress.epoch(record)
+
+
+def check_outputs(run: LiveRun, result: Evaluation) -> None:
+    """NetworkCollapsed if a network that is being pruned gives all images the same outputs."""
+    p = run.prepared
+    if result.constant and p.config.method != "dense":
+        epoch = min(run.course.epoch + 1, p.config.epochs)
+        raise NetworkCollapsed(
+            f"the network has collapsed in epoch {epoch}: it gives all images the same outputs; prune less, "
+            "or later, or with another seed"
+        )
+
+
+def note_accuracy(run: LiveRun, accuracy: float) -> None:
+    """The accuracy now; the best so far is of the network as it is, not of what it was before pruning."""
+    pruner, course = run.prepared.pruner, run.course
+    network = len(pruner.plans) + pruner.frozen
+    if course.best_of != network:
+        course.best_of, course.best_val_accuracy = network, None
+    course.val_accuracy = accuracy
+    course.best_val_accuracy = max(accuracy, course.best_val_accuracy or 0.0)
 
 
 def _record(run: LiveRun, result: Evaluation | None) -> dict[str, Any]:

@@ -16,6 +16,9 @@ from clicktrain.train.device import autocast
 TOP5_CLASSES = 10
 """Top-5 accuracy is told from this many classes on."""
 
+_FEW = 8
+"""With fewer images equal outputs say nothing."""
+
 
 @dataclass(frozen=True, slots=True)
 class Evaluation:
@@ -26,12 +29,14 @@ class Evaluation:
         top5_accuracy: percent of images whose class is among the five best; None under 10 classes.
         loss: mean cross-entropy, without label smoothing.
         images: number of images looked at.
+        constant: all images got the same outputs, so that no image was looked at, in effect.
     """
 
     accuracy: float
     top5_accuracy: float | None
     loss: float
     images: int
+    constant: bool = False
 
 
 @torch.no_grad()
@@ -61,6 +66,7 @@ def evaluate(
     was_training = model.training
     model.eval()
     sums: list[Tensor] = []
+    ranges: list[Tensor] = []
     images, classes = 0, 0
     try:
         for x, y in loader.epoch(0):
@@ -71,6 +77,7 @@ def evaluate(
             logits = output.float()
             classes = logits.shape[1]
             sums.append(_batch_sums(logits, y))
+            ranges.append(torch.stack((logits.amin(dim=0), logits.amax(dim=0))))
             images += len(y)
     finally:
         model.train(was_training)
@@ -82,7 +89,14 @@ def evaluate(
         top5_accuracy=100 * top5 / images if classes >= TOP5_CLASSES else None,
         loss=loss / images,
         images=images,
+        constant=images >= _FEW and _constant(torch.stack(ranges)),
     )
+
+
+def _constant(ranges: Tensor) -> bool:
+    """Whether outputs do not differ but for rounding; ``ranges`` [batches, 2, K], smallest and largest."""
+    low, high = ranges[:, 0].amin(dim=0), ranges[:, 1].amax(dim=0)
+    return bool(((high - low) <= 1e-6 * torch.maximum(low.abs(), high.abs())).all())
 
 
 def _batch_sums(logits: Tensor, y: Tensor) -> Tensor:

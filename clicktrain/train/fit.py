@@ -7,10 +7,12 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
+from clicktrain.errors import NetworkCollapsed
 from clicktrain.methods import Method
 from clicktrain.train.channel_log import watch_channels
 from clicktrain.train.config import RunConfig
 from clicktrain.train.disk import bytes_needed, check_disk
+from clicktrain.train.divergence import collapsed
 from clicktrain.train.epoch import end_epoch, train_epoch
 from clicktrain.train.interrupt import StoppedAtOnce, StopRequest, TrainingInterrupted
 from clicktrain.train.live import LiveRun
@@ -51,6 +53,7 @@ def fit(
             written to any more: the disk is full, or the folder was deleted.
         RunFolderInUse: another process trains in the folder.
         TrainingDiverged: the loss is no longer a number or exploded; the last good checkpoint is left.
+        NetworkCollapsed: pruning has destroyed the network; the checkpoint from before is left.
         TrainingInterrupted: SIGTERM, SIGINT or SIGHUP; a checkpoint was written if training had begun.
     """
     progress = progress or Silent()
@@ -101,10 +104,13 @@ def _fit(
         else:
             run.begin()
         progress.start(config, method, prepared)
-        while run.course.epoch < config.epochs:
-            train_epoch(run, stop)
-            end_epoch(run, stop)
-        summary = finish_run(run)
+        try:
+            while run.course.epoch < config.epochs:
+                train_epoch(run, stop)
+                end_epoch(run, stop)
+            summary = finish_run(run)
+        except NetworkCollapsed as collapse:
+            raise collapsed(str(collapse), run.newest_checkpoint()) from None
     progress.finish(summary)
     return summary
 

@@ -16,6 +16,7 @@ from torch.optim.swa_utils import AveragedModel
 from clicktrain.accounting import TrainingMemory
 from clicktrain.compiler import Accelerated
 from clicktrain.errors import UserError
+from clicktrain.sparsity.masks import conv_masks
 from clicktrain.train.averaging import make_average
 from clicktrain.train.checkpoint import newest_good, save_checkpoint
 from clicktrain.train.config import config_to_dict
@@ -81,7 +82,7 @@ class LiveRun:
     def _accelerated(self) -> nn.Module | None:
         """The packed model on fast operators, None before the hard prune or where there are none."""
         p = self.prepared
-        if not (self.frozen and p.pruner.masks and can_accelerate(p)):
+        if not (self.frozen and conv_masks(p.pruner.masks) and can_accelerate(p)):
             return None
         chosen = choose_operators(p, self.folder, self.progress, self.course.epoch)
         if chosen.event is not None:

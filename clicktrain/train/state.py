@@ -62,6 +62,8 @@ class Course:
     (`take_stock`), ``memory_calibration`` measured / estimated memory, ``memory_budget`` the bytes that a
     growing batch may take, ``sized_plans`` and ``measured_plans`` the numbers of surgery plans that its size
     and the measurement know of.
+    ``best_of`` says of which network ``best_val_accuracy`` is: removals of channels so far, and one more
+    after the hard prune.
     ``numbered_plans`` is the number of surgery plans that the last line of channels.jsonl knew of, None
     before the first.
     ``logs`` is what metrics.jsonl, events.jsonl and channels.jsonl were when a checkpoint was written.
@@ -79,6 +81,7 @@ class Course:
     first_loss: float | None = None
     val_accuracy: float | None = None
     best_val_accuracy: float | None = None
+    best_of: int = 0
     stock: dict[str, Any] = field(default_factory=dict)
     memory_calibration: float = 1.0
     memory_budget: int | None = None

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import statistics
+import warnings
 from collections.abc import Mapping, Sequence
 from typing import Any
 
@@ -12,10 +13,12 @@ from torch import Tensor
 
 from clicktrain.accounting import LayerCost, ModelCost, count
 from clicktrain.accounting.cost import ratio
+from clicktrain.errors import MissedTarget
 from clicktrain.formats.packed_file import save_packed
 from clicktrain.formats.run_files import FORMAT_VERSION
 from clicktrain.formats.tree import save_tree
-from clicktrain.surgery import write_recipe
+from clicktrain.surgery import SurgeryPlan, write_recipe
+from clicktrain.train.epoch import check_outputs, note_accuracy
 from clicktrain.train.evaluate import evaluate
 from clicktrain.train.live import LiveRun
 from clicktrain.train.machine import cpu_name, gpu_name, versions
@@ -27,10 +30,12 @@ def finish_run(run: LiveRun) -> dict[str, Any]:
 
     Can be done again: a run killed in the middle of it is finished when it is resumed.
     """
-    p, course = run.prepared, run.course
+    p = run.prepared
     was_frozen, plans = p.pruner.frozen, len(p.pruner.plans)
     operators = operator_names(run.folder)
-    plain = p.pruner.finish()
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore", MissedTarget)  # they are in the summary, from where they are shown
+        plain = p.pruner.finish()
     run.follow_pruner()
     model = plain
     if run.average is not None:
@@ -39,7 +44,8 @@ def finish_run(run: LiveRun) -> dict[str, Any]:
     if (masks and not was_frozen) or len(p.pruner.plans) > plans:  # what was evaluated is not what is saved
         result = evaluate(model, p.val_loader, device=p.device, precision=p.config.precision)
         assert result is not None
-        course.val_accuracy = result.accuracy
+        check_outputs(run, result)
+        note_accuracy(run, result.accuracy)
         run.progress.message(f"pruned after the last epoch: validation accuracy is {result.accuracy:.2f}%")
     weights = {name: tensor.detach().cpu().contiguous() for name, tensor in model.state_dict().items()}
     metadata = {"format_version": str(FORMAT_VERSION), "clicktrain": json.dumps(p.facts)}
@@ -61,7 +67,7 @@ def _summary(
     run: LiveRun, cost: ModelCost, living: ModelCost, operators: Mapping[str, str]
 ) -> dict[str, Any]:
     p, course = run.prepared, run.course
-    config, pruner = p.config, p.pruner
+    config, pruner, outcome = p.config, p.pruner, p.pruner.outcome()
     hard_prune = next((event["epoch"] for event in pruner.events if event["event"] == "hard_prune"), None)
     return {
         "format_version": FORMAT_VERSION,
@@ -74,7 +80,11 @@ def _summary(
         "best_val_accuracy": course.best_val_accuracy,
         "sparsity_asked": getattr(p.method, "sparsity", None),
         "compression_asked": getattr(p.method, "compression_asked", None),
+        "outcome": outcome.to_json(),
+        "warnings": list(outcome.warnings),
         "compression_ratio": ratio(p.cost.initial.conv_weights, living.conv_nonzero),
+        "conv_weights": p.cost.initial.conv_weights,
+        "nonzero_conv_weights": living.conv_nonzero,
         "train_flops": course.train_flops,
         "train_flops_ratio": course.train_flops / max(course.train_flops_dense, 1),
         "initial_train_flops": course.earlier.flops,
@@ -88,6 +98,7 @@ def _summary(
         "parameters": cost.parameters,
         "nonzero_parameters": living.nonzero_parameters,
         "dense_parameters": p.cost.initial.parameters,
+        "channels_removed": channels_removed(p.pruner.plans),
         "layers_removed": [name for plan in p.pruner.plans for name in plan.removed_names],
         "device": p.device.type,
         "cpu": cpu_name(),
@@ -102,6 +113,15 @@ def _summary(
             for layer in cost.layers
         ],
     }
+
+
+def channels_removed(plans: Sequence[SurgeryPlan]) -> int:
+    """Output channels of convolutions and linear layers that went, those of removed layers included."""
+    gone = 0
+    for plan in plans:
+        removed = set(plan.removed_names)
+        gone += sum(row.outputs[0] - (0 if row.name in removed else row.outputs[1]) for row in plan.layers)
+    return gone
 
 
 def _step_ms(metrics: Sequence[Mapping[str, Any]]) -> dict[str, float]:

@@ -211,6 +211,7 @@ def test_the_structure_of_another_run(tmp_path: Path) -> None:
     assert channels(whole.model) == (6, 10)
 
 
+@pytest.mark.filterwarnings("ignore::clicktrain.errors.MissedTarget")  # widths in twos
 @pytest.mark.parametrize(
     "settings",
     [

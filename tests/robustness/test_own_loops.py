@@ -369,7 +369,7 @@ def test_a_loop_of_another_length() -> None:
 @pytest.mark.parametrize("odd", [0, -1, 1.5, "8", None, float("nan"), True])
 def test_a_length_that_cannot_be(odd: Any) -> None:
     for lengths in ({"epochs": odd}, {"steps_per_epoch": odd}):
-        with pytest.raises(UserError, match="at least 1 epoch of 1 batch|a whole number is needed"):
+        with pytest.raises(UserError, match=r"at least 1 epoch of 1 batch|a whole number is needed"):
             started(**lengths)
 
 

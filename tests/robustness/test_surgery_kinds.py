@@ -141,7 +141,8 @@ def test_what_has_become_zero_goes_without_a_change(name: str) -> None:
 # One of each family in every run; what they prune is compared for all of them above.
 QUICK = (
     "AuxiliaryHead", "AuxiliaryBranch", "FeaturesForALoss", "OutChannels", "NumberBehindAFunction",
-    "attention", "batch norm with activation", "branch on data", "split", "weight norm", "dropout",
+    "attention",
+    "batch norm with activation", "branch on data", "split", "weight norm", "dropout",
 )  # fmt: skip
 RUNS = [name if name in QUICK else pytest.param(name, marks=pytest.mark.slow) for name in NAMES]
 

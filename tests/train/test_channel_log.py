@@ -94,13 +94,9 @@ def first_name(name: str) -> str:
     return name.removesuffix(".weight").replace(".layer", "")
 
 
-@pytest.mark.parametrize(
-    ("scheme", "coefficient"), [("union", 0.085), ("gating", 0.085), ("union", 0.1)], ids=str
-)
-def test_every_number_is_that_of_the_channel_it_names(
-    tmp_path: Path, scheme: str, coefficient: float
-) -> None:
-    it = Watched(tmp_path / "run", {**SETTINGS, "scheme": scheme, "coefficient": coefficient})
+@pytest.mark.parametrize("scheme", ["union", "gating"])
+def test_every_number_is_that_of_the_channel_it_names(tmp_path: Path, scheme: str) -> None:
+    it = Watched(tmp_path / "run", {**SETTINGS, "scheme": scheme})
     assert any(plan.gates for plan in it.pruner.plans) == (scheme == "gating")
     assert [line["epoch"] for line in it.lines] == list(range(1, EPOCHS + 1))
     # Reconfigured at the ends of epochs 2 and 4: the lines after those name their channels anew.
@@ -128,10 +124,8 @@ def test_every_number_is_that_of_the_channel_it_names(
     left = {name: channels["outputs"].get(name, []) for name in first}
     assert all(numbers == list(range(len(numbers))) for numbers in first.values())
     assert sum(map(len, left.values())) < sum(map(len, first.values())) - 10
-    if coefficient < 0.1:  # some went from the middle, so that places and numbers differ
-        assert any(numbers != list(range(len(numbers))) for numbers in left.values())
-    else:
-        assert [] in left.values()  # whole layers went
+    # Some went from the middle, so that places and numbers differ.
+    assert any(numbers != list(range(len(numbers))) for numbers in left.values())
     assert len(str(it.lines[0]["outputs"]["conv1"][0])) <= 7  # 0.0123
 
 

@@ -21,7 +21,7 @@ SETTINGS: dict[str, Any] = {
     "model": "resnet8",
     "width": 0.5,
     "method": "prunetrain",
-    "coefficient": 0.04,
+    "coefficient": 0.025,
     "interval": 1,
     "check_outputs": True,
     "epochs": 4,
@@ -72,6 +72,7 @@ def test_channels_then_patterns(tmp_path: Path) -> None:
     settings = {
         **SETTINGS,
         "method": "prunetrain-clicktrain",
+        "coefficient": 0.04,
         "switch_at": 2,
         "pattern_compression": 3,
         "group": 2,
@@ -115,7 +116,8 @@ def test_it_loads_into_the_users_own_class_and_exports(tmp_path: Path, whole: Pa
 
 
 def test_zeros_that_stay_in_place_cost_what_any_weight_costs(tmp_path: Path) -> None:
-    settings = {**SETTINGS, "reconfigure": "once", "once_at": 1, "interval": None, "check_outputs": False}
+    settings = {**SETTINGS, "reconfigure": "once", "once_at": 1, "interval": None, "check_outputs": False,
+                "coefficient": 0.03}  # fmt: skip
     summary = run(tmp_path / "run", settings)
     loaded = load_run(tmp_path / "run")
     image = torch.zeros(1, *loaded.image_shape)

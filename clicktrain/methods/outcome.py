@@ -1,0 +1,167 @@
+"""What was asked of a run, what it reached, and why not: the table at the end of every run."""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any, Literal
+
+from torch import Tensor
+
+from clicktrain.methods.survey import Survey
+from clicktrain.sparsity.masks import sparsity_of
+
+TOLERANCE = 0.05
+"""A result that is further from what was asked than this share of it is a miss."""
+
+NOTED = 0.01
+"""A reason is given from this share on."""
+
+Unit = Literal["share", "times", "ms"]
+
+
+@dataclass(frozen=True, slots=True)
+class Target:
+    """One thing that was asked for.
+
+    Attributes:
+        what: in words, "sparsity of the pruned layers".
+        asked: None where the method has no target.
+        reached: None where it is not known.
+        unit: share (0.6), times (8x) or ms.
+        reason: why it was not reached exactly, "" if nothing is known.
+    """
+
+    what: str
+    asked: float | None
+    reached: float | None
+    unit: Unit = "share"
+    reason: str = ""
+
+    @property
+    def missed(self) -> bool:
+        """Whether the result is more than 5% of what was asked away from it, to either side."""
+        if self.asked is None:
+            return False
+        return self.reached is None or abs(self.reached - self.asked) > TOLERANCE * self.asked
+
+    def sentence(self) -> str:
+        """What was missed, in words."""
+        why = f": {self.reason}" if self.reason else ""
+        return (
+            f"{self.what}: asked {in_unit(self.asked, self.unit)}, "
+            f"reached {in_unit(self.reached, self.unit)}{why}"
+        )
+
+
+@dataclass(frozen=True, slots=True)
+class Outcome:
+    """The table; ``str(outcome)`` prints it. ``targets`` is empty where nothing was asked, as of dense."""
+
+    targets: tuple[Target, ...] = ()
+
+    @property
+    def warnings(self) -> tuple[str, ...]:
+        """A sentence for each target that was missed by more than 5% of it."""
+        return tuple(target.sentence() for target in self.targets if target.missed)
+
+    def to_json(self) -> list[dict[str, Any]]:
+        """One record per target, for events.jsonl and summary.json."""
+        return [{**dataclasses.asdict(target), "missed": target.missed} for target in self.targets]
+
+    @classmethod
+    def from_json(cls, records: Sequence[Mapping[str, Any]]) -> Outcome:
+        """Inverse of `to_json`."""
+        names = [field.name for field in dataclasses.fields(Target)]
+        return cls(tuple(Target(**{name: record[name] for name in names}) for record in records))
+
+    def __str__(self) -> str:
+        if not self.targets:
+            return "nothing was asked for and nothing pruned"
+        head = ("", "asked", "reached", "why not")
+        rows = [
+            (
+                target.what,
+                in_unit(target.asked, target.unit),
+                in_unit(target.reached, target.unit) + (" (missed)" if target.missed else ""),
+                target.reason,
+            )
+            for target in self.targets
+        ]
+        widths = [max(len(row[i]) for row in [head, *rows]) for i in range(len(head))]
+        return "\n".join(
+            "  ".join(cell.ljust(width) for cell, width in zip(row, widths, strict=True)).rstrip()
+            for row in [head, *rows]
+        )
+
+
+@dataclass(frozen=True, slots=True, eq=False)
+class Reached:
+    """What a finished run has to show, for `Method.targets_of`.
+
+    Attributes:
+        found: the layers that are left.
+        conv_weights: convolution weights at first; ``conv_weights_now`` those of the channels that are left,
+            ``conv_nonzero`` those that are not pruned either.
+        masks: layer -> bool mask of its weight.
+        events: all that was decided.
+    """
+
+    found: Survey
+    conv_weights: int
+    conv_weights_now: int
+    conv_nonzero: int
+    masks: Mapping[str, Tensor]
+    events: Sequence[Mapping[str, Any]]
+
+    def last_event(self, name: str, key: str) -> Mapping[str, Any]:
+        """The last event of a name that has a key; an empty one if there is none."""
+        return next((e for e in reversed(self.events) if e["event"] == name and key in e), {})
+
+
+def planned_far_off(asked: float, planned: float) -> str:
+    """What a plan's summary adds where it is already known that the target will be missed; else nothing."""
+    if abs(planned - asked) <= TOLERANCE * asked:
+        return ""
+    return "; that is more than 5% from what was asked, and this network allows nothing closer"
+
+
+def in_unit(value: float | None, unit: Unit) -> str:
+    """60.0%, 8.00x or 3.2 ms; a dash where there is no number."""
+    if value is None:
+        return "-"
+    return {"share": f"{100 * value:.1f}%", "times": f"{value:.2f}x", "ms": f"{value:.3g} ms"}[unit]
+
+
+def sparsity_target(asked: float, reached: Reached, reason: str) -> Target:
+    """The row of a sparsity over the pruned layers."""
+    share = sparsity_of(reached.masks) if reached.masks else 0.0
+    told = reason if abs(share - asked) > NOTED * asked else ""
+    return Target("sparsity of the pruned layers", asked, share, "share", told)
+
+
+def latency_target(
+    event: Mapping[str, Any], ratio: float | None, ms: float | None, what: str = "inference time"
+) -> Target:
+    """The row of a latency target, from the event that chose what is pruned.
+
+    Args:
+        event: with ``latency_ratio``, ``measured_ms``, ``predicted_ms`` and ``dense_ms``; empty if none came.
+        ratio: target as a share of the dense network's time, or
+        ms: in milliseconds.
+        what: the time that counts.
+    """
+    reason = "" if event else "the run ended before anything was chosen"
+    measured, predicted, dense = (event.get(key) for key in ("measured_ms", "predicted_ms", "dense_ms"))
+    if event and measured is None:
+        reason = "predicted: nothing measured the pruned network"
+    elif event and event.get("latency_met") is False:
+        reason = "no choice of what is pruned came closer when it was measured"
+    reached = predicted if measured is None else measured
+    if ms is not None:
+        return Target(f"{what} per batch", ms, reached, "ms", reason)
+    share = event.get("latency_ratio")
+    if share is None and reached is not None and dense:
+        share = reached / dense
+    return Target(f"{what} over dense", ratio, share, "share", reason)

@@ -131,9 +131,9 @@ class _Comparison:
         for mine, theirs, near in zip(found, expected, rounded, strict=True):
             if not same_random_state(mine.random, theirs.random):
                 return "it draws other random numbers"
-            outputs = [dict(tensors_in(one.output, "output")) for one in (mine, theirs, near)]
+            ours, original, other = (dict(tensors_in(one.output, "output")) for one in (mine, theirs, near))
             told = (
-                self._apart(*outputs)
+                self._apart(ours, original, other)
                 or self._apart(mine.buffers, theirs.buffers, near.buffers, "buffer ")
                 or self._apart(
                     mine.gradients,

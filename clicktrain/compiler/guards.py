@@ -3,15 +3,16 @@
 from __future__ import annotations
 
 import copy
-from collections.abc import Iterable, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
+from dataclasses import dataclass
+from itertools import repeat
 from typing import Any
 
 from torch import nn
 
 from clicktrain.graph import ModelGraph, Read, is_plain
 
-_MISSING = object()
-_CONV = ("stride", "padding", "dilation", "groups")
+_GET: Callable[[Mapping[str, Any], str], Any] = dict.get  # type: ignore[assignment]
 
 
 class Guards:
@@ -24,62 +25,83 @@ class Guards:
             graph: of the model, with what its ``forward`` read.
             stepped: layers that are not called any more, others compute for them.
         """
-        stepped = list(dict.fromkeys(stepped))
-        model = graph.model
-        self._same: list[tuple[Mapping[str, Any], str, Any, Read | None]] = []
-        self._equal: list[tuple[Mapping[str, Any], str, Any, Read | None]] = []
+        model, stepped = graph.model, list(stepped)
+        found: list[_Entry] = []
         for read in graph.reads:
             home = read.home if read.path is None else model.get_submodule(read.path).__dict__
-            self._add(home, read.name, read)
-        for module in (*map(model.get_submodule, graph.entered), *stepped):
-            self._add(module.__dict__, "forward", None)
-        for module in stepped:
-            names = _CONV if hasattr(module, "in_channels") else getattr(module, "__constants__", ())
-            for name in names:
-                if name in module.__dict__:
-                    self._add(module.__dict__, name, None)
-        self._children = [(module._modules, tuple(module._modules.values())) for module in _containers(graph)]
+            found += _entries(home, read.name, read)
+        for module in dict.fromkeys(stepped):
+            found += [e for name in _settings(module) for e in _entries(module.__dict__, name, None)]
+        entered = [model.get_submodule(path) for path in graph.entered]
+        self._entries = found
+        # Compared in C, by columns: this is done before each call.
+        plain = [e for e in found if type(e.home) is dict and is_plain(e.value)]
+        known = [e for e in found if type(e.home) is dict and not is_plain(e.value)]
+        self._others = [e for e in found if type(e.home) is not dict]
+        self._homes, self._names = [e.home for e in plain], [e.name for e in plain]
+        self._values = [e.value for e in plain]
+        self._known_homes, self._known_names = [e.home for e in known], [e.name for e in known]
+        self._ids = [id(e.value) for e in known]
+        self._own = [module.__dict__ for module in dict.fromkeys((*entered, *stepped))]
+        self._forwards = [home.get("forward") for home in self._own]
+        self._children = [(m._modules, list(m._modules.values())) for m in _containers(graph)]
 
     def hold(self) -> bool:
         """Whether everything is as it was."""
-        for home, name, value, _ in self._same:
-            if home.get(name, _MISSING) is not value:
-                return False
-        for home, name, value, _ in self._equal:
-            if home.get(name, _MISSING) != value:
-                return False
-        return all(tuple(table.values()) == known for table, known in self._children)
+        return (
+            list(map(_GET, self._homes, self._names)) == self._values
+            and list(map(id, map(_GET, self._known_homes, self._known_names))) == self._ids
+            and list(map(_GET, self._own, repeat("forward"))) == self._forwards
+            and all(list(table.values()) == known for table, known in self._children)
+            and all(e.same() for e in self._others)
+        )
 
     def changed(self) -> list[Read]:
         """What ``forward`` read that is not as it was."""
-        return [
-            read
-            for home, name, value, read in (*self._same, *self._equal)
-            if read is not None
-            and home.get(name, _MISSING) is not value
-            and home.get(name, _MISSING) != value
-        ]
+        return [e.read for e in self._entries if e.read is not None and not e.same()]
 
     def allows(self, training: Mapping[str, bool]) -> bool:
         """Whether the graph holds for these modes of modules too, by path."""
         return all(
-            training[read.path] == value
-            for _, name, value, read in (*self._same, *self._equal)
-            if read is not None and read.path is not None and name == "training"
+            training[e.read.path] == e.value
+            for e in self._entries
+            if e.read is not None and e.read.path is not None and e.name == "training"
         )
 
-    def _add(self, home: Mapping[str, Any], name: str, read: Read | None) -> None:
-        value = home.get(name, _MISSING)
-        # Whatever may be equal without being the same object is compared.
-        if value is _MISSING or value is None or isinstance(value, bool) or not is_plain(value):
-            self._same.append((home, name, value, read))
-        else:
-            self._equal.append((home, name, copy.deepcopy(value), read))
-        if not is_plain(value) and type(value).__module__ != "builtins":
-            inside: dict[str, Any] = getattr(value, "__dict__", {})
-            for part, held in list(inside.items()):
-                if is_plain(held) and not callable(value) and not isinstance(value, nn.Module):
-                    self._equal.append((inside, part, copy.deepcopy(held), read))
+
+@dataclass(frozen=True, slots=True, eq=False)
+class _Entry:
+    """One value, and where it is found."""
+
+    home: Mapping[str, Any]
+    name: str
+    value: Any
+    read: Read | None
+
+    def same(self) -> bool:
+        """Whether it is still there."""
+        now = self.home.get(self.name)
+        return now is self.value or (is_plain(self.value) and bool(now == self.value))
+
+
+def _entries(home: Mapping[str, Any], name: str, read: Read | None) -> Iterator[_Entry]:
+    """A value; plain values inside it too, if it is an object that only holds values."""
+    value = home.get(name)
+    yield _Entry(home, name, copy.deepcopy(value) if is_plain(value) else value, read)
+    holder = not is_plain(value) and not callable(value) and type(value).__module__ != "builtins"
+    if holder and not isinstance(value, nn.Module):
+        inside: dict[str, Any] = getattr(value, "__dict__", {})
+        for part, held in list(inside.items()):
+            if is_plain(held):
+                yield _Entry(inside, part, copy.deepcopy(held), read)
+
+
+def _settings(module: nn.Module) -> tuple[str, ...]:
+    """Attributes of a layer that its step was made with; a batch norm's are read at each call."""
+    if hasattr(module, "in_channels"):
+        return ("stride", "padding", "dilation", "groups")
+    names = () if isinstance(module, nn.BatchNorm2d) else getattr(module, "__constants__", ())
+    return tuple(name for name in names if name in module.__dict__)
 
 
 def _containers(graph: ModelGraph) -> list[nn.Module]:

@@ -16,6 +16,7 @@ from clicktrain.compiler.passes import Pass, pass_of, pass_text
 from clicktrain.compiler.plan import DENSE, Choice, LoweringPlan, kept_in
 from clicktrain.compiler.units import Unit, find_units, max_pooling, modules_in, shape_of, watched
 from clicktrain.graph import ModelGraph
+from clicktrain.graph.copying import HOOK_TABLES
 from clicktrain.kernels.native import KernelError, toolchain
 from clicktrain.kernels.native.library import build_all
 from clicktrain.kernels.sparse_conv2d import PackedConv2d
@@ -36,6 +37,7 @@ class Lowered:
         run: as the model's ``forward``.
         watched: modules that are not called any more: layers that run as a step, and those traced through.
         guards: what has to be as it was.
+        tables: of the hooks of ``watched``.
         parameter: (layer, name, dtype) of the one parameter that tells whether the model moved.
         plan: by which it was lowered: where kernels cannot be built, layers are plain that were not to be.
     """
@@ -43,6 +45,7 @@ class Lowered:
     run: fx.GraphModule
     watched: tuple[nn.Module, ...]
     guards: Guards
+    tables: tuple[Mapping[int, object], ...]
     parameter: tuple[nn.Module, str, torch.dtype] | None = None
     plan: LoweringPlan | None = None
 
@@ -58,6 +61,8 @@ class Lowered:
     def hooked(self) -> bool:
         """Whether somebody has begun to watch layers that are not called any more."""
         anywhere: bool = _has_any_global_hook()  # type: ignore[no-untyped-call]
+        if not (anywhere or any(self.tables)):
+            return False
         return anywhere or any(map(watched, self.watched))
 
 
@@ -95,8 +100,9 @@ def lower(traced: ModelGraph, plan: LoweringPlan, dtype: torch.dtype) -> Lowered
             parameter = (layer, "values" if isinstance(layer, PackedConv2d) else "weight", dtype)
             break
     inside = [traced.model.get_submodule(path) for path in traced.entered if path]
-    watched = tuple(dict.fromkeys((*layers, *inside)))
-    lowered = Lowered(writer.write(), watched, Guards(traced, layers), parameter, plan)
+    unseen = tuple(dict.fromkeys((*layers, *inside)))
+    tables = tuple(getattr(module, name) for module in unseen for name in HOOK_TABLES)
+    lowered = Lowered(writer.write(), unseen, Guards(traced, layers), tables, parameter, plan)
     # Side by side now rather than one by one when they are first called.
     failed = build_all([text for texts in (*writer.needs.values(), *writer.sums.values()) for text in texts])
     return lower(traced, _without(plan, units, writer, failed), dtype) if failed else lowered

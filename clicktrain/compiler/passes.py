@@ -34,9 +34,8 @@ def broken_passes(
     units: Sequence[Unit], dtypes: Iterable[torch.dtype]
 ) -> dict[tuple[Pass, torch.dtype], KernelError]:
     """Build the passes that units need, and conversions; those that cannot be built, and why."""
-    names: set[Pass] = {"layout", *filter(None, map(pass_of, units))}
-    texts = {
-        (name, dtype): pass_text(name, dtype) for name in sorted(names) for dtype in dict.fromkeys(dtypes)
-    }
+    found: set[Pass | None] = {"layout", *map(pass_of, units)}
+    names: list[Pass] = sorted(name for name in found if name is not None)
+    texts = {(name, dtype): pass_text(name, dtype) for name in names for dtype in dict.fromkeys(dtypes)}
     failed = build_all(texts.values())
     return {key: failed[text] for key, text in texts.items() if text in failed}

@@ -157,6 +157,7 @@ def _retrying(
                 if not tracer.failed or tracer.failed in opaque:
                     raise TraceError(reason) from error
                 opaque[tracer.failed] = reason
+    tracer.release()
     return tracer, graph, {n: v for n, v in vars(traced).items() if n not in before and isinstance(v, Tensor)}
 
 

@@ -86,6 +86,12 @@ class Tracer(fx.Tracer):
             self._look_at_random()
         return graph
 
+    def release(self) -> None:
+        """Forget the copy that was traced: tracer, watch and stand-ins refer to each other."""
+        self.root = nn.Module()
+        self.tensor_attrs = {}
+        self.watch.forget()
+
     def create_args_for_root(
         self, root_fn: Any, is_module: bool, concrete_args: Any = None
     ) -> tuple[Any, list[Any]]:

@@ -62,6 +62,10 @@ class Watch:
         """Remember an effect of the module that runs now, or of another."""
         self.effects.setdefault(self._reader() if path is None else path, reason)
 
+    def forget(self) -> None:
+        """Let go of the modules that were watched; what was recorded stays."""
+        self._paths = {}
+
     @contextlib.contextmanager
     def watching(self) -> Iterator[None]:
         """Patch `nn.Module` for this thread; one at a time in a process."""

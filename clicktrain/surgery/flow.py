@@ -71,6 +71,7 @@ class ChannelFlow:
             "select": self._select,
             "scatter": self._scatter,
             "removed_conv": self._removed_conv,
+            "create": self._create,
         }
         for node in graph.all_nodes:
             if node.op == "output":
@@ -327,6 +328,14 @@ class ChannelFlow:
         for part in parts[1:]:
             self.atoms.unite(parts[0].ids, part.ids)
         return parts[0]
+
+    def _create(self, node: fx.Node) -> Channels | None:
+        """A tensor whose size does not follow any channels; one of it may be spread over them."""
+        shape = self.graph.shapes[node]
+        if len(shape) < 2:
+            return None
+        reason = f"{words(self.graph, node)} has {shape[1]} channels whatever the layers have"
+        return Channels(1, self.atoms.fresh(shape[1], reason if shape[1] > 1 else None))
 
     def _tried(self, node: fx.Node) -> Channels:
         """Whatever no rule knows: it is tried whether it works inside each channel."""

@@ -6,7 +6,7 @@ Layers that are called in one mode only (auxiliary heads, features for a second 
 from __future__ import annotations
 
 from collections.abc import Collection, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
@@ -19,6 +19,7 @@ from clicktrain.graph.batch import owned
 from clicktrain.graph.trace import one_line
 from clicktrain.surgery.layer_kinds import layer_kind
 from clicktrain.surgery.layers import SURGERY_LAYERS
+from clicktrain.surgery.norms import NormAlone, norm_alone_
 from clicktrain.surgery.probing import kind_by_trial, layer_keeps_channels, may_keep_channels
 
 MODES = {False: "in evaluation mode", True: "while training"}
@@ -119,8 +120,14 @@ def trace(model: nn.Module, inputs: Inputs) -> NetworkGraph:
 
 
 def _traced(model: nn.Module, inputs: Inputs, training: bool, whole: Mapping[str, str]) -> ModelGraph:
+    traced = model
+    if any(type(module) is nn.SyncBatchNorm for module in model.modules()):
+        # Another process may not be asking at this moment.
+        traced = working_copy(model)
+        norm_alone_(traced)
     try:
-        return trace_call(model, inputs, training=training, leaves=_is_leaf, opaque=whole)
+        graph = trace_call(traced, inputs, training=training, leaves=_is_leaf, opaque=whole)
+        return replace(graph, model=model)
     except TraceError as error:
         _check_runs(model, inputs, training)
         raise UserError(
@@ -133,6 +140,7 @@ def _check_runs(model: nn.Module, inputs: Inputs, training: bool) -> None:
     """A UserError if it is the example that does not fit the model."""
     twin = working_copy(model)
     twin.train(training)
+    norm_alone_(twin)
     try:
         with own_random_numbers(inputs.tensors()), torch.no_grad():
             owned(inputs).call(twin)
@@ -143,7 +151,7 @@ def _check_runs(model: nn.Module, inputs: Inputs, training: bool) -> None:
 
 
 def _is_leaf(module: nn.Module) -> bool:
-    return isinstance(module, SURGERY_LAYERS) or layer_kind(module) is not None
+    return isinstance(module, (*SURGERY_LAYERS, NormAlone)) or layer_kind(module) is not None
 
 
 def _mixing(graph: ModelGraph, whole: Collection[str]) -> set[str]:

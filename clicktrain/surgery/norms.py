@@ -6,7 +6,7 @@ from torch import Tensor, nn
 from torch.nn.modules.batchnorm import _BatchNorm
 
 
-class _NormAlone(_BatchNorm):
+class NormAlone(_BatchNorm):
     """Of whatever dimensions, as the synchronised one."""
 
     def _check_input_dim(self, input: Tensor) -> None:
@@ -17,4 +17,4 @@ def norm_alone_(model: nn.Module) -> None:
     """Have batch norms wait for other processes no more: these do not run as many passes."""
     for module in model.modules():
         if type(module) is nn.SyncBatchNorm:
-            module.__class__ = _NormAlone  # type: ignore[assignment]
+            module.__class__ = NormAlone  # type: ignore[assignment]

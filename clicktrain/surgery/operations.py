@@ -2,7 +2,8 @@
 
 ``unary``: elementwise; ``dropout``; ``binary``: elementwise with broadcasting; ``pool``: works inside each
 channel; ``conv``, ``conv_transpose``, ``linear``, ``norm`` (batch and instance norm), ``prelu``; ``cat``;
-``reshape``, ``permute``, ``squeeze``, ``unsqueeze``, ``expand``, ``getitem``, ``reduce``; the layers of
+``reshape``, ``permute``, ``squeeze``, ``unsqueeze``, ``expand``, ``getitem``, ``reduce``; ``create``
+(a tensor of a size that is written out); the layers of
 surgery itself (``select``, ``scatter``, ``constant_norm``, ``removed_conv``); ``attribute``, ``input``,
 ``output``; and ``unknown``.
 """
@@ -40,6 +41,7 @@ _FUNCTIONS: dict[str, str] = {
     **dict.fromkeys(("flatten", "reshape", "view", "unflatten"), "reshape"),
     **dict.fromkeys(("permute", "transpose", "movedim"), "permute"),
     **dict.fromkeys(("expand", "expand_as"), "expand"),
+    **dict.fromkeys(("new_empty", "new_zeros", "new_ones", "new_full"), "create"),
     **dict.fromkeys(("mean", "sum", "amax", "amin", "var", "std"), "reduce"),
     **{name: name for name in ("squeeze", "unsqueeze", "getitem")},
 }

@@ -151,7 +151,7 @@ def _interrupted(run: LiveRun, stop: StopRequest) -> TrainingInterrupted:
     return TrainingInterrupted(
         stop.signum,
         f"stopped in epoch {course.epoch + 1} after batch {course.batch} of {batches}; "
-        f"state saved in {path}; continue with 'clicktrain resume {run.folder.path}'",
+        f"state saved in {path}; continue with '{run.folder.resume_command(run.prepared.config.model)}'",
     )
 
 

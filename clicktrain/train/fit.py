@@ -66,7 +66,8 @@ def fit(
         try:
             return _fit(config, method, folder, progress, stop, resume)
         except StoppedAtOnce as stopped:
-            again = f"continue with 'clicktrain resume {folder.path}'" if resume else "nothing was written"
+            command = folder.resume_command(config.model)
+            again = f"continue with '{command}'" if resume else "nothing was written"
             raise TrainingInterrupted(stopped.signum, f"stopped before training began; {again}") from None
         except OSError as error:
             explained = folder.explained(error)

@@ -24,6 +24,7 @@ from clicktrain.formats.run_files import (
 )
 from clicktrain.formats.tree import append_jsonl, remove_leftovers, write_text_atomic
 from clicktrain.methods import Method
+from clicktrain.models import is_own
 from clicktrain.train.config import RunConfig, config_to_dict, from_dict, load_config, read_settings
 from clicktrain.train.logs import LogMark, Mended, take_back
 from clicktrain.train.new_folder import (
@@ -165,7 +166,7 @@ class RunFolder:
             try:
                 yield
             except Exception:
-                if new and not self.checkpoints():
+                if new and self.path.is_dir() and only_begun(self.path):
                     remove_new(self.path, there)
                 raise
 
@@ -207,6 +208,10 @@ class RunFolder:
             )
         check_folder(self.path)
         return self
+
+    def resume_command(self, model: str) -> str:
+        """What a user types to go on with this run, of a network of that name."""
+        return f"clicktrain resume {self.path}" + (f" --model {model}" if is_own(model) else "")
 
     def load_config(
         self, model: str | None = None, *, own_model_allowed: bool = False

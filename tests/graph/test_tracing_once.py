@@ -4,7 +4,9 @@ from __future__ import annotations
 
 import operator
 import random
+import re
 import threading
+from pathlib import Path
 from typing import Any
 
 import numpy
@@ -13,6 +15,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+import clicktrain
 from clicktrain.graph import (
     Inputs,
     TraceError,
@@ -222,3 +225,13 @@ def test_other_threads_are_not_traced() -> None:
     for thread in threads:
         thread.join()
     assert not wrong
+
+
+def test_there_is_one_tracer() -> None:
+    package = Path(clicktrain.__file__).parent
+    tracing = [
+        str(path.relative_to(package))
+        for path in package.rglob("*.py")
+        if re.search(r"fx\.Tracer|symbolic_trace\(", path.read_text(encoding="utf-8"))
+    ]
+    assert tracing == ["graph/tracer.py"]

@@ -78,3 +78,26 @@ def test_a_sweep_loads_each_window_once_and_spills_nothing(march: str, lanes: in
     # Inside the image all sums take all taps; its edges have code of their own where taps reach over them.
     assert operations.count(64) == len(PATTERNS) < len(functions) < 9 * len(PATTERNS)
     assert min(operations) >= 32
+
+
+@pytest.mark.parametrize("lanes", [4, 8, 16])
+@pytest.mark.parametrize("march", ["x86-64", "x86-64-v3", "x86-64-v4", "cooperlake", "armv8-a"])
+def test_every_width_is_lowered_to_the_instructions_there_are(march: str, lanes: int, tmp_path: Path) -> None:
+    # Compiled, not run: vectors wider or narrower than a register of that processor.
+    tools = toolchain()
+    assert tools is not None
+    problem = ConvProblem.make(4, 4, (3, 3), (4, 4), (1, 1), (1, 1))
+    paired = Tiling((2, 2), code="taps", pairs=True)
+    texts = [
+        source("forward", problem, PATTERNS[:2], Tiling((2, 2)), torch.float32, lanes),
+        source("forward", problem, (), paired, torch.bfloat16, lanes),
+        source("grad_weight", problem, (), paired, torch.bfloat16, lanes),
+    ]
+    for number, text in enumerate(texts):
+        path = tmp_path / f"{number}.c"
+        path.write_text(text)
+        command = [tools.compiler, "-O1", f"-march={march}", "-w", "-S", str(path), "-o", os.devnull]
+        done = subprocess.run(command, capture_output=True, text=True, check=False)
+        if "march" in done.stderr or "target CPU" in done.stderr:
+            pytest.skip(f"{tools.version} knows no -march={march}")
+        assert done.returncode == 0, done.stderr[:2000]

@@ -155,7 +155,7 @@ def _parquet(rng: random.Random) -> Case:
     seed = rng.random()
     labels, kind = rng.choice(LABELS)
     wrong = rng.choice(("", "", "null", "damaged", "path", "text", "file", "twice", "no image", "shards"))
-    plain = (labels, wrong) == (LABELS[0][0], "")
+    plain = (labels, kind, wrong) == (*LABELS[0], "")
     memory = rng.choice((None, 10))
 
     def act(place: Path) -> None:

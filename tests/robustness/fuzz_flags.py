@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import random
 from pathlib import Path
 from typing import Any
@@ -51,7 +52,9 @@ def _line(words: tuple[str, ...]) -> Case:
     return Case("flags", f"clicktrain {shown}", lambda place: line, "refused")
 
 
-def _options(method: str) -> list[Option]:
+@functools.cache
+def options(method: str) -> list[Option]:
+    """The flags of a method that are tried."""
     return [o for o in (*options_of(RunConfig), *options_of(METHODS[method])) if o.name not in LEFT_OUT]
 
 
@@ -62,7 +65,7 @@ def _train(method: str, flags: list[str], what: str, expected: Expected = "eithe
 
 def _one_flag(rng: random.Random) -> Case:
     method = rng.choice(sorted(METHODS))
-    option = rng.choice(_options(method))
+    option = rng.choice(options(method))
     text = rng.choice(TEXTS)
     number = option.hint in (int, float, int | None, float | None)
     expected: Expected = "refused" if number and text in NEVER_A_NUMBER else "either"
@@ -72,7 +75,7 @@ def _one_flag(rng: random.Random) -> Case:
 def _several_flags(rng: random.Random) -> Case:
     method = rng.choice(sorted(METHODS))
     flags: list[str] = []
-    for option in rng.sample(_options(method), rng.randint(2, 5)):
+    for option in rng.sample(options(method), rng.randint(2, 5)):
         flags.append(option.flag)
         for _ in range(rng.choice((0, 1, 1, 1, 2))):
             flags.append(rng.choice(TEXTS) if rng.random() < 0.5 else _fitting(option, rng))

@@ -9,12 +9,10 @@ from typing import Any
 
 import yaml
 from cases import DATA, Case, Expected
-from fuzz_flags import LEFT_OUT
+from fuzz_flags import options
 from wrong_values import NEVER_A_NUMBER, TEXTS, damaged
 
-from clicktrain.commands.arguments import options_of
 from clicktrain.methods import METHODS
-from clicktrain.train import RunConfig
 
 _BOMB = "a0: &a0 [x, x, x, x, x, x, x, x, x]\n" + "".join(
     f"a{n}: &a{n} [{', '.join([f'*a{n - 1}'] * 9)}]\n" for n in range(1, 12)
@@ -65,8 +63,7 @@ def _base(method: str) -> dict[str, Any]:
 
 def _wrong_setting(rng: random.Random) -> Case:
     method = rng.choice(sorted(METHODS))
-    options = [o for o in (*options_of(RunConfig), *options_of(METHODS[method])) if o.name not in LEFT_OUT]
-    option = rng.choice(options)
+    option = rng.choice(options(method))
     base = {key: value for key, value in _base(method).items() if key != option.name}
     value = rng.choice([text for text in TEXTS if text.strip() and "\n" not in text])
     number = option.hint in (int, float, int | None, float | None)

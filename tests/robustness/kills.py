@@ -10,7 +10,7 @@ process imports it once, computes nothing, and forks each run. A moment is
 * near: up to 20 ms later, in the middle of writing for instance;
 * decision: up to 50 ms after a decision is written down: masks are frozen, channels removed.
 
-What continues a killed run is killed as well, with a probability of a half each time.
+What continues a killed run is killed as well, mostly.
 """
 
 from __future__ import annotations
@@ -41,16 +41,19 @@ from clicktrain.train import RunFolder
 
 for module in ("commands.train", "commands.resume", "commands.running", "train", "compiler"):
     importlib.import_module(f"clicktrain.{module}")  # now, not in every fork
+importlib.import_module("torch._dynamo")  # by the first optimizer, and as slow as the rest of PyTorch
 
 COMMON: dict[str, Any] = {
-    "model": "resnet20", "width": 0.25, "data": "synthetic:classes=4,size=8,channels=1,train=128,val=40",
+    "model": "tiny_networks:tiny", "data": "synthetic:classes=4,size=8,channels=1,train=128,val=40",
     "batch_size": 32, "epochs": 6, "threads": 1, "learning_rate": 0.05, "precision": "fp32",
 }  # fmt: skip
 _STAGES = {"pool_length": 0.15, "finalize_length": 0.15, "regularize_length": 0.15}
 RUNS: dict[str, dict[str, Any]] = {
     "dense": {"method": "dense", "optimizer": "adamw", "learning_rate": 3e-3},
     "clicktrain": {"method": "clicktrain", "compression": 4, **_STAGES},
-    "prunetrain": {"method": "prunetrain", "coefficient": 0.1, "interval": 1},
+    "prunetrain": {
+        "method": "prunetrain", "coefficient": 0.1, "interval": 1, "model": "resnet20", "width": 0.25,
+    },
     "campfire": {"method": "campfire", "sparsity": 0.6, "packed": False, "ema_decay": 0.9},
     "pat": {"method": "pat", "prune_ratio": 0.3, "prune_steps": 3},
     "dsr": {"method": "dsr", "sparsity": 0.8, "interval": 3, "operators": "reference"},
@@ -73,6 +76,8 @@ TIMES = frozenset(
     )
 )
 FINISHED = 0
+AGAIN = 0.75
+"""Probability that what continues a killed run is killed as well."""
 
 
 @dataclass(frozen=True)
@@ -214,7 +219,14 @@ def write_settings(name: str, place: Path) -> None:
 
 
 def command(place: Path, folder: Path) -> list[str]:
-    return ["train", "--config", str(place / "settings.yaml"), "--out", str(folder), "--no-report"]
+    settings = place / "settings.yaml"
+    return ["train", "--config", str(settings), *own_network(place), "--out", str(folder), "--no-report"]
+
+
+def own_network(place: Path) -> list[str]:
+    """What a user gives who trains a network of his own."""
+    model = yaml.safe_load((place / "settings.yaml").read_text())["model"]
+    return ["--model", model] if ":" in model else []
 
 
 def draw(rng: random.Random, whole: Undisturbed) -> Moment:
@@ -237,7 +249,7 @@ def disturb(
     shutil.rmtree(folder, ignore_errors=True)  # of an earlier campaign
     log.unlink(missing_ok=True)
     for attempt in range(40):
-        moment = draw(rng, whole) if attempt == 0 or rng.random() < 0.5 else None
+        moment = draw(rng, whole) if attempt == 0 or rng.random() < AGAIN else None
         arguments = how_to_go_on(folder, place, rng)
         process, pipe = start(arguments, folder, moment, log)
         code, got_it, _ = watch_over(process, pipe, moment)
@@ -266,7 +278,7 @@ def how_to_go_on(folder: Path, place: Path, rng: random.Random) -> list[str]:
     resumable = run.config.exists()
     if not run.checkpoints() and (not resumable or rng.random() < 0.5):
         return command(place, folder)
-    return ["resume", str(folder), "--no-report"]
+    return ["resume", str(folder), *own_network(place), "--no-report"]
 
 
 def differences(one: Path, two: Path) -> list[str]:
@@ -332,6 +344,7 @@ def main() -> int:
     parser.add_argument("--runs", nargs="*", default=list(RUNS), choices=list(RUNS))
     given = parser.parse_args()
     torch.set_num_threads(1)
+    sys.path.insert(0, str(Path(__file__).parents[1] / "train"))  # networks small enough
     out = given.out.absolute()
     os.environ["XDG_CACHE_HOME"] = str(out / "cache")  # kernels are compiled once for the campaign
     seen = campaign(given.moments, given.seed, out, given.runs)

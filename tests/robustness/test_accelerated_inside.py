@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import gc
 import threading
 import warnings
 from collections.abc import Callable
@@ -172,3 +173,21 @@ def test_recomputation_keeps_its_saving() -> None:
     with torch.autograd.graph.saved_tensors_hooks(pack, lambda tensor: tensor):
         fast(x.requires_grad_())
     assert max(kept, default=0) <= x.numel()
+
+
+def test_what_was_compared_is_released() -> None:
+    """Without waiting for the garbage collector: copies of large networks are large."""
+    model = pack_(Flat(view, 2), "b")
+    head = torch.Size((7, 13))
+    model.fc = nn.Sequential(nn.Linear(64, 13), nn.Linear(13, 7))
+    x = torch.randn(4, 3, 8, 8)
+    clicktrain.accelerate(model, x, rule="sparse")(x)  # whatever is made once
+    gc.collect()
+    gc.disable()
+    try:
+        fast = clicktrain.accelerate(model, x, rule="sparse")
+        alive = [t for t in gc.get_objects() if issubclass(type(t), Tensor) and t.shape == head]
+    finally:
+        gc.enable()
+    assert isinstance(fast, Accelerated)
+    assert len(alive) == 1

@@ -11,7 +11,7 @@ import pytest
 from cases import Case, judge
 from fuzz import CATEGORIES, all_cases
 
-SAMPLE = {"flags": 30, "yaml": 30, "run folders": 18, "data": 40, "factories": 10, "own loops": 12}
+SAMPLE = {"flags": 20, "yaml": 20, "run folders": 12, "data": 40, "factories": 10, "own loops": 12}
 """Of every category so many cases, other ones for every seed."""
 
 

@@ -76,6 +76,56 @@ def test_channels_that_are_cut_are_those_that_were_silenced(name: str) -> None:
             torch.testing.assert_close(parameter.grad, plan.shrink(path, gradient), rtol=1e-6, atol=1e-9)
 
 
+CUT_TOO = {
+    "AuxiliaryHead": "aux.weight",
+    "DeepSupervision": "heads.0.weight",
+    "EvaluationOnly": "calibrate.weight",
+    "AuxiliaryBranch": "aux.weight",
+    "batch norm with activation": "special.1.weight",
+    "scale per channel": "special.gamma",
+    "convolution written again": "special.weight",
+    "depthwise": "special.0.weight",
+    "squeeze-excite": "special.up.weight",
+    "stochastic depth": "stem.0.weight",
+    "autograd function": "stem.0.weight",
+    "circular padding": "stem.0.weight",
+    "instance norm": "special.weight",
+    "inputs: two": "embed.weight",
+}
+KEPT = {
+    "FeaturesForALoss": "it is an output of the network",
+    "OutChannels": "stem.0.out_channels is read in forward",
+    "WeightNumel": "the shape of stem.0.weight is read in forward",
+    "LengthOfWeight": "the shape of stem.0.weight is read in forward",
+    "NumFeatures": "stem.1.num_features is read in forward",
+    "InputShape": "truediv computes with the number of channels",
+    "NumberBehindAFunction": "without one of its channels the network computes something else",
+    "layer norm over channels": "layer_norm is not understood",
+    "standardised convolution": "conv2d is not understood",
+    "branch on data": "special (DataDependent) is not understood",
+    "softmax over channels": "special (Softmax) is not understood",
+    "group norm": "special (GroupNorm) is not understood",
+}
+
+
+@pytest.mark.parametrize("name", CUT_TOO)
+def test_what_is_understood_is_cut_with_the_rest(name: str) -> None:
+    torch.manual_seed(0)
+    plan = plan_of_a_third(network(name), name)
+    assert CUT_TOO[name] in {cut.name for cut in plan.cuts}
+
+
+@pytest.mark.parametrize("name", KEPT)
+def test_what_is_not_understood_keeps_what_it_touches_and_says_why(name: str) -> None:
+    torch.manual_seed(0)
+    model = network(name)
+    groups = {group.name: group for group in channel_groups(model, inputs(name))}
+    assert KEPT[name] in (groups["stem.0.weight:0"].fixed or "")
+    assert groups["inner.0.0.weight:0"].fixed is None
+    table = plan_of_a_third(model, name).table()
+    assert KEPT[name] in next(line for line in table.splitlines() if line.startswith("stem.0 "))
+
+
 @pytest.mark.parametrize("name", NAMES)
 def test_what_has_become_zero_goes_without_a_change(name: str) -> None:
     torch.manual_seed(0)
@@ -88,8 +138,17 @@ def test_what_has_become_zero_goes_without_a_change(name: str) -> None:
     assert_same(model, before, name)
 
 
+# One of each family in every run; what they prune is compared for all of them above.
+QUICK = (
+    "AuxiliaryHead", "AuxiliaryBranch", "FeaturesForALoss", "OutChannels", "NumberBehindAFunction",
+    "attention",
+    "batch norm with activation", "branch on data", "split", "weight norm", "dropout",
+)  # fmt: skip
+RUNS = [name if name in QUICK else pytest.param(name, marks=pytest.mark.slow) for name in NAMES]
+
+
 @pytest.mark.parametrize("method", METHODS)
-@pytest.mark.parametrize("name", NAMES)
+@pytest.mark.parametrize("name", RUNS)
 def test_methods_prune_in_the_user_s_loop(name: str, method: str) -> None:
     torch.manual_seed(0)
     model = network(name).float()
@@ -142,6 +201,21 @@ def test_what_only_the_real_plan_shows_stays_and_is_told() -> None:
     apply_surgery_(plan, model)
     assert (model.a.out_channels, model.b.out_channels) == (8, 3)
     torch.testing.assert_close(model(x), before(x))
+
+
+def test_looking_at_a_network_waits_for_no_other_process(monkeypatch: pytest.MonkeyPatch) -> None:
+    """A synchronised batch norm would: one process may print a plan alone."""
+    torch.manual_seed(0)
+    model = nn.SyncBatchNorm.convert_sync_batchnorm(network("dropout"))
+
+    def wait(self: nn.Module, x: Tensor) -> Tensor:
+        raise AssertionError("waits for the others")
+
+    with monkeypatch.context() as patched:
+        patched.setattr(nn.SyncBatchNorm, "forward", wait)
+        plan = plan_of_a_third(model, "dropout")
+    assert {"stem.1.weight", "stem.1.running_mean"} <= {cut.name for cut in plan.cuts}
+    assert plan == plan_of_a_third(network("dropout"), "dropout")
 
 
 class Restless(nn.Module):

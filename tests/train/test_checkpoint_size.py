@@ -26,7 +26,7 @@ RUN: dict[str, Any] = {
 SETTINGS: dict[str, dict[str, Any]] = {
     "dense": {},
     "clicktrain": {"compression": 8},
-    "prunetrain": {"coefficient": 0.5},
+    "prunetrain": {"target_parameters": 0.5, "interval": 1},
     "campfire": {"sparsity": 0.8},
     "pat": {"prune_ratio": 0.5},
     "dsr": {"sparsity": 0.8},
@@ -100,7 +100,7 @@ def test_a_checkpoint_shrinks_with_the_network(
     bits = sum(mask.numel() for mask in pruner.masks.values()) // 8
     assert last_checkpoint(tmp_path / "run").stat().st_size <= share * whole + bits + BESIDE_WEIGHTS
     # Axes of channels that may still go are numbers of channels; nothing is held per weight.
-    assert held_bytes(pruner._state) <= 16 * sum(row["shape"][0] for row in summary["layers"])
+    assert held_bytes(pruner._state) <= 64 * sum(row["shape"][0] for row in summary["layers"])
 
 
 def test_masks_are_saved_once_and_zeros_not_at_all(tmp_path: Path) -> None:

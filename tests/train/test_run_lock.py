@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import fcntl
 import os
 import signal
 import socket
@@ -9,7 +10,7 @@ import threading
 import time
 import warnings
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
 from pathlib import Path
 
 import pytest
@@ -131,20 +132,34 @@ def test_of_many_that_start_at_once_one_gets_the_folder(tmp_path: Path) -> None:
     assert RunFolder(tmp_path / "runs" / "one").config.exists()
 
 
-def test_a_lock_whose_file_was_removed_is_still_one_lock(tmp_path: Path) -> None:
-    """A process that opened the file before its holder removed it must not believe that it holds the lock."""
-    for _ in range(50):
-        with locked(tmp_path, print):
-            pass
-    winners: list[int] = []
+def test_a_lock_whose_file_was_removed_is_no_lock(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Between a process's open and its lock, the holder ends and a third process takes the folder."""
+    holding, third, lock = ExitStack(), ExitStack(), fcntl.flock
+    holding.enter_context(locked(tmp_path, print))
+
+    def late(descriptor: int, how: int) -> None:
+        monkeypatch.setattr(fcntl, "flock", lock)
+        holding.close()
+        third.enter_context(locked(tmp_path, print))
+        lock(descriptor, how)
+
+    monkeypatch.setattr(fcntl, "flock", late)
+    with pytest.raises(RunFolderInUse), locked(tmp_path, print):
+        pass
+    third.close()
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_threads_that_take_turns(tmp_path: Path) -> None:
+    inside: list[int] = []
 
     def take(number: int) -> None:
-        for _ in range(100):
+        for _ in range(50):
             try:
                 with locked(tmp_path, print):
-                    winners.append(number)
-                    assert winners == [number]
-                    winners.clear()
+                    inside.append(number)
+                    assert inside == [number]
+                    inside.clear()
             except RunFolderInUse:
                 pass
 
@@ -153,7 +168,7 @@ def test_a_lock_whose_file_was_removed_is_still_one_lock(tmp_path: Path) -> None
         thread.start()
     for thread in threads:
         thread.join()
-    assert winners == []
+    assert inside == []
     assert list(tmp_path.iterdir()) == []
 
 

@@ -14,6 +14,7 @@ import functools
 import os
 import re
 import shutil
+import signal
 import tempfile
 import time
 from collections.abc import Iterator
@@ -90,7 +91,8 @@ def unwritable(folder: Path, error: OSError | None = None) -> KernelError:
 
 def is_full(folder: Path, output: str) -> bool:
     """Whether a program that printed this failed for want of space in a folder."""
-    if any(os.strerror(number) in output for number in _FULL):
+    said = [*map(os.strerror, _FULL), signal.strsignal(signal.SIGXFSZ) or ""]
+    if any(text and text in output for text in said):
         return True
     try:
         facts = os.statvfs(folder)

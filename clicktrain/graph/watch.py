@@ -7,6 +7,7 @@ everything else that ``forward`` did is not in it at all. Both are recorded here
 from __future__ import annotations
 
 import contextlib
+import gc
 import sys
 import threading
 from collections.abc import Callable, Iterator
@@ -85,6 +86,9 @@ class Watch:
                 self._written(module, name, value)
             plain_set(module, name, value)
 
+        # Callbacks of the garbage collector would pass for the network's own code.
+        collects = gc.isenabled()
+        gc.disable()
         patched.__getattribute__, patched.__setattr__ = get, put
         # cProfile could not be put back: its profile then lacks nothing, and globals are not recorded.
         profile = before is None or callable(before)
@@ -97,6 +101,8 @@ class Watch:
                 sys.setprofile(before)
             patched.__setattr__ = plain_set
             del patched.__getattribute__
+            if collects:
+                gc.enable()
 
     def _read(self, module: nn.Module, name: str, value: Any) -> None:
         path = self._paths.get(module)

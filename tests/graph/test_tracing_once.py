@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import gc
 import operator
 import random
 import re
@@ -235,3 +236,32 @@ def test_there_is_one_tracer() -> None:
         if re.search(r"fx\.Tracer|symbolic_trace\(", path.read_text(encoding="utf-8"))
     ]
     assert tracing == ["graph/tracer.py"]
+
+
+counted = 0
+
+
+def count_collections(phase: str, info: dict[str, int]) -> None:
+    """A callback of the garbage collector that keeps numbers of its own, as profilers and test tools do."""
+    global counted
+    counted += phase == "start"
+
+
+def test_callbacks_of_the_garbage_collector_are_nobodys_code() -> None:
+    gc.callbacks.append(count_collections)
+    threshold = gc.get_threshold()
+    gc.set_threshold(10)
+    try:
+
+        class Allocating(Reads):
+            def forward(self, x: Tensor) -> Tensor:
+                assert len([[i] for i in range(5000)]) == 5000
+                return super().forward(x)
+
+        graph = trace(Allocating(), X)
+    finally:
+        gc.set_threshold(*threshold)
+        gc.callbacks.remove(count_collections)
+    assert counted
+    assert "counted" not in {read.name for read in graph.reads}
+    assert gc.isenabled()

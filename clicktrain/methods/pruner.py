@@ -427,6 +427,7 @@ class Pruner:
             "epoch_losses": list(self._epoch_losses),
             "first_loss": self._first_loss,
             "last_loss": self._last_loss,
+            "collapse": self._collapse,
             **self.network.state_dict(),
             "events": list(self.events),
         }
@@ -454,6 +455,7 @@ class Pruner:
         self._first_loss = None if first_loss is None else first_loss.to(device, copy=True)
         last_loss = saved.get("last_loss")
         self._last_loss = None if last_loss is None else last_loss.to(device, copy=True)
+        self._collapse = saved.get("collapse")
         self.events = list(saved["events"])
         self.network.load_masks(saved)
         if self.frozen:
@@ -523,7 +525,7 @@ class Pruner:
             self._collapse = f"the network has collapsed in epoch {self._epoch + 1}: {what}"
 
     def _after_load(self, optimizer: Optimizer) -> None:
-        """A state of before the hard prune may hold values at pruned positions; until then they belong there."""
+        """Pruned positions keep their momentum until the hard prune; an older state may bring it back."""
         if self.frozen:
             with torch.no_grad():
                 self.network.mask_state()

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import gc
 import weakref
 from collections.abc import Iterable
 from typing import TYPE_CHECKING
@@ -22,14 +23,23 @@ _CLAIMS: weakref.WeakKeyDictionary[nn.Module | Optimizer, weakref.ref[Pruner]] =
 def check_free(things: Iterable[nn.Module | Optimizer]) -> None:
     """UserError if one of these modules or optimizers has a method attached already."""
     for thing in things:
-        claim = _CLAIMS.get(thing)
-        owner = None if claim is None else claim()
+        owner = _owner(thing)
+        if owner is not None:
+            # A loop that failed leaves its pruner and its optimizers behind, which refer to each other.
+            del owner
+            gc.collect()
+            owner = _owner(thing)
         if owner is not None:
             what = "optimizer" if isinstance(thing, Optimizer) else "network"
             raise UserError(
                 f"this {what} ({type(thing).__name__}) has the method {owner.method.name} attached already: "
                 "call finish() or close() of that pruner before attaching again"
             )
+
+
+def _owner(thing: nn.Module | Optimizer) -> Pruner | None:
+    claim = _CLAIMS.get(thing)
+    return None if claim is None else claim()
 
 
 def claim(pruner: Pruner, things: Iterable[nn.Module | Optimizer]) -> None:

@@ -342,6 +342,22 @@ def test_attaching_twice() -> None:
     attached(ClickTrain(compression=3), fresh, sgd(fresh))  # what was refused is not attached
 
 
+def test_a_loop_that_failed_may_be_run_again_on_its_network() -> None:
+    model = network()
+
+    def loop(fails: bool) -> None:
+        optimizer = sgd(model)
+        pruner = attached(ClickTrain(compression=3), model, optimizer)
+        train(model, pruner, batches=range(3))
+        if fails:
+            raise ValueError("a mistake in the loop")
+        pruner.close()
+
+    with pytest.raises(ValueError, match="a mistake"):
+        loop(fails=True)
+    loop(fails=False)
+
+
 def test_after_the_end() -> None:
     model, _, pruner = started()
     train(model, pruner)

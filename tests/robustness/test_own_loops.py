@@ -257,6 +257,16 @@ def test_losses_that_are_not_finite(value: float) -> None:
     )
 
 
+def test_weights_that_have_become_nan_are_no_collapse() -> None:
+    model = network()
+    pruner = attached(METHODS_MADE["rigl"](), model, sgd(model), epochs=40)  # masks from the first batch on
+    train(model, pruner, batches=range(5))
+    with torch.no_grad():
+        model.stem.weight.fill_(float("nan"))
+    with pytest.raises(UserError, match="the last 16 losses were not finite numbers"):
+        train(model, pruner, batches=range(5, 40))
+
+
 @pytest.mark.parametrize("overflows", [False, True])
 def test_a_loss_scaler_that_skips_steps(overflows: bool) -> None:
     """Gradients that overflow cost a few steps at the beginning."""

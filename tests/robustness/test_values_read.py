@@ -16,9 +16,10 @@ from typing import Any
 import pytest
 import torch
 from frozen_kinds import Middle, Net
-from torch import Tensor
+from torch import Tensor, nn
 
 from clicktrain.compiler import accelerate
+from clicktrain.errors import UserError
 from clicktrain.kernels.native import toolchain
 from clicktrain.kernels.pack_model import pack_model_
 
@@ -160,3 +161,29 @@ def test_values_that_stay_lower_once(pair: tuple[Any, Any]) -> None:
         torch.testing.assert_close(fast(images()), plain(images()))
     assert [len(variants) for variants in fast._lowered.values()] == [1]
     assert "self.base.middle(" not in fast.graph(images()).code
+
+
+@dataclass(slots=True)
+class Result:
+    logits: Tensor
+    weights: Slots
+
+
+def test_settings_and_results_may_be_dataclasses_with_slots() -> None:
+    torch.manual_seed(0)
+    model = Net(lambda m, x: m.c(x) * m.config.alpha).double()
+    model.middle.config = Slots()  # type: ignore[assignment]
+    pack_model_(model, {"middle.c": torch.rand(8, 8, 3, 3) < 0.3})
+    model.register_forward_hook(lambda _, inputs, output: Result(output, Slots()))
+    plain = copy.deepcopy(model)
+    fast: Any = accelerate(model, images(), rule="sparse", remember=False)
+    torch.testing.assert_close(fast(images()).logits, plain(images()).logits)
+    model.middle.config.alpha = plain.middle.config.alpha = 3.0
+    torch.testing.assert_close(fast(images()).logits, plain(images()).logits)
+
+
+def test_a_part_that_is_accelerated_already(pair: tuple[Any, Any]) -> None:
+    with pytest.raises(UserError, match=r"^0 is accelerated already: .*, with 0\.base there$"):
+        accelerate(nn.Sequential(pair[0], nn.Linear(5, 2).double()), images(), rule="sparse")
+    whole = nn.Sequential(pair[0].base, nn.Linear(5, 2).double())
+    accelerate(whole, images(), rule="sparse", remember=False)

@@ -60,7 +60,7 @@ def carry_out(
 
             write_report([folder.path], folder.path / "report.html")
     finally:  # whatever happens to the report: the run itself is done
-        for line in outcome_lines(summary):
+        for line in outcome_lines(summary, quiet):
             console.print(line, markup=False, highlight=False, soft_wrap=True)
         console.print(result_line(summary, folder.path), markup=False, highlight=False, soft_wrap=True)
     return 0
@@ -90,10 +90,10 @@ class _ConsoleHandler(logging.Handler):
         self.console.print(record.getMessage(), markup=False, highlight=False, soft_wrap=True)
 
 
-def outcome_lines(summary: Mapping[str, Any]) -> list[str]:
-    """The table of what was asked and reached, and a warning for what was missed."""
+def outcome_lines(summary: Mapping[str, Any], quiet: bool) -> list[str]:
+    """The table of what was asked and reached, and a warning for what was missed; ``quiet``: the warnings."""
     outcome = Outcome.from_json(summary.get("outcome") or ())
-    lines = str(outcome).splitlines() if outcome.targets else []
+    lines = str(outcome).splitlines() if outcome.targets and not quiet else []
     return [*lines, *(f"warning: {sentence}" for sentence in summary.get("warnings") or ())]
 
 

@@ -6,6 +6,7 @@ import warnings
 from collections.abc import Sequence
 from typing import Any
 
+import torch
 from torch import nn
 
 from clicktrain.compiler.believe import LoweringError, is_operator
@@ -102,7 +103,8 @@ def accelerate(
         return model
     keep_memory()
     result: Accelerated | None = None
-    with watch_failures() as failures:
+    # What is made here has to serve training, whatever mode this is called in.
+    with watch_failures() as failures, torch.inference_mode(False):
         try:
             result = _accelerated(model, inputs, rule, plan, tuple(dtypes), remember)
         except KernelError as error:  # of what nothing goes without
@@ -135,6 +137,7 @@ def _accelerated(
     remember: bool,
 ) -> Accelerated:
     """`accelerate` a packed model where there is a compiler."""
+    inputs = inputs.ordinary()
     batch = inputs.tensors()[0].shape[0]
     try:
         believed = believed_graph(model, inputs, is_operator)

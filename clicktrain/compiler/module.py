@@ -192,7 +192,9 @@ class Accelerated(nn.Module):
 
     def _lower(self, inputs: Inputs, key: Any) -> Lowered | None:
         """Lower for calls of this kind; None where the model's own code has to run, now or always."""
-        with _LOCK:
+        # What a first call under inference mode makes has to serve training later.
+        with _LOCK, torch.inference_mode(False):
+            inputs = inputs.ordinary()
             lowered = self._known(key)
             if lowered is not None or not self._lowers:
                 return lowered

@@ -47,6 +47,13 @@ class Inputs:
             {name: _map(value, change) for name, value in self.kwargs.items()},
         )
 
+    def ordinary(self) -> Inputs:
+        """The same call with tensors that autograd can record; those made in inference mode are copied.
+
+        Call it outside of inference mode.
+        """
+        return self.map(lambda tensor: tensor.clone() if tensor.is_inference() else tensor)
+
     def with_tensors(self, tensors: tuple[Any, ...]) -> Inputs:
         """The same call with other values in the places of its tensors, in order."""
         values = iter(tensors)

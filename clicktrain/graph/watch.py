@@ -94,6 +94,9 @@ class Watch:
                 self._written(module, name, value)
             plain_set(module, name, value)
 
+        # Callbacks of the garbage collector would pass for the network's own code.
+        collects = gc.isenabled()
+        gc.disable()
         patched.__getattribute__, patched.__setattr__ = get, put
         # cProfile could not be put back: its profile then lacks nothing, and globals are not recorded.
         profile = before is None or callable(before)
@@ -106,6 +109,8 @@ class Watch:
                 sys.setprofile(before)
             patched.__setattr__ = plain_set
             del patched.__getattribute__
+            if collects:
+                gc.enable()
 
     def _read(self, module: nn.Module, name: str, value: Any) -> None:
         path = self._paths.get(module)

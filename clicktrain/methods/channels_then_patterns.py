@@ -18,15 +18,21 @@ from clicktrain.methods.clicktrain import ClickTrain, ClickTrainState
 from clicktrain.methods.outcome import Reached, Target
 from clicktrain.methods.prunetrain import PruneTrain, PruneTrainState
 from clicktrain.methods.survey import Survey
+from clicktrain.sparsity.allocation import compression_limits
 from clicktrain.sparsity.channel_lasso import ChannelAxis
 from clicktrain.surgery import SurgeryPlan
+
+
+_NOTHING = 1.005
+"""The smallest compression, for a network of which nothing more can go."""
 
 
 @dataclass(slots=True)
 class TwoPartState:
     """The states of both parts; ``second`` is None until it begins.
 
-    ``seen`` and ``epochs`` are batches and epochs when it began. ``found`` is what it may touch, and follows
+    ``seen`` and ``epochs`` are batches and epochs when it began; ``compression`` is what it then aims at
+    where the layers that are left cannot reach what was asked. ``found`` is what it may touch, and follows
     from the network.
     """
 
@@ -35,6 +41,7 @@ class TwoPartState:
     switched: bool = False
     seen: int = 0
     epochs: int = 0
+    compression: float | None = None
     found: Survey | None = field(default=None, compare=False)
 
 
@@ -126,6 +133,23 @@ class ChannelsThenPatterns(Method[TwoPartState]):
             allocation=self.allocation,
         )
 
+    def second_of(self, state: TwoPartState) -> ClickTrain:
+        """The same, aiming at what the network that is left can reach."""
+        return (
+            self.second if state.compression is None else replace(self.second, compression=state.compression)
+        )
+
+    def _reachable(self, own: Survey) -> float | None:
+        """The nearest compression that a smaller network can reach; None if it is the one that was asked."""
+        budgets = [target.budget for target in self.second.targets(own)]
+        low, high = compression_limits(budgets, own.other_conv_weights)
+        reachable = max(min(max(self.pattern_compression, low), high), _NOTHING)
+        return None if reachable == self.pattern_compression else reachable
+
+    def _begin_second(self, state: TwoPartState, own: Survey, length: RunLength) -> ClickTrainState:
+        state.compression = self._reachable(own)
+        return self.second_of(state).init(own, length)
+
     @property
     def keeps_inputs(self) -> bool:
         """For the part that removes channels."""
@@ -183,14 +207,15 @@ class ChannelsThenPatterns(Method[TwoPartState]):
         own = self._own(state, found)
         if state.second is None:
             state.seen, state.epochs = step.seen - step.batches, step.epoch
-            state.second = self.second.init(own, self._own_step(state, step).length)
+            state.second = self._begin_second(state, own, self._own_step(state, step).length)
             state.first.axes = None
-        self.second.before_step(state.second, own, self._own_step(state, step))
+        self.second_of(state).before_step(state.second, own, self._own_step(state, step))
 
     def after_step(self, state: TwoPartState, found: Survey, step: Step) -> Sequence[Action]:
         """Hand on; the last reconfiguration and the switch come with the end of an epoch."""
         if state.second is not None:
-            return self.second.after_step(state.second, self._own(state, found), self._own_step(state, step))
+            own = self._own(state, found)
+            return self.second_of(state).after_step(state.second, own, self._own_step(state, step))
         if state.switched:
             return ()
         if step.ends_epoch and int(step.position) >= self.switch_epoch(step.length):
@@ -223,8 +248,8 @@ class ChannelsThenPatterns(Method[TwoPartState]):
         own = self._own(state, found)
         if state.second is None:
             assert found.example is not None
-            state.second = self.second.init(own, RunLength(1, 10_000))
-        return self.second.at_end(state.second, own)
+            state.second = self._begin_second(state, own, RunLength(1, 10_000))
+        return self.second_of(state).at_end(state.second, own)
 
     def targets_of(self, state: TwoPartState, reached: Reached) -> Sequence[Target]:
         """Of the channels at the switch, then of the patterns in what they leave."""
@@ -233,18 +258,25 @@ class ChannelsThenPatterns(Method[TwoPartState]):
             for row in self.first.targets_of(state.first, reached)
         ]
         second = state.second or ClickTrainState()
-        patterns = [
-            replace(row, what=f"{row.what} that are left") for row in self.second.targets_of(second, reached)
-        ]
+        rows = self.second_of(state).targets_of(second, reached)
+        patterns = [replace(row, what=f"{row.what} that are left") for row in rows]
+        if state.compression is not None:
+            reason = f"the layers that are left reach {state.compression:.2f}x at the most"
+            if state.compression > self.pattern_compression:
+                reason = f"the layers that are left reach {state.compression:.2f}x at the least"
+            patterns = [replace(row, asked=self.pattern_compression, reason=reason) for row in patterns]
         return [*channels, *patterns]
 
     def plan(self, found: Survey, length: RunLength, state: TwoPartState | None = None) -> PruningPlan:
         """Before the switch PruneTrain's plan with ClickTrain's stages, then ClickTrain's."""
         assert found.model is not None
         if state is not None and state.second is not None:
-            return self.second.plan(self._own(state, found), self._rest(length), state.second)
+            return self.second_of(state).plan(self._own(state, found), self._rest(length), state.second)
         channels = self.first_of(length).plan(found, length, None if state is None else state.first)
-        patterns = self.second.plan(self.second.survey(found.model), self._rest(length))
+        own = self.second.survey(found.model)
+        compression = None if state is None else self._reachable(own)
+        second = self.second if compression is None else replace(self.second, compression=compression)
+        patterns = second.plan(own, self._rest(length))
         switch = (
             "switch",
             f"after epoch {self.switch_epoch(length)}; shares of the rest of the run from there",
@@ -252,7 +284,7 @@ class ChannelsThenPatterns(Method[TwoPartState]):
         return replace(
             channels,
             stages=(*channels.stages, switch, *patterns.stages),
-            summary=f"{channels.summary}; then compression {self.pattern_compression:g} of what is left",
+            summary=f"{channels.summary}; then compression {second.compression:.4g} of what is left",
         )
 
     def state_dict(self, state: TwoPartState) -> dict[str, Any]:
@@ -263,6 +295,7 @@ class ChannelsThenPatterns(Method[TwoPartState]):
             "switched": state.switched,
             "seen": state.seen,
             "epochs": state.epochs,
+            "compression": state.compression,
         }
 
     def load_state(self, found: Survey, length: RunLength, saved: Mapping[str, Any]) -> TwoPartState:
@@ -272,9 +305,11 @@ class ChannelsThenPatterns(Method[TwoPartState]):
             switched=saved["switched"],
             seen=saved["seen"],
             epochs=saved["epochs"],
+            compression=saved["compression"],
         )
         if saved["second"] is not None:
             rest = RunLength(length.epochs - state.epochs, length.steps_per_epoch)
-            state.second = self.second.load_state(self._own(state, found), rest, saved["second"])
+            own = self._own(state, found)
+            state.second = self.second_of(state).load_state(own, rest, saved["second"])
             state.first.axes = None
         return state

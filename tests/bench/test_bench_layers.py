@@ -7,6 +7,7 @@ from typing import Any
 
 import pytest
 import torch
+from safetensors.torch import save_file
 from torch import nn
 
 from clicktrain.bench import layers as module
@@ -32,10 +33,23 @@ def row_of(path: Path, what: str, pruned_name: str = "NCHW", dense_name: str = "
     return RunRow(str(path), "method", what, 4, 10.0, dense_name, 6.0, pruned_name, 10 / 6, 0.5, 0.8)
 
 
+def without_a_branch(folder: Path) -> Path:
+    """Weights to begin with, in which one residual branch computes nothing."""
+    torch.manual_seed(0)
+    network = create_model("resnet8", num_classes=3, in_channels=1, width=0.5)
+    weights = network.state_dict()
+    weights["layer1.0.conv2.weight"].zero_()
+    weights["layer1.0.bn2.weight"].zero_()
+    path = folder / "weights.safetensors"
+    save_file(weights, path)
+    return path
+
+
 @pytest.fixture(scope="module", params=["union", "gating", "layers-gone"])
 def channels(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> Path:
     path = tmp_path_factory.mktemp("runs") / "run"
-    settings = {"union": {}, "gating": {"scheme": "gating"}, "layers-gone": {"coefficient": 0.1}}
+    settings: dict[str, dict[str, Any]] = {"union": {}, "gating": {"scheme": "gating"}}
+    settings["layers-gone"] = {"initial_weights": str(without_a_branch(path.parent))}
     fit(*from_dict({**CHANNELS, **settings[request.param]}), path)
     return path
 

@@ -100,7 +100,7 @@ def test_same_networks_are_the_same_and_others_are_not() -> None:
 
 
 def test_a_wrong_network_is_not_timed(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(step, "accelerate", lambda packed, *_, **__: Bent(packed, 1.1))
+    monkeypatch.setattr(step, "accelerated", lambda packed, *_, **__: Bent(packed, 1.1))
     monkeypatch.setattr(step, "median_ms", lambda *a, **k: pytest.fail("timed a wrong network"))
     with pytest.raises(WrongResultError):
         bench_step(CASE, compressions=(4.0,), rounds=1, compiled=False, memory=False)

@@ -57,7 +57,7 @@ def test_conv(place: Path) -> None:
 @needs_compiler
 def test_runs(place: Path) -> None:
     for name, flags in (
-        ("channels", ("--method", "prunetrain", "--coefficient", "0.06", "--interval", "1")),
+        ("channels", ("--method", "prunetrain", "--coefficient", "0.04", "--interval", "1")),
         ("masks", ("--method", "campfire", "--sparsity", "0.8", "--era", "0", "1")),
     ):
         run = call("train", "--model", "resnet8", "--width", "0.25", "--epochs", "2", "--out", name, *flags,

@@ -141,7 +141,10 @@ def test_a_network_of_the_users_own(place: Path) -> None:
     outcome = call("train", "--model", "net_of_a_cli_test:build", *flags, "--out", "run")
     assert outcome.code == 0, outcome.err
     assert "compression asked 2x, reached 2." in outcome.out
-    assert call("evaluate", "run").code == 0
+    refused = call("evaluate", "run")
+    assert refused.code == 2
+    assert "name it yourself with --model net_of_a_cli_test:build" in refused.err
+    assert call("evaluate", "run", "--model", "net_of_a_cli_test:build").code == 0
 
 
 # ---------------------------------------------------------------- resume

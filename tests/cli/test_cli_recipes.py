@@ -54,7 +54,7 @@ def test_another_preset_replaces_what_the_old_one_implied() -> None:
 def test_read_recipe_gives_only_what_stands_there(tmp_path: Path) -> None:
     path = tmp_path / "recipe.yaml"
     path.write_text("# nothing but this\nepochs: 3\nlearning_rate: 5e-2\n")
-    assert read_recipe(str(path)) == {"epochs": 3, "learning_rate": "5e-2"}
+    assert read_recipe(str(path)) == {"epochs": 3, "learning_rate": 0.05}
     path.write_text("")
     assert read_recipe(str(path)) == {}
 

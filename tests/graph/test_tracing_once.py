@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import gc
 import operator
 import random
 import re
@@ -261,3 +262,32 @@ def test_len_of_a_tensor_is_its_size() -> None:
     assert len is before
     assert not found.opaque
     assert [found.sizes[n] for n in found.nodes if n.target == "size"] == [2]
+
+
+counted = 0
+
+
+def count_collections(phase: str, info: dict[str, int]) -> None:
+    """A callback of the garbage collector that keeps numbers of its own, as profilers and test tools do."""
+    global counted
+    counted += phase == "start"
+
+
+def test_callbacks_of_the_garbage_collector_are_nobodys_code() -> None:
+    gc.callbacks.append(count_collections)
+    threshold = gc.get_threshold()
+    gc.set_threshold(10)
+    try:
+
+        class Allocating(Reads):
+            def forward(self, x: Tensor) -> Tensor:
+                assert len([[i] for i in range(5000)]) == 5000
+                return super().forward(x)
+
+        graph = trace(Allocating(), X)
+    finally:
+        gc.set_threshold(*threshold)
+        gc.callbacks.remove(count_collections)
+    assert counted
+    assert "counted" not in {read.name for read in graph.reads}
+    assert gc.isenabled()

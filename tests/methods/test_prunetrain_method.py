@@ -12,7 +12,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from clicktrain import PruneTrain, create_model
-from clicktrain.errors import UserError
+from clicktrain.errors import NetworkCollapsed, UserError
 from clicktrain.methods import Pruner
 
 STEPS = 4
@@ -218,14 +218,14 @@ def test_the_multiple_is_measured_at_every_reconfiguration(
     assert model(batch(0)[0]).shape == (8, 4)
 
 
-def test_a_network_without_channels_left_is_legal() -> None:
+def test_a_network_without_channels_left_ends_the_run_and_still_computes() -> None:
     model = network()
     optimizer = torch.optim.SGD(model.parameters(), lr=0.5)
     pruner = PruneTrain(coefficient=10.0, interval=1).attach(
         model, optimizer, epochs=3, steps_per_epoch=STEPS
     )
-    train(model, optimizer, pruner, 0, 3 * STEPS)
-    pruner.finish()
+    with pytest.raises(NetworkCollapsed, match="no gradient reaches any convolution"):
+        train(model, optimizer, pruner, 0, 3 * STEPS)
     assert model(batch(0)[0]).shape == (8, 4)
     assert pruner.density < 0.05
 

@@ -14,7 +14,7 @@ from torch import Tensor, nn
 
 from clicktrain import PruneTrain, create_model
 from clicktrain.accounting import count
-from clicktrain.errors import UserError
+from clicktrain.errors import MissedTarget, UserError
 from clicktrain.methods import ChannelsThenPatterns, Pruner
 from clicktrain.methods.base import RunLength
 from clicktrain.methods.channel_costs import ChannelCosts, CostMeter
@@ -231,3 +231,22 @@ def test_a_fixed_penalty_shrinks_with_an_adaptive_optimizer_too() -> None:
 
 def test_what_is_wanted_falls_in_a_line() -> None:
     assert [round(wanted_share(0.6, epoch, 18), 3) for epoch in (0, 6, 12, 18, 20)] == [1, 1, 0.8, 0.6, 0.6]
+
+
+def test_patterns_take_what_the_channels_left_can_give() -> None:
+    """Narrow layers cannot be compressed as far as wide ones."""
+    model = network()
+    optimizer = torch.optim.SGD(model.parameters(), lr=0.05, momentum=0.9)
+    method = ChannelsThenPatterns(target_parameters=0.15, floor=0.05, switch_at=3, pattern_compression=12.0)
+    pruner = method.attach(model, optimizer, epochs=EPOCHS, steps_per_epoch=STEPS, example=EXAMPLE)
+    train(pruner)
+    with pytest.warns(MissedTarget, match="compression of convolution weights that are left: asked 12.00x"):
+        pruner.finish()
+    (row,) = [row for row in pruner.outcome().targets if "that are left" in row.what]
+    weights = [m.weight for m in model.modules() if isinstance(m, nn.Conv2d)]
+    kept = sum(int(weight.count_nonzero()) for weight in weights)
+    assert row.reached == pytest.approx(sum(weight.numel() for weight in weights) / kept)
+    assert row.asked == 12.0
+    assert row.reached < 11
+    assert "at the most" in row.reason
+    assert pruner.state_dict()["state"]["compression"] == pytest.approx(row.reached, rel=0.05)

@@ -29,11 +29,11 @@ EPOCHS, PER_EPOCH, IMAGES, CLASSES = 6, 4, 8, 3
 METHODS_MADE: dict[str, Callable[[], Method[Any]]] = {
     "dense": Dense,
     "clicktrain": lambda: ClickTrain(compression=3),
-    "prunetrain": lambda: PruneTrain(coefficient=0.05, interval=1),
+    "prunetrain": lambda: PruneTrain(coefficient=0.03, interval=1),
     "prunetrain-clicktrain": lambda: ChannelsThenPatterns(
         coefficient=0.001, interval=1, pattern_compression=2
     ),
-    "campfire": lambda: Campfire(sparsity=0.5, granularity="ck", era=(1, 3), linear="none"),
+    "campfire": lambda: Campfire(sparsity=0.6, granularity="ck", era=(1, 3), linear="none"),
     "dsr": lambda: DSR(sparsity=0.5, interval=4, linear=False),
     "rigl": lambda: RigL(sparsity=0.5, interval=4, linear=False),
     "pat": lambda: PaT(policy="epoch", prune_epoch=1, prune_ratio=0.3),

@@ -191,3 +191,21 @@ def test_what_was_compared_is_released() -> None:
         gc.enable()
     assert isinstance(fast, Accelerated)
     assert len(alive) == 1
+
+
+@pytest.mark.parametrize("rule", ["sparse", "measured"])
+def test_what_inference_mode_lowers_serves_training(rule: str) -> None:
+    model = pack_(Flat(view, 2).double(), "b").eval()
+    x, larger = torch.randn(6, 3, 12, 12).double(), torch.randn(4, 3, 20, 20).double()
+    plain = copy.deepcopy(model)
+    with torch.inference_mode(), warnings.catch_warnings():
+        warnings.simplefilter("error")
+        inside = torch.randn(6, 3, 12, 12).double()
+        fast = clicktrain.accelerate(model, inside, rule=rule, remember=False)
+        for images in (inside, inside[:, :, 2:], larger, larger.clone()):
+            torch.testing.assert_close(fast(images), plain(images))
+    for images in (x, larger):
+        expected, found = (
+            torch.autograd.grad(net(images).sum(), list(net.parameters())) for net in (plain, fast)
+        )
+        torch.testing.assert_close(found, expected)

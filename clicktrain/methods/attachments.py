@@ -13,6 +13,7 @@ from torch.optim import Optimizer
 from torch.optim.swa_utils import AveragedModel
 
 from clicktrain.errors import UserError
+from clicktrain.kernels.sparse_conv2d import PackedConv2d
 
 if TYPE_CHECKING:
     from clicktrain.methods.pruner import Pruner
@@ -68,4 +69,14 @@ def check_network(model: nn.Module) -> None:
         raise UserError(
             "attach takes the network that is trained, not an AveragedModel of it: attach to the network, "
             "then call pruner.follow(average)"
+        )
+
+
+def check_dense(model: nn.Module) -> None:
+    """UserError if layers are packed: no method could prune them, and all would say something else of it."""
+    packed = [name for name, module in model.named_modules() if isinstance(module, PackedConv2d)]
+    if packed:
+        raise UserError(
+            f"{packed[0] or 'the network'} is packed already: attach to the network that "
+            "clicktrain.unpack(model) gives"
         )

@@ -22,7 +22,6 @@ from clicktrain.sparsity.allocation import compression_limits
 from clicktrain.sparsity.channel_lasso import ChannelAxis
 from clicktrain.surgery import SurgeryPlan
 
-
 _NOTHING = 1.005
 """The smallest compression, for a network of which nothing more can go."""
 

@@ -368,6 +368,21 @@ def test_a_loop_that_failed_may_be_run_again_on_its_network() -> None:
     loop(fails=False)
 
 
+@pytest.mark.parametrize("method", METHODS_MADE)
+def test_a_packed_network_is_refused(method: str) -> None:
+    model = network()
+    pruner = attached(ClickTrain(compression=3), model, sgd(model))
+    train(model, pruner)
+    packed = pruner.finish(packed=True)
+    if method == "dense":
+        attached(METHODS_MADE[method](), packed, sgd(packed)).close()
+    else:
+        with pytest.raises(UserError, match=r"^body is packed already: .*clicktrain\.unpack\(model\)"):
+            attached(METHODS_MADE[method](), packed, sgd(packed))
+        plain = clicktrain.unpack(packed)
+        attached(METHODS_MADE[method](), plain, sgd(plain)).close()
+
+
 def test_after_the_end() -> None:
     model, _, pruner = started()
     train(model, pruner)

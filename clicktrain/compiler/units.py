@@ -208,10 +208,10 @@ class _Finder:
         if not (method or function) or len(node.args) != 2 or node.kwargs:
             return None
         first, second = node.args
+        if not isinstance(first, fx.Node) or not isinstance(second, fx.Node) or first is second:
+            return None  # sum() begins with the number 0
         one = first if one is None else one
         other = second if first is one else first
-        if other is one or not isinstance(one, fx.Node) or not isinstance(other, fx.Node):
-            return None  # sum() begins with the number 0
         images = self._images(one) and self._images(other)
         return other if images and shape_of(other) == shape_of(node) == shape_of(one) else None
 

@@ -38,7 +38,7 @@ from clicktrain.methods.base import (
     Step,
     plan_rows,
 )
-from clicktrain.methods.channel_axes import channel_axes
+from clicktrain.methods.channel_axes import channel_axes, why_fixed
 from clicktrain.methods.channel_costs import Cost
 from clicktrain.methods.channel_target import NEAR, WORDS, ChannelTarget, original_widths
 from clicktrain.methods.fast_widths import MULTIPLES, BatchForm, fastest_multiple
@@ -315,9 +315,8 @@ class PruneTrain(Method[PruneTrainState]):
             names += [layer.name for layer in found.linears if not matches(layer.name, self.exclude)]
         axes = channel_axes(found.model, found.example, names)
         if not axes:
-            raise UserError(
-                "no channel of this network can be removed: 'clicktrain train --dry-run' says why"
-            )
+            why = why_fixed(found.model, found.example)
+            raise UserError(f"no channel of this network can be removed ({why or 'it has no layers'})")
         return axes
 
     def _weights(self, found: Survey, axes: Axes) -> list[tuple[Tensor, tuple[ChannelAxis, ...]]]:

@@ -33,7 +33,7 @@ def batch(number: int) -> tuple[Tensor, Tensor]:
 def train(model: nn.Module, optimizer: torch.optim.Optimizer, pruner: Pruner, first: int, last: int) -> None:
     for number in range(first, last):
         x, y = batch(number)
-        loss = F.cross_entropy(model(x), y)
+        loss = F.cross_entropy(model(x.to(next(model.parameters()).dtype)), y)
         loss.backward()
         pruner.observe(loss)
         optimizer.step()
@@ -59,7 +59,7 @@ def removed(pruner: Pruner) -> int:
 @pytest.mark.parametrize("name", OPTIMIZERS)
 @pytest.mark.parametrize("scheme", ["union", "gating"])
 def test_channels_go_and_the_function_stays(name: str, scheme: str) -> None:
-    model = network()
+    model = network().double()
     optimizer = OPTIMIZERS[name](model.parameters())
     strength = {"sgd": 0.1, "adamw": 8.0}[name]
     method = PruneTrain(**{**STRONG, "coefficient": strength}, scheme=scheme)  # type: ignore[arg-type]

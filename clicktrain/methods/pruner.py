@@ -525,8 +525,10 @@ class Pruner:
             self._collapse = f"the network has collapsed in epoch {self._epoch + 1}: {what}"
 
     def _after_load(self, optimizer: Optimizer) -> None:
-        with torch.no_grad():
-            self.network.mask_state()
+        """A state of before the hard prune may hold values at pruned positions; until then they belong there."""
+        if self.frozen:
+            with torch.no_grad():
+                self.network.mask_state()
 
     def _counted_units(self) -> tuple[OptimizerUnit, ...]:
         """The optimizers whose steps make a round: those that hold weights which may be pruned."""

@@ -165,7 +165,8 @@ def check_convolutions(found: Survey, who: str) -> None:
     if found.layers or (found.linears and not convs):
         return
     told = convs or list(found.left_alone)
-    reasons = "; ".join(f"{name}: {found.left_alone[name][1]}" for name in told[:3])
+    # A network that is a layer itself has the name "".
+    reasons = "; ".join(": ".join(filter(None, (name, found.left_alone[name][1]))) for name in told[:3])
     hint = (
         ", or name some with include"
         if any("reads the image" in found.left_alone[n][1] for n in told)

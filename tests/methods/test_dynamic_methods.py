@@ -315,7 +315,7 @@ def test_runs_that_cannot_be() -> None:
         Watched(method="rigl", interval=100)
     head = nn.Linear(3, 2)
     optimizer = torch.optim.SGD(head.parameters(), lr=0.1)
-    with pytest.raises(UserError, match="no layer that DSR can prune"):
+    with pytest.raises(UserError, match=r"no convolution that DSR can prune \(linear: this method"):
         DSR(linear=False).attach(head, optimizer, epochs=3, steps_per_epoch=2)
     model = nn.Sequential(nn.Conv2d(4, 10, 3), nn.Conv2d(10, 6, 3))
     optimizer = torch.optim.SGD(model.parameters(), lr=0.1)

@@ -1,4 +1,4 @@
-"""The one symbolic tracer: ``torch.fx``, which remembers where a forward pass did what no graph holds."""
+"""The one symbolic tracer: ``torch.fx``, with a record of what a forward pass did that no graph holds."""
 
 from __future__ import annotations
 

@@ -40,7 +40,7 @@ MOST_CHANGE = 1.5
 
 @dataclass(slots=True)
 class TargetState:
-    """What steering remembers between steps.
+    """State of the steering between steps.
 
     Attributes:
         dense: cost of the network as it was at first, None until it has been seen.
@@ -87,7 +87,7 @@ class TargetState:
 def steered_coefficient(
     target: ChannelTarget, state: TargetState, coefficient: float, epoch: int, last: int
 ) -> float:
-    """The coefficient for an epoch that begins; counts anew its steps, and which channels it leaves out.
+    """The coefficient for an epoch that begins; resets its step count and the channels it leaves out.
 
     Args:
         target: of the network as it is.

@@ -1,4 +1,4 @@
-"""Loops of other people: what is right works, what is not is told in one sentence, soon."""
+"""Loops of other people: what is right works, what is not is reported in one sentence, soon."""
 
 from __future__ import annotations
 

@@ -525,7 +525,7 @@ class Pruner:
             self._collapse = f"the network has collapsed in epoch {self._epoch + 1}: {what}"
 
     def _after_load(self, optimizer: Optimizer) -> None:
-        """A state of before the hard prune may hold values at pruned positions; until then they belong there."""
+        """Before the hard prune a state may hold values at masked positions, which may come back."""
         if self.frozen:
             with torch.no_grad():
                 self.network.mask_state()

@@ -1,4 +1,4 @@
-"""Arguments of one command: declared as data, converted as settings are, mistakes told in one sentence."""
+"""Arguments of one command: declared as data, converted as settings are, one-sentence errors."""
 
 from __future__ import annotations
 

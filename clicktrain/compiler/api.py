@@ -78,13 +78,19 @@ def accelerate(
         holds for the whole model.
 
     Raises:
-        UserError: there is nothing sparse in the model, it does not run on the example, an unknown rule or
-            dtype, or a plan that wants statistics where they cannot be taken.
+        UserError: there is nothing sparse in the model, a part of it is accelerated already, it does not run
+            on the example, an unknown rule or dtype, or a plan that wants statistics where they cannot be
+            taken.
     """
     inputs = as_inputs(example, model)
     _check_arguments(inputs, rule, dtypes)
     if isinstance(model, Accelerated):
         model = model.base
+    if nested := [path for path, part in model.named_modules() if isinstance(part, Accelerated)]:
+        raise UserError(
+            f"{nested[0]} is accelerated already: accelerate the network as a whole, with {nested[0]}.base "
+            "there"
+        )
     if not _packed(model):
         model = pack(model)
         if not _packed(model):

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import copy
-from collections.abc import Callable, Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Mapping, Set
 from dataclasses import dataclass
 from itertools import repeat
 from typing import Any
@@ -11,7 +11,10 @@ from typing import Any
 from torch import nn
 
 from clicktrain.graph import ModelGraph, Read, is_plain
+from clicktrain.graph.inside import inside
 
+_INSIDE = 256
+"""Values inside one value that are looked at."""
 _GET: Callable[[Mapping[str, Any], str], Any] = dict.get  # type: ignore[assignment]
 
 
@@ -29,9 +32,9 @@ class Guards:
         found: list[_Entry] = []
         for read in graph.reads:
             home = read.home if read.path is None else model.get_submodule(read.path).__dict__
-            found += _entries(home, read.name, read)
+            found += _entries(home, read.name, read, graph.names)
         for module in dict.fromkeys(stepped):
-            found += [e for name in _settings(module) for e in _entries(module.__dict__, name, None)]
+            found += [e for name in _settings(module) for e in _entries(module.__dict__, name)]
         entered = [model.get_submodule(path) for path in graph.entered]
         self._entries = found
         # Compared in C, by columns: this is done before each call.
@@ -73,8 +76,8 @@ class Guards:
 class _Entry:
     """One value, and where it is found."""
 
-    home: Mapping[str, Any]
-    name: str
+    home: Any
+    name: Any
     value: Any
     read: Read | None
 
@@ -84,16 +87,17 @@ class _Entry:
         return now is self.value or (is_plain(self.value) and bool(now == self.value))
 
 
-def _entries(home: Mapping[str, Any], name: str, read: Read | None) -> Iterator[_Entry]:
-    """A value; plain values inside it too, if it is an object that only holds values."""
-    value = home.get(name)
-    yield _Entry(home, name, copy.deepcopy(value) if is_plain(value) else value, read)
-    holder = not is_plain(value) and not callable(value) and type(value).__module__ != "builtins"
-    if holder and not isinstance(value, nn.Module):
-        inside: dict[str, Any] = getattr(value, "__dict__", {})
-        for part, held in list(inside.items()):
-            if is_plain(held):
-                yield _Entry(inside, part, copy.deepcopy(held), read)
+def _entries(home: Any, name: str, read: Read | None = None, names: Set[str] = frozenset()) -> list[_Entry]:
+    """A value, and all inside it that code with these names can have read."""
+    found: list[_Entry] = []
+    ways, known = [(home, name)], set()
+    for home, name in ways:  # grows
+        value = home.get(name)
+        found.append(_Entry(home, name, copy.deepcopy(value) if is_plain(value) else value, read))
+        if id(value) not in known and not is_plain(value) and len(ways) < _INSIDE:
+            known.add(id(value))
+            ways += inside(value, names)
+    return found
 
 
 def _settings(module: nn.Module) -> tuple[str, ...]:

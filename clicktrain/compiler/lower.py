@@ -268,7 +268,7 @@ class _Writer:
         choice = self.choices[unit.name]
         same = choice.image == shape[1:]
         tilings = dict(choice.tilings) if same else {}
-        if self.kept is not torch.bfloat16:  # the model has another number type than when it was measured
+        if self.kept is not torch.bfloat16:  # the model has a dtype other than when it was measured
             tilings = {phase: replace(tiling, pairs=False) for phase, tiling in tilings.items()}
         layer = unit.module
         assert isinstance(layer, (PackedConv2d, nn.Conv2d))

@@ -53,10 +53,10 @@ class Accelerated(nn.Module):
     There is one set of tensors: training either trains both, and ``state_dict`` has the model's keys. The
     forward pass is lowered again, by the same plan, and compared with the model's own again, when the size of
     the images changes, the kind of arguments, the dtype, the layers, the mode if ``forward`` asks for it, or
-    a plain attribute or global that ``forward`` reads. It is the model's own, for that call, while hooks
+    a value that ``forward`` reads, wherever it is kept. It is the model's own, for that call, while hooks
     watch layers that lowering has fused, when the model is not on the CPU, when its packed layers are of a
-    dtype that has no kernels, and under ``torch.jit.trace``; and always where there is no C compiler, or
-    where nothing else does what it does (see `accelerate`). Threads may call it at once.
+    dtype that has no kernels, and under ``torch.jit.trace`` and ``torch.export``; and always where there is
+    no C compiler, or where nothing else does what it does (see `accelerate`). Threads may call it at once.
 
     Attributes:
         plan: what was decided, layer by layer.
@@ -112,7 +112,7 @@ class Accelerated(nn.Module):
 
     def forward(self, *args: Any, **kwargs: Any) -> Any:
         """What the model computes."""
-        if not self._lowers or torch.jit.is_tracing():  # type: ignore[attr-defined, no-untyped-call]
+        if not self._lowers or _recording():
             # Tracing has sizes that are no numbers, and does not record pointers.
             return self.base.forward(*args, **kwargs)
         inputs = Inputs(*self._positional(args, kwargs))
@@ -288,6 +288,12 @@ def _kind_of(inputs: Inputs) -> tuple[Any, tuple[Tensor, ...]]:
         else:
             return None, ()
     return (tuple(parts) if tensors else None), tuple(tensors)
+
+
+def _recording() -> bool:
+    """Whether PyTorch takes down what is called: for ``torch.jit.trace`` or ``torch.export``."""
+    exporting = getattr(torch.compiler, "is_exporting", lambda: False)  # torch >= 2.7
+    return bool(torch.jit.is_tracing() or exporting())  # type: ignore[attr-defined, no-untyped-call]
 
 
 def _strange(x: Tensor) -> bool:

@@ -157,9 +157,9 @@ class _Finder:
                 return "global_pool" if _is_image_mean(node) else None
             if target == "relu":
                 return "elementwise"
-            return "elementwise" if target == "add" and self._added(node, node.args[0]) is not None else None
+            return "elementwise" if target == "add" and self._added(node) is not None else None
         if target in _ADD_FUNCTIONS:
-            return "elementwise" if self._added(node, node.args[0]) is not None else None
+            return "elementwise" if self._added(node) is not None else None
         if target in _ELEMENTWISE_FUNCTIONS:
             return "elementwise" if len(node.all_input_nodes) == 1 else None
         if target is torch.mean:
@@ -198,17 +198,22 @@ class _Finder:
     def _only_user(self, node: fx.Node) -> fx.Node | None:
         return next(iter(node.users)) if len(node.users) == 1 else None
 
-    def _added(self, node: fx.Node, one: Any) -> fx.Node | None:
-        """The other of two images of one shape that a node adds, None if that is not what it does."""
+    def _added(self, node: fx.Node, one: fx.Node | None = None) -> fx.Node | None:
+        """The other of two images of one shape that a node adds, None if that is not what it does.
+
+        ``one`` is the first argument if it is not given.
+        """
         method = node.op == "call_method" and node.target == "add"
         function = node.op == "call_function" and node.target in _ADD_FUNCTIONS
         if not (method or function) or len(node.args) != 2 or node.kwargs:
             return None
         first, second = node.args
+        if not isinstance(first, fx.Node) or not isinstance(second, fx.Node) or first is second:
+            return None  # sum() begins with the number 0
+        one = first if one is None else one
         other = second if first is one else first
-        if other is one or not self._images(other) or not isinstance(other, fx.Node):
-            return None
-        return other if shape_of(other) == shape_of(node) == shape_of(one) else None
+        images = self._images(one) and self._images(other)
+        return other if images and shape_of(other) == shape_of(node) == shape_of(one) else None
 
     def _is_relu(self, node: fx.Node) -> bool:
         module = self._module(node)

@@ -7,7 +7,7 @@ import re
 from dataclasses import dataclass
 from pathlib import Path
 
-from clicktrain.errors import UserError
+from clicktrain.errors import UserError, shown
 
 FORMS = (
     "digits",
@@ -25,6 +25,10 @@ _HUB_NAME = re.compile(r"(?P<name>[\w.-]+(/[\w.-]+)?)(:(?P<config>[\w.+-]+))?")
 def forms() -> str:
     """Return the forms that a specification may take, as one phrase for a message."""
     return ", ".join(FORMS[:-1]) + " or " + FORMS[-1]
+
+
+LONGEST = 1024
+"""Characters of a specification, which may hold the path of a folder."""
 
 
 @dataclass(frozen=True)
@@ -46,6 +50,10 @@ class DataSpec:
             UserError: it has none of the forms in `FORMS`.
         """
         text = text.strip()
+        if len(text) > LONGEST:
+            raise UserError(
+                f"data {shown(text)} has {len(text):,} characters: no form needs more than {LONGEST}"
+            )
         kind, colon, argument = text.partition(":")
         if kind == "digits":
             if colon:

@@ -28,7 +28,7 @@ import torch
 from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
-from clicktrain.errors import UserError
+from clicktrain.errors import UserError, shortened
 from clicktrain.formats.atomic import append_jsonl, remove_leftovers, replace_file, write_text_atomic
 
 __all__ = [
@@ -282,6 +282,6 @@ def _reading(path: str | os.PathLike[str]) -> Iterator[Any]:
     try:
         file: Any = safe_open(path, framework="pt")
     except (SafetensorError, OSError) as error:
-        raise UserError(f"{path} is not a whole safetensors file: {error}") from None
+        raise UserError(f"{path} is not a whole safetensors file: {shortened(str(error), 200)}") from None
     with file:
         yield file

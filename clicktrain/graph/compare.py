@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
+from dataclasses import is_dataclass
 from typing import Any
 
 import torch
 from torch import Tensor
 
+from clicktrain.graph.copying import contents
 from clicktrain.graph.observe import Observation
 from clicktrain.graph.random_state import same_random_state
 
@@ -59,8 +61,8 @@ def same(one: Any, other: Any, close: Close, floor: float = 0.0) -> bool:
         return one.keys() == other.keys() and all(same(one[k], other[k], close, floor) for k in one)
     if isinstance(one, (list, tuple)):
         return len(one) == len(other) and all(map(lambda a, b: same(a, b, close, floor), one, other))
-    if hasattr(one, "__dict__") and not callable(one):
-        return same(vars(one), vars(other), close, floor)
+    if (hasattr(one, "__dict__") or is_dataclass(one)) and not callable(one):
+        return same(contents(one), contents(other), close, floor)
     return one is other or bool(one == other) or bool(one != one and other != other)
 
 

@@ -10,7 +10,7 @@ from __future__ import annotations
 import copy
 import random
 from collections import OrderedDict, deque
-from dataclasses import is_dataclass
+from dataclasses import fields, is_dataclass
 from types import FunctionType, MethodType, SimpleNamespace
 from typing import Any
 
@@ -140,7 +140,16 @@ def _plain(value: Any, memo: dict[int, Any], budget: list[int]) -> bool:
     if isinstance(value, (list, tuple, set, frozenset, deque)):
         return all(_plain(item, memo, budget) for item in list(value))
     known = is_dataclass(value) or isinstance(value, SimpleNamespace) or _is_record(value)
-    return known and all(_plain(item, memo, budget) for item in vars(value).values())
+    return known and all(_plain(item, memo, budget) for item in contents(value).values())
+
+
+def contents(value: Any) -> dict[str, Any]:
+    """Attributes of an object by name, those in slots of a dataclass included."""
+    slots = fields(value) if is_dataclass(value) else ()
+    return {
+        **{field.name: getattr(value, field.name) for field in slots if hasattr(value, field.name)},
+        **getattr(value, "__dict__", {}),
+    }
 
 
 def _is_random(value: Any) -> bool:

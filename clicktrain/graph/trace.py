@@ -38,7 +38,8 @@ class ModelGraph:
             the caller named are here with the caller's reason.
         entered: paths of the modules that were traced through, "" for the model itself.
         effects: path -> what the module's ``forward`` does that the graph does not hold.
-        reads: plain values that ``forward`` read: they are constants in the graph.
+        reads: values that ``forward`` read: they are constants in the graph.
+        names: all names in the user's code that ran: nothing else was looked up inside those values.
         constants: tensors that were made in ``forward``, by the name that the graph gets them under.
     """
 
@@ -51,6 +52,7 @@ class ModelGraph:
     entered: tuple[str, ...]
     effects: dict[str, str]
     reads: tuple[Read, ...]
+    names: frozenset[str]
     constants: dict[str, Tensor]
 
     @property
@@ -123,6 +125,7 @@ def trace_copy(
         tuple(tracer.entered),
         tracer.watch.effects,
         tracer.watch.reads,
+        frozenset(tracer.watch.names),
         constants,
     )
 

@@ -1,12 +1,14 @@
-"""The one symbolic tracer: ``torch.fx``, which remembers where a forward pass did what no graph holds."""
+"""The one symbolic tracer: ``torch.fx``, with a record of what a forward pass did that no graph holds."""
 
 from __future__ import annotations
 
+import builtins
+import contextlib
 import inspect
 import operator
 import threading
 import warnings
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Iterator
 from typing import Any
 
 import torch
@@ -80,7 +82,7 @@ class Tracer(fx.Tracer):
             self.watch = Watch(paths, lambda: self._running[-1])
             self._surroundings = _surroundings()
             self._random = random_state()
-            with self.watch.watching(), warnings.catch_warnings():
+            with self.watch.watching(), _lengths_recorded(), warnings.catch_warnings():
                 warnings.simplefilter("ignore")
                 graph = self.trace(model)
             self._look_at_random()
@@ -190,6 +192,21 @@ class Tracer(fx.Tracer):
         if not same_random_state(self._random, now):
             self.watch.note("draws random numbers in forward")
         self._random = now
+
+
+@contextlib.contextmanager
+def _lengths_recorded() -> Iterator[None]:
+    """``len(x)`` of a stand-in is its size, which ``Proxy.__len__`` could not return: it is no number."""
+    plain = builtins.len
+
+    def length(x: Any, /) -> Any:
+        return x.size(0) if isinstance(x, Proxy) and x.node.op != "get_attr" else plain(x)
+
+    builtins.len = length
+    try:
+        yield
+    finally:
+        builtins.len = plain
 
 
 _REASONS = (

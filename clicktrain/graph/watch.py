@@ -7,31 +7,36 @@ everything else that ``forward`` did is not in it at all. Both are recorded here
 from __future__ import annotations
 
 import contextlib
+import contextvars
 import gc
+import os
 import sys
 import threading
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
-from types import CodeType, FrameType
+from types import CellType, CodeType, FrameType, FunctionType, ModuleType
 from typing import Any
 
 import torch
 from torch import fx, nn
 
 _INTERNAL = frozenset(nn.Module().__dict__) - {"training"} | {"forward", "_is_hf_initialized"}
-_LIBRARIES = ("torch.", "clicktrain.")
+_LIBRARIES = ("torch.", "clicktrain.", "numpy.")
+_MANY = 256
+"""Items of a container that is compared by value."""
 
 
 @dataclass(frozen=True, slots=True, eq=False)
 class Read:
-    """A plain value that ``forward`` read while it was traced: a constant in the graph.
+    """A value that ``forward`` read while it was traced: a constant in the graph, with all that is inside.
 
     Attributes:
-        path: of the module that the attribute belongs to; None for a global or a class's own attribute.
-        name: of the attribute or the global.
+        path: of the module that the attribute belongs to; None for a global, a variable of an enclosing
+            function, a class's own attribute, or whatever else is looked up in ``home``.
+        name: of the attribute or the variable.
         value: what it was.
         reader: path of the module whose ``forward`` read it.
-        home: where a value that belongs to no module is found: a namespace that maps names to values.
+        home: where a value that belongs to no module is found: something with ``get(name)``.
     """
 
     path: str | None
@@ -48,7 +53,10 @@ class Watch:
         self._paths, self._reader = paths, reader
         self._thread = threading.get_ident()
         self._reads: dict[tuple[Any, str], Read] = {}
-        self._seen: set[tuple[CodeType, int]] = set()
+        self._seen: set[tuple[Any, ...]] = set()
+        self.names: set[str] = set()
+        """All names, and texts that could be names, in the user's code that was called: what is inside an
+        object and is not among them was not read."""
         self.unnoticed: set[str] = set()
         """Names of attributes that the tracer itself sets."""
         self.effects: dict[str, str] = {}
@@ -108,16 +116,24 @@ class Watch:
         path = self._paths.get(module)
         own = object.__getattribute__(module, "__dict__")
         if name in own:
-            if path is not None and not isinstance(value, (torch.Tensor, fx.Proxy)):
-                self._reads.setdefault((path, name), Read(path, name, value, self._reader()))
+            if not isinstance(value, (torch.Tensor, fx.Proxy)):
+                self._remember(path, name, value, own)
             return
         for kind in type(module).__mro__:
             if name in kind.__dict__:
-                plain = not callable(value) and not hasattr(kind.__dict__[name], "__get__")
-                if plain and not f"{kind.__module__}.".startswith(_LIBRARIES):
-                    home = vars(kind)
-                    self._reads.setdefault((id(home), name), Read(None, name, value, self._reader(), home))
+                if name.startswith("__") or f"{kind.__module__}.".startswith(_LIBRARIES):
+                    return
+                if callable(value) or not hasattr(kind.__dict__[name], "__get__"):
+                    self._remember(None, name, value, vars(kind))
+                if callable(value):  # nothing hides the method yet
+                    self._remember(path, name, None, own)
                 return
+
+    def _remember(self, path: str | None, name: str, value: Any, home: Any) -> None:
+        """A read of a module's attribute by its path, of anything else by where it is found."""
+        key = (id(home) if path is None else path, name)
+        if key not in self._reads:
+            self._reads[key] = Read(path, name, value, self._reader(), home if path is None else None)
 
     def _written(self, module: nn.Module, name: str, value: Any) -> None:
         own = module.__dict__
@@ -134,23 +150,92 @@ class Watch:
         else:
             self.note(f"sets .{name}")
 
-    def _called(self, frame: FrameType, event: str, _: Any) -> None:
+    def _called(self, frame: FrameType, event: str, called: Any) -> None:
+        if event == "c_call":
+            variable = getattr(called, "__self__", None)
+            user = not _of_a_library(f"{frame.f_globals.get('__name__', '')}.")
+            if isinstance(variable, contextvars.ContextVar) and called.__name__ == "get" and user:
+                self._remember(None, variable.name, variable.get(None), ContextHome(variable))
+            return
         if event != "call":
             return
         code, names = frame.f_code, frame.f_globals
-        key = (code, id(names))
-        if key in self._seen:
+        if code is _LOOK_UP:
+            key = frame.f_locals["key"]
+            self._remember(None, key, os.environ.get(key), os.environ)
+        free = code.co_freevars != ("__class__",) and code.co_freevars
+        held = tuple(map(frame.f_locals.get, free)) if free else ()
+        if (seen := (code, id(names), *map(id, held))) in self._seen:
             return
-        self._seen.add(key)
+        self._seen.add(seen)
         home = f"{names.get('__name__', '')}."
         if home.startswith("torch.utils.checkpoint."):
             self.note("uses torch.utils.checkpoint")
-        if home.startswith(_LIBRARIES) or home.partition(".")[0] in sys.stdlib_module_names - {"__main__"}:
+        if _of_a_library(home):
             return
+        texts = (text for text in code.co_consts if isinstance(text, str))
+        self.names.update(name for name in (*code.co_names, *texts) if not name.startswith("__"))
         for name in code.co_names:
-            if name in names and not name.startswith("__") and is_plain(names[name]):
-                read = Read(None, name, names[name], self._reader(), names)
-                self._reads.setdefault((id(names), name), read)
+            if name in names and not name.startswith("__") and may_change(names[name]):
+                self._remember(None, name, names[name], names)
+        if free and any(map(may_change, held)):
+            for name, cell in _cells(code, held):
+                if may_change(cell.cell_contents):
+                    self._remember(None, name, cell.cell_contents, CellHome(cell))
+
+
+_LOOK_UP = type(os.environ).__getitem__.__code__
+
+
+@dataclass(frozen=True, slots=True)
+class CellHome:
+    """The variable of an enclosing function, under any name."""
+
+    cell: CellType
+
+    def get(self, _: str) -> Any:
+        """Its value; None where it has been deleted."""
+        try:
+            return self.cell.cell_contents
+        except ValueError:
+            return None
+
+
+@dataclass(frozen=True, slots=True)
+class ContextHome:
+    """A context variable, under any name."""
+
+    variable: contextvars.ContextVar[Any]
+
+    def get(self, _: str) -> Any:
+        """Its value in the context of the call."""
+        return self.variable.get(None)
+
+
+def _cells(code: CodeType, held: tuple[Any, ...]) -> Iterator[tuple[str, CellType]]:
+    """Variables that a function with this code and these values shares with the one around it."""
+    # A frame does not know its function.
+    for function in gc.get_referrers(code):
+        if isinstance(function, FunctionType) and function.__code__ is code:
+            cells = function.__closure__ or ()
+            now = [CellHome(cell).get("") for cell in cells]
+            if all(map(lambda a, b: a is b, now, held)):
+                yield from zip(code.co_freevars, cells, strict=True)
+
+
+def _of_a_library(home: str) -> bool:
+    return home.startswith(_LIBRARIES) or home.partition(".")[0] in sys.stdlib_module_names - {"__main__"}
+
+
+def may_change(value: Any) -> bool:
+    """Whether a value that is found outside of the model is worth another look at each call."""
+    if isinstance(value, (nn.Module, fx.Proxy)):
+        return False  # guarded where they hang, or of this trace
+    if isinstance(value, ModuleType):
+        return not _of_a_library(f"{value.__name__}.")
+    if isinstance(value, type) or callable(value):
+        return not _of_a_library(f"{getattr(value, '__module__', None)}.")
+    return True
 
 
 def is_plain(value: Any) -> bool:
@@ -158,7 +243,7 @@ def is_plain(value: Any) -> bool:
     if value is None or isinstance(value, (bool, int, float, complex, str)):
         return True
     if isinstance(value, (tuple, list, set, frozenset)):
-        return len(value) <= 64 and all(map(is_plain, value))
+        return len(value) <= _MANY and all(map(is_plain, value))
     if isinstance(value, dict):
-        return len(value) <= 64 and all(map(is_plain, value)) and all(map(is_plain, value.values()))
+        return len(value) <= _MANY and all(map(is_plain, value)) and all(map(is_plain, value.values()))
     return False

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import gc
 import weakref
 from collections.abc import Iterable
 from typing import TYPE_CHECKING
@@ -12,6 +13,7 @@ from torch.optim import Optimizer
 from torch.optim.swa_utils import AveragedModel
 
 from clicktrain.errors import UserError
+from clicktrain.kernels.sparse_conv2d import PackedConv2d
 
 if TYPE_CHECKING:
     from clicktrain.methods.pruner import Pruner
@@ -22,14 +24,23 @@ _CLAIMS: weakref.WeakKeyDictionary[nn.Module | Optimizer, weakref.ref[Pruner]] =
 def check_free(things: Iterable[nn.Module | Optimizer]) -> None:
     """UserError if one of these modules or optimizers has a method attached already."""
     for thing in things:
-        claim = _CLAIMS.get(thing)
-        owner = None if claim is None else claim()
+        owner = _owner(thing)
+        if owner is not None:
+            # A loop that failed leaves its pruner and its optimizers behind, which refer to each other.
+            del owner
+            gc.collect()
+            owner = _owner(thing)
         if owner is not None:
             what = "optimizer" if isinstance(thing, Optimizer) else "network"
             raise UserError(
                 f"this {what} ({type(thing).__name__}) has the method {owner.method.name} attached already: "
                 "call finish() or close() of that pruner before attaching again"
             )
+
+
+def _owner(thing: nn.Module | Optimizer) -> Pruner | None:
+    claim = _CLAIMS.get(thing)
+    return None if claim is None else claim()
 
 
 def claim(pruner: Pruner, things: Iterable[nn.Module | Optimizer]) -> None:
@@ -58,4 +69,14 @@ def check_network(model: nn.Module) -> None:
         raise UserError(
             "attach takes the network that is trained, not an AveragedModel of it: attach to the network, "
             "then call pruner.follow(average)"
+        )
+
+
+def check_dense(model: nn.Module) -> None:
+    """UserError if layers are packed: no method could prune them, and all would say something else of it."""
+    packed = [name for name, module in model.named_modules() if isinstance(module, PackedConv2d)]
+    if packed:
+        raise UserError(
+            f"{packed[0] or 'the network'} is packed already: attach to the network that "
+            "clicktrain.unpack(model) gives"
         )

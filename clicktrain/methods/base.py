@@ -203,6 +203,8 @@ class Method(abc.ABC, Generic[S]):
     reads_graph: ClassVar[bool] = False
     """Whether the method needs to know how layers depend on each other: `Survey.example` is set for it, at
     the first forward pass if the caller gave none."""
+    prunes: ClassVar[bool] = True
+    """Whether it takes anything away."""
     settings_exclude: ClassVar[tuple[str, ...]] = ()
 
     @property

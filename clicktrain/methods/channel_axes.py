@@ -68,3 +68,10 @@ def channel_axes(
         if own:
             axes[name] = tuple(own)
     return axes
+
+
+def why_fixed(model: nn.Module, example: Any, most: int = 3) -> str:
+    """Why channels of a network cannot be removed: the first few of them, in a clause."""
+    fixed = [group for group in dependencies(model, example).groups if group.fixed and group.members]
+    named = (f"{group.members[0].name}:{group.members[0].dim}: {group.fixed}" for group in fixed[:most])
+    return "; ".join(named)

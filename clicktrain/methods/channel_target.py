@@ -12,7 +12,7 @@ from torch import Tensor, nn
 
 from clicktrain.errors import UserError
 from clicktrain.methods.channel_costs import ChannelCosts, Cost, CostMeter
-from clicktrain.surgery import ChannelGroup, SurgeryPlan, channel_groups
+from clicktrain.surgery import ChannelGroup, SurgeryPlan, channel_groups, dependencies, residual_branches
 
 Channel = tuple[int, int]
 """Number of a group, and of a channel in it."""
@@ -43,6 +43,7 @@ class ChannelTarget:
         penalised: Collection[str],
         both_sides: bool,
         floor: float,
+        branches: bool = True,
         dense: float | None = None,
         widths: Mapping[str, int] | None = None,
     ) -> None:
@@ -56,6 +57,7 @@ class ChannelTarget:
             penalised: names of the layers that the lasso works on; what others read stays.
             both_sides: a channel's norm is the largest on either side, not only where it is read.
             floor: share of each layer's channels that stay.
+            branches: whether that holds inside residual branches too, which the network can do without.
             dense: cost at first; that of now if it is not given.
             widths: from `original_widths` of the network at first.
         """
@@ -68,6 +70,12 @@ class ChannelTarget:
         self._penalised = {f"{name}.weight" for name in penalised}
         first = original_widths(groups) if widths is None else widths
         self.least = [max(1, math.ceil(floor * _first_width(group, first) - 1e-9)) for group in groups]
+        if not branches:
+            inside = _inside_branches(model, example)
+            self.least = [
+                0 if inside.issuperset(m.name.rpartition(".")[0] for m in group.members) else least
+                for group, least in zip(groups, self.least, strict=True)
+            ]
         self.removable = [n for n, group in enumerate(groups) if self._may_go(group)]
 
     @property
@@ -245,6 +253,12 @@ def _first_width(group: ChannelGroup, widths: Mapping[str, int]) -> int:
     """Channels that a group had at first."""
     known = (widths.get(f"{member.name}:{member.dim}") for member in group.members)
     return min((width for width in known if width is not None), default=group.size)
+
+
+def _inside_branches(model: nn.Module, example: Any) -> set[str]:
+    """Modules that are called in a residual branch which could be taken out whole."""
+    branches = residual_branches(dependencies(model, example).graph)
+    return {name for branch in branches if branch.refusal is None for name in branch.layers}
 
 
 def _layer_weights(model: nn.Module) -> dict[str, int]:

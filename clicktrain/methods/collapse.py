@@ -29,7 +29,8 @@ def no_gradient(model: nn.Module, loss: Tensor, first_loss: Tensor) -> str | Non
     if not weights:
         return None
     largest = torch.stack([w.grad.detach().abs().amax().float() for w in weights if w.grad is not None])
-    reached, high = (largest.amax() > 0).item(), (loss > SMALL * first_loss).item()
+    # Gradients that are NaN are another mistake, which is told as such.
+    reached, high = (largest.amax() != 0).item(), (loss > SMALL * first_loss).item()
     if reached or not high:
         return None
     return "no gradient reaches any convolution, so that all outputs are equal and stay so"

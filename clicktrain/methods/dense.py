@@ -14,6 +14,7 @@ class Dense(Method[None]):
     """Plain training; what the other methods are compared with."""
 
     name: ClassVar[str] = "dense"
+    prunes: ClassVar[bool] = False
 
     def init(self, found: Survey, length: RunLength) -> None:
         """No state."""

@@ -22,7 +22,7 @@ from clicktrain.methods.attached_optimizers import (
     check_loaded_state,
     learning_rate_of,
 )
-from clicktrain.methods.attachments import check_free, check_network, claim, release
+from clicktrain.methods.attachments import check_dense, check_free, check_network, claim, release
 from clicktrain.methods.averages import CopyNote
 from clicktrain.methods.base import (
     Action,
@@ -82,6 +82,8 @@ class Pruner:
                 f"steps_per_epoch={length.steps_per_epoch}"
             )
         check_network(model)
+        if method.prunes:
+            check_dense(model)
         self._optimizers = AttachedOptimizers(optimizer)
         check_free([*self._optimizers.all, *model.modules()])
         self.method = method
@@ -525,7 +527,7 @@ class Pruner:
             self._collapse = f"the network has collapsed in epoch {self._epoch + 1}: {what}"
 
     def _after_load(self, optimizer: Optimizer) -> None:
-        """Pruned positions keep their momentum until the hard prune; an older state may bring it back."""
+        """Before the hard prune a state may hold values at masked positions, which may come back."""
         if self.frozen:
             with torch.no_grad():
                 self.network.mask_state()

@@ -38,7 +38,7 @@ from clicktrain.methods.base import (
     Step,
     plan_rows,
 )
-from clicktrain.methods.channel_axes import channel_axes
+from clicktrain.methods.channel_axes import channel_axes, why_fixed
 from clicktrain.methods.channel_costs import Cost
 from clicktrain.methods.channel_target import NEAR, WORDS, ChannelTarget, original_widths
 from clicktrain.methods.fast_widths import MULTIPLES, BatchForm, fastest_multiple
@@ -121,7 +121,8 @@ class PruneTrain(Method[PruneTrainState]):
     """Epoch at whose end the target is met, what is missing by the smallest norms; 3/4 of the run by
     default."""
     floor: float | None = None
-    """Share of each layer's channels that stays, one at least; 0.1 by default (paper: 0)."""
+    """Share of each layer's channels that stays, one at least; 0.1 by default (paper: 0). They are not
+    penalised. Without a target, layers of residual branches keep none, so that whole branches can go."""
     penalty_ratio: float | None = None
     """Share of the whole loss that the lasso has at the first step, 0.25 by default; sets its coefficient
     (the paper's 0.2 to 0.25 prune in runs of 182 epochs). With a target, where steering starts."""
@@ -265,23 +266,26 @@ class PruneTrain(Method[PruneTrainState]):
         """
         state.axes = state.shrunk = self._axes(found)
         state.view = None
-        target = self._view(state, found)
-        if target is None:
+        view = self._view(state, found)
+        if view is None:
             return
         if state.target.dense is None:
-            target.check_reachable(f"target_{target.what}", self.floor or 0.0)
-            state.target.dense = target.dense
-            state.target.widths = original_widths(target.groups)
-        self._hold(state, target)
+            if self.target is not None:
+                view.check_reachable(f"target_{view.what}", self.floor or 0.0)
+            state.target.dense = view.dense
+            state.target.widths = original_widths(view.groups)
+        if not state.target.held:
+            state.target.held = view.held(view.norms())
+        self._hold(state, view)
 
     def _view(self, state: PruneTrainState, found: Survey) -> ChannelTarget | None:
-        """The target, as seen from the network as it is; None if there is none."""
-        if self.target is None:
+        """What may go of the network as it is; None if there is neither a target nor a floor."""
+        if self.target is None and not self.floor:
             return None
         if state.view is None:
             assert found.model is not None
             assert found.example is not None
-            what, share = self.target
+            what, share = self.target or ("flops", 0.0)
             state.view = ChannelTarget(
                 found.model,
                 found.example,
@@ -290,6 +294,7 @@ class PruneTrain(Method[PruneTrainState]):
                 penalised=state.axes or (),
                 both_sides=self.sides == "both",
                 floor=self.floor or 0.0,
+                branches=self.target is not None,
                 dense=state.target.dense,
                 widths=state.target.widths or None,
             )
@@ -310,9 +315,8 @@ class PruneTrain(Method[PruneTrainState]):
             names += [layer.name for layer in found.linears if not matches(layer.name, self.exclude)]
         axes = channel_axes(found.model, found.example, names)
         if not axes:
-            raise UserError(
-                "no channel of this network can be removed: 'clicktrain train --dry-run' says why"
-            )
+            why = why_fixed(found.model, found.example)
+            raise UserError(f"no channel of this network can be removed ({why or 'it has no layers'})")
         return axes
 
     def _weights(self, found: Survey, axes: Axes) -> list[tuple[Tensor, tuple[ChannelAxis, ...]]]:
@@ -352,9 +356,14 @@ class PruneTrain(Method[PruneTrainState]):
                 add_channel_lasso_gradient_(weight.grad, weight.detach(), axes, strength)
 
     def _steer(self, state: PruneTrainState, found: Survey, step: Step) -> None:
-        """Set the coefficient for an epoch that begins."""
+        """Set the coefficient for an epoch that begins; without a target, only what the lasso leaves out."""
         target, course = self._view(state, found), state.target
         if target is None:
+            return
+        if self.target is None:
+            if course.held_for < step.epoch:
+                course.held_for, course.held = step.epoch, target.held(target.norms())
+                self._hold(state, target)
             return
         if course.steered < step.epoch:
             course.steered = step.epoch
@@ -441,7 +450,8 @@ class PruneTrain(Method[PruneTrainState]):
                 actions.append(Record({"event": "widths", **choice.to_json()}))
             multiple = state.round_to or 1
         plan, event = plans[multiple], {}
-        if (target := self._view(state, found)) is not None:
+        target = None if self.target is None else self._view(state, found)
+        if target is not None:
             plan = self._within(target, found, multiple, fill=final)
             plan = agreed_plans({multiple: plan}, found.prunable[0].weight.device)[multiple]
             state.target.share = target.share_after(plan)

@@ -211,7 +211,7 @@ def survey(
     convs = [name for name, m in named if isinstance(m, _ConvNd)]
     known, kind = (convs, "convolution") if not linear else ([name for name, _ in named], "layer")
     for glob in (*exclude, *include):
-        if not any(fnmatchcase(name, glob) for name in known):
+        if glob != "*" and not any(fnmatchcase(name, glob) for name in known):
             raise UserError(f"no {kind} is called {glob!r}; the {kind}s are {_some(known)}")
     uses: dict[int, int] = {}
     for _, module in model.named_modules(remove_duplicate=False):

@@ -40,7 +40,7 @@ MOST_CHANGE = 1.5
 
 @dataclass(slots=True)
 class TargetState:
-    """What steering remembers between steps.
+    """State of the steering between steps.
 
     Attributes:
         dense: cost of the network as it was at first, None until it has been seen.
@@ -51,6 +51,7 @@ class TargetState:
         steps, rates: optimizer steps of the running epoch, and the sum of their learning rates.
         water: norm of the last channel that had to go when the coefficient was set last, None before.
         held: channels that are not penalised, per group.
+        held_for: epoch for which they were chosen last, where there is no target.
     """
 
     dense: float | None = None
@@ -62,13 +63,14 @@ class TargetState:
     rates: float = 0.0
     water: float | None = None
     held: dict[str, Tensor] = field(default_factory=dict)
+    held_for: int = 0
 
     def state_dict(self) -> dict[str, Any]:
         """Nested dicts of tensors and numbers."""
         return {
             "dense": self.dense, "widths": dict(self.widths), "share": self.share, "met": self.met,
             "steered": self.steered, "steps": self.steps, "rates": self.rates,
-            "water": self.water, "held": dict(self.held),
+            "water": self.water, "held": dict(self.held), "held_for": self.held_for,
         }  # fmt: skip
 
     @classmethod
@@ -85,7 +87,7 @@ class TargetState:
 def steered_coefficient(
     target: ChannelTarget, state: TargetState, coefficient: float, epoch: int, last: int
 ) -> float:
-    """The coefficient for an epoch that begins; counts anew its steps, and which channels it leaves out.
+    """The coefficient for an epoch that begins; resets its step count and the channels it leaves out.
 
     Args:
         target: of the network as it is.

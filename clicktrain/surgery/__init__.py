@@ -3,6 +3,7 @@
 from clicktrain.surgery.apply import apply_surgery_, silence_
 from clicktrain.surgery.dependency_analysis import channel_groups, dependencies
 from clicktrain.surgery.groups import ChannelGroup, Member
+from clicktrain.surgery.layer_removal import residual_branches
 from clicktrain.surgery.numbering import OriginalChannels, original_channels, renumbered
 from clicktrain.surgery.plan import Cut, Gate, LayerChange, RemovedLayer, SurgeryPlan
 from clicktrain.surgery.planning import plan_keeping, plans_from_zeros
@@ -31,6 +32,7 @@ __all__ = [
     "plans_from_zeros",
     "read_recipe",
     "renumbered",
+    "residual_branches",
     "silence_",
     "verified",
     "write_recipe",

@@ -265,7 +265,7 @@ class RunFolder:
         return self.metrics, self.events, self.channels
 
     def log_marks(self) -> dict[str, LogMark]:
-        """What the logs are now, by file name: what a checkpoint remembers of them."""
+        """What the logs are now, by file name: as a checkpoint stores them."""
         return {path.name: LogMark.of(path) for path in self.logs}
 
     def take_back(self, marks: Mapping[str, LogMark], epoch: float) -> list[Mended]:

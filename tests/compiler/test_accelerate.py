@@ -212,6 +212,9 @@ def test_recording_a_network_records_the_model() -> None:
     fast = accelerate(model, x, rule="sparse")
     recorded = torch.jit.trace(fast, (x,))  # type: ignore[no-untyped-call]
     torch.testing.assert_close(recorded(x), model(x))
+    if hasattr(torch.compiler, "is_exporting"):
+        exported = torch.export.export(accelerate(model, x, rule="sparse"), (x,))
+        torch.testing.assert_close(exported.module()(x), model(x))
     torch.testing.assert_close(fast(x), model(x))
 
 

@@ -18,6 +18,7 @@ from clicktrain.kernels.native import toolchain
 pytestmark = pytest.mark.skipif(toolchain() is None, reason="needs a C compiler")
 
 
+@pytest.mark.slow
 def test_a_pickle_runs_at_another_width(tmp_path: Path) -> None:
     model = network("resnet20").train()
     x, _ = batch(3)

@@ -7,6 +7,7 @@ import operator
 import random
 import re
 import threading
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -236,6 +237,31 @@ def test_there_is_one_tracer() -> None:
         if re.search(r"fx\.Tracer|symbolic_trace\(", path.read_text(encoding="utf-8"))
     ]
     assert tracing == ["graph/tracer.py"]
+
+
+class Lengths(nn.Module):
+    """Asks for the number of images by ``len``, and keeps its settings in slots."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.conv, self.config = nn.Conv2d(3, 4, 3), Slots(2)
+
+    def forward(self, x: Tensor) -> Tensor:
+        y = self.conv(x)
+        return y.view(len(y), self.config.parts, -1)
+
+
+@dataclass(slots=True)
+class Slots:
+    parts: int
+
+
+def test_len_of_a_tensor_is_its_size() -> None:
+    before = len
+    found = trace(Lengths(), torch.zeros(2, 3, 5, 5))
+    assert len is before
+    assert not found.opaque
+    assert [found.sizes[n] for n in found.nodes if n.target == "size"] == [2]
 
 
 counted = 0

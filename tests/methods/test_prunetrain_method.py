@@ -33,7 +33,7 @@ def batch(number: int) -> tuple[Tensor, Tensor]:
 def train(model: nn.Module, optimizer: torch.optim.Optimizer, pruner: Pruner, first: int, last: int) -> None:
     for number in range(first, last):
         x, y = batch(number)
-        loss = F.cross_entropy(model(x), y)
+        loss = F.cross_entropy(model(x.to(next(model.parameters()).dtype)), y)
         loss.backward()
         pruner.observe(loss)
         optimizer.step()
@@ -59,7 +59,7 @@ def removed(pruner: Pruner) -> int:
 @pytest.mark.parametrize("name", OPTIMIZERS)
 @pytest.mark.parametrize("scheme", ["union", "gating"])
 def test_channels_go_and_the_function_stays(name: str, scheme: str) -> None:
-    model = network()
+    model = network().double()
     optimizer = OPTIMIZERS[name](model.parameters())
     strength = {"sgd": 0.1, "adamw": 8.0}[name]
     method = PruneTrain(**{**STRONG, "coefficient": strength}, scheme=scheme)  # type: ignore[arg-type]
@@ -248,3 +248,16 @@ def test_mistakes(settings: dict[str, Any], words: str) -> None:
     optimizer = torch.optim.SGD(model.parameters(), lr=0.1)
     with pytest.raises(UserError, match=words):
         PruneTrain(**settings).attach(model, optimizer, epochs=6, steps_per_epoch=STEPS)
+
+
+@pytest.mark.parametrize(
+    ("model", "told"),
+    [
+        (nn.Sequential(nn.Conv2d(3, 3, 3), nn.Flatten()), r"no channel .* \(0\.weight:1: it is an input"),
+        (nn.Sequential(nn.BatchNorm2d(3)), r"no convolution that PruneTrain can prune \(none at all\)"),
+    ],
+)
+def test_a_network_that_cannot_shrink_says_why(model: nn.Module, told: str) -> None:
+    optimizer = torch.optim.SGD([*model.parameters()] or [nn.Parameter(torch.ones(()))], lr=0.1)
+    with pytest.raises(UserError, match=told):
+        PruneTrain().attach(model, optimizer, epochs=4, steps_per_epoch=2, example=torch.zeros(2, 3, 8, 8))

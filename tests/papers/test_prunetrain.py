@@ -90,7 +90,7 @@ def test_a_step_of_the_method_by_hand(update: str) -> None:
     model, by_hand = chain(), chain()
     x, y = images(6), torch.tensor([0, 1, 2, 0, 1, 2])
     optimizer = torch.optim.SGD(model.parameters(), lr=0.1)
-    pruner = PruneTrain(penalty_ratio=0.4, update=update).attach(  # type: ignore[arg-type]
+    pruner = PruneTrain(penalty_ratio=0.4, update=update, floor=0.0).attach(  # type: ignore[arg-type]
         model, optimizer, epochs=3, steps_per_epoch=4
     )
     coefficient = 0.0

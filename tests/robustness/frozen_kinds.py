@@ -235,6 +235,10 @@ def values_read(m: Any, x: Tensor) -> Any:
     return m.c(x) * m.alpha * m.config.alpha * SCALE * m.level
 
 
+def sum_of_a_list(m: Any, x: Tensor) -> Any:
+    return torch.add(input=sum([m.c(x), m.d(x)]), other=x).add(other=x)
+
+
 def nothing_odd(m: Any, x: Tensor) -> Any:
     return m.d(F.relu(m.norm(m.c(x))))
 
@@ -245,12 +249,12 @@ KINDS = (
     set_grad_enabled, inference_mode, detached, feature_kept, feature_in_a_list, feature_in_a_dict,
     recomputed, recomputed_reentrant, functional_dropout, dropout_layers, mode_of_a_layer, data_dependent,
     size_of_the_batch, written_through_a_view, written_in_place, own_autocast, weight_read, sizes_read,
-    same_layer_twice, tensors_made, values_read, nothing_odd,
+    same_layer_twice, tensors_made, values_read, nothing_odd, sum_of_a_list,
 )  # fmt: skip
 """A new kind is a function above and a name here."""
 LOWERED_WHOLE = {
     "noise", "detached", "functional_dropout", "dropout_layers", "mode_of_a_layer", "sizes_read",
     "same_layer_twice", "tensors_made", "values_read", "nothing_odd", "buffer_filled", "written_in_place",
-    "random_scale_of_images",
+    "random_scale_of_images", "sum_of_a_list",
 }  # fmt: skip
 """Kinds that a graph holds: no module has to run as it is written."""

@@ -156,7 +156,7 @@ class Case:
         environment: changes to it; None removes a variable.
         damage: name of a damage, and which library of the cache it hits ("all", or a number).
         file_size: no file may become larger, which is how a full disk looks to a writer.
-        mount: a folder, and how it is mounted anew: ``noexec``, ``ro``, or a size.
+        mount: a folder, and how it is remounted: ``noexec``, ``ro``, or a size.
         seconds: after so many it counts as hung.
     """
 

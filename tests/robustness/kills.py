@@ -308,7 +308,7 @@ def without_times(record: Mapping[str, Any]) -> dict[str, Any]:
 
 
 def campaign(moments: int, seed: int, out: Path, names: list[str]) -> Counts:
-    """Disturb runs in turn until so many signals have hit."""
+    """Disturb runs in turn until that number of signals has hit."""
     rng, seen = random.Random(seed), Counts()
     whole = {name: run_undisturbed(name, out / name) for name in names}
     number = 0

@@ -12,7 +12,7 @@ from cases import Case, judge
 from fuzz import CATEGORIES, all_cases
 
 SAMPLE = {"flags": 20, "yaml": 20, "run folders": 12, "data": 40, "factories": 10, "own loops": 12}
-"""Of every category so many cases, other ones for every seed."""
+"""Cases of every category, different for every seed."""
 
 
 @pytest.fixture(scope="module", autouse=True)

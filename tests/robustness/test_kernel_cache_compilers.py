@@ -126,12 +126,12 @@ def base(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 @pytest.fixture(scope="module")
 def outcomes(request: pytest.FixtureRequest, base: Path) -> dict[str, Outcome]:
-    """Of the cases that are asked for in this session."""
+    """Of the cases that are selected in this test run."""
     return run_selected(request, {name: case_of(base, name) for name in CASES})
 
 
 def run_selected(request: pytest.FixtureRequest, cases: Mapping[str, Case]) -> dict[str, Outcome]:
-    """Those that a test of this session, by its parameter ``case_name``, looks at."""
+    """those that a test of this run, by its parameter ``case_name``, looks at."""
     items = [item for item in request.session.items if isinstance(item, pytest.Function)]
     names = {item.callspec.params.get("case_name") for item in items if hasattr(item, "callspec")}
     with tempfile.TemporaryDirectory() as answers:

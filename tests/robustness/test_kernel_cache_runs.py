@@ -180,7 +180,7 @@ def check_refused(outcome: Outcome, cause: str) -> None:
     assert len([line for line in outcome.result["err"].splitlines() if line.strip()]) == 1
 
 
-@pytest.mark.parametrize("name", BENCHMARKS)
+@pytest.mark.parametrize("name", ["conv", pytest.param("step", marks=pytest.mark.slow)])
 def test_benchmarks_refuse_in_a_sentence(tmp_path: Path, name: str) -> None:
     compiler = fake_compiler(tmp_path / "cc", MISBEHAVIOURS["fails"], kernels_only=True)
     with tempfile.TemporaryDirectory() as folder:

@@ -1,4 +1,4 @@
-"""Loops of other people: what is right works, what is not is told in one sentence, soon."""
+"""Loops of other people: what is right works, what is not is reported in one sentence, soon."""
 
 from __future__ import annotations
 
@@ -257,6 +257,16 @@ def test_losses_that_are_not_finite(value: float) -> None:
     )
 
 
+def test_weights_that_have_become_nan_are_no_collapse() -> None:
+    model = network()
+    pruner = attached(METHODS_MADE["rigl"](), model, sgd(model), epochs=40)  # masks from the first batch on
+    train(model, pruner, batches=range(5))
+    with torch.no_grad():
+        model.stem.weight.fill_(float("nan"))
+    with pytest.raises(UserError, match="the last 16 losses were not finite numbers"):
+        train(model, pruner, batches=range(5, 40))
+
+
 @pytest.mark.parametrize("overflows", [False, True])
 def test_a_loss_scaler_that_skips_steps(overflows: bool) -> None:
     """Gradients that overflow cost a few steps at the beginning."""
@@ -340,6 +350,37 @@ def test_attaching_twice() -> None:
     with pytest.raises(UserError, match="cannot be met"):
         attached(ClickTrain(compression=1e6), fresh, sgd(fresh))
     attached(ClickTrain(compression=3), fresh, sgd(fresh))  # what was refused is not attached
+
+
+def test_a_loop_that_failed_may_be_run_again_on_its_network() -> None:
+    model = network()
+
+    def loop(fails: bool) -> None:
+        optimizer = sgd(model)
+        pruner = attached(ClickTrain(compression=3), model, optimizer)
+        train(model, pruner, batches=range(3))
+        if fails:
+            raise ValueError("a mistake in the loop")
+        pruner.close()
+
+    with pytest.raises(ValueError, match="a mistake"):
+        loop(fails=True)
+    loop(fails=False)
+
+
+@pytest.mark.parametrize("method", METHODS_MADE)
+def test_a_packed_network_is_refused(method: str) -> None:
+    model = network()
+    pruner = attached(ClickTrain(compression=3), model, sgd(model))
+    train(model, pruner)
+    packed = pruner.finish(packed=True)
+    if method == "dense":
+        attached(METHODS_MADE[method](), packed, sgd(packed)).close()
+    else:
+        with pytest.raises(UserError, match=r"^body is packed already: .*clicktrain\.unpack\(model\)"):
+            attached(METHODS_MADE[method](), packed, sgd(packed))
+        plain = clicktrain.unpack(packed)
+        attached(METHODS_MADE[method](), plain, sgd(plain)).close()
 
 
 def test_after_the_end() -> None:

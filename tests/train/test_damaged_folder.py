@@ -251,7 +251,7 @@ def test_a_damaged_newest_checkpoint_does_not_outlive_good_ones(tmp_path: Path) 
 
 @pytest.fixture
 def small_disk() -> Iterator[Callable[[int], None]]:
-    """A function: from now on no file may grow over so many bytes; the operating system refuses the write."""
+    """A function: from now on no file may grow beyond that size; the operating system refuses the write."""
     soft, hard = resource.getrlimit(resource.RLIMIT_FSIZE)
     yield lambda most: resource.setrlimit(resource.RLIMIT_FSIZE, (most, hard))
     resource.setrlimit(resource.RLIMIT_FSIZE, (soft, hard))

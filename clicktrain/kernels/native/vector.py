@@ -120,12 +120,12 @@ def _stored(dtype: torch.dtype, lanes: int) -> list[str]:
 
 
 def _vector(size: int) -> str:
-    """A C type's attributes that make it a vector of so many bytes, which may lie over any other type."""
+    """A C type's attributes that make it a vector of that size, which may lie over any other type."""
     return f"__attribute__((vector_size({size}), aligned({size}), may_alias))"
 
 
 def _in_register(size: int) -> list[str]:
-    """``KEEP(v)``, which holds a vector of so many bytes in a register, and ``USE(v)``, which needs it there.
+    """``KEEP(v)``, which holds a vector of that size in a register, and ``USE(v)``, which needs it there.
 
     What several sums use is to be loaded once: compilers fold the load into each use instead. Vectors wider
     than a register are several of them, which ``KEEP`` leaves to the compiler.

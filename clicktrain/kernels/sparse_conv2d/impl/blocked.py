@@ -29,7 +29,7 @@ def sparse_conv2d(
     ``accelerate`` keeps activations blocked from layer to layer and saves the conversions.
 
     Raises:
-        ValueError: not on the CPU, or another number type than float32 and float64.
+        ValueError: not on the CPU, or a dtype other than float32 and float64.
         KernelError: no C compiler, or it fails on a kernel of this layer.
     """
     from clicktrain.kernels.blocked_layout import block_batch, unblock_batch

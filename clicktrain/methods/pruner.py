@@ -429,6 +429,7 @@ class Pruner:
             "epoch_losses": list(self._epoch_losses),
             "first_loss": self._first_loss,
             "last_loss": self._last_loss,
+            "collapse": self._collapse,
             **self.network.state_dict(),
             "events": list(self.events),
         }
@@ -456,6 +457,7 @@ class Pruner:
         self._first_loss = None if first_loss is None else first_loss.to(device, copy=True)
         last_loss = saved.get("last_loss")
         self._last_loss = None if last_loss is None else last_loss.to(device, copy=True)
+        self._collapse = saved.get("collapse")
         self.events = list(saved["events"])
         self.network.load_masks(saved)
         if self.frozen:

@@ -65,6 +65,24 @@ def test_it_is_noticed_at_the_end_of_the_last_epoch_too() -> None:
         run(dirac=True, epochs=1)
 
 
+def test_it_belongs_to_the_state() -> None:
+    """Saved right after the step that showed it, a run ends all the same."""
+    torch.manual_seed(0)
+    model, again = Identities(dirac=True), Identities(dirac=True)
+    method = RigL(sparsity=0.9, mask_seed=1, linear=False, growth="random")
+    pruner, other = (
+        method.attach(m, torch.optim.SGD(m.parameters(), lr=0.01), epochs=3, steps_per_epoch=1)
+        for m in (model, again)
+    )
+    loss = F.cross_entropy(model(torch.randn(6, 1, 6, 6)), torch.arange(6) % 3)
+    loss.backward()
+    pruner.observe(loss)
+    pruner.optimizer.step()
+    other.load_state_dict(pruner.state_dict())
+    with pytest.raises(NetworkCollapsed, match="collapsed in epoch 1: no gradient"):
+        other.observe(loss)
+
+
 HARD_PRUNE = [{"event": "hard_prune", "epoch": 3.0}]
 
 

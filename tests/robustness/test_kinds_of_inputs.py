@@ -15,7 +15,7 @@ from clicktrain.graph import Inputs, as_inputs
 from clicktrain.graph.batch import batch_size, blank, first_of_batch, first_tensor, owned, resized
 from clicktrain.methods import Method, Pruner
 
-STRONG = PruneTrain(coefficient=1.0, interval=1, check_outputs=True)
+STRONG = PruneTrain(coefficient=3.0, interval=1, check_outputs=True)
 EARLY = PaT(policy="epoch", prune_epoch=0, prune_ratio=0.4)
 FORMS = [f"inputs: {form}" for form in INPUTS]
 

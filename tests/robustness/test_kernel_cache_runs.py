@@ -100,7 +100,7 @@ def test_resume_with_damaged_libraries(stopped: Path, tmp_path: Path, kind: str)
 
 
 @pytest.mark.parametrize(
-    "kind", ["fails", *(pytest.param(kind, marks=pytest.mark.slow) for kind in SLOW_KINDS)]
+    "kind", [pytest.param(kind, marks=pytest.mark.slow) for kind in ("fails", *SLOW_KINDS)]
 )
 def test_resume_with_a_compiler_that_misbehaves(stopped: Path, tmp_path: Path, kind: str) -> None:
     """The run's own operators cannot be built any more, nor are they in the cache."""

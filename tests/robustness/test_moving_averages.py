@@ -63,7 +63,14 @@ def test_every_average_by_every_method(kind: str, method: str, packed: bool) -> 
 
 
 @pytest.mark.parametrize("packed", [False, True], ids=["masked", "packed"])
-@pytest.mark.parametrize("method", ["clicktrain", "pat", "prunetrain", "campfire"])
+@pytest.mark.parametrize(
+    "method",
+    [
+        "clicktrain",
+        "prunetrain",
+        *(pytest.param(name, marks=pytest.mark.slow) for name in ("pat", "campfire")),
+    ],
+)
 @pytest.mark.parametrize("made_at", [-1, 3, 20])
 @pytest.mark.parametrize("followed_at", [3, 12, 20])
 def test_at_what_moment_it_is_made_and_followed(

@@ -61,14 +61,14 @@ def assert_pruned(model: nn.Module, pruner: Pruner, method: str) -> None:
         assert pruner.plans
 
 
-EVERYWHERE = ("SGD momentum nesterov", "AdamW foreach amsgrad", "Adafactor", "Rprop", "LBFGS", "SGD maximize")
-"""Optimizers that every method meets in each run; the others meet two there, and all in the slow tests."""
+EVERYWHERE = ("SGD momentum nesterov", "AdamW foreach amsgrad", "Adafactor", "LBFGS", "SGD maximize")
+"""Optimizers that every method meets in each run; the others meet one there, and all in the slow tests."""
 PAIRS = [
     pytest.param(
         optimizer,
         method,
         id=f"{optimizer}-{method}",
-        marks=() if optimizer in EVERYWHERE or method in ("clicktrain", "prunetrain") else pytest.mark.slow,
+        marks=() if optimizer in EVERYWHERE or method == "prunetrain" else pytest.mark.slow,
     )
     for optimizer in OPTIMIZERS
     for method in METHODS_MADE

@@ -33,6 +33,7 @@ GROWING: dict[str, Any] = {
     "batch_size": 96,
     "interval": 1,
     "penalty_ratio": 0.4,
+    "floor": 0.0,
     "threshold": 0.005,
     "dynamic_batch": True,
     "batch_limit": 320,

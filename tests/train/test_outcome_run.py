@@ -85,11 +85,12 @@ def test_a_miss_is_a_warning_everywhere(tmp_path: Path, capsys: pytest.CaptureFi
 
 
 def test_a_collapsed_network_stops_the_run(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    settings = {**TINY, "method": "prunetrain", "penalty_ratio": 0.999, "epochs": 4, "learning_rate": 0.1}
+    settings = {**TINY, "method": "prunetrain", "penalty_ratio": 0.999, "floor": 0.0}
+    settings |= {"epochs": 4, "learning_rate": 0.1}
     with pytest.raises(NetworkCollapsed, match=r"collapsed in epoch .*the last checkpoint is .*step-0"):
         runs.run(tmp_path / "run", settings)
     assert not (tmp_path / "run" / "summary.json").exists()
-    flags = ("--method", "prunetrain", "--penalty-ratio", "0.999", "--epochs", "4")
+    flags = ("--method", "prunetrain", "--penalty-ratio", "0.999", "--floor", "0", "--epochs", "4")
     assert cli.main(command_line(tmp_path / "again", *flags, "--quiet")) == 2
     assert "the network has collapsed" in capsys.readouterr().err
 

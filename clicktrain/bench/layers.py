@@ -19,10 +19,10 @@ import torch
 from torch import Tensor, nn
 
 from clicktrain.accounting import LayerCost, count
-from clicktrain.accounting.layer_times import clock_of
 from clicktrain.bench.runs import RunRow, network_call, random_batch
 from clicktrain.bench.timing import Progress, median_ms
 from clicktrain.errors import UserError
+from clicktrain.latency.layer_times import clock_of
 from clicktrain.sparsity.masks import conv_masks
 from clicktrain.surgery import SurgeryPlan, read_recipe
 from clicktrain.train import load_run

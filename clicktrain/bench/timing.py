@@ -5,8 +5,8 @@ from __future__ import annotations
 import math
 from collections.abc import Callable, Iterable, Mapping
 
-from clicktrain.accounting.timing import check_rounds as check_rounds
-from clicktrain.accounting.timing import median_ms as median_ms
+from clicktrain.latency.timer import check_rounds as check_rounds
+from clicktrain.latency.timer import median_ms as median_ms
 
 Progress = Callable[[str], None]
 """Told what is being measured, for whoever waits."""

@@ -16,7 +16,7 @@ from clicktrain.commands.wording import clock
 
 if TYPE_CHECKING:
     from clicktrain.methods import Method
-    from clicktrain.train import Prepared, Progress, RunConfig, StepInfo
+    from clicktrain.train import Prepared, Progress, RunConfig, StepProgress
 
 REFRESH_SECONDS = 0.25
 """Shortest time between two pictures of the live display."""
@@ -27,7 +27,7 @@ class EpochLines:
 
     def __init__(self, console: Console) -> None:
         self.console = console
-        self._last: StepInfo | None = None
+        self._last: StepProgress | None = None
 
     def start(self, config: RunConfig, method: Method[Any], prepared: Prepared) -> None:
         """Say what is trained, how and where (the data told about themselves when they were opened)."""
@@ -37,7 +37,7 @@ class EpochLines:
             f"on {prepared.device} in {config.precision}"
         )
 
-    def step(self, info: StepInfo) -> None:
+    def step(self, info: StepProgress) -> None:
         """Remember where the run is."""
         self._last = info
 
@@ -77,7 +77,7 @@ class LiveDisplay(EpochLines):
         super().start(config, method, prepared)
         self._live.start()
 
-    def step(self, info: StepInfo) -> None:
+    def step(self, info: StepProgress) -> None:
         """Redraw, unless that was done a moment ago."""
         super().step(info)
         now = time.monotonic()
@@ -101,7 +101,7 @@ def make_progress(console: Console, quiet: bool) -> EpochLines | None:
     return LiveDisplay(console) if console.is_terminal else EpochLines(console)
 
 
-def picture(info: StepInfo) -> Group:
+def picture(info: StepProgress) -> Group:
     """The live display: a bar over the whole run, and below it the numbers of the moment."""
     done = (info.epoch - 1) * info.batches + info.batch
     bar = Table.grid(padding=(0, 1), expand=True)

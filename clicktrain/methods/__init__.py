@@ -9,9 +9,9 @@ from clicktrain.methods.campfire import Campfire
 from clicktrain.methods.channels_then_patterns import ChannelsThenPatterns
 from clicktrain.methods.clicktrain import ClickTrain
 from clicktrain.methods.dense import Dense
+from clicktrain.methods.driver.pruner import Pruner
 from clicktrain.methods.dsr import DSR
 from clicktrain.methods.pat import PaT
-from clicktrain.methods.pruner import Pruner
 from clicktrain.methods.prunetrain import PruneTrain
 from clicktrain.methods.rigl import RigL
 

@@ -13,13 +13,13 @@ from torch import Tensor, nn
 from torch.optim import Optimizer
 
 from clicktrain.errors import UserError, shown
+from clicktrain.graph.prunable import PrunableLayers, find_prunable
 from clicktrain.methods.outcome import Reached, Target
-from clicktrain.methods.survey import Survey, survey
 from clicktrain.surgery import SurgeryPlan
 
 if TYPE_CHECKING:
-    from clicktrain.methods.pruner import Pruner
-    from clicktrain.methods.sparse_latency import MeasureMasks
+    from clicktrain.methods.driver.pruner import Pruner
+    from clicktrain.methods.patterns.latency import MeasureMasks
     from clicktrain.sparsity.channel_lasso import ChannelAxis
 
 Event: TypeAlias = dict[str, Any]
@@ -50,7 +50,7 @@ class RunLength:
 
 
 @dataclass(frozen=True, slots=True, eq=False)
-class Step:
+class StepInfo:
     """What a method sees at one optimizer step.
 
     Attributes:
@@ -201,7 +201,7 @@ class Method(abc.ABC, Generic[S]):
 
     name: ClassVar[str]
     reads_graph: ClassVar[bool] = False
-    """Whether the method needs to know how layers depend on each other: `Survey.example` is set for it, at
+    """Whether the method needs the dependency graph: `PrunableLayers.example` is then set, at
     the first forward pass if the caller gave none."""
     prunes: ClassVar[bool] = True
     """Whether it takes anything away."""
@@ -214,19 +214,19 @@ class Method(abc.ABC, Generic[S]):
 
     @property
     def keeps_inputs(self) -> bool:
-        """Whether the last training batch is kept, as `Survey.seen`."""
+        """Whether the last training batch is kept, as `PrunableLayers.seen`."""
         return False
 
-    def survey(self, model: nn.Module, trained: Sequence[Tensor] | None = None) -> Survey:
+    def find_prunable(self, model: nn.Module, trained: Sequence[Tensor] | None = None) -> PrunableLayers:
         """Which layers this method may prune."""
-        return survey(model, trained)
+        return find_prunable(model, trained)
 
     @abc.abstractmethod
-    def init(self, found: Survey, length: RunLength) -> S:
+    def init(self, prunable: PrunableLayers, length: RunLength) -> S:
         """State before the first step; raises UserError if what is asked for cannot be done."""
 
     @abc.abstractmethod
-    def plan(self, found: Survey, length: RunLength, state: S | None = None) -> PruningPlan:
+    def plan(self, prunable: PrunableLayers, length: RunLength, state: S | None = None) -> PruningPlan:
         """What will be done (or, given a state that has decided, what was done)."""
 
     def stage(self, state: S) -> str:
@@ -234,31 +234,31 @@ class Method(abc.ABC, Generic[S]):
         del state
         return "dense"
 
-    def at_start(self, state: S, found: Survey, length: RunLength) -> Sequence[Action]:
+    def at_start(self, state: S, prunable: PrunableLayers, length: RunLength) -> Sequence[Action]:
         """Nothing has been computed yet: what a network that is sparse from the first step starts with.
 
         Positions cannot be frozen here: a run that goes on comes through here too, before its state is known.
         """
-        del state, found, length
+        del state, prunable, length
         return ()
 
-    def before_step(self, state: S, found: Survey, step: Step) -> None:
+    def before_step(self, state: S, prunable: PrunableLayers, step: StepInfo) -> None:
         """Gradients are there: read them, add to them."""
-        del state, found, step
+        del state, prunable, step
 
-    def after_step(self, state: S, found: Survey, step: Step) -> Sequence[Action]:
+    def after_step(self, state: S, prunable: PrunableLayers, step: StepInfo) -> Sequence[Action]:
         """Weights have moved: decide."""
-        del state, found, step
+        del state, prunable, step
         return ()
 
-    def at_end(self, state: S, found: Survey) -> Sequence[Action]:
+    def at_end(self, state: S, prunable: PrunableLayers) -> Sequence[Action]:
         """The run is over: whatever has not been decided is decided now."""
-        del state, found
+        del state, prunable
         return ()
 
-    def after_surgery(self, state: S, plan: SurgeryPlan, found: Survey) -> None:
-        """Channels have gone: shrink what the state holds. ``found`` is of the smaller model."""
-        del state, plan, found
+    def after_surgery(self, state: S, plan: SurgeryPlan, prunable: PrunableLayers) -> None:
+        """Channels have gone: shrink what the state holds. ``prunable`` is of the smaller model."""
+        del state, plan, prunable
 
     def targets_of(self, state: S, reached: Reached) -> Sequence[Target]:
         """At the end: what was asked for, what was reached and why not; nothing if nothing was asked."""
@@ -285,10 +285,10 @@ class Method(abc.ABC, Generic[S]):
         del state
         return {}
 
-    def load_state(self, found: Survey, length: RunLength, saved: Mapping[str, Any]) -> S:
+    def load_state(self, prunable: PrunableLayers, length: RunLength, saved: Mapping[str, Any]) -> S:
         """Inverse of `state_dict`."""
         del saved
-        return self.init(found, length)
+        return self.init(prunable, length)
 
     def attach(
         self,
@@ -325,7 +325,7 @@ class Method(abc.ABC, Generic[S]):
             UserError: what is asked for cannot be done on this network, with this optimizer or in a run of
                 this length; or the network or an optimizer has a method attached that is not finished.
         """
-        from clicktrain.methods.pruner import Pruner
+        from clicktrain.methods.driver.pruner import Pruner
 
         if not isinstance(model, nn.Module):
             raise UserError(
@@ -343,10 +343,10 @@ class Method(abc.ABC, Generic[S]):
         )
 
 
-def plan_rows(found: Survey, rows: Sequence[LayerPlan]) -> tuple[LayerPlan, ...]:
+def plan_rows(prunable: PrunableLayers, rows: Sequence[LayerPlan]) -> tuple[LayerPlan, ...]:
     """The given rows and those of the layers that are left alone, in the network's order."""
     untouched = [
         LayerPlan(name, shape, "none", 1.0, reason=reason)
-        for name, (shape, reason) in found.left_alone.items()
+        for name, (shape, reason) in prunable.left_alone.items()
     ]
-    return tuple(sorted((*rows, *untouched), key=lambda row: found.order.index(row.name)))
+    return tuple(sorted((*rows, *untouched), key=lambda row: prunable.order.index(row.name)))

@@ -21,6 +21,13 @@ from torch import Tensor, nn
 
 from clicktrain.errors import UserError
 from clicktrain.formats.packed import bits_from_mask, mask_from_bits
+from clicktrain.graph.prunable import (
+    ConvLayer,
+    LinearLayer,
+    PrunableLayers,
+    check_convolutions,
+    find_prunable,
+)
 from clicktrain.methods.base import (
     Action,
     ApplyMasks,
@@ -30,15 +37,14 @@ from clicktrain.methods.base import (
     PruningPlan,
     Record,
     RunLength,
-    Step,
+    StepInfo,
     plan_rows,
 )
-from clicktrain.methods.kernel_watch import KernelWatch, default_threshold
+from clicktrain.methods.masks.kernel_watch import KernelWatch, default_threshold
+from clicktrain.methods.masks.threshold import Granularity, Linear, MaskRule
 from clicktrain.methods.outcome import Reached, Target, planned_far_off, sparsity_target
-from clicktrain.methods.pruning_start import default_window
 from clicktrain.methods.settings import check_choices, keep_as_tuples
-from clicktrain.methods.survey import ConvLayer, LinearLayer, Survey, check_convolutions, survey
-from clicktrain.methods.threshold_masks import Granularity, Linear, MaskRule
+from clicktrain.methods.triggers import default_window
 from clicktrain.sparsity.fully_connected import MAX_BLOCK
 from clicktrain.sparsity.granularity import Within
 from clicktrain.sparsity.importance import CRITERIA, magnitude_importance
@@ -167,9 +173,9 @@ class Campfire(Method[CampfireState]):
         """Pruning after training needs a network that has been trained."""
         return self.preset == "after-training"
 
-    def survey(self, model: nn.Module, trained: Sequence[Tensor] | None = None) -> Survey:
+    def find_prunable(self, model: nn.Module, trained: Sequence[Tensor] | None = None) -> PrunableLayers:
         """Convolutions, and fully connected layers unless they are to stay dense."""
-        return survey(
+        return find_prunable(
             model, trained, exclude=self.exclude, include=self.include, linear=self.linear != "none"
         )
 
@@ -234,20 +240,22 @@ class Campfire(Method[CampfireState]):
             return magnitude_importance(weight, weight)
         return CRITERIA[self.criterion](weight, squares.sqrt())
 
-    def _evaluate(self, state: CampfireState, found: Survey, threshold: float) -> dict[str, Tensor]:
+    def _evaluate(
+        self, state: CampfireState, prunable: PrunableLayers, threshold: float
+    ) -> dict[str, Tensor]:
         """The masks at a threshold, from the weights as they are."""
-        scores = {layer.name: self._scores(state, layer) for layer in found.prunable}
+        scores = {layer.name: self._scores(state, layer) for layer in prunable.layers}
         old = {} if self.regrow else state.masks
         for name, mask in old.items():
             scores[name].masked_fill_(~mask, 0.0)  # what is gone ranks last
-        masks = self.rule.masks(found, scores, threshold)
+        masks = self.rule.masks(prunable, scores, threshold)
         return {name: mask & old[name] if name in old else mask for name, mask in masks.items()}
 
     # ---- life cycle -------------------------------------------------------------------------
 
-    def init(self, found: Survey, length: RunLength) -> CampfireState:
+    def init(self, prunable: PrunableLayers, length: RunLength) -> CampfireState:
         """Check that the run can be done as asked."""
-        check_convolutions(found, "Campfire")
+        check_convolutions(prunable, "Campfire")
         self.era_of(length)
         return CampfireState()
 
@@ -255,25 +263,25 @@ class Campfire(Method[CampfireState]):
         """dense, era or fixed."""
         return state.stage
 
-    def at_start(self, state: CampfireState, found: Survey, length: RunLength) -> Sequence[Action]:
+    def at_start(self, state: CampfireState, prunable: PrunableLayers, length: RunLength) -> Sequence[Action]:
         """Mask the initial weights if the era has begun, with magnitudes: there are no gradients yet."""
         first, _ = self._batches(self.era_of(length), length)
         if first > 0:
             return ()
         return [
             self._open_era(state, "epoch 0 begins"),
-            *self._prune(state, found, self.threshold_after(0, length)),
+            *self._prune(state, prunable, self.threshold_after(0, length)),
         ]
 
-    def before_step(self, state: CampfireState, found: Survey, step: Step) -> None:
+    def before_step(self, state: CampfireState, prunable: PrunableLayers, step: StepInfo) -> None:
         """Follow the gradients, if the criterion reads them, from the step that opens the era on."""
         first, _ = self._batches(self.era_of(step.length), step.length)
         before = step.seen + state.shift < first
         if before and self.trigger == "epi":
-            state.kernels.see(found.layers, self.criterion, step)
+            state.kernels.see(prunable.convs, self.criterion, step)
         if self.criterion == "magnitude" or before:
             return
-        for layer in found.prunable:
+        for layer in prunable.layers:
             grad = step.gradient(layer.weight)
             if grad is None:
                 continue
@@ -282,7 +290,7 @@ class Campfire(Method[CampfireState]):
             mean = square if mean is None else square.lerp_(mean, self.gradient_memory)
             state.squares[layer.name] = mean
 
-    def after_step(self, state: CampfireState, found: Survey, step: Step) -> Sequence[Action]:
+    def after_step(self, state: CampfireState, prunable: PrunableLayers, step: StepInfo) -> Sequence[Action]:
         """Evaluate the mask anew; after the last step of the era, for good (Algorithm 2)."""
         first, last = self._batches(self.era_of(step.length), step.length)
         reason = f"epoch {first / step.length.steps_per_epoch:g} begins"
@@ -290,7 +298,7 @@ class Campfire(Method[CampfireState]):
         if step.seen + state.shift < first:
             if self.trigger == "own" or not step.ends_epoch:
                 return ()
-            actions.append(self._indicator(state, found, first // step.length.steps_per_epoch))
+            actions.append(self._indicator(state, prunable, first // step.length.steps_per_epoch))
             if (stable := state.kernels.fires(self._epi_threshold)) is None:
                 return actions
             state.shift, reason = first - step.seen, stable
@@ -300,19 +308,19 @@ class Campfire(Method[CampfireState]):
         if seen >= last:
             # An era without any length has chosen before the first step; that step must not choose again.
             keep = last == 0 and bool(state.masks)
-            return [*actions, *self._fix(state, found, "the era is over", keep=keep)]
-        return [*actions, *self._prune(state, found, self.threshold_after(seen, step.length))]
+            return [*actions, *self._fix(state, prunable, "the era is over", keep=keep)]
+        return [*actions, *self._prune(state, prunable, self.threshold_after(seen, step.length))]
 
     def _open_era(self, state: CampfireState, reason: str) -> Action:
         state.stage, state.kernels = "era", KernelWatch()
         return Record({"event": "stage", "stage": "era", "number": 2, "reason": reason})
 
-    def _prune(self, state: CampfireState, found: Survey, threshold: float) -> list[Action]:
+    def _prune(self, state: CampfireState, prunable: PrunableLayers, threshold: float) -> list[Action]:
         """Evaluate the mask inside the era."""
         if threshold <= 0:
             return []  # Algorithm 2: nothing is pruned in the first epoch of the era
         actions: list[Action] = []
-        state.masks = self._evaluate(state, found, threshold)
+        state.masks = self._evaluate(state, prunable, threshold)
         if threshold != state.threshold and self.rise == "epoch":
             now = sparsity_of(state.masks)
             actions.append(Record({"event": "threshold", "threshold": threshold, "sparsity": now}))
@@ -323,26 +331,28 @@ class Campfire(Method[CampfireState]):
     def _epi_threshold(self) -> float:
         return default_threshold(self.criterion) if self.epi_threshold is None else self.epi_threshold
 
-    def _indicator(self, state: CampfireState, found: Survey, latest: int) -> Action:
+    def _indicator(self, state: CampfireState, prunable: PrunableLayers, latest: int) -> Action:
         """EPI of the kernels that would be kept."""
         window = self.epi_window or default_window(latest)
         return state.kernels.close_epoch(
-            found.layers, 1 - self.sparsity, window, self._epi_threshold, self.criterion
+            prunable.convs, 1 - self.sparsity, window, self._epi_threshold, self.criterion
         )
 
-    def _fix(self, state: CampfireState, found: Survey, reason: str, *, keep: bool = False) -> list[Action]:
+    def _fix(
+        self, state: CampfireState, prunable: PrunableLayers, reason: str, *, keep: bool = False
+    ) -> list[Action]:
         """Evaluate the mask at the final threshold (or ``keep`` what it is) and fix it."""
         if not keep:
-            state.masks = self._evaluate(state, found, self.sparsity)
+            state.masks = self._evaluate(state, prunable, self.sparsity)
         state.threshold, state.stage, state.squares = self.sparsity, "fixed", {}
-        energies = [energy_outside(layer.weight, state.masks[layer.name]) for layer in found.prunable]
+        energies = [energy_outside(layer.weight, state.masks[layer.name]) for layer in prunable.layers]
         lost, whole = (sum(part) for part in zip(*energies, strict=True))
         pruned = sum(mask.numel() - int(mask.sum()) for mask in conv_masks(state.masks).values())
         event = {
             "event": "hard_prune",
             "sparsity_asked": self.sparsity,
             "sparsity_reached": sparsity_of(state.masks),
-            "compression_reached": found.conv_weights / max(found.conv_weights - pruned, 1),
+            "compression_reached": prunable.conv_weights / max(prunable.conv_weights - pruned, 1),
             "energy_outside": lost / whole if whole else 0.0,
             "layers": [
                 {
@@ -351,15 +361,15 @@ class Campfire(Method[CampfireState]):
                     "target_sparsity": self.sparsity,
                     "true_sparsity": sparsity_of({layer.name: state.masks[layer.name]}),
                 }
-                for layer in found.prunable
+                for layer in prunable.layers
             ],
         }
         stage = {"event": "stage", "stage": "fixed", "number": 3, "reason": reason}
         return [Record(event), FreezeMasks(dict(state.masks)), Record(stage)]
 
-    def at_end(self, state: CampfireState, found: Survey) -> Sequence[Action]:
+    def at_end(self, state: CampfireState, prunable: PrunableLayers) -> Sequence[Action]:
         """A run always ends at the sparsity asked for."""
-        return () if state.stage == "fixed" else self._fix(state, found, "the run ended")
+        return () if state.stage == "fixed" else self._fix(state, prunable, "the run ended")
 
     def targets_of(self, state: CampfireState, reached: Reached) -> Sequence[Target]:
         """Sparsity of the layers that are pruned."""
@@ -373,11 +383,13 @@ class Campfire(Method[CampfireState]):
 
     # ---- what is shown and saved ------------------------------------------------------------
 
-    def plan(self, found: Survey, length: RunLength, state: CampfireState | None = None) -> PruningPlan:
+    def plan(
+        self, prunable: PrunableLayers, length: RunLength, state: CampfireState | None = None
+    ) -> PruningPlan:
         """Per layer: what is pruned, target and true sparsity; what was decided once it is."""
         reached = {} if state is None else state.kept
         rows = []
-        for layer in found.prunable:
+        for layer in prunable.layers:
             what, sparsity, note = self.rule.describe(layer, self.sparsity)
             per_filter = None
             if layer.name in reached:
@@ -392,7 +404,7 @@ class Campfire(Method[CampfireState]):
             f"{pruned / max(weights, 1):.3f} of the weights of {len(rows)} layers"
             f"{planned_far_off(self.sparsity, pruned / max(weights, 1))}"
         )
-        return PruningPlan(plan_rows(found, rows), summary, self._stage_lines(length))
+        return PruningPlan(plan_rows(prunable, rows), summary, self._stage_lines(length))
 
     def _stage_lines(self, length: RunLength) -> tuple[tuple[str, str], ...]:
         era = self.era_of(length)
@@ -425,11 +437,13 @@ class Campfire(Method[CampfireState]):
             "kept": {name: list(counts) for name, counts in state.kept.items()},
         }
 
-    def load_state(self, found: Survey, length: RunLength, saved: Mapping[str, Any]) -> CampfireState:
+    def load_state(
+        self, prunable: PrunableLayers, length: RunLength, saved: Mapping[str, Any]
+    ) -> CampfireState:
         """Inverse of `state_dict`."""
         del length
         masks, squares = {}, {}
-        for layer in found.prunable:
+        for layer in prunable.layers:
             device = layer.weight.device
             if layer.name in saved["masks"]:
                 masks[layer.name] = mask_from_bits(saved["masks"][layer.name].to(device), layer.shape)
@@ -440,7 +454,7 @@ class Campfire(Method[CampfireState]):
         if state.stage == "fixed" and masks:  # states of older versions keep the masks
             self.after_freeze(state, masks)
         if "kernels" in saved:  # not in states of older versions, which knew no EPI
-            device = found.prunable[0].weight.device
+            device = prunable.layers[0].weight.device
             state.kernels = KernelWatch.from_state(saved["kernels"], lambda t: t.to(device, copy=True))
         return state
 

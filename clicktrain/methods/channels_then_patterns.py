@@ -13,11 +13,11 @@ from typing import Any, ClassVar, Literal
 from torch import Tensor, nn
 
 from clicktrain.errors import UserError
-from clicktrain.methods.base import Action, Method, PruningPlan, Record, RunLength, Step
+from clicktrain.graph.prunable import PrunableLayers
+from clicktrain.methods.base import Action, Method, PruningPlan, Record, RunLength, StepInfo
 from clicktrain.methods.clicktrain import ClickTrain, ClickTrainState
 from clicktrain.methods.outcome import Reached, Target
 from clicktrain.methods.prunetrain import PruneTrain, PruneTrainState
-from clicktrain.methods.survey import Survey
 from clicktrain.sparsity.allocation import compression_limits
 from clicktrain.sparsity.channel_lasso import ChannelAxis
 from clicktrain.surgery import SurgeryPlan
@@ -31,7 +31,7 @@ class TwoPartState:
     """The states of both parts; ``second`` is None until it begins.
 
     ``seen`` and ``epochs`` are batches and epochs when it began; ``compression`` is what it then aims at
-    where the layers that are left cannot reach what was asked. ``found`` is what it may touch, and follows
+    where the layers that are left cannot reach what was asked. ``prunable`` is what it may touch, and follows
     from the network.
     """
 
@@ -41,7 +41,7 @@ class TwoPartState:
     seen: int = 0
     epochs: int = 0
     compression: float | None = None
-    found: Survey | None = field(default=None, compare=False)
+    prunable: PrunableLayers | None = field(default=None, compare=False)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -138,14 +138,14 @@ class ChannelsThenPatterns(Method[TwoPartState]):
             self.second if state.compression is None else replace(self.second, compression=state.compression)
         )
 
-    def _reachable(self, own: Survey) -> float | None:
+    def _reachable(self, own: PrunableLayers) -> float | None:
         """The nearest compression that a smaller network can reach; None if it is the one that was asked."""
         budgets = [target.budget for target in self.second.targets(own)]
         low, high = compression_limits(budgets, own.other_conv_weights)
         reachable = max(min(max(self.pattern_compression, low), high), _NOTHING)
         return None if reachable == self.pattern_compression else reachable
 
-    def _begin_second(self, state: TwoPartState, own: Survey, length: RunLength) -> ClickTrainState:
+    def _begin_second(self, state: TwoPartState, own: PrunableLayers, length: RunLength) -> ClickTrainState:
         state.compression = self._reachable(own)
         return self.second_of(state).init(own, length)
 
@@ -161,33 +161,33 @@ class ChannelsThenPatterns(Method[TwoPartState]):
     def _rest(self, length: RunLength) -> RunLength:
         return RunLength(length.epochs - self.switch_epoch(length), length.steps_per_epoch)
 
-    def survey(self, model: nn.Module, trained: Sequence[Tensor] | None = None) -> Survey:
+    def find_prunable(self, model: nn.Module, trained: Sequence[Tensor] | None = None) -> PrunableLayers:
         """What channels may be removed of."""
-        return self.first.survey(model, trained)
+        return self.first.find_prunable(model, trained)
 
-    def init(self, found: Survey, length: RunLength) -> TwoPartState:
+    def init(self, prunable: PrunableLayers, length: RunLength) -> TwoPartState:
         """Check both parts, as far as the network is known yet."""
         if self.switch_epoch(length) >= length.epochs:
             raise UserError(
                 f"switch_at is {self.switch_epoch(length)} but the run has {length.epochs} epochs: "
                 "leave some to ClickTrain"
             )
-        assert found.model is not None
-        self.second.init(self.second.survey(found.model), self._rest(length))
-        return TwoPartState(self.first_of(length).init(found, length))
+        assert prunable.model is not None
+        self.second.init(self.second.find_prunable(prunable.model), self._rest(length))
+        return TwoPartState(self.first_of(length).init(prunable, length))
 
     def stage(self, state: TwoPartState) -> str:
         """PruneTrain's, then ClickTrain's."""
         return self.first.stage(state.first) if state.second is None else self.second.stage(state.second)
 
-    def _own(self, state: TwoPartState, found: Survey) -> Survey:
+    def _own(self, state: TwoPartState, prunable: PrunableLayers) -> PrunableLayers:
         """What ClickTrain may touch in the smaller network."""
-        if state.found is None:
-            assert found.model is not None
-            state.found = self.second.survey(found.model)
-        return state.found
+        if state.prunable is None:
+            assert prunable.model is not None
+            state.prunable = self.second.find_prunable(prunable.model)
+        return state.prunable
 
-    def _own_step(self, state: TwoPartState, step: Step) -> Step:
+    def _own_step(self, state: TwoPartState, step: StepInfo) -> StepInfo:
         """The step as one of ClickTrain's own run."""
         return replace(
             step,
@@ -198,22 +198,22 @@ class ChannelsThenPatterns(Method[TwoPartState]):
             position=step.position - state.epochs,
         )
 
-    def before_step(self, state: TwoPartState, found: Survey, step: Step) -> None:
+    def before_step(self, state: TwoPartState, prunable: PrunableLayers, step: StepInfo) -> None:
         """Hand on to the part that is on; ClickTrain begins with the first step after the switch."""
         if not state.switched:
-            self.first_of(step.length).before_step(state.first, found, step)
+            self.first_of(step.length).before_step(state.first, prunable, step)
             return
-        own = self._own(state, found)
+        own = self._own(state, prunable)
         if state.second is None:
             state.seen, state.epochs = step.seen - step.batches, step.epoch
             state.second = self._begin_second(state, own, self._own_step(state, step).length)
             state.first.axes = None
         self.second_of(state).before_step(state.second, own, self._own_step(state, step))
 
-    def after_step(self, state: TwoPartState, found: Survey, step: Step) -> Sequence[Action]:
+    def after_step(self, state: TwoPartState, prunable: PrunableLayers, step: StepInfo) -> Sequence[Action]:
         """Hand on; the last reconfiguration and the switch come with the end of an epoch."""
         if state.second is not None:
-            own = self._own(state, found)
+            own = self._own(state, prunable)
             return self.second_of(state).after_step(state.second, own, self._own_step(state, step))
         if state.switched:
             return ()
@@ -225,13 +225,13 @@ class ChannelsThenPatterns(Method[TwoPartState]):
                 "reason": f"epoch {int(step.position)} begins",
             }
             done = int(step.position)
-            return [*self.first.reconfigure_now(state.first, found, done, final=True), Record(event)]
-        return self.first_of(step.length).after_step(state.first, found, step)
+            return [*self.first.reconfigure_now(state.first, prunable, done, final=True), Record(event)]
+        return self.first_of(step.length).after_step(state.first, prunable, step)
 
-    def after_surgery(self, state: TwoPartState, plan: SurgeryPlan, found: Survey) -> None:
+    def after_surgery(self, state: TwoPartState, plan: SurgeryPlan, prunable: PrunableLayers) -> None:
         """PruneTrain's state shrinks."""
-        state.found = None
-        self.first.after_surgery(state.first, plan, found)
+        state.prunable = None
+        self.first.after_surgery(state.first, plan, prunable)
 
     def after_freeze(self, state: TwoPartState, masks: Mapping[str, Tensor]) -> None:
         """ClickTrain's state shrinks."""
@@ -242,11 +242,11 @@ class ChannelsThenPatterns(Method[TwoPartState]):
         """PruneTrain's, until the switch."""
         return {} if state.second is not None else self.first.penalised_channels(state.first)
 
-    def at_end(self, state: TwoPartState, found: Survey) -> Sequence[Action]:
+    def at_end(self, state: TwoPartState, prunable: PrunableLayers) -> Sequence[Action]:
         """A run ends at ClickTrain's compression of what is left."""
-        own = self._own(state, found)
+        own = self._own(state, prunable)
         if state.second is None:
-            assert found.example is not None
+            assert prunable.example is not None
             state.second = self._begin_second(state, own, RunLength(1, 10_000))
         return self.second_of(state).at_end(state.second, own)
 
@@ -266,13 +266,15 @@ class ChannelsThenPatterns(Method[TwoPartState]):
             patterns = [replace(row, asked=self.pattern_compression, reason=reason) for row in patterns]
         return [*channels, *patterns]
 
-    def plan(self, found: Survey, length: RunLength, state: TwoPartState | None = None) -> PruningPlan:
+    def plan(
+        self, prunable: PrunableLayers, length: RunLength, state: TwoPartState | None = None
+    ) -> PruningPlan:
         """Before the switch PruneTrain's plan with ClickTrain's stages, then ClickTrain's."""
-        assert found.model is not None
+        assert prunable.model is not None
         if state is not None and state.second is not None:
-            return self.second_of(state).plan(self._own(state, found), self._rest(length), state.second)
-        channels = self.first_of(length).plan(found, length, None if state is None else state.first)
-        own = self.second.survey(found.model)
+            return self.second_of(state).plan(self._own(state, prunable), self._rest(length), state.second)
+        channels = self.first_of(length).plan(prunable, length, None if state is None else state.first)
+        own = self.second.find_prunable(prunable.model)
         compression = None if state is None else self._reachable(own)
         second = self.second if compression is None else replace(self.second, compression=compression)
         patterns = second.plan(own, self._rest(length))
@@ -297,10 +299,12 @@ class ChannelsThenPatterns(Method[TwoPartState]):
             "compression": state.compression,
         }
 
-    def load_state(self, found: Survey, length: RunLength, saved: Mapping[str, Any]) -> TwoPartState:
+    def load_state(
+        self, prunable: PrunableLayers, length: RunLength, saved: Mapping[str, Any]
+    ) -> TwoPartState:
         """Inverse of `state_dict`, on the network as it was then."""
         state = TwoPartState(
-            self.first.load_state(found, length, saved["first"]),
+            self.first.load_state(prunable, length, saved["first"]),
             switched=saved["switched"],
             seen=saved["seen"],
             epochs=saved["epochs"],
@@ -308,7 +312,7 @@ class ChannelsThenPatterns(Method[TwoPartState]):
         )
         if saved["second"] is not None:
             rest = RunLength(length.epochs - state.epochs, length.steps_per_epoch)
-            own = self._own(state, found)
+            own = self._own(state, prunable)
             state.second = self.second_of(state).load_state(own, rest, saved["second"])
             state.first.axes = None
         return state

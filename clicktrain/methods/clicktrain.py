@@ -14,6 +14,8 @@ from typing import Any, ClassVar, Literal
 from torch import Tensor, nn
 
 from clicktrain.errors import UserError
+from clicktrain.graph.prunable import ConvLayer, PrunableLayers, check_convolutions, find_prunable, matches
+from clicktrain.latency.sparse_times import Timed
 from clicktrain.methods.base import (
     Action,
     FreezeMasks,
@@ -21,18 +23,16 @@ from clicktrain.methods.base import (
     PruningPlan,
     Record,
     RunLength,
-    Step,
+    StepInfo,
 )
-from clicktrain.methods.clicktrain_plan import clicktrain_plan
-from clicktrain.methods.clicktrain_settings import check, fill_in
-from clicktrain.methods.kernel_watch import KernelWatch, default_threshold
+from clicktrain.methods.masks.kernel_watch import KernelWatch, default_threshold
 from clicktrain.methods.outcome import NOTED, Reached, Target, latency_target
-from clicktrain.methods.pattern_selection import Selection, allocation_gains, effective_group
-from clicktrain.methods.pattern_selection import Target as LayerTarget
-from clicktrain.methods.pruning_start import default_window
-from clicktrain.methods.sparse_latency import LatencyAim, SparseLatency
-from clicktrain.methods.sparse_times import Timed
-from clicktrain.methods.survey import ConvLayer, Survey, check_convolutions, matches, survey
+from clicktrain.methods.patterns.latency import LatencyAim, SparseLatency
+from clicktrain.methods.patterns.plan import clicktrain_plan
+from clicktrain.methods.patterns.selection import Selection, allocation_gains, effective_group
+from clicktrain.methods.patterns.selection import Target as LayerTarget
+from clicktrain.methods.patterns.settings import check, fill_in
+from clicktrain.methods.triggers import default_window
 from clicktrain.sparsity.allocation import LayerBudget, allocate, check_reachable
 from clicktrain.sparsity.finalize import batch_counts
 from clicktrain.sparsity.group_lasso import add_lasso_gradient_, shrink_groups_
@@ -163,17 +163,17 @@ class ClickTrain(Method[ClickTrainState]):
 
     # ---- what is pruned ---------------------------------------------------------------------
 
-    def survey(self, model: nn.Module, trained: Sequence[Tensor] | None = None) -> Survey:
+    def find_prunable(self, model: nn.Module, trained: Sequence[Tensor] | None = None) -> PrunableLayers:
         """Convolutions that may be pruned; ``exclude``, ``include`` and ``layers`` must name some."""
-        found = survey(model, trained, exclude=self.exclude, include=self.include)
+        prunable = find_prunable(model, trained, exclude=self.exclude, include=self.include)
         for glob in self.layers:
-            if not any(matches(layer.name, [glob]) for layer in found.layers):
+            if not any(matches(layer.name, [glob]) for layer in prunable.convs):
                 raise UserError(f"no layer that can be pruned is called {glob!r} (setting 'layers')")
-        return found
+        return prunable
 
-    def targets(self, found: Survey) -> tuple[LayerTarget, ...]:
+    def targets(self, prunable: PrunableLayers) -> tuple[LayerTarget, ...]:
         """The layers with their kept positions per kernel, group size and per-layer override."""
-        return tuple(self._target(layer) for layer in found.layers)
+        return tuple(self._target(layer) for layer in prunable.convs)
 
     def _target(self, layer: ConvLayer) -> LayerTarget:
         f, c, r, s = layer.shape
@@ -224,25 +224,25 @@ class ClickTrain(Method[ClickTrainState]):
 
     # ---- life cycle -------------------------------------------------------------------------
 
-    def init(self, found: Survey, length: RunLength) -> ClickTrainState:
+    def init(self, prunable: PrunableLayers, length: RunLength) -> ClickTrainState:
         """Check that the run can be done as asked."""
-        check_convolutions(found, "ClickTrain")
+        check_convolutions(prunable, "ClickTrain")
         self.schedule(length)
         state = ClickTrainState(entered=0)
         if self.aim is not None:
             self._latency(
-                state, found
+                state, prunable
             )  # now: a target out of reach is not to be told when the run is half over
         else:
             check_reachable(
-                [t.budget for t in self.targets(found)], found.other_conv_weights, self.compression
+                [t.budget for t in self.targets(prunable)], prunable.other_conv_weights, self.compression
             )
         return state
 
-    def _latency(self, state: ClickTrainState, found: Survey) -> SparseLatency:
+    def _latency(self, state: ClickTrainState, prunable: PrunableLayers) -> SparseLatency:
         if state.latency is None:
             assert self.aim is not None
-            state.latency = SparseLatency(found, self.targets(found), self.patterns or 1, self.aim)
+            state.latency = SparseLatency(prunable, self.targets(prunable), self.patterns or 1, self.aim)
         return state.latency
 
     def targets_of(self, state: ClickTrainState, reached: Reached) -> Sequence[Target]:
@@ -267,20 +267,20 @@ class ClickTrain(Method[ClickTrainState]):
         """dense, pool, finalize, regularize or accelerated."""
         return state.stage
 
-    def before_step(self, state: ClickTrainState, found: Survey, step: Step) -> None:
+    def before_step(self, state: ClickTrainState, prunable: PrunableLayers, step: StepInfo) -> None:
         """Stages 2 and 3 read the gradients, stage 4 adds the lasso's."""
         if state.stage == "regularize":
             if self.penalty == "lasso":
-                self._add_lasso(state, found, step)
+                self._add_lasso(state, prunable, step)
         elif state.stage in ("pool", "finalize"):
-            self._read(state, found, step)
+            self._read(state, prunable, step)
         elif state.stage == "dense" and self.trigger == "epi":
-            state.kernels.see(found.layers, self.criterion or "taylor", step)
+            state.kernels.see(prunable.convs, self.criterion or "taylor", step)
 
-    def _read(self, state: ClickTrainState, found: Survey, step: Step) -> None:
+    def _read(self, state: ClickTrainState, prunable: PrunableLayers, step: StepInfo) -> None:
         criterion = CRITERIA[self.criterion or "taylor"]
         weight = batch_counts(state.previous_loss, step.loss, self.loss_margin, self.loss_margin_rule)
-        for target in self.targets(found):
+        for target in self.targets(prunable):
             parameter = target.layer.weight
             grad = step.gradient(parameter)
             if grad is None:
@@ -293,32 +293,34 @@ class ClickTrain(Method[ClickTrainState]):
         state.previous_loss = step.loss
         state.counted += 1
 
-    def _add_lasso(self, state: ClickTrainState, found: Survey, step: Step) -> None:
+    def _add_lasso(self, state: ClickTrainState, prunable: PrunableLayers, step: StepInfo) -> None:
         coefficient: float | Tensor = self.lasso
         if step.grad_scale is not None:
             coefficient = step.grad_scale * self.lasso
-        for layer in found.layers:
+        for layer in prunable.convs:
             if layer.weight.grad is not None:
                 add_lasso_gradient_(
                     layer.weight.grad, layer.weight.detach(), state.masks[layer.name], coefficient
                 )
 
-    def after_step(self, state: ClickTrainState, found: Survey, step: Step) -> Sequence[Action]:
+    def after_step(
+        self, state: ClickTrainState, prunable: PrunableLayers, step: StepInfo
+    ) -> Sequence[Action]:
         """Move on to the next stage when it is time."""
         lengths = self.schedule(step.length)
         if state.stage == "regularize" and self.penalty == "shrink":
             left = state.entered + lengths["regularize"] - step.seen
             if left > 0:
-                for layer in found.layers:
+                for layer in prunable.convs:
                     shrink_groups_(layer.weight, state.masks[layer.name], math.ceil(left / step.batches))
         actions: list[Action] = []
         if state.stage == "dense" and self.trigger == "epi" and step.ends_epoch:
-            actions.append(self._indicator(state, found, step.length))
+            actions.append(self._indicator(state, prunable, step.length))
         while (reason := self._due(state, step, lengths)) is not None:
-            actions += self._advance(state, found, step.seen, reason)
+            actions += self._advance(state, prunable, step.seen, reason)
         return actions
 
-    def _due(self, state: ClickTrainState, step: Step, lengths: Mapping[str, int]) -> str | None:
+    def _due(self, state: ClickTrainState, step: StepInfo, lengths: Mapping[str, int]) -> str | None:
         """Why the current stage is over, or None. A stage that reads gradients has read at least one."""
         if state.stage == "accelerated":
             return None
@@ -344,29 +346,31 @@ class ClickTrain(Method[ClickTrainState]):
         """Past epochs that a structure is compared with (trigger epi)."""
         return self.epi_window or default_window(self.schedule(length)["latest"] // length.steps_per_epoch)
 
-    def _indicator(self, state: ClickTrainState, found: Survey, length: RunLength) -> Action:
+    def _indicator(self, state: ClickTrainState, prunable: PrunableLayers, length: RunLength) -> Action:
         """EPI of the kernels that would be kept: as many as equal densities leave, wherever they are."""
-        budgets = [target.budget for target in self.targets(found)]
+        budgets = [target.budget for target in self.targets(prunable)]
         if self.aim is None:
-            even = allocate(budgets, found.other_conv_weights, self.compression)
+            even = allocate(budgets, prunable.other_conv_weights, self.compression)
         else:
-            even = self._latency(state, found).even()[1]
-        kept = sum(even[layer.name] * layer.shape[0] for layer in found.layers)
-        share = kept / sum(layer.shape[0] * layer.shape[1] for layer in found.layers)
+            even = self._latency(state, prunable).even()[1]
+        kept = sum(even[layer.name] * layer.shape[0] for layer in prunable.convs)
+        share = kept / sum(layer.shape[0] * layer.shape[1] for layer in prunable.convs)
         return state.kernels.close_epoch(
-            found.layers, share, self.epi_epochs(length), self.epi_fires_from, self.criterion or "taylor"
+            prunable.convs, share, self.epi_epochs(length), self.epi_fires_from, self.criterion or "taylor"
         )
 
-    def _advance(self, state: ClickTrainState, found: Survey, seen: int, reason: str) -> list[Action]:
+    def _advance(
+        self, state: ClickTrainState, prunable: PrunableLayers, seen: int, reason: str
+    ) -> list[Action]:
         """Close the current stage and enter the next."""
         actions: list[Action] = []
-        self._fill_in(state, found)
+        self._fill_in(state, prunable)
         if state.stage == "pool":
-            actions.append(self._close_pools(state, found))
+            actions.append(self._close_pools(state, prunable))
         elif state.stage == "finalize":
-            actions.append(self._finalize(state, found))
+            actions.append(self._finalize(state, prunable))
         elif state.stage == "regularize":
-            actions += self._hard_prune(state, found)
+            actions += self._hard_prune(state, prunable)
         state.kernels = KernelWatch()
         state.stage = STAGES[STAGES.index(state.stage) + 1]
         state.entered, state.counted = seen, 0
@@ -374,11 +378,11 @@ class ClickTrain(Method[ClickTrainState]):
         actions.append(Record({"event": "stage", "stage": state.stage, "number": number, "reason": reason}))
         return actions
 
-    def _close_pools(self, state: ClickTrainState, found: Survey) -> Action:
+    def _close_pools(self, state: ClickTrainState, prunable: PrunableLayers) -> Action:
         selection = state.selection
         if self.pool == "fixed":
             selection.pools[3, 3] = fixed_pool(self.patterns or 0)
-        selection.close_pools(self.targets(found), self.patterns or 0)
+        selection.close_pools(self.targets(prunable), self.patterns or 0)
         pools = []
         for shape, pool in selection.pools.items():
             votes = selection.candidates.get(shape)
@@ -390,14 +394,14 @@ class ClickTrain(Method[ClickTrainState]):
         selection.candidates = {}
         return Record({"event": "pool", "pools": pools})
 
-    def _finalize(self, state: ClickTrainState, found: Survey) -> Action:
+    def _finalize(self, state: ClickTrainState, prunable: PrunableLayers) -> Action:
         """Fix patterns and kernels: sections 4.1 and 4.3, with the budget allocated over layers."""
-        targets, selection = self.targets(found), state.selection
+        targets, selection = self.targets(prunable), state.selection
         for target in targets:
             selection.choose_patterns(target, self.selection == "votes")
         scores = {t.layer.name: selection.scores(t, self.kernel_score == "pattern") for t in targets}
         gains = allocation_gains(targets, scores, self.allocation or "uniform")
-        kernels, about = self._kernels(state, found, scores, gains)
+        kernels, about = self._kernels(state, prunable, scores, gains)
         state.masks = _chosen(selection, targets, scores, kernels)
         state.latency = None
         selection.forget_gradients()
@@ -405,7 +409,7 @@ class ClickTrain(Method[ClickTrainState]):
             {
                 "event": "finalised",
                 "compression_asked": self.compression_asked,
-                "compression_reached": _compression(found, state.masks),
+                "compression_reached": _compression(prunable, state.masks),
                 **about,
                 "layers": [_decision(t, kernels[t.layer.name], selection) for t in targets],
             }
@@ -414,39 +418,39 @@ class ClickTrain(Method[ClickTrainState]):
     def _kernels(
         self,
         state: ClickTrainState,
-        found: Survey,
+        prunable: PrunableLayers,
         scores: Mapping[str, Tensor],
         gains: Mapping[str, Tensor] | None,
     ) -> tuple[dict[str, int], dict[str, Any]]:
         """Kept kernels per filter of every layer, and what to write down about a latency."""
-        targets, floor = self.targets(found), self.allocation_floor
+        targets, floor = self.targets(prunable), self.allocation_floor
         if self.aim is None:
             budgets = [t.budget for t in targets]
-            return allocate(budgets, found.other_conv_weights, self.compression, gains, floor=floor), {}
-        latency = self._latency(state, found)
+            return allocate(budgets, prunable.other_conv_weights, self.compression, gains, floor=floor), {}
+        latency = self._latency(state, prunable)
         by_time = self.allocation in ("importance", "relative", "share")
         return latency.search(
             lambda ms: latency.allocate(ms, gains, by_time, floor),
             lambda kernels: _chosen(state.selection, targets, scores, kernels),
-            found.measure,
+            prunable.measure,
         )
 
-    def _hard_prune(self, state: ClickTrainState, found: Survey) -> list[Action]:
-        energies = [energy_outside(layer.weight, state.masks[layer.name]) for layer in found.layers]
+    def _hard_prune(self, state: ClickTrainState, prunable: PrunableLayers) -> list[Action]:
+        energies = [energy_outside(layer.weight, state.masks[layer.name]) for layer in prunable.convs]
         lost, whole = (sum(part) for part in zip(*energies, strict=True))
         event = {
             "event": "hard_prune",
             "compression_asked": self.compression_asked,
-            "compression_reached": _compression(found, state.masks),
+            "compression_reached": _compression(prunable, state.masks),
             "energy_outside": lost / whole if whole else 0.0,
         }
         return [Record(event), FreezeMasks(dict(state.masks))]
 
-    def at_end(self, state: ClickTrainState, found: Survey) -> Sequence[Action]:
+    def at_end(self, state: ClickTrainState, prunable: PrunableLayers) -> Sequence[Action]:
         """A run always ends at the compression asked for; magnitudes stand in for what was not measured."""
         actions: list[Action] = []
         while state.stage != "accelerated":
-            actions += self._advance(state, found, state.entered, "the run ended")
+            actions += self._advance(state, prunable, state.entered, "the run ended")
         return actions
 
     def after_freeze(self, state: ClickTrainState, masks: Mapping[str, Tensor]) -> None:
@@ -455,11 +459,11 @@ class ClickTrain(Method[ClickTrainState]):
         state.masks = {}
         state.selection.forget_choices()
 
-    def _fill_in(self, state: ClickTrainState, found: Survey) -> None:
+    def _fill_in(self, state: ClickTrainState, prunable: PrunableLayers) -> None:
         """Before a stage is closed: layers whose gradients it never saw take part by their magnitudes."""
         selection = state.selection
         proposed = set(selection.candidates)
-        for target in self.targets(found):
+        for target in self.targets(prunable):
             weight = target.layer.weight.detach().float()
             missing = target.kernel_shape not in proposed
             if state.stage == "pool" and self.pool == "dynamic" and missing:
@@ -469,9 +473,11 @@ class ClickTrain(Method[ClickTrainState]):
 
     # ---- what is shown and saved ------------------------------------------------------------
 
-    def plan(self, found: Survey, length: RunLength, state: ClickTrainState | None = None) -> PruningPlan:
+    def plan(
+        self, prunable: PrunableLayers, length: RunLength, state: ClickTrainState | None = None
+    ) -> PruningPlan:
         """Per layer: what is pruned, to what density, by what; what was decided once it is."""
-        return clicktrain_plan(self, found, length, None if state is None else state.selection)
+        return clicktrain_plan(self, prunable, length, None if state is None else state.selection)
 
     def state_dict(self, state: ClickTrainState) -> dict[str, Any]:
         """Nested dicts of tensors, numbers and strings."""
@@ -484,9 +490,11 @@ class ClickTrain(Method[ClickTrainState]):
             "kernels": state.kernels.state_dict(),
         }
 
-    def load_state(self, found: Survey, length: RunLength, saved: Mapping[str, Any]) -> ClickTrainState:
+    def load_state(
+        self, prunable: PrunableLayers, length: RunLength, saved: Mapping[str, Any]
+    ) -> ClickTrainState:
         """Inverse of `state_dict`."""
-        targets = self.targets(found)
+        targets = self.targets(prunable)
         device = targets[0].layer.weight.device
         previous = saved["previous_loss"]
         state = ClickTrainState(
@@ -515,9 +523,9 @@ def _chosen(
     return {target.layer.name: selection.mask(target) for target in targets}
 
 
-def _compression(found: Survey, masks: Mapping[str, Tensor]) -> float:
-    kept = sum(int(mask.sum()) for mask in masks.values()) + found.other_conv_weights
-    return found.conv_weights / max(kept, 1)
+def _compression(prunable: PrunableLayers, masks: Mapping[str, Tensor]) -> float:
+    kept = sum(int(mask.sum()) for mask in masks.values()) + prunable.other_conv_weights
+    return prunable.conv_weights / max(kept, 1)
 
 
 def _decision(target: LayerTarget, kernels: int, selection: Selection) -> dict[str, Any]:

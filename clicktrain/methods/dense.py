@@ -5,8 +5,8 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import ClassVar
 
+from clicktrain.graph.prunable import PrunableLayers
 from clicktrain.methods.base import LayerPlan, Method, PruningPlan, RunLength, plan_rows
-from clicktrain.methods.survey import Survey
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -16,10 +16,12 @@ class Dense(Method[None]):
     name: ClassVar[str] = "dense"
     prunes: ClassVar[bool] = False
 
-    def init(self, found: Survey, length: RunLength) -> None:
+    def init(self, prunable: PrunableLayers, length: RunLength) -> None:
         """No state."""
 
-    def plan(self, found: Survey, length: RunLength, state: None = None) -> PruningPlan:
+    def plan(self, prunable: PrunableLayers, length: RunLength, state: None = None) -> PruningPlan:
         """Nothing is pruned."""
-        rows = [LayerPlan(layer.name, layer.shape, "none", 1.0, reason="dense run") for layer in found.layers]
-        return PruningPlan(plan_rows(found, rows), "dense training: nothing is pruned")
+        rows = [
+            LayerPlan(layer.name, layer.shape, "none", 1.0, reason="dense run") for layer in prunable.convs
+        ]
+        return PruningPlan(plan_rows(prunable, rows), "dense training: nothing is pruned")

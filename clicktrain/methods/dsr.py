@@ -6,11 +6,11 @@ from dataclasses import dataclass
 from typing import ClassVar
 
 from clicktrain.errors import UserError
+from clicktrain.graph.prunable import PrunableLayers
 from clicktrain.methods.base import RunLength
-from clicktrain.methods.dynamic_masks import Densities, DropBelow, DynamicState, Growth
-from clicktrain.methods.dynamic_sparse import DynamicSparse
-from clicktrain.methods.survey import Survey
-from clicktrain.methods.update_times import Timing, check_shares, make_timing
+from clicktrain.methods.masks.dynamic import Densities, DropBelow, DynamicState, Growth
+from clicktrain.methods.masks.dynamic_method import DynamicSparse
+from clicktrain.methods.masks.update_times import Timing, check_shares, make_timing
 from clicktrain.sparsity.regrowth import UnitKind
 
 
@@ -67,8 +67,8 @@ class DSR(DynamicSparse):
         """When units move."""
         return make_timing(length, self.interval, min(1000, length.total // 100), self.stop, doubling=True)
 
-    def init(self, found: Survey, length: RunLength) -> DynamicState:
+    def init(self, prunable: PrunableLayers, length: RunLength) -> DynamicState:
         """Choose the first positions."""
-        state = super().init(found, length)
+        state = super().init(prunable, length)
         state.threshold = self.threshold
         return state

@@ -9,7 +9,7 @@ from typing import Any, Literal
 
 from torch import Tensor
 
-from clicktrain.methods.survey import Survey
+from clicktrain.graph.prunable import PrunableLayers
 from clicktrain.sparsity.masks import sparsity_of
 
 TOLERANCE = 0.05
@@ -101,14 +101,14 @@ class Reached:
     """What a finished run has to show, for `Method.targets_of`.
 
     Attributes:
-        found: the layers that are left.
+        prunable: the layers that are left.
         conv_weights: convolution weights at first; ``conv_weights_now`` those of the channels that are left,
             ``conv_nonzero`` those that are not pruned either.
         masks: layer -> bool mask of its weight.
         events: all that was decided.
     """
 
-    found: Survey
+    prunable: PrunableLayers
     conv_weights: int
     conv_weights_now: int
     conv_nonzero: int

@@ -16,6 +16,7 @@ import torch
 from torch import Tensor, nn
 
 from clicktrain.errors import UserError
+from clicktrain.graph.prunable import PrunableLayers, find_prunable
 from clicktrain.methods.base import (
     Action,
     LayerPlan,
@@ -26,24 +27,23 @@ from clicktrain.methods.base import (
     RestoreTensors,
     RunLength,
     SilenceChannels,
-    Step,
+    StepInfo,
     plan_rows,
 )
-from clicktrain.methods.channel_selection import Amount, ChannelSelection, LatencyCourse
-from clicktrain.methods.neurons import (
+from clicktrain.methods.channels.selection import Amount, ChannelSelection, LatencyCourse
+from clicktrain.methods.outcome import NOTED, Reached, Target, latency_target
+from clicktrain.methods.settings import check_choices, keep_as_tuples
+from clicktrain.methods.triggers import Policy, StartRule, StructureWatch, default_window
+from clicktrain.sparsity.channel_importance import add_scores_
+from clicktrain.sparsity.stability import GRADIENT_THRESHOLD, MAGNITUDE_THRESHOLD
+from clicktrain.surgery import SurgeryPlan, read_recipe
+from clicktrain.surgery.neurons import (
     ChannelCriterion,
     masks_of_recipe,
     neuron_scores,
     shuffled,
     widths,
 )
-from clicktrain.methods.outcome import NOTED, Reached, Target, latency_target
-from clicktrain.methods.pruning_start import Policy, StartRule, StructureWatch, default_window
-from clicktrain.methods.settings import check_choices, keep_as_tuples
-from clicktrain.methods.survey import Survey, survey
-from clicktrain.sparsity.channel_importance import add_scores_
-from clicktrain.sparsity.stability import GRADIENT_THRESHOLD, MAGNITUDE_THRESHOLD
-from clicktrain.surgery import SurgeryPlan, read_recipe
 
 STAGES = ("dense", "prune", "sparse")
 
@@ -196,13 +196,13 @@ class PaT(Method[PaTState]):
             return self.epi_threshold
         return MAGNITUDE_THRESHOLD if self.criterion == "magnitude" else GRADIENT_THRESHOLD
 
-    def survey(self, model: nn.Module, trained: Sequence[Tensor] | None = None) -> Survey:
+    def find_prunable(self, model: nn.Module, trained: Sequence[Tensor] | None = None) -> PrunableLayers:
         """Every convolution, the first and depthwise ones too, and fully connected layers."""
-        return survey(model, trained, include=("*",), linear=True)
+        return find_prunable(model, trained, include=("*",), linear=True)
 
-    def _selection(self, state: PaTState, found: Survey) -> ChannelSelection:
+    def _selection(self, state: PaTState, prunable: PrunableLayers) -> ChannelSelection:
         if state.selection is None:
-            state.selection = ChannelSelection.of(found, self.amount, self.exclude, state.course)
+            state.selection = ChannelSelection.of(prunable, self.amount, self.exclude, state.course)
         return state.selection
 
     # ---- when -------------------------------------------------------------------------------
@@ -216,7 +216,7 @@ class PaT(Method[PaTState]):
 
     # ---- life cycle -------------------------------------------------------------------------
 
-    def init(self, found: Survey, length: RunLength) -> PaTState:
+    def init(self, prunable: PrunableLayers, length: RunLength) -> PaTState:
         """Check that the run can be done as asked."""
         if self.prune_epoch is not None and self.prune_epoch >= length.epochs:
             raise UserError(
@@ -226,10 +226,10 @@ class PaT(Method[PaTState]):
         if self.structure_from is not None:
             read_recipe(self.structure_from)
         state = PaTState()
-        if found.example is not None:
-            self._selection(state, found)
-        if self.rewind and found.model is not None:
-            tensors = {**dict(found.model.named_parameters()), **dict(found.model.named_buffers())}
+        if prunable.example is not None:
+            self._selection(state, prunable)
+        if self.rewind and prunable.model is not None:
+            tensors = {**dict(prunable.model.named_parameters()), **dict(prunable.model.named_buffers())}
             state.initial = {name: tensor.detach().clone() for name, tensor in tensors.items()}
         if (reason := self.start(length).due(0, state.watch, ())) is not None:
             state.stage, state.reason = "prune", reason
@@ -244,37 +244,37 @@ class PaT(Method[PaTState]):
         at_first = self.structure_from is not None and state.entered == 0
         return state.stage == "prune" and (self.policy == "init" or at_first)
 
-    def before_step(self, state: PaTState, found: Survey, step: Step) -> None:
+    def before_step(self, state: PaTState, prunable: PrunableLayers, step: StepInfo) -> None:
         """Add up scores; before training, take the gradients away so that no weight moves."""
-        if state.stage == "sparse" or found.model is None or found.example is None:
+        if state.stage == "sparse" or prunable.model is None or prunable.example is None:
             return
-        selection = self._selection(state, found)
+        selection = self._selection(state, prunable)
         for group in selection.groups:
             scores = neuron_scores(group, self.criterion, selection.parameters, step.gradient)
             if scores is not None:
                 add_scores_(state.sums, {group.name: scores})
                 state.counts[group.name] = state.counts.get(group.name, 0) + 1
         if self._holds_weights(state):
-            for parameter in found.model.parameters():
+            for parameter in prunable.model.parameters():
                 parameter.grad = None
 
-    def after_step(self, state: PaTState, found: Survey, step: Step) -> Sequence[Action]:
+    def after_step(self, state: PaTState, prunable: PrunableLayers, step: StepInfo) -> Sequence[Action]:
         """At the end of an epoch: is the structure stable? In the pruning epoch: the next step, if due."""
-        if state.stage == "sparse" or found.example is None:
+        if state.stage == "sparse" or prunable.example is None:
             return ()
         if state.stage == "prune":
-            return self._prune(state, found, step)
+            return self._prune(state, prunable, step)
         if not step.ends_epoch:
             return ()
         epoch = math.floor(step.position)
-        actions: list[Action] = [self._indicator(state, found, step.length)]
+        actions: list[Action] = [self._indicator(state, prunable, step.length)]
         reason = self.start(step.length).due(epoch, state.watch, step.epoch_losses)
         state.sums, state.counts = {}, {}
         if reason is not None and epoch < step.length.epochs:
             state.stage, state.entered, state.reason = "prune", epoch, reason
             actions += self._announce(state)
             if self.structure_from is not None:
-                actions += self._remove(state, found)
+                actions += self._remove(state, prunable)
         return actions
 
     def _announce(self, state: PaTState) -> list[Action]:
@@ -282,9 +282,9 @@ class PaT(Method[PaTState]):
                    "threshold": self.threshold, "prune_epoch": state.entered}  # fmt: skip
         return [Record(trigger), Record(_stage_event("prune", state.reason))]
 
-    def _mean_scores(self, state: PaTState, found: Survey) -> dict[str, Tensor]:
+    def _mean_scores(self, state: PaTState, prunable: PrunableLayers) -> dict[str, Tensor]:
         """Per group, averaged over batches; magnitudes if no batch was seen, 0 without any gradient."""
-        selection = self._selection(state, found)
+        selection = self._selection(state, prunable)
         if not state.sums:
             scores = (
                 neuron_scores(group, "magnitude", selection.parameters, lambda weight: None)
@@ -302,29 +302,29 @@ class PaT(Method[PaTState]):
             for group in selection.groups
         }
 
-    def _indicator(self, state: PaTState, found: Survey, length: RunLength) -> Action:
+    def _indicator(self, state: PaTState, prunable: PrunableLayers, length: RunLength) -> Action:
         """Algorithm 2, lines 6 to 8: the structure of the best neurons, and EPI."""
-        selection = self._selection(state, found)
-        structure = widths(selection.choose(self._mean_scores(state, found), None, 1, 1))
+        selection = self._selection(state, prunable)
+        structure = widths(selection.choose(self._mean_scores(state, prunable), None, 1, 1))
         return state.watch.add(structure, self.start(length).window, self.threshold, self.criterion)
 
     # ---- the pruning epoch ------------------------------------------------------------------
 
-    def _prune(self, state: PaTState, found: Survey, step: Step) -> list[Action]:
+    def _prune(self, state: PaTState, prunable: PrunableLayers, step: StepInfo) -> list[Action]:
         """Algorithm 1."""
         first = step.seen == step.batches  # what began before training could not be told then
         actions = self._announce(state) if first else []
         if self.structure_from is not None:
-            return [*actions, *self._remove(state, found)]
+            return [*actions, *self._remove(state, prunable)]
         done = step.position - state.entered
         if self.policy == "init":
             done = step.seen / min(self.init_batches, step.length.steps_per_epoch)
         due = min(self.prune_steps, math.floor(done * self.prune_steps + 1e-9))
         if due == self.prune_steps:
-            return [*actions, *self._remove(state, found)]
-        selection = self._selection(state, found)
+            return [*actions, *self._remove(state, prunable)]
+        selection = self._selection(state, prunable)
         if due > state.steps_done:
-            scores = self._mean_scores(state, found)
+            scores = self._mean_scores(state, prunable)
             state.kept = selection.choose(scores, state.kept or None, due, self.prune_steps)
             state.plan = selection.plan(state.kept)
             measured = selection.measured(state.plan, state.kept) if selection.measures_after(due) else {}
@@ -338,9 +338,9 @@ class PaT(Method[PaTState]):
             actions.append(SilenceChannels(state.plan))
         return actions
 
-    def _remove(self, state: PaTState, found: Survey) -> list[Action]:
+    def _remove(self, state: PaTState, prunable: PrunableLayers) -> list[Action]:
         """The last pruning step, and the physical removal of all that was pruned."""
-        selection = self._selection(state, found)
+        selection = self._selection(state, prunable)
         about: dict[str, Any]
         if self.structure_from is not None:
             masks = masks_of_recipe(selection.groups, read_recipe(self.structure_from))
@@ -348,7 +348,7 @@ class PaT(Method[PaTState]):
                 masks = shuffled(masks, self.structure_shuffle)
             plan, about = selection.plan(masks), {"structure_from": self.structure_from}
         else:
-            scores = self._mean_scores(state, found)
+            scores = self._mean_scores(state, prunable)
             masks, plan, about = selection.final(scores, state.kept or None, self.prune_steps)
         state.stage = "sparse"
         pruned = selection.total - sum(widths(masks).values())
@@ -371,11 +371,11 @@ class PaT(Method[PaTState]):
         state.selection = state.plan = None
         state.watch = StructureWatch()
 
-    def at_end(self, state: PaTState, found: Survey) -> Sequence[Action]:
+    def at_end(self, state: PaTState, prunable: PrunableLayers) -> Sequence[Action]:
         """A run always ends pruned."""
-        if state.stage == "sparse" or found.example is None:
+        if state.stage == "sparse" or prunable.example is None:
             return ()
-        return self._remove(state, found)
+        return self._remove(state, prunable)
 
     def targets_of(self, state: PaTState, reached: Reached) -> Sequence[Target]:
         """The share of neurons, or the time; the structure of another run is none of its own."""
@@ -395,12 +395,12 @@ class PaT(Method[PaTState]):
 
     # ---- what is shown and saved ------------------------------------------------------------
 
-    def plan(self, found: Survey, length: RunLength, state: PaTState | None = None) -> PruningPlan:
+    def plan(self, prunable: PrunableLayers, length: RunLength, state: PaTState | None = None) -> PruningPlan:
         """Per layer: how many neurons compete, and with which layers they can only go together."""
         over = state is not None and state.stage == "sparse"
         notes, summary = {}, "neurons were removed" if over else "neurons are known after the first batch"
-        if found.example is not None and not over:
-            selection = ChannelSelection.of(found, self.amount, self.exclude)
+        if prunable.example is not None and not over:
+            selection = ChannelSelection.of(prunable, self.amount, self.exclude)
             notes = selection.describe()
             asked = f"{selection.num_pruned} are removed, wherever they are"
             if self.latency_target_ms is not None:
@@ -409,12 +409,12 @@ class PaT(Method[PaTState]):
                 asked = f"as many are removed as it takes to be at {self.latency_target:.0%} of the time"
             summary = f"{selection.total} neurons: {asked}"
         rows = []
-        for layer in found.prunable:
+        for layer in prunable.layers:
             compete = layer.name in notes
             why = notes.get(layer.name, "the neurons that are left" if over else "its outputs stay")
             what, density = ("neurons", None) if compete else ("none", 1.0)
             rows.append(LayerPlan(layer.name, layer.shape, what, density, None, why))
-        return PruningPlan(plan_rows(found, rows), summary, self._stage_lines(length))
+        return PruningPlan(plan_rows(prunable, rows), summary, self._stage_lines(length))
 
     def _stage_lines(self, length: RunLength) -> tuple[tuple[str, str], ...]:
         how = "one epoch" if self.policy != "init" else "before training"
@@ -439,10 +439,10 @@ class PaT(Method[PaTState]):
             "course": {"dense_ms": state.course.dense_ms, "correction": state.course.correction},
         }
 
-    def load_state(self, found: Survey, length: RunLength, saved: Mapping[str, Any]) -> PaTState:
+    def load_state(self, prunable: PrunableLayers, length: RunLength, saved: Mapping[str, Any]) -> PaTState:
         """Inverse of `state_dict`."""
         del length
-        weight = next((layer.weight for layer in found.prunable), None)
+        weight = next((layer.weight for layer in prunable.layers), None)
         device = None if weight is None else weight.device
         return PaTState(
             stage=saved["stage"],

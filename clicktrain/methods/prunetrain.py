@@ -26,7 +26,8 @@ from torch import Tensor, nn
 from clicktrain.errors import UserError
 from clicktrain.graph import as_inputs
 from clicktrain.graph.batch import first_tensor
-from clicktrain.methods.agreed_plans import agreed_plans
+from clicktrain.graph.prunable import PrunableLayers, SeenBatch, check_convolutions, find_prunable, matches
+from clicktrain.latency.channel_multiple import MULTIPLES, BatchForm, fastest_multiple
 from clicktrain.methods.base import (
     Action,
     LayerPlan,
@@ -35,23 +36,21 @@ from clicktrain.methods.base import (
     Reconfigure,
     Record,
     RunLength,
-    Step,
+    StepInfo,
     plan_rows,
 )
-from clicktrain.methods.channel_axes import channel_axes, why_fixed
-from clicktrain.methods.channel_costs import Cost
-from clicktrain.methods.channel_target import NEAR, WORDS, ChannelTarget, original_widths
-from clicktrain.methods.fast_widths import MULTIPLES, BatchForm, fastest_multiple
-from clicktrain.methods.outcome import NOTED, Reached, Target
-from clicktrain.methods.settings import check_choices, keep_as_tuples
-from clicktrain.methods.survey import SeenBatch, Survey, check_convolutions, matches, survey
-from clicktrain.methods.target_steering import (
+from clicktrain.methods.channels.axes import channel_axes, why_fixed
+from clicktrain.methods.channels.costs import Cost
+from clicktrain.methods.channels.steering import (
     TargetState,
     held_indices,
     plan_within,
     steered_coefficient,
     sum_of_squares,
 )
+from clicktrain.methods.channels.target import NEAR, WORDS, ChannelTarget, original_widths
+from clicktrain.methods.outcome import NOTED, Reached, Target
+from clicktrain.methods.settings import check_choices, keep_as_tuples
 from clicktrain.sparsity.channel_lasso import (
     ChannelAxis,
     add_channel_lasso_gradient_,
@@ -63,6 +62,7 @@ from clicktrain.sparsity.channel_lasso import (
     zero_small_channels_,
 )
 from clicktrain.surgery import SurgeryPlan, plans_from_zeros
+from clicktrain.surgery.agreed_plans import agreed_plans
 
 Axes = dict[str, tuple[ChannelAxis, ...]]
 Scheme = Literal["union", "gating"]
@@ -233,18 +233,18 @@ class PruneTrain(Method[PruneTrainState]):
 
     # ---- what and when ----------------------------------------------------------------------
 
-    def survey(self, model: nn.Module, trained: Sequence[Tensor] | None = None) -> Survey:
+    def find_prunable(self, model: nn.Module, trained: Sequence[Tensor] | None = None) -> PrunableLayers:
         """Every convolution, the first and depthwise ones too, and fully connected layers."""
-        return survey(model, trained, exclude=self.exclude, include=("*",), linear=True)
+        return find_prunable(model, trained, exclude=self.exclude, include=("*",), linear=True)
 
     def interval_of(self, length: RunLength) -> float:
         """Epochs between two reconfigurations."""
         return self.interval or float(max(1, round(length.epochs / 18)))
 
-    def init(self, found: Survey, length: RunLength) -> PruneTrainState:
+    def init(self, prunable: PrunableLayers, length: RunLength) -> PruneTrainState:
         """Check that the run can be done as asked."""
-        if not found.layers:
-            check_convolutions(replace(found, linears=()), "PruneTrain")
+        if not prunable.convs:
+            check_convolutions(replace(prunable, linears=()), "PruneTrain")
         if self.once_at is not None and self.once_at > length.epochs:
             raise UserError(f"once_at is {self.once_at:g} but the run has {length.epochs} epochs")
         if self.fine_tune >= length.epochs:
@@ -254,19 +254,19 @@ class PruneTrain(Method[PruneTrainState]):
         if self.target_at is not None and self.target_at > length.epochs:
             raise UserError(f"target_at is {self.target_at:g} but the run has {length.epochs} epochs")
         state = PruneTrainState(round_to=None if self.round_to == "auto" else self.round_to)
-        if found.example is not None:
-            self._look(state, found)
+        if prunable.example is not None:
+            self._look(state, prunable)
         return state
 
-    def _look(self, state: PruneTrainState, found: Survey) -> None:
+    def _look(self, state: PruneTrainState, prunable: PrunableLayers) -> None:
         """At the network as it is; the first time, whether the target can be reached.
 
         Raises:
             UserError: it cannot, or no channel can go.
         """
-        state.axes = state.shrunk = self._axes(found)
+        state.axes = state.shrunk = self._axes(prunable)
         state.view = None
-        view = self._view(state, found)
+        view = self._view(state, prunable)
         if view is None:
             return
         if state.target.dense is None:
@@ -278,17 +278,17 @@ class PruneTrain(Method[PruneTrainState]):
             state.target.held = view.held(view.norms())
         self._hold(state, view)
 
-    def _view(self, state: PruneTrainState, found: Survey) -> ChannelTarget | None:
+    def _view(self, state: PruneTrainState, prunable: PrunableLayers) -> ChannelTarget | None:
         """What may go of the network as it is; None if there is neither a target nor a floor."""
         if self.target is None and not self.floor:
             return None
         if state.view is None:
-            assert found.model is not None
-            assert found.example is not None
+            assert prunable.model is not None
+            assert prunable.example is not None
             what, share = self.target or ("flops", 0.0)
             state.view = ChannelTarget(
-                found.model,
-                found.example,
+                prunable.model,
+                prunable.example,
                 what,
                 share,
                 penalised=state.axes or (),
@@ -307,20 +307,20 @@ class PruneTrain(Method[PruneTrainState]):
             name: without_channels(own, indices.get(name, {})) for name, own in (state.axes or {}).items()
         }
 
-    def _axes(self, found: Survey) -> Axes:
-        assert found.model is not None
-        assert found.example is not None
-        names = [layer.name for layer in found.layers if not matches(layer.name, self.exclude)]
+    def _axes(self, prunable: PrunableLayers) -> Axes:
+        assert prunable.model is not None
+        assert prunable.example is not None
+        names = [layer.name for layer in prunable.convs if not matches(layer.name, self.exclude)]
         if self.linear:
-            names += [layer.name for layer in found.linears if not matches(layer.name, self.exclude)]
-        axes = channel_axes(found.model, found.example, names)
+            names += [layer.name for layer in prunable.linears if not matches(layer.name, self.exclude)]
+        axes = channel_axes(prunable.model, prunable.example, names)
         if not axes:
-            why = why_fixed(found.model, found.example)
+            why = why_fixed(prunable.model, prunable.example)
             raise UserError(f"no channel of this network can be removed ({why or 'it has no layers'})")
         return axes
 
-    def _weights(self, found: Survey, axes: Axes) -> list[tuple[Tensor, tuple[ChannelAxis, ...]]]:
-        return [(layer.weight, axes[layer.name]) for layer in found.prunable if layer.name in axes]
+    def _weights(self, prunable: PrunableLayers, axes: Axes) -> list[tuple[Tensor, tuple[ChannelAxis, ...]]]:
+        return [(layer.weight, axes[layer.name]) for layer in prunable.layers if layer.name in axes]
 
     def stage(self, state: PruneTrainState) -> str:
         """sparsify, or fine-tune without the lasso."""
@@ -328,20 +328,20 @@ class PruneTrain(Method[PruneTrainState]):
 
     # ---- steps ------------------------------------------------------------------------------
 
-    def before_step(self, state: PruneTrainState, found: Survey, step: Step) -> None:
+    def before_step(self, state: PruneTrainState, prunable: PrunableLayers, step: StepInfo) -> None:
         """Set the coefficient, at the first step by Eq. (3); add the lasso's gradient."""
         if state.axes is None:
-            self._look(state, found)
+            self._look(state, prunable)
         if state.stage != "sparsify":
             return
         if state.coefficient is None:
-            weights = self._weights(found, state.axes or {})
+            weights = self._weights(prunable, state.axes or {})
             penalty = float(torch.stack([channel_penalty(w.float(), a) for w, a in weights]).sum())
             state.coefficient = self.coefficient or coefficient_for_ratio(
                 self.penalty_ratio or 0.0, float(step.loss), penalty
             )
-        self._steer(state, found, step)
-        weights = self._weights(found, state.shrunk or {})
+        self._steer(state, prunable, step)
+        weights = self._weights(prunable, state.shrunk or {})
         if self.update == "proximal":
             if step.adaptive and not state.target.steered:
                 gradients = [step.gradient(weight) for weight, _ in weights]
@@ -355,9 +355,9 @@ class PruneTrain(Method[PruneTrainState]):
             if weight.grad is not None:
                 add_channel_lasso_gradient_(weight.grad, weight.detach(), axes, strength)
 
-    def _steer(self, state: PruneTrainState, found: Survey, step: Step) -> None:
+    def _steer(self, state: PruneTrainState, prunable: PrunableLayers, step: StepInfo) -> None:
         """Set the coefficient for an epoch that begins; without a target, only what the lasso leaves out."""
-        target, course = self._view(state, found), state.target
+        target, course = self._view(state, prunable), state.target
         if target is None:
             return
         if self.target is None:
@@ -374,11 +374,11 @@ class PruneTrain(Method[PruneTrainState]):
             self._hold(state, target)
         course.steps, course.rates = course.steps + 1, course.rates + step.learning_rate
 
-    def _shrink(self, state: PruneTrainState, found: Survey, step: Step) -> None:
+    def _shrink(self, state: PruneTrainState, prunable: PrunableLayers, step: StepInfo) -> None:
         """The proximal step; of an adaptive optimizer by what its step was, until the lasso is steered."""
         if state.stage != "sparsify" or state.coefficient is None:
             return
-        weights, reach = self._weights(found, state.shrunk or {}), torch.tensor(step.learning_rate)
+        weights, reach = self._weights(prunable, state.shrunk or {}), torch.tensor(step.learning_rate)
         before, state.before = state.before, None
         if step.adaptive and not state.target.steered:
             if before is None:
@@ -389,14 +389,16 @@ class PruneTrain(Method[PruneTrainState]):
         for weight, axes in weights:
             shrink_channels_(weight, axes, state.coefficient * reach.to(weight.device))
 
-    def after_step(self, state: PruneTrainState, found: Survey, step: Step) -> Sequence[Action]:
+    def after_step(
+        self, state: PruneTrainState, prunable: PrunableLayers, step: StepInfo
+    ) -> Sequence[Action]:
         """Shrink; reconfigure at the end of an epoch, when it is time; no lasso in the last epochs."""
         if self.update == "proximal":
-            self._shrink(state, found, step)
+            self._shrink(state, prunable, step)
         if not step.ends_epoch:
             return ()
-        if self.round_to == "auto" and found.seen is not None:
-            state.batch = BatchForm.of(found.seen)
+        if self.round_to == "auto" and prunable.seen is not None:
+            state.batch = BatchForm.of(prunable.seen)
         epoch = math.floor(step.position)
         actions: list[Action] = []
         if state.reconfigured == 0 and step.epoch == 0 and state.coefficient is not None:
@@ -406,7 +408,7 @@ class PruneTrain(Method[PruneTrainState]):
         last = epoch >= step.length.epochs
         final = self.target is not None and epoch >= self.target_epoch(step.length)
         if not last and (self._due(state, epoch, step.length) or (final and not state.target.met)):
-            actions += self.reconfigure_now(state, found, epoch, final=final)
+            actions += self.reconfigure_now(state, prunable, epoch, final=final)
         if state.stage == "sparsify":
             reason = f"epoch {epoch} begins"
             if state.target.met:
@@ -428,32 +430,32 @@ class PruneTrain(Method[PruneTrainState]):
         return self.reconfigure == "once" and not state.done and epoch >= self._once(length)
 
     def reconfigure_now(
-        self, state: PruneTrainState, found: Survey, epoch: float, *, final: bool = False
+        self, state: PruneTrainState, prunable: PrunableLayers, epoch: float, *, final: bool = False
     ) -> list[Action]:
         """4.1, 4.2: zero what is under the threshold, remove what is zero on both sides.
 
         ``final``: and what the target lacks, by the smallest norms.
         """
         started = time.perf_counter()
-        assert found.model is not None
+        assert prunable.model is not None
         state.reconfigured, state.done = epoch, True
-        axes = state.axes or self._axes(found)
-        zeroed = sum(zero_small_channels_(w, a, self.threshold) for w, a in self._weights(found, axes))
+        axes = state.axes or self._axes(prunable)
+        zeroed = sum(zero_small_channels_(w, a, self.threshold) for w, a in self._weights(prunable, axes))
         actions: list[Action] = []
         candidates = MULTIPLES if self.round_to == "auto" else sorted({1, self.round_to})
-        plans = agreed_plans(self._plans(found, candidates), found.prunable[0].weight.device)
+        plans = agreed_plans(self._plans(prunable, candidates), prunable.layers[0].weight.device)
         multiple = self._given
         if self.round_to == "auto":
-            choice = fastest_multiple(found.model, self._seen(state, found), plans)
+            choice = fastest_multiple(prunable.model, self._seen(state, prunable), plans)
             if choice is not None:
                 state.round_to = choice.chosen
                 actions.append(Record({"event": "widths", **choice.to_json()}))
             multiple = state.round_to or 1
         plan, event = plans[multiple], {}
-        target = None if self.target is None else self._view(state, found)
+        target = None if self.target is None else self._view(state, prunable)
         if target is not None:
-            plan = self._within(target, found, multiple, fill=final)
-            plan = agreed_plans({multiple: plan}, found.prunable[0].weight.device)[multiple]
+            plan = self._within(target, prunable, multiple, fill=final)
+            plan = agreed_plans({multiple: plan}, prunable.layers[0].weight.device)[multiple]
             state.target.share = target.share_after(plan)
             state.target.met = final or state.target.share <= target.share + NEAR
             event = {
@@ -469,10 +471,12 @@ class PruneTrain(Method[PruneTrainState]):
         }
         return [*actions, Reconfigure(plan, event, self.check_outputs)]
 
-    def _within(self, target: ChannelTarget, found: Survey, multiple: int, *, fill: bool) -> SurgeryPlan:
+    def _within(
+        self, target: ChannelTarget, prunable: PrunableLayers, multiple: int, *, fill: bool
+    ) -> SurgeryPlan:
         """What is zero, none of it beyond the target; with ``fill`` as much as is missing."""
 
-        model, example = found.model, found.example
+        model, example = prunable.model, prunable.example
         assert model is not None
         assert example is not None
 
@@ -487,44 +491,44 @@ class PruneTrain(Method[PruneTrainState]):
         union = functools.partial(make, scheme="union")
         return plan_within(target, make, union, round_to=multiple, fill=fill)
 
-    def surgery_plan(self, found: Survey, round_to: int = 1) -> SurgeryPlan:
+    def surgery_plan(self, prunable: PrunableLayers, round_to: int = 1) -> SurgeryPlan:
         """What would be removed from the network as it is."""
-        return self._plans(found, (round_to,))[round_to]
+        return self._plans(prunable, (round_to,))[round_to]
 
-    def _plans(self, found: Survey, multiples: Sequence[int]) -> dict[int, SurgeryPlan]:
+    def _plans(self, prunable: PrunableLayers, multiples: Sequence[int]) -> dict[int, SurgeryPlan]:
         """`surgery_plan` for each multiple."""
-        assert found.model is not None
-        if found.example is None:
+        assert prunable.model is not None
+        if prunable.example is None:
             return dict.fromkeys(multiples, SurgeryPlan())
         return plans_from_zeros(
-            found.model, found.example, self.threshold, self.scheme, multiples, self.sides or "both"
+            prunable.model, prunable.example, self.threshold, self.scheme, multiples, self.sides or "both"
         )
 
-    def _seen(self, state: PruneTrainState, found: Survey) -> SeenBatch:
+    def _seen(self, state: PruneTrainState, prunable: PrunableLayers) -> SeenBatch:
         """The last training batch; in a run that was resumed behind it, a blank one of its form."""
-        if found.seen is not None:
-            return found.seen
-        assert found.example is not None
-        return (state.batch or BatchForm(tuple(first_tensor(as_inputs(found.example)).shape))).blank(
-            found.example
+        if prunable.seen is not None:
+            return prunable.seen
+        assert prunable.example is not None
+        return (state.batch or BatchForm(tuple(first_tensor(as_inputs(prunable.example)).shape))).blank(
+            prunable.example
         )
 
-    def after_surgery(self, state: PruneTrainState, plan: SurgeryPlan, found: Survey) -> None:
+    def after_surgery(self, state: PruneTrainState, plan: SurgeryPlan, prunable: PrunableLayers) -> None:
         """The channels of the smaller network."""
         state.target.follow(plan)
-        state.axes = state.shrunk = self._axes(found)
+        state.axes = state.shrunk = self._axes(prunable)
         state.view = None
-        if (target := self._view(state, found)) is not None:
+        if (target := self._view(state, prunable)) is not None:
             state.target.held = target.held(target.norms())
             self._hold(state, target)
 
-    def at_end(self, state: PruneTrainState, found: Survey) -> Sequence[Action]:
+    def at_end(self, state: PruneTrainState, prunable: PrunableLayers) -> Sequence[Action]:
         """What is zero at the end of the run goes too (once: it went at its time)."""
-        if found.example is None or (self.reconfigure == "once" and state.done):
+        if prunable.example is None or (self.reconfigure == "once" and state.done):
             return ()
         if state.axes is None:
-            self._look(state, found)
-        return self.reconfigure_now(state, found, state.reconfigured, final=True)
+            self._look(state, prunable)
+        return self.reconfigure_now(state, prunable, state.reconfigured, final=True)
 
     def penalised_channels(self, state: PruneTrainState) -> Axes:
         """All that can be removed, after the lasso has ended too: what is zero could come back."""
@@ -549,14 +553,16 @@ class PruneTrain(Method[PruneTrainState]):
 
     # ---- what is shown and saved ------------------------------------------------------------
 
-    def plan(self, found: Survey, length: RunLength, state: PruneTrainState | None = None) -> PruningPlan:
+    def plan(
+        self, prunable: PrunableLayers, length: RunLength, state: PruneTrainState | None = None
+    ) -> PruningPlan:
         """Per layer: channels now, how many would go at once, and why one stays."""
         changes = {}
-        if found.model is not None and found.example is not None:
+        if prunable.model is not None and prunable.example is not None:
             multiple = None if state is None else state.round_to
-            changes = {row.name: row for row in self.surgery_plan(found, multiple or self._given).layers}
+            changes = {row.name: row for row in self.surgery_plan(prunable, multiple or self._given).layers}
         rows, full, kept = [], 0, 0
-        for layer in found.prunable:
+        for layer in prunable.layers:
             change = changes.get(layer.name)
             density, note = 1.0, "excluded" if matches(layer.name, self.exclude) else ""
             if change is not None:
@@ -595,7 +601,7 @@ class PruneTrain(Method[PruneTrainState]):
         if self.fine_tune:
             stages.append(("fine-tune", f"the last {self.fine_tune:g} epochs without the lasso"))
         summary = f"{full - kept} of {full} weights would be removed as the network is now"
-        return PruningPlan(plan_rows(found, rows), summary, tuple(stages))
+        return PruningPlan(plan_rows(prunable, rows), summary, tuple(stages))
 
     def _target_line(self, length: RunLength) -> str:
         assert self.target is not None
@@ -618,7 +624,9 @@ class PruneTrain(Method[PruneTrainState]):
             "target": state.target.state_dict(),
         }
 
-    def load_state(self, found: Survey, length: RunLength, saved: Mapping[str, Any]) -> PruneTrainState:
+    def load_state(
+        self, prunable: PrunableLayers, length: RunLength, saved: Mapping[str, Any]
+    ) -> PruneTrainState:
         """Inverse of `state_dict`, on the network as it was then."""
         state = PruneTrainState(
             saved["stage"], saved["coefficient"], saved["reconfigured"], saved["done"], saved["round_to"]
@@ -628,8 +636,8 @@ class PruneTrain(Method[PruneTrainState]):
             state.batch = BatchForm(tuple(shape), tuple(strides), autocast)
         if "target" in saved:  # not in states of older versions
             state.target = TargetState.from_state(saved["target"])
-        if found.example is not None:
-            self._look(state, found)
+        if prunable.example is not None:
+            self._look(state, prunable)
         return state
 
 

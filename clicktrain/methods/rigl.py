@@ -6,9 +6,9 @@ from dataclasses import dataclass
 from typing import ClassVar
 
 from clicktrain.methods.base import RunLength
-from clicktrain.methods.dynamic_masks import Densities, DropShare, Growth
-from clicktrain.methods.dynamic_sparse import DynamicSparse
-from clicktrain.methods.update_times import Timing, make_timing
+from clicktrain.methods.masks.dynamic import Densities, DropShare, Growth
+from clicktrain.methods.masks.dynamic_method import DynamicSparse
+from clicktrain.methods.masks.update_times import Timing, make_timing
 from clicktrain.sparsity.regrowth import UnitKind
 
 

@@ -15,7 +15,7 @@ from torch import Tensor
 
 from clicktrain.errors import UserError
 from clicktrain.files import parse_json, read_json, read_yaml
-from clicktrain.formats.run_files import check_folder, read_records, read_summary
+from clicktrain.runs.format import check_folder, read_records, read_summary
 
 _METHOD_NAMES = {"clicktrain": "ClickTrain", "prunetrain": "PruneTrain", "campfire": "Campfire", "pat": "PaT",
                  "dsr": "DSR", "rigl": "RigL"}  # fmt: skip

@@ -2,7 +2,7 @@
 
 Dynamic sparse reparameterization (Mostafa and Wang, ICML 2019; "DSR" below) and RigL (Evci et al., ICML 2020)
 are both drop rule x growth rule x distribution over layers x interval, on units that are single weights or
-whole kernels. Here are the rules; `clicktrain.methods.dynamic_masks` composes them over a run.
+whole kernels. Here are the rules; `clicktrain.methods.masks.dynamic` composes them over a run.
 
 A layer's units have the shape of its weight, or [F, C] for the kernels of a convolution.
 """

@@ -1,5 +1,6 @@
 """Training runs: settings, the loop, checkpoints that survive anything, and the files that a run leaves."""
 
+from clicktrain.runs.lock import RunFolderInUse
 from clicktrain.train.checkpoint import DamagedCheckpoint
 from clicktrain.train.config import RunConfig, config_to_dict, from_dict, load_config, resolve_method
 from clicktrain.train.divergence import TrainingDiverged
@@ -8,10 +9,9 @@ from clicktrain.train.fit import fit
 from clicktrain.train.interrupt import TrainingInterrupted
 from clicktrain.train.masked_latency import MaskedLatency
 from clicktrain.train.prepare import Prepared, prepare
-from clicktrain.train.progress import Progress, Silent, StepInfo
+from clicktrain.train.progress import Progress, Silent, StepProgress
 from clicktrain.train.restore import LoadedRun, load_run
 from clicktrain.train.run_folder import RunFolder
-from clicktrain.train.run_lock import RunFolderInUse
 
 __all__ = [
     "DamagedCheckpoint",
@@ -24,7 +24,7 @@ __all__ = [
     "RunFolder",
     "RunFolderInUse",
     "Silent",
-    "StepInfo",
+    "StepProgress",
     "TrainingDiverged",
     "TrainingInterrupted",
     "config_to_dict",

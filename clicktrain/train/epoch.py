@@ -21,7 +21,7 @@ from clicktrain.train.interrupt import StopRequest, TrainingInterrupted
 from clicktrain.train.live import LiveRun
 from clicktrain.train.minibatch import next_epoch
 from clicktrain.train.optim import trained_parameters
-from clicktrain.train.progress import StepInfo
+from clicktrain.train.progress import StepProgress
 from clicktrain.train.state import EpochTotals
 
 _READ_EVERY = 20
@@ -155,10 +155,10 @@ def _interrupted(run: LiveRun, stop: StopRequest) -> TrainingInterrupted:
     )
 
 
-def _step_info(run: LiveRun) -> StepInfo:
+def _step_info(run: LiveRun) -> StepProgress:
     p, course, totals = run.prepared, run.course, run.course.totals
     batches = len(p.train_loader)
-    return StepInfo(
+    return StepProgress(
         epoch=course.epoch + 1,
         epochs=p.config.epochs,
         batch=course.batch,

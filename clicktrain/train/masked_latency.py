@@ -13,9 +13,9 @@ from clicktrain.compiler import accelerate
 from clicktrain.graph import as_inputs
 from clicktrain.graph.batch import blank
 from clicktrain.kernels.pack_model import pack_model_, pack_refusals
-from clicktrain.methods.latency_target import Measured, bare_copy
-from clicktrain.methods.sparse_latency import network_times
-from clicktrain.methods.sparse_times import Timed
+from clicktrain.latency.channels import Measured, bare_copy
+from clicktrain.latency.sparse_times import Timed
+from clicktrain.methods.patterns.latency import network_times
 
 
 class MaskedLatency:

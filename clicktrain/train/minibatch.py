@@ -10,8 +10,8 @@ from clicktrain.accounting.memory import bytes_in_words, bytes_of
 from clicktrain.errors import UserError
 from clicktrain.train.config import BatchRate
 from clicktrain.train.live import LiveRun
+from clicktrain.train.memory_accounting import take_stock
 from clicktrain.train.schedule import refresh_
-from clicktrain.train.stock import take_stock
 
 
 def grown_batch(memory: TrainingMemory, images: int, budget: int, granularity: int, limit: int) -> int:

@@ -13,7 +13,7 @@ if TYPE_CHECKING:
 
 
 @dataclass(frozen=True, slots=True)
-class StepInfo:
+class StepProgress:
     """Where a run is, told every few batches (every batch on a CPU).
 
     Attributes:
@@ -51,7 +51,7 @@ class Progress(Protocol):
     def start(self, config: RunConfig, method: Method[Any], prepared: Prepared) -> None:
         """Everything is checked and loaded, training begins (or goes on)."""
 
-    def step(self, info: StepInfo) -> None:
+    def step(self, info: StepProgress) -> None:
         """Some batches were trained on."""
 
     def epoch(self, record: dict[str, Any]) -> None:
@@ -70,7 +70,7 @@ class Silent:
     def start(self, config: RunConfig, method: Method[Any], prepared: Prepared) -> None:
         """Nothing."""
 
-    def step(self, info: StepInfo) -> None:
+    def step(self, info: StepProgress) -> None:
         """Nothing."""
 
     def epoch(self, record: dict[str, Any]) -> None:

@@ -14,7 +14,10 @@ from typing import Any
 import yaml
 
 from clicktrain.errors import UserError
-from clicktrain.formats.run_files import (
+from clicktrain.formats.tree import append_jsonl, remove_leftovers, write_text_atomic
+from clicktrain.methods import Method
+from clicktrain.models import is_own
+from clicktrain.runs.format import (
     FORMAT_VERSION,
     HEADER,
     check_folder,
@@ -22,12 +25,9 @@ from clicktrain.formats.run_files import (
     read_records,
     read_summary,
 )
-from clicktrain.formats.tree import append_jsonl, remove_leftovers, write_text_atomic
-from clicktrain.methods import Method
-from clicktrain.models import is_own
-from clicktrain.train.config import RunConfig, config_to_dict, from_dict, load_config, read_settings
-from clicktrain.train.logs import LogMark, Mended, take_back
-from clicktrain.train.new_folder import (
+from clicktrain.runs.lock import RunFolderInUse, holder, locked
+from clicktrain.runs.logs import LogMark, Mended, take_back
+from clicktrain.runs.new_folder import (
     CHECKPOINTS,
     clear_begun,
     existing_part,
@@ -35,7 +35,7 @@ from clicktrain.train.new_folder import (
     only_begun,
     remove_new,
 )
-from clicktrain.train.run_lock import RunFolderInUse, holder, locked
+from clicktrain.train.config import RunConfig, config_to_dict, from_dict, load_config, read_settings
 
 
 @dataclass(frozen=True)

@@ -8,8 +8,8 @@ from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import Any
 
+from clicktrain.runs.logs import LogMark
 from clicktrain.train.initial_weights import EarlierCost
-from clicktrain.train.logs import LogMark
 
 
 @dataclass

@@ -15,13 +15,13 @@ from clicktrain.accounting import LayerCost, ModelCost, count
 from clicktrain.accounting.cost import ratio
 from clicktrain.errors import MissedTarget
 from clicktrain.formats.packed_file import save_packed
-from clicktrain.formats.run_files import FORMAT_VERSION
 from clicktrain.formats.tree import save_tree
+from clicktrain.latency.machine import cpu_name, gpu_name, versions
+from clicktrain.runs.format import FORMAT_VERSION
 from clicktrain.surgery import SurgeryPlan, write_recipe
 from clicktrain.train.epoch import check_outputs, note_accuracy
 from clicktrain.train.evaluate import evaluate
 from clicktrain.train.live import LiveRun
-from clicktrain.train.machine import cpu_name, gpu_name, versions
 from clicktrain.train.operators import operator_names
 
 

@@ -45,7 +45,7 @@ def test_the_collector_is_left_as_it_was() -> None:
 
 def test_medians_are_not_means(monkeypatch: pytest.MonkeyPatch) -> None:
     clock = iter([0.0, 1.0, 2.0, 2.1, 3.0, 3.2, 4.0, 9.0])  # a warm-up, then 0.1, 0.2 and 5 seconds
-    monkeypatch.setattr("clicktrain.accounting.timing.time.perf_counter", lambda: next(clock))
+    monkeypatch.setattr("clicktrain.latency.timer.time.perf_counter", lambda: next(clock))
     assert median_ms({"one": lambda: None}, rounds=3)["one"] == pytest.approx(200)
 
 

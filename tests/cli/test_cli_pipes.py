@@ -13,8 +13,8 @@ import pytest
 from cli_runs import TINY, Outcome, call
 
 from clicktrain.cli import main
+from clicktrain.runs.lock import locked
 from clicktrain.train import RunFolder
-from clicktrain.train.run_lock import locked
 
 
 @contextlib.contextmanager

@@ -11,9 +11,9 @@ from rich.console import Console
 from clicktrain.commands.progress import EpochLines, LiveDisplay, epoch_line, make_progress, picture
 from clicktrain.commands.running import log_lines, result_line
 from clicktrain.commands.wording import clock, short
-from clicktrain.train import StepInfo
+from clicktrain.train import StepProgress
 
-INFO = StepInfo(
+INFO = StepProgress(
     epoch=3, epochs=12, batch=40, batches=100, step=240, stage="pool", loss=1.23456, accuracy=54.32,
     density=0.25, learning_rate=0.0123, seconds=61.0, eta_seconds=3725.4, data_share=0.071,
 )  # fmt: skip

@@ -8,8 +8,8 @@ from cli_runs import call
 
 from clicktrain.commands.train import merge, read_recipe
 from clicktrain.methods import METHODS
+from clicktrain.runs.new_folder import remove_new
 from clicktrain.train import config_to_dict, from_dict
-from clicktrain.train.new_folder import remove_new
 
 RECIPE: dict[str, Any] = {"method": "clicktrain", "epochs": 30, "compression": 6.0, "patterns": 8}
 

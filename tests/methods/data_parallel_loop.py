@@ -19,7 +19,7 @@ from torch import Tensor, nn
 from torch.nn.parallel import DistributedDataParallel
 
 from clicktrain import ClickTrain, PruneTrain
-from clicktrain.accounting.agreement import agree_on_, agreed, agreed_text, mean_over_processes
+from clicktrain.comm.agreement import agree_on_, agreed, agreed_text, mean_over_processes
 from clicktrain.methods import DSR, RigL
 
 STEPS, EPOCHS, BATCH = 4, 6, 8

@@ -362,15 +362,15 @@ class Doubled(nn.Linear):
 
 def test_linear_layers_that_are_pruned_and_left_alone() -> None:
     model = Heads()
-    found = Campfire().survey(model, list(model.parameters()))
+    found = Campfire().find_prunable(model, list(model.parameters()))
     assert [layer.name for layer in found.linears] == ["first", "second"]
     assert [layer.source for layer in found.linears] == [None, None]
     assert "Doubled" in found.left_alone["other"][1]
-    assert Campfire(linear="none").survey(model).linears == ()
-    assert "excluded" in Campfire(exclude=("second",)).survey(model).left_alone["second"][1]
+    assert Campfire(linear="none").find_prunable(model).linears == ()
+    assert "excluded" in Campfire(exclude=("second",)).find_prunable(model).left_alone["second"][1]
     with pytest.raises(UserError, match="no layer is called 'nothing'"):
-        Campfire(exclude=("nothing",)).survey(model)
-    found = Campfire().survey(Net())
+        Campfire(exclude=("nothing",)).find_prunable(model)
+    found = Campfire().find_prunable(Net())
     assert [(layer.name, layer.source) for layer in found.linears] == [("head", "deep")]
 
 

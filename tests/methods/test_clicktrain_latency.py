@@ -12,14 +12,14 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from clicktrain.errors import UserError
+from clicktrain.graph.prunable import find_prunable
 from clicktrain.kernels.native import toolchain
+from clicktrain.latency.channels import Measured
+from clicktrain.latency.sparse_times import SparseGeometry, SparseTimes, Timed, sparse_times
 from clicktrain.methods.clicktrain import ClickTrain
-from clicktrain.methods.latency_target import Measured
-from clicktrain.methods.pattern_selection import allocation_gains
-from clicktrain.methods.pruner import Pruner
-from clicktrain.methods.sparse_latency import LatencyAim, SparseLatency
-from clicktrain.methods.sparse_times import SparseGeometry, SparseTimes, Timed, sparse_times
-from clicktrain.methods.survey import survey
+from clicktrain.methods.driver.pruner import Pruner
+from clicktrain.methods.patterns.latency import LatencyAim, SparseLatency
+from clicktrain.methods.patterns.selection import allocation_gains
 
 needs_compiler = pytest.mark.skipif(toolchain() is None, reason="there is no C compiler")
 EXAMPLE = torch.zeros(1, 3, 12, 12)
@@ -97,7 +97,7 @@ def test_noisy_times_become_monotone() -> None:
 
 def test_shares_of_a_layer_add_up_to_one() -> None:
     method = ClickTrain(compression=4)
-    targets = method.targets(method.survey(network()))
+    targets = method.targets(method.find_prunable(network()))
     scores = {t.layer.name: torch.rand(t.layer.shape[:2]) * (i + 1) for i, t in enumerate(targets)}
     gains = allocation_gains(targets, scores, "share")
     assert gains is not None
@@ -112,7 +112,7 @@ def test_shares_of_a_layer_add_up_to_one() -> None:
 def test_predictions_are_the_rest_and_the_layers() -> None:
     model = network()
     method = ClickTrain(compression=4)
-    found = survey(model)
+    found = find_prunable(model)
     found = type(found)(**{**_fields(found), "example": EXAMPLE})
     targets = method.targets(found)
     latency = SparseLatency(found, targets, 12, LatencyAim(None, 1000.0, 8, "inference"))
@@ -195,7 +195,7 @@ def test_what_no_kernels_can_save_is_measured_at_once() -> None:
     assert set(measure.masks) == {"2", "4", "6"}
     for mask in measure.masks.values():
         assert mask.flatten(2).any(2).sum(1).tolist() == [1] * len(mask)
-    found = survey(network())
+    found = find_prunable(network())
     found = type(found)(**{**_fields(found), "example": EXAMPLE, "measure": measure})
     method = ClickTrain(latency_target=0.75, latency_batch=64)
     latency = SparseLatency(found, method.targets(found), 12, method.aim)
@@ -263,6 +263,6 @@ def test_what_cannot_be_done_is_said_at_once(monkeypatch: pytest.MonkeyPatch) ->
 
 
 def test_without_a_compiler(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("clicktrain.methods.sparse_latency.toolchain", lambda: None)
+    monkeypatch.setattr("clicktrain.methods.patterns.latency.toolchain", lambda: None)
     with pytest.raises(UserError, match="there is no C compiler: give a compression"):
         attached(network(), latency_target=0.5)

@@ -12,10 +12,10 @@ from torch import Tensor, nn
 from torch.nn.utils import parametrizations
 
 from clicktrain.errors import UserError
+from clicktrain.graph.prunable import ConvLayer
 from clicktrain.methods import ClickTrain
-from clicktrain.methods.clicktrain_settings import PRESETS
-from clicktrain.methods.pattern_selection import Selection, Target
-from clicktrain.methods.survey import ConvLayer
+from clicktrain.methods.patterns.selection import Selection, Target
+from clicktrain.methods.patterns.settings import PRESETS
 from clicktrain.sparsity.patterns import fixed_pool
 
 
@@ -187,7 +187,7 @@ def test_a_shared_weight_counts_once_in_the_compression() -> None:
     model = nn.Sequential(*(nn.Conv2d(8, 8, 3, padding=1) for _ in range(4)))
     model[2].weight = model[1].weight
     optimizer = torch.optim.SGD(model.parameters(), lr=0.1)
-    found = ClickTrain(compression=1.5).survey(model, optimizer.param_groups[0]["params"])
+    found = ClickTrain(compression=1.5).find_prunable(model, optimizer.param_groups[0]["params"])
     assert [layer.name for layer in found.layers] == ["3"]
     assert found.conv_weights == 3 * 8 * 8 * 9
 

@@ -15,7 +15,7 @@ from torch import Tensor
 from clicktrain.errors import UserError
 from clicktrain.methods import ClickTrain
 from clicktrain.methods.clicktrain import STAGES
-from clicktrain.methods.clicktrain_settings import PRESETS
+from clicktrain.methods.patterns.settings import PRESETS
 
 # ---------------------------------------------------------------- the five stages
 

@@ -14,7 +14,7 @@ from torch import Tensor
 from clicktrain.errors import UserError
 from clicktrain.methods import ClickTrain
 from clicktrain.methods.clicktrain import STAGES
-from clicktrain.methods.clicktrain_settings import PRESETS
+from clicktrain.methods.patterns.settings import PRESETS
 
 
 @pytest.mark.parametrize("unscale", [False, True])

@@ -13,7 +13,7 @@ from torch import Tensor
 from clicktrain.errors import UserError
 from clicktrain.methods import ClickTrain, Pruner
 from clicktrain.methods.clicktrain import STAGES
-from clicktrain.methods.clicktrain_settings import PRESETS
+from clicktrain.methods.patterns.settings import PRESETS
 
 
 @pytest.mark.parametrize("preset", sorted(PRESETS))

@@ -11,8 +11,8 @@ from torch import Tensor, nn
 
 from clicktrain import RigL
 from clicktrain.errors import NetworkCollapsed, UserError
-from clicktrain.methods.collapse import at_chance
-from clicktrain.methods.survey import check_convolutions, survey
+from clicktrain.graph.prunable import check_convolutions, find_prunable
+from clicktrain.methods.driver.collapse import at_chance
 
 
 class Identities(nn.Module):
@@ -109,6 +109,6 @@ def test_a_loss_that_stays_at_chance(
 def test_networks_that_a_method_cannot_prune_are_refused() -> None:
     one = nn.Sequential(nn.Conv2d(3, 4, 3), nn.Flatten(), nn.Linear(16, 2))
     with pytest.raises(UserError, match=r"no convolution that X can prune \(0: first convolution.*include"):
-        check_convolutions(survey(one, linear=True), "X")
-    check_convolutions(survey(one, linear=True, include=("0",)), "X")
-    check_convolutions(survey(nn.Sequential(nn.Linear(3, 3), nn.Linear(3, 2)), linear=True), "X")
+        check_convolutions(find_prunable(one, linear=True), "X")
+    check_convolutions(find_prunable(one, linear=True, include=("0",)), "X")
+    check_convolutions(find_prunable(nn.Sequential(nn.Linear(3, 3), nn.Linear(3, 2)), linear=True), "X")

@@ -17,7 +17,7 @@ from torch import Tensor, nn
 from clicktrain.errors import UserError
 from clicktrain.kernels.sparse_conv2d.module import PackedConv2d
 from clicktrain.methods import DSR, Pruner, RigL
-from clicktrain.methods.base import ApplyMasks, RunLength, Step
+from clicktrain.methods.base import ApplyMasks, RunLength, StepInfo
 from clicktrain.sparsity.masks import sparsity_of
 
 sys.path.append(str(Path(__file__).parents[1] / "papers"))
@@ -238,9 +238,9 @@ def test_accumulated_gradients_and_steps_without_any() -> None:
     # 3 falls between two steps, the one at 4 makes up for it.
     assert [e["step"] for e in run.pruner.events if e["event"] == "regrown"] == [4, 6, 10, 12, 16]
     run = Watched(method="rigl", interval=3)
-    method, found, state = run.pruner.method, run.pruner.network.found, run.pruner._state
-    step = Step(3, 1, torch.tensor(1.0), [], RunLength(6, 4))
-    (action,) = method.after_step(state, found, step)  # a mixed-precision overflow: no gradients were read
+    method, prunable, state = run.pruner.method, run.pruner.network.prunable, run.pruner._state
+    step = StepInfo(3, 1, torch.tensor(1.0), [], RunLength(6, 4))
+    (action,) = method.after_step(state, prunable, step)  # a mixed-precision overflow: no gradients were read
     assert isinstance(action, ApplyMasks)
     assert state.updated == 0  # to be made up for at the next
 

@@ -71,7 +71,7 @@ def test_an_era_that_begins_earlier_has_its_length_and_its_thresholds() -> None:
 def test_structures_are_counted_over_the_whole_network(name: str, criterion: Any) -> None:
     method = MAKERS[name](epi_threshold=1.0, criterion=criterion)
     pruner = attach(method)
-    layers = {layer.name: layer.module for layer in pruner.network.found.layers}
+    layers = {layer.name: layer.module for layer in pruner.network.prunable.convs}
     sums: dict[tuple[str, int, int], float] = {}
     for x, y in batches(PER_EPOCH):
         loss = F.cross_entropy(pruner.model(x), y)

@@ -17,8 +17,8 @@ from clicktrain.accounting import count
 from clicktrain.errors import MissedTarget, UserError
 from clicktrain.methods import ChannelsThenPatterns, Pruner
 from clicktrain.methods.base import RunLength
-from clicktrain.methods.channel_costs import ChannelCosts, CostMeter
-from clicktrain.methods.target_steering import wanted_share
+from clicktrain.methods.channels.costs import ChannelCosts, CostMeter
+from clicktrain.methods.channels.steering import wanted_share
 from clicktrain.sparsity.channel_lasso import measured_step
 from clicktrain.surgery import apply_surgery_, channel_groups, plan_from_keep
 

@@ -14,9 +14,9 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from clicktrain.graph.prunable import ConvLayer
 from clicktrain.methods import ClickTrain, Pruner
-from clicktrain.methods.pattern_selection import Target, allocation_gains
-from clicktrain.methods.survey import ConvLayer
+from clicktrain.methods.patterns.selection import Target, allocation_gains
 
 SCHEDULE: dict[str, Any] = {
     "earliest_start": 0.1,

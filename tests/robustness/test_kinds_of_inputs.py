@@ -62,7 +62,7 @@ def test_what_is_kept_of_a_batch_is_small_and_its_own(form: str) -> None:
     pruner = EARLY.attach(model, torch.optim.SGD(model.parameters(), lr=0.1), epochs=1, steps_per_epoch=1)
     call = as_inputs(inputs(form, 64), model)
     call.call(model)
-    kept = pruner.network.found.example
+    kept = pruner.network.prunable.example
     assert batch_size(kept) <= 3
     for mine, theirs in zip(kept.tensors(), call.tensors(), strict=True):
         assert not mine.requires_grad

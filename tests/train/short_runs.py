@@ -14,7 +14,7 @@ from typing import Any
 import torch
 from safetensors.torch import load_file
 
-from clicktrain.train import RunFolder, Silent, StepInfo, fit, from_dict
+from clicktrain.train import RunFolder, Silent, StepProgress, fit, from_dict
 
 HERE = Path(__file__).parent
 BATCHES = 11
@@ -51,7 +51,7 @@ class At(Silent):
         self.messages: list[str] = []
         self.stage = ""
 
-    def step(self, info: StepInfo) -> None:
+    def step(self, info: StepProgress) -> None:
         if (info.epoch - 1) * info.batches + info.batch == self.batch:
             self.stage = info.stage
             self.action()

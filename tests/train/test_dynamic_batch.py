@@ -19,7 +19,7 @@ from clicktrain.accounting import TrainingMemory
 from clicktrain.accounting.memory import bytes_in_words, bytes_of
 from clicktrain.data import Augment, make_loader, open_data
 from clicktrain.errors import UserError
-from clicktrain.train import RunConfig, RunFolder, StepInfo, TrainingInterrupted
+from clicktrain.train import RunConfig, RunFolder, StepProgress, TrainingInterrupted
 from clicktrain.train.batch_sizes import BatchSizes
 from clicktrain.train.minibatch import grown_batch, rate_factor
 from clicktrain.train.schedule import learning_rate_factor, make_scheduler, refresh_
@@ -48,7 +48,7 @@ class AtStep(Messages):
         self.number, self.what = number, action
         self.epochs: list[int] = []
 
-    def step(self, info: StepInfo) -> None:
+    def step(self, info: StepProgress) -> None:
         self.epochs.append(info.epoch)
         if info.step == self.number:
             self.what()

@@ -16,7 +16,7 @@ from clicktrain.formats.packed_file import load_packed
 from clicktrain.train import (
     RunFolder,
     Silent,
-    StepInfo,
+    StepProgress,
     evaluate,
     fit,
     from_dict,
@@ -110,7 +110,7 @@ def test_an_unfinished_group_of_batches_makes_a_step_of_its_own(tmp_path: Path) 
     steps: list[int] = []
 
     class Count(Silent):
-        def step(self, info: StepInfo) -> None:
+        def step(self, info: StepProgress) -> None:
             steps.append(info.step)
 
     run(tmp_path / "run", {**DENSE, "epochs": 1, "accumulate": 4}, Count())
@@ -141,7 +141,7 @@ def test_fp16_scales_the_loss_and_survives_overflow(tmp_path: Path) -> None:
         def start(self, config: Any, method: Any, prepared: Any) -> None:
             self.scheduler = prepared.scheduler
 
-        def step(self, info: StepInfo) -> None:
+        def step(self, info: StepProgress) -> None:
             scales.append(self.scheduler.last_epoch)
 
     settings = {**DENSE, "epochs": 1, "precision": "fp16", "batch_size": 256, "ema_decay": 0.5}

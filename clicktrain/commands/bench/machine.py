@@ -7,8 +7,8 @@ from typing import Any
 import torch
 
 from clicktrain.kernels.native import toolchain
+from clicktrain.latency.machine import cpu_name, gpu_name, versions
 from clicktrain.train.device import resolve_device
-from clicktrain.train.machine import cpu_name, gpu_name, versions
 
 
 def about(given: dict[str, Any]) -> dict[str, Any]:

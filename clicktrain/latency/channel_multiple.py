@@ -1,0 +1,228 @@
+"""Widths that the device runs well: the multiple that pays, found by timing the network as it would be left.
+
+After channels have gone a layer has any number of them, 23 say. Vector lanes and tensor cores work in blocks:
+on some devices 24 channels are faster than 23, on others only as slow, and which layers it happens to depends
+on the widths that pruning has left. So each multiple is carried out on a copy of the network, and a training
+step of the copies is timed, taking turns.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import hashlib
+import json
+import statistics
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor, nn
+from torch.utils import _pytree as pytree
+
+from clicktrain.comm.agreement import agreed
+from clicktrain.errors import UserError
+from clicktrain.formats.memory_format import keep_out_of_channels_last_
+from clicktrain.graph import Inputs, as_inputs
+from clicktrain.graph.batch import batch_size, blank, first_of_batch, first_tensor
+from clicktrain.graph.prunable import SeenBatch
+from clicktrain.latency.channels import bare_copy
+from clicktrain.latency.layer_times import cache_folder, clock_of, keep_json, machine, synchronised
+from clicktrain.latency.timer import timed_for
+from clicktrain.surgery import SurgeryPlan, apply_surgery_
+from clicktrain.surgery.norms import norm_alone_
+
+FORMAT_VERSION = 2
+MULTIPLES = (1, 2, 4, 8, 16, 32)
+"""What widths may be rounded to."""
+CPU_IMAGES = 16
+"""Images at most per thread of a CPU, where time is proportional to them from a few on."""
+ROUNDS = (5, 30)
+"""At least and at most so many timed steps of each copy,"""
+SECONDS = 1.5
+"""for about so long."""
+WORTH = 0.03
+"""Share of the time that a larger multiple has to save: measurements repeat to about that."""
+
+
+class BatchForm(NamedTuple):
+    """What the time of a step depends on of a batch: shape, strides, and what autocast computes in."""
+
+    shape: tuple[int, ...]
+    strides: tuple[int, ...] = ()
+    autocast: str | None = None
+
+    @classmethod
+    def of(cls, seen: SeenBatch) -> BatchForm:
+        """Of a batch that was seen."""
+        dtype = None if seen.autocast is None else str(seen.autocast).removeprefix("torch.")
+        first = first_tensor(as_inputs(seen.inputs))
+        return cls(tuple(first.shape), first.stride(), dtype)
+
+    def blank(self, like: Any) -> SeenBatch:
+        """Zeros in this form, with the dtypes and devices of other inputs, and their shapes but the first."""
+        inputs = blank(as_inputs(like), self.shape[0] if self.shape else None)
+        first = first_tensor(inputs)
+        x = first.new_zeros(self.shape)
+        if self.strides:
+            x = x.new_empty_strided(self.shape, self.strides).zero_()
+        whole = inputs.map(lambda tensor: x if tensor is first else tensor)
+        return SeenBatch(whole, None if self.autocast is None else getattr(torch, self.autocast))
+
+
+@dataclass(frozen=True, slots=True)
+class Rounding:
+    """What rounding all widths up to a multiple leaves: milliseconds of a training step, and channels."""
+
+    multiple: int
+    ms: float
+    channels: int
+
+
+@dataclass(frozen=True, slots=True)
+class WidthChoice:
+    """What was measured.
+
+    Attributes:
+        chosen: the multiple that pays.
+        rows: one per candidate; multiples that leave the same network have one time.
+        images, dtype: the batch that was timed, and what autocast computed in, or ``float32``.
+    """
+
+    chosen: int
+    rows: tuple[Rounding, ...]
+    images: int
+    dtype: str
+
+    def to_json(self) -> dict[str, Any]:
+        """Plain lists, numbers and strings for `json.dumps`."""
+        return {"version": FORMAT_VERSION, **json.loads(json.dumps(dataclasses.asdict(self)))}
+
+    @classmethod
+    def from_json(cls, document: Mapping[str, Any]) -> WidthChoice:
+        """Inverse of `to_json`; UserError if the document is none, or of another version."""
+        try:
+            if document["version"] != FORMAT_VERSION:
+                raise UserError(f"the choice of widths has format version {document['version']}")
+            rows = tuple(
+                Rounding(int(r["multiple"]), float(r["ms"]), int(r["channels"])) for r in document["rows"]
+            )
+            return cls(int(document["chosen"]), rows, int(document["images"]), str(document["dtype"]))
+        except (KeyError, TypeError, ValueError, AttributeError) as error:
+            raise UserError(f"this is no choice of widths: {type(error).__name__} {error}") from None
+
+
+def fastest_multiple(
+    model: nn.Module, seen: SeenBatch, plans: Mapping[int, SurgeryPlan], *, folder: Path | None = None
+) -> WidthChoice | None:
+    """The multiple whose network trains fastest, by measurement.
+
+    A larger multiple is worth its extra channels if a step becomes at least 3% faster than with the best
+    smaller one. What was measured is kept on disk: the same network on the same device decides alike when a
+    run is repeated or resumed. The model and its optimizer stay as they are.
+
+    Args:
+        model: the network before any of the plans.
+        seen: a training batch; on a CPU at most `CPU_IMAGES` per thread are timed.
+        plans: multiple -> what would be removed, the smallest multiple first.
+        folder: where measurements are kept; ``clicktrain/latency`` in the user's cache by default.
+
+    Returns:
+        None where all plans leave the same network: there is nothing to choose.
+    """
+    left = {multiple: _left(plan) for multiple, plan in plans.items()}
+    if len(set(left.values())) < 2:
+        return None
+    inputs = as_inputs(seen.inputs, model)
+    device = first_tensor(inputs).device
+    if device.type == "cpu":
+        inputs = first_of_batch(inputs, CPU_IMAGES * torch.get_num_threads())
+    path = (folder or cache_folder()) / f"widths-{_key(model, inputs, seen, left)}.json"
+    choice = _read(path)
+    if choice is None:
+        distinct = {text: plans[multiple] for multiple, text in reversed(left.items())}
+        ms = step_ms(model, inputs, seen.autocast, distinct)
+        rows = tuple(
+            Rounding(multiple, ms[text], sum(row.outputs[1] for row in plans[multiple].layers))
+            for multiple, text in left.items()
+        )
+        dtype = str(seen.autocast or torch.float32).removeprefix("torch.")
+        choice = WidthChoice(best(rows), rows, batch_size(inputs), dtype)
+        keep_json(path, choice.to_json())
+    (chosen,) = agreed([choice.chosen], device)
+    return dataclasses.replace(choice, chosen=int(chosen))
+
+
+def best(rows: Sequence[Rounding], worth: float = WORTH) -> int:
+    """The multiple that pays: each larger one has to be faster than the best smaller one by ``worth``."""
+    chosen = rows[0]
+    for row in rows[1:]:
+        if row.ms < (1 - worth) * chosen.ms:
+            chosen = row
+    return chosen.multiple
+
+
+def step_ms(
+    model: nn.Module, example: Any, autocast: torch.dtype | None, plans: Mapping[str, SurgeryPlan]
+) -> dict[str, float]:
+    """Median milliseconds of a forward and backward pass in training mode, of a copy after each plan.
+
+    The copies take turns. Where one thread does the work it is that thread's time on the processor: other
+    programs do not count.
+    """
+    calls: dict[str, Callable[[], object]] = {}
+    inputs = as_inputs(example, model)
+    device = first_tensor(inputs).device
+    devices = [device] if device.type == "cuda" else []
+    with torch.random.fork_rng(devices), torch.enable_grad(), torch.inference_mode(False):
+        for name, plan in plans.items():
+            replica = bare_copy(model)
+            apply_surgery_(plan, replica)
+            keep_out_of_channels_last_(replica)
+            norm_alone_(replica)
+            calls[name] = synchronised(_step(replica.train(), inputs, autocast), device)
+        times = timed_for(calls, SECONDS, ROUNDS, clock=clock_of(device))
+    return {name: statistics.median(found) for name, found in times.items()}
+
+
+def _step(model: nn.Module, inputs: Inputs, autocast: torch.dtype | None) -> Callable[[], object]:
+    trained = [parameter for parameter in model.parameters() if parameter.requires_grad]
+    kind = first_tensor(inputs).device.type
+
+    def step() -> None:
+        with torch.autocast(kind, dtype=autocast, enabled=autocast is not None):
+            outputs = inputs.call(model)
+        tensors = [y for y in pytree.tree_leaves(outputs) if isinstance(y, Tensor) and y.requires_grad]
+        torch.autograd.grad(tensors, trained, [torch.ones_like(y) for y in tensors], allow_unused=True)
+        torch.clear_autocast_cache()  # inside another autocast the next step would find its casts there
+
+    return step
+
+
+def _left(plan: SurgeryPlan) -> str:
+    """Which network a plan leaves, as far as its time depends on it."""
+    cuts = sorted((cut.name, cut.dim, len(cut.keep)) for cut in plan.cuts)
+    gates = sorted((gate.name, gate.kind, len(gate.channels)) for gate in plan.gates)
+    return json.dumps([cuts, sorted(layer.name for layer in plan.removed_layers), gates])
+
+
+def _key(model: nn.Module, inputs: Inputs, seen: SeenBatch, left: Mapping[int, str]) -> str:
+    about = [
+        FORMAT_VERSION,
+        machine(first_tensor(inputs).device),
+        torch.__version__,
+        str(model),
+        [[*tensor.shape, *tensor.stride()] for tensor in inputs.tensors()],
+        str(seen.autocast),
+        [[*p.shape, *p.stride()] for p in model.parameters()],
+        [*left.items()],
+    ]
+    return hashlib.sha256(json.dumps(about).encode()).hexdigest()[:32]
+
+
+def _read(path: Path) -> WidthChoice | None:
+    try:
+        return WidthChoice.from_json(json.loads(path.read_text(encoding="utf-8")))
+    except (OSError, ValueError, UserError):
+        return None

@@ -1,0 +1,297 @@
+"""Latency-aware pruning: what a structure costs on this device, predicted and measured (When to Prune?, 4.3).
+
+The paper penalises "the neuron group's saliency with the latency reduction resulting from pruning them" and
+prints no formula. Here importance is divided by the time that the removal of a neuron saves: what is left is
+importance per millisecond, which a target in milliseconds is paid for in.
+"""
+
+from __future__ import annotations
+
+import copy
+import statistics
+from collections import OrderedDict
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor, fx, nn
+
+from clicktrain.comm.agreement import agreed
+from clicktrain.errors import UserError
+from clicktrain.graph import Inputs, as_inputs
+from clicktrain.graph.batch import blank, first_tensor
+from clicktrain.latency.layer_times import LayerGeometry, LayerTimes, clock_of, layer_times, synchronised
+from clicktrain.latency.timer import timed_for
+from clicktrain.surgery import SurgeryPlan, apply_surgery_
+from clicktrain.surgery.groups import Dependencies
+from clicktrain.surgery.operations import operation
+
+ROUNDS = (7, 80)
+"""At least and at most so many measurements of a network,"""
+SECONDS = 0.6
+"""for about so long."""
+LEAST_SAVING = 0.05
+"""A neuron counts as saving this share of the mean at least: one that saves nothing is not worth infinity."""
+_HOOKS = ("_forward_hooks", "_forward_pre_hooks", "_backward_hooks", "_backward_pre_hooks")
+_NO_WORK = ("input", "output", "attribute", "reshape", "getitem", "permute", "squeeze", "unsqueeze", "expand")
+
+
+@dataclass(frozen=True, slots=True)
+class Width:
+    """A number of channels as a function of the kept neurons: ``fixed + sum of each * kept[group]``."""
+
+    fixed: int
+    parts: tuple[tuple[str, int], ...]
+
+    def at(self, kept: Mapping[str, int]) -> int:
+        """So many channels with these kept neurons per group."""
+        return self.fixed + sum(each * kept[group] for group, each in self.parts)
+
+
+class LatencyModel:
+    """Predicts the inference time of a network from the number of kept neurons of each group.
+
+    The times of convolutions and linear layers come from measured tables; what the whole network takes
+    beyond them (batch norm, activations, additions, pooling) goes with the elements that these produce.
+
+    Attributes:
+        batch: images of a batch.
+        dense_ms: the whole network, measured.
+    """
+
+    def __init__(
+        self, found: Dependencies, sizes: Mapping[str, int], example: Any, batch: int, dense_ms: float
+    ) -> None:
+        """From the dependencies of a network, the sizes of its prunable groups and a blank input.
+
+        Raises:
+            UserError: the network has layers whose time is not known.
+        """
+        self.batch, self.dense_ms = batch, dense_ms
+        self._sizes = dict(sizes)
+        self._layers = self._find_layers(found)
+        times = layer_times([geometry for geometry, _, _ in self._layers], batch, _device(example))
+        self._times: list[tuple[LayerTimes, Width, Width]] = [
+            (times[geometry], inputs, outputs) for geometry, inputs, outputs in self._layers
+        ]
+        self._elements = self._find_elements(found)
+        self._rest_ms = max(dense_ms - self._layer_ms(sizes), 0.0)
+
+    def predict(self, kept: Mapping[str, int]) -> float:
+        """Milliseconds of a batch with so many kept neurons per group."""
+        elements = self._elements.at(kept) / max(self._elements.at(self._sizes), 1)
+        return self._layer_ms(kept) + self._rest_ms * elements
+
+    def saved_by_a_neuron(self, kept: Mapping[str, int]) -> dict[str, float]:
+        """Milliseconds that the next neurons of each group save, per neuron; never negative."""
+        now, saved = self.predict(kept), {}
+        for group, count in kept.items():
+            fewer = min(max(1, count // 8), count - 1)
+            less = self.predict({**kept, group: count - fewer}) if fewer > 0 else now
+            saved[group] = max(now - less, 0.0) / max(fewer, 1)
+        return saved
+
+    def penalised(
+        self, scores: Mapping[str, Tensor], kept: Mapping[str, int], strength: float
+    ) -> dict[str, Tensor]:
+        """Importance over the time saved, the latter relative to its mean and to the power ``strength``."""
+        saved = self.saved_by_a_neuron(kept)
+        mean = sum(saved.values()) / max(len(saved), 1)
+        if strength == 0 or mean == 0:
+            return dict(scores)
+        return {
+            name: score / (LEAST_SAVING + saved[name] / mean) ** strength for name, score in scores.items()
+        }
+
+    def _layer_ms(self, kept: Mapping[str, int]) -> float:
+        return sum(times.at(inputs.at(kept), outputs.at(kept)) for times, inputs, outputs in self._times)
+
+    def _find_layers(self, found: Dependencies) -> list[tuple[LayerGeometry, Width, Width]]:
+        layers = []
+        for node in found.graph.nodes:
+            word = operation(found.graph, node)
+            if word not in ("conv", "conv_transpose", "linear"):
+                continue
+            module: Any = found.graph.module(node)
+            if not isinstance(module, (nn.Conv2d, nn.Linear)):
+                raise UserError(
+                    f"latency is predicted for 2-D convolutions and linear layers; {node.target} is a "
+                    f"{type(module).__name__}: give a pruning ratio instead"
+                )
+            layers.append(self._layer(found, node, module))
+        return layers
+
+    def _layer(self, found: Dependencies, node: fx.Node, module: Any) -> tuple[LayerGeometry, Width, Width]:
+        name, (outputs, inputs) = f"{node.target}.weight", module.weight.shape[:2]
+        shape = found.graph.shapes[node.all_input_nodes[0]]
+        rows, columns = self._width(found, name, 0, outputs), self._width(found, name, 1, inputs)
+        if isinstance(module, nn.Linear):
+            geometry = LayerGeometry(
+                inputs, outputs, input_hw=shape[1:-1], inputs_vary=bool(columns.parts),
+                outputs_vary=bool(rows.parts),
+            )  # fmt: skip
+            return geometry, columns, rows
+        depthwise = inputs == 1 and module.groups > 1
+        if isinstance(module.padding, str):
+            raise UserError(f"latency is not predicted for padding={module.padding!r} of {node.target}")
+        columns = (
+            rows
+            if depthwise
+            else Width(
+                columns.fixed * module.groups, tuple((g, each * module.groups) for g, each in columns.parts)
+            )
+        )
+        geometry = LayerGeometry(
+            module.in_channels, outputs, module.kernel_size, module.stride, module.padding, module.dilation,
+            0 if depthwise else module.groups, shape[2:], bool(columns.parts), bool(rows.parts),
+        )  # fmt: skip
+        return geometry, columns, rows
+
+    def _width(self, found: Dependencies, name: str, dim: int, channels: int) -> Width:
+        parts, varying = [], 0
+        for group in found.groups:
+            if group.name not in self._sizes:
+                continue
+            for member in group.members:
+                if (member.name, member.dim) == (name, dim):
+                    parts.append((group.name, len(member.indices[0])))
+                    varying += len(member.indices[0]) * group.size
+        return Width(channels - varying, tuple(parts))
+
+    def _find_elements(self, found: Dependencies) -> Width:
+        """Elements per image that everything but the layers of the tables produces."""
+        each: dict[str, int] = {}
+        fixed = 0
+        names = [group.name for group in found.groups]
+        for node in found.graph.nodes:
+            shape, word = found.graph.shapes.get(node), operation(found.graph, node)
+            channels = found.flow.channels.get(node)
+            if shape is None or channels is None or word in (*_NO_WORK, "conv", "linear"):
+                continue
+            one = torch.Size(shape[1:]).numel() // max(len(channels.ids), 1)
+            for place in found.places(node):
+                if place is not None and names[place[0]] in self._sizes:
+                    each[names[place[0]]] = each.get(names[place[0]], 0) + one
+                else:
+                    fixed += one
+        # Sums over all channels of a group: so much for each of them.
+        return Width(fixed, tuple((name, total // self._sizes[name]) for name, total in each.items()))
+
+
+@dataclass(frozen=True, slots=True)
+class Measured:
+    """Milliseconds of a network before and after a plan, and the latter over the former.
+
+    Times are the least of many. The ratio is the median over rounds, whose two times were taken one after the
+    other, so that a machine that becomes busier changes little.
+    """
+
+    dense_ms: float
+    pruned_ms: float
+    ratio: float
+
+    def agreed(self, device: torch.device) -> Measured:
+        """What the first of several processes has measured."""
+        return Measured(*agreed([self.dense_ms, self.pruned_ms, self.ratio], device))
+
+
+def measure_ms(model: nn.Module, example: Any, batch: int) -> float:
+    """Milliseconds of a batch in inference; arguments as `compare_ms`."""
+    (ms,) = agreed([min(_times(model, [None], example, batch, SECONDS)[0])], _device(example))
+    return ms
+
+
+def compare_ms(
+    model: nn.Module, plan: SurgeryPlan, example: Any, batch: int, seconds: float = SECONDS
+) -> Measured:
+    """Times of a batch in inference, of a copy of a network and of one after a plan.
+
+    The copies take turns, run in evaluation mode and leave the network as it is.
+
+    Args:
+        model: the network.
+        plan: to be carried out on a copy.
+        example: inputs of one image or more, whose sizes and device count.
+        batch: images.
+        seconds: for about so long.
+    """
+    times = _times(model, [None, plan], example, batch, seconds)
+    ratios = [pruned / dense for dense, pruned in zip(times[0], times[1], strict=True)]
+    return Measured(min(times[0]), min(times[1]), statistics.median(ratios)).agreed(_device(example))
+
+
+def _times(
+    model: nn.Module, plans: Sequence[SurgeryPlan | None], example: Any, batch: int, seconds: float
+) -> dict[int, list[float]]:
+    """Milliseconds of every round for each plan."""
+    inputs = blank(as_inputs(example, model), batch)
+    if any(p.dim() == 4 and _channels_last(p) for p in model.parameters()):
+        inputs = inputs.map(
+            lambda t: t.contiguous(memory_format=torch.channels_last) if t.dim() == 4 else t.contiguous()
+        )
+    device = _device(inputs)
+    calls: dict[int, Callable[[], object]] = {}
+    for number, plan in enumerate(plans):
+        replica = bare_copy(model)
+        if plan is not None:
+            apply_surgery_(plan, replica)
+        replica.eval()
+        calls[number] = synchronised(_forward(replica, inputs), device)
+    with torch.inference_mode():
+        return timed_for(calls, seconds, ROUNDS, clock=clock_of(device))
+
+
+def bare_copy(model: nn.Module) -> nn.Module:
+    """A copy without gradients and hooks; what hooks hold on to is not copied."""
+    memo: dict[int, Any] = {}
+    for parameter in model.parameters():
+        memo[id(parameter)] = nn.Parameter(parameter.detach().clone(), parameter.requires_grad)
+    modules = list(model.modules())
+    hooks = [{name: getattr(module, name) for name in _HOOKS} for module in modules]
+    try:
+        for module in modules:
+            for name in _HOOKS:
+                setattr(module, name, OrderedDict())
+        return copy.deepcopy(model, memo)
+    finally:
+        for module, kept in zip(modules, hooks, strict=True):
+            for name, table in kept.items():
+                setattr(module, name, table)
+
+
+def _forward(model: nn.Module, inputs: Inputs) -> Callable[[], object]:
+    return lambda: inputs.call(model)
+
+
+def _device(example: Any) -> torch.device:
+    return first_tensor(as_inputs(example)).device
+
+
+def _channels_last(weight: Tensor) -> bool:
+    return weight.is_contiguous(memory_format=torch.channels_last) and not weight.is_contiguous()
+
+
+def fewest_pruned(
+    order: Sequence[tuple[str, int]],
+    masks: Callable[[Sequence[tuple[str, int]]], dict[str, Tensor]],
+    predict: Callable[[Mapping[str, int]], float],
+    aim: float,
+) -> dict[str, Tensor]:
+    """The masks with the fewest pruned neurons whose predicted time is not over ``aim``.
+
+    Args:
+        order: neurons in the order in which they go.
+        masks: of the first few of the order.
+        predict: milliseconds; does not rise with more pruned neurons.
+        aim: milliseconds. Where all of the order does not get there, all of it goes.
+    """
+    low, high = 0, len(order)
+    while low < high:
+        middle = (low + high) // 2
+        kept = {name: int(mask.sum()) for name, mask in masks(order[:middle]).items()}
+        if predict(kept) <= aim:
+            high = middle
+        else:
+            low = middle + 1
+    return masks(order[:low])

@@ -1,0 +1,86 @@
+"""Searching for the structure that meets a latency, as measured (When to Prune?, section 4.3)."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, field
+
+from torch import Tensor
+
+from clicktrain.surgery.neurons import widths
+
+Masks = dict[str, Tensor]
+
+
+@dataclass(eq=False)
+class LatencySearch:
+    """The structures that were measured on the way to a latency, and where to go on.
+
+    ``predict``: kept neurons per group -> milliseconds. ``within``: (milliseconds, masks of groups that are
+    decided) -> the masks with the fewest pruned neurons.
+    """
+
+    predict: Callable[[Mapping[str, int]], float]
+    within: Callable[[float, Masks], Masks]
+    tried: list[tuple[float, float, Masks]] = field(default_factory=list)
+    """Predicted milliseconds, measured / target, masks."""
+    seen: set[tuple[int, ...]] = field(default_factory=set)
+    fixed: Masks = field(default_factory=dict)
+
+    def after(self, masks: Masks, reached: float) -> Masks | None:
+        """The next structure to measure after one that took ``reached`` times the target; None: no other.
+
+        Layers are fast at some widths, so that one neuron may make a difference of more than the tolerance.
+        Where the target lies in such a step, the layers that make it keep their width, and others go on.
+        """
+        self.tried.append((self.predict(widths(masks)), reached, masks))
+        self.seen.add(tuple(widths(masks).values()))
+        following = self._new()
+        if following is not None:
+            return following
+        slow = min((one for one in self.tried if one[1] > 1), key=lambda one: one[0], default=None)
+        fast = max((one for one in self.tried if one[1] <= 1), key=lambda one: one[0], default=None)
+        if slow is None and fast is not None:  # the next slower one is more than a proportion away
+            aims = (fast[0] * 1.05**step for step in range(1, 20))
+            return next((found for aim in aims if (found := self._new(aim)) is not None), None)
+        if slow is None or fast is None:
+            return None
+        before, after = widths(slow[2]), widths(fast[2])
+        self.fixed |= {name: slow[2][name] for name in before if before[name] > after[name]}
+        self.tried = [slow]
+        return self._new()
+
+    def _new(self, aim: float | None = None) -> Masks | None:
+        aim = next_aim([one[:2] for one in self.tried]) if aim is None else aim
+        masks = self.within(aim, self.fixed)
+        return None if tuple(widths(masks).values()) in self.seen else masks
+
+
+def next_aim(tried: Sequence[tuple[float, float]]) -> float:
+    """Where to go on searching for a latency.
+
+    Networks of odd widths are slower or faster than their neighbours, and clocks are noisy, so a step in
+    proportion may jump to and fro: once there are a network that is too slow and a smaller one that is too
+    fast, the next is between them.
+
+    Args:
+        tried: predicted milliseconds of what was measured, and measured / target; at least one.
+
+    Returns:
+        Predicted milliseconds.
+
+    Example:
+        >>> next_aim([(10.0, 1.25)]), next_aim([(10.0, 1.25), (8.0, 0.5)])
+        (8.0, 9.0)
+    """
+    predicted, reached = tried[-1]
+    aim = predicted / reached
+    slow = min((p for p, r in tried if r > 1), default=None)
+    fast = max((p for p, r in tried if r <= 1), default=None)
+    if slow is None or fast is None:
+        return aim
+    if fast < slow:
+        return aim if fast < aim < slow else (fast + slow) / 2
+    estimates = [math.log(p / r) for p, r in tried]  # they contradict each other
+    return math.exp(sum(estimates) / len(estimates))

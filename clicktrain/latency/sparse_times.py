@@ -1,0 +1,252 @@
+"""Measured times of pruned convolutions over their kept kernels, and of the dense ones beside them.
+
+The sparse operators are timed as in an accelerated network: on activations that are in the blocked layout
+already. A table is built once for a layer's geometry and kept on disk; between its points times are
+interpolated, and they are made monotone as in `clicktrain.latency.layer_times`. Tilings are those of the
+rule: what a compiler gains by measuring them too is left to the correction by the whole network's time.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+from collections.abc import Callable, Iterable, Sequence
+from dataclasses import asdict, dataclass, replace
+from pathlib import Path
+from typing import Literal
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from clicktrain.comm.agreement import agreed
+from clicktrain.formats.packed import Structure
+from clicktrain.kernels.native import toolchain
+from clicktrain.kernels.native.library import need_all
+from clicktrain.kernels.sparse_conv2d.blocked import launch
+from clicktrain.kernels.sparse_conv2d.blocked.prepared import prepare
+from clicktrain.kernels.sparse_conv2d.blocked.problem import PHASES, ConvProblem, Phase
+from clicktrain.latency.layer_times import LayerTimes, cache_folder, clock_of, keep_json, machine
+from clicktrain.latency.timer import least_ms
+
+FORMAT_VERSION = 1
+SHARES = (0.0625, 0.125, 0.25, 0.5, 0.75, 1.0)
+"""Kept kernels that are measured, as shares of all, beside a single one."""
+ROUNDS = 5
+Timed = Literal["inference", "step"]
+"""The forward pass alone, or with both gradients."""
+
+
+@dataclass(frozen=True, slots=True)
+class SparseGeometry:
+    """All that the time of a pruned 2-D convolution depends on, but for how many kernels are kept.
+
+    Attributes:
+        channels, filters, kernel, stride, padding, dilation, groups: of the convolution.
+        image: [H, W] of what it reads.
+        entries: kept positions of a kept kernel.
+        patterns: different ones that kernels of the layer have.
+        together: neighbouring filters that share their positions.
+        batch: images.
+        timed: what is timed.
+    """
+
+    channels: int
+    filters: int
+    kernel: tuple[int, int]
+    stride: tuple[int, int]
+    padding: tuple[int, int] | str
+    dilation: tuple[int, int]
+    groups: int
+    image: tuple[int, int]
+    entries: int
+    patterns: int
+    together: int
+    batch: int
+    timed: Timed
+
+    @classmethod
+    def of(
+        cls,
+        conv: nn.Conv2d,
+        image: tuple[int, int],
+        *,
+        entries: int,
+        patterns: int,
+        together: int,
+        batch: int,
+        timed: Timed,
+    ) -> SparseGeometry:
+        """Of a layer on images of [H, W]."""
+
+        def pair(sizes: tuple[int, ...]) -> tuple[int, int]:
+            return sizes[0], sizes[1]
+
+        padding = conv.padding if isinstance(conv.padding, str) else pair(conv.padding)
+        if entries == conv.kernel_size[0] * conv.kernel_size[1]:
+            patterns = 1
+        return cls(
+            conv.in_channels, conv.out_channels, pair(conv.kernel_size), pair(conv.stride), padding,
+            pair(conv.dilation), conv.groups, image, entries, patterns, together, batch, timed,
+        )  # fmt: skip
+
+    @property
+    def kernels(self) -> int:
+        """Kernels of a filter."""
+        return self.channels // self.groups
+
+    @property
+    def phases(self) -> tuple[Phase, ...]:
+        """What is computed."""
+        return PHASES if self.timed == "step" else ("forward",)
+
+    def points(self) -> tuple[int, ...]:
+        """The numbers of kept kernels per filter that are measured, ascending."""
+        return tuple(sorted({1, *(max(1, round(share * self.kernels)) for share in SHARES)}))
+
+    def masks(self, counts: Sequence[int] | None = None) -> dict[int, Tensor]:
+        """Random positions for each number of kernels per filter (by default the points).
+
+        Those of a smaller number lie within those of a larger one.
+        """
+        generator = torch.Generator().manual_seed(0)
+        size = self.kernel[0] * self.kernel[1]
+        order = torch.rand(self.patterns, size, generator=generator).argsort(1)[:, : self.entries]
+        patterns = torch.zeros(self.patterns, size, dtype=torch.bool).scatter_(1, order, True)
+        filters = -(-self.filters // self.together)
+        ids = torch.randint(self.patterns, (filters, self.kernels), generator=generator)
+        rank = torch.rand(filters, self.kernels, generator=generator).argsort(1).argsort(1)
+        whole = patterns[ids].view(filters, self.kernels, *self.kernel)
+        return {
+            count: (whole & (rank < count)[:, :, None, None])
+            .repeat_interleave(self.together, 0)[: self.filters]
+            .contiguous()
+            for count in (self.points() if counts is None else counts)
+        }
+
+
+@dataclass(frozen=True, slots=True)
+class SparseTimes:
+    """Milliseconds of one layer.
+
+    Attributes:
+        kernels: the measured numbers of kept kernels per filter, ascending.
+        sparse_ms: of the sparse operator with so many; not falling.
+        dense_ms: of the dense one.
+    """
+
+    kernels: tuple[int, ...]
+    sparse_ms: tuple[float, ...]
+    dense_ms: float
+
+    def at(self, kernels: int) -> float:
+        """With so many kernels per filter, by whichever operator is faster.
+
+        Example:
+            >>> SparseTimes((1, 3), (1.0, 2.0), 1.75).at(2), SparseTimes((1, 3), (1.0, 2.0), 1.75).at(3)
+            (1.5, 1.75)
+        """
+        return min(LayerTimes((1,), self.kernels, (self.sparse_ms,)).at(1, kernels), self.dense_ms)
+
+    @classmethod
+    def of(cls, measured: dict[int, float], dense_ms: float) -> SparseTimes:
+        """Monotone times from measured ones."""
+        kernels = tuple(sorted(measured))
+        times = LayerTimes.of((1,), kernels, {(1, count): ms for count, ms in measured.items()})
+        return cls(kernels, times.ms[0], dense_ms)
+
+
+def sparse_times(geometries: Iterable[SparseGeometry]) -> dict[SparseGeometry, SparseTimes]:
+    """Times of pruned layers in fp32 on this CPU, from the cache or measured now.
+
+    There has to be a C compiler. Equal layers are measured once.
+    """
+    found: dict[SparseGeometry, SparseTimes] = {}
+    for geometry in dict.fromkeys(geometries):
+        path = _cache_path(geometry)
+        times = _read(path, geometry)
+        if times is None:
+            times = measure_sparse(geometry)
+            keep_json(path, asdict(times))
+        *sparse, dense = agreed([*times.sparse_ms, times.dense_ms], torch.device("cpu"))
+        found[geometry] = replace(times, sparse_ms=tuple(sparse), dense_ms=dense)
+    return found
+
+
+def measure_sparse(geometry: SparseGeometry) -> SparseTimes:
+    """Time a layer at all its points, beside the dense one."""
+    g = geometry
+    problem = ConvProblem.make(g.channels, g.filters, g.kernel, g.image, g.stride, g.padding, g.dilation)
+    tools = toolchain()
+    assert tools is not None
+    lanes = tools.lanes(torch.float32)
+    blocks = -(-g.batch // lanes)
+    rows, columns = problem.rows.out, problem.columns.out
+    x = torch.randn(blocks, g.channels, *g.image, lanes, generator=torch.Generator().manual_seed(0))
+    gy = torch.randn(blocks, g.filters, rows, columns, lanes, generator=torch.Generator().manual_seed(1))
+    calls: dict[int, Callable[[], object]] = {}
+    texts: list[str] = []
+    for count, mask in g.masks().items():
+        structure = Structure.from_mask(mask)
+        plan, tables = prepare(structure, problem, g.groups)
+        values = torch.full((g.filters, count * g.entries), 0.01)
+        text = plan.to_json()
+        texts += launch.compile_plan(text, torch.float32, g.phases)
+        calls[count] = _sparse_call(g, x, gy, values, list(tables.tensors), text)
+    need_all(texts)
+    calls[0] = _dense_call(g, x.shape, gy.shape)
+    with torch.no_grad():
+        ms = least_ms(calls, ROUNDS, clock=clock_of(torch.device("cpu")))
+    dense = ms.pop(0)
+    return SparseTimes.of(ms, dense)
+
+
+def _sparse_call(
+    geometry: SparseGeometry, x: Tensor, gy: Tensor, values: Tensor, tables: list[Tensor], plan: str
+) -> Callable[[], object]:
+    def call() -> None:
+        launch.forward(x, values, None, tables, plan)
+        if geometry.timed == "step":
+            launch.grad_input(gy, values, tables, plan)
+            launch.grad_weight(x, gy, list(values.shape), tables, plan)
+
+    return call
+
+
+def _dense_call(geometry: SparseGeometry, blocks: torch.Size, out: torch.Size) -> Callable[[], object]:
+    g, step = geometry, geometry.timed == "step"
+    generator = torch.Generator().manual_seed(0)
+    x = torch.randn(g.batch, *blocks[1:-1], generator=generator).requires_grad_(step)
+    weight = torch.randn(g.filters, g.kernels, *g.kernel, generator=generator).requires_grad_(step)
+    gy = torch.randn(g.batch, *out[1:-1], generator=generator)
+
+    def call() -> None:
+        with torch.set_grad_enabled(step):
+            y = F.conv2d(x, weight, None, g.stride, g.padding, g.dilation, g.groups)
+            if step:
+                torch.autograd.grad(y, (x, weight), gy)
+
+    return call
+
+
+# ---------------------------------------------------------------- on disk
+
+
+def _cache_path(geometry: SparseGeometry) -> Path:
+    tools = toolchain()
+    about = [FORMAT_VERSION, machine(torch.device("cpu")), torch.__version__, asdict(geometry)]
+    text = json.dumps([*about, SHARES, tools.identity if tools else None])
+    return cache_folder() / f"sparse-{hashlib.sha256(text.encode()).hexdigest()[:32]}.json"
+
+
+def _read(path: Path, geometry: SparseGeometry) -> SparseTimes | None:
+    """A table that is kept there; one that cannot be read, or has other points, is measured anew."""
+    try:
+        document = json.loads(path.read_text(encoding="utf-8"))
+        kernels = tuple(map(int, document["kernels"]))
+        sparse = tuple(map(float, document["sparse_ms"]))
+        dense = float(document["dense_ms"])
+    except (OSError, ValueError, KeyError, TypeError):
+        return None
+    fits = kernels == geometry.points() and len(sparse) == len(kernels)
+    return SparseTimes(kernels, sparse, dense) if fits else None

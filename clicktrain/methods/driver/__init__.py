@@ -1,0 +1,1 @@
+"""The driver: carries a method's decisions out in any training loop."""

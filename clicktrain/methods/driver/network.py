@@ -1,0 +1,383 @@
+"""A model, its optimizers and its moving averages: the one place where pruning changes them."""
+
+from __future__ import annotations
+
+import json
+import time
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import replace
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.optim import Optimizer
+
+from clicktrain.comm.agreement import agree_on_
+from clicktrain.errors import UserError
+from clicktrain.formats.packed import bits_from_mask, mask_from_bits
+from clicktrain.graph import Inputs, as_inputs
+from clicktrain.graph.batch import first_of_batch, first_tensor, owned
+from clicktrain.graph.prunable import ConvLayer, LinearLayer, PrunableLayers, SeenBatch
+from clicktrain.kernels.pack_model import pack_model_, pack_refusals, unpack_model_, unpackable_state
+from clicktrain.kernels.sparse_conv2d.module import PackedConv2d
+from clicktrain.methods.driver.averages import catch_up_, mask_copy_, unwrapped_average
+from clicktrain.sparsity.masks import conv_masks, hard_prune_, mask_optimizer_state_
+from clicktrain.surgery import SurgeryPlan, Verified, apply_surgery_, silence_, verified
+from clicktrain.surgery.agreed_plans import agreed_plans
+from clicktrain.surgery.compare import IMAGES, tensors_in
+
+_SCALES = ("exp_inf", "step_size")
+"""What Adamax and Rprop divide or multiply by: never zero, whatever the gradients are."""
+
+
+class PrunedNetwork:
+    """Masks, removed channels and packed layers of one model, its optimizers and its moving averages.
+
+    Attributes:
+        model, optimizers: changed in place.
+        averages: copies of the model that follow it, see `follow`; changed in place.
+        prunable: the model's layers, as they are now.
+        plans: surgery that was carried out, in order.
+        frozen: the masks are final.
+        packed: convolutions are, or will be, packed when the masks are final.
+        revision: how often parameters have been replaced by others.
+        conv_weights: convolution weights of the network before anything was removed.
+    """
+
+    def __init__(
+        self, model: nn.Module, optimizers: Sequence[Optimizer], prunable: PrunableLayers, packed: bool
+    ) -> None:
+        """Of a model that nothing has been done to."""
+        self.model, self.optimizers = model, tuple(optimizers)
+        self.averages: list[nn.Module] = []
+        self.prunable = prunable
+        self._masks: dict[str, Tensor | None] = {}
+        self.plans: list[SurgeryPlan] = []
+        self.frozen = False
+        self.packed = packed
+        self.revision = 0
+        self.conv_weights = self._conv_weights_now = prunable.conv_weights
+
+    # ---- masks ------------------------------------------------------------------------------
+
+    @property
+    def masks(self) -> dict[str, Tensor]:
+        """Layer name -> bool, of the weight's shape, True = lives; empty before anything is masked.
+
+        A packed layer holds its own positions: its mask is built when it is asked for.
+        """
+        return {
+            name: self._packed_layer(name).structure.mask() if mask is None else mask
+            for name, mask in self._masks.items()
+        }
+
+    def _packed_layer(self, name: str) -> PackedConv2d:
+        layer = self.model.get_submodule(name)
+        assert isinstance(layer, PackedConv2d)
+        return layer
+
+    def mask(self, masks: Mapping[str, Tensor], forget: bool) -> None:
+        """Write zeros that may change again; ``forget``: also in the optimizer's state."""
+        self._masks = dict(masks)
+        self.mask_weights()
+        if forget:
+            self.mask_state()
+
+    def freeze(self, masks: Mapping[str, Tensor]) -> None:
+        """Write zeros for good. Of several processes the first one's count."""
+        agree_on_([masks[name] for name in sorted(masks)])
+        self._masks = dict(masks)
+        self.mask_weights()
+        self.mask_state()
+        self.frozen = True
+        for average in self.averages:
+            mask_copy_(average, self.masks)
+
+    def pack(self) -> None:
+        """Exchange convolutions and their parameters for packed ones, if they are to be."""
+        if self.packed:
+            self._pack()
+
+    def mask_gradients(self) -> None:
+        """Zero the gradients of dead weights."""
+        for layer, mask in self._masked():
+            if layer.weight.grad is not None:
+                layer.weight.grad.masked_fill_(~mask, 0.0)
+
+    def mask_weights(self) -> None:
+        """Zero dead weights."""
+        for layer, mask in self._masked():
+            hard_prune_(layer.weight, mask)
+
+    def mask_state(self) -> None:
+        """Zero what the optimizers keep for dead weights."""
+        for layer, mask in self._masked():
+            for optimizer in self.optimizers:
+                mask_optimizer_state_(optimizer, layer.weight, mask)
+
+    def _masked(self) -> list[tuple[ConvLayer | LinearLayer, Tensor]]:
+        """Dense layers with their masks; packed convolutions have no pruned positions."""
+        layers = self.prunable.linears if self.packed and self.frozen else self.prunable.layers
+        masked = ((layer, self._masks.get(layer.name)) for layer in layers)
+        return [(layer, mask) for layer, mask in masked if mask is not None]
+
+    def check_zeros(self) -> None:
+        """AssertionError that names the layer if a dead weight, or its optimizer state, is not zero."""
+        if not self.frozen:
+            return
+        for layer, mask in self._masked():
+            states = [optimizer.state.get(layer.weight, {}) for optimizer in self.optimizers]
+            held = [
+                value
+                for state in states
+                for key, value in state.items()
+                if isinstance(value, Tensor) and key not in _SCALES
+            ]
+            for tensor in [layer.weight.detach(), *(v for v in held if v.shape == mask.shape)]:
+                if bool((tensor != 0).logical_and_(~mask).any()):
+                    raise AssertionError(f"a pruned position of {layer.name} is no longer zero")
+
+    def revived(self) -> list[str]:
+        """Layers with frozen masks in which pruned weights are no longer zero: somebody else wrote them."""
+        if not self.frozen:
+            return []
+        return [
+            layer.name for layer, mask in self._masked() if bool((layer.weight.detach()[~mask] != 0).any())
+        ]
+
+    @property
+    def nonzero_conv_weights(self) -> int:
+        """Convolution weights that live now; all of them before anything is masked.
+
+        Once masks are frozen the weights themselves are counted too: pruned ones that somebody else has
+        written live.
+        """
+        dead = 0
+        for name, mask in self._masks.items():
+            if mask is None:
+                structure = self._packed_layer(name).structure
+                dead += structure.numel - structure.nnz
+            elif mask.dim() == 4:
+                dead += mask.numel() - int(mask.sum())
+        if self.frozen and not self.packed:
+            for layer in self.prunable.convs:
+                mask = self._masks.get(layer.name)
+                if mask is not None:
+                    dead -= int((layer.weight.detach()[~mask] != 0).sum())
+        return self._conv_weights_now - dead
+
+    # ---- channels ---------------------------------------------------------------------------
+
+    def silence(self, plan: SurgeryPlan) -> None:
+        """Write zeros to all that a plan would cut along the output channels of layers."""
+        silence_(plan, self.model)
+
+    def reconfigure(
+        self, plan: SurgeryPlan, checked: bool, follow: Callable[[SurgeryPlan], None]
+    ) -> dict[str, Any]:
+        """Remove channels and layers; of several processes the first one's plan counts.
+
+        Args:
+            plan: what goes. It is tried on a copy first (`clicktrain.surgery.verified`): channels without
+                which the network computes something else stay.
+            checked: compare outputs of the last batch before and after.
+            follow: called with what has been removed, unless that is nothing.
+
+        Returns:
+            What was removed, layer by layer, what stayed after all and why, and what it took and changed.
+
+        Warns:
+            UserWarning: something stayed.
+        """
+        started = time.perf_counter()
+        result = Verified(plan) if self.prunable.example is None else self._verified(plan)
+        plan = agreed_plans({1: result.plan}, next(self.model.parameters()).device)[1]
+        before = self._output() if checked else None
+        if plan:
+            self.remove(plan)
+            follow(plan)
+        seconds = time.perf_counter() - started
+        after = self._output() if checked else None
+        gone = {removed.name for removed in plan.removed_layers}
+        return {
+            "seconds": seconds,
+            "channels_before": sum(row.outputs[0] for row in plan.layers),
+            "channels_after": sum(row.outputs[1] for row in plan.layers if row.name not in gone),
+            "held": result.held,
+            "layers_removed": [row.name for row in plan.layers if row.name in gone],
+            "layers": [
+                {
+                    "name": row.name,
+                    "inputs": list(row.inputs),
+                    "outputs": list(row.outputs),
+                    "stays": row.stays,
+                }
+                for row in plan.layers
+            ],
+            "max_output_change": None
+            if before is None or after is None
+            else float((after - before).abs().max()),
+        }
+
+    def _verified(self, plan: SurgeryPlan) -> Verified:
+        """What is left of a plan once the smaller network was compared, on the last batch or the example."""
+        seen = self.prunable.seen
+        result = verified(plan, self.model, self.prunable.example if seen is None else seen.inputs)
+        result.warn()
+        return result
+
+    def remove(self, plan: SurgeryPlan) -> None:
+        """Remove channels from the model and the optimizer, and look at the smaller model."""
+        apply_surgery_(plan, self.model, self.optimizers)
+        for average in self.averages:
+            apply_surgery_(plan, average)
+        self.plans.append(plan)
+        self.revision += 1
+        self.prunable = self.prunable.renamed(plan.new_name)
+        self._conv_weights_now = self.prunable.conv_weights
+        shrunken = {
+            plan.new_name(name): plan.shrink(f"{name}.weight", mask) for name, mask in self.masks.items()
+        }
+        self._masks = {name: mask for name, mask in shrunken.items() if name is not None}
+
+    def restore(self, values: Mapping[str, Tensor]) -> None:
+        """Write values into parameters and buffers, by name; the optimizer forgets what it kept of them."""
+        tensors = {**dict(self.model.named_parameters()), **dict(self.model.named_buffers())}
+        for name, value in values.items():
+            tensors[name].copy_(value)
+            for optimizer in self.optimizers:
+                optimizer.state.pop(tensors[name], None)
+
+    def _output(self) -> Tensor | None:
+        """Of the last batch of inputs in evaluation mode, leaving no trace; None if none was kept."""
+        seen = self.prunable.seen
+        if seen is None:
+            return None
+        modes = [(module, module.training) for module in self.model.modules()]
+        try:
+            self.model.eval()
+            output = tensors_in(as_inputs(seen.inputs).call(self.model))
+        finally:
+            for module, mode in modes:
+                module.training = mode
+        numbers = [tensor.float().flatten() for tensor in output if tensor.is_floating_point()]
+        return torch.cat(numbers) if numbers else None
+
+    def see(self, inputs: Inputs, keep: bool) -> None:
+        """Note inputs of the model: as an example if there is none yet, as the last batch if it is kept.
+
+        Raises:
+            UserError: there is no tensor among them.
+        """
+        if self.prunable.example is None:
+            self.prunable = replace(self.prunable, example=owned(first_of_batch(inputs, IMAGES)))
+        if keep:
+            kind = first_tensor(inputs).device.type
+            dtype = torch.get_autocast_dtype(kind) if torch.is_autocast_enabled(kind) else None
+            self.prunable = replace(self.prunable, seen=SeenBatch(inputs.map(Tensor.detach), dtype))
+
+    def check_seen(self, needed: bool) -> None:
+        """A UserError if the inputs of the model are not known although a method needs them."""
+        if needed and self.prunable.example is None:
+            raise UserError(
+                "no forward pass of the network that was attached has been seen, so its channels cannot be "
+                "followed: train that network itself, or give attach an example of its inputs"
+            )
+
+    # ---- moving averages --------------------------------------------------------------------
+
+    def follow(self, average: nn.Module) -> None:
+        """Have a copy of the model masked, shrunk, packed and unpacked with it; see `Pruner.follow`."""
+        module = unwrapped_average(average, self.model)
+        if any(module is other for other in self.averages):
+            return
+        catch_up_(module, self.model, self.plans, self.masks if self.frozen else {})
+        self.averages.append(module)
+
+    # ---- packed layers ----------------------------------------------------------------------
+
+    def check_packable(self) -> None:
+        """Refuse now what could not be packed at the hard prune, hours later."""
+        names = [layer.name for layer in self.prunable.convs]
+        refusals = pack_refusals(self.model, names, self.optimizers)
+        if refusals:
+            name, reason = next(iter(refusals.items()))
+            raise UserError(
+                f"{name} cannot be packed: {reason}; set packed to false to train masked dense weights, "
+                "or exclude the layer"
+            )
+
+    def finish(self, packed: bool) -> None:
+        """Pack or unpack, as the finished network is wanted."""
+        if self.packed and not packed:
+            self._masks = dict(self.masks)
+            unpack_model_(self.model, self.optimizers)
+            for average in self.averages:
+                unpack_model_(average)
+            self.revision += 1
+        elif packed and not self.packed and self._masks:
+            self._forget_unpackable_state()
+            self._pack()
+        self.packed = packed and self.frozen
+        if not self.packed:
+            self._find_again()
+
+    def _pack(self) -> None:
+        masks = conv_masks({name: mask for name, mask in self._masks.items() if mask is not None})
+        pack_model_(self.model, masks, self.optimizers)
+        self._masks.update(dict.fromkeys(masks))
+        for average in self.averages:
+            pack_model_(average, masks)
+            for name in masks:  # one index for both
+                own, copy = self._packed_layer(name), average.get_submodule(name)
+                if isinstance(copy, PackedConv2d) and copy.structure.device == own.structure.device:
+                    copy.structure = own.structure
+        self.revision += 1
+
+    def _forget_unpackable_state(self) -> None:
+        """At the end of a run: an optimizer that goes on all the same starts such a state again."""
+        for layer in self.prunable.convs:
+            for optimizer in self.optimizers:
+                if unpackable_state(optimizer, optimizer.state.get(layer.weight, {}), layer.weight):
+                    del optimizer.state[layer.weight]
+
+    def _find_again(self) -> None:
+        """Look the layers up by name: packing and unpacking replace modules."""
+        prunable = []
+        for layer in self.prunable.convs:
+            module = self.model.get_submodule(layer.name)
+            assert isinstance(module, nn.Conv2d)
+            prunable.append(ConvLayer(layer.name, module))
+        self.prunable = replace(self.prunable, convs=tuple(prunable))
+
+    # ---- saved states -----------------------------------------------------------------------
+
+    def state_dict(self) -> dict[str, Any]:
+        """Plans, masks (one bit a weight) and what they mean; the loop saves weights and optimizer state."""
+        return {
+            "plans": [json.dumps(plan.to_json()) for plan in self.plans],
+            "frozen": self.frozen,
+            "packed": self.packed and self.frozen,
+            "masks": {name: bits_from_mask(mask) for name, mask in self.masks.items()},
+        }
+
+    def load_plans(self, documents: Sequence[str]) -> None:
+        """Remove again what had been removed."""
+        for document in documents:
+            self.remove(SurgeryPlan.from_json(json.loads(document)))
+
+    def load_masks(self, saved: Mapping[str, Any]) -> None:
+        """Take over masks, once the channels are those of the saved state; pack if it was packed."""
+        self.frozen = saved["frozen"]
+        self._masks = {
+            layer.name: _mask(saved["masks"][layer.name].to(layer.weight.device), layer.shape)
+            for layer in self.prunable.layers
+            if layer.name in saved["masks"]
+        }
+        if self.frozen:
+            self.packed = bool(saved["packed"])  # go on in the form that was saved
+
+
+def _mask(saved: Tensor, shape: tuple[int, ...]) -> Tensor:
+    """A saved mask; states of older versions keep one byte a weight."""
+    return saved if saved.dtype == torch.bool else mask_from_bits(saved, shape)

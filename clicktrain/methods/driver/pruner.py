@@ -1,0 +1,654 @@
+"""The driver: carries a method through a training loop, ours or anybody's, on optimizer step hooks."""
+
+from __future__ import annotations
+
+import warnings
+import weakref
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import replace
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.optim import Optimizer
+from torch.utils.hooks import RemovableHandle
+
+from clicktrain.comm.agreement import mean_over_processes
+from clicktrain.errors import MissedTarget, NetworkCollapsed, UserError, shown
+from clicktrain.graph import Inputs, as_inputs
+from clicktrain.graph.prunable import PrunableLayers
+from clicktrain.methods.base import (
+    Action,
+    ApplyMasks,
+    Event,
+    FreezeMasks,
+    Method,
+    PruningPlan,
+    Reconfigure,
+    Record,
+    RestoreTensors,
+    RunLength,
+    SilenceChannels,
+    StepInfo,
+)
+from clicktrain.methods.driver.attachments import check_dense, check_free, check_network, claim, release
+from clicktrain.methods.driver.averages import CopyNote
+from clicktrain.methods.driver.collapse import at_chance, no_gradient
+from clicktrain.methods.driver.loop_watch import LoopWatch
+from clicktrain.methods.driver.network import PrunedNetwork
+from clicktrain.methods.driver.optimizer_round import OptimizerRound
+from clicktrain.methods.driver.optimizers import (
+    AttachedOptimizers,
+    OptimizerUnit,
+    check_loaded_state,
+    learning_rate_of,
+)
+from clicktrain.methods.driver.wrapping import W, Wrapped
+from clicktrain.methods.outcome import Outcome, Reached
+from clicktrain.methods.patterns.latency import MeasureMasks
+from clicktrain.sparsity.channel_lasso import ChannelAxis
+from clicktrain.surgery import SurgeryPlan
+
+
+class Pruner:
+    """One method at work on one model and its optimizers. Made by `Method.attach`.
+
+    Call `observe(loss)` once per backward pass, before ``optimizer.step()``; everything else rides on the
+    optimizers' step hooks. `finish` ends the run at what was asked for, as far as can be; `outcome` says how
+    far that is.
+
+    Of several optimizers those count that hold weights which may be pruned (the first one if none does). One
+    step of the method is one round: after `observe`, each of them steps once, in any order. The method sees
+    the gradients before the first of these steps and decides after the last; the learning rate it is told is
+    that of the first of them in the list. The others may step whenever they like. An optimizer without a step
+    in a round (its gradients were not finite) leaves the round open, and its batches count in the next one.
+    """
+
+    def __init__(
+        self,
+        method: Method[Any],
+        model: nn.Module,
+        optimizer: Optimizer | Sequence[Optimizer],
+        length: RunLength,
+        *,
+        packed: bool = False,
+        example: Any = None,
+        on_event: Callable[[Event], None] | None = None,
+        measure: MeasureMasks | None = None,
+    ) -> None:
+        if not all(_is_count(number) for number in (length.epochs, length.steps_per_epoch)):
+            raise UserError(
+                f"a run has at least 1 epoch of 1 batch, got epochs={length.epochs}, "
+                f"steps_per_epoch={length.steps_per_epoch}"
+            )
+        check_network(model)
+        if method.prunes:
+            check_dense(model)
+        self._optimizers = AttachedOptimizers(optimizer)
+        check_free([*self._optimizers.all, *model.modules()])
+        self.method = method
+        self.length = length
+        self.events: list[Event] = []
+        self._on_event = on_event
+        self._at_epoch_end: list[Callable[[int], None]] = []
+        self._ended = ""
+        inputs = None if example is None else as_inputs(example, model)
+        if inputs is not None and not inputs.tensors():
+            raise UserError(f"example is {shown(example)}, which holds no tensor: give a batch of inputs")
+        prunable = replace(
+            method.find_prunable(model, self._optimizers.parameters()), example=inputs, measure=measure
+        )
+        self._optimizers.check(
+            model, [layer.weight for layer in prunable.layers], packed, shrinks=method.reads_graph
+        )
+        self.network = PrunedNetwork(model, self._optimizers.all, prunable, packed)
+        self._state = method.init(self._prunable, length)
+        self._plan = method.plan(self._prunable, length)
+        self._seen = 0
+        self._epoch = 0
+        self._in_epoch = 0
+        self._stepped_epoch = 0
+        self._losses: list[Tensor] = []
+        self._epoch_loss: Tensor | None = None
+        self._epoch_losses: list[float] = []
+        self._first_loss: Tensor | None = None
+        self._collapse: str | None = None
+        self._last_loss: Tensor | None = None
+        self._depths: dict[int, int] = {}
+        self._looked_at_state = False
+        self._round = OptimizerRound()
+        self._holders = self._optimizers.holders([layer.weight for layer in prunable.layers])
+        self._holders_revision = self.revision
+        if packed:
+            self.network.check_packable()
+        self._carry_out(method.at_start(self._state, self._prunable, length))
+        self._watch = LoopWatch(self.network, self._optimizers, length, replaces=method.reads_graph)
+        self._handles: list[RemovableHandle] = []
+        for one in self._optimizers.all:
+            self._handles.append(one.register_step_pre_hook(self._before_step))
+            self._handles.append(one.register_step_post_hook(self._after_step))
+            if hasattr(one, "_optimizer_load_state_dict_pre_hooks"):  # not without Optimizer.__init__
+                self._handles.append(one.register_load_state_dict_pre_hook(check_loaded_state))
+                self._handles.append(one.register_load_state_dict_post_hook(self._after_load))
+        if method.reads_graph and (example is None or method.keeps_inputs):
+            self._handles.append(model.register_forward_pre_hook(_InputHook(self), with_kwargs=True))
+        self._copies = CopyNote(model)
+        claim(self, [*self._optimizers.all, model, *(layer.module for layer in prunable.layers)])
+
+    # ---- what a loop calls ------------------------------------------------------------------
+
+    def observe(self, loss: Tensor) -> None:
+        """Tell the loss of a batch whose gradients have just been computed.
+
+        Mistakes of the loop that can be seen from here are told here, within a few batches: see Raises.
+
+        Args:
+            loss: 0-dim tensor, unscaled, the mean over this batch and not divided by the number of
+                accumulated batches: the loss slope of stage 1 is absolute. The value is read on its own
+                device, without waiting for it. A loss that is not finite counts as the one before.
+
+        Raises:
+            UserError: the run is over; this is no scalar loss; no attached optimizer steps (for longer than
+                gradients can be accumulated, or at once where weights change all the same); losses stay not
+                finite; the network, a layer of it, its device or its dtype is another than at attach; or a
+                parameter that would lose channels is trained by an optimizer that attach was not given.
+            NetworkCollapsed: pruning has destroyed the network, see `clicktrain.methods.driver.collapse`.
+        """
+        if self._ended:
+            raise UserError(f"observe was called after {self._ended}: attach a method again to go on pruning")
+        if not isinstance(loss, Tensor):
+            raise UserError(
+                f"observe takes the loss as a tensor, not a {type(loss).__name__}: pruner.observe(loss) "
+                "after loss.backward()"
+            )
+        if loss.numel() != 1:
+            raise UserError(f"observe takes a scalar loss, not a tensor of shape {tuple(loss.shape)}")
+        value = mean_over_processes(loss.detach().float().reshape(()).clone())
+        self._close_epoch()
+        self.check_alive()
+        self._watch.observed(value, self._seen, over=self._epoch >= self.length.epochs)
+        value = self._finite(value)
+        self._first_loss = value.clone() if self._first_loss is None else self._first_loss
+        self._losses.append(value)
+        self._epoch_loss = value.clone() if self._epoch_loss is None else self._epoch_loss + value
+        self._seen += 1
+        self._in_epoch += 1
+        self._depths.clear()
+        if self.frozen and len(self._optimizers.all) > len(self._optimizers.units):
+            with torch.no_grad():
+                self.network.mask_gradients()  # SAM moves weights by them before any step
+
+    def _finite(self, loss: Tensor) -> Tensor:
+        """The loss, or the last finite one in its place."""
+        last = torch.zeros_like(loss) if self._last_loss is None else self._last_loss
+        self._last_loss = torch.where(torch.isfinite(loss), loss, last)
+        return self._last_loss
+
+    def follow(self, average: nn.Module) -> None:
+        """Have a moving average of the network masked, shrunk, packed and unpacked with it.
+
+        Call it once, when the average has been made. At what moment of the run does not matter: what has been
+        done to the network so far is then done to the average at once. An ``AveragedModel`` that is made of
+        the network after `attach` is also found without this call, when masks are frozen or channels go.
+
+        From then on the average has the network's shapes at every step, so that
+        ``average.update_parameters(model)`` goes on as before; `finish` leaves it pruned like the network.
+
+        Args:
+            average: ``torch.optim.swa_utils.AveragedModel(model)`` (EMA or SWA), or any deep copy of the
+                network, also inside a wrapper that calls it ``module``.
+
+        Raises:
+            UserError: it is not a copy of this network; nothing has been changed.
+        """
+        self.network.follow(average)
+
+    def _find_averages(self) -> None:
+        for average in self._copies.averages(self.network.averages):
+            self.network.follow(average)
+
+    def wrapped(self, wrap: Callable[[nn.Module], W]) -> Wrapped[W]:
+        """The network as a loop calls it inside a wrapper that is made anew when parameters are replaced.
+
+        ``revision`` counts how often that has happened: when channels have gone, and when convolutions are
+        packed or unpacked.
+
+        Args:
+            wrap: makes the wrapper: ``DistributedDataParallel``, ``torch.compile``, or a function that
+                captures CUDA graphs.
+        """
+        return Wrapped(self, wrap)
+
+    def plan(self) -> PruningPlan:
+        """What will be pruned, to what density, by what, and why a layer is left alone; printable.
+
+        Of a method that removes channels: what it would remove from the network as it is at this moment.
+        """
+        if self.method.reads_graph and not self.frozen:
+            return self.method.plan(self._prunable, self.length, self._state)
+        return self._plan
+
+    def resize_epoch(self, steps_per_epoch: int) -> None:
+        """Tell that the epochs to come have another number of batches, because the batch has another size.
+
+        Call it between two epochs. Nothing else is needed where the batch grows after channels have gone
+        (PruneTrain 4.3; ``plans`` is longer then); the learning rate is the caller's.
+
+        Args:
+            steps_per_epoch: calls of `observe` in every epoch from the next one on.
+
+        Raises:
+            UserError: fewer than 1, or in the middle of an epoch.
+        """
+        if not _is_count(steps_per_epoch):
+            raise UserError(f"an epoch has at least 1 batch, not {steps_per_epoch!r}")
+        self._close_epoch()
+        if self._in_epoch:
+            raise UserError("the number of batches can change between two epochs only")
+        self.length = self._watch.length = RunLength(self.length.epochs, steps_per_epoch)
+
+    def watch_epochs(self, listener: Callable[[int], None]) -> None:
+        """Have a function called at the end of every epoch, with the number of epochs done.
+
+        It is called when the method has decided and nothing has been carried out: penalties have acted, but
+        what is removed there is still in the network. Nothing is told of epochs after the hard prune.
+        """
+        self._at_epoch_end.append(listener)
+
+    def finish(self, packed: bool = False) -> nn.Module:
+        """End the run: hard prune if that has not happened, remove the hooks, return the model.
+
+        A result more than 5% of what was asked away from it is a `clicktrain.errors.MissedTarget` warning.
+        Where several processes train together, all of them have to call it.
+
+        Args:
+            packed: return the model with packed convolutions instead of a plain module with zeros.
+
+        Raises:
+            NetworkCollapsed: pruning has destroyed the network.
+        """
+        if self._ended == "finish()":
+            warnings.warn("finish was called twice: the second call changes nothing", stacklevel=2)
+            return self.model
+        self._close_epoch()
+        self._find_averages()
+        cut = not self.frozen and self._cut_now()
+        revived = self.network.revived()
+        with torch.no_grad():
+            self.network.mask_weights()
+        self.network.finish(packed)
+        self.close()
+        self._ended = "finish()"
+        done = self._epoch + self._in_epoch / self.length.steps_per_epoch
+        if cut and self._watch.batches_or_steps(self._seen) and done < self.length.epochs:
+            warnings.warn(
+                f"the loop ended after {done:.3g} of the {self.length.epochs} epochs that attach was told "
+                f"(of {self.length.steps_per_epoch} calls of observe each): the network was pruned at once, "
+                "without training afterwards",
+                stacklevel=2,
+            )
+        self._watch.warn_of_lost_zeros(revived, stacklevel=3)
+        self.check_alive()
+        self._conclude()
+        return self.model
+
+    def outcome(self) -> Outcome:
+        """What was asked for, what is reached, and why not: printable; final once `finish` was called."""
+        network = self.network
+        reached = Reached(
+            prunable=network.prunable,
+            conv_weights=network.conv_weights,
+            conv_weights_now=network.prunable.conv_weights,
+            conv_nonzero=network.nonzero_conv_weights,
+            masks=network.masks,
+            events=self.events,
+        )
+        return Outcome(tuple(self.method.targets_of(self._state, reached)))
+
+    def _conclude(self) -> None:
+        """Write the outcome down, and warn of what was missed."""
+        outcome = self.outcome()
+        self._record({"event": "outcome", "targets": outcome.to_json()})
+        for sentence in outcome.warnings:
+            warnings.warn(sentence, MissedTarget, stacklevel=3)
+
+    @torch.no_grad()
+    def _cut_now(self) -> bool:
+        """Let the method decide what it has not decided; whether that took anything away."""
+        actions = self.method.at_end(self._state, self._prunable)
+        self._carry_out(actions)
+        return any(_cuts(action) for action in actions)
+
+    def close(self) -> None:
+        """Remove the hooks from the optimizers; the model stays as it is."""
+        for handle in self._handles:
+            handle.remove()
+        self._handles = []
+        self._copies.remove()
+        self._ended = self._ended or "close()"
+        release(self)
+
+    # ---- what a loop may ask ----------------------------------------------------------------
+
+    @property
+    def stage(self) -> str:
+        """Name of the current stage."""
+        return self.method.stage(self._state)
+
+    @property
+    def penalised_channels(self) -> Mapping[str, tuple[ChannelAxis, ...]]:
+        """Layer name -> channels that are being pushed towards zero; see `Method.penalised_channels`."""
+        return self.method.penalised_channels(self._state)
+
+    @property
+    def model(self) -> nn.Module:
+        """The network, always the same object."""
+        return self.network.model
+
+    @property
+    def optimizer(self) -> Optimizer:
+        """The first optimizer that was attached, always the same object."""
+        return self._optimizers.units[0].outer
+
+    @property
+    def optimizers(self) -> tuple[Optimizer, ...]:
+        """All optimizers that were attached, in the order given."""
+        return tuple(unit.outer for unit in self._optimizers.units)
+
+    @property
+    def masks(self) -> dict[str, Tensor]:
+        """Layer name -> bool, of the weight's shape, True = lives; empty before anything is masked."""
+        return self.network.masks
+
+    @property
+    def plans(self) -> list[SurgeryPlan]:
+        """The removals of channels that were carried out, in order."""
+        return self.network.plans
+
+    @property
+    def frozen(self) -> bool:
+        """Whether the masks are final."""
+        return self.network.frozen
+
+    @property
+    def packed(self) -> bool:
+        """Whether convolutions are, or will be, packed when the masks are final."""
+        return self.network.packed
+
+    @property
+    def revision(self) -> int:
+        """How often parameters have been replaced: channels gone, convolutions packed or unpacked."""
+        return self.network.revision
+
+    @property
+    def _prunable(self) -> PrunableLayers:
+        return self.network.prunable
+
+    @property
+    def nonzero_conv_weights(self) -> int:
+        """Convolution weights that live now; all of them before anything is masked."""
+        return self.network.nonzero_conv_weights
+
+    @property
+    def density(self) -> float:
+        """Nonzero convolution weights / all convolution weights, those of removed channels included.
+
+        Pruned weights that something else has written (dense weights loaded, an optimizer that is not
+        attached) count as nonzero until they are cut again.
+        """
+        return self.nonzero_conv_weights / max(self.network.conv_weights, 1)
+
+    @property
+    def compression_ratio(self) -> float:
+        """All convolution weights / living convolution weights (ClickTrain section 6.2)."""
+        return self.network.conv_weights / max(self.nonzero_conv_weights, 1)
+
+    def check_zeros(self) -> None:
+        """Assert that no pruned position came back, in weights or optimizer state.
+
+        Raises:
+            AssertionError: names the layer.
+        """
+        self.network.check_zeros()
+
+    def check_alive(self) -> None:
+        """Raise NetworkCollapsed if pruning has destroyed the network, by the signs of the last epoch."""
+        if self._collapse is not None:
+            raise NetworkCollapsed(f"{self._collapse}; prune less, or later, or with another seed")
+
+    def state_dict(self) -> dict[str, Any]:
+        """All that the pruner remembers, as nested dicts of tensors, numbers and strings."""
+        return {
+            "method": self.method.name,
+            "state": self.method.state_dict(self._state),
+            "seen": self._seen,
+            "epoch": self._epoch,
+            "in_epoch": self._in_epoch,
+            "stepped_epoch": self._stepped_epoch,
+            "steps_per_epoch": self.length.steps_per_epoch,
+            "losses": list(self._losses),
+            "epoch_loss": self._epoch_loss,
+            "epoch_losses": list(self._epoch_losses),
+            "first_loss": self._first_loss,
+            "last_loss": self._last_loss,
+            "collapse": self._collapse,
+            **self.network.state_dict(),
+            "events": list(self.events),
+        }
+
+    def load_state_dict(self, saved: Mapping[str, Any]) -> None:
+        """Go on from a saved state.
+
+        If channels had been removed, or the state was packed, model and optimizer are made so here; load
+        weights and optimizer state after this call.
+        """
+        if saved["method"] != self.method.name:
+            raise UserError(f"this state was saved by method {saved['method']!r}, not {self.method.name!r}")
+        self._find_averages()
+        self.network.load_plans(saved["plans"])
+        self.length = self._watch.length = RunLength(self.length.epochs, saved["steps_per_epoch"])
+        self._state = self.method.load_state(self._prunable, self.length, saved["state"])
+        self._seen, self._epoch = saved["seen"], saved["epoch"]
+        self._in_epoch, self._stepped_epoch = saved["in_epoch"], saved["stepped_epoch"]
+        device = next((layer.weight.device for layer in self._prunable.layers), None)
+        self._losses = [loss.to(device, copy=True) for loss in saved["losses"]]
+        epoch_loss = saved["epoch_loss"]
+        self._epoch_loss = None if epoch_loss is None else epoch_loss.to(device, copy=True)
+        self._epoch_losses = list(saved["epoch_losses"])
+        first_loss = saved.get("first_loss")  # not in states of older versions
+        self._first_loss = None if first_loss is None else first_loss.to(device, copy=True)
+        last_loss = saved.get("last_loss")
+        self._last_loss = None if last_loss is None else last_loss.to(device, copy=True)
+        self._collapse = saved.get("collapse")
+        self.events = list(saved["events"])
+        self.network.load_masks(saved)
+        if self.frozen:
+            self._plan = self.method.plan(self._prunable, self.length, self._state)
+            self.network.pack()
+
+    # ---- hooks ------------------------------------------------------------------------------
+
+    # An optimizer whose step calls its parent's, or that of an optimizer it wraps, runs the hooks of both:
+    # only the outermost count.
+
+    def _before_step(self, optimizer: Optimizer, args: Any, kwargs: Any) -> None:
+        unit = self._optimizers.unit(optimizer)
+        depth = self._depths[id(unit)] = self._depths.get(id(unit), 0) + 1
+        if depth > 1:
+            return
+        if any(map(callable, args[1:])) or kwargs.get("closure") is not None:
+            raise UserError(
+                "the optimizer's step was called with a closure, whose gradients the pruner cannot read: "
+                "call backward() and observe(loss) first, then optimizer.step() without one"
+            )
+        self._look_for_gradients()
+        found_inf = getattr(optimizer, "found_inf", None)
+        self._watch.before_step(optimizer)
+        with torch.no_grad(), self._full_precision():
+            if self.frozen:
+                self.network.mask_gradients()
+            elif not self._losses or (found_inf is not None and bool(found_inf)):
+                return
+            elif unit in self._counted_units() and self._round.begins(self._seen):
+                self.network.check_seen(self.method.reads_graph)
+                self.method.before_step(self._state, self._prunable, self._step(optimizer))
+
+    def _after_step(self, optimizer: Optimizer, args: Any, kwargs: Any) -> None:
+        unit = self._optimizers.unit(optimizer)
+        depth = self._depths[id(unit)] = max(self._depths.get(id(unit), 0) - 1, 0)
+        if depth > 0:
+            return
+        self._close_epoch()
+        if not self._looked_at_state:
+            self._looked_at_state = True
+            self._optimizers.check_first_step([layer.weight for layer in self._prunable.layers])
+        counted = self._counted_units()
+        whole = unit in counted and self._round.ends(unit, counted)
+        with torch.no_grad(), self._full_precision():
+            if self.frozen:
+                self.network.mask_weights()
+            elif self._losses and whole:
+                step = self._step(optimizer)
+                actions = self.method.after_step(self._state, self._prunable, step)
+                for listener in self._at_epoch_end if step.ends_epoch else ():
+                    listener(int(step.position))
+                self._carry_out(actions)
+        if whole:
+            self._stepped_epoch = self._epoch
+            self._losses = []
+        self._watch.stepped()
+
+    def _look_for_gradients(self) -> None:
+        """At the last step of an epoch, once something is pruned: does the network still learn?"""
+        pruned = self.network.masks or self.network.plans
+        if not pruned or not self._losses or self._in_epoch < self.length.steps_per_epoch:
+            return
+        assert self._first_loss is not None
+        what = no_gradient(self.model, self._losses[-1], self._first_loss)
+        if what is not None:
+            self._collapse = f"the network has collapsed in epoch {self._epoch + 1}: {what}"
+
+    def _after_load(self, optimizer: Optimizer) -> None:
+        """Before the hard prune a state may hold values at masked positions, which may come back."""
+        if self.frozen:
+            with torch.no_grad():
+                self.network.mask_state()
+
+    def _counted_units(self) -> tuple[OptimizerUnit, ...]:
+        """The optimizers whose steps make a round: those that hold weights which may be pruned."""
+        if self._holders_revision != self.revision:
+            if not (self.frozen and self.packed):  # packed, the same ones hold the values
+                self._holders = self._optimizers.holders([layer.weight for layer in self._prunable.layers])
+            self._holders_revision = self.revision
+        return self._holders
+
+    def _see_inputs(self, module: nn.Module, args: Any, kwargs: Any) -> None:
+        self.network.see(Inputs(args, kwargs), self.method.keeps_inputs and module.training)
+
+    def _full_precision(self) -> torch.autocast:
+        """Decisions do not depend on whether ``optimizer.step()`` is called inside autocast."""
+        parameter = next(self.model.parameters(), None)
+        kind = "cpu" if parameter is None else parameter.device.type
+        return torch.autocast(kind, enabled=False)
+
+    def _step(self, optimizer: Optimizer) -> StepInfo:
+        scale = getattr(optimizer, "grad_scale", None)
+        loss = torch.stack(self._losses).mean()
+        position = self._epoch + self._in_epoch / self.length.steps_per_epoch
+        return StepInfo(
+            self._seen,
+            len(self._losses),
+            loss,
+            self._epoch_losses,
+            self.length,
+            epoch=self._stepped_epoch,
+            position=position,
+            ends_epoch=int(position) > self._stepped_epoch,
+            learning_rate=learning_rate_of(self._counted_units()[0]),
+            grad_scale=scale,
+            adaptive=any(
+                not isinstance(unit.optimizers[-1], torch.optim.SGD) for unit in self._counted_units()
+            ),
+        )
+
+    def _close_epoch(self) -> None:
+        """Note the mean loss once an epoch's batches are all seen."""
+        if self._epoch_loss is not None and self._in_epoch == self.length.steps_per_epoch:
+            mean = float(self._epoch_loss) / self.length.steps_per_epoch
+            self._epoch_losses.append(mean)
+            self._epoch_loss = None
+            self._epoch, self._in_epoch = self._epoch + 1, 0
+            if self._first_loss is not None:
+                chance = at_chance(self._epoch_losses, float(self._first_loss), self.events)
+                if chance is not None:
+                    self._collapse = f"the network has collapsed after epoch {chance[1]:g}: {chance[0]}"
+
+    # ---- the one place where actions touch the world ----------------------------------------
+
+    @torch.no_grad()
+    def _carry_out(self, actions: Any) -> None:
+        for action in actions:
+            self._carry_out_one(action)
+
+    def _carry_out_one(self, action: Action) -> None:
+        match action:
+            case Record(event):
+                self._record(event)
+            case ApplyMasks(masks, forget):
+                self.network.mask(masks, forget)
+            case FreezeMasks(masks):
+                self._find_averages()
+                self.network.freeze(masks)
+                self.method.after_freeze(self._state, self.network.masks)
+                self._plan = self.method.plan(self._prunable, self.length, self._state)
+                self.network.pack()
+            case SilenceChannels(plan):
+                self.network.silence(plan)
+            case Reconfigure(plan, event, checked):
+                self._watch.outsiders.check_orphans(plan)
+                self._find_averages()
+                told = self.network.reconfigure(plan, checked, self._follow)
+                self._record({"event": "reconfigured", **event, **told})
+            case RestoreTensors(values):
+                self.network.restore(values)
+
+    def _follow(self, plan: SurgeryPlan) -> None:
+        """Channels have gone: what the method remembers shrinks with them."""
+        self.method.after_surgery(self._state, plan, self._prunable)
+        self._plan = self.method.plan(self._prunable, self.length, self._state)
+
+    def _record(self, event: Event) -> None:
+        full = {
+            "event": event["event"],
+            "step": self._seen,
+            "epoch": self._epoch + self._in_epoch / self.length.steps_per_epoch,
+        }
+        full.update(event)
+        self.events.append(full)
+        if self._on_event is not None:
+            self._on_event(full)
+
+
+class _InputHook:
+    """Shows a model's inputs to the pruner; a copy of the model gets one that shows them to nobody."""
+
+    def __init__(self, pruner: Pruner | None) -> None:
+        self._pruner = (lambda: None) if pruner is None else weakref.ref(pruner)
+
+    def __call__(self, module: nn.Module, args: Any, kwargs: Any) -> None:
+        pruner = self._pruner()
+        if pruner is not None:
+            pruner._see_inputs(module, args, kwargs)
+
+    def __reduce__(self) -> tuple[type[_InputHook], tuple[None]]:
+        """For copies and pickles of the model."""
+        return _InputHook, (None,)
+
+
+def _cuts(action: Action) -> bool:
+    """Whether an action takes something away for good."""
+    return isinstance(action, FreezeMasks) or (isinstance(action, Reconfigure) and bool(action.plan))
+
+
+def _is_count(number: object) -> bool:
+    return isinstance(number, int) and not isinstance(number, bool) and number >= 1

@@ -1,0 +1,1 @@
+"""Parts of methods that mask weights or kernels."""

@@ -1,0 +1,1 @@
+"""Parts of ClickTrain: patterns and kernels."""

@@ -1,0 +1,208 @@
+"""The neurons of a network: which channels can be removed together, and their scores (When to Prune? 3.1)."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+from typing import Literal
+
+import torch
+from torch import Tensor, nn
+
+from clicktrain.errors import UserError
+from clicktrain.graph.prunable import matches
+from clicktrain.sparsity.channel_importance import batch_norm_taylor, filter_magnitude, filter_taylor
+from clicktrain.surgery import ChannelGroup, Member, SurgeryPlan
+from clicktrain.surgery.groups import Dependencies
+
+ChannelCriterion = Literal["taylor", "taylor_weights", "magnitude"]
+
+_LAYERS = (nn.Conv1d, nn.Conv2d, nn.Conv3d, nn.Linear)
+_TRANSPOSED = (nn.ConvTranspose1d, nn.ConvTranspose2d, nn.ConvTranspose3d)
+_NORMS = (nn.BatchNorm1d, nn.BatchNorm2d, nn.BatchNorm3d, nn.SyncBatchNorm)
+
+
+@dataclass(frozen=True, slots=True, eq=False)
+class Rows:
+    """The entries of one parameter that belong to each neuron of a group.
+
+    ``index`` [n, k] along ``dim``; ``plain``: neuron n is index n of the whole dimension.
+    """
+
+    name: str
+    dim: int
+    index: Tensor
+    plain: bool
+
+    @classmethod
+    def of(cls, member: Member) -> Rows:
+        """The rows of a member of a group of channels."""
+        index = torch.tensor(member.indices)
+        plain = index.shape[1] == 1 and torch.equal(index[:, 0], torch.arange(len(index)))
+        return cls(member.name, member.dim, index, plain)
+
+    def take(self, tensor: Tensor) -> Tensor:
+        """[n, everything of a neuron] of a tensor of the parameter's shape, in float32 or better."""
+        rows = tensor.detach().transpose(0, self.dim)
+        if not (self.plain and len(rows) == len(self.index)):
+            rows = rows[self.index.to(tensor.device)]
+        return rows.reshape(len(self.index), -1).to(torch.promote_types(tensor.dtype, torch.float32))
+
+
+@dataclass(frozen=True, slots=True, eq=False)
+class NeuronGroup:
+    """Neurons of one layer, or of several layers whose filters can only go together.
+
+    Attributes:
+        name: of the group of channels, see `clicktrain.surgery.ChannelGroup`.
+        layers: modules whose outputs the neurons are.
+        size: number of neurons.
+        filters: their weights.
+        scales, shifts: of batch norms over them.
+    """
+
+    name: str
+    layers: tuple[str, ...]
+    size: int
+    filters: tuple[Rows, ...]
+    scales: tuple[Rows, ...]
+    shifts: tuple[Rows, ...]
+
+
+def neuron_groups(
+    found: Dependencies, exclude: Sequence[str] = (), trained: Callable[[Tensor], bool] = lambda weight: True
+) -> tuple[tuple[NeuronGroup, ...], dict[str, str]]:
+    """Groups whose neurons may be pruned, and why the others may not.
+
+    Args:
+        found: the dependencies between the channels of a network.
+        exclude: module paths (shell-style) whose outputs stay as they are.
+        trained: whether a parameter is; neurons of layers that are not trained stay.
+
+    Returns:
+        The groups in the order of the network; name of a group -> reason.
+
+    Raises:
+        UserError: an entry of ``exclude`` names no layer.
+    """
+    modules = dict(found.graph.model.named_modules())
+    named = [name for name, module in modules.items() if isinstance(module, (*_LAYERS, *_TRANSPOSED))]
+    for glob in exclude:
+        if not any(matches(name, [glob]) for name in named):
+            raise UserError(f"no layer is called {glob!r}; the layers are {', '.join(named[:8])}")
+    groups: list[NeuronGroup] = []
+    reasons: dict[str, str] = {}
+    for channels in found.groups:
+        group = _group(channels, modules)
+        weights = [found.graph.model.get_parameter(rows.name) for rows in group.filters]
+        if channels.fixed is not None or not group.filters:
+            reasons[group.name] = channels.fixed or "no filters make these channels"
+        elif any(matches(layer, exclude) for layer in group.layers):
+            reasons[group.name] = "excluded"
+        elif not all(weight.requires_grad and trained(weight) for weight in weights):
+            reasons[group.name] = "its weights are not trained"
+        elif group.size == 1:
+            reasons[group.name] = "its only neuron"
+        else:
+            groups.append(group)
+    return tuple(groups), reasons
+
+
+def _group(channels: ChannelGroup, modules: Mapping[str, nn.Module]) -> NeuronGroup:
+    layers: list[str] = []
+    filters: list[Rows] = []
+    scales: list[Rows] = []
+    shifts: list[Rows] = []
+    for member in channels.members:
+        path, _, leaf = member.name.rpartition(".")
+        module = modules.get(path)
+        outputs = 1 if isinstance(module, _TRANSPOSED) else 0
+        if isinstance(module, (*_LAYERS, *_TRANSPOSED)) and (leaf, member.dim) == ("weight", outputs):
+            layers.append(path)
+            filters.append(Rows.of(member))
+        elif isinstance(module, _NORMS) and leaf in ("weight", "bias"):
+            (scales if leaf == "weight" else shifts).append(Rows.of(member))
+    return NeuronGroup(
+        channels.name, tuple(layers), channels.size, tuple(filters), tuple(scales), tuple(shifts)
+    )
+
+
+def neuron_scores(
+    group: NeuronGroup,
+    criterion: ChannelCriterion,
+    parameters: Mapping[str, Tensor],
+    gradient: Callable[[Tensor], Tensor | None],
+) -> Tensor | None:
+    """Scores of the neurons of a group after one batch, [n], larger = keep.
+
+    Args:
+        group: which.
+        criterion: ``taylor``: of scale and shift where there is a batch norm, else Eq. (3);
+            ``taylor_weights``: Eq. (3); ``magnitude``: Eq. (2).
+        parameters: of the network, by name.
+        gradient: of a parameter, None if it had none in this batch.
+
+    Returns:
+        None if a gradient is missing.
+    """
+
+    def both(parts: Sequence[Rows]) -> tuple[list[Tensor], list[Tensor]] | None:
+        grads = [gradient(parameters[rows.name]) for rows in parts]
+        if any(grad is None for grad in grads):
+            return None
+        values = [rows.take(parameters[rows.name]) for rows in parts]
+        return values, [r.take(g) for r, g in zip(parts, grads, strict=True) if g is not None]
+
+    if criterion == "magnitude":
+        return filter_magnitude([rows.take(parameters[rows.name]) for rows in group.filters])
+    if criterion == "taylor" and group.scales:
+        scales, shifts = both(group.scales), both(group.shifts)
+        return None if scales is None or shifts is None else batch_norm_taylor(*scales, *shifts)
+    weights = both(group.filters)
+    return None if weights is None else filter_taylor(*weights)
+
+
+def widths(masks: Mapping[str, Tensor]) -> dict[str, int]:
+    """Kept neurons of each group."""
+    return {name: int(mask.sum()) for name, mask in masks.items()}
+
+
+def shuffled(masks: Mapping[str, Tensor], seed: int) -> dict[str, Tensor]:
+    """Other neurons, the same structure: section 4.5, "performance with similar structures"."""
+    generator = torch.Generator().manual_seed(seed)
+    return {name: mask[torch.randperm(len(mask), generator=generator)] for name, mask in masks.items()}
+
+
+def masks_of_recipe(groups: Sequence[NeuronGroup], plans: Sequence[SurgeryPlan]) -> dict[str, Tensor]:
+    """The neurons that some plans, one after the other, leave of a network of the same class.
+
+    Args:
+        groups: of the whole network.
+        plans: as in a run's ``surgery.json``.
+
+    Returns:
+        Group -> bool [n], True = kept.
+
+    Raises:
+        UserError: the plans are for another network, or remove more than channels.
+    """
+    kept: dict[tuple[str, int], list[int]] = {}
+    for plan in plans:
+        if plan.removed_layers or plan.gates:
+            raise UserError("the structure has removed layers or gates: only channels can be taken over")
+        for cut in plan.cuts:
+            before = kept.get((cut.name, cut.dim), list(range(cut.size)))
+            if len(before) != cut.size:
+                raise UserError(f"the structure's plans do not follow each other at {cut.name}")
+            kept[cut.name, cut.dim] = [before[i] for i in cut.keep]
+    masks, used = {}, 0
+    for group in groups:
+        rows = group.filters[0]
+        keep = kept.get((rows.name, rows.dim))
+        masks[group.name] = torch.ones(group.size, dtype=torch.bool)
+        if keep is not None:
+            masks[group.name] = torch.isin(rows.index[:, 0], torch.tensor(keep))
+            used += not bool(masks[group.name].all())
+    if any(plans) and not used:
+        raise UserError("the structure was made for another network: it cuts none of the layers of this one")
+    return masks

@@ -6,7 +6,7 @@ import math
 from typing import TYPE_CHECKING, Any, get_args
 
 from clicktrain.errors import UserError
-from clicktrain.latency.sparse_times import Timed
+from clicktrain.latency.network_times import Timed
 from clicktrain.methods.settings import check_choices, keep_as_tuples
 from clicktrain.sparsity.importance import CRITERIA
 from clicktrain.sparsity.patterns import fixed_pool

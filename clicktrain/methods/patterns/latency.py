@@ -311,9 +311,9 @@ def _geometries(
     wanted: dict[str, list[SparseGeometry]] = {}
     for target in targets:
         conv = target.layer.module
-        sizes = (
-            [] if refusal(conv) else images[target.layer.name]
-        )  # it stays dense: its time is not to be saved
+        assert isinstance(conv, nn.Conv2d)
+        # Where it stays dense its time is not to be saved.
+        sizes = [] if refusal(conv) else images[target.layer.name]
         wanted[target.layer.name] = [
             SparseGeometry.of(conv, size, entries=target.entries, patterns=patterns, together=target.group,
                               batch=aim.batch, timed=aim.timed)

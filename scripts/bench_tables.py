@@ -10,7 +10,8 @@ import sys
 from pathlib import Path
 from typing import Any
 
-PHASES = ("forward", "grad_input", "grad_weight")
+PHASES = ("forward", "dgrad", "wgrad")
+_OLD_NAMES = (("grad_input", "dgrad"), ("grad_weight", "wgrad"))
 
 
 def _kind(row: dict[str, Any]) -> str:
@@ -20,7 +21,7 @@ def _kind(row: dict[str, Any]) -> str:
 
 
 def conv(rows: list[dict[str, Any]], geomean: dict[str, float]) -> list[str]:
-    """One line a shape: ratios over the fastest dense fp32 call, forward / grad_input / grad_weight."""
+    """One line a shape: ratios over the fastest dense fp32 call, forward / dgrad / wgrad."""
     kinds = list(dict.fromkeys(_kind(row) for row in rows))
     shapes = list(dict.fromkeys(tuple(row["shape"]) for row in rows))
     found = {(tuple(r["shape"]), _kind(r), r["phase"]): r for r in rows}
@@ -53,7 +54,10 @@ def step(rows: list[dict[str, Any]]) -> list[str]:
 def main() -> None:
     """Print the tables of the files named on the command line."""
     for name in sys.argv[1:]:
-        data = json.loads(Path(name).read_text())
+        text = Path(name).read_text()
+        for old, new in _OLD_NAMES:
+            text = text.replace(old, new)
+        data = json.loads(text)
         rows = data["rows"]
         table = conv(rows, data["geomean"]) if "phase" in rows[0] else step(rows)
         print("\n".join([*table, ""]))

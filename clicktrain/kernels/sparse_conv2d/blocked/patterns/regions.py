@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from typing import NamedTuple, TypeAlias
 
-from clicktrain.kernels.sparse_conv2d.blocked.geometry import Direction, Tile, tiles
+from clicktrain.kernels.sparse_conv2d.blocked.shared.geometry import Direction, Tile, tiles
 
 IN_PLACE_CODE = 8192
 """Multiply-adds of all tap sets on all kinds of tiles, beyond which their code would take long to build.

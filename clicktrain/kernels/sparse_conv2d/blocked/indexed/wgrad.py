@@ -1,4 +1,4 @@
-"""Gradient of the weight with offsets of taps as data: see `tap_generator`.
+"""Gradient of the weight with offsets of taps as data: see `generator`.
 
 The weights of one filter are taken a few at a time: they share each load of the output's gradient, wherever
 in their kernels they lie. Filter after filter within a pass of a few channels, whose windows stay in the
@@ -8,9 +8,9 @@ a region and weight, stay few.
 
 from __future__ import annotations
 
-from clicktrain.kernels.sparse_conv2d.blocked import copies
-from clicktrain.kernels.sparse_conv2d.blocked.tap_generator import TapGenerator
-from clicktrain.kernels.sparse_conv2d.blocked.template import (
+from clicktrain.kernels.sparse_conv2d.blocked.indexed.generator import IndexedGenerator
+from clicktrain.kernels.sparse_conv2d.blocked.shared import window_copy
+from clicktrain.kernels.sparse_conv2d.blocked.shared.template import (
     CHUNK,
     Code,
     add_threads,
@@ -25,14 +25,14 @@ _CHAINS = 3
 """Sums of each of them that are built side by side."""
 
 
-def write(code: Code, g: TapGenerator) -> None:
+def write(code: Code, g: IndexedGenerator) -> None:
     """The function of one region, and ``run``, which shares regions and runs of weights out to threads."""
     code(f"#define PATCH_H {g.rows.positions}L")
     code(f"#define PATCH_W {g.columns.positions}L")
     code(f"#define PATCHES {g.patch * g.images}L")
     columns = tuple((n * g.columns.positions, g.columns.positions) for n in range(g.columns.regions))
     width = g.columns.direction.length
-    copies.gradients(g.patch, g.columns.positions, columns, width, g.images).write(code)
+    window_copy.gradients(g.patch, g.columns.positions, columns, width, g.images).write(code)
     _region(code, g)
     open_weights(code, "uint16_t")
     code(f"const int64_t sets = (blocks + {g.images - 1}) / {g.images};")
@@ -72,7 +72,7 @@ def write(code: Code, g: TapGenerator) -> None:
     code("}")
 
 
-def _begin_copies(code: Code, g: TapGenerator, region: str, window: str, patch: str) -> None:
+def _begin_copies(code: Code, g: IndexedGenerator, region: str, window: str, patch: str) -> None:
     """Begin to copy a region's windows and output gradient; zero outside of the latter."""
     code("{")
     locate(code, region)
@@ -88,7 +88,7 @@ def _begin_copies(code: Code, g: TapGenerator, region: str, window: str, patch: 
     code("}")
 
 
-def _region(code: Code, g: TapGenerator) -> None:
+def _region(code: Code, g: IndexedGenerator) -> None:
     """All weights of some runs (filters in a pass) over one region."""
     tile = g.columns.tile
     sums = [[f"s{u}_{c}" for c in range(_CHAINS)] for u in range(UNIT)]

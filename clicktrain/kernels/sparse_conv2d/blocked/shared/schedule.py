@@ -11,7 +11,7 @@ from __future__ import annotations
 
 from typing import Literal, TypeAlias
 
-from clicktrain.kernels.sparse_conv2d.blocked.template import Code, define, locate, open_threads
+from clicktrain.kernels.sparse_conv2d.blocked.shared.template import Code, define, locate, open_threads
 
 CHUNKS = 4
 """Chunks of each thread, if there are several: at the end one waits for a quarter of its work at most."""
@@ -83,7 +83,7 @@ def open_regions(code: Code, windows: Windows, span: tuple[str, str, str, str]) 
 
     Afterwards ``window`` is what tiles read, ``to`` the result, of which they compute those from ``first`` to
     ``end``. The ``item`` before ``last`` is the last of its ``chunk``. ``ahead`` is a copy of the next region
-    (`copies`) that tiles have to go on with, if it is copied beside them; else what they fetch of it
+    (`window_copy`) that tiles have to go on with, if it is copied beside them; else what they fetch of it
     (`template.FETCH`).
 
     Args:

@@ -1,34 +1,34 @@
-"""Forward and gradient of the input with offsets of taps as data: see `tap_generator`."""
+"""Forward and gradient of the input with offsets of taps as data: see `generator`."""
 
 from __future__ import annotations
 
-from clicktrain.kernels.sparse_conv2d.blocked import statistics, walk
-from clicktrain.kernels.sparse_conv2d.blocked.tap_generator import TapGenerator
-from clicktrain.kernels.sparse_conv2d.blocked.template import Code, store_tile
+from clicktrain.kernels.sparse_conv2d.blocked.indexed.generator import IndexedGenerator
+from clicktrain.kernels.sparse_conv2d.blocked.shared import schedule, statistics
+from clicktrain.kernels.sparse_conv2d.blocked.shared.template import Code, store_tile
 
 
-def write(code: Code, g: TapGenerator, sums: bool = False) -> None:
-    """The function of one tile, and ``run``, which walks over regions, tiles, lattices and passes.
+def write(code: Code, g: IndexedGenerator, sums: bool = False) -> None:
+    """The function of one tile, and ``run``, which walks over regions, tiles, strided phases and passes.
 
     With ``sums`` (forward only) mean and variance of each filter's results are taken on the way.
     """
     _tile(code, g, sums)
     rows, columns = g.rows, g.columns
     statistics.open_run(code, "uint16_t", sums)
-    walk.open_shares(code, g.results, 1)
+    schedule.open_shares(code, g.results, 1)
     code("vec *sums = scratch + me * SCRATCH;")
     code(f"cell *buffer = (cell *)(sums + RESULTS * {rows.tile * columns.tile});")
     code("(void)buffer;")
     if sums:
         statistics.open_sums(code)
     span = ("ROW_FIRST({0}rr)", "WIN_H", "COL_FIRST({0}rc)", "WIN_W")
-    walk.open_regions(code, "in place" if g.in_place else "copied at once", span)
+    schedule.open_regions(code, "in place" if g.in_place else "copied at once", span)
     if sums:
         statistics.open_region(code)
     code(f"for (long ti = 0; ti < {rows.positions // rows.tile}; ++ti)")
     code(f"for (long tj = 0; tj < {columns.positions // columns.tile}; ++tj)")
-    code(f"for (long lr = 0; lr < {len(rows.lattices)}; ++lr)")
-    code(f"for (long lc = 0; lc < {len(columns.lattices)}; ++lc) {{")
+    code(f"for (long lr = 0; lr < {len(rows.strided_phases)}; ++lr)")
+    code(f"for (long lc = 0; lc < {len(columns.strided_phases)}; ++lc) {{")
     code(f"const long i = rr * {rows.positions}L + ti * {rows.tile};")
     code(f"const long j = rc * {columns.positions}L + tj * {columns.tile};")
     code("const long down = ROW_COUNT[lr] - i, right = COL_COUNT[lc] - j;")
@@ -38,7 +38,7 @@ def write(code: Code, g: TapGenerator, sums: bool = False) -> None:
         f"+ tj * {columns.tile * columns.reach};"
     )
     code(f"stored *y = to + (ROW_START[lr] + i * {rows.step}) * DST_W + COL_START[lc] + j * {columns.step};")
-    code(f"const int32_t *n = rows + (lr * {len(columns.lattices)} + lc) * {g.passes} * 2 * RESULTS;")
+    code(f"const int32_t *n = rows + (lr * {len(columns.strided_phases)} + lc) * {g.passes} * 2 * RESULTS;")
     code(f"for (long p = 0; p < {g.passes}; ++p, n += 2 * RESULTS, x += PASS)")
     code(f"  tile(x, y, sums, values, p ? NULL : bias, n, entries, first, end, p == 0, p == {g.passes - 1},")
     code(f"    down, right, stream, &ahead{statistics.TILE_ARGUMENTS if sums else ''});")
@@ -51,7 +51,7 @@ def write(code: Code, g: TapGenerator, sums: bool = False) -> None:
             for axis, name, place in ((rows, "ROW", "rr"), (columns, "COL", "rc"))
         ]
         statistics.close_region(code, " * ".join(sizes))
-    walk.close_regions(code)
+    schedule.close_regions(code)
     if sums:
         statistics.close_sums(code)
     code("}")
@@ -59,13 +59,18 @@ def write(code: Code, g: TapGenerator, sums: bool = False) -> None:
     code("}")
 
 
-def _tile(code: Code, g: TapGenerator, moments: bool) -> None:
+def _tile(code: Code, g: IndexedGenerator, moments: bool) -> None:
     """All results of one tile of positions, over the sources of one pass."""
     height, width = g.rows.tile, g.columns.tile
     places = [(i, j) for i in range(height) for j in range(width)]
     names = [f"a{k}" for k in range(len(places))]
     calls = max(
-        (g.rows.positions // height) * (g.columns.positions // width) * g.lattices * g.passes * g.results, 1
+        (g.rows.positions // height)
+        * (g.columns.positions // width)
+        * g.strided_phases
+        * g.passes
+        * g.results,
+        1,
     )
     code(
         "static __attribute__((noinline)) void tile(const cell *restrict x, stored *restrict y, "

@@ -12,7 +12,7 @@ from collections import Counter
 from collections.abc import Iterable
 from dataclasses import dataclass
 
-from clicktrain.kernels.sparse_conv2d.blocked.template import Code
+from clicktrain.kernels.sparse_conv2d.blocked.shared.template import Code
 
 CASES = 4
 """Ways of copying a row that get code of their own: at either edge of an image, between them."""

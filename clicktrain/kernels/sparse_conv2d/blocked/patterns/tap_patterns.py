@@ -31,9 +31,9 @@ def choose(structure: Structure) -> tuple[Taps, ...]:
     return choose_from(mask.flatten(0, 1), r * s)
 
 
-def is_complete(structure: Structure, vocabulary: tuple[Taps, ...]) -> bool:
+def is_complete(structure: Structure, tap_patterns: tuple[Taps, ...]) -> bool:
     """Whether every kernel of a layer is one of the sets, so that none has to be taken apart."""
-    return all(taps in vocabulary for taps in distinct(structure))
+    return all(taps in tap_patterns for taps in distinct(structure))
 
 
 def distinct(structure: Structure) -> set[Taps]:
@@ -62,18 +62,18 @@ def choose_from(kernels: Tensor, taps: int) -> tuple[Taps, ...]:
     return tuple(sorted({*singles, *frequent}))
 
 
-def take_apart(kernel: Taps, vocabulary: tuple[Taps, ...]) -> list[int]:
-    """Numbers of disjoint tap sets of the vocabulary that make up a kernel, few of them.
+def take_apart(kernel: Taps, tap_patterns: tuple[Taps, ...]) -> list[int]:
+    """Numbers of disjoint tap sets of the tap_patterns that make up a kernel, few of them.
 
     Raises:
-        ValueError: the vocabulary has no code for one of the taps.
+        ValueError: the tap_patterns has no code for one of the taps.
     """
     left = set(kernel)
     parts = []
-    for number in sorted(range(len(vocabulary)), key=lambda i: (-len(vocabulary[i]), i)):
-        if left and left.issuperset(vocabulary[number]):
+    for number in sorted(range(len(tap_patterns)), key=lambda i: (-len(tap_patterns[i]), i)):
+        if left and left.issuperset(tap_patterns[number]):
             parts.append(number)
-            left.difference_update(vocabulary[number])
+            left.difference_update(tap_patterns[number])
     if left:
         raise ValueError(f"no code for the taps {sorted(left)}")
     return parts

@@ -4,10 +4,11 @@ from __future__ import annotations
 
 from typing import NamedTuple
 
-from clicktrain.kernels.sparse_conv2d.blocked import copies
-from clicktrain.kernels.sparse_conv2d.blocked.generator import Generator
-from clicktrain.kernels.sparse_conv2d.blocked.regions import RegionKind, TileKind
-from clicktrain.kernels.sparse_conv2d.blocked.template import (
+from clicktrain.kernels.sparse_conv2d.blocked.patterns.generator import Generator
+from clicktrain.kernels.sparse_conv2d.blocked.patterns.regions import RegionKind, TileKind
+from clicktrain.kernels.sparse_conv2d.blocked.patterns.tap_patterns import Taps
+from clicktrain.kernels.sparse_conv2d.blocked.shared import window_copy
+from clicktrain.kernels.sparse_conv2d.blocked.shared.template import (
     CHUNK,
     Code,
     add_threads,
@@ -16,7 +17,6 @@ from clicktrain.kernels.sparse_conv2d.blocked.template import (
     open_threads,
     open_weights,
 )
-from clicktrain.kernels.sparse_conv2d.blocked.vocabulary import Taps
 
 _CHAINS = 8
 """Sums that are built side by side: a multiply-add takes several cycles, and more than one starts in each."""
@@ -38,7 +38,7 @@ def write(code: Code, g: Generator) -> None:
         sizes = [sum(t.size for t in region) for region in g.columns.regions]
         spans = tuple(zip(starts, sizes, strict=True))
         patch = g.patch_rows * g.patch_columns
-        copies.gradients(patch, g.patch_columns, spans, g.columns.direction.length).write(code)
+        window_copy.gradients(patch, g.patch_columns, spans, g.columns.direction.length).write(code)
     for number, (row_kind, _, column_kind, _) in enumerate(kinds):
         _region(code, g, number, row_kind, column_kind)
     open_weights(code, g.entry)
@@ -119,7 +119,7 @@ def _region(code: Code, g: Generator, number: int, rows: RegionKind, columns: Re
     code("fetch(next_gy, share_gy, PATCH_W);")
     code("const cell *xc = x + e[0] * WIN, *gc = gy + e[1] * PATCH;")
     code("switch (e[2]) {")
-    for case, taps in enumerate(g.vocabulary):
+    for case, taps in enumerate(g.tap_patterns):
         code(f"case {case}: {{")
         _kernel(code, g, taps, rows, columns)
         code("break;")
@@ -132,7 +132,7 @@ def _region(code: Code, g: Generator, number: int, rows: RegionKind, columns: Re
 
 def _kernel(code: Code, g: Generator, taps: Taps, rows: RegionKind, columns: RegionKind) -> None:
     """The sums of one kernel's taps over a region."""
-    count = len(taps) * g.together
+    count = len(taps) * g.filters_per_tile
     chains = max(1, _CHAINS // count)
     names = [[f"s{i}_{c}" for c in range(chains)] for i in range(count)]
     code(f"sums_t {', '.join(f'{one} = {{0}}' for group in names for one in group)};")
@@ -161,7 +161,7 @@ def _tiles(code: Code, g: Generator, taps: Taps, row: _Run, column: _Run, sums: 
     triples = list(g.triples(taps, row.kind, column.kind))
     for position in sorted({position for position, _, _ in triples}):
         y, x = divmod(position, column.kind.size)
-        for k in range(g.together):
+        for k in range(g.filters_per_tile):
             code(f"cell g{k}_{position} = q[{k} * PATCH + {y} * PATCH_W + {x}]; KEEP(g{k}_{position});")
     last = -1
     used = [0] * len(taps)
@@ -169,8 +169,8 @@ def _tiles(code: Code, g: Generator, taps: Taps, row: _Run, column: _Run, sums: 
         if window != last:
             code(f"t = p[{window}]; KEEP(t);")
             last = window
-        for k in range(g.together):
-            group = sums[tap * g.together + k]
+        for k in range(g.filters_per_tile):
+            group = sums[tap * g.filters_per_tile + k]
             code(f"MULTIPLY_ADD({group[used[tap] % len(group)]}, t, g{k}_{position});")
         used[tap] += 1
     code("}")

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Mapping
 
-from clicktrain.kernels.sparse_conv2d.blocked.geometry import Direction
+from clicktrain.kernels.sparse_conv2d.blocked.shared.geometry import Direction
 
 
 class Code:

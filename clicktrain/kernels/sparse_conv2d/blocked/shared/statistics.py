@@ -1,6 +1,6 @@
 """Mean and variance of each filter's results, summed up by the forward kernels as they store a tile.
 
-A chunk of regions (`walk`) sums ``x - c`` and its square, where c is the first result that it has for the
+A chunk of regions (`schedule`) sums ``x - c`` and its square, where c is the first result that it has for the
 filter: sums of plain squares would lose the variance where the mean is far from zero. If c is no usual number
 but d away from the mean of k numbers, the variance is at least ``d * d / k``, so what rounding takes of it
 stays bounded. A tile is summed by itself, a run of tiles in the number type and lane by lane, then all in
@@ -10,8 +10,8 @@ combined in their order, so that results repeat bit for bit, whichever thread to
 
 from __future__ import annotations
 
-from clicktrain.kernels.sparse_conv2d.blocked.template import Code
-from clicktrain.kernels.sparse_conv2d.blocked.walk import CHUNKS
+from clicktrain.kernels.sparse_conv2d.blocked.shared.schedule import CHUNKS
+from clicktrain.kernels.sparse_conv2d.blocked.shared.template import Code
 
 TILE_PARAMETERS = ", vec *restrict moments, real *restrict centres, int fresh"
 TILE_ARGUMENTS = ", moments, centres, fresh"

@@ -1,4 +1,4 @@
-"""The fixed index of a layer for the kernels that take offsets of taps as data: see `tap_generator`."""
+"""The fixed index of a layer for the kernels that take offsets of taps as data: see `generator`."""
 
 from __future__ import annotations
 
@@ -7,43 +7,43 @@ import torch
 from torch import Tensor
 
 from clicktrain.formats.packed import Structure
-from clicktrain.kernels.sparse_conv2d.blocked.cells import distance
+from clicktrain.kernels.sparse_conv2d.blocked.indexed.generator import IndexedGenerator
+from clicktrain.kernels.sparse_conv2d.blocked.indexed.wgrad import UNIT
+from clicktrain.kernels.sparse_conv2d.blocked.patterns.tables import Table
 from clicktrain.kernels.sparse_conv2d.blocked.problem import ConvProblem, Phase, Tiling
-from clicktrain.kernels.sparse_conv2d.blocked.tables import Table
-from clicktrain.kernels.sparse_conv2d.blocked.tap_generator import TapGenerator
-from clicktrain.kernels.sparse_conv2d.blocked.tap_grad_weight import UNIT
+from clicktrain.kernels.sparse_conv2d.blocked.shared.operand_types import distance
 
 
 def table(phase: Phase, problem: ConvProblem, structure: Structure, groups: int, tiling: Tiling) -> Table:
     """Every kept weight's offset, in the order in which the loop reads it.
 
     ``entries`` are uint16 (kept as int16): vectors from the beginning of the pass's windows. ``rows`` say,
-    int32, for forward and gradient of the input [lattices * passes * results + 1, 2]: first entry, first
-    value; for the gradient of the weight [runs + 1, 5]: first entry (filled up to whole units), filter,
-    vectors to the pass's windows, first value, values. A filter's packed values are in the order of channels
-    and taps, so those of a pass are neighbours: only the gradient of the input needs an ``order``. With
-    `Tiling.pairs` an entry has two weights, those of taps next to each other in a row of their kernel, and
-    ``order`` [2 * entries] says where both are; a number past the last value stands for a zero.
+    int32, for forward and dgrad [strided phases * passes * results + 1, 2]: first entry, first value; for
+    the gradient of the weight [runs + 1, 5]: first entry (filled up to whole units), filter, vectors to
+    the pass's windows, first value, values. A filter's packed values are in the order of channels and
+    taps, so those of a pass are neighbours: only the gradient of the input needs an ``order``. With
+    `Tiling.pairs` an entry has two weights, those of taps next to each other in a row of their kernel,
+    and ``order`` [2 * entries] says where both are; a number past the last value stands for a zero.
     """
-    g = TapGenerator(phase, problem, tiling, torch.bfloat16 if tiling.pairs else torch.float32)
+    g = IndexedGenerator(phase, problem, tiling, torch.bfloat16 if tiling.pairs else torch.float32)
     filters, channels, r, s = structure.shape
     kept = structure.mask().cpu().numpy().reshape(filters, channels, r * s)
     filter_, channel, tap = np.nonzero(kept)
     channel = channel + filter_ // max(filters // groups, 1) * channels
-    source, result = (filter_, channel) if phase == "grad_input" else (channel, filter_)
+    source, result = (filter_, channel) if phase == "dgrad" else (channel, filter_)
     known = [g.offset(t) for t in range(r * s)]
-    lattice = np.array([one for one, _ in known])[tap]
+    strided_phase = np.array([one for one, _ in known])[tap]
     number = source // g.per_pass
     offset = np.array([one for _, one in known])[tap] + source % g.per_pass * (g.window * g.images)
-    if phase == "grad_weight":
+    if phase == "wgrad":
         return _runs(g, result, number, offset)
-    order = np.lexsort((offset, result, number, lattice))
-    key = ((lattice * g.passes + number) * g.results + result)[order]
+    order = np.lexsort((offset, result, number, strided_phase))
+    key = ((strided_phase * g.passes + number) * g.results + result)[order]
     pairs = order[:0]
     if tiling.pairs:
         row = offset // g.columns.buffer  # windows are whole rows: one number for source and row
         order, key, pairs = _pair(order, key, row[order], offset[order], distance(phase, problem))
-    first = np.searchsorted(key, np.arange(g.lattices * g.passes * g.results + 1))
+    first = np.searchsorted(key, np.arange(g.strided_phases * g.passes * g.results + 1))
     entries, place = offset[order], first
     if tiling.pairs:
         return Table(_int32(np.stack([first, place], 1)), _uint16(entries), _int32(pairs))
@@ -73,7 +73,7 @@ def _pair(
     return order[leads], key[leads], both.reshape(-1)
 
 
-def _runs(g: TapGenerator, filter_: np.ndarray, number: np.ndarray, offset: np.ndarray) -> Table:
+def _runs(g: IndexedGenerator, filter_: np.ndarray, number: np.ndarray, offset: np.ndarray) -> Table:
     """Runs of one filter's weights in one pass, pass after pass within a block of filters."""
     block = filter_ // g.filters_at_once
     order = np.lexsort((offset, filter_, number, block))

@@ -7,12 +7,18 @@ from collections.abc import Iterator
 import torch
 
 from clicktrain.kernels.native import preamble
-from clicktrain.kernels.sparse_conv2d.blocked import cells, copies, walk
-from clicktrain.kernels.sparse_conv2d.blocked.geometry import Backward, Direction, Forward
+from clicktrain.kernels.sparse_conv2d.blocked.patterns.regions import (
+    IN_PLACE_CODE,
+    AxisRegions,
+    TileKind,
+    code_size,
+)
+from clicktrain.kernels.sparse_conv2d.blocked.patterns.tables import NARROW
+from clicktrain.kernels.sparse_conv2d.blocked.patterns.tap_patterns import Taps
 from clicktrain.kernels.sparse_conv2d.blocked.problem import ConvProblem, Phase, Tiling
-from clicktrain.kernels.sparse_conv2d.blocked.regions import IN_PLACE_CODE, AxisRegions, TileKind, code_size
-from clicktrain.kernels.sparse_conv2d.blocked.tables import NARROW
-from clicktrain.kernels.sparse_conv2d.blocked.template import (
+from clicktrain.kernels.sparse_conv2d.blocked.shared import operand_types, schedule, window_copy
+from clicktrain.kernels.sparse_conv2d.blocked.shared.geometry import Backward, Direction, Forward
+from clicktrain.kernels.sparse_conv2d.blocked.shared.template import (
     FETCH,
     SUPPORT,
     Code,
@@ -20,7 +26,6 @@ from clicktrain.kernels.sparse_conv2d.blocked.template import (
     join,
     planes,
 )
-from clicktrain.kernels.sparse_conv2d.blocked.vocabulary import Taps
 
 
 class Generator:
@@ -34,20 +39,20 @@ class Generator:
         self,
         phase: Phase,
         problem: ConvProblem,
-        vocabulary: tuple[Taps, ...],
+        tap_patterns: tuple[Taps, ...],
         tiling: Tiling,
         dtype: torch.dtype,
     ) -> None:
-        self.phase, self.vocabulary, self.together = phase, vocabulary, tiling.together
-        self.dtype, self.cells = dtype, cells.support(phase, problem, tiling.pairs)
+        self.phase, self.tap_patterns, self.filters_per_tile = phase, tap_patterns, tiling.filters_per_tile
+        self.dtype, self.operands = dtype, operand_types.support(phase, problem, tiling.pairs)
         self.kernel_width = problem.columns.taps
-        self.sweeps = tiling.code == "sweep" and phase != "grad_weight"
+        self.sweeps = tiling.code == "cache_blocked" and phase != "wgrad"
         """Whether sums are in the first-level cache, of a block of results over passes of sources."""
-        backward = phase == "grad_input"
+        backward = phase == "dgrad"
         direction = Backward if backward else Forward
-        as_stored = cells.as_stored(phase, tiling.pairs, dtype)
+        as_stored = operand_types.as_stored(phase, tiling.pairs, dtype)
         self.rows, self.columns = _axes(direction, problem, tiling, self.sweeps and as_stored)
-        if self.sweeps and code_size(self.rows, self.columns, sum(map(len, vocabulary))) > IN_PLACE_CODE:
+        if self.sweeps and code_size(self.rows, self.columns, sum(map(len, tap_patterns))) > IN_PLACE_CODE:
             self.rows, self.columns = _axes(direction, problem, tiling, in_place=False)
         self.sources = problem.filters if backward else problem.channels
         self.results = problem.channels if backward else problem.filters
@@ -65,7 +70,7 @@ class Generator:
         self.patch_columns = max(sum(t.size for t in region) for region in self.columns.regions)
 
     @property
-    def windows(self) -> walk.Windows:
+    def windows(self) -> schedule.Windows:
         """Where tiles read their windows (not of the gradient of the weight)."""
         if self.in_place:
             return "in place"
@@ -79,7 +84,7 @@ class Generator:
     @property
     def patch_vectors(self) -> int:
         """Vectors of the buffer for the output's gradient (gradient of the weight only)."""
-        if self.phase != "grad_weight" or self.patch_in_place:
+        if self.phase != "wgrad" or self.patch_in_place:
             return 0
         return self.results * self.patch_rows * self.patch_columns
 
@@ -117,15 +122,17 @@ class Generator:
             code(f"static const int {name}_START[] = {{{join(region[0].start for region in axis.regions)}}};")
             sizes = [sum(t.size for t in region) for region in axis.regions]
             code(f"static const int {name}_SIZE[] = {{{join(sizes)}}};")
-        code(self.cells)
+        code(self.operands)
         code(SUPPORT)
         if self.windows != "copied beside":
             code(FETCH)
-        code(copies.TYPE)
-        if self.phase != "grad_weight":
-            code(walk.SUPPORT)
+        code(window_copy.TYPE)
+        if self.phase != "wgrad":
+            code(schedule.SUPPORT)
         columns = tuple(self.columns.span(region) for region in self.columns.regions)
-        copies.windows(self.window, self.columns.buffer, columns, self.columns.direction.source).write(code)
+        window_copy.windows(self.window, self.columns.buffer, columns, self.columns.direction.source).write(
+            code
+        )
         return code
 
     def triples(self, taps: Taps, row: TileKind, column: TileKind) -> Iterator[tuple[int, int, int]]:

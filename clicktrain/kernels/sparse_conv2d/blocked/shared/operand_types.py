@@ -24,21 +24,21 @@ from clicktrain.kernels.sparse_conv2d.blocked.problem import ConvProblem, Phase
 def distance(phase: Phase, problem: ConvProblem) -> int:
     """Columns of the source between what neighbouring taps of a row read for one result."""
     axis = problem.columns
-    if phase == "grad_input":
+    if phase == "dgrad":
         return axis.dilation // math.gcd(axis.dilation, axis.stride)
     return axis.dilation
 
 
 def as_stored(phase: Phase, pairs: bool, dtype: torch.dtype) -> bool:
     """Whether activations are computed with as they lie in memory, without a copy of another type."""
-    return dtype is not torch.bfloat16 or (pairs and phase == "grad_weight")
+    return dtype is not torch.bfloat16 or (pairs and phase == "wgrad")
 
 
 def support(phase: Phase, problem: ConvProblem, pairs: bool) -> str:
     """The types ``cell``, ``weight`` and ``sums_t``, ``MULTIPLY_ADD`` and the copy of a window's row."""
     if not pairs:
         return _PLAIN
-    if phase == "grad_weight":
+    if phase == "wgrad":
         return _IMAGES
     return f"#define DISTANCE {distance(phase, problem)}\n{_COLUMNS}"
 

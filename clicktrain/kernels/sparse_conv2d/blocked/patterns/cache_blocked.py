@@ -19,11 +19,11 @@ from __future__ import annotations
 
 from collections.abc import Hashable
 
-from clicktrain.kernels.sparse_conv2d.blocked import statistics, walk
-from clicktrain.kernels.sparse_conv2d.blocked.generator import Generator
-from clicktrain.kernels.sparse_conv2d.blocked.regions import TileKind
-from clicktrain.kernels.sparse_conv2d.blocked.template import Code, join, store_tile
-from clicktrain.kernels.sparse_conv2d.blocked.vocabulary import Taps
+from clicktrain.kernels.sparse_conv2d.blocked.patterns.generator import Generator
+from clicktrain.kernels.sparse_conv2d.blocked.patterns.regions import TileKind
+from clicktrain.kernels.sparse_conv2d.blocked.patterns.tap_patterns import Taps
+from clicktrain.kernels.sparse_conv2d.blocked.shared import schedule, statistics
+from clicktrain.kernels.sparse_conv2d.blocked.shared.template import Code, join, store_tile
 
 
 def support(code: Code, g: Generator, moments: bool) -> None:
@@ -44,12 +44,12 @@ def support(code: Code, g: Generator, moments: bool) -> None:
 
 def order_weights(g: Generator) -> str:
     """C text of a thread's share in bringing the weights into their order, a run of kernels at a time."""
-    sets = len(g.vocabulary)
+    sets = len(g.tap_patterns)
     if not sets:
-        return walk.ORDER_WEIGHTS
+        return schedule.ORDER_WEIGHTS
     runs = g.blocks * g.passes * sets
-    sizes = [len(taps) for taps in g.vocabulary]
-    return f"""if (places == count) {{ {walk.ORDER_WEIGHTS} }}
+    sizes = [len(taps) for taps in g.tap_patterns]
+    return f"""if (places == count) {{ {schedule.ORDER_WEIGHTS} }}
 else {{
   static const int sizes[] = {{{join(sizes)}}};
   for (int64_t r = {runs}L * me / all; r < {runs}L * (me + 1) / all; ++r) {{
@@ -77,7 +77,7 @@ def write_tile(
     """
     positions = row.size * column.size
     store = _store(code, row, column, moments, written)
-    loops = [_kernels(code, g, taps, row, column, written) for taps in g.vocabulary]
+    loops = [_kernels(code, g, taps, row, column, written) for taps in g.tap_patterns]
     low = row.low * g.columns.buffer + column.low
     code(
         f"static __attribute__((noinline)) void {name}(const cell *restrict x, stored *restrict y, "
@@ -86,7 +86,7 @@ def write_tile(
         f"int64_t stream, {_ahead(g)} *ahead, ready_t *ready"
         f"{statistics.TILE_PARAMETERS if moments else ''}) {{"
     )
-    runs = 2 * g.passes * len(g.vocabulary)
+    runs = 2 * g.passes * len(g.tap_patterns)
     code(f"rows += first / {g.block} * {runs};")
     code("const weight *v = values + rows[1];")
     code(f"for (long f = first; f < end; f += {g.block}) {{")
@@ -97,7 +97,7 @@ def write_tile(
     code("const vec start = splat(bias ? bias[f + k] : 0);")
     code(f"for (long i = 0; i < {positions}; ++i) own[k * {positions} + i] = start;")
     code("}")
-    code(f"for (long p = 0; p < {g.passes}; ++p, rows += {2 * len(g.vocabulary)}) {{")
+    code(f"for (long p = 0; p < {g.passes}; ++p, rows += {2 * len(g.tap_patterns)}) {{")
     for number, loop in enumerate(loops):
         code(
             f"v = {loop}(x, {low}, own, v, entries + 2L * rows[{2 * number}], "
@@ -162,7 +162,7 @@ def _kernels(
     if key in written:
         return written[key]
     name = written[key] = f"kernels_{len(written)}"
-    calls = g.rows.region_tiles * g.columns.region_tiles * g.blocks * g.passes * len(g.vocabulary)
+    calls = g.rows.region_tiles * g.columns.region_tiles * g.blocks * g.passes * len(g.tap_patterns)
     code(
         f"static __attribute__((noinline)) const weight *{name}(const cell *restrict x, long low, "
         f"vec *restrict sums, const weight *restrict v, const {g.entry} *restrict e, "
@@ -170,7 +170,7 @@ def _kernels(
     )
     rows = -(-g.sources * g.rows.span_most // calls)
     code(f"if (ahead->left) {'fetch' if g.in_place else 'copy'}_windows(ahead, {rows});")
-    code(f"if (ready->left) ready->store(ready, {-(-g.block // (g.passes * len(g.vocabulary)))});")
+    code(f"if (ready->left) ready->store(ready, {-(-g.block // (g.passes * len(g.tap_patterns)))});")
     code(f"for (; e != end; e += 2, v += {len(taps)}) {{")
     code("const long p = e[0] * WIN - low;")
     code(f"vec *s = sums + e[1] * {positions}L;")

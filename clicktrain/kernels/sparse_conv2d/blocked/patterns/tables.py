@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from clicktrain.formats.packed import Structure
-from clicktrain.kernels.sparse_conv2d.blocked.vocabulary import Taps, take_apart
+from clicktrain.kernels.sparse_conv2d.blocked.patterns.tap_patterns import Taps, take_apart
 
 NARROW = 1 << 16
 """Filters and channels that numbers of two bytes can tell apart."""
@@ -36,7 +36,7 @@ class Table:
 class Parts:
     """A layer's kernels, taken apart into the tap sets that there is code for."""
 
-    def __init__(self, structure: Structure, vocabulary: tuple[Taps, ...], groups: int = 1) -> None:
+    def __init__(self, structure: Structure, tap_patterns: tuple[Taps, ...], groups: int = 1) -> None:
         filters, channels, r, s = structure.shape
         mask = structure.mask().cpu().numpy().reshape(filters, channels, r * s)
         place = (np.cumsum(mask.reshape(-1)) - 1).reshape(mask.shape)
@@ -48,7 +48,7 @@ class Parts:
         for number, one in enumerate(kinds):
             members = np.nonzero(kind == number)[0]
             found.extend(
-                (members, part) for part in take_apart(tuple(np.nonzero(one)[0].tolist()), vocabulary)
+                (members, part) for part in take_apart(tuple(np.nonzero(one)[0].tolist()), tap_patterns)
             )
         members = np.concatenate([m for m, _ in found]) if found else np.zeros(0, np.int64)
         self.sets = np.concatenate([np.full(len(m), p) for m, p in found]) if found else np.zeros(0, np.int64)
@@ -56,15 +56,15 @@ class Parts:
         self.channel = alive_c[members] + self.filter // max(filters // groups, 1) * channels
         self._local = alive_c[members]
         self._place = place
-        self._vocabulary = vocabulary
+        self.tap_patterns = tap_patterns
         self.filters, self.channels = filters, channels * groups
 
-    def by_filter(self, together: int) -> Table:
-        """For the forward pass: entries (channel, set) of each group of ``together`` filters that agree."""
+    def by_filter(self, filters_per_tile: int) -> Table:
+        """For the forward pass: entries (channel, set) of each group of filters that agree."""
         order = np.lexsort((self.channel, self.sets, self.filter))
         entries = np.stack([self.channel[order], self.sets[order]], 1)
         rows = np.searchsorted(self.filter[order], np.arange(self.filters + 1))
-        return self._table(order, rows, entries, together)
+        return self._table(order, rows, entries, filters_per_tile)
 
     def by_channel(self) -> Table:
         """For the gradient of the input: entries (filter, set) of each channel."""
@@ -84,7 +84,7 @@ class Parts:
         results, sources = (
             min(size or count, count) for size, count in zip((results, sources), counts, strict=True)
         )
-        passes, sets = -(-counts[1] // sources), len(self._vocabulary)
+        passes, sets = -(-counts[1] // sources), len(self.tap_patterns)
         runs = ((result // results) * passes + source // sources) * sets + self.sets
         order = np.lexsort((result, source, runs))
         entries = np.stack([source[order], result[order] % results], 1)
@@ -95,7 +95,7 @@ class Parts:
 
     def _firsts(self, sets: np.ndarray, order: Tensor) -> Tensor | None:
         """The places of the parts' first weights, unless some part's weights do not follow each other."""
-        taps = np.array([len(one) for one in self._vocabulary] or [0])
+        taps = np.array([len(one) for one in self.tap_patterns] or [0])
         sizes = taps[sets]
         begin = np.cumsum(sizes) - sizes
         places = order.numpy()
@@ -104,35 +104,35 @@ class Parts:
             return None
         return torch.from_numpy(firsts)
 
-    def by_kernel(self, together: int, block: int) -> Table:
+    def by_kernel(self, filters_per_tile: int, block: int) -> Table:
         """For the gradient of the weight: entries (channel, filter, set), channel after channel.
 
         Within a block of ``block`` filters, so that their output gradients stay in the cache. ``rows`` are
         the beginnings of the runs of one channel, one block after the other.
         """
-        block = max(block // together, 1) * together
+        block = max(block // filters_per_tile, 1) * filters_per_tile
         blocks = self.filter // block
         order = np.lexsort((self.filter, self.sets, self.channel, blocks))
         entries = np.stack([self.channel[order], self.filter[order], self.sets[order]], 1)
         count = -(-self.filters // block)
         key = blocks[order] * self.channels + self.channel[order]
         rows = np.searchsorted(key, np.arange(count * self.channels + 1))
-        return self._table(order, rows, entries, together, filter_column=1)
+        return self._table(order, rows, entries, filters_per_tile, filter_column=1)
 
-    def agree(self, together: int) -> bool:
-        """Whether every ``together`` neighbouring filters have the same channels and tap sets."""
-        if together == 1:
+    def agree(self, filters_per_tile: int) -> bool:
+        """Whether every ``filters_per_tile`` neighbouring filters have the same channels and tap sets."""
+        if filters_per_tile == 1:
             return True
-        if self.filters % together:
+        if self.filters % filters_per_tile:
             return False
         order = np.lexsort((self.channel, self.sets, self.filter))
         rows = np.searchsorted(self.filter[order], np.arange(self.filters + 1))
-        counts = np.diff(rows).reshape(-1, together)
+        counts = np.diff(rows).reshape(-1, filters_per_tile)
         if not (counts == counts[:, :1]).all():
             return False
-        groups = self.filter[order] // together
+        groups = self.filter[order] // filters_per_tile
         index = np.lexsort((self.filter[order], self.channel[order], self.sets[order], groups))
-        pairs = np.stack([self.sets[order], self.channel[order]], 1)[index].reshape(-1, together, 2)
+        pairs = np.stack([self.sets[order], self.channel[order]], 1)[index].reshape(-1, filters_per_tile, 2)
         return bool((pairs == pairs[:, :1]).all())
 
     def _table(
@@ -140,22 +140,22 @@ class Parts:
         order: np.ndarray,
         rows: np.ndarray,
         entries: np.ndarray,
-        together: int,
+        filters_per_tile: int,
         filter_column: int | None = None,
     ) -> Table:
-        taps = np.array([len(one) for one in self._vocabulary] or [0])
-        if together > 1:
-            order, rows, entries = self._grouped(order, rows, entries, together, filter_column)
-        heads = order if together == 1 else order[::together]
-        sizes = taps[self.sets[heads]] * together
+        taps = np.array([len(one) for one in self.tap_patterns] or [0])
+        if filters_per_tile > 1:
+            order, rows, entries = self._grouped(order, rows, entries, filters_per_tile, filter_column)
+        heads = order if filters_per_tile == 1 else order[::filters_per_tile]
+        sizes = taps[self.sets[heads]] * filters_per_tile
         begin = np.cumsum(sizes) - sizes
         places = np.zeros(int(sizes.sum()), np.int64)
-        for number, one in enumerate(self._vocabulary):
+        for number, one in enumerate(self.tap_patterns):
             index = np.nonzero(self.sets[heads] == number)[0]
             for i, tap in enumerate(one):
-                for j in range(together):
-                    member = order[index * together + j]
-                    places[begin[index] + i * together + j] = self._place[
+                for j in range(filters_per_tile):
+                    member = order[index * filters_per_tile + j]
+                    places[begin[index] + i * filters_per_tile + j] = self._place[
                         self.filter[member], self._local[member], tap
                     ]
         if filter_column is None:
@@ -175,15 +175,19 @@ class Parts:
         order: np.ndarray,
         rows: np.ndarray,
         entries: np.ndarray,
-        together: int,
+        filters_per_tile: int,
         filter_column: int | None,
     ) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
         """Bring the parts that neighbouring filters share next to each other; keep one entry of each."""
         segment = np.repeat(np.arange(len(rows) - 1), np.diff(rows))
         if filter_column is None:
-            segment = segment // together
-        group = self.filter[order] // together
+            segment = segment // filters_per_tile
+        group = self.filter[order] // filters_per_tile
         index = np.lexsort((self.filter[order], group, self.channel[order], self.sets[order], segment))
-        order, entries = order[index], entries[index][::together]
-        rows = rows[::together] // together if filter_column is None else rows // together
+        order, entries = order[index], entries[index][::filters_per_tile]
+        rows = (
+            rows[::filters_per_tile] // filters_per_tile
+            if filter_column is None
+            else rows // filters_per_tile
+        )
         return order, rows, entries

@@ -26,7 +26,7 @@ from clicktrain.kernels.sparse_conv2d.blocked.launch import compile_plan
 from clicktrain.kernels.sparse_conv2d.blocked.patterns.tap_patterns import MAX_SETS, distinct
 from clicktrain.kernels.sparse_conv2d.blocked.prepared import Variant, variants
 from clicktrain.kernels.sparse_conv2d.blocked.problem import PHASES, ConvProblem, Phase, Tiling
-from clicktrain.latency.layer_times import clock_of
+from clicktrain.latency.timer import clock_of
 
 SECONDS = 0.8
 """For all candidates of one layer shape together."""

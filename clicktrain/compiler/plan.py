@@ -3,8 +3,6 @@
 from __future__ import annotations
 
 import json
-import os
-import platform
 from collections.abc import Collection, Mapping, Sequence
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
@@ -15,8 +13,8 @@ import torch
 from clicktrain.compiler import plan_fields as check
 from clicktrain.errors import UserError
 from clicktrain.files import read_text
-from clicktrain.kernels.native import toolchain
 from clicktrain.kernels.sparse_conv2d.blocked.problem import PHASES, Phase, Tiling
+from clicktrain.latency.machine import Machine
 
 RULES = ("measured", "density", "sparse")
 KINDS = ("conv", "batch_norm", "elementwise", "pool", "global_pool", "cat")
@@ -98,21 +96,6 @@ class Choice:
         if self.layout == "plain":
             return f"dense {self.dense}"
         return "sparse blocked" if self.density < 1 else "dense blocked"
-
-
-@dataclass(frozen=True, slots=True)
-class Machine:
-    """Where a plan was made: processor, lanes of fp32 (0 without a compiler) and threads."""
-
-    cpu: str
-    lanes: int
-    threads: int
-
-    @classmethod
-    def here(cls) -> Machine:
-        """The machine of this process."""
-        tools = toolchain()
-        return cls(_cpu_name(), tools.lanes(torch.float32) if tools else 0, torch.get_num_threads())
 
 
 @dataclass(frozen=True, slots=True)
@@ -317,12 +300,3 @@ def _tilings(choice: Choice) -> str:
 
 def _ms(value: float | None) -> str:
     return "" if value is None else f"{value:.2f}"
-
-
-def _cpu_name() -> str:
-    try:
-        lines = Path("/proc/cpuinfo").read_text(encoding="utf-8").splitlines()
-    except OSError:
-        lines = []
-    names = [line.partition(":")[2].strip() for line in lines if line.startswith("model name")]
-    return names[0] if names else platform.processor() or platform.machine() or os.name

@@ -23,10 +23,9 @@ from clicktrain.kernels.native import keep_memory, missing_toolchain, toolchain
 from clicktrain.kernels.sparse_conv2d import refusal
 from clicktrain.latency.allocation import allocate_within, least_compression_within
 from clicktrain.latency.channels import ROUNDS, SECONDS, Measured, bare_copy
-from clicktrain.latency.layer_times import clock_of
 from clicktrain.latency.search import next_aim
 from clicktrain.latency.sparse_times import SparseGeometry, Timed, sparse_times
-from clicktrain.latency.timer import timed_for
+from clicktrain.latency.timer import clock_of, timed_for
 from clicktrain.methods.patterns.selection import Target
 from clicktrain.sparsity.allocation import allocate
 

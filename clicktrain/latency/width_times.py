@@ -1,22 +1,18 @@
 """Measured times of dense layers over channel counts, on the user's own device (When to Prune?, section 4.3).
 
-A table is built once for a layer's geometry and kept on disk; between its points times are interpolated.
-Measured times are not monotone: some widths suit the vector units, and every clock is noisy. The table is:
-each point is the mean of the largest time of any smaller layer and the smallest of any larger one. So fewer
-channels never cost more, which a ranking by the time that a removal saves relies on.
+A table is measured once per layer geometry and kept on disk; between its points times are interpolated.
+Measured times are not monotone: some widths suit the vector units, and every clock is noisy. The table is
+monotone: each point is the mean of the largest time of any smaller layer and the smallest of any larger one.
+So fewer channels never cost more, which a ranking by saved time relies on.
 """
 
 from __future__ import annotations
 
 import bisect
-import hashlib
-import json
-import os
-import platform
-import time
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
+from typing import Any
 
 import torch
 import torch.nn.functional as F
@@ -24,10 +20,10 @@ from torch import Tensor
 
 from clicktrain.comm.agreement import agreed
 from clicktrain.errors import UserError
-from clicktrain.formats.atomic import write_text_atomic
-from clicktrain.latency.timer import least_ms
+from clicktrain.latency.tables import keep_table, read_table, table_path
+from clicktrain.latency.timer import clock_of, least_ms, synchronized
 
-FORMAT_VERSION = 1
+FORMAT_VERSION = 2
 SHARES = (0.125, 0.25, 0.5, 0.75, 1.0)
 """Channel counts that are measured along each axis, as shares of the whole layer."""
 ROUNDS = 7
@@ -35,14 +31,14 @@ ROUNDS = 7
 
 @dataclass(frozen=True, slots=True)
 class LayerGeometry:
-    """All that the time of a dense 2-D convolution or linear layer depends on.
+    """What the time of a dense 2-D convolution or linear layer depends on.
 
     Attributes:
-        inputs, outputs: channels of the whole layer.
+        inputs, outputs: channels of the unpruned layer.
         kernel, stride, padding, dilation: of a convolution; empty for a linear layer.
-        groups: of a convolution; 0 stands for depthwise, where inputs and outputs are one number.
-        input_hw: pixels of what it reads.
-        inputs_vary, outputs_vary: whether channels can go on that side.
+        groups: of a convolution; 0 means depthwise, where inputs and outputs are the same channels.
+        input_hw: height and width of the input.
+        inputs_vary, outputs_vary: whether channels can be removed on that side.
     """
 
     inputs: int
@@ -64,7 +60,7 @@ class LayerGeometry:
         return rows, columns
 
     def call(self, inputs: int, outputs: int, batch: int, device: torch.device) -> Callable[[], object]:
-        """The layer with so many channels, on random numbers."""
+        """A call of the layer with these channel counts on random numbers."""
         generator = torch.Generator().manual_seed(0)
 
         def random(*size: int) -> Tensor:
@@ -81,7 +77,7 @@ class LayerGeometry:
 
 
 @dataclass(frozen=True, slots=True)
-class LayerTimes:
+class WidthTimes:
     """Milliseconds of one layer over its channel counts.
 
     Attributes:
@@ -94,10 +90,10 @@ class LayerTimes:
     ms: tuple[tuple[float, ...], ...]
 
     def at(self, inputs: int, outputs: int) -> float:
-        """Bilinear between measured counts, the nearest of them outside; monotone in both.
+        """Milliseconds with these counts: bilinear between measured ones, constant outside; monotone in both.
 
         Example:
-            >>> LayerTimes((2, 4), (1,), ((1.0,), (3.0,))).at(3, 1)
+            >>> WidthTimes((2, 4), (1,), ((1.0,), (3.0,))).at(3, 1)
             2.0
         """
         row, right = _place(self.inputs, inputs)
@@ -112,7 +108,7 @@ class LayerTimes:
     @classmethod
     def of(
         cls, inputs: Sequence[int], outputs: Sequence[int], measured: Mapping[tuple[int, int], float]
-    ) -> LayerTimes:
+    ) -> WidthTimes:
         """Monotone times from measured ones, (inputs, outputs) -> milliseconds."""
         grid = torch.tensor([[measured[i, o] for o in outputs] for i in inputs], dtype=torch.float64)
         below = grid.cummax(dim=0).values.cummax(dim=1).values
@@ -121,69 +117,48 @@ class LayerTimes:
         return cls(tuple(inputs), tuple(outputs), tuple(map(tuple, ms)))
 
 
-def layer_times(
+def width_times(
     geometries: Iterable[LayerGeometry],
     batch: int,
     device: torch.device,
     progress: Callable[[str], None] = lambda text: None,
-) -> dict[LayerGeometry, LayerTimes]:
-    """Times of layers in inference, from the cache or measured now.
+) -> dict[LayerGeometry, WidthTimes]:
+    """Inference times of layers, from disk or measured now.
 
     Args:
         geometries: layers; equal ones are measured once.
         batch: images.
-        device: where they run; on CPUs with the threads of this process.
-        progress: told what is being measured.
+        device: where they run; on a CPU with the threads of this process.
+        progress: called with what is being measured.
 
     Raises:
         UserError: the batch is empty.
     """
     if batch < 1:
         raise UserError(f"a batch has at least 1 image, not {batch}")
-    found: dict[LayerGeometry, LayerTimes] = {}
+    tables: dict[LayerGeometry, WidthTimes] = {}
     for geometry in dict.fromkeys(geometries):
         path = _cache_path(geometry, batch, device)
-        times = _read(path, geometry)
+        times = _from_document(read_table(path), geometry)
         if times is None:
             progress(f"measuring a layer of {geometry.inputs} -> {geometry.outputs} channels, batch {batch}")
             times = measure_layer(geometry, batch, device)
-            keep_json(path, asdict(times))
+            keep_table(path, asdict(times))
         columns = len(times.outputs)
         ms = agreed([ms for row in times.ms for ms in row], device)
         rows = tuple(tuple(ms[first : first + columns]) for first in range(0, len(ms), columns))
-        found[geometry] = replace(times, ms=rows)
-    return found
+        tables[geometry] = replace(times, ms=rows)
+    return tables
 
 
-def measure_layer(geometry: LayerGeometry, batch: int, device: torch.device) -> LayerTimes:
+def measure_layer(geometry: LayerGeometry, batch: int, device: torch.device) -> WidthTimes:
     """Time a layer at all its points."""
     inputs, outputs = geometry.points()
     calls = {
-        (i, o): synchronised(geometry.call(i, o, batch, device), device) for i in inputs for o in outputs
+        (i, o): synchronized(geometry.call(i, o, batch, device), device) for i in inputs for o in outputs
     }
     with torch.inference_mode():
-        return LayerTimes.of(inputs, outputs, least_ms(calls, ROUNDS, clock=clock_of(device)))
-
-
-def clock_of(device: torch.device) -> Callable[[], float]:
-    """What latencies are measured with.
-
-    Where one thread does the work, its time on the processor: what other programs take is not the network's.
-    Else the wall clock.
-    """
-    return time.thread_time if device.type == "cpu" and torch.get_num_threads() == 1 else time.perf_counter
-
-
-def synchronised(call: Callable[[], object], device: torch.device) -> Callable[[], object]:
-    """A call that returns when the device has done it."""
-    if device.type != "cuda":
-        return call
-
-    def wait() -> None:
-        call()
-        torch.cuda.synchronize(device)
-
-    return wait
+        return WidthTimes.of(inputs, outputs, least_ms(calls, ROUNDS, clock=clock_of(device)))
 
 
 def _counts(channels: int, step: int) -> tuple[int, ...]:
@@ -199,48 +174,18 @@ def _place(points: Sequence[int], count: int) -> tuple[int, float]:
     return index, (count - points[index]) / (points[index + 1] - points[index])
 
 
-# ---------------------------------------------------------------- on disk
-
-
-def cache_folder() -> Path:
-    """``$CLICKTRAIN_LATENCY_CACHE``, else ``clicktrain/latency`` in the user's cache."""
-    home = os.environ.get("XDG_CACHE_HOME") or str(Path.home() / ".cache")
-    return Path(os.environ.get("CLICKTRAIN_LATENCY_CACHE") or Path(home) / "clicktrain" / "latency")
-
-
-def _cache_path(geometry: LayerGeometry, batch: int, device: torch.device) -> Path:
-    text = json.dumps([FORMAT_VERSION, machine(device), torch.__version__, batch, asdict(geometry)])
-    return cache_folder() / f"layer-{hashlib.sha256(text.encode()).hexdigest()[:32]}.json"
-
-
-def machine(device: torch.device) -> list[object]:
-    """What times depend on beside the work: the processor or GPU, and the threads."""
-    if device.type == "cuda":
-        return [torch.cuda.get_device_name(device), torch.version.cuda]
+def _from_document(document: Mapping[str, Any] | None, geometry: LayerGeometry) -> WidthTimes | None:
+    """Times as read from disk; None where they are damaged or have other points, and are measured again."""
     try:
-        lines = Path("/proc/cpuinfo").read_text(encoding="utf-8").splitlines()
-        cpu = next((line.partition(":")[2].strip() for line in lines if line.startswith("model name")), "")
-    except OSError:
-        cpu = ""
-    return [device.type, cpu or platform.processor(), platform.machine(), torch.get_num_threads()]
-
-
-def _read(path: Path, geometry: LayerGeometry) -> LayerTimes | None:
-    """A table that is kept there; one that cannot be read, or has other points, is measured anew."""
-    try:
-        document = json.loads(path.read_text(encoding="utf-8"))
+        if document is None:
+            return None
         inputs, outputs = (tuple(map(int, document[key])) for key in ("inputs", "outputs"))
         ms = tuple(tuple(map(float, row)) for row in document["ms"])
-    except (OSError, ValueError, KeyError, TypeError):
+    except (ValueError, KeyError, TypeError):
         return None
     fits = (inputs, outputs) == geometry.points() and [len(row) for row in ms] == [len(outputs)] * len(inputs)
-    return LayerTimes(inputs, outputs, ms) if fits else None
+    return WidthTimes(inputs, outputs, ms) if fits else None
 
 
-def keep_json(path: Path, document: Mapping[str, object]) -> None:
-    """Write a measurement down; where that is not possible the next run measures again."""
-    try:
-        path.parent.mkdir(parents=True, exist_ok=True)
-        write_text_atomic(path, json.dumps(document))
-    except (OSError, UserError):
-        return
+def _cache_path(geometry: LayerGeometry, batch: int, device: torch.device) -> Path | None:
+    return table_path("layer", [FORMAT_VERSION, batch, asdict(geometry)], device)

@@ -12,8 +12,8 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from clicktrain.errors import UserError
-from clicktrain.latency import layer_times as module
-from clicktrain.latency.layer_times import LayerGeometry, LayerTimes, layer_times
+from clicktrain.latency import width_times as module
+from clicktrain.latency.width_times import LayerGeometry, WidthTimes, width_times
 
 CPU = torch.device("cpu")
 CONV = LayerGeometry(16, 8, (3, 3), (1, 1), (1, 1), (1, 1), 1, (6, 6))
@@ -25,7 +25,7 @@ CONV = LayerGeometry(16, 8, (3, 3), (1, 1), (1, 1), (1, 1), 1, (6, 6))
 )
 def test_fewer_channels_never_cost_more(grid: list[list[float]], points: list[tuple[int, int]]) -> None:
     inputs, outputs = (2, 8, 16), (4, 8, 16, 32)
-    times = LayerTimes.of(
+    times = WidthTimes.of(
         inputs, outputs, {(i, o): grid[a][b] for a, i in enumerate(inputs) for b, o in enumerate(outputs)}
     )
     (i1, o1), (i2, o2) = points
@@ -33,12 +33,12 @@ def test_fewer_channels_never_cost_more(grid: list[list[float]], points: list[tu
 
 
 def test_monotone_measurements_are_kept_and_interpolated_by_hand() -> None:
-    times = LayerTimes.of((2, 4), (1, 3), {(2, 1): 1.0, (2, 3): 2.0, (4, 1): 3.0, (4, 3): 6.0})
+    times = WidthTimes.of((2, 4), (1, 3), {(2, 1): 1.0, (2, 3): 2.0, (4, 1): 3.0, (4, 3): 6.0})
     assert times.ms == ((1.0, 2.0), (3.0, 6.0))
     assert [times.at(2, 1), times.at(4, 3), times.at(3, 2)] == [1.0, 6.0, 3.0]
     assert times.at(1, 1) == 1.0
     assert times.at(99, 99) == 6.0
-    crooked = LayerTimes.of((2, 4), (1,), {(2, 1): 3.0, (4, 1): 1.0})
+    crooked = WidthTimes.of((2, 4), (1,), {(2, 1): 3.0, (4, 1): 1.0})
     assert crooked.ms == ((2.0,), (2.0,)), "neither measurement is believed more"
 
 
@@ -65,15 +65,15 @@ def test_every_point_runs(geometry: LayerGeometry, points: tuple[tuple[int, ...]
 def test_measured_once_and_kept(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("CLICKTRAIN_LATENCY_CACHE", str(tmp_path / "cache"))
     told: list[str] = []
-    first = layer_times([CONV, CONV], 2, CPU, told.append)
+    first = width_times([CONV, CONV], 2, CPU, told.append)
     assert told == ["measuring a layer of 16 -> 8 channels, batch 2"]
-    assert layer_times([CONV], 2, CPU, told.append) == first
+    assert width_times([CONV], 2, CPU, told.append) == first
     assert len(told) == 1
-    layer_times([CONV], 3, CPU, told.append)
+    width_times([CONV], 3, CPU, told.append)
     assert len(told) == 2, "another batch is another table"
     for path in (tmp_path / "cache").iterdir():
         path.write_text(json.dumps({"inputs": [1], "outputs": [1], "ms": [[1.0]]}))
-    assert layer_times([CONV], 2, CPU, told.append)[CONV].inputs == (2, 4, 8, 12, 16)
+    assert width_times([CONV], 2, CPU, told.append)[CONV].inputs == (2, 4, 8, 12, 16)
     assert len(told) == 3, "a table with other points is measured anew"
     threads = torch.get_num_threads()
     try:
@@ -82,10 +82,10 @@ def test_measured_once_and_kept(tmp_path: Path, monkeypatch: pytest.MonkeyPatch)
     finally:
         torch.set_num_threads(threads)
     with pytest.raises(UserError, match="at least 1 image"):
-        layer_times([CONV], 0, CPU)
+        width_times([CONV], 0, CPU)
 
 
 def test_a_cache_that_cannot_be_written_is_no_error(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     (tmp_path / "file").write_text("")
     monkeypatch.setenv("CLICKTRAIN_LATENCY_CACHE", str(tmp_path / "file" / "cache"))
-    assert CONV in layer_times([CONV], 1, CPU)
+    assert CONV in width_times([CONV], 1, CPU)

@@ -99,7 +99,7 @@ class PrunableLayers:
     @property
     def layers(self) -> tuple[ConvLayer | LinearLayer, ...]:
         """Everything that can be pruned."""
-        return (*self.layers, *self.linears)
+        return (*self.convs, *self.linears)
 
     @property
     def conv_weights(self) -> int:

@@ -128,14 +128,15 @@ class LoweringPlan:
             )
         for choice in self.choices:
             for phase, tiling in choice.tilings:
-                if tiling.pairs and tiling.code != "taps" and phase != "grad_weight":
+                if tiling.pairs and tiling.code != "indexed" and phase != "wgrad":
                     raise UserError(
-                        f"{choice.layer} cannot multiply pairs in {phase} with code for tap sets: set the "
-                        "tiling's code to taps, or its pairs to false"
+                        f"{choice.layer} cannot multiply pairs in {phase} with code for tap patterns: set "
+                        "the tiling's code to indexed, or its pairs to false"
                     )
-                if tiling.code == "sweep" and phase == "grad_weight":
+                if tiling.code == "cache_blocked" and phase == "wgrad":
                     raise UserError(
-                        f"{choice.layer} cannot sweep in grad_weight: set the tiling's code to sets or taps"
+                        f"{choice.layer} has no cache_blocked wgrad: set the tiling's code to unrolled "
+                        "or indexed"
                     )
         pairs = self.with_pairs()
         if pairs and self.activations != "bf16":

@@ -206,8 +206,8 @@ def _sparse_call(
     def call() -> None:
         launch.forward(x, values, None, tables, plan)
         if geometry.timed == "step":
-            launch.grad_input(gy, values, tables, plan)
-            launch.grad_weight(x, gy, list(values.shape), tables, plan)
+            launch.dgrad(gy, values, tables, plan)
+            launch.wgrad(x, gy, list(values.shape), tables, plan)
 
     return call
 

@@ -17,8 +17,9 @@ from clicktrain.errors import UserError
 from clicktrain.formats.packed import bits_from_mask, mask_from_bits
 from clicktrain.graph import Inputs, as_inputs
 from clicktrain.graph.batch import first_of_batch, first_tensor, owned
+from clicktrain.graph.exchange import odd_state
 from clicktrain.graph.prunable import PrunableLayer, PrunableLayers, SeenBatch
-from clicktrain.kernels.pack_model import pack_model_, pack_refusals, unpack_model_, unpackable_state
+from clicktrain.kernels.pack_model import pack_model_, pack_refusals, unpack_model_
 from clicktrain.kernels.sparse_conv2d.module import PackedConv2d
 from clicktrain.methods.driver.averages import catch_up_, mask_copy_, unwrapped_average
 from clicktrain.sparsity.masks import conv_masks, hard_prune_, mask_optimizer_state_
@@ -338,7 +339,8 @@ class PrunedNetwork:
         """At the end of a run: an optimizer that goes on all the same starts such a state again."""
         for layer in self.prunable.convs:
             for optimizer in self.optimizers:
-                if unpackable_state(optimizer, optimizer.state.get(layer.weight, {}), layer.weight):
+                state = optimizer.state.get(layer.weight, {})
+                if odd_state(optimizer, state, layer.weight, factors=False):
                     del optimizer.state[layer.weight]
 
     def _find_again(self) -> None:

@@ -15,6 +15,7 @@ from torch.optim import Optimizer
 from clicktrain.errors import UserError, shown
 from clicktrain.graph.prunable import PrunableLayers, find_prunable
 from clicktrain.methods.outcome import Reached, Target
+from clicktrain.settings import check_choices
 from clicktrain.surgery import SurgeryPlan
 
 if TYPE_CHECKING:
@@ -200,12 +201,18 @@ class Method(abc.ABC, Generic[S]):
     """
 
     name: ClassVar[str]
+    title: ClassVar[str] = ""
+    """How sentences and reports call it."""
     reads_graph: ClassVar[bool] = False
     """Whether the method needs the dependency graph: `PrunableLayers.example` is then set, at
     the first forward pass if the caller gave none."""
     prunes: ClassVar[bool] = True
     """Whether it takes anything away."""
     settings_exclude: ClassVar[tuple[str, ...]] = ()
+
+    def __post_init__(self) -> None:
+        """Check every setting that is a choice; lists become tuples."""
+        check_choices(self)
 
     @property
     def expects_trained(self) -> bool:

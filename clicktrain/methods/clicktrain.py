@@ -36,7 +36,7 @@ from clicktrain.methods.triggers import default_window
 from clicktrain.sparsity.allocation import LayerBudget, allocate, check_reachable
 from clicktrain.sparsity.finalize import batch_counts
 from clicktrain.sparsity.group_lasso import add_lasso_gradient_, shrink_groups_
-from clicktrain.sparsity.importance import CRITERIA, magnitude_importance
+from clicktrain.sparsity.importance import CRITERIA, CriterionChoice, magnitude_importance
 from clicktrain.sparsity.masks import energy_outside
 from clicktrain.sparsity.patterns import default_entries, fixed_pool
 from clicktrain.sparsity.triggers import LossSlope
@@ -72,6 +72,7 @@ class ClickTrain(Method[ClickTrainState]):
     """
 
     name: ClassVar[str] = "clicktrain"
+    title: ClassVar[str] = "ClickTrain"
 
     compression: float = 8.0
     """All convolution weights / non-zero convolution weights at the end, over the whole network; with a
@@ -85,7 +86,7 @@ class ClickTrain(Method[ClickTrainState]):
     """Kept positions of a 3x3 kernel; other kernel sizes keep the same share."""
     group: int = 1
     """Neighbouring filters that choose their pattern and their kernels together; 1 is the paper's."""
-    criterion: Literal["taylor", "magnitude", "mixed"] | None = None
+    criterion: CriterionChoice | None = None
     """Importance of a weight: (g*w)^2 (the paper's), w^2, or |g|*w^2."""
     pool: Literal["dynamic", "fixed"] | None = None
     """Pattern pool generated while training (section 4.2), or 4, 8 or 12 given 3x3 patterns."""
@@ -147,6 +148,7 @@ class ClickTrain(Method[ClickTrainState]):
     def __post_init__(self) -> None:
         """Fill in the preset and check every setting."""
         fill_in(self)
+        super().__post_init__()
         check(self)
 
     @property
@@ -227,6 +229,7 @@ class ClickTrain(Method[ClickTrainState]):
     def init(self, prunable: PrunableLayers, length: RunLength) -> ClickTrainState:
         """Check that the run can be done as asked."""
         check_convolutions(prunable, "ClickTrain")
+        CRITERIA.resolve(self.criterion or "taylor")
         self.schedule(length)
         state = ClickTrainState(entered=0)
         if self.aim is not None:
@@ -278,7 +281,7 @@ class ClickTrain(Method[ClickTrainState]):
             state.kernels.see(prunable.convs, self.criterion or "taylor", step)
 
     def _read(self, state: ClickTrainState, prunable: PrunableLayers, step: StepInfo) -> None:
-        criterion = CRITERIA[self.criterion or "taylor"]
+        criterion = CRITERIA.resolve(self.criterion or "taylor")
         weight = batch_counts(state.previous_loss, step.loss, self.loss_margin, self.loss_margin_rule)
         for target in self.targets(prunable):
             parameter = target.layer.weight

@@ -148,10 +148,11 @@ def _interrupted(run: LiveRun, stop: StopRequest) -> TrainingInterrupted:
     path = run.save()
     assert stop.signum is not None
     course, batches = run.course, len(run.prepared.train_loader)
+    command = run.folder.resume_command(run.prepared.config, run.prepared.pruner.method)
     return TrainingInterrupted(
         stop.signum,
         f"stopped in epoch {course.epoch + 1} after batch {course.batch} of {batches}; "
-        f"state saved in {path}; continue with '{run.folder.resume_command(run.prepared.config.model)}'",
+        f"state saved in {path}; continue with '{command}'",
     )
 
 

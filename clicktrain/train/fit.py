@@ -66,7 +66,7 @@ def fit(
         try:
             return _fit(config, method, folder, progress, stop, resume)
         except StoppedAtOnce as stopped:
-            command = folder.resume_command(config.model)
+            command = folder.resume_command(config, method)
             again = f"continue with '{command}'" if resume else "nothing was written"
             raise TrainingInterrupted(stopped.signum, f"stopped before training began; {again}") from None
         except OSError as error:

@@ -11,6 +11,7 @@ from clicktrain.methods.outcome import planned_far_off
 from clicktrain.methods.patterns.latency import LatencyAim
 from clicktrain.methods.patterns.selection import Selection, Target
 from clicktrain.sparsity.allocation import allocate
+from clicktrain.sparsity.registry import choice_name
 
 if TYPE_CHECKING:
     from clicktrain.methods.clicktrain import ClickTrain
@@ -82,7 +83,7 @@ def _stage_lines(method: ClickTrain, length: RunLength) -> tuple[tuple[str, str]
     return (
         ("stage 1 dense", begin),
         ("stage 2 pool", pool),
-        ("stage 3 finalize", f"{epochs(lengths['finalize'])}, by {method.criterion} importance"),
+        ("stage 3 finalize", f"{epochs(lengths['finalize'])}, by {choice_name(method.criterion)} importance"),
         (
             "stage 4 regularize",
             f"{epochs(lengths['regularize'])}, penalty {method.penalty}, then hard prune",

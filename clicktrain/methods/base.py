@@ -14,13 +14,13 @@ from torch.optim import Optimizer
 
 from clicktrain.errors import UserError, shown
 from clicktrain.graph.prunable import PrunableLayers, find_prunable
+from clicktrain.latency.network_times import MeasureMasks
 from clicktrain.methods.outcome import Reached, Target
 from clicktrain.settings import check_choices
 from clicktrain.surgery import SurgeryPlan
 
 if TYPE_CHECKING:
     from clicktrain.methods.driver.pruner import Pruner
-    from clicktrain.methods.patterns.latency import MeasureMasks
     from clicktrain.sparsity.channel_lasso import ChannelAxis
 
 Event: TypeAlias = dict[str, Any]
@@ -231,6 +231,14 @@ class Method(abc.ABC, Generic[S]):
     @abc.abstractmethod
     def init(self, prunable: PrunableLayers, length: RunLength) -> S:
         """State before the first step; raises UserError if what is asked for cannot be done."""
+
+    def use_measure(self, state: S, prunable: PrunableLayers, measure: MeasureMasks | None) -> None:
+        """After `init` and `load_state`: ``measure`` times the network with masks, None if nothing can.
+
+        Raises:
+            UserError: a latency that is the target cannot be met.
+        """
+        del state, prunable, measure
 
     @abc.abstractmethod
     def plan(self, prunable: PrunableLayers, length: RunLength, state: S | None = None) -> PruningPlan:

@@ -15,7 +15,8 @@ from torch import Tensor, nn
 
 from clicktrain.errors import UserError
 from clicktrain.graph.prunable import ConvLayer, PrunableLayers, check_convolutions, find_prunable, matches
-from clicktrain.latency.sparse_times import Timed
+from clicktrain.latency.network_times import MeasureMasks, Timed
+from clicktrain.latency.sparse_latency import LatencyAim, SparseLatency
 from clicktrain.methods.base import (
     Action,
     FreezeMasks,
@@ -27,7 +28,6 @@ from clicktrain.methods.base import (
 )
 from clicktrain.methods.masks.kernel_watch import KernelWatch, default_threshold
 from clicktrain.methods.outcome import NOTED, Reached, Target, latency_target
-from clicktrain.methods.patterns.latency import LatencyAim, SparseLatency
 from clicktrain.methods.patterns.plan import clicktrain_plan
 from clicktrain.methods.patterns.selection import Selection, allocation_gains, effective_group
 from clicktrain.methods.patterns.selection import Target as LayerTarget
@@ -59,6 +59,7 @@ class ClickTrainState:
     """For trigger epi, in stage 1."""
     masks: dict[str, Tensor] = field(default_factory=dict)
     """Derived from the selection once it has decided."""
+    measure: MeasureMasks | None = field(default=None, compare=False)
     latency: SparseLatency | None = field(default=None, compare=False)
     """Measured when it is needed, not saved."""
 
@@ -231,21 +232,32 @@ class ClickTrain(Method[ClickTrainState]):
         check_convolutions(prunable, "ClickTrain")
         CRITERIA.resolve(self.criterion or "taylor")
         self.schedule(length)
-        state = ClickTrainState(entered=0)
-        if self.aim is not None:
-            self._latency(
-                state, prunable
-            )  # now: a target out of reach is not to be told when the run is half over
-        else:
+        if self.aim is None:
             check_reachable(
                 [t.budget for t in self.targets(prunable)], prunable.other_conv_weights, self.compression
             )
-        return state
+        return ClickTrainState()
+
+    def use_measure(
+        self, state: ClickTrainState, prunable: PrunableLayers, measure: MeasureMasks | None
+    ) -> None:
+        """Measure what a latency as the target needs; a target out of reach is an error at once."""
+        state.measure = measure
+        if self.aim is not None and state.stage == "dense":
+            self._latency(state, prunable)
 
     def _latency(self, state: ClickTrainState, prunable: PrunableLayers) -> SparseLatency:
         if state.latency is None:
             assert self.aim is not None
-            state.latency = SparseLatency(prunable, self.targets(prunable), self.patterns or 1, self.aim)
+            budgets = [target.budget for target in self.targets(prunable)]
+            state.latency = SparseLatency(
+                prunable,
+                budgets,
+                self.aim,
+                patterns=self.patterns or 1,
+                group=self.group,
+                measure=state.measure,
+            )
         return state.latency
 
     def targets_of(self, state: ClickTrainState, reached: Reached) -> Sequence[Target]:
@@ -355,7 +367,7 @@ class ClickTrain(Method[ClickTrainState]):
         if self.aim is None:
             even = allocate(budgets, prunable.other_conv_weights, self.compression)
         else:
-            even = self._latency(state, prunable).even()[1]
+            even = self._latency(state, prunable).even()
         kept = sum(even[layer.name] * layer.shape[0] for layer in prunable.convs)
         share = kept / sum(layer.shape[0] * layer.shape[1] for layer in prunable.convs)
         return state.kernels.close_epoch(
@@ -435,7 +447,6 @@ class ClickTrain(Method[ClickTrainState]):
         return latency.search(
             lambda ms: latency.allocate(ms, gains, by_time, floor),
             lambda kernels: _chosen(state.selection, targets, scores, kernels),
-            prunable.measure,
         )
 
     def _hard_prune(self, state: ClickTrainState, prunable: PrunableLayers) -> list[Action]:

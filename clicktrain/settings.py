@@ -42,9 +42,13 @@ def field_names(cls: type) -> tuple[str, ...]:
     return tuple(f.name for f in dataclasses.fields(cls) if f.init)
 
 
-@functools.cache
 def type_hints(cls: Any) -> dict[str, Any]:
     """The types of a dataclass's fields, with the registries that they are annotated with."""
+    return _cached_hints(cls)
+
+
+@functools.cache
+def _cached_hints(cls: Any) -> dict[str, Any]:
     return get_type_hints(cls, include_extras=True)
 
 

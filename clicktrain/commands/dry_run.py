@@ -34,7 +34,7 @@ def dry_run(config: RunConfig, method: Method[Any]) -> int:
 
 def cost_lines(prepared: Prepared) -> list[str]:
     """Model, data, FLOPs, time and disk of the run; time as measured on a few steps of dense training."""
-    config, cost = prepared.config, prepared.cost.cost
+    config, cost = prepared.config, prepared.cost.initial
     batches = len(prepared.train_loader)
     images = config.epochs * batches * config.batch_size
     ms = step_ms(prepared)

@@ -10,6 +10,7 @@ from clicktrain.methods.outcome import planned_far_off
 from clicktrain.methods.patterns.selection import PatternLayer, Selection
 from clicktrain.methods.patterns.settings import PatternSettings
 from clicktrain.sparsity.allocation import allocate
+from clicktrain.sparsity.registry import choice_name
 
 
 def clicktrain_plan(
@@ -70,7 +71,7 @@ def _stage_lines(method: PatternSettings, length: RunLength) -> tuple[tuple[str,
     return (
         ("stage 1 dense", begin),
         ("stage 2 pool", pool),
-        ("stage 3 finalize", f"{epochs(lengths['finalize'])}, by {method.criterion} importance"),
+        ("stage 3 finalize", f"{epochs(lengths['finalize'])}, by {choice_name(method.criterion)} importance"),
         (
             "stage 4 regularize",
             f"{epochs(lengths['regularize'])}, penalty {method.penalty}, then hard prune",

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 from dataclasses import dataclass, field
-from typing import Any, Literal, get_args
+from typing import Any, Literal
 
 from clicktrain.errors import UserError
 from clicktrain.graph.prunable import PrunableLayer, PrunableLayers, matches
@@ -12,12 +12,12 @@ from clicktrain.latency.network_times import Timed
 from clicktrain.latency.sparse_latency import LatencyAim
 from clicktrain.methods.base import RunLength
 from clicktrain.methods.masks.kernel_watch import default_threshold
-from clicktrain.methods.patterns.axes import ALLOCATIONS, PENALTIES
+from clicktrain.methods.patterns.axes import AllocationChoice, PenaltyChoice
 from clicktrain.methods.patterns.selection import PatternLayer
-from clicktrain.methods.settings import check_choices, keep_as_tuples
 from clicktrain.methods.triggers import default_window
+from clicktrain.settings import check_choices
 from clicktrain.sparsity.allocation import LayerBudget
-from clicktrain.sparsity.importance import CRITERIA
+from clicktrain.sparsity.importance import CriterionChoice
 from clicktrain.sparsity.patterns import default_entries, fixed_pool
 
 PRESETS: dict[str, dict[str, Any]] = {
@@ -45,17 +45,6 @@ PRESETS: dict[str, dict[str, Any]] = {
     },
 }  # fmt: skip
 
-CHOICES: dict[str, tuple[str, ...]] = {
-    "criterion": tuple(CRITERIA),
-    "pool": ("dynamic", "fixed"),
-    "trigger": ("own", "epi"),
-    "selection": ("votes", "accumulated"),
-    "kernel_score": ("kernel", "pattern"),
-    "allocation": tuple(ALLOCATIONS),
-    "penalty": tuple(PENALTIES),
-    "loss_margin_rule": ("ratio", "increase"),
-    "latency_of": get_args(Timed),
-}
 _SHARES = ("earliest_start", "latest_start", "pool_length", "finalize_length", "regularize_length")
 
 
@@ -79,7 +68,7 @@ class PatternSettings:
     """Kept positions of a 3x3 kernel; other kernel sizes keep the same share."""
     group: int = 1
     """Neighboring filters that share patterns and kernels; 1 is the paper's."""
-    criterion: Literal["taylor", "magnitude", "mixed"] | None = None
+    criterion: CriterionChoice | None = None
     """Importance of a weight: (g*w)^2 (the paper's), w^2, or |g|*w^2."""
     pool: Literal["dynamic", "fixed"] | None = None
     """Pattern pool generated while training (section 4.2), or 4, 8 or 12 fixed 3x3 patterns."""
@@ -88,7 +77,7 @@ class PatternSettings:
     over batches."""
     kernel_score: Literal["kernel", "pattern"] | None = None
     """Importance of a kernel: over all its positions (Eq. 2), or inside its chosen pattern."""
-    allocation: Literal["uniform", "importance", "relative", "share", "erk"] | None = None
+    allocation: AllocationChoice | None = None
     """Kept kernels per layer: equal densities, by importance, by importance relative to the layer's mean or
     sum (share), or Erdos-Renyi-kernel."""
     allocation_floor: float = 0.2
@@ -128,7 +117,7 @@ class PatternSettings:
     """Length of stage 3, share of the run."""
     regularize_length: float | None = None
     """Length of stage 4, share of the run."""
-    penalty: Literal["lasso", "shrink", "none"] | None = None
+    penalty: PenaltyChoice | None = None
     """Stage 4: the modified group lasso (section 4.4), its proximal form with a strength set by the remaining
     steps (shrink), or nothing."""
     lasso: float = 0.00025
@@ -150,8 +139,7 @@ class PatternSettings:
         for key, value in defaults.items():
             if getattr(self, key) is None:
                 object.__setattr__(self, key, value)
-        check_choices(self, CHOICES)
-        keep_as_tuples(self, "exclude", "include")
+        check_choices(self)
         self._check_numbers()
         self._check_latency()
 
@@ -246,7 +234,7 @@ class PatternSettings:
         shares = {
             "pool": self.pool_length if self.pool == "dynamic" else None,
             "finalize": self.finalize_length,
-            "regularize": self.regularize_length if PENALTIES[self.penalty or "none"].acts else None,
+            "regularize": self.regularize_length if self.penalty != "none" else None,
         }
         lengths = {stage: max(1, round(share * total)) if share else 0 for stage, share in shares.items()}
         lengths["finalize"] = max(1, lengths["finalize"])

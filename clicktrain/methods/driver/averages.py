@@ -15,7 +15,6 @@ from torch.optim.swa_utils import AveragedModel
 from clicktrain.errors import UserError
 from clicktrain.kernels.pack_model import pack_model_
 from clicktrain.kernels.sparse_conv2d import PackedLayer
-from clicktrain.sparsity.masks import conv_masks
 from clicktrain.surgery import SurgeryPlan, apply_surgery_
 
 _NOTE = "_clicktrain_copies"
@@ -111,7 +110,7 @@ def catch_up_(
         apply_surgery_(plan, copy)
     packed = {name for name, module in model.named_modules() if isinstance(module, PackedLayer)}
     mask_copy_(copy, masks)
-    wanted = {name: mask for name, mask in conv_masks(masks).items() if name in packed}
+    wanted = {name: mask for name, mask in masks.items() if name in packed}
     pack_model_(copy, {n: m for n, m in wanted.items() if not isinstance(copy.get_submodule(n), PackedLayer)})
 
 

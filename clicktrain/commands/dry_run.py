@@ -14,9 +14,10 @@ from clicktrain.accounting import training_memory
 from clicktrain.accounting.memory import bytes_in_words
 from clicktrain.commands.wording import clock, short
 from clicktrain.methods import Method
-from clicktrain.train import Prepared, RunConfig, prepare
+from clicktrain.train import Prepared, RunConfig
 from clicktrain.train.device import autocast
 from clicktrain.train.disk import bytes_needed
+from clicktrain.train.prepare import prepare
 
 _WARM_UP, _TIMED = 1, 4
 """Training steps before and during the measurement."""

@@ -25,10 +25,10 @@ def run(argv: Sequence[str]) -> int:
     """Run the command; the exit code."""
     given = _COMMAND.parse(argv)
     from clicktrain.commands.running import carry_out  # brings torch: not needed to find a wrong flag
-    from clicktrain.train import RunFolder
+    from clicktrain.train import RunFolder, load_run_config
 
-    folder = RunFolder(Path(given["run"])).open()
-    config, method = folder.load_config(given.get("model"))
+    folder = RunFolder(Path(given["run"]))
+    config, method = load_run_config(folder, given.get("model"))
     return carry_out(
         config, method, folder, quiet=given.get("quiet", False), report=given.get("report", True), resume=True
     )

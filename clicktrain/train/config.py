@@ -13,6 +13,7 @@ from clicktrain.errors import UserError, shown
 from clicktrain.files import read_yaml
 from clicktrain.methods import METHODS, Method
 from clicktrain.models import require_named
+from clicktrain.runs.folder import RunFolder
 from clicktrain.settings import build, field_names, to_plain, unknown_field
 
 Stem = Literal["auto", "cifar", "imagenet"]
@@ -297,6 +298,29 @@ def load_config(path: str | Path, model: str | None = None) -> tuple[RunConfig, 
         return from_dict(values if model is None else {**values, "model": model})
     except UserError as error:
         raise UserError(f"{path}: {error}") from None
+
+
+def load_run_config(
+    folder: RunFolder, model: str | None = None, *, own_model_allowed: bool = False
+) -> tuple[RunConfig, Method[Any]]:
+    """The settings that a run was started with.
+
+    Args:
+        folder: of the run.
+        model: the network instead of the one that the settings name; a network of somebody's own counts
+            only when it is given here.
+        own_model_allowed: return the settings all the same, for a caller who builds no network from them.
+
+    Raises:
+        UserError: this is not the folder of a run, its settings are damaged, or ``model`` is missing.
+    """
+    values = folder.read_settings()
+    try:
+        if not own_model_allowed:
+            require_named(values.get("model"), "it", model)
+        return from_dict(values if model is None else {**values, "model": model})
+    except UserError as error:
+        raise UserError(f"{folder.config}: {error}") from None
 
 
 def read_settings(path: str | Path) -> dict[Any, Any]:

@@ -18,8 +18,8 @@ from clicktrain.files import (
     read_text,
 )
 
-FORMAT_VERSION = 1
-"""Version of the folder, its checkpoints and summary; raised when older programs could not read them."""
+FORMAT_VERSION = 4
+"""Version of the folder, its checkpoints and its summary: only this one is read."""
 
 HEADER = "# clicktrain run folder, format "
 """Start of the first line of config.yaml; the version follows."""
@@ -36,10 +36,17 @@ def check_folder(folder: Path) -> None:
     version = first.removeprefix(HEADER).strip()
     if not version.isdecimal() or len(version) > 9:
         raise UserError(f"{config} is damaged: its first line names the format {shown(version, 20)}")
-    if int(version) > FORMAT_VERSION:
+    check_version(int(version), folder)
+
+
+def check_version(version: int, path: Path) -> None:
+    """Raise a `UserError` unless this is the `FORMAT_VERSION`; ``path`` is what has it."""
+    if version != FORMAT_VERSION:
+        remedy = (
+            "update clicktrain" if version > FORMAT_VERSION else "start the run again, or use an older one"
+        )
         raise UserError(
-            f"{folder} has format {version}, this version of clicktrain reads up to {FORMAT_VERSION}: "
-            "update clicktrain"
+            f"{path} has format {version}, this version of clicktrain reads format {FORMAT_VERSION}: {remedy}"
         )
 
 
@@ -60,7 +67,7 @@ def read_records(path: Path) -> list[dict[str, Any]]:
 
 
 def read_summary(path: Path) -> dict[str, Any] | None:
-    """summary.json, or None while there is none; UserError for one that is damaged or of a newer version."""
+    """summary.json, or None while there is none; UserError if it is damaged or of another version."""
     if not is_file(path):
         return None
     values = read_json(path)
@@ -71,11 +78,7 @@ def read_summary(path: Path) -> dict[str, Any] | None:
         raise UserError(
             f"{path} is damaged: its format_version is {shown(version)}, a whole number is needed"
         )
-    if version > FORMAT_VERSION:
-        raise UserError(
-            f"{path} has format {shown(version)}, this version of clicktrain reads up to {FORMAT_VERSION}: "
-            "update clicktrain"
-        )
+    check_version(version, path)
     return values
 
 

@@ -13,6 +13,7 @@ from clicktrain.errors import UserError, shown
 from clicktrain.files import read_yaml
 from clicktrain.methods import METHODS, Method
 from clicktrain.own_code import FromFile, is_own, require_named
+from clicktrain.runs.folder import RunFolder
 from clicktrain.settings import build, choice_fields, field_names, to_plain, unknown_field
 
 Stem = Literal["auto", "cifar", "imagenet"]
@@ -310,13 +311,59 @@ def load_config(
             file names somebody's own code that is not given here.
     """
     values = read_settings(path)
-    given = {**({} if model is None else {"model": model}), **(own or {})}
     try:
-        for name in code_settings({**values, **given}):
-            require_named(values.get(name), "it", given.get(name), name)
-        return from_dict({**values, **given})
+        return _with_named_code(values, model, own)
     except UserError as error:
         raise UserError(f"{path}: {error}") from None
+
+
+def load_run_config(
+    folder: RunFolder,
+    model: str | None = None,
+    own: Mapping[str, str] | None = None,
+    *,
+    own_model_allowed: bool = False,
+) -> tuple[RunConfig, Method[Any]]:
+    """The settings that a run was started with.
+
+    Args:
+        folder: of the run.
+        model: the network instead of the one that the settings name; a network of somebody's own counts
+            only when it is given here.
+        own: likewise other settings that name somebody's own code; they have to be the run's.
+        own_model_allowed: return the settings all the same, for a caller who runs none of that code.
+
+    Raises:
+        UserError: this is not the folder of a run, its settings are damaged, or a name is missing.
+    """
+    values = folder.read_settings()
+    for name, given in (own or {}).items():
+        if given != values.get(name):
+            raise UserError(
+                f"the run in {folder.path} has {name} {shown(values.get(name))}, not {shown(given)}"
+            )
+    try:
+        if own_model_allowed and model is None:
+            return from_dict(without_code(values))
+        return _with_named_code(values, model, own)
+    except UserError as error:
+        raise UserError(f"{folder.config}: {error}") from None
+
+
+def _with_named_code(
+    values: Mapping[Any, Any], model: str | None, own: Mapping[str, str] | None
+) -> tuple[RunConfig, Method[Any]]:
+    """Build settings from a file; code of somebody's own has to be named by the caller as well."""
+    given = {**({} if model is None else {"model": model}), **(own or {})}
+    for name in code_settings({**values, **given}):
+        require_named(values.get(name), "it", given.get(name), name)
+    return from_dict({**values, **given})
+
+
+def own_code_of(config: RunConfig, method: Method[Any]) -> dict[str, str]:
+    """The settings of a run that name somebody's own code, with these names."""
+    values = config_to_dict(config, method)
+    return {name: values[name] for name in code_settings(values) if is_own(values[name])}
 
 
 def read_settings(path: str | Path) -> dict[Any, Any]:

@@ -13,7 +13,7 @@ from torch import Tensor, nn
 from clicktrain.errors import UserError, shown
 from clicktrain.files import parse_json
 from clicktrain.formats.tree import read_tensors
-from clicktrain.train.run_folder import RunFolder
+from clicktrain.runs.folder import RunFolder
 
 
 @dataclass(frozen=True, slots=True)

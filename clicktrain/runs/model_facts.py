@@ -17,7 +17,7 @@ LARGEST_SIDE = 65_536
 
 
 def read_facts(metadata: Mapping[str, str], path: Path) -> dict[str, Any]:
-    """The facts (see `Prepared.facts`) in the metadata of ``model.safetensors``.
+    """The facts (see `clicktrain.train.Prepared`) in the metadata of ``model.safetensors``.
 
     Raises:
         UserError: they are missing, of wrong types, do not fit each other, or ask for more memory than the

@@ -20,7 +20,7 @@ from clicktrain.graph.batch import first_of_batch, first_tensor, owned
 from clicktrain.graph.exchange import odd_state
 from clicktrain.graph.prunable import PrunableLayer, PrunableLayers, SeenBatch
 from clicktrain.kernels.pack_model import pack_model_, pack_refusals, unpack_model_
-from clicktrain.kernels.sparse_conv2d.module import PackedConv2d
+from clicktrain.kernels.sparse_conv2d import PackedLayer
 from clicktrain.methods.driver.averages import catch_up_, mask_copy_, unwrapped_average
 from clicktrain.methods.driver.publisher import ChannelsRemoved, ParametersReplaced, Publisher
 from clicktrain.runs.events import ReconfiguredEvent
@@ -75,9 +75,9 @@ class PrunedNetwork:
             for name, mask in self._masks.items()
         }
 
-    def _packed_layer(self, name: str) -> PackedConv2d:
+    def _packed_layer(self, name: str) -> PackedLayer:
         layer = self.model.get_submodule(name)
-        assert isinstance(layer, PackedConv2d)
+        assert isinstance(layer, PackedLayer)
         return layer
 
     def mask(self, masks: Mapping[str, Tensor], forget: bool) -> None:
@@ -344,7 +344,7 @@ class PrunedNetwork:
             pack_model_(average, masks)
             for name in masks:  # one index for both
                 own, copy = self._packed_layer(name), average.get_submodule(name)
-                if isinstance(copy, PackedConv2d) and copy.structure.device == own.structure.device:
+                if isinstance(copy, PackedLayer) and copy.structure.device == own.structure.device:
                     copy.structure = own.structure
         self._replaced()
 

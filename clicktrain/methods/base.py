@@ -15,14 +15,15 @@ from torch.optim import Optimizer
 
 from clicktrain.errors import UserError, shown
 from clicktrain.graph.prunable import PrunableLayers, find_prunable
+from clicktrain.latency.network_times import MeasureMasks
 from clicktrain.methods.outcome import Reached, Target
 from clicktrain.runs.events import ABSENT, Event, HardPruneEvent, ReconfiguredEvent
+from clicktrain.settings import check_choices
 from clicktrain.sparsity.masks import conv_masks, energy_outside, sparsity_of
 from clicktrain.surgery import SurgeryPlan
 
 if TYPE_CHECKING:
     from clicktrain.methods.driver.pruner import Pruner
-    from clicktrain.methods.patterns.latency import MeasureMasks
     from clicktrain.sparsity.channel_lasso import ChannelAxis
 
 
@@ -200,12 +201,18 @@ class Method(abc.ABC, Generic[S]):
     """
 
     name: ClassVar[str]
+    title: ClassVar[str] = ""
+    """How sentences and reports call it."""
     reads_graph: ClassVar[bool] = False
     """Whether the method needs the dependency graph: `PrunableLayers.example` is then set, at
     the first forward pass if the caller gave none."""
     prunes: ClassVar[bool] = True
     """Whether it takes anything away."""
     settings_exclude: ClassVar[tuple[str, ...]] = ()
+
+    def __post_init__(self) -> None:
+        """Check every setting that is a choice; lists become tuples."""
+        check_choices(self)
 
     @property
     def expects_trained(self) -> bool:
@@ -224,6 +231,14 @@ class Method(abc.ABC, Generic[S]):
     @abc.abstractmethod
     def init(self, prunable: PrunableLayers, length: RunLength) -> S:
         """State before the first step; raises UserError if what is asked for cannot be done."""
+
+    def use_measure(self, state: S, prunable: PrunableLayers, measure: MeasureMasks | None) -> None:
+        """After `init` and `load_state`: ``measure`` times the network with masks, None if nothing can.
+
+        Raises:
+            UserError: a latency that is the target cannot be met.
+        """
+        del state, prunable, measure
 
     @abc.abstractmethod
     def plan(self, prunable: PrunableLayers, length: RunLength, state: S | None = None) -> PruningPlan:

@@ -10,7 +10,7 @@ from __future__ import annotations
 import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
-from typing import Any, ClassVar, get_args
+from typing import Any, ClassVar
 
 import torch
 from torch import Tensor, nn
@@ -32,15 +32,18 @@ from clicktrain.methods.base import (
 )
 from clicktrain.methods.channels.selection import Amount, ChannelSelection, LatencyCourse
 from clicktrain.methods.outcome import NOTED, Reached, Target, latency_target
-from clicktrain.methods.settings import check_choices, keep_as_tuples
 from clicktrain.methods.triggers import Policy, StartRule, StructureWatch, default_window
 from clicktrain.sparsity.channel_importance import add_scores_
+from clicktrain.sparsity.importance import reads_gradient
+from clicktrain.sparsity.registry import choice_name
 from clicktrain.sparsity.stability import GRADIENT_THRESHOLD, MAGNITUDE_THRESHOLD
 from clicktrain.surgery import SurgeryPlan, read_recipe
 from clicktrain.surgery.neurons import (
-    ChannelCriterion,
+    NEURON_CRITERIA,
+    NeuronCriterionChoice,
+    NeuronValues,
+    magnitude_of_neurons,
     masks_of_recipe,
-    neuron_scores,
     shuffled,
     widths,
 )
@@ -78,14 +81,15 @@ class PaT(Method[PaTState]):
     """
 
     name: ClassVar[str] = "pat"
+    title: ClassVar[str] = "PaT"
     reads_graph: ClassVar[bool] = True
 
     prune_ratio: float = 0.3
     """Share of all neurons that is removed; not used if a latency is given."""
-    criterion: ChannelCriterion = "taylor"
+    criterion: NeuronCriterionChoice = "taylor"
     """Importance of a neuron: taylor (the change of the loss by batch norm's scale and shift, by the weights
     where there is no batch norm), taylor_weights (Eq. 3 on the weights everywhere; about zero in front of a
-    batch norm), or magnitude (Eq. 2)."""
+    batch norm), magnitude (Eq. 2); any other criterion of weights is summed over a neuron's."""
     policy: Policy = "epi"
     """When: epi (the structure is stable), loss_slope (the loss settles, ClickTrain's rule), epoch (at
     prune_epoch), random (an epoch drawn up to latest_start), or init (before training: structural SNIP with 1
@@ -134,8 +138,7 @@ class PaT(Method[PaTState]):
 
     def __post_init__(self) -> None:
         """Check every setting."""
-        keep_as_tuples(self, "exclude")
-        check_choices(self, _CHOICES)
+        super().__post_init__()
         if not 0 < self.prune_ratio < 1:
             raise UserError(f"prune_ratio must be between 0 and 1 (0.3 keeps 70%), not {self.prune_ratio}")
         for key in ("epi_window", "prune_steps", "init_batches", "min_channels", "round_to", "latency_batch"):
@@ -194,7 +197,8 @@ class PaT(Method[PaTState]):
         """EPI from which a structure is stable (section 4.2)."""
         if self.epi_threshold is not None:
             return self.epi_threshold
-        return MAGNITUDE_THRESHOLD if self.criterion == "magnitude" else GRADIENT_THRESHOLD
+        known = NEURON_CRITERIA.get(self.criterion) if isinstance(self.criterion, str) else self.criterion
+        return MAGNITUDE_THRESHOLD if known and not reads_gradient(known) else GRADIENT_THRESHOLD
 
     def find_prunable(self, model: nn.Module, trained: Sequence[Tensor] | None = None) -> PrunableLayers:
         """Every convolution, the first and depthwise ones too, and fully connected layers."""
@@ -225,6 +229,7 @@ class PaT(Method[PaTState]):
             )
         if self.structure_from is not None:
             read_recipe(self.structure_from)
+        NEURON_CRITERIA.resolve(self.criterion)
         state = PaTState()
         if prunable.example is not None:
             self._selection(state, prunable)
@@ -249,8 +254,9 @@ class PaT(Method[PaTState]):
         if state.stage == "sparse" or prunable.model is None or prunable.example is None:
             return
         selection = self._selection(state, prunable)
+        criterion = NEURON_CRITERIA.resolve(self.criterion)
         for group in selection.groups:
-            scores = neuron_scores(group, self.criterion, selection.parameters, step.gradient)
+            scores = criterion(NeuronValues(group, selection.parameters, step.gradient))
             if scores is not None:
                 add_scores_(state.sums, {group.name: scores})
                 state.counts[group.name] = state.counts.get(group.name, 0) + 1
@@ -286,14 +292,9 @@ class PaT(Method[PaTState]):
         """Per group, averaged over batches; magnitudes if no batch was seen, 0 without any gradient."""
         selection = self._selection(state, prunable)
         if not state.sums:
-            scores = (
-                neuron_scores(group, "magnitude", selection.parameters, lambda weight: None)
-                for group in selection.groups
-            )
             return {
-                group.name: score
-                for group, score in zip(selection.groups, scores, strict=True)
-                if score is not None
+                group.name: magnitude_of_neurons(NeuronValues(group, selection.parameters, lambda _: None))
+                for group in selection.groups
             }
         return {
             group.name: state.sums[group.name] / state.counts[group.name]
@@ -306,7 +307,9 @@ class PaT(Method[PaTState]):
         """Algorithm 2, lines 6 to 8: the structure of the best neurons, and EPI."""
         selection = self._selection(state, prunable)
         structure = widths(selection.choose(self._mean_scores(state, prunable), None, 1, 1))
-        return state.watch.add(structure, self.start(length).window, self.threshold, self.criterion)
+        return state.watch.add(
+            structure, self.start(length).window, self.threshold, choice_name(self.criterion)
+        )
 
     # ---- the pruning epoch ------------------------------------------------------------------
 
@@ -420,7 +423,10 @@ class PaT(Method[PaTState]):
         how = "one epoch" if self.policy != "init" else "before training"
         return (
             ("stage 1 dense", self.start(length).describe()),
-            ("stage 2 prune", f"{how}, {self.prune_steps} steps by {self.criterion}, then removal"),
+            (
+                "stage 2 prune",
+                f"{how}, {self.prune_steps} steps by {choice_name(self.criterion)}, then removal",
+            ),
             ("stage 3 sparse", "to the end, with the neurons that are left"),
         )
 
@@ -460,6 +466,3 @@ class PaT(Method[PaTState]):
 
 def _stage_event(stage: str, reason: str) -> dict[str, Any]:
     return {"event": "stage", "stage": stage, "number": STAGES.index(stage) + 1, "reason": reason}
-
-
-_CHOICES: dict[str, tuple[str, ...]] = {"criterion": get_args(ChannelCriterion), "policy": get_args(Policy)}

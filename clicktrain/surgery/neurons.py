@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
-from typing import Literal
+from typing import Annotated, TypeAlias
 
 import torch
 from torch import Tensor, nn
@@ -12,10 +12,10 @@ from torch import Tensor, nn
 from clicktrain.errors import UserError
 from clicktrain.graph.prunable import matches
 from clicktrain.sparsity.channel_importance import batch_norm_taylor, filter_magnitude, filter_taylor
+from clicktrain.sparsity.importance import CRITERIA, Criterion, reads_gradient
+from clicktrain.sparsity.registry import Registry
 from clicktrain.surgery import ChannelGroup, Member, SurgeryPlan
 from clicktrain.surgery.groups import Dependencies
-
-ChannelCriterion = Literal["taylor", "taylor_weights", "magnitude"]
 
 _LAYERS = (nn.Conv1d, nn.Conv2d, nn.Conv3d, nn.Linear)
 _TRANSPOSED = (nn.ConvTranspose1d, nn.ConvTranspose2d, nn.ConvTranspose3d)
@@ -127,39 +127,84 @@ def _group(channels: ChannelGroup, modules: Mapping[str, nn.Module]) -> NeuronGr
     )
 
 
-def neuron_scores(
-    group: NeuronGroup,
-    criterion: ChannelCriterion,
-    parameters: Mapping[str, Tensor],
-    gradient: Callable[[Tensor], Tensor | None],
-) -> Tensor | None:
-    """Scores of the neurons of a group after one batch, [n], larger = keep.
+@dataclass(frozen=True, slots=True, eq=False)
+class NeuronValues:
+    """What a criterion of neurons may read: the parameters of a group and their gradients in one batch.
 
-    Args:
-        group: which.
-        criterion: ``taylor``: of scale and shift where there is a batch norm, else Eq. (3);
-            ``taylor_weights``: Eq. (3); ``magnitude``: Eq. (2).
-        parameters: of the network, by name.
-        gradient: of a parameter, None if it had none in this batch.
-
-    Returns:
-        None if a gradient is missing.
+    ``gradient`` gives None for a parameter that had none.
     """
 
-    def both(parts: Sequence[Rows]) -> tuple[list[Tensor], list[Tensor]] | None:
-        grads = [gradient(parameters[rows.name]) for rows in parts]
+    group: NeuronGroup
+    parameters: Mapping[str, Tensor]
+    gradient: Callable[[Tensor], Tensor | None]
+
+    def values(self, parts: Sequence[Rows]) -> list[Tensor]:
+        """Per parameter [n, P]."""
+        return [rows.take(self.parameters[rows.name]) for rows in parts]
+
+    def gradients(self, parts: Sequence[Rows]) -> list[Tensor] | None:
+        """Per parameter [n, P]; None if one had no gradient."""
+        grads = [self.gradient(self.parameters[rows.name]) for rows in parts]
         if any(grad is None for grad in grads):
             return None
-        values = [rows.take(parameters[rows.name]) for rows in parts]
-        return values, [r.take(g) for r, g in zip(parts, grads, strict=True) if g is not None]
+        return [rows.take(grad) for rows, grad in zip(parts, grads, strict=True) if grad is not None]
 
-    if criterion == "magnitude":
-        return filter_magnitude([rows.take(parameters[rows.name]) for rows in group.filters])
-    if criterion == "taylor" and group.scales:
-        scales, shifts = both(group.scales), both(group.shifts)
-        return None if scales is None or shifts is None else batch_norm_taylor(*scales, *shifts)
-    weights = both(group.filters)
-    return None if weights is None else filter_taylor(*weights)
+
+NeuronCriterion: TypeAlias = Callable[[NeuronValues], Tensor | None]
+"""Scores of the neurons of a group after one batch, [n], larger = keep; None if a gradient is missing."""
+
+
+def magnitude_of_neurons(of: NeuronValues) -> Tensor:
+    """Eq. (2) over all filters of a neuron."""
+    return filter_magnitude(of.values(of.group.filters))
+
+
+magnitude_of_neurons.reads_gradient = False  # type: ignore[attr-defined]
+
+
+def taylor_of_weights(of: NeuronValues) -> Tensor | None:
+    """Eq. (3) over all filters of a neuron."""
+    grads = of.gradients(of.group.filters)
+    return None if grads is None else filter_taylor(of.values(of.group.filters), grads)
+
+
+def taylor_of_neurons(of: NeuronValues) -> Tensor | None:
+    """Batch norm's scale and shift where there is one, else Eq. (3)."""
+    scales, shifts = of.group.scales, of.group.shifts
+    if not scales:
+        return taylor_of_weights(of)
+    scale_grads, shift_grads = of.gradients(scales), of.gradients(shifts)
+    if scale_grads is None or shift_grads is None:
+        return None
+    return batch_norm_taylor(of.values(scales), scale_grads, of.values(shifts), shift_grads)
+
+
+def summed_over_weights(criterion: Criterion) -> NeuronCriterion:
+    """A criterion of weights as one of neurons: the sum over all weights of a neuron's filters."""
+
+    def scores(of: NeuronValues) -> Tensor | None:
+        total: Tensor | None = None
+        for rows in of.group.filters:
+            weight = of.parameters[rows.name].detach().float()
+            grad = of.gradient(of.parameters[rows.name]) if scores.reads_gradient else weight  # type: ignore[attr-defined]
+            if grad is None:
+                return None
+            part = rows.take(criterion(weight, grad.float())).sum(dim=1)
+            total = part if total is None else total + part
+        return total
+
+    scores.reads_gradient = reads_gradient(criterion)  # type: ignore[attr-defined]
+    return scores
+
+
+NEURON_CRITERIA: Registry[NeuronCriterion] = Registry(
+    "criterion",
+    {"taylor": taylor_of_neurons, "taylor_weights": taylor_of_weights, "magnitude": magnitude_of_neurons},
+    beneath=CRITERIA,
+    adapt=summed_over_weights,
+)
+"""Criteria of neurons; all those of weights count too, summed."""
+NeuronCriterionChoice: TypeAlias = Annotated[str | Criterion, NEURON_CRITERIA]
 
 
 def widths(masks: Mapping[str, Tensor]) -> dict[str, int]:

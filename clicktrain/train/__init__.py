@@ -3,6 +3,7 @@
 ``fit``, ``evaluate`` and ``prepare`` are modules here, each with a function of its name.
 """
 
+from clicktrain.compiler.masked_latency import MaskedLatency
 from clicktrain.runs.folder import RunFolder
 from clicktrain.runs.lock import RunFolderInUse
 from clicktrain.train.checkpoint import DamagedCheckpoint
@@ -17,7 +18,6 @@ from clicktrain.train.config import (
 from clicktrain.train.divergence import TrainingDiverged
 from clicktrain.train.evaluate import Evaluation
 from clicktrain.train.interrupt import TrainingInterrupted
-from clicktrain.train.masked_latency import MaskedLatency
 from clicktrain.train.prepare import Prepared
 from clicktrain.train.progress import Progress, Silent, StepProgress
 from clicktrain.train.restore import LoadedRun, load_run

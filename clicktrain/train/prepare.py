@@ -15,6 +15,7 @@ from torch import nn
 from torch.optim import Optimizer
 from torch.optim.lr_scheduler import LambdaLR
 
+from clicktrain.compiler.masked_latency import MaskedLatency
 from clicktrain.data import Augment, ImageData, Loader, make_loader, open_data
 from clicktrain.errors import UserError, shortened
 from clicktrain.formats.memory_format import keep_out_of_channels_last_
@@ -26,7 +27,6 @@ from clicktrain.train.config import RunConfig
 from clicktrain.train.device import resolve_device, set_up
 from clicktrain.train.flops import TrainingCost
 from clicktrain.train.initial_weights import EarlierCost, load_initial_weights_
-from clicktrain.train.masked_latency import MaskedLatency
 from clicktrain.train.optim import make_optimizer
 from clicktrain.train.schedule import make_scheduler
 

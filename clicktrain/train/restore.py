@@ -14,7 +14,8 @@ from clicktrain.errors import UserError
 from clicktrain.formats.packed_file import read_packed
 from clicktrain.formats.tree import load_tree, read_metadata
 from clicktrain.methods import Method
-from clicktrain.models import call_factory, create_model, is_own, require_named
+from clicktrain.models import call_factory, create_model
+from clicktrain.own_code import is_own, require_named
 from clicktrain.runs.folder import RunFolder
 from clicktrain.runs.model_facts import read_facts
 from clicktrain.surgery import apply_recipe_

@@ -17,8 +17,9 @@ from clicktrain.errors import UserError
 from clicktrain.formats.packed import bits_from_mask, mask_from_bits
 from clicktrain.graph import Inputs, as_inputs
 from clicktrain.graph.batch import first_of_batch, first_tensor, owned
-from clicktrain.graph.prunable import ConvLayer, LinearLayer, PrunableLayers, SeenBatch
-from clicktrain.kernels.pack_model import pack_model_, pack_refusals, unpack_model_, unpackable_state
+from clicktrain.graph.exchange import odd_state
+from clicktrain.graph.prunable import PrunableLayer, PrunableLayers, SeenBatch
+from clicktrain.kernels.pack_model import pack_model_, pack_refusals, unpack_model_
 from clicktrain.kernels.sparse_conv2d.module import PackedConv2d
 from clicktrain.methods.driver.averages import catch_up_, mask_copy_, unwrapped_average
 from clicktrain.methods.driver.publisher import ChannelsRemoved, ParametersReplaced, Publisher
@@ -118,7 +119,7 @@ class PrunedNetwork:
             for optimizer in self.optimizers:
                 mask_optimizer_state_(optimizer, layer.weight, mask)
 
-    def _masked(self) -> list[tuple[ConvLayer | LinearLayer, Tensor]]:
+    def _masked(self) -> list[tuple[PrunableLayer, Tensor]]:
         """Dense layers with their masks; packed convolutions have no pruned positions."""
         layers = self.prunable.linears if self.packed and self.frozen else self.prunable.layers
         masked = ((layer, self._masks.get(layer.name)) for layer in layers)
@@ -351,17 +352,14 @@ class PrunedNetwork:
         """At the end of a run: an optimizer that goes on all the same starts such a state again."""
         for layer in self.prunable.convs:
             for optimizer in self.optimizers:
-                if unpackable_state(optimizer, optimizer.state.get(layer.weight, {}), layer.weight):
+                state = optimizer.state.get(layer.weight, {})
+                if odd_state(optimizer, state, layer.weight, factors=False):
                     del optimizer.state[layer.weight]
 
     def _find_again(self) -> None:
         """Look the layers up by name: packing and unpacking replace modules."""
-        prunable = []
-        for layer in self.prunable.convs:
-            module = self.model.get_submodule(layer.name)
-            assert isinstance(module, nn.Conv2d)
-            prunable.append(ConvLayer(layer.name, module))
-        self.prunable = replace(self.prunable, convs=tuple(prunable))
+        layers = (replace(x, module=self.model.get_submodule(x.name)) for x in self.prunable.layers)
+        self.prunable = replace(self.prunable, layers=tuple(layers))
 
     # ---- saved states -----------------------------------------------------------------------
 

@@ -17,6 +17,7 @@ from clicktrain.comm.agreement import mean_over_processes
 from clicktrain.errors import MissedTarget, NetworkCollapsed, UserError, shown
 from clicktrain.graph import Inputs, as_inputs
 from clicktrain.graph.prunable import PrunableLayers
+from clicktrain.latency.network_times import MeasureMasks
 from clicktrain.methods.base import (
     Action,
     ApplyMasks,
@@ -51,7 +52,6 @@ from clicktrain.methods.driver.publisher import (
 )
 from clicktrain.methods.driver.wrapping import W, Wrapped
 from clicktrain.methods.outcome import Outcome, Reached
-from clicktrain.methods.patterns.latency import MeasureMasks
 from clicktrain.runs.events import Event, OutcomeEvent, ReconfiguredEvent, from_json
 from clicktrain.sparsity.channel_lasso import ChannelAxis
 from clicktrain.surgery import SurgeryPlan
@@ -101,15 +101,15 @@ class Pruner:
         inputs = None if example is None else as_inputs(example, model)
         if inputs is not None and not inputs.tensors():
             raise UserError(f"example is {shown(example)}, which holds no tensor: give a batch of inputs")
-        prunable = replace(
-            method.find_prunable(model, self._optimizers.parameters()), example=inputs, measure=measure
-        )
+        prunable = replace(method.find_prunable(model, self._optimizers.parameters()), example=inputs)
         self._optimizers.check(
             model, [layer.weight for layer in prunable.layers], packed, shrinks=method.reads_graph
         )
         self.network = PrunedNetwork(model, self._optimizers.all, prunable, packed)
         self.subscribe(self._hold_again, ParametersReplaced)
         self._state = method.init(self._prunable, length)
+        self._measure = measure
+        method.use_measure(self._state, self._prunable, measure)
         self._plan = method.plan(self._prunable, length)
         self._seen = 0
         self._epoch = 0
@@ -460,6 +460,7 @@ class Pruner:
         self.network.load_plans(saved["plans"])
         self.length = self._watch.length = RunLength(self.length.epochs, saved["steps_per_epoch"])
         self._state = self.method.load_state(self._prunable, self.length, saved["state"])
+        self.method.use_measure(self._state, self._prunable, self._measure)
         self._seen, self._epoch = saved["seen"], saved["epoch"]
         self._in_epoch, self._stepped_epoch = saved["in_epoch"], saved["stepped_epoch"]
         device = next((layer.weight.device for layer in self._prunable.layers), None)

@@ -65,7 +65,7 @@ def run(argv: Sequence[str]) -> int:
     if attacks and config.data == loaded.config.data:
         from clicktrain.train.robustness import save_robustness
 
-        save_robustness(loaded.folder.path, attacks, [row["accuracy"] for row in result["robustness"]])
+        save_robustness(loaded.folder, attacks, [row["accuracy"] for row in result["robustness"]])
     if given.get("json"):
         print(json.dumps(result, indent=2))
         return 0

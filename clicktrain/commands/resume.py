@@ -34,7 +34,7 @@ def run(argv: Sequence[str]) -> int:
                   metavar="NAME") for name in names]  # fmt: skip
     command = replace(_COMMAND, groups={**_COMMAND.groups, "code of your own": own})
     given = command.parse(argv)
-    folder = RunFolder(Path(given["run"])).open()
+    folder = RunFolder(Path(given["run"]))
     named = {name: given[name] for name in names if given.get(name) is not None}
     config, method = load_run_config(folder, given.get("model"), named)
     return carry_out(

@@ -191,12 +191,12 @@ class RunFolder:
         """Create the folder and write the settings; UserError unless it is that of a new run."""
         self._check_contents()
         try:
+            text = yaml.safe_dump(dict(settings), sort_keys=False)
             if exists(self.path):
                 clear_begun(self.path)
             self.checkpoint_folder.mkdir(parents=True, exist_ok=True)
             for path in (self.metrics, self.events):
                 path.touch()
-            text = yaml.safe_dump(dict(settings), sort_keys=False)
             write_text_atomic(self.config, f"{HEADER}{FORMAT_VERSION}\n{text}")
         except OSError as error:
             raise UserError(f"cannot make the folder {self.path}: {error.strerror}") from None
@@ -211,11 +211,6 @@ class RunFolder:
             )
         check_folder(self.path)
         return self
-
-    def resume_command(self, own: Mapping[str, str]) -> str:
-        """What a user types to go on with this run; settings that name code of their own are named again."""
-        named = [f" --{name.replace('_', '-')} {value}" for name, value in own.items()]
-        return f"clicktrain resume {self.path}" + "".join(named)
 
     def read_settings(self) -> dict[str, Any]:
         """The settings as they stand in config.yaml.

@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
+import json
 import math
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -17,6 +18,7 @@ from clicktrain.files import (
     read_regular,
     read_text,
 )
+from clicktrain.formats.atomic import write_text_atomic
 
 FORMAT_VERSION = 4
 """Version of the folder, its checkpoints and its summary: only this one is read."""
@@ -80,6 +82,36 @@ def read_summary(path: Path) -> dict[str, Any] | None:
         )
     check_version(version, path)
     return values
+
+
+def read_robustness(path: Path) -> dict[str, list[tuple[float, float]]]:
+    """Attack -> (epsilon, accuracy in percent), rising, from robustness.json; empty while there is none."""
+    if not is_file(path):
+        return {}
+    try:
+        curves = {
+            str(name): sorted((float(row["epsilon"]), float(row["accuracy"])) for row in rows)
+            for name, rows in read_json(path)["attacks"].items()
+        }
+    except (ValueError, KeyError, TypeError, AttributeError):
+        raise UserError(f"{path} is damaged: make it again with 'clicktrain evaluate'") from None
+    return {name: points for name, points in curves.items() if points}
+
+
+def write_robustness(path: Path, curves: Mapping[str, Sequence[tuple[float, float]]]) -> None:
+    """Add curves to robustness.json; those of other attacks stay, unless the file is damaged.
+
+    ``{"attacks": {"fgsm": [{"epsilon": 0.05, "accuracy": 40.4}, ...]}}``, accuracy in percent.
+    """
+    try:
+        known = read_robustness(path)
+    except UserError:
+        known = {}
+    attacks = {
+        name: [{"epsilon": epsilon, "accuracy": accuracy} for epsilon, accuracy in points]
+        for name, points in {**known, **curves}.items()
+    }
+    write_text_atomic(path, json.dumps({"attacks": attacks}, indent=2) + "\n")
 
 
 def check_summary(summary: Mapping[str, Any], path: Path) -> None:

@@ -310,11 +310,8 @@ def load_config(
         UserError: no such file, not YAML, not a flat mapping, an unknown setting or a wrong value; or the
             file names somebody's own code that is not given here.
     """
-    values = read_settings(path)
-    try:
-        return _with_named_code(values, model, own)
-    except UserError as error:
-        raise UserError(f"{path}: {error}") from None
+    given = {**({} if model is None else {"model": model}), **(own or {})}
+    return _checked(read_settings(path), given, path)
 
 
 def load_run_config(
@@ -342,28 +339,32 @@ def load_run_config(
             raise UserError(
                 f"the run in {folder.path} has {name} {shown(values.get(name))}, not {shown(given)}"
             )
-    try:
-        if own_model_allowed and model is None:
-            return from_dict(without_code(values))
-        return _with_named_code(values, model, own)
-    except UserError as error:
-        raise UserError(f"{folder.config}: {error}") from None
+    if own_model_allowed and model is None:
+        return _checked(without_code(values), {}, folder.config, trusted=True)
+    return _checked(values, {**({} if model is None else {"model": model}), **(own or {})}, folder.config)
 
 
-def _with_named_code(
-    values: Mapping[Any, Any], model: str | None, own: Mapping[str, str] | None
+def _checked(
+    values: Mapping[Any, Any], given: Mapping[str, str], path: str | Path, *, trusted: bool = False
 ) -> tuple[RunConfig, Method[Any]]:
-    """Build settings from a file; code of somebody's own has to be named by the caller as well."""
-    given = {**({} if model is None else {"model": model}), **(own or {})}
-    for name in code_settings({**values, **given}):
-        require_named(values.get(name), "it", given.get(name), name)
-    return from_dict({**values, **given})
+    """The settings of a file, with what the caller gives on top; ``trusted``: no code of theirs is run."""
+    try:
+        for name in () if trusted else code_settings({**values, **given}):
+            require_named(values.get(name), "it", given.get(name), name)
+        return from_dict({**values, **given})
+    except UserError as error:
+        raise UserError(f"{path}: {error}") from None
 
 
-def own_code_of(config: RunConfig, method: Method[Any]) -> dict[str, str]:
-    """The settings of a run that name somebody's own code, with these names."""
+def resume_command(folder: RunFolder, config: RunConfig, method: Method[Any]) -> str:
+    """What a user types to go on with a run; code of their own has to be named again."""
     values = config_to_dict(config, method)
-    return {name: values[name] for name in code_settings(values) if is_own(values[name])}
+    named = [
+        f" --{name.replace('_', '-')} {values[name]}"
+        for name in code_settings(values)
+        if is_own(values[name])
+    ]
+    return f"clicktrain resume {folder.path}" + "".join(named)
 
 
 def read_settings(path: str | Path) -> dict[Any, Any]:

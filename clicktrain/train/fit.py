@@ -11,7 +11,7 @@ from clicktrain.errors import NetworkCollapsed
 from clicktrain.methods import Method
 from clicktrain.runs.folder import RunFolder
 from clicktrain.train.channel_log import watch_channels
-from clicktrain.train.config import RunConfig, own_code_of
+from clicktrain.train.config import RunConfig, resume_command
 from clicktrain.train.disk import bytes_needed, check_disk
 from clicktrain.train.divergence import collapsed
 from clicktrain.train.epoch import end_epoch, train_epoch
@@ -66,7 +66,7 @@ def fit(
         try:
             return _fit(config, method, folder, progress, stop, resume)
         except StoppedAtOnce as stopped:
-            command = folder.resume_command(own_code_of(config, method))
+            command = resume_command(folder, config, method)
             again = f"continue with '{command}'" if resume else "nothing was written"
             raise TrainingInterrupted(stopped.signum, f"stopped before training began; {again}") from None
         except OSError as error:

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import copy
 from collections.abc import Callable, Iterable, Mapping, Sequence
-from typing import Any, TypeAlias, TypeVar
+from typing import TypeAlias, TypeVar
 
 import torch
 from torch import Tensor, nn
@@ -16,6 +16,7 @@ from torch.optim import Optimizer
 
 from clicktrain.errors import UserError
 from clicktrain.formats.packed import Structure, pack_values, unpack_values
+from clicktrain.graph.exchange import exchange_, replace_module_, state_refusal
 from clicktrain.kernels.sparse_conv2d.module import PackedConv2d, mask_refusal, refusal
 
 __all__ = [
@@ -25,11 +26,11 @@ __all__ = [
     "pack_refusals",
     "unpack",
     "unpack_model_",
-    "unpackable_state",
 ]
 
 M = TypeVar("M", bound=nn.Module)
-_Convert: TypeAlias = Callable[[Tensor], Tensor]
+_HINT = "make the optimizer after packing, or train with packed=False"
+_Convert: TypeAlias = Callable[[Tensor, Tensor], Tensor]
 
 
 def pack_refusals(
@@ -60,7 +61,9 @@ def pack_refusals(
             refusals[name] = "it is the model itself and has no parent to hang the packed layer into"
         else:
             assert isinstance(module, nn.Conv2d)
-            reason = uses.shared(module, module.weight) or _state_refusal(module.weight, optimizers)
+            reason = uses.shared(module, module.weight) or state_refusal(
+                module.weight, optimizers, _HINT, factors=False
+            )
             if reason is not None:
                 refusals[name] = reason
     return refusals
@@ -95,8 +98,8 @@ def pack_model_(model: nn.Module, masks: Mapping[str, Tensor], optimizers: Seque
     for name, module in modules.items():
         if isinstance(module, nn.Conv2d):
             packed = PackedConv2d.from_conv(module, masks[name], name)
-            _replace_module(model, name, packed)
-            _replace_parameter(module.weight, packed.values, optimizers, _converter(packed, pack_values))
+            replace_module_(model, name, packed)
+            exchange_(optimizers, {module.weight: packed.values}, _converter(packed, pack_values))
 
 
 def unpack_model_(model: nn.Module, optimizers: Sequence[Optimizer] = ()) -> None:
@@ -112,14 +115,15 @@ def unpack_model_(model: nn.Module, optimizers: Sequence[Optimizer] = ()) -> Non
     modules = {name: m for name, m in model.named_modules() if isinstance(m, PackedConv2d)}
     uses = _Uses(model)
     reasons = {
-        name: uses.shared(module, module.values) or _state_refusal(module.values, optimizers)
+        name: uses.shared(module, module.values)
+        or state_refusal(module.values, optimizers, _HINT, factors=False)
         for name, module in modules.items()
     }
     _raise({name: reason for name, reason in reasons.items() if reason is not None}, "unpacked")
     for name, module in modules.items():
         conv = module.to_conv()
-        _replace_module(model, name, conv)
-        _replace_parameter(module.values, conv.weight, optimizers, _converter(module, unpack_values))
+        replace_module_(model, name, conv)
+        exchange_(optimizers, {module.values: conv.weight}, _converter(module, unpack_values))
 
 
 def pack(model: M) -> M:
@@ -175,80 +179,11 @@ def dense_state_dict(model: nn.Module) -> dict[str, Tensor]:
 def _converter(layer: PackedConv2d, function: Callable[[Structure, Tensor], Tensor]) -> _Convert:
     """One layer's conversion of per-weight tensors, between packed and dense."""
 
-    def convert(tensor: Tensor) -> Tensor:
+    def convert(_: Tensor, tensor: Tensor) -> Tensor:
         structure = layer.structure.to(tensor.device)  # an optimizer may keep its state elsewhere
         return function(structure, tensor.detach())
 
     return convert
-
-
-def _replace_module(model: nn.Module, name: str, new: nn.Module) -> None:
-    parent, _, child = name.rpartition(".")
-    model.get_submodule(parent).register_module(child, new)
-
-
-def _replace_parameter(old: Tensor, new: Tensor, optimizers: Sequence[Optimizer], convert: _Convert) -> None:
-    """Put ``new`` where ``old`` is in the groups, and its converted state where the old state is."""
-    for optimizer in optimizers:
-        for group in optimizer.param_groups:
-            parameters = group["params"]
-            for index, parameter in enumerate(parameters):
-                if parameter is old:
-                    parameters[index] = new
-        if old not in optimizer.state:
-            continue
-        entries = list(optimizer.state.items())
-        optimizer.state.clear()
-        for parameter, state in entries:
-            if parameter is old:
-                optimizer.state[new] = {
-                    key: convert(value) if _per_weight(value, old) else value for key, value in state.items()
-                }
-            else:
-                optimizer.state[parameter] = state
-
-
-def _per_weight(value: Any, parameter: Tensor) -> bool:
-    return isinstance(value, Tensor) and value.shape == parameter.shape
-
-
-def _state_refusal(parameter: Tensor, optimizers: Sequence[Optimizer]) -> str | None:
-    """Why what the optimizers keep for a parameter cannot be converted; None if it can."""
-    for optimizer in optimizers:
-        kind = type(optimizer).__name__
-        state = optimizer.state.get(parameter, {})
-        if kind == "LBFGS" and _holds(optimizer, parameter):
-            return "LBFGS keeps one state for all parameters together: use another optimizer"
-        odd = unpackable_state(optimizer, state, parameter)
-        if odd:
-            return (
-                f"{kind} keeps {odd}, neither numbers nor one value a weight: "
-                "make the optimizer after packing, or train with packed=False"
-            )
-    return None
-
-
-def unpackable_state(optimizer: Optimizer, state: Mapping[str, Any], parameter: Tensor) -> list[str]:
-    """Names of the entries of a parameter's optimizer state that cannot be converted with it.
-
-    Args:
-        optimizer: whose state it is.
-        state: what it keeps for the parameter.
-        parameter: the weight, or its packed values.
-    """
-    if isinstance(optimizer, torch.optim.Adafactor):
-        return list(state)  # for 1x1 kernels its row sums happen to have the weight's shape
-    return [
-        key
-        for key, value in state.items()
-        if isinstance(value, (Tensor, list, tuple, dict))
-        and not _per_weight(value, parameter)
-        and not (isinstance(value, Tensor) and value.numel() == 1)
-    ]
-
-
-def _holds(optimizer: Optimizer, parameter: Tensor) -> bool:
-    return any(p is parameter for group in optimizer.param_groups for p in group["params"])
 
 
 class _Uses:

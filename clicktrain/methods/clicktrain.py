@@ -15,7 +15,8 @@ from torch import Tensor, nn
 
 from clicktrain.errors import UserError
 from clicktrain.graph.prunable import ConvLayer, PrunableLayers, check_convolutions, find_prunable, matches
-from clicktrain.latency.sparse_times import Timed
+from clicktrain.latency.network_times import MeasureMasks, Timed
+from clicktrain.latency.sparse_latency import LatencyAim, SparseLatency
 from clicktrain.methods.base import (
     Action,
     FreezeMasks,
@@ -27,7 +28,6 @@ from clicktrain.methods.base import (
 )
 from clicktrain.methods.masks.kernel_watch import KernelWatch, default_threshold
 from clicktrain.methods.outcome import NOTED, Reached, Target, latency_target
-from clicktrain.methods.patterns.latency import LatencyAim, SparseLatency
 from clicktrain.methods.patterns.plan import clicktrain_plan
 from clicktrain.methods.patterns.selection import Selection, allocation_gains, effective_group
 from clicktrain.methods.patterns.selection import Target as LayerTarget
@@ -36,7 +36,7 @@ from clicktrain.methods.triggers import default_window
 from clicktrain.sparsity.allocation import LayerBudget, allocate, check_reachable
 from clicktrain.sparsity.finalize import batch_counts
 from clicktrain.sparsity.group_lasso import add_lasso_gradient_, shrink_groups_
-from clicktrain.sparsity.importance import CRITERIA, magnitude_importance
+from clicktrain.sparsity.importance import CRITERIA, CriterionChoice, magnitude_importance
 from clicktrain.sparsity.masks import energy_outside
 from clicktrain.sparsity.patterns import default_entries, fixed_pool
 from clicktrain.sparsity.triggers import LossSlope
@@ -59,6 +59,7 @@ class ClickTrainState:
     """For trigger epi, in stage 1."""
     masks: dict[str, Tensor] = field(default_factory=dict)
     """Derived from the selection once it has decided."""
+    measure: MeasureMasks | None = field(default=None, compare=False)
     latency: SparseLatency | None = field(default=None, compare=False)
     """Measured when it is needed, not saved."""
 
@@ -72,6 +73,7 @@ class ClickTrain(Method[ClickTrainState]):
     """
 
     name: ClassVar[str] = "clicktrain"
+    title: ClassVar[str] = "ClickTrain"
 
     compression: float = 8.0
     """All convolution weights / non-zero convolution weights at the end, over the whole network; with a
@@ -85,7 +87,7 @@ class ClickTrain(Method[ClickTrainState]):
     """Kept positions of a 3x3 kernel; other kernel sizes keep the same share."""
     group: int = 1
     """Neighbouring filters that choose their pattern and their kernels together; 1 is the paper's."""
-    criterion: Literal["taylor", "magnitude", "mixed"] | None = None
+    criterion: CriterionChoice | None = None
     """Importance of a weight: (g*w)^2 (the paper's), w^2, or |g|*w^2."""
     pool: Literal["dynamic", "fixed"] | None = None
     """Pattern pool generated while training (section 4.2), or 4, 8 or 12 given 3x3 patterns."""
@@ -147,6 +149,7 @@ class ClickTrain(Method[ClickTrainState]):
     def __post_init__(self) -> None:
         """Fill in the preset and check every setting."""
         fill_in(self)
+        super().__post_init__()
         check(self)
 
     @property
@@ -227,22 +230,34 @@ class ClickTrain(Method[ClickTrainState]):
     def init(self, prunable: PrunableLayers, length: RunLength) -> ClickTrainState:
         """Check that the run can be done as asked."""
         check_convolutions(prunable, "ClickTrain")
+        CRITERIA.resolve(self.criterion or "taylor")
         self.schedule(length)
-        state = ClickTrainState(entered=0)
-        if self.aim is not None:
-            self._latency(
-                state, prunable
-            )  # now: a target out of reach is not to be told when the run is half over
-        else:
+        if self.aim is None:
             check_reachable(
                 [t.budget for t in self.targets(prunable)], prunable.other_conv_weights, self.compression
             )
-        return state
+        return ClickTrainState()
+
+    def use_measure(
+        self, state: ClickTrainState, prunable: PrunableLayers, measure: MeasureMasks | None
+    ) -> None:
+        """Measure what a latency as the target needs; a target out of reach is an error at once."""
+        state.measure = measure
+        if self.aim is not None and state.stage == "dense":
+            self._latency(state, prunable)
 
     def _latency(self, state: ClickTrainState, prunable: PrunableLayers) -> SparseLatency:
         if state.latency is None:
             assert self.aim is not None
-            state.latency = SparseLatency(prunable, self.targets(prunable), self.patterns or 1, self.aim)
+            budgets = [target.budget for target in self.targets(prunable)]
+            state.latency = SparseLatency(
+                prunable,
+                budgets,
+                self.aim,
+                patterns=self.patterns or 1,
+                group=self.group,
+                measure=state.measure,
+            )
         return state.latency
 
     def targets_of(self, state: ClickTrainState, reached: Reached) -> Sequence[Target]:
@@ -278,7 +293,7 @@ class ClickTrain(Method[ClickTrainState]):
             state.kernels.see(prunable.convs, self.criterion or "taylor", step)
 
     def _read(self, state: ClickTrainState, prunable: PrunableLayers, step: StepInfo) -> None:
-        criterion = CRITERIA[self.criterion or "taylor"]
+        criterion = CRITERIA.resolve(self.criterion or "taylor")
         weight = batch_counts(state.previous_loss, step.loss, self.loss_margin, self.loss_margin_rule)
         for target in self.targets(prunable):
             parameter = target.layer.weight
@@ -352,7 +367,7 @@ class ClickTrain(Method[ClickTrainState]):
         if self.aim is None:
             even = allocate(budgets, prunable.other_conv_weights, self.compression)
         else:
-            even = self._latency(state, prunable).even()[1]
+            even = self._latency(state, prunable).even()
         kept = sum(even[layer.name] * layer.shape[0] for layer in prunable.convs)
         share = kept / sum(layer.shape[0] * layer.shape[1] for layer in prunable.convs)
         return state.kernels.close_epoch(
@@ -432,7 +447,6 @@ class ClickTrain(Method[ClickTrainState]):
         return latency.search(
             lambda ms: latency.allocate(ms, gains, by_time, floor),
             lambda kernels: _chosen(state.selection, targets, scores, kernels),
-            prunable.measure,
         )
 
     def _hard_prune(self, state: ClickTrainState, prunable: PrunableLayers) -> list[Action]:

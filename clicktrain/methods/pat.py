@@ -10,7 +10,7 @@ from __future__ import annotations
 import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
-from typing import Any, ClassVar, Literal, get_args
+from typing import Any, ClassVar
 
 from torch import Tensor, nn
 
@@ -29,13 +29,14 @@ from clicktrain.methods.base import (
     plan_rows,
 )
 from clicktrain.methods.channels.budget import ChannelBudget
-from clicktrain.methods.channels.criteria import CHANNEL_CRITERIA, ChannelScores
+from clicktrain.methods.channels.criteria import NEURON_CRITERIA, ChannelScores, NeuronCriterionChoice
 from clicktrain.methods.channels.selection import ChannelSelection
 from clicktrain.methods.channels.stepwise import StepwiseRemoval, StepwiseState
 from clicktrain.methods.outcome import Reached, Target
 from clicktrain.methods.saved_state import restored_state, saved_state
-from clicktrain.methods.settings import check_choices, keep_as_tuples
 from clicktrain.methods.triggers import Policy, StartRule, StructureWatch, default_window
+from clicktrain.sparsity.importance import reads_gradient
+from clicktrain.sparsity.registry import choice_name
 from clicktrain.sparsity.stability import GRADIENT_THRESHOLD, MAGNITUDE_THRESHOLD
 from clicktrain.surgery import read_recipe
 
@@ -68,10 +69,10 @@ class PaT(Method[PaTState]):
 
     prune_ratio: float = 0.3
     """Share of all neurons to remove; not used if a latency is given."""
-    criterion: Literal["taylor", "taylor_weights", "magnitude"] = "taylor"
+    criterion: NeuronCriterionChoice = "taylor"
     """Importance of a neuron: taylor (the change of the loss by batch norm's scale and shift, by the weights
     where there is no batch norm), taylor_weights (Eq. 3 on the weights everywhere; about zero in front of a
-    batch norm), or magnitude (Eq. 2)."""
+    batch norm), magnitude (Eq. 2), or any criterion of weights, summed over the neuron."""
     policy: Policy = "epi"
     """When: epi (the structure is stable), loss_slope (the loss settles, ClickTrain's rule), epoch (at
     prune_epoch), random (an epoch drawn up to latest_start), or init (before training: structural SNIP with 1
@@ -120,8 +121,7 @@ class PaT(Method[PaTState]):
 
     def __post_init__(self) -> None:
         """Check every setting."""
-        keep_as_tuples(self, "exclude")
-        check_choices(self, _CHOICES)
+        super().__post_init__()
         for key in ("epi_window", "prune_steps", "init_batches"):
             value = getattr(self, key)
             if value is not None and value < 1:
@@ -152,7 +152,7 @@ class PaT(Method[PaTState]):
     @property
     def removal(self) -> StepwiseRemoval:
         """Which neurons are removed, and in how many steps."""
-        criterion = CHANNEL_CRITERIA[self.criterion]
+        criterion = NEURON_CRITERIA.resolve(self.criterion)
         return StepwiseRemoval(self.budget, criterion, self.prune_steps, self.exclude)
 
     @property
@@ -160,7 +160,8 @@ class PaT(Method[PaTState]):
         """EPI from which a structure is stable (section 4.2)."""
         if self.epi_threshold is not None:
             return self.epi_threshold
-        return MAGNITUDE_THRESHOLD if self.criterion == "magnitude" else GRADIENT_THRESHOLD
+        known = NEURON_CRITERIA.get(self.criterion) if isinstance(self.criterion, str) else self.criterion
+        return MAGNITUDE_THRESHOLD if known and not reads_gradient(known) else GRADIENT_THRESHOLD
 
     def start(self, length: RunLength) -> StartRule:
         """In which epoch neurons are pruned."""
@@ -184,9 +185,9 @@ class PaT(Method[PaTState]):
             )
         if self.structure_from is not None:
             read_recipe(self.structure_from)
-        state = PaTState()
+        removal, state = self.removal, PaTState()
         if prunable.example is not None:
-            self.removal.selection(state.pruning, prunable)
+            removal.selection(state.pruning, prunable)
         if self.rewind and prunable.model is not None:
             tensors = {**dict(prunable.model.named_parameters()), **dict(prunable.model.named_buffers())}
             state.initial = {name: tensor.detach().clone() for name, tensor in tensors.items()}
@@ -218,7 +219,9 @@ class PaT(Method[PaTState]):
             return ()
         epoch, start = math.floor(step.position), self.start(step.length)
         structure = self.removal.structure(state.pruning, prunable)
-        actions: list[Action] = [state.watch.add(structure, start.window, self.threshold, self.criterion)]
+        actions: list[Action] = [
+            state.watch.add(structure, start.window, self.threshold, choice_name(self.criterion))
+        ]
         state.pruning.scores = ChannelScores()
         reason = start.due(epoch, state.watch, step.epoch_losses)
         if reason is not None and epoch < step.length.epochs:
@@ -286,7 +289,10 @@ class PaT(Method[PaTState]):
         how = "one epoch" if self.policy != "init" else "before training"
         stages = (
             ("stage 1 dense", self.start(length).describe()),
-            ("stage 2 prune", f"{how}, {self.prune_steps} steps by {self.criterion}, then removal"),
+            (
+                "stage 2 prune",
+                f"{how}, {self.prune_steps} steps by {choice_name(self.criterion)}, then removal",
+            ),
             ("stage 3 sparse", "to the end, with the neurons that are left"),
         )
         return PruningPlan(plan_rows(prunable, rows), summary, stages)
@@ -303,6 +309,3 @@ class PaT(Method[PaTState]):
 
 def _enters(stage: str, reason: str) -> Record:
     return Record({"event": "stage", "stage": stage, "number": STAGES.index(stage) + 1, "reason": reason})
-
-
-_CHOICES: dict[str, tuple[str, ...]] = {"criterion": tuple(CHANNEL_CRITERIA), "policy": get_args(Policy)}

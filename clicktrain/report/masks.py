@@ -1,4 +1,4 @@
-"""Masks of layers as pictures: one cell per kernel, coloured by its pattern."""
+"""Masks of layers as pictures: one cell per kernel, colored by its pattern."""
 
 from __future__ import annotations
 
@@ -116,7 +116,7 @@ def _css(rank: int) -> str:
 
 
 def _runs(ranks: Sequence[Sequence[int]]) -> Iterable[tuple[int, int, int, int]]:
-    """Neighbouring kernels of one rank, joined: (rank, row, first column, number)."""
+    """Neighboring kernels of one rank, joined: (rank, row, first column, number)."""
     for i, row in enumerate(ranks):
         begin = 0
         for j in range(1, len(row) + 1):
@@ -127,7 +127,7 @@ def _runs(ranks: Sequence[Sequence[int]]) -> Iterable[tuple[int, int, int, int]]
 
 
 def _whole(ranks: Sequence[Sequence[int]], label: str, *, corner: bool) -> Markup:
-    """One unit per kernel, one path per colour, so that thousands of kernels stay a small file."""
+    """One unit per kernel, one path per color, so that thousands of kernels stay a small file."""
     height, width = len(ranks), len(ranks[0])
     paths: dict[str, list[str]] = {}
     for rank, i, j, length in _runs(ranks):

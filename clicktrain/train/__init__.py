@@ -1,5 +1,6 @@
 """Training runs: settings, the loop, checkpoints that survive anything, and the files that a run leaves."""
 
+from clicktrain.compiler.masked_latency import MaskedLatency
 from clicktrain.runs.lock import RunFolderInUse
 from clicktrain.train.checkpoint import DamagedCheckpoint
 from clicktrain.train.config import RunConfig, config_to_dict, from_dict, load_config, resolve_method
@@ -7,7 +8,6 @@ from clicktrain.train.divergence import TrainingDiverged
 from clicktrain.train.evaluate import Evaluation, evaluate
 from clicktrain.train.fit import fit
 from clicktrain.train.interrupt import TrainingInterrupted
-from clicktrain.train.masked_latency import MaskedLatency
 from clicktrain.train.prepare import Prepared, prepare
 from clicktrain.train.progress import Progress, Silent, StepProgress
 from clicktrain.train.restore import LoadedRun, load_run

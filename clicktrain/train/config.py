@@ -12,8 +12,8 @@ from clicktrain.accounting.memory import bytes_of
 from clicktrain.errors import UserError, shown
 from clicktrain.files import read_yaml
 from clicktrain.methods import METHODS, Method
-from clicktrain.models import require_named
-from clicktrain.settings import build, field_names, to_plain, unknown_field
+from clicktrain.own_code import FromFile, is_own, require_named
+from clicktrain.settings import build, choice_fields, field_names, to_plain, unknown_field
 
 Stem = Literal["auto", "cifar", "imagenet"]
 Optimizer = Literal["sgd", "adamw", "adam"]
@@ -279,22 +279,42 @@ def from_dict(values: Mapping[str, Any]) -> tuple[RunConfig, Method[Any]]:
     return run, resolve_method(run.method, **rest)
 
 
-def load_config(path: str | Path, model: str | None = None) -> tuple[RunConfig, Method[Any]]:
+def code_settings(values: Mapping[Any, Any]) -> tuple[str, ...]:
+    """The settings of a run that may name a user's own code: the model, and the choices of its method."""
+    method = values.get("method", RunConfig.method)
+    known = METHODS.get(method) if isinstance(method, str) else None
+    return ("model", *(() if known is None else choice_fields(known)))
+
+
+def without_code(values: Mapping[Any, Any]) -> dict[Any, Any]:
+    """The same settings, with names of a user's own code that can be shown but are never imported."""
+    return {
+        key: FromFile(value) if key in code_settings(values) and is_own(value) else value
+        for key, value in values.items()
+    }
+
+
+def load_config(
+    path: str | Path, model: str | None = None, own: Mapping[str, str] | None = None
+) -> tuple[RunConfig, Method[Any]]:
     """Read a YAML recipe: flat, fields of RunConfig and of the method it names; others keep their defaults.
 
     Args:
         path: of the file.
         model: the network instead of the one that the file names. A network of somebody's own, whose code
             would run, counts only when it is given here.
+        own: further settings, as the criterion, with names of a user's own code, which count likewise.
 
     Raises:
         UserError: no such file, not YAML, not a flat mapping, an unknown setting or a wrong value; or the
-            file names a network of somebody's own and ``model`` is not given.
+            file names somebody's own code that is not given here.
     """
     values = read_settings(path)
+    given = {**({} if model is None else {"model": model}), **(own or {})}
     try:
-        require_named(values.get("model"), "it", model)
-        return from_dict(values if model is None else {**values, "model": model})
+        for name in code_settings({**values, **given}):
+            require_named(values.get(name), "it", given.get(name), name)
+        return from_dict({**values, **given})
     except UserError as error:
         raise UserError(f"{path}: {error}") from None
 

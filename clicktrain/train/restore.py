@@ -14,7 +14,8 @@ from clicktrain.errors import UserError
 from clicktrain.formats.packed_file import read_packed
 from clicktrain.formats.tree import load_tree, read_metadata
 from clicktrain.methods import Method
-from clicktrain.models import call_factory, create_model, is_own, require_named
+from clicktrain.models import call_factory, create_model
+from clicktrain.own_code import is_own, require_named
 from clicktrain.surgery import apply_recipe_
 from clicktrain.train.config import RunConfig
 from clicktrain.train.facts import read_facts

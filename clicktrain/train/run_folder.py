@@ -13,10 +13,10 @@ from typing import Any
 
 import yaml
 
-from clicktrain.errors import UserError
+from clicktrain.errors import UserError, shown
 from clicktrain.formats.tree import append_jsonl, remove_leftovers, write_text_atomic
 from clicktrain.methods import Method
-from clicktrain.models import is_own
+from clicktrain.own_code import is_own
 from clicktrain.runs.format import (
     FORMAT_VERSION,
     HEADER,
@@ -35,7 +35,15 @@ from clicktrain.runs.new_folder import (
     only_begun,
     remove_new,
 )
-from clicktrain.train.config import RunConfig, config_to_dict, from_dict, load_config, read_settings
+from clicktrain.train.config import (
+    RunConfig,
+    code_settings,
+    config_to_dict,
+    from_dict,
+    load_config,
+    read_settings,
+    without_code,
+)
 
 
 @dataclass(frozen=True)
@@ -188,12 +196,12 @@ class RunFolder:
         """Make the folder and write its settings; UserError unless it is that of a new run."""
         self._check_contents()
         try:
+            settings = yaml.safe_dump(config_to_dict(config, method), sort_keys=False)
             if exists(self.path):
                 clear_begun(self.path)
             self.checkpoint_folder.mkdir(parents=True, exist_ok=True)
             for path in (self.metrics, self.events):
                 path.touch()
-            settings = yaml.safe_dump(config_to_dict(config, method), sort_keys=False)
             write_text_atomic(self.config, f"{HEADER}{FORMAT_VERSION}\n{settings}")
         except OSError as error:
             raise UserError(f"cannot make the folder {self.path}: {error.strerror}") from None
@@ -209,31 +217,47 @@ class RunFolder:
         check_folder(self.path)
         return self
 
-    def resume_command(self, model: str) -> str:
-        """What a user types to go on with this run, of a network of that name."""
-        return f"clicktrain resume {self.path}" + (f" --model {model}" if is_own(model) else "")
+    def resume_command(self, config: RunConfig, method: Method[Any]) -> str:
+        """What a user types to go on with this run; code of their own has to be named again."""
+        values = config_to_dict(config, method)
+        named = [
+            f" --{name.replace('_', '-')} {values[name]}"
+            for name in code_settings(values)
+            if is_own(values[name])
+        ]
+        return f"clicktrain resume {self.path}" + "".join(named)
 
     def load_config(
-        self, model: str | None = None, *, own_model_allowed: bool = False
+        self,
+        model: str | None = None,
+        own: Mapping[str, str] | None = None,
+        *,
+        own_model_allowed: bool = False,
     ) -> tuple[RunConfig, Method[Any]]:
         """The settings that the run was started with.
 
         Args:
             model: the network instead of the one that the settings name; a network of somebody's own counts
                 only when it is given here.
-            own_model_allowed: return the settings all the same, for a caller who builds no network from them.
+            own: likewise other settings that name somebody's own code; they have to be the run's.
+            own_model_allowed: return the settings all the same, for a caller who runs none of that code.
 
         Raises:
-            UserError: this is not the folder of a run, its settings are damaged, or ``model`` is missing.
+            UserError: this is not the folder of a run, its settings are damaged, or a name is missing.
         """
         self.open()
+        values = read_settings(self.config)
+        for name, given in (own or {}).items():
+            if given != values.get(name):
+                raise UserError(
+                    f"the run in {self.path} has {name} {shown(values.get(name))}, not {shown(given)}"
+                )
         if own_model_allowed and model is None:
-            values = read_settings(self.config)
             try:
-                return from_dict(values)
+                return from_dict(without_code(values))
             except UserError as error:
                 raise UserError(f"{self.config}: {error}") from None
-        return load_config(self.config, model)
+        return load_config(self.config, model, own)
 
     def append_metrics(self, record: Mapping[str, Any]) -> None:
         """Add the line of a finished epoch."""

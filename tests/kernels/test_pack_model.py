@@ -320,8 +320,8 @@ class RowNorms(torch.optim.SGD):
     ("make", "reason"),
     [
         (lambda p: torch.optim.LBFGS(p), "LBFGS"),
-        (lambda p: torch.optim.Adafactor(p), r"Adafactor keeps \['step', 'row_var', 'col_var'\]"),
-        (lambda p: RowNorms([q for q in p if q.dim() > 1]), r"RowNorms keeps \['row_norm'\]"),
+        (lambda p: torch.optim.Adafactor(p), "Adafactor keeps step, row_var, col_var"),
+        (lambda p: RowNorms([q for q in p if q.dim() > 1]), "RowNorms keeps row_norm"),
     ],
     ids=["lbfgs", "adafactor", "row-norms"],
 )

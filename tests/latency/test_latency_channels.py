@@ -12,7 +12,8 @@ from hypothesis import strategies as st
 from torch import Tensor, nn
 
 from clicktrain.graph.prunable import find_prunable
-from clicktrain.latency.channels import bare_copy, compare_ms, fewest_pruned
+from clicktrain.latency.channels import fewest_pruned
+from clicktrain.latency.network_times import bare_copy, compare_ms
 from clicktrain.latency.search import LatencySearch
 from clicktrain.methods.channels.budget import ChannelBudget
 from clicktrain.methods.channels.selection import ChannelSelection, LatencyCalibration

@@ -55,7 +55,7 @@ def test_all_of_the_papers_figures(shrinking: Path) -> None:
     assert len(figure(page, "Memory per iteration, MB").all("line", "reference")) == 1
     assert "From 128 to 288 images; the learning rate grew to 2.25×" in figure(page, FIGURES[3]).text
     assert "1 MB per iteration at first" in figure(page, FIGURES[4]).one("figcaption").text
-    assert "2 of 21 layers are gone" in figure(page, FIGURES[6]).one("figcaption").text
+    assert "2 of 21 layers are removed" in figure(page, FIGURES[6]).one("figcaption").text
 
 
 def test_flops_are_told_by_thirds(shrinking: Path) -> None:

@@ -192,7 +192,7 @@ def test_a_log_that_was_changed_is_reported_and_put_aside(
         "model": "tiny_networks:tiny",
     }
     folder = interrupted(tmp_path / "run", batch=36, **settings)
-    marks = load_checkpoint(folder.checkpoints()[-1])["course"]["logs"]
+    marks = load_checkpoint(folder.checkpoints()[-1])["state"]["logs"]
     path = folder.path / log
     whole = path.read_bytes()[: marks[log]["num_bytes"]]
     lines = whole.count(b"\n")

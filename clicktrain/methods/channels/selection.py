@@ -10,7 +10,8 @@ from torch import Tensor
 
 from clicktrain.errors import UserError
 from clicktrain.graph.prunable import PrunableLayers
-from clicktrain.latency.channels import SECONDS, LatencyModel, compare_ms, fewest_pruned, measure_ms
+from clicktrain.latency.channels import LatencyModel, fewest_pruned
+from clicktrain.latency.network_times import SECONDS, compare_ms, measure_ms
 from clicktrain.latency.search import LatencySearch
 from clicktrain.methods.channels.budget import ChannelBudget
 from clicktrain.sparsity.channel_importance import (

@@ -11,7 +11,7 @@ from torch import Tensor
 from clicktrain.graph.prunable import PrunableLayers
 from clicktrain.methods.base import Action, Reconfigure, Record, SilenceChannels
 from clicktrain.methods.channels.budget import ChannelBudget
-from clicktrain.methods.channels.criteria import ChannelCriterion, ChannelScores, Gradient
+from clicktrain.methods.channels.criteria import ChannelScores, Gradient, NeuronCriterion
 from clicktrain.methods.channels.selection import ChannelSelection, LatencyCalibration, Masks
 from clicktrain.surgery import SurgeryPlan, read_recipe
 from clicktrain.surgery.neurons import count_pruned, masks_of_recipe, shuffled, widths
@@ -37,7 +37,7 @@ class StepwiseRemoval:
     """
 
     budget: ChannelBudget
-    criterion: ChannelCriterion
+    criterion: NeuronCriterion
     steps: int = 1
     exclude: tuple[str, ...] = ()
 

@@ -6,11 +6,12 @@ import math
 from typing import TYPE_CHECKING
 
 from clicktrain.graph.prunable import PrunableLayers
+from clicktrain.latency.sparse_latency import LatencyAim
 from clicktrain.methods.base import LayerPlan, PruningPlan, RunLength, plan_rows
 from clicktrain.methods.outcome import planned_far_off
-from clicktrain.methods.patterns.latency import LatencyAim
 from clicktrain.methods.patterns.selection import Selection, Target
 from clicktrain.sparsity.allocation import allocate
+from clicktrain.sparsity.registry import choice_name
 
 if TYPE_CHECKING:
     from clicktrain.methods.clicktrain import ClickTrain
@@ -58,8 +59,7 @@ def _undecided(
                   "fixed by 'layers'" if t.fixed_kernels else "by its time, after stage 3")
         for t in method.targets(prunable)
     ]  # fmt: skip
-    asked = f"{aim.ms:g} ms" if aim.ms is not None else f"{aim.ratio:.0%} of the dense network's time"
-    summary = f"as many kernels are kept as {asked} allow ({aim.timed}, batch {aim.batch})"
+    summary = f"as many kernels are kept as {aim} allows"
     return PruningPlan(plan_rows(prunable, rows), summary, _stage_lines(method, length))
 
 
@@ -82,7 +82,7 @@ def _stage_lines(method: ClickTrain, length: RunLength) -> tuple[tuple[str, str]
     return (
         ("stage 1 dense", begin),
         ("stage 2 pool", pool),
-        ("stage 3 finalize", f"{epochs(lengths['finalize'])}, by {method.criterion} importance"),
+        ("stage 3 finalize", f"{epochs(lengths['finalize'])}, by {choice_name(method.criterion)} importance"),
         (
             "stage 4 regularize",
             f"{epochs(lengths['regularize'])}, penalty {method.penalty}, then hard prune",

@@ -3,12 +3,9 @@
 from __future__ import annotations
 
 import math
-from typing import TYPE_CHECKING, Any, get_args
+from typing import TYPE_CHECKING, Any
 
 from clicktrain.errors import UserError
-from clicktrain.latency.sparse_times import Timed
-from clicktrain.methods.settings import check_choices, keep_as_tuples
-from clicktrain.sparsity.importance import CRITERIA
 from clicktrain.sparsity.patterns import fixed_pool
 
 if TYPE_CHECKING:
@@ -39,18 +36,6 @@ PRESETS: dict[str, dict[str, Any]] = {
     },
 }  # fmt: skip
 
-CHOICES: dict[str, tuple[str, ...]] = {
-    "criterion": tuple(CRITERIA),
-    "pool": ("dynamic", "fixed"),
-    "trigger": ("own", "epi"),
-    "selection": ("votes", "accumulated"),
-    "kernel_score": ("kernel", "pattern"),
-    "allocation": ("uniform", "importance", "relative", "share", "erk"),
-    "penalty": ("lasso", "shrink", "none"),
-    "loss_margin_rule": ("ratio", "increase"),
-    "latency_of": get_args(Timed),
-}
-
 
 def fill_in(method: ClickTrain) -> None:
     """Give settings that were not given the values of the preset."""
@@ -67,8 +52,6 @@ def fill_in(method: ClickTrain) -> None:
 
 def check(method: ClickTrain) -> None:
     """Raise UserError for a value out of range, or settings that exclude each other."""
-    check_choices(method, CHOICES)
-    keep_as_tuples(method, "exclude", "include")
     if not method.compression > 1:
         raise UserError(
             f"compression must be more than 1 (8 keeps an eighth of the weights), not {method.compression}"

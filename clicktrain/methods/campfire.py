@@ -81,6 +81,7 @@ class Campfire(Method[CampfireState]):
     """Structured masks by magnitude, fixed early, without regularisation (Campfire, 2020)."""
 
     name: ClassVar[str] = "campfire"
+    title: ClassVar[str] = "Campfire"
 
     preset: Literal["default", "from-scratch", "after-training"] = "default"
     """Where the era lies if it is not given: 30% to 50% of the run, its first 30%, or, on weights that are

@@ -49,6 +49,7 @@ class ChannelsThenPatterns(Method[TwoPartState]):
     """Channels are removed first, then patterns are chosen in what is left (PruneTrain, then ClickTrain)."""
 
     name: ClassVar[str] = "prunetrain-clicktrain"
+    title: ClassVar[str] = "PruneTrain, then ClickTrain"
     reads_graph: ClassVar[bool] = True
 
     switch_at: float | None = None

@@ -72,6 +72,7 @@ class ClickTrain(Method[ClickTrainState]):
     """
 
     name: ClassVar[str] = "clicktrain"
+    title: ClassVar[str] = "ClickTrain"
 
     compression: float = 8.0
     """All convolution weights / non-zero convolution weights at the end, over the whole network; with a

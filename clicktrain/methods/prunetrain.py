@@ -107,6 +107,7 @@ class PruneTrain(Method[PruneTrainState]):
     """Channels and layers are removed while the network trains (PruneTrain, 2019)."""
 
     name: ClassVar[str] = "prunetrain"
+    title: ClassVar[str] = "PruneTrain"
     reads_graph: ClassVar[bool] = True
 
     preset: Literal["default", "paper"] = "default"

@@ -10,7 +10,9 @@ import json
 import os
 import re
 import stat
+import sys
 from collections.abc import Hashable
+from pathlib import Path
 from typing import Any
 
 import yaml
@@ -24,6 +26,27 @@ MOST_NODES = 10_000
 """Values in a YAML file, with those that aliases repeat counted each time."""
 DEEPEST = 32
 """Levels of lists and mappings in a YAML file."""
+
+
+def cache_folder(part: str = "", variable: str = "") -> Path | None:
+    """``$VARIABLE`` if it is set, else ``clicktrain/PART`` in the user's cache.
+
+    That is ``$XDG_CACHE_HOME``, else the platform's own (``~/.cache`` on Linux); None without a home folder.
+    """
+    if named := os.environ.get(variable):
+        return Path(named).absolute()
+    try:
+        if named := os.environ.get("XDG_CACHE_HOME"):
+            home = Path(named)
+        elif sys.platform == "darwin":
+            home = Path.home() / "Library" / "Caches"
+        elif os.name == "nt" and os.environ.get("LOCALAPPDATA"):
+            home = Path(os.environ["LOCALAPPDATA"])
+        else:
+            home = Path.home() / ".cache"
+    except RuntimeError:  # no HOME, and no entry for this user
+        return None
+    return home.absolute() / "clicktrain" / part
 
 
 def read_regular(path: str | os.PathLike[str], most_bytes: int) -> bytes:

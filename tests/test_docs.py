@@ -4,10 +4,12 @@ from __future__ import annotations
 
 import ast
 import doctest
-import importlib
+import importlib.util
+import json
 import re
 import sys
 from pathlib import Path
+from typing import Any
 
 import pytest
 import yaml
@@ -95,3 +97,64 @@ def test_the_four_papers_are_cited(repository: Path) -> None:
     titles = " ".join(reference["title"] for reference in citation["references"])
     for paper in ("ClickTrain", "PruneTrain", "Campfire", "When to Prune"):
         assert paper in titles
+
+
+# ---------------------------------------------------------------- studies and the pages that show them
+
+
+@pytest.fixture(scope="module")
+def results() -> Any:
+    spec = importlib.util.spec_from_file_location("results", REPOSITORY / "scripts" / "results.py")
+    assert spec is not None
+    assert spec.loader is not None
+    module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    return module
+
+
+def test_tables_are_what_the_studies_say(results: Any, repository: Path) -> None:
+    assert results.stale_pages(sorted((repository / "docs" / "results").glob("*.md"))) == ""
+
+
+def test_a_changed_figure_makes_a_page_stale(results: Any, repository: Path, tmp_path: Path) -> None:
+    page = tmp_path / "campfire.md"
+    page.write_text((repository / "docs" / "results" / "campfire.md").read_text())
+    study = (repository / "docs" / "results" / "campfire.jsonl").read_text()
+    (tmp_path / "campfire.jsonl").write_text(study.replace('"val_accuracy":80.05', '"val_accuracy":99.05'))
+    assert (
+        "+| vgg-combined-0.8-s0 | Campfire: windows, then kernels; epochs 4 to 6 | 99.05 |"
+        in results.stale_pages([page])
+    )
+
+
+def test_a_run_becomes_a_line_of_its_study(results: Any, tmp_path: Path) -> None:
+    rows = {"a": {"model": "resnet20", "seed": 0}, "b": {"model": "resnet20", "seed": 1}}
+    for name, config in rows.items():
+        run = tmp_path / name
+        run.mkdir()
+        (run / "config.yaml").write_text(yaml.safe_dump(config))
+        summary = {"val_accuracy": 80.0, "seed": config["seed"], "versions": {"torch": "2.13"}, "layers": [1]}
+        (run / "summary.json").write_text(json.dumps(summary))
+        (run / "metrics.jsonl").write_text('{"seconds": 2.0}\n{"seconds": 4.0}\n')
+        (run / "events.jsonl").write_text(
+            '{"event": "hard_prune", "epoch": 1, "layers": []}\n{"event": "pool"}\n'
+        )
+    study = tmp_path / "study.jsonl"
+    results.collect_runs([tmp_path / "a", tmp_path / "b"], study, lambda folder: "1234567")
+    results.collect_runs([tmp_path / "b"], study, lambda folder: "89abcde")
+    lines = results.read(study)
+    assert lines[0] == {"study": "study", "config": {"model": "resnet20"}}
+    assert [line["commit"] for line in lines[1:]] == ["1234567", "89abcde"]
+    assert lines[1]["decisions"] == [{"event": "hard_prune", "epoch": 1}]
+    assert lines[1]["figures"]["epoch_seconds"] == 3.0
+    assert {name: run["config"] for name, run in results.runs_of(lines).items()} == rows
+
+
+def test_links_between_pages(repository: Path) -> None:
+    broken = []
+    for page in [repository / "README.md", *(repository / "docs").rglob("*.md"), *repository.glob("*.md")]:
+        text = re.sub(r"```.*?```", "", page.read_text(encoding="utf-8"), flags=re.DOTALL)
+        for target in re.findall(r"\]\(([^)#\s]+)(?:#[^)\s]*)?\)", text):
+            if "://" not in target and not (page.parent / target).exists():
+                broken.append(f"{page.relative_to(repository)}: {target}")
+    assert broken == []

@@ -30,10 +30,10 @@ from clicktrain.formats.packed import Structure, pack_values
 from clicktrain.kernels.native import keep_memory, missing_toolchain, toolchain
 from clicktrain.kernels.native.library import need_all
 from clicktrain.kernels.sparse_conv2d.blocked import launch, ops
-from clicktrain.kernels.sparse_conv2d.blocked.geometry import Axis
 from clicktrain.kernels.sparse_conv2d.blocked.layout import block, unblock
 from clicktrain.kernels.sparse_conv2d.blocked.prepared import Variant, variants
 from clicktrain.kernels.sparse_conv2d.blocked.problem import PHASES, ConvProblem, Phase
+from clicktrain.kernels.sparse_conv2d.blocked.shared.geometry import Axis
 
 PRECISIONS = {"fp32": torch.float32, "bf16": torch.bfloat16}
 """What the sparse operators' activations are kept in, by name."""
@@ -113,7 +113,7 @@ class ConvRow:
         compression: asked for.
         group: neighbouring filters that share their positions.
         density: reached; whole kernels cannot meet every compression.
-        phase: forward, grad_input or grad_weight.
+        phase: forward, dgrad or wgrad.
         dense_ms, dense_name: the fastest dense float32 call.
         dense_bf16_ms, dense_bf16_name: the fastest dense bfloat16 call; None if not asked for.
         precision: of the sparse operator's activations, ``fp32`` or ``bf16`` (summed up in float32).
@@ -267,10 +267,10 @@ class _Data:
 def _dense(phase: Phase, x: Tensor, gy: Tensor, weight: Tensor) -> Tensor:
     if phase == "forward":
         return F.conv2d(x, weight, padding=1)
-    mask = [phase == "grad_input", phase == "grad_weight", False]
+    mask = [phase == "dgrad", phase == "wgrad", False]
     one = [1, 1]
     found = torch.ops.aten.convolution_backward(gy, x, weight, None, one, one, one, False, [0, 0], 1, mask)
-    return cast(Tensor, found[0 if phase == "grad_input" else 1])
+    return cast(Tensor, found[0 if phase == "dgrad" else 1])
 
 
 def _dense_calls(data: _Data, compiled: bool, bf16: bool) -> dict[Phase, dict[tuple[bool, str], _Call]]:
@@ -336,10 +336,10 @@ class _SparseLayer:
         if phase == "forward":
             trained = values.detach().requires_grad_()
             return lambda: ops.sparse_conv2d_blocked(x, trained, None, tables, plan)
-        if phase == "grad_input":
-            return lambda: ops.sparse_conv2d_blocked_grad_input(gy, values, tables, plan)
+        if phase == "dgrad":
+            return lambda: ops.sparse_conv2d_blocked_dgrad(gy, values, tables, plan)
         shape = list(values.shape)
-        return lambda: ops.sparse_conv2d_blocked_grad_weight(x, gy, shape, tables, plan)
+        return lambda: ops.sparse_conv2d_blocked_wgrad(x, gy, shape, tables, plan)
 
     def check(self) -> None:
         """Compare what every variant computes with the dense convolution in float64.
@@ -352,11 +352,11 @@ class _SparseLayer:
         n = self.data.shape.batch
         for phase, found in self.variants.items():
             expected = _dense(phase, x, gy, weight)
-            if phase == "grad_weight":
+            if phase == "wgrad":
                 expected = pack_values(self.structure, expected)
             for variant in found:
                 result = self.call(phase, variant)().detach()
-                result = result if phase == "grad_weight" else unblock(result, n)
+                result = result if phase == "wgrad" else unblock(result, n)
                 error = float((result - expected).abs().max() / expected.abs().max())
                 if not error <= TOLERANCE[self.precision]:
                     raise WrongResultError(
@@ -376,8 +376,8 @@ class _SparseLayer:
         """What a phase reads, and something as large as what it writes."""
         return {
             "forward": ([self.x], self.gy),
-            "grad_input": ([self.gy], self.x),
-            "grad_weight": ([self.x, self.gy], self.values),
+            "dgrad": ([self.gy], self.x),
+            "wgrad": ([self.x, self.gy], self.values),
         }[phase]
 
     def operations(self) -> int:

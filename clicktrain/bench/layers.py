@@ -22,7 +22,7 @@ from clicktrain.accounting import LayerCost, count
 from clicktrain.bench.runs import RunRow, network_call, random_batch
 from clicktrain.bench.timing import Progress, median_ms
 from clicktrain.errors import UserError
-from clicktrain.latency.layer_times import clock_of
+from clicktrain.latency.timer import clock_of
 from clicktrain.sparsity.masks import conv_masks
 from clicktrain.surgery import SurgeryPlan, read_recipe
 from clicktrain.train import load_run

@@ -9,12 +9,13 @@ import torch
 from torch import Tensor, nn
 
 from clicktrain.compiler.measure import take_turns
-from clicktrain.compiler.plan import Choice, LoweringPlan, Machine
+from clicktrain.compiler.plan import Choice, LoweringPlan
 from clicktrain.compiler.select import DENSITY_LIMIT
 from clicktrain.graph import Inputs, own_random_numbers, working_copy
 from clicktrain.kernels.native import KernelError
 from clicktrain.kernels.native.failure import report_failure
 from clicktrain.kernels.sparse_conv2d import PackedConv2d, sparse_conv2d
+from clicktrain.latency.machine import Machine
 
 _SECONDS = 0.3
 

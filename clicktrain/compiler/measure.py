@@ -23,10 +23,10 @@ from clicktrain.kernels.native.library import build_all
 from clicktrain.kernels.sparse_conv2d import PackedConv2d
 from clicktrain.kernels.sparse_conv2d.blocked import launch
 from clicktrain.kernels.sparse_conv2d.blocked.launch import compile_plan
+from clicktrain.kernels.sparse_conv2d.blocked.patterns.tap_patterns import MAX_SETS, distinct
 from clicktrain.kernels.sparse_conv2d.blocked.prepared import Variant, variants
 from clicktrain.kernels.sparse_conv2d.blocked.problem import PHASES, ConvProblem, Phase, Tiling
-from clicktrain.kernels.sparse_conv2d.blocked.vocabulary import MAX_SETS, distinct
-from clicktrain.latency.layer_times import clock_of
+from clicktrain.latency.timer import clock_of
 
 SECONDS = 0.8
 """For all candidates of one layer shape together."""
@@ -40,7 +40,7 @@ LITTLE_WORK = 1 << 21
 takes a third of a second each, and could save microseconds."""
 CALL_MS = 0.05
 """What one operator costs in PyTorch, forward and backward."""
-_WRITE_ONLY_GRADIENT: tuple[Phase, ...] = ("forward", "grad_weight")
+_WRITE_ONLY_GRADIENT: tuple[Phase, ...] = ("forward", "wgrad")
 Candidates = Mapping[Activations, Sequence[Variant]]
 """Kernels that could run a convolution, by what activations are kept in."""
 
@@ -323,9 +323,9 @@ def _sparse_call(
 ) -> Callable[[], object]:
     if one.phase == "forward":
         return lambda: launch.forward(x, values, bias, one.tables, one.plan)
-    if one.phase == "grad_input":
-        return lambda: launch.grad_input(gy, values, one.tables, one.plan)
-    return lambda: launch.grad_weight(x, gy, list(values.shape), one.tables, one.plan)
+    if one.phase == "dgrad":
+        return lambda: launch.dgrad(gy, values, one.tables, one.plan)
+    return lambda: launch.wgrad(x, gy, list(values.shape), one.tables, one.plan)
 
 
 def _batch_norm_times(unit: Unit, activations: Sequence[Activations]) -> dict[str, float]:

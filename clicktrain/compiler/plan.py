@@ -3,8 +3,6 @@
 from __future__ import annotations
 
 import json
-import os
-import platform
 from collections.abc import Collection, Mapping, Sequence
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
@@ -15,8 +13,8 @@ import torch
 from clicktrain.compiler import plan_fields as check
 from clicktrain.errors import UserError
 from clicktrain.files import read_text
-from clicktrain.kernels.native import toolchain
 from clicktrain.kernels.sparse_conv2d.blocked.problem import PHASES, Phase, Tiling
+from clicktrain.latency.machine import Machine
 
 RULES = ("measured", "density", "sparse")
 KINDS = ("conv", "batch_norm", "elementwise", "pool", "global_pool", "cat")
@@ -101,21 +99,6 @@ class Choice:
 
 
 @dataclass(frozen=True, slots=True)
-class Machine:
-    """Where a plan was made: processor, lanes of fp32 (0 without a compiler) and threads."""
-
-    cpu: str
-    lanes: int
-    threads: int
-
-    @classmethod
-    def here(cls) -> Machine:
-        """The machine of this process."""
-        tools = toolchain()
-        return cls(_cpu_name(), tools.lanes(torch.float32) if tools else 0, torch.get_num_threads())
-
-
-@dataclass(frozen=True, slots=True)
 class LoweringPlan:
     """The compiler's decisions about a whole network: ClickTrain section 5.4.
 
@@ -145,14 +128,15 @@ class LoweringPlan:
             )
         for choice in self.choices:
             for phase, tiling in choice.tilings:
-                if tiling.pairs and tiling.code != "taps" and phase != "grad_weight":
+                if tiling.pairs and tiling.code != "indexed" and phase != "wgrad":
                     raise UserError(
-                        f"{choice.layer} cannot multiply pairs in {phase} with code for tap sets: set the "
-                        "tiling's code to taps, or its pairs to false"
+                        f"{choice.layer} cannot multiply pairs in {phase} with code for tap patterns: set "
+                        "the tiling's code to indexed, or its pairs to false"
                     )
-                if tiling.code == "sweep" and phase == "grad_weight":
+                if tiling.code == "cache_blocked" and phase == "wgrad":
                     raise UserError(
-                        f"{choice.layer} cannot sweep in grad_weight: set the tiling's code to sets or taps"
+                        f"{choice.layer} has no cache_blocked wgrad: set the tiling's code to unrolled "
+                        "or indexed"
                     )
         pairs = self.with_pairs()
         if pairs and self.activations != "bf16":
@@ -316,12 +300,3 @@ def _tilings(choice: Choice) -> str:
 
 def _ms(value: float | None) -> str:
     return "" if value is None else f"{value:.2f}"
-
-
-def _cpu_name() -> str:
-    try:
-        lines = Path("/proc/cpuinfo").read_text(encoding="utf-8").splitlines()
-    except OSError:
-        lines = []
-    names = [line.partition(":")[2].strip() for line in lines if line.startswith("model name")]
-    return names[0] if names else platform.processor() or platform.machine() or os.name

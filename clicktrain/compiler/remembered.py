@@ -18,7 +18,7 @@ from pathlib import Path
 from torch import fx, nn
 
 from clicktrain.compiler.norm_statistics import check_statistics
-from clicktrain.compiler.plan import Activations, LoweringPlan, Machine
+from clicktrain.compiler.plan import Activations, LoweringPlan
 from clicktrain.compiler.units import Unit, find_units, shape_of
 from clicktrain.errors import UserError
 from clicktrain.formats.atomic import write_text_atomic
@@ -26,9 +26,10 @@ from clicktrain.graph import ModelGraph
 from clicktrain.kernels.native import toolchain
 from clicktrain.kernels.native.folder import cache_folder, mark_used
 from clicktrain.kernels.sparse_conv2d import PackedConv2d
-from clicktrain.kernels.sparse_conv2d.blocked.vocabulary import MAX_SETS, distinct
+from clicktrain.kernels.sparse_conv2d.blocked.patterns.tap_patterns import MAX_SETS, distinct
+from clicktrain.latency.machine import Machine
 
-FORMAT_VERSION = 2
+FORMAT_VERSION = 3
 _MOST_BYTES = 64 << 20
 KERNELS = 10
 """To be raised when kernels change so that old measurements say nothing any more."""

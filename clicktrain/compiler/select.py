@@ -34,7 +34,6 @@ from clicktrain.compiler.plan import (
     Activations,
     Choice,
     LoweringPlan,
-    Machine,
     activations_of,
     kept_in,
 )
@@ -44,6 +43,7 @@ from clicktrain.graph import ModelGraph
 from clicktrain.kernels.native import C_TYPES, KernelError
 from clicktrain.kernels.native.failure import watch_failures
 from clicktrain.kernels.sparse_conv2d import PackedConv2d
+from clicktrain.latency.machine import Machine
 
 DENSITY_LIMIT = 0.35
 """ClickTrain section 5.4: sparse where more than 65% of the weights are zero."""

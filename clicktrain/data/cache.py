@@ -8,7 +8,6 @@ import json
 import logging
 import os
 import shutil
-import sys
 import zlib
 from collections.abc import Iterator
 from dataclasses import dataclass
@@ -19,6 +18,7 @@ from safetensors.torch import save_file
 from torch import Tensor
 
 from clicktrain.errors import UserError
+from clicktrain.files import cache_folder
 from clicktrain.leftovers import remove_abandoned
 
 FORMAT_VERSION = 2
@@ -27,14 +27,11 @@ logger = logging.getLogger(__name__)
 
 
 def default_cache_dir() -> Path:
-    """Return the platform's folder for caches: ``$XDG_CACHE_HOME/clicktrain``, or ``~/.cache/clicktrain``."""
-    if os.environ.get("XDG_CACHE_HOME"):
-        return Path(os.environ["XDG_CACHE_HOME"]) / "clicktrain"
-    if sys.platform == "darwin":
-        return Path.home() / "Library" / "Caches" / "clicktrain"
-    if os.name == "nt" and os.environ.get("LOCALAPPDATA"):
-        return Path(os.environ["LOCALAPPDATA"]) / "clicktrain"
-    return Path.home() / ".cache" / "clicktrain"
+    """``clicktrain`` in the user's cache; UserError where the user has no home folder."""
+    folder = cache_folder()
+    if folder is None:
+        raise UserError("there is no home folder to keep decoded images in: set XDG_CACHE_HOME to a folder")
+    return folder
 
 
 def require_space(folder: Path, needed_bytes: int, what: str) -> None:

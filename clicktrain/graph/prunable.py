@@ -9,57 +9,65 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
-from torch.nn.modules.conv import _ConvNd
 from torch.nn.parameter import UninitializedParameter
 from torch.nn.utils import parametrize
 
 from clicktrain.errors import UserError
-from clicktrain.graph.conv_sources import ConvSources, conv_sources
+from clicktrain.graph.adapters import LayerAdapter, nearest_adapter
+from clicktrain.graph.conv_sources import conv_sources
 from clicktrain.sparsity.patterns import MAX_POSITIONS
 
 
 @dataclass(frozen=True, slots=True, eq=False)
-class ConvLayer:
-    """A convolution that may be pruned."""
+class PrunableLayer:
+    """A layer that may be pruned, with the adapter of its type.
 
-    name: str
-    module: nn.Conv2d
-
-    @property
-    def weight(self) -> Tensor:
-        """[F, C, R, S], C = in_channels / groups."""
-        return self.module.weight
-
-    @property
-    def shape(self) -> tuple[int, int, int, int]:
-        """(F, C, R, S)."""
-        f, c, r, s = self.module.weight.shape
-        return f, c, r, s
-
-
-@dataclass(frozen=True, slots=True, eq=False)
-class LinearLayer:
-    """A fully connected layer that may be pruned.
-
-    ``source`` is the prunable convolution whose filters are its inputs, channel after channel, if that is
-    known; ``untraced`` says why nothing can be known about this network, "" if it could be followed.
+    Attributes:
+        name: module path; "" if the network is this layer.
+        module: the layer.
+        adapter: how its weight is seen; see `LayerAdapter`.
+        source: of a linear layer, the prunable convolution whose filters are its inputs, channel after
+            channel, if that is known.
+        untraced: why no source is known for this network, "" if it could be followed.
     """
 
     name: str
-    module: nn.Linear
+    module: nn.Module
+    adapter: LayerAdapter
     source: str | None = None
     untraced: str = ""
 
     @property
     def weight(self) -> Tensor:
-        """[O, I]."""
-        return self.module.weight
+        """The parameter, in its own shape."""
+        return self.adapter.weight(self.module)
 
     @property
-    def shape(self) -> tuple[int, int]:
-        """(O, I)."""
-        o, i = self.module.weight.shape
-        return o, i
+    def shape(self) -> tuple[int, ...]:
+        """The weight's own shape, which is that of masks."""
+        return tuple(self.weight.shape)
+
+    @property
+    def view_shape(self) -> tuple[int, int, int, int]:
+        """(F, C, R, S) of `view`."""
+        return self.adapter.view_shape(self.module)
+
+    @property
+    def kind(self) -> str:
+        """ "conv" or "linear"."""
+        return self.adapter.kind
+
+    def view(self, tensor: Tensor) -> Tensor:
+        """A tensor of the weight's shape (weight, gradient, mask, score) as [F, C, R, S]."""
+        return self.adapter.view(self.module, tensor)
+
+    def unview(self, tensor: Tensor) -> Tensor:
+        """The inverse of `view`: [F, C, R, S] -> the weight's own shape."""
+        return self.adapter.unview(self.module, tensor)
+
+    def unit_refusal(self, unit: str) -> str | None:
+        """Why a unit ("weight", "kernel", "pattern", "channel") has no meaning here; None if it has one."""
+        return self.adapter.unit_refusal(self.module, unit)
 
 
 @dataclass(frozen=True, slots=True, eq=False)
@@ -75,8 +83,8 @@ class SeenBatch:
 class PrunableLayers:
     """What a method may touch.
 
-    ``convs`` are the convolutions that can be pruned, ``linears`` the fully connected layers, for methods
-    that ask for them; ``left_alone`` maps the other weighted modules to (shape, reason).
+    ``layers`` can be pruned: convolutions, then, for methods that ask for them, linear layers; ``left_alone``
+    maps the other weighted modules to (shape, reason).
     ``order`` has all names as the network lists them. ``model`` is what was looked at, ``example`` its
     inputs (batch of at least one; values do not matter; see `clicktrain.graph.as_inputs`), None until they
     are known;
@@ -86,29 +94,33 @@ class PrunableLayers:
     the compression ratio, which is over all convolution weights (ClickTrain section 6.2).
     """
 
-    convs: tuple[ConvLayer, ...]
+    layers: tuple[PrunableLayer, ...]
     left_alone: dict[str, tuple[tuple[int, ...], str]] = field(default_factory=dict)
     other_conv_weights: int = 0
     order: tuple[str, ...] = ()
-    linears: tuple[LinearLayer, ...] = ()
     model: nn.Module | None = None
     example: Any = None
     measure: Any = None
     seen: SeenBatch | None = None
 
     @property
-    def layers(self) -> tuple[ConvLayer | LinearLayer, ...]:
-        """Everything that can be pruned."""
-        return (*self.convs, *self.linears)
+    def convs(self) -> tuple[PrunableLayer, ...]:
+        """The convolutions, of any dimension, among the layers."""
+        return tuple(layer for layer in self.layers if layer.kind == "conv")
+
+    @property
+    def linears(self) -> tuple[PrunableLayer, ...]:
+        """The linear layers among the layers."""
+        return tuple(layer for layer in self.layers if layer.kind == "linear")
 
     @property
     def conv_weights(self) -> int:
         """All convolution weights of the network."""
         return sum(layer.weight.numel() for layer in self.convs) + self.other_conv_weights
 
-    def layer(self, name: str) -> ConvLayer:
+    def layer(self, name: str) -> PrunableLayer:
         """The prunable layer of that name."""
-        return next(layer for layer in self.convs if layer.name == name)
+        return next(layer for layer in self.layers if layer.name == name)
 
     def renamed(self, new_name: Callable[[str], str | None]) -> PrunableLayers:
         """The same layers of the smaller model, without those that were removed.
@@ -119,37 +131,37 @@ class PrunableLayers:
         assert self.model is not None
         modules = dict(self.model.named_modules())
 
-        def now(name: str | None) -> tuple[str, nn.Module] | None:
-            moved = None if name is None else new_name(name)
-            module = modules.get(moved) if moved is not None else None
-            return None if moved is None or not isinstance(module, (_ConvNd, nn.Linear)) else (moved, module)
+        def moved(name: str | None) -> str | None:
+            """The new path, None where a layer without weights or nothing at all has taken the place."""
+            now = None if name is None else new_name(name)
+            return now if now in modules and nearest_adapter(modules[now]) is not None else None
 
-        layers, linears, left = [], [], {}
-        for layer in self.convs:
-            if (place := now(layer.name)) is not None and isinstance(place[1], nn.Conv2d):
-                layers.append(ConvLayer(place[0], place[1]))
-        for linear in self.linears:
-            if (place := now(linear.name)) is not None and isinstance(place[1], nn.Linear):
-                source = now(linear.source)
-                known = None if source is None else source[0]
-                linears.append(LinearLayer(place[0], place[1], known, linear.untraced))
-        other: dict[int, int] = {}
+        layers = tuple(
+            replace(layer, name=now, module=modules[now], source=moved(layer.source))
+            for layer in self.layers
+            if (now := moved(layer.name)) is not None
+        )
+        left, other = {}, {}
         for name, (_, reason) in self.left_alone.items():
-            if (place := now(name)) is not None:
-                weight = place[1].weight
+            if (now := moved(name)) is not None:
+                weight = modules[now].weight
                 assert isinstance(weight, Tensor)
-                left[place[0]] = (tuple(weight.shape), reason)
-                if isinstance(place[1], _ConvNd):
+                left[now] = (tuple(weight.shape), reason)
+                if _is_conv(modules[now]):
                     other[id(weight)] = weight.numel()
-        order = tuple(place[0] for name in self.order if (place := now(name)) is not None)
         return replace(
             self,
-            convs=tuple(layers),
-            linears=tuple(linears),
+            layers=layers,
             left_alone=left,
             other_conv_weights=sum(other.values()),
-            order=order,
+            order=tuple(now for name in self.order if (now := moved(name)) is not None),
         )
+
+
+def _is_conv(module: nn.Module) -> bool:
+    """Whether a layer counts as a convolution, whatever its own forward does."""
+    adapter = nearest_adapter(module)
+    return adapter is not None and adapter.kind == "conv"
 
 
 def check_convolutions(prunable: PrunableLayers, who: str) -> None:
@@ -207,9 +219,9 @@ def find_prunable(
         UserError: an entry of ``exclude`` or ``include`` matches no layer of those kinds.
     """
     trained_ids = None if trained is None else {id(p) for p in trained}
-    named = [(name, m) for name, m in model.named_modules() if isinstance(m, (_ConvNd, nn.Linear))]
-    convs = [name for name, m in named if isinstance(m, _ConvNd)]
-    known, kind = (convs, "convolution") if not linear else ([name for name, _ in named], "layer")
+    adapters = {name: a for name, m in model.named_modules() if (a := nearest_adapter(m)) is not None}
+    convs = [name for name, adapter in adapters.items() if adapter.kind == "conv"]
+    known, kind = (convs, "convolution") if not linear else (list(adapters), "layer")
     for glob in (*exclude, *include):
         if glob != "*" and not any(fnmatchcase(name, glob) for name in known):
             raise UserError(f"no {kind} is called {glob!r}; the {kind}s are {_some(known)}")
@@ -218,50 +230,59 @@ def find_prunable(
         weight = module._parameters.get("weight")
         if weight is not None:
             uses[id(weight)] = uses.get(id(weight), 0) + 1
-    layers: list[ConvLayer] = []
-    linears: list[tuple[str, nn.Linear]] = []
+    layers: list[PrunableLayer] = []
     left: dict[str, tuple[tuple[int, ...], str]] = {}
-    other = 0
-    counted: set[int] = set()
-    for name, module in named:
-        reason = _reason(module, uses, trained_ids, linear)
+    other: dict[int, int] = {}  # by identity: a shared weight counts once
+    for name, adapter in adapters.items():
+        module = model.get_submodule(name)
+        reason = _reason(module, adapter, uses, trained_ids, linear)
         if reason is None and matches(name, exclude):
             reason = "excluded"
         if reason is None and not matches(name, include):
             if name in convs[:1]:
                 reason = "first convolution: it reads the image"
-            elif isinstance(module, nn.Conv2d) and module.groups == module.in_channels and module.groups > 1:
+            elif adapter.depthwise(module):
                 reason = "depthwise: one kernel per filter"
-        if reason is None and isinstance(module, nn.Conv2d):
-            layers.append(ConvLayer(name, module))
+        if reason is None:
+            layers.append(PrunableLayer(name, module, adapter))
             continue
-        if reason is None and isinstance(module, nn.Linear):
-            linears.append((name, module))
-            continue
-        sized = not isinstance(module.weight, UninitializedParameter)
-        left[name] = (tuple(module.weight.shape) if sized else (), reason or "")
-        if sized and isinstance(module, _ConvNd):
-            own = module._parameters.get("weight")  # None: computed anew at each access
-            if own is None or id(own) not in counted:
-                other += module.weight.numel()
-            counted.add(id(own))  # a shared weight counts once
-    convs_found = {layer.name for layer in layers}
-    known_sources = conv_sources(model) if linears else ConvSources({})
-    sources = {name: conv for name, conv in known_sources.sources.items() if conv in convs_found}
-    return PrunableLayers(
-        tuple(layers),
-        left,
-        other,
-        tuple(name for name, _ in named),
-        tuple(
-            LinearLayer(name, module, sources.get(name), known_sources.untraced) for name, module in linears
-        ),
-        model,
-    )
+        weight = adapter.weight(module)
+        sized = not isinstance(weight, UninitializedParameter)
+        left[name] = (tuple(weight.shape) if sized else (), reason)
+        if sized and adapter.kind == "conv":
+            own = module._parameters.get("weight")  # None: computed at each access
+            other[id(module if own is None else own)] = weight.numel()
+    found = PrunableLayers(tuple(layers), left, sum(other.values()), tuple(adapters), model)
+    return _with_sources(found) if found.linears else found
+
+
+def _with_sources(found: PrunableLayers) -> PrunableLayers:
+    """Note which prunable convolution each linear layer reads; convolutions come first from here on."""
+    assert found.model is not None
+    sources, untraced = conv_sources(found.model)
+    names = {layer.name for layer in found.convs}
+    linears = [
+        replace(
+            layer,
+            source=source if (source := sources.get(layer.name)) in names else None,
+            untraced=untraced,
+        )
+        for layer in found.linears
+    ]
+    return replace(found, layers=(*found.convs, *linears))
+
+
+# ConvLayer and LinearLayer are the same class now.
+ConvLayer = PrunableLayer
+LinearLayer = PrunableLayer
 
 
 def _reason(
-    module: _ConvNd | nn.Linear, uses: dict[int, int], trained_ids: set[int] | None, linear: bool
+    module: nn.Module,
+    adapter: LayerAdapter,
+    uses: dict[int, int],
+    trained_ids: set[int] | None,
+    linear: bool,
 ) -> str | None:
     """Why a module cannot be pruned whatever the settings, or None."""
     weight = module._parameters.get("weight")
@@ -270,16 +291,11 @@ def _reason(
     if isinstance(weight, UninitializedParameter):
         return "lazy: run one batch through the network before attaching"
     name = type(module).__name__
-    if isinstance(module, nn.Linear):
-        if not linear:
-            return "linear: this method prunes convolutions"
-        own_forward = type(module).forward is not nn.Linear.forward
-    elif isinstance(module, nn.Conv2d):
-        kind = type(module)
-        own_forward = (kind.forward, kind._conv_forward) != (nn.Conv2d.forward, nn.Conv2d._conv_forward)
-    else:
+    if adapter.kind == "linear" and not linear:
+        return "linear: this method prunes convolutions"
+    if adapter.layer not in (nn.Conv2d, nn.Linear):
         return f"{name}: only Conv2d is pruned"
-    if own_forward:
+    if adapter.own_forward(module):
         return f"{name}: a layer with a forward of its own may not use its weight as it is"
     if not weight.is_floating_point() or not weight.requires_grad:
         return "its weight is not trained (requires_grad is False)"

@@ -9,7 +9,6 @@ step of the copies is timed, taking turns.
 from __future__ import annotations
 
 import dataclasses
-import hashlib
 import json
 import statistics
 from collections.abc import Callable, Mapping, Sequence
@@ -28,8 +27,8 @@ from clicktrain.graph import Inputs, as_inputs
 from clicktrain.graph.batch import batch_size, blank, first_of_batch, first_tensor
 from clicktrain.graph.prunable import SeenBatch
 from clicktrain.latency.channels import bare_copy
-from clicktrain.latency.layer_times import cache_folder, clock_of, keep_json, machine, synchronised
-from clicktrain.latency.timer import timed_for
+from clicktrain.latency.tables import keep_table, read_table, table_path
+from clicktrain.latency.timer import clock_of, synchronized, timed_for
 from clicktrain.surgery import SurgeryPlan, apply_surgery_
 from clicktrain.surgery.norms import norm_alone_
 
@@ -138,7 +137,7 @@ def fastest_multiple(
     device = first_tensor(inputs).device
     if device.type == "cpu":
         inputs = first_of_batch(inputs, CPU_IMAGES * torch.get_num_threads())
-    path = (folder or cache_folder()) / f"widths-{_key(model, inputs, seen, left)}.json"
+    path = table_path("multiple", _about(model, inputs, seen, left), device, folder)
     choice = _read(path)
     if choice is None:
         distinct = {text: plans[multiple] for multiple, text in reversed(left.items())}
@@ -149,7 +148,7 @@ def fastest_multiple(
         )
         dtype = str(seen.autocast or torch.float32).removeprefix("torch.")
         choice = WidthChoice(best(rows), rows, batch_size(inputs), dtype)
-        keep_json(path, choice.to_json())
+        keep_table(path, choice.to_json())
     (chosen,) = agreed([choice.chosen], device)
     return dataclasses.replace(choice, chosen=int(chosen))
 
@@ -181,7 +180,7 @@ def step_ms(
             apply_surgery_(plan, replica)
             keep_out_of_channels_last_(replica)
             norm_alone_(replica)
-            calls[name] = synchronised(_step(replica.train(), inputs, autocast), device)
+            calls[name] = synchronized(_step(replica.train(), inputs, autocast), device)
         times = timed_for(calls, SECONDS, ROUNDS, clock=clock_of(device))
     return {name: statistics.median(found) for name, found in times.items()}
 
@@ -207,22 +206,21 @@ def _left(plan: SurgeryPlan) -> str:
     return json.dumps([cuts, sorted(layer.name for layer in plan.removed_layers), gates])
 
 
-def _key(model: nn.Module, inputs: Inputs, seen: SeenBatch, left: Mapping[int, str]) -> str:
-    about = [
+def _about(model: nn.Module, inputs: Inputs, seen: SeenBatch, left: Mapping[int, str]) -> list[object]:
+    """What the times depend on."""
+    return [
         FORMAT_VERSION,
-        machine(first_tensor(inputs).device),
-        torch.__version__,
         str(model),
         [[*tensor.shape, *tensor.stride()] for tensor in inputs.tensors()],
         str(seen.autocast),
         [[*p.shape, *p.stride()] for p in model.parameters()],
         [*left.items()],
     ]
-    return hashlib.sha256(json.dumps(about).encode()).hexdigest()[:32]
 
 
-def _read(path: Path) -> WidthChoice | None:
+def _read(path: Path | None) -> WidthChoice | None:
     try:
-        return WidthChoice.from_json(json.loads(path.read_text(encoding="utf-8")))
-    except (OSError, ValueError, UserError):
+        document = read_table(path)
+        return None if document is None else WidthChoice.from_json(document)
+    except UserError:
         return None

@@ -21,8 +21,8 @@ from clicktrain.comm.agreement import agreed
 from clicktrain.errors import UserError
 from clicktrain.graph import Inputs, as_inputs
 from clicktrain.graph.batch import blank, first_tensor
-from clicktrain.latency.layer_times import LayerGeometry, LayerTimes, clock_of, layer_times, synchronised
-from clicktrain.latency.timer import timed_for
+from clicktrain.latency.timer import clock_of, synchronized, timed_for
+from clicktrain.latency.width_times import LayerGeometry, WidthTimes, width_times
 from clicktrain.surgery import SurgeryPlan, apply_surgery_
 from clicktrain.surgery.groups import Dependencies
 from clicktrain.surgery.operations import operation
@@ -71,8 +71,8 @@ class LatencyModel:
         self.batch, self.dense_ms = batch, dense_ms
         self._sizes = dict(sizes)
         self._layers = self._find_layers(found)
-        times = layer_times([geometry for geometry, _, _ in self._layers], batch, _device(example))
-        self._times: list[tuple[LayerTimes, Width, Width]] = [
+        times = width_times([geometry for geometry, _, _ in self._layers], batch, _device(example))
+        self._times: list[tuple[WidthTimes, Width, Width]] = [
             (times[geometry], inputs, outputs) for geometry, inputs, outputs in self._layers
         ]
         self._elements = self._find_elements(found)
@@ -237,7 +237,7 @@ def _times(
         if plan is not None:
             apply_surgery_(plan, replica)
         replica.eval()
-        calls[number] = synchronised(_forward(replica, inputs), device)
+        calls[number] = synchronized(_forward(replica, inputs), device)
     with torch.inference_mode():
         return timed_for(calls, seconds, ROUNDS, clock=clock_of(device))
 

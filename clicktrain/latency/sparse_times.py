@@ -2,18 +2,16 @@
 
 The sparse operators are timed as in an accelerated network: on activations that are in the blocked layout
 already. A table is built once for a layer's geometry and kept on disk; between its points times are
-interpolated, and they are made monotone as in `clicktrain.latency.layer_times`. Tilings are those of the
+interpolated, and they are made monotone as in `clicktrain.latency.width_times`. Tilings are those of the
 rule: what a compiler gains by measuring them too is left to the correction by the whole network's time.
 """
 
 from __future__ import annotations
 
-import hashlib
-import json
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
-from typing import Literal
+from typing import Any, Literal
 
 import torch
 import torch.nn.functional as F
@@ -26,15 +24,17 @@ from clicktrain.kernels.native.library import need_all
 from clicktrain.kernels.sparse_conv2d.blocked import launch
 from clicktrain.kernels.sparse_conv2d.blocked.prepared import prepare
 from clicktrain.kernels.sparse_conv2d.blocked.problem import PHASES, ConvProblem, Phase
-from clicktrain.latency.layer_times import LayerTimes, cache_folder, clock_of, keep_json, machine
-from clicktrain.latency.timer import least_ms
+from clicktrain.latency.tables import keep_table, read_table, table_path
+from clicktrain.latency.timer import clock_of, least_ms
+from clicktrain.latency.width_times import WidthTimes
 
-FORMAT_VERSION = 1
+FORMAT_VERSION = 2
 SHARES = (0.0625, 0.125, 0.25, 0.5, 0.75, 1.0)
 """Kept kernels that are measured, as shares of all, beside a single one."""
 ROUNDS = 5
 Timed = Literal["inference", "step"]
 """The forward pass alone, or with both gradients."""
+_CPU = torch.device("cpu")
 
 
 @dataclass(frozen=True, slots=True)
@@ -146,13 +146,13 @@ class SparseTimes:
             >>> SparseTimes((1, 3), (1.0, 2.0), 1.75).at(2), SparseTimes((1, 3), (1.0, 2.0), 1.75).at(3)
             (1.5, 1.75)
         """
-        return min(LayerTimes((1,), self.kernels, (self.sparse_ms,)).at(1, kernels), self.dense_ms)
+        return min(WidthTimes((1,), self.kernels, (self.sparse_ms,)).at(1, kernels), self.dense_ms)
 
     @classmethod
     def of(cls, measured: dict[int, float], dense_ms: float) -> SparseTimes:
         """Monotone times from measured ones."""
         kernels = tuple(sorted(measured))
-        times = LayerTimes.of((1,), kernels, {(1, count): ms for count, ms in measured.items()})
+        times = WidthTimes.of((1,), kernels, {(1, count): ms for count, ms in measured.items()})
         return cls(kernels, times.ms[0], dense_ms)
 
 
@@ -164,11 +164,11 @@ def sparse_times(geometries: Iterable[SparseGeometry]) -> dict[SparseGeometry, S
     found: dict[SparseGeometry, SparseTimes] = {}
     for geometry in dict.fromkeys(geometries):
         path = _cache_path(geometry)
-        times = _read(path, geometry)
+        times = _from_document(read_table(path), geometry)
         if times is None:
             times = measure_sparse(geometry)
-            keep_json(path, asdict(times))
-        *sparse, dense = agreed([*times.sparse_ms, times.dense_ms], torch.device("cpu"))
+            keep_table(path, asdict(times))
+        *sparse, dense = agreed([*times.sparse_ms, times.dense_ms], _CPU)
         found[geometry] = replace(times, sparse_ms=tuple(sparse), dense_ms=dense)
     return found
 
@@ -196,7 +196,7 @@ def measure_sparse(geometry: SparseGeometry) -> SparseTimes:
     need_all(texts)
     calls[0] = _dense_call(g, x.shape, gy.shape)
     with torch.no_grad():
-        ms = least_ms(calls, ROUNDS, clock=clock_of(torch.device("cpu")))
+        ms = least_ms(calls, ROUNDS, clock=clock_of(_CPU))
     dense = ms.pop(0)
     return SparseTimes.of(ms, dense)
 
@@ -207,8 +207,8 @@ def _sparse_call(
     def call() -> None:
         launch.forward(x, values, None, tables, plan)
         if geometry.timed == "step":
-            launch.grad_input(gy, values, tables, plan)
-            launch.grad_weight(x, gy, list(values.shape), tables, plan)
+            launch.dgrad(gy, values, tables, plan)
+            launch.wgrad(x, gy, list(values.shape), tables, plan)
 
     return call
 
@@ -229,24 +229,21 @@ def _dense_call(geometry: SparseGeometry, blocks: torch.Size, out: torch.Size) -
     return call
 
 
-# ---------------------------------------------------------------- on disk
-
-
-def _cache_path(geometry: SparseGeometry) -> Path:
+def _cache_path(geometry: SparseGeometry) -> Path | None:
     tools = toolchain()
-    about = [FORMAT_VERSION, machine(torch.device("cpu")), torch.__version__, asdict(geometry)]
-    text = json.dumps([*about, SHARES, tools.identity if tools else None])
-    return cache_folder() / f"sparse-{hashlib.sha256(text.encode()).hexdigest()[:32]}.json"
+    about = [FORMAT_VERSION, asdict(geometry), SHARES, tools.identity if tools else None]
+    return table_path("sparse", about, _CPU)
 
 
-def _read(path: Path, geometry: SparseGeometry) -> SparseTimes | None:
-    """A table that is kept there; one that cannot be read, or has other points, is measured anew."""
+def _from_document(document: Mapping[str, Any] | None, geometry: SparseGeometry) -> SparseTimes | None:
+    """Times as read from disk; None where they are damaged or have other points, and are measured again."""
     try:
-        document = json.loads(path.read_text(encoding="utf-8"))
+        if document is None:
+            return None
         kernels = tuple(map(int, document["kernels"]))
         sparse = tuple(map(float, document["sparse_ms"]))
         dense = float(document["dense_ms"])
-    except (OSError, ValueError, KeyError, TypeError):
+    except (ValueError, KeyError, TypeError):
         return None
     fits = kernels == geometry.points() and len(sparse) == len(kernels)
     return SparseTimes(kernels, sparse, dense) if fits else None

@@ -1,17 +1,46 @@
-"""Times of calls that are compared with each other: interleaved, and told as medians."""
+"""Interleaved timing: calls that are compared take turns, so that a disturbance hits all of them alike."""
 
 from __future__ import annotations
 
+import contextlib
 import gc
 import random
 import statistics
 import time
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Hashable, Iterator, Mapping
 from typing import TypeVar
+
+import torch
 
 from clicktrain.errors import UserError
 
-Key = TypeVar("Key")
+Key = TypeVar("Key", bound=Hashable)
+Clock = Callable[[], float]
+"""Returns seconds."""
+HOPELESS = 5
+HOPELESS_MS = 100.0
+"""See `timed_for`; a first call also builds things, which takes less than this."""
+
+
+def clock_of(device: torch.device) -> Clock:
+    """The clock that latencies on a device are measured with.
+
+    Where one CPU thread does the work it is that thread's CPU time, so that other programs do not count;
+    elsewhere it is the wall clock.
+    """
+    return time.thread_time if device.type == "cpu" and torch.get_num_threads() == 1 else time.perf_counter
+
+
+def synchronized(call: Callable[[], object], device: torch.device) -> Callable[[], object]:
+    """A call that returns when the device has done its work."""
+    if device.type != "cuda":
+        return call
+
+    def wait() -> None:
+        call()
+        torch.cuda.synchronize(device)
+
+    return wait
 
 
 def check_rounds(rounds: int) -> None:
@@ -26,35 +55,32 @@ def median_ms(
     *,
     repeat: int = 1,
     warmup: int = 1,
-    clock: Callable[[], float] | None = None,
+    clock: Clock | None = None,
 ) -> dict[Key, float]:
     """Median milliseconds of each call; arguments as `interleaved_ms`."""
     times = interleaved_ms(calls, rounds, repeat=repeat, warmup=warmup, clock=clock)
-    return {key: statistics.median(found) for key, found in times.items()}
+    return {key: statistics.median(ms) for key, ms in times.items()}
 
 
 def least_ms(
-    calls: Mapping[Key, Callable[[], object]], rounds: int, *, clock: Callable[[], float] | None = None
+    calls: Mapping[Key, Callable[[], object]], rounds: int, *, clock: Clock | None = None
 ) -> dict[Key, float]:
     """Least milliseconds of each call; arguments as `interleaved_ms`.
 
-    What the call takes when nothing disturbs it: on a busy machine a median tells of the other programs.
+    The least is the time of an undisturbed call; on a busy machine the median includes other programs.
     """
-    times = interleaved_ms(calls, rounds, clock=clock)
-    return {key: min(found) for key, found in times.items()}
+    return {key: min(ms) for key, ms in interleaved_ms(calls, rounds, clock=clock).items()}
 
 
-def timed_for(
+def candidates_ms(
     calls: Mapping[Key, Callable[[], object]],
     seconds: float,
-    rounds: tuple[int, int],
-    *,
-    clock: Callable[[], float] | None = None,
-) -> dict[Key, list[float]]:
-    """`interleaved_ms` for about so many seconds, in at least and at most so many rounds."""
-    once = sum(ms for (ms,) in interleaved_ms(calls, 1).values())
-    least, most = rounds
-    return interleaved_ms(calls, min(max(round(1000 * seconds / max(once, 1e-3)), least), most), clock=clock)
+    rounds: tuple[int, int] = (2, 7),
+    rivals: Mapping[Key, Hashable] | None = None,
+) -> dict[Key, float]:
+    """Median milliseconds on this CPU of calls among which one is chosen; arguments as `timed_for`."""
+    times = timed_for(calls, seconds, rounds, rivals=rivals, clock=clock_of(torch.device("cpu")))
+    return {key: statistics.median(ms) for key, ms in times.items()}
 
 
 def interleaved_ms(
@@ -63,40 +89,94 @@ def interleaved_ms(
     *,
     repeat: int = 1,
     warmup: int = 1,
-    clock: Callable[[], float] | None = None,
+    clock: Clock | None = None,
 ) -> dict[Key, list[float]]:
     """Milliseconds of each call in each round.
 
-    Every round times all calls, so that whatever else the machine does meets all of them; in another order
-    each time, so that none always finds the caches as the same neighbour left them.
+    Every round times all calls, in another order each time, so that none always finds the caches as the same
+    neighbor left them.
 
     Args:
         calls: what to time, by name.
         rounds: how many times each is timed.
         repeat: calls within one timing; more than one where a call takes microseconds.
         warmup: rounds before those that count.
-        clock: seconds; wall clock by default.
+        clock: wall clock by default.
     """
     check_rounds(rounds)
+    with _turns(repeat, clock) as turn:
+        for _ in range(warmup):
+            turn(calls)
+        all_rounds = [turn(calls) for _ in range(rounds)]
+    return {key: [ms[key] for ms in all_rounds] for key in calls}
+
+
+def timed_for(
+    calls: Mapping[Key, Callable[[], object]],
+    seconds: float,
+    rounds: tuple[int, int],
+    *,
+    rivals: Mapping[Key, Hashable] | None = None,
+    clock: Clock | None = None,
+) -> dict[Key, list[float]]:
+    """`interleaved_ms` for about so many seconds after one round of warm-up.
+
+    Args:
+        calls: what to time, by name.
+        seconds: for all rounds together, by ``clock``.
+        rounds: least and most rounds.
+        rivals: by name, what a call is an alternative for. One whose warm-up takes more than `HOPELESS` times
+            the fastest warm-up of its rivals, and more than `HOPELESS_MS`, is not called again, and its
+            warm-up counts: bfloat16 on a processor without it takes seconds where float32 takes a tenth.
+        clock: wall clock by default.
+    """
     now = clock or time.perf_counter
-    order = list(calls)
-    times: dict[Key, list[float]] = {key: [] for key in order}
+    least, most = rounds
+    with _turns(1, clock) as turn:
+        first = turn(calls)
+        hopeless = _hopeless(first, rivals or {})
+        running = {key: call for key, call in calls.items() if key not in hopeless}
+        times = {key: [first[key]] if key in hopeless else [] for key in calls}
+        begin = now()
+        for number in range(most):
+            if number >= least and now() - begin > seconds:
+                break
+            for key, ms in turn(running).items():
+                times[key].append(ms)
+    return times
+
+
+def _hopeless(first: Mapping[Key, float], rivals: Mapping[Key, Hashable]) -> set[Key]:
+    fastest: dict[Hashable, float] = {}
+    for key, rival in rivals.items():
+        fastest[rival] = min(fastest.get(rival, first[key]), first[key])
+    return {key for key, rival in rivals.items() if first[key] > max(HOPELESS * fastest[rival], HOPELESS_MS)}
+
+
+@contextlib.contextmanager
+def _turns(
+    repeat: int, clock: Clock | None
+) -> Iterator[Callable[[Mapping[Key, Callable[[], object]]], dict[Key, float]]]:
+    """A function that times every call once, in another order each time; no garbage collection meanwhile."""
+    now = clock or time.perf_counter
     shuffle = random.Random(0).shuffle
+
+    def turn(calls: Mapping[Key, Callable[[], object]]) -> dict[Key, float]:
+        order, ms = list(calls), {}
+        shuffle(order)
+        for key in order:
+            call = calls[key]
+            start = now()
+            for _ in range(repeat):
+                call()
+            ms[key] = (now() - start) / repeat * 1e3
+        return ms
+
     collecting = gc.isenabled()
     gc.collect(1)  # not the oldest: in a process with torch that takes a quarter of a second each time
     gc.disable()  # a collection would fall into the time of whichever call it happens in
     try:
-        for number in range(warmup + rounds):
-            shuffle(order)
-            for key in order:
-                call = calls[key]
-                start = now()
-                for _ in range(repeat):
-                    call()
-                taken = now() - start
-                if number >= warmup:
-                    times[key].append(taken / repeat * 1e3)
+        yield turn
     finally:
         if collecting:
             gc.enable()
-    return times

@@ -61,8 +61,8 @@ def test_rows_and_means() -> None:
 def test_the_fastest_tiling_is_kept() -> None:
     layer = conv._SparseLayer(conv._Data(TINY), 4.0, 2, "fp32", 0, True)
     assert all(len(variants) > 1 for variants in layer.variants.values())
-    assert {v.tiling.together for v in layer.variants["forward"]} == {1, 2}
-    assert {v.tiling.together for v in layer.variants["grad_input"]} == {1}
+    assert {v.tiling.filters_per_tile for v in layer.variants["forward"]} == {1, 2}
+    assert {v.tiling.filters_per_tile for v in layer.variants["dgrad"]} == {1}
     layer.check()
     layer.choose()
     assert all(layer.best[phase] in variants for phase, variants in layer.variants.items())
@@ -73,9 +73,7 @@ def test_rows_in_bf16_stand_beside_those_in_fp32() -> None:
     rows = bench_conv([TINY], compressions=(4.0,), precisions=("fp32", "bf16"), rounds=1, bf16=False)
     assert [row.precision for row in rows] == ["fp32", "bf16"] * 3
     assert set(geometric_means(rows)) == {
-        f"4x G=1{kept} {phase}"
-        for kept in ("", " bf16")
-        for phase in ("forward", "grad_input", "grad_weight", "all")
+        f"4x G=1{kept} {phase}" for kept in ("", " bf16") for phase in ("forward", "dgrad", "wgrad", "all")
     }
     with pytest.raises(UserError, match="precision is fp32 or bf16, not fp8"):
         bench_conv([TINY], precisions=("fp8",))
@@ -90,7 +88,7 @@ def test_without_bf16_there_is_no_such_ratio() -> None:
 
 
 @needs_compiler
-@pytest.mark.parametrize("name", ["forward", "grad_input", "grad_weight"])
+@pytest.mark.parametrize("name", ["forward", "dgrad", "wgrad"])
 def test_a_wrong_result_is_not_timed(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
     operator = "sparse_conv2d_blocked" + ("" if name == "forward" else f"_{name}")
     right = getattr(ops, operator)

@@ -38,18 +38,18 @@ def test_conv(place: Path) -> None:
     assert len(result["rows"]) == 6
     for row in result["rows"]:
         assert row["shape"] == [8, 8, 4, 4, 4]
-        assert row["phase"] in ("forward", "grad_input", "grad_weight")
+        assert row["phase"] in ("forward", "dgrad", "wgrad")
         assert row.keys() >= {
             "compression", "group", "dense_ms", "dense_name", "dense_bf16_ms", "sparse_ms", "ratio",
             "ratio_bf16", "fraction_of_peak", "tiling", "multiply_adds_ms", "memory_ms",
         }  # fmt: skip
         assert row["bound"] == pytest.approx(row["dense_ms"] / (row["multiply_adds_ms"] + row["memory_ms"]))
-        assert row["tiling"].keys() >= {"tile", "region", "together"}
+        assert row["tiling"].keys() >= {"tile", "region", "filters_per_tile"}
     assert result["geomean"]["4x G=1 forward"] == pytest.approx(result["rows"][0]["ratio"])
     assert result["geomean_bf16"].keys() == result["geomean_bound"].keys() == result["geomean"].keys()
     text = " ".join(outcome.out.split())
     assert "8,8,4,4,4" in text
-    assert "4x G=2 grad_weight" in text
+    assert "4x G=2 wgrad" in text
     assert "blocked already" in text
     assert f"on {result['machine']['cpu']}, 1 threads" in text
 

@@ -18,7 +18,7 @@ from clicktrain.kernels.native import toolchain
 from clicktrain.kernels.sparse_conv2d.blocked.problem import PHASES, Tiling
 
 pytestmark = pytest.mark.skipif(toolchain() is None, reason="needs a C compiler")
-PAIRS = Tiling((2, 4), (1, 2), code="taps", sources=16, pairs=True)
+PAIRS = Tiling((2, 4), (1, 2), code="indexed", sources=16, pairs=True)
 
 
 def test_unmeasured_plans_keep_what_the_run_is_in() -> None:
@@ -175,18 +175,20 @@ def test_wrong_plans_are_refused() -> None:
         LoweringPlan.from_json(plan.to_json().replace('"activations": "bf16"', '"activations": "fp8"'))
     for wrong, message in (
         ('"pairs": "false"', "pairs of a tiling is true or false, not 'false'"),
-        ('"code": "tap"', "the code of a tiling is sets, sweep or taps, not 'tap'"),
-        ('"code": "sets"', "conv1 cannot multiply pairs in forward with code for tap sets"),
+        ('"code": "tap"', "the code of a tiling is unrolled, cache_blocked or indexed, not 'tap'"),
+        ('"code": "unrolled"', "conv1 cannot multiply pairs in forward with code for tap patterns"),
     ):
         key = wrong.split(":")[0]
-        right = '"pairs": true' if key == '"pairs"' else '"code": "taps"'
+        right = '"pairs": true' if key == '"pairs"' else '"code": "indexed"'
         with pytest.raises(UserError, match=message):
             LoweringPlan.from_json(plan.to_json().replace(right, wrong))
     text = (
-        plan.to_json().replace('"pairs": true', '"pairs": false').replace('"code": "taps"', '"code": "sweep"')
+        plan.to_json()
+        .replace('"pairs": true', '"pairs": false')
+        .replace('"code": "indexed"', '"code": "cache_blocked"')
     )
     with pytest.raises(
-        UserError, match="conv1 cannot sweep in grad_weight: set the tiling's code to sets or"
+        UserError, match="conv1 has no cache_blocked wgrad: set the tiling's code to unrolled or"
     ):
         LoweringPlan.from_json(text)
     with pytest.raises(UserError, match="dtypes are fp32 and bf16, at least one"):

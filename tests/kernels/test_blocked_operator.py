@@ -63,11 +63,11 @@ def test_images_of_another_size_than_the_plan_is_for_are_refused() -> None:
     with pytest.raises(UserError, match=r"plan is for \[3, 6, 6\] \(C, H, W\), not for \[3, 5, 5\]"):
         launch.forward(small, values, None, index, text)
     with pytest.raises(UserError, match=r"plan is for \[4, 6, 6\]"):
-        launch.grad_input(gy[:, :3], values, index, text)
+        launch.dgrad(gy[:, :3], values, index, text)
     with pytest.raises(UserError, match="plan is for"):
-        launch.grad_weight(small, gy, structure.values_shape, index, text)
+        launch.wgrad(small, gy, structure.values_shape, index, text)
     with pytest.raises(UserError, match="this layer's plan says"):
-        launch.grad_weight(x, gy[:, :, :5], structure.values_shape, index, text)
+        launch.wgrad(x, gy[:, :, :5], structure.values_shape, index, text)
 
 
 def test_what_kernels_would_misread_is_refused() -> None:
@@ -92,9 +92,9 @@ def test_what_kernels_would_misread_is_refused() -> None:
     with pytest.raises(UserError, match="convert with block_batch"):
         sparse_conv2d_blocked(torch.randn(1, 2, 3, 3, 3), values, None, index, text)
     with pytest.raises(UserError, match="both have to be alike"):
-        launch.grad_weight(x, low, [2, 2], index, text)
+        launch.wgrad(x, low, [2, 2], index, text)
     with pytest.raises(UserError, match="has weights and bias"):
-        launch.grad_input(low, values.bfloat16(), index, text)
+        launch.dgrad(low, values.bfloat16(), index, text)
 
 
 def test_misaligned_input_is_copied_not_misread() -> None:
@@ -143,24 +143,26 @@ def test_operator_is_exported_and_compiled_as_one_node() -> None:
     assert torch.equal(own, layer.values.grad)
 
 
-@pytest.mark.parametrize("code", ["sets", "sweep", "taps"])
-def test_other_weights_than_the_plan_is_for_are_refused(code: Literal["sets", "sweep", "taps"]) -> None:
+@pytest.mark.parametrize("code", ["unrolled", "cache_blocked", "indexed"])
+def test_other_weights_than_the_plan_is_for_are_refused(
+    code: Literal["unrolled", "cache_blocked", "indexed"],
+) -> None:
     tools = toolchain()
     assert tools is not None
     structure = Structure.from_mask(torch.ones(4, 3, 3, 3, dtype=torch.bool))
     tiling = Tiling((2, 2), code=code)
-    tilings: dict[Phase, Tiling] = {"forward": tiling, "grad_input": tiling}
-    if code != "sweep":
-        tilings["grad_weight"] = Tiling((1, 2), code=code)
+    tilings: dict[Phase, Tiling] = {"forward": tiling, "dgrad": tiling}
+    if code != "cache_blocked":
+        tilings["wgrad"] = Tiling((1, 2), code=code)
     plan, tables = prepare(structure, ConvProblem.make(3, 4, (3, 3), (6, 6), padding=(1, 1)), 1, tilings)
     index, text = list(tables.tensors), plan.to_json()
     x, gy = (torch.zeros(1, planes, 6, 6, tools.lanes(torch.float32)) for planes in (3, 4))
     for count in (107, 109):
         for images in (1, 0):
             with pytest.raises(UserError, match=f"plan is not for {count} weights"):
-                launch.grad_weight(x[:images], gy[:images], (count,), index, text)
+                launch.wgrad(x[:images], gy[:images], (count,), index, text)
         with pytest.raises(UserError, match=f"plan is not for {count} weights"):
             launch.forward(x, torch.ones(count), None, index, text)
-        if code != "taps" or count < 108:  # what there is more than that is not read
+        if code != "indexed" or count < 108:  # what there is more than that is not read
             with pytest.raises(UserError, match=f"plan is not for {count} weights"):
-                launch.grad_input(gy, torch.ones(count), index, text)
+                launch.dgrad(gy, torch.ones(count), index, text)

@@ -115,10 +115,10 @@ def layers(draw: st.DrawFn) -> dict[str, Any]:
     kernel = draw(st.sampled_from([(3, 3), (1, 1), (1, 3), (2, 2)]))
     tile, region = draw(st.sampled_from([(1, 1), (2, 3), (4, 3)])), draw(st.sampled_from([(1, 1), (2, 3)]))
     share = draw(st.sampled_from([1, 2]))
-    tiling = Tiling(tile, region, share, draw(st.sampled_from(["sets", "sweep", "taps"])))
-    if tiling.code != "sets":
+    tiling = Tiling(tile, region, share, draw(st.sampled_from(["unrolled", "cache_blocked", "indexed"])))
+    if tiling.code != "unrolled":
         parts = {"sources": draw(st.integers(0, 3))}
-        if tiling.code == "sweep":
+        if tiling.code == "cache_blocked":
             parts["results"] = draw(st.integers(0, 4))
         tiling = Tiling(tile, region, code=tiling.code, **parts)
     return {
@@ -141,7 +141,7 @@ def test_equal_those_of_dense_convolution(case: dict[str, Any]) -> None:
     check(Layer(**case))
 
 
-@pytest.mark.parametrize("code", ["sets", "sweep", "taps"])
+@pytest.mark.parametrize("code", ["unrolled", "cache_blocked", "indexed"])
 def test_padding_wider_than_a_window(code: Any) -> None:
     check(Layer(3, (5, 4), Tiling((1, 1), code=code), kernel=(1, 1), stride=(1, 3), padding=(0, 2)))
 
@@ -150,11 +150,11 @@ def test_padding_wider_than_a_window(code: Any) -> None:
     "tiling",
     [
         Tiling((2, 4), (2, 2)),
-        Tiling((3, 4), code="sweep", results=2),
-        Tiling((3, 4), code="taps"),
-        Tiling((3, 4), code="taps", pairs=True),
+        Tiling((3, 4), code="cache_blocked", results=2),
+        Tiling((3, 4), code="indexed"),
+        Tiling((3, 4), code="indexed", pairs=True),
     ],
-    ids=["sets", "sweep", "taps", "pairs"],
+    ids=["unrolled", "cache_blocked", "indexed", "pairs"],
 )
 def test_of_results_as_they_were_before_they_are_kept_in_bfloat16(tiling: Tiling) -> None:
     layer = Layer(19, (9, 7), tiling, dtype=torch.bfloat16, bias=3.0)
@@ -169,9 +169,11 @@ def test_of_results_as_they_were_before_they_are_kept_in_bfloat16(tiling: Tiling
     torch.testing.assert_close(var.double(), want.var((0, 2, 3), correction=0), rtol=1e-5, atol=1e-5)
 
 
-SETS, TAPS = Tiling((2, 4), (2, 2)), Tiling((3, 4), (2, 2), code="taps", sources=2)
-SWEEP = Tiling((4, 3), (1, 2), code="sweep", sources=2, results=4)
-every_code = pytest.mark.parametrize("tiling", [SETS, SWEEP, TAPS], ids=["sets", "sweep", "taps"])
+SETS, TAPS = Tiling((2, 4), (2, 2)), Tiling((3, 4), (2, 2), code="indexed", sources=2)
+SWEEP = Tiling((4, 3), (1, 2), code="cache_blocked", sources=2, results=4)
+every_code = pytest.mark.parametrize(
+    "tiling", [SETS, SWEEP, TAPS], ids=["unrolled", "cache_blocked", "indexed"]
+)
 
 
 @every_code
@@ -347,8 +349,8 @@ def test_refusals() -> None:
         with pytest.raises(UserError, match=f"no batch of {n} images"):
             forward_statistics(given_x, layer.values, None, layer.tables, layer.text, n)
     problem = ConvProblem.make(5, 6, (3, 3), (4, 4))
-    with pytest.raises(ValueError, match="not of grad_input"):
-        source("grad_input", problem, (), SETS, torch.float32, 8, sums=True)
+    with pytest.raises(ValueError, match="not of dgrad"):
+        source("dgrad", problem, (), SETS, torch.float32, 8, sums=True)
     y, mean, var = layer.run()
     with pytest.raises(UserError, match=r"\[6\].*\[5\]"):
         launch.given(y, (mean[:5], var, EPS), None, None, None, 3, False)

@@ -20,17 +20,17 @@ pytestmark = pytest.mark.skipif(toolchain() is None, reason="there is no C compi
 
 def test_only_bfloat16_is_multiplied_in_pairs() -> None:
     problem = ConvProblem.make(3, 4, (3, 3), (5, 5))
-    pairs = Tiling((2, 4), code="taps", pairs=True)
+    pairs = Tiling((2, 4), code="indexed", pairs=True)
     with pytest.raises(ValueError, match="only bfloat16 is multiplied in pairs"):
         source("forward", problem, (), pairs, torch.float32, 8)
-    with pytest.raises(ValueError, match="its code has to be 'taps'"):
+    with pytest.raises(ValueError, match="its code has to be 'indexed'"):
         source("forward", problem, (), Tiling((2, 4), pairs=True), torch.bfloat16, 8)
 
 
-def test_the_gradient_of_the_weight_does_not_sweep() -> None:
+def test_wgrad_is_not_cache_blocked() -> None:
     problem = ConvProblem.make(3, 4, (3, 3), (5, 5))
-    with pytest.raises(ValueError, match="has code 'sets' or 'taps', not 'sweep'"):
-        source("grad_weight", problem, (), Tiling((2, 4), code="sweep"), torch.float32, 8)
+    with pytest.raises(ValueError, match="has code 'unrolled' or 'indexed', not 'cache_blocked'"):
+        source("wgrad", problem, (), Tiling((2, 4), code="cache_blocked"), torch.float32, 8)
 
 
 @pytest.mark.parametrize("phase", PHASES)
@@ -38,7 +38,7 @@ def test_the_instruction_for_pairs_is_used_where_it_is_known(phase: Phase, tmp_p
     tools = toolchain()
     assert tools is not None
     path = tmp_path / "kernel.c"
-    tiling = Tiling((4, 4), code="taps", pairs=True)
+    tiling = Tiling((4, 4), code="indexed", pairs=True)
     path.write_text(
         source(phase, ConvProblem.make(8, 8, (3, 3), (8, 8), (1, 1), (1, 1)), (), tiling, torch.bfloat16, 16)
     )
@@ -48,10 +48,10 @@ def test_the_instruction_for_pairs_is_used_where_it_is_known(phase: Phase, tmp_p
         pytest.skip(f"{tools.version} knows no processor with AVX512_BF16")
     assert done.returncode == 0, done.stderr
     loop = [line.split() for line in done.stdout.splitlines() if "vdpbf16ps" in line]
-    register = "%zmm" if phase != "grad_weight" else "%ymm"
+    register = "%zmm" if phase != "wgrad" else "%ymm"
     assert len(loop) >= 12
     assert all(register in line[-1] for line in loop)
-    assert phase == "grad_weight" or "vfmadd" not in done.stdout
+    assert phase == "wgrad" or "vfmadd" not in done.stdout
 
 
 @pytest.mark.parametrize(("march", "lanes"), [("haswell", 8), ("skylake-avx512", 16)])
@@ -60,7 +60,7 @@ def test_a_sweep_loads_each_window_once_and_spills_nothing(march: str, lanes: in
     assert tools is not None
     path = tmp_path / "kernel.c"
     problem = ConvProblem.make(16, 16, (3, 3), (32, 32), (1, 1), (1, 1))
-    tiling = Tiling((4, 4), (1, 4), code="sweep")
+    tiling = Tiling((4, 4), (1, 4), code="cache_blocked")
     path.write_text(source("forward", problem, PATTERNS, tiling, torch.float32, lanes))
     command = [tools.compiler, "-O2", f"-march={march}", "-ffp-contract=fast", "-S", str(path), "-o", "-"]
     done = subprocess.run(command, capture_output=True, text=True, check=False)
@@ -87,11 +87,11 @@ def test_every_width_is_lowered_to_the_instructions_there_are(march: str, lanes:
     tools = toolchain()
     assert tools is not None
     problem = ConvProblem.make(4, 4, (3, 3), (4, 4), (1, 1), (1, 1))
-    paired = Tiling((2, 2), code="taps", pairs=True)
+    paired = Tiling((2, 2), code="indexed", pairs=True)
     texts = [
         source("forward", problem, PATTERNS[:2], Tiling((2, 2)), torch.float32, lanes),
         source("forward", problem, (), paired, torch.bfloat16, lanes),
-        source("grad_weight", problem, (), paired, torch.bfloat16, lanes),
+        source("wgrad", problem, (), paired, torch.bfloat16, lanes),
     ]
     for number, text in enumerate(texts):
         path = tmp_path / f"{number}.c"

@@ -125,46 +125,46 @@ for f, c, kernel, image, stride, padding, dilation, blocks, threads in cases:
     problem = ConvProblem.make(c, f, kernel, image, stride, padding, dilation)
     values = torch.randn(structure.values_shape)
     x = torch.randn(blocks, c, *image, lanes)
-    for code in ("sets", "taps"):
+    for code in ("unrolled", "indexed"):
         one = {v.phase: v for v in variants(structure, problem) if v.tiling.code == code}
         forward = one["forward"]
         n = blocks * lanes - 3
         y, _, _ = launch.forward_statistics(x, values, torch.randn(f), forward.tables, forward.plan, n)
         if threads == 3:  # the same code without sums
             launch.forward(x, values, None, forward.tables, forward.plan)
-        launch.grad_input(y, values, one["grad_input"].tables, one["grad_input"].plan)
-        weight = one["grad_weight"]
-        launch.grad_weight(x, y, structure.values_shape, weight.tables, weight.plan)
-    sweep = Tiling((2 * stride[0], 2 * stride[1]), (2, 1), code="sweep", sources=2, results=4)
-    plan, tables = prepare(structure, problem, 1, {"forward": sweep, "grad_input": sweep})
+        launch.dgrad(y, values, one["dgrad"].tables, one["dgrad"].plan)
+        weight = one["wgrad"]
+        launch.wgrad(x, y, structure.values_shape, weight.tables, weight.plan)
+    sweep = Tiling((2 * stride[0], 2 * stride[1]), (2, 1), code="cache_blocked", sources=2, results=4)
+    plan, tables = prepare(structure, problem, 1, {"forward": sweep, "dgrad": sweep})
     text, index = plan.to_json(), list(tables.tensors)
     y, _, _ = launch.forward_statistics(x, values, torch.randn(f), index, text, blocks * lanes - 3)
-    launch.grad_input(y, values, index, text)
+    launch.dgrad(y, values, index, text)
     if threads != 3:
         continue
     launch.forward(x, values, None, index, text)
     low = x.bfloat16()
-    for code in ("sets", "taps"):  # activations in bfloat16, multiplied in pairs where that can be
+    for code in ("unrolled", "indexed"):  # activations in bfloat16, multiplied in pairs where that can be
         tilings = {}
         for v in variants(structure, problem):
             if v.tiling.code == code:
-                tilings[v.phase] = replace(v.tiling, pairs=code == "taps" or v.phase == "grad_weight")
+                tilings[v.phase] = replace(v.tiling, pairs=code == "indexed" or v.phase == "wgrad")
         plan, tables = prepare(structure, problem, 1, tilings)
         text, index = plan.to_json(), list(tables.tensors)
         y, _, _ = launch.forward_statistics(low, values, None, index, text, blocks * lanes - 3)
-        launch.grad_input(y, values, index, text)
-        launch.grad_weight(low, y, structure.values_shape, index, text)
+        launch.dgrad(y, values, index, text)
+        launch.wgrad(low, y, structure.values_shape, index, text)
 empty = Structure.from_mask(torch.zeros(3, 2, 3, 3, dtype=torch.bool))
 values = torch.zeros(empty.values_shape)
-for code in ("sets", "sweep", "taps"):  # a layer that has no weight left
-    tilings = {phase: Tiling((2, 2), code=code) for phase in ("forward", "grad_input")}
-    tilings["grad_weight"] = Tiling((1, 2), code="taps" if code == "taps" else "sets")
+for code in ("unrolled", "cache_blocked", "indexed"):  # a layer that has no weight left
+    tilings = {phase: Tiling((2, 2), code=code) for phase in ("forward", "dgrad")}
+    tilings["wgrad"] = Tiling((1, 2), code="indexed" if code == "indexed" else "unrolled")
     plan, tables = prepare(empty, ConvProblem.make(2, 3, (3, 3), (6, 5)), 1, tilings)
     text, index = plan.to_json(), list(tables.tensors)
     x = torch.randn(1, 2, 6, 5, lanes)
     y = launch.forward(x, values, None, index, text)
-    launch.grad_input(y, values, index, text)
-    launch.grad_weight(x, y, empty.values_shape, index, text)
+    launch.dgrad(y, values, index, text)
+    launch.wgrad(x, y, empty.values_shape, index, text)
 windows = Pooling(2, ceil_mode=True), Pooling(3, 2, 1), Pooling((3, 2), (1, 3), (1, 0), 2)
 for number, pooling in enumerate(windows):
     torch.set_num_threads(number + 1)

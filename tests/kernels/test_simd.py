@@ -129,10 +129,10 @@ for one in variants(structure, problem, dtype=torch.bfloat16):
     tried.append(kind)
     if one.phase == "forward":
         own, want = unblock_batch(launch.forward(blocks, values, None, one.tables, one.plan), n), y
-    elif one.phase == "grad_input":
-        own, want = unblock_batch(launch.grad_input(g_blocks, values, one.tables, one.plan), n), theirs.grad
+    elif one.phase == "dgrad":
+        own, want = unblock_batch(launch.dgrad(g_blocks, values, one.tables, one.plan), n), theirs.grad
     else:
-        own = launch.grad_weight(blocks, g_blocks, structure.values_shape, one.tables, one.plan)
+        own = launch.wgrad(blocks, g_blocks, structure.values_shape, one.tables, one.plan)
         own, want = unpack_values(structure, own), dense.grad * (dense != 0)
     bound = 2**-8 * want.abs() + 1e-5 * want.abs().max()
     assert ((own.double() - want).abs() <= bound).all(), one
@@ -147,7 +147,7 @@ def test_a_convolution_at_every_width(lanes: str, pairs: str) -> None:
     assert done.returncode == 0, done.stderr
     found, multiplies, tried = json.loads(done.stdout)
     assert (found, multiplies) == (int(lanes), pairs == "1")
-    assert {phase for phase, _, _ in tried} == {"forward", "grad_input", "grad_weight"}
+    assert {phase for phase, _, _ in tried} == {"forward", "dgrad", "wgrad"}
     assert any(paired for _, _, paired in tried) == (pairs == "1")
 
 

@@ -20,9 +20,9 @@ from clicktrain.kernels.native import compute_type, toolchain
 from clicktrain.kernels.sparse_conv2d.blocked import launch
 from clicktrain.kernels.sparse_conv2d.blocked.layout import block, unblock
 from clicktrain.kernels.sparse_conv2d.blocked.ops import sparse_conv2d_blocked
+from clicktrain.kernels.sparse_conv2d.blocked.patterns.tables import NARROW
 from clicktrain.kernels.sparse_conv2d.blocked.prepared import prepare
 from clicktrain.kernels.sparse_conv2d.blocked.problem import PHASES, ConvProblem, Phase, Tiling
-from clicktrain.kernels.sparse_conv2d.blocked.tables import NARROW
 
 pytestmark = [
     pytest.mark.skipif(toolchain() is None, reason="there is no C compiler"),
@@ -110,9 +110,9 @@ def sweeps(
     tile: tuple[int, int], region: tuple[int, int], stride: tuple[int, int], sources: int, results: int
 ) -> dict[Phase, Tiling]:
     """Sums in the cache, of blocks of results over passes of sources; the gradient of the weight has none."""
-    own = Tiling(tile, region, code="sweep", sources=sources, results=results)
+    own = Tiling(tile, region, code="cache_blocked", sources=sources, results=results)
     back = replace(own, tile=(tile[0] * stride[0], tile[1] * stride[1]), sources=results, results=sources)
-    return {"forward": own, "grad_input": back}
+    return {"forward": own, "dgrad": back}
 
 
 @st.composite
@@ -138,20 +138,22 @@ def cases(draw: st.DrawFn) -> dict[str, Any]:
     stride = draw(st.integers(1, 3)), draw(st.integers(1, 2))
     dtype = draw(st.sampled_from([torch.float32, torch.float64, torch.bfloat16]))
     pairs = dtype is torch.bfloat16 and draw(st.booleans())
-    code = draw(st.sampled_from(["by rule", "sets", "sweep", "sweep", "taps", "taps"]))
+    code = draw(
+        st.sampled_from(["by rule", "unrolled", "cache_blocked", "cache_blocked", "indexed", "indexed"])
+    )
     tile = draw(st.integers(1, 4)), draw(st.integers(1, 5))
     region = draw(st.integers(1, 3)), draw(st.integers(1, 3))
     tilings = None
-    if code == "sets":
+    if code == "unrolled":
         back = Tiling((tile[0] * stride[0], tile[1] * stride[1]), region)
         weight = Tiling(tile, region, pairs=pairs)
-        tilings = {"forward": Tiling(tile, region), "grad_weight": weight, "grad_input": back}
-    elif code == "sweep":
+        tilings = {"forward": Tiling(tile, region), "wgrad": weight, "dgrad": back}
+    elif code == "cache_blocked":
         tile = draw(st.integers(1, 7)), draw(st.integers(1, 7))
         tilings = sweeps(tile, region, stride, draw(st.integers(0, 5)), draw(st.integers(0, 5)))
-    elif code == "taps":
+    elif code == "indexed":
         images, sources = draw(st.integers(1, 3)), draw(st.integers(0, 4))
-        own = Tiling(tile, region, code="taps", sources=sources, images=images, pairs=pairs)
+        own = Tiling(tile, region, code="indexed", sources=sources, images=images, pairs=pairs)
         tilings = dict.fromkeys(PHASES, own)
     return {
         "mask": mask,
@@ -174,7 +176,7 @@ def test_equals_dense_convolution(case: dict[str, Any]) -> None:
     check(**case)
 
 
-@pytest.mark.parametrize("code", ["sets", "sweep", "taps"])
+@pytest.mark.parametrize("code", ["unrolled", "cache_blocked", "indexed"])
 @pytest.mark.parametrize("n", [1, 40])
 def test_results_do_not_depend_on_threads(code: Any, n: int) -> None:
     # Whichever thread takes which part of a region, or which region.
@@ -182,22 +184,22 @@ def test_results_do_not_depend_on_threads(code: Any, n: int) -> None:
     assert tools is not None
     mask = pattern_mask(10, 7, 0.6, 1, torch.Generator().manual_seed(1))
     tiling = Tiling((3, 2), (2, 2), code=code)
-    if code == "sweep":
+    if code == "cache_blocked":
         tiling = replace(tiling, sources=3, results=2)
     structure, problem = Structure.from_mask(mask), ConvProblem.make(7, 10, (3, 3), (9, 8), padding=(1, 1))
-    plan, tables = prepare(structure, problem, 1, {"forward": tiling, "grad_input": tiling})
+    plan, tables = prepare(structure, problem, 1, {"forward": tiling, "dgrad": tiling})
     values, index = torch.randn(structure.values_shape), list(tables.tensors)
     lanes = tools.lanes(torch.float32)
     x, gy = (block(torch.randn(n, planes, 9, 8), lanes).nan_to_num() for planes in (7, 10))
     y = launch.forward(x, values, None, index, plan.to_json())
-    gx = launch.grad_input(gy, values, index, plan.to_json())
+    gx = launch.dgrad(gy, values, index, plan.to_json())
     near(unblock(y, n), F.conv2d(unblock(x, n), unpack_values(structure, values), padding=1), torch.float32)
     try:
         for threads in (2, 3, 7):
             torch.set_num_threads(threads)
             for _ in range(5):
                 assert torch.equal(launch.forward(x, values, None, index, plan.to_json()), y)
-                assert torch.equal(launch.grad_input(gy, values, index, plan.to_json()), gx)
+                assert torch.equal(launch.dgrad(gy, values, index, plan.to_json()), gx)
     finally:
         torch.set_num_threads(1)
 
@@ -244,15 +246,15 @@ def test_pattern_layers(image: tuple[int, int], stride: int) -> None:
     check(mask, 20, image, stride=(stride, stride), padding=(1, 1))
 
 
-@pytest.mark.parametrize("together", [2, 4])
+@pytest.mark.parametrize("filters_per_tile", [2, 4])
 @pytest.mark.parametrize("image", [(4, 4), (11, 6)], ids=str)
 def test_filters_that_share_positions_are_computed_together(together: int, image: tuple[int, int]) -> None:
     mask = pattern_mask(16, 10, 0.3, together, torch.Generator().manual_seed(2))
     structure = Structure.from_mask(mask)
     tiling = Tiling((2, 3), (2, 2), together)
-    tilings = {"forward": tiling, "grad_weight": tiling}
+    tilings = {"forward": tiling, "wgrad": tiling}
     plan, _ = prepare(structure, ConvProblem.make(10, 16, (3, 3), image, (1, 1), (1, 1)), 1, tilings)
-    assert plan.tiling("forward").together == together
+    assert plan.tiling("forward").filters_per_tile == together
     check(mask, 17, image, padding=(1, 1), bias=True, tilings=tilings)
 
 
@@ -260,7 +262,7 @@ def test_filters_that_differ_are_not_computed_together() -> None:
     mask = pattern_mask(16, 10, 0.3, 8, torch.Generator().manual_seed(2))
     mask[3, mask[3].flatten(1).any(1).nonzero()[0, 0]] = True
     plan, _ = prepare(Structure.from_mask(mask), ConvProblem.make(10, 16, (3, 3), (8, 8)))
-    assert plan.tiling("forward").together == 1
+    assert plan.tiling("forward").filters_per_tile == 1
     check(mask, 16, (8, 8))
 
 
@@ -278,7 +280,7 @@ def test_threads_change_nothing(threads: int, n: int, image: tuple[int, int]) ->
 def test_every_tiling_gives_the_same(tile: tuple[int, int], region: tuple[int, int], stride: int) -> None:
     mask = pattern_mask(6, 5, 0.5, 1, torch.Generator().manual_seed(4))
     if region != (1, 1):
-        taps = Tiling(tile, region, code="taps", sources=region[0], images=region[1])
+        taps = Tiling(tile, region, code="indexed", sources=region[0], images=region[1])
         check(
             mask, 20, (11, 10), stride=(stride, stride), padding=(1, 1), tilings=dict.fromkeys(PHASES, taps)
         )
@@ -286,7 +288,7 @@ def test_every_tiling_gives_the_same(tile: tuple[int, int], region: tuple[int, i
         check(mask, 20, (11, 10), stride=(stride, stride), padding=(1, 1), tilings=swept)
     back = Tiling((tile[0] * stride, tile[1] * stride), region)
     own = Tiling(tile, region)
-    tilings = {"forward": own, "grad_weight": own, "grad_input": back}
+    tilings = {"forward": own, "wgrad": own, "dgrad": back}
     check(mask, 4, (11, 10), stride=(stride, stride), padding=(1, 1), tilings=tilings)
 
 
@@ -298,12 +300,12 @@ def test_activations_in_bfloat16(image: tuple[int, int], stride: int, dilation: 
     """Patterns and anything; in pairs the rows of a kernel fall into pairs and single taps in every way."""
     mask = pattern_mask(9, 7, 0.5, 1, torch.Generator().manual_seed(5))
     mask[4:] |= torch.rand(5, 7, 3, 3, generator=torch.Generator().manual_seed(6)) < 0.4
-    own = Tiling((2, 4), (2, 2), code="taps", sources=3, images=2, pairs=pairs)
+    own = Tiling((2, 4), (2, 2), code="indexed", sources=3, images=2, pairs=pairs)
     back = Tiling((2 * stride, 4 * stride), (1, 2))
     for tilings in (
         dict.fromkeys(PHASES, own),
-        {"forward": Tiling((2, 4), (1, 2)), "grad_input": back, "grad_weight": Tiling((2, 4), pairs=pairs)},
-        {**sweeps((3, 4), (2, 1), (stride, stride), 3, 4), "grad_weight": Tiling((2, 4), pairs=pairs)},
+        {"forward": Tiling((2, 4), (1, 2)), "dgrad": back, "wgrad": Tiling((2, 4), pairs=pairs)},
+        {**sweeps((3, 4), (2, 1), (stride, stride), 3, 4), "wgrad": Tiling((2, 4), pairs=pairs)},
     ):
         check(
             mask,
@@ -322,7 +324,7 @@ def test_activations_in_bfloat16(image: tuple[int, int], stride: int, dilation: 
 def test_pairs_are_as_many_as_the_rows_of_kernels_allow() -> None:
     mask = torch.zeros(1, 3, 3, 3, dtype=torch.bool)
     mask[0, 0, 0] = mask[0, 1, 1, :2] = mask[0, 2, 2, 1:] = mask[0, 2, 0, 0] = mask[0, 2, 0, 2] = True
-    tilings = dict.fromkeys(PHASES, Tiling((2, 4), code="taps", pairs=True))
+    tilings = dict.fromkeys(PHASES, Tiling((2, 4), code="indexed", pairs=True))
     problem = ConvProblem.make(3, 1, (3, 3), (5, 5), (1, 1), (1, 1))
     _, tables = prepare(Structure.from_mask(mask), problem, 1, tilings)
     first = tables.tensors[2].view(-1, 2)  # of three taps in a row, of two, of two apart, of two
@@ -351,7 +353,7 @@ def test_more_channels_than_two_bytes_can_tell_apart(channels: int) -> None:
         1,
         dict.fromkeys(PHASES, tiling),
     )
-    assert plan.tiling("forward").code == "sets"
+    assert plan.tiling("forward").code == "unrolled"
     assert tables.tensors[1].itemsize == (2 if channels <= NARROW else 4)
     check(mask, 3, (1, 2), tilings=dict.fromkeys(PHASES, tiling))
 
@@ -379,7 +381,7 @@ def test_the_index_has_a_number_for_each_kernel_where_its_weights_follow_each_ot
     _, tables = prepare(Structure.from_mask(mask), ConvProblem.make(6, 8, (3, 3), (9, 9)), 1, tilings)
     assert [tables.tensors[i].numel() for i in (2, 5)] == [kernels, kernels]
     mask = torch.ones(8, 6, 3, 3, dtype=torch.bool)
-    mask[0, 0, 0, 0] = False  # falls apart into sets that the vocabulary has
+    mask[0, 0, 0, 0] = False  # falls apart into sets that the tap_patterns has
     _, tables = prepare(Structure.from_mask(mask), ConvProblem.make(6, 8, (3, 3), (9, 9)), 1, tilings)
     assert tables.tensors[2].numel() <= int(mask.sum())
     check(mask, 5, (9, 9), padding=(1, 1), tilings=tilings)

@@ -9,9 +9,9 @@ import pytest
 import torch
 
 from clicktrain.kernels.sparse_conv2d.blocked.codegen import source
+from clicktrain.kernels.sparse_conv2d.blocked.patterns.tap_patterns import Taps
 from clicktrain.kernels.sparse_conv2d.blocked.problem import PHASES, ConvProblem, Tiling
 from clicktrain.kernels.sparse_conv2d.blocked.tiling import candidates
-from clicktrain.kernels.sparse_conv2d.blocked.vocabulary import Taps
 
 PATTERNS: tuple[Taps, ...] = ((0, 1, 3, 4), (1, 2, 4, 5), (3, 4, 6, 7))
 IMAGES = [(1, 1), (1, 16000), (1, 70000), (4, 4), (7, 7), (8, 2048), (9, 13), (28, 28), (224, 224)]
@@ -31,15 +31,15 @@ def test_every_image_has_candidates_whose_work_is_bounded(
 ) -> None:
     for phase in PHASES:
         found = candidates(phase, problem(image, stride), registers, 8, ((0, 1, 2),))
-        large = phase != "grad_weight" and image[0] * image[1] // stride**2 > 8
+        large = phase != "wgrad" and image[0] * image[1] // stride**2 > 8
         codes = {one.code for one in found}
-        assert ("sweep" in codes) == large
-        assert ("sets" in codes) == (registers >= 32 or not large)
-        assert "taps" in codes
+        assert ("cache_blocked" in codes) == large
+        assert ("unrolled" in codes) == (registers >= 32 or not large)
+        assert "indexed" in codes
         for one in found:
-            if one.code == "sweep":
+            if one.code == "cache_blocked":
                 assert one.region[0] * one.region[1] <= 64
-            if one.code == "taps" and phase == "grad_weight":
+            if one.code == "indexed" and phase == "wgrad":
                 assert one.tile[1] * one.region[0] * one.region[1] <= 512
 
 
@@ -47,15 +47,15 @@ def test_a_wide_image_does_not_make_a_long_text() -> None:
     lengths = []
     for width in (4000, 64000):
         wide = problem((1, width), channels=8)  # 768,000 multiply-adds and more: it sweeps
-        for phase in ("forward", "grad_input"):
+        for phase in ("forward", "dgrad"):
             tiling = candidates(phase, wide, 16, 8, ((0, 1, 2),))[0]
-            assert tiling.code == "sweep"
+            assert tiling.code == "cache_blocked"
             lengths.append(len(source(phase, wide, ((0, 1, 2),), tiling, torch.float32, 8).splitlines()))
     assert max(lengths) < 2000
 
 
 @pytest.mark.parametrize(
-    ("vocabulary", "complete", "image", "sweeps"),
+    ("tap_patterns", "complete", "image", "sweeps"),
     [
         (PATTERNS, True, (28, 28), True),
         (PATTERNS, False, (28, 28), False),  # kernels fall apart into single taps
@@ -65,10 +65,10 @@ def test_a_wide_image_does_not_make_a_long_text() -> None:
     ],
 )
 def test_kernels_of_several_taps_and_few_sets_sweep(
-    vocabulary: tuple[Taps, ...], complete: bool, image: tuple[int, int], sweeps: bool
+    tap_patterns: tuple[Taps, ...], complete: bool, image: tuple[int, int], sweeps: bool
 ) -> None:
-    found = candidates("forward", problem(image), 16, 8, vocabulary, complete=complete)
-    assert any(one.code == "sweep" for one in found) == sweeps
+    found = candidates("forward", problem(image), 16, 8, tap_patterns, complete=complete)
+    assert any(one.code == "cache_blocked" for one in found) == sweeps
 
 
 @pytest.mark.parametrize(
@@ -76,15 +76,15 @@ def test_kernels_of_several_taps_and_few_sets_sweep(
     [
         ("results", -1, "results of a tiling is a number of at least 0, not -1"),
         ("sources", 1.5, "sources of a tiling is a number of at least 0, not 1.5"),
-        ("together", 0, "together of a tiling is a number of at least 1, not 0"),
+        ("filters_per_tile", 0, "filters_per_tile of a tiling is a number of at least 1, not 0"),
         ("tile", [4, 0], "tile of a tiling is a number of at least 1, not 0"),
         ("region", [4], r"region of a tiling is two numbers, not \[4\]"),
         ("images", True, "images of a tiling is a number of at least 1, not True"),
     ],
 )
 def test_what_a_file_says_is_checked(field: str, value: Any, message: str) -> None:
-    fields = asdict(Tiling((4, 4), code="sweep"))
-    assert Tiling.from_dict(fields) == Tiling((4, 4), code="sweep")
+    fields = asdict(Tiling((4, 4), code="cache_blocked"))
+    assert Tiling.from_dict(fields) == Tiling((4, 4), code="cache_blocked")
     with pytest.raises(ValueError, match=message):
         Tiling.from_dict({**fields, field: value})
 

@@ -12,7 +12,8 @@ from torch import Tensor, nn
 from torch.nn.utils import parametrizations
 
 from clicktrain.errors import UserError
-from clicktrain.graph.prunable import ConvLayer
+from clicktrain.graph.adapters import ADAPTERS
+from clicktrain.graph.prunable import PrunableLayer
 from clicktrain.methods import ClickTrain
 from clicktrain.methods.patterns.selection import Selection, Target
 from clicktrain.methods.patterns.settings import PRESETS
@@ -208,7 +209,7 @@ def test_a_step_with_a_closure_is_refused() -> None:
 
 
 def test_a_rejected_batch_with_infinite_importance_leaves_no_trace() -> None:
-    target = Target(ConvLayer("conv", nn.Conv2d(2, 2, 3)), entries=4, group=1)
+    target = Target(PrunableLayer("conv", nn.Conv2d(2, 2, 3), ADAPTERS[nn.Conv2d]), entries=4, group=1)
     selection = Selection(pools={(3, 3): fixed_pool(4)})
     selection.vote(target, torch.ones(2, 2, 3, 3), torch.ones(()))
     selection.vote(target, torch.full((2, 2, 3, 3), float("inf")), torch.zeros(()))

@@ -14,7 +14,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from clicktrain.graph.prunable import ConvLayer
+from clicktrain.graph.adapters import ADAPTERS
+from clicktrain.graph.prunable import PrunableLayer
 from clicktrain.methods import ClickTrain, Pruner
 from clicktrain.methods.patterns.selection import Target, allocation_gains
 
@@ -241,7 +242,9 @@ def test_grouping_does_not_change_what_a_layer_is_worth() -> None:
     for rule in ("importance", "relative"):
         worth = []
         for group in (1, 2, 8):
-            target = Target(ConvLayer("conv", nn.Conv2d(3, 8, 3)), entries=4, group=group)
+            target = Target(
+                PrunableLayer("conv", nn.Conv2d(3, 8, 3), ADAPTERS[nn.Conv2d]), entries=4, group=group
+            )
             grouped = scores.unflatten(0, (-1, group)).sum(dim=1)
             gains = allocation_gains((target,), {"conv": grouped}, rule)
             assert gains is not None

@@ -86,10 +86,10 @@ def _show(result: Result, console: Console) -> None:
     caption = (
         "Dense: the fastest PyTorch call, its inputs in its layout and type already. Sparse: the operator "
         "as networks call it, on activations that are blocked already; all results checked against float64. "
-        "Tiling (rows x columns, in regions of so many tiles, filters together; taps of so many channels in "
-        f"one pass; sweep of so many results by so many sources): {tiled}. Bound: the ratio of a layer that "
-        "did nothing but its multiply-adds from registers and then one pass over what it reads and writes, "
-        "both timed beside the calls. Peak: "
+        "Tiling (rows x columns, in regions of so many tiles, filters; indexed: so many channels "
+        f"in one pass; cache_blocked: so many results by so many sources): {tiled}. Bound: the ratio of a "
+        "layer that did nothing but its multiply-adds from registers and then one pass over what it reads "
+        "and writes, both timed beside the calls. Peak: "
         "multiply-adds of kept weights inside the image, over what the threads reach from registers"
     )
     machine = result["machine"]
@@ -103,13 +103,14 @@ def _show(result: Result, console: Console) -> None:
 
 def _tiling(tiling: Result) -> str:
     tile, region = ("x".join(map(str, tiling[key])) for key in ("tile", "region"))
-    together = f" by {tiling['together']}" if tiling["together"] > 1 else ""
+    filters = f" by {tiling['filters_per_tile']}" if tiling["filters_per_tile"] > 1 else ""
     sources, results = (tiling[key] or "all" for key in ("sources", "results"))
-    code = {"taps": f", taps of {sources}", "sweep": f", sweep {results} by {sources}"}.get(
-        tiling["code"], ""
-    )
+    code = {
+        "indexed": f", indexed {sources}",
+        "cache_blocked": f", cache_blocked {results} by {sources}",
+    }.get(tiling["code"], "")
     pairs = " in pairs" if tiling["pairs"] else ""
-    return f"{tile} in {region}{together}{code}{pairs}"
+    return f"{tile} in {region}{filters}{code}{pairs}"
 
 
 BENCHMARK = Benchmark(

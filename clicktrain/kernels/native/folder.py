@@ -20,6 +20,7 @@ import time
 from collections.abc import Iterator
 from pathlib import Path
 
+from clicktrain.files import cache_folder as user_cache
 from clicktrain.kernels.native.failure import KernelError
 
 _TEMPORARY = "clicktrain-kernels-"
@@ -154,7 +155,7 @@ def remove_unused(folder: Path, days: float = KEEP_DAYS, most: int = KEEP_BYTES)
 
 @functools.cache
 def _choose() -> Path:
-    wanted = _wanted()
+    wanted = user_cache("kernels", "CLICKTRAIN_KERNEL_CACHE")
     why = "has no place without a home folder" if wanted is None else why_unusable(wanted)
     if wanted is not None and not why:
         return wanted
@@ -172,16 +173,6 @@ def _choose() -> Path:
         shutil.rmtree(folder, ignore_errors=True)
         also = f"the temporary folder {folder.parent} {also}"
     raise KernelError(f"{name} {why}, and {also}: {_HELP}")
-
-
-def _wanted() -> Path | None:
-    if named := os.environ.get("CLICKTRAIN_KERNEL_CACHE"):
-        return Path(named).absolute()
-    try:
-        home = os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache"
-    except RuntimeError:  # no HOME, and no entry for this user
-        return None
-    return Path(home).absolute() / "clicktrain" / "kernels"
 
 
 def why_unusable(folder: Path) -> str:

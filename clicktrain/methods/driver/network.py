@@ -17,7 +17,7 @@ from clicktrain.errors import UserError
 from clicktrain.formats.packed import bits_from_mask, mask_from_bits
 from clicktrain.graph import Inputs, as_inputs
 from clicktrain.graph.batch import first_of_batch, first_tensor, owned
-from clicktrain.graph.prunable import ConvLayer, LinearLayer, PrunableLayers, SeenBatch
+from clicktrain.graph.prunable import PrunableLayer, PrunableLayers, SeenBatch
 from clicktrain.kernels.pack_model import pack_model_, pack_refusals, unpack_model_, unpackable_state
 from clicktrain.kernels.sparse_conv2d.module import PackedConv2d
 from clicktrain.methods.driver.averages import catch_up_, mask_copy_, unwrapped_average
@@ -115,7 +115,7 @@ class PrunedNetwork:
             for optimizer in self.optimizers:
                 mask_optimizer_state_(optimizer, layer.weight, mask)
 
-    def _masked(self) -> list[tuple[ConvLayer | LinearLayer, Tensor]]:
+    def _masked(self) -> list[tuple[PrunableLayer, Tensor]]:
         """Dense layers with their masks; packed convolutions have no pruned positions."""
         layers = self.prunable.linears if self.packed and self.frozen else self.prunable.layers
         masked = ((layer, self._masks.get(layer.name)) for layer in layers)
@@ -343,12 +343,8 @@ class PrunedNetwork:
 
     def _find_again(self) -> None:
         """Look the layers up by name: packing and unpacking replace modules."""
-        prunable = []
-        for layer in self.prunable.convs:
-            module = self.model.get_submodule(layer.name)
-            assert isinstance(module, nn.Conv2d)
-            prunable.append(ConvLayer(layer.name, module))
-        self.prunable = replace(self.prunable, convs=tuple(prunable))
+        layers = (replace(x, module=self.model.get_submodule(x.name)) for x in self.prunable.layers)
+        self.prunable = replace(self.prunable, layers=tuple(layers))
 
     # ---- saved states -----------------------------------------------------------------------
 

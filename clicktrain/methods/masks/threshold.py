@@ -75,7 +75,7 @@ class MaskRule:
         Returns:
             layer name -> bool of the same shape, True = kept.
         """
-        cuts = {layer.name: self.cut(layer.shape, threshold) for layer in prunable.convs}
+        cuts = {layer.name: self.cut(layer.view_shape, threshold) for layer in prunable.convs}
         pools = self._pools(scores, cuts) if self.granularity == "pattern" else {}
         masks = {}
         for name, cut in cuts.items():
@@ -83,7 +83,7 @@ class MaskRule:
             masks[name] = cut_mask(scores[name], cut, self.within, pools.get((r, s, cut.positions)))
         for layer in prunable.linears:
             before = masks.get(layer.source or "")
-            silent = None if before is None else silent_inputs(before, layer.shape[1])
+            silent = None if before is None else silent_inputs(before, layer.view_shape[1])
             # Roots: the paper sums |w| over blocks, not w^2; single weights rank the same.
             masks[layer.name] = linear_mask(scores[layer.name].sqrt(), threshold, self.block, silent)
         return masks
@@ -101,7 +101,7 @@ class MaskRule:
 
     def describe(self, layer: ConvLayer | LinearLayer, threshold: float) -> tuple[str, float, str]:
         """In words what goes of a layer, the sparsity that this makes without ties, and a remark."""
-        if isinstance(layer, LinearLayer):
+        if layer.kind == "linear":
             remark = f", without inputs from dead filters of {layer.source}" if layer.source else ""
             if layer.untraced:
                 remark = (
@@ -110,10 +110,11 @@ class MaskRule:
             if self.block is None:
                 weights = layer.weight.numel()
                 return "weights", num_pruned(weights, threshold) / weights, remark
-            blocks = num_blocks(layer.shape, self.block)
+            blocks = num_blocks(layer.view_shape[:2], self.block)
             return f"{self.block}x{self.block} blocks", num_pruned(blocks, threshold) / blocks, remark
-        cut, size = self.cut(layer.shape, threshold), layer.shape[2] * layer.shape[3]
+        shape = layer.view_shape
+        cut, size = self.cut(shape, threshold), shape[2] * shape[3]
         inside = "pattern of " if self.granularity == "pattern" else ""
         parts = [f"{inside}{size - cut.positions} of {size}"] if cut.positions else []
         parts += [f"kernels by {self.within}"] if cut.kernels else []
-        return " + ".join(parts) or "none", cut.sparsity(layer.shape, self.within), ""
+        return " + ".join(parts) or "none", cut.sparsity(shape, self.within), ""

@@ -23,10 +23,9 @@ from clicktrain.kernels.native import keep_memory, missing_toolchain, toolchain
 from clicktrain.kernels.sparse_conv2d import refusal
 from clicktrain.latency.allocation import allocate_within, least_compression_within
 from clicktrain.latency.channels import ROUNDS, SECONDS, Measured, bare_copy
-from clicktrain.latency.layer_times import clock_of
 from clicktrain.latency.search import next_aim
 from clicktrain.latency.sparse_times import SparseGeometry, Timed, sparse_times
-from clicktrain.latency.timer import timed_for
+from clicktrain.latency.timer import clock_of, timed_for
 from clicktrain.methods.patterns.selection import Target
 from clicktrain.sparsity.allocation import allocate
 
@@ -311,9 +310,9 @@ def _geometries(
     wanted: dict[str, list[SparseGeometry]] = {}
     for target in targets:
         conv = target.layer.module
-        sizes = (
-            [] if refusal(conv) else images[target.layer.name]
-        )  # it stays dense: its time is not to be saved
+        assert isinstance(conv, nn.Conv2d)
+        # Where it stays dense its time is not to be saved.
+        sizes = [] if refusal(conv) else images[target.layer.name]
         wanted[target.layer.name] = [
             SparseGeometry.of(conv, size, entries=target.entries, patterns=patterns, together=target.group,
                               batch=aim.batch, timed=aim.timed)

@@ -20,23 +20,21 @@ from __future__ import annotations
 
 import torch
 
-from clicktrain.kernels.sparse_conv2d.blocked import (
-    accumulate,
-    grad_weight,
-    statistics,
-    tap_accumulate,
-    tap_grad_weight,
-)
-from clicktrain.kernels.sparse_conv2d.blocked.generator import Generator
+from clicktrain.kernels.sparse_conv2d.blocked.indexed import accumulate as indexed_sums
+from clicktrain.kernels.sparse_conv2d.blocked.indexed import wgrad as indexed_wgrad
+from clicktrain.kernels.sparse_conv2d.blocked.indexed.generator import IndexedGenerator
+from clicktrain.kernels.sparse_conv2d.blocked.patterns import unrolled
+from clicktrain.kernels.sparse_conv2d.blocked.patterns import wgrad as pattern_wgrad
+from clicktrain.kernels.sparse_conv2d.blocked.patterns.generator import Generator
+from clicktrain.kernels.sparse_conv2d.blocked.patterns.tap_patterns import Taps
 from clicktrain.kernels.sparse_conv2d.blocked.problem import ConvProblem, Phase, Tiling
-from clicktrain.kernels.sparse_conv2d.blocked.tap_generator import TapGenerator
-from clicktrain.kernels.sparse_conv2d.blocked.vocabulary import Taps
+from clicktrain.kernels.sparse_conv2d.blocked.shared import statistics
 
 
 def source(
     phase: Phase,
     problem: ConvProblem,
-    vocabulary: tuple[Taps, ...],
+    tap_patterns: tuple[Taps, ...],
     tiling: Tiling,
     dtype: torch.dtype,
     lanes: int,
@@ -53,9 +51,9 @@ def source(
       weights (or of each part's first one, if they are fewer), which are brought into that order in the first
       ``room`` vectors of ``scratch``; without it they are in the kernel's order.
       With it, code of tap sets returns 1 if the tables are for another number of weights.
-    - grad_input: ``run(gy, gx, values, order or NULL, NULL, rows, entries, scratch, count, places, room,
+    - dgrad: ``run(gy, gx, values, order or NULL, NULL, rows, entries, scratch, count, places, room,
       blocks, stream, threads)``
-    - grad_weight: ``run(x, gy, grad, rows, entries, chunks, found or NULL, scratch, count, blocks, whole,
+    - wgrad: ``run(x, gy, grad, rows, entries, chunks, found or NULL, scratch, count, blocks, whole,
       threads)``, where ``chunks`` = [parts, nnz, (first entry, last entry, first value) of each part];
       if ``whole``, all of them are computed at once. ``found`` has the place in the kernel's order of each of
       ``count`` packed values. Returns 1 if the tables are for another number of weights.
@@ -67,33 +65,33 @@ def source(
         raise ValueError(f"statistics are taken of the forward pass, not of {phase}")
     if tiling.pairs and dtype is not torch.bfloat16:
         raise ValueError(f"only bfloat16 is multiplied in pairs, not {dtype}")
-    if tiling.pairs and tiling.code != "taps" and phase != "grad_weight":
-        raise ValueError(f"code for tap sets does not multiply pairs in {phase}: its code has to be 'taps'")
-    if tiling.code == "sweep" and phase == "grad_weight":
-        raise ValueError("the gradient of the weight has code 'sets' or 'taps', not 'sweep'")
-    if tiling.code == "taps":
-        taps = TapGenerator(phase, problem, tiling, dtype)
+    if tiling.pairs and tiling.code != "indexed" and phase != "wgrad":
+        raise ValueError(f"tap patterns do not multiply pairs in {phase}: its code has to be 'indexed'")
+    if tiling.code == "cache_blocked" and phase == "wgrad":
+        raise ValueError("wgrad has code 'unrolled' or 'indexed', not 'cache_blocked'")
+    if tiling.code == "indexed":
+        taps = IndexedGenerator(phase, problem, tiling, dtype)
         code = taps.begin(lanes)
-        if phase == "grad_weight":
-            tap_grad_weight.write(code, taps)
+        if phase == "wgrad":
+            indexed_wgrad.write(code, taps)
         else:
             code(statistics.SUPPORT if sums else "")
-            tap_accumulate.write(code, taps, sums)
+            indexed_sums.write(code, taps, sums)
         return code.text()
-    generator = Generator(phase, problem, vocabulary, tiling, dtype)
+    generator = Generator(phase, problem, tap_patterns, tiling, dtype)
     code = generator.begin(lanes)
-    if phase == "grad_weight":
-        grad_weight.write(code, generator)
+    if phase == "wgrad":
+        pattern_wgrad.write(code, generator)
     else:
         code(statistics.SUPPORT if sums else "")
-        accumulate.write(code, generator, sums)
+        unrolled.write(code, generator, sums)
     return code.text()
 
 
 def scratch_vectors(
-    phase: Phase, problem: ConvProblem, vocabulary: tuple[Taps, ...], tiling: Tiling, dtype: torch.dtype
+    phase: Phase, problem: ConvProblem, tap_patterns: tuple[Taps, ...], tiling: Tiling, dtype: torch.dtype
 ) -> int:
     """Vectors of scratch memory for each thread; the gradient of the weight needs its own values besides."""
-    if tiling.code == "taps":
-        return TapGenerator(phase, problem, tiling, dtype).scratch
-    return Generator(phase, problem, vocabulary, tiling, dtype).scratch
+    if tiling.code == "indexed":
+        return IndexedGenerator(phase, problem, tiling, dtype).scratch
+    return Generator(phase, problem, tap_patterns, tiling, dtype).scratch

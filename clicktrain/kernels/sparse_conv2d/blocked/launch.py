@@ -13,12 +13,12 @@ from clicktrain.errors import UserError
 from clicktrain.kernels.blocked_library import check_dtype
 from clicktrain.kernels.native import compute_type, load, needed_toolchain
 from clicktrain.kernels.native.library import call
-from clicktrain.kernels.sparse_conv2d.blocked import statistics
 from clicktrain.kernels.sparse_conv2d.blocked.codegen import scratch_vectors, source
 from clicktrain.kernels.sparse_conv2d.blocked.layout import vectors
 from clicktrain.kernels.sparse_conv2d.blocked.prepared import ConvPlan
 from clicktrain.kernels.sparse_conv2d.blocked.problem import PHASES, ConvProblem, Phase, Tiling
-from clicktrain.kernels.sparse_conv2d.blocked.walk import ordered_vectors
+from clicktrain.kernels.sparse_conv2d.blocked.shared import statistics
+from clicktrain.kernels.sparse_conv2d.blocked.shared.schedule import ordered_vectors
 
 STREAM_BYTES = 8 << 20
 """Results of this size are written around the caches: the next reader would not find them there anyway."""
@@ -60,20 +60,18 @@ def output_shape(x: Tensor, problem: ConvProblem) -> tuple[int, int, int, int, i
     return x.shape[0], problem.filters, problem.rows.out, problem.columns.out, x.shape[4]
 
 
-def grad_input(gy: Tensor, values: Tensor, tables: Sequence[Tensor], plan: str) -> Tensor:
+def dgrad(gy: Tensor, values: Tensor, tables: Sequence[Tensor], plan: str) -> Tensor:
     """[B, F, H', W', V] -> [B, C, H, W, V]."""
-    kernel = _kernel(plan, gy.dtype, "grad_input")
+    kernel = _kernel(plan, gy.dtype, "dgrad")
     kernel.check(gy, values)
     gx = kernel.result(gy)
     kernel.accumulate(gy, gx, values, None, tables[3:6])
     return gx
 
 
-def grad_weight(
-    x: Tensor, gy: Tensor, values_shape: Sequence[int], tables: Sequence[Tensor], plan: str
-) -> Tensor:
+def wgrad(x: Tensor, gy: Tensor, values_shape: Sequence[int], tables: Sequence[Tensor], plan: str) -> Tensor:
     """Activations and output gradients -> gradient of the packed values."""
-    kernel = _kernel(plan, x.dtype, "grad_weight")
+    kernel = _kernel(plan, x.dtype, "wgrad")
     kernel.check(x)
     if gy.dtype is not x.dtype:
         raise UserError(
@@ -118,13 +116,13 @@ class _Kernel:
         self._run = load(text).run
         self._dtype, self._sums = dtype, sums
         self._lanes = lanes = needed_toolchain().lanes(dtype)
-        self._scratch = scratch_vectors(phase, plan.problem, plan.vocabulary, self.tiling, dtype)
+        self._scratch = scratch_vectors(phase, plan.problem, plan.tap_patterns, self.tiling, dtype)
         self._room = functools.cache(self._find_room)
         self._regions = region_count(phase, plan.problem, self.tiling)
         problem = plan.problem
         inner = problem.channels, problem.rows.size, problem.columns.size, lanes
         outer = problem.filters, problem.rows.out, problem.columns.out, lanes
-        self._reads, self._writes = (outer, inner) if phase == "grad_input" else (inner, outer)
+        self._reads, self._writes = (outer, inner) if phase == "dgrad" else (inner, outer)
 
     def check(self, x: Tensor, values: Tensor | None = None, bias: Tensor | None = None) -> None:
         """Refuse what the generated code would misread: it takes pointers.
@@ -222,7 +220,7 @@ class _Kernel:
         missing = not places and not self.tiling.pairs and weights != entries
         if missing or weights < places:
             raise UserError(f"this layer's plan is not for {weights} weights")
-        count = places if self.tiling.code == "taps" else weights
+        count = places if self.tiling.code == "indexed" else weights
         lanes, size = self._lanes, self.computed.itemsize
         room = self._scratch * threads * lanes
         if self._sums:
@@ -272,7 +270,7 @@ def region_count(phase: Phase, problem: ConvProblem, tiling: Tiling) -> int:
     """Regions of one block of images."""
     sizes = (
         (problem.rows.size, problem.columns.size)
-        if phase == "grad_input"
+        if phase == "dgrad"
         else (problem.rows.out, problem.columns.out)
     )
     count = 1
@@ -286,7 +284,7 @@ def region_count(phase: Phase, problem: ConvProblem, tiling: Tiling) -> int:
 def _text(plan: str, dtype: torch.dtype, phase: Phase, sums: bool = False) -> str:
     parsed = ConvPlan.from_json(plan)
     tiling, lanes = parsed.tiling(phase), needed_toolchain().lanes(dtype)
-    return source(phase, parsed.problem, parsed.vocabulary, tiling, dtype, lanes, sums)
+    return source(phase, parsed.problem, parsed.tap_patterns, tiling, dtype, lanes, sums)
 
 
 @functools.cache

@@ -71,35 +71,33 @@ def _(
     return y, values.new_empty(problem.filters), values.new_empty(problem.filters)
 
 
-@torch.library.custom_op("clicktrain::sparse_conv2d_blocked_grad_input", mutates_args=())
-def sparse_conv2d_blocked_grad_input_op(
-    gy: Tensor, values: Tensor, tables: list[Tensor], plan: str
-) -> Tensor:
+@torch.library.custom_op("clicktrain::sparse_conv2d_blocked_dgrad", mutates_args=())
+def sparse_conv2d_blocked_dgrad_op(gy: Tensor, values: Tensor, tables: list[Tensor], plan: str) -> Tensor:
     """Gradient of the input: [B, F, H', W', V] -> [B, C, H, W, V]."""
-    return launch.grad_input(gy, values, tables, plan)
+    return launch.dgrad(gy, values, tables, plan)
 
 
-@sparse_conv2d_blocked_grad_input_op.register_fake
+@sparse_conv2d_blocked_dgrad_op.register_fake
 def _(gy: Tensor, values: Tensor, tables: list[Tensor], plan: str) -> Tensor:
     problem = ConvPlan.from_json(plan).problem
     return gy.new_empty(gy.shape[0], problem.channels, problem.rows.size, problem.columns.size, gy.shape[4])
 
 
-@torch.library.custom_op("clicktrain::sparse_conv2d_blocked_grad_weight", mutates_args=())
-def sparse_conv2d_blocked_grad_weight_op(
+@torch.library.custom_op("clicktrain::sparse_conv2d_blocked_wgrad", mutates_args=())
+def sparse_conv2d_blocked_wgrad_op(
     x: Tensor, gy: Tensor, values_shape: list[int], tables: list[Tensor], plan: str
 ) -> Tensor:
     """Gradient of the packed values, at the kept positions only. Filling lanes of ``gy`` have to be zero."""
-    return launch.grad_weight(x, gy, values_shape, tables, plan)
+    return launch.wgrad(x, gy, values_shape, tables, plan)
 
 
-@sparse_conv2d_blocked_grad_weight_op.register_fake
+@sparse_conv2d_blocked_wgrad_op.register_fake
 def _(x: Tensor, gy: Tensor, values_shape: list[int], tables: list[Tensor], plan: str) -> Tensor:
     return x.new_empty(values_shape, dtype=compute_type(x.dtype))
 
 
-sparse_conv2d_blocked_grad_input = plain(sparse_conv2d_blocked_grad_input_op, launch.grad_input)
-sparse_conv2d_blocked_grad_weight = plain(sparse_conv2d_blocked_grad_weight_op, launch.grad_weight)
+sparse_conv2d_blocked_dgrad = plain(sparse_conv2d_blocked_dgrad_op, launch.dgrad)
+sparse_conv2d_blocked_wgrad = plain(sparse_conv2d_blocked_wgrad_op, launch.wgrad)
 
 
 def _save(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
@@ -125,12 +123,8 @@ def _direct_backward(ctx: Any, gy: Tensor) -> tuple[Any, ...]:
 
 def _gradients(ctx: Any, gy: Tensor, x: Tensor, values: Tensor, tables: list[Tensor]) -> tuple[Any, ...]:
     need_x, need_values, need_bias = ctx.needs_input_grad[:3]
-    gx = sparse_conv2d_blocked_grad_input(gy, values, tables, ctx.plan) if need_x else None
-    gv = (
-        sparse_conv2d_blocked_grad_weight(x, gy, list(values.shape), tables, ctx.plan)
-        if need_values
-        else None
-    )
+    gx = sparse_conv2d_blocked_dgrad(gy, values, tables, ctx.plan) if need_x else None
+    gv = sparse_conv2d_blocked_wgrad(x, gy, list(values.shape), tables, ctx.plan) if need_values else None
     gb = gy.sum((0, 2, 3, 4), dtype=values.dtype) if need_bias else None
     return gx, gv, gb, [None] * len(tables), None
 

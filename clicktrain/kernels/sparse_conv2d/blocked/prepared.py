@@ -13,11 +13,11 @@ from torch import Tensor
 
 from clicktrain.formats.packed import Structure
 from clicktrain.kernels.native import compute_type, toolchain
+from clicktrain.kernels.sparse_conv2d.blocked.indexed.tables import table as tap_table
+from clicktrain.kernels.sparse_conv2d.blocked.patterns.tables import Parts, Table
+from clicktrain.kernels.sparse_conv2d.blocked.patterns.tap_patterns import Taps, choose, is_complete
 from clicktrain.kernels.sparse_conv2d.blocked.problem import PHASES, ConvProblem, Phase, Tiling
-from clicktrain.kernels.sparse_conv2d.blocked.tables import Parts, Table
-from clicktrain.kernels.sparse_conv2d.blocked.tap_tables import table as tap_table
-from clicktrain.kernels.sparse_conv2d.blocked.tiling import GRAD_WEIGHT_FILTERS, candidates, pair_candidates
-from clicktrain.kernels.sparse_conv2d.blocked.vocabulary import Taps, choose, is_complete
+from clicktrain.kernels.sparse_conv2d.blocked.tiling import WGRAD_FILTERS, candidates, pair_candidates
 
 GROUP_SIZES = (4, 2)
 """How many filters that share their positions may be computed together."""
@@ -29,12 +29,12 @@ class ConvPlan:
 
     Attributes:
         problem: the layer and its image.
-        vocabulary: tap sets with code of their own.
+        tap_patterns: tap sets with code of their own.
         tilings: how each phase cuts its work.
     """
 
     problem: ConvProblem
-    vocabulary: tuple[Taps, ...]
+    tap_patterns: tuple[Taps, ...]
     tilings: tuple[tuple[Phase, Tiling], ...]
 
     def tiling(self, phase: Phase) -> Tiling:
@@ -48,7 +48,7 @@ class ConvPlan:
     def to_json(self) -> str:
         """As text: a key for caches, an argument for operators, a line in a file."""
         tilings = {phase: asdict(tiling) for phase, tiling in self.tilings}
-        plan = {"problem": self.problem.numbers(), "vocabulary": self.vocabulary, "tilings": tilings}
+        plan = {"problem": self.problem.numbers(), "tap_patterns": self.tap_patterns, "tilings": tilings}
         return json.dumps(plan, separators=(",", ":"))
 
     @classmethod
@@ -57,8 +57,8 @@ class ConvPlan:
         """Inverse of `to_json`."""
         plan = json.loads(text)
         tilings = tuple((phase, Tiling.from_dict(tiling)) for phase, tiling in plan["tilings"].items())
-        vocabulary = tuple(tuple(taps) for taps in plan["vocabulary"])
-        return cls(ConvProblem.from_numbers(plan["problem"]), vocabulary, tilings)
+        tap_patterns = tuple(tuple(taps) for taps in plan["tap_patterns"])
+        return cls(ConvProblem.from_numbers(plan["problem"]), tap_patterns, tilings)
 
 
 @dataclass(frozen=True, slots=True)
@@ -82,39 +82,39 @@ def prepare(
         structure: the kept positions.
         problem: the layer on its image.
         groups: blocked connections of the convolution.
-        tilings: by phase; what is not given is chosen by rule. ``together`` is lowered to what the
+        tilings: by phase; what is not given is chosen by rule. ``filters_per_tile`` is lowered to what the
             structure allows.
     """
-    vocabulary = choose(structure)
-    parts = functools.cache(lambda: Parts(structure, vocabulary, groups))
+    tap_patterns = choose(structure)
+    parts = functools.cache(lambda: Parts(structure, tap_patterns, groups))
     chosen: list[tuple[Phase, Tiling]] = []
     for phase in PHASES:
         tiling = (tilings or {}).get(phase)
         if tiling is None:
-            tiling = _candidates(phase, structure, problem, vocabulary, parts)[0]
-        elif tiling.together > 1 and _together(phase, parts()) % tiling.together:
-            tiling = replace(tiling, together=1)
+            tiling = _candidates(phase, structure, problem, tap_patterns, parts)[0]
+        elif tiling.filters_per_tile > 1 and _filters_per_tile(phase, parts()) % tiling.filters_per_tile:
+            tiling = replace(tiling, filters_per_tile=1)
         chosen.append((phase, tiling))
-    plan = ConvPlan(problem, vocabulary, tuple(chosen))
+    plan = ConvPlan(problem, tap_patterns, tuple(chosen))
 
     def table(phase: Phase) -> Table:
         tiling = plan.tiling(phase)
-        if tiling.code == "taps":
+        if tiling.code == "indexed":
             return tap_table(phase, problem, structure, groups, tiling)
-        if tiling.code == "sweep" and phase != "grad_weight":
-            return parts().by_block(phase == "grad_input", tiling.results, tiling.sources)
+        if tiling.code == "cache_blocked" and phase != "wgrad":
+            return parts().by_block(phase == "dgrad", tiling.results, tiling.sources)
         if phase == "forward":
-            return parts().by_filter(tiling.together)
-        if phase == "grad_input":
+            return parts().by_filter(tiling.filters_per_tile)
+        if phase == "dgrad":
             return parts().by_channel()
-        return parts().by_kernel(tiling.together, GRAD_WEIGHT_FILTERS)
+        return parts().by_kernel(tiling.filters_per_tile, WGRAD_FILTERS)
 
     forward, back, weight = (table(phase) for phase in PHASES)
-    tiling = plan.tiling("grad_weight")
-    if tiling.code == "taps":
+    tiling = plan.tiling("wgrad")
+    if tiling.code == "indexed":
         chunks = _run_chunks(weight.rows, structure.nnz)
     else:
-        chunks = _chunks(weight.rows, weight.entries, vocabulary, tiling.together)
+        chunks = _chunks(weight.rows, weight.entries, tap_patterns, tiling.filters_per_tile)
     tables = [forward.rows, forward.entries, forward.order, back.rows, back.entries, back.order]
     # The kernel writes in its own order: where each packed value is found there.
     found = torch.empty_like(weight.order)
@@ -143,10 +143,10 @@ def variants(
         groups: blocked connections of the convolution.
         dtype: of the activations; bfloat16 is also multiplied in pairs where the processor has that.
     """
-    vocabulary = choose(structure)
-    parts = functools.cache(lambda: Parts(structure, vocabulary, groups))
+    tap_patterns = choose(structure)
+    parts = functools.cache(lambda: Parts(structure, tap_patterns, groups))
     copied = dtype is not compute_type(dtype)
-    wanted = {phase: _candidates(phase, structure, problem, vocabulary, parts, copied) for phase in PHASES}
+    wanted = {phase: _candidates(phase, structure, problem, tap_patterns, parts, copied) for phase in PHASES}
     tools = toolchain()
     if dtype is torch.bfloat16 and tools is not None and tools.multiplies_pairs:
         for phase, tilings in wanted.items():
@@ -164,33 +164,35 @@ def _candidates(
     phase: Phase,
     structure: Structure,
     problem: ConvProblem,
-    vocabulary: tuple[Taps, ...],
+    tap_patterns: tuple[Taps, ...],
     parts: Callable[[], Parts],
     copied: bool = False,
 ) -> list[Tiling]:
     tools = toolchain()
     registers, lanes = (tools.registers, tools.lanes(torch.float32)) if tools else (16, 8)
-    complete = is_complete(structure, vocabulary)
-    counts = (_together(phase, parts()), 1) if complete else (1,)
+    complete = is_complete(structure, tap_patterns)
+    counts = (_filters_per_tile(phase, parts()), 1) if complete else (1,)
     return list(
         dict.fromkeys(
             tiling
-            for together in counts
-            for tiling in candidates(phase, problem, registers, lanes, vocabulary, together, complete, copied)
+            for filters_per_tile in counts
+            for tiling in candidates(
+                phase, problem, registers, lanes, tap_patterns, filters_per_tile, complete, copied
+            )
         )
     )
 
 
-def _together(phase: Phase, parts: Parts) -> int:
+def _filters_per_tile(phase: Phase, parts: Parts) -> int:
     """Most filters that may be computed at once."""
-    if phase == "grad_input":
+    if phase == "dgrad":
         return 1
     return next((size for size in GROUP_SIZES if parts.agree(size)), 1)
 
 
-def _chunks(rows: Tensor, entries: Tensor, vocabulary: Sequence[Taps], together: int) -> Tensor:
+def _chunks(rows: Tensor, entries: Tensor, tap_patterns: Sequence[Taps], filters_per_tile: int) -> Tensor:
     """Kernels in a few runs of about equal work: [runs, nnz, (first, last, first value) of each run]."""
-    sizes = torch.tensor([len(taps) * together for taps in vocabulary] or [0])
+    sizes = torch.tensor([len(taps) * filters_per_tile for taps in tap_patterns] or [0])
     values = torch.cat([torch.zeros(1, dtype=torch.int64), sizes[entries[:, 2].long()].cumsum(0)])
     nnz = int(values[-1])
     wanted = torch.linspace(0, nnz, 17)[1:-1]

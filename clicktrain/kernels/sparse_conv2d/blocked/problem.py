@@ -6,13 +6,13 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, Literal, get_args
 
-from clicktrain.kernels.sparse_conv2d.blocked.geometry import Axis
+from clicktrain.kernels.sparse_conv2d.blocked.shared.geometry import Axis
 
-Phase = Literal["forward", "grad_input", "grad_weight"]
-Code = Literal["sets", "sweep", "taps"]
-PHASES: tuple[Phase, ...] = ("forward", "grad_input", "grad_weight")
-_LEAST = {"tile": 1, "region": 1, "together": 1, "images": 1, "sources": 0, "results": 0}
-_MOST = {"tile": 256, "together": 16}
+Phase = Literal["forward", "dgrad", "wgrad"]
+Code = Literal["unrolled", "cache_blocked", "indexed"]
+PHASES: tuple[Phase, ...] = ("forward", "dgrad", "wgrad")
+_LEAST = {"tile": 1, "region": 1, "filters_per_tile": 1, "images": 1, "sources": 0, "results": 0}
+_MOST = {"tile": 256, "filters_per_tile": 16}
 """Code is written for each position of a tile and each filter of it; the others are bounds of loops."""
 _MOST_NUMBER = 1 << 24
 
@@ -74,25 +74,25 @@ class Tiling:
     """How a kernel cuts its work; the result does not depend on it.
 
     Attributes:
-        tile: rows and columns of the positions whose sums are in registers (``sweep``: in the cache).
+        tile: rows and columns of the positions whose sums are in registers (``cache_blocked``: in the cache).
         region: tiles per region along either axis.
-        together: neighbouring filters computed at once; they have to agree on their channels and tap sets.
-        code: ``sets``, code of its own for each tap set, sums in registers; ``sweep``, the same with sums in
-            the caches (forward and gradient of the input only); or ``taps``, offsets of taps as
-            data.
+        filters_per_tile: neighboring filters computed at once; they have to have the same channels and tap
+            patterns.
+        code: ``unrolled``, code of its own for each tap pattern, sums in registers; ``cache_blocked``, the
+            same with sums in L1 or L2 (forward and dgrad only); or ``indexed``, offsets of taps as data.
         sources: channels (of the gradient of the input: filters) of one pass over all results; 0 = all
-            (``sweep`` and ``taps`` only).
+            (``cache_blocked`` and ``indexed`` only).
         results: filters (of the gradient of the input: channels) whose sums are in the cache at once; 0 = all
-            (``sweep`` only).
-        images: blocks of images of one region (gradient of the weight with ``taps`` only).
-        pairs: multiply pairs of bfloat16 numbers, see `cells` (activations in bfloat16 only; forward and
-            gradient of the input with ``taps`` only).
+            (``cache_blocked`` only).
+        images: blocks of images of one region (gradient of the weight with ``indexed`` only).
+        pairs: multiply pairs of bfloat16 numbers, see `operand_types` (bfloat16 activations only; forward
+            and dgrad with ``indexed`` only).
     """
 
     tile: tuple[int, int]
     region: tuple[int, int] = (1, 1)
-    together: int = 1
-    code: Code = "sets"
+    filters_per_tile: int = 1
+    code: Code = "unrolled"
     sources: int = 0
     results: int = 0
     images: int = 1
@@ -105,8 +105,10 @@ class Tiling:
         Raises:
             ValueError: one of them is nothing that there is.
         """
-        if fields.get("code", "sets") not in get_args(Code):
-            raise ValueError(f"the code of a tiling is sets, sweep or taps, not {fields['code']!r}")
+        if fields.get("code", "unrolled") not in get_args(Code):
+            raise ValueError(
+                f"the code of a tiling is unrolled, cache_blocked or indexed, not {fields['code']!r}"
+            )
         if not isinstance(fields.get("pairs", False), bool):
             raise ValueError(f"pairs of a tiling is true or false, not {fields['pairs']!r}")
         plain = {**fields, "tile": tuple(fields["tile"]), "region": tuple(fields["region"])}

@@ -6,18 +6,18 @@ import math
 from collections.abc import Sequence
 from dataclasses import replace
 
-from clicktrain.kernels.sparse_conv2d.blocked.geometry import Backward, Forward
-from clicktrain.kernels.sparse_conv2d.blocked.lattice import AxisLattices
+from clicktrain.kernels.sparse_conv2d.blocked.indexed.generator import OFFSETS, window_vectors
+from clicktrain.kernels.sparse_conv2d.blocked.indexed.strided_phase import StridedAxis
+from clicktrain.kernels.sparse_conv2d.blocked.patterns.regions import IN_PLACE_CODE, AxisRegions, code_size
+from clicktrain.kernels.sparse_conv2d.blocked.patterns.tap_patterns import Taps
 from clicktrain.kernels.sparse_conv2d.blocked.problem import ConvProblem, Phase, Tiling
-from clicktrain.kernels.sparse_conv2d.blocked.regions import IN_PLACE_CODE, AxisRegions, code_size
-from clicktrain.kernels.sparse_conv2d.blocked.tap_generator import OFFSETS, window_vectors
-from clicktrain.kernels.sparse_conv2d.blocked.vocabulary import Taps
+from clicktrain.kernels.sparse_conv2d.blocked.shared.geometry import Backward, Forward
 
 CACHE_VECTORS = 8192
 """Vectors of 64 bytes that a region may fill: half a megabyte, half of a usual second-level cache."""
-GRAD_WEIGHT_VECTORS = 21504
+WGRAD_VECTORS = 21504
 """The same for the gradient of the weight: its sums over lanes, once a region, want large ones."""
-GRAD_WEIGHT_FILTERS = 128
+WGRAD_FILTERS = 128
 """Filters whose output gradients are gone through before the next ones: they stay in the cache."""
 TAP_VECTORS = 256
 """Vectors of 64 bytes of a tile's windows in one pass over taps as data: half of a first-level cache."""
@@ -45,8 +45,8 @@ def candidates(
     problem: ConvProblem,
     registers: int,
     lanes: int,
-    vocabulary: Sequence[Taps] = (),
-    together: int = 1,
+    tap_patterns: Sequence[Taps] = (),
+    filters_per_tile: int = 1,
     complete: bool = True,
     copied: bool = False,
 ) -> list[Tiling]:
@@ -56,26 +56,28 @@ def candidates(
     can sweep; else taps as data come first.
 
     Args:
-        phase: forward, grad_input or grad_weight.
+        phase: forward, dgrad or wgrad.
         problem: the layer.
         registers: vector registers of the processor.
         lanes: of one of them.
-        vocabulary: the tap sets that there is code for.
-        together: most filters that may be computed at once (1 where they do not share positions).
+        tap_patterns: the tap sets that there is code for.
+        filters_per_tile: most filters that may be computed at once (1 where they do not share positions).
         complete: whether each kernel is one of the tap sets that there is code for.
         copied: whether no code can read the source itself, because it is kept in another type.
     """
-    sets = _set_candidates(phase, problem, registers, lanes, together)
+    sets = _set_candidates(phase, problem, registers, lanes, filters_per_tile)
     taps = tap_candidates(phase, problem, registers, lanes)
     sweeps = []
-    if phase != "grad_weight" and complete:
-        sweeps = _sweep_candidates(phase, problem, lanes, sum(map(len, vocabulary)), len(vocabulary), copied)
+    if phase != "wgrad" and complete:
+        sweeps = _sweep_candidates(
+            phase, problem, lanes, sum(map(len, tap_patterns)), len(tap_patterns), copied
+        )
     if registers >= 32 and complete:
         return [*sets, *sweeps, *taps[:1]]
     if sweeps:
         # The others differ by 3% at most with 16 registers, and each takes two seconds to build.
-        return [sweeps[0], *taps[:1], *(sets[:1] if together > 1 else ())]
-    return [*taps, *(sets if together > 1 else sets[:1])]
+        return [sweeps[0], *taps[:1], *(sets[:1] if filters_per_tile > 1 else ())]
+    return [*taps, *(sets if filters_per_tile > 1 else sets[:1])]
 
 
 def pair_candidates(phase: Phase, problem: ConvProblem, tilings: Sequence[Tiling]) -> list[Tiling]:
@@ -83,18 +85,18 @@ def pair_candidates(phase: Phase, problem: ConvProblem, tilings: Sequence[Tiling
 
     Forward and gradient of the input pair taps of a row: kernels of one column have none.
     """
-    if phase == "grad_weight":
+    if phase == "wgrad":
         return [replace(one, pairs=True) for one in tilings]
     if problem.columns.taps == 1:
         return []
-    return [replace(one, pairs=True) for one in tilings if one.code == "taps"]
+    return [replace(one, pairs=True) for one in tilings if one.code == "indexed"]
 
 
 def _set_candidates(
-    phase: Phase, problem: ConvProblem, registers: int, lanes: int, together: int
+    phase: Phase, problem: ConvProblem, registers: int, lanes: int, filters_per_tile: int
 ) -> list[Tiling]:
     """Tilings for code of tap sets."""
-    backward = phase == "grad_input"
+    backward = phase == "dgrad"
     axes = (problem.rows, problem.columns)
     lengths = [a.size if backward else a.out for a in axes]
     if registers >= 32:
@@ -105,8 +107,8 @@ def _set_candidates(
         second = square if sevens else flat
     else:
         first, second, pair = (2, 4), (2, 3), (1, 4)
-    shapes = [(first, 1)] if phase == "grad_weight" and first == (4, 4) else [(first, 1), (second, 1)]
-    if together >= 2 and not backward:
+    shapes = [(first, 1)] if phase == "wgrad" and first == (4, 4) else [(first, 1), (second, 1)]
+    if filters_per_tile >= 2 and not backward:
         # Two filters halve the loads; more leave too few positions for the taps of a window to share.
         shapes = [(pair, 2), *shapes[:1]] if min(lengths) > 4 else [*shapes[:1], (pair, 2)]
     found = []
@@ -122,14 +124,14 @@ def _set_candidates(
 
 def _region(phase: Phase, problem: ConvProblem, tile: tuple[int, int], lanes: int) -> tuple[int, int]:
     """Tiles per region: as many as the cache holds, so that little is packed twice."""
-    backward = phase == "grad_input"
+    backward = phase == "dgrad"
     axes = (problem.rows, problem.columns)
     lengths = [a.size if backward else a.out for a in axes]
     sources = problem.filters if backward else problem.channels
-    results = problem.filters if phase == "grad_weight" else 0
-    limit = (GRAD_WEIGHT_VECTORS if phase == "grad_weight" else CACHE_VECTORS) * 16 // lanes
+    results = problem.filters if phase == "wgrad" else 0
+    limit = (WGRAD_VECTORS if phase == "wgrad" else CACHE_VECTORS) * 16 // lanes
     small = all(-(-length // size) <= 2 for length, size in zip(lengths, tile, strict=True))
-    if small and (phase == "grad_weight" or sources * lengths[0] * lengths[1] <= 2 * limit):
+    if small and (phase == "wgrad" or sources * lengths[0] * lengths[1] <= 2 * limit):
         return 2, 2  # its padding is not in the code, so it can be read where it is
     region = [1, 1]
 
@@ -144,7 +146,7 @@ def _region(phase: Phase, problem: ConvProblem, tile: tuple[int, int], lanes: in
                 else (positions - 1) * axis.stride + reach + 1
             )
             patch *= positions
-        return window * sources + patch * min(results, GRAD_WEIGHT_FILTERS)
+        return window * sources + patch * min(results, WGRAD_FILTERS)
 
     while True:
         grown = []
@@ -163,7 +165,7 @@ def _sweep_candidates(
     phase: Phase, problem: ConvProblem, lanes: int, taps: int, sets: int, copied: bool
 ) -> list[Tiling]:
     """Tilings for code of tap sets that sweeps, with sums in the cache; none where it cannot pay."""
-    backward = phase == "grad_input"
+    backward = phase == "dgrad"
     axes = (problem.rows, problem.columns)
     steps = [a.stride if backward else 1 for a in axes]
     lengths = [-(-(a.size if backward else a.out) // step) for a, step in zip(axes, steps, strict=True)]
@@ -191,7 +193,7 @@ def _sweep_candidates(
     for for_sums, for_windows in SWEEP_VECTORS:
         block = _even(results, for_sums * 16 // lanes // (tile[0] * tile[1]))
         part = _even(sources, for_windows * 16 // lanes // (windows[0] * windows[1]))
-        found.append(Tiling(tile, (1, wide), code="sweep", sources=part, results=block))
+        found.append(Tiling(tile, (1, wide), code="cache_blocked", sources=part, results=block))
     return list(dict.fromkeys(found))
 
 
@@ -223,30 +225,30 @@ def tap_candidates(phase: Phase, problem: ConvProblem, registers: int, lanes: in
     None where windows are too large for its offsets (kernels that reach over hundreds of pixels).
     """
     found = (
-        _tap_grad_weight(problem, lanes)
-        if phase == "grad_weight"
+        _indexed_wgrad(problem, lanes)
+        if phase == "wgrad"
         else _tap_accumulate(phase, problem, registers, lanes)
     )
     return [one for one in found if window_vectors(phase, problem, one) <= OFFSETS]
 
 
 def _tap_accumulate(phase: Phase, problem: ConvProblem, registers: int, lanes: int) -> list[Tiling]:
-    direction = Backward if phase == "grad_input" else Forward
+    direction = Backward if phase == "dgrad" else Forward
     axes = direction(problem.rows), direction(problem.columns)
-    counts = [AxisLattices(axis, 1, 1).count for axis in axes]
+    counts = [StridedAxis(axis, 1, 1).count for axis in axes]
     sums = registers - 4
     shapes = [(i, j) for i in range(1, 5) for j in range(1, sums + 1) if i * j <= sums]
     shapes = [(min(i, counts[0]), min(j, counts[1])) for i, j in shapes]
 
     def cost(shape: tuple[int, int]) -> tuple[float, int]:
         tiles = -(-counts[0] // shape[0]) * -(-counts[1] // shape[1])
-        window = [AxisLattices(a, n, 1).buffer for a, n in zip(axes, shape, strict=True)]
+        window = [StridedAxis(a, n, 1).buffer for a, n in zip(axes, shape, strict=True)]
         # Fewer than eight sums wait for each other; each tap has its own broadcast and loop.
         return tiles * (max(shape[0] * shape[1], 8) + 1.5), window[0] * window[1]
 
     tile = min(dict.fromkeys(shapes), key=cost)
-    sources = problem.filters if phase == "grad_input" else problem.channels
-    window = [AxisLattices(axis, size, 1).buffer for axis, size in zip(axes, tile, strict=True)]
+    sources = problem.filters if phase == "dgrad" else problem.channels
+    window = [StridedAxis(axis, size, 1).buffer for axis, size in zip(axes, tile, strict=True)]
     per_pass = max(TAP_VECTORS * 16 // lanes // (window[0] * window[1]), 1)
     region = [1, 1]
     while True:
@@ -254,7 +256,7 @@ def _tap_accumulate(phase: Phase, problem: ConvProblem, registers: int, lanes: i
         for number in (1, 0):
             larger = list(region)
             larger[number] *= 2
-            buffers = [AxisLattices(a, t, n).buffer for a, t, n in zip(axes, tile, larger, strict=True)]
+            buffers = [StridedAxis(a, t, n).buffer for a, t, n in zip(axes, tile, larger, strict=True)]
             if region[number] * tile[number] < counts[number] and (
                 buffers[0] * buffers[1] * sources <= CACHE_VECTORS // 2 * 16 // lanes
             ):
@@ -266,11 +268,11 @@ def _tap_accumulate(phase: Phase, problem: ConvProblem, registers: int, lanes: i
     for count in (per_pass, 2 * per_pass):
         passes = -(-sources // count)
         even = -(-sources // passes)
-        found.append(Tiling(tile, (region[0], region[1]), code="taps", sources=0 if passes == 1 else even))
+        found.append(Tiling(tile, (region[0], region[1]), code="indexed", sources=0 if passes == 1 else even))
     return list(dict.fromkeys(found))
 
 
-def _tap_grad_weight(problem: ConvProblem, lanes: int) -> list[Tiling]:
+def _indexed_wgrad(problem: ConvProblem, lanes: int) -> list[Tiling]:
     rows, columns = problem.rows.out, problem.columns.out
     wide = -(-columns // 8)
     width = -(-columns // wide)
@@ -283,9 +285,9 @@ def _tap_grad_weight(problem: ConvProblem, lanes: int) -> list[Tiling]:
         # A region costs about as much beside its rows as one row.
         down = min(range(1, min(most, rows) + 1), key=lambda size: -(-rows // size) * (size + 1))
         axes = Forward(problem.rows), Forward(problem.columns)
-        window = AxisLattices(axes[0], 1, down).buffer * AxisLattices(axes[1], width, across).buffer
+        window = StridedAxis(axes[0], 1, down).buffer * StridedAxis(axes[1], width, across).buffer
         images = max(FEW_POSITIONS // (down * columns), 1) if down == rows and across == wide else 1
         free = TAP_VECTORS * 16 // lanes * 5 // 4 - down * width * across * images
         per_pass = min(max(free // (window * images), 4), problem.channels)
-        found.append(Tiling((1, width), (down, across), code="taps", sources=per_pass, images=images))
+        found.append(Tiling((1, width), (down, across), code="indexed", sources=per_pass, images=images))
     return list(dict.fromkeys(found))

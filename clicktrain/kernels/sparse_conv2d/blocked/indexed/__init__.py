@@ -1,0 +1,1 @@
+"""Kernels that read the offsets of kept taps from a table."""

@@ -1,0 +1,160 @@
+"""What the three kernels of a convolution share: constants, the triples, the walk over regions."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+
+import torch
+
+from clicktrain.kernels.native import preamble
+from clicktrain.kernels.sparse_conv2d.blocked.patterns.regions import (
+    IN_PLACE_CODE,
+    AxisRegions,
+    TileKind,
+    code_size,
+)
+from clicktrain.kernels.sparse_conv2d.blocked.patterns.tables import NARROW
+from clicktrain.kernels.sparse_conv2d.blocked.patterns.tap_patterns import Taps
+from clicktrain.kernels.sparse_conv2d.blocked.problem import ConvProblem, Phase, Tiling
+from clicktrain.kernels.sparse_conv2d.blocked.shared import operand_types, schedule, window_copy
+from clicktrain.kernels.sparse_conv2d.blocked.shared.geometry import Backward, Direction, Forward
+from clicktrain.kernels.sparse_conv2d.blocked.shared.template import (
+    FETCH,
+    SUPPORT,
+    Code,
+    define,
+    join,
+    planes,
+)
+
+
+class Generator:
+    """Numbers that both kinds of kernels are written from.
+
+    *Source* is what windows are read from: the input, or for its gradient the output's gradient. *Result* is
+    what tiles are cut from: the output, or for the gradient of the input the input.
+    """
+
+    def __init__(
+        self,
+        phase: Phase,
+        problem: ConvProblem,
+        tap_patterns: tuple[Taps, ...],
+        tiling: Tiling,
+        dtype: torch.dtype,
+    ) -> None:
+        self.phase, self.tap_patterns, self.filters_per_tile = phase, tap_patterns, tiling.filters_per_tile
+        self.dtype, self.operands = dtype, operand_types.support(phase, problem, tiling.pairs)
+        self.kernel_width = problem.columns.taps
+        self.sweeps = tiling.code == "cache_blocked" and phase != "wgrad"
+        """Whether sums are in the first-level cache, of a block of results over passes of sources."""
+        backward = phase == "dgrad"
+        direction = Backward if backward else Forward
+        as_stored = operand_types.as_stored(phase, tiling.pairs, dtype)
+        self.rows, self.columns = _axes(direction, problem, tiling, self.sweeps and as_stored)
+        if self.sweeps and code_size(self.rows, self.columns, sum(map(len, tap_patterns))) > IN_PLACE_CODE:
+            self.rows, self.columns = _axes(direction, problem, tiling, in_place=False)
+        self.sources = problem.filters if backward else problem.channels
+        self.results = problem.channels if backward else problem.filters
+        self.entry = "uint16_t" if max(self.sources, self.results) <= NARROW else "int32_t"
+        """C type of what a table says of each part."""
+        self.window = self.rows.buffer * self.columns.buffer
+        self.in_place = as_stored and self.rows.in_place and self.columns.in_place
+        """Whether windows are read from the source itself, without a copy."""
+        self.patch_in_place = as_stored and len(self.rows.regions) == len(self.columns.regions) == 1
+        """As much for the output's gradient (gradient of the weight only)."""
+        self.block = max(min(tiling.results or self.results, self.results), 1)
+        self.blocks = -(-self.results // self.block)
+        self.passes = -(-self.sources // max(min(tiling.sources or self.sources, self.sources), 1))
+        self.patch_rows = max(sum(t.size for t in region) for region in self.rows.regions)
+        self.patch_columns = max(sum(t.size for t in region) for region in self.columns.regions)
+
+    @property
+    def windows(self) -> schedule.Windows:
+        """Where tiles read their windows (not of the gradient of the weight)."""
+        if self.in_place:
+            return "in place"
+        return "copied beside" if self.sweeps else "copied at once"
+
+    @property
+    def window_vectors(self) -> int:
+        """Vectors of the buffer for windows; of two, where the next region is copied beside this one."""
+        return 0 if self.in_place else self.sources * self.window * (2 if self.sweeps else 1)
+
+    @property
+    def patch_vectors(self) -> int:
+        """Vectors of the buffer for the output's gradient (gradient of the weight only)."""
+        if self.phase != "wgrad" or self.patch_in_place:
+            return 0
+        return self.results * self.patch_rows * self.patch_columns
+
+    @property
+    def sum_vectors(self) -> int:
+        """Vectors of two blocks' sums: one is computed, the one before is stored."""
+        if not self.sweeps:
+            return 0
+        return 2 * self.block * max(k.size for k in self.rows.kinds) * max(k.size for k in self.columns.kinds)
+
+    @property
+    def scratch(self) -> int:
+        """Vectors that each thread needs for all of them."""
+        return self.sum_vectors + self.window_vectors + self.patch_vectors
+
+    def begin(self, lanes: int) -> Code:
+        """The text up to the first function of the kernel's own."""
+        code = Code()
+        code(preamble(self.dtype, lanes))
+        numbers = {
+            **planes(self.sources, self.results, self.rows.direction, self.columns.direction),
+            "WIN_W": self.columns.buffer,
+            "WIN": self.window,
+            "PATCH_W": self.patch_columns,
+            "PATCH": self.patch_rows * self.patch_columns,
+            "SCRATCH": self.scratch,
+            "REGION_ROWS": len(self.rows.regions),
+            "REGION_COLS": len(self.columns.regions),
+        }
+        define(code, numbers)
+        for name, axis in (("ROW", self.rows), ("COL", self.columns)):
+            spans = [axis.span(region) for region in axis.regions]
+            code(f"static const int {name}_FIRST[] = {{{join(first for first, _ in spans)}}};")
+            code(f"static const int {name}_SPAN[] = {{{join(span for _, span in spans)}}};")
+            code(f"static const int {name}_START[] = {{{join(region[0].start for region in axis.regions)}}};")
+            sizes = [sum(t.size for t in region) for region in axis.regions]
+            code(f"static const int {name}_SIZE[] = {{{join(sizes)}}};")
+        code(self.operands)
+        code(SUPPORT)
+        if self.windows != "copied beside":
+            code(FETCH)
+        code(window_copy.TYPE)
+        if self.phase != "wgrad":
+            code(schedule.SUPPORT)
+        columns = tuple(self.columns.span(region) for region in self.columns.regions)
+        window_copy.windows(self.window, self.columns.buffer, columns, self.columns.direction.source).write(
+            code
+        )
+        return code
+
+    def triples(self, taps: Taps, row: TileKind, column: TileKind) -> Iterator[tuple[int, int, int]]:
+        """(result position in the tile, window position, which of the taps), window after window."""
+        found = []
+        for number, tap in enumerate(taps):
+            r, s = divmod(tap, self.kernel_width)
+            for i in range(row.size):
+                for j in range(column.size):
+                    y, x = self.rows.reads(row, i, r), self.columns.reads(column, j, s)
+                    if y is not None and x is not None:
+                        found.append((y * self.columns.buffer + x, i * column.size + j, number))
+        for window, position, number in sorted(found):
+            yield position, window, number
+
+
+def _axes(
+    direction: type[Direction], problem: ConvProblem, tiling: Tiling, in_place: bool
+) -> tuple[AxisRegions, AxisRegions]:
+    """Tiles and regions of rows and of columns."""
+    (height, width), (down, across) = tiling.tile, tiling.region
+    return (
+        AxisRegions(direction(problem.rows), height, down, in_place),
+        AxisRegions(direction(problem.columns), width, across, in_place),
+    )

@@ -1,0 +1,79 @@
+"""Tap sets that code is generated for, and the taking apart of a layer's kernels into them.
+
+A kernel keeps some set of its R*S positions. With patterns (ClickTrain section 4.2) a layer has few
+different sets, and each gets code of its own with all offsets known. A mask without patterns has many: then
+the frequent ones get code, and single taps make up the rest, so that one mechanism serves every mask.
+"""
+
+from __future__ import annotations
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from clicktrain.formats.packed import Structure
+
+MAX_SETS = 16
+"""Tap sets with code of their own; more would not fit the instruction cache."""
+MAX_TAPS = 9
+"""Taps of one set: their weights stay in registers."""
+
+Taps = tuple[int, ...]
+
+
+def choose(structure: Structure) -> tuple[Taps, ...]:
+    """The tap sets to generate code for, ascending; empty for a layer without weights.
+
+    All of the layer's sets if they are few and small, else the most frequent ones and single taps.
+    """
+    r, s = structure.shape[2:]
+    mask = structure.mask().cpu().flatten(2)
+    return choose_from(mask.flatten(0, 1), r * s)
+
+
+def is_complete(structure: Structure, tap_patterns: tuple[Taps, ...]) -> bool:
+    """Whether every kernel of a layer is one of the sets, so that none has to be taken apart."""
+    return all(taps in tap_patterns for taps in distinct(structure))
+
+
+def distinct(structure: Structure) -> set[Taps]:
+    """The different tap sets of a layer's kernels; none for kernels without weights."""
+    r, s = structure.shape[2:]
+    kernels = structure.mask().cpu().numpy().reshape(-1, r * s)
+    packed = np.packbits(kernels, axis=1)
+    _, first = np.unique(packed.view(f"V{packed.shape[1]}"), return_index=True)
+    return {taps for i in first if (taps := tuple(np.nonzero(kernels[i])[0].tolist()))}
+
+
+def choose_from(kernels: Tensor, taps: int) -> tuple[Taps, ...]:
+    """As `choose`, from a bool [kernels, taps]."""
+    alive = kernels[kernels.any(1)]
+    if not len(alive):
+        return ()
+    rows, counts = torch.unique(alive, dim=0, return_counts=True)
+    order = counts.argsort(descending=True, stable=True).tolist()
+    sets = [tuple(rows[i].nonzero().flatten().tolist()) for i in order]
+    small = [one for one in sets if len(one) <= MAX_TAPS]
+    if len(small) == len(sets) <= MAX_SETS:
+        return tuple(sorted(small))
+    singles = [(tap,) for tap in range(taps) if bool(alive[:, tap].any())]
+    room = max(MAX_SETS - len(singles), 0)
+    frequent = [one for one in small if len(one) > 1][:room]
+    return tuple(sorted({*singles, *frequent}))
+
+
+def take_apart(kernel: Taps, tap_patterns: tuple[Taps, ...]) -> list[int]:
+    """Numbers of disjoint tap sets of the tap_patterns that make up a kernel, few of them.
+
+    Raises:
+        ValueError: the tap_patterns has no code for one of the taps.
+    """
+    left = set(kernel)
+    parts = []
+    for number in sorted(range(len(tap_patterns)), key=lambda i: (-len(tap_patterns[i]), i)):
+        if left and left.issuperset(tap_patterns[number]):
+            parts.append(number)
+            left.difference_update(tap_patterns[number])
+    if left:
+        raise ValueError(f"no code for the taps {sorted(left)}")
+    return parts

@@ -65,6 +65,7 @@ class PaT(Method[PaTState]):
     """
 
     name: ClassVar[str] = "pat"
+    title: ClassVar[str] = "PaT"
     reads_graph: ClassVar[bool] = True
 
     prune_ratio: float = 0.3

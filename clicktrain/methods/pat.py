@@ -403,7 +403,7 @@ class PaT(Method[PaTState]):
         if prunable.example is not None and not over:
             selection = ChannelSelection.of(prunable, self.amount, self.exclude)
             notes = selection.describe()
-            asked = f"{selection.num_pruned} are removed, wherever they are"
+            asked = f"{selection.num_pruned} are removed ({self.prune_ratio:g} asked), wherever they are"
             if self.latency_target_ms is not None:
                 asked = f"as many are removed as it takes to be at {self.latency_target_ms:g} ms"
             elif self.latency_target is not None:
@@ -413,7 +413,7 @@ class PaT(Method[PaTState]):
         for layer in prunable.layers:
             compete = layer.name in notes
             why = notes.get(layer.name, "the neurons that are left" if over else "its outputs stay")
-            what, density = ("neurons", None) if compete else ("none", 1.0)
+            what, density = "neurons" if compete else "none", 1.0 if over else None
             rows.append(LayerPlan(layer.name, layer.shape, what, density, None, why))
         return PruningPlan(plan_rows(prunable, rows), summary, self._stage_lines(length))
 

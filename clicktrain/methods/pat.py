@@ -285,7 +285,7 @@ class PaT(Method[PaTState]):
         rows = []
         for layer in prunable.layers:
             why = notes.get(layer.name, "the neurons that are left" if over else "its outputs stay")
-            what, density = ("neurons", None) if layer.name in notes else ("none", 1.0)
+            what, density = "neurons" if layer.name in notes else "none", 1.0 if over else None
             rows.append(LayerPlan(layer.name, layer.shape, what, density, None, why))
         how = "one epoch" if self.policy != "init" else "before training"
         stages = (

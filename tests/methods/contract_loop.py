@@ -9,7 +9,7 @@ from __future__ import annotations
 import json
 import sys
 import warnings
-from collections.abc import Callable
+from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -138,6 +138,11 @@ def attach(name: str, *, seed: int = 0, packed: bool = False) -> Run:
     return Run(model, optimizer, pruner)
 
 
+def without_times(events: Iterable[Mapping[str, Any]]) -> list[dict[str, Any]]:
+    """Decisions without what a clock says."""
+    return [{k: v for k, v in event.items() if "seconds" not in k and "_ms" not in k} for event in events]
+
+
 def main(rank: int, processes: int, folder: Path) -> None:
     """Train every method, each process on its share; write weights and decisions, or what went wrong."""
     torch.set_num_threads(1)
@@ -147,8 +152,8 @@ def main(rank: int, processes: int, folder: Path) -> None:
         torch.manual_seed(rank)  # weights are alike, whatever else is drawn is not
         run.train(wrap=DistributedDataParallel, share=(rank, processes))
         run.finish()
-        events = [{k: v for k, v in event.items() if k != "seconds"} for event in run.pruner.events]
-        decided = {"plans": [plan.to_json() for plan in run.pruner.plans], "events": events}
+        plans = [plan.to_json() for plan in run.pruner.plans]
+        decided = {"plans": plans, "events": without_times(run.pruner.events)}
         (folder / f"{name}-{rank}.json").write_text(json.dumps(decided))
         save_file(run.weights(), folder / f"{name}-{rank}.safetensors")
     dist.destroy_process_group()

@@ -14,23 +14,25 @@ import math
 import re
 import subprocess
 import sys
-from collections.abc import Callable, Mapping
-from dataclasses import dataclass
+import tempfile
+from collections.abc import Callable, Iterator, Mapping
+from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Any
+from typing import Any, ClassVar
 
 import pytest
 import torch
 import torch.distributed as dist
-from contract_loop import EPOCHS, IMAGES, TOTAL, Net, Run, attach, batch
+from contract_loop import EPOCHS, IMAGES, TOTAL, Net, Run, attach, batch, without_times
 from safetensors.torch import load_file
 from torch import Tensor, nn
 
 import clicktrain
 from clicktrain.cli import main
 from clicktrain.export import export_run
-from clicktrain.formats.tree import flatten_tree, load_tree, save_tree
-from clicktrain.methods import METHODS, Method
+from clicktrain.formats.tree import flatten_tree, load_tree
+from clicktrain.methods import METHODS, ClickTrain, Method, PruningPlan, RigL
+from clicktrain.methods.base import StepInfo
 from clicktrain.methods.outcome import TOLERANCE
 
 MOMENTS = (1, 5, 8, 10, 14)
@@ -38,10 +40,17 @@ MOMENTS = (1, 5, 8, 10, 14)
 
 
 @functools.cache
-def uninterrupted(method: type[Method[Any]]) -> tuple[Run, list[str]]:
-    """A run that nothing disturbs, and the targets that it missed."""
-    run = attach(method.name).train()
-    return run, run.finish()
+def uninterrupted(method: type[Method[Any]]) -> tuple[Run, list[str], Path]:
+    """A run that nothing disturbs, the targets that it missed, and the folder of its states at `MOMENTS`."""
+    folder = Path(tempfile.mkdtemp(prefix="clicktrain-contract-"))
+    run = attach(method.name)
+
+    def save(done: int) -> None:
+        if done in MOMENTS:
+            run.save(folder / f"{done}.safetensors")
+
+    run.train(after=save)
+    return run, run.finish(), folder
 
 
 def assert_same(first: Any, second: Any) -> None:
@@ -50,10 +59,6 @@ def assert_same(first: Any, second: Any) -> None:
     assert rest == other_rest
     assert tensors.keys() == others.keys()
     assert [key for key, value in tensors.items() if not value.equal(others[key])] == []
-
-
-def without_times(events: Any) -> list[dict[str, Any]]:
-    return [{k: v for k, v in event.items() if "seconds" not in k and "_ms" not in k} for event in events]
 
 
 def assert_same_end(run: Run, expected: Run) -> None:
@@ -100,7 +105,7 @@ def plan_before(name: str, folder: Path) -> None:
 
 def own_loop(name: str, folder: Path) -> None:
     """Two lines in a loop: the network comes back as a plain module that the optimizer trains on."""
-    run, _ = uninterrupted(METHODS[name])
+    run, _, _ = uninterrupted(METHODS[name])
     assert type(run.model) is Net
     assert all(type(m) in (nn.Conv2d, nn.Linear, nn.BatchNorm2d, Net) for m in run.model.modules())
     held = {id(p) for group in run.optimizer.param_groups for p in group["params"]}
@@ -111,7 +116,7 @@ def own_loop(name: str, folder: Path) -> None:
 
 def target(name: str, folder: Path) -> None:
     """What was asked for is what the weights say, or the miss is a warning with its reason."""
-    run, missed = uninterrupted(METHODS[name])
+    run, missed, _ = uninterrupted(METHODS[name])
     assert_pruned(run, missed)
     rows = run.pruner.outcome().targets
     assert any(row.asked is not None for row in rows)
@@ -128,46 +133,27 @@ def target(name: str, folder: Path) -> None:
 
 def resumed(name: str, folder: Path) -> None:
     """Killed at any moment and resumed from a file, a run ends as if nothing had happened."""
-    whole = attach(name)
-
-    def save(done: int) -> None:
-        if done in MOMENTS:
-            whole.save(folder / f"{done}.safetensors")
-
-    whole.train(after=save).finish()
-    expected, _ = uninterrupted(METHODS[name])
-    assert_same_end(whole, expected)
-    for done in MOMENTS:
+    expected, _, saved = uninterrupted(METHODS[name])
+    for done in MOMENTS[1::2]:
         run = attach(name, seed=done)
-        run.load(folder / f"{done}.safetensors")
+        run.load(saved / f"{done}.safetensors")
         run.train(done).finish()
         assert_same_end(run, expected)
 
 
 def state_file(name: str, folder: Path) -> None:
-    """The pruner's state goes through a file of tensors and JSON unchanged, and back into a pruner."""
-    run = attach(name)
-
-    def save(done: int) -> None:
-        if done not in MOMENTS:
-            return
-        state = run.pruner.state_dict()
-        save_tree(folder / "state.safetensors", state, {})
-        loaded = load_tree(folder / "state.safetensors")
-        assert_same(loaded, state)
-        again = attach(name, seed=done)
-        again.pruner.load_state_dict(loaded)
-        assert_same(again.pruner.state_dict(), state)
-        assert again.pruner.stage == run.pruner.stage
-
-    run.train(after=save)
+    """The pruner's state is tensors and JSON, and what is loaded is what was saved."""
+    _, _, saved = uninterrupted(METHODS[name])
+    for done in MOMENTS:
+        state = load_tree(saved / f"{done}.safetensors")["pruner"]
+        run = attach(name, seed=done)
+        run.pruner.load_state_dict(state)
+        assert_same(run.pruner.state_dict(), state)
 
 
 @functools.cache
 def two_processes() -> tuple[Path, str]:
     """Where two processes that train every method together leave what they end with, and their complaints."""
-    import tempfile
-
     folder = Path(tempfile.mkdtemp(prefix="clicktrain-contract-"))
     command = [sys.executable, str(Path(__file__).with_name("contract_loop.py"))]
     started = [
@@ -194,13 +180,16 @@ def processes(name: str, folder: Path) -> None:
 
 
 def grad_scaler(name: str, folder: Path) -> None:
-    """Scaled gradients, which a fused optimizer is given as they are, decide as plain ones do."""
-    scaler = torch.amp.GradScaler("cpu", init_scale=2.0**10, growth_interval=1000)
+    """Scaled gradients, which a fused optimizer is given as they are, decide as plain ones do.
+
+    The scale grows, so that batches would count differently in a sum of scaled gradients.
+    """
+    scaler = torch.amp.GradScaler("cpu", init_scale=2.0**4, growth_factor=8, growth_interval=2)
     run = attach(name).train(scaler=scaler)
     missed = run.finish()
-    assert scaler.get_scale() == 2.0**10
+    assert scaler.get_scale() > 2.0**20
     assert_pruned(run, missed)
-    expected, _ = uninterrupted(METHODS[name])
+    expected, _, _ = uninterrupted(METHODS[name])
     assert {k: m.tolist() for k, m in run.pruner.masks.items()} == {
         k: m.tolist() for k, m in expected.pruner.masks.items()
     }
@@ -227,7 +216,7 @@ def compiled(name: str, folder: Path) -> None:
     torch.compiler.reset()
     assert len(graphs) >= 1
     assert_pruned(run, run.finish())
-    expected, _ = uninterrupted(METHODS[name])
+    expected, _, _ = uninterrupted(METHODS[name])
     assert run.pruner.density == pytest.approx(expected.pruner.density, rel=1e-3)
 
 
@@ -261,8 +250,6 @@ def packed(name: str, folder: Path) -> None:
 @functools.cache
 def command_line(name: str) -> tuple[str, Path]:
     """What ``train --dry-run`` prints, and the folder of the run that follows it, with its report."""
-    import tempfile
-
     folder = Path(tempfile.mkdtemp(prefix="clicktrain-contract-")) / "run"
     data = f"synthetic:classes=4,size=8,channels=1,train={IMAGES * TOTAL // EPOCHS},val=16"
     words = ("--model", "contract_loop:Net", "--data", data, "--method", name, "--epochs", str(EPOCHS))
@@ -281,29 +268,34 @@ def report(name: str, folder: Path) -> None:
     assert f"{METHODS[name].title} on " in page
 
 
+def rows_of(printed: str) -> Iterator[tuple[str, int, float | None]]:
+    """(layer, weights, density or None) of each row of a plan's table."""
+    head, *lines = printed.splitlines()
+    at = {match.group(): match.start() for match in re.finditer(r"\S+(?: \S+)*", head)}
+    for line in lines:
+        shape = line[at["shape"] : at["what"]].strip()
+        if line.startswith("stage ") or not re.fullmatch(r"\d+(x\d+)+", shape):
+            return
+        density = line[at["density"] : at["per filter"]].strip()
+        weights = math.prod(map(int, shape.split("x")))
+        yield line[: at["shape"]].strip(), weights, float(density) if density else None
+
+
 def dry_run(name: str, folder: Path) -> None:
     """What the dry run says of each layer and of all of them is what the run then does."""
     printed, run = command_line(name)
-    table, _, _ = printed.partition("\nmodel: ")
     summary = json.loads((run / "summary.json").read_text())
-    after = {row["name"]: row for row in summary["layers"]}
-    head, *lines = table.splitlines()
-    columns = {m.group(): m.start() for m in re.finditer(r"\S+(?: \S+)*", head)}
-    kept = total = 0.0
-    for line in lines[: len(after)]:
-        layer = line[: columns["shape"]].strip()
-        shape = [int(n) for n in line[columns["shape"] : columns["what"]].strip().split("x")]
-        said = line[columns["density"] : columns["per filter"]].strip()
-        now = after[layer]["density"] * math.prod(after[layer]["shape"]) / math.prod(shape)
-        if said:
-            assert now == pytest.approx(float(said), rel=TOLERANCE, abs=0.002), line
-    planned = [float(number) for number in re.findall(r"planned ([\d.]+)", table)]
-    reached = [target["reached"] for target in summary["outcome"]]
-    for number in planned:
-        assert any(number == pytest.approx(value, rel=0.01) for value in reached), (number, reached)
-    for asked in [target["asked"] for target in summary["outcome"] if target["asked"] is not None]:
-        assert re.search(rf"(?<![\d.]){asked:g}(?![\d.]*\d)|{100 * asked:g}%", table), (asked, table)
-    del kept, total
+    nonzero = {row["name"]: row["density"] * math.prod(row["shape"]) for row in summary["layers"]}
+    rows = list(rows_of(printed))
+    assert {layer for layer, _, _ in rows} == nonzero.keys()
+    for layer, weights, density in rows:
+        if density is not None:
+            assert nonzero[layer] / weights == pytest.approx(density, rel=TOLERANCE, abs=0.002), layer
+    reached = [row["reached"] for row in summary["outcome"]]
+    for number in map(float, re.findall(r"planned ([\d.]+\d)", printed)):
+        assert any(value == pytest.approx(number, rel=0.01) for value in reached), (number, reached)
+    for asked in [row["asked"] for row in summary["outcome"] if row["asked"] is not None]:
+        assert re.search(rf"(?<![\d.]){asked:g}(?![\d.]*\d)|{100 * asked:g}%", printed), (asked, printed)
 
 
 PROPERTIES: dict[str, Callable[[str, Path], None]] = {
@@ -333,15 +325,83 @@ def test_contract(
         pytest.skip("PyTorch without torch.distributed")
     if reason is None:
         PROPERTIES[what](name, tmp_path)
-        return
-    with pytest.raises(AssertionError):
-        PROPERTIES[what](name, tmp_path)
+    elif keeps(what, name, tmp_path):
         pytest.fail(f"{name} is exempt from '{what}' ({reason}) but has it: remove the exemption")
 
 
-def test_exemptions_name_properties() -> None:
+def keeps(what: str, name: str, folder: Path) -> bool:
+    try:
+        PROPERTIES[what](name, folder)
+    except AssertionError:
+        return False
+    return True
+
+
+def test_exemptions_name_properties_and_give_reasons() -> None:
     for name, method in METHODS.items():
-        assert method.contract_exempt.keys() <= PROPERTIES.keys(), name
-        assert all(method.contract_exempt.values()), name
         assert method.name == name
         assert method.title
+        assert method.contract_exempt.keys() <= PROPERTIES.keys(), name
+        assert all(method.contract_exempt.values()), name
+
+
+# ---- the contract catches methods that do not keep it ------------------------------------------------
+
+
+class Forgetful(RigL):
+    """Saves its state and starts afresh all the same."""
+
+    name = "forgetful"
+
+    def load_state(self, prunable: Any, length: Any, saved: Mapping[str, Any]) -> Any:
+        return self.init(prunable, length)
+
+
+class Boastful(RigL):
+    """Plans a density that it does not end at, as a method does that shows its first masks."""
+
+    name = "boastful"
+
+    def plan(self, prunable: Any, length: Any, state: Any = None) -> PruningPlan:
+        plan = super().plan(prunable, length, state)
+        rows = [replace(row, density=row.density and row.density / 2) for row in plan.rows]
+        return replace(plan, rows=tuple(rows))
+
+
+@dataclass(frozen=True, kw_only=True)
+class Careless(ClickTrain):
+    """Reads gradients as they stand, scaled or not."""
+
+    name: ClassVar[str] = "careless"
+    criterion: Any = "taylor"
+    selection: Any = "accumulated"
+
+    def before_step(self, state: Any, prunable: Any, step: StepInfo) -> None:
+        super().before_step(state, prunable, replace(step, grad_scale=None))
+
+
+class Silent(RigL):
+    """Asks for nothing that could be missed."""
+
+    name = "silent"
+
+    def targets_of(self, state: Any, reached: Any) -> list[Any]:
+        return []
+
+
+@pytest.mark.parametrize(
+    ("method", "what"),
+    [
+        (Forgetful, "resumed"),
+        (Forgetful, "state file"),
+        (Boastful, "dry run"),
+        (Careless, "GradScaler"),
+        (Silent, "target"),
+    ],
+)
+def test_a_method_that_breaks_the_contract_is_caught(
+    method: type[Method[Any]], what: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setitem(METHODS, method.name, method)
+    assert keeps("plan before", method.name, tmp_path)
+    assert not keeps(what, method.name, tmp_path)

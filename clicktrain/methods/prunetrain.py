@@ -50,7 +50,6 @@ from clicktrain.methods.channels.steering import (
 )
 from clicktrain.methods.channels.target import NEAR, WORDS, ChannelTarget, original_widths
 from clicktrain.methods.outcome import NOTED, Reached, Target
-from clicktrain.methods.settings import check_choices, keep_as_tuples
 from clicktrain.sparsity.channel_lasso import (
     ChannelAxis,
     add_channel_lasso_gradient_,
@@ -167,8 +166,7 @@ class PruneTrain(Method[PruneTrainState]):
         for key, value in PRESETS[self.preset].items():
             if getattr(self, key) is None:
                 object.__setattr__(self, key, value)
-        keep_as_tuples(self, "exclude")
-        check_choices(self, _CHOICES)
+        super().__post_init__()
         for key in ("penalty_ratio", "floor"):
             if not 0 <= getattr(self, key) < 1:
                 raise UserError(f"{key} must be at least 0 and below 1, not {getattr(self, key)}")
@@ -641,11 +639,3 @@ class PruneTrain(Method[PruneTrainState]):
         if prunable.example is not None:
             self._look(state, prunable)
         return state
-
-
-_CHOICES: dict[str, tuple[str, ...]] = {
-    "reconfigure": ("interval", "once", "end"),
-    "scheme": ("union", "gating"),
-    "update": ("proximal", "gradient"),
-    "sides": ("both", "readers"),
-}

@@ -13,9 +13,10 @@ import torch.nn.functional as F
 from clicktrain.accounting import training_memory
 from clicktrain.accounting.memory import bytes_in_words
 from clicktrain.methods import Method
-from clicktrain.train import Prepared, RunConfig, prepare
+from clicktrain.train import Prepared, RunConfig
 from clicktrain.train.device import autocast
 from clicktrain.train.disk import bytes_needed
+from clicktrain.train.prepare import prepare
 from clicktrain.wording import clock, short
 
 _WARM_UP, _TIMED = 1, 4

@@ -15,7 +15,8 @@ from clicktrain.commands.screen import lasting_console, warn
 from clicktrain.commands.wording import asked_and_reached, training_share
 from clicktrain.methods import Method
 from clicktrain.methods.outcome import Outcome
-from clicktrain.train import RunConfig, RunFolder, TrainingInterrupted, fit
+from clicktrain.train import RunConfig, RunFolder, TrainingInterrupted
+from clicktrain.train.fit import fit
 from clicktrain.wording import clock
 
 

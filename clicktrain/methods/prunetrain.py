@@ -573,7 +573,8 @@ class PruneTrain(Method[PruneTrainState]):
                 note = change.stays or note
             weights = math.prod(layer.shape)
             full, kept = full + weights, kept + round(weights * density)
-            rows.append(LayerPlan(layer.name, layer.shape, "channels", density, None, note))
+            settled = density if density < 1 or (state is not None and state.done) else None
+            rows.append(LayerPlan(layer.name, layer.shape, "channels", settled, None, note))
         every = self.interval_of(length)
         when = {
             "interval": f"every {every:g} epoch{'s' if every != 1 else ''} and at the end",

@@ -9,7 +9,8 @@ from typing import TypeVar
 from clicktrain import wording
 from clicktrain.errors import UserError
 from clicktrain.report.charts import Figure, Key, Series, log_line_chart
-from clicktrain.report.run_data import Run, number, read_lines
+from clicktrain.report.run_data import Run, number
+from clicktrain.runs.folder import RunFolder
 
 LAYERS = 3
 """Layers that are drawn: from the middle of each third of the network."""
@@ -71,12 +72,12 @@ def recorded_channels(run: Run) -> list[LayerChannels]:
     Raises:
         UserError: the file is damaged.
     """
-    path = run.folder / "channels.jsonl"
+    folder = RunFolder(run.folder)
     layers: dict[str, dict[int, Points]] = {}
     channels: dict[str, list[int]] = {}
     last = 0.0
     try:
-        for line in read_lines(path):
+        for line in folder.read_channels():
             last = float(line["epoch"])
             if "channels" in line:
                 channels = line["channels"]["outputs"]
@@ -86,7 +87,7 @@ def recorded_channels(run: Run) -> list[LayerChannels]:
                     if value is not None:  # no number
                         own.setdefault(int(channel), []).append((last, float(value)))
     except (KeyError, TypeError, AttributeError, ValueError):
-        raise UserError(f"{path} is damaged: a line of it does not tell of channels") from None
+        raise UserError(f"{folder.channels} is damaged: a line of it does not tell of channels") from None
     return [LayerChannels(layer, own, last) for layer, own in layers.items() if own]
 
 

@@ -10,6 +10,8 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
+import numpy as np
+
 from clicktrain import wording
 from clicktrain.report.channel_weights import channel_weight_figures
 from clicktrain.report.charts import Bars, Figure, Key, Series, bar_chart, line_chart
@@ -232,7 +234,7 @@ def layer_densities(run: Run, events: Sequence[Mapping[str, Any]]) -> list[tuple
         weight = None if called is None else run.weight(called)
         depthwise = weight is not None and weight.shape[1] == 1 and _pair(row, "inputs")[0] > 1
         channels = outs if depthwise else ins * outs
-        alive = None if weight is None else float((weight.abs() > threshold).double().mean())
+        alive = None if weight is None else float((np.abs(weight) > threshold).mean())
         weights = None if alive is None else channels * alive
         densities.append((name, channels, weights))
     return densities

@@ -14,6 +14,7 @@ from torch import Tensor
 
 from clicktrain.data import Batch, mixup
 from clicktrain.errors import NetworkCollapsed
+from clicktrain.train.config import resume_command
 from clicktrain.train.device import autocast, seed_batch
 from clicktrain.train.divergence import LossWatch, diverged, explosion
 from clicktrain.train.evaluate import Evaluation, evaluate
@@ -147,7 +148,7 @@ def _interrupted(run: TrainingRun, stop: StopRequest) -> TrainingInterrupted:
     path = run.save()
     assert stop.signum is not None
     state, batches = run.state, len(run.prepared.train_loader)
-    command = run.folder.resume_command(run.prepared.config, run.prepared.pruner.method)
+    command = resume_command(run.folder, run.prepared.config, run.prepared.pruner.method)
     return TrainingInterrupted(
         stop.signum,
         f"stopped in epoch {state.epoch + 1} after batch {state.batch} of {batches}; "

@@ -13,9 +13,9 @@ from clicktrain.compiler import Accelerated, LoweringPlan, accelerate
 from clicktrain.files import is_file
 from clicktrain.formats.atomic import write_text_atomic
 from clicktrain.runs.events import OperatorsEvent
+from clicktrain.runs.folder import RunFolder
 from clicktrain.train.prepare import Prepared
 from clicktrain.train.progress import Progress
-from clicktrain.train.run_folder import RunFolder
 
 SHORT_FLOPS = 2e12
 """Dense training FLOPs under which measuring costs more than it can bring: less than a minute of one core."""

@@ -19,6 +19,7 @@ from clicktrain.errors import UserError
 from clicktrain.methods.driver.publisher import ChannelsRemoved, MasksFrozen, ParametersReplaced
 from clicktrain.methods.driver.wrapping import Wrapped
 from clicktrain.runs.events import Event, LogMendedEvent
+from clicktrain.runs.folder import RunFolder
 from clicktrain.sparsity.masks import conv_masks
 from clicktrain.train.averaging import make_average
 from clicktrain.train.checkpoint import newest_good, save_checkpoint
@@ -27,7 +28,6 @@ from clicktrain.train.divergence import diverged, weights_are_finite
 from clicktrain.train.operators import can_accelerate, choose_operators
 from clicktrain.train.prepare import Prepared
 from clicktrain.train.progress import Progress
-from clicktrain.train.run_folder import RunFolder
 from clicktrain.train.state import TrainState
 from clicktrain.train.tensorboard import ScalarLog
 from clicktrain.train.thin_state import full_optimizer, full_weights, thin_optimizer, thin_weights
@@ -204,7 +204,7 @@ class TrainingRun:
 
     def begin(self) -> None:
         """Make the run's folder and write the first checkpoint."""
-        self.folder.create(self.prepared.config, self.prepared.method)
+        self.folder.create(config_to_dict(self.prepared.config, self.prepared.method))
         self._start()
 
     def _start(self) -> None:

@@ -87,11 +87,12 @@ def test_a_kind_of_ones_own_is_read_as_what_it_is() -> None:
     assert from_json({"event": "thawed for this test", "layers": 2}) == Thawed(layers=2)
 
 
-def test_the_folder_of_a_run_is_read_without_torch() -> None:
+@pytest.mark.parametrize("package", ["runs", "report"])
+def test_the_folder_of_a_run_is_read_without_torch(package: str) -> None:
     code = (
-        "import sys, pkgutil, importlib, clicktrain.runs\n"
-        "for module in pkgutil.iter_modules(clicktrain.runs.__path__):\n"
-        "    importlib.import_module('clicktrain.runs.' + module.name)\n"
+        f"import sys, pkgutil, importlib, clicktrain.{package} as package\n"
+        "for module in pkgutil.iter_modules(package.__path__):\n"
+        "    importlib.import_module(f'{package.__name__}.{module.name}')\n"
         "print('torch' in sys.modules)"
     )
     run = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)

@@ -8,9 +8,10 @@ import pytest
 from short_runs import DENSE, At, run
 
 from clicktrain.errors import UserError
-from clicktrain.train import RunFolder, TrainingDiverged, prepare
+from clicktrain.train import RunFolder, TrainingDiverged
 from clicktrain.train.checkpoint import load_checkpoint
 from clicktrain.train.config import from_dict
+from clicktrain.train.prepare import prepare
 from clicktrain.train.training_run import TrainingRun
 
 

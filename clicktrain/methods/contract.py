@@ -6,6 +6,7 @@ import abc
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from numbers import Integral
+from types import MappingProxyType
 from typing import Any, ClassVar, Generic, TypeVar
 
 from torch import Tensor, nn
@@ -147,8 +148,11 @@ class MethodHooks(abc.ABC, Generic[S]):
     """
 
     name: ClassVar[str]
-    title: ClassVar[str] = ""
-    """How sentences and reports call it."""
+    """Key in `clicktrain.methods.METHODS`, as typed on the command line."""
+    title: ClassVar[str]
+    """Name in reports and sentences."""
+    contract_exempt: ClassVar[Mapping[str, str]] = MappingProxyType({})
+    """Properties of ``tests/methods/test_contract.py`` that have no meaning for this method -> why."""
     reads_graph: ClassVar[bool] = False
     """Whether the method needs the dependency graph: `PrunableLayers.example` is then set, at
     the first forward pass if the caller gave none."""

@@ -60,8 +60,7 @@ from clicktrain.sparsity.channel_lasso import (
     without_channels,
     zero_small_channels_,
 )
-from clicktrain.surgery import SurgeryPlan, plans_from_zeros
-from clicktrain.surgery.agreed_plans import agreed_plans
+from clicktrain.surgery import SurgeryPlan, agreed_plans, plans_from_zeros
 
 Axes = dict[str, tuple[ChannelAxis, ...]]
 Scheme = Literal["union", "gating"]
@@ -573,7 +572,8 @@ class PruneTrain(Method[PruneTrainState]):
                 note = change.stays or note
             weights = math.prod(layer.shape)
             full, kept = full + weights, kept + round(weights * density)
-            rows.append(LayerPlan(layer.name, layer.shape, "channels", density, None, note))
+            settled = density if density < 1 or (state is not None and state.done) else None
+            rows.append(LayerPlan(layer.name, layer.shape, "channels", settled, None, note))
         every = self.interval_of(length)
         when = {
             "interval": f"every {every:g} epoch{'s' if every != 1 else ''} and at the end",

@@ -18,9 +18,6 @@ from clicktrain.runs.folder import RunFolder
 from clicktrain.runs.format import read_robustness, read_summary
 from clicktrain.runs.model_facts import parse_facts
 
-_METHOD_NAMES = {"clicktrain": "ClickTrain", "prunetrain": "PruneTrain", "campfire": "Campfire", "pat": "PaT",
-                 "dsr": "DSR", "rigl": "RigL"}  # fmt: skip
-
 
 def number(values: Mapping[str, Any] | None, key: str) -> float | None:
     """A finite number of a record, or None."""
@@ -63,7 +60,9 @@ class Run:
     @property
     def method_name(self) -> str:
         """Name of the method, as people write it, with the preset if it is not the default one."""
-        name = _METHOD_NAMES.get(self.method, self.method)
+        from clicktrain.methods import METHODS  # brings torch: reading a folder does not need it
+
+        name = METHODS[self.method].title if self.method in METHODS else self.method
         preset = self.config.get("preset")
         return f"{name} ({preset})" if preset not in (None, "default") else name
 

@@ -20,7 +20,7 @@ from clicktrain.latency.sparse_latency import LatencyAim, SparseLatency
 from clicktrain.latency.sparse_times import SparseGeometry, SparseTimes, sparse_times
 from clicktrain.methods.clicktrain import ClickTrain
 from clicktrain.methods.driver.pruner import Pruner
-from clicktrain.methods.patterns.selection import allocation_gains
+from clicktrain.methods.patterns.axes import ALLOCATIONS, allocation_gains
 
 needs_compiler = pytest.mark.skipif(toolchain() is None, reason="there is no C compiler")
 EXAMPLE = torch.zeros(1, 3, 12, 12)
@@ -100,7 +100,7 @@ def test_shares_of_a_layer_add_up_to_one() -> None:
     method = ClickTrain(compression=4)
     targets = method.targets(method.find_prunable(network()))
     scores = {t.layer.name: torch.rand(t.layer.shape[:2]) * (i + 1) for i, t in enumerate(targets)}
-    gains = allocation_gains(targets, scores, "share")
+    gains = allocation_gains(targets, scores, ALLOCATIONS["share"])
     assert gains is not None
     for target in targets:
         name = target.layer.name

@@ -128,7 +128,7 @@ def parameters(pruner: Pruner) -> int:
 def test_a_wrapper_that_nobody_holds_does_not_listen() -> None:
     model = nn.Sequential(nn.Conv2d(1, 8, 3), nn.Conv2d(8, 8, 3), nn.Flatten(), nn.Linear(8, 2))
     optimizer = torch.optim.SGD(model.parameters(), lr=0.1)
-    pruner = ClickTrain(compression=2).attach(model, optimizer, epochs=2, steps_per_epoch=2)
+    pruner = ClickTrain(compression=2).attach(model, optimizer, epochs=4, steps_per_epoch=8)
     before = len(pruner.network.publisher._listeners)
     wrapped = pruner.wrapped(lambda network: network)
     assert len(pruner.network.publisher._listeners) == before + 1

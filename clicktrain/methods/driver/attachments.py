@@ -12,7 +12,7 @@ from torch.optim import Optimizer
 from torch.optim.swa_utils import AveragedModel
 
 from clicktrain.errors import UserError
-from clicktrain.kernels.sparse_conv2d import PackedConv2d
+from clicktrain.kernels.sparse_conv2d import PackedLayer
 
 _CLAIMS: weakref.WeakKeyDictionary[nn.Module | Optimizer, weakref.ref[Claim]] = weakref.WeakKeyDictionary()
 
@@ -69,7 +69,7 @@ def check_network(model: nn.Module) -> None:
 
 def check_dense(model: nn.Module) -> None:
     """Raise a UserError if layers are packed: no method can prune them."""
-    packed = [name for name, module in model.named_modules() if isinstance(module, PackedConv2d)]
+    packed = [name for name, module in model.named_modules() if isinstance(module, PackedLayer)]
     if packed:
         raise UserError(
             f"{packed[0] or 'the network'} is packed already: attach to the network that "

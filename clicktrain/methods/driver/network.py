@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import time
+import warnings
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import replace
 from typing import Any
@@ -20,13 +21,12 @@ from clicktrain.graph.batch import first_of_batch, first_tensor, owned
 from clicktrain.graph.exchange import odd_state
 from clicktrain.graph.prunable import PrunableLayer, PrunableLayers, SeenBatch
 from clicktrain.kernels.pack_model import pack_model_, pack_refusals, unpack_model_
-from clicktrain.kernels.sparse_conv2d.module import PackedConv2d
+from clicktrain.kernels.sparse_conv2d import PackedLayer
 from clicktrain.methods.driver.averages import catch_up_, mask_copy_, unwrapped_average
 from clicktrain.methods.driver.publisher import ChannelsRemoved, ParametersReplaced, Publisher
 from clicktrain.runs.events import ReconfiguredEvent
-from clicktrain.sparsity.masks import conv_masks, hard_prune_, mask_optimizer_state_
-from clicktrain.surgery import SurgeryPlan, Verified, apply_surgery_, silence_, verified
-from clicktrain.surgery.agreed_plans import agreed_plans
+from clicktrain.sparsity.masks import hard_prune_, mask_optimizer_state_
+from clicktrain.surgery import SurgeryPlan, Verified, agreed_plans, apply_surgery_, silence_, verified
 from clicktrain.surgery.compare import IMAGES, tensors_in
 
 _SCALES = ("exp_inf", "step_size")
@@ -75,9 +75,9 @@ class PrunedNetwork:
             for name, mask in self._masks.items()
         }
 
-    def _packed_layer(self, name: str) -> PackedConv2d:
+    def _packed_layer(self, name: str) -> PackedLayer:
         layer = self.model.get_submodule(name)
-        assert isinstance(layer, PackedConv2d)
+        assert isinstance(layer, PackedLayer)
         return layer
 
     def mask(self, masks: Mapping[str, Tensor], forget: bool) -> None:
@@ -120,9 +120,8 @@ class PrunedNetwork:
                 mask_optimizer_state_(optimizer, layer.weight, mask)
 
     def _masked(self) -> list[tuple[PrunableLayer, Tensor]]:
-        """Dense layers with their masks; packed convolutions have no pruned positions."""
-        layers = self.prunable.linears if self.packed and self.frozen else self.prunable.layers
-        masked = ((layer, self._masks.get(layer.name)) for layer in layers)
+        """Dense layers with their masks; packed layers have no pruned positions."""
+        masked = ((layer, self._masks.get(layer.name)) for layer in self.prunable.layers)
         return [(layer, mask) for layer, mask in masked if mask is not None]
 
     def check_zeros(self) -> None:
@@ -157,11 +156,14 @@ class PrunedNetwork:
         written live.
         """
         dead = 0
-        for name, mask in self._masks.items():
+        for layer in self.prunable.convs:
+            if layer.name not in self._masks:
+                continue
+            mask = self._masks[layer.name]
             if mask is None:
-                structure = self._packed_layer(name).structure
+                structure = self._packed_layer(layer.name).structure
                 dead += structure.numel - structure.nnz
-            elif mask.dim() == 4:
+            else:
                 dead += mask.numel() - int(mask.sum())
         if self.frozen and not self.packed:
             for layer in self.prunable.convs:
@@ -337,20 +339,25 @@ class PrunedNetwork:
             self._find_again()
 
     def _pack(self) -> None:
-        masks = conv_masks({name: mask for name, mask in self._masks.items() if mask is not None})
+        dense = {name: mask for name, mask in self._masks.items() if mask is not None}
+        linear = [layer.name for layer in self.prunable.linears if layer.name in dense]
+        refused = pack_refusals(self.model, linear, self.optimizers)
+        for name, reason in refused.items():
+            warnings.warn(f"{name} trains masked and dense, not packed: {reason}", stacklevel=2)
+        masks = {name: mask for name, mask in dense.items() if name not in refused}
         pack_model_(self.model, masks, self.optimizers)
         self._masks.update(dict.fromkeys(masks))
         for average in self.averages:
             pack_model_(average, masks)
             for name in masks:  # one index for both
                 own, copy = self._packed_layer(name), average.get_submodule(name)
-                if isinstance(copy, PackedConv2d) and copy.structure.device == own.structure.device:
+                if isinstance(copy, PackedLayer) and copy.structure.device == own.structure.device:
                     copy.structure = own.structure
         self._replaced()
 
     def _forget_unpackable_state(self) -> None:
         """At the end of a run: an optimizer that goes on all the same starts such a state again."""
-        for layer in self.prunable.convs:
+        for layer in self.prunable.layers:
             for optimizer in self.optimizers:
                 state = optimizer.state.get(layer.weight, {})
                 if odd_state(optimizer, state, layer.weight, factors=False):

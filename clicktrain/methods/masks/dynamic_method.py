@@ -30,8 +30,6 @@ from clicktrain.sparsity.regrowth import UnitKind
 class DynamicSparse(Method[DynamicState]):
     """Sparse from the first step to the last, with positions that move; a method says by which rules."""
 
-    title: ClassVar[str]
-    """Its name in a sentence."""
     redistribute: ClassVar[bool]
     """Whether what grows goes to layers by their survivors, not where it was lost."""
 

@@ -60,8 +60,7 @@ from clicktrain.sparsity.channel_lasso import (
     without_channels,
     zero_small_channels_,
 )
-from clicktrain.surgery import SurgeryPlan, plans_from_zeros
-from clicktrain.surgery.agreed_plans import agreed_plans
+from clicktrain.surgery import SurgeryPlan, agreed_plans, plans_from_zeros
 
 Axes = dict[str, tuple[ChannelAxis, ...]]
 Scheme = Literal["union", "gating"]

@@ -180,7 +180,7 @@ class PackedConv2d(nn.Module):
         Raises:
             ValueError: there is no such implementation.
         """
-        self._run = implementation(impl)
+        self._run = implementation(impl).run
         self.impl, self._otherwise = impl, otherwise
 
     def forward(self, x: Tensor) -> Tensor:

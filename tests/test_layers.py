@@ -14,7 +14,7 @@ PACKAGE = Path(__file__).resolve().parent.parent / "clicktrain"
 # do not know each other. A new package has to be given its row here.
 LAYERS: tuple[tuple[str, ...], ...] = (
     ("errors",),
-    ("files", "leftovers", "limits", "settings"),
+    ("files", "leftovers", "limits", "own_code", "settings", "wording"),
     ("models", "data", "sparsity", "comm"),
     ("formats", "graph"),
     ("kernels", "surgery", "accounting", "runs"),

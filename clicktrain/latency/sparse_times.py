@@ -11,7 +11,7 @@ from __future__ import annotations
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any
 
 import torch
 import torch.nn.functional as F
@@ -24,6 +24,7 @@ from clicktrain.kernels.native.library import need_all
 from clicktrain.kernels.sparse_conv2d.blocked import launch
 from clicktrain.kernels.sparse_conv2d.blocked.prepared import prepare
 from clicktrain.kernels.sparse_conv2d.blocked.problem import PHASES, ConvProblem, Phase
+from clicktrain.latency.network_times import Timed
 from clicktrain.latency.tables import keep_table, read_table, table_path
 from clicktrain.latency.timer import clock_of, least_ms
 from clicktrain.latency.width_times import WidthTimes
@@ -32,8 +33,6 @@ FORMAT_VERSION = 2
 SHARES = (0.0625, 0.125, 0.25, 0.5, 0.75, 1.0)
 """Kept kernels that are measured, as shares of all, beside a single one."""
 ROUNDS = 5
-Timed = Literal["inference", "step"]
-"""The forward pass alone, or with both gradients."""
 _CPU = torch.device("cpu")
 
 
@@ -46,7 +45,7 @@ class SparseGeometry:
         image: [H, W] of what it reads.
         entries: kept positions of a kept kernel.
         patterns: different ones that kernels of the layer have.
-        together: neighbouring filters that share their positions.
+        group: neighboring filters that share their positions.
         batch: images.
         timed: what is timed.
     """
@@ -61,7 +60,7 @@ class SparseGeometry:
     image: tuple[int, int]
     entries: int
     patterns: int
-    together: int
+    group: int
     batch: int
     timed: Timed
 
@@ -73,7 +72,7 @@ class SparseGeometry:
         *,
         entries: int,
         patterns: int,
-        together: int,
+        group: int,
         batch: int,
         timed: Timed,
     ) -> SparseGeometry:
@@ -87,7 +86,7 @@ class SparseGeometry:
             patterns = 1
         return cls(
             conv.in_channels, conv.out_channels, pair(conv.kernel_size), pair(conv.stride), padding,
-            pair(conv.dilation), conv.groups, image, entries, patterns, together, batch, timed,
+            pair(conv.dilation), conv.groups, image, entries, patterns, group, batch, timed,
         )  # fmt: skip
 
     @property
@@ -113,13 +112,13 @@ class SparseGeometry:
         size = self.kernel[0] * self.kernel[1]
         order = torch.rand(self.patterns, size, generator=generator).argsort(1)[:, : self.entries]
         patterns = torch.zeros(self.patterns, size, dtype=torch.bool).scatter_(1, order, True)
-        filters = -(-self.filters // self.together)
+        filters = -(-self.filters // self.group)
         ids = torch.randint(self.patterns, (filters, self.kernels), generator=generator)
         rank = torch.rand(filters, self.kernels, generator=generator).argsort(1).argsort(1)
         whole = patterns[ids].view(filters, self.kernels, *self.kernel)
         return {
             count: (whole & (rank < count)[:, :, None, None])
-            .repeat_interleave(self.together, 0)[: self.filters]
+            .repeat_interleave(self.group, 0)[: self.filters]
             .contiguous()
             for count in (self.points() if counts is None else counts)
         }

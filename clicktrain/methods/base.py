@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import abc
+import dataclasses
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from numbers import Integral
@@ -14,16 +15,16 @@ from torch.optim import Optimizer
 
 from clicktrain.errors import UserError, shown
 from clicktrain.graph.prunable import PrunableLayers, find_prunable
+from clicktrain.latency.network_times import MeasureMasks
 from clicktrain.methods.outcome import Reached, Target
+from clicktrain.runs.events import ABSENT, Event, HardPruneEvent, ReconfiguredEvent
+from clicktrain.settings import check_choices
+from clicktrain.sparsity.masks import conv_masks, energy_outside, sparsity_of
 from clicktrain.surgery import SurgeryPlan
 
 if TYPE_CHECKING:
     from clicktrain.methods.driver.pruner import Pruner
-    from clicktrain.methods.patterns.latency import MeasureMasks
     from clicktrain.sparsity.channel_lasso import ChannelAxis
-
-Event: TypeAlias = dict[str, Any]
-"""A decision, JSON-able; key ``event`` says which."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -89,9 +90,9 @@ class StepInfo:
 
 
 class Record(NamedTuple):
-    """Write a decision down."""
+    """Record a decision: a typed event (`clicktrain.runs.events`)."""
 
-    event: Event
+    event: Event | Mapping[str, Any]
 
 
 class ApplyMasks(NamedTuple):
@@ -126,12 +127,12 @@ class SilenceChannels(NamedTuple):
 class Reconfigure(NamedTuple):
     """Remove channels and layers physically, from the model and its optimizer.
 
-    ``event`` is added to what is written down about it; ``checked``: measure how much the output of the last
-    batch changes, in evaluation mode.
+    ``event`` says by what the method decided, and is completed with what came of it; ``checked``: measure
+    how much the output of the last batch changes, in evaluation mode.
     """
 
     plan: SurgeryPlan
-    event: Mapping[str, Any] = MappingProxyType({})
+    event: ReconfiguredEvent | Mapping[str, Any] = ReconfiguredEvent()
     checked: bool = False
 
 
@@ -200,12 +201,21 @@ class Method(abc.ABC, Generic[S]):
     """
 
     name: ClassVar[str]
+    """Key in `clicktrain.methods.METHODS`, as typed on the command line."""
+    title: ClassVar[str]
+    """Name in reports and sentences."""
+    contract_exempt: ClassVar[Mapping[str, str]] = MappingProxyType({})
+    """Properties of ``tests/methods/test_contract.py`` that have no meaning for this method -> why."""
     reads_graph: ClassVar[bool] = False
     """Whether the method needs the dependency graph: `PrunableLayers.example` is then set, at
     the first forward pass if the caller gave none."""
     prunes: ClassVar[bool] = True
     """Whether it takes anything away."""
     settings_exclude: ClassVar[tuple[str, ...]] = ()
+
+    def __post_init__(self) -> None:
+        """Check every setting that is a choice; lists become tuples."""
+        check_choices(self)
 
     @property
     def expects_trained(self) -> bool:
@@ -224,6 +234,14 @@ class Method(abc.ABC, Generic[S]):
     @abc.abstractmethod
     def init(self, prunable: PrunableLayers, length: RunLength) -> S:
         """State before the first step; raises UserError if what is asked for cannot be done."""
+
+    def use_measure(self, state: S, prunable: PrunableLayers, measure: MeasureMasks | None) -> None:
+        """After `init` and `load_state`: ``measure`` times the network with masks, None if nothing can.
+
+        Raises:
+            UserError: a latency that is the target cannot be met.
+        """
+        del state, prunable, measure
 
     @abc.abstractmethod
     def plan(self, prunable: PrunableLayers, length: RunLength, state: S | None = None) -> PruningPlan:
@@ -299,7 +317,7 @@ class Method(abc.ABC, Generic[S]):
         steps_per_epoch: int,
         packed: bool = False,
         example: Any = None,
-        on_event: Callable[[Event], None] | None = None,
+        on_event: Callable[[dict[str, Any]], None] | None = None,
         measure: MeasureMasks | None = None,
     ) -> Pruner:
         """Hook this method into a training loop: two lines, this one and `Pruner.observe`.
@@ -317,7 +335,7 @@ class Method(abc.ABC, Generic[S]):
             example: batch of inputs for methods that remove channels: a tensor [N, C, H, W], a tuple of
                 positional arguments or a dict of keyword arguments. Taken from the first forward pass if it
                 is not given.
-            on_event: called with every decision.
+            on_event: called with every decision as a JSON-able dict; typed events: `Pruner.subscribe`.
             measure: times the network with masks, for ClickTrain with a latency as its target:
                 ``clicktrain.train.MaskedLatency(model, example)``; without it predictions are believed.
 
@@ -341,6 +359,44 @@ class Method(abc.ABC, Generic[S]):
             on_event=on_event,
             measure=measure,
         )
+
+
+def hard_prune(
+    prunable: PrunableLayers,
+    masks: Mapping[str, Tensor],
+    *,
+    compression_asked: float | None = ABSENT,
+    sparsity_asked: float = ABSENT,
+    layer_targets: Mapping[str, float] = MappingProxyType({}),
+) -> list[Action]:
+    """Freeze masks, and record what that cuts.
+
+    Args:
+        prunable: the layers as they are, their pruned weights not yet zero.
+        masks: layer name -> bool of the weight's shape, True = kept.
+        compression_asked: what the method was asked for, all convolution weights / kept ones; or
+        sparsity_asked: over the layers with masks, which are then listed with their sparsities.
+        layer_targets: layer name -> the sparsity that the layer was to have, where there is one.
+    """
+    layers = [layer for layer in prunable.layers if layer.name in masks]
+    energies = [energy_outside(layer.weight, masks[layer.name]) for layer in layers]
+    lost, whole = (sum(part) for part in zip(*energies, strict=True)) if energies else (0.0, 0.0)
+    pruned = sum(mask.numel() - int(mask.sum()) for mask in conv_masks(masks).values())
+    event = HardPruneEvent(
+        compression_asked=compression_asked,
+        compression_reached=prunable.conv_weights / max(prunable.conv_weights - pruned, 1),
+        energy_outside=lost / whole if whole else 0.0,
+    )
+    if sparsity_asked is not ABSENT:
+        rows = []
+        for layer in layers:
+            wanted = {"target_sparsity": layer_targets[layer.name]} if layer.name in layer_targets else {}
+            true = sparsity_of({layer.name: masks[layer.name]})
+            rows.append({"name": layer.name, "shape": list(layer.shape), **wanted, "true_sparsity": true})
+        event = dataclasses.replace(
+            event, sparsity_asked=sparsity_asked, sparsity_reached=sparsity_of(masks), layers=rows
+        )
+    return [Record(event), FreezeMasks(dict(masks))]
 
 
 def plan_rows(prunable: PrunableLayers, rows: Sequence[LayerPlan]) -> tuple[LayerPlan, ...]:

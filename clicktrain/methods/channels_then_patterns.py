@@ -20,6 +20,7 @@ from clicktrain.methods.outcome import Reached, Target
 from clicktrain.methods.prunetrain import PruneTrain, PruneTrainState
 from clicktrain.sparsity.allocation import compression_limits
 from clicktrain.sparsity.channel_lasso import ChannelAxis
+from clicktrain.sparsity.importance import CriterionChoice
 from clicktrain.surgery import SurgeryPlan
 
 _NOTHING = 1.005
@@ -49,6 +50,7 @@ class ChannelsThenPatterns(Method[TwoPartState]):
     """Channels are removed first, then patterns are chosen in what is left (PruneTrain, then ClickTrain)."""
 
     name: ClassVar[str] = "prunetrain-clicktrain"
+    title: ClassVar[str] = "PruneTrain, then ClickTrain"
     reads_graph: ClassVar[bool] = True
 
     switch_at: float | None = None
@@ -86,11 +88,14 @@ class ChannelsThenPatterns(Method[TwoPartState]):
     """Size N of ClickTrain's pattern pool."""
     group: int = 1
     """Neighbouring filters that share ClickTrain's patterns; widths are rounded to a multiple of it."""
+    criterion: CriterionChoice | None = None
+    """ClickTrain's importance of a weight."""
     allocation: Literal["uniform", "importance", "relative", "share", "erk"] | None = None
     """ClickTrain's kept kernels per layer."""
 
     def __post_init__(self) -> None:
         """Check every setting, those of the parts by the parts themselves."""
+        super().__post_init__()
         if self.switch_at is not None and not self.switch_at >= 1:
             raise UserError(f"switch_at is an epoch, 1 or later, not {self.switch_at}")
         if self.round_to == "auto" and self.group > 1:
@@ -129,6 +134,7 @@ class ChannelsThenPatterns(Method[TwoPartState]):
             preset=self.preset,
             patterns=self.patterns,
             group=self.group,
+            criterion=self.criterion,
             allocation=self.allocation,
         )
 

@@ -50,7 +50,6 @@ from clicktrain.methods.channels.steering import (
 )
 from clicktrain.methods.channels.target import NEAR, WORDS, ChannelTarget, original_widths
 from clicktrain.methods.outcome import NOTED, Reached, Target
-from clicktrain.methods.settings import check_choices, keep_as_tuples
 from clicktrain.sparsity.channel_lasso import (
     ChannelAxis,
     add_channel_lasso_gradient_,
@@ -107,6 +106,7 @@ class PruneTrain(Method[PruneTrainState]):
     """Channels and layers are removed while the network trains (PruneTrain, 2019)."""
 
     name: ClassVar[str] = "prunetrain"
+    title: ClassVar[str] = "PruneTrain"
     reads_graph: ClassVar[bool] = True
 
     preset: Literal["default", "paper"] = "default"
@@ -166,8 +166,7 @@ class PruneTrain(Method[PruneTrainState]):
         for key, value in PRESETS[self.preset].items():
             if getattr(self, key) is None:
                 object.__setattr__(self, key, value)
-        keep_as_tuples(self, "exclude")
-        check_choices(self, _CHOICES)
+        super().__post_init__()
         for key in ("penalty_ratio", "floor"):
             if not 0 <= getattr(self, key) < 1:
                 raise UserError(f"{key} must be at least 0 and below 1, not {getattr(self, key)}")
@@ -574,7 +573,8 @@ class PruneTrain(Method[PruneTrainState]):
                 note = change.stays or note
             weights = math.prod(layer.shape)
             full, kept = full + weights, kept + round(weights * density)
-            rows.append(LayerPlan(layer.name, layer.shape, "channels", density, None, note))
+            settled = density if density < 1 or (state is not None and state.done) else None
+            rows.append(LayerPlan(layer.name, layer.shape, "channels", settled, None, note))
         every = self.interval_of(length)
         when = {
             "interval": f"every {every:g} epoch{'s' if every != 1 else ''} and at the end",
@@ -639,11 +639,3 @@ class PruneTrain(Method[PruneTrainState]):
         if prunable.example is not None:
             self._look(state, prunable)
         return state
-
-
-_CHOICES: dict[str, tuple[str, ...]] = {
-    "reconfigure": ("interval", "once", "end"),
-    "scheme": ("union", "gating"),
-    "update": ("proximal", "gradient"),
-    "sides": ("both", "readers"),
-}

@@ -13,7 +13,7 @@ from torch.optim import Optimizer
 from torch.optim.swa_utils import AveragedModel
 
 from clicktrain.errors import UserError
-from clicktrain.kernels.sparse_conv2d import PackedConv2d
+from clicktrain.kernels.sparse_conv2d import PackedLayer
 
 if TYPE_CHECKING:
     from clicktrain.methods.driver.pruner import Pruner
@@ -74,7 +74,7 @@ def check_network(model: nn.Module) -> None:
 
 def check_dense(model: nn.Module) -> None:
     """UserError if layers are packed: no method could prune them, and all would say something else of it."""
-    packed = [name for name, module in model.named_modules() if isinstance(module, PackedConv2d)]
+    packed = [name for name, module in model.named_modules() if isinstance(module, PackedLayer)]
     if packed:
         raise UserError(
             f"{packed[0] or 'the network'} is packed already: attach to the network that "

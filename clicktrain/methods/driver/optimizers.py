@@ -14,8 +14,7 @@ from torch import Tensor, nn
 from torch.optim import Optimizer
 
 from clicktrain.errors import UserError
-from clicktrain.kernels.pack_model import unpackable_state
-from clicktrain.surgery.optimizer_state import unshrinkable_state
+from clicktrain.graph.exchange import odd_state
 
 _PROBE_SHAPE = (5, 4, 3, 2)
 """Of the weight on which an unknown optimizer takes a step: no two sizes alike, so that no entry of its state
@@ -140,12 +139,12 @@ class AttachedOptimizers:
     def _check_state(self, optimizer: Optimizer, state: Mapping[str, Any], weight: Tensor) -> None:
         """Refuse a state that can be neither packed nor shrunk."""
         kind = type(optimizer).__name__
-        if self._packs and (odd := unpackable_state(optimizer, state, weight)):
+        if self._packs and (odd := odd_state(optimizer, state, weight, factors=False)):
             raise UserError(
                 f"{kind} keeps {', '.join(odd)} for a weight, which cannot be packed with it: attach with "
                 "packed=False, or use another optimizer"
             )
-        if self._shrinks and (odd := unshrinkable_state(state, weight)):
+        if self._shrinks and (odd := odd_state(optimizer, state, weight, factors=True)):
             raise UserError(
                 f"{kind} keeps {', '.join(odd)} for a weight, which cannot lose channels with it: use "
                 "another optimizer, or a method that removes no channels"

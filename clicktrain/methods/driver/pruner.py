@@ -17,10 +17,10 @@ from clicktrain.comm.agreement import mean_over_processes
 from clicktrain.errors import MissedTarget, NetworkCollapsed, UserError, shown
 from clicktrain.graph import Inputs, as_inputs
 from clicktrain.graph.prunable import PrunableLayers
+from clicktrain.latency.network_times import MeasureMasks
 from clicktrain.methods.base import (
     Action,
     ApplyMasks,
-    Event,
     FreezeMasks,
     Method,
     PruningPlan,
@@ -43,9 +43,16 @@ from clicktrain.methods.driver.optimizers import (
     check_loaded_state,
     learning_rate_of,
 )
+from clicktrain.methods.driver.publisher import (
+    ChannelsRemoved,
+    EpochEnd,
+    Kind,
+    MasksFrozen,
+    ParametersReplaced,
+)
 from clicktrain.methods.driver.wrapping import W, Wrapped
 from clicktrain.methods.outcome import Outcome, Reached
-from clicktrain.methods.patterns.latency import MeasureMasks
+from clicktrain.runs.events import Event, OutcomeEvent, ReconfiguredEvent, from_json
 from clicktrain.sparsity.channel_lasso import ChannelAxis
 from clicktrain.surgery import SurgeryPlan
 
@@ -73,7 +80,7 @@ class Pruner:
         *,
         packed: bool = False,
         example: Any = None,
-        on_event: Callable[[Event], None] | None = None,
+        on_event: Callable[[dict[str, Any]], None] | None = None,
         measure: MeasureMasks | None = None,
     ) -> None:
         if not all(_is_count(number) for number in (length.epochs, length.steps_per_epoch)):
@@ -88,21 +95,21 @@ class Pruner:
         check_free([*self._optimizers.all, *model.modules()])
         self.method = method
         self.length = length
-        self.events: list[Event] = []
+        self.events: list[dict[str, Any]] = []
         self._on_event = on_event
-        self._at_epoch_end: list[Callable[[int], None]] = []
         self._ended = ""
         inputs = None if example is None else as_inputs(example, model)
         if inputs is not None and not inputs.tensors():
             raise UserError(f"example is {shown(example)}, which holds no tensor: give a batch of inputs")
-        prunable = replace(
-            method.find_prunable(model, self._optimizers.parameters()), example=inputs, measure=measure
-        )
+        prunable = replace(method.find_prunable(model, self._optimizers.parameters()), example=inputs)
         self._optimizers.check(
             model, [layer.weight for layer in prunable.layers], packed, shrinks=method.reads_graph
         )
         self.network = PrunedNetwork(model, self._optimizers.all, prunable, packed)
+        self.subscribe(self._hold_again, ParametersReplaced)
         self._state = method.init(self._prunable, length)
+        self._measure = measure
+        method.use_measure(self._state, self._prunable, measure)
         self._plan = method.plan(self._prunable, length)
         self._seen = 0
         self._epoch = 0
@@ -117,8 +124,7 @@ class Pruner:
         self._depths: dict[int, int] = {}
         self._looked_at_state = False
         self._round = OptimizerRound()
-        self._holders = self._optimizers.holders([layer.weight for layer in prunable.layers])
-        self._holders_revision = self.revision
+        self._holders: tuple[OptimizerUnit, ...] | None = None
         if packed:
             self.network.check_packable()
         self._carry_out(method.at_start(self._state, self._prunable, length))
@@ -247,13 +253,19 @@ class Pruner:
             raise UserError("the number of batches can change between two epochs only")
         self.length = self._watch.length = RunLength(self.length.epochs, steps_per_epoch)
 
-    def watch_epochs(self, listener: Callable[[int], None]) -> None:
-        """Have a function called at the end of every epoch, with the number of epochs done.
+    def subscribe(self, listener: Callable[[Any], object], kind: Kind | None = None) -> RemovableHandle:
+        """Call a function with every decision and every change of the network, as they happen.
 
-        It is called when the method has decided and nothing has been carried out: penalties have acted, but
-        what is removed there is still in the network. Nothing is told of epochs after the hard prune.
+        Args:
+            listener: called with one argument, an `Event` (`clicktrain.runs.events`) or a `Notification`
+                (`clicktrain.methods.driver.publisher`: `ParametersReplaced`, `ChannelsRemoved`,
+                `MasksFrozen`, `EpochEnd`). It runs without gradients, and must not change the network.
+            kind: a class of these, or a tuple of classes; all of them if it is left out.
+
+        Returns:
+            A handle whose ``remove()`` ends the subscription.
         """
-        self._at_epoch_end.append(listener)
+        return self.network.publisher.subscribe(listener, kind)
 
     def finish(self, packed: bool = False) -> nn.Module:
         """End the run: hard prune if that has not happened, remove the hooks, return the model.
@@ -308,7 +320,7 @@ class Pruner:
     def _conclude(self) -> None:
         """Write the outcome down, and warn of what was missed."""
         outcome = self.outcome()
-        self._record({"event": "outcome", "targets": outcome.to_json()})
+        self._record(OutcomeEvent(targets=outcome.to_json()))
         for sentence in outcome.warnings:
             warnings.warn(sentence, MissedTarget, stacklevel=3)
 
@@ -448,6 +460,7 @@ class Pruner:
         self.network.load_plans(saved["plans"])
         self.length = self._watch.length = RunLength(self.length.epochs, saved["steps_per_epoch"])
         self._state = self.method.load_state(self._prunable, self.length, saved["state"])
+        self.method.use_measure(self._state, self._prunable, self._measure)
         self._seen, self._epoch = saved["seen"], saved["epoch"]
         self._in_epoch, self._stepped_epoch = saved["in_epoch"], saved["stepped_epoch"]
         device = next((layer.weight.device for layer in self._prunable.layers), None)
@@ -463,8 +476,7 @@ class Pruner:
         self.events = list(saved["events"])
         self.network.load_masks(saved)
         if self.frozen:
-            self._plan = self.method.plan(self._prunable, self.length, self._state)
-            self.network.pack()
+            self._end_choice()
 
     # ---- hooks ------------------------------------------------------------------------------
 
@@ -507,16 +519,21 @@ class Pruner:
         with torch.no_grad(), self._full_precision():
             if self.frozen:
                 self.network.mask_weights()
+                if whole:
+                    self._publish_epoch()
             elif self._losses and whole:
                 step = self._step(optimizer)
                 actions = self.method.after_step(self._state, self._prunable, step)
-                for listener in self._at_epoch_end if step.ends_epoch else ():
-                    listener(int(step.position))
+                self._publish_epoch()
                 self._carry_out(actions)
         if whole:
             self._stepped_epoch = self._epoch
             self._losses = []
         self._watch.stepped()
+
+    def _publish_epoch(self) -> None:
+        if self._epoch > self._stepped_epoch:
+            self.network.publisher.publish(EpochEnd(self._epoch))
 
     def _look_for_gradients(self) -> None:
         """At the last step of an epoch, once something is pruned: does the network still learn?"""
@@ -536,11 +553,13 @@ class Pruner:
 
     def _counted_units(self) -> tuple[OptimizerUnit, ...]:
         """The optimizers whose steps make a round: those that hold weights which may be pruned."""
-        if self._holders_revision != self.revision:
-            if not (self.frozen and self.packed):  # packed, the same ones hold the values
-                self._holders = self._optimizers.holders([layer.weight for layer in self._prunable.layers])
-            self._holders_revision = self.revision
+        if self._holders is None:
+            self._holders = self._optimizers.holders([layer.weight for layer in self._prunable.layers])
         return self._holders
+
+    def _hold_again(self, replaced: ParametersReplaced) -> None:
+        if not (self.frozen and self.packed):  # packed, the same ones hold the values
+            self._holders = None
 
     def _see_inputs(self, module: nn.Module, args: Any, kwargs: Any) -> None:
         self.network.see(Inputs(args, kwargs), self.method.keeps_inputs and module.training)
@@ -600,33 +619,39 @@ class Pruner:
                 self._find_averages()
                 self.network.freeze(masks)
                 self.method.after_freeze(self._state, self.network.masks)
-                self._plan = self.method.plan(self._prunable, self.length, self._state)
-                self.network.pack()
+                self._end_choice()
             case SilenceChannels(plan):
                 self.network.silence(plan)
             case Reconfigure(plan, event, checked):
                 self._watch.outsiders.check_orphans(plan)
                 self._find_averages()
-                told = self.network.reconfigure(plan, checked, self._follow)
-                self._record({"event": "reconfigured", **event, **told})
+                if isinstance(event, Mapping):
+                    event = from_json({"event": "reconfigured", **event})
+                assert isinstance(event, ReconfiguredEvent)
+                self._record(self.network.reconfigure(plan, event, checked, self._follow))
             case RestoreTensors(values):
                 self.network.restore(values)
 
+    def _end_choice(self) -> None:
+        """Masks are frozen: the plan shows what was chosen, and layers are packed."""
+        self._plan = self.method.plan(self._prunable, self.length, self._state)
+        self.network.pack()
+        self.network.publisher.publish(MasksFrozen())
+
     def _follow(self, plan: SurgeryPlan) -> None:
-        """Channels have gone: what the method remembers shrinks with them."""
+        """Shrink the method's state by the channels that were removed."""
         self.method.after_surgery(self._state, plan, self._prunable)
         self._plan = self.method.plan(self._prunable, self.length, self._state)
+        self.network.publisher.publish(ChannelsRemoved(plan))
 
-    def _record(self, event: Event) -> None:
-        full = {
-            "event": event["event"],
-            "step": self._seen,
-            "epoch": self._epoch + self._in_epoch / self.length.steps_per_epoch,
-        }
-        full.update(event)
-        self.events.append(full)
+    def _record(self, event: Event | Mapping[str, Any]) -> None:
+        if isinstance(event, Mapping):
+            event = from_json(event)
+        event = event.at(self._seen, self._epoch + self._in_epoch / self.length.steps_per_epoch)
+        self.events.append(event.to_json())
         if self._on_event is not None:
-            self._on_event(full)
+            self._on_event(self.events[-1])
+        self.network.publisher.publish(event)
 
 
 class _InputHook:

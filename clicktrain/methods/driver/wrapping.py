@@ -8,11 +8,14 @@ compiled again when it is called.
 
 from __future__ import annotations
 
+import weakref
 from collections.abc import Callable
 from typing import TYPE_CHECKING, Any, Generic, TypeVar
 
 import torch
 from torch import nn
+
+from clicktrain.methods.driver.publisher import ParametersReplaced
 
 if TYPE_CHECKING:
     from clicktrain.methods.driver.pruner import Pruner
@@ -26,17 +29,25 @@ class Wrapped(Generic[W]):
     def __init__(self, pruner: Pruner, wrap: Callable[[nn.Module], W]) -> None:
         self._pruner, self._wrap = pruner, wrap
         self._current: W | None = None
-        self._revision = -1
+        self._outdated = False
+        itself = weakref.ref(self)
+
+        def note(replaced: ParametersReplaced) -> None:
+            if (wrapped := itself()) is not None:
+                wrapped._outdated = True
+
+        handle = pruner.subscribe(note, ParametersReplaced)
+        weakref.finalize(self, handle.remove)
 
     @property
     def current(self) -> W:
         """The wrapper around the network as it is: for ``no_sync()`` and the like."""
-        if self._current is None or self._revision != self._pruner.revision:
+        if self._current is None or self._outdated:
             if self._current is not None:
                 self._current = None  # first: two of them must not hold on to the same parameters
                 torch.compiler.reset()  # which keeps few versions of one function, and then uses none
             self._current = self._wrap(self._pruner.model)
-            self._revision = self._pruner.revision
+            self._outdated = False
         return self._current
 
     def __call__(self, *args: Any, **kwargs: Any) -> Any:

@@ -291,7 +291,7 @@ class _Writer:
         assert impl is not None
         tilings = dict(choice.tilings) if choice.image == shape[1:] else {}
         step = steps.SparseConv(layer, impl, problem, tilings)
-        self._need(unit, layout, *step.kernels.sources)
+        self._need(unit, layout, *step.kernels.sources.values())
         return step
 
     def _need(self, unit: Unit, layout: Layout | None, *texts: str) -> None:

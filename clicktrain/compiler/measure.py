@@ -111,12 +111,14 @@ class _Way:
 
     def sources(self) -> list[str]:
         """All C texts."""
-        own = [] if self.step is None else list(self.step.kernels.sources)
+        own = [] if self.step is None else list(self.step.kernels.sources.values())
         return [*own, *(one.source for one in self.candidates)]
 
     def without(self, failed: Mapping[str, object]) -> _Way:
         """The same without kernels that cannot be built."""
-        step = None if self.step is None or set(self.step.kernels.sources) & set(failed) else self.step
+        step = (
+            None if self.step is None or set(self.step.kernels.sources.values()) & set(failed) else self.step
+        )
         left = tuple(one for one in self.candidates if one.source not in failed)
         enough = step is not None or {one.phase for one in left} >= set(self.problem.phases)
         reason = self.reason or ("" if enough else "its kernels cannot be built")

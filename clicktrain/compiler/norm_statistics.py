@@ -120,7 +120,7 @@ def _times(unit: Unit, norm: Unit, own: ImplTimes, activations: Activations) -> 
     kernels = conv.kernels
     if kernels.with_statistics is None or layout.batch_norm is None:
         return None
-    if build_all([*kernels.sources, *kernels.statistics_sources]):
+    if build_all([*kernels.sources.values(), *kernels.statistics_sources]):
         return None
     layer = nn.BatchNorm2d(conv.problem.filters, dtype=dtype_of(unit), track_running_stats=False)
     step = steps.ConvBatchNorm(conv, steps.BatchNorm(layer, norm.relu, layout.batch_norm))

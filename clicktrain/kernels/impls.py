@@ -7,7 +7,7 @@ refuses, what it could run and where its activations lie; none of them knows how
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import asdict, dataclass, fields
+from dataclasses import asdict, dataclass, field, fields
 from typing import Any, Literal
 
 import torch
@@ -138,7 +138,7 @@ class ConvProblem:
         Raises:
             UserError: it has other keys.
         """
-        if set(data) != (known := {field.name for field in fields(cls)}):
+        if set(data) != (known := {one.name for one in fields(cls)}):
             raise UserError(
                 f"a problem has the keys {', '.join(sorted(known))}, not {', '.join(sorted(data))}"
             )
@@ -171,7 +171,7 @@ class Kernels:
     Attributes:
         convolve: (x, values, bias, *arguments) -> y, differentiable in x, values and bias.
         arguments: tables, and whatever else is computed once from the positions.
-        sources: C texts, to be built before the first call.
+        sources: C texts by phase, to be built before the first call.
         with_statistics: (x, values, bias, *arguments, n) -> y, mean [F] and biased variance [F] over the
             results of ``n`` images; None where the implementation cannot take a batch norm's statistics.
         statistics_sources: C texts that this needs beside ``sources``.
@@ -179,7 +179,7 @@ class Kernels:
 
     convolve: Callable[..., Tensor]
     arguments: tuple[Any, ...] = ()
-    sources: tuple[str, ...] = ()
+    sources: Mapping[Phase, str] = field(default_factory=dict)
     with_statistics: Callable[..., tuple[Tensor, Tensor, Tensor]] | None = None
     statistics_sources: tuple[str, ...] = ()
 

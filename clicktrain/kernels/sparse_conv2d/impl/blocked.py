@@ -12,7 +12,7 @@ from torch import Tensor
 
 from clicktrain.errors import UserError
 from clicktrain.formats.packed import Structure
-from clicktrain.kernels.impls import Candidate, ConvProblem, Impl, Kernels, Phase
+from clicktrain.kernels.impls import PHASES, Candidate, ConvProblem, Impl, Kernels, Phase
 
 _PREPARED: WeakKeyDictionary[Structure, dict[ConvProblem, Kernels]] = WeakKeyDictionary()
 """Kernels of each layer that runs alone, by problem, for as long as its structure lives."""
@@ -45,7 +45,7 @@ def prepare(structure: Structure, problem: ConvProblem, tilings: Mapping[Phase, 
     return Kernels(
         ops.sparse_conv2d_blocked,
         (list(tables.tensors), text),
-        tuple(launch.compile_plan(text, dtype)),
+        dict(zip(PHASES, launch.compile_plan(text, dtype), strict=True)),
         ops.sparse_conv2d_blocked_statistics,
         tuple(launch.compile_plan(text, dtype, ["forward"], sums=True)),
     )
@@ -156,7 +156,9 @@ def sparse_conv2d(
     prepared = _PREPARED.setdefault(structure, {})
     if problem not in prepared:
         kernels = prepare(structure, problem, {})
-        need_all(kernels.sources)  # now: what cannot be built would else be missed in a backward pass
+        need_all(
+            kernels.sources.values()
+        )  # now: what cannot be built would else be missed in a backward pass
         prepared[problem] = kernels
     kernels = prepared[problem]
     blocks = block_batch(images, tools.lanes(values.dtype))

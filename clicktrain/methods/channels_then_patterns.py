@@ -231,9 +231,9 @@ class ChannelsThenPatterns(Method[TwoPartState]):
         assert state.second is not None
         self.second.after_freeze(state.second, masks)
 
-    def penalised_channels(self, state: TwoPartState) -> Mapping[str, tuple[ChannelAxis, ...]]:
+    def penalized_channels(self, state: TwoPartState) -> Mapping[str, tuple[ChannelAxis, ...]]:
         """Those of PruneTrain, until the switch."""
-        return {} if state.second is not None else self.first.penalised_channels(state.first)
+        return {} if state.second is not None else self.first.penalized_channels(state.first)
 
     def at_end(self, state: TwoPartState, prunable: PrunableLayers) -> Sequence[Action]:
         """End with ClickTrain's compression of the smaller network."""

@@ -321,7 +321,7 @@ class PruneTrain(Method[PruneTrainState]):
             self._look(state, prunable)
         return self.reconfigure_now(state, prunable, state.reconfigured, final=True)
 
-    def penalised_channels(self, state: PruneTrainState) -> Axes:
+    def penalized_channels(self, state: PruneTrainState) -> Axes:
         """All channels that can be removed, also after the lasso has ended: zero channels could come back."""
         return state.lasso.axes or {}
 

@@ -332,9 +332,9 @@ class Pruner:
         return self.method.stage(self._state)
 
     @property
-    def penalised_channels(self) -> Mapping[str, tuple[ChannelAxis, ...]]:
-        """Layer name -> channels that are being pushed towards zero; see `Method.penalised_channels`."""
-        return self.method.penalised_channels(self._state)
+    def penalized_channels(self) -> Mapping[str, tuple[ChannelAxis, ...]]:
+        """Layer name -> channels that are being pushed towards zero; see `Method.penalized_channels`."""
+        return self.method.penalized_channels(self._state)
 
     @property
     def model(self) -> nn.Module:

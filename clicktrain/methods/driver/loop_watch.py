@@ -16,14 +16,12 @@ from torch import Tensor, nn
 from torch.optim import Optimizer
 
 from clicktrain.errors import UserError
-from clicktrain.methods.base import RunLength
+from clicktrain.methods.contract import RunLength
 from clicktrain.methods.driver.network import PrunedNetwork
-from clicktrain.methods.driver.optimizers import AttachedOptimizers
+from clicktrain.methods.driver.optimizers import STRIKES, AttachedOptimizers
 from clicktrain.methods.driver.outsiders import Outsiders
 from clicktrain.methods.driver.publisher import ParametersReplaced
 
-STRIKES = 8
-"""How often in a row something odd has to happen before it counts as a mistake."""
 _STEPS_UNOBSERVED = 16
 """Optimizer steps in a row without `Pruner.observe` that are one mistake."""
 _BAD_LOSSES = 16

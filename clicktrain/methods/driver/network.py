@@ -26,8 +26,7 @@ from clicktrain.methods.driver.averages import catch_up_, mask_copy_, unwrapped_
 from clicktrain.methods.driver.publisher import ChannelsRemoved, ParametersReplaced, Publisher
 from clicktrain.runs.events import ReconfiguredEvent
 from clicktrain.sparsity.masks import hard_prune_, mask_optimizer_state_
-from clicktrain.surgery import SurgeryPlan, Verified, apply_surgery_, silence_, verified
-from clicktrain.surgery.agreed_plans import agreed_plans
+from clicktrain.surgery import SurgeryPlan, Verified, agreed_plans, apply_surgery_, silence_, verified
 from clicktrain.surgery.compare import IMAGES, tensors_in
 
 _SCALES = ("exp_inf", "step_size")

@@ -235,7 +235,7 @@ class MethodHooks(abc.ABC, Generic[S]):
         """
         del state, masks
 
-    def penalised_channels(self, state: S) -> Mapping[str, tuple[ChannelAxis, ...]]:
+    def penalized_channels(self, state: S) -> Mapping[str, tuple[ChannelAxis, ...]]:
         """Map layer names to the channels that a penalty pushes towards zero; none in most methods."""
         del state
         return {}

@@ -61,11 +61,11 @@ class Pruner:
     Call `observe(loss)` once per backward pass, before ``optimizer.step()``; everything else happens in the
     optimizers' step hooks. `finish` ends the run at its targets as far as possible; `outcome` compares.
 
-    With several optimizers, those that hold prunable weights count (the first one if none does). A step of the
-    method is a round: after `observe`, each of them steps once, in any order. The method sees the gradients
-    before the first of these steps and decides after the last; its learning rate is that of the first of them
-    in the list. The others may step at any time. An optimizer that skips a round (its gradients were not
-    finite) leaves the round open, and its batches count in the next one.
+    With several optimizers, those that hold prunable weights count (the first one if none does). A step of
+    the method is a round: after `observe`, each of them steps once, in any order. The method sees the
+    gradients before the first of these steps and decides after the last; its learning rate is that of the
+    first of them in the list. The others may step at any time. An optimizer that skips a round (its
+    gradients were not finite) leaves the round open, and its batches count in the next one.
     """
 
     def __init__(
@@ -278,7 +278,7 @@ class Pruner:
         return self.model
 
     def outcome(self) -> Outcome:
-        """What was asked for, what is reached, and why not: printable; final once `finish` was called."""
+        """Each target, what is reached, and why not more; printable, and final after `finish`."""
         network = self.network
         reached = Reached(
             prunable=network.prunable,
@@ -326,9 +326,9 @@ class Pruner:
         return self.method.stage(self._state)
 
     @property
-    def penalised_channels(self) -> Mapping[str, tuple[ChannelAxis, ...]]:
-        """Layer name -> channels that are being pushed towards zero; see `Method.penalised_channels`."""
-        return self.method.penalised_channels(self._state)
+    def penalized_channels(self) -> Mapping[str, tuple[ChannelAxis, ...]]:
+        """Layer name -> channels that are being pushed towards zero; see `Method.penalized_channels`."""
+        return self.method.penalized_channels(self._state)
 
     @property
     def model(self) -> nn.Module:

@@ -17,7 +17,7 @@ import functools
 import math
 import time
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, field
 from typing import Any, ClassVar, Literal
 
 import torch
@@ -242,8 +242,7 @@ class PruneTrain(Method[PruneTrainState]):
 
     def init(self, prunable: PrunableLayers, length: RunLength) -> PruneTrainState:
         """Check that the run can be done as asked."""
-        if not prunable.convs:
-            check_convolutions(replace(prunable, layers=prunable.convs), "PruneTrain")
+        check_convolutions(prunable, "PruneTrain")
         if self.once_at is not None and self.once_at > length.epochs:
             raise UserError(f"once_at is {self.once_at:g} but the run has {length.epochs} epochs")
         if self.fine_tune >= length.epochs:

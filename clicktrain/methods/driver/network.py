@@ -157,7 +157,7 @@ class PrunedNetwork:
         written live.
         """
         dead = 0
-        for layer in self.prunable.convs:
+        for layer in self.prunable.counted:
             if layer.name not in self._masks:
                 continue
             mask = self._masks[layer.name]
@@ -167,7 +167,7 @@ class PrunedNetwork:
             else:
                 dead += mask.numel() - int(mask.sum())
         if self.frozen and not self.packed:
-            for layer in self.prunable.convs:
+            for layer in self.prunable.counted:
                 mask = self._masks.get(layer.name)
                 if mask is not None:
                     dead -= int((layer.weight.detach()[~mask] != 0).sum())

@@ -375,6 +375,7 @@ class Careless(ClickTrain):
     name: ClassVar[str] = "careless"
     criterion: Any = "taylor"
     selection: Any = "accumulated"
+    finalize_length: Any = 0.4
 
     def before_step(self, state: Any, prunable: Any, step: StepInfo) -> None:
         super().before_step(state, prunable, replace(step, grad_scale=None))

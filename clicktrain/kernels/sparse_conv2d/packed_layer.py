@@ -165,7 +165,7 @@ class PackedLayer(nn.Module):
             ValueError: there is no such implementation.
         """
         if self.runs_as_conv2d:
-            self._run = implementation(impl)
+            self._run = implementation(impl).run
         elif impl != "reference":
             raise ValueError(f"a {type(self).__name__} has no implementation {impl!r}, only 'reference'")
         self.impl, self._otherwise = impl, otherwise

@@ -8,9 +8,9 @@ from typing import Literal
 import torch
 
 from clicktrain.compiler.units import Unit, max_pooling
-from clicktrain.kernels.batch_norm2d import codegen as batch_norm
+from clicktrain.kernels.batch_norm2d import launch as batch_norm
 from clicktrain.kernels.blocked_layout import codegen as layout
-from clicktrain.kernels.max_pool2d import codegen as max_pool
+from clicktrain.kernels.max_pool2d import launch as max_pool
 from clicktrain.kernels.native import KernelError, needed_toolchain
 from clicktrain.kernels.native.library import build_all
 

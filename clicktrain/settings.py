@@ -68,6 +68,11 @@ def choice_fields(cls: type) -> dict[str, Choices]:
     return {name: choices for name, choices in found.items() if choices is not None}
 
 
+def part_of(kind: type[T], settings: Any) -> T:
+    """A part of a method: a dataclass, from the settings that have the names of its fields."""
+    return kind(**{name: getattr(settings, name) for name in field_names(kind)})
+
+
 def check_choices(settings: Any) -> None:
     """Check every setting of a frozen dataclass that is one of some words or a choice of a registry.
 

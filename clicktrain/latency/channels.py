@@ -81,7 +81,7 @@ class LatencyModel:
             saved[group] = max(now - less, 0.0) / max(fewer, 1)
         return saved
 
-    def penalised(
+    def penalized(
         self, scores: Mapping[str, Tensor], kept: Mapping[str, int], strength: float
     ) -> dict[str, Tensor]:
         """Importance over the time saved, the latter relative to its mean and to the power ``strength``."""

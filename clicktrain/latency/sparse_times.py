@@ -19,11 +19,11 @@ from torch import Tensor, nn
 
 from clicktrain.comm.agreement import agreed
 from clicktrain.formats.packed import Structure
+from clicktrain.kernels.impls import PHASES, ConvProblem, Impl, Kernels, Phase, candidates_for
+from clicktrain.kernels.layouts import LAYOUTS
 from clicktrain.kernels.native import toolchain
 from clicktrain.kernels.native.library import need_all
-from clicktrain.kernels.sparse_conv2d.blocked import launch
-from clicktrain.kernels.sparse_conv2d.blocked.prepared import prepare
-from clicktrain.kernels.sparse_conv2d.blocked.problem import PHASES, ConvProblem, Phase
+from clicktrain.kernels.sparse_conv2d.api import OPERATOR
 from clicktrain.latency.network_times import Timed
 from clicktrain.latency.tables import keep_table, read_table, table_path
 from clicktrain.latency.timer import clock_of, least_ms
@@ -175,49 +175,66 @@ def sparse_times(geometries: Iterable[SparseGeometry]) -> dict[SparseGeometry, S
 def measure_sparse(geometry: SparseGeometry) -> SparseTimes:
     """Time a layer at all its points, beside the dense one."""
     g = geometry
-    problem = ConvProblem.make(g.channels, g.filters, g.kernel, g.image, g.stride, g.padding, g.dilation)
-    tools = toolchain()
-    assert tools is not None
-    lanes = tools.lanes(torch.float32)
-    blocks = -(-g.batch // lanes)
-    rows, columns = problem.rows.out, problem.columns.out
-    x = torch.randn(blocks, g.channels, *g.image, lanes, generator=torch.Generator().manual_seed(0))
-    gy = torch.randn(blocks, g.filters, rows, columns, lanes, generator=torch.Generator().manual_seed(1))
-    calls: dict[int, Callable[[], object]] = {}
+    calls: dict[int, Callable[[], object]] = {0: _dense_call(g)}
     texts: list[str] = []
     for count, mask in g.masks().items():
         structure = Structure.from_mask(mask)
-        plan, tables = prepare(structure, problem, g.groups)
-        values = torch.full((g.filters, count * g.entries), 0.01)
-        text = plan.to_json()
-        texts += launch.compile_plan(text, torch.float32, g.phases)
-        calls[count] = _sparse_call(g, x, gy, values, list(tables.tensors), text)
+        problem = ConvProblem.of_structure(
+            structure,
+            g.image,
+            g.batch,
+            groups=g.groups,
+            stride=g.stride,
+            padding=g.padding,
+            dilation=g.dilation,
+        )
+        impl = next(impl for impl in candidates_for(OPERATOR) if not impl.refusals(problem))
+        kernels = impl.prepare(structure, problem, {})
+        texts += [kernels.sources[phase] for phase in g.phases if phase in kernels.sources]
+        calls[count] = _sparse_call(g, problem, structure, impl, kernels)
     need_all(texts)
-    calls[0] = _dense_call(g, x.shape, gy.shape)
     with torch.no_grad():
         ms = least_ms(calls, ROUNDS, clock=clock_of(_CPU))
     dense = ms.pop(0)
     return SparseTimes.of(ms, dense)
 
 
+def _images(geometry: SparseGeometry, problem: ConvProblem) -> tuple[Tensor, Tensor]:
+    """What a layer reads, and the gradient of its result."""
+    generator = torch.Generator().manual_seed(0)
+    g = geometry
+    x = torch.randn(g.batch, g.channels, *g.image, generator=generator)
+    return x, torch.randn(g.batch, g.filters, *problem.output, generator=generator)
+
+
 def _sparse_call(
-    geometry: SparseGeometry, x: Tensor, gy: Tensor, values: Tensor, tables: list[Tensor], plan: str
+    geometry: SparseGeometry, problem: ConvProblem, structure: Structure, impl: Impl, kernels: Kernels
 ) -> Callable[[], object]:
+    step = geometry.timed == "step"
+    x, gy = _images(geometry, problem)
+    if impl.layout in LAYOUTS:
+        enter = LAYOUTS[impl.layout].enter(x.dtype)
+        x, gy = enter(x), enter(gy)
+    values = torch.full(structure.values_shape, 0.01).requires_grad_(step)
+    x.requires_grad_(step)
+
     def call() -> None:
-        launch.forward(x, values, None, tables, plan)
-        if geometry.timed == "step":
-            launch.dgrad(gy, values, tables, plan)
-            launch.wgrad(x, gy, list(values.shape), tables, plan)
+        with torch.set_grad_enabled(step):
+            y = kernels.convolve(x, values, None, *kernels.arguments)
+            if step:
+                torch.autograd.grad(y, (x, values), gy)
 
     return call
 
 
-def _dense_call(geometry: SparseGeometry, blocks: torch.Size, out: torch.Size) -> Callable[[], object]:
+def _dense_call(geometry: SparseGeometry) -> Callable[[], object]:
     g, step = geometry, geometry.timed == "step"
-    generator = torch.Generator().manual_seed(0)
-    x = torch.randn(g.batch, *blocks[1:-1], generator=generator).requires_grad_(step)
-    weight = torch.randn(g.filters, g.kernels, *g.kernel, generator=generator).requires_grad_(step)
-    gy = torch.randn(g.batch, *out[1:-1], generator=generator)
+    problem = ConvProblem(
+        g.batch, g.channels, g.filters, g.kernel, g.image, g.stride, g.padding, g.dilation, g.groups
+    )
+    x, gy = _images(g, problem)
+    x.requires_grad_(step)
+    weight = torch.randn(g.filters, g.kernels, *g.kernel).requires_grad_(step)
 
     def call() -> None:
         with torch.set_grad_enabled(step):

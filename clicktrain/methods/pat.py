@@ -35,6 +35,7 @@ from clicktrain.methods.channels.stepwise import StepwiseRemoval, StepwiseState
 from clicktrain.methods.outcome import Reached, Target
 from clicktrain.methods.saved_state import restored_state, saved_state
 from clicktrain.methods.triggers import Policy, StartRule, StructureWatch, default_window
+from clicktrain.settings import part_of
 from clicktrain.sparsity.importance import reads_gradient
 from clicktrain.sparsity.registry import choice_name
 from clicktrain.sparsity.stability import GRADIENT_THRESHOLD, MAGNITUDE_THRESHOLD
@@ -148,7 +149,7 @@ class PaT(Method[PaTState]):
     @property
     def budget(self) -> ChannelBudget:
         """How many neurons are removed."""
-        return ChannelBudget.of(self)
+        return part_of(ChannelBudget, self)
 
     @property
     def removal(self) -> StepwiseRemoval:

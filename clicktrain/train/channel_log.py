@@ -48,7 +48,7 @@ class _ChannelLog:
     def write(self, end: EpochEnd) -> None:
         """Write the line of an epoch; none where no channel is penalized."""
         pruner, state = self.run.prepared.pruner, self.run.state
-        axes = {name: own for name, own in pruner.penalised_channels.items() if name in self.numbers}
+        axes = {name: own for name, own in pruner.penalized_channels.items() if name in self.numbers}
         if not axes:
             return
         numbers: dict[str, dict[str, list[int]]] = {side: {} for side in SIDES}

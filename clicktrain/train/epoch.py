@@ -148,7 +148,7 @@ def _interrupted(run: TrainingRun, stop: StopRequest) -> TrainingInterrupted:
     path = run.save()
     assert stop.signum is not None
     state, batches = run.state, len(run.prepared.train_loader)
-    command = resume_command(run.folder, run.prepared.config, run.prepared.pruner.method)
+    command = resume_command(run.folder, run.prepared.config, run.prepared.method)
     return TrainingInterrupted(
         stop.signum,
         f"stopped in epoch {state.epoch + 1} after batch {state.batch} of {batches}; "

@@ -93,12 +93,12 @@ def test_importance_per_millisecond_by_hand() -> None:
     saved = latency.saved_by_a_neuron(kept)
     mean = sum(saved.values()) / len(saved)
     scores = {name: torch.ones(size) for name, size in kept.items()}
-    ranked = latency.penalised(scores, kept, 1.0)
+    ranked = latency.penalized(scores, kept, 1.0)
     for name, score in ranked.items():
         assert score[0] == pytest.approx(1 / (0.05 + saved[name] / mean))
     expensive = max(saved, key=lambda name: saved[name])
     assert all(ranked[expensive][0] <= score[0] for score in ranked.values())
-    assert all(torch.equal(latency.penalised(scores, kept, 0.0)[n], scores[n]) for n in scores)
+    assert all(torch.equal(latency.penalized(scores, kept, 0.0)[n], scores[n]) for n in scores)
 
 
 @given(aim=st.floats(0, 25), sizes=st.lists(st.integers(1, 6), min_size=1, max_size=4))

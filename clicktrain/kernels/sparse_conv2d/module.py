@@ -15,7 +15,7 @@ from torch import Tensor, nn
 from torch.nn.modules.conv import _ConvTransposeNd
 
 from clicktrain.formats.packed import Structure
-from clicktrain.kernels.sparse_conv2d.api import Padding, Pair, implementation, padding_pair, pair
+from clicktrain.kernels.sparse_conv2d.api import Padding, Pair, padding_pair, pair
 from clicktrain.kernels.sparse_conv2d.packed_layer import PackedLayer
 
 __all__ = ["PackedConv1d", "PackedConv2d", "PackedConv3d", "PackedConvTranspose2d", "PackedLinear"]
@@ -25,6 +25,7 @@ class PackedConv2d(PackedLayer):
     """A packed ``nn.Conv2d``: [N, in_channels, H, W] -> [N, F, H', W']."""
 
     dense = nn.Conv2d
+    runs_as_conv2d = True
     settings = ("stride", "padding", "dilation", "groups")
     transposed = False
     output_padding = (0, 0)
@@ -59,9 +60,6 @@ class PackedConv2d(PackedLayer):
     def _sizes(self) -> tuple[Any, ...]:
         return self.in_channels, self.out_channels, tuple(self.kernel_size)
 
-    def _choose(self, impl: str) -> None:
-        self._run = implementation(impl)
-
     def _compute(self, x: Tensor) -> Tensor:
         return self._run(
             x, self.values, self.structure, self.bias, self.stride, self.padding, self.dilation, self.groups
@@ -72,6 +70,7 @@ class PackedLinear(PackedLayer):
     """A packed ``nn.Linear``: [..., I] -> [..., O]."""
 
     dense = nn.Linear
+    runs_as_conv2d = True
 
     def __init__(
         self,
@@ -87,9 +86,6 @@ class PackedLinear(PackedLayer):
 
     def _sizes(self) -> tuple[Any, ...]:
         return self.in_features, self.out_features
-
-    def _choose(self, impl: str) -> None:
-        self._run = implementation(impl)
 
     def _compute(self, x: Tensor) -> Tensor:
         if self.impl == "reference":
@@ -143,10 +139,8 @@ class PackedConv1d(_PackedConvNd):
     """A packed ``nn.Conv1d``: [N, in_channels, L] -> [N, F, L']."""
 
     dense = nn.Conv1d
+    runs_as_conv2d = True
     function = F.conv1d
-
-    def _choose(self, impl: str) -> None:
-        self._run = implementation(impl)
 
     def _compute(self, x: Tensor) -> Tensor:
         if self.impl == "reference":

@@ -16,6 +16,7 @@ from clicktrain.formats.packed import Structure, pack_values, unpack_values
 from clicktrain.graph.adapters import nearest_adapter
 from clicktrain.graph.exchange import exchanged
 from clicktrain.kernels.native.failure import KernelError
+from clicktrain.kernels.sparse_conv2d.api import implementation
 from clicktrain.kernels.sparse_conv2d.dense_view import READ_ONLY, DenseView
 
 _HOOKS = (
@@ -41,7 +42,7 @@ class PackedLayer(nn.Module):
     Its ``state_dict`` holds ``values``, ``bias`` if there is one, and ``keep_bits`` (one bit a weight), so
     that what is loaded always brings its own positions with it. A subclass names the class of the ``dense``
     layer, which registers it, and the ``settings`` that both have as attributes and constructor arguments; it
-    says how to ``_compute``.
+    says how to ``_compute``, and whether the implementations of `sparse_conv2d` can (``runs_as_conv2d``).
 
     Attributes:
         values: parameter, shape ``structure.values_shape``.
@@ -52,6 +53,7 @@ class PackedLayer(nn.Module):
 
     dense: ClassVar[type[nn.Module]]
     settings: ClassVar[tuple[str, ...]] = ()
+    runs_as_conv2d: ClassVar[bool] = False
     impl: str
     values: nn.Parameter
     bias: nn.Parameter | None
@@ -162,12 +164,11 @@ class PackedLayer(nn.Module):
         Raises:
             ValueError: there is no such implementation.
         """
-        self._choose(impl)
-        self.impl, self._otherwise = impl, otherwise
-
-    def _choose(self, impl: str) -> None:
-        if impl != "reference":
+        if self.runs_as_conv2d:
+            self._run = implementation(impl).run
+        elif impl != "reference":
             raise ValueError(f"a {type(self).__name__} has no implementation {impl!r}, only 'reference'")
+        self.impl, self._otherwise = impl, otherwise
 
     def forward(self, x: Tensor) -> Tensor:
         """What the dense layer with zeros in place computes."""

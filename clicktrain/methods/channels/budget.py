@@ -3,8 +3,7 @@
 from __future__ import annotations
 
 import math
-from dataclasses import dataclass, fields
-from typing import Any
+from dataclasses import dataclass
 
 from clicktrain.errors import UserError
 from clicktrain.methods.outcome import NOTED, Reached, Target, latency_target
@@ -25,11 +24,6 @@ class ChannelBudget:
     latency_penalty: float | None = None
     min_channels: int = 1
     round_to: int = 1
-
-    @classmethod
-    def of(cls, settings: Any) -> ChannelBudget:
-        """The budget of a method that has settings of these names."""
-        return cls(**{own.name: getattr(settings, own.name) for own in fields(cls)})
 
     def __post_init__(self) -> None:
         if not 0 < self.prune_ratio < 1:

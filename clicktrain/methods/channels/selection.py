@@ -299,7 +299,7 @@ class ChannelSelection:
         result = {name: score.detach().double().cpu() for name, score in scores.items()}
         if self.latency is not None:
             counts = self.sizes if kept is None else widths(kept)
-            result = self.latency.penalised(result, counts, self.budget.penalty)
+            result = self.latency.penalized(result, counts, self.budget.penalty)
         if kept is not None:
             result = {name: score.masked_fill(~kept[name], -1.0) for name, score in result.items()}
         return result

@@ -12,7 +12,7 @@ from clicktrain.latency.network_times import Timed
 from clicktrain.latency.sparse_latency import LatencyAim
 from clicktrain.methods.base import RunLength
 from clicktrain.methods.masks.kernel_watch import default_threshold
-from clicktrain.methods.patterns.axes import PENALTIES, AllocationChoice, PenaltyChoice
+from clicktrain.methods.patterns.axes import AllocationChoice, PenaltyChoice
 from clicktrain.methods.patterns.selection import PatternLayer
 from clicktrain.methods.triggers import default_window
 from clicktrain.settings import check_choices
@@ -234,7 +234,7 @@ class PatternSettings:
         shares = {
             "pool": self.pool_length if self.pool == "dynamic" else None,
             "finalize": self.finalize_length,
-            "regularize": self.regularize_length if PENALTIES[self.penalty or "none"].acts else None,
+            "regularize": self.regularize_length if self.penalty != "none" else None,
         }
         lengths = {stage: max(1, round(share * total)) if share else 0 for stage, share in shares.items()}
         lengths["finalize"] = max(1, lengths["finalize"])

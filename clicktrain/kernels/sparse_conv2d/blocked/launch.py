@@ -13,15 +13,13 @@ from clicktrain.errors import UserError
 from clicktrain.kernels.blocked_library import check_dtype
 from clicktrain.kernels.native import compute_type, load, needed_toolchain
 from clicktrain.kernels.native.library import call
+from clicktrain.kernels.native.memory import STREAM_BYTES
 from clicktrain.kernels.sparse_conv2d.blocked.codegen import scratch_vectors, source
 from clicktrain.kernels.sparse_conv2d.blocked.layout import ALIGNMENT, vectors
 from clicktrain.kernels.sparse_conv2d.blocked.prepared import ConvPlan
 from clicktrain.kernels.sparse_conv2d.blocked.problem import PHASES, ConvProblem, Phase, Tiling
 from clicktrain.kernels.sparse_conv2d.blocked.shared import statistics
 from clicktrain.kernels.sparse_conv2d.blocked.shared.schedule import ordered_vectors
-
-STREAM_BYTES = 8 << 20
-"""Results of this size are written around the caches: the next reader would not find them there anyway."""
 
 
 def compile_plan(

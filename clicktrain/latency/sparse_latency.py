@@ -243,7 +243,11 @@ def _geometries(
     geometries: dict[str, list[SparseGeometry]] = {}
     for one in budgets:
         conv = model.get_submodule(one.name)
-        assert isinstance(conv, nn.Conv2d)
+        if not isinstance(conv, nn.Conv2d):
+            raise UserError(
+                f"times of pruned layers are known for 2-D convolutions only: exclude {one.name} "
+                f"({type(conv).__name__}), or ask for a compression"
+            )
         geometries[one.name] = [
             SparseGeometry.of(
                 conv,

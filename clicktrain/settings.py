@@ -4,19 +4,102 @@ from __future__ import annotations
 
 import dataclasses
 import difflib
+import functools
 import math
 import types
 from collections.abc import Iterable, Mapping
-from typing import Any, Literal, TypeVar, Union, get_args, get_origin, get_type_hints
+from typing import (
+    Annotated,
+    Any,
+    Literal,
+    Protocol,
+    TypeVar,
+    Union,
+    get_args,
+    get_origin,
+    get_type_hints,
+    runtime_checkable,
+)
 
 from clicktrain.errors import UserError, shortened, shown
 
 T = TypeVar("T")
 
 
+@runtime_checkable
+class Choices(Protocol):
+    """What a setting that is a choice is annotated with, as `clicktrain.sparsity.registry.Registry`."""
+
+    def __iter__(self) -> Any:
+        """The keys."""
+
+    def check(self, setting: str, value: object) -> Any:
+        """A valid value, or a UserError with the choices in it."""
+
+
 def field_names(cls: type) -> tuple[str, ...]:
     """Names of the fields of a dataclass that its constructor takes."""
     return tuple(f.name for f in dataclasses.fields(cls) if f.init)
+
+
+def type_hints(cls: Any) -> dict[str, Any]:
+    """The types of a dataclass's fields, with the registries that they are annotated with."""
+    return _cached_hints(cls)
+
+
+@functools.cache
+def _cached_hints(cls: Any) -> dict[str, Any]:
+    return get_type_hints(cls, include_extras=True)
+
+
+def choices_in(hint: Any) -> Choices | None:
+    """The registry that a type is annotated with, alone or as one of several (``... | None``)."""
+    origin, args = get_origin(hint), get_args(hint)
+    if origin is Annotated:
+        return next((extra for extra in args[1:] if isinstance(extra, Choices)), None)
+    if origin in (Union, types.UnionType):
+        return next((found for arg in args if (found := choices_in(arg)) is not None), None)
+    return None
+
+
+def choice_fields(cls: type) -> dict[str, Choices]:
+    """The settings of a dataclass that are choices of a registry."""
+    found = {name: choices_in(type_hints(cls)[name]) for name in field_names(cls)}
+    return {name: choices for name, choices in found.items() if choices is not None}
+
+
+def part_of(kind: type[T], settings: Any) -> T:
+    """A part of a method: a dataclass, from the settings that have the names of its fields."""
+    return kind(**{name: getattr(settings, name) for name in field_names(kind)})
+
+
+def check_choices(settings: Any) -> None:
+    """Check every setting of a frozen dataclass that is one of some words or a choice of a registry.
+
+    Lists, as they come from YAML, become tuples, so that settings can be compared and hashed.
+
+    Raises:
+        UserError: another value; names those that there are.
+    """
+    for name in field_names(type(settings)):
+        hint, value = type_hints(type(settings))[name], getattr(settings, name)
+        if value is None and type(None) in get_args(hint):
+            continue
+        if get_origin(hint) is tuple:
+            object.__setattr__(settings, name, (value,) if isinstance(value, str) else tuple(value))
+        if (choices := choices_in(hint)) is not None:
+            object.__setattr__(settings, name, choices.check(name, value))
+        elif (words := _words_in(hint)) and value not in words:
+            raise UserError(f"{name} must be one of {', '.join(words)}, not {shown(value)}")
+
+
+def _words_in(hint: Any) -> tuple[str, ...]:
+    """What a Literal, alone or beside None, allows; nothing for other types."""
+    if get_origin(hint) is Literal:
+        return get_args(hint)
+    parts = [arg for arg in get_args(hint) if arg is not type(None)]
+    union = get_origin(hint) in (Union, types.UnionType)
+    return get_args(parts[0]) if union and len(parts) == 1 and get_origin(parts[0]) is Literal else ()
 
 
 def unknown_field(name: str, valid: Iterable[str]) -> UserError:
@@ -35,7 +118,7 @@ def build(cls: type[T], settings: Mapping[str, Any]) -> T:
     Raises:
         UserError: unknown field (names the nearest), or a value of another type (names field and type).
     """
-    hints = get_type_hints(cls)
+    hints = type_hints(cls)
     valid = field_names(cls)
     for name in settings:
         if name not in valid:
@@ -46,6 +129,8 @@ def build(cls: type[T], settings: Mapping[str, Any]) -> T:
 def convert(name: str, value: Any, hint: Any) -> Any:
     """``value`` as the type ``hint`` wants it; UserError that names the field when it does not fit."""
     origin, args = get_origin(hint), get_args(hint)
+    if (choices := choices_in(hint)) is not None:
+        return None if value is None and type(None) in args else choices.check(name, value)
     if origin in (Union, types.UnionType):
         return _convert_union(name, value, args)
     if origin is Literal:
@@ -113,13 +198,24 @@ def _convert_float(name: str, value: Any) -> float:
 
 
 def to_plain(settings: Any) -> dict[str, Any]:
-    """The fields of a frozen dataclass as YAML knows them (tuples become lists)."""
-    return {name: _plain(getattr(settings, name)) for name in field_names(type(settings))}
+    """The fields of a frozen dataclass as YAML knows them (tuples become lists).
+
+    Raises:
+        UserError: a setting holds a function without a name under which it could be found again.
+    """
+    return {name: _plain(name, getattr(settings, name)) for name in field_names(type(settings))}
 
 
-def _plain(value: Any) -> Any:
+def _plain(name: str, value: Any) -> Any:
+    if callable(value):
+        raise UserError(
+            f"{name} is {getattr(value, '__qualname__', type(value).__name__)}, which no file can name: "
+            "define it at the top of a module, or register it under a key"
+        )
+    if isinstance(value, str):
+        return str(value)
     if isinstance(value, tuple | list):
-        return [_plain(item) for item in value]
+        return [_plain(name, item) for item in value]
     if isinstance(value, Mapping):
-        return {key: _plain(item) for key, item in value.items()}
+        return {key: _plain(name, item) for key, item in value.items()}
     return value

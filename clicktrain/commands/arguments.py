@@ -8,14 +8,14 @@ import sys
 import types
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import MISSING, dataclass, field, fields, is_dataclass
-from typing import Any, Union, get_args, get_origin, get_type_hints
+from typing import Annotated, Any, Union, get_args, get_origin
 
 from docstring_parser import parse_from_object
 from jsonargparse import ArgumentParser
 
 from clicktrain.errors import UserError
 from clicktrain.files import parse_yaml
-from clicktrain.settings import convert
+from clicktrain.settings import choices_in, convert, type_hints
 
 
 class HelpPrinted(Exception):  # noqa: N818 - not an error: help was asked for and shown
@@ -167,7 +167,7 @@ class Command:
                 group.add_argument(
                     *names,
                     dest=option.name,
-                    type=option.hint,
+                    type=str if choices_in(option.hint) is not None else option.hint,
                     default=option.default,
                     help=option.help,
                     **metavar,
@@ -180,7 +180,7 @@ class Command:
 
 def options_of(cls: type) -> list[Option]:
     """A flag for every field of a dataclass, with the field's type, default and docstring."""
-    hints = get_type_hints(cls)
+    hints = type_hints(cls)
     texts: dict[str, str] = {}
     for base in filter(is_dataclass, reversed(cls.__mro__)):
         for found in parse_from_object(base).params:
@@ -199,6 +199,8 @@ def options_of(cls: type) -> list[Option]:
 
 def _metavar(hint: Any) -> str | None:
     """How values are shown in help; None leaves it to jsonargparse, which lists the choices of a Literal."""
+    if (choices := choices_in(hint)) is not None:
+        return f"{{{','.join(choices)}}}"
     kinds = _kinds(hint)
     if tuple in kinds:
         return "NAME [NAME ...]" if _holds_text(hint) else "X [X ...]"
@@ -211,7 +213,9 @@ def _metavar(hint: Any) -> str | None:
 
 
 def _kinds(hint: Any) -> set[Any]:
-    """The bare types that a value may have."""
+    """The bare types that a value of a flag may have; a choice of a registry is text."""
+    if get_origin(hint) is Annotated:
+        return {str} if choices_in(hint) is not None else _kinds(get_args(hint)[0])
     if get_origin(hint) in (Union, types.UnionType):
         return {kind for arg in get_args(hint) for kind in _kinds(arg)}
     return {get_origin(hint) or hint}

@@ -12,9 +12,10 @@ from clicktrain.commands.arguments import Command, Option, options_of
 from clicktrain.commands.running import carry_out
 from clicktrain.errors import UserError
 from clicktrain.methods import METHODS
+from clicktrain.own_code import is_own
 from clicktrain.settings import field_names, to_plain
 from clicktrain.train import RunConfig, RunFolder, from_dict, load_config
-from clicktrain.train.config import read_settings
+from clicktrain.train.config import code_settings, read_settings
 
 _OUTPUT = (
     Option("config", str | None, "YAML file with settings; flags given beside it win.", metavar="FILE"),
@@ -38,7 +39,7 @@ _EXAMPLES = (
 def run(argv: Sequence[str]) -> int:
     """Run the command; the exit code."""
     recipe = _peek(argv, "config")
-    settings = {} if recipe is None else read_recipe(recipe, _peek(argv, "model"))
+    settings = {} if recipe is None else read_recipe(recipe, argv)
     name = _peek(argv, "method") or settings.get("method", RunConfig.method)
     given = _command(name).parse(argv)
     own = {option.name: given.pop(option.name, option.default) for option in _OUTPUT}
@@ -48,7 +49,8 @@ def run(argv: Sequence[str]) -> int:
         from clicktrain.commands.dry_run import dry_run
 
         return dry_run(config, method)
-    folder = RunFolder(Path(own["out"])) if own["out"] is not None else RunFolder.default(config)
+    out = own["out"]
+    folder = RunFolder.default(config.model, config.method) if out is None else RunFolder(Path(out))
     notes = (
         []
         if not ignored
@@ -88,13 +90,16 @@ def merge(recipe: dict[str, Any], flags: dict[str, Any]) -> tuple[dict[str, Any]
     return {**kept, **flags}, sorted(ignored)
 
 
-def read_recipe(path: str, model: str | None = None) -> dict[str, Any]:
+def read_recipe(path: str, argv: Sequence[str]) -> dict[str, Any]:
     """The settings in a YAML file, as they stand there; UserError unless they are a valid recipe.
 
-    ``model``: what the flags give, see `load_config`.
+    Code of the user's own that the file names has to be named in ``argv`` too, see `load_config`.
     """
-    load_config(path, model)
-    return read_settings(path)
+    values = read_settings(path)
+    given = {name: _peek(argv, name) for name in code_settings(values) if is_own(values.get(name))}
+    own = {name: value for name, value in given.items() if value is not None}
+    load_config(path, own.pop("model", None), own)
+    return values
 
 
 def _command(method: str) -> Command:
@@ -133,8 +138,8 @@ def _peek(argv: Sequence[str], name: str) -> str | None:
     """The last value of a text flag, before the flags can be parsed: which there are depends on it."""
     found = None
     for token, following in itertools.zip_longest(argv, argv[1:]):
-        if token == f"--{name}":
+        if token == (flag := f"--{name.replace('_', '-')}"):
             found = following
-        elif token.startswith(f"--{name}="):
+        elif token.startswith(f"{flag}="):
             found = token.partition("=")[2]
     return found

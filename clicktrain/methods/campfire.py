@@ -15,7 +15,7 @@ from __future__ import annotations
 import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
-from typing import Any, ClassVar, Literal, get_args
+from typing import Any, ClassVar, Literal
 
 from torch import Tensor, nn
 
@@ -43,12 +43,12 @@ from clicktrain.methods.base import (
 from clicktrain.methods.masks.kernel_watch import KernelWatch, default_threshold
 from clicktrain.methods.masks.threshold import Granularity, Linear, MaskRule
 from clicktrain.methods.outcome import Reached, Target, planned_far_off, sparsity_target
-from clicktrain.methods.settings import check_choices, keep_as_tuples
 from clicktrain.methods.triggers import default_window
 from clicktrain.sparsity.fully_connected import MAX_BLOCK
 from clicktrain.sparsity.granularity import Within
-from clicktrain.sparsity.importance import CRITERIA, magnitude_importance
+from clicktrain.sparsity.importance import CRITERIA, CriterionChoice, magnitude_importance, reads_gradient
 from clicktrain.sparsity.masks import KeptWeights, conv_masks, energy_outside, kept_weights, sparsity_of
+from clicktrain.sparsity.registry import choice_name
 from clicktrain.sparsity.schedules import Era, campfire_threshold
 
 PRESETS: dict[str, tuple[float, float]] = {
@@ -81,6 +81,7 @@ class Campfire(Method[CampfireState]):
     """Structured masks by magnitude, fixed early, without regularisation (Campfire, 2020)."""
 
     name: ClassVar[str] = "campfire"
+    title: ClassVar[str] = "Campfire"
 
     preset: Literal["default", "from-scratch", "after-training"] = "default"
     """Where the era lies if it is not given: 30% to 50% of the run, its first 30%, or, on weights that are
@@ -109,7 +110,7 @@ class Campfire(Method[CampfireState]):
     """The threshold rises from epoch to epoch (the paper's), or from step to step."""
     regrow: bool = True
     """Inside the era pruned weights may come back (Algorithm 2); otherwise once zero is always zero."""
-    criterion: Literal["taylor", "magnitude", "mixed"] = "magnitude"
+    criterion: CriterionChoice = "magnitude"
     """Importance of a weight: (g*w)^2, w^2 (the paper's), or |g|*w^2."""
     gradient_memory: float = 0.9
     """Share of the old mean that each step keeps in the running mean of squared gradients."""
@@ -134,10 +135,7 @@ class Campfire(Method[CampfireState]):
 
     def __post_init__(self) -> None:
         """Check every setting."""
-        keep_as_tuples(self, "exclude", "include")
-        check_choices(self, _CHOICES)
-        if self.preset not in PRESETS:
-            raise UserError(f"preset must be one of {', '.join(PRESETS)}, not {self.preset!r}")
+        super().__post_init__()
         if not 0 < self.sparsity < 1:
             raise UserError(f"sparsity must be between 0 and 1 (0.6 keeps 40%), not {self.sparsity}")
         if not 0 <= self.initial_sparsity <= self.sparsity:
@@ -236,9 +234,10 @@ class Campfire(Method[CampfireState]):
     def _scores(self, state: CampfireState, layer: ConvLayer | LinearLayer) -> Tensor:
         weight = layer.weight.detach().float()
         squares = state.squares.get(layer.name)
-        if squares is None:  # magnitudes, also for a layer that has had no gradient yet
-            return magnitude_importance(weight, weight)
-        return CRITERIA[self.criterion](weight, squares.sqrt())
+        criterion = CRITERIA.resolve(self.criterion)
+        if squares is None:  # magnitudes for a layer that has had no gradient yet
+            return (magnitude_importance if reads_gradient(criterion) else criterion)(weight, weight)
+        return criterion(weight, squares.sqrt())
 
     def _evaluate(
         self, state: CampfireState, prunable: PrunableLayers, threshold: float
@@ -279,7 +278,7 @@ class Campfire(Method[CampfireState]):
         before = step.seen + state.shift < first
         if before and self.trigger == "epi":
             state.kernels.see(prunable.convs, self.criterion, step)
-        if self.criterion == "magnitude" or before:
+        if before or not reads_gradient(CRITERIA.resolve(self.criterion)):
             return
         for layer in prunable.layers:
             grad = step.gradient(layer.weight)
@@ -420,7 +419,7 @@ class Campfire(Method[CampfireState]):
             ("stage 1 dense", f"until epoch {era.first_epoch:g}{early}"),
             (
                 "stage 2 era",
-                f"{until}, {rise}, {self.granularity} by {self.criterion}, {back}",
+                f"{until}, {rise}, {self.granularity} by {choice_name(self.criterion)}, {back}",
             ),
             ("stage 3 fixed", "to the end, positions fixed"),
         )
@@ -457,13 +456,3 @@ class Campfire(Method[CampfireState]):
             device = prunable.layers[0].weight.device
             state.kernels = KernelWatch.from_state(saved["kernels"], lambda t: t.to(device, copy=True))
         return state
-
-
-_CHOICES: dict[str, tuple[str, ...]] = {
-    "granularity": get_args(Granularity),
-    "criterion": tuple(CRITERIA),
-    "rise": ("epoch", "step"),
-    "trigger": ("own", "epi"),
-    "within": get_args(Within),
-    "linear": get_args(Linear),
-}

@@ -4,7 +4,7 @@ from clicktrain.models.layers import Stem, scaled_channels
 from clicktrain.models.mobilenet import MobileNetV1
 from clicktrain.models.registry import create_model, list_models, min_image_size
 from clicktrain.models.resnet import ResNet, resnet
-from clicktrain.models.user_factory import call_factory, is_own, require_named
+from clicktrain.models.user_factory import call_factory
 from clicktrain.models.vgg import VGG, vgg
 
 __all__ = [
@@ -14,10 +14,8 @@ __all__ = [
     "Stem",
     "call_factory",
     "create_model",
-    "is_own",
     "list_models",
     "min_image_size",
-    "require_named",
     "resnet",
     "scaled_channels",
     "vgg",

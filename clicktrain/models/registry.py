@@ -13,8 +13,9 @@ from clicktrain.limits import check_memory
 from clicktrain.models.layers import Stem
 from clicktrain.models.mobilenet import MobileNetV1
 from clicktrain.models.resnet import RESNETS, resnet
-from clicktrain.models.user_factory import HOW_TO_NAME, create_user_model, is_own
+from clicktrain.models.user_factory import HOW_TO_NAME, create_user_model
 from clicktrain.models.vgg import VGGS, vgg
+from clicktrain.own_code import is_own
 
 MOBILENET = "mobilenet_v1"
 _BYTES_PER_PARAMETER = 12  # float32 weight, gradient and momentum

@@ -1,19 +1,10 @@
-"""A user's own network, named as ``package.module:factory``.
-
-Importing a module runs it, so a name is imported only where the user gives it in the call at hand: never
-because a file names it (`require_named`).
-"""
+"""A user's own network, built by the factory that ``package.module:factory`` names."""
 
 from __future__ import annotations
 
-import contextlib
-import importlib
 import inspect
-import os
 import re
-import sys
-import traceback
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from types import ModuleType
 from typing import Any
 
@@ -21,30 +12,10 @@ import torch
 from torch import nn
 
 from clicktrain.errors import UserError, shortened
+from clicktrain.own_code import attribute_of, current_directory_importable, import_user_module, place_of
 
 HOW_TO_NAME = "a model of your own is named as package.module:factory"
 _REFUSED = re.compile(r"got an unexpected keyword argument '(\w+)'")
-
-
-def is_own(name: object) -> bool:
-    """Whether a name is that of a user's own network, which is imported, rather than of the zoo."""
-    return isinstance(name, str) and ":" in name
-
-
-def require_named(name: object, source: object, given: str | None) -> None:
-    """Raise a `UserError` where a file names a network of somebody's own and the user did not.
-
-    Args:
-        name: what the file names.
-        source: the file, for the message.
-        given: what the user named in this call, or None.
-    """
-    if is_own(name) and given is None:
-        short = shortened(str(name), 120)
-        raise UserError(
-            f"{source} names the model {short!r}, whose code would run: if you trust it, name it yourself "
-            f"with --model {short} (in Python, model={short!r})"
-        )
 
 
 def create_user_model(name: str, *, num_classes: int, in_channels: int, width: float) -> nn.Module:
@@ -64,7 +35,7 @@ def create_user_model(name: str, *, num_classes: int, in_channels: int, width: f
             "mynets.small:build"
         )
     with current_directory_importable():
-        factory = find_factory(name, import_user_module(module_name), factory_name)
+        factory = find_factory(name, import_user_module(module_name, HOW_TO_NAME), factory_name)
         return call_factory(name, factory, num_classes=num_classes, in_channels=in_channels, width=width)
 
 
@@ -115,45 +86,10 @@ def _failed(name: str, error: BaseException) -> UserError:
     return UserError(f"building model {name!r} failed with {type(error).__name__}: {reason}{place_of(error)}")
 
 
-@contextlib.contextmanager
-def current_directory_importable() -> Iterator[None]:
-    """Have the current directory at the front of ``sys.path`` inside the block."""
-    directory = os.getcwd()
-    sys.path.insert(0, directory)
-    importlib.invalidate_caches()  # the file may be younger than the last look into its directory
-    try:
-        yield
-    finally:
-        with contextlib.suppress(ValueError):  # the user's code may have changed the list itself
-            sys.path.remove(directory)
-
-
-def import_user_module(module_name: str) -> ModuleType:
-    """The module, or a UserError that tells a missing module from one that fails while it is imported."""
-    try:
-        return importlib.import_module(module_name)
-    except (Exception, SystemExit) as error:
-        missing = error.name if isinstance(error, ModuleNotFoundError) else None
-        if missing is not None and (module_name == missing or module_name.startswith(missing + ".")):
-            raise UserError(
-                f"there is no module {shortened(missing, 80)!r} (looked for {shortened(module_name, 80)!r} "
-                f"in the current directory {os.getcwd()} and in the installed packages): {HOW_TO_NAME}"
-            ) from error
-        raise UserError(
-            f"importing {module_name!r} failed with {type(error).__name__}: {shortened(str(error), 160)}"
-            f"{place_of(error)}"
-        ) from error
-
-
 def find_factory(name: str, module: ModuleType, factory_name: str) -> Callable[..., object]:
     """The callable of that name in the module."""
     try:
-        factory: object = getattr(module, factory_name)
-    except AttributeError:
-        place = getattr(module, "__file__", None) or "a namespace package"
-        raise UserError(
-            f"module {module.__name__!r} ({place}) has no {shortened(factory_name, 80)!r}: {HOW_TO_NAME}"
-        ) from None
+        factory = attribute_of(module, factory_name, HOW_TO_NAME)
     except Exception as error:  # a module may answer for names that it does not have
         raise _failed(name, error) from error
     if isinstance(factory, nn.Module):
@@ -207,11 +143,3 @@ def _check_width(name: str, accepted: dict[str, int | float], width: float) -> N
 def describe(value: object) -> str:
     """What a wrong value is, in words."""
     return "None" if value is None else f"of type {type(value).__name__}"
-
-
-def place_of(error: BaseException) -> str:
-    """``" (file, line n)"`` of the statement that raised; nothing where the message names it already."""
-    frames = traceback.extract_tb(error.__traceback__)
-    if isinstance(error, SyntaxError) or not frames:
-        return ""
-    return f" ({frames[-1].filename}, line {frames[-1].lineno})"

@@ -4,11 +4,9 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 
-from clicktrain.report import wording
-from clicktrain.report.charts import Bars, Series, bar_chart, line_chart
-from clicktrain.report.comparison import sparsity_steps
-from clicktrain.report.figure import Figure, Key
-from clicktrain.report.robustness import robustness_figures
+from clicktrain import wording
+from clicktrain.report.charts import Bars, Figure, Key, Series, bar_chart, line_chart
+from clicktrain.report.comparison import robustness_figures, sparsity_steps
 from clicktrain.report.run_data import Run, number
 from clicktrain.report.stages import StageBand, stage_bands
 
@@ -113,7 +111,7 @@ def _sparsity(run: Run, bands: Sequence[StageBand]) -> Figure | None:
     when = "at the end" if run.finished else "now"
     caption = f"{wording.fixed(points[-1][1])}% of the convolution weights are zero {when}"
     if run.hard_prune_epoch is not None:
-        caption += f"; positions were fixed in epoch {wording.epoch(run.hard_prune_epoch)}"
+        caption += f"; masks were frozen in epoch {wording.epoch(run.hard_prune_epoch)}"
     lost = number(run.event("hard_prune"), "energy_outside")
     if lost is not None:
         caption += f", when what was cut held {wording.percent(lost, 1)} of the weights’ energy"  # noqa: RUF001

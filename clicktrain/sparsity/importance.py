@@ -1,17 +1,65 @@
 """Importance criteria: how much a weight, a pattern or a kernel matters.
 
-A criterion maps (weight, gradient) to one score per weight, larger = keep. Patterns and kernels are scored
-by summing weights' scores, so every criterion serves every granularity.
+A criterion maps (weight, gradient) to one score per weight, 0 or more, larger = keep. Patterns, kernels and
+channels are scored by summing the scores of their weights, so every criterion serves every granularity.
+A new one is one function::
+
+    @CRITERIA.register("signed")
+    def signed_importance(weight, grad):
+        return (-weight * grad).clamp_min(0)
 """
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Callable
-from typing import TypeAlias
+from typing import Annotated, TypeAlias
 
 from torch import Tensor
 
+from clicktrain.errors import UserError
+from clicktrain.own_code import place_of
+from clicktrain.sparsity.registry import Registry
+
 Criterion: TypeAlias = Callable[[Tensor, Tensor], Tensor]
+"""(weight, gradient), both float32 of the layer's own shape -> scores of that shape. With an attribute
+``reads_gradient = False`` it is called without waiting for gradients."""
+
+
+def reads_gradient(criterion: Callable[..., object]) -> bool:
+    """Whether a criterion needs gradients; True unless it says otherwise."""
+    return bool(getattr(criterion, "reads_gradient", True))
+
+
+def checked_criterion(name: str, criterion: Criterion) -> Criterion:
+    """A user's criterion, with a `UserError` where it fails or returns something else than scores.
+
+    Signs are checked at the first call only: looking at values waits for the device.
+    """
+    signs_checked = False
+
+    @functools.wraps(criterion)
+    def scores(weight: Tensor, grad: Tensor) -> Tensor:
+        nonlocal signs_checked
+        try:
+            found = criterion(weight, grad)
+        except Exception as error:
+            raise UserError(
+                f"criterion {name!r} failed with {type(error).__name__}: {error}{place_of(error)}"
+            ) from error
+        if not isinstance(found, Tensor) or found.shape != weight.shape or not found.is_floating_point():
+            what = f"{found.dtype} {list(found.shape)}" if isinstance(found, Tensor) else type(found).__name__
+            raise UserError(
+                f"criterion {name!r} must return one floating-point score per weight, {list(weight.shape)}, "
+                f"but it returned {what}"
+            )
+        if not signs_checked and bool((found < 0).any()):
+            raise UserError(f"criterion {name!r} gave negative scores: a score is 0 or more, larger = keep")
+        signs_checked = True
+        # In place on what it was given would change the weights themselves.
+        return found.detach().clone() if found is weight or found is grad else found.detach()
+
+    return scores
 
 
 def taylor_importance(weight: Tensor, grad: Tensor) -> Tensor:
@@ -30,6 +78,9 @@ def magnitude_importance(weight: Tensor, grad: Tensor) -> Tensor:
     return weight.square()
 
 
+magnitude_importance.reads_gradient = False  # type: ignore[attr-defined]
+
+
 def mixed_importance(weight: Tensor, grad: Tensor) -> Tensor:
     """``|g| * w^2`` per weight: the geometric mean of the Taylor and the magnitude criterion.
 
@@ -38,11 +89,14 @@ def mixed_importance(weight: Tensor, grad: Tensor) -> Tensor:
     return weight.square().mul_(grad.abs())
 
 
-CRITERIA: dict[str, Criterion] = {
-    "taylor": taylor_importance,
-    "magnitude": magnitude_importance,
-    "mixed": mixed_importance,
-}
+CRITERIA: Registry[Criterion] = Registry(
+    "criterion",
+    {"taylor": taylor_importance, "magnitude": magnitude_importance, "mixed": mixed_importance},
+    group="clicktrain.criteria",
+    guard=checked_criterion,
+)
+CriterionChoice: TypeAlias = Annotated[str | Criterion, CRITERIA]
+"""The type of a setting ``criterion``."""
 
 
 def pattern_scores(importance: Tensor, pool_masks: Tensor) -> Tensor:

@@ -1,21 +1,17 @@
-"""The neurons of a network: which channels can be removed together, and their scores (When to Prune? 3.1)."""
+"""The neurons of a network: output channels, joined with those they can only be removed together with."""
 
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
-from typing import Literal
 
 import torch
 from torch import Tensor, nn
 
 from clicktrain.errors import UserError
 from clicktrain.graph.prunable import matches
-from clicktrain.sparsity.channel_importance import batch_norm_taylor, filter_magnitude, filter_taylor
 from clicktrain.surgery import ChannelGroup, Member, SurgeryPlan
 from clicktrain.surgery.groups import Dependencies
-
-ChannelCriterion = Literal["taylor", "taylor_weights", "magnitude"]
 
 _LAYERS = (nn.Conv1d, nn.Conv2d, nn.Conv3d, nn.Linear)
 _TRANSPOSED = (nn.ConvTranspose1d, nn.ConvTranspose2d, nn.ConvTranspose3d)
@@ -51,14 +47,14 @@ class Rows:
 
 @dataclass(frozen=True, slots=True, eq=False)
 class NeuronGroup:
-    """Neurons of one layer, or of several layers whose filters can only go together.
+    """Neurons of one layer, or of several layers whose filters can only be removed together.
 
     Attributes:
         name: of the group of channels, see `clicktrain.surgery.ChannelGroup`.
         layers: modules whose outputs the neurons are.
         size: number of neurons.
-        filters: their weights.
-        scales, shifts: of batch norms over them.
+        filters: weights of these layers, in their order.
+        scales, shifts: parameters of the batch norms that follow.
     """
 
     name: str
@@ -70,14 +66,16 @@ class NeuronGroup:
 
 
 def neuron_groups(
-    found: Dependencies, exclude: Sequence[str] = (), trained: Callable[[Tensor], bool] = lambda weight: True
+    network: Dependencies,
+    exclude: Sequence[str] = (),
+    trained: Callable[[Tensor], bool] = lambda weight: True,
 ) -> tuple[tuple[NeuronGroup, ...], dict[str, str]]:
     """Groups whose neurons may be pruned, and why the others may not.
 
     Args:
-        found: the dependencies between the channels of a network.
+        network: the dependencies between the channels of a network.
         exclude: module paths (shell-style) whose outputs stay as they are.
-        trained: whether a parameter is; neurons of layers that are not trained stay.
+        trained: whether a parameter is trained; neurons of other layers stay.
 
     Returns:
         The groups in the order of the network; name of a group -> reason.
@@ -85,16 +83,16 @@ def neuron_groups(
     Raises:
         UserError: an entry of ``exclude`` names no layer.
     """
-    modules = dict(found.graph.model.named_modules())
+    modules = dict(network.graph.model.named_modules())
     named = [name for name, module in modules.items() if isinstance(module, (*_LAYERS, *_TRANSPOSED))]
     for glob in exclude:
         if not any(matches(name, [glob]) for name in named):
             raise UserError(f"no layer is called {glob!r}; the layers are {', '.join(named[:8])}")
     groups: list[NeuronGroup] = []
     reasons: dict[str, str] = {}
-    for channels in found.groups:
+    for channels in network.groups:
         group = _group(channels, modules)
-        weights = [found.graph.model.get_parameter(rows.name) for rows in group.filters]
+        weights = [network.graph.model.get_parameter(rows.name) for rows in group.filters]
         if channels.fixed is not None or not group.filters:
             reasons[group.name] = channels.fixed or "no filters make these channels"
         elif any(matches(layer, exclude) for layer in group.layers):
@@ -127,57 +125,27 @@ def _group(channels: ChannelGroup, modules: Mapping[str, nn.Module]) -> NeuronGr
     )
 
 
-def neuron_scores(
-    group: NeuronGroup,
-    criterion: ChannelCriterion,
-    parameters: Mapping[str, Tensor],
-    gradient: Callable[[Tensor], Tensor | None],
-) -> Tensor | None:
-    """Scores of the neurons of a group after one batch, [n], larger = keep.
-
-    Args:
-        group: which.
-        criterion: ``taylor``: of scale and shift where there is a batch norm, else Eq. (3);
-            ``taylor_weights``: Eq. (3); ``magnitude``: Eq. (2).
-        parameters: of the network, by name.
-        gradient: of a parameter, None if it had none in this batch.
-
-    Returns:
-        None if a gradient is missing.
-    """
-
-    def both(parts: Sequence[Rows]) -> tuple[list[Tensor], list[Tensor]] | None:
-        grads = [gradient(parameters[rows.name]) for rows in parts]
-        if any(grad is None for grad in grads):
-            return None
-        values = [rows.take(parameters[rows.name]) for rows in parts]
-        return values, [r.take(g) for r, g in zip(parts, grads, strict=True) if g is not None]
-
-    if criterion == "magnitude":
-        return filter_magnitude([rows.take(parameters[rows.name]) for rows in group.filters])
-    if criterion == "taylor" and group.scales:
-        scales, shifts = both(group.scales), both(group.shifts)
-        return None if scales is None or shifts is None else batch_norm_taylor(*scales, *shifts)
-    weights = both(group.filters)
-    return None if weights is None else filter_taylor(*weights)
-
-
 def widths(masks: Mapping[str, Tensor]) -> dict[str, int]:
     """Kept neurons of each group."""
     return {name: int(mask.sum()) for name, mask in masks.items()}
 
 
+def count_pruned(masks: Mapping[str, Tensor]) -> int:
+    """Pruned neurons of all groups."""
+    return sum(int((~mask).sum()) for mask in masks.values())
+
+
 def shuffled(masks: Mapping[str, Tensor], seed: int) -> dict[str, Tensor]:
-    """Other neurons, the same structure: section 4.5, "performance with similar structures"."""
+    """As many neurons of each group, drawn at random (When to Prune? 4.5, "similar structures")."""
     generator = torch.Generator().manual_seed(seed)
     return {name: mask[torch.randperm(len(mask), generator=generator)] for name, mask in masks.items()}
 
 
 def masks_of_recipe(groups: Sequence[NeuronGroup], plans: Sequence[SurgeryPlan]) -> dict[str, Tensor]:
-    """The neurons that some plans, one after the other, leave of a network of the same class.
+    """The neurons that surgery plans, one after the other, leave of a network of the same class.
 
     Args:
-        groups: of the whole network.
+        groups: neurons of the unpruned network.
         plans: as in a run's ``surgery.json``.
 
     Returns:

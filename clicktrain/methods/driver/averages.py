@@ -1,4 +1,4 @@
-"""Moving averages of a network: copies of it that have to be masked, shrunk and packed as it is."""
+"""Moving averages of a network: copies that are masked, shrunk and packed with it."""
 
 from __future__ import annotations
 
@@ -14,15 +14,14 @@ from torch.optim.swa_utils import AveragedModel
 
 from clicktrain.errors import UserError
 from clicktrain.kernels.pack_model import pack_model_
-from clicktrain.kernels.sparse_conv2d.module import PackedConv2d
-from clicktrain.sparsity.masks import conv_masks
+from clicktrain.kernels.sparse_conv2d import PackedLayer
 from clicktrain.surgery import SurgeryPlan, apply_surgery_
 
 _NOTE = "_clicktrain_copies"
 
 
 class CopyNote:
-    """Left in a network as an attribute while a method is attached: notes the deep copies made of it.
+    """An attribute of a network while a method is attached; notes the deep copies made of the network.
 
     Copies and pickles of the network have None in its place.
     """
@@ -33,7 +32,7 @@ class CopyNote:
         setattr(model, _NOTE, self)
 
     def averages(self, known: Sequence[nn.Module]) -> list[nn.Module]:
-        """The copies that are, by now, the inside of an ``AveragedModel``, without those known already."""
+        """The copies inside an ``AveragedModel`` that are not known yet."""
         ids = {id(module) for module in known}
         copies = [c for reference in self._copies if (c := reference()) is not None and id(c) not in ids]
         if not copies:  # looking through all objects takes a while
@@ -47,7 +46,7 @@ class CopyNote:
         return [copy for copy in copies if id(copy) in held]
 
     def remove(self) -> None:
-        """Take it out of the network again."""
+        """Remove the attribute from the network."""
         model = self._model()
         if model is not None and model.__dict__.get(_NOTE) is self:
             delattr(model, _NOTE)
@@ -62,7 +61,7 @@ class CopyNote:
 
 
 def unwrapped_average(average: object, model: nn.Module) -> nn.Module:
-    """The copy of the network inside an average: ``AveragedModel.module``, or the copy itself.
+    """Unwrap the copy of the network in an average: ``AveragedModel.module``, or the copy itself.
 
     Raises:
         UserError: it is no module, or the network itself.
@@ -90,13 +89,13 @@ def unwrapped_average(average: object, model: nn.Module) -> nn.Module:
 def catch_up_(
     copy: nn.Module, model: nn.Module, plans: Sequence[SurgeryPlan], masks: Mapping[str, Tensor]
 ) -> None:
-    """Do to a copy what has been done to the network since it was made.
+    """Do to a copy what has been done to the network since it was copied.
 
     Args:
         copy: of the network, as it was at some time of the run.
         model: the network as it is now.
         plans: the channels that were removed from it, in order.
-        masks: its frozen masks, by today's names; empty before they are frozen.
+        masks: its frozen masks, by its present layer names; empty before they are frozen.
 
     Raises:
         UserError: it is a copy of another network; nothing has been changed.
@@ -109,12 +108,10 @@ def catch_up_(
         )
     for plan in plans[start:]:
         apply_surgery_(plan, copy)
-    packed = {name for name, module in model.named_modules() if isinstance(module, PackedConv2d)}
+    packed = {name for name, module in model.named_modules() if isinstance(module, PackedLayer)}
     mask_copy_(copy, masks)
-    wanted = {name: mask for name, mask in conv_masks(masks).items() if name in packed}
-    pack_model_(
-        copy, {n: m for n, m in wanted.items() if not isinstance(copy.get_submodule(n), PackedConv2d)}
-    )
+    wanted = {name: mask for name, mask in masks.items() if name in packed}
+    pack_model_(copy, {n: m for n, m in wanted.items() if not isinstance(copy.get_submodule(n), PackedLayer)})
 
 
 @torch.no_grad()
@@ -122,7 +119,7 @@ def mask_copy_(copy: nn.Module, masks: Mapping[str, Tensor]) -> None:
     """Write the zeros of frozen masks into a copy of the network; packed layers have none."""
     for name, mask in masks.items():
         module = copy.get_submodule(name)
-        if not isinstance(module, PackedConv2d):
+        if not isinstance(module, PackedLayer):
             weight = module.weight
             assert isinstance(weight, Tensor)
             weight.masked_fill_(~mask.to(weight.device), 0.0)
@@ -136,7 +133,7 @@ def _dense_shapes(model: nn.Module) -> dict[str, tuple[int, ...]]:
         for leaf, parameter in module._parameters.items():
             if parameter is None:
                 continue
-            if isinstance(module, PackedConv2d) and leaf == "values":
+            if isinstance(module, PackedLayer) and leaf == "values":
                 shapes[f"{prefix}weight"] = tuple(module.structure.shape)
             else:
                 shapes[f"{prefix}{leaf}"] = tuple(parameter.shape)
@@ -144,7 +141,7 @@ def _dense_shapes(model: nn.Module) -> dict[str, tuple[int, ...]]:
 
 
 def _leads_to(average: nn.Module, plans: Sequence[SurgeryPlan], model: nn.Module) -> bool:
-    """Whether these plans make a copy of a network into one of the network's sizes."""
+    """Whether these plans turn a copy into the network's present sizes."""
     tried = deepcopy(average) if plans else average
     try:
         for plan in plans:

@@ -1,9 +1,10 @@
-"""A model, its optimizers and its moving averages: the one place where pruning changes them."""
+"""Changes a model, its optimizers and its moving averages together: masks, channels, packed layers."""
 
 from __future__ import annotations
 
 import json
 import time
+import warnings
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import replace
 from typing import Any
@@ -17,13 +18,15 @@ from clicktrain.errors import UserError
 from clicktrain.formats.packed import bits_from_mask, mask_from_bits
 from clicktrain.graph import Inputs, as_inputs
 from clicktrain.graph.batch import first_of_batch, first_tensor, owned
+from clicktrain.graph.exchange import odd_state
 from clicktrain.graph.prunable import PrunableLayer, PrunableLayers, SeenBatch
-from clicktrain.kernels.pack_model import pack_model_, pack_refusals, unpack_model_, unpackable_state
-from clicktrain.kernels.sparse_conv2d.module import PackedConv2d
+from clicktrain.kernels.pack_model import pack_model_, pack_refusals, unpack_model_
+from clicktrain.kernels.sparse_conv2d import PackedLayer
 from clicktrain.methods.driver.averages import catch_up_, mask_copy_, unwrapped_average
-from clicktrain.sparsity.masks import conv_masks, hard_prune_, mask_optimizer_state_
-from clicktrain.surgery import SurgeryPlan, Verified, apply_surgery_, silence_, verified
-from clicktrain.surgery.agreed_plans import agreed_plans
+from clicktrain.methods.driver.publisher import ChannelsRemoved, ParametersReplaced, Publisher
+from clicktrain.runs.events import ReconfiguredEvent
+from clicktrain.sparsity.masks import hard_prune_, mask_optimizer_state_
+from clicktrain.surgery import SurgeryPlan, Verified, agreed_plans, apply_surgery_, silence_, verified
 from clicktrain.surgery.compare import IMAGES, tensors_in
 
 _SCALES = ("exp_inf", "step_size")
@@ -47,7 +50,7 @@ class PrunedNetwork:
     def __init__(
         self, model: nn.Module, optimizers: Sequence[Optimizer], prunable: PrunableLayers, packed: bool
     ) -> None:
-        """Of a model that nothing has been done to."""
+        """Start with an unpruned model."""
         self.model, self.optimizers = model, tuple(optimizers)
         self.averages: list[nn.Module] = []
         self.prunable = prunable
@@ -56,35 +59,36 @@ class PrunedNetwork:
         self.frozen = False
         self.packed = packed
         self.revision = 0
+        self.publisher = Publisher()
         self.conv_weights = self._conv_weights_now = prunable.conv_weights
 
     # ---- masks ------------------------------------------------------------------------------
 
     @property
     def masks(self) -> dict[str, Tensor]:
-        """Layer name -> bool, of the weight's shape, True = lives; empty before anything is masked.
+        """Layer name -> bool of the weight's shape, True = kept; empty before anything is masked.
 
-        A packed layer holds its own positions: its mask is built when it is asked for.
+        Masks of packed layers are built from their index.
         """
         return {
             name: self._packed_layer(name).structure.mask() if mask is None else mask
             for name, mask in self._masks.items()
         }
 
-    def _packed_layer(self, name: str) -> PackedConv2d:
+    def _packed_layer(self, name: str) -> PackedLayer:
         layer = self.model.get_submodule(name)
-        assert isinstance(layer, PackedConv2d)
+        assert isinstance(layer, PackedLayer)
         return layer
 
     def mask(self, masks: Mapping[str, Tensor], forget: bool) -> None:
-        """Write zeros that may change again; ``forget``: also in the optimizer's state."""
+        """Zero weights that may change again; ``forget``: also their optimizer state."""
         self._masks = dict(masks)
         self.mask_weights()
         if forget:
             self.mask_state()
 
     def freeze(self, masks: Mapping[str, Tensor]) -> None:
-        """Write zeros for good. Of several processes the first one's count."""
+        """Zero weights for good; with several processes, by the masks of the first one."""
         agree_on_([masks[name] for name in sorted(masks)])
         self._masks = dict(masks)
         self.mask_weights()
@@ -94,35 +98,34 @@ class PrunedNetwork:
             mask_copy_(average, self.masks)
 
     def pack(self) -> None:
-        """Exchange convolutions and their parameters for packed ones, if they are to be."""
+        """Pack layers, if they are to be packed."""
         if self.packed:
             self._pack()
 
     def mask_gradients(self) -> None:
-        """Zero the gradients of dead weights."""
+        """Zero the gradients of pruned weights."""
         for layer, mask in self._masked():
             if layer.weight.grad is not None:
                 layer.weight.grad.masked_fill_(~mask, 0.0)
 
     def mask_weights(self) -> None:
-        """Zero dead weights."""
+        """Zero pruned weights."""
         for layer, mask in self._masked():
             hard_prune_(layer.weight, mask)
 
     def mask_state(self) -> None:
-        """Zero what the optimizers keep for dead weights."""
+        """Zero the optimizer state of pruned weights."""
         for layer, mask in self._masked():
             for optimizer in self.optimizers:
                 mask_optimizer_state_(optimizer, layer.weight, mask)
 
     def _masked(self) -> list[tuple[PrunableLayer, Tensor]]:
-        """Dense layers with their masks; packed convolutions have no pruned positions."""
-        layers = self.prunable.linears if self.packed and self.frozen else self.prunable.layers
-        masked = ((layer, self._masks.get(layer.name)) for layer in layers)
+        """Dense layers with their masks; packed layers hold no pruned weights."""
+        masked = ((layer, self._masks.get(layer.name)) for layer in self.prunable.layers)
         return [(layer, mask) for layer, mask in masked if mask is not None]
 
     def check_zeros(self) -> None:
-        """AssertionError that names the layer if a dead weight, or its optimizer state, is not zero."""
+        """Raise an AssertionError that names a layer with a nonzero pruned weight or optimizer state."""
         if not self.frozen:
             return
         for layer, mask in self._masked():
@@ -138,7 +141,7 @@ class PrunedNetwork:
                     raise AssertionError(f"a pruned position of {layer.name} is no longer zero")
 
     def revived(self) -> list[str]:
-        """Layers with frozen masks in which pruned weights are no longer zero: somebody else wrote them."""
+        """Layers with frozen masks in which something else has written pruned weights."""
         if not self.frozen:
             return []
         return [
@@ -147,44 +150,51 @@ class PrunedNetwork:
 
     @property
     def nonzero_conv_weights(self) -> int:
-        """Convolution weights that live now; all of them before anything is masked.
+        """Nonzero convolution weights; all of them before anything is masked.
 
-        Once masks are frozen the weights themselves are counted too: pruned ones that somebody else has
-        written live.
+        Once masks are frozen, this includes pruned weights that something else has written.
         """
-        dead = 0
-        for name, mask in self._masks.items():
+        pruned = 0
+        for layer in self.prunable.counted:
+            if layer.name not in self._masks:
+                continue
+            mask = self._masks[layer.name]
             if mask is None:
-                structure = self._packed_layer(name).structure
-                dead += structure.numel - structure.nnz
-            elif mask.dim() == 4:
-                dead += mask.numel() - int(mask.sum())
+                structure = self._packed_layer(layer.name).structure
+                pruned += structure.numel - structure.nnz
+            else:
+                pruned += mask.numel() - int(mask.sum())
         if self.frozen and not self.packed:
-            for layer in self.prunable.convs:
+            for layer in self.prunable.counted:
                 mask = self._masks.get(layer.name)
                 if mask is not None:
-                    dead -= int((layer.weight.detach()[~mask] != 0).sum())
-        return self._conv_weights_now - dead
+                    pruned -= int((layer.weight.detach()[~mask] != 0).sum())
+        return self._conv_weights_now - pruned
 
     # ---- channels ---------------------------------------------------------------------------
 
     def silence(self, plan: SurgeryPlan) -> None:
-        """Write zeros to all that a plan would cut along the output channels of layers."""
+        """Zero whatever a plan would cut along the output channels of layers."""
         silence_(plan, self.model)
 
     def reconfigure(
-        self, plan: SurgeryPlan, checked: bool, follow: Callable[[SurgeryPlan], None]
-    ) -> dict[str, Any]:
-        """Remove channels and layers; of several processes the first one's plan counts.
+        self,
+        plan: SurgeryPlan,
+        event: ReconfiguredEvent,
+        checked: bool,
+        follow: Callable[[SurgeryPlan], None],
+    ) -> ReconfiguredEvent:
+        """Remove channels and layers; with several processes, by the plan of the first one.
 
         Args:
-            plan: what goes. It is tried on a copy first (`clicktrain.surgery.verified`): channels without
-                which the network computes something else stay.
+            plan: is tried on a copy first (`clicktrain.surgery.verified`): channels without which the network
+                computes something else stay.
+            event: what the method decided by.
             checked: compare outputs of the last batch before and after.
             follow: called with what has been removed, unless that is nothing.
 
         Returns:
-            What was removed, layer by layer, what stayed after all and why, and what it took and changed.
+            The event, completed with what was removed, what stayed after all, and what it took and changed.
 
         Warns:
             UserWarning: something stayed.
@@ -199,13 +209,14 @@ class PrunedNetwork:
         seconds = time.perf_counter() - started
         after = self._output() if checked else None
         gone = {removed.name for removed in plan.removed_layers}
-        return {
-            "seconds": seconds,
-            "channels_before": sum(row.outputs[0] for row in plan.layers),
-            "channels_after": sum(row.outputs[1] for row in plan.layers if row.name not in gone),
-            "held": result.held,
-            "layers_removed": [row.name for row in plan.layers if row.name in gone],
-            "layers": [
+        return replace(
+            event,
+            seconds=seconds,
+            channels_before=sum(row.outputs[0] for row in plan.layers),
+            channels_after=sum(row.outputs[1] for row in plan.layers if row.name not in gone),
+            held=result.held,
+            layers_removed=[row.name for row in plan.layers if row.name in gone],
+            layers=[
                 {
                     "name": row.name,
                     "inputs": list(row.inputs),
@@ -214,34 +225,38 @@ class PrunedNetwork:
                 }
                 for row in plan.layers
             ],
-            "max_output_change": None
+            max_output_change=None
             if before is None or after is None
             else float((after - before).abs().max()),
-        }
+        )
 
     def _verified(self, plan: SurgeryPlan) -> Verified:
-        """What is left of a plan once the smaller network was compared, on the last batch or the example."""
+        """What remains of a plan after comparing the smaller network on the last batch or the example."""
         seen = self.prunable.seen
         result = verified(plan, self.model, self.prunable.example if seen is None else seen.inputs)
         result.warn()
         return result
 
     def remove(self, plan: SurgeryPlan) -> None:
-        """Remove channels from the model and the optimizer, and look at the smaller model."""
+        """Remove channels from the model, its optimizers and its averages."""
         apply_surgery_(plan, self.model, self.optimizers)
         for average in self.averages:
             apply_surgery_(plan, average)
         self.plans.append(plan)
-        self.revision += 1
         self.prunable = self.prunable.renamed(plan.new_name)
         self._conv_weights_now = self.prunable.conv_weights
         shrunken = {
             plan.new_name(name): plan.shrink(f"{name}.weight", mask) for name, mask in self.masks.items()
         }
         self._masks = {name: mask for name, mask in shrunken.items() if name is not None}
+        self._replaced()
+
+    def _replaced(self) -> None:
+        self.revision += 1
+        self.publisher.publish(ParametersReplaced())
 
     def restore(self, values: Mapping[str, Tensor]) -> None:
-        """Write values into parameters and buffers, by name; the optimizer forgets what it kept of them."""
+        """Write values into parameters and buffers, by name, and drop their optimizer state."""
         tensors = {**dict(self.model.named_parameters()), **dict(self.model.named_buffers())}
         for name, value in values.items():
             tensors[name].copy_(value)
@@ -249,7 +264,7 @@ class PrunedNetwork:
                 optimizer.state.pop(tensors[name], None)
 
     def _output(self) -> Tensor | None:
-        """Of the last batch of inputs in evaluation mode, leaving no trace; None if none was kept."""
+        """Output for the last batch in evaluation mode, or None; leaves no trace in the model."""
         seen = self.prunable.seen
         if seen is None:
             return None
@@ -264,7 +279,7 @@ class PrunedNetwork:
         return torch.cat(numbers) if numbers else None
 
     def see(self, inputs: Inputs, keep: bool) -> None:
-        """Note inputs of the model: as an example if there is none yet, as the last batch if it is kept.
+        """Take inputs of the model as the example if there is none yet, and as the last batch if ``keep``.
 
         Raises:
             UserError: there is no tensor among them.
@@ -277,7 +292,7 @@ class PrunedNetwork:
             self.prunable = replace(self.prunable, seen=SeenBatch(inputs.map(Tensor.detach), dtype))
 
     def check_seen(self, needed: bool) -> None:
-        """A UserError if the inputs of the model are not known although a method needs them."""
+        """Raise a UserError if a method needs the inputs of the model and none were seen."""
         if needed and self.prunable.example is None:
             raise UserError(
                 "no forward pass of the network that was attached has been seen, so its channels cannot be "
@@ -287,7 +302,7 @@ class PrunedNetwork:
     # ---- moving averages --------------------------------------------------------------------
 
     def follow(self, average: nn.Module) -> None:
-        """Have a copy of the model masked, shrunk, packed and unpacked with it; see `Pruner.follow`."""
+        """Mask, shrink, pack and unpack a copy of the model with it; see `Pruner.follow`."""
         module = unwrapped_average(average, self.model)
         if any(module is other for other in self.averages):
             return
@@ -297,7 +312,7 @@ class PrunedNetwork:
     # ---- packed layers ----------------------------------------------------------------------
 
     def check_packable(self) -> None:
-        """Refuse now what could not be packed at the hard prune, hours later."""
+        """Raise a UserError now for what could not be packed at the hard prune, hours later."""
         names = [layer.name for layer in self.prunable.convs]
         refusals = pack_refusals(self.model, names, self.optimizers)
         if refusals:
@@ -308,13 +323,13 @@ class PrunedNetwork:
             )
 
     def finish(self, packed: bool) -> None:
-        """Pack or unpack, as the finished network is wanted."""
+        """Pack or unpack the finished network."""
         if self.packed and not packed:
             self._masks = dict(self.masks)
             unpack_model_(self.model, self.optimizers)
             for average in self.averages:
                 unpack_model_(average)
-            self.revision += 1
+            self._replaced()
         elif packed and not self.packed and self._masks:
             self._forget_unpackable_state()
             self._pack()
@@ -323,33 +338,39 @@ class PrunedNetwork:
             self._find_again()
 
     def _pack(self) -> None:
-        masks = conv_masks({name: mask for name, mask in self._masks.items() if mask is not None})
+        dense = {name: mask for name, mask in self._masks.items() if mask is not None}
+        linear = [layer.name for layer in self.prunable.linears if layer.name in dense]
+        refused = pack_refusals(self.model, linear, self.optimizers)
+        for name, reason in refused.items():
+            warnings.warn(f"{name} trains masked and dense, not packed: {reason}", stacklevel=2)
+        masks = {name: mask for name, mask in dense.items() if name not in refused}
         pack_model_(self.model, masks, self.optimizers)
         self._masks.update(dict.fromkeys(masks))
         for average in self.averages:
             pack_model_(average, masks)
             for name in masks:  # one index for both
                 own, copy = self._packed_layer(name), average.get_submodule(name)
-                if isinstance(copy, PackedConv2d) and copy.structure.device == own.structure.device:
+                if isinstance(copy, PackedLayer) and copy.structure.device == own.structure.device:
                     copy.structure = own.structure
-        self.revision += 1
+        self._replaced()
 
     def _forget_unpackable_state(self) -> None:
-        """At the end of a run: an optimizer that goes on all the same starts such a state again."""
-        for layer in self.prunable.convs:
+        """Drop optimizer state that cannot be packed; an optimizer that goes on starts it again."""
+        for layer in self.prunable.layers:
             for optimizer in self.optimizers:
-                if unpackable_state(optimizer, optimizer.state.get(layer.weight, {}), layer.weight):
+                state = optimizer.state.get(layer.weight, {})
+                if odd_state(optimizer, state, layer.weight, factors=False):
                     del optimizer.state[layer.weight]
 
     def _find_again(self) -> None:
-        """Look the layers up by name: packing and unpacking replace modules."""
+        """Look up the layers by name, because packing and unpacking replace modules."""
         layers = (replace(x, module=self.model.get_submodule(x.name)) for x in self.prunable.layers)
         self.prunable = replace(self.prunable, layers=tuple(layers))
 
     # ---- saved states -----------------------------------------------------------------------
 
     def state_dict(self) -> dict[str, Any]:
-        """Plans, masks (one bit a weight) and what they mean; the loop saves weights and optimizer state."""
+        """Plans and masks (one bit per weight); the loop saves weights and optimizer state."""
         return {
             "plans": [json.dumps(plan.to_json()) for plan in self.plans],
             "frozen": self.frozen,
@@ -358,12 +379,14 @@ class PrunedNetwork:
         }
 
     def load_plans(self, documents: Sequence[str]) -> None:
-        """Remove again what had been removed."""
+        """Remove again what had been removed from the saved network."""
         for document in documents:
-            self.remove(SurgeryPlan.from_json(json.loads(document)))
+            plan = SurgeryPlan.from_json(json.loads(document))
+            self.remove(plan)
+            self.publisher.publish(ChannelsRemoved(plan))
 
     def load_masks(self, saved: Mapping[str, Any]) -> None:
-        """Take over masks, once the channels are those of the saved state; pack if it was packed."""
+        """Take over masks, after `load_plans`; the network is packed if the saved one was."""
         self.frozen = saved["frozen"]
         self._masks = {
             layer.name: _mask(saved["masks"][layer.name].to(layer.weight.device), layer.shape)

@@ -282,21 +282,21 @@ class DynamicMasks:
         """Per layer: the units, the density at the beginning, or the one reached."""
         fixed = state is not None and bool(state.kept)
         densities = self.layer_densities(prunable)
-        rows = []
+        rows, live, weights = [], 0.0, 0
         for layer in prunable.layers:
             kernels = self.kind == "kernel" and len(layer.shape) == 4
             density, per_filter = densities[layer.name], None
             if state is not None and layer.name in state.kept:
                 nonzero, per_filter = state.kept[layer.name]
                 density = nonzero / math.prod(layer.shape)
+            weights += math.prod(layer.shape)
+            live += density * math.prod(layer.shape)
             why = "dense by Erdos-Renyi" if density == 1 and not fixed else ""
-            rows.append(
-                LayerPlan(
-                    layer.name, layer.shape, "kernels" if kernels else "weights", density, per_filter, why
-                )
-            )
-        weights = sum(math.prod(row.shape) for row in rows)
-        live = sum((row.density or 0.0) * math.prod(row.shape) for row in rows)
+            moves = self.redistribute and not fixed
+            if moves:
+                why = f"{density:.3f} at the start, then by what survives in each layer"
+            what = "kernels" if kernels else "weights"
+            rows.append(LayerPlan(layer.name, layer.shape, what, None if moves else density, per_filter, why))
         summary = (
             f"sparsity asked {self.sparsity:g}, {'reached' if fixed else 'planned'} "
             f"{1 - live / max(weights, 1):.3f} of the weights of {len(rows)} layers"

@@ -5,7 +5,7 @@ from __future__ import annotations
 import abc
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any, ClassVar, get_args
+from typing import Any, ClassVar
 
 from torch import Tensor, nn
 
@@ -23,7 +23,6 @@ from clicktrain.methods.masks.dynamic import (
 )
 from clicktrain.methods.masks.update_times import Timing, check_shares, check_times
 from clicktrain.methods.outcome import Reached, Target, sparsity_target
-from clicktrain.methods.settings import check_choices, keep_as_tuples
 from clicktrain.sparsity.regrowth import UnitKind
 
 
@@ -31,8 +30,6 @@ from clicktrain.sparsity.regrowth import UnitKind
 class DynamicSparse(Method[DynamicState]):
     """Sparse from the first step to the last, with positions that move; a method says by which rules."""
 
-    title: ClassVar[str]
-    """Its name in a sentence."""
     redistribute: ClassVar[bool]
     """Whether what grows goes to layers by their survivors, not where it was lost."""
 
@@ -61,8 +58,7 @@ class DynamicSparse(Method[DynamicState]):
 
     def __post_init__(self) -> None:
         """Check every setting."""
-        keep_as_tuples(self, "exclude", "include")
-        check_choices(self, _CHOICES)
+        super().__post_init__()
         check_shares(self, ("sparsity", "drop"))
         check_times(self.interval, self.stop, self.mask_seed)
 
@@ -147,10 +143,3 @@ class DynamicSparse(Method[DynamicState]):
         """Inverse of `state_dict`."""
         del length
         return load_dynamic_state(prunable, saved)
-
-
-_CHOICES: dict[str, tuple[str, ...]] = {
-    "granularity": get_args(UnitKind),
-    "densities": get_args(Densities),
-    "growth": get_args(Growth),
-}

@@ -17,14 +17,18 @@ from torch import Tensor
 from clicktrain.graph.prunable import ConvLayer
 from clicktrain.methods.base import Record, StepInfo
 from clicktrain.methods.triggers import StructureWatch
-from clicktrain.sparsity.importance import CRITERIA, kernel_scores
+from clicktrain.sparsity.importance import CRITERIA, Criterion, kernel_scores, reads_gradient
+from clicktrain.sparsity.registry import choice_name
 from clicktrain.sparsity.stability import GRADIENT_THRESHOLD, MAGNITUDE_THRESHOLD, kept_kernels
 from clicktrain.sparsity.triggers import StructureStable
 
 
-def default_threshold(criterion: str) -> float:
+def default_threshold(criterion: str | Criterion) -> float:
     """tau: that for magnitudes, or that for criteria that read gradients (section 4.2)."""
-    return MAGNITUDE_THRESHOLD if criterion == "magnitude" else GRADIENT_THRESHOLD
+    if criterion == "magnitude":  # also what a file names that nobody imports can be shown with a threshold
+        return MAGNITUDE_THRESHOLD
+    known = criterion if not isinstance(criterion, str) else CRITERIA.get(criterion)
+    return MAGNITUDE_THRESHOLD if known is not None and not reads_gradient(known) else GRADIENT_THRESHOLD
 
 
 @dataclass(slots=True)
@@ -34,11 +38,11 @@ class KernelWatch:
     sums: dict[str, Tensor] = field(default_factory=dict)
     watch: StructureWatch = field(default_factory=StructureWatch)
 
-    def see(self, layers: Sequence[ConvLayer], criterion: str, step: StepInfo) -> None:
-        """Add up the scores of a batch; magnitudes are read once, at the end of an epoch."""
-        if criterion == "magnitude" and not step.ends_epoch:
+    def see(self, layers: Sequence[ConvLayer], criterion: str | Criterion, step: StepInfo) -> None:
+        """Add up the scores of a batch; without gradients they are read once, at the end of an epoch."""
+        score = CRITERIA.resolve(criterion)
+        if not reads_gradient(score) and not step.ends_epoch:
             return
-        score = CRITERIA[criterion]
         for layer in layers:
             grad = step.gradient(layer.weight)
             if grad is None:
@@ -49,7 +53,12 @@ class KernelWatch:
             self.sums[layer.name] = kernels if before is None else before.add_(kernels)
 
     def close_epoch(
-        self, layers: Sequence[ConvLayer], share: float, window: int, threshold: float, criterion: str
+        self,
+        layers: Sequence[ConvLayer],
+        share: float,
+        window: int,
+        threshold: float,
+        criterion: str | Criterion,
     ) -> Record:
         """The structure of the epoch that has ended, and EPI.
 
@@ -66,7 +75,7 @@ class KernelWatch:
         }
         self.sums = {}
         structure = dict(zip(scores, kept_kernels(scores, share), strict=True))
-        return self.watch.add(structure, window, threshold, criterion)
+        return self.watch.add(structure, window, threshold, choice_name(criterion))
 
     def fires(self, threshold: float) -> str | None:
         """Why pruning may begin, or None."""

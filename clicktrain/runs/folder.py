@@ -1,4 +1,4 @@
-"""The folder of a run: stable names, whole files only, and lines that can be taken back on resume."""
+"""The folder of a run: names of its files, whole files only, and logs that can be cut back on resume."""
 
 from __future__ import annotations
 
@@ -14,9 +14,8 @@ from typing import Any
 import yaml
 
 from clicktrain.errors import UserError
-from clicktrain.formats.tree import append_jsonl, remove_leftovers, write_text_atomic
-from clicktrain.methods import Method
-from clicktrain.models import is_own
+from clicktrain.files import read_yaml
+from clicktrain.formats.atomic import append_jsonl, remove_leftovers, write_text_atomic
 from clicktrain.runs.format import (
     FORMAT_VERSION,
     HEADER,
@@ -35,7 +34,6 @@ from clicktrain.runs.new_folder import (
     only_begun,
     remove_new,
 )
-from clicktrain.train.config import RunConfig, config_to_dict, from_dict, load_config, read_settings
 
 
 @dataclass(frozen=True)
@@ -48,10 +46,10 @@ class RunFolder:
         object.__setattr__(self, "path", Path(self.path))
 
     @classmethod
-    def default(cls, config: RunConfig, root: str | Path = "runs") -> RunFolder:
-        """A folder under ``root`` named after the date, the model and the method; not made yet."""
-        model = re.sub(r"[^A-Za-z0-9_.-]+", "-", config.model.rpartition(":")[2]) or "model"
-        stem = f"{datetime.now():%Y-%m-%d_%H-%M-%S}_{model}_{config.method}"
+    def default(cls, model: str, method: str, root: str | Path = "runs") -> RunFolder:
+        """A folder under ``root`` named after the date, the model and the method; it is not created."""
+        model = re.sub(r"[^A-Za-z0-9_.-]+", "-", model.rpartition(":")[2]) or "model"
+        stem = f"{datetime.now():%Y-%m-%d_%H-%M-%S}_{model}_{method}"
         path, count = Path(root) / stem, 1
         while path.exists():
             count += 1
@@ -102,6 +100,11 @@ class RunFolder:
     def operators(self) -> Path:
         """Which operator each layer runs on after the hard prune, JSON; there once a compiler chose."""
         return self.path / "operators.json"
+
+    @property
+    def robustness(self) -> Path:
+        """Accuracy under attacks, JSON; there once the run was attacked."""
+        return self.path / "robustness.json"
 
     @property
     def checkpoint_folder(self) -> Path:
@@ -184,17 +187,17 @@ class RunFolder:
             f"'clicktrain resume {self.path}'"
         )
 
-    def create(self, config: RunConfig, method: Method[Any]) -> RunFolder:
-        """Make the folder and write its settings; UserError unless it is that of a new run."""
+    def create(self, settings: Mapping[str, Any]) -> RunFolder:
+        """Create the folder and write the settings; UserError unless it is that of a new run."""
         self._check_contents()
         try:
+            text = yaml.safe_dump(dict(settings), sort_keys=False)
             if exists(self.path):
                 clear_begun(self.path)
             self.checkpoint_folder.mkdir(parents=True, exist_ok=True)
             for path in (self.metrics, self.events):
                 path.touch()
-            settings = yaml.safe_dump(config_to_dict(config, method), sort_keys=False)
-            write_text_atomic(self.config, f"{HEADER}{FORMAT_VERSION}\n{settings}")
+            write_text_atomic(self.config, f"{HEADER}{FORMAT_VERSION}\n{text}")
         except OSError as error:
             raise UserError(f"cannot make the folder {self.path}: {error.strerror}") from None
         return self
@@ -209,31 +212,17 @@ class RunFolder:
         check_folder(self.path)
         return self
 
-    def resume_command(self, model: str) -> str:
-        """What a user types to go on with this run, of a network of that name."""
-        return f"clicktrain resume {self.path}" + (f" --model {model}" if is_own(model) else "")
-
-    def load_config(
-        self, model: str | None = None, *, own_model_allowed: bool = False
-    ) -> tuple[RunConfig, Method[Any]]:
-        """The settings that the run was started with.
-
-        Args:
-            model: the network instead of the one that the settings name; a network of somebody's own counts
-                only when it is given here.
-            own_model_allowed: return the settings all the same, for a caller who builds no network from them.
+    def read_settings(self) -> dict[str, Any]:
+        """The settings as they stand in config.yaml.
 
         Raises:
-            UserError: this is not the folder of a run, its settings are damaged, or ``model`` is missing.
+            UserError: this is not the folder of a run of this version, or the file is damaged.
         """
         self.open()
-        if own_model_allowed and model is None:
-            values = read_settings(self.config)
-            try:
-                return from_dict(values)
-            except UserError as error:
-                raise UserError(f"{self.config}: {error}") from None
-        return load_config(self.config, model)
+        values = read_yaml(self.config)
+        if not isinstance(values, dict):
+            raise UserError(f"{self.path} is not the folder of a run: its config.yaml holds no settings")
+        return {str(key): value for key, value in values.items()}
 
     def append_metrics(self, record: Mapping[str, Any]) -> None:
         """Add the line of a finished epoch."""

@@ -1,0 +1,251 @@
+"""What the pruner needs of a method: frozen settings, explicit state, and hooks that return actions."""
+
+from __future__ import annotations
+
+import abc
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+from numbers import Integral
+from types import MappingProxyType
+from typing import Any, ClassVar, Generic, TypeVar
+
+from torch import Tensor, nn
+
+from clicktrain.errors import UserError, shown
+from clicktrain.graph.prunable import PrunableLayers, find_prunable
+from clicktrain.latency.network_times import MeasureMasks
+from clicktrain.methods.actions import Action
+from clicktrain.methods.outcome import Reached, Target
+from clicktrain.settings import check_choices
+from clicktrain.sparsity.channel_lasso import ChannelAxis
+from clicktrain.surgery import SurgeryPlan
+
+
+@dataclass(frozen=True, slots=True)
+class RunLength:
+    """How long a run is, in batches seen by `Pruner.observe`.
+
+    ``epochs`` x ``steps_per_epoch`` batches; with gradient accumulation several batches make one optimizer
+    step.
+    """
+
+    epochs: int
+    steps_per_epoch: int
+
+    def __post_init__(self) -> None:
+        for name in ("epochs", "steps_per_epoch"):
+            value = getattr(self, name)
+            if not isinstance(value, Integral):
+                raise UserError(f"{name} is {shown(value)}: a whole number is needed")
+
+    @property
+    def total(self) -> int:
+        """Batches of the whole run."""
+        return self.epochs * self.steps_per_epoch
+
+
+@dataclass(frozen=True, slots=True, eq=False)
+class StepInfo:
+    """What a method sees at one optimizer step.
+
+    Attributes:
+        seen: batches observed so far, including those of this step.
+        batches: batches whose gradients this step holds (more than 1 with gradient accumulation).
+        loss: mean loss since the last optimizer step, 0-dim, detached.
+        epoch_losses: mean training loss of every finished epoch.
+        length: of the run, with the batches of the running epoch.
+        epoch: finished epochs before the batches of this step.
+        position: epochs done, including those batches: 2.5 in the middle of the third epoch.
+        ends_epoch: this step includes the last batch of an epoch.
+        learning_rate: divided by 1 - momentum for SGD: how far a constant gradient of 1 moves a weight per
+            step in the long run.
+        grad_scale: factor that is still in the gradients (fused mixed-precision optimizers), or None.
+        adaptive: the optimizer's step is not the learning rate times the gradient, as SGD's is.
+    """
+
+    seen: int
+    batches: int
+    loss: Tensor
+    epoch_losses: Sequence[float]
+    length: RunLength
+    epoch: int = 0
+    position: float = 0.0
+    ends_epoch: bool = False
+    learning_rate: float = 0.0
+    grad_scale: Tensor | None = None
+    adaptive: bool = False
+
+    def gradient(self, parameter: Tensor) -> Tensor | None:
+        """The gradient of a parameter without the mixed-precision scale; None if it has none."""
+        grad = parameter.grad
+        if grad is None or self.grad_scale is None:
+            return grad
+        return grad / self.grad_scale.to(grad)
+
+
+@dataclass(frozen=True, slots=True)
+class LayerPlan:
+    """What will happen, or has happened, to one layer; density and nonzeros are None until decided."""
+
+    name: str
+    shape: tuple[int, ...]
+    action: str
+    density: float | None = None
+    nnz_per_filter: int | None = None
+    reason: str = ""
+
+
+@dataclass(frozen=True, slots=True)
+class PruningPlan:
+    """What a method does to each layer, and why it leaves a layer alone; ``str(plan)`` is a table."""
+
+    rows: tuple[LayerPlan, ...]
+    summary: str = ""
+    stages: tuple[tuple[str, str], ...] = field(default=())
+
+    def __str__(self) -> str:
+        head = ("layer", "shape", "what", "density", "per filter", "why")
+        body = [
+            (
+                row.name,
+                "x".join(map(str, row.shape)),
+                row.action,
+                "" if row.density is None else f"{row.density:.3f}",
+                "" if row.nnz_per_filter is None else str(row.nnz_per_filter),
+                row.reason,
+            )
+            for row in self.rows
+        ]
+        widths = [max(len(line[i]) for line in [head, *body]) for i in range(len(head))]
+        lines = [
+            "  ".join(cell.ljust(w) for cell, w in zip(line, widths, strict=True)).rstrip()
+            for line in [head, *body]
+        ]
+        stages = [f"{name}: {what}" for name, what in self.stages]
+        return "\n".join([*lines, *stages, self.summary]).rstrip()
+
+
+def plan_rows(prunable: PrunableLayers, rows: Sequence[LayerPlan]) -> tuple[LayerPlan, ...]:
+    """Add rows for the layers that are left alone, and sort all rows by the network's order."""
+    untouched = [
+        LayerPlan(name, shape, "none", 1.0, reason=reason)
+        for name, (shape, reason) in prunable.left_alone.items()
+    ]
+    return tuple(sorted((*rows, *untouched), key=lambda row: prunable.order.index(row.name)))
+
+
+S = TypeVar("S")
+
+
+class MethodHooks(abc.ABC, Generic[S]):
+    """Settings (a frozen dataclass), and hooks that change a state ``S`` in place and return actions.
+
+    A state is a dataclass of tensors, numbers, strings and containers of them.
+    """
+
+    name: ClassVar[str]
+    """Key in `clicktrain.methods.METHODS`, as typed on the command line."""
+    title: ClassVar[str]
+    """Name in reports and sentences."""
+    contract_exempt: ClassVar[Mapping[str, str]] = MappingProxyType({})
+    """Properties of ``tests/methods/test_contract.py`` that have no meaning for this method -> why."""
+    reads_graph: ClassVar[bool] = False
+    """The method needs the dependency graph: `PrunableLayers.example` is then set, at the latest by the
+    first forward pass."""
+    prunes: ClassVar[bool] = True
+    """The method removes or masks weights."""
+    settings_exclude: ClassVar[tuple[str, ...]] = ()
+
+    def __post_init__(self) -> None:
+        """Check every setting that is a choice; turn lists into tuples."""
+        check_choices(self)
+
+    @property
+    def expects_trained(self) -> bool:
+        """Whether the method needs a network that was trained before."""
+        return False
+
+    @property
+    def keeps_inputs(self) -> bool:
+        """Whether the last training batch is kept in `PrunableLayers.seen`."""
+        return False
+
+    def find_prunable(self, model: nn.Module, trained: Sequence[Tensor] | None = None) -> PrunableLayers:
+        """Find the layers that this method may prune."""
+        return find_prunable(model, trained)
+
+    @abc.abstractmethod
+    def init(self, prunable: PrunableLayers, length: RunLength) -> S:
+        """Return the state before the first step; raise UserError if the target cannot be met."""
+
+    def use_measure(self, state: S, prunable: PrunableLayers, measure: MeasureMasks | None) -> None:
+        """Take a function that times the network with masks, or None; called after `init` and `load_state`.
+
+        Raises:
+            UserError: a latency that is the target cannot be met.
+        """
+        del state, prunable, measure
+
+    @abc.abstractmethod
+    def plan(self, prunable: PrunableLayers, length: RunLength, state: S | None = None) -> PruningPlan:
+        """Describe what will be done, or, given a state that has decided, what was done."""
+
+    def stage(self, state: S) -> str:
+        """Name of the current stage."""
+        del state
+        return "dense"
+
+    def at_start(self, state: S, prunable: PrunableLayers, length: RunLength) -> Sequence[Action]:
+        """Return the actions before the first forward pass, for networks that start out sparse.
+
+        Masks cannot be frozen here: a resumed run calls this too, before its state is loaded.
+        """
+        del state, prunable, length
+        return ()
+
+    def before_step(self, state: S, prunable: PrunableLayers, step: StepInfo) -> None:
+        """Read gradients, or add to them, before the optimizer's step."""
+        del state, prunable, step
+
+    def after_step(self, state: S, prunable: PrunableLayers, step: StepInfo) -> Sequence[Action]:
+        """Decide, after the optimizer's step."""
+        del state, prunable, step
+        return ()
+
+    def at_end(self, state: S, prunable: PrunableLayers) -> Sequence[Action]:
+        """Decide whatever is still undecided at the end of the run."""
+        del state, prunable
+        return ()
+
+    def after_surgery(self, state: S, plan: SurgeryPlan, prunable: PrunableLayers) -> None:
+        """Shrink the state by the channels that were removed; ``prunable`` is of the smaller model."""
+        del state, plan, prunable
+
+    def targets_of(self, state: S, reached: Reached) -> Sequence[Target]:
+        """Return each target with the value reached and, if missed, why; none if nothing was asked for."""
+        del state, reached
+        return ()
+
+    def after_freeze(self, state: S, masks: Mapping[str, Tensor]) -> None:
+        """Release what only served to choose the masks, which are frozen now.
+
+        Args:
+            state: keeps what `plan` shows of the masks.
+            masks: layer name -> bool of the weight's shape; with several processes, those of the first one.
+        """
+        del state, masks
+
+    def penalized_channels(self, state: S) -> Mapping[str, tuple[ChannelAxis, ...]]:
+        """Map layer names to the channels that a penalty pushes towards zero; none in most methods."""
+        del state
+        return {}
+
+    def state_dict(self, state: S) -> dict[str, Any]:
+        """Return the state as nested dicts of tensors, numbers and strings."""
+        del state
+        return {}
+
+    def load_state(self, prunable: PrunableLayers, length: RunLength, saved: Mapping[str, Any]) -> S:
+        """Inverse of `state_dict`."""
+        del saved
+        return self.init(prunable, length)

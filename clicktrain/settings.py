@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import dataclasses
 import difflib
-import functools
 import math
 import types
 from collections.abc import Iterable, Mapping
@@ -42,10 +41,14 @@ def field_names(cls: type) -> tuple[str, ...]:
     return tuple(f.name for f in dataclasses.fields(cls) if f.init)
 
 
-@functools.cache
-def type_hints(cls: Any) -> dict[str, Any]:
+def type_hints(cls: type) -> dict[str, Any]:
     """The types of a dataclass's fields, with the registries that they are annotated with."""
-    return get_type_hints(cls, include_extras=True)
+    if cls not in _HINTS:
+        _HINTS[cls] = get_type_hints(cls, include_extras=True)
+    return _HINTS[cls]
+
+
+_HINTS: dict[type, dict[str, Any]] = {}
 
 
 def choices_in(hint: Any) -> Choices | None:

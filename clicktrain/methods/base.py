@@ -208,7 +208,6 @@ class Method(abc.ABC, Generic[S]):
     the first forward pass if the caller gave none."""
     prunes: ClassVar[bool] = True
     """Whether it takes anything away."""
-    settings_exclude: ClassVar[tuple[str, ...]] = ()
 
     def __post_init__(self) -> None:
         """Check every setting that is a choice; lists become tuples."""

@@ -25,21 +25,20 @@ from clicktrain.methods.base import (
     RunLength,
     StepInfo,
 )
-from clicktrain.methods.masks.kernel_watch import KernelWatch, default_threshold
 from clicktrain.methods.outcome import NOTED, Reached, Target, latency_target
 from clicktrain.methods.patterns.latency import LatencyAim, SparseLatency
 from clicktrain.methods.patterns.plan import clicktrain_plan
 from clicktrain.methods.patterns.selection import Selection, allocation_gains, effective_group
 from clicktrain.methods.patterns.selection import Target as LayerTarget
 from clicktrain.methods.patterns.settings import check, fill_in
-from clicktrain.methods.triggers import default_window
+from clicktrain.methods.triggers import KernelWatch, default_threshold, default_window
 from clicktrain.sparsity.allocation import LayerBudget, allocate, check_reachable
 from clicktrain.sparsity.finalize import batch_counts
 from clicktrain.sparsity.group_lasso import add_lasso_gradient_, shrink_groups_
 from clicktrain.sparsity.importance import CRITERIA, CriterionChoice, magnitude_importance
 from clicktrain.sparsity.masks import energy_outside
 from clicktrain.sparsity.patterns import default_entries, fixed_pool
-from clicktrain.sparsity.triggers import LossSlope
+from clicktrain.sparsity.triggers import EarlyTriggerChoice
 
 STAGES = ("dense", "pool", "finalize", "regularize", "accelerated")
 
@@ -115,7 +114,7 @@ class ClickTrain(Method[ClickTrainState]):
     """Convolutions to leave dense, by module path (shell-style)."""
     include: tuple[str, ...] = ()
     """Convolutions to prune although they would be left alone (the first, depthwise ones)."""
-    trigger: Literal["own", "epi"] = "own"
+    trigger: EarlyTriggerChoice = "own"
     """Stage 2 starts by the loss (own), or when it is stable how many kernels each layer keeps (epi: When to
     Prune?, Eq. (4) to (6)); epi sets earliest_start to 0 unless it is given."""
     epi_threshold: float | None = None
@@ -277,7 +276,7 @@ class ClickTrain(Method[ClickTrainState]):
                 self._add_lasso(state, prunable, step)
         elif state.stage in ("pool", "finalize"):
             self._read(state, prunable, step)
-        elif state.stage == "dense" and self.trigger == "epi":
+        elif state.stage == "dense" and self.watches_structure:
             state.kernels.see(prunable.convs, self.criterion or "taylor", step)
 
     def _read(self, state: ClickTrainState, prunable: PrunableLayers, step: StepInfo) -> None:
@@ -317,7 +316,7 @@ class ClickTrain(Method[ClickTrainState]):
                 for layer in prunable.convs:
                     shrink_groups_(layer.weight, state.masks[layer.name], math.ceil(left / step.batches))
         actions: list[Action] = []
-        if state.stage == "dense" and self.trigger == "epi" and step.ends_epoch:
+        if state.stage == "dense" and self.watches_structure and step.ends_epoch:
             actions.append(self._indicator(state, prunable, step.length))
         while (reason := self._due(state, step, lengths)) is not None:
             actions += self._advance(state, prunable, step.seen, reason)
@@ -332,12 +331,16 @@ class ClickTrain(Method[ClickTrainState]):
                 return f"{step.seen / step.length.total:.0%} of the run is over"
             if step.seen < lengths["earliest"]:
                 return None
-            if self.trigger == "epi":
-                return state.kernels.fires(self.epi_fires_from)
-            return LossSlope(self.loss_slope).fires(step.epoch_losses)
+            trigger = "loss_slope" if self.trigger == "own" else self.trigger
+            return state.kernels.fires(trigger, step, self.epi_fires_from, self.loss_slope)
         over = step.seen - state.entered >= lengths[state.stage]
         reads = state.stage == "finalize" or (state.stage == "pool" and lengths["pool"] > 0)
         return "its length is over" if over and (state.counted > 0 or not reads) else None
+
+    @property
+    def watches_structure(self) -> bool:
+        """Whether the trigger reads EPI."""
+        return self.trigger not in ("own", "loss_slope")
 
     @property
     def epi_fires_from(self) -> float:

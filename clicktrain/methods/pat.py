@@ -32,11 +32,10 @@ from clicktrain.methods.base import (
 )
 from clicktrain.methods.channels.selection import Amount, ChannelSelection, LatencyCourse
 from clicktrain.methods.outcome import NOTED, Reached, Target, latency_target
-from clicktrain.methods.triggers import Policy, StartRule, StructureWatch, default_window
+from clicktrain.methods.triggers import StartRule, StructureWatch, default_threshold, default_window
 from clicktrain.sparsity.channel_importance import add_scores_
-from clicktrain.sparsity.importance import reads_gradient
 from clicktrain.sparsity.registry import choice_name
-from clicktrain.sparsity.stability import GRADIENT_THRESHOLD, MAGNITUDE_THRESHOLD
+from clicktrain.sparsity.triggers import PolicyChoice
 from clicktrain.surgery import SurgeryPlan, read_recipe
 from clicktrain.surgery.neurons import (
     NEURON_CRITERIA,
@@ -90,7 +89,7 @@ class PaT(Method[PaTState]):
     """Importance of a neuron: taylor (the change of the loss by batch norm's scale and shift, by the weights
     where there is no batch norm), taylor_weights (Eq. 3 on the weights everywhere; about zero in front of a
     batch norm), magnitude (Eq. 2); any other criterion of weights is summed over a neuron's."""
-    policy: Policy = "epi"
+    policy: PolicyChoice = "epi"
     """When: epi (the structure is stable), loss_slope (the loss settles, ClickTrain's rule), epoch (at
     prune_epoch), random (an epoch drawn up to latest_start), or init (before training: structural SNIP with 1
     of prune_steps, FORCE with more)."""
@@ -197,8 +196,7 @@ class PaT(Method[PaTState]):
         """EPI from which a structure is stable (section 4.2)."""
         if self.epi_threshold is not None:
             return self.epi_threshold
-        known = NEURON_CRITERIA.get(self.criterion) if isinstance(self.criterion, str) else self.criterion
-        return MAGNITUDE_THRESHOLD if known and not reads_gradient(known) else GRADIENT_THRESHOLD
+        return default_threshold(self.criterion, NEURON_CRITERIA)
 
     def find_prunable(self, model: nn.Module, trained: Sequence[Tensor] | None = None) -> PrunableLayers:
         """Every convolution, the first and depthwise ones too, and fully connected layers."""
@@ -284,8 +282,9 @@ class PaT(Method[PaTState]):
         return actions
 
     def _announce(self, state: PaTState) -> list[Action]:
-        trigger = {"event": "trigger", "policy": self.policy, "reason": state.reason, "epi": state.watch.epi,
-                   "threshold": self.threshold, "prune_epoch": state.entered}  # fmt: skip
+        trigger = {"event": "trigger", "policy": choice_name(self.policy), "reason": state.reason,
+                   "epi": state.watch.epi, "threshold": self.threshold,
+                   "prune_epoch": state.entered}  # fmt: skip
         return [Record(trigger), Record(_stage_event("prune", state.reason))]
 
     def _mean_scores(self, state: PaTState, prunable: PrunableLayers) -> dict[str, Tensor]:

@@ -15,10 +15,8 @@ from torch import Tensor
 
 from clicktrain.errors import UserError
 from clicktrain.files import parse_json, read_json, read_yaml
+from clicktrain.methods import METHODS
 from clicktrain.runs.format import check_folder, read_records, read_summary
-
-_METHOD_NAMES = {"clicktrain": "ClickTrain", "prunetrain": "PruneTrain", "campfire": "Campfire", "pat": "PaT",
-                 "dsr": "DSR", "rigl": "RigL"}  # fmt: skip
 
 
 def number(values: Mapping[str, Any] | None, key: str) -> float | None:
@@ -62,8 +60,9 @@ class Run:
     @property
     def method_name(self) -> str:
         """Name of the method, as people write it, with the preset if it is not the default one."""
-        name = _METHOD_NAMES.get(self.method, self.method)
+        name = METHODS[self.method].title if self.method in METHODS else ""
         preset = self.config.get("preset")
+        name = name or self.method
         return f"{name} ({preset})" if preset not in (None, "default") else name
 
     @property

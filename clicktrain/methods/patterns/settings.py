@@ -41,7 +41,7 @@ def fill_in(method: ClickTrain) -> None:
     """Give settings that were not given the values of the preset."""
     if method.preset not in PRESETS:
         raise UserError(f"preset must be one of {', '.join(PRESETS)}, not {method.preset!r}")
-    if method.trigger == "epi" and method.earliest_start is None:
+    if method.watches_structure and method.earliest_start is None:
         object.__setattr__(method, "earliest_start", 0.0)
     if method.aim is not None and method.allocation is None:
         object.__setattr__(method, "allocation", "share")

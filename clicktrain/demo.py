@@ -16,7 +16,8 @@ from rich.table import Table
 from clicktrain.commands.progress import make_progress
 from clicktrain.commands.screen import lasting_console
 from clicktrain.errors import UserError
-from clicktrain.train import RunFolder, TrainingInterrupted, fit, from_dict
+from clicktrain.train import RunFolder, TrainingInterrupted, from_dict
+from clicktrain.train.fit import fit
 
 RECIPE: Mapping[str, Any] = {
     "model": "resnet20",

@@ -5,10 +5,12 @@ from __future__ import annotations
 import contextlib
 import os
 from pathlib import Path
-
-import torch
+from typing import TYPE_CHECKING
 
 from clicktrain.errors import UserError
+
+if TYPE_CHECKING:
+    import torch
 
 _FALLBACK = 64 * 2**30
 _CGROUP = (Path("/sys/fs/cgroup/memory.max"), Path("/sys/fs/cgroup/memory/memory.limit_in_bytes"))
@@ -28,6 +30,8 @@ def machine_bytes() -> int:
 def device_bytes(device: torch.device | None) -> int:
     """Memory of the device: a GPU's own, else `machine_bytes`."""
     if device is not None and device.type == "cuda":
+        import torch
+
         return int(torch.cuda.get_device_properties(device).total_memory)
     return machine_bytes()
 

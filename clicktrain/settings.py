@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import difflib
+import functools
 import math
 import types
 from collections.abc import Iterable, Mapping
@@ -41,14 +42,14 @@ def field_names(cls: type) -> tuple[str, ...]:
     return tuple(f.name for f in dataclasses.fields(cls) if f.init)
 
 
-def type_hints(cls: type) -> dict[str, Any]:
+def type_hints(cls: Any) -> dict[str, Any]:
     """The types of a dataclass's fields, with the registries that they are annotated with."""
-    if cls not in _HINTS:
-        _HINTS[cls] = get_type_hints(cls, include_extras=True)
-    return _HINTS[cls]
+    return _cached_hints(cls)
 
 
-_HINTS: dict[type, dict[str, Any]] = {}
+@functools.cache
+def _cached_hints(cls: Any) -> dict[str, Any]:
+    return get_type_hints(cls, include_extras=True)
 
 
 def choices_in(hint: Any) -> Choices | None:
@@ -65,6 +66,11 @@ def choice_fields(cls: type) -> dict[str, Choices]:
     """The settings of a dataclass that are choices of a registry."""
     found = {name: choices_in(type_hints(cls)[name]) for name in field_names(cls)}
     return {name: choices for name, choices in found.items() if choices is not None}
+
+
+def part_of(kind: type[T], settings: Any) -> T:
+    """A part of a method: a dataclass, from the settings that have the names of its fields."""
+    return kind(**{name: getattr(settings, name) for name in field_names(kind)})
 
 
 def check_choices(settings: Any) -> None:

@@ -4,8 +4,9 @@ from __future__ import annotations
 
 import os
 import random
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
+from typing import Any
 
 import hypothesis
 import numpy as np
@@ -27,7 +28,12 @@ hypothesis.settings.load_profile("ci" if os.environ.get("CI") else "local")
 
 
 def pytest_terminal_summary(terminalreporter: pytest.TerminalReporter) -> None:
-    """Say what generated kernels ran on: CLICKTRAIN_LANES and CLICKTRAIN_PAIRS in the environment set it."""
+    """Print the matrix of the methods' contract, and say what generated kernels ran on.
+
+    CLICKTRAIN_LANES and CLICKTRAIN_PAIRS in the environment set the latter.
+    """
+    for line in contract_matrix(terminalreporter.stats):
+        terminalreporter.write_line(line)
     tools = toolchain()
     if tools is None:
         terminalreporter.write_line("generated kernels: none, for want of a C compiler")
@@ -37,6 +43,28 @@ def pytest_terminal_summary(terminalreporter: pytest.TerminalReporter) -> None:
         f"generated kernels: {tools.lanes(torch.float32)} float32 lanes, {tools.registers} registers, "
         f"{'with' if tools.multiplies_pairs else 'without'} bfloat16 pairs; {tools.version} for {isa}"
     )
+
+
+def contract_matrix(stats: Mapping[str, Sequence[Any]]) -> list[str]:
+    """Methods by properties, from the reports of ``tests/methods/test_contract.py`` by their outcome."""
+    cells: dict[str, dict[str, str]] = {}
+    reasons = []
+    for outcome, sign in (("passed", "yes"), ("failed", "NO"), ("xfailed", "fault"), ("skipped", "skipped")):
+        for report in stats.get(outcome, ()):
+            for key, value in getattr(report, "user_properties", ()):
+                if key == "contract" and report.when == "call":
+                    what, name, reason = value
+                    cells.setdefault(name, {})[what] = "-" if reason and sign == "yes" else sign
+                    reasons += [f"- {name}, {what}: {reason}"] if reason else []
+    if not cells:
+        return []
+    columns = list(dict.fromkeys(what for row in cells.values() for what in row))
+    wide = max(map(len, cells))
+    lines = ["", "what every method keeps (-: has no meaning for it)"]
+    lines.append(" " * wide + "  " + "  ".join(columns))
+    for name, row in cells.items():
+        lines.append(f"{name:{wide}}  " + "  ".join(row.get(c, "").ljust(len(c)) for c in columns).rstrip())
+    return [*lines, *reasons, ""]
 
 
 @pytest.fixture(autouse=True)

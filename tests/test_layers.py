@@ -14,7 +14,7 @@ PACKAGE = Path(__file__).resolve().parent.parent / "clicktrain"
 # do not know each other. A new package has to be given its row here.
 LAYERS: tuple[tuple[str, ...], ...] = (
     ("errors",),
-    ("files", "leftovers", "limits", "own_code", "settings"),
+    ("files", "leftovers", "limits", "own_code", "settings", "wording"),
     ("models", "data", "sparsity", "comm"),
     ("formats", "graph"),
     ("kernels", "surgery", "accounting", "runs"),
@@ -30,6 +30,8 @@ ABOVE_METHODS = ("train", "export", "report", "bench", "cli", "commands", "demo"
 ONLY_FROM = {"models": ABOVE_METHODS, "data": ABOVE_METHODS}
 # The command line is one thing in several files.
 ONE_ROW = {"cli", "commands", "demo", "__main__"}
+# Internals of one implementation: everybody else asks `kernels.impls` and `kernels.layouts`.
+INTERNALS = {"clicktrain.kernels.sparse_conv2d.blocked": "clicktrain.kernels"}
 VAGUE_NAMES = {"utils", "util", "common", "helpers", "helper", "misc"}
 
 
@@ -109,6 +111,17 @@ def wrong_imports(edges: Mapping[str, Mapping[str, int]]) -> list[str]:
     return wrong
 
 
+def imported_internals(edges: Mapping[str, Mapping[str, int]]) -> list[str]:
+    """Imports of a backend's internals from outside the package that they belong to."""
+    return [
+        f"{module}:{line} imports {target}"
+        for module, targets in edges.items()
+        for target, line in targets.items()
+        for internal, home in INTERNALS.items()
+        if f"{target}.".startswith(f"{internal}.") and not f"{module}.".startswith(f"{home}.")
+    ]
+
+
 def find_cycle(edges: Mapping[str, Mapping[str, int]]) -> list[str]:
     """One circle of imports, first module repeated at the end; empty if there is none."""
     done: set[str] = set()
@@ -135,6 +148,10 @@ def test_every_package_has_a_layer() -> None:
 
 def test_imports_point_down() -> None:
     assert wrong_imports(edges_of(PACKAGE)) == []
+
+
+def test_nobody_outside_kernels_knows_a_backend() -> None:
+    assert imported_internals(edges_of(PACKAGE)) == []
 
 
 def test_no_import_cycles() -> None:
@@ -186,6 +203,19 @@ def test_an_upward_or_sideways_import_is_found(package: Path, line: str, target:
     wrong = wrong_imports(edges_of(package))
     assert len(wrong) == 1
     assert wrong[0].endswith(f"imports {target}")
+
+
+def test_an_import_of_a_backend_is_found(package: Path) -> None:
+    blocked = package / "kernels" / "sparse_conv2d" / "blocked"
+    blocked.mkdir(parents=True)
+    for folder in (blocked, blocked.parent, blocked.parent.parent):
+        (folder / "__init__.py").touch()
+    (blocked / "launch.py").write_text("from clicktrain.kernels.sparse_conv2d import blocked\n")
+    (package / "train" / "__init__.py").write_text(
+        "def f():\n    from clicktrain.kernels.sparse_conv2d.blocked import launch\n"
+    )
+    wrong = imported_internals(edges_of(package))
+    assert wrong == ["clicktrain.train:2 imports clicktrain.kernels.sparse_conv2d.blocked.launch"]
 
 
 def test_a_method_has_no_business_with_data_sets(package: Path) -> None:

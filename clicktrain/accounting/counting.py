@@ -8,12 +8,13 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
-from torch.nn.modules.conv import _ConvNd, _ConvTransposeNd
 
 from clicktrain.accounting.cost import LayerCost, ModelCost, ratio
 from clicktrain.accounting.traffic import Traffic
 from clicktrain.accounting.watching import eager, no_trace, plain
 from clicktrain.errors import UserError
+from clicktrain.formats.packed import Structure
+from clicktrain.graph.adapters import ADAPTERS, LayerAdapter, nearest_adapter
 from clicktrain.graph.batch import batch_size, first_tensor
 from clicktrain.graph.inputs import Inputs, as_inputs
 
@@ -50,10 +51,10 @@ class _Calls:
 def count(model: nn.Module, example: Any, masks: Mapping[str, Tensor] | None = None) -> ModelCost:
     """Count weights, FLOPs and bytes of a network, per image.
 
-    Layers are ``nn.Conv1d/2d/3d``, their transposed forms, ``nn.Linear`` and packed convolutions; weights
-    that are used without such a module are not seen. What needs a gradient is found from the data flow: a
-    layer whose input depends on nothing trained (the first one) has no grad-input. The forward pass is done
-    in evaluation mode; mode, buffers, gradients and random state are afterwards as before.
+    Layers are those with a `LayerAdapter` and packed ones; weights that are used without such a module are
+    not seen. What needs a gradient follows from the data flow: a layer whose input depends on nothing trained
+    (the first one) has no dgrad. The forward pass runs in evaluation mode; mode, buffers, gradients and
+    random state are afterwards as before.
 
     Args:
         model: the network; a compiled one is counted as it was before.
@@ -99,14 +100,20 @@ def compression_ratio(model: nn.Module) -> float:
     return ratio(sum(layer.weights for layer in convs), sum(layer.nonzero for layer in convs))
 
 
-def _kind_of(module: nn.Module) -> str | None:
-    if isinstance(module, _ConvNd) or hasattr(getattr(module, "structure", None), "nnz_per_filter"):
-        return "conv"
-    return "linear" if isinstance(module, nn.Linear) else None
+def _adapter(module: nn.Module) -> LayerAdapter | None:
+    """The adapter of a layer, or of the dense layer that a packed one was."""
+    dense = getattr(module, "dense", None)
+    return ADAPTERS.get(dense) if _structure(module) is not None and dense else nearest_adapter(module)
+
+
+def _structure(module: nn.Module) -> Structure | None:
+    """Of a packed layer."""
+    structure = getattr(module, "structure", None)
+    return structure if isinstance(structure, Structure) else None
 
 
 def _trained(module: nn.Module) -> bool:
-    weight = module.weight if isinstance(module, (_ConvNd, nn.Linear)) else module.values
+    weight = module.weight if _structure(module) is None else module.values
     assert isinstance(weight, Tensor)
     return weight.requires_grad
 
@@ -114,9 +121,9 @@ def _trained(module: nn.Module) -> bool:
 def _layers(model: nn.Module, masks: Mapping[str, Tensor] | None) -> list[_Layer]:
     layers = []
     for name, module in model.named_modules():
-        kind = _kind_of(module)
-        if kind is not None:
-            layers.append(_layer(name, module, kind, masks))
+        adapter = _adapter(module)
+        if adapter is not None:
+            layers.append(_layer(name, module, adapter.kind, masks))
     unknown = sorted(set(masks or ()) - {layer.name for layer in layers})
     if unknown:
         raise UserError(
@@ -126,8 +133,8 @@ def _layers(model: nn.Module, masks: Mapping[str, Tensor] | None) -> list[_Layer
 
 
 def _layer(name: str, module: nn.Module, kind: str, masks: Mapping[str, Tensor] | None) -> _Layer:
-    structure: Any = getattr(module, "structure", None)
-    if structure is not None and not isinstance(module, (_ConvNd, nn.Linear)):
+    structure = _structure(module)
+    if structure is not None:
         values = module.values
         assert isinstance(values, Tensor)
         return _Layer(name, module, kind, structure.shape, structure.nnz, id(values))
@@ -141,15 +148,14 @@ def _layer(name: str, module: nn.Module, kind: str, masks: Mapping[str, Tensor] 
         nonzero = int(mask.sum())
     elif masks is None:
         nonzero = int(weight.detach().count_nonzero())
-    own = module._parameters.get("weight")  # a parametrization computes its weight anew each time
+    own = module._parameters.get("weight")  # a parametrization recomputes its weight
     return _Layer(name, module, kind, shape, nonzero, id(module if own is None else own))
 
 
 def _parameters(model: nn.Module) -> int:
     total = sum(parameter.numel() for parameter in model.parameters())
     for module in model.modules():
-        structure: Any = getattr(module, "structure", None)
-        if structure is not None and _kind_of(module) == "conv":
+        if (structure := _structure(module)) is not None:
             total += structure.numel - structure.nnz
     return total
 
@@ -160,8 +166,9 @@ def _watch(model: nn.Module, inputs: Inputs) -> tuple[dict[int, _Calls], Mapping
 
     def note(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], output: Any) -> None:
         x = args[0] if args else next(iter(kwargs.values()))
-        seen = calls.setdefault(id(module), _Calls())
-        seen.output_hw, positions = _positions(module, x, output)
+        seen, adapter = calls.setdefault(id(module), _Calls()), _adapter(module)
+        assert adapter is not None
+        seen.output_hw, positions = adapter.weight_uses(module, x, output)
         seen.forward += positions
         if output.requires_grad:  # not under no_grad
             seen.grad_input += positions if x.requires_grad else 0
@@ -170,7 +177,7 @@ def _watch(model: nn.Module, inputs: Inputs) -> tuple[dict[int, _Calls], Mapping
     handles = [
         module.register_forward_hook(note, with_kwargs=True)
         for module in model.modules()
-        if _kind_of(module) is not None
+        if _adapter(module) is not None
     ]
     try:
         # Gradients are enabled, although none is computed: who needs one is read off the tensors.
@@ -187,17 +194,6 @@ def _watch(model: nn.Module, inputs: Inputs) -> tuple[dict[int, _Calls], Mapping
         for handle in handles:
             handle.remove()
     return calls, traffic.bytes
-
-
-def _positions(module: nn.Module, x: Tensor, output: Tensor) -> tuple[tuple[int, ...], int]:
-    """Spatial size of the output, and how often each weight is used, over the whole batch."""
-    if isinstance(module, nn.Linear):
-        return (), output.numel() // max(module.out_features, 1)
-    dims = module.weight.dim() - 2 if isinstance(module, _ConvNd) else 2
-    size = tuple(output.shape[-dims:])
-    if isinstance(module, _ConvTransposeNd):
-        return size, x.numel() // x.shape[-dims - 1]
-    return size, output.numel() // output.shape[-dims - 1]
 
 
 def _cost(layer: _Layer, calls: _Calls, batch: int) -> LayerCost:

@@ -1,11 +1,12 @@
-"""One convolution layer: the sparse operators beside the best dense calls of PyTorch (section 5.2).
+"""One convolution layer: sparse implementations beside the best dense calls of PyTorch (section 5.2).
 
-The sparse side is what a network calls, the registered operators, on activations that are in the blocked
-layout already: within an accelerated network they stay in it from layer to layer.
+The sparse side is what a network calls, the registered operators, on activations that are in the layout of
+their implementation already: within an accelerated network they stay in it from layer to layer.
 """
 
 from __future__ import annotations
 
+import functools
 import itertools
 from collections.abc import Callable, Hashable, Sequence
 from dataclasses import asdict, dataclass
@@ -27,19 +28,15 @@ from clicktrain.bench.timing import (
 )
 from clicktrain.errors import UserError
 from clicktrain.formats.packed import Structure, pack_values
+from clicktrain.kernels.impls import PHASES, Candidate, ConvProblem, Impl, Phase, candidates_for
+from clicktrain.kernels.layouts import LAYOUTS
 from clicktrain.kernels.native import keep_memory, missing_toolchain, toolchain
 from clicktrain.kernels.native.library import need_all
-from clicktrain.kernels.sparse_conv2d.blocked import launch, ops
-from clicktrain.kernels.sparse_conv2d.blocked.layout import block, unblock
-from clicktrain.kernels.sparse_conv2d.blocked.prepared import Variant, variants
-from clicktrain.kernels.sparse_conv2d.blocked.problem import PHASES, ConvProblem, Phase
-from clicktrain.kernels.sparse_conv2d.blocked.shared.geometry import Axis
+from clicktrain.kernels.sparse_conv2d import IMPLS
+from clicktrain.kernels.sparse_conv2d.api import OPERATOR
 
 PRECISIONS = {"fp32": torch.float32, "bf16": torch.bfloat16}
-"""What the sparse operators' activations are kept in, by name."""
-TOLERANCE = {"fp32": 1e-4, "bf16": 1e-2}
-"""Largest error of a result over its largest value. Float32 sums of a layer stay two orders below it; results
-in bfloat16 are rounded to a 256th, weights that are multiplied in pairs are as well."""
+"""Dtypes of the sparse operators' activations, by name."""
 TUNING_ROUNDS = 5
 
 _Call = Callable[[], Tensor]
@@ -77,12 +74,6 @@ class Shape:
             )
         return cls(*numbers)
 
-    def problem(self) -> ConvProblem:
-        """As the kernels know it."""
-        return ConvProblem.make(
-            self.channels, self.filters, _KERNEL, (self.height, self.width), (1, 1), (1, 1)
-        )
-
     def __str__(self) -> str:
         channels = f"{self.channels}" if self.channels == self.filters else f"{self.channels}->{self.filters}"
         return f"{channels} @ {self.height}x{self.width}, batch {self.batch}"
@@ -118,6 +109,7 @@ class ConvRow:
         dense_bf16_ms, dense_bf16_name: the fastest dense bfloat16 call; None if not asked for.
         precision: of the sparse operator's activations, ``fp32`` or ``bf16`` (summed up in float32).
         sparse_ms: the sparse operator.
+        impl: the implementation that runs it.
         ratio, ratio_bf16: dense over sparse.
         fraction_of_peak: multiply-adds of kept weights (those with the padding left out) per second, over the
             measured peak; None without one.
@@ -146,6 +138,7 @@ class ConvRow:
     memory_ms: float
     bound: float
     tiling: dict[str, Any]
+    impl: str
 
 
 def bench_conv(
@@ -197,11 +190,12 @@ def bench_conv(
         progress(f"{shape}: building and checking")
         layers = []
         for compression in compressions:
-            for group, precision in itertools.product(groups, precisions):
-                layer = _SparseLayer(data, compression, group, precision, seed, tune)
-                layer.check()
-                layer.choose()
-                layers.append(layer)
+            for group, precision, impl in itertools.product(groups, precisions, _tunable()):
+                layer = _SparseLayer(data, compression, group, precision, seed, tune, impl)
+                if not impl.refusals(layer.problem):
+                    layer.check()
+                    layer.choose()
+                    layers.append(layer)
         dense = _dense_calls(data, compiled, bf16)
         for phase in PHASES:
             progress(f"{shape}: {phase}")
@@ -210,6 +204,11 @@ def bench_conv(
                 torch.compiler.reset()
             rows += _measure(phase, dense[phase], layers, rounds, peak_gflops)
     return rows
+
+
+def _tunable() -> list[Impl]:
+    """Implementations whose phases can be timed one by one."""
+    return [impl for impl in candidates_for(OPERATOR) if impl.candidates is not None]
 
 
 def check_precisions(precisions: Sequence[str]) -> None:
@@ -259,9 +258,6 @@ class _Data:
         self.x = torch.randn(shape.batch, shape.channels, *image)
         self.gy = torch.randn(shape.batch, shape.filters, *image)
         self.weight = torch.randn(shape.filters, shape.channels, *_KERNEL) * 0.05
-        tools = toolchain()
-        lanes = tools.lanes(torch.float32) if tools else 1
-        self.x_blocked, self.gy_blocked = block(self.x, lanes), block(self.gy, lanes)
 
 
 def _dense(phase: Phase, x: Tensor, gy: Tensor, weight: Tensor) -> Tensor:
@@ -301,45 +297,53 @@ class _SparseLayer:
     """A layer with random positions, its kernels, and the best of them by phase."""
 
     def __init__(
-        self, data: _Data, compression: float, group: int, precision: str, seed: int, tune: bool
+        self,
+        data: _Data,
+        compression: float,
+        group: int,
+        precision: str,
+        seed: int,
+        tune: bool,
+        impl: Impl = IMPLS["blocked"],
     ) -> None:
         self.data, self.compression, self.group, self.precision = data, compression, group, precision
-        self.kept = PRECISIONS[precision]
-        self.x, self.gy = data.x_blocked.to(self.kept), data.gy_blocked.to(self.kept)
-        generator = torch.Generator().manual_seed(seed)
+        self.impl, self.dtype = impl, PRECISIONS[precision]
+        self.x, self.gy = self._entered(data.x), self._entered(data.gy)
+        shape, generator = data.shape, torch.Generator().manual_seed(seed)
         f, c, r, s = data.weight.shape
         self.mask = pattern_mask((f, c, r, s), compression, group, generator)
         self.structure = Structure.from_mask(self.mask)
         self.values = pack_values(self.structure, data.weight)
-        self.variants = self._variants(tune)
-        need_all(
-            [
-                launch.compile_plan(variant.plan, self.kept, [phase])[0]
-                for phase, variants in self.variants.items()
-                for variant in variants
-            ]
+        activations = str(self.dtype).removeprefix("torch.")
+        self.problem = ConvProblem.of_structure(
+            self.structure, (shape.height, shape.width), shape.batch, padding=(1, 1), activations=activations
         )
+        self.variants = self._variants(tune)
+        need_all([variant.source for variants in self.variants.values() for variant in variants])
         self.best = {phase: variants[0] for phase, variants in self.variants.items()}
 
-    def _variants(self, tune: bool) -> dict[Phase, list[Variant]]:
-        """By phase, the rule's own choice first."""
-        found: dict[Phase, list[Variant]] = {phase: [] for phase in PHASES}
-        for variant in variants(self.structure, self.data.shape.problem(), 1, self.kept):
-            if tune or not found[variant.phase]:
-                found[variant.phase].append(variant)
-        return found
+    def _entered(self, images: Tensor) -> Tensor:
+        images = images.to(self.dtype)
+        layout = LAYOUTS.get(self.impl.layout)
+        return images if layout is None else layout.enter(self.dtype)(images)
 
-    def call(self, phase: Phase, variant: Variant) -> _Call:
+    def _left(self, x: Tensor) -> Tensor:
+        layout = LAYOUTS.get(self.impl.layout)
+        return x if layout is None else layout.leave(x, self.data.shape.batch)
+
+    def _variants(self, tune: bool) -> dict[Phase, list[Candidate]]:
+        """By phase, the rule's own choice first."""
+        assert self.impl.candidates is not None
+        by_phase: dict[Phase, list[Candidate]] = {phase: [] for phase in PHASES}
+        for variant in self.impl.candidates(self.structure, self.problem):
+            if tune or not by_phase[variant.phase]:
+                by_phase[variant.phase].append(variant)
+        return by_phase
+
+    def call(self, phase: Phase, variant: Candidate) -> _Call:
         """The operator as a network calls it."""
-        x, gy, values = self.x, self.gy, self.values
-        plan, tables = variant.plan, variant.tables
-        if phase == "forward":
-            trained = values.detach().requires_grad_()
-            return lambda: ops.sparse_conv2d_blocked(x, trained, None, tables, plan)
-        if phase == "dgrad":
-            return lambda: ops.sparse_conv2d_blocked_dgrad(gy, values, tables, plan)
-        shape = list(values.shape)
-        return lambda: ops.sparse_conv2d_blocked_wgrad(x, gy, shape, tables, plan)
+        values = self.values.detach().requires_grad_(phase == "forward")
+        return functools.partial(variant.run, self.x, self.gy, values, None)
 
     def check(self) -> None:
         """Compare what every variant computes with the dense convolution in float64.
@@ -349,28 +353,27 @@ class _SparseLayer:
         """
         x, gy = self.data.x.double(), self.data.gy.double()
         weight = self.data.weight.double() * self.mask
-        n = self.data.shape.batch
-        for phase, found in self.variants.items():
+        for phase, variants in self.variants.items():
             expected = _dense(phase, x, gy, weight)
             if phase == "wgrad":
                 expected = pack_values(self.structure, expected)
-            for variant in found:
+            for variant in variants:
                 result = self.call(phase, variant)().detach()
-                result = result if phase == "wgrad" else unblock(result, n)
+                result = result if phase == "wgrad" else self._left(result)
                 error = float((result - expected).abs().max() / expected.abs().max())
-                if not error <= TOLERANCE[self.precision]:
+                if not error <= self.impl.tolerance[self.dtype]:
                     raise WrongResultError(
                         f"{phase} of {self.data.shape} at {self.compression:g}x, group {self.group}, "
                         f"{variant.tiling}: the sparse result is off by {error:.2g} of the largest value"
                     )
 
     def choose(self) -> None:
-        """Keep the variant of each phase that is fastest; it is timed anew beside the dense calls."""
-        for phase, found in self.variants.items():
-            if len(found) > 1:
-                calls = {i: self.call(phase, variant) for i, variant in enumerate(found)}
+        """Keep the fastest variant of each phase; it is timed again beside the dense calls."""
+        for phase, variants in self.variants.items():
+            if len(variants) > 1:
+                calls = {i: self.call(phase, variant) for i, variant in enumerate(variants)}
                 times = median_ms(calls, TUNING_ROUNDS)
-                self.best[phase] = found[min(times, key=lambda i: times[i])]
+                self.best[phase] = variants[min(times, key=lambda i: times[i])]
 
     def memory(self, phase: Phase) -> tuple[list[Tensor], Tensor]:
         """What a phase reads, and something as large as what it writes."""
@@ -382,17 +385,10 @@ class _SparseLayer:
 
     def operations(self) -> int:
         """Multiply-adds of kept weights, those with the padding left out; two operations each."""
-        problem = self.data.shape.problem()
-        rows, columns = _inside(problem.rows), _inside(problem.columns)
-        positions = rows[:, None] * columns[None, :]
-        return 2 * self.data.shape.batch * int((self.mask.sum((0, 1)) * positions).sum())
-
-
-def _inside(axis: Axis) -> Tensor:
-    """By tap, how many positions of the result read a place inside the image."""
-    first = torch.arange(axis.out) * axis.stride - axis.padding
-    place = first[None, :] + torch.arange(axis.taps)[:, None] * axis.dilation
-    return ((place >= 0) & (place < axis.size)).sum(1)
+        one, shape = torch.ones(1, 1, 1, 1), self.data.shape
+        # By tap, how many positions of the result read a place inside the image.
+        inside = F.unfold(one.expand(1, 1, shape.height, shape.width), _KERNEL, padding=1).sum(2)
+        return 2 * shape.batch * int((self.mask.sum((0, 1)) * inside.view(_KERNEL)).sum())
 
 
 def _measure(
@@ -436,6 +432,7 @@ def _measure(
                 memory_ms=times["memory", i],
                 bound=dense_ms / (times["arithmetic", i] + times["memory", i]),
                 tiling=asdict(layer.best[phase].tiling),
+                impl=layer.impl.name,
             )
         )
     return rows

@@ -18,7 +18,7 @@ from torch import Tensor
 
 from clicktrain.kernels.native import load, needed_toolchain, preamble, toolchain
 from clicktrain.kernels.native.library import Library, call
-from clicktrain.kernels.sparse_conv2d.blocked.launch import STREAM_BYTES
+from clicktrain.kernels.native.memory import STREAM_BYTES
 
 _REPETITIONS = 7
 _CACHES = Path("/sys/devices/system/cpu/cpu0/cache")

@@ -12,11 +12,12 @@ import torch.nn.functional as F
 
 from clicktrain.accounting import training_memory
 from clicktrain.accounting.memory import bytes_in_words
-from clicktrain.commands.wording import clock, short
 from clicktrain.methods import Method
-from clicktrain.train import Prepared, RunConfig, prepare
+from clicktrain.train import Prepared, RunConfig
 from clicktrain.train.device import autocast
 from clicktrain.train.disk import bytes_needed
+from clicktrain.train.prepare import prepare
+from clicktrain.wording import clock, short
 
 _WARM_UP, _TIMED = 1, 4
 """Training steps before and during the measurement."""
@@ -34,7 +35,7 @@ def dry_run(config: RunConfig, method: Method[Any]) -> int:
 
 def cost_lines(prepared: Prepared) -> list[str]:
     """Model, data, FLOPs, time and disk of the run; time as measured on a few steps of dense training."""
-    config, cost = prepared.config, prepared.cost.cost
+    config, cost = prepared.config, prepared.cost.initial
     batches = len(prepared.train_loader)
     images = config.epochs * batches * config.batch_size
     ms = step_ms(prepared)

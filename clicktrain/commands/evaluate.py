@@ -65,7 +65,7 @@ def run(argv: Sequence[str]) -> int:
     if attacks and config.data == loaded.config.data:
         from clicktrain.train.robustness import save_robustness
 
-        save_robustness(loaded.folder.path, attacks, [row["accuracy"] for row in result["robustness"]])
+        save_robustness(loaded.folder, attacks, [row["accuracy"] for row in result["robustness"]])
     if given.get("json"):
         print(json.dumps(result, indent=2))
         return 0
@@ -96,8 +96,8 @@ def _attacks(given: Mapping[str, Any], seed: int) -> list[Attack]:
 
 
 def _evaluate(loaded: LoadedRun, config: RunConfig, attacks: Sequence[Attack]) -> dict[str, Any]:
-    from clicktrain.train import evaluate
     from clicktrain.train.device import resolve_device, set_up
+    from clicktrain.train.evaluate import evaluate
     from clicktrain.train.prepare import make_val_loader, open_run_data
 
     device = resolve_device(config.device)

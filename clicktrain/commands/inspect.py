@@ -9,7 +9,8 @@ from collections.abc import Mapping, Sequence
 from typing import TYPE_CHECKING, Any
 
 from clicktrain.commands.arguments import OWN_MODEL, Command, Option, Positional
-from clicktrain.commands.wording import asked_and_reached, short, training_share
+from clicktrain.commands.wording import asked_and_reached, training_share
+from clicktrain.wording import short
 
 if TYPE_CHECKING:
     from rich.console import Console

@@ -12,7 +12,7 @@ from rich.progress_bar import ProgressBar
 from rich.table import Table
 from rich.text import Text
 
-from clicktrain.commands.wording import clock
+from clicktrain.wording import clock
 
 if TYPE_CHECKING:
     from clicktrain.methods import Method

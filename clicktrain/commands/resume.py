@@ -27,16 +27,16 @@ def run(argv: Sequence[str]) -> int:
     from clicktrain.commands.running import carry_out
     from clicktrain.methods import METHODS
     from clicktrain.settings import choice_fields
-    from clicktrain.train import RunFolder
+    from clicktrain.train import RunFolder, load_run_config
 
     names = sorted({name for method in METHODS.values() for name in choice_fields(method)})
     own = [Option(name, str | None, "Of the run, if it is code of your own: package.module:function.",
                   metavar="NAME") for name in names]  # fmt: skip
     command = replace(_COMMAND, groups={**_COMMAND.groups, "code of your own": own})
     given = command.parse(argv)
-    folder = RunFolder(Path(given["run"])).open()
+    folder = RunFolder(Path(given["run"]))
     named = {name: given[name] for name in names if given.get(name) is not None}
-    config, method = folder.load_config(given.get("model"), named)
+    config, method = load_run_config(folder, given.get("model"), named)
     return carry_out(
         config, method, folder, quiet=given.get("quiet", False), report=given.get("report", True), resume=True
     )

@@ -12,10 +12,12 @@ from rich.console import Console
 
 from clicktrain.commands.progress import make_progress
 from clicktrain.commands.screen import lasting_console, warn
-from clicktrain.commands.wording import asked_and_reached, clock, training_share
+from clicktrain.commands.wording import asked_and_reached, training_share
 from clicktrain.methods import Method
 from clicktrain.methods.outcome import Outcome
-from clicktrain.train import RunConfig, RunFolder, TrainingInterrupted, fit
+from clicktrain.train import RunConfig, RunFolder, TrainingInterrupted
+from clicktrain.train.fit import fit
+from clicktrain.wording import clock
 
 
 def carry_out(

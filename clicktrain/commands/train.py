@@ -49,7 +49,8 @@ def run(argv: Sequence[str]) -> int:
         from clicktrain.commands.dry_run import dry_run
 
         return dry_run(config, method)
-    folder = RunFolder(Path(own["out"])) if own["out"] is not None else RunFolder.default(config)
+    out = own["out"]
+    folder = RunFolder.default(config.model, config.method) if out is None else RunFolder(Path(out))
     notes = (
         []
         if not ignored

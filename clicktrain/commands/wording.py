@@ -1,25 +1,9 @@
-"""Numbers as a person reads them."""
+"""Sentences of the command line about a run's summary."""
 
 from __future__ import annotations
 
 from collections.abc import Mapping
 from typing import Any
-
-
-def clock(seconds: float | None) -> str:
-    """h:mm:ss, or -:--:-- while unknown."""
-    if seconds is None:
-        return "-:--:--"
-    whole = max(0, round(seconds))
-    return f"{whole // 3600}:{whole // 60 % 60:02d}:{whole % 60:02d}"
-
-
-def short(number: float, space: str = "") -> str:
-    """1234567 as 1.23M, with ``space`` before the letter."""
-    for size, letter in ((1e18, "E"), (1e15, "P"), (1e12, "T"), (1e9, "G"), (1e6, "M"), (1e3, "k")):
-        if number >= size:
-            return f"{number / size:.3g}{space}{letter}"
-    return f"{number:.0f}{space}"
 
 
 def training_share(summary: Mapping[str, Any], digits: int) -> str:

@@ -18,7 +18,7 @@ from clicktrain.compiler.select import make_plan
 from clicktrain.errors import UserError
 from clicktrain.graph import Inputs, as_inputs, own_random_numbers
 from clicktrain.graph.faithful import ExampleError, UnfaithfulError, believed_graph
-from clicktrain.kernels.native import KernelError, keep_memory, toolchain
+from clicktrain.kernels.native import KernelError, keep_memory
 from clicktrain.kernels.native.failure import report_failure, summary, watch_failures
 from clicktrain.kernels.native.folder import take_notice
 from clicktrain.kernels.pack_model import pack
@@ -147,7 +147,7 @@ def _accelerated(
         return _by_its_own_code(model, inputs, rule, plan, str(error))
     if plan is not None:
         check_statistics(believed.graph, plan)
-        _warn_of_pairs(plan)
+        _warn_if_slow(plan)
     else:
         # Measuring draws random numbers; training goes on with its own.
         with own_random_numbers():
@@ -189,13 +189,13 @@ def _check_arguments(inputs: Inputs, rule: str, dtypes: Sequence[str]) -> None:
         raise UserError("the example is a batch of images, at least one")
 
 
-def _warn_of_pairs(plan: LoweringPlan) -> None:
-    """Say so if a plan from elsewhere wants an instruction that this processor lacks."""
-    pairs, tools = plan.with_pairs(), toolchain()
-    if pairs and tools is not None and not tools.multiplies_pairs:
+def _warn_if_slow(plan: LoweringPlan) -> None:
+    """Warn if a plan from elsewhere cuts work in a way that this machine has no instruction for."""
+    clauses = plan.slow_here()
+    if clauses:
         warnings.warn(
-            f"the plan multiplies pairs of bfloat16 numbers in {len(pairs)} layers, which this processor "
-            "has no instruction for: they run, but slowly; measure a plan here",
+            f"{len(clauses)} layers of the plan run, but slowly: {next(iter(clauses))} "
+            f"{next(iter(clauses.values()))}; measure a plan here",
             stacklevel=4,
         )
 

@@ -8,8 +8,9 @@ from dataclasses import dataclass, replace
 import torch
 from torch import Tensor, nn
 
+from clicktrain.compiler.layout_choice import PLAIN
 from clicktrain.compiler.lower import Lowered, lower
-from clicktrain.compiler.plan import LoweringPlan, kept_in
+from clicktrain.compiler.plan import LoweringPlan, activation_dtype
 from clicktrain.graph import Inputs
 from clicktrain.graph.faithful import Believed, copy_in_modes, original_calls
 from clicktrain.graph.observe import Observation, observe, tensors_in
@@ -81,8 +82,8 @@ def _compare(believed: Believed, lowered: Lowered, plan: LoweringPlan, dtype: to
 
 def _coarsest(plan: LoweringPlan, dtype: torch.dtype) -> torch.dtype:
     """The dtype with the fewest digits that a plan computes in."""
-    dense = any(c.layout == "plain" and c.dense.endswith("bf16") for c in plan.choices)
-    return torch.bfloat16 if dense else kept_in(plan.activations, dtype)
+    dense = any(c.layout == PLAIN and c.dense.endswith("bf16") for c in plan.choices)
+    return torch.bfloat16 if dense else activation_dtype(plan.activations, dtype)
 
 
 def _on_tensors(lowered: Lowered) -> Callable[..., object]:

@@ -5,10 +5,9 @@ from __future__ import annotations
 import math
 
 import torch
-from torch import nn
 
-from clicktrain.compiler.units import Unit, max_pooling, shape_of
-from clicktrain.kernels.native import toolchain
+from clicktrain.compiler.units import Unit, conv_of, dtype_of, max_pooling, shape_of
+from clicktrain.kernels.layouts import Layout
 from clicktrain.kernels.sparse_conv2d import PackedConv2d
 
 GFLOPS_DENSE = 90.0
@@ -25,58 +24,48 @@ _MAX_POOL = 3.0
 _CONVERSION = 4.0
 
 
-def unit_ms(unit: Unit, *, blocked: bool, gb_s: float | None = None, itemsize: int | None = None) -> float:
+def unit_ms(
+    unit: Unit, layout: Layout | None = None, gb_s: float | None = None, itemsize: int | None = None
+) -> float:
     """Forward and backward of a unit on the example's batch, in milliseconds.
 
     Args:
         unit: with shapes.
-        blocked: in which layout; there, a batch that is no multiple of the lanes is filled up.
+        layout: None for the plain one; another computes as many images as it fills up.
         gb_s: measured speed of memory.
-        itemsize: bytes of an activation, where it is not the type of the example's.
+        itemsize: bytes of an activation, where it is not the dtype of the example's.
     """
     shape = shape_of(unit.inputs[0])
-    filling = _filled(shape[0]) / shape[0] if blocked else 1.0
+    filling = layout.filled(shape[0]) / shape[0] if layout else 1.0
     if unit.kind == "conv":
-        return _conv_ms(unit, blocked) * filling
-    larger = max(math.prod(shape), math.prod(shape_of(unit.output))) * (itemsize or _itemsize(unit))
+        return _conv_ms(unit, layout is not None) * filling
+    larger = max(math.prod(shape), math.prod(shape_of(unit.output))) * (itemsize or dtype_of(unit).itemsize)
     if unit.kind == "batch_norm":
         added, relu = len(unit.inputs) > 1, unit.relu
         plain = _BATCH_NORM + added * _ADDITION + relu * _RELU
-        passes = _FUSED + added * _FUSED_ADDITION if blocked else plain
-    elif blocked and max_pooling(unit) is not None:
+        passes = _FUSED + added * _FUSED_ADDITION if layout else plain
+    elif layout and layout.max_pool is not None and max_pooling(unit) is not None:
         passes = _MAX_POOL
     else:
         passes = _PASSES[unit.kind]
     return _moving_ms(passes * larger * filling, gb_s)
 
 
-def conversion_ms(shape: tuple[int, ...], itemsize: int, trained: bool) -> float:
-    """One value from one layout to the other, and its gradient back if anything before it is trained."""
+def conversion_ms(layout: Layout, shape: tuple[int, ...], itemsize: int, trained: bool) -> float:
+    """One value between a layout and the plain one, and its gradient's way back if it has one."""
     if len(shape) != 4:
         return 0.0
     passes = _CONVERSION if trained else _CONVERSION / 2
-    return _moving_ms(passes * math.prod(shape[1:]) * _filled(shape[0]) * itemsize, None)
+    return _moving_ms(passes * math.prod(shape[1:]) * layout.filled(shape[0]) * itemsize, None)
 
 
 def _conv_ms(unit: Unit, sparse: bool) -> float:
-    module = unit.module
-    assert isinstance(module, (PackedConv2d, nn.Conv2d))
+    module = conv_of(unit)
     f, c, r, s = module.structure.shape if isinstance(module, PackedConv2d) else module.weight.shape
     n, _, h, w = shape_of(unit.output)
     weights = module.structure.nnz if sparse and isinstance(module, PackedConv2d) else f * c * r * s
     operations = 3 * 2 * weights * n * h * w
     return operations / (GFLOPS_SPARSE if sparse else GFLOPS_DENSE) / torch.get_num_threads() * 1e-6
-
-
-def _filled(images: int) -> int:
-    tools = toolchain()
-    lanes = tools.lanes(torch.float32) if tools else 1
-    return -(-images // lanes) * lanes
-
-
-def _itemsize(unit: Unit) -> int:
-    dtype = getattr(unit.output.meta.get("tensor_meta"), "dtype", torch.float32)
-    return int(dtype.itemsize)
 
 
 def _moving_ms(size: float, gb_s: float | None) -> float:

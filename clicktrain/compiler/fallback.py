@@ -1,29 +1,33 @@
-"""Layer by layer, for what runs by its own code: each packed convolution between two conversions."""
+"""Acceleration layer by layer, for models that run by their own code: each layer between two conversions."""
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
-from clicktrain.compiler.measure import take_turns
-from clicktrain.compiler.plan import Choice, LoweringPlan
+from clicktrain.compiler.layout_choice import PLAIN
+from clicktrain.compiler.plan import Choice, LoweringPlan, default_implementation
 from clicktrain.compiler.select import DENSITY_LIMIT
 from clicktrain.graph import Inputs, own_random_numbers, working_copy
+from clicktrain.kernels.impls import ConvProblem, Impl, candidates_for
 from clicktrain.kernels.native import KernelError
 from clicktrain.kernels.native.failure import report_failure
-from clicktrain.kernels.sparse_conv2d import PackedConv2d, sparse_conv2d
+from clicktrain.kernels.sparse_conv2d import IMPLS, PackedConv2d, sparse_conv2d
+from clicktrain.kernels.sparse_conv2d.api import OPERATOR
 from clicktrain.latency.machine import Machine
+from clicktrain.latency.timer import candidates_ms
 
 _SECONDS = 0.3
+_ORACLE = "reference"
 
 
 def accelerate_layers_(
     model: nn.Module, inputs: Inputs, rule: str, below: str = "", plan: LoweringPlan | None = None
 ) -> list[str]:
-    """Switch packed convolutions to the blocked implementation where that pays.
+    """Switch packed convolutions to another implementation where that pays.
 
     Args:
         model: a copy of it runs once on the inputs, to see what each layer gets.
@@ -41,15 +45,16 @@ def accelerate_layers_(
         if isinstance(module, PackedConv2d) and (not below or f"{name}.".startswith(f"{below}."))
     }
     known = {} if plan is None else plan.by_layer()
-    possible = [name for name in layers if name not in known or known[name].layout == "blocked"]
+    possible = [name for name in layers if name not in known or known[name].implementation is not None]
     shapes = _input_shapes(model, possible, inputs) if possible else {}
     chosen = []
     # Measuring draws random numbers; training goes on with its own.
     with own_random_numbers():
         for name, shape in shapes.items():
-            layer = layers[name]
-            if _works(layer, shape) and (name in known or _pays(layer, shape, rule)):
-                layer.use("blocked", otherwise="reference")
+            layer, wanted = layers[name], known[name].implementation if name in known else None
+            impl = _fastest(layer, shape, "sparse" if wanted else rule, [wanted] if wanted else None)
+            if impl is not None:
+                layer.use(impl, otherwise=_ORACLE)
                 chosen.append(name)
     return chosen
 
@@ -60,9 +65,12 @@ def plan_by_layer(model: nn.Module, chosen: list[str], rule: str, batch: int, no
         Choice(
             name,
             "conv",
-            "blocked" if name in chosen else "plain",
+            IMPLS[module.impl].layout if name in chosen else PLAIN,
             weight=module.structure.shape,
             density=round(module.structure.density, 6),
+            impl=module.impl
+            if name in chosen and IMPLS[module.impl] is not default_implementation(IMPLS[module.impl].layout)
+            else "",
         )
         for name, module in model.named_modules()
         if isinstance(module, PackedConv2d)
@@ -89,23 +97,37 @@ def _input_shapes(model: nn.Module, names: list[str], inputs: Inputs) -> dict[st
     return shapes
 
 
-def _works(layer: PackedConv2d, shape: torch.Size) -> bool:
-    """Whether the layer's kernels can be built; who watches failures is told if not."""
+def _fastest(
+    layer: PackedConv2d, shape: torch.Size, rule: str, impls: Sequence[Impl] | None = None
+) -> str | None:
+    """The implementation that a layer is to run on; None for the one that it has.
+
+    Args:
+        layer: packed.
+        shape: of its input.
+        rule: as of `accelerate`; unless it is ``measured``, the first that can run the layer.
+        impls: to choose from, by default all.
+    """
+    if rule == "density" and layer.structure.density >= DENSITY_LIMIT:
+        return None
+    problem = ConvProblem.of_layer(layer, shape)
+    able = [impl for impl in impls or candidates_for(OPERATOR) if not impl.refusals(problem)]
+    names = [impl.name for impl in able if _works(layer, shape, impl.name)]
+    if rule != "measured" or not names:
+        return next(iter(names), None)
+    ms = candidates_ms({name: _call(layer, shape, name) for name in (_ORACLE, *names)}, _SECONDS)
+    best = min(ms, key=lambda name: ms[name])
+    return None if best == _ORACLE else best
+
+
+def _works(layer: PackedConv2d, shape: torch.Size, impl: str) -> bool:
+    """Whether the layer's kernels can be built; failures are reported."""
     try:
-        _call(layer, shape, "blocked")()
+        _call(layer, shape, impl)()
     except KernelError as error:
         report_failure(error)
         return False
     return True
-
-
-def _pays(layer: PackedConv2d, shape: torch.Size, rule: str) -> bool:
-    if rule == "sparse":
-        return True
-    if rule == "density":
-        return layer.structure.density < DENSITY_LIMIT
-    ms = take_turns({impl: _call(layer, shape, impl) for impl in ("reference", "blocked")}, _SECONDS)
-    return ms["blocked"] < ms["reference"]
 
 
 def _call(layer: PackedConv2d, shape: torch.Size, impl: str) -> Callable[[], object]:

@@ -1,9 +1,9 @@
-"""Rewriting a graph by a plan: regions in the batch-blocked layout, conversions where they begin and end."""
+"""Rewrite a graph by a plan: regions in other layouts, conversions where they begin and end."""
 
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 
 import torch
 from torch import fx, nn
@@ -11,16 +11,27 @@ from torch.nn.modules.module import _has_any_global_hook
 
 from clicktrain.compiler import steps
 from clicktrain.compiler.guards import Guards
+from clicktrain.compiler.layout_choice import PLAIN
 from clicktrain.compiler.norm_statistics import convolutions_before_norms
-from clicktrain.compiler.passes import Pass, pass_of, pass_text
-from clicktrain.compiler.plan import DENSE, Choice, LoweringPlan, kept_in
-from clicktrain.compiler.units import Unit, find_units, max_pooling, modules_in, shape_of, watched
+from clicktrain.compiler.plan import DENSE, Choice, LoweringPlan, held_dtype
+from clicktrain.compiler.units import (
+    Unit,
+    conv_of,
+    find_units,
+    max_pooling,
+    modules_in,
+    pass_of,
+    runs_in,
+    shape_of,
+    watched,
+)
 from clicktrain.graph import ModelGraph
 from clicktrain.graph.copying import HOOK_TABLES
-from clicktrain.kernels.native import KernelError, toolchain
+from clicktrain.kernels.impls import ConvProblem
+from clicktrain.kernels.layouts import LAYOUTS, Layout
+from clicktrain.kernels.native import KernelError
 from clicktrain.kernels.native.library import build_all
 from clicktrain.kernels.sparse_conv2d import PackedConv2d
-from clicktrain.kernels.sparse_conv2d.blocked.launch import compile_plan
 
 ROOT = "base"
 """Name under which the model hangs in lowered graphs: they find layers and parameters where the model has
@@ -31,15 +42,15 @@ _CONSTANTS = "constants"
 
 @dataclass(frozen=True, slots=True, eq=False)
 class Lowered:
-    """A graph that runs, and whom it stands for.
+    """A graph that runs, and the modules that it stands for.
 
     Attributes:
         run: as the model's ``forward``.
         watched: modules that are not called any more: layers that run as a step, and those traced through.
         guards: what has to be as it was.
-        tables: of the hooks of ``watched``.
+        tables: hook tables of ``watched``.
         parameter: (layer, name, dtype) of the one parameter that tells whether the model moved.
-        plan: by which it was lowered: where kernels cannot be built, layers are plain that were not to be.
+        plan: by which it was lowered; layers whose kernels cannot be built are plain in it.
     """
 
     run: fx.GraphModule
@@ -50,7 +61,7 @@ class Lowered:
     plan: LoweringPlan | None = None
 
     def current(self) -> bool:
-        """Whether all is as it was when the model was lowered: layers, what they read, dtype and device."""
+        """Whether layers, what they read, dtype and device are as they were when the model was lowered."""
         if self.parameter is not None:
             module, name, dtype = self.parameter
             parameter = module._parameters.get(name)
@@ -59,7 +70,7 @@ class Lowered:
         return self.guards.hold()
 
     def hooked(self) -> bool:
-        """Whether somebody has begun to watch layers that are not called any more."""
+        """Whether hooks were added to layers that are not called any more."""
         anywhere: bool = _has_any_global_hook()  # type: ignore[no-untyped-call]
         if not (anywhere or any(self.tables)):
             return False
@@ -69,26 +80,26 @@ class Lowered:
 def lower(traced: ModelGraph, plan: LoweringPlan, dtype: torch.dtype) -> Lowered:
     """Rewrite a traced model so that units run where the plan says; what the plan does not name runs plain.
 
-    All kernels are built and loaded here. Units whose kernels cannot be built run plain; who watches failures
-    is told.
+    All kernels are built and loaded here. Units whose kernels cannot be built run plain, and the failures are
+    reported.
 
     Args:
         traced: with shapes.
         plan: choices by unit name; tilings are taken for images of the size that they were measured on.
-        dtype: number type of the parameters; the plan says what accelerated regions keep activations in.
+        dtype: of the parameters; the plan says what activations are kept in outside the plain layout.
     """
     units, _ = find_units(traced)
     choices = plan.by_layer()
-    writer = _Writer(traced, choices, dtype, kept_in(plan.activations, dtype))
+    writer = _Writer(traced, plan, dtype)
     stepped = []
     for unit in units:
         choice = choices.get(unit.name)
         if choice is not None and choice.kind == unit.kind and not _unpacked(unit, choice):
-            if choice.layout == "blocked":
-                writer.blocked_units.update(dict.fromkeys(unit.nodes, unit))
+            if choice.layout != PLAIN and runs_in(unit, LAYOUTS[choice.layout]):
+                writer.moved.update(dict.fromkeys(unit.nodes, unit))
                 stepped.append(unit)
-            elif unit.kind == "conv" and choice.dense != DENSE[0]:
-                writer.dense[unit.output] = choice
+            elif unit.kind == "conv" and (choice.impl or choice.dense != DENSE[0]):
+                writer.own[unit.output] = unit
                 stepped.append(unit)
     for name, norm in convolutions_before_norms(stepped).items():
         if choices[name].statistics:
@@ -117,11 +128,11 @@ def _without(
         for name, texts in writer.needs.items()
         if any(text in failed for text in texts)
     }
-    blocked = [unit for unit in units if unit in writer.blocked_units.values() and unit.name not in unusable]
-    if unusable and not any(unit.kind == "conv" for unit in blocked):
+    left = [unit for unit in units if unit in writer.moved.values() and unit.name not in unusable]
+    if unusable and not any(unit.kind == "conv" for unit in left):
         # Conversions to and fro would pay for nothing.
         cause = next(iter(unusable.values()))
-        unusable |= {unit.name: cause for unit in blocked}
+        unusable |= {unit.name: cause for unit in left}
     apart = {name for name, texts in writer.sums.items() if any(text in failed for text in texts)}
     apart |= {name for name, norm in convolutions_before_norms(units).items() if norm.name in unusable}
     return plan.without(unusable, apart)
@@ -133,47 +144,50 @@ def _unpacked(unit: Unit, choice: Choice) -> bool:
 
 
 class _Writer:
-    """Copies a graph node by node; each value is there in one layout, or in both once both are wanted."""
+    """Copies a graph node by node; each value is in one layout, or in several once they are wanted."""
 
-    def __init__(
-        self, traced: ModelGraph, choices: dict[str, Choice], dtype: torch.dtype, kept: torch.dtype
-    ) -> None:
-        tools = toolchain()
-        self.lanes = tools.lanes(kept) if tools else 0
+    def __init__(self, traced: ModelGraph, plan: LoweringPlan, dtype: torch.dtype) -> None:
         self.indifferent = {node for unit in find_units(traced)[0] for node in unit.nodes}
         """Operations that take any memory format; the model's own code gets the one that it is used to."""
-        self.traced, self.choices, self.dtype, self.kept = traced, choices, dtype, kept
-        self.blocked_units: dict[fx.Node, Unit] = {}
-        self.dense: dict[fx.Node, Choice] = {}
+        self.traced, self.plan, self.choices, self.dtype = traced, plan, plan.by_layer(), dtype
+        self.moved: dict[fx.Node, Unit] = {}
+        """Nodes that run in another layout."""
+        self.own: dict[fx.Node, Unit] = {}
+        """Convolutions in the plain layout that run otherwise than by the model's layer."""
         self.joined: dict[fx.Node, Unit] = {}
         """By a convolution's node the batch norm that it takes the statistics of: both run there."""
         self.graph = fx.Graph()
         self.steps = nn.Module()
         self._plain: dict[fx.Node, fx.Node] = {}
-        self._blocked: dict[fx.Node, fx.Node] = {}
+        self._inside: dict[fx.Node, dict[str, fx.Node]] = {}
+        """Values in other layouts, by layout."""
         self._strange: set[fx.Node] = set()
         """Nodes whose plain values may be in another memory format than in the model."""
         self._usual: dict[fx.Node, fx.Node] = {}
         self._images: dict[fx.Node, fx.Node] = {}
-        """Number of images of a blocked value."""
+        """Number of images of a value in another layout."""
         self.needs: dict[str, list[str]] = {}
         """C texts by the name of the unit that needs them."""
         self.sums: dict[str, list[str]] = {}
         """C texts by the name of the convolution that takes statistics by them."""
 
+    def held(self, layout: Layout) -> torch.dtype:
+        """The dtype of activations in a layout."""
+        return held_dtype(layout.name, self.plan.activations, self.dtype)
+
     def write(self) -> fx.GraphModule:
         """The lowered graph as a module."""
         for node in self.traced.graph.nodes:
-            unit = self.blocked_units.get(node)
+            unit = self.moved.get(node)
             if unit is not None:
                 if node is unit.output:
-                    self._write_blocked(unit)
-            elif node in self.dense:
-                self._plain[node] = self._write_dense(node, self.dense[node])
+                    self._write_inside(unit, LAYOUTS[self.choices[unit.name].layout])
+            elif node in self.own:
+                self._plain[node] = self._write_plain_conv(node, self.own[node])
                 self._strange.add(node)
             elif node in self.indifferent:
                 self._plain[node] = self._copy(node, self.plain)
-                if any(source in self._strange or source in self._blocked for source in node.all_input_nodes):
+                if any(source in self._strange or source in self._inside for source in node.all_input_nodes):
                     self._strange.add(node)
             else:
                 self._plain[node] = self._copy(node, self.as_the_model_has_it)
@@ -197,7 +211,7 @@ class _Writer:
     def as_the_model_has_it(self, node: fx.Node) -> fx.Node:
         """The value as [N, C, H, W] in the memory format that it has in the model."""
         known = getattr(node.meta.get("tensor_meta"), "memory_format", None) or torch.contiguous_format
-        usual = node not in self._blocked or known is torch.contiguous_format
+        usual = node not in self._inside or known is torch.contiguous_format
         if len(shape_of(node)) != 4 or (usual and node not in self._strange):
             return self.plain(node)
         if node not in self._usual:
@@ -207,85 +221,97 @@ class _Writer:
     def plain(self, node: fx.Node) -> fx.Node:
         """The value as [N, C, H, W], converted if need be."""
         if node not in self._plain:
-            arguments = (self._blocked[node], self._images[node], self.dtype)
-            self._plain[node] = self.graph.call_function(steps.unblock, arguments)
+            name, inside = next(iter(self._inside[node].items()))
+            out = self.graph.call_function(LAYOUTS[name].leave, (inside, self._images[node]))
+            self._plain[node] = self.graph.call_method("to", (out, self.dtype))
         return self._plain[node]
 
-    def blocked(self, node: fx.Node) -> fx.Node:
-        """The value as [B, C, H, W, V], converted if need be."""
-        if node not in self._blocked:
-            x = self._plain[node]
-            self._images[node] = self.graph.call_method("size", (x, 0))
-            self._blocked[node] = self._call(f"block_{x.name}", steps.Block(self.lanes, self.kept), x)
-        return self._blocked[node]
+    def inside(self, node: fx.Node, layout: Layout) -> fx.Node:
+        """The value in a layout, converted if need be."""
+        known = self._inside.setdefault(node, {})
+        if layout.name not in known:
+            x = self.plain(node) if known else self._plain[node]
+            if node not in self._images:
+                self._images[node] = self.graph.call_method("size", (x, 0))
+            held = self.held(layout)
+            known[layout.name] = self._call(
+                f"{layout.name}_{x.name}", steps.Enter(layout.enter(held), held), x
+            )
+        return known[layout.name]
 
-    def _write_blocked(self, unit: Unit) -> None:
+    def _write_inside(self, unit: Unit, layout: Layout) -> None:
         if unit.output in self.joined:
             return
         if unit.kind == "batch_norm" and unit.inputs[0] in self.joined:
-            self._write_joined(unit)
+            self._write_joined(unit, layout)
             return
-        self._need(unit)
-        x, *others = [self.blocked(node) for node in unit.inputs]
+        self._need(unit, layout)
+        x, *others = [self.inside(node, layout) for node in unit.inputs]
         n = self._images[unit.inputs[0]]
         node, layer = unit.output, unit.module
         if unit.kind == "global_pool":
             keepdim = len(shape_of(node)) == 4
-            self._plain[node] = self.graph.call_function(steps.image_mean, (x, n, keepdim, self.dtype))
+            assert layout.image_mean is not None
+            self._plain[node] = self.graph.call_function(layout.image_mean, (x, n, keepdim, self.dtype))
             return
         if unit.kind == "conv":
-            y = self._call(unit.name, self._conv(unit), x)
+            y = self._call(unit.name, self._conv(unit, layout), x)
         elif unit.kind == "batch_norm":
-            assert isinstance(layer, nn.BatchNorm2d)
-            y = self._call(unit.name, steps.BatchNorm(layer, unit.relu), x, n, *others)
-        elif (pooling := max_pooling(unit)) is not None:
-            y = self._call(unit.name, steps.MaxPool(pooling), x)
+            y = self._call(unit.name, _norm(unit, layout), x, n, *others)
+        elif layout.max_pool is not None and (pooling := max_pooling(unit)) is not None:
+            y = self._call(unit.name, steps.MaxPool(pooling, layout.max_pool), x)
         elif unit.kind == "pool":
-            view = self.graph.call_function(steps.as_images, (x,))
+            assert layout.view is not None
+            view = self.graph.call_function(layout.view[0], (x,))
             pooled = self._copy(node, lambda _: view)
-            y = self.graph.call_function(steps.as_blocks, (pooled, x))
+            y = self.graph.call_function(layout.view[1], (pooled, x))
         elif layer is not None:
             y = self._call(unit.name, steps.Activation(layer), x)
         else:
-            y = self._copy(node, self.blocked)
-        self._blocked[node] = y
+            y = self._copy(node, lambda source: self.inside(source, layout))
+        self._inside[node] = {layout.name: y}
         self._images[node] = n
 
-    def _write_joined(self, norm: Unit) -> None:
+    def _write_joined(self, norm: Unit, layout: Layout) -> None:
         """A convolution and its batch norm, where the norm stands: what it adds may come in between."""
-        conv, layer = self.blocked_units[norm.inputs[0]], norm.module
-        assert isinstance(layer, nn.BatchNorm2d)
-        x, *others = [self.blocked(node) for node in (*conv.inputs, *norm.inputs[1:])]
+        conv = self.moved[norm.inputs[0]]
+        x, *others = [self.inside(node, layout) for node in (*conv.inputs, *norm.inputs[1:])]
         n = self._images[conv.inputs[0]]
-        step = steps.ConvBatchNorm(self._conv(conv), steps.BatchNorm(layer, norm.relu))
-        self.sums[conv.name] = compile_plan(step.conv.text, self.kept, ["forward"], sums=True)
-        self._need(norm)
-        self._blocked[norm.output] = self._call(norm.name, step, x, n, *others)
+        step = steps.ConvBatchNorm(self._conv(conv, layout), _norm(norm, layout))
+        self.sums[conv.name] = list(step.conv.kernels.statistics_sources)
+        self._need(norm, layout)
+        self._inside[norm.output] = {layout.name: self._call(norm.name, step, x, n, *others)}
         self._images[norm.output] = n
 
-    def _conv(self, unit: Unit) -> steps.BlockedConv:
-        shape = shape_of(unit.inputs[0])
-        choice = self.choices[unit.name]
-        same = choice.image == shape[1:]
-        tilings = dict(choice.tilings) if same else {}
-        if self.kept is not torch.bfloat16:  # the model has a dtype other than when it was measured
-            tilings = {phase: replace(tiling, pairs=False) for phase, tiling in tilings.items()}
-        layer = unit.module
-        assert isinstance(layer, (PackedConv2d, nn.Conv2d))
-        step = steps.BlockedConv(layer, (shape[2], shape[3]), tilings)
-        self._need(unit, *compile_plan(step.text, self.kept))
+    def _conv(self, unit: Unit, layout: Layout | None) -> steps.SparseConv:
+        layer, shape, choice = conv_of(unit), shape_of(unit.inputs[0]), self.choices[unit.name]
+        held = self.dtype if layout is None else self.held(layout)
+        problem = ConvProblem.of_layer(layer, shape, activations=held)
+        impl = choice.implementation
+        assert impl is not None
+        tilings = dict(choice.tilings) if choice.image == shape[1:] else {}
+        step = steps.SparseConv(layer, impl, problem, tilings)
+        self._need(unit, layout, *step.kernels.sources.values())
         return step
 
-    def _need(self, unit: Unit, *texts: str) -> None:
-        """Note the kernels that a blocked unit runs on."""
-        named = pass_of(unit)
-        passes: list[Pass] = ["layout"] if named is None else ["layout", named]
-        self.needs[unit.name] = [*texts, *(pass_text(name, self.kept) for name in passes)]
+    def _need(self, unit: Unit, layout: Layout | None, *texts: str) -> None:
+        """Note the kernels that a unit runs on."""
+        passes: list[str] = []
+        if layout is not None:
+            names = [
+                name for name in ("layout", pass_of(unit)) if name is not None and name in layout.sources
+            ]
+            passes = [layout.sources[name](self.held(layout)) for name in names]
+        self.needs[unit.name] = [*texts, *passes]
 
-    def _write_dense(self, node: fx.Node, choice: Choice) -> fx.Node:
-        layer = self.traced.module(node)
-        assert isinstance(layer, (PackedConv2d, nn.Conv2d))
-        step = steps.DenseConv(layer, choice.dense.startswith("channels_last"), choice.dense.endswith("bf16"))
+    def _write_plain_conv(self, node: fx.Node, unit: Unit) -> fx.Node:
+        layer, choice = conv_of(unit), self.choices[unit.name]
+        step: nn.Module
+        if choice.impl:
+            step = self._conv(unit, None)
+        else:
+            memory, dtype = choice.dense.split()
+            step = steps.DenseConv(layer, memory == "channels_last", dtype == "bf16")
         return self._call(str(node.target), step, self.plain(node.all_input_nodes[0]))
 
     def _call(self, name: str, step: nn.Module, *arguments: fx.Node) -> fx.Node:
@@ -294,3 +320,9 @@ class _Writer:
             key += "_"
         self.steps._modules[key] = step
         return self.graph.call_module(f"{_STEPS}.{key}", arguments)
+
+
+def _norm(unit: Unit, layout: Layout) -> steps.BatchNorm:
+    assert isinstance(unit.module, nn.BatchNorm2d)
+    assert layout.batch_norm is not None
+    return steps.BatchNorm(unit.module, unit.relu, layout.batch_norm)

@@ -1,314 +1,225 @@
-"""Measured times of the candidates for one layer on its real shapes, forward and backward.
-
-Candidates take turns, so that a disturbance hits all of them, and the median of the turns counts.
-"""
+"""Measured times of the candidates for one layer on its real shapes, forward and backward."""
 
 from __future__ import annotations
 
+import functools
 import math
-import time
-from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
-from statistics import median
+from collections.abc import Callable, Hashable, Mapping, Sequence
+from dataclasses import dataclass, replace
+from typing import Any
 
 import torch
 from torch import Tensor, nn
 
 from clicktrain.compiler import steps
-from clicktrain.compiler.plan import DENSE, Activations, activations_of, kept_in
-from clicktrain.compiler.units import Unit, shape_of
-from clicktrain.formats.packed import Structure
-from clicktrain.kernels.native import toolchain
+from clicktrain.compiler.layout_choice import PLAIN
+from clicktrain.compiler.plan import DENSE, Activations, activations_of, held_dtype
+from clicktrain.compiler.units import Unit, conv_of, dtype_of, shape_of
+from clicktrain.kernels.impls import Candidate, ConvProblem, Impl, Phase, candidates_for
+from clicktrain.kernels.layouts import LAYOUTS, Layout
 from clicktrain.kernels.native.library import build_all
-from clicktrain.kernels.sparse_conv2d import PackedConv2d
-from clicktrain.kernels.sparse_conv2d.blocked import launch
-from clicktrain.kernels.sparse_conv2d.blocked.launch import compile_plan
-from clicktrain.kernels.sparse_conv2d.blocked.patterns.tap_patterns import MAX_SETS, distinct
-from clicktrain.kernels.sparse_conv2d.blocked.prepared import Variant, variants
-from clicktrain.kernels.sparse_conv2d.blocked.problem import PHASES, ConvProblem, Phase, Tiling
-from clicktrain.latency.timer import clock_of
+from clicktrain.kernels.sparse_conv2d.api import OPERATOR
+from clicktrain.latency.timer import candidates_ms
 
 SECONDS = 0.8
 """For all candidates of one layer shape together."""
-TURNS = (2, 7)
-"""At least and at most so many."""
-HOPELESS = 5
-HOPELESS_SECONDS = 0.1
-"""See `take_turns`; a first call also builds things, which takes less than this."""
 LITTLE_WORK = 1 << 21
-"""Kept multiply-adds of a layer and batch, under 0.1 ms, from which on more than one candidate is built: that
-takes a third of a second each, and could save microseconds."""
+"""Multiply-adds of a layer and batch, under 0.1 ms, up to which one candidate a phase is built: each takes a
+third of a second, and could save microseconds."""
 CALL_MS = 0.05
 """What one operator costs in PyTorch, forward and backward."""
-_WRITE_ONLY_GRADIENT: tuple[Phase, ...] = ("forward", "wgrad")
-Candidates = Mapping[Activations, Sequence[Variant]]
-"""Kernels that could run a convolution, by what activations are kept in."""
+Tilings = tuple[tuple[Phase, Any], ...]
+Call = Callable[[], object]
 
 
 @dataclass(frozen=True, slots=True)
-class BlockedTimes:
-    """Milliseconds of one convolution in the blocked layout, forward + backward, and its best tilings.
+class ImplTimes:
+    """Milliseconds of a convolution by one implementation, forward + backward, and its best tilings.
 
-    Infinitely many where a kernel that it needs cannot be built.
+    Infinite, with the reason, where it refuses the problem or a kernel cannot be built.
     """
 
+    impl: Impl
     ms: float
-    tilings: tuple[tuple[Phase, Tiling], ...]
+    tilings: Tilings = ()
+    reason: str = ""
 
 
 @dataclass(frozen=True, slots=True)
-class LayerTimes:
+class ConvTimes:
     """Milliseconds of one convolution, forward + backward.
 
     Attributes:
         dense: by name of `DENSE`.
-        blocked: by what activations are kept in.
+        impls: by implementation and dtype of the activations.
     """
 
     dense: Mapping[str, float]
-    blocked: Mapping[Activations, BlockedTimes]
+    impls: Mapping[tuple[str, torch.dtype], ImplTimes]
+
+    def best(self, layout: str, activations: torch.dtype) -> ImplTimes | None:
+        """The fastest implementation of a layout; None if none can run the layer there."""
+        fitting = [
+            times
+            for (_, dtype), times in self.impls.items()
+            if times.impl.layout == layout and dtype is activations and not math.isinf(times.ms)
+        ]
+        return min(fitting, key=lambda times: times.ms, default=None)
 
 
-def take_turns(
-    functions: Mapping[str, Callable[[], object]],
-    seconds: float = SECONDS,
-    rivals: Mapping[str, str] | None = None,
-) -> dict[str, float]:
-    """Median milliseconds of each function; each runs once before anything counts.
-
-    Where one thread does the work it is that thread's time on the processor: other programs do not count.
-
-    Args:
-        functions: by name.
-        seconds: for all turns together.
-        rivals: by name, what it is an alternative for. One whose first call takes `HOPELESS` times as long as
-            the fastest first call of its rivals is not called again, and that call counts: bfloat16 on a
-            processor without it takes seconds where float32 takes a tenth of one.
-    """
-    clock = clock_of(torch.device("cpu"))
-
-    def timed(function: Callable[[], object]) -> float:
-        start = clock()
-        function()
-        return clock() - start
-
-    first = {name: timed(function) for name, function in functions.items()}
-    least: dict[str, float] = {}
-    for name, rival in (rivals or {}).items():
-        least[rival] = min(least.get(rival, first[name]), first[name])
-    hopeless = {
-        name
-        for name, rival in (rivals or {}).items()
-        if first[name] > max(HOPELESS * least[rival], HOPELESS_SECONDS)
-    }
-    taken: dict[str, list[float]] = {name: [first[name]] if name in hopeless else [] for name in functions}
-    begin = time.perf_counter()
-    for turn in range(TURNS[1]):
-        if turn >= TURNS[0] and time.perf_counter() - begin > seconds:
-            break
-        for name, function in functions.items():
-            if name not in hopeless:
-                taken[name].append(timed(function))
-    return {name: 1e3 * median(times) for name, times in taken.items()}
+def problem_of(unit: Unit, activations: torch.dtype | None = None, input_grad: bool = True) -> ConvProblem:
+    """The convolution of a unit on the example; activations are of its own dtype by default."""
+    return ConvProblem.of_layer(
+        conv_of(unit), shape_of(unit.inputs[0]), activations=activations, input_grad=input_grad
+    )
 
 
 def measure_convolutions(
     units: Sequence[Unit], trained_inputs: Mapping[str, bool], dtypes: Sequence[str]
-) -> dict[str, LayerTimes]:
-    """Times of each convolution; layers of one shape and density share them.
+) -> dict[str, ConvTimes]:
+    """Times of each convolution; layers with the same problem share them.
 
     Args:
         units: of kind ``conv``, with shapes.
-        trained_inputs: unit name -> whether the gradient of its input is wanted.
+        trained_inputs: unit name -> whether dgrad is computed.
         dtypes: ``fp32`` and ``bf16``: what dense candidates compute in, and activations are kept in.
     """
-    groups: dict[tuple[object, ...], list[Unit]] = {}
+    groups: dict[ConvProblem, list[Unit]] = {}
     for unit in units:
-        groups.setdefault((*layer_key(unit), trained_inputs[unit.name]), []).append(unit)
-    prepared = _built({key: (same[0], _sparse_candidates(same[0], dtypes)) for key, same in groups.items()})
+        groups.setdefault(problem_of(unit, input_grad=trained_inputs[unit.name]), []).append(unit)
+    ways = {
+        problem: _ways(same[0], problem, activations_of(dtypes, dtype_of(same[0])))
+        for problem, same in groups.items()
+    }
+    failed = build_all([text for found in ways.values() for way in found for text in way.sources()])
     times = {}
-    for key, same in groups.items():
-        found = _times(same[0], prepared[key], trained_inputs[same[0].name], dtypes)
-        times.update({unit.name: found for unit in same})
+    for problem, same in groups.items():
+        measured = _times(same[0], problem, [way.without(failed) for way in ways[problem]], dtypes)
+        times.update({unit.name: measured for unit in same})
     return times
 
 
-def _built(
-    wanted: Mapping[tuple[object, ...], tuple[Unit, Candidates]],
-) -> dict[tuple[object, ...], Candidates]:
-    """Build the kernels of all candidates; those that cannot be built are left out."""
-    texts = {
-        (key, kept, number): compile_plan(one.plan, kept_in(kept, dtype_of(unit)), [one.phase])[0]
-        for key, (unit, candidates) in wanted.items()
-        for kept, variants_ in candidates.items()
-        for number, one in enumerate(variants_)
-    }
-    failed = build_all(texts.values())
-    return {
-        key: {
-            kept: [one for number, one in enumerate(variants_) if texts[key, kept, number] not in failed]
-            for kept, variants_ in candidates.items()
+@dataclass(frozen=True, slots=True)
+class _Way:
+    """An implementation with activations of a dtype, and the kernels to measure."""
+
+    impl: Impl
+    problem: ConvProblem
+    step: steps.SparseConv | None = None
+    candidates: tuple[Candidate, ...] = ()
+    reason: str = ""
+
+    def sources(self) -> list[str]:
+        """All C texts."""
+        own = [] if self.step is None else list(self.step.kernels.sources.values())
+        return [*own, *(one.source for one in self.candidates)]
+
+    def without(self, failed: Mapping[str, object]) -> _Way:
+        """The same without kernels that cannot be built."""
+        step = (
+            None if self.step is None or set(self.step.kernels.sources.values()) & set(failed) else self.step
+        )
+        left = tuple(one for one in self.candidates if one.source not in failed)
+        enough = step is not None or {one.phase for one in left} >= set(self.problem.phases)
+        reason = self.reason or ("" if enough else "its kernels cannot be built")
+        return replace(self, step=step, candidates=left if enough else (), reason=reason)
+
+    def calls(self, x: Tensor, gy: Tensor, values: Tensor, bias: Tensor | None) -> dict[int, Call]:
+        """What is timed on activations in the layout: each candidate by its number, or the whole layer."""
+        if self.reason:
+            return {}
+        x, gy = (_entered(self.impl.layout, images, self.problem) for images in (x, gy))
+        if self.step is not None:
+            return {0: _step_call(self.step, x.requires_grad_(self.problem.input_grad), gy)}
+        return {
+            number: functools.partial(one.run, x, gy, values, bias)
+            for number, one in enumerate(self.candidates)
         }
-        for key, (_, candidates) in wanted.items()
-    }
+
+    def rival(self, number: int) -> str:
+        """What a call is an alternative for."""
+        return "dense" if self.step is not None else self.candidates[number].phase
+
+    def times(self, ms: Mapping[int, float]) -> ImplTimes:
+        """Of the fastest candidate of each phase."""
+        if self.reason:
+            return ImplTimes(self.impl, math.inf, reason=self.reason)
+        if self.step is not None:
+            return ImplTimes(self.impl, ms[0])
+        total, tilings = CALL_MS, []
+        for phase in self.problem.phases:
+            best = min((n for n in ms if self.candidates[n].phase == phase), key=lambda n: (ms[n], n))
+            total += ms[best]
+            tilings.append((phase, self.candidates[best].tiling))
+        return ImplTimes(self.impl, total, tuple(tilings))
 
 
-def measure_batch_norms(
-    units: Sequence[Unit], activations: Sequence[Activations]
-) -> dict[str, dict[str, float]]:
-    """Milliseconds of each batch norm with what is fused into it: ``plain``, and blocked by what is kept."""
-    known: dict[tuple[object, ...], dict[str, float]] = {}
-    times = {}
-    for unit in units:
-        key = (shape_of(unit.output), len(unit.inputs), unit.relu)
-        if key not in known:
-            known[key] = _batch_norm_times(unit, activations)
-        times[unit.name] = known[key]
-    return times
+def _ways(unit: Unit, problem: ConvProblem, activations: Sequence[Activations]) -> list[_Way]:
+    """All implementations of a layer; of one with little work the likeliest kernel of each phase alone."""
+    layer, dtype = conv_of(unit), dtype_of(unit)
+    structure = steps.structure_of(layer)
+    little = structure.nnz * problem.batch * math.prod(problem.output) < LITTLE_WORK
+    found: dict[tuple[str, torch.dtype], _Way] = {}
+    for impl in candidates_for(OPERATOR):
+        for kept in dict.fromkeys(held_dtype(impl.layout, one, dtype) for one in activations):
+            own = replace(problem, activations=str(kept).removeprefix("torch."))
+            if reasons := impl.refusals(own):
+                found[impl.name, kept] = _Way(impl, own, reason="; ".join(reasons))
+            elif impl.candidates is None:
+                found[impl.name, kept] = _Way(impl, own, steps.SparseConv(layer, impl, own, {}))
+            else:
+                every = [one for one in impl.candidates(structure, own) if one.phase in own.phases]
+                first = {one.phase: one for one in reversed(every)}
+                found[impl.name, kept] = _Way(impl, own, None, tuple(first.values() if little else every))
+    return list(found.values())
 
 
-def measure_conversion(
-    shape: Sequence[int], dtype: torch.dtype, kept: torch.dtype, trained: bool
-) -> tuple[float, float]:
-    """Milliseconds into the blocked layout and out of it, with the gradient's way back if ``trained``.
-
-    Args:
-        shape: of the images.
-        dtype: of the images.
-        kept: of the blocks.
-        trained: whether there are gradients.
-    """
-    tools = toolchain()
-    assert tools is not None
-    n, c, h, w = shape
-    lanes = tools.lanes(kept)
-    block = steps.Block(lanes, kept)
-    images = torch.randn(n, c, h, w, dtype=dtype, requires_grad=trained)
-    blocks = torch.randn(-(-n // lanes), c, h, w, lanes, dtype=kept, requires_grad=trained)
-    g_images, g_blocks = torch.randn_like(images), torch.randn_like(blocks)
-
-    def into() -> object:
-        with torch.enable_grad():
-            y = block.forward(images)
-        return torch.autograd.grad(y, images, g_blocks) if trained else y
-
-    def out() -> object:
-        with torch.enable_grad():
-            y = steps.unblock(blocks, n, dtype)
-        return torch.autograd.grad(y, blocks, g_images) if trained else y
-
-    ms = take_turns({"into": into, "out": out}, SECONDS / 8)
-    return ms["into"], ms["out"]
-
-
-def measure_memory() -> float:
-    """10^9 bytes a second, read and written, of a large copy."""
-    source = torch.ones(8 << 20)
-    target = torch.empty_like(source)
-    ms = take_turns({"copy": lambda: target.copy_(source)}, 0.1)["copy"]
-    return 2 * source.numel() * source.itemsize / (ms * 1e6)
-
-
-def conv_parts(unit: Unit) -> tuple[PackedConv2d | nn.Conv2d, ConvProblem]:
-    """Layer and problem of a convolution's unit."""
-    layer = unit.module
-    assert isinstance(layer, (PackedConv2d, nn.Conv2d))
-    shape = shape_of(unit.inputs[0])
-    return layer, steps.conv_problem(layer, (shape[2], shape[3]))
-
-
-def layer_key(unit: Unit) -> tuple[object, ...]:
-    """What makes two convolutions alike, as far as time goes."""
-    layer, problem = conv_parts(unit)
-    kind: tuple[object, ...] = ("dense",)
-    if isinstance(layer, PackedConv2d):
-        sets = min(len(distinct(layer.structure)), MAX_SETS + 1)
-        kind = (round(layer.structure.density, 2), layer.structure.nnz_per_filter is None, sets)
-    images = shape_of(unit.inputs[0])[0]
-    return images, layer.groups, layer.bias is None, *problem.numbers(), *kind
-
-
-def _sparse_candidates(unit: Unit, dtypes: Sequence[str]) -> Candidates:
-    """By what is kept; of layers of little work the likeliest of each phase alone."""
-    layer, problem = conv_parts(unit)
-    structure, dtype = sparse_structure(layer), dtype_of(unit)
-    little = structure.nnz * math.prod((shape_of(unit.output)[0], *shape_of(unit.output)[2:])) < LITTLE_WORK
-    found: dict[Activations, Sequence[Variant]] = {}
-    for kept in activations_of(dtypes, dtype):
-        every = variants(structure, problem, layer.groups, kept_in(kept, dtype))
-        first = {one.phase: one for one in reversed(every)}
-        found[kept] = list(first.values()) if little else every
-    return found
-
-
-def sparse_structure(layer: PackedConv2d | nn.Conv2d) -> Structure:
-    """The kept positions; of a dense layer all."""
-    return layer.structure if isinstance(layer, PackedConv2d) else steps.full_structure(layer)
-
-
-def _times(
-    unit: Unit,
-    sparse: Mapping[Activations, Sequence[Variant]],
-    trained_input: bool,
-    dtypes: Sequence[str],
-) -> LayerTimes:
-    layer, problem = conv_parts(unit)
-    dtype, shape = dtype_of(unit), shape_of(unit.inputs[0])
-    functions = {
-        name: _dense_call(layer, shape, dtype, name, trained_input)
+def _times(unit: Unit, problem: ConvProblem, ways: Sequence[_Way], dtypes: Sequence[str]) -> ConvTimes:
+    layer, dtype, shape = conv_of(unit), dtype_of(unit), shape_of(unit.inputs[0])
+    x = torch.randn(*shape, dtype=dtype)
+    gy = torch.randn(problem.batch, problem.filters, *problem.output, dtype=dtype)
+    values = (layer.weight.flatten(1) if isinstance(layer, nn.Conv2d) else layer.values).detach()
+    bias = None if layer.bias is None else layer.bias.detach()
+    functions: dict[Any, Call] = {
+        name: _dense_call(layer, shape, dtype, name, problem.input_grad)
         for name in DENSE
         if name.split()[1] in dtypes
     }
-    tools = toolchain()
-    assert tools is not None
-    lanes = tools.lanes(dtype)
-    blocks = -(-shape[0] // lanes)
-    x = torch.randn(blocks, *shape[1:], lanes, dtype=dtype)
-    gy = torch.randn(blocks, problem.filters, problem.rows.out, problem.columns.out, lanes, dtype=dtype)
-    values = (layer.values if isinstance(layer, PackedConv2d) else layer.weight.flatten(1)).detach()
-    bias = None if layer.bias is None else layer.bias.detach()
-    named: dict[Activations, dict[str, Variant]] = {}
-    for kept, candidates in sparse.items():
-        own_x, own_gy = (t.to(kept_in(kept, dtype)) for t in (x, gy))
-        wanted = [one for one in candidates if trained_input or one.phase in _WRITE_ONLY_GRADIENT]
-        named[kept] = {f"sparse {kept} {number}": one for number, one in enumerate(wanted)}
-        for name, one in named[kept].items():
-            functions[name] = _sparse_call(one, own_x, own_gy, values, bias)
-    kinds = {name: "dense" for name in DENSE if name in functions}
-    kinds.update({name: one.phase for candidates in named.values() for name, one in candidates.items()})
-    ms = take_turns(functions, rivals=kinds)
+    rivals: dict[Any, Hashable] = dict.fromkeys(functions, "dense")
+    for place, way in enumerate(ways):
+        for number, call in way.calls(x, gy, values, bias).items():
+            functions[place, number], rivals[place, number] = call, way.rival(number)
+    with torch.no_grad():
+        ms = candidates_ms(functions, SECONDS, rivals=rivals)
     dense = {name: ms[name] for name in DENSE if name in ms}
-    phases = PHASES if trained_input else _WRITE_ONLY_GRADIENT
-    return LayerTimes(dense, {kept: _best(ms, candidates, phases) for kept, candidates in named.items()})
+    impls = {}
+    for place, way in enumerate(ways):
+        own_ms = {key[1]: value for key, value in ms.items() if isinstance(key, tuple) and key[0] == place}
+        impls[way.impl.name, way.problem.activation_dtype] = way.times(own_ms)
+    return ConvTimes(dense, impls)
 
 
-def _best(
-    ms: Mapping[str, float], candidates: Mapping[str, Variant], phases: Sequence[Phase]
-) -> BlockedTimes:
-    """The fastest candidate of each phase."""
-    total, tilings = CALL_MS, []
-    for phase in phases:
-        timed = [
-            (ms[name], place) for place, name in enumerate(candidates) if candidates[name].phase == phase
-        ]
-        if not timed:
-            return BlockedTimes(math.inf, ())
-        best, place = min(timed)
-        total += best
-        tilings.append((phase, list(candidates.values())[place].tiling))
-    return BlockedTimes(total, tuple(tilings))
+def _entered(layout: str, images: Tensor, problem: ConvProblem) -> Tensor:
+    images = images.to(problem.activation_dtype)
+    return images if layout == PLAIN else LAYOUTS[layout].enter(images.dtype)(images)
 
 
 def _dense_call(
-    layer: PackedConv2d | nn.Conv2d, shape: Sequence[int], dtype: torch.dtype, name: str, trained_input: bool
-) -> Callable[[], object]:
+    layer: steps.Convolution, shape: Sequence[int], dtype: torch.dtype, name: str, input_grad: bool
+) -> Call:
     channels_last = name.startswith("channels_last")
     step = steps.DenseConv(layer, channels_last, name.endswith("bf16"))
-    layout = torch.channels_last if channels_last else torch.contiguous_format
-    x = torch.randn(*shape, dtype=dtype).contiguous(memory_format=layout).requires_grad_(trained_input)
+    memory = torch.channels_last if channels_last else torch.contiguous_format
+    x = torch.randn(*shape, dtype=dtype).contiguous(memory_format=memory).requires_grad_(input_grad)
     with torch.no_grad():
         gy = torch.randn_like(step(x))
-    wanted = [p for p in (x, *layer.parameters()) if p.requires_grad]
+    return _step_call(step, x, gy)
+
+
+def _step_call(step: steps.DenseConv | steps.SparseConv, x: Tensor, gy: Tensor) -> Call:
+    """Forward and backward of a layer."""
+    parameters = [p for p in step.layer.parameters() if p.requires_grad]
+    wanted = [x, *parameters] if x.requires_grad else parameters
 
     def call() -> object:
         with torch.enable_grad():
@@ -318,24 +229,30 @@ def _dense_call(
     return call
 
 
-def _sparse_call(
-    one: Variant, x: Tensor, gy: Tensor, values: Tensor, bias: Tensor | None
-) -> Callable[[], object]:
-    if one.phase == "forward":
-        return lambda: launch.forward(x, values, bias, one.tables, one.plan)
-    if one.phase == "dgrad":
-        return lambda: launch.dgrad(gy, values, one.tables, one.plan)
-    return lambda: launch.wgrad(x, gy, list(values.shape), one.tables, one.plan)
+def measure_batch_norms(
+    units: Sequence[Unit], layouts: Sequence[tuple[str, torch.dtype]]
+) -> dict[str, dict[tuple[str, torch.dtype], float]]:
+    """Milliseconds of each batch norm by layout and dtype, forward + backward with all that it fuses.
+
+    Args:
+        units: of kind ``batch_norm``, with shapes; equal ones are measured once.
+        layouts: that have a batch norm, with the dtype of activations; the plain one is always measured.
+    """
+    known: dict[Hashable, dict[tuple[str, torch.dtype], float]] = {}
+    times = {}
+    for unit in units:
+        key = (shape_of(unit.output), len(unit.inputs), unit.relu)
+        if key not in known:
+            known[key] = _batch_norm_times(unit, layouts)
+        times[unit.name] = known[key]
+    return times
 
 
-def _batch_norm_times(unit: Unit, activations: Sequence[Activations]) -> dict[str, float]:
-    n, c, h, w = shape_of(unit.output)
-    dtype = dtype_of(unit)
-    tools = toolchain()
-    assert tools is not None
-    lanes = tools.lanes(dtype)
-    layer = nn.BatchNorm2d(c, dtype=dtype)
-    fused = steps.BatchNorm(layer, unit.relu)
+def _batch_norm_times(
+    unit: Unit, layouts: Sequence[tuple[str, torch.dtype]]
+) -> dict[tuple[str, torch.dtype], float]:
+    shape, dtype = shape_of(unit.output), dtype_of(unit)
+    layer = nn.BatchNorm2d(shape[1], dtype=dtype)
 
     def plain(x: Tensor, *residual: Tensor) -> Tensor:
         y: Tensor = layer(x)
@@ -343,31 +260,65 @@ def _batch_norm_times(unit: Unit, activations: Sequence[Activations]) -> dict[st
             y = y + other
         return torch.relu(y) if unit.relu else y
 
-    def blocked(x: Tensor, *residual: Tensor) -> Tensor:
-        return fused.forward(x, n, *residual)
+    def timed(run: Callable[..., Tensor], convert: Callable[[Tensor], Tensor]) -> Call:
+        *inputs, gy = (convert(torch.randn(shape, dtype=dtype)) for _ in (*unit.inputs, None))
+        for x in inputs:
+            x.requires_grad_()
 
-    functions = {}
-    images, blocks = (n, c, h, w), (-(-n // lanes), c, h, w, lanes)
-    ways: list[tuple[str, Callable[..., Tensor], tuple[int, ...], torch.dtype]] = [
-        ("plain", plain, images, dtype),
-        *((kept, blocked, blocks, kept_in(kept, dtype)) for kept in activations),
-    ]
-    for name, function, shape, of in ways:
-        inputs = [torch.randn(shape, dtype=dtype).to(of).requires_grad_() for _ in unit.inputs]
-        gy = torch.randn(shape, dtype=dtype).to(of)
-
-        def call(
-            function: Callable[..., Tensor] = function, inputs: list[Tensor] = inputs, gy: Tensor = gy
-        ) -> object:
+        def call() -> object:
             with torch.enable_grad():
-                y = function(*inputs)
+                y = run(*inputs)
             return torch.autograd.grad(y, [*inputs, *layer.parameters()], gy)
 
-        functions[name] = call
-    return take_turns(functions, SECONDS / 4)
+        return call
+
+    functions = {(PLAIN, dtype): timed(plain, torch.clone)}
+    for name, held in layouts:
+        run = LAYOUTS[name].batch_norm
+        assert run is not None
+        step, n = steps.BatchNorm(layer, unit.relu, run), shape[0]
+        enter = steps.Enter(LAYOUTS[name].enter(held), held)
+        functions[name, held] = timed(functools.partial(_fused, step, n), enter.forward)
+    return candidates_ms(functions, SECONDS / 4)
 
 
-def dtype_of(unit: Unit) -> torch.dtype:
-    """Number type of a unit's result in the example."""
-    dtype: torch.dtype = unit.output.meta["tensor_meta"].dtype
-    return dtype
+def _fused(step: steps.BatchNorm, n: int, x: Tensor, *residual: Tensor) -> Tensor:
+    return step.forward(x, n, *residual)
+
+
+def measure_conversion(
+    layout: Layout, shape: Sequence[int], dtype: torch.dtype, held: torch.dtype, trained: bool
+) -> tuple[float, float]:
+    """Milliseconds into a layout and out of it, with the gradient's way back if ``trained``.
+
+    Args:
+        layout: to convert to.
+        shape: of the images.
+        dtype: of the images.
+        held: dtype of activations in the layout.
+        trained: whether there are gradients.
+    """
+    enter = steps.Enter(layout.enter(held), held)
+    images = torch.randn(*shape, dtype=dtype, requires_grad=trained)
+    inside = enter.forward(images).detach().requires_grad_(trained)
+    g_images, g_inside = torch.randn_like(images), torch.randn_like(inside)
+
+    def call(convert: Callable[[Tensor], Tensor], x: Tensor, g: Tensor) -> Call:
+        def run() -> object:
+            with torch.enable_grad():
+                y = convert(x)
+            return torch.autograd.grad(y, x, g) if trained else y
+
+        return run
+
+    out = call(lambda x: layout.leave(x, shape[0]).to(dtype), inside, g_images)
+    ms = candidates_ms({"into": call(enter.forward, images, g_inside), "out": out}, SECONDS / 8)
+    return ms["into"], ms["out"]
+
+
+def measure_memory() -> float:
+    """10^9 bytes a second, read and written, of a large copy."""
+    source = torch.ones(8 << 20)
+    target = torch.empty_like(source)
+    ms = candidates_ms({"copy": lambda: target.copy_(source)}, 0.1)["copy"]
+    return 2 * source.numel() * source.itemsize / (ms * 1e6)

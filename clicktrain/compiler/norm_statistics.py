@@ -1,4 +1,4 @@
-"""Whether a convolution takes the statistics of the batch norm behind it on its way, where that wins.
+"""Convolutions that compute the statistics of the batch norm behind them.
 
 The norm then reads the convolution's result once instead of twice; the convolution has more to do for each
 tile that it finishes. Which is less depends on the layer's size, density and the caches: both are measured.
@@ -6,33 +6,22 @@ tile that it finishes. Which is less depends on the layer's size, density and th
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Hashable, Mapping, Sequence
 from dataclasses import dataclass
 
 import torch
 from torch import nn
 
-from clicktrain.compiler.measure import (
-    SECONDS,
-    conv_parts,
-    dtype_of,
-    layer_key,
-    sparse_structure,
-    take_turns,
-)
-from clicktrain.compiler.plan import Activations, LoweringPlan, kept_in
-from clicktrain.compiler.units import Unit, find_units, shape_of
+from clicktrain.compiler import steps
+from clicktrain.compiler.layout_choice import PLAIN
+from clicktrain.compiler.measure import SECONDS, ImplTimes, problem_of
+from clicktrain.compiler.plan import Activations, LoweringPlan, held_dtype
+from clicktrain.compiler.units import Unit, conv_of, dtype_of, find_units, shape_of
 from clicktrain.errors import UserError
 from clicktrain.graph import ModelGraph
-from clicktrain.kernels.batch_norm2d import launch as norm_launch
-from clicktrain.kernels.native import toolchain
+from clicktrain.kernels.layouts import LAYOUTS
 from clicktrain.kernels.native.library import build_all
-from clicktrain.kernels.sparse_conv2d import PackedConv2d
-from clicktrain.kernels.sparse_conv2d.blocked import launch
-from clicktrain.kernels.sparse_conv2d.blocked.prepared import prepare
-from clicktrain.kernels.sparse_conv2d.blocked.problem import Phase, Tiling
-
-Tilings = tuple[tuple[Phase, Tiling], ...]
+from clicktrain.latency.timer import candidates_ms
 
 
 @dataclass(frozen=True, slots=True)
@@ -87,67 +76,61 @@ def check_statistics(traced: ModelGraph, plan: LoweringPlan) -> None:
                 f"{choice.layer} cannot take the statistics of a batch norm: its result is not read by one "
                 "alone; set its statistics to false"
             )
-        if norm.name not in choices or choices[norm.name].layout != "blocked":
+        if norm.name not in choices or choices[norm.name].layout != choice.layout:
             raise UserError(
-                f"{choice.layer} takes the statistics of {norm.name}, which the plan does not run blocked: "
-                "set its statistics to false"
+                f"{choice.layer} takes the statistics of {norm.name}, which the plan does not run "
+                f"{choice.layout}: set its statistics to false"
             )
 
 
 def measure_statistics(
     units: Sequence[Unit],
-    blocked: Mapping[str, bool],
-    tilings: Mapping[str, Tilings],
+    layouts: Mapping[str, str],
+    times: Mapping[str, ImplTimes],
     activations: Activations = "parameters",
 ) -> dict[str, NormTimes]:
-    """Times of each blocked convolution that a blocked batch norm alone reads, by its name.
+    """Times of each convolution that a batch norm in its layout alone reads, by its name.
 
     Args:
         units: of the graph, with shapes.
-        blocked: unit name -> whether it runs in the blocked layout.
-        tilings: convolution name -> how it cuts its work.
+        layouts: unit name -> its layout.
+        times: convolution name -> what runs it, where that is an implementation.
         activations: what is kept.
     """
     norms = convolutions_before_norms(units)
-    known: dict[tuple[object, ...], NormTimes | None] = {}
-    times = {}
+    known: dict[Hashable, NormTimes | None] = {}
+    found = {}
     for unit in units:
-        norm = norms.get(unit.name)
-        if norm is None or not (blocked[unit.name] and blocked[norm.name]):
+        norm, own = norms.get(unit.name), times.get(unit.name)
+        if norm is None or own is None or not PLAIN != layouts[unit.name] == layouts[norm.name]:
             continue
-        key = (*layer_key(unit), tilings[unit.name], norm.relu, len(norm.inputs))
+        key = (problem_of(unit), own.impl, own.tilings, norm.relu, len(norm.inputs))
         if key not in known:
-            known[key] = _times(unit, norm, tilings[unit.name], kept_in(activations, dtype_of(unit)))
-        if (found := known[key]) is not None:
-            times[unit.name] = found
-    return times
+            known[key] = _times(unit, norm, own, activations)
+        if (measured := known[key]) is not None:
+            found[unit.name] = measured
+    return found
 
 
-def _times(unit: Unit, norm: Unit, tilings: Tilings, kept: torch.dtype) -> NormTimes | None:
-    """Both times; None where a kernel cannot be built."""
-    layer, problem = conv_parts(unit)
-    tools = toolchain()
-    assert tools is not None
-    assert isinstance(norm.module, nn.BatchNorm2d)
-    values = (layer.values if isinstance(layer, PackedConv2d) else layer.weight.flatten(1)).detach()
-    plan, tables = prepare(sparse_structure(layer), problem, layer.groups, dict(tilings))
-    text, of_layer, dtype = plan.to_json(), list(tables.tensors), values.dtype
-    if build_all([launch.compile_plan(text, kept, ["forward"], sums)[0] for sums in (False, True)]):
+def _times(unit: Unit, norm: Unit, own: ImplTimes, activations: Activations) -> NormTimes | None:
+    """Both times; None where a kernel cannot be built, or the implementation takes no statistics."""
+    layout = LAYOUTS[own.impl.layout]
+    held = held_dtype(layout.name, activations, dtype_of(unit))
+    conv = steps.SparseConv(conv_of(unit), own.impl, problem_of(unit, held), dict(own.tilings))
+    kernels = conv.kernels
+    if kernels.with_statistics is None or layout.batch_norm is None:
         return None
-    n, *image = shape_of(unit.inputs[0])
-    lanes = tools.lanes(kept)
-    x = torch.randn(-(-n // lanes), *image, lanes, dtype=dtype).to(kept)
-    ones, eps = torch.ones(problem.filters, dtype=dtype), norm.module.eps
-    residual = torch.randn(launch.output_shape(x, problem)).to(kept) if len(norm.inputs) > 1 else None
-    bias = None if layer.bias is None else layer.bias.detach()
-
-    def apart() -> object:
-        y = launch.forward(x, values, bias, of_layer, text)
-        return norm_launch.forward(y, ones, ones, residual, n, eps, norm.relu)
-
-    def together() -> object:
-        y, mean, var = launch.forward_statistics(x, values, bias, of_layer, text, n)
-        return norm_launch.given(y, (mean, var, eps), ones, ones, residual, n, norm.relu)
-
-    functions: dict[str, Callable[[], object]] = {"apart": apart, "together": together}
-    return NormTimes(**take_turns(functions, SECONDS / 2))
+    if build_all([*kernels.sources.values(), *kernels.statistics_sources]):
+        return None
+    layer = nn.BatchNorm2d(conv.problem.filters, dtype=dtype_of(unit), track_running_stats=False)
+    step = steps.ConvBatchNorm(conv, steps.BatchNorm(layer, norm.relu, layout.batch_norm))
+    enter = steps.Enter(layout.enter(held), held)
+    n = shape_of(unit.inputs[0])[0]
+    x = enter(torch.randn(shape_of(unit.inputs[0]), dtype=dtype_of(unit)))
+    others = [enter(torch.randn(shape_of(other), dtype=dtype_of(unit))) for other in norm.inputs[1:]]
+    functions: dict[str, Callable[[], object]] = {
+        "apart": lambda: step.norm(conv(x), n, *others),
+        "together": lambda: step(x, n, *others),
+    }
+    with torch.no_grad():
+        return NormTimes(**candidates_ms(functions, SECONDS / 2))

@@ -11,33 +11,47 @@ from typing import Any, Literal
 import torch
 
 from clicktrain.compiler import plan_fields as check
+from clicktrain.compiler.layout_choice import PLAIN
 from clicktrain.errors import UserError
 from clicktrain.files import read_text
-from clicktrain.kernels.sparse_conv2d.blocked.problem import PHASES, Phase, Tiling
+from clicktrain.kernels.impls import PHASES, Impl, Phase, candidates_for
+from clicktrain.kernels.layouts import LAYOUTS
+from clicktrain.kernels.sparse_conv2d import IMPLS
+from clicktrain.kernels.sparse_conv2d.api import OPERATOR
 from clicktrain.latency.machine import Machine
 
 RULES = ("measured", "density", "sparse")
 KINDS = ("conv", "batch_norm", "elementwise", "pool", "global_pool", "cat")
-Layout = Literal["blocked", "plain"]
-"""``blocked``: ``[N/V, C, H, W, V]``; ``plain``: ``[N, C, H, W]``, contiguous or channels last."""
 Activations = Literal["parameters", "bf16"]
-"""What blocked regions keep activations in: the parameters' number type, or bfloat16 computed in float32."""
+"""What activations outside the plain layout are kept in: the parameters' dtype, or bfloat16 that is
+computed in float32."""
 ACTIVATIONS: tuple[Activations, ...] = ("parameters", "bf16")
 DENSE = ("nchw fp32", "channels_last fp32", "nchw bf16", "channels_last bf16")
-"""Ways to run a dense convolution: memory format and number type."""
+"""Ways to run PyTorch's dense convolution: memory format and dtype."""
 
 
 def activations_of(dtypes: Sequence[str], dtype: torch.dtype) -> tuple[Activations, ...]:
-    """What activations may be kept in by a network of that type that may compute in ``dtypes``."""
+    """What activations may be kept in by a network of ``dtype`` that may compute in ``dtypes``."""
     if dtype is not torch.float32:
         return ACTIVATIONS[:1]
     allowed = {"parameters": "fp32", "bf16": "bf16"}
     return tuple(one for one in ACTIVATIONS if allowed[one] in dtypes)
 
 
-def kept_in(activations: Activations, dtype: torch.dtype) -> torch.dtype:
-    """The number type that a network of type ``dtype`` then keeps activations in."""
+def activation_dtype(activations: Activations, dtype: torch.dtype) -> torch.dtype:
+    """The dtype that a network of ``dtype`` then keeps activations in."""
     return torch.bfloat16 if activations == "bf16" and dtype is torch.float32 else dtype
+
+
+def held_dtype(layout: str, activations: Activations, dtype: torch.dtype) -> torch.dtype:
+    """The dtype of activations in one of its layouts: not every layout holds bfloat16."""
+    half = layout in LAYOUTS and LAYOUTS[layout].half
+    return activation_dtype(activations, dtype) if half else dtype
+
+
+def layouts() -> tuple[str, ...]:
+    """All layouts, the plain one first."""
+    return (PLAIN, *LAYOUTS)
 
 
 @dataclass(frozen=True, slots=True)
@@ -47,24 +61,27 @@ class Choice:
     Attributes:
         layer: path of the layer, with ``#2`` for its second call; for functions the node's name.
         kind: ``conv``, ``batch_norm``, ``elementwise``, ``pool``, ``global_pool`` or ``cat``.
-        layout: where it runs. Edit it to force a layer: ``blocked`` or ``plain``.
-        dense: how a convolution runs where ``layout`` is plain, one of `DENSE`.
-        tilings: how the blocked convolution cuts its work, by phase; empty = by rule.
+        layout: of its activations: ``plain`` (``[N, C, H, W]``) or a key of
+            `clicktrain.kernels.layouts.LAYOUTS`. Edit it to force a layer.
+        dense: how PyTorch runs a convolution whose ``layout`` is plain, one of `DENSE`.
+        tilings: how the implementation of a convolution cuts its work, by phase; empty = by its rule.
         weight: (F, C, R, S) of a convolution, else empty.
         image: (C, H, W) of the input in the example.
-        density: kept weights / all weights; 1 for what has no sparse weight.
+        density: nonzero weights / all weights; 1 for what has no sparse weight.
         predicted_ms: forward + backward as estimated from arithmetic and bytes.
         measured_ms: forward + backward as measured; None where nothing was.
         refused: the other ways to run it, with the time or the reason why not.
-        statistics: whether a blocked convolution takes the statistics of the batch norm behind it on its way,
-            in training. Edit it to force either; the norm has to run blocked and be its only reader.
+        statistics: whether a convolution takes the statistics of the batch norm behind it on its way, in
+            training. Edit it to force either; the norm has to run in its layout and be its only reader.
+        impl: implementation of a convolution, one of ``kernels.impls.IMPLS``; empty for the first one of its
+            layout, and for PyTorch's dense convolution in the plain layout.
     """
 
     layer: str
     kind: str
-    layout: Layout
+    layout: str
     dense: str = DENSE[0]
-    tilings: tuple[tuple[Phase, Tiling], ...] = ()
+    tilings: tuple[tuple[Phase, Any], ...] = ()
     weight: tuple[int, ...] = ()
     image: tuple[int, ...] = ()
     density: float = 1.0
@@ -72,30 +89,71 @@ class Choice:
     measured_ms: float | None = None
     refused: tuple[str, ...] = ()
     statistics: bool = False
+    impl: str = ""
 
     def __post_init__(self) -> None:
         if self.kind not in KINDS:
             raise UserError(f"{self.layer} is one of {', '.join(KINDS)}, not {self.kind!r}")
-        if self.layout not in ("blocked", "plain"):
-            raise UserError(f"the layout of {self.layer} is 'blocked' or 'plain', not {self.layout!r}")
+        if self.layout not in layouts():
+            known = " or ".join(map(repr, (*LAYOUTS, PLAIN)))
+            raise UserError(f"the layout of {self.layer} is {known}, not {self.layout!r}")
+        if self.impl and (self.kind != "conv" or self.impl not in {one.name for one in _implementations()}):
+            raise UserError(f"{self.layer} has no implementation {self.impl!r}")
+        if self.impl and IMPLS[self.impl].layout != self.layout:
+            raise UserError(
+                f"{self.impl} runs {self.layer} in the {IMPLS[self.impl].layout} layout: set its layout to "
+                "that, or its impl to ''"
+            )
         if self.dense not in DENSE:
             raise UserError(f"{self.layer} can run dense as {', '.join(DENSE)}, not as {self.dense!r}")
         if not isinstance(self.statistics, bool):
             raise UserError(f"the statistics of {self.layer} are true or false, not {self.statistics!r}")
-        if self.statistics and (self.kind != "conv" or self.layout != "blocked"):
+        if self.statistics and (self.kind != "conv" or self.layout == PLAIN):
             raise UserError(
                 f"{self.layer} is no convolution that runs blocked, so it cannot take a batch norm's "
                 "statistics: set its statistics to false"
             )
+        if self.implementation is not None and self.implementation.read_tiling is not None:
+            for phase, tiling in self.tilings:
+                try:
+                    self.implementation.read_tiling(phase, tiling)
+                except UserError as error:
+                    raise UserError(f"{self.layer} {error}") from error
+
+    @property
+    def implementation(self) -> Impl | None:
+        """What runs a convolution; None for PyTorch's dense one, and for other kinds."""
+        if self.kind != "conv" or (self.layout == PLAIN and not self.impl):
+            return None
+        return IMPLS[self.impl] if self.impl else default_implementation(self.layout)
+
+    def about_tilings(self, question: Literal["needs_half", "slow_here"]) -> str:
+        """The implementation's first answer about one of its tilings, "" if there is none."""
+        impl = self.implementation
+        if impl is None:
+            return ""
+        return next(filter(None, (getattr(impl, question)(tiling) for _, tiling in self.tilings)), "")
 
     @property
     def operator(self) -> str:
-        """In words, for people."""
+        """Its name in tables."""
         if self.kind != "conv":
             return self.layout
-        if self.layout == "plain":
-            return f"dense {self.dense}"
-        return "sparse blocked" if self.density < 1 else "dense blocked"
+        impl = self.implementation
+        return f"dense {self.dense}" if impl is None else _sparse_or_dense(self.density, impl.name)
+
+
+def _sparse_or_dense(density: float, impl: str) -> str:
+    return f"sparse {impl}" if density < 1 else f"dense {impl}"
+
+
+def _implementations() -> list[Impl]:
+    return candidates_for(OPERATOR)
+
+
+def default_implementation(layout: str) -> Impl | None:
+    """The first implementation of a layout; None for a layout without any."""
+    return next((impl for impl in _implementations() if impl.layout == layout), None)
 
 
 @dataclass(frozen=True, slots=True)
@@ -126,32 +184,22 @@ class LoweringPlan:
             raise UserError(
                 f"the activations of a plan are {' or '.join(ACTIVATIONS)}, not {self.activations!r}"
             )
-        for choice in self.choices:
-            for phase, tiling in choice.tilings:
-                if tiling.pairs and tiling.code != "indexed" and phase != "wgrad":
+        if self.activations != "bf16":
+            for choice in self.choices:
+                if clause := choice.about_tilings("needs_half"):
                     raise UserError(
-                        f"{choice.layer} cannot multiply pairs in {phase} with code for tap patterns: set "
-                        "the tiling's code to indexed, or its pairs to false"
+                        f"{choice.layer} {clause}, which its plan does not keep: set the plan's activations "
+                        "to bf16, or pairs of its tilings to false"
                     )
-                if tiling.code == "cache_blocked" and phase == "wgrad":
-                    raise UserError(
-                        f"{choice.layer} has no cache_blocked wgrad: set the tiling's code to unrolled "
-                        "or indexed"
-                    )
-        pairs = self.with_pairs()
-        if pairs and self.activations != "bf16":
-            raise UserError(
-                f"{pairs[0]} multiplies pairs of bfloat16 numbers, which its plan does not keep: set "
-                "the plan's activations to bf16, or pairs of its tilings to false"
-            )
 
-    def with_pairs(self) -> list[str]:
-        """Layers that multiply pairs of bfloat16 numbers."""
-        return [c.layer for c in self.choices if any(tiling.pairs for _, tiling in c.tilings)]
+    def slow_here(self) -> dict[str, str]:
+        """Convolutions that this machine runs slowly as they are cut, each with a clause that says why."""
+        clauses = {choice.layer: choice.about_tilings("slow_here") for choice in self.choices}
+        return {layer: clause for layer, clause in clauses.items() if clause}
 
     def blocked(self) -> list[Choice]:
-        """What runs in the blocked layout."""
-        return [choice for choice in self.choices if choice.layout == "blocked"]
+        """What runs outside the plain layout."""
+        return [choice for choice in self.choices if choice.layout != PLAIN]
 
     def by_layer(self) -> dict[str, Choice]:
         """Choices by `Choice.layer`."""
@@ -209,14 +257,14 @@ class LoweringPlan:
         """The plan with some layers in the plain layout.
 
         Args:
-            unusable: layer -> why it cannot run blocked.
+            unusable: layer -> why it cannot run where it was to.
             apart: convolutions that leave the statistics to the norm behind them.
         """
 
         def changed(choice: Choice) -> Choice:
-            if choice.layer in unusable and choice.layout == "blocked":
-                refused = (*choice.refused, f"blocked: {unusable[choice.layer]}")
-                return replace(choice, layout="plain", tilings=(), refused=refused, statistics=False)
+            if choice.layer in unusable and choice.layout != PLAIN:
+                refused = (*choice.refused, f"{choice.impl or choice.layout}: {unusable[choice.layer]}")
+                return replace(choice, layout=PLAIN, impl="", tilings=(), refused=refused, statistics=False)
             return replace(choice, statistics=choice.statistics and choice.layer not in apart)
 
         return replace(self, choices=tuple(changed(choice) for choice in self.choices))
@@ -256,7 +304,7 @@ class LoweringPlan:
             widths = {key: max(len(row[key]) for row in rows) for key in rows[0]}
             lines += ["  ".join(row[key].ljust(widths[key]) for key in row).rstrip() for row in rows]
         others = [choice for choice in self.choices if choice.kind != "conv"]
-        blocked = sum(choice.layout == "blocked" for choice in others)
+        blocked = sum(choice.layout != PLAIN for choice in others)
         lines.append(f"{blocked} of {len(others)} other operations run blocked")
         return "\n".join(lines)
 
@@ -270,10 +318,20 @@ def _machine(value: Any) -> Machine:
 def _choice(entry: Mapping[str, Any]) -> Choice:
     layer = check.text(entry["layer"], "layer")
     tilings = []
-    for phase, tiling in check.entries(entry.get("tilings", ()), f"tilings of {layer}"):
+    given = check.entries(entry.get("tilings", ()), f"tilings of {layer}")
+    # Those of a layer that was edited to run plain have no effect, and are read as they were written.
+    impl = (
+        IMPLS.get(entry.get("impl") or "") or default_implementation(entry["layout"]) or _implementations()[0]
+    )
+    for phase, tiling in given:
         if phase not in PHASES:
             raise UserError(f"{layer}: a phase is one of {', '.join(PHASES)}, not {phase!r}")
-        tilings.append((phase, Tiling.from_dict(check.fields(tiling, "a tiling"))))
+        if impl.read_tiling is None:
+            raise UserError(f"{layer}: {impl.name} has no tilings")
+        try:
+            tilings.append((phase, impl.read_tiling(phase, tiling)))
+        except UserError as error:
+            raise UserError(f"{layer} {error}") from error
     checked = {
         "tilings": tuple(tilings),
         "weight": check.sizes(entry.get("weight", ()), f"weight of {layer}"),
@@ -289,13 +347,9 @@ def _choice(entry: Mapping[str, Any]) -> Choice:
 
 
 def _tilings(choice: Choice) -> str:
-    if choice.layout != "blocked":
+    if choice.implementation is None:
         return ""
-    tiles = (
-        "x".join(map(str, tiling.tile)) + " " + tiling.code + (" pairs" if tiling.pairs else "")
-        for _, tiling in choice.tilings
-    )
-    return ", ".join(tiles) or "by rule"
+    return ", ".join(str(tiling) for _, tiling in choice.tilings) or "by rule"
 
 
 def _ms(value: float | None) -> str:

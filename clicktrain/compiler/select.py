@@ -1,8 +1,8 @@
-"""Which operator each layer gets, for the graph as a whole: ClickTrain section 5.4.
+"""The implementation and layout of each layer, for the graph as a whole: ClickTrain section 5.4.
 
-The paper decides layer by layer, by the share of zeros. Here an operator brings its layout with it, and a
-conversion between two layouts costs about as much as a batch norm; so all nodes are decided together, by a
-minimum cut over costs and conversions.
+The paper decides layer by layer, by the share of zeros. Here an implementation brings its layout with it, and
+a conversion between two layouts costs about as much as a batch norm; so all nodes are decided together, by
+`layout_choice` over costs and conversions.
 """
 
 from __future__ import annotations
@@ -14,35 +14,49 @@ from pathlib import Path
 from typing import NamedTuple
 
 import torch
-from torch import fx, nn
+from torch import fx
 
-from clicktrain.compiler import remembered
+from clicktrain.compiler import plan_cache
 from clicktrain.compiler.estimate import conversion_ms, unit_ms
+from clicktrain.compiler.layout_choice import PLAIN, Value, cheapest_layouts, total_cost
 from clicktrain.compiler.measure import (
-    LayerTimes,
-    dtype_of,
+    ConvTimes,
+    ImplTimes,
+    Tilings,
     measure_batch_norms,
     measure_conversion,
     measure_convolutions,
     measure_memory,
+    problem_of,
 )
-from clicktrain.compiler.min_cut import Value, cheapest_layouts, total_cost
 from clicktrain.compiler.norm_statistics import NormTimes, measure_statistics
-from clicktrain.compiler.passes import Pass, broken_passes, pass_of
 from clicktrain.compiler.plan import (
     DENSE,
     Activations,
     Choice,
     LoweringPlan,
     activations_of,
-    kept_in,
+    default_implementation,
+    held_dtype,
 )
-from clicktrain.compiler.remembered import fits
-from clicktrain.compiler.units import Unit, find_units, shape_of
+from clicktrain.compiler.units import (
+    Unit,
+    conv_of,
+    density_of,
+    dtype_of,
+    find_units,
+    pass_of,
+    runs_in,
+    shape_of,
+)
 from clicktrain.graph import ModelGraph
+from clicktrain.kernels.impls import Impl, candidates_for
+from clicktrain.kernels.layouts import LAYOUTS
 from clicktrain.kernels.native import C_TYPES, KernelError
 from clicktrain.kernels.native.failure import watch_failures
+from clicktrain.kernels.native.library import build_all
 from clicktrain.kernels.sparse_conv2d import PackedConv2d
+from clicktrain.kernels.sparse_conv2d.api import OPERATOR
 from clicktrain.latency.machine import Machine
 
 DENSITY_LIMIT = 0.35
@@ -54,168 +68,276 @@ def make_plan(
 ) -> LoweringPlan:
     """Decide everything about a traced model.
 
-    A kernel that cannot be built is no candidate; who watches failures is told, and the plan is not kept.
+    A kernel that cannot be built is no candidate: the failure is reported, and the plan is not kept.
 
     Args:
         traced: with the shapes of the example.
         batch: images in the example.
         rule: one of `RULES`.
-        dtypes: what dense convolutions may compute in, and activations of blocked regions be kept in; without
+        dtypes: what dense convolutions may compute in, and activations in other layouts be kept in; without
             measurements bfloat16 where that is possible.
         remember: take a plan that was measured before on this machine, or keep this one for later.
 
     Raises:
-        KernelError: activations cannot be converted, for want of a kernel.
+        KernelError: activations cannot be converted into any layout, for want of a kernel.
     """
     with watch_failures() as failed:
-        plan, place = _decide(traced, batch, rule, dtypes, remember)
+        plan, place = _Decision(traced, batch, rule, dtypes).plan(remember)
     if place is not None and not failed:
-        remembered.keep(place, plan)
+        plan_cache.keep(place, plan)
     return plan
 
 
-def _decide(
-    traced: ModelGraph, batch: int, rule: str, dtypes: Sequence[str], remember: bool
-) -> tuple[LoweringPlan, Path | None]:
-    """The plan, and where to keep it if it is new."""
-    units, refused = find_units(traced)
-    trained = trained_values(traced)
-    types = {dtype_of(unit) for unit in units}
-    dtype = torch.float32 if types == {torch.float32} else torch.float64
-    possible = activations_of(dtypes, dtype)
-    place = None
-    if rule == "measured" and remember:
-        place = remembered.place(units, trained, batch, dtypes)
-        known = remembered.read(place)
-        if known is not None and fits(known, traced, batch, possible, dtypes):
-            return known, None
-    measured = _measure(units, trained, dtypes, possible, dtype) if rule == "measured" else None
-    ways = dense_ways(measured.convolutions) if measured else {}
-    if measured is not None:
-        possible = tuple(kept for kept in possible if ("layout", kept) not in measured.broken)
-        found = [_cheapest(traced, units, trained, kept, measured, ways) for kept in possible]
-        _, activations, blocked = min(found, key=lambda one: one[0])
-    else:
-        activations, blocked = possible[-1], _by_rule(traced, units, trained, rule)
-    statistics: dict[str, NormTimes] = {}
-    if measured is not None:
-        tilings = {name: times.blocked[activations].tilings for name, times in measured.convolutions.items()}
-        statistics = measure_statistics(units, blocked, tilings, activations)
-    choices = []
-    for unit in units:
-        if unit.kind == "conv":
-            times = measured.convolutions[unit.name] if measured else None
-            way = ways.get(unit.name, DENSE[0])
-            choice = _conv_choice(unit, blocked[unit.name], times, way, rule, activations)
-            choices.append(_with_statistics(choice, statistics.get(unit.name)))
-        else:
-            norm = measured.norms.get(unit.name) if measured else None
-            ms = None if norm is None else norm[activations if blocked[unit.name] else "plain"]
-            choices.append(_choice(unit, blocked[unit.name], ms))
-    choices += [
-        Choice(name, "conv", "plain", refused=(f"sparse blocked: {reason}",))
-        for name, reason in refused.items()
-    ]
-    notes = [f"{path} runs as it is written: it {reason}" for path, reason in traced.opaque.items()]
-    if measured is not None and len(found) > 1:
-        totals = [f"{_in_words(kept)} {total:.1f} ms" for total, kept, _ in found]
-        notes.append(
-            f"activations kept in {_in_words(activations)}; convolutions, norms and conversions take "
-            f"{', '.join(totals)}"
+class _Best(NamedTuple):
+    """The cheapest way to run the graph where activations are kept so."""
+
+    ms: float
+    activations: Activations
+    layouts: Mapping[str, str]
+
+
+class _Decision:
+    """Everything about one network's plan, measured or by a rule."""
+
+    def __init__(self, traced: ModelGraph, batch: int, rule: str, dtypes: Sequence[str]) -> None:
+        self.traced, self.batch, self.rule, self.dtypes = traced, batch, rule, dtypes
+        self.units, self.refused = find_units(traced)
+        self.trained = trained_values(traced)
+        types = {dtype_of(unit) for unit in self.units}
+        self.dtype = torch.float32 if types == {torch.float32} else torch.float64
+        self.possible = activations_of(dtypes, self.dtype)
+        self.layouts = list(
+            dict.fromkeys(impl.layout for impl in candidates_for(OPERATOR) if impl.layout != PLAIN)
         )
-    return LoweringPlan(rule, batch, Machine.here(), tuple(choices), tuple(notes), activations), place
+        """Those that convolutions can run in, beside the plain one."""
+        self.convolutions: Mapping[str, ConvTimes] = {}
+        self.norms: Mapping[str, Mapping[tuple[str, torch.dtype], float]] = {}
+        self.ways: Mapping[str, str] = {}
+        self.broken: dict[tuple[str, str, torch.dtype], KernelError] = {}
+        """By pass, layout and dtype: kernels beside convolutions that cannot be built."""
+
+    def plan(self, remember: bool) -> tuple[LoweringPlan, Path | None]:
+        """The plan, and where to keep it if it was measured now."""
+        if self.rule != "measured":
+            return self._written([_Best(math.nan, self.possible[-1], self._by_rule())], {}), None
+        place = None
+        if remember:
+            place = plan_cache.place(self.units, self.trained, self.batch, self.dtypes)
+            known = plan_cache.read(place)
+            args = self.traced, self.batch, self.possible, self.dtypes
+            if known is not None and plan_cache.fits(known, *args):
+                return known, None
+        gb_s = self._measure()
+        found = [self._cheapest(kept, gb_s) for kept in self.possible]
+        _, activations, layouts = min(found, key=lambda one: one.ms)
+        running = {name: self._running(name, layouts[name], activations) for name in self.convolutions}
+        statistics = measure_statistics(
+            self.units, layouts, {name: times for name, times in running.items() if times}, activations
+        )
+        return self._written(found, statistics), place
+
+    def held(self, layout: str, activations: Activations) -> torch.dtype:
+        """The dtype of activations in a layout."""
+        return held_dtype(layout, activations, self.dtype)
+
+    def _measure(self) -> float:
+        """Measure everything that does not depend on the choice; returns the speed of memory.
+
+        Raises:
+            KernelError: nothing can be converted into any layout.
+        """
+        names = ["layout", *sorted({name for unit in self.units if (name := pass_of(unit)) is not None})]
+        texts = {
+            (name, layout, held): LAYOUTS[layout].sources[name](held)
+            for layout in self.layouts
+            for name in names
+            if name in LAYOUTS[layout].sources
+            for held in dict.fromkeys(self.held(layout, kept) for kept in self.possible)
+        }
+        failed = build_all(texts.values())
+        self.broken = {key: failed[text] for key, text in texts.items() if text in failed}
+        self.possible = tuple(kept for kept in self.possible if self._open(kept))
+        if not self.possible:
+            raise next(error for (name, _, _), error in self.broken.items() if name == "layout")
+        gb_s = measure_memory()
+        convolutions = [unit for unit in self.units if unit.kind == "conv"]
+        trained = {unit.name: unit.inputs[0] in self.trained for unit in convolutions}
+        self.convolutions = measure_convolutions(convolutions, trained, self.dtypes)
+        self.ways = dense_ways(self.convolutions)
+        norms = [unit for unit in self.units if unit.kind == "batch_norm"]
+        wanted = {
+            (layout, self.held(layout, kept))
+            for kept in self.possible
+            for layout in self._open(kept)
+            if LAYOUTS[layout].batch_norm is not None
+        }
+        usable = [key for key in wanted if ("batch_norm", *key) not in self.broken]
+        self.norms = measure_batch_norms(norms, sorted(usable, key=str))
+        return gb_s
+
+    def _open(self, activations: Activations) -> list[str]:
+        """Layouts that values can be converted to."""
+        return [
+            one for one in self.layouts if ("layout", one, self.held(one, activations)) not in self.broken
+        ]
+
+    def _running(self, name: str, layout: str, activations: Activations) -> ImplTimes | None:
+        """What runs a convolution in a layout; None for PyTorch's dense one, and where nothing can."""
+        times = self.convolutions[name]
+        best = times.best(layout, self.held(layout, activations))
+        dense = layout == PLAIN and best is not None and times.dense[self.ways[name]] <= best.ms
+        return None if dense else best
+
+    def _cheapest(self, activations: Activations, gb_s: float) -> _Best:
+        costs: dict[str, dict[str, float]] = {}
+        for unit in self.units:
+            own = costs[unit.name] = {}
+            for layout in (PLAIN, *self._open(activations)):
+                cost = self._cost(unit, layout, activations, gb_s)
+                if cost is not None:
+                    own[layout] = cost
+        values = values_of(self.traced, self.units, self.trained, self._open(activations), activations)
+        layouts = cheapest_layouts(costs, values)
+        return _Best(total_cost(costs, values, layouts), activations, layouts)
+
+    def _cost(self, unit: Unit, layout: str, activations: Activations, gb_s: float) -> float | None:
+        """Milliseconds of a unit in a layout; None where it cannot run there."""
+        if unit.kind == "conv":
+            times = self._running(unit.name, layout, activations)
+            if times is None:
+                return self.convolutions[unit.name].dense[self.ways[unit.name]] if layout == PLAIN else None
+            return times.ms
+        held = self.held(layout, activations)
+        if unit.name in self.norms:
+            return self.norms[unit.name].get((layout, held))
+        if layout == PLAIN:
+            return unit_ms(unit, gb_s=gb_s)
+        if not runs_in(unit, LAYOUTS[layout]) or (pass_of(unit), layout, held) in self.broken:
+            return None
+        return unit_ms(unit, LAYOUTS[layout], gb_s, held.itemsize)
+
+    def _by_rule(self) -> dict[str, str]:
+        """Layouts where nothing is measured."""
+        implementations = {unit.name: self._accepting(unit) for unit in self.units if unit.kind == "conv"}
+        costs: dict[str, dict[str, float]] = {}
+        for unit in self.units:
+            if unit.kind == "conv":
+                # The paper decides a convolution before its neighbors are looked at.
+                sparse = self.rule == "sparse" or density_of(unit.module) < DENSITY_LIMIT
+                impl = implementations[unit.name]
+                costs[unit.name] = {impl.layout if sparse and impl else PLAIN: 0.0}
+                continue
+            costs[unit.name] = own = {PLAIN: unit_ms(unit)}
+            own.update(
+                {one: unit_ms(unit, LAYOUTS[one]) for one in self.layouts if runs_in(unit, LAYOUTS[one])}
+            )
+            if self.rule == "sparse" and len(own) > 1:
+                costs[unit.name] = {next(one for one in own if one != PLAIN): 0.0}
+        return cheapest_layouts(costs, values_of(self.traced, self.units, self.trained, self.layouts, None))
+
+    def _accepting(self, unit: Unit) -> Impl | None:
+        """The first implementation that can run a convolution."""
+        for impl in candidates_for(OPERATOR):
+            if not impl.refusals(problem_of(unit, self.held(impl.layout, self.possible[-1]))):
+                return impl
+        return None
+
+    def _written(self, found: Sequence[_Best], statistics: Mapping[str, NormTimes]) -> LoweringPlan:
+        """The plan as data."""
+        _, activations, layouts = min(found, key=lambda one: one.ms) if len(found) > 1 else found[0]
+        choices = []
+        for unit in self.units:
+            layout = layouts[unit.name]
+            if unit.kind == "conv":
+                choice = self._conv_choice(unit, layout, activations)
+                choices.append(_with_statistics(choice, statistics.get(unit.name)))
+            else:
+                norm = self.norms.get(unit.name)
+                ms = None if norm is None else norm[layout, self.held(layout, activations)]
+                choices.append(_choice(unit, layout, ms))
+        choices += [
+            Choice(name, "conv", PLAIN, refused=(f"sparse: {reason}",))
+            for name, reason in self.refused.items()
+        ]
+        notes = [f"{path} runs as it is written: it {reason}" for path, reason in self.traced.opaque.items()]
+        if len(found) > 1:
+            totals = [f"{_in_words(one.activations)} {one.ms:.1f} ms" for one in found]
+            notes.append(
+                f"activations kept in {_in_words(activations)}; convolutions, norms and conversions take "
+                f"{', '.join(totals)}"
+            )
+        return LoweringPlan(self.rule, self.batch, Machine.here(), tuple(choices), tuple(notes), activations)
+
+    def _conv_choice(self, unit: Unit, layout: str, activations: Activations) -> Choice:
+        module, times = conv_of(unit), self.convolutions.get(unit.name)
+        way, density = self.ways.get(unit.name, DENSE[0]), density_of(unit.module)
+        ms: float | None = None
+        tilings: Tilings = ()
+        if times is None:
+            impl = self._accepting(unit) if self.rule == "sparse" or density < DENSITY_LIMIT else None
+            impl = None if impl is None or impl.layout != layout else impl
+            refused = self._refused_by_rule(unit, impl, density)
+        else:
+            running = self._running(unit.name, layout, activations)
+            impl = None if running is None else running.impl
+            ms = round(times.dense[way] if running is None else running.ms, 4)
+            tilings = () if running is None else running.tilings
+            refused = self._refused(times, running, way, activations)
+        return replace(
+            _choice(unit, layout, ms),
+            dense=way,
+            tilings=tilings,
+            weight=module.structure.shape if isinstance(module, PackedConv2d) else tuple(module.weight.shape),
+            density=round(density, 6),
+            refused=refused,
+            impl="" if impl is default_implementation(layout) or impl is None else impl.name,
+        )
+
+    def _refused_by_rule(self, unit: Unit, impl: Impl | None, density: float) -> tuple[str, ...]:
+        reasons = [
+            f"sparse {other.name}: {reason}"
+            for other in candidates_for(OPERATOR)
+            for reason in other.refusals(problem_of(unit, self.held(other.layout, self.possible[-1])))
+        ]
+        zero = f"{1 - density:.0%} of the weights are zero"
+        if self.rule == "density" and impl is not None:
+            reasons.append(f"dense: {zero}, more than {1 - DENSITY_LIMIT:.0%}")
+        elif self.rule == "density" and not reasons:
+            reasons.append(f"sparse {candidates_for(OPERATOR)[0].name}: only {zero}")
+        return tuple(reasons)
+
+    def _refused(
+        self, times: ConvTimes, running: ImplTimes | None, way: str, activations: Activations
+    ) -> tuple[str, ...]:
+        """Why the other ways were not taken."""
+        dense = times.dense[way]
+        reasons = [f"dense {name}: {ms:.2f} ms" for name, ms in times.dense.items() if running or name != way]
+        others = {key: other for key, other in times.impls.items() if other is not running}
+        for (name, dtype), other in others.items():
+            if dtype is not self.held(other.impl.layout, activations):
+                kept = "bf16" if dtype is torch.bfloat16 else "fp32"
+                reasons.append(f"sparse {name}, activations in {kept}: {_time(other)}")
+        if running is not None and running.ms > dense:
+            reasons.append("slower by itself, but it saves conversions")
+        mine = dense if running is None else running.ms
+        for (name, dtype), other in others.items():
+            if dtype is self.held(other.impl.layout, activations):
+                more = ", and the conversions cost more than it gains" if other.ms < mine else ""
+                reasons.append(f"sparse {name}: {_time(other)}{more}")
+        return tuple(reasons)
 
 
 def _in_words(activations: Activations) -> str:
-    """For people; there is a choice only where parameters are float32."""
+    """For messages; there is a choice only where parameters are float32."""
     return "bf16" if activations == "bf16" else "fp32"
 
 
-class _Measured(NamedTuple):
-    """Times of everything that is measured, whatever the choice; ``norms`` as `measure_batch_norms`.
-
-    ``broken`` are passes over activations that cannot be built, by what is kept.
-    """
-
-    convolutions: Mapping[str, LayerTimes]
-    norms: Mapping[str, Mapping[str, float]]
-    gb_s: float
-    broken: Collection[tuple[Pass, Activations]]
+def _time(times: ImplTimes) -> str:
+    return times.reason or f"{times.ms:.2f} ms"
 
 
-def _measure(
-    units: Sequence[Unit],
-    trained: Collection[fx.Node],
-    dtypes: Sequence[str],
-    activations: Sequence[Activations],
-    dtype: torch.dtype,
-) -> _Measured:
-    failed = broken_passes(units, [kept_in(kept, dtype) for kept in activations])
-    broken: dict[tuple[Pass, Activations], KernelError] = {}
-    for kept in activations:
-        broken.update({(name, kept): e for (name, of), e in failed.items() if of is kept_in(kept, dtype)})
-    if all(("layout", kept) in broken for kept in activations):
-        raise broken["layout", activations[0]]
-    convolutions = [unit for unit in units if unit.kind == "conv"]
-    gb_s = measure_memory()
-    times = measure_convolutions(convolutions, {u.name: u.inputs[0] in trained for u in convolutions}, dtypes)
-    usable = [kept for kept in activations if ("batch_norm", kept) not in broken]
-    norms = measure_batch_norms([unit for unit in units if unit.kind == "batch_norm"], usable)
-    return _Measured(times, norms, gb_s, broken)
-
-
-def _cheapest(
-    traced: ModelGraph,
-    units: Sequence[Unit],
-    trained: Collection[fx.Node],
-    activations: Activations,
-    measured: _Measured,
-    ways: Mapping[str, str],
-) -> tuple[float, Activations, dict[str, bool]]:
-    """Milliseconds, and which units then run blocked, if activations are kept so."""
-    costs: dict[str, tuple[float | None, float | None]] = {}
-    for unit in units:
-        kept, gb_s = kept_in(activations, dtype_of(unit)), measured.gb_s
-        if unit.kind == "conv":
-            times = measured.convolutions[unit.name]
-            sparse = times.blocked[activations].ms
-            costs[unit.name] = times.dense[ways[unit.name]], None if math.isinf(sparse) else sparse
-        elif unit.name in measured.norms:
-            norm = measured.norms[unit.name]
-            costs[unit.name] = norm["plain"], norm.get(activations)
-        else:
-            plain = unit_ms(unit, blocked=False, gb_s=gb_s)
-            one = unit_ms(unit, blocked=True, gb_s=gb_s, itemsize=kept.itemsize)
-            broken = (pass_of(unit), activations) in measured.broken
-            costs[unit.name] = plain, None if broken else one
-    values = values_of(traced, units, trained, activations)
-    blocked = cheapest_layouts(costs, values)
-    return total_cost(costs, values, blocked), activations, blocked
-
-
-def _by_rule(
-    traced: ModelGraph, units: Sequence[Unit], trained: Collection[fx.Node], rule: str
-) -> dict[str, bool]:
-    """Which units run blocked where nothing is measured."""
-    if rule == "sparse":
-        return {unit.name: True for unit in units}
-    costs: dict[str, tuple[float | None, float | None]] = {}
-    for unit in units:
-        if unit.kind == "conv":
-            # The paper decides a convolution before its neighbours are looked at.
-            costs[unit.name] = (None, 0.0) if density_of(unit.module) < DENSITY_LIMIT else (0.0, None)
-        else:
-            costs[unit.name] = unit_ms(unit, blocked=False), unit_ms(unit, blocked=True)
-    return cheapest_layouts(costs, values_of(traced, units, trained, None))
-
-
-def density_of(module: nn.Module | None) -> float:
-    """Kept weights / all weights of a layer; 1 for what is not packed."""
-    return module.structure.density if isinstance(module, PackedConv2d) else 1.0
-
-
-def dense_ways(times: Mapping[str, LayerTimes]) -> dict[str, str]:
-    """How each convolution runs where it is dense: the fastest number type, in one memory format for all.
+def dense_ways(times: Mapping[str, ConvTimes]) -> dict[str, str]:
+    """How each convolution runs where it is dense: in the fastest dtype, and one memory format for all.
 
     One format, because the activations between dense layers keep it; with two, each would convert its input.
     """
@@ -223,7 +345,7 @@ def dense_ways(times: Mapping[str, LayerTimes]) -> dict[str, str]:
         return {}
     formats = dict.fromkeys(name.split()[0] for name in DENSE)
 
-    def fastest(layer: LayerTimes, memory: str) -> str:
+    def fastest(layer: ConvTimes, memory: str) -> str:
         return min((n for n in layer.dense if n.startswith(memory)), key=lambda name: layer.dense[name])
 
     totals = {
@@ -235,30 +357,35 @@ def dense_ways(times: Mapping[str, LayerTimes]) -> dict[str, str]:
 
 def trained_values(traced: ModelGraph) -> set[fx.Node]:
     """Nodes whose values depend on a trained parameter: their gradients are computed."""
-    found: set[fx.Node] = set()
+    dependent: set[fx.Node] = set()
     for node in traced.graph.nodes:
         own = False
         if node.op == "call_module":
             own = any(parameter.requires_grad for parameter in traced.module(node).parameters())
         elif node.op == "get_attr":
             own = True
-        if own or any(source in found for source in node.all_input_nodes):
-            found.add(node)
-    return found
+        if own or any(source in dependent for source in node.all_input_nodes):
+            dependent.add(node)
+    return dependent
 
 
 def values_of(
-    traced: ModelGraph, units: Sequence[Unit], trained: Collection[fx.Node], activations: Activations | None
+    traced: ModelGraph,
+    units: Sequence[Unit],
+    trained: Collection[fx.Node],
+    layouts: Sequence[str],
+    activations: Activations | None,
 ) -> list[Value]:
-    """What is computed by whom, read by whom, and what converting it costs.
+    """List the values that may be converted, with who computes and reads each, and the costs.
 
     Args:
         traced: with shapes.
         units: of the graph.
         trained: nodes whose gradients are computed.
+        layouts: to convert to, and from.
         activations: measure conversions to what is kept so; None estimates them.
     """
-    known: dict[tuple[object, ...], tuple[float, float]] = {}
+    known: dict[tuple[object, ...], dict[str, tuple[float, float]]] = {}
     of_output = {unit.output: unit for unit in units}
     inside = {node for unit in units for node in unit.nodes}
     reads: dict[fx.Node, list[str | None]] = {}
@@ -271,54 +398,42 @@ def values_of(
                 reads.setdefault(source, []).append(None)
     values = []
     for node, consumers in reads.items():
-        source_unit = of_output.get(node)
+        unit_or_none = of_output.get(node)
         # Whatever layout a global pooling reads, what it gives is plain.
-        from_graph = source_unit is None or source_unit.kind == "global_pool"
-        producer = None if from_graph or source_unit is None else source_unit.name
+        from_graph = unit_or_none is None or unit_or_none.kind == "global_pool"
+        producer = None if from_graph or unit_or_none is None else unit_or_none.name
         shape, dtype = shape_of(node), getattr(node.meta.get("tensor_meta"), "dtype", None)
         key = (shape, dtype, node in trained)
         if key not in known:
-            if activations is not None and len(shape) == 4 and dtype in C_TYPES:
-                known[key] = measure_conversion(shape, dtype, kept_in(activations, dtype), node in trained)
-            else:
-                known[key] = (conversion_ms(shape, getattr(dtype, "itemsize", 4), node in trained),) * 2
-        values.append(Value(producer, tuple(consumers), *known[key]))
+            known[key] = {
+                name: _conversion(name, shape, dtype, node in trained, activations) for name in layouts
+            }
+        enter, leave = ({name: ms[i] for name, ms in known[key].items()} for i in (0, 1))
+        values.append(Value(producer, tuple(consumers), enter, leave))
     return values
 
 
-def _choice(unit: Unit, blocked: bool, ms: float | None) -> Choice:
+def _conversion(
+    name: str,
+    shape: tuple[int, ...],
+    dtype: torch.dtype | None,
+    trained: bool,
+    activations: Activations | None,
+) -> tuple[float, float]:
+    """Milliseconds into a layout and out of it."""
+    if activations is not None and len(shape) == 4 and dtype in C_TYPES:
+        return measure_conversion(LAYOUTS[name], shape, dtype, held_dtype(name, activations, dtype), trained)
+    return (conversion_ms(LAYOUTS[name], shape, getattr(dtype, "itemsize", 4), trained),) * 2
+
+
+def _choice(unit: Unit, layout: str, ms: float | None) -> Choice:
     return Choice(
         unit.name,
         unit.kind,
-        "blocked" if blocked else "plain",
+        layout,
         image=shape_of(unit.inputs[0])[1:],
-        predicted_ms=round(unit_ms(unit, blocked=blocked), 4),
+        predicted_ms=round(unit_ms(unit, LAYOUTS.get(layout)), 4),
         measured_ms=None if ms is None else round(ms, 4),
-    )
-
-
-def _conv_choice(
-    unit: Unit, blocked: bool, times: LayerTimes | None, way: str, rule: str, activations: Activations
-) -> Choice:
-    module = unit.module
-    sparse = None if times is None else times.blocked[activations]
-    ms = None
-    if times is not None and sparse is not None:
-        ms = round(sparse.ms if blocked else times.dense[way], 4)
-    assert isinstance(module, (PackedConv2d, nn.Conv2d))
-    shape = module.structure.shape if isinstance(module, PackedConv2d) else tuple(module.weight.shape)
-    return Choice(
-        unit.name,
-        unit.kind,
-        "blocked" if blocked else "plain",
-        dense=way,
-        tilings=sparse.tilings if sparse is not None and blocked else (),
-        weight=shape,
-        image=shape_of(unit.inputs[0])[1:],
-        density=round(density_of(module), 6),
-        predicted_ms=round(unit_ms(unit, blocked=blocked), 4),
-        measured_ms=ms,
-        refused=_refused(blocked, times, way, rule, density_of(module), activations),
     )
 
 
@@ -327,37 +442,3 @@ def _with_statistics(choice: Choice, times: NormTimes | None) -> Choice:
     if times is None:
         return choice
     return replace(choice, statistics=times.pays, refused=(*choice.refused, times.reason()))
-
-
-def _refused(
-    blocked: bool,
-    times: LayerTimes | None,
-    way: str,
-    rule: str,
-    density: float,
-    activations: Activations,
-) -> tuple[str, ...]:
-    """Why the other ways were not taken."""
-    if times is None:
-        if rule == "density" and blocked:
-            return (f"dense: {1 - density:.0%} of the weights are zero, more than {1 - DENSITY_LIMIT:.0%}",)
-        if rule == "density":
-            return (f"sparse blocked: only {1 - density:.0%} of the weights are zero",)
-        return ()
-    reasons = [f"dense {name}: {ms:.2f} ms" for name, ms in times.dense.items() if blocked or name != way]
-    sparse = times.blocked[activations].ms
-    reasons += [
-        f"sparse blocked, activations in {_in_words(kept)}: {_time(other.ms)}"
-        for kept, other in times.blocked.items()
-        if kept != activations
-    ]
-    if blocked and sparse > times.dense[way]:
-        reasons.append("slower by itself, but it saves conversions")
-    if not blocked:
-        more = ", and the conversions cost more than it gains" if sparse < times.dense[way] else ""
-        reasons.append(f"sparse blocked: {_time(sparse)}{more}")
-    return tuple(reasons)
-
-
-def _time(ms: float) -> str:
-    return "its kernels cannot be built" if math.isinf(ms) else f"{ms:.2f} ms"

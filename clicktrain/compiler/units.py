@@ -1,4 +1,4 @@
-"""Which nodes of a graph can run in the batch-blocked layout, and which of them run as one.
+"""Units: the nodes of a graph that can run in another layout, and those that run as one.
 
 A unit is a node, or a batch norm with the addition and the ReLU that follow it. Everything that is in no unit
 runs as it was, on ``[N, C, H, W]``.
@@ -17,6 +17,7 @@ from torch import fx, nn
 
 from clicktrain.formats.memory_format import plain_input
 from clicktrain.graph import ModelGraph
+from clicktrain.kernels.layouts import Layout
 from clicktrain.kernels.max_pool2d import Pooling
 from clicktrain.kernels.sparse_conv2d import PackedConv2d
 
@@ -34,7 +35,7 @@ _POOL_FUNCTIONS = (F.max_pool2d, F.avg_pool2d, F.adaptive_avg_pool2d, F.adaptive
 
 @dataclass(frozen=True, slots=True, eq=False)
 class Unit:
-    """Nodes that run as one operation, in either layout.
+    """Nodes that run as one operation, in any layout.
 
     Attributes:
         name: path of its layer, ``#2`` added for the layer's second call; a function's node name.
@@ -61,6 +62,23 @@ class Unit:
 def shape_of(node: fx.Node) -> tuple[int, ...]:
     """Shape of a node's value on the example; () if it is no tensor."""
     return tuple(getattr(node.meta.get("tensor_meta"), "shape", ()))
+
+
+def dtype_of(unit: Unit) -> torch.dtype:
+    """The dtype of a unit's result on the example."""
+    dtype: torch.dtype = unit.output.meta["tensor_meta"].dtype
+    return dtype
+
+
+def conv_of(unit: Unit) -> PackedConv2d | nn.Conv2d:
+    """The layer of a unit of kind ``conv``."""
+    assert isinstance(unit.module, (PackedConv2d, nn.Conv2d))
+    return unit.module
+
+
+def density_of(module: nn.Module | None) -> float:
+    """Nonzero weights / all weights of a layer; 1 for what is not packed."""
+    return module.structure.density if isinstance(module, PackedConv2d) else 1.0
 
 
 def find_units(traced: ModelGraph) -> tuple[list[Unit], dict[str, str]]:
@@ -240,8 +258,27 @@ def max_pooling(unit: Unit) -> Pooling | None:
     return found if found.fits() else None
 
 
+def pass_of(unit: Unit) -> str | None:
+    """Key of `Layout.sources` for the kernel of a unit; None for convolutions and what PyTorch computes."""
+    if unit.kind == "batch_norm":
+        return "batch_norm"
+    return "max_pool" if unit.kind == "pool" and max_pooling(unit) is not None else None
+
+
+def runs_in(unit: Unit, layout: Layout) -> bool:
+    """Whether a layout has an operation for a unit; convolutions ask their implementations."""
+    if unit.kind == "batch_norm":
+        return layout.batch_norm is not None
+    if unit.kind == "pool":
+        own = layout.max_pool is not None and max_pooling(unit) is not None
+        return own or layout.view is not None
+    if unit.kind == "global_pool":
+        return layout.image_mean is not None
+    return unit.kind != "cat" or layout.channels_second
+
+
 def packed_type(model: nn.Module) -> torch.dtype:
-    """Number type of a network's packed layers: blocked regions are of one type."""
+    """The dtype of a network's packed layers: accelerated regions have one."""
     packed = (m.values.dtype for m in model.modules() if isinstance(m, PackedConv2d))
     return next(packed, torch.float32)
 

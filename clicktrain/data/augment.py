@@ -33,7 +33,7 @@ class Augment:
     flip: bool = False
     """Mirror left and right with probability 1/2."""
     cutout: int = 0
-    """Set a square of this side around a random centre to the mean colour (0: off; DeVries & Taylor 2017)."""
+    """Set a square of this side around a random center to the mean color (0: off; DeVries & Taylor 2017)."""
     resized_crop: bool = False
     """Crop 8% to 100% of the area at an aspect of 3/4 to 4/3 and resize it to the original size."""
     padding: Literal["zeros", "reflect"] = "zeros"
@@ -91,7 +91,7 @@ _PRESETS = {
 def augment_and_normalize(
     images: Tensor, augment: Augment, mean: Tensor, std: Tensor, generator: torch.Generator
 ) -> Tensor:
-    """Augment a batch and normalise it.
+    """Augment a batch and normalize it.
 
     Args:
         images: uint8 [B, C, H, W] on any device.
@@ -203,9 +203,9 @@ def random_resized_crop(images: Tensor, generator: torch.Generator) -> Tensor:
 
 
 def cutout(x: Tensor, size: int, generator: torch.Generator) -> Tensor:
-    """Set a square of each normalised image to 0, the mean colour (DeVries & Taylor 2017, section 3.2).
+    """Set a square of each normalized image to 0, the mean color (DeVries & Taylor 2017, section 3.2).
 
-    The centre is any pixel, so that part of the square may lie outside the image, as in the paper.
+    The center is any pixel, so that part of the square may lie outside the image, as in the paper.
 
     Args:
         x: float [B, C, H, W].

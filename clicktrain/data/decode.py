@@ -11,7 +11,7 @@ import torch
 from PIL import Image
 from torch import Tensor
 
-from clicktrain.data.image_files import GREY_MODES, Header, broken, read_header, read_image
+from clicktrain.data.image_files import GRAY_MODES, Header, broken, read_header, read_image
 from clicktrain.data.listing import EncodedImages
 from clicktrain.data.value_range import EIGHT_BIT, ValueRange, range_of
 from clicktrain.errors import UserError
@@ -35,9 +35,9 @@ _CHUNK = 64  # images per task of a decoding thread
 
 
 def decode_image(data: bytes, name: str, channels: int, values: ValueRange | None = None) -> Image.Image:
-    """Decode one file to an 8-bit grey (1 channel) or RGB (3 channels) image.
+    """Decode one file to an 8-bit gray (1 channel) or RGB (3 channels) image.
 
-    - 8 bits a channel (grey, colour, palette, CMYK, YCbCr) and 1 bit: values as they are, 1 bit as 0 and 255.
+    - 8 bits a channel (gray, color, palette, CMYK, YCbCr) and 1 bit: values as they are, 1 bit as 0 and 255.
     - 16 or 32 bits, signed or not, and floating point (PNG, PPM, TIFF): ``values`` becomes 0 to 255. A file
       does not say which values it uses (8 or 12 bits in 16, 0 to 1), so the range is measured, see
       `ValueRange`. NaN and infinities are an error.
@@ -52,7 +52,7 @@ def decode_image(data: bytes, name: str, channels: int, values: ValueRange | Non
         values: range of the data set; `EIGHT_BIT` for one of 8-bit images. None: of this image alone.
 
     Raises:
-        UserError: truncated, broken or not an image; in colour where ``channels`` is 1; deeper than 8 bits in
+        UserError: truncated, broken or not an image; in color where ``channels`` is 1; deeper than 8 bits in
             a data set of 8-bit images, or the other way round. Names the file.
     """
     image = read_image(data, name)
@@ -80,13 +80,13 @@ def _mixed_depths(name: str, depth: str, others: str) -> UserError:
 
 
 def _to_mode(image: Image.Image, name: str, channels: int) -> Image.Image:
-    """Convert an image of at most 8 bits a channel to 8-bit grey or RGB."""
+    """Convert an image of at most 8 bits a channel to 8-bit gray or RGB."""
     wanted = "L" if channels == 1 else "RGB"
     if image.mode == wanted:
         return image
-    if channels == 1 and image.mode not in GREY_MODES:
+    if channels == 1 and image.mode not in GRAY_MODES:
         raise UserError(
-            f"{name} is in colour although the images looked at first are grey; convert them all to one of "
+            f"{name} is in color although the images looked at first are gray; convert them all to one of "
             "the two"
         )
     transparent = image.has_transparency_data
@@ -109,7 +109,7 @@ def _constant(image: Image.Image) -> bool:
 
 
 def fit(image: Image.Image, size: tuple[int, int], ratio: float = 1.0) -> Image.Image:
-    """Resize so that the image covers ``ratio`` x ``size``, and keep the centre of ``size``.
+    """Resize so that the image covers ``ratio`` x ``size``, and keep the center of ``size``.
 
     With ``ratio`` 256/224 this is the Resize + CenterCrop of the ImageNet recipe, done in one antialiased
     pass. An image that has the size already is returned as it is.

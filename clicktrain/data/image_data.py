@@ -41,7 +41,7 @@ class EncodedSource:
 
     @property
     def ratio(self) -> float:
-        """How much larger than ``size`` an image is made before its centre is kept (ImageNet: 256/224)."""
+        """How much larger than ``size`` an image is made before its center is kept (ImageNet: 256/224)."""
         return 256 / 224 if self.resize else 1.0
 
 
@@ -75,7 +75,7 @@ class ImageData:
     def describe(self) -> str:
         """Say in one line what this data set is."""
         channels, height, width = self.image_shape
-        colour = {1: "grey", 3: "RGB"}.get(channels, f"{channels}-channel")
+        color = {1: "gray", 3: "RGB"}.get(channels, f"{channels}-channel")
         if self.in_memory:
             mebibytes = (len(self.train) + len(self.val)) * math.prod(self.image_shape) / 2**20
             where = f"in memory ({mebibytes:,.1f} MiB)"
@@ -86,5 +86,5 @@ class ImageData:
             where += f", pixel values {low:g} to {high:g} scaled to 0 to 255"
         return (
             f"{self.spec}: {len(self.train):,} training and {len(self.val):,} validation images, "
-            f"{len(self.classes)} classes, {height}x{width} {colour}, {where}"
+            f"{len(self.classes)} classes, {height}x{width} {color}, {where}"
         )

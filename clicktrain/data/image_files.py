@@ -21,7 +21,7 @@ FORMATS = ("JPEG", "PNG", "WEBP", "BMP", "PPM", "GIF", "TIFF")
 """Formats that are read, whatever a file is called."""
 LARGEST_FILE = 512 * 2**20
 """Bytes of the largest image file that is read."""
-GREY_MODES = frozenset({"1", "L", "LA", "La", "I", "I;16", "I;16B", "I;16L", "I;16N", "F"})
+GRAY_MODES = frozenset({"1", "L", "LA", "La", "I", "I;16", "I;16B", "I;16L", "I;16N", "F"})
 _DEEP_MODES = frozenset({"I", "I;16", "I;16B", "I;16L", "I;16N", "F"})
 _LOW_BYTES = {
     "RGB;16B": "RGB;16L",
@@ -31,8 +31,8 @@ _LOW_BYTES = {
     "RGB;16N": "RGB;16B" if np.little_endian else "RGB;16L",
     "RGBA;16N": "RGBA;16B" if np.little_endian else "RGBA;16L",
 }
-"""Pillow keeps the high byte of 16-bit colours. Read as of the other byte order, a file gives the low one."""
-_GREY_WITH_ALPHA = "LA;16B"
+"""Pillow keeps the high byte of 16-bit colors. Read as of the other byte order, a file gives the low one."""
+_GRAY_WITH_ALPHA = "LA;16B"
 
 Values = np.ndarray[Any, Any]
 
@@ -43,38 +43,38 @@ class Header:
 
     size: tuple[int, int]
     """Height, width in pixels."""
-    grey: bool
+    gray: bool
     deep: bool
     """Whether values have more than 8 bits: 16 or 32, or floating point."""
 
 
 def read_header(data: bytes, name: str) -> Header:
-    """Read the size, the colour mode and the depth without decoding.
+    """Read the size, the color mode and the depth without decoding.
 
     Raises:
         UserError: not an image of `FORMATS`, or one of too many pixels.
     """
     with _opened(data, name) as image:
-        rawmode = _deep_colour(image)
-        grey = image.mode in GREY_MODES or rawmode == _GREY_WITH_ALPHA
-        return Header((image.height, image.width), grey, rawmode is not None or image.mode in _DEEP_MODES)
+        rawmode = _deep_color(image)
+        gray = image.mode in GRAY_MODES or rawmode == _GRAY_WITH_ALPHA
+        return Header((image.height, image.width), gray, rawmode is not None or image.mode in _DEEP_MODES)
 
 
 def read_image(data: bytes, name: str) -> Image.Image | Values:
     """Decode one file: the image as Pillow has it, or the values where they have more than 8 bits.
 
-    Of several frames the first is read. Values are [H, W] (grey) or [H, W, 3], without transparency, of the
+    Of several frames the first is read. Values are [H, W] (gray) or [H, W, 3], without transparency, of the
     file's own dtype.
 
     Raises:
         UserError: truncated, broken, not an image of `FORMATS`, or of too many pixels. Names the file.
     """
     with _opened(data, name) as image:
-        rawmode = _deep_colour(image)
+        rawmode = _deep_color(image)
         if rawmode is None:
             image.load()
             return np.asarray(image) if image.mode in _DEEP_MODES else image
-        if rawmode == _GREY_WITH_ALPHA:  # 4 bytes a pixel: the two of grey, the two of transparency
+        if rawmode == _GRAY_WITH_ALPHA:  # 4 bytes a pixel: the two of gray, the two of transparency
             bytes_ = _decoded_as(image, "RGBA")
             return bytes_[..., 0].astype(np.uint16) << 8 | bytes_[..., 1]
         image.load()
@@ -109,16 +109,16 @@ def _opened(data: bytes, name: str) -> Iterator[Image.Image]:
         raise broken(name, error) from error
 
 
-def _deep_colour(image: Image.Image) -> str | None:
-    """How the file holds colours, or grey with transparency, of 16 bits; None for any other image."""
+def _deep_color(image: Image.Image) -> str | None:
+    """How the file holds colors, or gray with transparency, of 16 bits; None for any other image."""
     if image.mode not in ("RGB", "RGBA"):
         return None
     found = {part for tile in getattr(image, "tile", ()) for part in _words(tile[3]) if ";16" in part}
     if not found:
         return None
     (rawmode,) = found if len(found) == 1 else ("several",)
-    if rawmode not in (*_LOW_BYTES, _GREY_WITH_ALPHA):
-        raise ValueError(f"16-bit colours as {rawmode} are not read: store it as an ordinary 16-bit PNG")
+    if rawmode not in (*_LOW_BYTES, _GRAY_WITH_ALPHA):
+        raise ValueError(f"16-bit colors as {rawmode} are not read: store it as an ordinary 16-bit PNG")
     return rawmode
 
 

@@ -21,7 +21,7 @@ class Batch(NamedTuple):
     """One step's images and labels, on the training device."""
 
     x: Tensor
-    """Float [B, C, H, W], normalised."""
+    """Float [B, C, H, W], normalized."""
     y: Tensor
     """int64 [B]."""
 
@@ -65,7 +65,7 @@ class BatchPlan:
 
 @dataclass(frozen=True, eq=False)
 class Finish:
-    """The part of a batch's way that happens on the device: augmentation, normalisation, memory layout."""
+    """The part of a batch's way that happens on the device: augmentation, normalization, memory layout."""
 
     augment: Augment
     mean: Tensor
@@ -163,7 +163,7 @@ def make_loader(
         augment: what is done to training images.
         drop_last: leave out a last batch that is not full.
         channels_last: memory layout of the batches.
-        dtype: of the images in a batch; they are augmented and normalised in float32 all the same.
+        dtype: of the images in a batch; they are augmented and normalized in float32 all the same.
 
     Raises:
         UserError: a batch size that gives no batch, or an augmentation too large for the images.

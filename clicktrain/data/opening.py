@@ -25,7 +25,7 @@ MEMORY_LIMIT = 2 * 2**30
 """Decoded bytes up to which a data set is kept in memory."""
 LARGEST_SIDE = 8192
 """Pixels that images may be resized to."""
-_PROBED = 128  # headers looked at to learn size and colour
+_PROBED = 128  # headers looked at to learn size and color
 _MEASURED = 4096  # images decoded to learn mean and std of a set that does not fit
 logger = logging.getLogger(__name__)
 
@@ -51,7 +51,7 @@ def open_data(
         spec: ``digits``, ``parquet:DIR``, ``imagefolder:DIR``, ``cifar10:DIR``, ``cifar100:DIR``,
             ``synthetic:classes=10,size=32,channels=3,train=512,val=128,seed=0`` or the name of a Hugging Face
             data set (``NAME``, ``OWNER/NAME``, with ``:CONFIG``).
-        image_size: side in pixels; images of other sizes are resized to cover the square and their centre is
+        image_size: side in pixels; images of other sizes are resized to cover the square and their center is
             kept. None keeps the size that all images have.
         val_fraction: share of each class that is held out, only where the data set has no validation split.
         seed: of that draw alone.
@@ -244,14 +244,14 @@ def _encoded(split: ListedSplit) -> EncodedImages:
 
 def _probe(splits: list[ListedSplit], request: _Request) -> tuple[int, tuple[int, int], bool]:
     """Learn channels, size and whether values have more than 8 bits from the headers of some images."""
-    grey = True
+    gray = True
     first: tuple[str, tuple[int, int]] | None = None
     deep: dict[bool, str] = {}
     for split in splits:
         images = _encoded(split)
         for index in _spread(len(images), _PROBED):
             header = read_header(images.read(index), images.name(index))
-            grey = grey and header.grey
+            gray = gray and header.gray
             first = first or (images.name(index), header.size)
             deep.setdefault(header.deep, images.name(index))
             if request.image_size is None and header.size != first[1]:
@@ -263,7 +263,7 @@ def _probe(splits: list[ListedSplit], request: _Request) -> tuple[int, tuple[int
             "depth, so that equal values mean equal brightness"
         )
     size = first[1] if request.image_size is None else (request.image_size, request.image_size)
-    return (1 if grey else 3), size, True in deep
+    return (1 if gray else 3), size, True in deep
 
 
 def _spread(count: int, wanted: int) -> list[int]:

@@ -67,7 +67,7 @@ def export_run(run: FinishedRun, format: Format, output: str | Path) -> Exported
     """Write the network of a run to ``output``; an existing file is replaced, once the new one is checked.
 
     The file also carries the facts of the run as JSON under the key ``clicktrain`` (metadata of safetensors
-    and ONNX, an extra file in a .pt2), so that images can be normalised and classes named without the run.
+    and ONNX, an extra file in a .pt2), so that images can be normalized and classes named without the run.
 
     Args:
         run: the network, on the CPU in eval mode, and its facts.

@@ -2,12 +2,13 @@
 
 ClickTrain section 5.1: once patterns are final the non-zero positions stay, so the index is built once, and
 refreshing the values from a dense weight is a gather (the paper's ``Convert2CSR`` with given ``rowPtr`` and
-``colInd``). The names are those of PyTorch's CSR tensors; a row is a filter, its columns are the C*R*S flat
-positions of its weights.
+``colInd``). The names are those of PyTorch's CSR tensors; a row is what the first axis of the weight counts
+(a filter of a convolution, an output of a linear layer), its columns are the flat positions of its weights.
 """
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable
 from dataclasses import dataclass, field
 from typing import NamedTuple
@@ -22,10 +23,11 @@ _BIT_VALUES = (1, 2, 4, 8, 16, 32, 64, 128)
 
 @dataclass(frozen=True, eq=False)
 class Structure:
-    """Which weights of a convolution live.
+    """The positions of the nonzero weights of a layer.
 
     Attributes:
-        shape: (F, C, R, S) of the dense weight, C = in_channels / groups.
+        shape: of the dense weight, two dimensions or more: (F, C, R, S) of a 2-D convolution, with
+            C = in_channels / groups.
         col_indices: int32, kept positions in C*R*S of each filter, ascending. [F, nnz_per_filter] if all
             filters keep equally many (ClickTrain section 5.2), else [nnz], filter after filter.
         crow_indices: None if all filters keep equally many, else int64 [F + 1]: filter f has
@@ -34,10 +36,11 @@ class Structure:
     Make one with `from_mask` or `from_bits`; they choose the form.
     """
 
-    shape: tuple[int, int, int, int]
+    shape: tuple[int, ...]
     col_indices: Tensor
     crow_indices: Tensor | None = None
     _flat: Tensor | None = field(default=None, init=False, repr=False)
+    _conv2d: Structure | None = field(default=None, init=False, repr=False)
 
     def __post_init__(self) -> None:
         if self.crow_indices is not None:
@@ -50,29 +53,31 @@ class Structure:
 
     @classmethod
     def from_mask(cls, mask: Tensor) -> Structure:
-        """Build the index of a mask, bool [F, C, R, S], True = kept; on the mask's device."""
-        if mask.dim() != 4 or mask.dtype != torch.bool:
-            raise ValueError(f"a mask is bool [F, C, R, S], got {mask.dtype} {list(mask.shape)}")
-        f, c, r, s = mask.shape
-        rows = mask.reshape(f, c * r * s)
+        """Build the index of a mask, bool, of the weight's shape, True = kept; on the mask's device."""
+        if mask.dim() < 2 or mask.dtype != torch.bool:
+            raise ValueError(
+                f"a mask is bool with two or more dimensions, got {mask.dtype} {list(mask.shape)}"
+            )
+        shape = tuple(mask.shape)
+        rows = mask.reshape(shape[0], math.prod(shape[1:]))
         counts = rows.sum(1)
         columns = rows.nonzero()[:, 1].to(torch.int32)
-        if f > 0 and bool((counts == counts[0]).all()):
-            return cls((f, c, r, s), columns.view(f, -1) if len(columns) else columns.new_empty(f, 0))
-        return cls((f, c, r, s), columns, torch.nn.functional.pad(counts.cumsum(0), (1, 0)))
+        if shape[0] > 0 and bool((counts == counts[0]).all()):
+            return cls(shape, columns.view(shape[0], -1) if len(columns) else columns.new_empty(shape[0], 0))
+        return cls(shape, columns, torch.nn.functional.pad(counts.cumsum(0), (1, 0)))
 
     @classmethod
-    def from_bits(cls, bits: Tensor, shape: tuple[int, int, int, int]) -> Structure:
+    def from_bits(cls, bits: Tensor, shape: tuple[int, ...]) -> Structure:
         """Build the index of a bit mask as `bits` gives it; errors as `mask_from_bits`."""
         return cls.from_mask(mask_from_bits(bits, shape))
 
     def mask(self) -> Tensor:
-        """Bool [F, C, R, S], True = kept."""
+        """Bool, of the weight's shape, True = kept."""
         ones = torch.ones(self.values_shape, dtype=torch.bool, device=self.device)
         return unpack_values(self, ones)
 
     def bits(self) -> Tensor:
-        """One bit a weight, uint8 [ceil(F*C*R*S / 8)]: see `bits_from_mask`."""
+        """One bit a weight, uint8 [ceil(numel / 8)]: see `bits_from_mask`."""
         return bits_from_mask(self.mask())
 
     @property
@@ -87,13 +92,32 @@ class Structure:
 
     @property
     def numel(self) -> int:
-        """All weights, F*C*R*S."""
+        """All weights."""
         return self.shape[0] * self.row_length
 
     @property
     def row_length(self) -> int:
-        """Weights of one filter, C*R*S."""
-        return self.shape[1] * self.shape[2] * self.shape[3]
+        """Weights of one row: C*R*S of a filter."""
+        return math.prod(self.shape[1:])
+
+    def as_conv2d(self) -> Structure:
+        """The same positions in a weight [F, C, R, S], sharing the index; the same object at each call.
+
+        A linear layer's weight is [O, I, 1, 1], a 1-D convolution's [F, C, 1, S].
+
+        Raises:
+            ValueError: the weight has five dimensions or more.
+        """
+        if len(self.shape) == 4:
+            return self
+        if self._conv2d is None:
+            if len(self.shape) > 4:
+                raise ValueError(f"a weight of shape {self.shape} is that of no 2-D convolution")
+            f, c, *columns = self.shape
+            twin = Structure((f, c, 1, *(columns or (1,))), self.col_indices, self.crow_indices)
+            object.__setattr__(twin, "_flat", self._flat)
+            object.__setattr__(self, "_conv2d", twin)
+        return self._conv2d  # type: ignore[return-value]
 
     @property
     def density(self) -> float:
@@ -122,7 +146,7 @@ class Structure:
         return Structure(self.shape, function(self.col_indices), crow)
 
     def same_as(self, other: Structure) -> bool:
-        """Whether the same weights of the same shape live."""
+        """Whether the same weights of the same shape are kept."""
         return (
             self.shape == other.shape
             and self.values_shape == other.values_shape
@@ -131,13 +155,13 @@ class Structure:
 
 
 class PackedWeight(NamedTuple):
-    """A sparse convolution weight: a fixed structure and its values (shape `Structure.values_shape`)."""
+    """A sparse weight: a fixed structure and its values (shape `Structure.values_shape`)."""
 
     structure: Structure
     values: Tensor
 
     def to_dense(self) -> Tensor:
-        """[F, C, R, S] with zeros in place; differentiable."""
+        """The dense weight, with zeros in place; differentiable."""
         return unpack_values(self.structure, self.values)
 
 
@@ -148,7 +172,7 @@ def pack_values(structure: Structure, dense: Tensor) -> Tensor:
 
     Args:
         structure: from `Structure.from_mask`.
-        dense: [F, C, R, S], any dtype and memory format, on the structure's device.
+        dense: of the structure's shape, any dtype and memory format, on the structure's device.
 
     Returns:
         [F, nnz_per_filter], or [nnz] for filters with unequal counts.
@@ -161,7 +185,7 @@ def pack_values(structure: Structure, dense: Tensor) -> Tensor:
 
 
 def unpack_values(structure: Structure, values: Tensor) -> Tensor:
-    """Inverse of `pack_values`: [F, C, R, S] with zeros in place.
+    """Inverse of `pack_values`: the dense weight, with zeros in place.
 
     Differentiable: the gradient of the values is the gather of the gradient of the result.
     """
@@ -195,9 +219,7 @@ def mask_from_bits(bits: Tensor, shape: tuple[int, ...]) -> Tensor:
     Raises:
         ValueError: the bits are not those of a mask of that shape.
     """
-    numel = 1
-    for size in shape:
-        numel *= size
+    numel = math.prod(shape)
     if bits.dtype != torch.uint8 or bits.dim() != 1 or bits.numel() != (numel + 7) // 8:
         raise ValueError(
             f"a mask of {tuple(shape)} is uint8 [{(numel + 7) // 8}], got {bits.dtype} {list(bits.shape)}"

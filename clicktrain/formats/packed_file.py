@@ -1,16 +1,16 @@
 """Packed weights on disk: values and one bit a weight, in a plain safetensors file.
 
-Layout, format version 1. For a packed weight ``conv1.weight`` of shape (F, C, R, S) the file holds
+Layout, format version 1. For a packed weight ``conv1.weight`` of shape (F, C, R, S), or of any shape with two
+dimensions or more, the file holds
 
 * ``conv1.values``: the kept weights, [F, nnz_per_filter] if all filters keep equally many, else [nnz];
   within a filter in the order of the flat positions in C*R*S;
 * ``conv1.keep_bits``: uint8 [ceil(F*C*R*S / 8)], bit i % 8 of byte i // 8 says whether weight i of the flat
   [F, C, R, S] is kept.
 
-All other tensors lie there as they are. The metadata key ``clicktrain.packed`` holds the JSON
+All other tensors are stored as they are. The metadata key ``clicktrain.packed`` holds the JSON
 ``{"version": 1, "weights": {"conv1.weight": {"shape": [F, C, R, S], "values": ..., "keep_bits": ...}}}``, the
-last two being names of tensors. The weight (O, I) of a fully connected layer is written as (O, I, 1, 1) would
-be, with its own shape in the metadata. These names are those of a packed model's ``state_dict`` as well.
+last two being names of tensors. These names are those of a packed model's ``state_dict`` as well.
 
 Size of the packed weights against dense float32: 1 / compression + 1/32 (1/16 for 16-bit weights).
 """
@@ -19,7 +19,7 @@ from __future__ import annotations
 
 import json
 import os
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from typing import Any
 
 import torch
@@ -45,12 +45,12 @@ def save_packed(
     Args:
         path: of the file.
         tensors: dense ``state_dict``; pruned weights are exactly zero.
-        masks: bool [F, C, R, S] or [O, I], True = kept, by layer name (``conv1``) or weight name
+        masks: bool, of the weight's shape, True = kept, by layer name (``conv1``) or weight name
             (``conv1.weight``).
         metadata: strings to put beside it.
 
     Raises:
-        UserError: a mask fits no weight, a weight lives outside its mask, or the disk is full.
+        UserError: a mask fits no weight, a weight outside its mask is not zero, or the disk is full.
     """
     stored: dict[str, Tensor] = dict(tensors)
     weights: dict[str, Any] = {}
@@ -77,20 +77,11 @@ def read_packed(path: str | os.PathLike[str]) -> tuple[dict[str, PackedWeight], 
     """Read a packed file as it is.
 
     Returns:
-        (packed, others): packed weights by weight name, and all other tensors; on the CPU. Those of fully
-        connected layers come as (O, I, 1, 1).
+        (packed, others): packed weights by weight name, and all other tensors; on the CPU.
 
     Raises:
         UserError: there is no such file, it is damaged, not a packed file, or of a newer version.
     """
-    packed, tensors, _ = _read(path)
-    return packed, tensors
-
-
-def _read(
-    path: str | os.PathLike[str],
-) -> tuple[dict[str, PackedWeight], dict[str, Tensor], dict[str, list[int]]]:
-    """Packed weights, all other tensors, and the shapes of the packed weights."""
     tensors, metadata = read_tensors(path)
     if _KEY not in metadata:
         raise UserError(f"{path} is a safetensors file but not one of packed weights")
@@ -103,52 +94,44 @@ def _read(
                 f"{FORMAT_VERSION}: update clicktrain"
             )
         packed = {name: _unpack(name, entry, tensors) for name, entry in document["weights"].items()}
-        shapes = {name: entry["shape"] for name, entry in document["weights"].items()}
     except UserError:
         raise
     except (ValueError, KeyError, TypeError, AttributeError, RecursionError) as error:
         raise UserError(f"{path} is damaged: {error!r}") from None
-    return packed, tensors, shapes
+    return packed, tensors
 
 
 def load_packed(path: str | os.PathLike[str]) -> dict[str, Tensor]:
     """Read a packed file as the dense ``state_dict`` that it was made from; errors as `read_packed`."""
-    packed, tensors, shapes = _read(path)
-    return {**tensors, **{name: weight.to_dense().view(shapes[name]) for name, weight in packed.items()}}
+    packed, tensors = read_packed(path)
+    return {**tensors, **{name: weight.to_dense() for name, weight in packed.items()}}
 
 
 def _pack(name: str, tensors: Mapping[str, Tensor], mask: Tensor) -> PackedWeight:
     if name not in tensors:
         raise UserError(f"there is a mask for {name} but no such tensor")
     dense = tensors[name].detach()
-    if mask.shape != dense.shape or mask.dtype != torch.bool or dense.dim() not in (2, 4):
+    if mask.shape != dense.shape or mask.dtype != torch.bool or dense.dim() < 2:
         raise UserError(
             f"the mask of {name} is {mask.dtype} {list(mask.shape)}, its weight is {list(dense.shape)}; "
-            "a mask is bool and of the weight's shape, [F, C, R, S] or [O, I]"
+            "a mask is bool and of the weight's shape, with two dimensions or more"
         )
     mask = mask.to(dense.device)
     if bool((dense != 0).logical_and_(~mask).any()):
         raise UserError(f"{name} has non-zero weights outside its mask: prune it before it is packed")
-    shape = _as_convolution(dense.shape)
-    structure = Structure.from_mask(mask.reshape(shape))
-    return PackedWeight(structure, pack_values(structure, dense.reshape(shape)))
+    structure = Structure.from_mask(mask)
+    return PackedWeight(structure, pack_values(structure, dense))
 
 
 def _unpack(name: str, entry: Any, tensors: dict[str, Tensor]) -> PackedWeight:
     """Take a weight's tensors out of ``tensors`` and check that they belong together; ValueError if not."""
-    f, c, r, s = _as_convolution(entry["shape"])
-    if not all(type(size) is int and size >= 0 for size in (f, c, r, s)):
+    shape = tuple(entry["shape"])
+    if len(shape) < 2 or not all(type(size) is int and size >= 0 for size in shape):
         raise ValueError(f"{name} has no valid shape")
     if name in tensors:
         raise ValueError(f"{name} is there packed and dense")
     values, bits = tensors.pop(entry["values"]), tensors.pop(entry["keep_bits"])
-    structure = Structure.from_bits(bits, (f, c, r, s))
+    structure = Structure.from_bits(bits, shape)
     if tuple(values.shape) != structure.values_shape:
         raise ValueError(f"{name} keeps {structure.nnz} weights and has values of shape {list(values.shape)}")
     return PackedWeight(structure, values)
-
-
-def _as_convolution(shape: Sequence[int]) -> tuple[int, int, int, int]:
-    """(F, C, R, S), or (O, I, 1, 1) for the weight of a fully connected layer; ValueError otherwise."""
-    f, c, r, s = (*shape, 1, 1) if len(shape) == 2 else shape
-    return f, c, r, s

@@ -88,8 +88,7 @@ class PrunableLayers:
     ``order`` has all names as the network lists them. ``model`` is what was looked at, ``example`` its
     inputs (batch of at least one; values do not matter; see `clicktrain.graph.as_inputs`), None until they
     are known;
-    ``measure`` times it with masks, None if nobody can; ``seen`` is the last training batch, of methods that
-    ask for it (`Method.keeps_inputs`).
+    ``seen`` is the last training batch, of methods that ask for it (`Method.keeps_inputs`).
     ``other_conv_weights`` counts the convolution weights outside ``convs``; they stay dense and count in
     the compression ratio, which is over all convolution weights (ClickTrain section 6.2).
     """
@@ -100,7 +99,6 @@ class PrunableLayers:
     order: tuple[str, ...] = ()
     model: nn.Module | None = None
     example: Any = None
-    measure: Any = None
     seen: SeenBatch | None = None
 
     @property

@@ -6,7 +6,6 @@ import functools
 from collections.abc import Callable
 
 import torch
-from torch import Tensor
 
 from clicktrain.errors import UserError
 from clicktrain.kernels.native import STORED_TYPES, Library, load, needed_toolchain
@@ -34,22 +33,21 @@ def check_dtype(dtype: torch.dtype, what: str) -> None:
         raise UserError(f"{what} is for activations of one of {names}, not of {dtype}: convert the input")
 
 
-def check_blocked(x: Tensor, what: str) -> None:
+def check_blocked(shape: torch.Size, dtype: torch.dtype, device: torch.device, what: str) -> None:
     """Refuse what generated code would misread: it takes pointers to ``[B, C, H, W, V]`` in memory.
 
     Args:
-        x: the activations.
+        shape, dtype, device: of the activations.
         what: does that with them, for the message.
 
     Raises:
-        UserError: another number type, shape or device.
+        UserError: another dtype, shape or device.
     """
-    check_dtype(x.dtype, what)
-    lanes = needed_toolchain().lanes(x.dtype)
-    if x.dim() != 5 or x.shape[4] != lanes:
+    check_dtype(dtype, what)
+    lanes = needed_toolchain().lanes(dtype)
+    if len(shape) != 5 or shape[4] != lanes:
         raise UserError(
-            f"{what} takes [B, C, H, W, {lanes}] of {x.dtype} here, not {list(x.shape)}: "
-            "convert with block_batch"
+            f"{what} takes [B, C, H, W, {lanes}] of {dtype} here, not {list(shape)}: convert with block_batch"
         )
-    if x.device.type != "cpu":
-        raise UserError(f"{what} is for CPUs, not for {x.device}")
+    if device.type != "cpu":
+        raise UserError(f"{what} is for CPUs, not for {device}")

@@ -1,9 +1,9 @@
-"""Calling a registered operator without PyTorch's dispatcher, where nobody would notice.
+"""Call a registered operator without PyTorch's dispatcher where nothing observes operators.
 
 An operator of ``torch.library.custom_op`` costs 50 microseconds a call and 150 with gradients, whatever it
-does: in a narrow network that is a fifth of a training step. Registered operators are for those who look at
-graphs: ``torch.compile``, ``torch.export``, tracing, dispatch modes, function transforms. Everybody else gets
-the same functions through `torch.autograd.Function`, which costs a third.
+does: in a narrow network that is a fifth of a training step. ``torch.compile``, ``torch.export``, tracing,
+dispatch modes and function transforms see the registered operators; everything else runs the same functions
+through `torch.autograd.Function`, which costs a third.
 """
 
 from __future__ import annotations
@@ -20,46 +20,59 @@ from torch._functorch.utils import unwrap_dead_wrappers
 from clicktrain.errors import UserError
 
 R = TypeVar("R")
-_KNOWN = frozenset((Tensor, torch.nn.Parameter, list, str, int, type(None)))
+_PLAIN = frozenset((Tensor, torch.nn.Parameter, list, tuple, torch.Size, str, int, float, bool, type(None)))
+"""Types of arguments that PyTorch has no override for; ``map`` compares them in C."""
 
 
-def unwatched(*arguments: object) -> bool:
-    """Whether only plain tensors are there, and nothing that wants to see operators."""
-    if (
-        torch.compiler.is_compiling()
-        or _is_tracing()
-        or _len_torch_dispatch_stack()
-        or _are_functorch_transforms_active()
-    ):
-        return False
-    # Asking what is no tensor costs more, so it comes last.
-    return all(type(one) in _KNOWN or not isinstance(one, Tensor) for one in arguments)
+def _overridden(arguments: tuple[Any, ...]) -> bool:
+    """Whether a tensor subclass is among arguments that are not all of known types."""
+    return any(type(one) not in _PLAIN and isinstance(one, Tensor) for one in arguments)
 
 
-def _alive(function: Callable[..., R], arguments: tuple[Any, ...]) -> R:
-    """Call a function; tensors that have outlived a function transform stand for those inside them."""
-    try:
-        return function(*arguments)
-    except RuntimeError:  # such tensors have no memory
-        inside = unwrap_dead_wrappers(arguments)
-        if all(a is b for a, b in zip(arguments, inside, strict=True)):
-            raise
-        return function(*inside)
+def _on_inner_tensors(function: Callable[..., R], arguments: tuple[Any, ...]) -> R:
+    """Call again with the tensors inside those that outlived a function transform; else raise as before."""
+    inside = unwrap_dead_wrappers(arguments)
+    if all(a is b for a, b in zip(arguments, inside, strict=True)):
+        raise
+    return function(*inside)
 
 
-def plain(operator: Callable[..., R], run: Callable[..., R]) -> Callable[..., R]:
-    """An operator without a gradient: ``run`` itself where nobody watches.
+def _routed(
+    operator: Callable[..., R], run: Callable[..., R], record: Callable[..., R] | None = None
+) -> Callable[..., R]:
+    """Call ``run`` where nobody watches operators, or ``record`` where gradients are recorded.
 
-    Args:
-        operator: as registered.
-        run: what it does, with the same arguments.
+    One function, because it stands before every kernel of a training step: each Python call there costs as
+    much as a small kernel.
     """
 
     @functools.wraps(run)
     def call(*arguments: Any) -> R:
-        return _alive(run, arguments) if unwatched(*arguments) else operator(*arguments)
+        if (
+            torch.compiler.is_compiling()
+            or _is_tracing()
+            or _len_torch_dispatch_stack()
+            or _are_functorch_transforms_active()
+            or (not _PLAIN.issuperset(map(type, arguments)) and _overridden(arguments))
+        ):
+            return operator(*arguments)
+        function = run if record is None or not torch.is_grad_enabled() else record
+        try:
+            return function(*arguments)
+        except RuntimeError:  # such tensors have no memory
+            return _on_inner_tensors(function, arguments)
 
     return call
+
+
+def plain(operator: Callable[..., R], run: Callable[..., R]) -> Callable[..., R]:
+    """Wrap an operator without a gradient: ``run`` itself where nobody watches.
+
+    Args:
+        operator: as registered.
+        run: what it computes, with the same arguments.
+    """
+    return _routed(operator, run)
 
 
 class _Once(torch.autograd.Function):
@@ -80,13 +93,13 @@ class _Once(torch.autograd.Function):
 
 
 def _only_once(
-    ctx: Any, gradients: tuple[Any, ...], found: tuple[Tensor | None, ...]
+    ctx: Any, gradients: tuple[Any, ...], result: tuple[Tensor | None, ...]
 ) -> tuple[Tensor | None, ...]:
     """Gradients that refuse to be differentiated, by whatever they depend on."""
-    given = [one for one in found if one is not None]
+    given = [one for one in result if one is not None]
     saved = [t for t in (*ctx.saved_tensors, *gradients) if isinstance(t, Tensor) and t.requires_grad]
     marked = iter(_Once.apply(len(given), *given, *saved))  # type: ignore[no-untyped-call]
-    return tuple(None if one is None else next(marked) for one in found)
+    return tuple(None if one is None else next(marked) for one in result)
 
 
 def differentiable(
@@ -95,14 +108,14 @@ def differentiable(
     save: Callable[[Any, tuple[Any, ...], Any], None],
     backward: Callable[..., Any],
 ) -> Callable[..., R]:
-    """An operator with a gradient.
+    """Wrap an operator with a gradient.
 
     Args:
         operator: as registered, with its gradient.
-        run: what it does, with the same arguments.
+        run: what it computes, with the same arguments.
         save: (context, inputs, output), as ``register_autograd`` has it; tensors that never have a gradient
             may stay with the context as they are, which costs less.
-        backward: (context, gradients of the outputs) -> one gradient for each argument.
+        backward: (context, gradients of the outputs) -> one gradient for each argument, None for lists.
     """
 
     class Direct(torch.autograd.Function):
@@ -114,22 +127,12 @@ def differentiable(
 
         @staticmethod
         def backward(ctx: Any, *gradients: Tensor) -> Any:
-            again = torch.is_grad_enabled()  # the graph of the gradient was asked for
-            with torch.no_grad():
-                found = backward(ctx, *gradients)
-            found = found if isinstance(found, tuple) else (found,)
-            # Lists of tensors have lists of gradients there, and count as no tensor here.
-            found = tuple(None if isinstance(one, list) else one for one in found)
-            return _only_once(ctx, gradients, found) if again else found
+            if not torch.is_grad_enabled():
+                return backward(ctx, *gradients)
+            with torch.no_grad():  # the graph of the gradient was asked for
+                result = backward(ctx, *gradients)
+            return _only_once(ctx, gradients, result if isinstance(result, tuple) else (result,))
 
     # `torch.autograd.Function.apply` without its Python: there are no function transforms to look for, and
-    # `_alive` looks after what they leave behind.
-    record: Callable[..., R] = super(torch.autograd.Function, Direct).apply
-
-    @functools.wraps(run)
-    def call(*arguments: Any) -> R:
-        if not unwatched(*arguments):
-            return operator(*arguments)
-        return _alive(record if torch.is_grad_enabled() else run, arguments)
-
-    return call
+    # `_on_inner_tensors` looks after what they leave behind.
+    return _routed(operator, run, super(torch.autograd.Function, Direct).apply)

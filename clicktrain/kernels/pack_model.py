@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import copy
 from collections.abc import Callable, Iterable, Mapping, Sequence
-from typing import Any, TypeAlias, TypeVar
+from typing import TypeAlias, TypeVar
 
 import torch
 from torch import Tensor, nn
@@ -16,7 +16,8 @@ from torch.optim import Optimizer
 
 from clicktrain.errors import UserError
 from clicktrain.formats.packed import Structure, pack_values, unpack_values
-from clicktrain.kernels.sparse_conv2d.module import PackedConv2d, mask_refusal, refusal
+from clicktrain.graph.exchange import exchange_, replace_module_, state_refusal
+from clicktrain.kernels.sparse_conv2d.packed_layer import PackedLayer, mask_refusal, packed_form, refusal
 
 __all__ = [
     "dense_state_dict",
@@ -25,11 +26,11 @@ __all__ = [
     "pack_refusals",
     "unpack",
     "unpack_model_",
-    "unpackable_state",
 ]
 
 M = TypeVar("M", bound=nn.Module)
-_Convert: TypeAlias = Callable[[Tensor], Tensor]
+_HINT = "make the optimizer after packing, or train with packed=False"
+_Convert: TypeAlias = Callable[[Tensor, Tensor], Tensor]
 
 
 def pack_refusals(
@@ -52,30 +53,30 @@ def pack_refusals(
         module = modules.get(name)
         if module is None:
             refusals[name] = "there is no such layer"
-        elif isinstance(module, PackedConv2d):
+        elif isinstance(module, PackedLayer):
             continue
         elif (reason := refusal(module)) is not None:
             refusals[name] = reason
         elif name == "":
             refusals[name] = "it is the model itself and has no parent to hang the packed layer into"
         else:
-            assert isinstance(module, nn.Conv2d)
-            reason = uses.shared(module, module.weight) or _state_refusal(module.weight, optimizers)
+            weight = _weight(module)
+            reason = uses.shared(module, weight) or state_refusal(weight, optimizers, _HINT, factors=False)
             if reason is not None:
                 refusals[name] = reason
     return refusals
 
 
 def pack_model_(model: nn.Module, masks: Mapping[str, Tensor], optimizers: Sequence[Optimizer] = ()) -> None:
-    """Exchange convolutions for packed ones, in the model and in its optimizers.
+    """Exchange layers for packed ones, in the model and in its optimizers.
 
-    What lies outside a mask is dropped: weights, gradients and optimizer state. Whatever state an optimizer
-    keeps in the weight's shape is packed, scalars stay. Layers that are packed already, in the same
-    positions, stay. A wrapper that holds on to parameters (DistributedDataParallel) has to be made anew.
+    What is outside a mask is dropped: weights, gradients and optimizer state. Whatever state an optimizer
+    keeps in the weight's shape is packed, scalars stay. Layers that are packed already, at the same
+    positions, stay. A wrapper that holds on to parameters (DistributedDataParallel) has to be rebuilt.
 
     Args:
         model: any module; only the layers named are exchanged.
-        masks: layer name -> bool [F, C, R, S], True = kept.
+        masks: layer name -> bool, of the weight's shape, True = kept.
         optimizers: all optimizers that hold the layers' weights.
 
     Raises:
@@ -85,71 +86,70 @@ def pack_model_(model: nn.Module, masks: Mapping[str, Tensor], optimizers: Seque
     modules = {name: model.get_submodule(name) for name in masks if name not in refusals}
     for name, module in modules.items():
         reason = None
-        if isinstance(module, nn.Conv2d):
+        if not isinstance(module, PackedLayer):
             reason = mask_refusal(module, masks[name])
-        elif isinstance(module, PackedConv2d) and not _same_positions(module, masks[name]):
+        elif not _same_positions(module, masks[name]):
             reason = "it is packed already, with other positions: unpack it first"
         if reason is not None:
             refusals[name] = reason
     _raise(refusals, "packed")
     for name, module in modules.items():
-        if isinstance(module, nn.Conv2d):
-            packed = PackedConv2d.from_conv(module, masks[name], name)
-            _replace_module(model, name, packed)
-            _replace_parameter(module.weight, packed.values, optimizers, _converter(packed, pack_values))
+        if not isinstance(module, PackedLayer):
+            weight, packed = _weight(module), _packed(module, masks[name], name)
+            replace_module_(model, name, packed)
+            exchange_(optimizers, {weight: packed.values}, _converter(packed, pack_values))
 
 
 def unpack_model_(model: nn.Module, optimizers: Sequence[Optimizer] = ()) -> None:
-    """Inverse of `pack_model_`: plain ``nn.Conv2d`` with zeros in place, optimizer state likewise.
+    """Inverse of `pack_model_`: plain layers with zeros in place, optimizer state likewise.
 
     Raises:
         UserError: an optimizer keeps state that cannot be unpacked; nothing has been changed.
     """
-    if isinstance(model, PackedConv2d):
-        raise UserError(
-            "the model itself is a packed convolution: use unpack(model), which returns a new one"
-        )
-    modules = {name: m for name, m in model.named_modules() if isinstance(m, PackedConv2d)}
+    if isinstance(model, PackedLayer):
+        raise UserError("the model itself is a packed layer: use unpack(model), which returns a new one")
+    modules = {name: m for name, m in model.named_modules() if isinstance(m, PackedLayer)}
     uses = _Uses(model)
     reasons = {
-        name: uses.shared(module, module.values) or _state_refusal(module.values, optimizers)
+        name: uses.shared(module, module.values)
+        or state_refusal(module.values, optimizers, _HINT, factors=False)
         for name, module in modules.items()
     }
     _raise({name: reason for name, reason in reasons.items() if reason is not None}, "unpacked")
     for name, module in modules.items():
-        conv = module.to_conv()
-        _replace_module(model, name, conv)
-        _replace_parameter(module.values, conv.weight, optimizers, _converter(module, unpack_values))
+        layer = module.to_dense()
+        replace_module_(model, name, layer)
+        exchange_(optimizers, {module.values: _weight(layer)}, _converter(module, unpack_values))
 
 
 def pack(model: M) -> M:
-    """A copy of a pruned model with packed convolutions; what is exactly zero counts as pruned.
+    """A copy of a pruned model with packed layers; what is exactly zero counts as pruned.
 
-    Convolutions that would not get smaller (some weights of any network are zero by chance), and those that
-    cannot be packed, stay as they are.
+    Layers that would not get smaller (some weights of any network are zero by chance), and those that cannot
+    be packed, stay as they are.
 
     Returns:
-        A deep copy (a `PackedConv2d` if the model itself is a convolution).
+        A deep copy (a `PackedLayer` if the model itself is a layer).
     """
     result = copy.deepcopy(model)
     masks = {
-        name: (module.weight.detach() != 0)
+        name: (_weight(module).detach() != 0)
         for name, module in result.named_modules()
-        if isinstance(module, nn.Conv2d) and refusal(module) is None
+        if refusal(module) is None
     }
     sparse = {name: mask for name, mask in masks.items() if _pays(mask, result.get_submodule(name))}
-    if isinstance(result, nn.Conv2d) and sparse:
-        return PackedConv2d.from_conv(result, sparse[""])  # type: ignore[return-value]
+    if "" in sparse:
+        return _packed(result, sparse[""])  # type: ignore[return-value]
     refused = pack_refusals(result, sparse)
     pack_model_(result, {name: mask for name, mask in sparse.items() if name not in refused})
     return result
 
 
 def unpack(model: M) -> M:
-    """A copy of a model whose packed convolutions are plain ones again, with zeros in place."""
+    """A copy of a model whose packed layers are plain ones again, with zeros in place."""
     result = copy.deepcopy(model)
-    if isinstance(result, PackedConv2d):
-        return result.to_conv()  # type: ignore[return-value]
+    if isinstance(result, PackedLayer):
+        return result.to_dense()  # type: ignore[return-value]
     unpack_model_(result)
     return result
 
@@ -159,7 +159,7 @@ def dense_state_dict(model: nn.Module) -> dict[str, Tensor]:
     layers = {
         f"{name}." if name else "": module
         for name, module in model.named_modules(remove_duplicate=False)
-        if isinstance(module, PackedConv2d)
+        if isinstance(module, PackedLayer)
     }
     dense: dict[str, Tensor] = {}
     for key, value in model.state_dict().items():
@@ -172,83 +172,27 @@ def dense_state_dict(model: nn.Module) -> dict[str, Tensor]:
     return dense
 
 
-def _converter(layer: PackedConv2d, function: Callable[[Structure, Tensor], Tensor]) -> _Convert:
+def _weight(module: nn.Module) -> Tensor:
+    weight = module.weight
+    assert isinstance(weight, Tensor)
+    return weight
+
+
+def _packed(module: nn.Module, mask: Tensor, name: str = "the layer") -> PackedLayer:
+    """The packed form of a dense layer that can be packed."""
+    form = packed_form(module)
+    assert form is not None
+    return form.from_dense(module, mask, name)
+
+
+def _converter(layer: PackedLayer, function: Callable[[Structure, Tensor], Tensor]) -> _Convert:
     """One layer's conversion of per-weight tensors, between packed and dense."""
 
-    def convert(tensor: Tensor) -> Tensor:
+    def convert(_: Tensor, tensor: Tensor) -> Tensor:
         structure = layer.structure.to(tensor.device)  # an optimizer may keep its state elsewhere
         return function(structure, tensor.detach())
 
     return convert
-
-
-def _replace_module(model: nn.Module, name: str, new: nn.Module) -> None:
-    parent, _, child = name.rpartition(".")
-    model.get_submodule(parent).register_module(child, new)
-
-
-def _replace_parameter(old: Tensor, new: Tensor, optimizers: Sequence[Optimizer], convert: _Convert) -> None:
-    """Put ``new`` where ``old`` is in the groups, and its converted state where the old state is."""
-    for optimizer in optimizers:
-        for group in optimizer.param_groups:
-            parameters = group["params"]
-            for index, parameter in enumerate(parameters):
-                if parameter is old:
-                    parameters[index] = new
-        if old not in optimizer.state:
-            continue
-        entries = list(optimizer.state.items())
-        optimizer.state.clear()
-        for parameter, state in entries:
-            if parameter is old:
-                optimizer.state[new] = {
-                    key: convert(value) if _per_weight(value, old) else value for key, value in state.items()
-                }
-            else:
-                optimizer.state[parameter] = state
-
-
-def _per_weight(value: Any, parameter: Tensor) -> bool:
-    return isinstance(value, Tensor) and value.shape == parameter.shape
-
-
-def _state_refusal(parameter: Tensor, optimizers: Sequence[Optimizer]) -> str | None:
-    """Why what the optimizers keep for a parameter cannot be converted; None if it can."""
-    for optimizer in optimizers:
-        kind = type(optimizer).__name__
-        state = optimizer.state.get(parameter, {})
-        if kind == "LBFGS" and _holds(optimizer, parameter):
-            return "LBFGS keeps one state for all parameters together: use another optimizer"
-        odd = unpackable_state(optimizer, state, parameter)
-        if odd:
-            return (
-                f"{kind} keeps {odd}, neither numbers nor one value a weight: "
-                "make the optimizer after packing, or train with packed=False"
-            )
-    return None
-
-
-def unpackable_state(optimizer: Optimizer, state: Mapping[str, Any], parameter: Tensor) -> list[str]:
-    """Names of the entries of a parameter's optimizer state that cannot be converted with it.
-
-    Args:
-        optimizer: whose state it is.
-        state: what it keeps for the parameter.
-        parameter: the weight, or its packed values.
-    """
-    if isinstance(optimizer, torch.optim.Adafactor):
-        return list(state)  # for 1x1 kernels its row sums happen to have the weight's shape
-    return [
-        key
-        for key, value in state.items()
-        if isinstance(value, (Tensor, list, tuple, dict))
-        and not _per_weight(value, parameter)
-        and not (isinstance(value, Tensor) and value.numel() == 1)
-    ]
-
-
-def _holds(optimizer: Optimizer, parameter: Tensor) -> bool:
-    return any(p is parameter for group in optimizer.param_groups for p in group["params"])
 
 
 class _Uses:
@@ -273,13 +217,12 @@ class _Uses:
         return f"it is the same module as {' and '.join(places)}" if len(places) > 1 else None
 
 
-def _pays(mask: Tensor, conv: nn.Module) -> bool:
+def _pays(mask: Tensor, layer: nn.Module) -> bool:
     """Whether values and one bit a weight are smaller than all weights."""
-    assert isinstance(conv, nn.Conv2d)
-    return (mask.numel() - int(mask.sum())) * conv.weight.element_size() * 8 > mask.numel()
+    return (mask.numel() - int(mask.sum())) * _weight(layer).element_size() * 8 > mask.numel()
 
 
-def _same_positions(layer: PackedConv2d, mask: Tensor) -> bool:
+def _same_positions(layer: PackedLayer, mask: Tensor) -> bool:
     if mask.dtype != torch.bool or tuple(mask.shape) != layer.structure.shape:
         return False
     return torch.equal(layer.structure.mask(), mask.to(layer.structure.device))

@@ -17,8 +17,7 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 import torch
-from torch import Tensor, nn
-from torch.utils import _pytree as pytree
+from torch import nn
 
 from clicktrain.comm.agreement import agreed
 from clicktrain.errors import UserError
@@ -26,7 +25,7 @@ from clicktrain.formats.memory_format import keep_out_of_channels_last_
 from clicktrain.graph import Inputs, as_inputs
 from clicktrain.graph.batch import batch_size, blank, first_of_batch, first_tensor
 from clicktrain.graph.prunable import SeenBatch
-from clicktrain.latency.channels import bare_copy
+from clicktrain.latency.network_times import bare_copy, step_call
 from clicktrain.latency.tables import keep_table, read_table, table_path
 from clicktrain.latency.timer import clock_of, synchronized, timed_for
 from clicktrain.surgery import SurgeryPlan, apply_surgery_
@@ -180,23 +179,9 @@ def step_ms(
             apply_surgery_(plan, replica)
             keep_out_of_channels_last_(replica)
             norm_alone_(replica)
-            calls[name] = synchronized(_step(replica.train(), inputs, autocast), device)
+            calls[name] = synchronized(step_call(replica.train(), inputs, autocast), device)
         times = timed_for(calls, SECONDS, ROUNDS, clock=clock_of(device))
     return {name: statistics.median(found) for name, found in times.items()}
-
-
-def _step(model: nn.Module, inputs: Inputs, autocast: torch.dtype | None) -> Callable[[], object]:
-    trained = [parameter for parameter in model.parameters() if parameter.requires_grad]
-    kind = first_tensor(inputs).device.type
-
-    def step() -> None:
-        with torch.autocast(kind, dtype=autocast, enabled=autocast is not None):
-            outputs = inputs.call(model)
-        tensors = [y for y in pytree.tree_leaves(outputs) if isinstance(y, Tensor) and y.requires_grad]
-        torch.autograd.grad(tensors, trained, [torch.ones_like(y) for y in tensors], allow_unused=True)
-        torch.clear_autocast_cache()  # inside another autocast the next step would find its casts there
-
-    return step
 
 
 def _left(plan: SurgeryPlan) -> str:

@@ -7,9 +7,6 @@ importance per millisecond, which a target in milliseconds is paid for in.
 
 from __future__ import annotations
 
-import copy
-import statistics
-from collections import OrderedDict
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -17,23 +14,15 @@ from typing import Any
 import torch
 from torch import Tensor, fx, nn
 
-from clicktrain.comm.agreement import agreed
 from clicktrain.errors import UserError
-from clicktrain.graph import Inputs, as_inputs
-from clicktrain.graph.batch import blank, first_tensor
-from clicktrain.latency.timer import clock_of, synchronized, timed_for
+from clicktrain.graph import as_inputs
+from clicktrain.graph.batch import first_tensor
 from clicktrain.latency.width_times import LayerGeometry, WidthTimes, width_times
-from clicktrain.surgery import SurgeryPlan, apply_surgery_
 from clicktrain.surgery.groups import Dependencies
 from clicktrain.surgery.operations import operation
 
-ROUNDS = (7, 80)
-"""At least and at most so many measurements of a network,"""
-SECONDS = 0.6
-"""for about so long."""
 LEAST_SAVING = 0.05
 """A neuron counts as saving this share of the mean at least: one that saves nothing is not worth infinity."""
-_HOOKS = ("_forward_hooks", "_forward_pre_hooks", "_backward_hooks", "_backward_pre_hooks")
 _NO_WORK = ("input", "output", "attribute", "reshape", "getitem", "permute", "squeeze", "unsqueeze", "expand")
 
 
@@ -92,7 +81,7 @@ class LatencyModel:
             saved[group] = max(now - less, 0.0) / max(fewer, 1)
         return saved
 
-    def penalised(
+    def penalized(
         self, scores: Mapping[str, Tensor], kept: Mapping[str, int], strength: float
     ) -> dict[str, Tensor]:
         """Importance over the time saved, the latter relative to its mean and to the power ``strength``."""
@@ -179,97 +168,8 @@ class LatencyModel:
         return Width(fixed, tuple((name, total // self._sizes[name]) for name, total in each.items()))
 
 
-@dataclass(frozen=True, slots=True)
-class Measured:
-    """Milliseconds of a network before and after a plan, and the latter over the former.
-
-    Times are the least of many. The ratio is the median over rounds, whose two times were taken one after the
-    other, so that a machine that becomes busier changes little.
-    """
-
-    dense_ms: float
-    pruned_ms: float
-    ratio: float
-
-    def agreed(self, device: torch.device) -> Measured:
-        """What the first of several processes has measured."""
-        return Measured(*agreed([self.dense_ms, self.pruned_ms, self.ratio], device))
-
-
-def measure_ms(model: nn.Module, example: Any, batch: int) -> float:
-    """Milliseconds of a batch in inference; arguments as `compare_ms`."""
-    (ms,) = agreed([min(_times(model, [None], example, batch, SECONDS)[0])], _device(example))
-    return ms
-
-
-def compare_ms(
-    model: nn.Module, plan: SurgeryPlan, example: Any, batch: int, seconds: float = SECONDS
-) -> Measured:
-    """Times of a batch in inference, of a copy of a network and of one after a plan.
-
-    The copies take turns, run in evaluation mode and leave the network as it is.
-
-    Args:
-        model: the network.
-        plan: to be carried out on a copy.
-        example: inputs of one image or more, whose sizes and device count.
-        batch: images.
-        seconds: for about so long.
-    """
-    times = _times(model, [None, plan], example, batch, seconds)
-    ratios = [pruned / dense for dense, pruned in zip(times[0], times[1], strict=True)]
-    return Measured(min(times[0]), min(times[1]), statistics.median(ratios)).agreed(_device(example))
-
-
-def _times(
-    model: nn.Module, plans: Sequence[SurgeryPlan | None], example: Any, batch: int, seconds: float
-) -> dict[int, list[float]]:
-    """Milliseconds of every round for each plan."""
-    inputs = blank(as_inputs(example, model), batch)
-    if any(p.dim() == 4 and _channels_last(p) for p in model.parameters()):
-        inputs = inputs.map(
-            lambda t: t.contiguous(memory_format=torch.channels_last) if t.dim() == 4 else t.contiguous()
-        )
-    device = _device(inputs)
-    calls: dict[int, Callable[[], object]] = {}
-    for number, plan in enumerate(plans):
-        replica = bare_copy(model)
-        if plan is not None:
-            apply_surgery_(plan, replica)
-        replica.eval()
-        calls[number] = synchronized(_forward(replica, inputs), device)
-    with torch.inference_mode():
-        return timed_for(calls, seconds, ROUNDS, clock=clock_of(device))
-
-
-def bare_copy(model: nn.Module) -> nn.Module:
-    """A copy without gradients and hooks; what hooks hold on to is not copied."""
-    memo: dict[int, Any] = {}
-    for parameter in model.parameters():
-        memo[id(parameter)] = nn.Parameter(parameter.detach().clone(), parameter.requires_grad)
-    modules = list(model.modules())
-    hooks = [{name: getattr(module, name) for name in _HOOKS} for module in modules]
-    try:
-        for module in modules:
-            for name in _HOOKS:
-                setattr(module, name, OrderedDict())
-        return copy.deepcopy(model, memo)
-    finally:
-        for module, kept in zip(modules, hooks, strict=True):
-            for name, table in kept.items():
-                setattr(module, name, table)
-
-
-def _forward(model: nn.Module, inputs: Inputs) -> Callable[[], object]:
-    return lambda: inputs.call(model)
-
-
 def _device(example: Any) -> torch.device:
     return first_tensor(as_inputs(example)).device
-
-
-def _channels_last(weight: Tensor) -> bool:
-    return weight.is_contiguous(memory_format=torch.channels_last) and not weight.is_contiguous()
 
 
 def fewest_pruned(

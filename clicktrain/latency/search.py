@@ -84,3 +84,24 @@ def next_aim(tried: Sequence[tuple[float, float]]) -> float:
         return aim if fast < aim < slow else (fast + slow) / 2
     estimates = [math.log(p / r) for p, r in tried]  # they contradict each other
     return math.exp(sum(estimates) / len(estimates))
+
+
+def aim_after(tried: Sequence[tuple[float, float]]) -> float:
+    """The next aim by interpolation between the nearest network that is too slow and the nearest that is not.
+
+    Where there are not both, or they contradict each other, as `next_aim`. A factor alone does not describe
+    the error of predictions: whole networks convert layouts and fuse steps.
+
+    Args:
+        tried: predicted milliseconds of what was measured, and measured / target; at least one.
+
+    Example:
+        >>> aim_after([(10.0, 1.5), (6.0, 0.5)])
+        8.0
+    """
+    slow = min((one for one in tried if one[1] > 1), default=None)
+    fast = max((one for one in tried if one[1] <= 1), default=None)
+    if slow is None or fast is None or fast[0] >= slow[0]:
+        return next_aim(tried)
+    share = (1 - fast[1]) / (slow[1] - fast[1])
+    return fast[0] + min(max(share, 0.1), 0.9) * (slow[0] - fast[0])

@@ -11,7 +11,7 @@ from __future__ import annotations
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any
 
 import torch
 import torch.nn.functional as F
@@ -19,11 +19,12 @@ from torch import Tensor, nn
 
 from clicktrain.comm.agreement import agreed
 from clicktrain.formats.packed import Structure
+from clicktrain.kernels.impls import PHASES, ConvProblem, Impl, Kernels, Phase, candidates_for
+from clicktrain.kernels.layouts import LAYOUTS
 from clicktrain.kernels.native import toolchain
 from clicktrain.kernels.native.library import need_all
-from clicktrain.kernels.sparse_conv2d.blocked import launch
-from clicktrain.kernels.sparse_conv2d.blocked.prepared import prepare
-from clicktrain.kernels.sparse_conv2d.blocked.problem import PHASES, ConvProblem, Phase
+from clicktrain.kernels.sparse_conv2d.api import OPERATOR
+from clicktrain.latency.network_times import Timed
 from clicktrain.latency.tables import keep_table, read_table, table_path
 from clicktrain.latency.timer import clock_of, least_ms
 from clicktrain.latency.width_times import WidthTimes
@@ -32,8 +33,6 @@ FORMAT_VERSION = 2
 SHARES = (0.0625, 0.125, 0.25, 0.5, 0.75, 1.0)
 """Kept kernels that are measured, as shares of all, beside a single one."""
 ROUNDS = 5
-Timed = Literal["inference", "step"]
-"""The forward pass alone, or with both gradients."""
 _CPU = torch.device("cpu")
 
 
@@ -46,7 +45,7 @@ class SparseGeometry:
         image: [H, W] of what it reads.
         entries: kept positions of a kept kernel.
         patterns: different ones that kernels of the layer have.
-        together: neighbouring filters that share their positions.
+        group: neighboring filters that share their positions.
         batch: images.
         timed: what is timed.
     """
@@ -61,7 +60,7 @@ class SparseGeometry:
     image: tuple[int, int]
     entries: int
     patterns: int
-    together: int
+    group: int
     batch: int
     timed: Timed
 
@@ -73,7 +72,7 @@ class SparseGeometry:
         *,
         entries: int,
         patterns: int,
-        together: int,
+        group: int,
         batch: int,
         timed: Timed,
     ) -> SparseGeometry:
@@ -87,7 +86,7 @@ class SparseGeometry:
             patterns = 1
         return cls(
             conv.in_channels, conv.out_channels, pair(conv.kernel_size), pair(conv.stride), padding,
-            pair(conv.dilation), conv.groups, image, entries, patterns, together, batch, timed,
+            pair(conv.dilation), conv.groups, image, entries, patterns, group, batch, timed,
         )  # fmt: skip
 
     @property
@@ -113,13 +112,13 @@ class SparseGeometry:
         size = self.kernel[0] * self.kernel[1]
         order = torch.rand(self.patterns, size, generator=generator).argsort(1)[:, : self.entries]
         patterns = torch.zeros(self.patterns, size, dtype=torch.bool).scatter_(1, order, True)
-        filters = -(-self.filters // self.together)
+        filters = -(-self.filters // self.group)
         ids = torch.randint(self.patterns, (filters, self.kernels), generator=generator)
         rank = torch.rand(filters, self.kernels, generator=generator).argsort(1).argsort(1)
         whole = patterns[ids].view(filters, self.kernels, *self.kernel)
         return {
             count: (whole & (rank < count)[:, :, None, None])
-            .repeat_interleave(self.together, 0)[: self.filters]
+            .repeat_interleave(self.group, 0)[: self.filters]
             .contiguous()
             for count in (self.points() if counts is None else counts)
         }
@@ -176,49 +175,66 @@ def sparse_times(geometries: Iterable[SparseGeometry]) -> dict[SparseGeometry, S
 def measure_sparse(geometry: SparseGeometry) -> SparseTimes:
     """Time a layer at all its points, beside the dense one."""
     g = geometry
-    problem = ConvProblem.make(g.channels, g.filters, g.kernel, g.image, g.stride, g.padding, g.dilation)
-    tools = toolchain()
-    assert tools is not None
-    lanes = tools.lanes(torch.float32)
-    blocks = -(-g.batch // lanes)
-    rows, columns = problem.rows.out, problem.columns.out
-    x = torch.randn(blocks, g.channels, *g.image, lanes, generator=torch.Generator().manual_seed(0))
-    gy = torch.randn(blocks, g.filters, rows, columns, lanes, generator=torch.Generator().manual_seed(1))
-    calls: dict[int, Callable[[], object]] = {}
+    calls: dict[int, Callable[[], object]] = {0: _dense_call(g)}
     texts: list[str] = []
     for count, mask in g.masks().items():
         structure = Structure.from_mask(mask)
-        plan, tables = prepare(structure, problem, g.groups)
-        values = torch.full((g.filters, count * g.entries), 0.01)
-        text = plan.to_json()
-        texts += launch.compile_plan(text, torch.float32, g.phases)
-        calls[count] = _sparse_call(g, x, gy, values, list(tables.tensors), text)
+        problem = ConvProblem.of_structure(
+            structure,
+            g.image,
+            g.batch,
+            groups=g.groups,
+            stride=g.stride,
+            padding=g.padding,
+            dilation=g.dilation,
+        )
+        impl = next(impl for impl in candidates_for(OPERATOR) if not impl.refusals(problem))
+        kernels = impl.prepare(structure, problem, {})
+        texts += [kernels.sources[phase] for phase in g.phases if phase in kernels.sources]
+        calls[count] = _sparse_call(g, problem, structure, impl, kernels)
     need_all(texts)
-    calls[0] = _dense_call(g, x.shape, gy.shape)
     with torch.no_grad():
         ms = least_ms(calls, ROUNDS, clock=clock_of(_CPU))
     dense = ms.pop(0)
     return SparseTimes.of(ms, dense)
 
 
+def _images(geometry: SparseGeometry, problem: ConvProblem) -> tuple[Tensor, Tensor]:
+    """What a layer reads, and the gradient of its result."""
+    generator = torch.Generator().manual_seed(0)
+    g = geometry
+    x = torch.randn(g.batch, g.channels, *g.image, generator=generator)
+    return x, torch.randn(g.batch, g.filters, *problem.output, generator=generator)
+
+
 def _sparse_call(
-    geometry: SparseGeometry, x: Tensor, gy: Tensor, values: Tensor, tables: list[Tensor], plan: str
+    geometry: SparseGeometry, problem: ConvProblem, structure: Structure, impl: Impl, kernels: Kernels
 ) -> Callable[[], object]:
+    step = geometry.timed == "step"
+    x, gy = _images(geometry, problem)
+    if impl.layout in LAYOUTS:
+        enter = LAYOUTS[impl.layout].enter(x.dtype)
+        x, gy = enter(x), enter(gy)
+    values = torch.full(structure.values_shape, 0.01).requires_grad_(step)
+    x.requires_grad_(step)
+
     def call() -> None:
-        launch.forward(x, values, None, tables, plan)
-        if geometry.timed == "step":
-            launch.dgrad(gy, values, tables, plan)
-            launch.wgrad(x, gy, list(values.shape), tables, plan)
+        with torch.set_grad_enabled(step):
+            y = kernels.convolve(x, values, None, *kernels.arguments)
+            if step:
+                torch.autograd.grad(y, (x, values), gy)
 
     return call
 
 
-def _dense_call(geometry: SparseGeometry, blocks: torch.Size, out: torch.Size) -> Callable[[], object]:
+def _dense_call(geometry: SparseGeometry) -> Callable[[], object]:
     g, step = geometry, geometry.timed == "step"
-    generator = torch.Generator().manual_seed(0)
-    x = torch.randn(g.batch, *blocks[1:-1], generator=generator).requires_grad_(step)
-    weight = torch.randn(g.filters, g.kernels, *g.kernel, generator=generator).requires_grad_(step)
-    gy = torch.randn(g.batch, *out[1:-1], generator=generator)
+    problem = ConvProblem(
+        g.batch, g.channels, g.filters, g.kernel, g.image, g.stride, g.padding, g.dilation, g.groups
+    )
+    x, gy = _images(g, problem)
+    x.requires_grad_(step)
+    weight = torch.randn(g.filters, g.kernels, *g.kernel).requires_grad_(step)
 
     def call() -> None:
         with torch.set_grad_enabled(step):

@@ -1,300 +1,56 @@
-"""What a pruning-during-training method is: frozen settings, explicit state, effects returned as data."""
+"""`Method`: what every pruning method inherits; and the names that methods are written with."""
 
 from __future__ import annotations
 
-import abc
-from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass, field
-from numbers import Integral
-from types import MappingProxyType
-from typing import TYPE_CHECKING, Any, ClassVar, Generic, NamedTuple, TypeAlias, TypeVar
+from collections.abc import Callable, Sequence
+from typing import Any
 
-from torch import Tensor, nn
+from torch import nn
 from torch.optim import Optimizer
 
-from clicktrain.errors import UserError, shown
-from clicktrain.graph.prunable import PrunableLayers, find_prunable
-from clicktrain.methods.outcome import Reached, Target
-from clicktrain.settings import check_choices
-from clicktrain.surgery import SurgeryPlan
-
-if TYPE_CHECKING:
-    from clicktrain.methods.driver.pruner import Pruner
-    from clicktrain.methods.patterns.latency import MeasureMasks
-    from clicktrain.sparsity.channel_lasso import ChannelAxis
-
-Event: TypeAlias = dict[str, Any]
-"""A decision, JSON-able; key ``event`` says which."""
-
-
-@dataclass(frozen=True, slots=True)
-class RunLength:
-    """How long a run is, in batches seen by `Pruner.observe`.
-
-    ``epochs`` x ``steps_per_epoch`` batches; with gradient accumulation several batches make one optimizer
-    step.
-    """
-
-    epochs: int
-    steps_per_epoch: int
-
-    def __post_init__(self) -> None:
-        for name in ("epochs", "steps_per_epoch"):
-            value = getattr(self, name)
-            if not isinstance(value, Integral):
-                raise UserError(f"{name} is {shown(value)}: a whole number is needed")
-
-    @property
-    def total(self) -> int:
-        """Batches of the whole run."""
-        return self.epochs * self.steps_per_epoch
-
-
-@dataclass(frozen=True, slots=True, eq=False)
-class StepInfo:
-    """What a method sees at one optimizer step.
-
-    Attributes:
-        seen: batches observed so far, those of this step included.
-        batches: batches whose gradients this step holds (more than 1 with gradient accumulation).
-        loss: mean loss since the last optimizer step, 0-dim, detached.
-        epoch_losses: mean training loss of every finished epoch.
-        length: how long the run is; the batches of an epoch are those of the running one.
-        epoch: finished epochs before the batches of this step.
-        position: epochs done, with those batches: 2.5 in the middle of the third.
-        ends_epoch: the last batch of an epoch is among them.
-        learning_rate: of this step, divided by 1 - momentum for SGD: how far a constant gradient of 1 moves a
-            weight per step in the long run.
-        grad_scale: what the gradients are still multiplied by (fused mixed-precision optimizers), or None.
-        adaptive: the optimizer's step is not the learning rate times the gradient, as SGD's is.
-    """
-
-    seen: int
-    batches: int
-    loss: Tensor
-    epoch_losses: Sequence[float]
-    length: RunLength
-    epoch: int = 0
-    position: float = 0.0
-    ends_epoch: bool = False
-    learning_rate: float = 0.0
-    grad_scale: Tensor | None = None
-    adaptive: bool = False
-
-    def gradient(self, parameter: Tensor) -> Tensor | None:
-        """The true gradient of a parameter, without a mixed-precision scale; None if there is none."""
-        grad = parameter.grad
-        if grad is None or self.grad_scale is None:
-            return grad
-        return grad / self.grad_scale.to(grad)
-
-
-class Record(NamedTuple):
-    """Write a decision down."""
-
-    event: Event
-
-
-class ApplyMasks(NamedTuple):
-    """Write zeros that later steps may change again. Masks are bool, of their weight's shape.
-
-    ``forget``: also zero what the optimizer keeps at these positions (momentum, moments).
-    """
-
-    masks: Mapping[str, Tensor]
-    forget: bool = False
-
-
-class FreezeMasks(NamedTuple):
-    """Hard prune: from now on these positions are the only ones that live.
-
-    Masks are bool [F, C, R, S], or [O, I] of fully connected layers.
-    """
-
-    masks: Mapping[str, Tensor]
-
-
-class SilenceChannels(NamedTuple):
-    """Write zeros to all that a plan would cut along the output channels of layers, and leave it in place.
-
-    Filters, their biases and the scale and shift of their batch norms: the channels then carry nothing. Later
-    steps may change it again.
-    """
-
-    plan: SurgeryPlan
-
-
-class Reconfigure(NamedTuple):
-    """Remove channels and layers physically, from the model and its optimizer.
-
-    ``event`` is added to what is written down about it; ``checked``: measure how much the output of the last
-    batch changes, in evaluation mode.
-    """
-
-    plan: SurgeryPlan
-    event: Mapping[str, Any] = MappingProxyType({})
-    checked: bool = False
-
-
-class RestoreTensors(NamedTuple):
-    """Write these values into parameters and buffers, by name; the optimizer forgets what it kept of them."""
-
-    values: Mapping[str, Tensor]
-
-
-Action: TypeAlias = Record | ApplyMasks | FreezeMasks | SilenceChannels | Reconfigure | RestoreTensors
-
-
-@dataclass(frozen=True, slots=True)
-class LayerPlan:
-    """What is to happen, or has happened, to one layer.
-
-    ``density`` and ``nnz_per_filter`` are None while they are not decided.
-    """
-
-    name: str
-    shape: tuple[int, ...]
-    action: str
-    density: float | None = None
-    nnz_per_filter: int | None = None
-    reason: str = ""
-
-
-@dataclass(frozen=True, slots=True)
-class PruningPlan:
-    """Layer by layer, what a method will do and why it leaves a layer alone. ``str(plan)`` is a table."""
-
-    rows: tuple[LayerPlan, ...]
-    summary: str = ""
-    stages: tuple[tuple[str, str], ...] = field(default=())
-
-    def __str__(self) -> str:
-        head = ("layer", "shape", "what", "density", "per filter", "why")
-        body = [
-            (
-                row.name,
-                "x".join(map(str, row.shape)),
-                row.action,
-                "" if row.density is None else f"{row.density:.3f}",
-                "" if row.nnz_per_filter is None else str(row.nnz_per_filter),
-                row.reason,
-            )
-            for row in self.rows
-        ]
-        widths = [max(len(line[i]) for line in [head, *body]) for i in range(len(head))]
-        lines = [
-            "  ".join(cell.ljust(w) for cell, w in zip(line, widths, strict=True)).rstrip()
-            for line in [head, *body]
-        ]
-        stages = [f"{name}: {what}" for name, what in self.stages]
-        return "\n".join([*lines, *stages, self.summary]).rstrip()
-
-
-S = TypeVar("S")
-
-
-class Method(abc.ABC, Generic[S]):
-    """A recipe for pruning while training: settings here (a frozen dataclass), all that changes in ``S``.
-
-    A state is a dataclass of tensors, numbers, strings and containers of them; the hooks change it in
-    place and return what is to be done to the world.
-    """
-
-    name: ClassVar[str]
-    title: ClassVar[str] = ""
-    """How sentences and reports call it."""
-    reads_graph: ClassVar[bool] = False
-    """Whether the method needs the dependency graph: `PrunableLayers.example` is then set, at
-    the first forward pass if the caller gave none."""
-    prunes: ClassVar[bool] = True
-    """Whether it takes anything away."""
-
-    def __post_init__(self) -> None:
-        """Check every setting that is a choice; lists become tuples."""
-        check_choices(self)
-
-    @property
-    def expects_trained(self) -> bool:
-        """Whether it makes sense only on a network that has been trained before."""
-        return False
-
-    @property
-    def keeps_inputs(self) -> bool:
-        """Whether the last training batch is kept, as `PrunableLayers.seen`."""
-        return False
-
-    def find_prunable(self, model: nn.Module, trained: Sequence[Tensor] | None = None) -> PrunableLayers:
-        """Which layers this method may prune."""
-        return find_prunable(model, trained)
-
-    @abc.abstractmethod
-    def init(self, prunable: PrunableLayers, length: RunLength) -> S:
-        """State before the first step; raises UserError if what is asked for cannot be done."""
-
-    @abc.abstractmethod
-    def plan(self, prunable: PrunableLayers, length: RunLength, state: S | None = None) -> PruningPlan:
-        """What will be done (or, given a state that has decided, what was done)."""
-
-    def stage(self, state: S) -> str:
-        """Name of the current stage."""
-        del state
-        return "dense"
-
-    def at_start(self, state: S, prunable: PrunableLayers, length: RunLength) -> Sequence[Action]:
-        """Nothing has been computed yet: what a network that is sparse from the first step starts with.
-
-        Positions cannot be frozen here: a run that goes on comes through here too, before its state is known.
-        """
-        del state, prunable, length
-        return ()
-
-    def before_step(self, state: S, prunable: PrunableLayers, step: StepInfo) -> None:
-        """Gradients are there: read them, add to them."""
-        del state, prunable, step
-
-    def after_step(self, state: S, prunable: PrunableLayers, step: StepInfo) -> Sequence[Action]:
-        """Weights have moved: decide."""
-        del state, prunable, step
-        return ()
-
-    def at_end(self, state: S, prunable: PrunableLayers) -> Sequence[Action]:
-        """The run is over: whatever has not been decided is decided now."""
-        del state, prunable
-        return ()
-
-    def after_surgery(self, state: S, plan: SurgeryPlan, prunable: PrunableLayers) -> None:
-        """Channels have gone: shrink what the state holds. ``prunable`` is of the smaller model."""
-        del state, plan, prunable
-
-    def targets_of(self, state: S, reached: Reached) -> Sequence[Target]:
-        """At the end: what was asked for, what was reached and why not; nothing if nothing was asked."""
-        del state, reached
-        return ()
-
-    def after_freeze(self, state: S, masks: Mapping[str, Tensor]) -> None:
-        """Masks are frozen and the network holds them: release what only served to choose them.
-
-        Args:
-            state: what `plan` shows of the masks has to stay in it.
-            masks: the frozen ones, layer name -> bool of the weight's shape; where several processes train,
-                those of the first one.
-        """
-        del state, masks
-
-    def penalised_channels(self, state: S) -> Mapping[str, tuple[ChannelAxis, ...]]:
-        """Layer name -> the channels that a penalty pushes towards zero; none in most methods."""
-        del state
-        return {}
-
-    def state_dict(self, state: S) -> dict[str, Any]:
-        """The state as nested dicts of tensors, numbers and strings."""
-        del state
-        return {}
-
-    def load_state(self, prunable: PrunableLayers, length: RunLength, saved: Mapping[str, Any]) -> S:
-        """Inverse of `state_dict`."""
-        del saved
-        return self.init(prunable, length)
+from clicktrain.errors import UserError
+from clicktrain.latency.network_times import MeasureMasks
+from clicktrain.methods.actions import (
+    Action,
+    ApplyMasks,
+    FreezeMasks,
+    Reconfigure,
+    Record,
+    RestoreTensors,
+    SilenceChannels,
+    hard_prune,
+)
+from clicktrain.methods.contract import (
+    LayerPlan,
+    MethodHooks,
+    PruningPlan,
+    RunLength,
+    S,
+    StepInfo,
+    plan_rows,
+)
+from clicktrain.methods.driver.pruner import Pruner
+
+__all__ = [
+    "Action",
+    "ApplyMasks",
+    "FreezeMasks",
+    "LayerPlan",
+    "Method",
+    "PruningPlan",
+    "Reconfigure",
+    "Record",
+    "RestoreTensors",
+    "RunLength",
+    "SilenceChannels",
+    "StepInfo",
+    "hard_prune",
+    "plan_rows",
+]
+
+
+class Method(MethodHooks[S]):
+    """A pruning method: a frozen dataclass of settings that can be attached to a training loop."""
 
     def attach(
         self,
@@ -305,7 +61,7 @@ class Method(abc.ABC, Generic[S]):
         steps_per_epoch: int,
         packed: bool = False,
         example: Any = None,
-        on_event: Callable[[Event], None] | None = None,
+        on_event: Callable[[dict[str, Any]], None] | None = None,
         measure: MeasureMasks | None = None,
     ) -> Pruner:
         """Hook this method into a training loop: two lines, this one and `Pruner.observe`.
@@ -323,7 +79,7 @@ class Method(abc.ABC, Generic[S]):
             example: batch of inputs for methods that remove channels: a tensor [N, C, H, W], a tuple of
                 positional arguments or a dict of keyword arguments. Taken from the first forward pass if it
                 is not given.
-            on_event: called with every decision.
+            on_event: called with every decision as a JSON-able dict; typed events: `Pruner.subscribe`.
             measure: times the network with masks, for ClickTrain with a latency as its target:
                 ``clicktrain.train.MaskedLatency(model, example)``; without it predictions are believed.
 
@@ -331,8 +87,6 @@ class Method(abc.ABC, Generic[S]):
             UserError: what is asked for cannot be done on this network, with this optimizer or in a run of
                 this length; or the network or an optimizer has a method attached that is not finished.
         """
-        from clicktrain.methods.driver.pruner import Pruner
-
         if not isinstance(model, nn.Module):
             raise UserError(
                 f"attach takes the network first, a torch.nn.Module, not a {type(model).__name__}"
@@ -347,12 +101,3 @@ class Method(abc.ABC, Generic[S]):
             on_event=on_event,
             measure=measure,
         )
-
-
-def plan_rows(prunable: PrunableLayers, rows: Sequence[LayerPlan]) -> tuple[LayerPlan, ...]:
-    """The given rows and those of the layers that are left alone, in the network's order."""
-    untouched = [
-        LayerPlan(name, shape, "none", 1.0, reason=reason)
-        for name, (shape, reason) in prunable.left_alone.items()
-    ]
-    return tuple(sorted((*rows, *untouched), key=lambda row: prunable.order.index(row.name)))

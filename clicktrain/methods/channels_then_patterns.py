@@ -1,7 +1,7 @@
-"""PruneTrain's removal of channels, then ClickTrain's patterns in what is left: two methods, one run.
+"""Two methods in one run: PruneTrain removes channels, then ClickTrain prunes what is left by patterns.
 
-The first part of the run is `PruneTrain` and ends with a reconfiguration; from then on `ClickTrain` works on
-the smaller network, with the rest of the run as its run. Both are used as they are.
+The first part of the run is `PruneTrain` and ends with a reconfiguration; the rest is a run of `ClickTrain`
+on the smaller network. Both are used unchanged.
 """
 
 from __future__ import annotations
@@ -23,17 +23,24 @@ from clicktrain.sparsity.channel_lasso import ChannelAxis
 from clicktrain.sparsity.importance import CriterionChoice
 from clicktrain.surgery import SurgeryPlan
 
-_NOTHING = 1.005
-"""The smallest compression, for a network of which nothing more can go."""
+_LEAST_COMPRESSION = 1.005
+"""The target for a network from which nothing more can be removed."""
+_FIRST = (
+    "target_flops", "target_parameters", "floor", "penalty_ratio", "coefficient", "interval", "update",
+    "sides", "scheme", "check_outputs",
+)  # fmt: skip
+"""Settings of PruneTrain, and"""
+_SECOND = ("preset", "patterns", "group", "criterion", "allocation")
+"""those of ClickTrain."""
 
 
 @dataclass(slots=True)
 class TwoPartState:
     """The states of both parts; ``second`` is None until it begins.
 
-    ``seen`` and ``epochs`` are batches and epochs when it began; ``compression`` is what it then aims at
-    where the layers that are left cannot reach what was asked. ``prunable`` is what it may touch, and follows
-    from the network.
+    ``seen`` and ``epochs`` are batches and epochs when it began; ``compression`` replaces its target where
+    the remaining layers cannot reach what was asked for. ``prunable`` has the layers of the second part, and
+    follows from the network.
     """
 
     first: PruneTrainState
@@ -74,11 +81,11 @@ class ChannelsThenPatterns(Method[TwoPartState]):
     update: Literal["proximal", "gradient"] = "proximal"
     """How PruneTrain's lasso acts: shrink channels after each step, or add its gradient (the paper's)."""
     sides: Literal["both", "readers"] = "readers"
-    """A channel goes when no layer reads it, or only if it is zero on both sides, as in the paper."""
+    """Remove a channel when no layer reads it, or only when it is zero on both sides, as in the paper."""
     scheme: Literal["union", "gating"] = "union"
     """How the layers of a residual stage agree on channels."""
     round_to: int | Literal["auto"] = 1
-    """Widths that remain are multiples of it, where the layer is wide enough; auto: of what trains fastest,
+    """Widths become multiples of it, where the layer is wide enough; auto: the one that trains fastest,
     measured."""
     check_outputs: bool = False
     """At every reconfiguration, measure how much the network's output changes on the last batch."""
@@ -87,7 +94,7 @@ class ChannelsThenPatterns(Method[TwoPartState]):
     patterns: int | None = None
     """Size N of ClickTrain's pattern pool."""
     group: int = 1
-    """Neighbouring filters that share ClickTrain's patterns; widths are rounded to a multiple of it."""
+    """Neighboring filters that share ClickTrain's patterns; widths are rounded to a multiple of it."""
     criterion: CriterionChoice | None = None
     """ClickTrain's importance of a weight."""
     allocation: Literal["uniform", "importance", "relative", "share", "erk"] | None = None
@@ -107,48 +114,32 @@ class ChannelsThenPatterns(Method[TwoPartState]):
     @property
     def first(self) -> PruneTrain:
         """The part that removes channels."""
-        return PruneTrain(
-            target_flops=self.target_flops,
-            target_parameters=self.target_parameters,
-            floor=self.floor,
-            penalty_ratio=self.penalty_ratio,
-            coefficient=self.coefficient,
-            interval=self.interval,
-            update=self.update,
-            sides=self.sides,
-            scheme=self.scheme,
-            round_to="auto" if self.round_to == "auto" else max(self.round_to, self.group),
-            check_outputs=self.check_outputs,
-        )
+        settings: dict[str, Any] = {name: getattr(self, name) for name in _FIRST}
+        if self.round_to == "auto":
+            return PruneTrain(**settings, round_to="auto")
+        return PruneTrain(**settings, round_to=max(self.round_to, self.group))
 
     def first_of(self, length: RunLength) -> PruneTrain:
-        """The part that removes channels, whose target is to be met at the switch."""
+        """The part that removes channels; its target is to be met at the switch."""
         first = self.first
         return first if first.target is None else replace(first, target_at=float(self.switch_epoch(length)))
 
     @property
     def second(self) -> ClickTrain:
         """The part that chooses patterns."""
-        return ClickTrain(
-            compression=self.pattern_compression,
-            preset=self.preset,
-            patterns=self.patterns,
-            group=self.group,
-            criterion=self.criterion,
-            allocation=self.allocation,
-        )
+        settings: dict[str, Any] = {name: getattr(self, name) for name in _SECOND}
+        return ClickTrain(**settings, compression=self.pattern_compression)
 
     def second_of(self, state: TwoPartState) -> ClickTrain:
-        """The same, aiming at what the network that is left can reach."""
-        return (
-            self.second if state.compression is None else replace(self.second, compression=state.compression)
-        )
+        """The part that chooses patterns; its target is what the smaller network can reach."""
+        compression = state.compression
+        return self.second if compression is None else replace(self.second, compression=compression)
 
     def _reachable(self, own: PrunableLayers) -> float | None:
-        """The nearest compression that a smaller network can reach; None if it is the one that was asked."""
+        """The nearest compression that the smaller network can reach; None if that is what was asked for."""
         budgets = [target.budget for target in self.second.targets(own)]
         low, high = compression_limits(budgets, own.other_conv_weights)
-        reachable = max(min(max(self.pattern_compression, low), high), _NOTHING)
+        reachable = max(min(max(self.pattern_compression, low), high), _LEAST_COMPRESSION)
         return None if reachable == self.pattern_compression else reachable
 
     def _begin_second(self, state: TwoPartState, own: PrunableLayers, length: RunLength) -> ClickTrainState:
@@ -157,7 +148,7 @@ class ChannelsThenPatterns(Method[TwoPartState]):
 
     @property
     def keeps_inputs(self) -> bool:
-        """For the part that removes channels."""
+        """As the part that removes channels."""
         return self.first.keeps_inputs
 
     def switch_epoch(self, length: RunLength) -> int:
@@ -168,11 +159,11 @@ class ChannelsThenPatterns(Method[TwoPartState]):
         return RunLength(length.epochs - self.switch_epoch(length), length.steps_per_epoch)
 
     def find_prunable(self, model: nn.Module, trained: Sequence[Tensor] | None = None) -> PrunableLayers:
-        """What channels may be removed of."""
+        """The layers that may lose channels."""
         return self.first.find_prunable(model, trained)
 
     def init(self, prunable: PrunableLayers, length: RunLength) -> TwoPartState:
-        """Check both parts, as far as the network is known yet."""
+        """Check both parts, as far as the network is known."""
         if self.switch_epoch(length) >= length.epochs:
             raise UserError(
                 f"switch_at is {self.switch_epoch(length)} but the run has {length.epochs} epochs: "
@@ -187,14 +178,14 @@ class ChannelsThenPatterns(Method[TwoPartState]):
         return self.first.stage(state.first) if state.second is None else self.second.stage(state.second)
 
     def _own(self, state: TwoPartState, prunable: PrunableLayers) -> PrunableLayers:
-        """What ClickTrain may touch in the smaller network."""
+        """The layers of the smaller network that ClickTrain may prune."""
         if state.prunable is None:
             assert prunable.model is not None
             state.prunable = self.second.find_prunable(prunable.model)
         return state.prunable
 
     def _own_step(self, state: TwoPartState, step: StepInfo) -> StepInfo:
-        """The step as one of ClickTrain's own run."""
+        """The step as ClickTrain counts it."""
         return replace(
             step,
             seen=step.seen - state.seen,
@@ -205,7 +196,7 @@ class ChannelsThenPatterns(Method[TwoPartState]):
         )
 
     def before_step(self, state: TwoPartState, prunable: PrunableLayers, step: StepInfo) -> None:
-        """Hand on to the part that is on; ClickTrain begins with the first step after the switch."""
+        """Call the active part; ClickTrain begins with the first step after the switch."""
         if not state.switched:
             self.first_of(step.length).before_step(state.first, prunable, step)
             return
@@ -213,11 +204,11 @@ class ChannelsThenPatterns(Method[TwoPartState]):
         if state.second is None:
             state.seen, state.epochs = step.seen - step.batches, step.epoch
             state.second = self._begin_second(state, own, self._own_step(state, step).length)
-            state.first.axes = None
+            state.first.lasso.axes = None
         self.second_of(state).before_step(state.second, own, self._own_step(state, step))
 
     def after_step(self, state: TwoPartState, prunable: PrunableLayers, step: StepInfo) -> Sequence[Action]:
-        """Hand on; the last reconfiguration and the switch come with the end of an epoch."""
+        """Call the active part; the last reconfiguration and the switch take place at the end of an epoch."""
         if state.second is not None:
             own = self._own(state, prunable)
             return self.second_of(state).after_step(state.second, own, self._own_step(state, step))
@@ -225,31 +216,27 @@ class ChannelsThenPatterns(Method[TwoPartState]):
             return ()
         if step.ends_epoch and int(step.position) >= self.switch_epoch(step.length):
             state.switched = True
-            event = {
-                "event": "switch",
-                "method": self.second.name,
-                "reason": f"epoch {int(step.position)} begins",
-            }
             done = int(step.position)
+            event = {"event": "switch", "method": self.second.name, "reason": f"epoch {done} begins"}
             return [*self.first.reconfigure_now(state.first, prunable, done, final=True), Record(event)]
         return self.first_of(step.length).after_step(state.first, prunable, step)
 
     def after_surgery(self, state: TwoPartState, plan: SurgeryPlan, prunable: PrunableLayers) -> None:
-        """PruneTrain's state shrinks."""
+        """Shrink PruneTrain's state."""
         state.prunable = None
         self.first.after_surgery(state.first, plan, prunable)
 
     def after_freeze(self, state: TwoPartState, masks: Mapping[str, Tensor]) -> None:
-        """ClickTrain's state shrinks."""
+        """Shrink ClickTrain's state."""
         assert state.second is not None
         self.second.after_freeze(state.second, masks)
 
-    def penalised_channels(self, state: TwoPartState) -> Mapping[str, tuple[ChannelAxis, ...]]:
-        """PruneTrain's, until the switch."""
-        return {} if state.second is not None else self.first.penalised_channels(state.first)
+    def penalized_channels(self, state: TwoPartState) -> Mapping[str, tuple[ChannelAxis, ...]]:
+        """Those of PruneTrain, until the switch."""
+        return {} if state.second is not None else self.first.penalized_channels(state.first)
 
     def at_end(self, state: TwoPartState, prunable: PrunableLayers) -> Sequence[Action]:
-        """A run ends at ClickTrain's compression of what is left."""
+        """End with ClickTrain's compression of the smaller network."""
         own = self._own(state, prunable)
         if state.second is None:
             assert prunable.example is not None
@@ -257,7 +244,7 @@ class ChannelsThenPatterns(Method[TwoPartState]):
         return self.second_of(state).at_end(state.second, own)
 
     def targets_of(self, state: TwoPartState, reached: Reached) -> Sequence[Target]:
-        """Of the channels at the switch, then of the patterns in what they leave."""
+        """The channels at the switch, then the patterns in the smaller network."""
         channels = [
             replace(row, reason=row.reason if state.switched else "the run ended before the switch")
             for row in self.first.targets_of(state.first, reached)
@@ -266,9 +253,8 @@ class ChannelsThenPatterns(Method[TwoPartState]):
         rows = self.second_of(state).targets_of(second, reached)
         patterns = [replace(row, what=f"{row.what} that are left") for row in rows]
         if state.compression is not None:
-            reason = f"the layers that are left reach {state.compression:.2f}x at the most"
-            if state.compression > self.pattern_compression:
-                reason = f"the layers that are left reach {state.compression:.2f}x at the least"
+            bound = "least" if state.compression > self.pattern_compression else "most"
+            reason = f"the layers that are left reach {state.compression:.2f}x at the {bound}"
             patterns = [replace(row, asked=self.pattern_compression, reason=reason) for row in patterns]
         return [*channels, *patterns]
 
@@ -308,7 +294,7 @@ class ChannelsThenPatterns(Method[TwoPartState]):
     def load_state(
         self, prunable: PrunableLayers, length: RunLength, saved: Mapping[str, Any]
     ) -> TwoPartState:
-        """Inverse of `state_dict`, on the network as it was then."""
+        """The inverse of `state_dict`, on the network as it was then."""
         state = TwoPartState(
             self.first.load_state(prunable, length, saved["first"]),
             switched=saved["switched"],
@@ -320,5 +306,5 @@ class ChannelsThenPatterns(Method[TwoPartState]):
             rest = RunLength(length.epochs - state.epochs, length.steps_per_epoch)
             own = self._own(state, prunable)
             state.second = self.second_of(state).load_state(own, rest, saved["second"])
-            state.first.axes = None
+            state.first.lasso.axes = None
         return state

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from dataclasses import dataclass
+from types import MappingProxyType
 from typing import ClassVar
 
 from clicktrain.graph.prunable import PrunableLayers
@@ -14,7 +16,9 @@ class Dense(Method[None]):
     """Plain training; what the other methods are compared with."""
 
     name: ClassVar[str] = "dense"
+    title: ClassVar[str] = "dense"
     prunes: ClassVar[bool] = False
+    contract_exempt: ClassVar[Mapping[str, str]] = MappingProxyType({"target": "it is asked for nothing"})
 
     def init(self, prunable: PrunableLayers, length: RunLength) -> None:
         """No state."""

@@ -62,6 +62,11 @@ class DSR(Growing):
         if not 0 < self.threshold < float("inf"):
             raise UserError(f"threshold must be above 0, not {self.threshold}")
 
+    @property
+    def decided_by(self) -> str:
+        """Weights grow where weights survive."""
+        return "what survives in each layer"
+
     def timing(self, length: RunLength) -> Timing:
         """When units move."""
         return make_timing(length, self.interval, min(1000, length.total // 100), self.stop, doubling=True)

@@ -7,7 +7,6 @@ from dataclasses import dataclass, replace
 from typing import ClassVar
 
 from clicktrain.errors import UserError
-from clicktrain.graph.prunable import PrunableLayers
 from clicktrain.methods.base import RunLength
 from clicktrain.methods.masks.moving import Growing
 from clicktrain.methods.masks.update_times import Timing, check_shares, make_timing
@@ -63,9 +62,10 @@ class GraNet(Growing):
         """At the first step."""
         return self.initial_sparsity
 
-    def planned(self, prunable: PrunableLayers) -> dict[str, float | None]:
-        """Weights compete over all layers: their densities follow from training."""
-        return dict.fromkeys([layer.name for layer in prunable.layers])
+    @property
+    def decided_by(self) -> str:
+        """Weights compete over all layers."""
+        return "what survives in the whole network"
 
     def timing(self, length: RunLength) -> Timing:
         """When units move."""

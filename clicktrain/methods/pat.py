@@ -1,8 +1,8 @@
-"""PaT, pruning-aware training: neurons are removed once it is stable which ones (When to Prune?, section 3).
+"""PaT, pruning-aware training: prune neurons as soon as it is stable which ones (When to Prune?, section 3).
 
-Stages: dense training, with the early pruning indicator taken at the end of every epoch; one epoch in which
-neurons are pruned step by step (Algorithm 1) and at whose end they are removed; sparse training, of the
-smaller network. Other rules for when to begin, and the paper's baselines, are settings of the same method.
+Stages: dense training, with the early pruning indicator measured at the end of every epoch; one epoch in
+which neurons are pruned step by step (Algorithm 1) and at whose end they are removed; sparse training of the
+smaller network. Other triggers, and the paper's baselines, are settings of the same method.
 """
 
 from __future__ import annotations
@@ -12,7 +12,6 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any, ClassVar
 
-import torch
 from torch import Tensor, nn
 
 from clicktrain.errors import UserError
@@ -26,57 +25,43 @@ from clicktrain.methods.base import (
     Record,
     RestoreTensors,
     RunLength,
-    SilenceChannels,
     StepInfo,
     plan_rows,
 )
-from clicktrain.methods.channels.selection import Amount, ChannelSelection, LatencyCourse
-from clicktrain.methods.outcome import NOTED, Reached, Target, latency_target
+from clicktrain.methods.channels.budget import ChannelBudget
+from clicktrain.methods.channels.criteria import NEURON_CRITERIA, ChannelScores, NeuronCriterionChoice
+from clicktrain.methods.channels.selection import ChannelSelection
+from clicktrain.methods.channels.stepwise import StepwiseRemoval, StepwiseState
+from clicktrain.methods.outcome import Reached, Target
+from clicktrain.methods.saved_state import restored_state, saved_state
 from clicktrain.methods.triggers import StartRule, StructureWatch, default_threshold, default_window
-from clicktrain.sparsity.channel_importance import add_scores_
+from clicktrain.settings import part_of
 from clicktrain.sparsity.registry import choice_name
 from clicktrain.sparsity.triggers import PolicyChoice
-from clicktrain.surgery import SurgeryPlan, read_recipe
-from clicktrain.surgery.neurons import (
-    NEURON_CRITERIA,
-    NeuronCriterionChoice,
-    NeuronValues,
-    magnitude_of_neurons,
-    masks_of_recipe,
-    shuffled,
-    widths,
-)
+from clicktrain.surgery import read_recipe
 
 STAGES = ("dense", "prune", "sparse")
 
 
 @dataclass(slots=True)
 class PaTState:
-    """What PaT remembers between steps. ``selection`` and ``plan`` follow from the rest and are not saved."""
+    """State of PaT between steps."""
 
     stage: str = "dense"
     entered: int = 0
     """Epoch (from 0) in which pruning takes place."""
     reason: str = ""
-    sums: dict[str, Tensor] = field(default_factory=dict)
-    """Per group, scores added up since the last decision."""
-    counts: dict[str, int] = field(default_factory=dict)
-    """Batches in these sums."""
     watch: StructureWatch = field(default_factory=StructureWatch)
-    steps_done: int = 0
-    kept: dict[str, Tensor] = field(default_factory=dict)
+    pruning: StepwiseState = field(default_factory=StepwiseState)
     initial: dict[str, Tensor] = field(default_factory=dict)
     """Tensors before the first step, for ``rewind``."""
-    course: LatencyCourse = field(default_factory=LatencyCourse)
-    selection: ChannelSelection | None = field(default=None, compare=False)
-    plan: SurgeryPlan | None = field(default=None, compare=False)
 
 
 @dataclass(frozen=True, kw_only=True)
 class PaT(Method[PaTState]):
     """Neurons ranked over the whole network are removed early, when EPI says so (When to Prune?, 2022).
 
-    A neuron is an output channel; those of a residual stage that can only go together are one neuron.
+    A neuron is an output channel; channels of a residual stage that can only be removed together are one.
     """
 
     name: ClassVar[str] = "pat"
@@ -84,11 +69,11 @@ class PaT(Method[PaTState]):
     reads_graph: ClassVar[bool] = True
 
     prune_ratio: float = 0.3
-    """Share of all neurons that is removed; not used if a latency is given."""
+    """Share of all neurons to remove; not used if a latency is given."""
     criterion: NeuronCriterionChoice = "taylor"
     """Importance of a neuron: taylor (the change of the loss by batch norm's scale and shift, by the weights
     where there is no batch norm), taylor_weights (Eq. 3 on the weights everywhere; about zero in front of a
-    batch norm), magnitude (Eq. 2); any other criterion of weights is summed over a neuron's."""
+    batch norm), magnitude (Eq. 2), or any criterion of weights, summed over the neuron."""
     policy: PolicyChoice = "epi"
     """When: epi (the structure is stable), loss_slope (the loss settles, ClickTrain's rule), epoch (at
     prune_epoch), random (an epoch drawn up to latest_start), or init (before training: structural SNIP with 1
@@ -138,9 +123,7 @@ class PaT(Method[PaTState]):
     def __post_init__(self) -> None:
         """Check every setting."""
         super().__post_init__()
-        if not 0 < self.prune_ratio < 1:
-            raise UserError(f"prune_ratio must be between 0 and 1 (0.3 keeps 70%), not {self.prune_ratio}")
-        for key in ("epi_window", "prune_steps", "init_batches", "min_channels", "round_to", "latency_batch"):
+        for key in ("epi_window", "prune_steps", "init_batches"):
             value = getattr(self, key)
             if value is not None and value < 1:
                 raise UserError(f"{key} must be at least 1, not {value}")
@@ -158,38 +141,20 @@ class PaT(Method[PaTState]):
             raise UserError(
                 "structure_from needs no scores: use policy epoch with prune_epoch 0 instead of init"
             )
-        self._check_latency()
+        _ = self.budget
 
-    def _check_latency(self) -> None:
-        if self.latency_target is not None and self.latency_target_ms is not None:
-            raise UserError("latency_target and latency_target_ms are both set: give one")
-        if self.latency_target is not None and not 0 < self.latency_target < 1:
-            raise UserError(
-                f"latency_target is a share of the whole network's time, between 0 and 1, not "
-                f"{self.latency_target}; milliseconds are latency_target_ms"
-            )
-        if self.latency_target_ms is not None and not 0 < self.latency_target_ms < math.inf:
-            raise UserError(f"latency_target_ms must be above 0, not {self.latency_target_ms}")
-        targets = (self.latency_target, self.latency_target_ms, self.latency_penalty)
-        if self.latency_batch != 1 and targets == (None, None, None):
-            raise UserError(
-                f"latency_batch is {self.latency_batch} but no latency counts: give latency_target or "
-                "latency_penalty too"
-            )
-        if self.latency_penalty is not None and not 0 <= self.latency_penalty < math.inf:
-            raise UserError(f"latency_penalty must not be negative, not {self.latency_penalty}")
-
-    # ---- what -------------------------------------------------------------------------------
+    # ---- the parts --------------------------------------------------------------------------
 
     @property
-    def amount(self) -> Amount:
-        """How much is to go."""
-        by_latency = self.latency_target is not None or self.latency_target_ms is not None
-        penalty = float(by_latency) if self.latency_penalty is None else self.latency_penalty
-        return Amount(
-            self.prune_ratio, self.latency_target, self.latency_target_ms, self.latency_batch, penalty,
-            self.min_channels, self.round_to,
-        )  # fmt: skip
+    def budget(self) -> ChannelBudget:
+        """How many neurons are removed."""
+        return part_of(ChannelBudget, self)
+
+    @property
+    def removal(self) -> StepwiseRemoval:
+        """Which neurons are removed, and in how many steps."""
+        criterion = NEURON_CRITERIA.resolve(self.criterion)
+        return StepwiseRemoval(self.budget, criterion, self.prune_steps, self.exclude)
 
     @property
     def threshold(self) -> float:
@@ -198,23 +163,16 @@ class PaT(Method[PaTState]):
             return self.epi_threshold
         return default_threshold(self.criterion, NEURON_CRITERIA)
 
-    def find_prunable(self, model: nn.Module, trained: Sequence[Tensor] | None = None) -> PrunableLayers:
-        """Every convolution, the first and depthwise ones too, and fully connected layers."""
-        return find_prunable(model, trained, include=("*",), linear=True)
-
-    def _selection(self, state: PaTState, prunable: PrunableLayers) -> ChannelSelection:
-        if state.selection is None:
-            state.selection = ChannelSelection.of(prunable, self.amount, self.exclude, state.course)
-        return state.selection
-
-    # ---- when -------------------------------------------------------------------------------
-
     def start(self, length: RunLength) -> StartRule:
         """In which epoch neurons are pruned."""
         latest = min(length.epochs - 1, round(self.latest_start * length.epochs))
         window = self.epi_window or default_window(latest)
         return StartRule(self.policy, latest, window, self.threshold, self.prune_epoch, self.policy_seed,
                          self.loss_slope)  # fmt: skip
+
+    def find_prunable(self, model: nn.Module, trained: Sequence[Tensor] | None = None) -> PrunableLayers:
+        """Every convolution, the first and depthwise ones too, and linear layers."""
+        return find_prunable(model, trained, include=("*",), linear=True)
 
     # ---- life cycle -------------------------------------------------------------------------
 
@@ -227,10 +185,9 @@ class PaT(Method[PaTState]):
             )
         if self.structure_from is not None:
             read_recipe(self.structure_from)
-        NEURON_CRITERIA.resolve(self.criterion)
-        state = PaTState()
+        removal, state = self.removal, PaTState()
         if prunable.example is not None:
-            self._selection(state, prunable)
+            removal.selection(state.pruning, prunable)
         if self.rewind and prunable.model is not None:
             tensors = {**dict(prunable.model.named_parameters()), **dict(prunable.model.named_buffers())}
             state.initial = {name: tensor.detach().clone() for name, tensor in tensors.items()}
@@ -242,23 +199,13 @@ class PaT(Method[PaTState]):
         """dense, prune or sparse (Algorithm 2)."""
         return state.stage
 
-    def _holds_weights(self, state: PaTState) -> bool:
-        """Whether the optimizer's steps are to change nothing: what is before training is before it."""
-        at_first = self.structure_from is not None and state.entered == 0
-        return state.stage == "prune" and (self.policy == "init" or at_first)
-
     def before_step(self, state: PaTState, prunable: PrunableLayers, step: StepInfo) -> None:
         """Add up scores; before training, take the gradients away so that no weight moves."""
         if state.stage == "sparse" or prunable.model is None or prunable.example is None:
             return
-        selection = self._selection(state, prunable)
-        criterion = NEURON_CRITERIA.resolve(self.criterion)
-        for group in selection.groups:
-            scores = criterion(NeuronValues(group, selection.parameters, step.gradient))
-            if scores is not None:
-                add_scores_(state.sums, {group.name: scores})
-                state.counts[group.name] = state.counts.get(group.name, 0) + 1
-        if self._holds_weights(state):
+        self.removal.add_scores(state.pruning, prunable, step.gradient)
+        at_first = self.structure_from is not None and state.entered == 0
+        if state.stage == "prune" and (self.policy == "init" or at_first):
             for parameter in prunable.model.parameters():
                 parameter.grad = None
 
@@ -270,10 +217,13 @@ class PaT(Method[PaTState]):
             return self._prune(state, prunable, step)
         if not step.ends_epoch:
             return ()
-        epoch = math.floor(step.position)
-        actions: list[Action] = [self._indicator(state, prunable, step.length)]
-        reason = self.start(step.length).due(epoch, state.watch, step.epoch_losses)
-        state.sums, state.counts = {}, {}
+        epoch, start = math.floor(step.position), self.start(step.length)
+        structure = self.removal.structure(state.pruning, prunable)
+        actions: list[Action] = [
+            state.watch.add(structure, start.window, self.threshold, choice_name(self.criterion))
+        ]
+        state.pruning.scores = ChannelScores()
+        reason = start.due(epoch, state.watch, step.epoch_losses)
         if reason is not None and epoch < step.length.epochs:
             state.stage, state.entered, state.reason = "prune", epoch, reason
             actions += self._announce(state)
@@ -285,142 +235,60 @@ class PaT(Method[PaTState]):
         trigger = {"event": "trigger", "policy": choice_name(self.policy), "reason": state.reason,
                    "epi": state.watch.epi, "threshold": self.threshold,
                    "prune_epoch": state.entered}  # fmt: skip
-        return [Record(trigger), Record(_stage_event("prune", state.reason))]
-
-    def _mean_scores(self, state: PaTState, prunable: PrunableLayers) -> dict[str, Tensor]:
-        """Per group, averaged over batches; magnitudes if no batch was seen, 0 without any gradient."""
-        selection = self._selection(state, prunable)
-        if not state.sums:
-            return {
-                group.name: magnitude_of_neurons(NeuronValues(group, selection.parameters, lambda _: None))
-                for group in selection.groups
-            }
-        return {
-            group.name: state.sums[group.name] / state.counts[group.name]
-            if group.name in state.sums
-            else torch.zeros(group.size)
-            for group in selection.groups
-        }
-
-    def _indicator(self, state: PaTState, prunable: PrunableLayers, length: RunLength) -> Action:
-        """Algorithm 2, lines 6 to 8: the structure of the best neurons, and EPI."""
-        selection = self._selection(state, prunable)
-        structure = widths(selection.choose(self._mean_scores(state, prunable), None, 1, 1))
-        return state.watch.add(
-            structure, self.start(length).window, self.threshold, choice_name(self.criterion)
-        )
-
-    # ---- the pruning epoch ------------------------------------------------------------------
+        return [Record(trigger), _enters("prune", state.reason)]
 
     def _prune(self, state: PaTState, prunable: PrunableLayers, step: StepInfo) -> list[Action]:
-        """Algorithm 1."""
-        first = step.seen == step.batches  # what began before training could not be told then
+        """The pruning epoch: Algorithm 1."""
+        first = step.seen == step.batches  # nothing can be recorded before the first step
         actions = self._announce(state) if first else []
-        if self.structure_from is not None:
-            return [*actions, *self._remove(state, prunable)]
         done = step.position - state.entered
         if self.policy == "init":
             done = step.seen / min(self.init_batches, step.length.steps_per_epoch)
         due = min(self.prune_steps, math.floor(done * self.prune_steps + 1e-9))
-        if due == self.prune_steps:
+        if due == self.prune_steps or self.structure_from is not None:
             return [*actions, *self._remove(state, prunable)]
-        selection = self._selection(state, prunable)
-        if due > state.steps_done:
-            scores = self._mean_scores(state, prunable)
-            state.kept = selection.choose(scores, state.kept or None, due, self.prune_steps)
-            state.plan = selection.plan(state.kept)
-            measured = selection.measured(state.plan, state.kept) if selection.measures_after(due) else {}
-            state.steps_done, state.sums, state.counts = due, {}, {}
-            pruned = selection.total - sum(widths(state.kept).values())
-            event = {"event": "pruned", "pruning_step": due, "neurons_pruned": pruned,
-                     "neurons": selection.total, **measured}  # fmt: skip
-            actions.append(Record(event))
-        if state.kept:
-            state.plan = state.plan or selection.plan(state.kept)
-            actions.append(SilenceChannels(state.plan))
-        return actions
+        return [*actions, *self.removal.advance(state.pruning, prunable, due)]
 
     def _remove(self, state: PaTState, prunable: PrunableLayers) -> list[Action]:
-        """The last pruning step, and the physical removal of all that was pruned."""
-        selection = self._selection(state, prunable)
-        about: dict[str, Any]
-        if self.structure_from is not None:
-            masks = masks_of_recipe(selection.groups, read_recipe(self.structure_from))
-            if self.structure_shuffle is not None:
-                masks = shuffled(masks, self.structure_shuffle)
-            plan, about = selection.plan(masks), {"structure_from": self.structure_from}
+        """The last pruning step; what served the decision is released."""
+        removal: Reconfigure
+        if self.structure_from is None:
+            removal = self.removal.remove(state.pruning, prunable)
         else:
-            scores = self._mean_scores(state, prunable)
-            masks, plan, about = selection.final(scores, state.kept or None, self.prune_steps)
-        state.stage = "sparse"
-        pruned = selection.total - sum(widths(masks).values())
-        event = {
-            "neurons": selection.total,
-            "neurons_pruned": pruned,
-            "prune_ratio": pruned / selection.total,
-            "structure": widths(masks),
-            **about,
-        }
-        restored: list[Action] = [RestoreTensors(dict(state.initial))] if state.initial else []
-        self._forget(state)
-        stage = Record(_stage_event("sparse", "neurons are removed"))
-        return [*restored, Reconfigure(plan, event), stage]
-
-    @staticmethod
-    def _forget(state: PaTState) -> None:
-        """What served the decision."""
-        state.sums, state.counts, state.kept, state.initial = {}, {}, {}, {}
-        state.selection = state.plan = None
-        state.watch = StructureWatch()
+            recipe, shuffle = self.structure_from, self.structure_shuffle
+            removal = self.removal.remove_as_in(state.pruning, prunable, recipe, shuffle)
+        restored: list[Action] = [RestoreTensors(state.initial)] if state.initial else []
+        state.stage, state.initial = "sparse", {}
+        state.pruning, state.watch = StepwiseState(), StructureWatch()
+        return [*restored, removal, _enters("sparse", "neurons are removed")]
 
     def at_end(self, state: PaTState, prunable: PrunableLayers) -> Sequence[Action]:
         """A run always ends pruned."""
-        if state.stage == "sparse" or prunable.example is None:
-            return ()
-        return self._remove(state, prunable)
+        done = state.stage == "sparse" or prunable.example is None
+        return () if done else self._remove(state, prunable)
 
     def targets_of(self, state: PaTState, reached: Reached) -> Sequence[Target]:
-        """The share of neurons, or the time; the structure of another run is none of its own."""
+        """The share of neurons, or the time; none for the structure of another run."""
         del state
-        if self.structure_from is not None:
-            return ()
-        event = reached.last_event("reconfigured", "neurons")
-        if self.amount.by_latency:
-            return [latency_target(event, self.latency_target, self.latency_target_ms)]
-        removed = float(event.get("prune_ratio", 0.0))
-        reason = "" if event else "the run ended before a batch was seen"
-        if event and abs(removed - self.prune_ratio) > NOTED * self.prune_ratio:
-            reason = f"there are {event['neurons']} neurons"
-            if self.round_to > 1:
-                reason += f", and widths are multiples of {self.round_to}"
-        return [Target("neurons removed", self.prune_ratio, removed, "share", reason)]
+        return () if self.structure_from is not None else (self.budget.target(reached),)
 
     # ---- what is shown and saved ------------------------------------------------------------
 
     def plan(self, prunable: PrunableLayers, length: RunLength, state: PaTState | None = None) -> PruningPlan:
-        """Per layer: how many neurons compete, and with which layers they can only go together."""
+        """Per layer: how many neurons compete, and the layers that share them."""
         over = state is not None and state.stage == "sparse"
         notes, summary = {}, "neurons were removed" if over else "neurons are known after the first batch"
         if prunable.example is not None and not over:
-            selection = ChannelSelection.of(prunable, self.amount, self.exclude)
+            selection = ChannelSelection.of(prunable, self.budget, self.exclude)
             notes = selection.describe()
-            asked = f"{selection.num_pruned} are removed, wherever they are"
-            if self.latency_target_ms is not None:
-                asked = f"as many are removed as it takes to be at {self.latency_target_ms:g} ms"
-            elif self.latency_target is not None:
-                asked = f"as many are removed as it takes to be at {self.latency_target:.0%} of the time"
-            summary = f"{selection.total} neurons: {asked}"
+            summary = f"{selection.total} neurons: {self.budget.describe(selection.num_pruned)}"
         rows = []
         for layer in prunable.layers:
-            compete = layer.name in notes
             why = notes.get(layer.name, "the neurons that are left" if over else "its outputs stay")
-            what, density = ("neurons", None) if compete else ("none", 1.0)
+            what, density = "neurons" if layer.name in notes else "none", 1.0 if over else None
             rows.append(LayerPlan(layer.name, layer.shape, what, density, None, why))
-        return PruningPlan(plan_rows(prunable, rows), summary, self._stage_lines(length))
-
-    def _stage_lines(self, length: RunLength) -> tuple[tuple[str, str], ...]:
         how = "one epoch" if self.policy != "init" else "before training"
-        return (
+        stages = (
             ("stage 1 dense", self.start(length).describe()),
             (
                 "stage 2 prune",
@@ -428,40 +296,17 @@ class PaT(Method[PaTState]):
             ),
             ("stage 3 sparse", "to the end, with the neurons that are left"),
         )
+        return PruningPlan(plan_rows(prunable, rows), summary, stages)
 
     def state_dict(self, state: PaTState) -> dict[str, Any]:
         """Nested dicts of tensors, numbers and strings."""
-        return {
-            "stage": state.stage,
-            "entered": state.entered,
-            "reason": state.reason,
-            "sums": dict(state.sums),
-            "counts": dict(state.counts),
-            "watch": state.watch.state_dict(),
-            "steps_done": state.steps_done,
-            "kept": dict(state.kept),
-            "initial": dict(state.initial),
-            "course": {"dense_ms": state.course.dense_ms, "correction": state.course.correction},
-        }
+        return saved_state(state)
 
     def load_state(self, prunable: PrunableLayers, length: RunLength, saved: Mapping[str, Any]) -> PaTState:
-        """Inverse of `state_dict`."""
-        del length
-        weight = next((layer.weight for layer in prunable.layers), None)
-        device = None if weight is None else weight.device
-        return PaTState(
-            stage=saved["stage"],
-            entered=saved["entered"],
-            reason=saved["reason"],
-            sums={name: value.to(device, copy=True) for name, value in saved["sums"].items()},
-            counts=dict(saved["counts"]),
-            watch=StructureWatch.from_state(saved["watch"]),
-            steps_done=saved["steps_done"],
-            kept={name: mask.cpu() for name, mask in saved["kept"].items()},
-            initial={name: value.to(device, copy=True) for name, value in saved["initial"].items()},
-            course=LatencyCourse(**saved["course"]),
-        )
+        """The inverse of `state_dict`."""
+        del prunable, length
+        return restored_state(PaTState, saved)
 
 
-def _stage_event(stage: str, reason: str) -> dict[str, Any]:
-    return {"event": "stage", "stage": stage, "number": STAGES.index(stage) + 1, "reason": reason}
+def _enters(stage: str, reason: str) -> Record:
+    return Record({"event": "stage", "stage": stage, "number": STAGES.index(stage) + 1, "reason": reason})

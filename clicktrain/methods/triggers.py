@@ -17,6 +17,7 @@ from torch import Tensor
 
 from clicktrain.graph.prunable import PrunableLayer
 from clicktrain.methods.base import Record, StepInfo
+from clicktrain.runs.events import IndicatorEvent
 from clicktrain.sparsity.importance import CRITERIA, Criterion, kernel_scores, reads_gradient
 from clicktrain.sparsity.registry import choice_name
 from clicktrain.sparsity.stability import (
@@ -47,8 +48,11 @@ class StructureWatch:
         self.structures.append(list(structure.values()))
         epi = early_pruning_indicator(self.structures, window)
         self.indicators.append(epi)
-        return Record({"event": "epi", "epi": epi, "threshold": threshold, "window": window,
-                       "criterion": what, "structure": dict(structure)})  # fmt: skip
+        return Record(
+            IndicatorEvent(
+                epi=epi, threshold=threshold, window=window, criterion=what, structure=dict(structure)
+            )
+        )
 
     @property
     def epi(self) -> float | None:

@@ -6,11 +6,11 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import TypeVar
 
+from clicktrain import wording
 from clicktrain.errors import UserError
-from clicktrain.report import wording
-from clicktrain.report.charts import Series, log_line_chart
-from clicktrain.report.figure import Figure, Key
-from clicktrain.report.run_data import Run, number, read_lines
+from clicktrain.report.charts import Figure, Key, Series, log_line_chart
+from clicktrain.report.run_data import Run, number
+from clicktrain.runs.folder import RunFolder
 
 LAYERS = 3
 """Layers that are drawn: from the middle of each third of the network."""
@@ -52,14 +52,14 @@ class LayerChannels:
 
     def came_back(self, threshold: float) -> dict[int, float]:
         """Channels that were under the threshold and later over it -> the largest weight they had then."""
-        found = {}
+        returned = {}
         for channel, own in self.points.items():
             values = [value for _, value in own]
             first = next((i for i, value in enumerate(values) if value <= threshold), len(values))
             later = max(values[first:], default=0.0)
             if later > threshold:
-                found[channel] = later
-        return found
+                returned[channel] = later
+        return returned
 
     def small(self, threshold: float) -> int:
         """How many channels were under the threshold at some time."""
@@ -72,23 +72,23 @@ def recorded_channels(run: Run) -> list[LayerChannels]:
     Raises:
         UserError: the file is damaged.
     """
-    path = run.folder / "channels.jsonl"
-    found: dict[str, dict[int, Points]] = {}
+    folder = RunFolder(run.folder)
+    layers: dict[str, dict[int, Points]] = {}
     channels: dict[str, list[int]] = {}
     last = 0.0
     try:
-        for line in read_lines(path):
+        for line in folder.read_channels():
             last = float(line["epoch"])
             if "channels" in line:
                 channels = line["channels"]["outputs"]
             for layer, values in line["outputs"].items():
-                own = found.setdefault(layer, {})
+                own = layers.setdefault(layer, {})
                 for channel, value in zip(channels[layer], values, strict=True):
                     if value is not None:  # no number
                         own.setdefault(int(channel), []).append((last, float(value)))
     except (KeyError, TypeError, AttributeError, ValueError):
-        raise UserError(f"{path} is damaged: a line of it does not tell of channels") from None
-    return [LayerChannels(layer, own, last) for layer, own in found.items() if own]
+        raise UserError(f"{folder.channels} is damaged: a line of it does not tell of channels") from None
+    return [LayerChannels(layer, own, last) for layer, own in layers.items() if own]
 
 
 def channel_weight_figures(run: Run) -> tuple[Figure, ...]:

@@ -10,10 +10,11 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
-from clicktrain.report import wording
+import numpy as np
+
+from clicktrain import wording
 from clicktrain.report.channel_weights import channel_weight_figures
-from clicktrain.report.charts import Bars, Series, bar_chart, line_chart
-from clicktrain.report.figure import Figure, Key
+from clicktrain.report.charts import Bars, Figure, Key, Series, bar_chart, line_chart
 from clicktrain.report.run_data import Run, number
 
 _A, _B = "curve-val", "curve-train"
@@ -178,12 +179,12 @@ def _batch_norm(run: Run) -> Figure | None:
 
 def _indicator(run: Run) -> Figure | None:
     """PaT's early pruning indicator, and when it said that it is time."""
-    told = [event for event in run.events if event.get("event") == "epi"]
-    pairs = ((number(event, "epoch"), number(event, "epi")) for event in told)
+    reports = [event for event in run.events if event.get("event") == "epi"]
+    pairs = ((number(event, "epoch"), number(event, "epi")) for event in reports)
     points = [(epoch, value) for epoch, value in pairs if epoch is not None and value is not None]
     if not points:
         return None
-    threshold = number(told[-1], "threshold")
+    threshold = number(reports[-1], "threshold")
     begins = [number(e, "epoch") for e in run.events if e.get("event") in _BEGINS]
     chosen = next((epoch for epoch in begins if epoch), None)
     values = [value for _, value in points] + ([] if threshold is None else [threshold])
@@ -195,7 +196,7 @@ def _indicator(run: Run) -> Figure | None:
         reference=threshold,
         marks=[] if chosen is None else [(chosen, f"pruning began after epoch {wording.epoch(chosen)}")],
     )
-    caption = "How alike the structures of neighbouring epochs are"
+    caption = "How alike the structures of neighboring epochs are"
     caption += f"; dashed: the threshold {threshold:.3g}" if threshold is not None else ""
     caption += (
         f". Pruning began after epoch {wording.epoch(chosen)} (upright line)." if chosen is not None else "."
@@ -219,10 +220,10 @@ def layer_densities(run: Run, events: Sequence[Mapping[str, Any]]) -> list[tuple
         last[_first_name(name, first)] = (name, row)
     gone = {_first_name(str(name), first) for event in events for name in event.get("layers_removed") or ()}
     threshold = number(run.config, "threshold") or 1e-4
-    found: list[tuple[str, float, float | None]] = []
+    densities: list[tuple[str, float, float | None]] = []
     for name, row in first.items():
         if name in gone or name not in last:
-            found.append((name, 0.0, 0.0))
+            densities.append((name, 0.0, 0.0))
             continue
         now_called, now = last[name]
         called = next((n for n in (f"{now_called}.layer", now_called) if n in run.weight_shapes), None)
@@ -233,10 +234,10 @@ def layer_densities(run: Run, events: Sequence[Mapping[str, Any]]) -> list[tuple
         weight = None if called is None else run.weight(called)
         depthwise = weight is not None and weight.shape[1] == 1 and _pair(row, "inputs")[0] > 1
         channels = outs if depthwise else ins * outs
-        alive = None if weight is None else float((weight.abs() > threshold).double().mean())
+        alive = None if weight is None else float((np.abs(weight) > threshold).mean())
         weights = None if alive is None else channels * alive
-        found.append((name, channels, weights))
-    return found
+        densities.append((name, channels, weights))
+    return densities
 
 
 def _layers(event: Mapping[str, Any]) -> list[Mapping[str, Any]]:
@@ -263,24 +264,26 @@ def _share(first: Mapping[str, Any], last: Mapping[str, Any], side: str) -> floa
 
 
 def _densities(run: Run, events: Sequence[Mapping[str, Any]]) -> Figure | None:
-    found = layer_densities(run, events)
-    if not found:
+    densities = layer_densities(run, events)
+    if not densities:
         return None
-    channels = [(float(i), 100 * share) for i, (_, share, _) in enumerate(found, 1)]
-    weights = [(float(i), 100 * share) for i, (_, _, share) in enumerate(found, 1) if share is not None]
+    channels = [(float(i), 100 * share) for i, (_, share, _) in enumerate(densities, 1)]
+    weights = [(float(i), 100 * share) for i, (_, _, share) in enumerate(densities, 1) if share is not None]
     lines = [Series("channels", channels, _A), Series("weights", weights, _B, dashed=True)]
     lines = [line for line in lines if line.points]
     drawn = line_chart(
         lines,
         label=f"Channel and weight density of every layer of {run.label}",
-        epochs=(1.0, float(max(len(found), 2))),
+        epochs=(1.0, float(max(len(densities), 2))),
         y_range=(0.0, 100.0),
         x_name="layer",
     )
-    gone = sum(share == 0 for _, share, _ in found)
+    gone = sum(share == 0 for _, share, _ in densities)
     caption = "Input times output channels that are left, and weights among them that are not near zero"
     caption += (
-        f"; {gone} of {len(found)} layers are gone." if gone else f"; all {len(found)} layers are left."
+        f"; {gone} of {len(densities)} layers are removed."
+        if gone
+        else f"; all {len(densities)} layers are left."
     )
     keys = tuple(Key(s.label, s.css, dashed=s.dashed) for s in lines)
     return Figure("Density of each layer, %", drawn, caption, keys)

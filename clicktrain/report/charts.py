@@ -18,8 +18,29 @@ _CHARACTER = 6.2  # pixels of a character of a label, roughly
 
 
 @dataclass(frozen=True, slots=True)
+class Key:
+    """An entry of a chart's key: a line, or an area."""
+
+    label: str
+    css: str
+    dashed: bool = False
+    area: bool = False
+
+
+@dataclass(frozen=True, slots=True)
+class Figure:
+    """What a template shows as ``<figure>``."""
+
+    title: str
+    drawn: Markup
+    caption: str
+    keys: tuple[Key, ...] = ()
+    keys_below: bool = False
+
+
+@dataclass(frozen=True, slots=True)
 class Series:
-    """A line: points (epoch, value), the class that gives its colour, and ``dashed`` or not."""
+    """A line: points (epoch, value), the class that gives its color, and ``dashed`` or not."""
 
     label: str
     points: Sequence[tuple[float, float]]
@@ -63,7 +84,7 @@ def line_chart(
     reference: float | None = None,
     marks: Sequence[tuple[float, str]] = (),
 ) -> Markup:
-    """Lines over epochs, with the stages as coloured bands behind them.
+    """Lines over epochs, with the stages as colored bands behind them.
 
     Args:
         series: at least one point in all.
@@ -322,7 +343,7 @@ def _free_height(
 def lane_chart(
     lanes: Sequence[tuple[str, str, Sequence[StageBand]]], *, label: str, last_epoch: float
 ) -> Markup:
-    """When each run was in which stage: one row per run, given as (name, colour class, bands)."""
+    """When each run was in which stage: one row per run, given as (name, color class, bands)."""
     step = min(44.0, (HEIGHT - _TOP - _BOTTOM) / max(len(lanes), 1))
     height = _TOP + step * len(lanes) + _BOTTOM
     x = Scale(0.0, max(last_epoch, 1e-9), 12.0, WIDTH - _RIGHT)

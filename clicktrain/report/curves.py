@@ -4,11 +4,9 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 
-from clicktrain.report import wording
-from clicktrain.report.charts import Bars, Series, bar_chart, line_chart
-from clicktrain.report.comparison import sparsity_steps
-from clicktrain.report.figure import Figure, Key
-from clicktrain.report.robustness import robustness_figures
+from clicktrain import wording
+from clicktrain.report.charts import Bars, Figure, Key, Series, bar_chart, line_chart
+from clicktrain.report.comparison import robustness_figures, sparsity_steps
 from clicktrain.report.run_data import Run, number
 from clicktrain.report.stages import StageBand, stage_bands
 

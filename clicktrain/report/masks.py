@@ -1,13 +1,14 @@
-"""Masks of layers as pictures: one cell per kernel, coloured by its pattern."""
+"""Masks of layers as pictures: one cell per kernel, colored by its pattern."""
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 
-import torch
+import numpy as np
 from markupsafe import Markup
-from torch import Tensor
+from numpy.typing import NDArray
 
 from clicktrain.report.patterns import Pool, pools
 from clicktrain.report.run_data import Run, kernel_density, number
@@ -66,7 +67,7 @@ def _telling(run: Run) -> list[tuple[str, str]]:
     names = with_patterns or pruned
     chosen: dict[str, list[str]] = {}
     for why, key, best in (
-        ("the largest pruned layer", lambda n: torch.Size(run.weight_shapes[n]).numel(), max),
+        ("the largest pruned layer", lambda n: math.prod(run.weight_shapes[n]), max),
         ("the layer that kept the largest share", left.__getitem__, max),
         ("the layer that kept the smallest share", left.__getitem__, min),
     ):
@@ -88,25 +89,24 @@ def _draw(run: Run, layer: str, why: str, by_shape: Mapping[tuple[int, int], Poo
         (f, c, r, s),
         (rows, columns),
         kernel_density(keep),
-        float(keep.to(torch.float64).mean()),
+        float(keep.mean()),
         _whole(ranks, label, corner=(r, s) != (1, 1)),
         None if (r, s) == (1, 1) else _corner(part, ranks, layer),
     )
 
 
-def _ranks(keep: Tensor, pool: Pool | None) -> list[list[int]]:
+def _ranks(keep: NDArray[np.bool_], pool: Pool | None) -> list[list[int]]:
     """Rank of each kernel's pattern; 0 for dropped kernels, -1 for kept ones that follow no pattern.
 
     A weight inside a pattern may happen to be zero, so the first pattern that holds all kept positions
     counts.
     """
     positions = keep.shape[2] * keep.shape[3]
-    power = 2 ** torch.arange(positions, dtype=torch.int64)
-    bits = (keep.flatten(2).to(torch.int64) * power).sum(dim=2)
+    bits = keep.reshape(*keep.shape[:2], positions) @ (2 ** np.arange(positions, dtype=np.int64))
     patterns = [] if pool is None else pool.by_score
     rank = {
         b: _DROPPED if b == 0 else next((p.rank for p in patterns if p.bits & b == b), _OTHER)
-        for b in set(bits.flatten().tolist())
+        for b in set(bits.ravel().tolist())
     }
     return [[rank[b] for b in row] for row in bits.tolist()]
 
@@ -116,7 +116,7 @@ def _css(rank: int) -> str:
 
 
 def _runs(ranks: Sequence[Sequence[int]]) -> Iterable[tuple[int, int, int, int]]:
-    """Neighbouring kernels of one rank, joined: (rank, row, first column, number)."""
+    """Neighboring kernels of one rank, joined: (rank, row, first column, number)."""
     for i, row in enumerate(ranks):
         begin = 0
         for j in range(1, len(row) + 1):
@@ -127,7 +127,7 @@ def _runs(ranks: Sequence[Sequence[int]]) -> Iterable[tuple[int, int, int, int]]
 
 
 def _whole(ranks: Sequence[Sequence[int]], label: str, *, corner: bool) -> Markup:
-    """One unit per kernel, one path per colour, so that thousands of kernels stay a small file."""
+    """One unit per kernel, one path per color, so that thousands of kernels stay a small file."""
     height, width = len(ranks), len(ranks[0])
     paths: dict[str, list[str]] = {}
     for rank, i, j, length in _runs(ranks):
@@ -140,7 +140,7 @@ def _whole(ranks: Sequence[Sequence[int]], label: str, *, corner: bool) -> Marku
     return picture(width, height, label, parts, "mask")
 
 
-def _corner(keep: Tensor, ranks: Sequence[Sequence[int]], layer: str) -> Markup:
+def _corner(keep: NDArray[np.bool_], ranks: Sequence[Sequence[int]], layer: str) -> Markup:
     """The first kernels, with each of their R x S weights."""
     rows, columns = min(len(ranks), CORNER_FILTERS), min(len(ranks[0]), CORNER_CHANNELS)
     r, s = keep.shape[2], keep.shape[3]

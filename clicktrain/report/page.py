@@ -9,10 +9,12 @@ from typing import Any
 
 from markupsafe import Markup
 
+from clicktrain import wording
 from clicktrain.errors import UserError
 from clicktrain.formats.atomic import write_text_atomic
-from clicktrain.report import patterns, wording
+from clicktrain.report import patterns
 from clicktrain.report.channels import ChannelView, channel_view
+from clicktrain.report.charts import Figure, Key
 from clicktrain.report.comparison import (
     Entry,
     comparison_figures,
@@ -24,10 +26,8 @@ from clicktrain.report.comparison import (
     time_factor,
 )
 from clicktrain.report.curves import run_figures
-from clicktrain.report.figure import Figure, Key
-from clicktrain.report.layers import LayerRow, layer_rows
+from clicktrain.report.layers import LayerRow, OutcomeRow, layer_rows, outcome_rows
 from clicktrain.report.masks import MaskPicture, mask_pictures
-from clicktrain.report.outcome import OutcomeRow, outcome_rows
 from clicktrain.report.run_data import Run, number, read_runs
 from clicktrain.report.timeline import Moment, timeline
 
@@ -75,22 +75,22 @@ def render(runs: Sequence[Run]) -> str:
         trim_blocks=True,
         lstrip_blocks=True,
     )
-    found = entries(runs)
-    lead = headliner(found)
-    pruned = sum(not entry.run.is_dense for entry in found)
+    compared = entries(runs)
+    lead = headliner(compared)
+    pruned = sum(not entry.run.is_dense for entry in compared)
     return environment.get_template("report.html.j2").render(
         w=wording,
         lead=lead,
         headline=headline(lead),
         context=_context(lead),
         tiles=_tiles(lead),
-        rows=[_table_row(entry) for entry in found],
-        several=len(found) > 1,
-        figures=comparison_figures(found) if len(found) > 1 else [],
-        settings=differing_settings([entry.run for entry in found]),
+        rows=[_table_row(entry) for entry in compared],
+        several=len(compared) > 1,
+        figures=comparison_figures(compared) if len(compared) > 1 else [],
+        settings=differing_settings([entry.run for entry in compared]),
         sections=[
             _section(entry, opened=pruned <= MOST_OPEN or entry is lead)
-            for entry in _by_interest(found, lead)
+            for entry in _by_interest(compared, lead)
         ],
         cell_text=patterns.cell_text,
         breakable=_breakable,
@@ -102,9 +102,9 @@ def _breakable(name: str) -> Markup:
     return Markup(".<wbr>").join(name.split("."))
 
 
-def _by_interest(found: Sequence[Entry], lead: Entry) -> list[Entry]:
+def _by_interest(compared: Sequence[Entry], lead: Entry) -> list[Entry]:
     """The headline's run, the other pruned runs, the baselines."""
-    return sorted(found, key=lambda entry: (entry is not lead, entry.run.is_dense))
+    return sorted(compared, key=lambda entry: (entry is not lead, entry.run.is_dense))
 
 
 # ---- the top of the page --------------------------------------------------------------------
@@ -205,7 +205,7 @@ class PoolView:
 
 @dataclass(frozen=True, slots=True)
 class Section:
-    """All that is told about one run."""
+    """Everything the page shows of one run."""
 
     entry: Entry
     opened: bool
@@ -270,7 +270,7 @@ def _facts(run: Run) -> tuple[tuple[str, str], ...]:
     parameters, alive = number(summary, "parameters"), number(summary, "nonzero_parameters")
     classes = facts.get("classes")
     names = [str(name) for name in classes] if isinstance(classes, list) else []
-    found = [
+    facts_shown = [
         ("device", summary.get("device")),
         ("CPU", summary.get("cpu")),
         ("GPU", summary.get("gpu")),
@@ -285,7 +285,7 @@ def _facts(run: Run) -> tuple[tuple[str, str], ...]:
         ("packed.safetensors", _size(run, "packed.safetensors")),
         *sorted((f"version of {name}", version) for name, version in (summary.get("versions") or {}).items()),
     ]
-    return tuple((name, str(value)) for name, value in found if value)
+    return tuple((name, str(value)) for name, value in facts_shown if value)
 
 
 def _classes(names: list[str]) -> str | None:

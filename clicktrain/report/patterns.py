@@ -11,8 +11,8 @@ from markupsafe import Markup
 from clicktrain.report.run_data import Run, number
 from clicktrain.report.svg import coordinate, element, picture
 
-COLOURS = 12
-"""Pattern colours of the page's style; more patterns begin again with the first."""
+COLORS = 12
+"""Pattern colors of the page's style; more patterns begin again with the first."""
 
 _CELL, _GAP = 12.0, 1.5
 
@@ -28,8 +28,8 @@ class DrawnPattern:
 
     @property
     def css(self) -> str:
-        """Class that gives its colour."""
-        return f"pat-{(self.rank - 1) % COLOURS + 1}"
+        """Class that gives its color."""
+        return f"pat-{(self.rank - 1) % COLORS + 1}"
 
     @property
     def rows(self) -> str:
@@ -97,7 +97,7 @@ class Pool:
 
 def pools(run: Run) -> tuple[Pool, ...]:
     """The run's pattern pools; those of kernels that are kept or dropped whole are left out."""
-    found = []
+    pools = []
     for record in (run.event("pool") or {}).get("pools", ()):
         shape = (int(record["shape"][0]), int(record["shape"][1]))
         whole = (1 << shape[0] * shape[1]) - 1
@@ -106,8 +106,8 @@ def pools(run: Run) -> tuple[Pool, ...]:
             order = sorted(range(len(listed)), key=lambda i: (-(listed[i][1] or 0.0), i))
             rank = {index: place + 1 for place, index in enumerate(order)}
             drawn = (DrawnPattern(rank[i], bits, shape, score) for i, (bits, score) in enumerate(listed))
-            found.append(Pool(shape, tuple(drawn), int(number(record, "candidates") or 0)))
-    return tuple(found)
+            pools.append(Pool(shape, tuple(drawn), int(number(record, "candidates") or 0)))
+    return tuple(pools)
 
 
 @dataclass(frozen=True, slots=True)
@@ -143,10 +143,10 @@ def overall_use(rows: Sequence[PatternUse]) -> PatternUse | None:
 
 def decided_layers(run: Run) -> Sequence[Mapping[str, Any]]:
     """Layers of the event with which patterns and kernels were fixed."""
-    found: Sequence[Mapping[str, Any]] = (run.event("finalised") or {}).get("layers", ())
-    return found
+    layers: Sequence[Mapping[str, Any]] = (run.event("finalised") or {}).get("layers", ())
+    return layers
 
 
 def cell_text(value: float) -> str:
-    """A share in percent, without its sign; small but not zero is told from zero."""
+    """A share in percent, without its sign; a small share is not shown as zero."""
     return "0" if value == 0 else "<1" if value < 0.005 else coordinate(round(100 * value))

@@ -1,4 +1,4 @@
-"""What a report knows of a run: the files of its folder, read once; nothing of a live trainer."""
+"""A run as a report sees it: the files of its folder, read once. Free of torch."""
 
 from __future__ import annotations
 
@@ -9,14 +9,14 @@ from functools import cached_property
 from pathlib import Path
 from typing import Any
 
-import torch
+import numpy as np
+from numpy.typing import NDArray
 from safetensors import SafetensorError, safe_open
-from torch import Tensor
 
 from clicktrain.errors import UserError
-from clicktrain.files import parse_json, read_json, read_yaml
-from clicktrain.methods import METHODS
-from clicktrain.runs.format import check_folder, read_records, read_summary
+from clicktrain.runs.folder import RunFolder
+from clicktrain.runs.format import read_robustness, read_summary
+from clicktrain.runs.model_facts import parse_facts
 
 
 def number(values: Mapping[str, Any] | None, key: str) -> float | None:
@@ -60,9 +60,10 @@ class Run:
     @property
     def method_name(self) -> str:
         """Name of the method, as people write it, with the preset if it is not the default one."""
-        name = METHODS[self.method].title if self.method in METHODS else ""
+        from clicktrain.methods import METHODS  # brings torch: reading a folder does not need it
+
+        name = METHODS[self.method].title if self.method in METHODS else self.method
         preset = self.config.get("preset")
-        name = name or self.method
         return f"{name} ({preset})" if preset not in (None, "default") else name
 
     @property
@@ -193,18 +194,7 @@ class Run:
     @cached_property
     def robustness(self) -> dict[str, list[tuple[float, float]]]:
         """Attack -> (epsilon, accuracy in percent), rising, as far as the run was attacked."""
-        path = self.folder / "robustness.json"
-        if not path.is_file():
-            return {}
-        try:
-            found = read_json(path)["attacks"]
-            curves = {
-                str(name): sorted((float(row["epsilon"]), float(row["accuracy"])) for row in rows)
-                for name, rows in found.items()
-            }
-        except (ValueError, KeyError, TypeError, AttributeError):
-            raise UserError(f"{path} is damaged: make it again with 'clicktrain evaluate'") from None
-        return {name: points for name, points in curves.items() if points}
+        return read_robustness(RunFolder(self.folder).robustness)
 
     # ---- weights ----------------------------------------------------------------------------
 
@@ -220,14 +210,15 @@ class Run:
             k.removesuffix(".weight"): s for k, s in shapes.items() if k.endswith(".weight") and len(s) == 4
         }
 
-    def keep(self, layer: str) -> Tensor:
+    def keep(self, layer: str) -> NDArray[np.bool_]:
         """Mask of a convolution in `weight_shapes`: bool [F, C, R, S], True = kept (not zero)."""
-        return self.weight(layer) != 0
+        mask: NDArray[np.bool_] = self.weight(layer) != 0
+        return mask
 
-    def weight(self, layer: str) -> Tensor:
+    def weight(self, layer: str) -> NDArray[Any]:
         """Weight of a convolution in `weight_shapes`: [F, C, R, S]."""
         with _opened(self.folder / "model.safetensors") as file:
-            weight: Tensor = file.get_tensor(f"{layer}.weight")
+            weight: NDArray[Any] = file.get_tensor(f"{layer}.weight")
         return weight
 
     @cached_property
@@ -237,12 +228,7 @@ class Run:
         if not path.is_file():
             return {}
         with _opened(path) as file:
-            text = (file.metadata() or {}).get("clicktrain", "{}")
-        try:
-            values = parse_json(text, "")
-        except UserError:
-            return {}
-        return values if isinstance(values, dict) else {}
+            return parse_facts(file.metadata() or {}, path)
 
     def file_bytes(self, name: str) -> int | None:
         """Size of a file of the folder, None if it is not there."""
@@ -252,7 +238,7 @@ class Run:
 
 def _opened(path: Path) -> Any:
     try:
-        return safe_open(path, framework="pt")
+        return safe_open(path, framework="numpy")
     except (SafetensorError, OSError):
         raise UserError(f"{path} is damaged: it is not a safetensors file") from None
 
@@ -285,34 +271,17 @@ def _labels(folders: Sequence[Path]) -> list[str]:
 def _read(folder: Path, label: str) -> Run:
     if not folder.is_dir():
         raise UserError(f"there is no folder {folder}: give the folder of a run, as in runs/NAME")
-    config = _read_config(folder)
+    own = RunFolder(folder)
     return Run(
         label,
         folder,
-        config,
-        read_lines(folder / "metrics.jsonl"),
-        read_lines(folder / "events.jsonl"),
-        read_summary(folder / "summary.json"),
+        own.read_settings(),
+        tuple(own.read_metrics()),
+        tuple(own.read_events()),
+        read_summary(own.summary_path),
     )
 
 
-def _read_config(folder: Path) -> dict[str, Any]:
-    check_folder(folder)
-    path = folder / "config.yaml"
-    try:
-        values = read_yaml(path)
-    except UserError as error:
-        raise UserError(f"{folder} is not the folder of a run: {error}") from None
-    if not isinstance(values, dict):
-        raise UserError(f"{folder} is not the folder of a run: its config.yaml holds no settings")
-    return {str(key): value for key, value in values.items()}
-
-
-def read_lines(path: Path) -> tuple[Mapping[str, Any], ...]:
-    """Records of a JSONL file; a last line without its end is still being written and left out."""
-    return tuple(read_records(path))
-
-
-def kernel_density(keep: Tensor) -> float:
+def kernel_density(keep: NDArray[np.bool_]) -> float:
     """Share of kernels that keep at least one weight; ``keep`` is bool [F, C, R, S]."""
-    return float(keep.flatten(2).any(dim=2).to(torch.float64).mean())
+    return float(keep.any(axis=(2, 3)).mean())

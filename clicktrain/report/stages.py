@@ -9,7 +9,7 @@ from clicktrain.report.run_data import Run, number
 STAGE_NAMES = {
     "dense": "dense training",
     "pool": "pattern pool",
-    "finalize": "finalisation",
+    "finalize": "finalization",
     "regularize": "regularisation",
     "accelerated": "accelerated training",
 }

@@ -1,4 +1,4 @@
-"""Small pieces of inline SVG. Every text and attribute is escaped; colours come from the page's style."""
+"""Small pieces of inline SVG. Every text and attribute is escaped; colors come from the page's style."""
 
 from __future__ import annotations
 
@@ -81,7 +81,7 @@ def ticks(low: float, high: float, most: int = 5, *, whole: bool = False) -> lis
 
 
 def around(values: Sequence[float], *, zero: bool = False, top: float | None = None) -> tuple[float, float]:
-    """A range of round numbers that holds all values; from zero, or up to at most ``top``, if told."""
+    """A range of round numbers that holds all values; optionally from zero, or up to at most ``top``."""
     low, high = min(values), max(values)
     low = 0.0 if zero and low >= 0 else low
     if high - low <= 1e-9 * max(abs(low), abs(high), 1e-6):  # all the same

@@ -7,15 +7,15 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
 
-from clicktrain.report import wording
-from clicktrain.report.outcome import outcome_rows
+from clicktrain import wording
+from clicktrain.report.layers import outcome_rows
 from clicktrain.report.run_data import Run, number
 from clicktrain.report.stages import STAGE_NAMES
 
 
 @dataclass(frozen=True, slots=True)
 class Moment:
-    """When, what, and more about it; ``css`` is the colour of a stage that begins."""
+    """When, what, and more about it; ``css`` is the color of a stage that begins."""
 
     epoch: str
     title: str
@@ -29,8 +29,8 @@ _ELSEWHERE = ("epi",)
 
 def timeline(run: Run, most: int = 60) -> tuple[Moment, ...]:
     """The first ``most`` events of a run."""
-    told = [event for event in run.events if event.get("event") not in _ELSEWHERE]
-    return tuple(_moment(event) for event in told[:most])
+    shown = [event for event in run.events if event.get("event") not in _ELSEWHERE]
+    return tuple(_moment(event) for event in shown[:most])
 
 
 def _moment(event: Mapping[str, Any]) -> Moment:

@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
+import json
 import math
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -17,9 +18,10 @@ from clicktrain.files import (
     read_regular,
     read_text,
 )
+from clicktrain.formats.atomic import write_text_atomic
 
-FORMAT_VERSION = 1
-"""Version of the folder, its checkpoints and summary; raised when older programs could not read them."""
+FORMAT_VERSION = 4
+"""Version of the folder, its checkpoints and its summary: only this one is read."""
 
 HEADER = "# clicktrain run folder, format "
 """Start of the first line of config.yaml; the version follows."""
@@ -36,10 +38,17 @@ def check_folder(folder: Path) -> None:
     version = first.removeprefix(HEADER).strip()
     if not version.isdecimal() or len(version) > 9:
         raise UserError(f"{config} is damaged: its first line names the format {shown(version, 20)}")
-    if int(version) > FORMAT_VERSION:
+    check_version(int(version), folder)
+
+
+def check_version(version: int, path: Path) -> None:
+    """Raise a `UserError` unless this is the `FORMAT_VERSION`; ``path`` is what has it."""
+    if version != FORMAT_VERSION:
+        remedy = (
+            "update clicktrain" if version > FORMAT_VERSION else "start the run again, or use an older one"
+        )
         raise UserError(
-            f"{folder} has format {version}, this version of clicktrain reads up to {FORMAT_VERSION}: "
-            "update clicktrain"
+            f"{path} has format {version}, this version of clicktrain reads format {FORMAT_VERSION}: {remedy}"
         )
 
 
@@ -60,7 +69,7 @@ def read_records(path: Path) -> list[dict[str, Any]]:
 
 
 def read_summary(path: Path) -> dict[str, Any] | None:
-    """summary.json, or None while there is none; UserError for one that is damaged or of a newer version."""
+    """summary.json, or None while there is none; UserError if it is damaged or of another version."""
     if not is_file(path):
         return None
     values = read_json(path)
@@ -71,12 +80,38 @@ def read_summary(path: Path) -> dict[str, Any] | None:
         raise UserError(
             f"{path} is damaged: its format_version is {shown(version)}, a whole number is needed"
         )
-    if version > FORMAT_VERSION:
-        raise UserError(
-            f"{path} has format {shown(version)}, this version of clicktrain reads up to {FORMAT_VERSION}: "
-            "update clicktrain"
-        )
+    check_version(version, path)
     return values
+
+
+def read_robustness(path: Path) -> dict[str, list[tuple[float, float]]]:
+    """Attack -> (epsilon, accuracy in percent), rising, from robustness.json; empty while there is none."""
+    if not is_file(path):
+        return {}
+    try:
+        curves = {
+            str(name): sorted((float(row["epsilon"]), float(row["accuracy"])) for row in rows)
+            for name, rows in read_json(path)["attacks"].items()
+        }
+    except (ValueError, KeyError, TypeError, AttributeError):
+        raise UserError(f"{path} is damaged: make it again with 'clicktrain evaluate'") from None
+    return {name: points for name, points in curves.items() if points}
+
+
+def write_robustness(path: Path, curves: Mapping[str, Sequence[tuple[float, float]]]) -> None:
+    """Add curves to robustness.json; those of other attacks stay, unless the file is damaged.
+
+    ``{"attacks": {"fgsm": [{"epsilon": 0.05, "accuracy": 40.4}, ...]}}``, accuracy in percent.
+    """
+    try:
+        known = read_robustness(path)
+    except UserError:
+        known = {}
+    attacks = {
+        name: [{"epsilon": epsilon, "accuracy": accuracy} for epsilon, accuracy in points]
+        for name, points in {**known, **curves}.items()
+    }
+    write_text_atomic(path, json.dumps({"attacks": attacks}, indent=2) + "\n")
 
 
 def check_summary(summary: Mapping[str, Any], path: Path) -> None:

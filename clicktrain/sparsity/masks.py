@@ -29,8 +29,8 @@ def mask_optimizer_state_(optimizer: Optimizer, parameter: Tensor, mask: Tensor)
 
 
 def conv_masks(masks: Mapping[str, Tensor]) -> dict[str, Tensor]:
-    """Those of convolutions, [F, C, R, S]: the layers that can be packed."""
-    return {name: mask for name, mask in masks.items() if mask.dim() == 4}
+    """The masks of convolutions: those with kernels of one dimension or more, [F, C, ...]."""
+    return {name: mask for name, mask in masks.items() if mask.dim() > 2}
 
 
 def kept_weights(mask: Tensor) -> KeptWeights:

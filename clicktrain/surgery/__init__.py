@@ -7,7 +7,7 @@ from clicktrain.surgery.layer_removal import residual_branches
 from clicktrain.surgery.numbering import OriginalChannels, original_channels, renumbered
 from clicktrain.surgery.plan import Cut, Gate, LayerChange, RemovedLayer, SurgeryPlan
 from clicktrain.surgery.planning import plan_keeping, plans_from_zeros
-from clicktrain.surgery.recipe import apply_recipe_, load_pruned, read_recipe, write_recipe
+from clicktrain.surgery.recipe import agreed_plans, apply_recipe_, load_pruned, read_recipe, write_recipe
 from clicktrain.surgery.verify import Verified, plan_from_keep, plan_from_zeros, verified
 
 __all__ = [
@@ -20,6 +20,7 @@ __all__ = [
     "RemovedLayer",
     "SurgeryPlan",
     "Verified",
+    "agreed_plans",
     "apply_recipe_",
     "apply_surgery_",
     "channel_groups",

@@ -12,8 +12,8 @@ from torch.optim import Optimizer
 
 from clicktrain.errors import UserError
 from clicktrain.formats.memory_format import keep_out_of_channels_last_
+from clicktrain.graph.exchange import exchange_, exchanged, replace_module_, state_refusal
 from clicktrain.surgery.layers import ChannelScatter, ChannelSelect, ConstantBatchNorm2d, RemovedConv2d
-from clicktrain.surgery.optimizer_state import exchange_, state_refusal
 from clicktrain.surgery.plan import Gate, RemovedLayer, SurgeryPlan
 
 _CONVS = (nn.Conv1d, nn.Conv2d, nn.Conv3d)
@@ -48,7 +48,7 @@ def apply_surgery_(
     with torch.no_grad():
         small = {key: _shrunken(plan, name, old[name]) for key, name in names.items()}
     for removed in plan.removed_layers:
-        _replace_module(model, removed.name, _remnant(removed, model.get_submodule(removed.name)))
+        replace_module_(model, removed.name, _remnant(removed, model.get_submodule(removed.name)))
     for module in model.modules():
         tables = (module._parameters, module._buffers)
         if any(id(tensor) in small for table in tables for tensor in table.values()):
@@ -61,8 +61,7 @@ def apply_surgery_(
         _gate(model, gate)
     new = {old[name]: small[key] for key, name in names.items() if isinstance(old[name], nn.Parameter)}
     out = [old[name] for name in gone if isinstance(old[name], nn.Parameter)]
-    for optimizer in listed:
-        exchange_(optimizer, new, out, lambda parameter, t: plan.shrink(names[id(parameter)], t))
+    exchange_(listed, new, lambda parameter, t: plan.shrink(names[id(parameter)], t), out)
     keep_out_of_channels_last_(model)
 
 
@@ -134,18 +133,9 @@ def _tensors(model: nn.Module) -> dict[str, Tensor]:
 
 
 def _shrunken(plan: SurgeryPlan, name: str, tensor: Tensor) -> Tensor:
-    small = plan.shrink(name, tensor.detach())
     if not isinstance(tensor, nn.Parameter):
-        return small
-    parameter = nn.Parameter(small, requires_grad=tensor.requires_grad)
-    parameter.__dict__.update(tensor.__dict__)
-    if tensor.grad is not None:
-        parameter.grad = plan.shrink(name, tensor.grad.detach())
-    # The tables themselves, so that handles go on working.
-    for table in ("_backward_hooks", "_post_accumulate_grad_hooks"):
-        if getattr(tensor, table, None) is not None:
-            setattr(parameter, table, getattr(tensor, table))
-    return parameter
+        return plan.shrink(name, tensor.detach())
+    return exchanged(tensor, lambda old: plan.shrink(name, old))
 
 
 # ---------------------------------------------------------------- checks
@@ -182,7 +172,7 @@ def _check(
                 f"the plan was made for another network: {cut.name} has shape {tuple(tensor.shape)}, "
                 f"the plan cuts {cut.size} channels along dimension {cut.dim}"
             )
-        reason = state_refusal(cut.name, tensor, optimizers)
+        reason = state_refusal(tensor, optimizers, "make the optimizer after surgery", factors=True)
         if reason is not None:
             raise UserError(f"{cut.name} cannot shrink: {reason}")
     for name, module in modules.items():
@@ -217,11 +207,6 @@ def _check_layer(plan: SurgeryPlan, name: str, module: nn.Module, tensors: dict[
 
 
 # ---------------------------------------------------------------- changes
-
-
-def _replace_module(model: nn.Module, name: str, new: nn.Module) -> None:
-    parent, _, child = name.rpartition(".")
-    model.get_submodule(parent).register_module(child, new)
 
 
 def _remnant(removed: RemovedLayer, module: Any) -> nn.Module:
@@ -274,4 +259,4 @@ def _gate(model: nn.Module, gate: Gate) -> None:
     )
     wrapped = nn.Sequential(OrderedDict(parts))
     wrapped.training = module.training = layer.training
-    _replace_module(model, gate.name, wrapped)
+    replace_module_(model, gate.name, wrapped)

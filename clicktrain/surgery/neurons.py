@@ -1,19 +1,15 @@
-"""The neurons of a network: which channels can be removed together, and their scores (When to Prune? 3.1)."""
+"""The neurons of a network: output channels, joined with those they can only be removed together with."""
 
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
-from typing import Annotated, TypeAlias
 
 import torch
 from torch import Tensor, nn
 
 from clicktrain.errors import UserError
 from clicktrain.graph.prunable import matches
-from clicktrain.sparsity.channel_importance import batch_norm_taylor, filter_magnitude, filter_taylor
-from clicktrain.sparsity.importance import CRITERIA, Criterion, reads_gradient
-from clicktrain.sparsity.registry import Registry
 from clicktrain.surgery import ChannelGroup, Member, SurgeryPlan
 from clicktrain.surgery.groups import Dependencies
 
@@ -51,14 +47,14 @@ class Rows:
 
 @dataclass(frozen=True, slots=True, eq=False)
 class NeuronGroup:
-    """Neurons of one layer, or of several layers whose filters can only go together.
+    """Neurons of one layer, or of several layers whose filters can only be removed together.
 
     Attributes:
         name: of the group of channels, see `clicktrain.surgery.ChannelGroup`.
         layers: modules whose outputs the neurons are.
         size: number of neurons.
-        filters: their weights.
-        scales, shifts: of batch norms over them.
+        filters: weights of these layers, in their order.
+        scales, shifts: parameters of the batch norms that follow.
     """
 
     name: str
@@ -70,14 +66,16 @@ class NeuronGroup:
 
 
 def neuron_groups(
-    found: Dependencies, exclude: Sequence[str] = (), trained: Callable[[Tensor], bool] = lambda weight: True
+    network: Dependencies,
+    exclude: Sequence[str] = (),
+    trained: Callable[[Tensor], bool] = lambda weight: True,
 ) -> tuple[tuple[NeuronGroup, ...], dict[str, str]]:
     """Groups whose neurons may be pruned, and why the others may not.
 
     Args:
-        found: the dependencies between the channels of a network.
+        network: the dependencies between the channels of a network.
         exclude: module paths (shell-style) whose outputs stay as they are.
-        trained: whether a parameter is; neurons of layers that are not trained stay.
+        trained: whether a parameter is trained; neurons of other layers stay.
 
     Returns:
         The groups in the order of the network; name of a group -> reason.
@@ -85,16 +83,16 @@ def neuron_groups(
     Raises:
         UserError: an entry of ``exclude`` names no layer.
     """
-    modules = dict(found.graph.model.named_modules())
+    modules = dict(network.graph.model.named_modules())
     named = [name for name, module in modules.items() if isinstance(module, (*_LAYERS, *_TRANSPOSED))]
     for glob in exclude:
         if not any(matches(name, [glob]) for name in named):
             raise UserError(f"no layer is called {glob!r}; the layers are {', '.join(named[:8])}")
     groups: list[NeuronGroup] = []
     reasons: dict[str, str] = {}
-    for channels in found.groups:
+    for channels in network.groups:
         group = _group(channels, modules)
-        weights = [found.graph.model.get_parameter(rows.name) for rows in group.filters]
+        weights = [network.graph.model.get_parameter(rows.name) for rows in group.filters]
         if channels.fixed is not None or not group.filters:
             reasons[group.name] = channels.fixed or "no filters make these channels"
         elif any(matches(layer, exclude) for layer in group.layers):
@@ -127,102 +125,27 @@ def _group(channels: ChannelGroup, modules: Mapping[str, nn.Module]) -> NeuronGr
     )
 
 
-@dataclass(frozen=True, slots=True, eq=False)
-class NeuronValues:
-    """What a criterion of neurons may read: the parameters of a group and their gradients in one batch.
-
-    ``gradient`` gives None for a parameter that had none.
-    """
-
-    group: NeuronGroup
-    parameters: Mapping[str, Tensor]
-    gradient: Callable[[Tensor], Tensor | None]
-
-    def values(self, parts: Sequence[Rows]) -> list[Tensor]:
-        """Per parameter [n, P]."""
-        return [rows.take(self.parameters[rows.name]) for rows in parts]
-
-    def gradients(self, parts: Sequence[Rows]) -> list[Tensor] | None:
-        """Per parameter [n, P]; None if one had no gradient."""
-        grads = [self.gradient(self.parameters[rows.name]) for rows in parts]
-        if any(grad is None for grad in grads):
-            return None
-        return [rows.take(grad) for rows, grad in zip(parts, grads, strict=True) if grad is not None]
-
-
-NeuronCriterion: TypeAlias = Callable[[NeuronValues], Tensor | None]
-"""Scores of the neurons of a group after one batch, [n], larger = keep; None if a gradient is missing."""
-
-
-def magnitude_of_neurons(of: NeuronValues) -> Tensor:
-    """Eq. (2) over all filters of a neuron."""
-    return filter_magnitude(of.values(of.group.filters))
-
-
-magnitude_of_neurons.reads_gradient = False  # type: ignore[attr-defined]
-
-
-def taylor_of_weights(of: NeuronValues) -> Tensor | None:
-    """Eq. (3) over all filters of a neuron."""
-    grads = of.gradients(of.group.filters)
-    return None if grads is None else filter_taylor(of.values(of.group.filters), grads)
-
-
-def taylor_of_neurons(of: NeuronValues) -> Tensor | None:
-    """Batch norm's scale and shift where there is one, else Eq. (3)."""
-    scales, shifts = of.group.scales, of.group.shifts
-    if not scales:
-        return taylor_of_weights(of)
-    scale_grads, shift_grads = of.gradients(scales), of.gradients(shifts)
-    if scale_grads is None or shift_grads is None:
-        return None
-    return batch_norm_taylor(of.values(scales), scale_grads, of.values(shifts), shift_grads)
-
-
-def summed_over_weights(criterion: Criterion) -> NeuronCriterion:
-    """A criterion of weights as one of neurons: the sum over all weights of a neuron's filters."""
-
-    def scores(of: NeuronValues) -> Tensor | None:
-        total: Tensor | None = None
-        for rows in of.group.filters:
-            weight = of.parameters[rows.name].detach().float()
-            grad = of.gradient(of.parameters[rows.name]) if scores.reads_gradient else weight  # type: ignore[attr-defined]
-            if grad is None:
-                return None
-            part = rows.take(criterion(weight, grad.float())).sum(dim=1)
-            total = part if total is None else total + part
-        return total
-
-    scores.reads_gradient = reads_gradient(criterion)  # type: ignore[attr-defined]
-    return scores
-
-
-NEURON_CRITERIA: Registry[NeuronCriterion] = Registry(
-    "criterion",
-    {"taylor": taylor_of_neurons, "taylor_weights": taylor_of_weights, "magnitude": magnitude_of_neurons},
-    beneath=CRITERIA,
-    adapt=summed_over_weights,
-)
-"""Criteria of neurons; all those of weights count too, summed."""
-NeuronCriterionChoice: TypeAlias = Annotated[str | Criterion, NEURON_CRITERIA]
-
-
 def widths(masks: Mapping[str, Tensor]) -> dict[str, int]:
     """Kept neurons of each group."""
     return {name: int(mask.sum()) for name, mask in masks.items()}
 
 
+def count_pruned(masks: Mapping[str, Tensor]) -> int:
+    """Pruned neurons of all groups."""
+    return sum(int((~mask).sum()) for mask in masks.values())
+
+
 def shuffled(masks: Mapping[str, Tensor], seed: int) -> dict[str, Tensor]:
-    """Other neurons, the same structure: section 4.5, "performance with similar structures"."""
+    """As many neurons of each group, drawn at random (When to Prune? 4.5, "similar structures")."""
     generator = torch.Generator().manual_seed(seed)
     return {name: mask[torch.randperm(len(mask), generator=generator)] for name, mask in masks.items()}
 
 
 def masks_of_recipe(groups: Sequence[NeuronGroup], plans: Sequence[SurgeryPlan]) -> dict[str, Tensor]:
-    """The neurons that some plans, one after the other, leave of a network of the same class.
+    """The neurons that surgery plans, one after the other, leave of a network of the same class.
 
     Args:
-        groups: of the whole network.
+        groups: neurons of the unpruned network.
         plans: as in a run's ``surgery.json``.
 
     Returns:

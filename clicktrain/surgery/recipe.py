@@ -4,14 +4,17 @@ from __future__ import annotations
 
 import json
 import os
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
 from pathlib import Path
 
+import torch
 from torch import nn
 
+from clicktrain.comm.agreement import agreed_text, several_processes
 from clicktrain.errors import UserError, shortened
 from clicktrain.files import read_json
-from clicktrain.formats.tree import load_tree, write_text_atomic
+from clicktrain.formats.atomic import write_text_atomic
+from clicktrain.formats.tree import load_tree
 from clicktrain.surgery.apply import apply_surgery_
 from clicktrain.surgery.plan import SurgeryPlan
 
@@ -85,3 +88,11 @@ def load_pruned(model: nn.Module, folder: str | Path) -> nn.Module:
         reason = shortened(" ".join(str(error).split()), 300)
         raise UserError(f"{weights_path} does not fit {type(model).__name__}: {reason}") from None
     return model
+
+
+def agreed_plans(plans: Mapping[int, SurgeryPlan], device: torch.device) -> dict[int, SurgeryPlan]:
+    """The first process's plans, in all of them: the statistics of batch norms may differ in the others."""
+    if not several_processes():
+        return dict(plans)
+    text = json.dumps([[key, plan.to_json()] for key, plan in plans.items()])
+    return {key: SurgeryPlan.from_json(plan) for key, plan in json.loads(agreed_text(text, device))}

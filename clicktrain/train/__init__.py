@@ -1,17 +1,26 @@
-"""Training runs: settings, the loop, checkpoints that survive anything, and the files that a run leaves."""
+"""Training runs: settings, the loop, checkpoints that survive anything, and the files that a run leaves.
 
+``fit``, ``evaluate`` and ``prepare`` are modules here, each with a function of its name.
+"""
+
+from clicktrain.compiler.masked_latency import MaskedLatency
+from clicktrain.runs.folder import RunFolder
 from clicktrain.runs.lock import RunFolderInUse
 from clicktrain.train.checkpoint import DamagedCheckpoint
-from clicktrain.train.config import RunConfig, config_to_dict, from_dict, load_config, resolve_method
+from clicktrain.train.config import (
+    RunConfig,
+    config_to_dict,
+    from_dict,
+    load_config,
+    load_run_config,
+    resolve_method,
+)
 from clicktrain.train.divergence import TrainingDiverged
-from clicktrain.train.evaluate import Evaluation, evaluate
-from clicktrain.train.fit import fit
+from clicktrain.train.evaluate import Evaluation
 from clicktrain.train.interrupt import TrainingInterrupted
-from clicktrain.train.masked_latency import MaskedLatency
-from clicktrain.train.prepare import Prepared, prepare
+from clicktrain.train.prepare import Prepared
 from clicktrain.train.progress import Progress, Silent, StepProgress
 from clicktrain.train.restore import LoadedRun, load_run
-from clicktrain.train.run_folder import RunFolder
 
 __all__ = [
     "DamagedCheckpoint",
@@ -28,11 +37,9 @@ __all__ = [
     "TrainingDiverged",
     "TrainingInterrupted",
     "config_to_dict",
-    "evaluate",
-    "fit",
     "from_dict",
     "load_config",
     "load_run",
-    "prepare",
+    "load_run_config",
     "resolve_method",
 ]

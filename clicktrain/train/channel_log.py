@@ -16,35 +16,39 @@ from typing import Any
 
 from torch import Tensor
 
+from clicktrain.methods.driver.publisher import ChannelsRemoved, EpochEnd
 from clicktrain.surgery import OriginalChannels, original_channels, renumbered
-from clicktrain.train.live import LiveRun
+from clicktrain.train.training_run import TrainingRun
 
 SIDES = ("outputs", "inputs")
 """Of the dimensions 0 and 1 of a weight."""
 
 
-def watch_channels(run: LiveRun) -> None:
+def watch_channels(run: TrainingRun) -> None:
     """Write a line at the end of every epoch in which a method pushes channels towards zero.
 
     Call it before the run goes on from a checkpoint: the network is still the whole one then.
     """
     log = _ChannelLog(run, original_channels(run.prepared.model))
-    run.prepared.pruner.watch_epochs(log.write)
+    run.prepared.pruner.subscribe(log.renumber, ChannelsRemoved)
+    run.prepared.pruner.subscribe(log.write, EpochEnd)
 
 
 @dataclass
 class _ChannelLog:
-    """``numbers`` are those of the network after ``followed`` plans."""
+    """``numbers`` says which channels of the first network the present ones are."""
 
-    run: LiveRun
+    run: TrainingRun
     numbers: dict[str, OriginalChannels]
-    followed: int = 0
 
-    def write(self, epoch: int) -> None:
-        """The line of an epoch, nothing where no channel is penalised."""
-        self._follow()
-        pruner, course = self.run.prepared.pruner, self.run.course
-        axes = {name: own for name, own in pruner.penalised_channels.items() if name in self.numbers}
+    def renumber(self, removal: ChannelsRemoved) -> None:
+        """Follow a removal of channels."""
+        self.numbers = renumbered(self.numbers, removal.plan)
+
+    def write(self, end: EpochEnd) -> None:
+        """Write the line of an epoch; none where no channel is penalized."""
+        pruner, state = self.run.prepared.pruner, self.run.state
+        axes = {name: own for name, own in pruner.penalized_channels.items() if name in self.numbers}
         if not axes:
             return
         numbers: dict[str, dict[str, list[int]]] = {side: {} for side in SIDES}
@@ -55,17 +59,11 @@ class _ChannelLog:
                 side, (indices, order) = SIDES[axis.dim], axis.first_indices().sort()
                 numbers[side][layer.name] = [layer.numbers[axis.dim][i] for i in indices.tolist()]
                 largest[side][layer.name] = _three_digits(axis.largest(weight)[order])
-        line: dict[str, Any] = {"epoch": epoch}
-        if course.numbered_plans != self.followed:
+        line: dict[str, Any] = {"epoch": end.epoch}
+        if state.channels_renumbered:
             line["channels"] = numbers
-            course.numbered_plans = self.followed
+            state.channels_renumbered = False
         self.run.folder.append_channels({**line, **largest})
-
-    def _follow(self) -> None:
-        plans = self.run.prepared.pruner.plans
-        for plan in plans[self.followed :]:
-            self.numbers = renumbered(self.numbers, plan)
-        self.followed = len(plans)
 
 
 def _three_digits(values: Tensor) -> list[float]:

@@ -12,11 +12,8 @@ from torch import Tensor
 
 from clicktrain.errors import UserError
 from clicktrain.formats.tree import flatten_tree, load_tree, read_metadata, save_tree
-from clicktrain.train.run_folder import RunFolder
-
-CHECKPOINT_VERSION = 3
-"""Version of checkpoints: a run is resumed with the version that it was begun with. 2: removed channels, and
-epochs of changing length. 3: zeros outside frozen masks are left out."""
+from clicktrain.runs.folder import RunFolder
+from clicktrain.runs.format import FORMAT_VERSION, check_version
 
 
 class DamagedCheckpoint(UserError):  # noqa: N818 - reads as a sentence to the user
@@ -39,7 +36,7 @@ def save_checkpoint(folder: RunFolder, epoch: int, step: int, state: dict[str, A
     """
     path = folder.checkpoint(epoch, step)
     path.parent.mkdir(exist_ok=True)  # not its parents: a run's folder that was deleted stays away
-    metadata = {"format_version": str(CHECKPOINT_VERSION), "kind": "checkpoint", "crc32": _checksum(state)}
+    metadata = {"format_version": str(FORMAT_VERSION), "kind": "checkpoint", "crc32": _checksum(state)}
     save_tree(path, state, metadata)
     there = folder.checkpoints()
     newest = there.index(path)
@@ -54,19 +51,14 @@ def load_checkpoint(path: Path) -> dict[str, Any]:
 
     Raises:
         DamagedCheckpoint: the file cannot be read, or is not what was written.
-        UserError: it was written by a newer or an older version.
+        UserError: it was written by another version.
     """
     try:
         metadata = read_metadata(path)
         version = int(metadata["format_version"])
     except Exception as error:
         raise DamagedCheckpoint(f"{path} is damaged or not a checkpoint of clicktrain: {error}") from None
-    if version != CHECKPOINT_VERSION:
-        newer = version > CHECKPOINT_VERSION
-        raise UserError(
-            f"{path} has format {version}, this version of clicktrain goes on from {CHECKPOINT_VERSION}: "
-            + ("update clicktrain" if newer else "resume with an older one, or start again")
-        )
+    check_version(version, path)
     try:
         state = load_tree(path)
         right = isinstance(state, dict) and _checksum(state) == metadata.get("crc32")

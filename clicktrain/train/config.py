@@ -13,6 +13,7 @@ from clicktrain.errors import UserError, shown
 from clicktrain.files import read_yaml
 from clicktrain.methods import METHODS, Method
 from clicktrain.own_code import FromFile, is_own, require_named
+from clicktrain.runs.folder import RunFolder
 from clicktrain.settings import build, choice_fields, field_names, to_plain, unknown_field
 
 Stem = Literal["auto", "cifar", "imagenet"]
@@ -309,14 +310,61 @@ def load_config(
         UserError: no such file, not YAML, not a flat mapping, an unknown setting or a wrong value; or the
             file names somebody's own code that is not given here.
     """
-    values = read_settings(path)
     given = {**({} if model is None else {"model": model}), **(own or {})}
+    return _checked(read_settings(path), given, path)
+
+
+def load_run_config(
+    folder: RunFolder,
+    model: str | None = None,
+    own: Mapping[str, str] | None = None,
+    *,
+    own_model_allowed: bool = False,
+) -> tuple[RunConfig, Method[Any]]:
+    """The settings that a run was started with.
+
+    Args:
+        folder: of the run.
+        model: the network instead of the one that the settings name; a network of somebody's own counts
+            only when it is given here.
+        own: likewise other settings that name somebody's own code; they have to be the run's.
+        own_model_allowed: return the settings all the same, for a caller who runs none of that code.
+
+    Raises:
+        UserError: this is not the folder of a run, its settings are damaged, or a name is missing.
+    """
+    values = folder.read_settings()
+    for name, given in (own or {}).items():
+        if given != values.get(name):
+            raise UserError(
+                f"the run in {folder.path} has {name} {shown(values.get(name))}, not {shown(given)}"
+            )
+    if own_model_allowed and model is None:
+        return _checked(without_code(values), {}, folder.config, trusted=True)
+    return _checked(values, {**({} if model is None else {"model": model}), **(own or {})}, folder.config)
+
+
+def _checked(
+    values: Mapping[Any, Any], given: Mapping[str, str], path: str | Path, *, trusted: bool = False
+) -> tuple[RunConfig, Method[Any]]:
+    """The settings of a file, with what the caller gives on top; ``trusted``: no code of theirs is run."""
     try:
-        for name in code_settings({**values, **given}):
+        for name in () if trusted else code_settings({**values, **given}):
             require_named(values.get(name), "it", given.get(name), name)
         return from_dict({**values, **given})
     except UserError as error:
         raise UserError(f"{path}: {error}") from None
+
+
+def resume_command(folder: RunFolder, config: RunConfig, method: Method[Any]) -> str:
+    """What a user types to go on with a run; code of their own has to be named again."""
+    values = config_to_dict(config, method)
+    named = [
+        f" --{name.replace('_', '-')} {values[name]}"
+        for name in code_settings(values)
+        if is_own(values[name])
+    ]
+    return f"clicktrain resume {folder.path}" + "".join(named)
 
 
 def read_settings(path: str | Path) -> dict[Any, Any]:

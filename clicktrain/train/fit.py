@@ -9,18 +9,18 @@ from typing import Any
 
 from clicktrain.errors import NetworkCollapsed
 from clicktrain.methods import Method
+from clicktrain.runs.folder import RunFolder
 from clicktrain.train.channel_log import watch_channels
-from clicktrain.train.config import RunConfig
+from clicktrain.train.config import RunConfig, resume_command
 from clicktrain.train.disk import bytes_needed, check_disk
 from clicktrain.train.divergence import collapsed
 from clicktrain.train.epoch import end_epoch, train_epoch
 from clicktrain.train.interrupt import StoppedAtOnce, StopRequest, TrainingInterrupted
-from clicktrain.train.live import LiveRun
-from clicktrain.train.minibatch import begin_stock
+from clicktrain.train.minibatch import set_memory_budget
 from clicktrain.train.prepare import prepare
 from clicktrain.train.progress import Progress, Silent
-from clicktrain.train.run_folder import RunFolder
 from clicktrain.train.summary import finish_run
+from clicktrain.train.training_run import TrainingRun
 
 
 def fit(
@@ -43,7 +43,7 @@ def fit(
             checkpoint), unless ``resume``. One process at a time trains in it.
         progress: listener; silent by default.
         resume: continue the run in ``folder``, with the settings it was started with
-            (`RunFolder.load_config`).
+            (`load_run_config`).
 
     Returns:
         The summary, as in summary.json.
@@ -66,7 +66,7 @@ def fit(
         try:
             return _fit(config, method, folder, progress, stop, resume)
         except StoppedAtOnce as stopped:
-            command = folder.resume_command(config, method)
+            command = resume_command(folder, config, method)
             again = f"continue with '{command}'" if resume else "nothing was written"
             raise TrainingInterrupted(stopped.signum, f"stopped before training began; {again}") from None
         except OSError as error:
@@ -95,17 +95,17 @@ def _fit(
         stop.at_once = False
         if not resume:
             held.enter_context(folder.in_use(progress.message, new=True))
-        run = LiveRun(prepared, folder, progress)
+        run = TrainingRun(prepared, folder, progress)
         watch_channels(run)
         if run.newest_checkpoint() is None:
-            begin_stock(run)
+            set_memory_budget(run)
         if resume:
             run.go_on()
         else:
             run.begin()
         progress.start(config, method, prepared)
         try:
-            while run.course.epoch < config.epochs:
+            while run.state.epoch < config.epochs:
                 train_epoch(run, stop)
                 end_epoch(run, stop)
             summary = finish_run(run)

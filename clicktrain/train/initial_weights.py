@@ -11,9 +11,9 @@ import torch
 from torch import Tensor, nn
 
 from clicktrain.errors import UserError, shown
-from clicktrain.files import parse_json
 from clicktrain.formats.tree import read_tensors
-from clicktrain.train.run_folder import RunFolder
+from clicktrain.runs.folder import RunFolder
+from clicktrain.runs.model_facts import parse_facts
 
 
 @dataclass(frozen=True, slots=True)
@@ -69,7 +69,7 @@ def load_initial_weights_(model: nn.Module, source: str | Path, classes: Sequenc
         )
     try:
         tensors, metadata = read_tensors(path)
-        facts = parse_json(metadata.get("clicktrain", "{}"), "what it says of its network is not JSON")
+        facts = parse_facts(metadata, path)
     except UserError as error:
         raise UserError(f"initial_weights {source} cannot be read: {error}") from None
     _check_classes(source, facts, classes)
@@ -94,8 +94,8 @@ def _cost_of(folder: RunFolder) -> EarlierCost:
     return EarlierCost(total, round(total / total_ratio) if total_ratio else 0)
 
 
-def _check_classes(source: str | Path, facts: Any, classes: Sequence[str]) -> None:
-    theirs = facts.get("classes") if isinstance(facts, dict) else None
+def _check_classes(source: str | Path, facts: Mapping[str, Any], classes: Sequence[str]) -> None:
+    theirs = facts.get("classes")
     if theirs is None:
         return
     if not isinstance(theirs, list):

@@ -9,34 +9,32 @@ import torch.nn.functional as F
 
 from clicktrain.accounting import TrainingMemory, measure_training_memory, training_memory
 from clicktrain.train.device import autocast
-from clicktrain.train.live import LiveRun
+from clicktrain.train.training_run import TrainingRun
 
 _BATCH_NORM_PASSES = 2.5
 """Tensors that batch norm moves in an iteration over those of a forward pass: it reads and writes one there;
 on the way back it reads its input and a gradient, and writes a gradient."""
 
 
-def take_stock(run: LiveRun) -> TrainingMemory:
+def account_iteration(run: TrainingRun) -> TrainingMemory:
     """Account for the network and the batch that the coming epoch trains with.
 
-    Kept in the run's course, so that the line of that epoch tells what it trained with, whatever is removed
+    Kept in the run's state, so that the line of that epoch tells what it trained with, whatever is removed
     at its end, and a resumed run tells the same. The network is only looked at again if it has changed, and
     an iteration is measured after each surgery where `measures_memory` says so.
     """
-    p, course = run.prepared, run.course
-    shapes = tuple(tuple(parameter.shape) for parameter in p.model.parameters())
-    if run.memory is None or run.memory_of != shapes:
-        run.memory, run.memory_of = _estimate(run), shapes
-    plans = len(p.pruner.plans)
-    if course.measured_plans != plans and measures_memory(run):
-        course.measured_plans, images = plans, p.batch_sizes.now.images
-        course.memory_calibration = run.memory.calibrated(_measure(run, images), images).calibration
-    memory = run.memory.with_calibration(course.memory_calibration)
-    course.stock = _stock(run, memory)
+    p, state = run.prepared, run.state
+    if run.memory is None:
+        run.memory = _estimate(run)
+    if state.memory_unmeasured and measures_memory(run):
+        state.memory_unmeasured, images = False, p.batch_sizes.now.images
+        state.memory_calibration = run.memory.calibrated(_measure(run, images), images).calibration
+    memory = run.memory.with_calibration(state.memory_calibration)
+    state.iteration = _figures(run, memory)
     return memory
 
 
-def measures_memory(run: LiveRun) -> bool:
+def measures_memory(run: TrainingRun) -> bool:
     """Whether memory is measured and not only estimated: where it is asked for, or costs nothing.
 
     On a CPU following the tensors of an iteration takes a few seconds, most of them the first time.
@@ -45,21 +43,21 @@ def measures_memory(run: LiveRun) -> bool:
     return p.config.dynamic_batch or p.method.reads_graph or p.device.type == "cuda"
 
 
-def _stock(run: LiveRun, memory: TrainingMemory) -> dict[str, Any]:
+def _figures(run: TrainingRun, memory: TrainingMemory) -> dict[str, Any]:
     p, size = run.prepared, run.prepared.batch_sizes.now
     return {
         "memory_bytes": memory.at_batch(size.images),
         "memory_calibration": memory.calibration,
-        "batch_norm_bytes": round(_BATCH_NORM_PASSES * p.cost.cost.batch_norm_bytes * size.images),
+        "batch_norm_bytes": round(_BATCH_NORM_PASSES * p.cost.current.batch_norm_bytes * size.images),
         "gradient_bytes": memory.gradients,
         "gradient_bytes_epoch": memory.gradients * size.steps,
         "parameters": sum(parameter.numel() for parameter in p.model.parameters()),
         "train_flops_per_image": p.cost.now,
-        "inference_flops_per_image": p.cost.cost.forward_flops,
+        "inference_flops_per_image": p.cost.current.forward_flops,
     }
 
 
-def _estimate(run: LiveRun) -> TrainingMemory:
+def _estimate(run: TrainingRun) -> TrainingMemory:
     p = run.prepared
     averages = [] if run.average is None else [run.average.module]
     example = torch.zeros(1, *p.data.image_shape, device=p.device)
@@ -72,7 +70,7 @@ def _estimate(run: LiveRun) -> TrainingMemory:
     )
 
 
-def _measure(run: LiveRun, images: int) -> int:
+def _measure(run: TrainingRun, images: int) -> int:
     p = run.prepared
     batch = torch.zeros(images, *p.data.image_shape, device=p.device)
     if p.config.channels_last:

@@ -8,10 +8,11 @@ import math
 from clicktrain.accounting import TrainingMemory
 from clicktrain.accounting.memory import bytes_in_words, bytes_of
 from clicktrain.errors import UserError
+from clicktrain.runs.events import BatchResizedEvent
 from clicktrain.train.config import BatchRate
-from clicktrain.train.live import LiveRun
-from clicktrain.train.memory_accounting import take_stock
+from clicktrain.train.memory_accounting import account_iteration
 from clicktrain.train.schedule import refresh_
+from clicktrain.train.training_run import TrainingRun
 
 
 def grown_batch(memory: TrainingMemory, images: int, budget: int, granularity: int, limit: int) -> int:
@@ -35,61 +36,57 @@ def rate_factor(images: int, first: int, rule: BatchRate) -> float:
     return {"linear": ratio, "sqrt": math.sqrt(ratio), "none": 1.0}[rule]
 
 
-def begin_stock(run: LiveRun) -> None:
+def set_memory_budget(run: TrainingRun) -> None:
     """Account for the first epoch, and set the memory budget.
 
     Raises:
         UserError: the budget is less than the first batches take.
     """
-    config, course = run.prepared.config, run.course
-    memory = take_stock(run)
+    config, state = run.prepared.config, run.state
+    memory = account_iteration(run)
     if not config.dynamic_batch:
         return
     needed = memory.at_batch(config.batch_size)
-    course.memory_budget = needed if config.memory_budget is None else bytes_of(config.memory_budget)
-    if course.memory_budget < needed:
+    state.memory_budget = needed if config.memory_budget is None else bytes_of(config.memory_budget)
+    if state.memory_budget < needed:
         raise UserError(
             f"memory_budget is {config.memory_budget} but an iteration at batch_size={config.batch_size} "
             f"takes {bytes_in_words(needed)}: lower batch_size, or raise memory_budget"
         )
 
 
-def next_epoch(run: LiveRun) -> None:
+def next_epoch(run: TrainingRun) -> None:
     """Between two epochs: account for the next one, with larger batches if the network has become smaller."""
-    course, p = run.course, run.prepared
-    if course.epoch >= p.config.epochs:
+    state, p = run.state, run.prepared
+    if state.epoch >= p.config.epochs:
         return
-    memory = take_stock(run)
-    plans = len(p.pruner.plans)
-    if not p.config.dynamic_batch or plans == course.sized_plans:
+    memory = account_iteration(run)
+    if not p.config.dynamic_batch or not state.batch_outdated:
         return
-    course.sized_plans = plans
-    assert course.memory_budget is not None
+    state.batch_outdated = False
+    assert state.memory_budget is not None
     now = p.batch_sizes.now.images
     limit = min(len(p.data.train), p.config.batch_limit or len(p.data.train))
-    images = grown_batch(memory, now, course.memory_budget, p.config.batch_granularity, limit)
+    images = grown_batch(memory, now, state.memory_budget, p.config.batch_granularity, limit)
     if images > now:
         _resize(run, images)
-        memory = take_stock(run)
-        p.events(
-            {
-                "event": "batch_resized",
-                "step": course.step,
-                "epoch": course.epoch,
-                "batch_size": images,
-                "learning_rate_factor": run.prepared.batch_sizes.now.learning_rate_factor,
-                "memory_estimated": memory.at_batch(images),
-                "memory_budget": course.memory_budget,
-            }
+        memory = account_iteration(run)
+        run.record(
+            BatchResizedEvent(
+                batch_size=images,
+                learning_rate_factor=run.prepared.batch_sizes.now.learning_rate_factor,
+                memory_estimated=memory.at_batch(images),
+                memory_budget=state.memory_budget,
+            )
         )
 
 
-def _resize(run: LiveRun, images: int) -> None:
+def _resize(run: TrainingRun, images: int) -> None:
     """Everything that depends on the number of images in a batch follows."""
     p = run.prepared
     factor = rate_factor(images, p.batch_sizes.first.images, p.config.batch_lr)
     loader = p.train_loader.with_batch_size(images)
-    p.batch_sizes.resize(run.course.epoch, images, len(loader), factor)
+    p.batch_sizes.resize(run.state.epoch, images, len(loader), factor)
     p.pruner.resize_epoch(len(loader))
     refresh_(p.scheduler)
     run.prepared = dataclasses.replace(p, train_loader=loader)

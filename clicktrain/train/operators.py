@@ -5,7 +5,6 @@ from __future__ import annotations
 import time
 import warnings
 from dataclasses import dataclass
-from typing import Any
 
 import torch
 from torch import nn
@@ -13,9 +12,10 @@ from torch import nn
 from clicktrain.compiler import Accelerated, LoweringPlan, accelerate
 from clicktrain.files import is_file
 from clicktrain.formats.atomic import write_text_atomic
+from clicktrain.runs.events import OperatorsEvent
+from clicktrain.runs.folder import RunFolder
 from clicktrain.train.prepare import Prepared
 from clicktrain.train.progress import Progress
-from clicktrain.train.run_folder import RunFolder
 
 SHORT_FLOPS = 2e12
 """Dense training FLOPs under which measuring costs more than it can bring: less than a minute of one core."""
@@ -27,11 +27,11 @@ class Chosen:
 
     Attributes:
         model: the accelerated view of the packed model, or the model itself where that is impossible.
-        event: what was decided, for the record of events; None if nothing new was.
+        event: what was chosen; None where that is impossible.
     """
 
     model: nn.Module
-    event: dict[str, Any] | None
+    event: OperatorsEvent | None
 
 
 def can_accelerate(p: Prepared) -> bool:
@@ -78,17 +78,8 @@ def choose_operators(p: Prepared, folder: RunFolder, progress: Progress, epoch: 
         f"{blocked} of {len(layers)} convolutions run in the blocked layout from here on{kept} "
         f"(chosen in {time.perf_counter() - started:.1f} s)"
     )
-    if any(event["event"] == "operators" for event in folder.read_events()):
-        return Chosen(model, None)  # told before the run was interrupted
-    return Chosen(
-        model,
-        {
-            "event": "operators",
-            "rule": model.plan.rule,
-            "activations": model.plan.activations,
-            "layers": layers,
-        },
-    )
+    event = OperatorsEvent(rule=model.plan.rule, activations=model.plan.activations, layers=layers)
+    return Chosen(model, event)
 
 
 def _work_left(p: Prepared, epoch: int) -> float:

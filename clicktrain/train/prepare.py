@@ -5,8 +5,8 @@ from __future__ import annotations
 import contextlib
 import dataclasses
 import importlib.util
-from collections.abc import Callable, Iterator
-from dataclasses import dataclass, field
+from collections.abc import Iterator
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -15,46 +15,23 @@ from torch import nn
 from torch.optim import Optimizer
 from torch.optim.lr_scheduler import LambdaLR
 
+from clicktrain.compiler.masked_latency import MaskedLatency
 from clicktrain.data import Augment, ImageData, Loader, make_loader, open_data
 from clicktrain.errors import UserError, shortened
 from clicktrain.formats.memory_format import keep_out_of_channels_last_
 from clicktrain.limits import check_memory
 from clicktrain.methods import METHODS, Method, Pruner
-from clicktrain.methods.base import Event
 from clicktrain.models import create_model, min_image_size
 from clicktrain.train.batch_sizes import BatchSizes
 from clicktrain.train.config import RunConfig
 from clicktrain.train.device import resolve_device, set_up
 from clicktrain.train.flops import TrainingCost
 from clicktrain.train.initial_weights import EarlierCost, load_initial_weights_
-from clicktrain.train.masked_latency import MaskedLatency
 from clicktrain.train.optim import make_optimizer
 from clicktrain.train.schedule import make_scheduler
 
 SMALL_IMAGE = 64
 """Images up to this side in pixels get the CIFAR stem and recipe."""
-
-
-@dataclass
-class EventRelay:
-    """Keeps a method's decisions until it is known where they go."""
-
-    target: Callable[[Event], None] | None = None
-    waiting: list[Event] = field(default_factory=list)
-
-    def __call__(self, event: Event) -> None:
-        """Pass a decision on, or keep it."""
-        if self.target is None:
-            self.waiting.append(event)
-        else:
-            self.target(event)
-
-    def connect(self, target: Callable[[Event], None]) -> None:
-        """Send what waits, and all that follows, to ``target``."""
-        waiting, self.waiting = self.waiting, []
-        self.target = target
-        for event in waiting:
-            target(event)
 
 
 @dataclass(frozen=True, eq=False)
@@ -75,7 +52,6 @@ class Prepared:
         cost: FLOPs per image.
         earlier: what the initial weights have cost; of a run that goes on, its checkpoint knows.
         batch_sizes: of the training batches, from the first on.
-        events: where the pruner's decisions go.
         facts: what is needed to build the network again: model, width, stem, num_classes, in_channels,
             image_shape, classes, mean, std, value_range.
     """
@@ -93,7 +69,6 @@ class Prepared:
     cost: TrainingCost
     earlier: EarlierCost
     batch_sizes: BatchSizes
-    events: EventRelay
     facts: dict[str, Any]
 
     @property
@@ -147,7 +122,6 @@ def prepare(config: RunConfig, method: Method[Any], *, begins: bool = True) -> P
         keep_out_of_channels_last_(model)
     optimizer = make_optimizer(model, config)
     cost = TrainingCost(model, torch.zeros(1, *data.image_shape, device=device))
-    events = EventRelay()
     example = torch.zeros(1, *data.image_shape, device=device)
     pruner = method.attach(
         model,
@@ -156,9 +130,9 @@ def prepare(config: RunConfig, method: Method[Any], *, begins: bool = True) -> P
         steps_per_epoch=len(train_loader),
         packed=config.packed,
         example=example,
-        on_event=events,
         measure=MaskedLatency(model, example),
     )
+    cost.follow(pruner)
     sizes = BatchSizes(config.batch_size, len(train_loader), config.accumulate)
     return Prepared(
         config=config,
@@ -174,7 +148,6 @@ def prepare(config: RunConfig, method: Method[Any], *, begins: bool = True) -> P
         cost=cost,
         earlier=earlier,
         batch_sizes=sizes,
-        events=events,
         facts=facts,
     )
 

@@ -16,10 +16,10 @@ from clicktrain.formats.tree import load_tree, read_metadata
 from clicktrain.methods import Method
 from clicktrain.models import call_factory, create_model
 from clicktrain.own_code import is_own, require_named
+from clicktrain.runs.folder import RunFolder
+from clicktrain.runs.model_facts import read_facts
 from clicktrain.surgery import apply_recipe_
-from clicktrain.train.config import RunConfig
-from clicktrain.train.facts import read_facts
-from clicktrain.train.run_folder import RunFolder
+from clicktrain.train.config import RunConfig, load_run_config
 
 Factory = str | Callable[..., nn.Module]
 """``package.module:factory``, or the factory itself."""
@@ -77,8 +77,8 @@ def load_run(path: str | PathLike[str], model: Factory | None = None) -> LoadedR
     Raises:
         UserError: as `clicktrain.load`.
     """
-    folder = RunFolder(Path(path)).open()
-    config, method = folder.load_config(own_model_allowed=True)
+    folder = RunFolder(Path(path))
+    config, method = load_run_config(folder, own_model_allowed=True)
     summary = folder.summary()
     if summary is None:
         if (user := folder.user) is not None:

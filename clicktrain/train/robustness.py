@@ -7,11 +7,9 @@ by at most epsilon, and the result stays in [0, 1]: it is still an image.
 
 from __future__ import annotations
 
-import json
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from pathlib import Path
-from typing import Any, Literal
+from typing import Literal
 
 import torch
 import torch.nn.functional as F
@@ -19,8 +17,8 @@ from torch import Tensor, nn
 
 from clicktrain.data import Loader, seeded_generator
 from clicktrain.errors import UserError
-from clicktrain.files import read_json
-from clicktrain.formats.atomic import write_text_atomic
+from clicktrain.runs.folder import RunFolder
+from clicktrain.runs.format import write_robustness
 from clicktrain.train.config import Precision
 from clicktrain.train.device import autocast
 
@@ -157,17 +155,9 @@ def attacked_accuracy(
     return [100 * count / images for count in right.tolist()]
 
 
-def save_robustness(folder: Path, attacks: Sequence[Attack], accuracies: Sequence[float]) -> None:
-    """Add curves to ``robustness.json`` in a run's folder, for reports; those of other attacks stay.
-
-    ``{"attacks": {"fgsm": [{"epsilon": 0.05, "accuracy": 40.4}, ...]}}``, accuracy in percent.
-    """
-    path = folder / "robustness.json"
-    try:
-        found: dict[str, Any] = dict(read_json(path)["attacks"])
-    except (OSError, ValueError, KeyError, TypeError):
-        found = {}
-    curves: dict[str, list[dict[str, float]]] = {}
+def save_robustness(folder: RunFolder, attacks: Sequence[Attack], accuracies: Sequence[float]) -> None:
+    """Add accuracies, in percent, to the run's robustness.json for reports."""
+    curves: dict[str, list[tuple[float, float]]] = {}
     for attack, accuracy in zip(attacks, accuracies, strict=True):
-        curves.setdefault(attack.name, []).append({"epsilon": attack.epsilon, "accuracy": accuracy})
-    write_text_atomic(path, json.dumps({"attacks": {**found, **curves}}, indent=2) + "\n")
+        curves.setdefault(attack.name, []).append((attack.epsilon, accuracy))
+    write_robustness(folder.robustness, curves)

@@ -53,19 +53,16 @@ class EpochTotals:
 
 
 @dataclass
-class Course:
+class TrainState:
     """How far a run has come.
 
     ``epoch`` counts finished epochs, ``batch`` batches done in the running one, ``step`` optimizer steps.
     FLOPs and seconds are of the whole run so far, ``earlier`` is what its initial weights have cost.
-    ``stock`` is what an iteration of the running epoch takes
-    (`take_stock`), ``memory_calibration`` measured / estimated memory, ``memory_budget`` the bytes that a
-    growing batch may take, ``sized_plans`` and ``measured_plans`` the numbers of surgery plans that its size
-    and the measurement know of.
-    ``best_of`` says of which network ``best_val_accuracy`` is: removals of channels so far, and one more
-    after the hard prune.
-    ``numbered_plans`` is the number of surgery plans that the last line of channels.jsonl knew of, None
-    before the first.
+    ``best_val_accuracy`` is of the network as it is now, not of what it was before a removal.
+    ``iteration`` is what an iteration of the running epoch takes (`account_iteration`),
+    ``memory_calibration`` measured / estimated memory, ``memory_budget`` the bytes that a growing batch may
+    take. Since the last removal of channels, ``batch_outdated``: the batch has not been resized;
+    ``memory_unmeasured``: no iteration was measured; ``channels_renumbered``: channels.jsonl has no line.
     ``logs`` is what metrics.jsonl, events.jsonl and channels.jsonl were when a checkpoint was written.
     """
 
@@ -81,26 +78,31 @@ class Course:
     first_loss: float | None = None
     val_accuracy: float | None = None
     best_val_accuracy: float | None = None
-    best_of: int = 0
-    stock: dict[str, Any] = field(default_factory=dict)
+    iteration: dict[str, Any] = field(default_factory=dict)
     memory_calibration: float = 1.0
     memory_budget: int | None = None
-    sized_plans: int = 0
-    measured_plans: int | None = None
-    numbered_plans: int | None = None
+    batch_outdated: bool = False
+    memory_unmeasured: bool = True
+    channels_renumbered: bool = True
+    operators_recorded: bool = False
     logs: dict[str, LogMark] = field(default_factory=dict)
     totals: EpochTotals = field(default_factory=EpochTotals)
+
+    def note_removal(self) -> None:
+        """Channels were removed."""
+        self.best_val_accuracy = None
+        self.batch_outdated = self.memory_unmeasured = self.channels_renumbered = True
 
     def state_dict(self) -> dict[str, Any]:
         """As nested dicts of numbers."""
         return dataclasses.asdict(self)
 
     @classmethod
-    def from_state(cls, saved: Mapping[str, Any]) -> Course:
+    def from_state(cls, saved: Mapping[str, Any]) -> TrainState:
         """Inverse of `state_dict`."""
         parts = {
             "totals": EpochTotals(**saved["totals"]),
-            "earlier": EarlierCost(**saved.get("earlier", {})),
+            "earlier": EarlierCost(**saved["earlier"]),
             "logs": {name: LogMark(**mark) for name, mark in saved["logs"].items()},
         }
         return cls(**{**saved, **parts})

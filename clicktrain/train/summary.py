@@ -17,31 +17,32 @@ from clicktrain.errors import MissedTarget
 from clicktrain.formats.packed_file import save_packed
 from clicktrain.formats.tree import save_tree
 from clicktrain.latency.machine import cpu_name, gpu_name, versions
+from clicktrain.methods.driver.publisher import ChannelsRemoved, MasksFrozen
 from clicktrain.runs.format import FORMAT_VERSION
 from clicktrain.surgery import SurgeryPlan, write_recipe
 from clicktrain.train.epoch import check_outputs, note_accuracy
 from clicktrain.train.evaluate import evaluate
-from clicktrain.train.live import LiveRun
 from clicktrain.train.operators import operator_names
+from clicktrain.train.training_run import TrainingRun
 
 
-def finish_run(run: LiveRun) -> dict[str, Any]:
+def finish_run(run: TrainingRun) -> dict[str, Any]:
     """Write model.safetensors, packed.safetensors and, last, summary.json.
 
     Can be done again: a run killed in the middle of it is finished when it is resumed.
     """
     p = run.prepared
-    was_frozen, plans = p.pruner.frozen, len(p.pruner.plans)
+    changes: list[object] = []
+    p.pruner.subscribe(changes.append, (ChannelsRemoved, MasksFrozen))
     operators = operator_names(run.folder)
     with warnings.catch_warnings():
         warnings.simplefilter("ignore", MissedTarget)  # they are in the summary, from where they are shown
         plain = p.pruner.finish()
-    run.follow_pruner()
     model = plain
     if run.average is not None:
         model = run.average.module  # unpacked and masked as the network is
     masks = p.pruner.masks
-    if (masks and not was_frozen) or len(p.pruner.plans) > plans:  # what was evaluated is not what is saved
+    if changes:  # what was evaluated is not what is saved
         result = evaluate(model, p.val_loader, device=p.device, precision=p.config.precision)
         assert result is not None
         check_outputs(run, result)
@@ -64,9 +65,9 @@ def finish_run(run: LiveRun) -> dict[str, Any]:
 
 
 def _summary(
-    run: LiveRun, cost: ModelCost, living: ModelCost, operators: Mapping[str, str]
+    run: TrainingRun, cost: ModelCost, living: ModelCost, operators: Mapping[str, str]
 ) -> dict[str, Any]:
-    p, course = run.prepared, run.course
+    p, state = run.prepared, run.state
     config, pruner, outcome = p.config, p.pruner, p.pruner.outcome()
     hard_prune = next((event["epoch"] for event in pruner.events if event["event"] == "hard_prune"), None)
     return {
@@ -76,8 +77,8 @@ def _summary(
         "data": config.data,
         "epochs": config.epochs,
         "seed": config.seed,
-        "val_accuracy": course.val_accuracy,
-        "best_val_accuracy": course.best_val_accuracy,
+        "val_accuracy": state.val_accuracy,
+        "best_val_accuracy": state.best_val_accuracy,
         "sparsity_asked": getattr(p.method, "sparsity", None),
         "compression_asked": getattr(p.method, "compression_asked", None),
         "outcome": outcome.to_json(),
@@ -85,15 +86,15 @@ def _summary(
         "compression_ratio": ratio(p.cost.initial.conv_weights, living.conv_nonzero),
         "conv_weights": p.cost.initial.conv_weights,
         "nonzero_conv_weights": living.conv_nonzero,
-        "train_flops": course.train_flops,
-        "train_flops_ratio": course.train_flops / max(course.train_flops_dense, 1),
-        "initial_train_flops": course.earlier.flops,
-        "total_train_flops_ratio": course.earlier.total_ratio(course.train_flops, course.train_flops_dense),
+        "train_flops": state.train_flops,
+        "train_flops_ratio": state.train_flops / max(state.train_flops_dense, 1),
+        "initial_train_flops": state.earlier.flops,
+        "total_train_flops_ratio": state.earlier.total_ratio(state.train_flops, state.train_flops_dense),
         "inference_flops": cost.forward_flops,
         "inference_flops_ratio": cost.forward_flops / max(p.cost.initial.forward_flops_dense, 1),
         "train_seconds": run.seconds,
         "step_ms": _step_ms(run.folder.read_metrics()),
-        "data_share": course.data_seconds / max(course.epoch_seconds, 1e-9),
+        "data_share": state.data_seconds / max(state.epoch_seconds, 1e-9),
         "hard_prune_epoch": hard_prune,
         "parameters": cost.parameters,
         "nonzero_parameters": living.nonzero_parameters,

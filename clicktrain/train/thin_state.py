@@ -9,7 +9,7 @@ import torch
 from torch import Tensor, nn
 from torch.optim import Optimizer
 
-from clicktrain.kernels.sparse_conv2d import PackedConv2d
+from clicktrain.kernels.sparse_conv2d import PackedLayer
 
 Masks: TypeAlias = Mapping[str, Tensor]
 """Layer name -> bool, of the weight's shape, True = kept."""
@@ -91,5 +91,5 @@ def _layer_of(name: str) -> str | None:
 
 def _bits_names(model: nn.Module) -> Iterator[str]:
     for name, module in model.named_modules(remove_duplicate=False):
-        if isinstance(module, PackedConv2d):
+        if isinstance(module, PackedLayer):
             yield f"{name}.{_BITS}" if name else _BITS

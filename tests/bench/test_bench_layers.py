@@ -17,7 +17,8 @@ from clicktrain.errors import UserError
 from clicktrain.models import create_model
 from clicktrain.sparsity.masks import conv_masks
 from clicktrain.surgery import read_recipe
-from clicktrain.train import fit, from_dict, load_run
+from clicktrain.train import from_dict, load_run
+from clicktrain.train.fit import fit
 
 COMMON: dict[str, Any] = {
     "model": "resnet8", "width": 0.5, "batch_size": 32, "learning_rate": 0.1, "threads": 1,

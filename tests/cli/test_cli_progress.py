@@ -10,8 +10,8 @@ from rich.console import Console
 
 from clicktrain.commands.progress import EpochLines, LiveDisplay, epoch_line, make_progress, picture
 from clicktrain.commands.running import log_lines, result_line
-from clicktrain.commands.wording import clock, short
 from clicktrain.train import StepProgress
+from clicktrain.wording import clock, short
 
 INFO = StepProgress(
     epoch=3, epochs=12, batch=40, batches=100, step=240, stage="pool", loss=1.23456, accuracy=54.32,

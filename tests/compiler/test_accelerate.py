@@ -228,7 +228,7 @@ def test_exchanged_layers_and_hooks_are_respected() -> None:
     torch.testing.assert_close(fast(x), model(x))
     assert seen == ["conv", "conv"]
     handle.remove()
-    model.layer1[0].conv1 = model.layer1[0].conv1.to_conv()  # type: ignore[index, union-attr]
+    model.layer1[0].conv1 = model.layer1[0].conv1.to_dense()  # type: ignore[index, union-attr]
     model.fc = nn.Linear(model.fc.in_features, 2, dtype=x.dtype)  # type: ignore[arg-type, union-attr]
     assert fast(x).shape == (3, 2)
     torch.testing.assert_close(fast(x), model(x))

@@ -3,8 +3,6 @@
 from __future__ import annotations
 
 import json
-import time
-from collections.abc import Callable
 from dataclasses import replace
 
 import pytest
@@ -13,7 +11,6 @@ from pruned_networks import SMALL, assert_same_step, batch, network, prune_, twi
 
 from clicktrain import UserError, accelerate, create_model
 from clicktrain.compiler import Accelerated, LoweringPlan
-from clicktrain.compiler.measure import take_turns
 from clicktrain.kernels.native import toolchain
 
 pytestmark = pytest.mark.skipif(toolchain() is None, reason="needs a C compiler")
@@ -115,26 +112,6 @@ def test_measured_plans_say_what_was_refused_and_train_the_same() -> None:
     assert "features.4" in str(plan)
     fast = accelerated(model, x, plan=LoweringPlan.from_json(plan.to_json()))
     assert_same_step(fast, reference, x, y, 1e-3)
-
-
-def test_what_is_hopelessly_slow_is_called_once() -> None:
-    calls: dict[str, int] = {}
-
-    def spin(name: str, seconds: float) -> Callable[[], None]:
-        def call() -> None:
-            calls[name] = calls.get(name, 0) + 1
-            end = time.thread_time() + seconds
-            while time.thread_time() < end:
-                pass
-
-        return call
-
-    seconds = {"quick": 0.005, "slow": 0.15, "slow and alone": 0.15, "not much slower": 0.02}
-    functions = {name: spin(name, wanted) for name, wanted in seconds.items()}
-    kinds = dict.fromkeys(("quick", "slow", "not much slower"), "one") | {"slow and alone": "other"}
-    ms = take_turns(functions, 0.01, kinds)
-    assert calls == {"quick": 3, "slow": 1, "slow and alone": 3, "not much slower": 3}
-    assert ms["slow"] > ms["not much slower"] > ms["quick"]
 
 
 def test_verbose_prints_the_table(capsys: pytest.CaptureFixture[str]) -> None:

@@ -180,7 +180,7 @@ def test_other_devices_and_types_are_left_alone() -> None:
 
 @needs_compiler
 def test_the_blocked_implementation_refuses_what_it_cannot_do(monkeypatch: pytest.MonkeyPatch) -> None:
-    layer = PackedConv2d.from_conv(nn.Conv2d(4, 4, 3), torch.rand(4, 4, 3, 3) < 0.3)
+    layer = PackedConv2d.from_dense(nn.Conv2d(4, 4, 3), torch.rand(4, 4, 3, 3) < 0.3)
     layer.use("blocked")
     with pytest.raises(ValueError, match=r"input is torch\.float64, the weight torch\.float32"):
         layer(torch.randn(2, 4, 8, 8).double())

@@ -76,7 +76,7 @@ def test_boxes_lie_inside_with_the_area_and_aspect_of_the_recipe(height: int, wi
         assert float(aspect.max()) < 1.5
 
 
-def test_no_box_fits_a_very_long_image_so_the_centre_is_taken() -> None:
+def test_no_box_fits_a_very_long_image_so_the_center_is_taken() -> None:
     assert random_boxes(2, 2, 300, seeded_generator("test")).tolist() == [[0, 148, 2, 3]] * 2
     assert random_boxes(1, 300, 3, seeded_generator("test")).tolist() == [[148, 0, 4, 3]]
 
@@ -102,7 +102,7 @@ def test_cutout_clears_a_square_that_may_lie_half_outside() -> None:
     assert bool(holes[:, 0].any(0).all())  # every pixel is hit by some
 
 
-def test_nothing_but_the_normalisation_by_default() -> None:
+def test_nothing_but_the_normalization_by_default() -> None:
     x = images()
     mean, std = torch.tensor([0.1, 0.2, 0.3]), torch.tensor([0.5, 0.6, 0.7])
     normal = augment_and_normalize(x, Augment(), mean, std, seeded_generator("test"))

@@ -44,11 +44,11 @@ def test_threads_give_the_order_that_was_asked_for() -> None:
         assert np.array_equal(together[row].permute(1, 2, 0).numpy(), pixels(index))
 
 
-def test_other_colour_modes_become_rgb_or_grey() -> None:
-    grey = pixels(1, channels=1)
-    assert torch.equal(to_pixels(decode_image(encode(grey), "x", 1)), torch.from_numpy(grey.copy())[None])
+def test_other_color_modes_become_rgb_or_gray() -> None:
+    gray = pixels(1, channels=1)
+    assert torch.equal(to_pixels(decode_image(encode(gray), "x", 1)), torch.from_numpy(gray.copy())[None])
     assert torch.equal(
-        to_pixels(decode_image(encode(grey), "x", 3)), torch.from_numpy(grey.copy()).expand(3, 8, 8)
+        to_pixels(decode_image(encode(gray), "x", 3)), torch.from_numpy(gray.copy()).expand(3, 8, 8)
     )
     transparent = np.dstack([pixels(2), np.full((8, 8), 7, np.uint8)])
     assert np.array_equal(to_pixels(decode_image(encode(transparent), "x", 3)).permute(1, 2, 0), pixels(2))
@@ -60,15 +60,15 @@ def test_other_colour_modes_become_rgb_or_grey() -> None:
     assert to_pixels(decode_image(buffer.getvalue(), "x", 3)).shape == (3, 8, 8)
 
 
-def test_sixteen_bit_grey_is_scaled() -> None:
+def test_sixteen_bit_gray_is_scaled() -> None:
     deep = np.array([[0, 255, 256], [32768, 65280, 65535]], np.uint16)
     decoded = to_pixels(decode_image(encode(deep), "x", 1))
     assert decoded[0].tolist() == [[0, 1, 1], [128, 254, 255]]
-    assert read_header(encode(deep), "x").grey
+    assert read_header(encode(deep), "x").gray
 
 
-def test_a_colour_image_among_grey_ones_is_an_error() -> None:
-    with pytest.raises(UserError, match=r"photo\.png is in colour"):
+def test_a_color_image_among_gray_ones_is_an_error() -> None:
+    with pytest.raises(UserError, match=r"photo\.png is in color"):
         decode_image(encode(pixels(0)), "photo.png", 1)
 
 
@@ -105,7 +105,7 @@ def test_another_size_is_an_error_unless_resized() -> None:
     assert decode_all(Bytes(files), [0, 1], 3, (6, 6), resize=True).shape == (2, 3, 6, 6)
 
 
-def test_fit_keeps_the_centre() -> None:
+def test_fit_keeps_the_center() -> None:
     stripes = np.zeros((8, 16, 3), np.uint8)
     stripes[:, 4:12] = 200  # exactly the central square
     assert np.array_equal(np.asarray(fit(Image.fromarray(stripes), (8, 8))), np.full((8, 8, 3), 200))
@@ -115,7 +115,7 @@ def test_fit_keeps_the_centre() -> None:
 
 @pytest.mark.parametrize("ratio", [1, 2])
 @pytest.mark.parametrize(("height", "width"), [(64, 32), (32, 64), (48, 48)])
-def test_fit_is_resize_and_centre_crop(height: int, width: int, ratio: int) -> None:
+def test_fit_is_resize_and_center_crop(height: int, width: int, ratio: int) -> None:
     image = Image.fromarray(pixels(5, (height, width)))
     shorter = min(height, width)
     scaled = image.resize(

@@ -90,7 +90,7 @@ def test_augmentation_differs_between_batches_epochs_and_seeds() -> None:
     assert len({tuple(x.flatten().tolist()) for x in drawn}) == 6
 
 
-def test_batches_are_normalised_by_the_training_statistics() -> None:
+def test_batches_are_normalized_by_the_training_statistics() -> None:
     data = open_data("synthetic:classes=2,size=8,train=200,val=10")
     x = torch.cat([batch.x for batch in loader(data).epoch(0)]).double()
     torch.testing.assert_close(x.mean((0, 2, 3)), torch.zeros(3, dtype=torch.float64), atol=1e-5, rtol=0)

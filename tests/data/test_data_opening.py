@@ -64,8 +64,8 @@ def test_synthetic_images_can_be_learned() -> None:
         return batch.x.flatten(1), batch.y
 
     (x, y), (val_x, val_y) = everything("train"), everything("val")
-    centres = torch.stack([x[y == label].mean(0) for label in range(5)])
-    nearest = torch.cdist(val_x, centres).argmin(1)
+    centers = torch.stack([x[y == label].mean(0) for label in range(5)])
+    nearest = torch.cdist(val_x, centers).argmin(1)
     assert float((nearest == val_y).float().mean()) > 0.9
 
 
@@ -190,7 +190,7 @@ def test_mixed_sizes_need_image_size(tmp_path: Path, cache_dir: Path) -> None:
     assert open_data(spec, cache_dir=cache_dir, image_size=6).image_shape == (3, 6, 6)
 
 
-def test_grey_files_make_a_grey_data_set(tmp_path: Path, cache_dir: Path) -> None:
+def test_gray_files_make_a_gray_data_set(tmp_path: Path, cache_dir: Path) -> None:
     for number, name in enumerate("ab"):
         for index in range(3):
             path = tmp_path / "set" / name / f"{index}.png"

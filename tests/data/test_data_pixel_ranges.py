@@ -1,4 +1,4 @@
-"""Pixel values beyond 8 bits, every colour mode, and files that are not what they are called."""
+"""Pixel values beyond 8 bits, every color mode, and files that are not what they are called."""
 
 from __future__ import annotations
 
@@ -27,13 +27,13 @@ Values = np.ndarray[Any, Any]
 def png16(values: Values) -> bytes:
     """A 16-bit PNG of [H, W, C] values; Pillow writes none with more than one channel."""
     height, width, channels = values.shape
-    colour = {1: 0, 2: 4, 3: 2, 4: 6}[channels]
+    color = {1: 0, 2: 4, 3: 2, 4: 6}[channels]
     rows = b"".join(b"\0" + row.astype(">u2").tobytes() for row in values)
 
     def chunk(name: bytes, data: bytes) -> bytes:
         return struct.pack(">I", len(data)) + name + data + struct.pack(">I", zlib.crc32(name + data))
 
-    header = struct.pack(">IIBBBBB", width, height, 16, colour, 0, 0, 0)
+    header = struct.pack(">IIBBBBB", width, height, 16, color, 0, 0, 0)
     return (
         b"\x89PNG\r\n\x1a\n"
         + chunk(b"IHDR", header)
@@ -72,7 +72,7 @@ def noise(low: float, high: float, dtype: str, shape: tuple[int, ...] = (16, 16)
 )
 def test_values_of_any_range_fill_8_bits(data: bytes) -> None:
     assert read_header(data, "x").deep
-    assert read_header(data, "x").grey
+    assert read_header(data, "x").gray
     found = to_pixels(decode_image(data, "x", 1))
     assert (found.min(), found.max()) == (0, 255)
     assert found.unique().numel() > 100
@@ -81,18 +81,18 @@ def test_values_of_any_range_fill_8_bits(data: bytes) -> None:
 
 @pytest.mark.parametrize("channels", [3, 4])
 @pytest.mark.parametrize("largest", [255, 4095, 65535])
-def test_16_bit_colours_keep_both_bytes(channels: int, largest: int) -> None:
+def test_16_bit_colors_keep_both_bytes(channels: int, largest: int) -> None:
     values = noise(0, largest + 1, "uint16", (16, 16, channels))
     values[0, 0, :3] = 0, largest, largest
     data = png16(values)
     assert read_header(data, "x").deep
     found = to_pixels(decode_image(data, "x", 3)).permute(1, 2, 0).numpy()
     assert np.array_equal(found, np.rint(values[..., :3] * (255 / largest)).astype(np.uint8))
-    with pytest.raises(UserError, match="x is in colour"):
+    with pytest.raises(UserError, match="x is in color"):
         decode_image(data, "x", 1)
 
 
-def test_16_bit_grey_with_transparency_keeps_both_bytes() -> None:
+def test_16_bit_gray_with_transparency_keeps_both_bytes() -> None:
     values = noise(0, 4096, "uint16", (16, 16, 2))
     values[0, 0, 0], values[0, 1, 0] = 0, 4095
     found = to_pixels(decode_image(png16(values), "x", 1))[0].numpy()
@@ -150,12 +150,12 @@ def test_one_bit_is_black_and_white() -> None:
 
 
 def test_palettes_cmyk_and_ycbcr_become_rgb() -> None:
-    colours = Image.fromarray(pixels(1, (16, 16)))
+    colors = Image.fromarray(pixels(1, (16, 16)))
     exact = torch.from_numpy(pixels(1, (16, 16)).copy()).permute(2, 0, 1).int()
     for image, form, close in (
-        (colours.quantize(255), "PNG", 30), (colours.convert("CMYK"), "TIFF", 2), (colours.convert("CMYK"),
+        (colors.quantize(255), "PNG", 30), (colors.convert("CMYK"), "TIFF", 2), (colors.convert("CMYK"),
         "JPEG", 30),
-        (colours.convert("YCbCr"), "TIFF", 4), (colours.quantize(255), "GIF", 30),
+        (colors.convert("YCbCr"), "TIFF", 4), (colors.quantize(255), "GIF", 30),
     ):  # fmt: skip
         found = to_pixels(decode_image(saved(image, form), "x", 3)).int()
         assert (found - exact).abs().max() <= close, (image.mode, form)

@@ -65,7 +65,7 @@ def test_images_that_are_passed_over_are_not_decoded(folder: Path, cache_dir: Pa
     assert batches(data, "train", FULL, 0, start=len(whole)) == []
 
 
-def test_validation_is_resize_and_centre_crop(folder: Path, cache_dir: Path) -> None:
+def test_validation_is_resize_and_center_crop(folder: Path, cache_dir: Path) -> None:
     data = streamed(folder, cache_dir)
     first, second = batches(data, "val", FULL, 0), batches(data, "val", Augment(), 5)
     assert_same(first, second)
@@ -128,7 +128,7 @@ def test_mean_and_std_of_a_sample_are_cached(folder: Path, cache_dir: Path) -> N
     data = streamed(folder, cache_dir)
     (sample,) = cache_dir.glob("*-sample.safetensors")
     in_memory = open_data(f"imagefolder:{folder}", image_size=8, cache_dir=cache_dir)
-    assert data.mean == pytest.approx(in_memory.mean, abs=0.03)  # the centres differ a little
+    assert data.mean == pytest.approx(in_memory.mean, abs=0.03)  # the centers differ a little
     sample_time = sample.stat().st_mtime_ns
     assert streamed(folder, cache_dir).mean == data.mean
     assert sample.stat().st_mtime_ns == sample_time

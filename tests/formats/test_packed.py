@@ -124,7 +124,7 @@ def test_wrong_shapes() -> None:
     with pytest.raises(ValueError, match="a mask is bool"):
         Structure.from_mask(torch.ones(2, 1, 3, 3))
     with pytest.raises(ValueError, match="a mask is bool"):
-        Structure.from_mask(torch.ones(2, 9, dtype=torch.bool))
+        Structure.from_mask(torch.ones(9, dtype=torch.bool))
 
 
 def test_same_as_copy_and_device() -> None:

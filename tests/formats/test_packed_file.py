@@ -68,13 +68,13 @@ def test_documented_layout(tmp_path: Path) -> None:
 
 
 def test_fully_connected_layers(tmp_path: Path) -> None:
-    """Packed like 1x1 convolutions; their own shape is in the metadata and comes back."""
+    """Their own shape is in the metadata and comes back."""
     weight = torch.tensor([[1.0, 0, 2], [0, 3, 0]])
     tensors = {"fc.weight": weight, "fc.bias": torch.ones(2)}
     save_packed(tmp_path / "p", tensors, {"fc": weight != 0})
     assert torch.equal(load_packed(tmp_path / "p")["fc.weight"], weight)
     packed, others = read_packed(tmp_path / "p")
-    assert packed["fc.weight"].structure.shape == (2, 3, 1, 1)
+    assert packed["fc.weight"].structure.shape == (2, 3)
     assert packed["fc.weight"].values.tolist() == [1, 2, 3]
     assert set(others) == {"fc.bias"}
     document = json.loads(read_tensors(tmp_path / "p")[1]["clicktrain.packed"])

@@ -21,7 +21,7 @@ def pair() -> tuple[PackedConv2d, nn.Conv2d]:
     mask = torch.rand(conv.weight.shape) < 0.4
     with torch.no_grad():
         conv.weight *= mask
-    return PackedConv2d.from_conv(copy.deepcopy(conv), mask), conv
+    return PackedConv2d.from_dense(copy.deepcopy(conv), mask), conv
 
 
 def test_losses_and_networks_may_read_it(pair: tuple[PackedConv2d, nn.Conv2d]) -> None:

@@ -29,7 +29,7 @@ def packed_pair(equal: bool = True, **options: Any) -> tuple[nn.Conv2d, PackedCo
     mask = (flat.argsort(1).argsort(1) < flat.shape[1] // 2 if equal else flat < 0.4).view_as(conv.weight)
     with torch.no_grad():
         conv.weight *= mask
-    return conv, PackedConv2d.from_conv(copy.deepcopy(conv), mask)
+    return conv, PackedConv2d.from_dense(copy.deepcopy(conv), mask)
 
 
 @pytest.mark.parametrize("equal", [True, False])
@@ -38,7 +38,7 @@ def test_same_output_there_and_back(options: dict[str, Any], equal: bool) -> Non
     conv, packed = packed_pair(equal, **options)
     x = torch.randn(2, 4, 7, 8, dtype=torch.float64)
     torch.testing.assert_close(packed(x), conv(x))
-    back = packed.to_conv()
+    back = packed.to_dense()
     assert torch.equal(back.weight, conv.weight)
     assert repr(back) == repr(conv)
     assert back.state_dict().keys() == conv.state_dict().keys()
@@ -55,7 +55,7 @@ def test_what_is_taken_over() -> None:
     after = conv.register_forward_hook(lambda *_: calls.append("after"))
     conv.register_forward_pre_hook(lambda *_, **__: calls.append("before"), with_kwargs=True)
     mask = torch.rand(3, 2, 3, 3) < 0.5
-    packed = PackedConv2d.from_conv(conv, mask)
+    packed = PackedConv2d.from_dense(conv, mask)
     assert not packed.training
     assert not packed.values.requires_grad
     assert packed.values.tag == "mine"
@@ -63,7 +63,7 @@ def test_what_is_taken_over() -> None:
     packed(torch.ones(1, 2, 4, 4))
     assert calls == ["before", "after"]
     after.remove()
-    back = packed.to_conv()
+    back = packed.to_dense()
     back(torch.ones(1, 2, 4, 4))
     assert calls == ["before", "after", "before"]
     assert not back.weight.requires_grad
@@ -75,8 +75,8 @@ def test_the_gradient_goes_along() -> None:
     conv(torch.randn(1, 2, 5, 5)).sum().backward()
     grad = conv.weight.grad.clone()
     mask = torch.rand(3, 2, 3, 3) < 0.5
-    packed = PackedConv2d.from_conv(conv, mask)
-    assert torch.equal(packed.to_conv().weight.grad, grad * mask)
+    packed = PackedConv2d.from_dense(conv, mask)
+    assert torch.equal(packed.to_dense().weight.grad, grad * mask)
 
 
 def test_state_dict_round_trip_brings_its_own_positions() -> None:
@@ -100,7 +100,7 @@ def test_a_state_dict_that_does_not_fit() -> None:
     _, fewer = packed_pair(kernel_size=3, padding=1, bias=False)
     mask = fewer.structure.mask()
     mask[:, 0] = False
-    other = PackedConv2d.from_conv(fewer.to_conv(), mask)
+    other = PackedConv2d.from_dense(fewer.to_dense(), mask)
     with pytest.raises(RuntimeError, match="keep_bits keep values of shape"):
         one.load_state_dict(other.state_dict())
     assert torch.equal(one.dense_weight(), before)
@@ -195,7 +195,7 @@ def with_buffer() -> nn.Module:
 )
 def test_layers_that_are_refused(make: Any, reason: str) -> None:
     with pytest.raises(UserError, match=f"features.0 cannot be packed: .*{reason}"):
-        PackedConv2d.from_conv(make(), torch.ones(3, 2, 3, 3, dtype=torch.bool), "features.0")
+        PackedConv2d.from_dense(make(), torch.ones(3, 2, 3, 3, dtype=torch.bool), "features.0")
 
 
 def test_a_lazy_layer_is_refused() -> None:
@@ -203,15 +203,15 @@ def test_a_lazy_layer_is_refused() -> None:
         warnings.simplefilter("ignore")
         lazy = nn.LazyConv2d(3, 3)
     with pytest.raises(UserError, match="lazy"):
-        PackedConv2d.from_conv(lazy, torch.ones(3, 2, 3, 3, dtype=torch.bool))
+        PackedConv2d.from_dense(lazy, torch.ones(3, 2, 3, 3, dtype=torch.bool))
 
 
 def test_a_subclass_that_only_starts_differently_is_packed() -> None:
-    packed = PackedConv2d.from_conv(OwnInit(2, 3, 3), torch.ones(3, 2, 3, 3, dtype=torch.bool))
+    packed = PackedConv2d.from_dense(OwnInit(2, 3, 3), torch.ones(3, 2, 3, 3, dtype=torch.bool))
     assert bool((packed.values == 1).all())
 
 
 def test_a_mask_that_does_not_fit() -> None:
     for mask in (torch.ones(3, 2, 3, 3), torch.ones(3, 2, 3, dtype=torch.bool)):
-        with pytest.raises(UserError, match=r"the convolution cannot be packed: its mask is"):
-            PackedConv2d.from_conv(nn.Conv2d(2, 3, 3), mask)
+        with pytest.raises(UserError, match=r"the layer cannot be packed: its mask is"):
+            PackedConv2d.from_dense(nn.Conv2d(2, 3, 3), mask)

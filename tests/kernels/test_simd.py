@@ -157,7 +157,7 @@ def test_units_are_part_of_the_keys_of_caches() -> None:
     assert tools is not None
     units = [ZEN4, Simd(64, 32, False), Simd(32, 32, False), Simd(32, 16, False)]
     assert len({build("int units = 1;", replace(tools, simd=one)) for one in units}) == len(units)
-    code = "from clicktrain.compiler.remembered import place; print(place([], [], 1, []).name)"
+    code = "from clicktrain.compiler.plan_cache import place; print(place([], [], 1, []).name)"
     plans = [python(code, CLICKTRAIN_LANES="8", CLICKTRAIN_PAIRS=pairs) for pairs in "01"]
     assert all(done.returncode == 0 for done in plans)
     assert plans[0].stdout != plans[1].stdout

@@ -246,15 +246,15 @@ def test_pattern_layers(image: tuple[int, int], stride: int) -> None:
     check(mask, 20, image, stride=(stride, stride), padding=(1, 1))
 
 
-@pytest.mark.parametrize("filters_per_tile", [2, 4])
+@pytest.mark.parametrize("filters", [2, 4])
 @pytest.mark.parametrize("image", [(4, 4), (11, 6)], ids=str)
-def test_filters_that_share_positions_are_computed_together(together: int, image: tuple[int, int]) -> None:
-    mask = pattern_mask(16, 10, 0.3, together, torch.Generator().manual_seed(2))
+def test_filters_that_share_positions_are_computed_together(filters: int, image: tuple[int, int]) -> None:
+    mask = pattern_mask(16, 10, 0.3, filters, torch.Generator().manual_seed(2))
     structure = Structure.from_mask(mask)
-    tiling = Tiling((2, 3), (2, 2), together)
+    tiling = Tiling((2, 3), (2, 2), filters)
     tilings = {"forward": tiling, "wgrad": tiling}
     plan, _ = prepare(structure, ConvProblem.make(10, 16, (3, 3), image, (1, 1), (1, 1)), 1, tilings)
-    assert plan.tiling("forward").filters_per_tile == together
+    assert plan.tiling("forward").filters_per_tile == filters
     check(mask, 17, image, padding=(1, 1), bias=True, tilings=tilings)
 
 

@@ -12,9 +12,11 @@ from hypothesis import strategies as st
 from torch import Tensor, nn
 
 from clicktrain.graph.prunable import find_prunable
-from clicktrain.latency.channels import bare_copy, compare_ms, fewest_pruned
+from clicktrain.latency.channels import fewest_pruned
+from clicktrain.latency.network_times import bare_copy, compare_ms
 from clicktrain.latency.search import LatencySearch
-from clicktrain.methods.channels.selection import Amount, ChannelSelection, LatencyCourse
+from clicktrain.methods.channels.budget import ChannelBudget
+from clicktrain.methods.channels.selection import ChannelSelection, LatencyCalibration
 from clicktrain.models import create_model
 from clicktrain.sparsity.channel_importance import masks_after
 from clicktrain.surgery import apply_surgery_, plan_from_keep
@@ -26,11 +28,11 @@ def _own_cache(tmp_path_factory: pytest.TempPathFactory, monkeypatch: pytest.Mon
     monkeypatch.setenv("CLICKTRAIN_LATENCY_CACHE", str(folder))
 
 
-def selection(name: str, dense_ms: float = 1000.0, **amount: float | None) -> ChannelSelection:
+def selection(name: str, dense_ms: float = 1000.0, **budget: float | None) -> ChannelSelection:
     model = create_model(name, num_classes=4, in_channels=3, width=0.25, stem="cifar")
     prunable = replace(find_prunable(model, include=("*",), linear=True), example=torch.zeros(1, 3, 8, 8))
-    asked = Amount(0.3, 0.5, None, 2, 1.0, 1, 1)
-    return ChannelSelection.of(prunable, replace(asked, **amount), (), LatencyCourse(dense_ms))  # type: ignore[arg-type]
+    asked = ChannelBudget(0.3, 0.5, None, 2, 1.0, 1, 1)
+    return ChannelSelection.of(prunable, replace(asked, **budget), (), LatencyCalibration(dense_ms))  # type: ignore[arg-type]
 
 
 @pytest.mark.parametrize("name", ["resnet8", "mobilenet_v1", "vgg11"])
@@ -91,12 +93,12 @@ def test_importance_per_millisecond_by_hand() -> None:
     saved = latency.saved_by_a_neuron(kept)
     mean = sum(saved.values()) / len(saved)
     scores = {name: torch.ones(size) for name, size in kept.items()}
-    ranked = latency.penalised(scores, kept, 1.0)
+    ranked = latency.penalized(scores, kept, 1.0)
     for name, score in ranked.items():
         assert score[0] == pytest.approx(1 / (0.05 + saved[name] / mean))
     expensive = max(saved, key=lambda name: saved[name])
     assert all(ranked[expensive][0] <= score[0] for score in ranked.values())
-    assert all(torch.equal(latency.penalised(scores, kept, 0.0)[n], scores[n]) for n in scores)
+    assert all(torch.equal(latency.penalized(scores, kept, 0.0)[n], scores[n]) for n in scores)
 
 
 @given(aim=st.floats(0, 25), sizes=st.lists(st.integers(1, 6), min_size=1, max_size=4))
@@ -142,12 +144,12 @@ def test_steps_before_the_last_prune_no_more_than_predicted() -> None:
     before_last, reserve = chosen.choose(scores, None, 2, 3), chosen.within(1.2 * 25.0, scores, None)
     assert all(torch.equal(before_last[n], reserve[n]) for n in reserve), "something is left to give"
     plain = chosen.choose(scores, None, 1, 3)
-    chosen.course.correction = 1.6
+    chosen.calibration.correction = 1.6
     careful = chosen.choose(scores, None, 1, 3)
     assert all(torch.equal(plain[name], careful[name]) for name in plain)
     last = chosen.choose(scores, careful, 3, 3)
     assert sum(int(m.sum()) for m in last.values()) < sum(int(m.sum()) for m in careful.values())
-    chosen.course.correction = 0.8
+    chosen.calibration.correction = 0.8
     fewer = chosen.choose(scores, None, 1, 3)
     assert sum(int(m.sum()) for m in fewer.values()) > sum(int(m.sum()) for m in plain.values())
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -14,12 +15,12 @@ from torch import Tensor, nn
 from clicktrain.errors import UserError
 from clicktrain.graph.prunable import find_prunable
 from clicktrain.kernels.native import toolchain
-from clicktrain.latency.channels import Measured
-from clicktrain.latency.sparse_times import SparseGeometry, SparseTimes, Timed, sparse_times
+from clicktrain.latency.network_times import Measured, Timed
+from clicktrain.latency.sparse_latency import LatencyAim, SparseLatency
+from clicktrain.latency.sparse_times import SparseGeometry, SparseTimes, sparse_times
 from clicktrain.methods.clicktrain import ClickTrain
 from clicktrain.methods.driver.pruner import Pruner
-from clicktrain.methods.patterns.latency import LatencyAim, SparseLatency
-from clicktrain.methods.patterns.selection import allocation_gains
+from clicktrain.methods.patterns.axes import ALLOCATIONS, allocation_gains
 
 needs_compiler = pytest.mark.skipif(toolchain() is None, reason="there is no C compiler")
 EXAMPLE = torch.zeros(1, 3, 12, 12)
@@ -69,7 +70,7 @@ def finalised(pruner: Pruner) -> dict[str, Any]:
 def test_tables_rise_and_are_kept(cache: Path, timed: Timed) -> None:
     conv = nn.Conv2d(16, 16, 3, stride=2, padding=1)
     geometry = SparseGeometry.of(
-        conv, (9, 9), entries=4, patterns=5, together=2, batch=4, timed=timed
+        conv, (9, 9), entries=4, patterns=5, group=2, batch=4, timed=timed
     )  # fmt: skip
     assert geometry.points() == (1, 2, 4, 8, 12, 16)
     masks = geometry.masks()
@@ -99,7 +100,7 @@ def test_shares_of_a_layer_add_up_to_one() -> None:
     method = ClickTrain(compression=4)
     targets = method.targets(method.find_prunable(network()))
     scores = {t.layer.name: torch.rand(t.layer.shape[:2]) * (i + 1) for i, t in enumerate(targets)}
-    gains = allocation_gains(targets, scores, "share")
+    gains = allocation_gains(targets, scores, ALLOCATIONS["share"])
     assert gains is not None
     for target in targets:
         name = target.layer.name
@@ -113,14 +114,15 @@ def test_predictions_are_the_rest_and_the_layers() -> None:
     model = network()
     method = ClickTrain(compression=4)
     found = find_prunable(model)
-    found = type(found)(**{**_fields(found), "example": EXAMPLE})
+    found = replace(found, example=EXAMPLE)
     targets = method.targets(found)
-    latency = SparseLatency(found, targets, 12, LatencyAim(None, 1000.0, 8, "inference"))
+    aim = LatencyAim(None, 1000.0, 8, "inference")
+    latency = SparseLatency(found, [target.budget for target in targets], aim, patterns=12)
     images = {"2": (12, 12), "4": (12, 12), "6": (6, 6)}
     tables = {}
     for target in targets:
         geometry = SparseGeometry.of(
-            target.layer.module, images[target.layer.name], entries=target.entries, patterns=12, together=1,
+            target.layer.module, images[target.layer.name], entries=target.entries, patterns=12, group=1,
             batch=8, timed="inference",
         )  # fmt: skip
         tables[target.layer.name] = sparse_times([geometry])[geometry]
@@ -128,10 +130,6 @@ def test_predictions_are_the_rest_and_the_layers() -> None:
     kernels = {"2": 3, "4": 16, "6": 7}
     expected = rest + sum(table.at(kernels[name]) for name, table in tables.items())
     assert latency.predict(kernels) == pytest.approx(expected)
-
-
-def _fields(found: Any) -> dict[str, Any]:
-    return {name: getattr(found, name) for name in found.__dataclass_fields__}
 
 
 class Slower:
@@ -196,9 +194,11 @@ def test_what_no_kernels_can_save_is_measured_at_once() -> None:
     for mask in measure.masks.values():
         assert mask.flatten(2).any(2).sum(1).tolist() == [1] * len(mask)
     found = find_prunable(network())
-    found = type(found)(**{**_fields(found), "example": EXAMPLE, "measure": measure})
+    found = replace(found, example=EXAMPLE)
     method = ClickTrain(latency_target=0.75, latency_batch=64)
-    latency = SparseLatency(found, method.targets(found), 12, method.aim)
+    assert method.aim is not None
+    budgets = [target.budget for target in method.targets(found)]
+    latency = SparseLatency(found, budgets, method.aim, patterns=12, measure=measure)
     assert latency.predict({"2": 1, "4": 1, "6": 1}) == pytest.approx(7.0)
 
 
@@ -263,6 +263,6 @@ def test_what_cannot_be_done_is_said_at_once(monkeypatch: pytest.MonkeyPatch) ->
 
 
 def test_without_a_compiler(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("clicktrain.methods.patterns.latency.toolchain", lambda: None)
+    monkeypatch.setattr("clicktrain.latency.sparse_latency.toolchain", lambda: None)
     with pytest.raises(UserError, match="there is no C compiler: give a compression"):
         attached(network(), latency_target=0.5)

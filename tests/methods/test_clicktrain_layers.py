@@ -15,7 +15,7 @@ from clicktrain.errors import UserError
 from clicktrain.graph.adapters import ADAPTERS
 from clicktrain.graph.prunable import PrunableLayer
 from clicktrain.methods import ClickTrain
-from clicktrain.methods.patterns.selection import Selection, Target
+from clicktrain.methods.patterns.selection import PatternLayer, Selection
 from clicktrain.methods.patterns.settings import PRESETS
 from clicktrain.sparsity.patterns import fixed_pool
 
@@ -209,9 +209,9 @@ def test_a_step_with_a_closure_is_refused() -> None:
 
 
 def test_a_rejected_batch_with_infinite_importance_leaves_no_trace() -> None:
-    target = Target(PrunableLayer("conv", nn.Conv2d(2, 2, 3), ADAPTERS[nn.Conv2d]), entries=4, group=1)
+    target = PatternLayer(PrunableLayer("conv", nn.Conv2d(2, 2, 3), ADAPTERS[nn.Conv2d]), entries=4, group=1)
     selection = Selection(pools={(3, 3): fixed_pool(4)})
-    selection.vote(target, torch.ones(2, 2, 3, 3), torch.ones(()))
-    selection.vote(target, torch.full((2, 2, 3, 3), float("inf")), torch.zeros(()))
+    selection.read(target, torch.ones(2, 2, 3, 3), torch.ones(()), True)
+    selection.read(target, torch.full((2, 2, 3, 3), float("inf")), torch.zeros(()), True)
     assert torch.equal(selection.importance["conv"], torch.ones(2, 2, 3, 3))
     assert int(selection.votes["conv"].sum()) == 4

@@ -17,7 +17,8 @@ from torch import Tensor, nn
 from clicktrain.graph.adapters import ADAPTERS
 from clicktrain.graph.prunable import PrunableLayer
 from clicktrain.methods import ClickTrain, Pruner
-from clicktrain.methods.patterns.selection import Target, allocation_gains
+from clicktrain.methods.patterns.axes import ALLOCATIONS, allocation_gains
+from clicktrain.methods.patterns.selection import PatternLayer
 
 SCHEDULE: dict[str, Any] = {
     "earliest_start": 0.1,
@@ -242,11 +243,11 @@ def test_grouping_does_not_change_what_a_layer_is_worth() -> None:
     for rule in ("importance", "relative"):
         worth = []
         for group in (1, 2, 8):
-            target = Target(
+            target = PatternLayer(
                 PrunableLayer("conv", nn.Conv2d(3, 8, 3), ADAPTERS[nn.Conv2d]), entries=4, group=group
             )
             grouped = scores.unflatten(0, (-1, group)).sum(dim=1)
-            gains = allocation_gains((target,), {"conv": grouped}, rule)
+            gains = allocation_gains((target,), {"conv": grouped}, ALLOCATIONS[rule])
             assert gains is not None
             worth.append(gains["conv"])
         torch.testing.assert_close(worth[1], worth[0], msg=rule)

@@ -159,7 +159,7 @@ def test_epi_and_structures_are_those_of_plain_loops(criterion: Any) -> None:
             pruner.optimizer.zero_grad()
             if number % PER_EPOCH == 2:
                 for name, score in sums.items():
-                    found = pruner._state.sums[name].double()
+                    found = pruner._state.pruning.scores.sums[name].double()
                     torch.testing.assert_close(found, torch.tensor(score).double(), rtol=1e-3, atol=1e-6)
         kept = reference.prune(sums, round(ratio * 16), 1)
         structures.append([sum(kept[name]) for name in (STAGE, INSIDE)])

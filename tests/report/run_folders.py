@@ -11,6 +11,8 @@ import numpy as np
 import yaml
 from safetensors.numpy import save_file
 
+from clicktrain.runs.format import FORMAT_VERSION, HEADER
+
 # The twelve patterns of a pool that was generated on CIFAR-10, in the order of their scores.
 POOL_BITS = (27, 54, 216, 432, 58, 178, 184, 154, 30, 51, 408, 240)
 STAGES = ("dense", "pool", "finalize", "regularize", "accelerated")
@@ -57,7 +59,7 @@ def make_run(
     pruned = method != "dense"
     folder.mkdir(parents=True, exist_ok=True)
     config = _config(method, compression, epochs, seed) | (settings or {})
-    text = "# clicktrain run folder, format 1\n" + yaml.safe_dump(config, sort_keys=False)
+    text = f"{HEADER}{FORMAT_VERSION}\n" + yaml.safe_dump(config, sort_keys=False)
     (folder / "config.yaml").write_text(text, encoding="utf-8")
     decided = _decide(layers, compression, rng) if pruned else None
     costs = _costs(layers, decided)
@@ -253,7 +255,7 @@ def _write_weights(folder, layers, decided, classes, rng) -> None:
         "truck",
     ]
     facts = {"model": "resnet20", "image_shape": [3, 32, 32], "classes": names}
-    metadata = {"format_version": "1", "clicktrain": json.dumps(facts)}
+    metadata = {"format_version": str(FORMAT_VERSION), "clicktrain": json.dumps(facts)}
     save_file(tensors, folder / "model.safetensors", metadata)
     save_file(values, folder / "packed.safetensors", metadata)
 
@@ -264,7 +266,8 @@ def _summary(config, metrics, layers, decided, costs, starts) -> dict[str, Any]:
     alive = sum(cost[2] for cost in costs.values())
     last = metrics[-1]
     return {
-        "format_version": 1, "method": config["method"], "model": config["model"], "data": config["data"],
+        "format_version": FORMAT_VERSION, "method": config["method"], "model": config["model"],
+        "data": config["data"],
         "epochs": config["epochs"], "seed": config["seed"], "val_accuracy": last["val_accuracy"],
         "best_val_accuracy": max(line["val_accuracy"] for line in metrics),
         "compression_asked": config.get("compression"), "compression_ratio": weights / alive,

@@ -15,7 +15,8 @@ from clicktrain.errors import UserError
 from clicktrain.report import write_report
 from clicktrain.report.channel_weights import MOST_LINES, MOST_POINTS, recorded_channels
 from clicktrain.report.run_data import read_runs
-from clicktrain.train import RunConfig, fit, resolve_method
+from clicktrain.train import RunConfig, resolve_method
+from clicktrain.train.fit import fit
 
 TITLE = "Largest weight of each channel: "
 # Three epochs of a layer of four channels: 1 goes after the first, 3 was zero and comes back.

@@ -72,7 +72,7 @@ def test_the_mask_picture_shows_exactly_the_kept_kernels(runs: dict[str, Path]) 
         assert drawn == int(keep[:9, :9].sum())
 
 
-def test_kernels_have_the_colour_of_their_pattern(runs: dict[str, Path]) -> None:
+def test_kernels_have_the_color_of_their_pattern(runs: dict[str, Path]) -> None:
     (run,) = read_runs([runs["8x"]])
     (pool,) = pools(run)
     weights = load_file(runs["8x"] / "model.safetensors")
@@ -108,7 +108,7 @@ def test_layers_of_single_weights_have_no_corner(tmp_path: Path) -> None:
     assert mask.corner is None
 
 
-def test_masks_without_a_pool_are_drawn_in_one_colour(tmp_path: Path) -> None:
+def test_masks_without_a_pool_are_drawn_in_one_color(tmp_path: Path) -> None:
     folder = make_run(tmp_path / "run", epochs=5, layers=resnet_layers(blocks=1))
     (folder / "events.jsonl").unlink()
     (run,) = read_runs([folder])
@@ -203,15 +203,15 @@ def test_epoch_ticks_are_whole(last: int) -> None:
     assert all(value == int(value) for value in ticks(0, last, 6, whole=True))
 
 
-def colours(css: str) -> list[dict[str, str]]:
-    """Colour variables of the light and the dark page."""
+def colors(css: str) -> list[dict[str, str]]:
+    """Color variables of the light and the dark page."""
     light, dark = re.findall(r":root \{([^}]*#[^}]*--pat-other[^}]*)\}", css)
     both = [dict(re.findall(r"--([a-z0-9-]+): (#[0-9a-f]{6})", block)) for block in (light, dark)]
     return [both[0], {**both[0], **both[1]}]
 
 
-def luminance(colour: str) -> float:
-    parts = [int(colour[i : i + 2], 16) / 255 for i in (1, 3, 5)]
+def luminance(color: str) -> float:
+    parts = [int(color[i : i + 2], 16) / 255 for i in (1, 3, 5)]
     linear = [x / 12.92 if x <= 0.04045 else ((x + 0.055) / 1.055) ** 2.4 for x in parts]
     return 0.2126 * linear[0] + 0.7152 * linear[1] + 0.0722 * linear[2]
 
@@ -224,10 +224,10 @@ def contrast(one: str, two: str) -> float:
 def test_text_and_marks_stand_out_in_light_and_dark(repository: Path) -> None:
     """WCAG 2.1: 4.5 for text (1.4.3), 3 for what is needed to read a picture (1.4.11)."""
     css = (repository / "clicktrain/report/templates/style.css").read_text()
-    for palette in colours(css):
+    for palette in colors(css):
         for name in ("ink", "ink-2", "accent", "good", "bad"):
             assert contrast(palette[name], palette["surface"]) >= 4.5, name
             assert contrast(palette[name], palette["bg"]) >= 4.5, name
-        for name, colour in palette.items():
+        for name, color in palette.items():
             if name.startswith(("run-", "stage-", "pat-")) or name in ("train", "val", "wait"):
-                assert contrast(colour, palette["surface"]) >= 3, name
+                assert contrast(color, palette["surface"]) >= 3, name

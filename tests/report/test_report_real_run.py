@@ -7,7 +7,8 @@ from pathlib import Path
 from html_tree import parse
 
 from clicktrain.report import write_report
-from clicktrain.train import RunConfig, fit, resolve_method
+from clicktrain.train import RunConfig, resolve_method
+from clicktrain.train.fit import fit
 
 
 def test_a_real_run_is_reported_with_its_own_numbers(tmp_path: Path) -> None:

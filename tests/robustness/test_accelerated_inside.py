@@ -17,9 +17,10 @@ from torch import Tensor, nn
 import clicktrain
 from clicktrain import UserError
 from clicktrain.compiler import Accelerated, Choice
-from clicktrain.compiler.plan import DENSE, LoweringPlan, Machine
+from clicktrain.compiler.plan import DENSE, LoweringPlan
 from clicktrain.kernels.native import toolchain
 from clicktrain.kernels.pack_model import pack_model_
+from clicktrain.latency.machine import Machine
 
 pytestmark = pytest.mark.skipif(toolchain() is None, reason="needs a C compiler")
 

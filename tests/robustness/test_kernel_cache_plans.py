@@ -15,7 +15,7 @@ import torch
 from kernel_faults import DAMAGES, pruned_network
 
 import clicktrain
-from clicktrain.compiler import Accelerated, LoweringPlan, remembered
+from clicktrain.compiler import Accelerated, LoweringPlan, plan_cache
 from clicktrain.errors import UserError
 from clicktrain.formats.atomic import write_text_atomic
 from clicktrain.kernels.native import toolchain
@@ -28,7 +28,7 @@ def measured(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """The plan of `pruned_network` as it is kept; libraries stay where they are."""
     folder = tmp_path_factory.mktemp("plans")
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr("clicktrain.compiler.remembered.cache_folder", lambda: folder)
+        patch.setattr("clicktrain.compiler.plan_cache.cache_folder", lambda: folder)
         accelerated(folder)
     assert len(list(folder.iterdir())) == 1
     return next(folder.iterdir())
@@ -37,7 +37,7 @@ def measured(tmp_path_factory: pytest.TempPathFactory) -> Path:
 @pytest.fixture
 def kept(measured: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     """A copy of it, where it is looked for."""
-    monkeypatch.setattr("clicktrain.compiler.remembered.cache_folder", lambda: tmp_path)
+    monkeypatch.setattr("clicktrain.compiler.plan_cache.cache_folder", lambda: tmp_path)
     return Path(shutil.copy(measured, tmp_path))
 
 
@@ -78,13 +78,13 @@ def test_a_plan_is_believed_as_it_was_written(kept: Path) -> None:
 def test_damage(kept: Path, kind: str) -> None:
     kept.write_text(json.dumps(marked(kept)))
     DAMAGES[kind](kept)
-    assert remembered.read(kept) is None or (kind == "unreadable" and os.geteuid() == 0)
+    assert plan_cache.read(kept) is None or (kind == "unreadable" and os.geteuid() == 0)
 
 
 def test_a_damaged_plan_is_measured_again(kept: Path) -> None:
     kept.write_text(json.dumps(marked(kept))[:-9])
     assert not believed(kept, "kept")
-    assert remembered.read(kept) is not None  # kept once more
+    assert plan_cache.read(kept) is not None  # kept once more
 
 
 @pytest.mark.parametrize(
@@ -92,7 +92,7 @@ def test_a_damaged_plan_is_measured_again(kept: Path) -> None:
 )
 def test_valid_or_invalid_json_that_is_no_plan(kept: Path, text: str) -> None:
     kept.write_text(text)
-    assert remembered.read(kept) is None
+    assert plan_cache.read(kept) is None
 
 
 DOCUMENTS: dict[str, Callable[[dict[str, Any]], dict[str, Any]]] = {
@@ -109,7 +109,7 @@ DOCUMENTS: dict[str, Callable[[dict[str, Any]], dict[str, Any]]] = {
 @pytest.mark.parametrize("name", DOCUMENTS)
 def test_a_document_that_was_not_written_so(kept: Path, name: str) -> None:
     kept.write_text(json.dumps(DOCUMENTS[name](marked(kept))))
-    assert remembered.read(kept) is None
+    assert plan_cache.read(kept) is None
 
 
 def _first(plan: dict[str, Any], **changes: Any) -> dict[str, Any]:
@@ -138,7 +138,7 @@ def test_a_plan_that_does_not_fit_the_network(kept: Path, name: str) -> None:
     """Sealed as if it had been written so: only the network can tell."""
     document = marked(kept)
     kept.write_text(json.dumps(sealed(document, MISFITS[name](json.loads(document["plan"])))))
-    assert remembered.read(kept) is not None
+    assert plan_cache.read(kept) is not None
     assert not believed(kept, "kept")
 
 
@@ -181,7 +181,7 @@ def test_wrong_values_inside_valid_json(kept: Path, name: str) -> None:
     document = marked(kept)
     wrong = WRONG[name](json.loads(document["plan"]))
     kept.write_text(json.dumps(sealed(document, wrong)))
-    assert remembered.read(kept) is None
+    assert plan_cache.read(kept) is None
     with pytest.raises(UserError) as refused:
         LoweringPlan.from_json(json.dumps(wrong))
     assert "\n" not in str(refused.value)
@@ -192,10 +192,10 @@ def test_a_folder_that_cannot_be_written(tmp_path: Path) -> None:
     model, x = pruned_network()
     plan = clicktrain.accelerate(model, x, rule="sparse").plan
     assert isinstance(plan, LoweringPlan)
-    remembered.keep(tmp_path / "missing" / "plan.json", plan)
+    plan_cache.keep(tmp_path / "missing" / "plan.json", plan)
     (tmp_path / "folder").mkdir()
-    remembered.keep(tmp_path / "folder", plan)
-    assert remembered.read(tmp_path / "missing" / "plan.json") is None
-    assert remembered.read(tmp_path / "folder") is None
+    plan_cache.keep(tmp_path / "folder", plan)
+    assert plan_cache.read(tmp_path / "missing" / "plan.json") is None
+    assert plan_cache.read(tmp_path / "folder") is None
     write_text_atomic(tmp_path / "file", "x")
-    remembered.keep(tmp_path / "file" / "plan.json", plan)
+    plan_cache.keep(tmp_path / "file" / "plan.json", plan)

@@ -252,7 +252,7 @@ def test_losses_that_are_not_finite(value: float) -> None:
         pruner.observe(torch.tensor(value if odd else 1.0))
         optimizer.step()
         optimizer.zero_grad()
-    assert pruner._epoch_losses[:4] == [1.0 - 0.25 * 1.0, 1, 1, 1], (
+    assert pruner.progress.epoch_losses[:4] == [1.0 - 0.25 * 1.0, 1, 1, 1], (
         "a loss that is not finite counts as the last"
     )
 

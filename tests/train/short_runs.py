@@ -14,7 +14,8 @@ from typing import Any
 import torch
 from safetensors.torch import load_file
 
-from clicktrain.train import RunFolder, Silent, StepProgress, fit, from_dict
+from clicktrain.train import RunFolder, Silent, StepProgress, from_dict, load_run_config
+from clicktrain.train.fit import fit
 
 HERE = Path(__file__).parent
 BATCHES = 11
@@ -73,12 +74,12 @@ def run(path: Path, settings: Mapping[str, Any], progress: Silent | None = None)
 
 def resume(path: Path, progress: Silent | None = None) -> dict[str, Any]:
     folder = RunFolder(path)
-    return dict(fit(*folder.load_config(_model(folder)), folder, progress=progress, resume=True))
+    return dict(fit(*load_run_config(folder, _model(folder)), folder, progress=progress, resume=True))
 
 
 def _model(folder: RunFolder) -> str:
     """What a user types as --model: the network that these tests have chosen themselves."""
-    return folder.load_config(own_model_allowed=True)[0].model
+    return load_run_config(folder, own_model_allowed=True)[0].model
 
 
 def kill() -> None:

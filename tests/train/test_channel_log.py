@@ -11,14 +11,15 @@ from short_runs import At, Killed, assert_same_run, kill, resume, run
 from torch import Tensor, nn
 
 from clicktrain import create_model
+from clicktrain.methods.driver.publisher import EpochEnd
 from clicktrain.sparsity.channel_lasso import ChannelAxis
 from clicktrain.surgery import Cut, SurgeryPlan, apply_surgery_, original_channels, renumbered
 from clicktrain.train import RunFolder, Silent, from_dict
 from clicktrain.train.channel_log import watch_channels
 from clicktrain.train.epoch import end_epoch, train_epoch
 from clicktrain.train.interrupt import StopRequest
-from clicktrain.train.live import LiveRun
 from clicktrain.train.prepare import prepare
+from clicktrain.train.training_run import TrainingRun
 
 EPOCHS = 5
 SETTINGS: dict[str, Any] = {
@@ -50,15 +51,15 @@ class Watched:
     def __init__(self, path: Path, settings: dict[str, Any]) -> None:
         config, method = from_dict(settings)
         prepared = prepare(config, method)
-        live = LiveRun(prepared, RunFolder(path), Silent())
+        live = TrainingRun(prepared, RunFolder(path), Silent())
         self.weights: dict[int, dict[str, Tensor]] = {}
         self.numbered: dict[int, dict[str, Tensor]] = {}
         self.pruner = prepared.pruner
         watch_channels(live)
-        self.pruner.watch_epochs(self._look)
+        self.pruner.subscribe(lambda end: self._look(end.epoch), EpochEnd)
         live.begin()
         with StopRequest() as stop:
-            while live.course.epoch < config.epochs:
+            while live.state.epoch < config.epochs:
                 train_epoch(live, stop)
                 end_epoch(live, stop)
         self.pruner.finish()

@@ -17,8 +17,9 @@ import pytest
 from short_runs import DENSE, At, Killed, Messages, assert_same_run, kill, resume, run, weights
 
 from clicktrain.errors import UserError
+from clicktrain.runs.format import FORMAT_VERSION, HEADER
 from clicktrain.runs.new_folder import only_begun
-from clicktrain.train import RunFolder, TrainingInterrupted, from_dict
+from clicktrain.train import RunFolder, TrainingInterrupted, config_to_dict, from_dict
 from clicktrain.train.checkpoint import load_checkpoint
 
 
@@ -73,7 +74,7 @@ def begin(path: Path) -> None:
     config, method = from_dict(DENSE)
     folder = RunFolder(path)
     with folder.in_use(print, new=True):
-        folder.create(config, method)
+        folder.create(config_to_dict(config, method))
         folder.append_event({"event": "stage", "epoch": 0})
         folder.checkpoint(1, 0).with_name(f".step-0-epoch-0.safetensors.{os.getpid()}-01234567.tmp").touch()
         os._exit(0)
@@ -93,7 +94,7 @@ def test_a_run_killed_while_its_folder_is_made_can_be_started_again(tmp_path: Pa
         folder = RunFolder(path)
         folder.check_free()
         with folder.in_use(print, new=True):
-            folder.create(config, method)
+            folder.create(config_to_dict(config, method))
             folder.checkpoint(1, 0).touch()
         made = {"checkpoints", "config.yaml", "events.jsonl", "metrics.jsonl"}
         assert {p.name for p in path.iterdir()} == made
@@ -118,7 +119,7 @@ def test_a_whole_run_in_a_folder_that_holds_the_beginnings(tmp_path: Path, whole
     "files",
     [
         {"config.yaml": "epochs: 3\n"},
-        {"config.yaml": "# clicktrain run folder, format 1\nepochs: 3\n"},
+        {"config.yaml": f"{HEADER}{FORMAT_VERSION}\nepochs: 3\n"},
         {"notes.txt": ""},
         {"checkpoints/mine.safetensors": "x"},
         {"metrics.jsonl": '{"epoch": 1}\n'},
@@ -192,7 +193,7 @@ def test_a_log_that_was_changed_is_reported_and_put_aside(
         "model": "tiny_networks:tiny",
     }
     folder = interrupted(tmp_path / "run", batch=36, **settings)
-    marks = load_checkpoint(folder.checkpoints()[-1])["course"]["logs"]
+    marks = load_checkpoint(folder.checkpoints()[-1])["state"]["logs"]
     path = folder.path / log
     whole = path.read_bytes()[: marks[log]["num_bytes"]]
     lines = whole.count(b"\n")

@@ -8,10 +8,11 @@ import pytest
 from short_runs import DENSE, At, run
 
 from clicktrain.errors import UserError
-from clicktrain.train import RunFolder, TrainingDiverged, prepare
+from clicktrain.train import RunFolder, TrainingDiverged
 from clicktrain.train.checkpoint import load_checkpoint
 from clicktrain.train.config import from_dict
-from clicktrain.train.live import LiveRun
+from clicktrain.train.prepare import prepare
+from clicktrain.train.training_run import TrainingRun
 
 
 @pytest.mark.parametrize(
@@ -28,7 +29,7 @@ def test_a_run_that_diverges(tmp_path: Path, model: str, words: str) -> None:
     good = folder.checkpoints()[-1]
     assert f"the last good checkpoint is {good}" in text
     state = load_checkpoint(good)
-    assert state["course"]["epoch"] == 1
+    assert state["state"]["epoch"] == 1
     assert folder.summary() is None
 
 
@@ -42,10 +43,10 @@ def test_a_much_too_high_learning_rate(tmp_path: Path) -> None:
 
 def test_weights_that_are_no_numbers_are_not_saved(tmp_path: Path) -> None:
     prepared = prepare(*from_dict(DENSE))
-    live = LiveRun(prepared, RunFolder(tmp_path / "run"), At(-1, lambda: None))
+    live = TrainingRun(prepared, RunFolder(tmp_path / "run"), At(-1, lambda: None))
     live.begin()
     next(prepared.model.parameters()).data[0] = float("inf")
-    live.course.step = 7
+    live.state.step = 7
     with pytest.raises(TrainingDiverged, match="a weight is not a number"):
         live.save()
     assert [path.name for path in live.folder.checkpoints()] == ["step-000000000-epoch-0000.safetensors"]

@@ -13,18 +13,11 @@ from tiny_networks import tiny
 
 from clicktrain.errors import UserError
 from clicktrain.formats.packed_file import load_packed
-from clicktrain.train import (
-    RunFolder,
-    Silent,
-    StepProgress,
-    evaluate,
-    fit,
-    from_dict,
-    load_run,
-    prepare,
-)
+from clicktrain.train import RunFolder, Silent, StepProgress, from_dict, load_run
 from clicktrain.train.checkpoint import load_checkpoint
-from clicktrain.train.prepare import make_val_loader, open_run_data
+from clicktrain.train.evaluate import evaluate
+from clicktrain.train.fit import fit
+from clicktrain.train.prepare import make_val_loader, open_run_data, prepare
 
 
 def test_a_dense_run_learns_the_digits_and_leaves_its_files(tmp_path: Path) -> None:

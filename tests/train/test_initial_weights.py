@@ -15,7 +15,8 @@ from short_runs import DENSE, At, Killed, assert_same_run, kill, resume, run, we
 from clicktrain.errors import UserError
 from clicktrain.report import write_report
 from clicktrain.report.run_data import read_runs
-from clicktrain.train import RunFolder, from_dict, prepare
+from clicktrain.train import RunFolder, from_dict
+from clicktrain.train.prepare import prepare
 
 AFTER: dict[str, Any] = {**DENSE, "method": "campfire", "preset": "after-training", "sparsity": 0.7,
                          "operators": "reference", "learning_rate": 0.02}  # fmt: skip

@@ -11,7 +11,7 @@ import torch
 from short_runs import At, Killed, assert_same_run, kill, resume, run, without_times
 from tiny_networks import tiny
 
-from clicktrain.latency.channels import measure_ms
+from clicktrain.latency.network_times import measure_ms
 from clicktrain.report import write_report
 from clicktrain.train import RunFolder, load_run
 

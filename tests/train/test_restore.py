@@ -10,7 +10,8 @@ from short_runs import DENSE, FIVE_STAGES, At, Killed, kill, run
 from tiny_networks import tiny
 
 from clicktrain.errors import UserError
-from clicktrain.train import evaluate, load_run
+from clicktrain.train import load_run
+from clicktrain.train.evaluate import evaluate
 from clicktrain.train.prepare import make_val_loader, open_run_data
 
 

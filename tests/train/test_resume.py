@@ -218,7 +218,7 @@ def test_a_checkpoint_of_another_version_is_not_touched(tmp_path: Path) -> None:
         metadata = file.metadata()
         tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118
     save_file(tensors, newest, {**metadata, "format_version": "1"})
-    with pytest.raises(UserError, match=r"has format 1, .* resume with an older one, or start again"):
+    with pytest.raises(UserError, match=r"has format 1, .* start the run again, or use an older one"):
         resume(tmp_path / "run")
     save_file(tensors, newest, {**metadata, "format_version": "9"})
     with pytest.raises(UserError, match=r"has format 9, .* update clicktrain"):
@@ -244,6 +244,6 @@ def test_a_folder_that_is_no_run(tmp_path: Path) -> None:
         resume(tmp_path)
     run(tmp_path / "run", {**DENSE, "epochs": 1})
     config = tmp_path / "run" / "config.yaml"
-    config.write_text(config.read_text().replace("format 1", "format 7", 1))
+    config.write_text(config.read_text().replace("format 2", "format 7", 1))
     with pytest.raises(UserError, match="has format 7"):
         resume(tmp_path / "run")

@@ -7,19 +7,20 @@ from pathlib import Path
 import pytest
 
 from clicktrain.errors import UserError
-from clicktrain.train import RunFolder, from_dict
+from clicktrain.runs.format import FORMAT_VERSION, HEADER
+from clicktrain.train import RunFolder, config_to_dict, from_dict, load_run_config
 
 SETTINGS = {"method": "dense", "model": "mine.nets:Small", "epochs": 3}
 
 
 def make(path: Path) -> RunFolder:
-    return RunFolder(path).create(*from_dict(SETTINGS))
+    return RunFolder(path).create(config_to_dict(*from_dict(SETTINGS)))
 
 
 def test_settings_are_kept(tmp_path: Path) -> None:
     folder = make(tmp_path / "a" / "run")
-    assert folder.open().load_config("mine.nets:Small") == from_dict(SETTINGS)
-    assert folder.config.read_text().startswith("# clicktrain run folder, format 1\nmodel: mine.nets:Small\n")
+    assert load_run_config(folder, "mine.nets:Small") == from_dict(SETTINGS)
+    assert folder.config.read_text().startswith(f"{HEADER}{FORMAT_VERSION}\nmodel: mine.nets:Small\n")
     assert folder.summary() is None
     assert folder.read_metrics() == folder.read_events() == []
 
@@ -55,12 +56,12 @@ def test_a_damaged_line_or_summary_is_named(tmp_path: Path) -> None:
 
 def test_default_names_do_not_collide(tmp_path: Path) -> None:
     config, method = from_dict(SETTINGS)
-    first = RunFolder.default(config, tmp_path)
+    first = RunFolder.default(config.model, config.method, tmp_path)
     assert first.path.parent == tmp_path
     assert first.path.name.endswith("_Small_dense")
     assert not first.path.exists()
-    first.create(config, method)
-    assert RunFolder.default(config, tmp_path).path != first.path
+    first.create(config_to_dict(config, method))
+    assert RunFolder.default(config.model, config.method, tmp_path).path != first.path
 
 
 def test_a_file_in_the_way(tmp_path: Path) -> None:

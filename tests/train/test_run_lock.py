@@ -18,7 +18,14 @@ from short_runs import DENSE, At, Killed, assert_same_run, kill, resume, run
 
 from clicktrain.errors import UserError
 from clicktrain.runs.lock import LOCK_NAME, holder, locked
-from clicktrain.train import RunFolder, RunFolderInUse, TrainingInterrupted, from_dict, load_run
+from clicktrain.train import (
+    RunFolder,
+    RunFolderInUse,
+    TrainingInterrupted,
+    config_to_dict,
+    from_dict,
+    load_run,
+)
 
 
 @contextmanager
@@ -116,7 +123,7 @@ def test_of_many_that_start_at_once_one_gets_the_folder(tmp_path: Path) -> None:
             with RunFolder(tmp_path / "runs" / "one").in_use(print, new=True):
                 inside[0] += 1
                 most[0] = max(most[0], inside[0])
-                RunFolder(tmp_path / "runs" / "one").create(config, method)
+                RunFolder(tmp_path / "runs" / "one").create(config_to_dict(config, method))
                 time.sleep(0.2)
                 (RunFolder(tmp_path / "runs" / "one").checkpoint(1, 0)).touch()
                 inside[0] -= 1

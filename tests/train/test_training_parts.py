@@ -20,7 +20,7 @@ from clicktrain.train.disk import bytes_needed, check_disk
 from clicktrain.train.divergence import LossWatch, explosion
 from clicktrain.train.evaluate import evaluate
 from clicktrain.train.optim import make_optimizer
-from clicktrain.train.state import Course, EpochTotals
+from clicktrain.train.state import EpochTotals, TrainState
 
 CPU = torch.device("cpu")
 
@@ -167,8 +167,8 @@ def test_too_little_disk(tmp_path: Path) -> None:
 
 
 def test_the_course_survives_as_plain_numbers() -> None:
-    course = Course(epoch=3, batch=4, step=50, train_flops=2**70, first_loss=2.5)
-    course.totals = EpochTotals(loss_sum=3.0, batches=2, images=8, correct=6, stages={"pool": 2})
-    again = Course.from_state(course.state_dict())
-    assert again == course
+    state = TrainState(epoch=3, batch=4, step=50, train_flops=2**70, first_loss=2.5)
+    state.totals = EpochTotals(loss_sum=3.0, batches=2, images=8, correct=6, stages={"pool": 2})
+    again = TrainState.from_state(state.state_dict())
+    assert again == state
     assert (again.totals.loss, again.totals.accuracy, again.totals.stage_shares) == (1.5, 75, {"pool": 1.0})

@@ -11,7 +11,7 @@ _PERIOD = 5  # every fifth image of a class is for validation
 
 
 def list_digits() -> Listing:
-    """Return the digits as grey uint8 images, 0 to 255.
+    """Return the digits as gray uint8 images, 0 to 255.
 
     The split is fixed and depends on no seed: in the order of the data set, every fifth image of each class
     is a validation image (355 of 1,797).

@@ -6,13 +6,11 @@ import torch
 from torch import Tensor, nn
 
 from clicktrain.errors import UserError
-from clicktrain.kernels.batch_norm2d.launch import WHAT
 from clicktrain.kernels.batch_norm2d.ops import (
     affine_relu_blocked,
     batch_norm2d_blocked,
     batch_norm2d_blocked_given,
 )
-from clicktrain.kernels.blocked_library import check_dtype
 
 
 def batch_norm_blocked(
@@ -41,10 +39,9 @@ def batch_norm_blocked(
     Raises:
         UserError: another number type or shape, or one number per channel in training mode.
     """
-    check_dtype(x.dtype, WHAT)
     y: Tensor
     mean, var = bn.running_mean, bn.running_var
-    if uses_batch_statistics(bn) or mean is None or var is None:
+    if bn.training or mean is None or var is None:
         count = n * x.shape[2] * x.shape[3]
         if count == 1:
             raise UserError("batch norm in training mode needs more than one number per channel")

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from typing import NamedTuple
+import functools
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
@@ -12,7 +13,7 @@ from clicktrain.kernels.batch_norm2d.codegen import source
 from clicktrain.kernels.blocked_library import check_blocked, library_for
 from clicktrain.kernels.native import Library, compute_type
 from clicktrain.kernels.native.library import call
-from clicktrain.kernels.sparse_conv2d.blocked.layout import vectors
+from clicktrain.kernels.sparse_conv2d.blocked.layout import ALIGNMENT, vectors
 
 WHAT = "blocked batch norm"
 """In messages."""
@@ -37,7 +38,8 @@ def forward(
     relu: bool,
 ) -> tuple[Tensor, Tensor, Tensor]:
     """Batch norm with the batch's own statistics: y like ``x``, mean and biased variance [C]."""
-    results = x.new_empty(x.shape), per_channel(x), per_channel(x)
+    mean = per_channel(x)
+    results = x.new_empty(x.shape), mean, torch.empty_like(mean)
     forward_into(results, x, weight, bias, residual, n, eps, relu)
     return results
 
@@ -53,12 +55,13 @@ def forward_into(
     relu: bool,
 ) -> None:
     """`forward` into given tensors: contiguous, aligned, every element is written."""
-    library = _check(x, n, (residual,), (weight, bias))
+    library, sizes = _check(x, n, (residual,), (weight, bias))
     if n == 0:
         raise UserError("an empty batch has no mean: batch norm in training mode needs at least one image")
-    x, residual, weight, bias = vectors(x), _vectors(residual), _plain(weight), _plain(bias)
+    (x, residual), (weight, bias) = _readable((x, residual), (weight, bias))
     y, mean, var = results
-    call(library.forward, x, residual, y, weight, bias, mean, var, eps, relu, n, *_sizes(x))
+    threads = torch.get_num_threads()
+    call(library.forward, x, residual, y, weight, bias, mean, var, eps, relu, n, *sizes, threads)
 
 
 def given(
@@ -88,10 +91,10 @@ def given_into(
 ) -> None:
     """`given` into a given tensor: contiguous, aligned, every element is written."""
     mean, var, eps = statistics
-    library = _check(x, n, (residual,), (weight, bias, mean, var))
-    x, residual, weight, bias = vectors(x), _vectors(residual), _plain(weight), _plain(bias)
-    mean, var = mean.contiguous(), var.contiguous()
-    call(library.given, x, residual, y, weight, bias, mean, var, eps, relu, *_sizes(x))
+    library, sizes = _check(x, n, (residual,), (weight, bias, mean, var))
+    (x, residual), (weight, bias, mean, var) = _readable((x, residual), (weight, bias, mean, var))
+    threads = torch.get_num_threads()
+    call(library.given, x, residual, y, weight, bias, mean, var, eps, relu, *sizes, threads)
 
 
 def affine(x: Tensor, scale: Tensor, shift: Tensor, residual: Tensor | None, n: int, relu: bool) -> Tensor:
@@ -105,9 +108,9 @@ def affine_into(
     y: Tensor, x: Tensor, scale: Tensor, shift: Tensor, residual: Tensor | None, n: int, relu: bool
 ) -> None:
     """`affine` into a given tensor: contiguous, aligned, every element is written."""
-    library = _check(x, n, (residual,), (scale, shift))
-    x, residual, scale, shift = vectors(x), _vectors(residual), scale.contiguous(), shift.contiguous()
-    call(library.affine, x, residual, y, scale, shift, relu, *_sizes(x))
+    library, sizes = _check(x, n, (residual,), (scale, shift))
+    (x, residual), (scale, shift) = _readable((x, residual), (scale, shift))
+    call(library.affine, x, residual, y, scale, shift, relu, *sizes, torch.get_num_threads())
 
 
 def backward(
@@ -131,7 +134,8 @@ def backward(
         need_residual: also write ``gy`` where ``y`` is positive; only with ``y``, else that is ``gy``.
     """
     gr = gy.new_empty(gy.shape if need_residual and y is not None else 0)
-    results = Gradients(gy.new_empty(gy.shape), per_channel(gy), per_channel(gy), gr)
+    gweight = per_channel(gy)
+    results = Gradients(gy.new_empty(gy.shape), gweight, torch.empty_like(gweight), gr)
     backward_into(results, gy, x, y, weight, statistics, n)
     return results
 
@@ -147,67 +151,61 @@ def backward_into(
 ) -> None:
     """`backward` into given tensors: contiguous, aligned, every element is written."""
     mean, var, eps = statistics or (None, None, 0.0)
-    library = _check(gy, n, (x, y), (weight, mean, var))
-    gy, x, y, gr = (
-        vectors(gy),
-        _vectors(x),
-        _vectors(y),
-        results.residual if results.residual.numel() else None,
-    )
-    weight, mean, var = _plain(weight), _plain(mean), _plain(var)
-    call(
-        library.backward,
-        gy,
-        x,
-        y,
-        results.x,
-        gr,
-        weight,
-        mean,
-        var,
-        results.weight,
-        results.bias,
-        eps,
-        n,
-        *_sizes(gy),
-    )
+    library, sizes = _check(gy, n, (x, y), (weight, mean, var))
+    (gy, x, y), (weight, mean, var) = _readable((gy, x, y), (weight, mean, var))
+    gx, gweight, gbias, residual = results
+    gr = residual if residual.numel() else None
+    threads = torch.get_num_threads()
+    call(library.backward, gy, x, y, gx, gr, weight, mean, var, gweight, gbias, eps, n, *sizes, threads)
 
 
 def per_channel(x: Tensor) -> Tensor:
-    """Room for a number per channel [C] of activations, of the type that is computed in."""
+    """Allocate one number per channel [C], in the dtype that is computed in."""
     return x.new_empty(x.shape[1], dtype=compute_type(x.dtype))
 
 
 def _check(
     x: Tensor, n: int, same: tuple[Tensor | None, ...], parameters: tuple[Tensor | None, ...]
-) -> Library:
-    """The library for ``x``, once everything is as the C text takes it for granted."""
-    check_blocked(x, WHAT)
-    lanes = x.shape[4]
-    if not (x.shape[0] - 1) * lanes < n <= x.shape[0] * lanes:
-        raise UserError(f"{n} images of {lanes} lanes are {-(-n // lanes)} blocks, not {x.shape[0]}")
-    computed = compute_type(x.dtype)
-    for shape, dtype, tensors in ((x.shape, x.dtype, same), (x.shape[1:2], computed, parameters)):
+) -> tuple[Library, tuple[int, int, int]]:
+    """Library and sizes for ``x``, once everything is as the C text takes it for granted."""
+    shape, dtype = x.shape, x.dtype
+    library, sizes, lanes, computed = _known(shape, dtype, x.device)
+    if not (shape[0] - 1) * lanes < n <= shape[0] * lanes:
+        raise UserError(f"{n} images of {lanes} lanes are {-(-n // lanes)} blocks, not {shape[0]}")
+    wanted = (shape, dtype, same), (shape[1:2], computed, parameters)
+    for own_shape, own_dtype, tensors in wanted:
         for one in tensors:
-            if one is not None and (one.shape != shape or one.dtype != dtype):
+            if one is None:
+                continue
+            if one.shape != own_shape or one.dtype != own_dtype:
                 raise UserError(
-                    f"{WHAT} wants {list(shape)} of {dtype} beside its input of {x.dtype}, "
+                    f"{WHAT} wants {list(own_shape)} of {own_dtype} beside its input of {dtype}, "
                     f"not {list(one.shape)} of {one.dtype}"
                 )
-    for one in (*same, *parameters):
-        if one is not None and one.device.type != "cpu":
-            raise UserError(f"{WHAT} is for CPUs, not for {one.device}")
-    return library_for(source, x.dtype)
+            if not one.is_cpu:
+                raise UserError(f"{WHAT} is for CPUs, not for {one.device}")
+    return library, sizes
 
 
-def _sizes(x: Tensor) -> tuple[int, int, int, int]:
-    """Blocks, channels, area and threads: how all argument lists end."""
-    return x.shape[0], x.shape[1], x.shape[2] * x.shape[3], torch.get_num_threads()
+@functools.lru_cache(maxsize=1024)
+def _known(
+    shape: torch.Size, dtype: torch.dtype, device: torch.device
+) -> tuple[Library, tuple[int, int, int], int, torch.dtype]:
+    """What does not change from step to step: library, (blocks, channels, area), lanes, computed dtype."""
+    check_blocked(shape, dtype, device, WHAT)
+    sizes = shape[0], shape[1], shape[2] * shape[3]
+    return library_for(source, dtype), sizes, shape[4], compute_type(dtype)
 
 
-def _vectors(x: Tensor | None) -> Tensor | None:
-    return None if x is None else vectors(x)
-
-
-def _plain(x: Tensor | None) -> Tensor | None:
-    return None if x is None else x.contiguous()
+def _readable(
+    blocked: tuple[Tensor | None, ...], parameters: tuple[Tensor | None, ...]
+) -> tuple[list[Any], list[Any]]:
+    """Activations as `vectors` returns them, and contiguous parameters."""
+    activations, numbers = list(blocked), list(parameters)
+    for place, x in enumerate(blocked):
+        if x is not None and not (x.is_contiguous() and x.data_ptr() % ALIGNMENT == 0):
+            activations[place] = vectors(x)
+    for place, x in enumerate(parameters):
+        if x is not None and not x.is_contiguous():
+            numbers[place] = x.contiguous()
+    return activations, numbers

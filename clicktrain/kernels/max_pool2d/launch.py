@@ -56,7 +56,7 @@ def check_window(window: Sequence[int]) -> None:
 
 def forward(x: Tensor, window: Sequence[int], ceil: bool) -> tuple[Tensor, Tensor]:
     """[B, C, H, W, V] -> the largest of each window [B, C, H', W', V], and which of its taps that is."""
-    check_blocked(x, WHAT)
+    check_blocked(x.shape, x.dtype, x.device, WHAT)
     check_window(window)
     size = output_size(x.shape[2:4], window, ceil)
     if min(size) < 1:
@@ -71,7 +71,7 @@ def forward(x: Tensor, window: Sequence[int], ceil: bool) -> tuple[Tensor, Tenso
 
 def backward(gy: Tensor, taps: Tensor, size: Sequence[int], window: Sequence[int]) -> Tensor:
     """Gradient of the input [B, C, H, W, V] from that of the result, and its taps; ``size`` is (H, W)."""
-    check_blocked(gy, WHAT)
+    check_blocked(gy.shape, gy.dtype, gy.device, WHAT)
     wanted = tap_type(gy.shape[4])
     if taps.shape != gy.shape or taps.dtype is not wanted:
         raise UserError(f"taps are {list(gy.shape)} of {wanted}, not {list(taps.shape)} of {taps.dtype}")

@@ -121,7 +121,11 @@ def call(function: Any, *values: Any) -> Any:
     """
     if function.argtypes is None:
         function.argtypes = [_C_TYPES.get(type(value), ctypes.c_void_p) for value in values]
-    return function(*[value.data_ptr() if isinstance(value, Tensor) else value for value in values])
+    arguments = list(values)
+    for place, value in enumerate(values):  # not a comprehension: that is one more Python call per kernel
+        if isinstance(value, Tensor):
+            arguments[place] = value.data_ptr()
+    return function(*arguments)
 
 
 _C_TYPES = {int: ctypes.c_int64, bool: ctypes.c_int64, float: ctypes.c_double}

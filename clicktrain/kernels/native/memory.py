@@ -8,6 +8,8 @@ import os
 
 _M_TRIM_THRESHOLD, _M_TOP_PAD, _M_MMAP_MAX = -1, -2, -4
 _PAD_BYTES = 64 << 20
+STREAM_BYTES = 8 << 20
+"""Kernels write results of this size around the caches: the next reader would not find them there anyway."""
 
 
 @functools.cache

@@ -1,25 +1,24 @@
-"""Sparse convolution: what it computes, whoever computes it."""
+"""Sparse convolution: its arguments, and the implementations of it."""
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
 from typing import TypeAlias
 
 from torch import Tensor
 
 from clicktrain.formats.packed import Structure
+from clicktrain.kernels.impls import IMPLS as ALL_IMPLS
+from clicktrain.kernels.impls import Impl, register
 from clicktrain.kernels.sparse_conv2d.impl import blocked, reference
 
 Pair: TypeAlias = int | tuple[int, int]
 Padding: TypeAlias = int | tuple[int, int] | str
 
-Impl: TypeAlias = Callable[
-    [Tensor, Tensor, Structure, Tensor | None, tuple[int, int], tuple[int, int] | str, tuple[int, int], int],
-    Tensor,
-]
-"""(x, values, structure, bias, stride, padding, dilation, groups) -> y, differentiable in x, values, bias."""
-
-IMPLS: Mapping[str, Impl] = {"reference": reference.sparse_conv2d, "blocked": blocked.sparse_conv2d}
+OPERATOR = "sparse_conv2d"
+for _impl in (reference.IMPL, blocked.IMPL):
+    register(OPERATOR, _impl)
+IMPLS: Mapping[str, Impl] = ALL_IMPLS[OPERATOR]
 """Implementations by name."""
 
 
@@ -63,7 +62,7 @@ def sparse_conv2d(
         raise ValueError(f"{f} filters cannot be split into {groups} groups")
     if bias is not None and tuple(bias.shape) != (f,):
         raise ValueError(f"bias has to be ({f},), got {tuple(bias.shape)}")
-    run = implementation(impl)
+    run = implementation(impl).run
     return run(x, values, structure, bias, pair(stride), padding_pair(padding), pair(dilation), groups)
 
 

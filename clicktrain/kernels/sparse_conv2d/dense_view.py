@@ -11,7 +11,7 @@ from torch import Tensor
 from clicktrain.errors import UserError
 
 READ_ONLY = (
-    "the weight of a packed convolution can be read but not written: change its values, or unpack the model "
+    "the weight of a packed layer can be read but not written: change its values, or unpack the model "
     "first (clicktrain.unpack)"
 )
 _KEEP = ("__get__", "detach")
@@ -19,10 +19,10 @@ _WRITES = ("__setitem__", "__set__", "__delete__", "__delitem__")
 
 
 class DenseView(Tensor):
-    """[F, C, R, S] with zeros in place; gradients of what is computed with it flow to the packed values.
+    """A dense weight with zeros in place; gradients of what is computed with it flow to the packed values.
 
-    It is made at each access, so that writing into it would be lost: that is a UserError. What is computed
-    from it is a plain tensor.
+    Each access builds one, so that writing into it would be lost: that is a UserError. What is computed from
+    it is a plain tensor.
     """
 
     dense_gradient: Callable[[], Tensor | None] | None = None

@@ -1,13 +1,15 @@
-"""Which channels of which layers a penalty over channels may push to zero."""
+"""The channels that a penalty may push to zero."""
 
 from __future__ import annotations
 
+from collections import Counter
 from collections.abc import Collection
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
+from clicktrain.errors import UserError
 from clicktrain.sparsity.channel_lasso import ChannelAxis
 from clicktrain.surgery import dependencies
 
@@ -17,61 +19,51 @@ def channel_axes(
 ) -> dict[str, tuple[ChannelAxis, ...]]:
     """The removable channels of layers, by the network's own dependencies (PruneTrain 4.1).
 
-    Left out are channels that cannot go: those of the image in the first layer, the classes of the last, and
-    whatever an operation in between fixes. Indices that only live and die together are one channel: the
-    pixels of a channel behind a flatten, the same input channel of every group of a grouped convolution.
+    Left out are channels that have to stay: those of the image in the first layer, the classes of the last,
+    and channels that an operation in between fixes. Indices that can only be removed together are one
+    channel: the pixels of a channel after a flatten, the same input channel of every group of a grouped
+    convolution.
 
     Args:
         model: any module that torch.fx can trace.
         example: its inputs, see `clicktrain.surgery.dependencies`.
-        layers: names of convolutions and linear layers.
+        layers: names of prunable layers.
 
     Returns:
-        Layer name -> its dimensions 0 and 1, as far as they have removable channels.
+        Layer name -> those of its dimensions 0 and 1 that have removable channels.
 
     Raises:
-        UserError: the model has no graph.
+        UserError: the model cannot be traced, or no channel can be removed.
     """
     weights = {f"{name}.weight": name for name in layers}
-    found: dict[tuple[str, int], tuple[Tensor, int]] = {}
-    for group in dependencies(model, example).groups:
-        if group.fixed is not None:
-            continue
-        for member in group.members:
+    numbers: dict[tuple[str, int], Tensor] = {}
+    """Layer and dimension -> the channel of each index, -1 where it has to stay."""
+    counts: Counter[tuple[str, int]] = Counter()
+    groups = dependencies(model, example).groups
+    for group in groups:
+        for member in group.members if group.fixed is None else ():
             if member.name not in weights:
                 continue
-            key = (weights[member.name], member.dim)
-            weight = model.get_parameter(member.name)
+            weight, key = model.get_parameter(member.name), (weights[member.name], member.dim)
             if (
                 member.dim == 1
                 and weight.shape[1] == 1
                 and getattr(model.get_submodule(key[0]), "groups", 1) > 1
             ):
                 continue  # depthwise: the filters are the channels that it reads
-            if key not in found:
-                unknown = torch.full((weight.shape[member.dim],), -1, dtype=torch.int64)
-                found[key] = (unknown, 0)
-            channel, count = found[key]
+            unknown = torch.full((weight.shape[member.dim],), -1, dtype=torch.int64)
+            channel = numbers.setdefault(key, unknown)
             for indices in member.indices:
-                channel[list(indices)] = count
-                count += 1
-            found[key] = (channel, count)
+                channel[list(indices)] = counts[key]
+                counts[key] += 1
     axes: dict[str, tuple[ChannelAxis, ...]] = {}
     for name in layers:
-        own = [
-            ChannelAxis(
-                dim, found[name, dim][0].to(model.get_parameter(f"{name}.weight").device), found[name, dim][1]
-            )
-            for dim in (0, 1)
-            if (name, dim) in found
-        ]
+        device = model.get_parameter(f"{name}.weight").device
+        own = [(dim, numbers[name, dim].to(device)) for dim in (0, 1) if (name, dim) in numbers]
         if own:
-            axes[name] = tuple(own)
+            axes[name] = tuple(ChannelAxis(dim, channel, counts[name, dim]) for dim, channel in own)
+    if not axes:
+        fixed = [group for group in groups if group.fixed and group.members][:3]
+        why = "; ".join(f"{group.members[0].name}:{group.members[0].dim}: {group.fixed}" for group in fixed)
+        raise UserError(f"no channel of this network can be removed ({why or 'it has no layers'})")
     return axes
-
-
-def why_fixed(model: nn.Module, example: Any, most: int = 3) -> str:
-    """Why channels of a network cannot be removed: the first few of them, in a clause."""
-    fixed = [group for group in dependencies(model, example).groups if group.fixed and group.members]
-    named = (f"{group.members[0].name}:{group.members[0].dim}: {group.fixed}" for group in fixed[:most])
-    return "; ".join(named)

@@ -1,7 +1,7 @@
-"""What a network costs as a function of which channels are left: inference FLOPs, or parameters.
+"""The inference FLOPs or parameters of a network as a function of the channels that are left.
 
-A weight of F x C x R x S costs its share of the FLOPs (or 1) times what is left of its dimensions. The counts
-are exact: a prediction is what `clicktrain.accounting.count` says of the smaller network.
+Each entry of a weight costs its share of the FLOPs (or 1), so a weight costs that times its remaining
+entries. Predictions are exact: `clicktrain.accounting.count` gives the same number for the smaller network.
 """
 
 from __future__ import annotations
@@ -19,17 +19,17 @@ Cost = Literal["flops", "parameters"]
 
 
 class ChannelCosts:
-    """The cost of every tensor of a network, and which channels it depends on.
+    """The cost of every tensor of a network, and the channels that it depends on.
 
     Attributes:
-        groups: channels that can only go together.
+        groups: channels that can only be removed together.
         total: cost of the network as it is.
     """
 
     def __init__(
         self, model: nn.Module, example: Any, groups: Sequence[ChannelGroup], what: Cost = "flops"
     ) -> None:
-        """Count the model on ``example`` (batch of at least one input; per image)."""
+        """Count the model on ``example``, a batch of at least one input; per image."""
         self.groups = tuple(groups)
         parameters = dict(model.named_parameters())
         self.shapes = {name: tuple(tensor.shape) for name, tensor in parameters.items()}
@@ -63,7 +63,7 @@ def _flops_per_weight(model: nn.Module, example: Any, parameters: Mapping[str, T
 
 
 class CostMeter:
-    """The cost while channels are taken away one after the other; the network is not touched."""
+    """The cost while channels are removed one after the other; the network is not touched."""
 
     def __init__(
         self,
@@ -76,9 +76,9 @@ class CostMeter:
 
         Args:
             costs: of the network as it is.
-            round_to: widths are multiples of it, so that a channel counts when its multiple is empty.
-            plan: what goes before.
-            gone: per group, how many channels of it the plan removes.
+            round_to: widths are multiples of it; the cost falls only when a whole multiple is removed.
+            plan: removed first.
+            gone: per group, how many of its channels the plan removes.
         """
         plan = plan or SurgeryPlan()
         self._costs, self._round_to = costs, round_to
@@ -94,12 +94,12 @@ class CostMeter:
         self.cost = sum(map(self._of, self._unit))
 
     def remove(self, group: int, channel: int) -> None:
-        """Take a channel away."""
+        """Remove a channel."""
         self._gone[group] += 1
         self.cost = self._step(group, channel, keep=True)
 
     def would_be(self, group: int, channel: int) -> float:
-        """The cost if that channel went too."""
+        """The cost if that channel were removed too."""
         return self._step(group, channel, keep=False)
 
     def _step(self, group: int, channel: int, *, keep: bool) -> float:
@@ -118,7 +118,7 @@ class CostMeter:
         return self.cost + after - before
 
     def _falls(self, group: int, *, counted: bool) -> int:
-        """By how many channels the width falls with the next one; ``counted``: it is counted already."""
+        """By how many channels the width falls with the next one; ``counted``: with the last one."""
         gone = self._gone[group] - (1 if counted else 0)
         return self._width(group, gone) - self._width(group, gone + 1)
 

@@ -1,4 +1,4 @@
-"""Which neurons go, until enough have: by a ratio, or until a latency is met (When to Prune? 3.1, 4.3)."""
+"""Which neurons are removed to meet a ratio or a latency (When to Prune? 3.1, 4.3)."""
 
 from __future__ import annotations
 
@@ -10,8 +10,10 @@ from torch import Tensor
 
 from clicktrain.errors import UserError
 from clicktrain.graph.prunable import PrunableLayers
-from clicktrain.latency.channels import SECONDS, LatencyModel, compare_ms, fewest_pruned, measure_ms
+from clicktrain.latency.channels import LatencyModel, fewest_pruned
+from clicktrain.latency.network_times import SECONDS, compare_ms, measure_ms
 from clicktrain.latency.search import LatencySearch
+from clicktrain.methods.channels.budget import ChannelBudget
 from clicktrain.sparsity.channel_importance import (
     masks_after,
     prunable_channels,
@@ -21,7 +23,7 @@ from clicktrain.sparsity.channel_importance import (
 )
 from clicktrain.sparsity.schedules import exponential_steps
 from clicktrain.surgery import SurgeryPlan, dependencies, plan_keeping
-from clicktrain.surgery.neurons import NeuronGroup, neuron_groups, widths
+from clicktrain.surgery.neurons import NeuronGroup, count_pruned, neuron_groups, widths
 
 TOLERANCE = 0.05
 """A latency target is met within this share, measured."""
@@ -31,35 +33,18 @@ ATTEMPTS = 10
 FINAL_SECONDS = 2.0
 """For each measurement of the last step."""
 RESERVE = 1.2
-"""Steps before the last go no further than this times the target: what they prune is gone, and predictions
+"""Steps before the last aim at no less than this times the target: their removals are final, and predictions
 err."""
 MEASURE_EVERY = 3
 """Pruning steps between two measurements of the network."""
 
 Masks = dict[str, Tensor]
-
-
-@dataclass(frozen=True, slots=True)
-class Amount:
-    """How much is to go; settings as in `clicktrain.methods.pat.PaT`. ``latency_*`` None: by the ratio."""
-
-    prune_ratio: float
-    latency_ratio: float | None
-    latency_ms: float | None
-    latency_batch: int
-    latency_penalty: float
-    min_channels: int
-    round_to: int
-
-    @property
-    def by_latency(self) -> bool:
-        """Whether a latency is the target."""
-        return self.latency_ratio is not None or self.latency_ms is not None
+"""Group of channels -> bool [n], True = kept."""
 
 
 @dataclass(slots=True)
-class LatencyCourse:
-    """What was measured of the whole network at the beginning, and how far predictions were off since."""
+class LatencyCalibration:
+    """Milliseconds of the whole network before pruning, and measured over predicted time since."""
 
     dense_ms: float = 0.0
     correction: float = 1.0
@@ -67,20 +52,18 @@ class LatencyCourse:
 
 @dataclass(eq=False)
 class ChannelSelection:
-    """The neurons of a network and how many of them go.
+    """The neurons of a network and which of them are removed.
 
     Attributes:
         prunable: the network.
-        groups: neurons that may go, in the network's order.
-        reasons: groups of channels that stay, and why.
+        groups: neurons that may be removed, in the network's order.
         latency: predictions, if they are needed.
     """
 
     prunable: PrunableLayers
-    amount: Amount
+    budget: ChannelBudget
     groups: tuple[NeuronGroup, ...]
-    reasons: dict[str, str]
-    course: LatencyCourse
+    calibration: LatencyCalibration
     latency: LatencyModel | None = None
     parameters: dict[str, Tensor] = field(default_factory=dict)
 
@@ -88,17 +71,17 @@ class ChannelSelection:
     def of(
         cls,
         prunable: PrunableLayers,
-        amount: Amount,
+        budget: ChannelBudget,
         exclude: Sequence[str],
-        course: LatencyCourse | None = None,
+        calibration: LatencyCalibration | None = None,
     ) -> ChannelSelection:
-        """Look at a network.
+        """Find the neurons of a network.
 
         Args:
             prunable: with the model and an example.
-            amount: how much is to go.
+            budget: how many are to be removed.
             exclude: module paths (shell-style) whose outputs stay.
-            course: 0 milliseconds mean that the network is measured now; None, only to be looked at.
+            calibration: with 0 ms the network is measured now; None: neither measure nor check.
 
         Raises:
             UserError: nothing can be pruned, or not as much as is asked for.
@@ -107,51 +90,47 @@ class ChannelSelection:
         assert prunable.example is not None
         graph = dependencies(prunable.model, prunable.example)
         untrained = {
-            name
+            id(graph.graph.model.get_submodule(name).weight)
             for name, (_, why) in prunable.left_alone.items()
             if "not trained" in why or "not in the" in why
         }
-        kept_weights = {id(graph.graph.model.get_submodule(name).weight) for name in untrained}
-        groups, reasons = neuron_groups(graph, exclude, lambda weight: id(weight) not in kept_weights)
+        groups, reasons = neuron_groups(graph, exclude, lambda weight: id(weight) not in untrained)
         if not groups:
             why = "; ".join(f"{name}: {reason}" for name, reason in list(reasons.items())[:3])
             raise UserError(f"no neuron of this network can be removed ({why or 'it has no layers'})")
-        result = cls(prunable, amount, groups, reasons, course or LatencyCourse())
+        result = cls(prunable, budget, groups, calibration or LatencyCalibration())
         result.parameters = dict(prunable.model.named_parameters())
-        if course is None:
+        if calibration is None:
             return result
-        if amount.by_latency or amount.latency_penalty > 0:
-            if course.dense_ms == 0:
-                course.dense_ms = measure_ms(prunable.model, prunable.example, amount.latency_batch)
-            result.latency = LatencyModel(
-                graph, result.sizes, prunable.example, amount.latency_batch, course.dense_ms
-            )
+        if budget.by_latency or budget.penalty > 0:
+            batch = budget.latency_batch
+            if calibration.dense_ms == 0:
+                calibration.dense_ms = measure_ms(prunable.model, prunable.example, batch)
+            result.latency = LatencyModel(graph, result.sizes, prunable.example, batch, calibration.dense_ms)
         result._check()
         return result
 
     def _check(self) -> None:
-        least, sizes = self.amount.min_channels, self.sizes
-        if not self.amount.by_latency:
+        least, sizes, images = self.budget.min_channels, self.sizes, self.budget.latency_batch
+        if not self.budget.by_latency:
             most, asked = prunable_channels(sizes.values(), least), self.num_pruned
             if asked > most:
                 raise UserError(
-                    f"prune_ratio {self.amount.prune_ratio:g} asks for {asked} of {self.total} neurons, but "
+                    f"prune_ratio {self.budget.prune_ratio:g} asks for {asked} of {self.total} neurons, but "
                     f"at most {most} can go: ask for {most / self.total:.3f} or less"
                 )
             return
         assert self.latency is not None
-        dense, floor = (
-            self.course.dense_ms,
-            self.latency.predict({n: min(s, least) for n, s in sizes.items()}),
-        )
+        dense = self.calibration.dense_ms
+        floor = self.latency.predict({name: min(size, least) for name, size in sizes.items()})
         if self.target_ms >= dense:
             raise UserError(
                 f"the latency target is {self.target_ms:.3g} ms, but the whole network takes {dense:.3g} ms "
-                f"for {self.amount.latency_batch} images here: ask for less"
+                f"for {images} images here: ask for less"
             )
         if self.target_ms < floor:
             raise UserError(
-                f"the latency target is {self.target_ms:.3g} ms for {self.amount.latency_batch} images, but "
+                f"the latency target is {self.target_ms:.3g} ms for {images} images, but "
                 f"even with {least} channel(s) per layer about {floor:.3g} ms are left: ask for more"
             )
 
@@ -164,55 +143,54 @@ class ChannelSelection:
 
     @property
     def total(self) -> int:
-        """All neurons that may go; those that can only go together are one."""
+        """All neurons that may be removed; those that can only be removed together count as one."""
         return sum(self.sizes.values())
 
     @property
     def num_pruned(self) -> int:
-        """Neurons that go by the ratio."""
-        return round(self.amount.prune_ratio * self.total)
+        """Neurons that the ratio asks for."""
+        return round(self.budget.prune_ratio * self.total)
 
     @property
     def target_ms(self) -> float:
         """The latency target in milliseconds."""
-        if self.amount.latency_ms is not None:
-            return self.amount.latency_ms
-        assert self.amount.latency_ratio is not None
-        return self.amount.latency_ratio * self.course.dense_ms
+        if self.budget.latency_target_ms is not None:
+            return self.budget.latency_target_ms
+        assert self.budget.latency_target is not None
+        return self.budget.latency_target * self.calibration.dense_ms
 
     def describe(self) -> dict[str, str]:
-        """Layer -> how many neurons it has, and with which layers they can only go together."""
+        """Layer -> how many neurons it has, and the layers that share them."""
         notes = {}
         for group in self.groups:
             for layer in group.layers:
                 others = [name for name in group.layers if name != layer]
                 more = f" and {len(others) - 2} more" if len(others) > 2 else ""
-                together = f", one with those of {', '.join(others[:2])}{more}" if others else ""
-                notes[layer] = f"{group.size} neurons{together}"
+                shared = f", one with those of {', '.join(others[:2])}{more}" if others else ""
+                notes[layer] = f"{group.size} neurons{shared}"
         return notes
 
     # ---- decisions --------------------------------------------------------------------------
 
     def choose(self, scores: Masks, kept: Masks | None, step: int, steps: int) -> Masks:
-        """The kept neurons after one of the steps of Algorithm 1; all at once with ``steps`` = 1.
+        """The neurons kept after one of the steps of Algorithm 1; with ``steps`` = 1, of all of it.
 
         Args:
             scores: group -> [n], larger = keep.
-            kept: what is left after the step before.
+            kept: the neurons kept by the step before.
             step: number of the step, from 1.
             steps: S.
         """
-        if self.amount.by_latency:
-            dense, last = self.course.dense_ms, step == steps
+        if self.budget.by_latency:
+            dense, last = self.calibration.dense_ms, step == steps
             aim = self.target_ms
             if not last:
                 aim = exponential_steps(dense, min(RESERVE * aim, dense), steps - 1)[step - 1]
             return self.within(aim, scores, kept, may_go_too_far=last)
         left = exponential_steps(self.total, self.total - self.num_pruned, steps)[step - 1]
         ranked = self._ranked(scores, kept)
-        gone = sum(int((~mask).sum()) for mask in (kept or {}).values())  # rounded widths may be ahead
-        num_pruned = max(self.total - round(left), gone)
-        masks = rank_channels(ranked, num_pruned, self.amount.min_channels, kept)
+        wanted = max(self.total - round(left), count_pruned(kept or {}))  # rounded widths may be ahead
+        masks = rank_channels(ranked, wanted, self.budget.min_channels, kept)
         return self._rounded(masks, ranked, kept)
 
     def within(
@@ -223,21 +201,21 @@ class ChannelSelection:
         may_go_too_far: bool = True,
         fixed: Mapping[str, Tensor] | None = None,
     ) -> Masks:
-        """The fewest pruned neurons whose predicted, corrected latency is within milliseconds.
+        """The masks with the fewest pruned neurons whose predicted, corrected latency meets an aim.
 
         Args:
-            aim_ms: the milliseconds.
+            aim_ms: milliseconds.
             scores: group -> [n], larger = keep.
-            kept: what is left before.
-            may_go_too_far: before the last step what is pruned is gone for good, and a measurement that
-                something disturbed must not prune more; so corrections count there only if they keep more.
+            kept: the neurons kept so far.
+            may_go_too_far: False before the last step, whose removals are final: a disturbed measurement must
+                not prune more, so a correction counts only if it keeps more.
             fixed: masks of groups that are decided.
         """
         assert self.latency is not None
         latency, ranked = self.latency, self._ranked(scores, kept)
-        order = pruning_order(ranked, self.amount.min_channels, kept)
-        gone = sum(int((~mask).sum()) for mask in (kept or {}).values())
-        correction = self.course.correction if may_go_too_far else min(self.course.correction, 1.0)
+        order = pruning_order(ranked, self.budget.min_channels, kept)
+        gone = count_pruned(kept or {})
+        correction = self.calibration.correction if may_go_too_far else min(self.calibration.correction, 1.0)
 
         def masks(first: Sequence[tuple[str, int]]) -> Masks:
             rounded = self._rounded(masks_after([*order[:gone], *first], self.sizes), ranked, kept)
@@ -250,30 +228,29 @@ class ChannelSelection:
         return fewest_pruned(free, masks, predict, aim_ms)
 
     def measured(self, plan: SurgeryPlan, kept: Masks, seconds: float = SECONDS) -> dict[str, Any]:
-        """Measure what is left, correct the predictions by it, and tell both."""
+        """Measure the network that is left and correct the predictions by it; keys of an event."""
         assert self.latency is not None
         assert self.prunable.model is not None
         assert self.prunable.example is not None
-        times = compare_ms(
-            self.prunable.model, plan, self.prunable.example, self.amount.latency_batch, seconds
-        )
+        batch = self.budget.latency_batch
+        times = compare_ms(self.prunable.model, plan, self.prunable.example, batch, seconds)
         predicted = self.latency.predict(widths(kept))
-        told = predicted * self.course.correction
-        by_ratio = self.amount.latency_ms is None
-        now = times.ratio * self.course.dense_ms if by_ratio else times.pruned_ms
-        self.course.correction = now / predicted
+        corrected = predicted * self.calibration.correction
+        by_ratio = self.budget.latency_target_ms is None
+        now = times.ratio * self.calibration.dense_ms if by_ratio else times.pruned_ms
+        self.calibration.correction = now / predicted
         return {
-            "latency_batch": self.amount.latency_batch,
-            "latency_target_ms": self.target_ms if self.amount.by_latency else None,
-            "predicted_ms": told,
+            "latency_batch": batch,
+            "latency_target_ms": self.target_ms if self.budget.by_latency else None,
+            "predicted_ms": corrected,
             "measured_ms": times.pruned_ms,
             "dense_ms": times.dense_ms,
             "latency_ratio": times.ratio,
         }
 
     def measures_after(self, step: int) -> bool:
-        """Whether the network is measured after a pruning step, to correct the predictions of the next."""
-        return self.amount.by_latency and step % MEASURE_EVERY == 0
+        """Whether the network is measured after a pruning step, to correct the next predictions."""
+        return self.budget.by_latency and step % MEASURE_EVERY == 0
 
     def final(
         self, scores: Masks, kept: Masks | None, steps: int
@@ -281,11 +258,11 @@ class ChannelSelection:
         """The last step; a latency is measured, and the choice corrected until it is met.
 
         Returns:
-            The kept neurons, the plan that removes the others, and what is to be written down.
+            The kept neurons, the plan that removes the others, and keys of the event.
         """
         masks = self.choose(scores, kept, steps, steps)
         plan = self.plan(masks)
-        if not self.amount.by_latency:
+        if not self.budget.by_latency:
             return masks, plan, self.measured(plan, masks) if self.latency is not None else {}
         best: tuple[Masks, SurgeryPlan, dict[str, Any]] | None = None
         assert self.latency is not None
@@ -295,14 +272,14 @@ class ChannelSelection:
         for attempt in range(1, ATTEMPTS + 1):
             event = {**self.measured(plan, masks, FINAL_SECONDS), "attempts": attempt}
             reached = event["measured_ms"] / self.target_ms
-            if self.amount.latency_ratio is not None:
-                reached = event["latency_ratio"] / self.amount.latency_ratio
+            if self.budget.latency_target is not None:
+                reached = event["latency_ratio"] / self.budget.latency_target
             event["latency_error"] = reached - 1
             if best is None or abs(event["latency_error"]) < abs(best[2]["latency_error"]):
                 best = masks, plan, event
             if abs(event["latency_error"]) <= AIM_WITHIN:
                 break
-            self.course.correction = 1.0  # what was tried says where to go on
+            self.calibration.correction = 1.0  # the search knows the networks that were measured
             following = search.after(masks, reached)
             if following is None:
                 break
@@ -312,23 +289,23 @@ class ChannelSelection:
         return best
 
     def plan(self, kept: Masks) -> SurgeryPlan:
-        """What removes all others."""
+        """The removal of all other neurons."""
         assert self.prunable.model is not None
         assert self.prunable.example is not None
         return plan_keeping(self.prunable.model, self.prunable.example, kept)
 
     def _ranked(self, scores: Masks, kept: Masks | None) -> Masks:
-        """Scores on one device, less what a removal saves; what is pruned ranks last."""
+        """Scores on the CPU, over the time that a removal saves; pruned neurons rank last."""
         result = {name: score.detach().double().cpu() for name, score in scores.items()}
         if self.latency is not None:
             counts = self.sizes if kept is None else widths(kept)
-            result = self.latency.penalised(result, counts, self.amount.latency_penalty)
+            result = self.latency.penalized(result, counts, self.budget.penalty)
         if kept is not None:
             result = {name: score.masked_fill(~kept[name], -1.0) for name, score in result.items()}
         return result
 
     def _rounded(self, masks: Masks, ranked: Masks, kept: Masks | None) -> Masks:
-        if self.amount.round_to == 1:
+        if self.budget.round_to == 1:
             return masks
-        rounded = round_widths(masks, ranked, self.amount.round_to)
+        rounded = round_widths(masks, ranked, self.budget.round_to)
         return rounded if kept is None else {name: mask & kept[name] for name, mask in rounded.items()}

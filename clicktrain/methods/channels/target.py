@@ -1,4 +1,4 @@
-"""Which channels go for a share of a network's cost to be left, by the norms that the lasso works on."""
+"""The channels to remove for a share of a network's cost to be left, by the norms that the lasso shrinks."""
 
 from __future__ import annotations
 
@@ -11,6 +11,7 @@ import torch
 from torch import Tensor, nn
 
 from clicktrain.errors import UserError
+from clicktrain.graph.adapters import nearest_adapter
 from clicktrain.methods.channels.costs import ChannelCosts, Cost, CostMeter
 from clicktrain.surgery import ChannelGroup, SurgeryPlan, channel_groups, dependencies, residual_branches
 
@@ -19,18 +20,18 @@ Channel = tuple[int, int]
 
 WORDS: dict[Cost, str] = {"flops": "inference FLOPs", "parameters": "parameters"}
 NEAR = 0.005
-"""A share of the cost that is closer to the target than this counts as met: no channel is looked for."""
+"""A share of the cost that is closer to the target than this counts as met."""
 
 
 class ChannelTarget:
-    """A share of the cost of the network as it was at first, and the channels between here and there.
+    """A share of the unpruned network's cost that is to be left, and the channels that may be removed for it.
 
     Attributes:
         costs: of the network as it is.
-        dense: cost of the network as it was at first.
+        dense: cost of the unpruned network.
         share: of ``dense`` that is to be left; removal stops above it.
         least: per group, channels that stay.
-        removable: numbers of the groups whose channels may go.
+        removable: numbers of the groups whose channels may be removed.
     """
 
     def __init__(
@@ -40,26 +41,26 @@ class ChannelTarget:
         what: Cost,
         share: float,
         *,
-        penalised: Collection[str],
+        penalized: Collection[str],
         both_sides: bool,
         floor: float,
         branches: bool = True,
         dense: float | None = None,
         widths: Mapping[str, int] | None = None,
     ) -> None:
-        """Look at a network.
+        """Find the channels of a network.
 
         Args:
             model: as it is now.
             example: batch of at least one input.
             what: flops or parameters.
             share: the target.
-            penalised: names of the layers that the lasso works on; what others read stays.
+            penalized: names of the layers that the lasso works on; channels that others read stay.
             both_sides: a channel's norm is the largest on either side, not only where it is read.
             floor: share of each layer's channels that stay.
-            branches: whether that holds inside residual branches too, which the network can do without.
-            dense: cost at first; that of now if it is not given.
-            widths: from `original_widths` of the network at first.
+            branches: whether the floor holds inside residual branches too, which can be removed whole.
+            dense: cost of the unpruned network; ``model`` is unpruned if it is not given.
+            widths: from `original_widths` of the unpruned network.
         """
         self.model, self.what, self.share = model, what, share
         self._both = both_sides
@@ -67,7 +68,7 @@ class ChannelTarget:
         self.costs = ChannelCosts(model, example, groups, what)
         self.dense = self.costs.total if dense is None else dense
         self._layers = _layer_weights(model)
-        self._penalised = {f"{name}.weight" for name in penalised}
+        self._penalized = {f"{name}.weight" for name in penalized}
         first = original_widths(groups) if widths is None else widths
         self.least = [max(1, math.ceil(floor * _first_width(group, first) - 1e-9)) for group in groups]
         if not branches:
@@ -80,7 +81,7 @@ class ChannelTarget:
 
     @property
     def groups(self) -> tuple[ChannelGroup, ...]:
-        """Of the network as it is."""
+        """Groups of channels of the network as it is."""
         return self.costs.groups
 
     def share_after(self, plan: SurgeryPlan) -> float:
@@ -89,12 +90,12 @@ class ChannelTarget:
 
     @property
     def share_now(self) -> float:
-        """The share that there is."""
+        """The share of the network as it is."""
         return self.costs.total / self.dense
 
     @property
     def smallest_share(self) -> float:
-        """What is left if every group goes down to its least."""
+        """The share left if every group keeps only its least."""
         meter = CostMeter(self.costs)
         for number in self.removable:
             for channel in range(self.groups[number].size - self.least[number]):
@@ -102,7 +103,7 @@ class ChannelTarget:
         return meter.cost / self.dense
 
     def check_reachable(self, setting: str, floor: float) -> None:
-        """UserError if the target lies below what the floor leaves."""
+        """Raise UserError if the target lies below what the floor leaves."""
         least = self.smallest_share
         if self.share < least - NEAR:
             raise UserError(
@@ -114,7 +115,7 @@ class ChannelTarget:
     # ---- norms ------------------------------------------------------------------------------
 
     def norms(self) -> dict[int, Tensor]:
-        """Per removable group [channels], float64 on the CPU: the norm that has to vanish for it to go."""
+        """Per removable group [channels], float64 on the CPU: the norm that has to vanish before removal."""
         return {number: self._norms(self.groups[number]) for number in self.removable}
 
     def _norms(self, group: ChannelGroup) -> Tensor:
@@ -128,26 +129,26 @@ class ChannelTarget:
         return result
 
     def _counts(self, name: str, dim: int) -> bool:
-        return name in self._penalised and name in self._layers and (self._both or self._reads(name, dim))
+        return name in self._penalized and name in self._layers and (self._both or self._reads(name, dim))
 
     def _reads(self, name: str, dim: int) -> bool:
-        """Whether a dimension holds the channels that a layer reads (of a depthwise layer none does)."""
+        """Whether a layer reads the channels along a dimension (no dimension of a depthwise layer)."""
         return name in self._layers and dim == self._layers[name]
 
     def _may_go(self, group: ChannelGroup) -> bool:
         readers = [m.name for m in group.members if self._reads(m.name, m.dim)]
-        return group.fixed is None and bool(readers) and self._penalised.issuperset(readers)
+        return group.fixed is None and bool(readers) and self._penalized.issuperset(readers)
 
     # ---- which channels ---------------------------------------------------------------------
 
     def order(self, norms: Mapping[int, Tensor]) -> list[tuple[float, Channel]]:
-        """(norm, channel), the smallest first, without those that every group keeps (its largest)."""
-        found: list[tuple[float, Channel]] = []
+        """(norm, channel), the smallest first, without the largest channels, which every group keeps."""
+        order: list[tuple[float, Channel]] = []
         for number, values in norms.items():
             rising = torch.sort(values, stable=True).indices.tolist()
             may_go = rising[: max(self.groups[number].size - self.least[number], 0)]
-            found += [(float(values[channel]), (number, channel)) for channel in may_go]
-        return sorted(found)
+            order += [(float(values[channel]), (number, channel)) for channel in may_go]
+        return sorted(order)
 
     def choose(
         self, order: Sequence[tuple[float, Channel]], round_to: int = 1, plan: SurgeryPlan | None = None
@@ -159,7 +160,7 @@ class ChannelTarget:
         Args:
             order: from `order`.
             round_to: multiple of the widths.
-            plan: what goes before; its channels are not chosen again.
+            plan: removed first; its channels are not chosen again.
         """
         before = set() if plan is None else self.removed_by(plan)
         gone = Counter(number for number, _ in before)
@@ -176,7 +177,7 @@ class ChannelTarget:
         return chosen
 
     def water_lines(self, norms: Mapping[int, Tensor], shares: Sequence[float]) -> list[float]:
-        """For falling shares of the cost, the norm of the last channel that has to go for each to be met."""
+        """For falling shares of the cost, the norm of the last channel to remove for each to be met."""
         meter, order = CostMeter(self.costs), self.order(norms)
         lines, norm, done = [], 0.0, 0
         for share in shares:
@@ -188,7 +189,7 @@ class ChannelTarget:
         return lines
 
     def held(self, norms: Mapping[int, Tensor]) -> dict[str, Tensor]:
-        """Group -> bool [channels]: those that stay whatever happens, the largest of each group."""
+        """Group -> bool [channels]: the largest of each group, which always stay."""
         masks = {}
         for number, values in norms.items():
             mask = torch.zeros(len(values), dtype=torch.bool)
@@ -215,22 +216,22 @@ class ChannelTarget:
 
     def removed_by(self, plan: SurgeryPlan) -> set[Channel]:
         """The channels that a plan cuts."""
-        found = set()
+        removed = set()
         for number in self.removable:
             group = self.groups[number]
             for member in group.members:
                 cut = next((c for c in plan.cuts_of(member.name) if c.dim == member.dim), None)
                 if cut is not None:
                     keep = set(cut.keep)
-                    found |= {
+                    removed |= {
                         (number, c) for c, indices in enumerate(member.indices) if keep.isdisjoint(indices)
                     }
                     break
-        return found
+        return removed
 
 
 def original_widths(groups: Sequence[ChannelGroup]) -> dict[str, int]:
-    """``tensor:dimension`` -> channels along it, all groups together."""
+    """``tensor:dimension`` -> channels along it, over all groups."""
     widths: dict[str, int] = {}
     for group in groups:
         for member in group.members:
@@ -241,34 +242,31 @@ def original_widths(groups: Sequence[ChannelGroup]) -> dict[str, int]:
 
 def renamed(widths: Mapping[str, int], plan: SurgeryPlan) -> dict[str, int]:
     """`original_widths` under the names after a plan."""
-    found = {}
+    now_named = {}
     for key, width in widths.items():
         name, _, dim = key.rpartition(":")
         if (now := plan.new_name(name)) is not None:
-            found[f"{now}:{dim}"] = width
-    return found
+            now_named[f"{now}:{dim}"] = width
+    return now_named
 
 
 def _first_width(group: ChannelGroup, widths: Mapping[str, int]) -> int:
-    """Channels that a group had at first."""
+    """Channels of a group in the unpruned network."""
     known = (widths.get(f"{member.name}:{member.dim}") for member in group.members)
     return min((width for width in known if width is not None), default=group.size)
 
 
 def _inside_branches(model: nn.Module, example: Any) -> set[str]:
-    """Modules that are called in a residual branch which could be taken out whole."""
+    """Modules of residual branches that could be removed whole."""
     branches = residual_branches(dependencies(model, example).graph)
     return {name for branch in branches if branch.refusal is None for name in branch.layers}
 
 
 def _layer_weights(model: nn.Module) -> dict[str, int]:
-    """Weights of convolutions and linear layers -> the dimension of what they read, -1 if depthwise."""
-    found: dict[str, int] = {}
+    """Weights of convolutions and linear layers -> the axis of the channels they read, -1 if depthwise."""
+    axes: dict[str, int] = {}
     for name, module in model.named_modules():
-        weight = module._parameters.get("weight")
-        if weight is None or weight.dim() < 2 or isinstance(module, nn.Embedding):
-            continue
-        groups = int(getattr(module, "groups", 1))
-        reads = 0 if "Transpose" in type(module).__name__ else 1
-        found[f"{name}.weight"] = -1 if groups > 1 and weight.shape[1] == 1 else reads
-    return found
+        adapter = nearest_adapter(module)
+        if adapter is not None and module._parameters.get("weight") is not None:
+            axes[f"{name}.weight"] = -1 if adapter.depthwise(module) else adapter.in_axis
+    return axes

@@ -1,11 +1,10 @@
-"""What a method can be attached to: the network itself, and only one method to a network and an optimizer."""
+"""What a method can be attached to: one unwrapped network, and optimizers without another method."""
 
 from __future__ import annotations
 
 import gc
 import weakref
 from collections.abc import Iterable
-from typing import TYPE_CHECKING
 
 from torch import nn
 from torch.nn.parallel import DistributedDataParallel
@@ -13,50 +12,46 @@ from torch.optim import Optimizer
 from torch.optim.swa_utils import AveragedModel
 
 from clicktrain.errors import UserError
-from clicktrain.kernels.sparse_conv2d import PackedConv2d
+from clicktrain.kernels.sparse_conv2d import PackedLayer
 
-if TYPE_CHECKING:
-    from clicktrain.methods.driver.pruner import Pruner
+_CLAIMS: weakref.WeakKeyDictionary[nn.Module | Optimizer, weakref.ref[Claim]] = weakref.WeakKeyDictionary()
 
-_CLAIMS: weakref.WeakKeyDictionary[nn.Module | Optimizer, weakref.ref[Pruner]] = weakref.WeakKeyDictionary()
+
+class Claim:
+    """A method's claim on modules and optimizers; it ends with the pruner that holds it, or by `release`."""
+
+    def __init__(self, method: str, things: Iterable[nn.Module | Optimizer]) -> None:
+        self.method = method
+        for thing in things:
+            _CLAIMS[thing] = weakref.ref(self)
+
+    def release(self) -> None:
+        """Give the modules and optimizers free."""
+        for thing in [thing for thing, claim in _CLAIMS.items() if claim() is self]:
+            del _CLAIMS[thing]
 
 
 def check_free(things: Iterable[nn.Module | Optimizer]) -> None:
-    """UserError if one of these modules or optimizers has a method attached already."""
+    """Raise a UserError if one of these modules or optimizers has a method attached already."""
     for thing in things:
-        owner = _owner(thing)
-        if owner is not None:
-            # A loop that failed leaves its pruner and its optimizers behind, which refer to each other.
-            del owner
-            gc.collect()
-            owner = _owner(thing)
-        if owner is not None:
+        if _claim_on(thing) is not None:
+            gc.collect()  # a loop that failed leaves its pruner and its optimizers behind, in a cycle
+        claim = _claim_on(thing)
+        if claim is not None:
             what = "optimizer" if isinstance(thing, Optimizer) else "network"
             raise UserError(
-                f"this {what} ({type(thing).__name__}) has the method {owner.method.name} attached already: "
+                f"this {what} ({type(thing).__name__}) has the method {claim.method} attached already: "
                 "call finish() or close() of that pruner before attaching again"
             )
 
 
-def _owner(thing: nn.Module | Optimizer) -> Pruner | None:
+def _claim_on(thing: nn.Module | Optimizer) -> Claim | None:
     claim = _CLAIMS.get(thing)
     return None if claim is None else claim()
 
 
-def claim(pruner: Pruner, things: Iterable[nn.Module | Optimizer]) -> None:
-    """Note that these modules and optimizers are a pruner's."""
-    for thing in things:
-        _CLAIMS[thing] = weakref.ref(pruner)
-
-
-def release(pruner: Pruner) -> None:
-    """Give up what a pruner has claimed."""
-    for thing in [thing for thing, claim in _CLAIMS.items() if claim() is pruner]:
-        del _CLAIMS[thing]
-
-
 def check_network(model: nn.Module) -> None:
-    """UserError if this is no network, or a wrapper around it and not the network itself."""
+    """Raise a UserError for anything but a network, and for a wrapper around one."""
     if not isinstance(model, nn.Module):
         raise UserError(f"attach takes the network, a torch.nn.Module, not a {type(model).__name__}")
     wrapper = isinstance(model, DistributedDataParallel | nn.DataParallel)
@@ -73,8 +68,8 @@ def check_network(model: nn.Module) -> None:
 
 
 def check_dense(model: nn.Module) -> None:
-    """UserError if layers are packed: no method could prune them, and all would say something else of it."""
-    packed = [name for name, module in model.named_modules() if isinstance(module, PackedConv2d)]
+    """Raise a UserError if layers are packed: no method can prune them."""
+    packed = [name for name, module in model.named_modules() if isinstance(module, PackedLayer)]
     if packed:
         raise UserError(
             f"{packed[0] or 'the network'} is packed already: attach to the network that "

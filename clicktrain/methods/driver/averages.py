@@ -14,8 +14,7 @@ from torch.optim.swa_utils import AveragedModel
 
 from clicktrain.errors import UserError
 from clicktrain.kernels.pack_model import pack_model_
-from clicktrain.kernels.sparse_conv2d.module import PackedConv2d
-from clicktrain.sparsity.masks import conv_masks
+from clicktrain.kernels.sparse_conv2d import PackedLayer
 from clicktrain.surgery import SurgeryPlan, apply_surgery_
 
 _NOTE = "_clicktrain_copies"
@@ -109,12 +108,10 @@ def catch_up_(
         )
     for plan in plans[start:]:
         apply_surgery_(plan, copy)
-    packed = {name for name, module in model.named_modules() if isinstance(module, PackedConv2d)}
+    packed = {name for name, module in model.named_modules() if isinstance(module, PackedLayer)}
     mask_copy_(copy, masks)
-    wanted = {name: mask for name, mask in conv_masks(masks).items() if name in packed}
-    pack_model_(
-        copy, {n: m for n, m in wanted.items() if not isinstance(copy.get_submodule(n), PackedConv2d)}
-    )
+    wanted = {name: mask for name, mask in masks.items() if name in packed}
+    pack_model_(copy, {n: m for n, m in wanted.items() if not isinstance(copy.get_submodule(n), PackedLayer)})
 
 
 @torch.no_grad()
@@ -122,7 +119,7 @@ def mask_copy_(copy: nn.Module, masks: Mapping[str, Tensor]) -> None:
     """Write the zeros of frozen masks into a copy of the network; packed layers have none."""
     for name, mask in masks.items():
         module = copy.get_submodule(name)
-        if not isinstance(module, PackedConv2d):
+        if not isinstance(module, PackedLayer):
             weight = module.weight
             assert isinstance(weight, Tensor)
             weight.masked_fill_(~mask.to(weight.device), 0.0)
@@ -136,7 +133,7 @@ def _dense_shapes(model: nn.Module) -> dict[str, tuple[int, ...]]:
         for leaf, parameter in module._parameters.items():
             if parameter is None:
                 continue
-            if isinstance(module, PackedConv2d) and leaf == "values":
+            if isinstance(module, PackedLayer) and leaf == "values":
                 shapes[f"{prefix}weight"] = tuple(module.structure.shape)
             else:
                 shapes[f"{prefix}{leaf}"] = tuple(parameter.shape)

@@ -16,13 +16,12 @@ from torch import Tensor, nn
 from torch.optim import Optimizer
 
 from clicktrain.errors import UserError
-from clicktrain.methods.base import RunLength
+from clicktrain.methods.contract import RunLength
 from clicktrain.methods.driver.network import PrunedNetwork
-from clicktrain.methods.driver.optimizers import AttachedOptimizers
+from clicktrain.methods.driver.optimizers import STRIKES, AttachedOptimizers
 from clicktrain.methods.driver.outsiders import Outsiders
+from clicktrain.methods.driver.publisher import ParametersReplaced
 
-STRIKES = 8
-"""How often in a row something odd has to happen before it counts as a mistake."""
 _STEPS_UNOBSERVED = 16
 """Optimizer steps in a row without `Pruner.observe` that are one mistake."""
 _BAD_LOSSES = 16
@@ -69,7 +68,8 @@ class LoopWatch:
         self._places: list[_Place] = []
         self._version = 0
         self.length = length
-        self._revision = -1
+        self._outdated = False
+        network.publisher.subscribe(self._note_replaced, ParametersReplaced)
         self._unstepped = self._unobserved = self._moved = self._without_gradient = 0
         self._stepped, self._first = False, True
         self._written_by_others = 0
@@ -143,7 +143,7 @@ class LoopWatch:
     def stepped(self) -> None:
         """An attached optimizer has stepped, and what the method decided has been carried out."""
         self._stepped = True
-        if self._revision != self._network.revision:
+        if self._outdated:
             self._look_again()
         self._version = self._versions()
 
@@ -178,15 +178,18 @@ class LoopWatch:
                 place = _Place(layer.name, modules[parent]._modules, child, module, leaf, weight)
                 self._places.append(place)
         self.outsiders.look_again()
-        self._revision = network.revision
+        self._outdated = False
         self._version = self._versions()
+
+    def _note_replaced(self, replaced: ParametersReplaced) -> None:
+        self._outdated = True
 
     def _versions(self) -> int:
         """Grows whenever a weight that may be pruned is written in place."""
         return sum(place.weight._version for place in self._places)
 
     def _check_network(self) -> None:
-        if self._revision != self._network.revision:
+        if self._outdated:
             self._look_again()
         for place in self._places:
             if not place.intact:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import time
+import warnings
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import replace
 from typing import Any
@@ -17,13 +18,15 @@ from clicktrain.errors import UserError
 from clicktrain.formats.packed import bits_from_mask, mask_from_bits
 from clicktrain.graph import Inputs, as_inputs
 from clicktrain.graph.batch import first_of_batch, first_tensor, owned
+from clicktrain.graph.exchange import odd_state
 from clicktrain.graph.prunable import PrunableLayer, PrunableLayers, SeenBatch
-from clicktrain.kernels.pack_model import pack_model_, pack_refusals, unpack_model_, unpackable_state
-from clicktrain.kernels.sparse_conv2d.module import PackedConv2d
+from clicktrain.kernels.pack_model import pack_model_, pack_refusals, unpack_model_
+from clicktrain.kernels.sparse_conv2d import PackedLayer
 from clicktrain.methods.driver.averages import catch_up_, mask_copy_, unwrapped_average
-from clicktrain.sparsity.masks import conv_masks, hard_prune_, mask_optimizer_state_
-from clicktrain.surgery import SurgeryPlan, Verified, apply_surgery_, silence_, verified
-from clicktrain.surgery.agreed_plans import agreed_plans
+from clicktrain.methods.driver.publisher import ChannelsRemoved, ParametersReplaced, Publisher
+from clicktrain.runs.events import ReconfiguredEvent
+from clicktrain.sparsity.masks import hard_prune_, mask_optimizer_state_
+from clicktrain.surgery import SurgeryPlan, Verified, agreed_plans, apply_surgery_, silence_, verified
 from clicktrain.surgery.compare import IMAGES, tensors_in
 
 _SCALES = ("exp_inf", "step_size")
@@ -56,6 +59,7 @@ class PrunedNetwork:
         self.frozen = False
         self.packed = packed
         self.revision = 0
+        self.publisher = Publisher()
         self.conv_weights = self._conv_weights_now = prunable.conv_weights
 
     # ---- masks ------------------------------------------------------------------------------
@@ -71,9 +75,9 @@ class PrunedNetwork:
             for name, mask in self._masks.items()
         }
 
-    def _packed_layer(self, name: str) -> PackedConv2d:
+    def _packed_layer(self, name: str) -> PackedLayer:
         layer = self.model.get_submodule(name)
-        assert isinstance(layer, PackedConv2d)
+        assert isinstance(layer, PackedLayer)
         return layer
 
     def mask(self, masks: Mapping[str, Tensor], forget: bool) -> None:
@@ -116,9 +120,8 @@ class PrunedNetwork:
                 mask_optimizer_state_(optimizer, layer.weight, mask)
 
     def _masked(self) -> list[tuple[PrunableLayer, Tensor]]:
-        """Dense layers with their masks; packed convolutions have no pruned positions."""
-        layers = self.prunable.linears if self.packed and self.frozen else self.prunable.layers
-        masked = ((layer, self._masks.get(layer.name)) for layer in layers)
+        """Dense layers with their masks; packed layers have no pruned positions."""
+        masked = ((layer, self._masks.get(layer.name)) for layer in self.prunable.layers)
         return [(layer, mask) for layer, mask in masked if mask is not None]
 
     def check_zeros(self) -> None:
@@ -153,11 +156,14 @@ class PrunedNetwork:
         written live.
         """
         dead = 0
-        for name, mask in self._masks.items():
+        for layer in self.prunable.convs:
+            if layer.name not in self._masks:
+                continue
+            mask = self._masks[layer.name]
             if mask is None:
-                structure = self._packed_layer(name).structure
+                structure = self._packed_layer(layer.name).structure
                 dead += structure.numel - structure.nnz
-            elif mask.dim() == 4:
+            else:
                 dead += mask.numel() - int(mask.sum())
         if self.frozen and not self.packed:
             for layer in self.prunable.convs:
@@ -173,18 +179,23 @@ class PrunedNetwork:
         silence_(plan, self.model)
 
     def reconfigure(
-        self, plan: SurgeryPlan, checked: bool, follow: Callable[[SurgeryPlan], None]
-    ) -> dict[str, Any]:
+        self,
+        plan: SurgeryPlan,
+        event: ReconfiguredEvent,
+        checked: bool,
+        follow: Callable[[SurgeryPlan], None],
+    ) -> ReconfiguredEvent:
         """Remove channels and layers; of several processes the first one's plan counts.
 
         Args:
             plan: what goes. It is tried on a copy first (`clicktrain.surgery.verified`): channels without
                 which the network computes something else stay.
+            event: what the method decided by.
             checked: compare outputs of the last batch before and after.
             follow: called with what has been removed, unless that is nothing.
 
         Returns:
-            What was removed, layer by layer, what stayed after all and why, and what it took and changed.
+            The event, completed with what was removed, what stayed after all, and what it took and changed.
 
         Warns:
             UserWarning: something stayed.
@@ -199,13 +210,14 @@ class PrunedNetwork:
         seconds = time.perf_counter() - started
         after = self._output() if checked else None
         gone = {removed.name for removed in plan.removed_layers}
-        return {
-            "seconds": seconds,
-            "channels_before": sum(row.outputs[0] for row in plan.layers),
-            "channels_after": sum(row.outputs[1] for row in plan.layers if row.name not in gone),
-            "held": result.held,
-            "layers_removed": [row.name for row in plan.layers if row.name in gone],
-            "layers": [
+        return replace(
+            event,
+            seconds=seconds,
+            channels_before=sum(row.outputs[0] for row in plan.layers),
+            channels_after=sum(row.outputs[1] for row in plan.layers if row.name not in gone),
+            held=result.held,
+            layers_removed=[row.name for row in plan.layers if row.name in gone],
+            layers=[
                 {
                     "name": row.name,
                     "inputs": list(row.inputs),
@@ -214,10 +226,10 @@ class PrunedNetwork:
                 }
                 for row in plan.layers
             ],
-            "max_output_change": None
+            max_output_change=None
             if before is None or after is None
             else float((after - before).abs().max()),
-        }
+        )
 
     def _verified(self, plan: SurgeryPlan) -> Verified:
         """What is left of a plan once the smaller network was compared, on the last batch or the example."""
@@ -232,13 +244,17 @@ class PrunedNetwork:
         for average in self.averages:
             apply_surgery_(plan, average)
         self.plans.append(plan)
-        self.revision += 1
         self.prunable = self.prunable.renamed(plan.new_name)
         self._conv_weights_now = self.prunable.conv_weights
         shrunken = {
             plan.new_name(name): plan.shrink(f"{name}.weight", mask) for name, mask in self.masks.items()
         }
         self._masks = {name: mask for name, mask in shrunken.items() if name is not None}
+        self._replaced()
+
+    def _replaced(self) -> None:
+        self.revision += 1
+        self.publisher.publish(ParametersReplaced())
 
     def restore(self, values: Mapping[str, Tensor]) -> None:
         """Write values into parameters and buffers, by name; the optimizer forgets what it kept of them."""
@@ -314,7 +330,7 @@ class PrunedNetwork:
             unpack_model_(self.model, self.optimizers)
             for average in self.averages:
                 unpack_model_(average)
-            self.revision += 1
+            self._replaced()
         elif packed and not self.packed and self._masks:
             self._forget_unpackable_state()
             self._pack()
@@ -323,22 +339,28 @@ class PrunedNetwork:
             self._find_again()
 
     def _pack(self) -> None:
-        masks = conv_masks({name: mask for name, mask in self._masks.items() if mask is not None})
+        dense = {name: mask for name, mask in self._masks.items() if mask is not None}
+        linear = [layer.name for layer in self.prunable.linears if layer.name in dense]
+        refused = pack_refusals(self.model, linear, self.optimizers)
+        for name, reason in refused.items():
+            warnings.warn(f"{name} trains masked and dense, not packed: {reason}", stacklevel=2)
+        masks = {name: mask for name, mask in dense.items() if name not in refused}
         pack_model_(self.model, masks, self.optimizers)
         self._masks.update(dict.fromkeys(masks))
         for average in self.averages:
             pack_model_(average, masks)
             for name in masks:  # one index for both
                 own, copy = self._packed_layer(name), average.get_submodule(name)
-                if isinstance(copy, PackedConv2d) and copy.structure.device == own.structure.device:
+                if isinstance(copy, PackedLayer) and copy.structure.device == own.structure.device:
                     copy.structure = own.structure
-        self.revision += 1
+        self._replaced()
 
     def _forget_unpackable_state(self) -> None:
         """At the end of a run: an optimizer that goes on all the same starts such a state again."""
-        for layer in self.prunable.convs:
+        for layer in self.prunable.layers:
             for optimizer in self.optimizers:
-                if unpackable_state(optimizer, optimizer.state.get(layer.weight, {}), layer.weight):
+                state = optimizer.state.get(layer.weight, {})
+                if odd_state(optimizer, state, layer.weight, factors=False):
                     del optimizer.state[layer.weight]
 
     def _find_again(self) -> None:
@@ -360,7 +382,9 @@ class PrunedNetwork:
     def load_plans(self, documents: Sequence[str]) -> None:
         """Remove again what had been removed."""
         for document in documents:
-            self.remove(SurgeryPlan.from_json(json.loads(document)))
+            plan = SurgeryPlan.from_json(json.loads(document))
+            self.remove(plan)
+            self.publisher.publish(ChannelsRemoved(plan))
 
     def load_masks(self, saved: Mapping[str, Any]) -> None:
         """Take over masks, once the channels are those of the saved state; pack if it was packed."""

@@ -14,9 +14,10 @@ from torch import Tensor, nn
 from torch.optim import Optimizer
 
 from clicktrain.errors import UserError
-from clicktrain.kernels.pack_model import unpackable_state
-from clicktrain.surgery.optimizer_state import unshrinkable_state
+from clicktrain.graph.exchange import odd_state
 
+STRIKES = 8
+"""How often in a row something odd has to happen before it counts as a mistake of the loop."""
 _PROBE_SHAPE = (5, 4, 3, 2)
 """Of the weight on which an unknown optimizer takes a step: no two sizes alike, so that no entry of its state
 has the weight's shape by chance."""
@@ -140,12 +141,12 @@ class AttachedOptimizers:
     def _check_state(self, optimizer: Optimizer, state: Mapping[str, Any], weight: Tensor) -> None:
         """Refuse a state that can be neither packed nor shrunk."""
         kind = type(optimizer).__name__
-        if self._packs and (odd := unpackable_state(optimizer, state, weight)):
+        if self._packs and (odd := odd_state(optimizer, state, weight, factors=False)):
             raise UserError(
                 f"{kind} keeps {', '.join(odd)} for a weight, which cannot be packed with it: attach with "
                 "packed=False, or use another optimizer"
             )
-        if self._shrinks and (odd := unshrinkable_state(state, weight)):
+        if self._shrinks and (odd := odd_state(optimizer, state, weight, factors=True)):
             raise UserError(
                 f"{kind} keeps {', '.join(odd)} for a weight, which cannot lose channels with it: use "
                 "another optimizer, or a method that removes no channels"
@@ -274,3 +275,39 @@ def _tensors_in(value: Any, depth: int = 3) -> Iterator[Tensor]:
     elif depth and isinstance(value, (list, tuple, dict)):
         for part in value.values() if isinstance(value, dict) else value:
             yield from _tensors_in(part, depth - 1)
+
+
+class OptimizerRound:
+    """One step each of the optimizers that hold weights to be pruned; see `Pruner`."""
+
+    def __init__(self) -> None:
+        self._stepped: list[OptimizerUnit] = []
+        self._seen = -1
+        self._broken = 0
+
+    def begins(self, seen: int) -> bool:
+        """Whether gradients are new to the method: the first step after `Pruner.observe`.
+
+        Raises:
+            UserError: again and again an optimizer has not stepped between two of these.
+        """
+        if seen == self._seen:
+            return False
+        self._broken = self._broken + 1 if self._stepped else 0
+        if self._broken >= STRIKES:
+            raise UserError(
+                "the attached optimizers hold weights to be pruned together but do not step together: after "
+                "each backward() and observe(loss) let every one of them step once, or, where networks take "
+                "turns (a GAN), attach one method to each network with its own optimizer"
+            )
+        self._stepped, self._seen = [], seen
+        return True
+
+    def ends(self, unit: OptimizerUnit, counted: Sequence[OptimizerUnit]) -> bool:
+        """Note a step; whether every optimizer that counts has now stepped."""
+        if unit not in self._stepped:
+            self._stepped.append(unit)
+        if any(other not in self._stepped for other in counted):
+            return False
+        self._stepped = []
+        return True

@@ -17,35 +17,40 @@ from clicktrain.comm.agreement import mean_over_processes
 from clicktrain.errors import MissedTarget, NetworkCollapsed, UserError, shown
 from clicktrain.graph import Inputs, as_inputs
 from clicktrain.graph.prunable import PrunableLayers
-from clicktrain.methods.base import (
+from clicktrain.latency.network_times import MeasureMasks
+from clicktrain.methods.actions import (
     Action,
     ApplyMasks,
-    Event,
     FreezeMasks,
-    Method,
-    PruningPlan,
     Reconfigure,
     Record,
     RestoreTensors,
-    RunLength,
     SilenceChannels,
-    StepInfo,
 )
-from clicktrain.methods.driver.attachments import check_dense, check_free, check_network, claim, release
+from clicktrain.methods.contract import MethodHooks, PruningPlan, RunLength, StepInfo
+from clicktrain.methods.driver.attachments import Claim, check_dense, check_free, check_network
 from clicktrain.methods.driver.averages import CopyNote
 from clicktrain.methods.driver.collapse import at_chance, no_gradient
 from clicktrain.methods.driver.loop_watch import LoopWatch
 from clicktrain.methods.driver.network import PrunedNetwork
-from clicktrain.methods.driver.optimizer_round import OptimizerRound
 from clicktrain.methods.driver.optimizers import (
     AttachedOptimizers,
+    OptimizerRound,
     OptimizerUnit,
     check_loaded_state,
     learning_rate_of,
 )
+from clicktrain.methods.driver.progress import Progress
+from clicktrain.methods.driver.publisher import (
+    ChannelsRemoved,
+    EpochEnd,
+    Kind,
+    MasksFrozen,
+    ParametersReplaced,
+)
 from clicktrain.methods.driver.wrapping import W, Wrapped
 from clicktrain.methods.outcome import Outcome, Reached
-from clicktrain.methods.patterns.latency import MeasureMasks
+from clicktrain.runs.events import Event, OutcomeEvent, ReconfiguredEvent, from_json
 from clicktrain.sparsity.channel_lasso import ChannelAxis
 from clicktrain.surgery import SurgeryPlan
 
@@ -66,14 +71,14 @@ class Pruner:
 
     def __init__(
         self,
-        method: Method[Any],
+        method: MethodHooks[Any],
         model: nn.Module,
         optimizer: Optimizer | Sequence[Optimizer],
         length: RunLength,
         *,
         packed: bool = False,
         example: Any = None,
-        on_event: Callable[[Event], None] | None = None,
+        on_event: Callable[[dict[str, Any]], None] | None = None,
         measure: MeasureMasks | None = None,
     ) -> None:
         if not all(_is_count(number) for number in (length.epochs, length.steps_per_epoch)):
@@ -87,38 +92,28 @@ class Pruner:
         self._optimizers = AttachedOptimizers(optimizer)
         check_free([*self._optimizers.all, *model.modules()])
         self.method = method
-        self.length = length
-        self.events: list[Event] = []
+        self.progress = Progress(length)
+        self.events: list[dict[str, Any]] = []
         self._on_event = on_event
-        self._at_epoch_end: list[Callable[[int], None]] = []
         self._ended = ""
         inputs = None if example is None else as_inputs(example, model)
         if inputs is not None and not inputs.tensors():
             raise UserError(f"example is {shown(example)}, which holds no tensor: give a batch of inputs")
-        prunable = replace(
-            method.find_prunable(model, self._optimizers.parameters()), example=inputs, measure=measure
-        )
+        prunable = replace(method.find_prunable(model, self._optimizers.parameters()), example=inputs)
         self._optimizers.check(
             model, [layer.weight for layer in prunable.layers], packed, shrinks=method.reads_graph
         )
         self.network = PrunedNetwork(model, self._optimizers.all, prunable, packed)
+        self.subscribe(self._hold_again, ParametersReplaced)
         self._state = method.init(self._prunable, length)
+        self._measure = measure
+        method.use_measure(self._state, self._prunable, measure)
         self._plan = method.plan(self._prunable, length)
-        self._seen = 0
-        self._epoch = 0
-        self._in_epoch = 0
-        self._stepped_epoch = 0
-        self._losses: list[Tensor] = []
-        self._epoch_loss: Tensor | None = None
-        self._epoch_losses: list[float] = []
-        self._first_loss: Tensor | None = None
         self._collapse: str | None = None
-        self._last_loss: Tensor | None = None
         self._depths: dict[int, int] = {}
         self._looked_at_state = False
         self._round = OptimizerRound()
-        self._holders = self._optimizers.holders([layer.weight for layer in prunable.layers])
-        self._holders_revision = self.revision
+        self._holders: tuple[OptimizerUnit, ...] | None = None
         if packed:
             self.network.check_packable()
         self._carry_out(method.at_start(self._state, self._prunable, length))
@@ -133,7 +128,8 @@ class Pruner:
         if method.reads_graph and (example is None or method.keeps_inputs):
             self._handles.append(model.register_forward_pre_hook(_InputHook(self), with_kwargs=True))
         self._copies = CopyNote(model)
-        claim(self, [*self._optimizers.all, model, *(layer.module for layer in prunable.layers)])
+        modules = [model, *(layer.module for layer in prunable.layers)]
+        self._claim = Claim(method.name, [*self._optimizers.all, *modules])
 
     # ---- what a loop calls ------------------------------------------------------------------
 
@@ -166,23 +162,12 @@ class Pruner:
         value = mean_over_processes(loss.detach().float().reshape(()).clone())
         self._close_epoch()
         self.check_alive()
-        self._watch.observed(value, self._seen, over=self._epoch >= self.length.epochs)
-        value = self._finite(value)
-        self._first_loss = value.clone() if self._first_loss is None else self._first_loss
-        self._losses.append(value)
-        self._epoch_loss = value.clone() if self._epoch_loss is None else self._epoch_loss + value
-        self._seen += 1
-        self._in_epoch += 1
+        self._watch.observed(value, self.progress.seen, over=self.progress.epoch >= self.length.epochs)
+        self.progress.observe(value)
         self._depths.clear()
         if self.frozen and len(self._optimizers.all) > len(self._optimizers.units):
             with torch.no_grad():
                 self.network.mask_gradients()  # SAM moves weights by them before any step
-
-    def _finite(self, loss: Tensor) -> Tensor:
-        """The loss, or the last finite one in its place."""
-        last = torch.zeros_like(loss) if self._last_loss is None else self._last_loss
-        self._last_loss = torch.where(torch.isfinite(loss), loss, last)
-        return self._last_loss
 
     def follow(self, average: nn.Module) -> None:
         """Have a moving average of the network masked, shrunk, packed and unpacked with it.
@@ -217,7 +202,7 @@ class Pruner:
             wrap: makes the wrapper: ``DistributedDataParallel``, ``torch.compile``, or a function that
                 captures CUDA graphs.
         """
-        return Wrapped(self, wrap)
+        return Wrapped(self.model, self.network.publisher, wrap)
 
     def plan(self) -> PruningPlan:
         """What will be pruned, to what density, by what, and why a layer is left alone; printable.
@@ -243,17 +228,23 @@ class Pruner:
         if not _is_count(steps_per_epoch):
             raise UserError(f"an epoch has at least 1 batch, not {steps_per_epoch!r}")
         self._close_epoch()
-        if self._in_epoch:
+        if self.progress.in_epoch:
             raise UserError("the number of batches can change between two epochs only")
-        self.length = self._watch.length = RunLength(self.length.epochs, steps_per_epoch)
+        self.progress.length = self._watch.length = RunLength(self.length.epochs, steps_per_epoch)
 
-    def watch_epochs(self, listener: Callable[[int], None]) -> None:
-        """Have a function called at the end of every epoch, with the number of epochs done.
+    def subscribe(self, listener: Callable[[Any], object], kind: Kind | None = None) -> RemovableHandle:
+        """Call a function with every decision and every change of the network, as they happen.
 
-        It is called when the method has decided and nothing has been carried out: penalties have acted, but
-        what is removed there is still in the network. Nothing is told of epochs after the hard prune.
+        Args:
+            listener: called with one argument, an `Event` (`clicktrain.runs.events`) or a `Notification`
+                (`clicktrain.methods.driver.publisher`: `ParametersReplaced`, `ChannelsRemoved`,
+                `MasksFrozen`, `EpochEnd`). It runs without gradients, and must not change the network.
+            kind: a class of these, or a tuple of classes; all of them if it is left out.
+
+        Returns:
+            A handle whose ``remove()`` ends the subscription.
         """
-        self._at_epoch_end.append(listener)
+        return self.network.publisher.subscribe(listener, kind)
 
     def finish(self, packed: bool = False) -> nn.Module:
         """End the run: hard prune if that has not happened, remove the hooks, return the model.
@@ -279,8 +270,8 @@ class Pruner:
         self.network.finish(packed)
         self.close()
         self._ended = "finish()"
-        done = self._epoch + self._in_epoch / self.length.steps_per_epoch
-        if cut and self._watch.batches_or_steps(self._seen) and done < self.length.epochs:
+        done = self.progress.position
+        if cut and self._watch.batches_or_steps(self.progress.seen) and done < self.length.epochs:
             warnings.warn(
                 f"the loop ended after {done:.3g} of the {self.length.epochs} epochs that attach was told "
                 f"(of {self.length.steps_per_epoch} calls of observe each): the network was pruned at once, "
@@ -308,7 +299,7 @@ class Pruner:
     def _conclude(self) -> None:
         """Write the outcome down, and warn of what was missed."""
         outcome = self.outcome()
-        self._record({"event": "outcome", "targets": outcome.to_json()})
+        self._record(OutcomeEvent(targets=outcome.to_json()))
         for sentence in outcome.warnings:
             warnings.warn(sentence, MissedTarget, stacklevel=3)
 
@@ -326,9 +317,14 @@ class Pruner:
         self._handles = []
         self._copies.remove()
         self._ended = self._ended or "close()"
-        release(self)
+        self._claim.release()
 
     # ---- what a loop may ask ----------------------------------------------------------------
+
+    @property
+    def length(self) -> RunLength:
+        """Of the run, with the batches of the running epoch."""
+        return self.progress.length
 
     @property
     def stage(self) -> str:
@@ -336,9 +332,9 @@ class Pruner:
         return self.method.stage(self._state)
 
     @property
-    def penalised_channels(self) -> Mapping[str, tuple[ChannelAxis, ...]]:
-        """Layer name -> channels that are being pushed towards zero; see `Method.penalised_channels`."""
-        return self.method.penalised_channels(self._state)
+    def penalized_channels(self) -> Mapping[str, tuple[ChannelAxis, ...]]:
+        """Layer name -> channels that are being pushed towards zero; see `Method.penalized_channels`."""
+        return self.method.penalized_channels(self._state)
 
     @property
     def model(self) -> nn.Module:
@@ -421,16 +417,7 @@ class Pruner:
         return {
             "method": self.method.name,
             "state": self.method.state_dict(self._state),
-            "seen": self._seen,
-            "epoch": self._epoch,
-            "in_epoch": self._in_epoch,
-            "stepped_epoch": self._stepped_epoch,
-            "steps_per_epoch": self.length.steps_per_epoch,
-            "losses": list(self._losses),
-            "epoch_loss": self._epoch_loss,
-            "epoch_losses": list(self._epoch_losses),
-            "first_loss": self._first_loss,
-            "last_loss": self._last_loss,
+            **self.progress.state_dict(),
             "collapse": self._collapse,
             **self.network.state_dict(),
             "events": list(self.events),
@@ -446,25 +433,16 @@ class Pruner:
             raise UserError(f"this state was saved by method {saved['method']!r}, not {self.method.name!r}")
         self._find_averages()
         self.network.load_plans(saved["plans"])
-        self.length = self._watch.length = RunLength(self.length.epochs, saved["steps_per_epoch"])
-        self._state = self.method.load_state(self._prunable, self.length, saved["state"])
-        self._seen, self._epoch = saved["seen"], saved["epoch"]
-        self._in_epoch, self._stepped_epoch = saved["in_epoch"], saved["stepped_epoch"]
         device = next((layer.weight.device for layer in self._prunable.layers), None)
-        self._losses = [loss.to(device, copy=True) for loss in saved["losses"]]
-        epoch_loss = saved["epoch_loss"]
-        self._epoch_loss = None if epoch_loss is None else epoch_loss.to(device, copy=True)
-        self._epoch_losses = list(saved["epoch_losses"])
-        first_loss = saved.get("first_loss")  # not in states of older versions
-        self._first_loss = None if first_loss is None else first_loss.to(device, copy=True)
-        last_loss = saved.get("last_loss")
-        self._last_loss = None if last_loss is None else last_loss.to(device, copy=True)
-        self._collapse = saved.get("collapse")
+        self.progress.load_state_dict(saved, device)
+        self._watch.length = self.length
+        self._state = self.method.load_state(self._prunable, self.length, saved["state"])
+        self.method.use_measure(self._state, self._prunable, self._measure)
+        self._collapse = saved["collapse"]
         self.events = list(saved["events"])
         self.network.load_masks(saved)
         if self.frozen:
-            self._plan = self.method.plan(self._prunable, self.length, self._state)
-            self.network.pack()
+            self._end_choice()
 
     # ---- hooks ------------------------------------------------------------------------------
 
@@ -487,9 +465,9 @@ class Pruner:
         with torch.no_grad(), self._full_precision():
             if self.frozen:
                 self.network.mask_gradients()
-            elif not self._losses or (found_inf is not None and bool(found_inf)):
+            elif not self.progress.losses or (found_inf is not None and bool(found_inf)):
                 return
-            elif unit in self._counted_units() and self._round.begins(self._seen):
+            elif unit in self._counted_units() and self._round.begins(self.progress.seen):
                 self.network.check_seen(self.method.reads_graph)
                 self.method.before_step(self._state, self._prunable, self._step(optimizer))
 
@@ -507,26 +485,32 @@ class Pruner:
         with torch.no_grad(), self._full_precision():
             if self.frozen:
                 self.network.mask_weights()
-            elif self._losses and whole:
+                if whole:
+                    self._publish_epoch()
+            elif self.progress.losses and whole:
                 step = self._step(optimizer)
                 actions = self.method.after_step(self._state, self._prunable, step)
-                for listener in self._at_epoch_end if step.ends_epoch else ():
-                    listener(int(step.position))
+                self._publish_epoch()
                 self._carry_out(actions)
         if whole:
-            self._stepped_epoch = self._epoch
-            self._losses = []
+            self.progress.stepped()
         self._watch.stepped()
+
+    def _publish_epoch(self) -> None:
+        if self.progress.ends_epoch:
+            self.network.publisher.publish(EpochEnd(self.progress.epoch))
 
     def _look_for_gradients(self) -> None:
         """At the last step of an epoch, once something is pruned: does the network still learn?"""
-        pruned = self.network.masks or self.network.plans
-        if not pruned or not self._losses or self._in_epoch < self.length.steps_per_epoch:
+        progress = self.progress
+        if not progress.losses or progress.in_epoch < self.length.steps_per_epoch:
             return
-        assert self._first_loss is not None
-        what = no_gradient(self.model, self._losses[-1], self._first_loss)
+        if not self.network.masks and not self.network.plans:
+            return
+        assert progress.first_loss is not None
+        what = no_gradient(self.model, progress.losses[-1], progress.first_loss)
         if what is not None:
-            self._collapse = f"the network has collapsed in epoch {self._epoch + 1}: {what}"
+            self._collapse = f"the network has collapsed in epoch {progress.epoch + 1}: {what}"
 
     def _after_load(self, optimizer: Optimizer) -> None:
         """Before the hard prune a state may hold values at masked positions, which may come back."""
@@ -536,11 +520,13 @@ class Pruner:
 
     def _counted_units(self) -> tuple[OptimizerUnit, ...]:
         """The optimizers whose steps make a round: those that hold weights which may be pruned."""
-        if self._holders_revision != self.revision:
-            if not (self.frozen and self.packed):  # packed, the same ones hold the values
-                self._holders = self._optimizers.holders([layer.weight for layer in self._prunable.layers])
-            self._holders_revision = self.revision
+        if self._holders is None:
+            self._holders = self._optimizers.holders([layer.weight for layer in self._prunable.layers])
         return self._holders
+
+    def _hold_again(self, replaced: ParametersReplaced) -> None:
+        if not (self.frozen and self.packed):  # packed, the same ones hold the values
+            self._holders = None
 
     def _see_inputs(self, module: nn.Module, args: Any, kwargs: Any) -> None:
         self.network.see(Inputs(args, kwargs), self.method.keeps_inputs and module.training)
@@ -553,17 +539,16 @@ class Pruner:
 
     def _step(self, optimizer: Optimizer) -> StepInfo:
         scale = getattr(optimizer, "grad_scale", None)
-        loss = torch.stack(self._losses).mean()
-        position = self._epoch + self._in_epoch / self.length.steps_per_epoch
+        progress = self.progress
         return StepInfo(
-            self._seen,
-            len(self._losses),
-            loss,
-            self._epoch_losses,
+            progress.seen,
+            len(progress.losses),
+            torch.stack(progress.losses).mean(),
+            progress.epoch_losses,
             self.length,
-            epoch=self._stepped_epoch,
-            position=position,
-            ends_epoch=int(position) > self._stepped_epoch,
+            epoch=progress.stepped_epoch,
+            position=progress.position,
+            ends_epoch=int(progress.position) > progress.stepped_epoch,
             learning_rate=learning_rate_of(self._counted_units()[0]),
             grad_scale=scale,
             adaptive=any(
@@ -572,16 +557,12 @@ class Pruner:
         )
 
     def _close_epoch(self) -> None:
-        """Note the mean loss once an epoch's batches are all seen."""
-        if self._epoch_loss is not None and self._in_epoch == self.length.steps_per_epoch:
-            mean = float(self._epoch_loss) / self.length.steps_per_epoch
-            self._epoch_losses.append(mean)
-            self._epoch_loss = None
-            self._epoch, self._in_epoch = self._epoch + 1, 0
-            if self._first_loss is not None:
-                chance = at_chance(self._epoch_losses, float(self._first_loss), self.events)
-                if chance is not None:
-                    self._collapse = f"the network has collapsed after epoch {chance[1]:g}: {chance[0]}"
+        """Close the epoch if all of its batches are observed, and look at its loss."""
+        if self.progress.close_epoch():
+            assert self.progress.first_loss is not None
+            chance = at_chance(self.progress.epoch_losses, float(self.progress.first_loss), self.events)
+            if chance is not None:
+                self._collapse = f"the network has collapsed after epoch {chance[1]:g}: {chance[0]}"
 
     # ---- the one place where actions touch the world ----------------------------------------
 
@@ -600,33 +581,39 @@ class Pruner:
                 self._find_averages()
                 self.network.freeze(masks)
                 self.method.after_freeze(self._state, self.network.masks)
-                self._plan = self.method.plan(self._prunable, self.length, self._state)
-                self.network.pack()
+                self._end_choice()
             case SilenceChannels(plan):
                 self.network.silence(plan)
             case Reconfigure(plan, event, checked):
                 self._watch.outsiders.check_orphans(plan)
                 self._find_averages()
-                told = self.network.reconfigure(plan, checked, self._follow)
-                self._record({"event": "reconfigured", **event, **told})
+                if isinstance(event, Mapping):
+                    event = from_json({"event": "reconfigured", **event})
+                assert isinstance(event, ReconfiguredEvent)
+                self._record(self.network.reconfigure(plan, event, checked, self._follow))
             case RestoreTensors(values):
                 self.network.restore(values)
 
+    def _end_choice(self) -> None:
+        """Masks are frozen: the plan shows what was chosen, and layers are packed."""
+        self._plan = self.method.plan(self._prunable, self.length, self._state)
+        self.network.pack()
+        self.network.publisher.publish(MasksFrozen())
+
     def _follow(self, plan: SurgeryPlan) -> None:
-        """Channels have gone: what the method remembers shrinks with them."""
+        """Shrink the method's state by the channels that were removed."""
         self.method.after_surgery(self._state, plan, self._prunable)
         self._plan = self.method.plan(self._prunable, self.length, self._state)
+        self.network.publisher.publish(ChannelsRemoved(plan))
 
-    def _record(self, event: Event) -> None:
-        full = {
-            "event": event["event"],
-            "step": self._seen,
-            "epoch": self._epoch + self._in_epoch / self.length.steps_per_epoch,
-        }
-        full.update(event)
-        self.events.append(full)
+    def _record(self, event: Event | Mapping[str, Any]) -> None:
+        if isinstance(event, Mapping):
+            event = from_json(event)
+        event = event.at(self.progress.seen, self.progress.position)
+        self.events.append(event.to_json())
         if self._on_event is not None:
-            self._on_event(full)
+            self._on_event(self.events[-1])
+        self.network.publisher.publish(event)
 
 
 class _InputHook:

@@ -15,19 +15,20 @@ from clicktrain.formats.packed import bits_from_mask, mask_from_bits
 from clicktrain.graph.prunable import PrunableLayer, PrunableLayers, check_convolutions, find_prunable
 from clicktrain.methods.base import (
     Action,
-    FreezeMasks,
     LayerPlan,
     Method,
     PruningPlan,
     Record,
     RunLength,
     StepInfo,
+    hard_prune,
     plan_rows,
 )
 from clicktrain.methods.outcome import Reached, Target, planned_far_off, sparsity_target
 from clicktrain.methods.triggers import KernelWatch
+from clicktrain.runs.events import StageEvent
 from clicktrain.sparsity.importance import CRITERIA, CriterionChoice, magnitude_importance, reads_gradient
-from clicktrain.sparsity.masks import KeptWeights, energy_outside, kept_weights, sparsity_of
+from clicktrain.sparsity.masks import KeptWeights, kept_weights
 
 Tensors = dict[str, Tensor]
 """Layer name -> one tensor, in the weight's own shape."""
@@ -140,7 +141,7 @@ class Masked(Method[MaskState]):
         """Begin a stage; what is written down about it."""
         state.stage = stage
         number = self.stages.index(stage) + 1
-        return Record({"event": "stage", "stage": stage, "number": number, "reason": reason})
+        return Record(StageEvent(stage=stage, number=number, reason=reason))
 
     def keep_gradients(self, state: MaskState, prunable: PrunableLayers, step: StepInfo) -> None:
         """Copy this step's gradients into the state, until the update that reads them."""
@@ -163,26 +164,9 @@ class Masked(Method[MaskState]):
         state.masks = self.last_masks(state, prunable) if masks is None else masks
         state.threshold, state.stage, state.squares = self.sparsity, "fixed", {}
         state.hidden, state.gradients = {}, {}
-        energies = [energy_outside(layer.weight, state.masks[layer.name]) for layer in prunable.layers]
-        lost, whole = (sum(part) for part in zip(*energies, strict=True))
-        pruned = sum(int((~state.masks[layer.name]).sum()) for layer in prunable.convs)
-        event = {
-            "event": "hard_prune",
-            "sparsity_asked": self.sparsity,
-            "sparsity_reached": sparsity_of(state.masks),
-            "compression_reached": prunable.conv_weights / max(prunable.conv_weights - pruned, 1),
-            "energy_outside": lost / whole if whole else 0.0,
-            "layers": [
-                {
-                    "name": layer.name,
-                    "shape": list(layer.shape),
-                    **({"target_sparsity": self.sparsity} if self.same_everywhere else {}),
-                    "true_sparsity": sparsity_of({layer.name: state.masks[layer.name]}),
-                }
-                for layer in prunable.layers
-            ],
-        }
-        return [Record(event), FreezeMasks(dict(state.masks)), self.enter(state, "fixed", reason)]
+        targets = dict.fromkeys(state.masks, self.sparsity) if self.same_everywhere else {}
+        pruned = hard_prune(prunable, state.masks, sparsity_asked=self.sparsity, layer_targets=targets)
+        return [*pruned, self.enter(state, "fixed", reason)]
 
     def at_end(self, state: MaskState, prunable: PrunableLayers) -> Sequence[Action]:
         """A run always ends with frozen masks."""

@@ -15,7 +15,7 @@ import abc
 import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any, ClassVar
+from typing import ClassVar
 
 import torch
 from torch import Tensor
@@ -34,6 +34,7 @@ from clicktrain.methods.base import (
 )
 from clicktrain.methods.masks.masked import Masked, MaskState, Tensors
 from clicktrain.methods.masks.update_times import Timing, check_times
+from clicktrain.runs.events import ABSENT, RegrownEvent
 from clicktrain.sparsity.distributions import DISTRIBUTIONS, DistributionChoice
 from clicktrain.sparsity.importance import reads_gradient
 from clicktrain.sparsity.registry import choice_name
@@ -86,9 +87,10 @@ class Moving(Masked):
         """At the first step; 0 begins dense."""
         return 0.0
 
-    def planned(self, prunable: PrunableLayers) -> dict[str, float | None]:
-        """Density of each layer as it is planned, None where training decides."""
-        return dict(self.layer_densities(prunable, self.sparsity))
+    @property
+    def decided_by(self) -> str:
+        """By what training decides the layers' densities, in words; "" where they are known before."""
+        return ""
 
     @property
     def stages(self) -> tuple[str, ...]:
@@ -188,19 +190,18 @@ class Moving(Masked):
         event = self._update(state, prunable, step.seen, timing.done(step.seen))
         return [*actions, Record(event), ApplyMasks(state.masks, forget=True)]
 
-    def _update(self, state: MaskState, prunable: PrunableLayers, seen: int, done: float) -> dict[str, Any]:
-        """Drop and grow; the decision in words. Grown weights are zero already: dead ones were."""
+    def _update(self, state: MaskState, prunable: PrunableLayers, seen: int, done: float) -> RegrownEvent:
+        """Drop and grow. Grown weights are zero already: dead ones were."""
         now = self._now(state, prunable, seen, done)
         before = now.weights(now.alive)
-        event: dict[str, Any] = {"event": "regrown"}
-        if "threshold" in state.memory:
-            event["threshold"] = state.memory["threshold"]
+        threshold = state.memory.get("threshold", ABSENT)
         kept, alive = self.move(now)
         for layer in prunable.layers:
             state.masks[layer.name] = layer.unview(self.kind.weights(alive[layer.name], layer.view_shape))
         state.updated, state.gradients = seen, {}
         after = now.weights(kept)
-        return {**event, "dropped": before - after, "grown": now.weights(alive) - after}
+        grown = now.weights(alive) - after
+        return RegrownEvent(dropped=before - after, grown=grown, threshold=threshold)
 
     def _now(self, state: MaskState, prunable: PrunableLayers, seen: int, done: float) -> Update:
         """What the rules see."""
@@ -235,14 +236,16 @@ class Moving(Masked):
     ) -> PruningPlan:
         """Per layer: the units, the planned density, or the one reached."""
         rows = []
+        planned = self.layer_densities(prunable, self.sparsity)
+        first = self.layer_densities(prunable, self.first_sparsity)
+        open_yet = bool(self.decided_by) and not (state and state.kept)
         for layer in prunable.layers:
-            density = self.planned(prunable)[layer.name]
-            what = (
-                "kernels" if self.granularity == "kernel" and layer.kind == "conv" else f"{self.granularity}s"
-            )
-            what = "weights" if layer.kind == "linear" else what
+            name, density = layer.name, planned[layer.name]
+            what = "weights" if layer.kind == "linear" else f"{self.granularity}s"
             why = "dense by Erdos-Renyi" if density == 1 and not (state and state.kept) else ""
-            rows.append(LayerPlan(layer.name, layer.shape, what, density, None, why))
+            if open_yet:
+                why = f"{first[name]:.3f} at the start, then by {self.decided_by}"
+            rows.append(LayerPlan(name, layer.shape, what, None if open_yet else density, None, why))
         timing = self.timing(length)
         texts = {
             "dense": f"until batch {timing.begin} of {timing.total}",
@@ -250,8 +253,7 @@ class Moving(Masked):
             "fixed": "to the end, positions fixed",
         }
         lines = [(f"stage {i} {name}", texts[name]) for i, name in enumerate(self.stages, start=1)]
-        planned = self.sparsity if any(row.density is None for row in rows) else None
-        return self.show(prunable, state, rows, lines, planned)
+        return self.show(prunable, state, rows, lines, self.sparsity if open_yet else None)
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -14,6 +14,7 @@ from clicktrain.methods.base import Action, ApplyMasks, Record, RunLength, StepI
 from clicktrain.methods.masks.era import EraSettings
 from clicktrain.methods.masks.masked import Masked, MaskState, Tensors
 from clicktrain.methods.triggers import KernelWatch, default_threshold, default_window
+from clicktrain.runs.events import ThresholdEvent
 from clicktrain.sparsity.masks import sparsity_of
 
 
@@ -114,7 +115,7 @@ class Rising(EraSettings, Masked):
         state.masks = self._chosen(state, prunable, threshold)
         if threshold != state.threshold and self.rise == "epoch":
             now = sparsity_of(state.masks)
-            actions.append(Record({"event": "threshold", "threshold": threshold, "sparsity": now}))
+            actions.append(Record(ThresholdEvent(threshold=threshold, sparsity=now)))
         state.threshold = threshold
         return [*actions, ApplyMasks(state.masks)]
 

@@ -1,70 +1,58 @@
-"""What ClickTrain is going to do, or has decided, layer by layer."""
+"""The plan of ClickTrain: what it will prune of each layer, or has decided to."""
 
 from __future__ import annotations
 
 import math
-from typing import TYPE_CHECKING
 
 from clicktrain.graph.prunable import PrunableLayers
 from clicktrain.methods.base import LayerPlan, PruningPlan, RunLength, plan_rows
 from clicktrain.methods.outcome import planned_far_off
-from clicktrain.methods.patterns.latency import LatencyAim
-from clicktrain.methods.patterns.selection import Selection, Target
+from clicktrain.methods.patterns.selection import PatternLayer, Selection
+from clicktrain.methods.patterns.settings import PatternSettings
 from clicktrain.sparsity.allocation import allocate
 from clicktrain.sparsity.registry import choice_name
 
-if TYPE_CHECKING:
-    from clicktrain.methods.clicktrain import ClickTrain
-
 
 def clicktrain_plan(
-    method: ClickTrain, prunable: PrunableLayers, length: RunLength, selection: Selection | None
+    method: PatternSettings, prunable: PrunableLayers, length: RunLength, selection: Selection | None
 ) -> PruningPlan:
-    """Per layer: what is pruned, to what density, by what; what was decided once it is."""
-    decided = selection is not None and bool(selection.kernels)
-    targets = method.targets(prunable)
-    if method.aim is not None and not decided:
-        return _undecided(method, prunable, length, method.aim)
-    budgets = [t.budget for t in targets]
-    even = (
-        allocate(budgets, prunable.other_conv_weights, method.compression) if targets and not decided else {}
-    )
-    rows = []
-    for target in targets:
-        name, kernels = target.layer.name, even.get(target.layer.name, 0)
-        reason = "fixed by 'layers'" if target.fixed_kernels else ""
-        if decided and selection is not None:
-            kernels = selection.kernels[name]
-        elif method.allocation != "uniform" and not target.fixed_kernels:
-            reason = f"shown for equal densities; allocated by {method.allocation} after stage 3"
-        density = kernels * target.budget.price / target.budget.weights
-        rows.append(
-            LayerPlan(name, target.layer.shape, _what(target), density, kernels * target.entries, reason)
-        )
-    kept = sum(round((r.density or 0) * math.prod(r.shape)) for r in rows) + prunable.other_conv_weights
-    reached = prunable.conv_weights / max(kept, 1)
-    asked = "" if method.compression_asked is None else f"asked {method.compression:g}, "
-    summary = f"compression {asked}{'reached' if decided else 'planned'} {reached:.2f}"
-    if method.compression_asked is not None:
-        summary += planned_far_off(method.compression, reached)
-    return PruningPlan(plan_rows(prunable, rows), summary, _stage_lines(method, length))
-
-
-def _undecided(
-    method: ClickTrain, prunable: PrunableLayers, length: RunLength, aim: LatencyAim
-) -> PruningPlan:
-    """The plan with a latency as the target: densities come out of measurements after stage 3."""
+    """Per layer: what is pruned, to what density and why; decisions, once they are made."""
+    layers = method.targets(prunable)
+    kernels: dict[str, int] | None = None
+    if selection is not None and selection.kernels:
+        kernels = selection.kernels
+    elif method.aim is None and layers:
+        budgets = [layer.budget for layer in layers]
+        kernels = allocate(budgets, prunable.other_conv_weights, method.compression)
+    decided = kernels is not None and selection is not None and kernels is selection.kernels
     rows = [
-        LayerPlan(t.layer.name, t.layer.shape, _what(t), None, None,
-                  "fixed by 'layers'" if t.fixed_kernels else "by its time, after stage 3")
-        for t in method.targets(prunable)
-    ]  # fmt: skip
-    asked = f"{aim.ms:g} ms" if aim.ms is not None else f"{aim.ratio:.0%} of the dense network's time"
-    summary = f"as many kernels are kept as {asked} allow ({aim.timed}, batch {aim.batch})"
+        _row(layer, None if kernels is None else kernels[layer.name], method, decided) for layer in layers
+    ]
+    if kernels is None and method.aim is not None:
+        summary = f"as many kernels are kept as {method.aim} allows"
+    else:
+        kept = sum(round((r.density or 0) * math.prod(r.shape)) for r in rows) + prunable.other_conv_weights
+        reached = prunable.conv_weights / max(kept, 1)
+        asked = "" if method.compression_asked is None else f"asked {method.compression:g}, "
+        summary = f"compression {asked}{'reached' if decided else 'planned'} {reached:.2f}"
+        if method.compression_asked is not None:
+            summary += planned_far_off(method.compression, reached)
     return PruningPlan(plan_rows(prunable, rows), summary, _stage_lines(method, length))
 
 
-def _stage_lines(method: ClickTrain, length: RunLength) -> tuple[tuple[str, str], ...]:
+def _row(layer: PatternLayer, kernels: int | None, method: PatternSettings, decided: bool) -> LayerPlan:
+    """``kernels``: kept ones per filter; None before the search for a latency."""
+    what = f"{layer.entries} of {layer.budget.positions} + kernels" if layer.has_patterns else "kernels"
+    reason = "fixed by 'layers'" if layer.fixed_kernels else ""
+    if kernels is None:
+        return LayerPlan(layer.name, layer.layer.shape, what, reason=reason or "by its time, after stage 3")
+    if not decided and method.allocation != "uniform" and not reason:
+        reason = f"shown for equal densities; allocated by {method.allocation} after stage 3"
+    density = kernels * layer.budget.price / layer.budget.weights
+    return LayerPlan(layer.name, layer.layer.shape, what, density, kernels * layer.entries, reason)
+
+
+def _stage_lines(method: PatternSettings, length: RunLength) -> tuple[tuple[str, str], ...]:
     lengths, per_epoch = method.schedule(length), length.steps_per_epoch
 
     def epochs(batches: int) -> str:
@@ -73,7 +61,7 @@ def _stage_lines(method: ClickTrain, length: RunLength) -> tuple[tuple[str, str]
     pool = (
         f"{epochs(lengths['pool'])}, {method.patterns} patterns"
         if lengths["pool"]
-        else f"{method.patterns} given patterns"
+        else f"{method.patterns} fixed patterns"
     )
     begin = f"until the loss falls by less than {method.loss_slope:g} per epoch, "
     if method.trigger == "epi":
@@ -90,9 +78,5 @@ def _stage_lines(method: ClickTrain, length: RunLength) -> tuple[tuple[str, str]
             "stage 4 regularize",
             f"{epochs(lengths['regularize'])}, penalty {method.penalty}, then hard prune",
         ),
-        ("stage 5 accelerated", "to the end, positions fixed"),
+        ("stage 5 accelerated", "to the end, masks frozen"),
     )
-
-
-def _what(target: Target) -> str:
-    return f"{target.entries} of {target.budget.positions} + kernels" if target.has_patterns else "kernels"

@@ -1,21 +1,20 @@
 """From gradients to masks: the state and the decisions of pattern and kernel selection.
 
-The parts are those of ClickTrain section 4 (criterion, pool, votes, kernels) and allocation over layers; how
-they are composed over a run is `clicktrain.methods.clicktrain`.
+The parts are those of ClickTrain section 4 (criterion, pool, votes, kernels); `clicktrain.methods.clicktrain`
+composes them over a run.
 """
 
 from __future__ import annotations
 
-import math
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
 import torch
 from torch import Tensor
 
-from clicktrain.graph.prunable import ConvLayer
-from clicktrain.sparsity.allocation import LayerBudget, kernel_gains
+from clicktrain.graph.prunable import PrunableLayer
+from clicktrain.sparsity.allocation import LayerBudget
 from clicktrain.sparsity.finalize import (
     add_pattern_votes_,
     best_patterns,
@@ -31,48 +30,76 @@ Shape = tuple[int, int]
 
 
 @dataclass(frozen=True, slots=True, eq=False)
-class Target:
-    """A layer to be pruned and what is kept of a kernel in it."""
+class PatternLayer:
+    """A layer to be pruned, what is kept of its kernels, and what every step reads of it.
 
-    layer: ConvLayer
+    Attributes:
+        layer: the layer, before any packing.
+        entries: kept positions per kernel.
+        group: neighboring filters that share decisions; divides F.
+        fixed_kernels: kept kernels per filter, if a setting says so.
+        weight: the parameter.
+        shape, kernel_shape: (F, C, R, S) of the layer's view, and (R, S).
+        is_view: whether the weight is its own view [F, C, R, S].
+        has_patterns: whether anything is pruned inside a kernel.
+        budget: the layer as allocation sees it.
+    """
+
+    layer: PrunableLayer
     entries: int
     group: int
     fixed_kernels: int | None = None
+    name: str = field(init=False)
+    weight: Tensor = field(init=False)
+    shape: tuple[int, int, int, int] = field(init=False)
+    kernel_shape: Shape = field(init=False)
+    is_view: bool = field(init=False)
+    has_patterns: bool = field(init=False)
+    budget: LayerBudget = field(init=False)
 
-    @property
-    def kernel_shape(self) -> Shape:
-        """(R, S)."""
-        return self.layer.shape[2], self.layer.shape[3]
+    def __post_init__(self) -> None:
+        """Derive what steps read, once."""
+        weight, (f, c, r, s) = self.layer.weight, self.layer.view_shape
+        budget = LayerBudget(self.layer.name, f, c, self.entries, r * s, self.fixed_kernels)
+        view = self.layer.view(weight.detach())
+        is_view = (view.shape, view.stride()) == (weight.shape, weight.stride())
+        for name, value in (
+            ("name", self.layer.name),
+            ("weight", weight),
+            ("shape", (f, c, r, s)),
+            ("kernel_shape", (r, s)),
+            ("is_view", is_view and view.data_ptr() == weight.data_ptr()),
+            ("has_patterns", self.entries < r * s),
+            ("budget", budget),
+        ):
+            object.__setattr__(self, name, value)
 
-    @property
-    def has_patterns(self) -> bool:
-        """Whether anything is pruned inside a kernel."""
-        return self.entries < self.kernel_shape[0] * self.kernel_shape[1]
+    def view(self, tensor: Tensor) -> Tensor:
+        """A tensor of the weight's shape as [F, C, R, S]."""
+        return tensor if self.is_view else self.layer.view(tensor)
 
-    @property
-    def budget(self) -> LayerBudget:
-        """The layer as allocation sees it."""
-        f, c, r, s = self.layer.shape
-        return LayerBudget(self.layer.name, f, c, self.entries, r * s, self.fixed_kernels)
-
-
-def effective_group(filters: int, group: int) -> int:
-    """Filters that share decisions: the largest common divisor of the layer's filters and ``group``."""
-    return math.gcd(filters, group)
+    def change_(self, change: Callable[..., None], tensor: Tensor, *args: Any) -> None:
+        """Change a tensor of the weight's shape by a function (view, *args) that works in place."""
+        if self.is_view:
+            change(tensor, *args)
+            return
+        view = self.layer.view(tensor)
+        change(view, *args)
+        if view.data_ptr() != tensor.data_ptr():
+            tensor.copy_(self.layer.unview(view))
 
 
 @dataclass(slots=True)
 class Selection:
-    """All that selection remembers: tensors per layer and per kernel shape.
+    """The state of selection; each part is released by the last stage that needs it.
 
-    candidates: competitive scores of candidate patterns, per kernel shape (section 4.2).
-    pools: the patterns that kernels of a shape may take.
-    votes: int32 [F/G, C, P] per layer, occurrences of the best pattern (section 4.3).
-    importance: [F/G, C, R, S] per layer, summed over the batches that counted.
-    pattern_id, kept: the decisions, [F/G, C] per layer.
-    kernels: kept kernels of every filter, per layer.
-
-    Each is released by the stage that needs it last.
+    Attributes:
+        candidates: competitive scores of candidate patterns, per kernel shape (section 4.2).
+        pools: the patterns that kernels of a shape may take.
+        votes: int32 [F/G, C, P] per layer, occurrences of the best pattern (section 4.3).
+        importance: [F/G, C, R, S] per layer, summed over the batches that counted.
+        pattern_id, kept: the decisions, [F/G, C] per layer.
+        kernels: kept kernels of every filter, per layer.
     """
 
     candidates: dict[Shape, PatternVotes] = field(default_factory=dict)
@@ -82,63 +109,83 @@ class Selection:
     pattern_id: dict[str, Tensor] = field(default_factory=dict)
     kept: dict[str, Tensor] = field(default_factory=dict)
     kernels: dict[str, int] = field(default_factory=dict)
+    _tables: dict[tuple[Shape, torch.device], Tensor] = field(default_factory=dict, compare=False, repr=False)
+    """Masks of the pools, float [P, R, S]: every step of stage 3 reads them."""
 
-    def propose(self, target: Target, importance: Tensor) -> None:
+    def _table(self, layer: PatternLayer) -> Tensor:
+        key = layer.kernel_shape, layer.weight.device
+        if key not in self._tables:
+            self._tables[key] = self.pools[layer.kernel_shape].masks().to(layer.weight.device, torch.float32)
+        return self._tables[key]
+
+    def propose(self, layer: PatternLayer, importance: Tensor) -> None:
         """Count every kernel's candidate pattern (section 4.2, steps 1 to 5)."""
-        if target.has_patterns:
-            shape = target.kernel_shape
-            bits = candidate_patterns(group_sum(importance, target.group), target.entries)
-            votes = self.candidates.get(shape, PatternVotes.empty(bits.device))
+        if layer.has_patterns:
+            shape = layer.kernel_shape
+            bits = candidate_patterns(group_sum(importance, layer.group), layer.entries)
+            votes = self.candidates.get(shape) or PatternVotes.empty(bits.device)
             self.candidates[shape] = add_votes(votes, bits, shape)
 
-    def close_pools(self, targets: tuple[Target, ...], size: int) -> None:
+    def close_pools(self, layers: tuple[PatternLayer, ...], size: int) -> None:
         """Keep the patterns with the highest competitive scores (section 4.2, step 6)."""
-        for target in targets:
-            shape = target.kernel_shape
+        for layer in layers:
+            shape = layer.kernel_shape
             if shape in self.pools:
                 continue
-            if target.has_patterns:
+            if layer.has_patterns:
                 self.pools[shape] = select_pool(self.candidates[shape], size, shape)
             else:
                 whole = (1 << shape[0] * shape[1]) - 1
                 self.pools[shape] = PatternPool.from_bits([whole], shape)
 
-    def vote(self, target: Target, importance: Tensor, weight: Tensor) -> None:
-        """Let one batch vote for patterns and add to the importance (section 4.3)."""
-        name = target.layer.name
-        importance = group_sum(importance, target.group)
-        if name not in self.importance:
-            self.importance[name] = torch.zeros_like(importance)
-            f, c = importance.shape[:2]
-            counts = torch.zeros(f, c, len(self.pools[target.kernel_shape]), dtype=torch.int32)
-            self.votes[name] = counts.to(importance.device)
-        if target.has_patterns:
-            masks = self.pools[target.kernel_shape].masks()
-            add_pattern_votes_(self.votes[name], importance, masks, weight)
-        # Not a product: a rejected batch may hold infinities.
-        self.importance[name] += torch.where(weight.to(importance.device) > 0, importance, 0.0)
+    def read(self, layer: PatternLayer, importance: Tensor, weight: Tensor, votes: bool) -> None:
+        """Add one batch to the importance and, if ``votes``, let it vote for patterns (section 4.3).
 
-    def choose_patterns(self, target: Target, by_votes: bool) -> None:
+        Args:
+            layer: the layer.
+            importance: [F, C, R, S].
+            weight: 0-dim, 0 if the batch does not count.
+            votes: whether votes decide.
+        """
+        name = layer.name
+        if layer.group > 1:
+            importance = group_sum(importance, layer.group)
+        total = self.importance.get(name)
+        if total is None:
+            total = self.importance[name] = torch.zeros_like(importance)
+        if votes and layer.has_patterns:
+            table = self._table(layer)
+            if name not in self.votes:
+                self.votes[name] = total.new_zeros(*total.shape[:2], len(table), dtype=torch.int32)
+            add_pattern_votes_(self.votes[name], importance, table, weight)
+        # Not a product: a rejected batch may hold infinities.
+        total += torch.where(weight.to(importance.device) > 0, importance, 0.0)
+
+    def choose_patterns(self, layer: PatternLayer, votes: bool) -> None:
         """Fix the pattern of every kernel: most votes, or highest summed importance."""
-        name = target.layer.name
-        if by_votes:
+        name = layer.name
+        if not layer.has_patterns:
+            self.pattern_id[name] = torch.zeros_like(self.importance[name][:, :, 0, 0], dtype=torch.int64)
+        elif votes:
             self.pattern_id[name] = self.votes[name].argmax(dim=-1)
         else:
-            masks = self.pools[target.kernel_shape].masks()
-            self.pattern_id[name] = best_patterns(self.importance[name], masks)
+            self.pattern_id[name] = best_patterns(self.importance[name], self._table(layer))
 
-    def scores(self, target: Target, inside_pattern: bool) -> Tensor:
+    def scores(self, layer: PatternLayer, inside_pattern: bool) -> Tensor:
         """Score of every kernel, over all its positions (Eq. 2) or inside its pattern: [F/G, C]."""
-        name = target.layer.name
+        importance = self.importance[layer.name]
         if inside_pattern:
-            masks = self.pools[target.kernel_shape].masks()
-            return chosen_scores(self.importance[name], masks, self.pattern_id[name])
-        return kernel_scores(self.importance[name])
+            return chosen_scores(importance, self._table(layer), self.pattern_id[layer.name])
+        return kernel_scores(importance)
 
-    def choose_kernels(self, target: Target, scores: Tensor, kernels: int) -> None:
-        """Keep the best ``kernels`` of every filter (section 4.3)."""
-        kept = self.kept[target.layer.name] = keep_kernels(scores, kernels)
-        self.kernels[target.layer.name] = int(kept[0].sum())
+    def choose_masks(
+        self, layers: Sequence[PatternLayer], scores: Mapping[str, Tensor], kernels: Mapping[str, int]
+    ) -> dict[str, Tensor]:
+        """Keep the best kernels of every filter, in each layer as many as ``kernels`` says (section 4.3)."""
+        for layer in layers:
+            kept = self.kept[layer.name] = keep_kernels(scores[layer.name], kernels[layer.name])
+            self.kernels[layer.name] = int(kept[0].sum())
+        return {layer.name: self.mask(layer) for layer in layers}
 
     def forget_gradients(self) -> None:
         """Patterns and kernels are chosen: release what was measured to choose them."""
@@ -146,19 +193,17 @@ class Selection:
 
     def forget_choices(self) -> None:
         """Masks are frozen and the network holds them: release patterns and kernels."""
-        self.pools, self.pattern_id, self.kept = {}, {}, {}
+        self.pools, self.pattern_id, self.kept, self._tables = {}, {}, {}, {}
 
-    def mask(self, target: Target) -> Tensor:
-        """The decided mask: bool [F, C, R, S]."""
-        name = target.layer.name
-        pool = self.pools[target.kernel_shape].masks()
-        return pattern_mask(self.pattern_id[name], self.kept[name], pool, target.group)
+    def mask(self, layer: PatternLayer) -> Tensor:
+        """The chosen mask: bool [F, C, R, S]."""
+        pool = self._table(layer).bool()
+        return pattern_mask(self.pattern_id[layer.name], self.kept[layer.name], pool, layer.group)
 
-    def pattern_counts(self, target: Target) -> list[int]:
+    def pattern_counts(self, layer: PatternLayer) -> list[int]:
         """How many kept kernels took each pattern of the pool."""
-        name = target.layer.name
-        ids = self.pattern_id[name][self.kept[name]]
-        counts = torch.bincount(ids, minlength=len(self.pools[target.kernel_shape])) * target.group
+        ids = self.pattern_id[layer.name][self.kept[layer.name]]
+        counts = torch.bincount(ids, minlength=len(self.pools[layer.kernel_shape])) * layer.group
         return [int(n) for n in counts]
 
     def state_dict(self) -> dict[str, Any]:
@@ -190,8 +235,7 @@ class Selection:
             moved(saved["importance"]),
             moved(saved["pattern_id"]),
             moved(saved["kept"]),
-            # States of older versions have only the kept kernels themselves.
-            dict(saved.get("kernels", {name: int(kept[0].sum()) for name, kept in saved["kept"].items()})),
+            dict(saved["kernels"]),
         )
 
 
@@ -202,37 +246,3 @@ def _key(shape: Shape) -> str:
 def _shape(key: str) -> Shape:
     r, s = key.split("x")
     return int(r), int(s)
-
-
-def allocation_gains(
-    targets: tuple[Target, ...], scores: Mapping[str, Tensor], rule: str
-) -> dict[str, Tensor] | None:
-    """Worth of every further kernel per layer, for `clicktrain.sparsity.allocation.allocate`.
-
-    Rules: ``"uniform"`` equal densities (None); ``"importance"`` the measured scores as they are, as a
-    first-order Taylor estimate compares over layers; ``"relative"`` the scores over their layer's mean;
-    ``"share"`` the scores over their layer's sum, so that every layer is worth the same as a whole;
-    ``"erk"`` densities in proportion to (F + C + R + S) / (F C R S) (Evci et al. 2020, RigL, section 3).
-    """
-    if rule == "uniform":
-        return None
-    gains: dict[str, Tensor] = {}
-    if rule == "erk":
-        for target in targets:
-            f, c, r, s = target.layer.shape
-            ks = torch.arange(1, c + 1, dtype=torch.float64)
-            density = (ks - 0.5) * target.entries / (c * r * s)
-            scale = (f + c + r + s) / (f * c * r * s)
-            gains[target.layer.name] = -density / scale * target.budget.price
-        return gains
-    if rule not in ("importance", "relative", "share"):
-        raise ValueError(f"unknown allocation rule {rule!r}")
-    for target in targets:
-        own = kernel_gains(scores[target.layer.name], normalise=rule != "importance")
-        # Scores of a group are sums over its filters; relative to their mean they are not any more.
-        if rule == "relative":
-            own = own * target.group
-        elif rule == "share":
-            own = own / scores[target.layer.name].numel()
-        gains[target.layer.name] = own
-    return gains

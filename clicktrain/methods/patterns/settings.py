@@ -1,15 +1,24 @@
-"""ClickTrain's presets, and the checks of its settings."""
+"""ClickTrain's settings: presets, checks, and what follows from settings alone."""
 
 from __future__ import annotations
 
 import math
-from typing import TYPE_CHECKING, Any
+from dataclasses import dataclass, field
+from typing import Any, Literal
 
 from clicktrain.errors import UserError
-from clicktrain.sparsity.patterns import fixed_pool
-
-if TYPE_CHECKING:
-    from clicktrain.methods.clicktrain import ClickTrain
+from clicktrain.graph.prunable import PrunableLayer, PrunableLayers, matches
+from clicktrain.latency.network_times import Timed
+from clicktrain.latency.sparse_latency import LatencyAim
+from clicktrain.methods.base import RunLength
+from clicktrain.methods.patterns.axes import PENALTIES, AllocationChoice, PenaltyChoice
+from clicktrain.methods.patterns.selection import PatternLayer
+from clicktrain.methods.triggers import default_threshold, default_window
+from clicktrain.settings import check_choices
+from clicktrain.sparsity.allocation import LayerBudget
+from clicktrain.sparsity.importance import CriterionChoice
+from clicktrain.sparsity.patterns import default_entries, fixed_pool
+from clicktrain.sparsity.triggers import EarlyTriggerChoice
 
 PRESETS: dict[str, dict[str, Any]] = {
     # What does best in short runs (docs/results/cifar10.md): magnitudes, decided late, pruned at half time.
@@ -36,68 +45,222 @@ PRESETS: dict[str, dict[str, Any]] = {
     },
 }  # fmt: skip
 
-
-def fill_in(method: ClickTrain) -> None:
-    """Give settings that were not given the values of the preset."""
-    if method.preset not in PRESETS:
-        raise UserError(f"preset must be one of {', '.join(PRESETS)}, not {method.preset!r}")
-    if method.watches_structure and method.earliest_start is None:
-        object.__setattr__(method, "earliest_start", 0.0)
-    if method.aim is not None and method.allocation is None:
-        object.__setattr__(method, "allocation", "share")
-    for key, value in PRESETS[method.preset].items():
-        if getattr(method, key) is None:
-            object.__setattr__(method, key, value)
+_SHARES = ("earliest_start", "latest_start", "pool_length", "finalize_length", "regularize_length")
 
 
-def check(method: ClickTrain) -> None:
-    """Raise UserError for a value out of range, or settings that exclude each other."""
-    if not method.compression > 1:
-        raise UserError(
-            f"compression must be more than 1 (8 keeps an eighth of the weights), not {method.compression}"
-        )
-    _check_latency(method)
-    if method.group < 1 or method.entries < 1 or (method.patterns or 0) < 1:
-        raise UserError("group, entries and patterns must be at least 1")
-    if method.entries > 9:
-        raise UserError(
-            f"entries is the number of kept positions of a 3x3 kernel, 1 to 9, not {method.entries}"
-        )
-    if method.pool == "fixed":
-        fixed_pool(method.patterns or 0)
-        if method.entries != 4:
+@dataclass(frozen=True, kw_only=True)
+class PatternSettings:
+    """The settings of ClickTrain. Those left at None come from the preset.
+
+    Lengths are shares of the run, so that the stages fit whatever its length; 0 means as short as possible
+    (one step, or none for stages 2 and 4).
+    """
+
+    compression: float = 8.0
+    """All convolution weights / nonzero convolution weights at the end, over the whole network; not used with
+    a latency as the target."""
+    preset: Literal["default", "paper", "one-shot"] = "default"
+    """Source of settings that are not given: best in short runs (default), the paper's own, or magnitudes
+    once with fixed patterns (one-shot, a baseline)."""
+    patterns: int | None = None
+    """Size N of the pattern pool (8 or 12 in the paper)."""
+    entries: int = 4
+    """Kept positions of a 3x3 kernel; other kernel sizes keep the same share."""
+    group: int = 1
+    """Neighboring filters that share patterns and kernels; 1 is the paper's."""
+    criterion: CriterionChoice | None = None
+    """Importance of a weight: (g*w)^2 (the paper's), w^2, or |g|*w^2."""
+    pool: Literal["dynamic", "fixed"] | None = None
+    """Pattern pool generated while training (section 4.2), or 4, 8 or 12 fixed 3x3 patterns."""
+    selection: Literal["votes", "accumulated"] | None = None
+    """A kernel's pattern: the one that is best in most batches (section 4.3), or best by importance summed
+    over batches."""
+    kernel_score: Literal["kernel", "pattern"] | None = None
+    """Importance of a kernel: over all its positions (Eq. 2), or inside its chosen pattern."""
+    allocation: AllocationChoice | None = None
+    """Kept kernels per layer: equal densities, by importance, by importance relative to the layer's mean or
+    sum (share), or Erdos-Renyi-kernel."""
+    allocation_floor: float = 0.2
+    """Least density of a layer, as a share of that under equal densities."""
+    latency_target: float | None = None
+    """Target time as a share of the dense network's, instead of a compression (on CPUs); kernels are then
+    allocated by their measured time, and allocation is share unless it is given."""
+    latency_target_ms: float | None = None
+    """Target time in milliseconds per batch, instead of a compression."""
+    latency_batch: int = 64
+    """Batch size whose time counts."""
+    latency_of: Timed = "inference"
+    """The time that counts: inference, or a training step (forward and backward pass)."""
+    layers: dict[str, float] = field(default_factory=dict)
+    """Compression ratio of single layers, by module path (shell-style): the paper's fixed ratios."""
+    exclude: tuple[str, ...] = ()
+    """Convolutions to leave dense, by module path (shell-style)."""
+    include: tuple[str, ...] = ()
+    """Convolutions to prune that are left alone by default (the first, depthwise ones)."""
+    trigger: EarlyTriggerChoice = "own"
+    """Stage 2 starts by the loss (own), or when it is stable how many kernels each layer keeps (epi: When to
+    Prune?, Eq. (4) to (6)); epi sets earliest_start to 0 unless it is given."""
+    epi_threshold: float | None = None
+    """EPI from which the structure is stable (trigger epi); by default 0.983 for magnitude, else 0.944."""
+    epi_window: int | None = None
+    """Past epochs that a structure is compared with (trigger epi); a third of the longest stage 1 by default,
+    5 at the most."""
+    loss_slope: float = 0.27
+    """Stage 2 starts when the mean training loss falls by less than this between epochs (section 4.1)."""
+    earliest_start: float | None = None
+    """Earliest start of stage 2, share of the run."""
+    latest_start: float | None = None
+    """Latest start of stage 2, share of the run."""
+    pool_length: float | None = None
+    """Length of stage 2, share of the run."""
+    finalize_length: float | None = None
+    """Length of stage 3, share of the run."""
+    regularize_length: float | None = None
+    """Length of stage 4, share of the run."""
+    penalty: PenaltyChoice | None = None
+    """Stage 4: the modified group lasso (section 4.4), its proximal form with a strength set by the remaining
+    steps (shrink), or nothing."""
+    lasso: float = 0.00025
+    """Coefficient of the group lasso (section 6.1)."""
+    loss_margin: float = 0.0018
+    """Batches whose loss rises by more are not counted in stage 3 (section 4.3)."""
+    loss_margin_rule: Literal["ratio", "increase"] = "ratio"
+    """The margin read literally (previous / current < margin), or as current > previous * (1 + margin)."""
+
+    def __post_init__(self) -> None:
+        """Fill in the preset and check every setting."""
+        if self.preset not in PRESETS:
+            raise UserError(f"preset must be one of {', '.join(PRESETS)}, not {self.preset!r}")
+        defaults = dict(PRESETS[self.preset])
+        if self.watches_structure:
+            defaults["earliest_start"] = 0.0
+        if self.aim is not None:
+            defaults["allocation"] = "share"
+        for key, value in defaults.items():
+            if getattr(self, key) is None:
+                object.__setattr__(self, key, value)
+        check_choices(self)
+        self._check_numbers()
+        self._check_latency()
+
+    def _check_numbers(self) -> None:
+        if not self.compression > 1:
             raise UserError(
-                f"a fixed pool keeps 4 positions per kernel; entries={method.entries} needs pool=dynamic"
+                f"compression must be more than 1 (8 keeps an eighth of the weights), not {self.compression}"
             )
-    if method.epi_threshold is not None and not 0 <= method.epi_threshold <= 1:
-        raise UserError(f"epi_threshold must be between 0 and 1, not {method.epi_threshold}")
-    if method.epi_window is not None and method.epi_window < 1:
-        raise UserError(f"epi_window must be at least 1, not {method.epi_window}")
-    shares = ("earliest_start", "latest_start", "pool_length", "finalize_length", "regularize_length")
-    for key in (*shares, "allocation_floor"):
-        if not 0 <= getattr(method, key) <= 1:
-            raise UserError(f"{key} is a share and must be between 0 and 1, not {getattr(method, key)}")
-    if sum(getattr(method, key) for key in shares[1:]) > 1:
-        raise UserError("latest_start and the lengths of stages 2 to 4 must not add up to more than 1")
-    if (method.earliest_start or 0) > (method.latest_start or 0):
-        raise UserError("earliest_start must not be later than latest_start")
-    for key in ("lasso", "loss_margin"):
-        if getattr(method, key) < 0:
-            raise UserError(f"{key} must not be negative, got {getattr(method, key)}")
-    for glob, ratio in method.layers.items():
-        if not ratio >= 1:
-            raise UserError(f"the compression of layer {glob!r} must be at least 1, not {ratio}")
+        if self.group < 1 or self.entries < 1 or (self.patterns or 0) < 1:
+            raise UserError("group, entries and patterns must be at least 1")
+        if self.entries > 9:
+            raise UserError(
+                f"entries is the number of kept positions of a 3x3 kernel, 1 to 9, not {self.entries}"
+            )
+        if self.pool == "fixed":
+            fixed_pool(self.patterns or 0)
+            if self.entries != 4:
+                raise UserError(
+                    f"a fixed pool keeps 4 positions per kernel; entries={self.entries} needs pool=dynamic"
+                )
+        if self.epi_threshold is not None and not 0 <= self.epi_threshold <= 1:
+            raise UserError(f"epi_threshold must be between 0 and 1, not {self.epi_threshold}")
+        if self.epi_window is not None and self.epi_window < 1:
+            raise UserError(f"epi_window must be at least 1, not {self.epi_window}")
+        for key in (*_SHARES, "allocation_floor"):
+            if not 0 <= getattr(self, key) <= 1:
+                raise UserError(f"{key} is a share and must be between 0 and 1, not {getattr(self, key)}")
+        if sum(getattr(self, key) for key in _SHARES[1:]) > 1:
+            raise UserError("latest_start and the lengths of stages 2 to 4 must not add up to more than 1")
+        if (self.earliest_start or 0) > (self.latest_start or 0):
+            raise UserError("earliest_start must not be later than latest_start")
+        for key in ("lasso", "loss_margin"):
+            if getattr(self, key) < 0:
+                raise UserError(f"{key} must not be negative, got {getattr(self, key)}")
+        for glob, ratio in self.layers.items():
+            if not ratio >= 1:
+                raise UserError(f"the compression of layer {glob!r} must be at least 1, not {ratio}")
 
+    def _check_latency(self) -> None:
+        if self.latency_target is not None and self.latency_target_ms is not None:
+            raise UserError("latency_target and latency_target_ms are both set: give one")
+        if self.latency_target is not None and not 0 < self.latency_target < 1:
+            raise UserError(
+                f"latency_target is a share of the dense network's time, between 0 and 1, not "
+                f"{self.latency_target}; milliseconds are latency_target_ms"
+            )
+        if self.latency_target_ms is not None and not 0 < self.latency_target_ms < math.inf:
+            raise UserError(f"latency_target_ms must be above 0, not {self.latency_target_ms}")
+        if self.latency_batch < 1:
+            raise UserError(f"latency_batch must be at least 1, not {self.latency_batch}")
 
-def _check_latency(method: ClickTrain) -> None:
-    if method.latency_target is not None and method.latency_target_ms is not None:
-        raise UserError("latency_target and latency_target_ms are both set: give one")
-    if method.latency_target is not None and not 0 < method.latency_target < 1:
-        raise UserError(
-            f"latency_target is a share of the dense network's time, between 0 and 1, not "
-            f"{method.latency_target}; milliseconds are latency_target_ms"
-        )
-    if method.latency_target_ms is not None and not 0 < method.latency_target_ms < math.inf:
-        raise UserError(f"latency_target_ms must be above 0, not {method.latency_target_ms}")
-    if method.latency_batch < 1:
-        raise UserError(f"latency_batch must be at least 1, not {method.latency_batch}")
+    @property
+    def aim(self) -> LatencyAim | None:
+        """The latency to end at, if that is the target."""
+        if self.latency_target is None and self.latency_target_ms is None:
+            return None
+        return LatencyAim(self.latency_target, self.latency_target_ms, self.latency_batch, self.latency_of)
+
+    @property
+    def compression_asked(self) -> float | None:
+        """The compression ratio to end at; None if a latency is the target."""
+        return None if self.aim is not None else self.compression
+
+    def targets(self, prunable: PrunableLayers) -> tuple[PatternLayer, ...]:
+        """The layers with their kept positions per kernel, group size and fixed number of kernels."""
+        return tuple(self._target(layer) for layer in prunable.convs)
+
+    def _target(self, layer: PrunableLayer) -> PatternLayer:
+        f, c, r, s = layer.view_shape
+        entries = default_entries((r, s), self.entries)
+        if self.pool == "fixed" and (r, s) != (3, 3):
+            entries = r * s  # the fixed patterns are 3 x 3: other kernels are kept or dropped whole
+        ratio = next((v for glob, v in self.layers.items() if matches(layer.name, [glob])), None)
+        fixed = None
+        if ratio is not None:
+            least = r * s / entries
+            if ratio < 0.99 * least:
+                raise UserError(
+                    f"layers asks for {ratio:g}x in {layer.name}, but keeping {entries} of {r * s} positions "
+                    f"per kernel is {least:.2f}x at the least: ask for more, or exclude the layer"
+                )
+            fixed = LayerBudget(layer.name, f, c, entries, r * s).kernels_for_density(1 / ratio)
+        return PatternLayer(layer, entries, math.gcd(f, self.group), fixed)
+
+    def schedule(self, length: RunLength) -> dict[str, int]:
+        """Batches: ``earliest`` and ``latest`` start of stage 2 and the lengths of stages 2 to 4.
+
+        Raises:
+            UserError: the run is too short for its stages.
+        """
+        total = length.total
+        shares = {
+            "pool": self.pool_length if self.pool == "dynamic" else None,
+            "finalize": self.finalize_length,
+            "regularize": self.regularize_length if PENALTIES[self.penalty or "none"].acts else None,
+        }
+        lengths = {stage: max(1, round(share * total)) if share else 0 for stage, share in shares.items()}
+        lengths["finalize"] = max(1, lengths["finalize"])
+        if self.pool == "dynamic":
+            lengths["pool"] = max(1, lengths["pool"])
+        needed = sum(lengths.values())
+        latest = min(max(1, round((self.latest_start or 0) * total)), total - needed - 1)
+        if latest < 1:
+            raise UserError(
+                f"a run of {total} batches is too short for the stages of ClickTrain, which need "
+                f"{needed + 2} here"
+            )
+        earliest = min(latest, max(1, round((self.earliest_start or 0) * total)))
+        return {"earliest": earliest, "latest": latest, **lengths}
+
+    @property
+    def watches_structure(self) -> bool:
+        """Whether the trigger reads EPI."""
+        return self.trigger not in ("own", "loss_slope")
+
+    @property
+    def epi_fires_from(self) -> float:
+        """EPI from which the structure is stable (trigger epi)."""
+        default = default_threshold(self.criterion or "taylor")
+        return default if self.epi_threshold is None else self.epi_threshold
+
+    def epi_epochs(self, length: RunLength) -> int:
+        """Past epochs that a structure is compared with (trigger epi)."""
+        return self.epi_window or default_window(self.schedule(length)["latest"] // length.steps_per_epoch)

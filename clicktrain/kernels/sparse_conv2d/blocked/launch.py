@@ -13,15 +13,13 @@ from clicktrain.errors import UserError
 from clicktrain.kernels.blocked_library import check_dtype
 from clicktrain.kernels.native import compute_type, load, needed_toolchain
 from clicktrain.kernels.native.library import call
+from clicktrain.kernels.native.memory import STREAM_BYTES
 from clicktrain.kernels.sparse_conv2d.blocked.codegen import scratch_vectors, source
-from clicktrain.kernels.sparse_conv2d.blocked.layout import vectors
+from clicktrain.kernels.sparse_conv2d.blocked.layout import ALIGNMENT, vectors
 from clicktrain.kernels.sparse_conv2d.blocked.prepared import ConvPlan
 from clicktrain.kernels.sparse_conv2d.blocked.problem import PHASES, ConvProblem, Phase, Tiling
 from clicktrain.kernels.sparse_conv2d.blocked.shared import statistics
 from clicktrain.kernels.sparse_conv2d.blocked.shared.schedule import ordered_vectors
-
-STREAM_BYTES = 8 << 20
-"""Results of this size are written around the caches: the next reader would not find them there anyway."""
 
 
 def compile_plan(
@@ -187,7 +185,7 @@ class _Kernel:
             return
         refused = call(
             self._run,
-            vectors(x),
+            x if x.is_contiguous() and x.data_ptr() % ALIGNMENT == 0 else vectors(x),
             y,
             values.contiguous(),
             order if places else None,
@@ -249,8 +247,8 @@ class _Kernel:
         few = blocks * self._regions < 4 * self.tiling.images * threads
         refused = call(
             self._run,
-            vectors(x),
-            vectors(gy),
+            x if x.is_contiguous() and x.data_ptr() % ALIGNMENT == 0 else vectors(x),
+            gy if gy.is_contiguous() and gy.data_ptr() % ALIGNMENT == 0 else vectors(gy),
             grad,
             rows,
             entries,

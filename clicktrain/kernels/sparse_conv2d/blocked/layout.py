@@ -10,6 +10,9 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+ALIGNMENT = 64
+"""Bytes. Callers in a training step test it themselves before they call `vectors`."""
+
 
 def block(x: Tensor, lanes: int) -> Tensor:
     """[N, C, H, W] -> [ceil(N / lanes), C, H, W, lanes], filled up with zeros; any memory format."""
@@ -27,6 +30,6 @@ def unblock(x: Tensor, n: int) -> Tensor:
 
 
 def vectors(x: Tensor) -> Tensor:
-    """The tensor itself, or a copy, contiguous and aligned to a vector register."""
+    """Return the tensor itself, or a copy that is contiguous and aligned to a SIMD vector."""
     x = x.contiguous()
-    return x if x.data_ptr() % 64 == 0 else x.clone(memory_format=torch.contiguous_format)
+    return x if x.data_ptr() % ALIGNMENT == 0 else x.clone(memory_format=torch.contiguous_format)

@@ -113,12 +113,12 @@ def _save_directly(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
 
 def _backward(ctx: Any, gy: Tensor) -> tuple[Any, ...]:
     x, values, *tables = ctx.saved_tensors
-    return _gradients(ctx, gy, x, values, tables)
+    return *_gradients(ctx, gy, x, values, tables), [None] * len(tables), None
 
 
 def _direct_backward(ctx: Any, gy: Tensor) -> tuple[Any, ...]:
     x, values = ctx.saved_tensors
-    return _gradients(ctx, gy, x, values, ctx.tables)
+    return *_gradients(ctx, gy, x, values, ctx.tables), None, None
 
 
 def _gradients(ctx: Any, gy: Tensor, x: Tensor, values: Tensor, tables: list[Tensor]) -> tuple[Any, ...]:
@@ -126,7 +126,7 @@ def _gradients(ctx: Any, gy: Tensor, x: Tensor, values: Tensor, tables: list[Ten
     gx = sparse_conv2d_blocked_dgrad(gy, values, tables, ctx.plan) if need_x else None
     gv = sparse_conv2d_blocked_wgrad(x, gy, list(values.shape), tables, ctx.plan) if need_values else None
     gb = gy.sum((0, 2, 3, 4), dtype=values.dtype) if need_bias else None
-    return gx, gv, gb, [None] * len(tables), None
+    return gx, gv, gb
 
 
 def _save_statistics(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, Tensor, Tensor]) -> None:

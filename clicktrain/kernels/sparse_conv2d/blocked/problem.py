@@ -6,11 +6,11 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, Literal, get_args
 
+from clicktrain.kernels.impls import PHASES as PHASES
+from clicktrain.kernels.impls import Phase as Phase
 from clicktrain.kernels.sparse_conv2d.blocked.shared.geometry import Axis
 
-Phase = Literal["forward", "dgrad", "wgrad"]
 Code = Literal["unrolled", "cache_blocked", "indexed"]
-PHASES: tuple[Phase, ...] = ("forward", "dgrad", "wgrad")
 _LEAST = {"tile": 1, "region": 1, "filters_per_tile": 1, "images": 1, "sources": 0, "results": 0}
 _MOST = {"tile": 256, "filters_per_tile": 16}
 """Code is written for each position of a tile and each filter of it; the others are bounds of loops."""
@@ -98,9 +98,12 @@ class Tiling:
     images: int = 1
     pairs: bool = False
 
+    def __str__(self) -> str:
+        return "x".join(map(str, self.tile)) + f" {self.code}" + (" pairs" if self.pairs else "")
+
     @classmethod
     def from_dict(cls, fields: Mapping[str, Any]) -> Tiling:
-        """Inverse of ``dataclasses.asdict``, after JSON; what an older program did not write defaults.
+        """Inverse of ``dataclasses.asdict``, after JSON.
 
         Raises:
             ValueError: one of them is nothing that there is.

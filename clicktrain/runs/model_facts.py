@@ -1,4 +1,4 @@
-"""What a file says of the network that it holds, checked before anything is built from it."""
+"""What model.safetensors says of its network, checked before anything is built from it. Free of torch."""
 
 from __future__ import annotations
 
@@ -16,19 +16,24 @@ LARGEST_SIDE = 65_536
 """Pixels."""
 
 
+def parse_facts(metadata: Mapping[str, str], path: Path) -> dict[str, Any]:
+    """The facts in the metadata of a file, unchecked; {} if it holds none, UserError if they are damaged."""
+    facts = parse_json(metadata.get("clicktrain", "{}"), f"{path} is damaged: its facts are not JSON")
+    if not isinstance(facts, dict):
+        raise UserError(f"{path} is damaged: its facts are {shown(facts)}, not a mapping")
+    return facts
+
+
 def read_facts(metadata: Mapping[str, str], path: Path) -> dict[str, Any]:
-    """The facts (see `Prepared.facts`) in the metadata of ``model.safetensors``.
+    """The facts (see `clicktrain.train.Prepared`) in the metadata of ``model.safetensors``.
 
     Raises:
         UserError: they are missing, of wrong types, do not fit each other, or ask for more memory than the
             machine has.
     """
-    text = metadata.get("clicktrain")
-    if text is None:
+    if "clicktrain" not in metadata:
         raise UserError(f"{path} is not the network of a run: it does not say how to build it")
-    facts = parse_json(text, f"{path} is damaged: what it says of its network is not JSON")
-    if not isinstance(facts, dict):
-        raise UserError(f"{path} is damaged: what it says of its network is {shown(facts)}, not a mapping")
+    facts = parse_facts(metadata, path)
     for name, (fits, what) in _CHECKS.items():
         if not fits(facts.get(name)):
             raise UserError(

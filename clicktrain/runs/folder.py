@@ -1,4 +1,4 @@
-"""The folder of a run: stable names, whole files only, and lines that can be taken back on resume."""
+"""The folder of a run: names of its files, whole files only, and logs that can be cut back on resume."""
 
 from __future__ import annotations
 
@@ -13,10 +13,9 @@ from typing import Any
 
 import yaml
 
-from clicktrain.errors import UserError, shown
-from clicktrain.formats.tree import append_jsonl, remove_leftovers, write_text_atomic
-from clicktrain.methods import Method
-from clicktrain.own_code import is_own
+from clicktrain.errors import UserError
+from clicktrain.files import read_yaml
+from clicktrain.formats.atomic import append_jsonl, remove_leftovers, write_text_atomic
 from clicktrain.runs.format import (
     FORMAT_VERSION,
     HEADER,
@@ -35,15 +34,6 @@ from clicktrain.runs.new_folder import (
     only_begun,
     remove_new,
 )
-from clicktrain.train.config import (
-    RunConfig,
-    code_settings,
-    config_to_dict,
-    from_dict,
-    load_config,
-    read_settings,
-    without_code,
-)
 
 
 @dataclass(frozen=True)
@@ -56,10 +46,10 @@ class RunFolder:
         object.__setattr__(self, "path", Path(self.path))
 
     @classmethod
-    def default(cls, config: RunConfig, root: str | Path = "runs") -> RunFolder:
-        """A folder under ``root`` named after the date, the model and the method; not made yet."""
-        model = re.sub(r"[^A-Za-z0-9_.-]+", "-", config.model.rpartition(":")[2]) or "model"
-        stem = f"{datetime.now():%Y-%m-%d_%H-%M-%S}_{model}_{config.method}"
+    def default(cls, model: str, method: str, root: str | Path = "runs") -> RunFolder:
+        """A folder under ``root`` named after the date, the model and the method; it is not created."""
+        model = re.sub(r"[^A-Za-z0-9_.-]+", "-", model.rpartition(":")[2]) or "model"
+        stem = f"{datetime.now():%Y-%m-%d_%H-%M-%S}_{model}_{method}"
         path, count = Path(root) / stem, 1
         while path.exists():
             count += 1
@@ -110,6 +100,11 @@ class RunFolder:
     def operators(self) -> Path:
         """Which operator each layer runs on after the hard prune, JSON; there once a compiler chose."""
         return self.path / "operators.json"
+
+    @property
+    def robustness(self) -> Path:
+        """Accuracy under attacks, JSON; there once the run was attacked."""
+        return self.path / "robustness.json"
 
     @property
     def checkpoint_folder(self) -> Path:
@@ -192,17 +187,17 @@ class RunFolder:
             f"'clicktrain resume {self.path}'"
         )
 
-    def create(self, config: RunConfig, method: Method[Any]) -> RunFolder:
-        """Make the folder and write its settings; UserError unless it is that of a new run."""
+    def create(self, settings: Mapping[str, Any]) -> RunFolder:
+        """Create the folder and write the settings; UserError unless it is that of a new run."""
         self._check_contents()
         try:
-            settings = yaml.safe_dump(config_to_dict(config, method), sort_keys=False)
+            text = yaml.safe_dump(dict(settings), sort_keys=False)
             if exists(self.path):
                 clear_begun(self.path)
             self.checkpoint_folder.mkdir(parents=True, exist_ok=True)
             for path in (self.metrics, self.events):
                 path.touch()
-            write_text_atomic(self.config, f"{HEADER}{FORMAT_VERSION}\n{settings}")
+            write_text_atomic(self.config, f"{HEADER}{FORMAT_VERSION}\n{text}")
         except OSError as error:
             raise UserError(f"cannot make the folder {self.path}: {error.strerror}") from None
         return self
@@ -217,47 +212,17 @@ class RunFolder:
         check_folder(self.path)
         return self
 
-    def resume_command(self, config: RunConfig, method: Method[Any]) -> str:
-        """What a user types to go on with this run; code of their own has to be named again."""
-        values = config_to_dict(config, method)
-        named = [
-            f" --{name.replace('_', '-')} {values[name]}"
-            for name in code_settings(values)
-            if is_own(values[name])
-        ]
-        return f"clicktrain resume {self.path}" + "".join(named)
-
-    def load_config(
-        self,
-        model: str | None = None,
-        own: Mapping[str, str] | None = None,
-        *,
-        own_model_allowed: bool = False,
-    ) -> tuple[RunConfig, Method[Any]]:
-        """The settings that the run was started with.
-
-        Args:
-            model: the network instead of the one that the settings name; a network of somebody's own counts
-                only when it is given here.
-            own: likewise other settings that name somebody's own code; they have to be the run's.
-            own_model_allowed: return the settings all the same, for a caller who runs none of that code.
+    def read_settings(self) -> dict[str, Any]:
+        """The settings as they stand in config.yaml.
 
         Raises:
-            UserError: this is not the folder of a run, its settings are damaged, or a name is missing.
+            UserError: this is not the folder of a run of this version, or the file is damaged.
         """
         self.open()
-        values = read_settings(self.config)
-        for name, given in (own or {}).items():
-            if given != values.get(name):
-                raise UserError(
-                    f"the run in {self.path} has {name} {shown(values.get(name))}, not {shown(given)}"
-                )
-        if own_model_allowed and model is None:
-            try:
-                return from_dict(without_code(values))
-            except UserError as error:
-                raise UserError(f"{self.config}: {error}") from None
-        return load_config(self.config, model, own)
+        values = read_yaml(self.config)
+        if not isinstance(values, dict):
+            raise UserError(f"{self.path} is not the folder of a run: its config.yaml holds no settings")
+        return {str(key): value for key, value in values.items()}
 
     def append_metrics(self, record: Mapping[str, Any]) -> None:
         """Add the line of a finished epoch."""

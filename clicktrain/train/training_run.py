@@ -1,4 +1,4 @@
-"""A run while it lives: the objects that train, and how their whole state is saved and restored."""
+"""The objects of a run in progress, and how their whole state is saved and restored."""
 
 from __future__ import annotations
 
@@ -9,13 +9,17 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from torch import Tensor, nn
+from torch import nn
 from torch.amp.grad_scaler import GradScaler
 from torch.optim.swa_utils import AveragedModel
 
 from clicktrain.accounting import TrainingMemory
 from clicktrain.compiler import Accelerated
 from clicktrain.errors import UserError
+from clicktrain.methods.driver.publisher import ChannelsRemoved, MasksFrozen, ParametersReplaced
+from clicktrain.methods.driver.wrapping import Wrapped
+from clicktrain.runs.events import Event, LogMendedEvent
+from clicktrain.runs.folder import RunFolder
 from clicktrain.sparsity.masks import conv_masks
 from clicktrain.train.averaging import make_average
 from clicktrain.train.checkpoint import newest_good, save_checkpoint
@@ -24,8 +28,7 @@ from clicktrain.train.divergence import diverged, weights_are_finite
 from clicktrain.train.operators import can_accelerate, choose_operators
 from clicktrain.train.prepare import Prepared
 from clicktrain.train.progress import Progress
-from clicktrain.train.run_folder import RunFolder
-from clicktrain.train.state import Course
+from clicktrain.train.state import TrainState
 from clicktrain.train.tensorboard import ScalarLog
 from clicktrain.train.thin_state import full_optimizer, full_weights, thin_optimizer, thin_weights
 
@@ -37,64 +40,85 @@ _FREE_TO_CHANGE = frozenset(
 
 
 @dataclass(eq=False)
-class LiveRun:
+class TrainingRun:
     """The moving parts of a run."""
 
     prepared: Prepared
     folder: RunFolder
     progress: Progress
-    course: Course = field(default_factory=Course)
+    state: TrainState = field(default_factory=TrainState)
     average: AveragedModel | None = None
     scalars: ScalarLog | None = None
-    frozen: bool = False
-    followed_plans: int = 0
     memory: TrainingMemory | None = None
-    memory_of: tuple[tuple[int, ...], ...] = ()
-    _forward: Callable[[Tensor], Tensor] | None = None
+    """Of an iteration of the network as it is; None while it has to be estimated again."""
 
     def __post_init__(self) -> None:
-        config = self.prepared.config
+        config, pruner = self.prepared.config, self.prepared.pruner
         self.scaler = GradScaler(self.prepared.device.type, enabled=config.precision == "fp16")
         if config.ema_decay:
             self.average = make_average(self.prepared.model, config.ema_decay)
-            self.prepared.pruner.follow(self.average)
+            pruner.follow(self.average)
         if config.tensorboard:
             self.scalars = ScalarLog(self.folder.path / "tensorboard")
-        self.density = 1.0
+        self.forward: Wrapped[Callable[..., Any]] = pruner.wrapped(self._wrap)
+        """The network as trained: on fast operators after the hard prune, else compiled if so wished."""
+        self._density: float | None = 1.0
         self._seconds_before = 0.0
         self._epochs_before = 0.0
         self._started = time.perf_counter()
+        pruner.subscribe(self._follow_removal, ChannelsRemoved)
+        pruner.subscribe(self._follow_freezing, MasksFrozen)
+        pruner.subscribe(self._follow_replacement, ParametersReplaced)
+
+    # ---- what the pruner publishes ----------------------------------------------------------
+
+    def _follow_removal(self, removal: ChannelsRemoved) -> None:
+        self.state.note_removal()
+        self._density = None
+
+    def _follow_freezing(self, freezing: MasksFrozen) -> None:
+        self.state.best_val_accuracy = None  # was that of another network
+        self._density = None
+
+    def _follow_replacement(self, replacement: ParametersReplaced) -> None:
+        self.memory = None
 
     @property
-    def forward(self) -> Callable[[Tensor], Tensor]:
-        """The network as trained: on fast operators after the hard prune, else compiled if so wished."""
-        if self._forward is None:
-            self._forward = self._accelerated() or self._compiled()
-        return self._forward
+    def density(self) -> float:
+        """Of the convolution weights; 1 until masks are frozen or channels removed."""
+        if self._density is None:
+            self._density = self.prepared.pruner.density
+        return self._density
 
-    def _compiled(self) -> Callable[[Tensor], Tensor]:
-        model = self.prepared.model
-        if not self.prepared.config.compile:
+    def record(self, event: Event) -> None:
+        """Write a decision of the trainer into events.jsonl."""
+        self._write_event(event.at(self.state.step, self.state.epoch))
+
+    def _write_event(self, event: Event) -> None:
+        self.folder.append_event(event.to_json())
+
+    # ---- the network ------------------------------------------------------------------------
+
+    def _wrap(self, model: nn.Module) -> Callable[..., Any]:
+        p = self.prepared
+        if p.pruner.frozen and conv_masks(p.pruner.masks) and can_accelerate(p):
+            chosen = choose_operators(p, self.folder, self.progress, self.state.epoch)
+            if chosen.event is not None and not self.state.operators_recorded:
+                self.record(chosen.event)
+                self.state.operators_recorded = True
+            if chosen.model is not model:
+                return chosen.model
+        if not p.config.compile:
             return model
         torch.compiler.reset()  # which keeps few versions of one function, and then uses none
         return torch.compile(model)
-
-    def _accelerated(self) -> nn.Module | None:
-        """The packed model on fast operators, None before the hard prune or where there are none."""
-        p = self.prepared
-        if not (self.frozen and conv_masks(p.pruner.masks) and can_accelerate(p)):
-            return None
-        chosen = choose_operators(p, self.folder, self.progress, self.course.epoch)
-        if chosen.event is not None:
-            p.events({**chosen.event, "step": self.course.step, "epoch": self.course.epoch})
-        return None if chosen.model is p.model and p.config.compile else chosen.model
 
     @property
     def evaluated_model(self) -> nn.Module:
         """The model that is evaluated: the moving average if there is one."""
         if self.average is not None:
             return self.average.module
-        forward = self.forward
+        forward = self.forward.current
         return forward if isinstance(forward, Accelerated) else self.prepared.model
 
     @property
@@ -111,22 +135,7 @@ class LiveRun:
 
     @property
     def _epochs_done(self) -> float:
-        return self.course.epoch + self.course.batch / len(self.prepared.train_loader)
-
-    def follow_pruner(self) -> None:
-        """After channels have gone, and once after the hard prune: cost and forward pass follow."""
-        pruner = self.prepared.pruner
-        if len(pruner.plans) > self.followed_plans:
-            self.followed_plans = len(pruner.plans)
-            self.prepared.cost.shrink()
-            self.density = pruner.density
-            self._forward = None
-        if self.frozen or not pruner.frozen:
-            return
-        self.frozen = True
-        self.density = pruner.density
-        self.prepared.cost.freeze(pruner.masks)
-        self._forward = None
+        return self.state.epoch + self.state.batch / len(self.prepared.train_loader)
 
     # ---- checkpoints ------------------------------------------------------------------------
 
@@ -136,13 +145,13 @@ class LiveRun:
         Raises:
             TrainingDiverged: a weight is not a number; no checkpoint is written then.
         """
-        course, config = self.course, self.prepared.config
-        epoch = course.epoch + (course.batch > 0)
+        state, config = self.state, self.prepared.config
+        epoch = state.epoch + (state.batch > 0)
         if not weights_are_finite(self.prepared.model):
-            raise diverged("a weight is not a number", max(epoch, 1), course.batch, self.newest_checkpoint())
-        course.seconds = self.seconds
-        course.logs = self.folder.log_marks()
-        return save_checkpoint(self.folder, epoch, course.step, self.state_dict(), config.keep_checkpoints)
+            raise diverged("a weight is not a number", max(epoch, 1), state.batch, self.newest_checkpoint())
+        state.seconds = self.seconds
+        state.logs = self.folder.log_marks()
+        return save_checkpoint(self.folder, epoch, state.step, self.state_dict(), config.keep_checkpoints)
 
     def newest_checkpoint(self) -> Path | None:
         """The last checkpoint written, if any."""
@@ -154,7 +163,7 @@ class LiveRun:
         masks = p.pruner.masks if p.pruner.frozen else {}
         return {
             "settings": config_to_dict(p.config, p.method),
-            "course": self.course.state_dict(),
+            "state": self.state.state_dict(),
             "model": thin_weights(p.model, masks),
             "optimizer": thin_optimizer(p.optimizer, p.model, masks),
             "scheduler": p.scheduler.state_dict(),
@@ -168,14 +177,12 @@ class LiveRun:
         """Go on from a saved state; the run must be freshly prepared with the same settings."""
         p = self.prepared
         self._check_settings(saved["settings"])
-        self.course = Course.from_state(saved["course"])
-        self._seconds_before = self.course.seconds
         p.batch_sizes.load_state(saved["batch_sizes"])
         if p.batch_size != p.config.batch_size:
             p = self.prepared = replace(p, train_loader=p.train_loader.with_batch_size(p.batch_size))
-        self._epochs_before = self._epochs_done
         p.pruner.load_state_dict(saved["pruner"])  # packs the model and the optimizer if they were packed
-        self.follow_pruner()
+        self.state = TrainState.from_state(saved["state"])  # knows of the removals that were done again
+        self._seconds_before, self._epochs_before = self.state.seconds, self._epochs_done
         masks = p.pruner.masks
         p.model.load_state_dict(full_weights(p.model, saved["model"], masks))
         p.optimizer.load_state_dict(full_optimizer(saved["optimizer"], masks))
@@ -197,9 +204,15 @@ class LiveRun:
 
     def begin(self) -> None:
         """Make the run's folder and write the first checkpoint."""
-        self.folder.create(self.prepared.config, self.prepared.method)
-        self.course.earlier = self.prepared.earlier
-        self.prepared.events.connect(self.folder.append_event)
+        self.folder.create(config_to_dict(self.prepared.config, self.prepared.method))
+        self._start()
+
+    def _start(self) -> None:
+        """Write what was decided before the first step, and the checkpoint that comes before it."""
+        self.state.earlier = self.prepared.earlier
+        for event in self.prepared.pruner.events:
+            self.folder.append_event(event)
+        self.prepared.pruner.subscribe(self._write_event, Event)
         self.save()
 
     def go_on(self) -> None:
@@ -208,25 +221,15 @@ class LiveRun:
         if saved is None:
             self.progress.message("no checkpoint was written yet: starting from the beginning")
             self.folder.take_back({}, 0.0)
-            self.course.earlier = self.prepared.earlier
+            self._start()
         else:
             self.load_state_dict(saved)
-            self.prepared.events.waiting.clear()  # told before the checkpoint
             self._take_back_logs()
-        self.prepared.events.connect(self.folder.append_event)
-        if saved is None:
-            self.save()
+            self.prepared.pruner.subscribe(self._write_event, Event)
 
     def _take_back_logs(self) -> None:
         """Cut the logs back to the checkpoint; report those that were changed since."""
-        for mended in self.folder.take_back(self.course.logs, self._epochs_done):
+        for mended in self.folder.take_back(self.state.logs, self._epochs_done):
             self.progress.message(str(mended))
-            self.folder.append_event(
-                {
-                    "event": "log_mended",
-                    "step": self.course.step,
-                    "epoch": self._epochs_done,
-                    "file": mended.path.name,
-                    "lines_kept": mended.lines,
-                }
-            )
+            event = LogMendedEvent(file=mended.path.name, lines_kept=mended.lines)
+            self.record(event.at(self.state.step, self._epochs_done))

@@ -17,21 +17,24 @@ from pathlib import Path
 
 from torch import fx, nn
 
+from clicktrain.compiler.measure import problem_of
 from clicktrain.compiler.norm_statistics import check_statistics
 from clicktrain.compiler.plan import Activations, LoweringPlan
 from clicktrain.compiler.units import Unit, find_units, shape_of
 from clicktrain.errors import UserError
 from clicktrain.formats.atomic import write_text_atomic
 from clicktrain.graph import ModelGraph
+from clicktrain.kernels.impls import candidates_for
+from clicktrain.kernels.layouts import LAYOUTS
 from clicktrain.kernels.native import toolchain
 from clicktrain.kernels.native.folder import cache_folder, mark_used
 from clicktrain.kernels.sparse_conv2d import PackedConv2d
-from clicktrain.kernels.sparse_conv2d.blocked.patterns.tap_patterns import MAX_SETS, distinct
+from clicktrain.kernels.sparse_conv2d.api import OPERATOR
 from clicktrain.latency.machine import Machine
 
 FORMAT_VERSION = 3
 _MOST_BYTES = 64 << 20
-KERNELS = 10
+KERNELS = 11
 """To be raised when kernels change so that old measurements say nothing any more."""
 
 
@@ -49,13 +52,14 @@ def place(units: Sequence[Unit], trained: Collection[fx.Node], batch: int, dtype
             unit.relu,
             [list(shape_of(node)) for node in (*unit.inputs, unit.output)],
             [node in trained for node in unit.inputs],
-            repr(unit.module) if not isinstance(unit.module, PackedConv2d) else _packed(unit.module),
+            problem_of(unit).to_json() if unit.kind == "conv" else repr(unit.module),
         ]
         for unit in units
     ]
     machine = asdict(Machine.here())
     compiler = None if tools is None else tools.identity
-    text = json.dumps([KERNELS, machine, compiler, batch, list(dtypes), about])
+    impls = [[impl.name, impl.layout] for impl in candidates_for(OPERATOR)]
+    text = json.dumps([KERNELS, machine, compiler, impls, list(LAYOUTS), batch, list(dtypes), about])
     return cache_folder() / f"plan-{hashlib.sha256(text.encode()).hexdigest()[:32]}.json"
 
 
@@ -125,11 +129,3 @@ def _weight(layer: nn.Module | None) -> tuple[int, ...]:
     if isinstance(layer, PackedConv2d):
         return tuple(layer.structure.shape)
     return tuple(layer.weight.shape) if isinstance(layer, nn.Conv2d) else ()
-
-
-def _packed(layer: PackedConv2d) -> str:
-    together = layer.structure.nnz_per_filter is not None
-    shape = layer.structure.shape
-    sets = min(len(distinct(layer.structure)), MAX_SETS + 1)
-    numbers = f"{layer.structure.density:.2f} {together} {sets}"
-    return f"{shape} {numbers} {layer.stride} {layer.padding} {layer.groups}"

@@ -3,7 +3,7 @@ from __future__ import annotations
 
 import pytest
 
-from clicktrain.report import wording
+from clicktrain import wording
 
 
 @pytest.mark.parametrize(

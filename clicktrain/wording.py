@@ -1,4 +1,4 @@
-"""Numbers as people read them."""
+"""Numbers, sizes and durations as text."""
 
 from __future__ import annotations
 
@@ -120,3 +120,19 @@ def setting(value: object) -> str:
 def sentence_list(items: list[str]) -> str:
     """``a, b and c``."""
     return " and ".join([", ".join(items[:-1]), items[-1]]) if len(items) > 1 else "".join(items)
+
+
+def clock(seconds: float | None) -> str:
+    """h:mm:ss, or -:--:-- while unknown."""
+    if seconds is None:
+        return "-:--:--"
+    whole = max(0, round(seconds))
+    return f"{whole // 3600}:{whole // 60 % 60:02d}:{whole % 60:02d}"
+
+
+def short(number: float, space: str = "") -> str:
+    """1234567 as 1.23M, with ``space`` before the letter."""
+    for size, letter in _SI:
+        if number >= size:
+            return f"{number / size:.3g}{space}{letter}"
+    return f"{number:.0f}{space}"

@@ -1,0 +1,80 @@
+"""How many channels are removed: a share of them, or as many as it takes to meet a latency."""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass
+
+from clicktrain.errors import UserError
+from clicktrain.methods.outcome import NOTED, Reached, Target, latency_target
+
+
+@dataclass(frozen=True, slots=True)
+class ChannelBudget:
+    """How many channels are removed. The fields are settings of `clicktrain.methods.pat.PaT`.
+
+    Raises:
+        UserError: a value out of range, or settings that contradict each other.
+    """
+
+    prune_ratio: float = 0.3
+    latency_target: float | None = None
+    latency_target_ms: float | None = None
+    latency_batch: int = 1
+    latency_penalty: float | None = None
+    min_channels: int = 1
+    round_to: int = 1
+
+    def __post_init__(self) -> None:
+        if not 0 < self.prune_ratio < 1:
+            raise UserError(f"prune_ratio must be between 0 and 1 (0.3 keeps 70%), not {self.prune_ratio}")
+        for key in ("min_channels", "round_to", "latency_batch"):
+            if getattr(self, key) < 1:
+                raise UserError(f"{key} must be at least 1, not {getattr(self, key)}")
+        if self.latency_target is not None and self.latency_target_ms is not None:
+            raise UserError("latency_target and latency_target_ms are both set: give one")
+        if self.latency_target is not None and not 0 < self.latency_target < 1:
+            raise UserError(
+                f"latency_target is a share of the whole network's time, between 0 and 1, not "
+                f"{self.latency_target}; milliseconds are latency_target_ms"
+            )
+        if self.latency_target_ms is not None and not 0 < self.latency_target_ms < math.inf:
+            raise UserError(f"latency_target_ms must be above 0, not {self.latency_target_ms}")
+        if self.latency_batch != 1 and not self.by_latency and self.latency_penalty is None:
+            raise UserError(
+                f"latency_batch is {self.latency_batch} but no latency counts: give latency_target or "
+                "latency_penalty too"
+            )
+        if self.latency_penalty is not None and not 0 <= self.latency_penalty < math.inf:
+            raise UserError(f"latency_penalty must not be negative, not {self.latency_penalty}")
+
+    @property
+    def by_latency(self) -> bool:
+        """Whether a latency is the target."""
+        return self.latency_target is not None or self.latency_target_ms is not None
+
+    @property
+    def penalty(self) -> float:
+        """The power of the saved time that importance is divided by."""
+        return float(self.by_latency) if self.latency_penalty is None else self.latency_penalty
+
+    def describe(self, num_pruned: int) -> str:
+        """What is asked for, in a clause; ``num_pruned`` is the ratio in neurons."""
+        if self.latency_target_ms is not None:
+            return f"as many are removed as it takes to reach {self.latency_target_ms:g} ms"
+        if self.latency_target is not None:
+            return f"as many are removed as it takes to reach {self.latency_target:.0%} of the time"
+        return f"{num_pruned} are removed, wherever they are"
+
+    def target(self, reached: Reached) -> Target:
+        """What was asked for and what was reached, by the last removal."""
+        event = reached.last_event("reconfigured", "neurons")
+        if self.by_latency:
+            return latency_target(event, self.latency_target, self.latency_target_ms)
+        removed = float(event.get("prune_ratio", 0.0))
+        reason = "" if event else "the run ended before a batch was seen"
+        if event and abs(removed - self.prune_ratio) > NOTED * self.prune_ratio:
+            reason = f"there are {event['neurons']} neurons"
+            if self.round_to > 1:
+                reason += f", and widths are multiples of {self.round_to}"
+        return Target("neurons removed", self.prune_ratio, removed, "share", reason)

@@ -1,0 +1,108 @@
+"""Removing neurons in steps: silence more and more, then remove them all (When to Prune? Algorithm 1)."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from typing import Any
+
+from torch import Tensor
+
+from clicktrain.graph.prunable import PrunableLayers
+from clicktrain.methods.base import Action, Reconfigure, Record, SilenceChannels
+from clicktrain.methods.channels.budget import ChannelBudget
+from clicktrain.methods.channels.criteria import ChannelScores, Gradient, NeuronCriterion
+from clicktrain.methods.channels.selection import ChannelSelection, LatencyCalibration, Masks
+from clicktrain.surgery import SurgeryPlan, read_recipe
+from clicktrain.surgery.neurons import count_pruned, masks_of_recipe, shuffled, widths
+
+
+@dataclass(slots=True)
+class StepwiseState:
+    """Scores since the last pruning step, and the neurons that the steps have kept so far."""
+
+    scores: ChannelScores = field(default_factory=ChannelScores)
+    steps_done: int = 0
+    kept: Masks = field(default_factory=dict)
+    calibration: LatencyCalibration = field(default_factory=LatencyCalibration)
+    selection: ChannelSelection | None = field(default=None, compare=False)
+    plan: SurgeryPlan | None = field(default=None, compare=False)
+
+
+@dataclass(frozen=True, slots=True)
+class StepwiseRemoval:
+    """Neurons ranked by importance over the whole network are removed in ``steps`` steps.
+
+    ``exclude`` names layers whose outputs all stay, by module path (shell-style).
+    """
+
+    budget: ChannelBudget
+    criterion: NeuronCriterion
+    steps: int = 1
+    exclude: tuple[str, ...] = ()
+
+    def selection(self, state: StepwiseState, prunable: PrunableLayers) -> ChannelSelection:
+        """The neurons of the network, found at the first call; UserError if the budget cannot be met."""
+        if state.selection is None:
+            state.selection = ChannelSelection.of(prunable, self.budget, self.exclude, state.calibration)
+        return state.selection
+
+    def add_scores(self, state: StepwiseState, prunable: PrunableLayers, gradient: Gradient) -> None:
+        """Score the neurons after a batch."""
+        chosen = self.selection(state, prunable)
+        state.scores.add(chosen.groups, self.criterion, chosen.parameters, gradient)
+
+    def structure(self, state: StepwiseState, prunable: PrunableLayers) -> dict[str, int]:
+        """Neurons of each group that would be kept if pruning took place now."""
+        return widths(self.selection(state, prunable).choose(self._means(state, prunable), None, 1, 1))
+
+    def advance(self, state: StepwiseState, prunable: PrunableLayers, step: int) -> list[Action]:
+        """Take the steps that are due, up to ``step``, which is not the last; silence what they prune."""
+        chosen = self.selection(state, prunable)
+        actions: list[Action] = []
+        if step > state.steps_done:
+            state.kept = chosen.choose(self._means(state, prunable), state.kept or None, step, self.steps)
+            state.plan = chosen.plan(state.kept)
+            measured = chosen.measured(state.plan, state.kept) if chosen.measures_after(step) else {}
+            state.steps_done, state.scores = step, ChannelScores()
+            event = {"event": "pruned", "pruning_step": step, "neurons_pruned": count_pruned(state.kept),
+                     "neurons": chosen.total, **measured}  # fmt: skip
+            actions.append(Record(event))
+        if state.kept:
+            state.plan = state.plan or chosen.plan(state.kept)
+            actions.append(SilenceChannels(state.plan))
+        return actions
+
+    def remove(self, state: StepwiseState, prunable: PrunableLayers) -> Reconfigure:
+        """The last step, and the physical removal of all pruned neurons."""
+        chosen = self.selection(state, prunable)
+        masks, plan, event = chosen.final(self._means(state, prunable), state.kept or None, self.steps)
+        return _removal(chosen, masks, plan, event)
+
+    def remove_as_in(
+        self, state: StepwiseState, prunable: PrunableLayers, recipe: str, shuffle: int | None
+    ) -> Reconfigure:
+        """Remove the neurons that another run removed, or as many of each group, drawn with a seed.
+
+        Args:
+            state: of this run.
+            prunable: the whole network.
+            recipe: the ``surgery.json`` of the other run.
+            shuffle: the seed.
+        """
+        chosen = self.selection(state, prunable)
+        masks = masks_of_recipe(chosen.groups, read_recipe(recipe))
+        masks = masks if shuffle is None else shuffled(masks, shuffle)
+        return _removal(chosen, masks, chosen.plan(masks), {"structure_from": recipe})
+
+    def _means(self, state: StepwiseState, prunable: PrunableLayers) -> dict[str, Tensor]:
+        chosen = self.selection(state, prunable)
+        return state.scores.means(chosen.groups, chosen.parameters)
+
+
+def _removal(
+    chosen: ChannelSelection, masks: Masks, plan: SurgeryPlan, event: Mapping[str, Any]
+) -> Reconfigure:
+    pruned = count_pruned(masks)
+    numbers = {"neurons": chosen.total, "neurons_pruned": pruned, "prune_ratio": pruned / chosen.total}
+    return Reconfigure(plan, {**numbers, "structure": widths(masks), **event})

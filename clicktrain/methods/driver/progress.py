@@ -1,0 +1,99 @@
+"""Where a training loop is: batches, steps and epochs, and the losses it has seen."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from clicktrain.methods.contract import RunLength
+
+
+class Progress:
+    """The counters and losses of a run; all of it is saved with the pruner.
+
+    Attributes:
+        length: of the run, with the batches of the running epoch.
+        seen: batches observed.
+        epoch: finished epochs.
+        in_epoch: batches observed in the running epoch.
+        stepped_epoch: finished epochs at the last step of the method.
+        losses: of the batches since that step, 0-dim; one that is not finite counts as the one before.
+        epoch_losses: mean loss of every finished epoch.
+        first_loss: of the first batch.
+    """
+
+    def __init__(self, length: RunLength) -> None:
+        self.length = length
+        self.seen = self.epoch = self.in_epoch = self.stepped_epoch = 0
+        self.losses: list[Tensor] = []
+        self.epoch_losses: list[float] = []
+        self.first_loss: Tensor | None = None
+        self._epoch_loss: Tensor | None = None
+        self._last_loss: Tensor | None = None
+
+    @property
+    def position(self) -> float:
+        """Epochs done, with a fraction."""
+        return self.epoch + self.in_epoch / self.length.steps_per_epoch
+
+    @property
+    def ends_epoch(self) -> bool:
+        """Whether an epoch was closed since the last step."""
+        return self.epoch > self.stepped_epoch
+
+    def observe(self, loss: Tensor) -> None:
+        """Count a batch."""
+        last = torch.zeros_like(loss) if self._last_loss is None else self._last_loss
+        loss = self._last_loss = torch.where(torch.isfinite(loss), loss, last)
+        self.first_loss = loss.clone() if self.first_loss is None else self.first_loss
+        self.losses.append(loss)
+        self._epoch_loss = loss.clone() if self._epoch_loss is None else self._epoch_loss + loss
+        self.seen += 1
+        self.in_epoch += 1
+
+    def stepped(self) -> None:
+        """Note that the method has taken a step."""
+        self.stepped_epoch = self.epoch
+        self.losses = []
+
+    def close_epoch(self) -> bool:
+        """Close the epoch if all of its batches are observed; whether it was."""
+        if self._epoch_loss is None or self.in_epoch != self.length.steps_per_epoch:
+            return False
+        self.epoch_losses.append(float(self._epoch_loss) / self.length.steps_per_epoch)
+        self._epoch_loss = None
+        self.epoch, self.in_epoch = self.epoch + 1, 0
+        return True
+
+    def state_dict(self) -> dict[str, Any]:
+        """Tensors, numbers and lists of them."""
+        return {
+            "seen": self.seen,
+            "epoch": self.epoch,
+            "in_epoch": self.in_epoch,
+            "stepped_epoch": self.stepped_epoch,
+            "steps_per_epoch": self.length.steps_per_epoch,
+            "losses": list(self.losses),
+            "epoch_loss": self._epoch_loss,
+            "epoch_losses": list(self.epoch_losses),
+            "first_loss": self.first_loss,
+            "last_loss": self._last_loss,
+        }
+
+    def load_state_dict(self, saved: Mapping[str, Any], device: torch.device | None) -> None:
+        """Inverse of `state_dict`; losses are moved to the device of the network."""
+
+        def loss(key: str) -> Tensor | None:
+            value = saved[key]
+            return None if value is None else value.to(device, copy=True)
+
+        self.length = RunLength(self.length.epochs, saved["steps_per_epoch"])
+        self.seen, self.epoch = saved["seen"], saved["epoch"]
+        self.in_epoch, self.stepped_epoch = saved["in_epoch"], saved["stepped_epoch"]
+        self.losses = [value.to(device, copy=True) for value in saved["losses"]]
+        self.epoch_losses = list(saved["epoch_losses"])
+        self._epoch_loss, self._last_loss = loss("epoch_loss"), loss("last_loss")
+        self.first_loss = loss("first_loss")

@@ -1,0 +1,67 @@
+"""Tells subscribers what a pruner decides and does: typed events, and changes of the network."""
+
+from __future__ import annotations
+
+from collections import OrderedDict
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any, TypeAlias
+
+from torch.utils.hooks import RemovableHandle
+
+from clicktrain.runs.events import Event
+from clicktrain.surgery import SurgeryPlan
+
+
+@dataclass(frozen=True, eq=False)
+class Notification:
+    """A change of the network or a moment of the run; unlike an `Event` it is never written to a file."""
+
+
+@dataclass(frozen=True, eq=False)
+class ParametersReplaced(Notification):
+    """Parameters are other tensors now: channels were removed, or convolutions packed or unpacked."""
+
+
+@dataclass(frozen=True, eq=False)
+class ChannelsRemoved(Notification):
+    """A surgery plan was carried out; also when a saved state is loaded, once for every plan of it."""
+
+    plan: SurgeryPlan
+
+
+@dataclass(frozen=True, eq=False)
+class MasksFrozen(Notification):
+    """Masks do not change any more, and the network is packed if it is to be; also when a state is loaded."""
+
+
+@dataclass(frozen=True, eq=False)
+class EpochEnd(Notification):
+    """The last step of an epoch: the method has decided, nothing of its decision is carried out yet.
+
+    ``epoch`` counts from 1.
+    """
+
+    epoch: int
+
+
+Kind: TypeAlias = type[Any] | tuple[type[Any], ...]
+
+
+class Publisher:
+    """A list of subscribers; each hears of the kinds it asked for, in the order in which they subscribed."""
+
+    def __init__(self) -> None:
+        self._listeners: OrderedDict[int, tuple[Kind, Callable[[Any], object]]] = OrderedDict()
+
+    def subscribe(self, listener: Callable[[Any], object], kind: Kind | None = None) -> RemovableHandle:
+        """Call a function with everything of a kind that is published; see `Pruner.subscribe`."""
+        handle = RemovableHandle(self._listeners)
+        self._listeners[handle.id] = (Event, Notification) if kind is None else kind, listener
+        return handle
+
+    def publish(self, what: Event | Notification) -> None:
+        """Call the subscribers."""
+        for kind, listener in list(self._listeners.values()):
+            if isinstance(what, kind):
+                listener(what)

@@ -1,0 +1,104 @@
+"""Axes of ClickTrain: how kernels are allocated over layers, and the penalty of stage 4.
+
+A new choice is a function here, or a small frozen class, and one entry in its table.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+from typing import Annotated, TypeAlias
+
+import torch
+from torch import Tensor
+
+from clicktrain.methods.patterns.selection import PatternLayer
+from clicktrain.sparsity.allocation import kernel_gains
+from clicktrain.sparsity.group_lasso import add_lasso_gradient_, shrink_groups_
+from clicktrain.sparsity.registry import Registry
+
+
+@dataclass(frozen=True, slots=True)
+class Allocation:
+    """How kernels are allocated over layers.
+
+    Attributes:
+        gains: (layer, scores [F/G, C]) -> [C], worth of the 1st, 2nd, ... kernel of every filter, for
+            `clicktrain.sparsity.allocation.allocate`; None: equal densities.
+        by_time: whether gains are bought with milliseconds where a latency is the target; else with weights.
+    """
+
+    gains: Callable[[PatternLayer, Tensor], Tensor] | None
+    by_time: bool = True
+
+
+def importance_gains(layer: PatternLayer, scores: Tensor) -> Tensor:
+    """The measured scores: a first-order Taylor estimate compares over layers."""
+    del layer
+    return kernel_gains(scores)
+
+
+def relative_gains(layer: PatternLayer, scores: Tensor) -> Tensor:
+    """The scores over their layer's mean."""
+    # Scores of a group are sums over its filters; relative to their mean they are not any more.
+    return kernel_gains(scores, normalise=True) * layer.group
+
+
+def share_gains(layer: PatternLayer, scores: Tensor) -> Tensor:
+    """The scores over their layer's sum, so that every layer is worth the same as a whole."""
+    del layer
+    return kernel_gains(scores, normalise=True) / scores.numel()
+
+
+def erk_gains(layer: PatternLayer, scores: Tensor) -> Tensor:
+    """Densities in proportion to (F + C + R + S) / (F C R S) (Evci et al. 2020, RigL, section 3)."""
+    del scores
+    f, c, r, s = layer.shape
+    ks = torch.arange(1, c + 1, dtype=torch.float64)
+    density = (ks - 0.5) * layer.entries / (c * r * s)
+    return -density / ((f + c + r + s) / (f * c * r * s)) * layer.budget.price
+
+
+ALLOCATIONS: Registry[Allocation] = Registry("allocation", {
+    "uniform": Allocation(None, by_time=False),
+    "importance": Allocation(importance_gains),
+    "relative": Allocation(relative_gains),
+    "share": Allocation(share_gains),
+    "erk": Allocation(erk_gains, by_time=False),
+})  # fmt: skip
+AllocationChoice: TypeAlias = Annotated[str, ALLOCATIONS]
+
+
+def allocation_gains(
+    layers: Sequence[PatternLayer], scores: Mapping[str, Tensor], allocation: Allocation
+) -> dict[str, Tensor] | None:
+    """Gains of every layer; None: equal densities."""
+    if allocation.gains is None:
+        return None
+    return {layer.name: allocation.gains(layer, scores[layer.name]) for layer in layers}
+
+
+@dataclass(frozen=True, slots=True)
+class Penalty:
+    """What pushes weights outside the masks towards zero before the hard prune; tensors are [F, C, R, S].
+
+    Attributes:
+        gradient: (gradient, weight, mask, coefficient): adds to the gradient, before the optimizer's step.
+        step: (weight, mask, steps left): changes the weight, after the optimizer's step.
+    """
+
+    gradient: Callable[[Tensor, Tensor, Tensor, float | Tensor], None] | None = None
+    step: Callable[[Tensor, Tensor, int], None] | None = None
+
+    @property
+    def acts(self) -> bool:
+        """Whether there is anything to do in stage 4."""
+        return self.gradient is not None or self.step is not None
+
+
+PENALTIES: Registry[Penalty] = Registry("penalty", {
+    "lasso": Penalty(gradient=add_lasso_gradient_),
+    "shrink": Penalty(step=shrink_groups_),
+    "none": Penalty(),
+})  # fmt: skip
+PenaltyChoice: TypeAlias = Annotated[str, PENALTIES]

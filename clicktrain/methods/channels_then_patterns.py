@@ -17,6 +17,7 @@ from clicktrain.graph.prunable import PrunableLayers
 from clicktrain.methods.base import Action, Method, PruningPlan, Record, RunLength, StepInfo
 from clicktrain.methods.clicktrain import ClickTrain, ClickTrainState
 from clicktrain.methods.outcome import Reached, Target
+from clicktrain.methods.patterns.axes import AllocationChoice
 from clicktrain.methods.prunetrain import PruneTrain, PruneTrainState
 from clicktrain.sparsity.allocation import compression_limits
 from clicktrain.sparsity.channel_lasso import ChannelAxis
@@ -97,7 +98,7 @@ class ChannelsThenPatterns(Method[TwoPartState]):
     """Neighboring filters that share ClickTrain's patterns; widths are rounded to a multiple of it."""
     criterion: CriterionChoice | None = None
     """ClickTrain's importance of a weight."""
-    allocation: Literal["uniform", "importance", "relative", "share", "erk"] | None = None
+    allocation: AllocationChoice | None = None
     """ClickTrain's kept kernels per layer."""
 
     def __post_init__(self) -> None:

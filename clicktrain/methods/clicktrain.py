@@ -32,6 +32,7 @@ from clicktrain.methods.patterns.plan import clicktrain_plan
 from clicktrain.methods.patterns.selection import PatternLayer, Selection
 from clicktrain.methods.patterns.settings import PatternSettings
 from clicktrain.methods.triggers import KernelWatch
+from clicktrain.runs.events import FinalizedEvent, HardPruneEvent, PoolEvent, StageEvent
 from clicktrain.sparsity.allocation import allocate, check_reachable
 from clicktrain.sparsity.finalize import batch_counts
 from clicktrain.sparsity.importance import CRITERIA, magnitude_importance
@@ -79,7 +80,9 @@ class ClickTrain(PatternSettings, Method[ClickTrainState]):
     def init(self, prunable: PrunableLayers, length: RunLength) -> ClickTrainState:
         """Check that the run can be done as asked."""
         check_convolutions(prunable, "ClickTrain")
-        CRITERIA.resolve(self.criterion or "taylor")
+        CRITERIA.resolve(self.criterion or "")  # a user's own is imported now
+        ALLOCATIONS.resolve(self.allocation or "")
+        PENALTIES.resolve(self.penalty or "")
         self.schedule(length)
         state = ClickTrainState(layers=self.targets(prunable))
         if self.aim is None:
@@ -132,7 +135,7 @@ class ClickTrain(PatternSettings, Method[ClickTrainState]):
         """Stages 2 and 3 read the gradients, stage 4 adds the penalty's."""
         if state.stage in ("pool", "finalize"):
             self._read(state, step)
-        elif state.stage == "regularize" and (add := PENALTIES[self.penalty or "none"].gradient):
+        elif state.stage == "regularize" and (add := PENALTIES.resolve(self.penalty or "none").gradient):
             coefficient = self.lasso if step.grad_scale is None else step.grad_scale * self.lasso
             for layer in state.layers:
                 if (grad := layer.weight.grad) is not None:
@@ -165,7 +168,7 @@ class ClickTrain(PatternSettings, Method[ClickTrainState]):
     ) -> Sequence[Action]:
         """Move on to the next stage when it is time."""
         lengths = self.schedule(step.length)
-        if state.stage == "regularize" and (shrink := PENALTIES[self.penalty or "none"].step):
+        if state.stage == "regularize" and (shrink := PENALTIES.resolve(self.penalty or "none").step):
             left = state.entered + lengths["regularize"] - step.seen
             steps = math.ceil(left / step.batches)
             for layer in state.layers if left > 0 else ():
@@ -217,8 +220,7 @@ class ClickTrain(PatternSettings, Method[ClickTrainState]):
         state.kernels = KernelWatch()
         number = STAGES.index(state.stage) + 1
         state.stage, state.entered, state.counted = STAGES[number], seen, 0
-        event = {"event": "stage", "stage": state.stage, "number": number + 1, "reason": reason}
-        return [*actions, Record(event)]
+        return [*actions, Record(StageEvent(stage=state.stage, number=number + 1, reason=reason))]
 
     def _fill_in(self, state: ClickTrainState) -> None:
         """Before a stage ends: layers without gradients so far take part by their magnitudes."""
@@ -252,7 +254,7 @@ class ClickTrain(PatternSettings, Method[ClickTrainState]):
             patterns = [{"bits": p.bits, "score": score.get(p.bits)} for p in pool.patterns]
             pools.append({"shape": list(shape), "patterns": patterns, "candidates": len(score)})
         selection.candidates = {}
-        return [Record({"event": "pool", "pools": pools})]
+        return [Record(PoolEvent(pools=pools))]
 
     def _finalize(self, state: ClickTrainState, prunable: PrunableLayers) -> list[Action]:
         """Choose patterns and kernels: sections 4.1 and 4.3, with the budget allocated over layers."""
@@ -264,13 +266,12 @@ class ClickTrain(PatternSettings, Method[ClickTrainState]):
         state.masks = selection.choose_masks(layers, scores, kernels)
         state.latency = None
         selection.forget_gradients()
-        event = {
-            "event": "finalised",
-            "compression_asked": self.compression_asked,
-            "compression_reached": _compression(prunable, state.masks),
+        event = FinalizedEvent(
+            compression_asked=self.compression_asked,
+            compression_reached=_compression(prunable, state.masks),
+            layers=[_decision(layer, kernels[layer.name], selection) for layer in layers],
             **about,
-            "layers": [_decision(layer, kernels[layer.name], selection) for layer in layers],
-        }
+        )
         return [Record(event)]
 
     def _kernels(
@@ -278,7 +279,7 @@ class ClickTrain(PatternSettings, Method[ClickTrainState]):
     ) -> tuple[dict[str, int], dict[str, Any]]:
         """Kept kernels per filter of every layer, and what to record about a latency."""
         layers, floor = state.layers, self.allocation_floor
-        allocation = ALLOCATIONS[self.allocation or "uniform"]
+        allocation = ALLOCATIONS.resolve(self.allocation or "uniform")
         gains = allocation_gains(layers, scores, allocation)
         if self.aim is None:
             budgets = [layer.budget for layer in layers]
@@ -299,12 +300,11 @@ class ClickTrain(PatternSettings, Method[ClickTrainState]):
             energy_outside(layer.view(layer.weight), state.masks[layer.name]) for layer in state.layers
         ]
         lost, whole = (sum(part) for part in zip(*energies, strict=True))
-        event = {
-            "event": "hard_prune",
-            "compression_asked": self.compression_asked,
-            "compression_reached": _compression(prunable, state.masks),
-            "energy_outside": lost / whole if whole else 0.0,
-        }
+        event = HardPruneEvent(
+            compression_asked=self.compression_asked,
+            compression_reached=_compression(prunable, state.masks),
+            energy_outside=lost / whole if whole else 0.0,
+        )
         masks = {layer.name: layer.layer.unview(state.masks[layer.name]) for layer in state.layers}
         return [Record(event), FreezeMasks(masks)]
 

@@ -152,7 +152,7 @@ def _corner(keep: NDArray[np.bool_], ranks: Sequence[Sequence[int]], layer: str)
             y, x = 0.1 + i * step_y, 0.1 + j * step_x
             css = "kernel" if ranks[i][j] == _DROPPED else "kernel kept"
             parts.append(element("rect", x=x, y=y, width=s, height=r, rx=0.2, class_=css))
-            for u, v in keep[i, j].nonzero().tolist():
+            for u, v in np.argwhere(keep[i, j]).tolist():
                 place = f"M{coordinate(x + v + 0.06)} {coordinate(y + u + 0.06)}h.88v.88h-.88z"
                 paths.setdefault(_css(ranks[i][j]), []).append(place)
     parts += [element("path", d="".join(data), class_=f"on {css}") for css, data in sorted(paths.items())]

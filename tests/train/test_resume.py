@@ -25,6 +25,7 @@ from short_runs import (
 )
 
 from clicktrain.errors import UserError
+from clicktrain.runs.format import FORMAT_VERSION
 from clicktrain.train import RunFolder, TrainingInterrupted
 
 STAGES = tuple(BATCH_IN_STAGE)
@@ -244,6 +245,6 @@ def test_a_folder_that_is_no_run(tmp_path: Path) -> None:
         resume(tmp_path)
     run(tmp_path / "run", {**DENSE, "epochs": 1})
     config = tmp_path / "run" / "config.yaml"
-    config.write_text(config.read_text().replace("format 2", "format 7", 1))
+    config.write_text(config.read_text().replace(f"format {FORMAT_VERSION}", "format 7", 1))
     with pytest.raises(UserError, match="has format 7"):
         resume(tmp_path / "run")

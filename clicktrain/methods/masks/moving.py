@@ -240,7 +240,8 @@ class Moving(Masked):
         first = self.layer_densities(prunable, self.first_sparsity)
         open_yet = bool(self.decided_by) and not (state and state.kept)
         for layer in prunable.layers:
-            name, density = layer.name, planned[layer.name]
+            name, units = layer.name, math.prod(self.kind.shape(layer.view_shape))
+            density = units_at(planned[name], units) / units
             what = "weights" if layer.kind == "linear" else f"{self.granularity}s"
             why = "dense by Erdos-Renyi" if density == 1 and not (state and state.kept) else ""
             if open_yet:

@@ -7,7 +7,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
-from typing import Annotated, TypeAlias
+from typing import Annotated, Any, TypeAlias
 
 import torch
 from torch import Tensor
@@ -59,14 +59,20 @@ def erk_gains(layer: PatternLayer, scores: Tensor) -> Tensor:
     return -density / ((f + c + r + s) / (f * c * r * s)) * layer.budget.price
 
 
-ALLOCATIONS: Registry[Allocation] = Registry("allocation", {
-    "uniform": Allocation(None, by_time=False),
-    "importance": Allocation(importance_gains),
-    "relative": Allocation(relative_gains),
-    "share": Allocation(share_gains),
-    "erk": Allocation(erk_gains, by_time=False),
-})  # fmt: skip
-AllocationChoice: TypeAlias = Annotated[str, ALLOCATIONS]
+ALLOCATIONS: Registry[Allocation] = Registry(
+    "allocation",
+    {
+        "uniform": Allocation(None, by_time=False),
+        "importance": Allocation(importance_gains),
+        "relative": Allocation(relative_gains),
+        "share": Allocation(share_gains),
+        "erk": Allocation(erk_gains, by_time=False),
+    },
+    group="clicktrain.allocations",
+    guard=lambda name, gains: gains if isinstance(gains, Allocation) else Allocation(gains),
+)
+"""A user's own is a function like `share_gains`."""
+AllocationChoice: TypeAlias = Annotated[str | Callable[..., Any], ALLOCATIONS]
 
 
 def allocation_gains(
@@ -90,15 +96,16 @@ class Penalty:
     gradient: Callable[[Tensor, Tensor, Tensor, float | Tensor], None] | None = None
     step: Callable[[Tensor, Tensor, int], None] | None = None
 
-    @property
-    def acts(self) -> bool:
-        """Whether there is anything to do in stage 4."""
-        return self.gradient is not None or self.step is not None
 
-
-PENALTIES: Registry[Penalty] = Registry("penalty", {
-    "lasso": Penalty(gradient=add_lasso_gradient_),
-    "shrink": Penalty(step=shrink_groups_),
-    "none": Penalty(),
-})  # fmt: skip
-PenaltyChoice: TypeAlias = Annotated[str, PENALTIES]
+PENALTIES: Registry[Penalty] = Registry(
+    "penalty",
+    {
+        "lasso": Penalty(gradient=add_lasso_gradient_),
+        "shrink": Penalty(step=shrink_groups_),
+        "none": Penalty(),
+    },
+    group="clicktrain.penalties",
+    guard=lambda name, gradient: gradient if isinstance(gradient, Penalty) else Penalty(gradient),
+)
+"""A user's own is a function like `clicktrain.sparsity.group_lasso.add_lasso_gradient_`."""
+PenaltyChoice: TypeAlias = Annotated[str | Callable[..., Any], PENALTIES]

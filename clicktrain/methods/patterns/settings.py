@@ -11,7 +11,7 @@ from clicktrain.graph.prunable import PrunableLayer, PrunableLayers, matches
 from clicktrain.latency.network_times import Timed
 from clicktrain.latency.sparse_latency import LatencyAim
 from clicktrain.methods.base import RunLength
-from clicktrain.methods.patterns.axes import PENALTIES, AllocationChoice, PenaltyChoice
+from clicktrain.methods.patterns.axes import AllocationChoice, PenaltyChoice
 from clicktrain.methods.patterns.selection import PatternLayer
 from clicktrain.methods.triggers import default_threshold, default_window
 from clicktrain.settings import check_choices
@@ -210,8 +210,8 @@ class PatternSettings:
     def _target(self, layer: PrunableLayer) -> PatternLayer:
         f, c, r, s = layer.view_shape
         entries = default_entries((r, s), self.entries)
-        if self.pool == "fixed" and (r, s) != (3, 3):
-            entries = r * s  # the fixed patterns are 3 x 3: other kernels are kept or dropped whole
+        if layer.unit_refusal("pattern") or (self.pool == "fixed" and (r, s) != (3, 3)):
+            entries = r * s  # kept or pruned whole: kernels without patterns; the fixed patterns are 3 x 3
         ratio = next((v for glob, v in self.layers.items() if matches(layer.name, [glob])), None)
         fixed = None
         if ratio is not None:
@@ -234,7 +234,7 @@ class PatternSettings:
         shares = {
             "pool": self.pool_length if self.pool == "dynamic" else None,
             "finalize": self.finalize_length,
-            "regularize": self.regularize_length if PENALTIES[self.penalty or "none"].acts else None,
+            "regularize": self.regularize_length if self.penalty != "none" else None,
         }
         lengths = {stage: max(1, round(share * total)) if share else 0 for stage, share in shares.items()}
         lengths["finalize"] = max(1, lengths["finalize"])

@@ -1,4 +1,4 @@
-"""Count the library's Python calls, and the files they are in, for one training step of ClickTrain's stages 3 and 5.
+"""Count the library's Python calls in one training step of ClickTrain's stages 3 and 5, and their files.
 
 python scripts/step_calls.py
 

@@ -244,7 +244,7 @@ class _Decision:
     def _written(self, found: Sequence[_Best], statistics: Mapping[str, NormTimes]) -> LoweringPlan:
         """The plan as data."""
         _, activations, layouts = min(found, key=lambda one: one.ms) if len(found) > 1 else found[0]
-        choices = []
+        choices, implementations = [], candidates_for(OPERATOR)
         for unit in self.units:
             layout = layouts[unit.name]
             if unit.kind == "conv":
@@ -255,7 +255,12 @@ class _Decision:
                 ms = None if norm is None else norm[layout, self.held(layout, activations)]
                 choices.append(_choice(unit, layout, ms))
         choices += [
-            Choice(name, "conv", PLAIN, refused=(f"sparse: {reason}",))
+            Choice(
+                name,
+                "conv",
+                PLAIN,
+                refused=tuple(f"sparse {impl.name}: {reason}" for impl in implementations),
+            )
             for name, reason in self.refused.items()
         ]
         notes = [f"{path} runs as it is written: it {reason}" for path, reason in self.traced.opaque.items()]

@@ -17,8 +17,8 @@ from clicktrain.kernels.native import toolchain
 
 pytestmark = pytest.mark.skipif(toolchain() is None, reason="needs a C compiler")
 PAIR = 70
-"""Most calls for a convolution and its batch norm: forward, backward and hooks. They are 58 here, and were 172
-when the types of arguments were compared one by one."""
+"""Most calls for a convolution and its batch norm: forward, backward and hooks. It takes 58 here; it took
+172 when the types of arguments were compared one by one."""
 
 
 def chain(pairs: int) -> nn.Module:

@@ -11,7 +11,7 @@ from torch import Tensor
 
 from clicktrain.graph.prunable import PrunableLayers
 from clicktrain.runs.events import ABSENT, Event, HardPruneEvent, ReconfiguredEvent
-from clicktrain.sparsity.masks import conv_masks, energy_outside, sparsity_of
+from clicktrain.sparsity.masks import energy_outside, sparsity_of
 from clicktrain.surgery import SurgeryPlan
 
 
@@ -88,7 +88,8 @@ def hard_prune(
     layers = [layer for layer in prunable.layers if layer.name in masks]
     energies = [energy_outside(layer.weight, masks[layer.name]) for layer in layers]
     lost, whole = (sum(part) for part in zip(*energies, strict=True)) if energies else (0.0, 0.0)
-    pruned = sum(mask.numel() - int(mask.sum()) for mask in conv_masks(masks).values())
+    counted = [masks[layer.name] for layer in prunable.counted if layer.name in masks]
+    pruned = sum(mask.numel() - int(mask.sum()) for mask in counted)
     event = HardPruneEvent(
         compression_asked=compression_asked,
         compression_reached=prunable.conv_weights / max(prunable.conv_weights - pruned, 1),

@@ -155,7 +155,7 @@ class PrunedNetwork:
         Once masks are frozen, this includes pruned weights that something else has written.
         """
         pruned = 0
-        for layer in self.prunable.convs:
+        for layer in self.prunable.counted:
             if layer.name not in self._masks:
                 continue
             mask = self._masks[layer.name]
@@ -165,7 +165,7 @@ class PrunedNetwork:
             else:
                 pruned += mask.numel() - int(mask.sum())
         if self.frozen and not self.packed:
-            for layer in self.prunable.convs:
+            for layer in self.prunable.counted:
                 mask = self._masks.get(layer.name)
                 if mask is not None:
                     pruned -= int((layer.weight.detach()[~mask] != 0).sum())

@@ -6,10 +6,10 @@ import threading
 import time
 from pathlib import Path
 
+from clicktrain.kernels.native.c_compiler import Toolchain, first_error
 from clicktrain.kernels.native.command import Finished, compile_seconds, run_limited
 from clicktrain.kernels.native.failure import KernelError
 from clicktrain.kernels.native.folder import is_full, unwritable
-from clicktrain.kernels.native.toolchain import Toolchain, first_error
 from clicktrain.kernels.native.trial import why_unfit, with_identity
 
 _OTHER = "name another compiler in CC"

@@ -63,7 +63,8 @@ class ModelCost:
         layers: convolution and linear layers that the forward pass calls, in the order of their first call.
         parameters: all parameters, those that are not stored because they are pruned included.
         nonzero_parameters: without the pruned ones.
-        conv_weights, conv_nonzero: of all convolutions, called or not, shared weights once.
+        conv_weights, conv_nonzero: of all convolutions, called or not, shared weights once; of the linear
+            layers in a network without convolutions.
         batch_norm_bytes, activation_bytes, pooling_bytes: read and written by one forward pass, per image, in
             the example's dtype; each input once and each output once.
     """
@@ -79,9 +80,9 @@ class ModelCost:
 
     @property
     def compression_ratio(self) -> float:
-        """All convolution weights / non-zero convolution weights (ClickTrain section 6.2).
+        """All convolution weights / nonzero convolution weights (ClickTrain section 6.2).
 
-        1.0 for a network without convolutions. Where no convolution weight is left, as if one were.
+        Where no weight is left, as if one were.
         """
         return ratio(self.conv_weights, self.conv_nonzero)
 

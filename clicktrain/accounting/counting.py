@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from typing import Any
 
@@ -77,7 +77,7 @@ def count(model: nn.Module, example: Any, masks: Mapping[str, Tensor] | None = N
     by_module = {id(layer.module): layer for layer in layers}
     unique = {layer.identity: layer for layer in layers}.values()
     pruned = sum(layer.weights - layer.nonzero for layer in unique)
-    convs = [layer for layer in unique if layer.kind == "conv"]
+    convs = _counted(unique)
     parameters = _parameters(model)
     return ModelCost(
         layers=tuple(_cost(by_module[key], seen, batch) for key, seen in calls.items()),
@@ -92,12 +92,18 @@ def count(model: nn.Module, example: Any, masks: Mapping[str, Tensor] | None = N
 
 
 def compression_ratio(model: nn.Module) -> float:
-    """All convolution weights / non-zero convolution weights (ClickTrain section 6.2), shared weights once.
+    """All convolution weights / nonzero convolution weights (ClickTrain section 6.2), shared weights once.
 
-    1.0 for a network without convolutions. Where no convolution weight is left, as if one were.
+    Of a network without convolutions, over the weights of its linear layers. Where no weight is left, as if
+    one were. Channels that were removed are in neither number: compare with `count` of the original network.
     """
-    convs = {layer.identity: layer for layer in _layers(plain(model), None) if layer.kind == "conv"}.values()
+    convs = _counted({layer.identity: layer for layer in _layers(plain(model), None)}.values())
     return ratio(sum(layer.weights for layer in convs), sum(layer.nonzero for layer in convs))
+
+
+def _counted(layers: Iterable[_Layer]) -> list[_Layer]:
+    """The layers that compression is over: convolutions, or all of a network without convolutions."""
+    return [layer for layer in layers if layer.kind == "conv"] or list(layers)
 
 
 def _adapter(module: nn.Module) -> LayerAdapter | None:

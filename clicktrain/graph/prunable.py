@@ -15,7 +15,6 @@ from torch.nn.utils import parametrize
 from clicktrain.errors import UserError
 from clicktrain.graph.adapters import LayerAdapter, nearest_adapter
 from clicktrain.graph.conv_sources import conv_sources
-from clicktrain.sparsity.patterns import MAX_POSITIONS
 
 
 @dataclass(frozen=True, slots=True, eq=False)
@@ -90,12 +89,14 @@ class PrunableLayers:
     are known;
     ``seen`` is the last training batch, of methods that ask for it (`Method.keeps_inputs`).
     ``other_conv_weights`` counts the convolution weights outside ``convs``; they stay dense and count in
-    the compression ratio, which is over all convolution weights (ClickTrain section 6.2).
+    the compression ratio, which is over all convolution weights (ClickTrain section 6.2). In a network
+    without convolutions linear layers take their place: ``counted_kind`` is then "linear".
     """
 
     layers: tuple[PrunableLayer, ...]
     left_alone: dict[str, tuple[tuple[int, ...], str]] = field(default_factory=dict)
     other_conv_weights: int = 0
+    counted_kind: str = "conv"
     order: tuple[str, ...] = ()
     model: nn.Module | None = None
     example: Any = None
@@ -112,9 +113,14 @@ class PrunableLayers:
         return tuple(layer for layer in self.layers if layer.kind == "linear")
 
     @property
+    def counted(self) -> tuple[PrunableLayer, ...]:
+        """The layers whose weights the compression ratio is over."""
+        return tuple(layer for layer in self.layers if layer.kind == self.counted_kind)
+
+    @property
     def conv_weights(self) -> int:
-        """All convolution weights of the network."""
-        return sum(layer.weight.numel() for layer in self.convs) + self.other_conv_weights
+        """All weights that the compression ratio is over."""
+        return sum(layer.weight.numel() for layer in self.counted) + self.other_conv_weights
 
     def layer(self, name: str) -> PrunableLayer:
         """The prunable layer of that name."""
@@ -145,7 +151,7 @@ class PrunableLayers:
                 weight = modules[now].weight
                 assert isinstance(weight, Tensor)
                 left[now] = (tuple(weight.shape), reason)
-                if _is_conv(modules[now]):
+                if _kind_of(modules[now]) == self.counted_kind:
                     other[id(weight)] = weight.numel()
         return replace(
             self,
@@ -156,10 +162,10 @@ class PrunableLayers:
         )
 
 
-def _is_conv(module: nn.Module) -> bool:
-    """Whether a layer counts as a convolution, whatever its own forward does."""
+def _kind_of(module: nn.Module) -> str | None:
+    """What a layer counts as, whatever its own forward does."""
     adapter = nearest_adapter(module)
-    return adapter is not None and adapter.kind == "conv"
+    return None if adapter is None else adapter.kind
 
 
 def check_convolutions(prunable: PrunableLayers, who: str) -> None:
@@ -219,6 +225,7 @@ def find_prunable(
     trained_ids = None if trained is None else {id(p) for p in trained}
     adapters = {name: a for name, m in model.named_modules() if (a := nearest_adapter(m)) is not None}
     convs = [name for name, adapter in adapters.items() if adapter.kind == "conv"]
+    counted = "conv" if convs else "linear"
     known, kind = (convs, "convolution") if not linear else (list(adapters), "layer")
     for glob in (*exclude, *include):
         if glob != "*" and not any(fnmatchcase(name, glob) for name in known):
@@ -247,10 +254,10 @@ def find_prunable(
         weight = adapter.weight(module)
         sized = not isinstance(weight, UninitializedParameter)
         left[name] = (tuple(weight.shape) if sized else (), reason)
-        if sized and adapter.kind == "conv":
+        if sized and adapter.kind == counted:
             own = module._parameters.get("weight")  # None: computed at each access
             other[id(module if own is None else own)] = weight.numel()
-    found = PrunableLayers(tuple(layers), left, sum(other.values()), tuple(adapters), model)
+    found = PrunableLayers(tuple(layers), left, sum(other.values()), counted, tuple(adapters), model)
     return _with_sources(found) if found.linears else found
 
 
@@ -291,8 +298,6 @@ def _reason(
     name = type(module).__name__
     if adapter.kind == "linear" and not linear:
         return "linear: this method prunes convolutions"
-    if adapter.layer not in (nn.Conv2d, nn.Linear):
-        return f"{name}: only Conv2d is pruned"
     if adapter.own_forward(module):
         return f"{name}: a layer with a forward of its own may not use its weight as it is"
     if not weight.is_floating_point() or not weight.requires_grad:
@@ -301,8 +306,6 @@ def _reason(
         return "its weight is shared with another layer"
     if trained_ids is not None and id(weight) not in trained_ids:
         return "its weight is not in the optimizer"
-    if weight.dim() == 4 and weight.shape[2] * weight.shape[3] > MAX_POSITIONS:
-        return f"its kernels have more than {MAX_POSITIONS} positions"
     return None
 
 

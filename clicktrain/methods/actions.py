@@ -11,7 +11,7 @@ from torch import Tensor
 
 from clicktrain.graph.prunable import PrunableLayers
 from clicktrain.runs.events import ABSENT, Event, HardPruneEvent, ReconfiguredEvent
-from clicktrain.sparsity.masks import conv_masks, energy_outside, sparsity_of
+from clicktrain.sparsity.masks import energy_outside, sparsity_of
 from clicktrain.surgery import SurgeryPlan
 
 
@@ -22,9 +22,9 @@ class Record(NamedTuple):
 
 
 class ApplyMasks(NamedTuple):
-    """Write zeros that later steps may change again. Masks are bool, of their weight's shape.
+    """Zero weights that later steps may change again. Masks are bool, of their weight's shape.
 
-    ``forget``: also zero what the optimizer keeps at these positions (momentum, moments).
+    ``forget``: also zero the optimizer state of the masked weights (momentum, moments).
     """
 
     masks: Mapping[str, Tensor]
@@ -32,19 +32,16 @@ class ApplyMasks(NamedTuple):
 
 
 class FreezeMasks(NamedTuple):
-    """Hard prune: from now on these positions are the only ones that live.
-
-    Masks are bool [F, C, R, S], or [O, I] of fully connected layers.
-    """
+    """Hard prune: zero the weights outside the masks, bool of the weights' shapes, for good."""
 
     masks: Mapping[str, Tensor]
 
 
 class SilenceChannels(NamedTuple):
-    """Write zeros to all that a plan would cut along the output channels of layers, and leave it in place.
+    """Zero whatever a plan would cut along the output channels of layers, without removing it.
 
-    Filters, their biases and the scale and shift of their batch norms: the channels then carry nothing. Later
-    steps may change it again.
+    These are filters, their biases and the scale and shift of their batch norms; the channels then carry
+    nothing. Later steps may change them again.
     """
 
     plan: SurgeryPlan
@@ -53,8 +50,8 @@ class SilenceChannels(NamedTuple):
 class Reconfigure(NamedTuple):
     """Remove channels and layers physically, from the model and its optimizer.
 
-    ``event`` says by what the method decided, and is completed with what came of it; ``checked``: measure
-    how much the output of the last batch changes, in evaluation mode.
+    ``event`` says what the method decided by; the pruner completes it with what came of it. ``checked``:
+    measure how much the output of the last batch changes, in evaluation mode.
     """
 
     plan: SurgeryPlan
@@ -63,7 +60,7 @@ class Reconfigure(NamedTuple):
 
 
 class RestoreTensors(NamedTuple):
-    """Write these values into parameters and buffers, by name; the optimizer forgets what it kept of them."""
+    """Write values into parameters and buffers, by name, and drop their optimizer state."""
 
     values: Mapping[str, Tensor]
 
@@ -91,7 +88,8 @@ def hard_prune(
     layers = [layer for layer in prunable.layers if layer.name in masks]
     energies = [energy_outside(layer.weight, masks[layer.name]) for layer in layers]
     lost, whole = (sum(part) for part in zip(*energies, strict=True)) if energies else (0.0, 0.0)
-    pruned = sum(mask.numel() - int(mask.sum()) for mask in conv_masks(masks).values())
+    counted = [masks[layer.name] for layer in prunable.counted if layer.name in masks]
+    pruned = sum(mask.numel() - int(mask.sum()) for mask in counted)
     event = HardPruneEvent(
         compression_asked=compression_asked,
         compression_reached=prunable.conv_weights / max(prunable.conv_weights - pruned, 1),

@@ -49,17 +49,17 @@ class StepInfo:
     """What a method sees at one optimizer step.
 
     Attributes:
-        seen: batches observed so far, those of this step included.
+        seen: batches observed so far, including those of this step.
         batches: batches whose gradients this step holds (more than 1 with gradient accumulation).
         loss: mean loss since the last optimizer step, 0-dim, detached.
         epoch_losses: mean training loss of every finished epoch.
-        length: how long the run is; the batches of an epoch are those of the running one.
+        length: of the run, with the batches of the running epoch.
         epoch: finished epochs before the batches of this step.
-        position: epochs done, with those batches: 2.5 in the middle of the third.
-        ends_epoch: the last batch of an epoch is among them.
-        learning_rate: of this step, divided by 1 - momentum for SGD: how far a constant gradient of 1 moves a
-            weight per step in the long run.
-        grad_scale: what the gradients are still multiplied by (fused mixed-precision optimizers), or None.
+        position: epochs done, including those batches: 2.5 in the middle of the third epoch.
+        ends_epoch: this step includes the last batch of an epoch.
+        learning_rate: divided by 1 - momentum for SGD: how far a constant gradient of 1 moves a weight per
+            step in the long run.
+        grad_scale: factor that is still in the gradients (fused mixed-precision optimizers), or None.
         adaptive: the optimizer's step is not the learning rate times the gradient, as SGD's is.
     """
 
@@ -76,7 +76,7 @@ class StepInfo:
     adaptive: bool = False
 
     def gradient(self, parameter: Tensor) -> Tensor | None:
-        """The true gradient of a parameter, without a mixed-precision scale; None if there is none."""
+        """The gradient of a parameter without the mixed-precision scale; None if it has none."""
         grad = parameter.grad
         if grad is None or self.grad_scale is None:
             return grad
@@ -85,10 +85,7 @@ class StepInfo:
 
 @dataclass(frozen=True, slots=True)
 class LayerPlan:
-    """What is to happen, or has happened, to one layer.
-
-    ``density`` and ``nnz_per_filter`` are None while they are not decided.
-    """
+    """What will happen, or has happened, to one layer; density and nonzeros are None until decided."""
 
     name: str
     shape: tuple[int, ...]
@@ -100,7 +97,7 @@ class LayerPlan:
 
 @dataclass(frozen=True, slots=True)
 class PruningPlan:
-    """Layer by layer, what a method will do and why it leaves a layer alone. ``str(plan)`` is a table."""
+    """What a method does to each layer, and why it leaves a layer alone; ``str(plan)`` is a table."""
 
     rows: tuple[LayerPlan, ...]
     summary: str = ""
@@ -129,7 +126,7 @@ class PruningPlan:
 
 
 def plan_rows(prunable: PrunableLayers, rows: Sequence[LayerPlan]) -> tuple[LayerPlan, ...]:
-    """The given rows and those of the layers that are left alone, in the network's order."""
+    """Add rows for the layers that are left alone, and sort all rows by the network's order."""
     untouched = [
         LayerPlan(name, shape, "none", 1.0, reason=reason)
         for name, (shape, reason) in prunable.left_alone.items()
@@ -141,10 +138,9 @@ S = TypeVar("S")
 
 
 class MethodHooks(abc.ABC, Generic[S]):
-    """A recipe for pruning while training: settings here (a frozen dataclass), all that changes in ``S``.
+    """Settings (a frozen dataclass), and hooks that change a state ``S`` in place and return actions.
 
-    A state is a dataclass of tensors, numbers, strings and containers of them; the hooks change it in
-    place and return what is to be done to the world.
+    A state is a dataclass of tensors, numbers, strings and containers of them.
     """
 
     name: ClassVar[str]
@@ -154,36 +150,36 @@ class MethodHooks(abc.ABC, Generic[S]):
     contract_exempt: ClassVar[Mapping[str, str]] = MappingProxyType({})
     """Properties of ``tests/methods/test_contract.py`` that have no meaning for this method -> why."""
     reads_graph: ClassVar[bool] = False
-    """Whether the method needs the dependency graph: `PrunableLayers.example` is then set, at
-    the first forward pass if the caller gave none."""
+    """The method needs the dependency graph: `PrunableLayers.example` is then set, at the latest by the
+    first forward pass."""
     prunes: ClassVar[bool] = True
-    """Whether it takes anything away."""
+    """The method removes or masks weights."""
     settings_exclude: ClassVar[tuple[str, ...]] = ()
 
     def __post_init__(self) -> None:
-        """Check every setting that is a choice; lists become tuples."""
+        """Check every setting that is a choice; turn lists into tuples."""
         check_choices(self)
 
     @property
     def expects_trained(self) -> bool:
-        """Whether it makes sense only on a network that has been trained before."""
+        """Whether the method needs a network that was trained before."""
         return False
 
     @property
     def keeps_inputs(self) -> bool:
-        """Whether the last training batch is kept, as `PrunableLayers.seen`."""
+        """Whether the last training batch is kept in `PrunableLayers.seen`."""
         return False
 
     def find_prunable(self, model: nn.Module, trained: Sequence[Tensor] | None = None) -> PrunableLayers:
-        """Which layers this method may prune."""
+        """Find the layers that this method may prune."""
         return find_prunable(model, trained)
 
     @abc.abstractmethod
     def init(self, prunable: PrunableLayers, length: RunLength) -> S:
-        """State before the first step; raises UserError if what is asked for cannot be done."""
+        """Return the state before the first step; raise UserError if the target cannot be met."""
 
     def use_measure(self, state: S, prunable: PrunableLayers, measure: MeasureMasks | None) -> None:
-        """After `init` and `load_state`: ``measure`` times the network with masks, None if nothing can.
+        """Take a function that times the network with masks, or None; called after `init` and `load_state`.
 
         Raises:
             UserError: a latency that is the target cannot be met.
@@ -192,7 +188,7 @@ class MethodHooks(abc.ABC, Generic[S]):
 
     @abc.abstractmethod
     def plan(self, prunable: PrunableLayers, length: RunLength, state: S | None = None) -> PruningPlan:
-        """What will be done (or, given a state that has decided, what was done)."""
+        """Describe what will be done, or, given a state that has decided, what was done."""
 
     def stage(self, state: S) -> str:
         """Name of the current stage."""
@@ -200,53 +196,52 @@ class MethodHooks(abc.ABC, Generic[S]):
         return "dense"
 
     def at_start(self, state: S, prunable: PrunableLayers, length: RunLength) -> Sequence[Action]:
-        """Nothing has been computed yet: what a network that is sparse from the first step starts with.
+        """Return the actions before the first forward pass, for networks that start out sparse.
 
-        Positions cannot be frozen here: a run that goes on comes through here too, before its state is known.
+        Masks cannot be frozen here: a resumed run calls this too, before its state is loaded.
         """
         del state, prunable, length
         return ()
 
     def before_step(self, state: S, prunable: PrunableLayers, step: StepInfo) -> None:
-        """Gradients are there: read them, add to them."""
+        """Read gradients, or add to them, before the optimizer's step."""
         del state, prunable, step
 
     def after_step(self, state: S, prunable: PrunableLayers, step: StepInfo) -> Sequence[Action]:
-        """Weights have moved: decide."""
+        """Decide, after the optimizer's step."""
         del state, prunable, step
         return ()
 
     def at_end(self, state: S, prunable: PrunableLayers) -> Sequence[Action]:
-        """The run is over: whatever has not been decided is decided now."""
+        """Decide whatever is still undecided at the end of the run."""
         del state, prunable
         return ()
 
     def after_surgery(self, state: S, plan: SurgeryPlan, prunable: PrunableLayers) -> None:
-        """Channels have gone: shrink what the state holds. ``prunable`` is of the smaller model."""
+        """Shrink the state by the channels that were removed; ``prunable`` is of the smaller model."""
         del state, plan, prunable
 
     def targets_of(self, state: S, reached: Reached) -> Sequence[Target]:
-        """At the end: what was asked for, what was reached and why not; nothing if nothing was asked."""
+        """Return each target with the value reached and, if missed, why; none if nothing was asked for."""
         del state, reached
         return ()
 
     def after_freeze(self, state: S, masks: Mapping[str, Tensor]) -> None:
-        """Masks are frozen and the network holds them: release what only served to choose them.
+        """Release what only served to choose the masks, which are frozen now.
 
         Args:
-            state: what `plan` shows of the masks has to stay in it.
-            masks: the frozen ones, layer name -> bool of the weight's shape; where several processes train,
-                those of the first one.
+            state: keeps what `plan` shows of the masks.
+            masks: layer name -> bool of the weight's shape; with several processes, those of the first one.
         """
         del state, masks
 
     def penalized_channels(self, state: S) -> Mapping[str, tuple[ChannelAxis, ...]]:
-        """Layer name -> the channels that a penalty pushes towards zero; none in most methods."""
+        """Map layer names to the channels that a penalty pushes towards zero; none in most methods."""
         del state
         return {}
 
     def state_dict(self, state: S) -> dict[str, Any]:
-        """The state as nested dicts of tensors, numbers and strings."""
+        """Return the state as nested dicts of tensors, numbers and strings."""
         del state
         return {}
 

@@ -209,8 +209,7 @@ class PruneTrain(Method[PruneTrainState]):
 
     def init(self, prunable: PrunableLayers, length: RunLength) -> PruneTrainState:
         """Check that the run can be done as asked."""
-        if not prunable.convs:
-            check_convolutions(replace(prunable, layers=prunable.convs), self.title)
+        check_convolutions(prunable, self.title)
         self.rhythm.check(length)
         state = PruneTrainState(round_to=None if self.round_to == "auto" else self.round_to)
         if prunable.example is not None:

@@ -155,7 +155,7 @@ def _caption(layer: LayerChannels, layers: int, shown: int, threshold: float) ->
 
 
 def _evenly(items: Sequence[Item], most: int) -> list[Item]:
-    """At most so many of them, evenly spaced, the first and the last among them."""
+    """At most ``most`` items, evenly spaced, including the first and the last."""
     if len(items) <= most:
         return list(items)
     places = [round(i * (len(items) - 1) / (most - 1)) for i in range(most)]

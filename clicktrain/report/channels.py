@@ -234,8 +234,8 @@ def layer_densities(run: Run, events: Sequence[Mapping[str, Any]]) -> list[tuple
         weight = None if called is None else run.weight(called)
         depthwise = weight is not None and weight.shape[1] == 1 and _pair(row, "inputs")[0] > 1
         channels = outs if depthwise else ins * outs
-        alive = None if weight is None else float((np.abs(weight) > threshold).mean())
-        weights = None if alive is None else channels * alive
+        nonzero = None if weight is None else float((np.abs(weight) > threshold).mean())
+        weights = None if nonzero is None else channels * nonzero
         densities.append((name, channels, weights))
     return densities
 

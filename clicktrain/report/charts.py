@@ -162,7 +162,7 @@ def log_line_chart(
     reference: float | None,
     marks: Sequence[float],
 ) -> Markup:
-    """Many fine lines over epochs, heights by their logarithm; pointing at one tells its label.
+    """Many fine lines over epochs, heights by their logarithm; pointing at one shows its label.
 
     Args:
         series: at least one point in all; a dot is the end of one that is not bold.

@@ -111,7 +111,7 @@ def _sparsity(run: Run, bands: Sequence[StageBand]) -> Figure | None:
     when = "at the end" if run.finished else "now"
     caption = f"{wording.fixed(points[-1][1])}% of the convolution weights are zero {when}"
     if run.hard_prune_epoch is not None:
-        caption += f"; positions were fixed in epoch {wording.epoch(run.hard_prune_epoch)}"
+        caption += f"; masks were frozen in epoch {wording.epoch(run.hard_prune_epoch)}"
     lost = number(run.event("hard_prune"), "energy_outside")
     if lost is not None:
         caption += f", when what was cut held {wording.percent(lost, 1)} of the weights’ energy"  # noqa: RUF001

@@ -267,7 +267,7 @@ def _epoch_line(line: Mapping[str, Any]) -> tuple[str, ...]:
 def _facts(run: Run) -> tuple[tuple[str, str], ...]:
     """Machine, versions and sizes."""
     summary, facts = run.summary or {}, run.facts
-    parameters, alive = number(summary, "parameters"), number(summary, "nonzero_parameters")
+    parameters, nonzero = number(summary, "parameters"), number(summary, "nonzero_parameters")
     classes = facts.get("classes")
     names = [str(name) for name in classes] if isinstance(classes, list) else []
     facts_shown = [
@@ -277,7 +277,7 @@ def _facts(run: Run) -> tuple[tuple[str, str], ...]:
         ("images", wording.shape(facts.get("image_shape")) if facts.get("image_shape") else None),
         ("classes", _classes(names)),
         ("parameters", wording.integer(parameters) if parameters is not None else None),
-        ("non-zero parameters", wording.integer(alive) if alive is not None else None),
+        ("nonzero parameters", wording.integer(nonzero) if nonzero is not None else None),
         ("FLOPs per prediction", _quantity(number(summary, "inference_flops"))),
         ("training FLOPs", _quantity(number(summary, "train_flops"))),
         ("step, median", _step_time(run)),

@@ -13,7 +13,7 @@ from torch import Tensor
 from clicktrain.errors import UserError
 
 MAX_POSITIONS = 62
-"""Patterns are bit sets in an int64; kernels up to 7 x 7 fit."""
+"""Patterns are bit sets in an int64, which kernels up to 7 x 7 fit; larger ones are kept or pruned whole."""
 
 
 @dataclass(frozen=True, slots=True, order=True)
@@ -25,7 +25,7 @@ class Pattern:
 
     def __post_init__(self) -> None:
         positions = self.shape[0] * self.shape[1]
-        if positions > MAX_POSITIONS:
+        if positions > MAX_POSITIONS and self.entries < positions:
             raise ValueError(f"a pattern has at most {MAX_POSITIONS} positions, got {self.shape}")
         if not 0 < self.bits < 1 << positions:
             raise ValueError(f"pattern bits {self.bits} do not fit a kernel of shape {self.shape}")

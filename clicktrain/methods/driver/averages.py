@@ -1,4 +1,4 @@
-"""Moving averages of a network: copies of it that have to be masked, shrunk and packed as it is."""
+"""Moving averages of a network: copies that are masked, shrunk and packed with it."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ _NOTE = "_clicktrain_copies"
 
 
 class CopyNote:
-    """Left in a network as an attribute while a method is attached: notes the deep copies made of it.
+    """An attribute of a network while a method is attached; notes the deep copies made of the network.
 
     Copies and pickles of the network have None in its place.
     """
@@ -32,7 +32,7 @@ class CopyNote:
         setattr(model, _NOTE, self)
 
     def averages(self, known: Sequence[nn.Module]) -> list[nn.Module]:
-        """The copies that are, by now, the inside of an ``AveragedModel``, without those known already."""
+        """The copies inside an ``AveragedModel`` that are not known yet."""
         ids = {id(module) for module in known}
         copies = [c for reference in self._copies if (c := reference()) is not None and id(c) not in ids]
         if not copies:  # looking through all objects takes a while
@@ -46,7 +46,7 @@ class CopyNote:
         return [copy for copy in copies if id(copy) in held]
 
     def remove(self) -> None:
-        """Take it out of the network again."""
+        """Remove the attribute from the network."""
         model = self._model()
         if model is not None and model.__dict__.get(_NOTE) is self:
             delattr(model, _NOTE)
@@ -61,7 +61,7 @@ class CopyNote:
 
 
 def unwrapped_average(average: object, model: nn.Module) -> nn.Module:
-    """The copy of the network inside an average: ``AveragedModel.module``, or the copy itself.
+    """Unwrap the copy of the network in an average: ``AveragedModel.module``, or the copy itself.
 
     Raises:
         UserError: it is no module, or the network itself.
@@ -89,13 +89,13 @@ def unwrapped_average(average: object, model: nn.Module) -> nn.Module:
 def catch_up_(
     copy: nn.Module, model: nn.Module, plans: Sequence[SurgeryPlan], masks: Mapping[str, Tensor]
 ) -> None:
-    """Do to a copy what has been done to the network since it was made.
+    """Do to a copy what has been done to the network since it was copied.
 
     Args:
         copy: of the network, as it was at some time of the run.
         model: the network as it is now.
         plans: the channels that were removed from it, in order.
-        masks: its frozen masks, by today's names; empty before they are frozen.
+        masks: its frozen masks, by its present layer names; empty before they are frozen.
 
     Raises:
         UserError: it is a copy of another network; nothing has been changed.
@@ -141,7 +141,7 @@ def _dense_shapes(model: nn.Module) -> dict[str, tuple[int, ...]]:
 
 
 def _leads_to(average: nn.Module, plans: Sequence[SurgeryPlan], model: nn.Module) -> bool:
-    """Whether these plans make a copy of a network into one of the network's sizes."""
+    """Whether these plans turn a copy into the network's present sizes."""
     tried = deepcopy(average) if plans else average
     try:
         for plan in plans:

@@ -1,8 +1,9 @@
-"""Has pruning destroyed the network? Two signs that need no images, each read once per epoch.
+"""Detects networks that pruning has destroyed, by two signs that need no images, once per epoch.
 
-* No gradient reaches any convolution although the loss is not small: every path is cut, by layers without a
-  weight that is not zero, so that all outputs are equal and nothing can change that.
-* The loss was well below where training began, and has been back there for two epochs since a removal.
+* No gradient reaches any convolution although the loss is not small: layers without a nonzero weight cut
+  every path, so that all outputs are equal and stay equal.
+* The loss had fallen well below that of the untrained network, and has been back there for two epochs since
+  weights were removed.
 """
 
 from __future__ import annotations
@@ -14,9 +15,9 @@ import torch
 from torch import Tensor, nn
 
 CHANCE = 0.95
-"""A loss of at least this share of the first batch's is no better than an untrained network."""
+"""A loss of at least this share of the first batch's is that of an untrained network."""
 LEARNED = 0.7
-"""A loss below this share of the first batch's says that the network had learned something."""
+"""A loss below this share of the first batch's means that the network had learned something."""
 PATIENCE = 2
 """Epochs that the loss stays there."""
 SMALL = 0.1
@@ -24,12 +25,12 @@ SMALL = 0.1
 
 
 def no_gradient(model: nn.Module, loss: Tensor, first_loss: Tensor) -> str | None:
-    """What is wrong, or None; call it when gradients are there. Waits for the device once."""
+    """What is wrong, or None; called between backward and step. Synchronizes with the device once."""
     weights = [w for w in map(_convolution, model.modules()) if w is not None and w.grad is not None]
     if not weights:
         return None
     largest = torch.stack([w.grad.detach().abs().amax().float() for w in weights if w.grad is not None])
-    # Gradients that are NaN are another mistake, which is told as such.
+    # NaN gradients are another mistake, with an error of its own.
     reached, high = (largest.amax() != 0).item(), (loss > SMALL * first_loss).item()
     if reached or not high:
         return None
@@ -46,7 +47,7 @@ def _convolution(module: nn.Module) -> nn.Parameter | None:
 def at_chance(
     losses: Sequence[float], first_loss: float, events: Sequence[Mapping[str, Any]]
 ) -> tuple[str, float] | None:
-    """What is wrong with the course of the loss, and the epoch of the removal; None if nothing is.
+    """What is wrong with the loss, and the epoch of the removal; None if nothing is.
 
     Args:
         losses: mean training loss of every finished epoch.

@@ -1,7 +1,7 @@
-"""Notices a training loop that does not do what `Method.attach` was told, and says so in one sentence.
+"""Notices training loops that do not do what `Method.attach` was told.
 
-All checks compare identities and counters that PyTorch keeps anyway; none waits for an accelerator, but one
-reading of a counter every `_READ_EVERY` batches.
+The checks compare identities and counters that PyTorch keeps anyway. Only one of them synchronizes with an
+accelerator, every `_READ_EVERY` batches.
 """
 
 from __future__ import annotations
@@ -27,12 +27,12 @@ _STEPS_UNOBSERVED = 16
 _BAD_LOSSES = 16
 """Losses in a row that are not finite; mixed precision may produce a few."""
 _READ_EVERY = 64
-"""Batches between two readings of a counter from an accelerator, which wait for it."""
+"""Batches between two readings of a counter from an accelerator."""
 
 
 @dataclass(eq=False)
 class _Place:
-    """Where a prunable layer and its weight hang in the model."""
+    """The place of a prunable layer and its weight in the model."""
 
     name: str
     parent: dict[str, nn.Module | None]
@@ -43,25 +43,25 @@ class _Place:
 
     @property
     def intact(self) -> bool:
-        """Whether both are still there."""
+        """Whether layer and weight are still the same objects."""
         if self.child and self.parent.get(self.child) is not self.module:
             return False
         return self.module._parameters.get(self.leaf) is self.weight
 
 
 class LoopWatch:
-    """What a loop has done since `attach`, as far as it can be seen from hooks and `observe`."""
+    """What a loop has done since `attach`, as seen from hooks and `observe`."""
 
     def __init__(
         self, network: PrunedNetwork, optimizers: AttachedOptimizers, length: RunLength, replaces: bool
     ) -> None:
-        """Of a run that begins.
+        """Start watching.
 
         Args:
             network: what is pruned.
             optimizers: all that are attached.
-            length: as told to `attach`.
-            replaces: whether the method removes channels, so that parameters are replaced by others.
+            length: as given to `attach`.
+            replaces: the method removes channels, which replaces parameters.
         """
         self._network, self._optimizers = network, optimizers
         self.outsiders = Outsiders(network.model, optimizers, replaces)
@@ -83,10 +83,10 @@ class LoopWatch:
     # ---- what the pruner calls --------------------------------------------------------------
 
     def observed(self, loss: Tensor, seen: int, over: bool) -> None:
-        """A batch has been observed, after ``seen`` others; ``over``: all epochs of the run were done before.
+        """Check the loop at a batch, after ``seen`` others; ``over``: all epochs of the run were done before.
 
         Raises:
-            UserError: the loop has made the same mistake often enough, or the network is another one.
+            UserError: the loop has made the same mistake often enough, or the network was replaced.
         """
         self._check_network()
         if self._first:  # weights may have been loaded since attach
@@ -116,10 +116,10 @@ class LoopWatch:
             )
 
     def before_step(self, optimizer: Optimizer) -> None:
-        """An attached optimizer is about to step.
+        """Check the loop before an optimizer's step.
 
         Raises:
-            UserError: `Pruner.observe` has not been called for long, or nothing reaches the network.
+            UserError: `Pruner.observe` has not been called for long, or no gradient reaches the network.
         """
         self._unobserved += 1
         if self._unobserved > _STEPS_UNOBSERVED * len(self._optimizers.units):
@@ -141,18 +141,18 @@ class LoopWatch:
             )
 
     def stepped(self) -> None:
-        """An attached optimizer has stepped, and what the method decided has been carried out."""
+        """Note that an optimizer has stepped and the method's actions are carried out."""
         self._stepped = True
         if self._outdated:
             self._look_again()
         self._version = self._versions()
 
     def batches_or_steps(self, seen: int) -> int:
-        """How much of a loop has been seen at all."""
+        """Batches observed and steps taken since."""
         return seen + self._unobserved
 
     def warn_of_lost_zeros(self, revived: Sequence[str], stacklevel: int) -> None:
-        """Once, where pruned weights are no longer zero although nothing that is attached wrote them."""
+        """Warn once about pruned weights that something unattached has written."""
         if revived and not self._zeros_lost:
             self._zeros_lost = True
             warnings.warn(
@@ -185,7 +185,7 @@ class LoopWatch:
         self._outdated = True
 
     def _versions(self) -> int:
-        """Grows whenever a weight that may be pruned is written in place."""
+        """A number that grows whenever a prunable weight is written in place."""
         return sum(place.weight._version for place in self._places)
 
     def _check_network(self) -> None:
@@ -206,7 +206,7 @@ class LoopWatch:
                 raise _moved(kind, weight)
 
     def _note_kind(self) -> None:
-        """Of the first batch: nothing but masks depends on it before."""
+        """Note dtype and device at the first batch; only masks depend on them before."""
         if self._places:
             weight = self._places[0].weight
             if self._masks_on is not None and weight.device != self._masks_on:
@@ -214,7 +214,7 @@ class LoopWatch:
             self._kind = weight.new_empty(0)
 
     def _written_elsewhere(self) -> None:
-        """Weights were written after an attached optimizer's step; a few times it is looked at by what."""
+        """Cut pruned weights again that were written after an optimizer's step; checked a few times only."""
         if not self._network.frozen or self._written_by_others >= STRIKES:
             return
         self._written_by_others += 1
@@ -240,7 +240,7 @@ class LoopWatch:
 
     @property
     def _most_unstepped(self) -> int:
-        """Batches whose gradients may be accumulated: an epoch's, or 64 unless that is much of the run."""
+        """Most batches whose gradients may be accumulated: an epoch, or 64 unless that is much of the run."""
         return max(self.length.steps_per_epoch, min(64, self.length.total // 4))
 
     # ---- losses -----------------------------------------------------------------------------

@@ -1,4 +1,4 @@
-"""A model, its optimizers and its moving averages: the one place where pruning changes them."""
+"""Changes a model, its optimizers and its moving averages together: masks, channels, packed layers."""
 
 from __future__ import annotations
 
@@ -50,7 +50,7 @@ class PrunedNetwork:
     def __init__(
         self, model: nn.Module, optimizers: Sequence[Optimizer], prunable: PrunableLayers, packed: bool
     ) -> None:
-        """Of a model that nothing has been done to."""
+        """Start with an unpruned model."""
         self.model, self.optimizers = model, tuple(optimizers)
         self.averages: list[nn.Module] = []
         self.prunable = prunable
@@ -66,9 +66,9 @@ class PrunedNetwork:
 
     @property
     def masks(self) -> dict[str, Tensor]:
-        """Layer name -> bool, of the weight's shape, True = lives; empty before anything is masked.
+        """Layer name -> bool of the weight's shape, True = kept; empty before anything is masked.
 
-        A packed layer holds its own positions: its mask is built when it is asked for.
+        Masks of packed layers are built from their index.
         """
         return {
             name: self._packed_layer(name).structure.mask() if mask is None else mask
@@ -81,14 +81,14 @@ class PrunedNetwork:
         return layer
 
     def mask(self, masks: Mapping[str, Tensor], forget: bool) -> None:
-        """Write zeros that may change again; ``forget``: also in the optimizer's state."""
+        """Zero weights that may change again; ``forget``: also their optimizer state."""
         self._masks = dict(masks)
         self.mask_weights()
         if forget:
             self.mask_state()
 
     def freeze(self, masks: Mapping[str, Tensor]) -> None:
-        """Write zeros for good. Of several processes the first one's count."""
+        """Zero weights for good; with several processes, by the masks of the first one."""
         agree_on_([masks[name] for name in sorted(masks)])
         self._masks = dict(masks)
         self.mask_weights()
@@ -98,34 +98,34 @@ class PrunedNetwork:
             mask_copy_(average, self.masks)
 
     def pack(self) -> None:
-        """Exchange convolutions and their parameters for packed ones, if they are to be."""
+        """Pack layers, if they are to be packed."""
         if self.packed:
             self._pack()
 
     def mask_gradients(self) -> None:
-        """Zero the gradients of dead weights."""
+        """Zero the gradients of pruned weights."""
         for layer, mask in self._masked():
             if layer.weight.grad is not None:
                 layer.weight.grad.masked_fill_(~mask, 0.0)
 
     def mask_weights(self) -> None:
-        """Zero dead weights."""
+        """Zero pruned weights."""
         for layer, mask in self._masked():
             hard_prune_(layer.weight, mask)
 
     def mask_state(self) -> None:
-        """Zero what the optimizers keep for dead weights."""
+        """Zero the optimizer state of pruned weights."""
         for layer, mask in self._masked():
             for optimizer in self.optimizers:
                 mask_optimizer_state_(optimizer, layer.weight, mask)
 
     def _masked(self) -> list[tuple[PrunableLayer, Tensor]]:
-        """Dense layers with their masks; packed layers have no pruned positions."""
+        """Dense layers with their masks; packed layers hold no pruned weights."""
         masked = ((layer, self._masks.get(layer.name)) for layer in self.prunable.layers)
         return [(layer, mask) for layer, mask in masked if mask is not None]
 
     def check_zeros(self) -> None:
-        """AssertionError that names the layer if a dead weight, or its optimizer state, is not zero."""
+        """Raise an AssertionError that names a layer with a nonzero pruned weight or optimizer state."""
         if not self.frozen:
             return
         for layer, mask in self._masked():
@@ -141,7 +141,7 @@ class PrunedNetwork:
                     raise AssertionError(f"a pruned position of {layer.name} is no longer zero")
 
     def revived(self) -> list[str]:
-        """Layers with frozen masks in which pruned weights are no longer zero: somebody else wrote them."""
+        """Layers with frozen masks in which something else has written pruned weights."""
         if not self.frozen:
             return []
         return [
@@ -150,32 +150,31 @@ class PrunedNetwork:
 
     @property
     def nonzero_conv_weights(self) -> int:
-        """Convolution weights that live now; all of them before anything is masked.
+        """Nonzero convolution weights; all of them before anything is masked.
 
-        Once masks are frozen the weights themselves are counted too: pruned ones that somebody else has
-        written live.
+        Once masks are frozen, this includes pruned weights that something else has written.
         """
-        dead = 0
-        for layer in self.prunable.convs:
+        pruned = 0
+        for layer in self.prunable.counted:
             if layer.name not in self._masks:
                 continue
             mask = self._masks[layer.name]
             if mask is None:
                 structure = self._packed_layer(layer.name).structure
-                dead += structure.numel - structure.nnz
+                pruned += structure.numel - structure.nnz
             else:
-                dead += mask.numel() - int(mask.sum())
+                pruned += mask.numel() - int(mask.sum())
         if self.frozen and not self.packed:
-            for layer in self.prunable.convs:
+            for layer in self.prunable.counted:
                 mask = self._masks.get(layer.name)
                 if mask is not None:
-                    dead -= int((layer.weight.detach()[~mask] != 0).sum())
-        return self._conv_weights_now - dead
+                    pruned -= int((layer.weight.detach()[~mask] != 0).sum())
+        return self._conv_weights_now - pruned
 
     # ---- channels ---------------------------------------------------------------------------
 
     def silence(self, plan: SurgeryPlan) -> None:
-        """Write zeros to all that a plan would cut along the output channels of layers."""
+        """Zero whatever a plan would cut along the output channels of layers."""
         silence_(plan, self.model)
 
     def reconfigure(
@@ -185,11 +184,11 @@ class PrunedNetwork:
         checked: bool,
         follow: Callable[[SurgeryPlan], None],
     ) -> ReconfiguredEvent:
-        """Remove channels and layers; of several processes the first one's plan counts.
+        """Remove channels and layers; with several processes, by the plan of the first one.
 
         Args:
-            plan: what goes. It is tried on a copy first (`clicktrain.surgery.verified`): channels without
-                which the network computes something else stay.
+            plan: is tried on a copy first (`clicktrain.surgery.verified`): channels without which the network
+                computes something else stay.
             event: what the method decided by.
             checked: compare outputs of the last batch before and after.
             follow: called with what has been removed, unless that is nothing.
@@ -232,14 +231,14 @@ class PrunedNetwork:
         )
 
     def _verified(self, plan: SurgeryPlan) -> Verified:
-        """What is left of a plan once the smaller network was compared, on the last batch or the example."""
+        """What remains of a plan after comparing the smaller network on the last batch or the example."""
         seen = self.prunable.seen
         result = verified(plan, self.model, self.prunable.example if seen is None else seen.inputs)
         result.warn()
         return result
 
     def remove(self, plan: SurgeryPlan) -> None:
-        """Remove channels from the model and the optimizer, and look at the smaller model."""
+        """Remove channels from the model, its optimizers and its averages."""
         apply_surgery_(plan, self.model, self.optimizers)
         for average in self.averages:
             apply_surgery_(plan, average)
@@ -257,7 +256,7 @@ class PrunedNetwork:
         self.publisher.publish(ParametersReplaced())
 
     def restore(self, values: Mapping[str, Tensor]) -> None:
-        """Write values into parameters and buffers, by name; the optimizer forgets what it kept of them."""
+        """Write values into parameters and buffers, by name, and drop their optimizer state."""
         tensors = {**dict(self.model.named_parameters()), **dict(self.model.named_buffers())}
         for name, value in values.items():
             tensors[name].copy_(value)
@@ -265,7 +264,7 @@ class PrunedNetwork:
                 optimizer.state.pop(tensors[name], None)
 
     def _output(self) -> Tensor | None:
-        """Of the last batch of inputs in evaluation mode, leaving no trace; None if none was kept."""
+        """Output for the last batch in evaluation mode, or None; leaves no trace in the model."""
         seen = self.prunable.seen
         if seen is None:
             return None
@@ -280,7 +279,7 @@ class PrunedNetwork:
         return torch.cat(numbers) if numbers else None
 
     def see(self, inputs: Inputs, keep: bool) -> None:
-        """Note inputs of the model: as an example if there is none yet, as the last batch if it is kept.
+        """Take inputs of the model as the example if there is none yet, and as the last batch if ``keep``.
 
         Raises:
             UserError: there is no tensor among them.
@@ -293,7 +292,7 @@ class PrunedNetwork:
             self.prunable = replace(self.prunable, seen=SeenBatch(inputs.map(Tensor.detach), dtype))
 
     def check_seen(self, needed: bool) -> None:
-        """A UserError if the inputs of the model are not known although a method needs them."""
+        """Raise a UserError if a method needs the inputs of the model and none were seen."""
         if needed and self.prunable.example is None:
             raise UserError(
                 "no forward pass of the network that was attached has been seen, so its channels cannot be "
@@ -303,7 +302,7 @@ class PrunedNetwork:
     # ---- moving averages --------------------------------------------------------------------
 
     def follow(self, average: nn.Module) -> None:
-        """Have a copy of the model masked, shrunk, packed and unpacked with it; see `Pruner.follow`."""
+        """Mask, shrink, pack and unpack a copy of the model with it; see `Pruner.follow`."""
         module = unwrapped_average(average, self.model)
         if any(module is other for other in self.averages):
             return
@@ -313,7 +312,7 @@ class PrunedNetwork:
     # ---- packed layers ----------------------------------------------------------------------
 
     def check_packable(self) -> None:
-        """Refuse now what could not be packed at the hard prune, hours later."""
+        """Raise a UserError now for what could not be packed at the hard prune, hours later."""
         names = [layer.name for layer in self.prunable.convs]
         refusals = pack_refusals(self.model, names, self.optimizers)
         if refusals:
@@ -324,7 +323,7 @@ class PrunedNetwork:
             )
 
     def finish(self, packed: bool) -> None:
-        """Pack or unpack, as the finished network is wanted."""
+        """Pack or unpack the finished network."""
         if self.packed and not packed:
             self._masks = dict(self.masks)
             unpack_model_(self.model, self.optimizers)
@@ -356,7 +355,7 @@ class PrunedNetwork:
         self._replaced()
 
     def _forget_unpackable_state(self) -> None:
-        """At the end of a run: an optimizer that goes on all the same starts such a state again."""
+        """Drop optimizer state that cannot be packed; an optimizer that goes on starts it again."""
         for layer in self.prunable.layers:
             for optimizer in self.optimizers:
                 state = optimizer.state.get(layer.weight, {})
@@ -364,14 +363,14 @@ class PrunedNetwork:
                     del optimizer.state[layer.weight]
 
     def _find_again(self) -> None:
-        """Look the layers up by name: packing and unpacking replace modules."""
+        """Look up the layers by name, because packing and unpacking replace modules."""
         layers = (replace(x, module=self.model.get_submodule(x.name)) for x in self.prunable.layers)
         self.prunable = replace(self.prunable, layers=tuple(layers))
 
     # ---- saved states -----------------------------------------------------------------------
 
     def state_dict(self) -> dict[str, Any]:
-        """Plans, masks (one bit a weight) and what they mean; the loop saves weights and optimizer state."""
+        """Plans and masks (one bit per weight); the loop saves weights and optimizer state."""
         return {
             "plans": [json.dumps(plan.to_json()) for plan in self.plans],
             "frozen": self.frozen,
@@ -380,14 +379,14 @@ class PrunedNetwork:
         }
 
     def load_plans(self, documents: Sequence[str]) -> None:
-        """Remove again what had been removed."""
+        """Remove again what had been removed from the saved network."""
         for document in documents:
             plan = SurgeryPlan.from_json(json.loads(document))
             self.remove(plan)
             self.publisher.publish(ChannelsRemoved(plan))
 
     def load_masks(self, saved: Mapping[str, Any]) -> None:
-        """Take over masks, once the channels are those of the saved state; pack if it was packed."""
+        """Take over masks, after `load_plans`; the network is packed if the saved one was."""
         self.frozen = saved["frozen"]
         self._masks = {
             layer.name: _mask(saved["masks"][layer.name].to(layer.weight.device), layer.shape)

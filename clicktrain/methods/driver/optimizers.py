@@ -19,8 +19,8 @@ from clicktrain.graph.exchange import odd_state
 STRIKES = 8
 """How often in a row something odd has to happen before it counts as a mistake of the loop."""
 _PROBE_SHAPE = (5, 4, 3, 2)
-"""Of the weight on which an unknown optimizer takes a step: no two sizes alike, so that no entry of its state
-has the weight's shape by chance."""
+"""Shape of the weight on which an unknown optimizer takes a step: no two sizes alike, so that no entry of its
+state has the weight's shape by chance."""
 
 
 @dataclass(frozen=True, eq=False)
@@ -38,7 +38,7 @@ class OptimizerUnit:
         return self.optimizers[0]
 
     def parameters(self) -> Iterator[Tensor]:
-        """What it trains now; a parameter may come more than once."""
+        """Its present parameters; one may come more than once."""
         for optimizer in self.optimizers:
             for group in optimizer.param_groups:
                 yield from group["params"]
@@ -85,7 +85,7 @@ class AttachedOptimizers:
         return self._unit_of[id(optimizer)]
 
     def parameters(self) -> list[Tensor]:
-        """All that is trained, each parameter once."""
+        """All trained parameters, each once."""
         return list({id(p): p for unit in self.units for p in unit.parameters()}.values())
 
     def holders(self, weights: Sequence[Tensor]) -> tuple[OptimizerUnit, ...]:
@@ -95,7 +95,7 @@ class AttachedOptimizers:
         return found or self.units[:1]
 
     def check(self, model: nn.Module, weights: Sequence[Tensor], packs: bool, shrinks: bool) -> None:
-        """Refuse now what would go wrong in the middle of the run.
+        """Raise a UserError now for what would go wrong in the middle of the run.
 
         Args:
             model: the network.
@@ -124,7 +124,7 @@ class AttachedOptimizers:
             self._check_wrapper(unit)
 
     def check_first_step(self, weights: Sequence[Tensor]) -> None:
-        """Look at what the optimizers keep, after the first step: not all of them can be tried before.
+        """Check the optimizers' state after the first step; not all of them can be tried before.
 
         Args:
             weights: what may be pruned.
@@ -139,7 +139,7 @@ class AttachedOptimizers:
                     self._check_state(optimizer, optimizer.state.get(weight, {}), weight)
 
     def _check_state(self, optimizer: Optimizer, state: Mapping[str, Any], weight: Tensor) -> None:
-        """Refuse a state that can be neither packed nor shrunk."""
+        """Raise a UserError for a state that can be neither packed nor shrunk."""
         kind = type(optimizer).__name__
         if self._packs and (odd := odd_state(optimizer, state, weight, factors=False)):
             raise UserError(
@@ -153,7 +153,7 @@ class AttachedOptimizers:
             )
 
     def _check_wrapper(self, unit: OptimizerUnit) -> None:
-        """Refuse a wrapper that keeps copies of the weights where nobody can follow them."""
+        """Raise a UserError for a wrapper that keeps copies of the weights out of reach."""
         if not self._packs and not self._shrinks:
             return
         shapes = {tuple(p.shape) for p in unit.parameters() if p.dim() > 1}
@@ -195,7 +195,7 @@ def check_loaded_state(optimizer: Optimizer, saved: dict[str, Any]) -> None:
 
 
 def learning_rate_of(unit: OptimizerUnit) -> float:
-    """Of the first group of parameters; see `Step.learning_rate`."""
+    """Learning rate of the first parameter group; see `StepInfo.learning_rate`."""
     group = unit.optimizers[-1].param_groups[0]
     return float(group["lr"]) / (
         1 - float(group.get("momentum", 0.0)) * (1 - float(group.get("dampening", 0.0)))
@@ -244,7 +244,7 @@ def _check_kind(optimizer: Optimizer) -> None:
             "all parameters together; use another optimizer"
         )
     for option, why in (
-        ("maximize", "penalties and the loss slope are of a loss that is minimised: minimise its negative"),
+        ("maximize", "penalties and the loss slope are of a loss that is minimized: minimize its negative"),
         ("differentiable", "masks are written in place: make the optimizer without it"),
     ):
         if any(group.get(option) for group in optimizer.param_groups):
@@ -252,7 +252,7 @@ def _check_kind(optimizer: Optimizer) -> None:
 
 
 def _state_after_a_step(optimizer: Optimizer) -> tuple[dict[str, Any], Tensor]:
-    """What an optimizer like this one keeps for a weight after a step; nothing if it cannot be tried."""
+    """The state that an optimizer like this one has for a weight after a step; {} if it cannot be tried."""
     kind, defaults = type(optimizer), optimizer.defaults
     weight = nn.Parameter(torch.ones(_PROBE_SHAPE))
     weight.grad = torch.full(_PROBE_SHAPE, 0.5)
@@ -278,7 +278,7 @@ def _tensors_in(value: Any, depth: int = 3) -> Iterator[Tensor]:
 
 
 class OptimizerRound:
-    """One step each of the optimizers that hold weights to be pruned; see `Pruner`."""
+    """One step of each optimizer that holds prunable weights; see `Pruner`."""
 
     def __init__(self) -> None:
         self._stepped: list[OptimizerUnit] = []
@@ -286,7 +286,7 @@ class OptimizerRound:
         self._broken = 0
 
     def begins(self, seen: int) -> bool:
-        """Whether gradients are new to the method: the first step after `Pruner.observe`.
+        """Whether this is the first step after `Pruner.observe`, with gradients that are new to the method.
 
         Raises:
             UserError: again and again an optimizer has not stepped between two of these.

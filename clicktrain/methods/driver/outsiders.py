@@ -1,4 +1,4 @@
-"""Parameters that no attached optimizer holds: trained by another one, they must not lose channels."""
+"""Parameters that no attached optimizer holds; if another one trains them, they must not lose channels."""
 
 from __future__ import annotations
 
@@ -24,29 +24,23 @@ class _Outsider:
     parameter: Tensor
     version: int
     norm: Tensor
-    """At the last change of version: optimizers that write through ``.data`` leave the version as it is."""
+    """At the last change of version; optimizers that write through ``.data`` do not change the version."""
     layered: bool
-    """Whether it belongs to a layer with channels."""
+    """It belongs to a layer with channels."""
     moved: int = 0
-    """Batches before which it had changed."""
+    """Batches at which it had changed."""
 
 
 class Outsiders:
-    """The trainable parameters of a network that are in none of the attached optimizers."""
+    """The trainable parameters of a network that no attached optimizer holds."""
 
     def __init__(self, model: nn.Module, optimizers: AttachedOptimizers, replaces: bool) -> None:
-        """Of a run that begins.
-
-        Args:
-            model: the network.
-            optimizers: all that are attached.
-            replaces: whether the method removes channels; nothing is watched if it does not.
-        """
+        """Start watching; nothing is watched unless the method removes channels (``replaces``)."""
         self._model, self._optimizers, self._replaces = model, optimizers, replaces
         self._outsiders: list[_Outsider] = []
 
     def look_again(self) -> None:
-        """Parameters have been replaced, or weights may have been loaded."""
+        """Look for outsiders again: parameters were replaced, or weights may have been loaded."""
         before = {o.name: o.moved for o in self._outsiders}
         held = {id(p) for p in self._optimizers.parameters()}
         self._outsiders = [
@@ -64,18 +58,14 @@ class Outsiders:
         ] if self._replaces else []  # fmt: skip
 
     def check_orphans(self, plan: SurgeryPlan) -> None:
-        """Refuse a removal of channels that would take a parameter away from an optimizer unknown here.
-
-        Raises:
-            UserError: names the parameter.
-        """
+        """Raise a UserError that names a parameter which the plan would take from an unknown optimizer."""
         for outsider in self._outsiders:
             replaced = plan.cuts_of(outsider.name) or plan.new_name(outsider.name) is None
             if replaced and self._is_trained(outsider):
                 raise self._orphaned(outsider)
 
     def watch(self) -> None:
-        """A parameter that others train must not lose channels: refused as soon as it is seen to move."""
+        """Raise a UserError as soon as a parameter that could lose channels is seen to be trained."""
         for outsider in self._outsiders:
             version = outsider.parameter._version
             if version != outsider.version:
@@ -90,7 +80,7 @@ class Outsiders:
         return outsider.moved >= 2 or not torch.equal(_norm(outsider.parameter), outsider.norm)
 
     def _now_held(self, outsider: _Outsider) -> bool:
-        """Whether it was added to a group of an attached optimizer meanwhile."""
+        """Whether an attached optimizer holds it by now."""
         return any(p is outsider.parameter for p in self._optimizers.parameters())
 
     def _orphaned(self, outsider: _Outsider) -> UserError:

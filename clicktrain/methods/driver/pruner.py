@@ -1,4 +1,4 @@
-"""The driver: carries a method through a training loop, ours or anybody's, on optimizer step hooks."""
+"""The driver: runs a method inside any training loop, on optimizer step hooks."""
 
 from __future__ import annotations
 
@@ -56,17 +56,16 @@ from clicktrain.surgery import SurgeryPlan
 
 
 class Pruner:
-    """One method at work on one model and its optimizers. Made by `Method.attach`.
+    """One method at work on one model and its optimizers; made by `Method.attach`.
 
-    Call `observe(loss)` once per backward pass, before ``optimizer.step()``; everything else rides on the
-    optimizers' step hooks. `finish` ends the run at what was asked for, as far as can be; `outcome` says how
-    far that is.
+    Call `observe(loss)` once per backward pass, before ``optimizer.step()``; everything else happens in the
+    optimizers' step hooks. `finish` ends the run at its targets as far as possible; `outcome` compares.
 
-    Of several optimizers those count that hold weights which may be pruned (the first one if none does). One
-    step of the method is one round: after `observe`, each of them steps once, in any order. The method sees
-    the gradients before the first of these steps and decides after the last; the learning rate it is told is
-    that of the first of them in the list. The others may step whenever they like. An optimizer without a step
-    in a round (its gradients were not finite) leaves the round open, and its batches count in the next one.
+    With several optimizers, those that hold prunable weights count (the first one if none does). A step of
+    the method is a round: after `observe`, each of them steps once, in any order. The method sees the
+    gradients before the first of these steps and decides after the last; its learning rate is that of the
+    first of them in the list. The others may step at any time. An optimizer that skips a round (its
+    gradients were not finite) leaves the round open, and its batches count in the next one.
     """
 
     def __init__(
@@ -104,7 +103,7 @@ class Pruner:
             model, [layer.weight for layer in prunable.layers], packed, shrinks=method.reads_graph
         )
         self.network = PrunedNetwork(model, self._optimizers.all, prunable, packed)
-        self.subscribe(self._hold_again, ParametersReplaced)
+        self.subscribe(self._find_holders, ParametersReplaced)
         self._state = method.init(self._prunable, length)
         self._measure = measure
         method.use_measure(self._state, self._prunable, measure)
@@ -113,7 +112,7 @@ class Pruner:
         self._depths: dict[int, int] = {}
         self._looked_at_state = False
         self._round = OptimizerRound()
-        self._holders: tuple[OptimizerUnit, ...] | None = None
+        self._holders = self._optimizers.holders([layer.weight for layer in prunable.layers])
         if packed:
             self.network.check_packable()
         self._carry_out(method.at_start(self._state, self._prunable, length))
@@ -134,14 +133,12 @@ class Pruner:
     # ---- what a loop calls ------------------------------------------------------------------
 
     def observe(self, loss: Tensor) -> None:
-        """Tell the loss of a batch whose gradients have just been computed.
-
-        Mistakes of the loop that can be seen from here are told here, within a few batches: see Raises.
+        """Take the loss of a batch after its backward pass; mistakes of the loop are reported here.
 
         Args:
             loss: 0-dim tensor, unscaled, the mean over this batch and not divided by the number of
-                accumulated batches: the loss slope of stage 1 is absolute. The value is read on its own
-                device, without waiting for it. A loss that is not finite counts as the one before.
+                accumulated batches: the loss slope of stage 1 is absolute. Reading it does not synchronize
+                with its device. A loss that is not finite counts as the one before.
 
         Raises:
             UserError: the run is over; this is no scalar loss; no attached optimizer steps (for longer than
@@ -172,12 +169,12 @@ class Pruner:
     def follow(self, average: nn.Module) -> None:
         """Have a moving average of the network masked, shrunk, packed and unpacked with it.
 
-        Call it once, when the average has been made. At what moment of the run does not matter: what has been
-        done to the network so far is then done to the average at once. An ``AveragedModel`` that is made of
-        the network after `attach` is also found without this call, when masks are frozen or channels go.
+        Call it once, at any time of the run: the average catches up with what was done to the network. An
+        ``AveragedModel`` that is made after `attach` is also found without this call, when masks are frozen
+        or channels removed.
 
-        From then on the average has the network's shapes at every step, so that
-        ``average.update_parameters(model)`` goes on as before; `finish` leaves it pruned like the network.
+        The average then has the network's shapes at every step, so that ``average.update_parameters(model)``
+        works as before; `finish` leaves it pruned like the network.
 
         Args:
             average: ``torch.optim.swa_utils.AveragedModel(model)`` (EMA or SWA), or any deep copy of the
@@ -193,13 +190,10 @@ class Pruner:
             self.network.follow(average)
 
     def wrapped(self, wrap: Callable[[nn.Module], W]) -> Wrapped[W]:
-        """The network as a loop calls it inside a wrapper that is made anew when parameters are replaced.
-
-        ``revision`` counts how often that has happened: when channels have gone, and when convolutions are
-        packed or unpacked.
+        """Wrap the network for a loop; the wrapper is rebuilt whenever parameters are replaced.
 
         Args:
-            wrap: makes the wrapper: ``DistributedDataParallel``, ``torch.compile``, or a function that
+            wrap: builds the wrapper: ``DistributedDataParallel``, ``torch.compile``, or a function that
                 captures CUDA graphs.
         """
         return Wrapped(self.model, self.network.publisher, wrap)
@@ -207,17 +201,17 @@ class Pruner:
     def plan(self) -> PruningPlan:
         """What will be pruned, to what density, by what, and why a layer is left alone; printable.
 
-        Of a method that removes channels: what it would remove from the network as it is at this moment.
+        A method that removes channels shows what it would remove from the network as it is now.
         """
         if self.method.reads_graph and not self.frozen:
             return self.method.plan(self._prunable, self.length, self._state)
         return self._plan
 
     def resize_epoch(self, steps_per_epoch: int) -> None:
-        """Tell that the epochs to come have another number of batches, because the batch has another size.
+        """Change the number of batches of the epochs to come, because the batch has another size.
 
-        Call it between two epochs. Nothing else is needed where the batch grows after channels have gone
-        (PruneTrain 4.3; ``plans`` is longer then); the learning rate is the caller's.
+        Call it between two epochs. Nothing else is needed where the batch grows after channels are removed
+        (PruneTrain 4.3); the learning rate is the caller's.
 
         Args:
             steps_per_epoch: calls of `observe` in every epoch from the next one on.
@@ -249,8 +243,8 @@ class Pruner:
     def finish(self, packed: bool = False) -> nn.Module:
         """End the run: hard prune if that has not happened, remove the hooks, return the model.
 
-        A result more than 5% of what was asked away from it is a `clicktrain.errors.MissedTarget` warning.
-        Where several processes train together, all of them have to call it.
+        A result that misses its target by more than 5% is a `clicktrain.errors.MissedTarget` warning. With
+        several processes, all of them have to call it.
 
         Args:
             packed: return the model with packed convolutions instead of a plain module with zeros.
@@ -284,7 +278,7 @@ class Pruner:
         return self.model
 
     def outcome(self) -> Outcome:
-        """What was asked for, what is reached, and why not: printable; final once `finish` was called."""
+        """Each target, what is reached, and why not more; printable, and final after `finish`."""
         network = self.network
         reached = Reached(
             prunable=network.prunable,
@@ -297,7 +291,7 @@ class Pruner:
         return Outcome(tuple(self.method.targets_of(self._state, reached)))
 
     def _conclude(self) -> None:
-        """Write the outcome down, and warn of what was missed."""
+        """Record the outcome, and warn of missed targets."""
         outcome = self.outcome()
         self._record(OutcomeEvent(targets=outcome.to_json()))
         for sentence in outcome.warnings:
@@ -305,13 +299,13 @@ class Pruner:
 
     @torch.no_grad()
     def _cut_now(self) -> bool:
-        """Let the method decide what it has not decided; whether that took anything away."""
+        """Let the method decide what is undecided; whether that removed anything."""
         actions = self.method.at_end(self._state, self._prunable)
         self._carry_out(actions)
         return any(_cuts(action) for action in actions)
 
     def close(self) -> None:
-        """Remove the hooks from the optimizers; the model stays as it is."""
+        """Remove the hooks; the model stays as it is."""
         for handle in self._handles:
             handle.remove()
         self._handles = []
@@ -323,7 +317,7 @@ class Pruner:
 
     @property
     def length(self) -> RunLength:
-        """Of the run, with the batches of the running epoch."""
+        """Length of the run, with the batches of the running epoch."""
         return self.progress.length
 
     @property
@@ -353,7 +347,7 @@ class Pruner:
 
     @property
     def masks(self) -> dict[str, Tensor]:
-        """Layer name -> bool, of the weight's shape, True = lives; empty before anything is masked."""
+        """Layer name -> bool of the weight's shape, True = kept; empty before anything is masked."""
         return self.network.masks
 
     @property
@@ -363,17 +357,17 @@ class Pruner:
 
     @property
     def frozen(self) -> bool:
-        """Whether the masks are final."""
+        """Whether masks are frozen."""
         return self.network.frozen
 
     @property
     def packed(self) -> bool:
-        """Whether convolutions are, or will be, packed when the masks are final."""
+        """Whether layers are packed once masks are frozen."""
         return self.network.packed
 
     @property
     def revision(self) -> int:
-        """How often parameters have been replaced: channels gone, convolutions packed or unpacked."""
+        """How often parameters were replaced: channels removed, layers packed or unpacked."""
         return self.network.revision
 
     @property
@@ -382,25 +376,25 @@ class Pruner:
 
     @property
     def nonzero_conv_weights(self) -> int:
-        """Convolution weights that live now; all of them before anything is masked."""
+        """Nonzero convolution weights; all of them before anything is masked."""
         return self.network.nonzero_conv_weights
 
     @property
     def density(self) -> float:
         """Nonzero convolution weights / all convolution weights, those of removed channels included.
 
-        Pruned weights that something else has written (dense weights loaded, an optimizer that is not
-        attached) count as nonzero until they are cut again.
+        Pruned weights that something else has written (loaded weights, an unattached optimizer) count as
+        nonzero until they are cut again.
         """
         return self.nonzero_conv_weights / max(self.network.conv_weights, 1)
 
     @property
     def compression_ratio(self) -> float:
-        """All convolution weights / living convolution weights (ClickTrain section 6.2)."""
+        """All convolution weights / nonzero ones (ClickTrain section 6.2)."""
         return self.network.conv_weights / max(self.nonzero_conv_weights, 1)
 
     def check_zeros(self) -> None:
-        """Assert that no pruned position came back, in weights or optimizer state.
+        """Assert that pruned weights, and their optimizer state, are zero.
 
         Raises:
             AssertionError: names the layer.
@@ -408,12 +402,12 @@ class Pruner:
         self.network.check_zeros()
 
     def check_alive(self) -> None:
-        """Raise NetworkCollapsed if pruning has destroyed the network, by the signs of the last epoch."""
+        """Raise NetworkCollapsed if the last epoch showed that pruning has destroyed the network."""
         if self._collapse is not None:
             raise NetworkCollapsed(f"{self._collapse}; prune less, or later, or with another seed")
 
     def state_dict(self) -> dict[str, Any]:
-        """All that the pruner remembers, as nested dicts of tensors, numbers and strings."""
+        """The pruner state, as nested dicts of tensors, numbers and strings."""
         return {
             "method": self.method.name,
             "state": self.method.state_dict(self._state),
@@ -424,10 +418,9 @@ class Pruner:
         }
 
     def load_state_dict(self, saved: Mapping[str, Any]) -> None:
-        """Go on from a saved state.
+        """Resume from a saved state: remove its channels, and pack what it had packed.
 
-        If channels had been removed, or the state was packed, model and optimizer are made so here; load
-        weights and optimizer state after this call.
+        Load weights and optimizer state after this call.
         """
         if saved["method"] != self.method.name:
             raise UserError(f"this state was saved by method {saved['method']!r}, not {self.method.name!r}")
@@ -501,7 +494,7 @@ class Pruner:
             self.network.publisher.publish(EpochEnd(self.progress.epoch))
 
     def _look_for_gradients(self) -> None:
-        """At the last step of an epoch, once something is pruned: does the network still learn?"""
+        """At the last step of an epoch, once something is pruned, check that the network still learns."""
         progress = self.progress
         if not progress.losses or progress.in_epoch < self.length.steps_per_epoch:
             return
@@ -513,26 +506,24 @@ class Pruner:
             self._collapse = f"the network has collapsed in epoch {progress.epoch + 1}: {what}"
 
     def _after_load(self, optimizer: Optimizer) -> None:
-        """Before the hard prune a state may hold values at masked positions, which may come back."""
+        """Zero the loaded state of pruned weights; before the hard prune they may come back."""
         if self.frozen:
             with torch.no_grad():
                 self.network.mask_state()
 
     def _counted_units(self) -> tuple[OptimizerUnit, ...]:
-        """The optimizers whose steps make a round: those that hold weights which may be pruned."""
-        if self._holders is None:
-            self._holders = self._optimizers.holders([layer.weight for layer in self._prunable.layers])
+        """The optimizers whose steps make a round: those that hold prunable weights."""
         return self._holders
 
-    def _hold_again(self, replaced: ParametersReplaced) -> None:
+    def _find_holders(self, _: ParametersReplaced) -> None:
         if not (self.frozen and self.packed):  # packed, the same ones hold the values
-            self._holders = None
+            self._holders = self._optimizers.holders([layer.weight for layer in self._prunable.layers])
 
     def _see_inputs(self, module: nn.Module, args: Any, kwargs: Any) -> None:
         self.network.see(Inputs(args, kwargs), self.method.keeps_inputs and module.training)
 
     def _full_precision(self) -> torch.autocast:
-        """Decisions do not depend on whether ``optimizer.step()`` is called inside autocast."""
+        """Keep decisions the same when ``optimizer.step()`` is called inside autocast."""
         parameter = next(self.model.parameters(), None)
         kind = "cpu" if parameter is None else parameter.device.type
         return torch.autocast(kind, enabled=False)
@@ -564,7 +555,7 @@ class Pruner:
             if chance is not None:
                 self._collapse = f"the network has collapsed after epoch {chance[1]:g}: {chance[0]}"
 
-    # ---- the one place where actions touch the world ----------------------------------------
+    # ---- carrying out actions ----------------------------------------------------------------
 
     @torch.no_grad()
     def _carry_out(self, actions: Any) -> None:
@@ -617,7 +608,7 @@ class Pruner:
 
 
 class _InputHook:
-    """Shows a model's inputs to the pruner; a copy of the model gets one that shows them to nobody."""
+    """Shows a model's inputs to the pruner; in a copy of the model it does nothing."""
 
     def __init__(self, pruner: Pruner | None) -> None:
         self._pruner = (lambda: None) if pruner is None else weakref.ref(pruner)
@@ -633,7 +624,7 @@ class _InputHook:
 
 
 def _cuts(action: Action) -> bool:
-    """Whether an action takes something away for good."""
+    """Whether an action removes weights for good."""
     return isinstance(action, FreezeMasks) or (isinstance(action, Reconfigure) and bool(action.plan))
 
 

@@ -1,4 +1,4 @@
-"""Tells subscribers what a pruner decides and does: typed events, and changes of the network."""
+"""Publishes what a pruner decides and does: typed events, and changes of the network."""
 
 from __future__ import annotations
 
@@ -37,7 +37,7 @@ class MasksFrozen(Notification):
 
 @dataclass(frozen=True, eq=False)
 class EpochEnd(Notification):
-    """The last step of an epoch: the method has decided, nothing of its decision is carried out yet.
+    """The last step of an epoch; the method has decided, and nothing of that is carried out yet.
 
     ``epoch`` counts from 1.
     """
@@ -49,7 +49,7 @@ Kind: TypeAlias = type[Any] | tuple[type[Any], ...]
 
 
 class Publisher:
-    """A list of subscribers; each hears of the kinds it asked for, in the order in which they subscribed."""
+    """Calls subscribers, each with the kinds it asked for, in the order in which they subscribed."""
 
     def __init__(self) -> None:
         self._listeners: OrderedDict[int, tuple[Kind, Callable[[Any], object]]] = OrderedDict()

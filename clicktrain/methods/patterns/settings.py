@@ -210,8 +210,8 @@ class PatternSettings:
     def _target(self, layer: PrunableLayer) -> PatternLayer:
         f, c, r, s = layer.view_shape
         entries = default_entries((r, s), self.entries)
-        if self.pool == "fixed" and (r, s) != (3, 3):
-            entries = r * s  # the fixed patterns are 3 x 3: other kernels are kept or dropped whole
+        if layer.unit_refusal("pattern") or (self.pool == "fixed" and (r, s) != (3, 3)):
+            entries = r * s  # kept or pruned whole: kernels without patterns; the fixed patterns are 3 x 3
         ratio = next((v for glob, v in self.layers.items() if matches(layer.name, [glob])), None)
         fixed = None
         if ratio is not None:

@@ -403,6 +403,6 @@ class Silent(RigL):
 def test_a_method_that_breaks_the_contract_is_caught(
     method: type[Method[Any]], what: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setitem(METHODS, method.name, method)
+    monkeypatch.setitem(METHODS._entries, method.name, method)
     assert keeps("plan before", method.name, tmp_path)
     assert not keeps(what, method.name, tmp_path)

@@ -1,4 +1,4 @@
-"""Count the library's Python calls, and the files they are in, for one training step of ClickTrain's stages 3 and 5.
+"""Count the Python calls of the library in one training step of ClickTrain, stages 3 and 5, by file.
 
 python scripts/step_calls.py
 

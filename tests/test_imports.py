@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import ast
 import os
 import subprocess
 import sys
@@ -13,7 +14,7 @@ from test_layers import LAYERS, PACKAGE, modules_of
 # Packages of the extras, and what a machine may lack.
 OPTIONAL = ("triton", "torchvision", "onnx", "onnxscript", "onnxruntime", "tensorboard", "timm", "lightning")
 # Packages that are installed, and that no one should wait for who only wants the library.
-HEAVY = ("datasets", "pyarrow", "pandas", "sklearn", "scipy", "jinja2", "jsonargparse", "PIL")
+HEAVY = ("datasets", "pyarrow", "pandas", "sklearn", "scipy", "jinja2", "PIL")
 SECONDS = 2.0  # on top of torch's own; 0.2 measured on an idle core
 
 
@@ -70,6 +71,63 @@ assert seconds < {SECONDS}, f"import clicktrain and its names take {{seconds:.1f
     run_python(code, repository)
 
 
+def bound_names(node: ast.stmt) -> list[str]:
+    """Names that a statement at the top of a module gives a value."""
+    match node:
+        case ast.Import(names=names):
+            return [(alias.asname or alias.name).split(".")[0] for alias in names]
+        case ast.ImportFrom(names=names):
+            return [alias.asname or alias.name for alias in names]
+        case ast.FunctionDef(name=name) | ast.AsyncFunctionDef(name=name) | ast.ClassDef(name=name):
+            return [name]
+        case ast.Assign(targets=targets):
+            return [target.id for target in targets if isinstance(target, ast.Name)]
+        case ast.AnnAssign(target=ast.Name(id=name)):
+            return [name]
+    return []
+
+
+def shadowed_modules(package: Path) -> list[str]:
+    """Submodules that cannot be reached as attributes: their package's ``__init__`` gives the name to
+    something else. The submodule itself may be imported there (``from package import module``)."""
+    shadowed = []
+    for init in sorted(package.rglob("__init__.py")):
+        folder = init.parent
+        name = ".".join(folder.relative_to(package.parent).parts)
+        inside = {path.stem for path in folder.glob("*.py")} | {
+            p.parent.name for p in folder.glob("*/__init__.py")
+        }
+        for node in ast.parse(init.read_text(encoding="utf-8")).body:
+            if not (isinstance(node, ast.ImportFrom) and node.module == name):
+                shadowed += [f"{name}.{bound}" for bound in bound_names(node) if bound in inside]
+    return shadowed
+
+
+def test_no_package_hides_a_module_of_its_own() -> None:
+    """``import clicktrain.train.fit as f`` gives the module, not a function of that name."""
+    assert shadowed_modules(PACKAGE) == []
+
+
+@pytest.mark.parametrize(
+    ("line", "hidden"),
+    [
+        ("from clicktrain.train.fit import fit", True),
+        ("from clicktrain.train.fit import run as fit", True),
+        ("def fit(): ...", True),
+        ("fit = 1", True),
+        ("from clicktrain.train import fit", False),
+        ("from clicktrain.train.fit import run", False),
+    ],
+)
+def test_a_hidden_module_is_found(tmp_path: Path, line: str, hidden: bool) -> None:
+    package = tmp_path / "clicktrain"
+    (package / "train").mkdir(parents=True)
+    (package / "__init__.py").touch()
+    (package / "train" / "fit.py").touch()
+    (package / "train" / "__init__.py").write_text(f"{line}\n")
+    assert shadowed_modules(package) == (["clicktrain.train.fit"] if hidden else [])
+
+
 @pytest.mark.skipif(not hasattr(os, "fork"), reason="needs os.fork")
 def test_every_module_imports_alone_and_without_optional_packages(repository: Path) -> None:
     """Each in a process that has imported nothing of its layer yet; forked, so that others load once.
@@ -84,7 +142,7 @@ def test_every_module_imports_alone_and_without_optional_packages(repository: Pa
         + f"layers = {layers!r}"
         + """
 import importlib, os, sys, warnings
-import docstring_parser, jinja2, jsonargparse, numpy, PIL.Image, rich.live, safetensors.torch, torch, yaml
+import docstring_parser, jinja2, numpy, PIL.Image, rich.live, safetensors.torch, torch, yaml
 import torch.export, torch.optim.swa_utils
 warnings.simplefilter("ignore", DeprecationWarning)  # fork with threads about: the child only imports
 failed = []

@@ -1,4 +1,4 @@
-"""What this processor can do at most: multiply-adds from registers, and reads from L1 and L2.
+"""Peak rates of this processor: multiply-adds from registers, and reads from L1 and L2.
 
 A kernel's time is judged by these: a layer that runs at 90 % of the multiply-add rate cannot be made faster,
 one that waits for its caches can. `multiply_adds` and `one_pass` do nothing but the arithmetic, or the reads
@@ -62,7 +62,7 @@ def measure_peak(seconds: float = 0.01) -> Peak | None:
 
 
 def multiply_adds(count: int) -> Callable[[], Tensor]:
-    """A function of at least ``count`` float32 multiply-adds, with all threads; needs a compiler."""
+    """A call that does at least ``count`` float32 multiply-adds from registers, with all threads."""
     library, lanes, sums = measuring_loops()
     threads = torch.get_num_threads()
     out = torch.zeros(lanes)
@@ -76,7 +76,7 @@ def multiply_adds(count: int) -> Callable[[], Tensor]:
 
 
 def one_pass(read: Sequence[Tensor], written: Tensor) -> Callable[[], Tensor]:
-    """A function that reads tensors once and writes as much as another, with all threads; needs a compiler.
+    """A call that reads tensors once, and writes as much as another one, with all threads.
 
     It writes zeros to memory of its own, around the caches where the kernels do. Tensors may have any number
     of bytes and begin anywhere; each is contiguous.
@@ -116,7 +116,7 @@ def _reader(library: Library, size: int, threads: int) -> Callable[[int], float]
 
 
 def _rate(work: Callable[[int], float], seconds: float) -> float:
-    """Most work per second; ``work`` does a number of steps and returns how much that was."""
+    """Most work per second; ``work(steps)`` returns how much it did."""
     steps = 64
     while _seconds(work, steps)[0] < seconds:
         steps *= 2

@@ -17,7 +17,7 @@ def keep_memory() -> bool:
     """Have the C library keep freed memory instead of returning it to the system; once per process.
 
     A training step takes and frees the same large tensors each time. The GNU C library maps them every time,
-    and the system clears every page of them: a tenth to a fifth of a dense step, and more of a sparse one. The
+    and the system clears every page of them: a tenth to a fifth of a dense step, more of a sparse one. The
     price is that the process does not shrink between peaks.
 
     ``CLICKTRAIN_KEEP_MEMORY=0`` in the environment leaves things as they are.

@@ -67,6 +67,8 @@ def _stage_lines(method: PatternSettings, length: RunLength) -> tuple[tuple[str,
     if method.trigger == "epi":
         window = method.epi_epochs(length)
         begin = f"until EPI over {window} epochs is at least {method.epi_fires_from:g}, "
+    elif method.watches_structure:
+        begin = f"until {choice_name(method.trigger)} says so, "
     begin += f"{epochs(lengths['earliest'])} at the least, {epochs(lengths['latest'])} at the most"
     return (
         ("stage 1 dense", begin),

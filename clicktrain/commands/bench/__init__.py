@@ -86,14 +86,15 @@ def _measure(benchmark: Benchmark, given: dict[str, Any]) -> dict[str, Any]:
     import torch
     from rich.console import Console
 
-    from clicktrain.commands.bench.machine import about
+    from clicktrain.latency.machine import describe
+    from clicktrain.train.device import resolve_device
 
     threads = given["threads"]
     if threads is not None:
         if threads < 1:
             raise UserError(f"threads is {threads}: must be at least 1")
         torch.set_num_threads(threads)
-    machine = about(given)
+    machine = describe(resolve_device(given.get("device", "cpu")))
     with Console(stderr=True).status("measuring") as status:
         found = benchmark.measure(given, machine, status.update)
     return {"machine": machine, "settings": given, **found}

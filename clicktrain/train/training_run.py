@@ -16,8 +16,7 @@ from torch.optim.swa_utils import AveragedModel
 from clicktrain.accounting import TrainingMemory
 from clicktrain.compiler import Accelerated
 from clicktrain.errors import UserError
-from clicktrain.methods.driver.publisher import ChannelsRemoved, MasksFrozen, ParametersReplaced
-from clicktrain.methods.driver.wrapping import Wrapped
+from clicktrain.methods.driver.publisher import ChannelsRemoved, MasksFrozen, ParametersReplaced, Wrapped
 from clicktrain.runs.events import Event, LogMendedEvent
 from clicktrain.runs.folder import RunFolder
 from clicktrain.sparsity.masks import conv_masks

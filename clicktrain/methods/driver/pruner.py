@@ -47,8 +47,9 @@ from clicktrain.methods.driver.publisher import (
     Kind,
     MasksFrozen,
     ParametersReplaced,
+    W,
+    Wrapped,
 )
-from clicktrain.methods.driver.wrapping import W, Wrapped
 from clicktrain.methods.outcome import Outcome, Reached
 from clicktrain.runs.events import Event, OutcomeEvent, ReconfiguredEvent, from_json
 from clicktrain.sparsity.channel_lasso import ChannelAxis

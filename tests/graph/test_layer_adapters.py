@@ -118,6 +118,7 @@ COLUMNS = (
 SETTINGS: dict[str, dict[str, Any]] = {
     "clicktrain": {"compression": 2.5},
     "prunetrain": {"target_flops": 0.7},
+    "pat": {"policy": "epoch", "prune_epoch": 0, "prune_steps": 1},
     "rigl": {"densities": "uniform"},
 }
 DEPTHWISE = "its channels are those of a residual stream that layer norm reads, which stay"

@@ -11,14 +11,14 @@ from clicktrain.graph.prunable import PrunableLayer, PrunableLayers, matches
 from clicktrain.latency.network_times import Timed
 from clicktrain.latency.sparse_latency import LatencyAim
 from clicktrain.methods.base import RunLength
-from clicktrain.methods.masks.kernel_watch import default_threshold
 from clicktrain.methods.patterns.axes import AllocationChoice, PenaltyChoice
 from clicktrain.methods.patterns.selection import PatternLayer
-from clicktrain.methods.triggers import default_window
+from clicktrain.methods.triggers import default_threshold, default_window
 from clicktrain.settings import check_choices
 from clicktrain.sparsity.allocation import LayerBudget
 from clicktrain.sparsity.importance import CriterionChoice
 from clicktrain.sparsity.patterns import default_entries, fixed_pool
+from clicktrain.sparsity.triggers import EarlyTriggerChoice
 
 PRESETS: dict[str, dict[str, Any]] = {
     # What does best in short runs (docs/results/cifar10.md): magnitudes, decided late, pruned at half time.
@@ -97,7 +97,7 @@ class PatternSettings:
     """Convolutions to leave dense, by module path (shell-style)."""
     include: tuple[str, ...] = ()
     """Convolutions to prune that are left alone by default (the first, depthwise ones)."""
-    trigger: Literal["own", "epi"] = "own"
+    trigger: EarlyTriggerChoice = "own"
     """Stage 2 starts by the loss (own), or when it is stable how many kernels each layer keeps (epi: When to
     Prune?, Eq. (4) to (6)); epi sets earliest_start to 0 unless it is given."""
     epi_threshold: float | None = None
@@ -132,7 +132,7 @@ class PatternSettings:
         if self.preset not in PRESETS:
             raise UserError(f"preset must be one of {', '.join(PRESETS)}, not {self.preset!r}")
         defaults = dict(PRESETS[self.preset])
-        if self.trigger == "epi":
+        if self.watches_structure:
             defaults["earliest_start"] = 0.0
         if self.aim is not None:
             defaults["allocation"] = "share"
@@ -249,6 +249,11 @@ class PatternSettings:
             )
         earliest = min(latest, max(1, round((self.earliest_start or 0) * total)))
         return {"earliest": earliest, "latest": latest, **lengths}
+
+    @property
+    def watches_structure(self) -> bool:
+        """Whether the trigger reads EPI."""
+        return self.trigger not in ("own", "loss_slope")
 
     @property
     def epi_fires_from(self) -> float:

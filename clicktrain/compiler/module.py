@@ -20,7 +20,7 @@ from clicktrain.graph import Inputs, ModelGraph, is_plain
 from clicktrain.graph.faithful import Believed, ExampleError, UnfaithfulError, believed_graph
 from clicktrain.kernels.native import KernelError, missing_toolchain, toolchain
 from clicktrain.kernels.native.failure import summary, watch_failures
-from clicktrain.kernels.sparse_conv2d import PackedConv2d
+from clicktrain.kernels.sparse_conv2d import PackedConv2d, PackedLayer
 
 _LOCK = threading.RLock()
 """A process lowers one network at a time; calls that need no lowering do not wait."""
@@ -152,6 +152,8 @@ class Accelerated(nn.Module):
         inside = [path for path in graph.opaque if _holds_packed(self.base.get_submodule(path))]
         for path in inside:
             accelerate_layers_(self.base, graph.inputs, self._rule, below=path)
+        if not self._lowered:
+            accelerate_layers_(self.base, graph.inputs, self._rule, lowered=PackedConv2d)
         lowered = believed_lowering(believed, self.plan, packed_type(self.base))
         if not self._lowered and lowered.plan is not None:
             self.__dict__["plan"] = lowered.plan
@@ -306,7 +308,7 @@ def _shapes(inputs: Inputs) -> list[list[int]]:
 
 
 def _holds_packed(model: nn.Module) -> bool:
-    return any(isinstance(module, PackedConv2d) for module in model.modules())
+    return any(isinstance(module, PackedLayer) for module in model.modules())
 
 
 def refusal(model: nn.Module, inputs: tuple[Any, ...]) -> str | None:

@@ -29,7 +29,7 @@ class GMP(Moving):
 
     densities: DistributionChoice = "uniform"
     """Weights over layers: the same share everywhere (the paper's), or Erdos-Renyi-kernel."""
-    schedule: ScheduleChoice = "cubic"
+    sparsity_schedule: ScheduleChoice = "cubic"
     """How the sparsity rises: s_f + (s_i - s_f) * (1 - t)^3 (the paper's), or another course of (1 - t)^3."""
     start: float = 0.1
     """Share of the run at which pruning begins."""
@@ -54,13 +54,12 @@ class GMP(Moving):
 
     def move(self, now: Update) -> tuple[Units, Units]:
         """Each layer keeps its largest, as many as Eq. (1) leaves at this time."""
-        sparsity = self.sparsity * (1 - left_at(self.schedule, now.done))
+        sparsity = self.sparsity * (1 - left_at(self.sparsity_schedule, now.done))
         kept = now.keep(now.counts(DISTRIBUTIONS.resolve(self.densities)(now.shapes, 1 - sparsity)))
         return kept, kept
 
     def describe(self) -> str:
         """How units move, in words."""
-        return (
-            f"the smallest of each layer by {choice_name(self.criterion)} go, 0 to {self.sparsity:g} by a "
-            + (f"{choice_name(self.schedule)} schedule")
+        return f"the smallest of each layer go, 0 to {self.sparsity:g} by a " + (
+            f"{choice_name(self.sparsity_schedule)} schedule"
         )

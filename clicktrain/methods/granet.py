@@ -30,14 +30,14 @@ class GraNet(Growing):
 
     initial_sparsity: float = 0.0
     """At the first step: 0 is dense-to-sparse training, 0.5 the paper's sparse-to-sparse training."""
-    schedule: ScheduleChoice = "cubic"
+    sparsity_schedule: ScheduleChoice = "cubic"
     """How the sparsity rises: s_f + (s_i - s_f) * (1 - t)^3 (the paper's), or another course of (1 - t)^3."""
     drop: float = 0.5
     """Share of each layer's weights that is replaced at the first step."""
     drop_rule: DropChoice = "layer"
     """Which are replaced: the smallest of each layer (the paper's), of the whole network, or what is below an
     adaptive threshold."""
-    decay: ScheduleChoice = "cosine"
+    drop_schedule: ScheduleChoice = "cosine"
     """How that share falls to 0 until the last step."""
     start: float = 0.0
     """Share of the run at which pruning begins."""
@@ -74,18 +74,18 @@ class GraNet(Growing):
 
     def move(self, now: Update) -> tuple[Units, Units]:
         """Prune the network to the schedule's sparsity, then replace a share in each layer."""
-        left = left_at(self.schedule, now.done)
+        left = left_at(self.sparsity_schedule, now.done)
         sparsity = self.sparsity - (self.sparsity - self.initial_sparsity) * left
         total = sum(math.prod(shape) for shape in now.shapes.values())
         alive = best_of_network(now, min(round((1 - sparsity) * total), now.weights(now.alive)))
         pruned = replace(now, alive=alive)
-        kept = DROPS.resolve(self.drop_rule)(pruned, self.drop * left_at(self.decay, now.done))
+        kept = DROPS.resolve(self.drop_rule)(pruned, self.drop * left_at(self.drop_schedule, now.done))
         return kept, self.grow(pruned, kept, pruned.lost(kept))
 
     def describe(self) -> str:
         """How units move, in words."""
+        rise, fall = choice_name(self.sparsity_schedule), choice_name(self.drop_schedule)
         return (
-            f"{self.initial_sparsity:g} to {self.sparsity:g} by a {choice_name(self.schedule)} schedule over "
-            f"all layers; {100 * self.drop:g}% of each layer, falling to 0 by {choice_name(self.decay)}, are "
-            f"replaced by {self.grown}"
+            f"{self.initial_sparsity:g} to {self.sparsity:g} by a {rise} schedule over all layers; "
+            f"{100 * self.drop:g}% of each layer, falling to 0 by {fall}, are replaced by {self.grown}"
         )

@@ -36,7 +36,7 @@ class MEST(Growing):
     """Lambda: how much the gradient counts beside the magnitude, in |w| + lambda |g|."""
     mutation: float = 0.05
     """Share of all of a layer's weights that moves at the first update (p)."""
-    schedule: ScheduleChoice = "cosine"
+    mutation_schedule: ScheduleChoice = "cosine"
     """How that share falls to 0 until the last update (elastic mutation)."""
     soft_bound: bool = True
     """Grow beyond the density asked for, and drop to it at the next update (EM&S); otherwise drop more and
@@ -76,7 +76,7 @@ class MEST(Growing):
 
     def move(self, now: Update) -> tuple[Units, Units]:
         """ArgRemoveTo, then ArgGrowTo: to s + p and back to s, or (soft bound) to s and on to s - p."""
-        share = self.mutation * left_at(self.schedule, now.done)
+        share = self.mutation * left_at(self.mutation_schedule, now.done)
         target = DISTRIBUTIONS.resolve(self.densities)(now.shapes, 1 - self.sparsity)
         low, high = (0.0, share) if self.soft_bound else (-share, 0.0)
         kept = now.keep(now.counts({name: max(density + low, 0.0) for name, density in target.items()}))
@@ -90,5 +90,5 @@ class MEST(Growing):
         )
         return (
             f"the smallest |w| + {self.gradient_weight:g} |g| go until {bound} by {self.grown}: "
-            f"{100 * self.mutation:g}% of each layer, falling to 0 by {choice_name(self.schedule)}"
+            f"{100 * self.mutation:g}% of each layer, falling to 0 by {choice_name(self.mutation_schedule)}"
         )

@@ -29,7 +29,7 @@ class RigL(Growing):
     drop_rule: DropChoice = "layer"
     """Which are dropped: the smallest of each layer (the paper's), of the whole network, or what is below one
     adaptive threshold (DSR's)."""
-    schedule: ScheduleChoice = "cosine"
+    drop_schedule: ScheduleChoice = "cosine"
     """How the share that is dropped falls to 0 until the last update."""
     interval: int | None = None
     """Batches between updates; by default 100, or a fiftieth of a run of under 5,000 batches."""
@@ -45,12 +45,12 @@ class RigL(Growing):
 
     def move(self, now: Update) -> tuple[Units, Units]:
         """Algorithm 1: each layer grows as many as it lost."""
-        kept = DROPS.resolve(self.drop_rule)(now, self.drop * left_at(self.schedule, now.done))
+        kept = DROPS.resolve(self.drop_rule)(now, self.drop * left_at(self.drop_schedule, now.done))
         return kept, self.grow(now, kept, now.lost(kept))
 
     def describe(self) -> str:
         """How units move, in words."""
         return (
-            f"the smallest {100 * self.drop:g}%, falling to 0 by {choice_name(self.schedule)}, are dropped, "
-            f"{self.grown} grow in the same layer"
+            f"the smallest {100 * self.drop:g}%, falling to 0 by {choice_name(self.drop_schedule)}, are "
+            f"dropped, {self.grown} grow in the same layer"
         )

@@ -132,11 +132,12 @@ class Registry(Mapping[str, T], Generic[T]):
             return self._lower(self._beneath.resolve(choice))
         if not isinstance(choice, str):
             return self._resolved(_title(choice), choice)
+        if isinstance(choice, FromFile):
+            require_named(choice, "a file", None, self.what)
         if choice in self._own:
             return self._own[choice]
         if not is_own(choice):
             return self[choice]
-        require_named(choice, "a file", None if isinstance(choice, FromFile) else choice, self.what)
         function = import_own(choice, self._how)
         if not callable(function):
             raise UserError(f"{self.what} {choice!r} is of type {type(function).__name__}: {self._how}")

@@ -42,7 +42,7 @@ class EraSettings:
     default, 5 at the most."""
     exponent: float = 3.0
     """Exponent r of the schedule; larger rises sooner."""
-    schedule: ScheduleChoice = "linear"
+    sparsity_schedule: ScheduleChoice = "linear"
     """What the exponent is of: the time of the era that is left (linear, the paper's Eq. (1)), or another
     course of it."""
     rise: Literal["epoch", "step"] = "epoch"
@@ -95,7 +95,7 @@ class EraSettings:
 
     def threshold_at(self, sparsity: float, epoch: float, era: Era) -> float:
         """Eq. (1)."""
-        schedule = SCHEDULES.resolve(self.schedule)
+        schedule = SCHEDULES.resolve(self.sparsity_schedule)
         return campfire_threshold(epoch, era, sparsity, self.initial_sparsity, self.exponent, schedule)
 
     def threshold_of(self, sparsity: float, seen: int, length: RunLength) -> float:
@@ -119,7 +119,7 @@ class EraSettings:
             )
             early, until = f" at the latest, or until {sign}", f"{era.length:g} epochs"
         every = {"epoch": "by epoch", "step": "by step"}[self.rise]
-        of = "" if self.schedule == "linear" else f" of {choice_name(self.schedule)}"
+        of = "" if self.sparsity_schedule == "linear" else f" of {choice_name(self.sparsity_schedule)}"
         rise = f"{self.initial_sparsity:g} to {sparsity:g} {every}, exponent {self.exponent:g}{of}"
         rise = rise if era.length else f"{sparsity:g} all at once"
         return f"until epoch {era.first_epoch:g}{early}", f"{until}, {rise}"

@@ -250,7 +250,7 @@ class Moving(Masked):
         timing = self.timing(length)
         texts = {
             "dense": f"until batch {timing.begin} of {timing.total}",
-            self.moves_in: f"{timing.describe()}: {self.describe()}",
+            self.moves_in: f"{timing.describe()}, scores by {choice_name(self.criterion)}: {self.describe()}",
             "fixed": "to the end, positions fixed",
         }
         lines = [(f"stage {i} {name}", texts[name]) for i, name in enumerate(self.stages, start=1)]

@@ -12,7 +12,7 @@ from torch import nn
 from clicktrain.compiler.believe import LoweringError, is_operator
 from clicktrain.compiler.fallback import accelerate_layers_, plan_by_layer
 from clicktrain.compiler.module import Accelerated, refusal
-from clicktrain.compiler.norm_statistics import check_statistics
+from clicktrain.compiler.norm_statistics import check_plan
 from clicktrain.compiler.plan import RULES, LoweringPlan
 from clicktrain.compiler.select import make_plan
 from clicktrain.errors import UserError
@@ -146,7 +146,7 @@ def _accelerated(
     except UnfaithfulError as error:
         return _by_its_own_code(model, inputs, rule, plan, str(error))
     if plan is not None:
-        check_statistics(believed.graph, plan)
+        check_plan(believed.graph, plan)
         _warn_if_slow(plan)
     else:
         # Measuring draws random numbers; training must not notice.

@@ -9,6 +9,7 @@ from __future__ import annotations
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, dataclass, field, fields
 from typing import Any, Literal
+from weakref import WeakKeyDictionary
 
 import torch
 from torch import Tensor
@@ -153,15 +154,20 @@ class ConvProblem:
         )
 
 
+_POSITIONS: WeakKeyDictionary[Structure, dict[str, Any]] = WeakKeyDictionary()
+
+
 def positions_of(structure: Structure) -> dict[str, Any]:
-    """The attributes of a `ConvProblem` that depend on the positions of packed values."""
+    """The attributes of a `ConvProblem` that depend on the positions of packed values; computed once."""
     from clicktrain.kernels.sparse_conv2d.blocked.patterns.tap_patterns import distinct
 
-    return {
-        "density": round(structure.density, 2),
-        "patterns": min(len(distinct(structure)), MOST_PATTERNS),
-        "equal_filters": structure.nnz_per_filter is not None,
-    }
+    if structure not in _POSITIONS:
+        _POSITIONS[structure] = {
+            "density": round(structure.density, 2),
+            "patterns": min(len(distinct(structure)), MOST_PATTERNS),
+            "equal_filters": structure.nnz_per_filter is not None,
+        }
+    return _POSITIONS[structure]
 
 
 @dataclass(frozen=True, slots=True, eq=False)

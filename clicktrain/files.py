@@ -1,4 +1,4 @@
-"""Read files that somebody else may have made: regular files only, of bounded size, as plain data only.
+"""Reads untrusted files: regular files of bounded size, as plain data.
 
 A FIFO or a device is never opened (it could block for ever or have no end), JSON and YAML become plain
 values and cannot run code, and every defect is a `UserError` of one sentence.

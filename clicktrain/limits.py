@@ -1,4 +1,4 @@
-"""Sizes that come from outside are compared with the machine's memory before memory is taken."""
+"""Checks sizes from outside against the machine's memory before memory is allocated."""
 
 from __future__ import annotations
 
@@ -37,7 +37,7 @@ def device_bytes(device: torch.device | None) -> int:
 
 
 def check_memory(needed_bytes: float, what: str, remedy: str, device: torch.device | None = None) -> None:
-    """Raise a `UserError` unless the bytes fit the machine; says the estimate and the limit.
+    """Raise a UserError, with the estimate and the limit, unless the bytes fit the machine.
 
     Args:
         needed_bytes: estimate.

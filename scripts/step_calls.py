@@ -1,4 +1,4 @@
-"""Count the Python calls of the library in one training step of ClickTrain, stages 3 and 5, by file.
+"""Count the library's Python calls in one training step of ClickTrain's stages 3 and 5, and their files.
 
 python scripts/step_calls.py
 

@@ -13,7 +13,7 @@ from test_layers import LAYERS, PACKAGE, modules_of
 # Packages of the extras, and what a machine may lack.
 OPTIONAL = ("triton", "torchvision", "onnx", "onnxscript", "onnxruntime", "tensorboard", "timm", "lightning")
 # Packages that are installed, and that no one should wait for who only wants the library.
-HEAVY = ("datasets", "pyarrow", "pandas", "sklearn", "scipy", "jinja2", "jsonargparse", "PIL")
+HEAVY = ("datasets", "pyarrow", "pandas", "sklearn", "scipy", "jinja2", "PIL")
 SECONDS = 2.0  # on top of torch's own; 0.2 measured on an idle core
 
 
@@ -84,7 +84,7 @@ def test_every_module_imports_alone_and_without_optional_packages(repository: Pa
         + f"layers = {layers!r}"
         + """
 import importlib, os, sys, warnings
-import docstring_parser, jinja2, jsonargparse, numpy, PIL.Image, rich.live, safetensors.torch, torch, yaml
+import docstring_parser, jinja2, numpy, PIL.Image, rich.live, safetensors.torch, torch, yaml
 import torch.export, torch.optim.swa_utils
 warnings.simplefilter("ignore", DeprecationWarning)  # fork with threads about: the child only imports
 failed = []

@@ -16,7 +16,7 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
-from clicktrain.kernels.native import load, needed_toolchain, preamble, toolchain
+from clicktrain.kernels.native import load, needed_toolchain, static_source, toolchain
 from clicktrain.kernels.native.library import Library, call
 from clicktrain.kernels.native.memory import STREAM_BYTES
 
@@ -103,7 +103,8 @@ def measuring_loops() -> tuple[Library, int, int]:
     lanes = tools.lanes(torch.float32)
     # Enough sums to hide the latency of a multiply-add, and few enough that all stay in registers.
     sums = 20 if tools.registers >= 32 else 12
-    return load(_source(lanes, sums)), lanes, sums
+    about = "Peak multiply-adds and reads of this processor."
+    return load(static_source("bench/peak.c", about, torch.float32, lanes, SUMS=sums)), lanes, sums
 
 
 def _reader(library: Library, size: int, threads: int) -> Callable[[int], float]:
@@ -139,84 +140,3 @@ def _cache_bytes(level: int) -> int:
     except (OSError, ValueError):
         pass
     return _USUAL_BYTES[level]
-
-
-def _source(lanes: int, sums: int) -> str:
-    starts = " ".join(f"vec a{i} = splat((real){i});" for i in range(sums))
-    # KEEP after every step: nothing is moved out of the loop, and nothing out of its register.
-    steps = " ".join(f"a{i} = a{i} * factor + term; KEEP(a{i});" for i in range(sums))
-    total = " + ".join(f"a{i}" for i in range(sums))
-    reads = " ".join(f"{{ vec t = p[i + {i}]; USE(t); }}" for i in range(8))
-    return f"""{preamble(torch.float32, lanes)}
-#ifdef _OPENMP
-#include <omp.h>
-#define ME omp_get_thread_num()
-#define ALL omp_get_num_threads()
-#else
-#define ME 0
-#define ALL 1
-#endif
-int multiply_add(real *out, int64_t steps, int64_t threads) {{
-  int used = 1;
-  (void)threads;
-#ifdef _OPENMP
-#pragma omp parallel num_threads(threads) if (threads > 1)
-#endif
-  {{
-    vec factor = splat(0.999f), term = splat(0.001f);
-    KEEP(factor); KEEP(term);
-    {starts}
-    for (int64_t i = 0; i < steps; ++i) {{ {steps} }}
-    const vec total = {total};
-    if (ME == 0) {{ used = ALL; out[0] = lane_sum(total); }} else USE(total);
-  }}
-  return used;
-}}
-int read_all(const vec *from, int64_t bytes, int64_t passes, int64_t threads) {{
-  int used = 1;
-  (void)threads;
-#ifdef _OPENMP
-#pragma omp parallel num_threads(threads) if (threads > 1)
-#endif
-  {{
-    const int64_t count = bytes / (int64_t)sizeof(vec);
-    const vec *p = from + ME * count;
-    for (int64_t pass = 0; pass < passes; ++pass) {{
-      int64_t i = 0;
-      for (; i + 8 <= count; i += 8) {{ {reads} }}
-      for (; i < count; ++i) {{ vec t = p[i]; USE(t); }}
-    }}
-    if (ME == 0) used = ALL;
-  }}
-  return used;
-}}
-// In pieces, so that reading and writing go side by side. A rest shorter than a vector comes last.
-#define PIECE 128
-typedef real unaligned_t __attribute__((vector_size(sizeof(vec)), aligned(1), may_alias));
-int pass_over(const char *from, int64_t bytes_read, char *to, int64_t bytes_written, int64_t stream,
-              int64_t threads) {{
-  const int64_t size = (int64_t)sizeof(vec), in = bytes_read / size, out = bytes_written / size;
-  const int64_t pieces = ((in > out ? in : out) + PIECE - 1) / PIECE;
-  const unaligned_t *source = (const unaligned_t *)from;
-  vec *target = (vec *)to;
-  (void)threads;
-#ifdef _OPENMP
-#pragma omp parallel num_threads(threads) if (threads > 1)
-#endif
-  {{
-    vec zero = splat(0);
-    for (int64_t k = pieces * ME / ALL; k < pieces * (ME + 1) / ALL; ++k) {{
-      const int64_t begin = k * PIECE, stop = begin + PIECE;
-      for (int64_t i = begin; i < min64(stop, in); ++i) {{ vec t = source[i]; USE(t); }}
-      for (int64_t i = begin; i < min64(stop, out); ++i) {{
-        KEEP(zero);
-        if (stream) STREAM(&target[i], zero); else target[i] = zero;
-      }}
-    }}
-    if (stream) DRAIN();
-  }}
-  for (int64_t i = in * size; i < bytes_read; ++i) (void)((const volatile char *)from)[i];
-  if (out * size < bytes_written) memset(to + out * size, 0, bytes_written - out * size);
-  return 0;
-}}
-"""

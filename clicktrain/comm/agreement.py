@@ -1,7 +1,7 @@
-"""What several processes of one training must agree on: the first one's word counts.
+"""Agreement of several training processes: the first one decides.
 
-Weights, gradients and losses are the same in all processes of data-parallel training, so what follows from
-them is. Measured times and the statistics of batch norms are not. Without a process group nothing is sent.
+Weights, gradients and losses are the same in all processes of data-parallel training, and so is what follows
+from them. Measured times and batch-norm statistics are not. Without a process group nothing is sent.
 """
 
 from __future__ import annotations
@@ -14,7 +14,7 @@ from torch import Tensor
 
 
 def several_processes() -> bool:
-    """Whether this process trains together with others."""
+    """Whether there is more than one training process."""
     return dist.is_available() and dist.is_initialized() and dist.get_world_size() > 1
 
 
@@ -22,7 +22,7 @@ def agreed(numbers: Sequence[float], device: torch.device) -> list[float]:
     """The first process's numbers, in all of them; each process gives as many.
 
     Args:
-        numbers: what this process has.
+        numbers: of this process.
         device: of the network; GPU backends send tensors of their own device only.
     """
     if not several_processes():

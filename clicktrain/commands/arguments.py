@@ -4,18 +4,23 @@ from __future__ import annotations
 
 import difflib
 import json
-import sys
+import re
+import shutil
+import textwrap
 import types
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import MISSING, dataclass, field, fields, is_dataclass
-from typing import Annotated, Any, Union, get_args, get_origin
+from typing import Annotated, Any, Literal, Union, get_args, get_origin
 
 from docstring_parser import parse_from_object
-from jsonargparse import ArgumentParser
 
 from clicktrain.errors import UserError
 from clicktrain.files import parse_yaml
 from clicktrain.settings import choices_in, convert, type_hints
+
+_SENTENCE_END = re.compile(r"(?<=\w\w\w\.|\w\w\)\.) (?=[A-Z])")
+HELP_COLUMN, LONGEST_LINE = 26, 110
+"""Where explanations begin, and the most columns that help uses."""
 
 
 class HelpPrinted(Exception):  # noqa: N818 - not an error: help was asked for and shown
@@ -32,11 +37,31 @@ class Option:
     default: Any = None
     short: str | None = None
     metavar: str | None = None
+    main: bool = True
+    """Explained by ``--help``, not only by ``--help-all``."""
 
     @property
     def flag(self) -> str:
         """As it is typed."""
         return "--" + self.name.replace("_", "-")
+
+    @property
+    def usage(self) -> str:
+        """The flag with its value: ``--learning-rate X``."""
+        words = self.flag if self.hint is bool else f"{self.flag} {self.metavar or _metavar(self.hint)}"
+        return words if self.short is None else f"{words.replace(self.flag, self.short)}, {words}"
+
+    @property
+    def note(self) -> str:
+        """Type and default, in brackets."""
+        parts = []
+        if not _kinds(self.hint) & {bool, str, Literal}:  # else the metavar says it
+            parts.append(f"type: {_type_name(self.hint)}")
+        if self.default is not None:  # else the help says what happens
+            parts.append(f"default: {_shown(self.default)}")
+        if choices_in(self.hint) is not None:
+            parts.append("or package.module:function")
+        return f"({', '.join(parts)})" if parts else ""
 
 
 OWN_MODEL = Option(
@@ -66,29 +91,31 @@ class Command:
         name: of the command, as it is typed.
         description: one or two sentences for ``--help``.
         groups: flags by heading.
-        notes: a sentence or two under a heading.
+        notes: lines under a heading.
         positional: arguments without a flag, or None.
         explain: asked about a flag that this command does not have; a sentence, or None.
         examples: shown at the end of ``--help``.
+        brief: there are so few flags that ``--help`` explains them at length.
     """
 
     name: str
     description: str
     groups: Mapping[str, Sequence[Option]]
     positional: Positional | None = None
-    notes: Mapping[str, str] = field(default_factory=dict)
+    notes: Mapping[str, Sequence[str]] = field(default_factory=dict)
     explain: Callable[[str], str | None] = lambda name: None
     examples: str = ""
+    brief: bool = False
 
     def parse(self, argv: Sequence[str]) -> dict[str, Any]:
         """Values of what was given, by name; nothing for what was not.
 
         Raises:
             UserError: unknown flag (names the nearest), missing or wrong value, wrong number of positionals.
-            HelpPrinted: ``--help`` was given; the help is on stdout.
+            HelpPrinted: ``--help`` or ``--help-all`` was given; the help is on stdout.
         """
-        if "-h" in argv or "--help" in argv:
-            self._jsonargparse().print_help(sys.stdout)
+        if {"-h", "--help", "--help-all"} & set(argv):
+            print(self.help(every=self.brief or "--help-all" in argv))
             raise HelpPrinted
         flags, words = self._split(argv)
         values = {option.name: _typed(option, text) for option, text in flags}
@@ -149,33 +176,37 @@ class Command:
             word = f" {self.positional.name.upper()}{'...' if self.positional.many else ''}"
         return f"write 'clicktrain {self.name}{word} [--flag value ...]'"
 
-    def _jsonargparse(self) -> ArgumentParser:
-        parser = ArgumentParser(
-            prog=f"clicktrain {self.name}",
-            description=self.description,
-            epilog=self.examples or None,
-            usage=self._usage().removeprefix("write '").removesuffix("'"),
-            allow_abbrev=False,
-            default_env=False,
-            exit_on_error=False,
-        )
-        for title, options in self.groups.items():
-            group = parser.add_argument_group(title, description=self.notes.get(title))
-            for option in options:
-                names = [option.short, option.flag] if option.short else [option.flag]
-                metavar = {"metavar": option.metavar} if option.metavar else {}
-                group.add_argument(
-                    *names,
-                    dest=option.name,
-                    type=str if choices_in(option.hint) is not None else option.hint,
-                    default=option.default,
-                    help=option.help,
-                    **metavar,
-                )
+    def help(self, every: bool) -> str:
+        """What ``--help`` prints: main flags explained, others named; with ``every``, all explained."""
+        width = min(shutil.get_terminal_size((100, 24)).columns, LONGEST_LINE)
+
+        def folded(text: str, indent: str = "", first: str | None = None) -> list[str]:
+            start = indent if first is None else first
+            return textwrap.wrap(text, width, initial_indent=start, subsequent_indent=indent,
+                                 break_on_hyphens=False)  # fmt: skip
+
+        usage = self._usage().removeprefix("write '").removesuffix("'")
+        lines = [f"usage: {usage}", "", *folded(self.description)]
         if self.positional is not None:
-            # Parsed by `_split`; declared here for the help only.
-            parser.add_argument_group(self.positional.name.upper(), description=self.positional.help)
-        return parser
+            lines += ["", f"{self.positional.name.upper()}:", *folded(self.positional.help, "  ")]
+        for title, options in self.groups.items():
+            lines += ["", f"{title}:"]
+            for note in self.notes.get(title, ()):
+                lines += folded(note, "    ", "  ")
+            for option in options:
+                if every or option.main:
+                    first = f"  {option.usage:<{HELP_COLUMN - 4}}  "
+                    text = option.help if every else _SENTENCE_END.split(option.help)[0]
+                    if len(first) > HELP_COLUMN:
+                        lines.append(first.rstrip())
+                        first = " " * HELP_COLUMN
+                    lines += folded(f"{text} {option.note}".rstrip(), " " * HELP_COLUMN, first)
+            if others := [option.usage for option in options if not (every or option.main)]:
+                names = re.sub(r"\{.*?\}", "NAME", ", ".join(others))
+                lines += folded(f"also {names}", "    ", "  ")
+        if self.examples:
+            lines += ["", *folded(self.examples)]
+        return "\n".join(lines)
 
 
 def options_of(cls: type) -> list[Option]:
@@ -197,8 +228,8 @@ def options_of(cls: type) -> list[Option]:
     return options
 
 
-def _metavar(hint: Any) -> str | None:
-    """How values are shown in help; None leaves it to jsonargparse, which lists the choices of a Literal."""
+def _metavar(hint: Any) -> str:
+    """How values are shown in help: the choices where there are some, else what kind of value it is."""
     if (choices := choices_in(hint)) is not None:
         return f"{{{','.join(choices)}}}"
     kinds = _kinds(hint)
@@ -206,10 +237,25 @@ def _metavar(hint: Any) -> str | None:
         return "NAME [NAME ...]" if _holds_text(hint) else "X [X ...]"
     if dict in kinds:
         return "NAME=X [NAME=X ...]"
-    for kind, text in ((float, "X"), (int, "N"), (str, "TEXT")):
-        if kind in kinds:
-            return text
-    return None
+    if words := [str(word) for part in (hint, *get_args(hint)) if get_origin(part) is Literal
+                 for word in get_args(part)]:  # fmt: skip
+        return f"{{{','.join((['N'] if int in kinds else []) + words)}}}"
+    return next((text for kind, text in ((float, "X"), (int, "N")) if kind in kinds), "TEXT")
+
+
+def _type_name(hint: Any) -> str:
+    """The type of a value, as YAML's users know it."""
+    kinds = _kinds(hint) - {types.NoneType}
+    return " or ".join({tuple: "list", dict: "mapping"}.get(kind, kind.__name__) for kind in kinds)
+
+
+def _shown(value: Any) -> str:
+    """A default as it is typed."""
+    if isinstance(value, bool):
+        return str(value).lower()
+    if isinstance(value, tuple | list | dict):
+        return " ".join(map(str, value)) or "none"
+    return str(value)
 
 
 def _kinds(hint: Any) -> set[Any]:

@@ -14,8 +14,8 @@ from clicktrain.accounting import training_memory
 from clicktrain.accounting.memory import bytes_in_words
 from clicktrain.methods import Method
 from clicktrain.train import Prepared, RunConfig
+from clicktrain.train.checkpoint import bytes_needed
 from clicktrain.train.device import autocast
-from clicktrain.train.disk import bytes_needed
 from clicktrain.train.prepare import prepare
 from clicktrain.wording import clock, short
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import itertools
+import textwrap
 from collections.abc import Sequence
 from dataclasses import replace
 from pathlib import Path
@@ -26,13 +27,31 @@ _OUTPUT = (
         metavar="DIR",
     ),
     Option("dry_run", bool, "Check everything, print the plan and the cost, write no run.", False),
-    Option("report", bool, "Write report.html into the run's folder at the end.", True),
-    Option("quiet", bool, "No progress, only the last line.", False),
+    Option("report", bool, "Write report.html into the run's folder at the end.", True, main=False),
+    Option("quiet", bool, "No progress, only the last line.", False, main=False),
 )
 
+GROUPS: dict[str, tuple[str, str]] = {
+    "data": ("data", "augment image_size val_fraction workers cache_dir cutout mixup"),
+    "model": ("model width", "stem initial_weights"),
+    "optimization": (
+        "epochs batch_size optimizer learning_rate schedule",
+        "weight_decay momentum nesterov decay_norm_and_bias warmup_epochs milestones gamma label_smoothing "
+        "learning_rate_batch learning_rate_scaling ema_decay clip_grad_norm accumulate dynamic_batch "
+        "memory_budget batch_granularity batch_limit batch_lr seed",
+    ),
+    "machine and files": (
+        "device precision",
+        "threads deterministic channels_last compile packed operators evaluate_every checkpoint_every "
+        "keep_checkpoints tensorboard",
+    ),
+    "method": ("method", ""),
+}
+"""Settings of a run by heading: those that ``--help`` explains, and those that it only names."""
+
 _EXAMPLES = (
-    "'clicktrain train --method NAME --help' shows the settings of another method "
-    f"({', '.join(METHODS)}). A flag without a value turns a switch on, --no-FLAG turns it off."
+    "'clicktrain train --help --method NAME' explains the settings of a method, '--help-all' every flag. "
+    "A flag without a value turns a switch on, --no-FLAG turns it off."
 )
 
 
@@ -41,7 +60,8 @@ def run(argv: Sequence[str]) -> int:
     recipe = _peek(argv, "config")
     settings = {} if recipe is None else read_recipe(recipe, argv)
     name = _peek(argv, "method") or settings.get("method", RunConfig.method)
-    given = _command(name).parse(argv)
+    alone = "--help" in argv and "--help-all" not in argv and _peek(argv, "method") is not None
+    given = _command(name, alone).parse(argv)
     own = {option.name: given.pop(option.name, option.default) for option in _OUTPUT}
     values, ignored = merge(settings, given)
     config, method = from_dict(values)
@@ -90,7 +110,7 @@ def merge(recipe: dict[str, Any], flags: dict[str, Any]) -> tuple[dict[str, Any]
     return {**kept, **flags}, sorted(ignored)
 
 
-def read_recipe(path: str, argv: Sequence[str]) -> dict[str, Any]:
+def read_recipe(path: str, argv: Sequence[str] = ()) -> dict[str, Any]:
     """The settings in a YAML file, as they stand there; UserError unless they are a valid recipe.
 
     Code of the user's own that the file names has to be named in ``argv`` too, see `load_config`.
@@ -102,26 +122,46 @@ def read_recipe(path: str, argv: Sequence[str]) -> dict[str, Any]:
     return values
 
 
-def _command(method: str) -> Command:
+def _command(method: str, alone: bool = False) -> Command:
+    """The command with the settings of a method; ``alone``: only these are explained."""
     if method not in METHODS:
         raise UserError(f"method is {method!r}: use one of {', '.join(METHODS)}")
     chosen = METHODS[method]
     title = f"settings of method {method}"
+    wide = max(map(len, METHODS)) + 2
+    own = [replace(option, main=alone) for option in options_of(chosen)]
+    groups = {"run": _OUTPUT, **_run_groups(), title: own}
+    if alone:
+        groups = {title: own}
     return Command(
         name="train",
-        description="Train and prune a network in one run. A YAML recipe (--config) holds the same settings.",
-        groups={
-            "this command": _OUTPUT,
-            "settings of the run": [
-                replace(option, metavar=f"{{{','.join(METHODS)}}}") if option.name == "method" else option
-                for option in options_of(RunConfig)
-            ],
-            title: options_of(chosen),
+        description="Train and prune a network in one run. A YAML recipe (--config) holds the same settings; "
+        "flags win.",
+        groups=groups,
+        notes={
+            "data": ["(here begin the settings of the run, which a recipe may hold too)"],
+            "method": [f"{key:<{wide}}{_summary(cls)}" for key, cls in METHODS.items()],
+            title: [" ".join((chosen.__doc__ or "").split())] if alone else [],
         },
-        notes={title: " ".join((chosen.__doc__ or "").split())},
         explain=lambda name: _of_another_method(name, method),
         examples=_EXAMPLES,
+        brief=alone,
     )
+
+
+def _run_groups() -> dict[str, list[Option]]:
+    options = {option.name: option for option in options_of(RunConfig)}
+    options["method"] = replace(options["method"], metavar="NAME")
+    return {
+        head: [replace(options[name], main=name in main.split()) for name in f"{main} {rest}".split()]
+        for head, (main, rest) in GROUPS.items()
+    }
+
+
+def _summary(cls: type) -> str:
+    """The first sentence of a method's documentation, in one line."""
+    sentence = " ".join((cls.__doc__ or "").split()).partition(". ")[0].rstrip(".")
+    return textwrap.shorten(sentence, 54, placeholder=" ...")
 
 
 def _of_another_method(name: str, method: str) -> str | None:

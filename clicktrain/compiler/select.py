@@ -227,12 +227,11 @@ class _Decision:
                 impl = implementations[unit.name]
                 costs[unit.name] = {impl.layout if sparse and impl else PLAIN: 0.0}
                 continue
-            costs[unit.name] = own = {PLAIN: unit_ms(unit)}
-            own.update(
-                {one: unit_ms(unit, LAYOUTS[one]) for one in self.layouts if runs_in(unit, LAYOUTS[one])}
-            )
-            if self.rule == "sparse" and len(own) > 1:
-                costs[unit.name] = {next(one for one in own if one != PLAIN): 0.0}
+            moved = {one: unit_ms(unit, LAYOUTS[one]) for one in self.layouts if runs_in(unit, LAYOUTS[one])}
+            if self.rule == "sparse" and moved:
+                costs[unit.name] = dict.fromkeys(moved, 0.0)  # conversions decide where
+            else:
+                costs[unit.name] = {PLAIN: unit_ms(unit), **moved}
         return cheapest_layouts(costs, values_of(self.traced, self.units, self.trained, self.layouts, None))
 
     def _accepting(self, unit: Unit) -> Impl | None:

@@ -1,4 +1,4 @@
-"""Files that are either whole or not there: temporary file, fsync, rename; and logs of whole lines."""
+"""Atomic files (temporary file, fsync, rename), and logs of whole lines."""
 
 from __future__ import annotations
 
@@ -22,10 +22,9 @@ _NO_SPACE = {errno.ENOSPC, errno.EDQUOT, errno.EFBIG}
 
 @contextlib.contextmanager
 def replace_file(path: str | os.PathLike[str]) -> Iterator[BinaryIO]:
-    """Open a file that takes the name ``path`` once it is written whole and on the disk.
+    """Open a file that replaces ``path`` once it is whole and on the disk.
 
-    Until then, and for good if the block raises, an older file of that name stays as it was; nothing else is
-    left behind.
+    Until then, and if the block raises, an older file of that name stays as it was.
 
     Raises:
         UserError: the disk is full or a quota is used up.
@@ -129,7 +128,7 @@ def _clear_disk_full(path: Path) -> Iterator[None]:
 
 
 def sync_folder(folder: Path) -> None:
-    """Bring a rename to the disk, where the system can (Windows cannot open a folder)."""
+    """Flush a rename to the disk, where the system can (Windows cannot open a folder)."""
     with contextlib.suppress(OSError):
         descriptor = os.open(folder, os.O_RDONLY)
         try:

@@ -1,4 +1,4 @@
-"""Convolutions that must not be computed in channels_last on a CPU: a guard against an error of oneDNN.
+"""Guards against an error of oneDNN: convolutions that must not run in channels_last on a CPU.
 
 The weight gradient of a strided 1x1 convolution with fewer input channels than a vector register has numbers
 is written past the end of its memory if the input is in channels_last (oneDNN 3.12, as in PyTorch 2.13;

@@ -1,4 +1,4 @@
-"""Nested states as one safetensors file: tensors as tensors, everything else as JSON; nothing can execute.
+"""Nested states as one safetensors file: tensors as tensors, the rest as JSON; reading executes nothing.
 
 Layout of a file, format version 1: the safetensors format as published, whose metadata holds, under
 ``clicktrain.tree``, the JSON ``{"version": 1, "root": node}``. A node is

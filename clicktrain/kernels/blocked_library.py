@@ -13,7 +13,7 @@ from clicktrain.kernels.native import STORED_TYPES, Library, load, needed_toolch
 
 @functools.cache
 def library_for(source: Callable[[torch.dtype, int], str], dtype: torch.dtype) -> Library:
-    """The compiled functions of a text for a type of activations; ``source(dtype, lanes)`` is the text.
+    """The compiled functions of ``source(dtype, lanes)`` for activations of a dtype.
 
     Raises:
         RuntimeError: there is no compiler.

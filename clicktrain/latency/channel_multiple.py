@@ -20,13 +20,12 @@ import torch
 from torch import nn
 
 from clicktrain.comm.agreement import agreed
-from clicktrain.errors import UserError
 from clicktrain.formats.memory_format import keep_out_of_channels_last_
 from clicktrain.graph import Inputs, as_inputs
 from clicktrain.graph.batch import batch_size, blank, first_of_batch, first_tensor
 from clicktrain.graph.prunable import SeenBatch
 from clicktrain.latency.network_times import bare_copy, step_call
-from clicktrain.latency.tables import keep_table, read_table, table_path
+from clicktrain.latency.tables import measured_once
 from clicktrain.latency.timer import clock_of, synchronized, timed_for
 from clicktrain.surgery import SurgeryPlan, apply_surgery_
 from clicktrain.surgery.norms import norm_alone_
@@ -99,16 +98,11 @@ class WidthChoice:
 
     @classmethod
     def from_json(cls, document: Mapping[str, Any]) -> WidthChoice:
-        """Inverse of `to_json`; UserError if the document is none, or of another version."""
-        try:
-            if document["version"] != FORMAT_VERSION:
-                raise UserError(f"the choice of widths has format version {document['version']}")
-            rows = tuple(
-                Rounding(int(r["multiple"]), float(r["ms"]), int(r["channels"])) for r in document["rows"]
-            )
-            return cls(int(document["chosen"]), rows, int(document["images"]), str(document["dtype"]))
-        except (KeyError, TypeError, ValueError, AttributeError) as error:
-            raise UserError(f"this is no choice of widths: {type(error).__name__} {error}") from None
+        """Inverse of `to_json`."""
+        rows = tuple(
+            Rounding(int(r["multiple"]), float(r["ms"]), int(r["channels"])) for r in document["rows"]
+        )
+        return cls(int(document["chosen"]), rows, int(document["images"]), str(document["dtype"]))
 
 
 def fastest_multiple(
@@ -136,9 +130,8 @@ def fastest_multiple(
     device = first_tensor(inputs).device
     if device.type == "cpu":
         inputs = first_of_batch(inputs, CPU_IMAGES * torch.get_num_threads())
-    path = table_path("multiple", _about(model, inputs, seen, left), device, folder)
-    choice = _read(path)
-    if choice is None:
+
+    def measure() -> WidthChoice:
         distinct = {text: plans[multiple] for multiple, text in reversed(left.items())}
         ms = step_ms(model, inputs, seen.autocast, distinct)
         rows = tuple(
@@ -146,8 +139,10 @@ def fastest_multiple(
             for multiple, text in left.items()
         )
         dtype = str(seen.autocast or torch.float32).removeprefix("torch.")
-        choice = WidthChoice(best(rows), rows, batch_size(inputs), dtype)
-        keep_table(path, choice.to_json())
+        return WidthChoice(best(rows), rows, batch_size(inputs), dtype)
+
+    about = _about(model, inputs, seen, left)
+    choice = measured_once("multiple", about, device, WidthChoice.from_json, measure, folder)
     (chosen,) = agreed([choice.chosen], device)
     return dataclasses.replace(choice, chosen=int(chosen))
 
@@ -201,11 +196,3 @@ def _about(model: nn.Module, inputs: Inputs, seen: SeenBatch, left: Mapping[int,
         [[*p.shape, *p.stride()] for p in model.parameters()],
         [*left.items()],
     ]
-
-
-def _read(path: Path | None) -> WidthChoice | None:
-    try:
-        document = read_table(path)
-        return None if document is None else WidthChoice.from_json(document)
-    except UserError:
-        return None

@@ -62,16 +62,6 @@ def median_ms(
     return {key: statistics.median(ms) for key, ms in times.items()}
 
 
-def least_ms(
-    calls: Mapping[Key, Callable[[], object]], rounds: int, *, clock: Clock | None = None
-) -> dict[Key, float]:
-    """Least milliseconds of each call; arguments as `interleaved_ms`.
-
-    The least is the time of an undisturbed call; on a busy machine the median includes other programs.
-    """
-    return {key: min(ms) for key, ms in interleaved_ms(calls, rounds, clock=clock).items()}
-
-
 def candidates_ms(
     calls: Mapping[Key, Callable[[], object]],
     seconds: float,

@@ -11,7 +11,6 @@ from __future__ import annotations
 import bisect
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import asdict, dataclass, replace
-from pathlib import Path
 from typing import Any
 
 import torch
@@ -20,8 +19,8 @@ from torch import Tensor
 
 from clicktrain.comm.agreement import agreed
 from clicktrain.errors import UserError
-from clicktrain.latency.tables import keep_table, read_table, table_path
-from clicktrain.latency.timer import clock_of, least_ms, synchronized
+from clicktrain.latency.tables import measured_once
+from clicktrain.latency.timer import clock_of, interleaved_ms, synchronized
 
 FORMAT_VERSION = 2
 SHARES = (0.125, 0.25, 0.5, 0.75, 1.0)
@@ -58,6 +57,13 @@ class LayerGeometry:
         rows = _counts(self.inputs, step) if self.inputs_vary and self.groups else (self.inputs,)
         columns = _counts(self.outputs, step) if self.outputs_vary else (self.outputs,)
         return rows, columns
+
+    def read(self, document: Mapping[str, Any]) -> WidthTimes | None:
+        """Times from disk; None where they are of other points."""
+        inputs, outputs = (tuple(map(int, document[key])) for key in ("inputs", "outputs"))
+        ms = tuple(tuple(map(float, row)) for row in document["ms"])
+        fits = (inputs, outputs) == self.points() and [len(row) for row in ms] == [len(outputs)] * len(inputs)
+        return WidthTimes(inputs, outputs, ms) if fits else None
 
     def call(self, inputs: int, outputs: int, batch: int, device: torch.device) -> Callable[[], object]:
         """A call of the layer with these channel counts on random numbers."""
@@ -138,12 +144,13 @@ def width_times(
         raise UserError(f"a batch has at least 1 image, not {batch}")
     tables: dict[LayerGeometry, WidthTimes] = {}
     for geometry in dict.fromkeys(geometries):
-        path = _cache_path(geometry, batch, device)
-        times = _from_document(read_table(path), geometry)
-        if times is None:
+
+        def measure(geometry: LayerGeometry = geometry) -> WidthTimes:
             progress(f"measuring a layer of {geometry.inputs} -> {geometry.outputs} channels, batch {batch}")
-            times = measure_layer(geometry, batch, device)
-            keep_table(path, asdict(times))
+            return measure_layer(geometry, batch, device)
+
+        about = [FORMAT_VERSION, batch, asdict(geometry)]
+        times = measured_once("layer", about, device, geometry.read, measure)
         columns = len(times.outputs)
         ms = agreed([ms for row in times.ms for ms in row], device)
         rows = tuple(tuple(ms[first : first + columns]) for first in range(0, len(ms), columns))
@@ -158,7 +165,8 @@ def measure_layer(geometry: LayerGeometry, batch: int, device: torch.device) -> 
         (i, o): synchronized(geometry.call(i, o, batch, device), device) for i in inputs for o in outputs
     }
     with torch.inference_mode():
-        return WidthTimes.of(inputs, outputs, least_ms(calls, ROUNDS, clock=clock_of(device)))
+        times = interleaved_ms(calls, ROUNDS, clock=clock_of(device))
+    return WidthTimes.of(inputs, outputs, {point: min(ms) for point, ms in times.items()})
 
 
 def _counts(channels: int, step: int) -> tuple[int, ...]:
@@ -172,20 +180,3 @@ def _place(points: Sequence[int], count: int) -> tuple[int, float]:
     if index < 0 or index == len(points) - 1:
         return max(index, 0), 0.0
     return index, (count - points[index]) / (points[index + 1] - points[index])
-
-
-def _from_document(document: Mapping[str, Any] | None, geometry: LayerGeometry) -> WidthTimes | None:
-    """Times as read from disk; None where they are damaged or have other points, and are measured again."""
-    try:
-        if document is None:
-            return None
-        inputs, outputs = (tuple(map(int, document[key])) for key in ("inputs", "outputs"))
-        ms = tuple(tuple(map(float, row)) for row in document["ms"])
-    except (ValueError, KeyError, TypeError):
-        return None
-    fits = (inputs, outputs) == geometry.points() and [len(row) for row in ms] == [len(outputs)] * len(inputs)
-    return WidthTimes(inputs, outputs, ms) if fits else None
-
-
-def _cache_path(geometry: LayerGeometry, batch: int, device: torch.device) -> Path | None:
-    return table_path("layer", [FORMAT_VERSION, batch, asdict(geometry)], device)

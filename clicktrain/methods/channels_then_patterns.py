@@ -19,6 +19,7 @@ from clicktrain.methods.clicktrain import ClickTrain, ClickTrainState
 from clicktrain.methods.outcome import Reached, Target
 from clicktrain.methods.patterns.axes import AllocationChoice
 from clicktrain.methods.prunetrain import PruneTrain, PruneTrainState
+from clicktrain.runs.events import SwitchEvent
 from clicktrain.sparsity.allocation import compression_limits
 from clicktrain.sparsity.channel_lasso import ChannelAxis
 from clicktrain.sparsity.importance import CriterionChoice
@@ -218,7 +219,7 @@ class ChannelsThenPatterns(Method[TwoPartState]):
         if step.ends_epoch and int(step.position) >= self.switch_epoch(step.length):
             state.switched = True
             done = int(step.position)
-            event = {"event": "switch", "method": self.second.name, "reason": f"epoch {done} begins"}
+            event = SwitchEvent(method=self.second.name, reason=f"epoch {done} begins")
             return [*self.first.reconfigure_now(state.first, prunable, done, final=True), Record(event)]
         return self.first_of(step.length).after_step(state.first, prunable, step)
 

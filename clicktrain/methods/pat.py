@@ -35,6 +35,7 @@ from clicktrain.methods.channels.stepwise import StepwiseRemoval, StepwiseState
 from clicktrain.methods.outcome import Reached, Target
 from clicktrain.methods.saved_state import restored_state, saved_state
 from clicktrain.methods.triggers import StartRule, StructureWatch, default_threshold, default_window
+from clicktrain.runs.events import StageEvent, TriggerEvent
 from clicktrain.settings import part_of
 from clicktrain.sparsity.registry import choice_name
 from clicktrain.sparsity.triggers import PolicyChoice
@@ -232,9 +233,13 @@ class PaT(Method[PaTState]):
         return actions
 
     def _announce(self, state: PaTState) -> list[Action]:
-        trigger = {"event": "trigger", "policy": choice_name(self.policy), "reason": state.reason,
-                   "epi": state.watch.epi, "threshold": self.threshold,
-                   "prune_epoch": state.entered}  # fmt: skip
+        trigger = TriggerEvent(
+            policy=choice_name(self.policy),
+            reason=state.reason,
+            epi=state.watch.epi,
+            threshold=self.threshold,
+            prune_epoch=state.entered,
+        )
         return [Record(trigger), _enters("prune", state.reason)]
 
     def _prune(self, state: PaTState, prunable: PrunableLayers, step: StepInfo) -> list[Action]:
@@ -309,4 +314,4 @@ class PaT(Method[PaTState]):
 
 
 def _enters(stage: str, reason: str) -> Record:
-    return Record({"event": "stage", "stage": stage, "number": STAGES.index(stage) + 1, "reason": reason})
+    return Record(StageEvent(stage=stage, number=STAGES.index(stage) + 1, reason=reason))

@@ -15,7 +15,7 @@ from __future__ import annotations
 import math
 import time
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any, ClassVar, Literal
 
 from torch import Tensor, nn
@@ -45,6 +45,7 @@ from clicktrain.methods.channels.steering import Steering, TargetState
 from clicktrain.methods.channels.target import NEAR
 from clicktrain.methods.outcome import Reached, Target
 from clicktrain.methods.saved_state import restored_state, saved_state
+from clicktrain.runs.events import PenaltyEvent, ReconfiguredEvent, StageEvent, WidthsEvent
 from clicktrain.settings import part_of
 from clicktrain.surgery import SurgeryPlan
 
@@ -253,8 +254,7 @@ class PruneTrain(Method[PruneTrainState]):
         actions: list[Action] = []
         if state.reconfigured == 0 and step.epoch == 0 and state.lasso.coefficient is not None:
             share = self.penalty_ratio if self.coefficient is None else None
-            event = {"event": "penalty", "coefficient": state.lasso.coefficient, "penalty_ratio": share}
-            actions.append(Record(event))
+            actions.append(Record(PenaltyEvent(coefficient=state.lasso.coefficient, penalty_ratio=share)))
         final = self.target is not None and epoch >= rhythm.target_epoch(length)
         due = rhythm.due(epoch, state.reconfigured, state.done, length)
         if epoch < length.epochs and (due or (final and not state.target.met)):
@@ -263,7 +263,7 @@ class PruneTrain(Method[PruneTrainState]):
             state.stage, reason = "fine-tune", f"epoch {epoch} begins"
             if state.target.met:
                 reason = f"{state.target.share:.3f} of the {self.steering.what} are left"
-            actions.append(Record({"event": "stage", "stage": state.stage, "number": 2, "reason": reason}))
+            actions.append(Record(StageEvent(stage=state.stage, number=2, reason=reason)))
         return actions
 
     def reconfigure_now(
@@ -287,25 +287,24 @@ class PruneTrain(Method[PruneTrainState]):
             )
             if choice is not None:
                 state.round_to = choice.chosen
-                actions.append(Record({"event": "widths", **choice.to_json()}))
+                actions.append(Record(WidthsEvent(**choice.to_json())))
             multiple = state.round_to or 1
-        plan, event = plans[multiple], {}
+        plan, event = plans[multiple], ReconfiguredEvent()
         target = None if self.target is None else self.steering.view(state.target, state.lasso, prunable)
         if target is not None:
             plan = self.removal.within(target, prunable, multiple, fill=final)
             state.target.share = target.share_after(plan)
             state.target.met = final or state.target.share <= target.share + NEAR
-            event = {
-                "target": target.share,
-                "share_left": state.target.share,
-                "coefficient": state.lasso.coefficient,
-            }
-        event |= {
-            "planning_seconds": time.perf_counter() - started,
-            "zeroed_channels": zeroed,
-            "round_to": multiple,
-            "channels_without_rounding": sum(row.outputs[1] for row in plans[1].layers),
-        }
+            event = ReconfiguredEvent(
+                target=target.share, share_left=state.target.share, coefficient=state.lasso.coefficient
+            )
+        event = replace(
+            event,
+            planning_seconds=time.perf_counter() - started,
+            zeroed_channels=zeroed,
+            round_to=multiple,
+            channels_without_rounding=sum(row.outputs[1] for row in plans[1].layers),
+        )
         return [*actions, Reconfigure(plan, event, self.check_outputs)]
 
     def after_surgery(self, state: PruneTrainState, plan: SurgeryPlan, prunable: PrunableLayers) -> None:

@@ -33,11 +33,11 @@ class Run:
 
     Attributes:
         label: name to show, unique in a report.
-        folder: where it lies.
+        folder: path of the run.
         config: settings, flat.
         metrics: lines of the finished epochs.
-        events: decisions of the method, in order.
-        summary: what was reached; None while the run is not finished.
+        events: decisions, in order.
+        summary: None while the run is not finished.
     """
 
     label: str
@@ -49,7 +49,7 @@ class Run:
 
     @property
     def finished(self) -> bool:
-        """Whether the run came to its end."""
+        """Whether the run is finished."""
         return self.summary is not None
 
     @property
@@ -68,7 +68,7 @@ class Run:
 
     @property
     def is_dense(self) -> bool:
-        """Whether nothing is pruned: a baseline."""
+        """Whether this is a baseline that prunes nothing."""
         return self.method == "dense"
 
     @property
@@ -78,12 +78,12 @@ class Run:
 
     @property
     def epochs_asked(self) -> int:
-        """Epochs that the run was to have."""
+        """Epochs of the whole run."""
         return int(number(self.summary, "epochs") or number(self.config, "epochs") or self.epochs_done)
 
     @property
     def task(self) -> tuple[str, ...]:
-        """What makes accuracies of two runs comparable: network, width, stem, data, image size."""
+        """Network, width, stem, data and image size: accuracies of runs with the same task are comparable."""
         keys = ("model", "width", "stem", "data", "image_size")
         return tuple(str(self.config.get(key)) for key in keys)
 
@@ -170,15 +170,15 @@ class Run:
 
     @property
     def hard_prune_epoch(self) -> float | None:
-        """When positions were fixed, in epochs."""
+        """Epoch of the hard prune."""
         return number(self.summary, "hard_prune_epoch") or number(self.event("hard_prune"), "epoch")
 
     @property
     def device(self) -> str:
-        """Name of the machine's part that trained."""
-        found = self.summary or {}
+        """Name of the processor or GPU that trained."""
+        summary = self.summary or {}
         asked = self.config.get("device")
-        known = found.get("gpu") or found.get("cpu") or found.get("device")
+        known = summary.get("gpu") or summary.get("cpu") or summary.get("device")
         return str(known or (asked if asked not in (None, "auto") else ""))
 
     def event(self, name: str) -> Mapping[str, Any] | None:
@@ -188,12 +188,12 @@ class Run:
     @property
     def layers(self) -> tuple[Mapping[str, Any], ...]:
         """Layers of the summary: name, shape, density, FLOPs."""
-        found = (self.summary or {}).get("layers")
-        return tuple(layer for layer in found or () if isinstance(layer, Mapping))
+        layers = (self.summary or {}).get("layers")
+        return tuple(layer for layer in layers or () if isinstance(layer, Mapping))
 
     @cached_property
     def robustness(self) -> dict[str, list[tuple[float, float]]]:
-        """Attack -> (epsilon, accuracy in percent), rising, as far as the run was attacked."""
+        """Attack -> (epsilon, accuracy in percent), rising; empty if the run was not attacked."""
         return read_robustness(RunFolder(self.folder).robustness)
 
     # ---- weights ----------------------------------------------------------------------------
@@ -223,7 +223,7 @@ class Run:
 
     @cached_property
     def facts(self) -> dict[str, Any]:
-        """What model.safetensors says of the network: image_shape, classes and so on."""
+        """Facts of the network in model.safetensors: image_shape, classes and so on."""
         path = self.folder / "model.safetensors"
         if not path.is_file():
             return {}

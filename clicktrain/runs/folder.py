@@ -38,7 +38,7 @@ from clicktrain.runs.new_folder import (
 
 @dataclass(frozen=True)
 class RunFolder:
-    """Paths and files of one run. Making the object touches nothing; `create` and `open` do."""
+    """Paths and files of one run; the object itself touches nothing before `create` or `open`."""
 
     path: Path
 
@@ -73,12 +73,12 @@ class RunFolder:
 
     @property
     def channels(self) -> Path:
-        """Largest weight of every channel, one JSON line per epoch; there if a lasso acts on channels."""
+        """Largest weight of every channel, one JSON line per epoch; exists if a lasso acts on channels."""
         return self.path / "channels.jsonl"
 
     @property
     def summary_path(self) -> Path:
-        """What the run reached, JSON; there once the run is finished."""
+        """Summary, JSON; exists once the run is finished."""
         return self.path / "summary.json"
 
     @property
@@ -93,28 +93,28 @@ class RunFolder:
 
     @property
     def surgery(self) -> Path:
-        """The surgery plans that made the network smaller, JSON; there if channels were removed."""
+        """Surgery plans, JSON; exists if channels were removed."""
         return self.path / "surgery.json"
 
     @property
     def operators(self) -> Path:
-        """Which operator each layer runs on after the hard prune, JSON; there once a compiler chose."""
+        """The operator of each layer after the hard prune, JSON; exists once a compiler chose."""
         return self.path / "operators.json"
 
     @property
     def robustness(self) -> Path:
-        """Accuracy under attacks, JSON; there once the run was attacked."""
+        """Accuracy under attacks, JSON; exists once the run was attacked."""
         return self.path / "robustness.json"
 
     @property
     def checkpoint_folder(self) -> Path:
-        """Where the last good states lie."""
+        """Folder of the checkpoints."""
         return self.path / CHECKPOINTS
 
     def check_free(self) -> None:
         """Raise UserError unless the folder can become that of a new run.
 
-        It is missing, empty, or holds only what a run leaves that is killed while its folder is made.
+        Such a folder is missing, empty, or left by a run that was killed before its first checkpoint.
         """
         if exists(self.path) and (user := self.user) is not None:
             raise RunFolderInUse(f"{self.path} is in use: {user} trains in it; give another --out")
@@ -141,17 +141,15 @@ class RunFolder:
 
     @contextlib.contextmanager
     def in_use(self, message: Callable[[str], None], *, new: bool = False) -> Iterator[None]:
-        """Hold the folder for this process: others that would train in it are refused, readers are not.
-
-        What killed writers left behind is removed.
+        """Lock the folder against other processes that would train in it, and remove temporary files.
 
         Args:
-            message: is told if the file system has no locks.
-            new: make the folder; remove what was made if the block raises before the first checkpoint.
+            message: called if the file system has no locks.
+            new: create the folder; remove it again if the block raises before the first checkpoint.
 
         Raises:
             RunFolderInUse: another process trains in it.
-            UserError: the folder cannot be made or written to, or is not that of a new run.
+            UserError: the folder cannot be created or written to, or is not free for a new run.
         """
         there = existing_part(self.path)
         with contextlib.ExitStack() as held:
@@ -168,13 +166,13 @@ class RunFolder:
                 self._check_contents()
             try:
                 yield
-            except Exception:
+            except Exception:  # not a kill or an interrupt: such a folder can be taken again
                 if new and self.path.is_dir() and only_begun(self.path):
                     remove_new(self.path, there)
                 raise
 
     def explained(self, error: OSError) -> Exception:
-        """An error of the file system in this folder as a sentence; any other error as it is."""
+        """Turn an error of the file system in this folder into a UserError; return any other as it is."""
         name = error.filename2 or error.filename
         if not isinstance(name, str) or not Path(name).is_relative_to(self.path):
             return error
@@ -203,7 +201,7 @@ class RunFolder:
         return self
 
     def open(self) -> RunFolder:
-        """Check that this is the folder of a run that this version can read; UserError otherwise."""
+        """Raise a UserError unless this is the folder of a run that this version can read."""
         if not exists(self.config) and self.checkpoint_folder.is_dir() and only_begun(self.path):
             raise UserError(
                 f"{self.path} holds only the beginnings of a run that was killed while its folder was made: "
@@ -233,7 +231,7 @@ class RunFolder:
         append_jsonl(self.events, dict(event))
 
     def append_channels(self, record: Mapping[str, Any]) -> None:
-        """Add an epoch's largest weights."""
+        """Add the largest weights of an epoch."""
         append_jsonl(self.channels, dict(record))
 
     def read_metrics(self) -> list[dict[str, Any]]:
@@ -254,42 +252,42 @@ class RunFolder:
         return self.metrics, self.events, self.channels
 
     def log_marks(self) -> dict[str, LogMark]:
-        """What the logs are now, by file name: as a checkpoint stores them."""
+        """Marks of the logs by file name, for a checkpoint."""
         return {path.name: LogMark.of(path) for path in self.logs}
 
     def take_back(self, marks: Mapping[str, LogMark], epoch: float) -> list[Mended]:
-        """Cut the logs back to a checkpoint, so that what is done again is not told twice.
+        """Cut the logs back to a checkpoint, so that repeated epochs are not logged twice.
 
         Args:
-            marks: what they were then; nothing of a file without a mark stays.
-            epoch: how far the run had come then. Lines up to it stay of a log that was changed in between.
+            marks: of the logs at the checkpoint; a log without a mark is emptied.
+            epoch: of the checkpoint; a log that was changed since keeps its lines up to this epoch.
 
         Returns:
-            The logs that were not as the checkpoint knew them.
+            The logs that were changed since.
         """
 
         def belongs(line: dict[str, Any]) -> bool:
             at = line.get("epoch")
             return isinstance(at, int | float) and at <= epoch + 1e-9
 
-        found = [take_back(path, marks.get(path.name, LogMark()), belongs) for path in self.logs]
-        return [mended for mended in found if mended is not None]
+        results = [take_back(path, marks.get(path.name, LogMark()), belongs) for path in self.logs]
+        return [mended for mended in results if mended is not None]
 
     def write_summary(self, summary: Mapping[str, Any]) -> None:
-        """Write summary.json whole; its presence says that the run is finished."""
+        """Write summary.json, which marks the run as finished."""
         write_text_atomic(self.summary_path, json.dumps(dict(summary), indent=2) + "\n")
 
     def summary(self) -> dict[str, Any] | None:
-        """What the run reached, or None while it is not finished; UserError for a damaged file."""
-        found = read_summary(self.summary_path)
-        if found is not None:
-            check_summary(found, self.summary_path)
-        return found
+        """The summary, or None while the run is not finished; UserError for a damaged file."""
+        summary = read_summary(self.summary_path)
+        if summary is not None:
+            check_summary(summary, self.summary_path)
+        return summary
 
     def checkpoint(self, epoch: int, step: int) -> Path:
         """Path of the checkpoint after ``step`` optimizer steps, of which the last was in ``epoch``."""
         return self.checkpoint_folder / f"step-{step:09d}-epoch-{epoch:04d}.safetensors"
 
     def checkpoints(self) -> list[Path]:
-        """Checkpoints that are there, oldest first."""
+        """The checkpoints, oldest first."""
         return sorted(self.checkpoint_folder.glob("step-*.safetensors"))

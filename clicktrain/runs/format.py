@@ -1,4 +1,4 @@
-"""The text files of a run folder: version, settings, logs and summary, checked while they are read."""
+"""Reads and checks the text files of a run's folder: version, logs, summary, robustness."""
 
 from __future__ import annotations
 
@@ -28,7 +28,7 @@ HEADER = "# clicktrain run folder, format "
 
 
 def check_folder(folder: Path) -> None:
-    """Raise a `UserError` unless this is the folder of a run that this version can read."""
+    """Raise a UserError unless this is the folder of a run of this `FORMAT_VERSION`."""
     config = folder / "config.yaml"
     if not is_file(config):
         raise UserError(f"{folder} is not the folder of a run: it has no config.yaml")
@@ -115,7 +115,7 @@ def write_robustness(path: Path, curves: Mapping[str, Sequence[tuple[float, floa
 
 
 def check_summary(summary: Mapping[str, Any], path: Path) -> None:
-    """Check the values that commands compute with; UserError that names the first that is wrong."""
+    """Raise a UserError that names the first wrong value, among those that commands compute with."""
     _check(summary, _SUMMARY, f"{path} is damaged: its")
     for row in summary["layers"]:
         _check(row, _LAYER, f"{path} is damaged: a layer's")

@@ -1,4 +1,4 @@
-"""One process at a time trains in a folder: a lock of the operating system, which ends with its process.
+"""A lock on a run's folder, so that one process at a time trains in it.
 
 The lock is an advisory ``flock`` on ``.lock`` in the run's folder. The kernel releases it however the process
 ends, so that a run that was killed is never locked; the file's text (process and machine) only names the
@@ -26,7 +26,7 @@ LOCK_NAME = ".lock"
 
 _NO_LOCKS = {errno.ENOLCK, errno.ENOSYS, errno.EOPNOTSUPP, errno.EINVAL}
 _HELD: set[int] = set()
-"""Descriptors of the locks of this process."""
+"""Descriptors of the locks that this process holds."""
 
 
 class RunFolderInUse(UserError):  # noqa: N818 - reads as a sentence to the user
@@ -39,7 +39,7 @@ def locked(folder: Path, message: Callable[[str], None]) -> Iterator[None]:
 
     Args:
         folder: of the run.
-        message: is told if the file system has no locks.
+        message: called if the file system has no locks.
 
     Raises:
         RunFolderInUse: another process (or another run of this one) holds it; names the process.
@@ -57,7 +57,7 @@ def locked(folder: Path, message: Callable[[str], None]) -> Iterator[None]:
 
 
 def holder(folder: Path) -> str | None:
-    """Who trains in a folder, as "process 12 on machine", or None if nobody does."""
+    """The process that trains in a folder, as "process 12 on machine", or None."""
     path = folder / LOCK_NAME
     try:
         descriptor = os.open(path, os.O_RDONLY | os.O_CLOEXEC)
@@ -130,7 +130,7 @@ def _name(descriptor: int) -> str:
 
 
 def _close_in_child() -> None:
-    """Processes that load data are forks: they must not keep the lock of a parent that was killed."""
+    """Release the locks in a fork: a loading process must not keep the lock of a parent that was killed."""
     for descriptor in _HELD:
         with contextlib.suppress(OSError):
             os.close(descriptor)

@@ -1,4 +1,4 @@
-"""Logs of a run taken back to a checkpoint, and what happens if they are not what the checkpoint knew."""
+"""Cuts the logs of a run back to a checkpoint, and mends those that were changed since."""
 
 from __future__ import annotations
 
@@ -24,7 +24,7 @@ class LogMark:
 
     @classmethod
     def of(cls, path: Path, num_bytes: int | None = None) -> LogMark:
-        """Of a file as it is (or of its first ``num_bytes``); nothing where there is none."""
+        """The mark of a file, or of its first ``num_bytes``; an empty one if there is no file."""
         if not path.exists():
             return cls()
         left = path.stat().st_size if num_bytes is None else num_bytes
@@ -37,12 +37,12 @@ class LogMark:
 
 @dataclass(frozen=True, slots=True)
 class Mended:
-    """A log that was not as the checkpoint knew it.
+    """A log that was changed since the checkpoint.
 
     Attributes:
         path: of the log.
-        lines: those that could be read and were kept.
-        aside: the file as it was found, under another name; None if it was gone.
+        lines: number of readable lines that were kept.
+        aside: new name of the changed file; None if it was missing.
     """
 
     path: Path
@@ -50,30 +50,30 @@ class Mended:
     aside: Path | None
 
     def __str__(self) -> str:
-        found = (
+        problem = (
             f"{self.path} is gone"
             if self.aside is None
             else f"{self.path} was cut or changed since the checkpoint; as it was found it is now "
             f"{self.aside.name}"
         )
         return (
-            f"{found}: {self.lines} of its lines stay, and training goes on (weights do not depend on logs)"
+            f"{problem}: {self.lines} of its lines stay, and training goes on (weights do not depend on logs)"
         )
 
 
 def take_back(path: Path, mark: LogMark, belongs: Callable[[dict[str, Any]], bool]) -> Mended | None:
     """Cut a log back to what it was at a checkpoint.
 
-    If its beginning is not what it was, every whole line of JSON that ``belongs`` stays, and the file as it
-    was found is put aside.
+    If its beginning has changed, every whole line of JSON that ``belongs`` stays, and the changed file is put
+    aside.
 
     Args:
-        path: of the log; made if it is missing and had been there.
-        mark: what it was.
+        path: of the log; created if it is missing and was there.
+        mark: of the log at the checkpoint.
         belongs: whether a line was written before the checkpoint.
 
     Returns:
-        What had to be mended, None if nothing.
+        What was mended, or None.
     """
     if LogMark.of(path, mark.num_bytes) == mark:
         if path.exists():

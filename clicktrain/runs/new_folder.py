@@ -1,4 +1,4 @@
-"""The folder of a run before its first checkpoint: whether it may be taken, and how it is given back."""
+"""The folder of a run before its first checkpoint: whether it is free, and how it is removed again."""
 
 from __future__ import annotations
 
@@ -11,12 +11,12 @@ from clicktrain.runs.format import HEADER
 from clicktrain.runs.lock import LOCK_NAME
 
 LOGS = ("metrics.jsonl", "events.jsonl")
-"""Files that are made with the folder."""
+"""Files that are created with the folder."""
 CHECKPOINTS = "checkpoints"
 
 
 def exists(path: Path) -> bool:
-    """Whether there is anything at a path; UserError where that is no question (a name too long, a loop)."""
+    """Whether there is anything at a path; UserError for an impossible path (too long, a loop of links)."""
     try:
         path.lstat()
         path.stat()
@@ -30,10 +30,10 @@ def exists(path: Path) -> bool:
 
 
 def only_begun(path: Path) -> bool:
-    """Whether a folder holds nothing but what `RunFolder.create` makes before a first checkpoint.
+    """Whether a folder holds only what `RunFolder.create` writes before the first checkpoint.
 
-    That is what a process leaves that is killed while it starts a run: nothing that anybody could miss. A
-    config.yaml counts only if a run wrote it, and wrote the other files with it.
+    A process that is killed while it starts a run leaves such a folder, with nothing of value. A config.yaml
+    counts only if a run wrote it together with the other files.
     """
     names = {entry.name for entry in path.iterdir() if not is_leftover(entry)} - {LOCK_NAME}
     if not names <= {CHECKPOINTS, *LOGS, "config.yaml"}:
@@ -48,7 +48,7 @@ def only_begun(path: Path) -> bool:
 
 
 def clear_begun(path: Path) -> None:
-    """Remove what `only_begun` found, but the lock."""
+    """Remove the contents of an `only_begun` folder except the lock."""
     for entry in path.iterdir():
         if entry.name == CHECKPOINTS:
             shutil.rmtree(entry)
@@ -65,7 +65,7 @@ def existing_part(path: Path) -> Path:
 
 
 def remove_new(path: Path, there: Path) -> None:
-    """Remove what was made at ``path``; ``there`` is the part of it that was there before."""
+    """Remove what was created at ``path``; ``there`` is the part of it that existed before."""
     path = path.absolute()
     if path == there:
         for child in path.iterdir():
@@ -99,6 +99,6 @@ def _written_by_a_run(config: Path) -> bool:
 
 
 def _shown(path: Path) -> str:
-    """A path that fits a line."""
+    """A path, shortened to fit a line."""
     text = str(path)
     return text if len(text) <= 200 else f"{text[:100]}...{text[-60:]} ({len(text)} characters)"

@@ -1,4 +1,4 @@
-"""The sizes that a batch has had in a run, and where in the run an optimizer step is."""
+"""The batch sizes of a run, and the place of an optimizer step in it."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ class BatchSize:
         images: in a batch.
         batches: in an epoch.
         steps: of the optimizer in an epoch.
-        learning_rate_factor: what the schedule's learning rate is multiplied with.
+        learning_rate_factor: on the scheduled learning rate.
         epoch: from which epoch on, counted from 0.
         batches_before: of the run, before that epoch.
         steps_before: of the optimizer, before that epoch.
@@ -33,7 +33,7 @@ class BatchSize:
 
 
 class BatchSizes:
-    """The list of them; only ever longer. Without a resize it has one entry."""
+    """All batch sizes of a run so far; one entry unless the batch was resized."""
 
     def __init__(self, images: int, batches: int, accumulate: int) -> None:
         """Start a run with ``batches`` batches of ``images`` images an epoch."""
@@ -42,16 +42,16 @@ class BatchSizes:
 
     @property
     def first(self) -> BatchSize:
-        """At the start of the run."""
+        """The size at the start of the run."""
         return self._entries[0]
 
     @property
     def now(self) -> BatchSize:
-        """Of the running epoch."""
+        """The size in the running epoch."""
         return self._entries[-1]
 
     def resize(self, epoch: int, images: int, batches: int, learning_rate_factor: float) -> None:
-        """Note another size from epoch ``epoch`` (from 0) on, which has not begun."""
+        """Set another size from epoch ``epoch`` (from 0) on, which has not begun."""
         last, passed = self.now, epoch - self.now.epoch
         if passed < 1:
             raise ValueError(f"epoch {epoch} has its batch size already")
@@ -72,7 +72,7 @@ class BatchSizes:
         return self.now.batches_before + (epoch - self.now.epoch) * self.now.batches + batch
 
     def schedule_step(self, step: int) -> float:
-        """Where in the run an optimizer step is, as the step that a run of the first batch size would be at.
+        """The step at which a run of the first batch size would be in the same place.
 
         In such a run it is ``step`` itself, exactly.
         """
@@ -80,7 +80,7 @@ class BatchSizes:
         return entry.epoch * self.first.steps + (step - entry.steps_before) * (self.first.steps / entry.steps)
 
     def learning_rate_factor(self, step: int) -> float:
-        """What the schedule is multiplied with at an optimizer step."""
+        """The factor on the scheduled learning rate at an optimizer step."""
         return self._at(step).learning_rate_factor
 
     def _at(self, step: int) -> BatchSize:

@@ -1,12 +1,11 @@
 """The largest absolute weight of every channel, epoch by epoch (PruneTrain, figure 4).
 
-channels.jsonl has one line per epoch, of the network as the epoch's last step left it. Where the epoch ends
-with a reconfiguration, what is under the threshold has been set to zero and nothing has been removed yet. A
-line is ``{"epoch": 3, "outputs": {layer: [...]}, "inputs": {layer: [...]}}``, a number of three digits for
-every channel that can be removed; layers have the names of the network as it was at first. ``channels``, in
-the first line and in the first one after channels have gone, says in the same form which channels these are,
-by their numbers in that network; it holds until the next one. So a removed channel has its last number in the
-line of the epoch at whose end it went.
+channels.jsonl has one line per epoch, of the network after the epoch's last step. Where the epoch ends with
+a reconfiguration, channels under the threshold are zero by then and nothing is removed yet. A line is
+``{"epoch": 3, "outputs": {layer: [...]}, "inputs": {layer: [...]}}``, with a number of three digits for
+every channel that can be removed; layers have the names of the original network. ``channels``, in the first
+line and in the first one after a removal, says in the same form which channels of the original network these
+are, until the next such line. A removed channel has its last number in the line of the epoch that removed it.
 """
 
 from __future__ import annotations
@@ -21,13 +20,13 @@ from clicktrain.surgery import OriginalChannels, original_channels, renumbered
 from clicktrain.train.training_run import TrainingRun
 
 SIDES = ("outputs", "inputs")
-"""Of the dimensions 0 and 1 of a weight."""
+"""Names of the dimensions 0 and 1 of a weight."""
 
 
 def watch_channels(run: TrainingRun) -> None:
     """Write a line at the end of every epoch in which a method pushes channels towards zero.
 
-    Call it before the run goes on from a checkpoint: the network is still the whole one then.
+    Call it before a checkpoint is loaded, while the network is the original one.
     """
     log = _ChannelLog(run, original_channels(run.prepared.model))
     run.prepared.pruner.subscribe(log.renumber, ChannelsRemoved)
@@ -36,7 +35,7 @@ def watch_channels(run: TrainingRun) -> None:
 
 @dataclass
 class _ChannelLog:
-    """``numbers`` says which channels of the first network the present ones are."""
+    """``numbers`` maps present channels to those of the original network."""
 
     run: TrainingRun
     numbers: dict[str, OriginalChannels]
@@ -67,5 +66,5 @@ class _ChannelLog:
 
 
 def _three_digits(values: Tensor) -> list[float]:
-    """Rounded to three significant digits, which are short as text."""
+    """Round to three significant digits, which are short as text."""
     return [float(f"{value:.3g}") if value else 0 for value in values.tolist()]

@@ -1,23 +1,26 @@
-"""Checkpoints: whole files only, checked on reading, the oldest removed; no file can execute anything."""
+"""Checkpoints: written whole, checked when read, the oldest removed; reading one executes nothing."""
 
 from __future__ import annotations
 
+import shutil
 import zlib
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import torch
-from torch import Tensor
+from safetensors import SafetensorError
+from torch import Tensor, nn
 
 from clicktrain.errors import UserError
 from clicktrain.formats.tree import flatten_tree, load_tree, read_metadata, save_tree
 from clicktrain.runs.folder import RunFolder
 from clicktrain.runs.format import FORMAT_VERSION, check_version
+from clicktrain.train.config import RunConfig
 
 
 class DamagedCheckpoint(UserError):  # noqa: N818 - reads as a sentence to the user
-    """A checkpoint that cannot be read: cut off, changed, or not a checkpoint at all."""
+    """A checkpoint that cannot be read: truncated, changed, or not a checkpoint."""
 
 
 def save_checkpoint(folder: RunFolder, epoch: int, step: int, state: dict[str, Any], keep: int) -> Path:
@@ -40,7 +43,7 @@ def save_checkpoint(folder: RunFolder, epoch: int, step: int, state: dict[str, A
     save_tree(path, state, metadata)
     there = folder.checkpoints()
     newest = there.index(path)
-    # Later ones are of a course that was given up: they were damaged, and an older one was used.
+    # Later ones were damaged, and training went on from an older one.
     for old in (*there[: max(newest + 1 - keep, 0)], *there[newest + 1 :]):
         old.unlink(missing_ok=True)
     return path
@@ -56,13 +59,13 @@ def load_checkpoint(path: Path) -> dict[str, Any]:
     try:
         metadata = read_metadata(path)
         version = int(metadata["format_version"])
-    except Exception as error:
+    except (UserError, SafetensorError, KeyError, ValueError) as error:
         raise DamagedCheckpoint(f"{path} is damaged or not a checkpoint of clicktrain: {error}") from None
     check_version(version, path)
     try:
         state = load_tree(path)
         right = isinstance(state, dict) and _checksum(state) == metadata.get("crc32")
-    except Exception as error:
+    except (UserError, SafetensorError, ValueError) as error:
         raise DamagedCheckpoint(f"{path} is damaged: {error}") from None
     if not right:
         raise DamagedCheckpoint(f"{path} is damaged: its checksum is wrong")
@@ -71,7 +74,7 @@ def load_checkpoint(path: Path) -> dict[str, Any]:
 
 
 def newest_good(folder: RunFolder, message: Callable[[str], None]) -> dict[str, Any] | None:
-    """The newest checkpoint that can be read; each that cannot is told.
+    """The newest checkpoint that can be read; reports each that cannot.
 
     Returns:
         Its content, or None when no checkpoint has been written yet.
@@ -103,3 +106,39 @@ def _checksum(state: dict[str, Any]) -> str:
 def _bytes(tensor: Tensor) -> memoryview:
     plain = tensor.detach().cpu().contiguous().reshape(-1)
     return plain.view(torch.uint8).numpy().data
+
+
+_SPARE_BYTES = 20 * 2**20
+"""Logs, summary and report."""
+_CHANNEL_BYTES = 9
+"""Length of a number of three digits, as text."""
+
+
+def bytes_needed(model: nn.Module, config: RunConfig) -> int:
+    """Upper estimate of the bytes in the folder of a run.
+
+    A checkpoint holds the weights, one (sgd) or two (adam, adamw) moments, the moving average and the
+    importance that a method collects; one more than ``keep_checkpoints`` is on disk while the newest is
+    written. Two numbers per channel and epoch are in channels.jsonl, if a method pushes channels to zero.
+    """
+    tensors = [*model.parameters(), *model.buffers()]
+    weights = sum(t.numel() * t.element_size() for t in tensors)
+    moments = 1 if config.optimizer == "sgd" else 2
+    per_checkpoint = weights * (1 + moments + (1 if config.ema_decay else 0) + 2)
+    channels = sum(p.shape[0] + p.shape[1] for p in model.parameters() if p.dim() == 4)
+    logs = channels * config.epochs * _CHANNEL_BYTES + _SPARE_BYTES
+    return per_checkpoint * (config.keep_checkpoints + 1) + 2 * weights + logs
+
+
+def check_disk(path: Path, needed: int, free: int | None = None) -> None:
+    """Raise UserError if the disk of ``path`` (which need not exist) has less than ``needed`` bytes free."""
+    if free is None:
+        there = path.absolute()
+        while not there.exists():
+            there = there.parent
+        free = shutil.disk_usage(there).free
+    if free < needed:
+        raise UserError(
+            f"the run needs about {needed / 2**20:,.0f} MB at {path} and {free / 2**20:,.0f} MB are free: "
+            "free some space, lower keep_checkpoints, or give another --out"
+        )

@@ -1,4 +1,4 @@
-"""Settings of a training run: one frozen dataclass, the same fields in YAML files and on the command line."""
+"""Settings of a training run: the same fields in Python, YAML and on the command line."""
 
 from __future__ import annotations
 

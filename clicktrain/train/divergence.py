@@ -1,7 +1,4 @@
-"""Losses of the running epoch: read from the device in bundles, summed up, and watched for explosion.
-
-And the two errors that end a run in which nothing can be learned any more.
-"""
+"""Reads the losses of an epoch from the device, and the errors of runs that diverge or collapse."""
 
 from __future__ import annotations
 
@@ -45,16 +42,16 @@ def collapsed(what: str, checkpoint: Path | None) -> NetworkCollapsed:
 
 
 class LossWatch:
-    """Collects losses on the device and reads them in bundles: a GPU is not waited for at every step."""
+    """Collects losses on the device and reads several at once, to synchronize with a GPU rarely."""
 
     def __init__(self, every: int, report: Callable[[list[float], list[int]], None]) -> None:
-        """``report`` gets the losses and numbers of right answers of up to ``every`` batches at once."""
+        """``report`` gets the losses and correct predictions of up to ``every`` batches at once."""
         self._every = every
         self._report = report
         self._pending: list[Tensor] = []
 
     def add(self, loss: Tensor, correct: Tensor) -> bool:
-        """Note a batch's loss and number of right answers (0-dim tensors); True if they were read now."""
+        """Add a batch's loss and number of correct predictions, 0-dim tensors; True if they were read."""
         self._pending.append(torch.stack((loss.detach().float(), correct.float())))
         if len(self._pending) >= self._every:
             self.flush()
@@ -79,6 +76,6 @@ def explosion(loss: float, reference: float | None) -> str | None:
 
 
 def weights_are_finite(model: nn.Module) -> bool:
-    """Whether every parameter and buffer of the model holds numbers only."""
+    """Whether all parameters and buffers of the model are finite."""
     tensors = [t for t in (*model.parameters(), *model.buffers()) if t.is_floating_point()]
     return not tensors or bool(torch.stack([t.detach().isfinite().all() for t in tensors]).all())

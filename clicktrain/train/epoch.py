@@ -1,4 +1,4 @@
-"""One epoch: its steps, and what is written down at its end."""
+"""One epoch: its steps, its evaluation and its line in metrics.jsonl."""
 
 from __future__ import annotations
 
@@ -26,11 +26,11 @@ from clicktrain.train.state import EpochTotals
 from clicktrain.train.training_run import TrainingRun
 
 _READ_EVERY = 20
-"""Batches between two readings of the loss from an accelerator, which wait for it."""
+"""Batches between two readings of the loss from an accelerator."""
 
 
 def train_epoch(run: TrainingRun, stop: StopRequest) -> None:
-    """Train on the batches of the running epoch that are still to come.
+    """Train on the remaining batches of the running epoch.
 
     Raises:
         TrainingDiverged: see `explosion`.
@@ -65,7 +65,7 @@ def train_epoch(run: TrainingRun, stop: StopRequest) -> None:
 
 
 def _forward(run: TrainingRun, batch: Batch) -> tuple[Tensor, Tensor]:
-    """Loss with its graph, and the number of right answers; both 0-dim."""
+    """Loss with its graph, and the number of correct predictions; both 0-dim."""
     config, device = run.prepared.config, run.prepared.device
     x, target = batch.x, batch.y
     with autocast(device, config.precision):
@@ -78,7 +78,7 @@ def _forward(run: TrainingRun, batch: Batch) -> tuple[Tensor, Tensor]:
 
 
 def _step(run: TrainingRun) -> None:
-    """One step of the optimizer, and of all that follows it."""
+    """Step the optimizer, the schedule and the average."""
     p = run.prepared
     if p.config.clip_grad_norm:
         run.scaler.unscale_(p.optimizer)
@@ -97,7 +97,7 @@ def _step(run: TrainingRun) -> None:
 
 
 def _timed(run: TrainingRun, stop: StopRequest) -> Iterator[Batch]:
-    """The batches still to come, with the time spent waiting for them."""
+    """The remaining batches; counts the time spent waiting for them."""
     p, state = run.prepared, run.state
     if state.batch >= len(p.train_loader):
         return  # interrupted while evaluating: the epoch is only to be ended
@@ -108,8 +108,8 @@ def _timed(run: TrainingRun, stop: StopRequest) -> Iterator[Batch]:
             batch = next(batches)
         except StopIteration:
             return
-        except Exception:
-            # Ctrl-C reaches loading processes too, and they may be gone before this one sees the signal.
+        except (RuntimeError, OSError, EOFError):
+            # Ctrl-C also reaches the loading processes, whose death the data loader reports by these.
             if stop.requested and state.batch % p.config.accumulate == 0:
                 raise _interrupted(run, stop) from None
             raise
@@ -118,7 +118,7 @@ def _timed(run: TrainingRun, stop: StopRequest) -> Iterator[Batch]:
 
 
 class _Clock:
-    """Adds up what is read from the device, and the time it took."""
+    """Sums what is read from the device, and the time it took."""
 
     def __init__(self, run: TrainingRun) -> None:
         self.run = run
@@ -126,7 +126,7 @@ class _Clock:
         self.since = time.perf_counter()
 
     def report(self, losses: list[float], correct: list[int]) -> None:
-        """Take the losses and right answers of the last batches; raises TrainingDiverged."""
+        """Add the losses and correct predictions of the last batches; raises TrainingDiverged."""
         state, totals = self.run.state, self.run.state.totals
         for loss in losses:
             totals.batches += 1
@@ -144,7 +144,7 @@ class _Clock:
 
 
 def _interrupted(run: TrainingRun, stop: StopRequest) -> TrainingInterrupted:
-    """Write a checkpoint, and make the exception that ends the run."""
+    """Write a checkpoint, and return the exception that ends the run."""
     path = run.save()
     assert stop.signum is not None
     state, batches = run.state, len(run.prepared.train_loader)
@@ -177,7 +177,7 @@ def _step_info(run: TrainingRun) -> StepProgress:
 
 
 def end_epoch(run: TrainingRun, stop: StopRequest) -> None:
-    """Evaluate, write the line of the epoch down, and a checkpoint when one is due.
+    """Evaluate, write the line of the epoch, and a checkpoint when one is due.
 
     Raises:
         TrainingInterrupted: a signal came during evaluation; resuming evaluates again.

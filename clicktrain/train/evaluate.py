@@ -14,10 +14,10 @@ from clicktrain.train.config import Precision
 from clicktrain.train.device import autocast
 
 TOP5_CLASSES = 10
-"""Top-5 accuracy is told from this many classes on."""
+"""Top-5 accuracy is reported from this many classes on."""
 
 _FEW = 8
-"""With fewer images equal outputs say nothing."""
+"""Fewer images than this may have equal outputs by chance."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -28,8 +28,8 @@ class Evaluation:
         accuracy: top-1, percent.
         top5_accuracy: percent of images whose class is among the five best; None under 10 classes.
         loss: mean cross-entropy, without label smoothing.
-        images: number of images looked at.
-        constant: all images got the same outputs, so that no image was looked at, in effect.
+        images: number of images.
+        constant: all images got the same outputs.
     """
 
     accuracy: float
@@ -55,10 +55,10 @@ def evaluate(
         loader: batches of the split; every image is counted once.
         device: where model and batches are.
         precision: of the forward pass; logits are compared and the loss is computed in fp32.
-        stop: asked before each batch; once it says True the evaluation is given up.
+        stop: called before each batch; True ends the evaluation.
 
     Returns:
-        The result; None when it was given up.
+        The result, or None if ``stop`` ended it.
 
     Raises:
         ValueError: the loader gives no image.
@@ -94,13 +94,13 @@ def evaluate(
 
 
 def _constant(ranges: Tensor) -> bool:
-    """Whether outputs do not differ but for rounding; ``ranges`` [batches, 2, K], smallest and largest."""
+    """Whether outputs differ by rounding only; ``ranges`` [batches, 2, K], smallest and largest."""
     low, high = ranges[:, 0].amin(dim=0), ranges[:, 1].amax(dim=0)
     return bool(((high - low) <= 1e-6 * torch.maximum(low.abs(), high.abs())).all())
 
 
 def _batch_sums(logits: Tensor, y: Tensor) -> Tensor:
-    """[3]: right at first guess, right among five, sum of the losses."""
+    """[3]: correct in the first guess, correct among five, sum of the losses."""
     best = logits.topk(min(5, logits.shape[1]), dim=1).indices
     hits = best == y[:, None]
     loss = F.cross_entropy(logits, y, reduction="sum")

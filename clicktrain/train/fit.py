@@ -11,8 +11,8 @@ from clicktrain.errors import NetworkCollapsed
 from clicktrain.methods import Method
 from clicktrain.runs.folder import RunFolder
 from clicktrain.train.channel_log import watch_channels
+from clicktrain.train.checkpoint import bytes_needed, check_disk
 from clicktrain.train.config import RunConfig, resume_command
-from clicktrain.train.disk import bytes_needed, check_disk
 from clicktrain.train.divergence import collapsed
 from clicktrain.train.epoch import end_epoch, train_epoch
 from clicktrain.train.interrupt import StoppedAtOnce, StopRequest, TrainingInterrupted

@@ -9,9 +9,9 @@ from types import FrameType
 from typing import Any
 
 SIGNALS = tuple(getattr(signal, name) for name in ("SIGTERM", "SIGINT", "SIGHUP") if hasattr(signal, name))
-"""Ask a run to stop. Where one is ignored (``nohup``, a shell's background jobs), it stays ignored."""
+"""Signals that ask a run to stop; one that is ignored (``nohup``, background jobs) stays ignored."""
 ECHO_SECONDS = 1.0
-"""Signals that follow the first one within this time say the same: a terminal that closes sends several."""
+"""Signals within this time after the first one count as the same: a closing terminal sends several."""
 
 
 class TrainingInterrupted(Exception):  # noqa: N818 - not an error: the run was asked to stop
@@ -36,7 +36,7 @@ class StoppedAtOnce(BaseException):
 
 
 class StopRequest:
-    """While active, the first signal only sets ``signum``; one that comes later acts as usual.
+    """While active, the first signal only sets ``signum``; a later one acts as usual.
 
     Attributes:
         signum: the signal that came, or None.

@@ -1,4 +1,4 @@
-"""What an iteration takes, epoch by epoch: memory, traffic, exchanged gradients (PruneTrain section 5)."""
+"""The cost of an iteration, epoch by epoch: memory, traffic, exchanged gradients (PruneTrain section 5)."""
 
 from __future__ import annotations
 
@@ -17,11 +17,10 @@ on the way back it reads its input and a gradient, and writes a gradient."""
 
 
 def account_iteration(run: TrainingRun) -> TrainingMemory:
-    """Account for the network and the batch that the coming epoch trains with.
+    """Account for the network and the batch size of the coming epoch, in the run's state.
 
-    Kept in the run's state, so that the line of that epoch tells what it trained with, whatever is removed
-    at its end, and a resumed run tells the same. The network is only looked at again if it has changed, and
-    an iteration is measured after each surgery where `measures_memory` says so.
+    The line of that epoch then shows what it trained with, whatever is removed at its end. Memory is
+    estimated again only after the network has changed, and measured after a removal if `measures_memory`.
     """
     p, state = run.prepared, run.state
     if run.memory is None:
@@ -35,9 +34,9 @@ def account_iteration(run: TrainingRun) -> TrainingMemory:
 
 
 def measures_memory(run: TrainingRun) -> bool:
-    """Whether memory is measured and not only estimated: where it is asked for, or costs nothing.
+    """Whether memory is also measured: where it is needed, or costs nothing.
 
-    On a CPU following the tensors of an iteration takes a few seconds, most of them the first time.
+    On a CPU, tracking the tensors of an iteration takes a few seconds.
     """
     p = run.prepared
     return p.config.dynamic_batch or p.method.reads_graph or p.device.type == "cuda"

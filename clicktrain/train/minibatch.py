@@ -31,13 +31,13 @@ def grown_batch(memory: TrainingMemory, images: int, budget: int, granularity: i
 
 
 def rate_factor(images: int, first: int, rule: BatchRate) -> float:
-    """What the learning rate is multiplied with for batches of ``images`` instead of ``first`` images."""
+    """The factor on the learning rate for batches of ``images`` instead of ``first`` images."""
     ratio = images / first
     return {"linear": ratio, "sqrt": math.sqrt(ratio), "none": 1.0}[rule]
 
 
 def set_memory_budget(run: TrainingRun) -> None:
-    """Account for the first epoch, and set the memory budget.
+    """Account for the first epoch, and set the memory budget of a growing batch.
 
     Raises:
         UserError: the budget is less than the first batches take.
@@ -56,7 +56,7 @@ def set_memory_budget(run: TrainingRun) -> None:
 
 
 def next_epoch(run: TrainingRun) -> None:
-    """Between two epochs: account for the next one, with larger batches if the network has become smaller."""
+    """Account for the next epoch, with larger batches if the network has become smaller."""
     state, p = run.state, run.prepared
     if state.epoch >= p.config.epochs:
         return
@@ -82,7 +82,7 @@ def next_epoch(run: TrainingRun) -> None:
 
 
 def _resize(run: TrainingRun, images: int) -> None:
-    """Everything that depends on the number of images in a batch follows."""
+    """Change everything that depends on the batch size."""
     p = run.prepared
     factor = rate_factor(images, p.batch_sizes.first.images, p.config.batch_lr)
     loader = p.train_loader.with_batch_size(images)

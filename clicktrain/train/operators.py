@@ -1,4 +1,4 @@
-"""Stage 5 on fast operators: the compiler chooses, the run remembers (ClickTrain section 5.4)."""
+"""Stage 5 on fast operators, chosen by the compiler and kept in the run's folder (ClickTrain 5.4)."""
 
 from __future__ import annotations
 
@@ -18,12 +18,12 @@ from clicktrain.train.prepare import Prepared
 from clicktrain.train.progress import Progress
 
 SHORT_FLOPS = 2e12
-"""Dense training FLOPs under which measuring costs more than it can bring: less than a minute of one core."""
+"""Dense training FLOPs (a minute of one core) under which measuring costs more than it can save."""
 
 
 @dataclass(frozen=True, slots=True)
 class Chosen:
-    """What the rest of a run is computed with.
+    """What the rest of a run computes with.
 
     Attributes:
         model: the accelerated view of the packed model, or the model itself where that is impossible.
@@ -42,15 +42,14 @@ def can_accelerate(p: Prepared) -> bool:
 def choose_operators(p: Prepared, folder: RunFolder, progress: Progress, epoch: int) -> Chosen:
     """Compile the packed model, by the plan in the run's folder if there is one.
 
-    The plan is written before the first step that uses it, so that a run that is resumed goes on with the
-    very same operators, bit for bit.
+    The plan is written before the first step that uses it, so that a resumed run uses the same operators, bit
+    for bit.
 
     Args:
         p: the run, after the hard prune, its model packed.
         folder: of the run.
-        progress: hears why layers stay as they are.
-        epoch: finished epochs. A run with little left to compute measures nothing: it would not earn the
-            time back, and takes the paper's rule.
+        progress: is sent the reasons why layers stay as they are.
+        epoch: finished epochs. A run with little left to compute takes the paper's rule, without measuring.
     """
     started = time.perf_counter()
     config = p.config
@@ -83,13 +82,13 @@ def choose_operators(p: Prepared, folder: RunFolder, progress: Progress, epoch: 
 
 
 def _work_left(p: Prepared, epoch: int) -> float:
-    """FLOPs that the rest of the run would take if it were dense."""
+    """FLOPs of the rest of the run if it were dense."""
     images = len(p.train_loader) * p.batch_size * (p.config.epochs - epoch)
     return float(images) * p.cost.dense
 
 
 def operator_names(folder: RunFolder) -> dict[str, str]:
-    """Layer -> operator that its stage 5 ran on, as far as a compiler chose one."""
+    """Layer -> operator of stage 5, as far as a compiler chose one."""
     if not is_file(folder.operators):
         return {}
     plan = LoweringPlan.read(folder.operators)

@@ -1,9 +1,10 @@
-"""What a run tells while it goes on."""
+"""Listeners to a run in progress, and TensorBoard scalars."""
 
 from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import dataclass
+from pathlib import Path
 from typing import TYPE_CHECKING, Any, Protocol
 
 if TYPE_CHECKING:
@@ -14,7 +15,7 @@ if TYPE_CHECKING:
 
 @dataclass(frozen=True, slots=True)
 class StepProgress:
-    """Where a run is, told every few batches (every batch on a CPU).
+    """Where a run is; reported every few batches (every batch on a CPU).
 
     Attributes:
         epoch: the running epoch, counted from 1, of ``epochs``.
@@ -23,10 +24,10 @@ class StepProgress:
         stage: stage of the method.
         loss: mean training loss of the epoch so far.
         accuracy: mean training accuracy of the epoch so far, in percent.
-        density: living convolution weights / all convolution weights.
+        density: nonzero convolution weights / all convolution weights.
         learning_rate: of the last step.
-        seconds: wall clock of the whole run so far, interruptions left out.
-        eta_seconds: what is left at the pace of this process, or None while it has no pace yet.
+        seconds: wall clock of the whole run so far, without interruptions.
+        eta_seconds: time left at the pace of this process, None before its first batch.
         data_share: share of the epoch's time spent waiting for data.
     """
 
@@ -49,7 +50,7 @@ class Progress(Protocol):
     """A listener; the calls come in this order, from the training thread."""
 
     def start(self, config: RunConfig, method: Method[Any], prepared: Prepared) -> None:
-        """Everything is checked and loaded, training begins (or goes on)."""
+        """Training begins, or resumes."""
 
     def step(self, info: StepProgress) -> None:
         """Some batches were trained on."""
@@ -58,26 +59,51 @@ class Progress(Protocol):
         """An epoch is finished; the record is its line in metrics.jsonl."""
 
     def message(self, text: str) -> None:
-        """Something that a person should know."""
+        """A message for the user."""
 
     def finish(self, summary: Mapping[str, Any]) -> None:
         """The run is finished and its files are written."""
 
 
 class Silent:
-    """Tells nothing."""
+    """A listener that does nothing."""
 
     def start(self, config: RunConfig, method: Method[Any], prepared: Prepared) -> None:
-        """Nothing."""
+        """Do nothing."""
 
     def step(self, info: StepProgress) -> None:
-        """Nothing."""
+        """Do nothing."""
 
     def epoch(self, record: dict[str, Any]) -> None:
-        """Nothing."""
+        """Do nothing."""
 
     def message(self, text: str) -> None:
-        """Nothing."""
+        """Do nothing."""
 
     def finish(self, summary: Mapping[str, Any]) -> None:
-        """Nothing."""
+        """Do nothing."""
+
+
+class ScalarLog:
+    """Writes the numbers of metrics.jsonl to a TensorBoard folder, one step per epoch."""
+
+    def __init__(self, folder: Path) -> None:
+        """Needs the package ``tensorboard``; nothing is written before the first record."""
+        self._folder = folder
+        self._writer: Any = None
+
+    def add(self, record: Mapping[str, Any]) -> None:
+        """Add the line of an epoch; a resumed run replaces what it repeats."""
+        if self._writer is None:
+            from torch.utils.tensorboard import SummaryWriter
+
+            self._writer = SummaryWriter(str(self._folder), purge_step=record["epoch"])
+        for name, value in record.items():
+            if isinstance(value, int | float) and name != "epoch":
+                self._writer.add_scalar(name, value, record["epoch"])
+        self._writer.flush()
+
+    def close(self) -> None:
+        """Finish the files."""
+        if self._writer is not None:
+            self._writer.close()

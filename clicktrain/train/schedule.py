@@ -17,7 +17,7 @@ _ONECYCLE_END = 1 / 25e4
 
 
 def learning_rate_factor(config: RunConfig, total_steps: int) -> Callable[[float], float]:
-    """What the peak learning rate is multiplied with at each optimizer step.
+    """The factor on the peak learning rate at each optimizer step.
 
     ``onecycle`` is the curve of ``torch.optim.lr_scheduler.OneCycleLR`` (cosine up from 1/25, cosine down to
     1/250000) without its change of momentum. The others start with a linear warm-up when ``warmup_epochs`` is
@@ -63,7 +63,7 @@ def learning_rate_factor(config: RunConfig, total_steps: int) -> Callable[[float
 def make_scheduler(
     optimizer: Optimizer, config: RunConfig, total_steps: int, sizes: BatchSizes | None = None
 ) -> LambdaLR:
-    """The scheduler to step once after each optimizer step.
+    """Make the scheduler, to be stepped once after each optimizer step.
 
     Args:
         optimizer: whose learning rates it sets.
@@ -80,7 +80,7 @@ def make_scheduler(
 
 
 def refresh_(scheduler: LambdaLR) -> None:
-    """Set the learning rates of the coming step again, after batches have got another size."""
+    """Set the learning rates of the coming step again, after the batch size has changed."""
     step = scheduler.last_epoch
     rates = [
         base * factor(step) for base, factor in zip(scheduler.base_lrs, scheduler.lr_lambdas, strict=True)

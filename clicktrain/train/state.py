@@ -1,4 +1,4 @@
-"""Everything that changes while a run goes on, as plain numbers: what a checkpoint adds to the tensors."""
+"""The state of a run as plain numbers: what a checkpoint holds besides tensors."""
 
 from __future__ import annotations
 
@@ -16,9 +16,9 @@ from clicktrain.train.initial_weights import EarlierCost
 class EpochTotals:
     """Sums over the batches of the running epoch.
 
-    ``seconds`` is wall clock without evaluation and checkpoints, ``data_seconds`` the part of it waiting for
-    data, ``stages`` the number of batches per stage, ``window_ms`` milliseconds per batch, one value for each
-    bundle of losses that was read.
+    ``seconds`` is wall clock without evaluation and checkpoints, ``data_seconds`` the part of it spent
+    waiting for data, ``stages`` the number of batches per stage, ``window_ms`` milliseconds per batch, one
+    value per reading of the losses.
     """
 
     loss_sum: float = 0.0
@@ -38,7 +38,7 @@ class EpochTotals:
 
     @property
     def accuracy(self) -> float:
-        """Percent of the images that were classified right."""
+        """Percent of the images that were classified correctly."""
         return 100 * self.correct / max(self.images, 1)
 
     @property

@@ -1,4 +1,4 @@
-"""Checkpoints hold what pruning has left: nonzero weights and their optimizer state, and each mask once."""
+"""Checkpoints without the zeros: kept weights, their optimizer state, and each mask once."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ Masks: TypeAlias = Mapping[str, Tensor]
 """Layer name -> bool, of the weight's shape, True = kept."""
 
 _MASKED_BY = "masked_by"
-"""Key of what stands for a tensor: ``{"masked_by": layer name, "values": its elements inside the mask}``."""
+"""Key of a tensor's replacement: ``{"masked_by": layer name, "values": elements inside the mask}``."""
 _BITS = "keep_bits"
 """Entry of a packed layer's ``state_dict`` that repeats the layer's mask."""
 _AVERAGE = "module."
@@ -23,7 +23,7 @@ _AVERAGE = "module."
 
 
 def thin_weights(model: nn.Module, masks: Masks) -> dict[str, Any]:
-    """The ``state_dict`` of a network, without the zeros outside masks and the positions of packed layers.
+    """The ``state_dict`` of a network, without zeros outside masks and without the index of packed layers.
 
     Args:
         model: the network, or a moving average of it.
@@ -42,7 +42,7 @@ def full_weights(model: nn.Module, saved: Mapping[str, Any], masks: Masks) -> di
 
 
 def thin_optimizer(optimizer: Optimizer, model: nn.Module, masks: Masks) -> dict[str, Any]:
-    """The ``state_dict`` of an optimizer, without the zeros that it keeps for pruned weights."""
+    """The ``state_dict`` of an optimizer, without the zeros of pruned weights."""
     state: dict[str, Any] = optimizer.state_dict()
     names = {id(parameter): name for name, parameter in model.named_parameters()}
     parameters = [parameter for group in optimizer.param_groups for parameter in group["params"]]

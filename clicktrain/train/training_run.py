@@ -21,15 +21,14 @@ from clicktrain.methods.driver.wrapping import Wrapped
 from clicktrain.runs.events import Event, LogMendedEvent
 from clicktrain.runs.folder import RunFolder
 from clicktrain.sparsity.masks import conv_masks
-from clicktrain.train.averaging import make_average
 from clicktrain.train.checkpoint import newest_good, save_checkpoint
 from clicktrain.train.config import config_to_dict
 from clicktrain.train.divergence import diverged, weights_are_finite
 from clicktrain.train.operators import can_accelerate, choose_operators
+from clicktrain.train.optim import make_average
 from clicktrain.train.prepare import Prepared
-from clicktrain.train.progress import Progress
+from clicktrain.train.progress import Progress, ScalarLog
 from clicktrain.train.state import TrainState
-from clicktrain.train.tensorboard import ScalarLog
 from clicktrain.train.thin_state import full_optimizer, full_weights, thin_optimizer, thin_weights
 
 _FREE_TO_CHANGE = frozenset(

@@ -2,6 +2,7 @@ from __future__ import annotations
 
 import importlib.util
 import json
+import re
 import signal
 import subprocess
 import sys
@@ -16,13 +17,19 @@ from safetensors import safe_open
 from safetensors.torch import load_file
 
 from clicktrain.cli import COMMANDS
+from clicktrain.commands.arguments import options_of
+from clicktrain.commands.train import GROUPS
 from clicktrain.export.onnx_file import PACKAGES
+from clicktrain.methods import METHODS
+from clicktrain.settings import field_names
+from clicktrain.sparsity.importance import CRITERIA
+from clicktrain.train import RunConfig
 
 
 def test_help_is_quick_and_needs_no_torch(repository: Path) -> None:
     code = (
         "import sys; from clicktrain.cli import main; assert main(['--help']) == 0; "
-        "heavy = {'torch', 'numpy', 'jsonargparse', 'rich', 'yaml'} & set(sys.modules); "
+        "heavy = {'torch', 'numpy', 'rich', 'yaml'} & set(sys.modules); "
         "assert not heavy, heavy"
     )
     done = subprocess.run(
@@ -49,6 +56,41 @@ def test_help_of_train_shows_run_and_method_settings() -> None:
     text = " ".join(call("train", "--help", "--method=dense").out.split())
     assert "settings of method dense" in text
     assert "--loss-slope" not in text
+
+
+def test_help_of_train_is_short_and_names_every_flag(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("COLUMNS", "100")
+    text = call("train", "--help").out
+    assert len(text.splitlines()) < 85
+    assert max(map(len, text.splitlines())) <= 100
+    assert "--help-all" in text
+    for option in (*options_of(RunConfig), *options_of(METHODS["clicktrain"])):
+        assert re.search(rf"{option.flag}(?![\w-])", text), option.flag
+    assert all(re.search(rf"^  {key} +\S", text, re.M) for key in METHODS)
+    every = " ".join(call("train", "--help-all").out.split())
+    assert "--gamma X Factor of the step schedule at each milestone. (type: float, default: 0.1)" in every
+    assert "--patterns N Size " in every
+
+
+@pytest.mark.parametrize("name", METHODS)
+def test_help_of_one_method_explains_its_settings_alone(name: str) -> None:
+    text = " ".join(call("train", "--help", "--method", name).out.split())
+    assert "--learning-rate" not in text
+    for option in options_of(METHODS[name]):
+        assert option.help, f"{name}.{option.name} has no docstring"
+        assert f"{option.usage} {option.help}" in text
+
+
+def test_help_shows_what_is_registered(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setitem(CRITERIA._entries, "of_a_help_test", lambda weight, grad: weight.abs())
+    monkeypatch.setitem(METHODS, "of_a_help_test", METHODS["dense"])
+    assert ",of_a_help_test" in call("train", "--help", "--method", "campfire").out
+    assert "  of_a_help_test " in call("train", "--help").out
+
+
+def test_every_setting_of_a_run_has_its_group_in_the_help() -> None:
+    grouped = [name for main, rest in GROUPS.values() for name in f"{main} {rest}".split()]
+    assert sorted(grouped) == sorted(field_names(RunConfig))
 
 
 def test_version() -> None:

@@ -12,7 +12,7 @@ from pathlib import Path
 import pytest
 import torch
 
-from clicktrain.kernels.native import build, load, preamble, toolchain
+from clicktrain.kernels.native import build, load, static_source, toolchain
 from clicktrain.kernels.native.library import call
 
 needs_compiler = pytest.mark.skipif(toolchain() is None, reason="there is no C compiler")
@@ -35,7 +35,7 @@ def test_sums_over_lanes(dtype: torch.dtype) -> None:
     tools = toolchain()
     assert tools is not None
     lanes = tools.lanes(dtype)
-    source = preamble(dtype, lanes) + (
+    source = static_source("kernels/native/vector.h", "A test.", dtype, lanes) + (
         "void run(const vec *x, real *out) {"
         " add_lane_sums4(out, x[0], x[1], x[2], x[3]); out[4] = lane_sum(x[0]); vec s = splat(out[4]);"
         " out[5] = s[LANES - 1]; }"

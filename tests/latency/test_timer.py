@@ -4,16 +4,22 @@ from __future__ import annotations
 
 import time
 from collections.abc import Callable
+from dataclasses import dataclass
 from pathlib import Path
 
 import pytest
 import torch
 
 from clicktrain.latency.machine import Machine
-from clicktrain.latency.tables import keep_table, read_table, table_path
+from clicktrain.latency.tables import measured_once
 from clicktrain.latency.timer import candidates_ms, timed_for
 
 CPU = torch.device("cpu")
+
+
+@dataclass(frozen=True)
+class Milliseconds:
+    ms: float
 
 
 def test_a_hopeless_candidate_is_called_once() -> None:
@@ -44,22 +50,21 @@ def test_rounds_follow_the_time_that_is_given(seconds: float, rounds: int) -> No
     assert times == {"one": [1000.0] * rounds}
 
 
-def test_a_measurement_is_kept_per_machine(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    path = table_path("layer", [1, "conv"], CPU, tmp_path)
-    assert path is not None
-    assert read_table(path) is None
-    keep_table(path, {"ms": [1.0]})
-    assert read_table(path) == {"ms": [1.0]}
-    assert table_path("layer", [2, "conv"], CPU, tmp_path) != path
-    for damaged in ("[1]", "{", "[" * 100_000):
-        path.write_text(damaged)
-        assert read_table(path) is None
-    here = Machine.here()
-    threads = torch.get_num_threads()
+def measured(about: object, ms: float, folder: Path | None) -> float:
+    return measured_once(
+        "layer", about, CPU, lambda document: Milliseconds(document["ms"]), lambda: Milliseconds(ms), folder
+    ).ms
+
+
+def test_a_measurement_is_kept_per_machine(tmp_path: Path) -> None:
+    assert measured([1, "conv"], 1.0, tmp_path) == 1.0
+    assert measured([1, "conv"], 2.0, tmp_path) == 1.0
+    assert measured([2, "conv"], 2.0, tmp_path) == 2.0
+    here, threads = Machine.here(), torch.get_num_threads()
     try:
         torch.set_num_threads(threads + 1)
         assert Machine.here() != here
-        assert table_path("layer", [1, "conv"], CPU, tmp_path) != path
+        assert measured([1, "conv"], 3.0, tmp_path) == 3.0
     finally:
         torch.set_num_threads(threads)
 
@@ -71,6 +76,4 @@ def test_without_a_home_folder_nothing_is_kept(monkeypatch: pytest.MonkeyPatch) 
     monkeypatch.setattr(Path, "home", no_home)
     for variable in ("XDG_CACHE_HOME", "CLICKTRAIN_LATENCY_CACHE"):
         monkeypatch.delenv(variable, raising=False)
-    assert table_path("layer", [], CPU) is None
-    keep_table(None, {})
-    assert read_table(None) is None
+    assert [measured([], ms, None) for ms in (1.0, 2.0)] == [1.0, 2.0]

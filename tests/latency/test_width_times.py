@@ -12,7 +12,6 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from clicktrain.errors import UserError
-from clicktrain.latency import width_times as module
 from clicktrain.latency.width_times import LayerGeometry, WidthTimes, width_times
 
 CPU = torch.device("cpu")
@@ -78,7 +77,8 @@ def test_measured_once_and_kept(tmp_path: Path, monkeypatch: pytest.MonkeyPatch)
     threads = torch.get_num_threads()
     try:
         torch.set_num_threads(threads + 1)
-        assert not module._cache_path(CONV, 2, CPU).exists(), "other threads, other times"
+        width_times([CONV], 2, CPU, told.append)
+        assert len(told) == 4, "other threads, other times"
     finally:
         torch.set_num_threads(threads)
     with pytest.raises(UserError, match="at least 1 image"):

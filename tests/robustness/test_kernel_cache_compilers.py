@@ -179,7 +179,7 @@ COMPILERS = {
     "behind another program": "env gcc",
     "blank": "  ",
 }
-PATTERNS = {"some kernels": "WIN_H", "batch norm": "centred_sums", "conversions": "by_column"}
+PATTERNS = {"some kernels": "EACH_SUM", "batch norm": "centered_sums", "conversions": "by_column"}
 """Taps as data, which the second convolution takes by rule; the passes of batch norm; both conversions."""
 PARTLY = [f"{name}, {rule}" for name in PATTERNS for rule in ("sparse", "measured")]
 FOLDERS: dict[str, dict[str, str | None]] = {

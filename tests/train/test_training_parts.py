@@ -13,13 +13,12 @@ from torch import nn
 
 from clicktrain.data import Batch
 from clicktrain.errors import UserError
-from clicktrain.train.averaging import make_average
+from clicktrain.train.checkpoint import bytes_needed, check_disk
 from clicktrain.train.config import RunConfig
 from clicktrain.train.device import autocast, resolve_device, seed_batch
-from clicktrain.train.disk import bytes_needed, check_disk
 from clicktrain.train.divergence import LossWatch, explosion
 from clicktrain.train.evaluate import evaluate
-from clicktrain.train.optim import make_optimizer
+from clicktrain.train.optim import make_average, make_optimizer
 from clicktrain.train.state import EpochTotals, TrainState
 
 CPU = torch.device("cpu")

@@ -9,14 +9,19 @@ import torch
 from torch import Tensor
 
 from clicktrain.errors import UserError
-from clicktrain.kernels.batch_norm2d.codegen import source
 from clicktrain.kernels.blocked_library import check_blocked, library_for
-from clicktrain.kernels.native import Library, compute_type
+from clicktrain.kernels.native import Library, compute_type, static_source
 from clicktrain.kernels.native.library import call
 from clicktrain.kernels.sparse_conv2d.blocked.layout import ALIGNMENT, vectors
 
 WHAT = "blocked batch norm"
 """In messages."""
+
+
+def source(dtype: torch.dtype, lanes: int) -> str:
+    """C source for activations of a dtype and V = ``lanes``."""
+    about = "Batch norm, residual and ReLU on batch-blocked activations."
+    return static_source("kernels/batch_norm2d/batch_norm2d.c", about, dtype, lanes)
 
 
 class Gradients(NamedTuple):

@@ -9,7 +9,7 @@ from torch import Tensor
 
 from clicktrain.errors import UserError
 from clicktrain.kernels.blocked_library import check_blocked, library_for
-from clicktrain.kernels.max_pool2d.codegen import source, tap_type
+from clicktrain.kernels.native import static_source
 from clicktrain.kernels.native.library import call
 from clicktrain.kernels.sparse_conv2d.blocked.layout import vectors
 
@@ -17,6 +17,18 @@ WHAT = "blocked pooling"
 """In messages."""
 MOST_TAPS = 128
 """Positions of a window that a signed byte can tell apart."""
+
+
+def source(dtype: torch.dtype, lanes: int) -> str:
+    """C source for activations of a dtype and V = ``lanes``."""
+    about = "Max pooling of batch-blocked activations."
+    return static_source("kernels/max_pool2d/max_pool2d.c", about, dtype, lanes)
+
+
+def tap_type(lanes: int) -> torch.dtype:
+    """Dtype of a result's tap: ``tap_t`` of the C source, the narrowest that fills 128 bits."""
+    size = max(16 // int(lanes), 1)
+    return {1: torch.int8, 2: torch.int16, 4: torch.int32}.get(size, torch.int64)
 
 
 def output_size(size: Sequence[int], window: Sequence[int], ceil: bool) -> tuple[int, int]:

@@ -10,7 +10,7 @@ from torch import Tensor
 
 from clicktrain.kernels.direct import differentiable, plain
 from clicktrain.kernels.max_pool2d import launch
-from clicktrain.kernels.max_pool2d.codegen import tap_type
+from clicktrain.kernels.max_pool2d.launch import tap_type
 
 
 @torch.library.custom_op("clicktrain::max_pool2d_blocked", mutates_args=())
@@ -24,7 +24,7 @@ def max_pool2d_blocked_op(x: Tensor, window: Sequence[int], ceil: bool) -> tuple
 
     Returns:
         The largest number of each window [B, C, H', W', V], and which of the window's positions it comes
-        from: integers (`codegen.tap_type`) without gradient.
+        from: integers (`launch.tap_type`) without gradient.
     """
     return launch.forward(x, window, ceil)
 

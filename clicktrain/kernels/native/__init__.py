@@ -1,10 +1,10 @@
-"""Generated C: the system's compiler, a cache of libraries on disk, and what generated sources share."""
+"""Generated C: the system's compiler, a cache of libraries on disk, and static parts of the sources."""
 
 from clicktrain.kernels.native.failure import KernelError
 from clicktrain.kernels.native.library import Library, build, load
 from clicktrain.kernels.native.memory import keep_memory
+from clicktrain.kernels.native.source import C_TYPES, STORED_TYPES, compute_type, static_source
 from clicktrain.kernels.native.toolchain import Toolchain, missing_toolchain, needed_toolchain, toolchain
-from clicktrain.kernels.native.vector import C_TYPES, STORED_TYPES, compute_type, integer_vectors, preamble
 
 __all__ = [
     "C_TYPES",
@@ -14,11 +14,10 @@ __all__ = [
     "Toolchain",
     "build",
     "compute_type",
-    "integer_vectors",
     "keep_memory",
     "load",
     "missing_toolchain",
     "needed_toolchain",
-    "preamble",
+    "static_source",
     "toolchain",
 ]

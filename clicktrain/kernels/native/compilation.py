@@ -2,10 +2,13 @@
 
 from __future__ import annotations
 
+import contextlib
 import threading
 import time
 from pathlib import Path
 
+from clicktrain.errors import UserError
+from clicktrain.formats.atomic import write_text_atomic
 from clicktrain.kernels.native.command import Finished, compile_seconds, run_limited
 from clicktrain.kernels.native.failure import KernelError
 from clicktrain.kernels.native.folder import is_full, unwritable
@@ -46,32 +49,43 @@ def _compile(source: str, key: str, tools: Toolchain, work: Path) -> Path:
     except OSError as error:
         raise unwritable(work.parent, error) from error
     done = run_limited(tools.command(text, product), compile_seconds(), work)
+    if done.problem and not done.hung and is_full(work, done.output):
+        raise unwritable(work.parent)
     if done.problem:
-        raise _failure(done, tools.name, work)
-    why = why_unfit(product, key, work) if product.is_file() else "writes no library"
-    if why:
-        raise KernelError(f"for a generated kernel, {tools.name} {why}: {_OTHER}", done.output)
-    return product
+        message = _failure(done, tools.name, work)
+    else:
+        why = why_unfit(product, key, work) if product.is_file() else "writes no library"
+        if not why:
+            return product
+        message = f"for a generated kernel, {tools.name} {why}: {_OTHER}"
+    kept = keep_source(work.parent, source, key)
+    raise KernelError(f"{message}; its source is {kept}" if kept else message, done.output)
 
 
-def _failure(done: Finished, name: str, work: Path) -> KernelError:
+def keep_source(folder: Path, source: str, key: str) -> Path | None:
+    """Write a kernel's source beside the libraries, as ``KEY.c``; None where that is refused."""
+    path = folder / f"{key}.c"
+    with contextlib.suppress(OSError, UserError):  # a full disk is either
+        if not path.is_file():
+            write_text_atomic(path, with_identity(source, key))
+        return path
+    return None
+
+
+def _failure(done: Finished, name: str, work: Path) -> str:
     """Why a compiler did not end well."""
-    if not done.hung and is_full(work, done.output):
-        return unwritable(work.parent)
     if done.hung:
-        message = (
+        return (
             f"{name} {done.problem} on a generated kernel: set CLICKTRAIN_COMPILE_SECONDS to more seconds, "
             f"or {_OTHER}"
         )
-    elif done.code is None or done.code < 0:
-        message = (
+    if done.code is None or done.code < 0:
+        return (
             f"{name} {done.problem} while compiling a generated kernel: try again with more free memory, or "
             f"{_OTHER}"
         )
-    else:
-        said = first_error(done.output).replace(f"{work}/", "") or done.problem
-        message = f"{name} refused a generated kernel ({said}): {_OTHER}"
-    return KernelError(message, done.output)
+    said = first_error(done.output).replace(f"{work}/", "") or done.problem
+    return f"{name} refused a generated kernel ({said}): {_OTHER}"
 
 
 class _Patience:

@@ -25,9 +25,9 @@ from clicktrain.kernels.native.failure import KernelError
 
 _TEMPORARY = "clicktrain-kernels-"
 _BUILD = "build-"
-_KEPT = re.compile(r"[0-9a-f]{32}(\.\d+\.[0-9a-f]{32})?\.so|plan-[0-9a-f]{32}\.json")
+_KEPT = re.compile(r"[0-9a-f]{32}(\.\d+\.[0-9a-f]{32})?\.so|[0-9a-f]{32}\.c|plan-[0-9a-f]{32}\.json")
 KEEP_DAYS = 90
-"""Libraries and plans that nobody has used for so long are removed."""
+"""Libraries, their sources and plans that nobody has used for so long are removed."""
 KEEP_BYTES = 1 << 30
 """What libraries may fill together; beyond it, those go first that have not been used for longest."""
 _DAY = 86400.0

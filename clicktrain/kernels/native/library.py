@@ -12,8 +12,9 @@ from typing import Any
 
 from torch import Tensor
 
+from clicktrain.errors import UserError
 from clicktrain.kernels.native import sealed, trial
-from clicktrain.kernels.native.compilation import compile_kernel
+from clicktrain.kernels.native.compilation import compile_kernel, keep_source
 from clicktrain.kernels.native.failure import KernelError, report_failure
 from clicktrain.kernels.native.folder import cache_folder, mark_used, tidy, unwritable, work_folder
 from clicktrain.kernels.native.toolchain import Toolchain, needed_toolchain
@@ -27,6 +28,7 @@ def build(source: str, tools: Toolchain | None = None) -> Path:
 
     Its name has the hash of the text and of `Toolchain.identity`, and its own length and hash: see `sealed`.
     What is found is compared with its name, what is compiled has been loaded by another process first.
+    ``CLICKTRAIN_KEEP_SOURCE=1`` keeps the text beside it, as ``KEY.c``.
 
     Returns:
         The library's path.
@@ -47,7 +49,16 @@ def build(source: str, tools: Toolchain | None = None) -> Path:
                 raise unwritable(folder, error) from error
     else:
         mark_used(path)
+    if _keeps_sources():
+        keep_source(folder, source, key)
     return path
+
+
+def _keeps_sources() -> bool:
+    value = os.environ.get("CLICKTRAIN_KEEP_SOURCE", "")
+    if value not in ("", "0", "1"):
+        raise UserError(f"CLICKTRAIN_KEEP_SOURCE is {value!r}: set it to 0 or 1, or leave it unset")
+    return value == "1"
 
 
 def build_all(sources: Iterable[str]) -> dict[str, KernelError]:

@@ -17,8 +17,8 @@ from clicktrain.kernels.native.failure import KernelError
 from clicktrain.kernels.native.folder import cache_folder, is_full, unwritable, work_folder
 from clicktrain.kernels.native.sealed import key_of
 from clicktrain.kernels.native.simd import Simd, native_simd, requested_simd
+from clicktrain.kernels.native.source import compute_type
 from clicktrain.kernels.native.trial import SELF_TEST, why_unfit, with_identity
-from clicktrain.kernels.native.vector import compute_type
 
 _FLAGS = ("-std=gnu11", "-O2", "-fPIC", "-shared", "-fno-math-errno", "-ffp-contract=fast")
 _TUNE = (("-march=native",), ("-mcpu=native",), ())

@@ -6,32 +6,13 @@ import sys
 from pathlib import Path
 
 from clicktrain.kernels.native.command import run_limited
+from clicktrain.kernels.native.source import read_static
 
 IDENTITY = "clicktrain_identity"
 _SECONDS = 60.0
 _WRONG = 3
 
-SELF_TEST = """
-#include <stdint.h>
-#include <string.h>
-typedef float vec __attribute__((vector_size(64)));
-/* y = x * x + 3 over n vectors; the sum of all numbers is returned. */
-int64_t clicktrain_self_test(const float *x, float *y, int64_t n, int64_t threads) {
-  double sum = 0;
-#ifdef _OPENMP
-#pragma omp parallel for num_threads(threads) schedule(static)
-#endif
-  for (int64_t i = 0; i < n; ++i) {
-    vec a;
-    memcpy(&a, x + 16 * i, sizeof a);
-    a = a * a + 3.0f;
-    memcpy(y + 16 * i, &a, sizeof a);
-  }
-  for (int64_t i = 0; i < 16 * n; ++i) sum += y[i];
-  return (int64_t)sum;
-}
-"""
-"""Vectors, threads, float, double and integers, with results that are exact."""
+SELF_TEST = read_static("kernels/native/self_test.c")
 
 _SCRIPT = f"""
 import ctypes, sys

@@ -14,7 +14,7 @@ import torch
 from torch import Tensor
 
 from clicktrain.graph.prunable import PrunableLayers
-from clicktrain.methods.base import StepInfo
+from clicktrain.methods.contract import StepInfo
 from clicktrain.sparsity.channel_lasso import (
     ChannelAxis,
     add_channel_lasso_gradient_,

@@ -7,7 +7,7 @@ from dataclasses import dataclass
 from typing import Literal
 
 from clicktrain.errors import UserError
-from clicktrain.methods.base import RunLength
+from clicktrain.methods.contract import RunLength
 
 TARGET_AT = 0.75
 """Share of the run after which a target is met."""

@@ -25,10 +25,10 @@ from dataclasses import dataclass, field
 from torch import Tensor
 
 from clicktrain.graph.prunable import PrunableLayers
-from clicktrain.methods.base import StepInfo
 from clicktrain.methods.channels.costs import Cost
 from clicktrain.methods.channels.lasso import Axes, LassoState
 from clicktrain.methods.channels.target import NEAR, WORDS, ChannelTarget, original_widths, renamed
+from clicktrain.methods.contract import StepInfo
 from clicktrain.methods.outcome import NOTED, Target
 from clicktrain.sparsity.channel_lasso import without_channels
 from clicktrain.surgery import SurgeryPlan

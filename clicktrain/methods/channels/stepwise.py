@@ -9,10 +9,11 @@ from typing import Any
 from torch import Tensor
 
 from clicktrain.graph.prunable import PrunableLayers
-from clicktrain.methods.base import Action, Reconfigure, Record, SilenceChannels
+from clicktrain.methods.actions import Action, Reconfigure, Record, SilenceChannels
 from clicktrain.methods.channels.budget import ChannelBudget
 from clicktrain.methods.channels.criteria import ChannelScores, Gradient, NeuronCriterion
 from clicktrain.methods.channels.selection import ChannelSelection, LatencyCalibration, Masks
+from clicktrain.runs.events import PrunedEvent, ReconfiguredEvent
 from clicktrain.surgery import SurgeryPlan, read_recipe
 from clicktrain.surgery.neurons import count_pruned, masks_of_recipe, shuffled, widths
 
@@ -65,8 +66,8 @@ class StepwiseRemoval:
             state.plan = chosen.plan(state.kept)
             measured = chosen.measured(state.plan, state.kept) if chosen.measures_after(step) else {}
             state.steps_done, state.scores = step, ChannelScores()
-            event = {"event": "pruned", "pruning_step": step, "neurons_pruned": count_pruned(state.kept),
-                     "neurons": chosen.total, **measured}  # fmt: skip
+            pruned = count_pruned(state.kept)
+            event = PrunedEvent(pruning_step=step, neurons_pruned=pruned, neurons=chosen.total, **measured)
             actions.append(Record(event))
         if state.kept:
             state.plan = state.plan or chosen.plan(state.kept)
@@ -104,5 +105,11 @@ def _removal(
     chosen: ChannelSelection, masks: Masks, plan: SurgeryPlan, event: Mapping[str, Any]
 ) -> Reconfigure:
     pruned = count_pruned(masks)
-    numbers = {"neurons": chosen.total, "neurons_pruned": pruned, "prune_ratio": pruned / chosen.total}
-    return Reconfigure(plan, {**numbers, "structure": widths(masks), **event})
+    done = ReconfiguredEvent(
+        neurons=chosen.total,
+        neurons_pruned=pruned,
+        prune_ratio=pruned / chosen.total,
+        structure=widths(masks),
+        **event,
+    )
+    return Reconfigure(plan, done)

@@ -18,17 +18,16 @@ itself, unless that is kept in bfloat16 or the text would become too long (`regi
 
 from __future__ import annotations
 
+import textwrap
+from dataclasses import asdict, astuple
+
 import torch
 
-from clicktrain.kernels.sparse_conv2d.blocked.indexed import accumulate as indexed_sums
-from clicktrain.kernels.sparse_conv2d.blocked.indexed import wgrad as indexed_wgrad
 from clicktrain.kernels.sparse_conv2d.blocked.indexed.generator import IndexedGenerator
-from clicktrain.kernels.sparse_conv2d.blocked.patterns import unrolled
-from clicktrain.kernels.sparse_conv2d.blocked.patterns import wgrad as pattern_wgrad
+from clicktrain.kernels.sparse_conv2d.blocked.patterns import unrolled, wgrad
 from clicktrain.kernels.sparse_conv2d.blocked.patterns.generator import Generator
 from clicktrain.kernels.sparse_conv2d.blocked.patterns.tap_patterns import Taps
 from clicktrain.kernels.sparse_conv2d.blocked.problem import ConvProblem, Phase, Tiling
-from clicktrain.kernels.sparse_conv2d.blocked.shared import statistics
 
 
 def source(
@@ -69,23 +68,42 @@ def source(
         raise ValueError(f"tap patterns do not multiply pairs in {phase}: its code has to be 'indexed'")
     if tiling.code == "cache_blocked" and phase == "wgrad":
         raise ValueError("wgrad has code 'unrolled' or 'indexed', not 'cache_blocked'")
+    about = _describe(phase, problem, tap_patterns, tiling, dtype, lanes, sums)
     if tiling.code == "indexed":
-        taps = IndexedGenerator(phase, problem, tiling, dtype)
-        code = taps.begin(lanes)
-        if phase == "wgrad":
-            indexed_wgrad.write(code, taps)
-        else:
-            code(statistics.SUPPORT if sums else "")
-            indexed_sums.write(code, taps, sums)
-        return code.text()
+        return IndexedGenerator(phase, problem, tiling, dtype).source(about, lanes, sums)
     generator = Generator(phase, problem, tap_patterns, tiling, dtype)
-    code = generator.begin(lanes)
+    code = generator.begin(about, lanes, sums)
     if phase == "wgrad":
-        pattern_wgrad.write(code, generator)
+        wgrad.write(code, generator)
     else:
-        code(statistics.SUPPORT if sums else "")
         unrolled.write(code, generator, sums)
     return code.text()
+
+
+def _describe(
+    phase: Phase,
+    problem: ConvProblem,
+    tap_patterns: tuple[Taps, ...],
+    tiling: Tiling,
+    dtype: torch.dtype,
+    lanes: int,
+    sums: bool,
+) -> str:
+    """What a source is for, in a few lines at its top."""
+    rows, columns = problem.rows, problem.columns
+    pairs = [(f"{a}x{b}") for a, b in zip(astuple(rows), astuple(columns), strict=True)]
+    size, kernel, stride, padding, dilation, out = pairs
+    cut = [f"{name} {value}" for name, value in asdict(tiling).items() if name != "code"]
+    patterns = ("(" + ", ".join(map(str, taps)) + ")" for taps in tap_patterns if tiling.code != "indexed")
+    lines = [
+        f"Sparse convolution, {phase}{' with batch norm statistics' if sums else ''}: "
+        f"{problem.channels} to {problem.filters} channels, image {size} to {out}, kernel {kernel}, "
+        f"stride {stride}, padding {padding}, dilation {dilation}.",
+        f"Variant {tiling.code}: {', '.join(cut)}.",
+        f"Activations {str(dtype).removeprefix('torch.')}, {lanes} lanes. Tap patterns: "
+        f"{' '.join(patterns) or 'read from a table'}.",
+    ]
+    return "\n".join(part for line in lines for part in textwrap.wrap(line, 116))
 
 
 def scratch_vectors(

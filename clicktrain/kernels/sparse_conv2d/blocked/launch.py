@@ -18,8 +18,7 @@ from clicktrain.kernels.sparse_conv2d.blocked.codegen import scratch_vectors, so
 from clicktrain.kernels.sparse_conv2d.blocked.layout import ALIGNMENT, vectors
 from clicktrain.kernels.sparse_conv2d.blocked.prepared import ConvPlan
 from clicktrain.kernels.sparse_conv2d.blocked.problem import PHASES, ConvProblem, Phase, Tiling
-from clicktrain.kernels.sparse_conv2d.blocked.shared import statistics
-from clicktrain.kernels.sparse_conv2d.blocked.shared.schedule import ordered_vectors
+from clicktrain.kernels.sparse_conv2d.blocked.shared.schedule import ordered_vectors, statistics_bytes
 
 
 def compile_plan(
@@ -49,7 +48,7 @@ def forward_statistics(
     kernel.check(x, values, bias)
     y = kernel.result(x)
     mean, var = values.new_empty(y.shape[1]), values.new_empty(y.shape[1])
-    kernel.accumulate(x, y, values, bias, tables[:3], (mean, var), (n,))
+    kernel.accumulate(x, y, values, bias, tables[:3], (mean, var), n)
     return y, mean, var
 
 
@@ -161,8 +160,8 @@ class _Kernel:
         values: Tensor,
         bias: Tensor | None,
         tables: Sequence[Tensor],
-        results: tuple[Tensor, ...] = (),
-        numbers: tuple[int, ...] = (),
+        statistics: tuple[Tensor | None, Tensor | None] = (None, None),
+        n: int = 0,
     ) -> None:
         """Forward or gradient of the input: ``y`` from ``x``.
 
@@ -171,8 +170,8 @@ class _Kernel:
             values: packed weights.
             bias: of each result, or None.
             tables: rows, entries and order of the phase.
-            results: what is written beside ``y``.
-            numbers: what the kernel wants to know beside sizes.
+            statistics: mean and variance of each filter, to be written.
+            n: images that these are of.
         """
         rows, entries, order = tables
         places = order.numel()
@@ -192,9 +191,9 @@ class _Kernel:
             None if bias is None else bias.contiguous(),
             rows,
             entries,
-            *results,
+            *statistics,
             _SCRATCH.take(room, self.computed),
-            *numbers,
+            n,
             count,
             places,
             ordered,
@@ -223,7 +222,7 @@ class _Kernel:
         room = self._scratch * threads * lanes
         if self._sums:
             filters = self.plan.problem.filters
-            room += -(-statistics.scratch_bytes(filters, threads, lanes * size) // size)
+            room += -(-statistics_bytes(filters, threads, lanes * size) // size)
         ordered = ordered_vectors(count, size, lanes * size) if places else 0
         return count, ordered, max(room + ordered * lanes, 1)
 

@@ -1,30 +1,22 @@
-"""What the kernels that take offsets of taps as data share: numbers, constants, the order of the weights.
-
-Code of its own for each tap set wants few sets and many registers. These kernels know nothing of sets: each
-weight is an offset and a value, every result position one multiply-add with its operand in the first-level
-cache. There is no jump to mispredict and no load to share, so it does not matter where the kept positions
-lie; what matters is that windows stay in the first-level cache: the source is gone through in *passes* of a
-few channels (or filters, for the gradient of the input), over all results, with the sums kept in between.
-"""
+"""A layer's numbers for ``accumulate.c`` and ``wgrad.c``, which read offsets of taps from a table."""
 
 from __future__ import annotations
 
 import torch
 
-from clicktrain.kernels.native import preamble
+from clicktrain.kernels.native.source import begin_source
 from clicktrain.kernels.sparse_conv2d.blocked.indexed.strided_phase import StridedAxis
 from clicktrain.kernels.sparse_conv2d.blocked.problem import ConvProblem, Phase, Tiling
-from clicktrain.kernels.sparse_conv2d.blocked.shared import operand_types, schedule, window_copy
+from clicktrain.kernels.sparse_conv2d.blocked.shared import operand_types
 from clicktrain.kernels.sparse_conv2d.blocked.shared.geometry import Backward, Forward
-from clicktrain.kernels.sparse_conv2d.blocked.shared.template import (
-    FETCH,
-    SUPPORT,
-    Code,
-    define,
-    join,
-    planes,
-)
+from clicktrain.kernels.sparse_conv2d.blocked.shared.schedule import CHUNKS
+from clicktrain.kernels.sparse_conv2d.blocked.shared.window_copy import write_copy
+from clicktrain.kernels.sparse_conv2d.blocked.shared.writer import Code, planes
 
+UNIT = 4
+"""Weights of a filter that wgrad takes at a time; offsets are filled up to a multiple."""
+CHAINS = 3
+"""Sums of each of them that are built side by side."""
 OFFSETS = 1 << 16
 """Vectors that the windows of one pass may have, so that an offset takes two bytes."""
 BESIDE_VECTORS = 16384
@@ -38,7 +30,7 @@ class IndexedGenerator:
 
     def __init__(self, phase: Phase, problem: ConvProblem, tiling: Tiling, dtype: torch.dtype) -> None:
         self.phase, self.dtype = phase, dtype
-        self.operands = operand_types.support(phase, problem, tiling.pairs)
+        self.operands = operand_types.operand_macros(phase, problem, tiling.pairs)
         direction = Backward if phase == "dgrad" else Forward
         self.rows = StridedAxis(direction(problem.rows), tiling.tile[0], tiling.region[0])
         self.columns = StridedAxis(direction(problem.columns), tiling.tile[1], tiling.region[1])
@@ -79,38 +71,82 @@ class IndexedGenerator:
         (a, down), (b, right) = _hit(self.rows, r), _hit(self.columns, s)
         return a * len(self.columns.strided_phases) + b, down * self.columns.buffer + right
 
-    def begin(self, lanes: int) -> Code:
-        """The text up to the first function of the kernel's own."""
-        code = Code()
-        code(preamble(self.dtype, lanes))
-        numbers = {
-            **planes(self.sources, self.results, self.rows.direction, self.columns.direction),
-            "WIN_H": self.rows.buffer,
-            "WIN_W": self.columns.buffer,
+    def source(self, about: str, lanes: int, sums: bool) -> str:
+        """The C source, ``accumulate.c`` or ``wgrad.c``, of which only numbers depend on the layer."""
+        rows, columns, wgrad = self.rows, self.columns, self.phase == "wgrad"
+        macros = {
+            **self.operands,
+            **planes(self.sources, self.results, rows.direction, columns.direction),
+            "ENTRY": "uint16_t",
+            "WIN_W": columns.buffer,
+            "WIN_IMAGE": self.window,
             "WIN": self.window * self.images,
-            "PASS": self.per_pass * self.window * self.images,
             "SCRATCH": self.scratch,
-            "REGION_ROWS": self.rows.regions,
-            "REGION_COLS": self.columns.regions,
+            "REGION_ROWS": rows.regions,
+            "REGION_COLS": columns.regions,
+            "ROW_REACH": rows.reach,
+            "COL_REACH": columns.reach,
+            "TILE_W": columns.tile,
+            **(self._wgrad_macros() if wgrad else self._accumulate_macros(sums)),
         }
-        define(code, numbers)
-        for name, axis in (("ROW", self.rows), ("COL", self.columns)):
-            code(f"#define {name}_FIRST(region) ((region) * {axis.positions * axis.reach}L + {axis.low}L)")
-            starts = join(strided_phase.start for strided_phase in axis.strided_phases)
-            counts = join(strided_phase.count for strided_phase in axis.strided_phases)
-            code(f"static __attribute__((unused)) const int {name}_START[] = {{{starts}}};")
-            code(f"static __attribute__((unused)) const int {name}_COUNT[] = {{{counts}}};")
-        code(self.operands)
-        code(SUPPORT)
-        if self.phase != "wgrad":
-            code(FETCH)
-        code(window_copy.TYPE)
-        if self.phase != "wgrad":
-            code(schedule.SUPPORT)
-        spans = tuple((self.columns.first(n), self.columns.buffer) for n in range(self.columns.regions))
-        width = self.columns.direction.source
-        window_copy.windows(self.window, self.columns.buffer, spans, width, self.images).write(code)
-        return code
+        code = Code(begin_source(about, self.dtype, lanes, macros))
+        for name, axis in (("ROW", rows), ("COL", columns)):
+            starts = [region * axis.positions for region in range(axis.regions)]
+            code.array(f"{name}_FIRST", (axis.first(region) for region in range(axis.regions)))
+            code.array(f"{name}_SPAN", [axis.buffer] * axis.regions)
+            code.array(
+                f"{name}_SIZE", (min(axis.positions, axis.direction.length - start) for start in starts)
+            )
+            code.array(f"PHASE_{name}_START", (phase.start for phase in axis.strided_phases))
+            code.array(f"PHASE_{name}_COUNT", (phase.count for phase in axis.strided_phases))
+        code.include("shared/window_copy.h")
+        spans = [(columns.first(region), columns.buffer) for region in range(columns.regions)]
+        steps = columns.buffer, self.window * self.images, self.window
+        write_copy(code, "windows", steps, spans, columns.direction.source)
+        if wgrad:
+            spans = [(region * columns.positions, columns.positions) for region in range(columns.regions)]
+            steps = columns.positions, self.patch * self.images, self.patch
+            write_copy(code, "gradients", steps, spans, columns.direction.length)
+            code.for_each("EACH_COLUMN", [[(t, t % CHAINS) for t in range(columns.tile)]])
+        else:
+            tile = [[(i, j) for j in range(columns.tile)] for i in range(rows.tile)]
+            numbers = [[(k := i * columns.tile + j, i, j, k % 2) for i, j in row] for row in tile]
+            code.for_each("EACH_SUM", numbers)
+        code.include("indexed/wgrad.c" if wgrad else "indexed/accumulate.c")
+        return code.text()
+
+    def _accumulate_macros(self, sums: bool) -> dict[str, int | str]:
+        rows, columns = self.rows, self.columns
+        down, right = rows.positions // rows.tile, columns.positions // columns.tile
+        calls = max(down * right * self.strided_phases * self.passes * self.results, 1)
+        return {
+            "STATISTICS": int(sums),
+            "WINDOWS": "IN_PLACE" if self.in_place else "COPIED_AT_ONCE",
+            "CHUNKS": CHUNKS,
+            "GROUPS": -1,
+            "UNIT": 1,
+            "UNITS": self.results,
+            "SUM_VECTORS": self.results * rows.tile * columns.tile,
+            "FETCH_ROWS": -(-self.sources * rows.buffer // calls),
+            "PASS": self.per_pass * self.window,
+            "PASSES": self.passes,
+            "TILE_H": rows.tile,
+            "TILES_DOWN": down,
+            "TILES_RIGHT": right,
+            "ROW_STEP": rows.step,
+            "COL_STEP": columns.step,
+            "ROW_PHASES": len(rows.strided_phases),
+            "COL_PHASES": len(columns.strided_phases),
+        }
+
+    def _wgrad_macros(self) -> dict[str, int | str]:
+        return {
+            "REGION_IMAGES": self.images,
+            "BUFFERS": self.buffers,
+            "PATCH_H": self.rows.positions,
+            "PATCH_W": self.columns.positions,
+            "PATCH": self.patch * self.images,
+        }
 
 
 def window_vectors(phase: Phase, problem: ConvProblem, tiling: Tiling) -> int:

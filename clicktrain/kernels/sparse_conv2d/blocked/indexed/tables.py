@@ -7,8 +7,7 @@ import torch
 from torch import Tensor
 
 from clicktrain.formats.packed import Structure
-from clicktrain.kernels.sparse_conv2d.blocked.indexed.generator import IndexedGenerator
-from clicktrain.kernels.sparse_conv2d.blocked.indexed.wgrad import UNIT
+from clicktrain.kernels.sparse_conv2d.blocked.indexed.generator import UNIT, IndexedGenerator
 from clicktrain.kernels.sparse_conv2d.blocked.patterns.tables import Table
 from clicktrain.kernels.sparse_conv2d.blocked.problem import ConvProblem, Phase, Tiling
 from clicktrain.kernels.sparse_conv2d.blocked.shared.operand_types import distance

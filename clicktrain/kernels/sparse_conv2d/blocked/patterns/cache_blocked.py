@@ -22,44 +22,34 @@ from collections.abc import Hashable
 from clicktrain.kernels.sparse_conv2d.blocked.patterns.generator import Generator
 from clicktrain.kernels.sparse_conv2d.blocked.patterns.regions import TileKind
 from clicktrain.kernels.sparse_conv2d.blocked.patterns.tap_patterns import Taps
-from clicktrain.kernels.sparse_conv2d.blocked.shared import schedule, statistics
-from clicktrain.kernels.sparse_conv2d.blocked.shared.template import Code, join, store_tile
+from clicktrain.kernels.sparse_conv2d.blocked.shared.writer import Code, add_moments, store_tile
 
 
-def support(code: Code, g: Generator, moments: bool) -> None:
-    """The type of a block whose sums are ready: it is stored a result at a time while the next is computed.
+def order_weights(code: Code, g: Generator) -> None:
+    """The function that brings a thread's share of the weights into their order (see ``run.h``).
 
-    Stored at once, as many lines as the core can wait for would hold everything up.
+    Of cache-blocked code ``order`` may have the place of each kernel's first weight only.
     """
-    extra = " vec *moments; real *centres; int fresh;" if moments else ""
-    code(
-        "typedef struct ready_t { void (*store)(struct ready_t *, long); const vec *sums; stored *y; "
-        f"long f, left; int64_t stream; int turn;{extra} }} ready_t;"
+    parameters = (
+        "const int32_t *order, const int32_t *rows, int64_t count, int64_t places, int64_t me, int64_t all"
     )
-    if g.in_place:
-        code("static __attribute__((noinline)) void fetch_windows(ahead_t *ahead, int count) {")
-        code(f"fetch(ahead, count, {g.columns.span_most});")
-        code("}")
-
-
-def order_weights(g: Generator) -> str:
-    """C text of a thread's share in bringing the weights into their order, a run of kernels at a time."""
-    sets = len(g.tap_patterns)
-    if not sets:
-        return schedule.ORDER_WEIGHTS
-    runs = g.blocks * g.passes * sets
+    code(f"NOINLINE void order_weights(weight *ordered, const weight *packed, {parameters}) {{")
     sizes = [len(taps) for taps in g.tap_patterns]
-    return f"""if (places == count) {{ {schedule.ORDER_WEIGHTS} }}
-else {{
-  static const int sizes[] = {{{join(sizes)}}};
-  for (int64_t r = {runs}L * me / all; r < {runs}L * (me + 1) / all; ++r) {{
-    weight *to = ordered + rows[2 * r + 1];
-    const int size = {sizes[0] if len(set(sizes)) == 1 else f"sizes[r % {sets}]"};
-    (void)sizes;
-    for (int64_t e = rows[2 * r]; e < rows[2 * r + 2]; ++e, to += size)
-      for (int t = 0; t < size; ++t) to[t] = packed[order[e] + t];
-  }}
-}}"""
+    runs = g.blocks * g.passes * len(sizes)
+    if g.cache_blocked and sizes:
+        code("if (places != count) {")
+        code.array("sizes", sizes)
+        code(f"for (int64_t r = {runs}L * me / all; r < {runs}L * (me + 1) / all; ++r) {{")
+        code("weight *to = ordered + rows[2 * r + 1];")
+        code(f"const int size = {sizes[0] if len(set(sizes)) == 1 else f'sizes[r % {len(sizes)}]'};")
+        code("for (int64_t e = rows[2 * r]; e < rows[2 * r + 2]; ++e, to += size) {")
+        code("for (int t = 0; t < size; ++t) to[t] = packed[order[e] + t];")
+        code("}")
+        code("}")
+        code("return;")
+        code("}")
+    code("for (int64_t i = count * me / all; i < count * (me + 1) / all; ++i) ordered[i] = packed[order[i]];")
+    code("}")
 
 
 def write_tile(
@@ -79,20 +69,17 @@ def write_tile(
     store = _store(code, row, column, moments, written)
     loops = [_kernels(code, g, taps, row, column, written) for taps in g.tap_patterns]
     low = row.low * g.columns.buffer + column.low
-    code(
-        f"static __attribute__((noinline)) void {name}(const cell *restrict x, stored *restrict y, "
-        "vec *sums, const weight *restrict values, const real *restrict bias, "
-        f"const int32_t *restrict rows, const {g.entry} *restrict entries, long first, long end, "
-        f"int64_t stream, {_ahead(g)} *ahead, ready_t *ready"
-        f"{statistics.TILE_PARAMETERS if moments else ''}) {{"
-    )
+    code(f"NOINLINE void {name}(const cell *restrict x, stored *restrict y, work_t *work) {{")
+    code("const real *restrict bias = work->bias;")
+    code("const ENTRY *restrict entries = work->entries;")
+    code("ready_t *ready = &work->ready;")
     runs = 2 * g.passes * len(g.tap_patterns)
-    code(f"rows += first / {g.block} * {runs};")
-    code("const weight *v = values + rows[1];")
-    code(f"for (long f = first; f < end; f += {g.block}) {{")
+    code(f"const int32_t *restrict rows = work->rows + work->first / {g.block} * {runs};")
+    code("const weight *v = work->values + rows[1];")
+    code(f"for (long f = work->first, end = work->end; f < end; f += {g.block}) {{")
     code(f"const long count = min64({g.block}, RESULTS - f);")
     code("const int turn = !ready->turn;")
-    code(f"vec *own = turn ? sums + {g.sum_vectors // 2} : sums;")
+    code(f"vec *own = turn ? work->sums + {g.sum_vectors // 2} : work->sums;")
     code("for (long k = 0; k < count; ++k) {")
     code("const vec start = splat(bias ? bias[f + k] : 0);")
     code(f"for (long i = 0; i < {positions}; ++i) own[k * {positions} + i] = start;")
@@ -101,12 +88,13 @@ def write_tile(
     for number, loop in enumerate(loops):
         code(
             f"v = {loop}(x, {low}, own, v, entries + 2L * rows[{2 * number}], "
-            f"entries + 2L * rows[{2 * number + 2}], ahead, ready);"
+            f"entries + 2L * rows[{2 * number + 2}], work);"
         )
     code("}")
     code("if (ready->left) ready->store(ready, ready->left);")
-    extra = ", moments, centres, fresh" if moments else ""
-    code(f"*ready = (ready_t){{{store}, own, y + f * (DST_H * DST_W), f, count, stream, turn{extra}}};")
+    code("const statistics_t *s = &work->statistics;")
+    done = f"{store}, own, y + f * (DST_H * DST_W), f, count, work->stream, turn"
+    code(f"*ready = (ready_t){{{done}, s->moments, s->centers, s->fresh}};")
     code("}")
     code("}")
 
@@ -119,24 +107,26 @@ def _store(code: Code, row: TileKind, column: TileKind, moments: bool, written: 
         return name
     written[name] = name
     sums = [f"s[{i}]" for i in range(positions)]
-    code(f"static __attribute__((noinline)) void {name}(ready_t *ready, long count) {{")
+    code(f"NOINLINE void {name}(ready_t *ready, long count) {{")
     code("const int64_t stream = ready->stream;")
     if moments:
         code("vec *moments = ready->moments;")
-        code("real *centres = ready->centres;")
+        code("real *centers = ready->centers;")
         code("const int fresh = ready->fresh;")
     code("for (; count > 0 && ready->left > 0; --count, --ready->left) {")
     code("const vec *s = ready->sums;")
-    store_tile(code, "ready->y", sums, row.size, column.size)
+    store_tile(code, "ready->y", sums, column.size)
     if moments:
-        statistics.add_tile(code, "ready->f", sums)
-    code(f"ready->sums += {positions}; ready->y += DST_H * DST_W; ++ready->f;")
-    # Stores retire in their order: one that waits for its line would hold up those of the sums.
+        add_moments(code, "ready->f", sums)
+    code(f"ready->sums += {positions};")
+    code("ready->y += DST_H * DST_W;")
+    code("++ready->f;")
+    code("// Stores retire in their order: one that waits for its line would hold up those of the sums.")
     code("if (!stream) {")
     code(f"for (int i = 0; i < {row.size}; ++i) {{")
     code('_Pragma("GCC unroll 18")')
-    code(f"for (int j = 0; j < {column.size} + LINE - 1; j += LINE)")
-    code("  __builtin_prefetch(ready->y + i * DST_W + j, 1, 3);")
+    prefetch = "__builtin_prefetch(ready->y + i * DST_W + j, 1, 3)"
+    code(f"for (int j = 0; j < {column.size} + LINE - 1; j += LINE) {prefetch};")
     code("}")
     code("}")
     code("}")
@@ -163,14 +153,16 @@ def _kernels(
         return written[key]
     name = written[key] = f"kernels_{len(written)}"
     calls = g.rows.region_tiles * g.columns.region_tiles * g.blocks * g.passes * len(g.tap_patterns)
-    code(
-        f"static __attribute__((noinline)) const weight *{name}(const cell *restrict x, long low, "
-        f"vec *restrict sums, const weight *restrict v, const {g.entry} *restrict e, "
-        f"const {g.entry} *end, {_ahead(g)} *ahead, ready_t *ready) {{"
+    code(f"// Kernels with the taps {', '.join(map(str, taps))}.")
+    parameters = (
+        "const cell *restrict x, long low, vec *restrict sums, const weight *restrict v, "
+        "const ENTRY *restrict e, const ENTRY *end, work_t *work"
     )
+    code(f"NOINLINE const weight *{name}({parameters}) {{")
     rows = -(-g.sources * g.rows.span_most // calls)
-    code(f"if (ahead->left) {'fetch' if g.in_place else 'copy'}_windows(ahead, {rows});")
-    code(f"if (ready->left) ready->store(ready, {-(-g.block // (g.passes * len(g.tap_patterns)))});")
+    code(f"if (work->ahead.left) {'fetch' if g.in_place else 'copy'}_windows(&work->ahead, {rows});")
+    left_to_store = -(-g.block // (g.passes * len(g.tap_patterns)))
+    code(f"if (work->ready.left) work->ready.store(&work->ready, {left_to_store});")
     code(f"for (; e != end; e += 2, v += {len(taps)}) {{")
     code("const long p = e[0] * WIN - low;")
     code(f"vec *s = sums + e[1] * {positions}L;")
@@ -188,9 +180,10 @@ def _kernels(
                 begun.add(position)
                 code(f"vec a{position} = s[{position}];")
         if len(found) > 1:
-            code(f"{{ vec t = x[p + {window}]; KEEP(t);")
+            code("{")
+            code(f"vec t = x[p + {window}]; KEEP(t);")
             for position, tap in found:
-                code(f"  a{position} += t * w{tap};")
+                code(f"a{position} += t * w{tap};")
             code("}")
         else:
             ((position, tap),) = found
@@ -203,11 +196,6 @@ def _kernels(
     code("return v;")
     code("}")
     return name
-
-
-def _ahead(g: Generator) -> str:
-    """The type of what is done for the next region: rows of it are fetched, or copied."""
-    return "ahead_t" if g.in_place else "copy_t"
 
 
 _Uses = list[tuple[int, list[tuple[int, int]]]]

@@ -6,7 +6,7 @@ from collections.abc import Iterator
 
 import torch
 
-from clicktrain.kernels.native import preamble
+from clicktrain.kernels.native.source import begin_source
 from clicktrain.kernels.sparse_conv2d.blocked.patterns.regions import (
     IN_PLACE_CODE,
     AxisRegions,
@@ -16,16 +16,11 @@ from clicktrain.kernels.sparse_conv2d.blocked.patterns.regions import (
 from clicktrain.kernels.sparse_conv2d.blocked.patterns.tables import NARROW
 from clicktrain.kernels.sparse_conv2d.blocked.patterns.tap_patterns import Taps
 from clicktrain.kernels.sparse_conv2d.blocked.problem import ConvProblem, Phase, Tiling
-from clicktrain.kernels.sparse_conv2d.blocked.shared import operand_types, schedule, window_copy
+from clicktrain.kernels.sparse_conv2d.blocked.shared import operand_types
 from clicktrain.kernels.sparse_conv2d.blocked.shared.geometry import Backward, Direction, Forward
-from clicktrain.kernels.sparse_conv2d.blocked.shared.template import (
-    FETCH,
-    SUPPORT,
-    Code,
-    define,
-    join,
-    planes,
-)
+from clicktrain.kernels.sparse_conv2d.blocked.shared.schedule import CHUNKS
+from clicktrain.kernels.sparse_conv2d.blocked.shared.window_copy import write_copy
+from clicktrain.kernels.sparse_conv2d.blocked.shared.writer import Code, planes
 
 
 class Generator:
@@ -44,15 +39,18 @@ class Generator:
         dtype: torch.dtype,
     ) -> None:
         self.phase, self.tap_patterns, self.filters_per_tile = phase, tap_patterns, tiling.filters_per_tile
-        self.dtype, self.operands = dtype, operand_types.support(phase, problem, tiling.pairs)
+        self.dtype, self.operands = dtype, operand_types.operand_macros(phase, problem, tiling.pairs)
         self.kernel_width = problem.columns.taps
-        self.sweeps = tiling.code == "cache_blocked" and phase != "wgrad"
+        self.cache_blocked = tiling.code == "cache_blocked" and phase != "wgrad"
         """Whether sums are in the first-level cache, of a block of results over passes of sources."""
         backward = phase == "dgrad"
         direction = Backward if backward else Forward
         as_stored = operand_types.as_stored(phase, tiling.pairs, dtype)
-        self.rows, self.columns = _axes(direction, problem, tiling, self.sweeps and as_stored)
-        if self.sweeps and code_size(self.rows, self.columns, sum(map(len, tap_patterns))) > IN_PLACE_CODE:
+        self.rows, self.columns = _axes(direction, problem, tiling, self.cache_blocked and as_stored)
+        if (
+            self.cache_blocked
+            and code_size(self.rows, self.columns, sum(map(len, tap_patterns))) > IN_PLACE_CODE
+        ):
             self.rows, self.columns = _axes(direction, problem, tiling, in_place=False)
         self.sources = problem.filters if backward else problem.channels
         self.results = problem.channels if backward else problem.filters
@@ -70,16 +68,9 @@ class Generator:
         self.patch_columns = max(sum(t.size for t in region) for region in self.columns.regions)
 
     @property
-    def windows(self) -> schedule.Windows:
-        """Where tiles read their windows (not of the gradient of the weight)."""
-        if self.in_place:
-            return "in place"
-        return "copied beside" if self.sweeps else "copied at once"
-
-    @property
     def window_vectors(self) -> int:
         """Vectors of the buffer for windows; of two, where the next region is copied beside this one."""
-        return 0 if self.in_place else self.sources * self.window * (2 if self.sweeps else 1)
+        return 0 if self.in_place else self.sources * self.window * (2 if self.cache_blocked else 1)
 
     @property
     def patch_vectors(self) -> int:
@@ -91,7 +82,7 @@ class Generator:
     @property
     def sum_vectors(self) -> int:
         """Vectors of two blocks' sums: one is computed, the one before is stored."""
-        if not self.sweeps:
+        if not self.cache_blocked:
             return 0
         return 2 * self.block * max(k.size for k in self.rows.kinds) * max(k.size for k in self.columns.kinds)
 
@@ -100,40 +91,57 @@ class Generator:
         """Vectors that each thread needs for all of them."""
         return self.sum_vectors + self.window_vectors + self.patch_vectors
 
-    def begin(self, lanes: int) -> Code:
-        """The text up to the first function of the kernel's own."""
-        code = Code()
-        code(preamble(self.dtype, lanes))
-        numbers = {
+    def begin(self, about: str, lanes: int, sums: bool) -> Code:
+        """The source up to the first function of the kernel's own; ``sums`` as of `unrolled.write`."""
+        macros = {
+            **self.operands,
             **planes(self.sources, self.results, self.rows.direction, self.columns.direction),
+            "ENTRY": self.entry,
             "WIN_W": self.columns.buffer,
             "WIN": self.window,
-            "PATCH_W": self.patch_columns,
-            "PATCH": self.patch_rows * self.patch_columns,
             "SCRATCH": self.scratch,
             "REGION_ROWS": len(self.rows.regions),
             "REGION_COLS": len(self.columns.regions),
+            **(self._wgrad_macros() if self.phase == "wgrad" else self._accumulate_macros(sums)),
         }
-        define(code, numbers)
+        code = Code(begin_source(about, self.dtype, lanes, macros))
         for name, axis in (("ROW", self.rows), ("COL", self.columns)):
             spans = [axis.span(region) for region in axis.regions]
-            code(f"static const int {name}_FIRST[] = {{{join(first for first, _ in spans)}}};")
-            code(f"static const int {name}_SPAN[] = {{{join(span for _, span in spans)}}};")
-            code(f"static const int {name}_START[] = {{{join(region[0].start for region in axis.regions)}}};")
-            sizes = [sum(t.size for t in region) for region in axis.regions]
-            code(f"static const int {name}_SIZE[] = {{{join(sizes)}}};")
-        code(self.operands)
-        code(SUPPORT)
-        if self.windows != "copied beside":
-            code(FETCH)
-        code(window_copy.TYPE)
-        if self.phase != "wgrad":
-            code(schedule.SUPPORT)
-        columns = tuple(self.columns.span(region) for region in self.columns.regions)
-        window_copy.windows(self.window, self.columns.buffer, columns, self.columns.direction.source).write(
-            code
-        )
+            code.array(f"{name}_FIRST", (first for first, _ in spans))
+            code.array(f"{name}_SPAN", (span for _, span in spans))
+            code.array(f"{name}_START", (region[0].start for region in axis.regions))
+            code.array(f"{name}_SIZE", (sum(tile.size for tile in region) for region in axis.regions))
         return code
+
+    def write_copy(self, code: Code) -> None:
+        """The copy of a region's windows."""
+        columns = [self.columns.span(region) for region in self.columns.regions]
+        steps = self.columns.buffer, self.window, self.window
+        write_copy(code, "windows", steps, columns, self.columns.direction.source)
+
+    def _accumulate_macros(self, sums: bool) -> dict[str, int | str]:
+        beside = "COPIED_BESIDE" if self.cache_blocked else "COPIED_AT_ONCE"
+        unit = self.block if self.cache_blocked else self.filters_per_tile
+        runs = self.blocks * self.passes * len(self.tap_patterns)
+        return {
+            "STATISTICS": int(sums),
+            "WINDOWS": "IN_PLACE" if self.in_place else beside,
+            "CHUNKS": CHUNKS,
+            "GROUPS": runs if self.cache_blocked else self.results // self.filters_per_tile,
+            "UNIT": unit,
+            "UNITS": -(-self.results // unit),
+            "SUM_VECTORS": self.sum_vectors,
+        }
+
+    def _wgrad_macros(self) -> dict[str, int | str]:
+        return {
+            "REGION_IMAGES": 1,
+            "PATCH_W": self.patch_columns,
+            "PATCH": self.patch_rows * self.patch_columns,
+            "X_IN_PLACE": int(self.in_place),
+            "GY_IN_PLACE": int(self.patch_in_place),
+            "WINDOW_VECTORS": self.window_vectors,
+        }
 
     def triples(self, taps: Taps, row: TileKind, column: TileKind) -> Iterator[tuple[int, int, int]]:
         """(result position in the tile, window position, which of the taps), window after window."""

@@ -7,111 +7,43 @@ from typing import NamedTuple
 from clicktrain.kernels.sparse_conv2d.blocked.patterns.generator import Generator
 from clicktrain.kernels.sparse_conv2d.blocked.patterns.regions import RegionKind, TileKind
 from clicktrain.kernels.sparse_conv2d.blocked.patterns.tap_patterns import Taps
-from clicktrain.kernels.sparse_conv2d.blocked.shared import window_copy
-from clicktrain.kernels.sparse_conv2d.blocked.shared.template import (
-    CHUNK,
-    Code,
-    add_threads,
-    among,
-    locate,
-    open_threads,
-    open_weights,
-)
+from clicktrain.kernels.sparse_conv2d.blocked.shared.window_copy import write_copy
+from clicktrain.kernels.sparse_conv2d.blocked.shared.writer import Code, among
 
 _CHAINS = 8
 """Sums that are built side by side: a multiply-add takes several cycles, and more than one starts in each."""
+_PARAMETERS = (
+    "const cell *restrict x, const cell *restrict gy, real *restrict out, const ENTRY *restrict e, "
+    "const ENTRY *end, ahead_t *next_x, ahead_t *next_gy"
+)
 
 
 def write(code: Code, g: Generator) -> None:
-    """One function for each kind of region, and ``run``, which shares regions and kernels out to threads.
-
-    Each thread sums into its own array; the arrays are added at the end. Few regions (small images, few of
-    them) are shared out by chunks of the kernels instead: packing twice is cheaper than idle threads.
-    """
+    """One function for each kind of region, and what calls them; ``wgrad.h`` goes through the regions."""
+    code.include("shared/wgrad.h")
+    g.write_copy(code)
+    starts = [region[0].start for region in g.columns.regions]
+    sizes = [sum(t.size for t in region) for region in g.columns.regions]
+    steps = g.patch_columns, g.patch_rows * g.patch_columns, g.patch_rows * g.patch_columns
+    write_copy(code, "gradients", steps, list(zip(starts, sizes, strict=True)), g.columns.direction.length)
     kinds = [
         (row_kind, rows, column_kind, columns)
         for row_kind, rows in g.rows.region_kinds().items()
         for column_kind, columns in g.columns.region_kinds().items()
     ]
-    if not g.patch_in_place:
-        starts = [region[0].start for region in g.columns.regions]
-        sizes = [sum(t.size for t in region) for region in g.columns.regions]
-        spans = tuple(zip(starts, sizes, strict=True))
-        patch = g.patch_rows * g.patch_columns
-        window_copy.gradients(patch, g.patch_columns, spans, g.columns.direction.length).write(code)
     for number, (row_kind, _, column_kind, _) in enumerate(kinds):
         _region(code, g, number, row_kind, column_kind)
-    open_weights(code, g.entry)
-    code("const int64_t items = blocks * REGION_ROWS * REGION_COLS * parts;")
-    open_threads(code)
-    code("cell *buffer = (cell *)(scratch + me * own);")
-    code("real *sums = (real *)(scratch + me * own + SCRATCH);")
-    code("memset(sums, 0, nnz * sizeof(real));")
-    code("int64_t packed = -1;")
-    code("const int64_t last = items * (me + 1) / all;")
-    code("for (int64_t item = items * me / all; item < last; ++item) {")
-    code("const int64_t region = item / parts, part = item % parts;")
-    locate(code, "region")
-    code("const stored *from = x + b * SOURCES * SRC_H * SRC_W, *other = gy + b * RESULTS * DST_H * DST_W;")
-    _pack(code, g)
-    code(CHUNK)
-    code(f"const {g.entry} *e = entries + 3 * chunk[0], *end = entries + 3 * stop[1];")
-    code("real *to = sums + chunk[2];")
+    code(f"INLINE void compute_region({_PARAMETERS}, int rr, int rc) {{")
     for number, (_, rows, _, columns) in enumerate(kinds):
-        code(f"if ({among('rr', rows)} && {among('rc', columns)})")
-        code(f"  region_{number}(window, patch, to, e, end, &next_x, &next_gy);")
+        call = f"region_{number}(x, gy, out, e, end, next_x, next_gy);"
+        code(f"if ({among('rr', rows)} && {among('rc', columns)}) {call}")
     code("}")
-    add_threads(code)
-    code("}")
-    code("return 0;")
-    code("}")
-
-
-def _pack(code: Code, g: Generator) -> None:
-    """Copy the windows and the output's gradient of a region, unless they can be read where they are."""
-    code(f"const cell *window = {'from' if g.in_place else 'buffer'};")
-    code(f"const cell *patch = {'other' if g.patch_in_place else f'buffer + {g.window_vectors}L'};")
-    code("(void)from; (void)other;")
-    if not g.in_place:
-        code("if (region != packed) {")
-        code(
-            "copy_t rows = windows_of(from, buffer, 1, "
-            "ROW_FIRST[rr], ROW_SPAN[rr], COL_FIRST[rc], COL_SPAN[rc]);"
-        )
-        code("copy_windows(&rows, rows.left);")
-        code("}")
-    if not g.patch_in_place:
-        code("if (region != packed) {")
-        code(
-            f"copy_t rows = gradients_of(other, buffer + {g.window_vectors}L, 1, "
-            "ROW_START[rr], ROW_SIZE[rr], COL_START[rc], COL_SIZE[rc]);"
-        )
-        code("copy_gradients(&rows, rows.left);")
-        code("}")
-    code("packed = region;")
-    code("ahead_t next_x = {0}, next_gy = {0};")
-    code("if (item + 1 < last && (item + 1) / parts != region) {")
-    locate(code, "region + 1", "n")
-    if not g.in_place:
-        code(
-            "next_x = look(x + nb * SOURCES * SRC_H * SRC_W, SOURCES, SRC_H, SRC_W, "
-            "ROW_FIRST[nrr], ROW_SPAN[nrr], COL_FIRST[nrc], COL_SPAN[nrc]);"
-        )
-    if not g.patch_in_place:
-        code(
-            "next_gy = look(gy + nb * RESULTS * DST_H * DST_W, RESULTS, DST_H, DST_W, "
-            "ROW_START[nrr], ROW_SIZE[nrr], COL_START[nrc], COL_SIZE[nrc]);"
-        )
-    code("}")
+    code.include("patterns/wgrad.h")
 
 
 def _region(code: Code, g: Generator, number: int, rows: RegionKind, columns: RegionKind) -> None:
     """All kernels of one region."""
-    code(
-        f"static __attribute__((noinline)) void region_{number}(const cell *restrict x, "
-        f"const cell *restrict gy, real *restrict out, const {g.entry} *restrict e, "
-        f"const {g.entry} *end, ahead_t *next_x, ahead_t *next_gy) {{"
-    )
+    code(f"NOINLINE void region_{number}({_PARAMETERS}) {{")
     code("const long kernels = max64((end - e) / 3, 1);")
     code("const int share_x = next_x->left / kernels + 1, share_gy = next_gy->left / kernels + 1;")
     code("for (; e != end; e += 3) {")
@@ -120,7 +52,7 @@ def _region(code: Code, g: Generator, number: int, rows: RegionKind, columns: Re
     code("const cell *xc = x + e[0] * WIN, *gc = gy + e[1] * PATCH;")
     code("switch (e[2]) {")
     for case, taps in enumerate(g.tap_patterns):
-        code(f"case {case}: {{")
+        code(f"case {case}: {{  // taps {', '.join(map(str, taps))}")
         _kernel(code, g, taps, rows, columns)
         code("break;")
         code("}")
@@ -150,7 +82,8 @@ def _kernel(code: Code, g: Generator, taps: Taps, rows: RegionKind, columns: Reg
 
 def _tiles(code: Code, g: Generator, taps: Taps, row: _Run, column: _Run, sums: list[list[str]]) -> None:
     """A loop over tiles of one kind. The output's gradient stays in registers, each input is loaded once."""
-    code(f"for (int i = 0; i < {row.tiles}; ++i) for (int j = 0; j < {column.tiles}; ++j) {{")
+    code(f"for (int i = 0; i < {row.tiles}; ++i) {{")
+    code(f"for (int j = 0; j < {column.tiles}; ++j) {{")
     first = row.window * g.columns.buffer + column.window
     code(
         f"const cell *p = xc + {first} + i * {row.window_step * g.columns.buffer} + j * {column.window_step};"
@@ -173,6 +106,7 @@ def _tiles(code: Code, g: Generator, taps: Taps, row: _Run, column: _Run, sums: 
             group = sums[tap * g.filters_per_tile + k]
             code(f"MULTIPLY_ADD({group[used[tap] % len(group)]}, t, g{k}_{position});")
         used[tap] += 1
+    code("}")
     code("}")
 
 

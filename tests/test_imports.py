@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import ast
 import os
 import subprocess
 import sys
@@ -68,6 +69,63 @@ assert not heavy, f"import clicktrain and its names load {{heavy}}: import them 
 assert seconds < {SECONDS}, f"import clicktrain and its names take {{seconds:.1f}} s on top of torch"
 """
     run_python(code, repository)
+
+
+def bound_names(node: ast.stmt) -> list[str]:
+    """Names that a statement at the top of a module gives a value."""
+    match node:
+        case ast.Import(names=names):
+            return [(alias.asname or alias.name).split(".")[0] for alias in names]
+        case ast.ImportFrom(names=names):
+            return [alias.asname or alias.name for alias in names]
+        case ast.FunctionDef(name=name) | ast.AsyncFunctionDef(name=name) | ast.ClassDef(name=name):
+            return [name]
+        case ast.Assign(targets=targets):
+            return [target.id for target in targets if isinstance(target, ast.Name)]
+        case ast.AnnAssign(target=ast.Name(id=name)):
+            return [name]
+    return []
+
+
+def shadowed_modules(package: Path) -> list[str]:
+    """Submodules that cannot be reached as attributes: their package's ``__init__`` gives the name to
+    something else. The submodule itself may be imported there (``from package import module``)."""
+    shadowed = []
+    for init in sorted(package.rglob("__init__.py")):
+        folder = init.parent
+        name = ".".join(folder.relative_to(package.parent).parts)
+        inside = {path.stem for path in folder.glob("*.py")} | {
+            p.parent.name for p in folder.glob("*/__init__.py")
+        }
+        for node in ast.parse(init.read_text(encoding="utf-8")).body:
+            if not (isinstance(node, ast.ImportFrom) and node.module == name):
+                shadowed += [f"{name}.{bound}" for bound in bound_names(node) if bound in inside]
+    return shadowed
+
+
+def test_no_package_hides_a_module_of_its_own() -> None:
+    """``import clicktrain.train.fit as f`` gives the module, not a function of that name."""
+    assert shadowed_modules(PACKAGE) == []
+
+
+@pytest.mark.parametrize(
+    ("line", "hidden"),
+    [
+        ("from clicktrain.train.fit import fit", True),
+        ("from clicktrain.train.fit import run as fit", True),
+        ("def fit(): ...", True),
+        ("fit = 1", True),
+        ("from clicktrain.train import fit", False),
+        ("from clicktrain.train.fit import run", False),
+    ],
+)
+def test_a_hidden_module_is_found(tmp_path: Path, line: str, hidden: bool) -> None:
+    package = tmp_path / "clicktrain"
+    (package / "train").mkdir(parents=True)
+    (package / "__init__.py").touch()
+    (package / "train" / "fit.py").touch()
+    (package / "train" / "__init__.py").write_text(f"{line}\n")
+    assert shadowed_modules(package) == (["clicktrain.train.fit"] if hidden else [])
 
 
 @pytest.mark.skipif(not hasattr(os, "fork"), reason="needs os.fork")

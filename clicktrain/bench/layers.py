@@ -1,6 +1,6 @@
-"""Where a finished run's network gains time and where not: its layers beside those of the dense network.
+"""Speedup of a finished run's network layer by layer, beside the dense network (PruneTrain 5.1).
 
-FLOPs that go are the promise, time that goes is what is kept of it (PruneTrain 5.1 measures both). Each layer
+The speedup of a layer may lag its FLOP reduction. Each layer
 is timed by itself, at the shapes that it has in the whole network; what the layers do not account for is the
 rest: batch norm, activations, additions, loss and optimizer.
 """
@@ -12,7 +12,7 @@ import copy
 import math
 import time
 from collections.abc import Callable, Iterable, Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import dataclass
 from typing import Any, cast
 
 import torch
@@ -21,6 +21,7 @@ from torch import Tensor, nn
 from clicktrain.accounting import LayerCost, count
 from clicktrain.bench.runs import RunRow, network_call, random_batch
 from clicktrain.bench.timing import Progress, median_ms
+from clicktrain.bench.timing import to_json as to_json
 from clicktrain.errors import UserError
 from clicktrain.latency.timer import clock_of
 from clicktrain.sparsity.masks import conv_masks
@@ -37,7 +38,7 @@ PACKED = "packed: its kernel is part of the accelerated network"
 
 @dataclass(frozen=True, slots=True)
 class LayerTime:
-    """A convolution or linear layer of the dense network, and what has become of it.
+    """A convolution or linear layer of the dense network, and its pruned counterpart.
 
     Attributes:
         layer: its name in the dense network.
@@ -130,7 +131,7 @@ def bench_layers(
         rows: of `bench_runs`.
         rounds: timings of which the median is taken.
         model: as for `bench_runs`.
-        progress: told what is being measured.
+        progress: called with what is being measured.
 
     Raises:
         UserError: no such run.
@@ -140,11 +141,6 @@ def bench_layers(
         progress(f"{row.run}: layers, {row.what}, batch {row.batch_size}")
         tables.append(_table(load_run(row.run, model), row, rounds))
     return tables
-
-
-def to_json(tables: Sequence[LayerTable]) -> list[dict[str, Any]]:
-    """Tables as plain dicts."""
-    return [asdict(table) for table in tables]
 
 
 @dataclass(frozen=True, slots=True, eq=False)

@@ -48,7 +48,7 @@ def accelerate_layers_(
     possible = [name for name in layers if name not in known or known[name].implementation is not None]
     shapes = _input_shapes(model, possible, inputs) if possible else {}
     chosen = []
-    # Measuring draws random numbers; training goes on with its own.
+    # Measuring draws random numbers; training must not notice.
     with own_random_numbers():
         for name, shape in shapes.items():
             layer, wanted = layers[name], known[name].implementation if name in known else None

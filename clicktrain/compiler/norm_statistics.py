@@ -26,7 +26,7 @@ from clicktrain.latency.timer import candidates_ms
 
 @dataclass(frozen=True, slots=True)
 class NormTimes:
-    """Milliseconds of a convolution and the batch norm behind it, forward only: the rest is the same.
+    """Milliseconds of a convolution and the batch norm behind it, forward only: backward is the same.
 
     Attributes:
         apart: batch norm takes its statistics itself.
@@ -42,20 +42,20 @@ class NormTimes:
         return self.together < self.apart
 
     def reason(self) -> str:
-        """Why the other way was not taken."""
+        """Name the way that was not taken, with both times."""
         if self.pays:
             return f"statistics apart: {self.apart:.2f} ms with the norm, together {self.together:.2f} ms"
         return f"statistics together: {self.together:.2f} ms with the norm, apart {self.apart:.2f} ms"
 
 
 def convolutions_before_norms(units: Sequence[Unit]) -> dict[str, Unit]:
-    """By name of each convolution that a batch norm reads and nobody else: the batch norm's unit."""
+    """Map each convolution whose only reader is a batch norm to that norm's unit."""
     convolutions = {unit.output: unit for unit in units if unit.kind == "conv"}
-    found = {}
+    norms = {}
     for unit in units:
         if unit.kind == "batch_norm" and unit.inputs[0] in convolutions and len(unit.inputs[0].users) == 1:
-            found[convolutions[unit.inputs[0]].name] = unit
-    return found
+            norms[convolutions[unit.inputs[0]].name] = unit
+    return norms
 
 
 def check_statistics(traced: ModelGraph, plan: LoweringPlan) -> None:
@@ -89,7 +89,7 @@ def measure_statistics(
     times: Mapping[str, ImplTimes],
     activations: Activations = "parameters",
 ) -> dict[str, NormTimes]:
-    """Times of each convolution that a batch norm in its layout alone reads, by its name.
+    """Time each convolution whose only reader is a batch norm in its layout; by its name.
 
     Args:
         units: of the graph, with shapes.

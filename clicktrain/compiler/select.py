@@ -128,13 +128,13 @@ class _Decision:
             if known is not None and plan_cache.fits(known, *args):
                 return known, None
         gb_s = self._measure()
-        found = [self._cheapest(kept, gb_s) for kept in self.possible]
-        _, activations, layouts = min(found, key=lambda one: one.ms)
+        ways = [self._cheapest(kept, gb_s) for kept in self.possible]
+        _, activations, layouts = min(ways, key=lambda one: one.ms)
         running = {name: self._running(name, layouts[name], activations) for name in self.convolutions}
         statistics = measure_statistics(
             self.units, layouts, {name: times for name, times in running.items() if times}, activations
         )
-        return self._written(found, statistics), place
+        return self._written(ways, statistics), place
 
     def held(self, layout: str, activations: Activations) -> torch.dtype:
         """The dtype of activations in a layout."""
@@ -182,7 +182,7 @@ class _Decision:
         ]
 
     def _running(self, name: str, layout: str, activations: Activations) -> ImplTimes | None:
-        """What runs a convolution in a layout; None for PyTorch's dense one, and where nothing can."""
+        """The fastest implementation in a layout; None for PyTorch's dense one, and where nothing can."""
         times = self.convolutions[name]
         best = times.best(layout, self.held(layout, activations))
         dense = layout == PLAIN and best is not None and times.dense[self.ways[name]] <= best.ms
@@ -241,10 +241,10 @@ class _Decision:
                 return impl
         return None
 
-    def _written(self, found: Sequence[_Best], statistics: Mapping[str, NormTimes]) -> LoweringPlan:
+    def _written(self, ways: Sequence[_Best], statistics: Mapping[str, NormTimes]) -> LoweringPlan:
         """The plan as data."""
-        _, activations, layouts = min(found, key=lambda one: one.ms) if len(found) > 1 else found[0]
-        choices = []
+        _, activations, layouts = min(ways, key=lambda one: one.ms) if len(ways) > 1 else ways[0]
+        choices, implementations = [], candidates_for(OPERATOR)
         for unit in self.units:
             layout = layouts[unit.name]
             if unit.kind == "conv":
@@ -255,12 +255,17 @@ class _Decision:
                 ms = None if norm is None else norm[layout, self.held(layout, activations)]
                 choices.append(_choice(unit, layout, ms))
         choices += [
-            Choice(name, "conv", PLAIN, refused=(f"sparse: {reason}",))
+            Choice(
+                name,
+                "conv",
+                PLAIN,
+                refused=tuple(f"sparse {impl.name}: {reason}" for impl in implementations),
+            )
             for name, reason in self.refused.items()
         ]
         notes = [f"{path} runs as it is written: it {reason}" for path, reason in self.traced.opaque.items()]
-        if len(found) > 1:
-            totals = [f"{_in_words(one.activations)} {one.ms:.1f} ms" for one in found]
+        if len(ways) > 1:
+            totals = [f"{_in_words(one.activations)} {one.ms:.1f} ms" for one in ways]
             notes.append(
                 f"activations kept in {_in_words(activations)}; convolutions, norms and conversions take "
                 f"{', '.join(totals)}"
@@ -308,7 +313,7 @@ class _Decision:
     def _refused(
         self, times: ConvTimes, running: ImplTimes | None, way: str, activations: Activations
     ) -> tuple[str, ...]:
-        """Why the other ways were not taken."""
+        """List the ways that were not taken, with time or reason."""
         dense = times.dense[way]
         reasons = [f"dense {name}: {ms:.2f} ms" for name, ms in times.dense.items() if running or name != way]
         others = {key: other for key, other in times.impls.items() if other is not running}

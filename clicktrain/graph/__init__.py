@@ -6,7 +6,7 @@ from clicktrain.graph.copying import users_hooks, working_copy
 from clicktrain.graph.in_place import changes_in_place, later_uses_see_changes, write_elsewhere
 from clicktrain.graph.inputs import Inputs, as_inputs
 from clicktrain.graph.random_state import own_random_numbers
-from clicktrain.graph.trace import ModelGraph, TraceError, trace, trace_symbolically
+from clicktrain.graph.trace import ModelGraph, TraceError, trace_symbolically
 from clicktrain.graph.watch import Read, is_plain
 
 __all__ = [
@@ -19,7 +19,6 @@ __all__ = [
     "is_plain",
     "later_uses_see_changes",
     "own_random_numbers",
-    "trace",
     "trace_symbolically",
     "users_hooks",
     "working_copy",

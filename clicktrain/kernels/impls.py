@@ -118,7 +118,7 @@ class ConvProblem:
 
     @property
     def phases(self) -> tuple[Phase, ...]:
-        """What a training step computes."""
+        """The phases of a training step."""
         return PHASES if self.input_grad else ("forward", "wgrad")
 
     @property
@@ -154,7 +154,7 @@ class ConvProblem:
 
 
 def positions_of(structure: Structure) -> dict[str, Any]:
-    """What a `ConvProblem` says about the positions of packed values."""
+    """The attributes of a `ConvProblem` that depend on the positions of packed values."""
     from clicktrain.kernels.sparse_conv2d.blocked.patterns.tap_patterns import distinct
 
     return {
@@ -166,7 +166,7 @@ def positions_of(structure: Structure) -> dict[str, Any]:
 
 @dataclass(frozen=True, slots=True, eq=False)
 class Kernels:
-    """What runs one layer, on activations in the layout of its implementation.
+    """The kernels of one layer, for activations in the layout of its implementation.
 
     Attributes:
         convolve: (x, values, bias, *arguments) -> y, differentiable in x, values and bias.

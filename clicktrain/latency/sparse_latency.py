@@ -242,20 +242,14 @@ def _geometries(
     images = _image_sizes(model, example, [one.name for one in budgets])
     geometries: dict[str, list[SparseGeometry]] = {}
     for one in budgets:
-        conv = model.get_submodule(one.name)
-        assert isinstance(conv, nn.Conv2d)
-        geometries[one.name] = [
-            SparseGeometry.of(
-                conv,
-                size,
-                entries=one.entries,
-                patterns=patterns,
-                group=math.gcd(one.filters, group),
-                batch=aim.batch,
-                timed=aim.timed,
-            )
-            for size in ([] if refusal(conv) else images[one.name])
-        ]
+        conv, calls = model.get_submodule(one.name), []
+        if isinstance(conv, nn.Conv2d) and not refusal(conv):
+            calls = [
+                SparseGeometry.of(conv, size, entries=one.entries, patterns=patterns,
+                                  group=math.gcd(one.filters, group), batch=aim.batch, timed=aim.timed)
+                for size in images[one.name]
+            ]  # fmt: skip
+        geometries[one.name] = calls
     return geometries
 
 

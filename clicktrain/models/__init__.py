@@ -3,9 +3,9 @@
 from clicktrain.models.layers import Stem, scaled_channels
 from clicktrain.models.mobilenet import MobileNetV1
 from clicktrain.models.registry import create_model, list_models, min_image_size
-from clicktrain.models.resnet import ResNet, resnet
+from clicktrain.models.resnet import ResNet
 from clicktrain.models.user_factory import call_factory
-from clicktrain.models.vgg import VGG, vgg
+from clicktrain.models.vgg import VGG
 
 __all__ = [
     "VGG",
@@ -16,7 +16,5 @@ __all__ = [
     "create_model",
     "list_models",
     "min_image_size",
-    "resnet",
     "scaled_channels",
-    "vgg",
 ]

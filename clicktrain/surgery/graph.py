@@ -14,9 +14,9 @@ from torch import fx, nn
 
 from clicktrain.errors import UserError
 from clicktrain.graph import Inputs, ModelGraph, TraceError, own_random_numbers, working_copy
-from clicktrain.graph import trace as trace_call
 from clicktrain.graph.batch import owned
 from clicktrain.graph.trace import one_line
+from clicktrain.graph.trace import trace as trace_call
 from clicktrain.surgery.layer_kinds import layer_kind
 from clicktrain.surgery.layers import SURGERY_LAYERS
 from clicktrain.surgery.norms import NormAlone, norm_alone_

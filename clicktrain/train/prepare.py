@@ -76,11 +76,6 @@ class Prepared:
         """Images in a training batch of the running epoch."""
         return self.batch_sizes.now.images
 
-    @property
-    def optimizer_steps_per_epoch(self) -> int:
-        """Steps of the optimizer in the running epoch."""
-        return self.batch_sizes.now.steps
-
 
 def prepare(config: RunConfig, method: Method[Any], *, begins: bool = True) -> Prepared:
     """Open the data, build and check everything; used by a run and by a dry run.

@@ -17,7 +17,7 @@ from clicktrain.compiler import Accelerated, LoweringPlan, steps
 from clicktrain.compiler.believe import is_operator
 from clicktrain.compiler.norm_statistics import convolutions_before_norms
 from clicktrain.compiler.units import find_units
-from clicktrain.graph import trace
+from clicktrain.graph.trace import trace
 from clicktrain.kernels.native import toolchain
 
 pytestmark = pytest.mark.skipif(toolchain() is None, reason="needs a C compiler")

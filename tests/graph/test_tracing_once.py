@@ -18,15 +18,8 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 import clicktrain
-from clicktrain.graph import (
-    Inputs,
-    TraceError,
-    as_inputs,
-    trace,
-    trace_symbolically,
-    working_copy,
-    write_elsewhere,
-)
+from clicktrain.graph import Inputs, TraceError, as_inputs, trace_symbolically, working_copy, write_elsewhere
+from clicktrain.graph.trace import trace
 
 
 class Net(nn.Module):

@@ -3,8 +3,8 @@ import torch
 from torch import nn
 from torch.utils.flop_counter import FlopCounterMode
 
-from clicktrain.models import create_model, resnet
-from clicktrain.models.resnet import Bottleneck, cifar_spec
+from clicktrain.models import create_model
+from clicktrain.models.resnet import Bottleneck, cifar_spec, resnet
 
 # He et al. 2016, table 1 and section 4.2: filters of the stem, then for each stage the convolutions of a
 # block as (kernel, filters), and the number of blocks.

@@ -9,10 +9,10 @@ from pathlib import Path
 
 from clicktrain.errors import UserError
 from clicktrain.formats.atomic import write_text_atomic
+from clicktrain.kernels.native.c_compiler import Toolchain, first_error
 from clicktrain.kernels.native.command import Finished, compile_seconds, run_limited
 from clicktrain.kernels.native.failure import KernelError
 from clicktrain.kernels.native.folder import is_full, unwritable
-from clicktrain.kernels.native.toolchain import Toolchain, first_error
 from clicktrain.kernels.native.trial import why_unfit, with_identity
 
 _OTHER = "name another compiler in CC"

@@ -14,10 +14,10 @@ from torch import Tensor
 
 from clicktrain.errors import UserError
 from clicktrain.kernels.native import sealed, trial
+from clicktrain.kernels.native.c_compiler import Toolchain, needed_toolchain
 from clicktrain.kernels.native.compilation import compile_kernel, keep_source
 from clicktrain.kernels.native.failure import KernelError, report_failure
 from clicktrain.kernels.native.folder import cache_folder, mark_used, tidy, unwritable, work_folder
-from clicktrain.kernels.native.toolchain import Toolchain, needed_toolchain
 
 Library = ctypes.CDLL
 """A loaded library; its functions take pointers and numbers as `ctypes` passes them."""

@@ -64,7 +64,7 @@ class ChannelBudget:
             return f"as many are removed as it takes to reach {self.latency_target_ms:g} ms"
         if self.latency_target is not None:
             return f"as many are removed as it takes to reach {self.latency_target:.0%} of the time"
-        return f"{num_pruned} are removed, wherever they are"
+        return f"{num_pruned} are removed ({self.prune_ratio:g} asked), wherever they are"
 
     def target(self, reached: Reached) -> Target:
         """What was asked for and what was reached, by the last removal."""

@@ -1,8 +1,8 @@
-"""Latency-aware pruning: what a structure costs on this device, predicted and measured (When to Prune?, 4.3).
+"""Predicted latency of a network over the channels of its layers (When to Prune?, section 4.3).
 
-The paper penalises "the neuron group's saliency with the latency reduction resulting from pruning them" and
-prints no formula. Here importance is divided by the time that the removal of a neuron saves: what is left is
-importance per millisecond, which a target in milliseconds is paid for in.
+The paper penalizes "the neuron group's saliency with the latency reduction resulting from pruning them" and
+prints no formula. Here importance is divided by the time that the removal of a neuron saves, which gives
+importance per millisecond.
 """
 
 from __future__ import annotations
@@ -22,27 +22,27 @@ from clicktrain.surgery.groups import Dependencies
 from clicktrain.surgery.operations import operation
 
 LEAST_SAVING = 0.05
-"""A neuron counts as saving this share of the mean at least: one that saves nothing is not worth infinity."""
+"""Least saving of a neuron, as a share of the mean: one that saves nothing is not worth infinity."""
 _NO_WORK = ("input", "output", "attribute", "reshape", "getitem", "permute", "squeeze", "unsqueeze", "expand")
 
 
 @dataclass(frozen=True, slots=True)
 class Width:
-    """A number of channels as a function of the kept neurons: ``fixed + sum of each * kept[group]``."""
+    """A number of channels as a function of kept neurons: ``fixed + sum of each * kept[group]``."""
 
     fixed: int
     parts: tuple[tuple[str, int], ...]
 
     def at(self, kept: Mapping[str, int]) -> int:
-        """So many channels with these kept neurons per group."""
+        """Channels with these kept neurons per group."""
         return self.fixed + sum(each * kept[group] for group, each in self.parts)
 
 
 class LatencyModel:
     """Predicts the inference time of a network from the number of kept neurons of each group.
 
-    The times of convolutions and linear layers come from measured tables; what the whole network takes
-    beyond them (batch norm, activations, additions, pooling) goes with the elements that these produce.
+    The times of convolutions and linear layers come from measured tables. The rest of the network (batch
+    norm, activations, additions, pooling) is taken to be proportional to the elements that it produces.
 
     Attributes:
         batch: images of a batch.
@@ -50,25 +50,32 @@ class LatencyModel:
     """
 
     def __init__(
-        self, found: Dependencies, sizes: Mapping[str, int], example: Any, batch: int, dense_ms: float
+        self, deps: Dependencies, sizes: Mapping[str, int], example: Any, batch: int, dense_ms: float
     ) -> None:
-        """From the dependencies of a network, the sizes of its prunable groups and a blank input.
+        """Measure the layers of a network.
+
+        Args:
+            deps: dependencies between its channels.
+            sizes: neurons per prunable group.
+            example: inputs; sizes count.
+            batch: images.
+            dense_ms: the whole network, measured.
 
         Raises:
             UserError: the network has layers whose time is not known.
         """
         self.batch, self.dense_ms = batch, dense_ms
         self._sizes = dict(sizes)
-        self._layers = self._find_layers(found)
+        self._layers = self._find_layers(deps)
         times = width_times([geometry for geometry, _, _ in self._layers], batch, _device(example))
         self._times: list[tuple[WidthTimes, Width, Width]] = [
             (times[geometry], inputs, outputs) for geometry, inputs, outputs in self._layers
         ]
-        self._elements = self._find_elements(found)
+        self._elements = self._find_elements(deps)
         self._rest_ms = max(dense_ms - self._layer_ms(sizes), 0.0)
 
     def predict(self, kept: Mapping[str, int]) -> float:
-        """Milliseconds of a batch with so many kept neurons per group."""
+        """Milliseconds of a batch with these kept neurons per group."""
         elements = self._elements.at(kept) / max(self._elements.at(self._sizes), 1)
         return self._layer_ms(kept) + self._rest_ms * elements
 
@@ -84,7 +91,7 @@ class LatencyModel:
     def penalized(
         self, scores: Mapping[str, Tensor], kept: Mapping[str, int], strength: float
     ) -> dict[str, Tensor]:
-        """Importance over the time saved, the latter relative to its mean and to the power ``strength``."""
+        """Importance over saved time, the latter relative to its mean and to the power ``strength``."""
         saved = self.saved_by_a_neuron(kept)
         mean = sum(saved.values()) / max(len(saved), 1)
         if strength == 0 or mean == 0:
@@ -96,25 +103,25 @@ class LatencyModel:
     def _layer_ms(self, kept: Mapping[str, int]) -> float:
         return sum(times.at(inputs.at(kept), outputs.at(kept)) for times, inputs, outputs in self._times)
 
-    def _find_layers(self, found: Dependencies) -> list[tuple[LayerGeometry, Width, Width]]:
+    def _find_layers(self, deps: Dependencies) -> list[tuple[LayerGeometry, Width, Width]]:
         layers = []
-        for node in found.graph.nodes:
-            word = operation(found.graph, node)
+        for node in deps.graph.nodes:
+            word = operation(deps.graph, node)
             if word not in ("conv", "conv_transpose", "linear"):
                 continue
-            module: Any = found.graph.module(node)
+            module: Any = deps.graph.module(node)
             if not isinstance(module, (nn.Conv2d, nn.Linear)):
                 raise UserError(
                     f"latency is predicted for 2-D convolutions and linear layers; {node.target} is a "
                     f"{type(module).__name__}: give a pruning ratio instead"
                 )
-            layers.append(self._layer(found, node, module))
+            layers.append(self._layer(deps, node, module))
         return layers
 
-    def _layer(self, found: Dependencies, node: fx.Node, module: Any) -> tuple[LayerGeometry, Width, Width]:
+    def _layer(self, deps: Dependencies, node: fx.Node, module: Any) -> tuple[LayerGeometry, Width, Width]:
         name, (outputs, inputs) = f"{node.target}.weight", module.weight.shape[:2]
-        shape = found.graph.shapes[node.all_input_nodes[0]]
-        rows, columns = self._width(found, name, 0, outputs), self._width(found, name, 1, inputs)
+        shape = deps.graph.shapes[node.all_input_nodes[0]]
+        rows, columns = self._width(deps, name, 0, outputs), self._width(deps, name, 1, inputs)
         if isinstance(module, nn.Linear):
             geometry = LayerGeometry(
                 inputs, outputs, input_hw=shape[1:-1], inputs_vary=bool(columns.parts),
@@ -137,9 +144,9 @@ class LatencyModel:
         )  # fmt: skip
         return geometry, columns, rows
 
-    def _width(self, found: Dependencies, name: str, dim: int, channels: int) -> Width:
+    def _width(self, deps: Dependencies, name: str, dim: int, channels: int) -> Width:
         parts, varying = [], 0
-        for group in found.groups:
+        for group in deps.groups:
             if group.name not in self._sizes:
                 continue
             for member in group.members:
@@ -148,23 +155,23 @@ class LatencyModel:
                     varying += len(member.indices[0]) * group.size
         return Width(channels - varying, tuple(parts))
 
-    def _find_elements(self, found: Dependencies) -> Width:
-        """Elements per image that everything but the layers of the tables produces."""
+    def _find_elements(self, deps: Dependencies) -> Width:
+        """Elements per image that all but the layers of the tables produce."""
         each: dict[str, int] = {}
         fixed = 0
-        names = [group.name for group in found.groups]
-        for node in found.graph.nodes:
-            shape, word = found.graph.shapes.get(node), operation(found.graph, node)
-            channels = found.flow.channels.get(node)
+        names = [group.name for group in deps.groups]
+        for node in deps.graph.nodes:
+            shape, word = deps.graph.shapes.get(node), operation(deps.graph, node)
+            channels = deps.flow.channels.get(node)
             if shape is None or channels is None or word in (*_NO_WORK, "conv", "linear"):
                 continue
             one = torch.Size(shape[1:]).numel() // max(len(channels.ids), 1)
-            for place in found.places(node):
+            for place in deps.places(node):
                 if place is not None and names[place[0]] in self._sizes:
                     each[names[place[0]]] = each.get(names[place[0]], 0) + one
                 else:
                     fixed += one
-        # Sums over all channels of a group: so much for each of them.
+        # Sums over all channels of a group, divided by their number.
         return Width(fixed, tuple((name, total // self._sizes[name]) for name, total in each.items()))
 
 
@@ -178,13 +185,13 @@ def fewest_pruned(
     predict: Callable[[Mapping[str, int]], float],
     aim: float,
 ) -> dict[str, Tensor]:
-    """The masks with the fewest pruned neurons whose predicted time is not over ``aim``.
+    """The masks with the fewest pruned neurons whose predicted time meets ``aim``.
 
     Args:
-        order: neurons in the order in which they go.
-        masks: of the first few of the order.
-        predict: milliseconds; does not rise with more pruned neurons.
-        aim: milliseconds. Where all of the order does not get there, all of it goes.
+        order: neurons in the order in which they are pruned.
+        masks: first neurons of the order -> masks without them.
+        predict: kept neurons per group -> milliseconds; does not rise with more pruned neurons.
+        aim: milliseconds. All of the order is pruned where even that takes more.
     """
     low, high = 0, len(order)
     while low < high:

@@ -20,15 +20,7 @@ from torch import Tensor, nn
 
 from clicktrain.comm.agreement import agreed
 from clicktrain.formats.packed import Structure
-from clicktrain.kernels.impls import (
-    PHASES,
-    ConvProblem,
-    Impl,
-    Kernels,
-    Phase,
-    candidates_for,
-    positions_of,
-)
+from clicktrain.kernels.impls import PHASES, ConvProblem, Impl, Kernels, Phase, candidates_for, positions_of
 from clicktrain.kernels.layouts import LAYOUTS
 from clicktrain.kernels.native import toolchain
 from clicktrain.kernels.native.library import need_all
@@ -129,7 +121,7 @@ class SparseTimes:
 
     Attributes:
         kernels: the measured numbers of kept kernels per filter, ascending.
-        sparse_ms: of the sparse operator with so many; not falling.
+        sparse_ms: of the sparse operator with that many; not falling.
         dense_ms: of the dense one.
     """
 
@@ -138,7 +130,7 @@ class SparseTimes:
     dense_ms: float
 
     def at(self, kernels: int) -> float:
-        """With so many kernels per filter, by whichever operator is faster.
+        """Milliseconds with these kernels per filter, of the faster operator.
 
         Example:
             >>> SparseTimes((1, 3), (1.0, 2.0), 1.75).at(2), SparseTimes((1, 3), (1.0, 2.0), 1.75).at(3)

@@ -17,6 +17,7 @@ import torch
 from torch import Tensor
 
 from clicktrain.errors import UserError
+from clicktrain.wording import table_lines
 
 FORMAT_VERSION = 1
 
@@ -122,10 +123,11 @@ class SurgeryPlan:
                 )
             index = torch.tensor(cut.keep, dtype=torch.int64, device=tensor.device)
             result = result.index_select(cut.dim, index)
-        if result is not tensor and tensor.dim() == 4:
-            channels_last = tensor.is_contiguous(memory_format=torch.channels_last)
-            if channels_last and not tensor.is_contiguous():
-                result = result.contiguous(memory_format=torch.channels_last)
+        channels_last = {4: torch.channels_last, 5: torch.channels_last_3d}.get(tensor.dim())
+        if result is tensor or channels_last is None or tensor.is_contiguous():
+            return result
+        if tensor.is_contiguous(memory_format=channels_last):
+            result = result.contiguous(memory_format=channels_last)
         return result
 
     def new_name(self, name: str) -> str | None:
@@ -176,9 +178,7 @@ class SurgeryPlan:
         for layer in self.layers:
             note = "removed" if layer.name in gone else layer.stays
             rows.append((layer.name, _arrow(layer.inputs), _arrow(layer.outputs), note))
-        widths = [max(len(row[i]) for row in rows) for i in range(3)]
-        lines = ("  ".join(cell.ljust(w) for cell, w in zip(row, (*widths, 0), strict=True)) for row in rows)
-        return "\n".join(line.rstrip() for line in lines)
+        return "\n".join(table_lines(rows))
 
 
 def _arrow(pair: tuple[int, int]) -> str:

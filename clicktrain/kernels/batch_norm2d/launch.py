@@ -1,4 +1,4 @@
-"""Calls of the generated C: checks what pointers cannot say of themselves, and makes room for results."""
+"""Calls of ``batch_norm2d.c``: checks what pointers do not say, and allocates results."""
 
 from __future__ import annotations
 
@@ -129,7 +129,7 @@ def backward(
 
 
 def per_channel(x: Tensor) -> Tensor:
-    """Allocate one number per channel [C], in the dtype that is computed in."""
+    """Allocate one number per channel [C], in the computed dtype."""
     return x.new_empty(x.shape[1], dtype=compute_type(x.dtype))
 
 

@@ -1,4 +1,4 @@
-"""Calls of a layer's generated code: loaded once, given pointers."""
+"""Calls of a layer's generated code, which takes pointers."""
 
 from __future__ import annotations
 
@@ -125,7 +125,7 @@ class _Kernel:
         """Refuse what the generated code would misread: it takes pointers.
 
         Raises:
-            UserError: number types that do not fit each other, images of another size than the plan is for,
+            UserError: dtypes that do not fit each other, images of another size than the plan is for,
                 or other lanes than this processor has.
         """
         for one in (values, bias):
@@ -163,7 +163,7 @@ class _Kernel:
         statistics: tuple[Tensor | None, Tensor | None] = (None, None),
         n: int = 0,
     ) -> None:
-        """Forward or gradient of the input: ``y`` from ``x``.
+        """Forward or dgrad: ``y`` from ``x``.
 
         Args:
             x, y: activations; may be empty.
@@ -227,16 +227,16 @@ class _Kernel:
         return count, ordered, max(room + ordered * lanes, 1)
 
     def collect(self, x: Tensor, gy: Tensor, grad: Tensor, tables: Sequence[Tensor]) -> None:
-        """Gradient of the weight: ``grad``, in the order of the packed values.
+        """Wgrad: ``grad``, in the order of the packed values.
 
         Args:
             x, gy: activations and the output's gradient; may be empty.
             grad: of the packed values.
-            tables: rows, entries, where each value is found, and chunks.
+            tables: rows, entries, the place of each value, and chunks.
         """
-        rows, entries, found, chunks = tables
+        rows, entries, places, chunks = tables
         count, blocks, threads = grad.numel(), x.shape[0], torch.get_num_threads()
-        if found.numel() not in (0, count) or (not x.numel() and int(chunks[1]) != count):
+        if places.numel() not in (0, count) or (not x.numel() and int(chunks[1]) != count):
             raise UserError(f"this layer's plan is not for {count} weights")
         if not x.numel():
             grad.zero_()
@@ -252,7 +252,7 @@ class _Kernel:
             rows,
             entries,
             chunks,
-            found if found.numel() else None,
+            places if places.numel() else None,
             _SCRATCH.take(max(room, 1), self.computed),
             count,
             blocks,

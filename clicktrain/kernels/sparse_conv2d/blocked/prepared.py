@@ -1,4 +1,4 @@
-"""What is fixed about a layer before its first step: how its work is cut, its index in each loop's order."""
+"""What is computed of a layer before its first step: its tilings, and its index in each loop's order."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ from torch import Tensor
 
 from clicktrain.formats.packed import Structure
 from clicktrain.kernels.native import compute_type, toolchain
-from clicktrain.kernels.sparse_conv2d.blocked.indexed.tables import table as tap_table
+from clicktrain.kernels.sparse_conv2d.blocked.indexed.tables import table as indexed_table
 from clicktrain.kernels.sparse_conv2d.blocked.patterns.tables import Parts, Table
 from clicktrain.kernels.sparse_conv2d.blocked.patterns.tap_patterns import Taps, choose, is_complete
 from clicktrain.kernels.sparse_conv2d.blocked.problem import PHASES, ConvProblem, Phase, Tiling
@@ -25,11 +25,11 @@ GROUP_SIZES = (4, 2)
 
 @dataclass(frozen=True, slots=True)
 class ConvPlan:
-    """What is generated for one layer: everything that the C text depends on, but for the number type.
+    """Everything that a layer's C source depends on, except the dtype.
 
     Attributes:
         problem: the layer and its image.
-        tap_patterns: tap sets with code of their own.
+        tap_patterns: tap patterns with code of their own.
         tilings: how each phase cuts its work.
     """
 
@@ -66,8 +66,8 @@ class ConvTables:
     """A layer's index in the order of each phase: what kernels take beside the activations.
 
     Attributes:
-        tensors: rows, entries and order of forward and gradient of the input; rows, entries, where the
-            values are found, and chunks of the gradient of the weight.
+        tensors: rows, entries and order of forward and dgrad; rows, entries, places of the values, and
+            chunks of wgrad.
     """
 
     tensors: tuple[Tensor, ...] = field(repr=False)
@@ -100,7 +100,7 @@ def prepare(
     def table(phase: Phase) -> Table:
         tiling = plan.tiling(phase)
         if tiling.code == "indexed":
-            return tap_table(phase, problem, structure, groups, tiling)
+            return indexed_table(phase, problem, structure, groups, tiling)
         if tiling.code == "cache_blocked" and phase != "wgrad":
             return parts().by_block(phase == "dgrad", tiling.results, tiling.sources)
         if phase == "forward":
@@ -116,10 +116,10 @@ def prepare(
     else:
         chunks = _chunks(weight.rows, weight.entries, tap_patterns, tiling.filters_per_tile)
     tables = [forward.rows, forward.entries, forward.order, back.rows, back.entries, back.order]
-    # The kernel writes in its own order: where each packed value is found there.
-    found = torch.empty_like(weight.order)
-    found[weight.order.long()] = torch.arange(len(found), dtype=found.dtype)
-    return plan, ConvTables((*tables, weight.rows, weight.entries, found, chunks))
+    # The kernel writes in its own order: this is the place of each packed value there.
+    places = torch.empty_like(weight.order)
+    places[weight.order.long()] = torch.arange(len(places), dtype=places.dtype)
+    return plan, ConvTables((*tables, weight.rows, weight.entries, places, chunks))
 
 
 @dataclass(frozen=True, slots=True)
@@ -151,13 +151,15 @@ def variants(
     if dtype is torch.bfloat16 and tools is not None and tools.multiplies_pairs:
         for phase, tilings in wanted.items():
             tilings += pair_candidates(phase, problem, tilings)
-    found = []
+    result = []
     # The tables of a phase depend on its own tiling alone: one candidate of each phase at once.
     for number in range(max(map(len, wanted.values()))):
         tried = {phase: tilings[number] for phase, tilings in wanted.items() if number < len(tilings)}
         plan, tables = prepare(structure, problem, groups, tried)
-        found += [Variant(phase, plan.tiling(phase), plan.to_json(), list(tables.tensors)) for phase in tried]
-    return found
+        result += [
+            Variant(phase, plan.tiling(phase), plan.to_json(), list(tables.tensors)) for phase in tried
+        ]
+    return result
 
 
 def _candidates(

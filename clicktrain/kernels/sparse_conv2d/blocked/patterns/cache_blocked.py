@@ -1,18 +1,17 @@
-"""Forward and gradient of the input: sums of many filters' tiles, in the caches.
+"""Forward and dgrad with the sums of many filters' tiles in the caches.
 
-`accumulate` keeps the sums of one tile in registers over all kernels of a filter: each kernel may have
-another tap set, whose code is jumped to; with 16 registers the tile is small, its windows overlap, and they
-are too many for the first-level cache. Here the sums of a *block* of results lie in the caches instead,
-beside the windows of a *pass* of so few sources that they stay in the first-level one. All kernels of a
-block and a pass that have the same tap set are one loop without a jump. It sweeps over the tile once: a
-window position is loaded once for all taps, a sum is loaded before its first tap and stored after its last,
-so that only the sums of a column (or row) and its neighbours are in registers, and the tile need not fit
-them. Of four taps on a tile of 4x4, 64 multiply-adds come with 45 to 56 loads and 16 stores. It wants
-kernels of several taps, and few sets.
+`unrolled` keeps the sums of one tile in registers over all kernels of a filter and jumps to the code of each
+kernel's tap pattern; with 16 registers the tile is small, its windows overlap, and they are too many for L1.
+Here the sums of a *block* of results lie in the caches instead, beside the windows of a *pass* of so few
+sources that they stay in L1. All kernels of a block and a pass that have the same tap pattern are one loop
+without a jump. It goes over the tile once: a window position is loaded once for all taps, a sum is loaded
+before its first tap and stored after its last, so only the sums of a column (or row) and its neighbors are in
+registers, and the tile need not fit them. Of four taps on a tile of 4x4, 64 multiply-adds come with 45 to 56
+loads and 16 stores. It wants kernels of several taps, and few patterns.
 
-Windows are read from the source itself where its numbers are those that are computed with: a copy of a region
-goes through the second-level cache twice, and costs as much as a tenth of the multiply-adds. Tiles at the
-edges of the image then have code that leaves out what lies in the padding.
+Windows are read from the source itself where activations have the computed dtype: a copy of a region goes
+through L2 twice and costs up to a tenth of the multiply-adds. Tiles at the edges of the image then have code
+that leaves out the padding.
 """
 
 from __future__ import annotations
@@ -61,7 +60,7 @@ def write_tile(
     moments: bool,
     written: dict[Hashable, str],
 ) -> None:
-    """All filters of one tile of positions, and before it the loops over kernels of one tap set each.
+    """Write all filters of one tile, and before it the loops over kernels of one tap pattern each.
 
     ``written`` are the functions that there are, for kinds of tiles to share: what they compute, their names.
     """
@@ -137,7 +136,7 @@ def _store(code: Code, row: TileKind, column: TileKind, moments: bool, written: 
 def _kernels(
     code: Code, g: Generator, taps: Taps, row: TileKind, column: TileKind, written: dict[Hashable, str]
 ) -> str:
-    """The loop over those kernels of a block and a pass that have one tap set; it returns the next weight.
+    """The loop over the kernels of a block and a pass with one tap pattern; it returns the next weight.
 
     Window positions count from where they would begin if there were no padding, ``low`` before ``x``: so taps
     that do not reach it have the same code at an edge of the image as inside.
@@ -145,8 +144,8 @@ def _kernels(
     positions = row.size * column.size
     low = row.low * g.columns.buffer + column.low
     uses = [
-        (window + low, tuple(found))
-        for window, found in _sweep(list(g.triples(taps, row, column)), g.columns.buffer)
+        (window + low, tuple(users))
+        for window, users in _schedule_windows(list(g.triples(taps, row, column)), g.columns.buffer)
     ]
     key = positions, len(taps), tuple(uses)
     if key in written:
@@ -174,21 +173,21 @@ def _kernels(
         for position, _ in use[1]:
             left[position] += 1
     begun = set()
-    for window, found in uses:
-        for position, _ in found:
+    for window, users in uses:
+        for position, _ in users:
             if position not in begun:
                 begun.add(position)
                 code(f"vec a{position} = s[{position}];")
-        if len(found) > 1:
+        if len(users) > 1:
             code("{")
             code(f"vec t = x[p + {window}]; KEEP(t);")
-            for position, tap in found:
+            for position, tap in users:
                 code(f"a{position} += t * w{tap};")
             code("}")
         else:
-            ((position, tap),) = found
+            ((position, tap),) = users
             code(f"a{position} += x[p + {window}] * w{tap};")
-        for position, _ in found:
+        for position, _ in users:
             left[position] -= 1
             if not left[position]:
                 code(f"s[{position}] = a{position};")
@@ -201,7 +200,7 @@ def _kernels(
 _Uses = list[tuple[int, list[tuple[int, int]]]]
 
 
-def _sweep(triples: list[tuple[int, int, int]], width: int) -> _Uses:
+def _schedule_windows(triples: list[tuple[int, int, int]], width: int) -> _Uses:
     """Windows and what uses them, (result position, tap), row after row or column after column.
 
     Whichever order has fewer sums begun and not finished: those are in registers.
@@ -218,8 +217,8 @@ def _open_sums(uses: _Uses) -> int:
     """Most sums that are begun and not finished at any time."""
     first: dict[int, int] = {}
     last: dict[int, int] = {}
-    for time, (_, found) in enumerate(uses):
-        for position, _ in found:
+    for time, (_, users) in enumerate(uses):
+        for position, _ in users:
             first.setdefault(position, time)
             last[position] = time
     changes = [0] * (len(uses) + 1)

@@ -7,7 +7,7 @@ from typing import NamedTuple, TypeAlias
 from clicktrain.kernels.sparse_conv2d.blocked.shared.geometry import Direction, Tile, tiles
 
 IN_PLACE_CODE = 8192
-"""Multiply-adds of all tap sets on all kinds of tiles, beyond which their code would take long to build.
+"""Multiply-adds of all tap patterns on all kinds of tiles, beyond which their code would take long to build.
 
 Windows that are read in place want code of its own for tiles at the edges of the image.
 """
@@ -81,14 +81,14 @@ class AxisRegions:
 
     def region_kinds(self) -> dict[RegionKind, list[int]]:
         """Numbers of the regions of each kind."""
-        found: dict[RegionKind, list[int]] = {}
+        kinds: dict[RegionKind, list[int]] = {}
         for index in range(len(self.regions)):
-            found.setdefault(self.region_kind(index), []).append(index)
-        return found
+            kinds.setdefault(self.region_kind(index), []).append(index)
+        return kinds
 
 
 def code_size(rows: AxisRegions, columns: AxisRegions, taps: int) -> int:
-    """Multiply-adds on all kinds of tiles, of so many taps in all sets; about."""
+    """Multiply-adds on all kinds of tiles, of ``taps`` in all patterns; about."""
     size = taps
     for axis in (rows, columns):
         # Of a gradient with a stride, each position of a tile takes part of the taps.

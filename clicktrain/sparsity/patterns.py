@@ -123,15 +123,15 @@ def fixed_pool(size: int) -> PatternPool:
 
 
 @functools.lru_cache(maxsize=64)
-def neighbour_table(shape: tuple[int, int], diagonal: bool) -> Tensor:
+def neighbor_table(shape: tuple[int, int], diagonal: bool) -> Tensor:
     """Adjacency of the positions of an R x S kernel.
 
     Args:
         shape: (R, S).
-        diagonal: True for the 8 neighbours, False for the 4.
+        diagonal: True for the 8 neighbors, False for the 4.
 
     Returns:
-        Bool [R*S, R*S]; entry [i, j] says that j is a neighbour of i. A position is not its own neighbour.
+        Bool [R*S, R*S]; entry [i, j] says that j is a neighbor of i. A position is not its own neighbor.
     """
     r, s = shape
     rows = torch.arange(r).repeat_interleave(s)

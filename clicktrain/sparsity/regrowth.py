@@ -18,7 +18,6 @@ import torch
 from torch import Tensor
 
 from clicktrain.sparsity.registry import Registry
-from clicktrain.sparsity.schedules import cosine
 
 Units: TypeAlias = dict[str, Tensor]
 """Layer name -> one value per unit."""
@@ -114,16 +113,6 @@ def random_units(shape: Sequence[int], density: float, seed: int, layer: int) ->
 
 
 # ---- drop -----------------------------------------------------------------------------------
-
-
-def cosine_share(done: float, first: float) -> float:
-    """Share of the living units to drop: RigL's ``f_decay = alpha / 2 * (1 + cos(pi t / T_end))``.
-
-    Args:
-        done: t / T_end, in [0, 1].
-        first: alpha, the share at the beginning.
-    """
-    return first * cosine(done)
 
 
 def keep_largest(magnitudes: Tensor, alive: Tensor, count: int) -> Tensor:

@@ -87,7 +87,7 @@ def allocate(
     Args:
         layers: the layers that are pruned.
         other_weights: convolution weights that stay dense; they count in the ratio.
-        compression: all convolution weights / non-zero convolution weights.
+        compression: all convolution weights / nonzero convolution weights.
         gains: per layer [C], the worth of buying the 1st, 2nd, ... kernel of every filter; falling. The best
             worth per weight is bought first. Without gains every layer gets the same weight density.
         floor: every layer keeps at least this share of the density that equal densities would give it.

@@ -98,7 +98,7 @@ def default_entries(shape: tuple[int, int], entries: int) -> int:
     return max(1, min(shape[0] * shape[1], round(entries * shape[0] * shape[1] / 9)))
 
 
-# All contain the centre: the four 2x2 squares, the four T shapes of the cross, the four Y shapes.
+# All contain the center: the four 2x2 squares, the four T shapes of the cross, the four Y shapes.
 _FIXED_3X3 = (
     "##./##./...", ".##/.##/...", ".../##./##.", ".../.##/.##",
     ".#./###/...", ".../###/.#.", ".#./##./.#.", ".#./.##/.#.",

@@ -262,7 +262,7 @@ class LoweringPlan:
         """
 
         def changed(choice: Choice) -> Choice:
-            if choice.layer in unusable and choice.layout != PLAIN:
+            if choice.layer in unusable and (choice.layout != PLAIN or choice.impl):
                 refused = (*choice.refused, f"{choice.impl or choice.layout}: {unusable[choice.layer]}")
                 return replace(choice, layout=PLAIN, impl="", tilings=(), refused=refused, statistics=False)
             return replace(choice, statistics=choice.statistics and choice.layer not in apart)

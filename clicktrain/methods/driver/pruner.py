@@ -268,7 +268,7 @@ class Pruner:
         done = self.progress.position
         if cut and self._watch.batches_or_steps(self.progress.seen) and done < self.length.epochs:
             warnings.warn(
-                f"the loop ended after {done:.3g} of the {self.length.epochs} epochs that attach was told "
+                f"the loop ended after {done:.3g} of the {self.length.epochs} epochs given to attach "
                 f"(of {self.length.steps_per_epoch} calls of observe each): the network was pruned at once, "
                 "without training afterwards",
                 stacklevel=2,

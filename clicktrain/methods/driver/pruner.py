@@ -233,7 +233,7 @@ class Pruner:
         Args:
             listener: called with one argument, an `Event` (`clicktrain.runs.events`) or a `Notification`
                 (`clicktrain.methods.driver.publisher`: `ParametersReplaced`, `ChannelsRemoved`,
-                `MasksFrozen`, `EpochEnd`). It runs without gradients, and must not change the network.
+                `MasksFrozen`, `EpochEnd`). It must not change the network.
             kind: a class of these, or a tuple of classes; all of them if it is left out.
 
         Returns:

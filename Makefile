@@ -6,6 +6,7 @@ VENV    := .venv
 PY      := $(VENV)/bin/python
 WORKERS ?= 2
 ARGS    ?=
+BUDGET  ?= 15
 WIDTHS  ?= 4-pairs 8 16-pairs
 PYTHON  ?=
 KERNEL_TESTS = tests/kernels tests/compiler tests/bench/test_bench_timing.py
@@ -14,7 +15,7 @@ PYTEST   = OMP_NUM_THREADS=1 $(PY) -m pytest -q
 export PYTHON
 .DEFAULT_GOAL := help
 .NOTPARALLEL:
-.PHONY: help demo test check lint types widths slow kills fuzz gpu format clean
+.PHONY: help demo test fast check lint types widths slow kills fuzz gpu format clean
 
 help: ## this list
 	@awk -F ':.*## ' '/^[a-z]+:.*## / { printf "make %-8s %s\n", $$1, $$2 }' $(MAKEFILE_LIST)
@@ -24,6 +25,11 @@ demo: $(VENV)/stamp-run ## train the embedded digits dense and with ClickTrain, 
 
 test: $(VENV)/stamp-test ## every test but the slow and the GPU ones
 	$(PYTEST) -n $(WORKERS) --dist worksteal $(ARGS)
+
+fast: $(VENV)/stamp-test ## the quickest tests of one package, under 30 s: make fast PKG=methods
+	@test -d clicktrain/$(PKG) -a -n "$(PKG)" || { echo "make fast PKG=...: one of" $$(cd clicktrain && ls -d */ | tr -d /); exit 2; }
+	$(PYTEST) -n $(WORKERS) --dist worksteal --budget $(BUDGET) $(ARGS) tests/test_layers.py \
+	    $(wildcard tests/$(PKG:commands=cli)) $$(grep -rlE '(from|import) clicktrain\.$(PKG)\b' tests --include='test_*.py')
 
 check: lint types test ## what CI runs: lint, types, tests
 

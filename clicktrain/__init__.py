@@ -23,35 +23,14 @@ if TYPE_CHECKING:
     from clicktrain.compiler import accelerate
     from clicktrain.errors import UserError
     from clicktrain.kernels.pack_model import pack, unpack
-    from clicktrain.methods import (
-        DSR,
-        METHODS,
-        Campfire,
-        ClickTrain,
-        Dense,
-        Method,
-        PaT,
-        Pruner,
-        PruneTrain,
-        RigL,
-    )
+    from clicktrain.methods import *  # noqa: F403 - every method, as `__getattr__` finds them
     from clicktrain.models import create_model
     from clicktrain.surgery import load_pruned
 
 __version__ = "0.1.0"
 
 __all__ = [
-    "DSR",
-    "METHODS",
-    "Campfire",
-    "ClickTrain",
-    "Dense",
-    "Method",
     "ModelCost",
-    "PaT",
-    "PruneTrain",
-    "Pruner",
-    "RigL",
     "UserError",
     "accelerate",
     "compression_ratio",
@@ -64,17 +43,7 @@ __all__ = [
 ]
 
 _HOME = {
-    "DSR": "clicktrain.methods",
-    "METHODS": "clicktrain.methods",
-    "Campfire": "clicktrain.methods",
-    "ClickTrain": "clicktrain.methods",
-    "Dense": "clicktrain.methods",
-    "Method": "clicktrain.methods",
     "ModelCost": "clicktrain.accounting",
-    "PaT": "clicktrain.methods",
-    "PruneTrain": "clicktrain.methods",
-    "Pruner": "clicktrain.methods",
-    "RigL": "clicktrain.methods",
     "UserError": "clicktrain.errors",
     "accelerate": "clicktrain.compiler",
     "compression_ratio": "clicktrain.accounting",
@@ -111,6 +80,13 @@ def load(folder: str | PathLike[str], model: str | Callable[..., nn.Module] | No
 
 def __getattr__(name: str) -> Any:
     """Load public names when they are first used, so that ``import clicktrain`` stays light."""
-    if name not in _HOME:
-        raise AttributeError(f"module 'clicktrain' has no attribute {name!r}")
-    return getattr(import_module(_HOME[name]), name)
+    if name in _HOME:
+        return getattr(import_module(_HOME[name]), name)
+    if not name.startswith("_") and name in (methods := import_module("clicktrain.methods")).__all__:
+        return getattr(methods, name)
+    raise AttributeError(f"module 'clicktrain' has no attribute {name!r}")
+
+
+def __dir__() -> list[str]:
+    """Public names, those of the methods among them."""
+    return sorted({*globals(), *__all__, *import_module("clicktrain.methods").__all__})

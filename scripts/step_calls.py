@@ -1,4 +1,4 @@
-"""Count the library's Python calls in one training step of ClickTrain's stages 3 and 5, and their files.
+"""Count the Python calls of the library in one training step of ClickTrain, stages 3 and 5, by file.
 
 python scripts/step_calls.py
 

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import os
 import random
+import time
+from collections import Counter
 from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -25,6 +27,66 @@ torch.set_num_threads(1)
 hypothesis.settings.register_profile("local", deadline=None)
 hypothesis.settings.register_profile("ci", deadline=None, derandomize=True, print_blob=True)
 hypothesis.settings.load_profile("ci" if os.environ.get("CI") else "local")
+
+
+# ---- `make fast`: as many tests as fit into some seconds, by what they took when they last ran ------------
+
+DURATIONS, UNMEASURED_S = "clicktrain/durations", 0.2
+"""Key in pytest's cache of seconds by test, and what a test counts that has not run here."""
+FIRST_TEST = pytest.StashKey[float]()
+"""When this process began its first test."""
+
+
+def pytest_addoption(parser: pytest.Parser) -> None:
+    parser.addoption("--budget", type=float, help="run the tests that fit into so many seconds per process")
+
+
+@pytest.hookimpl(trylast=True)
+def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
+    """Keep the quickest tests of the folders given, then the quickest of other files, while they fit."""
+    left = config.getoption("--budget")
+    if left is None:
+        return
+    left *= int(os.environ.get("PYTEST_XDIST_WORKER_COUNT", 1))
+    seconds = config.cache.get(DURATIONS, {})
+    folders = [Path(word).resolve() for word in config.invocation_params.args if Path(word).is_dir()]
+
+    def cost(item: pytest.Item) -> tuple[bool, float]:
+        outside = not any(folder in item.path.parents for folder in folders)
+        return outside, seconds.get(item.nodeid, UNMEASURED_S)
+
+    kept = set()
+    for item in sorted(items, key=cost):
+        left -= cost(item)[1]
+        if left >= 0:
+            kept.add(item.nodeid)
+    config.hook.pytest_deselected(items=[item for item in items if item.nodeid not in kept])
+    items[:] = [item for item in items if item.nodeid in kept]
+
+
+@pytest.hookimpl(tryfirst=True)
+def pytest_runtest_setup(item: pytest.Item) -> None:
+    """Skip what would begin after the time is up, where tests take longer than they did."""
+    config = item.config
+    budget = config.getoption("--budget")
+    first = config.stash.setdefault(FIRST_TEST, time.perf_counter())
+    if budget is not None and time.perf_counter() - first > 1.3 * budget:
+        pytest.skip("out of time: see make test")
+
+
+def pytest_sessionfinish(session: pytest.Session) -> None:
+    """Remember what each test took, in the process that hears of all of them."""
+    reporter = session.config.pluginmanager.get_plugin("terminalreporter")
+    if reporter is None or session.config.option.collectonly:
+        return
+    took: Counter[str] = Counter()
+    for reports in reporter.stats.values():
+        for report in reports:
+            if isinstance(report, pytest.TestReport) and report.outcome != "skipped":
+                took[report.nodeid] += report.duration
+    if took:
+        known = session.config.cache.get(DURATIONS, {})
+        session.config.cache.set(DURATIONS, {**known, **{k: round(v, 2) for k, v in took.items()}})
 
 
 def pytest_terminal_summary(terminalreporter: pytest.TerminalReporter) -> None:

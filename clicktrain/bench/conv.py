@@ -26,6 +26,7 @@ from clicktrain.bench.timing import (
     geometric_mean,
     median_ms,
 )
+from clicktrain.bench.timing import to_json as to_json
 from clicktrain.errors import UserError
 from clicktrain.formats.packed import Structure, pack_values
 from clicktrain.kernels.impls import PHASES, Candidate, ConvProblem, Impl, Phase, candidates_for
@@ -102,7 +103,7 @@ class ConvRow:
     Attributes:
         shape: (C, F, H, W, N).
         compression: asked for.
-        group: neighbouring filters that share their positions.
+        group: neighboring filters that share their positions.
         density: reached; whole kernels cannot meet every compression.
         phase: forward, dgrad or wgrad.
         dense_ms, dense_name: the fastest dense float32 call.
@@ -160,8 +161,8 @@ def bench_conv(
     Args:
         shapes: of the layers.
         compressions: all weights over kept ones.
-        groups: neighbouring filters that share their positions.
-        precisions: what the sparse operators' activations are kept in: keys of `PRECISIONS`.
+        groups: neighboring filters that share their positions.
+        precisions: of the sparse operators' activations: keys of `PRECISIONS`.
         rounds: timings of which the median is taken.
         tune: measure the tilings that the kernels can use first and take the best, as the compiler does for
             a network; else the one that the rule chooses.
@@ -169,7 +170,7 @@ def bench_conv(
         bf16: also measure dense calls in bfloat16.
         peak_gflops: what the running threads can do at most, for ``fraction_of_peak``.
         seed: of data and positions.
-        progress: told what is being measured.
+        progress: called with what is being measured.
 
     Raises:
         UserError: a setting that cannot be, or there is no C compiler.
@@ -212,7 +213,7 @@ def _tunable() -> list[Impl]:
 
 
 def check_precisions(precisions: Sequence[str]) -> None:
-    """Raise UserError unless there are some, and all known."""
+    """Raise UserError unless there is at least one, and all are known."""
     unknown = sorted(set(precisions) - set(PRECISIONS))
     if unknown or not precisions:
         raise UserError(f"precision is {' or '.join(PRECISIONS)}, not {', '.join(unknown) or 'nothing'}")
@@ -231,11 +232,6 @@ def geometric_means_bf16(rows: Sequence[ConvRow]) -> dict[str, float]:
 def geometric_means_bound(rows: Sequence[ConvRow]) -> dict[str, float]:
     """As `geometric_means`, of `ConvRow.bound`."""
     return _means(rows, lambda row: row.bound)
-
-
-def to_json(rows: Sequence[ConvRow]) -> list[dict[str, Any]]:
-    """Rows as JSON-able dicts."""
-    return [asdict(row) for row in rows]
 
 
 def _means(rows: Sequence[ConvRow], ratio: Callable[[ConvRow], float]) -> dict[str, float]:
@@ -376,7 +372,7 @@ class _SparseLayer:
                 self.best[phase] = variants[min(times, key=lambda i: times[i])]
 
     def memory(self, phase: Phase) -> tuple[list[Tensor], Tensor]:
-        """What a phase reads, and something as large as what it writes."""
+        """The tensors that a phase reads, and one as large as its result."""
         return {
             "forward": ([self.x], self.gy),
             "dgrad": ([self.gy], self.x),

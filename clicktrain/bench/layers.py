@@ -1,6 +1,6 @@
-"""Where a finished run's network gains time and where not: its layers beside those of the dense network.
+"""Speedup of a finished run's network layer by layer, beside the dense network (PruneTrain 5.1).
 
-FLOPs that go are the promise, time that goes is what is kept of it (PruneTrain 5.1 measures both). Each layer
+The speedup of a layer may lag its FLOP reduction. Each layer
 is timed by itself, at the shapes that it has in the whole network; what the layers do not account for is the
 rest: batch norm, activations, additions, loss and optimizer.
 """
@@ -11,9 +11,9 @@ import contextlib
 import copy
 import math
 import time
-from collections.abc import Callable, Iterable, Sequence
-from dataclasses import asdict, dataclass
-from typing import Any, cast
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from typing import cast
 
 import torch
 from torch import Tensor, nn
@@ -21,7 +21,9 @@ from torch import Tensor, nn
 from clicktrain.accounting import LayerCost, count
 from clicktrain.bench.runs import RunRow, network_call, random_batch
 from clicktrain.bench.timing import Progress, median_ms
+from clicktrain.bench.timing import to_json as to_json
 from clicktrain.errors import UserError
+from clicktrain.graph import Inputs, layer_input_shapes
 from clicktrain.latency.timer import clock_of
 from clicktrain.sparsity.masks import conv_masks
 from clicktrain.surgery import SurgeryPlan, read_recipe
@@ -37,7 +39,7 @@ PACKED = "packed: its kernel is part of the accelerated network"
 
 @dataclass(frozen=True, slots=True)
 class LayerTime:
-    """A convolution or linear layer of the dense network, and what has become of it.
+    """A convolution or linear layer of the dense network, and its pruned counterpart.
 
     Attributes:
         layer: its name in the dense network.
@@ -130,7 +132,7 @@ def bench_layers(
         rows: of `bench_runs`.
         rounds: timings of which the median is taken.
         model: as for `bench_runs`.
-        progress: told what is being measured.
+        progress: called with what is being measured.
 
     Raises:
         UserError: no such run.
@@ -142,17 +144,12 @@ def bench_layers(
     return tables
 
 
-def to_json(tables: Sequence[LayerTable]) -> list[dict[str, Any]]:
-    """Tables as plain dicts."""
-    return [asdict(table) for table in tables]
-
-
 @dataclass(frozen=True, slots=True, eq=False)
 class _Side:
     """A network, what its layers read, and what they cost."""
 
     model: nn.Module
-    inputs: dict[str, list[tuple[int, ...]]]
+    inputs: dict[str, list[torch.Size]]
     costs: dict[str, LayerCost]
     name: str
     training: bool
@@ -235,8 +232,8 @@ def _layer(
         kind=cost.kind,
         dense_shape=cost.weight_shape,
         pruned_shape=None if there is None else pruned.costs[there].weight_shape,
-        dense_input=dense.inputs[name][0],
-        pruned_input=None if there is None else pruned.inputs[there][0],
+        dense_input=tuple(dense.inputs[name][0]),
+        pruned_input=None if there is None else tuple(pruned.inputs[there][0]),
         dense_flops=flops,
         pruned_flops=left,
         flops_share=flops / max(total, 1),
@@ -251,30 +248,8 @@ def _layer(
 
 def _side(model: nn.Module, x: Tensor, masks: dict[str, Tensor], name: str, what: str) -> _Side:
     costs = {layer.name: layer for layer in count(model, x[:1], masks).layers}
-    return _Side(model, _inputs(model, x, costs), costs, name, what == TRAINING)
-
-
-def _inputs(model: nn.Module, x: Tensor, layers: Iterable[str]) -> dict[str, list[tuple[int, ...]]]:
-    """Shapes of what layers read, one for each call."""
-    found: dict[str, list[tuple[int, ...]]] = {}
-
-    def watch(name: str) -> Callable[..., None]:
-        def note(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
-            read = args[0] if args else next(iter(kwargs.values()))
-            found.setdefault(name, []).append(tuple(read.shape))
-
-        return note
-
-    handles = [
-        model.get_submodule(name).register_forward_pre_hook(watch(name), with_kwargs=True) for name in layers
-    ]
-    try:
-        with torch.inference_mode():
-            model.eval()(x)
-    finally:
-        for handle in handles:
-            handle.remove()
-    return found
+    inputs = layer_input_shapes(model.eval(), costs, Inputs((x,)))
+    return _Side(model, inputs, costs, name, what == TRAINING)
 
 
 def _name_now(name: str, plans: Sequence[SurgeryPlan]) -> str | None:

@@ -1,4 +1,4 @@
-"""Random masks of the kind that ClickTrain ends with, for measurements that need no training."""
+"""Random masks like ClickTrain's final ones, for measurements that need no training."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ PATTERNS = 8
 
 
 def check_sparsity(compressions: tuple[float, ...], groups: tuple[int, ...]) -> None:
-    """Raise UserError for what no mask can have."""
+    """Raise UserError for a compression or group that no mask can have."""
     if not compressions or not groups:
         raise UserError("at least one compression and one group are needed")
     for compression in compressions:
@@ -36,7 +36,7 @@ def pattern_mask(
     Args:
         shape: (F, C, R, S) of the weight.
         compression: all weights over kept ones; met as closely as whole kernels allow.
-        group: neighbouring filters that keep the same channels with the same patterns.
+        group: neighboring filters that keep the same channels with the same patterns.
         generator: of the random choices.
 
     Returns:

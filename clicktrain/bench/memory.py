@@ -21,7 +21,7 @@ from typing import Any
 _STATUS = Path("/proc/self/status")
 _CLEAR = Path("/proc/self/clear_refs")
 _ENVIRONMENT = {
-    # Freed blocks go back to the system at once, so that resident memory is what is alive.
+    # Freed blocks return to the system at once, so that resident memory is memory in use.
     "MALLOC_MMAP_THRESHOLD_": "65536",
     "MALLOC_TRIM_THRESHOLD_": "65536",
     "CLICKTRAIN_KEEP_MEMORY": "0",

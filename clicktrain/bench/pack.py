@@ -1,17 +1,16 @@
-"""Refreshing packed values from a dense weight with fixed positions, beside CSR conversion (section 5.1)."""
+"""Packing a dense weight with a frozen mask, beside CSR conversion (section 5.1)."""
 
 from __future__ import annotations
 
 import warnings
-from collections.abc import Sequence
-from dataclasses import asdict, dataclass
-from typing import Any
+from dataclasses import dataclass
 
 import torch
 from torch import Tensor
 
 from clicktrain.bench.masks import check_sparsity, pattern_mask
 from clicktrain.bench.timing import WrongResultError, check_rounds, median_ms
+from clicktrain.bench.timing import to_json as to_json
 from clicktrain.errors import UserError
 from clicktrain.formats.packed import Structure, pack_values
 
@@ -72,11 +71,6 @@ def bench_pack(
     compressions = tuple(round(1 / (1 - sparsity), 6) for sparsity in sparsities)
     check_sparsity(compressions, (1,))
     return [_row(filters, channels, compression, rounds, seed) for compression in compressions]
-
-
-def to_json(rows: Sequence[PackRow]) -> list[dict[str, Any]]:
-    """Rows as JSON-able dicts."""
-    return [asdict(row) for row in rows]
 
 
 def _row(filters: int, channels: int, compression: float, rounds: int, seed: int) -> PackRow:

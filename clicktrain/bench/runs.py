@@ -1,21 +1,21 @@
-"""Networks of finished runs beside the dense ones that they come from: inference and a training step."""
+"""Networks of finished runs beside their dense ones: inference and a training step."""
 
 from __future__ import annotations
 
 import contextlib
 import copy
 from collections.abc import Callable, Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, cast
+from typing import cast
 
 import torch
 from torch import Tensor, nn
 
 from clicktrain.accounting import ModelCost, count
-from clicktrain.bench.accelerating import accelerated
-from clicktrain.bench.step import TrainingStep
+from clicktrain.bench.step import TrainingStep, accelerated
 from clicktrain.bench.timing import Progress, WrongResultError, check_rounds, fastest, median_ms
+from clicktrain.bench.timing import to_json as to_json
 from clicktrain.compiler import Accelerated
 from clicktrain.errors import UserError
 from clicktrain.formats.memory_format import unsafe_in_channels_last
@@ -77,7 +77,7 @@ def bench_runs(
         rounds: timings of which the median is taken.
         bf16: also try everything dense under bfloat16 autocast.
         model: package.module:factory, for runs of a network of one's own.
-        progress: told what is being measured.
+        progress: called with what is being measured.
 
     Raises:
         UserError: no such run, or a number out of range.
@@ -150,8 +150,8 @@ def _accelerated(loaded: LoadedRun, x: Tensor) -> nn.Module | None:
     if not isinstance(fast, Accelerated):
         return None
     with torch.inference_mode():
-        expected, found = loaded.model.eval()(x), fast.eval()(x)
-    if not bool((found - expected).abs().max() <= TOLERANCE * expected.abs().max().clamp_min(1)):
+        expected, result = loaded.model.eval()(x), fast.eval()(x)
+    if not bool((result - expected).abs().max() <= TOLERANCE * expected.abs().max().clamp_min(1)):
         raise WrongResultError(f"the accelerated network of {loaded.folder.path} computes something else")
     return fast
 
@@ -173,8 +173,3 @@ def network_call(
             model(x)
 
     return predict
-
-
-def to_json(rows: Sequence[RunRow]) -> list[dict[str, Any]]:
-    """Rows as plain dicts."""
-    return [asdict(row) for row in rows]

@@ -1,16 +1,17 @@
-"""What choosing patterns costs: steps of ClickTrain's stages against the dense step (section 4)."""
+"""The cost of choosing patterns: steps of ClickTrain's stages beside the dense step (section 4)."""
 
 from __future__ import annotations
 
 import statistics
 import time
-from dataclasses import asdict, dataclass, replace
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from clicktrain.bench.timing import to_json as to_json
 from clicktrain.errors import UserError
 from clicktrain.methods import ClickTrain, Dense, Method, Pruner
 from clicktrain.models import create_model
@@ -103,11 +104,6 @@ def bench_stages(
 def _row(stage: str, pairs: list[tuple[float, float]]) -> StageRow:
     dense = statistics.median(pair[0] for pair in pairs)
     own = statistics.median(pair[1] for pair in pairs)
-    # Pairs are neighbours in time: the median of their ratios is steadier than the ratio of medians.
+    # Pairs are neighbors in time: the median of their ratios is steadier than the ratio of medians.
     ratio = statistics.median(pair[1] / pair[0] for pair in pairs)
     return StageRow(stage, len(pairs), dense, own, ratio)
-
-
-def to_json(rows: list[StageRow]) -> list[dict[str, Any]]:
-    """Rows as JSON-able dicts."""
-    return [asdict(row) for row in rows]

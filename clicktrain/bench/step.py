@@ -7,6 +7,7 @@ import copy
 import itertools
 import json
 import sys
+import warnings
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, dataclass
 from typing import Any, NamedTuple, cast
@@ -15,14 +16,15 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from clicktrain.bench.accelerating import accelerated, need_compiler
 from clicktrain.bench.conv import check_precisions
 from clicktrain.bench.masks import check_sparsity, model_masks
 from clicktrain.bench.memory import in_fresh_process, peak_mb
 from clicktrain.bench.timing import Progress, WrongResultError, check_rounds, fastest, median_ms
+from clicktrain.bench.timing import to_json as to_json
 from clicktrain.compiler import Accelerated, LoweringPlan, accelerate
 from clicktrain.errors import UserError
-from clicktrain.kernels.native import keep_memory
+from clicktrain.kernels.native import keep_memory, missing_toolchain, toolchain
+from clicktrain.kernels.native.failure import summary, watch_failures
 from clicktrain.kernels.pack_model import pack_model_
 from clicktrain.kernels.sparse_conv2d import PackedConv2d
 from clicktrain.models import create_model
@@ -127,14 +129,14 @@ def bench_step(
     Args:
         case: the network and the batch.
         compressions: all weights over kept ones.
-        groups: neighbouring filters that share their positions.
+        groups: neighboring filters that share their positions.
         precisions: of the accelerated steps, ``fp32`` and ``bf16``.
         rounds: timings of which the median is taken.
         compiled: also measure the dense network under ``torch.compile``, channels last.
         bf16: also measure dense steps under bfloat16 autocast.
         memory: also measure the peak memory of a step, each in a process of its own.
         rule: how the compiler chooses operators.
-        progress: told what is being measured.
+        progress: called with what is being measured.
 
     Raises:
         UserError: a setting that cannot be.
@@ -191,6 +193,29 @@ def bench_step(
     return rows
 
 
+def accelerated(model: nn.Module, example: Tensor, **settings: Any) -> nn.Module:
+    """`accelerate` with the same arguments, its other warnings included.
+
+    Raises:
+        UserError: there is no C compiler that works, or it fails on a kernel.
+    """
+    need_compiler()
+    with watch_failures() as failures, warnings.catch_warnings(record=True) as caught:
+        warnings.simplefilter("always")
+        fast = accelerate(model, example, **settings)
+    if failures:
+        raise UserError(f"there would be nothing to compare: {summary(failures)}")
+    for warning in caught:
+        warnings.warn_explicit(warning.message, warning.category, warning.filename, warning.lineno)
+    return fast
+
+
+def need_compiler() -> None:
+    """Raise UserError unless kernels can be built."""
+    if toolchain() is None:
+        raise UserError(f"the sparse kernels cannot be built: {missing_toolchain()}")
+
+
 class _Sparse(NamedTuple):
     """One accelerated network."""
 
@@ -207,20 +232,20 @@ class _Sparse(NamedTuple):
         return self.precision == "bf16"
 
     def accelerate(self, packed: nn.Module, case: StepCase, rule: str) -> nn.Module:
-        """As the trainer does it, measured anew."""
+        """Accelerate as the trainer does it, with fresh measurements."""
         dtypes = ("fp32", "bf16") if self.autocast else ("fp32",)
         return accelerated(packed, case.batch()[0], rule=rule, dtypes=dtypes, remember=False)
 
 
 class _About(NamedTuple):
-    """What is told of an accelerated network."""
+    """Density and plan of an accelerated network."""
 
     density: float
     plan: LoweringPlan | None
 
 
 def _accelerated(case: StepCase, one: _Sparse, rule: str, progress: Progress) -> tuple[TrainingStep, _About]:
-    """A step whose results are right."""
+    """A training step that was checked against the packed network."""
     progress(f"accelerating at {one}")
     packed = case.packed(one.compression, one.group)
     fast = one.accelerate(copy.deepcopy(packed), case, rule)
@@ -248,11 +273,6 @@ def _peaks(
     return dense, sparse
 
 
-def to_json(rows: Sequence[StepRow]) -> list[dict[str, Any]]:
-    """Rows as JSON-able dicts."""
-    return [asdict(row) for row in rows]
-
-
 def check_same(reference: nn.Module, fast: nn.Module, x: Tensor, y: Tensor, autocast: bool = False) -> None:
     """Compare loss and gradients of two networks with the same parameters.
 
@@ -267,27 +287,27 @@ def check_same(reference: nn.Module, fast: nn.Module, x: Tensor, y: Tensor, auto
     """
     exact_loss, exact = _gradients(copy.deepcopy(reference).double(), x.double(), y)
     loss, own = _gradients(copy.deepcopy(reference), x, y, autocast)
-    fast_loss, found = _gradients(fast, x, y, autocast)
+    fast_loss, fast_gradients = _gradients(fast, x, y, autocast)
     fast.zero_grad()
-    if found.keys() != exact.keys():
-        different = ", ".join(sorted(found.keys() ^ exact.keys()))
+    if fast_gradients.keys() != exact.keys():
+        different = ", ".join(sorted(fast_gradients.keys() ^ exact.keys()))
         raise WrongResultError(f"the accelerated network has other parameters: {different}")
     near = 2e-2 if autocast else 1e-5  # a loss in bfloat16 agrees by chance
     allowed = (2 if autocast else 20) * abs(loss - exact_loss) + near * max(abs(exact_loss), 1)
     if not abs(fast_loss - exact_loss) <= allowed:
         raise WrongResultError(f"the accelerated network's loss is {fast_loss:.6f}, not {exact_loss:.6f}")
     if autocast:
-        together = [torch.cat([g.flatten() for g in one.values()]) for one in (exact, own, found)]
-        _near("all parameters", *together, times=2, room=0)
+        joined = [torch.cat([g.flatten() for g in one.values()]) for one in (exact, own, fast_gradients)]
+        _near("all parameters", *joined, times=2, room=0)
     total = max(float(gradient.norm()) for gradient in exact.values())
     for name, gradient in exact.items():
-        _near(name, gradient, own[name], found[name], times=20, room=1e-6 * total)
+        _near(name, gradient, own[name], fast_gradients[name], times=20, room=1e-6 * total)
 
 
-def _near(name: str, exact: Tensor, own: Tensor, found: Tensor, *, times: float, room: float) -> None:
-    """Raise WrongResultError if a gradient is further off than a multiple of what the reference's own is."""
+def _near(name: str, exact: Tensor, own: Tensor, fast: Tensor, *, times: float, room: float) -> None:
+    """Raise WrongResultError if a gradient's error is over a multiple of the reference's own."""
     length = float(exact.norm())
-    error, usual = (float((one.double() - exact).norm()) for one in (found, own))
+    error, usual = (float((one.double() - exact).norm()) for one in (fast, own))
     if not error <= times * usual + GRADIENT_TOLERANCE * length + room:
         raise WrongResultError(
             f"the accelerated network's gradient of {name} is off by {error:.2g}; "
@@ -302,12 +322,12 @@ def _gradients(
     with _precision(autocast):
         loss = F.cross_entropy(model(x), y)
     loss.backward()  # type: ignore[no-untyped-call]
-    found = {
+    gradients = {
         name: p.grad.detach().clone() if p.grad is not None else torch.zeros_like(p)
         for name, p in model.named_parameters()
         if p.requires_grad
     }
-    return loss.item(), found
+    return loss.item(), gradients
 
 
 def _density(packed: nn.Module) -> float:
@@ -328,7 +348,7 @@ def _dense_step(case: StepCase, kind: str, name: str) -> TrainingStep:
         model = cast(nn.Module, model.to(memory_format=torch.channels_last))  # type: ignore[call-overload]
         x = x.contiguous(memory_format=torch.channels_last)
     if name.endswith("compile"):
-        # A module's own compile keeps the module; code of each is made anew for its own parameters.
+        # A module's own compile keeps the module; code is generated again for each one's parameters.
         model.compile(dynamic=False)
     return TrainingStep(model, x, y, autocast=kind == "bf16")
 

@@ -1,19 +1,21 @@
-"""What the benchmarks share: medians of interleaved calls, and how they are told."""
+"""Shared by the benchmarks: medians of interleaved calls, means, rows as JSON."""
 
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from dataclasses import asdict
+from typing import Any
 
 from clicktrain.latency.timer import check_rounds as check_rounds
 from clicktrain.latency.timer import median_ms as median_ms
 
 Progress = Callable[[str], None]
-"""Told what is being measured, for whoever waits."""
+"""Called with what is being measured."""
 
 
 class WrongResultError(RuntimeError):
-    """What was to be timed does not compute what it should, so its time would mean nothing."""
+    """The code to be timed computes something wrong, so its time would mean nothing."""
 
 
 def fastest(times: Mapping[str, float]) -> tuple[str, float]:
@@ -23,6 +25,11 @@ def fastest(times: Mapping[str, float]) -> tuple[str, float]:
 
 
 def geometric_mean(values: Iterable[float]) -> float:
-    """The mean that ratios have."""
+    """Compute the geometric mean."""
     logarithms = [math.log(value) for value in values]
     return math.exp(sum(logarithms) / len(logarithms))
+
+
+def to_json(rows: Sequence[Any]) -> list[dict[str, Any]]:
+    """Dataclass rows as JSON-able dicts."""
+    return [asdict(row) for row in rows]

@@ -12,7 +12,7 @@ from torch import nn
 from clicktrain.compiler.believe import LoweringError, is_operator
 from clicktrain.compiler.fallback import accelerate_layers_, plan_by_layer
 from clicktrain.compiler.module import Accelerated, refusal
-from clicktrain.compiler.norm_statistics import check_statistics
+from clicktrain.compiler.norm_statistics import check_plan
 from clicktrain.compiler.plan import RULES, LoweringPlan
 from clicktrain.compiler.select import make_plan
 from clicktrain.errors import UserError
@@ -37,14 +37,14 @@ def accelerate(
     remember: bool = True,
     verbose: bool = False,
 ) -> nn.Module:
-    """Put the sparse kernels to work where they pay, for the network as a whole: ClickTrain section 5.4.
+    """Run the layers of a pruned model on sparse kernels where that is faster: ClickTrain section 5.4.
 
     The model is traced; each convolution's candidates (dense in each memory format and precision, sparse
     with each tiling) are measured on the example's shapes, forward and backward; and for the graph as a
-    whole, with the conversions between layouts, the cheapest choice is taken. In regions that run sparse,
-    activations are batch-blocked ``[N/V, C, H, W, V]``, and batch norm, addition and ReLU are one pass, whose
-    statistics the convolution before it takes where that is faster. The
-    result trains as the model does: the same parameters, ``state_dict``, ``train()`` and ``eval()``.
+    whole, with the conversions between layouts, the cheapest choice is taken. In the blocked layout,
+    activations are ``[N/V, C, H, W, V]``, and batch norm, addition and ReLU are one pass, whose statistics
+    the convolution before it takes where that is faster. The result trains
+    as the model does: the same parameters, ``state_dict``, ``train()`` and ``eval()``.
 
     Args:
         model: on the CPU, with packed convolutions (`clicktrain.pack`, ``finish(packed=True)``). One without
@@ -56,13 +56,13 @@ def accelerate(
         rule: ``measured``; ``density``, the paper's: sparse where more than 65% of the weights are zero; or
             ``sparse``: everything that can run blocked does. The latter two measure nothing.
         plan: replay these choices instead; a saved one, perhaps edited.
-        dtypes: number types that may be used, whether under autocast or not: ``fp32`` (the parameters' own),
+        dtypes: dtypes that may be used, whether under autocast or not: ``fp32`` (the parameters' own),
             ``bf16``. Dense convolutions compute in them. Accelerated regions keep their activations in them:
             with both, in what is measured to be faster for the network; unmeasured, in ``bf16``. They
             compute in the parameters' type, or in pairs of bfloat16 numbers summed up in float32 where the
             processor can.
         remember: take the plan that was measured before for such a network on this machine, or keep this one
-            for the next time; False measures anew and keeps nothing.
+            for the next time; False measures again and keeps nothing.
         verbose: print the plan.
 
     Returns:
@@ -103,19 +103,19 @@ def accelerate(
         return model
     keep_memory()
     result: Accelerated | None = None
-    # What is made here has to serve training, whatever mode this is called in.
+    # The result has to serve training, whatever mode this is called in.
     with watch_failures() as failures, torch.inference_mode(False):
         try:
             result = _accelerated(model, inputs, rule, plan, tuple(dtypes), remember)
-        except KernelError as error:  # of what nothing goes without
+        except KernelError as error:  # of a kernel that every region needs
             report_failure(error)
     if result is None or (failures and not any(one.kind == "conv" for one in result.plan.blocked())):
-        told = f"the packed model runs on the reference operator: {summary(failures)}{_and_notice()}"
-        warnings.warn(told, stacklevel=2)
+        message = f"the packed model runs on the reference operator: {summary(failures)}{_and_notice()}"
+        warnings.warn(message, stacklevel=2)
         return model
     if failures:
-        told = f"{summary(failures)}; other operators were chosen{_and_notice()}"
-        warnings.warn(told, stacklevel=2)
+        message = f"{summary(failures)}; other operators were chosen{_and_notice()}"
+        warnings.warn(message, stacklevel=2)
     elif notice := take_notice():
         warnings.warn(notice, stacklevel=2)
     if verbose:
@@ -136,7 +136,7 @@ def _accelerated(
     dtypes: tuple[str, ...],
     remember: bool,
 ) -> Accelerated:
-    """`accelerate` a packed model where there is a compiler."""
+    """Accelerate a packed model; there is a compiler."""
     inputs = inputs.ordinary()
     batch = inputs.tensors()[0].shape[0]
     try:
@@ -146,35 +146,35 @@ def _accelerated(
     except UnfaithfulError as error:
         return _by_its_own_code(model, inputs, rule, plan, str(error))
     if plan is not None:
-        check_statistics(believed.graph, plan)
+        check_plan(believed.graph, plan)
         _warn_if_slow(plan)
     else:
-        # Measuring draws random numbers; training goes on with its own.
+        # Measuring draws random numbers; training must not notice.
         with own_random_numbers():
             plan = make_plan(believed.graph, batch, rule, dtypes, remember)
     result = Accelerated(model, plan, rule)
     try:
         result.adopt(believed, inputs)
     except LoweringError as error:
-        told = f"computes something else when it is lowered ({error})"
-        return _by_its_own_code(model, inputs, rule, None, told)
+        reason = f"computes something else when it is lowered ({error})"
+        return _by_its_own_code(model, inputs, rule, None, reason)
     return result
 
 
 def _by_its_own_code(
     model: nn.Module, inputs: Inputs, rule: str, plan: LoweringPlan | None, reason: str
 ) -> Accelerated:
-    """The network as it is, each packed layer for itself; says why."""
+    """Keep the network's own code, with packed layers accelerated one by one; warns why."""
     chosen = accelerate_layers_(model, inputs, rule, plan=plan)
-    told = (
+    message = (
         f"{type(model).__name__} {reason}: {len(chosen)} of its packed layers run sparse one by one, which "
         "converts their activations each time; all else runs as it is written"
     )
-    warnings.warn(told, stacklevel=4)
+    warnings.warn(message, stacklevel=4)
     if plan is not None:
         plan = plan.without(dict.fromkeys({*plan.by_layer()} - {*chosen}, "its kernels cannot be built"))
     batch = inputs.tensors()[0].shape[0]
-    return Accelerated(model, plan or plan_by_layer(model, chosen, rule, batch, told), rule, lowers=False)
+    return Accelerated(model, plan or plan_by_layer(model, chosen, rule, batch, message), rule, lowers=False)
 
 
 def _check_arguments(inputs: Inputs, rule: str, dtypes: Sequence[str]) -> None:

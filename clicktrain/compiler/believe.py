@@ -1,4 +1,4 @@
-"""A lowered network is used only after it has done what the model does."""
+"""Comparison of a lowered network with the model, before it is used."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ from clicktrain.graph.trace import one_line, outside_autocast
 from clicktrain.kernels.sparse_conv2d import PackedConv2d
 
 _FLOOR = {torch.float64: 1e-6, torch.float32: 1e-2, torch.bfloat16: 0.5}
-"""Relative errors that come of sums in another order, or of activations kept in so few digits."""
+"""Relative errors of sums in another order, or of activations that are rounded to the dtype."""
 _INPUT = {torch.float64: 1e-14, torch.float32: 1e-6}
 _AMPLIFIED = {torch.float64: 50, torch.float32: 50, torch.bfloat16: 8}
 """How much worse a lowered network may be than one whose inputs are rounded: it rounds in every layer. In
@@ -41,7 +41,7 @@ def is_operator(module: nn.Module) -> bool:
 
 
 def believed_lowering(believed: Believed, plan: LoweringPlan, dtype: torch.dtype) -> Lowered:
-    """Lower a graph, and run the result beside the model in every mode that it holds for.
+    """Lower a graph and compare the result with the model in every mode that the graph holds for.
 
     Args:
         believed: what was compared before lowering.
@@ -67,17 +67,17 @@ def _compare(believed: Believed, lowered: Lowered, plan: LoweringPlan, dtype: to
         twin = copy_in_modes(graph.model, flags)
         trial = lower(replace(graph, model=twin), lowered.plan or plan, dtype)
         try:
-            found = observe(twin, _on_tensors(trial), few)
-        except Exception as error:
+            observed = observe(twin, _on_tensors(trial), few)
+        except Exception as error:  # the user's code and hooks run here: whatever fails is the reason
             raise LoweringError(one_line(error)) from error
         finally:
-            trial.run._modules.clear()  # graph and module know each other: the copy would live on
+            trial.run._modules.clear()  # graph and module refer to each other: the copy would stay in memory
         kept = _coarsest(plan, dtype)
         noise = _rounded(graph.model, flags, few, kept, expected)
         compare = _Comparison(_FLOOR.get(kept, 1e-2), _AMPLIFIED.get(kept, 50), kept is not torch.bfloat16)
-        told = compare.of(found, expected, noise)
-        if told:
-            raise LoweringError(told)
+        difference = compare.of(observed, expected, noise)
+        if difference:
+            raise LoweringError(difference)
 
 
 def _coarsest(plan: LoweringPlan, dtype: torch.dtype) -> torch.dtype:
@@ -96,7 +96,7 @@ def _on_tensors(lowered: Lowered) -> Callable[..., object]:
 def _rounded(
     model: nn.Module, flags: tuple[bool, ...], few: Inputs, kept: torch.dtype, expected: Sequence[Observation]
 ) -> Sequence[Observation]:
-    """What the model does with less accurate numbers: how sensitive it is."""
+    """Run the model with less accurate numbers, to see how sensitive it is."""
     generator = torch.Generator().manual_seed(0)
 
     def disturb(x: Tensor) -> Tensor:
@@ -111,14 +111,16 @@ def _rounded(
                 return original_calls(model, flags, few)
         return original_calls(model, flags, few.map(disturb))
     except Exception:
+        # The model ran on these inputs before: it refuses bfloat16, or checks the values of its inputs. Its
+        # sensitivity is unknown then, and only the floor is allowed, which is stricter.
         return expected
 
 
 @dataclass(frozen=True)
 class _Comparison:
-    """Relative errors up to ``floor`` are nothing; so are those up to ``amplified`` times the sensitivity.
+    """Allows relative errors up to ``floor``, and up to ``amplified`` times the model's sensitivity.
 
-    Without ``gradients``, these only have to be there: of few images, in bfloat16, they are noise.
+    Without ``gradients``, these only have to be there: in bfloat16 and on few images they are noise.
     """
 
     floor: float
@@ -126,14 +128,14 @@ class _Comparison:
     gradients: bool
 
     def of(
-        self, found: Sequence[Observation], expected: Sequence[Observation], rounded: Sequence[Observation]
+        self, observed: Sequence[Observation], expected: Sequence[Observation], rounded: Sequence[Observation]
     ) -> str:
-        """What the lowered network does otherwise, in words; "" if rounding explains everything."""
-        for mine, theirs, near in zip(found, expected, rounded, strict=True):
+        """Name the first difference that rounding does not explain; "" if there is none."""
+        for mine, theirs, near in zip(observed, expected, rounded, strict=True):
             if not same_random_state(mine.random, theirs.random):
                 return "it draws other random numbers"
             ours, original, other = (dict(tensors_in(one.output, "output")) for one in (mine, theirs, near))
-            told = (
+            difference = (
                 self._apart(ours, original, other)
                 or self._apart(mine.buffers, theirs.buffers, near.buffers, "buffer ")
                 or self._apart(
@@ -143,8 +145,8 @@ class _Comparison:
                     "gradient of ",
                 )
             )
-            if told:
-                return told
+            if difference:
+                return difference
         return ""
 
     def _apart(
@@ -163,31 +165,29 @@ class _Comparison:
         name = next(wrong, None)
         return "" if name is None else f"{what}{name}"
 
-    def _close(
-        self, found: Tensor | None, expected: Tensor | None, near: Tensor | None, total: float
-    ) -> bool:
-        if expected is None or found is None:
-            return expected is found
-        if found.shape != expected.shape or found.dtype != expected.dtype:
+    def _close(self, mine: Tensor | None, expected: Tensor | None, near: Tensor | None, total: float) -> bool:
+        if expected is None or mine is None:
+            return expected is mine
+        if mine.shape != expected.shape or mine.dtype != expected.dtype:
             return False
         if not expected.is_floating_point():
-            return torch.equal(found, expected)
+            return torch.equal(mine, expected)
         if not bool(expected.isfinite().all()):
             return True
-        # What is nearly nothing is rounding altogether: a bias before a batch norm.
+        # Values near zero consist of rounding errors: the gradient of a bias before a batch norm.
         size = max(_norm(expected), 1e-2 * total) + 1e-30
-        noise = 0.0 if near is None or near.shape != found.shape else _norm(near - expected) / size
-        return _norm(found - expected) / size <= max(self.floor, self.amplified * noise)
+        noise = 0.0 if near is None or near.shape != mine.shape else _norm(near - expected) / size
+        return _norm(mine - expected) / size <= max(self.floor, self.amplified * noise)
 
 
 def _instead(
-    expected: Mapping[str, Tensor | None], found: Mapping[str, Tensor | None]
+    expected: Mapping[str, Tensor | None], own: Mapping[str, Tensor | None]
 ) -> dict[str, Tensor | None]:
-    """The gradients found where some were expected and all of their numbers are finite."""
+    """Our own gradients where some were expected and all of their numbers are finite."""
     return {
         name: mine if theirs is not None and mine is not None and bool(mine.isfinite().all()) else theirs
         for name, theirs in expected.items()
-        for mine in (found.get(name),)
+        for mine in (own.get(name),)
     }
 
 

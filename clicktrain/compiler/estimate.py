@@ -14,9 +14,9 @@ GFLOPS_DENSE = 90.0
 GFLOPS_SPARSE = 55.0
 """Speed of one core in dense and in sparse convolutions, 10^9 operations a second."""
 GB_S = 10.0
-"""What one core moves, 10^9 bytes a second."""
+"""Memory bandwidth of one core, 10^9 bytes a second."""
 
-# How often a tensor of the output's size goes through memory, forward and backward.
+# Passes over a tensor of the output's size, forward and backward.
 _PASSES = {"elementwise": 5.0, "cat": 4.0, "pool": 5.0, "global_pool": 2.0}
 _BATCH_NORM, _ADDITION, _RELU = 8.0, 3.0, 5.0
 _FUSED, _FUSED_ADDITION = 8.0, 2.0

@@ -1,4 +1,4 @@
-"""What has to be as it was when a network was lowered: looked at before each call, in microseconds."""
+"""Conditions under which a lowered graph holds: checked before each call, in microseconds."""
 
 from __future__ import annotations
 
@@ -22,25 +22,25 @@ class Guards:
     """Values that are constants in a lowered graph, and the layers that it was made of."""
 
     def __init__(self, graph: ModelGraph, stepped: Iterable[nn.Module]) -> None:
-        """Take the state of a model down.
+        """Record the state of a model.
 
         Args:
             graph: of the model, with what its ``forward`` read.
             stepped: layers that are not called any more, others compute for them.
         """
         model, stepped = graph.model, list(stepped)
-        found: list[_Entry] = []
+        entries: list[_Entry] = []
         for read in graph.reads:
             home = read.home if read.path is None else model.get_submodule(read.path).__dict__
-            found += _entries(home, read.name, read, graph.names)
+            entries += _entries(home, read.name, read, graph.names)
         for module in dict.fromkeys(stepped):
-            found += [e for name in _settings(module) for e in _entries(module.__dict__, name)]
+            entries += [e for name in _settings(module) for e in _entries(module.__dict__, name)]
         entered = [model.get_submodule(path) for path in graph.entered]
-        self._entries = found
+        self._entries = entries
         # Compared in C, by columns: this is done before each call.
-        plain = [e for e in found if type(e.home) is dict and is_plain(e.value)]
-        known = [e for e in found if type(e.home) is dict and not is_plain(e.value)]
-        self._others = [e for e in found if type(e.home) is not dict]
+        plain = [e for e in entries if type(e.home) is dict and is_plain(e.value)]
+        known = [e for e in entries if type(e.home) is dict and not is_plain(e.value)]
+        self._others = [e for e in entries if type(e.home) is not dict]
         self._homes, self._names = [e.home for e in plain], [e.name for e in plain]
         self._values = [e.value for e in plain]
         self._known_homes, self._known_names = [e.home for e in known], [e.name for e in known]
@@ -50,7 +50,7 @@ class Guards:
         self._children = [(m._modules, list(m._modules.values())) for m in _containers(graph)]
 
     def hold(self) -> bool:
-        """Whether everything is as it was."""
+        """Whether nothing has changed."""
         return (
             list(map(_GET, self._homes, self._names)) == self._values
             and list(map(id, map(_GET, self._known_homes, self._known_names))) == self._ids
@@ -60,7 +60,7 @@ class Guards:
         )
 
     def changed(self) -> list[Read]:
-        """What ``forward`` read that is not as it was."""
+        """List what ``forward`` read that has changed."""
         return [e.read for e in self._entries if e.read is not None and not e.same()]
 
     def allows(self, training: Mapping[str, bool]) -> bool:
@@ -89,15 +89,15 @@ class _Entry:
 
 def _entries(home: Any, name: str, read: Read | None = None, names: Set[str] = frozenset()) -> list[_Entry]:
     """A value, and all inside it that code with these names can have read."""
-    found: list[_Entry] = []
+    entries: list[_Entry] = []
     ways, known = [(home, name)], set()
     for home, name in ways:  # grows
         value = home.get(name)
-        found.append(_Entry(home, name, copy.deepcopy(value) if is_plain(value) else value, read))
+        entries.append(_Entry(home, name, copy.deepcopy(value) if is_plain(value) else value, read))
         if id(value) not in known and not is_plain(value) and len(ways) < _INSIDE:
             known.add(id(value))
             ways += inside(value, names)
-    return found
+    return entries
 
 
 def _settings(module: nn.Module) -> tuple[str, ...]:

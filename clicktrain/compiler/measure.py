@@ -27,7 +27,7 @@ LITTLE_WORK = 1 << 21
 """Multiply-adds of a layer and batch, under 0.1 ms, up to which one candidate a phase is built: each takes a
 third of a second, and could save microseconds."""
 CALL_MS = 0.05
-"""What one operator costs in PyTorch, forward and backward."""
+"""Overhead of one operator in PyTorch, forward and backward."""
 Tilings = tuple[tuple[Phase, Any], ...]
 Call = Callable[[], object]
 
@@ -91,7 +91,7 @@ def measure_convolutions(
         problem: _ways(same[0], problem, activations_of(dtypes, dtype_of(same[0])))
         for problem, same in groups.items()
     }
-    failed = build_all([text for found in ways.values() for way in found for text in way.sources()])
+    failed = build_all([text for own in ways.values() for way in own for text in way.sources()])
     times = {}
     for problem, same in groups.items():
         measured = _times(same[0], problem, [way.without(failed) for way in ways[problem]], dtypes)
@@ -125,7 +125,7 @@ class _Way:
         return replace(self, step=step, candidates=left if enough else (), reason=reason)
 
     def calls(self, x: Tensor, gy: Tensor, values: Tensor, bias: Tensor | None) -> dict[int, Call]:
-        """What is timed on activations in the layout: each candidate by its number, or the whole layer."""
+        """The calls to time, on activations in the layout: each candidate, or the whole layer as 0."""
         if self.reason:
             return {}
         x, gy = (_entered(self.impl.layout, images, self.problem) for images in (x, gy))
@@ -137,11 +137,11 @@ class _Way:
         }
 
     def rival(self, number: int) -> str:
-        """What a call is an alternative for."""
+        """The group of alternatives that a call belongs to."""
         return "dense" if self.step is not None else self.candidates[number].phase
 
     def times(self, ms: Mapping[int, float]) -> ImplTimes:
-        """Of the fastest candidate of each phase."""
+        """Sum the fastest candidate of each phase."""
         if self.reason:
             return ImplTimes(self.impl, math.inf, reason=self.reason)
         if self.step is not None:
@@ -159,19 +159,19 @@ def _ways(unit: Unit, problem: ConvProblem, activations: Sequence[Activations]) 
     layer, dtype = conv_of(unit), dtype_of(unit)
     structure = steps.structure_of(layer)
     little = structure.nnz * problem.batch * math.prod(problem.output) < LITTLE_WORK
-    found: dict[tuple[str, torch.dtype], _Way] = {}
+    ways: dict[tuple[str, torch.dtype], _Way] = {}
     for impl in candidates_for(OPERATOR):
         for kept in dict.fromkeys(held_dtype(impl.layout, one, dtype) for one in activations):
             own = replace(problem, activations=str(kept).removeprefix("torch."))
             if reasons := impl.refusals(own):
-                found[impl.name, kept] = _Way(impl, own, reason="; ".join(reasons))
+                ways[impl.name, kept] = _Way(impl, own, reason="; ".join(reasons))
             elif impl.candidates is None:
-                found[impl.name, kept] = _Way(impl, own, steps.SparseConv(layer, impl, own, {}))
+                ways[impl.name, kept] = _Way(impl, own, steps.SparseConv(layer, impl, own, {}))
             else:
                 every = [one for one in impl.candidates(structure, own) if one.phase in own.phases]
                 first = {one.phase: one for one in reversed(every)}
-                found[impl.name, kept] = _Way(impl, own, None, tuple(first.values() if little else every))
-    return list(found.values())
+                ways[impl.name, kept] = _Way(impl, own, None, tuple(first.values() if little else every))
+    return list(ways.values())
 
 
 def _times(unit: Unit, problem: ConvProblem, ways: Sequence[_Way], dtypes: Sequence[str]) -> ConvTimes:

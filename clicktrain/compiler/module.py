@@ -1,4 +1,4 @@
-"""The accelerated network: the model itself, seen with another ``forward``."""
+"""The accelerated network: a view of the model with another ``forward``."""
 
 from __future__ import annotations
 
@@ -23,11 +23,11 @@ from clicktrain.kernels.native.failure import summary, watch_failures
 from clicktrain.kernels.sparse_conv2d import PackedConv2d
 
 _LOCK = threading.RLock()
-"""One network is lowered at a time in a process; calls that need no lowering do not wait."""
+"""A process lowers one network at a time; calls that need no lowering do not wait."""
 _VARIANTS = 8
 """Lowered graphs that are kept for one kind of call: for modes, and values that ``forward`` read."""
 _CHANGES = 3
-"""How often a value may change before it is no constant."""
+"""Changes of a value after which it is not treated as a constant any more."""
 _SHARED = (
     "_parameters",
     "_buffers",
@@ -83,7 +83,7 @@ class Accelerated(nn.Module):
                 self.__dict__[table] = model.__dict__[table]
         self.training = mode
         own = self.__dict__
-        own.update(plan=plan, _rule=rule, _lowers=lowers, _lowered={}, _told=set(), _left={}, _changes={})
+        own.update(plan=plan, _rule=rule, _lowers=lowers, _lowered={}, _reported=set(), _left={}, _changes={})
         own["_names"] = [
             name
             for name, parameter in inspect.signature(model.forward).parameters.items()
@@ -111,7 +111,7 @@ class Accelerated(nn.Module):
         return self
 
     def forward(self, *args: Any, **kwargs: Any) -> Any:
-        """What the model computes."""
+        """Compute what the model does."""
         if not self._lowers or _recording():
             # Tracing has sizes that are no numbers, and does not record pointers.
             return self.base.forward(*args, **kwargs)
@@ -155,14 +155,14 @@ class Accelerated(nn.Module):
         lowered = believed_lowering(believed, self.plan, packed_type(self.base))
         if not self._lowered and lowered.plan is not None:
             self.__dict__["plan"] = lowered.plan
-        self._tell(graph)
+        self._warn_of_opaque(graph)
         key, _ = _kind_of(Inputs(*self._positional(inputs.args, dict(inputs.kwargs))))
         # A new tuple: other threads may be reading the old one.
         self._lowered[key] = (lowered, *(old for old in self._lowered.get(key, ())[: _VARIANTS - 1]))
         return lowered
 
     def __getattr__(self, name: str) -> Any:
-        """What the view does not have itself is the model's."""
+        """Read attributes that the view does not have from the model."""
         try:
             return super().__getattr__(name)
         except AttributeError:
@@ -192,7 +192,7 @@ class Accelerated(nn.Module):
 
     def _lower(self, inputs: Inputs, key: Any) -> Lowered | None:
         """Lower for calls of this kind; None where the model's own code has to run, now or always."""
-        # What a first call under inference mode makes has to serve training later.
+        # The graph of a first call under inference mode has to serve training later.
         with _LOCK, torch.inference_mode(False):
             inputs = inputs.ordinary()
             lowered = self._known(key)
@@ -228,7 +228,7 @@ class Accelerated(nn.Module):
                 return None
 
     def _leave_out_what_changes(self, key: Any) -> None:
-        """A value that is another one in every call is no constant: who reads it runs as it is written."""
+        """Have modules that read a value which changes at every call run as they are written."""
         for lowered in self._lowered.get(key, ())[:1]:
             for read in lowered.guards.changed():
                 name = (read.path, read.name)
@@ -236,10 +236,10 @@ class Accelerated(nn.Module):
                 if self._changes[name] > _CHANGES and read.name != "training":
                     self._left[read.reader] = f"reads {read.name}, which changes between calls"
 
-    def _tell(self, graph: ModelGraph) -> None:
-        """Say once which modules run as they are written."""
-        new = {path: why for path, why in graph.opaque.items() if path not in self._told}
-        self._told.update(new)
+    def _warn_of_opaque(self, graph: ModelGraph) -> None:
+        """Warn once which modules run as they are written."""
+        new = {path: why for path, why in graph.opaque.items() if path not in self._reported}
+        self._reported.update(new)
         if not new:
             return
         named = "; ".join(f"{path} {why}" for path, why in new.items())
@@ -274,7 +274,7 @@ def _restored(model: nn.Module, plan: LoweringPlan, rule: str, lowers: bool) -> 
 
 
 def _kind_of(inputs: Inputs) -> tuple[Any, tuple[Tensor, ...]]:
-    """What calls must have in common to run one lowered graph, None if they cannot; and their tensors."""
+    """The key of calls that can share one lowered graph, None for those that cannot; and their tensors."""
     if not inputs.kwargs and all(type(x) is Tensor and x.dim() for x in inputs.args):
         return tuple((x.shape[1:], x.dtype, _strange(x)) for x in inputs.args), inputs.args
     parts: list[Any] = []
@@ -291,7 +291,7 @@ def _kind_of(inputs: Inputs) -> tuple[Any, tuple[Tensor, ...]]:
 
 
 def _recording() -> bool:
-    """Whether PyTorch takes down what is called: for ``torch.jit.trace`` or ``torch.export``."""
+    """Whether PyTorch records calls: for ``torch.jit.trace`` or ``torch.export``."""
     exporting = getattr(torch.compiler, "is_exporting", lambda: False)  # torch >= 2.7
     return bool(torch.jit.is_tracing() or exporting())  # type: ignore[attr-defined, no-untyped-call]
 

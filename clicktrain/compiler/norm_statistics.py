@@ -15,8 +15,8 @@ from torch import nn
 from clicktrain.compiler import steps
 from clicktrain.compiler.layout_choice import PLAIN
 from clicktrain.compiler.measure import SECONDS, ImplTimes, problem_of
-from clicktrain.compiler.plan import Activations, LoweringPlan, held_dtype
-from clicktrain.compiler.units import Unit, conv_of, dtype_of, find_units, shape_of
+from clicktrain.compiler.plan import Activations, Choice, LoweringPlan, held_dtype
+from clicktrain.compiler.units import Unit, conv_of, dtype_of, find_units, runs_in, shape_of
 from clicktrain.errors import UserError
 from clicktrain.graph import ModelGraph
 from clicktrain.kernels.layouts import LAYOUTS
@@ -26,7 +26,7 @@ from clicktrain.latency.timer import candidates_ms
 
 @dataclass(frozen=True, slots=True)
 class NormTimes:
-    """Milliseconds of a convolution and the batch norm behind it, forward only: the rest is the same.
+    """Milliseconds of a convolution and the batch norm behind it, forward only: backward is the same.
 
     Attributes:
         apart: batch norm takes its statistics itself.
@@ -42,45 +42,62 @@ class NormTimes:
         return self.together < self.apart
 
     def reason(self) -> str:
-        """Why the other way was not taken."""
+        """Name the way that was not taken, with both times."""
         if self.pays:
             return f"statistics apart: {self.apart:.2f} ms with the norm, together {self.together:.2f} ms"
         return f"statistics together: {self.together:.2f} ms with the norm, apart {self.apart:.2f} ms"
 
 
 def convolutions_before_norms(units: Sequence[Unit]) -> dict[str, Unit]:
-    """By name of each convolution that a batch norm reads and nobody else: the batch norm's unit."""
+    """Map each convolution whose only reader is a batch norm to that norm's unit."""
     convolutions = {unit.output: unit for unit in units if unit.kind == "conv"}
-    found = {}
+    norms = {}
     for unit in units:
         if unit.kind == "batch_norm" and unit.inputs[0] in convolutions and len(unit.inputs[0].users) == 1:
-            found[convolutions[unit.inputs[0]].name] = unit
-    return found
+            norms[convolutions[unit.inputs[0]].name] = unit
+    return norms
 
 
-def check_statistics(traced: ModelGraph, plan: LoweringPlan) -> None:
-    """Refuse a plan, edited by hand perhaps, that wants statistics where they cannot be taken.
+def check_plan(traced: ModelGraph, plan: LoweringPlan) -> None:
+    """Refuse a plan, edited by hand perhaps, that cannot be run as it says.
 
     Raises:
-        UserError: no batch norm alone reads that convolution, or it does not run blocked.
+        UserError: an operation has no kernel in its layout, an implementation refuses a layer, or statistics
+            are to be taken where no batch norm alone reads a convolution, or one in another layout.
     """
     choices = plan.by_layer()
     units, _ = find_units(traced)
-    norms, known = convolutions_before_norms(units), {unit.name for unit in units}
-    for choice in plan.choices:
-        if not choice.statistics or choice.layer not in known:
+    norms = convolutions_before_norms(units)
+    for unit in units:
+        choice = choices.get(unit.name)
+        if choice is None or choice.kind != unit.kind:
             continue
-        norm = norms.get(choice.layer)
-        if norm is None:
+        if choice.layout != PLAIN and not runs_in(unit, LAYOUTS[choice.layout]):
             raise UserError(
-                f"{choice.layer} cannot take the statistics of a batch norm: its result is not read by one "
-                "alone; set its statistics to false"
+                f"{choice.layer} cannot run in the {choice.layout} layout: set its layout to plain"
             )
-        if norm.name not in choices or choices[norm.name].layout != choice.layout:
-            raise UserError(
-                f"{choice.layer} takes the statistics of {norm.name}, which the plan does not run "
-                f"{choice.layout}: set its statistics to false"
-            )
+        if choice.implementation is not None:
+            held = held_dtype(choice.layout, plan.activations, dtype_of(unit))
+            if reasons := choice.implementation.refusals(problem_of(unit, held)):
+                raise UserError(
+                    f"{choice.implementation.name} cannot run {choice.layer}, {reasons[0]}: set its layout "
+                    "to plain and its impl to ''"
+                )
+        if choice.statistics:
+            _check_statistics(choice, norms.get(choice.layer), choices)
+
+
+def _check_statistics(choice: Choice, norm: Unit | None, choices: Mapping[str, Choice]) -> None:
+    if norm is None:
+        raise UserError(
+            f"{choice.layer} cannot take the statistics of a batch norm: its result is not read by one "
+            "alone; set its statistics to false"
+        )
+    if norm.name not in choices or choices[norm.name].layout != choice.layout:
+        raise UserError(
+            f"{choice.layer} takes the statistics of {norm.name}, which the plan does not run "
+            f"{choice.layout}: set its statistics to false"
+        )
 
 
 def measure_statistics(
@@ -89,7 +106,7 @@ def measure_statistics(
     times: Mapping[str, ImplTimes],
     activations: Activations = "parameters",
 ) -> dict[str, NormTimes]:
-    """Times of each convolution that a batch norm in its layout alone reads, by its name.
+    """Time each convolution whose only reader is a batch norm in its layout; by its name.
 
     Args:
         units: of the graph, with shapes.

@@ -1,4 +1,4 @@
-"""What the compiler decided, as data: printed, saved, edited by hand, replayed."""
+"""The compiler's decisions as data: printed, saved, edited by hand, replayed."""
 
 from __future__ import annotations
 
@@ -23,15 +23,14 @@ from clicktrain.latency.machine import Machine
 RULES = ("measured", "density", "sparse")
 KINDS = ("conv", "batch_norm", "elementwise", "pool", "global_pool", "cat")
 Activations = Literal["parameters", "bf16"]
-"""What activations outside the plain layout are kept in: the parameters' dtype, or bfloat16 that is
-computed in float32."""
+"""Dtype of activations outside the plain layout: the parameters' own, or bfloat16 computed in float32."""
 ACTIVATIONS: tuple[Activations, ...] = ("parameters", "bf16")
 DENSE = ("nchw fp32", "channels_last fp32", "nchw bf16", "channels_last bf16")
 """Ways to run PyTorch's dense convolution: memory format and dtype."""
 
 
 def activations_of(dtypes: Sequence[str], dtype: torch.dtype) -> tuple[Activations, ...]:
-    """What activations may be kept in by a network of ``dtype`` that may compute in ``dtypes``."""
+    """List the ways to keep activations of a network of ``dtype`` that may compute in ``dtypes``."""
     if dtype is not torch.float32:
         return ACTIVATIONS[:1]
     allowed = {"parameters": "fp32", "bf16": "bf16"}
@@ -56,7 +55,7 @@ def layouts() -> tuple[str, ...]:
 
 @dataclass(frozen=True, slots=True)
 class Choice:
-    """What was decided for one node of the graph (a fused one stands under its first layer's name).
+    """The decision about one node of the graph; a fused one stands under its first layer's name.
 
     Attributes:
         layer: path of the layer, with ``#2`` for its second call; for functions the node's name.
@@ -122,7 +121,7 @@ class Choice:
 
     @property
     def implementation(self) -> Impl | None:
-        """What runs a convolution; None for PyTorch's dense one, and for other kinds."""
+        """The implementation of a convolution; None for PyTorch's dense one, and for other kinds."""
         if self.kind != "conv" or (self.layout == PLAIN and not self.impl):
             return None
         return IMPLS[self.impl] if self.impl else default_implementation(self.layout)
@@ -198,7 +197,7 @@ class LoweringPlan:
         return {layer: clause for layer, clause in clauses.items() if clause}
 
     def blocked(self) -> list[Choice]:
-        """What runs outside the plain layout."""
+        """List the choices outside the plain layout."""
         return [choice for choice in self.choices if choice.layout != PLAIN]
 
     def by_layer(self) -> dict[str, Choice]:

@@ -1,4 +1,4 @@
-"""Measured plans, kept on disk: a network is measured once per machine, and then always runs the same way.
+"""A cache of measured plans on disk: a network is measured once per machine, and then runs the same way.
 
 Two measurements never agree to the last digit, and two plans may differ in the order of their sums. Keeping
 the first plan makes a second run of the same settings equal to the first, bit for bit, and starts it sooner.
@@ -18,7 +18,7 @@ from pathlib import Path
 from torch import fx, nn
 
 from clicktrain.compiler.measure import problem_of
-from clicktrain.compiler.norm_statistics import check_statistics
+from clicktrain.compiler.norm_statistics import check_plan
 from clicktrain.compiler.plan import Activations, LoweringPlan
 from clicktrain.compiler.units import Unit, find_units, shape_of
 from clicktrain.errors import UserError
@@ -35,14 +35,13 @@ from clicktrain.latency.machine import Machine
 FORMAT_VERSION = 3
 _MOST_BYTES = 64 << 20
 KERNELS = 11
-"""To be raised when kernels change so that old measurements say nothing any more."""
+"""Version of the kernels: raise it when old measurements do not hold any more."""
 
 
 def place(units: Sequence[Unit], trained: Collection[fx.Node], batch: int, dtypes: Sequence[str]) -> Path:
     """Where the plan of such a network is kept on this machine.
 
-    Networks are alike if they have the same layers with the same shapes and, to a hundredth, densities, and
-    as many different tap sets.
+    The name is a hash of the units, their problems, the machine, the compiler and the implementations.
     """
     tools = toolchain()
     about = [
@@ -64,10 +63,9 @@ def place(units: Sequence[Unit], trained: Collection[fx.Node], batch: int, dtype
 
 
 def read(path: Path) -> LoweringPlan | None:
-    """The plan that is kept there; None if there is none, or not as it was written for that place.
+    """Read a plan; None if there is none, or if the file was damaged, edited or copied from elsewhere.
 
-    The file holds the name that it was written under and a hash of the plan: one that was damaged, edited or
-    copied from elsewhere is not believed.
+    The file holds the name that it was written under and a hash of the plan.
     """
     try:
         with open(os.open(path, os.O_RDONLY | os.O_NONBLOCK), encoding="utf-8") as file:
@@ -93,7 +91,7 @@ def fits(
     possible: Collection[Activations],
     dtypes: Collection[str],
 ) -> bool:
-    """Whether a plan is one that could have been made for this network, here and now."""
+    """Whether a plan could have been made for this network on this machine."""
     units, refused = find_units(traced)
     if plan.rule != "measured" or plan.batch != batch or plan.machine != Machine.here():
         return False
@@ -106,14 +104,14 @@ def fits(
     if any(one.kind == "conv" and one.dense.split()[1] not in dtypes for one in plan.choices[: len(units)]):
         return False
     try:
-        check_statistics(traced, plan)
+        check_plan(traced, plan)
     except UserError:
         return False
     return True
 
 
 def keep(path: Path, plan: LoweringPlan) -> None:
-    """Write a plan down; where that is impossible the next run measures again."""
+    """Write a plan; where that is impossible the next run measures again."""
     text = plan.to_json()
     digest = hashlib.sha256(text.encode()).hexdigest()
     document = {"version": FORMAT_VERSION, "name": path.name, "sha256": digest, "plan": text}

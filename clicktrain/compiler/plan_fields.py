@@ -1,4 +1,4 @@
-"""Values of a plan that comes from a file: each is of its kind, or the plan is none."""
+"""Checks of values in a plan that comes from a file."""
 
 from __future__ import annotations
 
@@ -58,5 +58,5 @@ def share(value: Any, what: str) -> float:
 
 
 def _short(value: Any) -> str:
-    found = repr(value)
-    return found if len(found) <= 60 else f"{found[:57]}..."
+    text = repr(value)
+    return text if len(text) <= 60 else f"{text[:57]}..."

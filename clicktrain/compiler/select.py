@@ -8,23 +8,21 @@ a conversion between two layouts costs about as much as a batch norm; so all nod
 from __future__ import annotations
 
 import math
-from collections.abc import Collection, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
 from typing import NamedTuple
 
 import torch
-from torch import fx
 
 from clicktrain.compiler import plan_cache
-from clicktrain.compiler.estimate import conversion_ms, unit_ms
-from clicktrain.compiler.layout_choice import PLAIN, Value, cheapest_layouts, total_cost
+from clicktrain.compiler.estimate import unit_ms
+from clicktrain.compiler.layout_choice import PLAIN, cheapest_layouts, total_cost
 from clicktrain.compiler.measure import (
     ConvTimes,
     ImplTimes,
     Tilings,
     measure_batch_norms,
-    measure_conversion,
     measure_convolutions,
     measure_memory,
     problem_of,
@@ -49,10 +47,11 @@ from clicktrain.compiler.units import (
     runs_in,
     shape_of,
 )
+from clicktrain.compiler.values import trained_values, values_of
 from clicktrain.graph import ModelGraph
 from clicktrain.kernels.impls import Impl, candidates_for
 from clicktrain.kernels.layouts import LAYOUTS
-from clicktrain.kernels.native import C_TYPES, KernelError
+from clicktrain.kernels.native import KernelError
 from clicktrain.kernels.native.failure import watch_failures
 from clicktrain.kernels.native.library import build_all
 from clicktrain.kernels.sparse_conv2d import PackedConv2d
@@ -128,13 +127,13 @@ class _Decision:
             if known is not None and plan_cache.fits(known, *args):
                 return known, None
         gb_s = self._measure()
-        found = [self._cheapest(kept, gb_s) for kept in self.possible]
-        _, activations, layouts = min(found, key=lambda one: one.ms)
+        ways = [self._cheapest(kept, gb_s) for kept in self.possible]
+        _, activations, layouts = min(ways, key=lambda one: one.ms)
         running = {name: self._running(name, layouts[name], activations) for name in self.convolutions}
         statistics = measure_statistics(
             self.units, layouts, {name: times for name, times in running.items() if times}, activations
         )
-        return self._written(found, statistics), place
+        return self._written(ways, statistics), place
 
     def held(self, layout: str, activations: Activations) -> torch.dtype:
         """The dtype of activations in a layout."""
@@ -182,7 +181,7 @@ class _Decision:
         ]
 
     def _running(self, name: str, layout: str, activations: Activations) -> ImplTimes | None:
-        """What runs a convolution in a layout; None for PyTorch's dense one, and where nothing can."""
+        """The fastest implementation in a layout; None for PyTorch's dense one, and where nothing can."""
         times = self.convolutions[name]
         best = times.best(layout, self.held(layout, activations))
         dense = layout == PLAIN and best is not None and times.dense[self.ways[name]] <= best.ms
@@ -241,10 +240,10 @@ class _Decision:
                 return impl
         return None
 
-    def _written(self, found: Sequence[_Best], statistics: Mapping[str, NormTimes]) -> LoweringPlan:
+    def _written(self, ways: Sequence[_Best], statistics: Mapping[str, NormTimes]) -> LoweringPlan:
         """The plan as data."""
-        _, activations, layouts = min(found, key=lambda one: one.ms) if len(found) > 1 else found[0]
-        choices = []
+        _, activations, layouts = min(ways, key=lambda one: one.ms) if len(ways) > 1 else ways[0]
+        choices, implementations = [], candidates_for(OPERATOR)
         for unit in self.units:
             layout = layouts[unit.name]
             if unit.kind == "conv":
@@ -255,12 +254,17 @@ class _Decision:
                 ms = None if norm is None else norm[layout, self.held(layout, activations)]
                 choices.append(_choice(unit, layout, ms))
         choices += [
-            Choice(name, "conv", PLAIN, refused=(f"sparse: {reason}",))
+            Choice(
+                name,
+                "conv",
+                PLAIN,
+                refused=tuple(f"sparse {impl.name}: {reason}" for impl in implementations),
+            )
             for name, reason in self.refused.items()
         ]
         notes = [f"{path} runs as it is written: it {reason}" for path, reason in self.traced.opaque.items()]
-        if len(found) > 1:
-            totals = [f"{_in_words(one.activations)} {one.ms:.1f} ms" for one in found]
+        if len(ways) > 1:
+            totals = [f"{_in_words(one.activations)} {one.ms:.1f} ms" for one in ways]
             notes.append(
                 f"activations kept in {_in_words(activations)}; convolutions, norms and conversions take "
                 f"{', '.join(totals)}"
@@ -308,7 +312,7 @@ class _Decision:
     def _refused(
         self, times: ConvTimes, running: ImplTimes | None, way: str, activations: Activations
     ) -> tuple[str, ...]:
-        """Why the other ways were not taken."""
+        """List the ways that were not taken, with time or reason."""
         dense = times.dense[way]
         reasons = [f"dense {name}: {ms:.2f} ms" for name, ms in times.dense.items() if running or name != way]
         others = {key: other for key, other in times.impls.items() if other is not running}
@@ -352,77 +356,6 @@ def dense_ways(times: Mapping[str, ConvTimes]) -> dict[str, str]:
     }
     best = min(totals, key=lambda memory: totals[memory])
     return {name: fastest(layer, best) for name, layer in times.items()}
-
-
-def trained_values(traced: ModelGraph) -> set[fx.Node]:
-    """Nodes whose values depend on a trained parameter: their gradients are computed."""
-    dependent: set[fx.Node] = set()
-    for node in traced.graph.nodes:
-        own = False
-        if node.op == "call_module":
-            own = any(parameter.requires_grad for parameter in traced.module(node).parameters())
-        elif node.op == "get_attr":
-            own = True
-        if own or any(source in dependent for source in node.all_input_nodes):
-            dependent.add(node)
-    return dependent
-
-
-def values_of(
-    traced: ModelGraph,
-    units: Sequence[Unit],
-    trained: Collection[fx.Node],
-    layouts: Sequence[str],
-    activations: Activations | None,
-) -> list[Value]:
-    """List the values that may be converted, with who computes and reads each, and the costs.
-
-    Args:
-        traced: with shapes.
-        units: of the graph.
-        trained: nodes whose gradients are computed.
-        layouts: to convert to, and from.
-        activations: measure conversions to what is kept so; None estimates them.
-    """
-    known: dict[tuple[object, ...], dict[str, tuple[float, float]]] = {}
-    of_output = {unit.output: unit for unit in units}
-    inside = {node for unit in units for node in unit.nodes}
-    reads: dict[fx.Node, list[str | None]] = {}
-    for unit in units:
-        for node in unit.inputs:
-            reads.setdefault(node, []).append(unit.name)
-    for node in traced.graph.nodes:
-        if node not in inside:
-            for source in node.all_input_nodes:
-                reads.setdefault(source, []).append(None)
-    values = []
-    for node, consumers in reads.items():
-        unit_or_none = of_output.get(node)
-        # Whatever layout a global pooling reads, what it gives is plain.
-        from_graph = unit_or_none is None or unit_or_none.kind == "global_pool"
-        producer = None if from_graph or unit_or_none is None else unit_or_none.name
-        shape, dtype = shape_of(node), getattr(node.meta.get("tensor_meta"), "dtype", None)
-        key = (shape, dtype, node in trained)
-        if key not in known:
-            known[key] = {
-                name: _conversion(name, shape, dtype, node in trained, activations) for name in layouts
-            }
-        enter, leave = ({name: ms[i] for name, ms in known[key].items()} for i in (0, 1))
-        values.append(Value(producer, tuple(consumers), enter, leave))
-    return values
-
-
-def _conversion(
-    name: str,
-    shape: tuple[int, ...],
-    dtype: torch.dtype | None,
-    trained: bool,
-    activations: Activations | None,
-) -> tuple[float, float]:
-    """Milliseconds into a layout and out of it."""
-    if activations is not None and len(shape) == 4 and dtype in C_TYPES:
-        return measure_conversion(LAYOUTS[name], shape, dtype, held_dtype(name, activations, dtype), trained)
-    return (conversion_ms(LAYOUTS[name], shape, getattr(dtype, "itemsize", 4), trained),) * 2
 
 
 def _choice(unit: Unit, layout: str, ms: float | None) -> Choice:

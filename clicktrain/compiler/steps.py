@@ -1,4 +1,4 @@
-"""What lowered graphs call in place of layers, on activations in a layout other than the model's own.
+"""Steps: what lowered graphs call in place of layers, on activations in another layout.
 
 A step holds the layer that it stands for and reads parameters, buffers and mode from it at each call, so that
 there is nothing to keep in step. Steps live in lowered graphs only, never in the model.

@@ -246,16 +246,16 @@ _POOLING = ("kernel_size", "stride", "padding", "dilation", "ceil_mode")
 
 
 def max_pooling(unit: Unit) -> Pooling | None:
-    """What a unit pools, if it takes maxima over windows that there is a kernel for."""
+    """The windows of a unit, if it takes maxima over windows that there is a kernel for."""
     node, layer = unit.output, unit.module
     if isinstance(layer, nn.MaxPool2d):
-        found = Pooling(*(getattr(layer, name) for name in _POOLING))
+        pooling = Pooling(*(getattr(layer, name) for name in _POOLING))
     elif node.target is F.max_pool2d and len(node.all_input_nodes) == 1:
         given = {name: _argument(node, place, name) for place, name in enumerate(_POOLING, 1)}
-        found = Pooling(**{name: value for name, value in given.items() if value is not None})
+        pooling = Pooling(**{name: value for name, value in given.items() if value is not None})
     else:
         return None  # another kind, or its sizes are computed and not known here
-    return found if found.fits() else None
+    return pooling if pooling.fits() else None
 
 
 def pass_of(unit: Unit) -> str | None:
@@ -292,7 +292,7 @@ def modules_in(units: list[Unit], traced: ModelGraph) -> Iterator[tuple[str, nn.
 
 
 def watched(module: nn.Module) -> bool:
-    """Whether somebody watches the module's calls: then it has to be called."""
+    """Whether hooks watch the module's calls: then it has to be called."""
     return bool(
         module._forward_hooks
         or any(hook is not plain_input for hook in module._forward_pre_hooks.values())

@@ -2,9 +2,10 @@
 
 from clicktrain.data.augment import Augment, mixup, seeded_generator
 from clicktrain.data.image_data import EncodedSource, ImageData, PixelSource, Source
-from clicktrain.data.loader import Batch, Loader, make_loader
+from clicktrain.data.loader import Batch, Loader
 from clicktrain.data.opening import open_data
 from clicktrain.data.spec import DataSpec
+from clicktrain.data.streaming import make_loader
 
 __all__ = [
     "Augment",

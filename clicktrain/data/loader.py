@@ -6,14 +6,13 @@ import copy
 from abc import ABC, abstractmethod
 from collections.abc import Iterator
 from dataclasses import dataclass, replace
-from typing import Literal, NamedTuple
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
 
 from clicktrain.data.augment import Augment, augment_and_normalize, seeded_generator
-from clicktrain.data.image_data import ImageData, PixelSource
-from clicktrain.errors import UserError
+from clicktrain.data.image_data import PixelSource
 
 
 class Batch(NamedTuple):
@@ -141,56 +140,3 @@ class InMemoryLoader(PlannedLoader):
             indices = order[self._plan.rows(batch)]
             images = self._images.index_select(0, indices)
             yield Batch(self._finish(images, epoch, batch), self._labels.index_select(0, indices))
-
-
-def make_loader(
-    data: ImageData,
-    split: Literal["train", "val"],
-    *,
-    batch_size: int,
-    device: torch.device,
-    seed: int,
-    augment: Augment,
-    drop_last: bool,
-    channels_last: bool = False,
-    dtype: torch.dtype = torch.float32,
-) -> Loader:
-    """Make the loader of a split.
-
-    Training images are shuffled and augmented; validation images come in their order and as they are,
-    whatever ``augment`` says.
-
-    Args:
-        data: an opened data set.
-        split: ``train`` or ``val``.
-        batch_size: images per batch.
-        device: where the batches are to be; images that fit in memory are moved there as a whole.
-        seed: of order and augmentation.
-        augment: what is done to training images.
-        drop_last: leave out a last batch that is not full.
-        channels_last: memory layout of the batches.
-        dtype: of the images in a batch; they are augmented and normalized in float32 all the same.
-
-    Raises:
-        UserError: a batch size that gives no batch, or an augmentation too large for the images.
-    """
-    source = data.train if split == "train" else data.val
-    if batch_size < 1:
-        raise UserError(f"batch_size={batch_size} is not possible; 1 or more is")
-    if drop_last and batch_size > len(source):
-        raise UserError(
-            f"batch_size={batch_size} is more than the {len(source)} images of the {split} split of "
-            f"{data.spec}; at most {len(source)} gives a full batch"
-        )
-    training = split == "train"
-    applied = augment if training else Augment()
-    applied.check(*data.image_shape[1:])
-    plan = BatchPlan(len(source), batch_size, drop_last, training, seed)
-    mean = torch.tensor(data.mean, dtype=torch.float32, device=device)
-    std = torch.tensor(data.std, dtype=torch.float32, device=device)
-    finish = Finish(applied, mean, std, seed, dtype, channels_last)
-    if isinstance(source, PixelSource):
-        return InMemoryLoader(source, plan, finish, device)
-    from clicktrain.data.streaming import StreamingLoader
-
-    return StreamingLoader(source, plan, finish, device, data.workers)

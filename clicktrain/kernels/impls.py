@@ -9,6 +9,7 @@ from __future__ import annotations
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, dataclass, field, fields
 from typing import Any, Literal
+from weakref import WeakKeyDictionary
 
 import torch
 from torch import Tensor
@@ -118,7 +119,7 @@ class ConvProblem:
 
     @property
     def phases(self) -> tuple[Phase, ...]:
-        """What a training step computes."""
+        """The phases of a training step."""
         return PHASES if self.input_grad else ("forward", "wgrad")
 
     @property
@@ -153,20 +154,25 @@ class ConvProblem:
         )
 
 
+_POSITIONS: WeakKeyDictionary[Structure, dict[str, Any]] = WeakKeyDictionary()
+
+
 def positions_of(structure: Structure) -> dict[str, Any]:
-    """What a `ConvProblem` says about the positions of packed values."""
+    """The attributes of a `ConvProblem` that depend on the positions of packed values; computed once."""
     from clicktrain.kernels.sparse_conv2d.blocked.patterns.tap_patterns import distinct
 
-    return {
-        "density": round(structure.density, 2),
-        "patterns": min(len(distinct(structure)), MOST_PATTERNS),
-        "equal_filters": structure.nnz_per_filter is not None,
-    }
+    if structure not in _POSITIONS:
+        _POSITIONS[structure] = {
+            "density": round(structure.density, 2),
+            "patterns": min(len(distinct(structure)), MOST_PATTERNS),
+            "equal_filters": structure.nnz_per_filter is not None,
+        }
+    return _POSITIONS[structure]
 
 
 @dataclass(frozen=True, slots=True, eq=False)
 class Kernels:
-    """What runs one layer, on activations in the layout of its implementation.
+    """The kernels of one layer, for activations in the layout of its implementation.
 
     Attributes:
         convolve: (x, values, bias, *arguments) -> y, differentiable in x, values and bias.

@@ -19,26 +19,24 @@ from clicktrain.latency.network_times import MeasureMasks
 from clicktrain.latency.sparse_latency import SparseLatency
 from clicktrain.methods.base import (
     Action,
-    FreezeMasks,
     Method,
     PruningPlan,
     Record,
     RunLength,
     StepInfo,
+    hard_prune,
 )
-from clicktrain.methods.masks.kernel_watch import KernelWatch
 from clicktrain.methods.outcome import NOTED, Reached, Target, latency_target
 from clicktrain.methods.patterns.axes import ALLOCATIONS, PENALTIES, allocation_gains
 from clicktrain.methods.patterns.plan import clicktrain_plan
 from clicktrain.methods.patterns.selection import PatternLayer, Selection
 from clicktrain.methods.patterns.settings import PatternSettings
-from clicktrain.runs.events import FinalizedEvent, HardPruneEvent, PoolEvent, StageEvent
+from clicktrain.methods.triggers import KernelWatch
+from clicktrain.runs.events import FinalizedEvent, PoolEvent, StageEvent
 from clicktrain.sparsity.allocation import allocate, check_reachable
 from clicktrain.sparsity.finalize import batch_counts
 from clicktrain.sparsity.importance import CRITERIA, magnitude_importance
-from clicktrain.sparsity.masks import energy_outside
 from clicktrain.sparsity.patterns import fixed_pool
-from clicktrain.sparsity.triggers import LossSlope
 
 STAGES = ("dense", "pool", "finalize", "regularize", "accelerated")
 
@@ -143,7 +141,7 @@ class ClickTrain(PatternSettings, Method[ClickTrainState]):
                     weight = layer.weight.detach()
                     weight = weight if layer.is_view else layer.view(weight)
                     layer.change_(add, grad, weight, state.masks[layer.name], coefficient)
-        elif state.stage == "dense" and self.trigger == "epi":
+        elif state.stage == "dense" and self.watches_structure:
             state.kernels.see(prunable.convs, self.criterion or "taylor", step)
 
     def _read(self, state: ClickTrainState, step: StepInfo) -> None:
@@ -175,7 +173,7 @@ class ClickTrain(PatternSettings, Method[ClickTrainState]):
             for layer in state.layers if left > 0 else ():
                 layer.change_(shrink, layer.weight, state.masks[layer.name], steps)
         actions: list[Action] = []
-        if state.stage == "dense" and self.trigger == "epi" and step.ends_epoch:
+        if state.stage == "dense" and self.watches_structure and step.ends_epoch:
             actions.append(self._indicator(state, prunable, step.length))
         while (reason := self._due(state, step, lengths)) is not None:
             actions += self._advance(state, prunable, step.seen, reason)
@@ -190,9 +188,8 @@ class ClickTrain(PatternSettings, Method[ClickTrainState]):
                 return f"{step.seen / step.length.total:.0%} of the run is over"
             if step.seen < lengths["earliest"]:
                 return None
-            if self.trigger == "epi":
-                return state.kernels.fires(self.epi_fires_from)
-            return LossSlope(self.loss_slope).fires(step.epoch_losses)
+            trigger = "loss_slope" if self.trigger == "own" else self.trigger
+            return state.kernels.fires(trigger, step, self.epi_fires_from, self.loss_slope)
         over = step.seen - state.entered >= lengths[state.stage]
         reads = state.stage == "finalize" or (state.stage == "pool" and lengths["pool"] > 0)
         return "its length is over" if over and (state.counted > 0 or not reads) else None
@@ -298,17 +295,8 @@ class ClickTrain(PatternSettings, Method[ClickTrainState]):
         )
 
     def _hard_prune(self, state: ClickTrainState, prunable: PrunableLayers) -> list[Action]:
-        energies = [
-            energy_outside(layer.view(layer.weight), state.masks[layer.name]) for layer in state.layers
-        ]
-        lost, whole = (sum(part) for part in zip(*energies, strict=True))
-        event = HardPruneEvent(
-            compression_asked=self.compression_asked,
-            compression_reached=_compression(prunable, state.masks),
-            energy_outside=lost / whole if whole else 0.0,
-        )
         masks = {layer.name: layer.layer.unview(state.masks[layer.name]) for layer in state.layers}
-        return [Record(event), FreezeMasks(masks)]
+        return hard_prune(prunable, masks, compression_asked=self.compression_asked)
 
     def at_end(self, state: ClickTrainState, prunable: PrunableLayers) -> Sequence[Action]:
         """A run always ends at its target; magnitudes stand in for what was not measured."""

@@ -8,14 +8,23 @@ from typing import ClassVar
 from clicktrain.errors import UserError
 from clicktrain.graph.prunable import PrunableLayers
 from clicktrain.methods.base import RunLength
-from clicktrain.methods.masks.dynamic import Densities, DropBelow, DynamicState, Growth
-from clicktrain.methods.masks.dynamic_method import DynamicSparse
+from clicktrain.methods.masks.masked import MaskState
+from clicktrain.methods.masks.moving import Growing
 from clicktrain.methods.masks.update_times import Timing, check_shares, make_timing
-from clicktrain.sparsity.regrowth import UnitKind
+from clicktrain.sparsity.distributions import DistributionChoice
+from clicktrain.sparsity.regrowth import (
+    DROPS,
+    FIRST_THRESHOLD,
+    TOLERANCE,
+    DropChoice,
+    GrowthChoice,
+    Units,
+    Update,
+)
 
 
 @dataclass(frozen=True, kw_only=True)
-class DSR(DynamicSparse):
+class DSR(Growing):
     """Sparse training that moves weights over all layers, by one adaptive threshold (Mostafa and Wang, 2019).
 
     What is below the threshold is dropped; as many weights grow, at zero, in the layers in proportion to what
@@ -24,21 +33,21 @@ class DSR(DynamicSparse):
 
     name: ClassVar[str] = "dsr"
     title: ClassVar[str] = "DSR"
-    redistribute: ClassVar[bool] = True
 
-    granularity: UnitKind = "weight"
-    """What is dropped and grown: single weights, or whole kernels (by their mean magnitude)."""
-    densities: Densities = "uniform"
+    densities: DistributionChoice = "uniform"
     """Weights over layers at the beginning: the same share everywhere (the paper's), or
     Erdos-Renyi-kernel."""
     drop: float = 0.08
     """Share of the living weights that each update is to drop (N_p); 0.08 is 400,000 of the 5.1 million that
     ResNet-50 has at a sparsity of 0.8."""
-    tolerance: float = 0.1
+    drop_rule: DropChoice = "threshold"
+    """Which are dropped: what is below one adaptive threshold (the paper's), or the smallest of each layer or
+    of the whole network."""
+    tolerance: float = TOLERANCE
     """The threshold is doubled or halved when the number dropped is off by more than this share (delta)."""
-    threshold: float = 0.001
+    threshold: float = FIRST_THRESHOLD
     """Threshold H at the first update, a magnitude."""
-    growth: Growth = "random"
+    growth: GrowthChoice = "random"
     """Where weights grow inside a layer: at random positions (the paper's), or at the largest gradients."""
     interval: int | None = None
     """Batches between updates in the first quarter of the run, doubled in each further one; by default 1,000,
@@ -49,26 +58,33 @@ class DSR(DynamicSparse):
     def __post_init__(self) -> None:
         """Check every setting."""
         super().__post_init__()
-        check_shares(self, ("tolerance",))
+        check_shares(self, ("drop", "tolerance"))
         if not 0 < self.threshold < float("inf"):
             raise UserError(f"threshold must be above 0, not {self.threshold}")
 
     @property
-    def drop_rule(self) -> DropBelow:
-        """By one threshold for all layers."""
-        return DropBelow(self.drop, self.tolerance)
-
-    @property
-    def dropped(self) -> str:
-        """What an update drops, in words."""
-        return f"what is under a threshold, about {100 * self.drop:g}% of all, is"
+    def decided_by(self) -> str:
+        """Weights grow where weights survive."""
+        return "what survives in each layer"
 
     def timing(self, length: RunLength) -> Timing:
         """When units move."""
         return make_timing(length, self.interval, min(1000, length.total // 100), self.stop, doubling=True)
 
-    def init(self, prunable: PrunableLayers, length: RunLength) -> DynamicState:
+    def init(self, prunable: PrunableLayers, length: RunLength) -> MaskState:
         """Choose the first positions."""
         state = super().init(prunable, length)
-        state.threshold = self.threshold
+        state.memory = {"threshold": self.threshold, "tolerance": self.tolerance}
         return state
+
+    def move(self, now: Update) -> tuple[Units, Units]:
+        """Algorithm 1: what was lost anywhere grows in the layers in proportion to their survivors."""
+        kept = DROPS.resolve(self.drop_rule)(now, self.drop)
+        return kept, self.grow(now, kept, now.by_survivors(kept, self.budget(now)))
+
+    def describe(self) -> str:
+        """How units move, in words."""
+        return (
+            f"what is under a threshold, about {100 * self.drop:g}% of all, is dropped, "
+            f"{self.grown} grow in layers by their survivors"
+        )

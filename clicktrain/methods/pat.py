@@ -34,12 +34,11 @@ from clicktrain.methods.channels.selection import ChannelSelection
 from clicktrain.methods.channels.stepwise import StepwiseRemoval, StepwiseState
 from clicktrain.methods.outcome import Reached, Target
 from clicktrain.methods.saved_state import restored_state, saved_state
-from clicktrain.methods.triggers import Policy, StartRule, StructureWatch, default_window
+from clicktrain.methods.triggers import StartRule, StructureWatch, default_threshold, default_window
 from clicktrain.runs.events import StageEvent, TriggerEvent
 from clicktrain.settings import part_of
-from clicktrain.sparsity.importance import reads_gradient
 from clicktrain.sparsity.registry import choice_name
-from clicktrain.sparsity.stability import GRADIENT_THRESHOLD, MAGNITUDE_THRESHOLD
+from clicktrain.sparsity.triggers import PolicyChoice
 from clicktrain.surgery import read_recipe
 
 STAGES = ("dense", "prune", "sparse")
@@ -76,7 +75,7 @@ class PaT(Method[PaTState]):
     """Importance of a neuron: taylor (the change of the loss by batch norm's scale and shift, by the weights
     where there is no batch norm), taylor_weights (Eq. 3 on the weights everywhere; about zero in front of a
     batch norm), magnitude (Eq. 2), or any criterion of weights, summed over the neuron."""
-    policy: Policy = "epi"
+    policy: PolicyChoice = "epi"
     """When: epi (the structure is stable), loss_slope (the loss settles, ClickTrain's rule), epoch (at
     prune_epoch), random (an epoch drawn up to latest_start), or init (before training: structural SNIP with 1
     of prune_steps, FORCE with more)."""
@@ -163,8 +162,7 @@ class PaT(Method[PaTState]):
         """EPI from which a structure is stable (section 4.2)."""
         if self.epi_threshold is not None:
             return self.epi_threshold
-        known = NEURON_CRITERIA.get(self.criterion) if isinstance(self.criterion, str) else self.criterion
-        return MAGNITUDE_THRESHOLD if known and not reads_gradient(known) else GRADIENT_THRESHOLD
+        return default_threshold(self.criterion, NEURON_CRITERIA)
 
     def start(self, length: RunLength) -> StartRule:
         """In which epoch neurons are pruned."""
@@ -236,7 +234,7 @@ class PaT(Method[PaTState]):
 
     def _announce(self, state: PaTState) -> list[Action]:
         trigger = TriggerEvent(
-            policy=self.policy,
+            policy=choice_name(self.policy),
             reason=state.reason,
             epi=state.watch.epi,
             threshold=self.threshold,

@@ -6,14 +6,15 @@ from dataclasses import dataclass
 from typing import ClassVar
 
 from clicktrain.methods.base import RunLength
-from clicktrain.methods.masks.dynamic import Densities, DropShare, Growth
-from clicktrain.methods.masks.dynamic_method import DynamicSparse
-from clicktrain.methods.masks.update_times import Timing, make_timing
-from clicktrain.sparsity.regrowth import UnitKind
+from clicktrain.methods.masks.moving import Growing
+from clicktrain.methods.masks.update_times import Timing, check_shares, make_timing
+from clicktrain.sparsity.registry import choice_name
+from clicktrain.sparsity.regrowth import DROPS, DropChoice, Units, Update
+from clicktrain.sparsity.schedules import ScheduleChoice, left_at
 
 
 @dataclass(frozen=True, kw_only=True)
-class RigL(DynamicSparse):
+class RigL(Growing):
     """Sparse training: the smallest weights go, those with the largest gradients grow (RigL, 2020).
 
     With random growth it is SET (Mocanu et al. 2018). Positions are fixed, and the fast operators take over,
@@ -22,31 +23,34 @@ class RigL(DynamicSparse):
 
     name: ClassVar[str] = "rigl"
     title: ClassVar[str] = "RigL"
-    redistribute: ClassVar[bool] = False
 
-    granularity: UnitKind = "weight"
-    """What is dropped and grown: single weights (the paper's), or whole kernels."""
-    densities: Densities = "erk"
-    """Weights over layers: Erdos-Renyi-kernel (small layers denser), or the same share everywhere."""
     drop: float = 0.3
-    """Share of a layer's living weights dropped at the first update (alpha); falls to 0 by a cosine."""
-    growth: Growth = "gradient"
-    """Where as many grow: at the largest gradients, or at random positions (SET)."""
+    """Share of the living weights dropped at the first update (alpha)."""
+    drop_rule: DropChoice = "layer"
+    """Which are dropped: the smallest of each layer (the paper's), of the whole network, or what is below one
+    adaptive threshold (DSR's)."""
+    drop_schedule: ScheduleChoice = "cosine"
+    """How the share that is dropped falls to 0 until the last update."""
     interval: int | None = None
     """Batches between updates; by default 100, or a fiftieth of a run of under 5,000 batches."""
-    stop: float = 0.75
-    """Share of the run after which positions are fixed."""
 
-    @property
-    def drop_rule(self) -> DropShare:
-        """The smallest of each layer."""
-        return DropShare(self.drop)
-
-    @property
-    def dropped(self) -> str:
-        """What an update drops, in words."""
-        return f"the smallest {100 * self.drop:g}%, falling to 0 by a cosine, are"
+    def __post_init__(self) -> None:
+        """Check every setting."""
+        super().__post_init__()
+        check_shares(self, ("drop",))
 
     def timing(self, length: RunLength) -> Timing:
         """When units move."""
         return make_timing(length, self.interval, min(100, length.total // 50), self.stop)
+
+    def move(self, now: Update) -> tuple[Units, Units]:
+        """Algorithm 1: each layer grows as many as it lost."""
+        kept = DROPS.resolve(self.drop_rule)(now, self.drop * left_at(self.drop_schedule, now.done))
+        return kept, self.grow(now, kept, now.lost(kept))
+
+    def describe(self) -> str:
+        """How units move, in words."""
+        return (
+            f"the smallest {100 * self.drop:g}%, falling to 0 by {choice_name(self.drop_schedule)}, are "
+            f"dropped, {self.grown} grow in the same layer"
+        )

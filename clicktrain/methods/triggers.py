@@ -1,18 +1,32 @@
-"""When to prune: the early pruning indicator over a run, and the other rules that it is compared with."""
+"""When to prune, over a run: the structures that the early pruning indicator compares, and who reads it.
+
+A structure (When to Prune?, section 3.3) is how many neurons of each layer are among the best of the network,
+or how many kernels, for methods that prune kernels. Scores of kernels are means over their positions, so that
+layers with kernels of different sizes compete, and over the batches of an epoch (Algorithm 2, line 6).
+"""
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+import math
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
-from typing import Any, Literal
+from typing import Any
 
 import torch
+from torch import Tensor
 
-from clicktrain.methods.base import Record
-from clicktrain.sparsity.stability import early_pruning_indicator
-from clicktrain.sparsity.triggers import LossSlope, StructureStable
-
-Policy = Literal["epi", "loss_slope", "epoch", "random", "init"]
+from clicktrain.graph.prunable import PrunableLayer
+from clicktrain.methods.base import Record, StepInfo
+from clicktrain.runs.events import IndicatorEvent
+from clicktrain.sparsity.importance import CRITERIA, Criterion, kernel_scores, reads_gradient
+from clicktrain.sparsity.registry import choice_name
+from clicktrain.sparsity.stability import (
+    GRADIENT_THRESHOLD,
+    MAGNITUDE_THRESHOLD,
+    early_pruning_indicator,
+    kept_kernels,
+)
+from clicktrain.sparsity.triggers import EARLY_TRIGGERS, POLICIES, SLOPE, History, Trigger, fires
 
 
 @dataclass(slots=True)
@@ -34,8 +48,11 @@ class StructureWatch:
         self.structures.append(list(structure.values()))
         epi = early_pruning_indicator(self.structures, window)
         self.indicators.append(epi)
-        return Record({"event": "epi", "epi": epi, "threshold": threshold, "window": window,
-                       "criterion": what, "structure": dict(structure)})  # fmt: skip
+        return Record(
+            IndicatorEvent(
+                epi=epi, threshold=threshold, window=window, criterion=what, structure=dict(structure)
+            )
+        )
 
     @property
     def epi(self) -> float | None:
@@ -52,12 +69,86 @@ class StructureWatch:
         return cls([list(s) for s in saved["structures"]], list(saved["indicators"]))
 
 
+def default_threshold(criterion: str | Callable[..., object], known: Mapping[str, Any] = CRITERIA) -> float:
+    """tau: that for magnitudes, or that for criteria that read gradients (section 4.2). Imports nothing."""
+    function = known.get(criterion) if isinstance(criterion, str) else criterion
+    reads = function is None or reads_gradient(function)
+    return GRADIENT_THRESHOLD if reads else MAGNITUDE_THRESHOLD
+
+
 def default_window(latest: int) -> int:
     """r where it is not given: a third of the longest dense training, 5 epochs at the most.
 
     The paper leaves r open; its runs of 90 epochs start at epoch 30 at the latest.
     """
     return max(1, min(5, latest // 3))
+
+
+@dataclass(slots=True)
+class KernelWatch:
+    """Scores of the running epoch, [F, C] per layer, and the structures of kernels before."""
+
+    sums: dict[str, Tensor] = field(default_factory=dict)
+    watch: StructureWatch = field(default_factory=StructureWatch)
+
+    def see(self, layers: Sequence[PrunableLayer], criterion: str | Criterion, step: StepInfo) -> None:
+        """Add up the scores of a batch; without gradients they are read once, at the end of an epoch."""
+        score = CRITERIA.resolve(criterion)
+        if not reads_gradient(score) and not step.ends_epoch:
+            return
+        for layer in layers:
+            grad = step.gradient(layer.weight)
+            if grad is None:
+                continue
+            scores = layer.view(score(layer.weight.detach().float(), grad.float()))
+            kernels = kernel_scores(scores) / scores[0, 0].numel()
+            before = self.sums.get(layer.name)
+            self.sums[layer.name] = kernels if before is None else before.add_(kernels)
+
+    def close_epoch(
+        self,
+        layers: Sequence[PrunableLayer],
+        share: float,
+        window: int,
+        threshold: float,
+        criterion: str | Criterion,
+    ) -> Record:
+        """The structure of the epoch that has ended, and EPI.
+
+        Args:
+            layers: all that may be pruned.
+            share: of their kernels that is kept.
+            window: r of Eq. (6).
+            threshold: tau.
+            criterion: for the record.
+        """
+        scores = {
+            layer.name: self.sums.get(
+                layer.name, torch.zeros(layer.view_shape[:2], device=layer.weight.device)
+            )
+            for layer in layers
+        }
+        self.sums = {}
+        structure = dict(zip(scores, kept_kernels(scores, share), strict=True))
+        return self.watch.add(structure, window, threshold, choice_name(criterion))
+
+    def fires(
+        self, trigger: str | Trigger, step: StepInfo, threshold: float, slope: float = SLOPE
+    ) -> str | None:
+        """Why pruning may begin after this step, or None."""
+        epoch, latest = math.floor(step.position), step.length.epochs
+        seen = History(epoch, latest, step.epoch_losses, self.watch.indicators, threshold, slope)
+        return EARLY_TRIGGERS.resolve(trigger)(seen)
+
+    def state_dict(self) -> dict[str, Any]:
+        """Nested dicts of tensors and numbers."""
+        return {"sums": dict(self.sums), **self.watch.state_dict()}
+
+    @classmethod
+    def from_state(cls, saved: Mapping[str, Any], to: Callable[[Tensor], Tensor]) -> KernelWatch:
+        """Inverse of `state_dict`; ``to`` copies a tensor to its device."""
+        sums = {name: to(value) for name, value in saved["sums"].items()}
+        return cls(sums, StructureWatch.from_state(saved))
 
 
 @dataclass(frozen=True, slots=True)
@@ -67,7 +158,7 @@ class StartRule:
     ``latest`` is the last epoch in which pruning may take place.
     """
 
-    policy: Policy
+    policy: str | Trigger
     latest: int
     window: int
     threshold: float
@@ -83,31 +174,23 @@ class StartRule:
             watch: the structures so far.
             losses: mean training loss of every epoch so far.
         """
-        if self.policy == "init":
-            return "before training"
-        if self.policy == "epoch":
-            return f"epoch {epoch} was asked for" if epoch == self.prune_epoch else None
-        if self.policy == "random":
-            drawn = self.drawn_epoch()
-            return f"epoch {epoch} was drawn from 0 to {self.latest}" if epoch == drawn else None
-        if self.policy == "epi":
-            reason = StructureStable(self.threshold).fires(watch.indicators)
-        else:
-            reason = LossSlope(self.loss_slope).fires(losses)
-        return reason or (f"epoch {epoch} is the latest to begin" if epoch >= self.latest else None)
+        seen = History(epoch, self.latest, losses, watch.indicators, self.threshold, self.loss_slope,
+                       self.prune_epoch, self.seed)  # fmt: skip
+        return fires(POLICIES.resolve(self.policy), seen)
 
     def drawn_epoch(self) -> int:
-        """Policy random: uniform from 0 to the latest, as the paper's from [0, 30] of 90."""
-        generator = torch.Generator().manual_seed(self.seed)
-        return int(torch.randint(0, self.latest + 1, (1,), generator=generator))
+        """The epoch of policy random."""
+        return History(0, self.latest, seed=self.seed).drawn
 
     def describe(self) -> str:
         """How long training is dense."""
         latest = f"epoch {self.latest} at the latest"
-        return {
+        known = {
             "epi": f"until EPI over {self.window} epochs is at least {self.threshold:g}, {latest}",
             "loss_slope": f"until the loss falls by less than {self.loss_slope:g} per epoch, {latest}",
             "epoch": f"until epoch {self.prune_epoch}",
             "random": f"until an epoch drawn from 0 to {self.latest}",
             "init": "not at all",
-        }[self.policy]
+        }
+        name = choice_name(self.policy)
+        return known.get(name, f"until {name} says so, {latest}")

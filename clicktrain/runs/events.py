@@ -7,9 +7,15 @@ A field that is `ABSENT` is left out of the JSON; None is written as null. Keys 
 from __future__ import annotations
 
 import enum
+import sys
 from collections.abc import Mapping, Sequence
-from dataclasses import MISSING, Field, dataclass, field, fields, replace
+from dataclasses import MISSING, dataclass, field, fields, replace
 from typing import Any, ClassVar, TypeVar
+
+if sys.version_info >= (3, 11):
+    from typing import dataclass_transform
+else:
+    from typing_extensions import dataclass_transform  # torch needs it anyway
 
 _KINDS: dict[str, type[Event]] = {}
 E = TypeVar("E", bound="Event")
@@ -26,9 +32,10 @@ ABSENT: Any = _Absent.ABSENT
 """Value of a field that an event does not have; false."""
 
 
+@dataclass_transform(kw_only_default=True, frozen_default=True)
 @dataclass(frozen=True, kw_only=True)
 class Event:
-    """A decision. A subclass with a ``kind`` of its own is registered as it is defined.
+    """A decision. Subclasses are frozen dataclasses, ``class PoolEvent(Event, kind="pool")``.
 
     Attributes:
         kind: the value of the key ``event`` in JSON.
@@ -42,10 +49,12 @@ class Event:
     epoch: float = ABSENT
     more: Mapping[str, Any] = field(default_factory=dict)
 
-    def __init_subclass__(cls, **kwargs: Any) -> None:
+    def __init_subclass__(cls, kind: str = "", **kwargs: Any) -> None:
         super().__init_subclass__(**kwargs)
-        if cls.__dict__.get("kind"):
-            _KINDS[cls.kind] = cls
+        dataclass(frozen=True, kw_only=True)(cls)
+        cls.kind = kind
+        if kind:
+            _KINDS[kind] = cls
 
     @property
     def name(self) -> str:
@@ -68,7 +77,8 @@ def from_json(values: Mapping[str, Any]) -> Event:
     name = str(values.get("event"))
     rest = {key: value for key, value in values.items() if key != "event"}
     kind = _KINDS.get(name, OtherEvent)
-    if kind is OtherEvent or not {own.name for own in fields(kind) if _is_needed(own)} <= rest.keys():
+    needed = {f.name for f in fields(kind) if f.default is MISSING and f.default_factory is MISSING}
+    if not needed <= rest.keys():
         times = {key: rest.pop(key) for key in ("step", "epoch") if key in rest}
         return OtherEvent(other=name, more=rest, **times)
     own = {key: rest.pop(key) for key in _keys(kind) if key in rest}
@@ -76,14 +86,9 @@ def from_json(values: Mapping[str, Any]) -> Event:
 
 
 def _keys(kind: type[Event]) -> list[str]:
-    return [own.name for own in fields(kind) if own.name not in ("more", "other")]
+    return [f.name for f in fields(kind) if f.name not in ("more", "other")]
 
 
-def _is_needed(own: Field[Any]) -> bool:
-    return own.default is MISSING and own.default_factory is MISSING
-
-
-@dataclass(frozen=True, kw_only=True)
 class OtherEvent(Event):
     """An event of a kind that is not defined here."""
 
@@ -95,24 +100,17 @@ class OtherEvent(Event):
         return self.other
 
 
-# ---- stages and triggers ------------------------------------------------------------------------
-
-
-@dataclass(frozen=True, kw_only=True)
-class StageEvent(Event):
+class StageEvent(Event, kind="stage"):
     """A method enters a stage; ``number`` counts from 1."""
 
-    kind = "stage"
     stage: str
     number: int
     reason: str
 
 
-@dataclass(frozen=True, kw_only=True)
-class IndicatorEvent(Event):
+class IndicatorEvent(Event, kind="epi"):
     """The early pruning indicator of an epoch (When to Prune?, Eq. 6), None while its window is not full."""
 
-    kind = "epi"
     epi: float | None
     threshold: float
     window: int
@@ -120,36 +118,25 @@ class IndicatorEvent(Event):
     structure: Mapping[str, int]
 
 
-@dataclass(frozen=True, kw_only=True)
-class TriggerEvent(Event):
+class TriggerEvent(Event, kind="trigger"):
     """Pruning begins, and by which rule."""
 
-    kind = "trigger"
     policy: str
     reason: str
     epi: float | None
     threshold: float
-    prune_epoch: int
+    prune_epoch: float
 
 
-@dataclass(frozen=True, kw_only=True)
-class SwitchEvent(Event):
+class SwitchEvent(Event, kind="switch"):
     """Another method takes over."""
 
-    kind = "switch"
     method: str
     reason: str
 
 
-# ---- what is pruned -----------------------------------------------------------------------------
-
-
-@dataclass(frozen=True, kw_only=True)
 class _LatencyFields(Event):
-    """What a latency target came to; milliseconds of one batch.
-
-    ``latency_of`` is ``inference`` or ``step``, ``attempts`` the networks that were measured.
-    """
+    """Result of a latency target; milliseconds of one batch, ``attempts`` networks measured."""
 
     latency_batch: int = ABSENT
     latency_of: str = ABSENT
@@ -163,52 +150,41 @@ class _LatencyFields(Event):
     attempts: int = ABSENT
 
 
-@dataclass(frozen=True, kw_only=True)
-class PoolEvent(Event):
+class PoolEvent(Event, kind="pool"):
     """The pattern pools: per kernel shape the patterns with their scores, and the number of candidates."""
 
-    kind = "pool"
     pools: Sequence[Mapping[str, Any]]
 
 
-@dataclass(frozen=True, kw_only=True)
-class FinalizedEvent(_LatencyFields):
+class FinalizedEvent(_LatencyFields, kind="finalised"):
     """Patterns and kernels are chosen; per layer the kernels of a filter, the density and pattern counts."""
 
-    kind = "finalised"
     compression_asked: float | None
     compression_reached: float
     layers: Sequence[Mapping[str, Any]]
 
 
-@dataclass(frozen=True, kw_only=True)
-class ThresholdEvent(Event):
+class ThresholdEvent(Event, kind="threshold"):
     """Campfire's threshold has risen; ``sparsity`` is what it came to."""
 
-    kind = "threshold"
     threshold: float
     sparsity: float
 
 
-@dataclass(frozen=True, kw_only=True)
-class RegrownEvent(Event):
+class RegrownEvent(Event, kind="regrown"):
     """Dynamic sparse training has moved weights; ``threshold`` is that of the drop, where there is one."""
 
-    kind = "regrown"
     dropped: int
     grown: int
     threshold: float = ABSENT
 
 
-@dataclass(frozen=True, kw_only=True)
-class HardPruneEvent(Event):
-    """Masks are written for good; ``energy_outside`` is the share of the squared norm that was cut.
+class HardPruneEvent(Event, kind="hard_prune"):
+    """Masks are frozen; ``energy_outside`` is the share of the squared norm that was cut.
 
-    ``compression_asked`` or ``sparsity_asked``, whichever the method has; ``layers`` with the sparsity of
-    each layer, for a sparsity.
+    A method asks for a compression or for a sparsity; ``layers`` has the sparsities of the latter.
     """
 
-    kind = "hard_prune"
     compression_asked: float | None = ABSENT
     sparsity_asked: float = ABSENT
     sparsity_reached: float = ABSENT
@@ -217,30 +193,24 @@ class HardPruneEvent(Event):
     layers: Sequence[Mapping[str, Any]] = ABSENT
 
 
-@dataclass(frozen=True, kw_only=True)
-class PrunedEvent(_LatencyFields):
+class PrunedEvent(_LatencyFields, kind="pruned"):
     """One of several pruning steps has silenced neurons."""
 
-    kind = "pruned"
     pruning_step: int
     neurons_pruned: int
     neurons: int
 
 
-@dataclass(frozen=True, kw_only=True)
-class PenaltyEvent(Event):
+class PenaltyEvent(Event, kind="penalty"):
     """The coefficient of the group lasso, and the share of the loss that it was chosen for."""
 
-    kind = "penalty"
     coefficient: float
     penalty_ratio: float | None
 
 
-@dataclass(frozen=True, kw_only=True)
-class WidthsEvent(Event):
+class WidthsEvent(Event, kind="widths"):
     """Which multiple of channels trains fastest, as measured: `clicktrain.latency.WidthChoice`."""
 
-    kind = "widths"
     version: int
     chosen: int
     rows: Sequence[Mapping[str, Any]]
@@ -248,16 +218,13 @@ class WidthsEvent(Event):
     dtype: str
 
 
-@dataclass(frozen=True, kw_only=True)
-class ReconfiguredEvent(_LatencyFields):
+class ReconfiguredEvent(_LatencyFields, kind="reconfigured"):
     """Channels and layers were removed.
 
-    The method fills in what it decided by, the pruner what came of it: ``seconds``, channels before and
-    after, ``held`` (channels that stayed after all, and why), the removed layers, every layer's sizes and
-    ``max_output_change``, None unless it was measured.
+    The method fills in what it decided by; the pruner adds everything from ``seconds`` on: ``held`` are
+    channels that stayed after all, and why; ``max_output_change`` is None unless it was measured.
     """
 
-    kind = "reconfigured"
     target: float = ABSENT
     share_left: float = ABSENT
     coefficient: float | None = ABSENT
@@ -273,48 +240,37 @@ class ReconfiguredEvent(_LatencyFields):
     seconds: float = ABSENT
     channels_before: int = ABSENT
     channels_after: int = ABSENT
-    held: Any = ABSENT
+    held: Mapping[str, str] = ABSENT
     layers_removed: Sequence[str] = ABSENT
     layers: Sequence[Mapping[str, Any]] = ABSENT
     max_output_change: float | None = ABSENT
 
 
-@dataclass(frozen=True, kw_only=True)
-class OutcomeEvent(Event):
+class OutcomeEvent(Event, kind="outcome"):
     """The run is over: each target, what was reached, and why not more."""
 
-    kind = "outcome"
     targets: Sequence[Mapping[str, Any]]
 
 
-# ---- what the trainer decides -------------------------------------------------------------------
+class BatchResizedEvent(Event, kind="batch_resized"):
+    """The trainer's batch grows after channels were removed (PruneTrain 4.3); memory in bytes."""
 
-
-@dataclass(frozen=True, kw_only=True)
-class BatchResizedEvent(Event):
-    """The batch grows after channels were removed (PruneTrain 4.3); memory in bytes."""
-
-    kind = "batch_resized"
     batch_size: int
     learning_rate_factor: float
     memory_estimated: int
     memory_budget: int
 
 
-@dataclass(frozen=True, kw_only=True)
-class OperatorsEvent(Event):
+class OperatorsEvent(Event, kind="operators"):
     """Which implementation each layer runs on after the hard prune, and by which rule."""
 
-    kind = "operators"
     rule: str
     activations: str
     layers: Mapping[str, str]
 
 
-@dataclass(frozen=True, kw_only=True)
-class LogMendedEvent(Event):
-    """A log was changed between a checkpoint and resumption; so many of its lines were kept."""
+class LogMendedEvent(Event, kind="log_mended"):
+    """A log was changed between a checkpoint and resumption; ``lines_kept`` of its lines remain."""
 
-    kind = "log_mended"
     file: str
     lines_kept: int

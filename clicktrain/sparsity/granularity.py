@@ -16,14 +16,16 @@ the 3x3 kernels, which hold 48% of ResNet-50's convolution weights, and CK in th
 from __future__ import annotations
 
 import math
+from collections.abc import Callable
 from dataclasses import dataclass
-from typing import Literal
+from typing import Annotated, Literal, TypeAlias
 
 import torch
 from torch import Tensor
 
 from clicktrain.sparsity.finalize import best_patterns
 from clicktrain.sparsity.patterns import MAX_POSITIONS
+from clicktrain.sparsity.registry import Registry
 
 Within = Literal["channel", "filter"]
 """Whose kernels compete in CK pruning. ``channel``: the F kernels that read one input channel, as Algorithm 1
@@ -158,6 +160,59 @@ def inter_epoch_cut(shape: Shape, threshold: float, ck_threshold: float, within:
         return Cut(0, kernels)
     rest = remaining(threshold, kernels / _line(shape, within))
     return Cut(num_pruned(_size(shape), rest), kernels)
+
+
+@dataclass(frozen=True, slots=True)
+class CutRule:
+    """What a granularity may read beside shape and threshold; settings as in Campfire.
+
+    ``most``: weights of a kernel that may stay; ``ck_threshold``: see `inter_epoch_cut`.
+    """
+
+    within: Within = "channel"
+    share: float = 0.8
+    most: int | None = None
+    ck_threshold: float = 1.0
+
+
+Granularity: TypeAlias = Callable[[Shape, float, CutRule], Cut]
+"""(shape of a convolution's view, threshold, rule) -> how much goes."""
+
+
+def _window(shape: Shape, threshold: float, rule: CutRule) -> Cut:
+    return window_cut(shape, threshold, rule.most)
+
+
+def _ck(shape: Shape, threshold: float, rule: CutRule) -> Cut:
+    return ck_cut(shape, threshold, rule.within)
+
+
+def _combined(shape: Shape, threshold: float, rule: CutRule) -> Cut:
+    return combined_cut(shape, threshold, rule.within, rule.share, rule.most)
+
+
+def _inter_epoch(shape: Shape, threshold: float, rule: CutRule) -> Cut:
+    return inter_epoch_cut(shape, threshold, rule.ck_threshold, rule.within)
+
+
+def _pattern(shape: Shape, threshold: float, rule: CutRule) -> Cut:
+    return _combined(shape, threshold, rule)
+
+
+_pattern.in_patterns = True  # type: ignore[attr-defined]
+
+GRANULARITIES: Registry[Granularity] = Registry(
+    "granularity",
+    {
+        "window": _window,
+        "ck": _ck,
+        "combined": _combined,
+        "inter_epoch": _inter_epoch,
+        "pattern": _pattern,
+    },
+)
+"""What goes inside of convolutions. With an attribute ``in_patterns`` what stays of a kernel is a pattern."""
+GranularityChoice: TypeAlias = Annotated[str | Granularity, GRANULARITIES]
 
 
 def remaining(threshold: float, done: float) -> float:

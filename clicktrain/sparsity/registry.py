@@ -17,7 +17,7 @@ from clicktrain.errors import UserError, shortened, shown
 from clicktrain.own_code import FromFile, import_own, is_own, require_named, split_name
 
 T = TypeVar("T")
-F = TypeVar("F", bound=Callable[..., Any])
+F = TypeVar("F")
 
 
 class Registry(Mapping[str, T], Generic[T]):
@@ -81,7 +81,7 @@ class Registry(Mapping[str, T], Generic[T]):
         return value if self._guard is None else self._guard(name, value)
 
     def register(self, key: str) -> Callable[[F], F]:
-        """Decorate a function (or call the result with it): from now on ``key`` is a choice.
+        """Decorate a function, or call the result with a value: from now on ``key`` is a choice.
 
         Raises:
             ValueError: there is one of that name, or the name cannot be typed as a choice.
@@ -132,11 +132,12 @@ class Registry(Mapping[str, T], Generic[T]):
             return self._lower(self._beneath.resolve(choice))
         if not isinstance(choice, str):
             return self._resolved(_title(choice), choice)
+        if isinstance(choice, FromFile):
+            require_named(choice, "a file", None, self.what)
         if choice in self._own:
             return self._own[choice]
         if not is_own(choice):
             return self[choice]
-        require_named(choice, "a file", None if isinstance(choice, FromFile) else choice, self.what)
         function = import_own(choice, self._how)
         if not callable(function):
             raise UserError(f"{self.what} {choice!r} is of type {type(function).__name__}: {self._how}")

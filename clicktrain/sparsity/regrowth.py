@@ -1,57 +1,96 @@
-"""Dynamic sparse training: weights are dropped and as many grow elsewhere (functions on tensors).
+"""Drop and grow: the rules by which units leave a network and come back (functions on tensors).
 
-Dynamic sparse reparameterization (Mostafa and Wang, ICML 2019; "DSR" below) and RigL (Evci et al., ICML 2020)
-are both drop rule x growth rule x distribution over layers x interval, on units that are single weights or
-whole kernels. Here are the rules; `clicktrain.methods.masks.dynamic` composes them over a run.
-
-A layer's units have the shape of its weight, or [F, C] for the kernels of a convolution.
+Dynamic sparse reparameterization (Mostafa and Wang, ICML 2019; "DSR" below), RigL (Evci et al., ICML 2020)
+and their kin are a drop rule x a growth rule x a distribution over layers x an interval, on units that are
+single weights or whole kernels. `clicktrain.methods.masks.moving` composes them over a run.
 """
 
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, MutableMapping, Sequence
+from dataclasses import dataclass, field
 from fractions import Fraction
-from typing import Literal
+from typing import Annotated, TypeAlias
 
 import numpy as np
 import torch
 from torch import Tensor
 
-UnitKind = Literal["weight", "kernel"]
-"""What is dropped and grown: single weights, or a convolution's kernels (weights where there are none)."""
+from clicktrain.sparsity.registry import Registry
+from clicktrain.sparsity.schedules import cosine
+
+Units: TypeAlias = dict[str, Tensor]
+"""Layer name -> one value per unit."""
+FIRST_THRESHOLD = 0.001
+"""H where it is not given."""
+TOLERANCE = 0.1
+"""delta where it is not given."""
 
 
-# ---- units ----------------------------------------------------------------------------------
+@dataclass(frozen=True, slots=True)
+class Update:
+    """What the rules see when units are to be dropped or to grow.
 
-
-def unit_size(shape: Sequence[int], kind: UnitKind) -> int:
-    """Weights of a unit of a layer of this shape."""
-    return math.prod(shape[2:]) if kind == "kernel" else 1
-
-
-def unit_scores(tensor: Tensor, kind: UnitKind) -> Tensor:
-    """Mean absolute value of each unit: of weights or of gradients.
-
-    A mean, so that kernels of all sizes compare with one threshold.
-
-    Args:
-        tensor: [F, C, R, S] or [O, I].
-        kind: ``kernel`` gives [F, C] for a convolution.
+    Attributes:
+        alive: bool, the units that live.
+        scores: larger = keep.
+        gradients: mean absolute gradient of every unit, dead ones included; empty if nobody reads them.
+        shapes: of the layers' weights.
+        sizes: weights of a unit of each layer.
+        done: share of the time of all updates that is past.
+        seed, seen: what random numbers depend on: the run's seed, batches seen.
+        memory: numbers that a rule keeps from update to update.
     """
-    magnitudes = tensor.detach().float().abs()
-    return magnitudes.mean(dim=(2, 3)) if kind == "kernel" and tensor.dim() == 4 else magnitudes
+
+    alive: Units
+    scores: Units
+    gradients: Units
+    shapes: Mapping[str, Sequence[int]]
+    sizes: Mapping[str, int]
+    done: float = 0.0
+    seed: int = 0
+    seen: int = 0
+    memory: MutableMapping[str, float] = field(default_factory=dict)
+
+    def counts(self, densities: Mapping[str, float]) -> dict[str, int]:
+        """Units per layer for densities, at least one."""
+        return {name: units_at(densities[name], alive.numel()) for name, alive in self.alive.items()}
+
+    def lost(self, kept: Units) -> dict[str, int]:
+        """Units per layer that live now and are not among the kept."""
+        return {name: int(alive.sum()) - int(kept[name].sum()) for name, alive in self.alive.items()}
+
+    def missing(self, kept: Units, counts: Mapping[str, int]) -> dict[str, int]:
+        """Units per layer that the kept lack to these counts."""
+        return {name: max(counts[name] - int(kept[name].sum()), 0) for name in kept}
+
+    def keep(self, counts: Mapping[str, int]) -> Units:
+        """The best of the living units of each layer."""
+        return {name: keep_largest(self.scores[name], self.alive[name], counts[name]) for name in self.alive}
+
+    def weights(self, units: Units) -> int:
+        """Weights of units."""
+        return sum(int(mask.sum()) * self.sizes[name] for name, mask in units.items())
+
+    def by_survivors(self, kept: Units, budget: int) -> dict[str, int]:
+        """Units per layer that grow up to a number of weights, in proportion to what is kept there (DSR)."""
+        names = list(kept)
+        survivors = [int(kept[name].sum()) * self.sizes[name] for name in names]
+        free = [kept[name].numel() - int(kept[name].sum()) for name in names]
+        shares = growth_shares(budget - sum(survivors), survivors, free, [self.sizes[name] for name in names])
+        return dict(zip(names, shares, strict=True))
 
 
-def units_of(mask: Tensor, kind: UnitKind) -> Tensor:
-    """Mask of units from a mask of weights that is made of whole units."""
-    return mask[:, :, 0, 0] if kind == "kernel" and mask.dim() == 4 else mask
+DropRule: TypeAlias = Callable[[Update, float], Units]
+"""(update, share of the living that is to go) -> the units that stay."""
+GrowthRule: TypeAlias = Callable[[Update, Units, Mapping[str, int]], Units]
+"""(update, the units that stay, how many grow in each layer) -> the units that live afterwards."""
 
 
-def weights_of(units: Tensor, shape: Sequence[int]) -> Tensor:
-    """Mask of weights from a mask of units."""
-    extra = len(shape) - units.dim()
-    return units.view(*units.shape, *[1] * extra).expand(*shape).contiguous()
+def units_at(density: float, total: int) -> int:
+    """How many of a layer's units live at a density, at least one."""
+    return min(max(round(density * total), 1), total)
 
 
 def random_numbers(shape: Sequence[int], seed: int, step: int, layer: int) -> Tensor:
@@ -69,43 +108,9 @@ def largest(scores: Tensor, count: int) -> Tensor:
     return chosen.view(scores.shape)
 
 
-# ---- how dense: at the beginning --------------------------------------------------------------
-
-
-def uniform_densities(shapes: Mapping[str, Sequence[int]], density: float) -> dict[str, float]:
-    """The same density for every layer (RigL section 3, "Uniform"; DSR)."""
-    return dict.fromkeys(shapes, density)
-
-
-def erdos_renyi_densities(shapes: Mapping[str, Sequence[int]], density: float) -> dict[str, float]:
-    """Erdos-Renyi-kernel: densities in proportion to (F + C + R + S) / (F C R S) (RigL section 3).
-
-    Of a fully connected layer (O + I) / (O I). Layers for which that would be more than 1 stay dense, and
-    the others share what is left, so that ``density`` of all weights live.
-
-    Args:
-        shapes: layer name -> shape of its weight.
-        density: share of all weights that is to live, in (0, 1].
-    """
-    weights = {name: math.prod(shape) for name, shape in shapes.items()}
-    scales = {name: sum(shape) / weights[name] for name, shape in shapes.items()}
-    budget = density * sum(weights.values())
-    dense: set[str] = set()
-    while True:
-        free = [name for name in shapes if name not in dense]
-        left = budget - sum(weights[name] for name in dense)
-        factor = left / max(sum(scales[name] * weights[name] for name in free), 1e-300)
-        over = [name for name in free if factor * scales[name] > 1]
-        if not over:
-            return {name: 1.0 if name in dense else factor * scales[name] for name in shapes}
-        top = max(scales[name] for name in over)
-        dense |= {name for name in over if scales[name] == top}
-
-
 def random_units(shape: Sequence[int], density: float, seed: int, layer: int) -> Tensor:
     """Units that live at the beginning, at random: bool on the CPU, at least one of them."""
-    total = math.prod(shape)
-    return largest(random_numbers(shape, seed, 0, layer), min(max(round(density * total), 1), total))
+    return largest(random_numbers(shape, seed, 0, layer), units_at(density, math.prod(shape)))
 
 
 # ---- drop -----------------------------------------------------------------------------------
@@ -118,7 +123,7 @@ def cosine_share(done: float, first: float) -> float:
         done: t / T_end, in [0, 1].
         first: alpha, the share at the beginning.
     """
-    return first / 2 * (1 + math.cos(math.pi * done))
+    return first * cosine(done)
 
 
 def keep_largest(magnitudes: Tensor, alive: Tensor, count: int) -> Tensor:
@@ -146,6 +151,56 @@ def adapted_threshold(threshold: float, dropped: int, target: float, tolerance: 
     if dropped > (1 + tolerance) * target:
         return threshold / 2
     return threshold
+
+
+def smallest_of_layers(now: Update, share: float) -> Units:
+    """RigL: in each layer a share of the living units, the smallest; one stays."""
+    counts = {name: int(alive.sum()) for name, alive in now.alive.items()}
+    return now.keep({name: max(count - math.floor(share * count), 1) for name, count in counts.items()})
+
+
+def smallest_of_network(now: Update, share: float) -> Units:
+    """A share of the living weights, the smallest units of all layers together; one of each layer stays.
+
+    Units are kept from the best on until no further one fits; ties go to the first.
+    """
+    budget = now.weights(now.alive) - math.floor(share * now.weights(now.alive))
+    return best_of_network(now, budget)
+
+
+def best_of_network(now: Update, budget: int) -> Units:
+    """The best living units of all layers together, of so many weights; one of each layer at the least."""
+    kept = now.keep(dict.fromkeys(now.alive, 1))
+    flat = [now.scores[name].masked_fill(~now.alive[name], -1.0).flatten() for name in now.alive]
+    flat = [part.masked_fill(kept[name].flatten(), torch.inf) for part, name in zip(flat, kept, strict=True)]
+    sizes = [
+        torch.full_like(part, now.sizes[name], dtype=torch.float64)
+        for part, name in zip(flat, kept, strict=True)
+    ]
+    scores = torch.cat(flat)
+    order = scores.sort(descending=True, stable=True).indices
+    fits = torch.cat(sizes)[order].cumsum(0) <= max(budget, now.weights(kept))
+    chosen = torch.zeros_like(scores, dtype=torch.bool)
+    chosen[order] = fits
+    parts = torch.split(chosen, [part.numel() for part in flat])
+    return {name: part.view_as(kept[name]) & now.alive[name] for name, part in zip(kept, parts, strict=True)}
+
+
+def below_threshold(now: Update, share: float) -> Units:
+    """DSR: in all layers what is below one threshold, which adapts until ``share`` of the weights goes."""
+    threshold = now.memory.setdefault("threshold", FIRST_THRESHOLD)
+    kept = {name: keep_above(now.scores[name], alive, threshold) for name, alive in now.alive.items()}
+    before = now.weights(now.alive)
+    dropped, tolerance = before - now.weights(kept), now.memory.get("tolerance", TOLERANCE)
+    now.memory["threshold"] = adapted_threshold(threshold, dropped, share * before, tolerance)
+    return kept
+
+
+DROPS: Registry[DropRule] = Registry(
+    "drop rule",
+    {"layer": smallest_of_layers, "network": smallest_of_network, "threshold": below_threshold},
+)
+DropChoice: TypeAlias = Annotated[str | DropRule, DROPS]
 
 
 # ---- grow -----------------------------------------------------------------------------------
@@ -214,3 +269,26 @@ def growth_shares(
                 if grown[i] < free[i] and sizes[i] <= left:
                     grown[i] += 1
                     left -= sizes[i]
+
+
+def grow_by_gradient(now: Update, kept: Units, counts: Mapping[str, int]) -> Units:
+    """In each layer where the gradient is largest (RigL)."""
+    return {name: grow_steepest(kept[name], counts[name], now.gradients[name]) for name in kept}
+
+
+grow_by_gradient.reads_gradient = True  # type: ignore[attr-defined]
+
+
+def grow_anywhere(now: Update, kept: Units, counts: Mapping[str, int]) -> Units:
+    """In each layer at random positions (DSR, SET)."""
+    grown = {}
+    for number, name in enumerate(kept):
+        numbers = random_numbers(kept[name].shape, now.seed, now.seen, number)
+        grown[name] = grow_random(kept[name], now.alive[name], counts[name], numbers)
+    return grown
+
+
+grow_anywhere.reads_gradient = False  # type: ignore[attr-defined]
+
+GROWTHS: Registry[GrowthRule] = Registry("growth", {"gradient": grow_by_gradient, "random": grow_anywhere})
+GrowthChoice: TypeAlias = Annotated[str | GrowthRule, GROWTHS]

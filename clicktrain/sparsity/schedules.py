@@ -1,9 +1,50 @@
-"""Schedules: how sparse a network is to be at which time (Campfire Eq. (1), When to Prune? Algorithm 1)."""
+"""Schedules: how sparse a network is to be at which time (Campfire Eq. (1), When to Prune? Algorithm 1).
+
+A schedule says how much of the way is left, from 1 to 0, once a share of the time has passed: the sparsity is
+``final - (final - initial) * left``, the share that RigL drops is ``first * left``.
+"""
 
 from __future__ import annotations
 
 import math
+from collections.abc import Callable
 from dataclasses import dataclass
+from typing import Annotated, TypeAlias
+
+from clicktrain.sparsity.registry import Registry
+
+Schedule: TypeAlias = Callable[[float], float]
+
+
+def linear(done: float) -> float:
+    """At the same pace."""
+    return 1 - done
+
+
+def cubic(done: float) -> float:
+    """Fast at first: Zhu and Gupta (2017), Eq. (1)."""
+    return (1 - done) ** 3
+
+
+def cosine(done: float) -> float:
+    """Slow at both ends: RigL's ``f_decay``, half of ``1 + cos(pi t / T_end)``."""
+    return (1 + math.cos(math.pi * done)) / 2
+
+
+def constant(done: float) -> float:
+    """All of it until the end."""
+    return float(done < 1)
+
+
+SCHEDULES: Registry[Schedule] = Registry(
+    "schedule", {"linear": linear, "cubic": cubic, "cosine": cosine, "constant": constant}
+)
+ScheduleChoice: TypeAlias = Annotated[str | Schedule, SCHEDULES]
+
+
+def left_at(schedule: str | Schedule, done: float) -> float:
+    """What a schedule leaves at a share of the time; nothing at the end, whatever the schedule says."""
+    return 0.0 if done >= 1 else SCHEDULES.resolve(schedule)(done)
 
 
 @dataclass(frozen=True, slots=True)
@@ -41,7 +82,12 @@ class Era:
 
 
 def campfire_threshold(
-    epoch: float, era: Era, final: float, initial: float = 0.0, exponent: float = 3.0
+    epoch: float,
+    era: Era,
+    final: float,
+    initial: float = 0.0,
+    exponent: float = 3.0,
+    schedule: Schedule = linear,
 ) -> float:
     """Share of the weights that is to be zero in an epoch: Campfire Eq. (1).
 
@@ -54,6 +100,7 @@ def campfire_threshold(
         final: s_f, in [0, 1].
         initial: s_i, in [0, 1].
         exponent: r > 0, 3 in the paper; larger rises sooner.
+        schedule: what the exponent is of; linear in the paper.
 
     Returns:
         0 before the era, exactly ``initial`` at its first and exactly ``final`` from its last epoch on.
@@ -68,7 +115,7 @@ def campfire_threshold(
         return final
     if epoch == era.first_epoch:
         return initial
-    left = 1 - (epoch - era.first_epoch) / era.length
+    left = schedule((epoch - era.first_epoch) / era.length)
     return final - (final - initial) * math.pow(left, exponent)
 
 

@@ -83,7 +83,7 @@ def test_help_of_one_method_explains_its_settings_alone(name: str) -> None:
 
 def test_help_shows_what_is_registered(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setitem(CRITERIA._entries, "of_a_help_test", lambda weight, grad: weight.abs())
-    monkeypatch.setitem(METHODS, "of_a_help_test", METHODS["dense"])
+    monkeypatch.setitem(METHODS._entries, "of_a_help_test", METHODS["dense"])
     assert ",of_a_help_test" in call("train", "--help", "--method", "campfire").out
     assert "  of_a_help_test " in call("train", "--help").out
 

@@ -70,7 +70,7 @@ NHWC = Layout(
     lambda dtype: lambda x: x.permute(0, 2, 3, 1).contiguous(),
     lambda x, n: x.permute(0, 3, 1, 2).contiguous(),
 )
-GATHER = Impl("gather", reject, prepare, run, {torch.float64: 1e-11, torch.float32: 1e-5}, layout="nhwc")
+GATHER = Impl("gather", reject, prepare, run, {torch.float64: 1e-12, torch.float32: 1e-5}, layout="nhwc")
 
 
 @pytest.fixture(autouse=True)
@@ -191,6 +191,13 @@ def test_a_plan_names_only_what_is_registered() -> None:
         replace(first, impl="blocked")
     with pytest.raises(UserError, match="first has no implementation 'reference'"):
         replace(first, impl="reference")
+    for layer, message, fields in (
+        ("norm", "norm cannot run in the nhwc layout", {"layout": "nhwc"}),
+        ("body", "gather cannot run body, it is for 1x1 kernels", {"layout": "nhwc", "impl": "gather"}),
+    ):
+        choices = tuple(replace(c, **fields) if c.layer == layer else c for c in plan.choices)
+        with pytest.raises(UserError, match=message):
+            accelerate(points(), images()[0], plan=replace(plan, choices=choices))
     with pytest.raises(UserError, match="first has no implementation 'triton'"):
         replace(first, impl="triton")
     with pytest.raises(

@@ -177,13 +177,13 @@ def test_every_element_is_written_and_threads_agree(n: int, dtype: torch.dtype) 
         for threads in (1, 2):
             torch.set_num_threads(threads)
             y, mean, var = torch.full_like(x, NAN), torch.full_like(weight, NAN), torch.full_like(weight, NAN)
-            launch.forward_into((y, mean, var), x, weight, bias, residual, n, EPS, True)
+            launch.forward(x, weight, bias, residual, n, EPS, True, out=(y, mean, var))
             other = torch.full_like(x, NAN)
-            launch.affine_into(other, x, weight, bias, residual, n, True)
+            launch.affine(x, weight, bias, residual, n, True, out=other)
             results = [y, mean, var, other]
             for given, statistics in ((x, (mean, var, EPS)), (x, None), (None, None)):
                 gradients = launch.Gradients(*(torch.full_like(t, NAN) for t in (x, weight, weight, x)))
-                launch.backward_into(gradients, gy, given, y, weight, statistics, n)
+                launch.backward(gy, given, y, weight, statistics, n, True, out=gradients)
                 results += gradients
                 assert not rest(gradients.x, n).any()
                 assert not rest(gradients.residual, n).any()

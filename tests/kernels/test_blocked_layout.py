@@ -36,11 +36,11 @@ def test_there_and_back(shape: tuple[int, int, int, int], dtype: torch.dtype) ->
         expected = layout.block(images, LANES[dtype])
         # What is not written would show, and the filling has to be written too.
         blocked = torch.full_like(expected, float("nan"))
-        launch.block_into(blocked, images)
+        launch.block(images, LANES[dtype], out=blocked)
         assert torch.equal(blocked, expected)
         assert torch.equal(block_batch(images, LANES[dtype]), expected)
         back = torch.full(images.shape, float("nan"), dtype=dtype)
-        launch.unblock_into(back, blocked)
+        launch.unblock(blocked, n, out=back)
         assert torch.equal(back, images)
         assert torch.equal(unblock_batch(blocked, n), images)
         assert unblock_batch(blocked, n).is_contiguous()

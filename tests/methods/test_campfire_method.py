@@ -415,8 +415,8 @@ def test_the_plan_shows_target_and_true_sparsity() -> None:
 @pytest.mark.parametrize(
     ("settings", "sentence"),
     [
-        ({"sparsity": 1.0}, "sparsity must be between 0 and 1"),
-        ({"sparsity": 0.0}, "sparsity must be between 0 and 1"),
+        ({"sparsity": 1.0}, "sparsity is a share and must be between 0 and 1"),
+        ({"sparsity": 0.0}, "sparsity is a share and must be between 0 and 1"),
         ({"initial_sparsity": 0.7}, "initial_sparsity must be between 0 and sparsity"),
         ({"era": (50, 30)}, r"era is the first and the last epoch of pruning, as in 30 50, not \[50, 30\]"),
         ({"preset": "late"}, "preset must be one of default, from-scratch, after-training"),

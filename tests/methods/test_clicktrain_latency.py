@@ -262,6 +262,20 @@ def test_what_cannot_be_done_is_said_at_once(monkeypatch: pytest.MonkeyPatch) ->
         attached(network().to("meta"), latency_target=0.5)
 
 
+@needs_compiler
+@pytest.mark.filterwarnings("ignore::clicktrain.errors.MissedTarget")
+def test_a_layer_that_has_no_sparse_operator_counts_as_dense() -> None:
+    torch.manual_seed(0)
+    model = nn.Sequential(
+        nn.Conv2d(3, 8, 3, padding=1), nn.Conv2d(8, 8, 3, padding=1), nn.Flatten(2), nn.Conv1d(8, 8, 3),
+        nn.AdaptiveAvgPool1d(1), nn.Flatten(), nn.Linear(8, 4),
+    )  # fmt: skip
+    pruner = attached(model, latency_target_ms=1000.0, earliest_start=0.2, latest_start=0.2)
+    train(pruner, 10)
+    pruner.finish()
+    assert {layer["name"] for layer in finalised(pruner)["layers"]} == {"1", "3"}
+
+
 def test_without_a_compiler(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("clicktrain.latency.sparse_latency.toolchain", lambda: None)
     with pytest.raises(UserError, match="there is no C compiler: give a compression"):

@@ -214,3 +214,54 @@ def test_a_rejected_batch_with_infinite_importance_leaves_no_trace() -> None:
     selection.read(target, torch.full((2, 2, 3, 3), float("inf")), torch.zeros(()), True)
     assert torch.equal(selection.importance["conv"], torch.ones(2, 2, 3, 3))
     assert int(selection.votes["conv"].sum()) == 4
+
+
+class EveryConvolution(nn.Module):
+    """Convolutions of every dimension, forward and transposed, with and without groups."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.stem = nn.Conv2d(3, 8, 3, padding=1)
+        self.grouped_up = nn.ConvTranspose2d(8, 8, 3, padding=1, groups=2)
+        self.up = nn.ConvTranspose2d(8, 4, 3, padding=1)
+        self.line = nn.Conv1d(4, 8, 5, padding=2)
+        self.cube = nn.Conv3d(8, 8, 3, padding=1)
+        self.head = nn.Linear(8, 4)
+
+    def forward(self, x: Tensor) -> Tensor:
+        x = F.relu(self.up(F.relu(self.grouped_up(F.relu(self.stem(x))))))
+        x = F.relu(self.line(x.flatten(2)))
+        return self.head(self.cube(x[:, :, None, :, None]).flatten(2).mean(2))
+
+
+@pytest.mark.parametrize("preset", sorted(PRESETS))
+def test_convolutions_of_every_kind_are_pruned_in_their_own_shape(preset: Any) -> None:
+    torch.manual_seed(0)
+    model = EveryConvolution()
+    optimizer = torch.optim.SGD(model.parameters(), lr=0.01, momentum=0.9)
+    method = ClickTrain(
+        compression=4, preset=preset, earliest_start=0.1, latest_start=0.1, pool_length=0.2,
+        finalize_length=0.2, regularize_length=0.2,
+    )  # fmt: skip
+    pruner = method.attach(model, optimizer, epochs=1, steps_per_epoch=20)
+    train(model, optimizer, pruner, 20)
+    pruner.finish()
+    assert pruner.compression_ratio == pytest.approx(4, rel=0.05)
+    assert set(pruner.masks) == {"grouped_up", "up", "line", "cube"}
+    for name, mask in pruner.masks.items():
+        module = model.get_submodule(name)
+        assert mask.shape == module.weight.shape
+        assert not module.weight[~mask].any()
+        per_filter = ADAPTERS[type(module)].view(module, mask).flatten(1).sum(1)
+        assert len(set(per_filter.tolist())) == 1, "each filter keeps as many weights"
+
+
+def test_a_view_that_is_a_copy_is_written_back() -> None:
+    conv = nn.ConvTranspose2d(4, 6, 3, groups=2)
+    layer = PatternLayer(PrunableLayer("up", conv, ADAPTERS[nn.ConvTranspose2d]), entries=4, group=1)
+    assert not layer.is_view
+    tensor = torch.zeros_like(conv.weight)
+    layer.change_(lambda view, value: view[2].fill_(value), tensor, 3.0)
+    view = layer.view(tensor)
+    assert (view[2] == 3).all()
+    assert int(tensor.count_nonzero()) == view[2].numel()

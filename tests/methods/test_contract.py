@@ -144,7 +144,7 @@ def resumed(name: str, folder: Path) -> None:
 def state_file(name: str, folder: Path) -> None:
     """The pruner's state is tensors and JSON, and what is loaded is what was saved."""
     _, _, saved = uninterrupted(METHODS[name])
-    for done in MOMENTS:
+    for done in MOMENTS[::2]:
         state = load_tree(saved / f"{done}.safetensors")["pruner"]
         run = attach(name, seed=done)
         run.pruner.load_state_dict(state)
@@ -403,6 +403,6 @@ class Silent(RigL):
 def test_a_method_that_breaks_the_contract_is_caught(
     method: type[Method[Any]], what: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setitem(METHODS, method.name, method)
+    monkeypatch.setitem(METHODS._entries, method.name, method)
     assert keeps("plan before", method.name, tmp_path)
     assert not keeps(what, method.name, tmp_path)

@@ -343,4 +343,4 @@ def test_the_target_is_a_share_of_what_lives() -> None:
         optimizer.step()
         (event,) = (event for event in pruner.events if event["event"] == "regrown")
         assert (event["dropped"], event["grown"], event["threshold"]) == (tiny, tiny, 0.01)
-        assert pruner._state.threshold == then
+        assert pruner._state.memory["threshold"] == then

@@ -10,11 +10,10 @@ import pytest
 import torch
 from torch import Tensor
 
+from clicktrain.sparsity.distributions import erdos_renyi_densities
 from clicktrain.sparsity.regrowth import (
-    UnitKind,
     adapted_threshold,
     cosine_share,
-    erdos_renyi_densities,
     grow_random,
     grow_steepest,
     growth_shares,
@@ -23,11 +22,8 @@ from clicktrain.sparsity.regrowth import (
     largest,
     random_numbers,
     random_units,
-    unit_scores,
-    unit_size,
-    units_of,
-    weights_of,
 )
+from clicktrain.sparsity.units import UNITS
 
 SHAPES = [(5, 7, 3, 3), (4, 6, 1, 1), (3, 2, 5, 3), (6, 9), (1, 2, 3, 3)]
 
@@ -38,7 +34,25 @@ def draw(shape: tuple[int, ...], seed: int) -> Tensor:
     return torch.randint(-3, 4, shape, generator=generator).float() / 8
 
 
-def as_units(tensor: Tensor, kind: UnitKind) -> list[list[float]]:
+def view(shape: tuple[int, ...]) -> tuple[int, ...]:
+    """[F, C, R, S] of a weight of this shape."""
+    return shape if len(shape) == 4 else (*shape, 1, 1)
+
+
+def unit_shape(shape: tuple[int, ...], kind: str) -> tuple[int, ...]:
+    return UNITS[kind].shape(view(shape))
+
+
+def unit_scores(tensor: Tensor, kind: str) -> Tensor:
+    """Mean magnitudes of units."""
+    return UNITS[kind].scores(tensor.abs().view(view(tuple(tensor.shape))))
+
+
+def weights_of(units: Tensor, shape: tuple[int, ...], kind: str) -> Tensor:
+    return UNITS[kind].weights(units, view(shape)).view(shape)
+
+
+def as_units(tensor: Tensor, kind: str) -> list[list[float]]:
     if kind == "kernel" and tensor.dim() == 4:
         return tensor.flatten(2).flatten(0, 1).tolist()  # type: ignore[no-any-return]
     return tensor.reshape(-1, 1).tolist()  # type: ignore[no-any-return]
@@ -47,10 +61,10 @@ def as_units(tensor: Tensor, kind: UnitKind) -> list[list[float]]:
 @pytest.mark.parametrize("kind", ["weight", "kernel"])
 @pytest.mark.parametrize("shape", SHAPES)
 @pytest.mark.parametrize("step", [0, 30, 70, 99])
-def test_an_update_of_rigl(shape: tuple[int, ...], kind: UnitKind, step: int) -> None:
+def test_an_update_of_rigl(shape: tuple[int, ...], kind: str, step: int) -> None:
     weight, grad = draw(shape, 1 + step), draw(shape, 2 + step)
-    units = random_units(shape[:2] if kind == "kernel" else shape, 0.4, 3, step)
-    weight *= weights_of(units, shape)
+    units = random_units(unit_shape(shape, kind), 0.4, 3, step)
+    weight *= weights_of(units, shape, kind)
     expected = reference.rigl_update(
         as_units(weight, kind), as_units(grad, kind), units.flatten().tolist(), step, 100, 0.5
     )
@@ -65,10 +79,10 @@ def test_an_update_of_rigl(shape: tuple[int, ...], kind: UnitKind, step: int) ->
 @pytest.mark.parametrize("kind", ["weight", "kernel"])
 @pytest.mark.parametrize("shape", SHAPES)
 @pytest.mark.parametrize("threshold", [0.0, 1 / 8, 0.2, 2 / 8, 9.0])
-def test_pruning_by_threshold(shape: tuple[int, ...], kind: UnitKind, threshold: float) -> None:
+def test_pruning_by_threshold(shape: tuple[int, ...], kind: str, threshold: float) -> None:
     weight = draw(shape, 5)
-    units = random_units(shape[:2] if kind == "kernel" else shape, 0.5, 1, 2)
-    weight *= weights_of(units, shape)
+    units = random_units(unit_shape(shape, kind), 0.5, 1, 2)
+    weight *= weights_of(units, shape, kind)
     expected = reference.dsr_prune(as_units(weight, kind), units.flatten().tolist(), threshold)
     assert keep_above(unit_scores(weight, kind), units, threshold).flatten().tolist() == expected
 
@@ -172,14 +186,14 @@ def test_erdos_renyi() -> None:
 
 def test_units() -> None:
     weight = draw((4, 3, 3, 3), 0)
-    assert torch.allclose(unit_scores(weight, "kernel"), weight.abs().sum(dim=(2, 3)) / 9)
+    assert torch.allclose(unit_scores(weight, "kernel")[:, :, 0, 0], weight.abs().sum(dim=(2, 3)) / 9)
     assert torch.equal(unit_scores(weight, "weight"), weight.abs())
-    units = random_units((4, 3), 0.5, 0, 0)
-    mask = weights_of(units, weight.shape)
+    units = random_units((4, 3, 1, 1), 0.5, 0, 0)
+    mask = weights_of(units, (4, 3, 3, 3), "kernel")
     assert mask.shape == weight.shape
-    assert torch.equal(units_of(mask, "kernel"), units)
-    assert [unit_size((4, 3, 3, 3), kind) for kind in ("weight", "kernel")] == [1, 9]
-    assert unit_size((10, 5), "kernel") == 1
+    assert torch.equal(UNITS["kernel"].units(mask), units)
+    assert [UNITS[kind].size((4, 3, 3, 3)) for kind in ("weight", "kernel")] == [1, 9]
+    assert UNITS["kernel"].size((10, 5, 1, 1)) == 1
     assert int(random_units((7, 9), 0.3, 0, 0).sum()) == 19
     assert int(random_units((2, 2), 0.01, 0, 0).sum()) == 1
     assert largest(torch.tensor([2.0, 3.0, 3.0, 2.0]), 3).tolist() == [True, True, True, False]

@@ -5,7 +5,6 @@ from __future__ import annotations
 import json
 import subprocess
 import sys
-from dataclasses import dataclass
 from typing import Any
 
 import pytest
@@ -79,9 +78,8 @@ def test_an_event_keeps_the_time_it_has() -> None:
 
 
 def test_a_kind_of_ones_own_is_read_as_what_it_is() -> None:
-    @dataclass(frozen=True, kw_only=True)
-    class Thawed(Event):
-        kind = "thawed for this test"
+
+    class Thawed(Event, kind="thawed for this test"):
         layers: int
 
     assert from_json({"event": "thawed for this test", "layers": 2}) == Thawed(layers=2)

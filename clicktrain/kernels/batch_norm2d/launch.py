@@ -1,4 +1,4 @@
-"""Calls of the generated C: checks what pointers cannot say of themselves, and makes room for results."""
+"""Calls of ``batch_norm2d.c``: checks what pointers do not say, and allocates results."""
 
 from __future__ import annotations
 
@@ -16,12 +16,12 @@ from clicktrain.kernels.sparse_conv2d.blocked.layout import ALIGNMENT, vectors
 
 WHAT = "blocked batch norm"
 """In messages."""
-
-
-def source(dtype: torch.dtype, lanes: int) -> str:
-    """C source for activations of a dtype and V = ``lanes``."""
-    about = "Batch norm, residual and ReLU on batch-blocked activations."
-    return static_source("kernels/batch_norm2d/batch_norm2d.c", about, dtype, lanes)
+source = functools.partial(
+    static_source,
+    "kernels/batch_norm2d/batch_norm2d.c",
+    "Batch norm, residual and ReLU on batch-blocked activations.",
+)
+"""(dtype of the activations, lanes) -> C source."""
 
 
 class Gradients(NamedTuple):
@@ -41,32 +41,20 @@ def forward(
     n: int,
     eps: float,
     relu: bool,
+    out: tuple[Tensor, Tensor, Tensor] | None = None,
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """Batch norm with the batch's own statistics: y like ``x``, mean and biased variance [C]."""
-    mean = per_channel(x)
-    results = x.new_empty(x.shape), mean, torch.empty_like(mean)
-    forward_into(results, x, weight, bias, residual, n, eps, relu)
-    return results
+    """Batch norm with the batch's own statistics: y like ``x``, mean and biased variance [C].
 
-
-def forward_into(
-    results: tuple[Tensor, Tensor, Tensor],
-    x: Tensor,
-    weight: Tensor | None,
-    bias: Tensor | None,
-    residual: Tensor | None,
-    n: int,
-    eps: float,
-    relu: bool,
-) -> None:
-    """`forward` into given tensors: contiguous, aligned, every element is written."""
+    Here and below ``out`` is memory for the results: contiguous, aligned, every element is written.
+    """
+    y, mean, var = out or (x.new_empty(x.shape), per_channel(x), per_channel(x))
     library, sizes = _check(x, n, (residual,), (weight, bias))
     if n == 0:
         raise UserError("an empty batch has no mean: batch norm in training mode needs at least one image")
     (x, residual), (weight, bias) = _readable((x, residual), (weight, bias))
-    y, mean, var = results
     threads = torch.get_num_threads()
     call(library.forward, x, residual, y, weight, bias, mean, var, eps, relu, n, *sizes, threads)
+    return y, mean, var
 
 
 def given(
@@ -77,45 +65,33 @@ def given(
     residual: Tensor | None,
     n: int,
     relu: bool,
+    out: Tensor | None = None,
 ) -> Tensor:
     """Batch norm with the mean, biased variance and eps given: y like ``x``."""
-    y = x.new_empty(x.shape)
-    given_into(y, x, statistics, weight, bias, residual, n, relu)
-    return y
-
-
-def given_into(
-    y: Tensor,
-    x: Tensor,
-    statistics: tuple[Tensor, Tensor, float],
-    weight: Tensor | None,
-    bias: Tensor | None,
-    residual: Tensor | None,
-    n: int,
-    relu: bool,
-) -> None:
-    """`given` into a given tensor: contiguous, aligned, every element is written."""
+    y = x.new_empty(x.shape) if out is None else out
     mean, var, eps = statistics
     library, sizes = _check(x, n, (residual,), (weight, bias, mean, var))
     (x, residual), (weight, bias, mean, var) = _readable((x, residual), (weight, bias, mean, var))
     threads = torch.get_num_threads()
     call(library.given, x, residual, y, weight, bias, mean, var, eps, relu, *sizes, threads)
-
-
-def affine(x: Tensor, scale: Tensor, shift: Tensor, residual: Tensor | None, n: int, relu: bool) -> Tensor:
-    """Scaling by channel: y like ``x``."""
-    y = x.new_empty(x.shape)
-    affine_into(y, x, scale, shift, residual, n, relu)
     return y
 
 
-def affine_into(
-    y: Tensor, x: Tensor, scale: Tensor, shift: Tensor, residual: Tensor | None, n: int, relu: bool
-) -> None:
-    """`affine` into a given tensor: contiguous, aligned, every element is written."""
+def affine(
+    x: Tensor,
+    scale: Tensor,
+    shift: Tensor,
+    residual: Tensor | None,
+    n: int,
+    relu: bool,
+    out: Tensor | None = None,
+) -> Tensor:
+    """Scaling by channel: y like ``x``."""
+    y = x.new_empty(x.shape) if out is None else out
     library, sizes = _check(x, n, (residual,), (scale, shift))
     (x, residual), (scale, shift) = _readable((x, residual), (scale, shift))
     call(library.affine, x, residual, y, scale, shift, relu, *sizes, torch.get_num_threads())
+    return y
 
 
 def backward(
@@ -126,6 +102,7 @@ def backward(
     statistics: tuple[Tensor, Tensor, float] | None,
     n: int,
     need_residual: bool,
+    out: Gradients | None = None,
 ) -> Gradients:
     """Gradients of `forward` and `given`, or of `affine` where there are no statistics.
 
@@ -137,31 +114,18 @@ def backward(
         statistics: mean, biased variance and eps of batch norm.
         n: images.
         need_residual: also write ``gy`` where ``y`` is positive; only with ``y``, else that is ``gy``.
+        out: memory for the results.
     """
-    gr = gy.new_empty(gy.shape if need_residual and y is not None else 0)
-    gweight = per_channel(gy)
-    results = Gradients(gy.new_empty(gy.shape), gweight, torch.empty_like(gweight), gr)
-    backward_into(results, gy, x, y, weight, statistics, n)
-    return results
-
-
-def backward_into(
-    results: Gradients,
-    gy: Tensor,
-    x: Tensor | None,
-    y: Tensor | None,
-    weight: Tensor | None,
-    statistics: tuple[Tensor, Tensor, float] | None,
-    n: int,
-) -> None:
-    """`backward` into given tensors: contiguous, aligned, every element is written."""
+    if out is None:
+        gr = gy.new_empty(gy.shape if need_residual and y is not None else 0)
+        out = Gradients(gy.new_empty(gy.shape), per_channel(gy), per_channel(gy), gr)
     mean, var, eps = statistics or (None, None, 0.0)
     library, sizes = _check(gy, n, (x, y), (weight, mean, var))
     (gy, x, y), (weight, mean, var) = _readable((gy, x, y), (weight, mean, var))
-    gx, gweight, gbias, residual = results
-    gr = residual if residual.numel() else None
-    threads = torch.get_num_threads()
-    call(library.backward, gy, x, y, gx, gr, weight, mean, var, gweight, gbias, eps, n, *sizes, threads)
+    residual = out.residual if out.residual.numel() else None
+    numbers = eps, n, *sizes, torch.get_num_threads()
+    call(library.backward, gy, x, y, out.x, residual, weight, mean, var, out.weight, out.bias, *numbers)
+    return out
 
 
 def per_channel(x: Tensor) -> Tensor:

@@ -1,4 +1,4 @@
-"""Calls of the generated transpositions."""
+"""Calls of the generated conversions."""
 
 from __future__ import annotations
 
@@ -9,18 +9,24 @@ from torch import Tensor
 
 from clicktrain.errors import UserError
 from clicktrain.kernels.blocked_layout.codegen import source
-from clicktrain.kernels.native import STORED_TYPES, Library, load
+from clicktrain.kernels.blocked_library import check_dtype
+from clicktrain.kernels.native import Library, load
 from clicktrain.kernels.native.library import call
 
 MAX_LANES = 16
 """Float32 in 512 bits; a tile of more lanes would not fit the registers, and take long to compile."""
 
 
-def block_into(out: Tensor, x: Tensor) -> None:
-    """[N, C, H, W] -> [B, C, H, W, V], given and contiguous; the filling becomes zeros."""
+def block(x: Tensor, lanes: int, out: Tensor | None = None) -> Tensor:
+    """[N, C, H, W], any memory format -> [ceil(N / lanes), C, H, W, lanes]; padding lanes are zero.
+
+    Here and in `unblock`, ``out`` is memory for the result: contiguous, every element is written.
+    """
+    if x.dim() != 4:
+        raise UserError(f"block_batch takes [N, C, H, W], not {list(x.shape)}")
+    _check(x, lanes)
+    out = x.new_empty(blocked_shape(x, lanes)) if out is None else out
     n, c, h, w = x.shape
-    lanes = out.shape[4]
-    library = _library(x.dtype, lanes)
     outer, columns, by_run, by_column = 1, c * h * w, 0, 1
     if not x.is_contiguous() and x.is_contiguous(memory_format=torch.channels_last):
         outer, columns, by_run, by_column = h * w, c, 1, h * w
@@ -28,30 +34,11 @@ def block_into(out: Tensor, x: Tensor) -> None:
         x = x.contiguous()
     sizes = (n, out.shape[0], outer, columns, by_run, by_column, torch.get_num_threads())
     if out.numel():
-        call(library.block, x, out, *sizes)
-
-
-def unblock_into(out: Tensor, x: Tensor) -> None:
-    """[B, C, H, W, V] -> [n, C, H, W], given and contiguous; every element is written."""
-    blocks, c, h, w, lanes = x.shape
-    library = _library(x.dtype, lanes)
-    x = x.contiguous()
-    sizes = (out.shape[0], blocks, 1, c * h * w, 0, 1, torch.get_num_threads())
-    if out.numel():
-        call(library.unblock, out, x, *sizes)
-
-
-def block(x: Tensor, lanes: int) -> Tensor:
-    """[N, C, H, W], any memory format -> [ceil(N / lanes), C, H, W, lanes], filled up with zeros."""
-    if x.dim() != 4:
-        raise UserError(f"block_batch takes [N, C, H, W], not {list(x.shape)}")
-    _check(x, lanes)
-    out = x.new_empty(blocked_shape(x, lanes))
-    block_into(out, x)
+        call(_library(x.dtype, lanes).block, x, out, *sizes)
     return out
 
 
-def unblock(x: Tensor, n: int) -> Tensor:
+def unblock(x: Tensor, n: int, out: Tensor | None = None) -> Tensor:
     """[B, C, H, W, V] -> [n, C, H, W], contiguous."""
     if x.dim() != 5:
         raise UserError(f"unblock_batch takes [B, C, H, W, V], not {list(x.shape)}")
@@ -59,8 +46,10 @@ def unblock(x: Tensor, n: int) -> Tensor:
     _check(x, lanes)
     if not (blocks - 1) * lanes < n <= blocks * lanes:
         raise UserError(f"{n} images of {lanes} lanes are {-(-n // lanes)} blocks, not {blocks}")
-    out = x.new_empty(n, c, h, w)
-    unblock_into(out, x)
+    out = x.new_empty(n, c, h, w) if out is None else out
+    if out.numel():
+        sizes = (n, blocks, 1, c * h * w, 0, 1, torch.get_num_threads())
+        call(_library(x.dtype, lanes).unblock, out, x.contiguous(), *sizes)
     return out
 
 
@@ -71,9 +60,7 @@ def blocked_shape(x: Tensor, lanes: int) -> tuple[int, int, int, int, int]:
 
 
 def _check(x: Tensor, lanes: int) -> None:
-    if x.dtype not in STORED_TYPES:
-        names = ", ".join(str(dtype).removeprefix("torch.") for dtype in STORED_TYPES)
-        raise UserError(f"the blocked layout is for one of {names}, not for {x.dtype}: convert the input")
+    check_dtype(x.dtype, "the blocked layout")
     if x.device.type != "cpu":
         raise UserError(f"the blocked layout is for CPUs, not for {x.device}")
     if lanes < 1 or lanes > MAX_LANES or lanes & (lanes - 1):

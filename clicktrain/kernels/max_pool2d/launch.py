@@ -1,7 +1,8 @@
-"""Calls of the generated C: checks what pointers cannot say of themselves, and makes room for results."""
+"""Calls of ``max_pool2d.c``: checks what pointers do not say, and allocates results."""
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Sequence
 
 import torch
@@ -17,12 +18,10 @@ WHAT = "blocked pooling"
 """In messages."""
 MOST_TAPS = 128
 """Positions of a window that a signed byte can tell apart."""
-
-
-def source(dtype: torch.dtype, lanes: int) -> str:
-    """C source for activations of a dtype and V = ``lanes``."""
-    about = "Max pooling of batch-blocked activations."
-    return static_source("kernels/max_pool2d/max_pool2d.c", about, dtype, lanes)
+source = functools.partial(
+    static_source, "kernels/max_pool2d/max_pool2d.c", "Max pooling of batch-blocked activations."
+)
+"""(dtype of the activations, lanes) -> C source."""
 
 
 def tap_type(lanes: int) -> torch.dtype:

@@ -1,6 +1,6 @@
 """From scores and a threshold to the masks of a whole network: Campfire's granularities, layer by layer.
 
-When the threshold rises, and what the scores are, is `clicktrain.methods.campfire`.
+When the threshold rises is `clicktrain.methods.masks.era`.
 """
 
 from __future__ import annotations
@@ -11,81 +11,109 @@ from typing import Literal, TypeAlias
 
 from torch import Tensor
 
-from clicktrain.graph.prunable import ConvLayer, LinearLayer, PrunableLayers
-from clicktrain.sparsity.fully_connected import linear_mask, num_blocks, silent_inputs
+from clicktrain.errors import UserError
+from clicktrain.graph.prunable import PrunableLayer, PrunableLayers
+from clicktrain.sparsity.fully_connected import MAX_BLOCK, linear_mask, num_blocks, silent_inputs
 from clicktrain.sparsity.granularity import (
+    GRANULARITIES,
     Cut,
+    CutRule,
+    GranularityChoice,
     Shape,
     Within,
     ck_cut,
-    combined_cut,
     cut_mask,
-    inter_epoch_cut,
     num_pruned,
-    window_cut,
 )
 from clicktrain.sparsity.pattern_pool import PatternVotes, add_votes, candidate_patterns, select_pool
 from clicktrain.sparsity.patterns import default_entries
 
-Granularity = Literal["window", "ck", "combined", "inter_epoch", "pattern"]
-Linear = Literal["fine", "block", "none"]
 PoolKey: TypeAlias = tuple[int, int, int]
 """R, S and positions pruned in a kernel: patterns of one pool have one shape and one number of entries."""
 
 
-@dataclass(frozen=True, slots=True)
-class MaskRule:
-    """What goes at a threshold; settings as in `clicktrain.methods.campfire.Campfire`.
+@dataclass(frozen=True, kw_only=True)
+class CutSettings:
+    """What goes at a threshold, of convolutions and of linear layers."""
 
-    ``ck_threshold`` is where inter-epoch pruning changes from kernels to windows, ``block`` the side of the
-    blocks of fully connected layers, None for single weights.
-    """
+    granularity: GranularityChoice = "combined"
+    """What goes: the smallest of each kernel, whole kernels, both, both one after the other, or all but a
+    pattern of each kernel and then whole kernels."""
+    within: Within = "channel"
+    """Whole kernels compete within an input channel (Algorithm 1), or within a filter, so that all filters
+    keep equally many."""
+    max_non_zero: int | None = None
+    """At most so many of the 9 weights of a 3x3 kernel stay as soon as the threshold is above 0 (window,
+    combined, pattern); other kernel sizes keep the same share."""
+    window_share: float = 0.8
+    """Share of the threshold that is pruned inside kernels (combined, pattern)."""
+    patterns: int = 8
+    """Size of the pattern pool per kernel shape (pattern)."""
+    linear: Literal["fine", "block", "none"] = "fine"
+    """Fully connected layers: single weights over the layer, blocks, or left dense."""
+    block: int = 4
+    """Side of the blocks of fully connected layers."""
 
-    granularity: Granularity
-    within: Within
-    window_share: float
-    max_non_zero: int | None
-    patterns: int
-    ck_threshold: float
-    block: int | None
+    def check_cuts(self) -> None:
+        """UserError for a value out of range."""
+        if not 1 <= self.block <= MAX_BLOCK:
+            raise UserError(f"block must be 1 to {MAX_BLOCK}, not {self.block}")
+        if self.max_non_zero is not None and not 1 <= self.max_non_zero <= 9:
+            raise UserError(
+                f"max_non_zero is a number of weights of a 3x3 kernel, 1 to 9, not {self.max_non_zero}"
+            )
+        if self.patterns < 1:
+            raise UserError(f"patterns must be at least 1, not {self.patterns}")
 
-    def cut(self, shape: Shape, threshold: float) -> Cut:
-        """How much of a convolution goes; kernels of one position fall under CK (section 2.1)."""
-        most = None
-        if self.max_non_zero is not None:
-            most = default_entries(shape[2:], self.max_non_zero)
-        if self.granularity == "ck" or shape[2:] == (1, 1):
+    def cut(self, shape: Shape, threshold: float, ck_threshold: float) -> Cut:
+        """How much of a convolution goes; kernels of one position fall under CK (section 2.1).
+
+        ``ck_threshold`` is where inter-epoch pruning changes from kernels to windows.
+        """
+        if shape[2:] == (1, 1):
             return ck_cut(shape, threshold, self.within)
-        if self.granularity == "window":
-            return window_cut(shape, threshold, most)
-        if self.granularity == "inter_epoch":
-            return inter_epoch_cut(shape, threshold, self.ck_threshold, self.within)
-        return combined_cut(shape, threshold, self.within, self.window_share, most)
+        most = None if self.max_non_zero is None else default_entries(shape[2:], self.max_non_zero)
+        rule = CutRule(self.within, self.window_share, most, ck_threshold)
+        return GRANULARITIES.resolve(self.granularity)(shape, threshold, rule)
+
+    @property
+    def in_patterns(self) -> bool:
+        """Whether what stays of a kernel is a pattern."""
+        return bool(getattr(GRANULARITIES.resolve(self.granularity), "in_patterns", False))
+
+    @property
+    def block_side(self) -> int | None:
+        """Side of the blocks of linear layers, None for single weights."""
+        return self.block if self.linear == "block" else None
 
     def masks(
-        self, prunable: PrunableLayers, scores: Mapping[str, Tensor], threshold: float
+        self, prunable: PrunableLayers, scores: Mapping[str, Tensor], threshold: float, ck_threshold: float
     ) -> dict[str, Tensor]:
         """Masks of all layers.
 
         Args:
             prunable: the layers.
-            scores: layer name -> [F, C, R, S] or [O, I], not negative, larger = keep.
+            scores: layer name -> of the weight's shape, not negative, larger = keep.
             threshold: share that is to go.
+            ck_threshold: see `cut`.
 
         Returns:
             layer name -> bool of the same shape, True = kept.
         """
-        cuts = {layer.name: self.cut(layer.view_shape, threshold) for layer in prunable.convs}
-        pools = self._pools(scores, cuts) if self.granularity == "pattern" else {}
-        masks = {}
-        for name, cut in cuts.items():
-            r, s = scores[name].shape[2:]
-            masks[name] = cut_mask(scores[name], cut, self.within, pools.get((r, s, cut.positions)))
+        cuts = {layer.name: self.cut(layer.view_shape, threshold, ck_threshold) for layer in prunable.convs}
+        views = {layer.name: layer.view(scores[layer.name]) for layer in prunable.convs}
+        pools = self._pools(views, cuts) if self.in_patterns else {}
+        seen, masks = {}, {}
+        for layer in prunable.convs:
+            view, cut = views[layer.name], cuts[layer.name]
+            pool = pools.get((view.shape[2], view.shape[3], cut.positions))
+            seen[layer.name] = cut_mask(view, cut, self.within, pool)
+            masks[layer.name] = layer.unview(seen[layer.name])
         for layer in prunable.linears:
-            before = masks.get(layer.source or "")
+            before = seen.get(layer.source or "")
             silent = None if before is None else silent_inputs(before, layer.view_shape[1])
             # Roots: the paper sums |w| over blocks, not w^2; single weights rank the same.
-            masks[layer.name] = linear_mask(scores[layer.name].sqrt(), threshold, self.block, silent)
+            masks[layer.name] = linear_mask(scores[layer.name].sqrt(), threshold, self.block_side, silent)
         return masks
 
     def _pools(self, scores: Mapping[str, Tensor], cuts: Mapping[str, Cut]) -> dict[PoolKey, Tensor]:
@@ -97,9 +125,11 @@ class MaskRule:
                 bits = candidate_patterns(scores[name], r * s - cut.positions)
                 key = (r, s, cut.positions)
                 votes[key] = add_votes(votes.get(key, PatternVotes.empty(bits.device)), bits, (r, s))
-        return {key: select_pool(prunable, self.patterns, key[:2]).masks() for key, prunable in votes.items()}
+        return {key: select_pool(each, self.patterns, key[:2]).masks() for key, each in votes.items()}
 
-    def describe(self, layer: ConvLayer | LinearLayer, threshold: float) -> tuple[str, float, str]:
+    def describe_cut(
+        self, layer: PrunableLayer, threshold: float, ck_threshold: float
+    ) -> tuple[str, float, str]:
         """In words what goes of a layer, the sparsity that this makes without ties, and a remark."""
         if layer.kind == "linear":
             remark = f", without inputs from dead filters of {layer.source}" if layer.source else ""
@@ -107,14 +137,14 @@ class MaskRule:
                 remark = (
                     f", inputs from dead filters stay: torch.fx cannot trace this network ({layer.untraced})"
                 )
-            if self.block is None:
+            if self.block_side is None:
                 weights = layer.weight.numel()
                 return "weights", num_pruned(weights, threshold) / weights, remark
             blocks = num_blocks(layer.view_shape[:2], self.block)
             return f"{self.block}x{self.block} blocks", num_pruned(blocks, threshold) / blocks, remark
         shape = layer.view_shape
-        cut, size = self.cut(shape, threshold), shape[2] * shape[3]
-        inside = "pattern of " if self.granularity == "pattern" else ""
+        cut, size = self.cut(shape, threshold, ck_threshold), shape[2] * shape[3]
+        inside = "pattern of " if self.in_patterns else ""
         parts = [f"{inside}{size - cut.positions} of {size}"] if cut.positions else []
         parts += [f"kernels by {self.within}"] if cut.kernels else []
         return " + ".join(parts) or "none", cut.sparsity(shape, self.within), ""

@@ -47,7 +47,7 @@ def _row(layer: PatternLayer, kernels: int | None, method: PatternSettings, deci
     if kernels is None:
         return LayerPlan(layer.name, layer.layer.shape, what, reason=reason or "by its time, after stage 3")
     if not decided and method.allocation != "uniform" and not reason:
-        reason = f"shown for equal densities; allocated by {method.allocation} after stage 3"
+        reason = f"shown for equal densities; allocated by {choice_name(method.allocation)} after stage 3"
     density = kernels * layer.budget.price / layer.budget.weights
     return LayerPlan(layer.name, layer.layer.shape, what, density, kernels * layer.entries, reason)
 
@@ -67,6 +67,8 @@ def _stage_lines(method: PatternSettings, length: RunLength) -> tuple[tuple[str,
     if method.trigger == "epi":
         window = method.epi_epochs(length)
         begin = f"until EPI over {window} epochs is at least {method.epi_fires_from:g}, "
+    elif method.watches_structure:
+        begin = f"until {choice_name(method.trigger)} says so, "
     begin += f"{epochs(lengths['earliest'])} at the least, {epochs(lengths['latest'])} at the most"
     return (
         ("stage 1 dense", begin),
@@ -74,7 +76,7 @@ def _stage_lines(method: PatternSettings, length: RunLength) -> tuple[tuple[str,
         ("stage 3 finalize", f"{epochs(lengths['finalize'])}, by {choice_name(method.criterion)} importance"),
         (
             "stage 4 regularize",
-            f"{epochs(lengths['regularize'])}, penalty {method.penalty}, then hard prune",
+            f"{epochs(lengths['regularize'])}, penalty {choice_name(method.penalty)}, then hard prune",
         ),
         ("stage 5 accelerated", "to the end, masks frozen"),
     )

@@ -11,14 +11,14 @@ from clicktrain.graph.prunable import PrunableLayer, PrunableLayers, matches
 from clicktrain.latency.network_times import Timed
 from clicktrain.latency.sparse_latency import LatencyAim
 from clicktrain.methods.base import RunLength
-from clicktrain.methods.masks.kernel_watch import default_threshold
 from clicktrain.methods.patterns.axes import AllocationChoice, PenaltyChoice
 from clicktrain.methods.patterns.selection import PatternLayer
-from clicktrain.methods.triggers import default_window
+from clicktrain.methods.triggers import default_threshold, default_window
 from clicktrain.settings import check_choices
 from clicktrain.sparsity.allocation import LayerBudget
 from clicktrain.sparsity.importance import CriterionChoice
 from clicktrain.sparsity.patterns import default_entries, fixed_pool
+from clicktrain.sparsity.triggers import EarlyTriggerChoice
 
 PRESETS: dict[str, dict[str, Any]] = {
     # What does best in short runs (docs/results/cifar10.md): magnitudes, decided late, pruned at half time.
@@ -97,7 +97,7 @@ class PatternSettings:
     """Convolutions to leave dense, by module path (shell-style)."""
     include: tuple[str, ...] = ()
     """Convolutions to prune that are left alone by default (the first, depthwise ones)."""
-    trigger: Literal["own", "epi"] = "own"
+    trigger: EarlyTriggerChoice = "own"
     """Stage 2 starts by the loss (own), or when it is stable how many kernels each layer keeps (epi: When to
     Prune?, Eq. (4) to (6)); epi sets earliest_start to 0 unless it is given."""
     epi_threshold: float | None = None
@@ -132,7 +132,7 @@ class PatternSettings:
         if self.preset not in PRESETS:
             raise UserError(f"preset must be one of {', '.join(PRESETS)}, not {self.preset!r}")
         defaults = dict(PRESETS[self.preset])
-        if self.trigger == "epi":
+        if self.watches_structure:
             defaults["earliest_start"] = 0.0
         if self.aim is not None:
             defaults["allocation"] = "share"
@@ -140,16 +140,14 @@ class PatternSettings:
             if getattr(self, key) is None:
                 object.__setattr__(self, key, value)
         check_choices(self)
-        self._check_numbers()
         self._check_latency()
-
-    def _check_numbers(self) -> None:
         if not self.compression > 1:
             raise UserError(
                 f"compression must be more than 1 (8 keeps an eighth of the weights), not {self.compression}"
             )
-        if self.group < 1 or self.entries < 1 or (self.patterns or 0) < 1:
-            raise UserError("group, entries and patterns must be at least 1")
+        for key in ("group", "entries", "patterns", "epi_window", "latency_batch"):
+            if (value := getattr(self, key)) is not None and value < 1:
+                raise UserError(f"{key} must be at least 1, not {value}")
         if self.entries > 9:
             raise UserError(
                 f"entries is the number of kept positions of a 3x3 kernel, 1 to 9, not {self.entries}"
@@ -160,13 +158,9 @@ class PatternSettings:
                 raise UserError(
                     f"a fixed pool keeps 4 positions per kernel; entries={self.entries} needs pool=dynamic"
                 )
-        if self.epi_threshold is not None and not 0 <= self.epi_threshold <= 1:
-            raise UserError(f"epi_threshold must be between 0 and 1, not {self.epi_threshold}")
-        if self.epi_window is not None and self.epi_window < 1:
-            raise UserError(f"epi_window must be at least 1, not {self.epi_window}")
-        for key in (*_SHARES, "allocation_floor"):
-            if not 0 <= getattr(self, key) <= 1:
-                raise UserError(f"{key} is a share and must be between 0 and 1, not {getattr(self, key)}")
+        for key in (*_SHARES, "allocation_floor", "epi_threshold"):
+            if (value := getattr(self, key)) is not None and not 0 <= value <= 1:
+                raise UserError(f"{key} must be between 0 and 1, not {value}")
         if sum(getattr(self, key) for key in _SHARES[1:]) > 1:
             raise UserError("latest_start and the lengths of stages 2 to 4 must not add up to more than 1")
         if (self.earliest_start or 0) > (self.latest_start or 0):
@@ -188,8 +182,6 @@ class PatternSettings:
             )
         if self.latency_target_ms is not None and not 0 < self.latency_target_ms < math.inf:
             raise UserError(f"latency_target_ms must be above 0, not {self.latency_target_ms}")
-        if self.latency_batch < 1:
-            raise UserError(f"latency_batch must be at least 1, not {self.latency_batch}")
 
     @property
     def aim(self) -> LatencyAim | None:
@@ -249,6 +241,11 @@ class PatternSettings:
             )
         earliest = min(latest, max(1, round((self.earliest_start or 0) * total)))
         return {"earliest": earliest, "latest": latest, **lengths}
+
+    @property
+    def watches_structure(self) -> bool:
+        """Whether the trigger reads EPI."""
+        return self.trigger not in ("own", "loss_slope")
 
     @property
     def epi_fires_from(self) -> float:

@@ -1,0 +1,51 @@
+"""Distributions: how dense each layer is, for one density over all of them.
+
+A distribution maps the shapes of the layers' weights and a density in (0, 1] to a density per layer.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Mapping, Sequence
+from typing import Annotated, TypeAlias
+
+from clicktrain.sparsity.registry import Registry
+
+Distribution: TypeAlias = Callable[[Mapping[str, Sequence[int]], float], dict[str, float]]
+
+
+def uniform_densities(shapes: Mapping[str, Sequence[int]], density: float) -> dict[str, float]:
+    """The same density for every layer (RigL section 3, "Uniform"; DSR)."""
+    return dict.fromkeys(shapes, density)
+
+
+def erdos_renyi_densities(shapes: Mapping[str, Sequence[int]], density: float) -> dict[str, float]:
+    """Erdos-Renyi-kernel: densities in proportion to (F + C + R + S) / (F C R S) (RigL section 3).
+
+    Of a linear layer (O + I) / (O I). Layers for which that would be more than 1 stay dense, and the others
+    share what is left, so that ``density`` of all weights live.
+    """
+    weights = {name: math.prod(shape) for name, shape in shapes.items()}
+    scales = {name: erdos_renyi_scale(shape) for name, shape in shapes.items()}
+    budget = density * sum(weights.values())
+    dense: set[str] = set()
+    while True:
+        free = [name for name in shapes if name not in dense]
+        left = budget - sum(weights[name] for name in dense)
+        factor = left / max(sum(scales[name] * weights[name] for name in free), 1e-300)
+        over = [name for name in free if factor * scales[name] > 1]
+        if not over:
+            return {name: 1.0 if name in dense else factor * scales[name] for name in shapes}
+        top = max(scales[name] for name in over)
+        dense |= {name for name in over if scales[name] == top}
+
+
+def erdos_renyi_scale(shape: Sequence[int]) -> float:
+    """What the density of a layer is proportional to, as long as no layer is full."""
+    return sum(shape) / math.prod(shape)
+
+
+DISTRIBUTIONS: Registry[Distribution] = Registry(
+    "distribution", {"erk": erdos_renyi_densities, "uniform": uniform_densities}
+)
+DistributionChoice: TypeAlias = Annotated[str | Distribution, DISTRIBUTIONS]

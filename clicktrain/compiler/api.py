@@ -109,7 +109,7 @@ def accelerate(
             result = _accelerated(model, inputs, rule, plan, tuple(dtypes), remember)
         except KernelError as error:  # of a kernel that every region needs
             report_failure(error)
-    if result is None or (failures and not any(one.kind == "conv" for one in result.plan.blocked())):
+    if result is None or (failures and not any(choice.implementation for choice in result.plan.choices)):
         message = f"the packed model runs on the reference operator: {summary(failures)}{_and_notice()}"
         warnings.warn(message, stacklevel=2)
         return model

@@ -139,15 +139,18 @@ def _times(unit: Unit, norm: Unit, own: ImplTimes, activations: Activations) -> 
         return None
     if build_all([*kernels.sources.values(), *kernels.statistics_sources]):
         return None
-    layer = nn.BatchNorm2d(conv.problem.filters, dtype=dtype_of(unit), track_running_stats=False)
+    dtype, device = dtype_of(unit), next(conv_of(unit).parameters()).device
+    layer = nn.BatchNorm2d(conv.problem.filters, track_running_stats=False, dtype=dtype, device=device)
     step = steps.ConvBatchNorm(conv, steps.BatchNorm(layer, norm.relu, layout.batch_norm))
     enter = steps.Enter(layout.enter(held), held)
     n = shape_of(unit.inputs[0])[0]
-    x = enter(torch.randn(shape_of(unit.inputs[0]), dtype=dtype_of(unit)))
-    others = [enter(torch.randn(shape_of(other), dtype=dtype_of(unit))) for other in norm.inputs[1:]]
+    x, *others = (
+        enter(torch.randn(shape_of(read), dtype=dtype, device=device))
+        for read in (unit.inputs[0], *norm.inputs[1:])
+    )
     functions: dict[str, Callable[[], object]] = {
         "apart": lambda: step.norm(conv(x), n, *others),
         "together": lambda: step(x, n, *others),
     }
     with torch.no_grad():
-        return NormTimes(**candidates_ms(functions, SECONDS / 2))
+        return NormTimes(**candidates_ms(functions, SECONDS / 2, device=x.device))

@@ -104,6 +104,7 @@ class _Decision:
         self.trained = trained_values(traced)
         types = {dtype_of(unit) for unit in self.units}
         self.dtype = torch.float32 if types == {torch.float32} else torch.float64
+        self.device = next(traced.model.parameters()).device
         self.possible = activations_of(dtypes, self.dtype)
         self.layouts = list(
             dict.fromkeys(impl.layout for impl in candidates_for(OPERATOR) if impl.layout != PLAIN)
@@ -158,7 +159,7 @@ class _Decision:
         self.possible = tuple(kept for kept in self.possible if self._open(kept))
         if not self.possible:
             raise next(error for (name, _, _), error in self.broken.items() if name == "layout")
-        gb_s = measure_memory()
+        gb_s = measure_memory(self.device)
         convolutions = [unit for unit in self.units if unit.kind == "conv"]
         trained = {unit.name: unit.inputs[0] in self.trained for unit in convolutions}
         self.convolutions = measure_convolutions(convolutions, trained, self.dtypes)
@@ -171,7 +172,7 @@ class _Decision:
             if LAYOUTS[layout].batch_norm is not None
         }
         usable = [key for key in wanted if ("batch_norm", *key) not in self.broken]
-        self.norms = measure_batch_norms(norms, sorted(usable, key=str))
+        self.norms = measure_batch_norms(norms, sorted(usable, key=str), self.device)
         return gb_s
 
     def _open(self, activations: Activations) -> list[str]:

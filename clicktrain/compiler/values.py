@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from collections.abc import Collection, Sequence
 
-import torch
 from torch import fx
 
 from clicktrain.compiler.estimate import conversion_ms
@@ -48,6 +47,7 @@ def values_of(
         activations: measure conversions to what is kept so; None estimates them.
     """
     known: dict[tuple[object, ...], dict[str, tuple[float, float]]] = {}
+    device = next(traced.model.parameters()).device
     of_output = {unit.output: unit for unit in units}
     inside = {node for unit in units for node in unit.nodes}
     reads: dict[fx.Node, list[str | None]] = {}
@@ -67,22 +67,15 @@ def values_of(
         shape, dtype = shape_of(node), getattr(node.meta.get("tensor_meta"), "dtype", None)
         key = (shape, dtype, node in trained)
         if key not in known:
-            known[key] = {
-                name: _conversion(name, shape, dtype, node in trained, activations) for name in layouts
-            }
+            known[key] = {}
+            for name in layouts:
+                layout = LAYOUTS[name]
+                if activations is not None and len(shape) == 4 and dtype in C_TYPES:
+                    held = held_dtype(name, activations, dtype)
+                    ms = measure_conversion(layout, shape, dtype, held, node in trained, device)
+                else:
+                    ms = (conversion_ms(layout, shape, getattr(dtype, "itemsize", 4), node in trained),) * 2
+                known[key][name] = ms
         enter, leave = ({name: ms[i] for name, ms in known[key].items()} for i in (0, 1))
         values.append(Value(producer, tuple(consumers), enter, leave))
     return values
-
-
-def _conversion(
-    name: str,
-    shape: tuple[int, ...],
-    dtype: torch.dtype | None,
-    trained: bool,
-    activations: Activations | None,
-) -> tuple[float, float]:
-    """Milliseconds into a layout and out of it."""
-    if activations is not None and len(shape) == 4 and dtype in C_TYPES:
-        return measure_conversion(LAYOUTS[name], shape, dtype, held_dtype(name, activations, dtype), trained)
-    return (conversion_ms(LAYOUTS[name], shape, getattr(dtype, "itemsize", 4), trained),) * 2

@@ -70,12 +70,12 @@ class ConvProblem:
         x_shape: Sequence[int],
         *,
         activations: torch.dtype | None = None,
-        device: str = "cpu",
         input_grad: bool = True,
     ) -> ConvProblem:
         """Describe a packed or dense layer on images [N, C, H, W]."""
         structure = getattr(layer, "structure", None)
-        dtype = (layer.weight if structure is None else layer.values).dtype
+        values = layer.weight if structure is None else layer.values
+        dtype = values.dtype
         return cls(
             x_shape[0],
             layer.in_channels,
@@ -88,7 +88,7 @@ class ConvProblem:
             layer.groups,
             dtype=_name(dtype),
             activations=_name(activations or dtype),
-            device=device,
+            device=values.device.type,
             bias=layer.bias is not None,
             input_grad=input_grad,
             **({} if structure is None else positions_of(structure)),

@@ -64,9 +64,12 @@ def candidates_ms(
     seconds: float,
     rounds: tuple[int, int] = (2, 7),
     rivals: Mapping[Key, Hashable] | None = None,
+    device: torch.device | None = None,
 ) -> dict[Key, float]:
-    """Median milliseconds on this CPU of calls among which one is chosen; arguments as `timed_for`."""
-    times = timed_for(calls, seconds, rounds, rivals=rivals, clock=clock_of(torch.device("cpu")))
+    """Median milliseconds of calls among which one is chosen, by default on the CPU; see `timed_for`."""
+    device = device or torch.device("cpu")
+    waiting = {key: synchronized(call, device) for key, call in calls.items()}
+    times = timed_for(waiting, seconds, rounds, rivals=rivals, clock=clock_of(device))
     return {key: statistics.median(ms) for key, ms in times.items()}
 
 
@@ -100,7 +103,7 @@ def timed_for(
     rivals: Mapping[Key, Hashable] | None = None,
     clock: Clock | None = None,
 ) -> dict[Key, list[float]]:
-    """`interleaved_ms` for about so many seconds after one round of warm-up.
+    """`interleaved_ms` for about ``seconds``, after one round of warm-up.
 
     Args:
         seconds: for all rounds together, by ``clock``.

@@ -108,7 +108,7 @@ class Points(nn.Module):
         self.head = nn.Linear(width, 5)
 
     def forward(self, x: Tensor) -> Tensor:
-        x = self.second(F.relu(self.first(F.relu(self.body(self.stem(x))))))
+        x = self.second(F.relu(self.first(self.body(self.stem(x)))))
         return self.head(F.relu(self.norm(x)).mean((2, 3)))  # type: ignore[no-any-return]
 
 
@@ -119,7 +119,7 @@ def points(width: int = 12, dtype: torch.dtype = torch.float64) -> nn.Module:
     first, second = (
         F.one_hot(torch.randint(size, (width,)), size).bool()[:, :, None, None] for size in (4, width)
     )
-    masks = {"first": first, "second": second, "body": torch.rand(4, 4, 3, 3) < 0.1}
+    masks = {"first": first, "second": second, "body": torch.rand(4, 4, 3, 3) < 0.3}
     pack_model_(model, masks)
     return model.to(dtype)
 

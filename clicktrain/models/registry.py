@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import difflib
 import math
-from typing import Any, cast
+from typing import Any
 
 import torch
 from torch import nn
@@ -115,7 +115,7 @@ def check_numbers(num_classes: int, in_channels: int, width: float) -> None:
 def check_stem(stem: str | None) -> Stem | None:
     """The stem, checked; UserError for an unknown one."""
     if stem is None or stem in STEMS:
-        return cast("Stem | None", stem)
+        return stem
     raise UserError(f"stem must be {' or '.join(STEMS)}, got {stem!r}")
 
 

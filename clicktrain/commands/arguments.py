@@ -55,7 +55,7 @@ class Option:
     def note(self) -> str:
         """Type and default, in brackets."""
         parts = []
-        if not _kinds(self.hint) & {bool, str, Literal}:  # else the metavar says it
+        if not _kinds(self.hint) & {bool, str, Literal, tuple, dict}:  # else the metavar says it
             parts.append(f"type: {_type_name(self.hint)}")
         if self.default is not None:  # else the help says what happens
             parts.append(f"default: {_shown(self.default)}")
@@ -95,7 +95,6 @@ class Command:
         positional: arguments without a flag, or None.
         explain: asked about a flag that this command does not have; a sentence, or None.
         examples: shown at the end of ``--help``.
-        brief: there are so few flags that ``--help`` explains them at length.
     """
 
     name: str
@@ -105,7 +104,6 @@ class Command:
     notes: Mapping[str, Sequence[str]] = field(default_factory=dict)
     explain: Callable[[str], str | None] = lambda name: None
     examples: str = ""
-    brief: bool = False
 
     def parse(self, argv: Sequence[str]) -> dict[str, Any]:
         """Values of what was given, by name; nothing for what was not.
@@ -115,7 +113,7 @@ class Command:
             HelpPrinted: ``--help`` or ``--help-all`` was given; the help is on stdout.
         """
         if {"-h", "--help", "--help-all"} & set(argv):
-            print(self.help(every=self.brief or "--help-all" in argv))
+            print(self.help(every="--help-all" in argv))
             raise HelpPrinted
         flags, words = self._split(argv)
         values = {option.name: _typed(option, text) for option, text in flags}
@@ -177,7 +175,11 @@ class Command:
         return f"write 'clicktrain {self.name}{word} [--flag value ...]'"
 
     def help(self, every: bool) -> str:
-        """What ``--help`` prints: main flags explained, others named; with ``every``, all explained."""
+        """What ``--help`` prints: main flags explained in a sentence, others named.
+
+        ``every``, or a command all of whose flags are main ones: everything at length.
+        """
+        every = every or all(option.main for options in self.groups.values() for option in options)
         width = min(shutil.get_terminal_size((100, 24)).columns, LONGEST_LINE)
 
         def folded(text: str, indent: str = "", first: str | None = None) -> list[str]:
@@ -244,9 +246,8 @@ def _metavar(hint: Any) -> str:
 
 
 def _type_name(hint: Any) -> str:
-    """The type of a value, as YAML's users know it."""
-    kinds = _kinds(hint) - {types.NoneType}
-    return " or ".join({tuple: "list", dict: "mapping"}.get(kind, kind.__name__) for kind in kinds)
+    """The type of a number."""
+    return " or ".join(kind.__name__ for kind in _kinds(hint) - {types.NoneType})
 
 
 def _shown(value: Any) -> str:

@@ -145,7 +145,6 @@ def _command(method: str, alone: bool = False) -> Command:
         },
         explain=lambda name: _of_another_method(name, method),
         examples=_EXAMPLES,
-        brief=alone,
     )
 
 

@@ -6,7 +6,6 @@ import difflib
 import importlib
 import json
 from collections.abc import Sequence
-from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
@@ -89,30 +88,18 @@ def _measure(benchmark: Benchmark, given: dict[str, Any]) -> dict[str, Any]:
     import torch
     from rich.console import Console
 
+    from clicktrain.latency.machine import describe
+    from clicktrain.train.device import resolve_device
+
     threads = given["threads"]
     if threads is not None:
         if threads < 1:
             raise UserError(f"threads is {threads}: must be at least 1")
         torch.set_num_threads(threads)
-    machine = _machine(given)
+    machine = describe(resolve_device(given.get("device", "cpu")))
     with Console(stderr=True).status("measuring") as status:
         found = benchmark.measure(given, machine, status.update)
     return {"machine": machine, "settings": given, **found}
-
-
-def _machine(given: dict[str, Any]) -> dict[str, Any]:
-    """The machine, its vector instructions, the C compiler, and versions of packages."""
-    from clicktrain.kernels.native import toolchain
-    from clicktrain.latency.machine import Machine, versions
-    from clicktrain.train.device import resolve_device
-
-    tools = toolchain()
-    return {
-        **asdict(Machine.here(resolve_device(given.get("device", "cpu")))),
-        "isa": list(tools.isa) if tools else [],
-        "compiler": tools.version if tools else None,
-        "versions": versions(),
-    }
 
 
 def _show(benchmark: Benchmark, result: dict[str, Any]) -> None:

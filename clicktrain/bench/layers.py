@@ -11,9 +11,9 @@ import contextlib
 import copy
 import math
 import time
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from typing import Any, cast
+from typing import cast
 
 import torch
 from torch import Tensor, nn
@@ -23,6 +23,7 @@ from clicktrain.bench.runs import RunRow, network_call, random_batch
 from clicktrain.bench.timing import Progress, median_ms
 from clicktrain.bench.timing import to_json as to_json
 from clicktrain.errors import UserError
+from clicktrain.graph import Inputs, layer_input_shapes
 from clicktrain.latency.timer import clock_of
 from clicktrain.sparsity.masks import conv_masks
 from clicktrain.surgery import SurgeryPlan, read_recipe
@@ -148,7 +149,7 @@ class _Side:
     """A network, what its layers read, and what they cost."""
 
     model: nn.Module
-    inputs: dict[str, list[tuple[int, ...]]]
+    inputs: dict[str, list[torch.Size]]
     costs: dict[str, LayerCost]
     name: str
     training: bool
@@ -231,8 +232,8 @@ def _layer(
         kind=cost.kind,
         dense_shape=cost.weight_shape,
         pruned_shape=None if there is None else pruned.costs[there].weight_shape,
-        dense_input=dense.inputs[name][0],
-        pruned_input=None if there is None else pruned.inputs[there][0],
+        dense_input=tuple(dense.inputs[name][0]),
+        pruned_input=None if there is None else tuple(pruned.inputs[there][0]),
         dense_flops=flops,
         pruned_flops=left,
         flops_share=flops / max(total, 1),
@@ -247,30 +248,8 @@ def _layer(
 
 def _side(model: nn.Module, x: Tensor, masks: dict[str, Tensor], name: str, what: str) -> _Side:
     costs = {layer.name: layer for layer in count(model, x[:1], masks).layers}
-    return _Side(model, _inputs(model, x, costs), costs, name, what == TRAINING)
-
-
-def _inputs(model: nn.Module, x: Tensor, layers: Iterable[str]) -> dict[str, list[tuple[int, ...]]]:
-    """Shapes of what layers read, one for each call."""
-    found: dict[str, list[tuple[int, ...]]] = {}
-
-    def watch(name: str) -> Callable[..., None]:
-        def note(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
-            read = args[0] if args else next(iter(kwargs.values()))
-            found.setdefault(name, []).append(tuple(read.shape))
-
-        return note
-
-    handles = [
-        model.get_submodule(name).register_forward_pre_hook(watch(name), with_kwargs=True) for name in layers
-    ]
-    try:
-        with torch.inference_mode():
-            model.eval()(x)
-    finally:
-        for handle in handles:
-            handle.remove()
-    return found
+    inputs = layer_input_shapes(model.eval(), costs, Inputs((x,)))
+    return _Side(model, inputs, costs, name, what == TRAINING)
 
 
 def _name_now(name: str, plans: Sequence[SurgeryPlan]) -> str | None:

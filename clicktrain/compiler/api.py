@@ -12,7 +12,7 @@ from torch import nn
 from clicktrain.compiler.believe import LoweringError, is_operator
 from clicktrain.compiler.fallback import accelerate_layers_, plan_by_layer
 from clicktrain.compiler.module import Accelerated, refusal
-from clicktrain.compiler.norm_statistics import check_statistics
+from clicktrain.compiler.norm_statistics import check_plan
 from clicktrain.compiler.plan import RULES, LoweringPlan
 from clicktrain.compiler.select import make_plan
 from clicktrain.errors import UserError
@@ -109,7 +109,7 @@ def accelerate(
             result = _accelerated(model, inputs, rule, plan, tuple(dtypes), remember)
         except KernelError as error:  # of a kernel that every region needs
             report_failure(error)
-    if result is None or (failures and not any(one.kind == "conv" for one in result.plan.blocked())):
+    if result is None or (failures and not any(choice.implementation for choice in result.plan.choices)):
         message = f"the packed model runs on the reference operator: {summary(failures)}{_and_notice()}"
         warnings.warn(message, stacklevel=2)
         return model
@@ -146,7 +146,7 @@ def _accelerated(
     except UnfaithfulError as error:
         return _by_its_own_code(model, inputs, rule, plan, str(error))
     if plan is not None:
-        check_statistics(believed.graph, plan)
+        check_plan(believed.graph, plan)
         _warn_if_slow(plan)
     else:
         # Measuring draws random numbers; training must not notice.

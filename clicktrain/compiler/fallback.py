@@ -3,15 +3,14 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from typing import Any
 
 import torch
-from torch import Tensor, nn
+from torch import nn
 
 from clicktrain.compiler.layout_choice import PLAIN
 from clicktrain.compiler.plan import Choice, LoweringPlan, default_implementation
 from clicktrain.compiler.select import DENSITY_LIMIT
-from clicktrain.graph import Inputs, own_random_numbers, working_copy
+from clicktrain.graph import Inputs, layer_input_shapes, own_random_numbers, working_copy
 from clicktrain.kernels.impls import ConvProblem, Impl, candidates_for
 from clicktrain.kernels.native import KernelError
 from clicktrain.kernels.native.failure import report_failure
@@ -78,23 +77,12 @@ def plan_by_layer(model: nn.Module, chosen: list[str], rule: str, batch: int, no
     return LoweringPlan(rule, batch, Machine.here(), tuple(choices), (note,))
 
 
-@torch.no_grad()
 def _input_shapes(model: nn.Module, names: list[str], inputs: Inputs) -> dict[str, torch.Size]:
-    shapes: dict[str, torch.Size] = {}
-
-    def watch(name: str) -> Callable[[nn.Module, tuple[Any, ...]], None]:
-        def see(module: nn.Module, args: tuple[Any, ...]) -> None:
-            if args and isinstance(args[0], Tensor) and args[0].dim() == 4:
-                shapes[name] = args[0].shape
-
-        return see
-
-    twin = working_copy(model)
-    for name in names:
-        twin.get_submodule(name).register_forward_pre_hook(watch(name))
+    """Shapes of the images that layers read; a copy of the model runs."""
     with own_random_numbers(inputs.tensors()):
-        inputs.map(torch.clone).call(twin)
-    return shapes
+        shapes = layer_input_shapes(working_copy(model), names, inputs.map(torch.clone))
+    last = {name: calls[-1] for name, calls in shapes.items()}
+    return {name: shape for name, shape in last.items() if len(shape) == 4}
 
 
 def _fastest(

@@ -49,7 +49,7 @@ class Lowered:
         watched: modules that are not called any more: layers that run as a step, and those traced through.
         guards: what has to be as it was.
         tables: hook tables of ``watched``.
-        parameter: (layer, name, dtype) of the one parameter that tells whether the model moved.
+        parameter: (layer, name, dtype, device) of the one parameter that tells whether the model moved.
         plan: by which it was lowered; layers whose kernels cannot be built are plain in it.
     """
 
@@ -57,15 +57,15 @@ class Lowered:
     watched: tuple[nn.Module, ...]
     guards: Guards
     tables: tuple[Mapping[int, object], ...]
-    parameter: tuple[nn.Module, str, torch.dtype] | None = None
+    parameter: tuple[nn.Module, str, torch.dtype, torch.device] | None = None
     plan: LoweringPlan | None = None
 
     def current(self) -> bool:
         """Whether layers, what they read, dtype and device are as they were when the model was lowered."""
         if self.parameter is not None:
-            module, name, dtype = self.parameter
+            module, name, dtype, device = self.parameter
             parameter = module._parameters.get(name)
-            if parameter is None or parameter.dtype is not dtype or not parameter.is_cpu:
+            if parameter is None or parameter.dtype is not dtype or parameter.device != device:
                 return False
         return self.guards.hold()
 
@@ -108,7 +108,8 @@ def lower(traced: ModelGraph, plan: LoweringPlan, dtype: torch.dtype) -> Lowered
     parameter = None
     for layer in layers:
         if isinstance(layer, (PackedConv2d, nn.Conv2d)):
-            parameter = (layer, "values" if isinstance(layer, PackedConv2d) else "weight", dtype)
+            name = "values" if isinstance(layer, PackedConv2d) else "weight"
+            parameter = (layer, name, dtype, layer.get_parameter(name).device)
             break
     inside = [traced.model.get_submodule(path) for path in traced.entered if path]
     unseen = tuple(dict.fromkeys((*layers, *inside)))

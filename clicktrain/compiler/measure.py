@@ -176,8 +176,9 @@ def _ways(unit: Unit, problem: ConvProblem, activations: Sequence[Activations]) 
 
 def _times(unit: Unit, problem: ConvProblem, ways: Sequence[_Way], dtypes: Sequence[str]) -> ConvTimes:
     layer, dtype, shape = conv_of(unit), dtype_of(unit), shape_of(unit.inputs[0])
-    x = torch.randn(*shape, dtype=dtype)
-    gy = torch.randn(problem.batch, problem.filters, *problem.output, dtype=dtype)
+    device = next(layer.parameters()).device
+    x = torch.randn(*shape, dtype=dtype, device=device)
+    gy = torch.randn(problem.batch, problem.filters, *problem.output, dtype=dtype, device=device)
     values = (layer.weight.flatten(1) if isinstance(layer, nn.Conv2d) else layer.values).detach()
     bias = None if layer.bias is None else layer.bias.detach()
     functions: dict[Any, Call] = {
@@ -190,7 +191,7 @@ def _times(unit: Unit, problem: ConvProblem, ways: Sequence[_Way], dtypes: Seque
         for number, call in way.calls(x, gy, values, bias).items():
             functions[place, number], rivals[place, number] = call, way.rival(number)
     with torch.no_grad():
-        ms = candidates_ms(functions, SECONDS, rivals=rivals)
+        ms = candidates_ms(functions, SECONDS, rivals=rivals, device=device)
     dense = {name: ms[name] for name in DENSE if name in ms}
     impls = {}
     for place, way in enumerate(ways):
@@ -210,7 +211,9 @@ def _dense_call(
     channels_last = name.startswith("channels_last")
     step = steps.DenseConv(layer, channels_last, name.endswith("bf16"))
     memory = torch.channels_last if channels_last else torch.contiguous_format
-    x = torch.randn(*shape, dtype=dtype).contiguous(memory_format=memory).requires_grad_(input_grad)
+    device = next(layer.parameters()).device
+    x = torch.randn(*shape, dtype=dtype, device=device).contiguous(memory_format=memory)
+    x.requires_grad_(input_grad)
     with torch.no_grad():
         gy = torch.randn_like(step(x))
     return _step_call(step, x, gy)
@@ -230,29 +233,30 @@ def _step_call(step: steps.DenseConv | steps.SparseConv, x: Tensor, gy: Tensor) 
 
 
 def measure_batch_norms(
-    units: Sequence[Unit], layouts: Sequence[tuple[str, torch.dtype]]
+    units: Sequence[Unit], layouts: Sequence[tuple[str, torch.dtype]], device: torch.device
 ) -> dict[str, dict[tuple[str, torch.dtype], float]]:
     """Milliseconds of each batch norm by layout and dtype, forward + backward with all that it fuses.
 
     Args:
         units: of kind ``batch_norm``, with shapes; equal ones are measured once.
         layouts: that have a batch norm, with the dtype of activations; the plain one is always measured.
+        device: where the network is.
     """
     known: dict[Hashable, dict[tuple[str, torch.dtype], float]] = {}
     times = {}
     for unit in units:
         key = (shape_of(unit.output), len(unit.inputs), unit.relu)
         if key not in known:
-            known[key] = _batch_norm_times(unit, layouts)
+            known[key] = _batch_norm_times(unit, layouts, device)
         times[unit.name] = known[key]
     return times
 
 
 def _batch_norm_times(
-    unit: Unit, layouts: Sequence[tuple[str, torch.dtype]]
+    unit: Unit, layouts: Sequence[tuple[str, torch.dtype]], device: torch.device
 ) -> dict[tuple[str, torch.dtype], float]:
     shape, dtype = shape_of(unit.output), dtype_of(unit)
-    layer = nn.BatchNorm2d(shape[1], dtype=dtype)
+    layer = nn.BatchNorm2d(shape[1], dtype=dtype, device=device)
 
     def plain(x: Tensor, *residual: Tensor) -> Tensor:
         y: Tensor = layer(x)
@@ -261,7 +265,7 @@ def _batch_norm_times(
         return torch.relu(y) if unit.relu else y
 
     def timed(run: Callable[..., Tensor], convert: Callable[[Tensor], Tensor]) -> Call:
-        *inputs, gy = (convert(torch.randn(shape, dtype=dtype)) for _ in (*unit.inputs, None))
+        *inputs, gy = (convert(torch.randn(shape, dtype=dtype, device=device)) for _ in (*unit.inputs, None))
         for x in inputs:
             x.requires_grad_()
 
@@ -279,7 +283,7 @@ def _batch_norm_times(
         step, n = steps.BatchNorm(layer, unit.relu, run), shape[0]
         enter = steps.Enter(LAYOUTS[name].enter(held), held)
         functions[name, held] = timed(functools.partial(_fused, step, n), enter.forward)
-    return candidates_ms(functions, SECONDS / 4)
+    return candidates_ms(functions, SECONDS / 4, device=device)
 
 
 def _fused(step: steps.BatchNorm, n: int, x: Tensor, *residual: Tensor) -> Tensor:
@@ -287,7 +291,12 @@ def _fused(step: steps.BatchNorm, n: int, x: Tensor, *residual: Tensor) -> Tenso
 
 
 def measure_conversion(
-    layout: Layout, shape: Sequence[int], dtype: torch.dtype, held: torch.dtype, trained: bool
+    layout: Layout,
+    shape: Sequence[int],
+    dtype: torch.dtype,
+    held: torch.dtype,
+    trained: bool,
+    device: torch.device,
 ) -> tuple[float, float]:
     """Milliseconds into a layout and out of it, with the gradient's way back if ``trained``.
 
@@ -297,9 +306,10 @@ def measure_conversion(
         dtype: of the images.
         held: dtype of activations in the layout.
         trained: whether there are gradients.
+        device: where the images are.
     """
     enter = steps.Enter(layout.enter(held), held)
-    images = torch.randn(*shape, dtype=dtype, requires_grad=trained)
+    images = torch.randn(*shape, dtype=dtype, device=device, requires_grad=trained)
     inside = enter.forward(images).detach().requires_grad_(trained)
     g_images, g_inside = torch.randn_like(images), torch.randn_like(inside)
 
@@ -312,13 +322,14 @@ def measure_conversion(
         return run
 
     out = call(lambda x: layout.leave(x, shape[0]).to(dtype), inside, g_images)
-    ms = candidates_ms({"into": call(enter.forward, images, g_inside), "out": out}, SECONDS / 8)
+    calls = {"into": call(enter.forward, images, g_inside), "out": out}
+    ms = candidates_ms(calls, SECONDS / 8, device=device)
     return ms["into"], ms["out"]
 
 
-def measure_memory() -> float:
+def measure_memory(device: torch.device) -> float:
     """10^9 bytes a second, read and written, of a large copy."""
-    source = torch.ones(8 << 20)
+    source = torch.ones(8 << 20, device=device)
     target = torch.empty_like(source)
-    ms = candidates_ms({"copy": lambda: target.copy_(source)}, 0.1)["copy"]
+    ms = candidates_ms({"copy": lambda: target.copy_(source)}, 0.1, device=device)["copy"]
     return 2 * source.numel() * source.itemsize / (ms * 1e6)

@@ -18,9 +18,11 @@ from clicktrain.compiler.units import packed_type
 from clicktrain.errors import UserError
 from clicktrain.graph import Inputs, ModelGraph, is_plain
 from clicktrain.graph.faithful import Believed, ExampleError, UnfaithfulError, believed_graph
+from clicktrain.kernels.impls import candidates_for
 from clicktrain.kernels.native import KernelError, missing_toolchain, toolchain
 from clicktrain.kernels.native.failure import summary, watch_failures
 from clicktrain.kernels.sparse_conv2d import PackedConv2d
+from clicktrain.kernels.sparse_conv2d.api import OPERATOR
 
 _LOCK = threading.RLock()
 """A process lowers one network at a time; calls that need no lowering do not wait."""
@@ -251,8 +253,11 @@ class Accelerated(nn.Module):
     def _elsewhere(self, tensors: tuple[Tensor, ...]) -> bool:
         """Whether there is nothing to lower: another device, or no images to find shapes with."""
         parameter = next(self.base.parameters(), tensors[0])
-        return {tensors[0].device.type, parameter.device.type} != {"cpu"} or any(
-            x.dim() > 0 and x.shape[0] == 0 for x in tensors
+        devices = {tensors[0].device.type, parameter.device.type}
+        return (
+            len(devices) > 1
+            or bool(_unsupported(devices))
+            or any(x.dim() > 0 and x.shape[0] == 0 for x in tensors)
         )
 
     def _positional(
@@ -309,14 +314,24 @@ def _holds_packed(model: nn.Module) -> bool:
     return any(isinstance(module, PackedConv2d) for module in model.modules())
 
 
+def _unsupported(devices: set[str]) -> list[str]:
+    """Types of devices that no implementation runs on."""
+    impls = candidates_for(OPERATOR)
+    return sorted(one for one in devices if not any(not i.devices or one in i.devices for i in impls))
+
+
 def refusal(model: nn.Module, inputs: tuple[Any, ...]) -> str | None:
-    """Why nothing can be accelerated at all."""
-    if toolchain() is None:
-        return missing_toolchain()
+    """Why nothing can be accelerated at all; None if something can."""
     tensors = [x for x in (*inputs, *model.parameters()) if isinstance(x, Tensor)]
-    elsewhere = [x.device for x in tensors if x.device.type != "cpu"]
-    if elsewhere:
-        return f"it or its example is on {elsewhere[0]}, the sparse kernels are for CPUs"
+    devices = {x.device.type for x in tensors}
+    if toolchain() is None and devices <= {"cpu"}:
+        return missing_toolchain()
+    if elsewhere := _unsupported(devices):
+        able = dict.fromkeys(device for impl in candidates_for(OPERATOR) for device in impl.devices)
+        names = " and ".join({"cpu": "CPUs", "cuda": "GPUs"}.get(device, device) for device in able)
+        return f"it or its example is on {elsewhere[0]}, the sparse kernels are for {names}"
+    if len(devices) > 1:
+        return f"it and its example are on {' and '.join(sorted(devices))}"
     packed = {m.values.dtype for m in model.modules() if isinstance(m, PackedConv2d)}
     wrong = packed - {torch.float32, torch.float64}
     if wrong or len(packed) > 1:

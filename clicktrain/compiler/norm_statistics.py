@@ -15,8 +15,8 @@ from torch import nn
 from clicktrain.compiler import steps
 from clicktrain.compiler.layout_choice import PLAIN
 from clicktrain.compiler.measure import SECONDS, ImplTimes, problem_of
-from clicktrain.compiler.plan import Activations, LoweringPlan, held_dtype
-from clicktrain.compiler.units import Unit, conv_of, dtype_of, find_units, shape_of
+from clicktrain.compiler.plan import Activations, Choice, LoweringPlan, held_dtype
+from clicktrain.compiler.units import Unit, conv_of, dtype_of, find_units, runs_in, shape_of
 from clicktrain.errors import UserError
 from clicktrain.graph import ModelGraph
 from clicktrain.kernels.layouts import LAYOUTS
@@ -58,29 +58,46 @@ def convolutions_before_norms(units: Sequence[Unit]) -> dict[str, Unit]:
     return norms
 
 
-def check_statistics(traced: ModelGraph, plan: LoweringPlan) -> None:
-    """Refuse a plan, edited by hand perhaps, that wants statistics where they cannot be taken.
+def check_plan(traced: ModelGraph, plan: LoweringPlan) -> None:
+    """Refuse a plan, edited by hand perhaps, that cannot be run as it says.
 
     Raises:
-        UserError: no batch norm alone reads that convolution, or it does not run blocked.
+        UserError: an operation has no kernel in its layout, an implementation refuses a layer, or statistics
+            are to be taken where no batch norm alone reads a convolution, or one in another layout.
     """
     choices = plan.by_layer()
     units, _ = find_units(traced)
-    norms, known = convolutions_before_norms(units), {unit.name for unit in units}
-    for choice in plan.choices:
-        if not choice.statistics or choice.layer not in known:
+    norms = convolutions_before_norms(units)
+    for unit in units:
+        choice = choices.get(unit.name)
+        if choice is None or choice.kind != unit.kind:
             continue
-        norm = norms.get(choice.layer)
-        if norm is None:
+        if choice.layout != PLAIN and not runs_in(unit, LAYOUTS[choice.layout]):
             raise UserError(
-                f"{choice.layer} cannot take the statistics of a batch norm: its result is not read by one "
-                "alone; set its statistics to false"
+                f"{choice.layer} cannot run in the {choice.layout} layout: set its layout to plain"
             )
-        if norm.name not in choices or choices[norm.name].layout != choice.layout:
-            raise UserError(
-                f"{choice.layer} takes the statistics of {norm.name}, which the plan does not run "
-                f"{choice.layout}: set its statistics to false"
-            )
+        if choice.implementation is not None:
+            held = held_dtype(choice.layout, plan.activations, dtype_of(unit))
+            if reasons := choice.implementation.refusals(problem_of(unit, held)):
+                raise UserError(
+                    f"{choice.implementation.name} cannot run {choice.layer}, {reasons[0]}: set its layout "
+                    "to plain and its impl to ''"
+                )
+        if choice.statistics:
+            _check_statistics(choice, norms.get(choice.layer), choices)
+
+
+def _check_statistics(choice: Choice, norm: Unit | None, choices: Mapping[str, Choice]) -> None:
+    if norm is None:
+        raise UserError(
+            f"{choice.layer} cannot take the statistics of a batch norm: its result is not read by one "
+            "alone; set its statistics to false"
+        )
+    if norm.name not in choices or choices[norm.name].layout != choice.layout:
+        raise UserError(
+            f"{choice.layer} takes the statistics of {norm.name}, which the plan does not run "
+            f"{choice.layout}: set its statistics to false"
+        )
 
 
 def measure_statistics(
@@ -122,15 +139,18 @@ def _times(unit: Unit, norm: Unit, own: ImplTimes, activations: Activations) -> 
         return None
     if build_all([*kernels.sources.values(), *kernels.statistics_sources]):
         return None
-    layer = nn.BatchNorm2d(conv.problem.filters, dtype=dtype_of(unit), track_running_stats=False)
+    dtype, device = dtype_of(unit), next(conv_of(unit).parameters()).device
+    layer = nn.BatchNorm2d(conv.problem.filters, track_running_stats=False, dtype=dtype, device=device)
     step = steps.ConvBatchNorm(conv, steps.BatchNorm(layer, norm.relu, layout.batch_norm))
     enter = steps.Enter(layout.enter(held), held)
     n = shape_of(unit.inputs[0])[0]
-    x = enter(torch.randn(shape_of(unit.inputs[0]), dtype=dtype_of(unit)))
-    others = [enter(torch.randn(shape_of(other), dtype=dtype_of(unit))) for other in norm.inputs[1:]]
+    x, *others = (
+        enter(torch.randn(shape_of(read), dtype=dtype, device=device))
+        for read in (unit.inputs[0], *norm.inputs[1:])
+    )
     functions: dict[str, Callable[[], object]] = {
         "apart": lambda: step.norm(conv(x), n, *others),
         "together": lambda: step(x, n, *others),
     }
     with torch.no_grad():
-        return NormTimes(**candidates_ms(functions, SECONDS / 2))
+        return NormTimes(**candidates_ms(functions, SECONDS / 2, device=x.device))

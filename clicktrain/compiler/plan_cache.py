@@ -18,7 +18,7 @@ from pathlib import Path
 from torch import fx, nn
 
 from clicktrain.compiler.measure import problem_of
-from clicktrain.compiler.norm_statistics import check_statistics
+from clicktrain.compiler.norm_statistics import check_plan
 from clicktrain.compiler.plan import Activations, LoweringPlan
 from clicktrain.compiler.units import Unit, find_units, shape_of
 from clicktrain.errors import UserError
@@ -104,7 +104,7 @@ def fits(
     if any(one.kind == "conv" and one.dense.split()[1] not in dtypes for one in plan.choices[: len(units)]):
         return False
     try:
-        check_statistics(traced, plan)
+        check_plan(traced, plan)
     except UserError:
         return False
     return True

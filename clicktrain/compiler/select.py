@@ -8,23 +8,21 @@ a conversion between two layouts costs about as much as a batch norm; so all nod
 from __future__ import annotations
 
 import math
-from collections.abc import Collection, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
 from typing import NamedTuple
 
 import torch
-from torch import fx
 
 from clicktrain.compiler import plan_cache
-from clicktrain.compiler.estimate import conversion_ms, unit_ms
-from clicktrain.compiler.layout_choice import PLAIN, Value, cheapest_layouts, total_cost
+from clicktrain.compiler.estimate import unit_ms
+from clicktrain.compiler.layout_choice import PLAIN, cheapest_layouts, total_cost
 from clicktrain.compiler.measure import (
     ConvTimes,
     ImplTimes,
     Tilings,
     measure_batch_norms,
-    measure_conversion,
     measure_convolutions,
     measure_memory,
     problem_of,
@@ -49,10 +47,11 @@ from clicktrain.compiler.units import (
     runs_in,
     shape_of,
 )
+from clicktrain.compiler.values import trained_values, values_of
 from clicktrain.graph import ModelGraph
 from clicktrain.kernels.impls import Impl, candidates_for
 from clicktrain.kernels.layouts import LAYOUTS
-from clicktrain.kernels.native import C_TYPES, KernelError
+from clicktrain.kernels.native import KernelError
 from clicktrain.kernels.native.failure import watch_failures
 from clicktrain.kernels.native.library import build_all
 from clicktrain.kernels.sparse_conv2d import PackedConv2d
@@ -105,6 +104,7 @@ class _Decision:
         self.trained = trained_values(traced)
         types = {dtype_of(unit) for unit in self.units}
         self.dtype = torch.float32 if types == {torch.float32} else torch.float64
+        self.device = next(traced.model.parameters()).device
         self.possible = activations_of(dtypes, self.dtype)
         self.layouts = list(
             dict.fromkeys(impl.layout for impl in candidates_for(OPERATOR) if impl.layout != PLAIN)
@@ -159,7 +159,7 @@ class _Decision:
         self.possible = tuple(kept for kept in self.possible if self._open(kept))
         if not self.possible:
             raise next(error for (name, _, _), error in self.broken.items() if name == "layout")
-        gb_s = measure_memory()
+        gb_s = measure_memory(self.device)
         convolutions = [unit for unit in self.units if unit.kind == "conv"]
         trained = {unit.name: unit.inputs[0] in self.trained for unit in convolutions}
         self.convolutions = measure_convolutions(convolutions, trained, self.dtypes)
@@ -172,7 +172,7 @@ class _Decision:
             if LAYOUTS[layout].batch_norm is not None
         }
         usable = [key for key in wanted if ("batch_norm", *key) not in self.broken]
-        self.norms = measure_batch_norms(norms, sorted(usable, key=str))
+        self.norms = measure_batch_norms(norms, sorted(usable, key=str), self.device)
         return gb_s
 
     def _open(self, activations: Activations) -> list[str]:
@@ -357,77 +357,6 @@ def dense_ways(times: Mapping[str, ConvTimes]) -> dict[str, str]:
     }
     best = min(totals, key=lambda memory: totals[memory])
     return {name: fastest(layer, best) for name, layer in times.items()}
-
-
-def trained_values(traced: ModelGraph) -> set[fx.Node]:
-    """Nodes whose values depend on a trained parameter: their gradients are computed."""
-    dependent: set[fx.Node] = set()
-    for node in traced.graph.nodes:
-        own = False
-        if node.op == "call_module":
-            own = any(parameter.requires_grad for parameter in traced.module(node).parameters())
-        elif node.op == "get_attr":
-            own = True
-        if own or any(source in dependent for source in node.all_input_nodes):
-            dependent.add(node)
-    return dependent
-
-
-def values_of(
-    traced: ModelGraph,
-    units: Sequence[Unit],
-    trained: Collection[fx.Node],
-    layouts: Sequence[str],
-    activations: Activations | None,
-) -> list[Value]:
-    """List the values that may be converted, with who computes and reads each, and the costs.
-
-    Args:
-        traced: with shapes.
-        units: of the graph.
-        trained: nodes whose gradients are computed.
-        layouts: to convert to, and from.
-        activations: measure conversions to what is kept so; None estimates them.
-    """
-    known: dict[tuple[object, ...], dict[str, tuple[float, float]]] = {}
-    of_output = {unit.output: unit for unit in units}
-    inside = {node for unit in units for node in unit.nodes}
-    reads: dict[fx.Node, list[str | None]] = {}
-    for unit in units:
-        for node in unit.inputs:
-            reads.setdefault(node, []).append(unit.name)
-    for node in traced.graph.nodes:
-        if node not in inside:
-            for source in node.all_input_nodes:
-                reads.setdefault(source, []).append(None)
-    values = []
-    for node, consumers in reads.items():
-        unit_or_none = of_output.get(node)
-        # Whatever layout a global pooling reads, what it gives is plain.
-        from_graph = unit_or_none is None or unit_or_none.kind == "global_pool"
-        producer = None if from_graph or unit_or_none is None else unit_or_none.name
-        shape, dtype = shape_of(node), getattr(node.meta.get("tensor_meta"), "dtype", None)
-        key = (shape, dtype, node in trained)
-        if key not in known:
-            known[key] = {
-                name: _conversion(name, shape, dtype, node in trained, activations) for name in layouts
-            }
-        enter, leave = ({name: ms[i] for name, ms in known[key].items()} for i in (0, 1))
-        values.append(Value(producer, tuple(consumers), enter, leave))
-    return values
-
-
-def _conversion(
-    name: str,
-    shape: tuple[int, ...],
-    dtype: torch.dtype | None,
-    trained: bool,
-    activations: Activations | None,
-) -> tuple[float, float]:
-    """Milliseconds into a layout and out of it."""
-    if activations is not None and len(shape) == 4 and dtype in C_TYPES:
-        return measure_conversion(LAYOUTS[name], shape, dtype, held_dtype(name, activations, dtype), trained)
-    return (conversion_ms(LAYOUTS[name], shape, getattr(dtype, "itemsize", 4), trained),) * 2
 
 
 def _choice(unit: Unit, layout: str, ms: float | None) -> Choice:

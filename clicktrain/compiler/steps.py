@@ -184,4 +184,4 @@ def structure_of(layer: Convolution) -> Structure:
     """The positions of a layer's weights; a dense layer keeps all."""
     if isinstance(layer, PackedConv2d):
         return layer.structure
-    return Structure.from_mask(torch.ones(layer.weight.shape, dtype=torch.bool))
+    return Structure.from_mask(torch.ones(layer.weight.shape, dtype=torch.bool, device=layer.weight.device))

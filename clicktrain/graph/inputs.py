@@ -3,10 +3,11 @@
 from __future__ import annotations
 
 import inspect
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import dataclass, field
 from typing import Any
 
+import torch
 from torch import Tensor, nn
 
 
@@ -80,6 +81,30 @@ def as_inputs(example: Any, model: nn.Module | None = None) -> Inputs:
         if all(isinstance(name, str) for name in example) and (model is None or _fits(model, keywords)):
             return Inputs((), keywords)
     return Inputs((example,))
+
+
+@torch.no_grad()
+def layer_input_shapes(model: nn.Module, names: Iterable[str], inputs: Inputs) -> dict[str, list[torch.Size]]:
+    """Run a model, and record the shape that each of these layers reads, call by call.
+
+    Layers that are not called have no entry.
+    """
+    shapes: dict[str, list[torch.Size]] = {}
+
+    def watch(name: str) -> Callable[..., None]:
+        def note(_: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+            shapes.setdefault(name, []).append((args[0] if args else next(iter(kwargs.values()))).shape)
+
+        return note
+
+    layers = {name: model.get_submodule(name) for name in names}
+    handles = [m.register_forward_pre_hook(watch(name), with_kwargs=True) for name, m in layers.items()]
+    try:
+        inputs.call(model)
+    finally:
+        for handle in handles:
+            handle.remove()
+    return shapes
 
 
 def _fits(model: nn.Module, keywords: dict[str, Any]) -> bool:

@@ -9,6 +9,7 @@ from __future__ import annotations
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, dataclass, field, fields
 from typing import Any, Literal
+from weakref import WeakKeyDictionary
 
 import torch
 from torch import Tensor
@@ -69,12 +70,12 @@ class ConvProblem:
         x_shape: Sequence[int],
         *,
         activations: torch.dtype | None = None,
-        device: str = "cpu",
         input_grad: bool = True,
     ) -> ConvProblem:
         """Describe a packed or dense layer on images [N, C, H, W]."""
         structure = getattr(layer, "structure", None)
-        dtype = (layer.weight if structure is None else layer.values).dtype
+        values = layer.weight if structure is None else layer.values
+        dtype = values.dtype
         return cls(
             x_shape[0],
             layer.in_channels,
@@ -87,7 +88,7 @@ class ConvProblem:
             layer.groups,
             dtype=_name(dtype),
             activations=_name(activations or dtype),
-            device=device,
+            device=values.device.type,
             bias=layer.bias is not None,
             input_grad=input_grad,
             **({} if structure is None else positions_of(structure)),
@@ -153,15 +154,20 @@ class ConvProblem:
         )
 
 
+_POSITIONS: WeakKeyDictionary[Structure, dict[str, Any]] = WeakKeyDictionary()
+
+
 def positions_of(structure: Structure) -> dict[str, Any]:
-    """The attributes of a `ConvProblem` that depend on the positions of packed values."""
+    """The attributes of a `ConvProblem` that depend on the positions of packed values; computed once."""
     from clicktrain.kernels.sparse_conv2d.blocked.patterns.tap_patterns import distinct
 
-    return {
-        "density": round(structure.density, 2),
-        "patterns": min(len(distinct(structure)), MOST_PATTERNS),
-        "equal_filters": structure.nnz_per_filter is not None,
-    }
+    if structure not in _POSITIONS:
+        _POSITIONS[structure] = {
+            "density": round(structure.density, 2),
+            "patterns": min(len(distinct(structure)), MOST_PATTERNS),
+            "equal_filters": structure.nnz_per_filter is not None,
+        }
+    return _POSITIONS[structure]
 
 
 @dataclass(frozen=True, slots=True, eq=False)

@@ -15,7 +15,7 @@ import torch
 from torch import Tensor, nn
 
 from clicktrain.errors import UserError
-from clicktrain.graph import as_inputs
+from clicktrain.graph import as_inputs, layer_input_shapes
 from clicktrain.graph.batch import first_of_batch
 from clicktrain.graph.prunable import PrunableLayers
 from clicktrain.kernels.native import keep_memory, missing_toolchain, toolchain
@@ -253,17 +253,6 @@ def _least_masks(budgets: Sequence[LayerBudget], geometries: _Geometries) -> dic
 
 def _image_sizes(model: nn.Module, example: Any, names: Sequence[str]) -> dict[str, list[tuple[int, int]]]:
     """[H, W] of the inputs of layers, call by call."""
-    sizes: dict[str, list[tuple[int, int]]] = {name: [] for name in names}
-    replica = bare_copy(model).eval()
-
-    def watch(name: str) -> Callable[[nn.Module, Any], None]:
-        def see(module: nn.Module, args: Any) -> None:
-            sizes[name].append((args[0].shape[-2], args[0].shape[-1]))
-
-        return see
-
-    for name in names:
-        replica.get_submodule(name).register_forward_pre_hook(watch(name))
-    with torch.no_grad():
-        first_of_batch(as_inputs(example, model), 1).call(replica)
-    return sizes
+    inputs = first_of_batch(as_inputs(example, model), 1)
+    shapes = layer_input_shapes(bare_copy(model).eval(), names, inputs)
+    return {name: [(shape[-2], shape[-1]) for shape in shapes.get(name, ())] for name in names}

@@ -70,7 +70,7 @@ NHWC = Layout(
     lambda dtype: lambda x: x.permute(0, 2, 3, 1).contiguous(),
     lambda x, n: x.permute(0, 3, 1, 2).contiguous(),
 )
-GATHER = Impl("gather", reject, prepare, run, {torch.float64: 1e-11, torch.float32: 1e-5}, layout="nhwc")
+GATHER = Impl("gather", reject, prepare, run, {torch.float64: 1e-12, torch.float32: 1e-5}, layout="nhwc")
 
 
 @pytest.fixture(autouse=True)
@@ -108,7 +108,7 @@ class Points(nn.Module):
         self.head = nn.Linear(width, 5)
 
     def forward(self, x: Tensor) -> Tensor:
-        x = self.second(F.relu(self.first(F.relu(self.body(self.stem(x))))))
+        x = self.second(F.relu(self.first(self.body(self.stem(x)))))
         return self.head(F.relu(self.norm(x)).mean((2, 3)))  # type: ignore[no-any-return]
 
 
@@ -119,7 +119,7 @@ def points(width: int = 12, dtype: torch.dtype = torch.float64) -> nn.Module:
     first, second = (
         F.one_hot(torch.randint(size, (width,)), size).bool()[:, :, None, None] for size in (4, width)
     )
-    masks = {"first": first, "second": second, "body": torch.rand(4, 4, 3, 3) < 0.1}
+    masks = {"first": first, "second": second, "body": torch.rand(4, 4, 3, 3) < 0.3}
     pack_model_(model, masks)
     return model.to(dtype)
 
@@ -191,6 +191,13 @@ def test_a_plan_names_only_what_is_registered() -> None:
         replace(first, impl="blocked")
     with pytest.raises(UserError, match="first has no implementation 'reference'"):
         replace(first, impl="reference")
+    for layer, message, fields in (
+        ("norm", "norm cannot run in the nhwc layout", {"layout": "nhwc"}),
+        ("body", "gather cannot run body, it is for 1x1 kernels", {"layout": "nhwc", "impl": "gather"}),
+    ):
+        choices = tuple(replace(c, **fields) if c.layer == layer else c for c in plan.choices)
+        with pytest.raises(UserError, match=message):
+            accelerate(points(), images()[0], plan=replace(plan, choices=choices))
     with pytest.raises(UserError, match="first has no implementation 'triton'"):
         replace(first, impl="triton")
     with pytest.raises(

@@ -66,7 +66,8 @@ ALLOCATIONS: Registry[Allocation] = Registry("allocation", {
     "relative": Allocation(relative_gains),
     "share": Allocation(share_gains),
     "erk": Allocation(erk_gains, by_time=False),
-}, group="clicktrain.allocations", guard=lambda name, gains: Allocation(gains))  # fmt: skip
+}, group="clicktrain.allocations",
+   guard=lambda _, own: own if isinstance(own, Allocation) else Allocation(own))  # fmt: skip
 """A user's own is a function like `share_gains`."""
 AllocationChoice: TypeAlias = Annotated[str | Callable[..., Any], ALLOCATIONS]
 
@@ -97,6 +98,7 @@ PENALTIES: Registry[Penalty] = Registry("penalty", {
     "lasso": Penalty(gradient=add_lasso_gradient_),
     "shrink": Penalty(step=shrink_groups_),
     "none": Penalty(),
-}, group="clicktrain.penalties", guard=lambda name, gradient: Penalty(gradient))  # fmt: skip
+}, group="clicktrain.penalties",
+   guard=lambda _, own: own if isinstance(own, Penalty) else Penalty(own))  # fmt: skip
 """A user's own is a function like `clicktrain.sparsity.group_lasso.add_lasso_gradient_`."""
 PenaltyChoice: TypeAlias = Annotated[str | Callable[..., Any], PENALTIES]

@@ -32,7 +32,7 @@ def run(argv: Sequence[str]) -> int:
     names = sorted({name for method in METHODS.values() for name in choice_fields(method)})
     text = "The run's, if it is code of your own: package.module:function."
     own = [Option(name, str | None, text, metavar="NAME", main=False) for name in names]
-    note = "A run that uses a function of your own goes on only if you name it again, as package.module:function."
+    note = "A function of your own that the run uses has to be named again, as package.module:function."
     command = replace(
         _COMMAND,
         groups={**_COMMAND.groups, "code of your own": own},

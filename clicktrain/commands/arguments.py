@@ -1,4 +1,4 @@
-"""Arguments of one command: declared as data, converted as settings are, one-sentence errors."""
+"""Declare, parse and explain the arguments of one command."""
 
 from __future__ import annotations
 
@@ -24,7 +24,7 @@ HELP_COLUMN, LONGEST_LINE = 26, 110
 
 
 class HelpPrinted(Exception):  # noqa: N818 - not an error: help was asked for and shown
-    """``--help`` was given; nothing is left to do."""
+    """Help was printed: the command is done."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -42,7 +42,7 @@ class Option:
 
     @property
     def flag(self) -> str:
-        """As it is typed."""
+        """The flag as it is typed."""
         return "--" + self.name.replace("_", "-")
 
     @property
@@ -71,12 +71,12 @@ OWN_MODEL = Option(
     "not enough: loading a folder runs no code that you have not named.",
     metavar="NAME",
 )
-"""Of every command that builds the network of a run folder."""
+"""A flag of every command that builds the network of a run folder."""
 
 
 @dataclass(frozen=True, slots=True)
 class Positional:
-    """The arguments without a flag: exactly one, or at least one if ``many``."""
+    """Arguments without a flag: exactly one, or at least one if ``many``."""
 
     name: str
     help: str
@@ -216,8 +216,8 @@ def options_of(cls: type) -> list[Option]:
     hints = type_hints(cls)
     texts: dict[str, str] = {}
     for base in filter(is_dataclass, reversed(cls.__mro__)):
-        for found in parse_from_object(base).params:
-            texts[found.arg_name] = " ".join((found.description or "").split())
+        for field_docs in parse_from_object(base).params:
+            texts[field_docs.arg_name] = " ".join((field_docs.description or "").split())
     options: list[Option] = []
     for item in fields(cls):
         if not item.init:

@@ -94,7 +94,7 @@ def _evaluate(loaded: LoadedRun, config: RunConfig, attacks: Sequence[Attack]) -
     model, loader = loaded.model.to(device), make_val_loader(config, data, device)
     result = evaluate(model, loader, device=device, precision=config.precision)
     assert result is not None  # only a stop that is asked for gives none
-    found = {
+    report = {
         "run": str(loaded.folder.path),
         "data": config.data,
         "images": result.images,
@@ -109,12 +109,12 @@ def _evaluate(loaded: LoadedRun, config: RunConfig, attacks: Sequence[Attack]) -
         accuracies = attacked_accuracy(
             model, loader, attacks, mean=data.mean, std=data.std, device=device, precision=config.precision
         )
-        found["attack"] = attacks[0].name
-        found["robustness"] = [
+        report["attack"] = attacks[0].name
+        report["robustness"] = [
             {"epsilon": attack.epsilon, "accuracy": accuracy}
             for attack, accuracy in zip(attacks, accuracies, strict=True)
         ]
-    return found
+    return report
 
 
 def _fitting(loaded: LoadedRun, data: ImageData, spec: str) -> ImageData:

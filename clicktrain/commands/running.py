@@ -38,7 +38,7 @@ def carry_out(
         folder: of the run.
         quiet: no progress.
         report: write report.html.
-        notes: things to tell before the run starts.
+        notes: sentences to print before the run starts.
         resume: continue the run in the folder.
     """
     console = lasting_console(f"the run goes on without it, in {folder.path}")

@@ -145,7 +145,6 @@ def _command(method: str, alone: bool = False) -> Command:
         },
         explain=lambda name: _of_another_method(name, method),
         examples=_EXAMPLES,
-        brief=alone,
     )
 
 
@@ -175,11 +174,11 @@ def _of_another_method(name: str, method: str) -> str | None:
 
 
 def _peek(argv: Sequence[str], name: str) -> str | None:
-    """The last value of a text flag, before the flags can be parsed: which there are depends on it."""
-    found = None
+    """Read the last value of a text flag before parsing: which flags exist depends on it."""
+    value = None
     for token, following in itertools.zip_longest(argv, argv[1:]):
         if token == (flag := f"--{name.replace('_', '-')}"):
-            found = following
+            value = following
         elif token.startswith(f"{flag}="):
-            found = token.partition("=")[2]
-    return found
+            value = token.partition("=")[2]
+    return value

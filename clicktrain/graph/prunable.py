@@ -277,11 +277,6 @@ def _with_sources(found: PrunableLayers) -> PrunableLayers:
     return replace(found, layers=(*found.convs, *linears))
 
 
-# ConvLayer and LinearLayer are the same class now.
-ConvLayer = PrunableLayer
-LinearLayer = PrunableLayer
-
-
 def _reason(
     module: nn.Module,
     adapter: LayerAdapter,

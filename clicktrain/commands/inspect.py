@@ -9,7 +9,6 @@ from collections.abc import Mapping, Sequence
 from typing import TYPE_CHECKING, Any
 
 from clicktrain.commands.arguments import OWN_MODEL, Command, Option, Positional
-from clicktrain.commands.wording import asked_and_reached, training_share
 from clicktrain.wording import short
 
 if TYPE_CHECKING:
@@ -157,3 +156,29 @@ def _pictures(layers: Sequence[Mapping[str, Any]]) -> list[str]:
     shown = f", the first {len(best)}" if len(total) > len(best) else ""
     head = f"patterns of the 3x3 kernels ({len(total)} in use{shown}):"
     return [head, *("   ".join(cell[line] for cell in cells) for line in range(4))]
+
+
+def training_share(summary: Mapping[str, Any], digits: int) -> str:
+    """Training FLOPs of a run over dense training, and with those of the weights that it started from."""
+    text = f"training FLOPs {100 * summary['train_flops_ratio']:.{digits}f}% of dense"
+    earlier = summary.get("initial_train_flops", 0)
+    if earlier is None:
+        return f"{text}, its initial weights not counted"
+    if earlier == 0:
+        return text
+    return f"{text}, {100 * summary['total_train_flops_ratio']:.{digits}f}% with its initial weights"
+
+
+def asked_and_reached(summary: Mapping[str, Any]) -> str:
+    """The compression of a run beside what was asked for."""
+    asked = summary.get("compression_asked")
+    sparsity = summary.get("sparsity_asked")
+    if asked is not None:
+        wish = f"compression asked {asked:g}x"
+    elif sparsity is not None:
+        wish = f"sparsity asked {100 * sparsity:g}% ({1 / (1 - sparsity):.3g}x)"
+    elif any(target.get("asked") is not None for target in summary.get("outcome") or ()):
+        wish = "compression not asked"
+    else:
+        wish = "no compression asked"
+    return f"{wish}, reached {summary['compression_ratio']:.2f}x"

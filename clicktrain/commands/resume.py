@@ -34,9 +34,7 @@ def run(argv: Sequence[str]) -> int:
     own = [Option(name, str | None, text, metavar="NAME", main=False) for name in names]
     note = "A function of your own that the run uses has to be named again, as package.module:function."
     command = replace(
-        _COMMAND,
-        groups={**_COMMAND.groups, "code of your own": own},
-        notes={"code of your own": [note]},
+        _COMMAND, groups={**_COMMAND.groups, "code of your own": own}, notes={"code of your own": [note]}
     )
     given = command.parse(argv)
     folder = RunFolder(Path(given["run"]))

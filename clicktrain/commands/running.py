@@ -10,9 +10,9 @@ from typing import Any
 
 from rich.console import Console
 
+from clicktrain.commands.inspect import asked_and_reached, training_share
 from clicktrain.commands.progress import make_progress
 from clicktrain.commands.screen import lasting_console, warn
-from clicktrain.commands.wording import asked_and_reached, training_share
 from clicktrain.methods import Method
 from clicktrain.methods.outcome import Outcome
 from clicktrain.train import RunConfig, RunFolder, TrainingInterrupted

@@ -45,19 +45,18 @@ class Screen(io.TextIOBase):
 
     def write(self, text: str) -> int:
         """Write, or drop."""
-        if self._stream is not None:
-            try:
-                self._stream.write(text)
-            except (OSError, ValueError) as error:  # ValueError: closed
-                self._give_up(error)
+        self._try(lambda stream: stream.write(text))
         return len(text)
 
     def flush(self) -> None:
         """Flush the stream, if it is open."""
+        self._try(lambda stream: stream.flush())
+
+    def _try(self, act: Callable[[TextIO], object]) -> None:
         if self._stream is not None:
             try:
-                self._stream.flush()
-            except (OSError, ValueError) as error:
+                act(self._stream)
+            except (OSError, ValueError) as error:  # ValueError: closed
                 self._give_up(error)
 
     def _give_up(self, error: Exception) -> None:

@@ -29,15 +29,9 @@ def number(values: Mapping[str, Any] | None, key: str) -> float | None:
 
 @dataclass(frozen=True)
 class Run:
-    """One run folder.
+    """One run folder: flat settings, a line of metrics per finished epoch, and decisions in their order.
 
-    Attributes:
-        label: name to show, unique in a report.
-        folder: path of the run.
-        config: settings, flat.
-        metrics: lines of the finished epochs.
-        events: decisions, in order.
-        summary: None while the run is not finished.
+    ``label`` is unique in a report; ``summary`` is None while the run is not finished.
     """
 
     label: str
@@ -195,8 +189,6 @@ class Run:
     def robustness(self) -> dict[str, list[tuple[float, float]]]:
         """Attack -> (epsilon, accuracy in percent), rising; empty if the run was not attacked."""
         return read_robustness(RunFolder(self.folder).robustness)
-
-    # ---- weights ----------------------------------------------------------------------------
 
     @cached_property
     def weight_shapes(self) -> dict[str, tuple[int, ...]]:

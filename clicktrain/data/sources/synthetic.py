@@ -22,11 +22,8 @@ def list_synthetic(argument: str, memory_limit: int) -> Listing:
 
     Each class has a smooth random picture; an image is its class's picture with random contrast, brightness
     and noise. The settings (``classes=10,size=32,channels=3,train=512,val=128,seed=0``, any of them may be
-    left out) fix every pixel. Classes take turns, so that each split has the same number of each.
-
-    Args:
-        argument: the settings.
-        memory_limit: bytes that the images, and the pictures that they are drawn from, may take.
+    left out) fix every pixel. Classes take turns, so that each split has the same number of each. Images, and
+    the pictures that they are drawn from, may take ``memory_limit`` bytes.
 
     Raises:
         UserError: an unknown setting, a value that is no integer or too small, or images that take more than

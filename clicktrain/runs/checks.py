@@ -38,7 +38,11 @@ def read_facts(metadata: Mapping[str, str], path: Path) -> dict[str, Any]:
     if "clicktrain" not in metadata:
         raise UserError(f"{path} is not the network of a run: it does not say how to build it")
     facts = parse_facts(metadata, path)
-    _check(facts, _FACTS, f"{path} is damaged: its")
+    for name, (fits, what) in _FACTS.items():
+        if not fits(facts.get(name)):
+            raise UserError(
+                f"{path} is damaged: it says {name} {shown(facts.get(name))}, where {what} is needed"
+            )
     channels, height, width = facts["image_shape"]
     together = (
         ("classes", len(facts["classes"]), "num_classes", facts["num_classes"]),

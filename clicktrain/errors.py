@@ -1,7 +1,4 @@
-"""The exceptions that stand for a mistake of the user's, and how their sentence shows a wrong value.
-
-And the warning of a run that fell short of what was asked.
-"""
+"""Errors for mistakes of the user, and the warning of a missed target."""
 
 from __future__ import annotations
 
@@ -9,25 +6,25 @@ import reprlib
 
 
 class UserError(ValueError):
-    """A mistake in what was asked for: one sentence that says what is wrong and what would be right.
+    """A mistake of the user: one sentence that says what is wrong and what would be right.
 
     The command line prints the sentence without a traceback and exits with code 2.
     """
 
 
 class NetworkCollapsed(UserError):  # noqa: N818 - reads as a sentence to the user
-    """Pruning has destroyed the network: training on would be in vain."""
+    """Pruning has destroyed the network; training it further is useless."""
 
 
 class MissedTarget(UserWarning):
-    """A run ended more than 5% of what was asked away from it; the warning says what, and why if known."""
+    """A run has missed its target by more than 5%; the warning says which, and why if known."""
 
 
 def shown(value: object, longest: int = 60) -> str:
-    """``repr`` of a value from outside, cut in the middle where it is long.
+    """``repr`` of a value from outside, shortened in the middle.
 
-    Work and length are bounded whatever the value is: a list that holds itself a million times over, a number
-    of 5,000 digits, a text of a megabyte.
+    Work and length are bounded for any value: a list that holds itself a million times, a number of 5,000
+    digits, a megabyte of text.
     """
     short = reprlib.Repr()
     short.maxstring = short.maxother = short.maxlong = longest

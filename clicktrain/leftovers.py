@@ -1,4 +1,4 @@
-"""What killed processes leave behind: temporary files and folders that have their process in the name."""
+"""Removes temporary files and folders of killed processes; their names hold the process number."""
 
 from __future__ import annotations
 
@@ -10,8 +10,7 @@ import time
 from pathlib import Path
 
 ABANDONED_SECONDS = 3600.0
-"""Age from which a temporary file in a folder that machines may share is nobody's: its process may run on
-another one."""
+"""Age from which a temporary file counts as abandoned in a folder that several machines may share."""
 
 
 def process_runs(pid: int) -> bool:
@@ -34,7 +33,7 @@ def remove_abandoned(folder: Path, name: str) -> None:
         folder: which other processes, also of other machines, may be writing to.
         name: regular expression of the whole name, whose group ``pid`` is the process.
     """
-    with contextlib.suppress(OSError):  # gone in between, or not ours to remove
+    with contextlib.suppress(OSError):  # removed in between, or by permission not ours
         for path in folder.iterdir():
             match = re.fullmatch(name, path.name)
             if match is None or process_runs(int(match["pid"])):

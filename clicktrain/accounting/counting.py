@@ -14,7 +14,7 @@ from clicktrain.accounting.traffic import Traffic
 from clicktrain.accounting.watching import eager, no_trace, plain
 from clicktrain.errors import UserError
 from clicktrain.formats.packed import Structure
-from clicktrain.graph.adapters import ADAPTERS, LayerAdapter, nearest_adapter
+from clicktrain.graph.adapters import dense_adapter
 from clicktrain.graph.batch import batch_size, first_tensor
 from clicktrain.graph.inputs import Inputs, as_inputs
 
@@ -106,12 +106,6 @@ def _counted(layers: Iterable[_Layer]) -> list[_Layer]:
     return [layer for layer in layers if layer.kind == "conv"] or list(layers)
 
 
-def _adapter(module: nn.Module) -> LayerAdapter | None:
-    """The adapter of a layer, or of the dense layer that a packed one was."""
-    dense = getattr(module, "dense", None)
-    return ADAPTERS.get(dense) if _structure(module) is not None and dense else nearest_adapter(module)
-
-
 def _structure(module: nn.Module) -> Structure | None:
     """Of a packed layer."""
     structure = getattr(module, "structure", None)
@@ -127,7 +121,7 @@ def _trained(module: nn.Module) -> bool:
 def _layers(model: nn.Module, masks: Mapping[str, Tensor] | None) -> list[_Layer]:
     layers = []
     for name, module in model.named_modules():
-        adapter = _adapter(module)
+        adapter = dense_adapter(module)
         if adapter is not None:
             layers.append(_layer(name, module, adapter.kind, masks))
     unknown = sorted(set(masks or ()) - {layer.name for layer in layers})
@@ -172,7 +166,7 @@ def _watch(model: nn.Module, inputs: Inputs) -> tuple[dict[int, _Calls], Mapping
 
     def note(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], output: Any) -> None:
         x = args[0] if args else next(iter(kwargs.values()))
-        seen, adapter = calls.setdefault(id(module), _Calls()), _adapter(module)
+        seen, adapter = calls.setdefault(id(module), _Calls()), dense_adapter(module)
         assert adapter is not None
         seen.output_hw, positions = adapter.weight_uses(module, x, output)
         seen.forward += positions
@@ -183,7 +177,7 @@ def _watch(model: nn.Module, inputs: Inputs) -> tuple[dict[int, _Calls], Mapping
     handles = [
         module.register_forward_hook(note, with_kwargs=True)
         for module in model.modules()
-        if _adapter(module) is not None
+        if dense_adapter(module) is not None
     ]
     try:
         # Gradients are enabled, although none is computed: who needs one is read off the tensors.

@@ -1,9 +1,8 @@
 """Peak rates of this processor: multiply-adds from registers, and reads from L1 and L2.
 
 A kernel's time is judged by these: a layer that runs at 90 % of the multiply-add rate cannot be made faster,
-one that waits for its caches can. And by `multiply_adds` and `one_pass`, which do nothing but the arithmetic,
-or the reading and writing, that a layer cannot do without: to be timed beside it, since others' work on the
-machine slows them down alike.
+one that waits for its caches can. `multiply_adds` and `one_pass` do nothing but the arithmetic, or the reads
+and writes, that a layer needs: to be timed beside it, since load on the machine slows all of them down alike.
 """
 
 from __future__ import annotations
@@ -79,8 +78,8 @@ def multiply_adds(count: int) -> Callable[[], Tensor]:
 def one_pass(read: Sequence[Tensor], written: Tensor) -> Callable[[], Tensor]:
     """A call that reads tensors once, and writes as much as another one, with all threads.
 
-    Writes zeros to memory of its own, around the caches where the kernels do. Tensors may have any number of
-    bytes, and begin anywhere; each fills its memory without gaps.
+    It writes zeros to memory of its own, around the caches where the kernels do. Tensors may have any number
+    of bytes and begin anywhere; each is contiguous.
     """
     library, _, _ = measuring_loops()
     threads = torch.get_num_threads()
@@ -131,7 +130,7 @@ def _seconds(work: Callable[[int], float], steps: int) -> tuple[float, float]:
 
 
 def _cache_bytes(level: int) -> int:
-    """Size of a data cache as the system tells it, else a usual one."""
+    """Size of a data cache as the system reports it, else a usual one."""
     try:
         for folder in sorted(_CACHES.glob("index*")):
             kind = (folder / "type").read_text().strip()

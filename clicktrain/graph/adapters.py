@@ -18,7 +18,15 @@ from torch import Tensor, nn
 
 from clicktrain.sparsity.patterns import MAX_POSITIONS
 
-__all__ = ["ADAPTERS", "UNITS", "LayerAdapter", "adapter_of", "nearest_adapter", "register_layer"]
+__all__ = [
+    "ADAPTERS",
+    "UNITS",
+    "LayerAdapter",
+    "adapter_of",
+    "dense_adapter",
+    "nearest_adapter",
+    "register_layer",
+]
 
 View: TypeAlias = tuple[int, int, int, int]
 
@@ -155,6 +163,12 @@ def register_layer(adapter: LayerAdapter) -> LayerAdapter:
 def nearest_adapter(module: nn.Module) -> LayerAdapter | None:
     """The adapter of a layer's class or of its nearest registered parent; None if nobody knows the type."""
     return next((ADAPTERS[kind] for kind in type(module).__mro__ if kind in ADAPTERS), None)
+
+
+def dense_adapter(module: nn.Module) -> LayerAdapter | None:
+    """As `nearest_adapter`, also for a packed layer: the adapter of the dense layer that it was."""
+    dense = getattr(type(module), "dense", None)
+    return ADAPTERS.get(dense) if isinstance(dense, type) else nearest_adapter(module)
 
 
 def adapter_of(module: nn.Module) -> LayerAdapter | None:

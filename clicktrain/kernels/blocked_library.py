@@ -1,4 +1,4 @@
-"""What generated passes over blocked activations share: the library of a number type, checks of x."""
+"""What the passes over blocked activations share: libraries by dtype, checks of the input."""
 
 from __future__ import annotations
 
@@ -22,12 +22,7 @@ def library_for(source: Callable[[torch.dtype, int], str], dtype: torch.dtype) -
 
 
 def check_dtype(dtype: torch.dtype, what: str) -> None:
-    """Refuse activations of a type that there are no kernels for.
-
-    Args:
-        dtype: of the activations.
-        what: does something with them, for the message.
-    """
+    """Refuse activations of a dtype without kernels; ``what`` is the operator, for the message."""
     if dtype not in STORED_TYPES:
         names = ", ".join(str(one).removeprefix("torch.") for one in STORED_TYPES)
         raise UserError(f"{what} is for activations of one of {names}, not of {dtype}: convert the input")
@@ -38,7 +33,7 @@ def check_blocked(shape: torch.Size, dtype: torch.dtype, device: torch.device, w
 
     Args:
         shape, dtype, device: of the activations.
-        what: does that with them, for the message.
+        what: the operator, for the message.
 
     Raises:
         UserError: another dtype, shape or device.

@@ -1,1 +1,1 @@
-"""Time: one timer, tables over shapes, and the search for a structure that meets a latency."""
+"""Time: the timer, measured layers and networks, and the search for a structure that meets a latency."""

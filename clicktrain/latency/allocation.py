@@ -1,8 +1,8 @@
-"""Allocation by time: how many kernels each layer keeps, so that the network takes so many milliseconds.
+"""Allocation by time: how many kernels each layer keeps, so that the network meets a latency.
 
-As in `clicktrain.sparsity.allocation`, every filter of a layer keeps the same number of kernels. What is paid
-for is not weights but the measured time of the layer, which is no straight line: it ends at what the dense
-layer takes, from where on further kernels are free.
+As in `clicktrain.sparsity.allocation`, every filter of a layer keeps the same number of kernels. The price is
+not weights but the measured time of the layer, which is not linear: it saturates at the time of the dense
+operator, from where on further kernels are free.
 """
 
 from __future__ import annotations
@@ -23,18 +23,17 @@ def allocate_within(
     budget: float,
     least: Mapping[str, int] | None = None,
 ) -> dict[str, int]:
-    """Kept kernels per filter of every layer, the most gain for a time.
+    """Kept kernels per filter of every layer, with the most gain for a time.
 
-    Bought is, again and again, the jump of one layer to any larger number of kernels that gains most per
-    millisecond among those that can still be paid for: the greedy solution of the multiple-choice knapsack
-    problem, which is off the best one by less than one jump.
+    The greedy solution of the multiple-choice knapsack problem, which is off the best one by less than one
+    jump: it repeats the affordable jump of one layer to more kernels that gains most per millisecond.
 
     Args:
         layers: the layers that are pruned.
         times: per layer [C], milliseconds with 1, 2, ... kernels per filter; not falling.
         gains: per layer [C], the worth of the 1st, 2nd, ... kernel of every filter.
-        budget: milliseconds of all layers together. Where even ``least`` takes more, it is what is returned.
-        least: kernels that a layer keeps whatever it takes; 1 by default.
+        budget: milliseconds of all layers together. ``least`` is returned where even that takes more.
+        least: fewest kernels of a layer; 1 by default.
     """
     kept = {layer.name: layer.fixed or max(1, (least or {}).get(layer.name, 1)) for layer in layers}
     left = budget - sum(times[layer.name][kept[layer.name] - 1] for layer in layers)
@@ -60,7 +59,7 @@ def allocate_within(
 def _best_jump(
     times: Sequence[float], gains: Sequence[float], now: int, left: float
 ) -> tuple[float, int, float] | None:
-    """(gain per millisecond, kernels, milliseconds) of the best jump that ``left`` pays for."""
+    """(gain per millisecond, kernels, milliseconds) of the best affordable jump."""
     best: tuple[float, int, float] | None = None
     gained = 0.0
     for kernels in range(now + 1, len(times) + 1):
@@ -81,26 +80,26 @@ def least_compression_within(
     budget: float,
     allocated: Callable[[float], dict[str, int]] | None = None,
 ) -> tuple[float, dict[str, int]]:
-    """The smallest compression ratio whose allocation is not over a time, and that allocation.
+    """The smallest compression ratio whose allocation meets a time, and that allocation.
 
     Args:
         layers: the layers that are pruned.
         other_weights: convolution weights that stay dense.
         predict: kernels per filter of every layer -> milliseconds.
-        budget: milliseconds. Where the largest ratio takes more, it is what is returned.
+        budget: milliseconds. The largest ratio is returned where even that takes more.
         allocated: compression ratio -> kernels per filter; equal densities by default.
     """
     rule = allocated or (lambda ratio: allocate(layers, other_weights, ratio))
     low, high = compression_limits(layers, other_weights)
-    found = rule(low)
-    if predict(found) <= budget:
-        return low, found
-    found = rule(high)
+    chosen = rule(low)
+    if predict(chosen) <= budget:
+        return low, chosen
+    chosen = rule(high)
     for _ in range(HALVINGS):
         middle = math.sqrt(low * high)
         kept = rule(middle)
         if predict(kept) <= budget:
-            high, found = middle, kept
+            high, chosen = middle, kept
         else:
             low = middle
-    return high, found
+    return high, chosen

@@ -1,9 +1,9 @@
-"""Widths that the device runs well: the multiple that pays, found by timing the network as it would be left.
+"""Channel multiple tuned for the device, by timing the pruned network at each candidate.
 
-After channels have gone a layer has any number of them, 23 say. Vector lanes and tensor cores work in blocks:
-on some devices 24 channels are faster than 23, on others only as slow, and which layers it happens to depends
-on the widths that pruning has left. So each multiple is carried out on a copy of the network, and a training
-step of the copies is timed, taking turns.
+Removing channels leaves a layer with any number of them, 23 say. SIMD vectors and tensor cores work in
+blocks: on some devices 24 channels are faster than 23, on others equally fast, and which layers it affects
+depends on the widths that pruning leaves. So each multiple is applied to a copy of the network, and a
+training step of the copies is timed, taking turns.
 """
 
 from __future__ import annotations
@@ -32,19 +32,19 @@ from clicktrain.surgery.norms import norm_alone_
 
 FORMAT_VERSION = 2
 MULTIPLES = (1, 2, 4, 8, 16, 32)
-"""What widths may be rounded to."""
+"""Candidates that widths are rounded up to."""
 CPU_IMAGES = 16
-"""Images at most per thread of a CPU, where time is proportional to them from a few on."""
+"""Most images per CPU thread: from a few on, time is proportional to them."""
 ROUNDS = (5, 30)
-"""At least and at most so many timed steps of each copy,"""
+"""Least and most timed steps of each copy,"""
 SECONDS = 1.5
-"""for about so long."""
+"""for about this long."""
 WORTH = 0.03
-"""Share of the time that a larger multiple has to save: measurements repeat to about that."""
+"""Share of the time that a larger multiple has to save: about the repeatability of measurements."""
 
 
 class BatchForm(NamedTuple):
-    """What the time of a step depends on of a batch: shape, strides, and what autocast computes in."""
+    """The properties of a batch that step time depends on: shape, strides and autocast's dtype."""
 
     shape: tuple[int, ...]
     strides: tuple[int, ...] = ()
@@ -52,13 +52,13 @@ class BatchForm(NamedTuple):
 
     @classmethod
     def of(cls, seen: SeenBatch) -> BatchForm:
-        """Of a batch that was seen."""
+        """The form of a batch."""
         dtype = None if seen.autocast is None else str(seen.autocast).removeprefix("torch.")
         first = first_tensor(as_inputs(seen.inputs))
         return cls(tuple(first.shape), first.stride(), dtype)
 
     def blank(self, like: Any) -> SeenBatch:
-        """Zeros in this form, with the dtypes and devices of other inputs, and their shapes but the first."""
+        """Zeros of this form, with the dtypes, devices and further tensors of other inputs."""
         inputs = blank(as_inputs(like), self.shape[0] if self.shape else None)
         first = first_tensor(inputs)
         x = first.new_zeros(self.shape)
@@ -70,7 +70,7 @@ class BatchForm(NamedTuple):
 
 @dataclass(frozen=True, slots=True)
 class Rounding:
-    """What rounding all widths up to a multiple leaves: milliseconds of a training step, and channels."""
+    """A multiple, and the training step (ms) and channels of the network rounded up to it."""
 
     multiple: int
     ms: float
@@ -79,12 +79,12 @@ class Rounding:
 
 @dataclass(frozen=True, slots=True)
 class WidthChoice:
-    """What was measured.
+    """The measurement and its result.
 
     Attributes:
         chosen: the multiple that pays.
-        rows: one per candidate; multiples that leave the same network have one time.
-        images, dtype: the batch that was timed, and what autocast computed in, or ``float32``.
+        rows: one per candidate; multiples that leave the same network share one time.
+        images, dtype: the timed batch, and autocast's dtype, or ``float32``.
     """
 
     chosen: int
@@ -108,20 +108,19 @@ class WidthChoice:
 def fastest_multiple(
     model: nn.Module, seen: SeenBatch, plans: Mapping[int, SurgeryPlan], *, folder: Path | None = None
 ) -> WidthChoice | None:
-    """The multiple whose network trains fastest, by measurement.
+    """Choose the multiple whose network trains fastest, by measurement.
 
     A larger multiple is worth its extra channels if a step becomes at least 3% faster than with the best
-    smaller one. What was measured is kept on disk: the same network on the same device decides alike when a
-    run is repeated or resumed. The model and its optimizer stay as they are.
+    smaller one. The measurement is kept on disk, so that a repeated or resumed run decides alike.
 
     Args:
         model: the network before any of the plans.
         seen: a training batch; on a CPU at most `CPU_IMAGES` per thread are timed.
-        plans: multiple -> what would be removed, the smallest multiple first.
-        folder: where measurements are kept; ``clicktrain/latency`` in the user's cache by default.
+        plans: multiple -> removal, the smallest multiple first.
+        folder: where measurements are kept; see `measured_once`.
 
     Returns:
-        None where all plans leave the same network: there is nothing to choose.
+        None where all plans leave the same network.
     """
     left = {multiple: _left(plan) for multiple, plan in plans.items()}
     if len(set(left.values())) < 2:
@@ -161,8 +160,7 @@ def step_ms(
 ) -> dict[str, float]:
     """Median milliseconds of a forward and backward pass in training mode, of a copy after each plan.
 
-    The copies take turns. Where one thread does the work it is that thread's time on the processor: other
-    programs do not count.
+    The copies take turns; see `clock_of`.
     """
     calls: dict[str, Callable[[], object]] = {}
     inputs = as_inputs(example, model)
@@ -180,7 +178,7 @@ def step_ms(
 
 
 def _left(plan: SurgeryPlan) -> str:
-    """Which network a plan leaves, as far as its time depends on it."""
+    """The parts of a plan that the time of the pruned network depends on."""
     cuts = sorted((cut.name, cut.dim, len(cut.keep)) for cut in plan.cuts)
     gates = sorted((gate.name, gate.kind, len(gate.channels)) for gate in plan.gates)
     return json.dumps([cuts, sorted(layer.name for layer in plan.removed_layers), gates])

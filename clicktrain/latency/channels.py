@@ -1,8 +1,8 @@
-"""Latency-aware pruning: what a structure costs on this device, predicted and measured (When to Prune?, 4.3).
+"""Predicted latency of a network over the channels of its layers (When to Prune?, section 4.3).
 
-The paper penalises "the neuron group's saliency with the latency reduction resulting from pruning them" and
-prints no formula. Here importance is divided by the time that the removal of a neuron saves: what is left is
-importance per millisecond, which a target in milliseconds is paid for in.
+The paper penalizes "the neuron group's saliency with the latency reduction resulting from pruning them" and
+prints no formula. Here importance is divided by the time that the removal of a neuron saves, which gives
+importance per millisecond.
 """
 
 from __future__ import annotations
@@ -22,27 +22,27 @@ from clicktrain.surgery.groups import Dependencies
 from clicktrain.surgery.operations import operation
 
 LEAST_SAVING = 0.05
-"""A neuron counts as saving this share of the mean at least: one that saves nothing is not worth infinity."""
+"""Least saving of a neuron, as a share of the mean: one that saves nothing is not worth infinity."""
 _NO_WORK = ("input", "output", "attribute", "reshape", "getitem", "permute", "squeeze", "unsqueeze", "expand")
 
 
 @dataclass(frozen=True, slots=True)
 class Width:
-    """A number of channels as a function of the kept neurons: ``fixed + sum of each * kept[group]``."""
+    """A number of channels as a function of kept neurons: ``fixed + sum of each * kept[group]``."""
 
     fixed: int
     parts: tuple[tuple[str, int], ...]
 
     def at(self, kept: Mapping[str, int]) -> int:
-        """So many channels with these kept neurons per group."""
+        """Channels with these kept neurons per group."""
         return self.fixed + sum(each * kept[group] for group, each in self.parts)
 
 
 class LatencyModel:
     """Predicts the inference time of a network from the number of kept neurons of each group.
 
-    The times of convolutions and linear layers come from measured tables; what the whole network takes
-    beyond them (batch norm, activations, additions, pooling) goes with the elements that these produce.
+    The times of convolutions and linear layers come from measured tables. The rest of the network (batch
+    norm, activations, additions, pooling) is taken to be proportional to the elements that it produces.
 
     Attributes:
         batch: images of a batch.
@@ -52,7 +52,14 @@ class LatencyModel:
     def __init__(
         self, found: Dependencies, sizes: Mapping[str, int], example: Any, batch: int, dense_ms: float
     ) -> None:
-        """From the dependencies of a network, the sizes of its prunable groups and a blank input.
+        """Measure the layers of a network.
+
+        Args:
+            found: dependencies between its channels.
+            sizes: neurons per prunable group.
+            example: inputs; sizes count.
+            batch: images.
+            dense_ms: the whole network, measured.
 
         Raises:
             UserError: the network has layers whose time is not known.
@@ -68,7 +75,7 @@ class LatencyModel:
         self._rest_ms = max(dense_ms - self._layer_ms(sizes), 0.0)
 
     def predict(self, kept: Mapping[str, int]) -> float:
-        """Milliseconds of a batch with so many kept neurons per group."""
+        """Milliseconds of a batch with these kept neurons per group."""
         elements = self._elements.at(kept) / max(self._elements.at(self._sizes), 1)
         return self._layer_ms(kept) + self._rest_ms * elements
 
@@ -84,7 +91,7 @@ class LatencyModel:
     def penalized(
         self, scores: Mapping[str, Tensor], kept: Mapping[str, int], strength: float
     ) -> dict[str, Tensor]:
-        """Importance over the time saved, the latter relative to its mean and to the power ``strength``."""
+        """Importance over saved time, the latter relative to its mean and to the power ``strength``."""
         saved = self.saved_by_a_neuron(kept)
         mean = sum(saved.values()) / max(len(saved), 1)
         if strength == 0 or mean == 0:
@@ -149,7 +156,7 @@ class LatencyModel:
         return Width(channels - varying, tuple(parts))
 
     def _find_elements(self, found: Dependencies) -> Width:
-        """Elements per image that everything but the layers of the tables produces."""
+        """Elements per image that all but the layers of the tables produce."""
         each: dict[str, int] = {}
         fixed = 0
         names = [group.name for group in found.groups]
@@ -164,7 +171,7 @@ class LatencyModel:
                     each[names[place[0]]] = each.get(names[place[0]], 0) + one
                 else:
                     fixed += one
-        # Sums over all channels of a group: so much for each of them.
+        # Sums over all channels of a group, divided by their number.
         return Width(fixed, tuple((name, total // self._sizes[name]) for name, total in each.items()))
 
 
@@ -178,13 +185,13 @@ def fewest_pruned(
     predict: Callable[[Mapping[str, int]], float],
     aim: float,
 ) -> dict[str, Tensor]:
-    """The masks with the fewest pruned neurons whose predicted time is not over ``aim``.
+    """The masks with the fewest pruned neurons whose predicted time meets ``aim``.
 
     Args:
-        order: neurons in the order in which they go.
-        masks: of the first few of the order.
-        predict: milliseconds; does not rise with more pruned neurons.
-        aim: milliseconds. Where all of the order does not get there, all of it goes.
+        order: neurons in the order in which they are pruned.
+        masks: first neurons of the order -> masks without them.
+        predict: kept neurons per group -> milliseconds; does not rise with more pruned neurons.
+        aim: milliseconds. All of the order is pruned where even that takes more.
     """
     low, high = 0, len(order)
     while low < high:

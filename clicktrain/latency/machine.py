@@ -3,9 +3,10 @@
 from __future__ import annotations
 
 import platform
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
+from typing import Any
 
 import torch
 
@@ -52,6 +53,17 @@ def gpu_name(device: torch.device) -> str | None:
     if device.type == "cuda":
         return torch.cuda.get_device_name(device)
     return "Apple GPU" if device.type == "mps" else None
+
+
+def describe(device: torch.device) -> dict[str, Any]:
+    """The machine, its vector instructions, the C compiler and versions, for the record of a benchmark."""
+    tools = toolchain()
+    return {
+        **asdict(Machine.here(device)),
+        "isa": list(tools.isa) if tools else [],
+        "compiler": tools.version if tools else None,
+        "versions": versions(),
+    }
 
 
 def versions() -> dict[str, str]:

@@ -15,10 +15,11 @@ Masks = dict[str, Tensor]
 
 @dataclass(eq=False)
 class LatencySearch:
-    """The structures that were measured on the way to a latency, and where to go on.
+    """The structures measured so far on the way to a latency, and the next one to measure.
 
-    ``predict``: kept neurons per group -> milliseconds. ``within``: (milliseconds, masks of groups that are
-    decided) -> the masks with the fewest pruned neurons.
+    Attributes:
+        predict: kept neurons per group -> milliseconds.
+        within: (milliseconds, masks of decided groups) -> the masks with the fewest pruned neurons.
     """
 
     predict: Callable[[Mapping[str, int]], float]
@@ -29,10 +30,10 @@ class LatencySearch:
     fixed: Masks = field(default_factory=dict)
 
     def after(self, masks: Masks, reached: float) -> Masks | None:
-        """The next structure to measure after one that took ``reached`` times the target; None: no other.
+        """The next structure to measure after one that took ``reached`` times the target, or None.
 
-        Layers are fast at some widths, so that one neuron may make a difference of more than the tolerance.
-        Where the target lies in such a step, the layers that make it keep their width, and others go on.
+        Layers are fast at some widths, so that one neuron may change the time by more than the tolerance.
+        Where the target lies in such a step, the layers that cause it keep their width; others are pruned.
         """
         self.tried.append((self.predict(widths(masks)), reached, masks))
         self.seen.add(tuple(widths(masks).values()))
@@ -58,11 +59,11 @@ class LatencySearch:
 
 
 def next_aim(tried: Sequence[tuple[float, float]]) -> float:
-    """Where to go on searching for a latency.
+    """The next predicted time to aim at in the search for a latency.
 
-    Networks of odd widths are slower or faster than their neighbours, and clocks are noisy, so a step in
-    proportion may jump to and fro: once there are a network that is too slow and a smaller one that is too
-    fast, the next is between them.
+    Networks of odd widths are slower or faster than their neighbors, and clocks are noisy, so proportional
+    steps may oscillate: once there are a network that is too slow and a smaller one that is too fast, the
+    next is between them.
 
     Args:
         tried: predicted milliseconds of what was measured, and measured / target; at least one.

@@ -57,14 +57,6 @@ class LatencyAim:
         return f"{asked} ({self.timed}, batch {self.batch})"
 
 
-@dataclass(frozen=True, slots=True)
-class Allocation:
-    """Kept kernels per filter of every layer and their predicted time."""
-
-    kernels: dict[str, int]
-    predicted_ms: float
-
-
 class SparseLatency:
     """Predicts the time of a network from the kept kernels per filter of each layer.
 
@@ -145,7 +137,7 @@ class SparseLatency:
 
     def allocate(
         self, ms: float, gains: Mapping[str, Tensor] | None, by_time: bool, floor: float
-    ) -> Allocation:
+    ) -> dict[str, int]:
         """Kernels per filter that are predicted to take ``ms``.
 
         Args:
@@ -155,30 +147,26 @@ class SparseLatency:
             floor: every layer keeps at least this share of what equal densities give it in that time.
         """
         if gains is None:
-            kernels = self.even(ms)
-        elif by_time:
+            return self.even(ms)
+        if by_time:
             least = {name: max(1, math.floor(floor * count)) for name, count in self.even(ms).items()}
             worth = {name: gain.tolist() for name, gain in gains.items()}
-            kernels = allocate_within(self._budgets, self._times, worth, ms - self._rest_ms, least)
-        else:
-            kernels = least_compression_within(
-                self._budgets,
-                self._other,
-                self.predict,
-                ms,
-                lambda ratio: allocate(self._budgets, self._other, ratio, gains, floor=floor),
-            )[1]
-        return Allocation(kernels, self.predict(kernels))
+            return allocate_within(self._budgets, self._times, worth, ms - self._rest_ms, least)
+
+        def by_weights(ratio: float) -> dict[str, int]:
+            return allocate(self._budgets, self._other, ratio, gains, floor=floor)
+
+        return least_compression_within(self._budgets, self._other, self.predict, ms, by_weights)[1]
 
     def search(
         self,
-        allocated: Callable[[float], Allocation],
+        allocated: Callable[[float], dict[str, int]],
         masks: Callable[[Mapping[str, int]], dict[str, Tensor]],
     ) -> tuple[dict[str, int], dict[str, Any]]:
         """The allocation that meets the target, as measured if that is possible.
 
         Args:
-            allocated: predicted milliseconds -> an allocation.
+            allocated: predicted milliseconds -> kernels per filter.
             masks: kernels per filter -> the masks.
 
         Returns:
@@ -186,26 +174,26 @@ class SparseLatency:
         """
         now = allocated(self.target_ms)
         if self._measure is None:
-            return now.kernels, self._about(now, None, 0)
-        tried: list[tuple[Allocation, Measured]] = []
-        while len(tried) < ATTEMPTS and all(now.kernels != other.kernels for other, _ in tried):
+            return now, self._about(now, None, 0)
+        tried: list[tuple[dict[str, int], Measured]] = []
+        while len(tried) < ATTEMPTS and all(now != other for other, _ in tried):
             with torch.random.fork_rng(devices=[]):
-                measured = self._measure(masks(now.kernels), self.aim.batch, self.aim.timed).agreed(_CPU)
+                measured = self._measure(masks(now), self.aim.batch, self.aim.timed).agreed(_CPU)
             tried.append((now, measured))
             if abs(self.aim.reached(measured) - 1) <= TOLERANCE:
                 break
-            now = allocated(aim_after([(a.predicted_ms, self.aim.reached(m)) for a, m in tried]))
+            now = allocated(aim_after([(self.predict(k), self.aim.reached(m)) for k, m in tried]))
         best, measured = min(tried, key=lambda one: abs(math.log(self.aim.reached(one[1]))))
-        return best.kernels, self._about(best, measured, len(tried))
+        return best, self._about(best, measured, len(tried))
 
-    def _about(self, chosen: Allocation, measured: Measured | None, attempts: int) -> dict[str, Any]:
+    def _about(self, chosen: Mapping[str, int], measured: Measured | None, attempts: int) -> dict[str, Any]:
         error = None if measured is None else self.aim.reached(measured) - 1
         dense_ms = self.dense_ms if measured is None else measured.dense_ms
         return {
             "latency_batch": self.aim.batch,
             "latency_of": self.aim.timed,
             "latency_target_ms": self.aim.target_ms(dense_ms),
-            "predicted_ms": chosen.predicted_ms,
+            "predicted_ms": self.predict(chosen),
             "measured_ms": None if measured is None else measured.pruned_ms,
             "dense_ms": dense_ms,
             "latency_ratio": None if measured is None else measured.ratio,

@@ -20,15 +20,7 @@ from torch import Tensor, nn
 
 from clicktrain.comm.agreement import agreed
 from clicktrain.formats.packed import Structure
-from clicktrain.kernels.impls import (
-    PHASES,
-    ConvProblem,
-    Impl,
-    Kernels,
-    Phase,
-    candidates_for,
-    positions_of,
-)
+from clicktrain.kernels.impls import PHASES, ConvProblem, Impl, Kernels, Phase, candidates_for, positions_of
 from clicktrain.kernels.layouts import LAYOUTS
 from clicktrain.kernels.native import toolchain
 from clicktrain.kernels.native.library import need_all

@@ -8,14 +8,16 @@ import random
 import statistics
 import time
 from collections.abc import Callable, Hashable, Iterator, Mapping
-from typing import TypeVar
+from typing import TypeAlias, TypeVar
 
 import torch
 
 from clicktrain.errors import UserError
 
 Key = TypeVar("Key", bound=Hashable)
-Clock = Callable[[], float]
+Calls: TypeAlias = Mapping[Key, Callable[[], object]]
+"""What is timed, by name."""
+Clock: TypeAlias = Callable[[], float]
 """Returns seconds."""
 HOPELESS = 5
 HOPELESS_MS = 100.0
@@ -50,12 +52,7 @@ def check_rounds(rounds: int) -> None:
 
 
 def median_ms(
-    calls: Mapping[Key, Callable[[], object]],
-    rounds: int,
-    *,
-    repeat: int = 1,
-    warmup: int = 1,
-    clock: Clock | None = None,
+    calls: Calls[Key], rounds: int, *, repeat: int = 1, warmup: int = 1, clock: Clock | None = None
 ) -> dict[Key, float]:
     """Median milliseconds of each call; arguments as `interleaved_ms`."""
     times = interleaved_ms(calls, rounds, repeat=repeat, warmup=warmup, clock=clock)
@@ -63,7 +60,7 @@ def median_ms(
 
 
 def candidates_ms(
-    calls: Mapping[Key, Callable[[], object]],
+    calls: Calls[Key],
     seconds: float,
     rounds: tuple[int, int] = (2, 7),
     rivals: Mapping[Key, Hashable] | None = None,
@@ -77,12 +74,7 @@ def candidates_ms(
 
 
 def interleaved_ms(
-    calls: Mapping[Key, Callable[[], object]],
-    rounds: int,
-    *,
-    repeat: int = 1,
-    warmup: int = 1,
-    clock: Clock | None = None,
+    calls: Calls[Key], rounds: int, *, repeat: int = 1, warmup: int = 1, clock: Clock | None = None
 ) -> dict[Key, list[float]]:
     """Milliseconds of each call in each round.
 
@@ -90,7 +82,6 @@ def interleaved_ms(
     neighbor left them.
 
     Args:
-        calls: what to time, by name.
         rounds: how many times each is timed.
         repeat: calls within one timing; more than one where a call takes microseconds.
         warmup: rounds before those that count.
@@ -105,7 +96,7 @@ def interleaved_ms(
 
 
 def timed_for(
-    calls: Mapping[Key, Callable[[], object]],
+    calls: Calls[Key],
     seconds: float,
     rounds: tuple[int, int],
     *,
@@ -115,7 +106,6 @@ def timed_for(
     """`interleaved_ms` for about so many seconds after one round of warm-up.
 
     Args:
-        calls: what to time, by name.
         seconds: for all rounds together, by ``clock``.
         rounds: least and most rounds.
         rivals: by name, what a call is an alternative for. One whose warm-up takes more than `HOPELESS` times
@@ -147,14 +137,12 @@ def _hopeless(first: Mapping[Key, float], rivals: Mapping[Key, Hashable]) -> set
 
 
 @contextlib.contextmanager
-def _turns(
-    repeat: int, clock: Clock | None
-) -> Iterator[Callable[[Mapping[Key, Callable[[], object]]], dict[Key, float]]]:
+def _turns(repeat: int, clock: Clock | None) -> Iterator[Callable[[Calls[Key]], dict[Key, float]]]:
     """A function that times every call once, in another order each time; no garbage collection meanwhile."""
     now = clock or time.perf_counter
     shuffle = random.Random(0).shuffle
 
-    def turn(calls: Mapping[Key, Callable[[], object]]) -> dict[Key, float]:
+    def turn(calls: Calls[Key]) -> dict[Key, float]:
         order, ms = list(calls), {}
         shuffle(order)
         for key in order:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import dataclasses
 from collections.abc import Mapping
 from types import MappingProxyType
-from typing import Any, NamedTuple, TypeAlias
+from typing import NamedTuple, TypeAlias
 
 from torch import Tensor
 
@@ -18,7 +18,7 @@ from clicktrain.surgery import SurgeryPlan
 class Record(NamedTuple):
     """Record a decision: a typed event (`clicktrain.runs.events`)."""
 
-    event: Event | Mapping[str, Any]
+    event: Event
 
 
 class ApplyMasks(NamedTuple):
@@ -55,7 +55,7 @@ class Reconfigure(NamedTuple):
     """
 
     plan: SurgeryPlan
-    event: ReconfiguredEvent | Mapping[str, Any] = ReconfiguredEvent()
+    event: ReconfiguredEvent = ReconfiguredEvent()
     checked: bool = False
 
 

@@ -19,12 +19,12 @@ from clicktrain.latency.network_times import MeasureMasks
 from clicktrain.latency.sparse_latency import SparseLatency
 from clicktrain.methods.base import (
     Action,
-    FreezeMasks,
     Method,
     PruningPlan,
     Record,
     RunLength,
     StepInfo,
+    hard_prune,
 )
 from clicktrain.methods.outcome import NOTED, Reached, Target, latency_target
 from clicktrain.methods.patterns.axes import ALLOCATIONS, PENALTIES, allocation_gains
@@ -32,11 +32,10 @@ from clicktrain.methods.patterns.plan import clicktrain_plan
 from clicktrain.methods.patterns.selection import PatternLayer, Selection
 from clicktrain.methods.patterns.settings import PatternSettings
 from clicktrain.methods.triggers import KernelWatch
-from clicktrain.runs.events import FinalizedEvent, HardPruneEvent, PoolEvent, StageEvent
+from clicktrain.runs.events import FinalizedEvent, PoolEvent, StageEvent
 from clicktrain.sparsity.allocation import allocate, check_reachable
 from clicktrain.sparsity.finalize import batch_counts
 from clicktrain.sparsity.importance import CRITERIA, magnitude_importance
-from clicktrain.sparsity.masks import energy_outside
 from clicktrain.sparsity.patterns import fixed_pool
 
 STAGES = ("dense", "pool", "finalize", "regularize", "accelerated")
@@ -296,17 +295,8 @@ class ClickTrain(PatternSettings, Method[ClickTrainState]):
         )
 
     def _hard_prune(self, state: ClickTrainState, prunable: PrunableLayers) -> list[Action]:
-        energies = [
-            energy_outside(layer.view(layer.weight), state.masks[layer.name]) for layer in state.layers
-        ]
-        lost, whole = (sum(part) for part in zip(*energies, strict=True))
-        event = HardPruneEvent(
-            compression_asked=self.compression_asked,
-            compression_reached=_compression(prunable, state.masks),
-            energy_outside=lost / whole if whole else 0.0,
-        )
         masks = {layer.name: layer.layer.unview(state.masks[layer.name]) for layer in state.layers}
-        return [Record(event), FreezeMasks(masks)]
+        return hard_prune(prunable, masks, compression_asked=self.compression_asked)
 
     def at_end(self, state: ClickTrainState, prunable: PrunableLayers) -> Sequence[Action]:
         """A run always ends at its target; magnitudes stand in for what was not measured."""

@@ -14,9 +14,9 @@ from numpy.typing import NDArray
 from safetensors import SafetensorError, safe_open
 
 from clicktrain.errors import UserError
+from clicktrain.runs.checks import parse_facts
 from clicktrain.runs.folder import RunFolder
 from clicktrain.runs.format import read_robustness, read_summary
-from clicktrain.runs.model_facts import parse_facts
 
 
 def number(values: Mapping[str, Any] | None, key: str) -> float | None:

@@ -16,11 +16,11 @@ import yaml
 from clicktrain.errors import UserError
 from clicktrain.files import read_yaml
 from clicktrain.formats.atomic import append_jsonl, remove_leftovers, write_text_atomic
+from clicktrain.runs.checks import check_summary
 from clicktrain.runs.format import (
     FORMAT_VERSION,
     HEADER,
     check_folder,
-    check_summary,
     read_records,
     read_summary,
 )

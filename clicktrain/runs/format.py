@@ -3,8 +3,7 @@
 from __future__ import annotations
 
 import json
-import math
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -114,69 +113,5 @@ def write_robustness(path: Path, curves: Mapping[str, Sequence[tuple[float, floa
     write_text_atomic(path, json.dumps({"attacks": attacks}, indent=2) + "\n")
 
 
-def check_summary(summary: Mapping[str, Any], path: Path) -> None:
-    """Raise a UserError that names the first wrong value, among those that commands compute with."""
-    _check(summary, _SUMMARY, f"{path} is damaged: its")
-    for row in summary["layers"]:
-        _check(row, _LAYER, f"{path} is damaged: a layer's")
-
-
-def _check(values: Any, checks: Mapping[str, tuple[Callable[[Any], bool], str]], problem: str) -> None:
-    for key, (fits, what) in checks.items():
-        value = values.get(key)
-        if not fits(value):
-            raise UserError(f"{problem} {key} is {shown(value)}, {what} is needed")
-
-
 def _is_whole(value: object) -> bool:
     return isinstance(value, int) and not isinstance(value, bool) and abs(value) < 2**63
-
-
-def _is_number(value: object) -> bool:
-    return isinstance(value, int | float) and not isinstance(value, bool) and abs(value) < math.inf
-
-
-def _is_count(value: Any) -> bool:
-    return _is_whole(value) and value >= 0
-
-
-def _or_nothing(fits: Callable[[Any], bool]) -> Callable[[Any], bool]:
-    return lambda value: value is None or fits(value)
-
-
-def _is_list(fits: Callable[[Any], bool]) -> Callable[[Any], bool]:
-    return lambda value: isinstance(value, list) and all(map(fits, value))
-
-
-_NUMBER, _COUNT = (_is_number, "a number"), (_is_count, "a whole number")
-_MAYBE_NUMBER = (_or_nothing(_is_number), "a number or nothing")
-_TEXT = (lambda value: isinstance(value, str), "a text")
-_SUMMARY: dict[str, tuple[Callable[[Any], bool], str]] = {
-    "method": _TEXT,
-    "model": _TEXT,
-    "val_accuracy": _MAYBE_NUMBER,
-    "best_val_accuracy": _MAYBE_NUMBER,
-    "compression_asked": _MAYBE_NUMBER,
-    "sparsity_asked": (_or_nothing(lambda v: _is_number(v) and v < 1), "a share below 1 or nothing"),
-    "compression_ratio": _NUMBER,
-    "train_flops_ratio": _NUMBER,
-    "total_train_flops_ratio": _MAYBE_NUMBER,
-    "initial_train_flops": _MAYBE_NUMBER,
-    "inference_flops_ratio": _NUMBER,
-    "train_flops": _COUNT,
-    "train_seconds": _NUMBER,
-    "parameters": _COUNT,
-    "nonzero_parameters": _COUNT,
-    "layers": (_is_list(lambda row: isinstance(row, dict)), "a list of records"),
-}
-_LAYER: dict[str, tuple[Callable[[Any], bool], str]] = {
-    "name": _TEXT,
-    "shape": (
-        lambda v: _is_list(lambda size: _is_count(size) and size > 0)(v) and len(v) > 0,
-        "a list of sizes",
-    ),
-    "density": _NUMBER,
-    "nnz_per_filter": (_or_nothing(_is_count), "a whole number or nothing"),
-    "forward_flops": _COUNT,
-    "forward_flops_dense": _COUNT,
-}

@@ -12,6 +12,7 @@ from torch.optim import Optimizer
 
 from clicktrain.errors import UserError
 from clicktrain.formats.memory_format import keep_out_of_channels_last_
+from clicktrain.graph.adapters import nearest_adapter
 from clicktrain.graph.exchange import exchange_, exchanged, replace_module_, state_refusal
 from clicktrain.surgery.layers import ChannelScatter, ChannelSelect, ConstantBatchNorm2d, RemovedConv2d
 from clicktrain.surgery.plan import Gate, RemovedLayer, SurgeryPlan
@@ -83,7 +84,7 @@ def silence_(plan: SurgeryPlan, model: nn.Module) -> None:
     _check(plan, model, tensors, removed_tensors(plan, tensors), ())
     modules = dict(model.named_modules(remove_duplicate=False))
     for cut in plan.cuts:
-        outputs = 1 if isinstance(modules[cut.name.rpartition(".")[0]], _TRANSPOSED) else 0
+        outputs = _out_axis(modules[cut.name.rpartition(".")[0]])
         tensor = tensors[cut.name]
         along = outputs if tensor.dim() > 1 else 0
         if isinstance(tensor, nn.Parameter) and cut.dim == along:
@@ -117,6 +118,12 @@ def zero_(plan: SurgeryPlan, model: nn.Module) -> None:
             stays = removed.remnant == "constant" or (removed.remnant == "bias" and name == "bias")
             if not stays:
                 parameter.zero_()
+
+
+def _out_axis(module: nn.Module) -> int:
+    """The axis of a weight that outputs lie along."""
+    adapter = nearest_adapter(module)
+    return 0 if adapter is None else adapter.out_axis
 
 
 def removed_tensors(plan: SurgeryPlan, tensors: dict[str, Tensor]) -> list[str]:
@@ -186,8 +193,8 @@ def _check_layer(plan: SurgeryPlan, name: str, module: nn.Module, tensors: dict[
     """The tensors of one layer have to shrink alike."""
     prefix = f"{name}." if name else ""
     keeps = {(cut.name[len(prefix) :], cut.dim): cut.keep for cut in plan.cuts if cut.name.startswith(prefix)}
-    outputs = 1 if isinstance(module, _TRANSPOSED) else 0
-    if isinstance(module, (*_CONVS, *_TRANSPOSED, nn.Linear)):
+    outputs = _out_axis(module)
+    if nearest_adapter(module) is not None:
         # Tied weights are cut under one of their names.
         both = f"{prefix}weight" in tensors and f"{prefix}bias" in tensors  # or the weight is computed
         alike = [("weight", outputs), ("bias", 0)] if both else []

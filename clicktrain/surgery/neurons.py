@@ -9,12 +9,11 @@ import torch
 from torch import Tensor, nn
 
 from clicktrain.errors import UserError
+from clicktrain.graph.adapters import nearest_adapter
 from clicktrain.graph.prunable import matches
 from clicktrain.surgery import ChannelGroup, Member, SurgeryPlan
 from clicktrain.surgery.groups import Dependencies
 
-_LAYERS = (nn.Conv1d, nn.Conv2d, nn.Conv3d, nn.Linear)
-_TRANSPOSED = (nn.ConvTranspose1d, nn.ConvTranspose2d, nn.ConvTranspose3d)
 _NORMS = (nn.BatchNorm1d, nn.BatchNorm2d, nn.BatchNorm3d, nn.SyncBatchNorm)
 
 
@@ -84,7 +83,7 @@ def neuron_groups(
         UserError: an entry of ``exclude`` names no layer.
     """
     modules = dict(network.graph.model.named_modules())
-    named = [name for name, module in modules.items() if isinstance(module, (*_LAYERS, *_TRANSPOSED))]
+    named = [name for name, module in modules.items() if nearest_adapter(module) is not None]
     for glob in exclude:
         if not any(matches(name, [glob]) for name in named):
             raise UserError(f"no layer is called {glob!r}; the layers are {', '.join(named[:8])}")
@@ -114,8 +113,8 @@ def _group(channels: ChannelGroup, modules: Mapping[str, nn.Module]) -> NeuronGr
     for member in channels.members:
         path, _, leaf = member.name.rpartition(".")
         module = modules.get(path)
-        outputs = 1 if isinstance(module, _TRANSPOSED) else 0
-        if isinstance(module, (*_LAYERS, *_TRANSPOSED)) and (leaf, member.dim) == ("weight", outputs):
+        adapter = None if module is None else nearest_adapter(module)
+        if adapter is not None and (leaf, member.dim) == ("weight", adapter.out_axis):
             layers.append(path)
             filters.append(Rows.of(member))
         elif isinstance(module, _NORMS) and leaf in ("weight", "bias"):

@@ -122,10 +122,11 @@ class SurgeryPlan:
                 )
             index = torch.tensor(cut.keep, dtype=torch.int64, device=tensor.device)
             result = result.index_select(cut.dim, index)
-        if result is not tensor and tensor.dim() == 4:
-            channels_last = tensor.is_contiguous(memory_format=torch.channels_last)
-            if channels_last and not tensor.is_contiguous():
-                result = result.contiguous(memory_format=torch.channels_last)
+        channels_last = {4: torch.channels_last, 5: torch.channels_last_3d}.get(tensor.dim())
+        if result is tensor or channels_last is None or tensor.is_contiguous():
+            return result
+        if tensor.is_contiguous(memory_format=channels_last):
+            result = result.contiguous(memory_format=channels_last)
         return result
 
     def new_name(self, name: str) -> str | None:

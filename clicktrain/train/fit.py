@@ -31,7 +31,7 @@ def fit(
     progress: Progress | None = None,
     resume: bool = False,
 ) -> Mapping[str, Any]:
-    """Train and prune, and leave the files of a run.
+    """Train and prune, and write the files of a run.
 
     Same settings, same seed, same machine and thread count give the same weights, bit for bit, and so does a
     run that was interrupted and resumed at any point. On cuda this needs ``deterministic``.
@@ -39,8 +39,8 @@ def fit(
     Args:
         config: settings of the run.
         method: settings of the method, from `resolve_method`.
-        folder: where the files go; missing or empty (or left by a run that was killed before its first
-            checkpoint), unless ``resume``. One process at a time trains in it.
+        folder: of the run; missing or empty (or left by a run that was killed before its first checkpoint),
+            unless ``resume``. One process at a time trains in it.
         progress: listener; silent by default.
         resume: continue the run in ``folder``, with the settings it was started with
             (`load_run_config`).
@@ -49,11 +49,11 @@ def fit(
         The summary, as in summary.json.
 
     Raises:
-        UserError: something asked for cannot be done, nothing has been written then; or the folder cannot be
-            written to any more: the disk is full, or the folder was deleted.
+        UserError: the settings cannot be carried out, and nothing is written; or the folder cannot be written
+            to any more, because the disk is full or the folder was deleted.
         RunFolderInUse: another process trains in the folder.
-        TrainingDiverged: the loss is no longer a number or exploded; the last good checkpoint is left.
-        NetworkCollapsed: pruning has destroyed the network; the checkpoint from before is left.
+        TrainingDiverged: the loss is not finite or exploded; the last good checkpoint remains.
+        NetworkCollapsed: pruning has destroyed the network; the checkpoint from before remains.
         TrainingInterrupted: SIGTERM, SIGINT or SIGHUP; a checkpoint was written if training had begun.
     """
     progress = progress or Silent()

@@ -1,4 +1,4 @@
-"""Weights that a run starts from: those of an earlier run, and what that one has cost."""
+"""Initial weights from an earlier run or a file, and what they have cost."""
 
 from __future__ import annotations
 
@@ -12,8 +12,8 @@ from torch import Tensor, nn
 
 from clicktrain.errors import UserError, shown
 from clicktrain.formats.tree import read_tensors
+from clicktrain.runs.checks import parse_facts
 from clicktrain.runs.folder import RunFolder
-from clicktrain.runs.model_facts import parse_facts
 
 
 @dataclass(frozen=True, slots=True)
@@ -21,22 +21,21 @@ class EarlierCost:
     """Training FLOPs that went into the weights before the run begins.
 
     Attributes:
-        flops: as they happened, over all trainings in a row; None if the weights came without an account.
-        flops_dense: of the one dense training that they are compared with: the longest of those trainings.
+        flops: as executed, over all trainings in a row; None if unknown.
+        flops_dense: of the longest of these trainings, if it had been dense.
     """
 
     flops: int | None = 0
     flops_dense: int = 0
 
     def total_ratio(self, flops: int, flops_dense: int) -> float | None:
-        """Everything spent, over one dense training: the longer of this run's and the earlier one.
+        """All FLOPs spent, over those of one dense training: the longer of this run's and the earlier one.
 
-        A network that is trained dense, pruned and fine-tuned for as many epochs again has cost up to twice a
-        dense training, and that is what the ratio says: what a user would have paid without pruning is one
-        training, not two.
+        Without pruning a user would pay for one training: a network that is trained dense, then pruned and
+        fine-tuned for as many epochs, has a ratio of up to 2.
 
         Args:
-            flops: of this run, as it happened.
+            flops: of this run, as executed.
             flops_dense: of this run, had it stayed dense.
         """
         if self.flops is None:
@@ -45,7 +44,7 @@ class EarlierCost:
 
 
 def load_initial_weights_(model: nn.Module, source: str | Path, classes: Sequence[str]) -> EarlierCost:
-    """Put the weights of an earlier run, or of any safetensors file of the plain network, into ``model``.
+    """Load the weights of an earlier run, or of a safetensors file of the plain network, into ``model``.
 
     Args:
         model: changed in place; on any device.
@@ -53,10 +52,10 @@ def load_initial_weights_(model: nn.Module, source: str | Path, classes: Sequenc
         classes: those of the data that the run is about to train on.
 
     Returns:
-        What the weights have cost: of a run's folder by its summary; unknown for a file.
+        The cost of the weights: from the summary of a run; unknown for a file.
 
     Raises:
-        UserError: there is no such thing, it is damaged, or belongs to another network or other classes.
+        UserError: there is no such source, it is damaged, or of another network or other classes.
     """
     path = Path(source)
     cost = EarlierCost(flops=None)
@@ -79,7 +78,7 @@ def load_initial_weights_(model: nn.Module, source: str | Path, classes: Sequenc
 
 
 def _cost_of(folder: RunFolder) -> EarlierCost:
-    """What a finished run, and those before it whose weights it started from, have cost."""
+    """The cost of a finished run and of the runs whose weights it started from."""
     summary = folder.open().summary()
     if summary is None:
         raise UserError(

@@ -1,4 +1,4 @@
-"""Make everything that a run needs, and find every mistake, before a file is written."""
+"""Builds everything that a run needs, and finds every mistake, before a file is written."""
 
 from __future__ import annotations
 
@@ -36,23 +36,23 @@ SMALL_IMAGE = 64
 
 @dataclass(frozen=True, eq=False)
 class Prepared:
-    """A run, ready to start; nothing has been written.
+    """A run that is ready to start; nothing has been written.
 
     Attributes:
         config: settings of the run.
         method: settings of the method.
-        device: where the run takes place.
+        device: of the network and the batches.
         data: the images.
         train_loader: batches of the training split.
         val_loader: batches of the validation split.
         model: the network, on the device, with its initial weights.
         optimizer: over the trained parameters of ``model``.
         scheduler: to be stepped after each optimizer step.
-        pruner: the method, attached to model and optimizer; ``pruner.plan()`` tells what it will do.
+        pruner: the method, attached to model and optimizer.
         cost: FLOPs per image.
-        earlier: what the initial weights have cost; of a run that goes on, its checkpoint knows.
-        batch_sizes: of the training batches, from the first on.
-        facts: what is needed to build the network again: model, width, stem, num_classes, in_channels,
+        earlier: cost of the initial weights; a resumed run has it in its checkpoint.
+        batch_sizes: of the training batches.
+        facts: what rebuilds the network: model, width, stem, num_classes, in_channels,
             image_shape, classes, mean, std, value_range.
     """
 
@@ -78,16 +78,15 @@ class Prepared:
 
 
 def prepare(config: RunConfig, method: Method[Any], *, begins: bool = True) -> Prepared:
-    """Open the data, build and check everything; used by a run and by a dry run.
+    """Open the data, build and check everything, for a run or a dry run.
 
     Args:
         config: settings of the run.
         method: settings of the method.
-        begins: the run has no checkpoint yet. One that has needs its initial weights no more: the file may
-            have changed, or be gone.
+        begins: the run has no checkpoint yet, so that it needs its initial weights.
 
     Raises:
-        UserError: anything in the settings that cannot be done here, in one sentence.
+        UserError: a setting that cannot be carried out here.
     """
     if config.tensorboard and importlib.util.find_spec("tensorboard") is None:
         raise UserError("tensorboard is on but not installed: run 'pip install tensorboard', or turn it off")
@@ -148,7 +147,7 @@ def prepare(config: RunConfig, method: Method[Any], *, begins: bool = True) -> P
 
 
 def open_run_data(config: RunConfig, value_range: tuple[float, float] | None = None) -> ImageData:
-    """The images that the settings name; ``value_range``: see `open_data`."""
+    """Open the images that the settings name; ``value_range``: see `open_data`."""
     return open_data(
         config.data,
         image_size=config.image_size,
@@ -161,10 +160,10 @@ def open_run_data(config: RunConfig, value_range: tuple[float, float] | None = N
 
 
 def make_loaders(config: RunConfig, data: ImageData, device: torch.device) -> tuple[Loader, Loader]:
-    """Batches of the training and the validation split.
+    """Make the loaders of the training and the validation split.
 
-    The last training batch is dropped unless it is full (batch norm needs more than one image), except when
-    it is the only one.
+    The last training batch is dropped if it is not full (batch norm needs more than one image), unless it is
+    the only one.
     """
     train = make_loader(
         data,
@@ -180,7 +179,7 @@ def make_loaders(config: RunConfig, data: ImageData, device: torch.device) -> tu
 
 
 def make_val_loader(config: RunConfig, data: ImageData, device: torch.device) -> Loader:
-    """All batches of the validation split, not augmented."""
+    """Make the loader of the validation split, without augmentation."""
     return make_loader(
         data,
         "val",
@@ -223,7 +222,7 @@ def check_model(model: nn.Module, config: RunConfig, data: ImageData, device: to
         model.train()
     except MemoryError:
         raise
-    except Exception as error:  # somebody's own forward raises whatever it likes
+    except Exception as error:  # a user's forward may raise anything
         first = shortened(str(error).strip().split("\n", 1)[0] or type(error).__name__, 160)
         raise UserError(f"model {config.model} does not take images of shape {shape}: {first}") from error
     got = tuple(output.shape) if isinstance(output, torch.Tensor) else type(output).__name__
@@ -240,24 +239,24 @@ def check_model(model: nn.Module, config: RunConfig, data: ImageData, device: to
 
 @contextlib.contextmanager
 def _output_bytes(model: nn.Module) -> Iterator[list[int]]:
-    """Collect the bytes of what each layer gives while the block runs: what a backward pass would keep."""
-    found: list[int] = []
+    """Collect the bytes of each layer's output inside the block: what a backward pass would keep."""
+    sizes: list[int] = []
 
     def note(module: nn.Module, inputs: object, output: object) -> None:
         if isinstance(output, torch.Tensor):
-            found.append(output.nbytes)
+            sizes.append(output.nbytes)
 
     leaves = [module for module in model.modules() if next(module.children(), None) is None]
     handles = [module.register_forward_hook(note) for module in leaves]
     try:
-        yield found
+        yield sizes
     finally:
         for handle in handles:
             handle.remove()
 
 
 def model_facts(config: RunConfig, data: ImageData) -> dict[str, Any]:
-    """What is needed to build the network again without the data; plain values."""
+    """What rebuilds the network without the data, as plain values."""
     stem = config.stem
     if stem == "auto":
         stem = "cifar" if max(data.image_shape[1:]) <= SMALL_IMAGE else "imagenet"

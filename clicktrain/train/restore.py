@@ -16,8 +16,8 @@ from clicktrain.formats.tree import load_tree, read_metadata
 from clicktrain.methods import Method
 from clicktrain.models import call_factory, create_model
 from clicktrain.own_code import is_own, require_named
+from clicktrain.runs.checks import read_facts
 from clicktrain.runs.folder import RunFolder
-from clicktrain.runs.model_facts import read_facts
 from clicktrain.surgery import apply_recipe_
 from clicktrain.train.config import RunConfig, load_run_config
 
@@ -30,14 +30,14 @@ class LoadedRun:
     """A finished run.
 
     Attributes:
-        folder: where it came from.
+        folder: of the run.
         config: settings of the run.
         method: settings of the method.
-        summary: what it reached, as in summary.json.
+        summary: as in summary.json.
         model: plain module on the CPU in eval mode, zeros in place.
         masks: pruned layers, layer name -> bool [F, C, R, S] or [O, I], True = kept.
         facts: see `Prepared.facts`: model, stem, num_classes, image_shape, classes, mean, std ...
-        factory: what built the network: a name of the zoo, or what the caller gave.
+        factory: builds the network: a name of the zoo, or what the caller gave.
     """
 
     folder: RunFolder
@@ -57,12 +57,12 @@ class LoadedRun:
 
     @property
     def value_range(self) -> tuple[float, float] | None:
-        """Of images deeper than 8 bits, the values that became 0 and 255 in training."""
+        """The values that became 0 and 255 in training, for images deeper than 8 bits."""
         values = self.facts.get("value_range")
         return None if values is None else (values[0], values[1])
 
     def dense_model(self) -> nn.Module:
-        """The network as it was before training: nothing removed, fresh weights."""
+        """The network before training: nothing removed, fresh weights."""
         return _build(self.factory, self.facts)
 
 
@@ -109,7 +109,7 @@ def load_run(path: str | PathLike[str], model: Factory | None = None) -> LoadedR
 
 
 def _choose_factory(name: str, given: Factory | None, folder: RunFolder) -> Factory:
-    """What builds the network: code of somebody's own only where the caller named it."""
+    """Choose what builds the network; a user's own code only if the caller named it."""
     if is_own(name):
         require_named(name, folder.path, given if isinstance(given, str) or given is None else "")
         assert given is not None
@@ -120,7 +120,7 @@ def _choose_factory(name: str, given: Factory | None, folder: RunFolder) -> Fact
 
 
 def _build(factory: Factory, facts: dict[str, Any]) -> nn.Module:
-    """The network with fresh weights."""
+    """Build the network with fresh weights."""
     numbers = {name: facts[name] for name in ("num_classes", "in_channels", "width")}
     if isinstance(factory, str):
         return create_model(factory, stem=facts["stem"], **numbers)

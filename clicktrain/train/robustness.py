@@ -1,7 +1,7 @@
 """Accuracy under adversarial attacks on the image's own pixels (Campfire section 3.2).
 
 FGSM is that of Goodfellow et al. (the paper's reference [20]), PGD its iterated form with a random start
-(Madry et al., ICLR 2018, arXiv:1706.06083). Both move every pixel, a number in [0, 1] before normalisation,
+(Madry et al., ICLR 2018, arXiv:1706.06083). Both move every pixel, a number in [0, 1] before normalization,
 by at most epsilon, and the result stays in [0, 1]: it is still an image.
 """
 
@@ -30,7 +30,7 @@ PAPER_EPSILONS = (0.05, 0.1, 0.15, 0.2, 0.25, 0.3)
 """Campfire, Table 6."""
 
 _REACH = 2.5
-"""All steps of PGD together could go this many epsilons far, so that they can turn back at the edge."""
+"""Length of all steps of PGD together, in epsilons, so that they can turn back at the edge."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -115,12 +115,12 @@ def attacked_accuracy(
 ) -> list[float]:
     """Accuracy under each attack, percent. The network makes its own adversarial images (section 3.2).
 
-    As in the tutorial that the paper follows, an image that is not recognised in the first place counts as
+    As in the tutorial that the paper follows, an image that is not recognized in the first place counts as
     wrong whatever the attack makes of it.
 
     Args:
-        model: takes normalised images.
-        loader: batches of the split, normalised with ``mean`` and ``std`` of pixels in [0, 1].
+        model: takes normalized images.
+        loader: batches of the split, normalized with ``mean`` and ``std`` of pixels in [0, 1].
         attacks: one accuracy each.
         mean, std: per channel.
         device: where model and batches are.

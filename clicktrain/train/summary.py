@@ -29,7 +29,7 @@ from clicktrain.train.training_run import TrainingRun
 def finish_run(run: TrainingRun) -> dict[str, Any]:
     """Write model.safetensors, packed.safetensors and, last, summary.json.
 
-    Can be done again: a run killed in the middle of it is finished when it is resumed.
+    It can be repeated: a run that is killed in here is finished when it is resumed.
     """
     p = run.prepared
     changes: list[object] = []
@@ -54,7 +54,7 @@ def finish_run(run: TrainingRun) -> dict[str, Any]:
         write_recipe(run.folder.surgery, p.pruner.plans)
     save_tree(run.folder.model, weights, metadata)
     save_packed(run.folder.packed, weights, {name: mask.cpu() for name, mask in masks.items()}, metadata)
-    # Zeros without fixed positions cost as much as any weight; they only count in the compression.
+    # Zeros outside frozen masks cost as much as any weight; they only count in the compression.
     image = torch.zeros(1, *p.data.image_shape, device=p.device)
     cost = count(model, image, masks)
     summary = _summary(run, cost, cost if masks else count(model, image), operators)
@@ -117,26 +117,28 @@ def _summary(
 
 
 def channels_removed(plans: Sequence[SurgeryPlan]) -> int:
-    """Output channels of convolutions and linear layers that went, those of removed layers included."""
-    gone = 0
+    """Output channels that were removed, including those of removed layers."""
+    channels = 0
     for plan in plans:
         removed = set(plan.removed_names)
-        gone += sum(row.outputs[0] - (0 if row.name in removed else row.outputs[1]) for row in plan.layers)
-    return gone
+        channels += sum(
+            row.outputs[0] - (0 if row.name in removed else row.outputs[1]) for row in plan.layers
+        )
+    return channels
 
 
 def _step_ms(metrics: Sequence[Mapping[str, Any]]) -> dict[str, float]:
     """Median milliseconds of a step, for each stage that filled whole epochs: before and after pruning."""
-    found: dict[str, list[float]] = {}
+    by_stage: dict[str, list[float]] = {}
     for line in metrics:
         stages, milliseconds = line.get("stages", ()), line.get("step_ms_median")
         if len(stages) == 1 and milliseconds is not None:
-            found.setdefault(next(iter(stages)), []).append(milliseconds)
-    return {stage: statistics.median(times) for stage, times in found.items()}
+            by_stage.setdefault(next(iter(stages)), []).append(milliseconds)
+    return {stage: statistics.median(times) for stage, times in by_stage.items()}
 
 
 def _operator(layer: LayerCost, mask: Tensor | None, packed: bool) -> str:
-    """What a layer ran on at the end of the run, where no compiler chose."""
+    """The operator of a layer at the end of the run, where no compiler chose."""
     if mask is None:
         return "dense"
     return "packed reference" if packed and len(layer.weight_shape) == 4 else "dense, masked"

@@ -16,8 +16,7 @@ from torch.optim.swa_utils import AveragedModel
 from clicktrain.accounting import TrainingMemory
 from clicktrain.compiler import Accelerated
 from clicktrain.errors import UserError
-from clicktrain.methods.driver.publisher import ChannelsRemoved, MasksFrozen, ParametersReplaced
-from clicktrain.methods.driver.wrapping import Wrapped
+from clicktrain.methods.driver.publisher import ChannelsRemoved, MasksFrozen, ParametersReplaced, Wrapped
 from clicktrain.runs.events import Event, LogMendedEvent
 from clicktrain.runs.folder import RunFolder
 from clicktrain.sparsity.masks import conv_masks
@@ -35,12 +34,12 @@ _FREE_TO_CHANGE = frozenset(
     ("device", "threads", "workers", "cache_dir", "evaluate_every", "checkpoint_every", "keep_checkpoints",
      "tensorboard", "compile", "deterministic")
 )  # fmt: skip
-"""Settings that may differ when a run is resumed: they do not change what is trained."""
+"""Settings that may change when a run is resumed, because they do not change what is trained."""
 
 
 @dataclass(eq=False)
 class TrainingRun:
-    """The moving parts of a run."""
+    """A run in progress; subscribes to its pruner and writes to its folder."""
 
     prepared: Prepared
     folder: RunFolder
@@ -122,12 +121,12 @@ class TrainingRun:
 
     @property
     def seconds(self) -> float:
-        """Wall clock of the whole run so far, without the time between interruption and resumption."""
+        """Wall clock of the whole run so far, without interruptions."""
         return self._seconds_before + time.perf_counter() - self._started
 
     @property
     def eta_seconds(self) -> float | None:
-        """Seconds to the end at the pace of this process, None before its first batch."""
+        """Time left at the pace of this process, None before its first batch."""
         done = self._epochs_done - self._epochs_before
         left = self.prepared.config.epochs - self._epochs_done
         return left * (time.perf_counter() - self._started) / done if done else None
@@ -139,7 +138,7 @@ class TrainingRun:
     # ---- checkpoints ------------------------------------------------------------------------
 
     def save(self) -> Path:
-        """Write a checkpoint of this moment (between two optimizer steps).
+        """Write a checkpoint, between two optimizer steps.
 
         Raises:
             TrainingDiverged: a weight is not a number; no checkpoint is written then.
@@ -157,7 +156,7 @@ class TrainingRun:
         return next(reversed(self.folder.checkpoints()), None)
 
     def state_dict(self) -> dict[str, Any]:
-        """Everything that the rest of the run depends on. Random numbers need no state: see `seed_batch`."""
+        """Everything that the rest of the run depends on; random numbers have no state, see `seed_batch`."""
         p = self.prepared
         masks = p.pruner.masks if p.pruner.frozen else {}
         return {
@@ -173,7 +172,7 @@ class TrainingRun:
         }
 
     def load_state_dict(self, saved: Mapping[str, Any]) -> None:
-        """Go on from a saved state; the run must be freshly prepared with the same settings."""
+        """Resume from a saved state; the run must be freshly prepared with the same settings."""
         p = self.prepared
         self._check_settings(saved["settings"])
         p.batch_sizes.load_state(saved["batch_sizes"])
@@ -193,7 +192,7 @@ class TrainingRun:
     def _check_settings(self, saved: Mapping[str, Any]) -> None:
         now = config_to_dict(self.prepared.config, self.prepared.method)
         for name, value in now.items():
-            if name not in _FREE_TO_CHANGE and saved.get(name, value) != value:
+            if name not in _FREE_TO_CHANGE and saved[name] != value:
                 raise UserError(
                     f"{name} is {value!r} in {self.folder.config}, the run was started with {saved[name]!r}: "
                     "put it back, or start another run"
@@ -202,7 +201,7 @@ class TrainingRun:
     # ---- beginning --------------------------------------------------------------------------
 
     def begin(self) -> None:
-        """Make the run's folder and write the first checkpoint."""
+        """Create the run's folder and write the first checkpoint."""
         self.folder.create(config_to_dict(self.prepared.config, self.prepared.method))
         self._start()
 
@@ -215,7 +214,7 @@ class TrainingRun:
         self.save()
 
     def go_on(self) -> None:
-        """Continue from the newest good checkpoint; from the beginning if none was written yet."""
+        """Resume from the newest good checkpoint, or from the beginning if there is none."""
         saved = newest_good(self.folder, self.progress.message)
         if saved is None:
             self.progress.message("no checkpoint was written yet: starting from the beginning")

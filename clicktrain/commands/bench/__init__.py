@@ -6,6 +6,7 @@ import difflib
 import importlib
 import json
 from collections.abc import Sequence
+from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
@@ -20,7 +21,7 @@ BENCHMARKS: dict[str, str] = {
     "step": "a whole accelerated training step against the best dense one",
     "runs": "networks of finished runs against the dense ones, in inference and training",
 }
-"""What can be measured. Each is a module of this package with a ``BENCHMARK``."""
+"""What can be measured. Each is a `Benchmark` of its name in capitals, in a module of its name or `masks`."""
 
 _SHARED = (
     Option("threads", int | None, "CPU threads; PyTorch's own choice by default.", metavar="N"),
@@ -31,7 +32,9 @@ _SHARED = (
 def run(argv: Sequence[str]) -> int:
     """Run the command; the exit code."""
     what, rest = _which(list(argv))
-    benchmark: Benchmark = importlib.import_module(f"clicktrain.commands.bench.{what}").BENCHMARK
+    home = "masks" if what in ("stages", "pack") else what
+    module = importlib.import_module(f"clicktrain.commands.bench.{home}")
+    benchmark: Benchmark = getattr(module, what.upper())
     options = (*benchmark.options, *_SHARED)
     command = Command(f"bench {what}", benchmark.description, {"this command": options})
     given = {option.name: option.default for option in options}
@@ -86,14 +89,15 @@ def _measure(benchmark: Benchmark, given: dict[str, Any]) -> dict[str, Any]:
     import torch
     from rich.console import Console
 
-    from clicktrain.commands.bench.machine import about
+    from clicktrain.latency.machine import describe
+    from clicktrain.train.device import resolve_device
 
     threads = given["threads"]
     if threads is not None:
         if threads < 1:
             raise UserError(f"threads is {threads}: must be at least 1")
         torch.set_num_threads(threads)
-    machine = about(given)
+    machine = describe(resolve_device(given.get("device", "cpu")))
     with Console(stderr=True).status("measuring") as status:
         found = benchmark.measure(given, machine, status.update)
     return {"machine": machine, "settings": given, **found}

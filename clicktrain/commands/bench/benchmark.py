@@ -46,6 +46,18 @@ class Benchmark:
     show: Callable[[Result, Console], None]
 
 
+Column = tuple[str, Callable[[Any], str]]
+"""A heading, and the cell of a row of a result."""
+
+
+def print_rows(
+    console: Console, title: str, columns: Sequence[Column], rows: Sequence[Any], left: int = 1
+) -> None:
+    """Print a table with a line for each row of a result."""
+    cells = [[cell(row) for _, cell in columns] for row in rows]
+    print_table(console, title, [head for head, _ in columns], cells, left)
+
+
 def print_table(
     console: Console,
     title: str,
@@ -82,3 +94,8 @@ def ms(value: float | None, name: str | None = None) -> str:
         return "-"
     text = f"{value:.2f}" if value < 100 else f"{value:.0f}"
     return f"{text} ({name})" if name else text
+
+
+def percent(share: float | None) -> str:
+    """A share as it is printed."""
+    return "-" if share is None else f"{100 * share:.0f}%"

@@ -5,7 +5,17 @@ from __future__ import annotations
 from typing import TYPE_CHECKING, Any
 
 from clicktrain.commands.arguments import Option
-from clicktrain.commands.bench.benchmark import SPARSITY, Benchmark, Result, ms, print_table, times
+from clicktrain.commands.bench.benchmark import (
+    SPARSITY,
+    Benchmark,
+    Column,
+    Result,
+    ms,
+    percent,
+    print_rows,
+    print_table,
+    times,
+)
 
 if TYPE_CHECKING:
     from rich.console import Console
@@ -40,42 +50,27 @@ def _measure(given: Result, machine: Result, progress: Any) -> Result:
     }
 
 
+_COLUMNS: tuple[Column, ...] = (
+    ("C,F,H,W,N", lambda row: ",".join(map(str, row["shape"]))),
+    ("x", lambda row: f"{row['compression']:g}"),
+    ("G", lambda row: str(row["group"])),
+    ("sparse", lambda row: row["precision"]),
+    ("phase", lambda row: row["phase"]),
+    ("tiling", lambda row: _tiling(row["tiling"])),
+    ("dense ms", lambda row: ms(row["dense_ms"], row["dense_name"])),
+    ("bf16 ms", lambda row: ms(row["dense_bf16_ms"], row["dense_bf16_name"])),
+    ("sparse ms", lambda row: ms(row["sparse_ms"])),
+    ("ratio", lambda row: times(row["ratio"])),
+    ("over bf16", lambda row: times(row["ratio_bf16"])),
+    ("bound", lambda row: times(row["bound"])),
+    ("peak", lambda row: percent(row["fraction_of_peak"])),
+)
+
+
 def _show(result: Result, console: Console) -> None:
-    heads = (
-        "C,F,H,W,N",
-        "x",
-        "G",
-        "sparse",
-        "phase",
-        "tiling",
-        "dense ms",
-        "bf16 ms",
-        "sparse ms",
-        "ratio",
-        "over bf16",
-        "bound",
-        "peak",
-    )
-    rows = [
-        (
-            ",".join(map(str, row["shape"])),
-            f"{row['compression']:g}",
-            str(row["group"]),
-            row["precision"],
-            row["phase"],
-            _tiling(row["tiling"]),
-            ms(row["dense_ms"], row["dense_name"]),
-            ms(row["dense_bf16_ms"], row["dense_bf16_name"]),
-            ms(row["sparse_ms"]),
-            times(row["ratio"]),
-            times(row["ratio_bf16"]),
-            times(row["bound"]),
-            "-" if row["fraction_of_peak"] is None else f"{100 * row['fraction_of_peak']:.0f}%",
-        )
-        for row in result["rows"]
-    ]
     settings = result["settings"]
-    print_table(console, f"3x3 convolutions, median of {settings['rounds']} rounds", heads, rows, left=6)
+    title = f"3x3 convolutions, median of {settings['rounds']} rounds"
+    print_rows(console, title, _COLUMNS, result["rows"], left=6)
     low, bound = result["geomean_bf16"], result["geomean_bound"]
     cells = [
         (key, times(value), times(low.get(key)), times(bound[key]))
@@ -113,7 +108,7 @@ def _tiling(tiling: Result) -> str:
     return f"{tile} in {region}{filters}{code}{pairs}"
 
 
-BENCHMARK = Benchmark(
+CONV = Benchmark(
     "Time 3x3 convolutions forward and backward: the sparse operators beside the fastest dense call.",
     (
         Option(

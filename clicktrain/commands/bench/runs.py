@@ -5,7 +5,16 @@ from __future__ import annotations
 from typing import TYPE_CHECKING, Any
 
 from clicktrain.commands.arguments import OWN_MODEL, Option
-from clicktrain.commands.bench.benchmark import Benchmark, Result, ms, print_table, times
+from clicktrain.commands.bench.benchmark import (
+    Benchmark,
+    Column,
+    Result,
+    ms,
+    percent,
+    print_rows,
+    print_table,
+    times,
+)
 
 if TYPE_CHECKING:
     from rich.console import Console
@@ -33,23 +42,21 @@ def _measure(given: Result, machine: Result, progress: Any) -> Result:
     return {"rows": to_json(rows), "by_layer": layers.to_json(tables)}
 
 
+_COLUMNS: tuple[Column, ...] = (
+    ("run", lambda row: row["run"]),
+    ("what", lambda row: row["what"]),
+    ("batch", lambda row: str(row["batch_size"])),
+    ("dense ms", lambda row: ms(row["dense_ms"], row["dense_name"])),
+    ("pruned ms", lambda row: ms(row["pruned_ms"], row["pruned_name"])),
+    ("faster", lambda row: times(row["ratio"])),
+    ("FLOPs", lambda row: percent(row["flops_ratio"])),
+    ("time / FLOPs saved", lambda row: _share(row["share_of_saving"])),
+)
+
+
 def _show(result: Result, console: Console) -> None:
-    heads = ("run", "what", "batch", "dense ms", "pruned ms", "faster", "FLOPs", "time / FLOPs saved")
-    rows = [
-        (
-            row["run"],
-            row["what"],
-            str(row["batch_size"]),
-            ms(row["dense_ms"], row["dense_name"]),
-            ms(row["pruned_ms"], row["pruned_name"]),
-            times(row["ratio"]),
-            f"{100 * row['flops_ratio']:.0f}%",
-            "-" if row["share_of_saving"] is None else f"{row['share_of_saving']:.2f}",
-        )
-        for row in result["rows"]
-    ]
     title = f"networks of finished runs, median of {result['settings']['rounds']} rounds"
-    print_table(console, title, heads, rows, left=2)
+    print_rows(console, title, _COLUMNS, result["rows"], left=2)
     console.print(
         "Dense: the network as it was before pruning. Each in its fastest memory order and precision; pruned "
         "ones with masks also on the sparse kernels. The last column is the share of time saved over the "
@@ -68,10 +75,10 @@ def _show_layers(table: Result, console: Console) -> None:
         (
             row["layer"],
             _shapes(row),
-            _percent(row["pruned_flops"] / max(row["dense_flops"], 1)),
-            _percent(row["flops_share"]),
+            percent(row["pruned_flops"] / max(row["dense_flops"], 1)),
+            percent(row["flops_share"]),
             _fine(row["dense_ms"]),
-            _percent(row["time_share"]),
+            percent(row["time_share"]),
             row["note"].partition(":")[0] if row["note"] else _fine(row["pruned_ms"]),
             _share(row["share_of_saving"]),
             _over(row["excess_ms"]),
@@ -80,9 +87,9 @@ def _show_layers(table: Result, console: Console) -> None:
     ]
     rest = (
         ("everything else", "", "", "", _fine(table["dense_rest_ms"]),
-         _percent(table["dense_rest_ms"] / table["dense_ms"]), _fine(table["pruned_rest_ms"]),
+         percent(table["dense_rest_ms"] / table["dense_ms"]), _fine(table["pruned_rest_ms"]),
          _share(table["rest_share_of_saving"]), _over(table["rest_excess_ms"])),
-        ("whole", "", _percent(table["flops_ratio"]), "100%", _fine(table["dense_ms"]), "100%",
+        ("whole", "", percent(table["flops_ratio"]), "100%", _fine(table["dense_ms"]), "100%",
          _fine(table["pruned_ms"]), "", ""),
     )  # fmt: skip
     what = f"{table['run']}: {table['what']}, batch {table['batch_size']}"
@@ -114,10 +121,6 @@ def _shapes(row: Result) -> str:
     return str(before) if after in (None, before) else f"{before} -> {after}"
 
 
-def _percent(share: float) -> str:
-    return f"{100 * share:.0f}%"
-
-
 def _fine(value: float | None) -> str:
     return "-" if value is None else f"{value:.3f}" if abs(value) < 10 else f"{value:.1f}"
 
@@ -130,7 +133,7 @@ def _share(value: float | None) -> str:
     return "-" if value is None else f"{value:.2f}"
 
 
-BENCHMARK = Benchmark(
+RUNS = Benchmark(
     "Time the networks of finished runs beside the dense ones: inference and a training step.",
     (
         Option("runs", tuple[str, ...], "Folders of finished runs.", (), metavar="RUN [RUN ...]"),

@@ -5,7 +5,7 @@ from __future__ import annotations
 from typing import TYPE_CHECKING, Any
 
 from clicktrain.commands.arguments import Option
-from clicktrain.commands.bench.benchmark import SPARSITY, Benchmark, Result, ms, print_table, times
+from clicktrain.commands.bench.benchmark import SPARSITY, Benchmark, Column, Result, ms, print_rows, times
 
 if TYPE_CHECKING:
     from rich.console import Console
@@ -29,42 +29,28 @@ def _measure(given: Result, machine: Result, progress: Any) -> Result:
     return {"rows": to_json(rows)}
 
 
+_COLUMNS: tuple[Column, ...] = (
+    ("x", lambda row: f"{row['compression']:g}"),
+    ("G", lambda row: str(row["group"])),
+    ("sparse", lambda row: row["precision"]),
+    ("activations", lambda row: "bf16" if row["activations"] == "bf16" else "fp32"),
+    ("dense fp32 ms", lambda row: ms(row["dense_fp32_ms"], row["dense_fp32_name"])),
+    ("dense bf16 ms", lambda row: ms(row["dense_bf16_ms"], row["dense_bf16_name"])),
+    ("sparse ms", lambda row: ms(row["sparse_ms"])),
+    ("over fp32", lambda row: times(row["ratio_fp32"])),
+    ("over bf16", lambda row: times(row["ratio_bf16"])),
+    ("dense MB", lambda row: _mb(row["dense_memory_mb"])),
+    ("sparse MB", lambda row: _mb(row["sparse_memory_mb"])),
+)
+
+
 def _show(result: Result, console: Console) -> None:
     settings = result["settings"]
     title = (
         f"training step of {settings['model']}, batch {settings['batch_size']}, "
         f"{settings['image_size']} pixels, median of {settings['rounds']} rounds"
     )
-    heads = (
-        "x",
-        "G",
-        "sparse",
-        "kept in",
-        "dense fp32 ms",
-        "dense bf16 ms",
-        "sparse ms",
-        "over fp32",
-        "over bf16",
-        "dense MB",
-        "sparse MB",
-    )
-    rows = [
-        (
-            f"{row['compression']:g}",
-            str(row["group"]),
-            row["precision"],
-            "bf16" if row["activations"] == "bf16" else "fp32",
-            ms(row["dense_fp32_ms"], row["dense_fp32_name"]),
-            ms(row["dense_bf16_ms"], row["dense_bf16_name"]),
-            ms(row["sparse_ms"]),
-            times(row["ratio_fp32"]),
-            times(row["ratio_bf16"]),
-            _mb(row["dense_memory_mb"]),
-            _mb(row["sparse_memory_mb"]),
-        )
-        for row in result["rows"]
-    ]
-    print_table(console, title, heads, rows, left=4)
+    print_rows(console, title, _COLUMNS, result["rows"], left=4)
     console.print(
         "Forward, loss, backward and SGD with momentum. Dense: the fastest of its kind. Sparse: the "
         "accelerated packed network, loss and gradients checked against the packed reference. MB: peak of a "
@@ -78,7 +64,7 @@ def _mb(value: float | None) -> str:
     return "-" if value is None else f"{value:.0f}"
 
 
-BENCHMARK = Benchmark(
+STEP = Benchmark(
     "Time a whole training step: the accelerated packed network beside the fastest dense one.",
     (
         Option("model", str, "Network of the zoo.", "resnet18"),

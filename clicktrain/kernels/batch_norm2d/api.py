@@ -37,7 +37,7 @@ def batch_norm_blocked(
             `uses_batch_statistics`.
 
     Raises:
-        UserError: another number type or shape, or one number per channel in training mode.
+        UserError: another dtype or shape, or one number per channel in training mode.
     """
     y: Tensor
     mean, var = bn.running_mean, bn.running_var

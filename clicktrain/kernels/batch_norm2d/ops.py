@@ -1,7 +1,7 @@
 """The operators that PyTorch sees: batch norm and scaling by channel, each with residual and ReLU.
 
 Shapes and gradients are declared, so that they work under autograd, ``torch.compile`` and ``torch.export``.
-Activations are ``[B, C, H, W, V]`` with B = ceil(n / V). The filling lanes of the last block may hold
+Activations are ``[B, C, H, W, V]`` with B = ceil(n / V). The padding lanes of the last block may hold
 anything in ``x``, ``residual`` and results; gradients have zeros there.
 
 Activations and their gradients are of one type; numbers per channel and their gradients are of the type that

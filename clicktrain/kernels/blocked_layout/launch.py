@@ -1,4 +1,4 @@
-"""Calls of the generated transpositions."""
+"""Calls of the generated conversions."""
 
 from __future__ import annotations
 

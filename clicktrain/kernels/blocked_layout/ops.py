@@ -1,4 +1,4 @@
-"""The conversions as operators that PyTorch sees; each is the gradient of the other."""
+"""The conversions as PyTorch operators; each is the gradient of the other."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ def block_batch_op(x: Tensor, lanes: int) -> Tensor:
         lanes: V, a power of two: ``toolchain().lanes(x.dtype)``.
 
     Returns:
-        Contiguous, filled up with zeros.
+        Contiguous, padded with zeros.
     """
     return launch.block(x, lanes)
 

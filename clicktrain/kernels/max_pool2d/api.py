@@ -47,7 +47,7 @@ def max_pool_blocked(x: Tensor, pooling: Pooling) -> Tensor:
     layout.
 
     Raises:
-        UserError: another number type or shape, or a window that is none or too large.
+        UserError: another dtype or shape, or a window that is none or too large.
     """
     y: Tensor
     y, _ = max_pool2d_blocked(x, pooling.window(), pooling.ceil_mode)

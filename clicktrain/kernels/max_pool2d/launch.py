@@ -1,4 +1,4 @@
-"""Calls of the generated C: checks what pointers cannot say of themselves, and makes room for results."""
+"""Calls of ``max_pool2d.c``: checks what pointers do not say, and allocates results."""
 
 from __future__ import annotations
 

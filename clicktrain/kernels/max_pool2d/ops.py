@@ -1,4 +1,4 @@
-"""The operators that PyTorch sees, with shapes and gradients declared."""
+"""Max pooling as PyTorch operators, with shapes and gradients declared."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""The system's C compiler: which, what it can do on this processor, and with which flags it is called."""
+"""The system's C compiler, its flags, and what it can do on this processor."""
 
 from __future__ import annotations
 
@@ -102,10 +102,10 @@ def _find(folder: Path) -> tuple[Toolchain | None, str]:
     for program, *arguments in candidates:
         path = shutil.which(program)
         if path is not None:
-            found = _try(path, arguments, folder)
-            if isinstance(found, Toolchain):
-                return found, ""
-            reasons.append(f"the C compiler {' '.join((program, *arguments))} {found}")
+            result = _try(path, arguments, folder)
+            if isinstance(result, Toolchain):
+                return result, ""
+            reasons.append(f"the C compiler {' '.join((program, *arguments))} {result}")
     if reasons:
         return None, f"{reasons[0]}: {_HELP}"
     if named:
@@ -130,7 +130,7 @@ def missing_toolchain() -> str:
 
 
 def needed_toolchain() -> Toolchain:
-    """`toolchain`, where nothing goes without it; KernelError if there is none."""
+    """`toolchain`; KernelError if there is none."""
     tools = toolchain()
     if tools is None:
         raise KernelError(missing_toolchain())

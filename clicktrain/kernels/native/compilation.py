@@ -1,4 +1,4 @@
-"""One kernel: from its text to a library that has been loaded once, or a sentence that says why not."""
+"""One kernel: from its source to a library that another process has loaded, or why there is none."""
 
 from __future__ import annotations
 
@@ -19,16 +19,16 @@ _OTHER = "name another compiler in CC"
 
 
 def compile_kernel(source: str, key: str, tools: Toolchain, work: Path) -> Path:
-    """Compile a text, and load the library in another process.
+    """Compile a source, and load the library in another process.
 
     Args:
-        source: the C text.
-        key: of the text, see `with_identity`.
+        source: C.
+        key: of the source, see `with_identity`.
         tools: the compiler.
         work: a folder that is removed afterwards, in the folder of libraries.
 
     Raises:
-        KernelError: the compiler refuses the text, hangs, is killed, finds no space, or makes a library that
+        KernelError: the compiler refuses the source, hangs, is killed, finds no space, makes a library that
             cannot be loaded; or it has failed for so long that it is not tried again.
     """
     _PATIENCE.check()

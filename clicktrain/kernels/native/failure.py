@@ -1,4 +1,4 @@
-"""What goes wrong with a compiler, a disk or a library: one exception, and a list for who can do without."""
+"""Failures of a compiler, a disk or a library: one exception, and a list for callers that go on without."""
 
 from __future__ import annotations
 

@@ -27,9 +27,9 @@ _TEMPORARY = "clicktrain-kernels-"
 _BUILD = "build-"
 _KEPT = re.compile(r"[0-9a-f]{32}(\.\d+\.[0-9a-f]{32})?\.so|[0-9a-f]{32}\.c|plan-[0-9a-f]{32}\.json")
 KEEP_DAYS = 90
-"""Libraries, their sources and plans that nobody has used for so long are removed."""
+"""Days after which unused libraries, sources and plans are removed."""
 KEEP_BYTES = 1 << 30
-"""What libraries may fill together; beyond it, those go first that have not been used for longest."""
+"""Bytes that the cache may fill; beyond it the least recently used files are removed."""
 _DAY = 86400.0
 _YOUNG_SECONDS = 60.0
 """A folder may stand for a moment before its lock is taken."""
@@ -40,7 +40,7 @@ _HELP = "set CLICKTRAIN_KERNEL_CACHE to a folder of your own, on a disk with spa
 
 
 _notice: list[str] = []
-"""Until somebody takes it."""
+"""Until `take_notice` takes it."""
 
 
 def cache_folder() -> Path:
@@ -111,7 +111,7 @@ def mark_used(path: Path) -> None:
 
 @functools.cache
 def tidy(folder: Path) -> None:
-    """Remove what killed processes left, and what nobody has used for long; once per process."""
+    """Remove what killed processes left, and what has not been used for long; once per process."""
     remove_abandoned(folder)
     remove_unused(folder)
 

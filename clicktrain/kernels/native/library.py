@@ -1,4 +1,4 @@
-"""C text -> loaded library, through a cache on disk that many processes may use at once."""
+"""C source -> loaded library, through a cache on disk that many processes may use at once."""
 
 from __future__ import annotations
 
@@ -65,7 +65,7 @@ def build_all(sources: Iterable[str]) -> dict[str, KernelError]:
     """Build and load several texts side by side, as many at a time as there are processors.
 
     Returns:
-        The texts that failed, and why; who watches (`watch_failures`) is told.
+        The texts that failed, and why; watchers (`watch_failures`) are notified.
     """
     failed = _build_all(sources)
     for error in failed.values():
@@ -74,7 +74,7 @@ def build_all(sources: Iterable[str]) -> dict[str, KernelError]:
 
 
 def need_all(sources: Iterable[str]) -> None:
-    """`build_all`, where nothing goes without any of them; raises the first KernelError."""
+    """`build_all` for kernels that are all needed; raises the first KernelError."""
     for error in _build_all(sources).values():
         raise error
 

@@ -16,14 +16,14 @@ STREAM_BYTES = 8 << 20
 def keep_memory() -> bool:
     """Have the C library keep freed memory instead of returning it to the system; once per process.
 
-    A training step takes and frees the same large tensors each time. The GNU C library maps each anew, and
-    the system clears every page of it: a tenth to a fifth of a dense step, and more of a sparse one. The
+    A training step takes and frees the same large tensors each time. The GNU C library maps them every time,
+    and the system clears every page of them: a tenth to a fifth of a dense step, more of a sparse one. The
     price is that the process does not shrink between peaks.
 
     ``CLICKTRAIN_KEEP_MEMORY=0`` in the environment leaves things as they are.
 
     Returns:
-        Whether the C library is one that can be told (the GNU one), and was.
+        Whether the C library has that switch (the GNU one), and took it.
     """
     if os.environ.get("CLICKTRAIN_KEEP_MEMORY") == "0":
         return False

@@ -1,4 +1,4 @@
-"""Trying what a compiler made, first in a process of its own: a library may crash whoever loads it."""
+"""Loading a fresh library, first in another process: it may crash whoever loads it."""
 
 from __future__ import annotations
 
@@ -33,7 +33,7 @@ if len(sys.argv) > 3:
 
 
 def identity_of(key: str) -> int:
-    """The number by which a library of that key says that it was built from its text."""
+    """The number that a library of that key returns to prove its source."""
     return int(key[:7], 16)
 
 

@@ -14,6 +14,8 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from clicktrain.graph.adapters import dense_adapter
+
 CHANCE = 0.95
 """A loss of at least this share of the first batch's is that of an untrained network."""
 LEARNED = 0.7
@@ -39,8 +41,10 @@ def no_gradient(model: nn.Module, loss: Tensor, first_loss: Tensor) -> str | Non
 
 def _convolution(module: nn.Module) -> nn.Parameter | None:
     """Weight of a convolution, values of a packed one."""
-    name = "weight" if isinstance(module, nn.modules.conv._ConvNd) else "values"
-    weight = module._parameters.get(name)
+    adapter, held = dense_adapter(module), module._parameters
+    if adapter is None or adapter.kind != "conv":
+        return None
+    weight = held["values"] if "values" in held else held.get("weight")
     return weight if weight is not None and weight.numel() else None
 
 

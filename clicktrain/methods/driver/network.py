@@ -389,14 +389,9 @@ class PrunedNetwork:
         """Take over masks, after `load_plans`; the network is packed if the saved one was."""
         self.frozen = saved["frozen"]
         self._masks = {
-            layer.name: _mask(saved["masks"][layer.name].to(layer.weight.device), layer.shape)
+            layer.name: mask_from_bits(saved["masks"][layer.name].to(layer.weight.device), layer.shape)
             for layer in self.prunable.layers
             if layer.name in saved["masks"]
         }
         if self.frozen:
             self.packed = bool(saved["packed"])  # go on in the form that was saved
-
-
-def _mask(saved: Tensor, shape: tuple[int, ...]) -> Tensor:
-    """A saved mask; states of older versions keep one byte a weight."""
-    return saved if saved.dtype == torch.bool else mask_from_bits(saved, shape)

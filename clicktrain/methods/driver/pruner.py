@@ -47,10 +47,11 @@ from clicktrain.methods.driver.publisher import (
     Kind,
     MasksFrozen,
     ParametersReplaced,
+    W,
+    Wrapped,
 )
-from clicktrain.methods.driver.wrapping import W, Wrapped
 from clicktrain.methods.outcome import Outcome, Reached
-from clicktrain.runs.events import Event, OutcomeEvent, ReconfiguredEvent, from_json
+from clicktrain.runs.events import Event, OutcomeEvent
 from clicktrain.sparsity.channel_lasso import ChannelAxis
 from clicktrain.surgery import SurgeryPlan
 
@@ -578,9 +579,6 @@ class Pruner:
             case Reconfigure(plan, event, checked):
                 self._watch.outsiders.check_orphans(plan)
                 self._find_averages()
-                if isinstance(event, Mapping):
-                    event = from_json({"event": "reconfigured", **event})
-                assert isinstance(event, ReconfiguredEvent)
                 self._record(self.network.reconfigure(plan, event, checked, self._follow))
             case RestoreTensors(values):
                 self.network.restore(values)
@@ -597,9 +595,7 @@ class Pruner:
         self._plan = self.method.plan(self._prunable, self.length, self._state)
         self.network.publisher.publish(ChannelsRemoved(plan))
 
-    def _record(self, event: Event | Mapping[str, Any]) -> None:
-        if isinstance(event, Mapping):
-            event = from_json(event)
+    def _record(self, event: Event) -> None:
         event = event.at(self.progress.seen, self.progress.position)
         self.events.append(event.to_json())
         if self._on_event is not None:

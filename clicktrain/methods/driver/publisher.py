@@ -2,11 +2,14 @@
 
 from __future__ import annotations
 
+import weakref
 from collections import OrderedDict
 from collections.abc import Callable
 from dataclasses import dataclass
-from typing import Any, TypeAlias
+from typing import Any, Generic, TypeAlias, TypeVar
 
+import torch
+from torch import nn
 from torch.utils.hooks import RemovableHandle
 
 from clicktrain.runs.events import Event
@@ -46,6 +49,7 @@ class EpochEnd(Notification):
 
 
 Kind: TypeAlias = type[Any] | tuple[type[Any], ...]
+W = TypeVar("W", bound=Callable[..., Any])
 
 
 class Publisher:
@@ -65,3 +69,39 @@ class Publisher:
         for kind, listener in list(self._listeners.values()):
             if isinstance(what, kind):
                 listener(what)
+
+
+class Wrapped(Generic[W]):
+    """A wrapper around the network, rebuilt whenever parameters are replaced; see `Pruner.wrapped`.
+
+    DistributedDataParallel puts gradients of fixed sizes into buckets; `torch.compile` and CUDA graphs are
+    made for fixed shapes. Whatever else the process has compiled is compiled again when it is called.
+    """
+
+    def __init__(self, model: nn.Module, publisher: Publisher, wrap: Callable[[nn.Module], W]) -> None:
+        self._model, self._wrap = model, wrap
+        self._current: W | None = None
+        self._outdated = False
+        itself = weakref.ref(self)
+
+        def outdate(_: ParametersReplaced) -> None:
+            if (wrapped := itself()) is not None:
+                wrapped._outdated = True
+
+        handle = publisher.subscribe(outdate, ParametersReplaced)
+        weakref.finalize(self, handle.remove)
+
+    @property
+    def current(self) -> W:
+        """The wrapper around the network as it is: for ``no_sync()`` and the like."""
+        if self._current is None or self._outdated:
+            if self._current is not None:
+                self._current = None  # first: two of them must not hold on to the same parameters
+                torch.compiler.reset()  # which keeps few versions of one function, and then uses none
+            self._current = self._wrap(self._model)
+            self._outdated = False
+        return self._current
+
+    def __call__(self, *args: Any, **kwargs: Any) -> Any:
+        """Run the network."""
+        return self.current(*args, **kwargs)

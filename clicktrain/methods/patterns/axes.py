@@ -14,6 +14,7 @@ from torch import Tensor
 
 from clicktrain.methods.patterns.selection import PatternLayer
 from clicktrain.sparsity.allocation import kernel_gains
+from clicktrain.sparsity.distributions import erdos_renyi_scale
 from clicktrain.sparsity.group_lasso import add_lasso_gradient_, shrink_groups_
 from clicktrain.sparsity.registry import Registry
 
@@ -53,24 +54,20 @@ def share_gains(layer: PatternLayer, scores: Tensor) -> Tensor:
 def erk_gains(layer: PatternLayer, scores: Tensor) -> Tensor:
     """Densities in proportion to (F + C + R + S) / (F C R S) (Evci et al. 2020, RigL, section 3)."""
     del scores
-    f, c, r, s = layer.shape
-    ks = torch.arange(1, c + 1, dtype=torch.float64)
-    density = (ks - 0.5) * layer.entries / (c * r * s)
-    return -density / ((f + c + r + s) / (f * c * r * s)) * layer.budget.price
+    _, c, r, s = layer.shape
+    kernels = torch.arange(1, c + 1, dtype=torch.float64) - 0.5
+    density = kernels * layer.entries / (c * r * s)
+    return -density / erdos_renyi_scale(layer.shape) * layer.budget.price
 
 
-ALLOCATIONS: Registry[Allocation] = Registry(
-    "allocation",
-    {
-        "uniform": Allocation(None, by_time=False),
-        "importance": Allocation(importance_gains),
-        "relative": Allocation(relative_gains),
-        "share": Allocation(share_gains),
-        "erk": Allocation(erk_gains, by_time=False),
-    },
-    group="clicktrain.allocations",
-    guard=lambda name, gains: gains if isinstance(gains, Allocation) else Allocation(gains),
-)
+ALLOCATIONS: Registry[Allocation] = Registry("allocation", {
+    "uniform": Allocation(None, by_time=False),
+    "importance": Allocation(importance_gains),
+    "relative": Allocation(relative_gains),
+    "share": Allocation(share_gains),
+    "erk": Allocation(erk_gains, by_time=False),
+}, group="clicktrain.allocations",
+   guard=lambda _, own: own if isinstance(own, Allocation) else Allocation(own))  # fmt: skip
 """A user's own is a function like `share_gains`."""
 AllocationChoice: TypeAlias = Annotated[str | Callable[..., Any], ALLOCATIONS]
 
@@ -97,15 +94,11 @@ class Penalty:
     step: Callable[[Tensor, Tensor, int], None] | None = None
 
 
-PENALTIES: Registry[Penalty] = Registry(
-    "penalty",
-    {
-        "lasso": Penalty(gradient=add_lasso_gradient_),
-        "shrink": Penalty(step=shrink_groups_),
-        "none": Penalty(),
-    },
-    group="clicktrain.penalties",
-    guard=lambda name, gradient: gradient if isinstance(gradient, Penalty) else Penalty(gradient),
-)
+PENALTIES: Registry[Penalty] = Registry("penalty", {
+    "lasso": Penalty(gradient=add_lasso_gradient_),
+    "shrink": Penalty(step=shrink_groups_),
+    "none": Penalty(),
+}, group="clicktrain.penalties",
+   guard=lambda _, own: own if isinstance(own, Penalty) else Penalty(own))  # fmt: skip
 """A user's own is a function like `clicktrain.sparsity.group_lasso.add_lasso_gradient_`."""
 PenaltyChoice: TypeAlias = Annotated[str | Callable[..., Any], PENALTIES]

@@ -140,16 +140,14 @@ class PatternSettings:
             if getattr(self, key) is None:
                 object.__setattr__(self, key, value)
         check_choices(self)
-        self._check_numbers()
         self._check_latency()
-
-    def _check_numbers(self) -> None:
         if not self.compression > 1:
             raise UserError(
                 f"compression must be more than 1 (8 keeps an eighth of the weights), not {self.compression}"
             )
-        if self.group < 1 or self.entries < 1 or (self.patterns or 0) < 1:
-            raise UserError("group, entries and patterns must be at least 1")
+        for key in ("group", "entries", "patterns", "epi_window", "latency_batch"):
+            if (value := getattr(self, key)) is not None and value < 1:
+                raise UserError(f"{key} must be at least 1, not {value}")
         if self.entries > 9:
             raise UserError(
                 f"entries is the number of kept positions of a 3x3 kernel, 1 to 9, not {self.entries}"
@@ -160,13 +158,9 @@ class PatternSettings:
                 raise UserError(
                     f"a fixed pool keeps 4 positions per kernel; entries={self.entries} needs pool=dynamic"
                 )
-        if self.epi_threshold is not None and not 0 <= self.epi_threshold <= 1:
-            raise UserError(f"epi_threshold must be between 0 and 1, not {self.epi_threshold}")
-        if self.epi_window is not None and self.epi_window < 1:
-            raise UserError(f"epi_window must be at least 1, not {self.epi_window}")
-        for key in (*_SHARES, "allocation_floor"):
-            if not 0 <= getattr(self, key) <= 1:
-                raise UserError(f"{key} is a share and must be between 0 and 1, not {getattr(self, key)}")
+        for key in (*_SHARES, "allocation_floor", "epi_threshold"):
+            if (value := getattr(self, key)) is not None and not 0 <= value <= 1:
+                raise UserError(f"{key} must be between 0 and 1, not {value}")
         if sum(getattr(self, key) for key in _SHARES[1:]) > 1:
             raise UserError("latest_start and the lengths of stages 2 to 4 must not add up to more than 1")
         if (self.earliest_start or 0) > (self.latest_start or 0):
@@ -188,8 +182,6 @@ class PatternSettings:
             )
         if self.latency_target_ms is not None and not 0 < self.latency_target_ms < math.inf:
             raise UserError(f"latency_target_ms must be above 0, not {self.latency_target_ms}")
-        if self.latency_batch < 1:
-            raise UserError(f"latency_batch must be at least 1, not {self.latency_batch}")
 
     @property
     def aim(self) -> LatencyAim | None:

@@ -1,19 +1,17 @@
-"""C text of the blocked sparse convolution kernels: ClickTrain section 5.2, for a CPU's vector units.
+"""C source of the blocked sparse convolution kernels: ClickTrain section 5.2, for a CPU's vector units.
 
-Activations lie batch-blocked innermost, ``[N/V, C, H, W, V]``: one weight is one broadcast, one tap of a
-kernel another aligned vector. Three functions come from one generator, because all three are the same set of
-triples *(result position, window position, tap)*:
+Activations are batch-blocked, ``[N/V, C, H, W, V]``: one weight is one broadcast, one tap of a kernel another
+aligned vector. All three directions are the same set of triples *(result position, window position, tap)*:
 
-- forward and gradient of the input: the sums of a tile of positions stay in registers over all kernels of a
-  filter (or channel), or in the first-level cache; each position of the window is loaded once and used by all
-  taps of a kernel;
-- gradient of the weight: the sums are those of the taps, over tiles of the output's gradient.
+- forward and dgrad keep the sums of a tile of positions, in registers or L1, over all kernels of a filter (or
+  channel); each position of the window is loaded once and used by all taps of a kernel;
+- wgrad keeps the sums of the taps, over tiles of the output's gradient.
 
-A *region* (some tiles) of the source is copied into a buffer that fits the second-level cache first, with the
-zero halo where it reaches over the edge, and used for all filters, while the next one is fetched or copied.
-Where an axis has at most two tiles, what lies in the halo is left out of the code instead: on small images
-that is up to a third of the work. Code that sweeps over tiles leaves it out everywhere, and reads the source
-itself, unless that is kept in bfloat16 or the text would become too long (`regions.IN_PLACE_CODE`).
+A *region* (some tiles) of the source is first copied into a buffer that fits L2, with the zero halo where it
+reaches over the edge, and used for all filters while the next one is fetched or copied. Where an axis has at
+most two tiles, the halo is left out of the code instead: on small images that is up to a third of the work.
+Cache-blocked code leaves it out everywhere, and reads the source itself, unless activations are bfloat16 or
+the code would become too long (`regions.IN_PLACE_CODE`).
 """
 
 from __future__ import annotations
@@ -39,26 +37,14 @@ def source(
     lanes: int,
     sums: bool = False,
 ) -> str:
-    """The C text of one phase; its one exported function is called ``run``.
+    """C source of one phase; its exported function is ``run`` of ``run.h`` or ``wgrad_run.h``.
 
-    Signatures (activations are of the dtype, ``real`` is what it is computed in, ``weight`` that or two
-    bfloat16; every array is contiguous, ``blocks`` = N/V rounded up, ``stream`` = write results around the
-    caches):
-
-    - forward: ``run(x, y, values, order or NULL, bias or NULL, rows, entries, scratch, count, places, room,
-      blocks, stream, threads)``: ``order`` has the ``places`` in the packed values of each of ``count``
-      weights (or of each part's first one, if they are fewer), which are brought into that order in the first
-      ``room`` vectors of ``scratch``; without it they are in the kernel's order.
-      With it, code of tap sets returns 1 if the tables are for another number of weights.
-    - dgrad: ``run(gy, gx, values, order or NULL, NULL, rows, entries, scratch, count, places, room,
-      blocks, stream, threads)``
-    - wgrad: ``run(x, gy, grad, rows, entries, chunks, found or NULL, scratch, count, blocks, whole,
-      threads)``, where ``chunks`` = [parts, nnz, (first entry, last entry, first value) of each part];
-      if ``whole``, all of them are computed at once. ``found`` has the place in the kernel's order of each of
-      ``count`` packed values. Returns 1 if the tables are for another number of weights.
-    - forward with ``sums``: ``run(x, y, values, order or NULL, bias or NULL, rows, entries, mean, var,
-      scratch, n, count, places, room, blocks, stream, threads)``: also mean and biased variance of each
-      filter's results, over n images.
+    Activations are of the dtype, ``real`` is what it is computed in, ``weight`` that or two bfloat16; every
+    array is contiguous, ``blocks`` is N/V rounded up, ``stream`` writes results around the caches. ``order``
+    has the ``places`` in the packed values of each of ``count`` weights, or of each part's first one, if they
+    are fewer; the weights are brought into that order in the first ``room`` vectors of ``scratch``. Without
+    ``order`` they are in the kernel's order. With ``sums``, forward only, ``run`` also computes mean and
+    biased variance of each filter's results, over n images.
     """
     if sums and phase != "forward":
         raise ValueError(f"statistics are taken of the forward pass, not of {phase}")
@@ -109,7 +95,7 @@ def _describe(
 def scratch_vectors(
     phase: Phase, problem: ConvProblem, tap_patterns: tuple[Taps, ...], tiling: Tiling, dtype: torch.dtype
 ) -> int:
-    """Vectors of scratch memory for each thread; the gradient of the weight needs its own values besides."""
+    """Vectors of scratch memory for each thread; wgrad needs its own values besides."""
     if tiling.code == "indexed":
         return IndexedGenerator(phase, problem, tiling, dtype).scratch
     return Generator(phase, problem, tap_patterns, tiling, dtype).scratch

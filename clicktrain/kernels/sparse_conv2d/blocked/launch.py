@@ -1,4 +1,4 @@
-"""Calls of a layer's generated code: loaded once, given pointers."""
+"""Calls of a layer's generated code, which takes pointers."""
 
 from __future__ import annotations
 
@@ -125,7 +125,7 @@ class _Kernel:
         """Refuse what the generated code would misread: it takes pointers.
 
         Raises:
-            UserError: number types that do not fit each other, images of another size than the plan is for,
+            UserError: dtypes that do not fit each other, images of another size than the plan is for,
                 or other lanes than this processor has.
         """
         for one in (values, bias):
@@ -163,7 +163,7 @@ class _Kernel:
         statistics: tuple[Tensor | None, Tensor | None] = (None, None),
         n: int = 0,
     ) -> None:
-        """Forward or gradient of the input: ``y`` from ``x``.
+        """Forward or dgrad: ``y`` from ``x``.
 
         Args:
             x, y: activations; may be empty.
@@ -227,7 +227,7 @@ class _Kernel:
         return count, ordered, max(room + ordered * lanes, 1)
 
     def collect(self, x: Tensor, gy: Tensor, grad: Tensor, tables: Sequence[Tensor]) -> None:
-        """Gradient of the weight: ``grad``, in the order of the packed values.
+        """Wgrad: ``grad``, in the order of the packed values.
 
         Args:
             x, gy: activations and the output's gradient; may be empty.

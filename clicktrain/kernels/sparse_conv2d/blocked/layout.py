@@ -1,7 +1,7 @@
 """The batch-blocked layout ``[N/V, C, H, W, V]``: V images side by side in the innermost dimension.
 
-A batch that is no multiple of V is filled up. What the filling holds in activations is never looked at; in
-gradients it is zero, so that sums over images need no case of their own.
+A batch that is no multiple of V has padding lanes. What they hold in activations is never read; in gradients
+they are zero, so that sums over images need no case of their own.
 """
 
 from __future__ import annotations
@@ -15,7 +15,7 @@ ALIGNMENT = 64
 
 
 def block(x: Tensor, lanes: int) -> Tensor:
-    """[N, C, H, W] -> [ceil(N / lanes), C, H, W, lanes], filled up with zeros; any memory format."""
+    """[N, C, H, W] -> [ceil(N / lanes), C, H, W, lanes], padded with zeros; any memory format."""
     n, c, h, w = x.shape
     blocks = -(-n // lanes)
     if n % lanes:

@@ -87,7 +87,7 @@ def _(gy: Tensor, values: Tensor, tables: list[Tensor], plan: str) -> Tensor:
 def sparse_conv2d_blocked_wgrad_op(
     x: Tensor, gy: Tensor, values_shape: list[int], tables: list[Tensor], plan: str
 ) -> Tensor:
-    """Gradient of the packed values, at the kept positions only. Filling lanes of ``gy`` have to be zero."""
+    """Gradient of the packed values, at the kept positions only. Padding lanes of ``gy`` have to be zero."""
     return launch.wgrad(x, gy, values_shape, tables, plan)
 
 

@@ -1,4 +1,4 @@
-"""What is fixed about a layer before its first step: how its work is cut, its index in each loop's order."""
+"""What is computed of a layer before its first step: its tilings, and its index in each loop's order."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ from torch import Tensor
 
 from clicktrain.formats.packed import Structure
 from clicktrain.kernels.native import compute_type, toolchain
-from clicktrain.kernels.sparse_conv2d.blocked.indexed.tables import table as tap_table
+from clicktrain.kernels.sparse_conv2d.blocked.indexed.tables import table as indexed_table
 from clicktrain.kernels.sparse_conv2d.blocked.patterns.tables import Parts, Table
 from clicktrain.kernels.sparse_conv2d.blocked.patterns.tap_patterns import Taps, choose, is_complete
 from clicktrain.kernels.sparse_conv2d.blocked.problem import PHASES, ConvProblem, Phase, Tiling
@@ -25,11 +25,11 @@ GROUP_SIZES = (4, 2)
 
 @dataclass(frozen=True, slots=True)
 class ConvPlan:
-    """What is generated for one layer: everything that the C text depends on, but for the number type.
+    """Everything that a layer's C source depends on, except the dtype.
 
     Attributes:
         problem: the layer and its image.
-        tap_patterns: tap sets with code of their own.
+        tap_patterns: tap patterns with code of their own.
         tilings: how each phase cuts its work.
     """
 
@@ -66,8 +66,8 @@ class ConvTables:
     """A layer's index in the order of each phase: what kernels take beside the activations.
 
     Attributes:
-        tensors: rows, entries and order of forward and gradient of the input; rows, entries, where the
-            values are found, and chunks of the gradient of the weight.
+        tensors: rows, entries and order of forward and dgrad; rows, entries, places of the values, and
+            chunks of wgrad.
     """
 
     tensors: tuple[Tensor, ...] = field(repr=False)
@@ -100,7 +100,7 @@ def prepare(
     def table(phase: Phase) -> Table:
         tiling = plan.tiling(phase)
         if tiling.code == "indexed":
-            return tap_table(phase, problem, structure, groups, tiling)
+            return indexed_table(phase, problem, structure, groups, tiling)
         if tiling.code == "cache_blocked" and phase != "wgrad":
             return parts().by_block(phase == "dgrad", tiling.results, tiling.sources)
         if phase == "forward":

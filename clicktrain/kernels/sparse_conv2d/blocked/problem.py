@@ -1,4 +1,4 @@
-"""A convolution as the blocked kernels see it: all that generated code depends on, but for the batch."""
+"""A convolution as the blocked kernels see it: all that generated code depends on, except the batch."""
 
 from __future__ import annotations
 
@@ -71,7 +71,7 @@ class ConvProblem:
 
 @dataclass(frozen=True, slots=True)
 class Tiling:
-    """How a kernel cuts its work; the result does not depend on it.
+    """How a kernel divides its work; the result does not depend on it.
 
     Attributes:
         tile: rows and columns of the positions whose sums are in registers (``cache_blocked``: in the cache).
@@ -80,11 +80,11 @@ class Tiling:
             patterns.
         code: ``unrolled``, code of its own for each tap pattern, sums in registers; ``cache_blocked``, the
             same with sums in L1 or L2 (forward and dgrad only); or ``indexed``, offsets of taps as data.
-        sources: channels (of the gradient of the input: filters) of one pass over all results; 0 = all
+        sources: channels (of dgrad: filters) of one pass over all results; 0 = all
             (``cache_blocked`` and ``indexed`` only).
-        results: filters (of the gradient of the input: channels) whose sums are in the cache at once; 0 = all
+        results: filters (of dgrad: channels) whose sums are in the cache at once; 0 = all
             (``cache_blocked`` only).
-        images: blocks of images of one region (gradient of the weight with ``indexed`` only).
+        images: blocks of images of one region (wgrad with ``indexed`` only).
         pairs: multiply pairs of bfloat16 numbers, see `operand_types` (bfloat16 activations only; forward
             and dgrad with ``indexed`` only).
     """

@@ -1,4 +1,4 @@
-"""Which tilings a kernel may use, and the one to take when nothing has been measured."""
+"""Tilings worth measuring, and the one to take when nothing has been measured."""
 
 from __future__ import annotations
 
@@ -14,30 +14,30 @@ from clicktrain.kernels.sparse_conv2d.blocked.problem import ConvProblem, Phase,
 from clicktrain.kernels.sparse_conv2d.blocked.shared.geometry import Backward, Forward
 
 CACHE_VECTORS = 8192
-"""Vectors of 64 bytes that a region may fill: half a megabyte, half of a usual second-level cache."""
+"""SIMD vectors of 64 bytes that a region may fill: half a megabyte, half of L2."""
 WGRAD_VECTORS = 21504
-"""The same for the gradient of the weight: its sums over lanes, once a region, want large ones."""
+"""The same for wgrad: its sums over lanes, once a region, want large regions."""
 WGRAD_FILTERS = 128
-"""Filters whose output gradients are gone through before the next ones: they stay in the cache."""
-TAP_VECTORS = 256
-"""Vectors of 64 bytes of a tile's windows in one pass over taps as data: half of a first-level cache."""
+"""Filters whose output gradients are used before the next ones: they stay in the cache."""
+INDEXED_VECTORS = 256
+"""Vectors of 64 bytes of a tile's windows in one pass of indexed code: half of L1."""
 REGION_POSITIONS = (256, 128)
-"""Positions of a region of the gradient of the weight over taps as data: lanes are summed once for each."""
+"""Positions of a region of indexed wgrad: lanes are summed once for each."""
 FEW_POSITIONS = 64
 """Positions below which such a region has several blocks of images."""
-SWEEP_VECTORS = ((1024, 144), (768, 288))
-"""Vectors of 64 bytes that a block's sums and a pass's windows may fill where tap sets sweep over a tile.
+CACHE_BLOCKED_VECTORS = ((1024, 144), (768, 288))
+"""Vectors of 64 bytes that a block's sums and a pass's windows may fill of cache-blocked code.
 
-Sums may leave the first-level cache, windows should not: measured, 8 sources of 4x4 tiles and all results.
+Sums may leave L1, windows should not: measured, 8 sources of 4x4 tiles and all results.
 """
-SWEEP_REGION_VECTORS, SWEEP_REGION_TILES = 12288, 64
+CACHE_BLOCKED_REGION_VECTORS, CACHE_BLOCKED_REGION_TILES = 12288, 64
 """Vectors of 64 bytes that such code copies of a region, and tiles of one: each is a call in the text."""
-SWEEP_TAPS = 3
-"""Taps of a set, in the mean, from which on sweeping can pay: each kernel loads and stores its sums anew."""
-SWEEP_WORK = 1 << 19
+CACHE_BLOCKED_TAPS = 3
+"""Mean taps of a pattern from which on cache-blocked code can pay: each kernel loads and stores its sums."""
+CACHE_BLOCKED_WORK = 1 << 19
 """Multiply-adds of a layer on one image, dense, below which its code takes longer to build than it saves."""
-SWEEP_CODE = 3200
-"""Multiply-adds of all sets on one tile, beyond which the code is too large for its cache."""
+CACHE_BLOCKED_CODE = 3200
+"""Multiply-adds of all patterns on one tile, beyond which the code does not fit the instruction cache."""
 
 
 def candidates(
@@ -52,38 +52,38 @@ def candidates(
 ) -> list[Tiling]:
     """Tilings worth measuring, the likeliest first.
 
-    Code for tap sets wants layers with few sets, and many registers or kernels of several taps over which it
-    can sweep; else taps as data come first.
+    Unrolled code wants few patterns and many registers, cache-blocked code few patterns of several taps; else
+    indexed code comes first.
 
     Args:
         phase: forward, dgrad or wgrad.
         problem: the layer.
         registers: vector registers of the processor.
         lanes: of one of them.
-        tap_patterns: the tap sets that there is code for.
+        tap_patterns: those with code of their own.
         filters_per_tile: most filters that may be computed at once (1 where they do not share positions).
-        complete: whether each kernel is one of the tap sets that there is code for.
-        copied: whether no code can read the source itself, because it is kept in another type.
+        complete: whether each kernel has one of them.
+        copied: whether no code can read the source itself, because it has another dtype.
     """
-    sets = _set_candidates(phase, problem, registers, lanes, filters_per_tile)
-    taps = tap_candidates(phase, problem, registers, lanes)
-    sweeps = []
+    unrolled = _unrolled_candidates(phase, problem, registers, lanes, filters_per_tile)
+    indexed = _indexed_candidates(phase, problem, registers, lanes)
+    blocked = []
     if phase != "wgrad" and complete:
-        sweeps = _sweep_candidates(
+        blocked = _cache_blocked_candidates(
             phase, problem, lanes, sum(map(len, tap_patterns)), len(tap_patterns), copied
         )
     if registers >= 32 and complete:
-        return [*sets, *sweeps, *taps[:1]]
-    if sweeps:
+        return [*unrolled, *blocked, *indexed[:1]]
+    if blocked:
         # The others differ by 3% at most with 16 registers, and each takes two seconds to build.
-        return [sweeps[0], *taps[:1], *(sets[:1] if filters_per_tile > 1 else ())]
-    return [*taps, *(sets if filters_per_tile > 1 else sets[:1])]
+        return [blocked[0], *indexed[:1], *(unrolled[:1] if filters_per_tile > 1 else ())]
+    return [*indexed, *(unrolled if filters_per_tile > 1 else unrolled[:1])]
 
 
 def pair_candidates(phase: Phase, problem: ConvProblem, tilings: Sequence[Tiling]) -> list[Tiling]:
     """Those of the tilings that can multiply pairs of bfloat16 numbers, doing so.
 
-    Forward and gradient of the input pair taps of a row: kernels of one column have none.
+    Forward and dgrad pair taps of a row: kernels of one column have none.
     """
     if phase == "wgrad":
         return [replace(one, pairs=True) for one in tilings]
@@ -92,10 +92,10 @@ def pair_candidates(phase: Phase, problem: ConvProblem, tilings: Sequence[Tiling
     return [replace(one, pairs=True) for one in tilings if one.code == "indexed"]
 
 
-def _set_candidates(
+def _unrolled_candidates(
     phase: Phase, problem: ConvProblem, registers: int, lanes: int, filters_per_tile: int
 ) -> list[Tiling]:
-    """Tilings for code of tap sets."""
+    """Tilings for unrolled code."""
     backward = phase == "dgrad"
     axes = (problem.rows, problem.columns)
     lengths = [a.size if backward else a.out for a in axes]
@@ -111,15 +111,15 @@ def _set_candidates(
     if filters_per_tile >= 2 and not backward:
         # Two filters halve the loads; more leave too few positions for the taps of a window to share.
         shapes = [(pair, 2), *shapes[:1]] if min(lengths) > 4 else [*shapes[:1], (pair, 2)]
-    found = []
+    tilings = []
     for shape, filters in shapes:
         tile = []
         for size, axis, length in zip(shape, axes, lengths, strict=True):
             step = axis.stride if backward else 1
             tile.append(min(max(size // step, 1) * step, -(-length // step) * step))
         region = _region(phase, problem, (tile[0], tile[1]), lanes)
-        found.append(Tiling((tile[0], tile[1]), region, filters))
-    return list(dict.fromkeys(found))
+        tilings.append(Tiling((tile[0], tile[1]), region, filters))
+    return list(dict.fromkeys(tilings))
 
 
 def _region(phase: Phase, problem: ConvProblem, tile: tuple[int, int], lanes: int) -> tuple[int, int]:
@@ -161,18 +161,19 @@ def _region(phase: Phase, problem: ConvProblem, tile: tuple[int, int], lanes: in
         region = min(grown, key=lambda r: (max(r[0] * tile[0], r[1] * tile[1]), vectors(r)))
 
 
-def _sweep_candidates(
-    phase: Phase, problem: ConvProblem, lanes: int, taps: int, sets: int, copied: bool
+def _cache_blocked_candidates(
+    phase: Phase, problem: ConvProblem, lanes: int, taps: int, patterns: int, copied: bool
 ) -> list[Tiling]:
-    """Tilings for code of tap sets that sweeps, with sums in the cache; none where it cannot pay."""
+    """Tilings for code of tap patterns that blocked, with sums in the cache; none where it cannot pay."""
     backward = phase == "dgrad"
     axes = (problem.rows, problem.columns)
     steps = [a.stride if backward else 1 for a in axes]
     lengths = [-(-(a.size if backward else a.out) // step) for a, step in zip(axes, steps, strict=True)]
-    columns = _sweep_columns(lengths[1])
-    rows = _sweep_rows(lengths[0], columns)
+    columns = _cache_blocked_columns(lengths[1])
+    rows = _cache_blocked_rows(lengths[0], columns)
     work = problem.filters * problem.channels * math.prod(axis.taps * axis.out for axis in axes)
-    if work < SWEEP_WORK or taps < SWEEP_TAPS * max(sets, 1) or taps * rows * columns > SWEEP_CODE:
+    few_taps = taps < CACHE_BLOCKED_TAPS * max(patterns, 1)
+    if work < CACHE_BLOCKED_WORK or few_taps or taps * rows * columns > CACHE_BLOCKED_CODE:
         return []
     tile = rows * steps[0], columns * steps[1]
     direction = Backward if backward else Forward
@@ -184,20 +185,20 @@ def _sweep_candidates(
     if backward:
         results, sources = sources, results
     # Whole rows of tiles, which are read without gaps; of copies as many as the cache holds.
-    wide = min(-(-lengths[1] // columns), SWEEP_REGION_TILES)
+    wide = min(-(-lengths[1] // columns), CACHE_BLOCKED_REGION_TILES)
     in_place = [AxisRegions(direction(axis), size, 1, True) for axis, size in zip(axes, tile, strict=True)]
     if copied or code_size(in_place[0], in_place[1], taps) > IN_PLACE_CODE:
-        room = SWEEP_REGION_VECTORS * 16 // lanes // (windows[0] * windows[1] * sources)
+        room = CACHE_BLOCKED_REGION_VECTORS * 16 // lanes // (windows[0] * windows[1] * sources)
         wide = min(wide, max(room, 2))
-    found = []
-    for for_sums, for_windows in SWEEP_VECTORS:
+    tilings = []
+    for for_sums, for_windows in CACHE_BLOCKED_VECTORS:
         block = _even(results, for_sums * 16 // lanes // (tile[0] * tile[1]))
         part = _even(sources, for_windows * 16 // lanes // (windows[0] * windows[1]))
-        found.append(Tiling(tile, (1, wide), code="cache_blocked", sources=part, results=block))
-    return list(dict.fromkeys(found))
+        tilings.append(Tiling(tile, (1, wide), code="cache_blocked", sources=part, results=block))
+    return list(dict.fromkeys(tilings))
 
 
-def _sweep_rows(length: int, columns: int) -> int:
+def _cache_blocked_rows(length: int, columns: int) -> int:
     """Rows of a tile of so many columns: about 16 positions, or all of a small image."""
     if length <= 7:
         return length
@@ -206,7 +207,7 @@ def _sweep_rows(length: int, columns: int) -> int:
     return 4
 
 
-def _sweep_columns(length: int) -> int:
+def _cache_blocked_columns(length: int) -> int:
     """Columns of a tile: about four, or seven where that divides the image and four does not."""
     if length <= 7 or length % 4 == 0 or length > 28:
         return 4 if length % 4 == 0 or length > 28 else length
@@ -219,20 +220,20 @@ def _even(count: int, most: int) -> int:
     return 0 if parts <= 1 else -(-count // parts)
 
 
-def tap_candidates(phase: Phase, problem: ConvProblem, registers: int, lanes: int) -> list[Tiling]:
-    """Tilings for code that takes taps as data, the likeliest first; arguments as in `candidates`.
+def _indexed_candidates(phase: Phase, problem: ConvProblem, registers: int, lanes: int) -> list[Tiling]:
+    """Tilings for indexed code, the likeliest first; arguments as in `candidates`.
 
     None where windows are too large for its offsets (kernels that reach over hundreds of pixels).
     """
-    found = (
+    tilings = (
         _indexed_wgrad(problem, lanes)
         if phase == "wgrad"
-        else _tap_accumulate(phase, problem, registers, lanes)
+        else _indexed_accumulate(phase, problem, registers, lanes)
     )
-    return [one for one in found if window_vectors(phase, problem, one) <= OFFSETS]
+    return [one for one in tilings if window_vectors(phase, problem, one) <= OFFSETS]
 
 
-def _tap_accumulate(phase: Phase, problem: ConvProblem, registers: int, lanes: int) -> list[Tiling]:
+def _indexed_accumulate(phase: Phase, problem: ConvProblem, registers: int, lanes: int) -> list[Tiling]:
     direction = Backward if phase == "dgrad" else Forward
     axes = direction(problem.rows), direction(problem.columns)
     counts = [StridedAxis(axis, 1, 1).count for axis in axes]
@@ -249,7 +250,7 @@ def _tap_accumulate(phase: Phase, problem: ConvProblem, registers: int, lanes: i
     tile = min(dict.fromkeys(shapes), key=cost)
     sources = problem.filters if phase == "dgrad" else problem.channels
     window = [StridedAxis(axis, size, 1).buffer for axis, size in zip(axes, tile, strict=True)]
-    per_pass = max(TAP_VECTORS * 16 // lanes // (window[0] * window[1]), 1)
+    per_pass = max(INDEXED_VECTORS * 16 // lanes // (window[0] * window[1]), 1)
     region = [1, 1]
     while True:
         grown = []
@@ -264,19 +265,21 @@ def _tap_accumulate(phase: Phase, problem: ConvProblem, registers: int, lanes: i
         if not grown:
             break
         region = min(grown)[1]
-    found = []
+    tilings = []
     for count in (per_pass, 2 * per_pass):
         passes = -(-sources // count)
         even = -(-sources // passes)
-        found.append(Tiling(tile, (region[0], region[1]), code="indexed", sources=0 if passes == 1 else even))
-    return list(dict.fromkeys(found))
+        tilings.append(
+            Tiling(tile, (region[0], region[1]), code="indexed", sources=0 if passes == 1 else even)
+        )
+    return list(dict.fromkeys(tilings))
 
 
 def _indexed_wgrad(problem: ConvProblem, lanes: int) -> list[Tiling]:
     rows, columns = problem.rows.out, problem.columns.out
     wide = -(-columns // 8)
     width = -(-columns // wide)
-    found = []
+    tilings = []
     for size in REGION_POSITIONS:
         positions = size * 8 // max(lanes, 8)
         # Wide images are cut: of one row, most of what is copied would be the rows above and below.
@@ -287,7 +290,7 @@ def _indexed_wgrad(problem: ConvProblem, lanes: int) -> list[Tiling]:
         axes = Forward(problem.rows), Forward(problem.columns)
         window = StridedAxis(axes[0], 1, down).buffer * StridedAxis(axes[1], width, across).buffer
         images = max(FEW_POSITIONS // (down * columns), 1) if down == rows and across == wide else 1
-        free = TAP_VECTORS * 16 // lanes * 5 // 4 - down * width * across * images
+        free = INDEXED_VECTORS * 16 // lanes * 5 // 4 - down * width * across * images
         per_pass = min(max(free // (window * images), 4), problem.channels)
-        found.append(Tiling((1, width), (down, across), code="indexed", sources=per_pass, images=images))
-    return list(dict.fromkeys(found))
+        tilings.append(Tiling((1, width), (down, across), code="indexed", sources=per_pass, images=images))
+    return list(dict.fromkeys(tilings))

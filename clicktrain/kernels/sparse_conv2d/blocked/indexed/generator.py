@@ -20,9 +20,9 @@ CHAINS = 3
 OFFSETS = 1 << 16
 """Vectors that the windows of one pass may have, so that an offset takes two bytes."""
 BESIDE_VECTORS = 16384
-"""Vectors of a region that is copied while another is computed: two of them fill a second-level cache."""
+"""Vectors of a region that is copied while another is computed: two of them fill L2."""
 FILTER_VECTORS = 8192
-"""Vectors of the output's gradient that are gone through before the next: half of a second-level cache."""
+"""Vectors of the output's gradient that are gone through before the next: half of L2."""
 
 
 class IndexedGenerator:
@@ -53,13 +53,13 @@ class IndexedGenerator:
 
     @property
     def buffers(self) -> int:
-        """Of regions (gradient of the weight): two, if small, one of which is computed, the next copied."""
+        """Of regions (wgrad): two, if small, one of which is computed, the next copied."""
         both = (self.sources * self.window + self.results * self.patch) * self.images
         return 2 if both <= BESIDE_VECTORS else 1
 
     @property
     def scratch(self) -> int:
-        """Vectors that each thread needs, beside the sums of the gradient of the weight."""
+        """Vectors that each thread needs, beside the sums of wgrad."""
         window = 0 if self.in_place else self.sources * self.window * self.images
         if self.phase == "wgrad":
             return self.buffers * (window + self.results * self.patch * self.images)
@@ -150,7 +150,7 @@ class IndexedGenerator:
 
 
 def window_vectors(phase: Phase, problem: ConvProblem, tiling: Tiling) -> int:
-    """Vectors that a region reads of one channel (of the gradient of the input: of one filter)."""
+    """Vectors that a region reads of one channel (of dgrad: of one filter)."""
     direction = Backward if phase == "dgrad" else Forward
     rows = StridedAxis(direction(problem.rows), tiling.tile[0], tiling.region[0])
     columns = StridedAxis(direction(problem.columns), tiling.tile[1], tiling.region[1])

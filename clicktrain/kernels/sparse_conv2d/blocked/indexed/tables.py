@@ -18,9 +18,9 @@ def table(phase: Phase, problem: ConvProblem, structure: Structure, groups: int,
 
     ``entries`` are uint16 (kept as int16): vectors from the beginning of the pass's windows. ``rows`` say,
     int32, for forward and dgrad [strided phases * passes * results + 1, 2]: first entry, first value; for
-    the gradient of the weight [runs + 1, 5]: first entry (filled up to whole units), filter, vectors to
+    wgrad [runs + 1, 5]: first entry (filled up to whole units), filter, vectors to
     the pass's windows, first value, values. A filter's packed values are in the order of channels and
-    taps, so those of a pass are neighbours: only the gradient of the input needs an ``order``. With
+    taps, so those of a pass are neighbors: only dgrad needs an ``order``. With
     `Tiling.pairs` an entry has two weights, those of taps next to each other in a row of their kernel,
     and ``order`` [2 * entries] says where both are; a number past the last value stands for a zero.
     """
@@ -55,7 +55,7 @@ def table(phase: Phase, problem: ConvProblem, structure: Structure, groups: int,
 def _pair(
     order: np.ndarray, key: np.ndarray, row: np.ndarray, offset: np.ndarray, apart: int
 ) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
-    """Two weights an entry, where they are neighbours: first weights, their keys, and both [2 * entries].
+    """Two weights an entry, where they are neighbors: first weights, their keys, and both [2 * entries].
 
     Weights of one result and row of its windows, each ``apart`` from the next, are a run: the first is paired
     with the second, the third with the fourth. That leaves as few alone as possible.

@@ -1,18 +1,17 @@
-"""Forward and gradient of the input: sums of many filters' tiles, in the caches.
+"""Forward and dgrad with the sums of many filters' tiles in the caches.
 
-`accumulate` keeps the sums of one tile in registers over all kernels of a filter: each kernel may have
-another tap set, whose code is jumped to; with 16 registers the tile is small, its windows overlap, and they
-are too many for the first-level cache. Here the sums of a *block* of results lie in the caches instead,
-beside the windows of a *pass* of so few sources that they stay in the first-level one. All kernels of a
-block and a pass that have the same tap set are one loop without a jump. It sweeps over the tile once: a
-window position is loaded once for all taps, a sum is loaded before its first tap and stored after its last,
-so that only the sums of a column (or row) and its neighbours are in registers, and the tile need not fit
-them. Of four taps on a tile of 4x4, 64 multiply-adds come with 45 to 56 loads and 16 stores. It wants
-kernels of several taps, and few sets.
+`unrolled` keeps the sums of one tile in registers over all kernels of a filter and jumps to the code of each
+kernel's tap pattern; with 16 registers the tile is small, its windows overlap, and they are too many for L1.
+Here the sums of a *block* of results lie in the caches instead, beside the windows of a *pass* of so few
+sources that they stay in L1. All kernels of a block and a pass that have the same tap pattern are one loop
+without a jump. It goes over the tile once: a window position is loaded once for all taps, a sum is loaded
+before its first tap and stored after its last, so only the sums of a column (or row) and its neighbors are in
+registers, and the tile need not fit them. Of four taps on a tile of 4x4, 64 multiply-adds come with 45 to 56
+loads and 16 stores. It wants kernels of several taps, and few patterns.
 
-Windows are read from the source itself where its numbers are those that are computed with: a copy of a region
-goes through the second-level cache twice, and costs as much as a tenth of the multiply-adds. Tiles at the
-edges of the image then have code that leaves out what lies in the padding.
+Windows are read from the source itself where activations have the computed dtype: a copy of a region goes
+through L2 twice and costs up to a tenth of the multiply-adds. Tiles at the edges of the image then have code
+that leaves out the padding.
 """
 
 from __future__ import annotations
@@ -61,7 +60,7 @@ def write_tile(
     moments: bool,
     written: dict[Hashable, str],
 ) -> None:
-    """All filters of one tile of positions, and before it the loops over kernels of one tap set each.
+    """Write all filters of one tile, and before it the loops over kernels of one tap pattern each.
 
     ``written`` are the functions that there are, for kinds of tiles to share: what they compute, their names.
     """
@@ -137,7 +136,7 @@ def _store(code: Code, row: TileKind, column: TileKind, moments: bool, written: 
 def _kernels(
     code: Code, g: Generator, taps: Taps, row: TileKind, column: TileKind, written: dict[Hashable, str]
 ) -> str:
-    """The loop over those kernels of a block and a pass that have one tap set; it returns the next weight.
+    """The loop over the kernels of a block and a pass with one tap pattern; it returns the next weight.
 
     Window positions count from where they would begin if there were no padding, ``low`` before ``x``: so taps
     that do not reach it have the same code at an edge of the image as inside.
@@ -146,7 +145,7 @@ def _kernels(
     low = row.low * g.columns.buffer + column.low
     uses = [
         (window + low, tuple(found))
-        for window, found in _sweep(list(g.triples(taps, row, column)), g.columns.buffer)
+        for window, found in _schedule_windows(list(g.triples(taps, row, column)), g.columns.buffer)
     ]
     key = positions, len(taps), tuple(uses)
     if key in written:
@@ -201,7 +200,7 @@ def _kernels(
 _Uses = list[tuple[int, list[tuple[int, int]]]]
 
 
-def _sweep(triples: list[tuple[int, int, int]], width: int) -> _Uses:
+def _schedule_windows(triples: list[tuple[int, int, int]], width: int) -> _Uses:
     """Windows and what uses them, (result position, tap), row after row or column after column.
 
     Whichever order has fewer sums begun and not finished: those are in registers.

@@ -1,4 +1,4 @@
-"""What the three kernels of a convolution share: constants, the triples, the walk over regions."""
+"""What code for tap patterns is written from: numbers of a layer, the triples, the macros of static parts."""
 
 from __future__ import annotations
 
@@ -24,10 +24,10 @@ from clicktrain.kernels.sparse_conv2d.blocked.shared.writer import Code, planes
 
 
 class Generator:
-    """Numbers that both kinds of kernels are written from.
+    """Numbers that accumulating kernels and wgrad are written from.
 
     *Source* is what windows are read from: the input, or for its gradient the output's gradient. *Result* is
-    what tiles are cut from: the output, or for the gradient of the input the input.
+    what tiles are cut from: the output, or for dgrad the input.
     """
 
     def __init__(
@@ -42,7 +42,7 @@ class Generator:
         self.dtype, self.operands = dtype, operand_types.operand_macros(phase, problem, tiling.pairs)
         self.kernel_width = problem.columns.taps
         self.cache_blocked = tiling.code == "cache_blocked" and phase != "wgrad"
-        """Whether sums are in the first-level cache, of a block of results over passes of sources."""
+        """Whether sums are in L1, of a block of results over passes of sources."""
         backward = phase == "dgrad"
         direction = Backward if backward else Forward
         as_stored = operand_types.as_stored(phase, tiling.pairs, dtype)
@@ -60,7 +60,7 @@ class Generator:
         self.in_place = as_stored and self.rows.in_place and self.columns.in_place
         """Whether windows are read from the source itself, without a copy."""
         self.patch_in_place = as_stored and len(self.rows.regions) == len(self.columns.regions) == 1
-        """As much for the output's gradient (gradient of the weight only)."""
+        """As much for the output's gradient (wgrad only)."""
         self.block = max(min(tiling.results or self.results, self.results), 1)
         self.blocks = -(-self.results // self.block)
         self.passes = -(-self.sources // max(min(tiling.sources or self.sources, self.sources), 1))
@@ -74,7 +74,7 @@ class Generator:
 
     @property
     def patch_vectors(self) -> int:
-        """Vectors of the buffer for the output's gradient (gradient of the weight only)."""
+        """Vectors of the buffer for the output's gradient (wgrad only)."""
         if self.phase != "wgrad" or self.patch_in_place:
             return 0
         return self.results * self.patch_rows * self.patch_columns

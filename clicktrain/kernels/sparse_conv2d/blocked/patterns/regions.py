@@ -7,7 +7,7 @@ from typing import NamedTuple, TypeAlias
 from clicktrain.kernels.sparse_conv2d.blocked.shared.geometry import Direction, Tile, tiles
 
 IN_PLACE_CODE = 8192
-"""Multiply-adds of all tap sets on all kinds of tiles, beyond which their code would take long to build.
+"""Multiply-adds of all tap patterns on all kinds of tiles, beyond which their code would take long to build.
 
 Windows that are read in place want code of its own for tiles at the edges of the image.
 """

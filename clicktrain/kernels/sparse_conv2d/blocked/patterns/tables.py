@@ -1,4 +1,4 @@
-"""The fixed index of a layer in the orders in which the kernels walk it. Built once, after the hard prune."""
+"""A layer's index in the orders in which the kernels read it, built once after the hard prune."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from clicktrain.formats.packed import Structure
-from clicktrain.kernels.sparse_conv2d.blocked.patterns.tap_patterns import Taps, take_apart
+from clicktrain.kernels.sparse_conv2d.blocked.patterns.tap_patterns import Taps, split_kernel
 
 NARROW = 1 << 16
 """Filters and channels that numbers of two bytes can tell apart."""
@@ -20,8 +20,8 @@ class Table:
     """Parts of kernels in the order of one loop.
 
     Attributes:
-        rows: int32 [groups + 1, 2], the first entry and the first weight of each group of results; of the
-            gradient of the weight [groups + 1], the first entry.
+        rows: int32 [groups + 1, 2], the first entry and the first weight of each group of results; of wgrad
+            [groups + 1], the first entry.
         entries: [parts, columns]: what the loop needs of a part; the columns are the loop's own. uint16, kept
             as int16; int32 where there are more than `NARROW` filters or channels.
         order: int32 [nnz], place in the packed values of each weight, in the order in which the loop reads
@@ -34,7 +34,7 @@ class Table:
 
 
 class Parts:
-    """A layer's kernels, taken apart into the tap sets that there is code for."""
+    """A layer's kernels, split into the tap patterns that have code."""
 
     def __init__(self, structure: Structure, tap_patterns: tuple[Taps, ...], groups: int = 1) -> None:
         filters, channels, r, s = structure.shape
@@ -48,7 +48,7 @@ class Parts:
         for number, one in enumerate(kinds):
             members = np.nonzero(kind == number)[0]
             found.extend(
-                (members, part) for part in take_apart(tuple(np.nonzero(one)[0].tolist()), tap_patterns)
+                (members, part) for part in split_kernel(tuple(np.nonzero(one)[0].tolist()), tap_patterns)
             )
         members = np.concatenate([m for m, _ in found]) if found else np.zeros(0, np.int64)
         self.sets = np.concatenate([np.full(len(m), p) for m, p in found]) if found else np.zeros(0, np.int64)
@@ -67,7 +67,7 @@ class Parts:
         return self._table(order, rows, entries, filters_per_tile)
 
     def by_channel(self) -> Table:
-        """For the gradient of the input: entries (filter, set) of each channel."""
+        """For dgrad: entries (filter, set) of each channel."""
         order = np.lexsort((self.filter, self.sets, self.channel))
         entries = np.stack([self.filter[order], self.sets[order]], 1)
         rows = np.searchsorted(self.channel[order], np.arange(self.channels + 1))
@@ -77,7 +77,7 @@ class Parts:
         """For sums in the cache: entries (source, result within its block), set after set.
 
         ``rows`` are the beginnings of each set's run, of each pass of ``sources`` within each block of
-        ``results`` (0 = all); channels are the results of the gradient of the input (``backward``).
+        ``results`` (0 = all); channels are the results of dgrad (``backward``).
         """
         result, source = (self.channel, self.filter) if backward else (self.filter, self.channel)
         counts = (self.channels, self.filters) if backward else (self.filters, self.channels)
@@ -105,7 +105,7 @@ class Parts:
         return torch.from_numpy(firsts)
 
     def by_kernel(self, filters_per_tile: int, block: int) -> Table:
-        """For the gradient of the weight: entries (channel, filter, set), channel after channel.
+        """For wgrad: entries (channel, filter, set), channel after channel.
 
         Within a block of ``block`` filters, so that their output gradients stay in the cache. ``rows`` are
         the beginnings of the runs of one channel, one block after the other.
@@ -120,7 +120,7 @@ class Parts:
         return self._table(order, rows, entries, filters_per_tile, filter_column=1)
 
     def agree(self, filters_per_tile: int) -> bool:
-        """Whether every ``filters_per_tile`` neighbouring filters have the same channels and tap sets."""
+        """Whether every ``filters_per_tile`` neighboring filters have the same channels and tap patterns."""
         if filters_per_tile == 1:
             return True
         if self.filters % filters_per_tile:
@@ -178,7 +178,7 @@ class Parts:
         filters_per_tile: int,
         filter_column: int | None,
     ) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
-        """Bring the parts that neighbouring filters share next to each other; keep one entry of each."""
+        """Bring the parts that neighboring filters share next to each other; keep one entry of each."""
         segment = np.repeat(np.arange(len(rows) - 1), np.diff(rows))
         if filter_column is None:
             segment = segment // filters_per_tile

@@ -1,8 +1,8 @@
-"""Tap sets that code is generated for, and the taking apart of a layer's kernels into them.
+"""Tap patterns that code is generated for, and the splitting of a layer's kernels into them.
 
-A kernel keeps some set of its R*S positions. With patterns (ClickTrain section 4.2) a layer has few
-different sets, and each gets code of its own with all offsets known. A mask without patterns has many: then
-the frequent ones get code, and single taps make up the rest, so that one mechanism serves every mask.
+A kernel keeps some of its R*S positions. With patterns (ClickTrain section 4.2) a layer has few different
+sets of them, and each gets code of its own with all offsets known. A mask without patterns has many: then the
+frequent ones get code, and single taps make up the rest, so that one mechanism serves every mask.
 """
 
 from __future__ import annotations
@@ -13,18 +13,18 @@ from torch import Tensor
 
 from clicktrain.formats.packed import Structure
 
-MAX_SETS = 16
-"""Tap sets with code of their own; more would not fit the instruction cache."""
+MAX_PATTERNS = 16
+"""Tap patterns with code of their own; more would not fit the instruction cache."""
 MAX_TAPS = 9
-"""Taps of one set: their weights stay in registers."""
+"""Taps of one pattern: their weights stay in registers."""
 
 Taps = tuple[int, ...]
 
 
 def choose(structure: Structure) -> tuple[Taps, ...]:
-    """The tap sets to generate code for, ascending; empty for a layer without weights.
+    """Choose the tap patterns to generate code for, ascending; none for a layer without weights.
 
-    All of the layer's sets if they are few and small, else the most frequent ones and single taps.
+    All of the layer's if they are few and small, else the most frequent ones and single taps.
     """
     r, s = structure.shape[2:]
     mask = structure.mask().cpu().flatten(2)
@@ -32,12 +32,12 @@ def choose(structure: Structure) -> tuple[Taps, ...]:
 
 
 def is_complete(structure: Structure, tap_patterns: tuple[Taps, ...]) -> bool:
-    """Whether every kernel of a layer is one of the sets, so that none has to be taken apart."""
+    """Whether every kernel of a layer has one of the patterns, so that none has to be split."""
     return all(taps in tap_patterns for taps in distinct(structure))
 
 
 def distinct(structure: Structure) -> set[Taps]:
-    """The different tap sets of a layer's kernels; none for kernels without weights."""
+    """The different tap patterns of a layer's kernels; none for kernels without weights."""
     r, s = structure.shape[2:]
     kernels = structure.mask().cpu().numpy().reshape(-1, r * s)
     packed = np.packbits(kernels, axis=1)
@@ -54,19 +54,19 @@ def choose_from(kernels: Tensor, taps: int) -> tuple[Taps, ...]:
     order = counts.argsort(descending=True, stable=True).tolist()
     sets = [tuple(rows[i].nonzero().flatten().tolist()) for i in order]
     small = [one for one in sets if len(one) <= MAX_TAPS]
-    if len(small) == len(sets) <= MAX_SETS:
+    if len(small) == len(sets) <= MAX_PATTERNS:
         return tuple(sorted(small))
     singles = [(tap,) for tap in range(taps) if bool(alive[:, tap].any())]
-    room = max(MAX_SETS - len(singles), 0)
+    room = max(MAX_PATTERNS - len(singles), 0)
     frequent = [one for one in small if len(one) > 1][:room]
     return tuple(sorted({*singles, *frequent}))
 
 
-def take_apart(kernel: Taps, tap_patterns: tuple[Taps, ...]) -> list[int]:
-    """Numbers of disjoint tap sets of the tap_patterns that make up a kernel, few of them.
+def split_kernel(kernel: Taps, tap_patterns: tuple[Taps, ...]) -> list[int]:
+    """Indices of a few disjoint tap patterns that make up a kernel.
 
     Raises:
-        ValueError: the tap_patterns has no code for one of the taps.
+        ValueError: none of the patterns has one of the taps.
     """
     left = set(kernel)
     parts = []

@@ -1,4 +1,4 @@
-"""Gradient of the weight at the kept positions: sums of the taps of a kernel, over tiles of positions."""
+"""Wgrad with code for each tap pattern: sums of the taps of a kernel, over tiles of positions."""
 
 from __future__ import annotations
 
@@ -111,7 +111,7 @@ def _tiles(code: Code, g: Generator, taps: Taps, row: _Run, column: _Run, sums: 
 
 
 class _Run(NamedTuple):
-    """Neighbouring tiles of one kind: how many, where they begin, how far they lie apart."""
+    """Neighboring tiles of one kind: how many, where they begin, how far they lie apart."""
 
     kind: TileKind
     tiles: int

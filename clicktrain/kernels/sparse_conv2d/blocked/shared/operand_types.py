@@ -1,4 +1,4 @@
-"""What ``operand_types.h`` is told of a layer: whether and which numbers are multiplied in pairs."""
+"""Macros of ``operand_types.h``: whether and which numbers are multiplied in pairs."""
 
 from __future__ import annotations
 

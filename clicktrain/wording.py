@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from collections.abc import Sequence
 
 MISSING = "–"  # noqa: RUF001
 """Shown where there is no number."""
@@ -136,3 +137,9 @@ def short(number: float, space: str = "") -> str:
         if number >= size:
             return f"{number / size:.3g}{space}{letter}"
     return f"{number:.0f}{space}"
+
+
+def table_lines(rows: Sequence[Sequence[str]]) -> list[str]:
+    """Rows of a text table, with columns of equal width."""
+    widths = [max(map(len, column)) for column in zip(*rows, strict=True)]
+    return ["  ".join(cell.ljust(w) for cell, w in zip(row, widths, strict=True)).rstrip() for row in rows]

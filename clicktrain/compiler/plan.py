@@ -19,6 +19,7 @@ from clicktrain.kernels.layouts import LAYOUTS
 from clicktrain.kernels.sparse_conv2d import IMPLS
 from clicktrain.kernels.sparse_conv2d.api import OPERATOR
 from clicktrain.latency.machine import Machine
+from clicktrain.wording import table_lines
 
 RULES = ("measured", "density", "sparse")
 KINDS = ("conv", "batch_norm", "elementwise", "pool", "global_pool", "cat")
@@ -299,9 +300,7 @@ class LoweringPlan:
             *self.notes,
         ]
         if rows:
-            rows = [dict(zip(rows[0], rows[0], strict=True)), *rows]
-            widths = {key: max(len(row[key]) for row in rows) for key in rows[0]}
-            lines += ["  ".join(row[key].ljust(widths[key]) for key in row).rstrip() for row in rows]
+            lines += table_lines([list(rows[0]), *(list(row.values()) for row in rows)])
         others = [choice for choice in self.choices if choice.kind != "conv"]
         blocked = sum(choice.layout != PLAIN for choice in others)
         lines.append(f"{blocked} of {len(others)} other operations run blocked")

@@ -1,10 +1,9 @@
 """Images and labels: where they come from, and how they reach the training step."""
 
-from clicktrain.data.augment import Augment, mixup
+from clicktrain.data.augment import Augment, mixup, seeded_generator
 from clicktrain.data.image_data import EncodedSource, ImageData, PixelSource, Source
 from clicktrain.data.loader import Batch, Loader
 from clicktrain.data.opening import open_data
-from clicktrain.data.seeding import seeded_generator
 from clicktrain.data.spec import DataSpec
 from clicktrain.data.streaming import make_loader
 

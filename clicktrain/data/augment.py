@@ -1,7 +1,8 @@
-"""Augmentation of whole batches on the device they are on, driven by an explicit generator."""
+"""Augmentation of whole batches on their device, and the random generators that it draws from."""
 
 from __future__ import annotations
 
+import hashlib
 import math
 from dataclasses import dataclass
 from typing import Literal
@@ -12,24 +13,45 @@ from torch import Tensor
 
 from clicktrain.errors import UserError
 
-_AREA = (
-    0.08,
-    1.0,
-)  # share of the image, and width over height, of a random resized crop (the ImageNet recipe)
-_ASPECT = (3 / 4, 4 / 3)
+# Share of the image, and width over height, of a random resized crop (the ImageNet recipe).
+_AREA, _ASPECT = (0.08, 1.0), (3 / 4, 4 / 3)
 _ATTEMPTS = 10
+
+
+def seeded_generator(purpose: str, *key: int) -> torch.Generator:
+    """Make a CPU generator whose stream is fixed by ``purpose`` and ``key`` alone.
+
+    Streams of different purposes or keys are unrelated, so a batch can be drawn again, or skipped, without
+    replaying the ones before it.
+
+    Args:
+        purpose: what the numbers are for, such as ``"order"`` or ``"mixup"``.
+        key: any integers, usually (seed, epoch, batch index).
+
+    Example:
+        >>> torch.equal(
+        ...     torch.rand(2, generator=seeded_generator("mixup", 0, 3)),
+        ...     torch.rand(2, generator=seeded_generator("mixup", 0, 3)),
+        ... )
+        True
+    """
+    text = ":".join([purpose, *(str(int(part)) for part in key)])
+    digest = hashlib.blake2b(text.encode(), digest_size=8).digest()
+    generator = torch.Generator()
+    generator.manual_seed(int.from_bytes(digest, "little") >> 1)  # manual_seed takes 63 bits
+    return generator
 
 
 @dataclass(frozen=True)
 class Augment:
-    """What is done to training images, in this order; nothing by default.
+    """The augmentation of training images, in this order; nothing by default.
 
     Raises:
         UserError: a negative size, an unknown padding, or both kinds of crop at once.
     """
 
     crop_padding: int = 0
-    """Pad by so many pixels on each side and crop the original size at a random place (0: off)."""
+    """Pad by this many pixels on each side and crop the original size at a random place (0: off)."""
     flip: bool = False
     """Mirror left and right with probability 1/2."""
     cutout: int = 0
@@ -155,8 +177,8 @@ def random_flip(images: Tensor, generator: torch.Generator) -> Tensor:
 def random_boxes(count: int, height: int, width: int, generator: torch.Generator) -> Tensor:
     """Draw the boxes of random resized crops (Szegedy et al. 2015, the ImageNet recipe).
 
-    The area is uniform in 8% to 100% of the image, the logarithm of the aspect uniform in 3/4 to 4/3. Of ten
-    draws the first that fits counts; if none does, the largest central box whose aspect is allowed.
+    The area is uniform in 8% to 100% of the image, the logarithm of the aspect uniform in 3/4 to 4/3. The
+    first of ten draws that fits is used, or else the largest central box of an allowed aspect.
 
     Returns:
         int64 [count, 4]: top, left, height, width in pixels.

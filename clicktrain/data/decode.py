@@ -11,23 +11,10 @@ import torch
 from PIL import Image
 from torch import Tensor
 
-from clicktrain.data.image_files import GRAY_MODES, Header, broken, read_header, read_image
+from clicktrain.data.image_files import GRAY_MODES, broken, read_image
 from clicktrain.data.listing import EncodedImages
 from clicktrain.data.value_range import EIGHT_BIT, ValueRange, range_of
 from clicktrain.errors import UserError
-
-__all__ = [
-    "Header",
-    "check_size",
-    "decode_all",
-    "decode_image",
-    "fit",
-    "measure_values",
-    "mixed_sizes",
-    "read_header",
-    "to_pixels",
-    "values_of",
-]
 
 T = TypeVar("T")
 

@@ -9,8 +9,8 @@ from typing import Protocol
 import torch
 from torch import Tensor
 
+from clicktrain.data.augment import seeded_generator
 from clicktrain.data.image_files import LARGEST_FILE
-from clicktrain.data.seeding import seeded_generator
 from clicktrain.errors import UserError
 from clicktrain.files import read_regular
 

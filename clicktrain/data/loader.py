@@ -11,9 +11,8 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from clicktrain.data.augment import Augment, augment_and_normalize
+from clicktrain.data.augment import Augment, augment_and_normalize, seeded_generator
 from clicktrain.data.image_data import PixelSource
-from clicktrain.data.seeding import seeded_generator
 
 
 class Batch(NamedTuple):
@@ -64,7 +63,7 @@ class BatchPlan:
 
 @dataclass(frozen=True, eq=False)
 class Finish:
-    """The part of a batch's way that happens on the device: augmentation, normalization, memory layout."""
+    """What is done to a batch on its device: augmentation, normalization, memory layout."""
 
     augment: Augment
     mean: Tensor
@@ -98,27 +97,22 @@ class Loader(ABC):
 
         Args:
             epoch: its number; another number gives another order and augmentation.
-            start_batch: how many batches to pass over. They are not loaded, and the rest is bit for bit what
-            an
-                epoch from the beginning yields.
+            start_batch: batches to skip. They are not loaded, and the rest is bit for bit what an epoch from
+                the beginning yields.
         """
 
 
-class InMemoryLoader(Loader):
-    """Batches of images that lie on the training device as uint8."""
+class PlannedLoader(Loader):
+    """Batches by a `BatchPlan`; a subclass yields them."""
 
-    def __init__(self, source: PixelSource, plan: BatchPlan, finish: Finish, device: torch.device) -> None:
-        self._images = source.images.to(device)
-        self._labels = source.labels.to(device)
-        self._plan = plan
-        self._finish = finish
-        self._device = device
+    def __init__(self, plan: BatchPlan, finish: Finish, device: torch.device) -> None:
+        self._plan, self._finish, self._device = plan, finish, device
 
     def __len__(self) -> int:
         return len(self._plan)
 
-    def with_batch_size(self, batch_size: int) -> InMemoryLoader:
-        """Return a loader of other batches: see `Loader.with_batch_size`. The images are shared."""
+    def with_batch_size(self, batch_size: int) -> PlannedLoader:
+        """Return a loader of other batches, see `Loader.with_batch_size`, that shares the images."""
         other = copy.copy(self)
         other._plan = self._plan.resized(batch_size)
         return other
@@ -127,6 +121,18 @@ class InMemoryLoader(Loader):
         """Yield the batches of one epoch: see `Loader.epoch`."""
         self._plan.check_start(start_batch)
         return self._batches(epoch, start_batch)
+
+    @abstractmethod
+    def _batches(self, epoch: int, start_batch: int) -> Iterator[Batch]:
+        """Yield the batches of an epoch from a valid one on."""
+
+
+class InMemoryLoader(PlannedLoader):
+    """Batches of uint8 images in the memory of the training device."""
+
+    def __init__(self, source: PixelSource, plan: BatchPlan, finish: Finish, device: torch.device) -> None:
+        super().__init__(plan, finish, device)
+        self._images, self._labels = source.images.to(device), source.labels.to(device)
 
     def _batches(self, epoch: int, start_batch: int) -> Iterator[Batch]:
         order = self._plan.order(epoch).to(self._device)

@@ -12,8 +12,9 @@ from PIL import Image
 from torch import Tensor
 
 from clicktrain.data.cache import PixelCache, content_key, default_cache_dir, require_space
-from clicktrain.data.decode import decode_all, fit, measure_values, mixed_sizes, read_header, to_pixels
+from clicktrain.data.decode import decode_all, fit, measure_values, mixed_sizes, to_pixels
 from clicktrain.data.image_data import EncodedSource, ImageData, PixelSource, Source
+from clicktrain.data.image_files import read_header
 from clicktrain.data.listing import EncodedImages, ListedSplit, Listing, SubsetImages, stratified_split
 from clicktrain.data.spec import DataSpec
 from clicktrain.data.statistics import IMAGENET_MEAN, IMAGENET_STD, channel_sums, mean_and_std

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import copy
 import warnings
 from collections.abc import Iterator
 from dataclasses import dataclass, replace
@@ -13,11 +12,10 @@ from PIL import Image
 from torch import Tensor
 from torch.utils.data import DataLoader, Dataset
 
-from clicktrain.data.augment import Augment, random_boxes
+from clicktrain.data.augment import Augment, random_boxes, seeded_generator
 from clicktrain.data.decode import check_size, decode_image, fit, to_pixels
 from clicktrain.data.image_data import EncodedSource, ImageData, PixelSource
-from clicktrain.data.loader import Batch, BatchPlan, Finish, InMemoryLoader, Loader
-from clicktrain.data.seeding import seeded_generator
+from clicktrain.data.loader import Batch, BatchPlan, Finish, InMemoryLoader, Loader, PlannedLoader
 from clicktrain.errors import UserError
 
 _PREFETCHED = 4  # batches that each worker has ready or in the making
@@ -25,7 +23,7 @@ _PREFETCHED = 4  # batches that each worker has ready or in the making
 
 @dataclass(frozen=True)
 class _Broken:
-    """What a worker sends in place of a batch: an exception would come as a traceback in another's words."""
+    """What a worker sends in place of a batch: an exception would arrive as a traceback."""
 
     message: str
 
@@ -59,7 +57,7 @@ class _DecodedBatches(Dataset["Tensor | _Broken"]):
         return image.resize((source.size[1], source.size[0]), Image.Resampling.BILINEAR, box=box)
 
 
-class StreamingLoader(Loader):
+class StreamingLoader(PlannedLoader):
     """Decodes in ``workers`` processes (0: in this one) ahead of the training step.
 
     Workers decode, and for training crop at random and resize; the rest of the augmentation is done on the
@@ -70,25 +68,8 @@ class StreamingLoader(Loader):
         self, source: EncodedSource, plan: BatchPlan, finish: Finish, device: torch.device, workers: int
     ) -> None:
         self._dataset = _DecodedBatches(source, finish.augment.resized_crop, finish.seed)
-        self._labels = source.labels
-        self._plan = plan
-        self._finish = replace(finish, augment=replace(finish.augment, resized_crop=False))
-        self._device = device
-        self._workers = workers
-
-    def __len__(self) -> int:
-        return len(self._plan)
-
-    def with_batch_size(self, batch_size: int) -> StreamingLoader:
-        """Return a loader of other batches: see `Loader.with_batch_size`."""
-        other = copy.copy(self)
-        other._plan = self._plan.resized(batch_size)
-        return other
-
-    def epoch(self, epoch: int, start_batch: int = 0) -> Iterator[Batch]:
-        """Yield the batches of one epoch: see `Loader.epoch`."""
-        self._plan.check_start(start_batch)
-        return self._batches(epoch, start_batch)
+        super().__init__(plan, replace(finish, augment=replace(finish.augment, resized_crop=False)), device)
+        self._labels, self._workers = source.labels, workers
 
     def _batches(self, epoch: int, start_batch: int) -> Iterator[Batch]:
         order = self._plan.order(epoch)

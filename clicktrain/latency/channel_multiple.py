@@ -174,7 +174,7 @@ def step_ms(
             norm_alone_(replica)
             calls[name] = synchronized(step_call(replica.train(), inputs, autocast), device)
         times = timed_for(calls, SECONDS, ROUNDS, clock=clock_of(device))
-    return {name: statistics.median(found) for name, found in times.items()}
+    return {name: statistics.median(ms) for name, ms in times.items()}
 
 
 def _left(plan: SurgeryPlan) -> str:

@@ -50,12 +50,12 @@ class LatencyModel:
     """
 
     def __init__(
-        self, found: Dependencies, sizes: Mapping[str, int], example: Any, batch: int, dense_ms: float
+        self, deps: Dependencies, sizes: Mapping[str, int], example: Any, batch: int, dense_ms: float
     ) -> None:
         """Measure the layers of a network.
 
         Args:
-            found: dependencies between its channels.
+            deps: dependencies between its channels.
             sizes: neurons per prunable group.
             example: inputs; sizes count.
             batch: images.
@@ -66,12 +66,12 @@ class LatencyModel:
         """
         self.batch, self.dense_ms = batch, dense_ms
         self._sizes = dict(sizes)
-        self._layers = self._find_layers(found)
+        self._layers = self._find_layers(deps)
         times = width_times([geometry for geometry, _, _ in self._layers], batch, _device(example))
         self._times: list[tuple[WidthTimes, Width, Width]] = [
             (times[geometry], inputs, outputs) for geometry, inputs, outputs in self._layers
         ]
-        self._elements = self._find_elements(found)
+        self._elements = self._find_elements(deps)
         self._rest_ms = max(dense_ms - self._layer_ms(sizes), 0.0)
 
     def predict(self, kept: Mapping[str, int]) -> float:
@@ -103,25 +103,25 @@ class LatencyModel:
     def _layer_ms(self, kept: Mapping[str, int]) -> float:
         return sum(times.at(inputs.at(kept), outputs.at(kept)) for times, inputs, outputs in self._times)
 
-    def _find_layers(self, found: Dependencies) -> list[tuple[LayerGeometry, Width, Width]]:
+    def _find_layers(self, deps: Dependencies) -> list[tuple[LayerGeometry, Width, Width]]:
         layers = []
-        for node in found.graph.nodes:
-            word = operation(found.graph, node)
+        for node in deps.graph.nodes:
+            word = operation(deps.graph, node)
             if word not in ("conv", "conv_transpose", "linear"):
                 continue
-            module: Any = found.graph.module(node)
+            module: Any = deps.graph.module(node)
             if not isinstance(module, (nn.Conv2d, nn.Linear)):
                 raise UserError(
                     f"latency is predicted for 2-D convolutions and linear layers; {node.target} is a "
                     f"{type(module).__name__}: give a pruning ratio instead"
                 )
-            layers.append(self._layer(found, node, module))
+            layers.append(self._layer(deps, node, module))
         return layers
 
-    def _layer(self, found: Dependencies, node: fx.Node, module: Any) -> tuple[LayerGeometry, Width, Width]:
+    def _layer(self, deps: Dependencies, node: fx.Node, module: Any) -> tuple[LayerGeometry, Width, Width]:
         name, (outputs, inputs) = f"{node.target}.weight", module.weight.shape[:2]
-        shape = found.graph.shapes[node.all_input_nodes[0]]
-        rows, columns = self._width(found, name, 0, outputs), self._width(found, name, 1, inputs)
+        shape = deps.graph.shapes[node.all_input_nodes[0]]
+        rows, columns = self._width(deps, name, 0, outputs), self._width(deps, name, 1, inputs)
         if isinstance(module, nn.Linear):
             geometry = LayerGeometry(
                 inputs, outputs, input_hw=shape[1:-1], inputs_vary=bool(columns.parts),
@@ -144,9 +144,9 @@ class LatencyModel:
         )  # fmt: skip
         return geometry, columns, rows
 
-    def _width(self, found: Dependencies, name: str, dim: int, channels: int) -> Width:
+    def _width(self, deps: Dependencies, name: str, dim: int, channels: int) -> Width:
         parts, varying = [], 0
-        for group in found.groups:
+        for group in deps.groups:
             if group.name not in self._sizes:
                 continue
             for member in group.members:
@@ -155,18 +155,18 @@ class LatencyModel:
                     varying += len(member.indices[0]) * group.size
         return Width(channels - varying, tuple(parts))
 
-    def _find_elements(self, found: Dependencies) -> Width:
+    def _find_elements(self, deps: Dependencies) -> Width:
         """Elements per image that all but the layers of the tables produce."""
         each: dict[str, int] = {}
         fixed = 0
-        names = [group.name for group in found.groups]
-        for node in found.graph.nodes:
-            shape, word = found.graph.shapes.get(node), operation(found.graph, node)
-            channels = found.flow.channels.get(node)
+        names = [group.name for group in deps.groups]
+        for node in deps.graph.nodes:
+            shape, word = deps.graph.shapes.get(node), operation(deps.graph, node)
+            channels = deps.flow.channels.get(node)
             if shape is None or channels is None or word in (*_NO_WORK, "conv", "linear"):
                 continue
             one = torch.Size(shape[1:]).numel() // max(len(channels.ids), 1)
-            for place in found.places(node):
+            for place in deps.places(node):
                 if place is not None and names[place[0]] in self._sizes:
                     each[names[place[0]]] = each.get(names[place[0]], 0) + one
                 else:

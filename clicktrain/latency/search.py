@@ -44,7 +44,7 @@ class LatencySearch:
         fast = max((one for one in self.tried if one[1] <= 1), key=lambda one: one[0], default=None)
         if slow is None and fast is not None:  # the next slower one is more than a proportion away
             aims = (fast[0] * 1.05**step for step in range(1, 20))
-            return next((found for aim in aims if (found := self._new(aim)) is not None), None)
+            return next((other for aim in aims if (other := self._new(aim)) is not None), None)
         if slow is None or fast is None:
             return None
         before, after = widths(slow[2]), widths(fast[2])

@@ -121,7 +121,7 @@ class SparseTimes:
 
     Attributes:
         kernels: the measured numbers of kept kernels per filter, ascending.
-        sparse_ms: of the sparse operator with so many; not falling.
+        sparse_ms: of the sparse operator with that many; not falling.
         dense_ms: of the dense one.
     """
 
@@ -130,7 +130,7 @@ class SparseTimes:
     dense_ms: float
 
     def at(self, kernels: int) -> float:
-        """With so many kernels per filter, by whichever operator is faster.
+        """Milliseconds with these kernels per filter, of the faster operator.
 
         Example:
             >>> SparseTimes((1, 3), (1.0, 2.0), 1.75).at(2), SparseTimes((1, 3), (1.0, 2.0), 1.75).at(3)

@@ -103,7 +103,7 @@ def timed_for(
     rivals: Mapping[Key, Hashable] | None = None,
     clock: Clock | None = None,
 ) -> dict[Key, list[float]]:
-    """`interleaved_ms` for about so many seconds after one round of warm-up.
+    """`interleaved_ms` for about ``seconds``, after one round of warm-up.
 
     Args:
         seconds: for all rounds together, by ``clock``.

@@ -19,6 +19,7 @@ from clicktrain.methods.outcome import Reached, Target
 from clicktrain.settings import check_choices
 from clicktrain.sparsity.channel_lasso import ChannelAxis
 from clicktrain.surgery import SurgeryPlan
+from clicktrain.wording import table_lines
 
 
 @dataclass(frozen=True, slots=True)
@@ -116,13 +117,8 @@ class PruningPlan:
             )
             for row in self.rows
         ]
-        widths = [max(len(line[i]) for line in [head, *body]) for i in range(len(head))]
-        lines = [
-            "  ".join(cell.ljust(w) for cell, w in zip(line, widths, strict=True)).rstrip()
-            for line in [head, *body]
-        ]
         stages = [f"{name}: {what}" for name, what in self.stages]
-        return "\n".join([*lines, *stages, self.summary]).rstrip()
+        return "\n".join([*table_lines([head, *body]), *stages, self.summary]).rstrip()
 
 
 def plan_rows(prunable: PrunableLayers, rows: Sequence[LayerPlan]) -> tuple[LayerPlan, ...]:

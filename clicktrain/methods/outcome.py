@@ -11,6 +11,7 @@ from torch import Tensor
 
 from clicktrain.graph.prunable import PrunableLayers
 from clicktrain.sparsity.masks import sparsity_of
+from clicktrain.wording import table_lines
 
 TOLERANCE = 0.05
 """A result that is further from what was asked than this share of it is a miss."""
@@ -89,11 +90,7 @@ class Outcome:
             )
             for target in self.targets
         ]
-        widths = [max(len(row[i]) for row in [head, *rows]) for i in range(len(head))]
-        return "\n".join(
-            "  ".join(cell.ljust(width) for cell, width in zip(row, widths, strict=True)).rstrip()
-            for row in [head, *rows]
-        )
+        return "\n".join(table_lines([head, *rows]))
 
 
 @dataclass(frozen=True, slots=True, eq=False)

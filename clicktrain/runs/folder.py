@@ -36,6 +36,16 @@ from clicktrain.runs.new_folder import (
 )
 
 
+class _File:
+    """Attribute of a `RunFolder`: the path of one of its files."""
+
+    def __init__(self, name: str) -> None:
+        self._name = name
+
+    def __get__(self, folder: RunFolder, owner: type[RunFolder]) -> Path:
+        return folder.path / self._name
+
+
 @dataclass(frozen=True)
 class RunFolder:
     """Paths and files of one run; the object itself touches nothing before `create` or `open`."""
@@ -56,60 +66,28 @@ class RunFolder:
             path = Path(root) / f"{stem}_{count}"
         return cls(path)
 
-    @property
-    def config(self) -> Path:
-        """Resolved settings, YAML."""
-        return self.path / "config.yaml"
-
-    @property
-    def metrics(self) -> Path:
-        """One JSON line per finished epoch."""
-        return self.path / "metrics.jsonl"
-
-    @property
-    def events(self) -> Path:
-        """One JSON line per decision."""
-        return self.path / "events.jsonl"
-
-    @property
-    def channels(self) -> Path:
-        """Largest weight of every channel, one JSON line per epoch; exists if a lasso acts on channels."""
-        return self.path / "channels.jsonl"
-
-    @property
-    def summary_path(self) -> Path:
-        """Summary, JSON; exists once the run is finished."""
-        return self.path / "summary.json"
-
-    @property
-    def model(self) -> Path:
-        """Final weights, dense layout."""
-        return self.path / "model.safetensors"
-
-    @property
-    def packed(self) -> Path:
-        """Final weights, packed."""
-        return self.path / "packed.safetensors"
-
-    @property
-    def surgery(self) -> Path:
-        """Surgery plans, JSON; exists if channels were removed."""
-        return self.path / "surgery.json"
-
-    @property
-    def operators(self) -> Path:
-        """The operator of each layer after the hard prune, JSON; exists once a compiler chose."""
-        return self.path / "operators.json"
-
-    @property
-    def robustness(self) -> Path:
-        """Accuracy under attacks, JSON; exists once the run was attacked."""
-        return self.path / "robustness.json"
-
-    @property
-    def checkpoint_folder(self) -> Path:
-        """Folder of the checkpoints."""
-        return self.path / CHECKPOINTS
+    config = _File("config.yaml")
+    """Resolved settings, YAML."""
+    metrics = _File("metrics.jsonl")
+    """One JSON line per finished epoch."""
+    events = _File("events.jsonl")
+    """One JSON line per decision."""
+    channels = _File("channels.jsonl")
+    """Largest weight of every channel, one JSON line per epoch; exists if a lasso acts on channels."""
+    summary_path = _File("summary.json")
+    """Summary, JSON; exists once the run is finished."""
+    model = _File("model.safetensors")
+    """Final weights, dense layout."""
+    packed = _File("packed.safetensors")
+    """Final weights, packed."""
+    surgery = _File("surgery.json")
+    """Surgery plans, JSON; exists if channels were removed."""
+    operators = _File("operators.json")
+    """The operator of each layer after the hard prune, JSON; exists once a compiler chose."""
+    robustness = _File("robustness.json")
+    """Accuracy under attacks, JSON; exists once the run was attacked."""
+    checkpoint_folder = _File(CHECKPOINTS)
+    """Folder of the checkpoints."""
 
     def check_free(self) -> None:
         """Raise UserError unless the folder can become that of a new run.

@@ -17,6 +17,7 @@ import torch
 from torch import Tensor
 
 from clicktrain.errors import UserError
+from clicktrain.wording import table_lines
 
 FORMAT_VERSION = 1
 
@@ -177,9 +178,7 @@ class SurgeryPlan:
         for layer in self.layers:
             note = "removed" if layer.name in gone else layer.stays
             rows.append((layer.name, _arrow(layer.inputs), _arrow(layer.outputs), note))
-        widths = [max(len(row[i]) for row in rows) for i in range(3)]
-        lines = ("  ".join(cell.ljust(w) for cell, w in zip(row, (*widths, 0), strict=True)) for row in rows)
-        return "\n".join(line.rstrip() for line in lines)
+        return "\n".join(table_lines(rows))
 
 
 def _arrow(pair: tuple[int, int]) -> str:

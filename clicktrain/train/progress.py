@@ -68,20 +68,10 @@ class Progress(Protocol):
 class Silent:
     """A listener that does nothing."""
 
-    def start(self, config: RunConfig, method: Method[Any], prepared: Prepared) -> None:
+    def _ignore(self, *args: Any, **kwargs: Any) -> None:
         """Do nothing."""
 
-    def step(self, info: StepProgress) -> None:
-        """Do nothing."""
-
-    def epoch(self, record: dict[str, Any]) -> None:
-        """Do nothing."""
-
-    def message(self, text: str) -> None:
-        """Do nothing."""
-
-    def finish(self, summary: Mapping[str, Any]) -> None:
-        """Do nothing."""
+    start = step = epoch = message = finish = _ignore
 
 
 class ScalarLog:

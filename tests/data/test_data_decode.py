@@ -8,7 +8,8 @@ import torch
 from image_files import encode, pixels
 from PIL import Image
 
-from clicktrain.data.decode import decode_all, decode_image, fit, read_header, to_pixels
+from clicktrain.data.decode import decode_all, decode_image, fit, to_pixels
+from clicktrain.data.image_files import read_header
 from clicktrain.errors import UserError
 
 

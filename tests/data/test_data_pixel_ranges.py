@@ -17,7 +17,8 @@ from image_files import encode, pixels
 from PIL import Image
 
 from clicktrain.data import Augment, PixelSource, make_loader, open_data
-from clicktrain.data.decode import decode_image, read_header, to_pixels
+from clicktrain.data.decode import decode_image, to_pixels
+from clicktrain.data.image_files import read_header
 from clicktrain.data.value_range import EIGHT_BIT, ValueRange
 from clicktrain.errors import UserError
 

@@ -6,7 +6,6 @@ import difflib
 import importlib
 import json
 from collections.abc import Sequence
-from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 

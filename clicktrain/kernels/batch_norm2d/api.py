@@ -28,8 +28,8 @@ def batch_norm_blocked(
 
     Args:
         x: [B, C, H, W, V], float32, float64 or bfloat16, V the vector lanes of that type; B = ceil(n / V).
-        bn: its parameters and statistics are of the type that is computed in: float32 where ``x`` is in
-            bfloat16, else that of ``x``.
+        bn: its parameters and statistics have the computed dtype: float32 for bfloat16 ``x``, else that
+            of ``x``.
         n: images in the batch; what else the last block holds is not counted.
         residual: like ``x``, or None.
         relu: whether negative results become zero.

@@ -129,7 +129,7 @@ def backward(
 
 
 def per_channel(x: Tensor) -> Tensor:
-    """Allocate one number per channel [C], in the dtype that is computed in."""
+    """Allocate one number per channel [C], in the computed dtype."""
     return x.new_empty(x.shape[1], dtype=compute_type(x.dtype))
 
 

@@ -4,8 +4,8 @@ Shapes and gradients are declared, so that they work under autograd, ``torch.com
 Activations are ``[B, C, H, W, V]`` with B = ceil(n / V). The padding lanes of the last block may hold
 anything in ``x``, ``residual`` and results; gradients have zeros there.
 
-Activations and their gradients are of one type; numbers per channel and their gradients are of the type that
-is computed in: float32 where activations are kept in bfloat16, else the same.
+Activations and their gradients have one dtype; numbers per channel and their gradients have the computed one:
+float32 for bfloat16 activations, else the same.
 """
 
 from __future__ import annotations
@@ -34,7 +34,7 @@ def batch_norm2d_blocked_op(
 
     Args:
         x: [B, C, H, W, V], float32, float64 or bfloat16, V the vector lanes of that type.
-        weight: [C], or None for ones; like all numbers per channel of the type that is computed in.
+        weight: [C], or None for ones; like all numbers per channel in the computed dtype.
         bias: [C], or None for zeros.
         residual: like ``x``, or None.
         n: images in the batch.
@@ -48,15 +48,7 @@ def batch_norm2d_blocked_op(
 
 
 @batch_norm2d_blocked_op.register_fake
-def _(
-    x: Tensor,
-    weight: Tensor | None,
-    bias: Tensor | None,
-    residual: Tensor | None,
-    n: int,
-    eps: float,
-    relu: bool,
-) -> tuple[Tensor, Tensor, Tensor]:
+def _(x: Tensor, *_: object) -> tuple[Tensor, Tensor, Tensor]:
     return x.new_empty(x.shape), launch.per_channel(x), launch.per_channel(x)
 
 
@@ -113,19 +105,8 @@ batch_norm2d_blocked_backward = plain(batch_norm2d_blocked_backward_op, _run_bac
 
 
 @batch_norm2d_blocked_backward_op.register_fake
-def _(
-    gy: Tensor,
-    x: Tensor,
-    y: Tensor | None,
-    weight: Tensor | None,
-    mean: Tensor,
-    var: Tensor,
-    n: int,
-    eps: float,
-    relu: bool,
-    need_residual: bool,
-) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    return _like_gradients(gy, relu and need_residual)
+def _(gy: Tensor, *rest: object) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    return _like_gradients(gy, *rest[-2:])
 
 
 @torch.library.custom_op("clicktrain::affine_relu_blocked", mutates_args=())
@@ -146,7 +127,7 @@ def affine_relu_blocked_op(
 
 
 @affine_relu_blocked_op.register_fake
-def _(x: Tensor, scale: Tensor, shift: Tensor, residual: Tensor | None, n: int, relu: bool) -> Tensor:
+def _(x: Tensor, *_: object) -> Tensor:
     return x.new_empty(x.shape)
 
 
@@ -164,14 +145,12 @@ affine_relu_blocked_backward = plain(affine_relu_blocked_backward_op, _run_affin
 
 
 @affine_relu_blocked_backward_op.register_fake
-def _(
-    gy: Tensor, x: Tensor | None, y: Tensor | None, scale: Tensor, n: int, relu: bool, need_residual: bool
-) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    return _like_gradients(gy, relu and need_residual)
+def _(gy: Tensor, *rest: object) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    return _like_gradients(gy, *rest[-2:])
 
 
-def _like_gradients(gy: Tensor, residual: bool) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    gr = gy.new_empty(gy.shape if residual else (0,))
+def _like_gradients(gy: Tensor, relu: object, need_residual: object) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    gr = gy.new_empty(gy.shape if relu and need_residual else (0,))
     return gy.new_empty(gy.shape), launch.per_channel(gy), launch.per_channel(gy), gr
 
 

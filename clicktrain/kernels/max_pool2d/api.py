@@ -28,11 +28,11 @@ class Pooling:
     def window(self) -> list[int]:
         """Kernel, stride, padding and dilation, rows and columns of each."""
         stride = self.kernel_size if self.stride is None or self.stride in ([], ()) else self.stride
-        found = []
+        window = []
         for one in (self.kernel_size, stride, self.padding, self.dilation):
             pair = (one,) if isinstance(one, int) else tuple(one)
-            found += [pair[0], pair[-1]]
-        return found
+            window += [pair[0], pair[-1]]
+        return window
 
     def fits(self) -> bool:
         """Whether there is a kernel for it: windows of up to `MOST_TAPS` positions."""

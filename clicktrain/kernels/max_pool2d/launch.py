@@ -38,15 +38,15 @@ def output_size(size: Sequence[int], window: Sequence[int], ceil: bool) -> tuple
         window: kernel, stride, padding and dilation, rows and columns of each.
         ceil: whether windows that begin inside count, wherever they end.
     """
-    found = []
+    sizes = []
     for axis in (0, 1):
         kernel, stride, padding, dilation = window[axis::2]
         free = size[axis] + 2 * padding - dilation * (kernel - 1) - 1
         count = (free + (stride - 1 if ceil else 0)) // stride + 1
         if ceil and (count - 1) * stride >= size[axis] + padding:
             count -= 1  # a last window would lie in the padding
-        found.append(count)
-    return found[0], found[1]
+        sizes.append(count)
+    return sizes[0], sizes[1]
 
 
 def check_window(window: Sequence[int]) -> None:
@@ -81,7 +81,7 @@ def forward(x: Tensor, window: Sequence[int], ceil: bool) -> tuple[Tensor, Tenso
 
 
 def backward(gy: Tensor, taps: Tensor, size: Sequence[int], window: Sequence[int]) -> Tensor:
-    """Gradient of the input [B, C, H, W, V] from that of the result, and its taps; ``size`` is (H, W)."""
+    """Gradient w.r.t. the input [B, C, H, W, V] from that of the result, and its taps; ``size`` is (H, W)."""
     check_blocked(gy.shape, gy.dtype, gy.device, WHAT)
     wanted = tap_type(gy.shape[4])
     if taps.shape != gy.shape or taps.dtype is not wanted:

@@ -232,11 +232,11 @@ class _Kernel:
         Args:
             x, gy: activations and the output's gradient; may be empty.
             grad: of the packed values.
-            tables: rows, entries, where each value is found, and chunks.
+            tables: rows, entries, the place of each value, and chunks.
         """
-        rows, entries, found, chunks = tables
+        rows, entries, places, chunks = tables
         count, blocks, threads = grad.numel(), x.shape[0], torch.get_num_threads()
-        if found.numel() not in (0, count) or (not x.numel() and int(chunks[1]) != count):
+        if places.numel() not in (0, count) or (not x.numel() and int(chunks[1]) != count):
             raise UserError(f"this layer's plan is not for {count} weights")
         if not x.numel():
             grad.zero_()
@@ -252,7 +252,7 @@ class _Kernel:
             rows,
             entries,
             chunks,
-            found if found.numel() else None,
+            places if places.numel() else None,
             _SCRATCH.take(max(room, 1), self.computed),
             count,
             blocks,

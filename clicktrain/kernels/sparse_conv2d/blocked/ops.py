@@ -28,14 +28,14 @@ def sparse_conv2d_blocked_op(
 
     Args:
         x: [B, C, H, W, V], float32, float64 or bfloat16, V the vector lanes of what that is computed in.
-        values: packed weights, shape ``structure.values_shape``, of the type of ``x``; for bfloat16 in
-            float32, as are bias and the gradients of both.
+        values: packed weights, shape ``structure.values_shape``, with the dtype of ``x``; float32 for
+            bfloat16, as are bias and the gradients of both.
         bias: [F] or None.
         tables: ``ConvTables.tensors`` of the layer.
         plan: ``ConvPlan.to_json()`` of the layer.
 
     Returns:
-        [B, F, H', W', V] of the type of ``x``.
+        [B, F, H', W', V] with the dtype of ``x``.
     """
     return launch.forward(x, values, bias, tables, plan)
 

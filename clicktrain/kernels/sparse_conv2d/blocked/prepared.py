@@ -116,10 +116,10 @@ def prepare(
     else:
         chunks = _chunks(weight.rows, weight.entries, tap_patterns, tiling.filters_per_tile)
     tables = [forward.rows, forward.entries, forward.order, back.rows, back.entries, back.order]
-    # The kernel writes in its own order: where each packed value is found there.
-    found = torch.empty_like(weight.order)
-    found[weight.order.long()] = torch.arange(len(found), dtype=found.dtype)
-    return plan, ConvTables((*tables, weight.rows, weight.entries, found, chunks))
+    # The kernel writes in its own order: this is the place of each packed value there.
+    places = torch.empty_like(weight.order)
+    places[weight.order.long()] = torch.arange(len(places), dtype=places.dtype)
+    return plan, ConvTables((*tables, weight.rows, weight.entries, places, chunks))
 
 
 @dataclass(frozen=True, slots=True)
@@ -151,13 +151,15 @@ def variants(
     if dtype is torch.bfloat16 and tools is not None and tools.multiplies_pairs:
         for phase, tilings in wanted.items():
             tilings += pair_candidates(phase, problem, tilings)
-    found = []
+    result = []
     # The tables of a phase depend on its own tiling alone: one candidate of each phase at once.
     for number in range(max(map(len, wanted.values()))):
         tried = {phase: tilings[number] for phase, tilings in wanted.items() if number < len(tilings)}
         plan, tables = prepare(structure, problem, groups, tried)
-        found += [Variant(phase, plan.tiling(phase), plan.to_json(), list(tables.tensors)) for phase in tried]
-    return found
+        result += [
+            Variant(phase, plan.tiling(phase), plan.to_json(), list(tables.tensors)) for phase in tried
+        ]
+    return result
 
 
 def _candidates(

@@ -144,8 +144,8 @@ def _kernels(
     positions = row.size * column.size
     low = row.low * g.columns.buffer + column.low
     uses = [
-        (window + low, tuple(found))
-        for window, found in _schedule_windows(list(g.triples(taps, row, column)), g.columns.buffer)
+        (window + low, tuple(users))
+        for window, users in _schedule_windows(list(g.triples(taps, row, column)), g.columns.buffer)
     ]
     key = positions, len(taps), tuple(uses)
     if key in written:
@@ -173,21 +173,21 @@ def _kernels(
         for position, _ in use[1]:
             left[position] += 1
     begun = set()
-    for window, found in uses:
-        for position, _ in found:
+    for window, users in uses:
+        for position, _ in users:
             if position not in begun:
                 begun.add(position)
                 code(f"vec a{position} = s[{position}];")
-        if len(found) > 1:
+        if len(users) > 1:
             code("{")
             code(f"vec t = x[p + {window}]; KEEP(t);")
-            for position, tap in found:
+            for position, tap in users:
                 code(f"a{position} += t * w{tap};")
             code("}")
         else:
-            ((position, tap),) = found
+            ((position, tap),) = users
             code(f"a{position} += x[p + {window}] * w{tap};")
-        for position, _ in found:
+        for position, _ in users:
             left[position] -= 1
             if not left[position]:
                 code(f"s[{position}] = a{position};")
@@ -217,8 +217,8 @@ def _open_sums(uses: _Uses) -> int:
     """Most sums that are begun and not finished at any time."""
     first: dict[int, int] = {}
     last: dict[int, int] = {}
-    for time, (_, found) in enumerate(uses):
-        for position, _ in found:
+    for time, (_, users) in enumerate(uses):
+        for position, _ in users:
             first.setdefault(position, time)
             last[position] = time
     changes = [0] * (len(uses) + 1)

@@ -145,15 +145,15 @@ class Generator:
 
     def triples(self, taps: Taps, row: TileKind, column: TileKind) -> Iterator[tuple[int, int, int]]:
         """(result position in the tile, window position, which of the taps), window after window."""
-        found = []
+        triples = []
         for number, tap in enumerate(taps):
             r, s = divmod(tap, self.kernel_width)
             for i in range(row.size):
                 for j in range(column.size):
                     y, x = self.rows.reads(row, i, r), self.columns.reads(column, j, s)
                     if y is not None and x is not None:
-                        found.append((y * self.columns.buffer + x, i * column.size + j, number))
-        for window, position, number in sorted(found):
+                        triples.append((y * self.columns.buffer + x, i * column.size + j, number))
+        for window, position, number in sorted(triples):
             yield position, window, number
 
 

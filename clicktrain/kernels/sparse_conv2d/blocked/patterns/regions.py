@@ -81,14 +81,14 @@ class AxisRegions:
 
     def region_kinds(self) -> dict[RegionKind, list[int]]:
         """Numbers of the regions of each kind."""
-        found: dict[RegionKind, list[int]] = {}
+        kinds: dict[RegionKind, list[int]] = {}
         for index in range(len(self.regions)):
-            found.setdefault(self.region_kind(index), []).append(index)
-        return found
+            kinds.setdefault(self.region_kind(index), []).append(index)
+        return kinds
 
 
 def code_size(rows: AxisRegions, columns: AxisRegions, taps: int) -> int:
-    """Multiply-adds on all kinds of tiles, of so many taps in all sets; about."""
+    """Multiply-adds on all kinds of tiles, of ``taps`` in all patterns; about."""
     size = taps
     for axis in (rows, columns):
         # Of a gradient with a stride, each position of a tile takes part of the taps.

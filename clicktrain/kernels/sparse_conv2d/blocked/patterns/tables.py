@@ -44,14 +44,16 @@ class Parts:
         rows = mask[alive_f, alive_c]
         kinds, kind = np.unique(rows, axis=0, return_inverse=True) if len(rows) else (rows, alive_f)
         kind = kind.reshape(-1)
-        found: list[tuple[np.ndarray, int]] = []
+        splits: list[tuple[np.ndarray, int]] = []
         for number, one in enumerate(kinds):
             members = np.nonzero(kind == number)[0]
-            found.extend(
+            splits.extend(
                 (members, part) for part in split_kernel(tuple(np.nonzero(one)[0].tolist()), tap_patterns)
             )
-        members = np.concatenate([m for m, _ in found]) if found else np.zeros(0, np.int64)
-        self.sets = np.concatenate([np.full(len(m), p) for m, p in found]) if found else np.zeros(0, np.int64)
+        members = np.concatenate([m for m, _ in splits]) if splits else np.zeros(0, np.int64)
+        self.patterns = (
+            np.concatenate([np.full(len(m), p) for m, p in splits]) if splits else np.zeros(0, np.int64)
+        )
         self.filter = alive_f[members]
         self.channel = alive_c[members] + self.filter // max(filters // groups, 1) * channels
         self._local = alive_c[members]
@@ -60,23 +62,23 @@ class Parts:
         self.filters, self.channels = filters, channels * groups
 
     def by_filter(self, filters_per_tile: int) -> Table:
-        """For the forward pass: entries (channel, set) of each group of filters that agree."""
-        order = np.lexsort((self.channel, self.sets, self.filter))
-        entries = np.stack([self.channel[order], self.sets[order]], 1)
+        """For the forward pass: entries (channel, pattern) of each group of filters that agree."""
+        order = np.lexsort((self.channel, self.patterns, self.filter))
+        entries = np.stack([self.channel[order], self.patterns[order]], 1)
         rows = np.searchsorted(self.filter[order], np.arange(self.filters + 1))
         return self._table(order, rows, entries, filters_per_tile)
 
     def by_channel(self) -> Table:
-        """For dgrad: entries (filter, set) of each channel."""
-        order = np.lexsort((self.filter, self.sets, self.channel))
-        entries = np.stack([self.filter[order], self.sets[order]], 1)
+        """For dgrad: entries (filter, pattern) of each channel."""
+        order = np.lexsort((self.filter, self.patterns, self.channel))
+        entries = np.stack([self.filter[order], self.patterns[order]], 1)
         rows = np.searchsorted(self.channel[order], np.arange(self.channels + 1))
         return self._table(order, rows, entries, 1)
 
     def by_block(self, backward: bool, results: int, sources: int) -> Table:
-        """For sums in the cache: entries (source, result within its block), set after set.
+        """For sums in the cache: entries (source, result within its block), pattern after pattern.
 
-        ``rows`` are the beginnings of each set's run, of each pass of ``sources`` within each block of
+        ``rows`` are the beginnings of each pattern's run, of each pass of ``sources`` within each block of
         ``results`` (0 = all); channels are the results of dgrad (``backward``).
         """
         result, source = (self.channel, self.filter) if backward else (self.filter, self.channel)
@@ -84,19 +86,19 @@ class Parts:
         results, sources = (
             min(size or count, count) for size, count in zip((results, sources), counts, strict=True)
         )
-        passes, sets = -(-counts[1] // sources), len(self.tap_patterns)
-        runs = ((result // results) * passes + source // sources) * sets + self.sets
+        passes, patterns = -(-counts[1] // sources), len(self.tap_patterns)
+        runs = ((result // results) * passes + source // sources) * patterns + self.patterns
         order = np.lexsort((result, source, runs))
         entries = np.stack([source[order], result[order] % results], 1)
-        rows = np.searchsorted(runs[order], np.arange(-(-counts[0] // results) * passes * sets + 1))
+        rows = np.searchsorted(runs[order], np.arange(-(-counts[0] // results) * passes * patterns + 1))
         table = self._table(order, rows, entries, 1)
-        firsts = self._firsts(self.sets[order], table.order)
+        firsts = self._firsts(self.patterns[order], table.order)
         return table if firsts is None else replace(table, order=firsts)
 
-    def _firsts(self, sets: np.ndarray, order: Tensor) -> Tensor | None:
+    def _firsts(self, patterns: np.ndarray, order: Tensor) -> Tensor | None:
         """The places of the parts' first weights, unless some part's weights do not follow each other."""
         taps = np.array([len(one) for one in self.tap_patterns] or [0])
-        sizes = taps[sets]
+        sizes = taps[patterns]
         begin = np.cumsum(sizes) - sizes
         places = order.numpy()
         firsts = places[begin]
@@ -105,15 +107,15 @@ class Parts:
         return torch.from_numpy(firsts)
 
     def by_kernel(self, filters_per_tile: int, block: int) -> Table:
-        """For wgrad: entries (channel, filter, set), channel after channel.
+        """For wgrad: entries (channel, filter, pattern), channel after channel.
 
         Within a block of ``block`` filters, so that their output gradients stay in the cache. ``rows`` are
         the beginnings of the runs of one channel, one block after the other.
         """
         block = max(block // filters_per_tile, 1) * filters_per_tile
         blocks = self.filter // block
-        order = np.lexsort((self.filter, self.sets, self.channel, blocks))
-        entries = np.stack([self.channel[order], self.filter[order], self.sets[order]], 1)
+        order = np.lexsort((self.filter, self.patterns, self.channel, blocks))
+        entries = np.stack([self.channel[order], self.filter[order], self.patterns[order]], 1)
         count = -(-self.filters // block)
         key = blocks[order] * self.channels + self.channel[order]
         rows = np.searchsorted(key, np.arange(count * self.channels + 1))
@@ -125,14 +127,16 @@ class Parts:
             return True
         if self.filters % filters_per_tile:
             return False
-        order = np.lexsort((self.channel, self.sets, self.filter))
+        order = np.lexsort((self.channel, self.patterns, self.filter))
         rows = np.searchsorted(self.filter[order], np.arange(self.filters + 1))
         counts = np.diff(rows).reshape(-1, filters_per_tile)
         if not (counts == counts[:, :1]).all():
             return False
         groups = self.filter[order] // filters_per_tile
-        index = np.lexsort((self.filter[order], self.channel[order], self.sets[order], groups))
-        pairs = np.stack([self.sets[order], self.channel[order]], 1)[index].reshape(-1, filters_per_tile, 2)
+        index = np.lexsort((self.filter[order], self.channel[order], self.patterns[order], groups))
+        pairs = np.stack([self.patterns[order], self.channel[order]], 1)[index].reshape(
+            -1, filters_per_tile, 2
+        )
         return bool((pairs == pairs[:, :1]).all())
 
     def _table(
@@ -147,11 +151,11 @@ class Parts:
         if filters_per_tile > 1:
             order, rows, entries = self._grouped(order, rows, entries, filters_per_tile, filter_column)
         heads = order if filters_per_tile == 1 else order[::filters_per_tile]
-        sizes = taps[self.sets[heads]] * filters_per_tile
+        sizes = taps[self.patterns[heads]] * filters_per_tile
         begin = np.cumsum(sizes) - sizes
         places = np.zeros(int(sizes.sum()), np.int64)
         for number, one in enumerate(self.tap_patterns):
-            index = np.nonzero(self.sets[heads] == number)[0]
+            index = np.nonzero(self.patterns[heads] == number)[0]
             for i, tap in enumerate(one):
                 for j in range(filters_per_tile):
                     member = order[index * filters_per_tile + j]
@@ -183,7 +187,7 @@ class Parts:
         if filter_column is None:
             segment = segment // filters_per_tile
         group = self.filter[order] // filters_per_tile
-        index = np.lexsort((self.filter[order], group, self.channel[order], self.sets[order], segment))
+        index = np.lexsort((self.filter[order], group, self.channel[order], self.patterns[order], segment))
         order, entries = order[index], entries[index][::filters_per_tile]
         rows = (
             rows[::filters_per_tile] // filters_per_tile

@@ -52,9 +52,9 @@ def choose_from(kernels: Tensor, taps: int) -> tuple[Taps, ...]:
         return ()
     rows, counts = torch.unique(alive, dim=0, return_counts=True)
     order = counts.argsort(descending=True, stable=True).tolist()
-    sets = [tuple(rows[i].nonzero().flatten().tolist()) for i in order]
-    small = [one for one in sets if len(one) <= MAX_TAPS]
-    if len(small) == len(sets) <= MAX_PATTERNS:
+    patterns = [tuple(rows[i].nonzero().flatten().tolist()) for i in order]
+    small = [one for one in patterns if len(one) <= MAX_TAPS]
+    if len(small) == len(patterns) <= MAX_PATTERNS:
         return tuple(sorted(small))
     singles = [(tap,) for tap in range(taps) if bool(alive[:, tap].any())]
     room = max(MAX_PATTERNS - len(singles), 0)

@@ -94,11 +94,11 @@ def tiles(direction: Direction, size: int) -> list[Tile]:
     """Cut the result into tiles of ``size`` (a multiple of the direction's step); the last may be smaller."""
     if size % direction.step and size < direction.length:
         raise ValueError(f"tiles of {size} do not start at multiples of {direction.step}")
-    found = []
+    result = []
     for start in range(0, direction.length, size):
         length = min(size, direction.length - start)
         window, extent = direction.window(start, length)
         low = min(max(0, -window), extent)
         high = min(max(0, window + extent - direction.source), extent - low)
-        found.append(Tile(start, length, window, extent, low, high))
-    return found
+        result.append(Tile(start, length, window, extent, low, high))
+    return result

@@ -1,4 +1,4 @@
-"""The command ``clicktrain``: finds the command asked for, runs it, and turns mistakes into one sentence.
+"""Run the command line ``clicktrain``; print a mistake as one sentence.
 
 Exit codes: 0 done; 2 a mistake of the user's, or a file or disk that cannot be used, in one line on stderr;
 128 + its number for a signal that stopped a run (130 Ctrl-C, 143 SIGTERM, 129 SIGHUP); 141 if nobody reads
@@ -26,7 +26,7 @@ COMMANDS: dict[str, str] = {
     "report": "one HTML file that shows and compares runs",
     "bench": "time what the methods cost and give, side by side",
 }
-"""Commands with what they do. Each is a module of ``clicktrain.commands`` with ``run(argv) -> exit code``."""
+"""Command -> what it does. Each is a module of ``clicktrain.commands`` with ``run(argv) -> exit code``."""
 
 LONGEST_WORD, LONGEST_SENTENCE = 300, 1000
 """Characters of what is printed, whatever was given."""
@@ -56,7 +56,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     except KeyboardInterrupt:
         return _fail("interrupted", 130)
     except BrokenPipeError:
-        # Whoever read the output has gone (`clicktrain ... | head`): Python must not complain at exit.
+        # The reader closed the pipe (`clicktrain ... | head`): Python must not complain at exit.
         from clicktrain.commands.screen import discard_stdout
 
         discard_stdout()
@@ -122,6 +122,6 @@ def _fail(sentence: str, code: int = 2) -> int:
     words = (shortened(word, LONGEST_WORD) for word in sentence.split())
     line = shortened(" ".join(words), LONGEST_SENTENCE).encode("utf-8", "backslashreplace").decode("utf-8")
     printable = "".join(c if c.isprintable() else c.encode("unicode_escape").decode() for c in line)
-    with contextlib.suppress(OSError, ValueError):  # nobody reads that either: the code says it
+    with contextlib.suppress(OSError, ValueError):  # stderr is closed too: the exit code says it
         print(f"clicktrain: error: {printable}", file=sys.stderr, flush=True)
     return code

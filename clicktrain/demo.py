@@ -18,6 +18,7 @@ from clicktrain.commands.screen import lasting_console
 from clicktrain.errors import UserError
 from clicktrain.train import RunFolder, TrainingInterrupted, from_dict
 from clicktrain.train.fit import fit
+from clicktrain.wording import short
 
 RECIPE: Mapping[str, Any] = {
     "model": "resnet20",
@@ -95,14 +96,14 @@ def comparison(summaries: Mapping[str, Mapping[str, Any]]) -> Table:
         "kernels little to do, and the time holds their compilation: README has steps of real size.",
     )
     table.add_column("run")
-    for title in (
+    for head in (
         "validation\naccuracy",
         "compression\nratio",
         "training\nFLOPs",
         "inference\nFLOPs/image",
         "time",
     ):
-        table.add_column(title, justify="right")
+        table.add_column(head, justify="right")
     for name, summary in summaries.items():
         table.add_row(
             name,
@@ -117,11 +118,7 @@ def comparison(summaries: Mapping[str, Mapping[str, Any]]) -> Table:
 
 def _flops(count: float, share: float) -> str:
     """``1.2 G (34%)``."""
-    for unit in ("", "k", "M", "G", "T", "P"):
-        if count < 1000 or unit == "P":
-            break
-        count /= 1000
-    return f"{count:.3g} {unit} ({100 * share:.0f}%)"
+    return f"{short(count, ' ')} ({100 * share:.0f}%)"
 
 
 def main(argv: Sequence[str] | None = None) -> int:

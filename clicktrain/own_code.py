@@ -95,7 +95,7 @@ def current_directory_importable() -> Iterator[None]:
 
 
 def import_user_module(module_name: str, how: str) -> ModuleType:
-    """The module, or a UserError that tells a missing module from one that fails while it is imported."""
+    """The module; the UserError distinguishes a missing module from one that fails as it is imported."""
     try:
         return importlib.import_module(module_name)
     except (Exception, SystemExit) as error:

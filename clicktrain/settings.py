@@ -207,15 +207,15 @@ def to_plain(settings: Any) -> dict[str, Any]:
 
 
 def _plain(name: str, value: Any) -> Any:
-    if callable(value):
-        raise UserError(
-            f"{name} is {getattr(value, '__qualname__', type(value).__name__)}, which no file can name: "
-            "define it at the top of a module, or register it under a key"
-        )
     if isinstance(value, str):
         return str(value)
     if isinstance(value, tuple | list):
         return [_plain(name, item) for item in value]
     if isinstance(value, Mapping):
         return {key: _plain(name, item) for key, item in value.items()}
-    return value
+    if value is None or isinstance(value, bool | int | float):
+        return value
+    raise UserError(
+        f"{name} is {getattr(value, '__qualname__', type(value).__name__)}, which no file can name: "
+        "define it at the top of a module, or register it under a key"
+    )

@@ -1,4 +1,4 @@
-"""Arguments of one command: declared as data, converted as settings are, one-sentence errors."""
+"""Declare, parse and explain the arguments of one command."""
 
 from __future__ import annotations
 
@@ -24,7 +24,7 @@ HELP_COLUMN, LONGEST_LINE = 26, 110
 
 
 class HelpPrinted(Exception):  # noqa: N818 - not an error: help was asked for and shown
-    """``--help`` was given; nothing is left to do."""
+    """Help was printed: the command is done."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -42,7 +42,7 @@ class Option:
 
     @property
     def flag(self) -> str:
-        """As it is typed."""
+        """The flag as it is typed."""
         return "--" + self.name.replace("_", "-")
 
     @property
@@ -55,7 +55,7 @@ class Option:
     def note(self) -> str:
         """Type and default, in brackets."""
         parts = []
-        if not _kinds(self.hint) & {bool, str, Literal}:  # else the metavar says it
+        if not _kinds(self.hint) & {bool, str, Literal, tuple, dict}:  # else the metavar says it
             parts.append(f"type: {_type_name(self.hint)}")
         if self.default is not None:  # else the help says what happens
             parts.append(f"default: {_shown(self.default)}")
@@ -71,12 +71,12 @@ OWN_MODEL = Option(
     "not enough: loading a folder runs no code that you have not named.",
     metavar="NAME",
 )
-"""Of every command that builds the network of a run folder."""
+"""A flag of every command that builds the network of a run folder."""
 
 
 @dataclass(frozen=True, slots=True)
 class Positional:
-    """The arguments without a flag: exactly one, or at least one if ``many``."""
+    """Arguments without a flag: exactly one, or at least one if ``many``."""
 
     name: str
     help: str
@@ -95,7 +95,6 @@ class Command:
         positional: arguments without a flag, or None.
         explain: asked about a flag that this command does not have; a sentence, or None.
         examples: shown at the end of ``--help``.
-        brief: there are so few flags that ``--help`` explains them at length.
     """
 
     name: str
@@ -105,7 +104,6 @@ class Command:
     notes: Mapping[str, Sequence[str]] = field(default_factory=dict)
     explain: Callable[[str], str | None] = lambda name: None
     examples: str = ""
-    brief: bool = False
 
     def parse(self, argv: Sequence[str]) -> dict[str, Any]:
         """Values of what was given, by name; nothing for what was not.
@@ -115,7 +113,7 @@ class Command:
             HelpPrinted: ``--help`` or ``--help-all`` was given; the help is on stdout.
         """
         if {"-h", "--help", "--help-all"} & set(argv):
-            print(self.help(every=self.brief or "--help-all" in argv))
+            print(self.help(every="--help-all" in argv))
             raise HelpPrinted
         flags, words = self._split(argv)
         values = {option.name: _typed(option, text) for option, text in flags}
@@ -177,7 +175,11 @@ class Command:
         return f"write 'clicktrain {self.name}{word} [--flag value ...]'"
 
     def help(self, every: bool) -> str:
-        """What ``--help`` prints: main flags explained, others named; with ``every``, all explained."""
+        """What ``--help`` prints: main flags explained in a sentence, others named.
+
+        ``every``, or a command all of whose flags are main ones: everything at length.
+        """
+        every = every or all(option.main for options in self.groups.values() for option in options)
         width = min(shutil.get_terminal_size((100, 24)).columns, LONGEST_LINE)
 
         def folded(text: str, indent: str = "", first: str | None = None) -> list[str]:
@@ -214,8 +216,8 @@ def options_of(cls: type) -> list[Option]:
     hints = type_hints(cls)
     texts: dict[str, str] = {}
     for base in filter(is_dataclass, reversed(cls.__mro__)):
-        for found in parse_from_object(base).params:
-            texts[found.arg_name] = " ".join((found.description or "").split())
+        for field_docs in parse_from_object(base).params:
+            texts[field_docs.arg_name] = " ".join((field_docs.description or "").split())
     options: list[Option] = []
     for item in fields(cls):
         if not item.init:
@@ -244,9 +246,8 @@ def _metavar(hint: Any) -> str:
 
 
 def _type_name(hint: Any) -> str:
-    """The type of a value, as YAML's users know it."""
-    kinds = _kinds(hint) - {types.NoneType}
-    return " or ".join({tuple: "list", dict: "mapping"}.get(kind, kind.__name__) for kind in kinds)
+    """The type of a number."""
+    return " or ".join(kind.__name__ for kind in _kinds(hint) - {types.NoneType})
 
 
 def _shown(value: Any) -> str:

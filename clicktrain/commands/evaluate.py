@@ -22,34 +22,19 @@ _COMMAND = Command(
     groups={
         "this command": (
             OWN_MODEL,
-            Option(
-                "data",
-                str | None,
-                "Other images, written as for train; the run's own by default.",
-                metavar="SPEC",
-            ),
-            Option(
-                "batch_size", int | None, "Images per forward pass; as in training by default.", metavar="N"
-            ),
-            Option(
-                "device", str | None, "auto, cpu, cuda or mps; as in training by default.", metavar="NAME"
-            ),
+            Option("data", str | None, "Other images than the run's own, as for train.", metavar="SPEC"),
+            Option("batch_size", int | None, "Images per forward pass; as in training by default."),
+            Option("device", str | None, "auto, cpu, cuda or mps; as in training by default."),
             Option("json", bool, "Print one JSON object.", False),
         ),
         "adversarial attack": (
-            Option(
-                "attack", Literal["fgsm", "pgd"] | None, "Attack the images with the network's gradients."
-            ),
-            Option(
-                "epsilon",
-                tuple[float, ...] | None,
-                "Largest change of a pixel, pixels being 0 to 1; one accuracy each. 0.05 to 0.3 by default.",
-                metavar="X [X ...]",
-            ),
-            Option("steps", int | None, "Gradient steps of pgd; 10 by default.", metavar="N"),
+            Option("attack", Literal["fgsm", "pgd"] | None, "Attack images by the network's gradients."),
+            Option("epsilon", tuple[float, ...] | None,
+                   "Largest change of a pixel in 0 to 1; one accuracy each. 0.05 to 0.3 by default."),
+            Option("steps", int | None, "Gradient steps of pgd; 10 by default."),
         ),
     },
-)
+)  # fmt: skip
 
 
 def run(argv: Sequence[str]) -> int:
@@ -109,7 +94,7 @@ def _evaluate(loaded: LoadedRun, config: RunConfig, attacks: Sequence[Attack]) -
     model, loader = loaded.model.to(device), make_val_loader(config, data, device)
     result = evaluate(model, loader, device=device, precision=config.precision)
     assert result is not None  # only a stop that is asked for gives none
-    found = {
+    report = {
         "run": str(loaded.folder.path),
         "data": config.data,
         "images": result.images,
@@ -124,16 +109,16 @@ def _evaluate(loaded: LoadedRun, config: RunConfig, attacks: Sequence[Attack]) -
         accuracies = attacked_accuracy(
             model, loader, attacks, mean=data.mean, std=data.std, device=device, precision=config.precision
         )
-        found["attack"] = attacks[0].name
-        found["robustness"] = [
+        report["attack"] = attacks[0].name
+        report["robustness"] = [
             {"epsilon": attack.epsilon, "accuracy": accuracy}
             for attack, accuracy in zip(attacks, accuracies, strict=True)
         ]
-    return found
+    return report
 
 
 def _fitting(loaded: LoadedRun, data: ImageData, spec: str) -> ImageData:
-    """The data as the network is used to see it: normalised as in training; UserError if it does not fit."""
+    """The data as the network is used to see it: normalized as in training; UserError if it does not fit."""
     if tuple(data.image_shape) != loaded.image_shape:
         has, needs = ("x".join(map(str, shape)) for shape in (data.image_shape, loaded.image_shape))
         raise UserError(

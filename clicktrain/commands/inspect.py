@@ -9,7 +9,6 @@ from collections.abc import Mapping, Sequence
 from typing import TYPE_CHECKING, Any
 
 from clicktrain.commands.arguments import OWN_MODEL, Command, Option, Positional
-from clicktrain.commands.wording import asked_and_reached, training_share
 from clicktrain.wording import short
 
 if TYPE_CHECKING:
@@ -37,24 +36,24 @@ def run(argv: Sequence[str]) -> int:
     given = _COMMAND.parse(argv)
     from clicktrain.train import load_run
 
-    found = describe(load_run(given["run"], given.get("model")))
+    facts = describe(load_run(given["run"], given.get("model")))
     if given.get("json"):
-        print(json.dumps(found, indent=2))
+        print(json.dumps(facts, indent=2))
     else:
         from clicktrain.commands.screen import PipeConsole
 
         console = PipeConsole()
         if not console.is_terminal and "COLUMNS" not in os.environ:
             console.width = PIPE_WIDTH
-        show(found, console)
+        show(facts, console)
     return 0
 
 
 def describe(loaded: LoadedRun) -> dict[str, Any]:
-    """Everything that `show` shows, as plain values.
+    """Describe a finished run as plain values, which `show` prints.
 
     ``pattern_counts`` of a layer: bits of the pattern (bit r*S+s = position (r, s) is kept) -> number of
-    kernels; kernels that are gone are not counted, and layers that were not pruned have none.
+    kernels; pruned kernels are not counted, and layers that were not pruned have none.
     """
     summary = loaded.summary
     layers = []
@@ -92,19 +91,19 @@ def pattern_counts(mask: Tensor) -> dict[int, int]:
     return dict(Counter(dict(zip(values.tolist(), counts.tolist(), strict=True))).most_common())
 
 
-def show(found: Mapping[str, Any], console: Console) -> None:
+def show(facts: Mapping[str, Any], console: Console) -> None:
     """Print the table, the sums and the patterns."""
     from rich.box import SIMPLE_HEAD
     from rich.table import Table
 
-    title = f"{found['run']}: {found['model']}, method {found['method']}"
+    title = f"{facts['run']}: {facts['model']}, method {facts['method']}"
     table = Table(title=title, title_justify="left", box=SIMPLE_HEAD, padding=(0, 1, 0, 0))
     table.add_column("layer", overflow="fold")
     heads = ("shape", "density", "per\nfilter", "kernels\nkept", "patterns\n(top)", "dense\nFLOPs", "now")
     for head in heads:
         table.add_column(head, justify="right", no_wrap=True)
     table.add_column("operator", min_width=9)
-    for row in found["layers"]:
+    for row in facts["layers"]:
         per_filter = row["nnz_per_filter"]
         table.add_row(
             row["name"],
@@ -118,17 +117,17 @@ def show(found: Mapping[str, Any], console: Console) -> None:
             str(row["operator"]),
         )
     console.print(table)
-    for line in (*_sums(found), *_pictures(found["layers"])):
+    for line in (*_sums(facts), *_pictures(facts["layers"])):
         console.print(line, markup=False, highlight=False, soft_wrap=True)
 
 
-def _sums(found: Mapping[str, Any]) -> list[str]:
-    accuracy = found["val_accuracy"]
+def _sums(facts: Mapping[str, Any]) -> list[str]:
+    accuracy = facts["val_accuracy"]
     return [
-        f"{asked_and_reached(found)}; "
-        f"{found['nonzero_parameters']:,} of {found['parameters']:,} parameters are not zero",
-        f"inference FLOPs {100 * found['inference_flops_ratio']:.1f}% of dense, "
-        f"{training_share(found, 1)}; "
+        f"{asked_and_reached(facts)}; "
+        f"{facts['nonzero_parameters']:,} of {facts['parameters']:,} parameters are not zero",
+        f"inference FLOPs {100 * facts['inference_flops_ratio']:.1f}% of dense, "
+        f"{training_share(facts, 1)}; "
         f"accuracy {'-' if accuracy is None else f'{accuracy:.2f}%'}",
     ]
 
@@ -157,3 +156,29 @@ def _pictures(layers: Sequence[Mapping[str, Any]]) -> list[str]:
     shown = f", the first {len(best)}" if len(total) > len(best) else ""
     head = f"patterns of the 3x3 kernels ({len(total)} in use{shown}):"
     return [head, *("   ".join(cell[line] for cell in cells) for line in range(4))]
+
+
+def training_share(summary: Mapping[str, Any], digits: int) -> str:
+    """Training FLOPs of a run over dense training, and with those of the weights that it started from."""
+    text = f"training FLOPs {100 * summary['train_flops_ratio']:.{digits}f}% of dense"
+    earlier = summary.get("initial_train_flops", 0)
+    if earlier is None:
+        return f"{text}, its initial weights not counted"
+    if earlier == 0:
+        return text
+    return f"{text}, {100 * summary['total_train_flops_ratio']:.{digits}f}% with its initial weights"
+
+
+def asked_and_reached(summary: Mapping[str, Any]) -> str:
+    """The compression of a run beside what was asked for."""
+    asked = summary.get("compression_asked")
+    sparsity = summary.get("sparsity_asked")
+    if asked is not None:
+        wish = f"compression asked {asked:g}x"
+    elif sparsity is not None:
+        wish = f"sparsity asked {100 * sparsity:g}% ({1 / (1 - sparsity):.3g}x)"
+    elif any(target.get("asked") is not None for target in summary.get("outcome") or ()):
+        wish = "compression not asked"
+    else:
+        wish = "no compression asked"
+    return f"{wish}, reached {summary['compression_ratio']:.2f}x"

@@ -1,4 +1,4 @@
-"""What a person sees while a run goes on: a live display on a terminal, one line per epoch elsewhere."""
+"""Progress of a run: a live display on a terminal, one line per epoch elsewhere."""
 
 from __future__ import annotations
 
@@ -19,18 +19,18 @@ if TYPE_CHECKING:
     from clicktrain.train import Prepared, Progress, RunConfig, StepProgress
 
 REFRESH_SECONDS = 0.25
-"""Shortest time between two pictures of the live display."""
+"""Shortest time between two updates of the live display."""
 
 
 class EpochLines:
-    """One plain line per finished epoch: for log files and pipes. What `LiveDisplay` prints above itself."""
+    """Print one line per finished epoch, for log files and pipes."""
 
     def __init__(self, console: Console) -> None:
         self.console = console
         self._last: StepProgress | None = None
 
     def start(self, config: RunConfig, method: Method[Any], prepared: Prepared) -> None:
-        """Say what is trained, how and where (the data told about themselves when they were opened)."""
+        """Print the network, method, length, device and precision."""
         batches = len(prepared.train_loader)
         self._print(
             f"{config.model}, method {config.method}: {config.epochs} epochs of {batches} batches "
@@ -50,21 +50,21 @@ class EpochLines:
         self._print(epoch_line(record, epochs, left))
 
     def message(self, text: str) -> None:
-        """Print it."""
+        """Print a message."""
         self._print(text)
 
     def finish(self, summary: Mapping[str, Any]) -> None:
-        """Nothing: the command tells the result."""
+        """Do nothing: the command prints the result."""
 
     def close(self) -> None:
-        """Nothing."""
+        """Do nothing."""
 
     def _print(self, text: str) -> None:
         self.console.print(text, markup=False, highlight=False, soft_wrap=True)
 
 
 class LiveDisplay(EpochLines):
-    """A bar and the numbers of the moment at the bottom of the terminal, epoch lines above."""
+    """Draw a bar and current numbers at the bottom of the terminal, epoch lines above."""
 
     def __init__(self, console: Console) -> None:
         super().__init__(console)
@@ -90,19 +90,19 @@ class LiveDisplay(EpochLines):
         self.close()
 
     def close(self) -> None:
-        """Give the terminal back; may be called twice."""
+        """Release the terminal; may be called twice."""
         self._live.stop()
 
 
 def make_progress(console: Console, quiet: bool) -> EpochLines | None:
-    """The display that suits the console: live on a terminal, lines elsewhere, None if nothing is wanted."""
+    """Make the display for a console: live on a terminal, lines elsewhere, None if ``quiet``."""
     if quiet:
         return None
     return LiveDisplay(console) if console.is_terminal else EpochLines(console)
 
 
 def picture(info: StepProgress) -> Group:
-    """The live display: a bar over the whole run, and below it the numbers of the moment."""
+    """Draw a bar over the whole run, and current numbers below it."""
     done = (info.epoch - 1) * info.batches + info.batch
     bar = Table.grid(padding=(0, 1), expand=True)
     bar.add_column(no_wrap=True)
@@ -131,7 +131,7 @@ def picture(info: StepProgress) -> Group:
 
 
 def epoch_line(record: Mapping[str, Any], epochs: str = "", eta_seconds: float | None = None) -> str:
-    """A finished epoch in one line.
+    """Format a finished epoch as one line.
 
     Args:
         record: a line of metrics.jsonl.

@@ -30,9 +30,12 @@ def run(argv: Sequence[str]) -> int:
     from clicktrain.train import RunFolder, load_run_config
 
     names = sorted({name for method in METHODS.values() for name in choice_fields(method)})
-    own = [Option(name, str | None, "Of the run, if it is code of your own: package.module:function.",
-                  metavar="NAME") for name in names]  # fmt: skip
-    command = replace(_COMMAND, groups={**_COMMAND.groups, "code of your own": own})
+    text = "The run's, if it is code of your own: package.module:function."
+    own = [Option(name, str | None, text, metavar="NAME", main=False) for name in names]
+    note = "A function of your own that the run uses has to be named again, as package.module:function."
+    command = replace(
+        _COMMAND, groups={**_COMMAND.groups, "code of your own": own}, notes={"code of your own": [note]}
+    )
     given = command.parse(argv)
     folder = RunFolder(Path(given["run"]))
     named = {name: given[name] for name in names if given.get(name) is not None}

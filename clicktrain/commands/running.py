@@ -10,9 +10,9 @@ from typing import Any
 
 from rich.console import Console
 
+from clicktrain.commands.inspect import asked_and_reached, training_share
 from clicktrain.commands.progress import make_progress
 from clicktrain.commands.screen import lasting_console, warn
-from clicktrain.commands.wording import asked_and_reached, training_share
 from clicktrain.methods import Method
 from clicktrain.methods.outcome import Outcome
 from clicktrain.train import RunConfig, RunFolder, TrainingInterrupted
@@ -38,7 +38,7 @@ def carry_out(
         folder: of the run.
         quiet: no progress.
         report: write report.html.
-        notes: things to tell before the run starts.
+        notes: sentences to print before the run starts.
         resume: continue the run in the folder.
     """
     console = lasting_console(f"the run goes on without it, in {folder.path}")

@@ -1,4 +1,4 @@
-"""Standard output that may end before its program does: `| head`, a closed terminal, a full disk."""
+"""Write to a standard output that may close early: `| head`, a closed terminal, a full disk."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ from rich.console import Console
 
 
 class Screen(io.TextIOBase):
-    """Text that goes to a stream for as long as anybody reads it.
+    """A text stream that outlives its reader.
 
     A run lasts longer than a pipe: when the stream fails, ``lost`` is called once with the reason, and what
     is written from then on goes nowhere.
@@ -26,11 +26,11 @@ class Screen(io.TextIOBase):
 
     @property
     def encoding(self) -> str:  # type: ignore[override]
-        """Of the stream."""
+        """The stream's encoding, or utf-8."""
         return getattr(self._stream, "encoding", None) or "utf-8"
 
     def writable(self) -> bool:
-        """Always: what nobody reads is dropped."""
+        """Always true: text that nobody reads is dropped."""
         return True
 
     def isatty(self) -> bool:
@@ -38,26 +38,25 @@ class Screen(io.TextIOBase):
         return self._stream is not None and self._stream.isatty()
 
     def fileno(self) -> int:
-        """Of the stream; OSError where there is none."""
+        """The stream's descriptor; OSError if it is closed."""
         if self._stream is None:
-            raise OSError("nobody reads the output")
+            raise OSError("the output is closed")
         return self._stream.fileno()
 
     def write(self, text: str) -> int:
         """Write, or drop."""
-        if self._stream is not None:
-            try:
-                self._stream.write(text)
-            except (OSError, ValueError) as error:  # ValueError: closed
-                self._give_up(error)
+        self._try(lambda stream: stream.write(text))
         return len(text)
 
     def flush(self) -> None:
-        """Hand on what is buffered."""
+        """Flush the stream, if it is open."""
+        self._try(lambda stream: stream.flush())
+
+    def _try(self, act: Callable[[TextIO], object]) -> None:
         if self._stream is not None:
             try:
-                self._stream.flush()
-            except (OSError, ValueError) as error:
+                act(self._stream)
+            except (OSError, ValueError) as error:  # ValueError: closed
                 self._give_up(error)
 
     def _give_up(self, error: Exception) -> None:
@@ -68,7 +67,7 @@ class Screen(io.TextIOBase):
 
 
 def lasting_console(goes_on: str) -> Console:
-    """A console for a run: if its output cannot be written any more, one warning says how the run goes on."""
+    """Make a console for a run: if its output closes, one warning says how the run goes on."""
     screen = Screen(
         sys.stdout, lambda reason: warn(f"the output cannot be written any more ({reason}): {goes_on}")
     )
@@ -84,7 +83,7 @@ class PipeConsole(Console):
 
 
 def discard_stdout() -> None:
-    """Send what is still in Python's buffers, and all that follows, nowhere: nothing may fail at exit."""
+    """Redirect standard output to nowhere, so that flushing it at exit cannot fail."""
     with contextlib.suppress(OSError, ValueError, AttributeError):
         descriptor = os.open(os.devnull, os.O_WRONLY)
         os.dup2(descriptor, sys.stdout.fileno())
@@ -92,6 +91,6 @@ def discard_stdout() -> None:
 
 
 def warn(sentence: str) -> None:
-    """Print to standard error, if anybody reads that."""
+    """Print a sentence to standard error, if it is open."""
     with contextlib.suppress(OSError, ValueError, AttributeError):
         print(f"clicktrain: {sentence}", file=sys.stderr, flush=True)

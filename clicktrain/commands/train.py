@@ -89,10 +89,8 @@ def merge(recipe: dict[str, Any], flags: dict[str, Any]) -> tuple[dict[str, Any]
     Returns:
         The settings, and the names of those left out that were not at their default.
     """
-    old, new = (
-        recipe.get("method", RunConfig.method),
-        flags.get("method", recipe.get("method", RunConfig.method)),
-    )
+    old = recipe.get("method", RunConfig.method)
+    new = flags.get("method", old)
     kept, ignored = dict(recipe), []
     if new != old and new in METHODS:
         valid = {*field_names(RunConfig), *field_names(METHODS[new])}
@@ -100,11 +98,8 @@ def merge(recipe: dict[str, Any], flags: dict[str, Any]) -> tuple[dict[str, Any]
         for key in set(kept) - valid:
             if kept.pop(key) != defaults.get(key):
                 ignored.append(key)
-    if (
-        flags.get("preset", recipe.get("preset")) != recipe.get("preset")
-        and new == old
-        and "preset" in recipe
-    ):
+    other_preset = flags.get("preset", recipe.get("preset")) != recipe.get("preset")
+    if other_preset and new == old and "preset" in recipe:
         implied = to_plain(METHODS[old](preset=recipe["preset"]))  # type: ignore[call-arg]
         kept = {key: value for key, value in kept.items() if key not in implied or implied[key] != value}
     return {**kept, **flags}, sorted(ignored)
@@ -145,7 +140,6 @@ def _command(method: str, alone: bool = False) -> Command:
         },
         explain=lambda name: _of_another_method(name, method),
         examples=_EXAMPLES,
-        brief=alone,
     )
 
 
@@ -175,11 +169,11 @@ def _of_another_method(name: str, method: str) -> str | None:
 
 
 def _peek(argv: Sequence[str], name: str) -> str | None:
-    """The last value of a text flag, before the flags can be parsed: which there are depends on it."""
-    found = None
+    """Read the last value of a text flag before parsing: which flags exist depends on it."""
+    value = None
     for token, following in itertools.zip_longest(argv, argv[1:]):
         if token == (flag := f"--{name.replace('_', '-')}"):
-            found = following
+            value = following
         elif token.startswith(f"{flag}="):
-            found = token.partition("=")[2]
-    return found
+            value = token.partition("=")[2]
+    return value

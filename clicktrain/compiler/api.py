@@ -22,7 +22,7 @@ from clicktrain.kernels.native import KernelError, keep_memory
 from clicktrain.kernels.native.failure import report_failure, summary, watch_failures
 from clicktrain.kernels.native.folder import take_notice
 from clicktrain.kernels.pack_model import pack
-from clicktrain.kernels.sparse_conv2d import PackedConv2d
+from clicktrain.kernels.sparse_conv2d import PackedLayer
 
 _PRECISIONS = ("fp32", "bf16")
 
@@ -201,4 +201,4 @@ def _warn_if_slow(plan: LoweringPlan) -> None:
 
 
 def _packed(model: nn.Module) -> bool:
-    return any(isinstance(module, PackedConv2d) for module in model.modules())
+    return any(isinstance(module, PackedLayer) for module in model.modules())

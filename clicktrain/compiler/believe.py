@@ -16,7 +16,7 @@ from clicktrain.graph.faithful import Believed, copy_in_modes, original_calls
 from clicktrain.graph.observe import Observation, observe, tensors_in
 from clicktrain.graph.random_state import same_random_state
 from clicktrain.graph.trace import one_line, outside_autocast
-from clicktrain.kernels.sparse_conv2d import PackedConv2d
+from clicktrain.kernels.sparse_conv2d import PackedLayer
 
 _FLOOR = {torch.float64: 1e-6, torch.float32: 1e-2, torch.bfloat16: 0.5}
 """Relative errors of sums in another order, or of activations that are rounded to the dtype."""
@@ -33,11 +33,11 @@ class LoweringError(Exception):
 def is_operator(module: nn.Module) -> bool:
     """Whether the compiler takes a module as one operation.
 
-    Packed convolutions, and modules of the user's own that have parameters and no children. Those that only
+    Packed layers, and modules of the user's own that have parameters and no children. Those that only
     call functions are part of the graph.
     """
     own = next(module.parameters(recurse=False), None) is not None and not any(module.children())
-    return own or isinstance(module, PackedConv2d)
+    return own or isinstance(module, PackedLayer)
 
 
 def believed_lowering(believed: Believed, plan: LoweringPlan, dtype: torch.dtype) -> Lowered:

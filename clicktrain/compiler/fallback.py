@@ -14,7 +14,7 @@ from clicktrain.graph import Inputs, layer_input_shapes, own_random_numbers, wor
 from clicktrain.kernels.impls import ConvProblem, Impl, candidates_for
 from clicktrain.kernels.native import KernelError
 from clicktrain.kernels.native.failure import report_failure
-from clicktrain.kernels.sparse_conv2d import IMPLS, PackedConv2d, sparse_conv2d
+from clicktrain.kernels.sparse_conv2d import IMPLS, PackedConv2d, PackedLayer, sparse_conv2d
 from clicktrain.kernels.sparse_conv2d.api import OPERATOR
 from clicktrain.latency.machine import Machine
 from clicktrain.latency.timer import candidates_ms
@@ -24,9 +24,15 @@ _ORACLE = "reference"
 
 
 def accelerate_layers_(
-    model: nn.Module, inputs: Inputs, rule: str, below: str = "", plan: LoweringPlan | None = None
+    model: nn.Module,
+    inputs: Inputs,
+    rule: str,
+    below: str = "",
+    plan: LoweringPlan | None = None,
+    *,
+    lowered: type[nn.Module] | tuple[()] = (),
 ) -> list[str]:
-    """Switch packed convolutions to another implementation where that pays.
+    """Switch packed layers to another implementation where that pays.
 
     Args:
         model: a copy of it runs once on the inputs, to see what each layer gets.
@@ -34,6 +40,7 @@ def accelerate_layers_(
         rule: as of `accelerate`; by ``measured`` a layer's conversions are part of its time.
         below: path of the only part to look at.
         plan: take its choices for the layers that it names.
+        lowered: leave out layers of this type, which the lowered graph has.
 
     Returns:
         Names of the layers switched.
@@ -41,7 +48,9 @@ def accelerate_layers_(
     layers = {
         name: module
         for name, module in model.named_modules()
-        if isinstance(module, PackedConv2d) and (not below or f"{name}.".startswith(f"{below}."))
+        if isinstance(module, PackedLayer)
+        and not isinstance(module, lowered)
+        and (not below or f"{name}.".startswith(f"{below}."))
     }
     known = {} if plan is None else plan.by_layer()
     possible = [name for name in layers if name not in known or known[name].implementation is not None]
@@ -51,7 +60,10 @@ def accelerate_layers_(
     with own_random_numbers():
         for name, shape in shapes.items():
             layer, wanted = layers[name], known[name].implementation if name in known else None
-            impl = _fastest(layer, shape, "sparse" if wanted else rule, [wanted] if wanted else None)
+            form = layer.as_conv2d(shape)
+            if form is None:
+                continue
+            impl = _fastest(*form, "sparse" if wanted else rule, [wanted] if wanted else None)
             if impl is not None:
                 layer.use(impl, otherwise=_ORACLE)
                 chosen.append(name)
@@ -72,21 +84,20 @@ def plan_by_layer(model: nn.Module, chosen: list[str], rule: str, batch: int, no
             else "",
         )
         for name, module in model.named_modules()
-        if isinstance(module, PackedConv2d)
+        if isinstance(module, PackedLayer)
     ]
     return LoweringPlan(rule, batch, Machine.here(), tuple(choices), (note,))
 
 
 def _input_shapes(model: nn.Module, names: list[str], inputs: Inputs) -> dict[str, torch.Size]:
-    """Shapes of the images that layers read; a copy of the model runs."""
+    """Shapes of what layers read; a copy of the model runs."""
     with own_random_numbers(inputs.tensors()):
         shapes = layer_input_shapes(working_copy(model), names, inputs.map(torch.clone))
-    last = {name: calls[-1] for name, calls in shapes.items()}
-    return {name: shape for name, shape in last.items() if len(shape) == 4}
+    return {name: calls[-1] for name, calls in shapes.items()}
 
 
 def _fastest(
-    layer: PackedConv2d, shape: torch.Size, rule: str, impls: Sequence[Impl] | None = None
+    layer: PackedConv2d, shape: Sequence[int], rule: str, impls: Sequence[Impl] | None = None
 ) -> str | None:
     """The implementation that a layer is to run on; None for the one that it has.
 
@@ -108,7 +119,7 @@ def _fastest(
     return None if best == _ORACLE else best
 
 
-def _works(layer: PackedConv2d, shape: torch.Size, impl: str) -> bool:
+def _works(layer: PackedConv2d, shape: Sequence[int], impl: str) -> bool:
     """Whether the layer's kernels can be built; failures are reported."""
     try:
         _call(layer, shape, impl)()
@@ -118,7 +129,7 @@ def _works(layer: PackedConv2d, shape: torch.Size, impl: str) -> bool:
     return True
 
 
-def _call(layer: PackedConv2d, shape: torch.Size, impl: str) -> Callable[[], object]:
+def _call(layer: PackedConv2d, shape: Sequence[int], impl: str) -> Callable[[], object]:
     """Forward and backward of a layer on random numbers."""
     x = torch.randn(shape, dtype=layer.values.dtype, requires_grad=True)
     values = layer.values.detach().requires_grad_()

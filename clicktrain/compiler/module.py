@@ -21,7 +21,7 @@ from clicktrain.graph.faithful import Believed, ExampleError, UnfaithfulError, b
 from clicktrain.kernels.impls import candidates_for
 from clicktrain.kernels.native import KernelError, missing_toolchain, toolchain
 from clicktrain.kernels.native.failure import summary, watch_failures
-from clicktrain.kernels.sparse_conv2d import PackedConv2d
+from clicktrain.kernels.sparse_conv2d import PackedConv2d, PackedLayer
 from clicktrain.kernels.sparse_conv2d.api import OPERATOR
 
 _LOCK = threading.RLock()
@@ -154,6 +154,8 @@ class Accelerated(nn.Module):
         inside = [path for path in graph.opaque if _holds_packed(self.base.get_submodule(path))]
         for path in inside:
             accelerate_layers_(self.base, graph.inputs, self._rule, below=path)
+        if not self._lowered:
+            accelerate_layers_(self.base, graph.inputs, self._rule, lowered=PackedConv2d)
         lowered = believed_lowering(believed, self.plan, packed_type(self.base))
         if not self._lowered and lowered.plan is not None:
             self.__dict__["plan"] = lowered.plan
@@ -311,7 +313,7 @@ def _shapes(inputs: Inputs) -> list[list[int]]:
 
 
 def _holds_packed(model: nn.Module) -> bool:
-    return any(isinstance(module, PackedConv2d) for module in model.modules())
+    return any(isinstance(module, PackedLayer) for module in model.modules())
 
 
 def _unsupported(devices: set[str]) -> list[str]:
@@ -332,7 +334,7 @@ def refusal(model: nn.Module, inputs: tuple[Any, ...]) -> str | None:
         return f"it or its example is on {elsewhere[0]}, the sparse kernels are for {names}"
     if len(devices) > 1:
         return f"it and its example are on {' and '.join(sorted(devices))}"
-    packed = {m.values.dtype for m in model.modules() if isinstance(m, PackedConv2d)}
+    packed = {m.values.dtype for m in model.modules() if isinstance(m, PackedLayer)}
     wrong = packed - {torch.float32, torch.float64}
     if wrong or len(packed) > 1:
         return "its packed layers are not all float32, or all float64"

@@ -1,4 +1,4 @@
-"""From the bytes of an image file to uint8 pixels, with Pillow, and the standard resizing recipes."""
+"""Decoding image files to uint8 pixels with Pillow, and the standard resizing recipes."""
 
 from __future__ import annotations
 
@@ -176,19 +176,19 @@ def measure_values(images: EncodedImages, indices: list[int], threads: int = 1) 
     """
 
     def measure_chunk(start: int) -> ValueRange | None:
-        found = None
+        values = None
         for index in indices[start : start + _CHUNK]:
             own = values_of(images.read(index), images.name(index))
             if own is None:
                 raise _mixed_depths(images.name(index), "8 bits or fewer", "more")
-            found = own.including(found)
-        return found
+            values = own.including(values)
+        return values
 
-    found: ValueRange | None = None
+    values: ValueRange | None = None
     for part in _in_threads(measure_chunk, len(indices), threads):
-        found = found if part is None else part.including(found)
-    assert found is not None  # a listing that passed its check is not empty
-    return found
+        values = values if part is None else part.including(values)
+    assert values is not None  # a listing that passed its check is not empty
+    return values
 
 
 def _in_threads(chunk: Callable[[int], T], count: int, threads: int) -> Iterator[T]:
@@ -210,6 +210,5 @@ def mixed_sizes(name: str, size: tuple[int, int], other: str, other_size: tuple[
     """Return the error for images of several sizes where no common one was asked for."""
     return UserError(
         f"images are of mixed sizes ({name} is {size[1]}x{size[0]}, {other} {other_size[1]}x{other_size[0]} "
-        "pixels); "
-        "set image_size, for example 224, to resize them all"
+        "pixels); set image_size, for example 224, to resize them all"
     )

@@ -65,7 +65,7 @@ class ImageData:
     workers: int = 2
     """Processes that decode where the images are not in memory."""
     value_range: tuple[float, float] | None = None
-    """Of images deeper than 8 bits, the values that became 0 and 255."""
+    """The values of images deeper than 8 bits that became 0 and 255."""
 
     @property
     def in_memory(self) -> bool:

@@ -39,7 +39,7 @@ Values = np.ndarray[Any, Any]
 
 @dataclass(frozen=True)
 class Header:
-    """What the first bytes of an image file tell."""
+    """The facts in the first bytes of an image file."""
 
     size: tuple[int, int]
     """Height, width in pixels."""

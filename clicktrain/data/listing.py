@@ -1,4 +1,4 @@
-"""What a source of images offers before it is decoded, and the checks that every source passes."""
+"""The images of a source before they are decoded, and the checks that every source passes."""
 
 from __future__ import annotations
 
@@ -102,8 +102,7 @@ class Listing:
 
         Raises:
             UserError: no images, labels outside the classes, fewer than two classes, or a validation class
-            that
-                is never trained. The sentence names ``spec`` and the image.
+                without training images. The sentence names ``spec`` and the image.
         """
         if len(self.train) == 0 or (self.val is not None and len(self.val) == 0):
             split = "training" if len(self.train) == 0 else "validation"
@@ -117,7 +116,7 @@ class Listing:
         if len(classes) < 2 or int(self.train.labels.bincount().count_nonzero()) < 2:
             only = classes[int(self.train.labels[0])]
             raise UserError(
-                f"data {spec!r} has training images of one class only ({only!r}); two classes at least are "
+                f"data {spec!r} has training images of one class only ({only!r}); at least two classes are "
                 "needed"
             )
         if self.val is not None:
@@ -158,8 +157,7 @@ def _check_trained(train: ListedSplit, val: ListedSplit, classes: tuple[str, ...
         index = int(unknown[0])
         raise UserError(
             f"data {spec!r}: class {classes[int(val.labels[index])]!r} has validation images "
-            f"({val.name(index)}) "
-            "but no training images; add some or remove it from the validation split"
+            f"({val.name(index)}) but no training images; add some or remove it from the validation split"
         )
 
 

@@ -1,10 +1,12 @@
-"""Open a data set by its specification: list, check, decode or stream, split, measure."""
+"""Opening a data set by its specification: list, check, decode or stream, split, measure."""
 
 from __future__ import annotations
 
+import functools
 import logging
 import math
-from dataclasses import dataclass
+from collections.abc import Callable
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 import torch
@@ -44,9 +46,8 @@ def open_data(
 ) -> ImageData:
     """Open a data set.
 
-    Where all images decoded take at most ``memory_limit`` they are decoded at once, in threads, and kept as
-    uint8 tensors (and in the cache, so that the next start is quick); otherwise they are decoded while
-    training.
+    Images that take at most ``memory_limit`` when decoded are decoded at once, in threads, and kept as uint8
+    tensors, also in the cache for the next start; other data sets are decoded while training.
 
     Args:
         spec: ``digits``, ``parquet:DIR``, ``imagefolder:DIR``, ``cifar10:DIR``, ``cifar100:DIR``,
@@ -64,7 +65,7 @@ def open_data(
             decoded while training. Without effect on 8-bit images.
 
     Raises:
-        UserError: anything that is wrong with the arguments or the data; one sentence that names it.
+        UserError: the arguments or the data are wrong; one sentence says what.
     """
     _check_arguments(image_size, val_fraction, workers)
     folder = cache_dir if cache_dir is not None else default_cache_dir()
@@ -113,7 +114,7 @@ def _check_arguments(image_size: int | None, val_fraction: float, workers: int) 
 
 
 def _list(spec: DataSpec, folder: Path, cache_dir: Path | None, memory_limit: int) -> Listing:
-    """Let the source of this kind list its images; imported here, as most need a library of their own."""
+    """List the images; sources are imported here, as most need a library of their own."""
     if spec.kind == "digits":
         from clicktrain.data.sources.digits import list_digits
 
@@ -141,7 +142,7 @@ def _list(spec: DataSpec, folder: Path, cache_dir: Path | None, memory_limit: in
 
 @dataclass(frozen=True, eq=False)
 class _Loaded:
-    """Splits as the source has them; ``train_sums`` is None where ImageNet's statistics are to be used."""
+    """The splits of the source; ``train_sums`` is None where ImageNet's statistics are used."""
 
     shape: tuple[int, int, int]
     train: Source
@@ -161,7 +162,7 @@ class _Request:
     value_range: tuple[float, float] | None
 
     def values(self, images: EncodedImages, indices: list[int]) -> ValueRange:
-        """The range that was asked for, or that of these images."""
+        """The range that the user gave, or that of these images."""
         if self.value_range is not None:
             return ValueRange(*self.value_range)
         logger.info("measuring the range of the pixel values of %s, once", self.spec)
@@ -169,7 +170,7 @@ class _Request:
 
 
 def _from_pixels(listing: Listing, image_size: int | None, memory_limit: int) -> _Loaded:
-    """Take over pixels that the source holds, resized if need be, within the memory that they may take."""
+    """Use the pixels that the source holds, resized where asked, within the memory limit."""
 
     def source(split: ListedSplit) -> PixelSource:
         assert isinstance(split.images, Tensor)
@@ -322,7 +323,7 @@ def _stream(
     imagenet: bool,
     deep: bool,
 ) -> _Loaded:
-    """Leave the images encoded; measure a sample of them, or take ImageNet's figures for a set like it."""
+    """Leave the images encoded; measure a sample, or use ImageNet's statistics for 1000 RGB classes."""
     values = _sampled_range(_encoded(listing.train), request, key) if deep else EIGHT_BIT
 
     def source(split: ListedSplit) -> EncodedSource:
@@ -338,53 +339,43 @@ def _stream(
 
 
 def _sampled_range(images: EncodedImages, request: _Request, key: str | None) -> ValueRange:
-    """Range of the values of a sample of the training images; what lies outside is clipped later."""
-    key = key and f"{key}-range"
-    cached = request.cache.load(key) if key is not None else None
-    if cached is not None and "value_range" in cached:
-        return ValueRange(*_pair(cached["value_range"]))
-    values = request.values(images, _spread(len(images), _MEASURED))
-    if key is not None:
-        both = torch.tensor([values.low, values.high], dtype=torch.float64)
-        request.cache.store(key, {"value_range": both})
-    return values
+    """Range of the values of a sample of the training images; values outside are clipped later."""
+
+    def measure() -> Tensor:
+        values = request.values(images, _spread(len(images), _MEASURED))
+        return torch.tensor([values.low, values.high], dtype=torch.float64)
+
+    return ValueRange(*_pair(_cached(request, key and f"{key}-range", "value_range", measure)))
 
 
 def _sampled_sums(train: EncodedSource, request: _Request, key: str | None) -> Tensor:
-    key = key and f"{key}-sample"
+    """`channel_sums` of a sample of the training images."""
+
+    def measure() -> Tensor:
+        indices = _spread(len(train), _MEASURED)
+        logger.info("decoding %d images of %s to measure mean and std, once", len(indices), request.spec)
+        parts = (indices[start : start + 256] for start in range(0, len(indices), 256))  # they may be large
+        decode = functools.partial(
+            decode_all, train.images, channels=train.channels, size=train.size, resize=train.resize,
+            ratio=train.ratio, threads=request.workers, values=train.values,
+        )  # fmt: skip
+        return torch.cat([channel_sums(decode(part)) for part in parts])
+
+    return _cached(request, key and f"{key}-sample", "train_sums", measure)
+
+
+def _cached(request: _Request, key: str | None, name: str, measure: Callable[[], Tensor]) -> Tensor:
+    """A tensor of that name from the cache, or measured now and stored there."""
     cached = request.cache.load(key) if key is not None else None
-    if cached is not None and "train_sums" in cached:
-        return cached["train_sums"]
-    indices = _spread(len(train), _MEASURED)
-    logger.info("decoding %d images of %s to measure mean and std, once", len(indices), request.spec)
-    sums = []
-    for start in range(0, len(indices), 256):  # a few at a time: the images may be large
-        part = indices[start : start + 256]
-        images = decode_all(
-            train.images,
-            part,
-            train.channels,
-            train.size,
-            resize=train.resize,
-            ratio=train.ratio,
-            threads=request.workers,
-            values=train.values,
-        )
-        sums.append(channel_sums(images))
-    joined = torch.cat(sums)
+    if cached is not None and name in cached:
+        return cached[name]
+    tensor = measure()
     if key is not None:
-        request.cache.store(key, {"train_sums": joined})
-    return joined
+        request.cache.store(key, {name: tensor})
+    return tensor
 
 
 def _subset(source: Source, indices: Tensor) -> Source:
     if isinstance(source, PixelSource):
         return PixelSource(source.images[indices], source.labels[indices])
-    return EncodedSource(
-        SubsetImages(source.images, indices),
-        source.labels[indices],
-        source.channels,
-        source.size,
-        source.resize,
-        source.values,
-    )
+    return replace(source, images=SubsetImages(source.images, indices), labels=source.labels[indices])

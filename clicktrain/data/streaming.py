@@ -134,8 +134,7 @@ def make_loader(
     if drop_last and batch_size > len(source):
         raise UserError(
             f"batch_size={batch_size} is more than the {len(source)} images of the {split} split of "
-            f"{data.spec}; "
-            f"at most {len(source)} gives a full batch"
+            f"{data.spec}; at most {len(source)} gives a full batch"
         )
     training = split == "train"
     applied = augment if training else Augment()

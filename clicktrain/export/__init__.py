@@ -1,4 +1,4 @@
-"""Files of a finished network for other tools, each loaded back and compared before it gets its name."""
+"""Export of a finished network to files of other tools, each compared with the network before it is kept."""
 
 from clicktrain.export.checked_export import FORMATS, SUFFIXES, Exported, FinishedRun, Format, export_run
 

@@ -1,4 +1,4 @@
-"""Export one network: write beside the target, load back, compare, and only then rename."""
+"""Exporting a network: write a draft beside the target, load it back, compare, and only then rename it."""
 
 from __future__ import annotations
 
@@ -20,24 +20,24 @@ from clicktrain.leftovers import remove_abandoned
 Format = Literal["safetensors", "onnx", "torch"]
 FORMATS: tuple[Format, ...] = get_args(Format)
 SUFFIXES: dict[str, str] = {"safetensors": ".safetensors", "onnx": ".onnx", "torch": ".pt2"}
-"""Usual ending of a file, by format."""
+"""File suffix of each format."""
 
 _BATCHES = (1, 3)
-"""Batch sizes that a file is checked with: the batch dimension must be free."""
+"""Batch sizes of the check: the batch dimension must be free."""
 _RELATIVE = 1e-4
-"""Allowed difference, relative to the largest logit: folded batch norms and another order of sums in fp32
-stay two orders of magnitude below it, a wrong weight or operator does not."""
+"""Allowed difference, relative to the largest logit. Folded batch norms and reordered fp32 sums stay two
+orders of magnitude below it; a wrong weight or operator does not."""
 
 Run = Callable[[Tensor], Tensor]
-"""A network read back from its file: images [B, C, H, W] to logits [B, K]."""
+"""A network loaded from its file: images [B, C, H, W] -> logits [B, K]."""
 
 
 class FinishedRun(Protocol):
-    """What is exported: the network of a run and the facts about it."""
+    """A finished run: its network and the facts about it."""
 
     @property
     def model(self) -> nn.Module:
-        """Plain module, zeros in place."""
+        """A plain module with the pruned weights at zero."""
 
     @property
     def facts(self) -> dict[str, Any]:
@@ -53,7 +53,7 @@ class Exported:
     """A file that was written and checked.
 
     ``max_difference`` is the largest absolute difference between its logits and the network's on random
-    images, ``tolerance`` what would have been allowed.
+    images; up to ``tolerance`` is allowed.
     """
 
     path: Path
@@ -109,7 +109,7 @@ def export_run(run: FinishedRun, format: Format, output: str | Path) -> Exported
 
 
 def _write(format: Format, model: nn.Module, shape: tuple[int, int, int], path: Path, facts: str) -> Run:
-    """Write the file, and read it back as something that computes."""
+    """Write the file and load it as a network."""
     example = torch.zeros(2, *shape)  # not 1, which torch.export would take for a constant
     match format:
         case "safetensors":
@@ -124,7 +124,7 @@ def _write(format: Format, model: nn.Module, shape: tuple[int, int, int], path: 
 
 
 def _compare(model: nn.Module, other: Run, shape: tuple[int, int, int]) -> tuple[float, float]:
-    """Largest absolute difference of the logits on random images, and what is allowed."""
+    """Largest absolute difference of the logits on random images, and the allowed one."""
     generator = torch.Generator().manual_seed(0)
     largest, scale = 0.0, 1.0
     for batch in _BATCHES:

@@ -18,16 +18,16 @@ PACKAGES = ("onnx", "onnxscript", "onnxruntime")
 
 
 def check_packages() -> None:
-    """Raise UserError unless what writes and checks ONNX files is installed."""
+    """Raise UserError unless the packages that write and check ONNX files are installed."""
     missing = [name for name in PACKAGES if importlib.util.find_spec(name) is None]
     if missing:
         raise UserError(f"export to onnx needs {', '.join(missing)}: run 'pip install {' '.join(missing)}'")
 
 
 def write(model: nn.Module, example: Tensor, path: Path, facts: str) -> None:
-    """Write one file, weights inside; ``facts`` go in as metadata."""
+    """Write one file with the weights inside and ``facts`` as metadata."""
     check_packages()
-    # It would tell at every export that the torchvision operators are not there.
+    # It warns at every export that torchvision operators are missing.
     logging.getLogger("torch.onnx._internal.exporter._registration").setLevel(logging.ERROR)
     captured = capture(model, example)
     with warnings.catch_warnings():
@@ -42,7 +42,7 @@ def write(model: nn.Module, example: Tensor, path: Path, facts: str) -> None:
 
 
 def read(path: Path) -> Callable[[Tensor], Tensor]:
-    """The file in ONNX Runtime on the CPU."""
+    """Load the file into ONNX Runtime on the CPU."""
     import onnxruntime
 
     session = onnxruntime.InferenceSession(path, providers=["CPUExecutionProvider"])

@@ -11,7 +11,7 @@ from torch import Tensor, nn
 
 
 def write(model: nn.Module, path: Path, facts: str) -> None:
-    """Write every parameter and buffer (each, also where they share memory), and ``facts`` as metadata."""
+    """Write every parameter and buffer, shared ones too, with ``facts`` as metadata."""
     tensors = {
         name: tensor.detach().cpu().clone().contiguous() for name, tensor in model.state_dict().items()
     }
@@ -19,7 +19,7 @@ def write(model: nn.Module, path: Path, facts: str) -> None:
 
 
 def read(model: nn.Module, path: Path) -> Callable[[Tensor], Tensor]:
-    """The same network with the weights of the file."""
+    """Load the weights of the file into a copy of the network."""
     other = copy.deepcopy(model)
     other.load_state_dict(load_file(path))
     return other

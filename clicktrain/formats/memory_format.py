@@ -43,7 +43,7 @@ def plain(tensor: Tensor) -> Tensor:
     """The tensor with the strides of NCHW, in a copy if need be.
 
     Not ``contiguous()``: with one channel or pixel a tensor is contiguous in both formats, and only its
-    strides tell the operators which one is meant.
+    strides show which one is meant.
     """
     strides, step = [], 1
     for size in reversed(tensor.shape):

@@ -179,7 +179,7 @@ def save_tensors(
     """Write a safetensors file, whole or not at all.
 
     Unlike the library's writer, this one brings one tensor at a time to the CPU and makes no copy of the
-    file in memory, and a full disk is an error that can be told apart.
+    file in memory, and a full disk has an error of its own.
 
     Raises:
         TypeError: a tensor's dtype or layout, or a metadata value, has no place in the format.

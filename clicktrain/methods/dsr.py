@@ -28,7 +28,7 @@ class DSR(Growing):
     """Sparse training that moves weights over all layers, by one adaptive threshold (Mostafa and Wang, 2019).
 
     What is below the threshold is dropped; as many weights grow, at zero, in the layers in proportion to what
-    survived there. The number of living weights stays; the layers' densities follow from training.
+    survived there. The number of active weights stays; the layers' densities follow from training.
     """
 
     name: ClassVar[str] = "dsr"
@@ -38,7 +38,7 @@ class DSR(Growing):
     """Weights over layers at the beginning: the same share everywhere (the paper's), or
     Erdos-Renyi-kernel."""
     drop: float = 0.08
-    """Share of the living weights that each update is to drop (N_p); 0.08 is 400,000 of the 5.1 million that
+    """Share of the active weights that each update is to drop (N_p); 0.08 is 400,000 of the 5.1 million that
     ResNet-50 has at a sparsity of 0.8."""
     drop_rule: DropChoice = "threshold"
     """Which are dropped: what is below one adaptive threshold (the paper's), or the smallest of each layer or
@@ -53,7 +53,7 @@ class DSR(Growing):
     """Batches between updates in the first quarter of the run, doubled in each further one; by default 1,000,
     or a hundredth of a run of under 100,000 batches."""
     stop: float = 0.95
-    """Share of the run after which positions are fixed."""
+    """Share of the run after which masks are frozen."""
 
     def __post_init__(self) -> None:
         """Check every setting."""

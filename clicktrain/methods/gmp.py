@@ -34,7 +34,7 @@ class GMP(Moving):
     start: float = 0.1
     """Share of the run at which pruning begins."""
     stop: float = 0.6
-    """Share of the run at which the sparsity asked for is reached and positions are fixed."""
+    """Share of the run at which the sparsity asked for is reached and masks are frozen."""
     interval: int | None = None
     """Batches between pruning steps (the paper's frequency); by default 100, or a hundredth of a run of under
     10,000 batches."""

@@ -42,7 +42,7 @@ class GraNet(Growing):
     start: float = 0.0
     """Share of the run at which pruning begins."""
     stop: float = 0.6
-    """Share of the run at which the sparsity asked for is reached and positions are fixed."""
+    """Share of the run at which the sparsity asked for is reached and masks are frozen."""
     interval: int | None = None
     """Batches between steps; by default 1,000, or a fiftieth of a run of under 50,000 batches."""
 

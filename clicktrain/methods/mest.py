@@ -46,7 +46,7 @@ class MEST(Growing):
     interval: int | None = None
     """Batches between updates; by default 1,000, or a fiftieth of a run of under 50,000 batches."""
     stop: float = 0.8
-    """Share of the run after which positions are fixed."""
+    """Share of the run after which masks are frozen."""
 
     def __post_init__(self) -> None:
         """Check every setting."""

@@ -39,7 +39,7 @@ class NM(StraightThrough):
     decay: float = 2e-4
     """Lambda of the sparse-refined term, on the weights that the forward pass does not see."""
     stop: float = 1.0
-    """Share of the run after which positions are fixed; the paper's stay open to the end."""
+    """Share of the run after which masks are frozen; the paper's stay open to the end."""
     linear: bool = True
     """Prune fully connected layers too."""
 

@@ -1,30 +1,31 @@
-"""What was asked of a run, what it reached, and why not: the table at the end of every run."""
+"""Targets of a run and what it reached, with reasons: the table at the end of every run."""
 
 from __future__ import annotations
 
 import dataclasses
+import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, Literal
 
 from torch import Tensor
 
+from clicktrain.errors import UserError
 from clicktrain.graph.prunable import PrunableLayers
 from clicktrain.sparsity.masks import sparsity_of
 from clicktrain.wording import table_lines
 
 TOLERANCE = 0.05
-"""A result that is further from what was asked than this share of it is a miss."""
-
+"""A target is missed if the result differs from it by more than this share of it."""
 NOTED = 0.01
-"""A reason is given from this share on."""
+"""A larger difference than this share gets a reason."""
 
 Unit = Literal["share", "times", "ms"]
 
 
 @dataclass(frozen=True, slots=True)
 class Target:
-    """One thing that was asked for.
+    """A target of a run.
 
     Attributes:
         what: in words, "sparsity of the pruned layers".
@@ -42,13 +43,13 @@ class Target:
 
     @property
     def missed(self) -> bool:
-        """Whether the result is more than 5% of what was asked away from it, to either side."""
+        """Whether the result differs from the target by more than 5% of it, to either side."""
         if self.asked is None:
             return False
         return self.reached is None or abs(self.reached - self.asked) > TOLERANCE * self.asked
 
     def sentence(self) -> str:
-        """What was missed, in words."""
+        """The target, the result and the reason, in a sentence."""
         why = f": {self.reason}" if self.reason else ""
         return (
             f"{self.what}: asked {in_unit(self.asked, self.unit)}, "
@@ -64,7 +65,7 @@ class Outcome:
 
     @property
     def warnings(self) -> tuple[str, ...]:
-        """A sentence for each target that was missed by more than 5% of it."""
+        """A sentence for each missed target."""
         return tuple(target.sentence() for target in self.targets if target.missed)
 
     def to_json(self) -> list[dict[str, Any]]:
@@ -95,7 +96,7 @@ class Outcome:
 
 @dataclass(frozen=True, slots=True, eq=False)
 class Reached:
-    """What a finished run has to show, for `Method.targets_of`.
+    """The result of a run, for `Method.targets_of`.
 
     Attributes:
         prunable: the layers that are left.
@@ -118,7 +119,7 @@ class Reached:
 
 
 def planned_far_off(asked: float, planned: float) -> str:
-    """What a plan's summary adds where it is already known that the target will be missed; else nothing."""
+    """The end of a plan's summary if the target is known to be missed; else nothing."""
     if abs(planned - asked) <= TOLERANCE * asked:
         return ""
     return "; that is more than 5% from what was asked, and this network allows nothing closer"
@@ -132,22 +133,35 @@ def in_unit(value: float | None, unit: Unit) -> str:
 
 
 def sparsity_target(asked: float, reached: Reached, reason: str) -> Target:
-    """The row of a sparsity over the pruned layers."""
+    """The target of a sparsity over the pruned layers."""
     share = sparsity_of(reached.masks) if reached.masks else 0.0
-    told = reason if abs(share - asked) > NOTED * asked else ""
-    return Target("sparsity of the pruned layers", asked, share, "share", told)
+    reason = reason if abs(share - asked) > NOTED * asked else ""
+    return Target("sparsity of the pruned layers", asked, share, "share", reason)
+
+
+def check_latency_target(ratio: float | None, ms: float | None) -> None:
+    """Raise UserError for a latency target that is out of range or given twice."""
+    if ratio is not None and ms is not None:
+        raise UserError("latency_target and latency_target_ms are both set: give one")
+    if ratio is not None and not 0 < ratio < 1:
+        raise UserError(
+            f"latency_target is a share of the dense network's time, between 0 and 1, not {ratio}; "
+            "milliseconds are latency_target_ms"
+        )
+    if ms is not None and not 0 < ms < math.inf:
+        raise UserError(f"latency_target_ms must be above 0, not {ms}")
 
 
 def latency_target(
     event: Mapping[str, Any], ratio: float | None, ms: float | None, what: str = "inference time"
 ) -> Target:
-    """The row of a latency target, from the event that chose what is pruned.
+    """A latency target, from the event that chose the pruned network.
 
     Args:
-        event: with ``latency_ratio``, ``measured_ms``, ``predicted_ms`` and ``dense_ms``; empty if none came.
+        event: with ``latency_ratio``, ``measured_ms``, ``predicted_ms``, ``dense_ms``, or empty.
         ratio: target as a share of the dense network's time, or
         ms: in milliseconds.
-        what: the time that counts.
+        what: the measured time, in words.
     """
     reason = "" if event else "the run ended before anything was chosen"
     measured, predicted, dense = (event.get(key) for key in ("measured_ms", "predicted_ms", "dense_ms"))

@@ -17,7 +17,7 @@ from clicktrain.sparsity.schedules import ScheduleChoice, left_at
 class RigL(Growing):
     """Sparse training: the smallest weights go, those with the largest gradients grow (RigL, 2020).
 
-    With random growth it is SET (Mocanu et al. 2018). Positions are fixed, and the fast operators take over,
+    With random growth it is SET (Mocanu et al. 2018). Masks are frozen, and the fast operators take over,
     when the last update is done (stop).
     """
 
@@ -25,7 +25,7 @@ class RigL(Growing):
     title: ClassVar[str] = "RigL"
 
     drop: float = 0.3
-    """Share of the living weights dropped at the first update (alpha)."""
+    """Share of the active weights dropped at the first update (alpha)."""
     drop_rule: DropChoice = "layer"
     """Which are dropped: the smallest of each layer (the paper's), of the whole network, or what is below one
     adaptive threshold (DSR's)."""

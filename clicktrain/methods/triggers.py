@@ -56,7 +56,7 @@ class StructureWatch:
 
     @property
     def epi(self) -> float | None:
-        """Of the last epoch."""
+        """EPI of the last epoch."""
         return self.indicators[-1] if self.indicators else None
 
     def state_dict(self) -> dict[str, Any]:

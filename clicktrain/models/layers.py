@@ -1,4 +1,4 @@
-"""What the architectures share: the stem's name, widths, convolution + batch norm, initial weights."""
+"""Shared parts of the networks: stems, widths, convolutions and initial weights."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ def scaled_channels(channels: int, width: float) -> int:
     """Channels of a layer in a network of the given width.
 
     ``channels`` itself at width 1; otherwise ``channels * width`` rounded to the nearest multiple of 8
-    (halves up), at least 8, so that filters still divide into groups and vector lanes.
+    (halves up), at least 8, so that filters still divide into groups and SIMD lanes.
 
     Example:
         >>> [scaled_channels(c, 0.25) for c in (16, 32, 64, 100)]
@@ -33,11 +33,11 @@ def conv(in_channels: int, filters: int, kernel: int, stride: int = 1, groups: i
 
 
 def initialize_(model: nn.Module) -> None:
-    """Start values of convolutions and batch norms: He et al., ICCV 2015 (arXiv:1502.01852), section 2.2.
+    """Initialize convolutions and batch norms: He et al., ICCV 2015 (arXiv:1502.01852), section 2.2.
 
     Convolution weights are normal with variance ``2 / (F / groups * R * S)``, the backward form ("fan out"),
     which counts the filters that one input channel feeds; biases are 0. Batch norm starts as the identity.
-    Linear layers keep PyTorch's own start values.
+    Linear layers keep PyTorch's own initialization.
     """
     for module in model.modules():
         if isinstance(module, nn.Conv2d):

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import difflib
 import math
+from typing import Any
 
 import torch
 from torch import nn
@@ -57,25 +58,22 @@ def create_model(
     known_stem = check_stem(stem)
     if is_own(name):
         return create_user_model(name, num_classes=num_classes, in_channels=in_channels, width=width)
-    if name in list_models() and not _is_ordinary(num_classes, in_channels, width):
-        _check_size(name, num_classes, in_channels, width, known_stem)
-    return _from_zoo(name, num_classes, in_channels, width, known_stem)
+    sizes = {"num_classes": num_classes, "in_channels": in_channels, "width": width}
+    small = num_classes <= 20_000 and in_channels <= 64 and width <= 2  # a few GB at most
+    if name in list_models() and not small:
+        _check_size(name, sizes, known_stem)
+    return _from_zoo(name, sizes, known_stem)
 
 
-def _is_ordinary(num_classes: int, in_channels: int, width: float) -> bool:
-    """Whether every network of the zoo has a few GB of weights at most, so that none is estimated."""
-    return num_classes <= 20_000 and in_channels <= 64 and width <= 2
-
-
-def _check_size(name: str, num_classes: int, in_channels: int, width: float, stem: Stem | None) -> None:
+def _check_size(name: str, sizes: dict[str, Any], stem: Stem | None) -> None:
     """Raise UserError for a network whose weights and training state do not fit the machine's memory."""
     try:
         with torch.device("meta"):  # shapes alone, no memory
-            model = _from_zoo(name, num_classes, in_channels, width, stem)
+            model = _from_zoo(name, sizes, stem)
         parameters = float(sum(parameter.numel() for parameter in model.parameters()))
     except (RuntimeError, TypeError, OverflowError, ValueError):  # shapes beyond 64-bit numbers
         parameters = math.inf
-    size = f"{num_classes} classes, {in_channels} channels and width {width:g}"
+    size = "{num_classes} classes, {in_channels} channels and width {width:g}".format(**sizes)
     if not math.isfinite(parameters):
         raise UserError(f"model {name} of {size} has more weights than can be numbered: make it smaller")
     check_memory(
@@ -85,25 +83,21 @@ def _check_size(name: str, num_classes: int, in_channels: int, width: float, ste
     )
 
 
-def _from_zoo(
-    name: str, num_classes: int, in_channels: int, width: float, known_stem: Stem | None
-) -> nn.Module:
+def _from_zoo(name: str, sizes: dict[str, Any], stem: Stem | None) -> nn.Module:
     if name in RESNETS:
-        return resnet(name, num_classes=num_classes, in_channels=in_channels, width=width, stem=known_stem)
+        return resnet(name, **sizes, stem=stem)
     if name in VGGS:
-        return vgg(name, num_classes=num_classes, in_channels=in_channels, width=width, stem=known_stem)
+        return vgg(name, **sizes, stem=stem)
     if name == MOBILENET:
-        return MobileNetV1(
-            num_classes=num_classes, in_channels=in_channels, width=width, stem=known_stem or "imagenet"
-        )
+        return MobileNetV1(**sizes, stem=stem or "imagenet")
     raise UserError(unknown_model(name))
 
 
 def min_image_size(name: str, stem: str | None = None) -> int:
     """Smallest height and width in pixels that the network of that name accepts.
 
-    Only the ImageNet form of a VGG has a limit, from its five poolings; 1 also stands for a user's own
-    network, of which nothing is known.
+    Only the ImageNet form of a VGG has a limit, from its five poolings. A user's own network, about which
+    nothing is known, gets 1.
     """
     return 32 if name in VGGS and stem != "cifar" else 1
 
@@ -119,17 +113,14 @@ def check_numbers(num_classes: int, in_channels: int, width: float) -> None:
 
 
 def check_stem(stem: str | None) -> Stem | None:
-    """The same stem, known to be one; UserError otherwise."""
-    if stem is None:
-        return None
-    for known in STEMS:
-        if stem == known:
-            return known
+    """The stem, checked; UserError for an unknown one."""
+    if stem is None or stem in STEMS:
+        return stem
     raise UserError(f"stem must be {' or '.join(STEMS)}, got {stem!r}")
 
 
 def unknown_model(name: str) -> str:
-    """The sentence about a name that is not in the zoo: what was meant perhaps, and what there is."""
+    """The message for a name that is not in the zoo, with near names and all names."""
     name = shortened(name, 80)
     near = difflib.get_close_matches(name.lower(), list_models(), n=3, cutoff=0.6)
     hint = f" (did you mean {' or '.join(near)}?)" if near else ""

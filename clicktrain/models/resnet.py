@@ -150,7 +150,7 @@ class ResNet(nn.Module):
 
 
 def projection(in_channels: int, out_channels: int, stride: int) -> nn.Sequential | None:
-    """1x1 convolution with batch norm as the shortcut where a block changes shape, None where it does not.
+    """The shortcut of a block that changes shape: a 1x1 convolution with batch norm; else None.
 
     This is option B of He et al. 2016 (section 3.3), for the CIFAR networks too, where the authors took the
     parameter-free option A (every second pixel, missing channels zero). A projection is a layer that can be
@@ -171,7 +171,7 @@ def make_block(block: Block, in_channels: int, filters: int, stride: int) -> Bas
 
 @dataclass(frozen=True, slots=True)
 class ResNetSpec:
-    """What distinguishes one residual network from another; ``stem`` is the one it was published with."""
+    """The architecture of a residual network; ``stem`` is the one it was published with."""
 
     block: Block
     blocks: tuple[int, ...]

@@ -19,7 +19,7 @@ MOST_LINES = 32
 MOST_POINTS = 100
 """Epochs of a channel that are drawn."""
 THRESHOLD = 1e-4
-"""Of the paper (4.1), where the settings name none."""
+"""Threshold of the paper (4.1), where the settings name none."""
 
 _LEFT, _GONE = "curve-val", "curve-train"
 
@@ -87,7 +87,7 @@ def recorded_channels(run: Run) -> list[LayerChannels]:
                     if value is not None:  # no number
                         own.setdefault(int(channel), []).append((last, float(value)))
     except (KeyError, TypeError, AttributeError, ValueError):
-        raise UserError(f"{folder.channels} is damaged: a line of it does not tell of channels") from None
+        raise UserError(f"{folder.channels} is damaged: a line of it has no channels") from None
     return [LayerChannels(layer, own, last) for layer, own in layers.items() if own]
 
 

@@ -208,7 +208,7 @@ def _line(one: Series, frame: Frame) -> list[Markup]:
 
 
 def _tooltips(series: Sequence[Series], frame: Frame, x_name: str = "epoch") -> list[Markup]:
-    """Invisible columns that tell the values of an epoch when pointed at."""
+    """Invisible columns that show the values of an epoch on hover."""
     at: dict[float, list[str]] = {}
     for one in series:
         for x, y in one.points:

@@ -15,7 +15,7 @@ from clicktrain.report.run_data import Run, kernel_density, number
 from clicktrain.report.svg import coordinate, element, picture
 
 MOST_FILTERS, MOST_CHANNELS = 64, 96
-"""Kernels shown of a layer: more would be smaller than the eye can tell."""
+"""Kernels shown of a layer: more would be too small to see."""
 
 CORNER_FILTERS, CORNER_CHANNELS = 9, 9
 """Kernels of the zoomed corner."""
@@ -54,7 +54,7 @@ class MaskPicture:
 
 
 def mask_pictures(run: Run, most: int = 3) -> tuple[MaskPicture, ...]:
-    """Pictures of telling layers: the largest, the one that kept most and the one that kept least."""
+    """Pictures of a few layers: the largest, the one that kept most and the one that kept least."""
     by_shape = {pool.shape: pool for pool in pools(run)}
     return tuple(_draw(run, layer, why, by_shape) for layer, why in _telling(run)[:most])
 

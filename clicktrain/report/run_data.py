@@ -112,7 +112,7 @@ class Run:
 
     @property
     def compression(self) -> float | None:
-        """All convolution weights / non-zero ones."""
+        """All convolution weights / nonzero ones."""
         if self.summary is not None:
             return number(self.summary, "compression_ratio")
         density = self._reached("", "density")
@@ -260,7 +260,7 @@ def read_runs(paths: Sequence[str | Path]) -> tuple[Run, ...]:
 
 
 def _labels(folders: Sequence[Path]) -> list[str]:
-    """The folders' names, with as many parents as it takes to tell them apart."""
+    """The folders' names, with as many parents as distinguish them."""
     for depth in range(1, 1 + max(len(folder.parts) for folder in folders)):
         labels = ["/".join(folder.parts[-depth:]) for folder in folders]
         if len(set(labels)) == len(labels):

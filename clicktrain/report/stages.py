@@ -10,7 +10,7 @@ STAGE_NAMES = {
     "dense": "dense training",
     "pool": "pattern pool",
     "finalize": "finalization",
-    "regularize": "regularisation",
+    "regularize": "regularization",
     "accelerated": "accelerated training",
 }
 """ClickTrain's five stages in their order (paper, Figure 4), and how they are called in a report."""

@@ -87,7 +87,7 @@ def allocate(
     Args:
         layers: the layers that are pruned.
         other_weights: convolution weights that stay dense; they count in the ratio.
-        compression: all convolution weights / non-zero convolution weights.
+        compression: all convolution weights / nonzero convolution weights.
         gains: per layer [C], the worth of buying the 1st, 2nd, ... kernel of every filter; falling. The best
             worth per weight is bought first. Without gains every layer gets the same weight density.
         floor: every layer keeps at least this share of the density that equal densities would give it.
@@ -132,14 +132,14 @@ def _buy(
     return kept
 
 
-def kernel_gains(scores: Tensor, *, normalise: bool = False) -> Tensor:
+def kernel_gains(scores: Tensor, *, normalize: bool = False) -> Tensor:
     """Worth of the 1st, 2nd, ... kept kernel per filter: [F, C] -> [C], falling.
 
-    The k-th entry is the sum over filters of their k-th highest score. With ``normalise`` the layer's scores
+    The k-th entry is the sum over filters of their k-th highest score. With ``normalize`` the layer's scores
     are first divided by their mean, so that layers compete by the shape of their distribution and not by
     their scale (which batch norm makes meaningless for magnitudes).
     """
     scores = scores.double()
-    if normalise:
+    if normalize:
         scores = scores / scores.mean().clamp_min(torch.finfo(torch.float64).tiny)
     return scores.sort(dim=1, descending=True).values.sum(dim=0)

@@ -105,7 +105,7 @@ def rank_channels(
         group -> bool [n] on the CPU, True = kept; exactly ``num_pruned`` are False.
 
     Raises:
-        ValueError: so many cannot be pruned, or fewer than there are already.
+        ValueError: that many cannot be pruned, or fewer than there are already.
 
     Example:
         >>> scores = {"a": torch.tensor([3.0, 1.0]), "b": torch.tensor([2.0, 1.0, 0.5])}

@@ -19,7 +19,7 @@ class ChannelAxis:
 
     Attributes:
         dim: the dimension, 0 for a layer's filters, 1 for its input channels.
-        channel: int64 [size of dim], the channel of every index; -1 = not penalised.
+        channel: int64 [size of dim], the channel of every index; -1 = not penalized.
         count: number of channels.
     """
 
@@ -49,7 +49,7 @@ class ChannelAxis:
         return start.scatter_reduce_(0, self.channel[counted], indices[counted], "amin")
 
     def spread(self, values: Tensor, weight: Tensor) -> Tensor:
-        """[count] -> one value for each index of the dimension, 0 where it is not penalised, to broadcast."""
+        """[count] -> one value for each index of the dimension, 0 where it is not penalized, to broadcast."""
         padded = torch.cat([values, values.new_zeros(1)])  # index -1 is the last one
         shape = [1] * weight.dim()
         shape[self.dim] = -1
@@ -127,7 +127,7 @@ def measured_step(moved: Tensor, gradient: Tensor, coefficient: float, channels:
 
 
 def without_channels(axes: tuple[ChannelAxis, ...], indices: dict[int, list[int]]) -> tuple[ChannelAxis, ...]:
-    """The same axes with some indices no longer penalised.
+    """The same axes with some indices no longer penalized.
 
     Args:
         axes: of one layer.

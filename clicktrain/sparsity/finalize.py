@@ -1,4 +1,4 @@
-"""Adaptive finalisation of patterns and kernels: ClickTrain section 4.3."""
+"""Adaptive finalization of patterns and kernels: ClickTrain section 4.3."""
 
 from __future__ import annotations
 

@@ -64,7 +64,7 @@ def num_pruned(size: int, threshold: float, max_non_zero: int | None = None) -> 
     Args:
         size: weights of a kernel, or kernels of a line.
         threshold: share that is to go, in [0, 1].
-        max_non_zero: at most so many may stay, whatever the threshold.
+        max_non_zero: at most this many may stay, whatever the threshold.
     """
     if threshold <= 0:
         return 0

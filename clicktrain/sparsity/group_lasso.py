@@ -1,6 +1,6 @@
 """The modified group lasso of ClickTrain section 4.4, with its gradient written out.
 
-One group is the penalised part of one kernel: what lies outside the chosen pattern, or the whole kernel when
+One group is the penalized part of one kernel: what lies outside the chosen pattern, or the whole kernel when
 the kernel is unimportant. The paper's two sums (over Z = W * not P and over U = W * not I) overlap in the
 unimportant kernels; here each weight belongs to one group.
 """
@@ -29,7 +29,7 @@ def add_lasso_gradient_(grad: Tensor, weight: Tensor, mask: Tensor, coefficient:
     Args:
         grad: [F, C, R, S], changed in place.
         weight: [F, C, R, S].
-        mask: bool [F, C, R, S], True = kept and not penalised.
+        mask: bool [F, C, R, S], True = kept and not penalized.
         coefficient: lambda of the paper, 0.00025 there.
     """
     outside = weight * ~mask

@@ -120,7 +120,7 @@ def kernel_scores(importance: Tensor) -> Tensor:
 
 
 def group_sum(importance: Tensor, group: int) -> Tensor:
-    """Sum scores over groups of neighbouring filters that share their decisions.
+    """Sum scores over groups of neighboring filters that share their decisions.
 
     Args:
         importance: [F, ...].

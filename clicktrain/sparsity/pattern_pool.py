@@ -8,7 +8,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from clicktrain.sparsity.patterns import PatternPool, neighbour_table
+from clicktrain.sparsity.patterns import PatternPool, neighbor_table
 
 _BINCOUNT_POSITIONS = 16  # up to 2**16 bins counting beats sorting
 _CHUNK = 8192  # kernels at a time: the working set stays in a CPU's cache
@@ -21,7 +21,7 @@ def _tables(shape: tuple[int, int], device: str) -> tuple[Tensor, Tensor, int]:
 
     Also the smallest number of candidates that any pair of first and second position has.
     """
-    near8, near4 = neighbour_table(shape, True), neighbour_table(shape, False)
+    near8, near4 = neighbor_table(shape, True), neighbor_table(shape, False)
     size = near8.shape[0]
     eye = torch.eye(size, dtype=torch.bool)
     pairs = (
@@ -36,10 +36,10 @@ def _tables(shape: tuple[int, int], device: str) -> tuple[Tensor, Tensor, int]:
 def candidate_patterns(importance: Tensor, entries: int) -> Tensor:
     """Best candidate pattern of every kernel: steps 1 to 4 of ClickTrain section 4.2.
 
-    1 the most important position; 2 the best of its 8 neighbours; 3 the 4-neighbours of both are the
+    1 the most important position; 2 the best of its 8 neighbors; 3 the 4-neighbors of both are the
     candidate positions; 4 the best combination of ``entries - 2`` candidates. As a pattern's score is a sum
     over its positions, the best combination is that of the best candidates. Where a kernel has fewer
-    candidates than are needed, all are taken and the neighbourhood grows from the positions chosen so far
+    candidates than are needed, all are taken and the neighborhood grows from the positions chosen so far
     (the paper has 4 entries in 3 x 3 kernels only, where this cannot happen).
 
     Args:
@@ -99,10 +99,10 @@ def _bit(position: Tensor) -> Tensor:
 
 
 def _grow_where_empty(among: Tensor, bits: Tensor, keys: Tensor, shape: tuple[int, int]) -> Tensor:
-    """Open the 4-neighbours of the chosen positions for those kernels that have no candidate left."""
+    """Open the 4-neighbors of the chosen positions for those kernels that have no candidate left."""
     positions = torch.arange(keys.shape[0], device=bits.device)[:, None]
     chosen = (bits[None, :] >> positions) & 1  # [RS, K]
-    near = neighbour_table(shape, False).to(device=bits.device, dtype=torch.float32)
+    near = neighbor_table(shape, False).to(device=bits.device, dtype=torch.float32)
     grown = torch.where((near @ chosen.float() > 0) & (chosen == 0), keys, 0)
     return torch.where((among == 0).all(dim=0), grown, among)
 

@@ -98,7 +98,7 @@ def default_entries(shape: tuple[int, int], entries: int) -> int:
     return max(1, min(shape[0] * shape[1], round(entries * shape[0] * shape[1] / 9)))
 
 
-# All contain the centre: the four 2x2 squares, the four T shapes of the cross, the four Y shapes.
+# All contain the center: the four 2x2 squares, the four T shapes of the cross, the four Y shapes.
 _FIXED_3X3 = (
     "##./##./...", ".##/.##/...", ".../##./##.", ".../.##/.##",
     ".#./###/...", ".../###/.#.", ".#./##./.#.", ".#./.##/.#.",
@@ -123,15 +123,15 @@ def fixed_pool(size: int) -> PatternPool:
 
 
 @functools.lru_cache(maxsize=64)
-def neighbour_table(shape: tuple[int, int], diagonal: bool) -> Tensor:
+def neighbor_table(shape: tuple[int, int], diagonal: bool) -> Tensor:
     """Adjacency of the positions of an R x S kernel.
 
     Args:
         shape: (R, S).
-        diagonal: True for the 8 neighbours, False for the 4.
+        diagonal: True for the 8 neighbors, False for the 4.
 
     Returns:
-        Bool [R*S, R*S]; entry [i, j] says that j is a neighbour of i. A position is not its own neighbour.
+        Bool [R*S, R*S]; entry [i, j] says that j is a neighbor of i. A position is not its own neighbor.
     """
     r, s = shape
     rows = torch.arange(r).repeat_interleave(s)

@@ -30,6 +30,7 @@ class Registry(Mapping[str, T], Generic[T]):
         beneath: another registry whose keys count too, where ``entries`` have none of that name.
         adapt: makes a choice of this registry from one of ``beneath``; a user's own is one of ``beneath``.
         guard: wraps a user's own function, given its name, in checks of what it returns.
+        kind: of values that are no functions.
     """
 
     def __init__(
@@ -41,7 +42,9 @@ class Registry(Mapping[str, T], Generic[T]):
         beneath: Registry[Any] | None = None,
         adapt: Callable[[Any], T] | None = None,
         guard: Callable[[str, T], T] | None = None,
+        kind: type | None = None,
     ) -> None:
+        self._kind: tuple[type, ...] = () if kind is None else (kind,)
         self.what, self._entries, self._group = what, dict(entries or {}), group
         self._beneath, self._adapt, self._guard = beneath, adapt, guard
         self._own: dict[str, T] = {}
@@ -118,11 +121,11 @@ class Registry(Mapping[str, T], Generic[T]):
                 return value
             if value in self:
                 return value
-        elif callable(value):
+        elif callable(value) or isinstance(value, self._kind):
             return self._name(value) or value  # type: ignore[return-value]
         raise UserError(f"{setting} must be one of {self.choices}, not {shown(value)}")
 
-    def resolve(self, choice: str | Callable[..., Any]) -> T:
+    def resolve(self, choice: object) -> T:
         """The function that a checked setting means; a user's own is imported at the first call.
 
         Raises:
@@ -139,7 +142,7 @@ class Registry(Mapping[str, T], Generic[T]):
         if not is_own(choice):
             return self[choice]
         function = import_own(choice, self._how)
-        if not callable(function):
+        if not (callable(function) or isinstance(function, self._kind)):
             raise UserError(f"{self.what} {choice!r} is of type {type(function).__name__}: {self._how}")
         return self._resolved(choice, function)
 

@@ -18,7 +18,6 @@ import torch
 from torch import Tensor
 
 from clicktrain.sparsity.registry import Registry
-from clicktrain.sparsity.schedules import cosine
 
 Units: TypeAlias = dict[str, Tensor]
 """Layer name -> one value per unit."""
@@ -66,7 +65,7 @@ class Update:
         return {name: max(counts[name] - int(kept[name].sum()), 0) for name in kept}
 
     def keep(self, counts: Mapping[str, int]) -> Units:
-        """The best of the living units of each layer."""
+        """The best of the active units of each layer."""
         return {name: keep_largest(self.scores[name], self.alive[name], counts[name]) for name in self.alive}
 
     def weights(self, units: Units) -> int:
@@ -116,16 +115,6 @@ def random_units(shape: Sequence[int], density: float, seed: int, layer: int) ->
 # ---- drop -----------------------------------------------------------------------------------
 
 
-def cosine_share(done: float, first: float) -> float:
-    """Share of the living units to drop: RigL's ``f_decay = alpha / 2 * (1 + cos(pi t / T_end))``.
-
-    Args:
-        done: t / T_end, in [0, 1].
-        first: alpha, the share at the beginning.
-    """
-    return first * cosine(done)
-
-
 def keep_largest(magnitudes: Tensor, alive: Tensor, count: int) -> Tensor:
     """Drop the smallest until ``count`` of those alive are left (RigL Algorithm 1). Bool."""
     return largest(magnitudes.masked_fill(~alive, -1.0), min(count, int(alive.sum())))
@@ -154,13 +143,13 @@ def adapted_threshold(threshold: float, dropped: int, target: float, tolerance: 
 
 
 def smallest_of_layers(now: Update, share: float) -> Units:
-    """RigL: in each layer a share of the living units, the smallest; one stays."""
+    """RigL: in each layer a share of the active units, the smallest; one stays."""
     counts = {name: int(alive.sum()) for name, alive in now.alive.items()}
     return now.keep({name: max(count - math.floor(share * count), 1) for name, count in counts.items()})
 
 
 def smallest_of_network(now: Update, share: float) -> Units:
-    """A share of the living weights, the smallest units of all layers together; one of each layer stays.
+    """A share of the active weights, the smallest units of all layers together; one of each layer stays.
 
     Units are kept from the best on until no further one fits; ties go to the first.
     """
@@ -169,7 +158,7 @@ def smallest_of_network(now: Update, share: float) -> Units:
 
 
 def best_of_network(now: Update, budget: int) -> Units:
-    """The best living units of all layers together, of so many weights; one of each layer at the least."""
+    """The best active units of all layers together, of this many weights; one of each layer at the least."""
     kept = now.keep(dict.fromkeys(now.alive, 1))
     flat = [now.scores[name].masked_fill(~now.alive[name], -1.0).flatten() for name in now.alive]
     flat = [part.masked_fill(kept[name].flatten(), torch.inf) for part, name in zip(flat, kept, strict=True)]
@@ -245,8 +234,8 @@ def growth_shares(
 
     Args:
         weights: K, weights to grow in all layers.
-        survivors: l_i, living weights per layer.
-        free: dead units per layer.
+        survivors: l_i, active weights per layer.
+        free: pruned units per layer.
         sizes: weights of a unit per layer. With units of several weights a rest smaller than a unit may stay.
 
     Returns:

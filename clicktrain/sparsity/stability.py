@@ -20,7 +20,7 @@ GRADIENT_THRESHOLD = 0.944
 MAGNITUDE_THRESHOLD = 0.983
 """tau for the magnitude criterion."""
 NOT_LOWER_THAN = 5
-"""EPI must not be lower than in so many epochs before (Algorithm 2, line 9)."""
+"""EPI must not be lower than in this many epochs before (Algorithm 2, line 9)."""
 
 
 def layer_distance(first: int, second: int) -> float:

@@ -46,9 +46,9 @@ class Unit:
         return units.expand(*view).contiguous()
 
 
-UNITS: Registry[Unit] = Registry("granularity", {"weight": Unit(), "kernel": Unit((2, 3))})
+UNITS: Registry[Unit] = Registry("granularity", {"weight": Unit(), "kernel": Unit((2, 3))}, kind=Unit)
 """Single weights, and the kernels of a convolution (in a linear layer a kernel is a weight)."""
-UnitChoice: TypeAlias = Annotated[str, UNITS]
+UnitChoice: TypeAlias = Annotated[str | Unit, UNITS]
 
 
 def best_of_each_group(scores: Tensor, n: int, m: int) -> Tensor:

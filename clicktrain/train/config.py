@@ -138,23 +138,18 @@ class RunConfig:
     """Seed of the initial weights, the order of the images, their augmentation and dropout."""
 
     def __post_init__(self) -> None:
-        for name in ("epochs", "batch_size", "accumulate", "evaluate_every", "checkpoint_every"):
-            self._at_least(name, 1)
-        self._at_least("keep_checkpoints", 1)
-        for name, most in _MOST.items():
-            self._at_most(name, most)
-        for name in ("workers", "cutout", "seed", "weight_decay", "warmup_epochs", "mixup", "clip_grad_norm"):
-            self._at_least(name, 0)
-        self._at_least("batch_granularity", 1)
-        for name in ("image_size", "threads", "batch_limit", "learning_rate_batch"):
-            if getattr(self, name) is not None:
-                self._at_least(name, 1)
-        for name in ("width", "learning_rate", "gamma"):
-            self._positive(name)
-        for name in ("momentum", "label_smoothing", "ema_decay"):
-            self._share(name)
-        self._positive("val_fraction")
-        self._share("val_fraction")
+        for name, (low, most) in _RANGES.items():
+            value = getattr(self, name)
+            if value is not None and not low <= value < math.inf:
+                raise UserError(f"{name} is {shown(value)}: must be at least {low}")
+            if value is not None and value > most:
+                raise UserError(f"{name} is {shown(value)}: must be at most {most}")
+        for name in ("width", "learning_rate", "gamma", "val_fraction"):
+            if not 0 < (value := getattr(self, name)) < math.inf:
+                raise UserError(f"{name} is {shown(value)}: must be above 0")
+        for name in ("momentum", "label_smoothing", "ema_decay", "val_fraction"):
+            if not 0 <= (value := getattr(self, name)) < 1:
+                raise UserError(f"{name} is {shown(value)}: must be at least 0 and below 1")
         for name, allowed in _CHOICES.items():
             if getattr(self, name) not in allowed:
                 raise UserError(f"{name} is {shown(getattr(self, name))}: use one of {', '.join(allowed)}")
@@ -188,26 +183,6 @@ class RunConfig:
             if getattr(self, name) is not None and not self.dynamic_batch:
                 raise UserError(f"{name} is set but dynamic_batch is false: set that to true too")
 
-    def _at_least(self, name: str, low: int) -> None:
-        value = getattr(self, name)
-        if not low <= value < math.inf:
-            raise UserError(f"{name} is {shown(value)}: must be at least {low}")
-
-    def _at_most(self, name: str, most: int) -> None:
-        value = getattr(self, name)
-        if value is not None and value > most:
-            raise UserError(f"{name} is {shown(value)}: must be at most {most}")
-
-    def _positive(self, name: str) -> None:
-        value = getattr(self, name)
-        if not 0 < value < math.inf:
-            raise UserError(f"{name} is {shown(value)}: must be above 0")
-
-    def _share(self, name: str) -> None:
-        value = getattr(self, name)
-        if not 0 <= value < 1:
-            raise UserError(f"{name} is {shown(value)}: must be at least 0 and below 1")
-
     @property
     def images_per_step(self) -> int:
         """Images that one optimizer step averages over."""
@@ -222,23 +197,27 @@ class RunConfig:
         return self.learning_rate * (math.sqrt(factor) if self.learning_rate_scaling == "sqrt" else factor)
 
 
-_MOST = {
-    "epochs": 1_000_000,
-    "batch_size": 10_000_000,
-    "accumulate": 1_000_000,
-    "evaluate_every": 1_000_000,
-    "checkpoint_every": 1_000_000,
-    "batch_granularity": 10_000_000,
-    "batch_limit": 2**62,
-    "learning_rate_batch": 2**62,
-    "warmup_epochs": 1_000_000,
-    "cutout": 65_536,
-    "image_size": 8192,
-    "threads": 4096,
-    "workers": 1024,
-    "seed": 2**63 - 1,
+_RANGES = {
+    "epochs": (1, 1_000_000),
+    "batch_size": (1, 10_000_000),
+    "accumulate": (1, 1_000_000),
+    "evaluate_every": (1, 1_000_000),
+    "checkpoint_every": (1, 1_000_000),
+    "keep_checkpoints": (1, math.inf),
+    "batch_granularity": (1, 10_000_000),
+    "batch_limit": (1, 2**62),
+    "learning_rate_batch": (1, 2**62),
+    "image_size": (1, 8192),
+    "threads": (1, 4096),
+    "workers": (0, 1024),
+    "cutout": (0, 65_536),
+    "seed": (0, 2**63 - 1),
+    "warmup_epochs": (0, 1_000_000),
+    "weight_decay": (0, math.inf),
+    "mixup": (0, math.inf),
+    "clip_grad_norm": (0, math.inf),
 }
-"""Beyond what a run can have; larger numbers would only be refused by the system, with memory or threads."""
+"""Smallest and largest value; the system would refuse larger numbers, for lack of memory or threads."""
 
 _CHOICES: dict[str, tuple[str, ...]] = {
     "stem": get_args(Stem),

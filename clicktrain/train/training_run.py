@@ -48,7 +48,7 @@ class TrainingRun:
     average: AveragedModel | None = None
     scalars: ScalarLog | None = None
     memory: TrainingMemory | None = None
-    """Of an iteration of the network as it is; None while it has to be estimated again."""
+    """Memory of an iteration of the present network; None while it has to be estimated again."""
 
     def __post_init__(self) -> None:
         config, pruner = self.prepared.config, self.prepared.pruner
@@ -83,7 +83,7 @@ class TrainingRun:
 
     @property
     def density(self) -> float:
-        """Of the convolution weights; 1 until masks are frozen or channels removed."""
+        """Density of the convolution weights; 1 until masks are frozen or channels removed."""
         if self._density is None:
             self._density = self.prepared.pruner.density
         return self._density

@@ -177,7 +177,7 @@ def test_room_for_objects_that_are_not_there_is_not_made() -> None:
     raw = pickle.dumps({b"x": b"y"}, 2)
     gigantic = raw.replace(pickle.BINPUT + b"\x00", pickle.LONG_BINPUT + b"\xff\xff\xff\x7f", 1)
     assert gigantic != raw
-    with pytest.raises(UserError, match="remembers an object as number 2147483647"):
+    with pytest.raises(UserError, match="its memo has an entry numbered 2147483647"):
         load_plain_pickle(gigantic, "batch")
 
 

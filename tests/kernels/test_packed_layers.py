@@ -140,3 +140,27 @@ def test_one_index_serves_both_views() -> None:
     assert twin.shape == (4, 6, 1, 1)
     assert twin is structure.as_conv2d()
     assert twin.col_indices is structure.col_indices
+
+
+@pytest.mark.skipif(toolchain() is None, reason=missing_toolchain() or "")
+def test_accelerate_chooses_implementations_for_layers_that_are_no_2d_convolutions() -> None:
+    torch.manual_seed(0)
+    model = nn.Sequential(
+        nn.Conv1d(2, 8, 3, padding=1), nn.ReLU(), nn.ConvTranspose1d(8, 4, 3), nn.Flatten(), nn.Linear(40, 6)
+    )
+    with torch.no_grad():
+        for parameter in model.parameters():
+            parameter.mul_(torch.rand_like(parameter) < 0.3)
+    x = torch.randn(8, 2, 8)
+    packed = clicktrain.pack(model)
+    fast = clicktrain.accelerate(packed, x, rule="sparse")
+    chosen = {name: module.impl for name, module in packed.named_modules() if isinstance(module, PackedLayer)}
+    assert chosen == {"0": "blocked", "2": "reference", "4": "blocked"}
+    expected, got = model(x), fast(x)
+    assert torch.allclose(got, expected, atol=1e-5)
+    expected.square().sum().backward()
+    got.square().sum().backward()
+    for name, module in packed.named_modules():
+        if isinstance(module, PackedLayer):
+            gradient = model.get_submodule(name).weight.grad
+            assert torch.allclose(module.weight.grad, gradient * module.structure.mask(), atol=1e-4), name

@@ -206,7 +206,7 @@ def test_pruned_positions_never_come_back(optimizer_name: str, penalty: Any) -> 
             assert all(v[~mask].eq(0).all() for v in tensors), (name, number)
 
     train(model, optimizer, pruner, 20, after_step=check)
-    with pytest.warns(UserWarning, match="the loop runs longer than attach was told"):
+    with pytest.warns(UserWarning, match="the loop runs longer than attach expects"):
         train(model, optimizer, pruner, 120 - checked, start=20, after_step=check)
     assert checked == 100
     for name, before in at_prune.items():

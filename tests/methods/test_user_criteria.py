@@ -64,6 +64,7 @@ def broken(weight: Tensor, grad: Tensor) -> Tensor:
 
 
 NOT_A_FUNCTION = 3
+ROWS = Unit((3,))
 
 
 @pytest.fixture
@@ -240,6 +241,20 @@ def test_an_installed_criterion(monkeypatch: pytest.MonkeyPatch) -> None:
     CALLS.clear()
     attached(RigL(criterion="installed", interval=2))
     assert CALLS
+
+
+@pytest.mark.parametrize("granularity", ["test_user_criteria:ROWS", ROWS, Unit((2,))])
+def test_a_unit_of_ones_own(granularity: Any) -> None:
+    method = RigL(granularity=granularity, interval=2, sparsity=0.5)
+    pruner = attached(method)
+    dim = 2 if granularity == Unit((2,)) else 3
+    for name, mask in pruner.masks.items():
+        assert name == "head" or bool((mask.any(dim) == mask.all(dim)).all())
+    if isinstance(granularity, str):
+        assert config_to_dict(RunConfig(), method)["granularity"] == granularity
+    else:
+        with pytest.raises(UserError, match="granularity is Unit, which no file can name"):
+            config_to_dict(RunConfig(), method)
 
 
 def test_every_axis_is_open() -> None:

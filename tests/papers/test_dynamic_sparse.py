@@ -13,7 +13,6 @@ from torch import Tensor
 from clicktrain.sparsity.distributions import erdos_renyi_densities
 from clicktrain.sparsity.regrowth import (
     adapted_threshold,
-    cosine_share,
     grow_random,
     grow_steepest,
     growth_shares,
@@ -23,6 +22,7 @@ from clicktrain.sparsity.regrowth import (
     random_numbers,
     random_units,
 )
+from clicktrain.sparsity.schedules import cosine
 from clicktrain.sparsity.units import UNITS
 
 SHAPES = [(5, 7, 3, 3), (4, 6, 1, 1), (3, 2, 5, 3), (6, 9), (1, 2, 3, 3)]
@@ -69,7 +69,7 @@ def test_an_update_of_rigl(shape: tuple[int, ...], kind: str, step: int) -> None
         as_units(weight, kind), as_units(grad, kind), units.flatten().tolist(), step, 100, 0.5
     )
     count = int(units.sum())
-    dropped = min(math.floor(cosine_share(step / 100, 0.5) * count), count - 1)
+    dropped = min(math.floor(0.5 * cosine(step / 100) * count), count - 1)
     kept = keep_largest(unit_scores(weight, kind), units, count - dropped)
     grown = grow_steepest(kept, dropped, unit_scores(grad, kind))
     assert grown.flatten().tolist() == expected
@@ -159,9 +159,9 @@ def test_random_numbers_depend_on_what_they_are_for() -> None:
 
 
 def test_shares_over_time() -> None:
-    assert cosine_share(0, 0.3) == pytest.approx(0.3)
-    assert cosine_share(0.5, 0.3) == pytest.approx(0.15)
-    assert cosine_share(1, 0.3) == pytest.approx(0.0)
+    assert 0.3 * cosine(0) == pytest.approx(0.3)
+    assert 0.3 * cosine(0.5) == pytest.approx(0.15)
+    assert 0.3 * cosine(1) == pytest.approx(0.0)
 
 
 def test_erdos_renyi() -> None:

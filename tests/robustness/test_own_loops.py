@@ -395,7 +395,7 @@ def test_after_the_end() -> None:
 
 def test_a_loop_of_another_length() -> None:
     model, _, pruner = started(epochs=3)
-    with pytest.warns(UserWarning, match=r"the loop runs longer than attach was told \(epochs=3"):
+    with pytest.warns(UserWarning, match=r"the loop runs longer than attach expects \(epochs=3"):
         train(model, pruner)
     pruner.finish()
     model, _, pruner = started(epochs=20)

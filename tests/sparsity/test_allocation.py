@@ -102,14 +102,14 @@ def test_without_gains_densities_are_equal_but_for_rounding(compression: float) 
 def test_gains_are_what_the_next_kernel_of_every_filter_brings() -> None:
     scores = torch.tensor([[1.0, 5.0, 2.0], [7.0, 0.0, 3.0]])
     assert kernel_gains(scores).tolist() == [12.0, 5.0, 1.0]
-    torch.testing.assert_close(kernel_gains(scores, normalise=True), kernel_gains(scores) / 3)
-    assert kernel_gains(torch.zeros(2, 2), normalise=True).tolist() == [0.0, 0.0]
+    torch.testing.assert_close(kernel_gains(scores, normalize=True), kernel_gains(scores) / 3)
+    assert kernel_gains(torch.zeros(2, 2), normalize=True).tolist() == [0.0, 0.0]
 
 
 def test_normalised_gains_do_not_depend_on_the_scale_of_a_layer() -> None:
     scores = torch.rand(4, 6, generator=torch.Generator().manual_seed(0))
     torch.testing.assert_close(
-        kernel_gains(scores * 1e-12, normalise=True), kernel_gains(scores, normalise=True)
+        kernel_gains(scores * 1e-12, normalize=True), kernel_gains(scores, normalize=True)
     )
 
 

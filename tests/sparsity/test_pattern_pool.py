@@ -8,7 +8,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from clicktrain.sparsity.pattern_pool import PatternVotes, add_votes, candidate_patterns, select_pool
-from clicktrain.sparsity.patterns import Pattern, neighbour_table
+from clicktrain.sparsity.patterns import Pattern, neighbor_table
 
 CHECK = settings(max_examples=100)
 SHAPES = st.tuples(st.integers(1, 7), st.integers(1, 7))
@@ -21,7 +21,7 @@ def test_candidates_have_the_entries_hold_the_maximum_and_hang_together(
 ) -> None:
     entries = min(entries, shape[0] * shape[1])
     importance = torch.rand(2, 3, *shape, generator=torch.Generator().manual_seed(seed))
-    near = neighbour_table(shape, True)
+    near = neighbor_table(shape, True)
     for bits, kernel in zip(
         candidate_patterns(importance, entries).flatten().tolist(), importance.flatten(0, 1), strict=True
     ):

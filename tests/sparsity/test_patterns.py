@@ -14,7 +14,7 @@ from clicktrain.sparsity.patterns import (
     all_patterns,
     default_entries,
     fixed_pool,
-    neighbour_table,
+    neighbor_table,
 )
 
 
@@ -82,7 +82,7 @@ def test_default_entries_stay_inside_the_kernel() -> None:
 @pytest.mark.parametrize("shape", [(1, 1), (1, 4), (3, 3), (4, 2)], ids=str)
 @pytest.mark.parametrize("diagonal", [True, False])
 def test_neighbours_are_one_step_away(shape: tuple[int, int], diagonal: bool) -> None:
-    table = neighbour_table(shape, diagonal)
+    table = neighbor_table(shape, diagonal)
     places = [(r, s) for r in range(shape[0]) for s in range(shape[1])]
     for i, (r, s) in enumerate(places):
         for j, (p, q) in enumerate(places):

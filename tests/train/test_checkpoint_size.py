@@ -31,6 +31,10 @@ SETTINGS: dict[str, dict[str, Any]] = {
     "pat": {"prune_ratio": 0.5},
     "dsr": {"sparsity": 0.8},
     "rigl": {"sparsity": 0.9},
+    "granet": {"sparsity": 0.8},
+    "mest": {"sparsity": 0.9},
+    "gmp": {"sparsity": 0.8},
+    "nm": {},
     "prunetrain-clicktrain": {"coefficient": 0.03},
 }
 VARIANTS: dict[str, tuple[str, dict[str, Any]]] = {

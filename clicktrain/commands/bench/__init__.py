@@ -73,7 +73,7 @@ def _which(argv: list[str]) -> tuple[str, list[str]]:
 
 
 def _writable(name: str | None) -> Path | None:
-    """Where the result goes; told before minutes of measuring if it cannot go there."""
+    """The file for the result, checked before minutes of measuring."""
     if name is None:
         return None
     path = Path(name)
@@ -98,8 +98,8 @@ def _measure(benchmark: Benchmark, given: dict[str, Any]) -> dict[str, Any]:
         torch.set_num_threads(threads)
     machine = describe(resolve_device(given.get("device", "cpu")))
     with Console(stderr=True).status("measuring") as status:
-        found = benchmark.measure(given, machine, status.update)
-    return {"machine": machine, "settings": given, **found}
+        tables = benchmark.measure(given, machine, status.update)
+    return {"machine": machine, "settings": given, **tables}
 
 
 def _show(benchmark: Benchmark, result: dict[str, Any]) -> None:

@@ -35,8 +35,8 @@ class Benchmark:
     Attributes:
         description: for ``--help``.
         options: its own flags.
-        measure: (values of all flags, what is known of the machine, told what is going on) -> what comes
-            beside "machine" and "settings" in the result. It may add to what is known of the machine.
+        measure: (values of all flags, facts about the machine, a callback for progress) -> what stands beside
+            "machine" and "settings" in the result. It may add facts about the machine.
         show: print the result for people.
     """
 

@@ -27,7 +27,7 @@ _LABEL_NAMES = ("label", "labels", "fine_label", "class", "target")
 
 @dataclass(frozen=True)
 class Columns:
-    """Which columns hold the images and the labels, and the class names if the schema tells them."""
+    """Which columns hold the images and the labels, and the class names if the schema has them."""
 
     image: str
     label: str

@@ -134,14 +134,14 @@ _OPERATIONS = frozenset(
 def _check_operations(data: bytes) -> None:
     """Refuse operations beyond plain data, lengths beyond the file, and places that it cannot have.
 
-    The unpickler makes room for as many remembered objects as the largest number says: a damaged byte could
+    The unpickler makes room for as many memo entries as the largest number says: a damaged byte could
     ask for 30 GB.
     """
     for operation, argument, _ in pickletools.genops(data):
         if operation.name not in _OPERATIONS:
             raise pickle.UnpicklingError(f"it uses {operation.name}, which plain data does not need")
         if operation.name in ("PUT", "BINPUT", "LONG_BINPUT") and not 0 <= int(argument or 0) < len(data):
-            raise pickle.UnpicklingError(f"it remembers an object as number {argument}")
+            raise pickle.UnpicklingError(f"its memo has an entry numbered {argument}")
 
 
 def _text(key: object) -> str:

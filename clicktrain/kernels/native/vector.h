@@ -94,7 +94,7 @@ INLINE int64_t max64(int64_t a, int64_t b) { return a > b ? a : b; }
 #define KEEP(x) __asm__("" : "+" IN_REGISTER(x))
 #define USE(x) __asm__ volatile("" : : IN_REGISTER(x))
 #else
-#define KEEP(x)
+#define KEEP(x) ((void)(x))
 #define USE(x) __asm__ volatile("" : : "m"(x))
 #endif
 

@@ -7,7 +7,8 @@ compute densely, so that they save optimizer state, gradients and files, but no 
 
 from __future__ import annotations
 
-from collections.abc import Callable
+import math
+from collections.abc import Callable, Sequence
 from typing import Any, ClassVar
 
 import torch.nn.functional as F
@@ -57,6 +58,10 @@ class PackedConv2d(PackedLayer):
         self.groups = groups
         self.padding_mode = "zeros"
 
+    def as_conv2d(self, shape: Sequence[int]) -> tuple[Any, tuple[int, ...]] | None:
+        """Itself, for a batch of images: see `PackedLayer.as_conv2d`."""
+        return (self, tuple(shape)) if len(shape) == 4 else None
+
     def _sizes(self) -> tuple[Any, ...]:
         return self.in_channels, self.out_channels, tuple(self.kernel_size)
 
@@ -83,6 +88,11 @@ class PackedLinear(PackedLayer):
         """Take tensors over: see `PackedLayer`."""
         super().__init__(structure, values, bias, impl)
         self.out_features, self.in_features = structure.shape
+
+    def as_conv2d(self, shape: Sequence[int]) -> tuple[Any, tuple[int, ...]] | None:
+        """A 1x1 convolution on 1x1 images: see `PackedLayer.as_conv2d`."""
+        twin = PackedConv2d(self.structure.as_conv2d(), self.values, self.bias)
+        return twin, (math.prod(shape[:-1]), self.in_features, 1, 1)
 
     def _sizes(self) -> tuple[Any, ...]:
         return self.in_features, self.out_features
@@ -141,6 +151,17 @@ class PackedConv1d(_PackedConvNd):
     dense = nn.Conv1d
     runs_as_conv2d = True
     function = F.conv1d
+
+    def as_conv2d(self, shape: Sequence[int]) -> tuple[Any, tuple[int, ...]] | None:
+        """A convolution on images of one row: see `PackedLayer.as_conv2d`."""
+        if len(shape) != 3:
+            return None
+        padding = self.padding if isinstance(self.padding, str) else (0, self.padding[0])
+        twin = PackedConv2d(
+            self.structure.as_conv2d(), self.values, self.bias, stride=(1, self.stride[0]),
+            padding=padding, dilation=(1, self.dilation[0]), groups=self.groups,
+        )  # fmt: skip
+        return twin, (shape[0], shape[1], 1, shape[2])
 
     def _compute(self, x: Tensor) -> Tensor:
         if self.impl == "reference":

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import warnings
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Any, ClassVar, TypeVar
 
 import torch
@@ -118,6 +118,17 @@ class PackedLayer(nn.Module):
         layer.bias = self.bias
         _take_over(self, layer)
         return layer  # type: ignore[no-any-return]
+
+    def as_conv2d(self, shape: Sequence[int]) -> tuple[Any, tuple[int, ...]] | None:
+        """The same layer as a `PackedConv2d` that shares its tensors, and the shape of the images it gets.
+
+        Args:
+            shape: of the layer's input.
+
+        Returns:
+            None if it is no 2-D convolution of a batch.
+        """
+        return None
 
     def _sizes(self) -> tuple[Any, ...]:
         """Arguments of the dense class without a name: channels, and the kernel's size."""
@@ -256,7 +267,7 @@ def packed_form(module: nn.Module) -> type[PackedLayer] | None:
 
 
 def refusal(module: nn.Module) -> str | None:
-    """Why a module cannot become a `PackedLayer`, as far as the module itself tells; None if it can."""
+    """Why a module cannot become a `PackedLayer`, as far as the module itself shows; None if it can."""
     adapter, own = nearest_adapter(module), type(module)
     if adapter is None or packed_form(module) is None:
         return f"it is a {own.__name__}, which has no packed form"

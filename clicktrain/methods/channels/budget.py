@@ -6,7 +6,7 @@ import math
 from dataclasses import dataclass
 
 from clicktrain.errors import UserError
-from clicktrain.methods.outcome import NOTED, Reached, Target, latency_target
+from clicktrain.methods.outcome import NOTED, Reached, Target, check_latency_target, latency_target
 
 
 @dataclass(frozen=True, slots=True)
@@ -31,15 +31,7 @@ class ChannelBudget:
         for key in ("min_channels", "round_to", "latency_batch"):
             if getattr(self, key) < 1:
                 raise UserError(f"{key} must be at least 1, not {getattr(self, key)}")
-        if self.latency_target is not None and self.latency_target_ms is not None:
-            raise UserError("latency_target and latency_target_ms are both set: give one")
-        if self.latency_target is not None and not 0 < self.latency_target < 1:
-            raise UserError(
-                f"latency_target is a share of the whole network's time, between 0 and 1, not "
-                f"{self.latency_target}; milliseconds are latency_target_ms"
-            )
-        if self.latency_target_ms is not None and not 0 < self.latency_target_ms < math.inf:
-            raise UserError(f"latency_target_ms must be above 0, not {self.latency_target_ms}")
+        check_latency_target(self.latency_target, self.latency_target_ms)
         if self.latency_batch != 1 and not self.by_latency and self.latency_penalty is None:
             raise UserError(
                 f"latency_batch is {self.latency_batch} but no latency counts: give latency_target or "

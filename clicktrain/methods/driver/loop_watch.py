@@ -1,4 +1,4 @@
-"""Notices training loops that do not do what `Method.attach` was told.
+"""Notices training loops that do not match the arguments of `Method.attach`.
 
 The checks compare identities and counters that PyTorch keeps anyway. Only one of them synchronizes with an
 accelerator, every `_READ_EVERY` batches.
@@ -109,7 +109,7 @@ class LoopWatch:
         if over and not self._ran_over:
             self._ran_over = True
             warnings.warn(
-                f"the loop runs longer than attach was told (epochs={self.length.epochs}, "
+                f"the loop runs longer than attach expects (epochs={self.length.epochs}, "
                 f"steps_per_epoch={self.length.steps_per_epoch}): what the method decides by the length of "
                 "the run came too early",
                 stacklevel=3,

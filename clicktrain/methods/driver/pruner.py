@@ -233,7 +233,7 @@ class Pruner:
         Args:
             listener: called with one argument, an `Event` (`clicktrain.runs.events`) or a `Notification`
                 (`clicktrain.methods.driver.publisher`: `ParametersReplaced`, `ChannelsRemoved`,
-                `MasksFrozen`, `EpochEnd`). It runs without gradients, and must not change the network.
+                `MasksFrozen`, `EpochEnd`). It must not change the network.
             kind: a class of these, or a tuple of classes; all of them if it is left out.
 
         Returns:
@@ -268,7 +268,7 @@ class Pruner:
         done = self.progress.position
         if cut and self._watch.batches_or_steps(self.progress.seen) and done < self.length.epochs:
             warnings.warn(
-                f"the loop ended after {done:.3g} of the {self.length.epochs} epochs that attach was told "
+                f"the loop ended after {done:.3g} of the {self.length.epochs} epochs given to attach "
                 f"(of {self.length.steps_per_epoch} calls of observe each): the network was pruned at once, "
                 "without training afterwards",
                 stacklevel=2,

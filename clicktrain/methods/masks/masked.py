@@ -52,7 +52,7 @@ class MaskState:
     hidden: Tensors = field(default_factory=dict)
     """Values of weights that are zero in the network but trained on."""
     gradients: Tensors = field(default_factory=dict)
-    """Of this step; empty between steps."""
+    """Gradients of this step; empty between steps."""
     memory: dict[str, float] = field(default_factory=dict)
     """Numbers that rules keep from update to update."""
     kernels: KernelWatch = field(default_factory=KernelWatch)

@@ -1,9 +1,9 @@
 """Units that are dropped and grow at times during a run: what RigL, DSR, GraNet, MEST and GMP are made of.
 
 A method says when (`timing`) and how units move (`move`, from the rules in `clicktrain.sparsity.regrowth`).
-Between updates masks hold at every step: dead weights have no gradient, and nothing in the optimizer, so that
-no momentum moves them, or starts them off when they grow. The gradient of a dead weight is read first where
-units grow by it. The papers skip the optimizer's step at an update; here it has happened before.
+Between updates masks hold at every step: pruned weights have no gradient, and nothing in the optimizer, so
+that no momentum moves them, or starts them off when they grow. The gradient of a pruned weight is read first
+where units grow by it. The papers skip the optimizer's step at an update; here it has happened before.
 
 Until masks are frozen a run is charged the dense cost in `clicktrain.train.flops`, although most weights are
 zero: no operator makes use of positions that still change.
@@ -44,7 +44,7 @@ from clicktrain.sparsity.units import UNITS, Unit, UnitChoice
 
 @dataclass(frozen=True, kw_only=True)
 class Moving(Masked):
-    """A method whose units are dropped, and may grow, every so many batches."""
+    """A method whose units are dropped, and may grow, every `interval` batches."""
 
     reason: ClassVar[str] = "every filter keeps a weight, kernels are whole"
     moves_last: ClassVar[bool] = False
@@ -59,7 +59,7 @@ class Moving(Masked):
     interval: int | None = None
     """Batches between updates."""
     stop: float = 0.75
-    """Share of the run after which positions are fixed."""
+    """Share of the run after which masks are frozen."""
     linear: bool = True
     """Prune fully connected layers too."""
 
@@ -107,12 +107,12 @@ class Moving(Masked):
     @property
     def unit(self) -> str:
         """What has to have a meaning in a layer for it to be pruned."""
-        return self.granularity
+        return choice_name(self.granularity).rpartition(":")[2]
 
     @property
     def kind(self) -> Unit:
         """The unit."""
-        return UNITS[self.granularity]
+        return UNITS.resolve(self.granularity)
 
     @property
     def needs_gradients(self) -> bool:
@@ -145,7 +145,7 @@ class Moving(Masked):
             most = math.floor(1000 * (1 - filters / units)) / 1000
             raise UserError(
                 f"a sparsity of {self.sparsity:g} leaves {(1 - self.sparsity) * units:.0f} "
-                f"{self.granularity}s to {filters} filters: at most {most:g} can be asked of this network"
+                f"{self.unit}s to {filters} filters: at most {most:g} can be asked of this network"
             )
 
     def at_start(self, state: MaskState, prunable: PrunableLayers, length: RunLength) -> Sequence[Action]:
@@ -159,7 +159,7 @@ class Moving(Masked):
         ]
 
     def before_step(self, state: MaskState, prunable: PrunableLayers, step: StepInfo) -> None:
-        """Read the gradients of all weights when an update needs them; then dead weights have none."""
+        """Read the gradients of all weights when an update needs them; then pruned weights have none."""
         timing = self.timing(step.length)
         if state.stage == "fixed":
             return
@@ -242,7 +242,7 @@ class Moving(Masked):
         for layer in prunable.layers:
             name, units = layer.name, math.prod(self.kind.shape(layer.view_shape))
             density = units_at(planned[name], units) / units
-            what = "weights" if layer.kind == "linear" else f"{self.granularity}s"
+            what = "weights" if layer.kind == "linear" else f"{self.unit}s"
             why = "dense by Erdos-Renyi" if density == 1 and not (state and state.kept) else ""
             if open_yet:
                 why = f"{first[name]:.3f} at the start, then by {self.decided_by}"
@@ -283,7 +283,7 @@ class Growing(Moving):
         return super().needs_gradients or reads_gradient(GROWTHS.resolve(self.growth))
 
     def grow(self, now: Update, kept: Units, counts: Mapping[str, int]) -> Units:
-        """The units that live once so many have grown in each layer."""
+        """The units that live once these counts have grown in each layer."""
         return GROWTHS.resolve(self.growth)(now, kept, counts) if any(counts.values()) else kept
 
     @property

@@ -25,7 +25,7 @@ class StraightThrough(Masked):
     decay: float
     """Pull of the weights that the forward pass does not see towards zero."""
     stop: float
-    """Share of the run after which positions are fixed."""
+    """Share of the run after which masks are frozen."""
 
     @property
     def stages(self) -> tuple[str, ...]:

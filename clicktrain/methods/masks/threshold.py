@@ -43,7 +43,7 @@ class CutSettings:
     """Whole kernels compete within an input channel (Algorithm 1), or within a filter, so that all filters
     keep equally many."""
     max_non_zero: int | None = None
-    """At most so many of the 9 weights of a 3x3 kernel stay as soon as the threshold is above 0 (window,
+    """At most this many of the 9 weights of a 3x3 kernel stay as soon as the threshold is above 0 (window,
     combined, pattern); other kernel sizes keep the same share."""
     window_share: float = 0.8
     """Share of the threshold that is pruned inside kernels (combined, pattern)."""

@@ -42,13 +42,13 @@ def importance_gains(layer: PatternLayer, scores: Tensor) -> Tensor:
 def relative_gains(layer: PatternLayer, scores: Tensor) -> Tensor:
     """The scores over their layer's mean."""
     # Scores of a group are sums over its filters; relative to their mean they are not any more.
-    return kernel_gains(scores, normalise=True) * layer.group
+    return kernel_gains(scores, normalize=True) * layer.group
 
 
 def share_gains(layer: PatternLayer, scores: Tensor) -> Tensor:
     """The scores over their layer's sum, so that every layer is worth the same as a whole."""
     del layer
-    return kernel_gains(scores, normalise=True) / scores.numel()
+    return kernel_gains(scores, normalize=True) / scores.numel()
 
 
 def erk_gains(layer: PatternLayer, scores: Tensor) -> Tensor:

@@ -11,6 +11,7 @@ from clicktrain.graph.prunable import PrunableLayer, PrunableLayers, matches
 from clicktrain.latency.network_times import Timed
 from clicktrain.latency.sparse_latency import LatencyAim
 from clicktrain.methods.base import RunLength
+from clicktrain.methods.outcome import check_latency_target
 from clicktrain.methods.patterns.axes import AllocationChoice, PenaltyChoice
 from clicktrain.methods.patterns.selection import PatternLayer
 from clicktrain.methods.triggers import default_threshold, default_window
@@ -140,7 +141,7 @@ class PatternSettings:
             if getattr(self, key) is None:
                 object.__setattr__(self, key, value)
         check_choices(self)
-        self._check_latency()
+        check_latency_target(self.latency_target, self.latency_target_ms)
         if not self.compression > 1:
             raise UserError(
                 f"compression must be more than 1 (8 keeps an eighth of the weights), not {self.compression}"
@@ -171,17 +172,6 @@ class PatternSettings:
         for glob, ratio in self.layers.items():
             if not ratio >= 1:
                 raise UserError(f"the compression of layer {glob!r} must be at least 1, not {ratio}")
-
-    def _check_latency(self) -> None:
-        if self.latency_target is not None and self.latency_target_ms is not None:
-            raise UserError("latency_target and latency_target_ms are both set: give one")
-        if self.latency_target is not None and not 0 < self.latency_target < 1:
-            raise UserError(
-                f"latency_target is a share of the dense network's time, between 0 and 1, not "
-                f"{self.latency_target}; milliseconds are latency_target_ms"
-            )
-        if self.latency_target_ms is not None and not 0 < self.latency_target_ms < math.inf:
-            raise UserError(f"latency_target_ms must be above 0, not {self.latency_target_ms}")
 
     @property
     def aim(self) -> LatencyAim | None:

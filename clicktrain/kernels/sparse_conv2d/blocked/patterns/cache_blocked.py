@@ -166,7 +166,7 @@ def _kernels(
     code("const long p = e[0] * WIN - low;")
     code(f"vec *s = sums + e[1] * {positions}L;")
     code("(void)p; (void)s;")
-    for t in range(len(taps)):
+    for t in sorted({tap for _, users in uses for _, tap in users}):
         code(f"vec w{t} = splat(v[{t}]); KEEP(w{t});")
     left = [0] * positions
     for use in uses:

@@ -67,11 +67,12 @@ def _tile(code: Code, g: Generator, name: str, row: TileKind, column: TileKind, 
     for number, taps in enumerate(g.tap_patterns):
         code(f"case {number}: {{  // taps {', '.join(map(str, taps))}")
         code("cell t;")
-        for t in range(len(taps)):
+        triples = list(g.triples(taps, row, column))
+        for t in sorted({tap for _, _, tap in triples}):
             for k in range(filters):
                 code(f"const vec w{t}_{k} = splat(v[{t * filters + k}]);")
         last = -1
-        for position, window, tap in g.triples(taps, row, column):
+        for position, window, tap in triples:
             if window != last:
                 code(f"t = p[{window}]; KEEP(t);")
                 last = window

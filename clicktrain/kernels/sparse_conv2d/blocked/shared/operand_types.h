@@ -39,7 +39,7 @@ typedef uint32_t pair_bits __attribute__((vector_size(2 * LANES), aligned(2 * LA
 #define LANE_SUM PASTE(sum, PASTE(HALF_, LANES))
 #if LANES < 8  // Clang holds no operand of less than 16 bytes in a vector register.
 #undef KEEP
-#define KEEP(x)
+#define KEEP(x) ((void)(x))
 #endif
 #else
 typedef vec sums_t;

@@ -22,7 +22,7 @@ class MaskedLatency:
     """
 
     def __init__(self, model: nn.Module, example: Any) -> None:
-        """Remember the network; only copies of it are changed.
+        """Keep the network; only copies of it are changed.
 
         Args:
             model: on the CPU, without packed convolutions.

@@ -1,7 +1,7 @@
 """The numbers as data. FLOPs are 2 x multiply-adds, exact, per image; bias additions are not counted.
 
 Every layer has three passes in training, each of which costs the same: forward, grad-input (the gradient of
-what it reads) and grad-weight. ``_dense`` is the cost of all weights, the other one that of the non-zero
+what it reads) and grad-weight. ``_dense`` is the cost of all weights, the other one that of the nonzero
 ones.
 """
 
@@ -20,7 +20,7 @@ class LayerCost:
         weight_shape: [F, C, R, S] of the dense weight, or [F, C].
         output_hw: spatial size of the output of the last call, () for linear layers.
         weights: all weights.
-        nonzero: weights that live.
+        nonzero: nonzero weights.
         forward_flops_dense, forward_flops: of all calls in one forward pass, padding taps included.
         grad_input_flops_dense, grad_input_flops: 0 if what the layer reads depends on nothing trained.
         grad_weight_flops_dense, grad_weight_flops: 0 if the layer is not trained.
@@ -51,7 +51,7 @@ class LayerCost:
 
     @property
     def training_flops(self) -> int:
-        """The three passes with the living weights."""
+        """The three passes with the nonzero weights."""
         return self.forward_flops + self.grad_input_flops + self.grad_weight_flops
 
 
@@ -93,7 +93,7 @@ class ModelCost:
 
     @property
     def forward_flops(self) -> int:
-        """Inference with the living weights."""
+        """Inference with the nonzero weights."""
         return sum(layer.forward_flops for layer in self.layers)
 
     @property
@@ -108,7 +108,7 @@ class ModelCost:
 
     @property
     def training_flops(self) -> int:
-        """A training step on one image once positions are fixed."""
+        """A training step on one image once masks are frozen."""
         return sum(layer.training_flops for layer in self.layers)
 
     def training_flops_per_image(self, frozen: bool) -> int:

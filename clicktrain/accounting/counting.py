@@ -107,7 +107,7 @@ def _counted(layers: Iterable[_Layer]) -> list[_Layer]:
 
 
 def _structure(module: nn.Module) -> Structure | None:
-    """Of a packed layer."""
+    """The positions of a packed layer's values; None for another module."""
     structure = getattr(module, "structure", None)
     return structure if isinstance(structure, Structure) else None
 

@@ -23,7 +23,7 @@ from clicktrain.graph.batch import blank, first_tensor
 from clicktrain.graph.inputs import Inputs, as_inputs
 
 _BATCHES = (2, 4)
-"""Two batches tell the part per image from the fixed one; batch norm trains on more than one image."""
+"""Two batch sizes separate the part per image from the fixed one; batch norm needs more than one image."""
 
 Autocast = Callable[[], contextlib.AbstractContextManager[Any]]
 

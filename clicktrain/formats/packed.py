@@ -1,6 +1,6 @@
 """Packed weights: an index that never changes after the hard prune, and the values that train.
 
-ClickTrain section 5.1: once patterns are final the non-zero positions stay, so the index is built once, and
+ClickTrain section 5.1: once patterns are final the nonzero positions stay, so the index is built once, and
 refreshing the values from a dense weight is a gather (the paper's ``Convert2CSR`` with given ``rowPtr`` and
 ``colInd``). The names are those of PyTorch's CSR tensors; a row is what the first axis of the weight counts
 (a filter of a convolution, an output of a linear layer), its columns are the flat positions of its weights.
@@ -166,7 +166,7 @@ class PackedWeight(NamedTuple):
 
 
 def pack_values(structure: Structure, dense: Tensor) -> Tensor:
-    """Gather the kept weights: ClickTrain section 5.1, conversion with predefined non-zero positions.
+    """Gather the kept weights: ClickTrain section 5.1, conversion with predefined nonzero positions.
 
     What ``dense`` has outside the structure is left out. Differentiable.
 

@@ -118,7 +118,7 @@ def _pack(name: str, tensors: Mapping[str, Tensor], mask: Tensor) -> PackedWeigh
         )
     mask = mask.to(dense.device)
     if bool((dense != 0).logical_and_(~mask).any()):
-        raise UserError(f"{name} has non-zero weights outside its mask: prune it before it is packed")
+        raise UserError(f"{name} has nonzero weights outside its mask: prune it before it is packed")
     structure = Structure.from_mask(mask)
     return PackedWeight(structure, pack_values(structure, dense))
 

@@ -41,9 +41,9 @@ class ConvSources(NamedTuple):
 def conv_sources(model: nn.Module) -> ConvSources:
     """The convolution whose filters a linear layer reads, where nothing mixes the channels between.
 
-    Pooling, normalisation, activation and flattening may lie between; after an addition, as in a residual
+    Pooling, normalization, activation and flattening may lie between; after an addition, as in a residual
     network, a zero filter is no zero input, and the layer is left out. So are all layers of a network that
-    ``torch.fx`` cannot trace: nothing is eliminated there, and the reason is told.
+    ``torch.fx`` cannot trace: nothing is eliminated there, and the reason is reported.
     """
     try:
         graph = trace_symbolically(model)

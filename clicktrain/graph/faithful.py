@@ -139,10 +139,10 @@ def _examine(
     if graph.effects:
         return graph, graph.effects
     write_elsewhere(graph.graph)
-    told = _differs(graph, flags, few, expected)
-    if not told:
+    difference = _differs(graph, flags, few, expected)
+    if not difference:
         return graph, cannot
-    return graph, _smallest(model, graph, flags, few, leaves, opaque) or {"": _otherwise(told)}
+    return graph, _smallest(model, graph, flags, few, leaves, opaque) or {"": _otherwise(difference)}
 
 
 def _for_whole_batches(graph: ModelGraph, flags: Modes, inputs: Inputs) -> ModelGraph:
@@ -205,11 +205,11 @@ def _smallest(
             expected = original_calls(module, own, calls[path])
             part = trace_copy(module, copy_in_modes(module, own), calls[path], leaves, inside)
             write_elsewhere(part.graph)
-            told = _differs(part, own, calls[path], expected)
+            difference = _differs(part, own, calls[path], expected)
         except Exception as error:
-            told = one_line(error)
-        if told:
-            return {path: _otherwise(told)}
+            difference = one_line(error)
+        if difference:
+            return {path: _otherwise(difference)}
     return {}
 
 
@@ -231,8 +231,8 @@ def _calls(model: nn.Module, paths: tuple[str, ...], flags: Modes, inputs: Input
     return calls
 
 
-def _otherwise(told: str) -> str:
-    return f"does something at each call that a graph does not hold: {told}"
+def _otherwise(difference: str) -> str:
+    return f"does something at each call that a graph does not hold: {difference}"
 
 
 def _modes(model: nn.Module, all_modes: bool) -> list[Modes]:

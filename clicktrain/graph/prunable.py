@@ -180,12 +180,12 @@ def check_convolutions(prunable: PrunableLayers, who: str) -> None:
     convs = [name for name, (shape, _) in prunable.left_alone.items() if len(shape) > 2]
     if prunable.convs or (prunable.linears and not convs):
         return
-    told = convs or list(prunable.left_alone)
+    named = convs or list(prunable.left_alone)
     # A network that is a layer itself has the name "".
-    reasons = "; ".join(": ".join(filter(None, (name, prunable.left_alone[name][1]))) for name in told[:3])
+    reasons = "; ".join(": ".join(filter(None, (name, prunable.left_alone[name][1]))) for name in named[:3])
     hint = (
         ", or name some with include"
-        if any("reads the image" in prunable.left_alone[n][1] for n in told)
+        if any("reads the image" in prunable.left_alone[n][1] for n in named)
         else ""
     )
     raise UserError(

@@ -39,7 +39,7 @@ class Proxy(fx.Proxy):
         return self.tracer.create_proxy("call_function", operator.itruediv, (self, other), {})
 
     def __len__(self) -> int:
-        """Of a parameter or buffer, whose shape is known; the graph shows that it was asked for."""
+        """Length of a parameter or buffer, whose shape is known; the graph shows that it was read."""
         if self.node.op != "get_attr":
             return super().__len__()
         self.tracer.create_proxy("call_method", "size", (self, 0), {})

@@ -68,7 +68,7 @@ class Watch:
         return tuple(self._reads.values())
 
     def note(self, reason: str, path: str | None = None) -> None:
-        """Remember an effect of the module that runs now, or of another."""
+        """Note an effect of the module that runs now, or of another."""
         self.effects.setdefault(self._reader() if path is None else path, reason)
 
     def forget(self) -> None:

@@ -24,11 +24,11 @@ _TRANSPOSED = (nn.ConvTranspose1d, nn.ConvTranspose2d, nn.ConvTranspose3d)
 def apply_surgery_(
     plan: SurgeryPlan, model: nn.Module, optimizers: Sequence[Optimizer] | Optimizer = ()
 ) -> None:
-    """Shrink a model, its gradients and what its optimizers keep per weight, all together.
+    """Shrink a model, its gradients and its optimizers' state per weight, all together.
 
     Parameters are exchanged for smaller ones, in the modules and, at the same places, in the optimizers'
     groups; attributes of parameters and hooks on them come along, and so do the hooks of modules. Whatever
-    holds on to parameters otherwise has to be made anew (DistributedDataParallel, CUDA graphs). The same plan
+    holds on to parameters otherwise has to be rebuilt (DistributedDataParallel, CUDA graphs). The same plan
     is applied to moving averages of the model, without optimizers.
 
     Everything is checked first: if it raises, nothing has been changed.

@@ -6,7 +6,7 @@ from collections.abc import Callable, Hashable, Sequence
 from typing import TypeVar
 
 MOST_TRIALS = 200
-"""After so many the rest is blamed unseen."""
+"""After this many, the rest is blamed without a look."""
 
 T = TypeVar("T", bound=Hashable)
 Check = Callable[[Sequence[T]], str | None]

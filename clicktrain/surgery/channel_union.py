@@ -8,7 +8,7 @@ within a residual stage". A channel goes when, at every layer that reads it,
 * what arrives is zero, batch norm included, while training and in evaluation.
 
 So what a layer computes changes by at most the threshold times what arrives, or times its weights. Zero
-filters whose batch norm sends a constant into living weights stay, as do living filters that nobody reads:
+filters whose batch norm sends a constant into nonzero weights stay, as do nonzero filters that nothing reads:
 the lasso makes these zero next.
 """
 

@@ -26,7 +26,7 @@ from clicktrain.surgery.plan import SurgeryPlan
 from clicktrain.surgery.steady import steadily
 
 IMAGES = 3
-"""Of a batch that is compared: batch norm trains on more than one."""
+"""Images of a batch that is compared: batch norm trains on more than one."""
 _MOST_IMAGES = 8
 _CLOSE = {torch.float64: 1e-6, torch.float32: 1e-3}
 """Largest difference that is rounding, as a share of the largest output, by dtype; 0.05 for others."""

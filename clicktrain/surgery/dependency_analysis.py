@@ -29,7 +29,7 @@ _tried: WeakKeyDictionary[nn.Module, tuple[tuple[str, ...], _Held]] = WeakKeyDic
 
 
 def dependencies(model: nn.Module, example: Any) -> Dependencies:
-    """Analyse a model.
+    """Analyze a model.
 
     Args:
         model: any module that torch.fx can trace; modules inside that it cannot are kept whole.

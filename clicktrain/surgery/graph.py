@@ -48,17 +48,17 @@ class NetworkGraph:
 
     @property
     def nodes(self) -> tuple[fx.Node, ...]:
-        """Of the pass in evaluation mode, in the order of execution."""
+        """Nodes of the pass in evaluation mode, in the order of execution."""
         return self.evaluation.nodes
 
     @property
     def training_nodes(self) -> tuple[fx.Node, ...]:
-        """Of the pass in training mode; the same nodes where the passes are the same."""
+        """Nodes of the pass in training mode; the same ones where the passes agree."""
         return self.nodes if self.training is None else self.training.nodes
 
     @property
     def all_nodes(self) -> tuple[fx.Node, ...]:
-        """Of both passes, each once."""
+        """Nodes of both passes, each once."""
         return self.nodes if self.training is None else (*self.nodes, *self.training.nodes)
 
     @property

@@ -7,7 +7,7 @@ from torch.nn.modules.batchnorm import _BatchNorm
 
 
 class NormAlone(_BatchNorm):
-    """Of whatever dimensions, as the synchronised one."""
+    """Batch norms that take inputs of any dimension, as the synchronized one does."""
 
     def _check_input_dim(self, input: Tensor) -> None:
         del input

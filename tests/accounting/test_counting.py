@@ -16,6 +16,7 @@ from torch.utils.flop_counter import FlopCounterMode
 from clicktrain.accounting import LayerCost, ModelCost, compression_ratio, count
 from clicktrain.errors import UserError
 from clicktrain.kernels.pack_model import pack, pack_model_
+from clicktrain.kernels.sparse_conv2d import PackedLayer
 from clicktrain.models import create_model
 
 
@@ -113,6 +114,26 @@ def test_one_layer(
     norm = nn.BatchNorm1d(shape[1]) if len(shape) < 4 else nn.BatchNorm2d(shape[1])
     (second,) = count(nn.Sequential(norm, module), torch.zeros(shape)).layers
     assert three(second) == (2 * multiply_adds,) * 3
+
+
+@pytest.mark.parametrize(
+    ("module", "shape"),
+    [
+        (nn.Conv1d(4, 8, 3), (2, 4, 9)),
+        (nn.Conv3d(2, 4, 3), (2, 2, 4, 4, 4)),
+        (nn.ConvTranspose2d(4, 8, 3, stride=2), (2, 4, 5, 6)),
+        (nn.Linear(7, 3), (2, 5, 7)),
+    ],
+    ids=str,
+)
+def test_a_packed_layer_counts_as_the_dense_one_with_zeros(module: nn.Module, shape: tuple[int, ...]) -> None:
+    with torch.no_grad():
+        module.weight.mul_(torch.rand_like(module.weight) < 0.3)  # type: ignore[union-attr, arg-type]
+    model, x = nn.Sequential(module), torch.zeros(shape)
+    packed = pack(model)
+    assert isinstance(packed[0], PackedLayer)
+    assert count(packed, x) == count(model, x)
+    assert compression_ratio(packed) == compression_ratio(model) > 1
 
 
 def test_a_network() -> None:

@@ -12,11 +12,15 @@ from torch.optim import Optimizer
 
 from clicktrain.methods import (
     DSR,
+    GMP,
+    MEST,
     METHODS,
+    NM,
     Campfire,
     ChannelsThenPatterns,
     ClickTrain,
     Dense,
+    GraNet,
     Method,
     PaT,
     Pruner,
@@ -36,6 +40,10 @@ METHODS_MADE: dict[str, Callable[[], Method[Any]]] = {
     "campfire": lambda: Campfire(sparsity=0.6, granularity="ck", era=(1, 3), linear="none"),
     "dsr": lambda: DSR(sparsity=0.5, interval=4, linear=False),
     "rigl": lambda: RigL(sparsity=0.5, interval=4, linear=False),
+    "granet": lambda: GraNet(sparsity=0.5, interval=4, linear=False),
+    "mest": lambda: MEST(sparsity=0.5, interval=4, linear=False),
+    "gmp": lambda: GMP(sparsity=0.5, linear=False),
+    "nm": lambda: NM(linear=False),
     "pat": lambda: PaT(policy="epoch", prune_epoch=1, prune_ratio=0.3),
 }
 assert METHODS_MADE.keys() == METHODS.keys()

@@ -267,7 +267,7 @@ def packed_form(module: nn.Module) -> type[PackedLayer] | None:
 
 
 def refusal(module: nn.Module) -> str | None:
-    """Why a module cannot become a `PackedLayer`, as far as the module itself tells; None if it can."""
+    """Why a module cannot become a `PackedLayer`, as far as the module itself shows; None if it can."""
     adapter, own = nearest_adapter(module), type(module)
     if adapter is None or packed_form(module) is None:
         return f"it is a {own.__name__}, which has no packed form"

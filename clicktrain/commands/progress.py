@@ -38,7 +38,7 @@ class EpochLines:
         )
 
     def step(self, info: StepProgress) -> None:
-        """Remember where the run is."""
+        """Keep the position in the run, for the epoch's line."""
         self._last = info
 
     def epoch(self, record: dict[str, Any]) -> None:

@@ -20,7 +20,7 @@ SPARSITY = (
     Option(
         "group",
         tuple[int, ...],
-        "Neighbouring filters that share their positions.",
+        "Neighboring filters that share their positions.",
         (1,),
         metavar="N [N ...]",
     ),

@@ -81,8 +81,8 @@ def _show(result: Result, console: Console) -> None:
     caption = (
         "Dense: the fastest PyTorch call, its inputs in its layout and type already. Sparse: the operator "
         "as networks call it, on activations that are blocked already; all results checked against float64. "
-        "Tiling (rows x columns, in regions of so many tiles, filters; indexed: so many channels "
-        f"in one pass; cache_blocked: so many results by so many sources): {tiled}. Bound: the ratio of a "
+        "Tiling (rows x columns, in regions of r x c tiles, filters; indexed: n channels "
+        f"in one pass; cache_blocked: n results by n sources): {tiled}. Bound: the ratio of a "
         "layer that did nothing but its multiply-adds from registers and then one pass over what it reads "
         "and writes, both timed beside the calls. Peak: "
         "multiply-adds of kept weights inside the image, over what the threads reach from registers"

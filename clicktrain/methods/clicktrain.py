@@ -17,15 +17,7 @@ from clicktrain.errors import UserError
 from clicktrain.graph.prunable import PrunableLayers, check_convolutions, find_prunable, matches
 from clicktrain.latency.network_times import MeasureMasks
 from clicktrain.latency.sparse_latency import SparseLatency
-from clicktrain.methods.base import (
-    Action,
-    Method,
-    PruningPlan,
-    Record,
-    RunLength,
-    StepInfo,
-    hard_prune,
-)
+from clicktrain.methods.base import Action, Method, PruningPlan, Record, RunLength, StepInfo, hard_prune
 from clicktrain.methods.outcome import NOTED, Reached, Target, latency_target
 from clicktrain.methods.patterns.axes import ALLOCATIONS, PENALTIES, allocation_gains
 from clicktrain.methods.patterns.plan import clicktrain_plan

@@ -203,13 +203,7 @@ _pattern.in_patterns = True  # type: ignore[attr-defined]
 
 GRANULARITIES: Registry[Granularity] = Registry(
     "granularity",
-    {
-        "window": _window,
-        "ck": _ck,
-        "combined": _combined,
-        "inter_epoch": _inter_epoch,
-        "pattern": _pattern,
-    },
+    {"window": _window, "ck": _ck, "combined": _combined, "inter_epoch": _inter_epoch, "pattern": _pattern},
 )
 """What goes inside of convolutions. With an attribute ``in_patterns`` what stays of a kernel is a pattern."""
 GranularityChoice: TypeAlias = Annotated[str | Granularity, GRANULARITIES]

@@ -20,15 +20,7 @@ from clicktrain.methods.actions import (
     SilenceChannels,
     hard_prune,
 )
-from clicktrain.methods.contract import (
-    LayerPlan,
-    MethodHooks,
-    PruningPlan,
-    RunLength,
-    S,
-    StepInfo,
-    plan_rows,
-)
+from clicktrain.methods.contract import LayerPlan, MethodHooks, PruningPlan, RunLength, S, StepInfo, plan_rows
 from clicktrain.methods.driver.pruner import Pruner
 
 __all__ = [

@@ -18,11 +18,7 @@ Result = dict[str, Any]
 SPARSITY = (
     Option("compression", tuple[float, ...], "All weights over kept ones.", (4.0, 10.0), metavar="X [X ...]"),
     Option(
-        "group",
-        tuple[int, ...],
-        "Neighboring filters that share their positions.",
-        (1,),
-        metavar="N [N ...]",
+        "group", tuple[int, ...], "Neighboring filters that share their positions.", (1,), metavar="N [N ...]"
     ),
 )
 """What is kept of the layers that are timed, for benchmarks of more than one sparsity."""

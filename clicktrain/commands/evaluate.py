@@ -13,7 +13,7 @@ from clicktrain.errors import UserError
 if TYPE_CHECKING:
     from clicktrain.data import ImageData
     from clicktrain.train import LoadedRun, RunConfig
-    from clicktrain.train.robustness import Attack
+    from clicktrain.train.evaluate import Attack
 
 _COMMAND = Command(
     name="evaluate",
@@ -48,7 +48,7 @@ def run(argv: Sequence[str]) -> int:
     attacks = _attacks(given, config.seed)
     result = _evaluate(loaded, config, attacks)
     if attacks and config.data == loaded.config.data:
-        from clicktrain.train.robustness import save_robustness
+        from clicktrain.train.evaluate import save_robustness
 
         save_robustness(loaded.folder, attacks, [row["accuracy"] for row in result["robustness"]])
     if given.get("json"):
@@ -66,7 +66,7 @@ def run(argv: Sequence[str]) -> int:
 
 def _attacks(given: Mapping[str, Any], seed: int) -> list[Attack]:
     """The attacks that are asked for; UserError for flags that do not fit together."""
-    from clicktrain.train.robustness import PAPER_EPSILONS, Attack
+    from clicktrain.train.evaluate import PAPER_EPSILONS, Attack
 
     name, steps = given.get("attack"), given.get("steps")
     if name is None:
@@ -104,7 +104,7 @@ def _evaluate(loaded: LoadedRun, config: RunConfig, attacks: Sequence[Attack]) -
         "compression_ratio": loaded.summary["compression_ratio"],
     }
     if attacks:
-        from clicktrain.train.robustness import attacked_accuracy
+        from clicktrain.train.evaluate import attacked_accuracy
 
         accuracies = attacked_accuracy(
             model, loader, attacks, mean=data.mean, std=data.std, device=device, precision=config.precision

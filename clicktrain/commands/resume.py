@@ -24,7 +24,7 @@ _COMMAND = Command(
 
 def run(argv: Sequence[str]) -> int:
     """Run the command; the exit code."""
-    from clicktrain.commands.running import carry_out
+    from clicktrain.commands.progress import carry_out
     from clicktrain.methods import METHODS
     from clicktrain.settings import choice_fields
     from clicktrain.train import RunFolder, load_run_config

@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import Any
 
 from clicktrain.commands.arguments import Command, Option, options_of
-from clicktrain.commands.running import carry_out
+from clicktrain.commands.progress import carry_out
 from clicktrain.errors import UserError
 from clicktrain.methods import METHODS
 from clicktrain.own_code import is_own

@@ -10,23 +10,21 @@ from torch.optim import Optimizer
 
 from clicktrain.errors import UserError
 from clicktrain.latency.network_times import MeasureMasks
-from clicktrain.methods.actions import (
+from clicktrain.methods.contract import (
     Action,
     ApplyMasks,
     FreezeMasks,
-    Reconfigure,
-    Record,
-    RestoreTensors,
-    SilenceChannels,
-    hard_prune,
-)
-from clicktrain.methods.contract import (
     LayerPlan,
     MethodHooks,
     PruningPlan,
+    Reconfigure,
+    Record,
+    RestoreTensors,
     RunLength,
     S,
+    SilenceChannels,
     StepInfo,
+    hard_prune,
     plan_rows,
 )
 from clicktrain.methods.driver.pruner import Pruner

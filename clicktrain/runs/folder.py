@@ -16,24 +16,17 @@ import yaml
 from clicktrain.errors import UserError
 from clicktrain.files import read_yaml
 from clicktrain.formats.atomic import append_jsonl, remove_leftovers, write_text_atomic
-from clicktrain.runs.checks import check_summary
 from clicktrain.runs.format import (
     FORMAT_VERSION,
     HEADER,
     check_folder,
+    check_summary,
     read_records,
     read_summary,
 )
 from clicktrain.runs.lock import RunFolderInUse, holder, locked
 from clicktrain.runs.logs import LogMark, Mended, take_back
-from clicktrain.runs.new_folder import (
-    CHECKPOINTS,
-    clear_begun,
-    existing_part,
-    exists,
-    only_begun,
-    remove_new,
-)
+from clicktrain.runs.new_folder import CHECKPOINTS, clear_begun, existing_part, exists, only_begun, remove_new
 
 
 class _File:

@@ -16,9 +16,8 @@ from clicktrain.data import Batch, mixup
 from clicktrain.errors import NetworkCollapsed
 from clicktrain.train.config import resume_command
 from clicktrain.train.device import autocast, seed_batch
-from clicktrain.train.divergence import LossWatch, diverged, explosion
 from clicktrain.train.evaluate import Evaluation, evaluate
-from clicktrain.train.interrupt import StopRequest, TrainingInterrupted
+from clicktrain.train.interrupt import LossWatch, StopRequest, TrainingInterrupted, diverged, explosion
 from clicktrain.train.minibatch import next_epoch
 from clicktrain.train.optim import trained_parameters
 from clicktrain.train.progress import StepProgress

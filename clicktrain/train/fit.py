@@ -13,9 +13,8 @@ from clicktrain.runs.folder import RunFolder
 from clicktrain.train.channel_log import watch_channels
 from clicktrain.train.checkpoint import bytes_needed, check_disk
 from clicktrain.train.config import RunConfig, resume_command
-from clicktrain.train.divergence import collapsed
 from clicktrain.train.epoch import end_epoch, train_epoch
-from clicktrain.train.interrupt import StoppedAtOnce, StopRequest, TrainingInterrupted
+from clicktrain.train.interrupt import StoppedAtOnce, StopRequest, TrainingInterrupted, collapsed
 from clicktrain.train.minibatch import set_memory_budget
 from clicktrain.train.prepare import prepare
 from clicktrain.train.progress import Progress, Silent

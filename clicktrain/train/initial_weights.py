@@ -12,8 +12,8 @@ from torch import Tensor, nn
 
 from clicktrain.errors import UserError, shown
 from clicktrain.formats.tree import read_tensors
-from clicktrain.runs.checks import parse_facts
 from clicktrain.runs.folder import RunFolder
+from clicktrain.runs.format import parse_facts
 
 
 @dataclass(frozen=True, slots=True)

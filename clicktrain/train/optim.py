@@ -1,12 +1,17 @@
-"""Optimizers, and the moving average of the weights."""
+"""Optimizers, batch sizes and learning rates over a run, and the moving average of the weights."""
 
 from __future__ import annotations
 
+import dataclasses
+import math
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
 from typing import Any, TypeAlias
 
 import torch
 from torch import Tensor, nn
 from torch.optim import SGD, Adam, AdamW, Optimizer
+from torch.optim.lr_scheduler import LambdaLR
 from torch.optim.swa_utils import AveragedModel
 
 from clicktrain.errors import UserError
@@ -70,3 +75,172 @@ def make_average(model: nn.Module, decay: float) -> AveragedModel:
 
     average = AveragedModel(model, multi_avg_fn=follow, use_buffers=True)
     return average
+
+
+@dataclass(frozen=True, slots=True)
+class BatchSize:
+    """Epochs with batches of one size.
+
+    Attributes:
+        images: in a batch.
+        batches: in an epoch.
+        steps: of the optimizer in an epoch.
+        learning_rate_factor: on the scheduled learning rate.
+        epoch: from which epoch on, counted from 0.
+        batches_before: of the run, before that epoch.
+        steps_before: of the optimizer, before that epoch.
+    """
+
+    images: int
+    batches: int
+    steps: int
+    learning_rate_factor: float = 1.0
+    epoch: int = 0
+    batches_before: int = 0
+    steps_before: int = 0
+
+
+class BatchSizes:
+    """All batch sizes of a run so far; one entry unless the batch was resized."""
+
+    def __init__(self, images: int, batches: int, accumulate: int) -> None:
+        """Start a run with ``batches`` batches of ``images`` images an epoch."""
+        self._accumulate = accumulate
+        self._entries = [BatchSize(images, batches, math.ceil(batches / accumulate))]
+
+    @property
+    def first(self) -> BatchSize:
+        """The size at the start of the run."""
+        return self._entries[0]
+
+    @property
+    def now(self) -> BatchSize:
+        """The size in the running epoch."""
+        return self._entries[-1]
+
+    def resize(self, epoch: int, images: int, batches: int, learning_rate_factor: float) -> None:
+        """Set another size from epoch ``epoch`` (from 0) on, which has not begun."""
+        last, passed = self.now, epoch - self.now.epoch
+        if passed < 1:
+            raise ValueError(f"epoch {epoch} has its batch size already")
+        self._entries.append(
+            BatchSize(
+                images,
+                batches,
+                math.ceil(batches / self._accumulate),
+                learning_rate_factor,
+                epoch,
+                last.batches_before + passed * last.batches,
+                last.steps_before + passed * last.steps,
+            )
+        )
+
+    def batch_number(self, epoch: int, batch: int) -> int:
+        """Number in the run of a batch of the running epoch, both counted from 0."""
+        return self.now.batches_before + (epoch - self.now.epoch) * self.now.batches + batch
+
+    def schedule_step(self, step: int) -> float:
+        """The step at which a run of the first batch size would be in the same place.
+
+        In such a run it is ``step`` itself, exactly.
+        """
+        entry = self._at(step)
+        return entry.epoch * self.first.steps + (step - entry.steps_before) * (self.first.steps / entry.steps)
+
+    def learning_rate_factor(self, step: int) -> float:
+        """The factor on the scheduled learning rate at an optimizer step."""
+        return self._at(step).learning_rate_factor
+
+    def _at(self, step: int) -> BatchSize:
+        return next(entry for entry in reversed(self._entries) if step >= entry.steps_before)
+
+    def state_dict(self) -> list[dict[str, Any]]:
+        """As plain numbers."""
+        return [dataclasses.asdict(entry) for entry in self._entries]
+
+    def load_state(self, saved: Sequence[Mapping[str, Any]]) -> None:
+        """Inverse of `state_dict`."""
+        self._entries = [BatchSize(**entry) for entry in saved]
+
+
+_ONECYCLE_RISE = 0.3
+_ONECYCLE_START = 1 / 25
+_ONECYCLE_END = 1 / 25e4
+
+
+def learning_rate_factor(config: RunConfig, total_steps: int) -> Callable[[float], float]:
+    """The factor on the peak learning rate at each optimizer step.
+
+    ``onecycle`` is the curve of ``torch.optim.lr_scheduler.OneCycleLR`` (cosine up from 1/25, cosine down to
+    1/250000) without its change of momentum. The others start with a linear warm-up when ``warmup_epochs`` is
+    set; ``cosine`` then falls to zero at the step after the last.
+
+    Args:
+        config: the schedule and its settings.
+        total_steps: optimizer steps of the whole run.
+
+    Returns:
+        A function of the step, counted from 0; steps after the last give the last value. With batches that
+        grow, the steps are those of a run without (`BatchSizes.schedule_step`), and fall between them.
+    """
+    warmup = round(config.warmup_epochs / config.epochs * total_steps)
+
+    def after_warmup(step: float) -> float:
+        share = step / total_steps
+        match config.schedule:
+            case "cosine":
+                return _cosine(1.0, 0.0, (step - warmup) / max(total_steps - warmup, 1))
+            case "step":
+                return config.gamma ** sum(share >= milestone for milestone in config.milestones)
+            case _:
+                return 1.0
+
+    def onecycle(step: float) -> float:
+        top = warmup - 1.0 if warmup else _ONECYCLE_RISE * total_steps - 1.0
+        if step <= top:
+            return _cosine(_ONECYCLE_START, 1.0, step / top if top > 0 else 1.0)
+        return _cosine(1.0, _ONECYCLE_END, (step - top) / max(total_steps - 1.0 - top, 1.0))
+
+    def factor(step: float) -> float:
+        step = min(step, total_steps)
+        if config.schedule == "onecycle":
+            return onecycle(min(step, total_steps - 1))
+        if step < warmup:
+            return (step + 1) / warmup
+        return after_warmup(step)
+
+    return factor
+
+
+def make_scheduler(
+    optimizer: Optimizer, config: RunConfig, total_steps: int, sizes: BatchSizes | None = None
+) -> LambdaLR:
+    """Make the scheduler, to be stepped once after each optimizer step.
+
+    Args:
+        optimizer: whose learning rates it sets.
+        config: the schedule and its settings.
+        total_steps: optimizer steps of the whole run, if batches do not grow.
+        sizes: of the batches; followed as they grow (`refresh_` after that).
+    """
+    factor = learning_rate_factor(config, total_steps)
+    if sizes is None:
+        return LambdaLR(optimizer, factor)
+    return LambdaLR(
+        optimizer, lambda step: factor(sizes.schedule_step(step)) * sizes.learning_rate_factor(step)
+    )
+
+
+def refresh_(scheduler: LambdaLR) -> None:
+    """Set the learning rates of the coming step again, after the batch size has changed."""
+    step = scheduler.last_epoch
+    rates = [
+        base * factor(step) for base, factor in zip(scheduler.base_lrs, scheduler.lr_lambdas, strict=True)
+    ]
+    for group, rate in zip(scheduler.optimizer.param_groups, rates, strict=True):
+        group["lr"] = rate
+    scheduler._last_lr = rates
+
+
+def _cosine(start: float, end: float, share: float) -> float:
+    return end + (start - end) * (1 + math.cos(math.pi * share)) / 2

@@ -11,24 +11,67 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 from torch.optim import Optimizer
 from torch.optim.lr_scheduler import LambdaLR
 
+from clicktrain.accounting import ModelCost, count
 from clicktrain.compiler.masked_latency import MaskedLatency
 from clicktrain.data import Augment, ImageData, Loader, make_loader, open_data
 from clicktrain.errors import UserError, shortened
 from clicktrain.formats.memory_format import keep_out_of_channels_last_
 from clicktrain.limits import check_memory
 from clicktrain.methods import METHODS, Method, Pruner
+from clicktrain.methods.driver.publisher import ChannelsRemoved, MasksFrozen, Notification
 from clicktrain.models import create_model, min_image_size
-from clicktrain.train.batch_sizes import BatchSizes
 from clicktrain.train.config import RunConfig
 from clicktrain.train.device import resolve_device, set_up
-from clicktrain.train.flops import TrainingCost
 from clicktrain.train.initial_weights import EarlierCost, load_initial_weights_
-from clicktrain.train.optim import make_optimizer
-from clicktrain.train.schedule import make_scheduler
+from clicktrain.train.optim import BatchSizes, make_optimizer, make_scheduler
+
+
+class TrainingCost:
+    """FLOPs of training on one image: dense until masks are frozen, sparse from then on.
+
+    Attributes:
+        initial: cost of the network before anything is removed from it.
+    """
+
+    def __init__(self, model: nn.Module, example: Tensor) -> None:
+        """Count the model on ``example`` [1, C, H, W], on its device."""
+        self._model = model
+        self._example = example
+        self._pruner: Pruner | None = None
+        self.initial = count(model, example)
+        self._current: ModelCost | None = self.initial
+
+    def follow(self, pruner: Pruner) -> None:
+        """Count again whenever the pruner has removed channels or frozen masks."""
+        self._pruner = pruner
+        pruner.subscribe(self._outdate, (ChannelsRemoved, MasksFrozen))
+
+    def _outdate(self, change: Notification) -> None:
+        self._current = None
+
+    @property
+    def current(self) -> ModelCost:
+        """Cost of the network as it is; a weight outside frozen masks costs nothing in any of the passes."""
+        if self._current is None:
+            assert self._pruner is not None
+            masks = self._pruner.masks if self._pruner.frozen else {}
+            self._current = count(self._model, self._example, masks)
+        return self._current
+
+    @property
+    def dense(self) -> int:
+        """Training FLOPs of one image in the network as it was at first."""
+        return self.initial.training_flops_dense
+
+    @property
+    def now(self) -> int:
+        """Training FLOPs of one image."""
+        return self.dense if self._current is self.initial else self.current.training_flops
+
 
 SMALL_IMAGE = 64
 """Images up to this side in pixels get the CIFAR stem and recipe."""

@@ -16,8 +16,8 @@ from clicktrain.formats.tree import load_tree, read_metadata
 from clicktrain.methods import Method
 from clicktrain.models import call_factory, create_model
 from clicktrain.own_code import is_own, require_named
-from clicktrain.runs.checks import read_facts
 from clicktrain.runs.folder import RunFolder
+from clicktrain.runs.format import read_facts
 from clicktrain.surgery import apply_recipe_
 from clicktrain.train.config import RunConfig, load_run_config
 

@@ -20,15 +20,21 @@ from clicktrain.methods.driver.publisher import ChannelsRemoved, MasksFrozen, Pa
 from clicktrain.runs.events import Event, LogMendedEvent
 from clicktrain.runs.folder import RunFolder
 from clicktrain.sparsity.masks import conv_masks
-from clicktrain.train.checkpoint import newest_good, save_checkpoint
+from clicktrain.train.checkpoint import (
+    full_optimizer,
+    full_weights,
+    newest_good,
+    save_checkpoint,
+    thin_optimizer,
+    thin_weights,
+)
 from clicktrain.train.config import config_to_dict
-from clicktrain.train.divergence import diverged, weights_are_finite
+from clicktrain.train.interrupt import diverged, weights_are_finite
 from clicktrain.train.operators import can_accelerate, choose_operators
 from clicktrain.train.optim import make_average
 from clicktrain.train.prepare import Prepared
 from clicktrain.train.progress import Progress, ScalarLog
 from clicktrain.train.state import TrainState
-from clicktrain.train.thin_state import full_optimizer, full_weights, thin_optimizer, thin_weights
 
 _FREE_TO_CHANGE = frozenset(
     ("device", "threads", "workers", "cache_dir", "evaluate_every", "checkpoint_every", "keep_checkpoints",

@@ -20,7 +20,7 @@ BENCHMARKS: dict[str, str] = {
     "step": "a whole accelerated training step against the best dense one",
     "runs": "networks of finished runs against the dense ones, in inference and training",
 }
-"""What can be measured. Each is a `Benchmark` of its name in capitals, in a module of its name or `masks`."""
+"""What can be measured. Each is a `Benchmark` of its name in capitals, in `runs` or `kernels`."""
 
 _SHARED = (
     Option("threads", int | None, "CPU threads; PyTorch's own choice by default.", metavar="N"),
@@ -31,7 +31,7 @@ _SHARED = (
 def run(argv: Sequence[str]) -> int:
     """Run the command; the exit code."""
     what, rest = _which(list(argv))
-    home = "masks" if what in ("stages", "pack") else what
+    home = "runs" if what == "runs" else "kernels"
     module = importlib.import_module(f"clicktrain.commands.bench.{home}")
     benchmark: Benchmark = getattr(module, what.upper())
     options = (*benchmark.options, *_SHARED)

@@ -18,14 +18,24 @@ Result = dict[str, Any]
 SPARSITY = (
     Option("compression", tuple[float, ...], "All weights over kept ones.", (4.0, 10.0), metavar="X [X ...]"),
     Option(
-        "group",
-        tuple[int, ...],
-        "Neighboring filters that share their positions.",
-        (1,),
-        metavar="N [N ...]",
+        "group", tuple[int, ...], "Neighboring filters that share their positions.", (1,), metavar="N [N ...]"
     ),
 )
 """What is kept of the layers that are timed, for benchmarks of more than one sparsity."""
+ROUNDS = Option("rounds", int, "Timings of which the median is taken.", 7, metavar="N")
+PRECISION = Option(
+    "precision",
+    tuple[str, ...],
+    "Of the accelerated steps; bf16 runs under autocast and may keep activations in it.",
+    ("fp32",),
+    metavar="fp32|bf16 [...]",
+)
+NETWORK = (
+    Option("model", str, "Network of the zoo.", "resnet18"),
+    Option("batch_size", int, "Images per step.", 64, metavar="N"),
+    Option("image_size", int, "Side of the images in pixels.", 32, metavar="N"),
+)
+"""The network and images of a training step that is timed."""
 
 
 @dataclass(frozen=True, slots=True)

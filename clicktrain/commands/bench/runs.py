@@ -6,6 +6,7 @@ from typing import TYPE_CHECKING, Any
 
 from clicktrain.commands.arguments import OWN_MODEL, Option
 from clicktrain.commands.bench.benchmark import (
+    ROUNDS,
     Benchmark,
     Column,
     Result,
@@ -139,7 +140,7 @@ RUNS = Benchmark(
         Option("runs", tuple[str, ...], "Folders of finished runs.", (), metavar="RUN [RUN ...]"),
         OWN_MODEL,
         Option("batch_size", tuple[int, ...], "Images per call.", (64,), metavar="N [N ...]"),
-        Option("rounds", int, "Timings of which the median is taken.", 7, metavar="N"),
+        ROUNDS,
         Option("bf16", bool, "Also try everything dense under bfloat16 autocast.", False),
         Option("by_layer", bool, "Also time every convolution and linear layer, dense and pruned.", False),
     ),

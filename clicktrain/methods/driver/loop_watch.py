@@ -17,9 +17,9 @@ from torch.optim import Optimizer
 
 from clicktrain.errors import UserError
 from clicktrain.methods.contract import RunLength
+from clicktrain.methods.driver.attachments import Outsiders
 from clicktrain.methods.driver.network import PrunedNetwork
 from clicktrain.methods.driver.optimizers import STRIKES, AttachedOptimizers
-from clicktrain.methods.driver.outsiders import Outsiders
 from clicktrain.methods.driver.publisher import ParametersReplaced
 
 _STEPS_UNOBSERVED = 16

@@ -18,19 +18,21 @@ from clicktrain.errors import MissedTarget, NetworkCollapsed, UserError, shown
 from clicktrain.graph import Inputs, as_inputs
 from clicktrain.graph.prunable import PrunableLayers
 from clicktrain.latency.network_times import MeasureMasks
-from clicktrain.methods.actions import (
+from clicktrain.methods.contract import (
     Action,
     ApplyMasks,
     FreezeMasks,
+    MethodHooks,
+    PruningPlan,
     Reconfigure,
     Record,
     RestoreTensors,
+    RunLength,
     SilenceChannels,
+    StepInfo,
 )
-from clicktrain.methods.contract import MethodHooks, PruningPlan, RunLength, StepInfo
 from clicktrain.methods.driver.attachments import Claim, check_dense, check_free, check_network
 from clicktrain.methods.driver.averages import CopyNote
-from clicktrain.methods.driver.collapse import at_chance, no_gradient
 from clicktrain.methods.driver.loop_watch import LoopWatch
 from clicktrain.methods.driver.network import PrunedNetwork
 from clicktrain.methods.driver.optimizers import (
@@ -40,7 +42,7 @@ from clicktrain.methods.driver.optimizers import (
     check_loaded_state,
     learning_rate_of,
 )
-from clicktrain.methods.driver.progress import Progress
+from clicktrain.methods.driver.progress import Progress, at_chance, no_gradient
 from clicktrain.methods.driver.publisher import (
     ChannelsRemoved,
     EpochEnd,
@@ -146,7 +148,7 @@ class Pruner:
                 gradients can be accumulated, or at once where weights change all the same); losses stay not
                 finite; the network, a layer of it, its device or its dtype is another than at attach; or a
                 parameter that would lose channels is trained by an optimizer that attach was not given.
-            NetworkCollapsed: pruning has destroyed the network, see `clicktrain.methods.driver.collapse`.
+            NetworkCollapsed: pruning has destroyed the network, see `clicktrain.methods.driver.progress`.
         """
         if self._ended:
             raise UserError(f"observe was called after {self._ended}: attach a method again to go on pruning")

@@ -8,13 +8,14 @@ layers with kernels of different sizes compete, and over the batches of an epoch
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
 import torch
 from torch import Tensor
 
+from clicktrain.errors import UserError
 from clicktrain.graph.prunable import PrunableLayer
 from clicktrain.methods.base import Record, StepInfo
 from clicktrain.runs.events import IndicatorEvent
@@ -26,7 +27,15 @@ from clicktrain.sparsity.stability import (
     early_pruning_indicator,
     kept_kernels,
 )
-from clicktrain.sparsity.triggers import EARLY_TRIGGERS, POLICIES, SLOPE, History, Trigger, fires
+from clicktrain.sparsity.triggers import (
+    EARLY_TRIGGERS,
+    POLICIES,
+    SLOPE,
+    EarlyTriggerChoice,
+    History,
+    Trigger,
+    fires,
+)
 
 
 @dataclass(slots=True)
@@ -60,19 +69,53 @@ class StructureWatch:
         return self.indicators[-1] if self.indicators else None
 
 
-def default_threshold(criterion: str | Callable[..., object], known: Mapping[str, Any] = CRITERIA) -> float:
-    """tau: that for magnitudes, or that for criteria that read gradients (section 4.2). Imports nothing."""
-    function = known.get(criterion) if isinstance(criterion, str) else criterion
-    reads = function is None or reads_gradient(function)
-    return GRADIENT_THRESHOLD if reads else MAGNITUDE_THRESHOLD
+@dataclass(frozen=True, kw_only=True)
+class StructureSettings:
+    """From when on a structure is stable."""
+
+    epi_threshold: float | None = None
+    """EPI from which the structure is stable; by default 0.983 for magnitude, 0.944 for criteria that read
+    gradients."""
+    epi_window: int | None = None
+    """Past epochs r that a structure is compared with; a third of the longest dense training by default, 5 at
+    the most."""
+
+    def check_structure(self) -> None:
+        """UserError for a value out of range."""
+        if self.epi_threshold is not None and not 0 <= self.epi_threshold <= 1:
+            raise UserError(f"epi_threshold must be between 0 and 1, not {self.epi_threshold}")
+        if self.epi_window is not None and self.epi_window < 1:
+            raise UserError(f"epi_window must be at least 1, not {self.epi_window}")
+
+    def tau(self, criterion: Any, known: Mapping[str, Any] = CRITERIA) -> float:
+        """EPI from which the structure is stable (section 4.2). Imports nothing."""
+        if self.epi_threshold is not None:
+            return self.epi_threshold
+        function = known.get(criterion) if isinstance(criterion, str) else criterion
+        reads = function is None or reads_gradient(function)
+        return GRADIENT_THRESHOLD if reads else MAGNITUDE_THRESHOLD
+
+    def window(self, latest: int) -> int:
+        """r, for the longest dense training in epochs.
+
+        The paper leaves r open; its runs of 90 epochs start at epoch 30 at the latest.
+        """
+        return self.epi_window or max(1, min(5, latest // 3))
 
 
-def default_window(latest: int) -> int:
-    """r where it is not given: a third of the longest dense training, 5 epochs at the most.
+@dataclass(frozen=True, kw_only=True)
+class EarlyTrigger(StructureSettings):
+    """What may begin pruning before the time that a method's own settings say."""
 
-    The paper leaves r open; its runs of 90 epochs start at epoch 30 at the latest.
-    """
-    return max(1, min(5, latest // 3))
+    trigger: EarlyTriggerChoice = "own"
+    """Pruning begins by the method's own rule (own), or as soon as it is stable how many kernels each layer
+    keeps (epi: When to Prune?, Eq. (4) to (6)), or the loss settles (loss_slope); by its own rule at the
+    latest."""
+
+    @property
+    def watches_structure(self) -> bool:
+        """Whether the trigger reads EPI."""
+        return self.trigger not in ("own", "loss_slope")
 
 
 @dataclass(slots=True)

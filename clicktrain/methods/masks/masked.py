@@ -78,6 +78,8 @@ class Masked(Method[MaskState]):
     """Layers to leave dense, by module path (shell-style)."""
     include: tuple[str, ...] = ()
     """Convolutions to prune although they would be left alone (the first, depthwise ones)."""
+    linear: bool = True
+    """Prune fully connected layers too."""
 
     def __post_init__(self) -> None:
         """Check every setting."""
@@ -114,7 +116,7 @@ class Masked(Method[MaskState]):
     @property
     def prunes_linear(self) -> bool:
         """Whether linear layers are pruned too."""
-        return True
+        return self.linear
 
     def find_prunable(self, model: nn.Module, trained: Sequence[Tensor] | None = None) -> PrunableLayers:
         """Convolutions, and linear layers unless they are to stay dense, where the unit has a meaning."""

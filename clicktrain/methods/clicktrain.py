@@ -117,10 +117,6 @@ class ClickTrain(PatternSettings, Method[ClickTrainState]):
         target = Target("compression of convolution weights", self.compression, compression, "times")
         return [replace(target, reason=reason if abs(compression / self.compression - 1) > NOTED else "")]
 
-    def stage(self, state: ClickTrainState) -> str:
-        """dense, pool, finalize, regularize or accelerated."""
-        return state.stage
-
     # ---- steps ------------------------------------------------------------------------------
 
     def before_step(self, state: ClickTrainState, prunable: PrunableLayers, step: StepInfo) -> None:

@@ -61,10 +61,10 @@ class NM(Masked):
 
     def find_prunable(self, model: nn.Module, trained: Sequence[Tensor] | None = None) -> PrunableLayers:
         """Layers whose input channels (per group of the convolution) are divided by m."""
-        found = super().find_prunable(model, trained)
-        odd = {layer.name: layer.view_shape[1] for layer in found.layers if layer.view_shape[1] % self.m}
+        prunable = super().find_prunable(model, trained)
+        odd = {layer.name: layer.view_shape[1] for layer in prunable.layers if layer.view_shape[1] % self.m}
         return leave_alone(
-            found, {name: f"{c} inputs are no multiple of {self.m}" for name, c in odd.items()}
+            prunable, {name: f"{c} inputs are no multiple of {self.m}" for name, c in odd.items()}
         )
 
     @property

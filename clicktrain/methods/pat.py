@@ -186,10 +186,6 @@ class PaT(StructureSettings, Method[PaTState]):
             state.stage, state.reason = "prune", reason
         return state
 
-    def stage(self, state: PaTState) -> str:
-        """dense, prune or sparse (Algorithm 2)."""
-        return state.stage
-
     def before_step(self, state: PaTState, prunable: PrunableLayers, step: StepInfo) -> None:
         """Add up scores; before training, take the gradients away so that no weight moves."""
         if state.stage == "sparse" or prunable.model is None or prunable.example is None:

@@ -232,10 +232,6 @@ class PruneTrain(ChannelSettings, Method[PruneTrainState]):
         assert prunable.model is not None
         return channel_axes(prunable.model, prunable.example, names)
 
-    def stage(self, state: PruneTrainState) -> str:
-        """sparsify, or fine-tune without the lasso."""
-        return state.stage
-
     def before_step(self, state: PruneTrainState, prunable: PrunableLayers, step: StepInfo) -> None:
         """Set the coefficient, at the first step by Eq. (3); add the lasso's gradient."""
         if state.lasso.axes is None:

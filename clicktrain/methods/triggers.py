@@ -46,14 +46,7 @@ class StructureWatch:
     indicators: list[float | None] = field(default_factory=list)
 
     def add(self, structure: Mapping[str, int], window: int, threshold: float, what: str) -> Record:
-        """Take the structure of the epoch that has ended; what is to be written down about it.
-
-        Args:
-            structure: kept neurons or kernels per layer.
-            window: r of Eq. (6).
-            threshold: tau.
-            what: the criterion, for the record.
-        """
+        """Take the kept neurons or kernels per layer of the epoch that has ended; what to record about it."""
         self.structures.append(list(structure.values()))
         epi = early_pruning_indicator(self.structures, window)
         self.indicators.append(epi)
@@ -147,15 +140,7 @@ class KernelWatch:
         threshold: float,
         criterion: str | Criterion,
     ) -> Record:
-        """The structure of the epoch that has ended, and EPI.
-
-        Args:
-            layers: all that may be pruned.
-            share: of their kernels that is kept.
-            window: r of Eq. (6).
-            threshold: tau.
-            criterion: for the record.
-        """
+        """The structure of the epoch that has ended, with this share of all kernels kept, and EPI."""
         scores = {
             layer.name: self.sums.get(
                 layer.name, torch.zeros(layer.view_shape[:2], device=layer.weight.device)
@@ -191,13 +176,7 @@ class StartRule:
     loss_slope: float
 
     def due(self, epoch: int, watch: StructureWatch, losses: Sequence[float]) -> str | None:
-        """Why pruning takes place in an epoch that begins now, or None.
-
-        Args:
-            epoch: from 0.
-            watch: the structures so far.
-            losses: mean training loss of every epoch so far.
-        """
+        """Why pruning takes place in an epoch, from 0, that begins now, or None; losses as in `History`."""
         seen = History(epoch, self.latest, losses, watch.indicators, self.threshold, self.loss_slope,
                        self.prune_epoch, self.seed)  # fmt: skip
         return fires(POLICIES.resolve(self.policy), seen)

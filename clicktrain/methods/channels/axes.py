@@ -24,16 +24,11 @@ def channel_axes(
     channel: the pixels of a channel after a flatten, the same input channel of every group of a grouped
     convolution.
 
-    Args:
-        model: any module that torch.fx can trace.
-        example: its inputs, see `clicktrain.surgery.dependencies`.
-        layers: names of prunable layers.
-
     Returns:
         Layer name -> those of its dimensions 0 and 1 that have removable channels.
 
     Raises:
-        UserError: the model cannot be traced, or no channel can be removed.
+        UserError: torch.fx cannot trace the model, or no channel can be removed.
     """
     weights = {f"{name}.weight": name for name in layers}
     numbers: dict[tuple[str, int], Tensor] = {}

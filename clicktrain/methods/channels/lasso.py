@@ -68,11 +68,7 @@ class ChannelLasso:
     def before_step(self, state: LassoState, prunable: PrunableLayers, step: StepInfo, steered: bool) -> None:
         """Add the lasso's gradient, or note what `after_step` needs.
 
-        Args:
-            state: with a coefficient.
-            prunable: the network.
-            step: the step that follows.
-            steered: the coefficient follows a target, which makes up for what an adaptive optimizer does.
+        ``steered``: the coefficient follows a target, which makes up for what an adaptive optimizer does.
         """
         assert state.coefficient is not None
         weights = weights_of(prunable, state.penalized)

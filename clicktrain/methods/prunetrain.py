@@ -3,8 +3,8 @@
 Every step adds the lasso's gradient, or shrinks channels by it (`channels.lasso`). Every ``interval`` epochs
 channels under the threshold are set to zero, and those that are zero on both sides, or that no layer reads,
 are removed, with layers of residual branches that have become zero (`channels.removal`). The paper's own
-comparisons are the same composition with another rhythm (`channels.rhythm`): one reconfiguration at a given
-epoch (Alvarez and Salzmann), none before the end (SSL).
+comparisons are the same composition with another rhythm: one reconfiguration at a given epoch (Alvarez and
+Salzmann), none before the end (SSL).
 
 Where no penalty is given, a run has a target, the share of FLOPs or parameters to be left, and the
 coefficient is steered towards it (`channels.steering`); that is not in the paper.
@@ -36,11 +36,9 @@ from clicktrain.methods.base import (
     StepInfo,
     plan_rows,
 )
-from clicktrain.methods.channels.axes import channel_axes
 from clicktrain.methods.channels.costs import Cost
-from clicktrain.methods.channels.lasso import Axes, ChannelLasso, LassoState
-from clicktrain.methods.channels.removal import ZeroRemoval, agree
-from clicktrain.methods.channels.rhythm import Rhythm
+from clicktrain.methods.channels.lasso import Axes, ChannelLasso, LassoState, channel_axes
+from clicktrain.methods.channels.removal import Rhythm, ZeroRemoval, agree
 from clicktrain.methods.channels.steering import Steering, TargetState
 from clicktrain.methods.channels.target import NEAR
 from clicktrain.methods.outcome import Reached, Target

@@ -118,10 +118,6 @@ class ClickTrain(PatternSettings, Method[ClickTrainState]):
         target = Target("compression of convolution weights", self.compression, compression, "times")
         return [replace(target, reason=reason if abs(compression / self.compression - 1) > NOTED else "")]
 
-    def stage(self, state: ClickTrainState) -> str:
-        """dense, pool, finalize, regularize or accelerated."""
-        return state.stage
-
     # ---- steps ------------------------------------------------------------------------------
 
     def before_step(self, state: ClickTrainState, prunable: PrunableLayers, step: StepInfo) -> None:
@@ -184,7 +180,7 @@ class ClickTrain(PatternSettings, Method[ClickTrainState]):
             if step.seen < lengths["earliest"]:
                 return None
             trigger = "loss_slope" if self.trigger == "own" else self.trigger
-            return state.kernels.fires(trigger, step, self.epi_fires_from, self.loss_slope)
+            return state.kernels.fires(trigger, step, self.stable_from, self.loss_slope)
         over = step.seen - state.entered >= lengths[state.stage]
         reads = state.stage == "finalize" or (state.stage == "pool" and lengths["pool"] > 0)
         return "its length is over" if over and (state.counted > 0 or not reads) else None
@@ -199,7 +195,7 @@ class ClickTrain(PatternSettings, Method[ClickTrainState]):
         kept = sum(even[layer.name] * layer.shape[0] for layer in state.layers)
         share = kept / sum(layer.shape[0] * layer.shape[1] for layer in state.layers)
         return state.kernels.close_epoch(
-            prunable.convs, share, self.epi_epochs(length), self.epi_fires_from, self.criterion or "taylor"
+            prunable.convs, share, self.epi_epochs(length), self.stable_from, self.criterion or "taylor"
         )
 
     # ---- ends of stages ---------------------------------------------------------------------

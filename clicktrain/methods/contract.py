@@ -282,9 +282,8 @@ class MethodHooks(abc.ABC, Generic[S]):
         """Describe what will be done, or, given a state that has decided, what was done."""
 
     def stage(self, state: S) -> str:
-        """Name of the current stage."""
-        del state
-        return "dense"
+        """Name of the current stage; the state's ``stage`` by default."""
+        return str(getattr(state, "stage", "dense"))
 
     def at_start(self, state: S, prunable: PrunableLayers, length: RunLength) -> Sequence[Action]:
         """Return the actions before the first forward pass, for networks that start out sparse.

@@ -56,15 +56,10 @@ class Cut:
 
 
 def num_pruned(size: int, threshold: float, max_non_zero: int | None = None) -> int:
-    """How many of ``size`` weights or kernels go: n + 1 of Algorithms 1 and 3.
+    """How many of ``size`` weights of a kernel, or kernels of a line, go: n + 1 of Algorithms 1 and 3.
 
-    0 at threshold 0, where Algorithm 2 does not prune yet; at least one always stays (the algorithms would
-    take a 3x3 kernel whole from a threshold of 8/9 on).
-
-    Args:
-        size: weights of a kernel, or kernels of a line.
-        threshold: share that is to go, in [0, 1].
-        max_non_zero: at most this many may stay, whatever the threshold.
+    0 at threshold 0, where Algorithm 2 does not prune yet. At least one always stays (the algorithms would
+    take a 3x3 kernel whole from a threshold of 8/9 on), and ``max_non_zero`` at the most.
     """
     if threshold <= 0:
         return 0
@@ -75,15 +70,9 @@ def num_pruned(size: int, threshold: float, max_non_zero: int | None = None) -> 
 
 
 def above_cutoff(scores: Tensor, pruned: int, dim: int = -1) -> Tensor:
-    """Keep what is strictly above the ``pruned`` smallest scores along a dimension.
+    """Keep what is strictly above the ``pruned`` smallest scores along a dimension: bool of the same shape.
 
-    Args:
-        scores: any shape. What ties with the largest pruned score is pruned too.
-        pruned: 0 keeps everything.
-        dim: along which scores compete.
-
-    Returns:
-        Bool, the shape of ``scores``.
+    What ties with the largest pruned score is pruned too; 0 keeps everything.
     """
     if pruned == 0:
         return torch.ones_like(scores, dtype=torch.bool)
@@ -210,20 +199,11 @@ def remaining(threshold: float, done: float) -> float:
 def cut_mask(
     scores: Tensor, cut: Cut, within: Within = "channel", pool_masks: Tensor | None = None
 ) -> Tensor:
-    """Apply a cut.
+    """Apply a cut to scores: [F, C, R, S] -> bool, True = kept.
 
-    A kernel is ranked by the largest of its scores (Algorithm 1), so pruning inside it changes no rank.
-
-    Args:
-        scores: [F, C, R, S].
-        cut: how much goes.
-        within: whose kernels compete.
-        pool_masks: bool [P, R, S]: what stays inside a kernel has the shape of its best pattern
-            (ClickTrain section 4.1) instead of being its largest scores; patterns of
-            ``R * S - cut.positions`` positions.
-
-    Returns:
-        Bool [F, C, R, S], True = kept.
+    A kernel is ranked by the largest of its scores (Algorithm 1), so pruning inside it changes no rank. With
+    ``pool_masks``, bool [P, R, S] of ``R * S - cut.positions`` positions, what stays inside a kernel has the
+    shape of its best pattern (ClickTrain section 4.1) instead of being its largest scores.
     """
     if pool_masks is None:
         mask = above_cutoff(scores.flatten(2), cut.positions).view(scores.shape)

@@ -83,13 +83,9 @@ class StepwiseRemoval:
     def remove_as_in(
         self, state: StepwiseState, prunable: PrunableLayers, recipe: str, shuffle: int | None
     ) -> Reconfigure:
-        """Remove the neurons that another run removed, or as many of each group, drawn with a seed.
+        """Remove the neurons that another run removed, by its ``surgery.json``.
 
-        Args:
-            state: of this run.
-            prunable: the whole network.
-            recipe: the ``surgery.json`` of the other run.
-            shuffle: the seed.
+        With a seed, ``shuffle``, as many of each group are drawn instead.
         """
         chosen = self.selection(state, prunable)
         masks = masks_of_recipe(chosen.groups, read_recipe(recipe))

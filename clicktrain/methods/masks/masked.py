@@ -78,6 +78,8 @@ class Masked(Method[MaskState]):
     """Layers to leave dense, by module path (shell-style)."""
     include: tuple[str, ...] = ()
     """Convolutions to prune although they would be left alone (the first, depthwise ones)."""
+    linear: bool = True
+    """Prune fully connected layers too."""
 
     def __post_init__(self) -> None:
         """Check every setting."""
@@ -114,16 +116,20 @@ class Masked(Method[MaskState]):
     @property
     def prunes_linear(self) -> bool:
         """Whether linear layers are pruned too."""
-        return True
+        return self.linear
 
     def find_prunable(self, model: nn.Module, trained: Sequence[Tensor] | None = None) -> PrunableLayers:
         """Convolutions, and linear layers unless they are to stay dense, where the unit has a meaning."""
-        found = find_prunable(
+        prunable = find_prunable(
             model, trained, exclude=self.exclude, include=self.include, linear=self.prunes_linear
         )
         return leave_alone(
-            found,
-            {layer.name: why for layer in found.convs if (why := layer.unit_refusal(self.unit)) is not None},
+            prunable,
+            {
+                layer.name: why
+                for layer in prunable.convs
+                if (why := layer.unit_refusal(self.unit)) is not None
+            },
         )
 
     def init(self, prunable: PrunableLayers, length: RunLength) -> MaskState:
@@ -132,10 +138,6 @@ class Masked(Method[MaskState]):
         check_convolutions(prunable, self.title)
         CRITERIA.resolve(self.criterion)
         return MaskState()
-
-    def stage(self, state: MaskState) -> str:
-        """Name of the stage, "fixed" at the end."""
-        return state.stage
 
     def enter(self, state: MaskState, stage: str, reason: str) -> Action:
         """Begin a stage; what is written down about it."""
@@ -192,14 +194,9 @@ class Masked(Method[MaskState]):
         stages: Sequence[tuple[str, str]],
         planned: float | None = None,
     ) -> PruningPlan:
-        """The plan: rows as planned, with what was reached where masks are frozen.
+        """The plan: a row per layer as planned, with what was reached where masks are frozen.
 
-        Args:
-            prunable: the layers.
-            state: of the run, if there is one.
-            rows: one per layer.
-            stages: a line for each.
-            planned: sparsity over all layers, where the rows do not say it.
+        ``planned`` is the sparsity over all layers, where the rows do not say it.
         """
         reached = {} if state is None else state.kept
         done = []

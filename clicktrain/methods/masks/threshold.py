@@ -87,16 +87,9 @@ class CutSettings:
     def masks(
         self, prunable: PrunableLayers, scores: Mapping[str, Tensor], threshold: float, ck_threshold: float
     ) -> dict[str, Tensor]:
-        """Masks of all layers.
+        """Masks of all layers, bool of the weights' shapes, at a threshold.
 
-        Args:
-            prunable: the layers.
-            scores: layer name -> of the weight's shape, not negative, larger = keep.
-            threshold: share that is to go.
-            ck_threshold: see `cut`.
-
-        Returns:
-            layer name -> bool of the same shape, True = kept.
+        Scores have the same shapes, are not negative, larger = keep. ``ck_threshold``: see `cut`.
         """
         cuts = {layer.name: self.cut(layer.view_shape, threshold, ck_threshold) for layer in prunable.convs}
         views = {layer.name: layer.view(scores[layer.name]) for layer in prunable.convs}

@@ -141,11 +141,7 @@ class Selection:
     def read(self, layer: PatternLayer, importance: Tensor, weight: Tensor, votes: bool) -> None:
         """Add one batch to the importance and, if ``votes``, let it vote for patterns (section 4.3).
 
-        Args:
-            layer: the layer.
-            importance: [F, C, R, S].
-            weight: 0-dim, 0 if the batch does not count.
-            votes: whether votes decide.
+        ``importance`` is [F, C, R, S]; ``weight``, 0-dim, is 0 if the batch does not count.
         """
         name = layer.name
         if layer.group > 1:

@@ -131,8 +131,8 @@ def _measure_conv(given: Result, machine: Result, progress: Any) -> Result:
     return {
         "rows": conv.to_json(rows),
         "geomean": conv.geometric_means(rows),
-        "geomean_bf16": conv.geometric_means_bf16(rows),
-        "geomean_bound": conv.geometric_means_bound(rows),
+        "geomean_bf16": conv.geometric_means(rows, "ratio_bf16"),
+        "geomean_bound": conv.geometric_means(rows, "bound"),
     }
 
 

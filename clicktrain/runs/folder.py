@@ -15,7 +15,7 @@ import yaml
 
 from clicktrain.errors import UserError
 from clicktrain.files import read_yaml
-from clicktrain.formats.atomic import append_jsonl, remove_leftovers, write_text_atomic
+from clicktrain.formats.atomic import remove_leftovers, write_text_atomic
 from clicktrain.runs.format import (
     FORMAT_VERSION,
     HEADER,
@@ -192,18 +192,6 @@ class RunFolder:
         if not isinstance(values, dict):
             raise UserError(f"{self.path} is not the folder of a run: its config.yaml holds no settings")
         return {str(key): value for key, value in values.items()}
-
-    def append_metrics(self, record: Mapping[str, Any]) -> None:
-        """Add the line of a finished epoch."""
-        append_jsonl(self.metrics, dict(record))
-
-    def append_event(self, event: Mapping[str, Any]) -> None:
-        """Add a decision."""
-        append_jsonl(self.events, dict(event))
-
-    def append_channels(self, record: Mapping[str, Any]) -> None:
-        """Add the largest weights of an epoch."""
-        append_jsonl(self.channels, dict(record))
 
     def read_metrics(self) -> list[dict[str, Any]]:
         """Lines of the finished epochs, in order; an unfinished last line is left out."""

@@ -16,6 +16,7 @@ from torch.optim.swa_utils import AveragedModel
 from clicktrain.accounting import TrainingMemory
 from clicktrain.compiler import Accelerated
 from clicktrain.errors import UserError
+from clicktrain.formats.atomic import append_jsonl
 from clicktrain.methods.driver.publisher import ChannelsRemoved, MasksFrozen, ParametersReplaced, Wrapped
 from clicktrain.runs.events import Event, LogMendedEvent
 from clicktrain.runs.folder import RunFolder
@@ -99,19 +100,19 @@ class TrainingRun:
         self._write_event(event.at(self.state.step, self.state.epoch))
 
     def _write_event(self, event: Event) -> None:
-        self.folder.append_event(event.to_json())
+        append_jsonl(self.folder.events, event.to_json())
 
     # ---- the network ------------------------------------------------------------------------
 
     def _wrap(self, model: nn.Module) -> Callable[..., Any]:
         p = self.prepared
         if p.pruner.frozen and conv_masks(p.pruner.masks) and can_accelerate(p):
-            chosen = choose_operators(p, self.folder, self.progress, self.state.epoch)
-            if chosen.event is not None and not self.state.operators_recorded:
-                self.record(chosen.event)
+            fast, event = choose_operators(p, self.folder, self.progress, self.state.epoch)
+            if event is not None and not self.state.operators_recorded:
+                self.record(event)
                 self.state.operators_recorded = True
-            if chosen.model is not model:
-                return chosen.model
+            if fast is not model:
+                return fast
         if not p.config.compile:
             return model
         torch.compiler.reset()  # which keeps few versions of one function, and then uses none
@@ -215,7 +216,7 @@ class TrainingRun:
         """Write what was decided before the first step, and the checkpoint that comes before it."""
         self.state.earlier = self.prepared.earlier
         for event in self.prepared.pruner.events:
-            self.folder.append_event(event)
+            append_jsonl(self.folder.events, event)
         self.prepared.pruner.subscribe(self._write_event, Event)
         self.save()
 

@@ -83,10 +83,7 @@ class RunFolder:
     """Folder of the checkpoints."""
 
     def check_free(self) -> None:
-        """Raise UserError unless the folder can become that of a new run.
-
-        Such a folder is missing, empty, or left by a run that was killed before its first checkpoint.
-        """
+        """Raise UserError unless the folder is missing, empty or of a run killed before any checkpoint."""
         if exists(self.path) and (user := self.user) is not None:
             raise RunFolderInUse(f"{self.path} is in use: {user} trains in it; give another --out")
         self._check_contents()
@@ -182,11 +179,7 @@ class RunFolder:
         return self
 
     def read_settings(self) -> dict[str, Any]:
-        """The settings as they stand in config.yaml.
-
-        Raises:
-            UserError: this is not the folder of a run of this version, or the file is damaged.
-        """
+        """The settings as they stand in config.yaml; UserError if it is damaged or of another version."""
         self.open()
         values = read_yaml(self.config)
         if not isinstance(values, dict):
@@ -217,19 +210,15 @@ class RunFolder:
     def take_back(self, marks: Mapping[str, LogMark], epoch: float) -> list[Mended]:
         """Cut the logs back to a checkpoint, so that repeated epochs are not logged twice.
 
-        Args:
-            marks: of the logs at the checkpoint; a log without a mark is emptied.
-            epoch: of the checkpoint; a log that was changed since keeps its lines up to this epoch.
-
-        Returns:
-            The logs that were changed since.
+        A log without a mark is emptied. One that was changed since, which is reported, keeps its lines up to
+        the ``epoch`` of the checkpoint.
         """
 
         def belongs(line: dict[str, Any]) -> bool:
             at = line.get("epoch")
             return isinstance(at, int | float) and at <= epoch + 1e-9
 
-        results = [take_back(path, marks.get(path.name, LogMark()), belongs) for path in self.logs]
+        results = (take_back(path, marks.get(path.name, LogMark()), belongs) for path in self.logs)
         return [mended for mended in results if mended is not None]
 
     def write_summary(self, summary: Mapping[str, Any]) -> None:

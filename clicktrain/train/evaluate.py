@@ -56,16 +56,10 @@ def evaluate(
 
     Args:
         model: gives logits [B, K].
-        loader: batches of the split; every image is counted once.
+        loader: batches of the split, on ``device`` as the model; every image is counted once.
         device: where model and batches are.
         precision: of the forward pass; logits are compared and the loss is computed in fp32.
-        stop: called before each batch; True ends the evaluation.
-
-    Returns:
-        The result, or None if ``stop`` ended it.
-
-    Raises:
-        ValueError: the loader gives no image.
+        stop: called before each batch; True ends the evaluation, without a result.
     """
     was_training = model.training
     model.eval()
@@ -154,13 +148,9 @@ class Attack:
 
 
 def fgsm(network: Network, pixels: Tensor, y: Tensor, epsilon: float) -> Tensor:
-    """Fast gradient sign method: ``clip(x + epsilon * sign(dL/dx), 0, 1)``.
+    """Fast gradient sign method on ``pixels`` [B, C, H, W] of classes ``y``, int64 [B].
 
-    Args:
-        network: gives logits from pixels, in evaluation mode.
-        pixels: [B, C, H, W] in [0, 1].
-        y: int64 [B], the true classes, whose cross-entropy rises.
-        epsilon: change of each pixel.
+    ``clip(x + epsilon * sign(dL/dx), 0, 1)``, L the cross-entropy of the network in evaluation mode.
     """
     return (pixels + epsilon * _ascent(network, pixels, y)).clamp_(0, 1)
 
@@ -168,11 +158,7 @@ def fgsm(network: Network, pixels: Tensor, y: Tensor, epsilon: float) -> Tensor:
 def pgd(network: Network, pixels: Tensor, y: Tensor, epsilon: float, steps: int, start: Tensor) -> Tensor:
     """Projected gradient descent: steps of FGSM, each cut back to within epsilon of the image and to [0, 1].
 
-    Args:
-        network, pixels, y: as `fgsm`.
-        epsilon: largest change of each pixel.
-        steps: of size ``2.5 * epsilon / steps``.
-        start: change to begin with, of the shape of ``pixels``.
+    ``steps`` of size ``2.5 * epsilon / steps``, from ``pixels + start``.
     """
     size = _REACH * epsilon / steps
     low, high = (pixels - epsilon).clamp_(0, 1), (pixels + epsilon).clamp_(0, 1)
@@ -214,9 +200,6 @@ def attacked_accuracy(
         mean, std: per channel.
         device: where model and batches are.
         precision: of forward and backward passes.
-
-    Raises:
-        ValueError: the loader gives no image.
     """
     shift, scale = (torch.tensor(v, device=device).view(1, -1, 1, 1) for v in (mean, std))
 

@@ -25,14 +25,7 @@ class TrainingDiverged(UserError):  # noqa: N818 - reads as a sentence to the us
 
 
 def diverged(what: str, epoch: int, batch: int, checkpoint: Path | None) -> TrainingDiverged:
-    """The error, as one sentence: what, where, what is left and what to try.
-
-    Args:
-        what: the finding, as in "the loss is nan".
-        epoch: counted from 1.
-        batch: in the epoch, counted from 1.
-        checkpoint: newest checkpoint, or None.
-    """
+    """The error, as one sentence: what ("the loss is nan"), where (counted from 1), what is left to try."""
     left = f"the last good checkpoint is {checkpoint}" if checkpoint else "no checkpoint was written yet"
     return TrainingDiverged(
         f"training diverged: {what} in epoch {epoch} after batch {batch}; {left}; "

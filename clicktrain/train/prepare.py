@@ -81,21 +81,13 @@ class Prepared:
     """A run that is ready to start; nothing has been written.
 
     Attributes:
-        config: settings of the run.
-        method: settings of the method.
         device: of the network and the batches.
-        data: the images.
-        train_loader: batches of the training split.
-        val_loader: batches of the validation split.
-        model: the network, on the device, with its initial weights.
-        optimizer: over the trained parameters of ``model``.
+        model: with its initial weights.
         scheduler: to be stepped after each optimizer step.
         pruner: the method, attached to model and optimizer.
-        cost: FLOPs per image.
         earlier: cost of the initial weights; a resumed run has it in its checkpoint.
-        batch_sizes: of the training batches.
-        facts: what rebuilds the network: model, width, stem, num_classes, in_channels,
-            image_shape, classes, mean, std, value_range.
+        facts: what rebuilds the network: model, width, stem, num_classes, in_channels, image_shape, classes,
+            mean, std, value_range.
     """
 
     config: RunConfig
@@ -120,15 +112,9 @@ class Prepared:
 
 
 def prepare(config: RunConfig, method: Method[Any], *, begins: bool = True) -> Prepared:
-    """Open the data, build and check everything, for a run or a dry run.
+    """Open the data, build and check everything; UserError for a setting that cannot be carried out here.
 
-    Args:
-        config: settings of the run.
-        method: settings of the method.
-        begins: the run has no checkpoint yet, so that it needs its initial weights.
-
-    Raises:
-        UserError: a setting that cannot be carried out here.
+    ``begins``: the run has no checkpoint yet, so that it needs its initial weights.
     """
     if config.tensorboard and importlib.util.find_spec("tensorboard") is None:
         raise UserError("tensorboard is on but not installed: run 'pip install tensorboard', or turn it off")

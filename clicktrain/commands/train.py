@@ -9,7 +9,7 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
-from clicktrain.commands.arguments import Command, Option, options_of
+from clicktrain.commands.arguments import QUIET, REPORT, Command, Option, options_of
 from clicktrain.commands.progress import carry_out
 from clicktrain.errors import UserError
 from clicktrain.methods import METHODS
@@ -27,8 +27,8 @@ _OUTPUT = (
         metavar="DIR",
     ),
     Option("dry_run", bool, "Check everything, print the plan and the cost, write no run.", False),
-    Option("report", bool, "Write report.html into the run's folder at the end.", True, main=False),
-    Option("quiet", bool, "No progress, only the last line.", False, main=False),
+    REPORT,
+    QUIET,
 )
 
 GROUPS: dict[str, tuple[str, str]] = {
@@ -72,22 +72,17 @@ def run(argv: Sequence[str]) -> int:
     out = own["out"]
     folder = RunFolder.default(config.model, config.method) if out is None else RunFolder(Path(out))
     notes = (
-        []
-        if not ignored
-        else [f"method {name} has no {', '.join(ignored)}: those of the recipe are left out"]
+        [f"method {name} has no {', '.join(ignored)}: those of the recipe are left out"] if ignored else []
     )
     return carry_out(config, method, folder, quiet=own["quiet"], report=own["report"], notes=notes)
 
 
 def merge(recipe: dict[str, Any], flags: dict[str, Any]) -> tuple[dict[str, Any], list[str]]:
-    """Settings of a recipe with those of the command line on top.
+    """Settings of a recipe with those of the command line on top; and which were left out, if not at default.
 
     If the flags name another method, what that method does not have is left out of the recipe (so that the
     dense baseline of a recipe is ``--method dense``). If they name another preset, settings that merely
     spell out the recipe's own preset, as the saved config of a run does, are left out too.
-
-    Returns:
-        The settings, and the names of those left out that were not at their default.
     """
     old = recipe.get("method", RunConfig.method)
     new = flags.get("method", old)
@@ -124,15 +119,12 @@ def _command(method: str, alone: bool = False) -> Command:
     chosen = METHODS[method]
     title = f"settings of method {method}"
     wide = max(map(len, METHODS)) + 2
-    own = [replace(option, main=alone) for option in options_of(chosen)]
-    groups = {"run": _OUTPUT, **_run_groups(), title: own}
-    if alone:
-        groups = {title: own}
+    own = {title: [replace(option, main=alone) for option in options_of(chosen)]}
     return Command(
         name="train",
         description="Train and prune a network in one run. A YAML recipe (--config) holds the same settings; "
         "flags win.",
-        groups=groups,
+        groups=own if alone else {"run": _OUTPUT, **_run_groups(), **own},
         notes={
             "data": ["(here begin the settings of the run, which a recipe may hold too)"],
             "method": [f"{key:<{wide}}{_summary(cls)}" for key, cls in METHODS.items()],

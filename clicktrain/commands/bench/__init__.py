@@ -49,7 +49,6 @@ def run(argv: Sequence[str]) -> int:
 
 
 def _which(argv: list[str]) -> tuple[str, list[str]]:
-    """The benchmark asked for, and the other arguments."""
     what = next((word for word in argv if word in BENCHMARKS), None)
     if what is not None:
         argv.remove(what)
@@ -74,12 +73,10 @@ def _which(argv: list[str]) -> tuple[str, list[str]]:
 
 def _writable(name: str | None) -> Path | None:
     """The file for the result, checked before minutes of measuring."""
-    if name is None:
-        return None
-    path = Path(name)
-    if path.is_dir():
+    path = None if name is None else Path(name)
+    if path is not None and path.is_dir():
         raise UserError(f"--json {name} is a folder: give the name of a file")
-    if not path.parent.is_dir():
+    if path is not None and not path.parent.is_dir():
         raise UserError(f"--json {name}: there is no folder {path.parent}")
     return path
 

@@ -186,10 +186,8 @@ def _tiling(tiling: Result) -> str:
     tile, region = ("x".join(map(str, tiling[key])) for key in ("tile", "region"))
     filters = f" by {tiling['filters_per_tile']}" if tiling["filters_per_tile"] > 1 else ""
     sources, results = (tiling[key] or "all" for key in ("sources", "results"))
-    code = {
-        "indexed": f", indexed {sources}",
-        "cache_blocked": f", cache_blocked {results} by {sources}",
-    }.get(tiling["code"], "")
+    codes = {"indexed": f", indexed {sources}", "cache_blocked": f", cache_blocked {results} by {sources}"}
+    code = codes.get(tiling["code"], "")
     pairs = " in pairs" if tiling["pairs"] else ""
     return f"{tile} in {region}{filters}{code}{pairs}"
 

@@ -78,7 +78,6 @@ def _forward(run: TrainingRun, batch: Batch) -> tuple[Tensor, Tensor]:
 
 
 def _step(run: TrainingRun) -> None:
-    """Step the optimizer, the schedule and the average."""
     p = run.prepared
     if p.config.clip_grad_norm:
         run.scaler.unscale_(p.optimizer)

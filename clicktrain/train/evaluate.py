@@ -169,7 +169,6 @@ def pgd(network: Network, pixels: Tensor, y: Tensor, epsilon: float, steps: int,
 
 
 def _ascent(network: Network, pixels: Tensor, y: Tensor) -> Tensor:
-    """Sign of the loss gradient of each pixel."""
     with torch.enable_grad():
         pixels = pixels.detach().requires_grad_()
         loss = F.cross_entropy(network(pixels).float(), y, reduction="sum")

@@ -68,7 +68,6 @@ def load_initial_weights_(model: nn.Module, source: str | Path, classes: Sequenc
 
 
 def _cost_of(folder: RunFolder) -> EarlierCost:
-    """The cost of a finished run and of the runs whose weights it started from."""
     summary = folder.open().summary()
     if summary is None:
         raise UserError(

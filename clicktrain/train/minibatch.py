@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import math
+from functools import partial
 from typing import Any
 
 import torch
@@ -67,7 +68,7 @@ def _figures(run: TrainingRun, memory: TrainingMemory) -> dict[str, Any]:
 def _surroundings(run: TrainingRun) -> dict[str, Any]:
     """What takes memory, or changes it, beside the network and its optimizer."""
     p, averages = run.prepared, [] if run.average is None else [run.average.module]
-    return {"averages": averages, "autocast": lambda: autocast(p.device, p.config.precision)}
+    return {"averages": averages, "autocast": partial(autocast, p.device, p.config.precision)}
 
 
 def _estimate(run: TrainingRun) -> TrainingMemory:
@@ -150,7 +151,6 @@ def next_epoch(run: TrainingRun) -> None:
 
 
 def _resize(run: TrainingRun, images: int) -> None:
-    """Change everything that depends on the batch size."""
     p = run.prepared
     factor = rate_factor(images, p.batch_sizes.first.images, p.config.batch_lr)
     loader = p.train_loader.with_batch_size(images)

@@ -79,7 +79,11 @@ def load_run(path: str | PathLike[str], model: Factory | None = None) -> LoadedR
         raise UserError(
             f"the run in {folder.path} is not finished: continue it with 'clicktrain resume {folder.path}'"
         )
-    facts = read_facts(_metadata(folder), folder.model)
+    try:
+        metadata = read_metadata(folder.model)
+    except UserError as error:
+        raise UserError(f"{folder.model} is missing or damaged: {error}") from None
+    facts = read_facts(metadata, folder.model)
     factory = _choose_factory(facts["model"], model, folder)
     network = _build(factory, facts)
     apply_recipe_(folder.surgery, network)
@@ -126,13 +130,6 @@ def _build(factory: Factory, facts: dict[str, Any]) -> nn.Module:
         )
     numbers = {name: facts[name] for name in ("num_classes", "in_channels", "width")}
     return call_factory(getattr(factory, "__qualname__", type(factory).__name__), factory, **numbers)
-
-
-def _metadata(folder: RunFolder) -> dict[str, str]:
-    try:
-        return read_metadata(folder.model)
-    except UserError as error:
-        raise UserError(f"{folder.model} is missing or damaged: {error}") from None
 
 
 def _weights(folder: RunFolder) -> dict[str, Tensor]:

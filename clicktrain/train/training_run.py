@@ -75,8 +75,6 @@ class TrainingRun:
         pruner.subscribe(self._follow_freezing, MasksFrozen)
         pruner.subscribe(self._follow_replacement, ParametersReplaced)
 
-    # ---- what the pruner publishes ----------------------------------------------------------
-
     def _follow_removal(self, removal: ChannelsRemoved) -> None:
         self.state.note_removal()
         self._density = None
@@ -101,8 +99,6 @@ class TrainingRun:
 
     def _write_event(self, event: Event) -> None:
         append_jsonl(self.folder.events, event.to_json())
-
-    # ---- the network ------------------------------------------------------------------------
 
     def _wrap(self, model: nn.Module) -> Callable[..., Any]:
         p = self.prepared
@@ -141,8 +137,6 @@ class TrainingRun:
     @property
     def _epochs_done(self) -> float:
         return self.state.epoch + self.state.batch / len(self.prepared.train_loader)
-
-    # ---- checkpoints ------------------------------------------------------------------------
 
     def save(self) -> Path:
         """Write a checkpoint, between two optimizer steps.
@@ -205,8 +199,6 @@ class TrainingRun:
                     "put it back, or start another run"
                 )
 
-    # ---- beginning --------------------------------------------------------------------------
-
     def begin(self) -> None:
         """Create the run's folder and write the first checkpoint."""
         self.folder.create(config_to_dict(self.prepared.config, self.prepared.method))
@@ -233,7 +225,6 @@ class TrainingRun:
             self.prepared.pruner.subscribe(self._write_event, Event)
 
     def _take_back_logs(self) -> None:
-        """Cut the logs back to the checkpoint; report those that were changed since."""
         for mended in self.folder.take_back(self.state.logs, self._epochs_done):
             self.progress.message(str(mended))
             event = LogMendedEvent(file=mended.path.name, lines_kept=mended.lines)

@@ -6,7 +6,7 @@ from dataclasses import replace
 from typing import TYPE_CHECKING, Any
 
 from clicktrain.commands.arguments import Option
-from clicktrain.commands.bench.benchmark import (
+from clicktrain.commands.bench import (
     NETWORK,
     PRECISION,
     ROUNDS,

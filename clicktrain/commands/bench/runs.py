@@ -5,7 +5,7 @@ from __future__ import annotations
 from typing import TYPE_CHECKING, Any
 
 from clicktrain.commands.arguments import OWN_MODEL, Option
-from clicktrain.commands.bench.benchmark import (
+from clicktrain.commands.bench import (
     ROUNDS,
     Benchmark,
     Column,

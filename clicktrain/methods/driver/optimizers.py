@@ -131,7 +131,6 @@ class AttachedOptimizers:
                     self._check_state(optimizer, optimizer.state.get(weight, {}), weight)
 
     def _check_state(self, optimizer: Optimizer, state: Mapping[str, Any], weight: Tensor) -> None:
-        """Raise a UserError for a state that can be neither packed nor shrunk."""
         kind = type(optimizer).__name__
         if self._packs and (odd := odd_state(optimizer, state, weight, factors=False)):
             raise UserError(
@@ -217,9 +216,6 @@ def _make_hookable(optimizer: Optimizer) -> None:
             setattr(optimizer, table, OrderedDict())
     if not getattr(type(optimizer).step, "hooked", False):
         optimizer._patch_step_function()
-
-
-# ---------------------------------------------------------------- refusals
 
 
 def _check_kind(optimizer: Optimizer) -> None:

@@ -278,7 +278,6 @@ class Pruner:
         return Outcome(tuple(self.method.targets_of(self._state, reached)))
 
     def _conclude(self) -> None:
-        """Record the outcome, and warn of missed targets."""
         outcome = self.outcome()
         self._record(OutcomeEvent(targets=outcome.to_json()))
         for sentence in outcome.warnings:
@@ -562,7 +561,6 @@ class Pruner:
         self.network.publisher.publish(MasksFrozen())
 
     def _follow(self, plan: SurgeryPlan) -> None:
-        """Shrink the method's state by the channels that were removed."""
         self.method.after_surgery(self._state, plan, self._prunable)
         self._plan = self.method.plan(self._prunable, self.length, self._state)
         self.network.publisher.publish(ChannelsRemoved(plan))

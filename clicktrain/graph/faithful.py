@@ -185,12 +185,7 @@ def _differs(graph: ModelGraph, flags: Modes, inputs: Inputs, expected: list[Obs
 
 
 def _smallest(
-    model: nn.Module,
-    graph: ModelGraph,
-    flags: Modes,
-    few: Inputs,
-    leaves: IsLeaf,
-    opaque: Mapping[str, str],
+    model: nn.Module, graph: ModelGraph, flags: Modes, few: Inputs, leaves: IsLeaf, opaque: Mapping[str, str]
 ) -> dict[str, str]:
     """The innermost module whose own graph does something else; {} if only the outermost forward does."""
     calls = _calls(model, graph.entered[1:], flags, few)

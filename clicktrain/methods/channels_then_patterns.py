@@ -282,31 +282,15 @@ class ChannelsThenPatterns(Method[TwoPartState]):
             summary=f"{channels.summary}; then compression {second.compression:.4g} of what is left",
         )
 
-    def state_dict(self, state: TwoPartState) -> dict[str, Any]:
-        """Both states."""
-        return {
-            "first": self.first.state_dict(state.first),
-            "second": None if state.second is None else self.second.state_dict(state.second),
-            "switched": state.switched,
-            "seen": state.seen,
-            "epochs": state.epochs,
-            "compression": state.compression,
-        }
-
     def load_state(
         self, prunable: PrunableLayers, length: RunLength, saved: Mapping[str, Any]
     ) -> TwoPartState:
         """The inverse of `state_dict`, on the network as it was then."""
-        state = TwoPartState(
-            self.first.load_state(prunable, length, saved["first"]),
-            switched=saved["switched"],
-            seen=saved["seen"],
-            epochs=saved["epochs"],
-            compression=saved["compression"],
-        )
+        own = {**saved, "first": self.first.load_state(prunable, length, saved["first"]), "second": None}
+        state = TwoPartState(**own)
         if saved["second"] is not None:
             rest = RunLength(length.epochs - state.epochs, length.steps_per_epoch)
-            own = self._own(state, prunable)
-            state.second = self.second_of(state).load_state(own, rest, saved["second"])
+            layers = self._own(state, prunable)
+            state.second = self.second_of(state).load_state(layers, rest, saved["second"])
             state.first.lasso.axes = None
         return state

@@ -16,6 +16,7 @@ from clicktrain.errors import UserError, shown
 from clicktrain.graph.prunable import PrunableLayers, find_prunable
 from clicktrain.latency.network_times import MeasureMasks
 from clicktrain.methods.outcome import Reached, Target
+from clicktrain.methods.saved_state import saved_state
 from clicktrain.runs.events import ABSENT, Event, HardPruneEvent, ReconfiguredEvent
 from clicktrain.settings import check_choices
 from clicktrain.sparsity.channel_lasso import ChannelAxis
@@ -320,8 +321,8 @@ class MethodHooks(abc.ABC, Generic[S]):
 
     def state_dict(self, state: S) -> dict[str, Any]:
         """Return the state as nested dicts of tensors, numbers and strings."""
-        return {}
+        return {} if state is None else saved_state(state)
 
     def load_state(self, prunable: PrunableLayers, length: RunLength, saved: Mapping[str, Any]) -> S:
-        """Inverse of `state_dict`."""
+        """Inverse of `state_dict`; states other than None take `restored_state`."""
         return self.init(prunable, length)

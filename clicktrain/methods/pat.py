@@ -33,7 +33,7 @@ from clicktrain.methods.channels.criteria import NEURON_CRITERIA, ChannelScores,
 from clicktrain.methods.channels.selection import ChannelSelection
 from clicktrain.methods.channels.stepwise import StepwiseRemoval, StepwiseState
 from clicktrain.methods.outcome import Reached, Target
-from clicktrain.methods.saved_state import restored_state, saved_state
+from clicktrain.methods.saved_state import restored_state
 from clicktrain.methods.triggers import StartRule, StructureWatch, default_threshold, default_window
 from clicktrain.runs.events import StageEvent, TriggerEvent
 from clicktrain.settings import part_of
@@ -302,10 +302,6 @@ class PaT(Method[PaTState]):
             ("stage 3 sparse", "to the end, with the neurons that are left"),
         )
         return PruningPlan(plan_rows(prunable, rows), summary, stages)
-
-    def state_dict(self, state: PaTState) -> dict[str, Any]:
-        """Nested dicts of tensors, numbers and strings."""
-        return saved_state(state)
 
     def load_state(self, prunable: PrunableLayers, length: RunLength, saved: Mapping[str, Any]) -> PaTState:
         """The inverse of `state_dict`."""

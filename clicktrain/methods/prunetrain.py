@@ -44,7 +44,7 @@ from clicktrain.methods.channels.rhythm import Rhythm
 from clicktrain.methods.channels.steering import Steering, TargetState
 from clicktrain.methods.channels.target import NEAR
 from clicktrain.methods.outcome import Reached, Target
-from clicktrain.methods.saved_state import restored_state, saved_state
+from clicktrain.methods.saved_state import restored_state
 from clicktrain.runs.events import PenaltyEvent, ReconfiguredEvent, StageEvent, WidthsEvent
 from clicktrain.settings import part_of
 from clicktrain.surgery import SurgeryPlan
@@ -364,10 +364,6 @@ class PruneTrain(Method[PruneTrainState]):
             stages.append(("fine-tune", f"the last {self.fine_tune:g} epochs without the lasso"))
         summary = f"{full - kept} of {full} weights would be removed as the network is now"
         return PruningPlan(plan_rows(prunable, rows), summary, tuple(stages))
-
-    def state_dict(self, state: PruneTrainState) -> dict[str, Any]:
-        """Nested dicts of tensors, numbers and strings."""
-        return saved_state(state)
 
     def load_state(
         self, prunable: PrunableLayers, length: RunLength, saved: Mapping[str, Any]

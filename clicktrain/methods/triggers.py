@@ -59,15 +59,6 @@ class StructureWatch:
         """EPI of the last epoch."""
         return self.indicators[-1] if self.indicators else None
 
-    def state_dict(self) -> dict[str, Any]:
-        """Plain lists."""
-        return {"structures": [list(s) for s in self.structures], "indicators": list(self.indicators)}
-
-    @classmethod
-    def from_state(cls, saved: Mapping[str, Any]) -> StructureWatch:
-        """Inverse of `state_dict`."""
-        return cls([list(s) for s in saved["structures"]], list(saved["indicators"]))
-
 
 def default_threshold(criterion: str | Callable[..., object], known: Mapping[str, Any] = CRITERIA) -> float:
     """tau: that for magnitudes, or that for criteria that read gradients (section 4.2). Imports nothing."""
@@ -139,16 +130,6 @@ class KernelWatch:
         epoch, latest = math.floor(step.position), step.length.epochs
         seen = History(epoch, latest, step.epoch_losses, self.watch.indicators, threshold, slope)
         return EARLY_TRIGGERS.resolve(trigger)(seen)
-
-    def state_dict(self) -> dict[str, Any]:
-        """Nested dicts of tensors and numbers."""
-        return {"sums": dict(self.sums), **self.watch.state_dict()}
-
-    @classmethod
-    def from_state(cls, saved: Mapping[str, Any], to: Callable[[Tensor], Tensor]) -> KernelWatch:
-        """Inverse of `state_dict`; ``to`` copies a tensor to its device."""
-        sums = {name: to(value) for name, value in saved["sums"].items()}
-        return cls(sums, StructureWatch.from_state(saved))
 
 
 @dataclass(frozen=True, slots=True)

@@ -70,15 +70,6 @@ def _signed_change(weights: Sequence[Tensor], grads: Sequence[Tensor]) -> Tensor
     return torch.stack(products).sum(dim=0)
 
 
-def add_scores_(sums: dict[str, Tensor], scores: Mapping[str, Tensor]) -> None:
-    """Add the scores of a batch to those of the epoch: name -> [n]."""
-    for name, score in scores.items():
-        if name in sums:
-            sums[name] += score
-        else:
-            sums[name] = score.clone()
-
-
 def prunable_channels(sizes: Iterable[int], min_channels: int = 1) -> int:
     """How many neurons can go at the most if every group of this many keeps ``min_channels``."""
     return sum(max(size - min_channels, 0) for size in sizes)

@@ -115,58 +115,15 @@ def _kth_of_few(scores: Tensor, k: int) -> Tensor:
 # ---- how much: one cut per granularity ------------------------------------------------------
 
 
-def window_cut(shape: Shape, threshold: float, max_non_zero: int | None = None) -> Cut:
-    """Window pruning (Algorithm 3); kernels of one position fall under CK (section 2.1)."""
-    if _size(shape) == 1:
-        return ck_cut(shape, threshold)
-    return Cut(num_pruned(_size(shape), threshold, max_non_zero), 0)
-
-
-def ck_cut(shape: Shape, threshold: float, within: Within = "channel") -> Cut:
-    """CK pruning (Algorithm 1)."""
-    return Cut(0, num_pruned(_line(shape, within), threshold))
-
-
-def combined_cut(
-    shape: Shape,
-    threshold: float,
-    within: Within = "channel",
-    share: float = 0.8,
-    max_non_zero: int | None = None,
-) -> Cut:
-    """Combined pruning: window at ``share`` of the threshold, then CK for the rest (section 2.1.1).
-
-    "The remaining fraction" is read as what brings the layer to the threshold, given what the window takes:
-    CK at ``(1 - share) * threshold`` would leave a final sparsity of 80% at 72%. (Algorithm 4 prints the full
-    threshold and CK for both masks.)
-    """
-    if _size(shape) == 1:
-        return ck_cut(shape, threshold, within)
-    positions = num_pruned(_size(shape), share * threshold, max_non_zero)
-    rest = remaining(threshold, positions / _size(shape))
-    return Cut(positions, ck_cut(shape, rest, within).kernels)
-
-
-def inter_epoch_cut(shape: Shape, threshold: float, ck_threshold: float, within: Within = "channel") -> Cut:
-    """Inter-epoch pruning (appendix A): an era split into a CK phase and a window phase.
-
-    The paper says no more. Here CK follows the schedule up to ``ck_threshold``, its value at the middle of
-    the era; from there on the number of kernels stays and the window takes the rest.
-    """
-    if _size(shape) == 1:
-        return ck_cut(shape, threshold, within)
-    kernels = ck_cut(shape, min(threshold, ck_threshold), within).kernels
-    if threshold <= ck_threshold:
-        return Cut(0, kernels)
-    rest = remaining(threshold, kernels / _line(shape, within))
-    return Cut(num_pruned(_size(shape), rest), kernels)
-
-
 @dataclass(frozen=True, slots=True)
 class CutRule:
     """What a granularity may read beside shape and threshold; settings as in Campfire.
 
-    ``most``: weights of a kernel that may stay; ``ck_threshold``: see `inter_epoch_cut`.
+    Attributes:
+        within: whose kernels compete.
+        share: of the threshold that combined pruning takes inside kernels.
+        most: weights of a kernel that may stay.
+        ck_threshold: see `inter_epoch_cut`.
     """
 
     within: Within = "channel"
@@ -179,40 +136,66 @@ Granularity: TypeAlias = Callable[[Shape, float, CutRule], Cut]
 """(shape of a convolution's view, threshold, rule) -> how much goes."""
 
 
-def _window(shape: Shape, threshold: float, rule: CutRule) -> Cut:
-    return window_cut(shape, threshold, rule.most)
+def window_cut(shape: Shape, threshold: float, rule: CutRule) -> Cut:
+    """Window pruning (Algorithm 3): the smallest of each R x S kernel."""
+    return Cut(num_pruned(_size(shape), threshold, rule.most), 0)
 
 
-def _ck(shape: Shape, threshold: float, rule: CutRule) -> Cut:
-    return ck_cut(shape, threshold, rule.within)
+def ck_cut(shape: Shape, threshold: float, rule: CutRule) -> Cut:
+    """CK pruning (Algorithm 1): whole kernels by their largest score."""
+    return Cut(0, num_pruned(_line(shape, rule.within), threshold))
 
 
-def _combined(shape: Shape, threshold: float, rule: CutRule) -> Cut:
-    return combined_cut(shape, threshold, rule.within, rule.share, rule.most)
+def combined_cut(shape: Shape, threshold: float, rule: CutRule) -> Cut:
+    """Combined pruning: window at a share of the threshold, then CK for the rest (section 2.1.1).
+
+    "The remaining fraction" is read as what brings the layer to the threshold, given what the window takes:
+    CK at ``(1 - share) * threshold`` would leave a final sparsity of 80% at 72%. (Algorithm 4 prints the full
+    threshold and CK for both masks.)
+    """
+    positions = num_pruned(_size(shape), rule.share * threshold, rule.most)
+    rest = remaining(threshold, positions / _size(shape))
+    return Cut(positions, ck_cut(shape, rest, rule).kernels)
 
 
-def _inter_epoch(shape: Shape, threshold: float, rule: CutRule) -> Cut:
-    return inter_epoch_cut(shape, threshold, rule.ck_threshold, rule.within)
+def inter_epoch_cut(shape: Shape, threshold: float, rule: CutRule) -> Cut:
+    """Inter-epoch pruning (appendix A): an era split into a CK phase and a window phase.
+
+    The paper says no more. Here CK follows the schedule up to ``ck_threshold``, its value at the middle of
+    the era; from there on the number of kernels stays and the window takes the rest.
+    """
+    kernels = ck_cut(shape, min(threshold, rule.ck_threshold), rule).kernels
+    if threshold <= rule.ck_threshold:
+        return Cut(0, kernels)
+    rest = remaining(threshold, kernels / _line(shape, rule.within))
+    return Cut(num_pruned(_size(shape), rest), kernels)
 
 
-def _pattern(shape: Shape, threshold: float, rule: CutRule) -> Cut:
-    return _combined(shape, threshold, rule)
+def pattern_cut(shape: Shape, threshold: float, rule: CutRule) -> Cut:
+    """As combined pruning, but what stays inside a kernel is a pattern."""
+    return combined_cut(shape, threshold, rule)
 
 
-_pattern.in_patterns = True  # type: ignore[attr-defined]
+pattern_cut.in_patterns = True  # type: ignore[attr-defined]
 
 GRANULARITIES: Registry[Granularity] = Registry(
     "granularity",
     {
-        "window": _window,
-        "ck": _ck,
-        "combined": _combined,
-        "inter_epoch": _inter_epoch,
-        "pattern": _pattern,
+        "window": window_cut,
+        "ck": ck_cut,
+        "combined": combined_cut,
+        "inter_epoch": inter_epoch_cut,
+        "pattern": pattern_cut,
     },
 )
 """What goes inside of convolutions. With an attribute ``in_patterns`` what stays of a kernel is a pattern."""
 GranularityChoice: TypeAlias = Annotated[str | Granularity, GRANULARITIES]
+
+
+def cut_of(granularity: str | Granularity, shape: Shape, threshold: float, rule: CutRule) -> Cut:
+    """How much of a convolution goes; kernels of one position fall under CK (section 2.1)."""
+    choice = ck_cut if _size(shape) == 1 else GRANULARITIES.resolve(granularity)
+    return choice(shape, threshold, rule)
 
 
 def remaining(threshold: float, done: float) -> float:
@@ -250,37 +233,6 @@ def cut_mask(
         return mask
     kernels = above_cutoff(scores.amax(dim=(2, 3)), cut.kernels, dim=0 if within == "channel" else 1)
     return mask & kernels[:, :, None, None]
-
-
-def window(scores: Tensor, threshold: float, max_non_zero: int | None = None) -> Tensor:
-    """Prune the smallest of each R x S kernel: Campfire Algorithm 3. [F, C, R, S] -> bool."""
-    return cut_mask(scores, window_cut(_shape(scores), threshold, max_non_zero))
-
-
-def ck(scores: Tensor, threshold: float, within: Within = "channel") -> Tensor:
-    """Prune whole kernels by their largest score: Campfire Algorithm 1. [F, C, R, S] -> bool."""
-    return cut_mask(scores, ck_cut(_shape(scores), threshold, within), within)
-
-
-def combined(
-    scores: Tensor,
-    threshold: float,
-    within: Within = "channel",
-    share: float = 0.8,
-    max_non_zero: int | None = None,
-) -> Tensor:
-    """Window and CK pruning together: Campfire Algorithm 4, see `combined_cut`. [F, C, R, S] -> bool."""
-    return cut_mask(scores, combined_cut(_shape(scores), threshold, within, share, max_non_zero), within)
-
-
-def inter_epoch(scores: Tensor, threshold: float, ck_threshold: float, within: Within = "channel") -> Tensor:
-    """CK, then window in later epochs: see `inter_epoch_cut`. [F, C, R, S] -> bool."""
-    return cut_mask(scores, inter_epoch_cut(_shape(scores), threshold, ck_threshold, within), within)
-
-
-def _shape(scores: Tensor) -> Shape:
-    f, c, r, s = scores.shape
-    return f, c, r, s
 
 
 def _size(shape: Shape) -> int:

@@ -186,8 +186,7 @@ def below_threshold(now: Update, share: float) -> Units:
 
 
 DROPS: Registry[DropRule] = Registry(
-    "drop rule",
-    {"layer": smallest_of_layers, "network": smallest_of_network, "threshold": below_threshold},
+    "drop rule", {"layer": smallest_of_layers, "network": smallest_of_network, "threshold": below_threshold}
 )
 DropChoice: TypeAlias = Annotated[str | DropRule, DROPS]
 

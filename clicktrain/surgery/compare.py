@@ -99,12 +99,7 @@ def _outputs(model: nn.Module, inputs: Inputs, dtype: torch.dtype | None) -> lis
     for training in (True, False):
         for module in model.modules():
             module.training = training
-        with (
-            steadily(inputs.tensors()),
-            torch.no_grad(),
-            torch.autocast(kind, enabled=False),
-            _eager(),
-        ):
+        with steadily(inputs.tensors()), torch.no_grad(), torch.autocast(kind, enabled=False), _eager():
             found.append(tensors_in(owned(inputs).call(model)))
     return found
 

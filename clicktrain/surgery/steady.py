@@ -35,11 +35,7 @@ class _Steady(TorchDispatchMode):  # type: ignore[no-untyped-call]
     """Random draws give constants, so that they do not depend on how many there are."""
 
     def __torch_dispatch__(
-        self,
-        func: Any,
-        types: Any,
-        args: tuple[Any, ...] = (),
-        kwargs: Mapping[str, Any] | None = None,
+        self, func: Any, types: Any, args: tuple[Any, ...] = (), kwargs: Mapping[str, Any] | None = None
     ) -> Any:
         name = func._schema.name.removeprefix("aten::")
         value = _DRAWN.get(name.rstrip("_"))

@@ -19,7 +19,7 @@ from clicktrain.formats.packed import bits_from_mask, mask_from_bits
 from clicktrain.graph import Inputs, as_inputs
 from clicktrain.graph.batch import first_of_batch, first_tensor, owned
 from clicktrain.graph.exchange import odd_state
-from clicktrain.graph.prunable import PrunableLayer, PrunableLayers, SeenBatch
+from clicktrain.graph.prunable import PrunableLayers, SeenBatch
 from clicktrain.kernels.pack_model import pack_model_, pack_refusals, unpack_model_
 from clicktrain.kernels.sparse_conv2d import PackedLayer
 from clicktrain.methods.driver.averages import catch_up_, mask_copy_, unwrapped_average
@@ -99,44 +99,42 @@ class PrunedNetwork:
 
     def mask_gradients(self) -> None:
         """Zero the gradients of pruned weights."""
-        for layer, mask in self._masked():
-            if layer.weight.grad is not None:
-                layer.weight.grad.masked_fill_(~mask, 0.0)
+        for _, weight, mask in self._masked():
+            if weight.grad is not None:
+                weight.grad.masked_fill_(~mask, 0.0)
 
     def mask_weights(self) -> None:
         """Zero pruned weights."""
-        for layer, mask in self._masked():
-            hard_prune_(layer.weight, mask)
+        for _, weight, mask in self._masked():
+            hard_prune_(weight, mask)
 
     def mask_state(self) -> None:
         """Zero the optimizer state of pruned weights."""
-        for layer, mask in self._masked():
+        for _, weight, mask in self._masked():
             for optimizer in self.optimizers:
-                mask_optimizer_state_(optimizer, layer.weight, mask)
+                mask_optimizer_state_(optimizer, weight, mask)
 
-    def _masked(self) -> list[tuple[PrunableLayer, Tensor]]:
-        """Dense layers with their masks; packed layers hold no pruned weights."""
+    def _masked(self) -> list[tuple[str, Tensor, Tensor]]:
+        """Names, weights and masks of dense layers; packed layers hold no pruned weights."""
         masked = ((layer, self._masks.get(layer.name)) for layer in self.prunable.layers)
-        return [(layer, mask) for layer, mask in masked if mask is not None]
+        return [(layer.name, layer.weight, mask) for layer, mask in masked if mask is not None]
 
     def check_zeros(self) -> None:
         """Raise an AssertionError that names a layer with a nonzero pruned weight or optimizer state."""
         if not self.frozen:
             return
-        for layer, mask in self._masked():
-            states = (optimizer.state.get(layer.weight, {}) for optimizer in self.optimizers)
+        for name, weight, mask in self._masked():
+            states = (optimizer.state.get(weight, {}) for optimizer in self.optimizers)
             held = [value for state in states for key, value in state.items() if key not in _SCALES]
-            for tensor in (layer.weight.detach(), *(v for v in held if isinstance(v, Tensor))):
+            for tensor in (weight.detach(), *(v for v in held if isinstance(v, Tensor))):
                 if tensor.shape == mask.shape and bool((tensor != 0).logical_and_(~mask).any()):
-                    raise AssertionError(f"a pruned position of {layer.name} is no longer zero")
+                    raise AssertionError(f"a pruned position of {name} is no longer zero")
 
     def revived(self) -> list[str]:
         """Layers with frozen masks in which something else has written pruned weights."""
         if not self.frozen:
             return []
-        return [
-            layer.name for layer, mask in self._masked() if bool((layer.weight.detach()[~mask] != 0).any())
-        ]
+        return [name for name, weight, mask in self._masked() if bool((weight.detach()[~mask] != 0).any())]
 
     @property
     def nonzero_conv_weights(self) -> int:

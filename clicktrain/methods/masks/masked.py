@@ -7,7 +7,6 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from typing import Any, ClassVar
 
-import torch
 from torch import Tensor, nn
 
 from clicktrain.errors import UserError
@@ -25,6 +24,7 @@ from clicktrain.methods.base import (
     plan_rows,
 )
 from clicktrain.methods.outcome import Reached, Target, planned_far_off, sparsity_target
+from clicktrain.methods.saved_state import restored_state, saved_state
 from clicktrain.methods.triggers import KernelWatch
 from clicktrain.runs.events import StageEvent
 from clicktrain.sparsity.importance import CRITERIA, CriterionChoice, magnitude_importance, reads_gradient
@@ -51,7 +51,7 @@ class MaskState:
     """Running mean of the squared gradient per layer, for criteria that read gradients."""
     hidden: Tensors = field(default_factory=dict)
     """Values of weights that are zero in the network but trained on."""
-    gradients: Tensors = field(default_factory=dict)
+    gradients: Tensors = field(default_factory=dict, compare=False)
     """Gradients of this step; empty between steps."""
     memory: dict[str, float] = field(default_factory=dict)
     """Numbers that rules keep from update to update."""
@@ -220,35 +220,18 @@ class Masked(Method[MaskState]):
 
     def state_dict(self, state: MaskState) -> dict[str, Any]:
         """Nested dicts of tensors, numbers and strings; masks with one bit a weight."""
-        return {
-            "stage": state.stage,
-            "seed": state.seed,
-            "updated": state.updated,
-            "threshold": state.threshold,
-            "shift": state.shift,
-            "masks": {name: bits_from_mask(mask) for name, mask in state.masks.items()},
-            "squares": dict(state.squares),
-            "hidden": dict(state.hidden),
-            "memory": dict(state.memory),
-            "kernels": state.kernels.state_dict(),
-            "kept": {name: list(counts) for name, counts in state.kept.items()},
-        }
+        bits = {name: bits_from_mask(mask) for name, mask in state.masks.items()}
+        return {**saved_state(state), "masks": bits}
 
     def load_state(self, prunable: PrunableLayers, length: RunLength, saved: Mapping[str, Any]) -> MaskState:
         """Inverse of `state_dict`."""
         del length
-        plain = ("stage", "seed", "updated", "threshold", "shift")
-        state = MaskState(**{key: saved[key] for key in plain}, memory=dict(saved["memory"]))
-        for layer in prunable.layers:
-            name, device = layer.name, layer.weight.device
-            if name in saved["masks"]:
-                state.masks[name] = mask_from_bits(saved["masks"][name].to(device), layer.shape)
-            for key in ("squares", "hidden"):
-                if name in saved[key]:
-                    getattr(state, key)[name] = saved[key][name].to(device, copy=True)
-        state.kept = {name: (nonzero, each) for name, (nonzero, each) in saved["kept"].items()}
-        device = prunable.layers[0].weight.device if prunable.layers else torch.device("cpu")
-        state.kernels = KernelWatch.from_state(saved["kernels"], lambda t: t.to(device, copy=True))
+        device = prunable.layers[0].weight.device if prunable.layers else "cpu"
+        state, layers = (
+            restored_state(MaskState, saved, device),
+            {each.name: each for each in prunable.layers},
+        )
+        state.masks = {name: mask_from_bits(m, layers[name].shape) for name, m in state.masks.items()}
         return state
 
 

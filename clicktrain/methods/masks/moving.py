@@ -23,15 +23,7 @@ from torch import Tensor
 from clicktrain.comm.agreement import agreed_text
 from clicktrain.errors import UserError
 from clicktrain.graph.prunable import PrunableLayer, PrunableLayers
-from clicktrain.methods.base import (
-    Action,
-    ApplyMasks,
-    LayerPlan,
-    PruningPlan,
-    Record,
-    RunLength,
-    StepInfo,
-)
+from clicktrain.methods.base import Action, ApplyMasks, LayerPlan, PruningPlan, Record, RunLength, StepInfo
 from clicktrain.methods.masks.masked import Masked, MaskState, Tensors
 from clicktrain.methods.masks.update_times import Timing, check_times
 from clicktrain.runs.events import ABSENT, RegrownEvent

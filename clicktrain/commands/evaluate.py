@@ -107,10 +107,8 @@ def _evaluate(loaded: LoadedRun, config: RunConfig, attacks: Sequence[Attack]) -
             model, loader, attacks, mean=data.mean, std=data.std, device=device, precision=config.precision
         )
         report["attack"] = attacks[0].name
-        report["robustness"] = [
-            {"epsilon": attack.epsilon, "accuracy": accuracy}
-            for attack, accuracy in zip(attacks, accuracies, strict=True)
-        ]
+        pairs = zip(attacks, accuracies, strict=True)
+        report["robustness"] = [{"epsilon": attack.epsilon, "accuracy": share} for attack, share in pairs]
     return report
 
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import itertools
 import json
 import re
 from collections.abc import Callable, Iterator, Mapping
@@ -53,11 +54,8 @@ class RunFolder:
         """A folder under ``root`` named after the date, the model and the method; it is not created."""
         model = re.sub(r"[^A-Za-z0-9_.-]+", "-", model.rpartition(":")[2]) or "model"
         stem = f"{datetime.now():%Y-%m-%d_%H-%M-%S}_{model}_{method}"
-        path, count = Path(root) / stem, 1
-        while path.exists():
-            count += 1
-            path = Path(root) / f"{stem}_{count}"
-        return cls(path)
+        names = itertools.chain((stem,), (f"{stem}_{count}" for count in itertools.count(2)))
+        return cls(next(path for name in names if not (path := Path(root) / name).exists()))
 
     config = _File("config.yaml")
     """Resolved settings, YAML."""
@@ -111,9 +109,7 @@ class RunFolder:
     def in_use(self, message: Callable[[str], None], *, new: bool = False) -> Iterator[None]:
         """Lock the folder against other processes that would train in it, and remove temporary files.
 
-        Args:
-            message: called if the file system has no locks.
-            new: create the folder; remove it again if the block raises before the first checkpoint.
+        ``new``: create the folder, and remove it again if the block raises before the first checkpoint.
 
         Raises:
             RunFolderInUse: another process trains in it.

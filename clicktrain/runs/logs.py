@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import contextlib
+import itertools
 import json
 import zlib
 from collections.abc import Callable
@@ -75,19 +77,13 @@ def take_back(path: Path, mark: LogMark, belongs: Callable[[dict[str, Any]], boo
 
 
 def _put_aside(path: Path) -> Path:
-    number = 1
-    while (aside := path.with_name(f"{path.stem}.damaged-{number}{path.suffix}")).exists():
-        number += 1
-    return path.rename(aside)
+    names = (path.with_name(f"{path.stem}.damaged-{number}{path.suffix}") for number in itertools.count(1))
+    return path.rename(next(aside for aside in names if not aside.exists()))
 
 
 def _readable(path: Path) -> list[dict[str, Any]]:
     lines = []
     for line in read_regular(path, LARGEST_TEXT).split(b"\n")[:-1]:
-        try:
-            record = json.loads(line)
-        except (ValueError, RecursionError):
-            continue
-        if isinstance(record, dict):
-            lines.append(record)
-    return lines
+        with contextlib.suppress(ValueError, RecursionError):
+            lines.append(json.loads(line))
+    return [line for line in lines if isinstance(line, dict)]

@@ -26,14 +26,10 @@ class DamagedCheckpoint(UserError):  # noqa: N818 - reads as a sentence to the u
 
 
 def save_checkpoint(folder: RunFolder, epoch: int, step: int, state: dict[str, Any], keep: int) -> Path:
-    """Write a checkpoint atomically, then remove all but the newest ``keep``.
+    """Write a checkpoint atomically, then remove all but the newest ``keep``; if the disk is full all stay.
 
-    Args:
-        folder: of the run.
-        epoch: epoch (from 1) of the last step, for the file's name.
-        step: optimizer steps done.
-        state: nested dicts and lists of tensors, numbers, strings and None.
-        keep: how many checkpoints may stay; all of them if the disk is full, a UserError.
+    ``state`` is nested dicts and lists of tensors, numbers, strings and None; ``epoch`` (from 1, of the last
+    step) and ``step`` (of the optimizer) are for the file's name.
     """
     path = folder.checkpoint(epoch, step)
     path.parent.mkdir(exist_ok=True)  # not its parents: a run's folder that was deleted stays away

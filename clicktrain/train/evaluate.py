@@ -26,21 +26,15 @@ _FEW = 8
 
 @dataclass(frozen=True, slots=True)
 class Evaluation:
-    """What a model reaches.
-
-    Attributes:
-        accuracy: top-1, percent.
-        top5_accuracy: percent of images whose class is among the five best; None under 10 classes.
-        loss: mean cross-entropy, without label smoothing.
-        images: number of images.
-        constant: all images got the same outputs.
-    """
+    """What a model reaches: accuracies in percent, mean cross-entropy without label smoothing."""
 
     accuracy: float
     top5_accuracy: float | None
+    """None under 10 classes."""
     loss: float
     images: int
     constant: bool = False
+    """All images got the same outputs."""
 
 
 @torch.no_grad()
@@ -118,19 +112,15 @@ _REACH = 2.5
 
 @dataclass(frozen=True, slots=True)
 class Attack:
-    """An attack. Raises UserError for a value out of range.
-
-    Attributes:
-        name: fgsm or pgd.
-        epsilon: largest change of a pixel, in [0, 1] as the pixels are.
-        steps: gradient steps of pgd.
-        seed: of pgd's random start.
-    """
+    """An attack. Raises UserError for a value out of range."""
 
     name: AttackName
     epsilon: float
+    """Largest change of a pixel, in [0, 1] as the pixels are."""
     steps: int = 10
+    """Gradient steps of pgd."""
     seed: int = 0
+    """Of pgd's random start."""
 
     def __post_init__(self) -> None:
         if not 0 <= self.epsilon <= 1:
@@ -194,10 +184,10 @@ def attacked_accuracy(
 
     Args:
         model: takes normalized images.
-        loader: batches of the split, normalized with ``mean`` and ``std`` of pixels in [0, 1].
+        loader: batches of the split on ``device``, normalized with ``mean`` and ``std`` of pixels in [0, 1].
         attacks: one accuracy each.
         mean, std: per channel.
-        device: where model and batches are.
+        device: of the model.
         precision: of forward and backward passes.
     """
     shift, scale = (torch.tensor(v, device=device).view(1, -1, 1, 1) for v in (mean, std))

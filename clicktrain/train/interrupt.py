@@ -51,10 +51,9 @@ class LossWatch:
     def add(self, loss: Tensor, correct: Tensor) -> bool:
         """Add a batch's loss and number of correct predictions, 0-dim tensors; True if they were read."""
         self._pending.append(torch.stack((loss.detach().float(), correct.float())))
-        if len(self._pending) >= self._every:
+        if due := len(self._pending) >= self._every:
             self.flush()
-            return True
-        return False
+        return due
 
     def flush(self) -> None:
         """Read what is pending."""
@@ -109,9 +108,7 @@ class StoppedAtOnce(BaseException):
 class StopRequest:
     """While active, the first signal only sets ``signum``; a later one acts as usual.
 
-    Attributes:
-        signum: the signal that came, or None.
-        at_once: raise `StoppedAtOnce` instead: there is no state that a checkpoint would save.
+    ``at_once``: raise `StoppedAtOnce` instead, where there is no state that a checkpoint would save.
     """
 
     def __init__(self) -> None:

@@ -33,11 +33,8 @@ def choose_operators(
     The plan is written before the first step that uses it, so that a resumed run uses the same operators, bit
     for bit.
 
-    Args:
-        p: the run, after the hard prune, its model packed.
-        folder: of the run.
-        progress: is sent the reasons why layers stay as they are.
-        epoch: finished epochs. A run with little left to compute takes the paper's rule, without measuring.
+    A run with little left to compute after ``epoch`` finished epochs takes the paper's rule and measures
+    nothing. ``progress`` is sent the reasons why layers stay as they are.
 
     Returns:
         The accelerated view of the packed model, and what was chosen; the model itself and None where that

@@ -149,16 +149,12 @@ class LoopWatch:
         network = self._network
         modules = dict(network.model.named_modules())
         self._places = []
-        for layer in network.prunable.layers:
-            module = modules.get(layer.name)
-            if module is None:
-                continue
-            parent, _, child = layer.name.rpartition(".")
+        for name in (layer.name for layer in network.prunable.layers if layer.name in modules):
+            module, (parent, _, child) = modules[name], name.rpartition(".")
             leaf = "values" if "values" in module._parameters else "weight"
             weight = module._parameters.get(leaf)
             if weight is not None:
-                place = _Place(layer.name, modules[parent]._modules, child, module, leaf, weight)
-                self._places.append(place)
+                self._places.append(_Place(name, modules[parent]._modules, child, module, leaf, weight))
         self.outsiders.look_again()
         self._outdated = False
         self._version = self._versions()

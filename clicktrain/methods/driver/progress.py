@@ -129,13 +129,7 @@ def _convolution(module: nn.Module) -> nn.Parameter | None:
 def at_chance(
     losses: Sequence[float], first_loss: float, events: Sequence[Mapping[str, Any]]
 ) -> tuple[str, float] | None:
-    """What is wrong with the loss, and the epoch of the removal; None if nothing is.
-
-    Args:
-        losses: mean training loss of every finished epoch.
-        first_loss: of the first batch.
-        events: all decisions so far.
-    """
+    """What is wrong with the mean loss of every finished epoch, and the epoch of the removal; or None."""
     for event in reversed(events):
         if not _removes(event):
             continue
@@ -150,7 +144,7 @@ def at_chance(
                 epoch,
             )
         if not learned:
-            return None
+            break
     return None
 
 

@@ -223,9 +223,8 @@ class Pruner:
         """Call a function with every decision and every change of the network, as they happen.
 
         Args:
-            listener: called with one argument, an `Event` (`clicktrain.runs.events`) or a `Notification`
-                (`clicktrain.methods.driver.publisher`: `ParametersReplaced`, `ChannelsRemoved`,
-                `MasksFrozen`, `EpochEnd`). It must not change the network.
+            listener: called with an `Event` (`clicktrain.runs.events`) or a `Notification`
+                (`clicktrain.methods.driver.publisher`). It must not change the network.
             kind: a class of these, or a tuple of classes; all of them if it is left out.
 
         Returns:

@@ -41,7 +41,7 @@ class EpochLines:
     def start(self, config: RunConfig, method: Method[Any], prepared: Prepared) -> None:
         """Print the network, method, length, device and precision."""
         batches = len(prepared.train_loader)
-        self._print(
+        self.message(
             f"{config.model}, method {config.method}: {config.epochs} epochs of {batches} batches "
             f"on {prepared.device} in {config.precision}"
         )
@@ -52,24 +52,20 @@ class EpochLines:
 
     def epoch(self, record: dict[str, Any]) -> None:
         """Print the epoch's line."""
-        left = None
-        if self._last is not None and self._last.epoch == record["epoch"]:
-            left = self._last.eta_seconds
-        epochs = f"/{self._last.epochs}" if self._last is not None else ""
-        self._print(epoch_line(record, epochs, left))
+        last = self._last
+        left = last.eta_seconds if last is not None and last.epoch == record["epoch"] else None
+        epochs = f"/{last.epochs}" if last is not None else ""
+        self.message(epoch_line(record, epochs, left))
 
     def message(self, text: str) -> None:
         """Print a message."""
-        self._print(text)
+        self.console.print(text, markup=False, highlight=False, soft_wrap=True)
 
     def finish(self, summary: Mapping[str, Any]) -> None:
         """Do nothing: the command prints the result."""
 
     def close(self) -> None:
         """Do nothing."""
-
-    def _print(self, text: str) -> None:
-        self.console.print(text, markup=False, highlight=False, soft_wrap=True)
 
 
 class LiveDisplay(EpochLines):
@@ -122,31 +118,21 @@ def picture(info: StepProgress) -> Group:
         ProgressBar(total=info.epochs * info.batches, completed=done),
         Text(f"ETA {clock(info.eta_seconds)}", style="cyan"),
     )
-    numbers = Text.assemble(
-        ("stage ", "dim"),
-        (info.stage, "magenta"),
-        ("  loss ", "dim"),
-        f"{info.loss:.4f}",
-        ("  accuracy ", "dim"),
-        f"{info.accuracy:.1f}%",
-        ("  sparsity ", "dim"),
-        f"{100 * (1 - info.density):.1f}%",
-        ("  rate ", "dim"),
-        f"{info.learning_rate:.3g}",
-        ("  waiting for data ", "dim"),
-        f"{100 * info.data_share:.0f}%",
-    )
-    return Group(bar, numbers)
+    numbers = {
+        "loss": f"{info.loss:.4f}",
+        "accuracy": f"{info.accuracy:.1f}%",
+        "sparsity": f"{100 * (1 - info.density):.1f}%",
+        "rate": f"{info.learning_rate:.3g}",
+        "waiting for data": f"{100 * info.data_share:.0f}%",
+    }
+    line = Text.assemble(("stage ", "dim"), (info.stage, "magenta"))
+    for name, number in numbers.items():
+        line.append(f"  {name} ", "dim").append(number)
+    return Group(bar, line)
 
 
 def epoch_line(record: Mapping[str, Any], epochs: str = "", eta_seconds: float | None = None) -> str:
-    """Format a finished epoch as one line.
-
-    Args:
-        record: a line of metrics.jsonl.
-        epochs: "/60", to follow the number of the epoch.
-        eta_seconds: what is left of the run, or None.
-    """
+    """Format a line of metrics.jsonl; ``epochs``, as "/60", follows the number of the epoch."""
     seconds = record["seconds"]
     share = 100 * record["data_seconds"] / seconds if seconds else 0.0
     parts = [
@@ -180,14 +166,7 @@ def carry_out(
 ) -> int:
     """Train (or go on training), write the report, print what was reached; the exit code.
 
-    Args:
-        config: settings of the run.
-        method: settings of the method.
-        folder: of the run.
-        quiet: no progress.
-        report: write report.html.
-        notes: sentences to print before the run starts.
-        resume: continue the run in the folder.
+    ``notes`` are sentences to print before the run starts.
     """
     console = lasting_console(f"the run goes on without it, in {folder.path}")
     progress = make_progress(console, quiet)
@@ -198,7 +177,7 @@ def carry_out(
             summary = fit(config, method, folder, progress=progress, resume=resume)
     except TrainingInterrupted as stop:
         if progress is not None:
-            progress.close()
+            progress.close()  # before the sentence is printed
         warn(str(stop))
         return stop.exit_code
     finally:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import abc
 import dataclasses
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from numbers import Integral
 from types import MappingProxyType
 from typing import Any, ClassVar, Generic, NamedTuple, TypeAlias, TypeVar
@@ -119,11 +119,7 @@ def hard_prune(
 
 @dataclass(frozen=True, slots=True)
 class RunLength:
-    """How long a run is, in batches seen by `Pruner.observe`.
-
-    ``epochs`` x ``steps_per_epoch`` batches; with gradient accumulation several batches make one optimizer
-    step.
-    """
+    """Length of a run in batches seen by `Pruner.observe`, of which several may make one optimizer step."""
 
     epochs: int
     steps_per_epoch: int
@@ -197,7 +193,7 @@ class PruningPlan:
 
     rows: tuple[LayerPlan, ...]
     summary: str = ""
-    stages: tuple[tuple[str, str], ...] = field(default=())
+    stages: tuple[tuple[str, str], ...] = ()
 
     def __str__(self) -> str:
         head = ("layer", "shape", "what", "density", "per filter", "why")
@@ -290,7 +286,6 @@ class MethodHooks(abc.ABC, Generic[S]):
 
         Masks cannot be frozen here: a resumed run calls this too, before its state is loaded.
         """
-        del state, prunable, length
         return ()
 
     def before_step(self, state: S, prunable: PrunableLayers, step: StepInfo) -> None:
@@ -299,12 +294,10 @@ class MethodHooks(abc.ABC, Generic[S]):
 
     def after_step(self, state: S, prunable: PrunableLayers, step: StepInfo) -> Sequence[Action]:
         """Decide, after the optimizer's step."""
-        del state, prunable, step
         return ()
 
     def at_end(self, state: S, prunable: PrunableLayers) -> Sequence[Action]:
         """Decide whatever is still undecided at the end of the run."""
-        del state, prunable
         return ()
 
     def after_surgery(self, state: S, plan: SurgeryPlan, prunable: PrunableLayers) -> None:
@@ -313,21 +306,17 @@ class MethodHooks(abc.ABC, Generic[S]):
 
     def targets_of(self, state: S, reached: Reached) -> Sequence[Target]:
         """Return each target with the value reached and, if missed, why; none if nothing was asked for."""
-        del state, reached
         return ()
 
     def after_freeze(self, state: S, masks: Mapping[str, Tensor]) -> None:
-        """Release what only served to choose the masks, which are frozen now.
+        """Release what only served to choose the masks, which are frozen now, not what `plan` shows of them.
 
-        Args:
-            state: keeps what `plan` shows of the masks.
-            masks: layer name -> bool of the weight's shape; with several processes, those of the first one.
+        ``masks``: layer name -> bool of the weight's shape; with several processes, those of the first one.
         """
         del state, masks
 
     def penalized_channels(self, state: S) -> Mapping[str, tuple[ChannelAxis, ...]]:
         """Map layer names to the channels that a penalty pushes towards zero; none in most methods."""
-        del state
         return {}
 
     def state_dict(self, state: S) -> dict[str, Any]:
@@ -336,5 +325,4 @@ class MethodHooks(abc.ABC, Generic[S]):
 
     def load_state(self, prunable: PrunableLayers, length: RunLength, saved: Mapping[str, Any]) -> S:
         """Inverse of `state_dict`; states other than None take `restored_state`."""
-        del saved
         return self.init(prunable, length)

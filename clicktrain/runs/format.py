@@ -54,11 +54,7 @@ def check_version(version: int, path: Path) -> None:
 
 
 def read_records(path: Path) -> list[dict[str, Any]]:
-    """Records of a JSONL file, in order; an unfinished last line is left out, a missing file has none.
-
-    Raises:
-        UserError: a line that is not JSON, or not a mapping.
-    """
+    """Records of a JSONL file, in order; an unfinished last line is left out, a missing file has none."""
     if not is_file(path):
         return []
     lines = read_regular(path, LARGEST_TEXT).split(b"\n")[:-1]  # what follows the last newline is unfinished
@@ -77,7 +73,7 @@ def read_summary(path: Path) -> dict[str, Any] | None:
     if not isinstance(values, dict):
         raise UserError(f"{path} is damaged: it is {shown(values)}, not a record")
     version = values.get("format_version", 0)
-    if not _is_whole(version):
+    if not _between(-(2**63), 2**63)(version):
         raise UserError(
             f"{path} is damaged: its format_version is {shown(version)}, a whole number is needed"
         )
@@ -115,10 +111,6 @@ def write_robustness(path: Path, curves: Mapping[str, Sequence[tuple[float, floa
     write_text_atomic(path, json.dumps({"attacks": attacks}, indent=2) + "\n")
 
 
-def _is_whole(value: object) -> bool:
-    return isinstance(value, int) and not isinstance(value, bool) and abs(value) < 2**63
-
-
 Fits: TypeAlias = Callable[[Any], bool]
 Checks: TypeAlias = Mapping[str, tuple[Fits, str]]
 """Key -> (whether a value fits, what is needed)."""
@@ -139,9 +131,7 @@ def parse_facts(metadata: Mapping[str, str], path: Path) -> dict[str, Any]:
 def read_facts(metadata: Mapping[str, str], path: Path) -> dict[str, Any]:
     """The facts (see `clicktrain.train.Prepared`) in the metadata of ``model.safetensors``.
 
-    Raises:
-        UserError: they are missing, of wrong types, do not fit each other, or ask for more memory than the
-            machine has.
+    UserError if they are missing, of wrong types, do not fit each other, or need more memory than there is.
     """
     if "clicktrain" not in metadata:
         raise UserError(f"{path} is not the network of a run: it does not say how to build it")

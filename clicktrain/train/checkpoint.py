@@ -26,18 +26,10 @@ class DamagedCheckpoint(UserError):  # noqa: N818 - reads as a sentence to the u
 
 
 def save_checkpoint(folder: RunFolder, epoch: int, step: int, state: dict[str, Any], keep: int) -> Path:
-    """Write a checkpoint atomically, then remove all but the newest ``keep``.
+    """Write a checkpoint atomically, then remove all but the newest ``keep``; if the disk is full all stay.
 
-    Args:
-        folder: of the run.
-        epoch: epoch (from 1) of the last step, for the file's name.
-        step: optimizer steps done.
-        state: nested dicts and lists of tensors, numbers, strings and None.
-        keep: how many checkpoints may stay.
-
-    Raises:
-        UserError: the disk is full; older checkpoints stay.
-        OSError: anything else that the file system refuses.
+    ``state`` is nested dicts and lists of tensors, numbers, strings and None; ``epoch`` (from 1, of the last
+    step) and ``step`` (of the optimizer) are for the file's name.
     """
     path = folder.checkpoint(epoch, step)
     path.parent.mkdir(exist_ok=True)  # not its parents: a run's folder that was deleted stays away
@@ -52,12 +44,7 @@ def save_checkpoint(folder: RunFolder, epoch: int, step: int, state: dict[str, A
 
 
 def load_checkpoint(path: Path) -> dict[str, Any]:
-    """Read a checkpoint, tensors on the CPU.
-
-    Raises:
-        DamagedCheckpoint: the file cannot be read, or is not what was written.
-        UserError: it was written by another version.
-    """
+    """Read a checkpoint, tensors on the CPU; UserError if it is damaged or was written by another version."""
     try:
         metadata = read_metadata(path)
         version = int(metadata["format_version"])
@@ -76,13 +63,9 @@ def load_checkpoint(path: Path) -> dict[str, Any]:
 
 
 def newest_good(folder: RunFolder, message: Callable[[str], None]) -> dict[str, Any] | None:
-    """The newest checkpoint that can be read; reports each that cannot.
+    """Content of the newest checkpoint that can be read, with a message for each that cannot.
 
-    Returns:
-        Its content, or None when no checkpoint has been written yet.
-
-    Raises:
-        UserError: there are checkpoints and none can be read, or one is of another version.
+    None if no checkpoint has been written yet; UserError if none can be read or one is of another version.
     """
     paths = folder.checkpoints()
     for path in reversed(paths):
@@ -123,8 +106,7 @@ def bytes_needed(model: nn.Module, config: RunConfig) -> int:
     importance that a method collects; one more than ``keep_checkpoints`` is on disk while the newest is
     written. Two numbers per channel and epoch are in channels.jsonl, if a method pushes channels to zero.
     """
-    tensors = [*model.parameters(), *model.buffers()]
-    weights = sum(t.numel() * t.element_size() for t in tensors)
+    weights = sum(t.nbytes for t in (*model.parameters(), *model.buffers()))
     moments = 1 if config.optimizer == "sgd" else 2
     per_checkpoint = weights * (1 + moments + (1 if config.ema_decay else 0) + 2)
     channels = sum(p.shape[0] + p.shape[1] for p in model.parameters() if p.dim() > 2)
@@ -158,12 +140,7 @@ _AVERAGE = "module."
 
 
 def thin_weights(model: nn.Module, masks: Masks) -> dict[str, Any]:
-    """The ``state_dict`` of a network, without zeros outside masks and without the index of packed layers.
-
-    Args:
-        model: the network, or a moving average of it.
-        masks: frozen masks of the network; empty before the hard prune.
-    """
+    """The ``state_dict`` of a network or average, without zeros outside frozen masks and packed indices."""
     repeated = set(_bits_names(model))
     state = {name: value for name, value in model.state_dict().items() if name not in repeated}
     return {name: _thin(value, _layer_of(name), masks) for name, value in state.items()}
@@ -191,11 +168,8 @@ def thin_optimizer(optimizer: Optimizer, model: nn.Module, masks: Masks) -> dict
 
 def full_optimizer(saved: Mapping[str, Any], masks: Masks) -> dict[str, Any]:
     """Inverse of `thin_optimizer`."""
-    held = {
-        number: {key: _full(value, masks) for key, value in entries.items()}
-        for number, entries in saved["state"].items()
-    }
-    return {**saved, "state": held}
+    held = saved["state"].items()
+    return {**saved, "state": {n: {k: _full(v, masks) for k, v in entries.items()} for n, entries in held}}
 
 
 def _thin(value: Any, layer: str | None, masks: Masks) -> Any:

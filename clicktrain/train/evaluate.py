@@ -26,21 +26,15 @@ _FEW = 8
 
 @dataclass(frozen=True, slots=True)
 class Evaluation:
-    """What a model reaches.
-
-    Attributes:
-        accuracy: top-1, percent.
-        top5_accuracy: percent of images whose class is among the five best; None under 10 classes.
-        loss: mean cross-entropy, without label smoothing.
-        images: number of images.
-        constant: all images got the same outputs.
-    """
+    """What a model reaches: accuracies in percent, mean cross-entropy without label smoothing."""
 
     accuracy: float
     top5_accuracy: float | None
+    """None under 10 classes."""
     loss: float
     images: int
     constant: bool = False
+    """All images got the same outputs."""
 
 
 @torch.no_grad()
@@ -56,16 +50,10 @@ def evaluate(
 
     Args:
         model: gives logits [B, K].
-        loader: batches of the split; every image is counted once.
+        loader: batches of the split, on ``device`` as the model; every image is counted once.
         device: where model and batches are.
         precision: of the forward pass; logits are compared and the loss is computed in fp32.
-        stop: called before each batch; True ends the evaluation.
-
-    Returns:
-        The result, or None if ``stop`` ended it.
-
-    Raises:
-        ValueError: the loader gives no image.
+        stop: called before each batch; True ends the evaluation, without a result.
     """
     was_training = model.training
     model.eval()
@@ -124,19 +112,15 @@ _REACH = 2.5
 
 @dataclass(frozen=True, slots=True)
 class Attack:
-    """An attack. Raises UserError for a value out of range.
-
-    Attributes:
-        name: fgsm or pgd.
-        epsilon: largest change of a pixel, in [0, 1] as the pixels are.
-        steps: gradient steps of pgd.
-        seed: of pgd's random start.
-    """
+    """An attack. Raises UserError for a value out of range."""
 
     name: AttackName
     epsilon: float
+    """Largest change of a pixel, in [0, 1] as the pixels are."""
     steps: int = 10
+    """Gradient steps of pgd."""
     seed: int = 0
+    """Of pgd's random start."""
 
     def __post_init__(self) -> None:
         if not 0 <= self.epsilon <= 1:
@@ -154,13 +138,9 @@ class Attack:
 
 
 def fgsm(network: Network, pixels: Tensor, y: Tensor, epsilon: float) -> Tensor:
-    """Fast gradient sign method: ``clip(x + epsilon * sign(dL/dx), 0, 1)``.
+    """Fast gradient sign method on ``pixels`` [B, C, H, W] of classes ``y``, int64 [B].
 
-    Args:
-        network: gives logits from pixels, in evaluation mode.
-        pixels: [B, C, H, W] in [0, 1].
-        y: int64 [B], the true classes, whose cross-entropy rises.
-        epsilon: change of each pixel.
+    ``clip(x + epsilon * sign(dL/dx), 0, 1)``, L the cross-entropy of the network in evaluation mode.
     """
     return (pixels + epsilon * _ascent(network, pixels, y)).clamp_(0, 1)
 
@@ -168,11 +148,7 @@ def fgsm(network: Network, pixels: Tensor, y: Tensor, epsilon: float) -> Tensor:
 def pgd(network: Network, pixels: Tensor, y: Tensor, epsilon: float, steps: int, start: Tensor) -> Tensor:
     """Projected gradient descent: steps of FGSM, each cut back to within epsilon of the image and to [0, 1].
 
-    Args:
-        network, pixels, y: as `fgsm`.
-        epsilon: largest change of each pixel.
-        steps: of size ``2.5 * epsilon / steps``.
-        start: change to begin with, of the shape of ``pixels``.
+    ``steps`` of size ``2.5 * epsilon / steps``, from ``pixels + start``.
     """
     size = _REACH * epsilon / steps
     low, high = (pixels - epsilon).clamp_(0, 1), (pixels + epsilon).clamp_(0, 1)
@@ -183,7 +159,6 @@ def pgd(network: Network, pixels: Tensor, y: Tensor, epsilon: float, steps: int,
 
 
 def _ascent(network: Network, pixels: Tensor, y: Tensor) -> Tensor:
-    """Sign of the loss gradient of each pixel."""
     with torch.enable_grad():
         pixels = pixels.detach().requires_grad_()
         loss = F.cross_entropy(network(pixels).float(), y, reduction="sum")
@@ -209,14 +184,11 @@ def attacked_accuracy(
 
     Args:
         model: takes normalized images.
-        loader: batches of the split, normalized with ``mean`` and ``std`` of pixels in [0, 1].
+        loader: batches of the split on ``device``, normalized with ``mean`` and ``std`` of pixels in [0, 1].
         attacks: one accuracy each.
         mean, std: per channel.
-        device: where model and batches are.
+        device: of the model.
         precision: of forward and backward passes.
-
-    Raises:
-        ValueError: the loader gives no image.
     """
     shift, scale = (torch.tensor(v, device=device).view(1, -1, 1, 1) for v in (mean, std))
 

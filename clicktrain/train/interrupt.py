@@ -25,14 +25,7 @@ class TrainingDiverged(UserError):  # noqa: N818 - reads as a sentence to the us
 
 
 def diverged(what: str, epoch: int, batch: int, checkpoint: Path | None) -> TrainingDiverged:
-    """The error, as one sentence: what, where, what is left and what to try.
-
-    Args:
-        what: the finding, as in "the loss is nan".
-        epoch: counted from 1.
-        batch: in the epoch, counted from 1.
-        checkpoint: newest checkpoint, or None.
-    """
+    """The error, as one sentence: what ("the loss is nan"), where (counted from 1), what is left to try."""
     left = f"the last good checkpoint is {checkpoint}" if checkpoint else "no checkpoint was written yet"
     return TrainingDiverged(
         f"training diverged: {what} in epoch {epoch} after batch {batch}; {left}; "
@@ -58,10 +51,9 @@ class LossWatch:
     def add(self, loss: Tensor, correct: Tensor) -> bool:
         """Add a batch's loss and number of correct predictions, 0-dim tensors; True if they were read."""
         self._pending.append(torch.stack((loss.detach().float(), correct.float())))
-        if len(self._pending) >= self._every:
+        if due := len(self._pending) >= self._every:
             self.flush()
-            return True
-        return False
+        return due
 
     def flush(self) -> None:
         """Read what is pending."""
@@ -116,9 +108,7 @@ class StoppedAtOnce(BaseException):
 class StopRequest:
     """While active, the first signal only sets ``signum``; a later one acts as usual.
 
-    Attributes:
-        signum: the signal that came, or None.
-        at_once: raise `StoppedAtOnce` instead: there is no state that a checkpoint would save.
+    ``at_once``: raise `StoppedAtOnce` instead, where there is no state that a checkpoint would save.
     """
 
     def __init__(self) -> None:

@@ -4,10 +4,12 @@ from __future__ import annotations
 
 import dataclasses
 import math
+from functools import partial
 from typing import Any
 
 import torch
 import torch.nn.functional as F
+from torch import Tensor
 
 from clicktrain.accounting import TrainingMemory, measure_training_memory, training_memory
 from clicktrain.accounting.memory import bytes_in_words, bytes_of
@@ -63,17 +65,16 @@ def _figures(run: TrainingRun, memory: TrainingMemory) -> dict[str, Any]:
     }
 
 
+def _surroundings(run: TrainingRun) -> dict[str, Any]:
+    """What takes memory, or changes it, beside the network and its optimizer."""
+    p, averages = run.prepared, [] if run.average is None else [run.average.module]
+    return {"averages": averages, "autocast": partial(autocast, p.device, p.config.precision)}
+
+
 def _estimate(run: TrainingRun) -> TrainingMemory:
     p = run.prepared
-    averages = [] if run.average is None else [run.average.module]
     example = torch.zeros(1, *p.data.image_shape, device=p.device)
-    return training_memory(
-        p.model,
-        example,
-        p.optimizer,
-        averages=averages,
-        autocast=lambda: autocast(p.device, p.config.precision),
-    )
+    return training_memory(p.model, example, p.optimizer, **_surroundings(run))
 
 
 def _measure(run: TrainingRun, images: int) -> int:
@@ -82,25 +83,17 @@ def _measure(run: TrainingRun, images: int) -> int:
     if p.config.channels_last:
         batch = batch.to(memory_format=torch.channels_last)
     target = torch.zeros(images, dtype=torch.int64, device=p.device)
-    return measure_training_memory(
-        p.model,
-        batch,
-        lambda output: F.cross_entropy(output.float(), target),
-        p.optimizer,
-        averages=[] if run.average is None else [run.average.module],
-        autocast=lambda: autocast(p.device, p.config.precision),
-    )
+
+    def loss(output: Tensor) -> Tensor:
+        return F.cross_entropy(output.float(), target)
+
+    return measure_training_memory(p.model, batch, loss, p.optimizer, **_surroundings(run))
 
 
 def grown_batch(memory: TrainingMemory, images: int, budget: int, granularity: int, limit: int) -> int:
-    """The largest batch that fits, in steps of ``granularity`` from the present one; it never shrinks.
+    """The largest batch up to ``limit`` whose iteration takes at most ``budget`` bytes; it never shrinks.
 
-    Args:
-        memory: of an iteration of the network as it is now, calibrated.
-        images: in a batch now.
-        budget: bytes that an iteration may take.
-        granularity: images that are added at a time.
-        limit: no batch has more images.
+    It grows from the present one by ``granularity`` images at a time.
     """
     while images + granularity <= limit and memory.at_batch(images + granularity) <= budget:
         images += granularity
@@ -148,18 +141,16 @@ def next_epoch(run: TrainingRun) -> None:
     if images > now:
         _resize(run, images)
         memory = account_iteration(run)
-        run.record(
-            BatchResizedEvent(
-                batch_size=images,
-                learning_rate_factor=run.prepared.batch_sizes.now.learning_rate_factor,
-                memory_estimated=memory.at_batch(images),
-                memory_budget=state.memory_budget,
-            )
+        event = BatchResizedEvent(
+            batch_size=images,
+            learning_rate_factor=run.prepared.batch_sizes.now.learning_rate_factor,
+            memory_estimated=memory.at_batch(images),
+            memory_budget=state.memory_budget,
         )
+        run.record(event)
 
 
 def _resize(run: TrainingRun, images: int) -> None:
-    """Change everything that depends on the batch size."""
     p = run.prepared
     factor = rate_factor(images, p.batch_sizes.first.images, p.config.batch_lr)
     loader = p.train_loader.with_batch_size(images)

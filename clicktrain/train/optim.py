@@ -30,13 +30,10 @@ def make_optimizer(model: nn.Module, config: RunConfig) -> Optimizer:
     trained = [p for p in model.parameters() if p.requires_grad]
     if not trained:
         raise UserError(f"model {config.model} has no parameter to train: all have requires_grad off")
-    groups: list[dict[str, Any]] = [{"params": trained}]
-    if not config.decay_norm_and_bias:
-        groups = [
-            {"params": [p for p in trained if p.ndim > 1]},
-            {"params": [p for p in trained if p.ndim <= 1], "weight_decay": 0.0},
-        ]
-        groups = [group for group in groups if group["params"]]
+    decayed = [p for p in trained if p.ndim > 1 or config.decay_norm_and_bias]
+    others = [p for p in trained if p.ndim <= 1 and not config.decay_norm_and_bias]
+    groups: list[dict[str, Any]] = [{"params": decayed}, {"params": others, "weight_decay": 0.0}]
+    groups = [group for group in groups if group["params"]]
     common: dict[str, Any] = {"lr": config.peak_learning_rate, "weight_decay": config.weight_decay}
     if config.optimizer == "adamw":
         return AdamW(groups, betas=(config.momentum, 0.999), **common)
@@ -56,13 +53,9 @@ _Tensors: TypeAlias = tuple[Tensor, ...] | list[Tensor]
 def make_average(model: nn.Module, decay: float) -> AveragedModel:
     """Make an exponential moving average of the model's parameters and buffers.
 
-    The decay of the n-th update is ``min(decay, (1 + n) / (10 + n))``, so that a short run does not keep
-    its first weights for long. Integer buffers are copied, not averaged. ``pruner.follow(average)`` prunes it
-    with the model.
-
-    Args:
-        model: the model as trained.
-        decay: share of the old average that an update keeps, in [0, 1).
+    The n-th update keeps ``min(decay, (1 + n) / (10 + n))`` of the old average, so that a short run does not
+    keep its first weights for long. Integer buffers are copied, not averaged. ``pruner.follow(average)``
+    prunes it with the model.
     """
 
     def follow(averages: _Tensors, current: _Tensors, updates: Tensor | int) -> None:
@@ -79,17 +72,7 @@ def make_average(model: nn.Module, decay: float) -> AveragedModel:
 
 @dataclass(frozen=True, slots=True)
 class BatchSize:
-    """Epochs with batches of one size.
-
-    Attributes:
-        images: in a batch.
-        batches: in an epoch.
-        steps: of the optimizer in an epoch.
-        learning_rate_factor: on the scheduled learning rate.
-        epoch: from which epoch on, counted from 0.
-        batches_before: of the run, before that epoch.
-        steps_before: of the optimizer, before that epoch.
-    """
+    """Epochs with ``batches`` of ``images`` and ``steps`` of the optimizer, from ``epoch`` (from 0) on."""
 
     images: int
     batches: int
@@ -123,17 +106,9 @@ class BatchSizes:
         last, passed = self.now, epoch - self.now.epoch
         if passed < 1:
             raise ValueError(f"epoch {epoch} has its batch size already")
-        self._entries.append(
-            BatchSize(
-                images,
-                batches,
-                math.ceil(batches / self._accumulate),
-                learning_rate_factor,
-                epoch,
-                last.batches_before + passed * last.batches,
-                last.steps_before + passed * last.steps,
-            )
-        )
+        steps = math.ceil(batches / self._accumulate)
+        before = last.batches_before + passed * last.batches, last.steps_before + passed * last.steps
+        self._entries.append(BatchSize(images, batches, steps, learning_rate_factor, epoch, *before))
 
     def batch_number(self, epoch: int, batch: int) -> int:
         """Number in the run of a batch of the running epoch, both counted from 0."""
@@ -175,25 +150,11 @@ def learning_rate_factor(config: RunConfig, total_steps: int) -> Callable[[float
     1/250000) without its change of momentum. The others start with a linear warm-up when ``warmup_epochs`` is
     set; ``cosine`` then falls to zero at the step after the last.
 
-    Args:
-        config: the schedule and its settings.
-        total_steps: optimizer steps of the whole run.
-
     Returns:
         A function of the step, counted from 0; steps after the last give the last value. With batches that
         grow, the steps are those of a run without (`BatchSizes.schedule_step`), and fall between them.
     """
     warmup = round(config.warmup_epochs / config.epochs * total_steps)
-
-    def after_warmup(step: float) -> float:
-        share = step / total_steps
-        match config.schedule:
-            case "cosine":
-                return _cosine(1.0, 0.0, (step - warmup) / max(total_steps - warmup, 1))
-            case "step":
-                return config.gamma ** sum(share >= milestone for milestone in config.milestones)
-            case _:
-                return 1.0
 
     def onecycle(step: float) -> float:
         top = warmup - 1.0 if warmup else _ONECYCLE_RISE * total_steps - 1.0
@@ -207,7 +168,11 @@ def learning_rate_factor(config: RunConfig, total_steps: int) -> Callable[[float
             return onecycle(min(step, total_steps - 1))
         if step < warmup:
             return (step + 1) / warmup
-        return after_warmup(step)
+        if config.schedule == "cosine":
+            return _cosine(1.0, 0.0, (step - warmup) / max(total_steps - warmup, 1))
+        if config.schedule == "step":
+            return config.gamma ** sum(step / total_steps >= milestone for milestone in config.milestones)
+        return 1.0
 
     return factor
 
@@ -215,20 +180,16 @@ def learning_rate_factor(config: RunConfig, total_steps: int) -> Callable[[float
 def make_scheduler(
     optimizer: Optimizer, config: RunConfig, total_steps: int, sizes: BatchSizes | None = None
 ) -> LambdaLR:
-    """Make the scheduler, to be stepped once after each optimizer step.
+    """Make the scheduler, to be stepped once after each of the ``total_steps`` optimizer steps.
 
-    Args:
-        optimizer: whose learning rates it sets.
-        config: the schedule and its settings.
-        total_steps: optimizer steps of the whole run, if batches do not grow.
-        sizes: of the batches; followed as they grow (`refresh_` after that).
+    ``sizes`` of the batches are followed as they grow (`refresh_` after that).
     """
     factor = learning_rate_factor(config, total_steps)
-    if sizes is None:
-        return LambdaLR(optimizer, factor)
-    return LambdaLR(
-        optimizer, lambda step: factor(sizes.schedule_step(step)) * sizes.learning_rate_factor(step)
-    )
+
+    def followed(step: int) -> float:
+        return factor(sizes.schedule_step(step)) * sizes.learning_rate_factor(step) if sizes else factor(step)
+
+    return LambdaLR(optimizer, followed)
 
 
 def refresh_(scheduler: LambdaLR) -> None:

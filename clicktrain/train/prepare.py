@@ -8,7 +8,7 @@ import importlib.util
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import torch
 from torch import Tensor, nn
@@ -39,8 +39,7 @@ class TrainingCost:
 
     def __init__(self, model: nn.Module, example: Tensor) -> None:
         """Count the model on ``example`` [1, C, H, W], on its device."""
-        self._model = model
-        self._example = example
+        self._model, self._example = model, example
         self._pruner: Pruner | None = None
         self.initial = count(model, example)
         self._current: ModelCost | None = self.initial
@@ -82,21 +81,13 @@ class Prepared:
     """A run that is ready to start; nothing has been written.
 
     Attributes:
-        config: settings of the run.
-        method: settings of the method.
         device: of the network and the batches.
-        data: the images.
-        train_loader: batches of the training split.
-        val_loader: batches of the validation split.
-        model: the network, on the device, with its initial weights.
-        optimizer: over the trained parameters of ``model``.
+        model: with its initial weights.
         scheduler: to be stepped after each optimizer step.
         pruner: the method, attached to model and optimizer.
-        cost: FLOPs per image.
         earlier: cost of the initial weights; a resumed run has it in its checkpoint.
-        batch_sizes: of the training batches.
-        facts: what rebuilds the network: model, width, stem, num_classes, in_channels,
-            image_shape, classes, mean, std, value_range.
+        facts: what rebuilds the network: model, width, stem, num_classes, in_channels, image_shape, classes,
+            mean, std, value_range.
     """
 
     config: RunConfig
@@ -121,15 +112,9 @@ class Prepared:
 
 
 def prepare(config: RunConfig, method: Method[Any], *, begins: bool = True) -> Prepared:
-    """Open the data, build and check everything, for a run or a dry run.
+    """Open the data, build and check everything; UserError for a setting that cannot be carried out here.
 
-    Args:
-        config: settings of the run.
-        method: settings of the method.
-        begins: the run has no checkpoint yet, so that it needs its initial weights.
-
-    Raises:
-        UserError: a setting that cannot be carried out here.
+    ``begins``: the run has no checkpoint yet, so that it needs its initial weights.
     """
     if config.tensorboard and importlib.util.find_spec("tensorboard") is None:
         raise UserError("tensorboard is on but not installed: run 'pip install tensorboard', or turn it off")
@@ -141,7 +126,7 @@ def prepare(config: RunConfig, method: Method[Any], *, begins: bool = True) -> P
     device = resolve_device(config.device)
     set_up(config, device)
     data = open_run_data(config)
-    train_loader, val_loader = make_loaders(config, data, device)
+    train_loader = make_train_loader(config, data, device)
     facts = model_facts(config, data)
     torch.manual_seed(config.seed)  # of the initial weights; each batch is seeded by itself
     model = build_model(facts).to(device)
@@ -158,8 +143,8 @@ def prepare(config: RunConfig, method: Method[Any], *, begins: bool = True) -> P
         model = model.to(memory_format=torch.channels_last)  # type: ignore[call-overload]
         keep_out_of_channels_last_(model)
     optimizer = make_optimizer(model, config)
-    cost = TrainingCost(model, torch.zeros(1, *data.image_shape, device=device))
     example = torch.zeros(1, *data.image_shape, device=device)
+    cost = TrainingCost(model, example)
     pruner = method.attach(
         model,
         optimizer,
@@ -177,7 +162,7 @@ def prepare(config: RunConfig, method: Method[Any], *, begins: bool = True) -> P
         device=device,
         data=data,
         train_loader=train_loader,
-        val_loader=val_loader,
+        val_loader=make_val_loader(config, data, device),
         model=model,
         optimizer=optimizer,
         scheduler=make_scheduler(optimizer, config, config.epochs * sizes.first.steps, sizes),
@@ -202,49 +187,34 @@ def open_run_data(config: RunConfig, value_range: tuple[float, float] | None = N
     )
 
 
-def make_loaders(config: RunConfig, data: ImageData, device: torch.device) -> tuple[Loader, Loader]:
-    """Make the loaders of the training and the validation split.
+def make_train_loader(config: RunConfig, data: ImageData, device: torch.device) -> Loader:
+    """Make the loader of the training split.
 
-    The last training batch is dropped if it is not full (batch norm needs more than one image), unless it is
-    the only one.
+    The last batch is dropped if it is not full (batch norm needs more than one image), unless it is the only
+    one.
     """
-    train = make_loader(
-        data,
-        "train",
-        batch_size=config.batch_size,
-        device=device,
-        seed=config.seed,
-        augment=augmentation(config, data),
-        drop_last=len(data.train) >= config.batch_size,
-        channels_last=config.channels_last,
-    )
-    return train, make_val_loader(config, data, device)
+    whole = len(data.train) >= config.batch_size
+    return _make_loader(config, data, "train", device, augment=augmentation(config, data), drop_last=whole)
 
 
 def make_val_loader(config: RunConfig, data: ImageData, device: torch.device) -> Loader:
     """Make the loader of the validation split, without augmentation."""
-    return make_loader(
-        data,
-        "val",
-        batch_size=config.batch_size,
-        device=device,
-        seed=config.seed,
-        augment=Augment(),
-        drop_last=False,
-        channels_last=config.channels_last,
-    )
+    return _make_loader(config, data, "val", device, augment=Augment(), drop_last=False)
+
+
+def _make_loader(
+    config: RunConfig, data: ImageData, split: Literal["train", "val"], device: torch.device, **more: Any
+) -> Loader:
+    more |= {"batch_size": config.batch_size, "seed": config.seed, "channels_last": config.channels_last}
+    return make_loader(data, split, device=device, **more)
 
 
 def augmentation(config: RunConfig, data: ImageData) -> Augment:
     """Random changes to training images, as the settings say; ``auto`` goes by the data set."""
-    name = config.augment
-    if name == "auto":
-        kind = data.spec.partition(":")[0]
-        small = max(data.image_shape[1:]) <= SMALL_IMAGE
-        by_kind = {"digits": "digits", "synthetic": "none"}
-        preset = by_kind.get(kind, "cifar" if small else "imagenet")
-    else:
-        preset = name
+    preset: str = config.augment
+    if preset == "auto":
+        by_size = "cifar" if max(data.image_shape[1:]) <= SMALL_IMAGE else "imagenet"
+        preset = {"digits": "digits", "synthetic": "none"}.get(data.spec.partition(":")[0], by_size)
     return dataclasses.replace(Augment.preset(preset), cutout=config.cutout)
 
 
@@ -319,10 +289,5 @@ def model_facts(config: RunConfig, data: ImageData) -> dict[str, Any]:
 
 def build_model(facts: dict[str, Any]) -> nn.Module:
     """The network that `model_facts` describes, with fresh weights."""
-    return create_model(
-        facts["model"],
-        num_classes=facts["num_classes"],
-        in_channels=facts["in_channels"],
-        width=facts["width"],
-        stem=facts["stem"],
-    )
+    sizes = {name: facts[name] for name in ("num_classes", "in_channels", "width", "stem")}
+    return create_model(facts["model"], **sizes)

@@ -6,7 +6,7 @@ from dataclasses import replace
 from typing import TYPE_CHECKING, Any
 
 from clicktrain.commands.arguments import Option
-from clicktrain.commands.bench.benchmark import (
+from clicktrain.commands.bench import (
     NETWORK,
     PRECISION,
     ROUNDS,
@@ -186,10 +186,8 @@ def _tiling(tiling: Result) -> str:
     tile, region = ("x".join(map(str, tiling[key])) for key in ("tile", "region"))
     filters = f" by {tiling['filters_per_tile']}" if tiling["filters_per_tile"] > 1 else ""
     sources, results = (tiling[key] or "all" for key in ("sources", "results"))
-    code = {
-        "indexed": f", indexed {sources}",
-        "cache_blocked": f", cache_blocked {results} by {sources}",
-    }.get(tiling["code"], "")
+    codes = {"indexed": f", indexed {sources}", "cache_blocked": f", cache_blocked {results} by {sources}"}
+    code = codes.get(tiling["code"], "")
     pairs = " in pairs" if tiling["pairs"] else ""
     return f"{tile} in {region}{filters}{code}{pairs}"
 

@@ -88,8 +88,6 @@ _WEIGHTED = (nn.modules.conv._ConvNd, nn.Linear, nn.modules.batchnorm._NormBase)
 
 @dataclass(eq=False)
 class _Outsider:
-    """A trainable parameter that no attached optimizer holds."""
-
     name: str
     parameter: Tensor
     version: int
@@ -150,7 +148,6 @@ class Outsiders:
         return outsider.moved >= 2 or not torch.equal(_norm(outsider.parameter), outsider.norm)
 
     def _now_held(self, outsider: _Outsider) -> bool:
-        """Whether an attached optimizer holds it by now."""
         return any(p is outsider.parameter for p in self._optimizers.parameters())
 
     def _orphaned(self, outsider: _Outsider) -> UserError:

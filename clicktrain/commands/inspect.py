@@ -24,8 +24,6 @@ _COMMAND = Command(
     groups={"this command": (OWN_MODEL, JSON)},
 )
 
-MAX_POSITIONS = 62
-"""Kernels with more positions have no pattern number that fits an int64."""
 SHOWN_PATTERNS = 12
 PIPE_WIDTH = 160
 """Columns where there is no terminal to fit."""
@@ -81,6 +79,8 @@ def describe(loaded: LoadedRun) -> dict[str, Any]:
 def pattern_counts(mask: Tensor) -> dict[int, int]:
     """How many kernels of a mask [F, C, R, S] keep which positions; most used first, without dead kernels."""
     import torch
+
+    from clicktrain.sparsity.patterns import MAX_POSITIONS
 
     flat = mask.flatten(2).cpu()
     positions = flat.shape[2]

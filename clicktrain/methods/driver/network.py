@@ -17,8 +17,8 @@ from clicktrain.comm.agreement import agree_on_
 from clicktrain.errors import UserError
 from clicktrain.formats.packed import bits_from_mask, mask_from_bits
 from clicktrain.graph import Inputs, as_inputs
-from clicktrain.graph.batch import first_of_batch, first_tensor, owned
 from clicktrain.graph.exchange import odd_state
+from clicktrain.graph.inputs import first_of_batch, first_tensor, owned
 from clicktrain.graph.prunable import PrunableLayers, SeenBatch
 from clicktrain.kernels.pack_model import pack_model_, pack_refusals, unpack_model_
 from clicktrain.kernels.sparse_conv2d import PackedLayer

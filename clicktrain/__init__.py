@@ -13,6 +13,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from importlib import import_module
+from importlib.util import find_spec
 from os import PathLike
 from typing import TYPE_CHECKING, Any
 
@@ -82,7 +83,9 @@ def __getattr__(name: str) -> Any:
     """Load public names when they are first used, so that ``import clicktrain`` stays light."""
     if name in _HOME:
         return getattr(import_module(_HOME[name]), name)
-    if not name.startswith("_") and name in (methods := import_module("clicktrain.methods")).__all__:
+    # ``from clicktrain import wording`` asks here first, and must not bring torch.
+    module = name.startswith("_") or find_spec(f"clicktrain.{name}") is not None
+    if not module and name in (methods := import_module("clicktrain.methods")).__all__:
         return getattr(methods, name)
     raise AttributeError(f"module 'clicktrain' has no attribute {name!r}")
 

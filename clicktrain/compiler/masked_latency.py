@@ -10,7 +10,7 @@ from torch import Tensor, nn
 
 from clicktrain.compiler.api import accelerate
 from clicktrain.graph import as_inputs
-from clicktrain.graph.batch import blank
+from clicktrain.graph.inputs import blank
 from clicktrain.kernels.pack_model import pack_model_, pack_refusals
 from clicktrain.latency.network_times import Measured, Timed, bare_copy, network_times
 
@@ -22,7 +22,7 @@ class MaskedLatency:
     """
 
     def __init__(self, model: nn.Module, example: Any) -> None:
-        """Remember the network; only copies of it are changed.
+        """Keep the network; only copies of it are changed.
 
         Args:
             model: on the CPU, without packed convolutions.

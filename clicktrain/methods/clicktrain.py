@@ -6,6 +6,7 @@ and kernels; 4 regularization of the weights to be pruned; hard prune; 5 trainin
 
 from __future__ import annotations
 
+import functools
 import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, replace
@@ -160,7 +161,8 @@ class ClickTrain(PatternSettings, Method[ClickTrainState]):
             left = state.entered + lengths["regularize"] - step.seen
             steps = math.ceil(left / step.batches)
             for layer in state.layers if left > 0 else ():
-                layer.change_(shrink, layer.weight, state.masks[layer.name], steps)
+                change = shrink if layer.is_view else functools.partial(layer.change_, shrink)
+                change(layer.weight, state.masks[layer.name], steps)
         actions: list[Action] = []
         if state.stage == "dense" and self.watches_structure and step.ends_epoch:
             actions.append(self._indicator(state, prunable, step.length))

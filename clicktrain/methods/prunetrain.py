@@ -22,7 +22,7 @@ from torch import Tensor, nn
 
 from clicktrain.errors import UserError
 from clicktrain.graph import as_inputs
-from clicktrain.graph.batch import first_tensor
+from clicktrain.graph.inputs import first_tensor
 from clicktrain.graph.prunable import PrunableLayers, check_convolutions, find_prunable, matches
 from clicktrain.latency.channel_multiple import BatchForm
 from clicktrain.methods.base import (

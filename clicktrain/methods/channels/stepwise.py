@@ -9,10 +9,10 @@ from typing import Any
 from torch import Tensor
 
 from clicktrain.graph.prunable import PrunableLayers
-from clicktrain.methods.actions import Action, Reconfigure, Record, SilenceChannels
 from clicktrain.methods.channels.budget import ChannelBudget
 from clicktrain.methods.channels.criteria import ChannelScores, Gradient, NeuronCriterion
 from clicktrain.methods.channels.selection import ChannelSelection, LatencyCalibration, Masks
+from clicktrain.methods.contract import Action, Reconfigure, Record, SilenceChannels
 from clicktrain.runs.events import PrunedEvent, ReconfiguredEvent
 from clicktrain.surgery import SurgeryPlan, read_recipe
 from clicktrain.surgery.neurons import count_pruned, masks_of_recipe, shuffled, widths

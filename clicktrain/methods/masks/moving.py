@@ -5,8 +5,8 @@ Between updates masks hold at every step: pruned weights have no gradient, and n
 that no momentum moves them, or starts them off when they grow. The gradient of a pruned weight is read first
 where units grow by it. The papers skip the optimizer's step at an update; here it has happened before.
 
-Until masks are frozen a run is charged the dense cost in `clicktrain.train.flops`, although most weights are
-zero: no operator makes use of positions that still change.
+Until masks are frozen a run is charged the dense cost in `clicktrain.train.prepare`, although most weights
+are zero: no operator makes use of positions that still change.
 """
 
 from __future__ import annotations

@@ -21,20 +21,18 @@ from clicktrain.methods.base import Record, StepInfo
 from clicktrain.runs.events import IndicatorEvent
 from clicktrain.sparsity.importance import CRITERIA, Criterion, kernel_scores, reads_gradient
 from clicktrain.sparsity.registry import choice_name
-from clicktrain.sparsity.stability import (
-    GRADIENT_THRESHOLD,
-    MAGNITUDE_THRESHOLD,
-    early_pruning_indicator,
-    kept_kernels,
-)
 from clicktrain.sparsity.triggers import (
     EARLY_TRIGGERS,
+    GRADIENT_THRESHOLD,
+    MAGNITUDE_THRESHOLD,
     POLICIES,
     SLOPE,
     EarlyTriggerChoice,
     History,
     Trigger,
+    early_pruning_indicator,
     fires,
+    kept_kernels,
 )
 
 

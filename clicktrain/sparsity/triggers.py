@@ -1,8 +1,8 @@
 """Triggers: when to begin, decided at the end of an epoch from what the run has seen so far.
 
 The early pruning indicator asks whether the structure of what would be kept is stable (When to Prune?,
-section 3.3). A structure says how many neurons (or kernels) of each layer belong to the best of the network. Filters
-that can only go together count as one layer.
+section 3.3). A structure says how many neurons (or kernels) of each layer belong to the best of the network.
+Filters that can only go together count as one layer.
 """
 
 from __future__ import annotations

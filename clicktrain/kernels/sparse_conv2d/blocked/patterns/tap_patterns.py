@@ -63,11 +63,7 @@ def choose_from(kernels: Tensor, taps: int) -> tuple[Taps, ...]:
 
 
 def split_kernel(kernel: Taps, tap_patterns: tuple[Taps, ...]) -> list[int]:
-    """Indices of a few disjoint tap patterns that make up a kernel.
-
-    Raises:
-        ValueError: none of the patterns has one of the taps.
-    """
+    """Indices of a few disjoint tap patterns that make up a kernel; ValueError if none has some tap."""
     left = set(kernel)
     parts = []
     for number in sorted(range(len(tap_patterns)), key=lambda i: (-len(tap_patterns[i]), i)):

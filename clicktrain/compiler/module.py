@@ -141,7 +141,6 @@ class Accelerated(nn.Module):
         return lowered
 
     def __getattr__(self, name: str) -> Any:
-        """Read attributes that the view does not have from the model."""
         try:
             return super().__getattr__(name)
         except AttributeError:
@@ -155,7 +154,6 @@ class Accelerated(nn.Module):
             setattr(self.base, name, value)
 
     def __delattr__(self, name: str) -> None:
-        """As `__setattr__`."""
         delattr(self.base, name)
 
     def __reduce__(self) -> tuple[Any, ...]:

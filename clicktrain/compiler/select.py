@@ -86,8 +86,6 @@ def make_plan(
 
 
 class _Best(NamedTuple):
-    """The cheapest way to run the graph where activations are kept so."""
-
     ms: float
     activations: Activations
     layouts: Mapping[str, str]

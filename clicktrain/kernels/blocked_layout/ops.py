@@ -159,12 +159,8 @@ def _(x: Tensor, n: int) -> Tensor:
     return x.new_empty(n, *x.shape[1:4])
 
 
-def _save_images(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
-    ctx.n = inputs[0].shape[0]
-
-
-def _save_lanes(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
-    ctx.lanes = inputs[0].shape[4]
+def _save(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
+    ctx.n, ctx.lanes = inputs[0].shape[0], inputs[0].shape[-1]
 
 
 def _block_backward(ctx: Any, g: Tensor) -> tuple[Tensor, None]:
@@ -175,8 +171,8 @@ def _unblock_backward(ctx: Any, g: Tensor) -> tuple[Tensor, None]:
     return block_batch(g, ctx.lanes), None
 
 
-block_batch_op.register_autograd(_block_backward, setup_context=_save_images)
-unblock_batch_op.register_autograd(_unblock_backward, setup_context=_save_lanes)
+block_batch_op.register_autograd(_block_backward, setup_context=_save)
+unblock_batch_op.register_autograd(_unblock_backward, setup_context=_save)
 
-block_batch = differentiable(block_batch_op, block, _save_images, _block_backward)
-unblock_batch = differentiable(unblock_batch_op, unblock, _save_lanes, _unblock_backward)
+block_batch = differentiable(block_batch_op, block, _save, _block_backward)
+unblock_batch = differentiable(unblock_batch_op, unblock, _save, _unblock_backward)

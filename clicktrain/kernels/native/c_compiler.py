@@ -56,16 +56,6 @@ class Toolchain:
     arguments: tuple[str, ...] = ()
 
     @property
-    def registers(self) -> int:
-        """Vector registers that code can use."""
-        return self.simd.registers
-
-    @property
-    def multiplies_pairs(self) -> bool:
-        """Whether pairs of bfloat16 numbers are multiplied in whole registers (``vdpbf16ps``)."""
-        return self.simd.pairs
-
-    @property
     def identity(self) -> tuple[str, ...]:
         """All that decides which kernels are built, and how fast they are: part of the keys of caches."""
         program = os.path.realpath(self.compiler)

@@ -163,10 +163,7 @@ def with_identity(source: str, key: str) -> str:
 
 
 def why_unfit(library: Path, key: str, folder: Path, self_test: bool = False) -> str:
-    """Load a fresh library in another process: what is wrong with it, as a predicate; empty if nothing.
-
-    It is built from a text `with_identity`; with ``self_test`` from `SELF_TEST`, which is run.
-    """
+    """Load a library in another process, perhaps run `SELF_TEST` there: what is wrong, as a predicate."""
     if not sys.executable:  # a program that embeds Python
         return ""
     command = [sys.executable, "-I", "-S", "-c", _SCRIPT, str(library), str(identity_of(key))]

@@ -52,7 +52,6 @@ class PackedLayer(nn.Module):
     _otherwise: str | None = None
 
     def __init_subclass__(cls, **arguments: Any) -> None:
-        """Register the packed form of a dense layer."""
         super().__init_subclass__(**arguments)
         if "dense" in cls.__dict__:
             PACKED_FORMS[cls.dense] = cls
@@ -136,7 +135,6 @@ class PackedLayer(nn.Module):
         return unpack_values(self.structure, self.values)
 
     def __setattr__(self, name: str, value: Any) -> None:
-        """As in any module; ``weight`` cannot be set."""
         if name == "weight":
             raise UserError(READ_ONLY)
         super().__setattr__(name, value)

@@ -83,7 +83,7 @@ def wgrad(x: Tensor, gy: Tensor, values_shape: Sequence[int], tables: Sequence[T
 
 
 class _Scratch(threading.local):
-    """Memory that a thread's kernels work in, kept from call to call: as much as the largest one needs."""
+    """Memory that a thread's kernels work in, kept from call to call."""
 
     def __init__(self) -> None:
         self._kept: dict[torch.dtype, Tensor] = {}

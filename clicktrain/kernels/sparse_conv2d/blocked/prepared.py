@@ -121,7 +121,7 @@ def variants(
     copied = dtype is not compute_type(dtype)
     wanted = {phase: _candidates(phase, structure, problem, tap_patterns, parts, copied) for phase in PHASES}
     tools = toolchain()
-    if dtype is torch.bfloat16 and tools is not None and tools.multiplies_pairs:
+    if dtype is torch.bfloat16 and tools is not None and tools.simd.pairs:
         for phase, tilings in wanted.items():
             tilings += pair_candidates(phase, problem, tilings)
     result = []
@@ -142,7 +142,7 @@ def _candidates(
     copied: bool = False,
 ) -> list[Tiling]:
     tools = toolchain()
-    registers, lanes = (tools.registers, tools.lanes(torch.float32)) if tools else (16, 8)
+    registers, lanes = (tools.simd.registers, tools.lanes(torch.float32)) if tools else (16, 8)
     complete = is_complete(structure, tap_patterns)
     counts = (_filters_per_tile(phase, parts()), 1) if complete else (1,)
     every = (candidates(phase, problem, registers, lanes, tap_patterns, n, complete, copied) for n in counts)

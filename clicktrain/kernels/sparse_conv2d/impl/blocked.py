@@ -103,7 +103,7 @@ def slow_here(tiling: Any) -> str:
     from clicktrain.kernels.native import toolchain
 
     tools = toolchain()
-    if not tiling.pairs or tools is None or tools.multiplies_pairs:
+    if not tiling.pairs or tools is None or tools.simd.pairs:
         return ""
     return "multiplies pairs of bfloat16 numbers, which this processor has no instruction for"
 

@@ -16,6 +16,7 @@ that leaves out the padding.
 
 from __future__ import annotations
 
+import itertools
 from collections.abc import Hashable
 
 from clicktrain.kernels.sparse_conv2d.blocked.patterns.generator import Generator
@@ -219,8 +220,4 @@ def _open_sums(uses: _Uses) -> int:
     for position, time in first.items():
         changes[time] += 1
         changes[last[position] + 1] -= 1
-    most = open_now = 0
-    for change in changes:
-        open_now += change
-        most = max(most, open_now)
-    return most
+    return max(itertools.accumulate(changes))

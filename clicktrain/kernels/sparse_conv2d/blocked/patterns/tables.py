@@ -78,8 +78,7 @@ class Parts:
     def by_block(self, backward: bool, results: int, sources: int) -> Table:
         """For sums in the cache: entries (source, result within its block), pattern after pattern.
 
-        ``rows`` are the beginnings of each pattern's run, of each pass of ``sources`` within each block of
-        ``results`` (0 = all); channels are the results of dgrad (``backward``).
+        ``rows`` begin each pattern's run, of each pass of ``sources`` within each block of ``results``.
         """
         result, source = (self.channel, self.filter) if backward else (self.filter, self.channel)
         counts = (self.channels, self.filters) if backward else (self.filters, self.channels)

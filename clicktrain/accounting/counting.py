@@ -10,13 +10,12 @@ import torch
 from torch import Tensor, nn
 
 from clicktrain.accounting.cost import LayerCost, ModelCost, ratio
-from clicktrain.accounting.traffic import Traffic
-from clicktrain.accounting.watching import eager, no_trace, plain
+from clicktrain.accounting.watching import Traffic, no_trace, plain
 from clicktrain.errors import UserError
 from clicktrain.formats.packed import Structure
 from clicktrain.graph.adapters import dense_adapter
-from clicktrain.graph.batch import batch_size, first_tensor
-from clicktrain.graph.inputs import Inputs, as_inputs
+from clicktrain.graph.inputs import Inputs, as_inputs, batch_size, first_tensor
+from clicktrain.graph.trace import force_eager
 
 
 @dataclass(frozen=True, slots=True, eq=False)
@@ -183,7 +182,7 @@ def _watch(model: nn.Module, inputs: Inputs) -> tuple[dict[int, _Calls], Mapping
         # Gradients are enabled, although none is computed: who needs one is read off the tensors.
         with (
             no_trace(model, inputs, training=False),
-            eager(model),
+            force_eager(),
             torch.inference_mode(False),
             torch.enable_grad(),
         ):

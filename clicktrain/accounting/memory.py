@@ -17,10 +17,10 @@ from torch.optim import SGD, Adam, AdamW, Optimizer
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
-from clicktrain.accounting.watching import eager, no_trace, plain
+from clicktrain.accounting.watching import no_trace, plain
 from clicktrain.errors import UserError
-from clicktrain.graph.batch import blank, first_tensor
-from clicktrain.graph.inputs import Inputs, as_inputs
+from clicktrain.graph.inputs import Inputs, as_inputs, blank, first_tensor
+from clicktrain.graph.trace import force_eager
 
 _BATCHES = (2, 4)
 """Two batch sizes separate the part per image from the fixed one; batch norm needs more than one image."""
@@ -183,7 +183,7 @@ def measure_training_memory(
         # Not backward(): the parameters' own gradients and the hooks on them are left alone.
         torch.autograd.grad(output, trained, allow_unused=True)
 
-    with no_trace(model, inputs, training=True), eager(model), torch.enable_grad():
+    with no_trace(model, inputs, training=True), force_eager(), torch.enable_grad():
         peak = _cuda_peak(iteration, first.device) if first.is_cuda else _followed_peak(iteration)
     return resident + peak + sum(map(_bytes, inputs.tensors()))
 
@@ -260,7 +260,7 @@ def _kept(model: nn.Module, batch: Inputs, autocast: Autocast) -> _Kept:
 
     with (
         no_trace(model, batch, training=True),
-        eager(model),
+        force_eager(),
         torch.inference_mode(False),
         torch.enable_grad(),
         _names(model, running),

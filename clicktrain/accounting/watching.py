@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 import contextlib
-from collections.abc import Iterator
+from collections import Counter
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from typing import Any
 
 import torch
-from torch import nn
+from torch import Tensor, nn
+from torch.overrides import TorchFunctionMode
 
 from clicktrain.graph.inputs import Inputs
 
@@ -17,14 +19,6 @@ def plain(model: nn.Module) -> nn.Module:
     inner = getattr(model, "_orig_mod", model)
     assert isinstance(inner, nn.Module)
     return inner
-
-
-def eager(model: nn.Module) -> contextlib.AbstractContextManager[Any]:
-    """Keep parts that compile themselves from doing so: hooks and modes watch plain Python."""
-    if any(m._compiled_call_impl is not None or "_orig_mod" in m._modules for m in model.modules()):
-        stance: contextlib.AbstractContextManager[Any] = torch.compiler.set_stance("force_eager")
-        return stance
-    return contextlib.nullcontext()
 
 
 @contextlib.contextmanager
@@ -59,3 +53,53 @@ def no_trace(model: nn.Module, example: Inputs, *, training: bool) -> Iterator[N
             for buffer, before in buffers:
                 if not torch.equal(buffer, before):
                     buffer.copy_(before)
+
+
+_ACTIVATIONS = frozenset({
+    "celu", "elu", "gelu", "glu", "hardsigmoid", "hardswish", "hardtanh", "leaky_relu", "logsigmoid",
+    "mish", "prelu", "relu", "relu6", "rrelu", "selu", "sigmoid", "silu", "softplus", "softsign", "tanh",
+    "threshold",
+})  # fmt: skip
+_POOLINGS = ("pool1d", "pool2d", "pool3d")
+
+
+class Traffic(TorchFunctionMode):
+    """While active, adds up bytes read and written: ``bytes["batch_norm" | "activation" | "pooling"]``."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.bytes: Counter[str] = Counter()
+
+    def __torch_function__(
+        self,
+        func: Callable[..., Any],
+        types: Iterable[type],
+        args: tuple[Any, ...] = (),
+        kwargs: Mapping[str, Any] | None = None,
+    ) -> Any:
+        # Functions that one of torch's functions calls itself do not come here: nothing counts twice.
+        kwargs = kwargs or {}
+        result = func(*args, **kwargs)
+        x = args[0] if args else kwargs.get("input")
+        if isinstance(x, Tensor):
+            kind = _kind(getattr(func, "__name__", ""), x)
+            if kind is not None:
+                output = result[0] if isinstance(result, tuple) else result
+                self.bytes[kind] += _bytes(x) + _bytes(output)
+        return result
+
+
+def _kind(name: str, x: Tensor) -> str | None:
+    name = name.strip("_").removesuffix("_with_indices")
+    if name == "batch_norm":
+        return "batch_norm"
+    if name in _ACTIVATIONS:
+        return "activation"
+    # The mean over the positions of a feature map is how many networks write global average pooling.
+    if name.endswith(_POOLINGS) or (name == "mean" and x.dim() == 4):
+        return "pooling"
+    return None
+
+
+def _bytes(value: Any) -> int:
+    return value.numel() * value.element_size() if isinstance(value, Tensor) else 0

@@ -17,8 +17,8 @@ from clicktrain.compiler.plan import RULES, LoweringPlan
 from clicktrain.compiler.select import make_plan
 from clicktrain.errors import UserError
 from clicktrain.graph import Inputs, as_inputs, own_random_numbers
-from clicktrain.graph.batch import blank
 from clicktrain.graph.faithful import ExampleError, UnfaithfulError, believed_graph
+from clicktrain.graph.inputs import blank
 from clicktrain.kernels.native import KernelError, keep_memory
 from clicktrain.kernels.native.failure import report_failure, summary, watch_failures
 from clicktrain.kernels.native.folder import take_notice

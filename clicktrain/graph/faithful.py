@@ -10,11 +10,10 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from clicktrain.graph.compare import difference
 from clicktrain.graph.copying import users_hooks, working_copy
 from clicktrain.graph.in_place import write_elsewhere
 from clicktrain.graph.inputs import Inputs
-from clicktrain.graph.observe import Observation, observe
+from clicktrain.graph.observe import Observation, difference, observe
 from clicktrain.graph.random_state import own_random_numbers
 from clicktrain.graph.trace import (
     ModelGraph,
@@ -185,12 +184,7 @@ def _differs(graph: ModelGraph, flags: Modes, inputs: Inputs, expected: list[Obs
 
 
 def _smallest(
-    model: nn.Module,
-    graph: ModelGraph,
-    flags: Modes,
-    few: Inputs,
-    leaves: IsLeaf,
-    opaque: Mapping[str, str],
+    model: nn.Module, graph: ModelGraph, flags: Modes, few: Inputs, leaves: IsLeaf, opaque: Mapping[str, str]
 ) -> dict[str, str]:
     """The innermost module whose own graph does something else; {} if only the outermost forward does."""
     calls = _calls(model, graph.entered[1:], flags, few)

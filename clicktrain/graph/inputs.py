@@ -10,6 +10,8 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from clicktrain.errors import UserError
+
 
 @dataclass(frozen=True, slots=True, eq=False)
 class Inputs:
@@ -137,3 +139,54 @@ def _map(value: Any, change: Callable[[Tensor], Any]) -> Any:
     if isinstance(value, dict):
         return {name: _map(item, change) for name, item in value.items()}
     return value
+
+
+def first_tensor(inputs: Inputs) -> Tensor:
+    """The images of a network for images: the first tensor with more than one dimension.
+
+    Raises:
+        UserError: there is no tensor among the arguments.
+    """
+    tensors = inputs.tensors()
+    if not tensors:
+        raise UserError(
+            "the example holds no tensor: give a batch of inputs, a tuple of positional arguments or a dict "
+            "of keyword arguments"
+        )
+    return next((tensor for tensor in tensors if tensor.dim() > 1), tensors[0])
+
+
+def batch_size(inputs: Inputs) -> int:
+    """Images in the batch; 0 where the first tensor is a number."""
+    first = first_tensor(inputs)
+    return first.shape[0] if first.dim() else 0
+
+
+def first_of_batch(inputs: Inputs, images: int) -> Inputs:
+    """The first images, as views."""
+    return _batched(inputs, lambda tensor: tensor[:images])
+
+
+def resized(inputs: Inputs, images: int) -> Inputs:
+    """A batch of another size: the same images over and over."""
+    size = batch_size(inputs)
+    if size in (0, images):
+        return inputs
+    number = torch.arange(images) % size
+    return _batched(inputs, lambda tensor: tensor.index_select(0, number.to(tensor.device)))
+
+
+def blank(inputs: Inputs, images: int | None = None) -> Inputs:
+    """Zeros instead of floating-point numbers; whole numbers (indices, masks) stay as they are."""
+    whole = inputs if images is None else resized(inputs, images)
+    return whole.map(lambda t: torch.zeros_like(t) if t.is_floating_point() or t.is_complex() else t)
+
+
+def owned(inputs: Inputs) -> Inputs:
+    """Tensors with memory of their own, outside of autograd."""
+    return inputs.map(lambda tensor: tensor.detach().clone())
+
+
+def _batched(inputs: Inputs, change: Callable[[Tensor], Tensor]) -> Inputs:
+    size = batch_size(inputs)
+    return inputs.map(lambda t: change(t) if size and t.dim() and t.shape[0] == size else t)

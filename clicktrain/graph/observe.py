@@ -7,17 +7,16 @@ call leaves behind (a step counter, a buffer) may only show in the next one.
 from __future__ import annotations
 
 import random
-import sys
-from collections.abc import Callable, Iterator
-from dataclasses import dataclass
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass, is_dataclass
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
-from clicktrain.graph.copying import HOOK_TABLES
+from clicktrain.graph.copying import HOOK_TABLES, contents
 from clicktrain.graph.inputs import Inputs
-from clicktrain.graph.random_state import own_random_numbers, random_state
+from clicktrain.graph.random_state import own_random_numbers, random_state, same_random_state
 
 CALLS = 2
 _SEED = 20210614
@@ -61,10 +60,7 @@ def observe(
         One observation for each call.
     """
     result = []
-    with own_random_numbers((*inputs.tensors(), *model.parameters())), torch.enable_grad():
-        torch.manual_seed(_SEED)
-        random.seed(_SEED)
-        _seed_numpy()
+    with own_random_numbers((*inputs.tensors(), *model.parameters()), _SEED), torch.enable_grad():
         for left in reversed(range(calls)):
             result.append(_call(model, function, inputs, backward=left == 0))
     return result
@@ -96,11 +92,7 @@ def _gradients(outputs: list[Tensor], wanted: dict[str, Tensor]) -> dict[str, Te
     trained = [t for t in outputs if t.requires_grad and t.is_floating_point()]
     if not trained or not wanted:
         return dict.fromkeys(wanted)
-    weights = []
-    for tensor in trained:
-        generator = torch.Generator().manual_seed(_SEED)
-        noise = torch.randn(tensor.shape, generator=generator)
-        weights.append(noise.to(tensor.device, tensor.dtype))
+    weights = [torch.randn(t.shape, generator=torch.Generator().manual_seed(_SEED)).to(t) for t in trained]
     # Not autograd.grad, which reentrant checkpoints refuse.
     for tensor in wanted.values():
         tensor.grad = None
@@ -108,10 +100,10 @@ def _gradients(outputs: list[Tensor], wanted: dict[str, Tensor]) -> dict[str, Te
         torch.autograd.backward(trained, weights)
     except Exception:  # a network that is only evaluated need not have gradients
         return {}
-    found = {name: tensor.grad for name, tensor in wanted.items()}
+    gradients = {name: tensor.grad for name, tensor in wanted.items()}
     for tensor in wanted.values():
         tensor.grad = None
-    return found
+    return gradients
 
 
 def tensors_in(value: Any, place: str = "") -> Iterator[tuple[str, Tensor]]:
@@ -174,7 +166,65 @@ def _recorded(value: Any, depth: int) -> Any:
     return None
 
 
-def _seed_numpy() -> None:
-    numpy = sys.modules.get("numpy")
-    if numpy is not None:
-        numpy.random.seed(_SEED)
+Close = Callable[[Tensor, Tensor, float], bool]
+
+
+def difference(
+    tried: Sequence[Observation], expected: Sequence[Observation], close: Close | None = None
+) -> str:
+    """What one of two implementations does otherwise, in words; "" if nothing.
+
+    Args:
+        tried: calls of the one in question.
+        expected: the same calls of the original.
+        close: whether two floating-point tensors of one shape count as the same, of which differences up to
+            the third argument are nothing; as good as equal by default.
+    """
+    close = close or nearly_equal
+    for mine, theirs in zip(tried, expected, strict=True):
+        if not same_random_state(mine.random, theirs.random):
+            return "other random numbers"
+        if not same(mine.output, theirs.output, close):
+            return "other outputs"
+        if not same(mine.inputs, theirs.inputs, close):
+            return "other changes to its inputs"
+        # The gradient of a bias before a batch norm is zero but for rounding.
+        sizes = [float(g.abs().max()) for g in theirs.gradients.values() if g is not None and g.numel()]
+        for what, ours, originals, floor in (
+            ("attribute", mine.attributes, theirs.attributes, 0.0),
+            ("buffer", mine.buffers, theirs.buffers, 0.0),
+            ("gradient of", mine.gradients, theirs.gradients, 1e-6 * max(sizes, default=0.0)),
+        ):
+            for name in {**originals, **ours}:
+                both = name in ours and name in originals
+                if not both or not same(ours[name], originals[name], close, floor):
+                    return f"another {what} {name.lstrip('.')}"
+    return ""
+
+
+def same(one: Any, other: Any, close: Close, floor: float = 0.0) -> bool:
+    """Whether two values are, tensors compared by ``close``, everything else exactly."""
+    if isinstance(one, Tensor) and isinstance(other, Tensor):
+        if one.shape != other.shape or one.dtype != other.dtype:
+            return False
+        return close(one, other, floor) if one.is_floating_point() else torch.equal(one, other)
+    if type(one) is not type(other):
+        return False
+    if isinstance(one, dict):
+        return one.keys() == other.keys() and all(same(one[k], other[k], close, floor) for k in one)
+    if isinstance(one, (list, tuple)):
+        return len(one) == len(other) and all(map(lambda a, b: same(a, b, close, floor), one, other))
+    if (hasattr(one, "__dict__") or is_dataclass(one)) and not callable(one):
+        return same(contents(one), contents(other), close, floor)
+    return one is other or bool(one == other) or bool(one != one and other != other)
+
+
+def nearly_equal(one: Tensor, other: Tensor, floor: float) -> bool:
+    """Up to rounding in the last places of the largest number: the operations are the same ones."""
+    if torch.equal(one, other):
+        return True
+    one, other = one.double(), other.double()
+    if not torch.equal(one.isfinite(), other.isfinite()):
+        return False
+    one, other = one.nan_to_num(0.0, 0.0, 0.0), other.nan_to_num(0.0, 0.0, 0.0)
+    return bool((one - other).abs().max() <= 1e-5 * other.abs().max() + floor)

@@ -268,9 +268,7 @@ def _with_sources(found: PrunableLayers) -> PrunableLayers:
     names = {layer.name for layer in found.convs}
     linears = [
         replace(
-            layer,
-            source=source if (source := sources.get(layer.name)) in names else None,
-            untraced=untraced,
+            layer, source=source if (source := sources.get(layer.name)) in names else None, untraced=untraced
         )
         for layer in found.linears
     ]
@@ -278,11 +276,7 @@ def _with_sources(found: PrunableLayers) -> PrunableLayers:
 
 
 def _reason(
-    module: nn.Module,
-    adapter: LayerAdapter,
-    uses: dict[int, int],
-    trained_ids: set[int] | None,
-    linear: bool,
+    module: nn.Module, adapter: LayerAdapter, uses: dict[int, int], trained_ids: set[int] | None, linear: bool
 ) -> str | None:
     """Why a module cannot be pruned whatever the settings, or None."""
     weight = module._parameters.get("weight")

@@ -27,17 +27,6 @@ def random_state(devices: tuple[int, ...] = ()) -> tuple[Any, ...]:
     )
 
 
-def restore_random_state(state: tuple[Any, ...]) -> None:
-    """Put all generators back where `random_state` found them."""
-    torch.random.set_rng_state(state[0])
-    random.setstate(state[1])
-    numpy = sys.modules.get("numpy")
-    if numpy is not None and state[2] is not None:
-        numpy.random.set_state(state[2])
-    for index, saved in state[3]:
-        torch.cuda.set_rng_state(saved, index)
-
-
 def same_random_state(one: tuple[Any, ...], other: tuple[Any, ...]) -> bool:
     """Whether nothing was drawn between two states."""
     if not torch.equal(one[0], other[0]) or one[1] != other[1]:
@@ -48,18 +37,31 @@ def same_random_state(one: tuple[Any, ...], other: tuple[Any, ...]) -> bool:
 
 
 @contextlib.contextmanager
-def own_random_numbers(tensors: tuple[Tensor, ...] = ()) -> Iterator[None]:
+def own_random_numbers(tensors: tuple[Tensor, ...] = (), seed: int | None = None) -> Iterator[None]:
     """Whatever is drawn inside, afterwards all generators stand where they stood.
 
     Args:
         tensors: on whose devices something may be drawn.
+        seed: where all generators start inside; None: where they stand.
     """
-    devices = tuple(sorted({t.device.index or 0 for t in tensors if t.device.type == "cuda"}))
-    state = random_state(devices)
+    numpy = sys.modules.get("numpy")
+    cpu, own, arrays, cuda = random_state(
+        tuple(sorted({t.device.index or 0 for t in tensors if t.device.type == "cuda"}))
+    )
     try:
+        if seed is not None:
+            torch.manual_seed(seed)
+            random.seed(seed)
+            if numpy is not None:
+                numpy.random.seed(seed)
         yield
     finally:
-        restore_random_state(state)
+        torch.random.set_rng_state(cpu)
+        random.setstate(own)
+        if numpy is not None:
+            numpy.random.set_state(arrays)
+        for index, saved in cuda:
+            torch.cuda.set_rng_state(saved, index)
 
 
 def _same_numpy(one: Any, other: Any) -> bool:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import sys
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from typing import Any
@@ -230,3 +231,11 @@ def outside_autocast() -> Iterator[None]:
     """Shapes and dtypes are those without autocast."""
     with torch.autocast("cpu", enabled=False), torch.autocast("cuda", enabled=False):
         yield
+
+
+def force_eager() -> contextlib.AbstractContextManager[Any]:
+    """Parts that compile themselves run in plain Python, where hooks and modes see them."""
+    if "torch._dynamo" not in sys.modules:
+        return contextlib.nullcontext()
+    stance: contextlib.AbstractContextManager[Any] = torch.compiler.set_stance("force_eager")
+    return stance

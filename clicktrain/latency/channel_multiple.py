@@ -22,13 +22,13 @@ from torch import nn
 from clicktrain.comm.agreement import agreed
 from clicktrain.formats.memory_format import keep_out_of_channels_last_
 from clicktrain.graph import Inputs, as_inputs
-from clicktrain.graph.batch import batch_size, blank, first_of_batch, first_tensor
+from clicktrain.graph.inputs import batch_size, blank, first_of_batch, first_tensor
 from clicktrain.graph.prunable import SeenBatch
+from clicktrain.latency.machine import measured_once
 from clicktrain.latency.network_times import bare_copy, step_call
-from clicktrain.latency.tables import measured_once
 from clicktrain.latency.timer import clock_of, synchronized, timed_for
 from clicktrain.surgery import SurgeryPlan, apply_surgery_
-from clicktrain.surgery.norms import norm_alone_
+from clicktrain.surgery.steady import norm_alone_
 
 FORMAT_VERSION = 2
 MULTIPLES = (1, 2, 4, 8, 16, 32)

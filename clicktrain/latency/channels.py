@@ -16,10 +16,9 @@ from torch import Tensor, fx, nn
 
 from clicktrain.errors import UserError
 from clicktrain.graph import as_inputs
-from clicktrain.graph.batch import first_tensor
+from clicktrain.graph.inputs import first_tensor
 from clicktrain.latency.width_times import LayerGeometry, WidthTimes, width_times
 from clicktrain.surgery.groups import Dependencies
-from clicktrain.surgery.operations import operation
 
 LEAST_SAVING = 0.05
 """Least saving of a neuron, as a share of the mean: one that saves nothing is not worth infinity."""
@@ -106,7 +105,7 @@ class LatencyModel:
     def _find_layers(self, deps: Dependencies) -> list[tuple[LayerGeometry, Width, Width]]:
         layers = []
         for node in deps.graph.nodes:
-            word = operation(deps.graph, node)
+            word = deps.graph.operation(node)
             if word not in ("conv", "conv_transpose", "linear"):
                 continue
             module: Any = deps.graph.module(node)
@@ -161,7 +160,7 @@ class LatencyModel:
         fixed = 0
         names = [group.name for group in deps.groups]
         for node in deps.graph.nodes:
-            shape, word = deps.graph.shapes.get(node), operation(deps.graph, node)
+            shape, word = deps.graph.shapes.get(node), deps.graph.operation(node)
             channels = deps.flow.channels.get(node)
             if shape is None or channels is None or word in (*_NO_WORK, "conv", "linear"):
                 continue

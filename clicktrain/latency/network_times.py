@@ -15,7 +15,7 @@ from torch.utils import _pytree as pytree
 
 from clicktrain.comm.agreement import agreed
 from clicktrain.graph import Inputs, as_inputs
-from clicktrain.graph.batch import blank, first_tensor
+from clicktrain.graph.inputs import blank, first_tensor
 from clicktrain.latency.timer import clock_of, synchronized, timed_for
 from clicktrain.surgery import SurgeryPlan, apply_surgery_
 

@@ -16,13 +16,12 @@ from torch import Tensor, nn
 
 from clicktrain.errors import UserError
 from clicktrain.graph import as_inputs, layer_input_shapes
-from clicktrain.graph.batch import first_of_batch
+from clicktrain.graph.inputs import first_of_batch
 from clicktrain.graph.prunable import PrunableLayers
 from clicktrain.kernels.native import keep_memory, missing_toolchain, toolchain
 from clicktrain.kernels.sparse_conv2d import refusal
-from clicktrain.latency.allocation import allocate_within, least_compression_within
 from clicktrain.latency.network_times import Measured, MeasureMasks, Timed, bare_copy, measure_ms
-from clicktrain.latency.search import aim_after
+from clicktrain.latency.search import aim_after, allocate_within, least_compression_within
 from clicktrain.latency.sparse_times import SparseGeometry, sparse_times
 from clicktrain.sparsity.allocation import LayerBudget, allocate
 

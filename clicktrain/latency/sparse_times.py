@@ -25,8 +25,8 @@ from clicktrain.kernels.layouts import LAYOUTS
 from clicktrain.kernels.native import toolchain
 from clicktrain.kernels.native.library import need_all
 from clicktrain.kernels.sparse_conv2d.api import OPERATOR
+from clicktrain.latency.machine import measured_once
 from clicktrain.latency.network_times import Timed
-from clicktrain.latency.tables import measured_once
 from clicktrain.latency.timer import clock_of, interleaved_ms
 from clicktrain.latency.width_times import WidthTimes
 

@@ -19,7 +19,7 @@ from torch import Tensor
 
 from clicktrain.comm.agreement import agreed
 from clicktrain.errors import UserError
-from clicktrain.latency.tables import measured_once
+from clicktrain.latency.machine import measured_once
 from clicktrain.latency.timer import clock_of, interleaved_ms, synchronized
 
 FORMAT_VERSION = 2

@@ -4,8 +4,16 @@ from clicktrain.surgery.apply import apply_surgery_, silence_
 from clicktrain.surgery.dependency_analysis import channel_groups, dependencies
 from clicktrain.surgery.groups import ChannelGroup, Member
 from clicktrain.surgery.layer_removal import residual_branches
-from clicktrain.surgery.numbering import OriginalChannels, original_channels, renumbered
-from clicktrain.surgery.plan import Cut, Gate, LayerChange, RemovedLayer, SurgeryPlan
+from clicktrain.surgery.plan import (
+    Cut,
+    Gate,
+    LayerChange,
+    OriginalChannels,
+    RemovedLayer,
+    SurgeryPlan,
+    original_channels,
+    renumbered,
+)
 from clicktrain.surgery.planning import plan_keeping, plans_from_zeros
 from clicktrain.surgery.recipe import agreed_plans, apply_recipe_, load_pruned, read_recipe, write_recipe
 from clicktrain.surgery.verify import Verified, plan_from_keep, plan_from_zeros, verified

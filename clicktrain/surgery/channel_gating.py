@@ -16,7 +16,6 @@ from torch import Tensor, fx, nn
 
 from clicktrain.surgery.groups import Dependencies
 from clicktrain.surgery.layer_removal import Branch, residual_branches
-from clicktrain.surgery.operations import operation
 from clicktrain.surgery.plan import Cut, Gate
 from clicktrain.surgery.values import Values
 
@@ -24,7 +23,7 @@ Cuts = dict[tuple[str, int], Cut]
 
 
 def gate_branches(
-    found: Dependencies,
+    deps: Dependencies,
     values: Values,
     threshold: float,
     masks: list[Tensor],
@@ -35,7 +34,7 @@ def gate_branches(
     """Narrow the ends of residual branches further than the union of their stage.
 
     Args:
-        found: the groups.
+        deps: the groups.
         values: of the channels, for the same threshold.
         threshold: 1e-4 in the paper.
         masks: per group bool [size], True = stays, what channel union decided.
@@ -49,55 +48,55 @@ def gate_branches(
     result, gates = dict(cuts), []
     unread = {edge.node: edge.unread for edge in values.edges}
     gated: set[fx.Node] = {node for branch in removed for node in branch.nodes}
-    for branch in residual_branches(found.graph):
+    for branch in residual_branches(deps.graph):
         if branch.refusal is not None or branch.last in gated:
             continue
-        for node in found.graph.nodes:
-            head = node in branch.nodes and _plain(found, node) and node not in gated
+        for node in deps.graph.nodes:
+            head = node in branch.nodes and _plain(deps, node) and node not in gated
             if head and node.all_input_nodes[0] not in branch.nodes:
-                stays = _stays(found, node.all_input_nodes[0], masks)
-                wanted = _rounded(found, node, 1, stays, stays & ~unread[node], round_to)
+                stays = _stays(deps, node.all_input_nodes[0], masks)
+                wanted = _rounded(deps, node, 1, stays, stays & ~unread[node], round_to)
                 if not torch.equal(wanted, stays):
                     gates.append(_gate(str(node.target), "select", stays, wanted))
                     _narrow(result, f"{node.target}.weight", 1, wanted)
                     gated.add(node)
-        if _plain(found, branch.last):
+        if _plain(deps, branch.last):
             behind = branch.norm or branch.last
-            stays = _stays(found, branch.last, masks)
+            stays = _stays(deps, branch.last, masks)
             ends = [node for view in branch.views for node in (view.norm or view.last, view.end)]
             adds = torch.stack([values.of[node].size for node in ends]).amax(0) > threshold
-            wanted = _rounded(found, branch.last, 0, stays, stays & adds, round_to)
+            wanted = _rounded(deps, branch.last, 0, stays, stays & adds, round_to)
             if not torch.equal(wanted, stays):
                 gates.append(_gate(str(behind.target), "scatter", stays, wanted))
                 for layer in {branch.last, behind}:
                     for leaf in ("weight", "bias", "running_mean", "running_var"):
-                        if isinstance(getattr(found.graph.module(layer), leaf, None), Tensor):
+                        if isinstance(getattr(deps.graph.module(layer), leaf, None), Tensor):
                             _narrow(result, f"{layer.target}.{leaf}", 0, wanted)
                 gated.add(branch.last)
     return result, tuple(gates)
 
 
-def _plain(found: Dependencies, node: fx.Node) -> bool:
-    if operation(found.graph, node) != "conv":
+def _plain(deps: Dependencies, node: fx.Node) -> bool:
+    if deps.graph.operation(node) != "conv":
         return False
-    module = found.graph.module(node)
+    module = deps.graph.module(node)
     return type(module) is nn.Conv2d and module.groups == 1
 
 
-def _stays(found: Dependencies, node: fx.Node, masks: list[Tensor]) -> Tensor:
-    places = found.places(node)
+def _stays(deps: Dependencies, node: fx.Node, masks: list[Tensor]) -> Tensor:
+    places = deps.places(node)
     return torch.tensor([place is None or bool(masks[place[0]][place[1]]) for place in places])
 
 
 def _rounded(
-    found: Dependencies, node: fx.Node, dim: int, stays: Tensor, wanted: Tensor, round_to: int
+    deps: Dependencies, node: fx.Node, dim: int, stays: Tensor, wanted: Tensor, round_to: int
 ) -> Tensor:
     """At least one channel, and a multiple where there are enough: the largest of the others come back."""
     count = int(wanted.sum())
     goal = min(-(-max(count, 1) // round_to) * round_to, int(stays.sum()))
     if goal <= count:
         return wanted
-    weight = found.graph.module(node).weight
+    weight = deps.graph.module(node).weight
     assert isinstance(weight, Tensor)
     size = weight.detach().abs().transpose(0, dim).flatten(1).amax(1).double().cpu()
     size = size.masked_fill(~stays | wanted, -1.0)

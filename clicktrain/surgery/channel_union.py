@@ -21,7 +21,6 @@ import torch
 from torch import Tensor, fx, nn
 
 from clicktrain.surgery.groups import ChannelGroup, Dependencies
-from clicktrain.surgery.operations import operation
 from clicktrain.surgery.plan import Cut, Gate
 from clicktrain.surgery.values import Values
 
@@ -29,7 +28,7 @@ Sides = Literal["both", "readers"]
 
 
 def dead_channels(
-    found: Dependencies,
+    deps: Dependencies,
     values: Values,
     threshold: float,
     gone: Collection[fx.Node] = (),
@@ -38,7 +37,7 @@ def dead_channels(
     """For every group, which channels may go, and why dead ones stay.
 
     Args:
-        found: the groups.
+        deps: the groups.
         values: of the channels, for the same threshold.
         threshold: 1e-4 in the paper.
         gone: layers that read no more, because their branch is removed.
@@ -49,17 +48,17 @@ def dead_channels(
     Returns:
         Per group a bool mask [size], True = may go; per group the reason why not more go, or "".
     """
-    may_go = [torch.ones(group.size, dtype=torch.bool) for group in found.groups]
-    silent = [torch.ones(group.size, dtype=torch.bool) for group in found.groups]
-    read = [torch.zeros(group.size, dtype=torch.bool) for group in found.groups]
-    readers: list[dict[str, int]] = [{} for _ in found.groups]
+    may_go = [torch.ones(group.size, dtype=torch.bool) for group in deps.groups]
+    silent = [torch.ones(group.size, dtype=torch.bool) for group in deps.groups]
+    read = [torch.zeros(group.size, dtype=torch.bool) for group in deps.groups]
+    readers: list[dict[str, int]] = [{} for _ in deps.groups]
     for edge in values.edges:
         if edge.node in gone:
             continue
         vanishes = edge.value.size <= threshold
         good = (edge.unread if sides == "readers" else edge.value.dead & edge.unread) | vanishes
-        ids = found.flow.channels[edge.node.all_input_nodes[0]].ids
-        for index, place in enumerate(map(found.place, ids)):
+        ids = deps.flow.channels[edge.node.all_input_nodes[0]].ids
+        for index, place in enumerate(map(deps.place, ids)):
             if place is None:
                 continue
             number, channel = place
@@ -70,7 +69,7 @@ def dead_channels(
                 name = str(edge.node.target)
                 readers[number][name] = readers[number].get(name, 0) + 1
     reasons = []
-    for number, group in enumerate(found.groups):
+    for number, group in enumerate(deps.groups):
         may_go[number] &= read[number]
         if group.fixed is not None:
             may_go[number][:] = False
@@ -153,18 +152,18 @@ def cuts(
     }
 
 
-def resized_gates(found: Dependencies, masks: list[Tensor]) -> tuple[Gate, ...]:
+def resized_gates(deps: Dependencies, masks: list[Tensor]) -> tuple[Gate, ...]:
     """What gates that are in the model already select after the cuts."""
     changed: dict[str, Gate] = {}
-    for node in found.graph.all_nodes:
-        kind = operation(found.graph, node)
+    for node in deps.graph.all_nodes:
+        kind = deps.graph.operation(node)
         if kind not in ("select", "scatter"):
             continue
-        wide = found.flow.channels[node if kind == "scatter" else node.all_input_nodes[0]].ids
-        places = [found.place(atom) for atom in wide]
+        wide = deps.flow.channels[node if kind == "scatter" else node.all_input_nodes[0]].ids
+        places = [deps.place(atom) for atom in wide]
         stays = [place is None or bool(masks[place[0]][place[1]]) for place in places]
         number = {old: new for new, old in enumerate(i for i, kept in enumerate(stays) if kept)}
-        module = found.graph.module(node)
+        module = deps.graph.module(node)
         assert isinstance(module.channels, Tensor)
         channels = tuple(number[i] for i in module.channels.tolist() if i in number)
         if not all(stays):

@@ -6,24 +6,21 @@ are replaced by constants: dropout over fewer channels would draw other numbers.
 
 from __future__ import annotations
 
-import contextlib
 import dataclasses
-import sys
-from typing import Any
+from collections.abc import Callable, Hashable, Sequence
+from typing import Any, TypeVar
 
 import torch
 from torch import Tensor, nn
 from torch.utils import _pytree as pytree
 
 from clicktrain.errors import UserError
-from clicktrain.graph.batch import batch_size, first_of_batch, owned, resized
 from clicktrain.graph.copying import working_copy
-from clicktrain.graph.inputs import Inputs
-from clicktrain.graph.trace import one_line
+from clicktrain.graph.inputs import Inputs, batch_size, first_of_batch, owned, resized
+from clicktrain.graph.trace import force_eager, one_line
 from clicktrain.surgery.apply import apply_surgery_, zero_
-from clicktrain.surgery.norms import norm_alone_
 from clicktrain.surgery.plan import SurgeryPlan
-from clicktrain.surgery.steady import steadily
+from clicktrain.surgery.steady import norm_alone_, steadily
 
 IMAGES = 3
 """Images of a batch that is compared: batch norm trains on more than one."""
@@ -99,22 +96,9 @@ def _outputs(model: nn.Module, inputs: Inputs, dtype: torch.dtype | None) -> lis
     for training in (True, False):
         for module in model.modules():
             module.training = training
-        with (
-            steadily(inputs.tensors()),
-            torch.no_grad(),
-            torch.autocast(kind, enabled=False),
-            _eager(),
-        ):
+        with steadily(inputs.tensors()), torch.no_grad(), torch.autocast(kind, enabled=False), force_eager():
             found.append(tensors_in(owned(inputs).call(model)))
     return found
-
-
-def _eager() -> contextlib.AbstractContextManager[Any]:
-    """Parts that compile themselves run in plain Python here."""
-    if "torch._dynamo" not in sys.modules:
-        return contextlib.nullcontext()
-    stance: contextlib.AbstractContextManager[Any] = torch.compiler.set_stance("force_eager")
-    return stance
 
 
 def tensors_in(value: Any) -> list[Tensor]:
@@ -158,3 +142,44 @@ def distance(output: Tensor, right: Tensor) -> float:
 def _alike(tensor: Tensor) -> bool:
     """Whether a tensor of floating-point numbers says nothing: all its numbers are one."""
     return tensor.is_floating_point() and tensor.numel() > 1 and bool((tensor == tensor.flatten()[0]).all())
+
+
+MOST_TRIALS = 200
+"""After this many, the rest is blamed without a look."""
+
+T = TypeVar("T", bound=Hashable)
+Check = Callable[[Sequence[T]], str | None]
+"""What is wrong with some of the parts; None if nothing is."""
+
+
+def blamed(parts: Sequence[T], wrong: Check[T]) -> dict[T, str]:
+    """The parts that have to be left out so that the others are right, with the reasons.
+
+    Halves are tried, so that one bad part among n takes about 2 log n trials.
+
+    Args:
+        parts: of a plan.
+        wrong: tries some of them.
+    """
+    trials = 0
+
+    def tried(some: Sequence[T]) -> str | None:
+        nonlocal trials
+        trials += 1
+        return wrong(some)
+
+    def search(some: Sequence[T], reason: str) -> dict[T, str]:
+        if len(some) == 1 or trials > MOST_TRIALS:
+            return dict.fromkeys(some, reason)
+        half = len(some) // 2
+        found: dict[T, str] = {}
+        for side in (some[:half], some[half:]):
+            if (own := tried(side)) is not None:
+                found |= search(side, own)
+        # Neither is wrong alone: one of them has to give way.
+        return found or dict.fromkeys(some[half:], reason)
+
+    bad: dict[T, str] = {}
+    while (rest := [part for part in parts if part not in bad]) and (reason := tried(rest)) is not None:
+        bad |= search(rest, reason)
+    return bad

@@ -1,4 +1,4 @@
-"""The groups of a model as they are found in its graph, and tried: a channel of each is taken out of a copy.
+"""The groups of a model as they stand in its graph, and tried: a channel of each is taken out of a copy.
 
 What the graph does not show is seen there: numbers of a layer that ``forward`` reads (``conv.out_channels``,
 ``weight.shape``), and whatever else computes something different with fewer channels.
@@ -14,13 +14,11 @@ import torch
 from torch import Tensor, nn
 
 from clicktrain.graph.inputs import Inputs, as_inputs
-from clicktrain.surgery.blame import blamed
 from clicktrain.surgery.channel_union import cuts, resized_gates
-from clicktrain.surgery.compare import check_repeats, difference, sample
+from clicktrain.surgery.compare import blamed, check_repeats, difference, sample
 from clicktrain.surgery.graph import trace
 from clicktrain.surgery.groups import ChannelGroup, Dependencies
 from clicktrain.surgery.layers import ChannelScatter
-from clicktrain.surgery.operations import operation
 from clicktrain.surgery.plan import SurgeryPlan
 
 _Held = tuple[tuple[str, int, str], ...]
@@ -47,16 +45,16 @@ def dependencies(model: nn.Module, example: Any) -> Dependencies:
         (8, [('0.weight', 0), ('0.bias', 0)])
     """
     inputs = sample(as_inputs(example, model))
-    found = Dependencies(trace(model, inputs))
+    deps = Dependencies(trace(model, inputs))
     names = tuple(name for name, _ in (*model.named_parameters(), *model.named_buffers()))
     known = _tried.get(model)
     if known is not None and known[0] == names:
-        found.hold_tensors(known[1])
-        return found
-    held = _hold(found, inputs)
+        deps.hold_tensors(known[1])
+        return deps
+    held = _hold(deps, inputs)
     if held is not None:
         _tried[model] = names, held
-    return found
+    return deps
 
 
 def channel_groups(model: nn.Module, example: Any) -> tuple[ChannelGroup, ...]:
@@ -64,13 +62,13 @@ def channel_groups(model: nn.Module, example: Any) -> tuple[ChannelGroup, ...]:
     return dependencies(model, example).groups
 
 
-def _hold(found: Dependencies, inputs: Inputs) -> _Held | None:
+def _hold(deps: Dependencies, inputs: Inputs) -> _Held | None:
     """Fix the groups that a copy of the model does not do without one channel of; None: not to be cached."""
-    model = found.graph.model
-    free = [n for n, group in enumerate(found.groups) if group.fixed is None and group.size > 1]
+    model = deps.graph.model
+    free = [n for n, group in enumerate(deps.groups) if group.fixed is None and group.size > 1]
 
     def wrong(some: Sequence[int]) -> str | None:
-        return difference(_without_one(found, some), model, inputs)
+        return difference(_without_one(deps, some), model, inputs)
 
     if wrong(free) is None:
         return ()
@@ -79,36 +77,36 @@ def _hold(found: Dependencies, inputs: Inputs) -> _Held | None:
     whole: list[tuple[str, int, str]] = []
     tensors = dict((*model.named_parameters(), *model.named_buffers()))
     for number, why in bad.items():
-        group = found.groups[number]
+        group = deps.groups[number]
         reason = f"without one of its channels the network computes something else ({why})"
         for member in group.members:
             if sum(map(len, member.indices)) == tensors[member.name].shape[member.dim]:
                 whole.append((member.name, member.dim, reason))
                 break
-        found.hold(group, reason)
-    found.collect()
+        deps.hold(group, reason)
+    deps.collect()
     return tuple(whole) if len(whole) == len(bad) else None
 
 
-def _without_one(found: Dependencies, numbers: Sequence[int]) -> SurgeryPlan:
+def _without_one(deps: Dependencies, numbers: Sequence[int]) -> SurgeryPlan:
     """What takes one channel out of each of these groups, but no gate's only one."""
-    precious = _only_selected(found)
-    masks = [torch.ones(group.size, dtype=torch.bool) for group in found.groups]
+    precious = _only_selected(deps)
+    masks = [torch.ones(group.size, dtype=torch.bool) for group in deps.groups]
     for number in numbers:
-        spare = [c for c in range(found.groups[number].size) if (number, c) not in precious]
+        spare = [c for c in range(deps.groups[number].size) if (number, c) not in precious]
         if spare:
             masks[number][spare[0]] = False
-    return SurgeryPlan(tuple(cuts(found.groups, masks).values()), gates=resized_gates(found, masks))
+    return SurgeryPlan(tuple(cuts(deps.groups, masks).values()), gates=resized_gates(deps, masks))
 
 
-def _only_selected(found: Dependencies) -> set[tuple[int, int] | None]:
+def _only_selected(deps: Dependencies) -> set[tuple[int, int] | None]:
     """Places of channels that are all that a gate in the model selects."""
     places: set[tuple[int, int] | None] = set()
-    for node in found.graph.all_nodes:
-        if operation(found.graph, node) in ("select", "scatter"):
-            module = found.graph.module(node)
+    for node in deps.graph.all_nodes:
+        if deps.graph.operation(node) in ("select", "scatter"):
+            module = deps.graph.module(node)
             assert isinstance(module.channels, Tensor)
             if module.channels.numel() == 1:
-                wide = found.places(node if isinstance(module, ChannelScatter) else node.all_input_nodes[0])
+                wide = deps.places(node if isinstance(module, ChannelScatter) else node.all_input_nodes[0])
                 places.add(wide[int(module.channels)])
     return places

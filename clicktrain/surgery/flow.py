@@ -13,9 +13,8 @@ from torch import Tensor, fx, nn
 from clicktrain.graph import Read
 from clicktrain.surgery.atoms import Atoms, Channels, SizeOf
 from clicktrain.surgery.graph import NetworkGraph
-from clicktrain.surgery.layer_kinds import layer_kind
 from clicktrain.surgery.layers import ChannelSelect
-from clicktrain.surgery.operations import operation, words
+from clicktrain.surgery.operations import layer_kind
 from clicktrain.surgery.probing import channel_tensors, keeps_channels, module_keeps_channels
 from clicktrain.surgery.reshaping import (
     UnclearError,
@@ -81,13 +80,13 @@ class ChannelFlow:
             elif node not in graph.shapes and self._is_size(node):
                 self._size(node)
             else:
-                self._step(node, rules.get(operation(graph, node)))
+                self._step(node, rules.get(graph.operation(node)))
         for calls in graph.passes:
             for read in calls.reads:
                 self._number_read(read)
 
     def _step(self, node: fx.Node, rule: Callable[[fx.Node], Channels | None] | None) -> None:
-        word = operation(self.graph, node)
+        word = self.graph.operation(node)
         try:
             if rule is None:
                 rule = self._shaped if word in _SHAPED else self._tried
@@ -158,7 +157,7 @@ class ChannelFlow:
             return
         for source in node.all_input_nodes:
             if source in self.sizes or source in self._whole_shapes:
-                raise UnclearError(f"{words(self.graph, node)} computes with the number of channels")
+                raise UnclearError(f"{self.graph.words(node)} computes with the number of channels")
 
     # ------------------------------------------------------------ fixing
 
@@ -195,7 +194,7 @@ class ChannelFlow:
         """Channels of the first argument."""
         source = node.args[0] if node.args else node.kwargs.get("input", node.kwargs.get("x"))
         if not isinstance(source, fx.Node) or source not in self.channels:
-            raise UnclearError(f"{words(self.graph, node)} reads something without channels")
+            raise UnclearError(f"{self.graph.words(node)} reads something without channels")
         return self.channels[source]
 
     def _input(self, node: fx.Node) -> Channels | None:
@@ -216,9 +215,9 @@ class ChannelFlow:
     def _conv(self, node: fx.Node) -> Channels:
         module, x = self.graph.module(node), self._at(node, 1)
         assert isinstance(module, (nn.Conv1d, nn.Conv2d, nn.Conv3d, nn.modules.conv._ConvTransposeNd))
-        transposed, groups = operation(self.graph, node) == "conv_transpose", module.groups
+        transposed, groups = self.graph.operation(node) == "conv_transpose", module.groups
         if transposed and groups > 1:
-            raise UnclearError(f"{words(self.graph, node)} is a transposed convolution with groups")
+            raise UnclearError(f"{self.graph.words(node)} is a transposed convolution with groups")
         inputs, outputs = (0, 1) if transposed else (1, 0)
         read, out = self.atoms.of(module.weight, inputs), self.atoms.of(module.weight, outputs)
         per_group, filters = len(read), len(out) // groups
@@ -248,7 +247,7 @@ class ChannelFlow:
 
     def _norm(self, node: fx.Node) -> Channels:
         module = self.graph.module(node)
-        constant = operation(self.graph, node) == "constant_norm"
+        constant = self.graph.operation(node) == "constant_norm"
         names = ("weight", "bias", "running_mean", "running_var")
         tensors = [tensor for name in names if (tensor := getattr(module, name)) is not None]
         x = self._at(node, 1).ids
@@ -268,17 +267,17 @@ class ChannelFlow:
     def _same(self, node: fx.Node) -> Channels | None:
         if not any(source in self.channels for source in node.all_input_nodes):
             if any(source in self._attributes for source in node.all_input_nodes):
-                raise UnclearError(f"{words(self.graph, node)} computes with a parameter alone")
+                raise UnclearError(f"{self.graph.words(node)} computes with a parameter alone")
             return None
         if len(node.all_input_nodes) > 1:
-            raise UnclearError(f"{words(self.graph, node)} has several inputs")
+            raise UnclearError(f"{self.graph.words(node)} has several inputs")
         return self._from(node)
 
     def _pool(self, node: fx.Node) -> Channels:
         shape, x = self.graph.shapes.get(node, ()), self._from(node)
         source = self.graph.shapes[node.all_input_nodes[0]]
         if len(shape) != len(source) or x.dim != 1 or len(shape) < 3 or shape[:2] != source[:2]:
-            raise UnclearError(f"{words(self.graph, node)} does not keep the channels")
+            raise UnclearError(f"{self.graph.words(node)} does not keep the channels")
         return x
 
     def _binary(self, node: fx.Node) -> Channels | None:
@@ -292,21 +291,21 @@ class ChannelFlow:
         if not seen:
             return self._same(node)
         if len(seen) > 1:
-            raise UnclearError(f"{words(self.graph, node)} meets channels along different dimensions")
+            raise UnclearError(f"{self.graph.words(node)} meets channels along different dimensions")
         (dim, ids), size = next(iter(seen.items())), self.graph.shapes[node][next(iter(seen))]
         whole = [other for other in ids if len(other) == size]
         for source in sources:
             own = dim - (rank - len(self.graph.shapes[source]))
             if source not in self.channels and own >= 0 and self.graph.shapes[source][own] > 1:
                 if source not in self._attributes:
-                    raise UnclearError(f"{words(self.graph, node)} meets a tensor without known channels")
+                    raise UnclearError(f"{self.graph.words(node)} meets a tensor without known channels")
                 whole.append(self.atoms.of(self._attributes[source], own))
         for other in whole[1:]:
             self.atoms.unite(whole[0], other)
         if size > 1 and any(len(other) == 1 for other in ids):
             # One channel that is spread over all (a spatial gate) is no part of them, and cannot go.
             self.atoms.fix(
-                [o[0] for o in ids if len(o) == 1], f"{words(self.graph, node)} spreads it over all"
+                [o[0] for o in ids if len(o) == 1], f"{self.graph.words(node)} spreads it over all"
             )
         return Channels(dim, whole[0])
 
@@ -314,15 +313,15 @@ class ChannelFlow:
         listed = node.args[0] if node.args else node.kwargs.get("tensors")
         dim = node.args[1] if len(node.args) > 1 else node.kwargs.get("dim", node.kwargs.get("axis", 0))
         if not isinstance(listed, (list, tuple)) or not isinstance(dim, int):
-            raise UnclearError(f"{words(self.graph, node)} of a list that is not written out")
+            raise UnclearError(f"{self.graph.words(node)} of a list that is not written out")
         dim %= len(self.graph.shapes[node])
         parts = []
         for source in listed:
             if not isinstance(source, fx.Node) or source not in self.channels:
-                raise UnclearError(f"{words(self.graph, node)} has a part without channels")
+                raise UnclearError(f"{self.graph.words(node)} has a part without channels")
             parts.append(self.channels[source])
         if len({part.dim for part in parts}) != 1:
-            raise UnclearError(f"{words(self.graph, node)} meets channels along different dimensions")
+            raise UnclearError(f"{self.graph.words(node)} meets channels along different dimensions")
         if dim == parts[0].dim:
             return Channels(dim, sum((part.ids for part in parts), ()))
         for part in parts[1:]:
@@ -334,12 +333,12 @@ class ChannelFlow:
         shape = self.graph.shapes[node]
         if len(shape) < 2:
             return None
-        reason = f"{words(self.graph, node)} has {shape[1]} channels whatever the layers have"
+        reason = f"{self.graph.words(node)} has {shape[1]} channels whatever the layers have"
         return Channels(1, self.atoms.fresh(shape[1], reason if shape[1] > 1 else None))
 
     def _tried(self, node: fx.Node) -> Channels:
         """Whatever no rule knows: it is tried whether it works inside each channel."""
-        unknown = UnclearError(f"{words(self.graph, node)} is not understood")
+        unknown = UnclearError(f"{self.graph.words(node)} is not understood")
         shape = self.graph.shapes.get(node)
         sources = list(node.all_input_nodes)
         if shape is None or not sources or not all(s in self.channels for s in sources):
@@ -370,12 +369,12 @@ class ChannelFlow:
             self.atoms.unite(whole[0], ids)
         if size > 1:
             spread = [self.channels[s].ids[0] for s in sources if len(self.channels[s].ids) == 1]
-            self.atoms.fix(spread, f"{words(self.graph, node)} spreads it over all")
+            self.atoms.fix(spread, f"{self.graph.words(node)} spreads it over all")
         self.per_channel.add(node)
         return Channels(next(iter(places)), whole[0])
 
     def _shaped(self, node: fx.Node) -> Channels | None:
-        return _SHAPED[operation(self.graph, node)](self, node, self._from(node))
+        return _SHAPED[self.graph.operation(node)](self, node, self._from(node))
 
     def _select(self, node: fx.Node) -> Channels:
         module, x = self.graph.module(node), self._at(node, 1)
@@ -397,7 +396,7 @@ class ChannelFlow:
     def _at(self, node: fx.Node, dim: int) -> Channels:
         found = self._from(node)
         if found.dim != dim:
-            raise UnclearError(f"{words(self.graph, node)} does not work along the channels")
+            raise UnclearError(f"{self.graph.words(node)} does not work along the channels")
         return found
 
 

@@ -14,14 +14,15 @@ from torch import fx, nn
 
 from clicktrain.errors import UserError
 from clicktrain.graph import Inputs, ModelGraph, TraceError, own_random_numbers, working_copy
-from clicktrain.graph.batch import owned
+from clicktrain.graph.inputs import owned
 from clicktrain.graph.trace import one_line
 from clicktrain.graph.trace import trace as trace_call
-from clicktrain.surgery.layer_kinds import layer_kind
 from clicktrain.surgery.layers import SURGERY_LAYERS
-from clicktrain.surgery.norms import NormAlone, norm_alone_
+from clicktrain.surgery.operations import function_kind, layer_kind
 from clicktrain.surgery.probing import kind_by_trial, layer_keeps_channels, may_keep_channels
+from clicktrain.surgery.steady import NormAlone, norm_alone_
 
+_NO_CALLS = {"placeholder": "input", "output": "output", "get_attr": "attribute"}
 MODES = {False: "in evaluation mode", True: "while training"}
 
 
@@ -69,6 +70,20 @@ class NetworkGraph:
     def module(self, node: fx.Node) -> nn.Module:
         """What a ``call_module`` node calls."""
         return self.model.get_submodule(str(node.target))
+
+    def operation(self, node: fx.Node) -> str:
+        """One word for what a node does to channels; see `operations`."""
+        if node.op != "call_module":
+            return _NO_CALLS.get(node.op) or function_kind(node)
+        path = str(node.target)
+        known = None if path in self.opaque else layer_kind(self.module(node))
+        return self.kinds.get(path) or known or "unknown"
+
+    def words(self, node: fx.Node) -> str:
+        """A node in the words of the user, for reasons."""
+        if node.op == "call_module":
+            return f"{node.target} ({type(self.module(node)).__name__})"
+        return str(node.target if node.op == "call_method" else getattr(node.target, "__name__", node.target))
 
     def attribute(self, node: fx.Node) -> Any:
         """What a ``get_attr`` node gets."""

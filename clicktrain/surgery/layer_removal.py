@@ -22,7 +22,6 @@ from torch import fx, nn
 
 from clicktrain.graph import changes_in_place
 from clicktrain.surgery.graph import NetworkGraph
-from clicktrain.surgery.operations import operation, words
 from clicktrain.surgery.plan import RemovedLayer
 from clicktrain.surgery.values import Values
 
@@ -84,7 +83,7 @@ def _branches(graph: NetworkGraph, nodes: Sequence[fx.Node]) -> list[Branch]:
     found: list[Branch] = []
     for node in nodes:
         name = str(getattr(node.target, "__name__", node.target)).rstrip("_").removeprefix("i")
-        if operation(graph, node) != "binary" or name != "add" or node.kwargs:
+        if graph.operation(node) != "binary" or name != "add" or node.kwargs:
             continue
         left, right = (*node.args, None, None)[:2]
         if not isinstance(left, fx.Node) or not isinstance(right, fx.Node) or left is right:
@@ -131,7 +130,7 @@ def remnants(
     for node in graph.nodes:
         if node not in branch.nodes or node.op != "call_module":
             continue
-        name, word = str(node.target), operation(graph, node)
+        name, word = str(node.target), graph.operation(node)
         if node is branch.norm:
             plain = vanishes and not writable
             removed.append(RemovedLayer(name, "nothing" if plain else "constant", writable))
@@ -151,12 +150,12 @@ def _branch(graph: NetworkGraph, order: Sequence[fx.Node], addition: fx.Node, en
     if set(end.users) != {addition}:
         return None
     node, norm = end, None
-    while (word := operation(graph, node)) in ("unary", "dropout", "norm") and norm is None:
+    while (word := graph.operation(node)) in ("unary", "dropout", "norm") and norm is None:
         norm = node if word == "norm" else None
         node = node.all_input_nodes[0]
         if len(node.users) != 1:
             return None
-    if operation(graph, node) != "conv" or type(graph.module(node)) is not nn.Conv2d:
+    if graph.operation(node) != "conv" or type(graph.module(node)) is not nn.Conv2d:
         return None
     nodes = {end}
     for candidate in reversed(order):
@@ -184,9 +183,9 @@ def _refusal(
     for node in order:
         if node not in nodes:
             continue
-        word = operation(graph, node)
+        word = graph.operation(node)
         if word not in _INSIDE:
-            return f"{words(graph, node)} in the branch does more than pass its input on"
+            return f"{graph.words(node)} in the branch does more than pass its input on"
         if word not in _REPLACED:
             continue
         module = graph.module(node)
@@ -197,7 +196,7 @@ def _refusal(
             return f"{node.target} is not a 2-D convolution with its padding in numbers"
         if word == "norm" and type(module) not in (nn.BatchNorm2d, nn.SyncBatchNorm):
             return f"{node.target} is a {type(module).__name__}"
-    full = operation(graph, behind) == "norm" or getattr(graph.module(behind), "bias", None) is not None
+    full = graph.operation(behind) == "norm" or getattr(graph.module(behind), "bias", None) is not None
     if not full and changes_in_place(addition) and addition.args[0] is end:
         return "the addition is done in place, into the branch, which has neither batch norm nor bias"
     return None

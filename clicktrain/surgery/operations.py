@@ -12,10 +12,69 @@ from __future__ import annotations
 
 import types
 
-from torch import fx
+from torch import fx, nn
 
-from clicktrain.surgery.graph import NetworkGraph
-from clicktrain.surgery.layer_kinds import layer_kind
+from clicktrain.surgery.layers import ChannelScatter, ChannelSelect, ConstantBatchNorm2d, RemovedConv2d
+
+_WORDS: dict[type[nn.Module], str] = {
+    **dict.fromkeys((nn.Conv1d, nn.Conv2d, nn.Conv3d), "conv"),
+    **dict.fromkeys((nn.ConvTranspose1d, nn.ConvTranspose2d, nn.ConvTranspose3d), "conv_transpose"),
+    nn.Linear: "linear",
+    **dict.fromkeys((nn.BatchNorm1d, nn.BatchNorm2d, nn.BatchNorm3d, nn.SyncBatchNorm), "norm"),
+    **dict.fromkeys((nn.InstanceNorm1d, nn.InstanceNorm2d, nn.InstanceNorm3d), "norm"),
+    **dict.fromkeys((nn.ReLU, nn.ReLU6, nn.LeakyReLU, nn.ELU, nn.CELU, nn.SELU, nn.GELU, nn.SiLU), "unary"),
+    **dict.fromkeys((nn.Mish, nn.Sigmoid, nn.Tanh, nn.Hardswish, nn.Hardsigmoid, nn.Hardtanh), "unary"),
+    **dict.fromkeys((nn.Softplus, nn.Softsign, nn.Identity), "unary"),
+    **dict.fromkeys((nn.Dropout, nn.Dropout1d, nn.Dropout2d, nn.Dropout3d), "dropout"),
+    nn.PReLU: "prelu",
+    **dict.fromkeys((nn.MaxPool1d, nn.MaxPool2d, nn.MaxPool3d), "pool"),
+    **dict.fromkeys((nn.AvgPool1d, nn.AvgPool2d, nn.AvgPool3d), "pool"),
+    **dict.fromkeys((nn.AdaptiveAvgPool1d, nn.AdaptiveAvgPool2d, nn.AdaptiveAvgPool3d), "pool"),
+    **dict.fromkeys((nn.AdaptiveMaxPool1d, nn.AdaptiveMaxPool2d, nn.AdaptiveMaxPool3d), "pool"),
+    **dict.fromkeys((nn.Upsample, nn.UpsamplingNearest2d, nn.UpsamplingBilinear2d, nn.ZeroPad2d), "pool"),
+    nn.Flatten: "reshape",
+    ChannelScatter: "scatter",
+    ChannelSelect: "select",
+    ConstantBatchNorm2d: "constant_norm",
+    RemovedConv2d: "removed_conv",
+}
+_METHODS = ("forward", "_conv_forward", "__call__", "_call_impl")
+
+
+def layer_kind(module: nn.Module) -> str | None:
+    """The word for a layer; None if it is not known.
+
+    A subclass is what its parent is as long as it computes as that does.
+    """
+    for kind in type(module).__mro__:
+        if kind in _WORDS:
+            same = all(getattr(type(module), m, None) is getattr(kind, m, None) for m in _METHODS)
+            own = "forward" in module.__dict__  # replaced on the object
+            return _WORDS[kind] if same and not own and not computed(module) else None
+    return None
+
+
+def parent_kind(module: nn.Module) -> type[nn.Module] | None:
+    """The known layer that a layer with a ``forward`` of its own is derived from; None if there is none."""
+    for kind in type(module).__mro__:
+        if kind in _WORDS:
+            plain = kind is not type(module) and "forward" not in module.__dict__ and not computed(module)
+            return kind if plain else None
+    return None
+
+
+def word_of(kind: type[nn.Module]) -> str:
+    """The word for a known layer's class."""
+    return _WORDS[kind]
+
+
+def computed(module: nn.Module) -> bool:
+    """Whether a layer's weight is computed at each access (weight norm, parametrizations)."""
+    # The attribute itself is not asked for: while a model is traced that would be part of its graph.
+    if "weight" in module._parameters:
+        return False
+    return "weight" in module.__dict__ or isinstance(getattr(type(module), "weight", None), property)
+
 
 _UNARY = (
     "relu", "relu6", "leaky_relu", "elu", "celu", "selu", "gelu", "silu", "mish", "sigmoid", "tanh",
@@ -48,39 +107,12 @@ _FUNCTIONS: dict[str, str] = {
 _TORCH = ("torch", "_operator", "operator")
 
 
-def operation(graph: NetworkGraph, node: fx.Node) -> str:
-    """The word for a node, see the module's documentation."""
-    match node.op:
-        case "placeholder":
-            return "input"
-        case "output":
-            return "output"
-        case "get_attr":
-            return "attribute"
-        case "call_module":
-            kind = layer_kind(graph.module(node))
-            if str(node.target) in graph.kinds:
-                return graph.kinds[str(node.target)]
-            return "unknown" if kind is None or str(node.target) in graph.opaque else kind
-        case "call_method":
-            return _FUNCTIONS.get(str(node.target).removesuffix("_"), "unknown")
-        case _:
-            return _FUNCTIONS.get(_function_name(node), "unknown")
-
-
-def words(graph: NetworkGraph, node: fx.Node) -> str:
-    """A node in the words of the user, for reasons."""
-    if node.op == "call_module":
-        return f"{node.target} ({type(graph.module(node)).__name__})"
-    return (
-        str(node.target) if node.op == "call_method" else str(getattr(node.target, "__name__", node.target))
-    )
-
-
-def _function_name(node: fx.Node) -> str:
-    """Name of a function of PyTorch or of Python's operators; empty for others."""
+def function_kind(node: fx.Node) -> str:
+    """The word for a node that calls a function of PyTorch or of Python's operators, or a method."""
+    if node.op == "call_method":
+        return _FUNCTIONS.get(str(node.target).removesuffix("_"), "unknown")
     target = node.target
     module = str(getattr(target, "__module__", "") or "")
     builtin = isinstance(target, types.BuiltinFunctionType) and not module
-    name = str(getattr(target, "__name__", ""))
-    return name.removesuffix("_") if builtin or module.partition(".")[0] in _TORCH else ""
+    name = str(getattr(target, "__name__", "")).removesuffix("_")
+    return _FUNCTIONS.get(name, "unknown") if builtin or module.partition(".")[0] in _TORCH else "unknown"

@@ -14,7 +14,6 @@ from clicktrain.surgery.channel_union import Sides, cuts, dead_channels, keep_ma
 from clicktrain.surgery.dependency_analysis import dependencies
 from clicktrain.surgery.groups import Dependencies
 from clicktrain.surgery.layer_removal import remnants, removable_branches
-from clicktrain.surgery.operations import operation
 from clicktrain.surgery.plan import Cut, Gate, LayerChange, RemovedLayer, SurgeryPlan
 from clicktrain.surgery.values import Values
 
@@ -59,25 +58,25 @@ def plans_from_zeros(
         raise UserError(f"the threshold must be at least 0, got {threshold}")
     for multiple in multiples:
         _check_round_to(multiple)
-    found = dependencies(model, example)
-    values = Values(found, threshold)
-    branches = removable_branches(found.graph, values, threshold) if remove_layers else {}
+    deps = dependencies(model, example)
+    values = Values(deps, threshold)
+    branches = removable_branches(deps.graph, values, threshold) if remove_layers else {}
     removed = [branch for branch, reason in branches.items() if reason is None]
-    layers = tuple(r for branch in removed for r in remnants(found.graph, branch, values, threshold))
+    layers = tuple(r for branch in removed for r in remnants(deps.graph, branch, values, threshold))
     gone = {node for branch in removed for view in branch.views for node in view.nodes}
-    may_go, reasons = dead_channels(found, values, threshold, gone, sides)
-    for group, dead in zip(found.groups, may_go, strict=True):
+    may_go, reasons = dead_channels(deps, values, threshold, gone, sides)
+    for group, dead in zip(deps.groups, may_go, strict=True):
         if stay is not None and group.name in stay:
             dead &= ~stay[group.name]
     stays = {str(branch.last.target): reason for branch, reason in branches.items() if reason is not None}
     plans, names = {}, gone_names(model, layers)
     for multiple in multiples:
-        masks = keep_masks(model, found.groups, may_go, multiple)
-        made = cuts(found.groups, masks, names)
+        masks = keep_masks(model, deps.groups, may_go, multiple)
+        made = cuts(deps.groups, masks, names)
         gates: tuple[Gate, ...] = ()
         if scheme == "gating":
-            made, gates = gate_branches(found, values, threshold, masks, made, removed, multiple)
-        plans[multiple] = plan_of(found, masks, made, layers, gates, reasons, stays)
+            made, gates = gate_branches(deps, values, threshold, masks, made, removed, multiple)
+        plans[multiple] = plan_of(deps, masks, made, layers, gates, reasons, stays)
     return plans
 
 
@@ -98,11 +97,11 @@ def plan_keeping(
         UserError: no such layer, a mask of another size or without a True, or channels that cannot go.
     """
     _check_round_to(round_to)
-    found = dependencies(model, example)
-    asked = [torch.zeros(group.size, dtype=torch.bool) for group in found.groups]
-    kept = [torch.zeros(group.size, dtype=torch.bool) for group in found.groups]
+    deps = dependencies(model, example)
+    asked = [torch.zeros(group.size, dtype=torch.bool) for group in deps.groups]
+    kept = [torch.zeros(group.size, dtype=torch.bool) for group in deps.groups]
     for name, mask in keep.items():
-        places = _places(found, name)
+        places = _places(deps, name)
         if mask.dtype != torch.bool or tuple(mask.shape) != (len(places),):
             raise UserError(f"{name} has {len(places)} channels: its mask must be bool of that length")
         if not mask.any():
@@ -111,11 +110,11 @@ def plan_keeping(
             asked[number][channel] = True
             kept[number][channel] |= stays
     may_go = [a & ~k for a, k in zip(asked, kept, strict=True)]
-    for group, dead in zip(found.groups, may_go, strict=True):
+    for group, dead in zip(deps.groups, may_go, strict=True):
         if group.fixed is not None and dead.any():
             raise UserError(f"channels of {group.name} cannot be removed: {group.fixed}")
-    masks = keep_masks(model, found.groups, may_go, round_to)
-    return plan_of(found, masks, cuts(found.groups, masks), (), (), [g.fixed or "" for g in found.groups], {})
+    masks = keep_masks(model, deps.groups, may_go, round_to)
+    return plan_of(deps, masks, cuts(deps.groups, masks), (), (), [g.fixed or "" for g in deps.groups], {})
 
 
 def _check_round_to(round_to: int) -> None:
@@ -123,18 +122,18 @@ def _check_round_to(round_to: int) -> None:
         raise UserError(f"round_to must be at least 1, got {round_to}")
 
 
-def _places(found: Dependencies, name: str) -> list[tuple[int, int]]:
+def _places(deps: Dependencies, name: str) -> list[tuple[int, int]]:
     """(group, channel) of every channel of a group, or of a layer's outputs."""
-    for number, group in enumerate(found.groups):
+    for number, group in enumerate(deps.groups):
         if group.name == name:
             return [(number, channel) for channel in range(group.size)]
-    module: Any = dict(found.graph.model.named_modules(remove_duplicate=False)).get(name)
+    module: Any = dict(deps.graph.model.named_modules(remove_duplicate=False)).get(name)
     weight: Any = getattr(module, "weight", None)
     dim = 1 if "Transpose" in type(module).__name__ else 0
-    atoms = found.flow.atoms
+    atoms = deps.flow.atoms
     if not isinstance(weight, Tensor) or not atoms.knows(weight, dim):
         raise UserError(f"there is no layer or group of channels called {name!r}")
-    return [place for atom in atoms.of(weight, dim) if (place := found.place(atom)) is not None]
+    return [place for atom in atoms.of(weight, dim) if (place := deps.place(atom)) is not None]
 
 
 def gone_names(model: nn.Module, layers: tuple[RemovedLayer, ...]) -> set[str]:
@@ -145,7 +144,7 @@ def gone_names(model: nn.Module, layers: tuple[RemovedLayer, ...]) -> set[str]:
 
 
 def plan_of(
-    found: Dependencies,
+    deps: Dependencies,
     masks: list[Tensor],
     made: dict[tuple[str, int], Cut],
     removed: tuple[RemovedLayer, ...],
@@ -154,27 +153,27 @@ def plan_of(
     stays: Mapping[str, str],
 ) -> SurgeryPlan:
     """A plan from its parts, with the table of all layers and the sizes of gates that are there already."""
-    resized = resized_gates(found, masks)
+    resized = resized_gates(deps, masks)
     rows, seen = [], set()
-    for node in found.graph.all_nodes:
-        name, word = str(node.target), operation(found.graph, node)
+    for node in deps.graph.all_nodes:
+        name, word = str(node.target), deps.graph.operation(node)
         if word in ("conv", "conv_transpose", "linear") and name not in seen:
             seen.add(name)
-            rows.append(_row(found, name, word, made, reasons, stays))
+            rows.append(_row(deps, name, word, made, reasons, stays))
     return SurgeryPlan(tuple(made.values()), removed, (*resized, *gates), tuple(rows))
 
 
 def _row(
-    found: Dependencies,
+    deps: Dependencies,
     name: str,
     word: str,
     made: Mapping[tuple[str, int], Cut],
     reasons: list[str],
     stays: Mapping[str, str],
 ) -> LayerChange:
-    module: Any = found.graph.module(next(n for n in found.graph.all_nodes if str(n.target) == name))
+    module: Any = deps.graph.module(next(n for n in deps.graph.all_nodes if str(n.target) == name))
     weight, outputs = module.weight, 1 if word == "conv_transpose" else 0
-    path = found.flow.atoms.name(weight)
+    path = deps.flow.atoms.name(weight)
     sizes = []
     for dim in (1 - outputs, outputs):
         cut = made.get((path, dim))
@@ -186,6 +185,6 @@ def _row(
         sizes[outputs] = (grouped[0] * groups[0], grouped[1] * groups[1])
     note = stays.get(name, "")
     if not note:
-        places = [p for atom in found.flow.atoms.of(weight, outputs) if (p := found.place(atom))]
+        places = [p for atom in deps.flow.atoms.of(weight, outputs) if (p := deps.place(atom))]
         note = next((reasons[group] for group, _ in places if reasons[group]), "")
     return LayerChange(name, sizes[0], sizes[1], note)

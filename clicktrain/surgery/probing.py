@@ -15,7 +15,7 @@ from torch import Tensor, nn
 from clicktrain.graph import working_copy
 from clicktrain.surgery.apply import follow_shape
 from clicktrain.surgery.compare import distance
-from clicktrain.surgery.layer_kinds import parent_kind, word_of
+from clicktrain.surgery.operations import parent_kind, word_of
 from clicktrain.surgery.steady import steadily
 
 _CLOSE = 1e-4

@@ -1,15 +1,14 @@
-"""Random draws that do not depend on how many there are: networks of other widths can be compared."""
+"""Networks of other widths can be compared: random draws do not depend on how many there are."""
 
 from __future__ import annotations
 
 import contextlib
-import random
-import sys
 from collections.abc import Iterator, Mapping
 from typing import Any
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
+from torch.nn.modules.batchnorm import _BatchNorm
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from clicktrain.graph.random_state import own_random_numbers
@@ -22,12 +21,7 @@ def steadily(tensors: tuple[Tensor, ...]) -> Iterator[None]:
     Args:
         tensors: on whose devices something is drawn.
     """
-    with own_random_numbers(tensors), _Steady():  # type: ignore[no-untyped-call]
-        torch.manual_seed(0)
-        random.seed(0)
-        numpy = sys.modules.get("numpy")
-        if numpy is not None:
-            numpy.random.seed(0)
+    with own_random_numbers(tensors, seed=0), _Steady():  # type: ignore[no-untyped-call]
         yield
 
 
@@ -35,11 +29,7 @@ class _Steady(TorchDispatchMode):  # type: ignore[no-untyped-call]
     """Random draws give constants, so that they do not depend on how many there are."""
 
     def __torch_dispatch__(
-        self,
-        func: Any,
-        types: Any,
-        args: tuple[Any, ...] = (),
-        kwargs: Mapping[str, Any] | None = None,
+        self, func: Any, types: Any, args: tuple[Any, ...] = (), kwargs: Mapping[str, Any] | None = None
     ) -> Any:
         name = func._schema.name.removeprefix("aten::")
         value = _DRAWN.get(name.rstrip("_"))
@@ -59,3 +49,17 @@ _DRAWN = {
     "normal": 0.5, "normal_functional": 0.5, "exponential": 1.0, "log_normal": 1.0, "cauchy": 0.5,
     "geometric": 1.0,
 }  # fmt: skip
+
+
+class NormAlone(_BatchNorm):
+    """Batch norms that take inputs of any dimension, as the synchronized one does."""
+
+    def _check_input_dim(self, input: Tensor) -> None:
+        del input
+
+
+def norm_alone_(model: nn.Module) -> None:
+    """Turn synchronized batch norms into ones that do not wait for other processes."""
+    for module in model.modules():
+        if type(module) is nn.SyncBatchNorm:
+            module.__class__ = NormAlone  # type: ignore[assignment]

@@ -23,7 +23,6 @@ from torch import Tensor, fx
 from clicktrain.graph import working_copy
 from clicktrain.surgery.flow import calling
 from clicktrain.surgery.groups import Dependencies
-from clicktrain.surgery.operations import operation
 from clicktrain.surgery.steady import steadily
 
 _ANY = 1e9
@@ -72,8 +71,8 @@ class Values:
         contribution: for convolutions, [F]: bound on what the weights make of the input, without the bias.
     """
 
-    def __init__(self, found: Dependencies, threshold: float) -> None:
-        self._found, self._graph, self._threshold = found, found.graph, threshold
+    def __init__(self, deps: Dependencies, threshold: float) -> None:
+        self._found, self._graph, self._threshold = deps, deps.graph, threshold
         self.of: dict[fx.Node, Value] = {}
         self.edges: list[Edge] = []
         self.contribution: dict[fx.Node, Tensor] = {}
@@ -95,13 +94,13 @@ class Values:
             "reduce": self._reduce,
             **dict.fromkeys(("reshape", "permute", "squeeze", "unsqueeze", "expand", "getitem"), self._same),
         }
-        unclear = found.flow.unclear
+        unclear = deps.flow.unclear
         with torch.no_grad():
             for node in self._graph.all_nodes:
-                if node in found.flow.channels:
-                    n = len(found.flow.channels[node].ids)
-                    rule = rules.get(operation(self._graph, node)) if node not in unclear else None
-                    rule = self._per_channel if node in found.flow.per_channel else rule
+                if node in deps.flow.channels:
+                    n = len(deps.flow.channels[node].ids)
+                    rule = rules.get(self._graph.operation(node)) if node not in unclear else None
+                    rule = self._per_channel if node in deps.flow.per_channel else rule
                     self.of[node] = (rule(node, n) if rule else None) or _alive(n)
 
     def _from(self, node: fx.Node) -> Value | None:
@@ -112,7 +111,7 @@ class Values:
         x, weight = self._from(node), module.weight.detach().double().cpu()
         if x is None:
             return None
-        if operation(self._graph, node) == "conv_transpose":
+        if self._graph.operation(node) == "conv_transpose":
             weight, padded = weight.transpose(0, 1), True
         else:
             padded = getattr(module, "padding", 0) not in (0, (0,), (0, 0), (0, 0, 0), "valid")
@@ -139,7 +138,7 @@ class Values:
     def _norm(self, node: fx.Node, n: int) -> Value | None:
         module: Any = self._graph.module(node)
         x = self._from(node)
-        if operation(self._graph, node) == "constant_norm" and (x is None or x.dead.numel() != n):
+        if self._graph.operation(node) == "constant_norm" and (x is None or x.dead.numel() != n):
             x = _constant(torch.zeros(n))
         if x is None:
             return None

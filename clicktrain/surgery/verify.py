@@ -3,21 +3,20 @@
 from __future__ import annotations
 
 import warnings
-from collections.abc import Hashable, Mapping, Sequence
+from collections.abc import Collection, Hashable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
+import torch
 from torch import Tensor, nn
 
 from clicktrain.graph.inputs import as_inputs
-from clicktrain.surgery.blame import blamed
-from clicktrain.surgery.channel_union import Sides
-from clicktrain.surgery.compare import check_repeats, difference, sample
+from clicktrain.surgery.channel_union import Sides, cuts
+from clicktrain.surgery.compare import blamed, check_repeats, difference, sample
 from clicktrain.surgery.dependency_analysis import dependencies
-from clicktrain.surgery.groups import ChannelGroup
+from clicktrain.surgery.groups import ChannelGroup, Dependencies
 from clicktrain.surgery.plan import SurgeryPlan
-from clicktrain.surgery.planning import Scheme, plan_keeping, plans_from_zeros
-from clicktrain.surgery.restriction import parts_of, restricted
+from clicktrain.surgery.planning import Scheme, gone_names, plan_keeping, plan_of, plans_from_zeros
 
 
 @dataclass(frozen=True, slots=True)
@@ -63,15 +62,15 @@ def verified(plan: SurgeryPlan, model: nn.Module, example: Any) -> Verified:
     if difference(plan, model, inputs) is None:
         return Verified(plan)
     check_repeats(model, inputs)
-    found = dependencies(model, inputs)
+    deps = dependencies(model, inputs)
 
     def wrong(some: Sequence[Hashable]) -> str | None:
-        return difference(restricted(plan, found, some), model, inputs)
+        return difference(restricted(plan, deps, some), model, inputs)
 
-    parts = parts_of(plan, found)
+    parts = parts_of(plan, deps)
     bad = blamed(parts, wrong)
-    rest = restricted(plan, found, [part for part in parts if part not in bad])
-    held = {_name(part, found.groups): reason for part, reason in bad.items()}
+    rest = restricted(plan, deps, [part for part in parts if part not in bad])
+    held = {_name(part, deps.groups): reason for part, reason in bad.items()}
     return Verified(rest, held or {"gated branches": "outputs differ with gates"})
 
 
@@ -109,3 +108,47 @@ def plan_from_keep(
     result = verified(plan_keeping(model, example, keep, round_to), model, example)
     result.warn()
     return result.plan
+
+
+BRANCHES = "branches"
+"""The part that stands for all branches that are removed."""
+
+
+def parts_of(plan: SurgeryPlan, deps: Dependencies) -> list[Hashable]:
+    """What can be left out of a plan: numbers of groups that it cuts, and `BRANCHES`."""
+    cut = [number for number, mask in enumerate(_masks(plan, deps.groups)) if not mask.all()]
+    return [*([BRANCHES] if plan.removed_layers else []), *cut]
+
+
+def restricted(plan: SurgeryPlan, deps: Dependencies, parts: Collection[Hashable]) -> SurgeryPlan:
+    """The plan with these parts alone, and without gates that it would put in.
+
+    Args:
+        plan: of the model as it is.
+        deps: the model's groups.
+        parts: some of `parts_of` it.
+    """
+    layers = plan.removed_layers if BRANCHES in parts else ()
+    masks = [
+        mask if number in parts else torch.ones_like(mask)
+        for number, mask in enumerate(_masks(plan, deps.groups))
+    ]
+    made = cuts(deps.groups, masks, gone_names(deps.graph.model, layers))
+    stays = {row.name: row.stays for row in plan.layers if row.stays}
+    reasons = [group.fixed or "" for group in deps.groups]
+    return plan_of(deps, masks, made, layers, (), reasons, stays)
+
+
+def _masks(plan: SurgeryPlan, groups: Sequence[ChannelGroup]) -> list[Tensor]:
+    """Per group bool [size]: whether a channel stays; a gated layer that needs fewer has no say."""
+    keep = {(cut.name, cut.dim): set(cut.keep) for cut in plan.cuts}
+    masks = []
+    for group in groups:
+        mask = torch.zeros(group.size, dtype=torch.bool)
+        known = [member for member in group.members if plan.new_name(member.name) is not None]
+        for member in known:
+            kept = keep.get((member.name, member.dim))
+            for channel, indices in enumerate(member.indices):
+                mask[channel] |= kept is None or not kept.isdisjoint(indices)
+        masks.append(mask if known else torch.ones_like(mask))
+    return masks

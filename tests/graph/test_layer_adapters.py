@@ -333,7 +333,7 @@ def test_recipe_adding_a_layer_type(own_types: None) -> None:
     3. To train packed values instead of masked weights, subclass `kernels.sparse_conv2d.PackedLayer` with
        ``dense = YourLayer``. Until then attach with ``packed=False``.
     4. Channels are removed by `surgery`; a type that it does not know fixes the channels that it touches. The
-       rules are in ``surgery/flow.py``, by the words of ``surgery/layer_kinds.py``.
+       rules are in ``surgery/flow.py``, by the words of ``surgery/operations.py``.
     5. Add the type to the table of this file.
     """
     register_layer(LayerAdapter(ScaledConv2d))

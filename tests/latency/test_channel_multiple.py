@@ -13,7 +13,7 @@ import torch
 from torch import Tensor, nn
 
 from clicktrain import create_model
-from clicktrain.graph.batch import first_tensor
+from clicktrain.graph.inputs import first_tensor
 from clicktrain.graph.prunable import SeenBatch
 from clicktrain.latency import channel_multiple as fast_widths
 from clicktrain.latency.channel_multiple import (

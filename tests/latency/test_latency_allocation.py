@@ -10,7 +10,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from clicktrain.latency.allocation import allocate_within, least_compression_within
+from clicktrain.latency.search import allocate_within, least_compression_within
 from clicktrain.sparsity.allocation import LayerBudget, allocate
 
 Curves = dict[str, list[float]]

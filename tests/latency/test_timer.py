@@ -10,8 +10,7 @@ from pathlib import Path
 import pytest
 import torch
 
-from clicktrain.latency.machine import Machine
-from clicktrain.latency.tables import measured_once
+from clicktrain.latency.machine import Machine, measured_once
 from clicktrain.latency.timer import candidates_ms, timed_for
 
 CPU = torch.device("cpu")

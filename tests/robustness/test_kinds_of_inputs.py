@@ -12,7 +12,7 @@ from torch import Tensor, nn
 from clicktrain import PaT, PruneTrain, UserError, count
 from clicktrain.accounting.memory import measure_training_memory, training_memory
 from clicktrain.graph import Inputs, as_inputs
-from clicktrain.graph.batch import batch_size, blank, first_of_batch, first_tensor, owned, resized
+from clicktrain.graph.inputs import batch_size, blank, first_of_batch, first_tensor, owned, resized
 from clicktrain.methods import Method, Pruner
 
 STRONG = PruneTrain(coefficient=3.0, interval=1, check_outputs=True)

@@ -17,16 +17,16 @@ from clicktrain.comm.agreement import agree_on_
 from clicktrain.errors import UserError
 from clicktrain.formats.packed import bits_from_mask, mask_from_bits
 from clicktrain.graph import Inputs, as_inputs
-from clicktrain.graph.batch import first_of_batch, first_tensor, owned
 from clicktrain.graph.exchange import odd_state
-from clicktrain.graph.prunable import PrunableLayer, PrunableLayers, SeenBatch
+from clicktrain.graph.inputs import first_of_batch, first_tensor, owned
+from clicktrain.graph.prunable import PrunableLayers, SeenBatch
 from clicktrain.kernels.pack_model import pack_model_, pack_refusals, unpack_model_
 from clicktrain.kernels.sparse_conv2d import PackedLayer
 from clicktrain.methods.driver.averages import catch_up_, mask_copy_, unwrapped_average
 from clicktrain.methods.driver.publisher import ChannelsRemoved, ParametersReplaced, Publisher
 from clicktrain.runs.events import ReconfiguredEvent
 from clicktrain.sparsity.masks import hard_prune_, mask_optimizer_state_
-from clicktrain.surgery import SurgeryPlan, Verified, agreed_plans, apply_surgery_, silence_, verified
+from clicktrain.surgery import SurgeryPlan, Verified, agreed_plans, apply_surgery_, verified
 from clicktrain.surgery.compare import IMAGES, tensors_in
 
 _SCALES = ("exp_inf", "step_size")
@@ -97,56 +97,44 @@ class PrunedNetwork:
         for average in self.averages:
             mask_copy_(average, self.masks)
 
-    def pack(self) -> None:
-        """Pack layers, if they are to be packed."""
-        if self.packed:
-            self._pack()
-
     def mask_gradients(self) -> None:
         """Zero the gradients of pruned weights."""
-        for layer, mask in self._masked():
-            if layer.weight.grad is not None:
-                layer.weight.grad.masked_fill_(~mask, 0.0)
+        for _, weight, mask in self._masked():
+            if weight.grad is not None:
+                weight.grad.masked_fill_(~mask, 0.0)
 
     def mask_weights(self) -> None:
         """Zero pruned weights."""
-        for layer, mask in self._masked():
-            hard_prune_(layer.weight, mask)
+        for _, weight, mask in self._masked():
+            hard_prune_(weight, mask)
 
     def mask_state(self) -> None:
         """Zero the optimizer state of pruned weights."""
-        for layer, mask in self._masked():
+        for _, weight, mask in self._masked():
             for optimizer in self.optimizers:
-                mask_optimizer_state_(optimizer, layer.weight, mask)
+                mask_optimizer_state_(optimizer, weight, mask)
 
-    def _masked(self) -> list[tuple[PrunableLayer, Tensor]]:
-        """Dense layers with their masks; packed layers hold no pruned weights."""
+    def _masked(self) -> list[tuple[str, Tensor, Tensor]]:
+        """Names, weights and masks of dense layers; packed layers hold no pruned weights."""
         masked = ((layer, self._masks.get(layer.name)) for layer in self.prunable.layers)
-        return [(layer, mask) for layer, mask in masked if mask is not None]
+        return [(layer.name, layer.weight, mask) for layer, mask in masked if mask is not None]
 
     def check_zeros(self) -> None:
         """Raise an AssertionError that names a layer with a nonzero pruned weight or optimizer state."""
         if not self.frozen:
             return
-        for layer, mask in self._masked():
-            states = [optimizer.state.get(layer.weight, {}) for optimizer in self.optimizers]
-            held = [
-                value
-                for state in states
-                for key, value in state.items()
-                if isinstance(value, Tensor) and key not in _SCALES
-            ]
-            for tensor in [layer.weight.detach(), *(v for v in held if v.shape == mask.shape)]:
-                if bool((tensor != 0).logical_and_(~mask).any()):
-                    raise AssertionError(f"a pruned position of {layer.name} is no longer zero")
+        for name, weight, mask in self._masked():
+            states = (optimizer.state.get(weight, {}) for optimizer in self.optimizers)
+            held = [value for state in states for key, value in state.items() if key not in _SCALES]
+            for tensor in (weight.detach(), *(v for v in held if isinstance(v, Tensor))):
+                if tensor.shape == mask.shape and bool((tensor != 0).logical_and_(~mask).any()):
+                    raise AssertionError(f"a pruned position of {name} is no longer zero")
 
     def revived(self) -> list[str]:
         """Layers with frozen masks in which something else has written pruned weights."""
         if not self.frozen:
             return []
-        return [
-            layer.name for layer, mask in self._masked() if bool((layer.weight.detach()[~mask] != 0).any())
-        ]
+        return [name for name, weight, mask in self._masked() if bool((weight.detach()[~mask] != 0).any())]
 
     @property
     def nonzero_conv_weights(self) -> int:
@@ -156,26 +144,17 @@ class PrunedNetwork:
         """
         pruned = 0
         for layer in self.prunable.counted:
-            if layer.name not in self._masks:
-                continue
-            mask = self._masks[layer.name]
-            if mask is None:
+            mask = self._masks.get(layer.name)
+            if mask is not None:
+                pruned += mask.numel() - int(mask.sum())
+                if self.frozen and not self.packed:
+                    pruned -= int((layer.weight.detach()[~mask] != 0).sum())
+            elif layer.name in self._masks:
                 structure = self._packed_layer(layer.name).structure
                 pruned += structure.numel - structure.nnz
-            else:
-                pruned += mask.numel() - int(mask.sum())
-        if self.frozen and not self.packed:
-            for layer in self.prunable.counted:
-                mask = self._masks.get(layer.name)
-                if mask is not None:
-                    pruned -= int((layer.weight.detach()[~mask] != 0).sum())
         return self._conv_weights_now - pruned
 
     # ---- channels ---------------------------------------------------------------------------
-
-    def silence(self, plan: SurgeryPlan) -> None:
-        """Zero whatever a plan would cut along the output channels of layers."""
-        silence_(plan, self.model)
 
     def reconfigure(
         self,
@@ -188,16 +167,10 @@ class PrunedNetwork:
 
         Args:
             plan: is tried on a copy first (`clicktrain.surgery.verified`): channels without which the network
-                computes something else stay.
-            event: what the method decided by.
+                computes something else stay, with a warning.
+            event: what the method decided by; returned with what was removed, stayed and changed.
             checked: compare outputs of the last batch before and after.
             follow: called with what has been removed, unless that is nothing.
-
-        Returns:
-            The event, completed with what was removed, what stayed after all, and what it took and changed.
-
-        Warns:
-            UserWarning: something stayed.
         """
         started = time.perf_counter()
         result = Verified(plan) if self.prunable.example is None else self._verified(plan)
@@ -332,12 +305,13 @@ class PrunedNetwork:
             self._replaced()
         elif packed and not self.packed and self._masks:
             self._forget_unpackable_state()
-            self._pack()
+            self.pack()
         self.packed = packed and self.frozen
         if not self.packed:
             self._find_again()
 
-    def _pack(self) -> None:
+    def pack(self) -> None:
+        """Pack the layers with masks."""
         dense = {name: mask for name, mask in self._masks.items() if mask is not None}
         linear = [layer.name for layer in self.prunable.linears if layer.name in dense]
         refused = pack_refusals(self.model, linear, self.optimizers)

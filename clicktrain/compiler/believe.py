@@ -41,11 +41,7 @@ def is_operator(module: nn.Module) -> bool:
 
 
 def believed_lowering(believed: Believed, plan: LoweringPlan, dtype: torch.dtype) -> Lowered:
-    """Lower a graph and compare the result with the model in every mode that the graph holds for.
-
-    Raises:
-        LoweringError: it does not run, or does something else than the model.
-    """
+    """Lower a graph, compare it with the model in each mode that it allows; LoweringError if it differs."""
     graph = believed.graph
     lowered = lower(graph, plan, dtype)
     with outside_autocast():

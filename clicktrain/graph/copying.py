@@ -27,13 +27,8 @@ _BUDGET = 1000
 def working_copy(model: nn.Module, *, tensors: bool = True) -> nn.Module:
     """The same network with tensors, attributes and modes of its own, and without hooks of the user.
 
-    Args:
-        model: any module.
-        tensors: False shares parameters and buffers with the model.
-
-    Returns:
-        A module of the same class with the same paths inside. Objects that are not values (a trainer, a
-        logger) are the same ones as in the model.
+    Class and paths are the same; objects that are not values (a trainer, a logger) are the model's own.
+    ``tensors=False`` shares parameters and buffers with the model.
     """
     memo: dict[int, Any] = {}
     modules = list(model.modules())
@@ -73,18 +68,18 @@ def _shell(module: nn.Module) -> nn.Module:
 
 
 def _attributes(module: nn.Module, memo: dict[int, Any]) -> dict[str, Any]:
-    found: dict[str, Any] = {}
+    attributes: dict[str, Any] = {}
     for name, value in module.__dict__.items():
         if name in ("_parameters", "_buffers", "_modules"):
-            found[name] = type(value)((key, memo.get(id(item), item)) for key, item in value.items())
+            attributes[name] = type(value)((key, memo.get(id(item), item)) for key, item in value.items())
         elif name in HOOK_TABLES:
             # PyTorch's own compute weights (weight norm); this package's watch the model, not its copies.
-            found[name] = OrderedDict(
+            attributes[name] = OrderedDict(
                 (k, hook) for k, hook in value.items() if _home(hook).startswith("torch.")
             )
         else:
-            found[name] = copied(value, memo)
-    return found
+            attributes[name] = copied(value, memo)
+    return attributes
 
 
 def _tensor(tensor: Tensor) -> Tensor:

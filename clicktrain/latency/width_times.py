@@ -30,14 +30,10 @@ ROUNDS = 7
 
 @dataclass(frozen=True, slots=True)
 class LayerGeometry:
-    """What the time of a dense 2-D convolution or linear layer depends on.
+    """What the time of a dense 2-D convolution, or linear layer (``kernel`` is empty), depends on.
 
-    Attributes:
-        inputs, outputs: channels of the unpruned layer.
-        kernel, stride, padding, dilation: of a convolution; empty for a linear layer.
-        groups: of a convolution; 0 means depthwise, where inputs and outputs are the same channels.
-        input_hw: height and width of the input.
-        inputs_vary, outputs_vary: whether channels can be removed on that side.
+    ``groups`` 0 means depthwise, where inputs and outputs are the same channels. ``inputs_vary`` and
+    ``outputs_vary`` say whether channels can be removed on that side.
     """
 
     inputs: int
@@ -84,12 +80,7 @@ class LayerGeometry:
 
 @dataclass(frozen=True, slots=True)
 class WidthTimes:
-    """Milliseconds of one layer over its channel counts.
-
-    Attributes:
-        inputs, outputs: the measured counts, ascending.
-        ms: [len(inputs)][len(outputs)], monotone along both.
-    """
+    """Milliseconds [len(inputs)][len(outputs)] of one layer over channel counts, ascending and monotone."""
 
     inputs: tuple[int, ...]
     outputs: tuple[int, ...]
@@ -129,13 +120,7 @@ def width_times(
     device: torch.device,
     progress: Callable[[str], None] = lambda text: None,
 ) -> dict[LayerGeometry, WidthTimes]:
-    """Inference times of layers, from disk or measured now.
-
-    Args:
-        geometries: layers; equal ones are measured once.
-        batch: images.
-        device: where they run; on a CPU with the threads of this process.
-        progress: called with what is being measured.
+    """Inference times of layers, from disk or measured now; ``progress`` hears what is being measured.
 
     Raises:
         UserError: the batch is empty.

@@ -35,13 +35,9 @@ _FULL_DISK = frozenset((errno.ENOSPC, errno.EDQUOT, errno.EFBIG))
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    """Run the command line.
+    """Run the command line with these arguments, the process's by default; the exit code.
 
-    Args:
-        argv: arguments without the program's name; those of the process by default.
-
-    Returns:
-        The exit code. Unexpected exceptions pass through, so that their traceback is seen.
+    Unexpected exceptions pass through, so that their traceback is seen.
     """
     argv = list(sys.argv[1:] if argv is None else argv)
     # Its warnings about every retry would bury the one line that says what is wrong.
@@ -55,16 +51,13 @@ def main(argv: Sequence[str] | None = None) -> int:
         return _fail(str(error))
     except KeyboardInterrupt:
         return _fail("interrupted", 130)
-    except BrokenPipeError:
-        # The reader closed the pipe (`clicktrain ... | head`): Python must not complain at exit.
+    except OSError as error:
         from clicktrain.commands.screen import discard_stdout
 
-        discard_stdout()
-        return 141
-    except OSError as error:
+        if isinstance(error, BrokenPipeError):
+            discard_stdout()  # its reader is gone (`clicktrain ... | head`): Python must not complain at exit
+            return 141
         if error.errno in _FULL_DISK:
-            from clicktrain.commands.screen import discard_stdout
-
             discard_stdout()  # if it was the full one
             return _fail(
                 f"no space left to write {error.filename or 'the output'}: free some space and try again"
@@ -102,18 +95,11 @@ def _dispatch(argv: list[str]) -> int:
 
 def _help() -> str:
     width = max(map(len, COMMANDS))
-    lines = [f"  {name:<{width}}  {what}" for name, what in COMMANDS.items()]
-    return "\n".join(
-        [
-            "usage: clicktrain COMMAND [...]",
-            "",
-            "Train and prune convolutional networks in one run.",
-            "",
-            *lines,
-            "",
-            "'clicktrain COMMAND --help' shows the flags of a command.",
-            "First steps: clicktrain train --data digits --compression 8 --epochs 12 --out runs/first",
-        ]
+    lines = "\n".join(f"  {name:<{width}}  {what}" for name, what in COMMANDS.items())
+    return (
+        "usage: clicktrain COMMAND [...]\n\nTrain and prune convolutional networks in one run.\n\n"
+        f"{lines}\n\n'clicktrain COMMAND --help' shows the flags of a command.\n"
+        "First steps: clicktrain train --data digits --compression 8 --epochs 12 --out runs/first"
     )
 
 

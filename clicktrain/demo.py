@@ -44,20 +44,10 @@ RUNS: Mapping[str, Mapping[str, Any]] = {
 
 
 def run_demo(out: Path, console: Console, *, epochs: int | None = None, quiet: bool = False) -> Path:
-    """Train every run, print the comparison, write the report.
+    """Train every run, print the comparison, write the report; its path.
 
-    Args:
-        out: folder of the runs' folders; an earlier demo's are replaced, other files are left alone.
-        console: where to print.
-        epochs: of each run instead of the recipe's.
-        quiet: no progress.
-
-    Returns:
-        Path of the HTML report.
-
-    Raises:
-        UserError: a folder of that name holds something else than a run.
-        TrainingInterrupted: SIGTERM or SIGINT.
+    ``out`` holds the runs' folders: an earlier demo's are replaced, other files are left alone, and a folder
+    that holds something else than a run is a UserError. ``epochs`` of each run replace the recipe's.
     """
     from clicktrain.report import write_report
 
@@ -65,17 +55,14 @@ def run_demo(out: Path, console: Console, *, epochs: int | None = None, quiet: b
     for number, (name, settings) in enumerate(RUNS.items(), start=1):
         if not quiet:
             console.rule(f"{number}/{len(RUNS)} {name}", align="left")
-        summaries[name] = _train(out / name, {**RECIPE, **settings}, console, epochs=epochs, quiet=quiet)
+        length = {} if epochs is None else {"epochs": epochs}
+        summaries[name] = _train(out / name, {**RECIPE, **settings, **length}, console, quiet)
     report = write_report([out / name for name in RUNS], out / "report.html")
     console.print(comparison(summaries))
     return report
 
 
-def _train(
-    path: Path, settings: dict[str, Any], console: Console, *, epochs: int | None, quiet: bool
-) -> Mapping[str, Any]:
-    if epochs is not None:
-        settings["epochs"] = epochs
+def _train(path: Path, settings: dict[str, Any], console: Console, quiet: bool) -> Mapping[str, Any]:
     config, method = from_dict(settings)
     folder = RunFolder(path)
     if folder.config.exists():
@@ -96,13 +83,14 @@ def comparison(summaries: Mapping[str, Mapping[str, Any]]) -> Table:
         "kernels little to do, and the time holds their compilation: README has steps of real size.",
     )
     table.add_column("run")
-    for head in (
+    heads = (
         "validation\naccuracy",
         "compression\nratio",
         "training\nFLOPs",
         "inference\nFLOPs/image",
         "time",
-    ):
+    )
+    for head in heads:
         table.add_column(head, justify="right")
     for name, summary in summaries.items():
         table.add_row(
@@ -117,20 +105,16 @@ def comparison(summaries: Mapping[str, Mapping[str, Any]]) -> Table:
 
 
 def _flops(count: float, share: float) -> str:
-    """``1.2 G (34%)``."""
     return f"{short(count, ' ')} ({100 * share:.0f}%)"
 
 
 def main(argv: Sequence[str] | None = None) -> int:
     """Run the demo; the exit code."""
     parser = argparse.ArgumentParser(prog="python -m clicktrain.demo", description=__doc__)
-    parser.add_argument(
-        "--out", type=Path, default=Path("runs/demo"), help="folder of the runs (%(default)s)"
-    )
-    parser.add_argument("--epochs", type=int, help=f"epochs of each run ({RECIPE['epochs']})")
-    parser.add_argument(
-        "--quiet", action="store_true", help="no progress, only the table and the report's path"
-    )
+    add = parser.add_argument
+    add("--out", type=Path, default=Path("runs/demo"), help="folder of the runs (%(default)s)")
+    add("--epochs", type=int, help=f"epochs of each run ({RECIPE['epochs']})")
+    add("--quiet", action="store_true", help="no progress, only the table and the report's path")
     given = parser.parse_args(argv)
     console = lasting_console(f"the runs go on without it, in {given.out}")
     started = time.monotonic()
@@ -142,11 +126,8 @@ def main(argv: Sequence[str] | None = None) -> int:
     except TrainingInterrupted as stop:
         print(f"clicktrain: {stop}", file=sys.stderr)
         return stop.exit_code
-    console.print(
-        f"{len(RUNS)} runs in {time.monotonic() - started:.0f} s. Report: {report.resolve()}",
-        highlight=False,
-        soft_wrap=True,
-    )
+    line = f"{len(RUNS)} runs in {time.monotonic() - started:.0f} s. Report: {report.resolve()}"
+    console.print(line, highlight=False, soft_wrap=True)
     return 0
 
 

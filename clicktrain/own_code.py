@@ -61,11 +61,11 @@ def import_own(name: str, how: str) -> object:
         return attribute_of(module, attribute, how)
 
 
-def split_name(name: str, how: str) -> tuple[str, str]:
+def split_name(name: str, how: str, what: str = "name") -> tuple[str, str]:
     """Module and attribute of ``package.module:name``; UserError where it cannot be read."""
     module_name, _, attribute = name.partition(":")
     if not all(part.isidentifier() for part in (*module_name.split("."), attribute)):
-        raise UserError(f"cannot read the name {shortened(name, 120)!r}: {how}")
+        raise UserError(f"cannot read the {what} {shortened(name, 120)!r}: {how}")
     return module_name, attribute
 
 

@@ -8,8 +8,9 @@ from __future__ import annotations
 
 import functools
 import itertools
+import statistics
 from collections.abc import Callable, Hashable, Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, astuple, dataclass
 from typing import Any, cast
 
 import torch
@@ -23,17 +24,16 @@ from clicktrain.bench.timing import (
     WrongResultError,
     check_rounds,
     fastest,
-    geometric_mean,
     median_ms,
+    need_compiler,
 )
 from clicktrain.bench.timing import to_json as to_json
 from clicktrain.errors import UserError
 from clicktrain.formats.packed import Structure, pack_values
 from clicktrain.kernels.impls import PHASES, Candidate, ConvProblem, Impl, Phase, candidates_for
 from clicktrain.kernels.layouts import LAYOUTS
-from clicktrain.kernels.native import keep_memory, missing_toolchain, toolchain
+from clicktrain.kernels.native import keep_memory
 from clicktrain.kernels.native.library import need_all
-from clicktrain.kernels.sparse_conv2d import IMPLS
 from clicktrain.kernels.sparse_conv2d.api import OPERATOR
 
 PRECISIONS = {"fp32": torch.float32, "bf16": torch.bfloat16}
@@ -81,17 +81,9 @@ class Shape:
 
 
 SHAPES = tuple(
-    Shape(c, c, size, size, n)
-    for c, size, n in (
-        (64, 32, 64),
-        (128, 16, 64),
-        (256, 8, 64),
-        (512, 4, 64),
-        (64, 56, 16),
-        (128, 28, 16),
-        (256, 14, 16),
-        (512, 7, 16),
-    )
+    Shape(c, c, size * 64 // c, size * 64 // c, batch)
+    for size, batch in ((32, 64), (56, 16))
+    for c in (64, 128, 256, 512)
 )
 """The 3x3 layers of ResNet-18 on CIFAR and on ImageNet."""
 
@@ -102,15 +94,11 @@ class ConvRow:
 
     Attributes:
         shape: (C, F, H, W, N).
-        compression: asked for.
+        compression: all weights over kept ones, as asked for.
         group: neighboring filters that share their positions.
         density: reached; whole kernels cannot meet every compression.
-        phase: forward, dgrad or wgrad.
-        dense_ms, dense_name: the fastest dense float32 call.
-        dense_bf16_ms, dense_bf16_name: the fastest dense bfloat16 call; None if not asked for.
+        dense_ms, dense_bf16_ms: the fastest dense float32 and bfloat16 call; None if not asked for.
         precision: of the sparse operator's activations, ``fp32`` or ``bf16`` (summed up in float32).
-        sparse_ms: the sparse operator.
-        impl: the implementation that runs it.
         ratio, ratio_bf16: dense over sparse.
         fraction_of_peak: multiply-adds of kept weights (those with the padding left out) per second, over the
             measured peak; None without one.
@@ -158,19 +146,11 @@ def bench_conv(
 ) -> list[ConvRow]:
     """Time every layer forward and backward, dense and sparse, interleaved.
 
-    Args:
-        shapes: of the layers.
-        compressions: all weights over kept ones.
-        groups: neighboring filters that share their positions.
-        precisions: of the sparse operators' activations: keys of `PRECISIONS`.
-        rounds: timings of which the median is taken.
-        tune: measure the tilings that the kernels can use first and take the best, as the compiler does for
-            a network; else the one that the rule chooses.
-        compiled: also measure dense calls under ``torch.compile``.
-        bf16: also measure dense calls in bfloat16.
-        peak_gflops: what the running threads can do at most, for ``fraction_of_peak``.
-        seed: of data and positions.
-        progress: called with what is being measured.
+    ``compressions``, ``groups`` and ``precisions`` (keys of `PRECISIONS`) of the sparse layers are as in
+    `ConvRow`; medians are taken of ``rounds`` timings. ``tune`` measures the tilings that the kernels can use
+    first and takes the best, as the compiler does for a network, else the rule chooses. Dense calls are also
+    measured under ``torch.compile`` (``compiled``) and in bfloat16 (``bf16``). ``peak_gflops`` is what the
+    running threads can do at most, for ``fraction_of_peak``; ``seed`` is that of data and positions.
 
     Raises:
         UserError: a setting that cannot be, or there is no C compiler.
@@ -181,8 +161,7 @@ def bench_conv(
     check_precisions(precisions)
     if not shapes:
         raise UserError("at least one shape is needed")
-    if toolchain() is None:
-        raise UserError(f"the sparse kernels cannot be built: {missing_toolchain()}")
+    need_compiler()
     keep_memory()  # for both sides: else what is timed is how the system hands out pages
     rows = []
     for shape in shapes:
@@ -190,13 +169,12 @@ def bench_conv(
         data = _Data(shape)
         progress(f"{shape}: building and checking")
         layers = []
-        for compression in compressions:
-            for group, precision, impl in itertools.product(groups, precisions, _tunable()):
-                layer = _SparseLayer(data, compression, group, precision, seed, tune, impl)
-                if not impl.refusals(layer.problem):
-                    layer.check()
-                    layer.choose()
-                    layers.append(layer)
+        for case in itertools.product(compressions, groups, precisions, _tunable()):
+            layer = _SparseLayer(data, *case, seed, tune)
+            if not layer.impl.refusals(layer.problem):
+                layer.check()
+                layer.choose()
+                layers.append(layer)
         dense = _dense_calls(data, compiled, bf16)
         for phase in PHASES:
             progress(f"{shape}: {phase}")
@@ -219,30 +197,19 @@ def check_precisions(precisions: Sequence[str]) -> None:
         raise UserError(f"precision is {' or '.join(PRECISIONS)}, not {', '.join(unknown) or 'nothing'}")
 
 
-def geometric_means(rows: Sequence[ConvRow]) -> dict[str, float]:
-    """Mean ratio over the shapes by compression, group, precision if bf16, and phase; over all phases."""
-    return _means(rows, lambda row: row.ratio)
+def geometric_means(rows: Sequence[ConvRow], column: str = "ratio") -> dict[str, float]:
+    """Mean over the shapes by compression, group, precision if bf16, and phase; over all phases.
 
-
-def geometric_means_bf16(rows: Sequence[ConvRow]) -> dict[str, float]:
-    """As `geometric_means`, over dense bfloat16; empty if that was not measured."""
-    return _means([row for row in rows if row.ratio_bf16 is not None], lambda row: row.ratio_bf16 or 0.0)
-
-
-def geometric_means_bound(rows: Sequence[ConvRow]) -> dict[str, float]:
-    """As `geometric_means`, of `ConvRow.bound`."""
-    return _means(rows, lambda row: row.bound)
-
-
-def _means(rows: Sequence[ConvRow], ratio: Callable[[ConvRow], float]) -> dict[str, float]:
-    found: dict[str, list[float]] = {}
+    ``column`` of `ConvRow` is averaged: ``ratio``, ``bound``, or ``ratio_bf16`` (empty if not measured).
+    """
+    by_key: dict[str, list[float]] = {}
     for phase in (*PHASES, None):
         for row in rows:
-            if phase in (row.phase, None):
+            if phase in (row.phase, None) and (value := getattr(row, column)) is not None:
                 precision = "" if row.precision == "fp32" else f" {row.precision}"
                 key = f"{row.compression:g}x G={row.group}{precision} {phase or 'all'}"
-                found.setdefault(key, []).append(ratio(row))
-    return {key: geometric_mean(values) for key, values in found.items()}
+                by_key.setdefault(key, []).append(value)
+    return {key: statistics.geometric_mean(values) for key, values in by_key.items()}
 
 
 class _Data:
@@ -261,32 +228,25 @@ def _dense(phase: Phase, x: Tensor, gy: Tensor, weight: Tensor) -> Tensor:
         return F.conv2d(x, weight, padding=1)
     mask = [phase == "dgrad", phase == "wgrad", False]
     one = [1, 1]
-    found = torch.ops.aten.convolution_backward(gy, x, weight, None, one, one, one, False, [0, 0], 1, mask)
-    return cast(Tensor, found[0 if phase == "dgrad" else 1])
+    both = torch.ops.aten.convolution_backward(gy, x, weight, None, one, one, one, False, [0, 0], 1, mask)
+    return cast(Tensor, both[0 if phase == "dgrad" else 1])
 
 
 def _dense_calls(data: _Data, compiled: bool, bf16: bool) -> dict[Phase, dict[tuple[bool, str], _Call]]:
     """By phase and by (bfloat16 or not, name): calls on inputs that are in their layout and type already."""
+    dtypes = (torch.float32, torch.bfloat16) if bf16 else (torch.float32,)
     formats = {"NCHW": torch.contiguous_format, "channels_last": torch.channels_last}
     calls: dict[Phase, dict[tuple[bool, str], _Call]] = {phase: {} for phase in PHASES}
-    for phase in PHASES:
-        for low in (False, True) if bf16 else (False,):
-            dtype = torch.bfloat16 if low else torch.float32
-            for name, memory in formats.items():
-                tensors = [
-                    t.to(dtype).contiguous(memory_format=memory) for t in (data.x, data.gy, data.weight)
-                ]
-                # In training the forward call records for its backward, dense and sparse alike.
-                tensors[2].requires_grad_(phase == "forward")
-                calls[phase][low, name] = _bind(_dense, phase, tensors)
-                if compiled:
-                    run = torch.compile(_dense, dynamic=False)
-                    calls[phase][low, f"{name} compile"] = _bind(run, phase, tensors)
+    for phase, dtype, (name, memory) in itertools.product(PHASES, dtypes, formats.items()):
+        low, images = dtype == torch.bfloat16, (data.x, data.gy, data.weight)
+        tensors = [tensor.to(dtype).contiguous(memory_format=memory) for tensor in images]
+        # In training the forward call records for its backward, dense and sparse alike.
+        tensors[2].requires_grad_(phase == "forward")
+        calls[phase][low, name] = functools.partial(_dense, phase, *tensors)
+        if compiled:
+            run = torch.compile(_dense, dynamic=False)
+            calls[phase][low, f"{name} compile"] = functools.partial(run, phase, *tensors)
     return calls
-
-
-def _bind(run: Callable[..., Tensor], phase: Phase, tensors: Sequence[Tensor]) -> _Call:
-    return lambda: run(phase, *tensors)
 
 
 class _SparseLayer:
@@ -298,13 +258,15 @@ class _SparseLayer:
         compression: float,
         group: int,
         precision: str,
+        impl: Impl,
         seed: int,
         tune: bool,
-        impl: Impl = IMPLS["blocked"],
     ) -> None:
         self.data, self.compression, self.group, self.precision = data, compression, group, precision
         self.impl, self.dtype = impl, PRECISIONS[precision]
-        self.x, self.gy = self._entered(data.x), self._entered(data.gy)
+        self.layout = LAYOUTS.get(impl.layout)
+        enter = (lambda images: images) if self.layout is None else self.layout.enter(self.dtype)
+        self.x, self.gy = enter(data.x.to(self.dtype)), enter(data.gy.to(self.dtype))
         shape, generator = data.shape, torch.Generator().manual_seed(seed)
         f, c, r, s = data.weight.shape
         self.mask = pattern_mask((f, c, r, s), compression, group, generator)
@@ -317,15 +279,6 @@ class _SparseLayer:
         self.variants = self._variants(tune)
         need_all([variant.source for variants in self.variants.values() for variant in variants])
         self.best = {phase: variants[0] for phase, variants in self.variants.items()}
-
-    def _entered(self, images: Tensor) -> Tensor:
-        images = images.to(self.dtype)
-        layout = LAYOUTS.get(self.impl.layout)
-        return images if layout is None else layout.enter(self.dtype)(images)
-
-    def _left(self, x: Tensor) -> Tensor:
-        layout = LAYOUTS.get(self.impl.layout)
-        return x if layout is None else layout.leave(x, self.data.shape.batch)
 
     def _variants(self, tune: bool) -> dict[Phase, list[Candidate]]:
         """By phase, the rule's own choice first."""
@@ -342,11 +295,7 @@ class _SparseLayer:
         return functools.partial(variant.run, self.x, self.gy, values, None)
 
     def check(self) -> None:
-        """Compare what every variant computes with the dense convolution in float64.
-
-        Raises:
-            WrongResultError: one of them differs.
-        """
+        """Raise WrongResultError if a variant differs from the dense convolution in float64."""
         x, gy = self.data.x.double(), self.data.gy.double()
         weight = self.data.weight.double() * self.mask
         for phase, variants in self.variants.items():
@@ -355,7 +304,8 @@ class _SparseLayer:
                 expected = pack_values(self.structure, expected)
             for variant in variants:
                 result = self.call(phase, variant)().detach()
-                result = result if phase == "wgrad" else self._left(result)
+                if phase != "wgrad" and self.layout is not None:
+                    result = self.layout.leave(result, self.data.shape.batch)
                 error = float((result - expected).abs().max() / expected.abs().max())
                 if not error <= self.impl.tolerance[self.dtype]:
                     raise WrongResultError(
@@ -395,22 +345,21 @@ def _measure(
     peak_gflops: float | None,
 ) -> list[ConvRow]:
     calls: dict[Hashable, _Call] = dict(dense.items())
-    calls.update({i: layer.call(phase, layer.best[phase]) for i, layer in enumerate(layers)})
-    calls.update(
-        {("arithmetic", i): multiply_adds(layer.operations() // 2) for i, layer in enumerate(layers)}
-    )
-    calls.update({("memory", i): one_pass(*layer.memory(phase)) for i, layer in enumerate(layers)})
+    for i, layer in enumerate(layers):
+        calls["layer", i] = layer.call(phase, layer.best[phase])
+        calls["arithmetic", i] = multiply_adds(layer.operations() // 2)
+        calls["memory", i] = one_pass(*layer.memory(phase))
     times = median_ms(calls, rounds)
     dense_name, dense_ms = fastest({key[1]: times[key] for key in dense if not key[0]})
     low = {key[1]: times[key] for key in dense if key[0]}
     bf16_name, bf16_ms = fastest(low) if low else (None, None)
     rows = []
     for i, layer in enumerate(layers):
-        shape, ms = layer.data.shape, times[i]
+        shape, ms = layer.data.shape, times["layer", i]
         achieved = layer.operations() / ms / 1e6
         rows.append(
             ConvRow(
-                shape=(shape.channels, shape.filters, shape.height, shape.width, shape.batch),
+                shape=astuple(shape),
                 compression=layer.compression,
                 group=layer.group,
                 density=layer.structure.density,

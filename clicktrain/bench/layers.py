@@ -1,26 +1,23 @@
 """Speedup of a finished run's network layer by layer, beside the dense network (PruneTrain 5.1).
 
-The speedup of a layer may lag its FLOP reduction. Each layer
-is timed by itself, at the shapes that it has in the whole network; what the layers do not account for is the
-rest: batch norm, activations, additions, loss and optimizer.
+The speedup of a layer may lag its FLOP reduction. Each layer is timed by itself, at its shapes in the whole
+network; the rest is batch norm, activations, additions, loss and optimizer.
 """
 
 from __future__ import annotations
 
-import contextlib
 import copy
 import math
 import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from typing import cast
 
 import torch
 from torch import Tensor, nn
 
 from clicktrain.accounting import LayerCost, count
 from clicktrain.bench.runs import RunRow, network_call, random_batch
-from clicktrain.bench.timing import Progress, median_ms
+from clicktrain.bench.timing import Progress, autocast, channels_last, median_ms
 from clicktrain.bench.timing import to_json as to_json
 from clicktrain.errors import UserError
 from clicktrain.graph import Inputs, layer_input_shapes
@@ -33,6 +30,7 @@ from clicktrain.train.restore import LoadedRun
 TIMED_MS = 2.0
 """Calls of a small layer are repeated within one timing until it takes about so long."""
 MOST_REPEATS = 64
+_CPU = torch.device("cpu")
 TRAINING = "training step"
 PACKED = "packed: its kernel is part of the accelerated network"
 
@@ -43,7 +41,6 @@ class LayerTime:
 
     Attributes:
         layer: its name in the dense network.
-        kind: ``conv`` or ``linear``.
         dense_shape, pruned_shape: of its weights, [F, C, R, S] or [O, I]; None where the layer is gone.
         dense_input, pruned_input: of what it reads in its first call, images first; None likewise.
         dense_flops, pruned_flops: per image, of the passes that are timed.
@@ -126,16 +123,7 @@ def bench_layers(
     """Time the layers of networks that `bench_runs` has timed whole, in the memory order that was fastest.
 
     Dense and pruned layers are interleaved, layer after layer. Packed layers of an accelerated network are
-    left out, with a note: they have no time of their own there.
-
-    Args:
-        rows: of `bench_runs`.
-        rounds: timings of which the median is taken.
-        model: as for `bench_runs`.
-        progress: called with what is being measured.
-
-    Raises:
-        UserError: no such run.
+    left out, with a note: they have no time of their own there. Settings and errors as for `bench_runs`.
     """
     tables = []
     for row in rows:
@@ -160,8 +148,7 @@ class _Side:
         module = copy.deepcopy(self.model.get_submodule(layer))
         own = [torch.randn(shape) for shape in self.inputs[layer]]
         if layout == "channels_last":
-            module = cast(nn.Module, module.to(memory_format=torch.channels_last))  # type: ignore[call-overload]
-            own = [x.contiguous(memory_format=torch.channels_last) if x.dim() == 4 else x for x in own]
+            module, *own = channels_last(module, *own)
         needed = self.training and self.costs[layer].grad_input_flops_dense > 0
         return _call(module, [x.requires_grad_(needed) for x in own], bool(half), self.training)
 
@@ -188,7 +175,7 @@ def _table(loaded: LoadedRun, row: RunRow, rounds: int) -> LayerTable:
     whole = row.dense_ms, row.pruned_ms
     if not accelerated:
         sides = {"dense": dense.whole(x, y), "pruned": pruned.whole(x, y)}
-        times = median_ms(sides, rounds, warmup=2, clock=_clock())
+        times = median_ms(sides, rounds, warmup=2, clock=clock_of(_CPU))
         whole = times["dense"], times["pruned"]
     layers = []
     for name in dense.costs:
@@ -222,7 +209,7 @@ def _layer(
     calls = {"dense": dense.call(name)}
     if there is not None and not packed:
         calls["pruned"] = pruned.call(there)
-    times = median_ms(calls, rounds, repeat=_repeats(calls["dense"]), clock=_clock())
+    times = median_ms(calls, rounds, repeat=_repeats(calls["dense"]), clock=clock_of(_CPU))
     before, after = times["dense"], times.get("pruned", None if packed else 0.0)
     flops, left = dense.flops(name), 0 if there is None else pruned.flops(there)
     saved = 1 - left / max(flops, 1)
@@ -262,30 +249,25 @@ def _name_now(name: str, plans: Sequence[SurgeryPlan]) -> str | None:
 
 def _call(module: nn.Module, inputs: list[Tensor], half: bool, training: bool) -> Callable[[], object]:
     """Forward of a layer, with the gradients of its parameters and inputs if it is to train."""
-    context = (lambda: torch.autocast("cpu", torch.bfloat16)) if half else contextlib.nullcontext
     if not training:
 
         def predict() -> None:
-            with torch.inference_mode(), context():
+            with torch.inference_mode(), autocast(half):
                 for x in inputs:
                     module(x)
 
         return predict
     wanted = [p for p in module.parameters() if p.requires_grad]
-    with context():
+    with autocast(half):
         gradients = [torch.randn_like(module(x)) for x in inputs]  # in the memory order of the output
 
     def train() -> None:
         for x, gradient in zip(inputs, gradients, strict=True):
-            with context():
+            with autocast(half):
                 y = module(x)
             torch.autograd.grad(y, [*wanted, x] if x.requires_grad else wanted, gradient)
 
     return train
-
-
-def _clock() -> Callable[[], float]:
-    return clock_of(torch.device("cpu"))
 
 
 def _repeats(call: Callable[[], object]) -> int:

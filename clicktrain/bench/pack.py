@@ -20,16 +20,10 @@ REPEAT = 20
 
 @dataclass(frozen=True, slots=True)
 class PackRow:
-    """Three ways from a dense weight to the values that are kept.
+    """Three ways from a dense weight, filters x weights of one filter, to the values that are kept.
 
-    Attributes:
-        case: filters x weights of one filter.
-        density: kept weights over all.
-        pack_ms: `pack_values`, the positions known.
-        csr_ms: ``Tensor.to_sparse_csr``, which finds them each time.
-        masked_select_ms: ``torch.masked_select`` with the mask known.
-        ratio: CSR over packing.
-        ratio_masked_select: masked_select over packing.
+    `pack_values` and ``torch.masked_select`` know the positions, ``Tensor.to_sparse_csr`` finds them each
+    time; the ratios are of CSR and of masked_select over packing.
     """
 
     case: str
@@ -51,12 +45,7 @@ def bench_pack(
 ) -> list[PackRow]:
     """Time the conversion of a weight [filters, channels, 3, 3]; the paper's case by default.
 
-    Args:
-        filters: rows of the matrix.
-        channels: of the input; 9 columns each.
-        sparsities: shares of zeros.
-        rounds: timings of which the median is taken.
-        seed: of the weight and its positions.
+    ``sparsities`` are shares of zeros; medians are taken of ``rounds`` timings.
 
     Raises:
         UserError: a setting that cannot be.

@@ -2,19 +2,25 @@
 
 from __future__ import annotations
 
-import contextlib
 import copy
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import cast
 
 import torch
 from torch import Tensor, nn
 
 from clicktrain.accounting import ModelCost, count
 from clicktrain.bench.step import TrainingStep, accelerated
-from clicktrain.bench.timing import Progress, WrongResultError, check_rounds, fastest, median_ms
+from clicktrain.bench.timing import (
+    Progress,
+    WrongResultError,
+    autocast,
+    channels_last,
+    check_rounds,
+    fastest,
+    median_ms,
+)
 from clicktrain.bench.timing import to_json as to_json
 from clicktrain.compiler import Accelerated
 from clicktrain.errors import UserError
@@ -36,13 +42,10 @@ class RunRow:
 
     Attributes:
         run: its folder.
-        method: how it was pruned.
         what: ``inference``, or ``training step`` (forward, loss, backward, SGD with momentum).
-        batch_size: images.
         dense_ms, dense_name: of the dense network, in the fastest memory order and precision that was tried
             (`safe_layouts`).
         pruned_ms, pruned_name: of the run's network, likewise, or accelerated.
-        ratio: dense_ms / pruned_ms.
         flops_ratio: FLOPs of the pruned network over those of the dense one, for the same thing.
         share_of_saving: time saved over FLOPs saved; 1 = time fell as FLOPs did, None if no FLOPs were saved.
     """
@@ -71,13 +74,8 @@ def bench_runs(
 ) -> list[RunRow]:
     """Time the networks of finished runs; all that is compared is interleaved in one process.
 
-    Args:
-        paths: folders of the runs.
-        batch_sizes: images per call.
-        rounds: timings of which the median is taken.
-        bf16: also try everything dense under bfloat16 autocast.
-        model: package.module:factory, for runs of a network of one's own.
-        progress: called with what is being measured.
+    Medians are taken of ``rounds`` timings. ``bf16`` also tries everything dense under bfloat16 autocast;
+    ``model`` is package.module:factory, for runs of a network of one's own.
 
     Raises:
         UserError: no such run, or a number out of range.
@@ -161,15 +159,13 @@ def network_call(
 ) -> Callable[[], object]:
     """A network's training step, or its inference, in a memory order; ``half``: under bfloat16 autocast."""
     if layout == "channels_last":
-        model = cast(nn.Module, model.to(memory_format=torch.channels_last))  # type: ignore[call-overload]
-        x = x.contiguous(memory_format=torch.channels_last)
+        model, x = channels_last(model, x)
     if training:
-        return TrainingStep(model.train(), x, y, autocast=half)
+        return TrainingStep(model.train(), x, y, bf16=half)
     model.eval()
 
     def predict() -> None:
-        context = torch.autocast("cpu", torch.bfloat16) if half else contextlib.nullcontext()
-        with torch.inference_mode(), context:
+        with torch.inference_mode(), autocast(half):
             model(x)
 
     return predict

@@ -63,14 +63,8 @@ def bench_stages(
 ) -> list[StageRow]:
     """Time steps of every stage, each beside a dense step on the same batch.
 
-    Args:
-        model: zoo name; a CIFAR stem is used up to 64 pixels.
-        method: settings; its stage lengths are replaced so that every stage lasts ``steps`` steps.
-        batch_size: images per step.
-        image_size: pixels.
-        steps: measured steps per stage, at least 3; the first of each stage is not counted.
-        device: where to run.
-        seed: of weights and data.
+    ``model`` is a zoo name; a CIFAR stem is used up to 64 pixels. The stage lengths of ``method`` are
+    replaced so that every stage lasts ``steps`` steps, at least 3, and one more that is not counted.
     """
     if steps < 3:
         raise UserError(f"steps must be at least 3 for a median, not {steps}")
@@ -85,12 +79,12 @@ def bench_stages(
         regularize_length=share,
     )
     stem = "cifar" if image_size <= 64 else "imagenet"
-    sides = []
-    for side_method in (Dense(), timed):
+
+    def side(of: Method[Any]) -> _Side:
         torch.manual_seed(seed)
-        network = create_model(model, num_classes=10, stem=stem).to(device)
-        sides.append(_Side(side_method, network, total))
-    dense, pruned = sides
+        return _Side(of, create_model(model, num_classes=10, stem=stem).to(device), total)
+
+    dense, pruned = side(Dense()), side(timed)
     generator = torch.Generator().manual_seed(seed)
     x = torch.randn(batch_size, 3, image_size, image_size, generator=generator).to(device)
     y = torch.randint(10, (batch_size,), generator=generator).to(device)

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import contextlib
 import copy
 import itertools
 import json
@@ -10,7 +9,7 @@ import sys
 import warnings
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, dataclass
-from typing import Any, NamedTuple, cast
+from typing import Any, NamedTuple
 
 import torch
 import torch.nn.functional as F
@@ -19,11 +18,20 @@ from torch import Tensor, nn
 from clicktrain.bench.conv import check_precisions
 from clicktrain.bench.masks import check_sparsity, model_masks
 from clicktrain.bench.memory import in_fresh_process, peak_mb
-from clicktrain.bench.timing import Progress, WrongResultError, check_rounds, fastest, median_ms
+from clicktrain.bench.timing import (
+    Progress,
+    WrongResultError,
+    autocast,
+    channels_last,
+    check_rounds,
+    fastest,
+    median_ms,
+    need_compiler,
+)
 from clicktrain.bench.timing import to_json as to_json
 from clicktrain.compiler import Accelerated, LoweringPlan, accelerate
 from clicktrain.errors import UserError
-from clicktrain.kernels.native import keep_memory, missing_toolchain, toolchain
+from clicktrain.kernels.native import keep_memory
 from clicktrain.kernels.native.failure import summary, watch_failures
 from clicktrain.kernels.pack_model import pack_model_
 from clicktrain.kernels.sparse_conv2d import PackedConv2d
@@ -38,13 +46,9 @@ GRADIENT_TOLERANCE = 0.03
 
 @dataclass(frozen=True, slots=True)
 class StepCase:
-    """A network and a batch, the same ones in every process.
+    """A network and a batch, the same ones in every process; a CIFAR stem is used up to 64 pixels.
 
-    Attributes:
-        model: zoo name, or ``package.module:factory``; a CIFAR stem is used up to 64 pixels.
-        batch_size: images per step.
-        image_size: pixels.
-        seed: of weights, positions and data.
+    ``model`` is a zoo name, or ``package.module:factory``; ``seed`` that of weights, positions and data.
     """
 
     model: str = "resnet18"
@@ -80,17 +84,14 @@ class StepRow:
     """One network at one compression.
 
     Attributes:
-        model, compression, group: what was measured.
         density: kept weights of the packed layers over all of theirs.
-        dense_fp32_ms, dense_fp32_name: the fastest dense float32 step.
-        dense_bf16_ms, dense_bf16_name: the fastest dense step under bfloat16 autocast; None if not asked for.
+        dense_fp32_ms, dense_bf16_ms: the fastest dense step, in float32 and under bfloat16 autocast; None if
+            not asked for.
         precision: of the accelerated step: ``fp32``, or ``bf16`` for one under autocast whose activations the
             compiler may keep in bfloat16.
         activations: what it keeps them in, see `clicktrain.compiler.LoweringPlan`.
-        sparse_ms: the accelerated step.
         ratio_fp32, ratio_bf16: dense over accelerated.
-        dense_memory_mb, dense_memory_name: peak memory of the leaner eager step in that precision.
-        sparse_memory_mb: peak memory of the accelerated step.
+        dense_memory_mb: peak memory of the leaner eager step in that precision.
     """
 
     model: str
@@ -126,17 +127,10 @@ def bench_step(
 ) -> list[StepRow]:
     """Time forward, loss, backward and SGD with momentum; every network on the same batch, interleaved.
 
-    Args:
-        case: the network and the batch.
-        compressions: all weights over kept ones.
-        groups: neighboring filters that share their positions.
-        precisions: of the accelerated steps, ``fp32`` and ``bf16``.
-        rounds: timings of which the median is taken.
-        compiled: also measure the dense network under ``torch.compile``, channels last.
-        bf16: also measure dense steps under bfloat16 autocast.
-        memory: also measure the peak memory of a step, each in a process of its own.
-        rule: how the compiler chooses operators.
-        progress: called with what is being measured.
+    ``compressions``, ``groups`` and ``precisions`` of the accelerated steps are as in `bench_conv`; ``rule``
+    is how the compiler chooses operators. Also measured: the dense network under ``torch.compile``, channels
+    last (``compiled``), dense steps under bfloat16 autocast (``bf16``), and the peak memory of each step, in
+    a process of its own (``memory``).
 
     Raises:
         UserError: a setting that cannot be.
@@ -210,12 +204,6 @@ def accelerated(model: nn.Module, example: Tensor, **settings: Any) -> nn.Module
     return fast
 
 
-def need_compiler() -> None:
-    """Raise UserError unless kernels can be built."""
-    if toolchain() is None:
-        raise UserError(f"the sparse kernels cannot be built: {missing_toolchain()}")
-
-
 class _Sparse(NamedTuple):
     """One accelerated network."""
 
@@ -250,10 +238,9 @@ def _accelerated(case: StepCase, one: _Sparse, rule: str, progress: Progress) ->
     packed = case.packed(one.compression, one.group)
     fast = one.accelerate(copy.deepcopy(packed), case, rule)
     progress(f"checking at {one}")
-    check_same(packed, fast, *case.batch(), autocast=one.autocast)
+    check_same(packed, fast, *case.batch(), bf16=one.autocast)
     plan = fast.plan if isinstance(fast, Accelerated) else None
-    step = TrainingStep(fast, *case.batch(), autocast=one.autocast)
-    return step, _About(_density(packed), plan)
+    return TrainingStep(fast, *case.batch(), bf16=one.autocast), _About(_density(packed), plan)
 
 
 def _peaks(
@@ -263,9 +250,8 @@ def _peaks(
     dense = {}
     for kind in precisions:
         progress(f"memory of the dense step in {kind}")
-        dense[kind] = fastest(
-            {name: _memory(case, layout=name, kind=kind) for name in ("NCHW", "channels_last")}
-        )
+        layouts = ("NCHW", "channels_last")
+        dense[kind] = fastest({name: _memory(case, layout=name, kind=kind) for name in layouts})
     sparse = {}
     for one, (_, plan) in about.items():
         progress(f"memory at {one}")
@@ -273,30 +259,30 @@ def _peaks(
     return dense, sparse
 
 
-def check_same(reference: nn.Module, fast: nn.Module, x: Tensor, y: Tensor, autocast: bool = False) -> None:
+def check_same(reference: nn.Module, fast: nn.Module, x: Tensor, y: Tensor, bf16: bool = False) -> None:
     """Compare loss and gradients of two networks with the same parameters.
 
     Both are held against the reference in float64. The loss has to agree closely. Gradients cannot: where
     rounding carries one input of a ReLU over zero, they jump; between two dense layouts of one network they
-    differ by half a percent already. A wrong kernel or a wrong graph is off by far more. With ``autocast``
-    both run under it: all gradients together may be off by twice what the reference's are, each by more, by
-    chance.
+    differ by half a percent already. A wrong kernel or a wrong graph is off by far more. With ``bf16``
+    both run under autocast: all gradients together may be off by twice what the reference's are, each by
+    more, by chance.
 
     Raises:
         WrongResultError: they differ, or a parameter is missing.
     """
     exact_loss, exact = _gradients(copy.deepcopy(reference).double(), x.double(), y)
-    loss, own = _gradients(copy.deepcopy(reference), x, y, autocast)
-    fast_loss, fast_gradients = _gradients(fast, x, y, autocast)
+    loss, own = _gradients(copy.deepcopy(reference), x, y, bf16)
+    fast_loss, fast_gradients = _gradients(fast, x, y, bf16)
     fast.zero_grad()
     if fast_gradients.keys() != exact.keys():
         different = ", ".join(sorted(fast_gradients.keys() ^ exact.keys()))
         raise WrongResultError(f"the accelerated network has other parameters: {different}")
-    near = 2e-2 if autocast else 1e-5  # a loss in bfloat16 agrees by chance
-    allowed = (2 if autocast else 20) * abs(loss - exact_loss) + near * max(abs(exact_loss), 1)
+    near = 2e-2 if bf16 else 1e-5  # a loss in bfloat16 agrees by chance
+    allowed = (2 if bf16 else 20) * abs(loss - exact_loss) + near * max(abs(exact_loss), 1)
     if not abs(fast_loss - exact_loss) <= allowed:
         raise WrongResultError(f"the accelerated network's loss is {fast_loss:.6f}, not {exact_loss:.6f}")
-    if autocast:
+    if bf16:
         joined = [torch.cat([g.flatten() for g in one.values()]) for one in (exact, own, fast_gradients)]
         _near("all parameters", *joined, times=2, room=0)
     total = max(float(gradient.norm()) for gradient in exact.values())
@@ -315,11 +301,9 @@ def _near(name: str, exact: Tensor, own: Tensor, fast: Tensor, *, times: float, 
         )
 
 
-def _gradients(
-    model: nn.Module, x: Tensor, y: Tensor, autocast: bool = False
-) -> tuple[float, dict[str, Tensor]]:
+def _gradients(model: nn.Module, x: Tensor, y: Tensor, bf16: bool = False) -> tuple[float, dict[str, Tensor]]:
     model.zero_grad()
-    with _precision(autocast):
+    with autocast(bf16):
         loss = F.cross_entropy(model(x), y)
     loss.backward()  # type: ignore[no-untyped-call]
     gradients = {
@@ -345,32 +329,27 @@ def _dense_names(compiled: bool, bf16: bool) -> list[tuple[str, str]]:
 def _dense_step(case: StepCase, kind: str, name: str) -> TrainingStep:
     model, (x, y) = case.network(), case.batch()
     if name.startswith("channels_last"):
-        model = cast(nn.Module, model.to(memory_format=torch.channels_last))  # type: ignore[call-overload]
-        x = x.contiguous(memory_format=torch.channels_last)
+        model, x = channels_last(model, x)
     if name.endswith("compile"):
         # A module's own compile keeps the module; code is generated again for each one's parameters.
         model.compile(dynamic=False)
-    return TrainingStep(model, x, y, autocast=kind == "bf16")
+    return TrainingStep(model, x, y, bf16=kind == "bf16")
 
 
 class TrainingStep:
     """A network with its optimizer and its batch; calling it does one training step."""
 
-    def __init__(self, model: nn.Module, x: Tensor, y: Tensor, autocast: bool = False) -> None:
-        self.model, self.x, self.y, self.autocast = model, x, y, autocast
+    def __init__(self, model: nn.Module, x: Tensor, y: Tensor, bf16: bool = False) -> None:
+        self.model, self.x, self.y, self.bf16 = model, x, y, bf16
         self.optimizer = torch.optim.SGD(model.parameters(), lr=0.01, momentum=0.9)
 
     def __call__(self) -> None:
         """Do one step."""
         self.optimizer.zero_grad()
-        with _precision(self.autocast):
+        with autocast(self.bf16):
             loss = F.cross_entropy(self.model(self.x), self.y)
         loss.backward()  # type: ignore[no-untyped-call]
         self.optimizer.step()
-
-
-def _precision(autocast: bool) -> contextlib.AbstractContextManager[object]:
-    return torch.autocast("cpu", torch.bfloat16) if autocast else contextlib.nullcontext()
 
 
 def _memory(case: StepCase, **what: Any) -> float:
@@ -393,7 +372,7 @@ def _main(text: str) -> None:
         fast = packed
         if what["plan"] is not None:
             fast = accelerate(packed, case.batch()[0], plan=LoweringPlan.from_json(what["plan"]))
-        return TrainingStep(fast, *case.batch(), autocast=one.autocast)
+        return TrainingStep(fast, *case.batch(), bf16=one.autocast)
 
     # What libraries take when they are first used is neither side's: both begin with it.
     tiny = nn.Sequential(

@@ -19,12 +19,7 @@ def several_processes() -> bool:
 
 
 def agreed(numbers: Sequence[float], device: torch.device) -> list[float]:
-    """The first process's numbers, in all of them; each process gives as many.
-
-    Args:
-        numbers: of this process.
-        device: of the network; GPU backends send tensors of their own device only.
-    """
+    """The first process's numbers, in all of them; each gives as many. GPU backends send from ``device``."""
     if not several_processes():
         return list(numbers)
     dtype = torch.float32 if device.type == "mps" else torch.float64

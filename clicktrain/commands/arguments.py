@@ -56,7 +56,8 @@ class Option:
         """Type and default, in brackets."""
         parts = []
         if not _kinds(self.hint) & {bool, str, Literal, tuple, dict}:  # else the metavar says it
-            parts.append(f"type: {_type_name(self.hint)}")
+            numbers = _kinds(self.hint) - {types.NoneType}
+            parts.append(f"type: {' or '.join(kind.__name__ for kind in numbers)}")
         if self.default is not None:  # else the help says what happens
             parts.append(f"default: {_shown(self.default)}")
         if choices_in(self.hint) is not None:
@@ -83,18 +84,17 @@ class Positional:
     many: bool = False
 
 
+RUN = Positional("run", "Folder of the run.")
+QUIET = Option("quiet", bool, "No progress, only the last line.", False, main=False)
+REPORT = Option("report", bool, "Write report.html into the run's folder at the end.", True, main=False)
+JSON = Option("json", bool, "Print one JSON object.", False)
+
+
 @dataclass(frozen=True)
 class Command:
-    """What a command takes.
+    """What a command takes: flags (``groups``) and ``notes`` by heading, and arguments without a flag.
 
-    Attributes:
-        name: of the command, as it is typed.
-        description: one or two sentences for ``--help``.
-        groups: flags by heading.
-        notes: lines under a heading.
-        positional: arguments without a flag, or None.
-        explain: asked about a flag that this command does not have; a sentence, or None.
-        examples: shown at the end of ``--help``.
+    ``explain`` is asked about a flag that the command does not have, for a sentence or None.
     """
 
     name: str
@@ -106,12 +106,7 @@ class Command:
     examples: str = ""
 
     def parse(self, argv: Sequence[str]) -> dict[str, Any]:
-        """Values of what was given, by name; nothing for what was not.
-
-        Raises:
-            UserError: unknown flag (names the nearest), missing or wrong value, wrong number of positionals.
-            HelpPrinted: ``--help`` or ``--help-all`` was given; the help is on stdout.
-        """
+        """Values of what was given, by name; HelpPrinted after ``--help`` or ``--help-all``."""
         if {"-h", "--help", "--help-all"} & set(argv):
             print(self.help(every="--help-all" in argv))
             raise HelpPrinted
@@ -151,11 +146,9 @@ class Command:
         if (sentence := self.explain(name)) is not None:
             return UserError(sentence)
         close = difflib.get_close_matches(name, list(options), n=1)
-        hint = (
-            f"did you mean --{close[0].replace('_', '-')}?"
-            if close
-            else f"see 'clicktrain {self.name} --help' for those that there are"
-        )
+        hint = f"see 'clicktrain {self.name} --help' for those that there are"
+        if close:
+            hint = f"did you mean --{close[0].replace('_', '-')}?"
         return UserError(f"unknown flag {head}: {hint}")
 
     def _check_words(self, words: Sequence[str]) -> Any:
@@ -222,9 +215,8 @@ def options_of(cls: type) -> list[Option]:
     for item in fields(cls):
         if not item.init:
             continue
-        default = item.default if item.default is not MISSING else None
-        if item.default_factory is not MISSING:
-            default = item.default_factory()
+        make = item.default_factory
+        default = make() if make is not MISSING else None if item.default is MISSING else item.default
         hint = hints[item.name]
         options.append(Option(item.name, hint, texts.get(item.name, ""), default, metavar=_metavar(hint)))
     return options
@@ -245,13 +237,7 @@ def _metavar(hint: Any) -> str:
     return next((text for kind, text in ((float, "X"), (int, "N")) if kind in kinds), "TEXT")
 
 
-def _type_name(hint: Any) -> str:
-    """The type of a number."""
-    return " or ".join(kind.__name__ for kind in _kinds(hint) - {types.NoneType})
-
-
 def _shown(value: Any) -> str:
-    """A default as it is typed."""
     if isinstance(value, bool):
         return str(value).lower()
     if isinstance(value, tuple | list | dict):

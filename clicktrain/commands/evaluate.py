@@ -7,25 +7,25 @@ from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from typing import TYPE_CHECKING, Any, Literal
 
-from clicktrain.commands.arguments import OWN_MODEL, Command, Option, Positional
+from clicktrain.commands.arguments import JSON, OWN_MODEL, RUN, Command, Option
 from clicktrain.errors import UserError
 
 if TYPE_CHECKING:
     from clicktrain.data import ImageData
     from clicktrain.train import LoadedRun, RunConfig
-    from clicktrain.train.robustness import Attack
+    from clicktrain.train.evaluate import Attack
 
 _COMMAND = Command(
     name="evaluate",
     description="Accuracy and loss of a finished run on the validation images, and under attack if asked.",
-    positional=Positional("run", "Folder of the run."),
+    positional=RUN,
     groups={
         "this command": (
             OWN_MODEL,
             Option("data", str | None, "Other images than the run's own, as for train.", metavar="SPEC"),
             Option("batch_size", int | None, "Images per forward pass; as in training by default."),
             Option("device", str | None, "auto, cpu, cuda or mps; as in training by default."),
-            Option("json", bool, "Print one JSON object.", False),
+            JSON,
         ),
         "adversarial attack": (
             Option("attack", Literal["fgsm", "pgd"] | None, "Attack images by the network's gradients."),
@@ -41,6 +41,7 @@ def run(argv: Sequence[str]) -> int:
     """Run the command; the exit code."""
     given = _COMMAND.parse(argv)
     from clicktrain.train import load_run
+    from clicktrain.train.evaluate import save_robustness
 
     loaded = load_run(given["run"], given.get("model"))
     names = [name for name in ("data", "batch_size", "device") if given.get(name) is not None]
@@ -48,8 +49,6 @@ def run(argv: Sequence[str]) -> int:
     attacks = _attacks(given, config.seed)
     result = _evaluate(loaded, config, attacks)
     if attacks and config.data == loaded.config.data:
-        from clicktrain.train.robustness import save_robustness
-
         save_robustness(loaded.folder, attacks, [row["accuracy"] for row in result["robustness"]])
     if given.get("json"):
         print(json.dumps(result, indent=2))
@@ -66,7 +65,7 @@ def run(argv: Sequence[str]) -> int:
 
 def _attacks(given: Mapping[str, Any], seed: int) -> list[Attack]:
     """The attacks that are asked for; UserError for flags that do not fit together."""
-    from clicktrain.train.robustness import PAPER_EPSILONS, Attack
+    from clicktrain.train.evaluate import PAPER_EPSILONS, Attack
 
     name, steps = given.get("attack"), given.get("steps")
     if name is None:
@@ -82,7 +81,7 @@ def _attacks(given: Mapping[str, Any], seed: int) -> list[Attack]:
 
 def _evaluate(loaded: LoadedRun, config: RunConfig, attacks: Sequence[Attack]) -> dict[str, Any]:
     from clicktrain.train.device import resolve_device, set_up
-    from clicktrain.train.evaluate import evaluate
+    from clicktrain.train.evaluate import attacked_accuracy, evaluate
     from clicktrain.train.prepare import make_val_loader, open_run_data
 
     device = resolve_device(config.device)
@@ -104,16 +103,12 @@ def _evaluate(loaded: LoadedRun, config: RunConfig, attacks: Sequence[Attack]) -
         "compression_ratio": loaded.summary["compression_ratio"],
     }
     if attacks:
-        from clicktrain.train.robustness import attacked_accuracy
-
         accuracies = attacked_accuracy(
             model, loader, attacks, mean=data.mean, std=data.std, device=device, precision=config.precision
         )
         report["attack"] = attacks[0].name
-        report["robustness"] = [
-            {"epsilon": attack.epsilon, "accuracy": accuracy}
-            for attack, accuracy in zip(attacks, accuracies, strict=True)
-        ]
+        pairs = zip(attacks, accuracies, strict=True)
+        report["robustness"] = [{"epsilon": attack.epsilon, "accuracy": share} for attack, share in pairs]
     return report
 
 

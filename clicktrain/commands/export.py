@@ -6,16 +6,14 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Literal
 
-from clicktrain.commands.arguments import OWN_MODEL, Command, Option, Positional
+from clicktrain.commands.arguments import OWN_MODEL, RUN, Command, Option
 from clicktrain.errors import UserError
 
 _COMMAND = Command(
     name="export",
-    description=(
-        "Write the network of a finished run for other tools. The file is loaded back and compared with the "
-        "network before it gets its name."
-    ),
-    positional=Positional("run", "Folder of the run."),
+    description="Write the network of a finished run for other tools. The file is loaded back and compared "
+    "with the network before it gets its name.",
+    positional=RUN,
     groups={
         "this command": (
             OWN_MODEL,

@@ -8,7 +8,7 @@ from collections import Counter
 from collections.abc import Mapping, Sequence
 from typing import TYPE_CHECKING, Any
 
-from clicktrain.commands.arguments import OWN_MODEL, Command, Option, Positional
+from clicktrain.commands.arguments import JSON, OWN_MODEL, RUN, Command
 from clicktrain.wording import short
 
 if TYPE_CHECKING:
@@ -20,8 +20,8 @@ if TYPE_CHECKING:
 _COMMAND = Command(
     name="inspect",
     description="Layer by layer: shape, density, kept weights, patterns, FLOPs, operator.",
-    positional=Positional("run", "Folder of the run."),
-    groups={"this command": (OWN_MODEL, Option("json", bool, "Print one JSON object.", False))},
+    positional=RUN,
+    groups={"this command": (OWN_MODEL, JSON)},
 )
 
 SHOWN_PATTERNS = 12
@@ -122,13 +122,12 @@ def show(facts: Mapping[str, Any], console: Console) -> None:
 
 
 def _sums(facts: Mapping[str, Any]) -> list[str]:
-    accuracy = facts["val_accuracy"]
+    accuracy = "-" if facts["val_accuracy"] is None else f"{facts['val_accuracy']:.2f}%"
+    kept = f"{facts['nonzero_parameters']:,} of {facts['parameters']:,} parameters are not zero"
+    flops = f"inference FLOPs {100 * facts['inference_flops_ratio']:.1f}% of dense"
     return [
-        f"{asked_and_reached(facts)}; "
-        f"{facts['nonzero_parameters']:,} of {facts['parameters']:,} parameters are not zero",
-        f"inference FLOPs {100 * facts['inference_flops_ratio']:.1f}% of dense, "
-        f"{training_share(facts, 1)}; "
-        f"accuracy {'-' if accuracy is None else f'{accuracy:.2f}%'}",
+        f"{asked_and_reached(facts)}; {kept}",
+        f"{flops}, {training_share(facts, 1)}; accuracy {accuracy}",
     ]
 
 
@@ -171,8 +170,7 @@ def training_share(summary: Mapping[str, Any], digits: int) -> str:
 
 def asked_and_reached(summary: Mapping[str, Any]) -> str:
     """The compression of a run beside what was asked for."""
-    asked = summary.get("compression_asked")
-    sparsity = summary.get("sparsity_asked")
+    asked, sparsity = summary.get("compression_asked"), summary.get("sparsity_asked")
     if asked is not None:
         wish = f"compression asked {asked:g}x"
     elif sparsity is not None:

@@ -1,9 +1,12 @@
-"""Progress of a run: a live display on a terminal, one line per epoch elsewhere."""
+"""A run on the command line: its display, its report, and the last line."""
 
 from __future__ import annotations
 
+import logging
 import time
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager, nullcontext
+from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from rich.console import Console, Group
@@ -12,6 +15,12 @@ from rich.progress_bar import ProgressBar
 from rich.table import Table
 from rich.text import Text
 
+from clicktrain.commands.inspect import asked_and_reached, training_share
+from clicktrain.commands.screen import lasting_console, warn
+from clicktrain.methods import Method
+from clicktrain.methods.outcome import Outcome
+from clicktrain.train import RunConfig, RunFolder, TrainingInterrupted
+from clicktrain.train.fit import fit
 from clicktrain.wording import clock
 
 if TYPE_CHECKING:
@@ -32,7 +41,7 @@ class EpochLines:
     def start(self, config: RunConfig, method: Method[Any], prepared: Prepared) -> None:
         """Print the network, method, length, device and precision."""
         batches = len(prepared.train_loader)
-        self._print(
+        self.message(
             f"{config.model}, method {config.method}: {config.epochs} epochs of {batches} batches "
             f"on {prepared.device} in {config.precision}"
         )
@@ -43,24 +52,20 @@ class EpochLines:
 
     def epoch(self, record: dict[str, Any]) -> None:
         """Print the epoch's line."""
-        left = None
-        if self._last is not None and self._last.epoch == record["epoch"]:
-            left = self._last.eta_seconds
-        epochs = f"/{self._last.epochs}" if self._last is not None else ""
-        self._print(epoch_line(record, epochs, left))
+        last = self._last
+        left = last.eta_seconds if last is not None and last.epoch == record["epoch"] else None
+        epochs = f"/{last.epochs}" if last is not None else ""
+        self.message(epoch_line(record, epochs, left))
 
     def message(self, text: str) -> None:
         """Print a message."""
-        self._print(text)
+        self.console.print(text, markup=False, highlight=False, soft_wrap=True)
 
     def finish(self, summary: Mapping[str, Any]) -> None:
         """Do nothing: the command prints the result."""
 
     def close(self) -> None:
         """Do nothing."""
-
-    def _print(self, text: str) -> None:
-        self.console.print(text, markup=False, highlight=False, soft_wrap=True)
 
 
 class LiveDisplay(EpochLines):
@@ -113,31 +118,21 @@ def picture(info: StepProgress) -> Group:
         ProgressBar(total=info.epochs * info.batches, completed=done),
         Text(f"ETA {clock(info.eta_seconds)}", style="cyan"),
     )
-    numbers = Text.assemble(
-        ("stage ", "dim"),
-        (info.stage, "magenta"),
-        ("  loss ", "dim"),
-        f"{info.loss:.4f}",
-        ("  accuracy ", "dim"),
-        f"{info.accuracy:.1f}%",
-        ("  sparsity ", "dim"),
-        f"{100 * (1 - info.density):.1f}%",
-        ("  rate ", "dim"),
-        f"{info.learning_rate:.3g}",
-        ("  waiting for data ", "dim"),
-        f"{100 * info.data_share:.0f}%",
-    )
-    return Group(bar, numbers)
+    numbers = {
+        "loss": f"{info.loss:.4f}",
+        "accuracy": f"{info.accuracy:.1f}%",
+        "sparsity": f"{100 * (1 - info.density):.1f}%",
+        "rate": f"{info.learning_rate:.3g}",
+        "waiting for data": f"{100 * info.data_share:.0f}%",
+    }
+    line = Text.assemble(("stage ", "dim"), (info.stage, "magenta"))
+    for name, number in numbers.items():
+        line.append(f"  {name} ", "dim").append(number)
+    return Group(bar, line)
 
 
 def epoch_line(record: Mapping[str, Any], epochs: str = "", eta_seconds: float | None = None) -> str:
-    """Format a finished epoch as one line.
-
-    Args:
-        record: a line of metrics.jsonl.
-        epochs: "/60", to follow the number of the epoch.
-        eta_seconds: what is left of the run, or None.
-    """
+    """Format a line of metrics.jsonl; ``epochs``, as "/60", follows the number of the epoch."""
     seconds = record["seconds"]
     share = 100 * record["data_seconds"] / seconds if seconds else 0.0
     parts = [
@@ -157,3 +152,86 @@ def epoch_line(record: Mapping[str, Any], epochs: str = "", eta_seconds: float |
 
 if TYPE_CHECKING:
     _: type[Progress] = EpochLines
+
+
+def carry_out(
+    config: RunConfig,
+    method: Method[Any],
+    folder: RunFolder,
+    *,
+    quiet: bool,
+    report: bool,
+    notes: Sequence[str] = (),
+    resume: bool = False,
+) -> int:
+    """Train (or go on training), write the report, print what was reached; the exit code.
+
+    ``notes`` are sentences to print before the run starts.
+    """
+    console = lasting_console(f"the run goes on without it, in {folder.path}")
+    progress = make_progress(console, quiet)
+    for note in notes:
+        console.print(note, markup=False, highlight=False, soft_wrap=True)
+    try:
+        with nullcontext() if quiet else log_lines(console):
+            summary = fit(config, method, folder, progress=progress, resume=resume)
+    except TrainingInterrupted as stop:
+        if progress is not None:
+            progress.close()  # before the sentence is printed
+        warn(str(stop))
+        return stop.exit_code
+    finally:
+        if progress is not None:
+            progress.close()
+    try:
+        if report:
+            from clicktrain.report import write_report
+
+            write_report([folder.path], folder.path / "report.html")
+    finally:  # whatever happens to the report: the run itself is done
+        for line in outcome_lines(summary, quiet):
+            console.print(line, markup=False, highlight=False, soft_wrap=True)
+        console.print(result_line(summary, folder.path), markup=False, highlight=False, soft_wrap=True)
+    return 0
+
+
+@contextmanager
+def log_lines(console: Console) -> Iterator[None]:
+    """Print what the package logs inside the block, that data is being decoded for instance."""
+    logger = logging.getLogger("clicktrain")
+    handler = _ConsoleHandler(console)
+    level = logger.level
+    logger.addHandler(handler)
+    logger.setLevel(logging.INFO)
+    try:
+        yield
+    finally:
+        logger.removeHandler(handler)
+        logger.setLevel(level)
+
+
+class _ConsoleHandler(logging.Handler):
+    def __init__(self, console: Console) -> None:
+        super().__init__(logging.INFO)
+        self.console = console
+
+    def emit(self, record: logging.LogRecord) -> None:
+        self.console.print(record.getMessage(), markup=False, highlight=False, soft_wrap=True)
+
+
+def outcome_lines(summary: Mapping[str, Any], quiet: bool) -> list[str]:
+    """The table of what was asked and reached, and a warning for what was missed; ``quiet``: the warnings."""
+    outcome = Outcome.from_json(summary.get("outcome") or ())
+    lines = str(outcome).splitlines() if outcome.targets and not quiet else []
+    return [*lines, *(f"warning: {sentence}" for sentence in summary.get("warnings") or ())]
+
+
+def result_line(summary: Mapping[str, Any], path: Path) -> str:
+    """What was reached beside what was asked, what it saved, and where the files are."""
+    parts = [asked_and_reached(summary)]
+    if (accuracy := summary.get("val_accuracy")) is not None:
+        parts.append(f"accuracy {accuracy:.2f}% (best {summary['best_val_accuracy']:.2f}%)")
+    parts.append(training_share(summary, 0))
+    parts.append(f"inference FLOPs {100 * summary['inference_flops_ratio']:.0f}% of dense")
+    parts.append(f"time {clock(summary['train_seconds'])}")
+    return "; ".join(parts) + f"; files in {path}"

@@ -6,25 +6,19 @@ from collections.abc import Sequence
 from dataclasses import replace
 from pathlib import Path
 
-from clicktrain.commands.arguments import OWN_MODEL, Command, Option, Positional
+from clicktrain.commands.arguments import OWN_MODEL, QUIET, REPORT, RUN, Command, Option
 
 _COMMAND = Command(
     name="resume",
     description="Continue a run from its newest checkpoint, to the same weights as if never interrupted.",
-    positional=Positional("run", "Folder of the run."),
-    groups={
-        "this command": (
-            OWN_MODEL,
-            Option("report", bool, "Write report.html into the run's folder at the end.", True),
-            Option("quiet", bool, "No progress, only the last line.", False),
-        )
-    },
+    positional=RUN,
+    groups={"this command": (OWN_MODEL, replace(REPORT, main=True), replace(QUIET, main=True))},
 )
 
 
 def run(argv: Sequence[str]) -> int:
     """Run the command; the exit code."""
-    from clicktrain.commands.running import carry_out
+    from clicktrain.commands.progress import carry_out
     from clicktrain.methods import METHODS
     from clicktrain.settings import choice_fields
     from clicktrain.train import RunFolder, load_run_config

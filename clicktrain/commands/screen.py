@@ -53,17 +53,15 @@ class Screen(io.TextIOBase):
         self._try(lambda stream: stream.flush())
 
     def _try(self, act: Callable[[TextIO], object]) -> None:
-        if self._stream is not None:
+        stream = self._stream
+        if stream is not None:
             try:
-                act(self._stream)
+                act(stream)
             except (OSError, ValueError) as error:  # ValueError: closed
-                self._give_up(error)
-
-    def _give_up(self, error: Exception) -> None:
-        stream, self._stream = self._stream, None
-        if stream is sys.stdout:
-            discard_stdout()
-        self._lost(getattr(error, "strerror", None) or str(error))
+                self._stream = None
+                if stream is sys.stdout:
+                    discard_stdout()
+                self._lost(getattr(error, "strerror", None) or str(error))
 
 
 def lasting_console(goes_on: str) -> Console:

@@ -3,20 +3,32 @@
 from __future__ import annotations
 
 import itertools
+import statistics
 import textwrap
+import time
 from collections.abc import Sequence
 from dataclasses import replace
+from functools import partial
 from pathlib import Path
 from typing import Any
 
-from clicktrain.commands.arguments import Command, Option, options_of
-from clicktrain.commands.running import carry_out
+import torch
+import torch.nn.functional as F
+
+from clicktrain.accounting import training_memory
+from clicktrain.accounting.memory import bytes_in_words
+from clicktrain.commands.arguments import QUIET, REPORT, Command, Option, options_of
+from clicktrain.commands.progress import carry_out
 from clicktrain.errors import UserError
-from clicktrain.methods import METHODS
+from clicktrain.methods import METHODS, Method
 from clicktrain.own_code import is_own
 from clicktrain.settings import field_names, to_plain
-from clicktrain.train import RunConfig, RunFolder, from_dict, load_config
+from clicktrain.train import Prepared, RunConfig, RunFolder, from_dict, load_config
+from clicktrain.train.checkpoint import bytes_needed
 from clicktrain.train.config import code_settings, read_settings
+from clicktrain.train.device import autocast
+from clicktrain.train.prepare import prepare
+from clicktrain.wording import clock, short
 
 _OUTPUT = (
     Option("config", str | None, "YAML file with settings; flags given beside it win.", metavar="FILE"),
@@ -27,8 +39,8 @@ _OUTPUT = (
         metavar="DIR",
     ),
     Option("dry_run", bool, "Check everything, print the plan and the cost, write no run.", False),
-    Option("report", bool, "Write report.html into the run's folder at the end.", True, main=False),
-    Option("quiet", bool, "No progress, only the last line.", False, main=False),
+    REPORT,
+    QUIET,
 )
 
 GROUPS: dict[str, tuple[str, str]] = {
@@ -66,28 +78,21 @@ def run(argv: Sequence[str]) -> int:
     values, ignored = merge(settings, given)
     config, method = from_dict(values)
     if own["dry_run"]:
-        from clicktrain.commands.dry_run import dry_run
-
         return dry_run(config, method)
     out = own["out"]
     folder = RunFolder.default(config.model, config.method) if out is None else RunFolder(Path(out))
     notes = (
-        []
-        if not ignored
-        else [f"method {name} has no {', '.join(ignored)}: those of the recipe are left out"]
+        [f"method {name} has no {', '.join(ignored)}: those of the recipe are left out"] if ignored else []
     )
     return carry_out(config, method, folder, quiet=own["quiet"], report=own["report"], notes=notes)
 
 
 def merge(recipe: dict[str, Any], flags: dict[str, Any]) -> tuple[dict[str, Any], list[str]]:
-    """Settings of a recipe with those of the command line on top.
+    """Settings of a recipe with those of the command line on top; and which were left out, if not at default.
 
     If the flags name another method, what that method does not have is left out of the recipe (so that the
     dense baseline of a recipe is ``--method dense``). If they name another preset, settings that merely
     spell out the recipe's own preset, as the saved config of a run does, are left out too.
-
-    Returns:
-        The settings, and the names of those left out that were not at their default.
     """
     old = recipe.get("method", RunConfig.method)
     new = flags.get("method", old)
@@ -124,15 +129,12 @@ def _command(method: str, alone: bool = False) -> Command:
     chosen = METHODS[method]
     title = f"settings of method {method}"
     wide = max(map(len, METHODS)) + 2
-    own = [replace(option, main=alone) for option in options_of(chosen)]
-    groups = {"run": _OUTPUT, **_run_groups(), title: own}
-    if alone:
-        groups = {title: own}
+    own = {title: [replace(option, main=alone) for option in options_of(chosen)]}
     return Command(
         name="train",
         description="Train and prune a network in one run. A YAML recipe (--config) holds the same settings; "
         "flags win.",
-        groups=groups,
+        groups=own if alone else {"run": _OUTPUT, **_run_groups(), **own},
         notes={
             "data": ["(here begin the settings of the run, which a recipe may hold too)"],
             "method": [f"{key:<{wide}}{_summary(cls)}" for key, cls in METHODS.items()],
@@ -177,3 +179,54 @@ def _peek(argv: Sequence[str], name: str) -> str | None:
         elif token.startswith(f"{flag}="):
             value = token.partition("=")[2]
     return value
+
+
+_WARM_UP, _TIMED = 1, 4
+"""Training steps before and during the measurement."""
+
+
+def dry_run(config: RunConfig, method: Method[Any]) -> int:
+    """Check everything, print the plan and the estimated cost; the exit code."""
+    prepared = prepare(config, method)
+    print(prepared.pruner.plan(), "", *cost_lines(prepared), sep="\n")
+    return 0
+
+
+def cost_lines(prepared: Prepared) -> list[str]:
+    """Model, data, FLOPs, time and disk of the run; time as measured on a few steps of dense training."""
+    config, cost = prepared.config, prepared.cost.initial
+    batches = len(prepared.train_loader)
+    images = config.epochs * batches * config.batch_size
+    ms = step_ms(prepared)
+    example = torch.zeros(1, *prepared.data.image_shape, device=prepared.device)
+    precision = partial(autocast, prepared.device, config.precision)
+    memory = training_memory(prepared.model, example, prepared.optimizer, autocast=precision)
+    return [
+        f"model: {config.model}, {cost.parameters:,} parameters, "
+        f"{short(cost.forward_flops_dense, ' ')}FLOPs forward per image",
+        f"data: {prepared.data.describe()}",
+        f"training: {config.epochs} epochs x {batches} batches of {config.batch_size}, "
+        f"{short(cost.training_flops_dense * images, ' ')}FLOPs if it stayed dense",
+        f"time: about {clock(config.epochs * batches * ms / 1000)} at {ms:.0f} ms per dense batch on "
+        f"{prepared.device} (measured), without evaluation",
+        f"memory: about {bytes_in_words(memory.at_batch(config.batch_size))} per iteration (estimated)",
+        f"disk: up to {bytes_needed(prepared.model, config) / 2**20:,.0f} MB",
+        "dry run: nothing was written",
+    ]
+
+
+def step_ms(prepared: Prepared) -> float:
+    """Median milliseconds of a forward and backward pass with its data, over a few batches."""
+    prepared.model.train()
+    times: list[float] = []
+    batches = iter(prepared.train_loader.epoch(0))
+    started = time.perf_counter()
+    for x, y in itertools.islice(batches, _WARM_UP + _TIMED):
+        with autocast(prepared.device, prepared.config.precision):
+            loss = F.cross_entropy(prepared.model(x).float(), y)
+        loss.backward()  # type: ignore[no-untyped-call]
+        loss.item()  # waits for the device
+        now = time.perf_counter()
+        times.append(1000 * (now - started))
+        started = now
+    return statistics.median(times[_WARM_UP:] or times)

@@ -136,7 +136,6 @@ def _accelerated(
     dtypes: tuple[str, ...],
     remember: bool,
 ) -> Accelerated:
-    """Accelerate a packed model; there is a compiler."""
     inputs = inputs.ordinary()
     batch = inputs.tensors()[0].shape[0]
     try:
@@ -164,7 +163,6 @@ def _accelerated(
 def _by_its_own_code(
     model: nn.Module, inputs: Inputs, rule: str, plan: LoweringPlan | None, reason: str
 ) -> Accelerated:
-    """Keep the network's own code, with packed layers accelerated one by one; warns why."""
     chosen = accelerate_layers_(model, inputs, rule, plan=plan)
     message = (
         f"{type(model).__name__} {reason}: {len(chosen)} of its packed layers run sparse one by one, which "
@@ -190,7 +188,6 @@ def _check_arguments(inputs: Inputs, rule: str, dtypes: Sequence[str]) -> None:
 
 
 def _warn_if_slow(plan: LoweringPlan) -> None:
-    """Warn if a plan from elsewhere cuts work in a way that this machine has no instruction for."""
     clauses = plan.slow_here()
     if clauses:
         warnings.warn(

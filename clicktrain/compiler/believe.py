@@ -43,11 +43,6 @@ def is_operator(module: nn.Module) -> bool:
 def believed_lowering(believed: Believed, plan: LoweringPlan, dtype: torch.dtype) -> Lowered:
     """Lower a graph and compare the result with the model in every mode that the graph holds for.
 
-    Args:
-        believed: what was compared before lowering.
-        plan: as of `lower`.
-        dtype: as of `lower`.
-
     Raises:
         LoweringError: it does not run, or does something else than the model.
     """

@@ -29,11 +29,8 @@ def unit_ms(
 ) -> float:
     """Forward and backward of a unit on the example's batch, in milliseconds.
 
-    Args:
-        unit: with shapes.
-        layout: None for the plain one; another computes as many images as it fills up.
-        gb_s: measured speed of memory.
-        itemsize: bytes of an activation, where it is not the dtype of the example's.
+    A layout computes as many images as it fills up. ``gb_s`` is the measured speed of memory, ``itemsize``
+    the bytes of an activation where it is not the dtype of the example's.
     """
     shape = shape_of(unit.inputs[0])
     filling = layout.filled(shape[0]) / shape[0] if layout else 1.0

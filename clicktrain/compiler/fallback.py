@@ -32,7 +32,7 @@ def accelerate_layers_(
     *,
     lowered: type[nn.Module] | tuple[()] = (),
 ) -> list[str]:
-    """Switch packed layers to another implementation where that pays.
+    """Switch packed layers to another implementation where that pays; returns their names.
 
     Args:
         model: a copy of it runs once on the inputs, to see what each layer gets.
@@ -41,9 +41,6 @@ def accelerate_layers_(
         below: path of the only part to look at.
         plan: take its choices for the layers that it names.
         lowered: leave out layers of this type, which the lowered graph has.
-
-    Returns:
-        Names of the layers switched.
     """
     layers = {
         name: module
@@ -90,7 +87,6 @@ def plan_by_layer(model: nn.Module, chosen: list[str], rule: str, batch: int, no
 
 
 def _input_shapes(model: nn.Module, names: list[str], inputs: Inputs) -> dict[str, torch.Size]:
-    """Shapes of what layers read; a copy of the model runs."""
     with own_random_numbers(inputs.tensors()):
         shapes = layer_input_shapes(working_copy(model), names, inputs.map(torch.clone))
     return {name: calls[-1] for name, calls in shapes.items()}
@@ -99,14 +95,7 @@ def _input_shapes(model: nn.Module, names: list[str], inputs: Inputs) -> dict[st
 def _fastest(
     layer: PackedConv2d, shape: Sequence[int], rule: str, impls: Sequence[Impl] | None = None
 ) -> str | None:
-    """The implementation that a layer is to run on; None for the one that it has.
-
-    Args:
-        layer: packed.
-        shape: of its input.
-        rule: as of `accelerate`; unless it is ``measured``, the first that can run the layer.
-        impls: to choose from, by default all.
-    """
+    """The implementation to run a layer on, unmeasured the first able one; None for the one that it has."""
     if rule == "density" and layer.structure.density >= DENSITY_LIMIT:
         return None
     problem = ConvProblem.of_layer(layer, shape)
@@ -130,7 +119,6 @@ def _works(layer: PackedConv2d, shape: Sequence[int], impl: str) -> bool:
 
 
 def _call(layer: PackedConv2d, shape: Sequence[int], impl: str) -> Callable[[], object]:
-    """Forward and backward of a layer on random numbers."""
     x = torch.randn(shape, dtype=layer.values.dtype, requires_grad=True)
     values = layer.values.detach().requires_grad_()
 

@@ -22,12 +22,6 @@ class Guards:
     """Values that are constants in a lowered graph, and the layers that it was made of."""
 
     def __init__(self, graph: ModelGraph, stepped: Iterable[nn.Module]) -> None:
-        """Record the state of a model.
-
-        Args:
-            graph: of the model, with what its ``forward`` read.
-            stepped: layers that are not called any more, others compute for them.
-        """
         model, stepped = graph.model, list(stepped)
         entries: list[_Entry] = []
         for read in graph.reads:
@@ -74,15 +68,12 @@ class Guards:
 
 @dataclass(frozen=True, slots=True, eq=False)
 class _Entry:
-    """One value, and where it is found."""
-
     home: Any
     name: Any
     value: Any
     read: Read | None
 
     def same(self) -> bool:
-        """Whether it is still there."""
         now = self.home.get(self.name)
         return now is self.value or (is_plain(self.value) and bool(now == self.value))
 
@@ -109,7 +100,6 @@ def _settings(module: nn.Module) -> tuple[str, ...]:
 
 
 def _containers(graph: ModelGraph) -> list[nn.Module]:
-    """Modules with children that the graph looks into."""
     closed = tuple(f"{path}." for path in graph.opaque)
     return [
         module

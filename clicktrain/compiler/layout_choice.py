@@ -54,12 +54,8 @@ def total_cost(costs: Costs, values: Sequence[Value], layouts: Mapping[str, str]
 def cheapest_layouts(costs: Costs, values: Sequence[Value]) -> dict[str, str]:
     """Choose the layout of every node so that `total_cost` is smallest.
 
-    Args:
-        costs: not negative, in any unit; at least one layout for each node.
-        values: producers and consumers are keys of ``costs``.
-
-    Returns:
-        Node -> layout. Of equal costs, the choice with the most nodes in the plain layout.
+    Costs are not negative, of at least one layout for each node. Of equal costs, the choice with the most
+    nodes in the plain layout is taken.
     """
     import numpy as np
     from scipy.optimize import Bounds, LinearConstraint, milp

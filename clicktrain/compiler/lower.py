@@ -81,12 +81,7 @@ def lower(traced: ModelGraph, plan: LoweringPlan, dtype: torch.dtype) -> Lowered
     """Rewrite a traced model so that units run where the plan says; what the plan does not name runs plain.
 
     All kernels are built and loaded here. Units whose kernels cannot be built run plain, and the failures are
-    reported.
-
-    Args:
-        traced: with shapes.
-        plan: choices by unit name; tilings are taken for images of the size that they were measured on.
-        dtype: of the parameters; the plan says what activations are kept in outside the plain layout.
+    reported. Tilings are for images of the size that they were measured on; ``dtype`` is the parameters'.
     """
     units, _ = find_units(traced)
     choices = plan.by_layer()
@@ -123,7 +118,6 @@ def lower(traced: ModelGraph, plan: LoweringPlan, dtype: torch.dtype) -> Lowered
 def _without(
     plan: LoweringPlan, units: Sequence[Unit], writer: _Writer, failed: Mapping[str, KernelError]
 ) -> LoweringPlan:
-    """The plan without what needs kernels that cannot be built; at least one of its choices changes."""
     unusable = {
         name: str(next(failed[text] for text in texts if text in failed))
         for name, texts in writer.needs.items()
@@ -173,11 +167,9 @@ class _Writer:
         """C texts by the name of the convolution that takes statistics by them."""
 
     def held(self, layout: Layout) -> torch.dtype:
-        """The dtype of activations in a layout."""
         return held_dtype(layout.name, self.plan.activations, self.dtype)
 
     def write(self) -> fx.GraphModule:
-        """The lowered graph as a module."""
         for node in self.traced.graph.nodes:
             unit = self.moved.get(node)
             if unit is not None:
@@ -228,7 +220,6 @@ class _Writer:
         return self._plain[node]
 
     def inside(self, node: fx.Node, layout: Layout) -> fx.Node:
-        """The value in a layout, converted if need be."""
         known = self._inside.setdefault(node, {})
         if layout.name not in known:
             x = self.plain(node) if known else self._plain[node]
@@ -296,7 +287,6 @@ class _Writer:
         return step
 
     def _need(self, unit: Unit, layout: Layout | None, *texts: str) -> None:
-        """Note the kernels that a unit runs on."""
         passes: list[str] = []
         if layout is not None:
             names = [

@@ -110,12 +110,10 @@ class _Way:
     reason: str = ""
 
     def sources(self) -> list[str]:
-        """All C texts."""
         own = [] if self.step is None else list(self.step.kernels.sources.values())
         return [*own, *(one.source for one in self.candidates)]
 
     def without(self, failed: Mapping[str, object]) -> _Way:
-        """The same without kernels that cannot be built."""
         step = (
             None if self.step is None or set(self.step.kernels.sources.values()) & set(failed) else self.step
         )
@@ -141,7 +139,6 @@ class _Way:
         return "dense" if self.step is not None else self.candidates[number].phase
 
     def times(self, ms: Mapping[int, float]) -> ImplTimes:
-        """Sum the fastest candidate of each phase."""
         if self.reason:
             return ImplTimes(self.impl, math.inf, reason=self.reason)
         if self.step is not None:
@@ -220,7 +217,6 @@ def _dense_call(
 
 
 def _step_call(step: steps.DenseConv | steps.SparseConv, x: Tensor, gy: Tensor) -> Call:
-    """Forward and backward of a layer."""
     parameters = [p for p in step.layer.parameters() if p.requires_grad]
     wanted = [x, *parameters] if x.requires_grad else parameters
 
@@ -237,10 +233,7 @@ def measure_batch_norms(
 ) -> dict[str, dict[tuple[str, torch.dtype], float]]:
     """Milliseconds of each batch norm by layout and dtype, forward + backward with all that it fuses.
 
-    Args:
-        units: of kind ``batch_norm``, with shapes; equal ones are measured once.
-        layouts: that have a batch norm, with the dtype of activations; the plain one is always measured.
-        device: where the network is.
+    ``layouts`` have a batch norm, and come with the dtype of activations; the plain one is always measured.
     """
     known: dict[Hashable, dict[tuple[str, torch.dtype], float]] = {}
     times = {}
@@ -300,13 +293,7 @@ def measure_conversion(
 ) -> tuple[float, float]:
     """Milliseconds into a layout and out of it, with the gradient's way back if ``trained``.
 
-    Args:
-        layout: to convert to.
-        shape: of the images.
-        dtype: of the images.
-        held: dtype of activations in the layout.
-        trained: whether there are gradients.
-        device: where the images are.
+    Images have the ``dtype``, activations in the layout the dtype ``held``.
     """
     enter = steps.Enter(layout.enter(held), held)
     images = torch.randn(*shape, dtype=dtype, device=device, requires_grad=trained)

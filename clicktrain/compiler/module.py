@@ -71,11 +71,8 @@ class Accelerated(nn.Module):
     ) -> None:
         """Make a view; `accelerate` makes plans that fit.
 
-        Args:
-            model: with packed convolutions.
-            plan: choices by layer; layers that it does not name run as they were.
-            rule: as of `accelerate`, for layers inside modules that turn out to run as they are written.
-            lowers: False runs the model's own ``forward`` always.
+        ``rule`` is for layers inside modules that turn out to run as they are written; without ``lowers`` the
+        model's own ``forward`` always runs.
         """
         mode = model.training
         object.__setattr__(self, "_base", model)
@@ -241,7 +238,6 @@ class Accelerated(nn.Module):
                     self._left[read.reader] = f"reads {read.name}, which changes between calls"
 
     def _warn_of_opaque(self, graph: ModelGraph) -> None:
-        """Warn once which modules run as they are written."""
         new = {path: why for path, why in graph.opaque.items() if path not in self._reported}
         self._reported.update(new)
         if not new:
@@ -317,7 +313,6 @@ def _holds_packed(model: nn.Module) -> bool:
 
 
 def _unsupported(devices: set[str]) -> list[str]:
-    """Types of devices that no implementation runs on."""
     impls = candidates_for(OPERATOR)
     return sorted(one for one in devices if not any(not i.devices or one in i.devices for i in impls))
 

@@ -106,14 +106,7 @@ def measure_statistics(
     times: Mapping[str, ImplTimes],
     activations: Activations = "parameters",
 ) -> dict[str, NormTimes]:
-    """Time each convolution whose only reader is a batch norm in its layout; by its name.
-
-    Args:
-        units: of the graph, with shapes.
-        layouts: unit name -> its layout.
-        times: convolution name -> what runs it, where that is an implementation.
-        activations: what is kept.
-    """
+    """Time each convolution in ``times`` that only a batch norm in its layout reads; by its name."""
     norms = convolutions_before_norms(units)
     known: dict[Hashable, NormTimes | None] = {}
     found = {}

@@ -241,12 +241,7 @@ class LoweringPlan:
 
     @classmethod
     def read(cls, path: Path) -> LoweringPlan:
-        """Read a plan from a file.
-
-        Raises:
-            UserError: it is no plan; names the file.
-            OSError: it cannot be read.
-        """
+        """Read a plan from a file; a UserError names the file."""
         text = read_text(path)
         try:
             return cls.from_json(text)
@@ -254,12 +249,7 @@ class LoweringPlan:
             raise UserError(f"{path}: {error}") from error
 
     def without(self, unusable: Mapping[str, str], apart: Collection[str] = ()) -> LoweringPlan:
-        """The plan with some layers in the plain layout.
-
-        Args:
-            unusable: layer -> why it cannot run where it was to.
-            apart: convolutions that leave the statistics to the norm behind them.
-        """
+        """The plan with unusable layers (name: reason) plain, and convolutions ``apart`` from their norms."""
 
         def changed(choice: Choice) -> Choice:
             if choice.layer in unusable and (choice.layout != PLAIN or choice.impl):

@@ -123,7 +123,6 @@ def keep(path: Path, plan: LoweringPlan) -> None:
 
 
 def _weight(layer: nn.Module | None) -> tuple[int, ...]:
-    """Shape of a convolution's weight, () for other layers."""
     if isinstance(layer, PackedConv2d):
         return tuple(layer.structure.shape)
     return tuple(layer.weight.shape) if isinstance(layer, nn.Conv2d) else ()

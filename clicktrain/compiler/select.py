@@ -65,7 +65,7 @@ DENSITY_LIMIT = 0.35
 def make_plan(
     traced: ModelGraph, batch: int, rule: str, dtypes: Sequence[str] = ("fp32",), remember: bool = True
 ) -> LoweringPlan:
-    """Decide everything about a traced model.
+    """Decide everything about a traced model, on an example of ``batch`` images.
 
     A kernel that cannot be built is no candidate: the failure is reported, and the plan is not kept.
 
@@ -73,8 +73,7 @@ def make_plan(
         traced: with the shapes of the example.
         batch: images in the example.
         rule: one of `RULES`.
-        dtypes: what dense convolutions may compute in, and activations in other layouts be kept in; without
-            measurements bfloat16 where that is possible.
+        dtypes: of dense convolutions, and of activations in other layouts; unmeasured, bfloat16 if allowed.
         remember: take a plan that was measured before on this machine, or keep this one for later.
 
     Raises:
@@ -96,8 +95,6 @@ class _Best(NamedTuple):
 
 
 class _Decision:
-    """Everything about one network's plan, measured or by a rule."""
-
     def __init__(self, traced: ModelGraph, batch: int, rule: str, dtypes: Sequence[str]) -> None:
         self.traced, self.batch, self.rule, self.dtypes = traced, batch, rule, dtypes
         self.units, self.refused = find_units(traced)
@@ -137,15 +134,10 @@ class _Decision:
         return self._written(ways, statistics), place
 
     def held(self, layout: str, activations: Activations) -> torch.dtype:
-        """The dtype of activations in a layout."""
         return held_dtype(layout, activations, self.dtype)
 
     def _measure(self) -> float:
-        """Measure everything that does not depend on the choice; returns the speed of memory.
-
-        Raises:
-            KernelError: nothing can be converted into any layout.
-        """
+        """Measure everything that does not depend on the choice; returns the speed of memory in GB/s."""
         names = ["layout", *sorted({name for unit in self.units if (name := pass_of(unit)) is not None})]
         texts = {
             (name, layout, held): LAYOUTS[layout].sources[name](held)
@@ -176,7 +168,6 @@ class _Decision:
         return gb_s
 
     def _open(self, activations: Activations) -> list[str]:
-        """Layouts that values can be converted to."""
         return [
             one for one in self.layouts if ("layout", one, self.held(one, activations)) not in self.broken
         ]
@@ -217,7 +208,6 @@ class _Decision:
         return unit_ms(unit, LAYOUTS[layout], gb_s, held.itemsize)
 
     def _by_rule(self) -> dict[str, str]:
-        """Layouts where nothing is measured."""
         implementations = {unit.name: self._accepting(unit) for unit in self.units if unit.kind == "conv"}
         costs: dict[str, dict[str, float]] = {}
         for unit in self.units:
@@ -235,14 +225,12 @@ class _Decision:
         return cheapest_layouts(costs, values_of(self.traced, self.units, self.trained, self.layouts, None))
 
     def _accepting(self, unit: Unit) -> Impl | None:
-        """The first implementation that can run a convolution."""
         for impl in candidates_for(OPERATOR):
             if not impl.refusals(problem_of(unit, self.held(impl.layout, self.possible[-1]))):
                 return impl
         return None
 
     def _written(self, ways: Sequence[_Best], statistics: Mapping[str, NormTimes]) -> LoweringPlan:
-        """The plan as data."""
         _, activations, layouts = min(ways, key=lambda one: one.ms) if len(ways) > 1 else ways[0]
         choices, implementations = [], candidates_for(OPERATOR)
         for unit in self.units:
@@ -313,7 +301,6 @@ class _Decision:
     def _refused(
         self, times: ConvTimes, running: ImplTimes | None, way: str, activations: Activations
     ) -> tuple[str, ...]:
-        """List the ways that were not taken, with time or reason."""
         dense = times.dense[way]
         reasons = [f"dense {name}: {ms:.2f} ms" for name, ms in times.dense.items() if running or name != way]
         others = {key: other for key, other in times.impls.items() if other is not running}
@@ -371,7 +358,6 @@ def _choice(unit: Unit, layout: str, ms: float | None) -> Choice:
 
 
 def _with_statistics(choice: Choice, times: NormTimes | None) -> Choice:
-    """The choice, and whether the convolution takes the statistics of the norm behind it."""
     if times is None:
         return choice
     return replace(choice, statistics=times.pays, refused=(*choice.refused, times.reason()))

@@ -140,7 +140,6 @@ class _Finder:
         return Unit(self._names[node], "batch_norm", tuple(nodes), tuple(inputs), module, relu)
 
     def single(self, node: fx.Node) -> Unit | None:
-        """A unit of one node."""
         module, name = self._module(node), self._names[node]
         if isinstance(module, (PackedConv2d, nn.Conv2d)):
             reason = self._conv_refusal(node, module)
@@ -217,10 +216,7 @@ class _Finder:
         return next(iter(node.users)) if len(node.users) == 1 else None
 
     def _added(self, node: fx.Node, one: fx.Node | None = None) -> fx.Node | None:
-        """The other of two images of one shape that a node adds, None if that is not what it does.
-
-        ``one`` is the first argument if it is not given.
-        """
+        """The image of the same shape that a node adds to ``one`` (its first argument); None if it does not."""
         method = node.op == "call_method" and node.target == "add"
         function = node.op == "call_function" and node.target in _ADD_FUNCTIONS
         if not (method or function) or len(node.args) != 2 or node.kwargs:

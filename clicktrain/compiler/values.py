@@ -39,12 +39,7 @@ def values_of(
 ) -> list[Value]:
     """List the values that may be converted, with who computes and reads each, and the costs.
 
-    Args:
-        traced: with shapes.
-        units: of the graph.
-        trained: nodes whose gradients are computed.
-        layouts: to convert to, and from.
-        activations: measure conversions to what is kept so; None estimates them.
+    Conversions are measured for ``activations``, and estimated where these are None.
     """
     known: dict[tuple[object, ...], dict[str, tuple[float, float]]] = {}
     device = next(traced.model.parameters()).device

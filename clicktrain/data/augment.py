@@ -21,19 +21,9 @@ _ATTEMPTS = 10
 def seeded_generator(purpose: str, *key: int) -> torch.Generator:
     """Make a CPU generator whose stream is fixed by ``purpose`` and ``key`` alone.
 
-    Streams of different purposes or keys are unrelated, so a batch can be drawn again, or skipped, without
-    replaying the ones before it.
-
-    Args:
-        purpose: what the numbers are for, such as ``"order"`` or ``"mixup"``.
-        key: any integers, usually (seed, epoch, batch index).
-
-    Example:
-        >>> torch.equal(
-        ...     torch.rand(2, generator=seeded_generator("mixup", 0, 3)),
-        ...     torch.rand(2, generator=seeded_generator("mixup", 0, 3)),
-        ... )
-        True
+    Streams of different purposes (what the numbers are for, such as ``"mixup"``) or keys (integers, usually
+    seed, epoch, batch index) are unrelated, so a batch can be drawn again, or skipped, without replaying the
+    ones before it.
     """
     text = ":".join([purpose, *(str(int(part)) for part in key)])
     digest = hashlib.blake2b(text.encode(), digest_size=8).digest()
@@ -72,24 +62,13 @@ class Augment:
 
     @classmethod
     def preset(cls, name: str) -> Augment:
-        """Return a usual recipe: ``none``, ``cifar``, ``imagenet`` or ``digits``.
-
-        ``cifar`` crops by 4 and flips, ``imagenet`` crops, resizes and flips, ``digits`` crops by 1 and does
-        not flip: a mirrored 2 is no 2.
-
-        Raises:
-            UserError: another name.
-        """
+        """Return a usual recipe: ``none``, ``cifar``, ``imagenet`` or ``digits``; UserError for another."""
         if name not in _PRESETS:
             raise UserError(f"augment {name!r} is unknown; {', '.join(_PRESETS)} exist")
         return _PRESETS[name]
 
     def check(self, height: int, width: int) -> None:
-        """Check the sizes against those of the images.
-
-        Raises:
-            UserError: padding or cutout too large for them.
-        """
+        """Raise UserError for padding or cutout too large for the images."""
         if self.padding == "reflect" and self.crop_padding >= min(height, width):
             raise UserError(
                 f"augment crop_padding={self.crop_padding} cannot mirror images of {height}x{width}; "
@@ -106,24 +85,17 @@ _PRESETS = {
     "none": Augment(),
     "cifar": Augment(crop_padding=4, flip=True),
     "imagenet": Augment(resized_crop=True, flip=True),
-    "digits": Augment(crop_padding=1),
+    "digits": Augment(crop_padding=1),  # a mirrored 2 is no 2
 }
 
 
 def augment_and_normalize(
     images: Tensor, augment: Augment, mean: Tensor, std: Tensor, generator: torch.Generator
 ) -> Tensor:
-    """Augment a batch and normalize it.
+    """Augment a batch, uint8 [B, C, H, W] on any device, and normalize it to float32.
 
-    Args:
-        images: uint8 [B, C, H, W] on any device.
-        augment: what to do.
-        mean: float32 [C] on that device, of pixels in [0, 1].
-        std: float32 [C] likewise.
-        generator: on the CPU; the same draws are made whatever the device.
-
-    Returns:
-        float32 [B, C, H, W].
+    ``mean`` and ``std``, float32 [C] on that device, are of pixels in [0, 1]. All generators of this module
+    are on the CPU: the same draws are made whatever the device.
     """
     if augment.crop_padding:
         images = random_crop(images, augment.crop_padding, augment.padding, generator)
@@ -137,14 +109,7 @@ def augment_and_normalize(
 def random_crop(
     images: Tensor, padding: int, mode: Literal["zeros", "reflect"], generator: torch.Generator
 ) -> Tensor:
-    """Pad each image and crop its original size at a place of its own, all offsets being equally likely.
-
-    Args:
-        images: [B, C, H, W].
-        padding: pixels on each side.
-        mode: black (0), or mirrored at the edge.
-        generator: on the CPU.
-    """
+    """Pad each image of [B, C, H, W] and crop its original size at a place of its own, all equally likely."""
     batch, channels, height, width = images.shape
     if mode == "zeros":
         padded = F.pad(images, (padding,) * 4)
@@ -204,12 +169,7 @@ def random_boxes(count: int, height: int, width: int, generator: torch.Generator
 def random_resized_crop(images: Tensor, generator: torch.Generator) -> Tensor:
     """Crop a random box of each image and resize it, bilinearly, to the size of the image.
 
-    Args:
-        images: uint8 [B, C, H, W].
-        generator: on the CPU.
-
-    Returns:
-        float32 [B, C, H, W], 0 to 255.
+    From uint8 [B, C, H, W] to float32, 0 to 255.
     """
     batch, _, height, width = images.shape
     top, left, box_height, box_width = (
@@ -228,11 +188,6 @@ def cutout(x: Tensor, size: int, generator: torch.Generator) -> Tensor:
     """Set a square of each normalized image to 0, the mean color (DeVries & Taylor 2017, section 3.2).
 
     The center is any pixel, so that part of the square may lie outside the image, as in the paper.
-
-    Args:
-        x: float [B, C, H, W].
-        size: side of the square in pixels.
-        generator: on the CPU.
     """
     batch, _, height, width = x.shape
     top = torch.randint(0, height, (batch, 1), generator=generator) - size // 2
@@ -249,20 +204,8 @@ def mixup(
     """Blend each image and its label with another of the batch (Zhang et al. 2018, section 2).
 
     ``x = l x_i + (1 - l) x_j`` and likewise the labels, with one ``l ~ Beta(alpha, alpha)`` per batch and a
-    random permutation as ``j``.
-
-    Args:
-        x: float [B, C, H, W].
-        y: int64 [B].
-        num_classes: K.
-        alpha: above 0; 0 blends nothing.
-        generator: on the CPU.
-
-    Returns:
-        The blended images and soft targets, float [B, K] of the images' type.
-
-    Raises:
-        UserError: ``alpha`` is negative.
+    random permutation as ``j``; an alpha of 0 blends nothing, one below is a UserError. From images
+    [B, C, H, W] and int64 [B] to images and soft targets [B, K], both of the images' dtype.
     """
     if alpha < 0:
         raise UserError(f"mixup={alpha} is negative; 0 turns it off, 0.2 is usual")

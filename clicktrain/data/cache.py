@@ -20,6 +20,7 @@ from torch import Tensor
 from clicktrain.errors import UserError
 from clicktrain.files import cache_folder
 from clicktrain.leftovers import remove_abandoned
+from clicktrain.limits import in_words
 
 FORMAT_VERSION = 2
 _SPARE_BYTES = 64 * 2**20  # left free beside what is written
@@ -35,22 +36,14 @@ def default_cache_dir() -> Path:
 
 
 def require_space(folder: Path, needed_bytes: int, what: str) -> None:
-    """Check that a file fits, before it is begun.
-
-    Raises:
-        UserError: too little space; says how much is needed and free.
-    """
+    """Raise UserError, with the space that is needed and free, unless a file fits."""
     existing = next(path for path in (folder, *folder.absolute().parents) if path.exists())
-    free = shutil.disk_usage(existing).free
-    if free < needed_bytes + _SPARE_BYTES:
+    free, needed = shutil.disk_usage(existing).free, needed_bytes + _SPARE_BYTES
+    if free < needed:
         raise UserError(
-            f"{what} needs {_size(needed_bytes + _SPARE_BYTES)} in {folder} but {_size(free)} are free; "
+            f"{what} needs {in_words(needed)} in {folder} but {in_words(free)} are free; "
             "free some space or set cache_dir to a larger disk"
         )
-
-
-def _size(num_bytes: int) -> str:
-    return f"{num_bytes / 2**30:.1f} GiB" if num_bytes >= 2**30 else f"{num_bytes / 2**20:.0f} MiB"
 
 
 @contextlib.contextmanager
@@ -98,8 +91,10 @@ class PixelCache:
         """Return where the tensors of this key are or would be."""
         return self.folder / f"{key}.safetensors"
 
-    def load(self, key: str) -> dict[str, Tensor] | None:
+    def load(self, key: str | None) -> dict[str, Tensor] | None:
         """Return the tensors of this key, or None where there are none or the file is damaged."""
+        if key is None:
+            return None
         path = self.path(key)
         try:
             if not path.is_file():
@@ -115,12 +110,13 @@ class PixelCache:
             return None
         return tensors
 
-    def store(self, key: str, tensors: dict[str, Tensor]) -> None:
+    def store(self, key: str | None, tensors: dict[str, Tensor]) -> None:
         """Write the tensors, whole or not at all; where the folder cannot be written, warn and go on.
 
-        Raises:
-            UserError: the disk has too little space for it.
+        Nothing without a key. UserError where the disk has too little space.
         """
+        if key is None:
+            return
         needed = sum(tensor.nbytes for tensor in tensors.values())
         metadata = {"crc32": json.dumps({name: _checksum(tensor) for name, tensor in tensors.items()})}
         try:
@@ -130,11 +126,8 @@ class PixelCache:
         except UserError:
             raise
         except Exception as error:  # safetensors wraps the system's errors in its own type
-            logger.warning(
-                "the cache folder %s cannot be written (%s): images will be decoded again next time",
-                self.folder,
-                error,
-            )
+            message = "the cache folder %s cannot be written (%s): images will be decoded again next time"
+            logger.warning(message, self.folder, error)
 
 
 def _checksum(tensor: Tensor) -> int:

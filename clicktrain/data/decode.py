@@ -32,11 +32,7 @@ def decode_image(data: bytes, name: str, channels: int, values: ValueRange | Non
     - Of an animation or a file of several pages the first frame is taken.
     - An EXIF rotation is not applied, as in the usual ImageNet pipelines.
 
-    Args:
-        data: the bytes of the file.
-        name: what messages call it.
-        channels: 1 or 3.
-        values: range of the data set; `EIGHT_BIT` for one of 8-bit images. None: of this image alone.
+    ``values`` is the range of the data set: `EIGHT_BIT` for 8-bit images, None for that of this image alone.
 
     Raises:
         UserError: truncated, broken or not an image; in color where ``channels`` is 1; deeper than 8 bits in
@@ -99,12 +95,7 @@ def fit(image: Image.Image, size: tuple[int, int], ratio: float = 1.0) -> Image.
     """Resize so that the image covers ``ratio`` x ``size``, and keep the center of ``size``.
 
     With ``ratio`` 256/224 this is the Resize + CenterCrop of the ImageNet recipe, done in one antialiased
-    pass. An image that has the size already is returned as it is.
-
-    Args:
-        image: any size.
-        size: height, width of the result.
-        ratio: at least 1.
+    pass. An image that has the ``size`` (height, width) already is returned as it is.
     """
     height, width = size
     if image.size == (width, height):
@@ -135,20 +126,10 @@ def decode_all(
     threads: int = 1,
     values: ValueRange | None = None,
 ) -> Tensor:
-    """Decode images in threads (Pillow decodes outside the interpreter lock).
+    """Decode images to uint8 [N, C, H, W] in threads (Pillow decodes outside the interpreter lock).
 
-    Args:
-        images: where to read.
-        indices: which of them, in the order of the result.
-        channels: 1 or 3.
-        size: height, width of the result.
-        resize: fit images of other sizes (see `fit`); otherwise another size is an error.
-        ratio: see `fit`.
-        threads: how many.
-        values: see `decode_image`.
-
-    Returns:
-        uint8 [len(indices), C, H, W].
+    Images of another ``size`` (height, width) are fitted (see `fit`) with ``resize``, otherwise an error. See
+    `decode_image` for ``channels`` and ``values``.
 
     Raises:
         UserError: for the first image, in order, that is broken or of another size.

@@ -97,6 +97,11 @@ class Listing:
     val: ListedSplit | None
     fingerprint: Callable[[], str] | None = None
 
+    @property
+    def splits(self) -> list[ListedSplit]:
+        """The splits that there are."""
+        return [self.train] if self.val is None else [self.train, self.val]
+
     def check(self, spec: str) -> tuple[str, ...]:
         """Check counts and labels of all splits, and return the class names.
 
@@ -104,15 +109,14 @@ class Listing:
             UserError: no images, labels outside the classes, fewer than two classes, or a validation class
                 without training images. The sentence names ``spec`` and the image.
         """
-        if len(self.train) == 0 or (self.val is not None and len(self.val) == 0):
-            split = "training" if len(self.train) == 0 else "validation"
-            raise UserError(
-                f"data {spec!r} is empty: it holds no {split} images; at least one per class is needed"
-            )
+        for split, kind in zip(self.splits, ("training", "validation"), strict=False):
+            if len(split) == 0:
+                raise UserError(
+                    f"data {spec!r} is empty: it holds no {kind} images; at least one per class is needed"
+                )
         classes = self.classes or _numbered_classes(self, spec)
-        splits = [self.train] if self.val is None else [self.train, self.val]
-        for split_ in splits:
-            _check_labels(split_, len(classes), spec)
+        for split in self.splits:
+            _check_labels(split, len(classes), spec)
         if len(classes) < 2 or int(self.train.labels.bincount().count_nonzero()) < 2:
             only = classes[int(self.train.labels[0])]
             raise UserError(
@@ -162,19 +166,10 @@ def _check_trained(train: ListedSplit, val: ListedSplit, classes: tuple[str, ...
 
 
 def stratified_split(labels: Tensor, val_fraction: float, seed: int, spec: str) -> tuple[Tensor, Tensor]:
-    """Split images so that each class gives the same share to validation.
+    """Split images so that each class gives the same share to validation; the draw depends on ``seed`` alone.
 
     A class gives ``val_fraction`` of its images, rounded, but keeps one for training, and gives at least one
-    where it has two.
-
-    Args:
-        labels: int64 [N].
-        val_fraction: between 0 and 1, both excluded.
-        seed: the draw depends on it alone.
-        spec: for the message.
-
-    Returns:
-        Ascending indices of the training and of the validation images.
+    where it has two. Returns ascending indices of the training and of the validation images.
     """
     chance = torch.rand(len(labels), generator=seeded_generator("split", seed))
     is_val = torch.zeros(len(labels), dtype=torch.bool)

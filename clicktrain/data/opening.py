@@ -18,6 +18,10 @@ from clicktrain.data.decode import decode_all, fit, measure_values, mixed_sizes,
 from clicktrain.data.image_data import EncodedSource, ImageData, PixelSource, Source
 from clicktrain.data.image_files import read_header
 from clicktrain.data.listing import EncodedImages, ListedSplit, Listing, SubsetImages, stratified_split
+from clicktrain.data.sources.cifar import list_cifar
+from clicktrain.data.sources.digits import list_digits
+from clicktrain.data.sources.image_folder import list_image_folder
+from clicktrain.data.sources.synthetic import list_synthetic
 from clicktrain.data.spec import DataSpec
 from clicktrain.data.statistics import IMAGENET_MEAN, IMAGENET_STD, channel_sums, mean_and_std
 from clicktrain.data.value_range import EIGHT_BIT, ValueRange
@@ -81,10 +85,12 @@ def open_data(
     if isinstance(listing.train.images, Tensor):
         loaded = _from_pixels(listing, image_size, memory_limit)
     else:
-        request = _Request(
-            spec, parsed.kind, image_size, memory_limit, workers, PixelCache(folder), value_range
-        )
-        loaded = _from_files(listing, request, imagenet=len(classes) == 1000)
+        key = listing.fingerprint and content_key(listing.fingerprint(), image_size, value_range)
+        files = _Files(
+            spec, listing, image_size, memory_limit, workers, value_range, PixelCache(folder),
+            key and f"{parsed.kind}-{key}",
+        )  # fmt: skip
+        loaded = files.load(imagenet=len(classes) == 1000)
     train, val, train_sums = loaded.train, loaded.val, loaded.train_sums
     if val is None:
         kept, held_out = stratified_split(train.labels, val_fraction, seed, spec)
@@ -114,30 +120,24 @@ def _check_arguments(image_size: int | None, val_fraction: float, workers: int) 
 
 
 def _list(spec: DataSpec, folder: Path, cache_dir: Path | None, memory_limit: int) -> Listing:
-    """List the images; sources are imported here, as most need a library of their own."""
-    if spec.kind == "digits":
-        from clicktrain.data.sources.digits import list_digits
+    """List the images; sources with a library of their own are imported here."""
+    match spec.kind:
+        case "digits":
+            return list_digits()
+        case "synthetic":
+            return list_synthetic(spec.argument, memory_limit)
+        case "imagefolder":
+            return list_image_folder(spec.argument)
+        case "parquet":
+            from clicktrain.data.sources.parquet import list_parquet
 
-        return list_digits()
-    if spec.kind == "synthetic":
-        from clicktrain.data.sources.synthetic import list_synthetic
+            return list_parquet(spec.argument, folder, memory_limit)
+        case "hub":
+            from clicktrain.data.sources.hub import list_hub
 
-        return list_synthetic(spec.argument, memory_limit)
-    if spec.kind == "imagefolder":
-        from clicktrain.data.sources.image_folder import list_image_folder
-
-        return list_image_folder(spec.argument)
-    if spec.kind == "parquet":
-        from clicktrain.data.sources.parquet import list_parquet
-
-        return list_parquet(spec.argument, folder, memory_limit)
-    if spec.kind == "hub":
-        from clicktrain.data.sources.hub import list_hub
-
-        return list_hub(spec.argument, spec.config, cache_dir)
-    from clicktrain.data.sources.cifar import list_cifar
-
-    return list_cifar(spec.kind, spec.argument)
+            return list_hub(spec.argument, spec.config, cache_dir)
+        case _:
+            return list_cifar(spec.kind, spec.argument)
 
 
 @dataclass(frozen=True, eq=False)
@@ -149,24 +149,6 @@ class _Loaded:
     val: Source | None
     train_sums: Tensor | None
     value_range: tuple[float, float] | None = None
-
-
-@dataclass(frozen=True)
-class _Request:
-    spec: str
-    kind: str
-    image_size: int | None
-    memory_limit: int
-    workers: int
-    cache: PixelCache
-    value_range: tuple[float, float] | None
-
-    def values(self, images: EncodedImages, indices: list[int]) -> ValueRange:
-        """The range that the user gave, or that of these images."""
-        if self.value_range is not None:
-            return ValueRange(*self.value_range)
-        logger.info("measuring the range of the pixel values of %s, once", self.spec)
-        return measure_values(images, indices, self.workers)
 
 
 def _from_pixels(listing: Listing, image_size: int | None, memory_limit: int) -> _Loaded:
@@ -187,7 +169,7 @@ def _from_pixels(listing: Listing, image_size: int | None, memory_limit: int) ->
 
     train = source(listing.train)
     channels, height, width = train.images.shape[1:]
-    val = source(listing.val) if listing.val is not None else None
+    val = None if listing.val is None else source(listing.val)
     return _Loaded((channels, height, width), train, val, channel_sums(train.images))
 
 
@@ -199,39 +181,144 @@ def _resized(images: Tensor, image_size: int) -> Tensor:
     return out
 
 
-def _from_files(listing: Listing, request: _Request, *, imagenet: bool) -> _Loaded:
-    """Decode the files, take their pixels from the cache, or prepare to stream them."""
-    key = None
-    if listing.fingerprint is not None:
-        key = f"{request.kind}-{content_key(listing.fingerprint(), request.image_size, request.value_range)}"
-    cached = request.cache.load(key) if key is not None else None
-    if cached is not None and _is_usable(cached, listing, request):
-        return _from_cache(cached, listing)
-    splits = [split for split in (listing.train, listing.val) if split is not None]
-    channels, size, deep = _probe(splits, request)
-    count = sum(map(len, splits))
-    if count * channels * math.prod(size) <= request.memory_limit:
-        return _decode(listing, channels, size, request, key, deep=deep)
-    return _stream(listing, channels, size, request, key, imagenet=imagenet, deep=deep)
+@dataclass(frozen=True, eq=False)
+class _Files:
+    """The image files of a data set and how they are to be read; ``key`` is their name in the cache."""
 
+    spec: str
+    listing: Listing
+    image_size: int | None
+    memory_limit: int
+    workers: int
+    value_range: tuple[float, float] | None
+    cache: PixelCache
+    key: str | None
 
-def _is_usable(cached: dict[str, Tensor], listing: Listing, request: _Request) -> bool:
-    """Whether pixels in the cache are those of this listing, and few enough for the memory."""
-    splits = {"train": listing.train, "val": listing.val}
-    for name, split in splits.items():
-        if (split is None) != (name not in cached):
-            return False
-        if split is not None and (cached[name].ndim != 4 or len(cached[name]) != len(split)):
-            return False
-    return sum(cached[name].nbytes for name in splits if name in cached) <= request.memory_limit
+    def load(self, *, imagenet: bool) -> _Loaded:
+        """Decode the files, take their pixels from the cache, or prepare to stream them."""
+        cached = self.cache.load(self.key)
+        if cached is not None and self._is_usable(cached):
+            return self._from_cache(cached)
+        channels, size, deep = self._probe()
+        if sum(map(len, self.listing.splits)) * channels * math.prod(size) <= self.memory_limit:
+            return self._decode(channels, size, deep)
+        return self._stream(channels, size, deep, imagenet)
 
+    def _is_usable(self, cached: dict[str, Tensor]) -> bool:
+        """Whether pixels in the cache are those of this listing, and few enough for the memory."""
+        splits = dict(zip(("train", "val"), self.listing.splits, strict=False))
+        pixels = {str(name): cached[name] for name in ("train", "val") if name in cached}
+        return (
+            pixels.keys() == splits.keys()
+            and all(pixels[name].ndim == 4 and len(pixels[name]) == len(splits[name]) for name in splits)
+            and sum(tensor.nbytes for tensor in pixels.values()) <= self.memory_limit
+        )
 
-def _from_cache(cached: dict[str, Tensor], listing: Listing) -> _Loaded:
-    train = PixelSource(cached["train"], listing.train.labels)
-    val = PixelSource(cached["val"], listing.val.labels) if listing.val is not None else None
-    channels, height, width = train.images.shape[1:]
-    values = _pair(cached["value_range"]) if "value_range" in cached else None
-    return _Loaded((channels, height, width), train, val, cached["train_sums"], values)
+    def _from_cache(self, cached: dict[str, Tensor]) -> _Loaded:
+        train, *val = (
+            PixelSource(cached[name], split.labels)
+            for name, split in zip(("train", "val"), self.listing.splits, strict=False)
+        )
+        channels, height, width = train.images.shape[1:]
+        values = _pair(cached["value_range"]) if "value_range" in cached else None
+        return _Loaded(
+            (channels, height, width), train, val[0] if val else None, cached["train_sums"], values
+        )
+
+    def _probe(self) -> tuple[int, tuple[int, int], bool]:
+        """Learn channels, size and whether values have more than 8 bits from the headers of some images."""
+        gray = True
+        first: tuple[str, tuple[int, int]] | None = None
+        deep: dict[bool, str] = {}
+        for images in map(_encoded, self.listing.splits):
+            for index in _spread(len(images), _PROBED):
+                name = images.name(index)
+                header = read_header(images.read(index), name)
+                gray = gray and header.gray
+                first = first or (name, header.size)
+                deep.setdefault(header.deep, name)
+                if self.image_size is None and header.size != first[1]:
+                    raise mixed_sizes(name, header.size, first[0], first[1])
+        assert first is not None  # a listing that passed its check is not empty
+        if len(deep) > 1:
+            raise UserError(
+                f"{deep[True]} has more than 8 bits per value and {deep[False]} has not; convert them all to "
+                "one depth, so that equal values mean equal brightness"
+            )
+        size = first[1] if self.image_size is None else (self.image_size, self.image_size)
+        return (1 if gray else 3), size, True in deep
+
+    def _values(self, images: EncodedImages, indices: list[int]) -> ValueRange:
+        """The range that the user gave, or that of these images."""
+        if self.value_range is not None:
+            return ValueRange(*self.value_range)
+        logger.info("measuring the range of the pixel values of %s, once", self.spec)
+        return measure_values(images, indices, self.workers)
+
+    def _decode(self, channels: int, size: tuple[int, int], deep: bool) -> _Loaded:
+        """Decode every image and put the pixels into the cache."""
+        splits = self.listing.splits
+        if self.key is not None:  # before the long part, not after it
+            needed = sum(map(len, splits)) * channels * math.prod(size)
+            require_space(self.cache.folder, needed, "the cache of the decoded images")
+        logger.info("decoding the images of %s, once", self.spec)
+        values = EIGHT_BIT
+        if deep:
+            ranges = [self._values(_encoded(split), list(range(len(split)))) for split in splits]
+            values = ranges[0].including(ranges[-1])
+        resize, tensors = self.image_size is not None, dict[str, Tensor]()
+        for name, images in zip(("train", "val"), map(_encoded, splits), strict=False):
+            indices = list(range(len(images)))
+            tensors[name] = decode_all(
+                images, indices, channels, size, resize=resize, threads=self.workers, values=values
+            )
+        tensors["train_sums"] = channel_sums(tensors["train"])
+        if deep:
+            tensors["value_range"] = values.tensor()
+        self.cache.store(self.key, tensors)
+        return self._from_cache(tensors)
+
+    def _stream(self, channels: int, size: tuple[int, int], deep: bool, imagenet: bool) -> _Loaded:
+        """Leave the images encoded; measure a sample, or use ImageNet's statistics for 1000 RGB classes."""
+        values = self._sampled_range(_encoded(self.listing.train)) if deep else EIGHT_BIT
+        train, *val = (
+            EncodedSource(_encoded(split), split.labels, channels, size, self.image_size is not None, values)
+            for split in self.listing.splits
+        )
+        sums = None if imagenet and channels == 3 else self._sampled_sums(train)
+        limits = (values.low, values.high) if deep else None
+        return _Loaded((channels, *size), train, val[0] if val else None, sums, limits)
+
+    def _sampled_range(self, images: EncodedImages) -> ValueRange:
+        """Range of the values of a sample of the training images; values outside are clipped later."""
+        indices = _spread(len(images), _MEASURED)
+        values = self._cached("range", "value_range", lambda: self._values(images, indices).tensor())
+        return ValueRange(*_pair(values))
+
+    def _sampled_sums(self, train: EncodedSource) -> Tensor:
+        """`channel_sums` of a sample of the training images."""
+
+        def measure() -> Tensor:
+            indices = _spread(len(train), _MEASURED)
+            logger.info("decoding %d images of %s to measure mean and std, once", len(indices), self.spec)
+            decode = functools.partial(
+                decode_all, train.images, channels=train.channels, size=train.size, resize=train.resize,
+                ratio=train.ratio, threads=self.workers, values=train.values,
+            )  # fmt: skip
+            parts = (indices[start : start + 256] for start in range(0, len(indices), 256))  # may be large
+            return torch.cat([channel_sums(decode(part)) for part in parts])
+
+        return self._cached("sample", "train_sums", measure)
+
+    def _cached(self, part: str, name: str, measure: Callable[[], Tensor]) -> Tensor:
+        """A tensor of that name from the cache, or measured now and stored there."""
+        key = self.key and f"{self.key}-{part}"
+        cached = self.cache.load(key)
+        if cached is not None and name in cached:
+            return cached[name]
+        tensor = measure()
+        self.cache.store(key, {name: tensor})
+        return tensor
 
 
 def _pair(values: Tensor) -> tuple[float, float]:
@@ -244,135 +331,10 @@ def _encoded(split: ListedSplit) -> EncodedImages:
     return split.images
 
 
-def _probe(splits: list[ListedSplit], request: _Request) -> tuple[int, tuple[int, int], bool]:
-    """Learn channels, size and whether values have more than 8 bits from the headers of some images."""
-    gray = True
-    first: tuple[str, tuple[int, int]] | None = None
-    deep: dict[bool, str] = {}
-    for split in splits:
-        images = _encoded(split)
-        for index in _spread(len(images), _PROBED):
-            header = read_header(images.read(index), images.name(index))
-            gray = gray and header.gray
-            first = first or (images.name(index), header.size)
-            deep.setdefault(header.deep, images.name(index))
-            if request.image_size is None and header.size != first[1]:
-                raise mixed_sizes(images.name(index), header.size, first[0], first[1])
-    assert first is not None  # a listing that passed its check is not empty
-    if len(deep) > 1:
-        raise UserError(
-            f"{deep[True]} has more than 8 bits per value and {deep[False]} has not; convert them all to one "
-            "depth, so that equal values mean equal brightness"
-        )
-    size = first[1] if request.image_size is None else (request.image_size, request.image_size)
-    return (1 if gray else 3), size, True in deep
-
-
 def _spread(count: int, wanted: int) -> list[int]:
     """Return at most ``wanted`` indices, evenly spread over ``count``."""
     wanted = min(count, wanted)
     return [index * count // wanted for index in range(wanted)]
-
-
-def _decode(
-    listing: Listing,
-    channels: int,
-    size: tuple[int, int],
-    request: _Request,
-    key: str | None,
-    *,
-    deep: bool,
-) -> _Loaded:
-    """Decode every image and put the pixels into the cache."""
-    resize = request.image_size is not None
-    splits = [split for split in (listing.train, listing.val) if split is not None]
-    values = EIGHT_BIT
-
-    def pixels(split: ListedSplit) -> Tensor:
-        images = _encoded(split)
-        indices = list(range(len(images)))
-        return decode_all(
-            images, indices, channels, size, resize=resize, threads=request.workers, values=values
-        )
-
-    if key is not None:  # before the long part, not after it
-        needed = (len(listing.train) + len(listing.val or ())) * channels * math.prod(size)
-        require_space(request.cache.folder, needed, "the cache of the decoded images")
-    logger.info("decoding the images of %s, once", request.spec)
-    if deep:
-        ranges = [request.values(_encoded(split), list(range(len(split)))) for split in splits]
-        values = ranges[0].including(ranges[-1])
-    tensors = {"train": pixels(listing.train)}
-    if listing.val is not None:
-        tensors["val"] = pixels(listing.val)
-    tensors["train_sums"] = channel_sums(tensors["train"])
-    if deep:
-        tensors["value_range"] = torch.tensor([values.low, values.high], dtype=torch.float64)
-    if key is not None:
-        request.cache.store(key, tensors)
-    return _from_cache(tensors, listing)
-
-
-def _stream(
-    listing: Listing,
-    channels: int,
-    size: tuple[int, int],
-    request: _Request,
-    key: str | None,
-    *,
-    imagenet: bool,
-    deep: bool,
-) -> _Loaded:
-    """Leave the images encoded; measure a sample, or use ImageNet's statistics for 1000 RGB classes."""
-    values = _sampled_range(_encoded(listing.train), request, key) if deep else EIGHT_BIT
-
-    def source(split: ListedSplit) -> EncodedSource:
-        resize = request.image_size is not None
-        return EncodedSource(_encoded(split), split.labels, channels, size, resize, values)
-
-    train = source(listing.train)
-    val = source(listing.val) if listing.val is not None else None
-    sums = None
-    if not (imagenet and channels == 3):
-        sums = _sampled_sums(train, request, key)
-    return _Loaded((channels, *size), train, val, sums, (values.low, values.high) if deep else None)
-
-
-def _sampled_range(images: EncodedImages, request: _Request, key: str | None) -> ValueRange:
-    """Range of the values of a sample of the training images; values outside are clipped later."""
-
-    def measure() -> Tensor:
-        values = request.values(images, _spread(len(images), _MEASURED))
-        return torch.tensor([values.low, values.high], dtype=torch.float64)
-
-    return ValueRange(*_pair(_cached(request, key and f"{key}-range", "value_range", measure)))
-
-
-def _sampled_sums(train: EncodedSource, request: _Request, key: str | None) -> Tensor:
-    """`channel_sums` of a sample of the training images."""
-
-    def measure() -> Tensor:
-        indices = _spread(len(train), _MEASURED)
-        logger.info("decoding %d images of %s to measure mean and std, once", len(indices), request.spec)
-        parts = (indices[start : start + 256] for start in range(0, len(indices), 256))  # they may be large
-        decode = functools.partial(
-            decode_all, train.images, channels=train.channels, size=train.size, resize=train.resize,
-            ratio=train.ratio, threads=request.workers, values=train.values,
-        )  # fmt: skip
-        return torch.cat([channel_sums(decode(part)) for part in parts])
-
-    return _cached(request, key and f"{key}-sample", "train_sums", measure)
-
-
-def _cached(request: _Request, key: str | None, name: str, measure: Callable[[], Tensor]) -> Tensor:
-    """A tensor of that name from the cache, or measured now and stored there."""
-    cached = request.cache.load(key) if key is not None else None
-    if cached is not None and name in cached:
-        return cached[name]
-    tensor = measure()
-    if key is not None:
-        request.cache.store(key, {name: tensor})
-    return tensor
 
 
 def _subset(source: Source, indices: Tensor) -> Source:

@@ -11,13 +11,9 @@ _CHUNK = 256
 
 
 def channel_sums(images: Tensor) -> Tensor:
-    """Sum the pixels and their squares, per image and channel.
+    """Sum the pixels and their squares, per image and channel: uint8 [N, C, H, W] to int64 [N, C, 2].
 
-    Args:
-        images: uint8 [N, C, H, W].
-
-    Returns:
-        int64 [N, C, 2]: exact, so that the statistics of any subset of the images follow from them.
+    Exact, so that the statistics of any subset of the images follow from them.
     """
     sums = torch.empty(images.shape[0], images.shape[1], 2, dtype=torch.int64)
     for start in range(0, len(images), _CHUNK):
@@ -29,15 +25,9 @@ def channel_sums(images: Tensor) -> Tensor:
 
 
 def mean_and_std(sums: Tensor, pixels_per_image: int) -> tuple[tuple[float, ...], tuple[float, ...]]:
-    """Turn sums into statistics of pixels in [0, 1].
+    """Turn `channel_sums` into mean and (population) standard deviation of pixels in [0, 1], per channel.
 
-    Args:
-        sums: int64 [N, C, 2] of `channel_sums`.
-        pixels_per_image: H x W.
-
-    Returns:
-        Mean and (population) standard deviation per channel, in float64; 1 for a channel that never changes,
-        so that dividing by it does no harm.
+    The latter is 1 for a channel that never changes, so that dividing by it does no harm.
     """
     total = sums.sum(0).to(torch.float64) / (len(sums) * pixels_per_image)
     mean = total[:, 0] / 255

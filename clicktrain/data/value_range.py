@@ -7,6 +7,8 @@ from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
+import torch
+from torch import Tensor
 
 from clicktrain.errors import UserError
 
@@ -31,6 +33,10 @@ class ValueRange:
         if other is None:
             return self
         return ValueRange(min(self.low, other.low), max(self.high, other.high))
+
+    def tensor(self) -> Tensor:
+        """Both, float64 [2]."""
+        return torch.tensor([self.low, self.high], dtype=torch.float64)
 
     def to_8_bit(self, values: np.ndarray[Any, Any]) -> np.ndarray[Any, np.dtype[np.uint8]]:
         """Scale values of any numeric dtype to uint8, rounded.

@@ -14,7 +14,7 @@ import torch
 from torch import Tensor, nn
 
 from clicktrain.errors import UserError
-from clicktrain.export import onnx_file, safetensors_file, torch_file
+from clicktrain.export import file_formats
 from clicktrain.leftovers import remove_abandoned
 
 Format = Literal["safetensors", "onnx", "torch"]
@@ -69,10 +69,7 @@ def export_run(run: FinishedRun, format: Format, output: str | Path) -> Exported
     The file also carries the facts of the run as JSON under the key ``clicktrain`` (metadata of safetensors
     and ONNX, an extra file in a .pt2), so that images can be normalized and classes named without the run.
 
-    Args:
-        run: the network, on the CPU in eval mode, and its facts.
-        format: ``safetensors`` (dense layout), ``onnx`` or ``torch`` (torch.export); any batch size.
-        output: the file.
+    ``format`` is ``safetensors`` (dense layout), ``onnx`` or ``torch`` (torch.export); any batch size.
 
     Raises:
         UserError: unknown format, a package or folder is missing, the network cannot be exported, or the file
@@ -113,14 +110,14 @@ def _write(format: Format, model: nn.Module, shape: tuple[int, int, int], path: 
     example = torch.zeros(2, *shape)  # not 1, which torch.export would take for a constant
     match format:
         case "safetensors":
-            safetensors_file.write(model, path, facts)
-            return safetensors_file.read(model, path)
+            file_formats.write_safetensors(model, path, facts)
+            return file_formats.read_safetensors(model, path)
         case "onnx":
-            onnx_file.write(model, example, path, facts)
-            return onnx_file.read(path)
+            file_formats.write_onnx(model, example, path, facts)
+            return file_formats.read_onnx(path)
         case "torch":
-            torch_file.write(model, example, path, facts)
-            return torch_file.read(path)
+            file_formats.write_torch(model, example, path, facts)
+            return torch.export.load(path).module()
 
 
 def _compare(model: nn.Module, other: Run, shape: tuple[int, int, int]) -> tuple[float, float]:

@@ -13,11 +13,7 @@ from clicktrain.kernels.native import STORED_TYPES, Library, load, needed_toolch
 
 @functools.cache
 def library_for(source: Callable[[torch.dtype, int], str], dtype: torch.dtype) -> Library:
-    """The compiled functions of ``source(dtype, lanes)`` for activations of a dtype.
-
-    Raises:
-        RuntimeError: there is no compiler.
-    """
+    """The compiled functions of ``source(dtype, lanes)``; a KernelError if there is no compiler."""
     return load(source(dtype, needed_toolchain().lanes(dtype)))
 
 
@@ -29,15 +25,7 @@ def check_dtype(dtype: torch.dtype, what: str) -> None:
 
 
 def check_blocked(shape: torch.Size, dtype: torch.dtype, device: torch.device, what: str) -> None:
-    """Refuse what generated code would misread: it takes pointers to ``[B, C, H, W, V]`` in memory.
-
-    Args:
-        shape, dtype, device: of the activations.
-        what: the operator, for the message.
-
-    Raises:
-        UserError: another dtype, shape or device.
-    """
+    """Refuse, with a UserError, what generated code would misread: it takes pointers to [B, C, H, W, V]."""
     check_dtype(dtype, what)
     lanes = needed_toolchain().lanes(dtype)
     if len(shape) != 5 or shape[4] != lanes:

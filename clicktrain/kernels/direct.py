@@ -25,7 +25,6 @@ _PLAIN = frozenset((Tensor, torch.nn.Parameter, list, tuple, torch.Size, str, in
 
 
 def _overridden(arguments: tuple[Any, ...]) -> bool:
-    """Whether a tensor subclass is among arguments that are not all of known types."""
     return any(type(one) not in _PLAIN and isinstance(one, Tensor) for one in arguments)
 
 
@@ -66,12 +65,7 @@ def _routed(
 
 
 def plain(operator: Callable[..., R], run: Callable[..., R]) -> Callable[..., R]:
-    """Wrap an operator without a gradient: ``run`` itself where nobody watches.
-
-    Args:
-        operator: as registered.
-        run: what it computes, with the same arguments.
-    """
+    """Wrap an operator without a gradient: ``run``, with the same arguments, where nobody watches."""
     return _routed(operator, run)
 
 
@@ -80,12 +74,10 @@ class _Once(torch.autograd.Function):
 
     @staticmethod
     def forward(ctx: Any, count: int, *tensors: Tensor) -> tuple[Tensor, ...]:
-        """The first ``count`` tensors; the others are what they depend on."""
         return tuple(tensor.view_as(tensor) for tensor in tensors[:count])
 
     @staticmethod
     def backward(ctx: Any, *_: Tensor) -> Any:
-        """There are no kernels for it."""
         raise UserError(
             "sparse kernels have no second derivatives: compute those (create_graph=True) with the network "
             "that clicktrain.unpack(model) gives"

@@ -19,14 +19,7 @@ from clicktrain.formats.packed import Structure, pack_values, unpack_values
 from clicktrain.graph.exchange import exchange_, replace_module_, state_refusal
 from clicktrain.kernels.sparse_conv2d.packed_layer import PackedLayer, mask_refusal, packed_form, refusal
 
-__all__ = [
-    "dense_state_dict",
-    "pack",
-    "pack_model_",
-    "pack_refusals",
-    "unpack",
-    "unpack_model_",
-]
+__all__ = ["dense_state_dict", "pack", "pack_model_", "pack_refusals", "unpack", "unpack_model_"]
 
 M = TypeVar("M", bound=nn.Module)
 _HINT = "make the optimizer after packing, or train with packed=False"
@@ -36,16 +29,7 @@ _Convert: TypeAlias = Callable[[Tensor, Tensor], Tensor]
 def pack_refusals(
     model: nn.Module, names: Iterable[str], optimizers: Sequence[Optimizer] = ()
 ) -> dict[str, str]:
-    """Which of these layers cannot be packed, and why.
-
-    Args:
-        model: any module.
-        names: paths of layers in it.
-        optimizers: whose per-weight state would have to be packed.
-
-    Returns:
-        layer name -> reason, only for those that cannot.
-    """
+    """Name the layers that cannot be packed, or whose optimizer state cannot: layer name -> reason."""
     modules = dict(model.named_modules(remove_duplicate=False))
     uses = _Uses(model)
     refusals: dict[str, str] = {}
@@ -126,10 +110,7 @@ def pack(model: M) -> M:
     """A copy of a pruned model with packed layers; what is exactly zero counts as pruned.
 
     Layers that would not get smaller (some weights of any network are zero by chance), and those that cannot
-    be packed, stay as they are.
-
-    Returns:
-        A deep copy (a `PackedLayer` if the model itself is a layer).
+    be packed, stay as they are. The copy is a `PackedLayer` if the model itself is a layer.
     """
     result = copy.deepcopy(model)
     masks = {
@@ -179,7 +160,6 @@ def _weight(module: nn.Module) -> Tensor:
 
 
 def _packed(module: nn.Module, mask: Tensor, name: str = "the layer") -> PackedLayer:
-    """The packed form of a dense layer that can be packed."""
     form = packed_form(module)
     assert form is not None
     return form.from_dense(module, mask, name)
@@ -196,8 +176,6 @@ def _converter(layer: PackedLayer, function: Callable[[Structure, Tensor], Tenso
 
 
 class _Uses:
-    """Where each parameter and each module of a model is registered."""
-
     def __init__(self, model: nn.Module) -> None:
         self.parameters: dict[int, list[str]] = {}
         self.modules: dict[int, list[str]] = {}

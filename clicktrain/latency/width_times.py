@@ -11,6 +11,7 @@ from __future__ import annotations
 import bisect
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import asdict, dataclass, replace
+from functools import partial
 from typing import Any
 
 import torch
@@ -129,12 +130,8 @@ def width_times(
         raise UserError(f"a batch has at least 1 image, not {batch}")
     tables: dict[LayerGeometry, WidthTimes] = {}
     for geometry in dict.fromkeys(geometries):
-
-        def measure(geometry: LayerGeometry = geometry) -> WidthTimes:
-            progress(f"measuring a layer of {geometry.inputs} -> {geometry.outputs} channels, batch {batch}")
-            return measure_layer(geometry, batch, device)
-
         about = [FORMAT_VERSION, batch, asdict(geometry)]
+        measure = partial(measure_layer, geometry, batch, device, progress)
         times = measured_once("layer", about, device, geometry.read, measure)
         columns = len(times.outputs)
         ms = agreed([ms for row in times.ms for ms in row], device)
@@ -143,8 +140,11 @@ def width_times(
     return tables
 
 
-def measure_layer(geometry: LayerGeometry, batch: int, device: torch.device) -> WidthTimes:
+def measure_layer(
+    geometry: LayerGeometry, batch: int, device: torch.device, progress: Callable[[str], None]
+) -> WidthTimes:
     """Time a layer at all its points."""
+    progress(f"measuring a layer of {geometry.inputs} -> {geometry.outputs} channels, batch {batch}")
     inputs, outputs = geometry.points()
     calls = {
         (i, o): synchronized(geometry.call(i, o, batch, device), device) for i in inputs for o in outputs

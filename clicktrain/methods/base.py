@@ -8,25 +8,22 @@ from typing import Any
 from torch import nn
 from torch.optim import Optimizer
 
-from clicktrain.errors import UserError
 from clicktrain.latency.network_times import MeasureMasks
-from clicktrain.methods.actions import (
+from clicktrain.methods.contract import (
     Action,
     ApplyMasks,
     FreezeMasks,
-    Reconfigure,
-    Record,
-    RestoreTensors,
-    SilenceChannels,
-    hard_prune,
-)
-from clicktrain.methods.contract import (
     LayerPlan,
     MethodHooks,
     PruningPlan,
+    Reconfigure,
+    Record,
+    RestoreTensors,
     RunLength,
     S,
+    SilenceChannels,
     StepInfo,
+    hard_prune,
     plan_rows,
 )
 from clicktrain.methods.driver.pruner import Pruner
@@ -68,17 +65,14 @@ class Method(MethodHooks[S]):
 
         Args:
             model: the network, already on its device.
-            optimizer: any torch optimizer over its parameters, or a list of all that train it; masks,
-                penalties and votes ride on their step hooks. How several count: `Pruner`. An optimizer that
-                wraps another (SAM, Lookahead) is given alone.
+            optimizer: any torch optimizer over its parameters, or a list of all that train it (how several
+                count: `Pruner`). An optimizer that wraps another (SAM, Lookahead) is given alone.
             epochs: length of the run.
-            steps_per_epoch: calls of `Pruner.observe` per epoch, i.e. batches (not optimizer steps, if
-                gradients are accumulated).
-            packed: train on packed values after the hard prune (modules and parameters are then swapped
-                inside the optimizer); False keeps dense tensors with zeros.
+            steps_per_epoch: batches per epoch, each with a call of `Pruner.observe`.
+            packed: train on packed values after the hard prune (modules and parameters are then replaced);
+                False keeps dense tensors with zeros.
             example: batch of inputs for methods that remove channels: a tensor [N, C, H, W], a tuple of
-                positional arguments or a dict of keyword arguments. Taken from the first forward pass if it
-                is not given.
+                positional arguments or a dict of keyword arguments; by default from the first forward pass.
             on_event: called with every decision as a JSON-able dict; typed events: `Pruner.subscribe`.
             measure: times the network with masks, for ClickTrain with a latency as its target:
                 ``clicktrain.train.MaskedLatency(model, example)``; without it predictions are believed.
@@ -87,17 +81,5 @@ class Method(MethodHooks[S]):
             UserError: what is asked for cannot be done on this network, with this optimizer or in a run of
                 this length; or the network or an optimizer has a method attached that is not finished.
         """
-        if not isinstance(model, nn.Module):
-            raise UserError(
-                f"attach takes the network first, a torch.nn.Module, not a {type(model).__name__}"
-            )
-        return Pruner(
-            self,
-            model,
-            optimizer,
-            RunLength(epochs, steps_per_epoch),
-            packed=packed,
-            example=example,
-            on_event=on_event,
-            measure=measure,
-        )
+        length = RunLength(epochs, steps_per_epoch)
+        return Pruner(self, model, optimizer, length, packed, example, on_event, measure)

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, replace
-from typing import Any, ClassVar, Literal
+from typing import Any, ClassVar
 
 from torch import Tensor, nn
 
@@ -17,23 +17,16 @@ from clicktrain.graph.prunable import PrunableLayers
 from clicktrain.methods.base import Action, Method, PruningPlan, Record, RunLength, StepInfo
 from clicktrain.methods.clicktrain import ClickTrain, ClickTrainState
 from clicktrain.methods.outcome import Reached, Target
-from clicktrain.methods.patterns.axes import AllocationChoice
-from clicktrain.methods.prunetrain import PruneTrain, PruneTrainState
+from clicktrain.methods.patterns.settings import PatternChoices
+from clicktrain.methods.prunetrain import ChannelSettings, PruneTrain, PruneTrainState
 from clicktrain.runs.events import SwitchEvent
+from clicktrain.settings import field_names
 from clicktrain.sparsity.allocation import compression_limits
 from clicktrain.sparsity.channel_lasso import ChannelAxis
-from clicktrain.sparsity.importance import CriterionChoice
 from clicktrain.surgery import SurgeryPlan
 
 _LEAST_COMPRESSION = 1.005
 """The target for a network from which nothing more can be removed."""
-_FIRST = (
-    "target_flops", "target_parameters", "floor", "penalty_ratio", "coefficient", "interval", "update",
-    "sides", "scheme", "check_outputs",
-)  # fmt: skip
-"""Settings of PruneTrain, and"""
-_SECOND = ("preset", "patterns", "group", "criterion", "allocation")
-"""those of ClickTrain."""
 
 
 @dataclass(slots=True)
@@ -55,8 +48,11 @@ class TwoPartState:
 
 
 @dataclass(frozen=True, kw_only=True)
-class ChannelsThenPatterns(Method[TwoPartState]):
-    """Channels are removed first, then patterns are chosen in what is left (PruneTrain, then ClickTrain)."""
+class ChannelsThenPatterns(ChannelSettings, PatternChoices, Method[TwoPartState]):
+    """Channels are removed first, then patterns are chosen in what is left (PruneTrain, then ClickTrain).
+
+    Widths are rounded to a multiple of ``group``.
+    """
 
     name: ClassVar[str] = "prunetrain-clicktrain"
     title: ClassVar[str] = "PruneTrain, then ClickTrain"
@@ -67,40 +63,6 @@ class ChannelsThenPatterns(Method[TwoPartState]):
     default."""
     pattern_compression: float = 4.0
     """ClickTrain's compression of the convolution weights that the removal of channels leaves."""
-    target_flops: float | None = None
-    """Share of the inference FLOPs that PruneTrain leaves at the switch; 0.6 by default, as there."""
-    target_parameters: float | None = None
-    """Share of the parameters that PruneTrain leaves at the switch, instead."""
-    floor: float | None = None
-    """Share of each layer's channels that stays, one at least; 0.1 by default."""
-    penalty_ratio: float | None = None
-    """Share of the whole loss that PruneTrain's lasso has at the first step; given alone, there is no
-    target."""
-    coefficient: float | None = None
-    """Coefficient of PruneTrain's lasso itself, instead of the penalty ratio."""
-    interval: float | None = None
-    """Epochs between reconfigurations; 1/18 of the run by default."""
-    update: Literal["proximal", "gradient"] = "proximal"
-    """How PruneTrain's lasso acts: shrink channels after each step, or add its gradient (the paper's)."""
-    sides: Literal["both", "readers"] = "readers"
-    """Remove a channel when no layer reads it, or only when it is zero on both sides, as in the paper."""
-    scheme: Literal["union", "gating"] = "union"
-    """How the layers of a residual stage agree on channels."""
-    round_to: int | Literal["auto"] = 1
-    """Widths become multiples of it, where the layer is wide enough; auto: the one that trains fastest,
-    measured."""
-    check_outputs: bool = False
-    """At every reconfiguration, measure how much the network's output changes on the last batch."""
-    preset: Literal["default", "paper", "one-shot"] = "default"
-    """ClickTrain's settings that are not given."""
-    patterns: int | None = None
-    """Size N of ClickTrain's pattern pool."""
-    group: int = 1
-    """Neighboring filters that share ClickTrain's patterns; widths are rounded to a multiple of it."""
-    criterion: CriterionChoice | None = None
-    """ClickTrain's importance of a weight."""
-    allocation: AllocationChoice | None = None
-    """ClickTrain's kept kernels per layer."""
 
     def __post_init__(self) -> None:
         """Check every setting, those of the parts by the parts themselves."""
@@ -116,10 +78,10 @@ class ChannelsThenPatterns(Method[TwoPartState]):
     @property
     def first(self) -> PruneTrain:
         """The part that removes channels."""
-        settings: dict[str, Any] = {name: getattr(self, name) for name in _FIRST}
-        if self.round_to == "auto":
-            return PruneTrain(**settings, round_to="auto")
-        return PruneTrain(**settings, round_to=max(self.round_to, self.group))
+        settings: dict[str, Any] = {name: getattr(self, name) for name in field_names(ChannelSettings)}
+        if self.round_to != "auto":
+            settings["round_to"] = max(self.round_to, self.group)
+        return PruneTrain(**settings)
 
     def first_of(self, length: RunLength) -> PruneTrain:
         """The part that removes channels; its target is to be met at the switch."""
@@ -129,7 +91,7 @@ class ChannelsThenPatterns(Method[TwoPartState]):
     @property
     def second(self) -> ClickTrain:
         """The part that chooses patterns."""
-        settings: dict[str, Any] = {name: getattr(self, name) for name in _SECOND}
+        settings: dict[str, Any] = {name: getattr(self, name) for name in field_names(PatternChoices)}
         return ClickTrain(**settings, compression=self.pattern_compression)
 
     def second_of(self, state: TwoPartState) -> ClickTrain:
@@ -282,31 +244,15 @@ class ChannelsThenPatterns(Method[TwoPartState]):
             summary=f"{channels.summary}; then compression {second.compression:.4g} of what is left",
         )
 
-    def state_dict(self, state: TwoPartState) -> dict[str, Any]:
-        """Both states."""
-        return {
-            "first": self.first.state_dict(state.first),
-            "second": None if state.second is None else self.second.state_dict(state.second),
-            "switched": state.switched,
-            "seen": state.seen,
-            "epochs": state.epochs,
-            "compression": state.compression,
-        }
-
     def load_state(
         self, prunable: PrunableLayers, length: RunLength, saved: Mapping[str, Any]
     ) -> TwoPartState:
         """The inverse of `state_dict`, on the network as it was then."""
-        state = TwoPartState(
-            self.first.load_state(prunable, length, saved["first"]),
-            switched=saved["switched"],
-            seen=saved["seen"],
-            epochs=saved["epochs"],
-            compression=saved["compression"],
-        )
+        own = {**saved, "first": self.first.load_state(prunable, length, saved["first"]), "second": None}
+        state = TwoPartState(**own)
         if saved["second"] is not None:
             rest = RunLength(length.epochs - state.epochs, length.steps_per_epoch)
-            own = self._own(state, prunable)
-            state.second = self.second_of(state).load_state(own, rest, saved["second"])
+            layers = self._own(state, prunable)
+            state.second = self.second_of(state).load_state(layers, rest, saved["second"])
             state.first.lasso.axes = None
         return state

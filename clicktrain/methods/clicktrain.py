@@ -18,20 +18,13 @@ from clicktrain.errors import UserError
 from clicktrain.graph.prunable import PrunableLayers, check_convolutions, find_prunable, matches
 from clicktrain.latency.network_times import MeasureMasks
 from clicktrain.latency.sparse_latency import SparseLatency
-from clicktrain.methods.base import (
-    Action,
-    Method,
-    PruningPlan,
-    Record,
-    RunLength,
-    StepInfo,
-    hard_prune,
-)
+from clicktrain.methods.base import Action, Method, PruningPlan, Record, RunLength, StepInfo, hard_prune
 from clicktrain.methods.outcome import NOTED, Reached, Target, latency_target
 from clicktrain.methods.patterns.axes import ALLOCATIONS, PENALTIES, allocation_gains
 from clicktrain.methods.patterns.plan import clicktrain_plan
 from clicktrain.methods.patterns.selection import PatternLayer, Selection
 from clicktrain.methods.patterns.settings import PatternSettings
+from clicktrain.methods.saved_state import restored_state
 from clicktrain.methods.triggers import KernelWatch
 from clicktrain.runs.events import FinalizedEvent, PoolEvent, StageEvent
 from clicktrain.sparsity.allocation import allocate, check_reachable
@@ -55,7 +48,7 @@ class ClickTrainState:
     selection: Selection = field(default_factory=Selection)
     kernels: KernelWatch = field(default_factory=KernelWatch)
     """For trigger epi, in stage 1."""
-    masks: dict[str, Tensor] = field(default_factory=dict)
+    masks: dict[str, Tensor] = field(default_factory=dict, compare=False)
     """bool [F, C, R, S] per layer, from the end of stage 3 to the hard prune."""
     layers: tuple[PatternLayer, ...] = field(default=(), compare=False)
     measure: MeasureMasks | None = field(default=None, compare=False)
@@ -125,10 +118,6 @@ class ClickTrain(PatternSettings, Method[ClickTrainState]):
         target = Target("compression of convolution weights", self.compression, compression, "times")
         return [replace(target, reason=reason if abs(compression / self.compression - 1) > NOTED else "")]
 
-    def stage(self, state: ClickTrainState) -> str:
-        """dense, pool, finalize, regularize or accelerated."""
-        return state.stage
-
     # ---- steps ------------------------------------------------------------------------------
 
     def before_step(self, state: ClickTrainState, prunable: PrunableLayers, step: StepInfo) -> None:
@@ -191,7 +180,7 @@ class ClickTrain(PatternSettings, Method[ClickTrainState]):
             if step.seen < lengths["earliest"]:
                 return None
             trigger = "loss_slope" if self.trigger == "own" else self.trigger
-            return state.kernels.fires(trigger, step, self.epi_fires_from, self.loss_slope)
+            return state.kernels.fires(trigger, step, self.stable_from, self.loss_slope)
         over = step.seen - state.entered >= lengths[state.stage]
         reads = state.stage == "finalize" or (state.stage == "pool" and lengths["pool"] > 0)
         return "its length is over" if over and (state.counted > 0 or not reads) else None
@@ -206,7 +195,7 @@ class ClickTrain(PatternSettings, Method[ClickTrainState]):
         kept = sum(even[layer.name] * layer.shape[0] for layer in state.layers)
         share = kept / sum(layer.shape[0] * layer.shape[1] for layer in state.layers)
         return state.kernels.close_epoch(
-            prunable.convs, share, self.epi_epochs(length), self.epi_fires_from, self.criterion or "taylor"
+            prunable.convs, share, self.epi_epochs(length), self.stable_from, self.criterion or "taylor"
         )
 
     # ---- ends of stages ---------------------------------------------------------------------
@@ -321,35 +310,16 @@ class ClickTrain(PatternSettings, Method[ClickTrainState]):
         """Per layer: what is pruned, to what density and why; decisions, once they are made."""
         return clicktrain_plan(self, prunable, length, None if state is None else state.selection)
 
-    def state_dict(self, state: ClickTrainState) -> dict[str, Any]:
-        """Nested dicts of tensors, numbers and strings."""
-        return {
-            "stage": state.stage,
-            "entered": state.entered,
-            "counted": state.counted,
-            "previous_loss": state.previous_loss,
-            "selection": state.selection.state_dict(),
-            "kernels": state.kernels.state_dict(),
-        }
-
     def load_state(
         self, prunable: PrunableLayers, length: RunLength, saved: Mapping[str, Any]
     ) -> ClickTrainState:
         """Inverse of `state_dict`."""
         layers = self.targets(prunable)
-        device = layers[0].weight.device
-        previous = saved["previous_loss"]
-        selection = Selection.from_state_dict(saved["selection"], device)
-        return ClickTrainState(
-            saved["stage"],
-            saved["entered"],
-            saved["counted"],
-            None if previous is None else previous.to(device),
-            selection,
-            KernelWatch.from_state(saved["kernels"], lambda tensor: tensor.to(device, copy=True)),
-            {layer.name: selection.mask(layer) for layer in layers} if selection.kept else {},
-            layers,
-        )
+        state = restored_state(ClickTrainState, saved, layers[0].weight.device)
+        state.layers = layers
+        if state.selection.kept:
+            state.masks = {layer.name: state.selection.mask(layer) for layer in layers}
+        return state
 
 
 def _compression(prunable: PrunableLayers, masks: Mapping[str, Tensor]) -> float:

@@ -1,34 +1,125 @@
-"""What the pruner needs of a method: frozen settings, explicit state, and hooks that return actions."""
+"""A method's side of the driver: settings, explicit state, hooks, and the actions that they return."""
 
 from __future__ import annotations
 
 import abc
+import dataclasses
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from numbers import Integral
 from types import MappingProxyType
-from typing import Any, ClassVar, Generic, TypeVar
+from typing import Any, ClassVar, Generic, NamedTuple, TypeAlias, TypeVar
 
 from torch import Tensor, nn
 
 from clicktrain.errors import UserError, shown
 from clicktrain.graph.prunable import PrunableLayers, find_prunable
 from clicktrain.latency.network_times import MeasureMasks
-from clicktrain.methods.actions import Action
 from clicktrain.methods.outcome import Reached, Target
+from clicktrain.methods.saved_state import saved_state
+from clicktrain.runs.events import ABSENT, Event, HardPruneEvent, ReconfiguredEvent
 from clicktrain.settings import check_choices
 from clicktrain.sparsity.channel_lasso import ChannelAxis
+from clicktrain.sparsity.masks import energy_outside, sparsity_of
 from clicktrain.surgery import SurgeryPlan
 from clicktrain.wording import table_lines
 
 
+class Record(NamedTuple):
+    """Record a decision: a typed event (`clicktrain.runs.events`)."""
+
+    event: Event
+
+
+class ApplyMasks(NamedTuple):
+    """Zero weights that later steps may change again. Masks are bool, of their weight's shape.
+
+    ``forget``: also zero the optimizer state of the masked weights (momentum, moments).
+    """
+
+    masks: Mapping[str, Tensor]
+    forget: bool = False
+
+
+class FreezeMasks(NamedTuple):
+    """Hard prune: zero the weights outside the masks, bool of the weights' shapes, for good."""
+
+    masks: Mapping[str, Tensor]
+
+
+class SilenceChannels(NamedTuple):
+    """Zero whatever a plan would cut along the output channels of layers, without removing it.
+
+    These are filters, their biases and the scale and shift of their batch norms; the channels then carry
+    nothing. Later steps may change them again.
+    """
+
+    plan: SurgeryPlan
+
+
+class Reconfigure(NamedTuple):
+    """Remove channels and layers physically, from the model and its optimizer.
+
+    ``event`` says what the method decided by; the pruner completes it with what came of it. ``checked``:
+    measure how much the output of the last batch changes, in evaluation mode.
+    """
+
+    plan: SurgeryPlan
+    event: ReconfiguredEvent = ReconfiguredEvent()
+    checked: bool = False
+
+
+class RestoreTensors(NamedTuple):
+    """Write values into parameters and buffers, by name, and drop their optimizer state."""
+
+    values: Mapping[str, Tensor]
+
+
+Action: TypeAlias = Record | ApplyMasks | FreezeMasks | SilenceChannels | Reconfigure | RestoreTensors
+
+
+def hard_prune(
+    prunable: PrunableLayers,
+    masks: Mapping[str, Tensor],
+    *,
+    compression_asked: float | None = ABSENT,
+    sparsity_asked: float = ABSENT,
+    layer_targets: Mapping[str, float] = MappingProxyType({}),
+) -> list[Action]:
+    """Freeze masks, and record what that cuts.
+
+    Args:
+        prunable: the layers as they are, their pruned weights not yet zero.
+        masks: layer name -> bool of the weight's shape, True = kept.
+        compression_asked: what the method was asked for, all convolution weights / kept ones; or
+        sparsity_asked: over the layers with masks, which are then listed with their sparsities.
+        layer_targets: layer name -> the sparsity that the layer was to have, where there is one.
+    """
+    layers = [layer for layer in prunable.layers if layer.name in masks]
+    energies = [energy_outside(layer.weight, masks[layer.name]) for layer in layers]
+    lost, whole = (sum(part) for part in zip(*energies, strict=True)) if energies else (0.0, 0.0)
+    counted = [masks[layer.name] for layer in prunable.counted if layer.name in masks]
+    pruned = sum(mask.numel() - int(mask.sum()) for mask in counted)
+    event = HardPruneEvent(
+        compression_asked=compression_asked,
+        compression_reached=prunable.conv_weights / max(prunable.conv_weights - pruned, 1),
+        energy_outside=lost / whole if whole else 0.0,
+    )
+    if sparsity_asked is not ABSENT:
+        rows = []
+        for layer in layers:
+            wanted = {"target_sparsity": layer_targets[layer.name]} if layer.name in layer_targets else {}
+            true = sparsity_of({layer.name: masks[layer.name]})
+            rows.append({"name": layer.name, "shape": list(layer.shape), **wanted, "true_sparsity": true})
+        event = dataclasses.replace(
+            event, sparsity_asked=sparsity_asked, sparsity_reached=sparsity_of(masks), layers=rows
+        )
+    return [Record(event), FreezeMasks(dict(masks))]
+
+
 @dataclass(frozen=True, slots=True)
 class RunLength:
-    """How long a run is, in batches seen by `Pruner.observe`.
-
-    ``epochs`` x ``steps_per_epoch`` batches; with gradient accumulation several batches make one optimizer
-    step.
-    """
+    """Length of a run in batches seen by `Pruner.observe`, of which several may make one optimizer step."""
 
     epochs: int
     steps_per_epoch: int
@@ -102,7 +193,7 @@ class PruningPlan:
 
     rows: tuple[LayerPlan, ...]
     summary: str = ""
-    stages: tuple[tuple[str, str], ...] = field(default=())
+    stages: tuple[tuple[str, str], ...] = ()
 
     def __str__(self) -> str:
         head = ("layer", "shape", "what", "density", "per filter", "why")
@@ -187,16 +278,14 @@ class MethodHooks(abc.ABC, Generic[S]):
         """Describe what will be done, or, given a state that has decided, what was done."""
 
     def stage(self, state: S) -> str:
-        """Name of the current stage."""
-        del state
-        return "dense"
+        """Name of the current stage; the state's ``stage`` by default."""
+        return str(getattr(state, "stage", "dense"))
 
     def at_start(self, state: S, prunable: PrunableLayers, length: RunLength) -> Sequence[Action]:
         """Return the actions before the first forward pass, for networks that start out sparse.
 
         Masks cannot be frozen here: a resumed run calls this too, before its state is loaded.
         """
-        del state, prunable, length
         return ()
 
     def before_step(self, state: S, prunable: PrunableLayers, step: StepInfo) -> None:
@@ -205,12 +294,10 @@ class MethodHooks(abc.ABC, Generic[S]):
 
     def after_step(self, state: S, prunable: PrunableLayers, step: StepInfo) -> Sequence[Action]:
         """Decide, after the optimizer's step."""
-        del state, prunable, step
         return ()
 
     def at_end(self, state: S, prunable: PrunableLayers) -> Sequence[Action]:
         """Decide whatever is still undecided at the end of the run."""
-        del state, prunable
         return ()
 
     def after_surgery(self, state: S, plan: SurgeryPlan, prunable: PrunableLayers) -> None:
@@ -219,29 +306,23 @@ class MethodHooks(abc.ABC, Generic[S]):
 
     def targets_of(self, state: S, reached: Reached) -> Sequence[Target]:
         """Return each target with the value reached and, if missed, why; none if nothing was asked for."""
-        del state, reached
         return ()
 
     def after_freeze(self, state: S, masks: Mapping[str, Tensor]) -> None:
-        """Release what only served to choose the masks, which are frozen now.
+        """Release what only served to choose the masks, which are frozen now, not what `plan` shows of them.
 
-        Args:
-            state: keeps what `plan` shows of the masks.
-            masks: layer name -> bool of the weight's shape; with several processes, those of the first one.
+        ``masks``: layer name -> bool of the weight's shape; with several processes, those of the first one.
         """
         del state, masks
 
     def penalized_channels(self, state: S) -> Mapping[str, tuple[ChannelAxis, ...]]:
         """Map layer names to the channels that a penalty pushes towards zero; none in most methods."""
-        del state
         return {}
 
     def state_dict(self, state: S) -> dict[str, Any]:
         """Return the state as nested dicts of tensors, numbers and strings."""
-        del state
-        return {}
+        return {} if state is None else saved_state(state)
 
     def load_state(self, prunable: PrunableLayers, length: RunLength, saved: Mapping[str, Any]) -> S:
-        """Inverse of `state_dict`."""
-        del saved
+        """Inverse of `state_dict`; states other than None take `restored_state`."""
         return self.init(prunable, length)

@@ -10,7 +10,7 @@ from clicktrain.graph.prunable import PrunableLayers
 from clicktrain.methods.base import RunLength
 from clicktrain.methods.masks.masked import MaskState
 from clicktrain.methods.masks.moving import Growing
-from clicktrain.methods.masks.update_times import Timing, check_shares, make_timing
+from clicktrain.methods.masks.update_times import check_shares
 from clicktrain.sparsity.distributions import DistributionChoice
 from clicktrain.sparsity.regrowth import (
     DROPS,
@@ -33,6 +33,8 @@ class DSR(Growing):
 
     name: ClassVar[str] = "dsr"
     title: ClassVar[str] = "DSR"
+    usual_interval: ClassVar[tuple[int, int]] = (1000, 100)
+    doubling: ClassVar[bool] = True
 
     densities: DistributionChoice = "uniform"
     """Weights over layers at the beginning: the same share everywhere (the paper's), or
@@ -66,10 +68,6 @@ class DSR(Growing):
     def decided_by(self) -> str:
         """Weights grow where weights survive."""
         return "what survives in each layer"
-
-    def timing(self, length: RunLength) -> Timing:
-        """When units move."""
-        return make_timing(length, self.interval, min(1000, length.total // 100), self.stop, doubling=True)
 
     def init(self, prunable: PrunableLayers, length: RunLength) -> MaskState:
         """Choose the first positions."""

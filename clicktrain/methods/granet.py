@@ -7,16 +7,15 @@ from dataclasses import dataclass, replace
 from typing import ClassVar
 
 from clicktrain.errors import UserError
-from clicktrain.methods.base import RunLength
-from clicktrain.methods.masks.moving import Growing
-from clicktrain.methods.masks.update_times import Timing, check_shares, make_timing
+from clicktrain.methods.masks.moving import Gradual, Growing
+from clicktrain.methods.masks.update_times import check_shares
 from clicktrain.sparsity.registry import choice_name
 from clicktrain.sparsity.regrowth import DROPS, DropChoice, Units, Update, best_of_network
 from clicktrain.sparsity.schedules import ScheduleChoice, left_at
 
 
 @dataclass(frozen=True, kw_only=True)
-class GraNet(Growing):
+class GraNet(Gradual, Growing):
     """Pruned step by step over all layers; at each step a share of the weights is replaced (GraNet, 2021).
 
     A pruning step takes the smallest of the whole network until the schedule's sparsity is met. Then, in each
@@ -25,13 +24,9 @@ class GraNet(Growing):
 
     name: ClassVar[str] = "granet"
     title: ClassVar[str] = "GraNet"
-    moves_last: ClassVar[bool] = True
-    moves_in: ClassVar[str] = "pruning"
 
     initial_sparsity: float = 0.0
     """At the first step: 0 is dense-to-sparse training, 0.5 the paper's sparse-to-sparse training."""
-    sparsity_schedule: ScheduleChoice = "cubic"
-    """How the sparsity rises: s_f + (s_i - s_f) * (1 - t)^3 (the paper's), or another course of (1 - t)^3."""
     drop: float = 0.5
     """Share of each layer's weights that is replaced at the first step."""
     drop_rule: DropChoice = "layer"
@@ -39,12 +34,6 @@ class GraNet(Growing):
     adaptive threshold."""
     drop_schedule: ScheduleChoice = "cosine"
     """How that share falls to 0 until the last step."""
-    start: float = 0.0
-    """Share of the run at which pruning begins."""
-    stop: float = 0.6
-    """Share of the run at which the sparsity asked for is reached and masks are frozen."""
-    interval: int | None = None
-    """Batches between steps; by default 1,000, or a fiftieth of a run of under 50,000 batches."""
 
     def __post_init__(self) -> None:
         """Check every setting."""
@@ -52,10 +41,6 @@ class GraNet(Growing):
         check_shares(self, ("drop",))
         if not 0 <= self.initial_sparsity <= self.sparsity:
             raise UserError(f"initial_sparsity must be between 0 and sparsity, not {self.initial_sparsity}")
-        if not 0 <= self.start < self.stop:
-            raise UserError(
-                f"start is a share of the run, from 0 to below stop ({self.stop:g}), not {self.start}"
-            )
 
     @property
     def first_sparsity(self) -> float:
@@ -66,11 +51,6 @@ class GraNet(Growing):
     def decided_by(self) -> str:
         """Weights compete over all layers."""
         return "what survives in the whole network"
-
-    def timing(self, length: RunLength) -> Timing:
-        """When units move."""
-        usual = min(1000, length.total // 50)
-        return make_timing(length, self.interval, usual, self.stop, start=self.start)
 
     def move(self, now: Update) -> tuple[Units, Units]:
         """Prune the network to the schedule's sparsity, then replace a share in each layer."""

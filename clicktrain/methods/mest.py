@@ -9,9 +9,8 @@ from torch import Tensor
 
 from clicktrain.errors import UserError
 from clicktrain.graph.prunable import PrunableLayer
-from clicktrain.methods.base import RunLength
 from clicktrain.methods.masks.moving import Growing
-from clicktrain.methods.masks.update_times import Timing, check_shares, make_timing
+from clicktrain.methods.masks.update_times import check_shares
 from clicktrain.sparsity.distributions import DISTRIBUTIONS, DistributionChoice
 from clicktrain.sparsity.registry import choice_name
 from clicktrain.sparsity.regrowth import GrowthChoice, Units, Update
@@ -43,8 +42,6 @@ class MEST(Growing):
     grow back to it (EM)."""
     growth: GrowthChoice = "random"
     """Where weights grow inside a layer: at random positions (the paper's), or at the largest gradients."""
-    interval: int | None = None
-    """Batches between updates; by default 1,000, or a fiftieth of a run of under 50,000 batches."""
     stop: float = 0.8
     """Share of the run after which masks are frozen."""
 
@@ -69,10 +66,6 @@ class MEST(Growing):
         """|w| + lambda |g|; with another criterion its root takes the place of |w|."""
         scores = super().root_scores(layer, grad)
         return scores if grad is None else scores + self.gradient_weight * grad.float().abs()
-
-    def timing(self, length: RunLength) -> Timing:
-        """When units move."""
-        return make_timing(length, self.interval, min(1000, length.total // 50), self.stop)
 
     def move(self, now: Update) -> tuple[Units, Units]:
         """ArgRemoveTo, then ArgGrowTo: to s + p and back to s, or (soft bound) to s and on to s - p."""

@@ -155,13 +155,10 @@ def check_latency_target(ratio: float | None, ms: float | None) -> None:
 def latency_target(
     event: Mapping[str, Any], ratio: float | None, ms: float | None, what: str = "inference time"
 ) -> Target:
-    """A latency target, from the event that chose the pruned network.
+    """A latency target, as a share of the dense network's time or in milliseconds, and what was reached.
 
-    Args:
-        event: with ``latency_ratio``, ``measured_ms``, ``predicted_ms``, ``dense_ms``, or empty.
-        ratio: target as a share of the dense network's time, or
-        ms: in milliseconds.
-        what: the measured time, in words.
+    ``event`` chose the pruned network, with ``latency_ratio``, ``measured_ms``, ``predicted_ms`` and
+    ``dense_ms``, or is empty. ``what`` is the measured time, in words.
     """
     reason = "" if event else "the run ended before anything was chosen"
     measured, predicted, dense = (event.get(key) for key in ("measured_ms", "predicted_ms", "dense_ms"))

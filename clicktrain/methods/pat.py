@@ -33,8 +33,8 @@ from clicktrain.methods.channels.criteria import NEURON_CRITERIA, ChannelScores,
 from clicktrain.methods.channels.selection import ChannelSelection
 from clicktrain.methods.channels.stepwise import StepwiseRemoval, StepwiseState
 from clicktrain.methods.outcome import Reached, Target
-from clicktrain.methods.saved_state import restored_state, saved_state
-from clicktrain.methods.triggers import StartRule, StructureWatch, default_threshold, default_window
+from clicktrain.methods.saved_state import restored_state
+from clicktrain.methods.triggers import StartRule, StructureSettings, StructureWatch
 from clicktrain.runs.events import StageEvent, TriggerEvent
 from clicktrain.settings import part_of
 from clicktrain.sparsity.registry import choice_name
@@ -59,7 +59,7 @@ class PaTState:
 
 
 @dataclass(frozen=True, kw_only=True)
-class PaT(Method[PaTState]):
+class PaT(StructureSettings, Method[PaTState]):
     """Neurons ranked over the whole network are removed early, when EPI says so (When to Prune?, 2022).
 
     A neuron is an output channel; channels of a residual stage that can only be removed together are one.
@@ -84,11 +84,6 @@ class PaT(Method[PaTState]):
     training, then fine-tuning)."""
     policy_seed: int = 0
     """Draws the epoch of policy random."""
-    epi_window: int | None = None
-    """Past epochs r that a structure is compared with; a third of the longest dense training by default, 5 at
-    the most."""
-    epi_threshold: float | None = None
-    """EPI from which a structure is stable; 0.944 for gradients, 0.983 for magnitudes by default."""
     loss_slope: float = 0.27
     """Pruning starts when the training loss falls by less than this between epochs (policy loss_slope)."""
     latest_start: float = 0.34
@@ -124,14 +119,12 @@ class PaT(Method[PaTState]):
     def __post_init__(self) -> None:
         """Check every setting."""
         super().__post_init__()
-        for key in ("epi_window", "prune_steps", "init_batches"):
-            value = getattr(self, key)
-            if value is not None and value < 1:
-                raise UserError(f"{key} must be at least 1, not {value}")
-        for key in ("epi_threshold", "latest_start"):
-            value = getattr(self, key)
-            if value is not None and not 0 <= value <= 1:
-                raise UserError(f"{key} must be between 0 and 1, not {value}")
+        self.check_structure()
+        for key in ("prune_steps", "init_batches"):
+            if getattr(self, key) < 1:
+                raise UserError(f"{key} must be at least 1, not {getattr(self, key)}")
+        if not 0 <= self.latest_start <= 1:
+            raise UserError(f"latest_start must be between 0 and 1, not {self.latest_start}")
         if (self.policy == "epoch") != (self.prune_epoch is not None):
             raise UserError("prune_epoch goes with policy epoch, and policy epoch needs one: set both")
         if self.prune_epoch is not None and self.prune_epoch < 0:
@@ -160,16 +153,13 @@ class PaT(Method[PaTState]):
     @property
     def threshold(self) -> float:
         """EPI from which a structure is stable (section 4.2)."""
-        if self.epi_threshold is not None:
-            return self.epi_threshold
-        return default_threshold(self.criterion, NEURON_CRITERIA)
+        return self.tau(self.criterion, NEURON_CRITERIA)
 
     def start(self, length: RunLength) -> StartRule:
         """In which epoch neurons are pruned."""
         latest = min(length.epochs - 1, round(self.latest_start * length.epochs))
-        window = self.epi_window or default_window(latest)
-        return StartRule(self.policy, latest, window, self.threshold, self.prune_epoch, self.policy_seed,
-                         self.loss_slope)  # fmt: skip
+        return StartRule(self.policy, latest, self.window(latest), self.threshold, self.prune_epoch,
+                         self.policy_seed, self.loss_slope)  # fmt: skip
 
     def find_prunable(self, model: nn.Module, trained: Sequence[Tensor] | None = None) -> PrunableLayers:
         """Every convolution, the first and depthwise ones too, and linear layers."""
@@ -195,10 +185,6 @@ class PaT(Method[PaTState]):
         if (reason := self.start(length).due(0, state.watch, ())) is not None:
             state.stage, state.reason = "prune", reason
         return state
-
-    def stage(self, state: PaTState) -> str:
-        """dense, prune or sparse (Algorithm 2)."""
-        return state.stage
 
     def before_step(self, state: PaTState, prunable: PrunableLayers, step: StepInfo) -> None:
         """Add up scores; before training, take the gradients away so that no weight moves."""
@@ -302,10 +288,6 @@ class PaT(Method[PaTState]):
             ("stage 3 sparse", "to the end, with the neurons that are left"),
         )
         return PruningPlan(plan_rows(prunable, rows), summary, stages)
-
-    def state_dict(self, state: PaTState) -> dict[str, Any]:
-        """Nested dicts of tensors, numbers and strings."""
-        return saved_state(state)
 
     def load_state(self, prunable: PrunableLayers, length: RunLength, saved: Mapping[str, Any]) -> PaTState:
         """The inverse of `state_dict`."""

@@ -3,8 +3,8 @@
 Every step adds the lasso's gradient, or shrinks channels by it (`channels.lasso`). Every ``interval`` epochs
 channels under the threshold are set to zero, and those that are zero on both sides, or that no layer reads,
 are removed, with layers of residual branches that have become zero (`channels.removal`). The paper's own
-comparisons are the same composition with another rhythm (`channels.rhythm`): one reconfiguration at a given
-epoch (Alvarez and Salzmann), none before the end (SSL).
+comparisons are the same composition with another rhythm: one reconfiguration at a given epoch (Alvarez and
+Salzmann), none before the end (SSL).
 
 Where no penalty is given, a run has a target, the share of FLOPs or parameters to be left, and the
 coefficient is steered towards it (`channels.steering`); that is not in the paper.
@@ -36,15 +36,13 @@ from clicktrain.methods.base import (
     StepInfo,
     plan_rows,
 )
-from clicktrain.methods.channels.axes import channel_axes
 from clicktrain.methods.channels.costs import Cost
-from clicktrain.methods.channels.lasso import Axes, ChannelLasso, LassoState
-from clicktrain.methods.channels.removal import ZeroRemoval, agree
-from clicktrain.methods.channels.rhythm import Rhythm
+from clicktrain.methods.channels.lasso import Axes, ChannelLasso, LassoState, channel_axes
+from clicktrain.methods.channels.removal import Rhythm, ZeroRemoval, agree
 from clicktrain.methods.channels.steering import Steering, TargetState
 from clicktrain.methods.channels.target import NEAR
 from clicktrain.methods.outcome import Reached, Target
-from clicktrain.methods.saved_state import restored_state, saved_state
+from clicktrain.methods.saved_state import restored_state
 from clicktrain.runs.events import PenaltyEvent, ReconfiguredEvent, StageEvent, WidthsEvent
 from clicktrain.settings import part_of
 from clicktrain.surgery import SurgeryPlan
@@ -77,24 +75,14 @@ class PruneTrainState:
 
 
 @dataclass(frozen=True, kw_only=True)
-class PruneTrain(Method[PruneTrainState]):
-    """Channels and layers are removed while the network trains (PruneTrain, 2019)."""
+class ChannelSettings:
+    """Settings of PruneTrain that compositions with it have too."""
 
-    name: ClassVar[str] = "prunetrain"
-    title: ClassVar[str] = "PruneTrain"
-    reads_graph: ClassVar[bool] = True
-
-    preset: Literal["default", "paper"] = "default"
-    """Where settings that are not given come from: what works in short runs, with a target, or the paper,
-    with a penalty alone."""
     target_flops: float | None = None
     """Share of the inference FLOPs that is to be left; the lasso is steered towards it. 0.6 by default,
     unless target_parameters, penalty_ratio, coefficient or the paper's preset is given."""
     target_parameters: float | None = None
     """Share of the parameters that is to be left, instead."""
-    target_at: float | None = None
-    """Epoch at whose end the target is met, where need be by removing the smallest norms; 3/4 of the run by
-    default."""
     floor: float | None = None
     """Share of each layer's channels that stays, one at least; 0.1 by default (paper: 0). They are not
     penalized. Without a target, layers of residual branches keep none, so that whole branches can go."""
@@ -106,30 +94,46 @@ class PruneTrain(Method[PruneTrainState]):
     update: Literal["proximal", "gradient"] | None = None
     """How the lasso acts: shrink channels after each step, to exactly zero; or add its gradient (the paper's,
     which needs a long run to come under the threshold)."""
-    reconfigure: Literal["interval", "once", "end"] = "interval"
-    """When channels are removed: every interval (PruneTrain), once (Alvarez and Salzmann), or only at the end
-    of the run (SSL)."""
     interval: float | None = None
     """Epochs between reconfigurations; 1/18 of the run by default, as the paper's 10 of 182 and 5 of 90."""
-    once_at: float | None = None
-    """Epoch of the only reconfiguration (reconfigure: once); half of the run by default."""
     scheme: Literal["union", "gating"] = "union"
     """How the layers of a residual stage agree: keep what one of them needs, or select and scatter channels
     around each branch."""
     sides: Literal["both", "readers"] | None = None
     """Remove a channel when no layer reads it (readers), or only when it is zero on both sides (both, the
     paper's, which removes later). Neither changes what the network computes."""
-    threshold: float = 1e-4
-    """Channels whose weights are all at most this large are set to zero."""
     round_to: int | Literal["auto"] = 1
     """Widths that remain are multiples of it, where the layer is wide enough; auto: the multiple with which
     the network that is left trains fastest on this device, measured at each reconfiguration."""
+    check_outputs: bool = False
+    """At every reconfiguration, measure how much the network's output changes on the last batch."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class PruneTrain(ChannelSettings, Method[PruneTrainState]):
+    """Channels and layers are removed while the network trains (PruneTrain, 2019)."""
+
+    name: ClassVar[str] = "prunetrain"
+    title: ClassVar[str] = "PruneTrain"
+    reads_graph: ClassVar[bool] = True
+
+    preset: Literal["default", "paper"] = "default"
+    """Where settings that are not given come from: what works in short runs, with a target, or the paper,
+    with a penalty alone."""
+    target_at: float | None = None
+    """Epoch at whose end the target is met, where need be by removing the smallest norms; 3/4 of the run by
+    default."""
+    reconfigure: Literal["interval", "once", "end"] = "interval"
+    """When channels are removed: every interval (PruneTrain), once (Alvarez and Salzmann), or only at the end
+    of the run (SSL)."""
+    once_at: float | None = None
+    """Epoch of the only reconfiguration (reconfigure: once); half of the run by default."""
+    threshold: float = 1e-4
+    """Channels whose weights are all at most this large are set to zero."""
     fine_tune: float = 0.0
     """Epochs without the lasso at the end of the run."""
     linear: bool = True
     """Penalize the input channels of linear layers too."""
-    check_outputs: bool = False
-    """At every reconfiguration, measure how much the network's output changes on the last batch."""
     exclude: tuple[str, ...] = ()
     """Layers without penalty, by module path (shell-style)."""
 
@@ -225,10 +229,6 @@ class PruneTrain(Method[PruneTrainState]):
         names = [layer.name for layer in layers if not matches(layer.name, self.exclude)]
         assert prunable.model is not None
         return channel_axes(prunable.model, prunable.example, names)
-
-    def stage(self, state: PruneTrainState) -> str:
-        """sparsify, or fine-tune without the lasso."""
-        return state.stage
 
     def before_step(self, state: PruneTrainState, prunable: PrunableLayers, step: StepInfo) -> None:
         """Set the coefficient, at the first step by Eq. (3); add the lasso's gradient."""
@@ -364,10 +364,6 @@ class PruneTrain(Method[PruneTrainState]):
             stages.append(("fine-tune", f"the last {self.fine_tune:g} epochs without the lasso"))
         summary = f"{full - kept} of {full} weights would be removed as the network is now"
         return PruningPlan(plan_rows(prunable, rows), summary, tuple(stages))
-
-    def state_dict(self, state: PruneTrainState) -> dict[str, Any]:
-        """Nested dicts of tensors, numbers and strings."""
-        return saved_state(state)
 
     def load_state(
         self, prunable: PrunableLayers, length: RunLength, saved: Mapping[str, Any]

@@ -5,9 +5,8 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import ClassVar
 
-from clicktrain.methods.base import RunLength
 from clicktrain.methods.masks.moving import Growing
-from clicktrain.methods.masks.update_times import Timing, check_shares, make_timing
+from clicktrain.methods.masks.update_times import check_shares
 from clicktrain.sparsity.registry import choice_name
 from clicktrain.sparsity.regrowth import DROPS, DropChoice, Units, Update
 from clicktrain.sparsity.schedules import ScheduleChoice, left_at
@@ -23,6 +22,7 @@ class RigL(Growing):
 
     name: ClassVar[str] = "rigl"
     title: ClassVar[str] = "RigL"
+    usual_interval: ClassVar[tuple[int, int]] = (100, 50)
 
     drop: float = 0.3
     """Share of the active weights dropped at the first update (alpha)."""
@@ -38,10 +38,6 @@ class RigL(Growing):
         """Check every setting."""
         super().__post_init__()
         check_shares(self, ("drop",))
-
-    def timing(self, length: RunLength) -> Timing:
-        """When units move."""
-        return make_timing(length, self.interval, min(100, length.total // 50), self.stop)
 
     def move(self, now: Update) -> tuple[Units, Units]:
         """Algorithm 1: each layer grows as many as it lost."""

@@ -8,13 +8,14 @@ layers with kernels of different sizes compete, and over the batches of an epoch
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
 import torch
 from torch import Tensor
 
+from clicktrain.errors import UserError
 from clicktrain.graph.prunable import PrunableLayer
 from clicktrain.methods.base import Record, StepInfo
 from clicktrain.runs.events import IndicatorEvent
@@ -26,7 +27,15 @@ from clicktrain.sparsity.stability import (
     early_pruning_indicator,
     kept_kernels,
 )
-from clicktrain.sparsity.triggers import EARLY_TRIGGERS, POLICIES, SLOPE, History, Trigger, fires
+from clicktrain.sparsity.triggers import (
+    EARLY_TRIGGERS,
+    POLICIES,
+    SLOPE,
+    EarlyTriggerChoice,
+    History,
+    Trigger,
+    fires,
+)
 
 
 @dataclass(slots=True)
@@ -37,14 +46,7 @@ class StructureWatch:
     indicators: list[float | None] = field(default_factory=list)
 
     def add(self, structure: Mapping[str, int], window: int, threshold: float, what: str) -> Record:
-        """Take the structure of the epoch that has ended; what is to be written down about it.
-
-        Args:
-            structure: kept neurons or kernels per layer.
-            window: r of Eq. (6).
-            threshold: tau.
-            what: the criterion, for the record.
-        """
+        """Take the kept neurons or kernels per layer of the epoch that has ended; what to record about it."""
         self.structures.append(list(structure.values()))
         epi = early_pruning_indicator(self.structures, window)
         self.indicators.append(epi)
@@ -59,29 +61,54 @@ class StructureWatch:
         """EPI of the last epoch."""
         return self.indicators[-1] if self.indicators else None
 
-    def state_dict(self) -> dict[str, Any]:
-        """Plain lists."""
-        return {"structures": [list(s) for s in self.structures], "indicators": list(self.indicators)}
 
-    @classmethod
-    def from_state(cls, saved: Mapping[str, Any]) -> StructureWatch:
-        """Inverse of `state_dict`."""
-        return cls([list(s) for s in saved["structures"]], list(saved["indicators"]))
+@dataclass(frozen=True, kw_only=True)
+class StructureSettings:
+    """From when on a structure is stable."""
+
+    epi_threshold: float | None = None
+    """EPI from which the structure is stable; by default 0.983 for magnitude, 0.944 for criteria that read
+    gradients."""
+    epi_window: int | None = None
+    """Past epochs r that a structure is compared with; a third of the longest dense training by default, 5 at
+    the most."""
+
+    def check_structure(self) -> None:
+        """UserError for a value out of range."""
+        if self.epi_threshold is not None and not 0 <= self.epi_threshold <= 1:
+            raise UserError(f"epi_threshold must be between 0 and 1, not {self.epi_threshold}")
+        if self.epi_window is not None and self.epi_window < 1:
+            raise UserError(f"epi_window must be at least 1, not {self.epi_window}")
+
+    def tau(self, criterion: Any, known: Mapping[str, Any] = CRITERIA) -> float:
+        """EPI from which the structure is stable (section 4.2). Imports nothing."""
+        if self.epi_threshold is not None:
+            return self.epi_threshold
+        function = known.get(criterion) if isinstance(criterion, str) else criterion
+        reads = function is None or reads_gradient(function)
+        return GRADIENT_THRESHOLD if reads else MAGNITUDE_THRESHOLD
+
+    def window(self, latest: int) -> int:
+        """r, for the longest dense training in epochs.
+
+        The paper leaves r open; its runs of 90 epochs start at epoch 30 at the latest.
+        """
+        return self.epi_window or max(1, min(5, latest // 3))
 
 
-def default_threshold(criterion: str | Callable[..., object], known: Mapping[str, Any] = CRITERIA) -> float:
-    """tau: that for magnitudes, or that for criteria that read gradients (section 4.2). Imports nothing."""
-    function = known.get(criterion) if isinstance(criterion, str) else criterion
-    reads = function is None or reads_gradient(function)
-    return GRADIENT_THRESHOLD if reads else MAGNITUDE_THRESHOLD
+@dataclass(frozen=True, kw_only=True)
+class EarlyTrigger(StructureSettings):
+    """What may begin pruning before the time that a method's own settings say."""
 
+    trigger: EarlyTriggerChoice = "own"
+    """Pruning begins by the method's own rule (own), or as soon as it is stable how many kernels each layer
+    keeps (epi: When to Prune?, Eq. (4) to (6)), or the loss settles (loss_slope); by its own rule at the
+    latest."""
 
-def default_window(latest: int) -> int:
-    """r where it is not given: a third of the longest dense training, 5 epochs at the most.
-
-    The paper leaves r open; its runs of 90 epochs start at epoch 30 at the latest.
-    """
-    return max(1, min(5, latest // 3))
+    @property
+    def watches_structure(self) -> bool:
+        """Whether the trigger reads EPI."""
+        return self.trigger not in ("own", "loss_slope")
 
 
 @dataclass(slots=True)
@@ -113,15 +140,7 @@ class KernelWatch:
         threshold: float,
         criterion: str | Criterion,
     ) -> Record:
-        """The structure of the epoch that has ended, and EPI.
-
-        Args:
-            layers: all that may be pruned.
-            share: of their kernels that is kept.
-            window: r of Eq. (6).
-            threshold: tau.
-            criterion: for the record.
-        """
+        """The structure of the epoch that has ended, with this share of all kernels kept, and EPI."""
         scores = {
             layer.name: self.sums.get(
                 layer.name, torch.zeros(layer.view_shape[:2], device=layer.weight.device)
@@ -140,16 +159,6 @@ class KernelWatch:
         seen = History(epoch, latest, step.epoch_losses, self.watch.indicators, threshold, slope)
         return EARLY_TRIGGERS.resolve(trigger)(seen)
 
-    def state_dict(self) -> dict[str, Any]:
-        """Nested dicts of tensors and numbers."""
-        return {"sums": dict(self.sums), **self.watch.state_dict()}
-
-    @classmethod
-    def from_state(cls, saved: Mapping[str, Any], to: Callable[[Tensor], Tensor]) -> KernelWatch:
-        """Inverse of `state_dict`; ``to`` copies a tensor to its device."""
-        sums = {name: to(value) for name, value in saved["sums"].items()}
-        return cls(sums, StructureWatch.from_state(saved))
-
 
 @dataclass(frozen=True, slots=True)
 class StartRule:
@@ -167,13 +176,7 @@ class StartRule:
     loss_slope: float
 
     def due(self, epoch: int, watch: StructureWatch, losses: Sequence[float]) -> str | None:
-        """Why pruning takes place in an epoch that begins now, or None.
-
-        Args:
-            epoch: from 0.
-            watch: the structures so far.
-            losses: mean training loss of every epoch so far.
-        """
+        """Why pruning takes place in an epoch, from 0, that begins now, or None; losses as in `History`."""
         seen = History(epoch, self.latest, losses, watch.indicators, self.threshold, self.loss_slope,
                        self.prune_epoch, self.seed)  # fmt: skip
         return fires(POLICIES.resolve(self.policy), seen)

@@ -15,15 +15,8 @@ STEM_FILTERS = 32
 # (filters, stride of the depthwise convolution). Table 1 prints stride 2 for the last block too, but its
 # input and output sizes there are both 7x7: the stride is 1.
 BLOCKS: tuple[tuple[int, int], ...] = (
-    (64, 1),
-    (128, 2),
-    (128, 1),
-    (256, 2),
-    (256, 1),
-    (512, 2),
-    *[(512, 1)] * 5,
-    (1024, 2),
-    (1024, 1),
+    *((64, 1), (128, 2), (128, 1), (256, 2), (256, 1)),
+    *((512, 2), *[(512, 1)] * 5, (1024, 2), (1024, 1)),
 )
 
 
@@ -52,11 +45,8 @@ class MobileNetV1(nn.Module):
     torchvision has no MobileNetV1; its names for residual networks are followed: ``conv1``, ``bn1``,
     ``blocks.0`` .. ``blocks.12`` with ``depthwise``, ``bn1``, ``pointwise``, ``bn2`` inside, and ``fc``.
 
-    Args:
-        num_classes: outputs.
-        in_channels: channels of the images.
-        width: factor on all channels (the paper's alpha, section 3.3), see ``scaled_channels``.
-        stem: stride of ``conv1``: 2 for ``imagenet``, 1 for ``cifar``.
+    ``width`` is a factor on all channels (the paper's alpha, section 3.3), see ``scaled_channels``; ``conv1``
+    has stride 2 with the stem ``imagenet`` and 1 with ``cifar``.
     """
 
     def __init__(
@@ -78,7 +68,6 @@ class MobileNetV1(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         """Images [N, in_channels, H, W] of any size -> logits [N, num_classes]."""
-        x = self.relu(self.bn1(self.conv1(x)))
-        x = self.blocks(x)
+        x = self.blocks(self.relu(self.bn1(self.conv1(x))))
         logits: Tensor = self.fc(torch.flatten(self.avgpool(x), 1))
         return logits

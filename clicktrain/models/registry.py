@@ -33,17 +33,16 @@ def create_model(
 ) -> nn.Module:
     """Build a network with random weights, from PyTorch's default random generator.
 
+    It maps images [N, in_channels, H, W] to logits [N, num_classes].
+
     Args:
         name: one of ``list_models()``, or ``package.module:factory`` for a network of the user's own, which
             is imported, see ``create_user_model``; ``stem`` is not passed on to the latter.
-        num_classes: outputs, at least 1.
-        in_channels: channels of the images, at least 1.
+        num_classes: at least 1.
+        in_channels: at least 1.
         width: factor on all channels, see ``scaled_channels``.
         stem: ``imagenet`` or ``cifar`` (for images up to 64 pixels); None = the one the network was
             published with: ``cifar`` for the CIFAR residual networks, else ``imagenet``.
-
-    Returns:
-        A module from images [N, in_channels, H, W] to logits [N, num_classes].
 
     Raises:
         UserError: unknown name, value out of range, a network that does not fit the machine's memory, or a

@@ -9,7 +9,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Literal
+from typing import Any, Literal
 
 import torch
 from torch import Tensor, nn
@@ -87,8 +87,6 @@ class ResNet(nn.Module):
         block: kind of all blocks; ``bottleneck_v1`` strides in the first 1x1 convolution.
         blocks: number of blocks in each stage; every stage but the first halves the image.
         filters: filters of the first stage before ``width``; each stage has twice those of the one before.
-        num_classes: outputs.
-        in_channels: channels of the images.
         width: factor on all channels, see ``scaled_channels``.
         stem: ``imagenet`` = 7x7 convolution with stride 2 and 3x3 max pooling with stride 2; ``cifar`` = 3x3
             convolution with stride 1 and no pooling.
@@ -129,14 +127,10 @@ class ResNet(nn.Module):
         self.fc = nn.Linear(channels, num_classes)
         initialize_(self)
         if zero_init_residual:
-            self._zero_last_batch_norms_()
-
-    def _zero_last_batch_norms_(self) -> None:
-        for module in self.modules():
-            if isinstance(module, BasicBlock):
-                nn.init.zeros_(module.bn2.weight)
-            elif isinstance(module, Bottleneck):
-                nn.init.zeros_(module.bn3.weight)
+            for part in self.modules():
+                if isinstance(part, BasicBlock | Bottleneck):
+                    last = part.bn2 if isinstance(part, BasicBlock) else part.bn3
+                    nn.init.zeros_(last.weight)
 
     def forward(self, x: Tensor) -> Tensor:
         """Images [N, in_channels, H, W] of any size -> logits [N, num_classes]."""
@@ -202,24 +196,7 @@ RESNETS: dict[str, ResNetSpec] = {
 }
 
 
-def resnet(
-    name: str,
-    *,
-    num_classes: int,
-    in_channels: int = 3,
-    width: float = 1.0,
-    stem: Stem | None = None,
-    zero_init_residual: bool = False,
-) -> ResNet:
+def resnet(name: str, *, stem: Stem | None = None, **options: Any) -> ResNet:
     """A residual network of ``RESNETS`` by name; ``stem`` None means the one it was published with."""
     spec = RESNETS[name]
-    return ResNet(
-        spec.block,
-        spec.blocks,
-        filters=spec.filters,
-        num_classes=num_classes,
-        in_channels=in_channels,
-        width=width,
-        stem=stem or spec.stem,
-        zero_init_residual=zero_init_residual,
-    )
+    return ResNet(spec.block, spec.blocks, filters=spec.filters, stem=stem or spec.stem, **options)

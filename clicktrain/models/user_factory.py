@@ -12,7 +12,13 @@ import torch
 from torch import nn
 
 from clicktrain.errors import UserError, shortened
-from clicktrain.own_code import attribute_of, current_directory_importable, import_user_module, place_of
+from clicktrain.own_code import (
+    attribute_of,
+    current_directory_importable,
+    import_user_module,
+    place_of,
+    split_name,
+)
 
 HOW_TO_NAME = "a model of your own is named as package.module:factory"
 _REFUSED = re.compile(r"got an unexpected keyword argument '(\w+)'")
@@ -28,12 +34,8 @@ def create_user_model(name: str, *, num_classes: int, in_channels: int, width: f
         UserError: the module or the factory is missing, is not what it has to be, or raises; or a width other
             than 1 is asked of a factory without ``width``.
     """
-    module_name, _, factory_name = name.partition(":")
-    if not all(part.isidentifier() for part in (*module_name.split("."), factory_name)):
-        raise UserError(
-            f"cannot read the model name {shortened(name, 120)!r}: {HOW_TO_NAME}, for example "
-            "mynets.small:build"
-        )
+    example = f"{HOW_TO_NAME}, for example mynets.small:build"
+    module_name, factory_name = split_name(name, example, "model name")
     with current_directory_importable():
         factory = find_factory(name, import_user_module(module_name, HOW_TO_NAME), factory_name)
         return call_factory(name, factory, num_classes=num_classes, in_channels=in_channels, width=width)
@@ -75,8 +77,8 @@ def call_factory(
 
 def _refused_option(error: TypeError, options: dict[str, Any]) -> str | None:
     """The option that the error says is not taken, if it is one of these."""
-    found = _REFUSED.search(str(error))
-    return found[1] if found is not None and found[1] in options else None
+    refused = _REFUSED.search(str(error))
+    return refused[1] if refused is not None and refused[1] in options else None
 
 
 def _failed(name: str, error: BaseException) -> UserError:

@@ -8,6 +8,7 @@ Simonyan, Zisserman: Very Deep Convolutional Networks for Large-Scale Image Reco
 from __future__ import annotations
 
 from collections.abc import Sequence
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -35,8 +36,6 @@ class VGG(nn.Module):
 
     Args:
         convolutions: number of convolutions in each of the five stages.
-        num_classes: outputs.
-        in_channels: channels of the images.
         width: factor on all channels and on the units of the hidden linear layers, see ``scaled_channels``.
         stem: ``imagenet`` = the head of the paper, on a 7x7 grid: linear layers ``classifier.0``, ``.3`` and
             ``.6`` with dropout 0.5 between; needs images of at least 32 pixels. ``cifar`` = global average
@@ -82,26 +81,17 @@ class VGG(nn.Module):
 
 def imagenet_head(features: int, hidden: int, num_classes: int) -> nn.Sequential:
     """Three linear layers with dropout; weights start as N(0, 0.01^2), biases as 0 (section 3.1)."""
-    head = nn.Sequential(
+    first, second, last = (
         nn.Linear(features, hidden),
-        nn.ReLU(),
-        nn.Dropout(0.5),
         nn.Linear(hidden, hidden),
-        nn.ReLU(),
-        nn.Dropout(0.5),
         nn.Linear(hidden, num_classes),
     )
-    for layer in head:
-        if isinstance(layer, nn.Linear):
-            nn.init.normal_(layer.weight, 0.0, 0.01)
-            nn.init.zeros_(layer.bias)
-    return head
+    for layer in (first, second, last):
+        nn.init.normal_(layer.weight, 0.0, 0.01)
+        nn.init.zeros_(layer.bias)
+    return nn.Sequential(first, nn.ReLU(), nn.Dropout(0.5), second, nn.ReLU(), nn.Dropout(0.5), last)
 
 
-def vgg(
-    name: str, *, num_classes: int, in_channels: int = 3, width: float = 1.0, stem: Stem | None = None
-) -> VGG:
+def vgg(name: str, *, stem: Stem | None = None, **options: Any) -> VGG:
     """A network of ``VGGS`` by name; ``stem`` None means ``imagenet``."""
-    return VGG(
-        VGGS[name], num_classes=num_classes, in_channels=in_channels, width=width, stem=stem or "imagenet"
-    )
+    return VGG(VGGS[name], stem=stem or "imagenet", **options)

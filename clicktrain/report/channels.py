@@ -14,7 +14,7 @@ import numpy as np
 
 from clicktrain import wording
 from clicktrain.report.channel_weights import channel_weight_figures
-from clicktrain.report.charts import Bars, Figure, Key, Series, bar_chart, line_chart
+from clicktrain.report.charts import Figure, Series, bar_chart, line_figure
 from clicktrain.report.run_data import Run, number
 
 _A, _B = "curve-val", "curve-train"
@@ -70,16 +70,8 @@ def _of_first(points: Sequence[tuple[float, float]]) -> Points:
 
 
 def _lines(run: Run, title: str, lines: Sequence[Series], caption: str, **options: Any) -> Figure | None:
-    lines = [line for line in lines if line.points]
-    if not lines:
-        return None
-    label = f"{title}, of {run.label}, over epochs"
-    drawn = line_chart(lines, label=label, epochs=(0.0, float(run.epochs_done)), zero=True, **options)
-    keys = tuple(Key(s.label, s.css, dashed=s.dashed) for s in lines) if len(lines) > 1 else ()
-    return Figure(title, drawn, caption, keys)
-
-
-# ---- one figure each --------------------------------------------------------------------------
+    label, epochs = f"{title}, of {run.label}, over epochs", (0.0, float(run.epochs_done))
+    return line_figure(title, lines, caption, label=label, epochs=epochs, zero=True, **options)
 
 
 def _flops(run: Run) -> Figure | None:
@@ -105,17 +97,15 @@ def _phases(run: Run) -> Figure | None:
         # What went at the end of an epoch shows in the line of the next.
         phase = min(int((epoch - 0.5) * _PHASES / max(run.epochs_asked, 1)), _PHASES - 1)
         shares[phase] += 100 * (before - after) / total
-    bars = Bars("% of what went", [(float(i + 1), max(share, 0.0)) for i, share in enumerate(shares)], _A)
+    bars = [(float(i + 1), max(share, 0.0)) for i, share in enumerate(shares)]
     drawn = bar_chart(
-        [bars],
+        [Series("% of what went", bars, _A)],
         label=f"Removed FLOPs of {run.label} by thirds of the run",
         last_epoch=float(_PHASES),
         x_name="third of the run",
     )
-    parts = [f"{wording.fixed(share, 0)}%" for share in shares]
-    caption = (
-        f"Of the FLOPs that went, {wording.sentence_list(parts)} went in the first, second and last third."
-    )
+    parts = wording.sentence_list([f"{wording.fixed(share, 0)}%" for share in shares])
+    caption = f"Of the FLOPs that went, {parts} went in the first, second and last third."
     return Figure("When FLOPs were removed, %", drawn, caption)
 
 
@@ -141,8 +131,7 @@ def _batch(run: Run) -> Figure | None:
     values = run.column("batch_size")
     if len({value for _, value in values}) < 2:
         return None
-    event = run.event("batch_resized")
-    factor = number(event, "learning_rate_factor")
+    factor = number(run.event("batch_resized"), "learning_rate_factor")
     caption = f"From {wording.integer(values[0][1])} to {wording.integer(values[-1][1])} images"
     if factor is not None:
         caption += f"; the learning rate grew to {factor:.3g}× its schedule"  # noqa: RUF001
@@ -150,17 +139,17 @@ def _batch(run: Run) -> Figure | None:
 
 
 def _exchange(run: Run) -> Figure | None:
+    sizes = run.column("gradient_bytes")
+    if not sizes:
+        return None
     lines = [
-        Series("per iteration", _of_first(run.column("gradient_bytes")), _A),
+        Series("per iteration", _of_first(sizes), _A),
         Series("per epoch", _of_first(run.column("gradient_bytes_epoch")), _B, dashed=True),
     ]
-    first = run.column("gradient_bytes")
-    if not first:
-        return None
     caption = (
-        f"Bytes of weight gradients, which data-parallel training exchanges: "
-        f"{_megabytes(first[0][1] / _MEGABYTE)} per iteration at first, "
-        f"{_megabytes(first[-1][1] / _MEGABYTE)} {'at the end' if run.finished else 'now'}."
+        "Bytes of weight gradients, which data-parallel training exchanges: "
+        f"{_megabytes(sizes[0][1] / _MEGABYTE)} per iteration at first, "
+        f"{_megabytes(sizes[-1][1] / _MEGABYTE)} {'at the end' if run.finished else 'now'}."
     )
     return _lines(run, "Weight gradients, % of dense", lines, caption)
 
@@ -171,9 +160,8 @@ def _batch_norm(run: Run) -> Figure | None:
     points = _of_first(values)
     if not points:
         return None
-    caption = (
-        f"Bytes that batch norm reads and writes; {wording.fixed(points[-1][1])}% of dense in the last epoch."
-    )
+    last = wording.fixed(points[-1][1])
+    caption = f"Bytes that batch norm reads and writes; {last}% of dense in the last epoch."
     return _lines(run, "Batch-norm traffic per image, % of dense", [Series("%", points, _A)], caption)
 
 
@@ -188,23 +176,19 @@ def _indicator(run: Run) -> Figure | None:
     begins = [number(e, "epoch") for e in run.events if e.get("event") in _BEGINS]
     chosen = next((epoch for epoch in begins if epoch), None)
     values = [value for _, value in points] + ([] if threshold is None else [threshold])
-    drawn = line_chart(
+    caption = "How alike the structures of neighboring epochs are"
+    caption += f"; dashed: the threshold {threshold:.3g}" if threshold is not None else ""
+    began = "" if chosen is None else f"after epoch {wording.epoch(chosen)}"
+    return line_figure(
+        "Early pruning indicator",
         [Series("indicator", points, _A)],
+        f"{caption}. Pruning began {began} (upright line)." if began else f"{caption}.",
         label=f"Early pruning indicator of {run.label} over epochs",
         epochs=(0.0, float(max(run.epochs_done, *(e for e, _ in points)))),
         y_range=(min(0.0, *values), max(1.0, *values)),
         reference=threshold,
-        marks=[] if chosen is None else [(chosen, f"pruning began after epoch {wording.epoch(chosen)}")],
+        marks=[] if chosen is None else [(chosen, f"pruning began {began}")],
     )
-    caption = "How alike the structures of neighboring epochs are"
-    caption += f"; dashed: the threshold {threshold:.3g}" if threshold is not None else ""
-    caption += (
-        f". Pruning began after epoch {wording.epoch(chosen)} (upright line)." if chosen is not None else "."
-    )
-    return Figure("Early pruning indicator", drawn, caption)
-
-
-# ---- layers -----------------------------------------------------------------------------------
 
 
 def layer_densities(run: Run, events: Sequence[Mapping[str, Any]]) -> list[tuple[str, float, float | None]]:
@@ -269,27 +253,18 @@ def _densities(run: Run, events: Sequence[Mapping[str, Any]]) -> Figure | None:
         return None
     channels = [(float(i), 100 * share) for i, (_, share, _) in enumerate(densities, 1)]
     weights = [(float(i), 100 * share) for i, (_, _, share) in enumerate(densities, 1) if share is not None]
-    lines = [Series("channels", channels, _A), Series("weights", weights, _B, dashed=True)]
-    lines = [line for line in lines if line.points]
-    drawn = line_chart(
-        lines,
+    gone, count = sum(share == 0 for _, share, _ in densities), len(densities)
+    caption = "Input times output channels that are left, and weights among them that are not near zero; "
+    caption += f"{gone} of {count} layers are removed." if gone else f"all {count} layers are left."
+    return line_figure(
+        "Density of each layer, %",
+        [Series("channels", channels, _A), Series("weights", weights, _B, dashed=True)],
+        caption,
         label=f"Channel and weight density of every layer of {run.label}",
-        epochs=(1.0, float(max(len(densities), 2))),
+        epochs=(1.0, float(max(count, 2))),
         y_range=(0.0, 100.0),
         x_name="layer",
     )
-    gone = sum(share == 0 for _, share, _ in densities)
-    caption = "Input times output channels that are left, and weights among them that are not near zero"
-    caption += (
-        f"; {gone} of {len(densities)} layers are removed."
-        if gone
-        else f"; all {len(densities)} layers are left."
-    )
-    keys = tuple(Key(s.label, s.css, dashed=s.dashed) for s in lines)
-    return Figure("Density of each layer, %", drawn, caption, keys)
-
-
-# ---- the table --------------------------------------------------------------------------------
 
 
 def _row(run: Run, event: Mapping[str, Any]) -> tuple[str, ...]:

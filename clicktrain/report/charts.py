@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass
+from typing import Any
 
 from markupsafe import Markup
 
@@ -56,19 +57,26 @@ class Frame:
     x: Scale
     y: Scale
 
+    @classmethod
+    def of(cls, x_range: tuple[float, float], y_range: tuple[float, float]) -> Frame:
+        """Frame of a chart of the usual size, with room for the numbers on its left."""
+        left = max(_LEFT, 12 + _CHARACTER * max(len(tick_text(value)) for value in ticks(*y_range)))
+        return cls(Scale(*x_range, left, WIDTH - _RIGHT), Scale(*y_range, HEIGHT - _BOTTOM, _TOP))
+
     @property
     def box(self) -> tuple[float, float, float, float]:
         """Left, top, right, bottom in pixels."""
         return self.x.begin, self.y.end, self.x.end, self.y.begin
 
+    def across(self, height: float, css: str = "reference") -> Markup:
+        """A line over the whole width."""
+        y = self.y(height)
+        return element("line", x1=self.x.begin, x2=self.x.end, y1=y, y2=y, class_=css)
 
-def _frame(x_range: tuple[float, float], y_range: tuple[float, float]) -> Frame:
-    widest = max(len(tick_text(value)) for value in ticks(*y_range))
-    left = max(_LEFT, 12 + _CHARACTER * widest)
-    return Frame(
-        Scale(*x_range, left, WIDTH - _RIGHT),
-        Scale(*y_range, HEIGHT - _BOTTOM, _TOP),
-    )
+    def upright(self, place: float, css: str, *title: Markup) -> Markup:
+        """A line over the whole height."""
+        x = self.x(place)
+        return element("line", *title, x1=x, x2=x, y1=self.y.end, y2=self.y.begin, class_=css)
 
 
 def line_chart(
@@ -99,21 +107,25 @@ def line_chart(
         marks: upright dashed lines, (place, what it says when pointed at).
     """
     values = [y for one in series for _, y in one.points] + ([] if reference is None else [reference])
-    frame = _frame(epochs, y_range or around(values, zero=zero, top=top))
+    frame = Frame.of(epochs, y_range or around(values, zero=zero, top=top))
     parts = [*_bands(bands, frame), *_axes(frame, x_name)]
-    left, upper, right, lower = frame.box
     if reference is not None:
-        y = frame.y(reference)
-        parts.append(element("line", x1=left, x2=right, y1=y, y2=y, class_="reference"))
+        parts.append(frame.across(reference))
     for one in series:
         parts += _line(one, frame)
     parts += _tooltips(series, frame, x_name)
-    for place, text in marks:
-        x = frame.x(place)
-        parts.append(
-            element("line", element("title", text), x1=x, x2=x, y1=upper, y2=lower, class_="reference")
-        )
+    parts += [frame.upright(place, "reference", element("title", text)) for place, text in marks]
     return picture(WIDTH, HEIGHT, label, parts)
+
+
+def line_figure(
+    title: str, series: Sequence[Series], caption: str, keys: tuple[Key, ...] | None = None, **options: Any
+) -> Figure | None:
+    """A `line_chart` as a figure, None without points; several series are its key, unless it has another."""
+    drawn = [one for one in series if one.points]
+    if keys is None:
+        keys = tuple(Key(s.label, s.css, dashed=s.dashed) for s in drawn) if len(series) > 1 else ()
+    return Figure(title, line_chart(drawn, **options), caption, keys) if drawn else None
 
 
 def _bands(bands: Sequence[StageBand], frame: Frame) -> list[Markup]:
@@ -121,14 +133,11 @@ def _bands(bands: Sequence[StageBand], frame: Frame) -> list[Markup]:
     parts, free = [], 0.0
     for band in bands:
         x, end = frame.x(band.begin), frame.x(band.end)
-        title = element(
-            "title", f"stage {band.mark}, {band.title}: epochs {band.begin:.2f} to {band.end:.2f}"
-        )
+        text = f"stage {band.mark}, {band.title}: epochs {band.begin:.2f} to {band.end:.2f}"
         area = {"x": x, "width": end - x, "class_": f"band {band.css}"}
-        parts.append(element("rect", title, y=top, height=bottom - top, **area))
-        parts.append(
-            element("rect", y=top - 3, height=3.0, x=x, width=end - x, class_=f"band-edge {band.css}")
-        )
+        parts.append(element("rect", element("title", text), y=top, height=bottom - top, **area))
+        edge = {**area, "class_": f"band-edge {band.css}"}
+        parts.append(element("rect", y=top - 3, height=3.0, **edge))
         middle = (x + end) / 2
         if middle >= free:  # numbers of very short stages would run into each other
             parts.append(element("text", band.mark, x=middle, y=top - 7, class_="band-mark"))
@@ -138,18 +147,23 @@ def _bands(bands: Sequence[StageBand], frame: Frame) -> list[Markup]:
 
 def _axes(frame: Frame, x_name: str, heights: Sequence[tuple[float, str]] | None = None) -> list[Markup]:
     """Both axes; ``heights`` are marks (value, text) other than round numbers."""
-    left, _, right, bottom = frame.box
     parts = []
     for value, text in heights or [(v, tick_text(v)) for v in ticks(frame.y.low, frame.y.high)]:
-        y = frame.y(value)
-        parts.append(element("line", x1=left, x2=right, y1=y, y2=y, class_="grid"))
-        parts.append(element("text", text, x=left - 6, y=y + 4, class_="tick y"))
+        parts.append(frame.across(value, "grid"))
+        parts.append(element("text", text, x=frame.x.begin - 6, y=frame.y(value) + 4, class_="tick y"))
+    return [*parts, *_x_axis(frame, x_name, HEIGHT)]
+
+
+def _x_axis(frame: Frame, name: str, height: float) -> list[Markup]:
+    """The horizontal axis of a picture that is ``height`` pixels high."""
+    left, _, right, bottom = frame.box
+    parts = []
     for value in ticks(frame.x.low, frame.x.high, 6, whole=True):
         x = frame.x(value)
         parts.append(element("line", x1=x, x2=x, y1=bottom, y2=bottom + 4, class_="axis"))
         parts.append(element("text", tick_text(value), x=x, y=bottom + 16, class_="tick x"))
     parts.append(element("line", x1=left, x2=right, y1=bottom, y2=bottom, class_="axis"))
-    parts.append(element("text", x_name, x=right, y=HEIGHT - 3, class_="axis-name"))
+    parts.append(element("text", name, x=right, y=height - 3, class_="axis-name"))
     return parts
 
 
@@ -175,13 +189,10 @@ def log_line_chart(
     low = math.floor(math.log10(floor))
     highest = max(y for one in series for _, y in one.points)
     high = math.ceil(math.log10(max(highest, reference or 0.0, 10.0 ** (low + 1))))
-    frame = _frame(epochs, (float(low), float(high)))
+    frame = Frame.of(epochs, (float(low), float(high)))
     names = [(float(n), f"{10.0**n:g}" if n > -3 else f"1e{n}") for n in range(low + 1, high + 1)]
     parts = _axes(frame, "epoch", [(float(low), "0"), *names])
-    left, upper, right, lower = frame.box
-    for place in marks:
-        x = frame.x(place)
-        parts.append(element("line", x1=x, x2=x, y1=upper, y2=lower, class_="dotted"))
+    parts += [frame.upright(place, "dotted") for place in marks]
     for one in series:
         pixels = [(frame.x(x), frame.y(math.log10(max(y, 10.0**low)))) for x, y in one.points]
         title = element("title", one.label)
@@ -190,8 +201,7 @@ def log_line_chart(
             x, y = pixels[-1]
             parts.append(element("circle", cx=x, cy=y, r=2.2, class_=f"dot {one.css}"))
     if reference is not None:
-        y = frame.y(math.log10(reference))
-        parts.append(element("line", x1=left, x2=right, y1=y, y2=y, class_="reference"))
+        parts.append(frame.across(math.log10(reference)))
     return picture(WIDTH, HEIGHT, label, parts)
 
 
@@ -207,7 +217,7 @@ def _line(one: Series, frame: Frame) -> list[Markup]:
     ]
 
 
-def _tooltips(series: Sequence[Series], frame: Frame, x_name: str = "epoch") -> list[Markup]:
+def _tooltips(series: Sequence[Series], frame: Frame, x_name: str) -> list[Markup]:
     """Invisible columns that show the values of an epoch on hover."""
     at: dict[float, list[str]] = {}
     for one in series:
@@ -217,31 +227,16 @@ def _tooltips(series: Sequence[Series], frame: Frame, x_name: str = "epoch") -> 
         return []
     left, top, right, bottom = frame.box
     half = (right - left) / max(len(at), 1) / 2
-    return [
-        element(
-            "rect",
-            element("title", f"{x_name} {coordinate(x)}\n" + "\n".join(lines)),
-            x=frame.x(x) - half,
-            width=2 * half,
-            y=top,
-            height=bottom - top,
-            class_="tip",
-        )
-        for x, lines in sorted(at.items())
-    ]
-
-
-@dataclass(frozen=True, slots=True)
-class Bars:
-    """One part of stacked bars, one value per epoch."""
-
-    label: str
-    values: Sequence[tuple[float, float]]
-    css: str
+    parts = []
+    for x, lines in sorted(at.items()):
+        title = element("title", "\n".join([f"{x_name} {coordinate(x)}", *lines]))
+        size = {"width": 2 * half, "y": top, "height": bottom - top}
+        parts.append(element("rect", title, x=frame.x(x) - half, **size, class_="tip"))
+    return parts
 
 
 def bar_chart(
-    parts: Sequence[Bars],
+    parts: Sequence[Series],
     *,
     label: str,
     last_epoch: float,
@@ -252,16 +247,16 @@ def bar_chart(
     """Stacked steps, one per epoch (that of epoch e spans e-1..e); ``reference`` is a dashed line."""
     stacks: dict[float, float] = {}
     for part in parts:
-        for x, y in part.values:
+        for x, y in part.points:
             stacks[x] = stacks.get(x, 0.0) + y
     highest = max([*stacks.values(), reference or 0.0])
-    frame = _frame((0.0, max(last_epoch, 1e-9)), around([0.0, highest], zero=True))
+    frame = Frame.of((0.0, max(last_epoch, 1e-9)), around([0.0, highest], zero=True))
     drawn = [*_bands(bands, frame), *_axes(frame, x_name)]
     base = dict.fromkeys(stacks, 0.0)
     for part in parts:
         upper: list[tuple[float, float]] = []
         lower: list[tuple[float, float]] = []
-        for x, y in part.values:
+        for x, y in part.points:
             begin, end = frame.x(x - 1), frame.x(x)
             lower += [(begin, frame.y(base[x])), (end, frame.y(base[x]))]
             base[x] += y
@@ -269,11 +264,8 @@ def bar_chart(
         drawn.append(element("path", d=polyline([*upper, *reversed(lower)]) + "z", class_=f"bar {part.css}"))
         drawn.append(element("path", d=polyline(upper), class_=f"line thin {part.css}"))
     if reference is not None:
-        y = frame.y(reference)
-        left, _, right, _ = frame.box
-        drawn.append(element("line", x1=left, x2=right, y1=y, y2=y, class_="reference"))
-    named = [Series(part.label, [(x, y) for x, y in part.values], part.css) for part in parts]
-    return picture(WIDTH, HEIGHT, label, [*drawn, *_tooltips(named, frame, x_name)])
+        drawn.append(frame.across(reference))
+    return picture(WIDTH, HEIGHT, label, [*drawn, *_tooltips(parts, frame, x_name)])
 
 
 @dataclass(frozen=True, slots=True)
@@ -291,25 +283,23 @@ def trade_off_chart(
     *,
     label: str,
     reference: float | None,
-    x_name: str = "compression (times smaller)",
+    x_name: str,
 ) -> Markup:
     """Accuracy over compression, or over a cost; ``reference`` is the dense accuracy, a dashed line."""
     heights = [p.y for p in points] + ([reference] if reference is not None else [])
     low, high = around(heights, top=100.0)
     _, furthest = around([p.x for p in points], zero=True)
-    frame = _frame((0.0, furthest), (low, high))
+    frame = Frame.of((0.0, furthest), (low, high))
     parts = _axes(frame, x_name)
     left, top, right, bottom = frame.box
     line = -100.0
     if reference is not None:
         line = frame.y(reference)
-        parts.append(element("line", x1=left, x2=right, y1=line, y2=line, class_="reference"))
+        parts.append(frame.across(reference))
     taken = [(frame.x(p.x), 6.0, frame.y(p.y) + 5) for p in points]
     for point in sorted(points, key=lambda p: (-p.y, p.x)):
-        x, y = frame.x(point.x), frame.y(point.y)
-        parts.append(
-            element("circle", element("title", point.label), cx=x, cy=y, r=5.0, class_=f"dot {point.css}")
-        )
+        x, y, title = frame.x(point.x), frame.y(point.y), element("title", point.label)
+        parts.append(element("circle", title, cx=x, cy=y, r=5.0, class_=f"dot {point.css}"))
         text = point.label if len(point.label) <= 24 else point.label[:23] + "…"
         half = _CHARACTER * len(text) / 2
         middle = min(max(x, left + half), right - half)
@@ -358,10 +348,4 @@ def lane_chart(
             title = element("title", f"{name}: {band.title}, epochs {band.begin:.2f} to {band.end:.2f}")
             size = {"x": begin, "y": y + 14, "width": end - begin, "height": max(step - 22, 4.0)}
             parts.append(element("rect", title, class_=f"lane {band.css}", **size))
-    left, _, right, bottom = frame.box
-    for value in ticks(frame.x.low, frame.x.high, 6, whole=True):
-        parts.append(element("line", x1=x(value), x2=x(value), y1=bottom, y2=bottom + 4, class_="axis"))
-        parts.append(element("text", tick_text(value), x=x(value), y=bottom + 16, class_="tick x"))
-    parts.append(element("line", x1=left, x2=right, y1=bottom, y2=bottom, class_="axis"))
-    parts.append(element("text", "epoch", x=right, y=height - 3, class_="axis-name"))
-    return picture(WIDTH, height, label, parts)
+    return picture(WIDTH, height, label, [*parts, *_x_axis(frame, "epoch", height)])

@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
+from typing import Any
 
 from clicktrain import wording
+from clicktrain.report import charts
 from clicktrain.report.channels import flops_of_dense
-from clicktrain.report.charts import Figure, Key, Point, Series, lane_chart, line_chart, trade_off_chart
+from clicktrain.report.charts import Figure, Key, Point, Series, line_figure
 from clicktrain.report.run_data import Run, number
 from clicktrain.report.stages import stage_bands
 
@@ -35,14 +37,10 @@ class Entry:
     @property
     def difference(self) -> float | None:
         """Points of final accuracy over the dense run; None while the run is not finished."""
-        if (
-            self.baseline is None
-            or not self.run.finished
-            or self.run.accuracy is None
-            or self.baseline.accuracy is None
-        ):
+        if self.baseline is None or not self.run.finished:
             return None
-        return self.run.accuracy - self.baseline.accuracy
+        reached, dense = self.run.accuracy, self.baseline.accuracy
+        return None if reached is None or dense is None else reached - dense
 
 
 def entries(runs: Sequence[Run]) -> tuple[Entry, ...]:
@@ -108,44 +106,41 @@ def comparison_figures(compared: Sequence[Entry]) -> list[Figure]:
     runs = [entry.run for entry in compared]
     last = float(max(run.epochs_done for run in runs))
     keys = tuple(Key(e.run.label, e.css, dashed=e.run.is_dense) for e in compared)
-    figures = [_trade_off(compared), *_cost_trade_offs(compared)]
+    figures: list[Figure | None] = [*_trade_offs(compared)]
+
+    def add(title: str, name: str, caption: str, lines: Sequence[Series], **options: Any) -> None:
+        options = {"label": f"{name}, all runs", "epochs": (0.0, last), **options}
+        figures.append(line_figure(title, lines, caption, keys, **options))
 
     def curve(title: str, caption: str, key: str, *, since: float = 0.0, zero: bool = False) -> None:
         lines = _lines(compared, lambda run: [p for p in run.column(key) if p[0] >= since])
-        if lines:
-            label = f"{title} over epochs, all runs"
-            drawn = line_chart(lines, label=label, epochs=(since, last), zero=zero, top=None if zero else 100)
-            figures.append(Figure(title, drawn, caption, keys))
+        options = {"epochs": (since, last), "zero": zero, "top": None if zero else 100}
+        add(title, f"{title} over epochs", caption, lines, **options)
 
     curve("Validation accuracy, %", _accuracy_caption(compared), "val_accuracy")
     if last >= 9:
-        late = float(round(last * 2 / 3))
-        curve(
-            "Validation accuracy, last third, %",
-            "The same, where the ends are decided.",
-            "val_accuracy",
-            since=late,
-        )
+        title, late = "Validation accuracy, last third, %", float(round(last * 2 / 3))
+        curve(title, "The same, where the ends are decided.", "val_accuracy", since=late)
     curve("Training loss", "Mean loss of each epoch’s training batches.", "train_loss", zero=True)  # noqa: RUF001
     curve("Validation loss", "Mean cross-entropy on the validation split.", "val_loss", zero=True)
     sparse = _lines(compared, sparsity_steps)
     if any(y > 0 for line in sparse for _, y in line.points):
         caption = "Share of convolution weights that are zero; it jumps where weights are removed for good."
-        drawn = line_chart(
-            sparse, label="Sparsity over epochs, all runs", epochs=(0.0, last), y_range=(0, 100)
-        )
-        figures.append(Figure("Sparsity, %", drawn, caption, keys))
-    figures += _cost_so_far(compared, last, keys)
+        add("Sparsity, %", "Sparsity over epochs", caption, sparse, y_range=(0, 100))
+    title = "Training FLOPs spent"
+    caption = "Forward and backward passes so far; "
+    caption += "100% is what dense training of the same length costs in all."
+    add(f"{title}, % of dense", title, caption, _lines(compared, _flops_spent), zero=True)
     shrinking = _lines(compared, flops_of_dense)
     if any(y < 99.5 for line in shrinking for _, y in line.points):
-        drawn = line_chart(shrinking, label="FLOPs per image, all runs", epochs=(0.0, last), zero=True)
         caption = "Of a training step on one image, in the network that each epoch trained."
-        figures.append(Figure("FLOPs per image in training, % of dense", drawn, caption, keys))
+        title = "FLOPs per image in training, % of dense"
+        add(title, "FLOPs per image", caption, shrinking, zero=True)
     figures += robustness_figures([(e.run, e.css) for e in compared])
     curve("Time per epoch, s", "Training time, evaluation and checkpoints left out.", "seconds", zero=True)
     lanes = [(e.run.label, e.css, stage_bands(e.run)) for e in compared]
     if any(len(bands) > 1 for _, _, bands in lanes):
-        drawn = lane_chart(lanes, label="Stages of each run over epochs", last_epoch=last)
+        drawn = charts.lane_chart(lanes, label="Stages of each run over epochs", last_epoch=last)
         caption = "When each run was in which stage."
         figures.append(Figure("Stages", drawn, caption, stage_keys(compared), keys_below=True))
     return [figure for figure in figures if figure is not None]
@@ -178,44 +173,34 @@ def sparsity_steps(run: Run) -> list[tuple[float, float]]:
     return points
 
 
-def _trade_off(compared: Sequence[Entry]) -> Figure | None:
-    shown = [e for e in compared if e.run.finished and e.run.compression and e.run.accuracy is not None]
-    if len(shown) < 2:
-        return None
-    points = [Point(e.run.label, e.run.compression or 1.0, e.run.accuracy or 0.0, e.css) for e in shown]
-    dense = [e.run.accuracy for e in shown if e.run.is_dense]
-    reference = dense[0] if len(dense) == 1 else None
-    caption = "Each point is a finished run: up is more accurate, right is smaller."
-    if reference is not None:
-        caption += " The dashed line is the dense run."
-    drawn = trade_off_chart(points, label="Validation accuracy over compression ratio", reference=reference)
-    return Figure("Accuracy, %, against compression", drawn, caption)
-
-
-def _cost_trade_offs(compared: Sequence[Entry]) -> list[Figure]:
-    """Accuracy over the FLOPs of training and of a prediction, as a sweep over penalty ratios draws them."""
-    figures = []
-    for what, key in (("training", "train_flops_ratio"), ("inference", "inference_flops_ratio")):
+def _trade_offs(compared: Sequence[Entry]) -> Iterator[Figure]:
+    """Accuracy over compression, and over FLOPs as a sweep over penalty ratios draws it."""
+    for what, key in (
+        ("compression", "compression"),
+        ("training FLOPs", "train_flops_ratio"),
+        ("inference FLOPs", "inference_flops_ratio"),
+    ):
         shown = [
-            (entry, ratio, accuracy)
+            (entry, value, accuracy)
             for entry in compared
             if entry.run.finished
-            and (ratio := getattr(entry.run, key)) is not None
+            and (value := getattr(entry.run, key)) is not None
             and (accuracy := entry.run.accuracy) is not None
         ]
-        if len({round(ratio, 3) for _, ratio, _ in shown}) < 2:
+        cost = what != "compression"
+        if len({round(value, 3) for _, value, _ in shown} if cost else shown) < 2:
             continue
-        points = [Point(e.run.label, 100 * ratio, accuracy, e.css) for e, ratio, accuracy in shown]
-        dense = [accuracy for e, _, accuracy in shown if e.run.is_dense]
-        drawn = trade_off_chart(
-            points,
-            label=f"Validation accuracy over {what} FLOPs",
-            reference=dense[0] if len(dense) == 1 else None,
-            x_name=f"{what} FLOPs, % of dense",
-        )
-        caption = "Each point is a finished run: up is more accurate, left is cheaper."
-        figures.append(Figure(f"Accuracy, %, against {what} FLOPs", drawn, caption))
-    return figures
+        points = [Point(e.run.label, (100 if cost else 1) * x, y, e.css) for e, x, y in shown]
+        dense = [accuracy for entry, _, accuracy in shown if entry.run.is_dense]
+        reference = dense[0] if len(dense) == 1 else None
+        side = "left is cheaper" if cost else "right is smaller"
+        caption = f"Each point is a finished run: up is more accurate, {side}."
+        if reference is not None:
+            caption += " The dashed line is the dense run."
+        x_name = f"{what}, % of dense" if cost else f"{what} (times smaller)"
+        label = f"Validation accuracy over {what}"
+        drawn = charts.trade_off_chart(points, label=label, reference=reference, x_name=x_name)
+        yield Figure(f"Accuracy, %, against {what}", drawn, caption)
 
 
 def _accuracy_caption(compared: Sequence[Entry]) -> str:
@@ -226,24 +211,13 @@ def _accuracy_caption(compared: Sequence[Entry]) -> str:
     return f"The curves end with {shown}." if shown else "Top-1 accuracy on the validation split."
 
 
-def _cost_so_far(compared: Sequence[Entry], last: float, keys: tuple[Key, ...]) -> list[Figure]:
-    """Training FLOPs spent, relative to what a dense run of the same length spends in all."""
-
-    def spent(run: Run) -> list[tuple[float, float]]:
-        dense = run.column("train_flops_dense")
-        if not dense or not dense[-1][1]:
-            return []
-        whole = dense[-1][1] / dense[-1][0] * max(run.epochs_asked, 1)
-        return [(0.0, 0.0), *((epoch, 100 * value / whole) for epoch, value in run.column("train_flops"))]
-
-    lines = _lines(compared, spent)
-    if not lines:
+def _flops_spent(run: Run) -> list[tuple[float, float]]:
+    """Training FLOPs so far, in percent of what a dense run of the same length spends in all."""
+    dense = run.column("train_flops_dense")
+    if not dense or not dense[-1][1]:
         return []
-    drawn = line_chart(lines, label="Training FLOPs spent, all runs", epochs=(0.0, last), zero=True)
-    caption = (
-        "Forward and backward passes so far; 100% is what dense training of the same length costs in all."
-    )
-    return [Figure("Training FLOPs spent, % of dense", drawn, caption, keys)]
+    whole = dense[-1][1] / dense[-1][0] * max(run.epochs_asked, 1)
+    return [(0.0, 0.0), *((epoch, 100 * value / whole) for epoch, value in run.column("train_flops"))]
 
 
 def differing_settings(runs: Sequence[Run]) -> list[tuple[str, list[str]]]:
@@ -270,11 +244,7 @@ ATTACK_NAMES = {"fgsm": "FGSM", "pgd": "PGD"}
 
 
 def robustness_figures(runs: Sequence[tuple[Run, str]]) -> list[Figure]:
-    """One chart per attack that ``clicktrain evaluate --attack`` made.
-
-    Args:
-        runs: each with the class that gives its color.
-    """
+    """One chart per attack that ``clicktrain evaluate --attack`` made; runs with the class of their color."""
     attacks = list(dict.fromkeys(name for run, _ in runs for name in run.robustness))
     figures = []
     for attack in attacks:
@@ -284,14 +254,8 @@ def robustness_figures(runs: Sequence[tuple[Run, str]]) -> list[Figure]:
         if last <= 0:
             continue
         name = ATTACK_NAMES.get(attack, attack)
-        drawn = line_chart(
-            lines,
-            label=f"Accuracy under {name} over epsilon",
-            epochs=(0.0, last),
-            zero=True,
-            top=100.0,
-            x_name="epsilon",
-        )
+        label, epsilons = f"Accuracy under {name} over epsilon", (0.0, last)
+        drawn = charts.line_chart(lines, label=label, epochs=epsilons, zero=True, top=100.0, x_name="epsilon")
         ends = [f"{line.label} at {wording.fixed(line.points[-1][1])}%" for line in lines]
         caption = "Epsilon is the largest change of a pixel, pixels being 0 to 1."
         if len(ends) <= 4:

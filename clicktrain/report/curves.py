@@ -3,9 +3,10 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from typing import Any
 
 from clicktrain import wording
-from clicktrain.report.charts import Bars, Figure, Key, Series, bar_chart, line_chart
+from clicktrain.report.charts import Figure, Key, Series, bar_chart, line_figure
 from clicktrain.report.comparison import robustness_figures, sparsity_steps
 from clicktrain.report.run_data import Run, number
 from clicktrain.report.stages import StageBand, stage_bands
@@ -31,30 +32,20 @@ def run_figures(run: Run) -> list[Figure]:
     return [figure for figure in figures if figure is not None]
 
 
-def _epochs(run: Run) -> tuple[float, float]:
-    return 0.0, float(run.epochs_done)
+def _frame(run: Run, title: str, bands: Sequence[StageBand]) -> dict[str, Any]:
+    """What all line charts of a run have."""
+    label = f"{title} of {run.label} over epochs"
+    return {"label": label, "epochs": (0.0, float(run.epochs_done)), "bands": bands}
 
 
 def _two_curves(
-    run: Run,
-    bands: Sequence[StageBand],
-    title: str,
-    what: str,
-    caption: str,
-    *,
-    zero: bool = False,
-    top: float | None = None,
+    run: Run, bands: Sequence[StageBand], title: str, what: str, caption: str, **options: Any
 ) -> Figure | None:
     series = [
         Series("training", run.column(f"train_{what}"), _TRAIN, dashed=True, bold=False),
         Series("validation", run.column(f"val_{what}"), _VAL),
     ]
-    series = [one for one in series if one.points]
-    if not series:
-        return None
-    label = f"{title} of {run.label} over epochs"
-    drawn = line_chart(series, label=label, epochs=_epochs(run), bands=bands, zero=zero, top=top)
-    return Figure(title, drawn, caption, tuple(Key(s.label, s.css, dashed=s.dashed) for s in series))
+    return line_figure(title, series, caption, **_frame(run, title, bands), **options)
 
 
 def _end(run: Run, key: str) -> float | None:
@@ -88,11 +79,8 @@ def _accuracy_caption(run: Run) -> str:
         before = [value for epoch, value in values if epoch <= at]
         after = [value for epoch, value in values if epoch > at]
         if before and after:
-            text += (
-                f" Around the hard prune (epoch {wording.epoch(at)}) it went "
-                f"from {wording.fixed(before[-1])}% "
-                f"to {wording.fixed(after[0])}%."
-            )
+            change = f"from {wording.fixed(before[-1])}% to {wording.fixed(after[0])}%"
+            text += f" Around the hard prune (epoch {wording.epoch(at)}) it went {change}."
     return text.strip()
 
 
@@ -100,14 +88,6 @@ def _sparsity(run: Run, bands: Sequence[StageBand]) -> Figure | None:
     points = sparsity_steps(run)
     if not any(value > 0 for _, value in points):
         return None
-    series = [Series("sparsity", points, _VAL)]
-    drawn = line_chart(
-        series,
-        label=f"Sparsity of {run.label} over epochs",
-        epochs=_epochs(run),
-        bands=bands,
-        y_range=(0, 100),
-    )
     when = "at the end" if run.finished else "now"
     caption = f"{wording.fixed(points[-1][1])}% of the convolution weights are zero {when}"
     if run.hard_prune_epoch is not None:
@@ -115,7 +95,10 @@ def _sparsity(run: Run, bands: Sequence[StageBand]) -> Figure | None:
     lost = number(run.event("hard_prune"), "energy_outside")
     if lost is not None:
         caption += f", when what was cut held {wording.percent(lost, 1)} of the weights’ energy"  # noqa: RUF001
-    return Figure("Sparsity, %", drawn, caption + ".")
+    series = [Series("sparsity", points, _VAL)]
+    return line_figure(
+        "Sparsity, %", series, caption + ".", **_frame(run, "Sparsity", bands), y_range=(0, 100)
+    )
 
 
 def _differences(points: Sequence[tuple[float, float]]) -> list[tuple[float, float]]:
@@ -134,7 +117,7 @@ def _flops(run: Run, bands: Sequence[StageBand]) -> Figure | None:
     if not shares:
         return None
     drawn = bar_chart(
-        [Bars("% of a dense epoch", shares, "curve-val")],
+        [Series("% of a dense epoch", shares, _VAL)],
         label=f"FLOPs per epoch of {run.label}, in percent of a dense epoch",
         last_epoch=float(run.epochs_done),
         bands=bands,
@@ -154,7 +137,7 @@ def _time(run: Run, bands: Sequence[StageBand]) -> Figure | None:
     waited = dict(run.column("data_seconds"))
     data = [(epoch, min(waited.get(epoch, 0.0), value)) for epoch, value in whole]
     rest = [(epoch, value - wait) for (epoch, value), (_, wait) in zip(whole, data, strict=True)]
-    parts = [Bars("waiting for data, s", data, "curve-wait"), Bars("computing, s", rest, "curve-val")]
+    parts = [Series("waiting for data, s", data, "curve-wait"), Series("computing, s", rest, _VAL)]
     drawn = bar_chart(
         parts, label=f"Seconds per epoch of {run.label}", last_epoch=float(run.epochs_done), bands=bands
     )
@@ -166,13 +149,7 @@ def _time(run: Run, bands: Sequence[StageBand]) -> Figure | None:
 
 
 def _learning_rate(run: Run, bands: Sequence[StageBand]) -> Figure | None:
-    points = run.column("learning_rate")
-    if not points:
-        return None
-    series = [Series("learning rate", points, _VAL)]
-    drawn = line_chart(
-        series, label=f"Learning rate of {run.label} over epochs", epochs=_epochs(run), bands=bands, zero=True
-    )
+    series = [Series("learning rate", run.column("learning_rate"), _VAL)]
     schedule = run.config.get("schedule")
     caption = "Of the last step of each epoch" + (f"; schedule {schedule}." if schedule else ".")
-    return Figure("Learning rate", drawn, caption)
+    return line_figure("Learning rate", series, caption, **_frame(run, "Learning rate", bands), zero=True)

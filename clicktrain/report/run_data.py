@@ -14,9 +14,8 @@ from numpy.typing import NDArray
 from safetensors import SafetensorError, safe_open
 
 from clicktrain.errors import UserError
-from clicktrain.runs.checks import parse_facts
 from clicktrain.runs.folder import RunFolder
-from clicktrain.runs.format import read_robustness, read_summary
+from clicktrain.runs.format import parse_facts, read_robustness, read_summary
 
 
 def number(values: Mapping[str, Any] | None, key: str) -> float | None:

@@ -15,7 +15,12 @@ from typing import Any, ClassVar, TypeVar
 if sys.version_info >= (3, 11):
     from typing import dataclass_transform
 else:
-    from typing_extensions import dataclass_transform  # torch needs it anyway
+
+    def dataclass_transform(**options: Any) -> Any:
+        """Only type checkers read it."""
+        del options
+        return lambda cls: cls
+
 
 _KINDS: dict[str, type[Event]] = {}
 E = TypeVar("E", bound="Event")

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import itertools
 import json
 import re
 from collections.abc import Callable, Iterator, Mapping
@@ -15,25 +16,18 @@ import yaml
 
 from clicktrain.errors import UserError
 from clicktrain.files import read_yaml
-from clicktrain.formats.atomic import append_jsonl, remove_leftovers, write_text_atomic
-from clicktrain.runs.checks import check_summary
+from clicktrain.formats.atomic import remove_leftovers, write_text_atomic
 from clicktrain.runs.format import (
     FORMAT_VERSION,
     HEADER,
     check_folder,
+    check_summary,
     read_records,
     read_summary,
 )
 from clicktrain.runs.lock import RunFolderInUse, holder, locked
 from clicktrain.runs.logs import LogMark, Mended, take_back
-from clicktrain.runs.new_folder import (
-    CHECKPOINTS,
-    clear_begun,
-    existing_part,
-    exists,
-    only_begun,
-    remove_new,
-)
+from clicktrain.runs.new_folder import CHECKPOINTS, clear_begun, existing_part, exists, only_begun, remove_new
 
 
 class _File:
@@ -60,11 +54,8 @@ class RunFolder:
         """A folder under ``root`` named after the date, the model and the method; it is not created."""
         model = re.sub(r"[^A-Za-z0-9_.-]+", "-", model.rpartition(":")[2]) or "model"
         stem = f"{datetime.now():%Y-%m-%d_%H-%M-%S}_{model}_{method}"
-        path, count = Path(root) / stem, 1
-        while path.exists():
-            count += 1
-            path = Path(root) / f"{stem}_{count}"
-        return cls(path)
+        names = itertools.chain((stem,), (f"{stem}_{count}" for count in itertools.count(2)))
+        return cls(next(path for name in names if not (path := Path(root) / name).exists()))
 
     config = _File("config.yaml")
     """Resolved settings, YAML."""
@@ -90,10 +81,7 @@ class RunFolder:
     """Folder of the checkpoints."""
 
     def check_free(self) -> None:
-        """Raise UserError unless the folder can become that of a new run.
-
-        Such a folder is missing, empty, or left by a run that was killed before its first checkpoint.
-        """
+        """Raise UserError unless the folder is missing, empty or of a run killed before any checkpoint."""
         if exists(self.path) and (user := self.user) is not None:
             raise RunFolderInUse(f"{self.path} is in use: {user} trains in it; give another --out")
         self._check_contents()
@@ -121,9 +109,7 @@ class RunFolder:
     def in_use(self, message: Callable[[str], None], *, new: bool = False) -> Iterator[None]:
         """Lock the folder against other processes that would train in it, and remove temporary files.
 
-        Args:
-            message: called if the file system has no locks.
-            new: create the folder; remove it again if the block raises before the first checkpoint.
+        ``new``: create the folder, and remove it again if the block raises before the first checkpoint.
 
         Raises:
             RunFolderInUse: another process trains in it.
@@ -189,28 +175,12 @@ class RunFolder:
         return self
 
     def read_settings(self) -> dict[str, Any]:
-        """The settings as they stand in config.yaml.
-
-        Raises:
-            UserError: this is not the folder of a run of this version, or the file is damaged.
-        """
+        """The settings as they stand in config.yaml; UserError if it is damaged or of another version."""
         self.open()
         values = read_yaml(self.config)
         if not isinstance(values, dict):
             raise UserError(f"{self.path} is not the folder of a run: its config.yaml holds no settings")
         return {str(key): value for key, value in values.items()}
-
-    def append_metrics(self, record: Mapping[str, Any]) -> None:
-        """Add the line of a finished epoch."""
-        append_jsonl(self.metrics, dict(record))
-
-    def append_event(self, event: Mapping[str, Any]) -> None:
-        """Add a decision."""
-        append_jsonl(self.events, dict(event))
-
-    def append_channels(self, record: Mapping[str, Any]) -> None:
-        """Add the largest weights of an epoch."""
-        append_jsonl(self.channels, dict(record))
 
     def read_metrics(self) -> list[dict[str, Any]]:
         """Lines of the finished epochs, in order; an unfinished last line is left out."""
@@ -236,19 +206,15 @@ class RunFolder:
     def take_back(self, marks: Mapping[str, LogMark], epoch: float) -> list[Mended]:
         """Cut the logs back to a checkpoint, so that repeated epochs are not logged twice.
 
-        Args:
-            marks: of the logs at the checkpoint; a log without a mark is emptied.
-            epoch: of the checkpoint; a log that was changed since keeps its lines up to this epoch.
-
-        Returns:
-            The logs that were changed since.
+        A log without a mark is emptied. One that was changed since, which is reported, keeps its lines up to
+        the ``epoch`` of the checkpoint.
         """
 
         def belongs(line: dict[str, Any]) -> bool:
             at = line.get("epoch")
             return isinstance(at, int | float) and at <= epoch + 1e-9
 
-        results = [take_back(path, marks.get(path.name, LogMark()), belongs) for path in self.logs]
+        results = (take_back(path, marks.get(path.name, LogMark()), belongs) for path in self.logs)
         return [mended for mended in results if mended is not None]
 
     def write_summary(self, summary: Mapping[str, Any]) -> None:

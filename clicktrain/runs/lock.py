@@ -35,11 +35,7 @@ class RunFolderInUse(UserError):  # noqa: N818 - reads as a sentence to the user
 
 @contextlib.contextmanager
 def locked(folder: Path, message: Callable[[str], None]) -> Iterator[None]:
-    """Hold the lock of a run's folder, which exists.
-
-    Args:
-        folder: of the run.
-        message: called if the file system has no locks.
+    """Hold the lock of a run's folder, which exists; ``message`` is called if the file system has no locks.
 
     Raises:
         RunFolderInUse: another process (or another run of this one) holds it; names the process.
@@ -107,9 +103,7 @@ def _lock(descriptor: int, *, shared: bool = False) -> bool:
         return True
     try:
         fcntl.flock(descriptor, (fcntl.LOCK_SH if shared else fcntl.LOCK_EX) | fcntl.LOCK_NB)
-    except BlockingIOError:
-        return False
-    except PermissionError:  # EACCES: how some file systems say the same
+    except (BlockingIOError, PermissionError):  # EACCES: how some file systems say the same
         return False
     return True
 

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import contextlib
+import itertools
 import json
 import zlib
 from collections.abc import Callable
@@ -37,17 +39,13 @@ class LogMark:
 
 @dataclass(frozen=True, slots=True)
 class Mended:
-    """A log that was changed since the checkpoint.
-
-    Attributes:
-        path: of the log.
-        lines: number of readable lines that were kept.
-        aside: new name of the changed file; None if it was missing.
-    """
+    """A log that was changed since the checkpoint."""
 
     path: Path
     lines: int
+    """Number of readable lines that were kept."""
     aside: Path | None
+    """New name of the changed file; None if it was missing."""
 
     def __str__(self) -> str:
         problem = (
@@ -62,18 +60,10 @@ class Mended:
 
 
 def take_back(path: Path, mark: LogMark, belongs: Callable[[dict[str, Any]], bool]) -> Mended | None:
-    """Cut a log back to what it was at a checkpoint.
+    """Cut a log back to what it was at a checkpoint, by its mark; what was mended, or None.
 
-    If its beginning has changed, every whole line of JSON that ``belongs`` stays, and the changed file is put
-    aside.
-
-    Args:
-        path: of the log; created if it is missing and was there.
-        mark: of the log at the checkpoint.
-        belongs: whether a line was written before the checkpoint.
-
-    Returns:
-        What was mended, or None.
+    If its beginning has changed, every whole line of JSON that ``belongs`` before the checkpoint stays, and
+    the changed file is put aside. A missing log is created if it was there.
     """
     if LogMark.of(path, mark.num_bytes) == mark:
         if path.exists():
@@ -87,19 +77,13 @@ def take_back(path: Path, mark: LogMark, belongs: Callable[[dict[str, Any]], boo
 
 
 def _put_aside(path: Path) -> Path:
-    number = 1
-    while (aside := path.with_name(f"{path.stem}.damaged-{number}{path.suffix}")).exists():
-        number += 1
-    return path.rename(aside)
+    names = (path.with_name(f"{path.stem}.damaged-{number}{path.suffix}") for number in itertools.count(1))
+    return path.rename(next(aside for aside in names if not aside.exists()))
 
 
 def _readable(path: Path) -> list[dict[str, Any]]:
     lines = []
     for line in read_regular(path, LARGEST_TEXT).split(b"\n")[:-1]:
-        try:
-            record = json.loads(line)
-        except (ValueError, RecursionError):
-            continue
-        if isinstance(record, dict):
-            lines.append(record)
-    return lines
+        with contextlib.suppress(ValueError, RecursionError):
+            lines.append(json.loads(line))
+    return [line for line in lines if isinstance(line, dict)]

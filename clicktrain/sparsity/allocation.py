@@ -47,12 +47,7 @@ class LayerBudget:
 
 
 def compression_limits(layers: Sequence[LayerBudget], other_weights: int) -> tuple[float, float]:
-    """Smallest and largest compression ratio that these layers can reach.
-
-    Args:
-        layers: the layers that are pruned.
-        other_weights: convolution weights that stay dense.
-    """
+    """Smallest and largest compression of these layers; ``other_weights`` of convolutions stay dense."""
     total = sum(layer.weights for layer in layers) + other_weights
     most = sum(layer.price * (layer.fixed or layer.kernels) for layer in layers) + other_weights
     least = sum(layer.price * (layer.fixed or 1) for layer in layers) + other_weights

@@ -21,28 +21,17 @@ from torch import Tensor
 def filter_magnitude(filters: Sequence[Tensor]) -> Tensor:
     """``||W_n||_2 / sqrt(P)``: When to Prune?, Eq. (2).
 
-    Args:
-        filters: per layer whose filters are coupled [n, P_l]: row n holds the weights of neuron n there.
-
-    Returns:
-        [n], with P the sum of all P_l.
+    From [n, P_l] per coupled layer, whose row n holds the weights of neuron n there, to [n]; P sums all P_l.
     """
     squares = [weights.square().sum(dim=1) for weights in filters]
     return (torch.stack(squares).sum(dim=0) / sum(weights.shape[1] for weights in filters)).sqrt()
 
 
 def filter_taylor(filters: Sequence[Tensor], grads: Sequence[Tensor]) -> Tensor:
-    """``|sum over w in W_n of g_w * w|``: When to Prune?, Eq. (3).
+    """``|sum over w in W_n of g_w * w|``, [n, P_l] per coupled layer -> [n]: When to Prune?, Eq. (3).
 
     In front of a batch norm this is about zero, because the loss does not depend on the size of such a
     filter: use `batch_norm_taylor` there, as the paper does.
-
-    Args:
-        filters: per coupled layer [n, P_l].
-        grads: gradients of the loss, of the same shapes.
-
-    Returns:
-        [n].
     """
     return _signed_change(filters, grads).abs_()
 
@@ -53,14 +42,7 @@ def batch_norm_taylor(
 ) -> Tensor:  # fmt: skip
     """``|g_gamma * gamma + g_beta * beta|``: section 3.1, after its reference [29].
 
-    Args:
-        scales: gamma per coupled batch norm, [n, k] (k = 1 as a rule).
-        scale_grads: gradients of the loss.
-        shifts: beta, likewise.
-        shift_grads: gradients of the loss.
-
-    Returns:
-        [n].
+    From scales, shifts and gradients [n, k] per coupled batch norm (k = 1 as a rule) to [n].
     """
     return _signed_change([*scales, *shifts], [*scale_grads, *shift_grads]).abs_()
 
@@ -68,15 +50,6 @@ def batch_norm_taylor(
 def _signed_change(weights: Sequence[Tensor], grads: Sequence[Tensor]) -> Tensor:
     products = [(w * g).sum(dim=1) for w, g in zip(weights, grads, strict=True)]
     return torch.stack(products).sum(dim=0)
-
-
-def add_scores_(sums: dict[str, Tensor], scores: Mapping[str, Tensor]) -> None:
-    """Add the scores of a batch to those of the epoch: name -> [n]."""
-    for name, score in scores.items():
-        if name in sums:
-            sums[name] += score
-        else:
-            sums[name] = score.clone()
 
 
 def prunable_channels(sizes: Iterable[int], min_channels: int = 1) -> int:
@@ -148,10 +121,7 @@ def round_widths(
 ) -> dict[str, Tensor]:
     """The nearest widths that are multiples, by pruning or keeping the neurons that are next in rank.
 
-    Args:
-        masks: group -> bool [n], True = kept.
-        scores: group -> [n].
-        multiple: of this number; groups of no more neurons stay whole.
+    Masks, bool, and scores are [n] per group. Groups of no more than ``multiple`` neurons stay whole.
     """
     rounded = {}
     for name, mask in masks.items():

@@ -66,13 +66,8 @@ def add_channel_lasso_gradient_(
 ) -> None:
     """Add the penalty's gradient, ``coefficient * w / ||channel of w||`` for each axis, to ``grad`` in place.
 
-    At a norm of 0 the sub-gradient 0 is taken, so a channel that reached zero stays.
-
-    Args:
-        grad: of the weight's shape, changed in place.
-        weight: [F, C, R, S] or [O, I].
-        axes: its channels.
-        coefficient: lambda of Eq. (2).
+    At a norm of 0 the sub-gradient 0 is taken, so a channel that reached zero stays. ``grad`` and ``weight``
+    are [F, C, R, S] or [O, I].
     """
     scale: Tensor | None = None
     for axis in axes:
@@ -127,18 +122,13 @@ def measured_step(moved: Tensor, gradient: Tensor, coefficient: float, channels:
 
 
 def without_channels(axes: tuple[ChannelAxis, ...], indices: dict[int, list[int]]) -> tuple[ChannelAxis, ...]:
-    """The same axes with some indices no longer penalized.
-
-    Args:
-        axes: of one layer.
-        indices: dimension -> indices along it.
-    """
-    found = []
+    """The same axes with some indices, dimension -> indices along it, no longer penalized."""
+    remaining = []
     for axis in axes:
         channel = axis.channel.clone()
         channel[indices.get(axis.dim, [])] = -1
-        found.append(ChannelAxis(axis.dim, channel, axis.count))
-    return tuple(found)
+        remaining.append(ChannelAxis(axis.dim, channel, axis.count))
+    return tuple(remaining)
 
 
 def coefficient_for_ratio(ratio: float, loss: float, penalty: float) -> float:

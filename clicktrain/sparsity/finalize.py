@@ -9,14 +9,9 @@ from clicktrain.sparsity.importance import pattern_scores
 
 
 def best_patterns(importance: Tensor, pool_masks: Tensor) -> Tensor:
-    """Index of the pool's pattern with the highest score for every kernel (ClickTrain section 4.1).
+    """The best pattern of a pool for each kernel (section 4.1): [F, C, R, S], [P, R, S] -> int64 [F, C].
 
-    Args:
-        importance: [F, C, R, S].
-        pool_masks: [P, R, S]. Ties go to the lowest index.
-
-    Returns:
-        int64 [F, C].
+    Ties go to the lowest index.
     """
     return pattern_scores(importance, pool_masks).argmax(dim=-1)
 
@@ -57,16 +52,10 @@ def batch_counts(previous: Tensor | None, current: Tensor, margin: float, rule: 
 
 
 def keep_kernels(scores: Tensor, kernels: int) -> Tensor:
-    """Keep the same number of kernels in every filter, those with the highest scores.
+    """Keep in every filter the same number of kernels, the best: scores [F, C] -> bool [F, C].
 
-    Equal numbers per filter are the load balance that ClickTrain section 5.2 asks of the algorithm.
-
-    Args:
-        scores: [F, C]. Ties go to the lowest channel.
-        kernels: kernels to keep per filter, 0 <= kernels <= C.
-
-    Returns:
-        Bool [F, C].
+    Ties go to the lowest channel. Equal numbers per filter are the load balance that ClickTrain section 5.2
+    asks of the algorithm.
     """
     order = torch.sort(scores, dim=1, descending=True, stable=True).indices[:, :kernels]
     return torch.zeros_like(scores, dtype=torch.bool).scatter_(1, order, True)
@@ -78,16 +67,9 @@ def chosen_scores(importance: Tensor, pool_masks: Tensor, pattern_id: Tensor) ->
 
 
 def pattern_mask(pattern_id: Tensor, kept: Tensor, pool_masks: Tensor, group: int = 1) -> Tensor:
-    """Expand patterns and kept kernels to a mask.
+    """Expand patterns and kept kernels to a mask: bool [F, C, R, S], True = kept.
 
-    Args:
-        pattern_id: int64 [F / group, C].
-        kept: bool [F / group, C], kernels that survive.
-        pool_masks: bool [P, R, S].
-        group: filters that share a row of the decisions.
-
-    Returns:
-        Bool [F, C, R, S], True = kept.
+    ``pattern_id`` and ``kept`` are [F / group, C], as ``group`` filters share a row; the pool is [P, R, S].
     """
     mask = pool_masks.to(kept.device)[pattern_id] & kept[..., None, None]
     return mask.repeat_interleave(group, dim=0) if group > 1 else mask

@@ -21,18 +21,10 @@ def fine_fc(scores: Tensor, threshold: float) -> Tensor:
 
 
 def block_fc(scores: Tensor, threshold: float, size: int) -> Tensor:
-    """Prune the n x n blocks with the smallest sums ("Block FC Pruning").
+    """Prune the n x n blocks with the smallest sums ("Block FC Pruning"). [O, I] -> bool [O, I].
 
     Blocks at the lower and right edge may be smaller. They compete by their mean, which for whole blocks is
-    the paper's sum: by their sum the last outputs would always go first.
-
-    Args:
-        scores: [O, I]; the paper sums magnitudes.
-        threshold: share of the blocks that is to go.
-        size: n, 1 <= n < 5.
-
-    Returns:
-        Bool [O, I].
+    the paper's sum of magnitudes: by their sum the last outputs would always go first.
     """
     outputs, inputs = scores.shape
     pad = (0, -inputs % size, 0, -outputs % size)
@@ -44,17 +36,11 @@ def block_fc(scores: Tensor, threshold: float, size: int) -> Tensor:
 
 
 def silent_inputs(conv_mask: Tensor, inputs: int) -> Tensor:
-    """Inputs of a linear layer that come from filters that are all zero (Figure 3).
+    """Inputs of a linear layer that come from filters that are all zero (Figure 3): bool [inputs].
 
     What a zero filter gives is zero, or with a bias or batch norm behind it a constant, which the linear
-    layer's own bias can take over.
-
-    Args:
-        conv_mask: bool [F, C, R, S] of the convolution before.
-        inputs: of the linear layer; a multiple of F, filter after filter as ``flatten`` lays them out.
-
-    Returns:
-        Bool [inputs], True = can be eliminated.
+    layer's own bias can take over. From the mask [F, C, R, S] of the convolution before; ``inputs`` is a
+    multiple of F, filter after filter as ``flatten`` lays them out.
     """
     dead = ~conv_mask.flatten(1).any(dim=1)
     return dead.repeat_interleave(inputs // conv_mask.shape[0])
@@ -63,19 +49,11 @@ def silent_inputs(conv_mask: Tensor, inputs: int) -> Tensor:
 def linear_mask(
     scores: Tensor, threshold: float, block: int | None = None, silent: Tensor | None = None
 ) -> Tensor:
-    """Mask of a fully connected layer: eliminated inputs, then blocks or weights, then the guarantee.
+    """Mask of a fully connected layer, [O, I]: eliminated inputs, blocks or weights, then the guarantee.
 
-    Eliminated inputs count as pruned: "this enables us to get sparsity without having to evaluate the
-    weights". Every output keeps at least one input, its best among those that are not silent.
-
-    Args:
-        scores: [O, I].
-        threshold: share that is to go; at 0 nothing goes.
-        block: n of n x n blocks; None prunes single weights.
-        silent: bool [I] from `silent_inputs`, or None.
-
-    Returns:
-        Bool [O, I].
+    Eliminated inputs, ``silent`` [I], count as pruned: "this enables us to get sparsity without having to
+    evaluate the weights". Every output keeps at least one input, its best among those that are not silent.
+    At a threshold of 0 nothing goes; without ``block`` single weights go.
     """
     if threshold <= 0:
         return torch.ones_like(scores, dtype=torch.bool)

@@ -56,15 +56,10 @@ class Cut:
 
 
 def num_pruned(size: int, threshold: float, max_non_zero: int | None = None) -> int:
-    """How many of ``size`` weights or kernels go: n + 1 of Algorithms 1 and 3.
+    """How many of ``size`` weights of a kernel, or kernels of a line, go: n + 1 of Algorithms 1 and 3.
 
-    0 at threshold 0, where Algorithm 2 does not prune yet; at least one always stays (the algorithms would
-    take a 3x3 kernel whole from a threshold of 8/9 on).
-
-    Args:
-        size: weights of a kernel, or kernels of a line.
-        threshold: share that is to go, in [0, 1].
-        max_non_zero: at most this many may stay, whatever the threshold.
+    0 at threshold 0, where Algorithm 2 does not prune yet. At least one always stays (the algorithms would
+    take a 3x3 kernel whole from a threshold of 8/9 on), and ``max_non_zero`` at the most.
     """
     if threshold <= 0:
         return 0
@@ -75,15 +70,9 @@ def num_pruned(size: int, threshold: float, max_non_zero: int | None = None) -> 
 
 
 def above_cutoff(scores: Tensor, pruned: int, dim: int = -1) -> Tensor:
-    """Keep what is strictly above the ``pruned`` smallest scores along a dimension.
+    """Keep what is strictly above the ``pruned`` smallest scores along a dimension: bool of the same shape.
 
-    Args:
-        scores: any shape. What ties with the largest pruned score is pruned too.
-        pruned: 0 keeps everything.
-        dim: along which scores compete.
-
-    Returns:
-        Bool, the shape of ``scores``.
+    What ties with the largest pruned score is pruned too; 0 keeps everything.
     """
     if pruned == 0:
         return torch.ones_like(scores, dtype=torch.bool)
@@ -115,58 +104,15 @@ def _kth_of_few(scores: Tensor, k: int) -> Tensor:
 # ---- how much: one cut per granularity ------------------------------------------------------
 
 
-def window_cut(shape: Shape, threshold: float, max_non_zero: int | None = None) -> Cut:
-    """Window pruning (Algorithm 3); kernels of one position fall under CK (section 2.1)."""
-    if _size(shape) == 1:
-        return ck_cut(shape, threshold)
-    return Cut(num_pruned(_size(shape), threshold, max_non_zero), 0)
-
-
-def ck_cut(shape: Shape, threshold: float, within: Within = "channel") -> Cut:
-    """CK pruning (Algorithm 1)."""
-    return Cut(0, num_pruned(_line(shape, within), threshold))
-
-
-def combined_cut(
-    shape: Shape,
-    threshold: float,
-    within: Within = "channel",
-    share: float = 0.8,
-    max_non_zero: int | None = None,
-) -> Cut:
-    """Combined pruning: window at ``share`` of the threshold, then CK for the rest (section 2.1.1).
-
-    "The remaining fraction" is read as what brings the layer to the threshold, given what the window takes:
-    CK at ``(1 - share) * threshold`` would leave a final sparsity of 80% at 72%. (Algorithm 4 prints the full
-    threshold and CK for both masks.)
-    """
-    if _size(shape) == 1:
-        return ck_cut(shape, threshold, within)
-    positions = num_pruned(_size(shape), share * threshold, max_non_zero)
-    rest = remaining(threshold, positions / _size(shape))
-    return Cut(positions, ck_cut(shape, rest, within).kernels)
-
-
-def inter_epoch_cut(shape: Shape, threshold: float, ck_threshold: float, within: Within = "channel") -> Cut:
-    """Inter-epoch pruning (appendix A): an era split into a CK phase and a window phase.
-
-    The paper says no more. Here CK follows the schedule up to ``ck_threshold``, its value at the middle of
-    the era; from there on the number of kernels stays and the window takes the rest.
-    """
-    if _size(shape) == 1:
-        return ck_cut(shape, threshold, within)
-    kernels = ck_cut(shape, min(threshold, ck_threshold), within).kernels
-    if threshold <= ck_threshold:
-        return Cut(0, kernels)
-    rest = remaining(threshold, kernels / _line(shape, within))
-    return Cut(num_pruned(_size(shape), rest), kernels)
-
-
 @dataclass(frozen=True, slots=True)
 class CutRule:
     """What a granularity may read beside shape and threshold; settings as in Campfire.
 
-    ``most``: weights of a kernel that may stay; ``ck_threshold``: see `inter_epoch_cut`.
+    Attributes:
+        within: whose kernels compete.
+        share: of the threshold that combined pruning takes inside kernels.
+        most: weights of a kernel that may stay.
+        ck_threshold: see `inter_epoch_cut`.
     """
 
     within: Within = "channel"
@@ -179,40 +125,66 @@ Granularity: TypeAlias = Callable[[Shape, float, CutRule], Cut]
 """(shape of a convolution's view, threshold, rule) -> how much goes."""
 
 
-def _window(shape: Shape, threshold: float, rule: CutRule) -> Cut:
-    return window_cut(shape, threshold, rule.most)
+def window_cut(shape: Shape, threshold: float, rule: CutRule) -> Cut:
+    """Window pruning (Algorithm 3): the smallest of each R x S kernel."""
+    return Cut(num_pruned(_size(shape), threshold, rule.most), 0)
 
 
-def _ck(shape: Shape, threshold: float, rule: CutRule) -> Cut:
-    return ck_cut(shape, threshold, rule.within)
+def ck_cut(shape: Shape, threshold: float, rule: CutRule) -> Cut:
+    """CK pruning (Algorithm 1): whole kernels by their largest score."""
+    return Cut(0, num_pruned(_line(shape, rule.within), threshold))
 
 
-def _combined(shape: Shape, threshold: float, rule: CutRule) -> Cut:
-    return combined_cut(shape, threshold, rule.within, rule.share, rule.most)
+def combined_cut(shape: Shape, threshold: float, rule: CutRule) -> Cut:
+    """Combined pruning: window at a share of the threshold, then CK for the rest (section 2.1.1).
+
+    "The remaining fraction" is read as what brings the layer to the threshold, given what the window takes:
+    CK at ``(1 - share) * threshold`` would leave a final sparsity of 80% at 72%. (Algorithm 4 prints the full
+    threshold and CK for both masks.)
+    """
+    positions = num_pruned(_size(shape), rule.share * threshold, rule.most)
+    rest = remaining(threshold, positions / _size(shape))
+    return Cut(positions, ck_cut(shape, rest, rule).kernels)
 
 
-def _inter_epoch(shape: Shape, threshold: float, rule: CutRule) -> Cut:
-    return inter_epoch_cut(shape, threshold, rule.ck_threshold, rule.within)
+def inter_epoch_cut(shape: Shape, threshold: float, rule: CutRule) -> Cut:
+    """Inter-epoch pruning (appendix A): an era split into a CK phase and a window phase.
+
+    The paper says no more. Here CK follows the schedule up to ``ck_threshold``, its value at the middle of
+    the era; from there on the number of kernels stays and the window takes the rest.
+    """
+    kernels = ck_cut(shape, min(threshold, rule.ck_threshold), rule).kernels
+    if threshold <= rule.ck_threshold:
+        return Cut(0, kernels)
+    rest = remaining(threshold, kernels / _line(shape, rule.within))
+    return Cut(num_pruned(_size(shape), rest), kernels)
 
 
-def _pattern(shape: Shape, threshold: float, rule: CutRule) -> Cut:
-    return _combined(shape, threshold, rule)
+def pattern_cut(shape: Shape, threshold: float, rule: CutRule) -> Cut:
+    """As combined pruning, but what stays inside a kernel is a pattern."""
+    return combined_cut(shape, threshold, rule)
 
 
-_pattern.in_patterns = True  # type: ignore[attr-defined]
+pattern_cut.in_patterns = True  # type: ignore[attr-defined]
 
 GRANULARITIES: Registry[Granularity] = Registry(
     "granularity",
     {
-        "window": _window,
-        "ck": _ck,
-        "combined": _combined,
-        "inter_epoch": _inter_epoch,
-        "pattern": _pattern,
+        "window": window_cut,
+        "ck": ck_cut,
+        "combined": combined_cut,
+        "inter_epoch": inter_epoch_cut,
+        "pattern": pattern_cut,
     },
 )
 """What goes inside of convolutions. With an attribute ``in_patterns`` what stays of a kernel is a pattern."""
 GranularityChoice: TypeAlias = Annotated[str | Granularity, GRANULARITIES]
+
+
+def cut_of(granularity: str | Granularity, shape: Shape, threshold: float, rule: CutRule) -> Cut:
+    """How much of a convolution goes; kernels of one position fall under CK (section 2.1)."""
+    choice = ck_cut if _size(shape) == 1 else GRANULARITIES.resolve(granularity)
+    return choice(shape, threshold, rule)
 
 
 def remaining(threshold: float, done: float) -> float:
@@ -227,20 +199,11 @@ def remaining(threshold: float, done: float) -> float:
 def cut_mask(
     scores: Tensor, cut: Cut, within: Within = "channel", pool_masks: Tensor | None = None
 ) -> Tensor:
-    """Apply a cut.
+    """Apply a cut to scores: [F, C, R, S] -> bool, True = kept.
 
-    A kernel is ranked by the largest of its scores (Algorithm 1), so pruning inside it changes no rank.
-
-    Args:
-        scores: [F, C, R, S].
-        cut: how much goes.
-        within: whose kernels compete.
-        pool_masks: bool [P, R, S]: what stays inside a kernel has the shape of its best pattern
-            (ClickTrain section 4.1) instead of being its largest scores; patterns of
-            ``R * S - cut.positions`` positions.
-
-    Returns:
-        Bool [F, C, R, S], True = kept.
+    A kernel is ranked by the largest of its scores (Algorithm 1), so pruning inside it changes no rank. With
+    ``pool_masks``, bool [P, R, S] of ``R * S - cut.positions`` positions, what stays inside a kernel has the
+    shape of its best pattern (ClickTrain section 4.1) instead of being its largest scores.
     """
     if pool_masks is None:
         mask = above_cutoff(scores.flatten(2), cut.positions).view(scores.shape)
@@ -250,37 +213,6 @@ def cut_mask(
         return mask
     kernels = above_cutoff(scores.amax(dim=(2, 3)), cut.kernels, dim=0 if within == "channel" else 1)
     return mask & kernels[:, :, None, None]
-
-
-def window(scores: Tensor, threshold: float, max_non_zero: int | None = None) -> Tensor:
-    """Prune the smallest of each R x S kernel: Campfire Algorithm 3. [F, C, R, S] -> bool."""
-    return cut_mask(scores, window_cut(_shape(scores), threshold, max_non_zero))
-
-
-def ck(scores: Tensor, threshold: float, within: Within = "channel") -> Tensor:
-    """Prune whole kernels by their largest score: Campfire Algorithm 1. [F, C, R, S] -> bool."""
-    return cut_mask(scores, ck_cut(_shape(scores), threshold, within), within)
-
-
-def combined(
-    scores: Tensor,
-    threshold: float,
-    within: Within = "channel",
-    share: float = 0.8,
-    max_non_zero: int | None = None,
-) -> Tensor:
-    """Window and CK pruning together: Campfire Algorithm 4, see `combined_cut`. [F, C, R, S] -> bool."""
-    return cut_mask(scores, combined_cut(_shape(scores), threshold, within, share, max_non_zero), within)
-
-
-def inter_epoch(scores: Tensor, threshold: float, ck_threshold: float, within: Within = "channel") -> Tensor:
-    """CK, then window in later epochs: see `inter_epoch_cut`. [F, C, R, S] -> bool."""
-    return cut_mask(scores, inter_epoch_cut(_shape(scores), threshold, ck_threshold, within), within)
-
-
-def _shape(scores: Tensor) -> Shape:
-    f, c, r, s = scores.shape
-    return f, c, r, s
 
 
 def _size(shape: Shape) -> int:

@@ -22,15 +22,10 @@ def lasso_penalty(weight: Tensor, mask: Tensor) -> Tensor:
 
 
 def add_lasso_gradient_(grad: Tensor, weight: Tensor, mask: Tensor, coefficient: float | Tensor) -> None:
-    """Add the penalty's gradient, ``coefficient * z / ||z||`` per group, to ``grad`` in place.
+    """Add the penalty's gradient, ``coefficient * z / ||z||`` per group, to ``grad`` [F, C, R, S] in place.
 
-    At a norm of 0 the sub-gradient 0 is taken, so a group that reached zero stays.
-
-    Args:
-        grad: [F, C, R, S], changed in place.
-        weight: [F, C, R, S].
-        mask: bool [F, C, R, S], True = kept and not penalized.
-        coefficient: lambda of the paper, 0.00025 there.
+    At a norm of 0 the sub-gradient 0 is taken, so a group that reached zero stays. What ``mask`` keeps is not
+    penalized. The paper's coefficient is 0.00025.
     """
     outside = weight * ~mask
     norms = outside.square().sum(dim=(2, 3), keepdim=True).sqrt_()
@@ -41,13 +36,9 @@ def add_lasso_gradient_(grad: Tensor, weight: Tensor, mask: Tensor, coefficient:
 def shrink_groups_(weight: Tensor, mask: Tensor, steps_left: int) -> None:
     """One proximal step of the group lasso, sized so that the last of ``steps_left`` steps reaches zero.
 
-    Every group's norm falls by the same amount per step: the layer's largest norm over the steps left. The
-    strength is thus set by the time that remains and not by the learning rate. Not in the paper.
-
-    Args:
-        weight: [F, C, R, S], changed in place.
-        mask: bool [F, C, R, S], True = kept and left alone.
-        steps_left: steps until the hard prune, this one included; at least 1.
+    Every group's norm falls by the same amount per step: the layer's largest norm over the steps left, this
+    one included. The strength is thus set by the time that remains and not by the learning rate. Not in the
+    paper. Changes ``weight`` [F, C, R, S] in place, where ``mask`` is False.
     """
     outside = weight * ~mask
     norms = outside.square().sum(dim=(2, 3), keepdim=True).sqrt_()

@@ -42,33 +42,32 @@ def checked_criterion(name: str, criterion: Criterion) -> Criterion:
     def scores(weight: Tensor, grad: Tensor) -> Tensor:
         nonlocal signs_checked
         try:
-            found = criterion(weight, grad)
+            values = criterion(weight, grad)
         except Exception as error:
             raise UserError(
                 f"criterion {name!r} failed with {type(error).__name__}: {error}{place_of(error)}"
             ) from error
-        if not isinstance(found, Tensor) or found.shape != weight.shape or not found.is_floating_point():
-            what = f"{found.dtype} {list(found.shape)}" if isinstance(found, Tensor) else type(found).__name__
+        if not isinstance(values, Tensor) or values.shape != weight.shape or not values.is_floating_point():
+            what = (
+                f"{values.dtype} {list(values.shape)}"
+                if isinstance(values, Tensor)
+                else type(values).__name__
+            )
             raise UserError(
                 f"criterion {name!r} must return one floating-point score per weight, {list(weight.shape)}, "
                 f"but it returned {what}"
             )
-        if not signs_checked and bool((found < 0).any()):
+        if not signs_checked and bool((values < 0).any()):
             raise UserError(f"criterion {name!r} gave negative scores: a score is 0 or more, larger = keep")
         signs_checked = True
         # In place on what it was given would change the weights themselves.
-        return found.detach().clone() if found is weight or found is grad else found.detach()
+        return values.detach().clone() if values is weight or values is grad else values.detach()
 
     return scores
 
 
 def taylor_importance(weight: Tensor, grad: Tensor) -> Tensor:
-    """``(g * w)^2`` per weight: the first-order Taylor estimate of ClickTrain section 4.1, Eq. (1).
-
-    Args:
-        weight: [F, C, R, S].
-        grad: [F, C, R, S], gradient of the loss, already averaged over ranks.
-    """
+    """``(g * w)^2`` per weight: the first-order Taylor estimate of ClickTrain section 4.1, Eq. (1)."""
     return (weight * grad).square_()
 
 
@@ -100,14 +99,9 @@ CriterionChoice: TypeAlias = Annotated[str | Criterion, CRITERIA]
 
 
 def pattern_scores(importance: Tensor, pool_masks: Tensor) -> Tensor:
-    """Score every pattern of a pool for every kernel: ClickTrain Eq. (1).
+    """Score a pool's patterns for every kernel: [F, C, R, S], [P, R, S] -> [F, C, P] (ClickTrain Eq. (1)).
 
-    Args:
-        importance: [F, C, R, S], one score per weight.
-        pool_masks: [P, R, S], bool or float.
-
-    Returns:
-        [F, C, P]: the sum of the scores at the kept positions. Compare within one kernel only.
+    The sums of the scores at the kept positions. Compare within one kernel only.
     """
     f, c, r, s = importance.shape
     table = pool_masks.reshape(-1, r * s).to(device=importance.device, dtype=importance.dtype)
@@ -120,15 +114,7 @@ def kernel_scores(importance: Tensor) -> Tensor:
 
 
 def group_sum(importance: Tensor, group: int) -> Tensor:
-    """Sum scores over groups of neighboring filters that share their decisions.
-
-    Args:
-        importance: [F, ...].
-        group: filters per group; must divide F. 1 leaves the tensor as it is (the paper's case).
-
-    Returns:
-        [F / group, ...].
-    """
+    """Sum scores [F, ...] over ``group`` neighboring filters that share their decisions: [F / group, ...]."""
     if group == 1:
         return importance
     return importance.reshape(-1, group, *importance.shape[1:]).sum(dim=1)

@@ -123,10 +123,7 @@ class PatternVotes(NamedTuple):
 def add_votes(votes: PatternVotes, bits: Tensor, shape: tuple[int, int]) -> PatternVotes:
     """Add one batch's candidates to the competitive scores: steps 4 and 5 of ClickTrain section 4.2.
 
-    Args:
-        votes: scores so far.
-        bits: int64, any shape, one candidate pattern per kernel.
-        shape: (R, S) of the kernels.
+    ``bits`` is int64 of any shape, one candidate pattern per R x S kernel.
     """
     if shape[0] * shape[1] <= _BINCOUNT_POSITIONS:
         counts = torch.bincount(bits.flatten(), minlength=1 << shape[0] * shape[1])

@@ -124,14 +124,9 @@ def fixed_pool(size: int) -> PatternPool:
 
 @functools.lru_cache(maxsize=64)
 def neighbor_table(shape: tuple[int, int], diagonal: bool) -> Tensor:
-    """Adjacency of the positions of an R x S kernel.
+    """Adjacency of the positions of an R x S kernel, by the 8 neighbors (diagonal) or 4: bool [R*S, R*S].
 
-    Args:
-        shape: (R, S).
-        diagonal: True for the 8 neighbors, False for the 4.
-
-    Returns:
-        Bool [R*S, R*S]; entry [i, j] says that j is a neighbor of i. A position is not its own neighbor.
+    Entry [i, j] says that j is a neighbor of i. A position is not its own neighbor.
     """
     r, s = shape
     rows = torch.arange(r).repeat_interleave(s)

@@ -127,13 +127,9 @@ def keep_above(magnitudes: Tensor, alive: Tensor, threshold: float) -> Tensor:
 
 
 def adapted_threshold(threshold: float, dropped: int, target: float, tolerance: float) -> float:
-    """DSR's "adjust pruning threshold": doubled if too few were dropped, halved if too many, else as it was.
+    """DSR's "adjust pruning threshold": H doubled if too few weights were dropped, halved if too many.
 
-    Args:
-        threshold: H, that has just been used.
-        dropped: K, how many weights went.
-        target: N_p, how many should.
-        tolerance: delta, the share of N_p that the count may be off.
+    K, ``dropped``, may be off N_p, ``target``, by the share delta, ``tolerance``; H then stays as it is.
     """
     if dropped < (1 - tolerance) * target:
         return 2 * threshold
@@ -186,8 +182,7 @@ def below_threshold(now: Update, share: float) -> Units:
 
 
 DROPS: Registry[DropRule] = Registry(
-    "drop rule",
-    {"layer": smallest_of_layers, "network": smallest_of_network, "threshold": below_threshold},
+    "drop rule", {"layer": smallest_of_layers, "network": smallest_of_network, "threshold": below_threshold}
 )
 DropChoice: TypeAlias = Annotated[str | DropRule, DROPS]
 
@@ -198,14 +193,7 @@ DropChoice: TypeAlias = Annotated[str | DropRule, DROPS]
 def grow_random(kept: Tensor, before: Tensor, count: int, numbers: Tensor) -> Tensor:
     """Let ``count`` units grow at random free positions (DSR, SET); those just dropped come last.
 
-    Args:
-        kept: bool, units that live.
-        before: bool, units that lived before the drop.
-        count: how many; at most as many as are free.
-        numbers: in [0, 1), the draw, of the same shape.
-
-    Returns:
-        Bool, kept and grown units.
+    ``kept`` are the units that live, ``before`` those before the drop, ``numbers`` the draw, in [0, 1).
     """
     order = numbers.to(kept.device) + (~before).double()
     return kept | largest(order.masked_fill(kept, -1.0), min(count, int((~kept).sum())))
@@ -215,11 +203,6 @@ def grow_steepest(kept: Tensor, count: int, gradients: Tensor) -> Tensor:
     """Let the ``count`` free units with the largest gradient grow (RigL Algorithm 1).
 
     "I_grow = ArgTopK over i not in theta without I_active": what has just been dropped may come back.
-
-    Args:
-        kept: bool, units that live.
-        count: how many; at most as many as are free.
-        gradients: mean absolute gradient of every unit, dead ones included.
     """
     return kept | largest(gradients.masked_fill(kept, -1.0), min(count, int((~kept).sum())))
 
@@ -230,16 +213,14 @@ def growth_shares(
     """How many units grow in each layer: ``l_i / L * K`` weights (DSR Algorithm 1).
 
     Whole units, by largest remainder (ties to the first). A layer has no more than its free units; what it
-    cannot take goes to the others in the same proportion.
+    cannot take goes to the others in the same proportion. With units of several weights a rest smaller than a
+    unit may stay.
 
     Args:
         weights: K, weights to grow in all layers.
         survivors: l_i, active weights per layer.
         free: pruned units per layer.
-        sizes: weights of a unit per layer. With units of several weights a rest smaller than a unit may stay.
-
-    Returns:
-        Units per layer.
+        sizes: weights of a unit per layer.
     """
     grown = [0] * len(free)
     left = max(weights, 0)

@@ -42,14 +42,9 @@ def structure_similarity(first: Structure, second: Structure) -> float:
 
 
 def early_pruning_indicator(structures: Sequence[Structure], window: int) -> float | None:
-    """Mean similarity of the last structure to the ``window`` before it: Eq. (6).
+    """Mean similarity of the last structure to those of the r epochs before, ``window``: Eq. (6).
 
-    Args:
-        structures: of every epoch so far.
-        window: r.
-
-    Returns:
-        None while there are fewer than ``window`` epochs to compare with.
+    None while there are fewer.
     """
     if len(structures) <= window:
         return None
@@ -58,14 +53,9 @@ def early_pruning_indicator(structures: Sequence[Structure], window: int) -> flo
 
 
 def kept_kernels(scores: Mapping[str, Tensor], share: float) -> list[int]:
-    """The structure of a network of kernels: how many of each layer are among the best of all.
+    """The structure of a network of kernels: how many of each layer are among this share of the best of all.
 
-    Args:
-        scores: layer -> score of each kernel, of any shape, larger = keep, comparable over layers.
-        share: of all kernels that are kept, above 0.
-
-    Returns:
-        Per layer; ties go to the first.
+    Scores compare over layers, larger = keep; ties go to the first.
     """
     flat = torch.cat([score.detach().float().flatten() for score in scores.values()])
     owner = torch.cat(

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Annotated, TypeAlias
@@ -13,54 +14,6 @@ from clicktrain.sparsity.stability import MAGNITUDE_THRESHOLD, NOT_LOWER_THAN
 
 SLOPE = 0.27
 """ClickTrain's threshold of the derivative of the loss (section 6.1)."""
-
-
-@dataclass(frozen=True, slots=True)
-class LossSlope:
-    """Fires when the loss no longer changes sharply (ClickTrain section 4.1, Figure 5).
-
-    The derivative of the loss over epochs is the drop of the mean training loss between two epochs.
-    """
-
-    threshold: float = SLOPE
-
-    def fires(self, losses: Sequence[float]) -> str | None:
-        """The reason in words if the trigger fires, else None.
-
-        Args:
-            losses: mean training loss of every epoch so far; at least two are needed.
-        """
-        if len(losses) < 2:
-            return None
-        slope = losses[-2] - losses[-1]
-        if slope < self.threshold:
-            return f"the loss fell by {slope:.3f} in the last epoch, under {self.threshold:g}"
-        return None
-
-
-@dataclass(frozen=True, slots=True)
-class StructureStable:
-    """Fires when the early pruning indicator is high and no longer falls (When to Prune?, Algorithm 2).
-
-    The indicator is that of `clicktrain.sparsity.stability`; its two thresholds are in that module.
-    """
-
-    threshold: float = MAGNITUDE_THRESHOLD
-    not_lower_than: int = NOT_LOWER_THAN
-
-    def fires(self, indicators: Sequence[float | None]) -> str | None:
-        """The reason in words if the trigger fires after the last epoch, else None.
-
-        Args:
-            indicators: EPI of every epoch so far, None where there was nothing to compare with.
-        """
-        now = indicators[-1] if indicators else None
-        if now is None or now < self.threshold:
-            return None
-        before = [epi for epi in indicators[-1 - self.not_lower_than : -1] if epi is not None]
-        if before and now < max(before):
-            return None
-        return f"the structure is stable: EPI {now:.3f} is not under {self.threshold:g}"
 
 
 @dataclass(frozen=True, slots=True)
@@ -99,13 +52,23 @@ Trigger: TypeAlias = Callable[[History], str | None]
 
 
 def when_stable(seen: History) -> str | None:
-    """`StructureStable`."""
-    return StructureStable(seen.threshold).fires(seen.indicators)
+    """When the early pruning indicator is high and no longer falls (When to Prune?, Algorithm 2)."""
+    now = seen.indicators[-1] if seen.indicators else None
+    before = [epi for epi in seen.indicators[-1 - NOT_LOWER_THAN : -1] if epi is not None]
+    if now is None or now < max(seen.threshold, *before, 0):
+        return None
+    return f"the structure is stable: EPI {now:.3f} is not under {seen.threshold:g}"
 
 
 def when_loss_settles(seen: History) -> str | None:
-    """`LossSlope`."""
-    return LossSlope(seen.slope).fires(seen.losses)
+    """When the loss no longer changes sharply (ClickTrain section 4.1, Figure 5).
+
+    The derivative of the loss over epochs is the drop of the mean training loss between two epochs.
+    """
+    slope = seen.losses[-2] - seen.losses[-1] if len(seen.losses) > 1 else math.inf
+    if slope < seen.slope:
+        return f"the loss fell by {slope:.3f} in the last epoch, under {seen.slope:g}"
+    return None
 
 
 def at_epoch(seen: History) -> str | None:

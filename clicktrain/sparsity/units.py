@@ -52,15 +52,9 @@ UnitChoice: TypeAlias = Annotated[str | Unit, UNITS]
 
 
 def best_of_each_group(scores: Tensor, n: int, m: int) -> Tensor:
-    """Keep the ``n`` best of every ``m`` neighboring input channels (N:M sparsity).
+    """Keep the ``n`` best of every ``m`` neighboring input channels (N:M sparsity): [F, C, R, S] -> bool.
 
-    Args:
-        scores: [F, C, R, S], larger = keep; m divides C. Ties go to the first channel.
-        n: kept of a group.
-        m: channels of a group.
-
-    Returns:
-        Bool [F, C, R, S].
+    m divides C. Ties go to the first channel.
     """
     groups = scores.reshape(scores.shape[0], -1, m, *scores.shape[2:])
     order = groups.sort(dim=2, descending=True, stable=True).indices[:, :, :n]

@@ -118,6 +118,9 @@ def keeps_channels(
     channels = max((shape[dim] for shape, dim in inputs), default=0)
     if channels < 2 or not dtype.is_floating_point:
         return False
+    # Where the channels are in a result of the inputs' largest rank.
+    rank = max(len(shape) for shape, _ in inputs)
+    out_dim = max(dim + rank - len(shape) for shape, dim in inputs if shape[dim] == channels)
     generator = torch.Generator().manual_seed(0)
     tensors = [torch.randn(shape, generator=generator).to(device, dtype) for shape, _ in inputs]
     for keep in (torch.arange(0, channels, 2, device=device), torch.arange(channels - 1, device=device)):
@@ -133,12 +136,11 @@ def keeps_channels(
                     part = made(keep, training)([tensor.clone() for tensor in some])
             except Exception:  # whatever code of a user's does with other numbers of channels
                 return False
-            dim = _result_dim(inputs, channels)
             if not isinstance(whole, Tensor) or not isinstance(part, Tensor):
                 return False
-            if dim >= whole.dim() or whole.shape[dim] != channels or part.dim() != whole.dim():
+            if out_dim >= whole.dim() or whole.shape[out_dim] != channels or part.dim() != whole.dim():
                 return False
-            expected = whole.index_select(dim, keep)
+            expected = whole.index_select(out_dim, keep)
             if part.shape != expected.shape or not distance(part, expected) <= _CLOSE:
                 return False
     return True
@@ -156,12 +158,6 @@ def cut_channels_(module: nn.Module, channels: int, keep: Tensor) -> None:
                     changed = True
         if changed:
             follow_shape(part)
-
-
-def _result_dim(inputs: Sequence[tuple[tuple[int, ...], int]], channels: int) -> int:
-    """Where the channels are in a result of all inputs' largest rank."""
-    rank = max(len(shape) for shape, _ in inputs)
-    return max(dim + rank - len(shape) for shape, dim in inputs if shape[dim] == channels)
 
 
 def _tensors(module: nn.Module) -> Iterator[Tensor]:

@@ -282,10 +282,9 @@ class Values:
         return Value(torch.zeros(2, n).double(), largest.clamp(max=_ANY), torch.ones(n, dtype=torch.bool))
 
     def _cat(self, node: fx.Node, n: int) -> Value | None:
-        parts = [self.of[source] for source in node.all_input_nodes if source in self.of]
         listed = node.args[0] if node.args else node.kwargs.get("tensors")
-        if isinstance(listed, (list, tuple)):
-            parts = [self.of[source] for source in listed if isinstance(source, fx.Node)]
+        sources = listed if isinstance(listed, (list, tuple)) else node.all_input_nodes
+        parts = [self.of[source] for source in sources if isinstance(source, fx.Node) and source in self.of]
         if sum(part.dead.numel() for part in parts) != n:
             return None
         return Value(

@@ -15,9 +15,8 @@ from clicktrain.train.config import (
     load_run_config,
     resolve_method,
 )
-from clicktrain.train.divergence import TrainingDiverged
 from clicktrain.train.evaluate import Evaluation
-from clicktrain.train.interrupt import TrainingInterrupted
+from clicktrain.train.interrupt import TrainingDiverged, TrainingInterrupted
 from clicktrain.train.prepare import Prepared
 from clicktrain.train.progress import Progress, Silent, StepProgress
 from clicktrain.train.restore import LoadedRun, load_run

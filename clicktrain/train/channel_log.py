@@ -15,6 +15,7 @@ from typing import Any
 
 from torch import Tensor
 
+from clicktrain.formats.atomic import append_jsonl
 from clicktrain.methods.driver.publisher import ChannelsRemoved, EpochEnd
 from clicktrain.surgery import OriginalChannels, original_channels, renumbered
 from clicktrain.train.training_run import TrainingRun
@@ -62,7 +63,7 @@ class _ChannelLog:
         if state.channels_renumbered:
             line["channels"] = numbers
             state.channels_renumbered = False
-        self.run.folder.append_channels({**line, **largest})
+        append_jsonl(self.run.folder.channels, {**line, **largest})
 
 
 def _three_digits(values: Tensor) -> list[float]:

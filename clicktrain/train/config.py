@@ -2,11 +2,12 @@
 
 from __future__ import annotations
 
+import itertools
 import math
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Literal, get_args
+from typing import Any, Literal, get_origin
 
 from clicktrain.accounting.memory import bytes_of
 from clicktrain.errors import UserError, shown
@@ -14,15 +15,16 @@ from clicktrain.files import read_yaml
 from clicktrain.methods import METHODS, Method
 from clicktrain.own_code import FromFile, is_own, require_named
 from clicktrain.runs.folder import RunFolder
-from clicktrain.settings import build, choice_fields, field_names, to_plain, unknown_field
+from clicktrain.settings import (
+    build,
+    choice_fields,
+    convert,
+    field_names,
+    to_plain,
+    type_hints,
+    unknown_field,
+)
 
-Stem = Literal["auto", "cifar", "imagenet"]
-Optimizer = Literal["sgd", "adamw", "adam"]
-Scaling = Literal["linear", "sqrt"]
-Schedule = Literal["cosine", "onecycle", "step", "constant"]
-Operators = Literal["measured", "density", "sparse", "reference"]
-AugmentPreset = Literal["auto", "none", "cifar", "imagenet", "digits"]
-Device = Literal["auto", "cpu", "cuda", "mps"]
 Precision = Literal["fp32", "bf16", "fp16"]
 BatchRate = Literal["linear", "sqrt", "none"]
 
@@ -35,7 +37,7 @@ class RunConfig:
     """Network: a name of the zoo, or package.module:factory for your own."""
     width: float = 1.0
     """Factor on the number of filters in every layer of a zoo network."""
-    stem: Stem = "auto"
+    stem: Literal["auto", "cifar", "imagenet"] = "auto"
     """First layers: cifar (3x3, stride 1), imagenet (7x7, stride 2, pooling); auto: cifar up to 64 pixels."""
     data: str = "digits"
     """Data set: digits, synthetic:..., parquet:DIR, imagefolder:DIR, cifar10:DIR, cifar100:DIR,
@@ -69,14 +71,14 @@ class RunConfig:
     batch_lr: BatchRate = "linear"
     """How the learning rate grows with the batch: linear (by the same ratio), sqrt (by its square root) or
     none."""
-    optimizer: Optimizer = "sgd"
+    optimizer: Literal["sgd", "adamw", "adam"] = "sgd"
     """sgd, adamw, or adam (weight decay added to the gradient); betas: momentum and 0.999."""
     learning_rate: float = 0.1
     """Peak learning rate."""
     learning_rate_batch: int | None = None
     """Images per optimizer step that learning_rate is meant for: with others it is scaled, as
     learning_rate_scaling says; by default it is taken as it stands."""
-    learning_rate_scaling: Scaling = "linear"
+    learning_rate_scaling: Literal["linear", "sqrt"] = "linear"
     """Scale the learning rate in proportion to the images per optimizer step, or to their square root."""
     momentum: float = 0.9
     """Momentum of sgd; first beta of adamw and adam."""
@@ -86,7 +88,7 @@ class RunConfig:
     """Weight decay: added to the gradient by sgd and adam, decoupled in adamw."""
     decay_norm_and_bias: bool = True
     """Apply weight decay to batch norm parameters and biases too, as the recipes of the papers do."""
-    schedule: Schedule = "cosine"
+    schedule: Literal["cosine", "onecycle", "step", "constant"] = "cosine"
     """Learning rate over the run: cosine to zero, onecycle (up for warmup_epochs or 30% of the run, then
     down), step (times gamma at each milestone) or constant."""
     warmup_epochs: float = 0.0
@@ -101,7 +103,7 @@ class RunConfig:
     """Parameter alpha of mixup's Beta distribution; 0 is off."""
     cutout: int = 0
     """Side of the square that cutout blanks in each training image, in pixels; 0 is off."""
-    augment: AugmentPreset = "auto"
+    augment: Literal["auto", "none", "cifar", "imagenet", "digits"] = "auto"
     """Random changes to training images; auto chooses by the data set."""
     ema_decay: float = 0.0
     """Decay per step of the moving average of the weights, which is then evaluated and saved; 0 is off."""
@@ -109,7 +111,7 @@ class RunConfig:
     """Largest allowed norm of the whole gradient; 0 is off."""
     accumulate: int = 1
     """Batches whose gradients are averaged before each optimizer step."""
-    device: Device = "auto"
+    device: Literal["auto", "cpu", "cuda", "mps"] = "auto"
     """Where to train; auto takes cuda, then mps, then cpu."""
     precision: Precision = "fp32"
     """Number format of the forward and backward pass (autocast; weights stay fp32)."""
@@ -119,7 +121,7 @@ class RunConfig:
     """Compile the network with torch.compile (again once the weights are packed)."""
     packed: bool = True
     """After hard pruning, train on the kept values only; otherwise on masked dense weights."""
-    operators: Operators = "measured"
+    operators: Literal["measured", "density", "sparse", "reference"] = "measured"
     """How packed layers run (on the CPU): measured: what is fastest, found out once per machine; density:
     sparse where more than 65% is zero; sparse: all that can; reference: the slow one."""
     evaluate_every: int = 1
@@ -150,9 +152,9 @@ class RunConfig:
         for name in ("momentum", "label_smoothing", "ema_decay", "val_fraction"):
             if not 0 <= (value := getattr(self, name)) < 1:
                 raise UserError(f"{name} is {shown(value)}: must be at least 0 and below 1")
-        for name, allowed in _CHOICES.items():
-            if getattr(self, name) not in allowed:
-                raise UserError(f"{name} is {shown(getattr(self, name))}: use one of {', '.join(allowed)}")
+        for name, hint in type_hints(RunConfig).items():
+            if get_origin(hint) is Literal:
+                convert(name, getattr(self, name), hint)
         if self.warmup_epochs >= self.epochs:
             raise UserError(
                 f"warmup_epochs is {self.warmup_epochs}: must be less than epochs ({self.epochs})"
@@ -160,14 +162,11 @@ class RunConfig:
         self._check_dynamic_batch()
         if self.optimizer == "sgd" and self.nesterov and self.momentum == 0:
             raise UserError("nesterov is true but momentum is 0: set nesterov to false or momentum above 0")
-        last = 0.0
-        for share in self.milestones:
-            if not last < share < 1:
-                raise UserError(
-                    f"milestones is {shown(list(self.milestones))}: rising shares of the run are needed, "
-                    "each between 0 and 1"
-                )
-            last = share
+        if not all(low < high for low, high in itertools.pairwise((0.0, *self.milestones, 1.0))):
+            raise UserError(
+                f"milestones is {shown(list(self.milestones))}: rising shares of the run are needed, each "
+                "between 0 and 1"
+            )
 
     def _check_dynamic_batch(self) -> None:
         if self.memory_budget is not None:
@@ -219,18 +218,6 @@ _RANGES = {
 }
 """Smallest and largest value; the system would refuse larger numbers, for lack of memory or threads."""
 
-_CHOICES: dict[str, tuple[str, ...]] = {
-    "stem": get_args(Stem),
-    "optimizer": get_args(Optimizer),
-    "learning_rate_scaling": get_args(Scaling),
-    "schedule": get_args(Schedule),
-    "augment": get_args(AugmentPreset),
-    "device": get_args(Device),
-    "precision": get_args(Precision),
-    "operators": get_args(Operators),
-    "batch_lr": get_args(BatchRate),
-}
-
 
 def resolve_method(name: str, **settings: Any) -> Method[Any]:
     """The method called ``name`` with its settings; UserError for an unknown name, setting or value."""
@@ -251,11 +238,9 @@ def from_dict(values: Mapping[str, Any]) -> tuple[RunConfig, Method[Any]]:
     run_fields = field_names(RunConfig)
     run = build(RunConfig, {k: v for k, v in values.items() if k in run_fields})
     rest = {k: v for k, v in values.items() if k not in run_fields}
-    if run.method in METHODS:
-        method_fields = field_names(METHODS[run.method])
-        for name in rest:
-            if name not in method_fields:
-                raise unknown_field(name, run_fields + method_fields)
+    method_fields = field_names(METHODS[run.method]) if run.method in METHODS else tuple(rest)
+    for name in rest.keys() - set(method_fields):
+        raise unknown_field(name, run_fields + method_fields)
     return run, resolve_method(run.method, **rest)
 
 
@@ -281,9 +266,9 @@ def load_config(
 
     Args:
         path: of the file.
-        model: the network instead of the one that the file names. A network of somebody's own, whose code
-            would run, counts only when it is given here.
-        own: further settings, as the criterion, with names of a user's own code, which count likewise.
+        model: the network instead of the one that the file names; one of somebody's own, whose code would
+            run, counts only when it is given here.
+        own: further settings, as the criterion, that name a user's own code; they count likewise.
 
     Raises:
         UserError: no such file, not YAML, not a flat mapping, an unknown setting or a wrong value; or the
@@ -304,9 +289,7 @@ def load_run_config(
 
     Args:
         folder: of the run.
-        model: the network instead of the one that the settings name; a network of somebody's own counts
-            only when it is given here.
-        own: likewise other settings that name somebody's own code; they have to be the run's.
+        model, own: as `load_config`; the latter have to be the run's.
         own_model_allowed: return the settings all the same, for a caller who runs none of that code.
 
     Raises:
@@ -338,12 +321,9 @@ def _checked(
 def resume_command(folder: RunFolder, config: RunConfig, method: Method[Any]) -> str:
     """What a user types to go on with a run; code of their own has to be named again."""
     values = config_to_dict(config, method)
-    named = [
-        f" --{name.replace('_', '-')} {values[name]}"
-        for name in code_settings(values)
-        if is_own(values[name])
-    ]
-    return f"clicktrain resume {folder.path}" + "".join(named)
+    own = [name for name in code_settings(values) if is_own(values[name])]
+    flags = [f" --{name.replace('_', '-')} {values[name]}" for name in own]
+    return f"clicktrain resume {folder.path}" + "".join(flags)
 
 
 def read_settings(path: str | Path) -> dict[Any, Any]:

@@ -14,11 +14,11 @@ from torch import Tensor
 
 from clicktrain.data import Batch, mixup
 from clicktrain.errors import NetworkCollapsed
+from clicktrain.formats.atomic import append_jsonl
 from clicktrain.train.config import resume_command
 from clicktrain.train.device import autocast, seed_batch
-from clicktrain.train.divergence import LossWatch, diverged, explosion
 from clicktrain.train.evaluate import Evaluation, evaluate
-from clicktrain.train.interrupt import StopRequest, TrainingInterrupted
+from clicktrain.train.interrupt import LossWatch, StopRequest, TrainingInterrupted, diverged, explosion
 from clicktrain.train.minibatch import next_epoch
 from clicktrain.train.optim import trained_parameters
 from clicktrain.train.progress import StepProgress
@@ -78,7 +78,6 @@ def _forward(run: TrainingRun, batch: Batch) -> tuple[Tensor, Tensor]:
 
 
 def _step(run: TrainingRun) -> None:
-    """Step the optimizer, the schedule and the average."""
     p = run.prepared
     if p.config.clip_grad_norm:
         run.scaler.unscale_(p.optimizer)
@@ -203,7 +202,7 @@ def end_epoch(run: TrainingRun, stop: StopRequest) -> None:
         check_outputs(run, result)
         note_accuracy(run, result.accuracy)
     record = _record(run, result)
-    run.folder.append_metrics(record)
+    append_jsonl(run.folder.metrics, record)
     state.epoch, state.batch = number, 0
     state.epoch_seconds += state.totals.seconds
     state.data_seconds += state.totals.data_seconds

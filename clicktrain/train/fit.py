@@ -13,9 +13,8 @@ from clicktrain.runs.folder import RunFolder
 from clicktrain.train.channel_log import watch_channels
 from clicktrain.train.checkpoint import bytes_needed, check_disk
 from clicktrain.train.config import RunConfig, resume_command
-from clicktrain.train.divergence import collapsed
 from clicktrain.train.epoch import end_epoch, train_epoch
-from clicktrain.train.interrupt import StoppedAtOnce, StopRequest, TrainingInterrupted
+from clicktrain.train.interrupt import StoppedAtOnce, StopRequest, TrainingInterrupted, collapsed
 from clicktrain.train.minibatch import set_memory_budget
 from clicktrain.train.prepare import prepare
 from clicktrain.train.progress import Progress, Silent
@@ -37,13 +36,11 @@ def fit(
     run that was interrupted and resumed at any point. On cuda this needs ``deterministic``.
 
     Args:
-        config: settings of the run.
-        method: settings of the method, from `resolve_method`.
+        config, method: settings, from `from_dict`, or `load_run_config` to ``resume``.
         folder: of the run; missing or empty (or left by a run that was killed before its first checkpoint),
             unless ``resume``. One process at a time trains in it.
         progress: listener; silent by default.
-        resume: continue the run in ``folder``, with the settings it was started with
-            (`load_run_config`).
+        resume: continue the run in ``folder``.
 
     Returns:
         The summary, as in summary.json.

@@ -12,31 +12,24 @@ from torch import Tensor, nn
 
 from clicktrain.errors import UserError, shown
 from clicktrain.formats.tree import read_tensors
-from clicktrain.runs.checks import parse_facts
 from clicktrain.runs.folder import RunFolder
+from clicktrain.runs.format import parse_facts
 
 
 @dataclass(frozen=True, slots=True)
 class EarlierCost:
-    """Training FLOPs that went into the weights before the run begins.
-
-    Attributes:
-        flops: as executed, over all trainings in a row; None if unknown.
-        flops_dense: of the longest of these trainings, if it had been dense.
-    """
+    """Training FLOPs that went into the weights before the run begins."""
 
     flops: int | None = 0
+    """As executed, over all trainings in a row; None if unknown."""
     flops_dense: int = 0
+    """Of the longest of these trainings, if it had been dense."""
 
     def total_ratio(self, flops: int, flops_dense: int) -> float | None:
         """All FLOPs spent, over those of one dense training: the longer of this run's and the earlier one.
 
         Without pruning a user would pay for one training: a network that is trained dense, then pruned and
-        fine-tuned for as many epochs, has a ratio of up to 2.
-
-        Args:
-            flops: of this run, as executed.
-            flops_dense: of this run, had it stayed dense.
+        fine-tuned for as many epochs, has a ratio of up to 2. ``flops`` and ``flops_dense`` are of this run.
         """
         if self.flops is None:
             return None
@@ -53,9 +46,6 @@ def load_initial_weights_(model: nn.Module, source: str | Path, classes: Sequenc
 
     Returns:
         The cost of the weights: from the summary of a run; unknown for a file.
-
-    Raises:
-        UserError: there is no such source, it is damaged, or of another network or other classes.
     """
     path = Path(source)
     cost = EarlierCost(flops=None)
@@ -78,7 +68,6 @@ def load_initial_weights_(model: nn.Module, source: str | Path, classes: Sequenc
 
 
 def _cost_of(folder: RunFolder) -> EarlierCost:
-    """The cost of a finished run and of the runs whose weights it started from."""
     summary = folder.open().summary()
     if summary is None:
         raise UserError(

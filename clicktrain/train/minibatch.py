@@ -1,29 +1,99 @@
-"""Dynamic mini-batch adjustment: the batch grows as the network shrinks (PruneTrain section 4.3)."""
+"""The cost of every iteration, and batches that grow as it falls (PruneTrain sections 4.3 and 5)."""
 
 from __future__ import annotations
 
 import dataclasses
 import math
+from functools import partial
+from typing import Any
 
-from clicktrain.accounting import TrainingMemory
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from clicktrain.accounting import TrainingMemory, measure_training_memory, training_memory
 from clicktrain.accounting.memory import bytes_in_words, bytes_of
 from clicktrain.errors import UserError
 from clicktrain.runs.events import BatchResizedEvent
 from clicktrain.train.config import BatchRate
-from clicktrain.train.memory_accounting import account_iteration
-from clicktrain.train.schedule import refresh_
+from clicktrain.train.device import autocast
+from clicktrain.train.optim import refresh_
 from clicktrain.train.training_run import TrainingRun
+
+_BATCH_NORM_PASSES = 2.5
+"""Tensors that batch norm moves in an iteration over those of a forward pass: it reads and writes one there;
+on the way back it reads its input and a gradient, and writes a gradient."""
+
+
+def account_iteration(run: TrainingRun) -> TrainingMemory:
+    """Account for the network and the batch size of the coming epoch, in the run's state.
+
+    The line of that epoch then shows what it trained with, whatever is removed at its end. Memory is
+    estimated again only after the network has changed, and measured after a removal if `measures_memory`.
+    """
+    p, state = run.prepared, run.state
+    if run.memory is None:
+        run.memory = _estimate(run)
+    if state.memory_unmeasured and measures_memory(run):
+        state.memory_unmeasured, images = False, p.batch_sizes.now.images
+        state.memory_calibration = run.memory.calibrated(_measure(run, images), images).calibration
+    memory = run.memory.with_calibration(state.memory_calibration)
+    state.iteration = _figures(run, memory)
+    return memory
+
+
+def measures_memory(run: TrainingRun) -> bool:
+    """Whether memory is also measured: where it is needed, or costs nothing.
+
+    On a CPU, tracking the tensors of an iteration takes a few seconds.
+    """
+    p = run.prepared
+    return p.config.dynamic_batch or p.method.reads_graph or p.device.type == "cuda"
+
+
+def _figures(run: TrainingRun, memory: TrainingMemory) -> dict[str, Any]:
+    p, size = run.prepared, run.prepared.batch_sizes.now
+    return {
+        "memory_bytes": memory.at_batch(size.images),
+        "memory_calibration": memory.calibration,
+        "batch_norm_bytes": round(_BATCH_NORM_PASSES * p.cost.current.batch_norm_bytes * size.images),
+        "gradient_bytes": memory.gradients,
+        "gradient_bytes_epoch": memory.gradients * size.steps,
+        "parameters": sum(parameter.numel() for parameter in p.model.parameters()),
+        "train_flops_per_image": p.cost.now,
+        "inference_flops_per_image": p.cost.current.forward_flops,
+    }
+
+
+def _surroundings(run: TrainingRun) -> dict[str, Any]:
+    """What takes memory, or changes it, beside the network and its optimizer."""
+    p, averages = run.prepared, [] if run.average is None else [run.average.module]
+    return {"averages": averages, "autocast": partial(autocast, p.device, p.config.precision)}
+
+
+def _estimate(run: TrainingRun) -> TrainingMemory:
+    p = run.prepared
+    example = torch.zeros(1, *p.data.image_shape, device=p.device)
+    return training_memory(p.model, example, p.optimizer, **_surroundings(run))
+
+
+def _measure(run: TrainingRun, images: int) -> int:
+    p = run.prepared
+    batch = torch.zeros(images, *p.data.image_shape, device=p.device)
+    if p.config.channels_last:
+        batch = batch.to(memory_format=torch.channels_last)
+    target = torch.zeros(images, dtype=torch.int64, device=p.device)
+
+    def loss(output: Tensor) -> Tensor:
+        return F.cross_entropy(output.float(), target)
+
+    return measure_training_memory(p.model, batch, loss, p.optimizer, **_surroundings(run))
 
 
 def grown_batch(memory: TrainingMemory, images: int, budget: int, granularity: int, limit: int) -> int:
-    """The largest batch that fits, in steps of ``granularity`` from the present one; it never shrinks.
+    """The largest batch up to ``limit`` whose iteration takes at most ``budget`` bytes; it never shrinks.
 
-    Args:
-        memory: of an iteration of the network as it is now, calibrated.
-        images: in a batch now.
-        budget: bytes that an iteration may take.
-        granularity: images that are added at a time.
-        limit: no batch has more images.
+    It grows from the present one by ``granularity`` images at a time.
     """
     while images + granularity <= limit and memory.at_batch(images + granularity) <= budget:
         images += granularity
@@ -71,18 +141,16 @@ def next_epoch(run: TrainingRun) -> None:
     if images > now:
         _resize(run, images)
         memory = account_iteration(run)
-        run.record(
-            BatchResizedEvent(
-                batch_size=images,
-                learning_rate_factor=run.prepared.batch_sizes.now.learning_rate_factor,
-                memory_estimated=memory.at_batch(images),
-                memory_budget=state.memory_budget,
-            )
+        event = BatchResizedEvent(
+            batch_size=images,
+            learning_rate_factor=run.prepared.batch_sizes.now.learning_rate_factor,
+            memory_estimated=memory.at_batch(images),
+            memory_budget=state.memory_budget,
         )
+        run.record(event)
 
 
 def _resize(run: TrainingRun, images: int) -> None:
-    """Change everything that depends on the batch size."""
     p = run.prepared
     factor = rate_factor(images, p.batch_sizes.first.images, p.config.batch_lr)
     loader = p.train_loader.with_batch_size(images)

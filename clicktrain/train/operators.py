@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import time
 import warnings
-from dataclasses import dataclass
 
 import torch
 from torch import nn
@@ -21,53 +20,40 @@ SHORT_FLOPS = 2e12
 """Dense training FLOPs (a minute of one core) under which measuring costs more than it can save."""
 
 
-@dataclass(frozen=True, slots=True)
-class Chosen:
-    """What the rest of a run computes with.
-
-    Attributes:
-        model: the accelerated view of the packed model, or the model itself where that is impossible.
-        event: what was chosen; None where that is impossible.
-    """
-
-    model: nn.Module
-    event: OperatorsEvent | None
-
-
 def can_accelerate(p: Prepared) -> bool:
     """Whether the settings and the device ask for fast operators after the hard prune."""
     return p.config.packed and p.config.operators != "reference" and p.device.type == "cpu"
 
 
-def choose_operators(p: Prepared, folder: RunFolder, progress: Progress, epoch: int) -> Chosen:
+def choose_operators(
+    p: Prepared, folder: RunFolder, progress: Progress, epoch: int
+) -> tuple[nn.Module, OperatorsEvent | None]:
     """Compile the packed model, by the plan in the run's folder if there is one.
 
     The plan is written before the first step that uses it, so that a resumed run uses the same operators, bit
     for bit.
 
-    Args:
-        p: the run, after the hard prune, its model packed.
-        folder: of the run.
-        progress: is sent the reasons why layers stay as they are.
-        epoch: finished epochs. A run with little left to compute takes the paper's rule, without measuring.
+    A run with little left to compute after ``epoch`` finished epochs takes the paper's rule and measures
+    nothing. ``progress`` is sent the reasons why layers stay as they are.
+
+    Returns:
+        The accelerated view of the packed model, and what was chosen; the model itself and None where that
+        is impossible.
     """
     started = time.perf_counter()
-    config = p.config
-    plan = None
-    if is_file(folder.operators):
-        plan = LoweringPlan.read(folder.operators)
-    rule = config.operators
+    plan = LoweringPlan.read(folder.operators) if is_file(folder.operators) else None
+    rule = p.config.operators
     if rule == "measured" and _work_left(p, epoch) < SHORT_FLOPS:
         rule = "density"
     example = torch.zeros(p.batch_size, *p.data.image_shape)
-    dtypes = ("fp32", "bf16") if config.precision == "bf16" else ("fp32",)
+    dtypes = ("fp32", "bf16") if p.config.precision == "bf16" else ("fp32",)
     with warnings.catch_warnings(record=True) as caught:
         warnings.simplefilter("always")
         model = accelerate(p.model, example, rule=rule, plan=plan, dtypes=dtypes)
     for warning in caught:
         progress.message(str(warning.message))
     if not isinstance(model, Accelerated):
-        return Chosen(model, None)
+        return model, None
     if plan is None:
         write_text_atomic(folder.operators, model.plan.to_json())
     layers = {row["layer"]: row["operator"] for row in model.plan.table()}
@@ -77,8 +63,7 @@ def choose_operators(p: Prepared, folder: RunFolder, progress: Progress, epoch: 
         f"{blocked} of {len(layers)} convolutions run in the blocked layout from here on{kept} "
         f"(chosen in {time.perf_counter() - started:.1f} s)"
     )
-    event = OperatorsEvent(rule=model.plan.rule, activations=model.plan.activations, layers=layers)
-    return Chosen(model, event)
+    return model, OperatorsEvent(rule=model.plan.rule, activations=model.plan.activations, layers=layers)
 
 
 def _work_left(p: Prepared, epoch: int) -> float:
@@ -89,7 +74,5 @@ def _work_left(p: Prepared, epoch: int) -> float:
 
 def operator_names(folder: RunFolder) -> dict[str, str]:
     """Layer -> operator of stage 5, as far as a compiler chose one."""
-    if not is_file(folder.operators):
-        return {}
-    plan = LoweringPlan.read(folder.operators)
-    return {row["layer"]: row["operator"] for row in plan.table()}
+    rows = LoweringPlan.read(folder.operators).table() if is_file(folder.operators) else ()
+    return {row["layer"]: row["operator"] for row in rows}

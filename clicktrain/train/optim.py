@@ -1,12 +1,17 @@
-"""Optimizers, and the moving average of the weights."""
+"""Optimizers, batch sizes and learning rates over a run, and the moving average of the weights."""
 
 from __future__ import annotations
 
+import dataclasses
+import math
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
 from typing import Any, TypeAlias
 
 import torch
 from torch import Tensor, nn
 from torch.optim import SGD, Adam, AdamW, Optimizer
+from torch.optim.lr_scheduler import LambdaLR
 from torch.optim.swa_utils import AveragedModel
 
 from clicktrain.errors import UserError
@@ -25,13 +30,10 @@ def make_optimizer(model: nn.Module, config: RunConfig) -> Optimizer:
     trained = [p for p in model.parameters() if p.requires_grad]
     if not trained:
         raise UserError(f"model {config.model} has no parameter to train: all have requires_grad off")
-    groups: list[dict[str, Any]] = [{"params": trained}]
-    if not config.decay_norm_and_bias:
-        groups = [
-            {"params": [p for p in trained if p.ndim > 1]},
-            {"params": [p for p in trained if p.ndim <= 1], "weight_decay": 0.0},
-        ]
-        groups = [group for group in groups if group["params"]]
+    decayed = [p for p in trained if p.ndim > 1 or config.decay_norm_and_bias]
+    others = [p for p in trained if p.ndim <= 1 and not config.decay_norm_and_bias]
+    groups: list[dict[str, Any]] = [{"params": decayed}, {"params": others, "weight_decay": 0.0}]
+    groups = [group for group in groups if group["params"]]
     common: dict[str, Any] = {"lr": config.peak_learning_rate, "weight_decay": config.weight_decay}
     if config.optimizer == "adamw":
         return AdamW(groups, betas=(config.momentum, 0.999), **common)
@@ -51,13 +53,9 @@ _Tensors: TypeAlias = tuple[Tensor, ...] | list[Tensor]
 def make_average(model: nn.Module, decay: float) -> AveragedModel:
     """Make an exponential moving average of the model's parameters and buffers.
 
-    The decay of the n-th update is ``min(decay, (1 + n) / (10 + n))``, so that a short run does not keep
-    its first weights for long. Integer buffers are copied, not averaged. ``pruner.follow(average)`` prunes it
-    with the model.
-
-    Args:
-        model: the model as trained.
-        decay: share of the old average that an update keeps, in [0, 1).
+    The n-th update keeps ``min(decay, (1 + n) / (10 + n))`` of the old average, so that a short run does not
+    keep its first weights for long. Integer buffers are copied, not averaged. ``pruner.follow(average)``
+    prunes it with the model.
     """
 
     def follow(averages: _Tensors, current: _Tensors, updates: Tensor | int) -> None:
@@ -70,3 +68,140 @@ def make_average(model: nn.Module, decay: float) -> AveragedModel:
 
     average = AveragedModel(model, multi_avg_fn=follow, use_buffers=True)
     return average
+
+
+@dataclass(frozen=True, slots=True)
+class BatchSize:
+    """Epochs with ``batches`` of ``images`` and ``steps`` of the optimizer, from ``epoch`` (from 0) on."""
+
+    images: int
+    batches: int
+    steps: int
+    learning_rate_factor: float = 1.0
+    epoch: int = 0
+    batches_before: int = 0
+    steps_before: int = 0
+
+
+class BatchSizes:
+    """All batch sizes of a run so far; one entry unless the batch was resized."""
+
+    def __init__(self, images: int, batches: int, accumulate: int) -> None:
+        """Start a run with ``batches`` batches of ``images`` images an epoch."""
+        self._accumulate = accumulate
+        self._entries = [BatchSize(images, batches, math.ceil(batches / accumulate))]
+
+    @property
+    def first(self) -> BatchSize:
+        """The size at the start of the run."""
+        return self._entries[0]
+
+    @property
+    def now(self) -> BatchSize:
+        """The size in the running epoch."""
+        return self._entries[-1]
+
+    def resize(self, epoch: int, images: int, batches: int, learning_rate_factor: float) -> None:
+        """Set another size from epoch ``epoch`` (from 0) on, which has not begun."""
+        last, passed = self.now, epoch - self.now.epoch
+        if passed < 1:
+            raise ValueError(f"epoch {epoch} has its batch size already")
+        steps = math.ceil(batches / self._accumulate)
+        before = last.batches_before + passed * last.batches, last.steps_before + passed * last.steps
+        self._entries.append(BatchSize(images, batches, steps, learning_rate_factor, epoch, *before))
+
+    def batch_number(self, epoch: int, batch: int) -> int:
+        """Number in the run of a batch of the running epoch, both counted from 0."""
+        return self.now.batches_before + (epoch - self.now.epoch) * self.now.batches + batch
+
+    def schedule_step(self, step: int) -> float:
+        """The step at which a run of the first batch size would be in the same place.
+
+        In such a run it is ``step`` itself, exactly.
+        """
+        entry = self._at(step)
+        return entry.epoch * self.first.steps + (step - entry.steps_before) * (self.first.steps / entry.steps)
+
+    def learning_rate_factor(self, step: int) -> float:
+        """The factor on the scheduled learning rate at an optimizer step."""
+        return self._at(step).learning_rate_factor
+
+    def _at(self, step: int) -> BatchSize:
+        return next(entry for entry in reversed(self._entries) if step >= entry.steps_before)
+
+    def state_dict(self) -> list[dict[str, Any]]:
+        """As plain numbers."""
+        return [dataclasses.asdict(entry) for entry in self._entries]
+
+    def load_state(self, saved: Sequence[Mapping[str, Any]]) -> None:
+        """Inverse of `state_dict`."""
+        self._entries = [BatchSize(**entry) for entry in saved]
+
+
+_ONECYCLE_RISE = 0.3
+_ONECYCLE_START = 1 / 25
+_ONECYCLE_END = 1 / 25e4
+
+
+def learning_rate_factor(config: RunConfig, total_steps: int) -> Callable[[float], float]:
+    """The factor on the peak learning rate at each optimizer step.
+
+    ``onecycle`` is the curve of ``torch.optim.lr_scheduler.OneCycleLR`` (cosine up from 1/25, cosine down to
+    1/250000) without its change of momentum. The others start with a linear warm-up when ``warmup_epochs`` is
+    set; ``cosine`` then falls to zero at the step after the last.
+
+    Returns:
+        A function of the step, counted from 0; steps after the last give the last value. With batches that
+        grow, the steps are those of a run without (`BatchSizes.schedule_step`), and fall between them.
+    """
+    warmup = round(config.warmup_epochs / config.epochs * total_steps)
+
+    def onecycle(step: float) -> float:
+        top = warmup - 1.0 if warmup else _ONECYCLE_RISE * total_steps - 1.0
+        if step <= top:
+            return _cosine(_ONECYCLE_START, 1.0, step / top if top > 0 else 1.0)
+        return _cosine(1.0, _ONECYCLE_END, (step - top) / max(total_steps - 1.0 - top, 1.0))
+
+    def factor(step: float) -> float:
+        step = min(step, total_steps)
+        if config.schedule == "onecycle":
+            return onecycle(min(step, total_steps - 1))
+        if step < warmup:
+            return (step + 1) / warmup
+        if config.schedule == "cosine":
+            return _cosine(1.0, 0.0, (step - warmup) / max(total_steps - warmup, 1))
+        if config.schedule == "step":
+            return config.gamma ** sum(step / total_steps >= milestone for milestone in config.milestones)
+        return 1.0
+
+    return factor
+
+
+def make_scheduler(
+    optimizer: Optimizer, config: RunConfig, total_steps: int, sizes: BatchSizes | None = None
+) -> LambdaLR:
+    """Make the scheduler, to be stepped once after each of the ``total_steps`` optimizer steps.
+
+    ``sizes`` of the batches are followed as they grow (`refresh_` after that).
+    """
+    factor = learning_rate_factor(config, total_steps)
+
+    def followed(step: int) -> float:
+        return factor(sizes.schedule_step(step)) * sizes.learning_rate_factor(step) if sizes else factor(step)
+
+    return LambdaLR(optimizer, followed)
+
+
+def refresh_(scheduler: LambdaLR) -> None:
+    """Set the learning rates of the coming step again, after the batch size has changed."""
+    step = scheduler.last_epoch
+    rates = [
+        base * factor(step) for base, factor in zip(scheduler.base_lrs, scheduler.lr_lambdas, strict=True)
+    ]
+    for group, rate in zip(scheduler.optimizer.param_groups, rates, strict=True):
+        group["lr"] = rate
+    scheduler._last_lr = rates
+
+
+def _cosine(start: float, end: float, share: float) -> float:
+    return end + (start - end) * (1 + math.cos(math.pi * share)) / 2

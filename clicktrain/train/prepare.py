@@ -8,27 +8,69 @@ import importlib.util
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 from torch.optim import Optimizer
 from torch.optim.lr_scheduler import LambdaLR
 
+from clicktrain.accounting import ModelCost, count
 from clicktrain.compiler.masked_latency import MaskedLatency
 from clicktrain.data import Augment, ImageData, Loader, make_loader, open_data
 from clicktrain.errors import UserError, shortened
 from clicktrain.formats.memory_format import keep_out_of_channels_last_
 from clicktrain.limits import check_memory
 from clicktrain.methods import METHODS, Method, Pruner
+from clicktrain.methods.driver.publisher import ChannelsRemoved, MasksFrozen, Notification
 from clicktrain.models import create_model, min_image_size
-from clicktrain.train.batch_sizes import BatchSizes
 from clicktrain.train.config import RunConfig
 from clicktrain.train.device import resolve_device, set_up
-from clicktrain.train.flops import TrainingCost
 from clicktrain.train.initial_weights import EarlierCost, load_initial_weights_
-from clicktrain.train.optim import make_optimizer
-from clicktrain.train.schedule import make_scheduler
+from clicktrain.train.optim import BatchSizes, make_optimizer, make_scheduler
+
+
+class TrainingCost:
+    """FLOPs of training on one image: dense until masks are frozen, sparse from then on.
+
+    Attributes:
+        initial: cost of the network before anything is removed from it.
+    """
+
+    def __init__(self, model: nn.Module, example: Tensor) -> None:
+        """Count the model on ``example`` [1, C, H, W], on its device."""
+        self._model, self._example = model, example
+        self._pruner: Pruner | None = None
+        self.initial = count(model, example)
+        self._current: ModelCost | None = self.initial
+
+    def follow(self, pruner: Pruner) -> None:
+        """Count again whenever the pruner has removed channels or frozen masks."""
+        self._pruner = pruner
+        pruner.subscribe(self._outdate, (ChannelsRemoved, MasksFrozen))
+
+    def _outdate(self, change: Notification) -> None:
+        self._current = None
+
+    @property
+    def current(self) -> ModelCost:
+        """Cost of the network as it is; a weight outside frozen masks costs nothing in any of the passes."""
+        if self._current is None:
+            assert self._pruner is not None
+            masks = self._pruner.masks if self._pruner.frozen else {}
+            self._current = count(self._model, self._example, masks)
+        return self._current
+
+    @property
+    def dense(self) -> int:
+        """Training FLOPs of one image in the network as it was at first."""
+        return self.initial.training_flops_dense
+
+    @property
+    def now(self) -> int:
+        """Training FLOPs of one image."""
+        return self.dense if self._current is self.initial else self.current.training_flops
+
 
 SMALL_IMAGE = 64
 """Images up to this side in pixels get the CIFAR stem and recipe."""
@@ -39,21 +81,13 @@ class Prepared:
     """A run that is ready to start; nothing has been written.
 
     Attributes:
-        config: settings of the run.
-        method: settings of the method.
         device: of the network and the batches.
-        data: the images.
-        train_loader: batches of the training split.
-        val_loader: batches of the validation split.
-        model: the network, on the device, with its initial weights.
-        optimizer: over the trained parameters of ``model``.
+        model: with its initial weights.
         scheduler: to be stepped after each optimizer step.
         pruner: the method, attached to model and optimizer.
-        cost: FLOPs per image.
         earlier: cost of the initial weights; a resumed run has it in its checkpoint.
-        batch_sizes: of the training batches.
-        facts: what rebuilds the network: model, width, stem, num_classes, in_channels,
-            image_shape, classes, mean, std, value_range.
+        facts: what rebuilds the network: model, width, stem, num_classes, in_channels, image_shape, classes,
+            mean, std, value_range.
     """
 
     config: RunConfig
@@ -78,15 +112,9 @@ class Prepared:
 
 
 def prepare(config: RunConfig, method: Method[Any], *, begins: bool = True) -> Prepared:
-    """Open the data, build and check everything, for a run or a dry run.
+    """Open the data, build and check everything; UserError for a setting that cannot be carried out here.
 
-    Args:
-        config: settings of the run.
-        method: settings of the method.
-        begins: the run has no checkpoint yet, so that it needs its initial weights.
-
-    Raises:
-        UserError: a setting that cannot be carried out here.
+    ``begins``: the run has no checkpoint yet, so that it needs its initial weights.
     """
     if config.tensorboard and importlib.util.find_spec("tensorboard") is None:
         raise UserError("tensorboard is on but not installed: run 'pip install tensorboard', or turn it off")
@@ -98,7 +126,7 @@ def prepare(config: RunConfig, method: Method[Any], *, begins: bool = True) -> P
     device = resolve_device(config.device)
     set_up(config, device)
     data = open_run_data(config)
-    train_loader, val_loader = make_loaders(config, data, device)
+    train_loader = make_train_loader(config, data, device)
     facts = model_facts(config, data)
     torch.manual_seed(config.seed)  # of the initial weights; each batch is seeded by itself
     model = build_model(facts).to(device)
@@ -115,8 +143,8 @@ def prepare(config: RunConfig, method: Method[Any], *, begins: bool = True) -> P
         model = model.to(memory_format=torch.channels_last)  # type: ignore[call-overload]
         keep_out_of_channels_last_(model)
     optimizer = make_optimizer(model, config)
-    cost = TrainingCost(model, torch.zeros(1, *data.image_shape, device=device))
     example = torch.zeros(1, *data.image_shape, device=device)
+    cost = TrainingCost(model, example)
     pruner = method.attach(
         model,
         optimizer,
@@ -134,7 +162,7 @@ def prepare(config: RunConfig, method: Method[Any], *, begins: bool = True) -> P
         device=device,
         data=data,
         train_loader=train_loader,
-        val_loader=val_loader,
+        val_loader=make_val_loader(config, data, device),
         model=model,
         optimizer=optimizer,
         scheduler=make_scheduler(optimizer, config, config.epochs * sizes.first.steps, sizes),
@@ -159,49 +187,34 @@ def open_run_data(config: RunConfig, value_range: tuple[float, float] | None = N
     )
 
 
-def make_loaders(config: RunConfig, data: ImageData, device: torch.device) -> tuple[Loader, Loader]:
-    """Make the loaders of the training and the validation split.
+def make_train_loader(config: RunConfig, data: ImageData, device: torch.device) -> Loader:
+    """Make the loader of the training split.
 
-    The last training batch is dropped if it is not full (batch norm needs more than one image), unless it is
-    the only one.
+    The last batch is dropped if it is not full (batch norm needs more than one image), unless it is the only
+    one.
     """
-    train = make_loader(
-        data,
-        "train",
-        batch_size=config.batch_size,
-        device=device,
-        seed=config.seed,
-        augment=augmentation(config, data),
-        drop_last=len(data.train) >= config.batch_size,
-        channels_last=config.channels_last,
-    )
-    return train, make_val_loader(config, data, device)
+    whole = len(data.train) >= config.batch_size
+    return _make_loader(config, data, "train", device, augment=augmentation(config, data), drop_last=whole)
 
 
 def make_val_loader(config: RunConfig, data: ImageData, device: torch.device) -> Loader:
     """Make the loader of the validation split, without augmentation."""
-    return make_loader(
-        data,
-        "val",
-        batch_size=config.batch_size,
-        device=device,
-        seed=config.seed,
-        augment=Augment(),
-        drop_last=False,
-        channels_last=config.channels_last,
-    )
+    return _make_loader(config, data, "val", device, augment=Augment(), drop_last=False)
+
+
+def _make_loader(
+    config: RunConfig, data: ImageData, split: Literal["train", "val"], device: torch.device, **more: Any
+) -> Loader:
+    more |= {"batch_size": config.batch_size, "seed": config.seed, "channels_last": config.channels_last}
+    return make_loader(data, split, device=device, **more)
 
 
 def augmentation(config: RunConfig, data: ImageData) -> Augment:
     """Random changes to training images, as the settings say; ``auto`` goes by the data set."""
-    name = config.augment
-    if name == "auto":
-        kind = data.spec.partition(":")[0]
-        small = max(data.image_shape[1:]) <= SMALL_IMAGE
-        by_kind = {"digits": "digits", "synthetic": "none"}
-        preset = by_kind.get(kind, "cifar" if small else "imagenet")
-    else:
-        preset = name
+    preset: str = config.augment
+    if preset == "auto":
+        by_size = "cifar" if max(data.image_shape[1:]) <= SMALL_IMAGE else "imagenet"
+        preset = {"digits": "digits", "synthetic": "none"}.get(data.spec.partition(":")[0], by_size)
     return dataclasses.replace(Augment.preset(preset), cutout=config.cutout)
 
 
@@ -276,10 +289,5 @@ def model_facts(config: RunConfig, data: ImageData) -> dict[str, Any]:
 
 def build_model(facts: dict[str, Any]) -> nn.Module:
     """The network that `model_facts` describes, with fresh weights."""
-    return create_model(
-        facts["model"],
-        num_classes=facts["num_classes"],
-        in_channels=facts["in_channels"],
-        width=facts["width"],
-        stem=facts["stem"],
-    )
+    sizes = {name: facts[name] for name in ("num_classes", "in_channels", "width", "stem")}
+    return create_model(facts["model"], **sizes)

@@ -17,18 +17,10 @@ if TYPE_CHECKING:
 class StepProgress:
     """Where a run is; reported every few batches (every batch on a CPU).
 
-    Attributes:
-        epoch: the running epoch, counted from 1, of ``epochs``.
-        batch: batches done in it, of ``batches``.
-        step: optimizer steps done in the run.
-        stage: stage of the method.
-        loss: mean training loss of the epoch so far.
-        accuracy: mean training accuracy of the epoch so far, in percent.
-        density: nonzero convolution weights / all convolution weights.
-        learning_rate: of the last step.
-        seconds: wall clock of the whole run so far, without interruptions.
-        eta_seconds: time left at the pace of this process, None before its first batch.
-        data_share: share of the epoch's time spent waiting for data.
+    The running ``epoch`` counts from 1, ``batch`` the batches done in it, ``step`` the optimizer steps of the
+    run. Loss and accuracy (percent) are means over the epoch so far, ``density`` is that of the convolution
+    weights, ``seconds`` the wall clock without interruptions, ``eta_seconds`` the time left at the pace of
+    this process (None before its first batch), ``data_share`` the share of the epoch spent waiting for data.
     """
 
     epoch: int
@@ -69,7 +61,7 @@ class Silent:
     """A listener that does nothing."""
 
     def _ignore(self, *args: Any, **kwargs: Any) -> None:
-        """Do nothing."""
+        pass
 
     start = step = epoch = message = finish = _ignore
 

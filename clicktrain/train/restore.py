@@ -14,12 +14,13 @@ from clicktrain.errors import UserError
 from clicktrain.formats.packed_file import read_packed
 from clicktrain.formats.tree import load_tree, read_metadata
 from clicktrain.methods import Method
-from clicktrain.models import call_factory, create_model
+from clicktrain.models import call_factory
 from clicktrain.own_code import is_own, require_named
-from clicktrain.runs.checks import read_facts
 from clicktrain.runs.folder import RunFolder
+from clicktrain.runs.format import read_facts
 from clicktrain.surgery import apply_recipe_
 from clicktrain.train.config import RunConfig, load_run_config
+from clicktrain.train.prepare import build_model
 
 Factory = str | Callable[..., nn.Module]
 """``package.module:factory``, or the factory itself."""
@@ -30,9 +31,6 @@ class LoadedRun:
     """A finished run.
 
     Attributes:
-        folder: of the run.
-        config: settings of the run.
-        method: settings of the method.
         summary: as in summary.json.
         model: plain module on the CPU in eval mode, zeros in place.
         masks: pruned layers, layer name -> bool [F, C, R, S] or [O, I], True = kept.
@@ -69,13 +67,8 @@ class LoadedRun:
 def load_run(path: str | PathLike[str], model: Factory | None = None) -> LoadedRun:
     """Read a finished run with its settings and masks.
 
-    Args:
-        path: of its folder.
-        model: of a network of the caller's own, its factory or ``package.module:factory``. Nothing is
-            imported because a file names it.
-
-    Raises:
-        UserError: as `clicktrain.load`.
+    ``model``: factory of a network of the caller's own, or ``package.module:factory``. Nothing is imported
+    because a file names it.
     """
     folder = RunFolder(Path(path))
     config, method = load_run_config(folder, own_model_allowed=True)
@@ -86,7 +79,11 @@ def load_run(path: str | PathLike[str], model: Factory | None = None) -> LoadedR
         raise UserError(
             f"the run in {folder.path} is not finished: continue it with 'clicktrain resume {folder.path}'"
         )
-    facts = read_facts(_metadata(folder), folder.model)
+    try:
+        metadata = read_metadata(folder.model)
+    except UserError as error:
+        raise UserError(f"{folder.model} is missing or damaged: {error}") from None
+    facts = read_facts(metadata, folder.model)
     factory = _choose_factory(facts["model"], model, folder)
     network = _build(factory, facts)
     apply_recipe_(folder.surgery, network)
@@ -120,10 +117,8 @@ def _choose_factory(name: str, given: Factory | None, folder: RunFolder) -> Fact
 
 
 def _build(factory: Factory, facts: dict[str, Any]) -> nn.Module:
-    """Build the network with fresh weights."""
-    numbers = {name: facts[name] for name in ("num_classes", "in_channels", "width")}
     if isinstance(factory, str):
-        return create_model(factory, stem=facts["stem"], **numbers)
+        return build_model({**facts, "model": factory})
     if isinstance(factory, nn.Module):
         raise UserError(
             "model is a network that is built already: give its class, or use "
@@ -133,14 +128,8 @@ def _build(factory: Factory, facts: dict[str, Any]) -> nn.Module:
         raise UserError(
             f"model is of type {type(factory).__name__}: give a class or a function that builds it"
         )
+    numbers = {name: facts[name] for name in ("num_classes", "in_channels", "width")}
     return call_factory(getattr(factory, "__qualname__", type(factory).__name__), factory, **numbers)
-
-
-def _metadata(folder: RunFolder) -> dict[str, str]:
-    try:
-        return read_metadata(folder.model)
-    except UserError as error:
-        raise UserError(f"{folder.model} is missing or damaged: {error}") from None
 
 
 def _weights(folder: RunFolder) -> dict[str, Tensor]:

@@ -38,9 +38,7 @@ def finish_run(run: TrainingRun) -> dict[str, Any]:
     with warnings.catch_warnings():
         warnings.simplefilter("ignore", MissedTarget)  # they are in the summary, from where they are shown
         plain = p.pruner.finish()
-    model = plain
-    if run.average is not None:
-        model = run.average.module  # unpacked and masked as the network is
+    model = plain if run.average is None else run.average.module  # unpacked and masked as the network is
     masks = p.pruner.masks
     if changes:  # what was evaluated is not what is saved
         result = evaluate(model, p.val_loader, device=p.device, precision=p.config.precision)
@@ -68,7 +66,7 @@ def _summary(
     run: TrainingRun, cost: ModelCost, living: ModelCost, operators: Mapping[str, str]
 ) -> dict[str, Any]:
     p, state = run.prepared, run.state
-    config, pruner, outcome = p.config, p.pruner, p.pruner.outcome()
+    config, pruner, masks, outcome = p.config, p.pruner, p.pruner.masks, p.pruner.outcome()
     hard_prune = next((event["epoch"] for event in pruner.events if event["event"] == "hard_prune"), None)
     return {
         "format_version": FORMAT_VERSION,
@@ -105,26 +103,14 @@ def _summary(
         "cpu": cpu_name(),
         "gpu": gpu_name(p.device),
         "versions": versions(),
-        "layers": [
-            _layer(
-                layer,
-                pruner.masks.get(layer.name),
-                operators.get(layer.name) or _operator(layer, pruner.masks.get(layer.name), p.config.packed),
-            )
-            for layer in cost.layers
-        ],
+        "layers": [_layer(layer, masks.get(layer.name), operators, config.packed) for layer in cost.layers],
     }
 
 
 def channels_removed(plans: Sequence[SurgeryPlan]) -> int:
     """Output channels that were removed, including those of removed layers."""
-    channels = 0
-    for plan in plans:
-        removed = set(plan.removed_names)
-        channels += sum(
-            row.outputs[0] - (0 if row.name in removed else row.outputs[1]) for row in plan.layers
-        )
-    return channels
+    rows = [(row.outputs, row.name in plan.removed_names) for plan in plans for row in plan.layers]
+    return sum(before - (0 if removed else after) for (before, after), removed in rows)
 
 
 def _step_ms(metrics: Sequence[Mapping[str, Any]]) -> dict[str, float]:
@@ -137,19 +123,13 @@ def _step_ms(metrics: Sequence[Mapping[str, Any]]) -> dict[str, float]:
     return {stage: statistics.median(times) for stage, times in by_stage.items()}
 
 
-def _operator(layer: LayerCost, mask: Tensor | None, packed: bool) -> str:
-    """The operator of a layer at the end of the run, where no compiler chose."""
-    if mask is None:
-        return "dense"
-    return "packed reference" if packed and len(layer.weight_shape) == 4 else "dense, masked"
-
-
-def _layer(layer: LayerCost, mask: Tensor | None, operator: str) -> dict[str, Any]:
-    filters = layer.weight_shape[0]
-    per_filter: int | None = layer.weights // filters
+def _layer(layer: LayerCost, mask: Tensor | None, chosen: Mapping[str, str], packed: bool) -> dict[str, Any]:
+    per_filter: int | None = layer.weights // layer.weight_shape[0]
+    operator = "dense"
     if mask is not None:
         kept = mask.flatten(1).sum(dim=1)
         per_filter = int(kept[0]) if bool((kept == kept[0]).all()) else None
+        operator = "packed reference" if packed and len(layer.weight_shape) == 4 else "dense, masked"
     return {
         "name": layer.name,
         "shape": list(layer.weight_shape),
@@ -157,5 +137,5 @@ def _layer(layer: LayerCost, mask: Tensor | None, operator: str) -> dict[str, An
         "nnz_per_filter": per_filter,
         "forward_flops": layer.forward_flops,
         "forward_flops_dense": layer.forward_flops_dense,
-        "operator": operator,
+        "operator": chosen.get(layer.name) or operator,
     }

@@ -16,19 +16,26 @@ from torch.optim.swa_utils import AveragedModel
 from clicktrain.accounting import TrainingMemory
 from clicktrain.compiler import Accelerated
 from clicktrain.errors import UserError
+from clicktrain.formats.atomic import append_jsonl
 from clicktrain.methods.driver.publisher import ChannelsRemoved, MasksFrozen, ParametersReplaced, Wrapped
 from clicktrain.runs.events import Event, LogMendedEvent
 from clicktrain.runs.folder import RunFolder
 from clicktrain.sparsity.masks import conv_masks
-from clicktrain.train.checkpoint import newest_good, save_checkpoint
+from clicktrain.train.checkpoint import (
+    full_optimizer,
+    full_weights,
+    newest_good,
+    save_checkpoint,
+    thin_optimizer,
+    thin_weights,
+)
 from clicktrain.train.config import config_to_dict
-from clicktrain.train.divergence import diverged, weights_are_finite
+from clicktrain.train.interrupt import diverged, weights_are_finite
 from clicktrain.train.operators import can_accelerate, choose_operators
 from clicktrain.train.optim import make_average
 from clicktrain.train.prepare import Prepared
 from clicktrain.train.progress import Progress, ScalarLog
 from clicktrain.train.state import TrainState
-from clicktrain.train.thin_state import full_optimizer, full_weights, thin_optimizer, thin_weights
 
 _FREE_TO_CHANGE = frozenset(
     ("device", "threads", "workers", "cache_dir", "evaluate_every", "checkpoint_every", "keep_checkpoints",
@@ -68,8 +75,6 @@ class TrainingRun:
         pruner.subscribe(self._follow_freezing, MasksFrozen)
         pruner.subscribe(self._follow_replacement, ParametersReplaced)
 
-    # ---- what the pruner publishes ----------------------------------------------------------
-
     def _follow_removal(self, removal: ChannelsRemoved) -> None:
         self.state.note_removal()
         self._density = None
@@ -93,19 +98,17 @@ class TrainingRun:
         self._write_event(event.at(self.state.step, self.state.epoch))
 
     def _write_event(self, event: Event) -> None:
-        self.folder.append_event(event.to_json())
-
-    # ---- the network ------------------------------------------------------------------------
+        append_jsonl(self.folder.events, event.to_json())
 
     def _wrap(self, model: nn.Module) -> Callable[..., Any]:
         p = self.prepared
         if p.pruner.frozen and conv_masks(p.pruner.masks) and can_accelerate(p):
-            chosen = choose_operators(p, self.folder, self.progress, self.state.epoch)
-            if chosen.event is not None and not self.state.operators_recorded:
-                self.record(chosen.event)
+            fast, event = choose_operators(p, self.folder, self.progress, self.state.epoch)
+            if event is not None and not self.state.operators_recorded:
+                self.record(event)
                 self.state.operators_recorded = True
-            if chosen.model is not model:
-                return chosen.model
+            if fast is not model:
+                return fast
         if not p.config.compile:
             return model
         torch.compiler.reset()  # which keeps few versions of one function, and then uses none
@@ -134,8 +137,6 @@ class TrainingRun:
     @property
     def _epochs_done(self) -> float:
         return self.state.epoch + self.state.batch / len(self.prepared.train_loader)
-
-    # ---- checkpoints ------------------------------------------------------------------------
 
     def save(self) -> Path:
         """Write a checkpoint, between two optimizer steps.
@@ -198,8 +199,6 @@ class TrainingRun:
                     "put it back, or start another run"
                 )
 
-    # ---- beginning --------------------------------------------------------------------------
-
     def begin(self) -> None:
         """Create the run's folder and write the first checkpoint."""
         self.folder.create(config_to_dict(self.prepared.config, self.prepared.method))
@@ -209,7 +208,7 @@ class TrainingRun:
         """Write what was decided before the first step, and the checkpoint that comes before it."""
         self.state.earlier = self.prepared.earlier
         for event in self.prepared.pruner.events:
-            self.folder.append_event(event)
+            append_jsonl(self.folder.events, event)
         self.prepared.pruner.subscribe(self._write_event, Event)
         self.save()
 
@@ -226,7 +225,6 @@ class TrainingRun:
             self.prepared.pruner.subscribe(self._write_event, Event)
 
     def _take_back_logs(self) -> None:
-        """Cut the logs back to the checkpoint; report those that were changed since."""
         for mended in self.folder.take_back(self.state.logs, self._epochs_done):
             self.progress.message(str(mended))
             event = LogMendedEvent(file=mended.path.name, lines_kept=mended.lines)

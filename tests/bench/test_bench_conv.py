@@ -7,12 +7,13 @@ import pytest
 import torch
 import torch.nn.functional as F
 
-from clicktrain.bench import conv
-from clicktrain.bench.conv import Shape, bench_conv, geometric_means, geometric_means_bf16
+from clicktrain.bench import conv, timing
+from clicktrain.bench.conv import Shape, bench_conv, geometric_means
 from clicktrain.bench.pack import bench_pack
 from clicktrain.bench.timing import WrongResultError
 from clicktrain.errors import UserError
 from clicktrain.kernels.native import toolchain
+from clicktrain.kernels.sparse_conv2d import IMPLS
 from clicktrain.kernels.sparse_conv2d.blocked import ops
 
 needs_compiler = pytest.mark.skipif(toolchain() is None, reason="needs a C compiler")
@@ -54,12 +55,12 @@ def test_rows_and_means() -> None:
     assert means["4x G=1 forward"] == pytest.approx(rows[0].ratio)
     own = [row.ratio for row in rows if row.group == 2]
     assert means["4x G=2 all"] == pytest.approx(math.prod(own) ** (1 / 3))
-    assert geometric_means_bf16(rows).keys() == means.keys()
+    assert geometric_means(rows, "ratio_bf16").keys() == means.keys()
 
 
 @needs_compiler
 def test_the_fastest_tiling_is_kept() -> None:
-    layer = conv._SparseLayer(conv._Data(TINY), 4.0, 2, "fp32", 0, True)
+    layer = conv._SparseLayer(conv._Data(TINY), 4.0, 2, "fp32", IMPLS["blocked"], 0, True)
     assert all(len(variants) > 1 for variants in layer.variants.values())
     assert {v.tiling.filters_per_tile for v in layer.variants["forward"]} == {1, 2}
     assert {v.tiling.filters_per_tile for v in layer.variants["dgrad"]} == {1}
@@ -84,7 +85,7 @@ def test_without_bf16_there_is_no_such_ratio() -> None:
     rows = bench_conv([TINY], compressions=(4.0,), rounds=1, tune=False, bf16=False)
     assert {row.ratio_bf16 for row in rows} == {None}
     assert {row.fraction_of_peak for row in rows} == {None}
-    assert geometric_means_bf16(rows) == {}
+    assert geometric_means(rows, "ratio_bf16") == {}
 
 
 @needs_compiler
@@ -114,13 +115,13 @@ def test_results_that_are_not_numbers_are_wrong(monkeypatch: pytest.MonkeyPatch)
 
 @needs_compiler
 def test_operations_leave_the_padding_out() -> None:
-    layer = conv._SparseLayer(conv._Data(TINY), 4.0, 1, "fp32", 0, False)
+    layer = conv._SparseLayer(conv._Data(TINY), 4.0, 1, "fp32", IMPLS["blocked"], 0, False)
     ones = F.conv2d(torch.ones(3, 8, 4, 5), layer.mask.float(), padding=1)
     assert layer.operations() == 2 * int(ones.sum())
 
 
 def test_without_a_compiler_it_says_so(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(conv, "toolchain", lambda: None)
+    monkeypatch.setattr(timing, "toolchain", lambda: None)
     with pytest.raises(UserError, match="there is no C compiler"):
         bench_conv([TINY], rounds=1)
 

@@ -8,7 +8,7 @@ from torch import nn
 
 from clicktrain.bench.masks import check_sparsity, model_masks, pattern_mask
 from clicktrain.bench.peak import measure_peak, measuring_loops, multiply_adds, one_pass
-from clicktrain.bench.timing import fastest, geometric_mean, median_ms
+from clicktrain.bench.timing import fastest, median_ms
 from clicktrain.errors import UserError
 from clicktrain.kernels.native import toolchain
 from clicktrain.kernels.native.library import call
@@ -50,7 +50,6 @@ def test_medians_are_not_means(monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 def test_means_and_the_fastest() -> None:
-    assert geometric_mean([2.0, 8.0]) == pytest.approx(4)
     assert fastest({"slow": 2.0, "quick": 1.0}) == ("quick", 1.0)
     with pytest.raises(UserError, match="rounds must be at least 1, not 0"):
         median_ms({}, rounds=0)

@@ -8,8 +8,15 @@ from typing import Any
 
 from rich.console import Console
 
-from clicktrain.commands.progress import EpochLines, LiveDisplay, epoch_line, make_progress, picture
-from clicktrain.commands.running import log_lines, result_line
+from clicktrain.commands.progress import (
+    EpochLines,
+    LiveDisplay,
+    epoch_line,
+    log_lines,
+    make_progress,
+    picture,
+    result_line,
+)
 from clicktrain.train import StepProgress
 from clicktrain.wording import clock, short
 

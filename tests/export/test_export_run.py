@@ -13,8 +13,8 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
 from clicktrain.errors import UserError
-from clicktrain.export import FORMATS, SUFFIXES, export_run, safetensors_file
-from clicktrain.export.onnx_file import PACKAGES
+from clicktrain.export import FORMATS, SUFFIXES, export_run, file_formats
+from clicktrain.export.file_formats import PACKAGES
 from clicktrain.models import create_model
 
 torch.set_num_threads(1)
@@ -124,7 +124,7 @@ def test_safetensors_are_read_back_from_the_file(finished: Finished, tmp_path: P
     save_file(other, path)
     x = torch.randn(2, 1, 8, 8)
     with torch.no_grad():
-        assert not torch.allclose(safetensors_file.read(finished.model, path)(x), finished.model(x))
+        assert not torch.allclose(file_formats.read_safetensors(finished.model, path)(x), finished.model(x))
 
 
 def test_an_older_file_is_replaced(finished: Finished, tmp_path: Path) -> None:
@@ -200,7 +200,7 @@ def test_wrong_places_and_formats(finished: Finished, tmp_path: Path) -> None:
 def test_onnx_without_its_packages_names_the_pip_command(
     finished: Finished, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr("clicktrain.export.onnx_file.PACKAGES", ("importlib", "not_there", "nor_this"))
+    monkeypatch.setattr("clicktrain.export.file_formats.PACKAGES", ("importlib", "not_there", "nor_this"))
     with pytest.raises(UserError, match="needs not_there, nor_this: run 'pip install not_there nor_this'"):
         export_run(finished, "onnx", tmp_path / "net.onnx")
     assert list(tmp_path.iterdir()) == []

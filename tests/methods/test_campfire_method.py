@@ -17,7 +17,7 @@ from clicktrain.formats.packed import bits_from_mask
 from clicktrain.kernels.sparse_conv2d.module import PackedConv2d
 from clicktrain.methods import Campfire, Pruner
 from clicktrain.methods.base import RunLength
-from clicktrain.sparsity.granularity import ck, combined, inter_epoch, window
+from clicktrain.sparsity.granularity import CutRule, cut_mask, cut_of
 from clicktrain.sparsity.masks import sparsity_of
 from clicktrain.sparsity.schedules import Era
 
@@ -75,12 +75,12 @@ def test_the_course_of_a_run(granularity: str) -> None:
 @pytest.mark.parametrize(
     ("settings", "mask_of"),
     [
-        ({"granularity": "window"}, lambda s: window(s, 0.6)),
-        ({"granularity": "window", "max_non_zero": 2}, lambda s: window(s, 0.6, most(s, 2))),
-        ({"granularity": "ck"}, lambda s: ck(s, 0.6)),
-        ({"granularity": "ck", "within": "filter"}, lambda s: ck(s, 0.6, "filter")),
-        ({"granularity": "combined"}, lambda s: combined(s, 0.6)),
-        ({"granularity": "inter_epoch"}, lambda s: inter_epoch(s, 0.6, 0.525)),
+        ({"granularity": "window"}, lambda s: masked("window", s)),
+        ({"granularity": "window", "max_non_zero": 2}, lambda s: masked("window", s, most=most(s, 2))),
+        ({"granularity": "ck"}, lambda s: masked("ck", s)),
+        ({"granularity": "ck", "within": "filter"}, lambda s: masked("ck", s, within="filter")),
+        ({"granularity": "combined"}, lambda s: masked("combined", s)),
+        ({"granularity": "inter_epoch"}, lambda s: masked("inter_epoch", s, ck_threshold=0.525)),
     ],
 )
 def test_the_masks_are_those_of_the_weights(settings: dict[str, Any], mask_of: Any) -> None:
@@ -100,13 +100,19 @@ def test_the_masks_are_those_of_the_weights(settings: dict[str, Any], mask_of: A
         assert torch.equal(pruner.masks[name], mask_of(before[name].abs())), name
 
 
+def masked(granularity: str, scores: Tensor, threshold: float = 0.6, **rule: Any) -> Tensor:
+    f, c, r, s = scores.shape
+    cut = cut_of(granularity, (f, c, r, s), threshold, CutRule(**rule))
+    return cut_mask(scores, cut, rule.get("within", "channel"))
+
+
 def most(scores: Tensor, of_9: int) -> int:
     return max(1, round(of_9 * scores.shape[2] * scores.shape[3] / 9))
 
 
 def test_an_era_that_begins_with_the_run_masks_the_initial_weights() -> None:
     initial, _ = make()
-    expected = {name: combined(weights(initial)[name].abs(), 0.3) for name in PRUNED}
+    expected = {name: masked("combined", weights(initial)[name].abs(), 0.3) for name in PRUNED}
     model, optimizer, pruner = attach(era=(0, 2), sparsity=0.6, initial_sparsity=0.3)
     assert pruner.stage == "era"
     assert pruner.events[0]["step"] == 0
@@ -256,7 +262,7 @@ def test_gradients_decide_if_asked_to() -> None:
     for _ in range(6):  # a loop in which nothing has a gradient
         pruner.observe(torch.tensor(1.0))
         optimizer.step()
-    assert torch.equal(pruner.masks["deep"], window(weights_of_fresh_net()["deep"].abs(), 0.6))
+    assert torch.equal(pruner.masks["deep"], masked("window", weights_of_fresh_net()["deep"].abs()))
 
 
 def weights_of_fresh_net() -> dict[str, Tensor]:

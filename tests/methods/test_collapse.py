@@ -12,7 +12,7 @@ from torch import Tensor, nn
 from clicktrain import RigL
 from clicktrain.errors import NetworkCollapsed, UserError
 from clicktrain.graph.prunable import check_convolutions, find_prunable
-from clicktrain.methods.driver.collapse import at_chance
+from clicktrain.methods.driver.progress import at_chance
 
 
 class Identities(nn.Module):

@@ -5,6 +5,9 @@ Scores are small integers, so that ties are frequent; the library must agree bit
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+from typing import Any
+
 import campfire_reference as reference
 import pytest
 import torch
@@ -16,17 +19,11 @@ from clicktrain.models import create_model
 from clicktrain.sparsity.fully_connected import block_fc, fine_fc, keep_an_input, linear_mask, silent_inputs
 from clicktrain.sparsity.granularity import (
     Cut,
+    CutRule,
     above_cutoff,
-    ck,
-    ck_cut,
-    combined,
-    combined_cut,
     cut_mask,
-    inter_epoch,
-    inter_epoch_cut,
+    cut_of,
     num_pruned,
-    window,
-    window_cut,
 )
 from clicktrain.sparsity.importance import CRITERIA
 from clicktrain.sparsity.patterns import fixed_pool
@@ -35,6 +32,16 @@ from clicktrain.sparsity.schedules import Era, campfire_threshold
 KERNELS = ((1, 1), (1, 3), (2, 2), (3, 3), (5, 5))
 THRESHOLDS = st.one_of(st.sampled_from((0.0, 0.1, 0.2, 0.5, 0.6, 0.7, 0.8, 0.95)), st.floats(0, 0.99))
 MOST = st.one_of(st.none(), st.integers(1, 9))
+
+
+def mask_of(granularity: str, scores: Tensor, threshold: float, **rule: Any) -> Tensor:
+    """What a granularity leaves of scores [F, C, R, S]."""
+    return cut_mask(scores, cut(granularity, scores.shape, threshold, **rule), rule.get("within", "channel"))
+
+
+def cut(granularity: str, shape: Sequence[int], threshold: float, **rule: Any) -> Cut:
+    f, c, r, s = shape
+    return cut_of(granularity, (f, c, r, s), threshold, CutRule(**rule))
 
 
 @st.composite
@@ -101,28 +108,29 @@ def test_window(scores: Tensor, threshold: float, most: int | None) -> None:
         expected = reference.ck(scores.tolist(), threshold)
     else:
         expected = reference.window(scores.tolist(), threshold, most)
-    assert window(scores, threshold, most).tolist() == expected
+    assert mask_of("window", scores, threshold, most=most).tolist() == expected
 
 
 @settings(max_examples=60)
 @given(layers(), THRESHOLDS, st.sampled_from(("channel", "filter")))
 @example(torch.zeros(3, 2, 3, 3), 0.6, "channel")
 def test_ck(scores: Tensor, threshold: float, within: str) -> None:
-    assert ck(scores, threshold, within).tolist() == reference.ck(scores.tolist(), threshold, within)
+    expected = reference.ck(scores.tolist(), threshold, within)
+    assert mask_of("ck", scores, threshold, within=within).tolist() == expected
 
 
 @settings(max_examples=60)
 @given(layers(), THRESHOLDS, st.sampled_from((0.0, 0.5, 0.8)), MOST)
 def test_combined(scores: Tensor, threshold: float, share: float, most: int | None) -> None:
     expected = reference.combined(scores.tolist(), threshold, share, most)
-    assert combined(scores, threshold, share=share, max_non_zero=most).tolist() == expected
+    assert mask_of("combined", scores, threshold, share=share, most=most).tolist() == expected
 
 
 @settings(max_examples=40)
 @given(layers(), THRESHOLDS, st.sampled_from((0.3, 0.525)))
 def test_inter_epoch(scores: Tensor, threshold: float, ck_threshold: float) -> None:
     expected = reference.inter_epoch(scores.tolist(), threshold, ck_threshold)
-    assert inter_epoch(scores, threshold, ck_threshold).tolist() == expected
+    assert mask_of("inter_epoch", scores, threshold, ck_threshold=ck_threshold).tolist() == expected
 
 
 @pytest.mark.parametrize("size", [1, 2, 9, 10, 25, 64])
@@ -140,14 +148,12 @@ def test_at_least_one_stays_and_exact_products_are_not_rounded_down(size: int) -
 @pytest.mark.parametrize("threshold", [0.1, 0.6, 0.8])
 def test_a_cut_says_what_distinct_scores_lose(shape: tuple[int, int, int, int], threshold: float) -> None:
     scores = torch.randperm(torch.Size(shape).numel()).view(shape).float()
-    for mask, cut in (
-        (window(scores, threshold), window_cut(shape, threshold)),
-        (ck(scores, threshold), ck_cut(shape, threshold)),
-        (combined(scores, threshold), combined_cut(shape, threshold)),
-        (inter_epoch(scores, threshold, 0.4), inter_epoch_cut(shape, threshold, 0.4)),
-    ):
+    for granularity in ("window", "ck", "combined", "inter_epoch"):
+        mask = mask_of(granularity, scores, threshold, ck_threshold=0.4)
         true_sparsity = 1 - float(mask.float().mean())
-        assert cut.sparsity(shape) == pytest.approx(true_sparsity, abs=1e-6)
+        assert cut(granularity, shape, threshold, ck_threshold=0.4).sparsity(shape) == pytest.approx(
+            true_sparsity, abs=1e-6
+        )
         if threshold < 2 / 3 or shape[2:] != (1, 3):  # of three positions one always stays
             assert true_sparsity >= threshold - 1e-6
 
@@ -167,26 +173,26 @@ def test_true_sparsity_of_table_1(target: float, printed_window: float, printed_
         gone = sum(c.sparsity(s) * n for c, s, n in zip(cuts, shapes, weights, strict=True))
         return gone / sum(weights)
 
-    assert round(true_sparsity([window_cut(s, target, 2) for s in shapes]), 2) == printed_window
+    assert round(true_sparsity([cut("window", s, target, most=2) for s in shapes]), 2) == printed_window
     # The paper's table has 0.3 to 0.6 points more at low targets: it does not say over which layers.
-    assert true_sparsity([ck_cut(s, target) for s in shapes]) == pytest.approx(printed_ck, abs=0.007)
+    assert true_sparsity([cut("ck", s, target) for s in shapes]) == pytest.approx(printed_ck, abs=0.007)
 
 
 def test_filters_may_lose_everything_or_stay_equal() -> None:
     """CK "can ultimately prune all the input channels in an output channel" (section 2.1.1)."""
     scores = torch.arange(1.0, 9.0).view(8, 1, 1, 1).expand(8, 4, 3, 3)
-    assert ck(scores, 0.5).flatten(1).any(dim=1).tolist() == [False] * 5 + [True] * 3
+    assert mask_of("ck", scores, 0.5).flatten(1).any(dim=1).tolist() == [False] * 5 + [True] * 3
     scores = torch.rand(8, 16, 3, 3)
-    per_filter = ck(scores, 0.6, "filter").flatten(1).sum(dim=1)
+    per_filter = mask_of("ck", scores, 0.6, within="filter").flatten(1).sum(dim=1)
     assert per_filter.tolist() == [9 * (16 - 10)] * 8
 
 
 def test_any_criterion_and_clicktrains_patterns() -> None:
     weight, grad = torch.randn(6, 5, 3, 3), torch.randn(6, 5, 3, 3)
     taylor = CRITERIA["taylor"](weight, grad)
-    assert window(taylor, 0.6).tolist() == reference.window(taylor.tolist(), 0.6)
+    assert mask_of("window", taylor, 0.6).tolist() == reference.window(taylor.tolist(), 0.6)
     magnitude = CRITERIA["magnitude"](weight, grad)
-    assert torch.equal(combined(magnitude, 0.6), combined(weight.abs(), 0.6))
+    assert torch.equal(mask_of("combined", magnitude, 0.6), mask_of("combined", weight.abs(), 0.6))
     pool = fixed_pool(8)
     mask = cut_mask(taylor, Cut(5, 2), pool_masks=pool.masks())
     kernels = mask.flatten(2).any(dim=2)

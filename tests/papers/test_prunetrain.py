@@ -11,7 +11,7 @@ from hypothesis import strategies as st
 from torch import nn
 
 from clicktrain import PruneTrain
-from clicktrain.methods.channels.axes import channel_axes
+from clicktrain.methods.channels.lasso import channel_axes
 from clicktrain.sparsity.channel_lasso import (
     add_channel_lasso_gradient_,
     channel_penalty,

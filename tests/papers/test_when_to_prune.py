@@ -21,7 +21,7 @@ from clicktrain.sparsity.channel_importance import (
     rank_channels,
 )
 from clicktrain.sparsity.stability import early_pruning_indicator
-from clicktrain.sparsity.triggers import StructureStable
+from clicktrain.sparsity.triggers import History, when_stable
 
 PER_EPOCH = 4
 
@@ -75,8 +75,8 @@ def test_against_plain_loops(structures: list[list[int]], window: int) -> None:
 
 @given(st.lists(st.one_of(st.none(), st.sampled_from([0.5, 0.9, 0.95, 0.99, 1.0])), max_size=12))
 def test_fires_when_algorithm_2_does(values: list[float | None]) -> None:
-    trigger = StructureStable(0.94)
-    fired = next((t for t in range(len(values)) if trigger.fires(values[: t + 1])), None)
+    seen = (History(t, 90, indicators=values[: t + 1], threshold=0.94) for t in range(len(values)))
+    fired = next((t for t, history in enumerate(seen) if when_stable(history)), None)
     assert fired == reference.epoch_that_prunes(values, 0.94)
 
 

@@ -120,7 +120,8 @@ def check(name: str, settings: dict[str, Any], **how: Any) -> Pruner:
 
 @pytest.mark.parametrize("name", METHODS)
 def test_the_outcome_is_what_the_weights_say(name: str) -> None:
-    pruner = check(name, {"compression": 4} if name == "clicktrain" else {})
+    width = 12 if name == "nm" else 11  # groups of 4 input channels
+    pruner = check(name, {"compression": 4} if name == "clicktrain" else {}, width=width)
     assert bool(pruner.outcome().targets) == (name != "dense")
 
 
@@ -142,11 +143,11 @@ def request(generator: random.Random) -> tuple[str, dict[str, Any]]:
                        {"penalty_ratio": share}, {"target_flops": share, "reconfigure": "end"},
                        {"target_flops": share, "coefficient": 10.0}],
         "prunetrain-clicktrain": [{"target_flops": share, "pattern_compression": 3.0, "switch_at": 1}],
-        "rigl": [{"sparsity": share, "granularity": generator.choice(["weight", "kernel"])}],
-        "dsr": [{"sparsity": share, "granularity": generator.choice(["weight", "kernel"])}],
+        "nm": [{"n": generator.choice([1, 2, 3]), "m": generator.choice([4, 8])}],
         "pat": [{"prune_ratio": share, "round_to": generator.choice([1, 3])}],
     }  # fmt: skip
-    return name, generator.choice(choices[name])
+    moving = [{"sparsity": share, "granularity": generator.choice(["weight", "kernel"])}]
+    return name, generator.choice(choices.get(name, moving))
 
 
 def check_request(seed: int) -> None:

@@ -7,13 +7,14 @@ import math
 import pytest
 import torch
 
+from clicktrain.methods.channels.criteria import ChannelScores
 from clicktrain.sparsity.channel_importance import (
-    add_scores_,
     batch_norm_taylor,
     rank_channels,
     round_widths,
 )
 from clicktrain.sparsity.schedules import exponential_steps
+from clicktrain.surgery.neurons import NeuronGroup
 
 
 def test_scale_and_shift_by_hand() -> None:
@@ -25,12 +26,13 @@ def test_scale_and_shift_by_hand() -> None:
 
 
 def test_scores_add_up_over_batches() -> None:
-    sums: dict[str, torch.Tensor] = {}
-    first = torch.tensor([1.0, 2.0])
-    add_scores_(sums, {"a": first})
-    add_scores_(sums, {"a": torch.tensor([1.0, 1.0]), "b": torch.tensor([5.0])})
-    assert {name: score.tolist() for name, score in sums.items()} == {"a": [2.0, 3.0], "b": [5.0]}
-    assert first.tolist() == [1.0, 2.0]
+    a, b = NeuronGroup("a", (), 2, (), (), ()), NeuronGroup("b", (), 1, (), (), ())
+    scores = ChannelScores()
+    for batch in ({"a": [1.0, 2.0]}, {"a": [1.0, 1.0], "b": [5.0]}):
+        now = {name: torch.tensor(values) for name, values in batch.items()}
+        scores.add([a, b], lambda values, now=now: now.get(values.group.name), {}, lambda _: None)
+    means = scores.means([a, b], {})
+    assert {name: mean.tolist() for name, mean in means.items()} == {"a": [1.0, 1.5], "b": [5.0]}
 
 
 def test_what_is_pruned_stays_pruned_although_it_scores_high() -> None:

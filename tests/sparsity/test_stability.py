@@ -13,7 +13,7 @@ from clicktrain.sparsity.stability import (
     layer_distance,
     structure_similarity,
 )
-from clicktrain.sparsity.triggers import StructureStable
+from clicktrain.sparsity.triggers import History, when_stable
 
 
 def test_by_hand() -> None:
@@ -35,11 +35,14 @@ def test_by_hand() -> None:
 
 def test_says_why_and_does_not_fire_on_a_fall() -> None:
     assert (GRADIENT_THRESHOLD, MAGNITUDE_THRESHOLD) == (0.944, 0.983)
-    trigger = StructureStable()
-    assert trigger.fires([None, 0.9, 0.985]) == "the structure is stable: EPI 0.985 is not under 0.983"
-    assert trigger.fires([0.99, 0.985]) is None, "lower than one of the last five"
-    assert trigger.fires([0.99, 0.1, 0.1, 0.1, 0.1, 0.1, 0.985]) is not None, "six epochs ago"
-    assert trigger.fires([]) is None
+
+    def trigger(indicators: list[float | None]) -> str | None:
+        return when_stable(History(len(indicators), 90, indicators=indicators))
+
+    assert trigger([None, 0.9, 0.985]) == "the structure is stable: EPI 0.985 is not under 0.983"
+    assert trigger([0.99, 0.985]) is None, "lower than one of the last five"
+    assert trigger([0.99, 0.1, 0.1, 0.1, 0.1, 0.1, 0.985]) is not None, "six epochs ago"
+    assert trigger([]) is None
 
 
 def test_structure_of_kernels_over_all_layers() -> None:

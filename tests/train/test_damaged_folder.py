@@ -17,6 +17,7 @@ import pytest
 from short_runs import DENSE, At, Killed, Messages, assert_same_run, kill, resume, run, weights
 
 from clicktrain.errors import UserError
+from clicktrain.formats.atomic import append_jsonl
 from clicktrain.runs.format import FORMAT_VERSION, HEADER
 from clicktrain.runs.new_folder import only_begun
 from clicktrain.train import RunFolder, TrainingInterrupted, config_to_dict, from_dict
@@ -75,7 +76,7 @@ def begin(path: Path) -> None:
     folder = RunFolder(path)
     with folder.in_use(print, new=True):
         folder.create(config_to_dict(config, method))
-        folder.append_event({"event": "stage", "epoch": 0})
+        append_jsonl(folder.events, {"event": "stage", "epoch": 0})
         folder.checkpoint(1, 0).with_name(f".step-0-epoch-0.safetensors.{os.getpid()}-01234567.tmp").touch()
         os._exit(0)
 
@@ -220,8 +221,8 @@ def test_a_log_that_was_changed_is_reported_and_put_aside(
 
 def test_lines_after_the_checkpoint_are_no_damage(tmp_path: Path, whole: Path) -> None:
     folder = interrupted(tmp_path / "run")
-    folder.append_metrics({"epoch": 2})
-    folder.append_event({"event": "later", "epoch": 1.5})
+    append_jsonl(folder.metrics, {"epoch": 2})
+    append_jsonl(folder.events, {"event": "later", "epoch": 1.5})
     messages = Messages()
     resume(folder.path, messages)
     assert messages.messages == []

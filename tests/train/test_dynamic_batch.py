@@ -20,9 +20,8 @@ from clicktrain.accounting.memory import bytes_in_words, bytes_of
 from clicktrain.data import Augment, make_loader, open_data
 from clicktrain.errors import UserError
 from clicktrain.train import RunConfig, RunFolder, StepProgress, TrainingInterrupted
-from clicktrain.train.batch_sizes import BatchSizes
 from clicktrain.train.minibatch import grown_batch, rate_factor
-from clicktrain.train.schedule import learning_rate_factor, make_scheduler, refresh_
+from clicktrain.train.optim import BatchSizes, learning_rate_factor, make_scheduler, refresh_
 
 IMAGES = len(open_data("digits").train)
 GROWING: dict[str, Any] = {

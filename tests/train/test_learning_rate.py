@@ -13,8 +13,7 @@ from torch.optim.lr_scheduler import CosineAnnealingLR, LRScheduler, MultiStepLR
 from clicktrain.errors import UserError
 from clicktrain.methods import Campfire
 from clicktrain.train.config import RunConfig, load_config
-from clicktrain.train.optim import make_optimizer
-from clicktrain.train.schedule import learning_rate_factor, make_scheduler
+from clicktrain.train.optim import learning_rate_factor, make_optimizer, make_scheduler
 
 STEPS = 40
 RECIPES = Path(__file__).resolve().parents[2] / "recipes"

@@ -11,7 +11,7 @@ from torch import Tensor, nn
 
 from clicktrain.data import Batch, Loader
 from clicktrain.errors import UserError
-from clicktrain.train.robustness import Attack, attacked_accuracy, fgsm, pgd
+from clicktrain.train.evaluate import Attack, attacked_accuracy, fgsm, pgd
 
 CPU = torch.device("cpu")
 MEAN, STD = (0.5,), (0.25,)

@@ -7,6 +7,7 @@ from pathlib import Path
 import pytest
 
 from clicktrain.errors import UserError
+from clicktrain.formats.atomic import append_jsonl
 from clicktrain.runs.format import FORMAT_VERSION, HEADER
 from clicktrain.train import RunFolder, config_to_dict, from_dict, load_run_config
 
@@ -27,17 +28,17 @@ def test_settings_are_kept(tmp_path: Path) -> None:
 
 def test_lines_can_be_taken_back_and_an_unfinished_one_does_not_count(tmp_path: Path) -> None:
     folder = make(tmp_path / "run")
-    folder.append_metrics({"epoch": 1})
-    folder.append_event({"event": "stage"})
+    append_jsonl(folder.metrics, {"epoch": 1})
+    append_jsonl(folder.events, {"event": "stage"})
     marks = folder.log_marks()
-    folder.append_metrics({"epoch": 2})
+    append_jsonl(folder.metrics, {"epoch": 2})
     with folder.events.open("a") as file:
         file.write('{"event": "po')  # killed while writing
     assert [line["epoch"] for line in folder.read_metrics()] == [1, 2]
     assert folder.read_events() == [{"event": "stage"}]
     assert folder.take_back(marks, 1.0) == []
     assert folder.log_marks() == marks
-    folder.append_metrics({"epoch": 2.5})
+    append_jsonl(folder.metrics, {"epoch": 2.5})
     assert [line["epoch"] for line in folder.read_metrics()] == [1, 2.5]
 
 

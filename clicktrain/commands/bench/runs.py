@@ -5,7 +5,8 @@ from __future__ import annotations
 from typing import TYPE_CHECKING, Any
 
 from clicktrain.commands.arguments import OWN_MODEL, Option
-from clicktrain.commands.bench.benchmark import (
+from clicktrain.commands.bench import (
+    ROUNDS,
     Benchmark,
     Column,
     Result,
@@ -26,19 +27,9 @@ def _measure(given: Result, machine: Result, progress: Any) -> Result:
 
     if given["by_layer"]:
         layers.check_pruned(given["runs"], given["model"])
-    rows = bench_runs(
-        given["runs"],
-        batch_sizes=given["batch_size"],
-        rounds=given["rounds"],
-        bf16=given["bf16"],
-        model=given["model"],
-        progress=progress,
-    )
-    tables = (
-        layers.bench_layers(rows, rounds=given["rounds"], model=given["model"], progress=progress)
-        if given["by_layer"]
-        else []
-    )
+    common = {"rounds": given["rounds"], "model": given["model"], "progress": progress}
+    rows = bench_runs(given["runs"], batch_sizes=given["batch_size"], bf16=given["bf16"], **common)
+    tables = layers.bench_layers(rows, **common) if given["by_layer"] else []
     return {"rows": to_json(rows), "by_layer": layers.to_json(tables)}
 
 
@@ -105,28 +96,25 @@ def _at_fault(table: Result) -> str:
     if table["rest_excess_ms"] is not None:
         over.append((table["rest_excess_ms"], "everything else"))
     worst = [f"{name} ({_over(ms)} ms)" for ms, name in sorted(over, reverse=True)[:3] if ms > 0]
-    text = (
+    most = f"Most of it: {', '.join(worst)}. " if worst else ""
+    return (
         "ms over: what is taken beyond the dense time times the FLOPs that are left (everything else: of the "
+        f"whole network). {most}A layer is timed alone, everything else is the whole less its layers."
     )
-    text += "whole network). "
-    if worst:
-        text += f"Most of it: {', '.join(worst)}. "
-    return text + "A layer is timed alone, everything else is the whole less its layers."
 
 
 def _shapes(row: Result) -> str:
-    before, after = (
-        None if s is None else f"{s[0]}x{s[1]}" for s in (row["dense_shape"], row["pruned_shape"])
-    )
+    shapes = row["dense_shape"], row["pruned_shape"]
+    before, after = (None if shape is None else f"{shape[0]}x{shape[1]}" for shape in shapes)
     return str(before) if after in (None, before) else f"{before} -> {after}"
 
 
-def _fine(value: float | None) -> str:
-    return "-" if value is None else f"{value:.3f}" if abs(value) < 10 else f"{value:.1f}"
+def _fine(value: float | None, sign: str = "") -> str:
+    return "-" if value is None else f"{value:{sign}.{3 if abs(value) < 10 else 1}f}"
 
 
 def _over(value: float | None) -> str:
-    return "-" if value is None else f"{value:+.3f}" if abs(value) < 10 else f"{value:+.1f}"
+    return _fine(value, "+")
 
 
 def _share(value: float | None) -> str:
@@ -139,7 +127,7 @@ RUNS = Benchmark(
         Option("runs", tuple[str, ...], "Folders of finished runs.", (), metavar="RUN [RUN ...]"),
         OWN_MODEL,
         Option("batch_size", tuple[int, ...], "Images per call.", (64,), metavar="N [N ...]"),
-        Option("rounds", int, "Timings of which the median is taken.", 7, metavar="N"),
+        ROUNDS,
         Option("bf16", bool, "Also try everything dense under bfloat16 autocast.", False),
         Option("by_layer", bool, "Also time every convolution and linear layer, dense and pruned.", False),
     ),

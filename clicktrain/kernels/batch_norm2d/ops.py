@@ -167,7 +167,6 @@ def _backward(ctx: Any, gy: Tensor, *_: Any) -> tuple[Any, ...]:
 
 
 def _gradients(ctx: Any, gy: Tensor, need: Sequence[bool]) -> tuple[Tensor | None, ...]:
-    """Of x, weight, bias and residual; those of the last three where needed."""
     x, y, weight, mean, var = ctx.saved_tensors
     need_weight, need_bias, need_residual = need
     gx, gweight, gbias, gr = batch_norm2d_blocked_backward(

@@ -21,7 +21,6 @@ def source(dtype: torch.dtype, lanes: int) -> str:
 
 
 def _tile(lanes: int, size: int) -> str:
-    """The function ``tile`` that ``blocked_layout.c`` describes."""
     rows = range(lanes)
     lines = [
         "",

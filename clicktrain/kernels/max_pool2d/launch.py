@@ -31,13 +31,7 @@ def tap_type(lanes: int) -> torch.dtype:
 
 
 def output_size(size: Sequence[int], window: Sequence[int], ceil: bool) -> tuple[int, int]:
-    """Rows and columns of the result, as PyTorch counts them.
-
-    Args:
-        size: rows and columns of the image.
-        window: kernel, stride, padding and dilation, rows and columns of each.
-        ceil: whether windows that begin inside count, wherever they end.
-    """
+    """Rows and columns of the result, as PyTorch counts them; ``ceil`` counts windows that begin inside."""
     sizes = []
     for axis in (0, 1):
         kernel, stride, padding, dilation = window[axis::2]
@@ -50,11 +44,7 @@ def output_size(size: Sequence[int], window: Sequence[int], ceil: bool) -> tuple
 
 
 def check_window(window: Sequence[int]) -> None:
-    """Refuse what is no pooling window.
-
-    Raises:
-        UserError: eight numbers are wanted; paddings of at most half a kernel; at most `MOST_TAPS` taps.
-    """
+    """Refuse what is no window: eight numbers, paddings of at most half a kernel, `MOST_TAPS` taps."""
     if len(window) != 8 or min(*window[:4], *window[6:]) < 1 or min(window[4:6]) < 0:
         raise UserError(
             f"a window is kernel, stride, padding and dilation, two numbers each, not {list(window)}"
@@ -101,5 +91,4 @@ def backward(gy: Tensor, taps: Tensor, size: Sequence[int], window: Sequence[int
 
 
 def _amount(x: Tensor) -> tuple[int, int]:
-    """Planes and threads: how both argument lists end."""
     return x.shape[0] * x.shape[1], torch.get_num_threads()

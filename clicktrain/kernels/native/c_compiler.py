@@ -85,7 +85,6 @@ class Toolchain:
 
 @functools.cache
 def _search() -> tuple[Toolchain | None, str]:
-    """The compiler, or why there is none."""
     try:
         return _find(cache_folder())
     except KernelError as error:

@@ -60,11 +60,7 @@ def compile_seconds() -> float:
 def run_limited(command: Sequence[str], seconds: float, folder: Path, *, inside: bool = False) -> Finished:
     """Run a command, and stop it with everything it started once its time is up.
 
-    Args:
-        command: program and arguments; its standard input is empty.
-        seconds: time limit.
-        folder: where it keeps temporary files, which are the caller's to remove.
-        inside: whether that is also its working folder.
+    Its standard input is empty. It keeps temporary files in ``folder``; ``inside`` works there, too.
     """
     environment = {**os.environ, "TMPDIR": str(folder), "LC_ALL": "C"}
     try:

@@ -19,13 +19,7 @@ _OTHER = "name another compiler in CC"
 
 
 def compile_kernel(source: str, key: str, tools: Toolchain, work: Path) -> Path:
-    """Compile a source, and load the library in another process.
-
-    Args:
-        source: C.
-        key: of the source, see `with_identity`.
-        tools: the compiler.
-        work: a folder that is removed afterwards, in the folder of libraries.
+    """Compile a source, and load the library in another process; ``work`` is removed afterwards.
 
     Raises:
         KernelError: the compiler refuses the source, hangs, is killed, finds no space, makes a library that
@@ -73,7 +67,6 @@ def keep_source(folder: Path, source: str, key: str) -> Path | None:
 
 
 def _failure(done: Finished, name: str, work: Path) -> str:
-    """Why a compiler did not end well."""
     if done.hung:
         return (
             f"{name} {done.problem} on a generated kernel: set CLICKTRAIN_COMPILE_SECONDS to more seconds, "
@@ -100,18 +93,15 @@ class _Patience:
         self._last = ""
 
     def check(self) -> None:
-        """Raise the last failure again where there have been too many."""
         if self._wasted >= compile_seconds():
             raise KernelError(self._last)
 
     def failed(self, error: KernelError, seconds: float) -> None:
-        """Count a failure that took so long."""
         with self._lock:
             self._wasted += seconds
             self._last = str(error)
 
     def succeeded(self) -> None:
-        """Start over."""
         with self._lock:
             self._wasted = 0.0
 

@@ -62,11 +62,7 @@ def _keeps_sources() -> bool:
 
 
 def build_all(sources: Iterable[str]) -> dict[str, KernelError]:
-    """Build and load several texts side by side, as many at a time as there are processors.
-
-    Returns:
-        The texts that failed, and why; watchers (`watch_failures`) are notified.
-    """
+    """Build and load texts side by side: those that failed, and why, which `watch_failures` also collects."""
     failed = _build_all(sources)
     for error in failed.values():
         report_failure(error)

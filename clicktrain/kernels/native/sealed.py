@@ -25,12 +25,7 @@ def key_of(*texts: str) -> str:
 
 
 def store(product: Path, folder: Path, key: str) -> Path:
-    """Move a library into a folder under its key, once it is on the disk.
-
-    Args:
-        product: on the same file system; gone afterwards.
-        folder: of all libraries.
-        key: what it was built from.
+    """Move a library of the same file system into a folder under its key, once it is on the disk.
 
     Raises:
         OSError: what the file system refuses.
@@ -93,7 +88,6 @@ def _digest(data: bytes) -> str:
 
 @functools.cache
 def _listing(folder: Path) -> dict[str, list[str]]:
-    """Key -> names, as far as this process has seen them."""
     return _scan(folder)
 
 

@@ -34,11 +34,7 @@ class Simd:
 
 
 def native_simd(isa: Collection[str]) -> Simd:
-    """The units of a processor.
-
-    Args:
-        isa: macros of its instructions, e.g. ``__AVX2__``.
-    """
+    """The units of a processor, from macros of its instructions such as ``__AVX2__``."""
     vector_bytes = next((size for macro, size in _VECTOR_BYTES if macro in isa), 16)
     registers = 32 if "__AVX512F__" in isa or "__ARM_NEON" in isa else 16
     return Simd(vector_bytes, registers, "__AVX512BF16__" in isa and vector_bytes == 64)

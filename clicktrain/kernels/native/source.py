@@ -26,11 +26,7 @@ def begin_source(
 ) -> str:
     """The first lines of a kernel's source: what it is, and the macros that its static parts take.
 
-    Args:
-        about: one sentence for who reads the source.
-        dtype: of the activations, one of `STORED_TYPES`.
-        lanes: V, elements of its `compute_type` in one SIMD vector.
-        macros: further ones.
+    ``lanes`` is V, elements of the dtype's `compute_type` in one SIMD vector.
     """
     name = str(dtype).removeprefix("torch.").upper()
     lines = [f"// {line}" for line in about.splitlines()]

@@ -45,11 +45,7 @@ def with_identity(source: str, key: str) -> str:
 def why_unfit(library: Path, key: str, folder: Path, self_test: bool = False) -> str:
     """Load a fresh library in another process: what is wrong with it, as a predicate; empty if nothing.
 
-    Args:
-        library: built from a text `with_identity`.
-        key: of that text.
-        folder: for temporary files.
-        self_test: whether it is built from `SELF_TEST`, which is run.
+    It is built from a text `with_identity`; with ``self_test`` from `SELF_TEST`, which is run.
     """
     if not sys.executable:  # a program that embeds Python
         return ""

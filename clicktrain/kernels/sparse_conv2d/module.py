@@ -78,12 +78,7 @@ class PackedLinear(PackedLayer):
     runs_as_conv2d = True
 
     def __init__(
-        self,
-        structure: Structure,
-        values: Tensor,
-        bias: Tensor | None = None,
-        *,
-        impl: str = "reference",
+        self, structure: Structure, values: Tensor, bias: Tensor | None = None, *, impl: str = "reference"
     ) -> None:
         """Take tensors over: see `PackedLayer`."""
         super().__init__(structure, values, bias, impl)

@@ -120,13 +120,9 @@ class PackedLayer(nn.Module):
         return layer  # type: ignore[no-any-return]
 
     def as_conv2d(self, shape: Sequence[int]) -> tuple[Any, tuple[int, ...]] | None:
-        """The same layer as a `PackedConv2d` that shares its tensors, and the shape of the images it gets.
+        """The same layer as a `PackedConv2d` that shares its tensors, and the shape of its images.
 
-        Args:
-            shape: of the layer's input.
-
-        Returns:
-            None if it is no 2-D convolution of a batch.
+        ``shape`` is that of the layer's input. None if it is no 2-D convolution of a batch.
         """
         return None
 

@@ -72,13 +72,9 @@ class CostMeter:
         plan: SurgeryPlan | None = None,
         gone: Mapping[int, int] | None = None,
     ) -> None:
-        """Begin with the network as it is, or as a plan leaves it.
+        """Begin with the network as it is, or as a plan leaves it, which removes ``gone`` channels per group.
 
-        Args:
-            costs: of the network as it is.
-            round_to: widths are multiples of it; the cost falls only when a whole multiple is removed.
-            plan: removed first.
-            gone: per group, how many of its channels the plan removes.
+        Widths are multiples of ``round_to``; the cost falls only when a whole multiple is removed.
         """
         plan = plan or SurgeryPlan()
         self._costs, self._round_to = costs, round_to

@@ -6,13 +6,15 @@ weights (`clicktrain.sparsity.channel_lasso.measured_step`).
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections import Counter
+from collections.abc import Collection, Sequence
 from dataclasses import dataclass, field
-from typing import Literal, TypeAlias
+from typing import Any, Literal, TypeAlias
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
+from clicktrain.errors import UserError
 from clicktrain.graph.prunable import PrunableLayers
 from clicktrain.methods.contract import StepInfo
 from clicktrain.sparsity.channel_lasso import (
@@ -23,9 +25,58 @@ from clicktrain.sparsity.channel_lasso import (
     measured_step,
     shrink_channels_,
 )
+from clicktrain.surgery import dependencies
 
 Axes: TypeAlias = dict[str, tuple[ChannelAxis, ...]]
 """Layer -> the channels along the dimensions of its weight."""
+
+
+def channel_axes(model: nn.Module, example: Any, layers: Collection[str]) -> Axes:
+    """The removable channels of layers, by the network's own dependencies (PruneTrain 4.1).
+
+    Left out are channels that have to stay: those of the image in the first layer, the classes of the last,
+    and channels that an operation in between fixes. Indices that can only be removed together are one
+    channel: the pixels of a channel after a flatten, the same input channel of every group of a grouped
+    convolution.
+
+    Returns:
+        Layer name -> those of its dimensions 0 and 1 that have removable channels.
+
+    Raises:
+        UserError: torch.fx cannot trace the model, or no channel can be removed.
+    """
+    weights = {f"{name}.weight": name for name in layers}
+    numbers: dict[tuple[str, int], Tensor] = {}
+    """Layer and dimension -> the channel of each index, -1 where it has to stay."""
+    counts: Counter[tuple[str, int]] = Counter()
+    groups = dependencies(model, example).groups
+    for group in groups:
+        for member in group.members if group.fixed is None else ():
+            if member.name not in weights:
+                continue
+            weight, key = model.get_parameter(member.name), (weights[member.name], member.dim)
+            if (
+                member.dim == 1
+                and weight.shape[1] == 1
+                and getattr(model.get_submodule(key[0]), "groups", 1) > 1
+            ):
+                continue  # depthwise: the filters are the channels that it reads
+            unknown = torch.full((weight.shape[member.dim],), -1, dtype=torch.int64)
+            channel = numbers.setdefault(key, unknown)
+            for indices in member.indices:
+                channel[list(indices)] = counts[key]
+                counts[key] += 1
+    axes: Axes = {}
+    for name in layers:
+        device = model.get_parameter(f"{name}.weight").device
+        own = [(dim, numbers[name, dim].to(device)) for dim in (0, 1) if (name, dim) in numbers]
+        if own:
+            axes[name] = tuple(ChannelAxis(dim, channel, counts[name, dim]) for dim, channel in own)
+    if not axes:
+        fixed = [group for group in groups if group.fixed and group.members][:3]
+        why = "; ".join(f"{group.members[0].name}:{group.members[0].dim}: {group.fixed}" for group in fixed)
+        raise UserError(f"no channel of this network can be removed ({why or 'it has no layers'})")
+    return axes
 
 
 @dataclass(slots=True)
@@ -68,11 +119,7 @@ class ChannelLasso:
     def before_step(self, state: LassoState, prunable: PrunableLayers, step: StepInfo, steered: bool) -> None:
         """Add the lasso's gradient, or note what `after_step` needs.
 
-        Args:
-            state: with a coefficient.
-            prunable: the network.
-            step: the step that follows.
-            steered: the coefficient follows a target, which makes up for what an adaptive optimizer does.
+        ``steered``: the coefficient follows a target, which makes up for what an adaptive optimizer does.
         """
         assert state.coefficient is not None
         weights = weights_of(prunable, state.penalized)

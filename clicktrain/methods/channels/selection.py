@@ -75,13 +75,9 @@ class ChannelSelection:
         exclude: Sequence[str],
         calibration: LatencyCalibration | None = None,
     ) -> ChannelSelection:
-        """Find the neurons of a network.
+        """Find the neurons of a network but those of ``exclude``, module paths (shell-style).
 
-        Args:
-            prunable: with the model and an example.
-            budget: how many are to be removed.
-            exclude: module paths (shell-style) whose outputs stay.
-            calibration: with 0 ms the network is measured now; None: neither measure nor check.
+        Without a calibration nothing is measured or checked; with one of 0 ms the network is measured now.
 
         Raises:
             UserError: nothing can be pruned, or not as much as is asked for.
@@ -173,13 +169,9 @@ class ChannelSelection:
     # ---- decisions --------------------------------------------------------------------------
 
     def choose(self, scores: Masks, kept: Masks | None, step: int, steps: int) -> Masks:
-        """The neurons kept after one of the steps of Algorithm 1; with ``steps`` = 1, of all of it.
+        """The neurons kept after one of S steps of Algorithm 1, counted from 1; with S = 1, after all of it.
 
-        Args:
-            scores: group -> [n], larger = keep.
-            kept: the neurons kept by the step before.
-            step: number of the step, from 1.
-            steps: S.
+        Scores are [n] per group, larger = keep; ``kept`` are the neurons that the step before kept.
         """
         if self.budget.by_latency:
             dense, last = self.calibration.dense_ms, step == steps
@@ -203,13 +195,8 @@ class ChannelSelection:
     ) -> Masks:
         """The masks with the fewest pruned neurons whose predicted, corrected latency meets an aim.
 
-        Args:
-            aim_ms: milliseconds.
-            scores: group -> [n], larger = keep.
-            kept: the neurons kept so far.
-            may_go_too_far: False before the last step, whose removals are final: a disturbed measurement must
-                not prune more, so a correction counts only if it keeps more.
-            fixed: masks of groups that are decided.
+        Removals before the last step are final: a disturbed measurement must not prune more, so unless a
+        choice ``may_go_too_far``, a correction counts only if it keeps more. ``fixed`` groups are decided.
         """
         assert self.latency is not None
         latency, ranked = self.latency, self._ranked(scores, kept)

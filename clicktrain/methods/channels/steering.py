@@ -143,12 +143,7 @@ class Steering:
     ) -> None:
         """Set the coefficient for an epoch that begins; without a target, only the channels that are held.
 
-        Args:
-            state: of the target.
-            lasso: with a coefficient.
-            prunable: the network.
-            step: the step that follows.
-            last: finished epochs when the target is to be met.
+        ``last``: finished epochs when the target is to be met.
         """
         view = self.view(state, lasso, prunable)
         if view is None:
@@ -192,12 +187,8 @@ def steered_coefficient(
 ) -> float:
     """The coefficient for an epoch that begins; resets the count of steps and chooses the held channels.
 
-    Args:
-        target: the network as it is.
-        state: with the steps of the epoch before.
-        coefficient: of the epoch before.
-        epoch: finished epochs.
-        last: finished epochs when the target is to be met.
+    ``coefficient`` is that of the epoch before; ``epoch`` epochs are finished, ``last`` when the target is to
+    be met.
     """
     norms = target.norms()
     state.held = target.held(norms)
@@ -244,12 +235,8 @@ def plan_within(
 ) -> SurgeryPlan:
     """The removal of channels that are zero, as far as the target allows; with ``fill`` as many as it takes.
 
-    Args:
-        target: the network as it is.
-        make: plans the removal of zeros.
-        fallback: the same, where channels alone are cut, so that the cost is exactly as predicted.
-        round_to: multiple of the widths.
-        fill: set further channels to zero, by the smallest norm, until the target is met.
+    To fill, further channels are set to zero, the smallest norms first. ``fallback`` plans as ``make`` does
+    where channels alone are cut, so that the cost is exactly as predicted.
     """
     norms = target.norms()
     stays = target.held(norms)

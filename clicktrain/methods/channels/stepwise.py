@@ -9,10 +9,10 @@ from typing import Any
 from torch import Tensor
 
 from clicktrain.graph.prunable import PrunableLayers
-from clicktrain.methods.actions import Action, Reconfigure, Record, SilenceChannels
 from clicktrain.methods.channels.budget import ChannelBudget
 from clicktrain.methods.channels.criteria import ChannelScores, Gradient, NeuronCriterion
 from clicktrain.methods.channels.selection import ChannelSelection, LatencyCalibration, Masks
+from clicktrain.methods.contract import Action, Reconfigure, Record, SilenceChannels
 from clicktrain.runs.events import PrunedEvent, ReconfiguredEvent
 from clicktrain.surgery import SurgeryPlan, read_recipe
 from clicktrain.surgery.neurons import count_pruned, masks_of_recipe, shuffled, widths
@@ -83,13 +83,9 @@ class StepwiseRemoval:
     def remove_as_in(
         self, state: StepwiseState, prunable: PrunableLayers, recipe: str, shuffle: int | None
     ) -> Reconfigure:
-        """Remove the neurons that another run removed, or as many of each group, drawn with a seed.
+        """Remove the neurons that another run removed, by its ``surgery.json``.
 
-        Args:
-            state: of this run.
-            prunable: the whole network.
-            recipe: the ``surgery.json`` of the other run.
-            shuffle: the seed.
+        With a seed, ``shuffle``, as many of each group are drawn instead.
         """
         chosen = self.selection(state, prunable)
         masks = masks_of_recipe(chosen.groups, read_recipe(recipe))

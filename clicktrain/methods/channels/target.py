@@ -51,7 +51,7 @@ class ChannelTarget:
         """Find the channels of a network.
 
         Args:
-            model: as it is now.
+            model: as it is now; unpruned if ``dense``, the cost of the unpruned network, is not given.
             example: batch of at least one input.
             what: flops or parameters.
             share: the target.
@@ -59,7 +59,7 @@ class ChannelTarget:
             both_sides: a channel's norm is the largest on either side, not only where it is read.
             floor: share of each layer's channels that stay.
             branches: whether the floor holds inside residual branches too, which can be removed whole.
-            dense: cost of the unpruned network; ``model`` is unpruned if it is not given.
+            dense: see ``model``.
             widths: from `original_widths` of the unpruned network.
         """
         self.model, self.what, self.share = model, what, share
@@ -153,14 +153,10 @@ class ChannelTarget:
     def choose(
         self, order: Sequence[tuple[float, Channel]], round_to: int = 1, plan: SurgeryPlan | None = None
     ) -> list[Channel]:
-        """The first channels whose removal comes closest to the target from above.
+        """The first channels of an `order` whose removal comes closest to the target from above.
 
-        A channel that would take the cost below the target is passed over for smaller steps.
-
-        Args:
-            order: from `order`.
-            round_to: multiple of the widths.
-            plan: removed first; its channels are not chosen again.
+        A channel that would take the cost below the target is passed over for smaller steps. What ``plan``
+        removes goes first and is not chosen again.
         """
         before = set() if plan is None else self.removed_by(plan)
         gone = Counter(number for number, _ in before)

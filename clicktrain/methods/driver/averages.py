@@ -37,12 +37,8 @@ class CopyNote:
         copies = [c for reference in self._copies if (c := reference()) is not None and id(c) not in ids]
         if not copies:  # looking through all objects takes a while
             return []
-        held = {
-            id(module)
-            for thing in gc.get_objects()
-            if issubclass(type(thing), AveragedModel)
-            for module in thing.modules()
-        }
+        averages = (thing for thing in gc.get_objects() if issubclass(type(thing), AveragedModel))
+        held = {id(module) for average in averages for module in average.modules()}
         return [copy for copy in copies if id(copy) in held]
 
     def remove(self) -> None:
@@ -61,20 +57,10 @@ class CopyNote:
 
 
 def unwrapped_average(average: object, model: nn.Module) -> nn.Module:
-    """Unwrap the copy of the network in an average: ``AveragedModel.module``, or the copy itself.
-
-    Raises:
-        UserError: it is no module, or the network itself.
-    """
+    """Unwrap the copy of the network in an average; UserError if it is none, or the network itself."""
     module = average
-    while isinstance(module, nn.Module):
-        inner = module._modules.get("module")
-        if isinstance(module, AveragedModel) or type(module) is not type(model):
-            if inner is None:
-                break
-            module = inner
-        else:
-            break
+    while isinstance(module, nn.Module) and type(module) is not type(model) and "module" in module._modules:
+        module = module._modules["module"]
     if not isinstance(module, nn.Module) or type(module) is not type(model):
         raise UserError(
             "follow takes a moving average that is a copy of the network (an AveragedModel of torch.optim, "
@@ -91,14 +77,13 @@ def catch_up_(
 ) -> None:
     """Do to a copy what has been done to the network since it was copied.
 
+    A copy of another network is a UserError, and stays as it is.
+
     Args:
         copy: of the network, as it was at some time of the run.
         model: the network as it is now.
         plans: the channels that were removed from it, in order.
         masks: its frozen masks, by its present layer names; empty before they are frozen.
-
-    Raises:
-        UserError: it is a copy of another network; nothing has been changed.
     """
     start = next((n for n in range(len(plans) + 1) if _leads_to(copy, plans[n:], model)), None)
     if start is None:

@@ -17,9 +17,9 @@ from torch.optim import Optimizer
 
 from clicktrain.errors import UserError
 from clicktrain.methods.contract import RunLength
+from clicktrain.methods.driver.attachments import Outsiders
 from clicktrain.methods.driver.network import PrunedNetwork
 from clicktrain.methods.driver.optimizers import STRIKES, AttachedOptimizers
-from clicktrain.methods.driver.outsiders import Outsiders
 from clicktrain.methods.driver.publisher import ParametersReplaced
 
 _STEPS_UNOBSERVED = 16
@@ -32,8 +32,6 @@ _READ_EVERY = 64
 
 @dataclass(eq=False)
 class _Place:
-    """The place of a prunable layer and its weight in the model."""
-
     name: str
     parent: dict[str, nn.Module | None]
     child: str
@@ -55,14 +53,7 @@ class LoopWatch:
     def __init__(
         self, network: PrunedNetwork, optimizers: AttachedOptimizers, length: RunLength, replaces: bool
     ) -> None:
-        """Start watching.
-
-        Args:
-            network: what is pruned.
-            optimizers: all that are attached.
-            length: as given to `attach`.
-            replaces: the method removes channels, which replaces parameters.
-        """
+        """Start watching; ``replaces``: the method removes channels, which replaces parameters."""
         self._network, self._optimizers = network, optimizers
         self.outsiders = Outsiders(network.model, optimizers, replaces)
         self._places: list[_Place] = []
@@ -80,13 +71,10 @@ class LoopWatch:
         self._masks_on = None if masked is None else masked.device
         self._kind = torch.empty(0)
 
-    # ---- what the pruner calls --------------------------------------------------------------
-
     def observed(self, loss: Tensor, seen: int, over: bool) -> None:
         """Check the loop at a batch, after ``seen`` others; ``over``: all epochs of the run were done before.
 
-        Raises:
-            UserError: the loop has made the same mistake often enough, or the network was replaced.
+        A mistake made often enough, or a network that was replaced, is a UserError.
         """
         self._check_network()
         if self._first:  # weights may have been loaded since attach
@@ -116,11 +104,7 @@ class LoopWatch:
             )
 
     def before_step(self, optimizer: Optimizer) -> None:
-        """Check the loop before an optimizer's step.
-
-        Raises:
-            UserError: `Pruner.observe` has not been called for long, or no gradient reaches the network.
-        """
+        """Raise a UserError if `observe` has not been called for long, or no gradient reaches the network."""
         self._unobserved += 1
         if self._unobserved > _STEPS_UNOBSERVED * len(self._optimizers.units):
             raise UserError(
@@ -161,22 +145,16 @@ class LoopWatch:
                 stacklevel=stacklevel,
             )
 
-    # ---- the network ------------------------------------------------------------------------
-
     def _look_again(self) -> None:
         network = self._network
         modules = dict(network.model.named_modules())
         self._places = []
-        for layer in network.prunable.layers:
-            module = modules.get(layer.name)
-            if module is None:
-                continue
-            parent, _, child = layer.name.rpartition(".")
+        for name in (layer.name for layer in network.prunable.layers if layer.name in modules):
+            module, (parent, _, child) = modules[name], name.rpartition(".")
             leaf = "values" if "values" in module._parameters else "weight"
             weight = module._parameters.get(leaf)
             if weight is not None:
-                place = _Place(layer.name, modules[parent]._modules, child, module, leaf, weight)
-                self._places.append(place)
+                self._places.append(_Place(name, modules[parent]._modules, child, module, leaf, weight))
         self.outsiders.look_again()
         self._outdated = False
         self._version = self._versions()
@@ -223,8 +201,6 @@ class LoopWatch:
             self._network.mask_weights()
         self.warn_of_lost_zeros(revived, stacklevel=5)
 
-    # ---- steps ------------------------------------------------------------------------------
-
     def _check_steps(self) -> None:
         names = " and ".join(type(unit.outer).__name__ for unit in self._optimizers.units)
         if self._moved >= STRIKES:
@@ -242,8 +218,6 @@ class LoopWatch:
     def _most_unstepped(self) -> int:
         """Most batches whose gradients may be accumulated: an epoch, or 64 unless that is much of the run."""
         return max(self.length.steps_per_epoch, min(64, self.length.total // 4))
-
-    # ---- losses -----------------------------------------------------------------------------
 
     def _count_bad(self, loss: Tensor, seen: int) -> None:
         if loss.device.type == "cpu":

@@ -27,7 +27,7 @@ from clicktrain.methods.driver.averages import catch_up_, mask_copy_, unwrapped_
 from clicktrain.methods.driver.publisher import ChannelsRemoved, ParametersReplaced, Publisher
 from clicktrain.runs.events import ReconfiguredEvent
 from clicktrain.sparsity.masks import hard_prune_, mask_optimizer_state_
-from clicktrain.surgery import SurgeryPlan, Verified, agreed_plans, apply_surgery_, silence_, verified
+from clicktrain.surgery import SurgeryPlan, Verified, agreed_plans, apply_surgery_, verified
 from clicktrain.surgery.compare import IMAGES
 
 _SCALES = ("exp_inf", "step_size")
@@ -98,11 +98,6 @@ class PrunedNetwork:
         for average in self.averages:
             mask_copy_(average, self.masks)
 
-    def pack(self) -> None:
-        """Pack layers, if they are to be packed."""
-        if self.packed:
-            self._pack()
-
     def mask_gradients(self) -> None:
         """Zero the gradients of pruned weights."""
         for _, weight, mask in self._masked():
@@ -130,15 +125,10 @@ class PrunedNetwork:
         if not self.frozen:
             return
         for name, weight, mask in self._masked():
-            states = [optimizer.state.get(weight, {}) for optimizer in self.optimizers]
-            held = [
-                value
-                for state in states
-                for key, value in state.items()
-                if isinstance(value, Tensor) and key not in _SCALES
-            ]
-            for tensor in [weight.detach(), *(v for v in held if v.shape == mask.shape)]:
-                if bool((tensor != 0).logical_and_(~mask).any()):
+            states = (optimizer.state.get(weight, {}) for optimizer in self.optimizers)
+            held = [value for state in states for key, value in state.items() if key not in _SCALES]
+            for tensor in (weight.detach(), *(v for v in held if isinstance(v, Tensor))):
+                if tensor.shape == mask.shape and bool((tensor != 0).logical_and_(~mask).any()):
                     raise AssertionError(f"a pruned position of {name} is no longer zero")
 
     def revived(self) -> list[str]:
@@ -155,26 +145,17 @@ class PrunedNetwork:
         """
         pruned = 0
         for layer in self.prunable.counted:
-            if layer.name not in self._masks:
-                continue
-            mask = self._masks[layer.name]
-            if mask is None:
+            mask = self._masks.get(layer.name)
+            if mask is not None:
+                pruned += mask.numel() - int(mask.sum())
+                if self.frozen and not self.packed:
+                    pruned -= int((layer.weight.detach()[~mask] != 0).sum())
+            elif layer.name in self._masks:
                 structure = self._packed_layer(layer.name).structure
                 pruned += structure.numel - structure.nnz
-            else:
-                pruned += mask.numel() - int(mask.sum())
-        if self.frozen and not self.packed:
-            for layer in self.prunable.counted:
-                mask = self._masks.get(layer.name)
-                if mask is not None:
-                    pruned -= int((layer.weight.detach()[~mask] != 0).sum())
         return self._conv_weights_now - pruned
 
     # ---- channels ---------------------------------------------------------------------------
-
-    def silence(self, plan: SurgeryPlan) -> None:
-        """Zero whatever a plan would cut along the output channels of layers."""
-        silence_(plan, self.model)
 
     def reconfigure(
         self,
@@ -187,16 +168,10 @@ class PrunedNetwork:
 
         Args:
             plan: is tried on a copy first (`clicktrain.surgery.verified`): channels without which the network
-                computes something else stay.
-            event: what the method decided by.
+                computes something else stay, with a warning.
+            event: what the method decided by; returned with what was removed, stayed and changed.
             checked: compare outputs of the last batch before and after.
             follow: called with what has been removed, unless that is nothing.
-
-        Returns:
-            The event, completed with what was removed, what stayed after all, and what it took and changed.
-
-        Warns:
-            UserWarning: something stayed.
         """
         started = time.perf_counter()
         result = Verified(plan) if self.prunable.example is None else self._verified(plan)
@@ -331,12 +306,13 @@ class PrunedNetwork:
             self._replaced()
         elif packed and not self.packed and self._masks:
             self._forget_unpackable_state()
-            self._pack()
+            self.pack()
         self.packed = packed and self.frozen
         if not self.packed:
             self._find_again()
 
-    def _pack(self) -> None:
+    def pack(self) -> None:
+        """Pack the layers with masks."""
         dense = {name: mask for name, mask in self._masks.items() if mask is not None}
         linear = [layer.name for layer in self.prunable.linears if layer.name in dense]
         refused = pack_refusals(self.model, linear, self.optimizers)

@@ -91,20 +91,16 @@ class AttachedOptimizers:
     def holders(self, weights: Sequence[Tensor]) -> tuple[OptimizerUnit, ...]:
         """The units that train one of these weights; the first unit if none does."""
         wanted = {id(weight) for weight in weights}
-        found = tuple(u for u in self.units if any(id(p) in wanted for p in u.parameters()))
-        return found or self.units[:1]
+        return tuple(u for u in self.units if any(id(p) in wanted for p in u.parameters())) or self.units[:1]
 
     def check(self, model: nn.Module, weights: Sequence[Tensor], packs: bool, shrinks: bool) -> None:
-        """Raise a UserError now for what would go wrong in the middle of the run.
+        """Raise a UserError for an optimizer that cannot be used, or trains nothing of this network.
 
         Args:
             model: the network.
             weights: what may be pruned.
-            packs: whether convolutions are to be packed while training.
-            shrinks: whether the method removes channels.
-
-        Raises:
-            UserError: an optimizer cannot be used, or trains nothing of this network.
+            packs: convolutions are to be packed while training.
+            shrinks: the method removes channels.
         """
         own = {id(p) for p in model.parameters()}
         for unit in self.units:
@@ -124,13 +120,9 @@ class AttachedOptimizers:
             self._check_wrapper(unit)
 
     def check_first_step(self, weights: Sequence[Tensor]) -> None:
-        """Check the optimizers' state after the first step; not all of them can be tried before.
+        """Raise a UserError after the first step if an optimizer's state cannot follow what will be replaced.
 
-        Args:
-            weights: what may be pruned.
-
-        Raises:
-            UserError: it cannot follow when parameters are replaced, and they will be.
+        Not all of them can be tried before.
         """
         for unit in self.holders(weights):
             self._check_wrapper(unit)
@@ -139,7 +131,6 @@ class AttachedOptimizers:
                     self._check_state(optimizer, optimizer.state.get(weight, {}), weight)
 
     def _check_state(self, optimizer: Optimizer, state: Mapping[str, Any], weight: Tensor) -> None:
-        """Raise a UserError for a state that can be neither packed nor shrunk."""
         kind = type(optimizer).__name__
         if self._packs and (odd := odd_state(optimizer, state, weight, factors=False)):
             raise UserError(
@@ -170,11 +161,7 @@ class AttachedOptimizers:
 
 
 def check_loaded_state(optimizer: Optimizer, saved: dict[str, Any]) -> None:
-    """Refuse a saved state whose parameters had other shapes: a hook, called before it is loaded.
-
-    Raises:
-        UserError: it was saved before channels went or convolutions were packed, or after it.
-    """
+    """Raise a UserError for a saved state whose parameters had other shapes; a hook run before loading."""
     numbers = [number for group in saved.get("param_groups", ()) for number in group["params"]]
     parameters = [p for group in optimizer.param_groups for p in group["params"]]
     if len(numbers) != len(parameters):
@@ -197,9 +184,8 @@ def check_loaded_state(optimizer: Optimizer, saved: dict[str, Any]) -> None:
 def learning_rate_of(unit: OptimizerUnit) -> float:
     """Learning rate of the first parameter group; see `StepInfo.learning_rate`."""
     group = unit.optimizers[-1].param_groups[0]
-    return float(group["lr"]) / (
-        1 - float(group.get("momentum", 0.0)) * (1 - float(group.get("dampening", 0.0)))
-    )
+    kept = float(group.get("momentum", 0.0)) * (1 - float(group.get("dampening", 0.0)))
+    return float(group["lr"]) / (1 - kept)
 
 
 def _described(given: Any) -> str:
@@ -211,17 +197,16 @@ def _described(given: Any) -> str:
 
 def _with_wrapped(optimizer: Optimizer) -> Iterator[Optimizer]:
     """An optimizer and those among its attributes, attributes of these, and so on."""
-    found: dict[int, Optimizer] = {}
+    seen: set[int] = set()
     waiting = [optimizer]
     while waiting:
         current = waiting.pop(0)
-        if id(current) in found:
-            continue
-        found[id(current)] = current
-        for value in vars(current).values():
-            values = value if isinstance(value, (list, tuple)) else (value,)
-            waiting += [v for v in values if isinstance(v, Optimizer)]
-    yield from found.values()
+        if id(current) not in seen:
+            seen.add(id(current))
+            yield current
+            for value in vars(current).values():
+                values = value if isinstance(value, (list, tuple)) else (value,)
+                waiting += [v for v in values if isinstance(v, Optimizer)]
 
 
 def _make_hookable(optimizer: Optimizer) -> None:
@@ -231,9 +216,6 @@ def _make_hookable(optimizer: Optimizer) -> None:
             setattr(optimizer, table, OrderedDict())
     if not getattr(type(optimizer).step, "hooked", False):
         optimizer._patch_step_function()
-
-
-# ---------------------------------------------------------------- refusals
 
 
 def _check_kind(optimizer: Optimizer) -> None:

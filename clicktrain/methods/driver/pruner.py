@@ -18,29 +18,30 @@ from clicktrain.errors import MissedTarget, NetworkCollapsed, UserError, shown
 from clicktrain.graph import Inputs, as_inputs
 from clicktrain.graph.prunable import PrunableLayers
 from clicktrain.latency.network_times import MeasureMasks
-from clicktrain.methods.actions import (
+from clicktrain.methods.contract import (
     Action,
     ApplyMasks,
     FreezeMasks,
+    MethodHooks,
+    PruningPlan,
     Reconfigure,
     Record,
     RestoreTensors,
+    RunLength,
     SilenceChannels,
+    StepInfo,
 )
-from clicktrain.methods.contract import MethodHooks, PruningPlan, RunLength, StepInfo
 from clicktrain.methods.driver.attachments import Claim, check_dense, check_free, check_network
 from clicktrain.methods.driver.averages import CopyNote
-from clicktrain.methods.driver.collapse import at_chance, no_gradient
 from clicktrain.methods.driver.loop_watch import LoopWatch
 from clicktrain.methods.driver.network import PrunedNetwork
 from clicktrain.methods.driver.optimizers import (
     AttachedOptimizers,
     OptimizerRound,
-    OptimizerUnit,
     check_loaded_state,
     learning_rate_of,
 )
-from clicktrain.methods.driver.progress import Progress
+from clicktrain.methods.driver.progress import Progress, at_chance, no_gradient
 from clicktrain.methods.driver.publisher import (
     ChannelsRemoved,
     EpochEnd,
@@ -53,7 +54,7 @@ from clicktrain.methods.driver.publisher import (
 from clicktrain.methods.outcome import Outcome, Reached
 from clicktrain.runs.events import Event, OutcomeEvent
 from clicktrain.sparsity.channel_lasso import ChannelAxis
-from clicktrain.surgery import SurgeryPlan
+from clicktrain.surgery import SurgeryPlan, silence_
 
 
 class Pruner:
@@ -75,7 +76,6 @@ class Pruner:
         model: nn.Module,
         optimizer: Optimizer | Sequence[Optimizer],
         length: RunLength,
-        *,
         packed: bool = False,
         example: Any = None,
         on_event: Callable[[dict[str, Any]], None] | None = None,
@@ -100,9 +100,8 @@ class Pruner:
         if inputs is not None and not inputs.tensors():
             raise UserError(f"example is {shown(example)}, which holds no tensor: give a batch of inputs")
         prunable = replace(method.find_prunable(model, self._optimizers.parameters()), example=inputs)
-        self._optimizers.check(
-            model, [layer.weight for layer in prunable.layers], packed, shrinks=method.reads_graph
-        )
+        weights = [layer.weight for layer in prunable.layers]
+        self._optimizers.check(model, weights, packed, shrinks=method.reads_graph)
         self.network = PrunedNetwork(model, self._optimizers.all, prunable, packed)
         self.subscribe(self._find_holders, ParametersReplaced)
         self._state = method.init(self._prunable, length)
@@ -113,7 +112,8 @@ class Pruner:
         self._depths: dict[int, int] = {}
         self._looked_at_state = False
         self._round = OptimizerRound()
-        self._holders = self._optimizers.holders([layer.weight for layer in prunable.layers])
+        self._holders = self._optimizers.holders(weights)
+        """Those whose steps make a round."""
         if packed:
             self.network.check_packable()
         self._carry_out(method.at_start(self._state, self._prunable, length))
@@ -146,7 +146,7 @@ class Pruner:
                 gradients can be accumulated, or at once where weights change all the same); losses stay not
                 finite; the network, a layer of it, its device or its dtype is another than at attach; or a
                 parameter that would lose channels is trained by an optimizer that attach was not given.
-            NetworkCollapsed: pruning has destroyed the network, see `clicktrain.methods.driver.collapse`.
+            NetworkCollapsed: pruning has destroyed the network, see `clicktrain.methods.driver.progress`.
         """
         if self._ended:
             raise UserError(f"observe was called after {self._ended}: attach a method again to go on pruning")
@@ -170,12 +170,9 @@ class Pruner:
     def follow(self, average: nn.Module) -> None:
         """Have a moving average of the network masked, shrunk, packed and unpacked with it.
 
-        Call it once, at any time of the run: the average catches up with what was done to the network. An
-        ``AveragedModel`` that is made after `attach` is also found without this call, when masks are frozen
-        or channels removed.
-
-        The average then has the network's shapes at every step, so that ``average.update_parameters(model)``
-        works as before; `finish` leaves it pruned like the network.
+        Call it once, at any time of the run: the average catches up with what was done to the network, and
+        ``average.update_parameters(model)`` works as before. An ``AveragedModel`` that is made after `attach`
+        is also found without this call, when masks are frozen or channels removed.
 
         Args:
             average: ``torch.optim.swa_utils.AveragedModel(model)`` (EMA or SWA), or any deep copy of the
@@ -193,9 +190,7 @@ class Pruner:
     def wrapped(self, wrap: Callable[[nn.Module], W]) -> Wrapped[W]:
         """Wrap the network for a loop; the wrapper is rebuilt whenever parameters are replaced.
 
-        Args:
-            wrap: builds the wrapper: ``DistributedDataParallel``, ``torch.compile``, or a function that
-                captures CUDA graphs.
+        ``wrap`` is ``DistributedDataParallel``, ``torch.compile``, or a function that captures CUDA graphs.
         """
         return Wrapped(self.model, self.network.publisher, wrap)
 
@@ -209,13 +204,10 @@ class Pruner:
         return self._plan
 
     def resize_epoch(self, steps_per_epoch: int) -> None:
-        """Change the number of batches of the epochs to come, because the batch has another size.
+        """Change the number of batches (calls of `observe`) of the epochs to come, between two epochs.
 
-        Call it between two epochs. Nothing else is needed where the batch grows after channels are removed
-        (PruneTrain 4.3); the learning rate is the caller's.
-
-        Args:
-            steps_per_epoch: calls of `observe` in every epoch from the next one on.
+        Nothing else is needed where the batch grows after channels are removed (PruneTrain 4.3); the learning
+        rate is the caller's.
 
         Raises:
             UserError: fewer than 1, or in the middle of an epoch.
@@ -231,9 +223,8 @@ class Pruner:
         """Call a function with every decision and every change of the network, as they happen.
 
         Args:
-            listener: called with one argument, an `Event` (`clicktrain.runs.events`) or a `Notification`
-                (`clicktrain.methods.driver.publisher`: `ParametersReplaced`, `ChannelsRemoved`,
-                `MasksFrozen`, `EpochEnd`). It must not change the network.
+            listener: called with an `Event` (`clicktrain.runs.events`) or a `Notification`
+                (`clicktrain.methods.driver.publisher`). It must not change the network.
             kind: a class of these, or a tuple of classes; all of them if it is left out.
 
         Returns:
@@ -280,19 +271,12 @@ class Pruner:
 
     def outcome(self) -> Outcome:
         """Each target, what is reached, and why not more; printable, and final after `finish`."""
-        network = self.network
-        reached = Reached(
-            prunable=network.prunable,
-            conv_weights=network.conv_weights,
-            conv_weights_now=network.prunable.conv_weights,
-            conv_nonzero=network.nonzero_conv_weights,
-            masks=network.masks,
-            events=self.events,
-        )
+        n = self.network
+        now = n.prunable.conv_weights
+        reached = Reached(n.prunable, n.conv_weights, now, n.nonzero_conv_weights, n.masks, self.events)
         return Outcome(tuple(self.method.targets_of(self._state, reached)))
 
     def _conclude(self) -> None:
-        """Record the outcome, and warn of missed targets."""
         outcome = self.outcome()
         self._record(OutcomeEvent(targets=outcome.to_json()))
         for sentence in outcome.warnings:
@@ -303,7 +287,7 @@ class Pruner:
         """Let the method decide what is undecided; whether that removed anything."""
         actions = self.method.at_end(self._state, self._prunable)
         self._carry_out(actions)
-        return any(_cuts(action) for action in actions)
+        return any(isinstance(a, FreezeMasks) or (isinstance(a, Reconfigure) and a.plan) for a in actions)
 
     def close(self) -> None:
         """Remove the hooks; the model stays as it is."""
@@ -395,11 +379,7 @@ class Pruner:
         return self.network.conv_weights / max(self.nonzero_conv_weights, 1)
 
     def check_zeros(self) -> None:
-        """Assert that pruned weights, and their optimizer state, are zero.
-
-        Raises:
-            AssertionError: names the layer.
-        """
+        """Raise an AssertionError that names a layer with a nonzero pruned weight or optimizer state."""
         self.network.check_zeros()
 
     def check_alive(self) -> None:
@@ -461,7 +441,7 @@ class Pruner:
                 self.network.mask_gradients()
             elif not self.progress.losses or (found_inf is not None and bool(found_inf)):
                 return
-            elif unit in self._counted_units() and self._round.begins(self.progress.seen):
+            elif unit in self._holders and self._round.begins(self.progress.seen):
                 self.network.check_seen(self.method.reads_graph)
                 self.method.before_step(self._state, self._prunable, self._step(optimizer))
 
@@ -474,8 +454,7 @@ class Pruner:
         if not self._looked_at_state:
             self._looked_at_state = True
             self._optimizers.check_first_step([layer.weight for layer in self._prunable.layers])
-        counted = self._counted_units()
-        whole = unit in counted and self._round.ends(unit, counted)
+        whole = unit in self._holders and self._round.ends(unit, self._holders)
         with torch.no_grad(), self._full_precision():
             if self.frozen:
                 self.network.mask_weights()
@@ -512,10 +491,6 @@ class Pruner:
             with torch.no_grad():
                 self.network.mask_state()
 
-    def _counted_units(self) -> tuple[OptimizerUnit, ...]:
-        """The optimizers whose steps make a round: those that hold prunable weights."""
-        return self._holders
-
     def _find_holders(self, _: ParametersReplaced) -> None:
         if not (self.frozen and self.packed):  # packed, the same ones hold the values
             self._holders = self._optimizers.holders([layer.weight for layer in self._prunable.layers])
@@ -530,7 +505,6 @@ class Pruner:
         return torch.autocast(kind, enabled=False)
 
     def _step(self, optimizer: Optimizer) -> StepInfo:
-        scale = getattr(optimizer, "grad_scale", None)
         progress = self.progress
         return StepInfo(
             progress.seen,
@@ -541,11 +515,9 @@ class Pruner:
             epoch=progress.stepped_epoch,
             position=progress.position,
             ends_epoch=int(progress.position) > progress.stepped_epoch,
-            learning_rate=learning_rate_of(self._counted_units()[0]),
-            grad_scale=scale,
-            adaptive=any(
-                not isinstance(unit.optimizers[-1], torch.optim.SGD) for unit in self._counted_units()
-            ),
+            learning_rate=learning_rate_of(self._holders[0]),
+            grad_scale=getattr(optimizer, "grad_scale", None),
+            adaptive=any(not isinstance(unit.optimizers[-1], torch.optim.SGD) for unit in self._holders),
         )
 
     def _close_epoch(self) -> None:
@@ -559,38 +531,35 @@ class Pruner:
     # ---- carrying out actions ----------------------------------------------------------------
 
     @torch.no_grad()
-    def _carry_out(self, actions: Any) -> None:
+    def _carry_out(self, actions: Sequence[Action]) -> None:
         for action in actions:
-            self._carry_out_one(action)
-
-    def _carry_out_one(self, action: Action) -> None:
-        match action:
-            case Record(event):
-                self._record(event)
-            case ApplyMasks(masks, forget):
-                self.network.mask(masks, forget)
-            case FreezeMasks(masks):
-                self._find_averages()
-                self.network.freeze(masks)
-                self.method.after_freeze(self._state, self.network.masks)
-                self._end_choice()
-            case SilenceChannels(plan):
-                self.network.silence(plan)
-            case Reconfigure(plan, event, checked):
-                self._watch.outsiders.check_orphans(plan)
-                self._find_averages()
-                self._record(self.network.reconfigure(plan, event, checked, self._follow))
-            case RestoreTensors(values):
-                self.network.restore(values)
+            match action:
+                case Record(event):
+                    self._record(event)
+                case ApplyMasks(masks, forget):
+                    self.network.mask(masks, forget)
+                case FreezeMasks(masks):
+                    self._find_averages()
+                    self.network.freeze(masks)
+                    self.method.after_freeze(self._state, self.network.masks)
+                    self._end_choice()
+                case SilenceChannels(plan):
+                    silence_(plan, self.model)
+                case Reconfigure(plan, event, checked):
+                    self._watch.outsiders.check_orphans(plan)
+                    self._find_averages()
+                    self._record(self.network.reconfigure(plan, event, checked, self._follow))
+                case RestoreTensors(values):
+                    self.network.restore(values)
 
     def _end_choice(self) -> None:
         """Masks are frozen: the plan shows what was chosen, and layers are packed."""
         self._plan = self.method.plan(self._prunable, self.length, self._state)
-        self.network.pack()
+        if self.packed:
+            self.network.pack()
         self.network.publisher.publish(MasksFrozen())
 
     def _follow(self, plan: SurgeryPlan) -> None:
-        """Shrink the method's state by the channels that were removed."""
         self.method.after_surgery(self._state, plan, self._prunable)
         self._plan = self.method.plan(self._prunable, self.length, self._state)
         self.network.publisher.publish(ChannelsRemoved(plan))
@@ -604,7 +573,7 @@ class Pruner:
 
 
 class _InputHook:
-    """Shows a model's inputs to the pruner; in a copy of the model it does nothing."""
+    """Passes a model's inputs to the pruner; in a copy or pickle of the model it does nothing."""
 
     def __init__(self, pruner: Pruner | None) -> None:
         self._pruner = (lambda: None) if pruner is None else weakref.ref(pruner)
@@ -615,13 +584,7 @@ class _InputHook:
             pruner._see_inputs(module, args, kwargs)
 
     def __reduce__(self) -> tuple[type[_InputHook], tuple[None]]:
-        """For copies and pickles of the model."""
         return _InputHook, (None,)
-
-
-def _cuts(action: Action) -> bool:
-    """Whether an action removes weights for good."""
-    return isinstance(action, FreezeMasks) or (isinstance(action, Reconfigure) and bool(action.plan))
 
 
 def _is_count(number: object) -> bool:

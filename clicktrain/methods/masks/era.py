@@ -8,9 +8,9 @@ from typing import Literal
 
 from clicktrain.errors import UserError
 from clicktrain.methods.base import RunLength
+from clicktrain.methods.triggers import EarlyTrigger
 from clicktrain.sparsity.registry import choice_name
 from clicktrain.sparsity.schedules import SCHEDULES, Era, ScheduleChoice, campfire_threshold
-from clicktrain.sparsity.triggers import EarlyTriggerChoice
 
 PRESETS: dict[str, tuple[float, float]] = {
     "default": (0.3, 0.5),  # section 4: era 30-50 of 100 epochs
@@ -21,7 +21,7 @@ PRESETS: dict[str, tuple[float, float]] = {
 
 
 @dataclass(frozen=True, kw_only=True)
-class EraSettings:
+class EraSettings(EarlyTrigger):
     """When the share of weights that is zero rises, and how."""
 
     preset: Literal["default", "from-scratch", "after-training"] = "default"
@@ -31,15 +31,6 @@ class EraSettings:
     """Threshold with which the era begins."""
     era: tuple[float, float] | None = None
     """First and last epoch of pruning, from 0 (the same twice: all at once); the preset's by default."""
-    trigger: EarlyTriggerChoice = "own"
-    """The era begins at its epoch (own), or as soon as it is stable how many kernels each layer keeps (epi:
-    When to Prune?, Eq. (4) to (6)), or the loss settles (loss_slope); at its epoch at the latest; its length
-    stays."""
-    epi_threshold: float | None = None
-    """EPI from which the structure is stable (trigger epi); 0.983 for magnitude, else 0.944, by default."""
-    epi_window: int | None = None
-    """Past epochs that a structure is compared with (trigger epi); a third of the epochs before the era by
-    default, 5 at the most."""
     exponent: float = 3.0
     """Exponent r of the schedule; larger rises sooner."""
     sparsity_schedule: ScheduleChoice = "linear"
@@ -58,17 +49,8 @@ class EraSettings:
                 raise UserError(
                     f"era is the first and the last epoch of pruning, as in 30 50, not {list(self.era)}"
                 )
-        if self.epi_threshold is not None and not 0 <= self.epi_threshold <= 1:
-            raise UserError(f"epi_threshold must be between 0 and 1, not {self.epi_threshold}")
-        if self.epi_window is not None and self.epi_window < 1:
-            raise UserError(f"epi_window must be at least 1, not {self.epi_window}")
         if not 0 < self.exponent < math.inf:
             raise UserError(f"exponent must be above 0, not {self.exponent}")
-
-    @property
-    def watches_structure(self) -> bool:
-        """Whether the trigger reads EPI."""
-        return self.trigger not in ("own", "loss_slope")
 
     def era_of(self, length: RunLength) -> Era:
         """The pruning era, in epochs.

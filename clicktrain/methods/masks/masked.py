@@ -7,7 +7,6 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from typing import Any, ClassVar
 
-import torch
 from torch import Tensor, nn
 
 from clicktrain.errors import UserError
@@ -25,6 +24,7 @@ from clicktrain.methods.base import (
     plan_rows,
 )
 from clicktrain.methods.outcome import Reached, Target, planned_far_off, sparsity_target
+from clicktrain.methods.saved_state import restored_state, saved_state
 from clicktrain.methods.triggers import KernelWatch
 from clicktrain.runs.events import StageEvent
 from clicktrain.sparsity.importance import CRITERIA, CriterionChoice, magnitude_importance, reads_gradient
@@ -51,7 +51,7 @@ class MaskState:
     """Running mean of the squared gradient per layer, for criteria that read gradients."""
     hidden: Tensors = field(default_factory=dict)
     """Values of weights that are zero in the network but trained on."""
-    gradients: Tensors = field(default_factory=dict)
+    gradients: Tensors = field(default_factory=dict, compare=False)
     """Gradients of this step; empty between steps."""
     memory: dict[str, float] = field(default_factory=dict)
     """Numbers that rules keep from update to update."""
@@ -78,6 +78,8 @@ class Masked(Method[MaskState]):
     """Layers to leave dense, by module path (shell-style)."""
     include: tuple[str, ...] = ()
     """Convolutions to prune although they would be left alone (the first, depthwise ones)."""
+    linear: bool = True
+    """Prune fully connected layers too."""
 
     def __post_init__(self) -> None:
         """Check every setting."""
@@ -114,16 +116,20 @@ class Masked(Method[MaskState]):
     @property
     def prunes_linear(self) -> bool:
         """Whether linear layers are pruned too."""
-        return True
+        return self.linear
 
     def find_prunable(self, model: nn.Module, trained: Sequence[Tensor] | None = None) -> PrunableLayers:
         """Convolutions, and linear layers unless they are to stay dense, where the unit has a meaning."""
-        found = find_prunable(
+        prunable = find_prunable(
             model, trained, exclude=self.exclude, include=self.include, linear=self.prunes_linear
         )
         return leave_alone(
-            found,
-            {layer.name: why for layer in found.convs if (why := layer.unit_refusal(self.unit)) is not None},
+            prunable,
+            {
+                layer.name: why
+                for layer in prunable.convs
+                if (why := layer.unit_refusal(self.unit)) is not None
+            },
         )
 
     def init(self, prunable: PrunableLayers, length: RunLength) -> MaskState:
@@ -132,10 +138,6 @@ class Masked(Method[MaskState]):
         check_convolutions(prunable, self.title)
         CRITERIA.resolve(self.criterion)
         return MaskState()
-
-    def stage(self, state: MaskState) -> str:
-        """Name of the stage, "fixed" at the end."""
-        return state.stage
 
     def enter(self, state: MaskState, stage: str, reason: str) -> Action:
         """Begin a stage; what is written down about it."""
@@ -192,14 +194,9 @@ class Masked(Method[MaskState]):
         stages: Sequence[tuple[str, str]],
         planned: float | None = None,
     ) -> PruningPlan:
-        """The plan: rows as planned, with what was reached where masks are frozen.
+        """The plan: a row per layer as planned, with what was reached where masks are frozen.
 
-        Args:
-            prunable: the layers.
-            state: of the run, if there is one.
-            rows: one per layer.
-            stages: a line for each.
-            planned: sparsity over all layers, where the rows do not say it.
+        ``planned`` is the sparsity over all layers, where the rows do not say it.
         """
         reached = {} if state is None else state.kept
         done = []
@@ -220,35 +217,18 @@ class Masked(Method[MaskState]):
 
     def state_dict(self, state: MaskState) -> dict[str, Any]:
         """Nested dicts of tensors, numbers and strings; masks with one bit a weight."""
-        return {
-            "stage": state.stage,
-            "seed": state.seed,
-            "updated": state.updated,
-            "threshold": state.threshold,
-            "shift": state.shift,
-            "masks": {name: bits_from_mask(mask) for name, mask in state.masks.items()},
-            "squares": dict(state.squares),
-            "hidden": dict(state.hidden),
-            "memory": dict(state.memory),
-            "kernels": state.kernels.state_dict(),
-            "kept": {name: list(counts) for name, counts in state.kept.items()},
-        }
+        bits = {name: bits_from_mask(mask) for name, mask in state.masks.items()}
+        return {**saved_state(state), "masks": bits}
 
     def load_state(self, prunable: PrunableLayers, length: RunLength, saved: Mapping[str, Any]) -> MaskState:
         """Inverse of `state_dict`."""
         del length
-        plain = ("stage", "seed", "updated", "threshold", "shift")
-        state = MaskState(**{key: saved[key] for key in plain}, memory=dict(saved["memory"]))
-        for layer in prunable.layers:
-            name, device = layer.name, layer.weight.device
-            if name in saved["masks"]:
-                state.masks[name] = mask_from_bits(saved["masks"][name].to(device), layer.shape)
-            for key in ("squares", "hidden"):
-                if name in saved[key]:
-                    getattr(state, key)[name] = saved[key][name].to(device, copy=True)
-        state.kept = {name: (nonzero, each) for name, (nonzero, each) in saved["kept"].items()}
-        device = prunable.layers[0].weight.device if prunable.layers else torch.device("cpu")
-        state.kernels = KernelWatch.from_state(saved["kernels"], lambda t: t.to(device, copy=True))
+        device = prunable.layers[0].weight.device if prunable.layers else "cpu"
+        state, layers = (
+            restored_state(MaskState, saved, device),
+            {each.name: each for each in prunable.layers},
+        )
+        state.masks = {name: mask_from_bits(m, layers[name].shape) for name, m in state.masks.items()}
         return state
 
 

@@ -5,8 +5,8 @@ Between updates masks hold at every step: pruned weights have no gradient, and n
 that no momentum moves them, or starts them off when they grow. The gradient of a pruned weight is read first
 where units grow by it. The papers skip the optimizer's step at an update; here it has happened before.
 
-Until masks are frozen a run is charged the dense cost in `clicktrain.train.flops`, although most weights are
-zero: no operator makes use of positions that still change.
+Until masks are frozen a run is charged the dense cost in `clicktrain.train.prepare`, although most weights
+are zero: no operator makes use of positions that still change.
 """
 
 from __future__ import annotations
@@ -23,22 +23,15 @@ from torch import Tensor
 from clicktrain.comm.agreement import agreed_text
 from clicktrain.errors import UserError
 from clicktrain.graph.prunable import PrunableLayer, PrunableLayers
-from clicktrain.methods.base import (
-    Action,
-    ApplyMasks,
-    LayerPlan,
-    PruningPlan,
-    Record,
-    RunLength,
-    StepInfo,
-)
+from clicktrain.methods.base import Action, ApplyMasks, LayerPlan, PruningPlan, Record, RunLength, StepInfo
 from clicktrain.methods.masks.masked import Masked, MaskState, Tensors
-from clicktrain.methods.masks.update_times import Timing, check_times
+from clicktrain.methods.masks.update_times import Timing
 from clicktrain.runs.events import ABSENT, RegrownEvent
 from clicktrain.sparsity.distributions import DISTRIBUTIONS, DistributionChoice
 from clicktrain.sparsity.importance import reads_gradient
 from clicktrain.sparsity.registry import choice_name
 from clicktrain.sparsity.regrowth import GROWTHS, GrowthChoice, Units, Update, random_units, units_at
+from clicktrain.sparsity.schedules import ScheduleChoice
 from clicktrain.sparsity.units import UNITS, Unit, UnitChoice
 
 
@@ -51,28 +44,47 @@ class Moving(Masked):
     """Whether units move once more before the masks are frozen."""
     moves_in: ClassVar[str] = "dynamic"
     """Name of the stage in which units move."""
+    usual_interval: ClassVar[tuple[int, int]] = (1000, 50)
+    """By default units move in every 1,000th batch, or in a shorter run so many times in all."""
+    doubling: ClassVar[bool] = False
+    """Whether units move half as often in each further quarter of the run."""
 
     granularity: UnitChoice = "weight"
     """What is dropped and grown: single weights, or whole kernels."""
     densities: DistributionChoice = "erk"
     """Weights over layers: Erdos-Renyi-kernel (small layers denser), or the same share everywhere."""
     interval: int | None = None
-    """Batches between updates."""
+    """Batches between updates; by default 1,000, or a fiftieth of a run of under 50,000 batches."""
     stop: float = 0.75
     """Share of the run after which masks are frozen."""
-    linear: bool = True
-    """Prune fully connected layers too."""
 
     def __post_init__(self) -> None:
         """Check every setting."""
         super().__post_init__()
-        check_times(self.interval, self.stop)
+        if self.interval is not None and self.interval < 1:
+            raise UserError(f"interval is a number of batches, at least 1, not {self.interval}")
+        if not 0 < self.stop <= 1:
+            raise UserError(f"stop is a share of the run, above 0 and at most 1, not {self.stop}")
 
     # ---- what a method says ---------------------------------------------------------------------
 
-    @abc.abstractmethod
+    @property
+    def begins_at(self) -> float:
+        """Share of the run after which units move."""
+        return 0.0
+
     def timing(self, length: RunLength) -> Timing:
-        """When units move."""
+        """When units move; UserError if they never would."""
+        most, times = self.usual_interval
+        interval = max(min(most, length.total // times), 1) if self.interval is None else self.interval
+        begin, end = round(self.begins_at * length.total), round(self.stop * length.total)
+        if interval >= end - begin:
+            since = f", start {self.begins_at:g}" if self.begins_at else ""
+            raise UserError(
+                f"interval is {interval} but masks are fixed after {end} of {length.total} batches (stop "
+                f"{self.stop:g}{since}): they would never change; take a shorter interval or a longer run"
+            )
+        return Timing(interval, end, length.total, self.doubling, begin)
 
     @abc.abstractmethod
     def move(self, now: Update) -> tuple[Units, Units]:
@@ -98,11 +110,6 @@ class Moving(Masked):
         return (*(("dense",) if self.first_sparsity == 0 else ()), self.moves_in, "fixed")
 
     # ---- parts ----------------------------------------------------------------------------------
-
-    @property
-    def prunes_linear(self) -> bool:
-        """Whether linear layers are pruned too."""
-        return self.linear
 
     @property
     def unit(self) -> str:
@@ -255,6 +262,34 @@ class Moving(Masked):
         }
         lines = [(f"stage {i} {name}", texts[name]) for i, name in enumerate(self.stages, start=1)]
         return self.show(prunable, state, rows, lines, self.sparsity if open_yet else None)
+
+
+@dataclass(frozen=True, kw_only=True)
+class Gradual(Moving):
+    """A method whose sparsity rises step by step, until masks are frozen."""
+
+    moves_last: ClassVar[bool] = True
+    moves_in: ClassVar[str] = "pruning"
+
+    sparsity_schedule: ScheduleChoice = "cubic"
+    """How the sparsity rises: s_f + (s_i - s_f) * (1 - t)^3 (the paper's), or another course of (1 - t)^3."""
+    start: float = 0.0
+    """Share of the run at which pruning begins."""
+    stop: float = 0.6
+    """Share of the run at which the sparsity asked for is reached and masks are frozen."""
+
+    def __post_init__(self) -> None:
+        """Check every setting."""
+        super().__post_init__()
+        if not 0 <= self.start < self.stop:
+            raise UserError(
+                f"start is a share of the run, from 0 to below stop ({self.stop:g}), not {self.start}"
+            )
+
+    @property
+    def begins_at(self) -> float:
+        """Share of the run after which units move."""
+        return self.start
 
 
 @dataclass(frozen=True, kw_only=True)

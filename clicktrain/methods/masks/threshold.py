@@ -21,8 +21,8 @@ from clicktrain.sparsity.granularity import (
     GranularityChoice,
     Shape,
     Within,
-    ck_cut,
     cut_mask,
+    cut_of,
     num_pruned,
 )
 from clicktrain.sparsity.pattern_pool import PatternVotes, add_votes, candidate_patterns, select_pool
@@ -66,15 +66,13 @@ class CutSettings:
             raise UserError(f"patterns must be at least 1, not {self.patterns}")
 
     def cut(self, shape: Shape, threshold: float, ck_threshold: float) -> Cut:
-        """How much of a convolution goes; kernels of one position fall under CK (section 2.1).
+        """How much of a convolution goes.
 
         ``ck_threshold`` is where inter-epoch pruning changes from kernels to windows.
         """
-        if shape[2:] == (1, 1):
-            return ck_cut(shape, threshold, self.within)
         most = None if self.max_non_zero is None else default_entries(shape[2:], self.max_non_zero)
         rule = CutRule(self.within, self.window_share, most, ck_threshold)
-        return GRANULARITIES.resolve(self.granularity)(shape, threshold, rule)
+        return cut_of(self.granularity, shape, threshold, rule)
 
     @property
     def in_patterns(self) -> bool:
@@ -89,16 +87,9 @@ class CutSettings:
     def masks(
         self, prunable: PrunableLayers, scores: Mapping[str, Tensor], threshold: float, ck_threshold: float
     ) -> dict[str, Tensor]:
-        """Masks of all layers.
+        """Masks of all layers, bool of the weights' shapes, at a threshold.
 
-        Args:
-            prunable: the layers.
-            scores: layer name -> of the weight's shape, not negative, larger = keep.
-            threshold: share that is to go.
-            ck_threshold: see `cut`.
-
-        Returns:
-            layer name -> bool of the same shape, True = kept.
+        Scores have the same shapes, are not negative, larger = keep. ``ck_threshold``: see `cut`.
         """
         cuts = {layer.name: self.cut(layer.view_shape, threshold, ck_threshold) for layer in prunable.convs}
         views = {layer.name: layer.view(scores[layer.name]) for layer in prunable.convs}

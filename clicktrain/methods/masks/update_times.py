@@ -7,7 +7,6 @@ from dataclasses import dataclass
 from typing import Any
 
 from clicktrain.errors import UserError
-from clicktrain.methods.base import RunLength
 
 
 @dataclass(frozen=True, slots=True)
@@ -40,40 +39,6 @@ class Timing:
         return f"until batch {self.end} of {self.total}, {every}" + (
             ", twice as many by quarters" if self.doubling else ""
         )
-
-
-def make_timing(
-    length: RunLength,
-    interval: int | None,
-    usual: int,
-    stop: float,
-    *,
-    start: float = 0.0,
-    doubling: bool = False,
-) -> Timing:
-    """Batches from settings: ``start`` and ``stop`` are shares of the run, ``usual`` an interval by default.
-
-    Raises:
-        UserError: no unit would ever move.
-    """
-    every = max(usual, 1) if interval is None else interval
-    begin, end = round(start * length.total), round(stop * length.total)
-    timing = Timing(every, end, length.total, doubling, begin)
-    if timing.interval >= timing.end - timing.begin:
-        since = f", start {start:g}" if start else ""
-        raise UserError(
-            f"interval is {timing.interval} but masks are fixed after {timing.end} of {length.total} batches "
-            f"(stop {stop:g}{since}): they would never change; take a shorter interval or a longer run"
-        )
-    return timing
-
-
-def check_times(interval: int | None, stop: float) -> None:
-    """UserError unless updates can be timed by these."""
-    if interval is not None and interval < 1:
-        raise UserError(f"interval is a number of batches, at least 1, not {interval}")
-    if not 0 < stop <= 1:
-        raise UserError(f"stop is a share of the run, above 0 and at most 1, not {stop}")
 
 
 def check_shares(settings: Any, names: Sequence[str]) -> None:

@@ -66,7 +66,7 @@ def _stage_lines(method: PatternSettings, length: RunLength) -> tuple[tuple[str,
     begin = f"until the loss falls by less than {method.loss_slope:g} per epoch, "
     if method.trigger == "epi":
         window = method.epi_epochs(length)
-        begin = f"until EPI over {window} epochs is at least {method.epi_fires_from:g}, "
+        begin = f"until EPI over {window} epochs is at least {method.stable_from:g}, "
     elif method.watches_structure:
         begin = f"until {choice_name(method.trigger)} says so, "
     begin += f"{epochs(lengths['earliest'])} at the least, {epochs(lengths['latest'])} at the most"

@@ -141,11 +141,7 @@ class Selection:
     def read(self, layer: PatternLayer, importance: Tensor, weight: Tensor, votes: bool) -> None:
         """Add one batch to the importance and, if ``votes``, let it vote for patterns (section 4.3).
 
-        Args:
-            layer: the layer.
-            importance: [F, C, R, S].
-            weight: 0-dim, 0 if the batch does not count.
-            votes: whether votes decide.
+        ``importance`` is [F, C, R, S]; ``weight``, 0-dim, is 0 if the batch does not count.
         """
         name = layer.name
         if layer.group > 1:
@@ -205,44 +201,3 @@ class Selection:
         ids = self.pattern_id[layer.name][self.kept[layer.name]]
         counts = torch.bincount(ids, minlength=len(self.pools[layer.kernel_shape])) * layer.group
         return [int(n) for n in counts]
-
-    def state_dict(self) -> dict[str, Any]:
-        """Nested dicts of tensors, numbers and strings."""
-        return {
-            "candidates": {_key(k): {"bits": v.bits, "counts": v.counts} for k, v in self.candidates.items()},
-            "pools": {_key(k): [p.bits for p in v.patterns] for k, v in self.pools.items()},
-            "votes": dict(self.votes),
-            "importance": dict(self.importance),
-            "pattern_id": dict(self.pattern_id),
-            "kept": dict(self.kept),
-            "kernels": dict(self.kernels),
-        }
-
-    @classmethod
-    def from_state_dict(cls, saved: Mapping[str, Any], device: torch.device) -> Selection:
-        """Inverse of `state_dict`."""
-
-        def moved(tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
-            return {name: tensor.to(device, copy=True) for name, tensor in tensors.items()}
-
-        return cls(
-            {
-                _shape(k): PatternVotes(v["bits"].to(device, copy=True), v["counts"].to(device, copy=True))
-                for k, v in saved["candidates"].items()
-            },
-            {_shape(k): PatternPool.from_bits(v, _shape(k)) for k, v in saved["pools"].items()},
-            moved(saved["votes"]),
-            moved(saved["importance"]),
-            moved(saved["pattern_id"]),
-            moved(saved["kept"]),
-            dict(saved["kernels"]),
-        )
-
-
-def _key(shape: Shape) -> str:
-    return f"{shape[0]}x{shape[1]}"
-
-
-def _shape(key: str) -> Shape:
-    r, s = key.split("x")
-    return int(r), int(s)

@@ -14,12 +14,11 @@ from clicktrain.methods.base import RunLength
 from clicktrain.methods.outcome import check_latency_target
 from clicktrain.methods.patterns.axes import AllocationChoice, PenaltyChoice
 from clicktrain.methods.patterns.selection import PatternLayer
-from clicktrain.methods.triggers import default_threshold, default_window
+from clicktrain.methods.triggers import EarlyTrigger
 from clicktrain.settings import check_choices
 from clicktrain.sparsity.allocation import LayerBudget
 from clicktrain.sparsity.importance import CriterionChoice
 from clicktrain.sparsity.patterns import default_entries, fixed_pool
-from clicktrain.sparsity.triggers import EarlyTriggerChoice
 
 PRESETS: dict[str, dict[str, Any]] = {
     # What does best in short runs (docs/results/cifar10.md): magnitudes, decided late, pruned at half time.
@@ -50,7 +49,25 @@ _SHARES = ("earliest_start", "latest_start", "pool_length", "finalize_length", "
 
 
 @dataclass(frozen=True, kw_only=True)
-class PatternSettings:
+class PatternChoices:
+    """Settings of ClickTrain that compositions with it have too."""
+
+    preset: Literal["default", "paper", "one-shot"] = "default"
+    """Source of settings that are not given: best in short runs (default), the paper's own, or magnitudes
+    once with fixed patterns (one-shot, a baseline)."""
+    patterns: int | None = None
+    """Size N of the pattern pool (8 or 12 in the paper)."""
+    group: int = 1
+    """Neighboring filters that share patterns and kernels; 1 is the paper's."""
+    criterion: CriterionChoice | None = None
+    """Importance of a weight: (g*w)^2 (the paper's), w^2, or |g|*w^2."""
+    allocation: AllocationChoice | None = None
+    """Kept kernels per layer: equal densities, by importance, by importance relative to the layer's mean or
+    sum (share), or Erdos-Renyi-kernel."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class PatternSettings(PatternChoices, EarlyTrigger):
     """The settings of ClickTrain. Those left at None come from the preset.
 
     Lengths are shares of the run, so that the stages fit whatever its length; 0 means as short as possible
@@ -60,17 +77,8 @@ class PatternSettings:
     compression: float = 8.0
     """All convolution weights / nonzero convolution weights at the end, over the whole network; not used with
     a latency as the target."""
-    preset: Literal["default", "paper", "one-shot"] = "default"
-    """Source of settings that are not given: best in short runs (default), the paper's own, or magnitudes
-    once with fixed patterns (one-shot, a baseline)."""
-    patterns: int | None = None
-    """Size N of the pattern pool (8 or 12 in the paper)."""
     entries: int = 4
     """Kept positions of a 3x3 kernel; other kernel sizes keep the same share."""
-    group: int = 1
-    """Neighboring filters that share patterns and kernels; 1 is the paper's."""
-    criterion: CriterionChoice | None = None
-    """Importance of a weight: (g*w)^2 (the paper's), w^2, or |g|*w^2."""
     pool: Literal["dynamic", "fixed"] | None = None
     """Pattern pool generated while training (section 4.2), or 4, 8 or 12 fixed 3x3 patterns."""
     selection: Literal["votes", "accumulated"] | None = None
@@ -78,9 +86,6 @@ class PatternSettings:
     over batches."""
     kernel_score: Literal["kernel", "pattern"] | None = None
     """Importance of a kernel: over all its positions (Eq. 2), or inside its chosen pattern."""
-    allocation: AllocationChoice | None = None
-    """Kept kernels per layer: equal densities, by importance, by importance relative to the layer's mean or
-    sum (share), or Erdos-Renyi-kernel."""
     allocation_floor: float = 0.2
     """Least density of a layer, as a share of that under equal densities."""
     latency_target: float | None = None
@@ -98,14 +103,6 @@ class PatternSettings:
     """Convolutions to leave dense, by module path (shell-style)."""
     include: tuple[str, ...] = ()
     """Convolutions to prune that are left alone by default (the first, depthwise ones)."""
-    trigger: EarlyTriggerChoice = "own"
-    """Stage 2 starts by the loss (own), or when it is stable how many kernels each layer keeps (epi: When to
-    Prune?, Eq. (4) to (6)); epi sets earliest_start to 0 unless it is given."""
-    epi_threshold: float | None = None
-    """EPI from which the structure is stable (trigger epi); by default 0.983 for magnitude, else 0.944."""
-    epi_window: int | None = None
-    """Past epochs that a structure is compared with (trigger epi); a third of the longest stage 1 by default,
-    5 at the most."""
     loss_slope: float = 0.27
     """Stage 2 starts when the mean training loss falls by less than this between epochs (section 4.1)."""
     earliest_start: float | None = None
@@ -141,12 +138,13 @@ class PatternSettings:
             if getattr(self, key) is None:
                 object.__setattr__(self, key, value)
         check_choices(self)
+        self.check_structure()
         check_latency_target(self.latency_target, self.latency_target_ms)
         if not self.compression > 1:
             raise UserError(
                 f"compression must be more than 1 (8 keeps an eighth of the weights), not {self.compression}"
             )
-        for key in ("group", "entries", "patterns", "epi_window", "latency_batch"):
+        for key in ("group", "entries", "patterns", "latency_batch"):
             if (value := getattr(self, key)) is not None and value < 1:
                 raise UserError(f"{key} must be at least 1, not {value}")
         if self.entries > 9:
@@ -159,7 +157,7 @@ class PatternSettings:
                 raise UserError(
                     f"a fixed pool keeps 4 positions per kernel; entries={self.entries} needs pool=dynamic"
                 )
-        for key in (*_SHARES, "allocation_floor", "epi_threshold"):
+        for key in (*_SHARES, "allocation_floor"):
             if (value := getattr(self, key)) is not None and not 0 <= value <= 1:
                 raise UserError(f"{key} must be between 0 and 1, not {value}")
         if sum(getattr(self, key) for key in _SHARES[1:]) > 1:
@@ -233,16 +231,10 @@ class PatternSettings:
         return {"earliest": earliest, "latest": latest, **lengths}
 
     @property
-    def watches_structure(self) -> bool:
-        """Whether the trigger reads EPI."""
-        return self.trigger not in ("own", "loss_slope")
-
-    @property
-    def epi_fires_from(self) -> float:
+    def stable_from(self) -> float:
         """EPI from which the structure is stable (trigger epi)."""
-        default = default_threshold(self.criterion or "taylor")
-        return default if self.epi_threshold is None else self.epi_threshold
+        return self.tau(self.criterion or "taylor")
 
     def epi_epochs(self, length: RunLength) -> int:
         """Past epochs that a structure is compared with (trigger epi)."""
-        return self.epi_window or default_window(self.schedule(length)["latest"] // length.steps_per_epoch)
+        return self.window(self.schedule(length)["latest"] // length.steps_per_epoch)

@@ -75,7 +75,6 @@ def _describe(
     lanes: int,
     sums: bool,
 ) -> str:
-    """What a source is for, in a few lines at its top."""
     rows, columns = problem.rows, problem.columns
     pairs = [(f"{a}x{b}") for a, b in zip(astuple(rows), astuple(columns), strict=True)]
     size, kernel, stride, padding, dilation, out = pairs

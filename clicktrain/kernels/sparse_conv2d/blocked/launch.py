@@ -89,7 +89,6 @@ class _Scratch(threading.local):
         self._kept: dict[torch.dtype, Tensor] = {}
 
     def take(self, count: int, dtype: torch.dtype) -> Tensor:
-        """So many numbers at least, of any value."""
         kept = self._kept.get(dtype)
         if kept is None or kept.numel() < count:
             kept = self._kept[dtype] = torch.empty(count, dtype=dtype, device="cpu")
@@ -122,12 +121,7 @@ class _Kernel:
         self._reads, self._writes = (outer, inner) if phase == "dgrad" else (inner, outer)
 
     def check(self, x: Tensor, values: Tensor | None = None, bias: Tensor | None = None) -> None:
-        """Refuse what the generated code would misread: it takes pointers.
-
-        Raises:
-            UserError: dtypes that do not fit each other, images of another size than the plan is for,
-                or other lanes than this processor has.
-        """
+        """Refuse what the generated code would misread: it takes pointers."""
         for one in (values, bias):
             if one is not None and one.dtype is not self.computed:
                 raise UserError(
@@ -150,7 +144,6 @@ class _Kernel:
         raise UserError(f"this layer's plan is for {planes} (C, H, W), not for {list(shape[1:4])}")
 
     def result(self, x: Tensor) -> Tensor:
-        """Memory for what is computed from ``x``."""
         return x.new_empty((x.shape[0], *self._writes))
 
     def accumulate(
@@ -163,16 +156,7 @@ class _Kernel:
         statistics: tuple[Tensor | None, Tensor | None] = (None, None),
         n: int = 0,
     ) -> None:
-        """Forward or dgrad: ``y`` from ``x``.
-
-        Args:
-            x, y: activations; may be empty.
-            values: packed weights.
-            bias: of each result, or None.
-            tables: rows, entries and order of the phase.
-            statistics: mean and variance of each filter, to be written.
-            n: images that these are of.
-        """
+        """Forward or dgrad: ``y`` from ``x``, and with ``statistics`` mean and variance of ``n`` images."""
         rows, entries, order = tables
         places = order.numel()
         if self.tiling.pairs:
@@ -207,11 +191,7 @@ class _Kernel:
     def _find_room(self, weights: int, places: int, entries: int, threads: int) -> tuple[int, int, int]:
         """Weights in the kernel's order, vectors that they fill, and numbers of all scratch memory.
 
-        Args:
-            weights: as they are packed.
-            places: numbers that say where the kernel finds them; 0 if they are in its order.
-            entries: numbers in that table.
-            threads: that will compute.
+        ``places`` is 0 for weights that are in the kernel's order.
         """
         # In their order already: each has an entry.
         missing = not places and not self.tiling.pairs and weights != entries
@@ -227,13 +207,7 @@ class _Kernel:
         return count, ordered, max(room + ordered * lanes, 1)
 
     def collect(self, x: Tensor, gy: Tensor, grad: Tensor, tables: Sequence[Tensor]) -> None:
-        """Wgrad: ``grad``, in the order of the packed values.
-
-        Args:
-            x, gy: activations and the output's gradient; may be empty.
-            grad: of the packed values.
-            tables: rows, entries, the place of each value, and chunks.
-        """
+        """Wgrad: ``grad``, in the order of the packed values."""
         rows, entries, places, chunks = tables
         count, blocks, threads = grad.numel(), x.shape[0], torch.get_num_threads()
         if places.numel() not in (0, count) or (not x.numel() and int(chunks[1]) != count):

@@ -78,12 +78,7 @@ def prepare(
 ) -> tuple[ConvPlan, ConvTables]:
     """Everything about one layer that stays the same over all steps.
 
-    Args:
-        structure: the kept positions.
-        problem: the layer on its image.
-        groups: blocked connections of the convolution.
-        tilings: by phase; what is not given is chosen by rule. ``filters_per_tile`` is lowered to what the
-            structure allows.
+    Phases without a tiling are cut by rule; ``filters_per_tile`` is lowered to what the structure allows.
     """
     tap_patterns = choose(structure)
     parts = functools.cache(lambda: Parts(structure, tap_patterns, groups))
@@ -137,11 +132,7 @@ def variants(
 ) -> list[Variant]:
     """All that is worth measuring for a layer, of each phase the rule's own choice first.
 
-    Args:
-        structure: the kept positions.
-        problem: the layer on its image.
-        groups: blocked connections of the convolution.
-        dtype: of the activations; bfloat16 is also multiplied in pairs where the processor has that.
+    Activations of bfloat16 are also multiplied in pairs where the processor has that.
     """
     tap_patterns = choose(structure)
     parts = functools.cache(lambda: Parts(structure, tap_patterns, groups))
@@ -186,7 +177,6 @@ def _candidates(
 
 
 def _filters_per_tile(phase: Phase, parts: Parts) -> int:
-    """Most filters that may be computed at once."""
     if phase == "dgrad":
         return 1
     return next((size for size in GROUP_SIZES if parts.agree(size)), 1)

@@ -56,13 +56,11 @@ def candidates(
     indexed code comes first.
 
     Args:
-        phase: forward, dgrad or wgrad.
-        problem: the layer.
-        registers: vector registers of the processor.
-        lanes: of one of them.
+        phase, problem: of the layer.
+        registers, lanes: of the processor's vectors.
         tap_patterns: those with code of their own.
         filters_per_tile: most filters that may be computed at once (1 where they do not share positions).
-        complete: whether each kernel has one of them.
+        complete: whether each kernel has one of the patterns.
         copied: whether no code can read the source itself, because it has another dtype.
     """
     unrolled = _unrolled_candidates(phase, problem, registers, lanes, filters_per_tile)
@@ -95,7 +93,6 @@ def pair_candidates(phase: Phase, problem: ConvProblem, tilings: Sequence[Tiling
 def _unrolled_candidates(
     phase: Phase, problem: ConvProblem, registers: int, lanes: int, filters_per_tile: int
 ) -> list[Tiling]:
-    """Tilings for unrolled code."""
     backward = phase == "dgrad"
     axes = (problem.rows, problem.columns)
     lengths = [a.size if backward else a.out for a in axes]
@@ -164,7 +161,6 @@ def _region(phase: Phase, problem: ConvProblem, tile: tuple[int, int], lanes: in
 def _cache_blocked_candidates(
     phase: Phase, problem: ConvProblem, lanes: int, taps: int, patterns: int, copied: bool
 ) -> list[Tiling]:
-    """Tilings for code of tap patterns that blocked, with sums in the cache; none where it cannot pay."""
     backward = phase == "dgrad"
     axes = (problem.rows, problem.columns)
     steps = [a.stride if backward else 1 for a in axes]
@@ -221,10 +217,7 @@ def _even(count: int, most: int) -> int:
 
 
 def _indexed_candidates(phase: Phase, problem: ConvProblem, registers: int, lanes: int) -> list[Tiling]:
-    """Tilings for indexed code, the likeliest first; arguments as in `candidates`.
-
-    None where windows are too large for its offsets (kernels that reach over hundreds of pixels).
-    """
+    """Tilings for indexed code; none where windows are too large for its offsets."""
     tilings = (
         _indexed_wgrad(problem, lanes)
         if phase == "wgrad"

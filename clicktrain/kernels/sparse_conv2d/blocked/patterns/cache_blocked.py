@@ -99,7 +99,6 @@ def write_tile(
 
 
 def _store(code: Code, row: TileKind, column: TileKind, moments: bool, written: dict[Hashable, str]) -> str:
-    """The function that stores some results of a block."""
     positions = row.size * column.size
     name = f"store_{row.size}_{column.size}"
     if name in written:

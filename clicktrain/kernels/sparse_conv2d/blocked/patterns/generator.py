@@ -160,7 +160,6 @@ class Generator:
 def _axes(
     direction: type[Direction], problem: ConvProblem, tiling: Tiling, in_place: bool
 ) -> tuple[AxisRegions, AxisRegions]:
-    """Tiles and regions of rows and of columns."""
     (height, width), (down, across) = tiling.tile, tiling.region
     return (
         AxisRegions(direction(problem.rows), height, down, in_place),

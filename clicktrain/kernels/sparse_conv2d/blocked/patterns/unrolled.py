@@ -49,7 +49,6 @@ def write(code: Code, g: Generator, sums: bool) -> None:
 
 
 def _tile(code: Code, g: Generator, name: str, row: TileKind, column: TileKind, moments: bool) -> None:
-    """All filters of one tile of positions."""
     positions, filters = row.size * column.size, g.filters_per_tile
     sums = [[f"a{k}_{i}" for i in range(positions)] for k in range(filters)]
     steps = max(g.rows.region_tiles * g.columns.region_tiles * (g.results // filters), 1)

@@ -42,7 +42,6 @@ def write(code: Code, g: Generator) -> None:
 
 
 def _region(code: Code, g: Generator, number: int, rows: RegionKind, columns: RegionKind) -> None:
-    """All kernels of one region."""
     code(f"NOINLINE void region_{number}({_PARAMETERS}) {{")
     code("const long kernels = max64((end - e) / 3, 1);")
     code("const int share_x = next_x->left / kernels + 1, share_gy = next_gy->left / kernels + 1;")
@@ -63,7 +62,6 @@ def _region(code: Code, g: Generator, number: int, rows: RegionKind, columns: Re
 
 
 def _kernel(code: Code, g: Generator, taps: Taps, rows: RegionKind, columns: RegionKind) -> None:
-    """The sums of one kernel's taps over a region."""
     count = len(taps) * g.filters_per_tile
     chains = max(1, _CHAINS // count)
     names = [[f"s{i}_{c}" for c in range(chains)] for i in range(count)]

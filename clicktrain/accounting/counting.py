@@ -110,12 +110,6 @@ def _structure(module: nn.Module) -> Structure | None:
     return structure if isinstance(structure, Structure) else None
 
 
-def _trained(module: nn.Module) -> bool:
-    weight = module.weight if _structure(module) is None else module.values
-    assert isinstance(weight, Tensor)
-    return weight.requires_grad
-
-
 def _layers(model: nn.Module, masks: Mapping[str, Tensor] | None) -> list[_Layer]:
     layers = []
     for name, module in model.named_modules():
@@ -159,7 +153,7 @@ def _watch(model: nn.Module, inputs: Inputs) -> tuple[dict[int, _Calls], Mapping
     """Run the network once; calls by the identity of the module, and bytes moved."""
     calls: dict[int, _Calls] = {}
 
-    def note(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], output: Any) -> None:
+    def note(module: Any, args: tuple[Any, ...], kwargs: dict[str, Any], output: Any) -> None:
         x = args[0] if args else next(iter(kwargs.values()))
         seen, adapter = calls.setdefault(id(module), _Calls()), dense_adapter(module)
         assert adapter is not None
@@ -167,7 +161,8 @@ def _watch(model: nn.Module, inputs: Inputs) -> tuple[dict[int, _Calls], Mapping
         seen.forward += positions
         if output.requires_grad:  # not under no_grad
             seen.grad_input += positions if x.requires_grad else 0
-            seen.grad_weight += positions if _trained(module) else 0
+            weight = module.weight if _structure(module) is None else module.values
+            seen.grad_weight += positions if weight.requires_grad else 0
 
     with contextlib.ExitStack() as hooks:
         for module in model.modules():

@@ -33,7 +33,9 @@ def working_copy(model: nn.Module, *, tensors: bool = True) -> nn.Module:
     memo: dict[int, Any] = {}
     modules = list(model.modules())
     for module in modules:
-        memo[id(module)] = _shell(module)
+        # A scripted module keeps its state in C++ and stays the same object.
+        scripted = isinstance(module, torch.jit.ScriptModule)
+        memo[id(module)] = module if scripted else type(module).__new__(type(module))
     # Tensors first: an attribute may refer to a parameter.
     for module in modules:
         for table in (module._parameters, module._buffers):
@@ -60,11 +62,6 @@ def users_hooks(module: nn.Module) -> bool:
     """Whether the user watches or changes what a module gets or gives."""
     tables = (getattr(module, name, None) for name in HOOK_TABLES)
     return any(users_hook(hook) for table in tables if table for hook in table.values())
-
-
-def _shell(module: nn.Module) -> nn.Module:
-    # A scripted module keeps its state in C++ and stays the same object.
-    return module if isinstance(module, torch.jit.ScriptModule) else type(module).__new__(type(module))
 
 
 def _attributes(module: nn.Module, memo: dict[int, Any]) -> dict[str, Any]:
@@ -121,7 +118,9 @@ def _plain(value: Any, memo: dict[int, Any], budget: list[int]) -> bool:
     if isinstance(value, torch.Generator):
         memo[id(value)] = value.clone_state()
         return True
-    if isinstance(value, (type, FunctionType, torch.dtype, torch.device, torch.Size)) or _is_random(value):
+    if isinstance(value, (type, FunctionType, torch.dtype, torch.device, torch.Size, random.Random)):
+        return True
+    if type(value).__module__.partition(".")[0] == "numpy":
         return True
     if isinstance(value, MethodType):
         return id(value.__self__) in memo
@@ -140,10 +139,6 @@ def contents(value: Any) -> dict[str, Any]:
         **{field.name: getattr(value, field.name) for field in slots if hasattr(value, field.name)},
         **getattr(value, "__dict__", {}),
     }
-
-
-def _is_random(value: Any) -> bool:
-    return isinstance(value, random.Random) or type(value).__module__.partition(".")[0] == "numpy"
 
 
 def _is_record(value: Any) -> bool:

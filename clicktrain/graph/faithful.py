@@ -81,7 +81,8 @@ def believed_graph(
     """
     if torch.is_autocast_enabled("cpu"):
         with outside_autocast():
-            whole = inputs.map(_whole)
+            # What autocast would have taken in a smaller dtype.
+            whole = inputs.map(lambda x: x.float() if x.dtype in (torch.bfloat16, torch.float16) else x)
             return believed_graph(model, whole, leaves, all_modes=all_modes, own=own)
     modes = _modes(model, all_modes)
     few, now = _few_images(model, inputs)
@@ -244,11 +245,6 @@ def _few_images(model: nn.Module, inputs: Inputs) -> tuple[Inputs, list[Observat
         return inputs, original_calls(model, flags, inputs)
     except Exception as error:
         raise ExampleError(one_line(error)) from error
-
-
-def _whole(x: Tensor) -> Tensor:
-    """What autocast would have taken in a smaller dtype, as float32."""
-    return x.float() if x.dtype in (torch.bfloat16, torch.float16) else x
 
 
 def _varied(tensor: Tensor) -> Tensor:

@@ -214,7 +214,8 @@ def find_prunable(
     known, kind = (convs, "convolution") if not linear else (list(adapters), "layer")
     for glob in (*exclude, *include):
         if glob != "*" and not any(fnmatchcase(name, glob) for name in known):
-            raise UserError(f"no {kind} is called {glob!r}; the {kind}s are {_some(known)}")
+            shown = ", ".join(known[:8]) + (f", ... ({len(known)} in all)" if len(known) > 8 else "")
+            raise UserError(f"no {kind} is called {glob!r}; the {kind}s are {shown}")
     uses: dict[int, int] = {}
     for _, module in model.named_modules(remove_duplicate=False):
         weight = module._parameters.get("weight")
@@ -278,8 +279,3 @@ def _reason(
     if trained_ids is not None and id(weight) not in trained_ids:
         return "its weight is not in the optimizer"
     return None
-
-
-def _some(names: Sequence[str], most: int = 8) -> str:
-    shown = ", ".join(names[:most])
-    return f"{shown}, ... ({len(names)} in all)" if len(names) > most else shown

@@ -90,7 +90,8 @@ def network_times(
     for number, model in enumerate(models):
         inputs = blank(as_inputs(example, model), batch)
         device = first_tensor(inputs).device
-        if any(p.dim() == 4 and _is_channels_last(p) for p in model.parameters()):
+        weights = [p for p in model.parameters() if p.dim() == 4 and not p.is_contiguous()]
+        if any(p.is_contiguous(memory_format=torch.channels_last) for p in weights):
             inputs = inputs.map(
                 lambda t: t.contiguous(memory_format=torch.channels_last) if t.dim() == 4 else t.contiguous()
             )
@@ -133,7 +134,3 @@ def bare_copy(model: nn.Module) -> nn.Module:
         for module, kept in zip(modules, hooks, strict=True):
             for name, table in kept.items():
                 setattr(module, name, table)
-
-
-def _is_channels_last(weight: Tensor) -> bool:
-    return weight.is_contiguous(memory_format=torch.channels_last) and not weight.is_contiguous()

@@ -93,7 +93,9 @@ class SparseLatency:
             geometries = _geometries(model, example, budgets, patterns, group, aim)
             tables = sparse_times(geometry for calls in geometries.values() for geometry in calls)
             if measure is not None:
-                masks = _least_masks(budgets, geometries)
+                # The fewest kernels per filter, at random; layers that cannot be packed have no mask.
+                counts = {one.name: one.fixed or 1 for one in budgets if geometries[one.name]}
+                masks = {name: geometries[name][0].masks((n,))[n] for name, n in counts.items()}
                 floor = measure(masks, aim.batch, aim.timed).agreed(_CPU)
                 self.dense_ms = floor.dense_ms  # they took turns: what else the machine does affects both
             else:
@@ -221,9 +223,3 @@ def _geometries(
             ]
         geometries[one.name] = calls
     return geometries
-
-
-def _least_masks(budgets: Sequence[LayerBudget], geometries: _Geometries) -> dict[str, Tensor]:
-    """Masks with the fewest kernels per filter, at random. Layers that cannot be packed have none."""
-    counts = {one.name: one.fixed or 1 for one in budgets if geometries[one.name]}
-    return {name: geometries[name][0].masks((count,))[count] for name, count in counts.items()}

@@ -76,7 +76,7 @@ class ChannelFlow:
                 self._fix_inputs(node, "it is an output of the network")
             elif node.op == "get_attr":
                 self._attribute(node)
-            elif node not in graph.shapes and self._is_size(node):
+            elif node not in graph.shapes and (node in graph.sizes or node.target is getattr):
                 self._size(node)
             else:
                 self._step(node, rules.get(graph.operation(node)))
@@ -87,10 +87,11 @@ class ChannelFlow:
     def _step(self, node: fx.Node, rule: Callable[[fx.Node], Channels | None] | None) -> None:
         word = self.graph.operation(node)
         try:
-            if rule is None:
-                rule = self._shaped if word in _SHAPED else self._tried
             self._refuse_sizes(node, word)
-            channels = rule(node)
+            if rule is None and word in _SHAPED:
+                channels = _SHAPED[word](self, node, self._from(node))
+            else:
+                channels = (rule or self._tried)(node)
         except UnclearError as unclear:
             self.unclear.add(node)
             self._fix_inputs(node, str(unclear))
@@ -108,9 +109,6 @@ class ChannelFlow:
         alike = [s for s in node.all_input_nodes if s in self.channels and self.graph.shapes[s] == shape]
         dim = self.channels[alike[0]].dim if alike else 1
         return Channels(dim, self.atoms.fresh(shape[dim], reason))
-
-    def _is_size(self, node: fx.Node) -> bool:
-        return node in self.graph.sizes or node.target is getattr
 
     def _size(self, node: fx.Node) -> None:
         """Numbers that come from shapes; arithmetic on them goes on depending on the channels."""
@@ -355,9 +353,6 @@ class ChannelFlow:
             self.atoms.fix(spread, f"{self.graph.words(node)} spreads it over all")
         self.per_channel.add(node)
         return Channels(next(iter(places)), whole[0])
-
-    def _shaped(self, node: fx.Node) -> Channels | None:
-        return _SHAPED[self.graph.operation(node)](self, node, self._from(node))
 
     def _select(self, node: fx.Node) -> Channels:
         module, x = self.graph.module(node), self._at(node, 1)

@@ -181,7 +181,8 @@ def _refusal(
         if word not in _REPLACED:
             continue
         module = graph.module(node)
-        if calls.count(str(node.target)) > 1 or _registered(graph.model, module) > 1:
+        registered = sum(m is module for _, m in graph.model.named_modules(remove_duplicate=False))
+        if calls.count(str(node.target)) > 1 or registered > 1:
             return f"{node.target} is used elsewhere too"
         plain = type(module) is nn.Conv2d and not isinstance(module.padding, str)
         if word == "conv" and not plain:
@@ -192,10 +193,6 @@ def _refusal(
     if not full and changes_in_place(addition) and addition.args[0] is end:
         return "the addition is done in place, into the branch, which has neither batch norm nor bias"
     return None
-
-
-def _registered(model: nn.Module, module: nn.Module) -> int:
-    return sum(m is module for _, m in model.named_modules(remove_duplicate=False))
 
 
 def _written_into(graph: NetworkGraph, branch: Branch) -> bool:

@@ -63,12 +63,9 @@ def verified(plan: SurgeryPlan, model: nn.Module, example: Any) -> Verified:
     parts = parts_of(plan, deps)
     bad = blamed(parts, wrong)
     rest = restricted(plan, deps, [part for part in parts if part not in bad])
-    held = {_name(part, deps.groups): reason for part, reason in bad.items()}
+    names = {part: deps.groups[part].name if isinstance(part, int) else "removed branches" for part in bad}
+    held = {names[part]: reason for part, reason in bad.items()}
     return Verified(rest, held or {"gated branches": "outputs differ with gates"})
-
-
-def _name(part: Hashable, groups: Sequence[ChannelGroup]) -> str:
-    return groups[part].name if isinstance(part, int) else "removed branches"
 
 
 def plan_from_zeros(

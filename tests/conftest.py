@@ -102,8 +102,8 @@ def pytest_terminal_summary(terminalreporter: pytest.TerminalReporter) -> None:
         return
     isa = next(iter(tools.isa), "plain C").strip("_")
     terminalreporter.write_line(
-        f"generated kernels: {tools.lanes(torch.float32)} float32 lanes, {tools.registers} registers, "
-        f"{'with' if tools.multiplies_pairs else 'without'} bfloat16 pairs; {tools.version} for {isa}"
+        f"generated kernels: {tools.lanes(torch.float32)} float32 lanes, {tools.simd.registers} registers, "
+        f"{'with' if tools.simd.pairs else 'without'} bfloat16 pairs; {tools.version} for {isa}"
     )
 
 

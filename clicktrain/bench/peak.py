@@ -95,7 +95,7 @@ def measuring_loops() -> tuple[Library, int, int]:
     tools = needed_toolchain()
     lanes = tools.lanes(torch.float32)
     # Enough sums to hide the latency of a multiply-add, and few enough that all stay in registers.
-    sums = 20 if tools.registers >= 32 else 12
+    sums = 20 if tools.simd.registers >= 32 else 12
     about = "Peak multiply-adds and reads of this processor."
     return load(static_source("bench/peak.c", about, torch.float32, lanes, SUMS=sums)), lanes, sums
 

@@ -3,26 +3,27 @@
 from __future__ import annotations
 
 import warnings
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 
 from clicktrain.compiler.believe import LoweringError, is_operator
 from clicktrain.compiler.fallback import accelerate_layers_, plan_by_layer
-from clicktrain.compiler.module import Accelerated, refusal
+from clicktrain.compiler.module import Accelerated, holds_packed, refusal
 from clicktrain.compiler.norm_statistics import check_plan
 from clicktrain.compiler.plan import RULES, LoweringPlan
 from clicktrain.compiler.select import make_plan
 from clicktrain.errors import UserError
 from clicktrain.graph import Inputs, as_inputs, own_random_numbers
 from clicktrain.graph.faithful import ExampleError, UnfaithfulError, believed_graph
+from clicktrain.graph.inputs import blank
 from clicktrain.kernels.native import KernelError, keep_memory
 from clicktrain.kernels.native.failure import report_failure, summary, watch_failures
 from clicktrain.kernels.native.folder import take_notice
-from clicktrain.kernels.pack_model import pack
-from clicktrain.kernels.sparse_conv2d import PackedLayer
+from clicktrain.kernels.pack_model import pack, pack_model_, pack_refusals
+from clicktrain.latency.network_times import Measured, Timed, bare_copy, network_times
 
 _PRECISIONS = ("fp32", "bf16")
 
@@ -50,37 +51,33 @@ def accelerate(
         model: on the CPU, with packed convolutions (`clicktrain.pack`, ``finish(packed=True)``). One without
             any is copied and packed by its zeros: the result then has parameters of its own.
         example: a batch of images [N, C, H, W] as training uses it; a tuple of positional arguments of
-            ``forward``, a dict of keyword arguments, or `clicktrain.graph.Inputs` with both. Arguments may be
-            left out that have defaults. The plan holds for any number of images; another image size, and a
-            call with other arguments, is lowered when it first comes.
+            ``forward``, a dict of keyword arguments, or `clicktrain.graph.Inputs` with both. The plan holds
+            for any number of images; another image size, and a call with other arguments, is lowered when it
+            first comes.
         rule: ``measured``; ``density``, the paper's: sparse where more than 65% of the weights are zero; or
             ``sparse``: everything that can run blocked does. The latter two measure nothing.
         plan: replay these choices instead; a saved one, perhaps edited.
-        dtypes: dtypes that may be used, whether under autocast or not: ``fp32`` (the parameters' own),
-            ``bf16``. Dense convolutions compute in them. Accelerated regions keep their activations in them:
-            with both, in what is measured to be faster for the network; unmeasured, in ``bf16``. They
-            compute in the parameters' type, or in pairs of bfloat16 numbers summed up in float32 where the
-            processor can.
+        dtypes: that may be used, whether under autocast or not: ``fp32`` (the parameters' own), ``bf16``.
+            Dense convolutions compute in them, accelerated regions keep their activations in them: with both,
+            in what is measured to be faster for the network; unmeasured, in ``bf16``. Regions compute in the
+            parameters' type, or in pairs of bfloat16 numbers summed up in float32 where the processor can.
         remember: take the plan that was measured before for such a network on this machine, or keep this one
             for the next time; False measures again and keeps nothing.
         verbose: print the plan.
 
     Returns:
         An `Accelerated` view of the model; without a C compiler that works, or not on the CPU, the model
-        itself with a warning that says why. Where some kernels cannot be built, others are chosen, with a
-        warning.
+        itself. Where some kernels cannot be built, others are chosen. Warnings say why.
 
         The lowered network has been run beside the model, in training and in evaluation mode, twice each and
         under the same random numbers: outputs, gradients, buffers, attributes and random numbers drawn are
         the same. The smallest modules that would differ (they count calls, draw random numbers, recompute
         activations, cannot be traced) run as they are written, with those packed layers inside that pay
-        running sparse one by one; a warning says which and why. If that is the model's own ``forward``, it
-        holds for the whole model.
+        running sparse one by one; a warning says which and why.
 
     Raises:
         UserError: there is nothing sparse in the model, a part of it is accelerated already, it does not run
-            on the example, an unknown rule or dtype, or a plan that wants statistics where they cannot be
-            taken.
+            on the example, an unknown rule or dtype, or a plan that wants what cannot run.
     """
     inputs = as_inputs(example, model)
     _check_arguments(inputs, rule, dtypes)
@@ -91,9 +88,9 @@ def accelerate(
             f"{nested[0]} is accelerated already: accelerate the network as a whole, with {nested[0]}.base "
             "there"
         )
-    if not _packed(model):
+    if not holds_packed(model):
         model = pack(model)
-        if not _packed(model):
+        if not holds_packed(model):
             raise UserError(
                 "the model has no pruned convolution: prune it first, there is nothing to accelerate"
             )
@@ -197,5 +194,26 @@ def _warn_if_slow(plan: LoweringPlan) -> None:
         )
 
 
-def _packed(model: nn.Module) -> bool:
-    return any(isinstance(module, PackedLayer) for module in model.modules())
+class MaskedLatency:
+    """Measures copies of a network, one dense and one pruned, packed and accelerated (ClickTrain 5.4).
+
+    For ``attach(..., measure=MaskedLatency(model, example))``: a latency target is then met as measured. The
+    model is on the CPU and has no packed convolutions; sizes of the example [N, C, H, W] count.
+    """
+
+    def __init__(self, model: nn.Module, example: Any) -> None:
+        self.model, self.example = model, example
+
+    def __call__(self, masks: Mapping[str, Tensor], batch: int, timed: Timed) -> Measured:
+        """Milliseconds of a batch of the dense copy and of the accelerated one, taking turns.
+
+        ``masks`` are layer name -> bool of the weight's shape, True = kept. Others stay dense.
+        """
+        dense, pruned = bare_copy(self.model), bare_copy(self.model)
+        refused = pack_refusals(pruned, masks)
+        pack_model_(pruned, {name: mask for name, mask in masks.items() if name not in refused})
+        inputs = blank(as_inputs(self.example, self.model), batch)
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")  # the run warns when it accelerates the real network
+            fast = accelerate(pruned, inputs)
+        return Measured.of(*network_times([dense, fast], inputs, batch, timed))

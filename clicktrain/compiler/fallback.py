@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
+from typing import Any
 
 import torch
 from torch import nn
@@ -73,15 +74,14 @@ def plan_by_layer(model: nn.Module, chosen: list[str], rule: str, batch: int, no
         Choice(
             name,
             "conv",
-            IMPLS[module.impl].layout if name in chosen else PLAIN,
+            impl.layout if name in chosen else PLAIN,
             weight=module.structure.shape,
             density=round(module.structure.density, 6),
-            impl=module.impl
-            if name in chosen and IMPLS[module.impl] is not default_implementation(IMPLS[module.impl].layout)
-            else "",
+            impl="" if name not in chosen or impl is default_implementation(impl.layout) else impl.name,
         )
         for name, module in model.named_modules()
         if isinstance(module, PackedLayer)
+        for impl in (IMPLS[module.impl],)
     ]
     return LoweringPlan(rule, batch, Machine.here(), tuple(choices), (note,))
 
@@ -121,20 +121,11 @@ def _works(layer: PackedConv2d, shape: Sequence[int], impl: str) -> bool:
 def _call(layer: PackedConv2d, shape: Sequence[int], impl: str) -> Callable[[], object]:
     x = torch.randn(shape, dtype=layer.values.dtype, requires_grad=True)
     values = layer.values.detach().requires_grad_()
+    settings: dict[str, Any] = {key: getattr(layer, key) for key in layer.settings}
 
     def step() -> object:
         with torch.enable_grad():
-            y = sparse_conv2d(
-                x,
-                values,
-                layer.structure,
-                layer.bias,
-                stride=layer.stride,
-                padding=layer.padding,
-                dilation=layer.dilation,
-                groups=layer.groups,
-                impl=impl,
-            )
+            y = sparse_conv2d(x, values, layer.structure, layer.bias, impl=impl, **settings)
         return torch.autograd.grad(y.sum(), [x, values])
 
     return step

@@ -21,13 +21,9 @@ Costs = Mapping[str, Mapping[str, float]]
 
 @dataclass(frozen=True, slots=True)
 class Value:
-    """What one node computes and others read.
+    """What one node computes and others read; None is a producer or reader in the plain layout.
 
-    Attributes:
-        producer: who computes it; None for one that is there in the plain layout.
-        consumers: who reads it; None among them for one that reads the plain layout.
-        enter: layout -> cost of converting the plain value into it.
-        leave: layout -> cost of converting it into the plain layout.
+    ``enter`` and ``leave`` are the costs of converting the plain value into a layout, and out of it.
     """
 
     producer: str | None

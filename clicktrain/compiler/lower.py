@@ -101,11 +101,9 @@ def lower(traced: ModelGraph, plan: LoweringPlan, dtype: torch.dtype) -> Lowered
             writer.joined[norm.inputs[0]] = norm
     layers = [module for _, module in modules_in(stepped, traced)]
     parameter = None
-    for layer in layers:
-        if isinstance(layer, (PackedConv2d, nn.Conv2d)):
-            name = "values" if isinstance(layer, PackedConv2d) else "weight"
-            parameter = (layer, name, dtype, layer.get_parameter(name).device)
-            break
+    if conv := next((one for one in layers if isinstance(one, (PackedConv2d, nn.Conv2d))), None):
+        name = "values" if isinstance(conv, PackedConv2d) else "weight"
+        parameter = (conv, name, dtype, conv.get_parameter(name).device)
     inside = [traced.model.get_submodule(path) for path in traced.entered if path]
     unseen = tuple(dict.fromkeys((*layers, *inside)))
     tables = tuple(getattr(module, name) for module in unseen for name in HOOK_TABLES)
@@ -287,13 +285,10 @@ class _Writer:
         return step
 
     def _need(self, unit: Unit, layout: Layout | None, *texts: str) -> None:
-        passes: list[str] = []
+        self.needs[unit.name] = [*texts]
         if layout is not None:
-            names = [
-                name for name in ("layout", pass_of(unit)) if name is not None and name in layout.sources
-            ]
-            passes = [layout.sources[name](self.held(layout)) for name in names]
-        self.needs[unit.name] = [*texts, *passes]
+            names, held = ("layout", pass_of(unit)), self.held(layout)
+            self.needs[unit.name] += [text(held) for name, text in layout.sources.items() if name in names]
 
     def _write_plain_conv(self, node: fx.Node, unit: Unit) -> fx.Node:
         layer, choice = conv_of(unit), self.choices[unit.name]

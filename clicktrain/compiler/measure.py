@@ -47,12 +47,7 @@ class ImplTimes:
 
 @dataclass(frozen=True, slots=True)
 class ConvTimes:
-    """Milliseconds of one convolution, forward + backward.
-
-    Attributes:
-        dense: by name of `DENSE`.
-        impls: by implementation and dtype of the activations.
-    """
+    """Milliseconds of one convolution, forward + backward: by `DENSE`, and by implementation and dtype."""
 
     dense: Mapping[str, float]
     impls: Mapping[tuple[str, torch.dtype], ImplTimes]
@@ -257,6 +252,9 @@ def _batch_norm_times(
             y = y + other
         return torch.relu(y) if unit.relu else y
 
+    def fused(step: steps.BatchNorm) -> Callable[..., Tensor]:
+        return lambda x, *residual: step.forward(x, shape[0], *residual)
+
     def timed(run: Callable[..., Tensor], convert: Callable[[Tensor], Tensor]) -> Call:
         *inputs, gy = (convert(torch.randn(shape, dtype=dtype, device=device)) for _ in (*unit.inputs, None))
         for x in inputs:
@@ -273,14 +271,9 @@ def _batch_norm_times(
     for name, held in layouts:
         run = LAYOUTS[name].batch_norm
         assert run is not None
-        step, n = steps.BatchNorm(layer, unit.relu, run), shape[0]
         enter = steps.Enter(LAYOUTS[name].enter(held), held)
-        functions[name, held] = timed(functools.partial(_fused, step, n), enter.forward)
+        functions[name, held] = timed(fused(steps.BatchNorm(layer, unit.relu, run)), enter.forward)
     return candidates_ms(functions, SECONDS / 4, device=device)
-
-
-def _fused(step: steps.BatchNorm, n: int, x: Tensor, *residual: Tensor) -> Tensor:
-    return step.forward(x, n, *residual)
 
 
 def measure_conversion(

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import inspect
 import threading
 import warnings
@@ -30,23 +31,8 @@ _VARIANTS = 8
 """Lowered graphs that are kept for one kind of call: for modes, and values that ``forward`` read."""
 _CHANGES = 3
 """Changes of a value after which it is not treated as a constant any more."""
-_SHARED = (
-    "_parameters",
-    "_buffers",
-    "_modules",
-    "_non_persistent_buffers_set",
-    "_forward_hooks",
-    "_forward_hooks_with_kwargs",
-    "_forward_hooks_always_called",
-    "_forward_pre_hooks",
-    "_forward_pre_hooks_with_kwargs",
-    "_backward_hooks",
-    "_backward_pre_hooks",
-    "_state_dict_hooks",
-    "_state_dict_pre_hooks",
-    "_load_state_dict_pre_hooks",
-    "_load_state_dict_post_hooks",
-)
+_SHARED = vars(nn.Module()).keys() - {"training", "_is_full_backward_hook"}
+"""Tables of parameters, buffers, modules and hooks."""
 
 
 class Accelerated(nn.Module):
@@ -128,11 +114,7 @@ class Accelerated(nn.Module):
         return lowered.run.forward(*tensors)
 
     def graph(self, *args: Any, **kwargs: Any) -> fx.GraphModule:
-        """The lowered graph that a call with these inputs runs, for looking at.
-
-        Raises:
-            UserError: such a call runs the model's own code.
-        """
+        """The lowered graph of such a call, for looking at; UserError if it runs the model's own code."""
         inputs = Inputs(*self._positional(args, kwargs))
         lowered = self._lower(inputs, _kind_of(inputs)[0]) if self._lowers else None
         if lowered is None:
@@ -142,13 +124,9 @@ class Accelerated(nn.Module):
         return lowered.run
 
     def adopt(self, believed: Believed, inputs: Inputs) -> Lowered:
-        """Lower a graph of the model, build all kernels, compare, and use it for calls like this one.
-
-        Raises:
-            LoweringError: the lowered graph does something else.
-        """
+        """Lower a graph for calls like this one, build kernels, compare; LoweringError if it differs."""
         graph = believed.graph
-        inside = [path for path in graph.opaque if _holds_packed(self.base.get_submodule(path))]
+        inside = [path for path in graph.opaque if holds_packed(self.base.get_submodule(path))]
         for path in inside:
             accelerate_layers_(self.base, graph.inputs, self._rule, below=path)
         if not self._lowered:
@@ -163,7 +141,6 @@ class Accelerated(nn.Module):
         return lowered
 
     def __getattr__(self, name: str) -> Any:
-        """Read attributes that the view does not have from the model."""
         try:
             return super().__getattr__(name)
         except AttributeError:
@@ -177,19 +154,15 @@ class Accelerated(nn.Module):
             setattr(self.base, name, value)
 
     def __delattr__(self, name: str) -> None:
-        """As `__setattr__`."""
         delattr(self.base, name)
 
     def __reduce__(self) -> tuple[Any, ...]:
         """Copies and pickles hold the model and the plan; they lower again when they are called."""
-        return _restored, (self.base, self.plan, self._rule, self._lowers)
+        return functools.partial(Accelerated, lowers=self._lowers), (self.base, self.plan, self._rule)
 
     def _known(self, key: Any) -> Lowered | None:
-        for lowered in self._lowered.get(key, ()):
-            if lowered.current():
-                found: Lowered = lowered
-                return found
-        return None
+        lowered: tuple[Lowered, ...] = self._lowered.get(key, ())
+        return next((one for one in lowered if one.current()), None)
 
     def _lower(self, inputs: Inputs, key: Any) -> Lowered | None:
         """Lower for calls of this kind; None where the model's own code has to run, now or always."""
@@ -272,10 +245,6 @@ class Accelerated(nn.Module):
         return args, kwargs
 
 
-def _restored(model: nn.Module, plan: LoweringPlan, rule: str, lowers: bool) -> Accelerated:
-    return Accelerated(model, plan, rule, lowers=lowers)
-
-
 def _kind_of(inputs: Inputs) -> tuple[Any, tuple[Tensor, ...]]:
     """The key of calls that can share one lowered graph, None for those that cannot; and their tensors."""
     if not inputs.kwargs and all(type(x) is Tensor and x.dim() for x in inputs.args):
@@ -308,7 +277,8 @@ def _shapes(inputs: Inputs) -> list[list[int]]:
     return [list(x.shape) for x in inputs.tensors()]
 
 
-def _holds_packed(model: nn.Module) -> bool:
+def holds_packed(model: nn.Module) -> bool:
+    """Whether any layer of a model is packed."""
     return any(isinstance(module, PackedLayer) for module in model.modules())
 
 

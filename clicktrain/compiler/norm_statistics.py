@@ -28,9 +28,7 @@ from clicktrain.latency.timer import candidates_ms
 class NormTimes:
     """Milliseconds of a convolution and the batch norm behind it, forward only: backward is the same.
 
-    Attributes:
-        apart: batch norm takes its statistics itself.
-        together: the convolution takes them.
+    ``apart`` if the norm takes its statistics itself, ``together`` if the convolution takes them.
     """
 
     apart: float
@@ -109,7 +107,7 @@ def measure_statistics(
     """Time each convolution in ``times`` that only a batch norm in its layout reads; by its name."""
     norms = convolutions_before_norms(units)
     known: dict[Hashable, NormTimes | None] = {}
-    found = {}
+    result = {}
     for unit in units:
         norm, own = norms.get(unit.name), times.get(unit.name)
         if norm is None or own is None or not PLAIN != layouts[unit.name] == layouts[norm.name]:
@@ -118,8 +116,8 @@ def measure_statistics(
         if key not in known:
             known[key] = _times(unit, norm, own, activations)
         if (measured := known[key]) is not None:
-            found[unit.name] = measured
-    return found
+            result[unit.name] = measured
+    return result
 
 
 def _times(unit: Unit, norm: Unit, own: ImplTimes, activations: Activations) -> NormTimes | None:

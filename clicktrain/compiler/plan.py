@@ -49,11 +49,6 @@ def held_dtype(layout: str, activations: Activations, dtype: torch.dtype) -> tor
     return activation_dtype(activations, dtype) if half else dtype
 
 
-def layouts() -> tuple[str, ...]:
-    """All layouts, the plain one first."""
-    return (PLAIN, *LAYOUTS)
-
-
 @dataclass(frozen=True, slots=True)
 class Choice:
     """The decision about one node of the graph; a fused one stands under its first layer's name.
@@ -94,10 +89,12 @@ class Choice:
     def __post_init__(self) -> None:
         if self.kind not in KINDS:
             raise UserError(f"{self.layer} is one of {', '.join(KINDS)}, not {self.kind!r}")
-        if self.layout not in layouts():
+        if self.layout not in (PLAIN, *LAYOUTS):
             known = " or ".join(map(repr, (*LAYOUTS, PLAIN)))
             raise UserError(f"the layout of {self.layer} is {known}, not {self.layout!r}")
-        if self.impl and (self.kind != "conv" or self.impl not in {one.name for one in _implementations()}):
+        if self.impl and (
+            self.kind != "conv" or self.impl not in {one.name for one in candidates_for(OPERATOR)}
+        ):
             raise UserError(f"{self.layer} has no implementation {self.impl!r}")
         if self.impl and IMPLS[self.impl].layout != self.layout:
             raise UserError(
@@ -140,20 +137,14 @@ class Choice:
         if self.kind != "conv":
             return self.layout
         impl = self.implementation
-        return f"dense {self.dense}" if impl is None else _sparse_or_dense(self.density, impl.name)
-
-
-def _sparse_or_dense(density: float, impl: str) -> str:
-    return f"sparse {impl}" if density < 1 else f"dense {impl}"
-
-
-def _implementations() -> list[Impl]:
-    return candidates_for(OPERATOR)
+        if impl is None:
+            return f"dense {self.dense}"
+        return f"sparse {impl.name}" if self.density < 1 else f"dense {impl.name}"
 
 
 def default_implementation(layout: str) -> Impl | None:
     """The first implementation of a layout; None for a layout without any."""
-    return next((impl for impl in _implementations() if impl.layout == layout), None)
+    return next((impl for impl in candidates_for(OPERATOR) if impl.layout == layout), None)
 
 
 @dataclass(frozen=True, slots=True)
@@ -211,29 +202,18 @@ class LoweringPlan:
 
     @classmethod
     def from_json(cls, text: str) -> LoweringPlan:
-        """Read a plan, perhaps one that was edited by hand.
-
-        Raises:
-            UserError: it is no plan; says where.
-        """
+        """Read a plan, perhaps one that was edited by hand; a UserError says where it is none."""
         try:
             data = check.fields(json.loads(text), "a plan")
-            choices = tuple(
-                _choice(check.fields(one, "a choice")) for one in check.entries(data["choices"], "choices")
-            )
-            notes = tuple(
-                check.text(note, "a note") for note in check.entries(data.get("notes", ()), "notes")
-            )
+            entries = check.entries(data["choices"], "choices")
+            choices = tuple(_choice(check.fields(one, "a choice")) for one in entries)
+            notes = [check.text(note, "a note") for note in check.entries(data.get("notes", ()), "notes")]
             activations = data.get("activations", ACTIVATIONS[0])
             batch = check.whole(data["batch"], "batch", 1)
-            return cls(
-                check.text(data["rule"], "rule"),
-                batch,
-                _machine(data["machine"]),
-                choices,
-                notes,
-                activations,
-            )
+            rule, here = check.text(data["rule"], "rule"), check.fields(data["machine"], "machine")
+            lanes, threads = check.whole(here["lanes"], "lanes"), check.whole(here["threads"], "threads", 1)
+            machine = Machine(check.text(here["cpu"], "cpu"), lanes, threads)
+            return cls(rule, batch, machine, choices, tuple(notes), activations)
         except UserError:
             raise
         except (ValueError, KeyError, TypeError, RecursionError) as error:
@@ -261,25 +241,22 @@ class LoweringPlan:
 
     def table(self) -> list[dict[str, str]]:
         """Rows for people, one a convolution; the same columns in each."""
-        rows = []
-        for choice in self.choices:
-            if choice.kind != "conv":
-                continue
-            rows.append(
-                {
-                    "layer": choice.layer,
-                    "shape": "x".join(map(str, choice.weight)),
-                    "image": "x".join(map(str, choice.image)),
-                    "density": f"{choice.density:.3f}",
-                    "operator": choice.operator,
-                    "tiling": _tilings(choice),
-                    "statistics": "taken" if choice.statistics else "",
-                    "predicted_ms": _ms(choice.predicted_ms),
-                    "measured_ms": _ms(choice.measured_ms),
-                    "refused": "; ".join(choice.refused),
-                }
-            )
-        return rows
+        return [
+            {
+                "layer": choice.layer,
+                "shape": "x".join(map(str, choice.weight)),
+                "image": "x".join(map(str, choice.image)),
+                "density": f"{choice.density:.3f}",
+                "operator": choice.operator,
+                "tiling": _tilings(choice),
+                "statistics": "taken" if choice.statistics else "",
+                "predicted_ms": _ms(choice.predicted_ms),
+                "measured_ms": _ms(choice.measured_ms),
+                "refused": "; ".join(choice.refused),
+            }
+            for choice in self.choices
+            if choice.kind == "conv"
+        ]
 
     def __str__(self) -> str:
         rows = self.table()
@@ -297,20 +274,13 @@ class LoweringPlan:
         return "\n".join(lines)
 
 
-def _machine(value: Any) -> Machine:
-    data = check.fields(value, "machine")
-    cpu = check.text(data["cpu"], "cpu")
-    return Machine(cpu, check.whole(data["lanes"], "lanes"), check.whole(data["threads"], "threads", 1))
-
-
 def _choice(entry: Mapping[str, Any]) -> Choice:
     layer = check.text(entry["layer"], "layer")
     tilings = []
     given = check.entries(entry.get("tilings", ()), f"tilings of {layer}")
     # Those of a layer that was edited to run plain have no effect, and are read as they were written.
-    impl = (
-        IMPLS.get(entry.get("impl") or "") or default_implementation(entry["layout"]) or _implementations()[0]
-    )
+    named = IMPLS.get(entry.get("impl") or "")
+    impl = named or default_implementation(entry["layout"]) or candidates_for(OPERATOR)[0]
     for phase, tiling in given:
         if phase not in PHASES:
             raise UserError(f"{layer}: a phase is one of {', '.join(PHASES)}, not {phase!r}")

@@ -12,30 +12,27 @@ MOST = 1 << 31
 
 def fields(value: Any, what: str) -> Mapping[str, Any]:
     """A JSON object."""
-    if not isinstance(value, dict):
-        raise ValueError(f"{what} is an object, not {_short(value)}")
-    return value
+    _check(isinstance(value, dict), value, f"{what} is an object")
+    return value  # type: ignore[no-any-return]
 
 
 def entries(value: Any, what: str) -> list[Any]:
     """A JSON array."""
-    if not isinstance(value, (list, tuple)):
-        raise ValueError(f"{what} is a list, not {_short(value)}")
+    _check(isinstance(value, (list, tuple)), value, f"{what} is a list")
     return list(value)
 
 
 def text(value: Any, what: str) -> str:
     """A string."""
-    if not isinstance(value, str):
-        raise ValueError(f"{what} is a text, not {_short(value)}")
-    return value
+    _check(isinstance(value, str), value, f"{what} is a text")
+    return str(value)
 
 
 def whole(value: Any, what: str, least: int = 0) -> int:
     """An integer from ``least`` to `MOST`."""
-    if type(value) is not int or not least <= value < MOST:
-        raise ValueError(f"{what} is a whole number of at least {least}, not {_short(value)}")
-    return value
+    right = type(value) is int and least <= value < MOST
+    _check(right, value, f"{what} is a whole number of at least {least}")
+    return int(value)
 
 
 def sizes(value: Any, what: str) -> tuple[int, ...]:
@@ -45,18 +42,18 @@ def sizes(value: Any, what: str) -> tuple[int, ...]:
 
 def milliseconds(value: Any, what: str) -> float | None:
     """A finite number that is not negative, or None."""
-    if value is not None and not (type(value) in (int, float) and 0 <= value < math.inf):
-        raise ValueError(f"{what} is a number of milliseconds, not {_short(value)}")
+    right = value is None or (type(value) in (int, float) and 0 <= value < math.inf)
+    _check(right, value, f"{what} is a number of milliseconds")
     return None if value is None else float(value)
 
 
 def share(value: Any, what: str) -> float:
     """A number from 0 to 1."""
-    if type(value) not in (int, float) or not 0 <= value <= 1:
-        raise ValueError(f"{what} is a number from 0 to 1, not {_short(value)}")
+    _check(type(value) in (int, float) and 0 <= value <= 1, value, f"{what} is a number from 0 to 1")
     return float(value)
 
 
-def _short(value: Any) -> str:
-    text = repr(value)
-    return text if len(text) <= 60 else f"{text[:57]}..."
+def _check(right: bool, value: Any, wanted: str) -> None:
+    if not right:
+        text = repr(value)
+        raise ValueError(f"{wanted}, not {text if len(text) <= 60 else f'{text[:57]}...'}")

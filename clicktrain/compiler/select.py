@@ -16,7 +16,7 @@ from typing import NamedTuple
 import torch
 
 from clicktrain.compiler import plan_cache
-from clicktrain.compiler.estimate import unit_ms
+from clicktrain.compiler.costs import trained_values, unit_ms, values_of
 from clicktrain.compiler.layout_choice import PLAIN, cheapest_layouts, total_cost
 from clicktrain.compiler.measure import (
     ConvTimes,
@@ -47,7 +47,6 @@ from clicktrain.compiler.units import (
     runs_in,
     shape_of,
 )
-from clicktrain.compiler.values import trained_values, values_of
 from clicktrain.graph import ModelGraph
 from clicktrain.kernels.impls import Impl, candidates_for
 from clicktrain.kernels.layouts import LAYOUTS
@@ -87,8 +86,6 @@ def make_plan(
 
 
 class _Best(NamedTuple):
-    """The cheapest way to run the graph where activations are kept so."""
-
     ms: float
     activations: Activations
     layouts: Mapping[str, str]
@@ -103,9 +100,8 @@ class _Decision:
         self.dtype = torch.float32 if types == {torch.float32} else torch.float64
         self.device = next(traced.model.parameters()).device
         self.possible = activations_of(dtypes, self.dtype)
-        self.layouts = list(
-            dict.fromkeys(impl.layout for impl in candidates_for(OPERATOR) if impl.layout != PLAIN)
-        )
+        layouts = dict.fromkeys(impl.layout for impl in candidates_for(OPERATOR))
+        self.layouts = [layout for layout in layouts if layout != PLAIN]
         """Those that convolutions can run in, beside the plain one."""
         self.convolutions: Mapping[str, ConvTimes] = {}
         self.norms: Mapping[str, Mapping[tuple[str, torch.dtype], float]] = {}
@@ -168,9 +164,8 @@ class _Decision:
         return gb_s
 
     def _open(self, activations: Activations) -> list[str]:
-        return [
-            one for one in self.layouts if ("layout", one, self.held(one, activations)) not in self.broken
-        ]
+        keys = {one: ("layout", one, self.held(one, activations)) for one in self.layouts}
+        return [one for one, key in keys.items() if key not in self.broken]
 
     def _running(self, name: str, layout: str, activations: Activations) -> ImplTimes | None:
         """The fastest implementation in a layout; None for PyTorch's dense one, and where nothing can."""
@@ -184,8 +179,7 @@ class _Decision:
         for unit in self.units:
             own = costs[unit.name] = {}
             for layout in (PLAIN, *self._open(activations)):
-                cost = self._cost(unit, layout, activations, gb_s)
-                if cost is not None:
+                if (cost := self._cost(unit, layout, activations, gb_s)) is not None:
                     own[layout] = cost
         values = values_of(self.traced, self.units, self.trained, self._open(activations), activations)
         layouts = cheapest_layouts(costs, values)
@@ -225,10 +219,11 @@ class _Decision:
         return cheapest_layouts(costs, values_of(self.traced, self.units, self.trained, self.layouts, None))
 
     def _accepting(self, unit: Unit) -> Impl | None:
-        for impl in candidates_for(OPERATOR):
-            if not impl.refusals(problem_of(unit, self.held(impl.layout, self.possible[-1]))):
-                return impl
-        return None
+        problems = (
+            (one, problem_of(unit, self.held(one.layout, self.possible[-1])))
+            for one in candidates_for(OPERATOR)
+        )
+        return next((impl for impl, problem in problems if not impl.refusals(problem)), None)
 
     def _written(self, ways: Sequence[_Best], statistics: Mapping[str, NormTimes]) -> LoweringPlan:
         _, activations, layouts = min(ways, key=lambda one: one.ms) if len(ways) > 1 else ways[0]
@@ -237,20 +232,17 @@ class _Decision:
             layout = layouts[unit.name]
             if unit.kind == "conv":
                 choice = self._conv_choice(unit, layout, activations)
-                choices.append(_with_statistics(choice, statistics.get(unit.name)))
+                if times := statistics.get(unit.name):
+                    refused = (*choice.refused, times.reason())
+                    choice = replace(choice, statistics=times.pays, refused=refused)
+                choices.append(choice)
             else:
                 norm = self.norms.get(unit.name)
                 ms = None if norm is None else norm[layout, self.held(layout, activations)]
                 choices.append(_choice(unit, layout, ms))
-        choices += [
-            Choice(
-                name,
-                "conv",
-                PLAIN,
-                refused=tuple(f"sparse {impl.name}: {reason}" for impl in implementations),
-            )
-            for name, reason in self.refused.items()
-        ]
+        for name, reason in self.refused.items():
+            reasons = tuple(f"sparse {impl.name}: {reason}" for impl in implementations)
+            choices.append(Choice(name, "conv", PLAIN, refused=reasons))
         notes = [f"{path} runs as it is written: it {reason}" for path, reason in self.traced.opaque.items()]
         if len(ways) > 1:
             totals = [f"{_in_words(one.activations)} {one.ms:.1f} ms" for one in ways]
@@ -355,9 +347,3 @@ def _choice(unit: Unit, layout: str, ms: float | None) -> Choice:
         predicted_ms=round(unit_ms(unit, LAYOUTS.get(layout)), 4),
         measured_ms=None if ms is None else round(ms, 4),
     )
-
-
-def _with_statistics(choice: Choice, times: NormTimes | None) -> Choice:
-    if times is None:
-        return choice
-    return replace(choice, statistics=times.pays, refused=(*choice.refused, times.reason()))

@@ -37,13 +37,18 @@ class Enter(nn.Module):
         return self.convert(x.to(self.dtype))
 
 
-class SparseConv(nn.Module):
+class _Step(nn.Module):
+    """Stands for a layer, which is not registered: a lowered graph owns no parameters."""
+
+    def __init__(self, layer: nn.Module) -> None:
+        super().__init__()
+        object.__setattr__(self, "layer", layer)
+
+
+class SparseConv(_Step):
     """A convolution by an implementation; a dense one has a structure that keeps everything.
 
-    Follows a packed layer when its structure is exchanged (a checkpoint was loaded).
-
-    Attributes:
-        kernels: what runs, for the layer's present structure.
+    Its kernels follow a packed layer when its structure is exchanged (a checkpoint was loaded).
     """
 
     layer: Convolution
@@ -52,9 +57,7 @@ class SparseConv(nn.Module):
     def __init__(
         self, layer: Convolution, impl: Impl, problem: ConvProblem, tilings: Mapping[Phase, Any]
     ) -> None:
-        super().__init__()
-        # Not registered: a lowered graph owns no parameters.
-        object.__setattr__(self, "layer", layer)
+        super().__init__(layer)
         self.impl, self.problem, self.tilings = impl, problem, dict(tilings)
         self.packed = isinstance(layer, PackedConv2d)
         self._prepare(structure_of(layer))
@@ -66,33 +69,31 @@ class SparseConv(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         """Convolve activations in the layout."""
-        layer: Any = self.layer
-        if self.packed and layer.structure is not self.structure:
-            self._prepare(layer.structure)
-        values = layer.values if self.packed else layer.weight.flatten(1)
-        kernels = self.kernels
-        return kernels.convolve(x, values, layer.bias, *kernels.arguments)
+        arguments = self._arguments(x)
+        return self.kernels.convolve(*arguments)
 
     def with_statistics(self, x: Tensor, n: int) -> tuple[Tensor, tuple[Tensor, Tensor]]:
         """As `forward`, and mean and biased variance [F] of the results of ``n`` images."""
+        arguments = self._arguments(x)
+        assert self.kernels.with_statistics is not None
+        y, mean, var = self.kernels.with_statistics(*arguments, n)
+        return y, (mean, var)
+
+    def _arguments(self, x: Tensor) -> tuple[Any, ...]:
         layer: Any = self.layer
         if self.packed and layer.structure is not self.structure:
             self._prepare(layer.structure)
         values = layer.values if self.packed else layer.weight.flatten(1)
-        kernels = self.kernels
-        assert kernels.with_statistics is not None
-        y, mean, var = kernels.with_statistics(x, values, layer.bias, *kernels.arguments, n)
-        return y, (mean, var)
+        return x, values, layer.bias, *self.kernels.arguments
 
 
-class DenseConv(nn.Module):
+class DenseConv(_Step):
     """A convolution by PyTorch's dense operator, in the memory format and dtype that a plan asks for."""
 
     layer: Convolution
 
     def __init__(self, layer: Convolution, channels_last: bool, bf16: bool) -> None:
-        super().__init__()
-        object.__setattr__(self, "layer", layer)
+        super().__init__(layer)
         self.format = torch.channels_last if channels_last else torch.contiguous_format
         self.bf16 = bf16
 
@@ -114,14 +115,13 @@ class DenseConv(nn.Module):
         return y.to(dtype) if self.bf16 else y
 
 
-class BatchNorm(nn.Module):
+class BatchNorm(_Step):
     """Batch norm, perhaps with an addition and a ReLU, in one pass of a layout."""
 
     layer: nn.BatchNorm2d
 
     def __init__(self, layer: nn.BatchNorm2d, relu: bool, run: Callable[..., Tensor]) -> None:
-        super().__init__()
-        object.__setattr__(self, "layer", layer)
+        super().__init__(layer)
         self.relu, self.run = relu, run
 
     def forward(self, x: Tensor, n: int, residual: Tensor | None = None) -> Tensor:
@@ -145,14 +145,11 @@ class ConvBatchNorm(nn.Module):
         return norm.run(y, norm.layer, n, residual, norm.relu, statistics)
 
 
-class Activation(nn.Module):
+class Activation(_Step):
     """An activation that never works in place: others may read the value in the layout."""
 
-    layer: nn.Module
-
     def __init__(self, layer: nn.Module) -> None:
-        super().__init__()
-        object.__setattr__(self, "layer", layer)
+        super().__init__(layer)
         self.own = copy.copy(layer)
         if getattr(self.own, "inplace", False):
             self.own.inplace = False  # type: ignore[assignment]

@@ -216,7 +216,7 @@ class _Finder:
         return next(iter(node.users)) if len(node.users) == 1 else None
 
     def _added(self, node: fx.Node, one: fx.Node | None = None) -> fx.Node | None:
-        """The image of the same shape that a node adds to ``one`` (its first argument); None if it does not."""
+        """The image of that shape that a node adds to ``one`` (its first argument); None if it adds none."""
         method = node.op == "call_method" and node.target == "add"
         function = node.op == "call_function" and node.target in _ADD_FUNCTIONS
         if not (method or function) or len(node.args) != 2 or node.kwargs:

@@ -1,4 +1,8 @@
-"""What the passes over blocked activations share: libraries by dtype, checks of the input."""
+"""What all kernels on ``[N/V, C, H, W, V]`` share: libraries by dtype, checks and alignment of the input.
+
+V images lie side by side in the innermost dimension. A batch that is no multiple of V has padding lanes. What
+they hold in activations is never read; in gradients they are zero, so that sums need no case of their own.
+"""
 
 from __future__ import annotations
 
@@ -6,9 +10,13 @@ import functools
 from collections.abc import Callable
 
 import torch
+from torch import Tensor
 
 from clicktrain.errors import UserError
 from clicktrain.kernels.native import STORED_TYPES, Library, load, needed_toolchain
+
+ALIGNMENT = 64
+"""Bytes. Callers in a training step test it themselves before they call `vectors`."""
 
 
 @functools.cache
@@ -34,3 +42,9 @@ def check_blocked(shape: torch.Size, dtype: torch.dtype, device: torch.device, w
         )
     if device.type != "cpu":
         raise UserError(f"{what} is for CPUs, not for {device}")
+
+
+def vectors(x: Tensor) -> Tensor:
+    """Return the tensor itself, or a copy that is contiguous and aligned to a SIMD vector."""
+    x = x.contiguous()
+    return x if x.data_ptr() % ALIGNMENT == 0 else x.clone(memory_format=torch.contiguous_format)

@@ -36,10 +36,10 @@ def _on_inner_tensors(function: Callable[..., R], arguments: tuple[Any, ...]) ->
     return function(*inside)
 
 
-def _routed(
+def plain(
     operator: Callable[..., R], run: Callable[..., R], record: Callable[..., R] | None = None
 ) -> Callable[..., R]:
-    """Call ``run`` where nobody watches operators, or ``record`` where gradients are recorded.
+    """Wrap an operator: where nobody watches, ``run``, or ``record`` while gradients are recorded.
 
     One function, because it stands before every kernel of a training step: each Python call there costs as
     much as a small kernel.
@@ -62,11 +62,6 @@ def _routed(
             return _on_inner_tensors(function, arguments)
 
     return call
-
-
-def plain(operator: Callable[..., R], run: Callable[..., R]) -> Callable[..., R]:
-    """Wrap an operator without a gradient: ``run``, with the same arguments, where nobody watches."""
-    return _routed(operator, run)
 
 
 class _Once(torch.autograd.Function):
@@ -127,4 +122,4 @@ def differentiable(
 
     # `torch.autograd.Function.apply` without its Python: there are no function transforms to look for, and
     # `_on_inner_tensors` looks after what they leave behind.
-    return _routed(operator, run, super(torch.autograd.Function, Direct).apply)
+    return plain(operator, run, super(torch.autograd.Function, Direct).apply)

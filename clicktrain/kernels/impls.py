@@ -1,7 +1,6 @@
 """Implementations of the operators that pruned layers call, behind one interface; free of their internals.
 
-The compiler, the benchmarks and the tests read what is registered here. They ask an implementation what it
-refuses, what it could run and where its activations lie; none of them knows how it is built.
+The compiler, the benchmarks and the tests read what is registered here; none of them knows how it is built.
 """
 
 from __future__ import annotations
@@ -29,17 +28,13 @@ class ConvProblem:
     """A convolution on a batch: hashable and JSON-able, it keys caches, names tests and bench rows.
 
     Attributes:
-        batch: images.
         channels, filters: of input and output, all groups together.
         kernel, image: rows and columns.
         stride, padding, dilation, groups: as in ``F.conv2d``, pairs spelled out.
-        dtype: of values and bias, as in ``torch.float32`` without ``torch.``.
-        activations: of the activations.
-        device: type of the device.
+        dtype, activations: dtypes of values and bias, and of activations, without ``torch.``.
         density: nonzero weights / all weights, to a hundredth.
         patterns: different patterns that its kernels have, at most `MOST_PATTERNS`.
         equal_filters: whether all filters have equally many values.
-        bias: whether there is one.
         input_grad: whether dgrad is computed.
         operator: key of `IMPLS`.
     """
@@ -134,11 +129,7 @@ class ConvProblem:
 
     @classmethod
     def from_json(cls, data: Mapping[str, Any]) -> ConvProblem:
-        """Inverse of `to_json`, after JSON.
-
-        Raises:
-            UserError: it has other keys.
-        """
+        """Inverse of `to_json`, after JSON; a UserError if it has other keys."""
         if set(data) != (known := {one.name for one in fields(cls)}):
             raise UserError(
                 f"a problem has the keys {', '.join(sorted(known))}, not {', '.join(sorted(data))}"
@@ -192,13 +183,9 @@ class Kernels:
 
 @dataclass(frozen=True, slots=True, eq=False)
 class Candidate:
-    """A kernel that could do one phase of one layer.
+    """A kernel that could do one phase of one layer, cut by a tiling of its implementation's own.
 
-    Attributes:
-        phase: what it computes.
-        tiling: how it cuts its work: a frozen dataclass of the implementation's own.
-        source: its C text.
-        run: (x, gy, values, bias) -> its result, in the layout of the implementation.
+    ``run`` maps (x, gy, values, bias) to its result, in the layout of the implementation.
     """
 
     phase: Phase

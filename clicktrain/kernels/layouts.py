@@ -11,9 +11,9 @@ from torch import Tensor
 from clicktrain.kernels.batch_norm2d import batch_norm_blocked
 from clicktrain.kernels.batch_norm2d import launch as batch_norm
 from clicktrain.kernels.blocked_layout import block_batch, unblock_batch
-from clicktrain.kernels.blocked_layout import codegen as conversion
-from clicktrain.kernels.max_pool2d import launch as max_pool
+from clicktrain.kernels.blocked_layout import ops as conversion
 from clicktrain.kernels.max_pool2d import max_pool_blocked
+from clicktrain.kernels.max_pool2d import ops as max_pool
 from clicktrain.kernels.native import needed_toolchain, toolchain
 
 

@@ -54,14 +54,10 @@ def pack_refusals(
 def pack_model_(model: nn.Module, masks: Mapping[str, Tensor], optimizers: Sequence[Optimizer] = ()) -> None:
     """Exchange layers for packed ones, in the model and in its optimizers.
 
-    What is outside a mask is dropped: weights, gradients and optimizer state. Whatever state an optimizer
-    keeps in the weight's shape is packed, scalars stay. Layers that are packed already, at the same
-    positions, stay. A wrapper that holds on to parameters (DistributedDataParallel) has to be rebuilt.
-
-    Args:
-        model: any module; only the layers named are exchanged.
-        masks: layer name -> bool, of the weight's shape, True = kept.
-        optimizers: all optimizers that hold the layers' weights.
+    What is outside a mask (layer name -> bool of the weight's shape, True = kept) is dropped: weights,
+    gradients and optimizer state. Whatever state an optimizer keeps in the weight's shape is packed, scalars
+    stay. Layers that are packed already, at the same positions, stay. A wrapper that holds on to parameters
+    (DistributedDataParallel) has to be rebuilt.
 
     Raises:
         UserError: a layer cannot be packed; names it, and nothing has been changed.
@@ -85,11 +81,7 @@ def pack_model_(model: nn.Module, masks: Mapping[str, Tensor], optimizers: Seque
 
 
 def unpack_model_(model: nn.Module, optimizers: Sequence[Optimizer] = ()) -> None:
-    """Inverse of `pack_model_`: plain layers with zeros in place, optimizer state likewise.
-
-    Raises:
-        UserError: an optimizer keeps state that cannot be unpacked; nothing has been changed.
-    """
+    """Inverse of `pack_model_`; a UserError, with nothing changed, if an optimizer state has no such form."""
     if isinstance(model, PackedLayer):
         raise UserError("the model itself is a packed layer: use unpack(model), which returns a new one")
     modules = {name: m for name, m in model.named_modules() if isinstance(m, PackedLayer)}

@@ -3,7 +3,7 @@
 ``fit``, ``evaluate`` and ``prepare`` are modules here, each with a function of its name.
 """
 
-from clicktrain.compiler.masked_latency import MaskedLatency
+from clicktrain.compiler import MaskedLatency
 from clicktrain.runs.folder import RunFolder
 from clicktrain.runs.lock import RunFolderInUse
 from clicktrain.train.checkpoint import DamagedCheckpoint

@@ -45,7 +45,7 @@ def with_pairs(fast: Accelerated, x: Tensor) -> Accelerated:
     plan = LoweringPlan.from_json(replace(fast.plan, choices=choices).to_json())
     tools = toolchain()
     assert tools is not None
-    slow = nullcontext() if tools.multiplies_pairs else pytest.warns(UserWarning, match="run, but slowly")
+    slow = nullcontext() if tools.simd.pairs else pytest.warns(UserWarning, match="run, but slowly")
     with slow:
         paired = accelerate(fast, x, plan=plan)
     assert isinstance(paired, Accelerated)

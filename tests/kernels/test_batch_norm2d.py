@@ -8,6 +8,7 @@ from typing import Any
 import pytest
 import torch
 import torch.nn.functional as F
+from slow_layout import unblock
 from torch import Tensor, nn
 
 from clicktrain.errors import UserError
@@ -20,7 +21,6 @@ from clicktrain.kernels.batch_norm2d import (
 )
 from clicktrain.kernels.blocked_layout import block_batch, unblock_batch
 from clicktrain.kernels.native import STORED_TYPES, compute_type, toolchain
-from clicktrain.kernels.sparse_conv2d.blocked.layout import unblock
 
 TOOLS = toolchain()
 OPERATORS = torch.ops.clicktrain

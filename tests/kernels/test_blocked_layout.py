@@ -3,12 +3,12 @@
 from __future__ import annotations
 
 import pytest
+import slow_layout as layout
 import torch
 
 from clicktrain.errors import UserError
-from clicktrain.kernels.blocked_layout import block_batch, launch, unblock_batch
+from clicktrain.kernels.blocked_layout import block_batch, ops, unblock_batch
 from clicktrain.kernels.native import STORED_TYPES, toolchain
-from clicktrain.kernels.sparse_conv2d.blocked import layout
 
 TOOLS = toolchain()
 OPERATORS = torch.ops.clicktrain
@@ -36,11 +36,11 @@ def test_there_and_back(shape: tuple[int, int, int, int], dtype: torch.dtype) ->
         expected = layout.block(images, LANES[dtype])
         # What is not written would show, and the filling has to be written too.
         blocked = torch.full_like(expected, float("nan"))
-        launch.block(images, LANES[dtype], out=blocked)
+        ops.block(images, LANES[dtype], out=blocked)
         assert torch.equal(blocked, expected)
         assert torch.equal(block_batch(images, LANES[dtype]), expected)
         back = torch.full(images.shape, float("nan"), dtype=dtype)
-        launch.unblock(blocked, n, out=back)
+        ops.unblock(blocked, n, out=back)
         assert torch.equal(back, images)
         assert torch.equal(unblock_batch(blocked, n), images)
         assert unblock_batch(blocked, n).is_contiguous()

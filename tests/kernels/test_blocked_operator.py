@@ -42,12 +42,12 @@ def test_operator_is_well_formed(stride: int) -> None:
     text = plan.to_json()
 
     def call(x: Tensor, values: Tensor, bias: Tensor) -> Tensor:
-        return sparse_conv2d_blocked(x, values, bias, list(tables.tensors), text)
+        return sparse_conv2d_blocked(x, values, bias, list(tables), text)
 
     torch.use_deterministic_algorithms(False)
     assert torch.autograd.gradcheck(call, (x, values, bias), fast_mode=True)
     results = torch.library.opcheck(
-        OPERATORS.sparse_conv2d_blocked.default, (x, values, bias, list(tables.tensors), text)
+        OPERATORS.sparse_conv2d_blocked.default, (x, values, bias, list(tables), text)
     )
     assert set(results.values()) == {"SUCCESS"}
 
@@ -57,7 +57,7 @@ def test_images_of_another_size_than_the_plan_is_for_are_refused() -> None:
     assert tools is not None
     structure = Structure.from_mask(torch.ones(4, 3, 3, 3, dtype=torch.bool))
     plan, tables = prepare(structure, ConvProblem.make(3, 4, (3, 3), (6, 6), padding=(1, 1)))
-    values, index, text = torch.ones(structure.values_shape), list(tables.tensors), plan.to_json()
+    values, index, text = torch.ones(structure.values_shape), list(tables), plan.to_json()
     x, gy = (torch.zeros(1, planes, 6, 6, tools.lanes(torch.float32)) for planes in (3, 4))
     small = x[:, :, :5, :5].contiguous()
     with pytest.raises(UserError, match=r"plan is for \[3, 6, 6\] \(C, H, W\), not for \[3, 5, 5\]"):
@@ -73,7 +73,7 @@ def test_images_of_another_size_than_the_plan_is_for_are_refused() -> None:
 def test_what_kernels_would_misread_is_refused() -> None:
     structure = Structure.from_mask(torch.ones(2, 2, 1, 1, dtype=torch.bool))
     plan, tables = prepare(structure, ConvProblem.make(2, 2, (1, 1), (3, 3)))
-    text, index = plan.to_json(), list(tables.tensors)
+    text, index = plan.to_json(), list(tables)
     tools = toolchain()
     assert tools is not None
     x, values = torch.randn(1, 2, 3, 3, tools.lanes(torch.float32)), torch.ones(2, 2)
@@ -106,7 +106,7 @@ def test_misaligned_input_is_copied_not_misread() -> None:
     lanes = tools.lanes(torch.float32)
     flat = torch.randn(1 + 2 * 9 * lanes)
     x = flat[1:].view(1, 2, 3, 3, lanes)
-    y = sparse_conv2d_blocked(x, torch.ones(2, 2), None, list(tables.tensors), plan.to_json())
+    y = sparse_conv2d_blocked(x, torch.ones(2, 2), None, list(tables), plan.to_json())
     assert torch.allclose(y[:, 0], x.sum(1))
 
 
@@ -114,7 +114,7 @@ class _Layer(torch.nn.Module):
     def __init__(self, structure: Structure, problem: ConvProblem) -> None:
         super().__init__()
         plan, tables = prepare(structure, problem)
-        self.plan, self.tables = plan.to_json(), list(tables.tensors)
+        self.plan, self.tables = plan.to_json(), list(tables)
         self.values = torch.nn.Parameter(torch.randn(structure.values_shape))
 
     def forward(self, x: Tensor) -> Tensor:
@@ -155,7 +155,7 @@ def test_other_weights_than_the_plan_is_for_are_refused(
     if code != "cache_blocked":
         tilings["wgrad"] = Tiling((1, 2), code=code)
     plan, tables = prepare(structure, ConvProblem.make(3, 4, (3, 3), (6, 6), padding=(1, 1)), 1, tilings)
-    index, text = list(tables.tensors), plan.to_json()
+    index, text = list(tables), plan.to_json()
     x, gy = (torch.zeros(1, planes, 6, 6, tools.lanes(torch.float32)) for planes in (3, 4))
     for count in (107, 109):
         for images in (1, 0):

@@ -15,8 +15,8 @@ import pytest
 import torch
 
 from clicktrain.kernels.batch_norm2d import launch as batch_norm
-from clicktrain.kernels.blocked_layout import codegen as blocked_layout
-from clicktrain.kernels.max_pool2d import launch as max_pool
+from clicktrain.kernels.blocked_layout import ops as blocked_layout
+from clicktrain.kernels.max_pool2d import ops as max_pool
 from clicktrain.kernels.native import STORED_TYPES, KernelError, build, compute_type, static_source, toolchain
 from clicktrain.kernels.native.source import expand
 from clicktrain.kernels.sparse_conv2d.blocked.codegen import source

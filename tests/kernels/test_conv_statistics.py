@@ -11,6 +11,7 @@ import pytest
 import torch
 import torch.nn.functional as F
 from hypothesis import given, settings
+from slow_layout import unblock
 from torch import Tensor, nn
 
 from clicktrain.errors import UserError
@@ -19,7 +20,6 @@ from clicktrain.kernels.batch_norm2d import batch_norm_blocked, launch
 from clicktrain.kernels.native import C_TYPES, STORED_TYPES, toolchain
 from clicktrain.kernels.sparse_conv2d.blocked.codegen import source
 from clicktrain.kernels.sparse_conv2d.blocked.launch import forward_statistics
-from clicktrain.kernels.sparse_conv2d.blocked.layout import unblock
 from clicktrain.kernels.sparse_conv2d.blocked.ops import sparse_conv2d_blocked_statistics
 from clicktrain.kernels.sparse_conv2d.blocked.prepared import prepare
 from clicktrain.kernels.sparse_conv2d.blocked.problem import ConvProblem, Tiling
@@ -71,7 +71,7 @@ class Layer:
         problem = ConvProblem.make(channels, filters, kernel, image, stride, padding)
         tilings: Mapping[Any, Tiling] = {} if tiling is None else {"forward": tiling}
         plan, tables = prepare(self.structure, problem, 1, tilings)
-        self.n, self.text, self.tables = n, plan.to_json(), list(tables.tensors)
+        self.n, self.text, self.tables = n, plan.to_json(), list(tables)
         self.x = torch.randn(n, channels, *image, generator=generator, dtype=torch.float64).to(dtype)
         weight = torch.randn(kept.shape, generator=generator, dtype=torch.float64).repeat_interleave(share, 0)
         self.values = pack_values(self.structure, weight).to(dtype)
@@ -215,7 +215,7 @@ def test_filters_without_weights_have_no_variance() -> None:
     plan, tables = prepare(structure, ConvProblem.make(2, 3, (3, 3), (4, 4)))
     x, bias = blocked(torch.randn(5, 2, 4, 4)), torch.tensor([0.0, 1.0, -2.0])
     values = torch.zeros(structure.values_shape)
-    _, mean, var = forward_statistics(x, values, bias, list(tables.tensors), plan.to_json(), 5)
+    _, mean, var = forward_statistics(x, values, bias, list(tables), plan.to_json(), 5)
     assert torch.equal(mean, bias)
     assert not var.any()
 
@@ -278,7 +278,7 @@ def test_every_element_of_the_norm_is_written(channels: int) -> None:
         for threads in (1, 2, 5):
             torch.set_num_threads(threads)
             y = torch.full_like(x, NAN)
-            launch.given(x, (mean, var, EPS), None, None, None, lanes + 1, False, out=y)
+            launch.given(x, mean, var, None, None, None, lanes + 1, EPS, False, out=y)
             torch.testing.assert_close(y, want, rtol=1e-5, atol=1e-5)
     finally:
         torch.set_num_threads(1)
@@ -353,4 +353,4 @@ def test_refusals() -> None:
         source("dgrad", problem, (), SETS, torch.float32, 8, sums=True)
     y, mean, var = layer.run()
     with pytest.raises(UserError, match=r"\[6\].*\[5\]"):
-        launch.given(y, (mean[:5], var, EPS), None, None, None, 3, False)
+        launch.given(y, mean[:5], var, None, None, None, 3, EPS, False)

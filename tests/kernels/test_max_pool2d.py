@@ -9,13 +9,13 @@ import pytest
 import torch
 import torch.nn.functional as F
 from hypothesis import given, settings
+from slow_layout import block, unblock
 from torch import Tensor
 
 from clicktrain.errors import UserError
-from clicktrain.kernels.max_pool2d import MOST_TAPS, Pooling, launch, max_pool_blocked
+from clicktrain.kernels.max_pool2d import MOST_TAPS, Pooling, max_pool_blocked, ops
 from clicktrain.kernels.max_pool2d.ops import max_pool2d_blocked
 from clicktrain.kernels.native import STORED_TYPES, toolchain
-from clicktrain.kernels.sparse_conv2d.blocked.layout import block, unblock
 
 TOOLS = toolchain()
 OPERATORS = torch.ops.clicktrain
@@ -180,8 +180,8 @@ def test_refusals() -> None:
     for images, pooling, message in cases:
         with pytest.raises(UserError, match=message):
             max_pool_blocked(images, pooling)
-    y, taps = launch.forward(x, Pooling(2).window(), False)
+    y, taps = ops.forward(x, Pooling(2).window(), False)
     with pytest.raises(UserError, match="taps are"):
-        launch.backward(y, taps[:, :1], (4, 4), Pooling(2).window())
+        ops.backward(y, taps[:, :1], (4, 4), Pooling(2).window())
     assert Pooling(11).fits()
     assert not Pooling(12).fits()

@@ -98,7 +98,7 @@ SANITIZED = """
 from dataclasses import replace
 import torch
 from clicktrain.formats.packed import Structure
-from clicktrain.kernels.max_pool2d import Pooling, launch as pool
+from clicktrain.kernels.max_pool2d import Pooling, ops as pool
 from clicktrain.kernels.sparse_conv2d.blocked import launch
 from clicktrain.kernels.sparse_conv2d.blocked.prepared import prepare, variants
 from clicktrain.kernels.sparse_conv2d.blocked.problem import ConvProblem, Tiling
@@ -137,7 +137,7 @@ for f, c, kernel, image, stride, padding, dilation, blocks, threads in cases:
         launch.wgrad(x, y, structure.values_shape, weight.tables, weight.plan)
     sweep = Tiling((2 * stride[0], 2 * stride[1]), (2, 1), code="cache_blocked", sources=2, results=4)
     plan, tables = prepare(structure, problem, 1, {"forward": sweep, "dgrad": sweep})
-    text, index = plan.to_json(), list(tables.tensors)
+    text, index = plan.to_json(), list(tables)
     y, _, _ = launch.forward_statistics(x, values, torch.randn(f), index, text, blocks * lanes - 3)
     launch.dgrad(y, values, index, text)
     if threads != 3:
@@ -150,7 +150,7 @@ for f, c, kernel, image, stride, padding, dilation, blocks, threads in cases:
             if v.tiling.code == code:
                 tilings[v.phase] = replace(v.tiling, pairs=code == "indexed" or v.phase == "wgrad")
         plan, tables = prepare(structure, problem, 1, tilings)
-        text, index = plan.to_json(), list(tables.tensors)
+        text, index = plan.to_json(), list(tables)
         y, _, _ = launch.forward_statistics(low, values, None, index, text, blocks * lanes - 3)
         launch.dgrad(y, values, index, text)
         launch.wgrad(low, y, structure.values_shape, index, text)
@@ -160,7 +160,7 @@ for code in ("unrolled", "cache_blocked", "indexed"):  # a layer that has no wei
     tilings = {phase: Tiling((2, 2), code=code) for phase in ("forward", "dgrad")}
     tilings["wgrad"] = Tiling((1, 2), code="indexed" if code == "indexed" else "unrolled")
     plan, tables = prepare(empty, ConvProblem.make(2, 3, (3, 3), (6, 5)), 1, tilings)
-    text, index = plan.to_json(), list(tables.tensors)
+    text, index = plan.to_json(), list(tables)
     x = torch.randn(1, 2, 6, 5, lanes)
     y = launch.forward(x, values, None, index, text)
     launch.dgrad(y, values, index, text)

@@ -136,7 +136,7 @@ for one in variants(structure, problem, dtype=torch.bfloat16):
         own, want = unpack_values(structure, own), dense.grad * (dense != 0)
     bound = 2**-8 * want.abs() + 1e-5 * want.abs().max()
     assert ((own.double() - want).abs() <= bound).all(), one
-print(json.dumps([tools.lanes(torch.float32), tools.multiplies_pairs, tried]))
+print(json.dumps([tools.lanes(torch.float32), tools.simd.pairs, tried]))
 """
 
 

@@ -13,12 +13,12 @@ import pytest
 import torch
 import torch.nn.functional as F
 from hypothesis import given, settings
+from slow_layout import block, unblock
 from torch import Tensor
 
 from clicktrain.formats.packed import Structure, pack_values, unpack_values
 from clicktrain.kernels.native import compute_type, toolchain
 from clicktrain.kernels.sparse_conv2d.blocked import launch
-from clicktrain.kernels.sparse_conv2d.blocked.layout import block, unblock
 from clicktrain.kernels.sparse_conv2d.blocked.ops import sparse_conv2d_blocked
 from clicktrain.kernels.sparse_conv2d.blocked.patterns.tables import NARROW
 from clicktrain.kernels.sparse_conv2d.blocked.prepared import prepare
@@ -83,7 +83,7 @@ def check(
     torch.set_num_threads(threads)
     try:
         y = sparse_conv2d_blocked(
-            block(own_x, lanes), values, own_offset if bias else None, list(tables.tensors), plan.to_json()
+            block(own_x, lanes), values, own_offset if bias else None, list(tables), plan.to_json()
         )
         unblock(y, n).backward(gy.to(dtype))
     finally:
@@ -188,7 +188,7 @@ def test_results_do_not_depend_on_threads(code: Any, n: int) -> None:
         tiling = replace(tiling, sources=3, results=2)
     structure, problem = Structure.from_mask(mask), ConvProblem.make(7, 10, (3, 3), (9, 8), padding=(1, 1))
     plan, tables = prepare(structure, problem, 1, {"forward": tiling, "dgrad": tiling})
-    values, index = torch.randn(structure.values_shape), list(tables.tensors)
+    values, index = torch.randn(structure.values_shape), list(tables)
     lanes = tools.lanes(torch.float32)
     x, gy = (block(torch.randn(n, planes, 9, 8), lanes).nan_to_num() for planes in (7, 10))
     y = launch.forward(x, values, None, index, plan.to_json())
@@ -208,20 +208,20 @@ _FEWER_THREADS = """
 import torch
 from clicktrain.formats.packed import Structure
 from clicktrain.kernels.sparse_conv2d.blocked import launch
-from clicktrain.kernels.sparse_conv2d.blocked.layout import block
+from clicktrain.kernels.blocked_layout import block_batch
 from clicktrain.kernels.sparse_conv2d.blocked.prepared import prepare
 from clicktrain.kernels.sparse_conv2d.blocked.problem import ConvProblem
 from clicktrain.kernels.native import toolchain
 
 structure = Structure.from_mask(torch.rand(4, 3, 3, 3) < 0.5)
 plan, tables = prepare(structure, ConvProblem.make(3, 4, (3, 3), (6, 6)))
-x = block(torch.randn(64, 3, 6, 6), toolchain().lanes(torch.float32))
+x = block_batch(torch.randn(64, 3, 6, 6), toolchain().lanes(torch.float32))
 values = torch.randn(structure.values_shape)
 torch.set_num_threads(1)
-want = launch.forward_statistics(x, values, None, list(tables.tensors), plan.to_json(), 64)
+want = launch.forward_statistics(x, values, None, list(tables), plan.to_json(), 64)
 torch.set_num_threads(4)
 for _ in range(3):
-    own = launch.forward_statistics(x, values, None, list(tables.tensors), plan.to_json(), 64)
+    own = launch.forward_statistics(x, values, None, list(tables), plan.to_json(), 64)
     assert torch.equal(own[0], want[0])
     torch.testing.assert_close(own[1:], want[1:])
 print("the same")
@@ -327,7 +327,7 @@ def test_pairs_are_as_many_as_the_rows_of_kernels_allow() -> None:
     tilings = dict.fromkeys(PHASES, Tiling((2, 4), code="indexed", pairs=True))
     problem = ConvProblem.make(3, 1, (3, 3), (5, 5), (1, 1), (1, 1))
     _, tables = prepare(Structure.from_mask(mask), problem, 1, tilings)
-    first = tables.tensors[2].view(-1, 2)  # of three taps in a row, of two, of two apart, of two
+    first = tables[2].view(-1, 2)  # of three taps in a row, of two, of two apart, of two
     assert first.tolist() == [[0, 1], [2, 9], [3, 4], [5, 9], [6, 9], [7, 8]]
 
 
@@ -354,7 +354,7 @@ def test_more_channels_than_two_bytes_can_tell_apart(channels: int) -> None:
         dict.fromkeys(PHASES, tiling),
     )
     assert plan.tiling("forward").code == "unrolled"
-    assert tables.tensors[1].itemsize == (2 if channels <= NARROW else 4)
+    assert tables[1].itemsize == (2 if channels <= NARROW else 4)
     check(mask, 3, (1, 2), tilings=dict.fromkeys(PHASES, tiling))
 
 
@@ -367,7 +367,7 @@ def test_no_images_no_weights() -> None:
     assert tools is not None
     x = torch.zeros(0, 3, 6, 6, tools.lanes(torch.float32), requires_grad=True)
     values = torch.ones(4, 27, requires_grad=True)
-    y = sparse_conv2d_blocked(x, values, None, list(tables.tensors), plan.to_json())
+    y = sparse_conv2d_blocked(x, values, None, list(tables), plan.to_json())
     y.sum().backward()
     assert y.shape[:4] == (0, 4, 4, 4)
     assert values.grad is not None
@@ -379,10 +379,10 @@ def test_the_index_has_a_number_for_each_kernel_where_its_weights_follow_each_ot
     kernels, weights = int(mask.flatten(2).any(2).sum()), int(mask.sum())
     tilings = sweeps((3, 4), (1, 2), (1, 1), 2, 3)
     _, tables = prepare(Structure.from_mask(mask), ConvProblem.make(6, 8, (3, 3), (9, 9)), 1, tilings)
-    assert [tables.tensors[i].numel() for i in (2, 5)] == [kernels, kernels]
+    assert [tables[i].numel() for i in (2, 5)] == [kernels, kernels]
     mask = torch.ones(8, 6, 3, 3, dtype=torch.bool)
     mask[0, 0, 0, 0] = False  # falls apart into sets that the tap_patterns has
     _, tables = prepare(Structure.from_mask(mask), ConvProblem.make(6, 8, (3, 3), (9, 9)), 1, tilings)
-    assert tables.tensors[2].numel() <= int(mask.sum())
+    assert tables[2].numel() <= int(mask.sum())
     check(mask, 5, (9, 9), padding=(1, 1), tilings=tilings)
     assert weights == 4 * kernels

@@ -9,10 +9,9 @@ import torch
 from torch import Tensor
 
 from clicktrain.errors import UserError
-from clicktrain.kernels.blocked_library import check_blocked, library_for
+from clicktrain.kernels.blocked_library import ALIGNMENT, check_blocked, library_for, vectors
 from clicktrain.kernels.native import Library, compute_type, static_source
 from clicktrain.kernels.native.library import call
-from clicktrain.kernels.sparse_conv2d.blocked.layout import ALIGNMENT, vectors
 
 WHAT = "blocked batch norm"
 """In messages."""
@@ -59,17 +58,18 @@ def forward(
 
 def given(
     x: Tensor,
-    statistics: tuple[Tensor, Tensor, float],
+    mean: Tensor,
+    var: Tensor,
     weight: Tensor | None,
     bias: Tensor | None,
     residual: Tensor | None,
     n: int,
+    eps: float,
     relu: bool,
     out: Tensor | None = None,
 ) -> Tensor:
-    """Batch norm with the mean, biased variance and eps given: y like ``x``."""
+    """Batch norm with the mean and biased variance given: y like ``x``."""
     y = x.new_empty(x.shape) if out is None else out
-    mean, var, eps = statistics
     library, sizes = _check(x, n, (residual,), (weight, bias, mean, var))
     (x, residual), (weight, bias, mean, var) = _readable((x, residual), (weight, bias, mean, var))
     threads = torch.get_num_threads()
@@ -112,9 +112,8 @@ def backward(
         y: the result if it went through a ReLU.
         weight: of batch norm, or the scale.
         statistics: mean, biased variance and eps of batch norm.
-        n: images.
+        n, out: as above.
         need_residual: also write ``gy`` where ``y`` is positive; only with ``y``, else that is ``gy``.
-        out: memory for the results.
     """
     if out is None:
         gr = gy.new_empty(gy.shape if need_residual and y is not None else 0)

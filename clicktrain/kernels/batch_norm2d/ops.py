@@ -14,8 +14,9 @@ from collections.abc import Sequence
 from typing import Any
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
+from clicktrain.errors import UserError
 from clicktrain.kernels.batch_norm2d import launch
 from clicktrain.kernels.direct import differentiable, plain
 
@@ -34,8 +35,7 @@ def batch_norm2d_blocked_op(
 
     Args:
         x: [B, C, H, W, V], float32, float64 or bfloat16, V the vector lanes of that type.
-        weight: [C], or None for ones; like all numbers per channel in the computed dtype.
-        bias: [C], or None for zeros.
+        weight, bias: [C], or None for ones and zeros.
         residual: like ``x``, or None.
         n: images in the batch.
         eps: what is added to the variance.
@@ -52,7 +52,8 @@ def _(x: Tensor, *_: object) -> tuple[Tensor, Tensor, Tensor]:
     return x.new_empty(x.shape), launch.per_channel(x), launch.per_channel(x)
 
 
-def _given(
+@torch.library.custom_op("clicktrain::batch_norm2d_blocked_given", mutates_args=())
+def batch_norm2d_blocked_given_op(
     x: Tensor,
     mean: Tensor,
     var: Tensor,
@@ -69,17 +70,7 @@ def _given(
     its gradient, and they have none themselves. Statistics that do not depend on ``x`` are a scaling by
     channel: `affine_relu_blocked`.
     """
-    return launch.given(x, (mean, var, eps), weight, bias, residual, n, relu)
-
-
-batch_norm2d_blocked_given_op = torch.library.custom_op(
-    "clicktrain::batch_norm2d_blocked_given", _given, mutates_args=()
-)
-
-
-@batch_norm2d_blocked_given_op.register_fake
-def _(x: Tensor, *_: object, **__: object) -> Tensor:
-    return x.new_empty(x.shape)
+    return launch.given(x, mean, var, weight, bias, residual, n, eps, relu)
 
 
 def _run_backward(
@@ -104,30 +95,20 @@ batch_norm2d_blocked_backward_op = torch.library.custom_op(
 batch_norm2d_blocked_backward = plain(batch_norm2d_blocked_backward_op, _run_backward)
 
 
-@batch_norm2d_blocked_backward_op.register_fake
-def _(gy: Tensor, *rest: object) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    return _like_gradients(gy, *rest[-2:])
-
-
 @torch.library.custom_op("clicktrain::affine_relu_blocked", mutates_args=())
 def affine_relu_blocked_op(
     x: Tensor, scale: Tensor, shift: Tensor, residual: Tensor | None, n: int, relu: bool
 ) -> Tensor:
-    """Batch norm with given statistics: ``relu?(x * scale + shift + residual)``.
+    """Batch norm with given statistics: ``relu?(x * scale + shift + residual)``, scale and shift [C].
 
-    Args:
-        x: [B, C, H, W, V], float32, float64 or bfloat16, V the vector lanes of that type.
-        scale: [C].
-        shift: [C].
-        residual: like ``x``, or None.
-        n: images in the batch; only gradients depend on it.
-        relu: whether negative results become zero.
+    Activations are as of `batch_norm2d_blocked`; only gradients depend on the ``n`` images.
     """
     return launch.affine(x, scale, shift, residual, n, relu)
 
 
+@batch_norm2d_blocked_given_op.register_fake
 @affine_relu_blocked_op.register_fake
-def _(x: Tensor, *_: object) -> Tensor:
+def _(x: Tensor, *_: object, **__: object) -> Tensor:
     return x.new_empty(x.shape)
 
 
@@ -144,12 +125,10 @@ affine_relu_blocked_backward_op = torch.library.custom_op(
 affine_relu_blocked_backward = plain(affine_relu_blocked_backward_op, _run_affine_backward)
 
 
+@batch_norm2d_blocked_backward_op.register_fake
 @affine_relu_blocked_backward_op.register_fake
 def _(gy: Tensor, *rest: object) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    return _like_gradients(gy, *rest[-2:])
-
-
-def _like_gradients(gy: Tensor, relu: object, need_residual: object) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    relu, need_residual = rest[-2:]
     gr = gy.new_empty(gy.shape if relu and need_residual else (0,))
     return gy.new_empty(gy.shape), launch.per_channel(gy), launch.per_channel(gy), gr
 
@@ -207,6 +186,80 @@ affine_relu_blocked_op.register_autograd(_affine_backward, setup_context=_save_a
 
 batch_norm2d_blocked = differentiable(batch_norm2d_blocked_op, launch.forward, _save, _backward)
 batch_norm2d_blocked_given = differentiable(
-    batch_norm2d_blocked_given_op, _given, _save_given, _given_backward
+    batch_norm2d_blocked_given_op, launch.given, _save_given, _given_backward
 )
 affine_relu_blocked = differentiable(affine_relu_blocked_op, launch.affine, _save_affine, _affine_backward)
+
+
+def batch_norm_blocked(
+    x: Tensor,
+    bn: nn.BatchNorm2d,
+    n: int,
+    residual: Tensor | None = None,
+    relu: bool = False,
+    statistics: tuple[Tensor, Tensor] | None = None,
+) -> Tensor:
+    """``relu?(bn(x) + residual)`` with the parameters, statistics and mode of ``bn``.
+
+    As ``bn`` itself would, this updates its running statistics in training mode. There has to be a compiler:
+    callers ask `clicktrain.kernels.native.toolchain` before they choose this layout.
+
+    Args:
+        x: [B, C, H, W, V], float32, float64 or bfloat16, V the vector lanes of that type; B = ceil(n / V).
+        bn: its parameters and statistics have the computed dtype, float32 for bfloat16 ``x``.
+        n: images in the batch; what else the last block holds is not counted.
+        residual: like ``x``, or None.
+        relu: whether negative results become zero.
+        statistics: mean and biased variance [C] of ``x``, if known; for a layer that `uses_batch_statistics`.
+
+    Raises:
+        UserError: another dtype or shape, or one number per channel in training mode.
+    """
+    y: Tensor
+    mean, var = bn.running_mean, bn.running_var
+    if bn.training or mean is None or var is None:  # as `uses_batch_statistics`
+        count = n * x.shape[2] * x.shape[3]
+        if count == 1:
+            raise UserError("batch norm in training mode needs more than one number per channel")
+        if statistics is None:
+            y, batch_mean, batch_var = batch_norm2d_blocked(x, bn.weight, bn.bias, residual, n, bn.eps, relu)
+        else:
+            batch_mean, batch_var = statistics
+            y = batch_norm2d_blocked_given(x, *statistics, bn.weight, bn.bias, residual, n, bn.eps, relu)
+        if bn.training and bn.track_running_stats:
+            update_running_stats(bn, batch_mean, batch_var, count)
+        return y
+    if not torch.is_grad_enabled():
+        # What they depend on matters to gradients only, and one pass needs no tensors of its own.
+        y = batch_norm2d_blocked_given(x, mean, var, bn.weight, bn.bias, residual, n, bn.eps, relu)
+        return y
+    scale = torch.rsqrt(var + bn.eps)
+    if bn.weight is not None:
+        scale = scale * bn.weight
+    shift = -mean * scale
+    if bn.bias is not None:
+        shift = shift + bn.bias
+    y = affine_relu_blocked(x, scale, shift, residual, n, relu)
+    return y
+
+
+def uses_batch_statistics(bn: nn.BatchNorm2d) -> bool:
+    """Whether the layer, in its mode, takes mean and variance of the batch and not the running ones."""
+    return bn.training or bn.running_mean is None or bn.running_var is None
+
+
+@torch.no_grad()
+def update_running_stats(bn: nn.BatchNorm2d, mean: Tensor, var: Tensor, count: int) -> None:
+    """One step of the running mean, variance and number of batches, as ``nn.BatchNorm2d`` makes it.
+
+    ``mean`` and the biased ``var`` [C] are of ``count`` numbers per channel; the unbiased one is kept.
+    """
+    share: float | Tensor = 0.0 if bn.momentum is None else bn.momentum
+    if bn.num_batches_tracked is not None:
+        bn.num_batches_tracked.add_(1)
+        if bn.momentum is None:
+            # A tensor: to read the number here would break a compiled graph in two.
+            share = 1.0 / bn.num_batches_tracked.to(mean.dtype)
+    for running, new in ((bn.running_mean, mean), (bn.running_var, var * (count / (count - 1)))):
+        if running is not None:
+            running.mul_(1 - share).add_(new * share)

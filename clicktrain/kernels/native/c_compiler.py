@@ -12,13 +12,19 @@ from pathlib import Path
 
 import torch
 
-from clicktrain.kernels.native.command import compile_seconds, run_limited
+from clicktrain.kernels.native.command import (
+    SELF_TEST,
+    Finished,
+    compile_seconds,
+    run_limited,
+    why_unfit,
+    with_identity,
+)
 from clicktrain.kernels.native.failure import KernelError
 from clicktrain.kernels.native.folder import cache_folder, is_full, unwritable, work_folder
 from clicktrain.kernels.native.sealed import key_of
 from clicktrain.kernels.native.simd import Simd, native_simd, requested_simd
 from clicktrain.kernels.native.source import compute_type
-from clicktrain.kernels.native.trial import SELF_TEST, why_unfit, with_identity
 
 _FLAGS = ("-std=gnu11", "-O2", "-fPIC", "-shared", "-fno-math-errno", "-ffp-contract=fast")
 _TUNE = (("-march=native",), ("-mcpu=native",), ())
@@ -33,7 +39,6 @@ class Toolchain:
     """A C compiler that has been tried on this machine.
 
     Attributes:
-        compiler: path of the executable.
         version: the first line of what it says of itself.
         flags: what every library is built with.
         isa: macros of the processor's vector instructions that the compiler will use, e.g. ``__AVX2__``.
@@ -51,16 +56,6 @@ class Toolchain:
     arguments: tuple[str, ...] = ()
 
     @property
-    def registers(self) -> int:
-        """Vector registers that code can use."""
-        return self.simd.registers
-
-    @property
-    def multiplies_pairs(self) -> bool:
-        """Whether pairs of bfloat16 numbers are multiplied in whole registers (``vdpbf16ps``)."""
-        return self.simd.pairs
-
-    @property
     def identity(self) -> tuple[str, ...]:
         """All that decides which kernels are built, and how fast they are: part of the keys of caches."""
         program = os.path.realpath(self.compiler)
@@ -74,6 +69,26 @@ class Toolchain:
     def command(self, source: Path, product: Path) -> list[str]:
         """What builds a library of a text."""
         return [self.compiler, *self.arguments, *self.flags, str(source), "-o", str(product), "-lm"]
+
+    def build(self, source: str, key: str, work: Path, self_test: bool = False) -> tuple[Path, Finished, str]:
+        """Compile a text and load the library in another process.
+
+        Returns:
+            The library, how the compiler ended, and what is wrong with the library, as a predicate.
+        """
+        name = "try" if self_test else "kernel"
+        text, product = work / f"{name}.c", work / f"{name}.so"
+        try:
+            text.write_text(with_identity(source, key), encoding="utf-8")
+        except OSError as error:
+            raise unwritable(work.parent, error) from error
+        done, why = run_limited(self.command(text, product), compile_seconds(), work), ""
+        if done.problem and not done.hung and is_full(work, done.output):
+            raise unwritable(work.parent)
+        if not done.problem:
+            exists = product.is_file()
+            why = why_unfit(product, key, work, self_test) if exists else "writes no library"
+        return product, done, why
 
     def lanes(self, dtype: torch.dtype) -> int:
         """V: images that lie side by side where activations are kept in that type.
@@ -158,20 +173,11 @@ def _try(compiler: str, arguments: Sequence[str], folder: Path) -> Toolchain | s
 
 def _why_unusable(tools: Toolchain, work: Path) -> tuple[str, bool]:
     """What is wrong with a compiler and its flags, as a predicate, and whether it hung."""
-    source, product = work / "try.c", work / "try.so"
-    try:
-        source.write_text(with_identity(SELF_TEST, _SELF_TEST_KEY))
-    except OSError as error:
-        raise unwritable(work.parent, error) from error
-    done = run_limited(tools.command(source, product), compile_seconds(), work)
-    if done.problem and not done.hung and is_full(work, done.output):
-        raise unwritable(work.parent)
-    if done.problem:
-        said = first_error(done.output).replace(f"{work}/", "")
-        return f"{done.problem}{f' ({said})' if said else ''}", done.hung
-    if not product.is_file():
-        return "writes no library", False
-    return why_unfit(product, _SELF_TEST_KEY, work, self_test=True), False
+    _, done, why = tools.build(SELF_TEST, _SELF_TEST_KEY, work, self_test=True)
+    if not done.problem:
+        return why, False
+    said = first_error(done.output).replace(f"{work}/", "")
+    return f"{done.problem}{f' ({said})' if said else ''}", done.hung
 
 
 def first_error(output: str) -> str:
@@ -181,13 +187,15 @@ def first_error(output: str) -> str:
 
 
 def _macros(tools: Toolchain, flags: Sequence[str], work: Path) -> frozenset[str]:
-    command = [tools.compiler, *tools.arguments, *flags, "-dM", "-E", "-x", "c", os.devnull]
-    text = run_limited(command, compile_seconds(), work).output
+    text = _output(tools, work, *flags, "-dM", "-E", "-x", "c", os.devnull)
     words = [line.split() for line in text.splitlines() if line.startswith("#define ")]
     return frozenset(line[1] for line in words if len(line) > 1)
 
 
 def _version(tools: Toolchain, work: Path) -> str:
-    command = [tools.compiler, *tools.arguments, "--version"]
-    text = run_limited(command, compile_seconds(), work).output.strip()
+    text = _output(tools, work, "--version").strip()
     return text.splitlines()[0][:200] if text else tools.compiler
+
+
+def _output(tools: Toolchain, work: Path, *flags: str) -> str:
+    return run_limited([tools.compiler, *tools.arguments, *flags], compile_seconds(), work).output

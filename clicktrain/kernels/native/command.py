@@ -1,4 +1,4 @@
-"""Running a compiler that may hang, print without end, be killed, or not be there at all."""
+"""Running a compiler that may hang or be killed, and loading its library in another process first."""
 
 from __future__ import annotations
 
@@ -8,12 +8,14 @@ import os
 import select
 import signal
 import subprocess
+import sys
 import time
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
 from clicktrain.errors import UserError
+from clicktrain.kernels.native.source import read_static
 
 SECONDS = 120.0
 """Time limit of one compilation, unless ``CLICKTRAIN_COMPILE_SECONDS`` says otherwise."""
@@ -24,13 +26,10 @@ _POLL_SECONDS = 0.2
 
 @dataclass(frozen=True, slots=True)
 class Finished:
-    """How a command ended.
+    """How a command ended: its output, standard output and error together.
 
-    Attributes:
-        output: what it printed, standard output and error together.
-        problem: what went wrong, to be put behind the program's name; empty if it ended with code 0.
-        hung: whether it was stopped because it did not end by itself.
-        code: its exit code; None if it never started or was stopped.
+    ``problem`` is what went wrong, to be put behind the program's name, empty if it ended with code 0;
+    ``hung`` whether it had to be stopped; ``code`` is None if it never started or was stopped.
     """
 
     output: str
@@ -40,11 +39,7 @@ class Finished:
 
 
 def compile_seconds() -> float:
-    """Seconds that one compilation may take.
-
-    Raises:
-        UserError: ``CLICKTRAIN_COMPILE_SECONDS`` is no number above 0.
-    """
+    """Time limit of one compilation; a UserError if ``CLICKTRAIN_COMPILE_SECONDS`` is no number above 0."""
     text = os.environ.get("CLICKTRAIN_COMPILE_SECONDS", "").strip()
     if not text:
         return SECONDS
@@ -131,3 +126,55 @@ def _stop(process: subprocess.Popen[bytes]) -> None:
         process.wait()
     if process.stdout is not None:
         process.stdout.close()
+
+
+IDENTITY = "clicktrain_identity"
+_TRIAL_SECONDS = 60.0
+_WRONG = 3
+
+SELF_TEST = read_static("kernels/native/self_test.c")
+
+_SCRIPT = f"""
+import ctypes, sys
+library = ctypes.CDLL(sys.argv[1])
+if library.{IDENTITY}() != int(sys.argv[2]):
+    sys.exit({_WRONG})
+if len(sys.argv) > 3:
+    n = 5
+    numbers = range(16 * n)
+    x, y = (ctypes.c_float * len(numbers))(*numbers), (ctypes.c_float * len(numbers))()
+    run = library.clicktrain_self_test
+    run.argtypes = [ctypes.c_void_p, ctypes.c_void_p, ctypes.c_int64, ctypes.c_int64]
+    run.restype = ctypes.c_int64
+    expected = [float(i * i + 3) for i in numbers]
+    if run(x, y, n, 2) != sum(expected) or list(y) != expected:
+        sys.exit({_WRONG})
+"""
+
+
+def identity_of(key: str) -> int:
+    """The number that a library of that key returns to prove its source."""
+    return int(key[:7], 16)
+
+
+def with_identity(source: str, key: str) -> str:
+    """The text of a kernel and of a function that returns `identity_of` its key."""
+    return f"{source}\nint {IDENTITY}(void) {{ return {identity_of(key)}; }}\n"
+
+
+def why_unfit(library: Path, key: str, folder: Path, self_test: bool = False) -> str:
+    """Load a library in another process, perhaps run `SELF_TEST` there: what is wrong, as a predicate."""
+    if not sys.executable:  # a program that embeds Python
+        return ""
+    command = [sys.executable, "-I", "-S", "-c", _SCRIPT, str(library), str(identity_of(key))]
+    done = run_limited([*command, *(["test"] if self_test else [])], _TRIAL_SECONDS, folder, inside=True)
+    if done.hung:
+        return "makes a library that hangs"
+    if done.code == _WRONG:
+        return "makes a library that computes nonsense"
+    if done.code is not None and done.code < 0:
+        return f"makes a library that crashes ({done.problem.removeprefix('was killed by ')})"
+    if done.problem:
+        lines = done.output.replace(f"{folder}/", "").strip().splitlines()
+        return f"makes a library that cannot be loaded ({lines[-1][:300] if lines else done.problem})"
+    return ""

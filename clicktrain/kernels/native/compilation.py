@@ -5,15 +5,14 @@ from __future__ import annotations
 import contextlib
 import threading
 import time
+from collections.abc import Iterator
 from pathlib import Path
 
 from clicktrain.errors import UserError
 from clicktrain.formats.atomic import write_text_atomic
 from clicktrain.kernels.native.c_compiler import Toolchain, first_error
-from clicktrain.kernels.native.command import Finished, compile_seconds, run_limited
+from clicktrain.kernels.native.command import Finished, compile_seconds, with_identity
 from clicktrain.kernels.native.failure import KernelError
-from clicktrain.kernels.native.folder import is_full, unwritable
-from clicktrain.kernels.native.trial import why_unfit, with_identity
 
 _OTHER = "name another compiler in CC"
 
@@ -25,35 +24,15 @@ def compile_kernel(source: str, key: str, tools: Toolchain, work: Path) -> Path:
         KernelError: the compiler refuses the source, hangs, is killed, finds no space, makes a library that
             cannot be loaded; or it has failed for so long that it is not tried again.
     """
-    _PATIENCE.check()
-    start = time.monotonic()
-    try:
-        product = _compile(source, key, tools, work)
-    except KernelError as error:
-        _PATIENCE.failed(error, time.monotonic() - start)
-        raise
-    _PATIENCE.succeeded()
-    return product
-
-
-def _compile(source: str, key: str, tools: Toolchain, work: Path) -> Path:
-    text, product = work / "kernel.c", work / "kernel.so"
-    try:
-        text.write_text(with_identity(source, key), encoding="utf-8")
-    except OSError as error:
-        raise unwritable(work.parent, error) from error
-    done = run_limited(tools.command(text, product), compile_seconds(), work)
-    if done.problem and not done.hung and is_full(work, done.output):
-        raise unwritable(work.parent)
-    if done.problem:
-        message = _failure(done, tools.name, work)
-    else:
-        why = why_unfit(product, key, work) if product.is_file() else "writes no library"
-        if not why:
+    with _PATIENCE.counting():
+        product, done, why = tools.build(source, key, work)
+        if not done.problem and not why:
             return product
         message = f"for a generated kernel, {tools.name} {why}: {_OTHER}"
-    kept = keep_source(work.parent, source, key)
-    raise KernelError(f"{message}; its source is {kept}" if kept else message, done.output)
+        if done.problem:
+            message = _failure(done, tools.name, work)
+        kept = keep_source(work.parent, source, key)
+        raise KernelError(f"{message}; its source is {kept}" if kept else message, done.output)
 
 
 def keep_source(folder: Path, source: str, key: str) -> Path | None:
@@ -92,16 +71,18 @@ class _Patience:
         self._wasted = 0.0
         self._last = ""
 
-    def check(self) -> None:
+    @contextlib.contextmanager
+    def counting(self) -> Iterator[None]:
         if self._wasted >= compile_seconds():
             raise KernelError(self._last)
-
-    def failed(self, error: KernelError, seconds: float) -> None:
-        with self._lock:
-            self._wasted += seconds
-            self._last = str(error)
-
-    def succeeded(self) -> None:
+        start = time.monotonic()
+        try:
+            yield
+        except KernelError as error:
+            with self._lock:
+                self._wasted += time.monotonic() - start
+                self._last = str(error)
+            raise
         with self._lock:
             self._wasted = 0.0
 

@@ -12,8 +12,7 @@ from clicktrain.errors import UserError
 class KernelError(UserError, RuntimeError):
     """A generated kernel cannot be built or loaded here: one sentence, with the cause and what would help.
 
-    Attributes:
-        output: everything that the compiler printed, for who debugs a kernel.
+    ``output`` is everything that the compiler printed, for who debugs a kernel.
     """
 
     def __init__(self, message: str, output: str = "") -> None:

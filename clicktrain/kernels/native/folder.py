@@ -37,19 +37,8 @@ _LEAST_SPACE = 1 << 20
 """Free bytes below which a compiler that failed did so for want of space."""
 _FULL = {errno.ENOSPC, errno.EDQUOT, errno.EFBIG}
 _HELP = "set CLICKTRAIN_KERNEL_CACHE to a folder of your own, on a disk with space that may run programs"
-
-
 _notice: list[str] = []
 """Until `take_notice` takes it."""
-
-
-def cache_folder() -> Path:
-    """The folder of libraries; made for its owner only, since libraries are executed.
-
-    Raises:
-        KernelError: neither the cache nor a temporary folder can be used.
-    """
-    return _choose()
 
 
 def take_notice() -> str:
@@ -62,11 +51,7 @@ def take_notice() -> str:
 
 @contextlib.contextmanager
 def work_folder(parent: Path) -> Iterator[Path]:
-    """A folder for what is being built; removed at the end, or by another process if this one is killed.
-
-    Raises:
-        KernelError: it cannot be made.
-    """
+    """A folder for what is being built; removed at the end, or by another process if this one is killed."""
     try:
         folder = Path(tempfile.mkdtemp(prefix=_BUILD, dir=parent))
     except OSError as error:
@@ -121,9 +106,10 @@ def remove_abandoned(folder: Path) -> None:
     for path in _entries(folder):
         if path.name.startswith(_BUILD) and _is_abandoned(path):
             shutil.rmtree(path, ignore_errors=True)
-        elif path.name.startswith(".") and path.suffix == ".tmp" and _age(path) > _DAY:
+        elif path.name.startswith(".") and path.suffix == ".tmp":
             with contextlib.suppress(OSError):
-                path.unlink()
+                if time.time() - path.lstat().st_mtime > _DAY:
+                    path.unlink()
     with contextlib.suppress(OSError):
         for path in _entries(Path(tempfile.gettempdir())):
             if path.name.startswith(_TEMPORARY) and _is_abandoned(path):
@@ -154,7 +140,8 @@ def remove_unused(folder: Path, days: float = KEEP_DAYS, most: int = KEEP_BYTES)
 
 
 @functools.cache
-def _choose() -> Path:
+def cache_folder() -> Path:
+    """The folder of libraries, made for its owner only, since they are executed; KernelError without any."""
     wanted = user_cache("kernels", "CLICKTRAIN_KERNEL_CACHE")
     why = "has no place without a home folder" if wanted is None else why_unusable(wanted)
     if wanted is not None and not why:
@@ -247,13 +234,6 @@ def _is_abandoned(folder: Path) -> bool:
     finally:
         os.close(descriptor)
     return True
-
-
-def _age(path: Path) -> float:
-    try:
-        return time.time() - path.lstat().st_mtime
-    except OSError:
-        return 0.0
 
 
 def _entries(folder: Path) -> list[Path]:

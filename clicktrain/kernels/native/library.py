@@ -13,8 +13,9 @@ from typing import Any
 from torch import Tensor
 
 from clicktrain.errors import UserError
-from clicktrain.kernels.native import sealed, trial
+from clicktrain.kernels.native import sealed
 from clicktrain.kernels.native.c_compiler import Toolchain, needed_toolchain
+from clicktrain.kernels.native.command import IDENTITY, identity_of
 from clicktrain.kernels.native.compilation import compile_kernel, keep_source
 from clicktrain.kernels.native.failure import KernelError, report_failure
 from clicktrain.kernels.native.folder import cache_folder, mark_used, tidy, unwritable, work_folder
@@ -24,14 +25,11 @@ Library = ctypes.CDLL
 
 
 def build(source: str, tools: Toolchain | None = None) -> Path:
-    """Compile C text into a shared library, or find it in the cache.
+    """Compile C text into a shared library, or find it in the cache; returns its path.
 
     Its name has the hash of the text and of `Toolchain.identity`, and its own length and hash: see `sealed`.
-    What is found is compared with its name, what is compiled has been loaded by another process first.
+    What the cache has is compared with its name, what is compiled has been loaded by another process first.
     ``CLICKTRAIN_KEEP_SOURCE=1`` keeps the text beside it, as ``KEY.c``.
-
-    Returns:
-        The library's path.
 
     Raises:
         KernelError: there is no compiler, it fails on this text, or the library cannot be kept.
@@ -94,18 +92,14 @@ def _build_all(sources: Iterable[str]) -> dict[str, KernelError]:
 
 @functools.cache
 def load(source: str) -> Library:
-    """Build and load; the same library object for the same text within a process.
-
-    Raises:
-        KernelError: as `build`, or what was built cannot be loaded.
-    """
+    """Build and load, as `build`; the same library object for the same text within a process."""
     tools = needed_toolchain()
     why = ""
     for _ in range(2):  # another process may remove a library that it finds damaged or unused
         path = build(source, tools)
         try:
             library = Library(str(path))
-            if getattr(library, trial.IDENTITY)() == trial.identity_of(_key(source, tools)):
+            if getattr(library, IDENTITY)() == identity_of(_key(source, tools)):
                 return library
             why = "it is another kernel's"
         except (OSError, AttributeError) as error:

@@ -25,11 +25,7 @@ def key_of(*texts: str) -> str:
 
 
 def store(product: Path, folder: Path, key: str) -> Path:
-    """Move a library of the same file system into a folder under its key, once it is on the disk.
-
-    Raises:
-        OSError: what the file system refuses.
-    """
+    """Move a library of the same file system into a folder under its key, once it is on the disk."""
     with open(product, "rb") as file:
         os.fsync(file.fileno())
         data = file.read()

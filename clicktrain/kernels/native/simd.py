@@ -22,10 +22,7 @@ _PAIRS = {"0": False, "1": True}
 class Simd:
     """What generators, and the rules that choose among kernels, ask of a processor.
 
-    Attributes:
-        vector_bytes: width of one vector.
-        registers: vector registers that code can use.
-        pairs: whether an instruction multiplies pairs of bfloat16 numbers in whole vectors.
+    ``pairs``: whether an instruction multiplies pairs of bfloat16 numbers in whole vectors.
     """
 
     vector_bytes: int

@@ -41,10 +41,7 @@ def sparse_conv2d(
         values: kept weights, shape ``structure.values_shape``, as `pack_values` gives them.
         structure: positions of the kept weights in [F, C, R, S].
         bias: [F] or None.
-        stride: int or (rows, columns), as in ``F.conv2d``.
-        padding: int, (rows, columns), ``"valid"``, or ``"same"`` (stride 1 only).
-        dilation: int or (rows, columns).
-        groups: blocked connections; F is a multiple of it.
+        stride, padding, dilation, groups: as in ``F.conv2d``; padding ``"same"`` wants stride 1.
         impl: key of `IMPLS`. There is no fallback: what an implementation cannot do it refuses.
 
     Returns:

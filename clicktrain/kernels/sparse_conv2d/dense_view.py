@@ -33,11 +33,9 @@ class DenseView(Tensor):
         return None if self.dense_gradient is None else self.dense_gradient()
 
     def __deepcopy__(self, memo: dict[int, Any]) -> Tensor:
-        """A plain tensor."""
         return _plain(self).clone()
 
     def __reduce_ex__(self, protocol: Any) -> Any:
-        """Saved as a plain tensor."""
         return _plain(self).__reduce_ex__(protocol)  # type: ignore[no-untyped-call]
 
     @classmethod

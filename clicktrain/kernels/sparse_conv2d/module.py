@@ -43,11 +43,6 @@ class PackedConv2d(PackedLayer):
         groups: int = 1,
         impl: str = "reference",
     ) -> None:
-        """Take tensors over; those that are Parameters stay the same objects.
-
-        Raises:
-            ValueError: values and structure do not fit, or there is no such implementation.
-        """
         super().__init__(structure, values, bias, impl)
         self.out_channels = structure.shape[0]
         self.in_channels = structure.shape[1] * groups
@@ -151,22 +146,19 @@ class PackedConv1d(_PackedConvNd):
         """A convolution on images of one row: see `PackedLayer.as_conv2d`."""
         if len(shape) != 3:
             return None
-        padding = self.padding if isinstance(self.padding, str) else (0, self.padding[0])
-        twin = PackedConv2d(
-            self.structure.as_conv2d(), self.values, self.bias, stride=(1, self.stride[0]),
-            padding=padding, dilation=(1, self.dilation[0]), groups=self.groups,
-        )  # fmt: skip
+        twin = PackedConv2d(self.structure.as_conv2d(), self.values, self.bias, **self._of_one_row())
         return twin, (shape[0], shape[1], 1, shape[2])
+
+    def _of_one_row(self) -> dict[str, Any]:
+        padding = self.padding if isinstance(self.padding, str) else (0, self.padding[0])
+        stride, dilation = (1, self.stride[0]), (1, self.dilation[0])
+        return {"stride": stride, "padding": padding, "dilation": dilation, "groups": self.groups}
 
     def _compute(self, x: Tensor) -> Tensor:
         if self.impl == "reference":
             return super()._compute(x)
-        padding = self.padding if isinstance(self.padding, str) else (0, self.padding[0])
-        y = self._run(
-            x.unsqueeze(-2), self.values, self.structure.as_conv2d(), self.bias,
-            (1, self.stride[0]), padding, (1, self.dilation[0]), self.groups,
-        )  # fmt: skip
-        return y.squeeze(-2)
+        images, structure = x.unsqueeze(-2), self.structure.as_conv2d()
+        return self._run(images, self.values, structure, self.bias, *self._of_one_row().values()).squeeze(-2)
 
 
 class PackedConv3d(_PackedConvNd):
@@ -187,16 +179,8 @@ class _PackedConvTranspose(_PackedConvNd):
         settings: dict[str, Any] = {key: getattr(self, key) for key in self.settings}
         if output_size is not None:
             like: Any = self  # it reads nothing of it once there is a size
-            settings["output_padding"] = _ConvTransposeNd._output_padding(
-                like,
-                x,
-                output_size,
-                like.stride,
-                like.padding,
-                like.kernel_size,
-                len(self.stride),
-                like.dilation,
-            )
+            sizes = like.stride, like.padding, like.kernel_size, len(self.stride), like.dilation
+            settings["output_padding"] = _ConvTransposeNd._output_padding(like, x, output_size, *sizes)
         return type(self).function(x, self.dense_weight(), self.bias, **settings)
 
 

@@ -19,16 +19,7 @@ from clicktrain.kernels.native.failure import KernelError
 from clicktrain.kernels.sparse_conv2d.api import implementation
 from clicktrain.kernels.sparse_conv2d.dense_view import READ_ONLY, DenseView
 
-_HOOKS = (
-    "_forward_hooks",
-    "_forward_hooks_with_kwargs",
-    "_forward_hooks_always_called",
-    "_forward_pre_hooks",
-    "_forward_pre_hooks_with_kwargs",
-    "_backward_hooks",
-    "_backward_pre_hooks",
-    "_is_full_backward_hook",
-)
+_HOOKS = [name for name in vars(nn.Module()) if "hook" in name and "state_dict" not in name]
 
 P = TypeVar("P", bound="PackedLayer")
 
@@ -61,17 +52,11 @@ class PackedLayer(nn.Module):
     _otherwise: str | None = None
 
     def __init_subclass__(cls, **arguments: Any) -> None:
-        """Register the packed form of a dense layer."""
         super().__init_subclass__(**arguments)
         if "dense" in cls.__dict__:
             PACKED_FORMS[cls.dense] = cls
 
     def __init__(self, structure: Structure, values: Tensor, bias: Tensor | None, impl: str) -> None:
-        """Take tensors over; those that are Parameters stay the same objects.
-
-        Raises:
-            ValueError: values and structure do not fit, or there is no such implementation.
-        """
         super().__init__()
         if tuple(values.shape) != structure.values_shape:
             raise ValueError(f"values have to be {structure.values_shape}, got {tuple(values.shape)}")
@@ -83,18 +68,13 @@ class PackedLayer(nn.Module):
 
     @classmethod
     def from_dense(cls: type[P], layer: nn.Module, mask: Tensor, name: str = "the layer") -> P:
-        """Pack a layer; what its weight has outside the mask is left out.
+        """Pack a layer; what its weight has outside the mask (bool of its shape, True = kept) is left out.
 
         Bias, hooks (their handles go on working), ``requires_grad``, dtype, device and mode are taken over,
         the gradient is packed if there is one; the dense layer is not to be used any more.
 
-        Args:
-            layer: the dense layer.
-            mask: bool, of its weight's shape, True = kept.
-            name: of the layer, for messages.
-
         Raises:
-            UserError: the layer cannot be packed, or the mask does not fit.
+            UserError: the layer, ``name`` in messages, cannot be packed, or the mask does not fit.
         """
         reason = refusal(layer) or mask_refusal(layer, mask)
         if reason is None and packed_form(layer) is not cls:
@@ -155,21 +135,15 @@ class PackedLayer(nn.Module):
         return unpack_values(self.structure, self.values)
 
     def __setattr__(self, name: str, value: Any) -> None:
-        """As in any module; ``weight`` cannot be set."""
         if name == "weight":
             raise UserError(READ_ONLY)
         super().__setattr__(name, value)
 
     def use(self, impl: str, otherwise: str | None = None) -> None:
-        """Choose the implementation that `forward` calls from now on.
+        """Choose the implementation that `forward` calls from now on; ValueError if there is none.
 
-        Args:
-            impl: "reference" (unpack, then compute densely), or another one that this layer has.
-            otherwise: the one to continue with, after a warning, once a kernel of the first cannot be built;
-                without one the KernelError is raised.
-
-        Raises:
-            ValueError: there is no such implementation.
+        ``otherwise`` is the one to continue with, after a warning, once a kernel of the first cannot be
+        built; without one the KernelError is raised.
         """
         if self.runs_as_conv2d:
             self._run = implementation(impl).run

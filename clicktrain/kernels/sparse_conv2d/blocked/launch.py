@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import functools
+import math
 import threading
 from collections.abc import Sequence
 
@@ -10,15 +11,14 @@ import torch
 from torch import Tensor
 
 from clicktrain.errors import UserError
-from clicktrain.kernels.blocked_library import check_dtype
+from clicktrain.kernels.blocked_library import ALIGNMENT, check_dtype, vectors
 from clicktrain.kernels.native import compute_type, load, needed_toolchain
 from clicktrain.kernels.native.library import call
 from clicktrain.kernels.native.memory import STREAM_BYTES
 from clicktrain.kernels.sparse_conv2d.blocked.codegen import scratch_vectors, source
-from clicktrain.kernels.sparse_conv2d.blocked.layout import ALIGNMENT, vectors
 from clicktrain.kernels.sparse_conv2d.blocked.prepared import ConvPlan
 from clicktrain.kernels.sparse_conv2d.blocked.problem import PHASES, ConvProblem, Phase, Tiling
-from clicktrain.kernels.sparse_conv2d.blocked.shared.schedule import ordered_vectors, statistics_bytes
+from clicktrain.kernels.sparse_conv2d.blocked.shared.headers import ordered_vectors, statistics_bytes
 
 
 def compile_plan(
@@ -83,7 +83,7 @@ def wgrad(x: Tensor, gy: Tensor, values_shape: Sequence[int], tables: Sequence[T
 
 
 class _Scratch(threading.local):
-    """Memory that a thread's kernels work in, kept from call to call: as much as the largest one needs."""
+    """Memory that a thread's kernels work in, kept from call to call."""
 
     def __init__(self) -> None:
         self._kept: dict[torch.dtype, Tensor] = {}
@@ -166,26 +166,12 @@ class _Kernel:
         count, ordered, room = self._room(weights, places, entries.numel(), threads)
         if not x.numel():
             return
-        refused = call(
-            self._run,
-            x if x.is_contiguous() and x.data_ptr() % ALIGNMENT == 0 else vectors(x),
-            y,
-            values.contiguous(),
-            order if places else None,
-            None if bias is None else bias.contiguous(),
-            rows,
-            entries,
-            *statistics,
-            _SCRATCH.take(room, self.computed),
-            n,
-            count,
-            places,
-            ordered,
-            x.shape[0],
-            y.nbytes >= STREAM_BYTES,
-            threads,
-        )
-        if refused:
+        x = x if x.is_contiguous() and x.data_ptr() % ALIGNMENT == 0 else vectors(x)
+        bias = None if bias is None else bias.contiguous()
+        weight = values.contiguous(), order if places else None, bias
+        sizes = n, count, places, ordered, x.shape[0], y.nbytes >= STREAM_BYTES, threads
+        scratch = _SCRATCH.take(room, self.computed)
+        if call(self._run, x, y, *weight, rows, entries, *statistics, scratch, *sizes):
             raise UserError(f"this layer's plan is not for {count} weights")
 
     def _find_room(self, weights: int, places: int, entries: int, threads: int) -> tuple[int, int, int]:
@@ -218,37 +204,19 @@ class _Kernel:
         lanes = self._lanes
         room = (self._scratch + -(-count // lanes)) * threads * lanes
         few = blocks * self._regions < 4 * self.tiling.images * threads
-        refused = call(
-            self._run,
-            x if x.is_contiguous() and x.data_ptr() % ALIGNMENT == 0 else vectors(x),
-            gy if gy.is_contiguous() and gy.data_ptr() % ALIGNMENT == 0 else vectors(gy),
-            grad,
-            rows,
-            entries,
-            chunks,
-            places if places.numel() else None,
-            _SCRATCH.take(max(room, 1), self.computed),
-            count,
-            blocks,
-            not few,
-            threads,
-        )
-        if refused:
+        x = x if x.is_contiguous() and x.data_ptr() % ALIGNMENT == 0 else vectors(x)
+        gy = gy if gy.is_contiguous() and gy.data_ptr() % ALIGNMENT == 0 else vectors(gy)
+        index = rows, entries, chunks, places if places.numel() else None
+        scratch = _SCRATCH.take(max(room, 1), self.computed)
+        if call(self._run, x, gy, grad, *index, scratch, count, blocks, not few, threads):
             raise UserError(f"this layer's plan is not for {count} weights")
 
 
 def region_count(phase: Phase, problem: ConvProblem, tiling: Tiling) -> int:
     """Regions of one block of images."""
-    sizes = (
-        (problem.rows.size, problem.columns.size)
-        if phase == "dgrad"
-        else (problem.rows.out, problem.columns.out)
-    )
-    count = 1
-    for size, tile, region in zip(sizes, tiling.tile, tiling.region, strict=True):
-        tiles = -(-size // tile)
-        count *= -(-tiles // region)
-    return count
+    axes = zip((problem.rows, problem.columns), tiling.tile, tiling.region, strict=True)
+    sizes = ((axis.size if phase == "dgrad" else axis.out, tile, region) for axis, tile, region in axes)
+    return math.prod(-(-size // tile // region) for size, tile, region in sizes)
 
 
 @functools.cache

@@ -1,10 +1,8 @@
 """The operators that PyTorch sees: one boundary per layer and direction, with shapes and gradients declared.
 
-What is registered has a name in ``_op``; under the plain name it is called without the dispatcher where that
-makes no difference (`clicktrain.kernels.direct`).
-
-``clicktrain::sparse_conv2d_blocked`` and its backward work under autograd, ``torch.compile`` and
-``torch.export``. What a layer's kernels need to know travels as data: tables as tensors, the plan as text.
+They work under autograd, ``torch.compile`` and ``torch.export``. What is registered has a name in ``_op``;
+under the plain name it is called without the dispatcher where that makes no difference
+(`clicktrain.kernels.direct`). Tables travel as tensors, the plan as text.
 """
 
 from __future__ import annotations
@@ -31,7 +29,7 @@ def sparse_conv2d_blocked_op(
         values: packed weights, shape ``structure.values_shape``, with the dtype of ``x``; float32 for
             bfloat16, as are bias and the gradients of both.
         bias: [F] or None.
-        tables: ``ConvTables.tensors`` of the layer.
+        tables: of the layer, as `prepared.prepare` makes them.
         plan: ``ConvPlan.to_json()`` of the layer.
 
     Returns:
@@ -51,13 +49,9 @@ def sparse_conv2d_blocked_statistics_op(
 ) -> tuple[Tensor, Tensor, Tensor]:
     """As `sparse_conv2d_blocked`, and what a batch norm behind it wants to know, taken on the way.
 
-    Args:
-        x, values, bias, tables, plan: as there.
-        n: images in the batch, at least one; what else the last block holds is not counted.
-
     Returns:
-        The convolution's result [B, F, H', W', V]; its mean and biased variance [F] over n x H' x W' numbers.
-        Gradients do not come back through these two: ``batch_norm2d_blocked_given`` reckons with that.
+        The convolution's result [B, F, H', W', V]; its mean and biased variance [F] over n x H' x W' numbers
+        of n images. Gradients do not come back through these: ``batch_norm2d_blocked_given`` knows that.
     """
     return launch.forward_statistics(x, values, bias, tables, plan, n)
 
@@ -100,64 +94,33 @@ sparse_conv2d_blocked_dgrad = plain(sparse_conv2d_blocked_dgrad_op, launch.dgrad
 sparse_conv2d_blocked_wgrad = plain(sparse_conv2d_blocked_wgrad_op, launch.wgrad)
 
 
-def _save(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
-    x, values, _, tables, plan = inputs
-    ctx.save_for_backward(x, values, *tables)
-    ctx.plan = plan
+def _save(ctx: Any, inputs: tuple[Any, ...], output: Any) -> None:
+    _save_directly(ctx, inputs, output)
+    ctx.tables = None
+    ctx.save_for_backward(*inputs[:2], *inputs[3])
 
 
-def _save_directly(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
-    x, values, _, ctx.tables, ctx.plan = inputs
+def _save_directly(ctx: Any, inputs: tuple[Any, ...], output: Any) -> None:
+    x, values, _, ctx.tables, ctx.plan, *more = inputs
+    ctx.more = [None] * len(more)
+    if isinstance(output, tuple):
+        ctx.mark_non_differentiable(*output[1:])
     ctx.save_for_backward(x, values)
 
 
-def _backward(ctx: Any, gy: Tensor) -> tuple[Any, ...]:
-    x, values, *tables = ctx.saved_tensors
-    return *_gradients(ctx, gy, x, values, tables), [None] * len(tables), None
-
-
-def _direct_backward(ctx: Any, gy: Tensor) -> tuple[Any, ...]:
-    x, values = ctx.saved_tensors
-    return *_gradients(ctx, gy, x, values, ctx.tables), None, None
-
-
-def _gradients(ctx: Any, gy: Tensor, x: Tensor, values: Tensor, tables: list[Tensor]) -> tuple[Any, ...]:
+def _backward(ctx: Any, gy: Tensor, *_: Any) -> tuple[Any, ...]:
+    x, values, *saved = ctx.saved_tensors
+    tables, unused = (saved, [None] * len(saved)) if ctx.tables is None else (ctx.tables, None)
     need_x, need_values, need_bias = ctx.needs_input_grad[:3]
     gx = sparse_conv2d_blocked_dgrad(gy, values, tables, ctx.plan) if need_x else None
     gv = sparse_conv2d_blocked_wgrad(x, gy, list(values.shape), tables, ctx.plan) if need_values else None
     gb = gy.sum((0, 2, 3, 4), dtype=values.dtype) if need_bias else None
-    return gx, gv, gb
-
-
-def _save_statistics(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, Tensor, Tensor]) -> None:
-    ctx.mark_non_differentiable(*output[1:])
-    _save(ctx, inputs[:5], output[0])
-
-
-def _save_statistics_directly(
-    ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, Tensor, Tensor]
-) -> None:
-    ctx.mark_non_differentiable(*output[1:])
-    _save_directly(ctx, inputs[:5], output[0])
-
-
-def _statistics_backward(ctx: Any, gy: Tensor, *_: Any) -> tuple[Any, ...]:
-    return *_backward(ctx, gy), None
-
-
-def _direct_statistics_backward(ctx: Any, gy: Tensor, *_: Any) -> tuple[Any, ...]:
-    return *_direct_backward(ctx, gy), None
+    return gx, gv, gb, unused, None, *ctx.more
 
 
 sparse_conv2d_blocked_op.register_autograd(_backward, setup_context=_save)
-sparse_conv2d_blocked_statistics_op.register_autograd(_statistics_backward, setup_context=_save_statistics)
-
-sparse_conv2d_blocked = differentiable(
-    sparse_conv2d_blocked_op, launch.forward, _save_directly, _direct_backward
-)
+sparse_conv2d_blocked_statistics_op.register_autograd(_backward, setup_context=_save)
+sparse_conv2d_blocked = differentiable(sparse_conv2d_blocked_op, launch.forward, _save_directly, _backward)
 sparse_conv2d_blocked_statistics = differentiable(
-    sparse_conv2d_blocked_statistics_op,
-    launch.forward_statistics,
-    _save_statistics_directly,
-    _direct_statistics_backward,
+    sparse_conv2d_blocked_statistics_op, launch.forward_statistics, _save_directly, _backward
 )

@@ -6,7 +6,7 @@ import functools
 import itertools
 import json
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import asdict, dataclass, field, replace
+from dataclasses import asdict, dataclass, replace
 
 import torch
 from torch import Tensor
@@ -25,13 +25,7 @@ GROUP_SIZES = (4, 2)
 
 @dataclass(frozen=True, slots=True)
 class ConvPlan:
-    """Everything that a layer's C source depends on, except the dtype.
-
-    Attributes:
-        problem: the layer and its image.
-        tap_patterns: tap patterns with code of their own.
-        tilings: how each phase cuts its work.
-    """
+    """Everything that a layer's C source depends on, except the dtype; tap patterns have own code."""
 
     problem: ConvProblem
     tap_patterns: tuple[Taps, ...]
@@ -40,10 +34,6 @@ class ConvPlan:
     def tiling(self, phase: Phase) -> Tiling:
         """How that phase cuts its work."""
         return dict(self.tilings)[phase]
-
-    def with_tiling(self, phase: Phase, tiling: Tiling) -> ConvPlan:
-        """The same plan, one phase cut differently."""
-        return replace(self, tilings=tuple((p, tiling if p == phase else t) for p, t in self.tilings))
 
     def to_json(self) -> str:
         """As text: a key for caches, an argument for operators, a line in a file."""
@@ -61,24 +51,16 @@ class ConvPlan:
         return cls(ConvProblem.from_numbers(plan["problem"]), tap_patterns, tilings)
 
 
-@dataclass(frozen=True, slots=True)
-class ConvTables:
-    """A layer's index in the order of each phase: what kernels take beside the activations.
-
-    Attributes:
-        tensors: rows, entries and order of forward and dgrad; rows, entries, places of the values, and
-            chunks of wgrad.
-    """
-
-    tensors: tuple[Tensor, ...] = field(repr=False)
-
-
 def prepare(
     structure: Structure, problem: ConvProblem, groups: int = 1, tilings: Mapping[Phase, Tiling] | None = None
-) -> tuple[ConvPlan, ConvTables]:
+) -> tuple[ConvPlan, tuple[Tensor, ...]]:
     """Everything about one layer that stays the same over all steps.
 
     Phases without a tiling are cut by rule; ``filters_per_tile`` is lowered to what the structure allows.
+
+    Returns:
+        The plan, and the layer's index in the order of each phase: rows, entries and order of forward and
+        dgrad; rows, entries, places of the values, and chunks of wgrad.
     """
     tap_patterns = choose(structure)
     parts = functools.cache(lambda: Parts(structure, tap_patterns, groups))
@@ -114,7 +96,7 @@ def prepare(
     # The kernel writes in its own order: this is the place of each packed value there.
     places = torch.empty_like(weight.order)
     places[weight.order.long()] = torch.arange(len(places), dtype=places.dtype)
-    return plan, ConvTables((*tables, weight.rows, weight.entries, places, chunks))
+    return plan, (*tables, weight.rows, weight.entries, places, chunks)
 
 
 @dataclass(frozen=True, slots=True)
@@ -139,7 +121,7 @@ def variants(
     copied = dtype is not compute_type(dtype)
     wanted = {phase: _candidates(phase, structure, problem, tap_patterns, parts, copied) for phase in PHASES}
     tools = toolchain()
-    if dtype is torch.bfloat16 and tools is not None and tools.multiplies_pairs:
+    if dtype is torch.bfloat16 and tools is not None and tools.simd.pairs:
         for phase, tilings in wanted.items():
             tilings += pair_candidates(phase, problem, tilings)
     result = []
@@ -147,9 +129,7 @@ def variants(
     for number in range(max(map(len, wanted.values()))):
         tried = {phase: tilings[number] for phase, tilings in wanted.items() if number < len(tilings)}
         plan, tables = prepare(structure, problem, groups, tried)
-        result += [
-            Variant(phase, plan.tiling(phase), plan.to_json(), list(tables.tensors)) for phase in tried
-        ]
+        result += [Variant(phase, plan.tiling(phase), plan.to_json(), list(tables)) for phase in tried]
     return result
 
 
@@ -162,18 +142,11 @@ def _candidates(
     copied: bool = False,
 ) -> list[Tiling]:
     tools = toolchain()
-    registers, lanes = (tools.registers, tools.lanes(torch.float32)) if tools else (16, 8)
+    registers, lanes = (tools.simd.registers, tools.lanes(torch.float32)) if tools else (16, 8)
     complete = is_complete(structure, tap_patterns)
     counts = (_filters_per_tile(phase, parts()), 1) if complete else (1,)
-    return list(
-        dict.fromkeys(
-            tiling
-            for filters_per_tile in counts
-            for tiling in candidates(
-                phase, problem, registers, lanes, tap_patterns, filters_per_tile, complete, copied
-            )
-        )
-    )
+    every = (candidates(phase, problem, registers, lanes, tap_patterns, n, complete, copied) for n in counts)
+    return list(dict.fromkeys(itertools.chain.from_iterable(every)))
 
 
 def _filters_per_tile(phase: Phase, parts: Parts) -> int:
@@ -186,12 +159,8 @@ def _chunks(rows: Tensor, entries: Tensor, tap_patterns: Sequence[Taps], filters
     """Kernels in a few runs of about equal work: [runs, nnz, (first, last, first value) of each run]."""
     sizes = torch.tensor([len(taps) * filters_per_tile for taps in tap_patterns] or [0])
     values = torch.cat([torch.zeros(1, dtype=torch.int64), sizes[entries[:, 2].long()].cumsum(0)])
-    nnz = int(values[-1])
-    wanted = torch.linspace(0, nnz, 17)[1:-1]
-    starts = values[rows.long()].contiguous()
-    cuts = rows.long()[torch.searchsorted(starts, wanted.long()).clamp(max=len(rows) - 1)]
-    edges = torch.unique(torch.cat([torch.tensor([0, len(entries)]), cuts])).tolist()
-    flat = [len(edges) - 1, nnz]
+    edges = _edges(values[rows.long()], len(rows) - 1, rows.long(), len(entries))
+    flat = [len(edges) - 1, int(values[-1])]
     for first, last in itertools.pairwise(edges):
         flat += [first, last, int(values[first])]
     return torch.tensor(flat, dtype=torch.int64)
@@ -199,11 +168,16 @@ def _chunks(rows: Tensor, entries: Tensor, tap_patterns: Sequence[Taps], filters
 
 def _run_chunks(rows: Tensor, nnz: int) -> Tensor:
     """As `_chunks`, for runs of offsets: [chunks, nnz, (first run, last run, unused) of each chunk]."""
-    starts = rows[:, 0].long().contiguous()
-    wanted = torch.linspace(0, int(starts[-1]), 17)[1:-1].long()
-    cuts = torch.searchsorted(starts, wanted).clamp(max=len(rows) - 1)
-    edges = torch.unique(torch.cat([torch.tensor([0, len(rows) - 1]), cuts])).tolist()
+    runs = len(rows) - 1
+    edges = _edges(rows[:, 0].long(), runs, torch.arange(len(rows)), runs)
     flat = [max(len(edges) - 1, 1), nnz]
     for first, last in itertools.pairwise(edges if len(edges) > 1 else [0, 0]):
         flat += [first, last, 0]
     return torch.tensor(flat, dtype=torch.int64)
+
+
+def _edges(starts: Tensor, most: int, places: Tensor, end: int) -> list[int]:
+    """Cut at 15 of ``places``, which begin after ``starts`` values, into parts of about as many values."""
+    wanted = torch.linspace(0, int(starts[-1]), 17)[1:-1].long()
+    cuts = places[torch.searchsorted(starts.contiguous(), wanted).clamp(max=most)]
+    return [int(edge) for edge in torch.unique(torch.cat([torch.tensor([0, end]), cuts]))]

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import astuple, dataclass
 from typing import Any, Literal, get_args
 
 from clicktrain.kernels.impls import PHASES as PHASES
@@ -19,13 +19,7 @@ _MOST_NUMBER = 1 << 24
 
 @dataclass(frozen=True, slots=True)
 class ConvProblem:
-    """Shape of one convolution layer on images of one size.
-
-    Attributes:
-        channels: of the input, all groups together.
-        filters: of the output, all groups together.
-        rows, columns: sizes along either axis of the image.
-    """
+    """Shape of one convolution layer on images of one size; channels and filters of all groups together."""
 
     channels: int
     filters: int
@@ -59,8 +53,7 @@ class ConvProblem:
 
     def numbers(self) -> list[int]:
         """As plain integers, for an operator's arguments; `from_numbers` is the inverse."""
-        axes = [[a.size, a.taps, a.stride, a.padding, a.dilation, a.out] for a in (self.rows, self.columns)]
-        return [self.channels, self.filters, *axes[0], *axes[1]]
+        return [self.channels, self.filters, *astuple(self.rows), *astuple(self.columns)]
 
     @classmethod
     def from_numbers(cls, numbers: Sequence[int]) -> ConvProblem:
@@ -85,7 +78,7 @@ class Tiling:
         results: filters (of dgrad: channels) whose sums are in the cache at once; 0 = all
             (``cache_blocked`` only).
         images: blocks of images of one region (wgrad with ``indexed`` only).
-        pairs: multiply pairs of bfloat16 numbers, see `operand_types` (bfloat16 activations only; forward
+        pairs: multiply pairs of bfloat16 numbers, see ``operand_types.h`` (bfloat16 activations only; forward
             and dgrad with ``indexed`` only).
     """
 
@@ -103,11 +96,7 @@ class Tiling:
 
     @classmethod
     def from_dict(cls, fields: Mapping[str, Any]) -> Tiling:
-        """Inverse of ``dataclasses.asdict``, after JSON.
-
-        Raises:
-            ValueError: one of them is nothing that there is.
-        """
+        """Inverse of ``dataclasses.asdict``, after JSON; ValueError if a field is wrong."""
         if fields.get("code", "unrolled") not in get_args(Code):
             raise ValueError(
                 f"the code of a tiling is unrolled, cache_blocked or indexed, not {fields['code']!r}"

@@ -3,16 +3,17 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import replace
+from typing import Any
 
 from clicktrain.kernels.sparse_conv2d.blocked.indexed.generator import OFFSETS, window_vectors
-from clicktrain.kernels.sparse_conv2d.blocked.indexed.strided_phase import StridedAxis
 from clicktrain.kernels.sparse_conv2d.blocked.patterns.regions import IN_PLACE_CODE, AxisRegions, code_size
 from clicktrain.kernels.sparse_conv2d.blocked.patterns.tap_patterns import Taps
 from clicktrain.kernels.sparse_conv2d.blocked.problem import ConvProblem, Phase, Tiling
-from clicktrain.kernels.sparse_conv2d.blocked.shared.geometry import Backward, Forward
+from clicktrain.kernels.sparse_conv2d.blocked.shared.geometry import Backward, Forward, StridedAxis
 
+Pair = tuple[int, int]
 CACHE_VECTORS = 8192
 """SIMD vectors of 64 bytes that a region may fill: half a megabyte, half of L2."""
 WGRAD_VECTORS = 21504
@@ -130,9 +131,8 @@ def _region(phase: Phase, problem: ConvProblem, tile: tuple[int, int], lanes: in
     small = all(-(-length // size) <= 2 for length, size in zip(lengths, tile, strict=True))
     if small and (phase == "wgrad" or sources * lengths[0] * lengths[1] <= 2 * limit):
         return 2, 2  # its padding is not in the code, so it can be read where it is
-    region = [1, 1]
 
-    def vectors(candidate: list[int]) -> int:
+    def vectors(candidate: Pair) -> int:
         window, patch = 1, 1
         for axis, size, count, length in zip(axes, tile, candidate, lengths, strict=True):
             positions = min(size * count, length)
@@ -145,17 +145,26 @@ def _region(phase: Phase, problem: ConvProblem, tile: tuple[int, int], lanes: in
             patch *= positions
         return window * sources + patch * min(results, WGRAD_FILTERS)
 
+    return _grown(
+        tile,
+        lengths,
+        lambda larger: vectors(larger) <= limit,
+        lambda r: (max(r[0] * tile[0], r[1] * tile[1]), vectors(r)),
+    )
+
+
+def _grown(
+    tile: Sequence[int], lengths: Sequence[int], fits: Callable[[Pair], bool], cost: Callable[[Pair], Any]
+) -> Pair:
+    """Double a region of tiles along either axis, the cheaper one each time, while it fits and is of use."""
+    region = 1, 1
     while True:
-        grown = []
-        for axis_number in (1, 0):
-            larger = list(region)
-            larger[axis_number] *= 2
-            useful = region[axis_number] * tile[axis_number] < lengths[axis_number]
-            if useful and vectors(larger) <= limit:
-                grown.append(larger)
-        if not grown:
-            return region[0], region[1]
-        region = min(grown, key=lambda r: (max(r[0] * tile[0], r[1] * tile[1]), vectors(r)))
+        down, across = region
+        larger = [(down, 2 * across)] if across * tile[1] < lengths[1] else []
+        larger += [(2 * down, across)] if down * tile[0] < lengths[0] else []
+        if not (fitting := [*filter(fits, larger)]):
+            return region
+        region = min(fitting, key=cost)
 
 
 def _cache_blocked_candidates(
@@ -244,27 +253,22 @@ def _indexed_accumulate(phase: Phase, problem: ConvProblem, registers: int, lane
     sources = problem.filters if phase == "dgrad" else problem.channels
     window = [StridedAxis(axis, size, 1).buffer for axis, size in zip(axes, tile, strict=True)]
     per_pass = max(INDEXED_VECTORS * 16 // lanes // (window[0] * window[1]), 1)
-    region = [1, 1]
-    while True:
-        grown = []
-        for number in (1, 0):
-            larger = list(region)
-            larger[number] *= 2
-            buffers = [StridedAxis(a, t, n).buffer for a, t, n in zip(axes, tile, larger, strict=True)]
-            if region[number] * tile[number] < counts[number] and (
-                buffers[0] * buffers[1] * sources <= CACHE_VECTORS // 2 * 16 // lanes
-            ):
-                grown.append((buffers[0] * buffers[1] / (larger[0] * larger[1]), larger))
-        if not grown:
-            break
-        region = min(grown)[1]
+
+    def buffer(region: Pair) -> int:
+        return math.prod(StridedAxis(a, t, n).buffer for a, t, n in zip(axes, tile, region, strict=True))
+
+    most = CACHE_VECTORS // 2 * 16 // lanes
+    region = _grown(
+        tile,
+        counts,
+        lambda larger: buffer(larger) * sources <= most,
+        lambda larger: (buffer(larger) / (larger[0] * larger[1]), larger),
+    )
     tilings = []
     for count in (per_pass, 2 * per_pass):
         passes = -(-sources // count)
         even = -(-sources // passes)
-        tilings.append(
-            Tiling(tile, (region[0], region[1]), code="indexed", sources=0 if passes == 1 else even)
-        )
+        tilings.append(Tiling(tile, region, code="indexed", sources=0 if passes == 1 else even))
     return list(dict.fromkeys(tilings))
 
 

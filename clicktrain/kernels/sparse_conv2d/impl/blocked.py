@@ -44,7 +44,7 @@ def prepare(structure: Structure, problem: ConvProblem, tilings: Mapping[Phase, 
     text, dtype = plan.to_json(), problem.activation_dtype
     return Kernels(
         ops.sparse_conv2d_blocked,
-        (list(tables.tensors), text),
+        (list(tables), text),
         dict(zip(PHASES, launch.compile_plan(text, dtype), strict=True)),
         ops.sparse_conv2d_blocked_statistics,
         tuple(launch.compile_plan(text, dtype, ["forward"], sums=True)),
@@ -76,12 +76,7 @@ def candidates(structure: Structure, problem: ConvProblem) -> Sequence[Candidate
 
 
 def read_tiling(phase: Phase, value: Any) -> Any:
-    """A tiling from JSON, or one that is to be checked.
-
-    Raises:
-        ValueError: a field of it is wrong.
-        UserError: the phase has no code of that kind.
-    """
+    """A tiling from JSON, or one to check; ValueError for a wrong field, UserError without such code."""
     from clicktrain.kernels.sparse_conv2d.blocked.problem import Tiling
 
     if not isinstance(value, Tiling):
@@ -108,7 +103,7 @@ def slow_here(tiling: Any) -> str:
     from clicktrain.kernels.native import toolchain
 
     tools = toolchain()
-    if not tiling.pairs or tools is None or tools.multiplies_pairs:
+    if not tiling.pairs or tools is None or tools.simd.pairs:
         return ""
     return "multiplies pairs of bfloat16 numbers, which this processor has no instruction for"
 

@@ -5,12 +5,10 @@ from __future__ import annotations
 import torch
 
 from clicktrain.kernels.native.source import begin_source
-from clicktrain.kernels.sparse_conv2d.blocked.indexed.strided_phase import StridedAxis
 from clicktrain.kernels.sparse_conv2d.blocked.problem import ConvProblem, Phase, Tiling
-from clicktrain.kernels.sparse_conv2d.blocked.shared import operand_types
-from clicktrain.kernels.sparse_conv2d.blocked.shared.geometry import Backward, Forward
-from clicktrain.kernels.sparse_conv2d.blocked.shared.schedule import CHUNKS
-from clicktrain.kernels.sparse_conv2d.blocked.shared.window_copy import write_copy
+from clicktrain.kernels.sparse_conv2d.blocked.shared import headers
+from clicktrain.kernels.sparse_conv2d.blocked.shared.geometry import Backward, Forward, StridedAxis
+from clicktrain.kernels.sparse_conv2d.blocked.shared.headers import CHUNKS, write_copy
 from clicktrain.kernels.sparse_conv2d.blocked.shared.writer import Code, planes
 
 UNIT = 4
@@ -30,7 +28,7 @@ class IndexedGenerator:
 
     def __init__(self, phase: Phase, problem: ConvProblem, tiling: Tiling, dtype: torch.dtype) -> None:
         self.phase, self.dtype = phase, dtype
-        self.operands = operand_types.operand_macros(phase, problem, tiling.pairs)
+        self.operands = headers.operand_macros(phase, problem, tiling.pairs)
         direction = Backward if phase == "dgrad" else Forward
         self.rows = StridedAxis(direction(problem.rows), tiling.tile[0], tiling.region[0])
         self.columns = StridedAxis(direction(problem.columns), tiling.tile[1], tiling.region[1])
@@ -39,7 +37,7 @@ class IndexedGenerator:
         self.results = problem.channels if backward else problem.filters
         self.taps = problem.rows.taps, problem.columns.taps
         self.window = self.rows.buffer * self.columns.buffer
-        as_stored = operand_types.as_stored(phase, tiling.pairs, dtype) and phase != "wgrad"
+        as_stored = headers.as_stored(phase, tiling.pairs, dtype) and phase != "wgrad"
         self.in_place = as_stored and self.rows.whole() and self.columns.whole()
         self.images = max(tiling.images, 1) if phase == "wgrad" else 1
         most = OFFSETS // (self.window * self.images)

@@ -10,7 +10,7 @@ from clicktrain.formats.packed import Structure
 from clicktrain.kernels.sparse_conv2d.blocked.indexed.generator import UNIT, IndexedGenerator
 from clicktrain.kernels.sparse_conv2d.blocked.patterns.tables import Table
 from clicktrain.kernels.sparse_conv2d.blocked.problem import ConvProblem, Phase, Tiling
-from clicktrain.kernels.sparse_conv2d.blocked.shared.operand_types import distance
+from clicktrain.kernels.sparse_conv2d.blocked.shared.headers import distance
 
 
 def table(phase: Phase, problem: ConvProblem, structure: Structure, groups: int, tiling: Tiling) -> Table:

@@ -16,6 +16,7 @@ that leaves out the padding.
 
 from __future__ import annotations
 
+import itertools
 from collections.abc import Hashable
 
 from clicktrain.kernels.sparse_conv2d.blocked.patterns.generator import Generator
@@ -43,8 +44,7 @@ def order_weights(code: Code, g: Generator) -> None:
         code(f"const int size = {sizes[0] if len(set(sizes)) == 1 else f'sizes[r % {len(sizes)}]'};")
         code("for (int64_t e = rows[2 * r]; e < rows[2 * r + 2]; ++e, to += size) {")
         code("for (int t = 0; t < size; ++t) to[t] = packed[order[e] + t];")
-        code("}")
-        code("}")
+        code("}\n}")
         code("return;")
         code("}")
     code("for (int64_t i = count * me / all; i < count * (me + 1) / all; ++i) ordered[i] = packed[order[i]];")
@@ -94,8 +94,7 @@ def write_tile(
     code("const statistics_t *s = &work->statistics;")
     done = f"{store}, own, y + f * (DST_H * DST_W), f, count, work->stream, turn"
     code(f"*ready = (ready_t){{{done}, s->moments, s->centers, s->fresh}};")
-    code("}")
-    code("}")
+    code("}\n}")
 
 
 def _store(code: Code, row: TileKind, column: TileKind, moments: bool, written: dict[Hashable, str]) -> str:
@@ -125,10 +124,7 @@ def _store(code: Code, row: TileKind, column: TileKind, moments: bool, written: 
     code('_Pragma("GCC unroll 18")')
     prefetch = "__builtin_prefetch(ready->y + i * DST_W + j, 1, 3)"
     code(f"for (int j = 0; j < {column.size} + LINE - 1; j += LINE) {prefetch};")
-    code("}")
-    code("}")
-    code("}")
-    code("}")
+    code("}\n}\n}\n}")
     return name
 
 
@@ -224,8 +220,4 @@ def _open_sums(uses: _Uses) -> int:
     for position, time in first.items():
         changes[time] += 1
         changes[last[position] + 1] -= 1
-    most = open_now = 0
-    for change in changes:
-        open_now += change
-        most = max(most, open_now)
-    return most
+    return max(itertools.accumulate(changes))

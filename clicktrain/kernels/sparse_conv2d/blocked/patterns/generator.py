@@ -16,10 +16,9 @@ from clicktrain.kernels.sparse_conv2d.blocked.patterns.regions import (
 from clicktrain.kernels.sparse_conv2d.blocked.patterns.tables import NARROW
 from clicktrain.kernels.sparse_conv2d.blocked.patterns.tap_patterns import Taps
 from clicktrain.kernels.sparse_conv2d.blocked.problem import ConvProblem, Phase, Tiling
-from clicktrain.kernels.sparse_conv2d.blocked.shared import operand_types
+from clicktrain.kernels.sparse_conv2d.blocked.shared import headers
 from clicktrain.kernels.sparse_conv2d.blocked.shared.geometry import Backward, Direction, Forward
-from clicktrain.kernels.sparse_conv2d.blocked.shared.schedule import CHUNKS
-from clicktrain.kernels.sparse_conv2d.blocked.shared.window_copy import write_copy
+from clicktrain.kernels.sparse_conv2d.blocked.shared.headers import CHUNKS, write_copy
 from clicktrain.kernels.sparse_conv2d.blocked.shared.writer import Code, planes
 
 
@@ -39,13 +38,13 @@ class Generator:
         dtype: torch.dtype,
     ) -> None:
         self.phase, self.tap_patterns, self.filters_per_tile = phase, tap_patterns, tiling.filters_per_tile
-        self.dtype, self.operands = dtype, operand_types.operand_macros(phase, problem, tiling.pairs)
+        self.dtype, self.operands = dtype, headers.operand_macros(phase, problem, tiling.pairs)
         self.kernel_width = problem.columns.taps
         self.cache_blocked = tiling.code == "cache_blocked" and phase != "wgrad"
         """Whether sums are in L1, of a block of results over passes of sources."""
         backward = phase == "dgrad"
         direction = Backward if backward else Forward
-        as_stored = operand_types.as_stored(phase, tiling.pairs, dtype)
+        as_stored = headers.as_stored(phase, tiling.pairs, dtype)
         self.rows, self.columns = _axes(direction, problem, tiling, self.cache_blocked and as_stored)
         if (
             self.cache_blocked

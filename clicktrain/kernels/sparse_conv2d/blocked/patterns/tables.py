@@ -50,36 +50,35 @@ class Parts:
             splits.extend(
                 (members, part) for part in split_kernel(tuple(np.nonzero(one)[0].tolist()), tap_patterns)
             )
-        members = np.concatenate([m for m, _ in splits]) if splits else np.zeros(0, np.int64)
-        self.patterns = (
-            np.concatenate([np.full(len(m), p) for m, p in splits]) if splits else np.zeros(0, np.int64)
-        )
+        none = [np.zeros(0, np.int64)]
+        members = np.concatenate([m for m, _ in splits] or none)
+        self.patterns = np.concatenate([np.full(len(m), p) for m, p in splits] or none)
         self.filter = alive_f[members]
         self.channel = alive_c[members] + self.filter // max(filters // groups, 1) * channels
         self._local = alive_c[members]
         self._place = place
         self.tap_patterns = tap_patterns
+        self._taps = np.array([len(one) for one in tap_patterns] or [0])
         self.filters, self.channels = filters, channels * groups
 
     def by_filter(self, filters_per_tile: int) -> Table:
         """For the forward pass: entries (channel, pattern) of each group of filters that agree."""
-        order = np.lexsort((self.channel, self.patterns, self.filter))
-        entries = np.stack([self.channel[order], self.patterns[order]], 1)
-        rows = np.searchsorted(self.filter[order], np.arange(self.filters + 1))
-        return self._table(order, rows, entries, filters_per_tile)
+        return self._by_result(self.filter, self.channel, self.filters, filters_per_tile)
 
     def by_channel(self) -> Table:
         """For dgrad: entries (filter, pattern) of each channel."""
-        order = np.lexsort((self.filter, self.patterns, self.channel))
-        entries = np.stack([self.filter[order], self.patterns[order]], 1)
-        rows = np.searchsorted(self.channel[order], np.arange(self.channels + 1))
-        return self._table(order, rows, entries, 1)
+        return self._by_result(self.channel, self.filter, self.channels, 1)
+
+    def _by_result(self, result: np.ndarray, source: np.ndarray, count: int, filters_per_tile: int) -> Table:
+        order = np.lexsort((source, self.patterns, result))
+        entries = np.stack([source[order], self.patterns[order]], 1)
+        rows = np.searchsorted(result[order], np.arange(count + 1))
+        return self._table(order, rows, entries, filters_per_tile)
 
     def by_block(self, backward: bool, results: int, sources: int) -> Table:
         """For sums in the cache: entries (source, result within its block), pattern after pattern.
 
-        ``rows`` are the beginnings of each pattern's run, of each pass of ``sources`` within each block of
-        ``results`` (0 = all); channels are the results of dgrad (``backward``).
+        ``rows`` begin each pattern's run, of each pass of ``sources`` within each block of ``results``.
         """
         result, source = (self.channel, self.filter) if backward else (self.filter, self.channel)
         counts = (self.channels, self.filters) if backward else (self.filters, self.channels)
@@ -97,8 +96,7 @@ class Parts:
 
     def _firsts(self, patterns: np.ndarray, order: Tensor) -> Tensor | None:
         """The places of the parts' first weights, unless some part's weights do not follow each other."""
-        taps = np.array([len(one) for one in self.tap_patterns] or [0])
-        sizes = taps[patterns]
+        sizes = self._taps[patterns]
         begin = np.cumsum(sizes) - sizes
         places = order.numpy()
         firsts = places[begin]
@@ -147,11 +145,10 @@ class Parts:
         filters_per_tile: int,
         filter_column: int | None = None,
     ) -> Table:
-        taps = np.array([len(one) for one in self.tap_patterns] or [0])
         if filters_per_tile > 1:
             order, rows, entries = self._grouped(order, rows, entries, filters_per_tile, filter_column)
         heads = order if filters_per_tile == 1 else order[::filters_per_tile]
-        sizes = taps[self.patterns[heads]] * filters_per_tile
+        sizes = self._taps[self.patterns[heads]] * filters_per_tile
         begin = np.cumsum(sizes) - sizes
         places = np.zeros(int(sizes.sum()), np.int64)
         for number, one in enumerate(self.tap_patterns):
@@ -189,9 +186,5 @@ class Parts:
         group = self.filter[order] // filters_per_tile
         index = np.lexsort((self.filter[order], group, self.channel[order], self.patterns[order], segment))
         order, entries = order[index], entries[index][::filters_per_tile]
-        rows = (
-            rows[::filters_per_tile] // filters_per_tile
-            if filter_column is None
-            else rows // filters_per_tile
-        )
-        return order, rows, entries
+        rows = rows[::filters_per_tile] if filter_column is None else rows
+        return order, rows // filters_per_tile, entries

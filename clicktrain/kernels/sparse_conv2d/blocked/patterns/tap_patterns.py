@@ -9,7 +9,6 @@ from __future__ import annotations
 
 import numpy as np
 import torch
-from torch import Tensor
 
 from clicktrain.formats.packed import Structure
 
@@ -26,9 +25,20 @@ def choose(structure: Structure) -> tuple[Taps, ...]:
 
     All of the layer's if they are few and small, else the most frequent ones and single taps.
     """
-    r, s = structure.shape[2:]
-    mask = structure.mask().cpu().flatten(2)
-    return choose_from(mask.flatten(0, 1), r * s)
+    kernels = structure.mask().cpu().flatten(2).flatten(0, 1)
+    alive = kernels[kernels.any(1)]
+    if not len(alive):
+        return ()
+    rows, counts = torch.unique(alive, dim=0, return_counts=True)
+    order = counts.argsort(descending=True, stable=True).tolist()
+    patterns = [tuple(rows[i].nonzero().flatten().tolist()) for i in order]
+    small = [one for one in patterns if len(one) <= MAX_TAPS]
+    if len(small) == len(patterns) <= MAX_PATTERNS:
+        return tuple(sorted(small))
+    singles = [(tap,) for tap in range(kernels.shape[1]) if bool(alive[:, tap].any())]
+    room = max(MAX_PATTERNS - len(singles), 0)
+    frequent = [one for one in small if len(one) > 1][:room]
+    return tuple(sorted({*singles, *frequent}))
 
 
 def is_complete(structure: Structure, tap_patterns: tuple[Taps, ...]) -> bool:
@@ -45,29 +55,8 @@ def distinct(structure: Structure) -> set[Taps]:
     return {taps for i in first if (taps := tuple(np.nonzero(kernels[i])[0].tolist()))}
 
 
-def choose_from(kernels: Tensor, taps: int) -> tuple[Taps, ...]:
-    """As `choose`, from a bool [kernels, taps]."""
-    alive = kernels[kernels.any(1)]
-    if not len(alive):
-        return ()
-    rows, counts = torch.unique(alive, dim=0, return_counts=True)
-    order = counts.argsort(descending=True, stable=True).tolist()
-    patterns = [tuple(rows[i].nonzero().flatten().tolist()) for i in order]
-    small = [one for one in patterns if len(one) <= MAX_TAPS]
-    if len(small) == len(patterns) <= MAX_PATTERNS:
-        return tuple(sorted(small))
-    singles = [(tap,) for tap in range(taps) if bool(alive[:, tap].any())]
-    room = max(MAX_PATTERNS - len(singles), 0)
-    frequent = [one for one in small if len(one) > 1][:room]
-    return tuple(sorted({*singles, *frequent}))
-
-
 def split_kernel(kernel: Taps, tap_patterns: tuple[Taps, ...]) -> list[int]:
-    """Indices of a few disjoint tap patterns that make up a kernel.
-
-    Raises:
-        ValueError: none of the patterns has one of the taps.
-    """
+    """Indices of a few disjoint tap patterns that make up a kernel; ValueError if none has some tap."""
     left = set(kernel)
     parts = []
     for number in sorted(range(len(tap_patterns)), key=lambda i: (-len(tap_patterns[i]), i)):

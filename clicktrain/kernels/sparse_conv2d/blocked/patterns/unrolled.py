@@ -81,16 +81,14 @@ def _tile(code: Code, g: Generator, name: str, row: TileKind, column: TileKind, 
         code("break;")
         code("}")
     code("default: __builtin_unreachable();")
-    code("}")
-    code("}")
+    code("}\n}")
     for k in range(filters):
         code("{")
         store_tile(code, f"y + (f * {filters} + {k}) * (DST_H * DST_W)", sums[k], column.size)
         code("}")
         if moments:
             add_moments(code, f"f * {filters} + {k}", sums[k])
-    code("}")
-    code("}")
+    code("}\n}")
 
 
 def open_tile(code: Code, g: Generator, name: str, moments: bool) -> None:

@@ -7,7 +7,7 @@ from typing import NamedTuple
 from clicktrain.kernels.sparse_conv2d.blocked.patterns.generator import Generator
 from clicktrain.kernels.sparse_conv2d.blocked.patterns.regions import RegionKind, TileKind
 from clicktrain.kernels.sparse_conv2d.blocked.patterns.tap_patterns import Taps
-from clicktrain.kernels.sparse_conv2d.blocked.shared.window_copy import write_copy
+from clicktrain.kernels.sparse_conv2d.blocked.shared.headers import write_copy
 from clicktrain.kernels.sparse_conv2d.blocked.shared.writer import Code, among
 
 _CHAINS = 8
@@ -56,9 +56,7 @@ def _region(code: Code, g: Generator, number: int, rows: RegionKind, columns: Re
         code("break;")
         code("}")
     code("default: __builtin_unreachable();")
-    code("}")
-    code("}")
-    code("}")
+    code("}\n}\n}")
 
 
 def _kernel(code: Code, g: Generator, taps: Taps, rows: RegionKind, columns: RegionKind) -> None:
@@ -104,8 +102,7 @@ def _tiles(code: Code, g: Generator, taps: Taps, row: _Run, column: _Run, sums: 
             group = sums[tap * g.filters_per_tile + k]
             code(f"MULTIPLY_ADD({group[used[tap] % len(group)]}, t, g{k}_{position});")
         used[tap] += 1
-    code("}")
-    code("}")
+    code("}\n}")
 
 
 class _Run(NamedTuple):

@@ -1,11 +1,53 @@
-"""Copies of a region's rows into a buffer: ``window_copy.h`` with the numbers of a layer."""
+"""What the static files of this folder take: operand types, sizes of the schedule, copies of windows."""
 
 from __future__ import annotations
 
+import math
 from collections import Counter
 from collections.abc import Iterable, Sequence
 
+import torch
+
+from clicktrain.kernels.sparse_conv2d.blocked.problem import ConvProblem, Phase
 from clicktrain.kernels.sparse_conv2d.blocked.shared.writer import Code
+
+
+def distance(phase: Phase, problem: ConvProblem) -> int:
+    """Columns of the source between what neighboring taps of a row read for one result."""
+    axis = problem.columns
+    if phase == "dgrad":
+        return axis.dilation // math.gcd(axis.dilation, axis.stride)
+    return axis.dilation
+
+
+def as_stored(phase: Phase, pairs: bool, dtype: torch.dtype) -> bool:
+    """Whether activations are computed with as they lie in memory, without a copy of another dtype."""
+    return dtype is not torch.bfloat16 or (pairs and phase == "wgrad")
+
+
+def operand_macros(phase: Phase, problem: ConvProblem, pairs: bool) -> dict[str, int | str]:
+    """The macros of ``operand_types.h``."""
+    if not pairs:
+        return {"PAIRS": "NONE"}
+    return {"PAIRS": "IMAGES" if phase == "wgrad" else "COLUMNS", "DISTANCE": distance(phase, problem)}
+
+
+CHUNKS = 4
+"""Chunks of each thread, if there are several: at the end one waits for a quarter of its work at most."""
+_LINE = 64
+
+
+def ordered_vectors(count: int, weight_bytes: int, vector_bytes: int) -> int:
+    """Vectors of scratch memory for ``count`` weights in the order of a kernel: whole cache lines."""
+    line = max(_LINE // vector_bytes, 1)
+    return -(-count * weight_bytes // (vector_bytes * line)) * line
+
+
+def statistics_bytes(filters: int, threads: int, vector_bytes: int) -> int:
+    """Memory behind the scratch memory of all threads: each one's running sums, and sums by chunk."""
+    chunks = CHUNKS * threads if threads > 1 else 1
+    return threads * 2 * filters * vector_bytes + chunks * 4 * filters * 8
+
 
 CASES = 4
 """Ways of copying a row that get code of their own: at either edge of an image, between them."""

@@ -29,9 +29,8 @@ def process_runs(pid: int) -> bool:
 def remove_abandoned(folder: Path, name: str) -> None:
     """Remove temporary files and folders whose process is gone and that have not changed for an hour.
 
-    Args:
-        folder: which other processes, also of other machines, may be writing to.
-        name: regular expression of the whole name, whose group ``pid`` is the process.
+    Processes of other machines may be writing to the folder too. ``name`` is a regular expression of the
+    whole name, whose group ``pid`` is the process.
     """
     with contextlib.suppress(OSError):  # removed in between, or by permission not ours
         for path in folder.iterdir():

@@ -37,33 +37,20 @@ def device_bytes(device: torch.device | None) -> int:
 
 
 def check_memory(needed_bytes: float, what: str, remedy: str, device: torch.device | None = None) -> None:
-    """Raise a UserError, with the estimate and the limit, unless the bytes fit the machine.
+    """Raise a UserError, with the estimate and the limit, unless the bytes fit the machine or the device.
 
-    Args:
-        needed_bytes: estimate.
-        what: takes the memory, as the subject of the sentence.
-        remedy: what would help, an imperative.
-        device: whose memory it is; the CPU's by default.
+    ``what`` takes the memory, as the subject of the sentence; ``remedy`` would help, an imperative.
     """
     limit = device_bytes(device)
     if not needed_bytes <= limit:
-        raise UserError(
-            f"{what} would take about {in_words(needed_bytes)} and this {_kind(device)} has "
-            f"{in_words(limit)}: {remedy}"
-        )
-
-
-def _kind(device: torch.device | None) -> str:
-    return "GPU" if device is not None and device.type == "cuda" else "machine"
+        kind = "GPU" if device is not None and device.type == "cuda" else "machine"
+        needed = in_words(needed_bytes)
+        raise UserError(f"{what} would take about {needed} and this {kind} has {in_words(limit)}: {remedy}")
 
 
 def in_words(num_bytes: float) -> str:
     """3.4 GiB, 812 MiB, 1.2e+03 PiB."""
     for size, unit in ((2**50, "PiB"), (2**40, "TiB"), (2**30, "GiB")):
         if num_bytes >= size:
-            return (
-                f"{num_bytes / size:.2g} {unit}"
-                if num_bytes < 10 * size
-                else f"{num_bytes / size:.0f} {unit}"
-            )
+            return f"{num_bytes / size:{'.2g' if num_bytes < 10 * size else '.0f'}} {unit}"
     return f"{num_bytes / 2**20:.0f} MiB"

@@ -29,13 +29,9 @@ def is_own(name: object) -> bool:
 
 
 def require_named(name: object, source: object, given: object, setting: str = "model") -> None:
-    """Raise a `UserError` where a file names code of somebody's own and the user did not.
+    """Raise a `UserError` where a file (``source``) names code of somebody's own and the user did not.
 
-    Args:
-        name: what the file names.
-        source: the file, for the message.
-        given: what the user named in this call, or None.
-        setting: that holds the name.
+    ``given`` is what the user named for the ``setting`` in this call, or None.
     """
     if is_own(name) and given is None:
         short = shortened(str(name), 120)
@@ -46,11 +42,9 @@ def require_named(name: object, source: object, given: object, setting: str = "m
 
 
 def import_own(name: str, how: str) -> object:
-    """Import ``package.module`` and return its ``name``; the current directory is searched first.
+    """Import ``package.module:name``; the current directory is searched first.
 
-    Args:
-        name: ``package.module:name``.
-        how: how such a thing is named, for the messages.
+    ``how`` says in the messages how such a thing is named.
 
     Raises:
         UserError: the name cannot be read, the module is missing or fails, or it has no such name.

@@ -7,26 +7,16 @@ import difflib
 import functools
 import math
 import types
+import typing
 from collections.abc import Iterable, Mapping
-from typing import (
-    Annotated,
-    Any,
-    Literal,
-    Protocol,
-    TypeVar,
-    Union,
-    get_args,
-    get_origin,
-    get_type_hints,
-    runtime_checkable,
-)
+from typing import Annotated, Any, Literal, Protocol, TypeVar, Union, get_args, get_origin
 
 from clicktrain.errors import UserError, shortened, shown
 
 T = TypeVar("T")
 
 
-@runtime_checkable
+@typing.runtime_checkable
 class Choices(Protocol):
     """What a setting that is a choice is annotated with, as `clicktrain.sparsity.registry.Registry`."""
 
@@ -49,7 +39,7 @@ def type_hints(cls: Any) -> dict[str, Any]:
 
 @functools.cache
 def _cached_hints(cls: Any) -> dict[str, Any]:
-    return get_type_hints(cls, include_extras=True)
+    return typing.get_type_hints(cls, include_extras=True)
 
 
 def choices_in(hint: Any) -> Choices | None:
@@ -58,14 +48,15 @@ def choices_in(hint: Any) -> Choices | None:
     if origin is Annotated:
         return next((extra for extra in args[1:] if isinstance(extra, Choices)), None)
     if origin in (Union, types.UnionType):
-        return next((found for arg in args if (found := choices_in(arg)) is not None), None)
+        return next((choices for arg in args if (choices := choices_in(arg)) is not None), None)
     return None
 
 
 def choice_fields(cls: type) -> dict[str, Choices]:
     """The settings of a dataclass that are choices of a registry."""
-    found = {name: choices_in(type_hints(cls)[name]) for name in field_names(cls)}
-    return {name: choices for name, choices in found.items() if choices is not None}
+    hints = type_hints(cls)
+    fields = {name: choices_in(hints[name]) for name in field_names(cls)}
+    return {name: choices for name, choices in fields.items() if choices is not None}
 
 
 def part_of(kind: type[T], settings: Any) -> T:

@@ -1,8 +1,7 @@
 """The numbers as data. FLOPs are 2 x multiply-adds, exact, per image; bias additions are not counted.
 
-Every layer has three passes in training, each of which costs the same: forward, grad-input (the gradient of
-what it reads) and grad-weight. ``_dense`` is the cost of all weights, the other one that of the nonzero
-ones.
+Every layer has three passes in training, each of which costs the same: forward, dgrad (``grad_input``) and
+wgrad (``grad_weight``). ``_dense`` is the cost of all weights, the other one that of the nonzero ones.
 """
 
 from __future__ import annotations
@@ -15,12 +14,8 @@ class LayerCost:
     """One convolution or linear layer.
 
     Attributes:
-        name: path of the layer.
-        kind: ``"conv"`` or ``"linear"``.
         weight_shape: [F, C, R, S] of the dense weight, or [F, C].
         output_hw: spatial size of the output of the last call, () for linear layers.
-        weights: all weights.
-        nonzero: nonzero weights.
         forward_flops_dense, forward_flops: of all calls in one forward pass, padding taps included.
         grad_input_flops_dense, grad_input_flops: 0 if what the layer reads depends on nothing trained.
         grad_weight_flops_dense, grad_weight_flops: 0 if the layer is not trained.
@@ -41,7 +36,7 @@ class LayerCost:
 
     @property
     def density(self) -> float:
-        """Living weights / all weights."""
+        """Nonzero weights / all weights."""
         return self.nonzero / max(self.weights, 1)
 
     @property
@@ -62,7 +57,6 @@ class ModelCost:
     Attributes:
         layers: convolution and linear layers that the forward pass calls, in the order of their first call.
         parameters: all parameters, those that are not stored because they are pruned included.
-        nonzero_parameters: without the pruned ones.
         conv_weights, conv_nonzero: of all convolutions, called or not, shared weights once; of the linear
             layers in a network without convolutions.
         batch_norm_bytes, activation_bytes, pooling_bytes: read and written by one forward pass, per image, in
@@ -114,18 +108,13 @@ class ModelCost:
     def training_flops_per_image(self, frozen: bool) -> int:
         """A training step on one image.
 
-        Args:
-            frozen: whether the zeros are fixed. Before that every pass is dense, whatever is zero: a weight
-                outside may come back, so its gradient is needed.
+        Before masks are frozen every pass is dense: a pruned weight may come back, so its gradient is needed.
         """
         return self.training_flops if frozen else self.training_flops_dense
 
     def layer(self, name: str) -> LayerCost:
         """The layer of that name; KeyError if there is none."""
-        for layer in self.layers:
-            if layer.name == name:
-                return layer
-        raise KeyError(name)
+        return {layer.name: layer for layer in self.layers}[name]
 
 
 def ratio(weights: int, nonzero: int) -> float:

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import contextlib
+import math
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from typing import Any
@@ -31,10 +33,7 @@ class _Layer:
 
     @property
     def weights(self) -> int:
-        product = 1
-        for size in self.shape:
-            product *= size
-        return product
+        return math.prod(self.shape)
 
 
 @dataclass(slots=True)
@@ -111,12 +110,6 @@ def _structure(module: nn.Module) -> Structure | None:
     return structure if isinstance(structure, Structure) else None
 
 
-def _trained(module: nn.Module) -> bool:
-    weight = module.weight if _structure(module) is None else module.values
-    assert isinstance(weight, Tensor)
-    return weight.requires_grad
-
-
 def _layers(model: nn.Module, masks: Mapping[str, Tensor] | None) -> list[_Layer]:
     layers = []
     for name, module in model.named_modules():
@@ -152,18 +145,15 @@ def _layer(name: str, module: nn.Module, kind: str, masks: Mapping[str, Tensor] 
 
 
 def _parameters(model: nn.Module) -> int:
-    total = sum(parameter.numel() for parameter in model.parameters())
-    for module in model.modules():
-        if (structure := _structure(module)) is not None:
-            total += structure.numel - structure.nnz
-    return total
+    packed = (structure for module in model.modules() if (structure := _structure(module)) is not None)
+    return sum(p.numel() for p in model.parameters()) + sum(s.numel - s.nnz for s in packed)
 
 
 def _watch(model: nn.Module, inputs: Inputs) -> tuple[dict[int, _Calls], Mapping[str, int]]:
     """Run the network once; calls by the identity of the module, and bytes moved."""
     calls: dict[int, _Calls] = {}
 
-    def note(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], output: Any) -> None:
+    def note(module: Any, args: tuple[Any, ...], kwargs: dict[str, Any], output: Any) -> None:
         x = args[0] if args else next(iter(kwargs.values()))
         seen, adapter = calls.setdefault(id(module), _Calls()), dense_adapter(module)
         assert adapter is not None
@@ -171,14 +161,13 @@ def _watch(model: nn.Module, inputs: Inputs) -> tuple[dict[int, _Calls], Mapping
         seen.forward += positions
         if output.requires_grad:  # not under no_grad
             seen.grad_input += positions if x.requires_grad else 0
-            seen.grad_weight += positions if _trained(module) else 0
+            weight = module.weight if _structure(module) is None else module.values
+            seen.grad_weight += positions if weight.requires_grad else 0
 
-    handles = [
-        module.register_forward_hook(note, with_kwargs=True)
-        for module in model.modules()
-        if dense_adapter(module) is not None
-    ]
-    try:
+    with contextlib.ExitStack() as hooks:
+        for module in model.modules():
+            if dense_adapter(module) is not None:
+                hooks.enter_context(module.register_forward_hook(note, with_kwargs=True))
         # Gradients are enabled, although none is computed: who needs one is read off the tensors.
         with (
             no_trace(model, inputs, training=False),
@@ -189,27 +178,14 @@ def _watch(model: nn.Module, inputs: Inputs) -> tuple[dict[int, _Calls], Mapping
             plainly = inputs.map(lambda x: x.clone() if x.is_inference() else x.detach())
             with Traffic() as traffic:
                 plainly.call(model)
-    finally:
-        for handle in handles:
-            handle.remove()
     return calls, traffic.bytes
 
 
 def _cost(layer: _Layer, calls: _Calls, batch: int) -> LayerCost:
-    def flops(positions: int, weights: int) -> int:
-        return 2 * weights * positions // batch
+    def flops(positions: int) -> tuple[int, int]:
+        """With all weights, and with the nonzero ones."""
+        return 2 * layer.weights * positions // batch, 2 * layer.nonzero * positions // batch
 
-    return LayerCost(
-        name=layer.name,
-        kind=layer.kind,
-        weight_shape=layer.shape,
-        output_hw=calls.output_hw,
-        weights=layer.weights,
-        nonzero=layer.nonzero,
-        forward_flops_dense=flops(calls.forward, layer.weights),
-        forward_flops=flops(calls.forward, layer.nonzero),
-        grad_input_flops_dense=flops(calls.grad_input, layer.weights),
-        grad_input_flops=flops(calls.grad_input, layer.nonzero),
-        grad_weight_flops_dense=flops(calls.grad_weight, layer.weights),
-        grad_weight_flops=flops(calls.grad_weight, layer.nonzero),
-    )
+    sizes = (layer.shape, calls.output_hw, layer.weights, layer.nonzero)
+    passes = (*flops(calls.forward), *flops(calls.grad_input), *flops(calls.grad_weight))
+    return LayerCost(layer.name, layer.kind, *sizes, *passes)

@@ -9,6 +9,7 @@ import weakref
 from collections import Counter
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
+from functools import partial
 from typing import Any
 
 import torch
@@ -47,11 +48,8 @@ class TrainingMemory:
         activations_per_image, activations_fixed: kept from the forward pass for the backward pass, inputs of
             the network included. The fixed part does not grow with the batch (statistics of batch norms).
         workspace_per_image: for the gradients of activations on their way back: twice the largest activation.
-        weights: parameters and buffers, moving averages included.
         gradients: of the trained parameters. It is also what data-parallel training exchanges in an
             iteration (section 5, figure 11).
-        optimizer: what it keeps per parameter.
-        layers: the activations by layer.
         calibration: measured / estimated, 1.0 while nothing has been measured.
     """
 
@@ -103,10 +101,9 @@ def training_memory(
 
     Args:
         model: the network; a compiled one is taken as it was before.
-        example: a batch of inputs, as in `count`; only shapes without the batch, dtypes and devices count.
+        example: a batch of inputs; only shapes without the batch, dtypes and devices count.
         optimizer: its state counts as it is; before the first step as SGD, Adam and AdamW will make it.
         averages: further copies of the weights that are held (moving averages).
-        autocast: makes the context of the forward pass.
 
     Raises:
         UserError: the network does not take a batch of two such inputs.
@@ -118,13 +115,12 @@ def training_memory(
     layers = tuple(LayerMemory(name, (large[name] - small[name]) // step) for name in large)
     per_image = (large.total() - small.total()) // step
     largest = max((large.largest - small.largest) // step, 0)
-    trained = [p for p in model.parameters() if p.requires_grad]
     return TrainingMemory(
         activations_per_image=per_image,
         activations_fixed=max(small.total() - _BATCHES[0] * per_image, 0),
         workspace_per_image=2 * largest,
         weights=_unique_bytes(t for m in (model, *averages) for t in (*m.parameters(), *m.buffers())),
-        gradients=sum(map(_bytes, trained)),
+        gradients=sum(p.nbytes for p in model.parameters() if p.requires_grad),
         optimizer=0 if optimizer is None else optimizer_bytes(optimizer),
         layers=tuple(layer for layer in layers if layer.activations_per_image > 0),
     )
@@ -140,11 +136,10 @@ def optimizer_bytes(optimizer: Optimizer) -> int:
         return _unique_bytes(t for t in tree_leaves(list(optimizer.state.values())) if isinstance(t, Tensor))
     total = 0
     for group in optimizer.param_groups:
+        copies = 3 if group.get("amsgrad") else 2
         if isinstance(optimizer, SGD):
             copies = 1 if group.get("momentum") else 0
-        else:
-            copies = 3 if group.get("amsgrad") else 2
-        total += copies * sum(_bytes(p) for p in group["params"] if p.requires_grad)
+        total += copies * sum(p.nbytes for p in group["params"] if p.requires_grad)
     return total
 
 
@@ -164,11 +159,9 @@ def measure_training_memory(
     followed, operation by operation, which leaves out what an operation allocates and frees inside itself.
 
     Args:
-        model: the network; a compiled one is taken as it was before.
         batch: inputs of the size that is to be measured, on the model's device.
         loss: of the network's output, 0-dim.
         optimizer: its state counts as `optimizer_bytes`.
-        averages, autocast: as in `training_memory`.
     """
     model = plain(model)
     inputs = as_inputs(batch, model)
@@ -184,8 +177,13 @@ def measure_training_memory(
         torch.autograd.grad(output, trained, allow_unused=True)
 
     with no_trace(model, inputs, training=True), force_eager(), torch.enable_grad():
-        peak = _cuda_peak(iteration, first.device) if first.is_cuda else _followed_peak(iteration)
-    return resident + peak + sum(map(_bytes, inputs.tensors()))
+        if first.is_cuda:
+            peak = _cuda_peak(iteration, first.device)
+        else:
+            with _LiveBytes() as live:
+                iteration()
+            peak = live.peak
+    return resident + peak + sum(t.nbytes for t in inputs.tensors())
 
 
 def _cuda_peak(iteration: Callable[[], None], device: torch.device) -> int:
@@ -197,12 +195,6 @@ def _cuda_peak(iteration: Callable[[], None], device: torch.device) -> int:
     iteration()
     torch.cuda.synchronize(device)
     return int(torch.cuda.max_memory_allocated(device) - before)
-
-
-def _followed_peak(iteration: Callable[[], None]) -> int:
-    with _LiveBytes() as live:
-        iteration()
-    return int(live.peak)
 
 
 class _LiveBytes(TorchDispatchMode):  # type: ignore[no-untyped-call]
@@ -281,22 +273,18 @@ def _kept(model: nn.Module, batch: Inputs, autocast: Autocast) -> _Kept:
 @contextlib.contextmanager
 def _names(model: nn.Module, running: list[str]) -> Iterator[None]:
     """Keep the name of the module that runs at the end of a list."""
-    handles = []
-    for name, module in model.named_modules():
 
-        def enter(_m: nn.Module, _a: Any, name: str = name) -> None:
-            running.append(name)
+    def enter(name: str, *_: Any) -> None:
+        running.append(name)
 
-        def leave(_m: nn.Module, _a: Any, _o: Any) -> None:
-            running.pop()
+    def leave(*_: Any) -> None:
+        running.pop()
 
-        handles.append(module.register_forward_pre_hook(enter, prepend=True))
-        handles.append(module.register_forward_hook(leave))
-    try:
+    with contextlib.ExitStack() as hooks:
+        for name, module in model.named_modules():
+            hooks.enter_context(module.register_forward_pre_hook(partial(enter, name), prepend=True))
+            hooks.enter_context(module.register_forward_hook(leave))
         yield
-    finally:
-        for handle in handles:
-            handle.remove()
 
 
 def _key(tensor: Tensor) -> int | None:
@@ -306,12 +294,8 @@ def _key(tensor: Tensor) -> int | None:
     return int(tensor.untyped_storage()._cdata)
 
 
-def _bytes(tensor: Tensor) -> int:
-    return tensor.numel() * tensor.element_size()
-
-
 def _unique_bytes(tensors: Iterable[Tensor]) -> int:
-    return sum({_key(t): _bytes(t) for t in tensors}.values())
+    return sum({_key(t): t.nbytes for t in tensors}.values())
 
 
 _UNITS = {"B": 1, "KB": 10**3, "MB": 10**6, "GB": 10**9, "TB": 10**12,
@@ -324,17 +308,16 @@ def bytes_of(words: str) -> int:
     Raises:
         UserError: it is not written like that, or not above 0.
     """
-    found = re.fullmatch(r"\s*(\d+(?:\.\d*)?)\s*([A-Za-z]*)\s*", words)
-    unit = (found[2] or "B").upper() if found else ""
-    if found is None or unit not in _UNITS or float(found[1]) <= 0:
+    amount = re.fullmatch(r"\s*(\d+(?:\.\d*)?)\s*([A-Za-z]*)\s*", words)
+    unit = (amount[2] or "B").upper() if amount else ""
+    if amount is None or unit not in _UNITS or float(amount[1]) <= 0:
         raise UserError(f"{words!r} is no amount of memory: write it as 4GiB, 500MB or a number of bytes")
-    return round(float(found[1]) * _UNITS[unit])
+    return round(float(amount[1]) * _UNITS[unit])
 
 
 def bytes_in_words(count: int) -> str:
     """``1.4 GiB``."""
     for unit in ("TiB", "GiB", "MiB", "KiB"):
-        size = _UNITS[unit.upper()]
-        if count >= size:
+        if count >= (size := _UNITS[unit.upper()]):
             return f"{count / size:.3g} {unit}"
     return f"{count} bytes"

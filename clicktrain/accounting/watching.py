@@ -29,8 +29,6 @@ def no_trace(model: nn.Module, example: Inputs, *, training: bool) -> Iterator[N
     flags are set directly: ``model.eval()`` may be overridden and do more.
 
     Args:
-        model: the network.
-        example: inputs, on the device whose random state is to stay.
         training: False: evaluation mode. True: training mode, unless the model is in it already: then every
             module stays in the mode that it has (frozen batch norms).
     """
@@ -85,7 +83,7 @@ class Traffic(TorchFunctionMode):
             kind = _kind(getattr(func, "__name__", ""), x)
             if kind is not None:
                 output = result[0] if isinstance(result, tuple) else result
-                self.bytes[kind] += _bytes(x) + _bytes(output)
+                self.bytes[kind] += x.nbytes + getattr(output, "nbytes", 0)
         return result
 
 
@@ -99,7 +97,3 @@ def _kind(name: str, x: Tensor) -> str | None:
     if name.endswith(_POOLINGS) or (name == "mean" and x.dim() == 4):
         return "pooling"
     return None
-
-
-def _bytes(value: Any) -> int:
-    return value.numel() * value.element_size() if isinstance(value, Tensor) else 0

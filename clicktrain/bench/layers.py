@@ -158,7 +158,7 @@ class _Side:
         return network_call(copy.deepcopy(self.model), x, y, layout, bool(half), self.training)
 
     def flops(self, layer: str) -> int:
-        """Of the passes that are timed, per image."""
+        """FLOPs of the passes that are timed, per image."""
         cost = self.costs[layer]
         return cost.training_flops if self.training else cost.forward_flops
 

@@ -33,14 +33,8 @@ def pattern_mask(
 ) -> Tensor:
     """A mask with patterns and connectivity: every filter keeps equally many kernels, each with a pattern.
 
-    Args:
-        shape: (F, C, R, S) of the weight.
-        compression: all weights over kept ones; met as closely as whole kernels allow.
-        group: neighboring filters that keep the same channels with the same patterns.
-        generator: of the random choices.
-
-    Returns:
-        Bool [F, C, R, S], True = kept.
+    Bool of ``shape`` [F, C, R, S], True = kept. ``compression`` (all weights over kept ones) is met as
+    closely as whole kernels allow; each ``group`` of filters keeps the same channels with the same patterns.
     """
     filters, channels, rows, columns = shape
     patterns = _patterns((rows, columns), generator)

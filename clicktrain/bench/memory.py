@@ -29,11 +29,7 @@ _ENVIRONMENT = {
 
 
 def in_fresh_process(module: str, argument: dict[str, Any]) -> float:
-    """Run ``python -m module JSON`` and return the number that it prints last.
-
-    Raises:
-        RuntimeError: it failed, with the end of what it said.
-    """
+    """Run ``python -m module JSON`` and return the number that it prints last; RuntimeError if it fails."""
     package = str(Path(__file__).resolve().parents[2])
     path = os.pathsep.join(filter(None, [package, os.environ.get("PYTHONPATH")]))
     done = subprocess.run(
@@ -51,10 +47,8 @@ def in_fresh_process(module: str, argument: dict[str, Any]) -> float:
 def peak_mb(prepare: Callable[[], Callable[[], object]], steps: int = 2) -> float:
     """Megabytes that a step needs beyond an empty process, at its highest point.
 
-    Args:
-        prepare: makes everything and returns the step; one step is done uncounted, so that what is made
-            once (optimizer state, generated code) is there.
-        steps: counted ones.
+    ``prepare`` makes everything and returns the step; one step is done uncounted, so that what is made once
+    (optimizer state, generated code) is there.
     """
     empty = _resident_kb("VmRSS")
     step = prepare()

@@ -26,11 +26,9 @@ _USUAL_BYTES = {1: 32 << 10, 2: 512 << 10}
 
 @dataclass(frozen=True, slots=True)
 class Peak:
-    """Best of several measurements, all threads together.
+    """Best of several measurements, all threads together, in 1e9 per second.
 
-    Attributes:
-        gflops: float32 operations per second in 1e9; a multiply-add is two.
-        l1_read_gbs, l2_read_gbs: bytes per second in 1e9, read from buffers half as large as the cache.
+    Float32 operations, a multiply-add being two, and bytes read from buffers half as large as the cache.
     """
 
     gflops: float
@@ -39,11 +37,7 @@ class Peak:
 
 
 def measure_peak(seconds: float = 0.01) -> Peak | None:
-    """Measure with as many threads as PyTorch uses; None without a C compiler.
-
-    Args:
-        seconds: how long one of several measurements takes, roughly.
-    """
+    """Measure with as many threads as PyTorch uses, for ``seconds`` at a time; None without a C compiler."""
     if toolchain() is None:
         return None
     library, lanes, sums = measuring_loops()

@@ -147,9 +147,10 @@ def bench_step(
     keep_memory()  # for both sides: else what is timed is how the system hands out pages
     calls: dict[tuple[str, str] | _Sparse, Callable[[], object]] = {}
     sparse = list(itertools.starmap(_Sparse, itertools.product(compressions, groups, precisions)))
-    about: dict[_Sparse, _About] = {}
+    densities: dict[_Sparse, float] = {}
+    plans: dict[_Sparse, LoweringPlan | None] = {}
     for one in sparse:
-        calls[one], about[one] = _accelerated(case, one, rule, progress)
+        calls[one], densities[one], plans[one] = _accelerated(case, one, rule, progress)
     progress("building the dense networks")
     names = _dense_names(compiled, bf16)
     calls.update({key: _dense_step(case, *key) for key in names})
@@ -159,17 +160,17 @@ def bench_step(
     low = {name: times[kind, name] for kind, name in names if kind == "bf16"}
     low_name, low_ms = fastest(low) if low else (None, None)
     calls.clear()
-    dense_peaks, sparse_peaks = _peaks(case, about, precisions, progress) if memory else ({}, {})
+    dense_peaks, sparse_peaks = _peaks(case, plans, precisions, progress) if memory else ({}, {})
     rows = []
     for one in sparse:
-        ms, plan = times[one], about[one].plan
+        ms, plan = times[one], plans[one]
         name, megabytes = dense_peaks.get(one.precision, (None, None))
         rows.append(
             StepRow(
                 model=case.model,
                 compression=one.compression,
                 group=one.group,
-                density=about[one].density,
+                density=densities[one],
                 dense_fp32_ms=fp32[1],
                 dense_fp32_name=fp32[0],
                 dense_bf16_ms=low_ms,
@@ -215,45 +216,37 @@ class _Sparse(NamedTuple):
         return f"{self.compression:g}x, group {self.group}, {self.precision}"
 
     @property
-    def autocast(self) -> bool:
+    def bf16(self) -> bool:
         """Whether its steps run under autocast."""
         return self.precision == "bf16"
 
-    def accelerate(self, packed: nn.Module, case: StepCase, rule: str) -> nn.Module:
-        """Accelerate as the trainer does it, with fresh measurements."""
-        dtypes = ("fp32", "bf16") if self.autocast else ("fp32",)
-        return accelerated(packed, case.batch()[0], rule=rule, dtypes=dtypes, remember=False)
 
-
-class _About(NamedTuple):
-    """Density and plan of an accelerated network."""
-
-    density: float
-    plan: LoweringPlan | None
-
-
-def _accelerated(case: StepCase, one: _Sparse, rule: str, progress: Progress) -> tuple[TrainingStep, _About]:
-    """A training step that was checked against the packed network."""
+def _accelerated(
+    case: StepCase, one: _Sparse, rule: str, progress: Progress
+) -> tuple[TrainingStep, float, LoweringPlan | None]:
+    """A training step that was checked against the packed network, with its density and its plan."""
     progress(f"accelerating at {one}")
-    packed = case.packed(one.compression, one.group)
-    fast = one.accelerate(copy.deepcopy(packed), case, rule)
+    packed, (x, y) = case.packed(one.compression, one.group), case.batch()
+    # As the trainer does it, with fresh measurements.
+    dtypes = ("fp32", "bf16") if one.bf16 else ("fp32",)
+    fast = accelerated(copy.deepcopy(packed), x, rule=rule, dtypes=dtypes, remember=False)
     progress(f"checking at {one}")
-    check_same(packed, fast, *case.batch(), bf16=one.autocast)
+    check_same(packed, fast, x, y, bf16=one.bf16)
     plan = fast.plan if isinstance(fast, Accelerated) else None
-    return TrainingStep(fast, *case.batch(), bf16=one.autocast), _About(_density(packed), plan)
+    return TrainingStep(fast, x, y, bf16=one.bf16), _density(packed), plan
 
 
 def _peaks(
-    case: StepCase, about: Mapping[_Sparse, _About], precisions: Sequence[str], progress: Progress
+    case: StepCase, plans: Mapping[_Sparse, LoweringPlan | None], kinds: Sequence[str], progress: Progress
 ) -> tuple[dict[str, tuple[str, float]], dict[_Sparse, float]]:
     """Peak memory of the leaner dense step in each precision, with its name, and of each accelerated one."""
     dense = {}
-    for kind in precisions:
+    for kind in kinds:
         progress(f"memory of the dense step in {kind}")
         layouts = ("NCHW", "channels_last")
         dense[kind] = fastest({name: _memory(case, layout=name, kind=kind) for name in layouts})
     sparse = {}
-    for one, (_, plan) in about.items():
+    for one, plan in plans.items():
         progress(f"memory at {one}")
         sparse[one] = _memory(case, sparse=one, plan=None if plan is None else plan.to_json())
     return dense, sparse
@@ -372,7 +365,7 @@ def _main(text: str) -> None:
         fast = packed
         if what["plan"] is not None:
             fast = accelerate(packed, case.batch()[0], plan=LoweringPlan.from_json(what["plan"]))
-        return TrainingStep(fast, *case.batch(), bf16=one.autocast)
+        return TrainingStep(fast, *case.batch(), bf16=one.bf16)
 
     # What libraries take when they are first used is neither side's: both begin with it.
     tiny = nn.Sequential(

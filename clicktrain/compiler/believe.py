@@ -13,7 +13,7 @@ from clicktrain.compiler.lower import Lowered, lower
 from clicktrain.compiler.plan import LoweringPlan, activation_dtype
 from clicktrain.graph import Inputs
 from clicktrain.graph.faithful import Believed, copy_in_modes, original_calls
-from clicktrain.graph.observe import Observation, observe, tensors_in
+from clicktrain.graph.observe import Observation, observe, placed_tensors
 from clicktrain.graph.random_state import same_random_state
 from clicktrain.graph.trace import one_line, outside_autocast
 from clicktrain.kernels.sparse_conv2d import PackedLayer
@@ -125,7 +125,9 @@ class _Comparison:
         for mine, theirs, near in zip(observed, expected, rounded, strict=True):
             if not same_random_state(mine.random, theirs.random):
                 return "it draws other random numbers"
-            ours, original, other = (dict(tensors_in(one.output, "output")) for one in (mine, theirs, near))
+            ours, original, other = (
+                dict(placed_tensors(one.output, "output")) for one in (mine, theirs, near)
+            )
             difference = (
                 self._apart(ours, original, other)
                 or self._apart(mine.buffers, theirs.buffers, near.buffers, "buffer ")

@@ -13,7 +13,7 @@ from torch import Tensor
 
 from clicktrain.data.image_files import GRAY_MODES, broken, read_image
 from clicktrain.data.listing import EncodedImages
-from clicktrain.data.value_range import EIGHT_BIT, ValueRange, range_of
+from clicktrain.data.statistics import EIGHT_BIT, ValueRange, range_of
 from clicktrain.errors import UserError
 
 T = TypeVar("T")

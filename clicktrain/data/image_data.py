@@ -8,7 +8,7 @@ from dataclasses import dataclass
 from torch import Tensor
 
 from clicktrain.data.listing import EncodedImages
-from clicktrain.data.value_range import EIGHT_BIT, ValueRange
+from clicktrain.data.statistics import EIGHT_BIT, ValueRange
 
 
 @dataclass(frozen=True, eq=False)

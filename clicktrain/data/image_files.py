@@ -113,10 +113,10 @@ def _deep_color(image: Image.Image) -> str | None:
     """How the file holds colors, or gray with transparency, of 16 bits; None for any other image."""
     if image.mode not in ("RGB", "RGBA"):
         return None
-    found = {part for tile in getattr(image, "tile", ()) for part in _words(tile[3]) if ";16" in part}
-    if not found:
+    modes = {part for tile in getattr(image, "tile", ()) for part in _words(tile[3]) if ";16" in part}
+    if not modes:
         return None
-    (rawmode,) = found if len(found) == 1 else ("several",)
+    (rawmode,) = modes if len(modes) == 1 else ("several",)
     if rawmode not in (*_LOW_BYTES, _GRAY_WITH_ALPHA):
         raise ValueError(f"16-bit colors as {rawmode} are not read: store it as an ordinary 16-bit PNG")
     return rawmode

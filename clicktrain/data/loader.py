@@ -93,12 +93,9 @@ class Loader(ABC):
 
     @abstractmethod
     def epoch(self, epoch: int, start_batch: int = 0) -> Iterator[Batch]:
-        """Yield the batches of one epoch.
+        """Yield the batches of one epoch; another number gives another order and augmentation.
 
-        Args:
-            epoch: its number; another number gives another order and augmentation.
-            start_batch: batches to skip. They are not loaded, and the rest is bit for bit what an epoch from
-                the beginning yields.
+        Batches before ``start_batch`` are not loaded; the rest is what an epoch from the beginning yields.
         """
 
 

@@ -19,12 +19,17 @@ from clicktrain.data.image_data import EncodedSource, ImageData, PixelSource, So
 from clicktrain.data.image_files import read_header
 from clicktrain.data.listing import EncodedImages, ListedSplit, Listing, SubsetImages, stratified_split
 from clicktrain.data.sources.cifar import list_cifar
-from clicktrain.data.sources.digits import list_digits
+from clicktrain.data.sources.embedded import list_digits, list_synthetic
 from clicktrain.data.sources.image_folder import list_image_folder
-from clicktrain.data.sources.synthetic import list_synthetic
 from clicktrain.data.spec import DataSpec
-from clicktrain.data.statistics import IMAGENET_MEAN, IMAGENET_STD, channel_sums, mean_and_std
-from clicktrain.data.value_range import EIGHT_BIT, ValueRange
+from clicktrain.data.statistics import (
+    EIGHT_BIT,
+    IMAGENET_MEAN,
+    IMAGENET_STD,
+    ValueRange,
+    channel_sums,
+    mean_and_std,
+)
 from clicktrain.errors import UserError, shortened, shown
 from clicktrain.limits import in_words
 

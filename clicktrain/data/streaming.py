@@ -32,9 +32,7 @@ class _DecodedBatches(Dataset["Tensor | _Broken"]):
     """Item (epoch, indices) is the batch of these images, uint8 [B, C, H, W]."""
 
     def __init__(self, source: EncodedSource, resized_crop: bool, seed: int) -> None:
-        self._source = source
-        self._resized_crop = resized_crop
-        self._seed = seed
+        self._source, self._resized_crop, self._seed = source, resized_crop, seed
 
     def __getitem__(self, item: tuple[int, list[int]]) -> Tensor | _Broken:
         epoch, indices = item
@@ -115,14 +113,9 @@ def make_loader(
     whatever ``augment`` says.
 
     Args:
-        data: an opened data set.
-        split: ``train`` or ``val``.
-        batch_size: images per batch.
         device: where the batches are to be; images that fit in memory are moved there as a whole.
         seed: of order and augmentation.
-        augment: what is done to training images.
         drop_last: leave out a last batch that is not full.
-        channels_last: memory layout of the batches.
         dtype: of the images in a batch; they are augmented and normalized in float32 all the same.
 
     Raises:

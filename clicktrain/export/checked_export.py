@@ -50,11 +50,7 @@ class FinishedRun(Protocol):
 
 @dataclass(frozen=True, slots=True)
 class Exported:
-    """A file that was written and checked.
-
-    ``max_difference`` is the largest absolute difference between its logits and the network's on random
-    images; up to ``tolerance`` is allowed.
-    """
+    """A file that was written and checked: its logits differ from the network's by ``max_difference``."""
 
     path: Path
     format: Format

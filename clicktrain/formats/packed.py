@@ -168,14 +168,8 @@ class PackedWeight(NamedTuple):
 def pack_values(structure: Structure, dense: Tensor) -> Tensor:
     """Gather the kept weights: ClickTrain section 5.1, conversion with predefined nonzero positions.
 
-    What ``dense`` has outside the structure is left out. Differentiable.
-
-    Args:
-        structure: from `Structure.from_mask`.
-        dense: of the structure's shape, any dtype and memory format, on the structure's device.
-
-    Returns:
-        [F, nnz_per_filter], or [nnz] for filters with unequal counts.
+    What ``dense`` (any dtype and memory format, on the structure's device) has outside the structure is left
+    out. Differentiable. The result is [F, nnz_per_filter], or [nnz] for filters with unequal counts.
     """
     if tuple(dense.shape) != structure.shape:
         raise ValueError(f"the structure is of a weight {structure.shape}, got {tuple(dense.shape)}")
@@ -199,14 +193,9 @@ def unpack_values(structure: Structure, values: Tensor) -> Tensor:
 
 
 def bits_from_mask(mask: Tensor) -> Tensor:
-    """Write a mask with one bit a weight.
+    """Write a mask with one bit a weight: uint8 [ceil(numel / 8)].
 
-    Args:
-        mask: bool, any shape.
-
-    Returns:
-        uint8 [ceil(numel / 8)]: bit i % 8 (1 << (i % 8)) of byte i // 8 is element i of the flat mask; the
-        bits that are left over in the last byte are 0.
+    Bit i % 8 (1 << (i % 8)) of byte i // 8 is element i of the flat mask; those left over at the end are 0.
     """
     flat = torch.nn.functional.pad(mask.reshape(-1).to(torch.uint8), (0, -mask.numel() % 8))
     place = torch.tensor(_BIT_VALUES, dtype=torch.uint8, device=mask.device)
@@ -214,11 +203,7 @@ def bits_from_mask(mask: Tensor) -> Tensor:
 
 
 def mask_from_bits(bits: Tensor, shape: tuple[int, ...]) -> Tensor:
-    """Inverse of `bits_from_mask`.
-
-    Raises:
-        ValueError: the bits are not those of a mask of that shape.
-    """
+    """Inverse of `bits_from_mask`; ValueError unless the bits are those of a mask of that shape."""
     numel = math.prod(shape)
     if bits.dtype != torch.uint8 or bits.dim() != 1 or bits.numel() != (numel + 7) // 8:
         raise ValueError(

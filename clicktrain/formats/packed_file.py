@@ -17,7 +17,6 @@ Size of the packed weights against dense float32: 1 / compression + 1/32 (1/16 f
 
 from __future__ import annotations
 
-import json
 import os
 from collections.abc import Mapping
 from typing import Any
@@ -27,7 +26,7 @@ from torch import Tensor
 
 from clicktrain.errors import UserError
 from clicktrain.formats.packed import PackedWeight, Structure, pack_values
-from clicktrain.formats.tree import read_tensors, save_tensors
+from clicktrain.formats.tree import reading_document, save_document
 
 FORMAT_VERSION = 1
 
@@ -40,14 +39,10 @@ def save_packed(
     masks: Mapping[str, Tensor],
     metadata: Mapping[str, str] | None = None,
 ) -> None:
-    """Write a ``state_dict`` with its pruned weights packed, whole or not at all.
+    """Write a dense ``state_dict``, its pruned weights exactly zero, with these packed; whole or not at all.
 
-    Args:
-        path: of the file.
-        tensors: dense ``state_dict``; pruned weights are exactly zero.
-        masks: bool, of the weight's shape, True = kept, by layer name (``conv1``) or weight name
-            (``conv1.weight``).
-        metadata: strings to put beside it.
+    ``masks`` are bool, of the weight's shape, True = kept, by layer name (``conv1``) or weight name
+    (``conv1.weight``).
 
     Raises:
         UserError: a mask fits no weight, a weight outside its mask is not zero, or the disk is full.
@@ -66,11 +61,7 @@ def save_packed(
         stored[names["values"]] = values
         stored[names["keep_bits"]] = structure.bits()
         weights[name] = {"shape": list(tensors[name].shape), **names}
-    extra = dict(metadata or {})
-    if _KEY in extra:
-        raise ValueError(f"the metadata key {_KEY!r} is taken by the format itself")
-    extra[_KEY] = json.dumps({"version": FORMAT_VERSION, "weights": weights})
-    save_tensors(path, stored, extra)
+    save_document(path, stored, _KEY, {"version": FORMAT_VERSION, "weights": weights}, metadata)
 
 
 def read_packed(path: str | os.PathLike[str]) -> tuple[dict[str, PackedWeight], dict[str, Tensor]]:
@@ -82,22 +73,8 @@ def read_packed(path: str | os.PathLike[str]) -> tuple[dict[str, PackedWeight], 
     Raises:
         UserError: there is no such file, it is damaged, not a packed file, or of a newer version.
     """
-    tensors, metadata = read_tensors(path)
-    if _KEY not in metadata:
-        raise UserError(f"{path} is a safetensors file but not one of packed weights")
-    try:
-        document = json.loads(metadata[_KEY])
-        version = document["version"]
-        if version > FORMAT_VERSION:
-            raise UserError(
-                f"{path} has format version {version}, this version of clicktrain reads up to "
-                f"{FORMAT_VERSION}: update clicktrain"
-            )
+    with reading_document(path, _KEY, FORMAT_VERSION, "one of packed weights") as (tensors, document):
         packed = {name: _unpack(name, entry, tensors) for name, entry in document["weights"].items()}
-    except UserError:
-        raise
-    except (ValueError, KeyError, TypeError, AttributeError, RecursionError) as error:
-        raise UserError(f"{path} is damaged: {error!r}") from None
     return packed, tensors
 
 

@@ -113,23 +113,30 @@ def unflatten_tree(tensors: Mapping[str, Tensor], json: Json) -> Tree:
 
 
 def save_tree(path: str | os.PathLike[str], obj: Tree, metadata: Mapping[str, str] | None = None) -> None:
-    """Write a nested state as one .safetensors file, whole or not at all.
+    """Write a nested state as one .safetensors file, whole or not at all, in a folder that exists.
 
-    Args:
-        path: of the file; its folder exists.
-        obj: the state.
-        metadata: strings to put beside it; `read_metadata` reads them without loading a tensor.
+    ``metadata`` are strings to put beside it; `read_metadata` reads them without loading a tensor.
 
     Raises:
         TypeError: the state holds something that a file cannot hold; nothing is written.
         UserError: the disk is full; nothing is left behind.
     """
-    metadata = dict(metadata or {})
-    if _TREE_KEY in metadata:
-        raise ValueError(f"the metadata key {_TREE_KEY!r} is taken by the format itself")
     tensors, root = flatten_tree(obj)
-    metadata[_TREE_KEY] = json.dumps({"version": FORMAT_VERSION, "root": root}, allow_nan=False)
-    save_tensors(path, tensors, metadata)
+    save_document(path, tensors, _TREE_KEY, {"version": FORMAT_VERSION, "root": root}, metadata)
+
+
+def save_document(
+    path: str | os.PathLike[str],
+    tensors: Mapping[str, Tensor],
+    key: str,
+    document: Json,
+    metadata: Mapping[str, str] | None,
+) -> None:
+    """`save_tensors` with a JSON document among the metadata, under a key that is the format's own."""
+    extra = dict(metadata or {})
+    if key in extra:
+        raise ValueError(f"the metadata key {key!r} is taken by the format itself")
+    save_tensors(path, tensors, {**extra, key: json.dumps(document, allow_nan=False)})
 
 
 def load_tree(path: str | os.PathLike[str]) -> Tree:
@@ -138,20 +145,35 @@ def load_tree(path: str | os.PathLike[str]) -> Tree:
     Raises:
         UserError: there is no such file, it is damaged, not a tree, or of a newer version.
     """
+    what = "a state saved by clicktrain"
+    with reading_document(path, _TREE_KEY, FORMAT_VERSION, what) as (tensors, document):
+        return unflatten_tree(tensors, document["root"])
+
+
+@contextlib.contextmanager
+def reading_document(
+    path: str | os.PathLike[str], key: str, newest: int, what: str
+) -> Iterator[tuple[dict[str, Tensor], Any]]:
+    """The tensors and the document of `save_document`; an error while they are used is one of the file's.
+
+    Raises:
+        UserError: there is no such file, it is damaged, without the document, or of a newer version.
+    """
     tensors, metadata = read_tensors(path)
-    if _TREE_KEY not in metadata:
-        raise UserError(f"{path} is a safetensors file but not a state saved by clicktrain")
+    if key not in metadata:
+        raise UserError(f"{path} is a safetensors file but not {what}")
     try:
-        document = json.loads(metadata[_TREE_KEY])
-        version, root = document["version"], document["root"]
-        if version <= FORMAT_VERSION:
-            return unflatten_tree(tensors, root)
-    except (ValueError, KeyError, TypeError, RecursionError) as error:
-        raise UserError(f"{path} is damaged: {error}") from None
-    raise UserError(
-        f"{path} has format version {version}, this version of clicktrain reads up to {FORMAT_VERSION}: "
-        "update clicktrain"
-    )
+        document = json.loads(metadata[key])
+        if (version := document["version"]) > newest:
+            raise UserError(
+                f"{path} has format version {version}, this version of clicktrain reads up to {newest}: "
+                "update clicktrain"
+            )
+        yield tensors, document
+    except UserError:
+        raise
+    except (ValueError, KeyError, TypeError, AttributeError, RecursionError) as error:
+        raise UserError(f"{path} is damaged: {error!r}") from None
 
 
 def read_metadata(path: str | os.PathLike[str]) -> dict[str, str]:

@@ -18,16 +18,6 @@ from torch import Tensor, nn
 
 from clicktrain.sparsity.patterns import MAX_POSITIONS
 
-__all__ = [
-    "ADAPTERS",
-    "UNITS",
-    "LayerAdapter",
-    "adapter_of",
-    "dense_adapter",
-    "nearest_adapter",
-    "register_layer",
-]
-
 View: TypeAlias = tuple[int, int, int, int]
 
 UNITS = ("weight", "kernel", "pattern", "channel")
@@ -56,9 +46,7 @@ class LayerAdapter:
         kind: Literal["conv", "linear"] = "conv",
         forward: Sequence[str] = ("forward",),
     ) -> None:
-        self.layer = layer
-        self.kind = kind
-        self.forward = tuple(forward)
+        self.layer, self.kind, self.forward = layer, kind, tuple(forward)
 
     def weight(self, module: nn.Module) -> Tensor:
         """The weight, a parameter that the layer holds as ``weight``."""
@@ -88,8 +76,7 @@ class LayerAdapter:
         are 1. Shares memory unless the layer has its channels in another order, and is differentiable.
         """
         f, c, *kernel = tensor.shape
-        columns = kernel[-1] if kernel else 1
-        return tensor.reshape(f, c, math.prod(kernel[:-1]), columns)
+        return tensor.reshape(f, c, math.prod(kernel[:-1]), kernel[-1] if kernel else 1)
 
     def unview(self, module: nn.Module, tensor: Tensor) -> Tensor:
         """The inverse of `view`: [F, C, R, S] -> the weight's shape."""
@@ -107,13 +94,7 @@ class LayerAdapter:
         return None
 
     def weight_uses(self, module: nn.Module, x: Tensor, y: Tensor) -> tuple[tuple[int, ...], int]:
-        """Size of the output in space, and how often one forward pass uses each weight, over the whole batch.
-
-        Args:
-            module: the layer.
-            x: its input.
-            y: its output.
-        """
+        """Size of the output in space, and how often a pass from x to y uses each weight, over the batch."""
         dims = self.weight(module).dim() - 2
         if dims == 0:
             return (), y.numel() // max(self.weight(module).shape[self.out_axis], 1)

@@ -50,7 +50,7 @@ def conv_sources(model: nn.Module) -> ConvSources:
     except TraceError as error:
         return ConvSources({}, str(error))
     modules = dict(model.named_modules())
-    found = {}
+    sources = {}
     for node in graph.nodes:
         linear = modules.get(str(node.target)) if node.op == "call_module" else None
         if type(linear) is not nn.Linear:
@@ -58,8 +58,8 @@ def conv_sources(model: nn.Module) -> ConvSources:
         source = _back(node.args[0] if node.args else None, modules)
         conv = modules.get(source)
         if isinstance(conv, nn.Conv2d) and linear.in_features % conv.out_channels == 0:
-            found[str(node.target)] = source
-    return ConvSources(found)
+            sources[str(node.target)] = source
+    return ConvSources(sources)
 
 
 def _back(node: object, modules: dict[str, nn.Module]) -> str:

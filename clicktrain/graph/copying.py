@@ -27,18 +27,15 @@ _BUDGET = 1000
 def working_copy(model: nn.Module, *, tensors: bool = True) -> nn.Module:
     """The same network with tensors, attributes and modes of its own, and without hooks of the user.
 
-    Args:
-        model: any module.
-        tensors: False shares parameters and buffers with the model.
-
-    Returns:
-        A module of the same class with the same paths inside. Objects that are not values (a trainer, a
-        logger) are the same ones as in the model.
+    Class and paths are the same; objects that are not values (a trainer, a logger) are the model's own.
+    ``tensors=False`` shares parameters and buffers with the model.
     """
     memo: dict[int, Any] = {}
     modules = list(model.modules())
     for module in modules:
-        memo[id(module)] = _shell(module)
+        # A scripted module keeps its state in C++ and stays the same object.
+        scripted = isinstance(module, torch.jit.ScriptModule)
+        memo[id(module)] = module if scripted else type(module).__new__(type(module))
     # Tensors first: an attribute may refer to a parameter.
     for module in modules:
         for table in (module._parameters, module._buffers):
@@ -67,24 +64,19 @@ def users_hooks(module: nn.Module) -> bool:
     return any(users_hook(hook) for table in tables if table for hook in table.values())
 
 
-def _shell(module: nn.Module) -> nn.Module:
-    # A scripted module keeps its state in C++ and stays the same object.
-    return module if isinstance(module, torch.jit.ScriptModule) else type(module).__new__(type(module))
-
-
 def _attributes(module: nn.Module, memo: dict[int, Any]) -> dict[str, Any]:
-    found: dict[str, Any] = {}
+    attributes: dict[str, Any] = {}
     for name, value in module.__dict__.items():
         if name in ("_parameters", "_buffers", "_modules"):
-            found[name] = type(value)((key, memo.get(id(item), item)) for key, item in value.items())
+            attributes[name] = type(value)((key, memo.get(id(item), item)) for key, item in value.items())
         elif name in HOOK_TABLES:
             # PyTorch's own compute weights (weight norm); this package's watch the model, not its copies.
-            found[name] = OrderedDict(
+            attributes[name] = OrderedDict(
                 (k, hook) for k, hook in value.items() if _home(hook).startswith("torch.")
             )
         else:
-            found[name] = copied(value, memo)
-    return found
+            attributes[name] = copied(value, memo)
+    return attributes
 
 
 def _tensor(tensor: Tensor) -> Tensor:
@@ -126,7 +118,9 @@ def _plain(value: Any, memo: dict[int, Any], budget: list[int]) -> bool:
     if isinstance(value, torch.Generator):
         memo[id(value)] = value.clone_state()
         return True
-    if isinstance(value, (type, FunctionType, torch.dtype, torch.device, torch.Size)) or _is_random(value):
+    if isinstance(value, (type, FunctionType, torch.dtype, torch.device, torch.Size, random.Random)):
+        return True
+    if type(value).__module__.partition(".")[0] == "numpy":
         return True
     if isinstance(value, MethodType):
         return id(value.__self__) in memo
@@ -145,10 +139,6 @@ def contents(value: Any) -> dict[str, Any]:
         **{field.name: getattr(value, field.name) for field in slots if hasattr(value, field.name)},
         **getattr(value, "__dict__", {}),
     }
-
-
-def _is_random(value: Any) -> bool:
-    return isinstance(value, random.Random) or type(value).__module__.partition(".")[0] == "numpy"
 
 
 def _is_record(value: Any) -> bool:

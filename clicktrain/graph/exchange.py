@@ -13,8 +13,6 @@ import torch
 from torch import Tensor, nn
 from torch.optim import Optimizer
 
-__all__ = ["exchange_", "exchanged", "odd_state", "replace_module_", "state_refusal"]
-
 _PARAMETER_HOOKS = ("_backward_hooks", "_post_accumulate_grad_hooks")
 
 
@@ -25,13 +23,9 @@ def replace_module_(model: nn.Module, name: str, new: nn.Module) -> None:
 
 
 def exchanged(parameter: Tensor, convert: Callable[[Tensor], Tensor]) -> nn.Parameter:
-    """The parameter that takes the place of another, with its gradient, attributes and hooks.
+    """The parameter that takes the place of another, with its value and gradient converted to the new shape.
 
-    The hook tables themselves move, so that handles go on working.
-
-    Args:
-        parameter: the old one.
-        convert: old shape -> new shape, for the value and the gradient.
+    Attributes move, and the hook tables themselves, so that handles go on working.
     """
     new = nn.Parameter(convert(parameter.detach()), requires_grad=parameter.requires_grad)
     new.__dict__.update(parameter.__dict__)
@@ -52,10 +46,7 @@ def exchange_(
     """Put new parameters where optimizers hold the old ones, with their state; take removed ones out.
 
     Args:
-        optimizers: changed in place.
-        new: old parameter -> new one.
         convert: (old parameter, tensor of its shape) -> tensor of the new shape.
-        removed: parameters that have no successor.
     """
     out = {id(parameter) for parameter in removed}
     for optimizer in optimizers:
@@ -110,9 +101,6 @@ def odd_state(
     """Names of the entries of a parameter's optimizer state that cannot be exchanged with it.
 
     Args:
-        optimizer: whose state it is.
-        state: what it keeps for the parameter.
-        parameter: the old parameter.
         factors: whether the new shape has the old one's dimensions (surgery), so that factors with size 1
             along some of them have a meaning; packed values have not.
     """
@@ -133,8 +121,6 @@ def state_refusal(
     """Why what the optimizers keep for a parameter cannot be exchanged with it; None if it can.
 
     Args:
-        parameter: the old parameter.
-        optimizers: all that may hold it.
         hint: what to do about a state that cannot be exchanged.
         factors: as in `odd_state`.
     """

@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, replace
+from functools import partial
 from typing import Any
 
 import torch
@@ -12,7 +13,7 @@ from torch import Tensor, nn
 
 from clicktrain.graph.copying import users_hooks, working_copy
 from clicktrain.graph.in_place import write_elsewhere
-from clicktrain.graph.inputs import Inputs
+from clicktrain.graph.inputs import Inputs, owned
 from clicktrain.graph.observe import Observation, difference, observe
 from clicktrain.graph.random_state import own_random_numbers
 from clicktrain.graph.trace import (
@@ -28,7 +29,6 @@ from clicktrain.graph.tracer import IsLeaf
 
 _FEW = 4
 """Images that are enough to compare with."""
-
 
 Modes = tuple[bool, ...]
 """``training`` of all modules, in the order of ``modules()``."""
@@ -72,8 +72,6 @@ def believed_graph(
 
     Args:
         model: to be traced in the modes that it is in.
-        inputs: of a call.
-        leaves: as of `trace`.
         all_modes: find out what is to be left out in training and in evaluation mode as well.
         own: path -> reason, what is to be left out in any case.
 
@@ -83,7 +81,8 @@ def believed_graph(
     """
     if torch.is_autocast_enabled("cpu"):
         with outside_autocast():
-            whole = inputs.map(_whole)
+            # What autocast would have taken in a smaller dtype.
+            whole = inputs.map(lambda x: x.float() if x.dtype in (torch.bfloat16, torch.float16) else x)
             return believed_graph(model, whole, leaves, all_modes=all_modes, own=own)
     modes = _modes(model, all_modes)
     few, now = _few_images(model, inputs)
@@ -94,28 +93,25 @@ def believed_graph(
         graphs = []
         for flags in modes:
             if flags not in originals:
-                originals[flags] = _in_another_mode(model, flags, few)
+                try:
+                    originals[flags] = original_calls(model, flags, few)
+                except Exception:  # some networks have one mode only
+                    originals[flags] = None
             expected = originals[flags]
             if expected is None:
                 continue
-            graph, found = _examine(model, flags, few, expected, leaves, opaque)
-            if graph is None or "" in found:
-                raise UnfaithfulError(found[""])
+            graph, unfaithful = _examine(model, flags, few, expected, leaves, opaque)
+            if graph is None or "" in unfaithful:
+                raise UnfaithfulError(unfaithful[""])
             graphs.append(graph)
-            if found:
-                opaque.update(found)
+            if unfaithful:
+                opaque.update(unfaithful)
                 break
         else:
-            graph = _for_whole_batches(graphs[0], modes[0], inputs)
+            graph = graphs[0]
+            shapes, sizes = record(graph.graph, graph.constants, copy_in_modes(model, modes[0]), inputs)
+            graph = replace(graph, inputs=inputs, shapes=shapes, sizes=sizes)
             return Believed(graph, few, {flags: seen for flags, seen in originals.items() if seen})
-
-
-def _in_another_mode(model: nn.Module, flags: Modes, few: Inputs) -> list[Observation] | None:
-    """Calls of the model; None if it cannot be called so: some networks have one mode only."""
-    try:
-        return original_calls(model, flags, few)
-    except Exception:
-        return None
 
 
 def _examine(
@@ -142,12 +138,6 @@ def _examine(
     if not difference:
         return graph, cannot
     return graph, _smallest(model, graph, flags, few, leaves, opaque) or {"": _otherwise(difference)}
-
-
-def _for_whole_batches(graph: ModelGraph, flags: Modes, inputs: Inputs) -> ModelGraph:
-    twin = copy_in_modes(graph.model, flags)
-    shapes, sizes = record(graph.graph, graph.constants, twin, inputs)
-    return replace(graph, inputs=inputs, shapes=shapes, sizes=sizes)
 
 
 def run_graph(graph: ModelGraph, twin: nn.Module) -> Callable[..., Any]:
@@ -177,10 +167,10 @@ def original_calls(model: nn.Module, flags: Modes, inputs: Inputs) -> list[Obser
 def _differs(graph: ModelGraph, flags: Modes, inputs: Inputs, expected: list[Observation]) -> str:
     twin = copy_in_modes(graph.model, flags)
     try:
-        found = observe(twin, run_graph(graph, twin), inputs)
+        calls = observe(twin, run_graph(graph, twin), inputs)
     except Exception as error:  # whatever is wrong with the graph
         return one_line(error)
-    return difference(found, expected)
+    return difference(calls, expected)
 
 
 def _smallest(
@@ -212,14 +202,11 @@ def _calls(model: nn.Module, paths: tuple[str, ...], flags: Modes, inputs: Input
     twin = copy_in_modes(model, flags)
     calls: dict[str, Inputs] = {}
 
-    def watch(path: str) -> Callable[..., None]:
-        def see(_: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
-            calls.setdefault(path, Inputs(args, kwargs).map(lambda tensor: tensor.detach().clone()))
-
-        return see
+    def note(path: str, _: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+        calls.setdefault(path, owned(Inputs(args, kwargs)))
 
     for path in dict.fromkeys(paths):
-        twin.get_submodule(path).register_forward_pre_hook(watch(path), with_kwargs=True)
+        twin.get_submodule(path).register_forward_pre_hook(partial(note, path), with_kwargs=True)
     with own_random_numbers(inputs.tensors()), torch.no_grad():
         inputs.map(torch.clone).call(twin)
     return calls
@@ -231,14 +218,14 @@ def _otherwise(difference: str) -> str:
 
 def _modes(model: nn.Module, all_modes: bool) -> list[Modes]:
     """The modes that the model is in, and those that ``train()`` and ``eval()`` put it in."""
-    found = [tuple(module.training for module in model.modules())]
+    modes = [tuple(module.training for module in model.modules())]
     for training in (True, False) if all_modes else ():
         twin = working_copy(model, tensors=False)
         twin.train(training)
         flags = tuple(module.training for module in twin.modules())
-        if flags not in found:
-            found.append(flags)
-    return found
+        if flags not in modes:
+            modes.append(flags)
+    return modes
 
 
 def _few_images(model: nn.Module, inputs: Inputs) -> tuple[Inputs, list[Observation]]:
@@ -260,16 +247,9 @@ def _few_images(model: nn.Module, inputs: Inputs) -> tuple[Inputs, list[Observat
         raise ExampleError(one_line(error)) from error
 
 
-def _whole(x: Tensor) -> Tensor:
-    """What autocast would have taken in a smaller dtype, as float32."""
-    return x.float() if x.dtype in (torch.bfloat16, torch.float16) else x
-
-
 def _varied(tensor: Tensor) -> Tensor:
     """Random numbers instead of constants, of which a batch norm makes noise and a comparison nothing."""
     tensor = tensor.detach()
     if not tensor.is_floating_point() or tensor.numel() < 2 or float(tensor.max()) > float(tensor.min()):
         return tensor
-    generator = torch.Generator().manual_seed(0)
-    noise = torch.randn(tensor.shape, generator=generator)
-    return noise.to(tensor.device, tensor.dtype)
+    return torch.randn(tensor.shape, generator=torch.Generator().manual_seed(0)).to(tensor)

@@ -1,10 +1,15 @@
-"""The arguments of a model's ``forward``: positional, keyword, nested in tuples, lists and dicts."""
+"""The arguments of a model's ``forward``: positional, keyword, nested in tuples, lists and dicts.
+
+The batch is the first dimension of the first tensor, and of every tensor that is as long.
+"""
 
 from __future__ import annotations
 
+import contextlib
 import inspect
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import dataclass, field
+from functools import partial
 from typing import Any
 
 import torch
@@ -67,12 +72,8 @@ def as_inputs(example: Any, model: nn.Module | None = None) -> Inputs:
     """Read what users give as an example of a model's inputs.
 
     A tensor is the only argument; a tuple holds the positional arguments; a dict holds keyword arguments,
-    unless ``forward`` cannot be called with its keys as names: then the dict is the only argument. Anything
-    else, a list too, is the only argument. `Inputs` stay as they are: they can mix all kinds.
-
-    Args:
-        example: see above.
-        model: whose ``forward`` decides what a dict is; without it, a dict holds keyword arguments.
+    unless the model's ``forward`` cannot be called with its keys as names: then it is the only argument, as
+    is anything else, a list too. `Inputs` stay as they are: they can mix all kinds.
     """
     if isinstance(example, Inputs):
         return example
@@ -93,19 +94,14 @@ def layer_input_shapes(model: nn.Module, names: Iterable[str], inputs: Inputs) -
     """
     shapes: dict[str, list[torch.Size]] = {}
 
-    def watch(name: str) -> Callable[..., None]:
-        def note(_: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
-            shapes.setdefault(name, []).append((args[0] if args else next(iter(kwargs.values()))).shape)
+    def note(name: str, _: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+        shapes.setdefault(name, []).append((args[0] if args else next(iter(kwargs.values()))).shape)
 
-        return note
-
-    layers = {name: model.get_submodule(name) for name in names}
-    handles = [m.register_forward_pre_hook(watch(name), with_kwargs=True) for name, m in layers.items()]
-    try:
+    with contextlib.ExitStack() as hooks:
+        for name in names:
+            layer = model.get_submodule(name)
+            hooks.enter_context(layer.register_forward_pre_hook(partial(note, name), with_kwargs=True))
         inputs.call(model)
-    finally:
-        for handle in handles:
-            handle.remove()
     return shapes
 
 

@@ -53,37 +53,32 @@ def observe(
     Args:
         model: a working copy: its buffers and attributes change, its gradients go.
         function: takes the arguments of ``forward`` and computes with the model's tensors.
-        inputs: of each call; they stay as they are.
-        calls: how many.
-
-    Returns:
-        One observation for each call.
     """
-    result = []
     with own_random_numbers((*inputs.tensors(), *model.parameters()), _SEED), torch.enable_grad():
-        for left in reversed(range(calls)):
-            result.append(_call(model, function, inputs, backward=left == 0))
-    return result
+        return [_call(model, function, inputs, backward=left == 0) for left in reversed(range(calls))]
 
 
 def _call(model: nn.Module, function: Callable[..., Any], inputs: Inputs, *, backward: bool) -> Observation:
-    leaves, given = [], []
-    for tensor in inputs.tensors():
-        leaf = tensor.detach().clone()
-        leaves.append(leaf.requires_grad_() if leaf.is_floating_point() else leaf)
-        # Not the leaf itself: a layer may work in place.
-        given.append(leaf.clone() if leaf.requires_grad else leaf)
+    leaves = [t.detach().clone().requires_grad_(t.is_floating_point()) for t in inputs.tensors()]
+    # Not the leaves themselves: a layer may work in place.
+    given = [leaf.clone() if leaf.requires_grad else leaf for leaf in leaves]
     output = inputs.with_tensors(tuple(given)).call(function)
     drawn = random_state()
     wanted: dict[str, Tensor] = {name: p for name, p in model.named_parameters() if p.requires_grad}
     wanted |= {str(index): leaf for index, leaf in enumerate(leaves) if leaf.requires_grad}
-    gradients = _gradients([t for _, t in tensors_in(output)], wanted) if backward else {}
+    gradients = _gradients(tensors_in(output), wanted) if backward else {}
+    attributes = {
+        f"{path}.{name}": _recorded(value, 0)
+        for path, module in model.named_modules()
+        for name, value in module.__dict__.items()
+        if name not in _TABLES
+    }
     return Observation(
         _detached(output),
         tuple(tensor.detach() for tensor in given),
         gradients,
         {name: buffer.detach().clone() for name, buffer in model.named_buffers()},
-        dict(_attributes(model)),
+        attributes,
         drawn,
     )
 
@@ -106,19 +101,24 @@ def _gradients(outputs: list[Tensor], wanted: dict[str, Tensor]) -> dict[str, Te
     return gradients
 
 
-def tensors_in(value: Any, place: str = "") -> Iterator[tuple[str, Tensor]]:
+def placed_tensors(value: Any, place: str = "") -> Iterator[tuple[str, Tensor]]:
     """All tensors in nested tuples, lists, dicts and objects with attributes, with their places."""
     if isinstance(value, Tensor):
         yield place, value
     elif isinstance(value, dict):
         for name, item in value.items():
-            yield from tensors_in(item, f"{place}.{name}")
+            yield from placed_tensors(item, f"{place}.{name}")
     elif isinstance(value, (tuple, list)):
         for index, item in enumerate(value):
-            yield from tensors_in(item, f"{place}.{index}")
-    elif hasattr(value, "__dict__") and not isinstance(value, (nn.Module, type)) and not callable(value):
-        for name, item in vars(value).items():
-            yield from tensors_in(item, f"{place}.{name}")
+            yield from placed_tensors(item, f"{place}.{index}")
+    elif (hasattr(value, "__dict__") or is_dataclass(value)) and not callable(value):
+        for name, item in contents(value).items():
+            yield from placed_tensors(item, f"{place}.{name}")
+
+
+def tensors_in(value: Any) -> list[Tensor]:
+    """The same without their places."""
+    return [tensor for _, tensor in placed_tensors(value)]
 
 
 def _detached(value: Any) -> Any:
@@ -132,13 +132,6 @@ def _detached(value: Any) -> Any:
     if isinstance(value, dict):
         return type(value), {name: _detached(item) for name, item in value.items()}
     return value
-
-
-def _attributes(model: nn.Module) -> Iterator[tuple[str, Any]]:
-    for path, module in model.named_modules():
-        for name, value in module.__dict__.items():
-            if name not in _TABLES:
-                yield f"{path}.{name}", _recorded(value, 0)
 
 
 def _recorded(value: Any, depth: int) -> Any:
@@ -176,7 +169,6 @@ def difference(
 
     Args:
         tried: calls of the one in question.
-        expected: the same calls of the original.
         close: whether two floating-point tensors of one shape count as the same, of which differences up to
             the third argument are nothing; as good as equal by default.
     """

@@ -23,8 +23,6 @@ class PrunableLayer:
 
     Attributes:
         name: module path; "" if the network is this layer.
-        module: the layer.
-        adapter: how its weight is seen; see `LayerAdapter`.
         source: of a linear layer, the prunable convolution whose filters are its inputs, channel after
             channel, if that is known.
         untraced: why no source is known for this network, "" if it could be followed.
@@ -83,14 +81,14 @@ class PrunableLayers:
     """What a method may touch.
 
     ``layers`` can be pruned: convolutions, then, for methods that ask for them, linear layers; ``left_alone``
-    maps the other weighted modules to (shape, reason).
-    ``order`` has all names as the network lists them. ``model`` is what was looked at, ``example`` its
-    inputs (batch of at least one; values do not matter; see `clicktrain.graph.as_inputs`), None until they
-    are known;
-    ``seen`` is the last training batch, of methods that ask for it (`Method.keeps_inputs`).
-    ``other_conv_weights`` counts the convolution weights outside ``convs``; they stay dense and count in
-    the compression ratio, which is over all convolution weights (ClickTrain section 6.2). In a network
-    without convolutions linear layers take their place: ``counted_kind`` is then "linear".
+    maps the other weighted modules to (shape, reason). ``order`` has all names as the network lists them.
+    ``model`` is what was looked at, ``example`` its inputs (batch of at least one; values do not matter; see
+    `clicktrain.graph.as_inputs`), None until they are known; ``seen`` is the last training batch, of methods
+    that ask for it (`Method.keeps_inputs`).
+
+    ``other_conv_weights`` counts the convolution weights outside ``convs``; they stay dense and count in the
+    compression ratio, which is over all convolution weights (ClickTrain section 6.2). In a network without
+    convolutions linear layers take their place: ``counted_kind`` is then "linear".
     """
 
     layers: tuple[PrunableLayer, ...]
@@ -127,11 +125,7 @@ class PrunableLayers:
         return next(layer for layer in self.layers if layer.name == name)
 
     def renamed(self, new_name: Callable[[str], str | None]) -> PrunableLayers:
-        """The same layers of the smaller model, without those that were removed.
-
-        Args:
-            new_name: old module path -> new one, None for a removed module.
-        """
+        """The same layers of the smaller model; ``new_name`` maps module paths, removed ones to None."""
         assert self.model is not None
         modules = dict(self.model.named_modules())
 
@@ -171,11 +165,8 @@ def _kind_of(module: nn.Module) -> str | None:
 def check_convolutions(prunable: PrunableLayers, who: str) -> None:
     """UserError where the network has convolutions, but none that a method may prune, or no layer at all.
 
-    What a method would prune then, if anything, is the classifier: not what a sparsity is asked for.
-
-    Args:
-        prunable: what the method may touch.
-        who: the method, in the sentence.
+    What a method would prune then, if anything, is the classifier: not what a sparsity is asked for. ``who``
+    is the method, in the sentence.
     """
     convs = [name for name, (shape, _) in prunable.left_alone.items() if len(shape) > 2]
     if prunable.convs or (prunable.linears and not convs):
@@ -183,11 +174,8 @@ def check_convolutions(prunable: PrunableLayers, who: str) -> None:
     named = convs or list(prunable.left_alone)
     # A network that is a layer itself has the name "".
     reasons = "; ".join(": ".join(filter(None, (name, prunable.left_alone[name][1]))) for name in named[:3])
-    hint = (
-        ", or name some with include"
-        if any("reads the image" in prunable.left_alone[n][1] for n in named)
-        else ""
-    )
+    skipped = any("reads the image" in prunable.left_alone[name][1] for name in named)
+    hint = ", or name some with include" if skipped else ""
     raise UserError(
         f"this network has no convolution that {who} can prune ({reasons or 'none at all'}): "
         f"use a network with more convolutions{hint}"
@@ -213,11 +201,8 @@ def find_prunable(
     depthwise convolutions (one kernel per filter; little to gain).
 
     Args:
-        model: any module.
         trained: the optimizer's parameters; layers that it does not train are left alone.
-        exclude: module paths (shell-style) to leave alone.
         include: module paths (shell-style) to prune although the defaults would leave them alone.
-        linear: whether fully connected layers may be pruned too.
 
     Raises:
         UserError: an entry of ``exclude`` or ``include`` matches no layer of those kinds.
@@ -229,7 +214,8 @@ def find_prunable(
     known, kind = (convs, "convolution") if not linear else (list(adapters), "layer")
     for glob in (*exclude, *include):
         if glob != "*" and not any(fnmatchcase(name, glob) for name in known):
-            raise UserError(f"no {kind} is called {glob!r}; the {kind}s are {_some(known)}")
+            shown = ", ".join(known[:8]) + (f", ... ({len(known)} in all)" if len(known) > 8 else "")
+            raise UserError(f"no {kind} is called {glob!r}; the {kind}s are {shown}")
     uses: dict[int, int] = {}
     for _, module in model.named_modules(remove_duplicate=False):
         weight = module._parameters.get("weight")
@@ -257,22 +243,19 @@ def find_prunable(
         if sized and adapter.kind == counted:
             own = module._parameters.get("weight")  # None: computed at each access
             other[id(module if own is None else own)] = weight.numel()
-    found = PrunableLayers(tuple(layers), left, sum(other.values()), counted, tuple(adapters), model)
-    return _with_sources(found) if found.linears else found
+    prunable = PrunableLayers(tuple(layers), left, sum(other.values()), counted, tuple(adapters), model)
+    return _with_sources(prunable, model) if prunable.linears else prunable
 
 
-def _with_sources(found: PrunableLayers) -> PrunableLayers:
+def _with_sources(prunable: PrunableLayers, model: nn.Module) -> PrunableLayers:
     """Note which prunable convolution each linear layer reads; convolutions come first from here on."""
-    assert found.model is not None
-    sources, untraced = conv_sources(found.model)
-    names = {layer.name for layer in found.convs}
+    sources, untraced = conv_sources(model)
+    names = {layer.name for layer in prunable.convs}
     linears = [
-        replace(
-            layer, source=source if (source := sources.get(layer.name)) in names else None, untraced=untraced
-        )
-        for layer in found.linears
+        replace(layer, source=s if (s := sources.get(layer.name)) in names else None, untraced=untraced)
+        for layer in prunable.linears
     ]
-    return replace(found, layers=(*found.convs, *linears))
+    return replace(prunable, layers=(*prunable.convs, *linears))
 
 
 def _reason(
@@ -296,8 +279,3 @@ def _reason(
     if trained_ids is not None and id(weight) not in trained_ids:
         return "its weight is not in the optimizer"
     return None
-
-
-def _some(names: Sequence[str], most: int = 8) -> str:
-    shown = ", ".join(names[:most])
-    return f"{shown}, ... ({len(names)} in all)" if len(names) > most else shown

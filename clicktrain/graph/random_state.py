@@ -13,11 +13,7 @@ from torch import Tensor
 
 
 def random_state(devices: tuple[int, ...] = ()) -> tuple[Any, ...]:
-    """Where all generators stand.
-
-    Args:
-        devices: CUDA devices to look at as well.
-    """
+    """Where all generators stand."""
     numpy = sys.modules.get("numpy")
     return (
         torch.random.get_rng_state(),
@@ -41,7 +37,6 @@ def own_random_numbers(tensors: tuple[Tensor, ...] = (), seed: int | None = None
     """Whatever is drawn inside, afterwards all generators stand where they stood.
 
     Args:
-        tensors: on whose devices something may be drawn.
         seed: where all generators start inside; None: where they stand.
     """
     numpy = sys.modules.get("numpy")

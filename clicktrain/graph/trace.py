@@ -33,7 +33,6 @@ class ModelGraph:
         graph: one placeholder for each tensor of the inputs, in their order. After an operation in place,
             later nodes read its result. Nodes whose value is a tensor have ``meta["tensor_meta"]``.
         inputs: the call that was traced; what in it is not a tensor is a constant of the graph.
-        shapes: shape of every node's value that is a tensor.
         sizes: values that are numbers or tuples of them (what ``x.shape`` and arithmetic on it give).
         opaque: path -> reason, for modules that could not be traced into; they are single nodes. Those that
             the caller named are here with the caller's reason.
@@ -87,11 +86,9 @@ def trace(
 
     Args:
         model: the module itself, not a wrapper around it.
-        example: inputs of its ``forward``, see `as_inputs`.
         training: the mode to trace in, set as ``model.train(training)`` does; None leaves every module in its
             own.
         leaves: modules that are to be single nodes, besides those of PyTorch's own.
-        opaque: path -> reason: modules that are to be single nodes as well.
 
     Raises:
         TraceError: the model's own ``forward`` cannot be traced, or the graph does not run on the example.
@@ -116,18 +113,11 @@ def trace_copy(
     later_uses_see_changes(graph, twin)
     shapes, sizes = record(graph, constants, twin, inputs)
     called = {str(node.target) for node in graph.nodes if node.op == "call_module"}
+    opaque = {path: reason for path, reason in opaque.items() if path in called}
+    watch, entered = tracer.watch, tuple(tracer.entered)
+    names = frozenset(watch.names)
     return ModelGraph(
-        model,
-        graph,
-        inputs,
-        shapes,
-        sizes,
-        {path: reason for path, reason in opaque.items() if path in called},
-        tuple(tracer.entered),
-        tracer.watch.effects,
-        tracer.watch.reads,
-        frozenset(tracer.watch.names),
-        constants,
+        model, graph, inputs, shapes, sizes, opaque, entered, watch.effects, watch.reads, names, constants
     )
 
 

@@ -23,20 +23,20 @@ FX_LOCK = threading.RLock()
 """``torch.fx`` and `Watch` patch classes of PyTorch while they trace: one trace at a time in a process."""
 
 
+def _recorded(assignment: Callable[..., Any]) -> Callable[[fx.Proxy, Any], fx.Proxy]:
+    def record(proxy: fx.Proxy, other: Any) -> fx.Proxy:
+        return proxy.tracer.create_proxy("call_function", assignment, (proxy, other), {})
+
+    return record
+
+
 class Proxy(fx.Proxy):
     """Augmented assignments are recorded as such: ``x += y`` writes into x, unlike ``x + y``."""
 
-    def __iadd__(self, other: Any) -> fx.Proxy:
-        return self.tracer.create_proxy("call_function", operator.iadd, (self, other), {})
-
-    def __isub__(self, other: Any) -> fx.Proxy:
-        return self.tracer.create_proxy("call_function", operator.isub, (self, other), {})
-
-    def __imul__(self, other: Any) -> fx.Proxy:
-        return self.tracer.create_proxy("call_function", operator.imul, (self, other), {})
-
-    def __itruediv__(self, other: Any) -> fx.Proxy:
-        return self.tracer.create_proxy("call_function", operator.itruediv, (self, other), {})
+    __iadd__ = _recorded(operator.iadd)
+    __isub__ = _recorded(operator.isub)
+    __imul__ = _recorded(operator.imul)
+    __itruediv__ = _recorded(operator.itruediv)
 
     def __len__(self) -> int:
         """Length of a parameter or buffer, whose shape is known; the graph shows that it was read."""
@@ -74,8 +74,7 @@ class Tracer(fx.Tracer):
     def trace_call(self, model: nn.Module) -> fx.Graph:
         """The graph of ``model(*args, **kwargs)``: one placeholder for each tensor of the inputs.
 
-        Args:
-            model: a working copy; its ``forward`` runs once on stand-ins for tensors.
+        The model is a working copy; its ``forward`` runs once on stand-ins for tensors.
         """
         with FX_LOCK:
             paths = {module: path for path, module in model.named_modules()}
@@ -102,7 +101,8 @@ class Tracer(fx.Tracer):
             return self._stand_ins()
         names: set[str] = set()
         proxies = []
-        parameters = _parameter_names(self.root)
+        forward: Any = self.root.forward
+        parameters = list(inspect.signature(forward).parameters)
         for place, leaf in self._inputs.leaves():
             if isinstance(leaf, torch.Tensor):
                 first, _, rest = place.partition(".")
@@ -121,12 +121,9 @@ class Tracer(fx.Tracer):
     def _stand_ins(self) -> tuple[Any, list[Any]]:
         """One placeholder for each argument that has no default."""
         kinds = (inspect.Parameter.POSITIONAL_ONLY, inspect.Parameter.POSITIONAL_OR_KEYWORD)
-        given: Any = self.root
-        names = [
-            name
-            for name, parameter in inspect.signature(given.forward).parameters.items()
-            if parameter.kind in kinds and parameter.default is parameter.empty
-        ]
+        root: Any = self.root
+        given = inspect.signature(root.forward).parameters.values()
+        names = [one.name for one in given if one.kind in kinds and one.default is one.empty]
         proxies = [self.create_proxy("placeholder", name, (), {}) for name in names]
 
         def run(root: Any, *tensors: Any) -> Any:
@@ -225,7 +222,3 @@ def _surroundings() -> tuple[Any, ...]:
         (torch.is_autocast_enabled("cpu"), torch.is_autocast_enabled("cuda")),
         top(True) is not None,
     )
-
-
-def _parameter_names(root: Any) -> list[str]:
-    return list(inspect.signature(root.forward).parameters)

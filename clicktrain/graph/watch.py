@@ -33,8 +33,6 @@ class Read:
     Attributes:
         path: of the module that the attribute belongs to; None for a global, a variable of an enclosing
             function, a class's own attribute, or whatever else is looked up in ``home``.
-        name: of the attribute or the variable.
-        value: what it was.
         reader: path of the module whose ``forward`` read it.
         home: where a value that belongs to no module is found: something with ``get(name)``.
     """
@@ -117,19 +115,19 @@ class Watch:
         own = object.__getattribute__(module, "__dict__")
         if name in own:
             if not isinstance(value, (torch.Tensor, fx.Proxy)):
-                self._remember(path, name, value, own)
+                self._keep(path, name, value, own)
             return
         for kind in type(module).__mro__:
             if name in kind.__dict__:
                 if name.startswith("__") or f"{kind.__module__}.".startswith(_LIBRARIES):
                     return
                 if callable(value) or not hasattr(kind.__dict__[name], "__get__"):
-                    self._remember(None, name, value, vars(kind))
+                    self._keep(None, name, value, vars(kind))
                 if callable(value):  # nothing hides the method yet
-                    self._remember(path, name, None, own)
+                    self._keep(path, name, None, own)
                 return
 
-    def _remember(self, path: str | None, name: str, value: Any, home: Any) -> None:
+    def _keep(self, path: str | None, name: str, value: Any, home: Any) -> None:
         """A read of a module's attribute by its path, of anything else by where it is found."""
         key = (id(home) if path is None else path, name)
         if key not in self._reads:
@@ -155,14 +153,14 @@ class Watch:
             variable = getattr(called, "__self__", None)
             user = not _of_a_library(f"{frame.f_globals.get('__name__', '')}.")
             if isinstance(variable, contextvars.ContextVar) and called.__name__ == "get" and user:
-                self._remember(None, variable.name, variable.get(None), ContextHome(variable))
+                self._keep(None, variable.name, variable.get(None), ContextHome(variable))
             return
         if event != "call":
             return
         code, names = frame.f_code, frame.f_globals
         if code is _LOOK_UP:
             key = frame.f_locals["key"]
-            self._remember(None, key, os.environ.get(key), os.environ)
+            self._keep(None, key, os.environ.get(key), os.environ)
         free = code.co_freevars != ("__class__",) and code.co_freevars
         held = tuple(map(frame.f_locals.get, free)) if free else ()
         if (seen := (code, id(names), *map(id, held))) in self._seen:
@@ -177,11 +175,11 @@ class Watch:
         self.names.update(name for name in (*code.co_names, *texts) if not name.startswith("__"))
         for name in code.co_names:
             if name in names and not name.startswith("__") and may_change(names[name]):
-                self._remember(None, name, names[name], names)
+                self._keep(None, name, names[name], names)
         if free and any(map(may_change, held)):
             for name, cell in _cells(code, held):
                 if may_change(cell.cell_contents):
-                    self._remember(None, name, cell.cell_contents, CellHome(cell))
+                    self._keep(None, name, cell.cell_contents, CellHome(cell))
 
 
 _LOOK_UP = type(os.environ).__getitem__.__code__

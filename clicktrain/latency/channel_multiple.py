@@ -21,7 +21,7 @@ from torch import nn
 
 from clicktrain.comm.agreement import agreed
 from clicktrain.formats.memory_format import keep_out_of_channels_last_
-from clicktrain.graph import Inputs, as_inputs
+from clicktrain.graph import as_inputs
 from clicktrain.graph.inputs import batch_size, blank, first_of_batch, first_tensor
 from clicktrain.graph.prunable import SeenBatch
 from clicktrain.latency.machine import measured_once
@@ -70,7 +70,7 @@ class BatchForm(NamedTuple):
 
 @dataclass(frozen=True, slots=True)
 class Rounding:
-    """A multiple, and the training step (ms) and channels of the network rounded up to it."""
+    """A multiple, and the training step and channels of the network rounded up to it."""
 
     multiple: int
     ms: float
@@ -79,12 +79,9 @@ class Rounding:
 
 @dataclass(frozen=True, slots=True)
 class WidthChoice:
-    """The measurement and its result.
+    """The multiple that pays, the rows of all candidates, the timed images, and autocast's dtype or float32.
 
-    Attributes:
-        chosen: the multiple that pays.
-        rows: one per candidate; multiples that leave the same network share one time.
-        images, dtype: the timed batch, and autocast's dtype, or ``float32``.
+    Multiples that leave the same network share one time.
     """
 
     chosen: int
@@ -108,19 +105,14 @@ class WidthChoice:
 def fastest_multiple(
     model: nn.Module, seen: SeenBatch, plans: Mapping[int, SurgeryPlan], *, folder: Path | None = None
 ) -> WidthChoice | None:
-    """Choose the multiple whose network trains fastest, by measurement.
+    """Choose the multiple whose network trains fastest, by measurement; None if all leave the same network.
 
     A larger multiple is worth its extra channels if a step becomes at least 3% faster than with the best
     smaller one. The measurement is kept on disk, so that a repeated or resumed run decides alike.
 
     Args:
-        model: the network before any of the plans.
         seen: a training batch; on a CPU at most `CPU_IMAGES` per thread are timed.
         plans: multiple -> removal, the smallest multiple first.
-        folder: where measurements are kept; see `measured_once`.
-
-    Returns:
-        None where all plans leave the same network.
     """
     left = {multiple: _left(plan) for multiple, plan in plans.items()}
     if len(set(left.values())) < 2:
@@ -140,7 +132,14 @@ def fastest_multiple(
         dtype = str(seen.autocast or torch.float32).removeprefix("torch.")
         return WidthChoice(best(rows), rows, batch_size(inputs), dtype)
 
-    about = _about(model, inputs, seen, left)
+    about = [
+        FORMAT_VERSION,
+        str(model),
+        [[*tensor.shape, *tensor.stride()] for tensor in inputs.tensors()],
+        str(seen.autocast),
+        [[*p.shape, *p.stride()] for p in model.parameters()],
+        [*left.items()],
+    ]
     choice = measured_once("multiple", about, device, WidthChoice.from_json, measure, folder)
     (chosen,) = agreed([choice.chosen], device)
     return dataclasses.replace(choice, chosen=int(chosen))
@@ -158,10 +157,7 @@ def best(rows: Sequence[Rounding], worth: float = WORTH) -> int:
 def step_ms(
     model: nn.Module, example: Any, autocast: torch.dtype | None, plans: Mapping[str, SurgeryPlan]
 ) -> dict[str, float]:
-    """Median milliseconds of a forward and backward pass in training mode, of a copy after each plan.
-
-    The copies take turns; see `clock_of`.
-    """
+    """Median milliseconds of a training step of a copy after each plan; the copies take turns."""
     calls: dict[str, Callable[[], object]] = {}
     inputs = as_inputs(example, model)
     device = first_tensor(inputs).device
@@ -182,15 +178,3 @@ def _left(plan: SurgeryPlan) -> str:
     cuts = sorted((cut.name, cut.dim, len(cut.keep)) for cut in plan.cuts)
     gates = sorted((gate.name, gate.kind, len(gate.channels)) for gate in plan.gates)
     return json.dumps([cuts, sorted(layer.name for layer in plan.removed_layers), gates])
-
-
-def _about(model: nn.Module, inputs: Inputs, seen: SeenBatch, left: Mapping[int, str]) -> list[object]:
-    """What the times depend on."""
-    return [
-        FORMAT_VERSION,
-        str(model),
-        [[*tensor.shape, *tensor.stride()] for tensor in inputs.tensors()],
-        str(seen.autocast),
-        [[*p.shape, *p.stride()] for p in model.parameters()],
-        [*left.items()],
-    ]

@@ -7,6 +7,8 @@ importance per millisecond.
 
 from __future__ import annotations
 
+import bisect
+from collections import Counter
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -17,8 +19,9 @@ from torch import Tensor, fx, nn
 from clicktrain.errors import UserError
 from clicktrain.graph import as_inputs
 from clicktrain.graph.inputs import first_tensor
-from clicktrain.latency.width_times import LayerGeometry, WidthTimes, width_times
+from clicktrain.latency.width_times import LayerGeometry, width_times
 from clicktrain.surgery.groups import Dependencies
+from clicktrain.surgery.neurons import widths
 
 LEAST_SAVING = 0.05
 """Least saving of a neuron, as a share of the mean: one that saves nothing is not worth infinity."""
@@ -42,34 +45,24 @@ class LatencyModel:
 
     The times of convolutions and linear layers come from measured tables. The rest of the network (batch
     norm, activations, additions, pooling) is taken to be proportional to the elements that it produces.
-
-    Attributes:
-        batch: images of a batch.
-        dense_ms: the whole network, measured.
     """
 
     def __init__(
         self, deps: Dependencies, sizes: Mapping[str, int], example: Any, batch: int, dense_ms: float
     ) -> None:
-        """Measure the layers of a network.
-
-        Args:
-            deps: dependencies between its channels.
-            sizes: neurons per prunable group.
-            example: inputs; sizes count.
-            batch: images.
-            dense_ms: the whole network, measured.
+        """Measure the layers of a network with ``sizes`` neurons per prunable group.
 
         Raises:
             UserError: the network has layers whose time is not known.
         """
         self.batch, self.dense_ms = batch, dense_ms
         self._sizes = dict(sizes)
-        self._layers = self._find_layers(deps)
-        times = width_times([geometry for geometry, _, _ in self._layers], batch, _device(example))
-        self._times: list[tuple[WidthTimes, Width, Width]] = [
-            (times[geometry], inputs, outputs) for geometry, inputs, outputs in self._layers
-        ]
+        kinds = ("conv", "conv_transpose", "linear")
+        nodes = [node for node in deps.graph.nodes if deps.graph.operation(node) in kinds]
+        layers = [self._layer(deps, node) for node in nodes]
+        device = first_tensor(as_inputs(example)).device
+        times = width_times([geometry for geometry, _, _ in layers], batch, device)
+        self._times = [(times[geometry], inputs, outputs) for geometry, inputs, outputs in layers]
         self._elements = self._find_elements(deps)
         self._rest_ms = max(dense_ms - self._layer_ms(sizes), 0.0)
 
@@ -102,22 +95,13 @@ class LatencyModel:
     def _layer_ms(self, kept: Mapping[str, int]) -> float:
         return sum(times.at(inputs.at(kept), outputs.at(kept)) for times, inputs, outputs in self._times)
 
-    def _find_layers(self, deps: Dependencies) -> list[tuple[LayerGeometry, Width, Width]]:
-        layers = []
-        for node in deps.graph.nodes:
-            word = deps.graph.operation(node)
-            if word not in ("conv", "conv_transpose", "linear"):
-                continue
-            module: Any = deps.graph.module(node)
-            if not isinstance(module, (nn.Conv2d, nn.Linear)):
-                raise UserError(
-                    f"latency is predicted for 2-D convolutions and linear layers; {node.target} is a "
-                    f"{type(module).__name__}: give a pruning ratio instead"
-                )
-            layers.append(self._layer(deps, node, module))
-        return layers
-
-    def _layer(self, deps: Dependencies, node: fx.Node, module: Any) -> tuple[LayerGeometry, Width, Width]:
+    def _layer(self, deps: Dependencies, node: fx.Node) -> tuple[LayerGeometry, Width, Width]:
+        module: Any = deps.graph.module(node)
+        if not isinstance(module, (nn.Conv2d, nn.Linear)):
+            raise UserError(
+                f"latency is predicted for 2-D convolutions and linear layers; {node.target} is a "
+                f"{type(module).__name__}: give a pruning ratio instead"
+            )
         name, (outputs, inputs) = f"{node.target}.weight", module.weight.shape[:2]
         shape = deps.graph.shapes[node.all_input_nodes[0]]
         rows, columns = self._width(deps, name, 0, outputs), self._width(deps, name, 1, inputs)
@@ -130,13 +114,8 @@ class LatencyModel:
         depthwise = inputs == 1 and module.groups > 1
         if isinstance(module.padding, str):
             raise UserError(f"latency is not predicted for padding={module.padding!r} of {node.target}")
-        columns = (
-            rows
-            if depthwise
-            else Width(
-                columns.fixed * module.groups, tuple((g, each * module.groups) for g, each in columns.parts)
-            )
-        )
+        grouped = tuple((group, each * module.groups) for group, each in columns.parts)
+        columns = rows if depthwise else Width(columns.fixed * module.groups, grouped)
         geometry = LayerGeometry(
             module.in_channels, outputs, module.kernel_size, module.stride, module.padding, module.dilation,
             0 if depthwise else module.groups, shape[2:], bool(columns.parts), bool(rows.parts),
@@ -144,19 +123,17 @@ class LatencyModel:
         return geometry, columns, rows
 
     def _width(self, deps: Dependencies, name: str, dim: int, channels: int) -> Width:
-        parts, varying = [], 0
-        for group in deps.groups:
-            if group.name not in self._sizes:
-                continue
-            for member in group.members:
-                if (member.name, member.dim) == (name, dim):
-                    parts.append((group.name, len(member.indices[0])))
-                    varying += len(member.indices[0]) * group.size
-        return Width(channels - varying, tuple(parts))
+        parts = tuple(
+            (group.name, len(member.indices[0]))
+            for group in deps.groups
+            for member in group.members
+            if group.name in self._sizes and (member.name, member.dim) == (name, dim)
+        )
+        return Width(channels - sum(each * self._sizes[group] for group, each in parts), parts)
 
     def _find_elements(self, deps: Dependencies) -> Width:
         """Elements per image that all but the layers of the tables produce."""
-        each: dict[str, int] = {}
+        each: Counter[str] = Counter()
         fixed = 0
         names = [group.name for group in deps.groups]
         for node in deps.graph.nodes:
@@ -167,15 +144,11 @@ class LatencyModel:
             one = torch.Size(shape[1:]).numel() // max(len(channels.ids), 1)
             for place in deps.places(node):
                 if place is not None and names[place[0]] in self._sizes:
-                    each[names[place[0]]] = each.get(names[place[0]], 0) + one
+                    each[names[place[0]]] += one
                 else:
                     fixed += one
         # Sums over all channels of a group, divided by their number.
         return Width(fixed, tuple((name, total // self._sizes[name]) for name, total in each.items()))
-
-
-def _device(example: Any) -> torch.device:
-    return first_tensor(as_inputs(example)).device
 
 
 def fewest_pruned(
@@ -184,20 +157,14 @@ def fewest_pruned(
     predict: Callable[[Mapping[str, int]], float],
     aim: float,
 ) -> dict[str, Tensor]:
-    """The masks with the fewest pruned neurons whose predicted time meets ``aim``.
+    """The masks with the fewest pruned neurons whose predicted time meets ``aim``, in milliseconds.
 
     Args:
-        order: neurons in the order in which they are pruned.
-        masks: first neurons of the order -> masks without them.
+        order: neurons in the order in which they are pruned; all are where even that takes more than ``aim``.
         predict: kept neurons per group -> milliseconds; does not rise with more pruned neurons.
-        aim: milliseconds. All of the order is pruned where even that takes more.
     """
-    low, high = 0, len(order)
-    while low < high:
-        middle = (low + high) // 2
-        kept = {name: int(mask.sum()) for name, mask in masks(order[:middle]).items()}
-        if predict(kept) <= aim:
-            high = middle
-        else:
-            low = middle + 1
-    return masks(order[:low])
+
+    def fits(pruned: int) -> bool:
+        return predict(widths(masks(order[:pruned]))) <= aim
+
+    return masks(order[: bisect.bisect_left(range(len(order)), True, key=fits)])

@@ -1,4 +1,4 @@
-"""The machine that times are measured on, and the versions of what they are measured with."""
+"""The machine that times are measured on, versions, and measurements on disk that belong to it."""
 
 from __future__ import annotations
 
@@ -21,13 +21,9 @@ from clicktrain.kernels.native import toolchain
 
 @dataclass(frozen=True, slots=True)
 class Machine:
-    """What times depend on beside the work.
+    """What times depend on beside the work: processor, GPU, PyTorch's threads in this process.
 
-    Attributes:
-        cpu: name of the processor.
-        lanes: fp32 numbers in a SIMD vector of generated kernels; 0 without a C compiler, and on a GPU.
-        threads: PyTorch's, in this process.
-        gpu: name of the GPU if the work runs on one.
+    ``lanes`` are fp32 numbers in a SIMD vector of generated kernels; 0 without a C compiler, and on a GPU.
     """
 
     cpu: str
@@ -94,13 +90,12 @@ def measured_once(
     measure: Callable[[], T],
     folder: Path | None = None,
 ) -> T:
-    """A measurement from disk, or made now and kept there.
+    """A measurement from disk, or made now and kept there: a run that is repeated or resumed decides alike.
 
     Args:
         kind: first part of the file's name.
         about: JSON-able; the work that is measured and the version of its format. The rest of the name is a
             hash of it, of the machine and of PyTorch's version.
-        device: where the work runs.
         read: the measurement in a file; None, or an error of missing or wrong values, measures again.
         measure: returns a dataclass.
         folder: ``$CLICKTRAIN_LATENCY_CACHE``, else ``clicktrain/latency`` in the user's cache, by default.

@@ -7,6 +7,7 @@ import statistics
 from collections import OrderedDict
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
+from functools import partial
 from typing import Any, Literal, Protocol
 
 import torch
@@ -15,6 +16,7 @@ from torch.utils import _pytree as pytree
 
 from clicktrain.comm.agreement import agreed
 from clicktrain.graph import Inputs, as_inputs
+from clicktrain.graph.copying import HOOK_TABLES
 from clicktrain.graph.inputs import blank, first_tensor
 from clicktrain.latency.timer import clock_of, synchronized, timed_for
 from clicktrain.surgery import SurgeryPlan, apply_surgery_
@@ -25,7 +27,6 @@ ROUNDS = (7, 80)
 """Least and most measurements of a network,"""
 SECONDS = 0.6
 """for about this long."""
-_HOOKS = ("_forward_hooks", "_forward_pre_hooks", "_backward_hooks", "_backward_pre_hooks")
 
 
 @dataclass(frozen=True, slots=True)
@@ -55,13 +56,7 @@ class MeasureMasks(Protocol):
     """Measures the network with masks beside the dense one; see `clicktrain.compiler.MaskedLatency`."""
 
     def __call__(self, masks: Mapping[str, Tensor], batch: int, timed: Timed) -> Measured:
-        """Milliseconds of both.
-
-        Args:
-            masks: layer name -> bool of the weight's shape, True = kept.
-            batch: images.
-            timed: what counts.
-        """
+        """Times of a batch, with masks by layer name, bool of the weight's shape, True = kept."""
         ...
 
 
@@ -85,36 +80,26 @@ def compare_ms(
 def network_times(
     models: Sequence[nn.Module], example: Any, batch: int, timed: Timed, seconds: float = SECONDS
 ) -> list[list[float]]:
-    """Milliseconds of each network in each round.
+    """Milliseconds of each network in each round, on batches of this many images.
 
     Args:
         models: copies that may change; they are put into the mode that is timed.
         example: input of one image or more, whose sizes and device count.
-        batch: images.
-        timed: what counts.
-        seconds: for about this long.
     """
     calls: dict[int, Callable[[], object]] = {}
     for number, model in enumerate(models):
         inputs = blank(as_inputs(example, model), batch)
         device = first_tensor(inputs).device
-        if any(p.dim() == 4 and _is_channels_last(p) for p in model.parameters()):
+        weights = [p for p in model.parameters() if p.dim() == 4 and not p.is_contiguous()]
+        if any(p.is_contiguous(memory_format=torch.channels_last) for p in weights):
             inputs = inputs.map(
                 lambda t: t.contiguous(memory_format=torch.channels_last) if t.dim() == 4 else t.contiguous()
             )
         model.train(timed == "step")
-        call = step_call(model, inputs) if timed == "step" else _inference_call(model, inputs)
+        call = step_call(model, inputs) if timed == "step" else torch.no_grad()(partial(inputs.call, model))
         calls[number] = synchronized(call, device)
     times = timed_for(calls, seconds, ROUNDS, clock=clock_of(device))
     return [times[number] for number in calls]
-
-
-def _inference_call(model: nn.Module, inputs: Inputs) -> Callable[[], object]:
-    def infer() -> None:
-        with torch.no_grad():
-            inputs.call(model)
-
-    return infer
 
 
 def step_call(model: nn.Module, inputs: Inputs, autocast: torch.dtype | None = None) -> Callable[[], object]:
@@ -139,17 +124,13 @@ def bare_copy(model: nn.Module) -> nn.Module:
     for parameter in model.parameters():
         memo[id(parameter)] = nn.Parameter(parameter.detach().clone(), parameter.requires_grad)
     modules = list(model.modules())
-    hooks = [{name: getattr(module, name) for name in _HOOKS} for module in modules]
+    hooks = [{name: getattr(module, name) for name in HOOK_TABLES} for module in modules]
     try:
         for module in modules:
-            for name in _HOOKS:
+            for name in HOOK_TABLES:
                 setattr(module, name, OrderedDict())
         return copy.deepcopy(model, memo)
     finally:
         for module, kept in zip(modules, hooks, strict=True):
             for name, table in kept.items():
                 setattr(module, name, table)
-
-
-def _is_channels_last(weight: Tensor) -> bool:
-    return weight.is_contiguous(memory_format=torch.channels_last) and not weight.is_contiguous()

@@ -1,4 +1,8 @@
-"""Searching for the structure that meets a latency, as measured (When to Prune?, section 4.3)."""
+"""Search for the structure that meets a latency (When to Prune?, section 4.3).
+
+Allocation gives every filter of a layer the same number of kernels. The price is the measured time of the
+layer, which saturates at the time of the dense operator, from where on further kernels are free.
+"""
 
 from __future__ import annotations
 
@@ -6,6 +10,8 @@ import heapq
 import math
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
+from operator import itemgetter
+from typing import Any, TypeVar
 
 from torch import Tensor
 
@@ -28,7 +34,6 @@ def allocate_within(
     jump: it repeats the affordable jump of one layer to more kernels that gains most per millisecond.
 
     Args:
-        layers: the layers that are pruned.
         times: per layer [C], milliseconds with 1, 2, ... kernels per filter; not falling.
         gains: per layer [C], the worth of the 1st, 2nd, ... kernel of every filter.
         budget: milliseconds of all layers together. ``least`` is returned where even that takes more.
@@ -82,7 +87,6 @@ def least_compression_within(
     """The smallest compression ratio whose allocation meets a time, and that allocation.
 
     Args:
-        layers: the layers that are pruned.
         other_weights: convolution weights that stay dense.
         predict: kernels per filter of every layer -> milliseconds.
         budget: milliseconds. The largest ratio is returned where even that takes more.
@@ -105,6 +109,7 @@ def least_compression_within(
 
 
 Masks = dict[str, Tensor]
+T = TypeVar("T", bound=tuple[Any, ...])
 
 
 @dataclass(eq=False)
@@ -134,8 +139,7 @@ class LatencySearch:
         following = self._new()
         if following is not None:
             return following
-        slow = min((one for one in self.tried if one[1] > 1), key=lambda one: one[0], default=None)
-        fast = max((one for one in self.tried if one[1] <= 1), key=lambda one: one[0], default=None)
+        slow, fast = _nearest(self.tried)
         if slow is None and fast is not None:  # the next slower one is more than a proportion away
             aims = (fast[0] * 1.05**step for step in range(1, 20))
             return next((other for aim in aims if (other := self._new(aim)) is not None), None)
@@ -152,8 +156,14 @@ class LatencySearch:
         return None if tuple(widths(masks).values()) in self.seen else masks
 
 
+def _nearest(tried: Sequence[T]) -> tuple[T | None, T | None]:
+    """The fastest of those that are too slow, and the slowest of those that are not, as predicted."""
+    slow, fast = [one for one in tried if one[1] > 1], [one for one in tried if one[1] <= 1]
+    return min(slow, key=itemgetter(0), default=None), max(fast, key=itemgetter(0), default=None)
+
+
 def next_aim(tried: Sequence[tuple[float, float]]) -> float:
-    """The next predicted time to aim at in the search for a latency.
+    """The next time to aim at, in predicted milliseconds.
 
     Networks of odd widths are slower or faster than their neighbors, and clocks are noisy, so proportional
     steps may oscillate: once there are a network that is too slow and a smaller one that is too fast, the
@@ -162,21 +172,17 @@ def next_aim(tried: Sequence[tuple[float, float]]) -> float:
     Args:
         tried: predicted milliseconds of what was measured, and measured / target; at least one.
 
-    Returns:
-        Predicted milliseconds.
-
     Example:
         >>> next_aim([(10.0, 1.25)]), next_aim([(10.0, 1.25), (8.0, 0.5)])
         (8.0, 9.0)
     """
     predicted, reached = tried[-1]
     aim = predicted / reached
-    slow = min((p for p, r in tried if r > 1), default=None)
-    fast = max((p for p, r in tried if r <= 1), default=None)
+    slow, fast = _nearest(tried)
     if slow is None or fast is None:
         return aim
-    if fast < slow:
-        return aim if fast < aim < slow else (fast + slow) / 2
+    if fast[0] < slow[0]:
+        return aim if fast[0] < aim < slow[0] else (fast[0] + slow[0]) / 2
     estimates = [math.log(p / r) for p, r in tried]  # they contradict each other
     return math.exp(sum(estimates) / len(estimates))
 
@@ -184,18 +190,14 @@ def next_aim(tried: Sequence[tuple[float, float]]) -> float:
 def aim_after(tried: Sequence[tuple[float, float]]) -> float:
     """The next aim by interpolation between the nearest network that is too slow and the nearest that is not.
 
-    Where there are not both, or they contradict each other, as `next_aim`. A factor alone does not describe
-    the error of predictions: whole networks convert layouts and fuse steps.
-
-    Args:
-        tried: predicted milliseconds of what was measured, and measured / target; at least one.
+    Where there are not both, or they contradict each other, as `next_aim`, which has the argument. A factor
+    alone does not describe the error of predictions: whole networks convert layouts and fuse steps.
 
     Example:
         >>> aim_after([(10.0, 1.5), (6.0, 0.5)])
         8.0
     """
-    slow = min((one for one in tried if one[1] > 1), default=None)
-    fast = max((one for one in tried if one[1] <= 1), default=None)
+    slow, fast = _nearest(tried)
     if slow is None or fast is None or fast[0] >= slow[0]:
         return next_aim(tried)
     share = (1 - fast[1]) / (slow[1] - fast[1])

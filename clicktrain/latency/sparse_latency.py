@@ -62,11 +62,6 @@ class SparseLatency:
     The time of a layer is that of its faster operator, dense or sparse. The rest is what a network takes
     beyond its layers: of the accelerated network with one kernel per filter where that can be measured, else
     of the dense one.
-
-    Attributes:
-        aim: the target.
-        dense_ms: the dense network, measured.
-        target_ms: the target in milliseconds.
     """
 
     def __init__(
@@ -82,11 +77,8 @@ class SparseLatency:
         """Measure what is not on disk yet.
 
         Args:
-            prunable: its network, an example and the other convolution weights.
-            budgets: the layers to be pruned.
-            aim: the target.
-            patterns: different ones in a layer.
-            group: neighboring filters that share decisions.
+            prunable: with its network, an example and the other convolution weights.
+            patterns, group: different patterns in a layer, neighboring filters that share decisions.
             measure: times the network with masks; None: predictions are believed.
 
         Raises:
@@ -101,7 +93,9 @@ class SparseLatency:
             geometries = _geometries(model, example, budgets, patterns, group, aim)
             tables = sparse_times(geometry for calls in geometries.values() for geometry in calls)
             if measure is not None:
-                masks = _least_masks(budgets, geometries)
+                # The fewest kernels per filter, at random; layers that cannot be packed have no mask.
+                counts = {one.name: one.fixed or 1 for one in budgets if geometries[one.name]}
+                masks = {name: geometries[name][0].masks((n,))[n] for name, n in counts.items()}
                 floor = measure(masks, aim.batch, aim.timed).agreed(_CPU)
                 self.dense_ms = floor.dense_ms  # they took turns: what else the machine does affects both
             else:
@@ -140,7 +134,6 @@ class SparseLatency:
         """Kernels per filter that are predicted to take ``ms``.
 
         Args:
-            ms: of the network.
             gains: per layer [C], worth of the 1st, 2nd, ... kernel of every filter; None: equal densities.
             by_time: buy gains with milliseconds; else with weights, as many as the time allows.
             floor: every layer keeps at least this share of what equal densities give it in that time.
@@ -162,15 +155,7 @@ class SparseLatency:
         allocated: Callable[[float], dict[str, int]],
         masks: Callable[[Mapping[str, int]], dict[str, Tensor]],
     ) -> tuple[dict[str, int], dict[str, Any]]:
-        """The allocation that meets the target, as measured if that is possible.
-
-        Args:
-            allocated: predicted milliseconds -> kernels per filter.
-            masks: kernels per filter -> the masks.
-
-        Returns:
-            Kernels per filter, and what to record about the search.
-        """
+        """The allocation that meets the target, if possible as measured, and what to record about it."""
         now = allocated(self.target_ms)
         if self._measure is None:
             return now, self._about(now, None, 0)
@@ -226,32 +211,15 @@ def _check(prunable: PrunableLayers) -> tuple[nn.Module, Any]:
 def _geometries(
     model: nn.Module, example: Any, budgets: Sequence[LayerBudget], patterns: int, group: int, aim: LatencyAim
 ) -> _Geometries:
-    images = _image_sizes(model, example, [one.name for one in budgets])
+    inputs = first_of_batch(as_inputs(example, model), 1)
+    shapes = layer_input_shapes(bare_copy(model).eval(), [one.name for one in budgets], inputs)
     geometries: dict[str, list[SparseGeometry]] = {}
     for one in budgets:
-        conv, calls = model.get_submodule(one.name), []
+        conv, calls, shared = model.get_submodule(one.name), [], math.gcd(one.filters, group)
         if isinstance(conv, nn.Conv2d) and not refusal(conv):
             calls = [
-                SparseGeometry.of(conv, size, entries=one.entries, patterns=patterns,
-                                  group=math.gcd(one.filters, group), batch=aim.batch, timed=aim.timed)
-                for size in images[one.name]
-            ]  # fmt: skip
+                SparseGeometry.of(conv, (height, width), one.entries, patterns, shared, aim.batch, aim.timed)
+                for *_, height, width in shapes.get(one.name, ())
+            ]
         geometries[one.name] = calls
     return geometries
-
-
-def _least_masks(budgets: Sequence[LayerBudget], geometries: _Geometries) -> dict[str, Tensor]:
-    """Masks with the fewest kernels per filter, at random. Layers that cannot be packed have none."""
-    masks = {}
-    for one in budgets:
-        if geometries[one.name]:
-            count = one.fixed or 1
-            masks[one.name] = geometries[one.name][0].masks((count,))[count]
-    return masks
-
-
-def _image_sizes(model: nn.Module, example: Any, names: Sequence[str]) -> dict[str, list[tuple[int, int]]]:
-    """[H, W] of the inputs of layers, call by call."""
-    inputs = first_of_batch(as_inputs(example, model), 1)
-    shapes = layer_input_shapes(bare_copy(model).eval(), names, inputs)
-    return {name: [(shape[-2], shape[-1]) for shape in shapes.get(name, ())] for name in names}

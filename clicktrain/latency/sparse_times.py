@@ -8,10 +8,10 @@ rule: the gain of measured ones is left to the correction by the whole network's
 
 from __future__ import annotations
 
-import functools
 import math
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import asdict, dataclass, replace
+from functools import partial
 from typing import Any
 
 import torch
@@ -41,12 +41,8 @@ _CPU = torch.device("cpu")
 class SparseGeometry:
     """What the time of a pruned 2-D convolution depends on, except the number of kept kernels.
 
-    Attributes:
-        problem: the dense convolution.
-        entries: kept positions of a kept kernel.
-        patterns: different ones in the layer.
-        group: neighboring filters that share their positions.
-        timed: what is timed.
+    ``entries`` are the kept positions of a kept kernel, ``patterns`` the different ones in the layer, and
+    ``group`` neighboring filters share their positions.
     """
 
     problem: ConvProblem
@@ -57,16 +53,9 @@ class SparseGeometry:
 
     @classmethod
     def of(
-        cls,
-        conv: nn.Conv2d,
-        image: tuple[int, int],
-        *,
-        entries: int,
-        patterns: int,
-        group: int,
-        batch: int,
+        cls, conv: nn.Conv2d, image: tuple[int, int], entries: int, patterns: int, group: int, batch: int,
         timed: Timed,
-    ) -> SparseGeometry:
+    ) -> SparseGeometry:  # fmt: skip
         """Describe a layer on images of [H, W]."""
         problem = ConvProblem.of_layer(conv, (batch, conv.in_channels, *image))
         problem = replace(problem, dtype="float32", activations="float32", bias=False)
@@ -117,12 +106,9 @@ class SparseGeometry:
 
 @dataclass(frozen=True, slots=True)
 class SparseTimes:
-    """Milliseconds of one layer.
+    """Milliseconds of one layer: of the sparse operator over kept kernels per filter, and of the dense one.
 
-    Attributes:
-        kernels: the measured numbers of kept kernels per filter, ascending.
-        sparse_ms: of the sparse operator with that many; not falling.
-        dense_ms: of the dense one.
+    ``kernels`` ascend, ``sparse_ms`` does not fall.
     """
 
     kernels: tuple[int, ...]
@@ -147,15 +133,12 @@ class SparseTimes:
 
 
 def sparse_times(geometries: Iterable[SparseGeometry]) -> dict[SparseGeometry, SparseTimes]:
-    """Times of pruned layers in fp32 on this CPU, from disk or measured now.
-
-    There has to be a C compiler. Equal layers are measured once.
-    """
+    """Times of pruned layers in fp32 on this CPU, from disk or measured now; needs a C compiler."""
     tables: dict[SparseGeometry, SparseTimes] = {}
     tools = toolchain()
     for geometry in dict.fromkeys(geometries):
         about = [FORMAT_VERSION, asdict(geometry), SHARES, tools.identity if tools else None]
-        measure = functools.partial(measure_sparse, geometry)
+        measure = partial(measure_sparse, geometry)
         times = measured_once("sparse", about, _CPU, geometry.read, measure)
         *sparse, dense = agreed([*times.sparse_ms, times.dense_ms], _CPU)
         tables[geometry] = replace(times, sparse_ms=tuple(sparse), dense_ms=dense)
@@ -202,10 +185,8 @@ def _dense_call(geometry: SparseGeometry) -> Callable[[], object]:
     p = geometry.problem
     x, gy = _images(p)
     weight = torch.randn(p.filters, geometry.kernels, *p.kernel)
-    return _call(
-        lambda: F.conv2d(x, weight, None, p.stride, p.padding, p.dilation, p.groups),
-        geometry.timed, x, weight, gy,
-    )  # fmt: skip
+    convolve = partial(F.conv2d, x, weight, None, p.stride, p.padding, p.dilation, p.groups)
+    return _call(convolve, geometry.timed, x, weight, gy)
 
 
 def _call(

@@ -82,10 +82,7 @@ def interleaved_ms(
     neighbor left them.
 
     Args:
-        rounds: how many times each is timed.
         repeat: calls within one timing; more than one where a call takes microseconds.
-        warmup: rounds before those that count.
-        clock: wall clock by default.
     """
     check_rounds(rounds)
     with _turns(repeat, clock) as turn:
@@ -107,11 +104,9 @@ def timed_for(
 
     Args:
         seconds: for all rounds together, by ``clock``.
-        rounds: least and most rounds.
         rivals: by name, what a call is an alternative for. One whose warm-up takes more than `HOPELESS` times
             the fastest warm-up of its rivals, and more than `HOPELESS_MS`, is not called again, and its
             warm-up counts: bfloat16 on a processor without it takes seconds where float32 takes a tenth.
-        clock: wall clock by default.
     """
     now = clock or time.perf_counter
     least, most = rounds

@@ -11,6 +11,7 @@ from __future__ import annotations
 import bisect
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import asdict, dataclass, replace
+from functools import partial
 from typing import Any
 
 import torch
@@ -30,14 +31,10 @@ ROUNDS = 7
 
 @dataclass(frozen=True, slots=True)
 class LayerGeometry:
-    """What the time of a dense 2-D convolution or linear layer depends on.
+    """What the time of a dense 2-D convolution, or linear layer (``kernel`` is empty), depends on.
 
-    Attributes:
-        inputs, outputs: channels of the unpruned layer.
-        kernel, stride, padding, dilation: of a convolution; empty for a linear layer.
-        groups: of a convolution; 0 means depthwise, where inputs and outputs are the same channels.
-        input_hw: height and width of the input.
-        inputs_vary, outputs_vary: whether channels can be removed on that side.
+    ``groups`` 0 means depthwise, where inputs and outputs are the same channels. ``inputs_vary`` and
+    ``outputs_vary`` say whether channels can be removed on that side.
     """
 
     inputs: int
@@ -84,12 +81,7 @@ class LayerGeometry:
 
 @dataclass(frozen=True, slots=True)
 class WidthTimes:
-    """Milliseconds of one layer over its channel counts.
-
-    Attributes:
-        inputs, outputs: the measured counts, ascending.
-        ms: [len(inputs)][len(outputs)], monotone along both.
-    """
+    """Milliseconds [len(inputs)][len(outputs)] of one layer over channel counts, ascending and monotone."""
 
     inputs: tuple[int, ...]
     outputs: tuple[int, ...]
@@ -129,13 +121,7 @@ def width_times(
     device: torch.device,
     progress: Callable[[str], None] = lambda text: None,
 ) -> dict[LayerGeometry, WidthTimes]:
-    """Inference times of layers, from disk or measured now.
-
-    Args:
-        geometries: layers; equal ones are measured once.
-        batch: images.
-        device: where they run; on a CPU with the threads of this process.
-        progress: called with what is being measured.
+    """Inference times of layers, from disk or measured now; ``progress`` hears what is being measured.
 
     Raises:
         UserError: the batch is empty.
@@ -144,12 +130,8 @@ def width_times(
         raise UserError(f"a batch has at least 1 image, not {batch}")
     tables: dict[LayerGeometry, WidthTimes] = {}
     for geometry in dict.fromkeys(geometries):
-
-        def measure(geometry: LayerGeometry = geometry) -> WidthTimes:
-            progress(f"measuring a layer of {geometry.inputs} -> {geometry.outputs} channels, batch {batch}")
-            return measure_layer(geometry, batch, device)
-
         about = [FORMAT_VERSION, batch, asdict(geometry)]
+        measure = partial(measure_layer, geometry, batch, device, progress)
         times = measured_once("layer", about, device, geometry.read, measure)
         columns = len(times.outputs)
         ms = agreed([ms for row in times.ms for ms in row], device)
@@ -158,8 +140,11 @@ def width_times(
     return tables
 
 
-def measure_layer(geometry: LayerGeometry, batch: int, device: torch.device) -> WidthTimes:
+def measure_layer(
+    geometry: LayerGeometry, batch: int, device: torch.device, progress: Callable[[str], None]
+) -> WidthTimes:
     """Time a layer at all its points."""
+    progress(f"measuring a layer of {geometry.inputs} -> {geometry.outputs} channels, batch {batch}")
     inputs, outputs = geometry.points()
     calls = {
         (i, o): synchronized(geometry.call(i, o, batch, device), device) for i in inputs for o in outputs

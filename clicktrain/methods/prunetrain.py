@@ -80,7 +80,7 @@ class ChannelSettings:
 
     target_flops: float | None = None
     """Share of the inference FLOPs that is to be left; the lasso is steered towards it. 0.6 by default,
-    unless target_parameters, penalty_ratio, coefficient or the paper's preset is given."""
+    unless target_parameters, penalty_ratio, coefficient or PruneTrain's preset paper is given."""
     target_parameters: float | None = None
     """Share of the parameters that is to be left, instead."""
     floor: float | None = None
@@ -92,16 +92,16 @@ class ChannelSettings:
     coefficient: float | None = None
     """Coefficient of the lasso itself, instead of the penalty ratio."""
     update: Literal["proximal", "gradient"] | None = None
-    """How the lasso acts: shrink channels after each step, to exactly zero; or add its gradient (the paper's,
-    which needs a long run to come under the threshold)."""
+    """How the lasso acts: shrink channels after each step, to exactly zero (the default), or add its gradient
+    (the paper's, which needs a long run to come under the threshold)."""
     interval: float | None = None
     """Epochs between reconfigurations; 1/18 of the run by default, as the paper's 10 of 182 and 5 of 90."""
     scheme: Literal["union", "gating"] = "union"
     """How the layers of a residual stage agree: keep what one of them needs, or select and scatter channels
     around each branch."""
     sides: Literal["both", "readers"] | None = None
-    """Remove a channel when no layer reads it (readers), or only when it is zero on both sides (both, the
-    paper's, which removes later). Neither changes what the network computes."""
+    """Remove a channel when no layer reads it (readers, the default), or only when it is zero on both sides
+    (both, the paper's, which removes later). Neither changes what the network computes."""
     round_to: int | Literal["auto"] = 1
     """Widths that remain are multiples of it, where the layer is wide enough; auto: the multiple with which
     the network that is left trains fastest on this device, measured at each reconfiguration."""

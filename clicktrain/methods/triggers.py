@@ -21,20 +21,18 @@ from clicktrain.methods.base import Record, StepInfo
 from clicktrain.runs.events import IndicatorEvent
 from clicktrain.sparsity.importance import CRITERIA, Criterion, kernel_scores, reads_gradient
 from clicktrain.sparsity.registry import choice_name
-from clicktrain.sparsity.stability import (
-    GRADIENT_THRESHOLD,
-    MAGNITUDE_THRESHOLD,
-    early_pruning_indicator,
-    kept_kernels,
-)
 from clicktrain.sparsity.triggers import (
     EARLY_TRIGGERS,
+    GRADIENT_THRESHOLD,
+    MAGNITUDE_THRESHOLD,
     POLICIES,
     SLOPE,
     EarlyTriggerChoice,
     History,
     Trigger,
+    early_pruning_indicator,
     fires,
+    kept_kernels,
 )
 
 
@@ -141,13 +139,9 @@ class KernelWatch:
         criterion: str | Criterion,
     ) -> Record:
         """The structure of the epoch that has ended, with this share of all kernels kept, and EPI."""
-        scores = {
-            layer.name: self.sums.get(
-                layer.name, torch.zeros(layer.view_shape[:2], device=layer.weight.device)
-            )
-            for layer in layers
-        }
-        self.sums = {}
+        for layer in layers:
+            self.sums.setdefault(layer.name, torch.zeros(layer.view_shape[:2], device=layer.weight.device))
+        scores, self.sums = {layer.name: self.sums[layer.name] for layer in layers}, {}
         structure = dict(zip(scores, kept_kernels(scores, share), strict=True))
         return self.watch.add(structure, window, threshold, choice_name(criterion))
 

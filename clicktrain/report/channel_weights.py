@@ -67,11 +67,7 @@ class LayerChannels:
 
 
 def recorded_channels(run: Run) -> list[LayerChannels]:
-    """The output channels of all layers of channels.jsonl, in the network's order; none if there is no file.
-
-    Raises:
-        UserError: the file is damaged.
-    """
+    """The output channels of all layers of channels.jsonl, in the network's order; none without the file."""
     folder = RunFolder(run.folder)
     layers: dict[str, dict[int, Points]] = {}
     channels: dict[str, list[int]] = {}
@@ -116,18 +112,14 @@ def _figure(run: Run, layer: LayerChannels, layers: int, threshold: float) -> Fi
         points = _evenly(own, MOST_POINTS)
         css = _GONE if channel in gone else _LEFT
         series.append(Series(f"channel {channel}: {end}", points, css, bold=channel not in gone))
-    cuts = [
-        epoch
-        for event in run.events
-        if event.get("event") == "reconfigured" and (epoch := number(event, "epoch")) is not None
-    ]
+    cuts = [number(event, "epoch") for event in run.events if event.get("event") == "reconfigured"]
     drawn = log_line_chart(
         series,
         label=f"Largest absolute weight of channels of {layer.name} of {run.label}, over epochs",
         epochs=(1.0, max(layer.last_epoch, 2.0)),
         floor=(threshold or THRESHOLD) / 100,
         reference=threshold or None,
-        marks=[epoch for epoch in cuts if 1.0 <= epoch <= layer.last_epoch],
+        marks=[epoch for epoch in cuts if epoch is not None and 1.0 <= epoch <= layer.last_epoch],
     )
     keys = (Key("still there", _LEFT), Key("removed at the dot", _GONE))
     caption = _caption(layer, layers, len(shown), threshold)

@@ -94,17 +94,9 @@ def line_chart(
 ) -> Markup:
     """Lines over epochs, with the stages as colored bands behind them.
 
-    Args:
-        series: at least one point in all.
-        label: said by screen readers.
-        epochs: left and right end of the axis.
-        bands: stages; their numbers stand above the plot.
-        y_range: of the axis; round numbers around the values by default.
-        zero: let the axis begin at zero.
-        top: a bound of the axis (100 for percents).
-        x_name: name of the horizontal axis.
-        reference: height of a dashed line.
-        marks: upright dashed lines, (place, what it says when pointed at).
+    There is at least one point in all; screen readers say ``label``. The vertical axis has ``y_range``, or
+    round numbers around the values: from zero if asked for, up to at most ``top`` (100 for percents).
+    ``reference`` is the height of a dashed line; ``marks`` are upright ones, (place, text when pointed at).
     """
     values = [y for one in series for _, y in one.points] + ([] if reference is None else [reference])
     frame = Frame.of(epochs, y_range or around(values, zero=zero, top=top))
@@ -178,13 +170,8 @@ def log_line_chart(
 ) -> Markup:
     """Many fine lines over epochs, heights by their logarithm; pointing at one shows its label.
 
-    Args:
-        series: at least one point in all; a dot is the end of one that is not bold.
-        label: said by screen readers.
-        epochs: left and right end of the axis.
-        floor: the lowest height; what is smaller, and zero, lies on the bottom line, which is marked 0.
-        reference: height of a dashed line.
-        marks: places of upright dotted lines.
+    As `line_chart`; a dot is the end of a line that is not bold, and ``marks`` are places of dotted lines.
+    What is below ``floor``, and zero, lies on the bottom line, which is marked 0.
     """
     low = math.floor(math.log10(floor))
     highest = max(y for one in series for _, y in one.points)

@@ -54,18 +54,9 @@ def layer_rows(run: Run) -> tuple[LayerRow, ...]:
         else:
             share = kernel_density(run.keep(name)) if name in run.weight_shapes else None
         per_filter = number(layer, "nnz_per_filter")
-        rows.append(
-            LayerRow(
-                name,
-                shape,
-                share,
-                weights,
-                None if per_filter is None else int(per_filter),
-                number(layer, "forward_flops"),
-                number(layer, "forward_flops_dense"),
-                str(layer.get("operator") or ""),
-            )
-        )
+        kept = None if per_filter is None else int(per_filter)
+        flops = number(layer, "forward_flops"), number(layer, "forward_flops_dense")
+        rows.append(LayerRow(name, shape, share, weights, kept, *flops, str(layer.get("operator") or "")))
     return tuple(rows)
 
 
@@ -94,13 +85,9 @@ def outcome_rows(records: Any) -> tuple[OutcomeRow, ...]:
 
 def _row(record: Mapping[str, Any]) -> OutcomeRow:
     unit = str(record.get("unit"))
-    return OutcomeRow(
-        str(record.get("what")),
-        _value(number(record, "asked"), unit),
-        _value(number(record, "reached"), unit),
-        str(record.get("reason") or ""),
-        bool(record.get("missed")),
-    )
+    asked, reached = (_value(number(record, key), unit) for key in ("asked", "reached"))
+    reason, missed = str(record.get("reason") or ""), bool(record.get("missed"))
+    return OutcomeRow(str(record.get("what")), asked, reached, reason, missed)
 
 
 def _value(value: float | None, unit: str) -> str:

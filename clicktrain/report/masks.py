@@ -83,16 +83,10 @@ def _draw(run: Run, layer: str, why: str, by_shape: Mapping[tuple[int, int], Poo
     part = keep[:rows, :columns]
     ranks = _ranks(part, by_shape.get((r, s)))
     label = f"{layer}: kept kernels of {rows} filters and {columns} channels"
-    return MaskPicture(
-        layer,
-        why,
-        (f, c, r, s),
-        (rows, columns),
-        kernel_density(keep),
-        float(keep.mean()),
-        _whole(ranks, label, corner=(r, s) != (1, 1)),
-        None if (r, s) == (1, 1) else _corner(part, ranks, layer),
-    )
+    whole = _whole(ranks, label, corner=(r, s) != (1, 1))
+    corner = None if (r, s) == (1, 1) else _corner(part, ranks, layer)
+    shares = kernel_density(keep), float(keep.mean())
+    return MaskPicture(layer, why, (f, c, r, s), (rows, columns), *shares, whole, corner)
 
 
 def _ranks(keep: NDArray[np.bool_], pool: Pool | None) -> list[list[int]]:
@@ -126,14 +120,17 @@ def _runs(ranks: Sequence[Sequence[int]]) -> Iterable[tuple[int, int, int, int]]
                 begin = j
 
 
+def _colored(paths: Mapping[str, Sequence[str]]) -> list[Markup]:
+    return [element("path", d="".join(data), class_=f"on {css}") for css, data in sorted(paths.items())]
+
+
 def _whole(ranks: Sequence[Sequence[int]], label: str, *, corner: bool) -> Markup:
     """One unit per kernel, one path per color, so that thousands of kernels stay a small file."""
     height, width = len(ranks), len(ranks[0])
     paths: dict[str, list[str]] = {}
     for rank, i, j, length in _runs(ranks):
         paths.setdefault(_css(rank), []).append(f"M{j} {i}h{length}v1h-{length}z")
-    parts = [element("rect", x=0, y=0, width=width, height=height, class_="dropped")]
-    parts += [element("path", d="".join(data), class_=f"on {css}") for css, data in sorted(paths.items())]
+    parts = [element("rect", x=0, y=0, width=width, height=height, class_="dropped"), *_colored(paths)]
     if corner and (height > CORNER_FILTERS or width > CORNER_CHANNELS):
         size = {"width": min(width, CORNER_CHANNELS), "height": min(height, CORNER_FILTERS)}
         parts.append(element("rect", x=0, y=0, class_="corner-frame", **size))
@@ -155,6 +152,6 @@ def _corner(keep: NDArray[np.bool_], ranks: Sequence[Sequence[int]], layer: str)
             for u, v in np.argwhere(keep[i, j]).tolist():
                 place = f"M{coordinate(x + v + 0.06)} {coordinate(y + u + 0.06)}h.88v.88h-.88z"
                 paths.setdefault(_css(ranks[i][j]), []).append(place)
-    parts += [element("path", d="".join(data), class_=f"on {css}") for css, data in sorted(paths.items())]
+    parts += _colored(paths)
     label = f"{layer}: the kept weights of the first {rows} filters and {columns} channels"
     return picture(columns * step_x - 0.5, rows * step_y - 0.5, label, parts, "corner")

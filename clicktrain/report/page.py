@@ -36,18 +36,11 @@ MOST_OPEN = 2
 
 
 def write_report(run_paths: Sequence[str | Path], output: str | Path) -> Path:
-    """Write one self-contained HTML page about one or several runs.
+    """Write one self-contained HTML page about one or several runs, finished or not; its folder is made.
 
     It reads the run folders only (YAML, JSON and safetensors; no code is executed) and depends on nothing but
-    them: the same folders give the same bytes. The page needs no network and no script.
-
-    Args:
-        run_paths: run folders, finished or not. Dense runs serve as baselines for runs of the same network
-            and data.
-        output: the file to write; its folder is made if need be.
-
-    Returns:
-        ``output`` as a path.
+    them: the same folders give the same bytes. The page needs no network and no script. Dense runs serve as
+    baselines for runs of the same network and data.
 
     Raises:
         UserError: a folder holds no run or a damaged file, or the output cannot be written.
@@ -90,24 +83,11 @@ def render(runs: Sequence[Run]) -> str:
         settings=differing_settings([entry.run for entry in compared]),
         sections=[
             _section(entry, opened=pruned <= MOST_OPEN or entry is lead)
-            for entry in _by_interest(compared, lead)
+            for entry in sorted(compared, key=lambda entry: (entry is not lead, entry.run.is_dense))
         ],
         cell_text=patterns.cell_text,
-        breakable=_breakable,
+        breakable=lambda name: Markup(".<wbr>").join(name.split(".")),  # after each dot of a module's path
     )
-
-
-def _breakable(name: str) -> Markup:
-    """A module path that may be broken after its dots."""
-    return Markup(".<wbr>").join(name.split("."))
-
-
-def _by_interest(compared: Sequence[Entry], lead: Entry) -> list[Entry]:
-    """The headline's run, the other pruned runs, the baselines."""
-    return sorted(compared, key=lambda entry: (entry is not lead, entry.run.is_dense))
-
-
-# ---- the top of the page --------------------------------------------------------------------
 
 
 def _context(entry: Entry) -> str:
@@ -151,11 +131,9 @@ def _tiles(entry: Entry) -> list[Tile]:
     if not run.is_dense and run.inference_flops_ratio is not None:
         note = "of the dense network, per prediction"
         tiles.append(Tile(wording.percent(run.inference_flops_ratio), "inference FLOPs", note))
-    packed, dense = run.file_bytes("packed.safetensors"), run.file_bytes("model.safetensors")
+    packed, dense = _size(run, "packed.safetensors"), _size(run, "model.safetensors")
     if not run.is_dense and packed is not None and dense is not None:
-        tiles.append(
-            Tile(wording.file_size(packed), "packed file", f"dense file: {wording.file_size(dense)}")
-        )
+        tiles.append(Tile(packed, "packed file", f"dense file: {dense}"))
     if run.step_ms is not None:
         before, after = run.step_ms
         note = f"before: {before:.0f} ms, {before / after:.2f}× the time"  # noqa: RUF001
@@ -184,9 +162,6 @@ def _table_row(entry: Entry) -> Mapping[str, Any]:
         "seed": str(run.config.get("seed", wording.MISSING)),
         "device": run.device or wording.MISSING,
     }
-
-
-# ---- a run's section ------------------------------------------------------------------------
 
 
 @dataclass(frozen=True, slots=True)
@@ -224,10 +199,7 @@ class Section:
 
 def _section(entry: Entry, *, opened: bool) -> Section:
     run = entry.run
-    views = []
-    for pool in patterns.pools(run):
-        uses = patterns.pattern_use(run, pool)
-        views.append(PoolView(pool, uses, patterns.overall_use(uses)))
+    uses = [(pool, patterns.pattern_use(run, pool)) for pool in patterns.pools(run)]
     stages = stage_keys([entry])
     return Section(
         entry=entry,
@@ -238,7 +210,7 @@ def _section(entry: Entry, *, opened: bool) -> Section:
         stages=stages if len(stages) > 1 else (),
         channels=channel_view(run),
         moments=timeline(run),
-        pools=tuple(views),
+        pools=tuple(PoolView(pool, use, patterns.overall_use(use)) for pool, use in uses),
         layers=() if run.is_dense else layer_rows(run),
         masks=() if run.is_dense else mask_pictures(run),
         epochs=tuple(_epoch_line(line) for line in run.metrics),
@@ -267,36 +239,29 @@ def _epoch_line(line: Mapping[str, Any]) -> tuple[str, ...]:
 def _facts(run: Run) -> tuple[tuple[str, str], ...]:
     """Machine, versions and sizes."""
     summary, facts = run.summary or {}, run.facts
-    parameters, nonzero = number(summary, "parameters"), number(summary, "nonzero_parameters")
-    classes = facts.get("classes")
-    names = [str(name) for name in classes] if isinstance(classes, list) else []
     facts_shown = [
         ("device", summary.get("device")),
         ("CPU", summary.get("cpu")),
         ("GPU", summary.get("gpu")),
-        ("images", wording.shape(facts.get("image_shape")) if facts.get("image_shape") else None),
-        ("classes", _classes(names)),
-        ("parameters", wording.integer(parameters) if parameters is not None else None),
-        ("nonzero parameters", wording.integer(nonzero) if nonzero is not None else None),
-        ("FLOPs per prediction", _quantity(number(summary, "inference_flops"))),
-        ("training FLOPs", _quantity(number(summary, "train_flops"))),
+        ("images", wording.shape(facts.get("image_shape"))),
+        ("classes", _classes(facts.get("classes"))),
+        ("parameters", wording.integer(number(summary, "parameters"))),
+        ("nonzero parameters", wording.integer(number(summary, "nonzero_parameters"))),
+        ("FLOPs per prediction", wording.quantity(number(summary, "inference_flops"), "FLOPs")),
+        ("training FLOPs", wording.quantity(number(summary, "train_flops"), "FLOPs")),
         ("step, median", _step_time(run)),
         ("model.safetensors", _size(run, "model.safetensors")),
         ("packed.safetensors", _size(run, "packed.safetensors")),
         *sorted((f"version of {name}", version) for name, version in (summary.get("versions") or {}).items()),
     ]
-    return tuple((name, str(value)) for name, value in facts_shown if value)
+    return tuple((name, str(value)) for name, value in facts_shown if value and value != wording.MISSING)
 
 
-def _classes(names: list[str]) -> str | None:
-    if not names:
+def _classes(names: object) -> str | None:
+    if not isinstance(names, list) or not names:
         return None
-    shown = ", ".join(names[:12]) + (", …" if len(names) > 12 else "")
+    shown = ", ".join(map(str, names[:12])) + (", …" if len(names) > 12 else "")
     return f"{len(names)}: {shown}"
-
-
-def _quantity(value: float | None) -> str | None:
-    return None if value is None else wording.quantity(value, "FLOPs")
 
 
 def _size(run: Run, name: str) -> str | None:

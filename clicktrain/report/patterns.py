@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -50,19 +51,12 @@ class DrawnPattern:
     def picture(self) -> Markup:
         """R x S cells: filled where a weight is kept."""
         r, s = self.shape
-        cells = [
-            element(
-                "rect",
-                x=j * _CELL + _GAP / 2,
-                y=i * _CELL + _GAP / 2,
-                width=_CELL - _GAP,
-                height=_CELL - _GAP,
-                rx=1.5,
-                class_=f"on {self.css}" if self.kept(i, j) else "off",
-            )
-            for i in range(r)
-            for j in range(s)
-        ]
+        cells = []
+        for i, j in itertools.product(range(r), range(s)):
+            place = {"x": j * _CELL + _GAP / 2, "y": i * _CELL + _GAP / 2}
+            size = {"width": _CELL - _GAP, "height": _CELL - _GAP, "rx": 1.5}
+            css = f"on {self.css}" if self.kept(i, j) else "off"
+            cells.append(element("rect", **place, **size, class_=css))
         return picture(s * _CELL, r * _CELL, f"pattern {self.rank}: {self.rows}", cells, "pattern")
 
 

@@ -28,15 +28,9 @@ def number(values: Mapping[str, Any] | None, key: str) -> float | None:
 
 @dataclass(frozen=True)
 class Run:
-    """One run folder.
+    """One run folder: flat settings, a line of metrics per finished epoch, and decisions in their order.
 
-    Attributes:
-        label: name to show, unique in a report.
-        folder: path of the run.
-        config: settings, flat.
-        metrics: lines of the finished epochs.
-        events: decisions, in order.
-        summary: None while the run is not finished.
+    ``label`` is unique in a report; ``summary`` is None while the run is not finished.
     """
 
     label: str
@@ -195,8 +189,6 @@ class Run:
         """Attack -> (epsilon, accuracy in percent), rising; empty if the run was not attacked."""
         return read_robustness(RunFolder(self.folder).robustness)
 
-    # ---- weights ----------------------------------------------------------------------------
-
     @cached_property
     def weight_shapes(self) -> dict[str, tuple[int, ...]]:
         """Layer name -> shape of its convolution weight; empty without model.safetensors."""
@@ -204,10 +196,9 @@ class Run:
         if not path.is_file():
             return {}
         with _opened(path) as file:
-            shapes = {key: tuple(file.get_slice(key).get_shape()) for key in file.keys()}  # noqa: SIM118
-        return {
-            k.removesuffix(".weight"): s for k, s in shapes.items() if k.endswith(".weight") and len(s) == 4
-        }
+            names = [key for key in file.keys() if key.endswith(".weight")]  # noqa: SIM118
+            shapes = {key.removesuffix(".weight"): tuple(file.get_slice(key).get_shape()) for key in names}
+        return {name: shape for name, shape in shapes.items() if len(shape) == 4}
 
     def keep(self, layer: str) -> NDArray[np.bool_]:
         """Mask of a convolution in `weight_shapes`: bool [F, C, R, S], True = kept (not zero)."""
@@ -271,14 +262,8 @@ def _read(folder: Path, label: str) -> Run:
     if not folder.is_dir():
         raise UserError(f"there is no folder {folder}: give the folder of a run, as in runs/NAME")
     own = RunFolder(folder)
-    return Run(
-        label,
-        folder,
-        own.read_settings(),
-        tuple(own.read_metrics()),
-        tuple(own.read_events()),
-        read_summary(own.summary_path),
-    )
+    records = tuple(own.read_metrics()), tuple(own.read_events())
+    return Run(label, folder, own.read_settings(), *records, read_summary(own.summary_path))
 
 
 def kernel_density(keep: NDArray[np.bool_]) -> float:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 from dataclasses import dataclass
 
 from clicktrain.report.run_data import Run, number
@@ -43,23 +44,14 @@ def stage_bands(run: Run) -> tuple[StageBand, ...]:
     end = float(run.epochs_done)
     names = list(dict.fromkeys(stage for stage, _ in begins))
     bands = []
-    for i, (stage, begin) in enumerate(begins):
-        until = min(begins[i + 1][1] if i + 1 < len(begins) else end, end)
+    for (stage, begin), (_, following) in itertools.pairwise([*begins, ("", end)]):
+        known = stage in STAGE_NAMES
+        place = (list(STAGE_NAMES) if known else names).index(stage)
+        css = f"stage-{stage}" if known else _OTHER_CLASSES[place % len(_OTHER_CLASSES)]
+        until = min(following, end)
         if until > begin:
-            mark = str(_number(stage, names))
-            bands.append(StageBand(stage, begin, until, mark, _css(stage, names)))
+            bands.append(StageBand(stage, begin, until, str(1 + place), css))
     return tuple(bands)
-
-
-def _number(stage: str, names: list[str]) -> int:
-    known = list(STAGE_NAMES)
-    return 1 + (known if stage in known else names).index(stage)
-
-
-def _css(stage: str, names: list[str]) -> str:
-    if stage in STAGE_NAMES:
-        return f"stage-{stage}"
-    return _OTHER_CLASSES[names.index(stage) % len(_OTHER_CLASSES)]
 
 
 def _from_events(run: Run) -> list[tuple[str, float]]:

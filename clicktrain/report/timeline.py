@@ -41,31 +41,24 @@ def _moment(event: Mapping[str, Any]) -> Moment:
         title = f"stage {event.get('number', '')}: {STAGE_NAMES.get(stage, stage)}"
         css = f"stage-{stage}" if stage in STAGE_NAMES else ""
         return Moment(at, title, str(event.get("reason") or ""), css)
-    if name == "pool":
-        return Moment(at, "pattern pool chosen", _pools(event))
-    if name == "finalised":
-        reached = _compression(event)
-        layers = f"{len(event.get('layers') or ())} layers{reached}{_latency(event)}"
-        return Moment(at, "patterns and kernels chosen", layers)
-    if name == "hard_prune":
-        lost = number(event, "energy_outside")
-        energy = "" if lost is None else f"; {wording.percent(lost, 1)} of the weights’ energy was cut"  # noqa: RUF001
-        return Moment(at, "hard prune", _compression(event).removeprefix(", ") + energy)
-    if name == "reconfigured":
-        return Moment(at, "channels removed", _removed(event))
-    if name == "widths":
-        return Moment(at, "widths measured", _widths(event))
-    if name == "batch_resized":
-        return Moment(at, "larger batches", _larger(event))
-    if name == "operators":
-        return Moment(at, "operators chosen", _operators(event))
-    if name == "outcome":
-        return Moment(at, "the end", _outcome(event))
     if name == "switch":
         return Moment(at, f"{event.get('method')} begins", str(event.get("reason") or ""))
+    if name in _DETAILS:
+        title, detail_of = _DETAILS[name]
+        return Moment(at, title, detail_of(event))
     known = ("event", "step", "epoch")
     detail = ", ".join(f"{key} {_short(value)}" for key, value in event.items() if key not in known)
     return Moment(at, name.replace("_", " "), detail if len(detail) < 200 else detail[:199] + "…")
+
+
+def _chosen(event: Mapping[str, Any]) -> str:
+    return f"{len(event.get('layers') or ())} layers{_compression(event)}{_latency(event)}"
+
+
+def _hard_prune(event: Mapping[str, Any]) -> str:
+    lost = number(event, "energy_outside")
+    energy = "" if lost is None else f"; {wording.percent(lost, 1)} of the weights’ energy was cut"  # noqa: RUF001
+    return _compression(event).removeprefix(", ") + energy
 
 
 def _outcome(event: Mapping[str, Any]) -> str:
@@ -145,3 +138,15 @@ def _compression(event: Mapping[str, Any]) -> str:
     if reached is None:
         return ""
     return f", compression {wording.times(reached)}" + (f" (asked {wording.times(asked)})" if asked else "")
+
+
+_DETAILS = {
+    "pool": ("pattern pool chosen", _pools),
+    "finalised": ("patterns and kernels chosen", _chosen),
+    "hard_prune": ("hard prune", _hard_prune),
+    "reconfigured": ("channels removed", _removed),
+    "widths": ("widths measured", _widths),
+    "batch_resized": ("larger batches", _larger),
+    "operators": ("operators chosen", _operators),
+    "outcome": ("the end", _outcome),
+}

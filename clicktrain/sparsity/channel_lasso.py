@@ -86,12 +86,8 @@ def shrink_channels_(weight: Tensor, axes: tuple[ChannelAxis, ...], threshold: f
     channels oscillate around zero by the learning rate times the coefficient. That must lie below the
     threshold of 1e-4 for anything to be removed: so it does in 182 epochs, not in a short run with a strong
     penalty.
-
-    Args:
-        weight: [F, C, R, S] or [O, I], changed in place.
-        axes: its channels.
-        threshold: coefficient of the lasso times how far a step moves a weight per unit of gradient: the
-            learning rate of SGD, or `measured_step`; a number, or 0-dim.
+    ``threshold``, a number or 0-dim, is the coefficient of the lasso times how far a step moves a weight per
+    unit of gradient: the learning rate of SGD, or `measured_step`.
     """
     for axis in axes:
         norms = axis.norms(weight)

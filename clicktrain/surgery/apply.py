@@ -15,7 +15,7 @@ from clicktrain.formats.memory_format import keep_out_of_channels_last_
 from clicktrain.graph.adapters import nearest_adapter
 from clicktrain.graph.exchange import exchange_, exchanged, replace_module_, state_refusal
 from clicktrain.surgery.layers import ChannelScatter, ChannelSelect, ConstantBatchNorm2d, RemovedConv2d
-from clicktrain.surgery.plan import Gate, RemovedLayer, SurgeryPlan
+from clicktrain.surgery.plan import Cut, Gate, RemovedLayer, SurgeryPlan
 
 _CONVS = (nn.Conv1d, nn.Conv2d, nn.Conv3d)
 _TRANSPOSED = (nn.ConvTranspose1d, nn.ConvTranspose2d, nn.ConvTranspose3d)
@@ -34,17 +34,13 @@ def apply_surgery_(
     Everything is checked first: if it raises, nothing has been changed.
 
     Args:
-        plan: made for this model, or for one of the same shapes.
         model: the module itself, not a wrapper around it.
-        optimizers: all that hold its parameters.
 
     Raises:
         UserError: the plan does not fit the model, or an optimizer keeps a state that cannot shrink.
     """
     listed = [optimizers] if isinstance(optimizers, Optimizer) else list(optimizers)
-    old = _tensors(model)
-    gone = removed_tensors(plan, old)
-    _check(plan, model, old, gone, listed)
+    old, gone = _checked(plan, model, listed)
     names = {id(tensor): name for name, tensor in reversed(old.items()) if plan.cuts_of(name)}
     with torch.no_grad():
         small = {key: _shrunken(plan, name, old[name]) for key, name in names.items()}
@@ -71,26 +67,18 @@ def silence_(plan: SurgeryPlan, model: nn.Module) -> None:
     """Write zeros to the filters that a plan would cut, their biases, and the scale and shift behind them.
 
     The channels then carry zeros, and the plan changes nothing of what the network computes. What reads the
-    channels stays as it is.
-
-    Args:
-        plan: made for this model.
-        model: changed in place; shapes, buffers and optimizers stay.
+    channels stays as it is, as do shapes, buffers and optimizers.
 
     Raises:
         UserError: the plan does not fit the model.
     """
-    tensors = _tensors(model)
-    _check(plan, model, tensors, removed_tensors(plan, tensors), ())
+    tensors, _ = _checked(plan, model)
     modules = dict(model.named_modules(remove_duplicate=False))
     for cut in plan.cuts:
-        outputs = _out_axis(modules[cut.name.rpartition(".")[0]])
         tensor = tensors[cut.name]
-        along = outputs if tensor.dim() > 1 else 0
+        along = _out_axis(modules[cut.name.rpartition(".")[0]]) if tensor.dim() > 1 else 0
         if isinstance(tensor, nn.Parameter) and cut.dim == along:
-            cut_away = torch.ones(cut.size, dtype=torch.bool, device=tensor.device)
-            cut_away[torch.tensor(cut.keep, device=tensor.device)] = False
-            tensor.index_fill_(cut.dim, cut_away.nonzero().flatten(), 0.0)
+            _zero_cut_(tensor, cut)
 
 
 @torch.no_grad()
@@ -99,25 +87,23 @@ def zero_(plan: SurgeryPlan, model: nn.Module) -> None:
 
     The network then computes what the smaller one has to compute.
 
-    Args:
-        plan: made for this model.
-        model: changed in place; shapes and buffers stay.
-
     Raises:
         UserError: the plan does not fit the model.
     """
-    tensors = _tensors(model)
-    _check(plan, model, tensors, removed_tensors(plan, tensors), ())
+    tensors, _ = _checked(plan, model)
     for cut in plan.cuts:
-        tensor = tensors[cut.name]
-        if isinstance(tensor, nn.Parameter):
-            gone = sorted(set(range(cut.size)) - set(cut.keep))
-            tensor.index_fill_(cut.dim, torch.tensor(gone, device=tensor.device), 0.0)
+        if isinstance(tensor := tensors[cut.name], nn.Parameter):
+            _zero_cut_(tensor, cut)
     for removed in plan.removed_layers:
         for name, parameter in model.get_submodule(removed.name).named_parameters():
             stays = removed.remnant == "constant" or (removed.remnant == "bias" and name == "bias")
             if not stays:
                 parameter.zero_()
+
+
+def _zero_cut_(tensor: Tensor, cut: Cut) -> None:
+    gone = sorted(set(range(cut.size)) - set(cut.keep))
+    tensor.index_fill_(cut.dim, torch.tensor(gone, dtype=torch.int64, device=tensor.device), 0.0)
 
 
 def _out_axis(module: nn.Module) -> int:
@@ -126,35 +112,21 @@ def _out_axis(module: nn.Module) -> int:
     return 0 if adapter is None else adapter.out_axis
 
 
-def removed_tensors(plan: SurgeryPlan, tensors: dict[str, Tensor]) -> list[str]:
-    """Names of the parameters and buffers that disappear with the removed layers."""
-    return [name for name in tensors if plan.new_name(name) is None]
-
-
-def _tensors(model: nn.Module) -> dict[str, Tensor]:
-    """All parameters and buffers by all their names."""
-    return {
-        **dict(model.named_parameters(remove_duplicate=False)),
-        **dict(model.named_buffers(remove_duplicate=False)),
-    }
-
-
 def _shrunken(plan: SurgeryPlan, name: str, tensor: Tensor) -> Tensor:
     if not isinstance(tensor, nn.Parameter):
         return plan.shrink(name, tensor.detach())
     return exchanged(tensor, lambda old: plan.shrink(name, old))
 
 
-# ---------------------------------------------------------------- checks
-
-
-def _check(
-    plan: SurgeryPlan,
-    model: nn.Module,
-    tensors: dict[str, Tensor],
-    gone: list[str],
-    optimizers: Sequence[Optimizer],
-) -> None:
+def _checked(
+    plan: SurgeryPlan, model: nn.Module, optimizers: Sequence[Optimizer] = ()
+) -> tuple[dict[str, Tensor], list[str]]:
+    """All parameters and buffers by all their names, and the names of those that go; UserError: no fit."""
+    tensors: dict[str, Tensor] = {
+        **dict(model.named_parameters(remove_duplicate=False)),
+        **dict(model.named_buffers(remove_duplicate=False)),
+    }
+    gone = [name for name in tensors if plan.new_name(name) is None]
     modules = dict(model.named_modules(remove_duplicate=False))
     for name in (*(r.name for r in plan.removed_layers), *(g.name for g in plan.gates)):
         if not name or name not in modules:
@@ -187,6 +159,7 @@ def _check(
     for gate in plan.gates:
         if not gate.channels or max(gate.channels) >= gate.size:
             raise UserError(f"the gate at {gate.name} selects channels that are not there")
+    return tensors, gone
 
 
 def _check_layer(plan: SurgeryPlan, name: str, module: nn.Module, tensors: dict[str, Tensor]) -> None:
@@ -211,9 +184,6 @@ def _check_layer(plan: SurgeryPlan, name: str, module: nn.Module, tensors: dict[
         return
     if len({keeps.get(key) for key in alike}) > 1 and plan.new_name(f"{prefix}weight") is not None:
         raise UserError(f"the plan does not cut the parameters of {name} alike")
-
-
-# ---------------------------------------------------------------- changes
 
 
 def _remnant(removed: RemovedLayer, module: Any) -> nn.Module:
@@ -259,11 +229,8 @@ def _gate(model: nn.Module, gate: Gate) -> None:
         return
     tensor = next(iter((*layer.parameters(), *layer.buffers())), None)
     module = kind(gate.channels, gate.size, None if tensor is None else tensor.device)
-    parts = (
-        [("select", module), ("layer", layer)]
-        if gate.kind == "select"
-        else [("layer", layer), ("scatter", module)]
-    )
+    inner = [("select", module), ("layer", layer)]
+    parts = inner if gate.kind == "select" else [("layer", layer), ("scatter", module)]
     wrapped = nn.Sequential(OrderedDict(parts))
     wrapped.training = module.training = layer.training
     replace_module_(model, gate.name, wrapped)

@@ -34,12 +34,8 @@ def gate_branches(
     """Narrow the ends of residual branches further than the union of their stage.
 
     Args:
-        deps: the groups.
-        values: of the channels, for the same threshold.
-        threshold: 1e-4 in the paper.
-        masks: per group bool [size], True = stays, what channel union decided.
-        cuts: of channel union.
-        removed: branches that disappear.
+        deps, values, threshold: as in `channel_union.dead_channels`.
+        masks, cuts: what channel union decided; per group bool [size], True = stays.
         round_to: gated widths become multiples of it.
 
     Returns:

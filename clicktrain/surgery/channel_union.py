@@ -37,9 +37,7 @@ def dead_channels(
     """For every group, which channels may go, and why dead ones stay.
 
     Args:
-        deps: the groups.
-        values: of the channels, for the same threshold.
-        threshold: 1e-4 in the paper.
+        deps, values: the groups, and values of the channels for the same threshold.
         gone: layers that read no more, because their branch is removed.
         sides: ``both``: nothing of the input arrives and nothing is read, the paper's intersection of
             adjacent layers; ``readers``: what no layer reads may go, whatever arrives. Neither changes what
@@ -48,8 +46,7 @@ def dead_channels(
     Returns:
         Per group a bool mask [size], True = may go; per group the reason why not more go, or "".
     """
-    may_go = [torch.ones(group.size, dtype=torch.bool) for group in deps.groups]
-    silent = [torch.ones(group.size, dtype=torch.bool) for group in deps.groups]
+    may_go, silent = ([torch.ones(g.size, dtype=torch.bool) for g in deps.groups] for _ in range(2))
     read = [torch.zeros(group.size, dtype=torch.bool) for group in deps.groups]
     readers: list[dict[str, int]] = [{} for _ in deps.groups]
     for edge in values.edges:
@@ -89,18 +86,12 @@ def _why(held: Tensor, readers: Mapping[str, int]) -> str:
 def keep_masks(
     model: nn.Module, groups: tuple[ChannelGroup, ...], may_go: list[Tensor], round_to: int = 1
 ) -> list[Tensor]:
-    """Which channels stay: at least one of each group, and whole multiples.
+    """Which channels stay, per group bool [size]: at least one, and whole multiples.
 
-    Args:
-        model: whose weights say which of the dead are the largest; these are kept first.
-        groups: all groups.
-        may_go: per group bool [size].
-        round_to: layers' widths become multiples of it, where the group is large enough.
-
-    Returns:
-        Per group bool [size], True = stays.
+    Layers' widths become multiples of ``round_to`` where the group is large enough: of the channels that may
+    go, those with the largest weights are kept.
     """
-    tensors = {**dict(model.named_parameters()), **dict(model.named_buffers())}
+    tensors = tensors_of(model)
     masks = []
     for group, dead in zip(groups, may_go, strict=True):
         kept = int((~dead).sum())
@@ -114,6 +105,11 @@ def keep_masks(
             mask[torch.sort(size, descending=True, stable=True).indices[: wanted - kept]] = True
         masks.append(mask)
     return masks
+
+
+def tensors_of(model: nn.Module) -> dict[str, Tensor]:
+    """Parameters and buffers, each by its first name."""
+    return {**dict(model.named_parameters()), **dict(model.named_buffers())}
 
 
 def largest_weights(tensors: Mapping[str, Tensor], group: ChannelGroup) -> Tensor:
@@ -131,12 +127,9 @@ def largest_weights(tensors: Mapping[str, Tensor], group: ChannelGroup) -> Tenso
 def cuts(
     groups: tuple[ChannelGroup, ...], masks: list[Tensor], gone: Collection[str] = ()
 ) -> dict[tuple[str, int], Cut]:
-    """Cuts of all tensors that shrink, by name and dimension.
+    """Cuts of all tensors that shrink, by name and dimension, but those that disappear anyway.
 
-    Args:
-        groups: all groups.
-        masks: per group bool [size], True = stays.
-        gone: names of parameters and buffers that disappear anyway.
+    ``masks`` are per group bool [size], True = stays.
     """
     keep: dict[tuple[str, int], list[tuple[int, bool]]] = {}
     for group, mask in zip(groups, masks, strict=True):

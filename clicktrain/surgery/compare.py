@@ -6,17 +6,16 @@ are replaced by constants: dropout over fewer channels would draw other numbers.
 
 from __future__ import annotations
 
-import dataclasses
 from collections.abc import Callable, Hashable, Sequence
-from typing import Any, TypeVar
+from typing import TypeVar
 
 import torch
 from torch import Tensor, nn
-from torch.utils import _pytree as pytree
 
 from clicktrain.errors import UserError
 from clicktrain.graph.copying import working_copy
 from clicktrain.graph.inputs import Inputs, batch_size, first_of_batch, owned, resized
+from clicktrain.graph.observe import tensors_in
 from clicktrain.graph.trace import force_eager, one_line
 from clicktrain.surgery.apply import apply_surgery_, zero_
 from clicktrain.surgery.plan import SurgeryPlan
@@ -32,10 +31,7 @@ _CLOSE = {torch.float64: 1e-6, torch.float32: 1e-3}
 def difference(plan: SurgeryPlan, model: nn.Module, inputs: Inputs) -> str | None:
     """How the network after a plan differs from the one whose cut channels are zero; None if it does not.
 
-    Args:
-        plan: made for this model.
-        model: stays as it is.
-        inputs: of a call of the model, see `sample`.
+    The model stays as it is. See `sample` for inputs.
 
     Raises:
         Exception: whatever the model itself raises on these inputs.
@@ -51,10 +47,10 @@ def difference(plan: SurgeryPlan, model: nn.Module, inputs: Inputs) -> str | Non
                 raise
             continue  # its forward computes in a dtype that it names
         try:
-            found = _outputs(smaller, inputs, dtype)
+            outputs = _outputs(smaller, inputs, dtype)
         except Exception as error:
             return f"it stops with {one_line(error)}"
-        return _difference(found, wanted)
+        return _difference(outputs, wanted)
     return None
 
 
@@ -91,31 +87,18 @@ def _outputs(model: nn.Module, inputs: Inputs, dtype: torch.dtype | None) -> lis
     if dtype is not None:
         model.to(dtype)
         inputs = inputs.map(lambda t: t.to(dtype) if t.is_floating_point() else t)
-    found = []
+    outputs = []
     kind = inputs.tensors()[0].device.type
     for training in (True, False):
         for module in model.modules():
             module.training = training
         with steadily(inputs.tensors()), torch.no_grad(), torch.autocast(kind, enabled=False), force_eager():
-            found.append(tensors_in(owned(inputs).call(model)))
-    return found
+            outputs.append(tensors_in(owned(inputs).call(model)))
+    return outputs
 
 
-def tensors_in(value: Any) -> list[Tensor]:
-    """All tensors in an output: containers, dataclasses and plain objects too."""
-    found: list[Tensor] = []
-    for leaf in pytree.tree_leaves(value):
-        if isinstance(leaf, Tensor):
-            found.append(leaf)
-        elif dataclasses.is_dataclass(leaf) and not isinstance(leaf, type):
-            found += tensors_in([getattr(leaf, f.name) for f in dataclasses.fields(leaf)])
-        elif hasattr(leaf, "__dict__") and not callable(leaf):
-            found += tensors_in(list(vars(leaf).values()))
-    return found
-
-
-def _difference(found: list[list[Tensor]], wanted: list[list[Tensor]]) -> str | None:
-    for mode, outputs, expected in zip(("while training", "in evaluation mode"), found, wanted, strict=True):
+def _difference(tried: list[list[Tensor]], wanted: list[list[Tensor]]) -> str | None:
+    for mode, outputs, expected in zip(("while training", "in evaluation mode"), tried, wanted, strict=True):
         if len(outputs) != len(expected):
             return f"it returns {len(outputs)} tensors instead of {len(expected)} {mode}"
         for output, right in zip(outputs, expected, strict=True):
@@ -153,13 +136,9 @@ Check = Callable[[Sequence[T]], str | None]
 
 
 def blamed(parts: Sequence[T], wrong: Check[T]) -> dict[T, str]:
-    """The parts that have to be left out so that the others are right, with the reasons.
+    """The parts of a plan that have to be left out so that the others are right, with the reasons.
 
     Halves are tried, so that one bad part among n takes about 2 log n trials.
-
-    Args:
-        parts: of a plan.
-        wrong: tries some of them.
     """
     trials = 0
 
@@ -172,12 +151,12 @@ def blamed(parts: Sequence[T], wrong: Check[T]) -> dict[T, str]:
         if len(some) == 1 or trials > MOST_TRIALS:
             return dict.fromkeys(some, reason)
         half = len(some) // 2
-        found: dict[T, str] = {}
+        reasons: dict[T, str] = {}
         for side in (some[:half], some[half:]):
             if (own := tried(side)) is not None:
-                found |= search(side, own)
+                reasons |= search(side, own)
         # Neither is wrong alone: one of them has to give way.
-        return found or dict.fromkeys(some[half:], reason)
+        return reasons or dict.fromkeys(some[half:], reason)
 
     bad: dict[T, str] = {}
     while (rest := [part for part in parts if part not in bad]) and (reason := tried(rest)) is not None:

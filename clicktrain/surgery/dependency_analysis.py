@@ -14,7 +14,7 @@ import torch
 from torch import Tensor, nn
 
 from clicktrain.graph.inputs import Inputs, as_inputs
-from clicktrain.surgery.channel_union import cuts, resized_gates
+from clicktrain.surgery.channel_union import cuts, resized_gates, tensors_of
 from clicktrain.surgery.compare import blamed, check_repeats, difference, sample
 from clicktrain.surgery.graph import trace
 from clicktrain.surgery.groups import ChannelGroup, Dependencies
@@ -31,8 +31,7 @@ def dependencies(model: nn.Module, example: Any) -> Dependencies:
 
     Args:
         model: any module that torch.fx can trace; modules inside that it cannot are kept whole.
-        example: its inputs, a batch of at least one: a tensor, a tuple of positional arguments, a dict of
-            keyword arguments (see `clicktrain.graph.inputs.as_inputs`).
+        example: its inputs, a batch of at least one, see `clicktrain.graph.inputs.as_inputs`.
 
     Raises:
         UserError: the model has no graph.
@@ -46,7 +45,7 @@ def dependencies(model: nn.Module, example: Any) -> Dependencies:
     """
     inputs = sample(as_inputs(example, model))
     deps = Dependencies(trace(model, inputs))
-    names = tuple(name for name, _ in (*model.named_parameters(), *model.named_buffers()))
+    names = tuple(tensors_of(model))
     known = _tried.get(model)
     if known is not None and known[0] == names:
         deps.hold_tensors(known[1])
@@ -75,7 +74,7 @@ def _hold(deps: Dependencies, inputs: Inputs) -> _Held | None:
     check_repeats(model, inputs)
     bad = blamed(free, wrong)
     whole: list[tuple[str, int, str]] = []
-    tensors = dict((*model.named_parameters(), *model.named_buffers()))
+    tensors = tensors_of(model)
     for number, why in bad.items():
         group = deps.groups[number]
         reason = f"without one of its channels the network computes something else ({why})"

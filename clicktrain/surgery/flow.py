@@ -7,6 +7,7 @@ the reason; its result has channels of its own, fixed too.
 from __future__ import annotations
 
 from collections.abc import Callable
+from typing import Any
 
 from torch import Tensor, fx, nn
 
@@ -37,8 +38,6 @@ class ChannelFlow:
     """Walks the graph of each mode once; tensors, and so layers, are the same in both.
 
     Attributes:
-        graph: of the model.
-        atoms: what is tied to what.
         channels: of every value that is a tensor with channels.
         sizes: numbers that depend on a number of channels.
         unclear: nodes that no rule understood; their results have channels of their own.
@@ -77,7 +76,7 @@ class ChannelFlow:
                 self._fix_inputs(node, "it is an output of the network")
             elif node.op == "get_attr":
                 self._attribute(node)
-            elif node not in graph.shapes and self._is_size(node):
+            elif node not in graph.shapes and (node in graph.sizes or node.target is getattr):
                 self._size(node)
             else:
                 self._step(node, rules.get(graph.operation(node)))
@@ -88,18 +87,19 @@ class ChannelFlow:
     def _step(self, node: fx.Node, rule: Callable[[fx.Node], Channels | None] | None) -> None:
         word = self.graph.operation(node)
         try:
-            if rule is None:
-                rule = self._shaped if word in _SHAPED else self._tried
             self._refuse_sizes(node, word)
-            found = rule(node)
+            if rule is None and word in _SHAPED:
+                channels = _SHAPED[word](self, node, self._from(node))
+            else:
+                channels = (rule or self._tried)(node)
         except UnclearError as unclear:
             self.unclear.add(node)
             self._fix_inputs(node, str(unclear))
             if node.op == "call_module":
                 self._fix_module(self.graph.module(node), str(unclear))
-            found = self._unclear_result(node, f"it comes out of: {unclear}")
-        if found is not None:
-            self.channels[node] = found
+            channels = self._unclear_result(node, f"it comes out of: {unclear}")
+        if channels is not None:
+            self.channels[node] = channels
 
     def _unclear_result(self, node: fx.Node, reason: str) -> Channels | None:
         """Channels of its own: where the input had them if the shape is the same, else along dimension 1."""
@@ -110,11 +110,6 @@ class ChannelFlow:
         dim = self.channels[alike[0]].dim if alike else 1
         return Channels(dim, self.atoms.fresh(shape[dim], reason))
 
-    # ------------------------------------------------------------ values that are numbers
-
-    def _is_size(self, node: fx.Node) -> bool:
-        return node in self.graph.sizes or node.target is getattr
-
     def _size(self, node: fx.Node) -> None:
         """Numbers that come from shapes; arithmetic on them goes on depending on the channels."""
         ids: list[int] = []
@@ -124,16 +119,13 @@ class ChannelFlow:
         for source in node.all_input_nodes:
             if source in self.channels:
                 channels = self.channels[source]
-                whole = node.args[1:] in ((), ("shape",))
+                whole, name = node.args[1:] in ((), ("shape",)), str(node.target)
                 dim = node.args[1] if len(node.args) > 1 and isinstance(node.args[1], int) else None
-                rank = len(self.graph.shapes[source])
-                if whole and str(node.target) not in ("numel", "nelement", "dim", "ndimension"):
+                if whole and name not in ("numel", "nelement", "dim", "ndimension"):
                     self._whole_shapes[node] = channels
                     return
-                if (dim is not None and dim % rank != channels.dim) or str(node.target) in (
-                    "dim",
-                    "ndimension",
-                ):
+                other = dim is not None and dim % len(self.graph.shapes[source]) != channels.dim
+                if other or name in ("dim", "ndimension"):
                     continue
                 ids, exact = [*ids, *channels.ids], exact and dim is not None
             elif source in self._attributes:
@@ -142,8 +134,7 @@ class ChannelFlow:
             elif source in self._whole_shapes:
                 channels = self._whole_shapes[source]
                 index = node.args[1] if node.op == "call_function" and len(node.args) > 1 else None
-                rank = len(self.graph.sizes[source])
-                if isinstance(index, int) and index % rank != channels.dim:
+                if isinstance(index, int) and index % len(self.graph.sizes[source]) != channels.dim:
                     continue
                 ids, exact = [*ids, *channels.ids], exact and isinstance(index, int)
             elif source in self.sizes:
@@ -159,16 +150,12 @@ class ChannelFlow:
             if source in self.sizes or source in self._whole_shapes:
                 raise UnclearError(f"{self.graph.words(node)} computes with the number of channels")
 
-    # ------------------------------------------------------------ fixing
-
     def _fix_inputs(self, node: fx.Node, reason: str) -> None:
         for source in node.all_input_nodes:
-            if source in self.channels:
-                self.atoms.fix(self.channels[source].ids, reason)
-            elif source in self.sizes:
-                self.atoms.fix(self.sizes[source].ids, reason)
-            elif source in self._whole_shapes:
-                self.atoms.fix(self._whole_shapes[source].ids, reason)
+            tables = (self.channels, self.sizes, self._whole_shapes)
+            known = next((table[source] for table in tables if source in table), None)
+            if known is not None:
+                self.atoms.fix(known.ids, reason)
             elif source in self._attributes:
                 self._fix_tensor(self._attributes[source], reason)
 
@@ -188,8 +175,6 @@ class ChannelFlow:
         if layer_kind(module) is not None:
             self._fix_module(module, f"{read.path}.{read.name} is read in forward")
 
-    # ------------------------------------------------------------ rules
-
     def _from(self, node: fx.Node) -> Channels:
         """Channels of the first argument."""
         source = node.args[0] if node.args else node.kwargs.get("input", node.kwargs.get("x"))
@@ -199,11 +184,9 @@ class ChannelFlow:
 
     def _input(self, node: fx.Node) -> Channels | None:
         shape = self.graph.shapes.get(node, ())
-        return (
-            Channels(1, self.atoms.fresh(shape[1], "it is an input of the network"))
-            if len(shape) > 1
-            else None
-        )
+        if len(shape) < 2:
+            return None
+        return Channels(1, self.atoms.fresh(shape[1], "it is an input of the network"))
 
     def _attribute(self, node: fx.Node) -> None:
         value = self.graph.attribute(node)
@@ -219,7 +202,7 @@ class ChannelFlow:
         if transposed and groups > 1:
             raise UnclearError(f"{self.graph.words(node)} is a transposed convolution with groups")
         inputs, outputs = (0, 1) if transposed else (1, 0)
-        read, out = self.atoms.of(module.weight, inputs), self.atoms.of(module.weight, outputs)
+        read, out = self.atoms.of(module.weight, inputs), self._outputs(module, outputs)
         per_group, filters = len(read), len(out) // groups
         for group in range(groups):
             mine = x.ids[group * per_group : (group + 1) * per_group]
@@ -230,20 +213,19 @@ class ChannelFlow:
                 # Ordinary, or the same positions in every group, so that the groups stay equal.
                 self.atoms.unite(mine, read)
                 self.atoms.unite(out[group * filters : (group + 1) * filters], out[:filters])
-        if module.bias is not None:
-            self.atoms.unite(self.atoms.of(module.bias, 0), out)
         return Channels(1, out)
 
     def _linear(self, node: fx.Node) -> Channels:
-        module = self.graph.module(node)
-        assert isinstance(module, nn.Linear)
+        module: Any = self.graph.module(node)
         last = len(self.graph.shapes[node]) - 1
-        x = self._at(node, last)
-        self.atoms.unite(x.ids, self.atoms.of(module.weight, 1))
-        out = self.atoms.of(module.weight, 0)
+        self.atoms.unite(self._at(node, last).ids, self.atoms.of(module.weight, 1))
+        return Channels(last, self._outputs(module, 0))
+
+    def _outputs(self, module: Any, dim: int) -> tuple[int, ...]:
+        out = self.atoms.of(module.weight, dim)
         if module.bias is not None:
             self.atoms.unite(self.atoms.of(module.bias, 0), out)
-        return Channels(last, out)
+        return out
 
     def _norm(self, node: fx.Node) -> Channels:
         module = self.graph.module(node)
@@ -304,9 +286,8 @@ class ChannelFlow:
             self.atoms.unite(whole[0], other)
         if size > 1 and any(len(other) == 1 for other in ids):
             # One channel that is spread over all (a spatial gate) is no part of them, and cannot go.
-            self.atoms.fix(
-                [o[0] for o in ids if len(o) == 1], f"{self.graph.words(node)} spreads it over all"
-            )
+            single = [other[0] for other in ids if len(other) == 1]
+            self.atoms.fix(single, f"{self.graph.words(node)} spreads it over all")
         return Channels(dim, whole[0])
 
     def _cat(self, node: fx.Node) -> Channels:
@@ -373,9 +354,6 @@ class ChannelFlow:
         self.per_channel.add(node)
         return Channels(next(iter(places)), whole[0])
 
-    def _shaped(self, node: fx.Node) -> Channels | None:
-        return _SHAPED[self.graph.operation(node)](self, node, self._from(node))
-
     def _select(self, node: fx.Node) -> Channels:
         module, x = self.graph.module(node), self._at(node, 1)
         assert isinstance(module, ChannelSelect)
@@ -394,10 +372,10 @@ class ChannelFlow:
         return Channels(1, self.atoms.of(bias, 0) if isinstance(bias, Tensor) else self.atoms.fresh(1))
 
     def _at(self, node: fx.Node, dim: int) -> Channels:
-        found = self._from(node)
-        if found.dim != dim:
+        channels = self._from(node)
+        if channels.dim != dim:
             raise UnclearError(f"{self.graph.words(node)} does not work along the channels")
-        return found
+        return channels
 
 
 def calling(node: fx.Node, sources: list[fx.Node]) -> Callable[[list[Tensor]], object]:

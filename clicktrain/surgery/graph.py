@@ -31,8 +31,6 @@ class NetworkGraph:
     """A model's forward passes.
 
     Attributes:
-        model: what was traced.
-        evaluation: the pass in evaluation mode.
         training: the pass in training mode; None where it is the same.
         shapes, sizes: of the values in both, see `clicktrain.graph.ModelGraph`.
         opaque: path -> reason, for modules that are single nodes in one of them.
@@ -95,7 +93,6 @@ def trace(model: nn.Module, inputs: Inputs) -> NetworkGraph:
     """Trace a model in both modes; nothing of it changes.
 
     Args:
-        model: the module itself, not a wrapper around it.
         inputs: of a call; several images, for the sake of batch norms.
 
     Raises:
@@ -171,15 +168,15 @@ def _is_leaf(module: nn.Module) -> bool:
 
 def _mixing(graph: ModelGraph, whole: Collection[str]) -> set[str]:
     """Modules that were taken for layers that work inside each channel, and do not: these are traced into."""
-    found = set()
+    mixing = set()
     for node in graph.nodes:
         name = str(node.target)
         if node.op == "call_module" and name in whole:
             source = node.all_input_nodes[0] if node.all_input_nodes else None
             meta = None if source is None else source.meta.get("tensor_meta")
             if meta is None or not layer_keeps_channels(graph.module(node), tuple(meta.shape), meta.dtype):
-                found.add(name)
-    return found
+                mixing.add(name)
+    return mixing
 
 
 def _is_size(value: Any) -> bool:

@@ -23,7 +23,6 @@ class Member:
 
     Attributes:
         name: path of the tensor, e.g. ``layer1.0.conv1.weight``.
-        dim: the dimension.
         indices: for every channel of the group, its indices along the dimension: one as a rule, H * W after
             a flatten, one per group of a grouped convolution.
     """
@@ -40,8 +39,6 @@ class ChannelGroup:
     Attributes:
         name: tensor and dimension of the first member, e.g. ``conv1.weight:0``; further groups that start
             there (a concatenation, a gate) are numbered, ``conv1.weight:0#2``.
-        members: in the order in which the network uses them.
-        size: number of channels.
         fixed: why none of them may be removed; None if they may.
     """
 
@@ -52,13 +49,7 @@ class ChannelGroup:
 
 
 class Dependencies:
-    """The groups of a model, and where its values have their channels.
-
-    Attributes:
-        graph: of the model.
-        flow: the channels of every value in it.
-        groups: of all channels that parameters or buffers have.
-    """
+    """The groups of a model, and where its values have their channels."""
 
     def __init__(self, graph: NetworkGraph) -> None:
         self.graph = graph

@@ -34,7 +34,6 @@ class Branch:
     """A residual branch.
 
     Attributes:
-        addition: the node that adds it.
         end: the operand.
         last: its last convolution.
         norm: the batch norm behind that; None if there is none.
@@ -64,13 +63,13 @@ class Branch:
 
 def residual_branches(graph: NetworkGraph) -> tuple[Branch, ...]:
     """All operands of additions that end in a convolution, the larger one of an addition first."""
-    found = _branches(graph, graph.nodes)
+    branches = _branches(graph, graph.nodes)
     if graph.training is None:
-        return tuple(found)
+        return tuple(branches)
     called = {str(node.target) for node in graph.training_nodes if node.op == "call_module"}
     twins = {branch.layers: branch for branch in _branches(graph, graph.training_nodes)}
     both = []
-    for branch in found:
+    for branch in branches:
         twin = twins.get(branch.layers)
         refusal = branch.refusal or (None if twin is None else twin.refusal)
         if twin is None and branch.layers & called:
@@ -80,7 +79,7 @@ def residual_branches(graph: NetworkGraph) -> tuple[Branch, ...]:
 
 
 def _branches(graph: NetworkGraph, nodes: Sequence[fx.Node]) -> list[Branch]:
-    found: list[Branch] = []
+    branches: list[Branch] = []
     for node in nodes:
         name = str(getattr(node.target, "__name__", node.target)).rstrip("_").removeprefix("i")
         if graph.operation(node) != "binary" or name != "add" or node.kwargs:
@@ -91,29 +90,28 @@ def _branches(graph: NetworkGraph, nodes: Sequence[fx.Node]) -> list[Branch]:
         if graph.shapes.get(left) != graph.shapes.get(right) or len(graph.shapes[node]) != 4:
             continue
         both = [branch for end in (left, right) if (branch := _branch(graph, nodes, node, end))]
-        found += sorted(both, key=lambda branch: -len(branch.nodes))
-    return found
+        branches += sorted(both, key=lambda branch: -len(branch.nodes))
+    return branches
 
 
 def removable_branches(graph: NetworkGraph, values: Values, threshold: float) -> dict[Branch, str | None]:
     """Branches whose last convolution adds nothing, with the reason why one stays all the same (or None)."""
-    found: dict[Branch, str | None] = {}
+    removable: dict[Branch, str | None] = {}
     additions: set[fx.Node] = set()
     for branch in residual_branches(graph):
         contributions = [values.contribution.get(view.last) for view in branch.views]
         if any(c is None or bool((c > threshold).any()) for c in contributions):
             continue
         reason = branch.refusal
-        if reason is None and any(
-            bool((values.of[view.end].radius > threshold).any()) for view in branch.views
-        ):
+        grows = any(bool((values.of[view.end].radius > threshold).any()) for view in branch.views)
+        if reason is None and grows:
             reason = "its batch norm makes weights under the threshold large again: set them to zero first"
         if reason is None and branch.addition in additions:
             reason = "the other operand of the addition has gone already"
         if reason is None:
             additions.add(branch.addition)
-        found[branch] = reason
-    return found
+        removable[branch] = reason
+    return removable
 
 
 def remnants(
@@ -161,14 +159,8 @@ def _branch(graph: NetworkGraph, order: Sequence[fx.Node], addition: fx.Node, en
     for candidate in reversed(order):
         if candidate.op != "placeholder" and candidate.users and set(candidate.users) <= nodes:
             nodes.add(candidate)
-    return Branch(
-        addition,
-        end,
-        node,
-        norm,
-        frozenset(nodes),
-        _refusal(graph, order, nodes, addition, end, norm or node),
-    )
+    refusal = _refusal(graph, order, nodes, addition, end, norm or node)
+    return Branch(addition, end, node, norm, frozenset(nodes), refusal)
 
 
 def _refusal(
@@ -189,7 +181,8 @@ def _refusal(
         if word not in _REPLACED:
             continue
         module = graph.module(node)
-        if calls.count(str(node.target)) > 1 or _registered(graph.model, module) > 1:
+        registered = sum(m is module for _, m in graph.model.named_modules(remove_duplicate=False))
+        if calls.count(str(node.target)) > 1 or registered > 1:
             return f"{node.target} is used elsewhere too"
         plain = type(module) is nn.Conv2d and not isinstance(module.padding, str)
         if word == "conv" and not plain:
@@ -200,10 +193,6 @@ def _refusal(
     if not full and changes_in_place(addition) and addition.args[0] is end:
         return "the addition is done in place, into the branch, which has neither batch norm nor bias"
     return None
-
-
-def _registered(model: nn.Module, module: nn.Module) -> int:
-    return sum(m is module for _, m in model.named_modules(remove_duplicate=False))
 
 
 def _written_into(graph: NetworkGraph, branch: Branch) -> bool:

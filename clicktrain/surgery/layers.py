@@ -108,7 +108,6 @@ class ChannelSelect(nn.Module):
 
     Args:
         channels: indices of them, ascending.
-        size: channels of the input.
     """
 
     channels: Tensor

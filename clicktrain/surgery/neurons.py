@@ -48,12 +48,8 @@ class Rows:
 class NeuronGroup:
     """Neurons of one layer, or of several layers whose filters can only be removed together.
 
-    Attributes:
-        name: of the group of channels, see `clicktrain.surgery.ChannelGroup`.
-        layers: modules whose outputs the neurons are.
-        size: number of neurons.
-        filters: weights of these layers, in their order.
-        scales, shifts: parameters of the batch norms that follow.
+    ``layers`` are the modules whose outputs they are, ``filters`` the weights of these in the same order,
+    ``scales`` and ``shifts`` parameters of the batch norms that follow. See `surgery.groups.ChannelGroup`.
     """
 
     name: str
@@ -107,21 +103,17 @@ def neuron_groups(
 
 def _group(channels: ChannelGroup, modules: Mapping[str, nn.Module]) -> NeuronGroup:
     layers: list[str] = []
-    filters: list[Rows] = []
-    scales: list[Rows] = []
-    shifts: list[Rows] = []
+    rows: dict[str, list[Rows]] = {"filters": [], "weight": [], "bias": []}
     for member in channels.members:
         path, _, leaf = member.name.rpartition(".")
         module = modules.get(path)
         adapter = None if module is None else nearest_adapter(module)
         if adapter is not None and (leaf, member.dim) == ("weight", adapter.out_axis):
             layers.append(path)
-            filters.append(Rows.of(member))
+            rows["filters"].append(Rows.of(member))
         elif isinstance(module, _NORMS) and leaf in ("weight", "bias"):
-            (scales if leaf == "weight" else shifts).append(Rows.of(member))
-    return NeuronGroup(
-        channels.name, tuple(layers), channels.size, tuple(filters), tuple(scales), tuple(shifts)
-    )
+            rows[leaf].append(Rows.of(member))
+    return NeuronGroup(channels.name, tuple(layers), channels.size, *map(tuple, rows.values()))
 
 
 def widths(masks: Mapping[str, Tensor]) -> dict[str, int]:

@@ -92,10 +92,10 @@ class SurgeryPlan:
 
     @cached_property
     def _cuts_of(self) -> dict[str, tuple[Cut, ...]]:
-        found: dict[str, tuple[Cut, ...]] = {}
+        cuts: dict[str, tuple[Cut, ...]] = {}
         for cut in self.cuts:
-            found[cut.name] = (*found.get(cut.name, ()), cut)
-        return found
+            cuts[cut.name] = (*cuts.get(cut.name, ()), cut)
+        return cuts
 
     def cuts_of(self, name: str) -> tuple[Cut, ...]:
         """The cuts of one parameter or buffer."""
@@ -105,11 +105,7 @@ class SurgeryPlan:
         """What stays of a tensor that has one element for each of a parameter's or buffer's.
 
         Serves weights, momentum, statistics, averages and masks alike; the result is contiguous in memory as
-        the tensor was. A tensor that is not cut is returned as it is.
-
-        Args:
-            name: path of the parameter or buffer, as it is before the plan is applied.
-            tensor: of its shape.
+        the tensor was. A tensor that is not cut is returned as it is. ``name`` is the path before the plan.
 
         Raises:
             UserError: the tensor has another size than the plan was made for.
@@ -194,9 +190,8 @@ def _pair(values: Any) -> tuple[int, int]:
 class OriginalChannels:
     """Where a layer's channels come from.
 
-    Attributes:
-        name: of the layer before any surgery.
-        numbers: for dimension 0 (outputs) and 1 (inputs) of its weight, the first number of every index.
+    ``name`` is the layer's before any surgery; ``numbers`` has, for dimension 0 (outputs) and 1 (inputs) of
+    its weight, the first number of every index.
     """
 
     name: str
@@ -205,21 +200,16 @@ class OriginalChannels:
 
 def original_channels(model: nn.Module) -> dict[str, OriginalChannels]:
     """Name -> channels of every convolution of a network that no plan has touched: 0, 1, 2 ..."""
-    found = {}
+    channels = {}
     for name, module in model.named_modules():
         if isinstance(module, nn.Conv2d):
             outputs, inputs = module.weight.shape[:2]
-            found[name] = OriginalChannels(name, (tuple(range(outputs)), tuple(range(inputs))))
-    return found
+            channels[name] = OriginalChannels(name, (tuple(range(outputs)), tuple(range(inputs))))
+    return channels
 
 
 def renumbered(channels: Mapping[str, OriginalChannels], plan: SurgeryPlan) -> dict[str, OriginalChannels]:
-    """The channels that are left after one more plan, by the layers' names after it; layers that go drop out.
-
-    Args:
-        channels: by the names before the plan.
-        plan: the next one of the network.
-    """
+    """The channels that are left after one more plan, by the names after it; layers that go drop out."""
     left = {}
     for name, layer in channels.items():
         moved = plan.new_name(f"{name}.weight")

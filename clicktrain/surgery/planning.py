@@ -10,7 +10,7 @@ from torch import Tensor, nn
 
 from clicktrain.errors import UserError
 from clicktrain.surgery.channel_gating import gate_branches
-from clicktrain.surgery.channel_union import Sides, cuts, dead_channels, keep_masks, resized_gates
+from clicktrain.surgery.channel_union import Sides, cuts, dead_channels, keep_masks, resized_gates, tensors_of
 from clicktrain.surgery.dependency_analysis import dependencies
 from clicktrain.surgery.groups import Dependencies
 from clicktrain.surgery.layer_removal import remnants, removable_branches
@@ -38,8 +38,6 @@ def plans_from_zeros(
     deviation), so set groups under the threshold to zero first, as the paper does.
 
     Args:
-        model: any module that torch.fx can trace.
-        example: its inputs, see `dependencies`.
         threshold: largest absolute weight of a channel that counts as zero.
         scheme: ``union`` or ``gating``, see the modules of these names.
         multiples: widths become multiples of it, by keeping the largest of the dead channels: one plan each.
@@ -86,8 +84,6 @@ def plan_keeping(
     """What a ranking of channels removes, whatever the weights are; not compared, see `verify`.
 
     Args:
-        model: any module that torch.fx can trace.
-        example: its inputs, see `dependencies`.
         keep: by name of a group (see `groups.ChannelGroup.name`) or of a layer (its output channels), a bool
             mask [channels], True = stays. Where masks of several layers meet in one group, a channel stays
             if one of them keeps it (channel union).
@@ -139,8 +135,7 @@ def _places(deps: Dependencies, name: str) -> list[tuple[int, int]]:
 def gone_names(model: nn.Module, layers: tuple[RemovedLayer, ...]) -> set[str]:
     """Parameters and buffers that disappear with these layers."""
     plan = SurgeryPlan(removed_layers=layers)
-    names = (*dict(model.named_parameters()), *dict(model.named_buffers()))
-    return {name for name in names if plan.new_name(name) is None}
+    return {name for name in tensors_of(model) if plan.new_name(name) is None}
 
 
 def plan_of(

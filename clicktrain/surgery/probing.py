@@ -33,11 +33,8 @@ def may_keep_channels(module: nn.Module) -> bool:
 
 def channel_tensors(module: nn.Module, channels: int) -> list[tuple[Tensor, int]]:
     """Parameters and buffers with one number per channel, and along which dimension."""
-    found = []
-    for tensor in _tensors(module):
-        if tensor.numel() == channels and channels in tensor.shape:
-            found.append((tensor, tuple(tensor.shape).index(channels)))
-    return found
+    alike = (t for t in _tensors(module) if t.numel() == channels and channels in t.shape)
+    return [(tensor, tuple(tensor.shape).index(channels)) for tensor in alike]
 
 
 def layer_keeps_channels(module: nn.Module, shape: tuple[int, ...], dtype: torch.dtype) -> bool:
@@ -50,13 +47,7 @@ def layer_keeps_channels(module: nn.Module, shape: tuple[int, ...], dtype: torch
 def module_keeps_channels(
     module: nn.Module, inputs: Sequence[tuple[tuple[int, ...], int]], dtype: torch.dtype
 ) -> bool:
-    """Whether a module works inside each channel.
-
-    Args:
-        module: stays as it is.
-        inputs: shape of each of its tensors, and the dimension of the channels.
-        dtype: of the tensors.
-    """
+    """Whether a module works inside each channel; ``inputs`` and ``dtype`` as in `keeps_channels`."""
     channels = max(shape[dim] for shape, dim in inputs)
 
     def made(keep: Tensor | None, training: bool) -> Callable[[list[Tensor]], object]:
@@ -88,11 +79,8 @@ def kind_by_trial(module: nn.Module) -> str | None:
             except Exception:  # whatever code of a user's does
                 return None
         whole, right = results
-        if (
-            not isinstance(whole, Tensor)
-            or whole.shape != right.shape
-            or not distance(whole, right) <= _CLOSE
-        ):
+        alike = isinstance(whole, Tensor) and whole.shape == right.shape
+        if not alike or not distance(whole, right) <= _CLOSE:
             return None
     return word_of(kind)
 
@@ -126,11 +114,13 @@ def keeps_channels(
     Args:
         made: (channels that stay, or None for all; training mode) -> the operation on tensors.
         inputs: shape of each tensor, and the dimension of the channels; a tensor with one channel is spread.
-        dtype, device: of the tensors.
     """
     channels = max((shape[dim] for shape, dim in inputs), default=0)
     if channels < 2 or not dtype.is_floating_point:
         return False
+    # Where the channels are in a result of the inputs' largest rank.
+    rank = max(len(shape) for shape, _ in inputs)
+    out_dim = max(dim + rank - len(shape) for shape, dim in inputs if shape[dim] == channels)
     generator = torch.Generator().manual_seed(0)
     tensors = [torch.randn(shape, generator=generator).to(device, dtype) for shape, _ in inputs]
     for keep in (torch.arange(0, channels, 2, device=device), torch.arange(channels - 1, device=device)):
@@ -146,12 +136,11 @@ def keeps_channels(
                     part = made(keep, training)([tensor.clone() for tensor in some])
             except Exception:  # whatever code of a user's does with other numbers of channels
                 return False
-            dim = _result_dim(inputs, channels)
             if not isinstance(whole, Tensor) or not isinstance(part, Tensor):
                 return False
-            if dim >= whole.dim() or whole.shape[dim] != channels or part.dim() != whole.dim():
+            if out_dim >= whole.dim() or whole.shape[out_dim] != channels or part.dim() != whole.dim():
                 return False
-            expected = whole.index_select(dim, keep)
+            expected = whole.index_select(out_dim, keep)
             if part.shape != expected.shape or not distance(part, expected) <= _CLOSE:
                 return False
     return True
@@ -169,12 +158,6 @@ def cut_channels_(module: nn.Module, channels: int, keep: Tensor) -> None:
                     changed = True
         if changed:
             follow_shape(part)
-
-
-def _result_dim(inputs: Sequence[tuple[tuple[int, ...], int]], channels: int) -> int:
-    """Where the channels are in a result of all inputs' largest rank."""
-    rank = max(len(shape) for shape, _ in inputs)
-    return max(dim + rank - len(shape) for shape, dim in inputs if shape[dim] == channels)
 
 
 def _tensors(module: nn.Module) -> Iterator[Tensor]:

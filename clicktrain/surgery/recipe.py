@@ -63,7 +63,6 @@ def load_pruned(model: nn.Module, folder: str | Path) -> nn.Module:
     """Make a fresh model of the user's own class into the shrunken one of a run, weights included.
 
     Args:
-        model: as it was before training; changed in place.
         folder: of a run: ``model.safetensors`` and, if channels were removed, ``surgery.json``.
 
     Returns:

@@ -36,7 +36,8 @@ def reshape(flow: Flow, node: fx.Node, x: Channels) -> Channels:
         repeat = size // source[x.dim]
         if repeat == 1 and source[x.dim] == 1 and dim != min(x.dim, len(result) - 1):
             continue
-        if not _merges(source[x.dim + 1 :], repeat):
+        after = source[x.dim + 1 :]
+        if repeat not in {math.prod(after[:k]) for k in range(len(after) + 1)}:
             continue
         _check_written_size(flow, node, dim, result, x)
         return Channels(dim, tuple(i for i in x.ids for _ in range(repeat)))
@@ -60,7 +61,7 @@ def permute(flow: Flow, node: fx.Node, x: Channels) -> Channels:
 def squeeze(flow: Flow, node: fx.Node, x: Channels) -> Channels:
     """Squeeze of dimensions of size 1 that are not the channels'."""
     source, result = _shapes(flow, node)
-    numbers = _integers([*node.args[1:], *([node.kwargs["dim"]] if "dim" in node.kwargs else [])])
+    numbers = _dims(node)
     gone = {n % len(source) for n in numbers} if numbers else set(range(len(source)))
     gone = {d for d in gone if source[d] == 1}
     if x.dim in gone or len(result) != len(source) - len(gone) or 0 in gone:
@@ -74,7 +75,7 @@ def squeeze(flow: Flow, node: fx.Node, x: Channels) -> Channels:
 def unsqueeze(flow: Flow, node: fx.Node, x: Channels) -> Channels:
     """Unsqueeze."""
     _, result = _shapes(flow, node)
-    numbers = _integers([*node.args[1:], *([node.kwargs["dim"]] if "dim" in node.kwargs else [])])
+    numbers = _dims(node)
     if len(numbers) != 1:
         raise UnclearError("unsqueeze in a form that is not understood")
     return Channels(x.dim + (numbers[0] % len(result) <= x.dim), x.ids)
@@ -128,11 +129,6 @@ def reduced(flow: Flow, node: fx.Node, x: Channels) -> Channels:
     return Channels(x.dim - (0 if len(result) == len(source) else sum(d < x.dim for d in gone)), x.ids)
 
 
-def _merges(after: tuple[int, ...], repeat: int) -> bool:
-    """Whether ``repeat`` is the product of the first of these sizes, none, some or all."""
-    return repeat in {math.prod(after[:k]) for k in range(len(after) + 1)}
-
-
 def _check_written_size(flow: Flow, node: fx.Node, dim: int, result: tuple[int, ...], x: Channels) -> None:
     """The number of channels must not be written into the code: it would be wrong after surgery."""
     name = _name(node)
@@ -171,17 +167,21 @@ def _shapes(flow: Flow, node: fx.Node) -> tuple[tuple[int, ...], tuple[int, ...]
     return flow.graph.shapes[source], flow.graph.shapes[node]
 
 
+def _dims(node: fx.Node) -> list[int]:
+    return _integers([*node.args[1:], *([node.kwargs["dim"]] if "dim" in node.kwargs else [])])
+
+
 def _integers(values: Any) -> list[int]:
     """All whole numbers in nested lists; other things are not understood."""
-    found: list[int] = []
+    numbers: list[int] = []
     for value in values:
         if isinstance(value, (tuple, list)):
-            found += _integers(value)
+            numbers += _integers(value)
         elif isinstance(value, int) and not isinstance(value, bool):
-            found.append(value)
+            numbers.append(value)
         elif not isinstance(value, bool):
             raise UnclearError("a dimension that is not written as a number")
-    return found
+    return numbers
 
 
 def _name(node: fx.Node) -> str:

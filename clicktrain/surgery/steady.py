@@ -16,11 +16,7 @@ from clicktrain.graph.random_state import own_random_numbers
 
 @contextlib.contextmanager
 def steadily(tensors: tuple[Tensor, ...]) -> Iterator[None]:
-    """Dropout and noise draw constants, all else the same numbers each time; generators stay as they are.
-
-    Args:
-        tensors: on whose devices something is drawn.
-    """
+    """Dropout and noise draw constants, all else the same numbers each time; generators stay as they are."""
     with own_random_numbers(tensors, seed=0), _Steady():  # type: ignore[no-untyped-call]
         yield
 

@@ -49,13 +49,7 @@ class Value:
 
 @dataclass(frozen=True, slots=True, eq=False)
 class Edge:
-    """A layer that reads channels: what arrives, and which its weights are under the threshold for.
-
-    Attributes:
-        node: the layer.
-        value: what arrives, n channels.
-        unread: bool [n].
-    """
+    """A layer that reads channels: what arrives, and which its weights are under the threshold for."""
 
     node: fx.Node
     value: Value
@@ -66,7 +60,6 @@ class Values:
     """Values of all nodes with channels, and all edges where layers with weights read them.
 
     Attributes:
-        of: value of a node.
         edges: convolutions (depthwise ones pass channels through, and are none) and linear layers.
         contribution: for convolutions, [F]: bound on what the weights make of the input, without the bias.
     """
@@ -77,40 +70,42 @@ class Values:
         self.edges: list[Edge] = []
         self.contribution: dict[fx.Node, Tensor] = {}
         rules: dict[str, Callable[[fx.Node, int], Value | None]] = {
-            "conv": self._conv,
-            "conv_transpose": self._conv,
-            "linear": self._conv,
             "norm": self._norm,
             "constant_norm": self._norm,
-            "unary": self._unary,
-            "prelu": self._unary,
-            "dropout": self._dropout,
-            "pool": self._pool,
             "binary": self._binary,
             "cat": self._cat,
+            "removed_conv": self._removed_conv,
+        }
+        reading: dict[str, Callable[[fx.Node, int, Value], Value | None]] = {
+            **dict.fromkeys(("conv", "conv_transpose", "linear"), self._conv),
+            **dict.fromkeys(("unary", "prelu"), self._unary),
+            "dropout": self._dropout,
+            "pool": self._pool,
             "select": self._select,
             "scatter": self._scatter,
-            "removed_conv": self._removed_conv,
             "reduce": self._reduce,
             **dict.fromkeys(("reshape", "permute", "squeeze", "unsqueeze", "expand", "getitem"), self._same),
         }
-        unclear = deps.flow.unclear
         with torch.no_grad():
             for node in self._graph.all_nodes:
                 if node in deps.flow.channels:
-                    n = len(deps.flow.channels[node].ids)
-                    rule = rules.get(self._graph.operation(node)) if node not in unclear else None
-                    rule = self._per_channel if node in deps.flow.per_channel else rule
-                    self.of[node] = (rule(node, n) if rule else None) or _alive(n)
+                    n, word = len(deps.flow.channels[node].ids), self._graph.operation(node)
+                    known, x = None, self._from(node)
+                    if node in deps.flow.per_channel:
+                        known = self._per_channel(node, n)
+                    elif node not in deps.flow.unclear:
+                        if word in rules:
+                            known = rules[word](node, n)
+                        elif word in reading and x is not None:
+                            known = reading[word](node, n, x)
+                    self.of[node] = known or _alive(n)
 
     def _from(self, node: fx.Node) -> Value | None:
         return self.of.get(node.all_input_nodes[0]) if node.all_input_nodes else None
 
-    def _conv(self, node: fx.Node, n: int) -> Value | None:
+    def _conv(self, node: fx.Node, n: int, x: Value) -> Value | None:
         module: Any = self._graph.module(node)
-        x, weight = self._from(node), module.weight.detach().double().cpu()
-        if x is None:
-            return None
+        weight = module.weight.detach().double().cpu()
         if self._graph.operation(node) == "conv_transpose":
             weight, padded = weight.transpose(0, 1), True
         else:
@@ -155,10 +150,7 @@ class Values:
         dead = x.dead | (gamma.abs() <= self._threshold)
         return Value(torch.stack((trained, evaluated)), spread.clamp(max=_ANY), dead)
 
-    def _unary(self, node: fx.Node, n: int) -> Value | None:
-        x = self._from(node)
-        if x is None:
-            return None
+    def _unary(self, node: fx.Node, n: int, x: Value) -> Value | None:
         center, low, high = (
             self._evaluate(node, v) for v in (x.center, x.center - x.radius, x.center + x.radius)
         )
@@ -196,10 +188,8 @@ class Values:
         exact = torch.stack([source.radius == 0 for source in sources]).all(0)
         made = [self._of_constants(node, sources, training) for training in (True, False)]
         if made[0] is None or made[1] is None:
-            return Value(torch.zeros(2, n).double(), torch.full((n,), _ANY).double(), dead)
-        center = torch.stack([made[0], made[1]])
-        exact &= center.isfinite().all(0)
-        return Value(center.nan_to_num(0.0, 0.0, 0.0), torch.where(exact, 0.0, _ANY).double(), dead)
+            return _unknown(dead)
+        return _where_exact(torch.stack([made[0], made[1]]), exact, dead)
 
     def _of_constants(self, node: fx.Node, sources: list[Value], training: bool) -> Tensor | None:
         """[n]: what comes out where all pixels of a channel are the same; not a number where they differ."""
@@ -227,21 +217,19 @@ class Values:
         same = rows.amax(1) - rows.amin(1) <= 1e-12 * rows.abs().amax(1).clamp(min=1.0)
         return torch.where(same, rows[:, 0], float("nan"))
 
-    def _dropout(self, node: fx.Node, n: int) -> Value | None:
-        x = self._from(node)
-        p: Any = getattr(self._graph.module(node), "p", 0.5) if node.op == "call_module" else 0.5
-        if node.op != "call_module":
-            p = node.kwargs.get("p", node.args[1] if len(node.args) > 1 else 0.5)
-        if x is None or not isinstance(p, (int, float)) or p >= 1:
+    def _dropout(self, node: fx.Node, n: int, x: Value) -> Value | None:
+        p: Any = node.kwargs.get("p", node.args[1] if len(node.args) > 1 else 0.5)
+        if node.op == "call_module":
+            p = getattr(self._graph.module(node), "p", 0.5)
+        if not isinstance(p, (int, float)) or p >= 1:
             return None
         return Value(x.center, ((x.radius + p * x.center.abs().amax(0)) / (1 - p)).clamp(max=_ANY), x.dead)
 
-    def _pool(self, node: fx.Node, n: int) -> Value | None:
-        x = self._from(node)
+    def _pool(self, node: fx.Node, n: int, x: Value) -> Value | None:
         name = str(getattr(node.target, "__name__", node.target))
         if node.op == "call_module":
             name = type(self._graph.module(node)).__name__.lower()
-        if x is None or not ("pad" in name or name.startswith("avg")):
+        if not ("pad" in name or name.startswith("avg")):
             return x
         if name == "pad" and (node.kwargs.get("value") or node.args[3:]):
             return None
@@ -263,10 +251,9 @@ class Values:
             nothing = (left.size <= self._threshold) | (right.size <= self._threshold)
             return Value(left.center * right.center, radius.clamp(max=_ANY), dead | nothing)
         if name in ("truediv", "div", "divide"):
-            center = left.center / right.center
-            exact = (left.radius == 0) & (right.radius == 0) & center.isfinite().all(0)
-            return Value(center.nan_to_num(0.0, 0.0, 0.0), torch.where(exact, 0.0, _ANY).double(), dead)
-        return Value(torch.zeros(2, n).double(), torch.full((n,), _ANY).double(), dead)
+            exact = (left.radius == 0) & (right.radius == 0)
+            return _where_exact(left.center / right.center, exact, dead)
+        return _unknown(dead)
 
     def _operand(self, node: fx.Node, index: int, n: int) -> Value | None:
         """An operand, spread over all channels if it has only one."""
@@ -295,10 +282,9 @@ class Values:
         return Value(torch.zeros(2, n).double(), largest.clamp(max=_ANY), torch.ones(n, dtype=torch.bool))
 
     def _cat(self, node: fx.Node, n: int) -> Value | None:
-        parts = [self.of[source] for source in node.all_input_nodes if source in self.of]
         listed = node.args[0] if node.args else node.kwargs.get("tensors")
-        if isinstance(listed, (list, tuple)):
-            parts = [self.of[source] for source in listed if isinstance(source, fx.Node)]
+        sources = listed if isinstance(listed, (list, tuple)) else node.all_input_nodes
+        parts = [self.of[source] for source in sources if isinstance(source, fx.Node) and source in self.of]
         if sum(part.dead.numel() for part in parts) != n:
             return None
         return Value(
@@ -307,16 +293,12 @@ class Values:
             torch.cat([part.dead for part in parts]),
         )
 
-    def _select(self, node: fx.Node, n: int) -> Value | None:
-        x, module = self._from(node), self._graph.module(node)
-        assert isinstance(module.channels, Tensor)
-        return None if x is None else x.take(module.channels.cpu())
+    def _select(self, node: fx.Node, n: int, x: Value) -> Value:
+        module: Any = self._graph.module(node)
+        return x.take(module.channels.cpu())
 
-    def _scatter(self, node: fx.Node, n: int) -> Value | None:
-        x, module = self._from(node), self._graph.module(node)
-        assert isinstance(module.channels, Tensor)
-        if x is None:
-            return None
+    def _scatter(self, node: fx.Node, n: int, x: Value) -> Value:
+        module: Any = self._graph.module(node)
         index, result = module.channels.cpu(), _constant(torch.zeros(n))
         result.center[:, index], result.radius[index], result.dead[index] = x.center, x.radius, x.dead
         return result
@@ -325,15 +307,12 @@ class Values:
         bias = self._graph.module(node).bias
         return _constant(bias.detach().double().cpu() if isinstance(bias, Tensor) else torch.zeros(n))
 
-    def _reduce(self, node: fx.Node, n: int) -> Value | None:
-        x, name = self._from(node), str(getattr(node.target, "__name__", node.target))
-        if x is None or x.dead.numel() != n or name not in ("mean", "amax", "amin"):
-            return None
-        return x
+    def _reduce(self, node: fx.Node, n: int, x: Value) -> Value | None:
+        name = str(getattr(node.target, "__name__", node.target))
+        return x if x.dead.numel() == n and name in ("mean", "amax", "amin") else None
 
-    def _same(self, node: fx.Node, n: int) -> Value | None:
-        x = self._from(node)
-        if x is None or x.dead.numel() == n:
+    def _same(self, node: fx.Node, n: int, x: Value) -> Value:
+        if x.dead.numel() == n:
             return x
         return x.take(torch.arange(x.dead.numel()).repeat_interleave(n // x.dead.numel()))
 
@@ -343,13 +322,21 @@ _KEEPS_VALUES = {"contiguous", "clone", "float", "double", "half", "to", "type",
 
 def _alive(n: int) -> Value:
     """Depends on the input."""
-    return Value(
-        torch.zeros(2, n).double(), torch.full((n,), _ANY).double(), torch.zeros(n, dtype=torch.bool)
-    )
+    return _unknown(torch.zeros(n, dtype=torch.bool))
+
+
+def _unknown(dead: Tensor) -> Value:
+    n = dead.numel()
+    return Value(torch.zeros(2, n).double(), torch.full((n,), _ANY).double(), dead)
+
+
+def _where_exact(center: Tensor, exact: Tensor, dead: Tensor) -> Value:
+    """Known where the operands are and the result is finite, unknown elsewhere."""
+    radius = torch.where(exact & center.isfinite().all(0), 0.0, _ANY).double()
+    return Value(center.nan_to_num(0.0, 0.0, 0.0), radius, dead)
 
 
 def _constant(value: Tensor) -> Value:
     n = value.numel()
-    return Value(
-        value.double().expand(2, n).clone(), torch.zeros(n).double(), torch.ones(n, dtype=torch.bool)
-    )
+    center = value.double().expand(2, n).clone()
+    return Value(center, torch.zeros(n).double(), torch.ones(n, dtype=torch.bool))

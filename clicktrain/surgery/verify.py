@@ -21,11 +21,9 @@ from clicktrain.surgery.planning import Scheme, gone_names, plan_keeping, plan_o
 
 @dataclass(frozen=True, slots=True)
 class Verified:
-    """What is left of a plan.
+    """What is left of a plan: it computes what the network with silenced channels does, in both modes.
 
-    Attributes:
-        plan: computes what the network with silenced channels does, in both modes.
-        held: group of channels -> why it stays after all.
+    ``held`` says of groups of channels why they stay after all.
     """
 
     plan: SurgeryPlan
@@ -48,11 +46,6 @@ def verified(plan: SurgeryPlan, model: nn.Module, example: Any) -> Verified:
 
     It costs two forward passes for each mode, on copies of the model, and more only where outputs differ.
 
-    Args:
-        plan: made for this model.
-        model: stays as it is.
-        example: its inputs, see `dependencies`.
-
     Raises:
         UserError: the model gives other outputs each time, or does not run on the example.
     """
@@ -70,12 +63,9 @@ def verified(plan: SurgeryPlan, model: nn.Module, example: Any) -> Verified:
     parts = parts_of(plan, deps)
     bad = blamed(parts, wrong)
     rest = restricted(plan, deps, [part for part in parts if part not in bad])
-    held = {_name(part, deps.groups): reason for part, reason in bad.items()}
+    names = {part: deps.groups[part].name if isinstance(part, int) else "removed branches" for part in bad}
+    held = {names[part]: reason for part, reason in bad.items()}
     return Verified(rest, held or {"gated branches": "outputs differ with gates"})
-
-
-def _name(part: Hashable, groups: Sequence[ChannelGroup]) -> str:
-    return groups[part].name if isinstance(part, int) else "removed branches"
 
 
 def plan_from_zeros(
@@ -121,18 +111,10 @@ def parts_of(plan: SurgeryPlan, deps: Dependencies) -> list[Hashable]:
 
 
 def restricted(plan: SurgeryPlan, deps: Dependencies, parts: Collection[Hashable]) -> SurgeryPlan:
-    """The plan with these parts alone, and without gates that it would put in.
-
-    Args:
-        plan: of the model as it is.
-        deps: the model's groups.
-        parts: some of `parts_of` it.
-    """
+    """The plan with some of its parts (`parts_of`) alone, and without gates that it would put in."""
     layers = plan.removed_layers if BRANCHES in parts else ()
-    masks = [
-        mask if number in parts else torch.ones_like(mask)
-        for number, mask in enumerate(_masks(plan, deps.groups))
-    ]
+    whole = enumerate(_masks(plan, deps.groups))
+    masks = [mask if number in parts else torch.ones_like(mask) for number, mask in whole]
     made = cuts(deps.groups, masks, gone_names(deps.graph.model, layers))
     stays = {row.name: row.stays for row in plan.layers if row.stays}
     reasons = [group.fixed or "" for group in deps.groups]

@@ -19,7 +19,7 @@ from PIL import Image
 from clicktrain.data import Augment, PixelSource, make_loader, open_data
 from clicktrain.data.decode import decode_image, to_pixels
 from clicktrain.data.image_files import read_header
-from clicktrain.data.value_range import EIGHT_BIT, ValueRange
+from clicktrain.data.statistics import EIGHT_BIT, ValueRange
 from clicktrain.errors import UserError
 
 Values = np.ndarray[Any, Any]

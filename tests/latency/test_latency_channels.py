@@ -54,7 +54,7 @@ def test_channel_counts_are_those_of_the_smaller_network(name: str) -> None:
         for m in layers
     )
     kept = {n: int(mask.sum()) for n, mask in masks.items()}
-    assert sorted((i.at(kept), o.at(kept)) for _, i, o in latency._layers) == real
+    assert sorted((i.at(kept), o.at(kept)) for _, i, o in latency._times) == real
     elements = 0
 
     def count(module: nn.Module, args: object, output: Tensor) -> None:

@@ -30,15 +30,19 @@ class State:
     form: Form | None = None
     series: list[list[int]] = field(default_factory=list)
     window: tuple[int, int] = (0, 0)
+    forms: dict[tuple[int, int], Form] = field(default_factory=dict)
     view: Any = field(default=None, compare=False)
 
 
 def test_a_state_comes_back_as_it_was() -> None:
     mask = torch.tensor([True, False])
     inner = Inner(0.5, {"conv:0": mask})
-    state = State("prune", inner, Inner(0.25), Form((2, 3)), [[1, 2], [3]], (4, 5), view=object())
+    state = State(
+        "prune", inner, Inner(0.25), Form((2, 3)), [[1, 2], [3]], (4, 5), {(3, 5): Form((1,))}, view=object()
+    )
     saved = saved_state(state)
     assert "view" not in saved
+    assert list(saved["forms"]) == ["3x5"], "a key of a file is text"
     back = restored_state(State, saved)
     assert torch.equal(back.inner.held["conv:0"], mask)
     assert back.inner.held["conv:0"] is not mask, "a copy"
@@ -57,3 +61,8 @@ def test_saving_copies_what_can_change() -> None:
     assert saved["series"] == [[1]]
     assert saved["inner"]["share"] == 1.0
     assert restored_state(State, saved).maybe is None
+
+
+def test_tensors_come_back_on_the_device_that_is_asked_for() -> None:
+    saved = saved_state(State(inner=Inner(0.5, {"conv": torch.ones(2)})))
+    assert restored_state(State, saved, "meta").inner.held["conv"].is_meta

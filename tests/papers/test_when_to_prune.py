@@ -20,8 +20,7 @@ from clicktrain.sparsity.channel_importance import (
     prunable_channels,
     rank_channels,
 )
-from clicktrain.sparsity.stability import early_pruning_indicator
-from clicktrain.sparsity.triggers import History, when_stable
+from clicktrain.sparsity.triggers import History, early_pruning_indicator, when_stable
 
 PER_EPOCH = 4
 

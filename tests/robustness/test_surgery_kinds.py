@@ -14,6 +14,7 @@ from torch import Tensor, nn
 from clicktrain import PaT, PruneTrain
 from clicktrain.errors import UserError
 from clicktrain.graph import as_inputs
+from clicktrain.graph.observe import tensors_in
 from clicktrain.methods import Method
 from clicktrain.surgery import (
     Cut,
@@ -25,7 +26,6 @@ from clicktrain.surgery import (
     verified,
 )
 from clicktrain.surgery.apply import zero_
-from clicktrain.surgery.compare import tensors_in
 from clicktrain.surgery.steady import steadily
 
 METHODS: dict[str, Method[Any]] = {

@@ -12,6 +12,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from clicktrain import PaT, accelerate, pack
+from clicktrain.graph.observe import tensors_in
 from clicktrain.surgery import (
     apply_surgery_,
     channel_groups,
@@ -19,7 +20,6 @@ from clicktrain.surgery import (
     plan_from_zeros,
 )
 from clicktrain.surgery.apply import zero_
-from clicktrain.surgery.compare import tensors_in
 from clicktrain.surgery.steady import steadily
 
 CLASSES = 10

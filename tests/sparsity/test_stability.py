@@ -5,15 +5,16 @@ from __future__ import annotations
 import pytest
 import torch
 
-from clicktrain.sparsity.stability import (
+from clicktrain.sparsity.triggers import (
     GRADIENT_THRESHOLD,
     MAGNITUDE_THRESHOLD,
+    History,
     early_pruning_indicator,
     kept_kernels,
     layer_distance,
     structure_similarity,
+    when_stable,
 )
-from clicktrain.sparsity.triggers import History, when_stable
 
 
 def test_by_hand() -> None:

@@ -50,12 +50,8 @@ def find_columns(schema: Any, where: str) -> Columns:
     images = by_feature["Image"] or [field.name for field in schema if _holds_bytes(field.type)]
     labels = by_feature["ClassLabel"] or [field.name for field in schema if pa.types.is_integer(field.type)]
     listed = shortened(", ".join(f"{field.name}: {_short(field.type)}" for field in schema) or "none", 160)
-    image = _choose(
-        images,
-        _IMAGE_NAMES,
-        f"{where} has no single image column (struct of bytes and path, or bytes)",
-        listed,
-    )
+    problem = f"{where} has no single image column (struct of bytes and path, or bytes)"
+    image = _choose(images, _IMAGE_NAMES, problem, listed)
     label = _choose(labels, _LABEL_NAMES, f"{where} has no single label column (integers)", listed)
     names = features.get(label, {}).get("names")
     if names is not None and not isinstance(names, list):
@@ -139,21 +135,14 @@ def open_table(path: Path, form: Form, columns: list[str]) -> Any:
 class ArrowImages:
     """The image column of several files, joined.
 
-    Opened at the first read, and again in each worker process that receives a copy.
-
-    Args:
-        files: where the column is.
-        form: of all the files.
-        column: its name.
-        rows: (what messages call a run of rows, how many they are), in the order of the files.
+    Opened at the first read, and again in each worker process that receives a copy. ``rows`` are pairs (what
+    messages call a run of rows, how many they are), in the order of the files.
     """
 
     def __init__(
         self, files: Sequence[Path], form: Form, column: str, rows: Sequence[tuple[str, int]]
     ) -> None:
-        self._files = tuple(files)
-        self._form: Form = form
-        self._column = column
+        self._files, self._form, self._column = tuple(files), form, column
         starts = [0, *itertools.accumulate(count for _, count in rows)]
         self._length = starts.pop()
         self._first_rows = [(name, start) for (name, _), start in zip(rows, starts, strict=True)]

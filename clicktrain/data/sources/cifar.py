@@ -18,6 +18,7 @@ from clicktrain.data.sources.safe_pickle import load_plain_pickle
 from clicktrain.errors import UserError, shortened
 from clicktrain.files import read_regular
 
+_Array = np.ndarray[Any, Any]
 _PIXELS = 3 * 32 * 32
 LARGEST_MEMBER = 512 * 2**20
 """Bytes of one file of an archive that is read; the largest of CIFAR has 160 MB."""
@@ -38,13 +39,6 @@ class _Layout:
     label_bytes: int
     label_key: str
     names_key: str
-
-    @property
-    def file_names(self) -> frozenset[str]:
-        """Every file of either version."""
-        return frozenset(
-            name for train, test, meta in (self.binary, self.python) for name in (*train, test, meta)
-        )
 
 
 _LAYOUTS: Mapping[str, _Layout] = {
@@ -82,7 +76,7 @@ def list_cifar(kind: str, argument: str) -> Listing:
     extracted.
 
     Raises:
-        UserError: nothing found, a batch missing, or a damaged file; names it.
+        UserError: no batches, a batch missing, or a damaged file; names it.
     """
     layout = _LAYOUTS[kind]
     path = Path(argument).expanduser()
@@ -94,15 +88,14 @@ def list_cifar(kind: str, argument: str) -> Listing:
     binary = layout.binary[1] in files.names
     train_names, val_name, meta_name = layout.binary if binary else layout.python
     read = _read_binary if binary else _read_python
-    train = [read(files.read(name), f"{files.where}/{name}", layout) for name in train_names]
-    images = np.concatenate([part[0] for part in train])
-    labels = np.concatenate([part[1] for part in train])
-    val_images, val_labels = read(files.read(val_name), f"{files.where}/{val_name}", layout)
-    return Listing(
-        classes=_class_names(files, meta_name, layout, binary),
-        train=ListedSplit(torch.from_numpy(images), torch.from_numpy(labels)),
-        val=ListedSplit(torch.from_numpy(val_images), torch.from_numpy(val_labels)),
-    )
+
+    def split(names: tuple[str, ...]) -> ListedSplit:
+        parts = [read(files.read(name), f"{files.where}/{name}", layout) for name in names]
+        images, labels = (torch.from_numpy(np.concatenate(part)) for part in zip(*parts, strict=True))
+        return ListedSplit(images, labels)
+
+    classes = _class_names(files, meta_name, layout, binary)
+    return Listing(classes, split(train_names), split((val_name,)))
 
 
 class _Files:
@@ -112,12 +105,12 @@ class _Files:
         self.where = where
         self._contents: dict[str, bytes] | None = None
         if not where.is_dir():
-            self._contents = _read_archive(where, layout.file_names)
-        self.names = (
-            frozenset(file.name for file in where.iterdir())
-            if self._contents is None
-            else frozenset(self._contents)
-        )
+            versions = (layout.binary, layout.python)
+            names = frozenset(name for train, test, meta in versions for name in (*train, test, meta))
+            self._contents = _read_archive(where, names)
+            self.names = frozenset(self._contents)
+        else:
+            self.names = frozenset(file.name for file in where.iterdir())
 
     def read(self, name: str) -> bytes:
         if name not in self.names:
@@ -170,10 +163,9 @@ def _find(path: Path, layout: _Layout, kind: str) -> _Files:
         if layout.binary[1] in files.names or layout.python[1] in files.names:
             return files
         raise UserError(f"{path} holds no {kind} batches; one of {', '.join(layout.archives)} does")
-    for folder, test_name, archive in (
-        (layout.binary_folder, layout.binary[1], layout.archives[0]),
-        (layout.python_folder, layout.python[1], layout.archives[1]),
-    ):
+    folders = (layout.binary_folder, layout.python_folder)
+    tests = (layout.binary[1], layout.python[1])
+    for folder, test_name, archive in zip(folders, tests, layout.archives, strict=True):
         for candidate in (path, path / folder):
             if (candidate / test_name).is_file():
                 return _Files(candidate, layout)
@@ -185,9 +177,7 @@ def _find(path: Path, layout: _Layout, kind: str) -> _Files:
     )
 
 
-def _read_binary(
-    data: bytes, name: str, layout: _Layout
-) -> tuple[np.ndarray[Any, Any], np.ndarray[Any, Any]]:
+def _read_binary(data: bytes, name: str, layout: _Layout) -> tuple[_Array, _Array]:
     record = layout.label_bytes + _PIXELS
     if not data or len(data) % record:
         raise UserError(
@@ -199,9 +189,7 @@ def _read_binary(
     return pixels.copy(), records[:, layout.label_bytes - 1].astype(np.int64)
 
 
-def _read_python(
-    data: bytes, name: str, layout: _Layout
-) -> tuple[np.ndarray[Any, Any], np.ndarray[Any, Any]]:
+def _read_python(data: bytes, name: str, layout: _Layout) -> tuple[_Array, _Array]:
     batch = load_plain_pickle(data, name)
     pixels, labels = batch.get("data"), batch.get(layout.label_key)
     if (
@@ -215,8 +203,7 @@ def _read_python(
     ):
         raise UserError(
             f"{name} is not a CIFAR batch: it needs data (images of {_PIXELS} bytes) and as many "
-            f"{layout.label_key}; "
-            "download the official archive again"
+            f"{layout.label_key}; download the official archive again"
         )
     return pixels.reshape(-1, 3, 32, 32).copy(), np.array(labels, dtype=np.int64)
 

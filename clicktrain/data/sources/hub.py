@@ -20,12 +20,8 @@ _VAL_NAMES = ("validation", "val", "valid", "test")
 def list_hub(name: str, config: str | None, cache_dir: Path | None) -> Listing:
     """Load a data set of the Hub (``load_dataset(name, config)``) and find its images and labels by type.
 
-    The validation split is ``validation``, ``val``, ``valid`` or ``test``, the first that exists.
-
-    Args:
-        name: ``NAME`` or ``OWNER/NAME``.
-        config: configuration, for data sets that have several.
-        cache_dir: where downloads go; None is the library's own folder.
+    The validation split is ``validation``, ``val``, ``valid`` or ``test``, the first that exists. Downloads
+    go to ``cache_dir``, or the library's own folder.
 
     Raises:
         UserError: unknown, offline, no ``train`` split, or no image or label column.

@@ -69,7 +69,7 @@ def _images_below(folder: Path) -> list[str]:
     Raises:
         UserError: a link to a folder that it lies in, or an image that is a pipe, a device or a dead link.
     """
-    found: list[str] = []
+    images: list[str] = []
     waiting: list[tuple[str, frozenset[tuple[int, int]]]] = [(str(folder), frozenset())]
     while waiting:
         here, above = waiting.pop()
@@ -83,30 +83,26 @@ def _images_below(folder: Path) -> list[str]:
             if entry.is_dir():
                 waiting.append((entry.path, above | {identity}))
             elif entry.name.lower().endswith(_SUFFIXES):
-                _check_file(entry)
-                found.append(entry.path)
-    return sorted(found)
-
-
-def _check_file(entry: os.DirEntry[str]) -> None:
-    try:
-        check_regular(entry.path, entry.stat())
-    except OSError as error:
-        raise UserError(f"{entry.path} cannot be read ({error.strerror}); remove it") from error
+                try:
+                    check_regular(entry.path, entry.stat())
+                except OSError as error:
+                    raise UserError(f"{entry.path} cannot be read ({error.strerror}); remove it") from error
+                images.append(entry.path)
+    return sorted(images)
 
 
 def _walk_classes(root: Path, classes: list[str]) -> tuple[list[str], list[int]]:
     paths: list[str] = []
     labels: list[int] = []
     for label, name in enumerate(classes):
-        found = _images_below(root / name)
-        if not found:
+        images = _images_below(root / name)
+        if not images:
             raise UserError(
                 f"class folder {root / name} holds no images ({', '.join(_SUFFIXES)}); add some or remove "
                 "the folder"
             )
-        paths += found
-        labels += [label] * len(found)
+        paths += images
+        labels += [label] * len(images)
     return paths, labels
 
 

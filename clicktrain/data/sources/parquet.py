@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import re
 from dataclasses import dataclass
 from pathlib import Path
@@ -44,13 +45,8 @@ def list_parquet(argument: str, cache_dir: Path, memory_limit: int) -> Listing:
 
     Files are ``train.parquet`` or ``train-*.parquet``, and in the same way ``validation``, ``val``, ``valid``
     or ``test`` (the first of them that exists), in DIR or in ``DIR/data``. See `find_columns` for the
-    columns.
-
-    Args:
-        argument: the folder.
-        cache_dir: a set whose encoded images exceed ``memory_limit`` is copied there once as an Arrow file,
-            since Parquet cannot be read row by row.
-        memory_limit: bytes.
+    columns. A set whose encoded images exceed ``memory_limit`` bytes is copied to ``cache_dir`` once as an
+    Arrow file, since Parquet cannot be read row by row.
 
     Raises:
         UserError: no such folder or files, a damaged file, a column missing, too little disk; names it.
@@ -64,17 +60,17 @@ def list_parquet(argument: str, cache_dir: Path, memory_limit: int) -> Listing:
     if not splits and (root / "data").is_dir():
         splits = _find_files(root / "data")
     if "train" not in splits:
-        found = ", ".join(sorted(path.name for path in root.iterdir())[:5]) or "nothing"
-        raise UserError(f"{root} has no train.parquet or train-*.parquet; it holds {found}")
+        names = ", ".join(sorted(path.name for path in root.iterdir())[:5]) or "nothing"
+        raise UserError(f"{root} has no train.parquet or train-*.parquet; it holds {names}")
     val_name = next((name for name in _VAL_NAMES if name in splits), None)
-    train = _inspect(splits["train"])
-    val = _inspect(splits[val_name]) if val_name else None
-    files = train.files + (val.files if val else [])
-    stream = train.image_bytes + (val.image_bytes if val else 0) > memory_limit
+    shards = [_inspect(splits[name]) for name in ("train", val_name) if name is not None]
+    files = [file for split in shards for file in split.files]
+    stream = sum(split.image_bytes for split in shards) > memory_limit
+    train, *val = (_list_split(split, cache_dir if stream else None) for split in shards)
     return Listing(
-        classes=train.columns.classes or (val.columns.classes if val is not None else None),
-        train=_list_split(train, cache_dir if stream else None),
-        val=_list_split(val, cache_dir if stream else None) if val is not None else None,
+        classes=next((split.columns.classes for split in shards if split.columns.classes), None),
+        train=train,
+        val=val[0] if val else None,
         fingerprint=lambda: files_fingerprint(files),
     )
 
@@ -107,16 +103,13 @@ def _inspect(files: list[Path]) -> _Shards:
         if (here.image, here.label) != (columns.image, columns.label):
             raise UserError(
                 f"{path} has columns {here.image}, {here.label} but {files[0]} has {columns.image}, "
-                f"{columns.label}; "
-                "all files of a split must agree"
+                f"{columns.label}; all files of a split must agree"
             )
         counts.append(metadata.num_rows)
-        for group in range(metadata.num_row_groups):
-            row_group = metadata.row_group(group)
-            for index in range(row_group.num_columns):
-                column = row_group.column(index)
-                if column.path_in_schema.split(".")[0] == columns.image:
-                    image_bytes += column.total_uncompressed_size
+        for group, index in itertools.product(range(metadata.num_row_groups), range(metadata.num_columns)):
+            column = metadata.row_group(group).column(index)
+            if column.path_in_schema.split(".")[0] == columns.image:
+                image_bytes += column.total_uncompressed_size
     assert columns is not None
     return _Shards(files, counts, image_bytes, columns)
 

@@ -51,17 +51,6 @@ class _Array:
         self.value = flat.reshape(shape, order="F" if fortran_order else "C")
 
 
-def _rebuild_array(*_: object) -> _Array:
-    return _Array()
-
-
-def _encode(text: str, encoding: str = "latin1") -> bytes:
-    """Stands for ``_codecs.encode``, by which Python 3 writes bytes in old pickles."""
-    if encoding not in ("latin1", b"latin1"):
-        raise pickle.UnpicklingError(f"text in {encoding!r} is not read")
-    return text.encode("latin1")
-
-
 class _PlainUnpickler(pickle.Unpickler):
     """Admits dictionaries, lists, tuples, text, bytes, numbers and arrays; looks no other name up."""
 
@@ -71,9 +60,7 @@ class _PlainUnpickler(pickle.Unpickler):
 
     def find_class(self, module: str, name: str, /) -> Any:
         if name == "_reconstruct" and module in ("numpy.core.multiarray", "numpy._core.multiarray"):
-            return lambda *arguments: _rebuild_array(
-                *arguments
-            )  # a new object each time: a pickle may alter it
+            return lambda *_: _Array()  # a new function each time: a pickle may alter it
         if (module, name) == ("numpy", "ndarray"):
             return _Kind()
         if (module, name) == ("numpy", "dtype"):
@@ -83,24 +70,20 @@ class _PlainUnpickler(pickle.Unpickler):
         raise pickle.UnpicklingError(f"it asks for {module}.{name}, which is not plain data")
 
     def _encode(self, text: str, encoding: str = "latin1") -> bytes:
+        """Stands for ``_codecs.encode``, by which Python 3 writes bytes in old pickles."""
         self._left -= len(text)
         if self._left < 0:
             raise pickle.UnpicklingError("it is a small file that becomes a large one")
-        return _encode(text, encoding)
+        if encoding not in ("latin1", b"latin1"):
+            raise pickle.UnpicklingError(f"text in {encoding!r} is not read")
+        return text.encode("latin1")
 
     def persistent_load(self, pid: Any, /) -> Any:
         raise pickle.UnpicklingError("it refers to objects outside itself")
 
 
 def load_plain_pickle(data: bytes, name: str) -> dict[str, Any]:
-    """Read a pickled dictionary of plain data.
-
-    Args:
-        data: the file's bytes.
-        name: what a message calls the file.
-
-    Returns:
-        The dictionary with text keys; arrays are NumPy arrays (read-only), text of Python 2 is bytes.
+    """Read a pickled dictionary of plain data: text keys, read-only NumPy arrays, text of Python 2 as bytes.
 
     Raises:
         UserError: the file is damaged, is no dictionary, or asks for anything but plain data.

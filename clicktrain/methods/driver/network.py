@@ -19,6 +19,7 @@ from clicktrain.formats.packed import bits_from_mask, mask_from_bits
 from clicktrain.graph import Inputs, as_inputs
 from clicktrain.graph.exchange import odd_state
 from clicktrain.graph.inputs import first_of_batch, first_tensor, owned
+from clicktrain.graph.observe import tensors_in
 from clicktrain.graph.prunable import PrunableLayers, SeenBatch
 from clicktrain.kernels.pack_model import pack_model_, pack_refusals, unpack_model_
 from clicktrain.kernels.sparse_conv2d import PackedLayer
@@ -27,7 +28,7 @@ from clicktrain.methods.driver.publisher import ChannelsRemoved, ParametersRepla
 from clicktrain.runs.events import ReconfiguredEvent
 from clicktrain.sparsity.masks import hard_prune_, mask_optimizer_state_
 from clicktrain.surgery import SurgeryPlan, Verified, agreed_plans, apply_surgery_, verified
-from clicktrain.surgery.compare import IMAGES, tensors_in
+from clicktrain.surgery.compare import IMAGES
 
 _SCALES = ("exp_inf", "step_size")
 """What Adamax and Rprop divide or multiply by: never zero, whatever the gradients are."""

@@ -123,14 +123,8 @@ class Masked(Method[MaskState]):
         prunable = find_prunable(
             model, trained, exclude=self.exclude, include=self.include, linear=self.prunes_linear
         )
-        return leave_alone(
-            prunable,
-            {
-                layer.name: why
-                for layer in prunable.convs
-                if (why := layer.unit_refusal(self.unit)) is not None
-            },
-        )
+        refusals = {layer.name: layer.unit_refusal(self.unit) for layer in prunable.convs}
+        return leave_alone(prunable, {name: why for name, why in refusals.items() if why is not None})
 
     def init(self, prunable: PrunableLayers, length: RunLength) -> MaskState:
         """Check that the run can be done as asked."""

@@ -45,7 +45,7 @@ class Moving(Masked):
     moves_in: ClassVar[str] = "dynamic"
     """Name of the stage in which units move."""
     usual_interval: ClassVar[tuple[int, int]] = (1000, 50)
-    """By default units move in every 1,000th batch, or in a shorter run so many times in all."""
+    """The interval by default, at the most, and how often units move in a run too short for it."""
     doubling: ClassVar[bool] = False
     """Whether units move half as often in each further quarter of the run."""
 

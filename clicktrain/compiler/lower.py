@@ -49,7 +49,7 @@ class Lowered:
         watched: modules that are not called any more: layers that run as a step, and those traced through.
         guards: what has to be as it was.
         tables: hook tables of ``watched``.
-        parameter: (layer, name, dtype, device) of the one parameter that tells whether the model moved.
+        parameter: (layer, name, dtype, device) of the one parameter that shows whether the model moved.
         plan: by which it was lowered; layers whose kernels cannot be built are plain in it.
     """
 

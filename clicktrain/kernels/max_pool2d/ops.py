@@ -19,7 +19,7 @@ from clicktrain.kernels.native.library import call
 WHAT = "blocked pooling"
 """In messages."""
 MOST_TAPS = 128
-"""Positions of a window that a signed byte can tell apart."""
+"""Positions of a window that a signed byte can distinguish."""
 source = functools.partial(
     static_source, "kernels/max_pool2d/max_pool2d.c", "Max pooling of batch-blocked activations."
 )

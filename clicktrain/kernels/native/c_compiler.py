@@ -181,7 +181,7 @@ def _why_unusable(tools: Toolchain, work: Path) -> tuple[str, bool]:
 
 
 def first_error(output: str) -> str:
-    """The line of a compiler's output that tells most."""
+    """The most useful line of a compiler's output."""
     lines = [line.strip() for line in output.splitlines() if line.strip()]
     return next((line for line in lines if "error" in line.lower()), lines[-1] if lines else "")[:400]
 

@@ -53,7 +53,7 @@ def forward_statistics(
 
 
 def output_shape(x: Tensor, problem: ConvProblem) -> tuple[int, int, int, int, int]:
-    """Of a convolution's result, [B, F, H', W', V]."""
+    """The shape of a convolution's result, [B, F, H', W', V]."""
     return x.shape[0], problem.filters, problem.rows.out, problem.columns.out, x.shape[4]
 
 

@@ -67,7 +67,7 @@ def _(
 
 @torch.library.custom_op("clicktrain::sparse_conv2d_blocked_dgrad", mutates_args=())
 def sparse_conv2d_blocked_dgrad_op(gy: Tensor, values: Tensor, tables: list[Tensor], plan: str) -> Tensor:
-    """Gradient of the input: [B, F, H', W', V] -> [B, C, H, W, V]."""
+    """Gradient w.r.t. the input: [B, F, H', W', V] -> [B, C, H, W, V]."""
     return launch.dgrad(gy, values, tables, plan)
 
 

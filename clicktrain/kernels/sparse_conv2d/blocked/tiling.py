@@ -204,7 +204,7 @@ def _cache_blocked_candidates(
 
 
 def _cache_blocked_rows(length: int, columns: int) -> int:
-    """Rows of a tile of so many columns: about 16 positions, or all of a small image."""
+    """Rows of a tile with these columns: about 16 positions, or all of a small image."""
     if length <= 7:
         return length
     if length % 4 and length % 2 == 0 and columns > 4:

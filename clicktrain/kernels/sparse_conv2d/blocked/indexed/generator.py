@@ -51,7 +51,7 @@ class IndexedGenerator:
 
     @property
     def buffers(self) -> int:
-        """Of regions (wgrad): two, if small, one of which is computed, the next copied."""
+        """Buffers for regions (wgrad): two, if small, one of which is computed, the next copied."""
         both = (self.sources * self.window + self.results * self.patch) * self.images
         return 2 if both <= BESIDE_VECTORS else 1
 

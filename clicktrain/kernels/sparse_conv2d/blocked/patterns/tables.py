@@ -12,7 +12,7 @@ from clicktrain.formats.packed import Structure
 from clicktrain.kernels.sparse_conv2d.blocked.patterns.tap_patterns import Taps, split_kernel
 
 NARROW = 1 << 16
-"""Filters and channels that numbers of two bytes can tell apart."""
+"""Filters and channels that numbers of two bytes can distinguish."""
 
 
 @dataclass(frozen=True, slots=True)

@@ -85,7 +85,7 @@ def among(name: str, numbers: list[int]) -> str:
 
 
 def store_tile(code: Code, where: str, sums: list[str], columns: int) -> None:
-    """Write a tile of so many columns from where the C expression says, through the caches or around them."""
+    """Write a tile with these columns from where the C expression says, through the caches or around them."""
     places = [f"o[{i} * DST_W + {j}]" for i, j in (divmod(k, columns) for k in range(len(sums)))]
     code(f"stored *o = {where};")
     code("if (stream) {")

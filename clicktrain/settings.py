@@ -8,7 +8,7 @@ import functools
 import math
 import types
 import typing
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Mapping, Sequence
 from typing import Annotated, Any, Literal, Protocol, TypeVar, Union, get_args, get_origin
 
 from clicktrain.errors import UserError, shortened, shown
@@ -20,11 +20,17 @@ T = TypeVar("T")
 class Choices(Protocol):
     """What a setting that is a choice is annotated with, as `clicktrain.sparsity.registry.Registry`."""
 
+    own: str
+    """How a user's own choice is typed."""
+
     def __iter__(self) -> Any:
         """The keys."""
 
     def check(self, setting: str, value: object) -> Any:
         """A valid value, or a UserError with the choices in it."""
+
+    def try_out(self, setting: str, choice: object, layers: Sequence[Any]) -> None:
+        """Call a user's own once; a UserError if it cannot be used."""
 
 
 def field_names(cls: type) -> tuple[str, ...]:
@@ -82,6 +88,18 @@ def check_choices(settings: Any) -> None:
             object.__setattr__(settings, name, choices.check(name, value))
         elif (words := _words_in(hint)) and value not in words:
             raise UserError(f"{name} must be one of {', '.join(words)}, not {shown(value)}")
+
+
+def try_choices(settings: Any, layers: Sequence[Any]) -> None:
+    """Call every function of the user's own among the settings once, on small arguments from these layers.
+
+    Raises:
+        UserError: it cannot be used.
+    """
+    for name, choices in choice_fields(type(settings)).items():
+        value = getattr(settings, name)
+        if value is not None and layers:
+            choices.try_out(name, value, layers)
 
 
 def _words_in(hint: Any) -> tuple[str, ...]:

@@ -60,9 +60,10 @@ class Option:
             parts.append(f"type: {' or '.join(kind.__name__ for kind in numbers)}")
         if self.default is not None:  # else the help says what happens
             parts.append(f"default: {_shown(self.default)}")
-        if choices_in(self.hint) is not None:
-            parts.append("or package.module:function")
-        return f"({', '.join(parts)})" if parts else ""
+        note = ", ".join(parts)
+        if (choices := choices_in(self.hint)) is not None:
+            note = f"{note}; or {choices.own}" if note else f"or {choices.own}"
+        return f"({note})" if note else ""
 
 
 OWN_MODEL = Option(

@@ -164,9 +164,10 @@ def _of_another_method(name: str, method: str) -> str | None:
     having = [other for other, cls in METHODS.items() if other != method and name in field_names(cls)]
     if not having:
         return None
+    instead = f" or use --method {' or '.join(having)}" if len(having) < 3 else ""
     return (
-        f"--{name.replace('_', '-')} is a setting of method {' and '.join(having)}, not of {method}: "
-        f"leave it out or use --method {having[0]}"
+        f"--{name.replace('_', '-')} is a setting of method {', '.join(having)}, not of {method}: "
+        f"leave it out{instead}"
     )
 
 

@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass
 from typing import ClassVar
 
 from clicktrain.methods.masks.moving import Gradual
+from clicktrain.runs.events import DroppedEvent, Event
 from clicktrain.sparsity.distributions import DISTRIBUTIONS, DistributionChoice
 from clicktrain.sparsity.registry import choice_name
 from clicktrain.sparsity.regrowth import Units, Update
@@ -36,6 +38,11 @@ class GMP(Gradual):
         sparsity = self.sparsity * (1 - left_at(self.sparsity_schedule, now.done))
         kept = now.keep(now.counts(DISTRIBUTIONS.resolve(self.densities)(now.shapes, 1 - sparsity)))
         return kept, kept
+
+    def event(self, now: Update, kept: Units, alive: Units, threshold: float) -> Event:
+        """Nothing grows."""
+        left, total = now.weights(kept), sum(math.prod(shape) for shape in now.shapes.values())
+        return DroppedEvent(dropped=now.weights(now.alive) - left, sparsity=1 - left / total)
 
     def describe(self) -> str:
         """How units move, in words."""

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import warnings
 from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import ClassVar
@@ -63,9 +64,24 @@ class NM(Masked):
         """Layers whose input channels (per group of the convolution) are divided by m."""
         prunable = super().find_prunable(model, trained)
         odd = {layer.name: layer.view_shape[1] for layer in prunable.layers if layer.view_shape[1] % self.m}
-        return leave_alone(
-            prunable, {name: f"{c} inputs are no multiple of {self.m}" for name, c in odd.items()}
-        )
+        return leave_alone(prunable, {name: f"{c} inputs are {self._odd}" for name, c in odd.items()})
+
+    @property
+    def _odd(self) -> str:
+        return f"no multiple of {self.m}"
+
+    def init(self, prunable: PrunableLayers, length: RunLength) -> MaskState:
+        """Warn where n:m fits less than half of the weights that could be pruned."""
+        odd = [math.prod(shape) for shape, why in prunable.left_alone.values() if why.endswith(self._odd)]
+        fit = [layer.weight.numel() for layer in prunable.layers]
+        if 0 < sum(fit) < sum(odd):
+            have = "has" if len(fit) == 1 else "have"
+            warnings.warn(
+                f"{len(fit)} of {len(fit) + len(odd)} layers {have} a multiple of {self.m} input channels: "
+                f"the others, {sum(odd) / (sum(odd) + sum(fit)):.0%} of the weights, stay dense",
+                stacklevel=4,
+            )
+        return super().init(prunable, length)
 
     @property
     def stages(self) -> tuple[str, ...]:

@@ -61,6 +61,11 @@ def _hard_prune(event: Mapping[str, Any]) -> str:
     return _compression(event).removeprefix(", ") + energy
 
 
+def _dropped(event: Mapping[str, Any]) -> str:
+    sparsity = wording.percent(number(event, "sparsity"), 1)
+    return f"{wording.integer(number(event, 'dropped'))} weights, to a sparsity of {sparsity}"
+
+
 def _outcome(event: Mapping[str, Any]) -> str:
     return "; ".join(row.sentence for row in outcome_rows(event.get("targets"))) or "nothing was asked for"
 
@@ -144,6 +149,7 @@ _DETAILS = {
     "pool": ("pattern pool chosen", _pools),
     "finalised": ("patterns and kernels chosen", _chosen),
     "hard_prune": ("hard prune", _hard_prune),
+    "dropped": ("weights dropped", _dropped),
     "reconfigured": ("channels removed", _removed),
     "widths": ("widths measured", _widths),
     "batch_resized": ("larger batches", _larger),

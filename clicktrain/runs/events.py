@@ -184,6 +184,13 @@ class RegrownEvent(Event, kind="regrown"):
     threshold: float = ABSENT
 
 
+class DroppedEvent(Event, kind="dropped"):
+    """Gradual pruning has dropped weights, which do not grow back; ``sparsity`` is what it came to."""
+
+    dropped: int
+    sparsity: float
+
+
 class HardPruneEvent(Event, kind="hard_prune"):
     """Masks are frozen; ``energy_outside`` is the share of the squared norm that was cut.
 

@@ -7,8 +7,9 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Mapping, Sequence
-from typing import Annotated, TypeAlias
+from typing import Annotated, Any, TypeAlias
 
+from clicktrain.sparsity.guard import guard_of, keys_problem, share_problem
 from clicktrain.sparsity.registry import Registry
 
 Distribution: TypeAlias = Callable[[Mapping[str, Sequence[int]], float], dict[str, float]]
@@ -45,7 +46,33 @@ def erdos_renyi_scale(shape: Sequence[int]) -> float:
     return sum(shape) / math.prod(shape)
 
 
+OFF = 0.05
+"""How far a user's own densities may be off the density asked for, as a share of it."""
+
+
+def _problem(value: Any, shapes: Mapping[str, Sequence[int]], density: float) -> str | None:
+    if (wrong := keys_problem(value, shapes)) is not None:
+        return wrong
+    for name in shapes:
+        if (wrong := share_problem(value[name])) is not None:
+            return f"{wrong} for {name}"
+    sizes = {name: math.prod(shape) for name, shape in shapes.items()}
+    total = sum(value[name] * size for name, size in sizes.items()) / max(sum(sizes.values()), 1)
+    return (
+        f"gave {total:.3g} of all weights, not {density:.3g}"
+        if abs(total - density) > OFF * density
+        else None
+    )
+
+
 DISTRIBUTIONS: Registry[Distribution] = Registry(
-    "distribution", {"erk": erdos_renyi_densities, "uniform": uniform_densities}
+    "distribution",
+    {"erk": erdos_renyi_densities, "uniform": uniform_densities},
+    guard=guard_of(
+        "distribution",
+        "a function ({layer: shape}, density) -> {layer: from 0 to 1}, together that density of all weights",
+        _problem,
+    ),
+    trial=lambda rule, layers: rule({layer.name: layer.shape for layer in layers}, 0.5),
 )
 DistributionChoice: TypeAlias = Annotated[str | Distribution, DISTRIBUTIONS]

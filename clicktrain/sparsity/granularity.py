@@ -16,14 +16,15 @@ the 3x3 kernels, which hold 48% of ResNet-50's convolution weights, and CK in th
 from __future__ import annotations
 
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from typing import Annotated, Literal, TypeAlias
+from typing import Annotated, Any, Literal, TypeAlias
 
 import torch
 from torch import Tensor
 
 from clicktrain.sparsity.finalize import best_patterns
+from clicktrain.sparsity.guard import guard_of, returned
 from clicktrain.sparsity.patterns import MAX_POSITIONS
 from clicktrain.sparsity.registry import Registry
 
@@ -167,6 +168,22 @@ def pattern_cut(shape: Shape, threshold: float, rule: CutRule) -> Cut:
 
 pattern_cut.in_patterns = True  # type: ignore[attr-defined]
 
+
+def _problem(value: Any, shape: Shape, threshold: float, rule: CutRule) -> str | None:
+    del threshold
+    if not isinstance(value, Cut) or not all(isinstance(n, int) for n in (value.positions, value.kernels)):
+        return returned(value)
+    size, line = _size(shape), _line(shape, rule.within)
+    fits = 0 <= value.positions < size and 0 <= value.kernels < line
+    return None if fits else f"{returned(value)} for kernels of {size} positions, {line} in a line"
+
+
+def _try(cut: Granularity, layers: Sequence[Any]) -> None:
+    """Kernels of one position fall under CK whatever the granularity."""
+    if shapes := [layer.view_shape for layer in layers if _size(layer.view_shape) > 1]:
+        cut(min(shapes, key=math.prod), 0.5, CutRule())
+
+
 GRANULARITIES: Registry[Granularity] = Registry(
     "granularity",
     {
@@ -176,6 +193,12 @@ GRANULARITIES: Registry[Granularity] = Registry(
         "inter_epoch": inter_epoch_cut,
         "pattern": pattern_cut,
     },
+    guard=guard_of(
+        "granularity",
+        "a function (shape [F, C, R, S], threshold, CutRule) -> Cut(positions, kernels)",
+        _problem,
+    ),
+    trial=_try,
 )
 """What goes inside of convolutions. With an attribute ``in_patterns`` what stays of a kernel is a pattern."""
 GranularityChoice: TypeAlias = Annotated[str | Granularity, GRANULARITIES]

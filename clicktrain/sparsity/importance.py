@@ -12,14 +12,14 @@ A new one is one function::
 from __future__ import annotations
 
 import functools
-from collections.abc import Callable
-from typing import Annotated, TypeAlias
+from collections.abc import Callable, Sequence
+from typing import Annotated, Any, TypeAlias
 
+import torch
 from torch import Tensor
 
-from clicktrain.errors import UserError
-from clicktrain.own_code import place_of
-from clicktrain.sparsity.registry import Registry
+from clicktrain.sparsity.guard import guard_of, score_problem
+from clicktrain.sparsity.registry import Registry, smallest
 
 Criterion: TypeAlias = Callable[[Tensor, Tensor], Tensor]
 """(weight, gradient), both float32 of the layer's own shape -> scores of that shape. With an attribute
@@ -31,39 +31,36 @@ def reads_gradient(criterion: Callable[..., object]) -> bool:
     return bool(getattr(criterion, "reads_gradient", True))
 
 
-def checked_criterion(name: str, criterion: Criterion) -> Criterion:
-    """A user's criterion, with a `UserError` where it fails or returns something else than scores.
+def _criterion_problem(values: Tensor, weight: Tensor, grad: Tensor) -> str | None:
+    wrong = score_problem(values, weight.shape, lowest=0)
+    # A run that diverges gives every criterion gradients that are not finite.
+    return wrong if wrong is None or bool((weight.isfinite() & grad.isfinite()).all()) else None
 
-    Signs are checked at the first call only: looking at values waits for the device.
-    """
-    signs_checked = False
+
+def checked_criterion(name: str, criterion: Criterion) -> Criterion:
+    """A user's criterion, with a `UserError` where it fails or returns something else than scores."""
+    guarded: Criterion = _GUARD(name, criterion)
 
     @functools.wraps(criterion)
     def scores(weight: Tensor, grad: Tensor) -> Tensor:
-        nonlocal signs_checked
-        try:
-            values = criterion(weight, grad)
-        except Exception as error:
-            raise UserError(
-                f"criterion {name!r} failed with {type(error).__name__}: {error}{place_of(error)}"
-            ) from error
-        if not isinstance(values, Tensor) or values.shape != weight.shape or not values.is_floating_point():
-            what = (
-                f"{values.dtype} {list(values.shape)}"
-                if isinstance(values, Tensor)
-                else type(values).__name__
-            )
-            raise UserError(
-                f"criterion {name!r} must return one floating-point score per weight, {list(weight.shape)}, "
-                f"but it returned {what}"
-            )
-        if not signs_checked and bool((values < 0).any()):
-            raise UserError(f"criterion {name!r} gave negative scores: a score is 0 or more, larger = keep")
-        signs_checked = True
+        values = guarded(weight, grad)
         # In place on what it was given would change the weights themselves.
         return values.detach().clone() if values is weight or values is grad else values.detach()
 
     return scores
+
+
+_GUARD = guard_of(
+    "criterion",
+    "a function (weight, gradient) -> one floating-point score per weight, finite, 0 or more, larger = keep",
+    _criterion_problem,
+    keeps=(0, 1),
+)
+
+
+def _try(criterion: Criterion, layers: Sequence[Any]) -> None:
+    weight = smallest(layers).weight.detach().float()
+    criterion(weight, torch.ones_like(weight))
 
 
 def taylor_importance(weight: Tensor, grad: Tensor) -> Tensor:
@@ -93,6 +90,7 @@ CRITERIA: Registry[Criterion] = Registry(
     {"taylor": taylor_importance, "magnitude": magnitude_importance, "mixed": mixed_importance},
     group="clicktrain.criteria",
     guard=checked_criterion,
+    trial=_try,
 )
 CriterionChoice: TypeAlias = Annotated[str | Criterion, CRITERIA]
 """The type of a setting ``criterion``."""

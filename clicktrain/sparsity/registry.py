@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import functools
 import sys
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from importlib.metadata import EntryPoint, entry_points
 from typing import Any, Generic, TypeVar
 
@@ -30,7 +30,9 @@ class Registry(Mapping[str, T], Generic[T]):
         beneath: another registry whose keys count too, where ``entries`` have none of that name.
         adapt: makes a choice of this registry from one of ``beneath``; a user's own is one of ``beneath``.
         guard: wraps a user's own function, given its name, in checks of what it returns.
-        kind: of values that are no functions.
+        fits: whether a value can be a choice: any function, by default.
+        wanted: what a choice of the user's own is, if not a function, and ``own`` how one is typed.
+        trial: calls a user's own on small arguments, given the layers of a network.
     """
 
     def __init__(
@@ -42,13 +44,17 @@ class Registry(Mapping[str, T], Generic[T]):
         beneath: Registry[Any] | None = None,
         adapt: Callable[[Any], T] | None = None,
         guard: Callable[[str, T], T] | None = None,
-        kind: type | None = None,
+        fits: Callable[[object], bool] = callable,
+        wanted: str = "",
+        own: str = "package.module:function",
+        trial: Callable[[T, Sequence[Any]], object] | None = None,
     ) -> None:
-        self._kind: tuple[type, ...] = () if kind is None else (kind,)
+        self._fits, self._wanted, self.own, self._trial = fits, wanted, own, trial
         self.what, self._entries, self._group = what, dict(entries or {}), group
         self._beneath, self._adapt, self._guard = beneath, adapt, guard
-        self._own: dict[str, T] = {}
-        """Functions of a user's own that have been resolved, by name."""
+        self._own: dict[str, tuple[object, T]] = {}
+        """A user's own that have been resolved, by name: as they were given, and guarded."""
+        self._library = frozenset(self._entries)
 
     __eq__ = object.__eq__
     __hash__ = object.__hash__
@@ -63,8 +69,8 @@ class Registry(Mapping[str, T], Generic[T]):
         if point is None:
             raise KeyError(key)
         if key not in self._own:
-            self._own[key] = self._guarded(key, point.load())
-        return self._own[key]
+            return self._resolved(key, _loaded(self.what, point))
+        return self._own[key][1]
 
     def __iter__(self) -> Iterator[str]:
         return iter({**self._entries, **dict.fromkeys(self._beneath or ()), **self._points()})
@@ -107,7 +113,7 @@ class Registry(Mapping[str, T], Generic[T]):
     @property
     def choices(self) -> str:
         """All choices, as they are typed."""
-        return ", ".join(self) + " or package.module:function"
+        return ", ".join(self) + f" or {self.own}"
 
     def check(self, setting: str, value: object) -> str | T:
         """A valid value of a setting; a function that has a name becomes its name. Imports nothing.
@@ -121,7 +127,7 @@ class Registry(Mapping[str, T], Generic[T]):
                 return value
             if value in self:
                 return value
-        elif callable(value) or isinstance(value, self._kind):
+        elif self._fits(value):
             return self._name(value) or value  # type: ignore[return-value]
         raise UserError(f"{setting} must be one of {self.choices}, not {shown(value)}")
 
@@ -138,24 +144,41 @@ class Registry(Mapping[str, T], Generic[T]):
         if isinstance(choice, FromFile):
             require_named(choice, "a file", None, self.what)
         if choice in self._own:
-            return self._own[choice]
+            return self._own[choice][1]
         if not is_own(choice):
             return self[choice]
         function = import_own(choice, self._how)
-        if not (callable(function) or isinstance(function, self._kind)):
-            raise UserError(f"{self.what} {choice!r} is of type {type(function).__name__}: {self._how}")
         return self._resolved(choice, function)
+
+    def try_out(self, setting: str, choice: object, layers: Sequence[Any]) -> None:
+        """Call a user's own once on small arguments, made from some of these layers.
+
+        Raises:
+            UserError: it fails, or returns something else than the axis wants; names the setting.
+        """
+        if isinstance(choice, str) and choice in self._library:
+            return
+        if self._beneath is not None and choice not in self._entries:
+            self._beneath.try_out(setting, choice, layers)
+        elif self._trial is not None:
+            try:
+                self._trial(self.resolve(choice), layers)
+            except UserError as error:
+                if setting.replace("_", " ") in str(error):
+                    raise
+                raise UserError(f"{setting} {choice_name(choice)!r}: {error}") from error
 
     def _resolved(self, name: str, function: Any) -> T:
         """Guard and keep a user's function; the same function under the same name is guarded once."""
-        kept = self._own.get(name)
-        if kept is None or getattr(kept, "__wrapped__", kept) is not function:
-            self._own[name] = kept = self._guarded(name, function)
-        return kept
+        if name not in self._own or self._own[name][0] is not function:
+            if not self._fits(function):
+                raise UserError(f"{self.what} {name!r} is of type {type(function).__name__}: {self._how}")
+            self._own[name] = function, self._guarded(name, function)
+        return self._own[name][1]
 
     @property
     def _how(self) -> str:
-        return f"a {self.what} of your own is named as package.module:function"
+        return f"a {self.what} of your own is {self._wanted}named as {self.own}"
 
     def _name(self, function: Any) -> str | None:
         """The key or the ``package.module:name`` under which a function is found again, or None."""
@@ -178,6 +201,18 @@ def choice_name(value: object) -> str:
 
 def _title(value: object) -> str:
     return shortened(str(getattr(value, "__qualname__", type(value).__name__)), 80)
+
+
+def smallest(layers: Sequence[Any]) -> Any:
+    """The layer with the fewest weights, on which a trial costs least."""
+    return min(layers, key=lambda layer: layer.weight.numel())
+
+
+def _loaded(what: str, point: EntryPoint) -> Any:
+    try:
+        return point.load()
+    except Exception as error:
+        raise UserError(f"{what} {point.name!r} ({point.value}) cannot be loaded: {error}") from error
 
 
 @functools.cache

@@ -11,13 +11,14 @@ import math
 from collections.abc import Callable, Mapping, MutableMapping, Sequence
 from dataclasses import dataclass, field
 from fractions import Fraction
-from typing import Annotated, TypeAlias
+from typing import Annotated, Any, TypeAlias
 
 import numpy as np
 import torch
 from torch import Tensor
 
-from clicktrain.sparsity.registry import Registry
+from clicktrain.sparsity.guard import guard_of, mask_problem
+from clicktrain.sparsity.registry import Registry, smallest
 
 Units: TypeAlias = dict[str, Tensor]
 """Layer name -> one value per unit."""
@@ -181,8 +182,31 @@ def below_threshold(now: Update, share: float) -> Units:
     return kept
 
 
+def _drop_problem(value: Any, now: Update, share: float) -> str | None:
+    del share
+    wrong = mask_problem(value, now.alive)
+    dead = [] if wrong else [name for name, alive in now.alive.items() if bool((value[name] & ~alive).any())]
+    return f"keeps pruned units of {dead[0]}" if dead else wrong
+
+
+def _sample(layers: Sequence[Any]) -> Update:
+    """What rules see, of the smallest layer, half of whose weights live."""
+    layer = smallest(layers)
+    scores = layer.view(layer.weight.detach()).float().abs()
+    alive = largest(scores, scores.numel() // 2)
+    name, ones = layer.name, torch.ones_like(scores)
+    return Update({name: alive}, {name: scores}, {name: ones}, {name: layer.shape}, {name: 1})
+
+
 DROPS: Registry[DropRule] = Registry(
-    "drop rule", {"layer": smallest_of_layers, "network": smallest_of_network, "threshold": below_threshold}
+    "drop rule",
+    {"layer": smallest_of_layers, "network": smallest_of_network, "threshold": below_threshold},
+    guard=guard_of(
+        "drop rule",
+        "a function (Update, share that goes) -> {layer: bool mask of those of Update.alive that stay}",
+        _drop_problem,
+    ),
+    trial=lambda rule, layers: rule(_sample(layers), 0.3),
 )
 DropChoice: TypeAlias = Annotated[str | DropRule, DROPS]
 
@@ -260,5 +284,31 @@ def grow_anywhere(now: Update, kept: Units, counts: Mapping[str, int]) -> Units:
 
 grow_anywhere.reads_gradient = False  # type: ignore[attr-defined]
 
-GROWTHS: Registry[GrowthRule] = Registry("growth", {"gradient": grow_by_gradient, "random": grow_anywhere})
+
+def _growth_problem(value: Any, now: Update, kept: Units, counts: Mapping[str, int]) -> str | None:
+    if (wrong := mask_problem(value, now.alive)) is not None:
+        return wrong
+    for name, stays in kept.items():
+        if bool((stays & ~value[name]).any()):
+            return f"dropped units of {name} that were to stay"
+        if (grown := int(value[name].sum()) - int(stays.sum())) > counts[name]:
+            return f"let {grown} units of {name} grow, not {counts[name]}"
+    return None
+
+
+def _try_growth(rule: GrowthRule, layers: Sequence[Any]) -> None:
+    now = _sample(layers)
+    rule(now, now.alive, dict.fromkeys(now.alive, 1))
+
+
+GROWTHS: Registry[GrowthRule] = Registry(
+    "growth",
+    {"gradient": grow_by_gradient, "random": grow_anywhere},
+    guard=guard_of(
+        "growth",
+        "a function (Update, masks that stay, {layer: count}) -> {layer: mask of these and up to count more}",
+        _growth_problem,
+    ),
+    trial=_try_growth,
+)
 GrowthChoice: TypeAlias = Annotated[str | GrowthRule, GROWTHS]

@@ -7,10 +7,12 @@ A schedule says how much of the way is left, from 1 to 0, once a share of the ti
 from __future__ import annotations
 
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from typing import Annotated, TypeAlias
+from typing import Annotated, Any, TypeAlias
 
+from clicktrain.errors import UserError
+from clicktrain.sparsity.guard import guard_of, share_problem
 from clicktrain.sparsity.registry import Registry
 
 Schedule: TypeAlias = Callable[[float], float]
@@ -36,8 +38,22 @@ def constant(done: float) -> float:
     return float(done < 1)
 
 
+def _try(schedule: Schedule, layers: Sequence[Any]) -> None:
+    del layers
+    first, last = schedule(0.0), schedule(0.99)
+    if first < last:
+        raise UserError(f"it rises from {first:g} to {last:g}, but says what is left, from 1 down to 0")
+
+
 SCHEDULES: Registry[Schedule] = Registry(
-    "schedule", {"linear": linear, "cubic": cubic, "cosine": cosine, "constant": constant}
+    "schedule",
+    {"linear": linear, "cubic": cubic, "cosine": cosine, "constant": constant},
+    guard=guard_of(
+        "schedule",
+        "a function (share of the time that has passed) -> how much is left, a number from 1 down to 0",
+        lambda value, done: share_problem(value),
+    ),
+    trial=_try,
 )
 ScheduleChoice: TypeAlias = Annotated[str | Schedule, SCHEDULES]
 

@@ -15,6 +15,7 @@ from typing import Annotated, TypeAlias
 import torch
 from torch import Tensor
 
+from clicktrain.sparsity.guard import guard_of, returned
 from clicktrain.sparsity.registry import Registry
 
 Structure: TypeAlias = Sequence[int]
@@ -151,7 +152,15 @@ def by_its_own_rule(seen: History) -> str | None:
 
 
 TRIGGERS: Registry[Trigger] = Registry(
-    "trigger", {"epi": when_stable, "loss_slope": when_loss_settles}, group="clicktrain.triggers"
+    "trigger",
+    {"epi": when_stable, "loss_slope": when_loss_settles},
+    group="clicktrain.triggers",
+    guard=guard_of(
+        "trigger",
+        "a function (History) -> why pruning begins, a text, or None",
+        lambda value, seen: None if value is None or (isinstance(value, str) and value) else returned(value),
+    ),
+    trial=lambda trigger, layers: trigger(History(0, 1)),
 )
 """When dense training is over."""
 EARLY_TRIGGERS: Registry[Trigger] = Registry("trigger", {"own": by_its_own_rule}, beneath=TRIGGERS)

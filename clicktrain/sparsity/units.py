@@ -9,12 +9,13 @@ from __future__ import annotations
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Annotated, TypeAlias
+from typing import Annotated, Any, TypeAlias
 
 import torch
 from torch import Tensor
 
-from clicktrain.sparsity.registry import Registry
+from clicktrain.errors import UserError
+from clicktrain.sparsity.registry import Registry, smallest
 
 
 @dataclass(frozen=True, slots=True)
@@ -46,7 +47,39 @@ class Unit:
         return units.expand(*view).contiguous()
 
 
-UNITS: Registry[Unit] = Registry("granularity", {"weight": Unit(), "kernel": Unit((2, 3))}, kind=Unit)
+METHODS = ("shape", "size", "scores", "units", "weights")
+
+
+def _is_unit(value: object) -> bool:
+    return not isinstance(value, type) and all(callable(getattr(value, name, None)) for name in METHODS)
+
+
+def _try(unit: Unit, layers: Sequence[Any]) -> None:
+    """UserError unless a unit takes a layer apart and puts it together again."""
+    layer = smallest(layers)
+    shape, view = layer.view_shape, layer.view(layer.weight.detach()).float().abs()
+    try:
+        scores, size = unit.scores(view), unit.size(shape)
+        whole = unit.weights(unit.units(torch.ones_like(view, dtype=torch.bool)), shape)
+        wrong = (
+            "" if tuple(scores.shape) == tuple(unit.shape(shape)) else "scores have another shape than units"
+        )
+        if scores.numel() * size != view.numel() or whole.shape != view.shape or not bool(whole.all()):
+            wrong = "units do not make up the layer"
+    except Exception as error:
+        wrong = f"{type(error).__name__}: {error}"
+    if wrong:
+        raise UserError(f"of a layer of shape {list(shape)}, {wrong}: see clicktrain.sparsity.units.Unit")
+
+
+UNITS: Registry[Unit] = Registry(
+    "granularity",
+    {"weight": Unit(), "kernel": Unit((2, 3))},
+    fits=_is_unit,
+    wanted="an object with the methods of clicktrain.sparsity.units.Unit, ",
+    own="package.module:unit",
+    trial=_try,
+)
 """Single weights, and the kernels of a convolution (in a linear layer a kernel is a weight)."""
 UnitChoice: TypeAlias = Annotated[str | Unit, UNITS]
 

@@ -61,6 +61,6 @@ def test_an_allocation_of_ones_own_decides() -> None:
 def test_a_penalty_of_ones_own_acts_in_stage_4() -> None:
     halved.clear()
     layers = kernels(penalty=halve_gradients)
-    assert len(halved) == 6 * len(layers), "0.3 of 20 steps"
+    assert len(halved) == 6 * len(layers) + 1, "0.3 of 20 steps, and the trial at attach"
     assert all(halved)
     assert "halve_gradients" not in PENALTIES

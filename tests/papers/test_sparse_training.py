@@ -250,7 +250,10 @@ def test_what_n_of_m_cannot_do() -> None:
     with pytest.raises(UserError, match="1 <= n < m"):
         NM(n=4, m=4)
     model, optimizer = make()
-    pruner = NM(n=1, m=16).attach(model, optimizer, epochs=6, steps_per_epoch=4)
+    with pytest.warns(
+        UserWarning, match="2 of 6 layers have a multiple of 16 input channels: the others, 96%"
+    ):
+        pruner = NM(n=1, m=16).attach(model, optimizer, epochs=6, steps_per_epoch=4)
     reasons = {row.name: row.reason for row in pruner.plan().rows}
     assert reasons["square"] == "8 inputs are no multiple of 16"
     assert reasons["point"] == ""

@@ -53,6 +53,7 @@ from clicktrain.methods.driver.publisher import (
 )
 from clicktrain.methods.outcome import Outcome, Reached
 from clicktrain.runs.events import Event, OutcomeEvent
+from clicktrain.settings import try_choices
 from clicktrain.sparsity.channel_lasso import ChannelAxis
 from clicktrain.surgery import SurgeryPlan, silence_
 
@@ -104,6 +105,7 @@ class Pruner:
         self._optimizers.check(model, weights, packed, shrinks=method.reads_graph)
         self.network = PrunedNetwork(model, self._optimizers.all, prunable, packed)
         self.subscribe(self._find_holders, ParametersReplaced)
+        try_choices(method, self._prunable.layers)
         self._state = method.init(self._prunable, length)
         self._measure = measure
         method.use_measure(self._state, self._prunable, measure)
@@ -230,6 +232,8 @@ class Pruner:
         Returns:
             A handle whose ``remove()`` ends the subscription.
         """
+        if not callable(listener):
+            raise UserError(f"subscribe() takes a function of one event, not {shown(listener)}")
         return self.network.publisher.subscribe(listener, kind)
 
     def finish(self, packed: bool = False) -> nn.Module:

@@ -26,7 +26,7 @@ from clicktrain.graph.prunable import PrunableLayer, PrunableLayers
 from clicktrain.methods.base import Action, ApplyMasks, LayerPlan, PruningPlan, Record, RunLength, StepInfo
 from clicktrain.methods.masks.masked import Masked, MaskState, Tensors
 from clicktrain.methods.masks.update_times import Timing
-from clicktrain.runs.events import ABSENT, RegrownEvent
+from clicktrain.runs.events import ABSENT, Event, RegrownEvent
 from clicktrain.sparsity.distributions import DISTRIBUTIONS, DistributionChoice
 from clicktrain.sparsity.importance import reads_gradient
 from clicktrain.sparsity.registry import choice_name
@@ -197,18 +197,21 @@ class Moving(Masked):
         event = self._update(state, prunable, step.seen, timing.done(step.seen))
         return [*actions, Record(event), ApplyMasks(state.masks, forget=True)]
 
-    def _update(self, state: MaskState, prunable: PrunableLayers, seen: int, done: float) -> RegrownEvent:
+    def event(self, now: Update, kept: Units, alive: Units, threshold: float) -> Event:
+        """What to record about a move, with the threshold that units were dropped by."""
+        after = now.weights(kept)
+        dropped, grown = now.weights(now.alive) - after, now.weights(alive) - after
+        return RegrownEvent(dropped=dropped, grown=grown, threshold=threshold)
+
+    def _update(self, state: MaskState, prunable: PrunableLayers, seen: int, done: float) -> Event:
         """Drop and grow. Grown weights are zero already: dead ones were."""
         now = self._now(state, prunable, seen, done)
-        before = now.weights(now.alive)
         threshold = state.memory.get("threshold", ABSENT)
         kept, alive = self.move(now)
         for layer in prunable.layers:
             state.masks[layer.name] = layer.unview(self.kind.weights(alive[layer.name], layer.view_shape))
         state.updated, state.gradients = seen, {}
-        after = now.weights(kept)
-        grown = now.weights(alive) - after
-        return RegrownEvent(dropped=before - after, grown=grown, threshold=threshold)
+        return self.event(now, kept, alive, threshold)
 
     def _now(self, state: MaskState, prunable: PrunableLayers, seen: int, done: float) -> Update:
         """What the rules see."""

@@ -71,10 +71,10 @@ class NM(Masked):
         return f"no multiple of {self.m}"
 
     def init(self, prunable: PrunableLayers, length: RunLength) -> MaskState:
-        """Warn where n:m fits less than half of the weights that could be pruned."""
+        """Warn where n:m fits less than half of the layers that could be pruned, or of their weights."""
         odd = [math.prod(shape) for shape, why in prunable.left_alone.values() if why.endswith(self._odd)]
         fit = [layer.weight.numel() for layer in prunable.layers]
-        if 0 < sum(fit) < sum(odd):
+        if fit and (sum(fit) < sum(odd) or len(fit) < len(odd)):
             have = "has" if len(fit) == 1 else "have"
             warnings.warn(
                 f"{len(fit)} of {len(fit) + len(odd)} layers {have} a multiple of {self.m} input channels: "

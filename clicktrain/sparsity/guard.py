@@ -46,10 +46,13 @@ def guard_of(
             except UserError:
                 raise
             except Exception as error:
-                inside = error.__traceback__ and error.__traceback__.tb_next
-                how = place_of(error) if inside else f": a {what} is {wanted}"
-                text = shortened(str(error), 160)
-                raise UserError(f"{what} {name!r} failed with {type(error).__name__}: {text}{how}") from error
+                inside = (
+                    error.__traceback__ and error.__traceback__.tb_next
+                )  # not a call with wrong arguments
+                text = (
+                    f"{type(error).__name__}: {shortened(str(error), 160)}{place_of(error) if inside else ''}"
+                )
+                raise UserError(f"{what} {name!r} failed with {text}: a {what} is {wanted}") from error
             if any(not torch.allclose(args[i], given[i], 0, 0, equal_nan=True) for i in copies):
                 raise UserError(
                     f"{what} {name!r} changed a tensor that it was given in place: a {what} is {wanted}"

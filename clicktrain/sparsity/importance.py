@@ -28,7 +28,7 @@ Criterion: TypeAlias = Callable[[Tensor, Tensor], Tensor]
 
 def reads_gradient(criterion: Callable[..., object]) -> bool:
     """Whether a criterion needs gradients; True unless it says otherwise."""
-    return bool(getattr(criterion, "reads_gradient", True))
+    return bool(getattr(getattr(criterion, "__wrapped__", criterion), "reads_gradient", True))
 
 
 def _criterion_problem(values: Tensor, weight: Tensor, grad: Tensor) -> str | None:

@@ -158,7 +158,7 @@ class Registry(Mapping[str, T], Generic[T]):
         """
         if isinstance(choice, str) and choice in self._library:
             return
-        if self._beneath is not None and choice not in self._entries:
+        if self._beneath is not None and not (isinstance(choice, str) and choice in self._entries):
             self._beneath.try_out(setting, choice, layers)
         elif self._trial is not None:
             try:

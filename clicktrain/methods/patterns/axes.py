@@ -149,7 +149,7 @@ def _own_penalty(name: str, own: Any) -> Penalty:
 def _try_penalty(penalty: Penalty, layers: Sequence[Any]) -> None:
     """UserError where a push is not finite."""
     layer = smallest(layers)
-    weight = layer.view(layer.weight.detach()).float().clone()
+    weight = torch.ones_like(layer.view(layer.weight.detach()), dtype=torch.float32)
     mask, pushed = torch.zeros_like(weight, dtype=torch.bool), torch.zeros_like(weight)
     if penalty.gradient is not None:
         penalty.gradient(pushed, weight, mask, 0.1)

@@ -44,12 +44,10 @@ class LayerTime:
         dense_shape, pruned_shape: of its weights, [F, C, R, S] or [O, I]; None where the layer is gone.
         dense_input, pruned_input: of what it reads in its first call, images first; None likewise.
         dense_flops, pruned_flops: per image, of the passes that are timed.
-        flops_share: of all FLOPs of the dense network.
         dense_ms, pruned_ms: of a batch; 0 where the layer is gone, None where it was not timed.
-        time_share: dense_ms over the whole of what the dense network takes.
-        share_of_saving: time saved over FLOPs saved; 1 = time fell as FLOPs did, None if no FLOPs were saved.
+        flops_share, time_share: of the whole dense network.
+        share_of_saving: as in `RunRow`.
         excess_ms: what the layer takes over ``dense_ms * pruned_flops / dense_flops``.
-        note: why it was not timed, or that it is gone.
     """
 
     layer: str
@@ -71,15 +69,12 @@ class LayerTime:
 
 @dataclass(frozen=True, slots=True)
 class LayerTable:
-    """One network doing one thing, layer by layer.
+    """One network doing one thing, layer by layer, in the order in which the dense network calls them.
 
     Attributes:
-        run, method, what, batch_size: as in `RunRow`.
         dense_name, pruned_name: memory order and precision that the layers are timed in.
-        layers: in the order in which the dense network calls them.
         dense_ms, pruned_ms: of the whole networks, timed once more with the clock of the layers: where one
             thread does the work, its time on the processor.
-        flops_ratio: as in `RunRow`.
         dense_rest_ms, pruned_rest_ms: the whole less its layers; None if some layer was not timed. What is
             timed by itself finds its data in the caches more often, so the rest is rather too large.
         rest_share_of_saving: time that the rest saves over the FLOPs that the network saves.

@@ -197,8 +197,7 @@ class Command:
                         first = " " * HELP_COLUMN
                     lines += folded(f"{text} {option.note}".rstrip(), " " * HELP_COLUMN, first)
             if others := [option.usage for option in options if not (every or option.main)]:
-                names = re.sub(r"\{.*?\}", "NAME", ", ".join(others))
-                lines += folded(f"also {names}", "    ", "  ")
+                lines += folded("also " + re.sub(r"\{.*?\}", "NAME", ", ".join(others)), "    ", "  ")
         if self.examples:
             lines += ["", *folded(self.examples)]
         return "\n".join(lines)

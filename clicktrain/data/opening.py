@@ -59,16 +59,13 @@ def open_data(
     tensors, also in the cache for the next start; other data sets are decoded while training.
 
     Args:
-        spec: ``digits``, ``parquet:DIR``, ``imagefolder:DIR``, ``cifar10:DIR``, ``cifar100:DIR``,
-            ``synthetic:classes=10,size=32,channels=3,train=512,val=128,seed=0`` or the name of a Hugging Face
-            data set (``NAME``, ``OWNER/NAME``, with ``:CONFIG``).
+        spec: one of `clicktrain.data.spec.FORMS`.
         image_size: side in pixels; images of other sizes are resized to cover the square and their center is
             kept. None keeps the size that all images have.
         val_fraction: share of each class that is held out, only where the data set has no validation split.
         seed: of that draw alone.
         cache_dir: folder for decoded images; None is the platform's.
         workers: decoding threads now, and decoding processes in a loader of a set that does not fit.
-        memory_limit: bytes.
         value_range: of images deeper than 8 bits, the values that become 0 and 255: that of the data that a
             network was trained on. None measures it: over all images, or over a sample of those that are
             decoded while training. Without effect on 8-bit images.

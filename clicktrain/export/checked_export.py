@@ -22,8 +22,7 @@ FORMATS: tuple[Format, ...] = get_args(Format)
 SUFFIXES: dict[str, str] = {"safetensors": ".safetensors", "onnx": ".onnx", "torch": ".pt2"}
 """File suffix of each format."""
 
-_BATCHES = (1, 3)
-"""Batch sizes of the check: the batch dimension must be free."""
+_BATCHES = (1, 3)  # of the check: the batch dimension must be free
 _RELATIVE = 1e-4
 """Allowed difference, relative to the largest logit. Folded batch norms and reordered fp32 sums stay two
 orders of magnitude below it; a wrong weight or operator does not."""

@@ -34,13 +34,11 @@ class VGG(nn.Module):
     there), batch norms, ReLUs and poolings; then ``avgpool`` and ``classifier``. ReLU is never in place, so
     that backward hooks can sit on any layer.
 
-    Args:
-        convolutions: number of convolutions in each of the five stages.
-        width: factor on all channels and on the units of the hidden linear layers, see ``scaled_channels``.
-        stem: ``imagenet`` = the head of the paper, on a 7x7 grid: linear layers ``classifier.0``, ``.3`` and
-            ``.6`` with dropout 0.5 between; needs images of at least 32 pixels. ``cifar`` = global average
-            pooling and one linear layer, ``classifier``. Its poolings round sizes up instead of down, which
-            is the same for 32 pixels and lets smaller images through: at 1x1 a pooling does nothing.
+    ``width`` is a factor on all channels and on the units of the hidden linear layers. The stem ``imagenet``
+    is the head of the paper, on a 7x7 grid: linear layers ``classifier.0``, ``.3`` and ``.6`` with dropout
+    0.5 between; it needs images of at least 32 pixels. ``cifar`` is global average pooling and one linear
+    layer, ``classifier``; its poolings round sizes up instead of down, which is the same for 32 pixels and
+    lets smaller images through: at 1x1 a pooling does nothing.
     """
 
     def __init__(

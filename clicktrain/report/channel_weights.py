@@ -29,12 +29,9 @@ Item = TypeVar("Item")
 
 @dataclass(frozen=True, slots=True)
 class LayerChannels:
-    """One layer's output channels, by their numbers in the network as it was at first.
+    """One layer's output channels: number in the network as it was at first -> (epoch, largest weight).
 
-    Attributes:
-        name: of the layer.
-        points: number -> (epoch, largest absolute weight); a removed channel ends where it was removed.
-        last_epoch: of the whole record: channels that end before were removed.
+    A channel that ends before ``last_epoch``, that of the whole record, was removed there.
     """
 
     name: str

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -46,15 +47,11 @@ class Entry:
 def entries(runs: Sequence[Run]) -> tuple[Entry, ...]:
     """Dense runs first; pruned runs with their baselines: same task, same seed and length if possible."""
     ordered = sorted(runs, key=lambda run: not run.is_dense)
-    compared, color = [], 0
-    for i, run in enumerate(ordered):
-        if run.is_dense:
-            css = "run-dense"
-        else:
-            color += 1
-            css = f"run-c{(color - 1) % RUN_COLORS + 1}"
-        compared.append(Entry(run, i + 1, css, _baseline(run, runs)))
-    return tuple(compared)
+    colors = (f"run-c{number}" for number in itertools.cycle(range(1, RUN_COLORS + 1)))
+    return tuple(
+        Entry(run, i, "run-dense" if run.is_dense else next(colors), _baseline(run, runs))
+        for i, run in enumerate(ordered, 1)
+    )
 
 
 def _baseline(run: Run, runs: Sequence[Run]) -> Run | None:

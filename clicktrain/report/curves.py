@@ -48,20 +48,15 @@ def _two_curves(
     return line_figure(title, series, caption, **_frame(run, title, bands), **options)
 
 
-def _end(run: Run, key: str) -> float | None:
-    values = run.column(key)
-    return values[-1][1] if values else None
-
-
 def _ends(run: Run) -> str:
     return "ends" if run.finished else "is now"
 
 
 def _loss_caption(run: Run) -> str:
     ends = [
-        f"{name} loss {_ends(run)} at {value:.3g}"
-        for name, value in (("training", _end(run, "train_loss")), ("validation", _end(run, "val_loss")))
-        if value is not None
+        f"{name} loss {_ends(run)} at {values[-1][1]:.3g}"
+        for name, key in (("training", "train_loss"), ("validation", "val_loss"))
+        if (values := run.column(key))
     ]
     return (wording.sentence_list(ends) + ".").capitalize() if ends else ""
 

@@ -89,8 +89,7 @@ def _checksum(state: dict[str, Any]) -> str:
 
 
 def _bytes(tensor: Tensor) -> memoryview:
-    plain = tensor.detach().cpu().contiguous().reshape(-1)
-    return plain.view(torch.uint8).numpy().data
+    return tensor.detach().cpu().contiguous().reshape(-1).view(torch.uint8).numpy().data
 
 
 _SPARE_BYTES = 20 * 2**20

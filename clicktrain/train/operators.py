@@ -43,7 +43,8 @@ def choose_operators(
     started = time.perf_counter()
     plan = LoweringPlan.read(folder.operators) if is_file(folder.operators) else None
     rule = p.config.operators
-    if rule == "measured" and _work_left(p, epoch) < SHORT_FLOPS:
+    images_left = len(p.train_loader) * p.batch_size * (p.config.epochs - epoch)
+    if rule == "measured" and images_left * p.cost.dense < SHORT_FLOPS:
         rule = "density"
     example = torch.zeros(p.batch_size, *p.data.image_shape)
     dtypes = ("fp32", "bf16") if p.config.precision == "bf16" else ("fp32",)
@@ -64,12 +65,6 @@ def choose_operators(
         f"(chosen in {time.perf_counter() - started:.1f} s)"
     )
     return model, OperatorsEvent(rule=model.plan.rule, activations=model.plan.activations, layers=layers)
-
-
-def _work_left(p: Prepared, epoch: int) -> float:
-    """FLOPs of the rest of the run if it were dense."""
-    images = len(p.train_loader) * p.batch_size * (p.config.epochs - epoch)
-    return float(images) * p.cost.dense
 
 
 def operator_names(folder: RunFolder) -> dict[str, str]:

@@ -63,8 +63,6 @@ class PrunedNetwork:
         self.publisher = Publisher()
         self.conv_weights = self._conv_weights_now = prunable.conv_weights
 
-    # ---- masks ------------------------------------------------------------------------------
-
     @property
     def masks(self) -> dict[str, Tensor]:
         """Layer name -> bool of the weight's shape, True = kept; empty before anything is masked.
@@ -154,8 +152,6 @@ class PrunedNetwork:
                 structure = self._packed_layer(layer.name).structure
                 pruned += structure.numel - structure.nnz
         return self._conv_weights_now - pruned
-
-    # ---- channels ---------------------------------------------------------------------------
 
     def reconfigure(
         self,
@@ -273,8 +269,6 @@ class PrunedNetwork:
                 "followed: train that network itself, or give attach an example of its inputs"
             )
 
-    # ---- moving averages --------------------------------------------------------------------
-
     def follow(self, average: nn.Module) -> None:
         """Mask, shrink, pack and unpack a copy of the model with it; see `Pruner.follow`."""
         module = unwrapped_average(average, self.model)
@@ -282,8 +276,6 @@ class PrunedNetwork:
             return
         catch_up_(module, self.model, self.plans, self.masks if self.frozen else {})
         self.averages.append(module)
-
-    # ---- packed layers ----------------------------------------------------------------------
 
     def check_packable(self) -> None:
         """Raise a UserError now for what could not be packed at the hard prune, hours later."""
@@ -341,8 +333,6 @@ class PrunedNetwork:
         """Look up the layers by name, because packing and unpacking replace modules."""
         layers = (replace(x, module=self.model.get_submodule(x.name)) for x in self.prunable.layers)
         self.prunable = replace(self.prunable, layers=tuple(layers))
-
-    # ---- saved states -----------------------------------------------------------------------
 
     def state_dict(self) -> dict[str, Any]:
         """Plans and masks (one bit per weight); the loop saves weights and optimizer state."""

@@ -88,8 +88,7 @@ class Wrapped(Generic[W]):
             if (wrapped := itself()) is not None:
                 wrapped._outdated = True
 
-        handle = publisher.subscribe(outdate, ParametersReplaced)
-        weakref.finalize(self, handle.remove)
+        weakref.finalize(self, publisher.subscribe(outdate, ParametersReplaced).remove)
 
     @property
     def current(self) -> W:

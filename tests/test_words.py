@@ -20,6 +20,7 @@ AVOIDED = {
     r"\bweights? that (live|die|go)\b": "kept, pruned, nonzero weights",
     r"\b(living|dead) (weight|position|kernel|unit)s?\b": "kept, pruned, nonzero",
     r"\bpositions? (is|are|was|were|being) fixed\b|\bfix(es|ing)? (the )?positions\b": "masks are frozen",
+    r"positions fixed|fixed positions": "masks frozen",
     r"\b[Tt]old\b|\btell(s|ing)?\b": "report, say, state, tell apart: distinguish",
     r'"""Of ': "a docstring begins with an imperative or a noun",
     r"\bso (many|much)\b": "`n`, this many",

@@ -24,7 +24,7 @@ from clicktrain.sparsity.registry import choice_name
 
 @dataclass(frozen=True, kw_only=True)
 class Campfire(Rising):
-    """Structured masks by magnitude, fixed early, without regularization (Campfire, 2020)."""
+    """Prune windows and kernels over an early era (Campfire, 2020)."""
 
     name: ClassVar[str] = "campfire"
     title: ClassVar[str] = "Campfire"

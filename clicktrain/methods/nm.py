@@ -20,7 +20,7 @@ from clicktrain.sparsity.units import best_of_each_group
 
 @dataclass(frozen=True, kw_only=True)
 class NM(StraightThrough):
-    """N of M neighboring input channels keep their weight; all weights are trained on (SR-STE, 2021).
+    """Keep N of M neighboring input channels by SR-STE (Zhou et al., 2021).
 
     The forward pass sees the N largest of each group. The optimizer moves all weights by the gradient of what
     the pass saw (straight-through), with their momentum and weight decay, and a term lambda * w pulls those

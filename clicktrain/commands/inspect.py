@@ -77,7 +77,7 @@ def describe(loaded: LoadedRun) -> dict[str, Any]:
 
 
 def pattern_counts(mask: Tensor) -> dict[int, int]:
-    """How many kernels of a mask [F, C, R, S] keep which positions; most used first, without dead kernels."""
+    """How many kernels of a mask [F, C, R, S] keep which positions; most used first, no pruned kernels."""
     import torch
 
     from clicktrain.sparsity.patterns import MAX_POSITIONS

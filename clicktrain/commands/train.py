@@ -157,7 +157,7 @@ def _run_groups() -> dict[str, list[Option]]:
 def _summary(cls: type) -> str:
     """The first sentence of a method's documentation, in one line."""
     sentence = " ".join((cls.__doc__ or "").split()).partition(". ")[0].rstrip(".")
-    return textwrap.shorten(sentence, 54, placeholder=" ...")
+    return textwrap.shorten(sentence, 74, placeholder=" ...")
 
 
 def _of_another_method(name: str, method: str) -> str | None:

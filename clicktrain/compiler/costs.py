@@ -56,7 +56,7 @@ def unit_ms(
 
 
 def conversion_ms(layout: Layout, shape: tuple[int, ...], itemsize: int, trained: bool) -> float:
-    """One value between a layout and the plain one, and its gradient's way back if it has one."""
+    """Estimate the conversion of one activation between a layout and PyTorch's, and of its gradient."""
     if len(shape) != 4:
         return 0.0
     passes = _CONVERSION if trained else _CONVERSION / 2

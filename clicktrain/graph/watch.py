@@ -128,7 +128,7 @@ class Watch:
                 return
 
     def _keep(self, path: str | None, name: str, value: Any, home: Any) -> None:
-        """A read of a module's attribute by its path, of anything else by where it is found."""
+        """Record a read: by module path for a module's attribute, else by the object that holds the name."""
         key = (id(home) if path is None else path, name)
         if key not in self._reads:
             self._reads[key] = Read(path, name, value, self._reader(), home if path is None else None)

@@ -82,7 +82,7 @@ class _Once(torch.autograd.Function):
 def _only_once(
     ctx: Any, gradients: tuple[Any, ...], result: tuple[Tensor | None, ...]
 ) -> tuple[Tensor | None, ...]:
-    """Gradients that refuse to be differentiated, by whatever they depend on."""
+    """Mark gradients so that differentiating them again raises an error."""
     given = [one for one in result if one is not None]
     saved = [t for t in (*ctx.saved_tensors, *gradients) if isinstance(t, Tensor) and t.requires_grad]
     marked = iter(_Once.apply(len(given), *given, *saved))  # type: ignore[no-untyped-call]

@@ -49,7 +49,7 @@ class TwoPartState:
 
 @dataclass(frozen=True, kw_only=True)
 class ChannelsThenPatterns(ChannelSettings, PatternChoices, Method[TwoPartState]):
-    """Channels are removed first, then patterns are chosen in what is left (PruneTrain, then ClickTrain).
+    """Remove channels, then prune patterns in what is left (both papers).
 
     Widths are rounded to a multiple of ``group``.
     """

@@ -57,7 +57,7 @@ class ClickTrainState:
 
 @dataclass(frozen=True, kw_only=True)
 class ClickTrain(PatternSettings, Method[ClickTrainState]):
-    """Patterns inside kernels plus whole kernels, chosen while training (ClickTrain, ICS 2021)."""
+    """Prune patterns and kernels, chosen while training (ClickTrain, 2021)."""
 
     name: ClassVar[str] = "clicktrain"
     title: ClassVar[str] = "ClickTrain"

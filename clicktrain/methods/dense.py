@@ -13,7 +13,7 @@ from clicktrain.methods.base import LayerPlan, Method, PruningPlan, RunLength, p
 
 @dataclass(frozen=True, kw_only=True)
 class Dense(Method[None]):
-    """Plain training; what the other methods are compared with."""
+    """Plain training, the baseline."""
 
     name: ClassVar[str] = "dense"
     title: ClassVar[str] = "dense"

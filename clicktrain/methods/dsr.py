@@ -25,7 +25,7 @@ from clicktrain.sparsity.regrowth import (
 
 @dataclass(frozen=True, kw_only=True)
 class DSR(Growing):
-    """Sparse training that moves weights over all layers, by one adaptive threshold (Mostafa and Wang, 2019).
+    """Move weights across layers by one threshold (Mostafa and Wang, 2019).
 
     What is below the threshold is dropped; as many weights grow, at zero, in the layers in proportion to what
     survived there. The number of active weights stays; the layers' densities follow from training.

@@ -16,7 +16,7 @@ from clicktrain.sparsity.schedules import left_at
 
 @dataclass(frozen=True, kw_only=True)
 class GMP(Gradual):
-    """The smallest weights of every layer go, step by step from dense to sparse (Zhu and Gupta, 2017).
+    """Prune by magnitude on a rising schedule (Zhu and Gupta, 2017).
 
     What is pruned stays pruned: it is zero and gets no gradient.
     """

@@ -16,7 +16,7 @@ from clicktrain.sparsity.schedules import ScheduleChoice, left_at
 
 @dataclass(frozen=True, kw_only=True)
 class GraNet(Gradual, Growing):
-    """Pruned step by step over all layers; at each step a share of the weights is replaced (GraNet, 2021).
+    """Prune gradually, regrow by gradient at each step (GraNet, 2021).
 
     A pruning step takes the smallest of the whole network until the schedule's sparsity is met. Then, in each
     layer, a share of the smallest survivors goes and as many grow where the gradient is largest.

@@ -19,7 +19,7 @@ from clicktrain.sparsity.schedules import ScheduleChoice, left_at
 
 @dataclass(frozen=True, kw_only=True)
 class MEST(Growing):
-    """Sparse training: the smallest |w| + lambda |g| go, random positions grow, ever fewer (MEST, 2021).
+    """Drop by weight and gradient, grow at random, ever less (MEST, 2021).
 
     With a soft bound the weights that grow come on top of the density asked for, and have to prove themselves
     until the next update, when the network shrinks to it; that surplus falls to nothing.

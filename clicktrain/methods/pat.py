@@ -60,7 +60,7 @@ class PaTState:
 
 @dataclass(frozen=True, kw_only=True)
 class PaT(StructureSettings, Method[PaTState]):
-    """Neurons ranked over the whole network are removed early, when EPI says so (When to Prune?, 2022).
+    """Remove channels once their ranking is stable (When to Prune?, 2022).
 
     A neuron is an output channel; channels of a residual stage that can only be removed together are one.
     """

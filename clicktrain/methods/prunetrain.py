@@ -111,7 +111,7 @@ class ChannelSettings:
 
 @dataclass(frozen=True, kw_only=True)
 class PruneTrain(ChannelSettings, Method[PruneTrainState]):
-    """Channels and layers are removed while the network trains (PruneTrain, 2019)."""
+    """Remove channels and layers while the network trains (PruneTrain, 2019)."""
 
     name: ClassVar[str] = "prunetrain"
     title: ClassVar[str] = "PruneTrain"

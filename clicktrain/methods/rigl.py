@@ -14,7 +14,7 @@ from clicktrain.sparsity.schedules import ScheduleChoice, left_at
 
 @dataclass(frozen=True, kw_only=True)
 class RigL(Growing):
-    """Sparse training: the smallest weights go, those with the largest gradients grow (RigL, 2020).
+    """Drop the smallest weights, grow at large gradients (RigL, 2020).
 
     With random growth it is SET (Mocanu et al. 2018). Masks are frozen, and the fast operators take over,
     when the last update is done (stop).

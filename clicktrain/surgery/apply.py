@@ -96,7 +96,7 @@ def zero_(plan: SurgeryPlan, model: nn.Module) -> None:
             _zero_cut_(tensor, cut)
     for removed in plan.removed_layers:
         for name, parameter in model.get_submodule(removed.name).named_parameters():
-            stays = removed.remnant == "constant" or (removed.remnant == "bias" and name == "bias")
+            stays = removed.replacement == "constant" or (removed.replacement == "bias" and name == "bias")
             if not stays:
                 parameter.zero_()
 
@@ -133,7 +133,7 @@ def _checked(
             raise UserError(f"the plan was made for another network: there is no layer {name!r}")
     for removed in plan.removed_layers:
         module = modules[removed.name]
-        conv = removed.remnant in ("zeros", "bias")
+        conv = removed.replacement in ("zeros", "bias")
         expected = (nn.Conv2d,) if conv else (nn.BatchNorm2d, nn.SyncBatchNorm, nn.PReLU, ChannelSelect)
         if not isinstance(module, expected):
             raise UserError(
@@ -189,12 +189,12 @@ def _check_layer(plan: SurgeryPlan, name: str, module: nn.Module, tensors: dict[
 def _remnant(removed: RemovedLayer, module: Any) -> nn.Module:
     """What takes the place of a removed layer, in the same mode."""
     new: nn.Module
-    if removed.remnant == "constant":
+    if removed.replacement == "constant":
         new = ConstantBatchNorm2d(module, writable=removed.writable)
-    elif removed.remnant == "nothing":
+    elif removed.replacement == "nothing":
         new = nn.Identity()
     else:
-        bias = module.bias if removed.remnant == "bias" else None
+        bias = module.bias if removed.replacement == "bias" else None
         geometry = (module.kernel_size, module.stride, module.padding, module.dilation)
         new = RemovedConv2d(*geometry, bias, writable=removed.writable)
     return new.train(module.training)

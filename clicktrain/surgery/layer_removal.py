@@ -114,7 +114,7 @@ def removable_branches(graph: NetworkGraph, values: Values, threshold: float) ->
     return removable
 
 
-def remnants(
+def replacements(
     graph: NetworkGraph, branch: Branch, values: Values, threshold: float
 ) -> tuple[RemovedLayer, ...]:
     """What becomes of each layer of a removable branch that has parameters."""

@@ -19,9 +19,9 @@ from torch import Tensor, nn
 from clicktrain.errors import UserError
 from clicktrain.wording import table_lines
 
-FORMAT_VERSION = 1
+FORMAT_VERSION = 2
 
-Remnant = Literal["zeros", "bias", "constant", "nothing"]
+Replacement = Literal["zeros", "bias", "constant", "nothing"]
 """What is left of a layer of a removed branch: for a convolution the size of its output (``zeros``), with its
 bias (``bias``); for a batch norm its constant (``constant``) or the identity (``nothing``)."""
 
@@ -41,7 +41,7 @@ class RemovedLayer:
     """A layer of a residual branch that disappears (PruneTrain 4.1); see `layer_removal`."""
 
     name: str
-    remnant: Remnant
+    replacement: Replacement
     writable: bool = False
 
 
@@ -88,7 +88,7 @@ class SurgeryPlan:
     @property
     def removed_names(self) -> tuple[str, ...]:
         """Convolutions that are gone, by their names before the plan."""
-        return tuple(r.name for r in self.removed_layers if r.remnant in ("zeros", "bias"))
+        return tuple(r.name for r in self.removed_layers if r.replacement in ("zeros", "bias"))
 
     @cached_property
     def _cuts_of(self) -> dict[str, tuple[Cut, ...]]:
@@ -131,7 +131,9 @@ class SurgeryPlan:
         for removed in self.removed_layers:
             if name == removed.name or name.startswith(f"{removed.name}."):
                 leaf = name[len(removed.name) + 1 :]
-                stays = removed.remnant == "constant" or (removed.remnant == "bias" and leaf in ("", "bias"))
+                stays = removed.replacement == "constant" or (
+                    removed.replacement == "bias" and leaf in ("", "bias")
+                )
                 return name if stays else None
         for layer in {gate.name for gate in self.gates}:
             if name == layer or name.startswith(f"{layer}."):
@@ -151,8 +153,10 @@ class SurgeryPlan:
         """
         try:
             version = document["version"]
-            if version > FORMAT_VERSION:
-                raise UserError(f"the surgery plan has format version {version}: update clicktrain")
+            if version != FORMAT_VERSION:
+                raise UserError(
+                    f"the surgery plan has format version {version}; this version reads {FORMAT_VERSION}"
+                )
             return cls(
                 tuple(Cut(c["name"], c["dim"], tuple(c["keep"]), c["size"]) for c in document["cuts"]),
                 tuple(RemovedLayer(**removed) for removed in document["removed_layers"]),

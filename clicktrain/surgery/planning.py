@@ -13,7 +13,7 @@ from clicktrain.surgery.channel_gating import gate_branches
 from clicktrain.surgery.channel_union import Sides, cuts, dead_channels, keep_masks, resized_gates, tensors_of
 from clicktrain.surgery.dependency_analysis import dependencies
 from clicktrain.surgery.groups import Dependencies
-from clicktrain.surgery.layer_removal import remnants, removable_branches
+from clicktrain.surgery.layer_removal import removable_branches, replacements
 from clicktrain.surgery.plan import Cut, Gate, LayerChange, RemovedLayer, SurgeryPlan
 from clicktrain.surgery.values import Values
 
@@ -60,7 +60,7 @@ def plans_from_zeros(
     values = Values(deps, threshold)
     branches = removable_branches(deps.graph, values, threshold) if remove_layers else {}
     removed = [branch for branch, reason in branches.items() if reason is None]
-    layers = tuple(r for branch in removed for r in remnants(deps.graph, branch, values, threshold))
+    layers = tuple(r for branch in removed for r in replacements(deps.graph, branch, values, threshold))
     gone = {node for branch in removed for view in branch.views for node in view.nodes}
     may_go, reasons = dead_channels(deps, values, threshold, gone, sides)
     for group, dead in zip(deps.groups, may_go, strict=True):

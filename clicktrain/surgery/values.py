@@ -31,7 +31,7 @@ _ANY = 1e9
 
 @dataclass(frozen=True, slots=True, eq=False)
 class Value:
-    """See the module's documentation."""
+    """Bounds on the values of n channels: ``center`` [2, n], ``radius`` [n], ``dead`` [n]; see above."""
 
     center: Tensor
     radius: Tensor

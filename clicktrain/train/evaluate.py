@@ -120,7 +120,7 @@ class Attack:
     steps: int = 10
     """Gradient steps of pgd."""
     seed: int = 0
-    """Of pgd's random start."""
+    """Seed of pgd's random start."""
 
     def __post_init__(self) -> None:
         if not 0 <= self.epsilon <= 1:

@@ -23,7 +23,7 @@ class EarlierCost:
     flops: int | None = 0
     """As executed, over all trainings in a row; None if unknown."""
     flops_dense: int = 0
-    """Of the longest of these trainings, if it had been dense."""
+    """Those of the longest of these trainings, if it had been dense."""
 
     def total_ratio(self, flops: int, flops_dense: int) -> float | None:
         """All FLOPs spent, over those of one dense training: the longer of this run's and the earlier one.

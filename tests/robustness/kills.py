@@ -39,7 +39,7 @@ from clicktrain.cli import main as clicktrain_main
 from clicktrain.formats.atomic import is_leftover
 from clicktrain.train import RunFolder
 
-for module in ("commands.train", "commands.resume", "commands.running", "train", "compiler"):
+for module in ("commands.train", "commands.resume", "commands.progress", "train", "compiler"):
     importlib.import_module(f"clicktrain.{module}")  # now, not in every fork
 importlib.import_module("torch._dynamo")  # by the first optimizer, and as slow as the rest of PyTorch
 

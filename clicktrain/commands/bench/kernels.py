@@ -95,7 +95,7 @@ def _show_pack(result: Result, console: Console) -> None:
 
 
 PACK = Benchmark(
-    "Time the refresh of packed values from a dense 3x3 weight with fixed positions beside to_sparse_csr.",
+    "Time the refresh of packed values from a dense 3x3 weight with frozen masks beside to_sparse_csr.",
     (
         Option("filters", int, "Filters of the weight.", 256, metavar="N"),
         Option("channels", int, "Channels of the weight.", 128, metavar="N"),

@@ -75,7 +75,7 @@ class Progress:
         return True
 
     def state_dict(self) -> dict[str, Any]:
-        """Tensors, numbers and lists of them."""
+        """The counters and losses as tensors, numbers and lists."""
         return {
             **{name: getattr(self, name) for name in (*_COUNTS, *_LOSSES)},
             "steps_per_epoch": self.length.steps_per_epoch,

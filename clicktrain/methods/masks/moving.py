@@ -261,7 +261,7 @@ class Moving(Masked):
         texts = {
             "dense": f"until batch {timing.begin} of {timing.total}",
             self.moves_in: f"{timing.describe()}, scores by {choice_name(self.criterion)}: {self.describe()}",
-            "fixed": "to the end, positions fixed",
+            "fixed": "to the end, masks frozen",
         }
         lines = [(f"stage {i} {name}", texts[name]) for i, name in enumerate(self.stages, start=1)]
         return self.show(prunable, state, rows, lines, self.sparsity if open_yet else None)

@@ -11,8 +11,9 @@ from torch import Tensor, nn
 
 from clicktrain.cli import main
 from clicktrain.errors import UserError
-from clicktrain.methods import DSR, GMP, NM, Campfire, ClickTrain, PaT, RigL
+from clicktrain.methods import DSR, GMP, METHODS, NM, Campfire, ClickTrain, PaT, RigL
 from clicktrain.methods.patterns.axes import Penalty
+from clicktrain.settings import choice_fields
 from clicktrain.sparsity.importance import checked_criterion
 from clicktrain.sparsity.regrowth import DROPS, GROWTHS
 from clicktrain.sparsity.units import Unit
@@ -211,3 +212,13 @@ def test_nm_says_how_few_layers_fit() -> None:
         UserWarning, match="1 of 2 layers has a multiple of 16 input channels: the others, 60%"
     ):
         NM(n=2, m=16).attach(model, optimizer, epochs=2, steps_per_epoch=2)
+
+
+@pytest.mark.parametrize(
+    ("name", "axis"), [(name, axis) for name, method in METHODS.items() for axis in choice_fields(method)]
+)
+@pytest.mark.parametrize("own", [fails, one_argument, lambda *_: object()])
+def test_every_axis_of_every_method_is_guarded(name: str, axis: str, own: Any) -> None:
+    with pytest.raises(UserError) as caught:
+        attached(METHODS[name](**{axis: own}))
+    assert axis.replace("_", " ") in str(caught.value).replace("_", " ")

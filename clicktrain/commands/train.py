@@ -122,6 +122,19 @@ def read_recipe(path: str, argv: Sequence[str] = ()) -> dict[str, Any]:
     return values
 
 
+_ASKED = (
+    "compression",
+    "sparsity",
+    "target_flops",
+    "target_parameters",
+    "prune_ratio",
+    "n",
+    "m",
+    "criterion",
+)
+"""Settings of a method that say what a run is asked for: always explained."""
+
+
 def _command(method: str, alone: bool = False) -> Command:
     """The command with the settings of a method; ``alone``: only these are explained."""
     if method not in METHODS:
@@ -129,14 +142,13 @@ def _command(method: str, alone: bool = False) -> Command:
     chosen = METHODS[method]
     title = f"settings of method {method}"
     wide = max(map(len, METHODS)) + 2
-    own = {title: [replace(option, main=alone) for option in options_of(chosen)]}
+    own = {title: [replace(one, main=alone or one.name in _ASKED) for one in options_of(chosen)]}
     return Command(
         name="train",
-        description="Train and prune a network in one run. A YAML recipe (--config) holds the same settings; "
-        "flags win.",
+        description="Train and prune a network in one run. A YAML recipe (--config) holds the settings from "
+        "--data on; flags win.",
         groups=own if alone else {"run": _OUTPUT, **_run_groups(), **own},
         notes={
-            "data": ["(here begin the settings of the run, which a recipe may hold too)"],
             "method": [f"{key:<{wide}}{_summary(cls)}" for key, cls in METHODS.items()],
             title: [" ".join((chosen.__doc__ or "").split())] if alone else [],
         },

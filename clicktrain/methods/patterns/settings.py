@@ -75,8 +75,7 @@ class PatternSettings(PatternChoices, EarlyTrigger):
     """
 
     compression: float = 8.0
-    """All convolution weights / nonzero convolution weights at the end, over the whole network; not used with
-    a latency as the target."""
+    """All convolution weights / nonzero ones at the end; not used with a latency as the target."""
     entries: int = 4
     """Kept positions of a 3x3 kernel; other kernel sizes keep the same share."""
     pool: Literal["dynamic", "fixed"] | None = None

@@ -145,8 +145,8 @@ def _command(method: str, alone: bool = False) -> Command:
     own = {title: [replace(one, main=alone or one.name in _ASKED) for one in options_of(chosen)]}
     return Command(
         name="train",
-        description="Train and prune a network in one run. A YAML recipe (--config) holds the settings from "
-        "--data on; flags win.",
+        description="Train and prune in one run. A YAML recipe (--config) holds the settings of the run; "
+        "flags win.",
         groups=own if alone else {"run": _OUTPUT, **_run_groups(), **own},
         notes={
             "method": [f"{key:<{wide}}{_summary(cls)}" for key, cls in METHODS.items()],

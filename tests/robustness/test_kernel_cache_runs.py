@@ -89,7 +89,8 @@ def test_train_with_a_compiler_that_does_nothing(tmp_path: Path) -> None:
     assert not (path / "operators.json").exists()
 
 
-@pytest.mark.parametrize("kind", ["cut to a half", *(pytest.param("zeroed", marks=pytest.mark.slow),)])
+@pytest.mark.slow
+@pytest.mark.parametrize("kind", ["cut to a half", "zeroed"])
 def test_resume_with_damaged_libraries(stopped: Path, tmp_path: Path, kind: str) -> None:
     """It goes on as if nothing had happened, bit for bit."""
     base = copy_of(stopped, tmp_path)

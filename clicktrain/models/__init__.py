@@ -1,5 +1,6 @@
 """The networks of the papers, written for tracing, channel surgery and any size of image."""
 
+from clicktrain.models.cifarnet import CifarNet
 from clicktrain.models.layers import Stem, scaled_channels
 from clicktrain.models.mobilenet import MobileNetV1
 from clicktrain.models.registry import create_model, list_models, min_image_size
@@ -9,6 +10,7 @@ from clicktrain.models.vgg import VGG
 
 __all__ = [
     "VGG",
+    "CifarNet",
     "MobileNetV1",
     "ResNet",
     "Stem",

@@ -11,6 +11,7 @@ from torch import nn
 
 from clicktrain.errors import UserError, shortened
 from clicktrain.limits import check_memory
+from clicktrain.models.cifarnet import MIN_IMAGE, CifarNet
 from clicktrain.models.layers import Stem
 from clicktrain.models.mobilenet import MobileNetV1
 from clicktrain.models.resnet import RESNETS, resnet
@@ -19,13 +20,14 @@ from clicktrain.models.vgg import VGGS, vgg
 from clicktrain.own_code import is_own
 
 MOBILENET = "mobilenet_v1"
+CIFARNET = "cifarnet"
 _BYTES_PER_PARAMETER = 12  # float32 weight, gradient and momentum
 STEMS: tuple[Stem, ...] = ("imagenet", "cifar")
 
 
 def list_models() -> tuple[str, ...]:
     """Names of the zoo, family by family."""
-    return (*RESNETS, *VGGS, MOBILENET)
+    return (*RESNETS, *VGGS, MOBILENET, CIFARNET)
 
 
 def create_model(
@@ -89,15 +91,19 @@ def _from_zoo(name: str, sizes: dict[str, Any], stem: Stem | None) -> nn.Module:
         return vgg(name, **sizes, stem=stem)
     if name == MOBILENET:
         return MobileNetV1(**sizes, stem=stem or "imagenet")
+    if name == CIFARNET:
+        return CifarNet(**sizes, stem=stem)
     raise UserError(unknown_model(name))
 
 
 def min_image_size(name: str, stem: str | None = None) -> int:
     """Smallest height and width in pixels that the network of that name accepts.
 
-    Only the ImageNet form of a VGG has a limit, from its five poolings. A user's own network, about which
-    nothing is known, gets 1.
+    Only the ImageNet form of a VGG and cifarnet have a limit, from their poolings. A user's own network,
+    about which nothing is known, gets 1.
     """
+    if name == CIFARNET:
+        return MIN_IMAGE
     return 32 if name in VGGS and stem != "cifar" else 1
 
 

@@ -5,15 +5,16 @@ Between updates masks hold at every step: pruned weights have no gradient, and n
 that no momentum moves them, or starts them off when they grow. The gradient of a pruned weight is read first
 where units grow by it. The papers skip the optimizer's step at an update; here it has happened before.
 
-Until masks are frozen a run is charged the dense cost in `clicktrain.train.prepare`, although most weights
-are zero: no operator makes use of positions that still change.
+Where layers are to be packed they are so from the first step, or from the update on that leaves enough zeros.
+Then nothing outside the masks is stored, no step touches it, and the fast kernels run while positions move;
+only a step whose gradients let units grow computes those of all weights.
 """
 
 from __future__ import annotations
 
 import abc
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass
 from typing import ClassVar
 
@@ -22,6 +23,7 @@ from torch import Tensor
 
 from clicktrain.comm.agreement import agreed_text
 from clicktrain.errors import UserError
+from clicktrain.formats.packed import Patterns
 from clicktrain.graph.prunable import PrunableLayer, PrunableLayers
 from clicktrain.methods.base import Action, ApplyMasks, LayerPlan, PruningPlan, Record, RunLength, StepInfo
 from clicktrain.methods.masks.masked import Masked, MaskState, Tensors
@@ -126,6 +128,11 @@ class Moving(Masked):
         """Whether an update reads gradients."""
         return self.reads_gradient
 
+    @property
+    def grows_by_gradient(self) -> bool:
+        """Whether it reads those of pruned weights too."""
+        return False
+
     def layer_densities(self, prunable: PrunableLayers, sparsity: float) -> dict[str, float]:
         """Share of each layer's weights that lives at a sparsity of all layers."""
         shapes = {layer.name: layer.shape for layer in prunable.layers}
@@ -170,13 +177,42 @@ class Moving(Masked):
         timing = self.timing(step.length)
         if state.stage == "fixed":
             return
-        moves = timing.due(step.seen, state.updated) or (self.moves_last and step.seen >= timing.end)
-        if self.needs_gradients and moves:
+        whole = not self.grows_by_gradient or all(layer.whole_gradient for layer in prunable.layers)
+        if self.needs_gradients and self._moves(state, timing, step.seen) and whole:
             self.keep_gradients(state, prunable, step)
         for layer in prunable.layers:
             mask = state.masks.get(layer.name)
             if mask is not None and layer.weight.grad is not None:
                 layer.weight.grad.masked_fill_(~mask, 0.0)
+
+    def _moves(self, state: MaskState, timing: Timing, seen: int) -> bool:
+        """Whether units move after so many batches."""
+        return timing.due(seen, state.updated) or (self.moves_last and seen >= timing.end)
+
+    def wants_gradients(self, state: MaskState, length: RunLength, seen: int) -> bool:
+        """At an update that lets units grow where the gradient is large."""
+        return (
+            self.grows_by_gradient
+            and state.stage != "fixed"
+            and self._moves(state, self.timing(length), seen)
+        )
+
+    def mask_patterns(self, state: MaskState, layer: PrunableLayer) -> Patterns | None:
+        """Whole kernels keep every position, single weights any."""
+        del state
+        filters, channels, *kernel = layer.view_shape
+        whole = tuple(self.kind.shape(layer.view_shape)) == (filters, channels, 1, 1)
+        return (tuple(range(math.prod(kernel))),) if whole else ()
+
+    def after_packing(self, state: MaskState, names: Collection[str]) -> None:
+        """Packed layers hold their masks."""
+        state.masks = {name: mask for name, mask in state.masks.items() if name not in names}
+
+    def masks_now(self, state: MaskState, prunable: PrunableLayers) -> Tensors:
+        """The masks of all layers, those of packed ones built from their index; none while all is dense."""
+        every = ((layer.name, state.masks.get(layer.name), layer) for layer in prunable.layers)
+        masks = {name: layer.packed_mask if mask is None else mask for name, mask, layer in every}
+        return {name: mask for name, mask in masks.items() if mask is not None}
 
     def after_step(self, state: MaskState, prunable: PrunableLayers, step: StepInfo) -> Sequence[Action]:
         """Hold the masks; move units when it is time; freeze them after the last time."""
@@ -194,8 +230,9 @@ class Moving(Masked):
         if not timing.due(step.seen, state.updated) or not read:
             state.gradients = {}
             return [*actions, ApplyMasks(state.masks)] if state.masks else actions
-        event = self._update(state, prunable, step.seen, timing.done(step.seen))
-        return [*actions, Record(event), ApplyMasks(state.masks, forget=True)]
+        masks, event = self._update(state, prunable, step.seen, timing.done(step.seen))
+        state.masks = {layer.name: masks[layer.name] for layer in prunable.layers if not layer.packed}
+        return [*actions, Record(event), ApplyMasks(masks, forget=True)]
 
     def event(self, now: Update, kept: Units, alive: Units, threshold: float) -> Event:
         """What to record about a move, with the threshold that units were dropped by."""
@@ -203,22 +240,26 @@ class Moving(Masked):
         dropped, grown = now.weights(now.alive) - after, now.weights(alive) - after
         return RegrownEvent(dropped=dropped, grown=grown, threshold=threshold)
 
-    def _update(self, state: MaskState, prunable: PrunableLayers, seen: int, done: float) -> Event:
-        """Drop and grow. Grown weights are zero already: dead ones were."""
+    def _update(
+        self, state: MaskState, prunable: PrunableLayers, seen: int, done: float
+    ) -> tuple[Tensors, Event]:
+        """Drop and grow: the new masks. Grown weights are zero already: dead ones were."""
         now = self._now(state, prunable, seen, done)
         threshold = state.memory.get("threshold", ABSENT)
         kept, alive = self.move(now)
-        for layer in prunable.layers:
-            state.masks[layer.name] = layer.unview(self.kind.weights(alive[layer.name], layer.view_shape))
+        masks = {
+            layer.name: layer.unview(self.kind.weights(alive[layer.name], layer.view_shape))
+            for layer in prunable.layers
+        }
         state.updated, state.gradients = seen, {}
-        return self.event(now, kept, alive, threshold)
+        return masks, self.event(now, kept, alive, threshold)
 
     def _now(self, state: MaskState, prunable: PrunableLayers, seen: int, done: float) -> Update:
         """What the rules see."""
-        unit = self.kind
+        unit, masks = self.kind, self.masks_now(state, prunable)
         alive, scores, gradients = {}, {}, {}
         for layer in prunable.layers:
-            name, grad, mask = layer.name, state.gradients.get(layer.name), state.masks.get(layer.name)
+            name, grad, mask = layer.name, state.gradients.get(layer.name), masks.get(layer.name)
             scores[name] = unit.scores(layer.view(self.root_scores(layer, grad)))
             everywhere = torch.ones_like(scores[name], dtype=torch.bool)
             alive[name] = everywhere if mask is None else unit.units(layer.view(mask))
@@ -231,8 +272,8 @@ class Moving(Masked):
     def last_masks(self, state: MaskState, prunable: PrunableLayers) -> Tensors:
         """The masks that are frozen, after a last move if there is one."""
         if self.moves_last:
-            self._update(state, prunable, state.updated + 1, 1.0)
-        return state.masks
+            return self._update(state, prunable, state.updated + 1, 1.0)[0]
+        return self.masks_now(state, prunable)
 
     def budget(self, now: Update) -> int:
         """Weights that live at the sparsity asked for: the same at every time but for parts of units."""
@@ -318,7 +359,12 @@ class Growing(Moving):
     @property
     def needs_gradients(self) -> bool:
         """Whether an update reads gradients."""
-        return super().needs_gradients or reads_gradient(GROWTHS.resolve(self.growth))
+        return super().needs_gradients or self.grows_by_gradient
+
+    @property
+    def grows_by_gradient(self) -> bool:
+        """Whether it reads those of pruned weights too."""
+        return reads_gradient(GROWTHS.resolve(self.growth))
 
     def grow(self, now: Update, kept: Units, counts: Mapping[str, int]) -> Units:
         """The units that live once these counts have grown in each layer."""

@@ -16,8 +16,9 @@ from clicktrain.settings import convert
 from clicktrain.train.config import RunConfig, code_settings, from_dict, read_settings
 
 Kind = Literal["dense", "pruned"]
-ENGINES = ("fp32", "bf16", "compile")
-"""Ways to run a dense network that are measured, of which the fastest counts."""
+ENGINES = ("fp32", "bf16")
+"""Ways to run a dense network that are measured by default, of which the fastest counts; ``compile``, in the
+faster of these, takes minutes per network."""
 MOST_RUNS = 10_000
 
 _KEYS = ("family", "base", "seeds", "dense", "pruned", "engines")

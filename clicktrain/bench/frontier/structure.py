@@ -20,8 +20,8 @@ _GROUPS = (16, 8, 4, 2)
 
 LayerStructure = dict[str, Any]
 """JSON-able: ``layer``, ``shape`` [F, C, ...], ``kept`` weights, ``group`` (neighboring filters that keep the
-same positions), ``counts`` [[units kept, groups of filters], ...], and ``patterns`` [[bits, kernels], ...] if a
-unit is a kernel with a pattern; else units are weights."""
+same positions), ``counts`` [[units kept, groups of filters], ...], and ``patterns`` [[bits, kernels], ...] if
+units are kernels with patterns; else they are weights."""
 
 
 def describe_masks(masks: Mapping[str, Tensor]) -> list[LayerStructure]:

@@ -31,13 +31,13 @@ _TIMING = (
     Option("alone", bool, "Also planning and peak memory, in processes of their own.", True),
 )
 _FILES = (
-    Option("results", str | None, "File of one line per run, which several machines may share; results.jsonl "
-           "in the folder by default.", metavar="FILE"),
+    Option("results", str | None, "File of one line per run, which machines may share; results.jsonl in the "
+           "folder by default.", metavar="FILE"),
     Option("times", str | None, "File of the times; times.json in the folder by default.", metavar="FILE"),
     Option("json", str | None, "Also write the points as JSON.", metavar="FILE"),
-    Option("output", str | None, "The page; frontier.html in the folder by default. The table is beside it, as "
-           ".md.", short="-o", metavar="FILE"),
-    Option("accuracy", Literal["test", "holdout"], "holdout while settings are chosen.", "test"),
+    Option("output", str | None, "The page; frontier.html in the folder by default. The table is beside it, "
+           "as .md.", short="-o", metavar="FILE"),
+    Option("accuracy", Literal["test", "holdout"], "The images that count; holdout while settings are chosen.", "test"),
 )  # fmt: skip
 _COMMAND = Command(
     name="frontier",

@@ -37,7 +37,7 @@ class Point:
         train_seconds: put together from times of steps, earlier runs included; ``train_seconds_wall``: by
             the clock.
         latency_ms_b64, latency_ms_b1: of 64 images and of one.
-        train_flops: earlier runs included; ``inference_flops``: of one image; ``bytes``: of the weights' file.
+        train_flops: earlier runs included; ``inference_flops``: of one image; ``bytes``: of the weights.
         train_memory_mb: peak of a step, of the larger of the networks that were trained.
         reason: why there is no accuracy.
     """

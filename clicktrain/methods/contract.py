@@ -261,6 +261,19 @@ class MethodHooks(abc.ABC, Generic[S]):
         """Find the layers that this method may prune."""
         return find_prunable(model, trained)
 
+    def fitted(self, prunable: PrunableLayers) -> MethodHooks[S]:
+        """Return these settings completed by what follows from the network; the pruner goes on with them."""
+        del prunable
+        return self
+
+    def mask_patterns(self, prunable: PrunableLayers) -> Mapping[str, tuple[tuple[int, ...], ...]]:
+        """Return, by layer, the sets of positions ``r * S + s`` that a kernel may keep while masks move.
+
+        Layers that are not named may keep any positions.
+        """
+        del prunable
+        return {}
+
     @abc.abstractmethod
     def init(self, prunable: PrunableLayers, length: RunLength) -> S:
         """Return the state before the first step; raise UserError if the target cannot be met."""

@@ -101,6 +101,7 @@ class Pruner:
         if inputs is not None and not inputs.tensors():
             raise UserError(f"example is {shown(example)}, which holds no tensor: give a batch of inputs")
         prunable = replace(method.find_prunable(model, self._optimizers.parameters()), example=inputs)
+        self.method = method = method.fitted(prunable)
         weights = [layer.weight for layer in prunable.layers]
         self._optimizers.check(model, weights, packed, shrinks=method.reads_graph)
         self.network = PrunedNetwork(model, self._optimizers.all, prunable, packed)

@@ -97,6 +97,10 @@ class Masked(Method[MaskState]):
         """What has to have a meaning in a layer for it to be pruned."""
         return "weight"
 
+    def unit_refusal(self, layer: PrunableLayer) -> str | None:
+        """Why the unit has no meaning in a convolution, or None."""
+        return layer.unit_refusal(self.unit)
+
     # ---- scores -----------------------------------------------------------------------------
 
     @property
@@ -123,7 +127,7 @@ class Masked(Method[MaskState]):
         prunable = find_prunable(
             model, trained, exclude=self.exclude, include=self.include, linear=self.prunes_linear
         )
-        refusals = {layer.name: layer.unit_refusal(self.unit) for layer in prunable.convs}
+        refusals = {layer.name: self.unit_refusal(layer) for layer in prunable.convs}
         return leave_alone(prunable, {name: why for name, why in refusals.items() if why is not None})
 
     def init(self, prunable: PrunableLayers, length: RunLength) -> MaskState:

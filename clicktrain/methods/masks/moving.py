@@ -13,30 +13,37 @@ from __future__ import annotations
 
 import abc
 import math
+import warnings
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import ClassVar
 
 import torch
 from torch import Tensor
 
-from clicktrain.comm.agreement import agreed_text
+from clicktrain.comm.agreement import agree_on_, agreed_text
 from clicktrain.errors import UserError
 from clicktrain.graph.prunable import PrunableLayer, PrunableLayers
 from clicktrain.methods.base import Action, ApplyMasks, LayerPlan, PruningPlan, Record, RunLength, StepInfo
-from clicktrain.methods.masks.masked import Masked, MaskState, Tensors
+from clicktrain.methods.masks.masked import MaskState, Tensors
+from clicktrain.methods.masks.moving_units import MovingUnits
 from clicktrain.methods.masks.update_times import Timing
 from clicktrain.runs.events import ABSENT, Event, RegrownEvent
-from clicktrain.sparsity.distributions import DISTRIBUTIONS, DistributionChoice
 from clicktrain.sparsity.importance import reads_gradient
+from clicktrain.sparsity.living_filters import (
+    constant_filters,
+    outstanding_units,
+    random_units,
+    with_living_filters,
+)
+from clicktrain.sparsity.pattern_units import PatternUnit
 from clicktrain.sparsity.registry import choice_name
-from clicktrain.sparsity.regrowth import GROWTHS, GrowthChoice, Units, Update, random_units, units_at
+from clicktrain.sparsity.regrowth import GROWTHS, GrowthChoice, Units, Update, random_numbers, units_at
 from clicktrain.sparsity.schedules import ScheduleChoice
-from clicktrain.sparsity.units import UNITS, Unit, UnitChoice
 
 
 @dataclass(frozen=True, kw_only=True)
-class Moving(Masked):
+class Moving(MovingUnits):
     """A method whose units are dropped, and may grow, every `interval` batches."""
 
     reason: ClassVar[str] = "every filter keeps a weight, kernels are whole"
@@ -49,10 +56,6 @@ class Moving(Masked):
     doubling: ClassVar[bool] = False
     """Whether units move half as often in each further quarter of the run."""
 
-    granularity: UnitChoice = "weight"
-    """What is dropped and grown: single weights, or whole kernels."""
-    densities: DistributionChoice = "erk"
-    """Weights over layers: Erdos-Renyi-kernel (small layers denser), or the same share everywhere."""
     interval: int | None = None
     """Batches between updates; by default 1,000, or a fiftieth of a run of under 50,000 batches."""
     stop: float = 0.75
@@ -112,24 +115,14 @@ class Moving(Masked):
     # ---- parts ----------------------------------------------------------------------------------
 
     @property
-    def unit(self) -> str:
-        """What has to have a meaning in a layer for it to be pruned."""
-        return choice_name(self.granularity).rpartition(":")[2]
-
-    @property
-    def kind(self) -> Unit:
-        """The unit."""
-        return UNITS.resolve(self.granularity)
-
-    @property
     def needs_gradients(self) -> bool:
         """Whether an update reads gradients."""
         return self.reads_gradient
 
-    def layer_densities(self, prunable: PrunableLayers, sparsity: float) -> dict[str, float]:
-        """Share of each layer's weights that lives at a sparsity of all layers."""
-        shapes = {layer.name: layer.shape for layer in prunable.layers}
-        return DISTRIBUTIONS.resolve(self.densities)(shapes, 1 - sparsity)
+    @property
+    def grows_by_gradient(self) -> bool:
+        """Whether what grows is chosen by gradients; else at random."""
+        return False
 
     def root_scores(self, layer: PrunableLayer, grad: Tensor | None) -> Tensor:
         """Scores as magnitudes: the root of a criterion, so that w^2 compares units by |w|."""
@@ -141,19 +134,8 @@ class Moving(Masked):
         """Check that the run can be done as asked."""
         state = super().init(prunable, length)
         self.timing(length)
-        self._check_units(prunable)
+        self.check_units(prunable)
         return state
-
-    def _check_units(self, prunable: PrunableLayers) -> None:
-        """UserError where fewer units would live than there are filters."""
-        units = sum(math.prod(self.kind.shape(layer.view_shape)) for layer in prunable.layers)
-        filters = sum(layer.view_shape[0] for layer in prunable.layers)
-        if (1 - self.sparsity) * units < filters:
-            most = math.floor(1000 * (1 - filters / units)) / 1000
-            raise UserError(
-                f"a sparsity of {self.sparsity:g} leaves {(1 - self.sparsity) * units:.0f} "
-                f"{self.unit}s to {filters} filters: at most {most:g} can be asked of this network"
-            )
 
     def at_start(self, state: MaskState, prunable: PrunableLayers, length: RunLength) -> Sequence[Action]:
         """A network that begins sparse is so before its first forward pass."""
@@ -205,28 +187,57 @@ class Moving(Masked):
 
     def _update(self, state: MaskState, prunable: PrunableLayers, seen: int, done: float) -> Event:
         """Drop and grow. Grown weights are zero already: dead ones were."""
-        now = self._now(state, prunable, seen, done)
+        weights = {layer.name: self._weights(state, layer) for layer in prunable.layers}
+        now = self._now(state, prunable, weights, seen, done)
         threshold = state.memory.get("threshold", ABSENT)
         kept, alive = self.move(now)
-        for layer in prunable.layers:
-            state.masks[layer.name] = layer.unview(self.kind.weights(alive[layer.name], layer.view_shape))
+        changed: int | None = None
+        for number, layer in enumerate(prunable.layers):
+            name, unit = layer.name, self.unit_of(layer)
+            if isinstance(unit, PatternUnit):
+                scores, grads = weights[name]
+                if grads is None or not self.grows_by_gradient:
+                    grads = random_numbers(scores.shape, now.seed, seen, len(prunable.layers) + number)
+                before = layer.view(state.masks[name]) if name in state.masks else None
+                moved = unit.rearranged(before, kept[name], alive[name], scores, grads, now.rows_of(name))
+                mask, changed = moved.mask, (changed or 0) + moved.changed
+            else:
+                mask = unit.weights(alive[name], layer.view_shape)
+            state.masks[name] = layer.unview(mask)
         state.updated, state.gradients = seen, {}
-        return self.event(now, kept, alive, threshold)
+        event = self.event(now, kept, alive, threshold)
+        if changed is not None and isinstance(event, RegrownEvent):
+            return replace(event, patterns_changed=changed)
+        return event
 
-    def _now(self, state: MaskState, prunable: PrunableLayers, seen: int, done: float) -> Update:
+    def _weights(self, state: MaskState, layer: PrunableLayer) -> tuple[Tensor, Tensor | None]:
+        """Scores of weights, and magnitudes of their gradients, as views [F, C, R, S]."""
+        grad = state.gradients.get(layer.name)
+        scores = layer.view(self.root_scores(layer, grad))
+        return scores, None if grad is None else layer.view(grad.float().abs())
+
+    def _now(
+        self,
+        state: MaskState,
+        prunable: PrunableLayers,
+        weights: Mapping[str, tuple[Tensor, Tensor | None]],
+        seen: int,
+        done: float,
+    ) -> Update:
         """What the rules see."""
-        unit = self.kind
         alive, scores, gradients = {}, {}, {}
         for layer in prunable.layers:
-            name, grad, mask = layer.name, state.gradients.get(layer.name), state.masks.get(layer.name)
-            scores[name] = unit.scores(layer.view(self.root_scores(layer, grad)))
+            name, unit, mask = layer.name, self.unit_of(layer), state.masks.get(layer.name)
+            own, grad = weights[name]
+            scores[name] = unit.scores(own)
             everywhere = torch.ones_like(scores[name], dtype=torch.bool)
             alive[name] = everywhere if mask is None else unit.units(layer.view(mask))
             if grad is not None:
-                gradients[name] = unit.scores(layer.view(grad.float().abs()))
+                gradients[name] = unit.scores(grad)
         shapes = {layer.name: layer.shape for layer in prunable.layers}
-        sizes = {layer.name: unit.size(layer.view_shape) for layer in prunable.layers}
-        return Update(alive, scores, gradients, shapes, sizes, done, state.seed, seen, state.memory)
+        sizes = {layer.name: self.unit_of(layer).size(layer.view_shape) for layer in prunable.layers}
+        rows = {layer.name: self.rows_of(layer) for layer in prunable.layers}
+        return Update(alive, scores, gradients, shapes, sizes, done, state.seed, seen, state.memory, rows)
 
     def last_masks(self, state: MaskState, prunable: PrunableLayers) -> Tensors:
         """The masks that are frozen, after a last move if there is one."""
@@ -236,8 +247,16 @@ class Moving(Masked):
 
     def budget(self, now: Update) -> int:
         """Weights that live at the sparsity asked for: the same at every time but for parts of units."""
-        densities = DISTRIBUTIONS.resolve(self.densities)(now.shapes, 1 - self.sparsity)
-        return sum(units_at(densities[n], now.alive[n].numel()) * now.sizes[n] for n in now.alive)
+        counts = self.counts_at(now, 1 - self.sparsity)
+        return sum(counts[name] * now.sizes[name] for name in counts)
+
+    def counts_at(self, now: Update, density: float) -> dict[str, int]:
+        """Units of each layer that live at a density of all layers."""
+        return now.counts(self.densities_at(now, density))
+
+    def densities_at(self, now: Update, density: float) -> dict[str, float]:
+        """Density of each layer at a density of all layers."""
+        return self.spread(now.shapes, {name: now.most(name) for name in now.alive}, density)
 
     # ---- what is shown --------------------------------------------------------------------------
 
@@ -250,9 +269,10 @@ class Moving(Masked):
         first = self.layer_densities(prunable, self.first_sparsity)
         open_yet = bool(self.decided_by) and not (state and state.kept)
         for layer in prunable.layers:
-            name, units = layer.name, math.prod(self.kind.shape(layer.view_shape))
-            density = units_at(planned[name], units) / units
-            what = "weights" if layer.kind == "linear" else f"{self.unit}s"
+            name, units = layer.name, math.prod(self.unit_of(layer).shape(layer.view_shape))
+            most = self.most_of(layer)
+            density = most * units_at(planned[name], units, self.rows_of(layer), most) / units
+            what = self.units_called(layer)
             why = "dense by Erdos-Renyi" if density == 1 and not (state and state.kept) else ""
             if open_yet:
                 why = f"{first[name]:.3f} at the start, then by {self.decided_by}"
@@ -318,11 +338,30 @@ class Growing(Moving):
     @property
     def needs_gradients(self) -> bool:
         """Whether an update reads gradients."""
-        return super().needs_gradients or reads_gradient(GROWTHS.resolve(self.growth))
+        return super().needs_gradients or self.grows_by_gradient
+
+    @property
+    def grows_by_gradient(self) -> bool:
+        """Whether what grows is chosen by gradients; else at random."""
+        return reads_gradient(GROWTHS.resolve(self.growth))
 
     def grow(self, now: Update, kept: Units, counts: Mapping[str, int]) -> Units:
-        """The units that live once these counts have grown in each layer."""
-        return GROWTHS.resolve(self.growth)(now, kept, counts) if any(counts.values()) else kept
+        """The units that live once these counts have grown in each layer; no filter of zeros only."""
+        if not any(counts.values()):
+            return kept
+        alive = GROWTHS.resolve(self.growth)(now, kept, counts)
+        return {name: self._with_filters(now, name, kept[name], units) for name, units in alive.items()}
+
+    def _with_filters(self, now: Update, name: str, kept: Tensor, alive: Tensor) -> Tensor:
+        """The same number of units, with one that is not zero in every filter that had one."""
+        scores = now.scores[name]
+        if now.rows_of(name) > 1 or scores.shape[0] == 1:
+            return alive  # every row keeps its best; or units have no filter of their own
+        had, gradient = (
+            scores.masked_fill(~now.alive[name], 0.0),
+            now.gradients.get(name, scores.new_zeros(())),
+        )
+        return with_living_filters(alive, had, torch.where(kept, 1 + had, gradient / (1 + gradient)))
 
     @property
     def grown(self) -> str:
@@ -340,7 +379,44 @@ class Growing(Moving):
         state.stage = self.moves_in
         densities = self.layer_densities(prunable, self.first_sparsity)
         for number, layer in enumerate(prunable.layers):
-            shape = self.kind.shape(layer.view_shape)
-            units = random_units(shape, densities[layer.name], state.seed, number).to(layer.weight.device)
-            state.masks[layer.name] = layer.unview(self.kind.weights(units, layer.view_shape))
+            state.masks[layer.name] = self._first_mask(layer, densities[layer.name], state.seed, number)
+        agree_on_([state.masks[name] for name in sorted(state.masks)])
+        self._warn_of_constants(prunable, state.masks)
         return state
+
+    def _first_mask(self, layer: PrunableLayer, density: float, seed: int, number: int) -> Tensor:
+        """Random units, those first that dominate a filter's initial weights; of no filter only zeros."""
+        unit, view, rows, most = (
+            self.unit_of(layer),
+            layer.view_shape,
+            self.rows_of(layer),
+            self.most_of(layer),
+        )
+        squares = layer.view(layer.weight.detach()).float().square()
+        energies = unit.scores(squares)
+        filters = energies.shape[0] == view[0]
+        first = outstanding_units(energies) if filters else None
+        units = random_units(unit.shape(view), density, seed, number, rows, most, first).to(squares.device)
+        if filters:
+            order = random_numbers(units.shape, seed, 0, number)
+            units = with_living_filters(units, energies, order, rows)
+        if not isinstance(unit, PatternUnit):
+            return layer.unview(unit.weights(units, view))
+        # A random pattern, which holds what dominates the filter, and no zeros where there is something else.
+        numbers = random_numbers(view, seed, 1, number).to(squares)
+        worth = numbers + (squares > 0) + math.prod(view[2:]) * outstanding_units(squares)
+        return layer.unview(unit.first(units, worth))
+
+    def _warn_of_constants(self, prunable: PrunableLayers, masks: Tensors) -> None:
+        """Warn of filters that the first masks leave without a nonzero weight."""
+        told = []
+        for layer in prunable.layers:
+            weights, mask = layer.view(layer.weight.detach()).abs(), layer.view(masks[layer.name])
+            if count := int(constant_filters(mask, weights).sum()):
+                told.append(f"{count} of {len(mask)} of {layer.name}")
+        if told:
+            warnings.warn(
+                f"filters without a nonzero weight at the start, which compute constants: {', '.join(told)}; "
+                "a lower sparsity, or densities erk, leaves more to small layers",
+                stacklevel=2,
+            )

@@ -44,13 +44,13 @@ _OUTPUT = (
 )
 
 GROUPS: dict[str, tuple[str, str]] = {
-    "data": ("data", "augment image_size val_fraction workers cache_dir cutout mixup"),
-    "model": ("model width", "stem initial_weights"),
+    "data": ("data", "augment image_size val_fraction holdout workers cache_dir cutout mixup"),
+    "model": ("model width", "stem initial_weights whitening"),
     "optimization": (
         "epochs batch_size optimizer learning_rate schedule",
-        "weight_decay momentum nesterov decay_norm_and_bias warmup_epochs milestones gamma label_smoothing "
-        "learning_rate_batch learning_rate_scaling ema_decay clip_grad_norm accumulate dynamic_batch "
-        "memory_budget batch_granularity batch_limit batch_lr seed",
+        "weight_decay momentum nesterov decay_norm_and_bias warmup_epochs bias_rate_factor milestones gamma "
+        "label_smoothing learning_rate_batch learning_rate_scaling ema_decay clip_grad_norm accumulate "
+        "dynamic_batch memory_budget batch_granularity batch_limit batch_lr seed",
     ),
     "machine and files": (
         "device precision",

@@ -46,6 +46,9 @@ class RunConfig:
     """Side of the square images that the network sees, in pixels; the data set's own size by default."""
     val_fraction: float = 0.2
     """Share of the images held back for validation, where the data set has no validation split."""
+    holdout: int | None = None
+    """Training images held back for validation, to choose settings on; the data set's own validation split is
+    then the test split, looked at once, at the end."""
     workers: int = 2
     """Processes that decode images of data sets too large for memory."""
     cache_dir: str | None = None
@@ -88,11 +91,16 @@ class RunConfig:
     """Weight decay: added to the gradient by sgd and adam, decoupled in adamw."""
     decay_norm_and_bias: bool = True
     """Apply weight decay to batch norm parameters and biases too, as the recipes of the papers do."""
-    schedule: Literal["cosine", "onecycle", "step", "constant"] = "cosine"
-    """Learning rate over the run: cosine to zero, onecycle (up for warmup_epochs or 30% of the run, then
-    down), step (times gamma at each milestone) or constant."""
+    bias_rate_factor: float = 1.0
+    """Factor on the learning rate of biases; their weight decay is divided by it, so that they decay as
+    fast."""
+    schedule: Literal["cosine", "linear", "triangular", "onecycle", "step", "constant"] = "cosine"
+    """Learning rate over the run: cosine or linear to zero, triangular (straight up from a fifth for
+    warmup_epochs or 23% of the run, then linear to zero), onecycle (up for warmup_epochs or 30% of the run,
+    then down), step (times gamma at each milestone) or constant."""
     warmup_epochs: float = 0.0
-    """Epochs of linear warm-up from zero (onecycle: epochs of its rising part; 0 means 30% of the run)."""
+    """Epochs of linear warm-up from zero (onecycle, triangular: of the rising part; 0 means 30% and 23% of
+    the run)."""
     milestones: tuple[float, ...] = (0.5, 0.75)
     """Shares of the run at which the step schedule lowers the learning rate."""
     gamma: float = 0.1
@@ -103,8 +111,12 @@ class RunConfig:
     """Parameter alpha of mixup's Beta distribution; 0 is off."""
     cutout: int = 0
     """Side of the square that cutout blanks in each training image, in pixels; 0 is off."""
-    augment: Literal["auto", "none", "cifar", "imagenet", "digits"] = "auto"
-    """Random changes to training images; auto chooses by the data set."""
+    augment: Literal["auto", "none", "cifar", "cifarnet", "imagenet", "digits"] = "auto"
+    """Random changes to training images; auto chooses by the data set. cifarnet: shifts by up to 2 pixels,
+    mirrored in every other epoch."""
+    whitening: bool | None = None
+    """Make the first convolution whiten patches of the training images, and keep it so; by default only in
+    cifarnet, which is made for it."""
     ema_decay: float = 0.0
     """Decay per step of the moving average of the weights, which is then evaluated and saved; 0 is off."""
     clip_grad_norm: float = 0.0
@@ -146,7 +158,7 @@ class RunConfig:
                 raise UserError(f"{name} is {shown(value)}: must be at least {low}")
             if value is not None and value > most:
                 raise UserError(f"{name} is {shown(value)}: must be at most {most}")
-        for name in ("width", "learning_rate", "gamma", "val_fraction"):
+        for name in ("width", "learning_rate", "bias_rate_factor", "gamma", "val_fraction"):
             if not 0 < (value := getattr(self, name)) < math.inf:
                 raise UserError(f"{name} is {shown(value)}: must be above 0")
         for name in ("momentum", "label_smoothing", "ema_decay", "val_fraction"):
@@ -211,6 +223,7 @@ _RANGES = {
     "workers": (0, 1024),
     "cutout": (0, 65_536),
     "seed": (0, 2**63 - 1),
+    "holdout": (1, 2**62),
     "warmup_epochs": (0, 1_000_000),
     "weight_decay": (0, math.inf),
     "mixup": (0, math.inf),

@@ -22,7 +22,7 @@ def make_optimizer(model: nn.Module, config: RunConfig) -> Optimizer:
     """Make SGD, AdamW or Adam over the trainable parameters.
 
     With ``decay_norm_and_bias`` off, parameters of at most one dimension (batch norm, biases) form a
-    second group without weight decay.
+    second group without weight decay. With a ``bias_rate_factor`` biases form groups of their own.
 
     Raises:
         UserError: the model has no trainable parameter.
@@ -30,11 +30,20 @@ def make_optimizer(model: nn.Module, config: RunConfig) -> Optimizer:
     trained = [p for p in model.parameters() if p.requires_grad]
     if not trained:
         raise UserError(f"model {config.model} has no parameter to train: all have requires_grad off")
-    decayed = [p for p in trained if p.ndim > 1 or config.decay_norm_and_bias]
-    others = [p for p in trained if p.ndim <= 1 and not config.decay_norm_and_bias]
-    groups: list[dict[str, Any]] = [{"params": decayed}, {"params": others, "weight_decay": 0.0}]
-    groups = [group for group in groups if group["params"]]
     common: dict[str, Any] = {"lr": config.peak_learning_rate, "weight_decay": config.weight_decay}
+    factor = config.bias_rate_factor
+    biases = {id(p) for name, p in model.named_parameters() if name.rpartition(".")[2] == "bias"}
+    if factor == 1:
+        biases = set()
+    of_bias = {"lr": common["lr"] * factor, "weight_decay": common["weight_decay"] / factor}
+    groups: list[dict[str, Any]] = []
+    for own in (False, True):
+        group = [p for p in trained if (id(p) in biases) is own]
+        decayed = [p for p in group if p.ndim > 1 or config.decay_norm_and_bias]
+        others = [p for p in group if p.ndim <= 1 and not config.decay_norm_and_bias]
+        rates = of_bias if own else {}
+        groups += [{**rates, "params": decayed}, {**rates, "params": others, "weight_decay": 0.0}]
+    groups = [group for group in groups if group["params"]]
     if config.optimizer == "adamw":
         return AdamW(groups, betas=(config.momentum, 0.999), **common)
     if config.optimizer == "adam":
@@ -138,6 +147,7 @@ class BatchSizes:
         self._entries = [BatchSize(**entry) for entry in saved]
 
 
+_TRIANGLE_RISE, _TRIANGLE_START = 0.23, 0.2  # Jordan 2024 (arXiv:2404.00498), its released settings
 _ONECYCLE_RISE = 0.3
 _ONECYCLE_START = 1 / 25
 _ONECYCLE_END = 1 / 25e4
@@ -147,8 +157,10 @@ def learning_rate_factor(config: RunConfig, total_steps: int) -> Callable[[float
     """The factor on the peak learning rate at each optimizer step.
 
     ``onecycle`` is the curve of ``torch.optim.lr_scheduler.OneCycleLR`` (cosine up from 1/25, cosine down to
-    1/250000) without its change of momentum. The others start with a linear warm-up when ``warmup_epochs`` is
-    set; ``cosine`` then falls to zero at the step after the last.
+    1/250000) without its change of momentum. ``triangular`` rises in a straight line from 0.2 (for 0.23 of
+    the run unless ``warmup_epochs`` says otherwise) and falls in one. The others start with a linear warm-up
+    when ``warmup_epochs`` is set. ``cosine``, ``linear`` and ``triangular`` reach zero at the step after the
+    last.
 
     Returns:
         A function of the step, counted from 0; steps after the last give the last value. With batches that
@@ -166,8 +178,15 @@ def learning_rate_factor(config: RunConfig, total_steps: int) -> Callable[[float
         step = min(step, total_steps)
         if config.schedule == "onecycle":
             return onecycle(min(step, total_steps - 1))
+        if config.schedule == "triangular":
+            top = warmup or _TRIANGLE_RISE * total_steps
+            if step < top:
+                return _TRIANGLE_START + (1 - _TRIANGLE_START) * step / top
+            return (total_steps - step) / max(total_steps - top, 1)
         if step < warmup:
             return (step + 1) / warmup
+        if config.schedule == "linear":
+            return (total_steps - step) / max(total_steps - warmup, 1)
         if config.schedule == "cosine":
             return _cosine(1.0, 0.0, (step - warmup) / max(total_steps - warmup, 1))
         if config.schedule == "step":

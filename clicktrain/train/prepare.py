@@ -24,6 +24,8 @@ from clicktrain.limits import check_memory
 from clicktrain.methods import METHODS, Method, Pruner
 from clicktrain.methods.driver.publisher import ChannelsRemoved, MasksFrozen, Notification
 from clicktrain.models import create_model, min_image_size
+from clicktrain.models.registry import CIFARNET
+from clicktrain.models.whitening import IMAGES, whiten_
 from clicktrain.train.config import RunConfig
 from clicktrain.train.device import resolve_device, set_up
 from clicktrain.train.initial_weights import EarlierCost, load_initial_weights_
@@ -131,6 +133,7 @@ def prepare(config: RunConfig, method: Method[Any], *, begins: bool = True) -> P
     torch.manual_seed(config.seed)  # of the initial weights; each batch is seeded by itself
     model = build_model(facts).to(device)
     check_model(model, config, data, device)
+    whiten_first_(model, config, data)
     earlier = EarlierCost()
     if config.initial_weights is not None and begins:
         earlier = load_initial_weights_(model, config.initial_weights, data.classes)
@@ -162,7 +165,7 @@ def prepare(config: RunConfig, method: Method[Any], *, begins: bool = True) -> P
         device=device,
         data=data,
         train_loader=train_loader,
-        val_loader=make_val_loader(config, data, device),
+        val_loader=make_eval_loader(config, data, "val", device),
         model=model,
         optimizer=optimizer,
         scheduler=make_scheduler(optimizer, config, config.epochs * sizes.first.steps, sizes),
@@ -174,12 +177,34 @@ def prepare(config: RunConfig, method: Method[Any], *, begins: bool = True) -> P
     )
 
 
+def whiten_first_(model: nn.Module, config: RunConfig, data: ImageData) -> None:
+    """Whiten the first convolution, as the settings say; its weights need no gradient from then on.
+
+    Raises:
+        UserError: the network begins with something else.
+    """
+    if not (config.model == CIFARNET if config.whitening is None else config.whitening):
+        return
+    first = next((module for module in model.modules() if isinstance(module, nn.Conv2d)), None)
+    if first is None or first.groups != 1 or first.in_channels != data.image_shape[0]:
+        raise UserError(
+            f"whitening is on but model {config.model} does not begin with a convolution of the images: turn "
+            "it off"
+        )
+    count = min(IMAGES, len(data.train))
+    loader = make_loader(
+        data, "train", batch_size=count, seed=0, augment=Augment(), drop_last=True, device=torch.device("cpu")
+    )
+    whiten_(first, next(iter(loader.epoch(0))).x)
+
+
 def open_run_data(config: RunConfig, value_range: tuple[float, float] | None = None) -> ImageData:
     """Open the images that the settings name; ``value_range``: see `open_data`."""
     return open_data(
         config.data,
         image_size=config.image_size,
         val_fraction=config.val_fraction,
+        holdout=config.holdout,
         seed=config.seed,
         cache_dir=None if config.cache_dir is None else Path(config.cache_dir),
         workers=config.workers,
@@ -197,13 +222,19 @@ def make_train_loader(config: RunConfig, data: ImageData, device: torch.device) 
     return _make_loader(config, data, "train", device, augment=augmentation(config, data), drop_last=whole)
 
 
-def make_val_loader(config: RunConfig, data: ImageData, device: torch.device) -> Loader:
-    """Make the loader of the validation split, without augmentation."""
-    return _make_loader(config, data, "val", device, augment=Augment(), drop_last=False)
+def make_eval_loader(
+    config: RunConfig, data: ImageData, split: Literal["val", "test"], device: torch.device
+) -> Loader:
+    """Make the loader of the validation or test split, without augmentation; UserError if there is none."""
+    return _make_loader(config, data, split, device, augment=Augment(), drop_last=False)
 
 
 def _make_loader(
-    config: RunConfig, data: ImageData, split: Literal["train", "val"], device: torch.device, **more: Any
+    config: RunConfig,
+    data: ImageData,
+    split: Literal["train", "val", "test"],
+    device: torch.device,
+    **more: Any,
 ) -> Loader:
     more |= {"batch_size": config.batch_size, "seed": config.seed, "channels_last": config.channels_last}
     return make_loader(data, split, device=device, **more)

@@ -9,7 +9,7 @@ from collections.abc import Mapping, Sequence
 from typing import Any
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from clicktrain.accounting import LayerCost, ModelCost, count
 from clicktrain.accounting.cost import ratio
@@ -23,6 +23,7 @@ from clicktrain.surgery import SurgeryPlan, write_recipe
 from clicktrain.train.epoch import check_outputs, note_accuracy
 from clicktrain.train.evaluate import evaluate
 from clicktrain.train.operators import operator_names
+from clicktrain.train.prepare import make_eval_loader
 from clicktrain.train.training_run import TrainingRun
 
 
@@ -53,17 +54,33 @@ def finish_run(run: TrainingRun) -> dict[str, Any]:
     save_tree(run.folder.model, weights, metadata)
     save_packed(run.folder.packed, weights, {name: mask.cpu() for name, mask in masks.items()}, metadata)
     # Zeros outside frozen masks cost as much as any weight; they only count in the compression.
+    test_accuracy = _test_accuracy(run, model)
     image = torch.zeros(1, *p.data.image_shape, device=p.device)
     cost = count(model, image, masks)
-    summary = _summary(run, cost, cost if masks else count(model, image), operators)
+    summary = _summary(run, cost, cost if masks else count(model, image), operators, test_accuracy)
     if run.scalars is not None:
         run.scalars.close()
     run.folder.write_summary(summary)
     return summary
 
 
+def _test_accuracy(run: TrainingRun, model: nn.Module) -> float | None:
+    """Accuracy on the test images, percent, where validation images were held out of the training images."""
+    p = run.prepared
+    if p.data.test is None:
+        return None
+    loader = make_eval_loader(p.config, p.data, "test", p.device)
+    result = evaluate(model, loader, device=p.device, precision=p.config.precision)
+    assert result is not None
+    return result.accuracy
+
+
 def _summary(
-    run: TrainingRun, cost: ModelCost, living: ModelCost, operators: Mapping[str, str]
+    run: TrainingRun,
+    cost: ModelCost,
+    living: ModelCost,
+    operators: Mapping[str, str],
+    test_accuracy: float | None,
 ) -> dict[str, Any]:
     p, state = run.prepared, run.state
     config, pruner, masks, outcome = p.config, p.pruner, p.pruner.masks, p.pruner.outcome()
@@ -77,6 +94,7 @@ def _summary(
         "seed": config.seed,
         "val_accuracy": state.val_accuracy,
         "best_val_accuracy": state.best_val_accuracy,
+        "test_accuracy": test_accuracy,
         "sparsity_asked": getattr(p.method, "sparsity", None),
         "compression_asked": getattr(p.method, "compression_asked", None),
         "outcome": outcome.to_json(),

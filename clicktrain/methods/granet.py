@@ -7,7 +7,8 @@ from dataclasses import dataclass, replace
 from typing import ClassVar
 
 from clicktrain.errors import UserError
-from clicktrain.methods.masks.moving import Gradual, Growing
+from clicktrain.methods.masks.growing import Growing
+from clicktrain.methods.masks.moving import Gradual
 from clicktrain.methods.masks.update_times import check_shares
 from clicktrain.sparsity.registry import choice_name
 from clicktrain.sparsity.regrowth import DROPS, DropChoice, Units, Update, best_of_network

@@ -9,7 +9,7 @@ from torch import Tensor
 
 from clicktrain.errors import UserError
 from clicktrain.graph.prunable import PrunableLayer
-from clicktrain.methods.masks.moving import Growing
+from clicktrain.methods.masks.growing import Growing
 from clicktrain.methods.masks.update_times import check_shares
 from clicktrain.sparsity.distributions import DistributionChoice
 from clicktrain.sparsity.registry import choice_name

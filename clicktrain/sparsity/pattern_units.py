@@ -59,7 +59,10 @@ class PatternUnit:
         return (units & self.pool.masks()[0].to(units.device)).expand(*view).contiguous()
 
     def first(self, units: Tensor, scores: Tensor) -> Tensor:
-        """Mask of weights, each living kernel with its best pattern: [F, C, 1, 1], [F, C, R, S] -> bool."""
+        """Mask of weights, each kept kernel with its best pattern.
+
+        [F, C, 1, 1], [F, C, R, S] -> bool [F, C, R, S].
+        """
         tables = _tables(self.pool, str(scores.device))
         return pattern_mask(best_patterns(scores, tables.masks), units[..., 0, 0], tables.masks.bool())
 

@@ -37,7 +37,7 @@ class Update:
         scores: larger = keep.
         gradients: mean absolute gradient of every unit, dead ones included; empty if nobody reads them.
         shapes: of the layers' weights.
-        sizes: kept weights of a living unit of each layer.
+        sizes: kept weights of a unit of each layer.
         rows: equal parts of a layer, along its filters, in which equally many units live; 1 if not given.
         done: share of the time of all updates that is past.
         seed, seen: what random numbers depend on: the run's seed, batches seen.

@@ -124,7 +124,7 @@ class MovingUnits(Masked):
         return self.spread(shapes, most, 1 - sparsity)
 
     def mask_patterns(self, prunable: PrunableLayers) -> Mapping[str, tuple[tuple[int, ...], ...]]:
-        """Positions (``r * S + s``) that a living kernel may keep, of layers whose kernels are units."""
+        """Positions (``r * S + s``) that a kept kernel may have, of layers whose kernels are units."""
         pools = {}
         for layer in prunable.convs:
             unit, (_, _, r, s) = self.unit_of(layer), layer.view_shape

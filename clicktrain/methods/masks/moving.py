@@ -184,7 +184,7 @@ class Moving(MovingUnits):
         kept, alive = self.move(now)
         changed: int | None = None
         for number, layer in enumerate(prunable.layers):
-            name, unit = layer.name, self.unit_of(layer)
+            name, unit = layer.name, self.unit_at(state, layer)
             if isinstance(unit, PatternUnit):
                 scores, grads = weights[name]
                 if grads is None or not self.grows_by_gradient:
@@ -218,7 +218,7 @@ class Moving(MovingUnits):
         """What the rules see."""
         alive, scores, gradients = {}, {}, {}
         for layer in prunable.layers:
-            name, unit, mask = layer.name, self.unit_of(layer), state.masks.get(layer.name)
+            name, unit, mask = layer.name, self.unit_at(state, layer), state.masks.get(layer.name)
             own, grad = weights[name]
             scores[name] = unit.scores(own)
             everywhere = torch.ones_like(scores[name], dtype=torch.bool)
@@ -268,14 +268,18 @@ class Moving(MovingUnits):
             if open_yet:
                 why = f"{first[name]:.3f} at the start, then by {self.decided_by}"
             rows.append(LayerPlan(name, layer.shape, what, None if open_yet else density, None, why))
+        texts = self.stage_texts(length)
+        lines = [(f"stage {i} {name}", texts[name]) for i, name in enumerate(self.stages, start=1)]
+        return self.show(prunable, state, rows, lines, self.sparsity if open_yet else None)
+
+    def stage_texts(self, length: RunLength) -> dict[str, str]:
+        """What happens in each stage, in words."""
         timing = self.timing(length)
-        texts = {
+        return {
             "dense": f"until batch {timing.begin} of {timing.total}",
             self.moves_in: f"{timing.describe()}, scores by {choice_name(self.criterion)}: {self.describe()}",
             "fixed": "to the end, masks frozen",
         }
-        lines = [(f"stage {i} {name}", texts[name]) for i, name in enumerate(self.stages, start=1)]
-        return self.show(prunable, state, rows, lines, self.sparsity if open_yet else None)
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
@@ -10,7 +11,7 @@ from typing import Literal
 from clicktrain.errors import UserError
 from clicktrain.graph.prunable import PrunableLayer, PrunableLayers
 from clicktrain.methods.masks.masked import Masked, MaskState
-from clicktrain.methods.outcome import NOTED, Reached, Target
+from clicktrain.methods.outcome import NOTED, Reached, Target, planned_far_off
 from clicktrain.sparsity.distributions import DISTRIBUTIONS, DistributionChoice, densities_below
 from clicktrain.sparsity.pattern_units import PatternUnit
 from clicktrain.sparsity.patterns import FIXED_SIZES, PatternPool, all_patterns, fixed_pool
@@ -47,26 +48,16 @@ class MovingUnits(Masked):
             raise UserError(
                 f"compression must be more than 1 (8 keeps an eighth of the weights), not {self.compression}"
             )
+        if self.compression is not None and self.sparsity != Masked.sparsity:
+            raise UserError(
+                f"compression {self.compression:g} and sparsity {self.sparsity:g} are both set: give one"
+            )
         if self.granularity == "pattern":
-            self._pool()
+            self.check_pool()
         elif (self.patterns, self.entries) != (MovingUnits.patterns, MovingUnits.entries):
             raise UserError(
                 f"patterns and entries are of granularity pattern, not {choice_name(self.granularity)}"
             )
-
-    def _pool(self) -> PatternPool:
-        """The pool of 3x3 patterns; UserError if there is none of that size."""
-        if not 1 <= self.entries <= 8:
-            raise UserError(f"entries is a number of positions of a 3x3 kernel, 1 to 8, not {self.entries}")
-        every = math.comb(9, self.entries)
-        if self.patterns == every:
-            return PatternPool(all_patterns(self.entries))
-        if self.entries == 4 and self.patterns in FIXED_SIZES:
-            return fixed_pool(self.patterns)
-        usual = "4, 8, 12, 16 or " if self.entries == 4 else ""
-        raise UserError(
-            f"patterns must be {usual}{every} (all patterns of {self.entries} positions), not {self.patterns}"
-        )
 
     # ---- units ----------------------------------------------------------------------------------
 
@@ -80,8 +71,23 @@ class MovingUnits(Masked):
         if self.granularity != "pattern":
             unit: AnyUnit = UNITS.resolve(self.granularity)
             return unit
-        pool = self._pool()
-        return PatternUnit(pool) if layer.view_shape[2:] == pool.shape else KERNEL
+        r, s = layer.view_shape[2:]
+        pool = self.pool_of((r, s))
+        return KERNEL if pool is None else PatternUnit(pool)
+
+    def check_pool(self) -> None:
+        """UserError if there is no pool of these settings."""
+        fixed_patterns(self.patterns, self.entries)
+
+    def pool_of(self, shape: tuple[int, int]) -> PatternPool | None:
+        """The pool of kernels of a shape, None where they have no patterns."""
+        pool = fixed_patterns(self.patterns, self.entries)
+        return pool if shape == pool.shape else None
+
+    def unit_at(self, state: MaskState, layer: PrunableLayer) -> AnyUnit:
+        """The unit of a layer, where its pool is decided by training."""
+        del state
+        return self.unit_of(layer)
 
     def unit_refusal(self, layer: PrunableLayer) -> str | None:
         """Why the unit has no meaning in a convolution, or None."""
@@ -127,13 +133,11 @@ class MovingUnits(Masked):
         """Positions (``r * S + s``) that a kept kernel may have, of layers whose kernels are units."""
         pools = {}
         for layer in prunable.convs:
-            unit, (_, _, r, s) = self.unit_of(layer), layer.view_shape
+            unit, size = self.unit_of(layer), math.prod(layer.view_shape[2:])
             if isinstance(unit, PatternUnit):
-                pools[layer.name] = tuple(
-                    tuple(i for i in range(r * s) if pattern.bits >> i & 1) for pattern in unit.pool.patterns
-                )
-            elif unit == KERNEL or r * s == 1:
-                pools[layer.name] = (tuple(range(r * s)),)
+                pools[layer.name] = tap_tuples(unit.pool)
+            elif unit == KERNEL or size == 1:
+                pools[layer.name] = (tuple(range(size)),)
         return pools
 
     # ---- target ---------------------------------------------------------------------------------
@@ -158,7 +162,13 @@ class MovingUnits(Masked):
                 f"compression {self.compression:g} cannot be met by this network: the convolutions that stay "
                 f"dense alone are {total / prunable.other_conv_weights:.3g}x"
             )
-        return replace(self, sparsity=1 - left / here)
+        if left >= here:
+            raise UserError(
+                f"compression {self.compression:g} leaves all weights: ask for more than {total / here:.3g}"
+            )
+        done = replace(self, sparsity=1 - left / here, compression=None)
+        object.__setattr__(done, "compression", self.compression)
+        return done
 
     def check_units(self, prunable: PrunableLayers) -> None:
         """UserError where fewer units would live than there are filters, or more weights than units have."""
@@ -182,6 +192,15 @@ class MovingUnits(Masked):
                 f"{what}s to {filters} filters: at most {share:g} can be asked of this network"
             )
 
+    def summary(self, prunable: PrunableLayers, sparsity: float, how: str) -> str:
+        """The last line of a plan: the target, and what is planned or reached."""
+        if self.compression is None:
+            return super().summary(prunable, sparsity, how)
+        kept = (1 - sparsity) * sum(layer.weight.numel() for layer in prunable.counted)
+        found = prunable.conv_weights / max(kept + prunable.other_conv_weights, 1)
+        far_off = planned_far_off(self.compression, found)
+        return f"compression asked {self.compression:g}, {how} {found:.2f}{far_off}"
+
     def targets_of(self, state: MaskState, reached: Reached) -> list[Target]:
         """The compression of all convolution weights, or the sparsity of the layers that are pruned."""
         if self.compression is None:
@@ -194,3 +213,27 @@ class MovingUnits(Masked):
 
 KERNEL = Unit((2, 3))
 """A kernel as a whole."""
+
+
+@functools.lru_cache(maxsize=16)
+def fixed_patterns(patterns: int, entries: int) -> PatternPool:
+    """The pool of ``patterns`` usual 3x3 patterns with ``entries`` positions, or of all of them.
+
+    Raises:
+        UserError: there is no such pool.
+    """
+    if not 1 <= entries <= 8:
+        raise UserError(f"entries is a number of positions of a 3x3 kernel, 1 to 8, not {entries}")
+    every = math.comb(9, entries)
+    if patterns == every:
+        return PatternPool(all_patterns(entries))
+    if entries == 4 and patterns in FIXED_SIZES:
+        return fixed_pool(patterns)
+    usual = "4, 8, 12, 16 or " if entries == 4 else ""
+    raise UserError(f"patterns must be {usual}{every} (all patterns of {entries} positions), not {patterns}")
+
+
+def tap_tuples(pool: PatternPool) -> tuple[tuple[int, ...], ...]:
+    """Positions ``r * S + s`` of each pattern."""
+    size = math.prod(pool.shape)
+    return tuple(tuple(i for i in range(size) if pattern.bits >> i & 1) for pattern in pool.patterns)

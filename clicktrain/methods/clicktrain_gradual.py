@@ -16,12 +16,13 @@ import torch
 from torch import Tensor
 
 from clicktrain.errors import UserError
+from clicktrain.formats.packed import Patterns
 from clicktrain.graph.prunable import PrunableLayer, PrunableLayers
 from clicktrain.methods.base import Action, ApplyMasks, Record, RunLength, StepInfo
 from clicktrain.methods.masks.growing import Growing
 from clicktrain.methods.masks.masked import Masked, MaskState, Tensors
 from clicktrain.methods.masks.moving import Gradual
-from clicktrain.methods.masks.moving_units import AnyUnit, tap_tuples
+from clicktrain.methods.masks.moving_units import AnyUnit
 from clicktrain.methods.masks.update_times import check_shares
 from clicktrain.methods.patterns.selection import PatternLayer, Selection
 from clicktrain.methods.patterns.voting import close_pools, fill_in, read_batch
@@ -147,19 +148,9 @@ class GradualClickTrain(Gradual, Growing):
         unit, pool = self.unit_of(layer), state.selection.pools.get((r, s))
         return unit if pool is None or not isinstance(unit, PatternUnit) else PatternUnit(pool)
 
-    def mask_patterns(
-        self, prunable: PrunableLayers, state: MaskState | None = None
-    ) -> Mapping[str, tuple[tuple[int, ...], ...]]:
-        """Positions that a kept kernel may have; those of a dynamic pool once a state has it."""
-        pools = dict(super().mask_patterns(prunable))
-        found = state.selection.pools if isinstance(state, GradualState) else {}
-        for layer in prunable.convs if self.pool == "dynamic" else ():
-            r, s = layer.view_shape[2:]
-            if isinstance(self.unit_of(layer), PatternUnit):
-                pools.pop(layer.name)
-                if (r, s) in found:
-                    pools[layer.name] = tap_tuples(found[r, s])
-        return pools
+    def mask_patterns(self, state: MaskState, layer: PrunableLayer) -> Patterns | None:
+        """The patterns of the pool, from the end of the votes on; until then layers are dense."""
+        return super().mask_patterns(state, layer) if state.stage == self.moves_in else None
 
     def _layers(self, prunable: PrunableLayers) -> tuple[PatternLayer, ...]:
         """The layers as votes see them: convolutions whose kernels have patterns."""

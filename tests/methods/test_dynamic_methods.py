@@ -200,12 +200,11 @@ def test_the_dead_have_no_momentum(method: str, optimizer_name: str) -> None:
 
 
 @pytest.mark.parametrize("settings", [VARIANTS[0], VARIANTS[4]], ids=["rigl", "dsr-kernel"])
-def test_packed_after_the_last_update(settings: dict[str, Any]) -> None:
+def test_packed_from_the_first_step(settings: dict[str, Any]) -> None:
     plain, packed = Watched(**settings), Watched(packed=True, **settings)
+    assert isinstance(packed.model.get_submodule("deep"), PackedConv2d)
     train(plain.model, plain.optimizer, plain.pruner, 24)
-    train(packed.model, packed.optimizer, packed.pruner, 17)
-    assert isinstance(packed.model.get_submodule("deep"), nn.Conv2d)
-    train(packed.model, packed.optimizer, packed.pruner, 24, start=17)
+    train(packed.model, packed.optimizer, packed.pruner, 24)
     assert isinstance(packed.model.get_submodule("deep"), PackedConv2d)
     packed.pruner.finish()
     plain.pruner.finish()

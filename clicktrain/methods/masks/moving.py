@@ -5,15 +5,16 @@ Between updates masks hold at every step: pruned weights have no gradient, and n
 that no momentum moves them, or starts them off when they grow. The gradient of a pruned weight is read first
 where units grow by it. The papers skip the optimizer's step at an update; here it has happened before.
 
-Until masks are frozen a run is charged the dense cost in `clicktrain.train.prepare`, although most weights
-are zero: no operator makes use of positions that still change.
+Where layers are to be packed they are so from the first step, or from the update on that leaves enough zeros.
+Then nothing outside the masks is stored, no step touches it, and the fast kernels run while positions move;
+only a step whose gradients let units grow computes those of all weights.
 """
 
 from __future__ import annotations
 
 import abc
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import ClassVar
 
@@ -112,7 +113,7 @@ class Moving(MovingUnits):
 
     @property
     def grows_by_gradient(self) -> bool:
-        """Whether what grows is chosen by gradients; else at random."""
+        """Whether what grows is chosen by gradients, those of pruned weights too; else at random."""
         return False
 
     def root_scores(self, layer: PrunableLayer, grad: Tensor | None) -> Tensor:
@@ -143,13 +144,35 @@ class Moving(MovingUnits):
         timing = self.timing(step.length)
         if state.stage == "fixed":
             return
-        moves = timing.due(step.seen, state.updated) or (self.moves_last and step.seen >= timing.end)
-        if self.needs_gradients and moves:
+        whole = not self.grows_by_gradient or all(layer.whole_gradient for layer in prunable.layers)
+        if self.needs_gradients and self._moves(state, timing, step.seen) and whole:
             self.keep_gradients(state, prunable, step)
         for layer in prunable.layers:
             mask = state.masks.get(layer.name)
             if mask is not None and layer.weight.grad is not None:
                 layer.weight.grad.masked_fill_(~mask, 0.0)
+
+    def _moves(self, state: MaskState, timing: Timing, seen: int) -> bool:
+        """Whether units move after this many batches."""
+        return timing.due(seen, state.updated) or (self.moves_last and seen >= timing.end)
+
+    def wants_gradients(self, state: MaskState, length: RunLength, seen: int) -> bool:
+        """At an update that lets units grow where the gradient is large."""
+        return (
+            self.grows_by_gradient
+            and state.stage != "fixed"
+            and self._moves(state, self.timing(length), seen)
+        )
+
+    def after_packing(self, state: MaskState, names: Collection[str]) -> None:
+        """Packed layers hold their masks."""
+        state.masks = {name: mask for name, mask in state.masks.items() if name not in names}
+
+    def masks_now(self, state: MaskState, prunable: PrunableLayers) -> Tensors:
+        """The masks of all layers, those of packed ones built from their index; none while all is dense."""
+        every = ((layer.name, state.masks.get(layer.name), layer) for layer in prunable.layers)
+        masks = {name: layer.packed_mask if mask is None else mask for name, mask, layer in every}
+        return {name: mask for name, mask in masks.items() if mask is not None}
 
     def after_step(self, state: MaskState, prunable: PrunableLayers, step: StepInfo) -> Sequence[Action]:
         """Hold the masks; move units when it is time; freeze them after the last time."""
@@ -167,8 +190,9 @@ class Moving(MovingUnits):
         if not timing.due(step.seen, state.updated) or not read:
             state.gradients = {}
             return [*actions, ApplyMasks(state.masks)] if state.masks else actions
-        event = self._update(state, prunable, step.seen, timing.done(step.seen))
-        return [*actions, Record(event), ApplyMasks(state.masks, forget=True)]
+        masks, event = self._update(state, prunable, step.seen, timing.done(step.seen))
+        state.masks = {layer.name: masks[layer.name] for layer in prunable.layers if not layer.packed}
+        return [*actions, Record(event), ApplyMasks(masks, forget=True)]
 
     def event(self, now: Update, kept: Units, alive: Units, threshold: float) -> Event:
         """What to record about a move, with the threshold that units were dropped by."""
@@ -176,30 +200,33 @@ class Moving(MovingUnits):
         dropped, grown = now.weights(now.alive) - after, now.weights(alive) - after
         return RegrownEvent(dropped=dropped, grown=grown, threshold=threshold)
 
-    def _update(self, state: MaskState, prunable: PrunableLayers, seen: int, done: float) -> Event:
-        """Drop and grow. Grown weights are zero already: dead ones were."""
+    def _update(
+        self, state: MaskState, prunable: PrunableLayers, seen: int, done: float
+    ) -> tuple[Tensors, Event]:
+        """Drop and grow: the new masks. Grown weights are zero already: dead ones were."""
+        before = self.masks_now(state, prunable)
         weights = {layer.name: self._weights(state, layer) for layer in prunable.layers}
-        now = self._now(state, prunable, weights, seen, done)
+        now = self._now(state, prunable, before, weights, seen, done)
         threshold = state.memory.get("threshold", ABSENT)
         kept, alive = self.move(now)
+        masks: Tensors = {}
         changed: int | None = None
         for number, layer in enumerate(prunable.layers):
             name, unit = layer.name, self.unit_at(state, layer)
-            if isinstance(unit, PatternUnit):
-                scores, grads = weights[name]
-                if grads is None or not self.grows_by_gradient:
-                    grads = random_numbers(scores.shape, now.seed, seen, len(prunable.layers) + number)
-                before = layer.view(state.masks[name]) if name in state.masks else None
-                moved = unit.rearranged(before, kept[name], alive[name], scores, grads, now.rows_of(name))
-                mask, changed = moved.mask, (changed or 0) + moved.changed
-            else:
-                mask = unit.weights(alive[name], layer.view_shape)
-            state.masks[name] = layer.unview(mask)
+            if not isinstance(unit, PatternUnit):
+                masks[name] = layer.unview(unit.weights(alive[name], layer.view_shape))
+                continue
+            scores, grads = weights[name]
+            if grads is None or not self.grows_by_gradient:
+                grads = random_numbers(scores.shape, now.seed, seen, len(prunable.layers) + number)
+            old = layer.view(before[name]) if name in before else None
+            moved = unit.rearranged(old, kept[name], alive[name], scores, grads, now.rows_of(name))
+            masks[name], changed = layer.unview(moved.mask), (changed or 0) + moved.changed
         state.updated, state.gradients = seen, {}
         event = self.event(now, kept, alive, threshold)
         if changed is not None and isinstance(event, RegrownEvent):
-            return replace(event, patterns_changed=changed)
-        return event
+            event = replace(event, patterns_changed=changed)
+        return masks, event
 
     def _weights(self, state: MaskState, layer: PrunableLayer) -> tuple[Tensor, Tensor | None]:
         """Scores of weights, and magnitudes of their gradients, as views [F, C, R, S]."""
@@ -211,6 +238,7 @@ class Moving(MovingUnits):
         self,
         state: MaskState,
         prunable: PrunableLayers,
+        masks: Tensors,
         weights: Mapping[str, tuple[Tensor, Tensor | None]],
         seen: int,
         done: float,
@@ -218,7 +246,7 @@ class Moving(MovingUnits):
         """What the rules see."""
         alive, scores, gradients = {}, {}, {}
         for layer in prunable.layers:
-            name, unit, mask = layer.name, self.unit_at(state, layer), state.masks.get(layer.name)
+            name, unit, mask = layer.name, self.unit_at(state, layer), masks.get(layer.name)
             own, grad = weights[name]
             scores[name] = unit.scores(own)
             everywhere = torch.ones_like(scores[name], dtype=torch.bool)
@@ -233,8 +261,8 @@ class Moving(MovingUnits):
     def last_masks(self, state: MaskState, prunable: PrunableLayers) -> Tensors:
         """The masks that are frozen, after a last move if there is one."""
         if self.moves_last:
-            self._update(state, prunable, state.updated + 1, 1.0)
-        return state.masks
+            return self._update(state, prunable, state.updated + 1, 1.0)[0]
+        return self.masks_now(state, prunable)
 
     def budget(self, now: Update) -> int:
         """Weights that live at the sparsity asked for: the same at every time but for parts of units."""

@@ -9,6 +9,7 @@ from dataclasses import dataclass, replace
 from typing import Literal
 
 from clicktrain.errors import UserError
+from clicktrain.formats.packed import Patterns
 from clicktrain.graph.prunable import PrunableLayer, PrunableLayers
 from clicktrain.methods.masks.masked import Masked, MaskState
 from clicktrain.methods.outcome import NOTED, Reached, Target, planned_far_off
@@ -129,16 +130,14 @@ class MovingUnits(Masked):
         most = {layer.name: self.most_of(layer) for layer in prunable.layers}
         return self.spread(shapes, most, 1 - sparsity)
 
-    def mask_patterns(self, prunable: PrunableLayers) -> Mapping[str, tuple[tuple[int, ...], ...]]:
-        """Positions (``r * S + s``) that a kept kernel may have, of layers whose kernels are units."""
-        pools = {}
-        for layer in prunable.convs:
-            unit, size = self.unit_of(layer), math.prod(layer.view_shape[2:])
-            if isinstance(unit, PatternUnit):
-                pools[layer.name] = tap_tuples(unit.pool)
-            elif unit == KERNEL or size == 1:
-                pools[layer.name] = (tuple(range(size)),)
-        return pools
+    def mask_patterns(self, state: MaskState, layer: PrunableLayer) -> Patterns | None:
+        """The patterns of the pool; whole kernels keep every position, single weights any."""
+        unit = self.unit_at(state, layer)
+        if isinstance(unit, PatternUnit):
+            return tap_tuples(unit.pool)
+        filters, channels, *kernel = layer.view_shape
+        whole = tuple(unit.shape(layer.view_shape)) == (filters, channels, 1, 1)
+        return (tuple(range(math.prod(kernel))),) if whole else ()
 
     # ---- target ---------------------------------------------------------------------------------
 
@@ -155,7 +154,7 @@ class MovingUnits(Masked):
         """
         if self.compression is None or not prunable.layers:
             return self
-        total, here = prunable.conv_weights, sum(layer.weight.numel() for layer in prunable.counted)
+        total, here = prunable.conv_weights, sum(math.prod(layer.shape) for layer in prunable.counted)
         left = total / self.compression - prunable.other_conv_weights
         if left <= 0:
             raise UserError(
@@ -175,8 +174,8 @@ class MovingUnits(Masked):
         units = weights = most = 0.0
         for layer in prunable.layers:
             count = math.prod(self.unit_of(layer).shape(layer.view_shape))
-            units, weights = units + count, weights + layer.weight.numel()
-            most += self.most_of(layer) * layer.weight.numel()
+            units, weights = units + count, weights + math.prod(layer.shape)
+            most += self.most_of(layer) * math.prod(layer.shape)
         if (1 - self.sparsity) * weights > 1.01 * most:
             raise UserError(
                 f"a sparsity of {self.sparsity:.3g} is less than patterns alone prune: "
@@ -196,7 +195,7 @@ class MovingUnits(Masked):
         """The last line of a plan: the target, and what is planned or reached."""
         if self.compression is None:
             return super().summary(prunable, sparsity, how)
-        kept = (1 - sparsity) * sum(layer.weight.numel() for layer in prunable.counted)
+        kept = (1 - sparsity) * sum(math.prod(layer.shape) for layer in prunable.counted)
         found = prunable.conv_weights / max(kept + prunable.other_conv_weights, 1)
         far_off = planned_far_off(self.compression, found)
         return f"compression asked {self.compression:g}, {how} {found:.2f}{far_off}"
@@ -233,7 +232,7 @@ def fixed_patterns(patterns: int, entries: int) -> PatternPool:
     raise UserError(f"patterns must be {usual}{every} (all patterns of {entries} positions), not {patterns}")
 
 
-def tap_tuples(pool: PatternPool) -> tuple[tuple[int, ...], ...]:
+def tap_tuples(pool: PatternPool) -> Patterns:
     """Positions ``r * S + s`` of each pattern."""
     size = math.prod(pool.shape)
     return tuple(tuple(i for i in range(size) if pattern.bits >> i & 1) for pattern in pool.patterns)

@@ -49,7 +49,8 @@ GROUPS: dict[str, tuple[str, str]] = {
     "optimization": (
         "epochs batch_size optimizer learning_rate schedule",
         "weight_decay momentum nesterov decay_norm_and_bias warmup_epochs bias_rate_factor milestones gamma "
-        "label_smoothing learning_rate_batch learning_rate_scaling ema_decay clip_grad_norm accumulate "
+        "second_cycle cycle_floor label_smoothing learning_rate_batch learning_rate_scaling ema_decay "
+        "lookahead recalibrate_norms clip_grad_norm accumulate "
         "dynamic_batch memory_budget batch_granularity batch_limit batch_lr seed",
     ),
     "machine and files": (

@@ -281,6 +281,29 @@ class OperatorsEvent(Event, kind="operators"):
     layers: Mapping[str, str]
 
 
+class RestartEvent(Event, kind="learning_rate_restart"):
+    """Masks are frozen and the second cycle of the learning rate begins, at ``height`` of its peak.
+
+    ``planned_epoch`` is where the first cycle was to end, None if that was not known. ``damage`` is what rule
+    ``norm`` or ``loss`` says, the latter from the mean loss of the same batches before and after.
+    """
+
+    height: float
+    rule: str
+    planned_epoch: float | None
+    damage: float = ABSENT
+    loss_before: float = ABSENT
+    loss_after: float = ABSENT
+
+
+class NormsEvent(Event, kind="norms_recalibrated"):
+    """Batch norm statistics were measured anew, over ``batches`` training batches."""
+
+    batches: int
+    images: int
+    train_flops: int
+
+
 class LogMendedEvent(Event, kind="log_mended"):
     """A log was changed between a checkpoint and resumption; ``lines_kept`` of its lines remain."""
 

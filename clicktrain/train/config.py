@@ -27,6 +27,7 @@ from clicktrain.settings import (
 
 Precision = Literal["fp32", "bf16", "fp16"]
 BatchRate = Literal["linear", "sqrt", "none"]
+SecondCycleRule = Literal["norm", "loss"]
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -105,6 +106,13 @@ class RunConfig:
     """Shares of the run at which the step schedule lowers the learning rate."""
     gamma: float = 0.1
     """Factor of the step schedule at each milestone."""
+    second_cycle: float | SecondCycleRule | None = None
+    """Restart the learning rate when masks are frozen: the schedule ends at cycle_floor just before, then the
+    rate falls in a line from this share of the peak to zero at the end of the run. norm, loss: the share of
+    the run that is left, or the damage done by freezing (norm of the weights that went; rise of the training
+    loss) if that is more."""
+    cycle_floor: float = 0.05
+    """Share of the peak at which the first of two cycles ends (second_cycle)."""
     label_smoothing: float = 0.0
     """Share of each label spread evenly over all classes."""
     mixup: float = 0.0
@@ -118,7 +126,14 @@ class RunConfig:
     """Make the first convolution whiten patches of the training images, and keep it so; by default only in
     cifarnet, which is made for it."""
     ema_decay: float = 0.0
-    """Decay per step of the moving average of the weights, which is then evaluated and saved; 0 is off."""
+    """Decay per step of the moving average of the weights, which is then evaluated and saved; 0 is off. It
+    begins again when masks are frozen."""
+    lookahead: bool = False
+    """Every 5 steps the weights go back to slow weights that follow them, ever more slowly (Lookahead); these
+    are evaluated and saved, and begin again when masks are frozen."""
+    recalibrate_norms: int = 0
+    """Training batches over which batch norm statistics are measured anew once masks are frozen and, of an
+    average of the weights, before it is evaluated and saved; 0 is off."""
     clip_grad_norm: float = 0.0
     """Largest allowed norm of the whole gradient; 0 is off."""
     accumulate: int = 1
@@ -161,7 +176,7 @@ class RunConfig:
         for name in ("width", "learning_rate", "bias_rate_factor", "gamma", "val_fraction"):
             if not 0 < (value := getattr(self, name)) < math.inf:
                 raise UserError(f"{name} is {shown(value)}: must be above 0")
-        for name in ("momentum", "label_smoothing", "ema_decay", "val_fraction"):
+        for name in ("momentum", "label_smoothing", "ema_decay", "val_fraction", "cycle_floor"):
             if not 0 <= (value := getattr(self, name)) < 1:
                 raise UserError(f"{name} is {shown(value)}: must be at least 0 and below 1")
         for name, hint in type_hints(RunConfig).items():
@@ -172,6 +187,9 @@ class RunConfig:
                 f"warmup_epochs is {self.warmup_epochs}: must be less than epochs ({self.epochs})"
             )
         self._check_dynamic_batch()
+        self._check_second_cycle()
+        if self.lookahead and self.ema_decay:
+            raise UserError("lookahead and ema_decay are both set: only one average of the weights is kept")
         if self.optimizer == "sgd" and self.nesterov and self.momentum == 0:
             raise UserError("nesterov is true but momentum is 0: set nesterov to false or momentum above 0")
         if not all(low < high for low, high in itertools.pairwise((0.0, *self.milestones, 1.0))):
@@ -193,6 +211,19 @@ class RunConfig:
         for name in ("memory_budget", "batch_limit"):
             if getattr(self, name) is not None and not self.dynamic_batch:
                 raise UserError(f"{name} is set but dynamic_batch is false: set that to true too")
+
+    def _check_second_cycle(self) -> None:
+        height = self.second_cycle
+        if height is None:
+            return
+        convert("second_cycle", height, type_hints(RunConfig)["second_cycle"])
+        if not isinstance(height, str) and not 0 < height < math.inf:
+            raise UserError(f"second_cycle is {shown(height)}: must be above 0")
+        if self.schedule in ("step", "constant"):
+            raise UserError(
+                f"second_cycle is set but schedule {self.schedule} does not fall to a floor: use cosine, "
+                "linear, triangular or onecycle"
+            )
 
     @property
     def images_per_step(self) -> int:
@@ -228,6 +259,7 @@ _RANGES = {
     "weight_decay": (0, math.inf),
     "mixup": (0, math.inf),
     "clip_grad_norm": (0, math.inf),
+    "recalibrate_norms": (0, 1_000_000),
 }
 """Smallest and largest value; the system would refuse larger numbers, for lack of memory or threads."""
 

@@ -101,6 +101,8 @@ def _fit(
         else:
             run.begin()
         progress.start(config, method, prepared)
+        if config.second_cycle is not None and prepared.cycle is None:
+            progress.message(f"second_cycle has no effect: method {config.method} never freezes masks")
         try:
             while run.state.epoch < config.epochs:
                 train_epoch(run, stop)

@@ -20,6 +20,7 @@ from clicktrain.latency.machine import cpu_name, gpu_name, versions
 from clicktrain.methods.driver.publisher import ChannelsRemoved, MasksFrozen
 from clicktrain.runs.format import FORMAT_VERSION
 from clicktrain.surgery import SurgeryPlan, write_recipe
+from clicktrain.train.after_cut import recalibrate_
 from clicktrain.train.epoch import check_outputs, note_accuracy
 from clicktrain.train.evaluate import evaluate
 from clicktrain.train.operators import operator_names
@@ -41,6 +42,8 @@ def finish_run(run: TrainingRun) -> dict[str, Any]:
         plain = p.pruner.finish()
     model = plain if run.average is None else run.average.module  # unpacked and masked as the network is
     masks = p.pruner.masks
+    if p.config.recalibrate_norms and (changes or run.average is not None):
+        recalibrate_(run, model, epoch=p.config.epochs)
     if changes:  # what was evaluated is not what is saved
         result = evaluate(model, p.val_loader, device=p.device, precision=p.config.precision)
         assert result is not None

@@ -315,6 +315,11 @@ class Pruner:
         return self.method.stage(self._state)
 
     @property
+    def cut_epoch(self) -> float | None:
+        """Epochs done when masks are to be frozen, as far as that is known; see `Method.cut_epoch`."""
+        return self.method.cut_epoch(self._state, self.length)
+
+    @property
     def penalized_channels(self) -> Mapping[str, tuple[ChannelAxis, ...]]:
         """Layer name -> channels that are being pushed towards zero; see `Method.penalized_channels`."""
         return self.method.penalized_channels(self._state)

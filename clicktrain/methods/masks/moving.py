@@ -197,6 +197,11 @@ class Moving(Masked):
         event = self._update(state, prunable, step.seen, timing.done(step.seen))
         return [*actions, Record(event), ApplyMasks(state.masks, forget=True)]
 
+    def cut_epoch(self, state: MaskState, length: RunLength) -> float | None:
+        """When units have moved for the last time."""
+        del state
+        return self.timing(length).end / length.steps_per_epoch
+
     def event(self, now: Update, kept: Units, alive: Units, threshold: float) -> Event:
         """What to record about a move, with the threshold that units were dropped by."""
         after = now.weights(kept)

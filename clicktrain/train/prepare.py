@@ -184,7 +184,7 @@ def prepare(config: RunConfig, method: Method[Any], *, begins: bool = True) -> P
         device=device,
         data=data,
         train_loader=train_loader,
-        val_loader=make_val_loader(config, data, device),
+        val_loader=make_eval_loader(config, data, "val", device),
         model=model,
         optimizer=optimizer,
         scheduler=make_scheduler(optimizer, config, steps, sizes, cycle),
@@ -242,16 +242,11 @@ def make_train_loader(config: RunConfig, data: ImageData, device: torch.device) 
     return _make_loader(config, data, "train", device, augment=augmentation(config, data), drop_last=whole)
 
 
-def make_val_loader(config: RunConfig, data: ImageData, device: torch.device) -> Loader:
-    """Make the loader of the validation split, without augmentation."""
-    return _make_loader(config, data, "val", device, augment=Augment(), drop_last=False)
-
-
-def make_test_loader(config: RunConfig, data: ImageData, device: torch.device) -> Loader | None:
-    """Make the loader of the test split, where validation images were held out of the training images."""
-    if data.test is None:
-        return None
-    return _make_loader(config, data, "test", device, augment=Augment(), drop_last=False)
+def make_eval_loader(
+    config: RunConfig, data: ImageData, split: Literal["val", "test"], device: torch.device
+) -> Loader:
+    """Make the loader of the validation or test split, without augmentation; UserError if there is none."""
+    return _make_loader(config, data, split, device, augment=Augment(), drop_last=False)
 
 
 def _make_loader(

@@ -24,7 +24,7 @@ from clicktrain.train.after_cut import recalibrate_
 from clicktrain.train.epoch import check_outputs, note_accuracy
 from clicktrain.train.evaluate import evaluate
 from clicktrain.train.operators import operator_names
-from clicktrain.train.prepare import make_test_loader
+from clicktrain.train.prepare import make_eval_loader
 from clicktrain.train.training_run import TrainingRun
 
 
@@ -70,9 +70,9 @@ def finish_run(run: TrainingRun) -> dict[str, Any]:
 def _test_accuracy(run: TrainingRun, model: nn.Module) -> float | None:
     """Accuracy on the test images, percent, where validation images were held out of the training images."""
     p = run.prepared
-    loader = make_test_loader(p.config, p.data, p.device)
-    if loader is None:
+    if p.data.test is None:
         return None
+    loader = make_eval_loader(p.config, p.data, "test", p.device)
     result = evaluate(model, loader, device=p.device, precision=p.config.precision)
     assert result is not None
     return result.accuracy

@@ -11,9 +11,9 @@ from clicktrain.data import Augment, mixup, seeded_generator
 from clicktrain.data.augment import (
     augment_and_normalize,
     cutout,
+    mirrored_in_epoch,
     random_boxes,
     random_crop,
-    mirrored_in_epoch,
     random_flip,
     random_resized_crop,
 )

@@ -47,7 +47,7 @@ def test_convolutions_begin_as_the_identity():
 
 def literal_precision(images, side):
     """The inverse of the patches' covariance with the noise, from patches taken one by one."""
-    n, c, h, w = images.shape
+    n, _, h, w = images.shape
     patches = [
         images[i, :, y : y + side, x : x + side].reshape(-1)
         for i in range(n) for y in range(h - side + 1) for x in range(w - side + 1)

@@ -297,7 +297,7 @@ class RestartEvent(Event, kind="learning_rate_restart"):
 
 
 class NormsEvent(Event, kind="norms_recalibrated"):
-    """Batch norm statistics were measured anew, over ``batches`` training batches."""
+    """Batch norm statistics were measured again, over ``batches`` training batches."""
 
     batches: int
     images: int

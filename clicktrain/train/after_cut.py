@@ -76,7 +76,7 @@ def _losses(run: TrainingRun, cycle: SecondCycle) -> tuple[float, float]:
 
 
 def recalibrate_(run: TrainingRun, model: nn.Module, *, epoch: int) -> None:
-    """Measure the batch norm statistics of the network, or of its average, anew; counted in FLOPs.
+    """Measure the batch norm statistics of the network, or of its average, again; counted in FLOPs.
 
     On the first batches of an epoch, which need not be one of the run.
     """

@@ -109,7 +109,7 @@ class RunConfig:
     second_cycle: float | SecondCycleRule | None = None
     """Restart the learning rate when masks are frozen: the schedule ends at cycle_floor just before, then the
     rate falls in a line from this share of the peak to zero at the end of the run. norm, loss: the share of
-    the run that is left, or the damage done by freezing (norm of the weights that went; rise of the training
+    the run that is left, or the damage done by freezing (norm of the pruned weights; rise of the training
     loss) if that is more."""
     cycle_floor: float = 0.05
     """Share of the peak at which the first of two cycles ends (second_cycle)."""
@@ -132,7 +132,7 @@ class RunConfig:
     """Every 5 steps the weights go back to slow weights that follow them, ever more slowly (Lookahead); these
     are evaluated and saved, and begin again when masks are frozen."""
     recalibrate_norms: int = 0
-    """Training batches over which batch norm statistics are measured anew once masks are frozen and, of an
+    """Training batches over which batch norm statistics are measured again once masks are frozen and, of an
     average of the weights, before it is evaluated and saved; 0 is off."""
     clip_grad_norm: float = 0.0
     """Largest allowed norm of the whole gradient; 0 is off."""

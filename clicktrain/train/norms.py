@@ -1,4 +1,4 @@
-"""Batch norm statistics that are measured anew, after weights changed without them."""
+"""Batch norm statistics that are measured again, after weights changed without them."""
 
 from __future__ import annotations
 

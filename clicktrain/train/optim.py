@@ -178,7 +178,7 @@ def learning_rate_factor(
 
 
 def warmup_steps(config: RunConfig, run_steps: int) -> int:
-    """Optimizer steps of the warm-up in a run of so many."""
+    """Optimizer steps of the warm-up in a run of `run_steps`."""
     return round(config.warmup_epochs / config.epochs * run_steps)
 
 

@@ -113,7 +113,7 @@ class SecondCycle:
             done = step / max(self._total if state.cut is None else state.cut, 1e-9)
         return min(max(done, 0.0), 1.0)
 
-    # ---- what a run tells ---------------------------------------------------------------------
+    # ---- what a run reports ------------------------------------------------------------------
 
     @property
     def planned_epoch(self) -> float | None:

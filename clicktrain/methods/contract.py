@@ -283,9 +283,12 @@ class MethodHooks(abc.ABC, Generic[S]):
         """Name of the current stage; the state's ``stage`` by default."""
         return str(getattr(state, "stage", "dense"))
 
-    def cut_epoch(self, state: S, length: RunLength) -> float | None:
-        """Epochs done when masks are to be frozen, as far as settings and state say; None: not known yet."""
-        del state, length
+    def cut_epoch(self, state: S, length: RunLength, *, latest: bool = False) -> float | None:
+        """Epochs done when masks are to be frozen, as far as settings and state say; None: not known yet.
+
+        ``latest``: at the latest, where it is not known. A run that is too short is a UserError.
+        """
+        del state, length, latest
         return None
 
     def at_start(self, state: S, prunable: PrunableLayers, length: RunLength) -> Sequence[Action]:

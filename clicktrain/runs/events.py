@@ -304,6 +304,24 @@ class NormsEvent(Event, kind="norms_recalibrated"):
     train_flops: int
 
 
+class TimePlannedEvent(Event, kind="time_planned"):
+    """How many epochs a time budget allows, from times measured before the run; all in seconds.
+
+    ``times`` are those of a batch, an evaluation and a checkpoint, of the dense run (``dense``), of this one
+    before masks are frozen (``before``) and after (``after``, None where that is not known to come).
+    ``cut_epoch`` is when masks are frozen at the latest.
+    """
+
+    time_budget: float | str
+    dense_epochs: int
+    epochs: int
+    seconds_asked: float
+    seconds_planned: float
+    planning_seconds: float
+    cut_epoch: float | None
+    times: Mapping[str, Mapping[str, float] | None]
+
+
 class LogMendedEvent(Event, kind="log_mended"):
     """A log was changed between a checkpoint and resumption; ``lines_kept`` of its lines remain."""
 

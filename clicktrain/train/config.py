@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import itertools
 import math
+import re
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -61,6 +62,11 @@ class RunConfig:
     ones by default."""
     epochs: int = 60
     """Passes over the training images."""
+    time_budget: float | str | None = None
+    """Train for as long as fits: a share of the time of the dense run of the same settings and epochs (1.0),
+    or a time (90s, 20min, 2h). Steps are measured before the run starts, and epochs is set to what fits."""
+    budget_epochs: int | None = None
+    """Epochs of the dense run that time_budget is a share of; epochs by default, which planning replaces."""
     batch_size: int = 128
     """Images in one forward and backward pass; the optimizer steps on batch_size x accumulate images."""
     dynamic_batch: bool = False
@@ -188,6 +194,10 @@ class RunConfig:
             )
         self._check_dynamic_batch()
         self._check_second_cycle()
+        if self.time_budget is not None:
+            budget_of(self.time_budget)
+        elif self.budget_epochs is not None:
+            raise UserError("budget_epochs is set but time_budget is not: set that too")
         if self.lookahead and self.ema_decay:
             raise UserError("lookahead and ema_decay are both set: only one average of the weights is kept")
         if self.optimizer == "sgd" and self.nesterov and self.momentum == 0:
@@ -241,6 +251,7 @@ class RunConfig:
 
 _RANGES = {
     "epochs": (1, 1_000_000),
+    "budget_epochs": (1, 1_000_000),
     "batch_size": (1, 10_000_000),
     "accumulate": (1, 1_000_000),
     "evaluate_every": (1, 1_000_000),
@@ -262,6 +273,29 @@ _RANGES = {
     "recalibrate_norms": (0, 1_000_000),
 }
 """Smallest and largest value; the system would refuse larger numbers, for lack of memory or threads."""
+
+
+_SECONDS = {"s": 1, "sec": 1, "min": 60, "h": 3600}
+_MOST_SHARE = 10
+"""The largest share of the dense run; a larger number is meant as a time."""
+
+
+def budget_of(value: float | str) -> tuple[float | None, float | None]:
+    """A time budget as a share of the dense run, or in seconds; the other is None. UserError otherwise."""
+    if isinstance(value, str):
+        amount = re.fullmatch(r"\s*(\d+(?:\.\d*)?)\s*([a-z]+)\s*", value)
+        if amount is None or amount[2] not in _SECONDS or not float(amount[1]) > 0:
+            raise UserError(
+                f"time_budget is {shown(value)}: write a share of the dense run's time, as 1.0, or a time, "
+                "as 90s, 20min or 2h"
+            )
+        return None, float(amount[1]) * _SECONDS[amount[2]]
+    if not 0 < value <= _MOST_SHARE:
+        raise UserError(
+            f"time_budget is {shown(value)}: a share of the dense run's time is above 0 and at most "
+            f"{_MOST_SHARE}; a time has a unit, as 90s, 20min or 2h"
+        )
+    return value, None
 
 
 def resolve_method(name: str, **settings: Any) -> Method[Any]:

@@ -18,7 +18,7 @@ from clicktrain.compiler import Accelerated
 from clicktrain.errors import UserError
 from clicktrain.formats.atomic import append_jsonl
 from clicktrain.methods.driver.publisher import ChannelsRemoved, MasksFrozen, ParametersReplaced, Wrapped
-from clicktrain.runs.events import Event, LogMendedEvent
+from clicktrain.runs.events import Event, LogMendedEvent, TimePlannedEvent
 from clicktrain.runs.folder import RunFolder
 from clicktrain.sparsity.masks import conv_masks
 from clicktrain.train.averages import SlowWeights, make_average
@@ -54,6 +54,8 @@ class TrainingRun:
     state: TrainState = field(default_factory=TrainState)
     average: AveragedModel | None = None
     scalars: ScalarLog | None = None
+    planned: TimePlannedEvent | None = None
+    """How long the run was planned to be, where there is a time budget and the run begins."""
     memory: TrainingMemory | None = None
     """Memory of an iteration of the present network; None while it has to be estimated again."""
 
@@ -213,6 +215,10 @@ class TrainingRun:
     def _start(self) -> None:
         """Write what was decided before the first step, and the checkpoint that comes before it."""
         self.state.earlier = self.prepared.earlier
+        if self.planned is not None:
+            self.state.seconds_asked = self.planned.seconds_asked
+            self.state.seconds_planned = self.planned.seconds_planned
+            self.record(self.planned)
         for event in self.prepared.pruner.events:
             append_jsonl(self.folder.events, event)
         self.prepared.pruner.subscribe(self._write_event, Event)

@@ -197,9 +197,9 @@ class Moving(Masked):
         event = self._update(state, prunable, step.seen, timing.done(step.seen))
         return [*actions, Record(event), ApplyMasks(state.masks, forget=True)]
 
-    def cut_epoch(self, state: MaskState, length: RunLength) -> float | None:
+    def cut_epoch(self, state: MaskState, length: RunLength, *, latest: bool = False) -> float | None:
         """When units have moved for the last time."""
-        del state
+        del state, latest
         return self.timing(length).end / length.steps_per_epoch
 
     def event(self, now: Update, kept: Units, alive: Units, threshold: float) -> Event:

@@ -244,6 +244,8 @@ class MethodHooks(abc.ABC, Generic[S]):
     first forward pass."""
     prunes: ClassVar[bool] = True
     """The method removes or masks weights."""
+    freezes: ClassVar[bool] = True
+    """A run of the method has a moment at which masks are frozen."""
     settings_exclude: ClassVar[tuple[str, ...]] = ()
 
     def __post_init__(self) -> None:
@@ -264,6 +266,11 @@ class MethodHooks(abc.ABC, Generic[S]):
         """Find the layers that this method may prune."""
         return find_prunable(model, trained)
 
+    def fitted(self, prunable: PrunableLayers) -> MethodHooks[S]:
+        """Return these settings completed by what follows from the network; the pruner goes on with them."""
+        del prunable
+        return self
+
     @abc.abstractmethod
     def init(self, prunable: PrunableLayers, length: RunLength) -> S:
         """Return the state before the first step; raise UserError if the target cannot be met."""
@@ -283,6 +290,14 @@ class MethodHooks(abc.ABC, Generic[S]):
     def stage(self, state: S) -> str:
         """Name of the current stage; the state's ``stage`` by default."""
         return str(getattr(state, "stage", "dense"))
+
+    def cut_epoch(self, state: S, length: RunLength, *, latest: bool = False) -> float | None:
+        """Epochs done when masks are to be frozen, as far as settings and state say; None: not known yet.
+
+        ``latest``: at the latest, where it is not known. A run that is too short is a UserError.
+        """
+        del state, length, latest
+        return None
 
     def at_start(self, state: S, prunable: PrunableLayers, length: RunLength) -> Sequence[Action]:
         """Return the actions before the first forward pass, for networks that start out sparse.

@@ -135,8 +135,10 @@ def test_every_step_is_that_of_the_paper(settings: dict[str, Any]) -> None:
 def check_rigl(run: Watched, previous: dict[str, Tensor], seen: int, kernel: bool, gradient: bool) -> None:
     for name in ALL:
         before, now = alive(previous[name], kernel), alive(run.pruner.masks[name], kernel)
-        expected = reference.rigl_update(
-            as_units(run.weights[name], kernel), as_units(run.gradients[name], kernel), before, seen, 18, 0.3
+        weights, grads = as_units(run.weights[name], kernel), as_units(run.gradients[name], kernel)
+        kept, expected = reference.rigl_halves(weights, grads, before, seen, 18, 0.3)
+        expected = reference.with_living_filters(
+            weights, grads, before, kept, expected, len(run.weights[name])
         )
         assert sum(now) == sum(before)
         if gradient:

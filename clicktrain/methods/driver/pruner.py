@@ -102,6 +102,7 @@ class Pruner:
         if inputs is not None and not inputs.tensors():
             raise UserError(f"example is {shown(example)}, which holds no tensor: give a batch of inputs")
         prunable = replace(method.find_prunable(model, self._optimizers.parameters()), example=inputs)
+        self.method = method = method.fitted(prunable)
         weights = [layer.weight for layer in prunable.layers]
         self._optimizers.check(model, weights, packed, shrinks=method.reads_graph)
         self.network = PrunedNetwork(model, self._optimizers.all, prunable, packed)
@@ -318,6 +319,18 @@ class Pruner:
     def stage(self) -> str:
         """Name of the current stage."""
         return self.method.stage(self._state)
+
+    @property
+    def cut_epoch(self) -> float | None:
+        """Epochs done when masks are to be frozen, as far as that is known; see `Method.cut_epoch`."""
+        return self.method.cut_epoch(self._state, self.length)
+
+    def latest_cut(self, length: RunLength) -> float | None:
+        """Epochs done when masks would be frozen at the latest in a run of this length, from its start.
+
+        None if the method does not say. Raises UserError if such a run is too short for the method.
+        """
+        return self.method.cut_epoch(self._state, length, latest=True)
 
     @property
     def penalized_channels(self) -> Mapping[str, tuple[ChannelAxis, ...]]:

@@ -177,11 +177,15 @@ class ThresholdEvent(Event, kind="threshold"):
 
 
 class RegrownEvent(Event, kind="regrown"):
-    """Dynamic sparse training has moved weights; ``threshold`` is that of the drop, where there is one."""
+    """Dynamic sparse training has moved weights; ``threshold`` is that of the drop, where there is one.
+
+    ``patterns_changed`` counts the kernels that stayed and have another pattern now, where they have any.
+    """
 
     dropped: int
     grown: int
     threshold: float = ABSENT
+    patterns_changed: int = ABSENT
 
 
 class DroppedEvent(Event, kind="dropped"):

@@ -9,6 +9,7 @@ from collections.abc import Iterator
 from typing import Any
 
 import torch
+from torch import Tensor
 from torch.optim.swa_utils import AveragedModel
 
 from clicktrain.data import Batch
@@ -38,30 +39,12 @@ def train_epoch(run: TrainingRun, stop: StopRequest) -> None:
         TrainingDiverged: see `explosion`.
         TrainingInterrupted: a signal came; a checkpoint was written after the current optimizer step.
     """
-    p, state = run.prepared, run.state
-    batches = len(p.train_loader)
+    p = run.prepared
     clock = _Clock(run)
     watch = LossWatch(1 if p.device.type == "cpu" else _READ_EVERY, clock.report)
     p.model.train()
     for batch in _timed(run, stop):
-        first = state.batch - state.batch % p.config.accumulate
-        group = min(p.config.accumulate, batches - first)
-        seed_batch(p.config.seed, p.batch_sizes.batch_number(state.epoch, state.batch), p.device)
-        state.totals.stages[p.pruner.stage] = state.totals.stages.get(p.pruner.stage, 0) + 1
-        state.train_flops += p.cost.now * len(batch.y)
-        state.train_flops_dense += p.cost.dense * len(batch.y)
-        teacher = run.active_teacher
-        if teacher is not None:
-            state.train_flops += teacher.forward_flops * len(batch.y)
-        loss, correct = training_loss(run, batch, teacher)
-        if p.cycle is not None and p.cycle.wants_losses:
-            p.cycle.note_loss(loss.item())
-        run.scaler.scale(loss / group).backward()  # type: ignore[no-untyped-call]
-        p.pruner.observe(loss)
-        state.batch += 1
-        step_done = state.batch - first == group
-        if step_done:
-            _step(run)
+        loss, correct, step_done = train_batch(run, batch)
         clock.images += len(batch.y)
         if watch.add(loss, correct):
             run.progress.step(_step_info(run))
@@ -69,6 +52,34 @@ def train_epoch(run: TrainingRun, stop: StopRequest) -> None:
             watch.flush()
             raise _interrupted(run, stop)
     watch.flush()
+
+
+def train_batch(run: TrainingRun, batch: Batch) -> tuple[Tensor, Tensor, bool]:
+    """Train on one batch, the next of the running epoch.
+
+    Returns:
+        Loss and number of correct predictions, 0-dim, and whether the optimizer has made its step.
+    """
+    p, state = run.prepared, run.state
+    first = state.batch - state.batch % p.config.accumulate
+    group = min(p.config.accumulate, len(p.train_loader) - first)
+    seed_batch(p.config.seed, p.batch_sizes.batch_number(state.epoch, state.batch), p.device)
+    state.totals.stages[p.pruner.stage] = state.totals.stages.get(p.pruner.stage, 0) + 1
+    state.train_flops += p.cost.now * len(batch.y)
+    state.train_flops_dense += p.cost.dense * len(batch.y)
+    teacher = run.active_teacher
+    if teacher is not None:
+        state.train_flops += teacher.forward_flops * len(batch.y)
+    loss, correct = training_loss(run, batch, teacher)
+    if p.cycle is not None and p.cycle.wants_losses:
+        p.cycle.note_loss(loss.item())
+    run.scaler.scale(loss / group).backward()  # type: ignore[no-untyped-call]
+    p.pruner.observe(loss)
+    state.batch += 1
+    step_done = state.batch - first == group
+    if step_done:
+        _step(run)
+    return loss, correct, step_done
 
 
 def _step(run: TrainingRun) -> None:

@@ -137,7 +137,7 @@ class Watch(Silent):
 
 
 def test_the_time_that_is_put_together_is_about_what_the_clock_says(tmp_path: Path) -> None:
-    """By CPU time, since other programs run beside the tests, and within a factor of 3: checkpoints count too."""
+    """By CPU time, as other programs run beside the tests; within a factor of 3, as checkpoints count too."""
     recipe = parse_recipe(RECIPE, "")
     lines, clock = {}, {}
     for name in ("dense-w0.25-e24", "gmp-w0.25-e4"):
@@ -149,7 +149,6 @@ def test_the_time_that_is_put_together_is_about_what_the_clock_says(tmp_path: Pa
     times = measure_times(recipe, lines, TimingSettings(rounds=3, alone=False))
     for point in points_of(recipe, lines, times):
         assert point.train_seconds is not None
-        print(clock[point.name], point.train_seconds)
         assert clock[point.name] / 3 < point.train_seconds < 3 * clock[point.name]
         assert point.latency_ms_b64 is not None
         assert point.latency_ms_b1 is not None

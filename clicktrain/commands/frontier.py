@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 
@@ -36,7 +37,8 @@ _FILES = (
     Option("json", str | None, "Also write the points as JSON.", metavar="FILE"),
     Option("output", str | None, "The page; frontier.html in the folder by default. The table is beside it, "
            "as .md.", short="-o", metavar="FILE"),
-    Option("accuracy", Literal["test", "holdout"], "Of which images; holdout to choose settings by.", "test"),
+    Option("accuracy", Literal["test", "holdout"], "The images that count: holdout while choosing settings.",
+           "test"),
 )  # fmt: skip
 _COMMAND = Command(
     name="frontier",
@@ -134,12 +136,27 @@ def _draw(
 
 
 def _dry_run(jobs: Sequence[Job]) -> int:
-    from clicktrain.bench.frontier.timing import expected_seconds
-
     total = 0.0
-    for job in jobs:
-        seconds = expected_seconds(job.cell.config(job.seed)[0])
+    for job, seconds in _expected_seconds(jobs):
         total += seconds
-        print(f"{clock(seconds)}  {job.name}", flush=True)
-    print(f"{clock(total)}  {len(jobs)} runs on one core, if all were dense; evaluation left out")
+        print(f"{clock(seconds)}  {job.name}")
+    print(f"{clock(total)}  {len(jobs)} runs, one after the other, as long as dense ones (measured)")
     return 0
+
+
+def _expected_seconds(jobs: Sequence[Job]) -> Iterator[tuple[Job, float]]:
+    """Each run with the seconds that its dense network would train, from a few steps on its data."""
+    from clicktrain.commands.train import step_ms
+    from clicktrain.methods import Dense
+    from clicktrain.train.prepare import prepare
+
+    known: dict[tuple[str, ...], float] = {}
+    names = ("model", "width", "data", "image_size", "batch_size", "precision", "channels_last")
+    for job in jobs:
+        config, _ = job.cell.config(job.seed)
+        key = tuple(str(getattr(config, name)) for name in names)
+        if key not in known:
+            prepared = prepare(replace(config, method="dense", initial_weights=None), Dense())
+            known[key] = step_ms(prepared) * len(prepared.train_loader) / 1000
+            prepared.pruner.close()
+        yield job, known[key] * config.epochs

@@ -107,7 +107,7 @@ def bytes_needed(model: nn.Module, config: RunConfig) -> int:
     """
     weights = sum(t.nbytes for t in (*model.parameters(), *model.buffers()))
     moments = 1 if config.optimizer == "sgd" else 2
-    per_checkpoint = weights * (1 + moments + (1 if config.ema_decay else 0) + 2)
+    per_checkpoint = weights * (1 + moments + (1 if config.ema_decay or config.lookahead else 0) + 2)
     channels = sum(p.shape[0] + p.shape[1] for p in model.parameters() if p.dim() > 2)
     logs = channels * config.epochs * _CHANNEL_BYTES + _SPARE_BYTES
     return per_checkpoint * (config.keep_checkpoints + 1) + 2 * weights + logs

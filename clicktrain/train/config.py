@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import itertools
 import math
+import re
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -27,6 +28,7 @@ from clicktrain.settings import (
 
 Precision = Literal["fp32", "bf16", "fp16"]
 BatchRate = Literal["linear", "sqrt", "none"]
+SecondCycleRule = Literal["norm", "loss"]
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -60,6 +62,11 @@ class RunConfig:
     ones by default."""
     epochs: int = 60
     """Passes over the training images."""
+    time_budget: float | str | None = None
+    """Train for as long as fits: a share of the time of the dense run of the same settings and epochs (1.0),
+    or a time (90s, 20min, 2h). Steps are measured before the run starts, and epochs is set to what fits."""
+    budget_epochs: int | None = None
+    """Epochs of the dense run that time_budget is a share of; epochs by default, which planning replaces."""
     batch_size: int = 128
     """Images in one forward and backward pass; the optimizer steps on batch_size x accumulate images."""
     dynamic_batch: bool = False
@@ -105,6 +112,13 @@ class RunConfig:
     """Shares of the run at which the step schedule lowers the learning rate."""
     gamma: float = 0.1
     """Factor of the step schedule at each milestone."""
+    second_cycle: float | SecondCycleRule | None = None
+    """Restart the learning rate when masks are frozen: the schedule ends at cycle_floor just before, then the
+    rate falls in a line from this share of the peak to zero at the end of the run. norm, loss: the share of
+    the run that is left, or the damage done by freezing (norm of the pruned weights; rise of the training
+    loss) if that is more."""
+    cycle_floor: float = 0.05
+    """Share of the peak at which the first of two cycles ends (second_cycle)."""
     label_smoothing: float = 0.0
     """Share of each label spread evenly over all classes."""
     mixup: float = 0.0
@@ -118,7 +132,14 @@ class RunConfig:
     """Make the first convolution whiten patches of the training images, and keep it so; by default only in
     cifarnet, which is made for it."""
     ema_decay: float = 0.0
-    """Decay per step of the moving average of the weights, which is then evaluated and saved; 0 is off."""
+    """Decay per step of the moving average of the weights, which is then evaluated and saved; 0 is off. It
+    begins again when masks are frozen."""
+    lookahead: bool = False
+    """Every 5 steps the weights go back to slow weights that follow them, ever more slowly (Lookahead); these
+    are evaluated and saved, and begin again when masks are frozen."""
+    recalibrate_norms: int = 0
+    """Training batches over which batch norm statistics are measured again once masks are frozen and, of an
+    average of the weights, before it is evaluated and saved; 0 is off."""
     clip_grad_norm: float = 0.0
     """Largest allowed norm of the whole gradient; 0 is off."""
     accumulate: int = 1
@@ -161,7 +182,7 @@ class RunConfig:
         for name in ("width", "learning_rate", "bias_rate_factor", "gamma", "val_fraction"):
             if not 0 < (value := getattr(self, name)) < math.inf:
                 raise UserError(f"{name} is {shown(value)}: must be above 0")
-        for name in ("momentum", "label_smoothing", "ema_decay", "val_fraction"):
+        for name in ("momentum", "label_smoothing", "ema_decay", "val_fraction", "cycle_floor"):
             if not 0 <= (value := getattr(self, name)) < 1:
                 raise UserError(f"{name} is {shown(value)}: must be at least 0 and below 1")
         for name, hint in type_hints(RunConfig).items():
@@ -172,6 +193,13 @@ class RunConfig:
                 f"warmup_epochs is {self.warmup_epochs}: must be less than epochs ({self.epochs})"
             )
         self._check_dynamic_batch()
+        self._check_second_cycle()
+        if self.time_budget is not None:
+            budget_of(self.time_budget)
+        elif self.budget_epochs is not None:
+            raise UserError("budget_epochs is set but time_budget is not: set that too")
+        if self.lookahead and self.ema_decay:
+            raise UserError("lookahead and ema_decay are both set: only one average of the weights is kept")
         if self.optimizer == "sgd" and self.nesterov and self.momentum == 0:
             raise UserError("nesterov is true but momentum is 0: set nesterov to false or momentum above 0")
         if not all(low < high for low, high in itertools.pairwise((0.0, *self.milestones, 1.0))):
@@ -194,6 +222,19 @@ class RunConfig:
             if getattr(self, name) is not None and not self.dynamic_batch:
                 raise UserError(f"{name} is set but dynamic_batch is false: set that to true too")
 
+    def _check_second_cycle(self) -> None:
+        height = self.second_cycle
+        if height is None:
+            return
+        convert("second_cycle", height, type_hints(RunConfig)["second_cycle"])
+        if not isinstance(height, str) and not 0 < height < math.inf:
+            raise UserError(f"second_cycle is {shown(height)}: must be above 0")
+        if self.schedule in ("step", "constant"):
+            raise UserError(
+                f"second_cycle is set but schedule {self.schedule} does not fall to a floor: use cosine, "
+                "linear, triangular or onecycle"
+            )
+
     @property
     def images_per_step(self) -> int:
         """Images that one optimizer step averages over."""
@@ -210,6 +251,7 @@ class RunConfig:
 
 _RANGES = {
     "epochs": (1, 1_000_000),
+    "budget_epochs": (1, 1_000_000),
     "batch_size": (1, 10_000_000),
     "accumulate": (1, 1_000_000),
     "evaluate_every": (1, 1_000_000),
@@ -228,8 +270,32 @@ _RANGES = {
     "weight_decay": (0, math.inf),
     "mixup": (0, math.inf),
     "clip_grad_norm": (0, math.inf),
+    "recalibrate_norms": (0, 1_000_000),
 }
 """Smallest and largest value; the system would refuse larger numbers, for lack of memory or threads."""
+
+
+_SECONDS = {"s": 1, "sec": 1, "min": 60, "h": 3600}
+_MOST_SHARE = 10
+"""The largest share of the dense run; a larger number is meant as a time."""
+
+
+def budget_of(value: float | str) -> tuple[float | None, float | None]:
+    """A time budget as a share of the dense run, or in seconds; the other is None. UserError otherwise."""
+    if isinstance(value, str):
+        amount = re.fullmatch(r"\s*(\d+(?:\.\d*)?)\s*([a-z]+)\s*", value)
+        if amount is None or amount[2] not in _SECONDS or not float(amount[1]) > 0:
+            raise UserError(
+                f"time_budget is {shown(value)}: write a share of the dense run's time, as 1.0, or a time, "
+                "as 90s, 20min or 2h"
+            )
+        return None, float(amount[1]) * _SECONDS[amount[2]]
+    if not 0 < value <= _MOST_SHARE:
+        raise UserError(
+            f"time_budget is {shown(value)}: a share of the dense run's time is above 0 and at most "
+            f"{_MOST_SHARE}; a time has a unit, as 90s, 20min or 2h"
+        )
+    return value, None
 
 
 def resolve_method(name: str, **settings: Any) -> Method[Any]:

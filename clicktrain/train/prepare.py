@@ -29,7 +29,9 @@ from clicktrain.models.whitening import IMAGES, whiten_
 from clicktrain.train.config import RunConfig
 from clicktrain.train.device import resolve_device, set_up
 from clicktrain.train.initial_weights import EarlierCost, load_initial_weights_
+from clicktrain.train.norms import norms_of
 from clicktrain.train.optim import BatchSizes, make_optimizer, make_scheduler
+from clicktrain.train.second_cycle import SecondCycle
 
 
 class TrainingCost:
@@ -73,6 +75,12 @@ class TrainingCost:
         """Training FLOPs of one image."""
         return self.dense if self._current is self.initial else self.current.training_flops
 
+    @property
+    def forward_now(self) -> int:
+        """FLOPs of a forward pass of one image."""
+        dense = self._current is self.initial
+        return self.initial.forward_flops_dense if dense else self.current.forward_flops
+
 
 SMALL_IMAGE = 64
 """Images up to this side in pixels get the CIFAR stem and recipe."""
@@ -86,6 +94,7 @@ class Prepared:
         device: of the network and the batches.
         model: with its initial weights.
         scheduler: to be stepped after each optimizer step.
+        cycle: the learning rate of the scheduler, where it has two cycles.
         pruner: the method, attached to model and optimizer.
         earlier: cost of the initial weights; a resumed run has it in its checkpoint.
         facts: what rebuilds the network: model, width, stem, num_classes, in_channels, image_shape, classes,
@@ -101,6 +110,7 @@ class Prepared:
     model: nn.Module
     optimizer: Optimizer
     scheduler: LambdaLR
+    cycle: SecondCycle | None
     pruner: Pruner
     cost: TrainingCost
     earlier: EarlierCost
@@ -134,6 +144,11 @@ def prepare(config: RunConfig, method: Method[Any], *, begins: bool = True) -> P
     model = build_model(facts).to(device)
     check_model(model, config, data, device)
     whiten_first_(model, config, data)
+    if config.recalibrate_norms and not norms_of(model):
+        raise UserError(
+            f"recalibrate_norms is {config.recalibrate_norms} but model {config.model} has no batch norm "
+            "that keeps statistics: leave it out"
+        )
     earlier = EarlierCost()
     if config.initial_weights is not None and begins:
         earlier = load_initial_weights_(model, config.initial_weights, data.classes)
@@ -159,6 +174,10 @@ def prepare(config: RunConfig, method: Method[Any], *, begins: bool = True) -> P
     )
     cost.follow(pruner)
     sizes = BatchSizes(config.batch_size, len(train_loader), config.accumulate)
+    steps = config.epochs * sizes.first.steps
+    cycle = None
+    if config.second_cycle is not None and method.freezes:
+        cycle = SecondCycle(config, steps, pruner.cut_epoch)
     return Prepared(
         config=config,
         method=method,
@@ -168,7 +187,8 @@ def prepare(config: RunConfig, method: Method[Any], *, begins: bool = True) -> P
         val_loader=make_eval_loader(config, data, "val", device),
         model=model,
         optimizer=optimizer,
-        scheduler=make_scheduler(optimizer, config, config.epochs * sizes.first.steps, sizes),
+        scheduler=make_scheduler(optimizer, config, steps, sizes, cycle),
+        cycle=cycle,
         pruner=pruner,
         cost=cost,
         earlier=earlier,

@@ -18,12 +18,15 @@ from clicktrain.formats.packed_file import save_packed
 from clicktrain.formats.tree import save_tree
 from clicktrain.latency.machine import cpu_name, gpu_name, versions
 from clicktrain.methods.driver.publisher import ChannelsRemoved, MasksFrozen
+from clicktrain.methods.outcome import Outcome
 from clicktrain.runs.format import FORMAT_VERSION
 from clicktrain.surgery import SurgeryPlan, write_recipe
+from clicktrain.train.after_cut import recalibrate_
 from clicktrain.train.epoch import check_outputs, note_accuracy
 from clicktrain.train.evaluate import evaluate
 from clicktrain.train.operators import operator_names
 from clicktrain.train.prepare import make_eval_loader
+from clicktrain.train.time_budget import time_target
 from clicktrain.train.training_run import TrainingRun
 
 
@@ -41,6 +44,8 @@ def finish_run(run: TrainingRun) -> dict[str, Any]:
         plain = p.pruner.finish()
     model = plain if run.average is None else run.average.module  # unpacked and masked as the network is
     masks = p.pruner.masks
+    if p.config.recalibrate_norms and (changes or run.average is not None):
+        recalibrate_(run, model, epoch=p.config.epochs)
     if changes:  # what was evaluated is not what is saved
         result = evaluate(model, p.val_loader, device=p.device, precision=p.config.precision)
         assert result is not None
@@ -84,6 +89,10 @@ def _summary(
 ) -> dict[str, Any]:
     p, state = run.prepared, run.state
     config, pruner, masks, outcome = p.config, p.pruner, p.pruner.masks, p.pruner.outcome()
+    seconds = run.seconds
+    if state.seconds_asked is not None:
+        row = time_target(state.seconds_asked, state.seconds_planned or 0.0, seconds, config.epochs)
+        outcome = Outcome((*outcome.targets, row))
     hard_prune = next((event["epoch"] for event in pruner.events if event["event"] == "hard_prune"), None)
     return {
         "format_version": FORMAT_VERSION,
@@ -108,7 +117,7 @@ def _summary(
         "total_train_flops_ratio": state.earlier.total_ratio(state.train_flops, state.train_flops_dense),
         "inference_flops": cost.forward_flops,
         "inference_flops_ratio": cost.forward_flops / max(p.cost.initial.forward_flops_dense, 1),
-        "train_seconds": run.seconds,
+        "train_seconds": seconds,
         "step_ms": _step_ms(run.folder.read_metrics()),
         "data_share": state.data_seconds / max(state.epoch_seconds, 1e-9),
         "hard_prune_epoch": hard_prune,

@@ -34,6 +34,14 @@ class ChannelsRemoved(Notification):
 
 
 @dataclass(frozen=True, eq=False)
+class MasksMoved(Notification):
+    """Packed layers keep other positions; also when a state is loaded.
+
+    Their values are the same parameters, unless the number of kept weights has changed.
+    """
+
+
+@dataclass(frozen=True, eq=False)
 class MasksFrozen(Notification):
     """Masks do not change any more, and the network is packed if it is to be; also when a state is loaded."""
 

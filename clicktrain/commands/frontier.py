@@ -37,7 +37,8 @@ _FILES = (
     Option("json", str | None, "Also write the points as JSON.", metavar="FILE"),
     Option("output", str | None, "The page; frontier.html in the folder by default. The table is beside it, "
            "as .md.", short="-o", metavar="FILE"),
-    Option("accuracy", Literal["test", "holdout"], "The images that count; holdout while settings are chosen.", "test"),
+    Option("accuracy", Literal["test", "holdout"], "The images that count: holdout while choosing settings.",
+           "test"),
 )  # fmt: skip
 _COMMAND = Command(
     name="frontier",

@@ -62,6 +62,7 @@ class ClickTrain(PatternSettings, Method[ClickTrainState]):
 
     name: ClassVar[str] = "clicktrain"
     title: ClassVar[str] = "ClickTrain"
+    dense_until_chosen: ClassVar[bool] = True
 
     def find_prunable(self, model: nn.Module, trained: Sequence[Tensor] | None = None) -> PrunableLayers:
         """Convolutions that may be pruned; ``exclude``, ``include`` and ``layers`` must name some."""
@@ -176,6 +177,17 @@ class ClickTrain(PatternSettings, Method[ClickTrainState]):
         over = step.seen - state.entered >= lengths[state.stage]
         reads = state.stage == "finalize" or (state.stage == "pool" and lengths["pool"] > 0)
         return "its length is over" if over and (state.counted > 0 or not reads) else None
+
+    def cut_epoch(self, state: ClickTrainState, length: RunLength, *, latest: bool = False) -> float | None:
+        """At the end of stage 4; not known while a trigger or the loss may yet begin stage 2."""
+        lengths = self.schedule(length)
+        left = [lengths[stage] for stage in ("pool", "finalize", "regularize")]
+        if state.stage == "dense":
+            known = latest or lengths["earliest"] == lengths["latest"]
+            return (lengths["latest"] + sum(left)) / length.steps_per_epoch if known else None
+        if state.stage == "accelerated":
+            return state.entered / length.steps_per_epoch
+        return (state.entered + sum(left[STAGES.index(state.stage) - 1 :])) / length.steps_per_epoch
 
     def _indicator(self, state: ClickTrainState, prunable: PrunableLayers, length: RunLength) -> Action:
         """EPI of the best kernels, as many as equal densities keep, whatever their layer."""

@@ -244,6 +244,10 @@ class MethodHooks(abc.ABC, Generic[S]):
     first forward pass."""
     prunes: ClassVar[bool] = True
     """The method removes or masks weights."""
+    freezes: ClassVar[bool] = True
+    """A run of the method has a moment at which masks are frozen."""
+    dense_until_chosen: ClassVar[bool] = False
+    """Weights are dense until masks are chosen, once, which a `FinalizedEvent` says."""
     settings_exclude: ClassVar[tuple[str, ...]] = ()
 
     def __post_init__(self) -> None:
@@ -288,6 +292,14 @@ class MethodHooks(abc.ABC, Generic[S]):
     def stage(self, state: S) -> str:
         """Name of the current stage; the state's ``stage`` by default."""
         return str(getattr(state, "stage", "dense"))
+
+    def cut_epoch(self, state: S, length: RunLength, *, latest: bool = False) -> float | None:
+        """Epochs done when masks are to be frozen, as far as settings and state say; None: not known yet.
+
+        ``latest``: at the latest, where it is not known. A run that is too short is a UserError.
+        """
+        del state, length, latest
+        return None
 
     def at_start(self, state: S, prunable: PrunableLayers, length: RunLength) -> Sequence[Action]:
         """Return the actions before the first forward pass, for networks that start out sparse.

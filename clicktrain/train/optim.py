@@ -1,4 +1,4 @@
-"""Optimizers, batch sizes and learning rates over a run, and the moving average of the weights."""
+"""Optimizers, batch sizes and learning rates over a run."""
 
 from __future__ import annotations
 
@@ -6,13 +6,11 @@ import dataclasses
 import math
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any, TypeAlias
+from typing import Any
 
-import torch
 from torch import Tensor, nn
 from torch.optim import SGD, Adam, AdamW, Optimizer
 from torch.optim.lr_scheduler import LambdaLR
-from torch.optim.swa_utils import AveragedModel
 
 from clicktrain.errors import UserError
 from clicktrain.train.config import RunConfig
@@ -54,29 +52,6 @@ def make_optimizer(model: nn.Module, config: RunConfig) -> Optimizer:
 def trained_parameters(optimizer: Optimizer) -> list[Tensor]:
     """The parameters in the optimizer now (packing replaces some of them)."""
     return [p for group in optimizer.param_groups for p in group["params"]]
-
-
-_Tensors: TypeAlias = tuple[Tensor, ...] | list[Tensor]
-
-
-def make_average(model: nn.Module, decay: float) -> AveragedModel:
-    """Make an exponential moving average of the model's parameters and buffers.
-
-    The n-th update keeps ``min(decay, (1 + n) / (10 + n))`` of the old average, so that a short run does not
-    keep its first weights for long. Integer buffers are copied, not averaged. ``pruner.follow(average)``
-    prunes it with the model.
-    """
-
-    def follow(averages: _Tensors, current: _Tensors, updates: Tensor | int) -> None:
-        count = int(average.n_averaged)  # on the CPU: reading ``updates`` would wait for a GPU
-        keep = min(decay, (1 + count) / (10 + count))
-        if averages[0].is_floating_point():
-            torch._foreach_lerp_(averages, current, 1 - keep)
-        else:
-            torch._foreach_copy_(averages, current)
-
-    average = AveragedModel(model, multi_avg_fn=follow, use_buffers=True)
-    return average
 
 
 @dataclass(frozen=True, slots=True)
@@ -153,7 +128,9 @@ _ONECYCLE_START = 1 / 25
 _ONECYCLE_END = 1 / 25e4
 
 
-def learning_rate_factor(config: RunConfig, total_steps: int) -> Callable[[float], float]:
+def learning_rate_factor(
+    config: RunConfig, total_steps: int, run_steps: int | None = None
+) -> Callable[[float], float]:
     """The factor on the peak learning rate at each optimizer step.
 
     ``onecycle`` is the curve of ``torch.optim.lr_scheduler.OneCycleLR`` (cosine up from 1/25, cosine down to
@@ -162,14 +139,19 @@ def learning_rate_factor(config: RunConfig, total_steps: int) -> Callable[[float
     when ``warmup_epochs`` is set. ``cosine``, ``linear`` and ``triangular`` reach zero at the step after the
     last.
 
+    Args:
+        config: its schedule, warm-up, milestones.
+        total_steps: in which the schedule is done.
+        run_steps: in the epochs of ``config``, if those are others: what the warm-up is a part of.
+
     Returns:
         A function of the step, counted from 0; steps after the last give the last value. With batches that
         grow, the steps are those of a run without (`BatchSizes.schedule_step`), and fall between them.
     """
-    warmup = round(config.warmup_epochs / config.epochs * total_steps)
+    warmup = warmup_steps(config, run_steps or total_steps)
+    top = peak_step(config, total_steps, warmup)
 
     def onecycle(step: float) -> float:
-        top = warmup - 1.0 if warmup else _ONECYCLE_RISE * total_steps - 1.0
         if step <= top:
             return _cosine(_ONECYCLE_START, 1.0, step / top if top > 0 else 1.0)
         return _cosine(1.0, _ONECYCLE_END, (step - top) / max(total_steps - 1.0 - top, 1.0))
@@ -179,7 +161,6 @@ def learning_rate_factor(config: RunConfig, total_steps: int) -> Callable[[float
         if config.schedule == "onecycle":
             return onecycle(min(step, total_steps - 1))
         if config.schedule == "triangular":
-            top = warmup or _TRIANGLE_RISE * total_steps
             if step < top:
                 return _TRIANGLE_START + (1 - _TRIANGLE_START) * step / top
             return (total_steps - step) / max(total_steps - top, 1)
@@ -196,17 +177,36 @@ def learning_rate_factor(config: RunConfig, total_steps: int) -> Callable[[float
     return factor
 
 
+def warmup_steps(config: RunConfig, run_steps: int) -> int:
+    """Optimizer steps of the warm-up in a run of `run_steps`."""
+    return round(config.warmup_epochs / config.epochs * run_steps)
+
+
+def peak_step(config: RunConfig, total_steps: int, warmup: int) -> float:
+    """The step from which the schedule falls."""
+    if config.schedule == "onecycle":
+        return warmup - 1.0 if warmup else _ONECYCLE_RISE * total_steps - 1.0
+    if config.schedule == "triangular":
+        return warmup or _TRIANGLE_RISE * total_steps
+    return warmup
+
+
 def make_scheduler(
-    optimizer: Optimizer, config: RunConfig, total_steps: int, sizes: BatchSizes | None = None
+    optimizer: Optimizer,
+    config: RunConfig,
+    total_steps: int,
+    sizes: BatchSizes | None = None,
+    factor: Callable[[float], float] | None = None,
 ) -> LambdaLR:
     """Make the scheduler, to be stepped once after each of the ``total_steps`` optimizer steps.
 
-    ``sizes`` of the batches are followed as they grow (`refresh_` after that).
+    ``sizes`` of the batches are followed as they grow (`refresh_` after that); ``factor`` takes the place of
+    the settings' own schedule (`clicktrain.train.second_cycle`).
     """
-    factor = learning_rate_factor(config, total_steps)
+    curve = learning_rate_factor(config, total_steps) if factor is None else factor
 
     def followed(step: int) -> float:
-        return factor(sizes.schedule_step(step)) * sizes.learning_rate_factor(step) if sizes else factor(step)
+        return curve(sizes.schedule_step(step)) * sizes.learning_rate_factor(step) if sizes else curve(step)
 
     return LambdaLR(optimizer, followed)
 

@@ -29,7 +29,9 @@ from clicktrain.models.whitening import IMAGES, whiten_
 from clicktrain.train.config import RunConfig
 from clicktrain.train.device import resolve_device, set_up
 from clicktrain.train.initial_weights import EarlierCost, load_initial_weights_
+from clicktrain.train.norms import norms_of
 from clicktrain.train.optim import BatchSizes, make_optimizer, make_scheduler
+from clicktrain.train.second_cycle import SecondCycle
 
 
 class TrainingCost:
@@ -73,6 +75,12 @@ class TrainingCost:
         """Training FLOPs of one image."""
         return self.dense if self._current is self.initial else self.current.training_flops
 
+    @property
+    def forward_now(self) -> int:
+        """FLOPs of a forward pass of one image."""
+        dense = self._current is self.initial
+        return self.initial.forward_flops_dense if dense else self.current.forward_flops
+
 
 SMALL_IMAGE = 64
 """Images up to this side in pixels get the CIFAR stem and recipe."""
@@ -86,6 +94,7 @@ class Prepared:
         device: of the network and the batches.
         model: with its initial weights.
         scheduler: to be stepped after each optimizer step.
+        cycle: the learning rate of the scheduler, where it has two cycles.
         pruner: the method, attached to model and optimizer.
         earlier: cost of the initial weights; a resumed run has it in its checkpoint.
         facts: what rebuilds the network: model, width, stem, num_classes, in_channels, image_shape, classes,
@@ -101,6 +110,7 @@ class Prepared:
     model: nn.Module
     optimizer: Optimizer
     scheduler: LambdaLR
+    cycle: SecondCycle | None
     pruner: Pruner
     cost: TrainingCost
     earlier: EarlierCost
@@ -125,6 +135,11 @@ def prepare(config: RunConfig, method: Method[Any], *, begins: bool = True) -> P
             f"dynamic_batch is true but method {config.method} removes no channels while it trains: "
             f"turn it off, or use {' or '.join(name for name, kind in METHODS.items() if kind.reads_graph)}"
         )
+    if config.distill and config.teacher is None and not method.dense_until_chosen:
+        raise UserError(
+            f"distill is set but method {config.method} has no dense network to learn from when its masks "
+            "are frozen: give teacher, the folder of a finished run"
+        )
     device = resolve_device(config.device)
     set_up(config, device)
     data = open_run_data(config)
@@ -134,6 +149,11 @@ def prepare(config: RunConfig, method: Method[Any], *, begins: bool = True) -> P
     model = build_model(facts).to(device)
     check_model(model, config, data, device)
     whiten_first_(model, config, data)
+    if config.recalibrate_norms and not norms_of(model):
+        raise UserError(
+            f"recalibrate_norms is {config.recalibrate_norms} but model {config.model} has no batch norm "
+            "that keeps statistics: leave it out"
+        )
     earlier = EarlierCost()
     if config.initial_weights is not None and begins:
         earlier = load_initial_weights_(model, config.initial_weights, data.classes)
@@ -159,6 +179,10 @@ def prepare(config: RunConfig, method: Method[Any], *, begins: bool = True) -> P
     )
     cost.follow(pruner)
     sizes = BatchSizes(config.batch_size, len(train_loader), config.accumulate)
+    steps = config.epochs * sizes.first.steps
+    cycle = None
+    if config.second_cycle is not None and method.freezes:
+        cycle = SecondCycle(config, steps, pruner.cut_epoch)
     return Prepared(
         config=config,
         method=method,
@@ -168,7 +192,8 @@ def prepare(config: RunConfig, method: Method[Any], *, begins: bool = True) -> P
         val_loader=make_eval_loader(config, data, "val", device),
         model=model,
         optimizer=optimizer,
-        scheduler=make_scheduler(optimizer, config, config.epochs * sizes.first.steps, sizes),
+        scheduler=make_scheduler(optimizer, config, steps, sizes, cycle),
+        cycle=cycle,
         pruner=pruner,
         cost=cost,
         earlier=earlier,

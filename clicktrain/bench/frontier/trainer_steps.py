@@ -85,8 +85,10 @@ def drawn_images(config: RunConfig, network: Mapping[str, Any], steps_per_epoch:
         steps_per_epoch: batches of an epoch; validation images make one batch.
 
     Raises:
-        UserError: the images are not square.
+        UserError: the images are not square, or steps have a teacher.
     """
+    if config.distill:
+        raise UserError("distill is set: steps with a teacher cannot be timed side by side")
     channels, height, width = network["image_shape"]
     if height != width:
         raise UserError(f"images of {height}x{width} cannot be timed: only square ones can be drawn")
@@ -103,6 +105,7 @@ def drawn_images(config: RunConfig, network: Mapping[str, Any], steps_per_epoch:
         tensorboard=False, device="cpu",
         # What is drawn is not to be learned: weights hardly move, and no loss explodes.
         learning_rate=1e-4, learning_rate_batch=None, schedule="constant", warmup_epochs=0.0,
+        second_cycle=None, time_budget=None, budget_epochs=None,
     )  # fmt: skip
 
 

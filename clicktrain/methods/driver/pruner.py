@@ -321,6 +321,18 @@ class Pruner:
         return self.method.stage(self._state)
 
     @property
+    def cut_epoch(self) -> float | None:
+        """Epochs done when masks are to be frozen, as far as that is known; see `Method.cut_epoch`."""
+        return self.method.cut_epoch(self._state, self.length)
+
+    def latest_cut(self, length: RunLength) -> float | None:
+        """Epochs done when masks would be frozen at the latest in a run of this length, from its start.
+
+        None if the method does not say. Raises UserError if such a run is too short for the method.
+        """
+        return self.method.cut_epoch(self._state, length, latest=True)
+
+    @property
     def penalized_channels(self) -> Mapping[str, tuple[ChannelAxis, ...]]:
         """Layer name -> channels that are being pushed towards zero; see `Method.penalized_channels`."""
         return self.method.penalized_channels(self._state)

@@ -194,6 +194,11 @@ class Moving(MovingUnits):
         state.masks = {layer.name: masks[layer.name] for layer in prunable.layers if not layer.packed}
         return [*actions, Record(event), ApplyMasks(masks, forget=True)]
 
+    def cut_epoch(self, state: MaskState, length: RunLength, *, latest: bool = False) -> float | None:
+        """When units have moved for the last time."""
+        del state, latest
+        return self.timing(length).end / length.steps_per_epoch
+
     def event(self, now: Update, kept: Units, alive: Units, threshold: float) -> Event:
         """What to record about a move, with the threshold that units were dropped by."""
         after = now.weights(kept)

@@ -96,13 +96,14 @@ class SparseConv(_Step):
 
     def _collect(self, x: Tensor, y: Tensor) -> None:
         layer: Any = self.layer
-        images = (lambda x: x) if self.impl.layout == PLAIN else LAYOUTS[self.impl.layout].images
+        images = None if self.impl.layout == PLAIN else LAYOUTS[self.impl.layout].images
         settings = layer.structure.shape, layer.stride, layer.padding, layer.dilation, layer.groups
         x = x.detach()
 
         @torch.no_grad()
         def weight_gradient(gy: Tensor) -> Tensor:
-            return convolution_weight_gradient(images(x), images(gy), *settings).to(layer.values.dtype)
+            own = (x, gy) if images is None else (images(x), images(gy))
+            return convolution_weight_gradient(*own, *settings).to(layer.values.dtype)
 
         layer.collect_from(y, weight_gradient)
 

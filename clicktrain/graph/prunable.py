@@ -59,7 +59,7 @@ class PrunableLayer:
     @property
     def whole_gradient(self) -> bool:
         """Whether ``weight.grad`` is the gradient of all weights, not only of those that are packed."""
-        collected = getattr(self.module, "dense_gradient", None)
+        collected: Any = getattr(self.module, "dense_gradient", None)
         return not self.packed or (collected is not None and collected.value is not None)
 
     @property

@@ -16,13 +16,20 @@ from torch.optim import Optimizer
 from torch.optim.lr_scheduler import LambdaLR
 
 from clicktrain.accounting import ModelCost, count
+from clicktrain.accounting.cost import moved
 from clicktrain.compiler import MaskedLatency
 from clicktrain.data import Augment, ImageData, Loader, make_loader, open_data
 from clicktrain.errors import UserError, shortened
 from clicktrain.formats.memory_format import keep_out_of_channels_last_
 from clicktrain.limits import check_memory
 from clicktrain.methods import METHODS, Method, Pruner
-from clicktrain.methods.driver.publisher import ChannelsRemoved, MasksFrozen, Notification
+from clicktrain.methods.driver.publisher import (
+    ChannelsRemoved,
+    MasksFrozen,
+    MasksMoved,
+    Notification,
+    ParametersReplaced,
+)
 from clicktrain.models import create_model, min_image_size
 from clicktrain.models.registry import CIFARNET
 from clicktrain.models.whitening import IMAGES, whiten_
@@ -35,7 +42,10 @@ from clicktrain.train.second_cycle import SecondCycle
 
 
 class TrainingCost:
-    """FLOPs of training on one image: dense until masks are frozen, sparse from then on.
+    """FLOPs of training on one image, as executed.
+
+    Dense until masks are frozen, sparse from then on; sparse too where layers are packed while masks move,
+    but for the gradients of all weights in the steps that compute them.
 
     Attributes:
         initial: cost of the network before anything is removed from it.
@@ -49,12 +59,26 @@ class TrainingCost:
         self._current: ModelCost | None = self.initial
 
     def follow(self, pruner: Pruner) -> None:
-        """Count again whenever the pruner has removed channels or frozen masks."""
+        """Count again whenever the pruner has removed channels, packed layers, or moved or frozen masks."""
         self._pruner = pruner
+        if pruner.moving:
+            self._current = None
         pruner.subscribe(self._outdate, (ChannelsRemoved, MasksFrozen))
+        pruner.subscribe(self._follow_packing, ParametersReplaced)
+        pruner.subscribe(self._follow_move, MasksMoved)
 
     def _outdate(self, change: Notification) -> None:
         self._current = None
+
+    def _follow_packing(self, change: Notification) -> None:
+        if self._current is self.initial and self._pruner is not None and self._pruner.moving:
+            self._current = None
+
+    def _follow_move(self, change: Notification) -> None:
+        """The network does what it did, with other numbers of weights."""
+        if self._pruner is not None and self._current not in (None, self.initial):
+            layers = self._pruner.network.moving
+            self._current = moved(self._current, {name: one.structure.nnz for name, one in layers.items()})
 
     @property
     def current(self) -> ModelCost:
@@ -73,7 +97,13 @@ class TrainingCost:
     @property
     def now(self) -> int:
         """Training FLOPs of one image."""
-        return self.dense if self._current is self.initial else self.current.training_flops
+        if self._current is self.initial:
+            return self.dense
+        extra = 0
+        if self._pruner is not None and self._pruner.collecting:
+            moving = self._pruner.network.moving
+            extra = sum(one.grad_weight_flops_dense for one in self.current.layers if one.name in moving)
+        return self.current.training_flops + extra
 
     @property
     def forward_now(self) -> int:

@@ -17,7 +17,13 @@ from clicktrain.accounting import TrainingMemory
 from clicktrain.compiler import Accelerated
 from clicktrain.errors import UserError
 from clicktrain.formats.atomic import append_jsonl
-from clicktrain.methods.driver.publisher import ChannelsRemoved, MasksFrozen, ParametersReplaced, Wrapped
+from clicktrain.methods.driver.publisher import (
+    ChannelsRemoved,
+    MasksFrozen,
+    MasksMoved,
+    ParametersReplaced,
+    Wrapped,
+)
 from clicktrain.runs.events import Event, FinalizedEvent, LogMendedEvent, TimePlannedEvent
 from clicktrain.runs.folder import RunFolder
 from clicktrain.sparsity.masks import conv_masks
@@ -78,14 +84,16 @@ class TrainingRun:
         elif config.distill:
             pruner.subscribe(self._keep_dense, FinalizedEvent)
         self.forward: Wrapped[Callable[..., Any]] = pruner.wrapped(self._wrap)
-        """The network as trained: on fast operators after the hard prune, else compiled if so wished."""
-        self._density: float | None = 1.0
+        """The network as trained: on fast operators once it is packed, else compiled if so wished."""
+        self._fast: Accelerated | None = None
+        self._density: float | None = None if pruner.moving else 1.0
         self._seconds_before = 0.0
         self._epochs_before = 0.0
         self._started = time.perf_counter()
         pruner.subscribe(self._follow_removal, ChannelsRemoved)
         pruner.subscribe(self._follow_freezing, MasksFrozen)
         pruner.subscribe(self._follow_replacement, ParametersReplaced)
+        pruner.subscribe(self._follow_move, MasksMoved)
 
     def _follow_removal(self, removal: ChannelsRemoved) -> None:
         self.state.note_removal()
@@ -93,10 +101,18 @@ class TrainingRun:
 
     def _follow_freezing(self, freezing: MasksFrozen) -> None:
         self.state.best_val_accuracy = None  # was that of another network
-        self._density = None
+        self._density = self.memory = None
+        if self._fast is not None:
+            self.forward.renew()  # other operators may suit the final masks
 
     def _follow_replacement(self, replacement: ParametersReplaced) -> None:
         self.memory = None
+        if self.prepared.pruner.moving:
+            self._density = None
+
+    def _follow_move(self, move: MasksMoved) -> None:
+        if self._density is not None and self.prepared.pruner.moving:
+            self._density = None
 
     def _keep_dense(self, chosen: FinalizedEvent) -> None:
         self._set_own_teacher(self.prepared.model.state_dict())
@@ -113,7 +129,7 @@ class TrainingRun:
 
     @property
     def density(self) -> float:
-        """Density of the convolution weights; 1 until masks are frozen or channels removed."""
+        """Density of the convolution weights; 1 until layers are packed, masks frozen or channels removed."""
         if self._density is None:
             self._density = self.prepared.pruner.density
         return self._density
@@ -126,13 +142,17 @@ class TrainingRun:
         append_jsonl(self.folder.events, event.to_json())
 
     def _wrap(self, model: nn.Module) -> Callable[..., Any]:
-        p = self.prepared
-        if p.pruner.frozen and conv_masks(p.pruner.masks) and can_accelerate(p):
-            fast, event = choose_operators(p, self.folder, self.progress, self.state.epoch)
-            if event is not None and not self.state.operators_recorded:
+        p, before = self.prepared, self._fast
+        if (p.pruner.frozen or p.pruner.moving) and conv_masks(p.pruner.masks) and can_accelerate(p):
+            # A view of the model goes on whatever its layers' positions and values are.
+            if before is not None and not p.pruner.frozen:
+                return before
+            fast, event = choose_operators(p, self.folder, self.progress, self.state.epoch, before)
+            if event is not None and (before is not None or not self.state.operators_recorded):
                 self.record(event)
                 self.state.operators_recorded = True
-            if fast is not model:
+            if isinstance(fast, Accelerated):
+                self._fast, self.memory = fast, None  # layers that run one by one keep other activations
                 return fast
         if not p.config.compile:
             return model

@@ -19,10 +19,7 @@ _SAME_SCALE = 0.02
 
 
 class DenseGradient:
-    """Sum of the gradients w.r.t. a packed layer's dense weight over the batches of one optimizer step.
-
-    Copies and pickles of its layer have None in its place.
-    """
+    """Sum of the gradients w.r.t. a packed layer's dense weight over the batches of one optimizer step."""
 
     def __init__(self) -> None:
         self._sum: Tensor | None = None
@@ -64,12 +61,6 @@ class DenseGradient:
     def value(self) -> Tensor | None:
         """The gradient in the dense weight's shape; None unless it holds every batch of the step."""
         return self._sum if self._whole else None
-
-    def __deepcopy__(self, memo: object) -> None:
-        return None
-
-    def __reduce__(self) -> tuple[type[None], tuple[()]]:
-        return type(None), ()
 
 
 def convolution_weight_gradient(

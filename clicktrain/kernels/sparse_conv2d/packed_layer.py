@@ -5,6 +5,7 @@ from __future__ import annotations
 import warnings
 from collections.abc import Callable, Sequence
 from typing import Any, ClassVar, TypeVar
+from weakref import WeakKeyDictionary
 
 import torch
 from torch import Tensor, nn
@@ -25,6 +26,10 @@ _HOOKS = [name for name in vars(nn.Module()) if "hook" in name and "state_dict" 
 
 P = TypeVar("P", bound="PackedLayer")
 
+_COLLECTING: WeakKeyDictionary[PackedLayer, DenseGradient] = WeakKeyDictionary()
+"""What collects the gradients of all weights of layers, while these are wanted. Not with the layers, where it
+would be something that a forward pass changes, and be copied with them."""
+
 PACKED_FORMS: dict[type[nn.Module], type[PackedLayer]] = {}
 """Dense layer class -> what it becomes when it is packed."""
 
@@ -42,7 +47,6 @@ class PackedLayer(nn.Module):
         bias: parameter [F] or None.
         structure: positions of the values in the dense weight; moves with the module.
         impl: name of the implementation that computes.
-        dense_gradient: while the gradient of all weights is wanted, what collects it; else None.
     """
 
     dense: ClassVar[type[nn.Module]]
@@ -52,7 +56,6 @@ class PackedLayer(nn.Module):
     values: nn.Parameter
     bias: nn.Parameter | None
     keep_bits: Tensor
-    dense_gradient: DenseGradient | None = None
     _otherwise: str | None = None
 
     def __init_subclass__(cls, **arguments: Any) -> None:
@@ -159,12 +162,28 @@ class PackedLayer(nn.Module):
         """
         collecting = self.dense_gradient
         if collecting is not None and tensor.requires_grad and self.values.requires_grad:
-            tensor.register_hook(lambda g: collecting.add(weight_gradient(g), self.values.grad))
+
+            def collect(gradient: Tensor) -> None:
+                collecting.add(weight_gradient(gradient), self.values.grad)
+
+            tensor.register_hook(collect)  # type: ignore[no-untyped-call]
+
+    @property
+    def dense_gradient(self) -> DenseGradient | None:
+        """While the gradient of all weights is wanted, what collects it; else None, as in copies."""
+        return _COLLECTING.get(self) if _COLLECTING else None
+
+    @property
+    def collecting(self) -> bool:
+        """Whether a forward pass now has to go through the dense weight, for its gradient."""
+        return self.dense_gradient is not None and torch.is_grad_enabled()
 
     def want_dense_gradient(self, wanted: bool) -> None:
         """Collect the gradient of all weights from the next forward pass on, or forget it."""
-        if wanted != (self.dense_gradient is not None):
-            self.dense_gradient = DenseGradient() if wanted else None
+        if not wanted:
+            _COLLECTING.pop(self, None)
+        elif self.dense_gradient is None:
+            _COLLECTING[self] = DenseGradient()
 
     def move_(self, structure: Structure, optimizers: Sequence[Optimizer] = ()) -> bool:
         """Keep other positions: values, their gradient and what optimizers hold for them move along.
@@ -200,7 +219,7 @@ class PackedLayer(nn.Module):
             self.keep_bits.copy_(structure.bits())
         self.structure = structure
         if self.dense_gradient is not None:  # what it holds was of the old positions' step
-            self.dense_gradient = DenseGradient()
+            _COLLECTING[self] = DenseGradient()
         return replaced
 
     def __setattr__(self, name: str, value: Any) -> None:

@@ -2,10 +2,11 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
 import time
 import warnings
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import replace
 from typing import Any
 
@@ -151,6 +152,16 @@ class PrunedNetwork:
         self.collecting = wanted
         for layer in self.moving.values():
             layer.want_dense_gradient(wanted)
+
+    @contextlib.contextmanager
+    def without_gradients(self) -> Iterator[None]:
+        """Collect nothing inside, between two steps: who looks at the network sees it as in other steps."""
+        wanted = self.collecting
+        self.want_gradients(False)
+        try:
+            yield
+        finally:
+            self.want_gradients(wanted)
 
     def settle_gradients(self) -> None:
         """Bring collected gradients to the scale that the optimizer's have, at the beginning of its step."""

@@ -109,6 +109,10 @@ class Wrapped(Generic[W]):
             self._outdated = False
         return self._current
 
+    def renew(self) -> None:
+        """Wrap the network again before it runs the next time."""
+        self._outdated = True
+
     def __call__(self, *args: Any, **kwargs: Any) -> Any:
         """Run the network."""
         return self.current(*args, **kwargs)

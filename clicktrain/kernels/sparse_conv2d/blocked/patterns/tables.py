@@ -221,10 +221,9 @@ def _kinds(tap: np.ndarray, first: np.ndarray, positions: int) -> tuple[list[Tap
     ends = np.append(first[1:], len(tap))
     if positions > _CODED:
         known: dict[Taps, int] = {}
-        kind = [
-            known.setdefault(tuple(tap[a:b].tolist()), len(known)) for a, b in zip(first, ends, strict=True)
-        ]
-        return [*known], np.array(kind)
+        runs = (tuple(tap[a:b].tolist()) for a, b in zip(first, ends, strict=True))
+        numbers = np.array([known.setdefault(taps, len(known)) for taps in runs])
+        return [*known], numbers
     code = np.bitwise_or.reduceat(np.int64(1) << tap.astype(np.int64), first)
     if positions <= 16:
         codes = np.flatnonzero(np.bincount(code, minlength=1))

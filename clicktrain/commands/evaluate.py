@@ -27,6 +27,9 @@ _COMMAND = Command(
                    "The validation images, or the test split of a run with --holdout.", "val"),
             Option("batch_size", int | None, "Images per forward pass; as in training by default."),
             Option("device", str | None, "auto, cpu, cuda or mps; as in training by default."),
+            Option("tta", Literal["none", "flip", "shift"] | None,
+                   "Average the outputs over views of each image: flip (the image and its mirror image) or "
+                   "shift (also both shifted by a pixel, to two sides); as in training by default."),
             JSON,
         ),
         "adversarial attack": (
@@ -49,6 +52,10 @@ def run(argv: Sequence[str]) -> int:
     names = [name for name in ("data", "batch_size", "device") if given.get(name) is not None]
     config = replace(loaded.config, **{name: given[name] for name in names})
     attacks = _attacks(given, config.seed)
+    if given.get("tta") is not None:
+        config = replace(config, test_time_augmentation=given["tta"])
+    if attacks and config.test_time_augmentation != "none":
+        raise UserError("attacks are made on images as they are: add --tta none")
     split: Literal["val", "test"] = given.get("split") or "val"
     result = _evaluate(loaded, config, attacks, split)
     if attacks and config.data == loaded.config.data and split == "val":
@@ -57,9 +64,10 @@ def run(argv: Sequence[str]) -> int:
         print(json.dumps(result, indent=2))
         return 0
     top5 = "" if result["top5_accuracy"] is None else f", top-5 {result['top5_accuracy']:.2f}%"
+    views = f", test-time augmentation {config.test_time_augmentation}" * ("test_time_augmentation" in result)
     print(
         f"{result['run']}: accuracy {result[f'{split}_accuracy']:.2f}%{top5}, "
-        f"loss {result[f'{split}_loss']:.4f} on {result['images']} images of {result['data']}"
+        f"loss {result[f'{split}_loss']:.4f} on {result['images']} images of {result['data']}{views}"
     )
     for row in result.get("robustness", ()):
         print(f"under {result['attack']}, epsilon {row['epsilon']:g}: accuracy {row['accuracy']:.2f}%")
@@ -96,7 +104,8 @@ def _evaluate(
         config = replace(config, image_size=height if height == width else None, holdout=None)
     data = _fitting(loaded, open_run_data(config, loaded.value_range), config.data)
     model, loader = loaded.model.to(device), make_eval_loader(config, data, split, device)
-    result = evaluate(model, loader, device=device, precision=config.precision)
+    views = config.test_time_augmentation
+    result = evaluate(model, loader, device=device, precision=config.precision, views=views)
     assert result is not None  # only a stop that is asked for gives none
     report = {
         "run": str(loaded.folder.path),
@@ -107,6 +116,8 @@ def _evaluate(
         f"{split}_loss": result.loss,
         "compression_ratio": loaded.summary["compression_ratio"],
     }
+    if views != "none":
+        report["test_time_augmentation"] = views
     if attacks:
         accuracies = attacked_accuracy(
             model, loader, attacks, mean=data.mean, std=data.std, device=device, precision=config.precision

@@ -50,14 +50,14 @@ GROUPS: dict[str, tuple[str, str]] = {
     "optimization": (
         "epochs batch_size optimizer learning_rate schedule",
         "weight_decay momentum nesterov decay_norm_and_bias warmup_epochs bias_rate_factor milestones gamma "
-        "time_budget budget_epochs second_cycle cycle_floor label_smoothing learning_rate_batch "
-        "learning_rate_scaling ema_decay lookahead recalibrate_norms clip_grad_norm accumulate dynamic_batch "
-        "memory_budget batch_granularity batch_limit batch_lr seed",
+        "time_budget budget_epochs second_cycle cycle_floor distill distill_temperature teacher "
+        "label_smoothing learning_rate_batch learning_rate_scaling ema_decay lookahead recalibrate_norms "
+        "clip_grad_norm accumulate dynamic_batch memory_budget batch_granularity batch_limit batch_lr seed",
     ),
     "machine and files": (
         "device precision",
-        "threads deterministic channels_last compile packed operators evaluate_every checkpoint_every "
-        "keep_checkpoints tensorboard",
+        "threads deterministic channels_last compile packed operators test_time_augmentation evaluate_every "
+        "checkpoint_every keep_checkpoints tensorboard",
     ),
     "method": ("method", ""),
 }

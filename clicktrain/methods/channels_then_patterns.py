@@ -56,6 +56,7 @@ class ChannelsThenPatterns(ChannelSettings, PatternChoices, Method[TwoPartState]
 
     name: ClassVar[str] = "prunetrain-clicktrain"
     title: ClassVar[str] = "PruneTrain, then ClickTrain"
+    dense_until_chosen: ClassVar[bool] = True
     reads_graph: ClassVar[bool] = True
 
     switch_at: float | None = None

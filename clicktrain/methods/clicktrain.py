@@ -62,6 +62,7 @@ class ClickTrain(PatternSettings, Method[ClickTrainState]):
 
     name: ClassVar[str] = "clicktrain"
     title: ClassVar[str] = "ClickTrain"
+    dense_until_chosen: ClassVar[bool] = True
 
     def find_prunable(self, model: nn.Module, trained: Sequence[Tensor] | None = None) -> PrunableLayers:
         """Convolutions that may be pruned; ``exclude``, ``include`` and ``layers`` must name some."""

@@ -203,10 +203,8 @@ class GradualClickTrain(Gradual, Growing):
         if state.stage not in ("pool", "finalize"):
             super().before_step(state, prunable, step)
             return
-        weight = None
-        if state.stage == "finalize":
-            weight = batch_counts(state.previous_loss, step.loss, self.loss_margin, self.loss_margin_rule)
-            state.previous_loss = step.loss
+        counts = batch_counts(state.previous_loss, step.loss, self.loss_margin, self.loss_margin_rule)
+        weight, state.previous_loss = counts if state.stage == "finalize" else None, step.loss
         criterion, votes = CRITERIA.resolve(self.criterion), self.selection == "votes"
         read_batch(state.selection, self._layers(prunable), step, criterion, weight, votes)
 

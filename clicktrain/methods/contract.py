@@ -246,6 +246,8 @@ class MethodHooks(abc.ABC, Generic[S]):
     """The method removes or masks weights."""
     freezes: ClassVar[bool] = True
     """A run of the method has a moment at which masks are frozen."""
+    dense_until_chosen: ClassVar[bool] = False
+    """Weights are dense until masks are chosen, once, which a `FinalizedEvent` says."""
     settings_exclude: ClassVar[tuple[str, ...]] = ()
 
     def __post_init__(self) -> None:

@@ -151,9 +151,9 @@ def _cheapest(own: Tensor, pattern: Tensor, table: _Tables) -> tuple[Tensor, Ten
 
     ``own`` [F, C, RS] are the scores inside the present pattern. Ties go to the first set.
     """
-    left = (own @ table.shared.to(own).T).masked_fill(~table.allowed[pattern], -torch.inf)
-    best, overlap = left.max(dim=-1)
-    return overlap, (own.sum(dim=-1) - best).clamp_min(0)
+    given_up = (own @ (1 - table.shared).to(own).T).masked_fill(~table.allowed[pattern], torch.inf)
+    cost, overlap = given_up.min(dim=-1)
+    return overlap, cost
 
 
 def _steepest(gradients: Tensor, old: Tensor, overlap: Tensor, table: _Tables) -> Tensor:

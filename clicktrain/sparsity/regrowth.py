@@ -65,10 +65,11 @@ class Update:
 
     def counts(self, densities: Mapping[str, float]) -> dict[str, int]:
         """Units per layer for densities, at least one, or one of each row."""
-        return {
-            name: units_at(densities[name], alive.numel(), self.rows_of(name), self.most(name))
-            for name, alive in self.alive.items()
+        layers = {
+            name: (alive.numel(), self.rows_of(name), self.sizes[name]) for name, alive in self.alive.items()
         }
+        weights = {name: math.prod(shape) for name, shape in self.shapes.items()}
+        return units_at(densities, layers, weights)
 
     def lost(self, kept: Units) -> dict[str, int]:
         """Units per layer that live now and are not among the kept."""
@@ -116,16 +117,37 @@ GrowthRule: TypeAlias = Callable[[Update, Units, Mapping[str, int]], Units]
 """(update, the units that stay, how many grow in each layer) -> the units that live afterwards."""
 
 
-def units_at(density: float, total: int, rows: int = 1, most: float = 1.0) -> int:
-    """How many of a layer's units live at a density, at least one of every row.
+def units_at(
+    densities: Mapping[str, float], layers: Mapping[str, tuple[int, int, int]], weights: Mapping[str, int]
+) -> dict[str, int]:
+    """How many units of each layer live at its density, at least one, or one of every row.
+
+    A layer without rows is rounded by itself. Steps of the others, one more unit in each row, may be large:
+    they are rounded together, by the largest remainders, to come close to the weights that all of them are to
+    have.
 
     Args:
-        density: share of the layer's weights.
-        total: units of the layer.
-        rows: parts of the layer in which equally many live.
-        most: the density at which all units live.
+        densities: share of each layer's weights.
+        layers: units, rows in which equally many live, and weights of a unit.
+        weights: of each layer.
     """
-    return min(max(round(density / most * (total // rows)), 1) * rows, total)
+    counts, remainders, left = {}, [], 0.0
+    for place, (name, (total, rows, size)) in enumerate(layers.items()):
+        exact = min(densities[name] * weights[name] / size, total)
+        if rows == 1:
+            counts[name] = min(max(round(exact), 1), total)
+            continue
+        each = max(math.floor(exact / rows + 1e-9), 1)
+        counts[name] = each * rows
+        left += (exact - counts[name]) * size
+        if each < total // rows:
+            remainders.append((each - exact / rows, place, name))
+    for _, _, name in sorted(remainders):
+        _, rows, size = layers[name]
+        if left >= rows * size / 2:
+            counts[name] += rows
+            left -= rows * size
+    return counts
 
 
 def random_numbers(shape: Sequence[int], seed: int, step: int, layer: int) -> Tensor:

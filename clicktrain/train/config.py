@@ -2,15 +2,12 @@
 
 from __future__ import annotations
 
-import itertools
 import math
-import re
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Literal, get_origin
+from typing import Any, Literal
 
-from clicktrain.accounting.memory import bytes_of
 from clicktrain.errors import UserError, shown
 from clicktrain.files import read_yaml
 from clicktrain.methods import METHODS, Method
@@ -19,12 +16,12 @@ from clicktrain.runs.folder import RunFolder
 from clicktrain.settings import (
     build,
     choice_fields,
-    convert,
     field_names,
     to_plain,
-    type_hints,
     unknown_field,
 )
+from clicktrain.train.setting_checks import check_settings
+from clicktrain.train.views import Views
 
 Precision = Literal["fp32", "bf16", "fp16"]
 BatchRate = Literal["linear", "sqrt", "none"]
@@ -119,6 +116,14 @@ class RunConfig:
     loss) if that is more."""
     cycle_floor: float = 0.05
     """Share of the peak at which the first of two cycles ends (second_cycle)."""
+    distill: float = 0.0
+    """Weight of a teacher's outputs in the loss, once masks are frozen (knowledge distillation); 0 is off.
+    Methods that never freeze masks learn from it throughout."""
+    distill_temperature: float = 4.0
+    """Divides the outputs of teacher and network before they are compared."""
+    teacher: str | None = None
+    """Folder of the finished run that teaches; by default the run's own network, with the weights that it had
+    when masks were chosen."""
     label_smoothing: float = 0.0
     """Share of each label spread evenly over all classes."""
     mixup: float = 0.0
@@ -157,6 +162,9 @@ class RunConfig:
     operators: Literal["measured", "density", "sparse", "reference"] = "measured"
     """How packed layers run (on the CPU): measured: what is fastest, found out once per machine; density:
     sparse where more than 65% is zero; sparse: all that can; reference: the slow one."""
+    test_time_augmentation: Views = "none"
+    """Average the outputs over views of each image wherever the run is evaluated: flip (the image and its
+    mirror image) or shift (also both of the image shifted by a pixel, to two sides)."""
     evaluate_every: int = 1
     """Epochs between evaluations; the last epoch is always evaluated."""
     checkpoint_every: int = 1
@@ -173,67 +181,7 @@ class RunConfig:
     """Seed of the initial weights, the order of the images, their augmentation and dropout."""
 
     def __post_init__(self) -> None:
-        for name, (low, most) in _RANGES.items():
-            value = getattr(self, name)
-            if value is not None and not low <= value < math.inf:
-                raise UserError(f"{name} is {shown(value)}: must be at least {low}")
-            if value is not None and value > most:
-                raise UserError(f"{name} is {shown(value)}: must be at most {most}")
-        for name in ("width", "learning_rate", "bias_rate_factor", "gamma", "val_fraction"):
-            if not 0 < (value := getattr(self, name)) < math.inf:
-                raise UserError(f"{name} is {shown(value)}: must be above 0")
-        for name in ("momentum", "label_smoothing", "ema_decay", "val_fraction", "cycle_floor"):
-            if not 0 <= (value := getattr(self, name)) < 1:
-                raise UserError(f"{name} is {shown(value)}: must be at least 0 and below 1")
-        for name, hint in type_hints(RunConfig).items():
-            if get_origin(hint) is Literal:
-                convert(name, getattr(self, name), hint)
-        if self.warmup_epochs >= self.epochs:
-            raise UserError(
-                f"warmup_epochs is {self.warmup_epochs}: must be less than epochs ({self.epochs})"
-            )
-        self._check_dynamic_batch()
-        self._check_second_cycle()
-        if self.time_budget is not None:
-            budget_of(self.time_budget)
-        elif self.budget_epochs is not None:
-            raise UserError("budget_epochs is set but time_budget is not: set that too")
-        if self.lookahead and self.ema_decay:
-            raise UserError("lookahead and ema_decay are both set: only one average of the weights is kept")
-        if self.optimizer == "sgd" and self.nesterov and self.momentum == 0:
-            raise UserError("nesterov is true but momentum is 0: set nesterov to false or momentum above 0")
-        if not all(low < high for low, high in itertools.pairwise((0.0, *self.milestones, 1.0))):
-            raise UserError(
-                f"milestones is {shown(list(self.milestones))}: rising shares of the run are needed, each "
-                "between 0 and 1"
-            )
-
-    def _check_dynamic_batch(self) -> None:
-        if self.memory_budget is not None:
-            try:
-                bytes_of(self.memory_budget)
-            except UserError as error:
-                raise UserError(f"memory_budget: {error}") from None
-        if self.batch_limit is not None and self.batch_limit < self.batch_size:
-            raise UserError(
-                f"batch_limit is {self.batch_limit}: must be at least batch_size ({self.batch_size})"
-            )
-        for name in ("memory_budget", "batch_limit"):
-            if getattr(self, name) is not None and not self.dynamic_batch:
-                raise UserError(f"{name} is set but dynamic_batch is false: set that to true too")
-
-    def _check_second_cycle(self) -> None:
-        height = self.second_cycle
-        if height is None:
-            return
-        convert("second_cycle", height, type_hints(RunConfig)["second_cycle"])
-        if not isinstance(height, str) and not 0 < height < math.inf:
-            raise UserError(f"second_cycle is {shown(height)}: must be above 0")
-        if self.schedule in ("step", "constant"):
-            raise UserError(
-                f"second_cycle is set but schedule {self.schedule} does not fall to a floor: use cosine, "
-                "linear, triangular or onecycle"
-            )
+        check_settings(self)
 
     @property
     def images_per_step(self) -> int:
@@ -247,55 +195,6 @@ class RunConfig:
             return self.learning_rate
         factor = self.images_per_step / self.learning_rate_batch
         return self.learning_rate * (math.sqrt(factor) if self.learning_rate_scaling == "sqrt" else factor)
-
-
-_RANGES = {
-    "epochs": (1, 1_000_000),
-    "budget_epochs": (1, 1_000_000),
-    "batch_size": (1, 10_000_000),
-    "accumulate": (1, 1_000_000),
-    "evaluate_every": (1, 1_000_000),
-    "checkpoint_every": (1, 1_000_000),
-    "keep_checkpoints": (1, math.inf),
-    "batch_granularity": (1, 10_000_000),
-    "batch_limit": (1, 2**62),
-    "learning_rate_batch": (1, 2**62),
-    "image_size": (1, 8192),
-    "threads": (1, 4096),
-    "workers": (0, 1024),
-    "cutout": (0, 65_536),
-    "seed": (0, 2**63 - 1),
-    "holdout": (1, 2**62),
-    "warmup_epochs": (0, 1_000_000),
-    "weight_decay": (0, math.inf),
-    "mixup": (0, math.inf),
-    "clip_grad_norm": (0, math.inf),
-    "recalibrate_norms": (0, 1_000_000),
-}
-"""Smallest and largest value; the system would refuse larger numbers, for lack of memory or threads."""
-
-
-_SECONDS = {"s": 1, "sec": 1, "min": 60, "h": 3600}
-_MOST_SHARE = 10
-"""The largest share of the dense run; a larger number is meant as a time."""
-
-
-def budget_of(value: float | str) -> tuple[float | None, float | None]:
-    """A time budget as a share of the dense run, or in seconds; the other is None. UserError otherwise."""
-    if isinstance(value, str):
-        amount = re.fullmatch(r"\s*(\d+(?:\.\d*)?)\s*([a-z]+)\s*", value)
-        if amount is None or amount[2] not in _SECONDS or not float(amount[1]) > 0:
-            raise UserError(
-                f"time_budget is {shown(value)}: write a share of the dense run's time, as 1.0, or a time, "
-                "as 90s, 20min or 2h"
-            )
-        return None, float(amount[1]) * _SECONDS[amount[2]]
-    if not 0 < value <= _MOST_SHARE:
-        raise UserError(
-            f"time_budget is {shown(value)}: a share of the dense run's time is above 0 and at most "
-            f"{_MOST_SHARE}; a time has a unit, as 90s, 20min or 2h"
-        )
-    return value, None
 
 
 def resolve_method(name: str, **settings: Any) -> Method[Any]:

@@ -67,7 +67,10 @@ def train_batch(run: TrainingRun, batch: Batch) -> tuple[Tensor, Tensor, bool]:
     state.totals.stages[p.pruner.stage] = state.totals.stages.get(p.pruner.stage, 0) + 1
     state.train_flops += p.cost.now * len(batch.y)
     state.train_flops_dense += p.cost.dense * len(batch.y)
-    loss, correct = training_loss(run, batch)
+    teacher = run.active_teacher
+    if teacher is not None:
+        state.train_flops += teacher.forward_flops * len(batch.y)
+    loss, correct = training_loss(run, batch, teacher)
     if p.cycle is not None and p.cycle.wants_losses:
         p.cycle.note_loss(loss.item())
     run.scaler.scale(loss / group).backward()  # type: ignore[no-untyped-call]
@@ -215,6 +218,7 @@ def end_epoch(run: TrainingRun, stop: StopRequest) -> None:
                 p.val_loader,
                 device=p.device,
                 precision=config.precision,
+                views=config.test_time_augmentation,
                 stop=lambda: stop.requested,
             )
         if result is None:

@@ -165,6 +165,11 @@ def prepare(config: RunConfig, method: Method[Any], *, begins: bool = True) -> P
             f"dynamic_batch is true but method {config.method} removes no channels while it trains: "
             f"turn it off, or use {' or '.join(name for name, kind in METHODS.items() if kind.reads_graph)}"
         )
+    if config.distill and config.teacher is None and not method.dense_until_chosen:
+        raise UserError(
+            f"distill is set but method {config.method} has no dense network to learn from when its masks "
+            "are frozen: give teacher, the folder of a finished run"
+        )
     device = resolve_device(config.device)
     set_up(config, device)
     data = open_run_data(config)

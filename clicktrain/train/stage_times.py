@@ -25,6 +25,7 @@ from clicktrain.train.loss import training_loss
 from clicktrain.train.prepare import prepare
 from clicktrain.train.progress import Silent
 from clicktrain.train.training_run import TrainingRun
+from clicktrain.train.views import mean_logits
 
 _WARM_UP, _ROUNDS, _LEAST_ROUNDS = 1, 7, 3
 _ENOUGH_SECONDS = 20.0
@@ -155,7 +156,7 @@ def _batch_seconds(run: TrainingRun, batch: Batch) -> float:
     """Seconds of a batch; of an optimizer step as many as fall on it."""
     p = run.prepared
     started = time.perf_counter()
-    loss, _ = training_loss(run, batch)
+    loss, _ = training_loss(run, batch, run.active_teacher)
     run.scaler.scale(loss).backward()  # type: ignore[no-untyped-call]
     watched = not p.pruner.frozen and p.pruner.progress.epoch < p.config.epochs
     if watched:
@@ -181,7 +182,7 @@ def _evaluation_seconds(run: TrainingRun) -> float:
     for number, batch in enumerate(p.val_loader.epoch(0)):
         before = time.perf_counter()
         with autocast(p.device, p.config.precision):
-            model(batch.x).argmax(dim=1).cpu()
+            mean_logits(model, batch.x, p.config.test_time_augmentation).argmax(dim=1).cpu()
         times.append((time.perf_counter() - before) / len(batch.y))
         if number + 1 >= _EVALUATED:
             break

@@ -13,6 +13,7 @@ from torch import Tensor, nn
 
 from clicktrain.accounting import LayerCost, ModelCost, count
 from clicktrain.accounting.cost import ratio
+from clicktrain.data import Loader
 from clicktrain.errors import MissedTarget
 from clicktrain.formats.packed_file import save_packed
 from clicktrain.formats.tree import save_tree
@@ -23,7 +24,7 @@ from clicktrain.runs.format import FORMAT_VERSION
 from clicktrain.surgery import SurgeryPlan, write_recipe
 from clicktrain.train.after_cut import recalibrate_
 from clicktrain.train.epoch import check_outputs, note_accuracy
-from clicktrain.train.evaluate import evaluate
+from clicktrain.train.evaluate import Evaluation, evaluate
 from clicktrain.train.operators import operator_names
 from clicktrain.train.prepare import make_eval_loader
 from clicktrain.train.time_budget import time_target
@@ -47,8 +48,7 @@ def finish_run(run: TrainingRun) -> dict[str, Any]:
     if p.config.recalibrate_norms and (changes or run.average is not None):
         recalibrate_(run, model, epoch=p.config.epochs)
     if changes:  # what was evaluated is not what is saved
-        result = evaluate(model, p.val_loader, device=p.device, precision=p.config.precision)
-        assert result is not None
+        result = _evaluated(run, model, p.val_loader)
         check_outputs(run, result)
         note_accuracy(run, result.accuracy)
         run.progress.message(f"pruned after the last epoch: validation accuracy is {result.accuracy:.2f}%")
@@ -75,9 +75,15 @@ def _test_accuracy(run: TrainingRun, model: nn.Module) -> float | None:
     if p.data.test is None:
         return None
     loader = make_eval_loader(p.config, p.data, "test", p.device)
-    result = evaluate(model, loader, device=p.device, precision=p.config.precision)
-    assert result is not None
-    return result.accuracy
+    return _evaluated(run, model, loader).accuracy
+
+
+def _evaluated(run: TrainingRun, model: nn.Module, loader: Loader) -> Evaluation:
+    config, device = run.prepared.config, run.prepared.device
+    views = config.test_time_augmentation
+    result = evaluate(model, loader, device=device, precision=config.precision, views=views)
+    assert result is not None  # only a stop that is asked for gives none
+    return result
 
 
 def _summary(
@@ -89,7 +95,7 @@ def _summary(
 ) -> dict[str, Any]:
     p, state = run.prepared, run.state
     config, pruner, masks, outcome = p.config, p.pruner, p.pruner.masks, p.pruner.outcome()
-    seconds = run.seconds
+    seconds, views = run.seconds, config.test_time_augmentation
     if state.seconds_asked is not None:
         row = time_target(state.seconds_asked, state.seconds_planned or 0.0, seconds, config.epochs)
         outcome = Outcome((*outcome.targets, row))
@@ -104,6 +110,7 @@ def _summary(
         "val_accuracy": state.val_accuracy,
         "best_val_accuracy": state.best_val_accuracy,
         "test_accuracy": test_accuracy,
+        **({} if views == "none" else {"test_time_augmentation": views}),
         "sparsity_asked": getattr(p.method, "sparsity", None),
         "compression_asked": getattr(p.method, "compression_asked", None),
         "outcome": outcome.to_json(),

@@ -12,7 +12,8 @@ from clicktrain.errors import UserError
 from clicktrain.methods import Method
 from clicktrain.methods.outcome import NOTED, Target
 from clicktrain.runs.events import TimePlannedEvent
-from clicktrain.train.config import RunConfig, budget_of
+from clicktrain.train.config import RunConfig
+from clicktrain.train.setting_checks import budget_of
 from clicktrain.train.stage_times import RunTimes, measure_run
 from clicktrain.wording import short_duration
 

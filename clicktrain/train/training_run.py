@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 from torch.amp.grad_scaler import GradScaler
 from torch.optim.swa_utils import AveragedModel
 
@@ -24,7 +24,7 @@ from clicktrain.methods.driver.publisher import (
     ParametersReplaced,
     Wrapped,
 )
-from clicktrain.runs.events import Event, LogMendedEvent, TimePlannedEvent
+from clicktrain.runs.events import Event, FinalizedEvent, LogMendedEvent, TimePlannedEvent
 from clicktrain.runs.folder import RunFolder
 from clicktrain.sparsity.masks import conv_masks
 from clicktrain.train.averages import SlowWeights, make_average
@@ -42,6 +42,7 @@ from clicktrain.train.operators import can_accelerate, choose_operators
 from clicktrain.train.prepare import Prepared
 from clicktrain.train.progress import Progress, ScalarLog
 from clicktrain.train.state import TrainState
+from clicktrain.train.teacher import Teacher, load_teacher, own_teacher
 
 _FREE_TO_CHANGE = frozenset(
     ("device", "threads", "workers", "cache_dir", "evaluate_every", "checkpoint_every", "keep_checkpoints",
@@ -76,6 +77,12 @@ class TrainingRun:
             pruner.follow(self.average)
         if config.tensorboard:
             self.scalars = ScalarLog(self.folder.path / "tensorboard")
+        self.teacher: Teacher | None = None
+        """What the network learns from besides the labels; its own dense weights from when they are known."""
+        if config.teacher is not None:
+            self.teacher = load_teacher(config, self.prepared.facts, self.prepared.device)
+        elif config.distill:
+            pruner.subscribe(self._keep_dense, FinalizedEvent)
         self.forward: Wrapped[Callable[..., Any]] = pruner.wrapped(self._wrap)
         """The network as trained: on fast operators once it is packed, else compiled if so wished."""
         self._fast: Accelerated | None = None
@@ -106,6 +113,19 @@ class TrainingRun:
     def _follow_move(self, move: MasksMoved) -> None:
         if self._density is not None and self.prepared.pruner.moving:
             self._density = None
+
+    def _keep_dense(self, chosen: FinalizedEvent) -> None:
+        self._set_own_teacher(self.prepared.model.state_dict())
+
+    def _set_own_teacher(self, weights: Mapping[str, Tensor]) -> None:
+        p = self.prepared
+        self.teacher = own_teacher(p.facts, p.pruner.plans, weights, p.model, p.config.channels_last)
+
+    @property
+    def active_teacher(self) -> Teacher | None:
+        """The teacher in the steps that learn from it: with frozen masks, or where none are ever frozen."""
+        p = self.prepared
+        return self.teacher if p.pruner.frozen or not p.method.freezes else None
 
     @property
     def density(self) -> float:
@@ -191,6 +211,9 @@ class TrainingRun:
             "model": thin_weights(p.model, masks),
             "optimizer": thin_optimizer(p.optimizer, p.model, masks),
             "scheduler": p.scheduler.state_dict(),
+            "teacher": self.teacher.model.state_dict()
+            if self.teacher is not None and p.config.teacher is None
+            else None,
             "cycle": None if p.cycle is None else p.cycle.state_dict(),
             "scaler": self.scaler.state_dict(),
             "batch_sizes": p.batch_sizes.state_dict(),
@@ -212,6 +235,8 @@ class TrainingRun:
         p.model.load_state_dict(full_weights(p.model, saved["model"], masks))
         p.optimizer.load_state_dict(full_optimizer(saved["optimizer"], masks))
         p.scheduler.load_state_dict(saved["scheduler"])
+        if saved["teacher"] is not None:
+            self._set_own_teacher(saved["teacher"])
         if p.cycle is not None:
             p.cycle.load_state(saved["cycle"])
         self.scaler.load_state_dict(saved["scaler"])

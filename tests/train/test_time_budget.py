@@ -16,7 +16,7 @@ from clicktrain.errors import UserError
 from clicktrain.methods import METHODS
 from clicktrain.train import RunConfig, RunFolder, TrainingInterrupted, from_dict, load_config
 from clicktrain.train import time_budget as module
-from clicktrain.train.config import budget_of
+from clicktrain.train.setting_checks import budget_of
 from clicktrain.train.stage_times import RunTimes, StageTimes, measure_run
 from clicktrain.train.time_budget import fitting_epochs, plan_time, run_seconds, time_target
 

@@ -59,7 +59,7 @@ def colors_of(points: Sequence[Point]) -> dict[str, str]:
 def cost_figure(points: Sequence[Point], cost: Cost, colors: Mapping[str, str]) -> Figure | None:
     """A chart of all points of which the cost is known, None if there are none.
 
-    The horizontal axis is logarithmic. A dotted line leads from a pruned point to the dense one that it is
+    The horizontal axis is logarithmic. A dashed line leads from a pruned point to the dense one that it is
     compared with by this cost alone.
     """
     shown = [p for p in points if p.accuracy_mean is not None and getattr(p, cost.field)]
@@ -88,7 +88,13 @@ def cost_figure(points: Sequence[Point], cost: Cost, colors: Mapping[str, str]) 
     for point in pruned:
         other = advantage(point, dense, (cost.field,)).dense
         if other is not None:
-            parts.append(element("path", d=polyline([place(point), place(by_name[other])]), class_="dotted"))
+            parts.append(
+                element(
+                    "path",
+                    d=polyline([place(point), place(by_name[other])]),
+                    class_=f"line hair dashed {colors[point.setting]}",
+                )
+            )
     for point in (*dense, *pruned):
         x, y = place(point)
         css = "run-dense" if point.kind == "dense" else colors[point.setting]

@@ -37,7 +37,8 @@ LATENCY_BATCHES = (64, 1)
 
 _OF_A_STEP = (
     "model", "width", "stem", "image_size", "batch_size", "accumulate", "optimizer", "momentum", "nesterov",
-    "mixup", "cutout", "augment", "ema_decay", "clip_grad_norm", "whitening", "threads", "label_smoothing",
+    "mixup", "cutout", "augment", "ema_decay", "lookahead", "clip_grad_norm", "whitening", "threads",
+    "label_smoothing",
 )  # fmt: skip
 """Settings that the time of a dense step depends on, beside the images."""
 
@@ -123,14 +124,15 @@ class Network:
 
     def fast_inference(self, bf16: bool, batch: int) -> Callable[[], object] | None:
         """A call that predicts a batch on the sparse kernels; None where nothing can be accelerated."""
-        masks = conv_masks(self.masks)
-        if not masks:
+        masks, rule = conv_masks(self.masks), self.config.operators
+        if not masks or rule == "reference":
             return None
         packed, x = copy.deepcopy(self.module()), self.images(batch)
         pack_model_(packed, masks)
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")
-            fast = accelerate(packed, x, dtypes=("fp32", "bf16") if bf16 else ("fp32",)).eval()
+            dtypes = ("fp32", "bf16") if bf16 else ("fp32",)
+            fast = accelerate(packed, x, rule=rule, dtypes=dtypes).eval()
 
         def predict() -> None:
             with torch.inference_mode(), autocast(bf16):

@@ -157,7 +157,7 @@ def _best(data: FrontierData, name: str) -> tuple[Point, Advantage] | None:
 
 
 def _headline(data: FrontierData) -> str:
-    best = _best(data, "advantage")
+    best = None if data.note else _best(data, "advantage")
     if best is None or best[1].points is None:
         return f"{data.family}: accuracy against cost"
     point, better = best

@@ -6,6 +6,7 @@ dense step is measured in pairs with it; planning, compiling and peak memory in 
 
 from __future__ import annotations
 
+import functools
 import statistics
 import time
 from collections.abc import Callable, Iterable, Mapping, Sequence
@@ -25,13 +26,21 @@ from clicktrain.bench.frontier.networks import (
     pruned_network,
 )
 from clicktrain.bench.frontier.recipe import Recipe
-from clicktrain.bench.frontier.trainer_steps import STEPS_PER_EPOCH, TrainerSteps, drawn_images
+from clicktrain.bench.frontier.trainer_steps import (
+    ENDLESS,
+    STEPS_PER_EPOCH,
+    TrainerSteps,
+    drawn_images,
+)
 from clicktrain.bench.timing import Progress, fastest
 from clicktrain.errors import UserError
 from clicktrain.kernels.native import keep_memory
 from clicktrain.latency.machine import describe
 from clicktrain.latency.timer import candidates_ms, clock_of, median_ms
+from clicktrain.methods import Dense
 from clicktrain.runs.events import DroppedEvent, RegrownEvent, ThresholdEvent
+from clicktrain.train.config import RunConfig
+from clicktrain.train.prepare import make_train_loader, open_run_data
 
 REHEARSAL_STEPS = 80
 """Steps in which a method goes through its stages."""
@@ -136,6 +145,23 @@ def _is_finished(line: Line | None) -> bool:
 def _eager(engines: Iterable[Engine]) -> Engine:
     """The fastest engine that is not compiled."""
     return next(engine for engine in engines if not engine.compiled)
+
+
+def expected_seconds(config: RunConfig) -> float:
+    """Seconds of one core that training a run's dense network takes in its own precision, about."""
+    data = open_run_data(config)
+    facts = {"classes": len(data.classes), "image_shape": list(data.image_shape)}
+    ms = _brief_step_ms(replace(drawn_images(config, facts, STEPS_PER_EPOCH), epochs=ENDLESS, seed=0))
+    return ms / 1000 * config.epochs * len(make_train_loader(config, data, _CPU))
+
+
+@functools.cache
+def _brief_step_ms(config: RunConfig) -> float:
+    steps = TrainerSteps(replace(config, method="dense"), Dense())
+    steps.step()
+    ms = median_ms({"step": steps.step}, 3, clock=clock_of(_CPU))["step"]
+    steps.close()
+    return ms
 
 
 # ---- dense and frozen networks ------------------------------------------------------------------

@@ -30,7 +30,7 @@ from clicktrain.methods.masks.update_times import Timing
 from clicktrain.runs.events import ABSENT, Event, RegrownEvent
 from clicktrain.sparsity.pattern_units import PatternUnit
 from clicktrain.sparsity.registry import choice_name
-from clicktrain.sparsity.regrowth import Units, Update, random_numbers, units_at
+from clicktrain.sparsity.regrowth import Units, Update, random_numbers
 from clicktrain.sparsity.schedules import ScheduleChoice
 
 
@@ -289,13 +289,12 @@ class Moving(MovingUnits):
     ) -> PruningPlan:
         """Per layer: the units, the planned density, or the one reached."""
         rows = []
-        planned = self.layer_densities(prunable, self.sparsity)
+        planned = self.layer_counts(prunable, self.sparsity)
         first = self.layer_densities(prunable, self.first_sparsity)
         open_yet = bool(self.decided_by) and not (state and state.kept)
         for layer in prunable.layers:
-            name, units = layer.name, math.prod(self.unit_of(layer).shape(layer.view_shape))
-            most = self.most_of(layer)
-            density = most * units_at(planned[name], units, self.rows_of(layer), most) / units
+            name, size = layer.name, self.unit_of(layer).size(layer.view_shape)
+            density = planned[name] * size / math.prod(layer.shape)
             what = self.units_called(layer)
             why = "dense by Erdos-Renyi" if density == 1 and not (state and state.kept) else ""
             if open_yet:

@@ -13,6 +13,7 @@ from clicktrain.compiler.measure import measure_conversion
 from clicktrain.compiler.plan import Activations, held_dtype
 from clicktrain.compiler.units import Unit, conv_of, dtype_of, max_pooling, shape_of
 from clicktrain.graph import ModelGraph
+from clicktrain.kernels.activations import NONE
 from clicktrain.kernels.layouts import LAYOUTS, Layout
 from clicktrain.kernels.native import C_TYPES
 from clicktrain.kernels.sparse_conv2d import PackedConv2d
@@ -25,8 +26,8 @@ GB_S = 10.0
 
 # Passes over a tensor of the output's size, forward and backward.
 _PASSES = {"elementwise": 5.0, "cat": 4.0, "pool": 5.0, "global_pool": 2.0}
-_BATCH_NORM, _ADDITION, _RELU = 8.0, 3.0, 5.0
-_FUSED, _FUSED_ADDITION = 8.0, 2.0
+_BATCH_NORM, _ADDITION, _ACTIVATION = 8.0, 3.0, 5.0
+_FUSED, _FUSED_ADDITION, _FUSED_POOL, _FUSED_ACTIVATION = 8.0, 2.0, 2.0, 4.5
 _MAX_POOL = 3.0
 _CONVERSION = 4.0
 
@@ -45,11 +46,16 @@ def unit_ms(
         return _conv_ms(unit, layout is not None) * filling
     larger = max(math.prod(shape), math.prod(shape_of(unit.output))) * (itemsize or dtype_of(unit).itemsize)
     if unit.kind == "batch_norm":
-        added, relu = len(unit.inputs) > 1, unit.relu
-        plain = _BATCH_NORM + added * _ADDITION + relu * _RELU
-        passes = _FUSED + added * _FUSED_ADDITION if layout else plain
+        added, active = len(unit.inputs) > 1, unit.activation != NONE
+        maxima = math.prod(shape_of(unit.output)) / math.prod(shape) if unit.pooled else 1.0
+        plain = (_BATCH_NORM + added * _ADDITION + active * _ACTIVATION) * maxima
+        fused = (_FUSED + added * _FUSED_ADDITION) * maxima
+        pooling = unit.pooled * (_FUSED_POOL if layout else _PASSES["pool"])
+        passes = (fused if layout else plain) + pooling
     elif layout and layout.max_pool is not None and max_pooling(unit) is not None:
         passes = _MAX_POOL
+    elif unit.kind == "elementwise" and layout and layout.activation is not None and unit.activation != NONE:
+        passes = _FUSED_ACTIVATION
     else:
         passes = _PASSES[unit.kind]
     return _moving_ms(passes * larger * filling, gb_s)

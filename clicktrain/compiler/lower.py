@@ -27,6 +27,7 @@ from clicktrain.compiler.units import (
 )
 from clicktrain.graph import ModelGraph
 from clicktrain.graph.copying import HOOK_TABLES
+from clicktrain.kernels.activations import NONE
 from clicktrain.kernels.impls import ConvProblem
 from clicktrain.kernels.layouts import LAYOUTS, Layout
 from clicktrain.kernels.native import KernelError
@@ -105,6 +106,7 @@ def lower(traced: ModelGraph, plan: LoweringPlan, dtype: torch.dtype) -> Lowered
     for name, norm in convolutions_before_norms(stepped).items():
         if choices[name].statistics:
             writer.joined[norm.inputs[0]] = norm
+    writer.biased = _biases_before_activations(stepped, choices)
     layers = [module for _, module in modules_in(stepped, traced)]
     parameter = None
     if conv := next((one for one in layers if isinstance(one, (PackedConv2d, nn.Conv2d))), None):
@@ -140,6 +142,23 @@ def _without(
     return plan.without(unusable, apart)
 
 
+def _biases_before_activations(
+    units: Sequence[Unit], choices: Mapping[str, Choice]
+) -> dict[fx.Node, steps.Convolution]:
+    """Convolutions with a bias that only an activation with a kernel reads, in the same layout."""
+    made = {unit.output: unit for unit in units if unit.kind == "conv"}
+    found = {}
+    for unit in units:
+        conv = made.get(unit.inputs[0])
+        if conv is None or unit.kind != "elementwise" or unit.activation == NONE:
+            continue
+        layout = choices[unit.name].layout
+        alike = layout == choices[conv.name].layout and LAYOUTS[layout].activation is not None
+        if alike and len(conv.output.users) == 1 and conv_of(conv).bias is not None:
+            found[conv.output] = conv_of(conv)
+    return found
+
+
 def _unpacked(unit: Unit, choice: Choice) -> bool:
     """Whether a layer has become dense since it was chosen to run sparse: that choice is void."""
     return isinstance(unit.module, nn.Conv2d) and choice.density < 1
@@ -168,6 +187,8 @@ class _Writer:
         self._usual: dict[fx.Node, fx.Node] = {}
         self._images: dict[fx.Node, fx.Node] = {}
         """Number of images of a value in another layout."""
+        self.biased: dict[fx.Node, steps.Convolution] = {}
+        """Convolutions, by their nodes, whose bias the activation behind them adds."""
         self.needs: dict[str, list[str]] = {}
         """C texts by the name of the unit that needs them."""
         self.sums: dict[str, list[str]] = {}
@@ -254,7 +275,9 @@ class _Writer:
             self._plain[node] = self.graph.call_function(layout.image_mean, (x, n, keepdim, self.dtype))
             return
         if unit.kind == "conv":
-            y = self._call(unit.name, self._conv(unit, layout), x)
+            step = self._conv(unit, layout)
+            step.bias_later = node in self.biased
+            y = self._call(unit.name, step, x)
         elif unit.kind == "batch_norm":
             y = self._call(unit.name, _norm(unit, layout), x, n, *others)
         elif layout.max_pool is not None and (pooling := max_pooling(unit)) is not None:
@@ -264,8 +287,11 @@ class _Writer:
             view = self.graph.call_function(layout.view[0], (x,))
             pooled = self._copy(node, lambda _: view)
             y = self.graph.call_function(layout.view[1], (pooled, x))
+        elif unit.kind == "elementwise" and unit.activation != NONE and layout.activation is not None:
+            conv = self.biased.get(unit.inputs[0])
+            y = self._call(unit.name, steps.Activation(unit.activation, layout.activation, conv), x, n)
         elif layer is not None:
-            y = self._call(unit.name, steps.Activation(layer), x)
+            y = self._call(unit.name, steps.Elementwise(layer), x)
         else:
             y = self._copy(node, lambda source: self.inside(source, layout))
         self._inside[node] = {layout.name: y}
@@ -296,8 +322,10 @@ class _Writer:
     def _need(self, unit: Unit, layout: Layout | None, *texts: str) -> None:
         self.needs[unit.name] = [*texts]
         if layout is not None:
-            names, held = ("layout", pass_of(unit)), self.held(layout)
-            self.needs[unit.name] += [text(held) for name, text in layout.sources.items() if name in names]
+            passes, held = (("layout", 0), pass_of(unit)), self.held(layout)
+            self.needs[unit.name] += [
+                layout.sources[one[0]](held, one[1]) for one in passes if one and one[0] in layout.sources
+            ]
 
     def _write_plain_conv(self, node: fx.Node, unit: Unit) -> fx.Node:
         layer, choice = conv_of(unit), self.choices[unit.name]
@@ -320,4 +348,5 @@ class _Writer:
 def _norm(unit: Unit, layout: Layout) -> steps.BatchNorm:
     assert isinstance(unit.module, nn.BatchNorm2d)
     assert layout.batch_norm is not None
-    return steps.BatchNorm(unit.module, unit.relu, layout.batch_norm)
+    pooling = max_pooling(unit) if unit.pooled else None
+    return steps.BatchNorm(unit.module, layout.batch_norm, unit.activation, pooling)

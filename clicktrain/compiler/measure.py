@@ -9,14 +9,16 @@ from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor, nn
 
 from clicktrain.compiler import steps
 from clicktrain.compiler.layout_choice import PLAIN
 from clicktrain.compiler.plan import DENSE, Activations, activations_of, held_dtype
-from clicktrain.compiler.units import Unit, conv_of, dtype_of, shape_of
+from clicktrain.compiler.units import Unit, conv_of, dtype_of, in_torch, max_pooling, shape_of
 from clicktrain.kernels.impls import Candidate, ConvProblem, Impl, Phase, candidates_for
 from clicktrain.kernels.layouts import LAYOUTS, Layout
+from clicktrain.kernels.max_pool2d import Pooling
 from clicktrain.kernels.native.library import build_all
 from clicktrain.kernels.sparse_conv2d.api import OPERATOR
 from clicktrain.latency.timer import candidates_ms
@@ -224,20 +226,32 @@ def _step_call(step: steps.DenseConv | steps.SparseConv, x: Tensor, gy: Tensor) 
 
 
 def measure_batch_norms(
-    units: Sequence[Unit], layouts: Sequence[tuple[str, torch.dtype]], device: torch.device
+    units: Sequence[Unit],
+    layouts: Mapping[str, Sequence[tuple[str, torch.dtype]]],
+    device: torch.device,
 ) -> dict[str, dict[tuple[str, torch.dtype], float]]:
     """Milliseconds of each batch norm by layout and dtype, forward + backward with all that it fuses.
 
-    ``layouts`` have a batch norm, and come with the dtype of activations; the plain one is always measured.
+    ``layouts`` of each unit have a batch norm, and come with the dtype of activations; the plain one is
+    always measured.
     """
     known: dict[Hashable, dict[tuple[str, torch.dtype], float]] = {}
     times = {}
     for unit in units:
-        key = (shape_of(unit.output), len(unit.inputs), unit.relu)
+        key = (
+            *map(shape_of, (*unit.inputs, unit.output)),
+            unit.activation,
+            repr(max_pooling(unit)) if unit.pooled else None,
+        )
         if key not in known:
-            known[key] = _batch_norm_times(unit, layouts, device)
+            known[key] = _batch_norm_times(unit, layouts[unit.name], device)
         times[unit.name] = known[key]
     return times
+
+
+def _pooled(x: Tensor, pooling: Pooling) -> Tensor:
+    kernel, stride, padding, dilation = (pooling.window()[i : i + 2] for i in range(0, 8, 2))
+    return F.max_pool2d(x, kernel, stride, padding, dilation, pooling.ceil_mode)
 
 
 def _batch_norm_times(
@@ -245,18 +259,21 @@ def _batch_norm_times(
 ) -> dict[tuple[str, torch.dtype], float]:
     shape, dtype = shape_of(unit.output), dtype_of(unit)
     layer = nn.BatchNorm2d(shape[1], dtype=dtype, device=device)
+    pooling = max_pooling(unit) if unit.pooled else None
+    function = in_torch(unit.activation)
 
     def plain(x: Tensor, *residual: Tensor) -> Tensor:
-        y: Tensor = layer(x)
+        y: Tensor = layer(x if pooling is None else _pooled(x, pooling))
         for other in residual:
             y = y + other
-        return torch.relu(y) if unit.relu else y
+        return function(y)
 
     def fused(step: steps.BatchNorm) -> Callable[..., Tensor]:
         return lambda x, *residual: step.forward(x, shape[0], *residual)
 
     def timed(run: Callable[..., Tensor], convert: Callable[[Tensor], Tensor]) -> Call:
-        *inputs, gy = (convert(torch.randn(shape, dtype=dtype, device=device)) for _ in (*unit.inputs, None))
+        shapes = [shape_of(node) for node in (*unit.inputs, unit.output)]
+        *inputs, gy = (convert(torch.randn(one, dtype=dtype, device=device)) for one in shapes)
         for x in inputs:
             x.requires_grad_()
 
@@ -272,7 +289,9 @@ def _batch_norm_times(
         run = LAYOUTS[name].batch_norm
         assert run is not None
         enter = steps.Enter(LAYOUTS[name].enter(held), held)
-        functions[name, held] = timed(fused(steps.BatchNorm(layer, unit.relu, run)), enter.forward)
+        functions[name, held] = timed(
+            fused(steps.BatchNorm(layer, run, unit.activation, pooling)), enter.forward
+        )
     return candidates_ms(functions, SECONDS / 4, device=device)
 
 

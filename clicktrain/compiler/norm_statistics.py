@@ -47,11 +47,12 @@ class NormTimes:
 
 
 def convolutions_before_norms(units: Sequence[Unit]) -> dict[str, Unit]:
-    """Map each convolution whose only reader is a batch norm to that norm's unit."""
+    """Map each convolution whose only reader is a batch norm without pooling to that norm's unit."""
     convolutions = {unit.output: unit for unit in units if unit.kind == "conv"}
     norms = {}
     for unit in units:
-        if unit.kind == "batch_norm" and unit.inputs[0] in convolutions and len(unit.inputs[0].users) == 1:
+        alone = unit.inputs[0] in convolutions and len(unit.inputs[0].users) == 1
+        if unit.kind == "batch_norm" and alone and not unit.pooled:
             norms[convolutions[unit.inputs[0]].name] = unit
     return norms
 
@@ -112,7 +113,7 @@ def measure_statistics(
         norm, own = norms.get(unit.name), times.get(unit.name)
         if norm is None or own is None or not PLAIN != layouts[unit.name] == layouts[norm.name]:
             continue
-        key = (problem_of(unit), own.impl, own.tilings, norm.relu, len(norm.inputs))
+        key = (problem_of(unit), own.impl, own.tilings, norm.activation, len(norm.inputs))
         if key not in known:
             known[key] = _times(unit, norm, own, activations)
         if (measured := known[key]) is not None:
@@ -132,7 +133,7 @@ def _times(unit: Unit, norm: Unit, own: ImplTimes, activations: Activations) -> 
         return None
     dtype, device = dtype_of(unit), next(conv_of(unit).parameters()).device
     layer = nn.BatchNorm2d(conv.problem.filters, track_running_stats=False, dtype=dtype, device=device)
-    step = steps.ConvBatchNorm(conv, steps.BatchNorm(layer, norm.relu, layout.batch_norm))
+    step = steps.ConvBatchNorm(conv, steps.BatchNorm(layer, layout.batch_norm, norm.activation))
     enter = steps.Enter(layout.enter(held), held)
     n = shape_of(unit.inputs[0])[0]
     x, *others = (

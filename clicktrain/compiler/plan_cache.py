@@ -35,7 +35,7 @@ from clicktrain.latency.machine import Machine
 
 FORMAT_VERSION = 3
 _MOST_BYTES = 64 << 20
-KERNELS = 11
+KERNELS = 12
 """Version of the kernels: raise it when old measurements do not hold any more."""
 
 
@@ -49,7 +49,8 @@ def place(units: Sequence[Unit], trained: Collection[fx.Node], batch: int, dtype
         [
             unit.name,
             unit.kind,
-            unit.relu,
+            str(unit.activation),
+            unit.pooled,
             [list(shape_of(node)) for node in (*unit.inputs, unit.output)],
             [node in trained for node in unit.inputs],
             problem_of(unit).to_json() if unit.kind == "conv" else repr(unit.module),

@@ -57,6 +57,8 @@ from clicktrain.kernels.sparse_conv2d import PackedConv2d
 from clicktrain.kernels.sparse_conv2d.api import OPERATOR
 from clicktrain.latency.machine import Machine
 
+_CONVERSION = ("layout", 0)
+"""The pass of `Layout.sources` that every region has."""
 DENSITY_LIMIT = 0.35
 """ClickTrain section 5.4: sparse where more than 65% of the weights are zero."""
 
@@ -106,7 +108,7 @@ class _Decision:
         self.convolutions: Mapping[str, ConvTimes] = {}
         self.norms: Mapping[str, Mapping[tuple[str, torch.dtype], float]] = {}
         self.ways: Mapping[str, str] = {}
-        self.broken: dict[tuple[str, str, torch.dtype], KernelError] = {}
+        self.broken: dict[tuple[tuple[str, int] | None, str, torch.dtype], KernelError] = {}
         """By pass, layout and dtype: kernels beside convolutions that cannot be built."""
 
     def plan(self, remember: bool) -> tuple[LoweringPlan, Path | None]:
@@ -134,11 +136,11 @@ class _Decision:
 
     def _measure(self) -> float:
         """Measure everything that does not depend on the choice; returns the speed of memory in GB/s."""
-        names = ["layout", *sorted({name for unit in self.units if (name := pass_of(unit)) is not None})]
+        passes = {one for unit in self.units if (one := pass_of(unit)) is not None}
         texts = {
-            (name, layout, held): LAYOUTS[layout].sources[name](held)
+            ((name, number), layout, held): LAYOUTS[layout].sources[name](held, number)
             for layout in self.layouts
-            for name in names
+            for name, number in [_CONVERSION, *sorted(passes)]
             if name in LAYOUTS[layout].sources
             for held in dict.fromkeys(self.held(layout, kept) for kept in self.possible)
         }
@@ -146,7 +148,7 @@ class _Decision:
         self.broken = {key: failed[text] for key, text in texts.items() if text in failed}
         self.possible = tuple(kept for kept in self.possible if self._open(kept))
         if not self.possible:
-            raise next(error for (name, _, _), error in self.broken.items() if name == "layout")
+            raise next(error for (one, _, _), error in self.broken.items() if one == _CONVERSION)
         gb_s = measure_memory(self.device)
         convolutions = [unit for unit in self.units if unit.kind == "conv"]
         trained = {unit.name: unit.inputs[0] in self.trained for unit in convolutions}
@@ -159,12 +161,15 @@ class _Decision:
             for layout in self._open(kept)
             if LAYOUTS[layout].batch_norm is not None
         }
-        usable = [key for key in wanted if ("batch_norm", *key) not in self.broken]
-        self.norms = measure_batch_norms(norms, sorted(usable, key=str), self.device)
+        ordered = sorted(wanted, key=str)
+        usable = {
+            norm.name: [key for key in ordered if (pass_of(norm), *key) not in self.broken] for norm in norms
+        }
+        self.norms = measure_batch_norms(norms, usable, self.device)
         return gb_s
 
     def _open(self, activations: Activations) -> list[str]:
-        keys = {one: ("layout", one, self.held(one, activations)) for one in self.layouts}
+        keys = {one: (_CONVERSION, one, self.held(one, activations)) for one in self.layouts}
         return [one for one, key in keys.items() if key not in self.broken]
 
     def _running(self, name: str, layout: str, activations: Activations) -> ImplTimes | None:

@@ -18,6 +18,8 @@ from torch import Tensor, nn
 from clicktrain.compiler.layout_choice import PLAIN
 from clicktrain.formats.memory_format import plain, unsafe_in_channels_last
 from clicktrain.formats.packed import Structure
+from clicktrain.kernels.activations import NONE
+from clicktrain.kernels.activations import Activation as Function
 from clicktrain.kernels.batch_norm2d import uses_batch_statistics
 from clicktrain.kernels.impls import ConvProblem, Impl, Kernels, Phase, positions_of
 from clicktrain.kernels.layouts import LAYOUTS
@@ -58,6 +60,9 @@ class SparseConv(_Step):
 
     layer: Convolution
     kernels: Kernels
+
+    bias_later = False
+    """Whether its bias is left to the pass behind it, see `Activation`."""
 
     def __init__(
         self, layer: Convolution, impl: Impl, problem: ConvProblem, tilings: Mapping[Phase, Any]
@@ -112,7 +117,7 @@ class SparseConv(_Step):
         if self.packed and layer.structure is not self.structure:
             self._prepare(layer.structure)
         values = layer.values if self.packed else layer.weight.flatten(1)
-        return x, values, layer.bias, *self.kernels.arguments
+        return x, values, None if self.bias_later else layer.bias, *self.kernels.arguments
 
 
 class DenseConv(_Step):
@@ -144,17 +149,29 @@ class DenseConv(_Step):
 
 
 class BatchNorm(_Step):
-    """Batch norm, perhaps with an addition and a ReLU, in one pass of a layout."""
+    """Batch norm in one pass of a layout, perhaps with max pooling before, an addition and an activation."""
 
     layer: nn.BatchNorm2d
 
-    def __init__(self, layer: nn.BatchNorm2d, relu: bool, run: Callable[..., Tensor]) -> None:
+    def __init__(
+        self,
+        layer: nn.BatchNorm2d,
+        run: Callable[..., Tensor],
+        activation: Function = NONE,
+        pooling: Pooling | None = None,
+    ) -> None:
         super().__init__(layer)
-        self.relu, self.run = relu, run
+        self.run, self.activation, self.pooling = run, str(activation), pooling
 
-    def forward(self, x: Tensor, n: int, residual: Tensor | None = None) -> Tensor:
-        """Activations of ``n`` images in the layout -> the same shape."""
-        return self.run(x, self.layer, n, residual, self.relu)
+    def forward(
+        self,
+        x: Tensor,
+        n: int,
+        residual: Tensor | None = None,
+        statistics: tuple[Tensor, Tensor] | None = None,
+    ) -> Tensor:
+        """Activations of ``n`` images in the layout, and mean and variance if known -> results."""
+        return self.run(x, self.layer, n, residual, self.activation, statistics, self.pooling)
 
 
 class ConvBatchNorm(nn.Module):
@@ -170,11 +187,25 @@ class ConvBatchNorm(nn.Module):
         if not uses_batch_statistics(norm.layer):
             return norm.forward(self.conv.forward(x), n, residual)
         y, statistics = self.conv.with_statistics(x, n)
-        return norm.run(y, norm.layer, n, residual, norm.relu, statistics)
+        return norm.forward(y, n, residual, statistics)
 
 
-class Activation(_Step):
-    """An activation that never works in place: others may read the value in the layout."""
+class Activation(nn.Module):
+    """An activation in one pass of a layout, perhaps with the bias of the convolution before it."""
+
+    def __init__(self, activation: Function, run: Callable[..., Tensor], conv: Convolution | None) -> None:
+        super().__init__()
+        self.activation, self.run = str(activation), run
+        object.__setattr__(self, "conv", conv)
+
+    def forward(self, x: Tensor, n: int) -> Tensor:
+        """Activations of ``n`` images in the layout -> the same shape."""
+        conv: Any = self.conv
+        return self.run(x, n, self.activation, None if conv is None else conv.bias)
+
+
+class Elementwise(_Step):
+    """A layer that never works in place: others may read the value in the layout."""
 
     def __init__(self, layer: nn.Module) -> None:
         super().__init__(layer)

@@ -1,22 +1,23 @@
 """Units: the nodes of a graph that can run in another layout, and those that run as one.
 
-A unit is a node, or a batch norm with the addition and the ReLU that follow it. Everything that is in no unit
-runs as it was, on ``[N, C, H, W]``.
+A unit is a node, or a batch norm with the max pooling before it and the addition and the activation that
+follow it. Everything that is in no unit runs as it was, on ``[N, C, H, W]``.
 """
 
 from __future__ import annotations
 
 import operator
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from typing import Any, Literal
 
 import torch
 import torch.nn.functional as F
-from torch import fx, nn
+from torch import Tensor, fx, nn
 
 from clicktrain.formats.memory_format import plain_input
 from clicktrain.graph import ModelGraph
+from clicktrain.kernels.activations import NONE, Activation
 from clicktrain.kernels.layouts import Layout
 from clicktrain.kernels.max_pool2d import Pooling
 from clicktrain.kernels.sparse_conv2d import PackedConv2d
@@ -42,8 +43,11 @@ class Unit:
         kind: what it does.
         nodes: in the graph's order; the last one's value is the unit's.
         inputs: nodes whose values it reads as images, in the order of its arguments.
-        module: its (first) layer, None for a function.
-        relu: batch norm only: whether a ReLU ends it.
+        module: its layer, of a fused one the batch norm; None for a function.
+        activation: what ends a batch norm, or all that an elementwise unit does; ``none`` for what is another
+            operation, or has no kernel.
+        pooled: batch norm only: whether the first node is a max pooling.
+        pool_layer: that layer, None for a function.
     """
 
     name: str
@@ -51,7 +55,9 @@ class Unit:
     nodes: tuple[fx.Node, ...]
     inputs: tuple[fx.Node, ...]
     module: nn.Module | None = None
-    relu: bool = False
+    activation: Activation = NONE
+    pooled: bool = False
+    pool_layer: nn.Module | None = None
 
     @property
     def output(self) -> fx.Node:
@@ -117,7 +123,7 @@ class _Finder:
             self._names[node] = name
 
     def batch_norm(self, node: fx.Node) -> Unit | None:
-        """Batch norm (+ addition) (+ ReLU): fused where nobody else reads what lies between."""
+        """(Pooling +) batch norm (+ addition) (+ activation), where nobody else reads what lies between."""
         module = self._module(node)
         if type(module) is not nn.BatchNorm2d or _hooked(module) or not self._images(node):
             return None
@@ -132,12 +138,18 @@ class _Finder:
             nodes.append(following)
             inputs.append(other)
             following = self._only_user(following)
-        relu = following is not None and self._is_relu(following)
-        if relu:
+        activation = NONE if following is None else self._activation(following)
+        if activation != NONE:
             assert following is not None
             nodes.append(following)
+        pooled = x not in self._taken and self._only_user(x) is node and self._is_max_pool(x)
+        if pooled:
+            nodes.insert(0, x)
+            inputs[0] = x.all_input_nodes[0]
         self._taken.update(nodes)
-        return Unit(self._names[node], "batch_norm", tuple(nodes), tuple(inputs), module, relu)
+        name = self._names[node]
+        layer = self._module(x) if pooled else None
+        return Unit(name, "batch_norm", tuple(nodes), tuple(inputs), module, activation, pooled, layer)
 
     def single(self, node: fx.Node) -> Unit | None:
         module, name = self._module(node), self._names[node]
@@ -157,7 +169,7 @@ class _Finder:
             or not (kind == "global_pool" or self._images(node))
         ):
             return None
-        return Unit(name, kind, (node,), inputs, module)
+        return Unit(name, kind, (node,), inputs, module, self._activation(node))
 
     def _kind(self, node: fx.Node, module: nn.Module | None) -> Kind | None:
         if module is not None:
@@ -229,13 +241,83 @@ class _Finder:
         images = self._images(one) and self._images(other)
         return other if images and shape_of(other) == shape_of(node) == shape_of(one) else None
 
-    def _is_relu(self, node: fx.Node) -> bool:
+    def _activation(self, node: fx.Node) -> Activation:
+        """What a node applies to each number of one image; ``none`` if it does not, or there is no kernel."""
+        if len(node.all_input_nodes) != 1:
+            return NONE
         module = self._module(node)
         if module is not None:
-            return type(module) is nn.ReLU and not _hooked(module)
+            hooked = _hooked(module) or len(node.args) != 1 or node.kwargs
+            return NONE if hooked else activation_of_layer(module)
         if node.op == "call_method":
-            return node.target == "relu"
-        return node.op == "call_function" and node.target in _RELU_FUNCTIONS
+            return _RELU if node.target == "relu" else NONE
+        return _activation_of_function(node) if node.op == "call_function" else NONE
+
+    def _is_max_pool(self, node: fx.Node) -> bool:
+        unit = self.single(node) if node.op in ("call_module", "call_function") else None
+        return unit is not None and unit.kind == "pool" and max_pooling(unit) is not None
+
+
+_RELU = Activation("relu")
+
+
+def activation_of_layer(layer: nn.Module) -> Activation:
+    """The kernel's activation for a layer; ``none`` if there is none."""
+    if type(layer) is nn.ReLU:
+        return _RELU
+    if isinstance(layer, nn.Hardtanh) and type(layer) in (nn.Hardtanh, nn.ReLU6):
+        return _clamp(layer.min_val, layer.max_val)
+    if type(layer) is nn.LeakyReLU:
+        return _leaky(layer.negative_slope)
+    if type(layer) is nn.GELU:
+        return _gelu(layer.approximate)
+    return {nn.SiLU: Activation("silu"), nn.Hardswish: Activation("hardswish")}.get(type(layer), NONE)
+
+
+def _activation_of_function(node: fx.Node) -> Activation:
+    target = node.target
+    if target in _RELU_FUNCTIONS:
+        return _RELU
+    if target is F.relu6:
+        return _clamp(0.0, 6.0)
+    if target is F.leaky_relu:
+        slope = _argument(node, 1, "negative_slope")
+        return _leaky(0.01 if slope is None else slope)
+    if target is F.gelu:
+        return _gelu(node.kwargs.get("approximate", "none"))
+    if target is F.silu:
+        return Activation("silu")
+    return Activation("hardswish") if target is F.hardswish else NONE
+
+
+def _clamp(low: Any, high: Any) -> Activation:
+    numbers = isinstance(low, (int, float)) and isinstance(high, (int, float))
+    return Activation("clamp", float(low), float(high)) if numbers and low <= high else NONE
+
+
+def _leaky(slope: Any) -> Activation:
+    positive = isinstance(slope, (int, float)) and slope > 0
+    return Activation("leaky", float(slope)) if positive else NONE
+
+
+def _gelu(approximate: Any) -> Activation:
+    names = {"none": "gelu", "tanh": "gelu_tanh"}
+    return Activation(names[approximate]) if approximate in names else NONE
+
+
+def in_torch(activation: Activation) -> Callable[[Tensor], Tensor]:
+    """The same function as PyTorch has it."""
+    functions: dict[str, Callable[[Tensor], Tensor]] = {
+        "none": lambda x: x,
+        "relu": torch.relu,
+        "clamp": lambda x: F.hardtanh(x, activation.low, activation.high),
+        "leaky": lambda x: F.leaky_relu(x, activation.low),
+        "hardswish": F.hardswish,
+        "silu": F.silu,
+        "gelu": F.gelu,
+        "gelu_tanh": lambda x: F.gelu(x, approximate="tanh"),
+    }
+    return functions[activation.name]
 
 
 _POOLING = ("kernel_size", "stride", "padding", "dilation", "ceil_mode")
@@ -243,7 +325,8 @@ _POOLING = ("kernel_size", "stride", "padding", "dilation", "ceil_mode")
 
 def max_pooling(unit: Unit) -> Pooling | None:
     """The windows of a unit, if it takes maxima over windows that there is a kernel for."""
-    node, layer = unit.output, unit.module
+    node = unit.nodes[0]
+    layer = unit.pool_layer if unit.pooled else unit.module
     if isinstance(layer, nn.MaxPool2d):
         pooling = Pooling(*(getattr(layer, name) for name in _POOLING))
     elif node.target is F.max_pool2d and len(node.all_input_nodes) == 1:
@@ -254,11 +337,16 @@ def max_pooling(unit: Unit) -> Pooling | None:
     return pooling if pooling.fits() else None
 
 
-def pass_of(unit: Unit) -> str | None:
-    """Key of `Layout.sources` for the kernel of a unit; None for convolutions and what PyTorch computes."""
+def pass_of(unit: Unit) -> tuple[str, int] | None:
+    """Key of `Layout.sources` for the kernel of a unit, and the number of the activation that ends it.
+
+    None for convolutions and what PyTorch computes.
+    """
     if unit.kind == "batch_norm":
-        return "batch_norm"
-    return "max_pool" if unit.kind == "pool" and max_pooling(unit) is not None else None
+        return ("pooled_norm" if unit.pooled else "batch_norm"), unit.activation.number
+    if unit.kind == "elementwise" and unit.activation != NONE:
+        return "batch_norm", unit.activation.number
+    return ("max_pool", 0) if unit.kind == "pool" and max_pooling(unit) is not None else None
 
 
 def runs_in(unit: Unit, layout: Layout) -> bool:

@@ -8,7 +8,7 @@ from dataclasses import dataclass, field
 import torch
 from torch import Tensor
 
-from clicktrain.kernels.batch_norm2d import batch_norm_blocked
+from clicktrain.kernels.batch_norm2d import activation_blocked, batch_norm_blocked
 from clicktrain.kernels.batch_norm2d import launch as batch_norm
 from clicktrain.kernels.blocked_layout import block_batch, unblock_batch
 from clicktrain.kernels.blocked_layout import ops as conversion
@@ -30,13 +30,15 @@ class Layout:
         images: x -> [N, C, H, W] of the same dtype, all images that are computed, padding lanes too; None
             where there is no such view: the model's own code then computes gradients of all weights.
         half: whether activations may be kept in bfloat16 while parameters are float32.
-        batch_norm: (x, layer, n, residual or None, relu, statistics or None) -> like ``x``, as
-            `batch_norm_blocked`.
+        batch_norm: (x, layer, n, residual or None, activation, statistics or None, pooling or None) ->
+            result, as `batch_norm_blocked`.
+        activation: (x, n, activation, bias or None) -> like ``x``, as `activation_blocked`.
         max_pool: (x, pooling) -> maxima, as `max_pool_blocked`.
         image_mean: (x, n, keepdim, dtype) -> [n, C, 1, 1] or [n, C].
         view: other pooling: (layout -> a view that PyTorch pools, back: (pooled, x) -> layout).
         channels_second: whether channels are dimension 1, so that ``torch.cat`` joins them.
-        sources: C texts of its passes by dtype: ``layout`` for conversions, ``batch_norm``, ``max_pool``.
+        sources: C texts of its passes by dtype and number of the activation at their end: ``layout`` for
+            conversions, ``batch_norm`` (also for activations alone), ``pooled_norm``, ``max_pool``.
         filled: images of a batch -> images that are computed.
     """
 
@@ -46,11 +48,12 @@ class Layout:
     images: Callable[[Tensor], Tensor] | None = None
     half: bool = False
     batch_norm: Callable[..., Tensor] | None = None
+    activation: Callable[..., Tensor] | None = None
     max_pool: Callable[..., Tensor] | None = None
     image_mean: Callable[[Tensor, int, bool, torch.dtype], Tensor] | None = None
     view: tuple[Callable[[Tensor], Tensor], Callable[[Tensor, Tensor], Tensor]] | None = None
     channels_second: bool = False
-    sources: Mapping[str, Callable[[torch.dtype], str]] = field(default_factory=dict)
+    sources: Mapping[str, Callable[[torch.dtype, int], str]] = field(default_factory=dict)
     filled: Callable[[int], int] = int
 
 
@@ -97,8 +100,15 @@ def _filled_blocks(images: int) -> int:
     return -(-images // lanes) * lanes
 
 
-def _text(source: Callable[[torch.dtype, int], str]) -> Callable[[torch.dtype], str]:
-    return lambda dtype: source(dtype, needed_toolchain().lanes(dtype))
+def _text(source: Callable[[torch.dtype, int], str]) -> Callable[[torch.dtype, int], str]:
+    return lambda dtype, activation: source(dtype, needed_toolchain().lanes(dtype))
+
+
+def _norm_text(pooled: bool) -> Callable[[torch.dtype, int], str]:
+    def text(dtype: torch.dtype, activation: int) -> str:
+        return batch_norm.source(activation, pooled)(dtype, needed_toolchain().lanes(dtype))
+
+    return text
 
 
 BLOCKED = Layout(
@@ -108,13 +118,15 @@ BLOCKED = Layout(
     lambda x: unblock_batch(x, x.shape[0] * x.shape[4]),
     half=True,
     batch_norm=batch_norm_blocked,
+    activation=activation_blocked,
     max_pool=max_pool_blocked,
     image_mean=image_mean,
     view=(as_images, as_blocks),
     channels_second=True,
     sources={
         "layout": _text(conversion.source),
-        "batch_norm": _text(batch_norm.source),
+        "batch_norm": _norm_text(False),
+        "pooled_norm": _norm_text(True),
         "max_pool": _text(max_pool.source),
     },
     filled=_filled_blocks,

@@ -5,14 +5,11 @@ from __future__ import annotations
 import itertools
 import math
 import re
-from typing import TYPE_CHECKING, Literal, get_origin
+from typing import Any, Literal, get_origin
 
 from clicktrain.accounting.memory import bytes_of
 from clicktrain.errors import UserError, shown
 from clicktrain.settings import convert, type_hints
-
-if TYPE_CHECKING:
-    from clicktrain.train.config import RunConfig
 
 _RANGES = {
     "epochs": (1, 1_000_000),
@@ -42,8 +39,8 @@ _ABOVE_ZERO = ("width", "learning_rate", "bias_rate_factor", "gamma", "val_fract
 _BELOW_ONE = ("momentum", "label_smoothing", "ema_decay", "val_fraction", "cycle_floor")
 
 
-def check_settings(config: RunConfig) -> None:
-    """Raise a UserError for a value out of range, or two that contradict each other."""
+def check_settings(config: Any) -> None:
+    """Raise a UserError for a value of a RunConfig out of range, or two that contradict each other."""
     for name, (low, most) in _RANGES.items():
         value = getattr(config, name)
         if value is not None and not low <= value < math.inf:
@@ -84,7 +81,7 @@ def check_settings(config: RunConfig) -> None:
         )
 
 
-def _check_dynamic_batch(config: RunConfig) -> None:
+def _check_dynamic_batch(config: Any) -> None:
     if config.memory_budget is not None:
         try:
             bytes_of(config.memory_budget)
@@ -99,7 +96,7 @@ def _check_dynamic_batch(config: RunConfig) -> None:
             raise UserError(f"{name} is set but dynamic_batch is false: set that to true too")
 
 
-def _check_second_cycle(config: RunConfig) -> None:
+def _check_second_cycle(config: Any) -> None:
     height = config.second_cycle
     if height is None:
         return

@@ -259,7 +259,8 @@ def test_gradients_of_convolution_and_norm(tiling: Tiling, options: tuple[bool, 
     )
     assert not mean.requires_grad
     assert not var.requires_grad
-    normed = batch_norm_blocked(y, ours, layer.n, own_other, options[1], (mean, var))
+    activation = "relu" if options[1] else "none"
+    normed = batch_norm_blocked(y, ours, layer.n, own_other, activation, (mean, var))
     torch.testing.assert_close(unblock(normed, layer.n), want)
     torch.testing.assert_close(ours.state_dict(), theirs.state_dict())
     wanted = [own_x, own_values, *ours.parameters(), *([own_other] if options[0] else [])]
@@ -322,7 +323,7 @@ class _Block(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         y, mean, var = sparse_conv2d_blocked_statistics(x, self.values, None, self.tables, self.text, self.n)
-        return batch_norm_blocked(y, self.norm, self.n, None, True, (mean, var))
+        return batch_norm_blocked(y, self.norm, self.n, None, "relu", (mean, var))
 
 
 @pytest.mark.filterwarnings("ignore")

@@ -12,7 +12,7 @@ from torch.fx.experimental.proxy_tensor import make_fx
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from clicktrain.errors import UserError
-from clicktrain.kernels.batch_norm2d import affine_relu_blocked, batch_norm2d_blocked
+from clicktrain.kernels.batch_norm2d import affine_blocked, batch_norm2d_blocked
 from clicktrain.kernels.blocked_layout import block_batch, unblock_batch
 from clicktrain.kernels.native import toolchain
 
@@ -22,8 +22,8 @@ LANES = TOOLS.lanes(torch.float32) if TOOLS else 1
 
 
 def network(x: Tensor, weight: Tensor, bias: Tensor) -> Tensor:
-    y = batch_norm2d_blocked(block_batch(x, LANES), weight, bias, None, len(x), 1e-5, True)[0]
-    return unblock_batch(affine_relu_blocked(y, weight, bias, y, len(x), False), len(x))
+    y = batch_norm2d_blocked(block_batch(x, LANES), weight, bias, None, len(x), 1e-5, "relu")[0]
+    return unblock_batch(affine_blocked(y, weight, bias, y, len(x), "none"), len(x))
 
 
 def inputs() -> tuple[Tensor, Tensor, Tensor]:
@@ -45,7 +45,7 @@ class Watch(TorchDispatchMode):
         return func(*args, **(kwargs or {}))
 
 
-NAMES = ("block_batch", "batch_norm2d_blocked", "affine_relu_blocked", "unblock_batch")
+NAMES = ("block_batch", "batch_norm2d_blocked", "affine_blocked", "unblock_batch")
 
 
 def test_whoever_looks_sees_operators() -> None:

@@ -37,7 +37,8 @@ LATENCY_BATCHES = (64, 1)
 
 _OF_A_STEP = (
     "model", "width", "stem", "image_size", "batch_size", "accumulate", "optimizer", "momentum", "nesterov",
-    "mixup", "cutout", "augment", "ema_decay", "clip_grad_norm", "whitening", "threads", "label_smoothing",
+    "mixup", "cutout", "augment", "ema_decay", "lookahead", "clip_grad_norm", "whitening", "threads",
+    "label_smoothing",
 )  # fmt: skip
 """Settings that the time of a dense step depends on, beside the images."""
 

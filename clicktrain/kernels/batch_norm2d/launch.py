@@ -1,35 +1,52 @@
-"""Calls of ``batch_norm2d.c``: checks what pointers do not say, and allocates results."""
+"""Calls of ``batch_norm2d.c`` and ``pooled_norm.c``: checks what pointers do not say, allocates results."""
 
 from __future__ import annotations
 
 import functools
+from collections.abc import Callable, Sequence
 from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
 
 from clicktrain.errors import UserError
+from clicktrain.kernels.activations import Activation
 from clicktrain.kernels.blocked_library import ALIGNMENT, check_blocked, library_for, vectors
+from clicktrain.kernels.max_pool2d.ops import check_window, output_size, tap_type
 from clicktrain.kernels.native import Library, compute_type, static_source
 from clicktrain.kernels.native.library import call
 
 WHAT = "blocked batch norm"
 """In messages."""
-source = functools.partial(
-    static_source,
-    "kernels/batch_norm2d/batch_norm2d.c",
-    "Batch norm, residual and ReLU on batch-blocked activations.",
-)
-"""(dtype of the activations, lanes) -> C source."""
+Source = Callable[[torch.dtype, int], str]
+
+
+@functools.cache
+def source(activation: int = 0, pooled: bool = False) -> Source:
+    """(dtype of the activations, lanes) -> C source, with the activation of a number at the end."""
+    path = f"kernels/batch_norm2d/{'pooled_norm' if pooled else 'batch_norm2d'}.c"
+    first = "Max pooling, batch norm" if pooled else "Batch norm"
+    about = f"{first}, residual and activation on batch-blocked activations."
+    return functools.partial(static_source, path, about, ACTIVATION=activation)
 
 
 class Gradients(NamedTuple):
-    """What the backward passes write; ``residual`` has no elements where it was not asked for."""
+    """What the backward passes write; ``x`` and ``residual`` have no elements where not asked for."""
 
     x: Tensor
     weight: Tensor
     bias: Tensor
     residual: Tensor
+
+
+class Pooled(NamedTuple):
+    """What `pooled_forward` writes: the result, the maxima, their taps, and the statistics of the maxima."""
+
+    y: Tensor
+    maxima: Tensor
+    taps: Tensor
+    mean: Tensor
+    var: Tensor
 
 
 def forward(
@@ -39,7 +56,7 @@ def forward(
     residual: Tensor | None,
     n: int,
     eps: float,
-    relu: bool,
+    activation: str,
     out: tuple[Tensor, Tensor, Tensor] | None = None,
 ) -> tuple[Tensor, Tensor, Tensor]:
     """Batch norm with the batch's own statistics: y like ``x``, mean and biased variance [C].
@@ -47,12 +64,11 @@ def forward(
     Here and below ``out`` is memory for the results: contiguous, aligned, every element is written.
     """
     y, mean, var = out or (x.new_empty(x.shape), per_channel(x), per_channel(x))
-    library, sizes = _check(x, n, (residual,), (weight, bias))
-    if n == 0:
-        raise UserError("an empty batch has no mean: batch norm in training mode needs at least one image")
+    library, sizes, limits = _check(x, n, activation, (residual,), (weight, bias))
+    _need_images(n)
     (x, residual), (weight, bias) = _readable((x, residual), (weight, bias))
     threads = torch.get_num_threads()
-    call(library.forward, x, residual, y, weight, bias, mean, var, eps, relu, n, *sizes, threads)
+    call(library.forward, x, residual, y, weight, bias, mean, var, eps, *limits, n, *sizes, threads)
     return y, mean, var
 
 
@@ -65,66 +81,188 @@ def given(
     residual: Tensor | None,
     n: int,
     eps: float,
-    relu: bool,
+    activation: str,
     out: Tensor | None = None,
 ) -> Tensor:
     """Batch norm with the mean and biased variance given: y like ``x``."""
     y = x.new_empty(x.shape) if out is None else out
-    library, sizes = _check(x, n, (residual,), (weight, bias, mean, var))
+    library, sizes, limits = _check(x, n, activation, (residual,), (weight, bias, mean, var))
     (x, residual), (weight, bias, mean, var) = _readable((x, residual), (weight, bias, mean, var))
     threads = torch.get_num_threads()
-    call(library.given, x, residual, y, weight, bias, mean, var, eps, relu, *sizes, threads)
+    call(library.given, x, residual, y, weight, bias, mean, var, eps, *limits, *sizes, threads)
     return y
 
 
 def affine(
     x: Tensor,
-    scale: Tensor,
-    shift: Tensor,
+    scale: Tensor | None,
+    shift: Tensor | None,
     residual: Tensor | None,
     n: int,
-    relu: bool,
+    activation: str,
     out: Tensor | None = None,
 ) -> Tensor:
     """Scaling by channel: y like ``x``."""
     y = x.new_empty(x.shape) if out is None else out
-    library, sizes = _check(x, n, (residual,), (scale, shift))
+    library, sizes, limits = _check(x, n, activation, (residual,), (scale, shift))
     (x, residual), (scale, shift) = _readable((x, residual), (scale, shift))
-    call(library.affine, x, residual, y, scale, shift, relu, *sizes, torch.get_num_threads())
+    call(library.affine, x, residual, y, scale, shift, *limits, *sizes, torch.get_num_threads())
     return y
 
 
 def backward(
     gy: Tensor,
-    x: Tensor | None,
+    x: Tensor,
     y: Tensor | None,
+    residual: Tensor | None,
     weight: Tensor | None,
-    statistics: tuple[Tensor, Tensor, float] | None,
+    bias: Tensor | None,
+    mean: Tensor,
+    var: Tensor,
     n: int,
+    eps: float,
+    activation: str,
     need_residual: bool,
     out: Gradients | None = None,
 ) -> Gradients:
-    """Gradients of `forward` and `given`, or of `affine` where there are no statistics.
+    """Gradients of `forward` and `given`.
 
     Args:
         gy: [B, C, H, W, V].
-        x: the input; None with `affine` if nobody asks for the gradient of its scale, which is 0 then.
-        y: the result if it went through a ReLU.
-        weight: of batch norm, or the scale.
-        statistics: mean, biased variance and eps of batch norm.
-        n, out: as above.
-        need_residual: also write ``gy`` where ``y`` is positive; only with ``y``, else that is ``gy``.
+        x: the input.
+        y: the result; with a residual and an activation whose gradient is computed from it, else None.
+        residual: what was added, if there is another activation; else None.
+        weight, bias, mean, var, n, eps, activation, out: as above.
+        need_residual: also write the gradient in front of the activation; without one that is ``gy``.
     """
-    if out is None:
-        gr = gy.new_empty(gy.shape if need_residual and y is not None else 0)
-        out = Gradients(gy.new_empty(gy.shape), per_channel(gy), per_channel(gy), gr)
-    mean, var, eps = statistics or (None, None, 0.0)
-    library, sizes = _check(gy, n, (x, y), (weight, mean, var))
-    (gy, x, y), (weight, mean, var) = _readable((gy, x, y), (weight, mean, var))
-    residual = out.residual if out.residual.numel() else None
-    numbers = eps, n, *sizes, torch.get_num_threads()
-    call(library.backward, gy, x, y, out.x, residual, weight, mean, var, out.weight, out.bias, *numbers)
+    out = out or _gradients(gy, True, need_residual and Activation.read(activation).number > 0)
+    library, sizes, limits = _check(gy, n, activation, (x, y, residual), (weight, bias, mean, var))
+    blocked, numbers = _readable((gy, x, y, residual), (weight, bias, mean, var))
+    rest = out.weight, out.bias, eps, *limits, n, *sizes, torch.get_num_threads()
+    call(library.backward, *blocked, out.x, _wanted(out.residual), *numbers, *rest)
     return out
+
+
+def affine_backward(
+    gy: Tensor,
+    x: Tensor | None,
+    y: Tensor | None,
+    residual: Tensor | None,
+    scale: Tensor | None,
+    shift: Tensor | None,
+    n: int,
+    activation: str,
+    need_x: bool,
+    need_residual: bool,
+    out: Gradients | None = None,
+) -> Gradients:
+    """Gradients of `affine`.
+
+    ``x`` may be None if nobody asks for the gradient of the scale, which is 0 then, and the activation's
+    gradient is computed from ``y``, if there is one. Without ``need_x`` that of ``x`` is left out; the rest
+    is as of `backward`.
+    """
+    out = out or _gradients(gy, need_x, need_residual and Activation.read(activation).number > 0)
+    library, sizes, limits = _check(gy, n, activation, (x, y, residual), (scale, shift))
+    blocked, numbers = _readable((gy, x, y, residual), (scale, shift))
+    rest = out.weight, out.bias, *limits, n, *sizes, torch.get_num_threads()
+    call(library.affine_backward, *blocked, _wanted(out.x), _wanted(out.residual), *numbers, *rest)
+    return out
+
+
+def pooled_forward(
+    x: Tensor,
+    weight: Tensor | None,
+    bias: Tensor | None,
+    residual: Tensor | None,
+    window: Sequence[int],
+    ceil: bool,
+    n: int,
+    eps: float,
+    activation: str,
+    out: Pooled | None = None,
+) -> Pooled:
+    """Max pooling, then `forward` of the maxima; ``window`` and ``ceil`` as of ``max_pool2d_blocked``."""
+    shape = pooled_shape(x, window, ceil)
+    if out is None:
+        taps = x.new_empty(shape, dtype=tap_type(shape[4]))
+        out = Pooled(x.new_empty(shape), x.new_empty(shape), taps, per_channel(x), per_channel(x))
+    library, limits, planes = _check_pooled(x, shape, n, activation, (residual,), (weight, bias))
+    _need_images(n)
+    (x, residual), (weight, bias) = _readable((x, residual), (weight, bias))
+    numbers = eps, *limits, n, *shape[:2], *planes, *window, torch.get_num_threads()
+    written = out.maxima, out.taps, out.y
+    call(library.forward, x, residual, *written, weight, bias, out.mean, out.var, *numbers)
+    return out
+
+
+def pooled_given(
+    x: Tensor,
+    mean: Tensor,
+    var: Tensor,
+    weight: Tensor | None,
+    bias: Tensor | None,
+    residual: Tensor | None,
+    window: Sequence[int],
+    ceil: bool,
+    n: int,
+    eps: float,
+    activation: str,
+    out: Tensor | None = None,
+) -> Tensor:
+    """Max pooling, then `given` of the maxima."""
+    shape = pooled_shape(x, window, ceil)
+    y = x.new_empty(shape) if out is None else out
+    statistics = weight, bias, mean, var
+    library, limits, planes = _check_pooled(x, shape, n, activation, (residual,), statistics)
+    (x, residual), parameters = _readable((x, residual), statistics)
+    numbers = eps, *limits, *shape[:2], *planes, *window, torch.get_num_threads()
+    call(library.given, x, residual, y, *parameters, *numbers)
+    return y
+
+
+def pooled_backward(
+    gy: Tensor,
+    maxima: Tensor,
+    taps: Tensor,
+    y: Tensor | None,
+    residual: Tensor | None,
+    weight: Tensor | None,
+    bias: Tensor | None,
+    mean: Tensor,
+    var: Tensor,
+    size: Sequence[int],
+    window: Sequence[int],
+    n: int,
+    eps: float,
+    activation: str,
+    need_residual: bool,
+    out: Gradients | None = None,
+) -> Gradients:
+    """Gradients of `pooled_forward`; ``size`` is (H, W) of its input, the rest as of `backward`."""
+    shape, threads = gy.shape, torch.get_num_threads()
+    if out is None:
+        out = _gradients(gy, False, need_residual and Activation.read(activation).number > 0)
+        out = out._replace(x=gy.new_empty((*shape[:2], *size, shape[4])))
+    same, statistics = (maxima, y, residual), (weight, bias, mean, var)
+    library, limits, _ = _check_pooled(gy, shape, n, activation, same, statistics)
+    if taps.shape != shape or taps.dtype is not tap_type(shape[4]):
+        raise UserError(f"taps are {list(shape)}, not {list(taps.shape)} of {taps.dtype}")
+    blocked, parameters = _readable((gy, *same), statistics)
+    scratch = gy.new_empty((threads, *shape[2:]))
+    numbers = eps, *limits, n, *shape[:2], *size, *shape[2:4], *window, threads
+    written = out.x, _wanted(out.residual), scratch
+    call(library.backward, *blocked, vectors(taps), *written, *parameters, out.weight, out.bias, *numbers)
+    return out
+
+
+def pooled_shape(x: Tensor, window: Sequence[int], ceil: bool) -> tuple[int, ...]:
+    """The shape of the maxima, [B, C, H', W', V]; a UserError if windows do not fit."""
+    check_window(window)
+    size = output_size(x.shape[2:4], window, ceil)
+    if min(size) < 1:
+        raise UserError(f"a window of {window[:2]} does not fit images of {list(x.shape[2:4])}")
+    return (*x.shape[:2], *size, x.shape[4])
 
 
 def per_channel(x: Tensor) -> Tensor:
@@ -132,12 +270,57 @@ def per_channel(x: Tensor) -> Tensor:
     return x.new_empty(x.shape[1], dtype=compute_type(x.dtype))
 
 
+def _gradients(gy: Tensor, need_x: bool, need_residual: bool) -> Gradients:
+    gx, gr = (gy.new_empty(gy.shape if need else (0,)) for need in (need_x, need_residual))
+    return Gradients(gx, per_channel(gy), per_channel(gy), gr)
+
+
+def _wanted(x: Tensor) -> Tensor | None:
+    return x if x.numel() else None
+
+
+def _need_images(n: int) -> None:
+    if n == 0:
+        raise UserError("an empty batch has no mean: batch norm in training mode needs at least one image")
+
+
 def _check(
-    x: Tensor, n: int, same: tuple[Tensor | None, ...], parameters: tuple[Tensor | None, ...]
-) -> tuple[Library, tuple[int, int, int]]:
-    """Library and sizes for ``x``, once everything is as the C text takes it for granted."""
+    x: Tensor,
+    n: int,
+    activation: str,
+    same: tuple[Tensor | None, ...],
+    parameters: tuple[Tensor | None, ...],
+) -> tuple[Library, tuple[int, int, int], tuple[float, float]]:
+    """Library, sizes and limits for ``x``, once everything is as the C text takes it for granted."""
     shape, dtype = x.shape, x.dtype
-    library, sizes, lanes, computed = _known(shape, dtype, x.device)
+    library, sizes, limits, lanes, computed = _known(shape, dtype, x.device, activation)
+    _check_like(shape, dtype, lanes, computed, n, same, parameters)
+    return library, sizes, limits
+
+
+def _check_pooled(
+    x: Tensor,
+    shape: Sequence[int],
+    n: int,
+    activation: str,
+    same: tuple[Tensor | None, ...],
+    parameters: tuple[Tensor | None, ...],
+) -> tuple[Library, tuple[float, float], tuple[int, ...]]:
+    """As `_check`, for maxima of a shape; with rows and columns of input and result instead of sizes."""
+    library, _, limits, lanes, computed = _known(x.shape, x.dtype, x.device, activation, True)
+    _check_like(shape, x.dtype, lanes, computed, n, same, parameters)
+    return library, limits, (*x.shape[2:4], *shape[2:4])
+
+
+def _check_like(
+    shape: Sequence[int],
+    dtype: torch.dtype,
+    lanes: int,
+    computed: torch.dtype,
+    n: int,
+    same: tuple[Tensor | None, ...],
+    parameters: tuple[Tensor | None, ...],
+) -> None:
     if not (shape[0] - 1) * lanes < n <= shape[0] * lanes:
         raise UserError(f"{n} images of {lanes} lanes are {-(-n // lanes)} blocks, not {shape[0]}")
     wanted = (shape, dtype, same), (shape[1:2], computed, parameters)
@@ -152,17 +335,18 @@ def _check(
                 )
             if not one.is_cpu:
                 raise UserError(f"{WHAT} is for CPUs, not for {one.device}")
-    return library, sizes
 
 
 @functools.lru_cache(maxsize=1024)
 def _known(
-    shape: torch.Size, dtype: torch.dtype, device: torch.device
-) -> tuple[Library, tuple[int, int, int], int, torch.dtype]:
-    """What does not change from step to step: library, (blocks, channels, area), lanes, computed dtype."""
+    shape: torch.Size, dtype: torch.dtype, device: torch.device, activation: str, pooled: bool = False
+) -> tuple[Library, tuple[int, int, int], tuple[float, float], int, torch.dtype]:
+    """What does not change from step to step: library, (blocks, channels, area), limits, lanes, dtype."""
     check_blocked(shape, dtype, device, WHAT)
     sizes = shape[0], shape[1], shape[2] * shape[3]
-    return library_for(source, dtype), sizes, shape[4], compute_type(dtype)
+    act = Activation.read(activation)
+    library = library_for(source(act.number, pooled), dtype)
+    return library, sizes, (act.low, act.high), shape[4], compute_type(dtype)
 
 
 def _readable(

@@ -80,6 +80,11 @@ class PrunedNetwork:
             for name, mask in self._masks.items()
         }
 
+    @property
+    def dense_masks(self) -> dict[str, Tensor]:
+        """As `masks`, without packed layers."""
+        return {name: mask for name, mask in self._masks.items() if mask is not None}
+
     def _packed_layer(self, name: str) -> PackedLayer:
         layer = self.model.get_submodule(name)
         assert isinstance(layer, PackedLayer)

@@ -50,6 +50,7 @@ class GivenMasks(Method[None]):
 
     name: ClassVar[str] = "given-masks"
     title: ClassVar[str] = "given masks"
+    dense_until_chosen: ClassVar[bool] = True
 
     masks: Mapping[str, Tensor]
     """Layer name -> bool of the weight's shape, True = kept."""

@@ -150,8 +150,13 @@ def _candidates(
     registers, lanes = (tools.simd.registers, tools.lanes(torch.float32)) if tools else (16, 8)
     complete = is_complete(structure, tap_patterns)
     counts = (_filters_per_tile(phase, structure, parts), 1) if complete else (1,)
-    every = (candidates(phase, problem, registers, lanes, tap_patterns, n, complete, copied) for n in counts)
+    about = phase, problem, registers, lanes, tap_patterns
+    every = (_known_candidates(*about, n, complete, copied) for n in counts)
     return list(dict.fromkeys(itertools.chain.from_iterable(every)))
+
+
+_known_candidates = functools.lru_cache(maxsize=1024)(candidates)
+"""Milliseconds for a layer, which would count where tables are made again for masks that move."""
 
 
 def _filters_per_tile(phase: Phase, structure: Structure, parts: Callable[[], Parts]) -> int:

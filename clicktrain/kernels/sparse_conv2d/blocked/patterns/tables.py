@@ -61,18 +61,31 @@ class Parts:
         self._taps = np.array([len(one) for one in tap_patterns] or [0])
         self.filters, self.channels = filters, channels * groups
 
-    def by_filter(self, filters_per_tile: int) -> Table:
-        """For the forward pass: entries (channel, pattern) of each group of filters that agree."""
-        return self._by_result(self.filter, self.channel, self.filters, filters_per_tile)
+    def by_filter(self, filters_per_tile: int, sources: int = 0) -> Table:
+        """For the forward pass: entries (channel, pattern) of each group of filters that agree.
 
-    def by_channel(self) -> Table:
-        """For dgrad: entries (filter, pattern) of each channel."""
-        return self._by_result(self.channel, self.filter, self.channels, 1)
+        ``rows`` begin those of each group, of one pass of ``sources`` (0: all) after the other.
+        """
+        return self._by_result(self.filter, self.channel, (self.filters, self.channels), filters_per_tile, sources)
 
-    def _by_result(self, result: np.ndarray, source: np.ndarray, count: int, filters_per_tile: int) -> Table:
-        order = np.lexsort((source, self.patterns, result))
+    def by_channel(self, sources: int = 0) -> Table:
+        """For dgrad: entries (filter, pattern) of each channel, pass after pass."""
+        return self._by_result(self.channel, self.filter, (self.channels, self.filters), 1, sources)
+
+    def _by_result(
+        self,
+        result: np.ndarray,
+        source: np.ndarray,
+        counts: tuple[int, int],
+        filters_per_tile: int,
+        sources: int,
+    ) -> Table:
+        count = counts[0]
+        per_pass = min(sources or counts[1], counts[1]) or 1
+        row = source // per_pass * count + result
+        order = np.lexsort((source, self.patterns, row))
         entries = np.stack([source[order], self.patterns[order]], 1)
-        rows = np.searchsorted(result[order], np.arange(count + 1))
+        rows = np.searchsorted(row[order], np.arange(-(-counts[1] // per_pass) * count + 1))
         return self._table(order, rows, entries, filters_per_tile)
 
     def by_block(self, backward: bool, results: int, sources: int) -> Table:

@@ -12,6 +12,8 @@ from clicktrain.kernels.sparse_conv2d.blocked.shared.writer import Code, among
 
 _CHAINS = 8
 """Sums that are built side by side: a multiply-add takes several cycles, and more than one starts in each."""
+_PAIR_CHAINS = 12
+"""As many of pairs: two of them start in a cycle, and each takes six."""
 _PARAMETERS = (
     "const cell *restrict x, const cell *restrict gy, real *restrict out, const ENTRY *restrict e, "
     "const ENTRY *end, ahead_t *next_x, ahead_t *next_gy"
@@ -25,7 +27,7 @@ def write(code: Code, g: Generator) -> None:
     starts = [region[0].start for region in g.columns.regions]
     sizes = [sum(t.size for t in region) for region in g.columns.regions]
     steps = g.patch_columns, g.patch_rows * g.patch_columns, g.patch_rows * g.patch_columns
-    write_copy(code, "gradients", steps, list(zip(starts, sizes, strict=True)), g.columns.direction.length)
+    write_copy(code, "gradients", steps, list(zip(starts, sizes, strict=True)), g.columns.direction.length, g.apart)
     kinds = [
         (row_kind, rows, column_kind, columns)
         for row_kind, rows in g.rows.region_kinds().items()
@@ -61,7 +63,7 @@ def _region(code: Code, g: Generator, number: int, rows: RegionKind, columns: Re
 
 def _kernel(code: Code, g: Generator, taps: Taps, rows: RegionKind, columns: RegionKind) -> None:
     count = len(taps) * g.filters_per_tile
-    chains = max(1, _CHAINS // count)
+    chains = max(1, (_PAIR_CHAINS if g.operands["PAIRS"] == "IMAGES" else _CHAINS) // count)
     names = [[f"s{i}_{c}" for c in range(chains)] for i in range(count)]
     code(f"sums_t {', '.join(f'{one} = {{0}}' for group in names for one in group)};")
     for row in _runs(rows):

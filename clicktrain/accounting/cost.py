@@ -6,7 +6,8 @@ wgrad (``grad_weight``). ``_dense`` is the cost of all weights, the other one th
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from collections.abc import Mapping
+from dataclasses import dataclass, replace
 
 
 @dataclass(frozen=True, slots=True)
@@ -115,6 +116,31 @@ class ModelCost:
     def layer(self, name: str) -> LayerCost:
         """The layer of that name; KeyError if there is none."""
         return {layer.name: layer for layer in self.layers}[name]
+
+
+def moved(cost: ModelCost, nonzero: Mapping[str, int]) -> ModelCost:
+    """What `count` found, once these layers, by name, have as many nonzero weights."""
+    layers, gained, conv_gained = [], 0, 0
+    for layer in cost.layers:
+        now = nonzero.get(layer.name, layer.nonzero)
+        gained += now - layer.nonzero
+        conv_gained += now - layer.nonzero if layer.kind == "conv" else 0
+        layers.append(
+            replace(
+                layer,
+                nonzero=now,
+                forward_flops=layer.forward_flops_dense * now // layer.weights,
+                grad_input_flops=layer.grad_input_flops_dense * now // layer.weights,
+                grad_weight_flops=layer.grad_weight_flops_dense * now // layer.weights,
+            )
+        )
+    convs = any(layer.kind == "conv" for layer in cost.layers)
+    return replace(
+        cost,
+        layers=tuple(layers),
+        nonzero_parameters=cost.nonzero_parameters + gained,
+        conv_nonzero=cost.conv_nonzero + (conv_gained if convs else gained),
+    )
 
 
 def ratio(weights: int, nonzero: int) -> float:

@@ -53,7 +53,7 @@ def agree_on_(tensors: Sequence[Tensor]) -> None:
 
 
 def mean_over_processes(value: Tensor) -> Tensor:
-    """The mean of a 0-dim tensor over all processes, in place."""
+    """The mean of a tensor over all processes, in place."""
     if several_processes():
         dist.all_reduce(value)
         value /= dist.get_world_size()

@@ -233,7 +233,8 @@ def _metavar(hint: Any) -> str:
         return "NAME=X [NAME=X ...]"
     if words := [str(word) for part in (hint, *get_args(hint)) if get_origin(part) is Literal
                  for word in get_args(part)]:  # fmt: skip
-        return f"{{{','.join((['N'] if int in kinds else []) + words)}}}"
+        numbers = ["N"] if int in kinds else ["X"] if float in kinds else []
+        return f"{{{','.join(numbers + words)}}}"
     return next((text for kind, text in ((float, "X"), (int, "N")) if kind in kinds), "TEXT")
 
 

@@ -17,14 +17,19 @@ if TYPE_CHECKING:
 
 _COMMAND = Command(
     name="evaluate",
-    description="Accuracy and loss of a finished run on the validation images, and under attack if asked.",
+    description="Accuracy and loss of a finished run on validation or test images, or under attack.",
     positional=RUN,
     groups={
         "this command": (
             OWN_MODEL,
             Option("data", str | None, "Other images than the run's own, as for train.", metavar="SPEC"),
+            Option("split", Literal["val", "test"],
+                   "The validation images, or the test split of a run with --holdout.", "val"),
             Option("batch_size", int | None, "Images per forward pass; as in training by default."),
             Option("device", str | None, "auto, cpu, cuda or mps; as in training by default."),
+            Option("tta", Literal["none", "flip", "shift"] | None,
+                   "Average the outputs over views of each image: flip (the image and its mirror image) or "
+                   "shift (also both shifted by a pixel, to two sides); as in training by default."),
             JSON,
         ),
         "adversarial attack": (
@@ -47,16 +52,22 @@ def run(argv: Sequence[str]) -> int:
     names = [name for name in ("data", "batch_size", "device") if given.get(name) is not None]
     config = replace(loaded.config, **{name: given[name] for name in names})
     attacks = _attacks(given, config.seed)
-    result = _evaluate(loaded, config, attacks)
-    if attacks and config.data == loaded.config.data:
+    if given.get("tta") is not None:
+        config = replace(config, test_time_augmentation=given["tta"])
+    if attacks and config.test_time_augmentation != "none":
+        raise UserError("attacks are made on images as they are: add --tta none")
+    split: Literal["val", "test"] = given.get("split") or "val"
+    result = _evaluate(loaded, config, attacks, split)
+    if attacks and config.data == loaded.config.data and split == "val":
         save_robustness(loaded.folder, attacks, [row["accuracy"] for row in result["robustness"]])
     if given.get("json"):
         print(json.dumps(result, indent=2))
         return 0
     top5 = "" if result["top5_accuracy"] is None else f", top-5 {result['top5_accuracy']:.2f}%"
+    views = f", test-time augmentation {config.test_time_augmentation}" * ("test_time_augmentation" in result)
     print(
-        f"{result['run']}: accuracy {result['val_accuracy']:.2f}%{top5}, loss {result['val_loss']:.4f} "
-        f"on {result['images']} images of {result['data']}"
+        f"{result['run']}: accuracy {result[f'{split}_accuracy']:.2f}%{top5}, "
+        f"loss {result[f'{split}_loss']:.4f} on {result['images']} images of {result['data']}{views}"
     )
     for row in result.get("robustness", ()):
         print(f"under {result['attack']}, epsilon {row['epsilon']:g}: accuracy {row['accuracy']:.2f}%")
@@ -79,29 +90,34 @@ def _attacks(given: Mapping[str, Any], seed: int) -> list[Attack]:
     return [Attack(name, epsilon, 10 if steps is None else steps, seed) for epsilon in epsilons]
 
 
-def _evaluate(loaded: LoadedRun, config: RunConfig, attacks: Sequence[Attack]) -> dict[str, Any]:
+def _evaluate(
+    loaded: LoadedRun, config: RunConfig, attacks: Sequence[Attack], split: Literal["val", "test"]
+) -> dict[str, Any]:
     from clicktrain.train.device import resolve_device, set_up
     from clicktrain.train.evaluate import attacked_accuracy, evaluate
-    from clicktrain.train.prepare import make_val_loader, open_run_data
+    from clicktrain.train.prepare import make_eval_loader, open_run_data
 
     device = resolve_device(config.device)
     set_up(config, device)
     if config.data != loaded.config.data:
         _, height, width = loaded.image_shape
-        config = replace(config, image_size=height if height == width else None)
+        config = replace(config, image_size=height if height == width else None, holdout=None)
     data = _fitting(loaded, open_run_data(config, loaded.value_range), config.data)
-    model, loader = loaded.model.to(device), make_val_loader(config, data, device)
-    result = evaluate(model, loader, device=device, precision=config.precision)
+    model, loader = loaded.model.to(device), make_eval_loader(config, data, split, device)
+    views = config.test_time_augmentation
+    result = evaluate(model, loader, device=device, precision=config.precision, views=views)
     assert result is not None  # only a stop that is asked for gives none
     report = {
         "run": str(loaded.folder.path),
         "data": config.data,
         "images": result.images,
-        "val_accuracy": result.accuracy,
+        f"{split}_accuracy": result.accuracy,
         "top5_accuracy": result.top5_accuracy,
-        "val_loss": result.loss,
+        f"{split}_loss": result.loss,
         "compression_ratio": loaded.summary["compression_ratio"],
     }
+    if views != "none":
+        report["test_time_augmentation"] = views
     if attacks:
         accuracies = attacked_accuracy(
             model, loader, attacks, mean=data.mean, std=data.std, device=device, precision=config.precision

@@ -64,9 +64,9 @@ def describe(loaded: LoadedRun) -> dict[str, Any]:
             counts, kept = pattern_counts(mask), int(mask.flatten(2).any(dim=2).sum())
         layers.append({**row, "kernels": f * c, "kernels_kept": kept, "pattern_counts": counts})
     keys = (
-        "method", "model", "data", "epochs", "val_accuracy", "best_val_accuracy", "compression_asked",
-        "sparsity_asked", "compression_ratio", "train_flops_ratio", "total_train_flops_ratio",
-        "inference_flops_ratio", "parameters", "nonzero_parameters",
+        "method", "model", "data", "epochs", "val_accuracy", "best_val_accuracy", "test_accuracy",
+        "compression_asked", "sparsity_asked", "compression_ratio", "train_flops_ratio",
+        "total_train_flops_ratio", "inference_flops_ratio", "parameters", "nonzero_parameters",
     )  # fmt: skip
     return {
         "run": str(loaded.folder.path),

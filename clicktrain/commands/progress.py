@@ -231,6 +231,10 @@ def result_line(summary: Mapping[str, Any], path: Path) -> str:
     parts = [asked_and_reached(summary)]
     if (accuracy := summary.get("val_accuracy")) is not None:
         parts.append(f"accuracy {accuracy:.2f}% (best {summary['best_val_accuracy']:.2f}%)")
+    if (views := summary.get("test_time_augmentation")) is not None:
+        parts[-1] += f" with test-time augmentation ({views})"
+    if (tested := summary.get("test_accuracy")) is not None:
+        parts.append(f"on the test images {tested:.2f}%")
     parts.append(training_share(summary, 0))
     parts.append(f"inference FLOPs {100 * summary['inference_flops_ratio']:.0f}% of dense")
     parts.append(f"time {clock(summary['train_seconds'])}")

@@ -28,6 +28,7 @@ from clicktrain.train.checkpoint import bytes_needed
 from clicktrain.train.config import code_settings, read_settings
 from clicktrain.train.device import autocast
 from clicktrain.train.prepare import prepare
+from clicktrain.train.time_budget import plan_time
 from clicktrain.wording import clock, short
 
 _OUTPUT = (
@@ -44,18 +45,19 @@ _OUTPUT = (
 )
 
 GROUPS: dict[str, tuple[str, str]] = {
-    "data": ("data", "augment image_size val_fraction workers cache_dir cutout mixup"),
-    "model": ("model width", "stem initial_weights"),
+    "data": ("data", "augment image_size val_fraction holdout workers cache_dir cutout mixup"),
+    "model": ("model width", "stem initial_weights whitening"),
     "optimization": (
         "epochs batch_size optimizer learning_rate schedule",
-        "weight_decay momentum nesterov decay_norm_and_bias warmup_epochs milestones gamma label_smoothing "
-        "learning_rate_batch learning_rate_scaling ema_decay clip_grad_norm accumulate dynamic_batch "
-        "memory_budget batch_granularity batch_limit batch_lr seed",
+        "weight_decay momentum nesterov decay_norm_and_bias warmup_epochs bias_rate_factor milestones gamma "
+        "time_budget budget_epochs second_cycle cycle_floor distill distill_temperature teacher "
+        "label_smoothing learning_rate_batch learning_rate_scaling ema_decay lookahead recalibrate_norms "
+        "clip_grad_norm accumulate dynamic_batch memory_budget batch_granularity batch_limit batch_lr seed",
     ),
     "machine and files": (
         "device precision",
-        "threads deterministic channels_last compile packed operators evaluate_every checkpoint_every "
-        "keep_checkpoints tensorboard",
+        "threads deterministic channels_last compile packed operators test_time_augmentation evaluate_every "
+        "checkpoint_every keep_checkpoints tensorboard",
     ),
     "method": ("method", ""),
 }
@@ -200,6 +202,8 @@ _WARM_UP, _TIMED = 1, 4
 
 def dry_run(config: RunConfig, method: Method[Any]) -> int:
     """Check everything, print the plan and the estimated cost; the exit code."""
+    if config.time_budget is not None:
+        config, _ = plan_time(config, method, print)
     prepared = prepare(config, method)
     print(prepared.pruner.plan(), "", *cost_lines(prepared), sep="\n")
     return 0

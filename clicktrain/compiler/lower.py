@@ -51,6 +51,7 @@ class Lowered:
         tables: hook tables of ``watched``.
         parameter: (layer, name, dtype, device) of the one parameter that shows whether the model moved.
         plan: by which it was lowered; layers whose kernels cannot be built are plain in it.
+        unable: packed layers whose gradients of all weights, where wanted, it does not compute.
     """
 
     run: fx.GraphModule
@@ -59,6 +60,11 @@ class Lowered:
     tables: tuple[Mapping[int, object], ...]
     parameter: tuple[nn.Module, str, torch.dtype, torch.device] | None = None
     plan: LoweringPlan | None = None
+    unable: tuple[nn.Module, ...] = ()
+
+    def collects(self) -> bool:
+        """Whether it computes all that is wanted of packed layers now."""
+        return not any(getattr(layer, "dense_gradient", None) is not None for layer in self.unable)
 
     def current(self) -> bool:
         """Whether layers, what they read, dtype and device are as they were when the model was lowered."""
@@ -107,7 +113,10 @@ def lower(traced: ModelGraph, plan: LoweringPlan, dtype: torch.dtype) -> Lowered
     inside = [traced.model.get_submodule(path) for path in traced.entered if path]
     unseen = tuple(dict.fromkeys((*layers, *inside)))
     tables = tuple(getattr(module, name) for module in unseen for name in HOOK_TABLES)
-    lowered = Lowered(writer.write(), unseen, Guards(traced, layers), tables, parameter, plan)
+    run = writer.write()
+    own = [step for step in writer.steps.modules() if isinstance(step, steps.SparseConv)]
+    unable = tuple(step.layer for step in own if not step.collects)
+    lowered = Lowered(run, unseen, Guards(traced, layers), tables, parameter, plan, unable)
     # Side by side now rather than one by one when they are first called.
     failed = build_all([text for texts in (*writer.needs.values(), *writer.sums.values()) for text in texts])
     return lower(traced, _without(plan, units, writer, failed), dtype) if failed else lowered

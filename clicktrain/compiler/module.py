@@ -41,7 +41,8 @@ class Accelerated(nn.Module):
     There is one set of tensors: training either trains both, and ``state_dict`` has the model's keys. The
     forward pass is lowered again, by the same plan, and compared with the model's own again, when the size of
     the images changes, the kind of arguments, the dtype, the layers, the mode if ``forward`` asks for it, or
-    a value that ``forward`` reads, wherever it is kept. It is the model's own, for that call, while hooks
+    a value that ``forward`` reads, wherever it is kept. Where positions of packed layers move, kernels get
+    other tables and all else stays. It is the model's own, for that call, while hooks
     watch layers that lowering has fused, when the model is not on the CPU, when its packed layers are of a
     dtype that has no kernels, and under ``torch.jit.trace`` and ``torch.export``; and always where there is
     no C compiler, or where nothing else does what it does (see `accelerate`). Threads may call it at once.
@@ -109,7 +110,7 @@ class Accelerated(nn.Module):
             if self._elsewhere(tensors):
                 return self.base.forward(*args, **kwargs)
             lowered = self._lower(inputs, key)
-        if lowered is None or lowered.hooked():
+        if lowered is None or lowered.hooked() or not lowered.collects():
             return self.base.forward(*args, **kwargs)
         return lowered.run.forward(*tensors)
 

@@ -23,6 +23,7 @@ from clicktrain.compiler.plan import Activations, LoweringPlan
 from clicktrain.compiler.units import Unit, find_units, shape_of
 from clicktrain.errors import UserError
 from clicktrain.formats.atomic import write_text_atomic
+from clicktrain.formats.packed import Patterns
 from clicktrain.graph import ModelGraph
 from clicktrain.kernels.impls import candidates_for
 from clicktrain.kernels.layouts import LAYOUTS
@@ -52,6 +53,7 @@ def place(units: Sequence[Unit], trained: Collection[fx.Node], batch: int, dtype
             [list(shape_of(node)) for node in (*unit.inputs, unit.output)],
             [node in trained for node in unit.inputs],
             problem_of(unit).to_json() if unit.kind == "conv" else repr(unit.module),
+            *_moving(unit),
         ]
         for unit in units
     ]
@@ -120,6 +122,13 @@ def keep(path: Path, plan: LoweringPlan) -> None:
     except (OSError, UserError):  # UserError: the disk is full
         with contextlib.suppress(OSError):
             path.unlink(missing_ok=True)
+
+
+def _moving(unit: Unit) -> list[Patterns]:
+    """The patterns that a layer may have whose positions still move: it has other kernels than fixed ones."""
+    layer = unit.module
+    patterns = layer.structure.patterns if isinstance(layer, PackedConv2d) else None
+    return [] if patterns is None else [patterns]
 
 
 def _weight(layer: nn.Module | None) -> tuple[int, ...]:

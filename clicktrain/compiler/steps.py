@@ -15,12 +15,15 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from clicktrain.compiler.layout_choice import PLAIN
 from clicktrain.formats.memory_format import plain, unsafe_in_channels_last
 from clicktrain.formats.packed import Structure
 from clicktrain.kernels.batch_norm2d import uses_batch_statistics
 from clicktrain.kernels.impls import ConvProblem, Impl, Kernels, Phase, positions_of
+from clicktrain.kernels.layouts import LAYOUTS
 from clicktrain.kernels.max_pool2d import Pooling
 from clicktrain.kernels.sparse_conv2d import PackedConv2d
+from clicktrain.kernels.sparse_conv2d.dense_gradient import convolution_weight_gradient
 
 Convolution = PackedConv2d | nn.Conv2d
 
@@ -48,7 +51,9 @@ class _Step(nn.Module):
 class SparseConv(_Step):
     """A convolution by an implementation; a dense one has a structure that keeps everything.
 
-    Its kernels follow a packed layer when its structure is exchanged (a checkpoint was loaded).
+    Its kernels follow a packed layer when its structure is exchanged (masks have moved, or a checkpoint was
+    loaded): tables are made again, code stays as long as it covers the patterns. While the gradient of all of
+    a packed layer's weights is wanted, that one is computed densely, and nothing else is.
     """
 
     layer: Convolution
@@ -70,14 +75,37 @@ class SparseConv(_Step):
     def forward(self, x: Tensor) -> Tensor:
         """Convolve activations in the layout."""
         arguments = self._arguments(x)
-        return self.kernels.convolve(*arguments)
+        y = self.kernels.convolve(*arguments)
+        if self.packed and self.layer.dense_gradient is not None:
+            self._collect(x, y)
+        return y
 
     def with_statistics(self, x: Tensor, n: int) -> tuple[Tensor, tuple[Tensor, Tensor]]:
         """As `forward`, and mean and biased variance [F] of the results of ``n`` images."""
         arguments = self._arguments(x)
         assert self.kernels.with_statistics is not None
         y, mean, var = self.kernels.with_statistics(*arguments, n)
+        if self.packed and self.layer.dense_gradient is not None:
+            self._collect(x, y)
         return y, (mean, var)
+
+    @property
+    def collects(self) -> bool:
+        """Whether the gradient of all weights can be computed in this layout."""
+        return not self.packed or self.impl.layout == PLAIN or LAYOUTS[self.impl.layout].images is not None
+
+    def _collect(self, x: Tensor, y: Tensor) -> None:
+        layer: Any = self.layer
+        images = None if self.impl.layout == PLAIN else LAYOUTS[self.impl.layout].images
+        settings = layer.structure.shape, layer.stride, layer.padding, layer.dilation, layer.groups
+        x = x.detach()
+
+        @torch.no_grad()
+        def weight_gradient(gy: Tensor) -> Tensor:
+            own = (x, gy) if images is None else (images(x), images(gy))
+            return convolution_weight_gradient(*own, *settings).to(layer.values.dtype)
+
+        layer.collect_from(y, weight_gradient)
 
     def _arguments(self, x: Tensor) -> tuple[Any, ...]:
         layer: Any = self.layer

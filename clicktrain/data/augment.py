@@ -44,6 +44,8 @@ class Augment:
     """Pad by this many pixels on each side and crop the original size at a random place (0: off)."""
     flip: bool = False
     """Mirror left and right with probability 1/2."""
+    alternating: bool = False
+    """Mirror each image in every other epoch instead, half of the images in the first (Jordan 2024, 3.6)."""
     cutout: int = 0
     """Set a square of this side around a random center to the mean color (0: off; DeVries & Taylor 2017)."""
     resized_crop: bool = False
@@ -57,12 +59,14 @@ class Augment:
                 raise UserError(f"augment {name}={getattr(self, name)} is negative; 0 turns it off")
         if self.padding not in ("zeros", "reflect"):
             raise UserError(f"augment padding={self.padding!r} is unknown; 'zeros' and 'reflect' exist")
+        if self.flip and self.alternating:
+            raise UserError("augment flip and alternating are two ways of mirroring; choose one of them")
         if self.crop_padding and self.resized_crop:
             raise UserError("augment crop_padding and resized_crop are two kinds of crop; choose one of them")
 
     @classmethod
     def preset(cls, name: str) -> Augment:
-        """Return a usual recipe: ``none``, ``cifar``, ``imagenet`` or ``digits``; UserError for another."""
+        """Return a usual recipe; UserError unless it is none, cifar, cifarnet, imagenet or digits."""
         if name not in _PRESETS:
             raise UserError(f"augment {name!r} is unknown; {', '.join(_PRESETS)} exist")
         return _PRESETS[name]
@@ -84,23 +88,32 @@ class Augment:
 _PRESETS = {
     "none": Augment(),
     "cifar": Augment(crop_padding=4, flip=True),
+    "cifarnet": Augment(crop_padding=2, padding="reflect", alternating=True),
     "imagenet": Augment(resized_crop=True, flip=True),
     "digits": Augment(crop_padding=1),  # a mirrored 2 is no 2
 }
 
 
 def augment_and_normalize(
-    images: Tensor, augment: Augment, mean: Tensor, std: Tensor, generator: torch.Generator
+    images: Tensor,
+    augment: Augment,
+    mean: Tensor,
+    std: Tensor,
+    generator: torch.Generator,
+    mirrored: Tensor | None = None,
 ) -> Tensor:
     """Augment a batch, uint8 [B, C, H, W] on any device, and normalize it to float32.
 
-    ``mean`` and ``std``, float32 [C] on that device, are of pixels in [0, 1]. All generators of this module
+    ``mean`` and ``std``, float32 [C] on that device, are of pixels in [0, 1]. ``mirrored``, bool [B], are the
+    images that alternating flips mirror this time. All generators of this module
     are on the CPU: the same draws are made whatever the device.
     """
     if augment.crop_padding:
         images = random_crop(images, augment.crop_padding, augment.padding, generator)
     if augment.flip:
         images = random_flip(images, generator)
+    elif augment.alternating and mirrored is not None:
+        images = _flip(images, mirrored)
     x = random_resized_crop(images, generator) if augment.resized_crop else images.to(torch.float32)
     x = x.sub_((mean * 255).view(-1, 1, 1)).mul_((1 / (std * 255)).view(-1, 1, 1))
     return cutout(x, augment.cutout, generator) if augment.cutout else x
@@ -135,8 +148,21 @@ def _mirrored(size: int, padding: int, device: torch.device) -> Tensor:
 
 def random_flip(images: Tensor, generator: torch.Generator) -> Tensor:
     """Mirror each image of [B, C, H, W] left and right with probability 1/2."""
-    mirrored = (torch.rand(len(images), generator=generator) < 0.5).nonzero().flatten().to(images.device)
-    return images.index_copy(0, mirrored, images.index_select(0, mirrored).flip(-1))
+    return _flip(images, torch.rand(len(images), generator=generator) < 0.5)
+
+
+def _flip(images: Tensor, mirrored: Tensor) -> Tensor:
+    chosen = mirrored.nonzero().flatten().to(images.device)
+    return images.index_copy(0, chosen, images.index_select(0, chosen).flip(-1))
+
+
+def mirrored_in_epoch(num_images: int, seed: int, epoch: int) -> Tensor:
+    """Which images alternating flips mirror in an epoch, bool [num_images] (Jordan 2024, section 3.6).
+
+    Half of them, drawn by ``seed``, in the first epoch; then the others, and so on in turns.
+    """
+    first = torch.rand(num_images, generator=seeded_generator("alternating flip", seed)) < 0.5
+    return first ^ bool(epoch % 2)
 
 
 def random_boxes(count: int, height: int, width: int, generator: torch.Generator) -> Tensor:

@@ -66,6 +66,8 @@ class ImageData:
     """Processes that decode where the images are not in memory."""
     value_range: tuple[float, float] | None = None
     """The values of images deeper than 8 bits that became 0 and 255."""
+    test: Source | None = None
+    """The data set's own validation or test split, where ``val`` was held out of the training images."""
 
     @property
     def in_memory(self) -> bool:
@@ -76,8 +78,10 @@ class ImageData:
         """Say in one line what this data set is."""
         channels, height, width = self.image_shape
         color = {1: "gray", 3: "RGB"}.get(channels, f"{channels}-channel")
+        others = 0 if self.test is None else len(self.test)
+        tested = f" and {others:,} test" if others else ""
         if self.in_memory:
-            mebibytes = (len(self.train) + len(self.val)) * math.prod(self.image_shape) / 2**20
+            mebibytes = (len(self.train) + len(self.val) + others) * math.prod(self.image_shape) / 2**20
             where = f"in memory ({mebibytes:,.1f} MiB)"
         else:
             where = f"decoded by {self.workers} workers"
@@ -85,6 +89,6 @@ class ImageData:
             low, high = self.value_range
             where += f", pixel values {low:g} to {high:g} scaled to 0 to 255"
         return (
-            f"{self.spec}: {len(self.train):,} training and {len(self.val):,} validation images, "
+            f"{self.spec}: {len(self.train):,} training and {len(self.val):,} validation{tested} images, "
             f"{len(self.classes)} classes, {height}x{width} {color}, {where}"
         )

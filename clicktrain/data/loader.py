@@ -11,7 +11,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from clicktrain.data.augment import Augment, augment_and_normalize, seeded_generator
+from clicktrain.data.augment import Augment, augment_and_normalize, mirrored_in_epoch, seeded_generator
 from clicktrain.data.image_data import PixelSource
 
 
@@ -72,10 +72,14 @@ class Finish:
     dtype: torch.dtype
     channels_last: bool
 
-    def __call__(self, images: Tensor, epoch: int, batch: int) -> Tensor:
-        """Turn uint8 [B, C, H, W] into the network's input."""
+    def mirrored(self, num_images: int, epoch: int) -> Tensor | None:
+        """Images that this epoch mirrors, bool [num_images], where that alternates; found once an epoch."""
+        return mirrored_in_epoch(num_images, self.seed, epoch) if self.augment.alternating else None
+
+    def __call__(self, images: Tensor, epoch: int, batch: int, mirrored: Tensor | None = None) -> Tensor:
+        """Turn uint8 [B, C, H, W] into the network's input; ``mirrored``: bool [B], see `mirrored`."""
         generator = seeded_generator("augment", self.seed, epoch, batch)
-        x = augment_and_normalize(images, self.augment, self.mean, self.std, generator)
+        x = augment_and_normalize(images, self.augment, self.mean, self.std, generator, mirrored)
         layout = torch.channels_last if self.channels_last else torch.contiguous_format
         return x.to(self.dtype, memory_format=layout)
 
@@ -133,7 +137,9 @@ class InMemoryLoader(PlannedLoader):
 
     def _batches(self, epoch: int, start_batch: int) -> Iterator[Batch]:
         order = self._plan.order(epoch).to(self._device)
+        flips = self._finish.mirrored(self._plan.num_images, epoch)
         for batch in range(start_batch, len(self._plan)):
             indices = order[self._plan.rows(batch)]
             images = self._images.index_select(0, indices)
-            yield Batch(self._finish(images, epoch, batch), self._labels.index_select(0, indices))
+            mirrored = None if flips is None else flips[indices.cpu()]
+            yield Batch(self._finish(images, epoch, batch, mirrored), self._labels.index_select(0, indices))

@@ -47,6 +47,7 @@ def open_data(
     *,
     image_size: int | None = None,
     val_fraction: float = 0.2,
+    holdout: int | None = None,
     seed: int = 0,
     cache_dir: Path | None = None,
     workers: int = 2,
@@ -63,7 +64,9 @@ def open_data(
         image_size: side in pixels; images of other sizes are resized to cover the square and their center is
             kept. None keeps the size that all images have.
         val_fraction: share of each class that is held out, only where the data set has no validation split.
-        seed: of that draw alone.
+        holdout: take that many training images for validation; the data set's validation split, if it has
+            one, is then `ImageData.test`.
+        seed: of these draws alone.
         cache_dir: folder for decoded images; None is the platform's.
         workers: decoding threads now, and decoding processes in a loader of a set that does not fit.
         value_range: of images deeper than 8 bits, the values that become 0 and 255: that of the data that a
@@ -93,9 +96,12 @@ def open_data(
             key and f"{parsed.kind}-{key}",
         )  # fmt: skip
         loaded = files.load(imagenet=len(classes) == 1000)
-    train, val, train_sums = loaded.train, loaded.val, loaded.train_sums
-    if val is None:
+    train, val, test, train_sums = loaded.train, loaded.val, None, loaded.train_sums
+    if val is None or holdout is not None:
+        if holdout is not None:
+            val_fraction = _share(holdout, len(train), spec)
         kept, held_out = stratified_split(train.labels, val_fraction, seed, spec)
+        test = val
         train, val = _subset(train, kept), _subset(train, held_out)
         if isinstance(train, PixelSource) and train_sums is not None:
             train_sums = train_sums[kept]
@@ -103,9 +109,19 @@ def open_data(
     mean, std = (
         (IMAGENET_MEAN, IMAGENET_STD) if train_sums is None else mean_and_std(train_sums, height * width)
     )
-    data = ImageData(spec, classes, loaded.shape, mean, std, train, val, workers, loaded.value_range)
+    data = ImageData(spec, classes, loaded.shape, mean, std, train, val, workers, loaded.value_range, test)
     logger.info("%s", data.describe())
     return data
+
+
+def _share(holdout: int, images: int, spec: str) -> float:
+    """The share of the training images that ``holdout`` is."""
+    if not 0 < holdout < images:
+        raise UserError(
+            f"holdout={holdout} is not possible: {spec} has {images:,} training images, of which some have "
+            "to be left for training"
+        )
+    return holdout / images
 
 
 def _check_arguments(image_size: int | None, val_fraction: float, workers: int) -> None:

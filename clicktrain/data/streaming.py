@@ -71,6 +71,7 @@ class StreamingLoader(PlannedLoader):
 
     def _batches(self, epoch: int, start_batch: int) -> Iterator[Batch]:
         order = self._plan.order(epoch)
+        flips = self._finish.mirrored(self._plan.num_images, epoch)
         pending = [order[self._plan.rows(batch)] for batch in range(start_batch, len(self._plan))]
         if not pending:
             return
@@ -92,12 +93,13 @@ class StreamingLoader(PlannedLoader):
                 raise UserError(images.message)
             images = images.to(self._device, non_blocking=True)
             labels = self._labels[indices].to(self._device, non_blocking=True)
-            yield Batch(self._finish(images, epoch, batch), labels)
+            mirrored = None if flips is None else flips[indices]
+            yield Batch(self._finish(images, epoch, batch, mirrored), labels)
 
 
 def make_loader(
     data: ImageData,
-    split: Literal["train", "val"],
+    split: Literal["train", "val", "test"],
     *,
     batch_size: int,
     device: torch.device,
@@ -109,7 +111,7 @@ def make_loader(
 ) -> Loader:
     """Make the loader of a split.
 
-    Training images are shuffled and augmented; validation images come in their order and as they are,
+    Training images are shuffled and augmented; other images come in their order and as they are,
     whatever ``augment`` says.
 
     Args:
@@ -121,7 +123,9 @@ def make_loader(
     Raises:
         UserError: a batch size that gives no batch, or an augmentation too large for the images.
     """
-    source = data.train if split == "train" else data.val
+    source = {"train": data.train, "val": data.val, "test": data.test}[split]
+    if source is None:
+        raise UserError(f"data {data.spec} has no {split} split")
     if batch_size < 1:
         raise UserError(f"batch_size={batch_size} is not possible; 1 or more is")
     if drop_last and batch_size > len(source):

@@ -1,9 +1,10 @@
-"""Packed weights: an index that never changes after the hard prune, and the values that train.
+"""Packed weights: an index, and the values that train.
 
 ClickTrain section 5.1: once patterns are final the nonzero positions stay, so the index is built once, and
 refreshing the values from a dense weight is a gather (the paper's ``Convert2CSR`` with given ``rowPtr`` and
-``colInd``). The names are those of PyTorch's CSR tensors; a row is what the first axis of the weight counts
-(a filter of a convolution, an output of a linear layer), its columns are the flat positions of its weights.
+``colInd``). While masks still move, each move makes another index, and values go from one to the other. The
+names are those of PyTorch's CSR tensors; a row is what the first axis of the weight counts (a filter of a
+convolution, an output of a linear layer), its columns are the flat positions of its weights.
 """
 
 from __future__ import annotations
@@ -11,13 +12,25 @@ from __future__ import annotations
 import math
 from collections.abc import Callable
 from dataclasses import dataclass, field
-from typing import NamedTuple
+from typing import NamedTuple, TypeAlias
 
+import numpy as np
 import torch
 from torch import Tensor
 
-__all__ = ["PackedWeight", "Structure", "bits_from_mask", "mask_from_bits", "pack_values", "unpack_values"]
+__all__ = [
+    "PackedWeight",
+    "Patterns",
+    "Structure",
+    "bits_from_mask",
+    "mask_from_bits",
+    "pack_values",
+    "places_in",
+    "unpack_values",
+]
 
+Patterns: TypeAlias = tuple[tuple[int, ...], ...]
+"""Sets of positions that a kernel may keep, each ascending, in 0 to R*S - 1; none of them: any set."""
 _BIT_VALUES = (1, 2, 4, 8, 16, 32, 64, 128)
 
 
@@ -31,7 +44,9 @@ class Structure:
         col_indices: int32, kept positions in C*R*S of each filter, ascending. [F, nnz_per_filter] if all
             filters keep equally many (ClickTrain section 5.2), else [nnz], filter after filter.
         crow_indices: None if all filters keep equally many, else int64 [F + 1]: filter f has
-            ``col_indices[crow_indices[f]:crow_indices[f + 1]]``.
+            ``col_indices[crow_indices[f]:crow_indices[f + 1]]``. Never None where positions still move.
+        patterns: None where positions are final. Where they move, the patterns that kernels may ever have:
+            what code is generated for depends on these, and not on the positions of the moment.
 
     Make one with `from_mask` or `from_bits`; they choose the form.
     """
@@ -39,6 +54,7 @@ class Structure:
     shape: tuple[int, ...]
     col_indices: Tensor
     crow_indices: Tensor | None = None
+    patterns: Patterns | None = None
     _flat: Tensor | None = field(default=None, init=False, repr=False)
     _conv2d: Structure | None = field(default=None, init=False, repr=False)
 
@@ -52,8 +68,12 @@ class Structure:
             object.__setattr__(self, "_flat", flat.to(torch.int32))
 
     @classmethod
-    def from_mask(cls, mask: Tensor) -> Structure:
-        """Build the index of a mask, bool, of the weight's shape, True = kept; on the mask's device."""
+    def from_mask(cls, mask: Tensor, patterns: Patterns | None = None) -> Structure:
+        """Build the index of a mask, bool, of the weight's shape, True = kept; on the mask's device.
+
+        With ``patterns`` positions still move: values are [nnz] then whatever the filters keep, so that their
+        shape depends on their number alone.
+        """
         if mask.dim() < 2 or mask.dtype != torch.bool:
             raise ValueError(
                 f"a mask is bool with two or more dimensions, got {mask.dtype} {list(mask.shape)}"
@@ -62,14 +82,14 @@ class Structure:
         rows = mask.reshape(shape[0], math.prod(shape[1:]))
         counts = rows.sum(1)
         columns = rows.nonzero()[:, 1].to(torch.int32)
-        if shape[0] > 0 and bool((counts == counts[0]).all()):
+        if patterns is None and shape[0] > 0 and bool((counts == counts[0]).all()):
             return cls(shape, columns.view(shape[0], -1) if len(columns) else columns.new_empty(shape[0], 0))
-        return cls(shape, columns, torch.nn.functional.pad(counts.cumsum(0), (1, 0)))
+        return cls(shape, columns, torch.nn.functional.pad(counts.cumsum(0), (1, 0)), patterns)
 
     @classmethod
-    def from_bits(cls, bits: Tensor, shape: tuple[int, ...]) -> Structure:
+    def from_bits(cls, bits: Tensor, shape: tuple[int, ...], patterns: Patterns | None = None) -> Structure:
         """Build the index of a bit mask as `bits` gives it; errors as `mask_from_bits`."""
-        return cls.from_mask(mask_from_bits(bits, shape))
+        return cls.from_mask(mask_from_bits(bits, shape), patterns)
 
     def mask(self) -> Tensor:
         """Bool, of the weight's shape, True = kept."""
@@ -114,7 +134,9 @@ class Structure:
             if len(self.shape) > 4:
                 raise ValueError(f"a weight of shape {self.shape} is that of no 2-D convolution")
             f, c, *columns = self.shape
-            twin = Structure((f, c, 1, *(columns or (1,))), self.col_indices, self.crow_indices)
+            twin = Structure(
+                (f, c, 1, *(columns or (1,))), self.col_indices, self.crow_indices, self.patterns
+            )
             object.__setattr__(twin, "_flat", self._flat)
             object.__setattr__(self, "_conv2d", twin)
         return self._conv2d  # type: ignore[return-value]
@@ -143,7 +165,14 @@ class Structure:
     def map(self, function: Callable[[Tensor], Tensor]) -> Structure:
         """A structure whose index tensors went through ``function`` (a move to a device)."""
         crow = None if self.crow_indices is None else function(self.crow_indices)
-        return Structure(self.shape, function(self.col_indices), crow)
+        return Structure(self.shape, function(self.col_indices), crow, self.patterns)
+
+    def flat(self) -> Tensor:
+        """Flat places of the kept weights in the dense one, ascending: int32 [nnz]."""
+        if self._flat is not None:
+            return self._flat
+        first = torch.arange(self.shape[0], device=self.device, dtype=torch.int32) * self.row_length
+        return (self.col_indices + first[:, None]).view(-1)
 
     def same_as(self, other: Structure) -> bool:
         """Whether the same weights of the same shape are kept."""
@@ -192,11 +221,20 @@ def unpack_values(structure: Structure, values: Tensor) -> Tensor:
     return rows.scatter_(1, structure.col_indices.long(), values).view(structure.shape)
 
 
+def places_in(old: Structure, new: Structure) -> Tensor:
+    """Where each value of ``new`` is among those of ``old``, int64 [new.nnz]; old.nnz where it is not."""
+    where = torch.full((old.numel,), old.nnz, dtype=torch.int32, device=old.device)
+    where[old.flat().long()] = torch.arange(old.nnz, dtype=torch.int32, device=old.device)
+    return where[new.flat().to(old.device).long()].long()
+
+
 def bits_from_mask(mask: Tensor) -> Tensor:
     """Write a mask with one bit a weight: uint8 [ceil(numel / 8)].
 
     Bit i % 8 (1 << (i % 8)) of byte i // 8 is element i of the flat mask; those left over at the end are 0.
     """
+    if mask.device.type == "cpu":
+        return torch.from_numpy(np.packbits(mask.reshape(-1).numpy(), bitorder="little"))
     flat = torch.nn.functional.pad(mask.reshape(-1).to(torch.uint8), (0, -mask.numel() % 8))
     place = torch.tensor(_BIT_VALUES, dtype=torch.uint8, device=mask.device)
     return (flat.view(-1, 8) * place).sum(1, dtype=torch.uint8)

@@ -14,6 +14,7 @@ import math
 from collections.abc import Sequence
 from typing import Any, Literal, TypeAlias
 
+import torch
 from torch import Tensor, nn
 
 from clicktrain.sparsity.patterns import MAX_POSITIONS
@@ -66,8 +67,13 @@ class LayerAdapter:
 
     def view_shape(self, module: nn.Module) -> View:
         """(F, C, R, S) of the weight's view."""
-        f, c, r, s = self.view(module, self.weight(module).detach()).shape
+        f, c, r, s = self.view(module, torch.empty(self.weight_shape(module), device="meta")).shape
         return f, c, r, s
+
+    def weight_shape(self, module: nn.Module) -> tuple[int, ...]:
+        """Shape of the weight; of a packed layer's dense one, which is not built for it."""
+        structure = getattr(module, "structure", None)
+        return tuple((self.weight(module) if structure is None else structure).shape)
 
     def view(self, module: nn.Module, tensor: Tensor) -> Tensor:
         """A tensor of the weight's shape as [F, C, R, S].
@@ -80,7 +86,7 @@ class LayerAdapter:
 
     def unview(self, module: nn.Module, tensor: Tensor) -> Tensor:
         """The inverse of `view`: [F, C, R, S] -> the weight's shape."""
-        return tensor.reshape(self.weight(module).shape)
+        return tensor.reshape(self.weight_shape(module))
 
     def unit_refusal(self, module: nn.Module, unit: str) -> str | None:
         """Why a unit of `UNITS` has no meaning in this layer; None if it has one."""
@@ -123,7 +129,7 @@ class _TransposedConv(LayerAdapter):
         """The inverse of `view`: [F, C, R, S] -> the weight's shape."""
         groups = self.groups(module)
         grouped = tensor.reshape(groups, tensor.shape[0] // groups, *tensor.shape[1:])
-        return grouped.transpose(1, 2).reshape(self.weight(module).shape)
+        return grouped.transpose(1, 2).reshape(self.weight_shape(module))
 
     def weight_uses(self, module: nn.Module, x: Tensor, y: Tensor) -> tuple[tuple[int, ...], int]:
         """Once per position of the input: see `LayerAdapter.weight_uses`."""

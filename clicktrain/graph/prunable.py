@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass, field, replace
 from fnmatch import fnmatchcase
@@ -19,7 +20,7 @@ from clicktrain.graph.conv_sources import conv_sources
 
 @dataclass(frozen=True, slots=True, eq=False)
 class PrunableLayer:
-    """A layer that may be pruned, with the adapter of its type.
+    """A layer that may be pruned, with the adapter of its type; perhaps packed while its masks still move.
 
     Attributes:
         name: module path; "" if the network is this layer.
@@ -36,13 +37,40 @@ class PrunableLayer:
 
     @property
     def weight(self) -> Tensor:
-        """The parameter, in its own shape."""
+        """The weight, in its own shape: the parameter.
+
+        Of a packed layer it is built at each access, with zeros in place, and can only be read: its ``grad``
+        is that of all weights while the method wants it (`Method.wants_gradients`), else zero outside.
+        """
         return self.adapter.weight(self.module)
+
+    @property
+    def parameter(self) -> Tensor:
+        """What the optimizer trains: the weight, or a packed layer's values."""
+        values = self.module._parameters.get("values") if self.packed else None
+        return self.weight if values is None else values
+
+    @property
+    def packed_mask(self) -> Tensor | None:
+        """The mask that a packed layer holds as its index, built at each access; None of another layer."""
+        structure = getattr(self.module, "structure", None) if self.packed else None
+        return None if structure is None else structure.mask()
+
+    @property
+    def whole_gradient(self) -> bool:
+        """Whether ``weight.grad`` is the gradient of all weights, not only of those that are packed."""
+        collected: Any = getattr(self.module, "dense_gradient", None)
+        return not self.packed or (collected is not None and collected.value is not None)
+
+    @property
+    def packed(self) -> bool:
+        """Whether the layer holds packed values."""
+        return hasattr(self.module, "structure") and "values" in self.module._parameters
 
     @property
     def shape(self) -> tuple[int, ...]:
         """The weight's own shape, which is that of masks."""
-        return tuple(self.weight.shape)
+        return self.adapter.weight_shape(self.module)
 
     @property
     def view_shape(self) -> tuple[int, int, int, int]:
@@ -118,7 +146,7 @@ class PrunableLayers:
     @property
     def conv_weights(self) -> int:
         """All weights that the compression ratio is over."""
-        return sum(layer.weight.numel() for layer in self.counted) + self.other_conv_weights
+        return sum(math.prod(layer.shape) for layer in self.counted) + self.other_conv_weights
 
     def layer(self, name: str) -> PrunableLayer:
         """The prunable layer of that name."""

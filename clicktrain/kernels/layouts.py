@@ -27,6 +27,8 @@ class Layout:
         name: key in `LAYOUTS`, and in plans.
         enter: dtype of the activations -> function from [N, C, H, W] of that dtype to the layout.
         leave: (x, n) -> [n, C, H, W] of the same dtype.
+        images: x -> [N, C, H, W] of the same dtype, all images that are computed, padding lanes too; None
+            where there is no such view: the model's own code then computes gradients of all weights.
         half: whether activations may be kept in bfloat16 while parameters are float32.
         batch_norm: (x, layer, n, residual or None, relu, statistics or None) -> like ``x``, as
             `batch_norm_blocked`.
@@ -41,6 +43,7 @@ class Layout:
     name: str
     enter: Callable[[torch.dtype], Callable[[Tensor], Tensor]]
     leave: Callable[[Tensor, int], Tensor]
+    images: Callable[[Tensor], Tensor] | None = None
     half: bool = False
     batch_norm: Callable[..., Tensor] | None = None
     max_pool: Callable[..., Tensor] | None = None
@@ -102,6 +105,7 @@ BLOCKED = Layout(
     "blocked",
     _enter_blocks,
     unblock_batch,
+    lambda x: unblock_batch(x, x.shape[0] * x.shape[4]),
     half=True,
     batch_norm=batch_norm_blocked,
     max_pool=max_pool_blocked,

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import copy
 from collections.abc import Callable, Iterable, Mapping, Sequence
+from types import MappingProxyType
 from typing import TypeAlias, TypeVar
 
 import torch
@@ -15,7 +16,7 @@ from torch import Tensor, nn
 from torch.optim import Optimizer
 
 from clicktrain.errors import UserError
-from clicktrain.formats.packed import Structure, pack_values, unpack_values
+from clicktrain.formats.packed import Patterns, Structure, pack_values, unpack_values
 from clicktrain.graph.exchange import exchange_, replace_module_, state_refusal
 from clicktrain.kernels.sparse_conv2d.packed_layer import PackedLayer, mask_refusal, packed_form, refusal
 
@@ -51,13 +52,19 @@ def pack_refusals(
     return refusals
 
 
-def pack_model_(model: nn.Module, masks: Mapping[str, Tensor], optimizers: Sequence[Optimizer] = ()) -> None:
+def pack_model_(
+    model: nn.Module,
+    masks: Mapping[str, Tensor],
+    optimizers: Sequence[Optimizer] = (),
+    patterns: Mapping[str, Patterns] = MappingProxyType({}),
+) -> None:
     """Exchange layers for packed ones, in the model and in its optimizers.
 
     What is outside a mask (layer name -> bool of the weight's shape, True = kept) is dropped: weights,
     gradients and optimizer state. Whatever state an optimizer keeps in the weight's shape is packed, scalars
     stay. Layers that are packed already, at the same positions, stay. A wrapper that holds on to parameters
-    (DistributedDataParallel) has to be rebuilt.
+    (DistributedDataParallel) has to be rebuilt. ``patterns``, of layers whose positions will move: see
+    `Structure.from_mask`.
 
     Raises:
         UserError: a layer cannot be packed; names it, and nothing has been changed.
@@ -75,7 +82,7 @@ def pack_model_(model: nn.Module, masks: Mapping[str, Tensor], optimizers: Seque
     _raise(refusals, "packed")
     for name, module in modules.items():
         if not isinstance(module, PackedLayer):
-            weight, packed = _weight(module), _packed(module, masks[name], name)
+            weight, packed = _weight(module), _packed(module, masks[name], name, patterns.get(name))
             replace_module_(model, name, packed)
             exchange_(optimizers, {weight: packed.values}, _converter(packed, pack_values))
 
@@ -96,6 +103,14 @@ def unpack_model_(model: nn.Module, optimizers: Sequence[Optimizer] = ()) -> Non
         layer = module.to_dense()
         replace_module_(model, name, layer)
         exchange_(optimizers, {module.values: _weight(layer)}, _converter(module, unpack_values))
+
+
+def settle_model_(model: nn.Module, optimizers: Sequence[Optimizer] = ()) -> bool:
+    """Give packed layers whose positions moved the form that final ones have; whether there were any."""
+    moving = [m for m in model.modules() if isinstance(m, PackedLayer) and m.structure.patterns is not None]
+    for layer in moving:
+        layer.move_(Structure.from_mask(layer.structure.mask()), optimizers)
+    return bool(moving)
 
 
 def pack(model: M) -> M:
@@ -151,10 +166,12 @@ def _weight(module: nn.Module) -> Tensor:
     return weight
 
 
-def _packed(module: nn.Module, mask: Tensor, name: str = "the layer") -> PackedLayer:
+def _packed(
+    module: nn.Module, mask: Tensor, name: str = "the layer", patterns: Patterns | None = None
+) -> PackedLayer:
     form = packed_form(module)
     assert form is not None
-    return form.from_dense(module, mask, name)
+    return form.from_dense(module, mask, name, patterns)
 
 
 def _converter(layer: PackedLayer, function: Callable[[Structure, Tensor], Tensor]) -> _Convert:

@@ -11,6 +11,7 @@ from clicktrain.methods.base import Method, PruningPlan
 from clicktrain.methods.campfire import Campfire
 from clicktrain.methods.channels_then_patterns import ChannelsThenPatterns
 from clicktrain.methods.clicktrain import ClickTrain
+from clicktrain.methods.clicktrain_gradual import GradualClickTrain
 from clicktrain.methods.dense import Dense
 from clicktrain.methods.driver.pruner import Pruner
 from clicktrain.methods.dsr import DSR
@@ -29,7 +30,7 @@ METHODS: Registry[type[Method[Any]]] = Registry(
         method.name: method
         for method in (
             Dense, ClickTrain, PruneTrain, ChannelsThenPatterns, Campfire, DSR, RigL, PaT, GraNet, MEST,
-            GMP, NM,
+            GMP, NM, GradualClickTrain,
         )
     },
     group="clicktrain.methods",
@@ -47,6 +48,7 @@ __all__ = [
     "ClickTrain",
     "Dense",
     "GraNet",
+    "GradualClickTrain",
     "Method",
     "PaT",
     "PruneTrain",

@@ -56,6 +56,7 @@ class ChannelsThenPatterns(ChannelSettings, PatternChoices, Method[TwoPartState]
 
     name: ClassVar[str] = "prunetrain-clicktrain"
     title: ClassVar[str] = "PruneTrain, then ClickTrain"
+    dense_until_chosen: ClassVar[bool] = True
     reads_graph: ClassVar[bool] = True
 
     switch_at: float | None = None
@@ -184,6 +185,12 @@ class ChannelsThenPatterns(ChannelSettings, PatternChoices, Method[TwoPartState]
             event = SwitchEvent(method=self.second.name, reason=f"epoch {done} begins")
             return [*self.first.reconfigure_now(state.first, prunable, done, final=True), Record(event)]
         return self.first_of(step.length).after_step(state.first, prunable, step)
+
+    def cut_epoch(self, state: TwoPartState, length: RunLength, *, latest: bool = False) -> float | None:
+        """When ClickTrain freezes its masks."""
+        second = state.second or ClickTrainState()
+        own = self.second.cut_epoch(second, self._rest(length), latest=latest)
+        return None if own is None else self.switch_epoch(length) + own
 
     def after_surgery(self, state: TwoPartState, plan: SurgeryPlan, prunable: PrunableLayers) -> None:
         """Shrink PruneTrain's state."""

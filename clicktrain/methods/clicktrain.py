@@ -24,12 +24,13 @@ from clicktrain.methods.patterns.axes import ALLOCATIONS, PENALTIES, allocation_
 from clicktrain.methods.patterns.plan import clicktrain_plan
 from clicktrain.methods.patterns.selection import PatternLayer, Selection
 from clicktrain.methods.patterns.settings import PatternSettings
+from clicktrain.methods.patterns.voting import close_pools, fill_in, read_batch
 from clicktrain.methods.saved_state import restored_state
 from clicktrain.methods.triggers import KernelWatch
-from clicktrain.runs.events import FinalizedEvent, PoolEvent, StageEvent
+from clicktrain.runs.events import FinalizedEvent, StageEvent
 from clicktrain.sparsity.allocation import allocate, check_reachable
 from clicktrain.sparsity.finalize import batch_counts
-from clicktrain.sparsity.importance import CRITERIA, magnitude_importance
+from clicktrain.sparsity.importance import CRITERIA
 from clicktrain.sparsity.patterns import fixed_pool
 
 STAGES = ("dense", "pool", "finalize", "regularize", "accelerated")
@@ -61,6 +62,7 @@ class ClickTrain(PatternSettings, Method[ClickTrainState]):
 
     name: ClassVar[str] = "clicktrain"
     title: ClassVar[str] = "ClickTrain"
+    dense_until_chosen: ClassVar[bool] = True
 
     def find_prunable(self, model: nn.Module, trained: Sequence[Tensor] | None = None) -> PrunableLayers:
         """Convolutions that may be pruned; ``exclude``, ``include`` and ``layers`` must name some."""
@@ -135,20 +137,11 @@ class ClickTrain(PatternSettings, Method[ClickTrainState]):
             state.kernels.see(prunable.convs, self.criterion or "taylor", step)
 
     def _read(self, state: ClickTrainState, step: StepInfo) -> None:
-        criterion, selection = CRITERIA.resolve(self.criterion or "taylor"), state.selection
+        criterion = CRITERIA.resolve(self.criterion or "taylor")
         weight = batch_counts(state.previous_loss, step.loss, self.loss_margin, self.loss_margin_rule)
+        proposes = state.stage == "pool"
         votes = self.selection == "votes"
-        for layer in state.layers:
-            grad = step.gradient(layer.weight)
-            if grad is None:
-                continue
-            importance = criterion(layer.weight.detach().float(), grad.float())
-            if not layer.is_view:
-                importance = layer.view(importance)
-            if state.stage == "pool":
-                selection.propose(layer, importance)
-            else:
-                selection.read(layer, importance, weight, votes)
+        read_batch(state.selection, state.layers, step, criterion, None if proposes else weight, votes)
         state.previous_loss = step.loss
         state.counted += 1
 
@@ -185,6 +178,17 @@ class ClickTrain(PatternSettings, Method[ClickTrainState]):
         reads = state.stage == "finalize" or (state.stage == "pool" and lengths["pool"] > 0)
         return "its length is over" if over and (state.counted > 0 or not reads) else None
 
+    def cut_epoch(self, state: ClickTrainState, length: RunLength, *, latest: bool = False) -> float | None:
+        """At the end of stage 4; not known while a trigger or the loss may yet begin stage 2."""
+        lengths = self.schedule(length)
+        left = [lengths[stage] for stage in ("pool", "finalize", "regularize")]
+        if state.stage == "dense":
+            known = latest or lengths["earliest"] == lengths["latest"]
+            return (lengths["latest"] + sum(left)) / length.steps_per_epoch if known else None
+        if state.stage == "accelerated":
+            return state.entered / length.steps_per_epoch
+        return (state.entered + sum(left[STAGES.index(state.stage) - 1 :])) / length.steps_per_epoch
+
     def _indicator(self, state: ClickTrainState, prunable: PrunableLayers, length: RunLength) -> Action:
         """EPI of the best kernels, as many as equal densities keep, whatever their layer."""
         if self.aim is None:
@@ -214,37 +218,15 @@ class ClickTrain(PatternSettings, Method[ClickTrainState]):
 
     def _fill_in(self, state: ClickTrainState) -> None:
         """Before a stage ends: layers without gradients so far take part by their magnitudes."""
-        selection = state.selection
-        proposed = set(selection.candidates)
         pool = state.stage == "pool" and self.pool == "dynamic"
-        for layer in state.layers:
-            propose = pool and layer.kernel_shape not in proposed
-            read = state.stage == "finalize" and layer.name not in selection.importance
-            if not (propose or read):
-                continue
-            weight = layer.view(layer.weight.detach().float())
-            importance = magnitude_importance(weight, weight)
-            if propose:
-                selection.propose(layer, importance)
-            else:
-                selection.read(layer, importance, weight.new_ones(()), self.selection == "votes")
+        fill_in(
+            state.selection, state.layers, self.selection == "votes", pool, finalize=state.stage == "finalize"
+        )
 
     def _close_pools(self, state: ClickTrainState, prunable: PrunableLayers) -> list[Action]:
         del prunable
-        selection = state.selection
-        if self.pool == "fixed":
-            selection.pools[3, 3] = fixed_pool(self.patterns or 0)
-        selection.close_pools(state.layers, self.patterns or 0)
-        pools = []
-        for shape, pool in selection.pools.items():
-            votes = selection.candidates.get(shape)
-            score = (
-                {} if votes is None else dict(zip(votes.bits.tolist(), votes.counts.tolist(), strict=True))
-            )
-            patterns = [{"bits": p.bits, "score": score.get(p.bits)} for p in pool.patterns]
-            pools.append({"shape": list(shape), "patterns": patterns, "candidates": len(score)})
-        selection.candidates = {}
-        return [Record(PoolEvent(pools=pools))]
+        fixed = fixed_pool(self.patterns or 0) if self.pool == "fixed" else None
+        return [Record(close_pools(state.selection, state.layers, self.patterns or 0, fixed))]
 
     def _finalize(self, state: ClickTrainState, prunable: PrunableLayers) -> list[Action]:
         """Choose patterns and kernels: sections 4.1 and 4.3, with the budget allocated over layers."""

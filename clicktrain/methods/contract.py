@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import abc
 import dataclasses
-from collections.abc import Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass
 from numbers import Integral
 from types import MappingProxyType
@@ -13,7 +13,8 @@ from typing import Any, ClassVar, Generic, NamedTuple, TypeAlias, TypeVar
 from torch import Tensor, nn
 
 from clicktrain.errors import UserError, shown
-from clicktrain.graph.prunable import PrunableLayers, find_prunable
+from clicktrain.formats.packed import Patterns
+from clicktrain.graph.prunable import PrunableLayer, PrunableLayers, find_prunable
 from clicktrain.latency.network_times import MeasureMasks
 from clicktrain.methods.outcome import Reached, Target
 from clicktrain.methods.saved_state import saved_state
@@ -34,7 +35,9 @@ class Record(NamedTuple):
 class ApplyMasks(NamedTuple):
     """Zero weights that later steps may change again. Masks are bool, of their weight's shape.
 
-    ``forget``: also zero the optimizer state of the masked weights (momentum, moments).
+    ``forget``: also zero the optimizer state of the masked weights (momentum, moments). Layers of which a
+    method says that they may (`Method.mask_patterns`) are packed by it, once enough is zero: these masks then
+    are their index, further ones re-index them, and they need not be named where they stay as they are.
     """
 
     masks: Mapping[str, Tensor]
@@ -241,6 +244,10 @@ class MethodHooks(abc.ABC, Generic[S]):
     first forward pass."""
     prunes: ClassVar[bool] = True
     """The method removes or masks weights."""
+    freezes: ClassVar[bool] = True
+    """A run of the method has a moment at which masks are frozen."""
+    dense_until_chosen: ClassVar[bool] = False
+    """Weights are dense until masks are chosen, once, which a `FinalizedEvent` says."""
     settings_exclude: ClassVar[tuple[str, ...]] = ()
 
     def __post_init__(self) -> None:
@@ -260,6 +267,11 @@ class MethodHooks(abc.ABC, Generic[S]):
     def find_prunable(self, model: nn.Module, trained: Sequence[Tensor] | None = None) -> PrunableLayers:
         """Find the layers that this method may prune."""
         return find_prunable(model, trained)
+
+    def fitted(self, prunable: PrunableLayers) -> MethodHooks[S]:
+        """Return these settings completed by what follows from the network; the pruner goes on with them."""
+        del prunable
+        return self
 
     @abc.abstractmethod
     def init(self, prunable: PrunableLayers, length: RunLength) -> S:
@@ -281,6 +293,14 @@ class MethodHooks(abc.ABC, Generic[S]):
         """Name of the current stage; the state's ``stage`` by default."""
         return str(getattr(state, "stage", "dense"))
 
+    def cut_epoch(self, state: S, length: RunLength, *, latest: bool = False) -> float | None:
+        """Epochs done when masks are to be frozen, as far as settings and state say; None: not known yet.
+
+        ``latest``: at the latest, where it is not known. A run that is too short is a UserError.
+        """
+        del state, length, latest
+        return None
+
     def at_start(self, state: S, prunable: PrunableLayers, length: RunLength) -> Sequence[Action]:
         """Return the actions before the first forward pass, for networks that start out sparse.
 
@@ -291,6 +311,33 @@ class MethodHooks(abc.ABC, Generic[S]):
     def before_step(self, state: S, prunable: PrunableLayers, step: StepInfo) -> None:
         """Read gradients, or add to them, before the optimizer's step."""
         del state, prunable, step
+
+    def mask_patterns(self, state: S, layer: PrunableLayer) -> Patterns | None:
+        """The patterns that a layer's kernels may have as long as its masks move; none of them: any.
+
+        Naming them says that the layer may be packed from now on, while its masks move: weights outside are
+        zero and nobody's, so that neither their optimizer state nor, except where `wants_gradients` says so,
+        their gradients are needed. Code is generated for these patterns once; masks have to keep to them. The
+        answer for a layer must not change during a run.
+
+        Returns:
+            Kept positions of a kernel, in 0 to R*S - 1, of each pattern; None where the layer has to be dense
+            until its masks are frozen.
+        """
+        del state, layer
+        return None
+
+    def wants_gradients(self, state: S, length: RunLength, seen: int) -> bool:
+        """Whether `before_step` reads the gradients of all weights after ``seen`` batches.
+
+        Packed layers compute them only then. Asked ahead of every batch, about the step that it may end in.
+        """
+        del state, length, seen
+        return False
+
+    def after_packing(self, state: S, names: Collection[str]) -> None:
+        """Release the masks of layers that are packed now and hold them: see `PrunableLayer.packed_mask`."""
+        del state, names
 
     def after_step(self, state: S, prunable: PrunableLayers, step: StepInfo) -> Sequence[Action]:
         """Decide, after the optimizer's step."""

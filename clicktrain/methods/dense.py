@@ -17,6 +17,7 @@ class Dense(Method[None]):
 
     name: ClassVar[str] = "dense"
     title: ClassVar[str] = "dense"
+    freezes: ClassVar[bool] = False
     prunes: ClassVar[bool] = False
     contract_exempt: ClassVar[Mapping[str, str]] = MappingProxyType({"target": "it is asked for nothing"})
 

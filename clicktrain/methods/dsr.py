@@ -8,8 +8,8 @@ from typing import ClassVar
 from clicktrain.errors import UserError
 from clicktrain.graph.prunable import PrunableLayers
 from clicktrain.methods.base import RunLength
+from clicktrain.methods.masks.growing import Growing
 from clicktrain.methods.masks.masked import MaskState
-from clicktrain.methods.masks.moving import Growing
 from clicktrain.methods.masks.update_times import check_shares
 from clicktrain.sparsity.distributions import DistributionChoice
 from clicktrain.sparsity.regrowth import (

@@ -8,7 +8,7 @@ from typing import ClassVar
 
 from clicktrain.methods.masks.moving import Gradual
 from clicktrain.runs.events import DroppedEvent, Event
-from clicktrain.sparsity.distributions import DISTRIBUTIONS, DistributionChoice
+from clicktrain.sparsity.distributions import DistributionChoice
 from clicktrain.sparsity.registry import choice_name
 from clicktrain.sparsity.regrowth import Units, Update
 from clicktrain.sparsity.schedules import left_at
@@ -36,7 +36,7 @@ class GMP(Gradual):
     def move(self, now: Update) -> tuple[Units, Units]:
         """Each layer keeps its largest, as many as Eq. (1) leaves at this time."""
         sparsity = self.sparsity * (1 - left_at(self.sparsity_schedule, now.done))
-        kept = now.keep(now.counts(DISTRIBUTIONS.resolve(self.densities)(now.shapes, 1 - sparsity)))
+        kept = now.keep(self.counts_at(now, 1 - sparsity))
         return kept, kept
 
     def event(self, now: Update, kept: Units, alive: Units, threshold: float) -> Event:

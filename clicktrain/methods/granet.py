@@ -7,7 +7,8 @@ from dataclasses import dataclass, replace
 from typing import ClassVar
 
 from clicktrain.errors import UserError
-from clicktrain.methods.masks.moving import Gradual, Growing
+from clicktrain.methods.masks.growing import Growing
+from clicktrain.methods.masks.moving import Gradual
 from clicktrain.methods.masks.update_times import check_shares
 from clicktrain.sparsity.registry import choice_name
 from clicktrain.sparsity.regrowth import DROPS, DropChoice, Units, Update, best_of_network
@@ -58,6 +59,8 @@ class GraNet(Gradual, Growing):
         sparsity = self.sparsity - (self.sparsity - self.initial_sparsity) * left
         total = sum(math.prod(shape) for shape in now.shapes.values())
         alive = best_of_network(now, min(round((1 - sparsity) * total), now.weights(now.alive)))
+        if now.done >= 1:
+            return alive, alive  # nothing is replaced, and no gradient was read
         pruned = replace(now, alive=alive)
         kept = DROPS.resolve(self.drop_rule)(pruned, self.drop * left_at(self.drop_schedule, now.done))
         return kept, self.grow(pruned, kept, pruned.lost(kept))

@@ -9,9 +9,9 @@ from torch import Tensor
 
 from clicktrain.errors import UserError
 from clicktrain.graph.prunable import PrunableLayer
-from clicktrain.methods.masks.moving import Growing
+from clicktrain.methods.masks.growing import Growing
 from clicktrain.methods.masks.update_times import check_shares
-from clicktrain.sparsity.distributions import DISTRIBUTIONS, DistributionChoice
+from clicktrain.sparsity.distributions import DistributionChoice
 from clicktrain.sparsity.registry import choice_name
 from clicktrain.sparsity.regrowth import GrowthChoice, Units, Update
 from clicktrain.sparsity.schedules import ScheduleChoice, left_at
@@ -70,7 +70,7 @@ class MEST(Growing):
     def move(self, now: Update) -> tuple[Units, Units]:
         """ArgRemoveTo, then ArgGrowTo: to s + p and back to s, or (soft bound) to s and on to s - p."""
         share = self.mutation * left_at(self.mutation_schedule, now.done)
-        target = DISTRIBUTIONS.resolve(self.densities)(now.shapes, 1 - self.sparsity)
+        target = self.densities_at(now, 1 - self.sparsity)
         low, high = (0.0, share) if self.soft_bound else (-share, 0.0)
         kept = now.keep(now.counts({name: max(density + low, 0.0) for name, density in target.items()}))
         counts = now.counts({name: min(density + high, 1.0) for name, density in target.items()})

@@ -20,7 +20,7 @@ TOLERANCE = 0.05
 NOTED = 0.01
 """A larger difference than this share gets a reason."""
 
-Unit = Literal["share", "times", "ms"]
+Unit = Literal["share", "times", "ms", "s"]
 
 
 @dataclass(frozen=True, slots=True)
@@ -31,7 +31,7 @@ class Target:
         what: in words, "sparsity of the pruned layers".
         asked: None where the method has no target.
         reached: None where it is not known.
-        unit: share (0.6), times (8x) or ms.
+        unit: share (0.6), times (8x), ms or s.
         reason: why it was not reached exactly, "" if nothing is known.
     """
 
@@ -126,10 +126,11 @@ def planned_far_off(asked: float, planned: float) -> str:
 
 
 def in_unit(value: float | None, unit: Unit) -> str:
-    """60.0%, 8.00x or 3.2 ms; a dash where there is no number."""
+    """60.0%, 8.00x, 3.2 ms or 75 s; a dash where there is no number."""
     if value is None:
         return "-"
-    return {"share": f"{100 * value:.1f}%", "times": f"{value:.2f}x", "ms": f"{value:.3g} ms"}[unit]
+    texts = {"share": f"{100 * value:.1f}%", "times": f"{value:.2f}x", "ms": f"{value:.3g} ms"}
+    return f"{value:.4g} s" if unit == "s" else texts[unit]
 
 
 def sparsity_target(asked: float, reached: Reached, reason: str) -> Target:

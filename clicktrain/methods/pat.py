@@ -67,6 +67,7 @@ class PaT(StructureSettings, Method[PaTState]):
 
     name: ClassVar[str] = "pat"
     title: ClassVar[str] = "PaT"
+    freezes: ClassVar[bool] = False
     reads_graph: ClassVar[bool] = True
 
     prune_ratio: float = 0.3

@@ -115,6 +115,7 @@ class PruneTrain(ChannelSettings, Method[PruneTrainState]):
 
     name: ClassVar[str] = "prunetrain"
     title: ClassVar[str] = "PruneTrain"
+    freezes: ClassVar[bool] = False
     reads_graph: ClassVar[bool] = True
 
     preset: Literal["default", "paper"] = "default"

@@ -5,7 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import ClassVar
 
-from clicktrain.methods.masks.moving import Growing
+from clicktrain.methods.masks.growing import Growing
 from clicktrain.methods.masks.update_times import check_shares
 from clicktrain.sparsity.registry import choice_name
 from clicktrain.sparsity.regrowth import DROPS, DropChoice, Units, Update

@@ -95,4 +95,6 @@ def _value(value: float | None, unit: str) -> str:
         return wording.MISSING
     if unit == "times":
         return f"{value:.2f}×"  # noqa: RUF001
+    if unit == "s":
+        return wording.duration(value)
     return f"{value:.3g} ms" if unit == "ms" else wording.percent(value, 1)

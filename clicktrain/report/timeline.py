@@ -145,6 +145,24 @@ def _compression(event: Mapping[str, Any]) -> str:
     return f", compression {wording.times(reached)}" + (f" (asked {wording.times(asked)})" if asked else "")
 
 
+def _restart(event: Mapping[str, Any]) -> str:
+    text = f"at {wording.percent(number(event, 'height'))} of its peak"
+    damage = number(event, "damage")
+    return text if damage is None else f"{text} (damage by {event.get('rule')}: {damage:.2f})"
+
+
+def _norms(event: Mapping[str, Any]) -> str:
+    return f"over {wording.integer(number(event, 'batches'))} batches"
+
+
+def _planned(event: Mapping[str, Any]) -> str:
+    asked, planned = number(event, "seconds_asked"), number(event, "seconds_planned")
+    return (
+        f"{wording.integer(number(event, 'epochs'))} epochs, {wording.duration(planned)} planned of "
+        f"{wording.duration(asked)}"
+    )
+
+
 _DETAILS = {
     "pool": ("pattern pool chosen", _pools),
     "finalised": ("patterns and kernels chosen", _chosen),
@@ -154,5 +172,8 @@ _DETAILS = {
     "widths": ("widths measured", _widths),
     "batch_resized": ("larger batches", _larger),
     "operators": ("operators chosen", _operators),
+    "time_planned": ("length chosen", _planned),
+    "learning_rate_restart": ("learning rate restarts", _restart),
+    "norms_recalibrated": ("batch norm statistics measured again", _norms),
     "outcome": ("the end", _outcome),
 }

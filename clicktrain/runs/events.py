@@ -177,11 +177,15 @@ class ThresholdEvent(Event, kind="threshold"):
 
 
 class RegrownEvent(Event, kind="regrown"):
-    """Dynamic sparse training has moved weights; ``threshold`` is that of the drop, where there is one."""
+    """Dynamic sparse training has moved weights; ``threshold`` is that of the drop, where there is one.
+
+    ``patterns_changed`` counts the kernels that stayed and have another pattern now, where they have any.
+    """
 
     dropped: int
     grown: int
     threshold: float = ABSENT
+    patterns_changed: int = ABSENT
 
 
 class DroppedEvent(Event, kind="dropped"):
@@ -279,6 +283,47 @@ class OperatorsEvent(Event, kind="operators"):
     rule: str
     activations: str
     layers: Mapping[str, str]
+
+
+class RestartEvent(Event, kind="learning_rate_restart"):
+    """Masks are frozen and the second cycle of the learning rate begins, at ``height`` of its peak.
+
+    ``planned_epoch`` is where the first cycle was to end, None if that was not known. ``damage`` is what rule
+    ``norm`` or ``loss`` says, the latter from the mean loss of the same batches before and after.
+    """
+
+    height: float
+    rule: str
+    planned_epoch: float | None
+    damage: float = ABSENT
+    loss_before: float = ABSENT
+    loss_after: float = ABSENT
+
+
+class NormsEvent(Event, kind="norms_recalibrated"):
+    """Batch norm statistics were measured again, over ``batches`` training batches."""
+
+    batches: int
+    images: int
+    train_flops: int
+
+
+class TimePlannedEvent(Event, kind="time_planned"):
+    """How many epochs a time budget allows, from times measured before the run; all in seconds.
+
+    ``times`` are those of a batch, an evaluation and a checkpoint, of the dense run (``dense``), of this one
+    before masks are frozen (``before``) and after (``after``, None where that is not known to come).
+    ``cut_epoch`` is when masks are frozen at the latest.
+    """
+
+    time_budget: float | str
+    dense_epochs: int
+    epochs: int
+    seconds_asked: float
+    seconds_planned: float
+    planning_seconds: float
+    cut_epoch: float | None
+    times: Mapping[str, Mapping[str, float] | None]
 
 
 class LogMendedEvent(Event, kind="log_mended"):

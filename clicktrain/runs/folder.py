@@ -75,6 +75,8 @@ class RunFolder:
     """Surgery plans, JSON; exists if channels were removed."""
     operators = _File("operators.json")
     """The operator of each layer after the hard prune, JSON; exists once a compiler chose."""
+    moving_operators = _File("operators-moving.json")
+    """The operator of each layer while masks move, JSON; exists once a compiler chose."""
     robustness = _File("robustness.json")
     """Accuracy under attacks, JSON; exists once the run was attacked."""
     checkpoint_folder = _File(CHECKPOINTS)

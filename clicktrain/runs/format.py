@@ -199,6 +199,7 @@ _SUMMARY: Checks = {
     "model": _TEXT,
     "val_accuracy": _MAYBE_NUMBER,
     "best_val_accuracy": _MAYBE_NUMBER,
+    "test_accuracy": _MAYBE_NUMBER,
     "compression_asked": _MAYBE_NUMBER,
     "sparsity_asked": (_or_nothing(lambda v: _is_number(v) and v < 1), "a share below 1 or nothing"),
     "compression_ratio": _NUMBER,

@@ -46,6 +46,29 @@ def erdos_renyi_scale(shape: Sequence[int]) -> float:
     return sum(shape) / math.prod(shape)
 
 
+def densities_below(
+    wanted: Mapping[str, float], shapes: Mapping[str, Sequence[int]], most: Mapping[str, float]
+) -> dict[str, float]:
+    """Densities in proportion to those wanted, of as many weights, and in no layer above ``most``.
+
+    What a layer cannot take goes to the others; what none can take is left out.
+    """
+    weights = {name: math.prod(shape) for name, shape in shapes.items()}
+    left = sum(wanted[name] * weights[name] for name in wanted)
+    result: dict[str, float] = {}
+    while len(result) < len(wanted):
+        free = {name: wanted[name] * weights[name] for name in wanted if name not in result}
+        factor = left / max(sum(free.values()), 1e-300)
+        # Nothing is changed where everything fits, not even by rounding.
+        over = [name for name in free if wanted[name] * (factor if result else 1.0) > most[name]]
+        if not over:
+            return {name: result.get(name, wanted[name] * (factor if result else 1.0)) for name in wanted}
+        for name in over:
+            result[name] = most[name]
+            left -= most[name] * weights[name]
+    return {name: result[name] for name in wanted}
+
+
 OFF = 0.05
 """How far a user's own densities may be off the density asked for, as a share of it."""
 

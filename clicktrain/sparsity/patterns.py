@@ -98,24 +98,27 @@ def default_entries(shape: tuple[int, int], entries: int) -> int:
     return max(1, min(shape[0] * shape[1], round(entries * shape[0] * shape[1] / 9)))
 
 
-# All contain the center: the four 2x2 squares, the four T shapes of the cross, the four Y shapes.
+# All contain the center: the four 2x2 squares, the four T shapes of the cross, the four Y and four Z shapes.
 _FIXED_3X3 = (
     "##./##./...", ".##/.##/...", ".../##./##.", ".../.##/.##",
     ".#./###/...", ".../###/.#.", ".#./##./.#.", ".#./.##/.#.",
     "###/.#./...", ".../.#./###", "#../##./#..", "..#/.##/..#",
+    "##./.##/...", "..#/.##/.#.", ".../##./.##", ".#./##./#..",
 )  # fmt: skip
+FIXED_SIZES = (4, 8, 12, 16)
 
 
 def fixed_pool(size: int) -> PatternPool:
-    """A pool of 4, 8 or 12 given 3 x 3 patterns with 4 entries, the static baseline of ClickTrain Fig. 8.
+    """A pool of 4, 8, 12 or 16 given 3 x 3 patterns with 4 entries, the static baseline of ClickTrain Fig. 8.
 
-    The paper does not print its fixed patterns; these are 2 x 2 squares, then T shapes, then Y shapes.
+    The paper does not print its fixed patterns; these are 2 x 2 squares, then T, Y and Z shapes, each in four
+    rotations.
 
     Raises:
-        UserError: ``size`` is not 4, 8 or 12.
+        UserError: ``size`` is another number.
     """
-    if size not in (4, 8, 12):
-        raise UserError(f"a fixed pattern pool has 4, 8 or 12 patterns, not {size}")
+    if size not in FIXED_SIZES:
+        raise UserError(f"a fixed pattern pool has 4, 8, 12 or 16 patterns, not {size}")
     bits = (
         sum(1 << i for i, c in enumerate(text.replace("/", "")) if c == "#") for text in _FIXED_3X3[:size]
     )

@@ -37,7 +37,8 @@ class Update:
         scores: larger = keep.
         gradients: mean absolute gradient of every unit, dead ones included; empty if nobody reads them.
         shapes: of the layers' weights.
-        sizes: weights of a unit of each layer.
+        sizes: kept weights of a unit of each layer.
+        rows: equal parts of a layer, along its filters, in which equally many units live; 1 if not given.
         done: share of the time of all updates that is past.
         seed, seen: what random numbers depend on: the run's seed, batches seen.
         memory: numbers that a rule keeps from update to update.
@@ -52,10 +53,22 @@ class Update:
     seed: int = 0
     seen: int = 0
     memory: MutableMapping[str, float] = field(default_factory=dict)
+    rows: Mapping[str, int] = field(default_factory=dict)
+
+    def rows_of(self, name: str) -> int:
+        """Parts of a layer in which equally many units live: its filters, or 1 for the whole layer."""
+        return self.rows.get(name, 1)
+
+    def most(self, name: str) -> float:
+        """Density of a layer in which every unit lives: below 1 if pruned positions are left inside units."""
+        return self.alive[name].numel() * self.sizes[name] / math.prod(self.shapes[name])
 
     def counts(self, densities: Mapping[str, float]) -> dict[str, int]:
-        """Units per layer for densities, at least one."""
-        return {name: units_at(densities[name], alive.numel()) for name, alive in self.alive.items()}
+        """Units per layer for densities, at least one, or one of each row."""
+        return {
+            name: units_at(densities[name], alive.numel(), self.rows_of(name), self.most(name))
+            for name, alive in self.alive.items()
+        }
 
     def lost(self, kept: Units) -> dict[str, int]:
         """Units per layer that live now and are not among the kept."""
@@ -66,8 +79,18 @@ class Update:
         return {name: max(counts[name] - int(kept[name].sum()), 0) for name in kept}
 
     def keep(self, counts: Mapping[str, int]) -> Units:
-        """The best of the active units of each layer."""
-        return {name: keep_largest(self.scores[name], self.alive[name], counts[name]) for name in self.alive}
+        """The best of the active units of each layer, in every row of it equally many."""
+        return {
+            name: keep_largest(self.scores[name], self.alive[name], counts[name], self.rows_of(name))
+            for name in self.alive
+        }
+
+    def ranked(self, name: str) -> Tensor:
+        """Scores of a layer's active units, best first; with rows the means over rows of their k-th best."""
+        rows = self.rows_of(name)
+        scores = self.scores[name].reshape(rows, -1).masked_fill(~self.alive[name].reshape(rows, -1), -1.0)
+        best = scores.sort(dim=1, descending=True).values[:, : int(self.alive[name].sum()) // rows]
+        return best.mean(dim=0)
 
     def weights(self, units: Units) -> int:
         """Weights of units."""
@@ -76,10 +99,15 @@ class Update:
     def by_survivors(self, kept: Units, budget: int) -> dict[str, int]:
         """Units per layer that grow up to a number of weights, in proportion to what is kept there (DSR)."""
         names = list(kept)
+        rows = [self.rows_of(name) for name in names]
+        sizes = [self.sizes[name] * parts for name, parts in zip(names, rows, strict=True)]
         survivors = [int(kept[name].sum()) * self.sizes[name] for name in names]
-        free = [kept[name].numel() - int(kept[name].sum()) for name in names]
-        shares = growth_shares(budget - sum(survivors), survivors, free, [self.sizes[name] for name in names])
-        return dict(zip(names, shares, strict=True))
+        free = [
+            (kept[name].numel() - int(kept[name].sum())) // parts
+            for name, parts in zip(names, rows, strict=True)
+        ]
+        shares = growth_shares(budget - sum(survivors), survivors, free, sizes)
+        return {name: share * parts for name, share, parts in zip(names, shares, rows, strict=True)}
 
 
 DropRule: TypeAlias = Callable[[Update, float], Units]
@@ -88,9 +116,16 @@ GrowthRule: TypeAlias = Callable[[Update, Units, Mapping[str, int]], Units]
 """(update, the units that stay, how many grow in each layer) -> the units that live afterwards."""
 
 
-def units_at(density: float, total: int) -> int:
-    """How many of a layer's units live at a density, at least one."""
-    return min(max(round(density * total), 1), total)
+def units_at(density: float, total: int, rows: int = 1, most: float = 1.0) -> int:
+    """How many of a layer's units live at a density, at least one of every row.
+
+    Args:
+        density: share of the layer's weights.
+        total: units of the layer.
+        rows: parts of the layer in which equally many live.
+        most: the density at which all units live.
+    """
+    return min(max(round(density / most * (total // rows)), 1) * rows, total)
 
 
 def random_numbers(shape: Sequence[int], seed: int, step: int, layer: int) -> Tensor:
@@ -100,31 +135,47 @@ def random_numbers(shape: Sequence[int], seed: int, step: int, layer: int) -> Te
     return torch.rand(*shape, generator=generator, dtype=torch.float64)
 
 
-def largest(scores: Tensor, count: int) -> Tensor:
-    """Bool of the same shape: the ``count`` largest scores; ties go to the first."""
-    order = scores.flatten().sort(descending=True, stable=True).indices[:count]
-    chosen = torch.zeros(scores.numel(), dtype=torch.bool, device=scores.device)
-    chosen[order] = True
-    return chosen.view(scores.shape)
+def largest(scores: Tensor, count: int, rows: int = 1) -> Tensor:
+    """Bool of the same shape: the ``count`` largest scores; ties go to the first.
+
+    With ``rows`` equally many of each of these equal parts; where ``rows`` does not divide ``count``, the
+    rows whose next score is largest have one more.
+    """
+    table = scores.reshape(rows, -1)
+    order = table.sort(dim=1, descending=True, stable=True).indices
+    each, more = divmod(count, rows)
+    counts = torch.full((rows,), each, device=scores.device)
+    if more and each < table.shape[1]:
+        following = table.gather(1, order[:, each : each + 1]).squeeze(1)
+        counts[following.sort(descending=True, stable=True).indices[:more]] += 1
+    return _first(order, counts).view(scores.shape)
 
 
-def random_units(shape: Sequence[int], density: float, seed: int, layer: int) -> Tensor:
-    """Units that live at the beginning, at random: bool on the CPU, at least one of them."""
-    return largest(random_numbers(shape, seed, 0, layer), units_at(density, math.prod(shape)))
+def _first(order: Tensor, counts: Tensor) -> Tensor:
+    """The first ``counts`` [rows] of an order [rows, n] of each row: bool [rows, n]."""
+    taken = torch.arange(order.shape[1], device=order.device) < counts[:, None]
+    return torch.zeros_like(taken).scatter_(1, order, taken)
+
+
+def filled_up(kept: Tensor, count: int, worth: Tensor, rows: int = 1) -> Tensor:
+    """``kept`` and ``count`` more, those of the largest ``worth`` (0 or more); ties go to the first.
+
+    With ``rows`` each of these equal parts has equally many afterwards, as far as ``count`` goes.
+    """
+    table, had = worth.reshape(rows, -1).masked_fill(kept.reshape(rows, -1), -1.0), kept.reshape(rows, -1)
+    have = had.sum(dim=1)
+    missing = (int(have.sum()) + count) // rows - have
+    order = table.sort(dim=1, descending=True, stable=True).indices
+    grown = _first(order, torch.minimum(missing.clamp_min(0), table.shape[1] - have))
+    return (grown | had).view(kept.shape)
 
 
 # ---- drop -----------------------------------------------------------------------------------
 
 
-def keep_largest(magnitudes: Tensor, alive: Tensor, count: int) -> Tensor:
+def keep_largest(magnitudes: Tensor, alive: Tensor, count: int, rows: int = 1) -> Tensor:
     """Drop the smallest until ``count`` of those alive are left (RigL Algorithm 1). Bool."""
-    return largest(magnitudes.masked_fill(~alive, -1.0), min(count, int(alive.sum())))
-
-
-def keep_above(magnitudes: Tensor, alive: Tensor, threshold: float) -> Tensor:
-    """Drop what is below the threshold (DSR Algorithm 1, "prune by threshold"); one unit stays. Bool."""
-    kept = alive & (magnitudes >= threshold)
-    return kept if bool(kept.any()) else keep_largest(magnitudes, alive, 1)
+    return largest(magnitudes.masked_fill(~alive, -1.0), min(count, int(alive.sum())), rows)
 
 
 def adapted_threshold(threshold: float, dropped: int, target: float, tolerance: float) -> float:
@@ -140,9 +191,10 @@ def adapted_threshold(threshold: float, dropped: int, target: float, tolerance: 
 
 
 def smallest_of_layers(now: Update, share: float) -> Units:
-    """RigL: in each layer a share of the active units, the smallest; one stays."""
+    """RigL: in each layer a share of the active units, the smallest; one stays, or one of each row."""
     counts = {name: int(alive.sum()) for name, alive in now.alive.items()}
-    return now.keep({name: max(count - math.floor(share * count), 1) for name, count in counts.items()})
+    left = {name: count - math.floor(share * count) for name, count in counts.items()}
+    return now.keep({name: max(count, now.rows_of(name)) for name, count in left.items()})
 
 
 def smallest_of_network(now: Update, share: float) -> Units:
@@ -155,27 +207,37 @@ def smallest_of_network(now: Update, share: float) -> Units:
 
 
 def best_of_network(now: Update, budget: int) -> Units:
-    """The best active units of all layers together, of this many weights; one of each layer at the least."""
-    kept = now.keep(dict.fromkeys(now.alive, 1))
-    flat = [now.scores[name].masked_fill(~now.alive[name], -1.0).flatten() for name in now.alive]
-    flat = [part.masked_fill(kept[name].flatten(), torch.inf) for part, name in zip(flat, kept, strict=True)]
-    sizes = [
-        torch.full_like(part, now.sizes[name], dtype=torch.float64)
-        for part, name in zip(flat, kept, strict=True)
-    ]
+    """The best active units of all layers together, of this many weights; one of each layer at the least.
+
+    With rows the competitors are the best units of all rows of a layer, the second best of all rows, ...
+    """
+    ranked = {name: now.ranked(name) for name in now.alive}
+    prices = {name: now.sizes[name] * now.rows_of(name) for name in ranked}
+    flat = []
+    for part in ranked.values():
+        first = part.clone()
+        first[:1] = torch.inf
+        flat.append(first)
     scores = torch.cat(flat)
     order = scores.sort(descending=True, stable=True).indices
-    fits = torch.cat(sizes)[order].cumsum(0) <= max(budget, now.weights(kept))
+    costs = [torch.full_like(ranked[name], prices[name], dtype=torch.float64) for name in ranked]
+    fits = torch.cat(costs)[order].cumsum(0) <= max(budget, sum(prices.values()))
     chosen = torch.zeros_like(scores, dtype=torch.bool)
     chosen[order] = fits
     parts = torch.split(chosen, [part.numel() for part in flat])
-    return {name: part.view_as(kept[name]) & now.alive[name] for name, part in zip(kept, parts, strict=True)}
+    return now.keep(
+        {name: int(part.sum()) * now.rows_of(name) for name, part in zip(ranked, parts, strict=True)}
+    )
 
 
 def below_threshold(now: Update, share: float) -> Units:
-    """DSR: in all layers what is below one threshold, which adapts until ``share`` of the weights goes."""
+    """DSR: in all layers what is below one threshold, which adapts until ``share`` of the weights goes.
+
+    Algorithm 1, "prune by threshold"; one unit of each layer stays, or one of each row.
+    """
     threshold = now.memory.setdefault("threshold", FIRST_THRESHOLD)
-    kept = {name: keep_above(now.scores[name], alive, threshold) for name, alive in now.alive.items()}
+    counts = {name: max(int((now.ranked(name) >= threshold).sum()), 1) for name in now.alive}
+    kept = now.keep({name: count * now.rows_of(name) for name, count in counts.items()})
     before = now.weights(now.alive)
     dropped, tolerance = before - now.weights(kept), now.memory.get("tolerance", TOLERANCE)
     now.memory["threshold"] = adapted_threshold(threshold, dropped, share * before, tolerance)
@@ -214,21 +276,20 @@ DropChoice: TypeAlias = Annotated[str | DropRule, DROPS]
 # ---- grow -----------------------------------------------------------------------------------
 
 
-def grow_random(kept: Tensor, before: Tensor, count: int, numbers: Tensor) -> Tensor:
+def grow_random(kept: Tensor, before: Tensor, count: int, numbers: Tensor, rows: int = 1) -> Tensor:
     """Let ``count`` units grow at random free positions (DSR, SET); those just dropped come last.
 
     ``kept`` are the units that live, ``before`` those before the drop, ``numbers`` the draw, in [0, 1).
     """
-    order = numbers.to(kept.device) + (~before).double()
-    return kept | largest(order.masked_fill(kept, -1.0), min(count, int((~kept).sum())))
+    return filled_up(kept, count, numbers.to(kept.device) + (~before).double(), rows)
 
 
-def grow_steepest(kept: Tensor, count: int, gradients: Tensor) -> Tensor:
+def grow_steepest(kept: Tensor, count: int, gradients: Tensor, rows: int = 1) -> Tensor:
     """Let the ``count`` free units with the largest gradient grow (RigL Algorithm 1).
 
     "I_grow = ArgTopK over i not in theta without I_active": what has just been dropped may come back.
     """
-    return kept | largest(gradients.masked_fill(kept, -1.0), min(count, int((~kept).sum())))
+    return filled_up(kept, count, gradients, rows)
 
 
 def growth_shares(
@@ -267,7 +328,9 @@ def growth_shares(
 
 def grow_by_gradient(now: Update, kept: Units, counts: Mapping[str, int]) -> Units:
     """In each layer where the gradient is largest (RigL)."""
-    return {name: grow_steepest(kept[name], counts[name], now.gradients[name]) for name in kept}
+    return {
+        name: grow_steepest(kept[name], counts[name], now.gradients[name], now.rows_of(name)) for name in kept
+    }
 
 
 grow_by_gradient.reads_gradient = True  # type: ignore[attr-defined]
@@ -278,7 +341,7 @@ def grow_anywhere(now: Update, kept: Units, counts: Mapping[str, int]) -> Units:
     grown = {}
     for number, name in enumerate(kept):
         numbers = random_numbers(kept[name].shape, now.seed, now.seen, number)
-        grown[name] = grow_random(kept[name], now.alive[name], counts[name], numbers)
+        grown[name] = grow_random(kept[name], now.alive[name], counts[name], numbers, now.rows_of(name))
     return grown
 
 
@@ -293,6 +356,10 @@ def _growth_problem(value: Any, now: Update, kept: Units, counts: Mapping[str, i
             return f"dropped units of {name} that were to stay"
         if (grown := int(value[name].sum()) - int(stays.sum())) > counts[name]:
             return f"let {grown} units of {name} grow, not {counts[name]}"
+        each = value[name].reshape(now.rows_of(name), -1).sum(dim=1)
+        if bool((each != each[0]).any()):
+            few, many = int(each.min()), int(each.max())
+            return f"left from {few} to {many} units to the filters of {name}: all need as many"
     return None
 
 

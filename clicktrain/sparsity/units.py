@@ -15,6 +15,7 @@ import torch
 from torch import Tensor
 
 from clicktrain.errors import UserError
+from clicktrain.sparsity.pattern_units import USUAL
 from clicktrain.sparsity.registry import Registry, smallest
 
 
@@ -72,15 +73,16 @@ def _try(unit: Unit, layers: Sequence[Any]) -> None:
         raise UserError(f"of a layer of shape {list(shape)}, {wrong}: see clicktrain.sparsity.units.Unit")
 
 
-UNITS: Registry[Unit] = Registry(
+UNITS: Registry[Any] = Registry(
     "granularity",
-    {"weight": Unit(), "kernel": Unit((2, 3))},
+    {"weight": Unit(), "kernel": Unit((2, 3)), "pattern": USUAL},
     fits=_is_unit,
     wanted="an object with the methods of clicktrain.sparsity.units.Unit, ",
     own="package.module:unit",
     trial=_try,
 )
-"""Single weights, and the kernels of a convolution (in a linear layer a kernel is a weight)."""
+"""Single weights, the kernels of a convolution (in a linear layer a kernel is a weight), and kernels with a
+pattern each."""
 UnitChoice: TypeAlias = Annotated[str | Unit, UNITS]
 
 

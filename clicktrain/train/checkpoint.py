@@ -101,13 +101,15 @@ _CHANNEL_BYTES = 9
 def bytes_needed(model: nn.Module, config: RunConfig) -> int:
     """Upper estimate of the bytes in the folder of a run.
 
-    A checkpoint holds the weights, one (sgd) or two (adam, adamw) moments, the moving average and the
-    importance that a method collects; one more than ``keep_checkpoints`` is on disk while the newest is
-    written. Two numbers per channel and epoch are in channels.jsonl, if a method pushes channels to zero.
+    A checkpoint holds the weights, one (sgd) or two (adam, adamw) moments, an average of them, the dense
+    ones that teach, and the importance that a method collects; one more than ``keep_checkpoints`` is on disk
+    while the newest is written. Two numbers per channel and epoch are in channels.jsonl, if a method pushes
+    channels to zero.
     """
     weights = sum(t.nbytes for t in (*model.parameters(), *model.buffers()))
     moments = 1 if config.optimizer == "sgd" else 2
-    per_checkpoint = weights * (1 + moments + (1 if config.ema_decay else 0) + 2)
+    copies = sum((bool(config.ema_decay), config.lookahead, config.distill > 0 and config.teacher is None))
+    per_checkpoint = weights * (1 + moments + copies + 2)
     channels = sum(p.shape[0] + p.shape[1] for p in model.parameters() if p.dim() > 2)
     logs = channels * config.epochs * _CHANNEL_BYTES + _SPARE_BYTES
     return per_checkpoint * (config.keep_checkpoints + 1) + 2 * weights + logs

@@ -2,14 +2,12 @@
 
 from __future__ import annotations
 
-import itertools
 import math
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Literal, get_origin
+from typing import Any, Literal
 
-from clicktrain.accounting.memory import bytes_of
 from clicktrain.errors import UserError, shown
 from clicktrain.files import read_yaml
 from clicktrain.methods import METHODS, Method
@@ -18,15 +16,16 @@ from clicktrain.runs.folder import RunFolder
 from clicktrain.settings import (
     build,
     choice_fields,
-    convert,
     field_names,
     to_plain,
-    type_hints,
     unknown_field,
 )
+from clicktrain.train.setting_checks import check_settings
+from clicktrain.train.views import Views
 
 Precision = Literal["fp32", "bf16", "fp16"]
 BatchRate = Literal["linear", "sqrt", "none"]
+SecondCycleRule = Literal["norm", "loss"]
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -46,6 +45,9 @@ class RunConfig:
     """Side of the square images that the network sees, in pixels; the data set's own size by default."""
     val_fraction: float = 0.2
     """Share of the images held back for validation, where the data set has no validation split."""
+    holdout: int | None = None
+    """Training images held back for validation, to choose settings on; the data set's own validation split is
+    then the test split, looked at once, at the end."""
     workers: int = 2
     """Processes that decode images of data sets too large for memory."""
     cache_dir: str | None = None
@@ -57,6 +59,11 @@ class RunConfig:
     ones by default."""
     epochs: int = 60
     """Passes over the training images."""
+    time_budget: float | str | None = None
+    """Train for as long as fits: a share of the time of the dense run of the same settings and epochs (1.0),
+    or a time (90s, 20min, 2h). Steps are measured before the run starts, and epochs is set to what fits."""
+    budget_epochs: int | None = None
+    """Epochs of the dense run that time_budget is a share of; epochs by default, which planning replaces."""
     batch_size: int = 128
     """Images in one forward and backward pass; the optimizer steps on batch_size x accumulate images."""
     dynamic_batch: bool = False
@@ -88,25 +95,56 @@ class RunConfig:
     """Weight decay: added to the gradient by sgd and adam, decoupled in adamw."""
     decay_norm_and_bias: bool = True
     """Apply weight decay to batch norm parameters and biases too, as the recipes of the papers do."""
-    schedule: Literal["cosine", "onecycle", "step", "constant"] = "cosine"
-    """Learning rate over the run: cosine to zero, onecycle (up for warmup_epochs or 30% of the run, then
-    down), step (times gamma at each milestone) or constant."""
+    bias_rate_factor: float = 1.0
+    """Factor on the learning rate of biases; their weight decay is divided by it, so that they decay as
+    fast."""
+    schedule: Literal["cosine", "linear", "triangular", "onecycle", "step", "constant"] = "cosine"
+    """Learning rate over the run: cosine or linear to zero, triangular (straight up from a fifth for
+    warmup_epochs or 23% of the run, then linear to zero), onecycle (up for warmup_epochs or 30% of the run,
+    then down), step (times gamma at each milestone) or constant."""
     warmup_epochs: float = 0.0
-    """Epochs of linear warm-up from zero (onecycle: epochs of its rising part; 0 means 30% of the run)."""
+    """Epochs of linear warm-up from zero (onecycle, triangular: of the rising part; 0 means 30% and 23% of
+    the run)."""
     milestones: tuple[float, ...] = (0.5, 0.75)
     """Shares of the run at which the step schedule lowers the learning rate."""
     gamma: float = 0.1
     """Factor of the step schedule at each milestone."""
+    second_cycle: float | SecondCycleRule | None = None
+    """Restart the learning rate when masks are frozen: the schedule ends at cycle_floor just before, then the
+    rate falls in a line from this share of the peak to zero at the end of the run. norm, loss: the share of
+    the run that is left, or the damage done by freezing (norm of the pruned weights; rise of the training
+    loss) if that is more."""
+    cycle_floor: float = 0.05
+    """Share of the peak at which the first of two cycles ends (second_cycle)."""
+    distill: float = 0.0
+    """Weight of a teacher's outputs in the loss, once masks are frozen (knowledge distillation); 0 is off.
+    Methods that never freeze masks learn from it throughout."""
+    distill_temperature: float = 4.0
+    """Divides the outputs of teacher and network before they are compared."""
+    teacher: str | None = None
+    """Folder of the finished run that teaches; by default the run's own network, with the weights that it had
+    when masks were chosen."""
     label_smoothing: float = 0.0
     """Share of each label spread evenly over all classes."""
     mixup: float = 0.0
     """Parameter alpha of mixup's Beta distribution; 0 is off."""
     cutout: int = 0
     """Side of the square that cutout blanks in each training image, in pixels; 0 is off."""
-    augment: Literal["auto", "none", "cifar", "imagenet", "digits"] = "auto"
-    """Random changes to training images; auto chooses by the data set."""
+    augment: Literal["auto", "none", "cifar", "cifarnet", "imagenet", "digits"] = "auto"
+    """Random changes to training images; auto chooses by the data set. cifarnet: shifts by up to 2 pixels,
+    mirrored in every other epoch."""
+    whitening: bool | None = None
+    """Make the first convolution whiten patches of the training images, and keep it so; by default only in
+    cifarnet, which is made for it."""
     ema_decay: float = 0.0
-    """Decay per step of the moving average of the weights, which is then evaluated and saved; 0 is off."""
+    """Decay per step of the moving average of the weights, which is then evaluated and saved; 0 is off. It
+    begins again when masks are frozen."""
+    lookahead: bool = False
+    """Every 5 steps the weights go back to slow weights that follow them, ever more slowly (Lookahead); these
+    are evaluated and saved, and begin again when masks are frozen."""
+    recalibrate_norms: int = 0
+    """Training batches over which batch norm statistics are measured again once masks are frozen and, of an
+    average of the weights, before it is evaluated and saved; 0 is off."""
     clip_grad_norm: float = 0.0
     """Largest allowed norm of the whole gradient; 0 is off."""
     accumulate: int = 1
@@ -124,6 +162,9 @@ class RunConfig:
     operators: Literal["measured", "density", "sparse", "reference"] = "measured"
     """How packed layers run (on the CPU): measured: what is fastest, found out once per machine; density:
     sparse where more than 65% is zero; sparse: all that can; reference: the slow one."""
+    test_time_augmentation: Views = "none"
+    """Average the outputs over views of each image wherever the run is evaluated: flip (the image and its
+    mirror image) or shift (also both of the image shifted by a pixel, to two sides)."""
     evaluate_every: int = 1
     """Epochs between evaluations; the last epoch is always evaluated."""
     checkpoint_every: int = 1
@@ -140,47 +181,7 @@ class RunConfig:
     """Seed of the initial weights, the order of the images, their augmentation and dropout."""
 
     def __post_init__(self) -> None:
-        for name, (low, most) in _RANGES.items():
-            value = getattr(self, name)
-            if value is not None and not low <= value < math.inf:
-                raise UserError(f"{name} is {shown(value)}: must be at least {low}")
-            if value is not None and value > most:
-                raise UserError(f"{name} is {shown(value)}: must be at most {most}")
-        for name in ("width", "learning_rate", "gamma", "val_fraction"):
-            if not 0 < (value := getattr(self, name)) < math.inf:
-                raise UserError(f"{name} is {shown(value)}: must be above 0")
-        for name in ("momentum", "label_smoothing", "ema_decay", "val_fraction"):
-            if not 0 <= (value := getattr(self, name)) < 1:
-                raise UserError(f"{name} is {shown(value)}: must be at least 0 and below 1")
-        for name, hint in type_hints(RunConfig).items():
-            if get_origin(hint) is Literal:
-                convert(name, getattr(self, name), hint)
-        if self.warmup_epochs >= self.epochs:
-            raise UserError(
-                f"warmup_epochs is {self.warmup_epochs}: must be less than epochs ({self.epochs})"
-            )
-        self._check_dynamic_batch()
-        if self.optimizer == "sgd" and self.nesterov and self.momentum == 0:
-            raise UserError("nesterov is true but momentum is 0: set nesterov to false or momentum above 0")
-        if not all(low < high for low, high in itertools.pairwise((0.0, *self.milestones, 1.0))):
-            raise UserError(
-                f"milestones is {shown(list(self.milestones))}: rising shares of the run are needed, each "
-                "between 0 and 1"
-            )
-
-    def _check_dynamic_batch(self) -> None:
-        if self.memory_budget is not None:
-            try:
-                bytes_of(self.memory_budget)
-            except UserError as error:
-                raise UserError(f"memory_budget: {error}") from None
-        if self.batch_limit is not None and self.batch_limit < self.batch_size:
-            raise UserError(
-                f"batch_limit is {self.batch_limit}: must be at least batch_size ({self.batch_size})"
-            )
-        for name in ("memory_budget", "batch_limit"):
-            if getattr(self, name) is not None and not self.dynamic_batch:
-                raise UserError(f"{name} is set but dynamic_batch is false: set that to true too")
+        check_settings(self)
 
     @property
     def images_per_step(self) -> int:
@@ -194,29 +195,6 @@ class RunConfig:
             return self.learning_rate
         factor = self.images_per_step / self.learning_rate_batch
         return self.learning_rate * (math.sqrt(factor) if self.learning_rate_scaling == "sqrt" else factor)
-
-
-_RANGES = {
-    "epochs": (1, 1_000_000),
-    "batch_size": (1, 10_000_000),
-    "accumulate": (1, 1_000_000),
-    "evaluate_every": (1, 1_000_000),
-    "checkpoint_every": (1, 1_000_000),
-    "keep_checkpoints": (1, math.inf),
-    "batch_granularity": (1, 10_000_000),
-    "batch_limit": (1, 2**62),
-    "learning_rate_batch": (1, 2**62),
-    "image_size": (1, 8192),
-    "threads": (1, 4096),
-    "workers": (0, 1024),
-    "cutout": (0, 65_536),
-    "seed": (0, 2**63 - 1),
-    "warmup_epochs": (0, 1_000_000),
-    "weight_decay": (0, math.inf),
-    "mixup": (0, math.inf),
-    "clip_grad_norm": (0, math.inf),
-}
-"""Smallest and largest value; the system would refuse larger numbers, for lack of memory or threads."""
 
 
 def resolve_method(name: str, **settings: Any) -> Method[Any]:

@@ -9,16 +9,19 @@ from collections.abc import Iterator
 from typing import Any
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor
+from torch.optim.swa_utils import AveragedModel
 
-from clicktrain.data import Batch, mixup
+from clicktrain.data import Batch
 from clicktrain.errors import NetworkCollapsed
 from clicktrain.formats.atomic import append_jsonl
+from clicktrain.train.after_cut import after_cut, recalibrated
+from clicktrain.train.averages import LOOKAHEAD_STEPS, SlowWeights
 from clicktrain.train.config import resume_command
-from clicktrain.train.device import autocast, seed_batch
+from clicktrain.train.device import seed_batch
 from clicktrain.train.evaluate import Evaluation, evaluate
 from clicktrain.train.interrupt import LossWatch, StopRequest, TrainingInterrupted, diverged, explosion
+from clicktrain.train.loss import training_loss
 from clicktrain.train.minibatch import next_epoch
 from clicktrain.train.optim import trained_parameters
 from clicktrain.train.progress import StepProgress
@@ -36,25 +39,12 @@ def train_epoch(run: TrainingRun, stop: StopRequest) -> None:
         TrainingDiverged: see `explosion`.
         TrainingInterrupted: a signal came; a checkpoint was written after the current optimizer step.
     """
-    p, state = run.prepared, run.state
-    batches = len(p.train_loader)
+    p = run.prepared
     clock = _Clock(run)
     watch = LossWatch(1 if p.device.type == "cpu" else _READ_EVERY, clock.report)
     p.model.train()
     for batch in _timed(run, stop):
-        first = state.batch - state.batch % p.config.accumulate
-        group = min(p.config.accumulate, batches - first)
-        seed_batch(p.config.seed, p.batch_sizes.batch_number(state.epoch, state.batch), p.device)
-        state.totals.stages[p.pruner.stage] = state.totals.stages.get(p.pruner.stage, 0) + 1
-        state.train_flops += p.cost.now * len(batch.y)
-        state.train_flops_dense += p.cost.dense * len(batch.y)
-        loss, correct = _forward(run, batch)
-        run.scaler.scale(loss / group).backward()  # type: ignore[no-untyped-call]
-        p.pruner.observe(loss)
-        state.batch += 1
-        step_done = state.batch - first == group
-        if step_done:
-            _step(run)
+        loss, correct, step_done = train_batch(run, batch)
         clock.images += len(batch.y)
         if watch.add(loss, correct):
             run.progress.step(_step_info(run))
@@ -64,17 +54,32 @@ def train_epoch(run: TrainingRun, stop: StopRequest) -> None:
     watch.flush()
 
 
-def _forward(run: TrainingRun, batch: Batch) -> tuple[Tensor, Tensor]:
-    """Loss with its graph, and the number of correct predictions; both 0-dim."""
-    config, device = run.prepared.config, run.prepared.device
-    x, target = batch.x, batch.y
-    with autocast(device, config.precision):
-        if config.mixup:
-            generator = torch.Generator().manual_seed(torch.initial_seed())  # seeded for this batch
-            x, target = mixup(x, batch.y, run.prepared.facts["num_classes"], config.mixup, generator)
-        output = run.forward.current(x)
-        loss = F.cross_entropy(output.float(), target, label_smoothing=config.label_smoothing)
-    return loss, (output.detach().argmax(dim=1) == batch.y).sum()
+def train_batch(run: TrainingRun, batch: Batch) -> tuple[Tensor, Tensor, bool]:
+    """Train on one batch, the next of the running epoch.
+
+    Returns:
+        Loss and number of correct predictions, 0-dim, and whether the optimizer has made its step.
+    """
+    p, state = run.prepared, run.state
+    first = state.batch - state.batch % p.config.accumulate
+    group = min(p.config.accumulate, len(p.train_loader) - first)
+    seed_batch(p.config.seed, p.batch_sizes.batch_number(state.epoch, state.batch), p.device)
+    state.totals.stages[p.pruner.stage] = state.totals.stages.get(p.pruner.stage, 0) + 1
+    state.train_flops += p.cost.now * len(batch.y)
+    state.train_flops_dense += p.cost.dense * len(batch.y)
+    teacher = run.active_teacher
+    if teacher is not None:
+        state.train_flops += teacher.forward_flops * len(batch.y)
+    loss, correct = training_loss(run, batch, teacher)
+    if p.cycle is not None and p.cycle.wants_losses:
+        p.cycle.note_loss(loss.item())
+    run.scaler.scale(loss / group).backward()  # type: ignore[no-untyped-call]
+    p.pruner.observe(loss)
+    state.batch += 1
+    step_done = state.batch - first == group
+    if step_done:
+        _step(run)
+    return loss, correct, step_done
 
 
 def _step(run: TrainingRun) -> None:
@@ -83,16 +88,33 @@ def _step(run: TrainingRun) -> None:
         run.scaler.unscale_(p.optimizer)
         torch.nn.utils.clip_grad_norm_(trained_parameters(p.optimizer), p.config.clip_grad_norm)
     run.state.totals.learning_rate = p.optimizer.param_groups[0]["lr"]
+    frozen = p.pruner.frozen
     run.scaler.step(p.optimizer)
     run.scaler.update()
     p.optimizer.zero_grad()
+    if p.pruner.frozen and not frozen:
+        after_cut(run)
+    elif p.cycle is not None and p.cycle.is_open and (cut := p.pruner.cut_epoch) is not None:
+        p.cycle.learn(p.batch_sizes.schedule_step(p.scheduler.last_epoch + 1), cut)
     with warnings.catch_warnings():
         if run.scaler.is_enabled():  # a first step skipped for overflow is no mistake in the order of calls
             warnings.filterwarnings("ignore", "Detected call of `lr_scheduler.step", UserWarning)
         p.scheduler.step()
-    if run.average is not None:
-        run.average.update_parameters(p.model)
     run.state.step += 1
+    if run.average is not None:
+        _follow(run, run.average)
+
+
+def _follow(run: TrainingRun, average: AveragedModel) -> None:
+    """Update the average of the weights after an optimizer step."""
+    p, step = run.prepared, run.state.step
+    if not isinstance(average, SlowWeights):
+        average.update_parameters(p.model)
+    elif step % LOOKAHEAD_STEPS == 0:
+        done = p.batch_sizes.schedule_step(step)
+        share = done / (p.config.epochs * p.batch_sizes.first.steps)
+        masks = {} if p.pruner.frozen else p.pruner.masks
+        average.exchange_(p.model, share if p.cycle is None else p.cycle.share(done), masks)
 
 
 def _timed(run: TrainingRun, stop: StopRequest) -> Iterator[Batch]:
@@ -190,13 +212,15 @@ def end_epoch(run: TrainingRun, stop: StopRequest) -> None:
     number, last = state.epoch + 1, state.epoch + 1 == config.epochs
     result: Evaluation | None = None
     if last or number % config.evaluate_every == 0:
-        result = evaluate(
-            run.evaluated_model,
-            p.val_loader,
-            device=p.device,
-            precision=config.precision,
-            stop=lambda: stop.requested,
-        )
+        with recalibrated(run) as model:
+            result = evaluate(
+                model,
+                p.val_loader,
+                device=p.device,
+                precision=config.precision,
+                views=config.test_time_augmentation,
+                stop=lambda: stop.requested,
+            )
         if result is None:
             raise _interrupted(run, stop)
         check_outputs(run, result)

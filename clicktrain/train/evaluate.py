@@ -16,6 +16,7 @@ from clicktrain.runs.folder import RunFolder
 from clicktrain.runs.format import write_robustness
 from clicktrain.train.config import Precision
 from clicktrain.train.device import autocast
+from clicktrain.train.views import Views, mean_logits
 
 TOP5_CLASSES = 10
 """Top-5 accuracy is reported from this many classes on."""
@@ -44,6 +45,7 @@ def evaluate(
     *,
     device: torch.device,
     precision: Precision = "fp32",
+    views: Views = "none",
     stop: Callable[[], bool] | None = None,
 ) -> Evaluation | None:
     """Evaluate in eval mode, and put the model back into the mode it was in.
@@ -53,6 +55,7 @@ def evaluate(
         loader: batches of the split, on ``device`` as the model; every image is counted once.
         device: where model and batches are.
         precision: of the forward pass; logits are compared and the loss is computed in fp32.
+        views: of each image whose outputs are averaged (`clicktrain.train.views`).
         stop: called before each batch; True ends the evaluation, without a result.
     """
     was_training = model.training
@@ -65,8 +68,7 @@ def evaluate(
             if stop is not None and stop():
                 return None
             with autocast(device, precision):
-                output = model(x)
-            logits = output.float()
+                logits = mean_logits(model, x, views)
             classes = logits.shape[1]
             sums.append(_batch_sums(logits, y))
             ranges.append(torch.stack((logits.amin(dim=0), logits.amax(dim=0))))

@@ -7,7 +7,7 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-from clicktrain.errors import NetworkCollapsed
+from clicktrain.errors import NetworkCollapsed, UserError
 from clicktrain.methods import Method
 from clicktrain.runs.folder import RunFolder
 from clicktrain.train.channel_log import watch_channels
@@ -19,6 +19,7 @@ from clicktrain.train.minibatch import set_memory_budget
 from clicktrain.train.prepare import prepare
 from clicktrain.train.progress import Progress, Silent
 from clicktrain.train.summary import finish_run
+from clicktrain.train.time_budget import plan_time, too_short
 from clicktrain.train.training_run import TrainingRun
 
 
@@ -87,7 +88,18 @@ def _fit(
             held.enter_context(folder.in_use(progress.message))
             if (summary := folder.summary()) is not None:  # finished while this process was starting
                 return _finished(folder, summary, progress)
-        prepared = prepare(config, method, begins=not (resume and folder.checkpoints()))
+        planned = None
+        if config.time_budget is not None and not resume:
+            config, planned = plan_time(config, method, progress.message)
+        elif config.time_budget is not None and not folder.checkpoints():
+            raise UserError(
+                f"the run in {folder.path} was killed before its first checkpoint, and its time budget has "
+                "to be planned again: start it again with the same command"
+            )
+        try:
+            prepared = prepare(config, method, begins=not (resume and folder.checkpoints()))
+        except UserError as error:
+            raise error if planned is None else too_short(config, planned, error) from None
         check_disk(folder.path, bytes_needed(prepared.model, config))
         stop.at_once = False
         if not resume:
@@ -96,11 +108,14 @@ def _fit(
         watch_channels(run)
         if run.newest_checkpoint() is None:
             set_memory_budget(run)
+        run.planned = planned
         if resume:
             run.go_on()
         else:
             run.begin()
         progress.start(config, method, prepared)
+        if config.second_cycle is not None and prepared.cycle is None:
+            progress.message(f"second_cycle has no effect: method {config.method} never freezes masks")
         try:
             while run.state.epoch < config.epochs:
                 train_epoch(run, stop)

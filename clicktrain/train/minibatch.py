@@ -74,7 +74,8 @@ def _surroundings(run: TrainingRun) -> dict[str, Any]:
 def _estimate(run: TrainingRun) -> TrainingMemory:
     p = run.prepared
     example = torch.zeros(1, *p.data.image_shape, device=p.device)
-    return training_memory(p.model, example, p.optimizer, **_surroundings(run))
+    with p.pruner.network.without_gradients():
+        return training_memory(p.model, example, p.optimizer, **_surroundings(run))
 
 
 def _measure(run: TrainingRun, images: int) -> int:

@@ -1,7 +1,8 @@
-"""Stage 5 on fast operators, chosen by the compiler and kept in the run's folder (ClickTrain 5.4)."""
+"""Packed networks on fast operators, chosen by the compiler and kept in the run's folder (ClickTrain 5.4)."""
 
 from __future__ import annotations
 
+import math
 import time
 import warnings
 
@@ -11,6 +12,7 @@ from torch import nn
 from clicktrain.compiler import Accelerated, LoweringPlan, accelerate
 from clicktrain.files import is_file
 from clicktrain.formats.atomic import write_text_atomic
+from clicktrain.kernels.sparse_conv2d import PackedConv2d
 from clicktrain.runs.events import OperatorsEvent
 from clicktrain.runs.folder import RunFolder
 from clicktrain.train.prepare import Prepared
@@ -20,28 +22,42 @@ SHORT_FLOPS = 2e12
 """Dense training FLOPs (a minute of one core) under which measuring costs more than it can save."""
 
 
+SAME_DENSITY = 0.2
+"""Final masks run on the operators of moving ones if the number of weights has changed by no larger share
+since these were chosen; else they are chosen again."""
+
+
 def can_accelerate(p: Prepared) -> bool:
-    """Whether the settings and the device ask for fast operators after the hard prune."""
+    """Whether the settings and the device ask for fast operators where layers are packed."""
     return p.config.packed and p.config.operators != "reference" and p.device.type == "cpu"
 
 
 def choose_operators(
-    p: Prepared, folder: RunFolder, progress: Progress, epoch: int
+    p: Prepared, folder: RunFolder, progress: Progress, epoch: int, before: Accelerated | None = None
 ) -> tuple[nn.Module, OperatorsEvent | None]:
     """Compile the packed model, by the plan in the run's folder if there is one.
 
     The plan is written before the first step that uses it, so that a resumed run uses the same operators, bit
-    for bit.
+    for bit. There is one for masks that move, and one for frozen masks: the same, unless many weights have
+    left since it was made (a gradual method).
 
     A run with little left to compute after ``epoch`` finished epochs takes the paper's rule and measures
-    nothing. ``progress`` is sent the reasons why layers stay as they are.
+    nothing. ``progress`` is sent the reasons why layers stay as they are. ``before`` is the view that has run
+    while masks moved.
 
     Returns:
-        The accelerated view of the packed model, and what was chosen; the model itself and None where that
-        is impossible.
+        The accelerated view of the packed model, and what was chosen, None if that is what has run before;
+        the model itself and None where that is impossible.
     """
     started = time.perf_counter()
-    plan = LoweringPlan.read(folder.operators) if is_file(folder.operators) else None
+    path = folder.operators if p.pruner.frozen else folder.moving_operators
+    plan = LoweringPlan.read(path) if is_file(path) else None
+    if plan is None and p.pruner.frozen and is_file(folder.moving_operators):
+        plan = _kept(LoweringPlan.read(folder.moving_operators), p)
+        if plan is not None:
+            write_text_atomic(path, plan.to_json())
+    if before is not None and plan is not None and plan.to_json() == before.plan.to_json():
+        return before, None
     rule = p.config.operators
     images_left = len(p.train_loader) * p.batch_size * (p.config.epochs - epoch)
     if rule == "measured" and images_left * p.cost.dense < SHORT_FLOPS:
@@ -56,7 +72,7 @@ def choose_operators(
     if not isinstance(model, Accelerated):
         return model, None
     if plan is None:
-        write_text_atomic(folder.operators, model.plan.to_json())
+        write_text_atomic(path, model.plan.to_json())
     layers = {row["layer"]: row["operator"] for row in model.plan.table()}
     blocked = sum(operator.endswith("blocked") for operator in layers.values())
     kept = ", activations kept in bf16" if model.plan.activations == "bf16" else ""
@@ -67,7 +83,21 @@ def choose_operators(
     return model, OperatorsEvent(rule=model.plan.rule, activations=model.plan.activations, layers=layers)
 
 
+def _kept(plan: LoweringPlan, p: Prepared) -> LoweringPlan | None:
+    """The plan for masks that moved, if about as many weights are left as when it was made."""
+    convs = [(one.density, math.prod(one.weight), one.layer) for one in plan.choices if one.kind == "conv"]
+    modules = dict(p.model.named_modules())
+    then = now = 0.0
+    for density, weights, name in convs:
+        layer = modules.get(name.partition("#")[0])
+        if isinstance(layer, PackedConv2d):
+            then += density * weights
+            now += layer.structure.nnz
+    return plan if abs(now - then) <= SAME_DENSITY * then else None
+
+
 def operator_names(folder: RunFolder) -> dict[str, str]:
-    """Layer -> operator of stage 5, as far as a compiler chose one."""
-    rows = LoweringPlan.read(folder.operators).table() if is_file(folder.operators) else ()
-    return {row["layer"]: row["operator"] for row in rows}
+    """Layer -> operator of final masks, else of moving ones, as far as a compiler chose one."""
+    paths = (path for path in (folder.operators, folder.moving_operators) if is_file(path))
+    path = next(paths, None)
+    return {} if path is None else {row["layer"]: row["operator"] for row in LoweringPlan.read(path).table()}

@@ -1,4 +1,4 @@
-"""Optimizers, batch sizes and learning rates over a run, and the moving average of the weights."""
+"""Optimizers, batch sizes and learning rates over a run."""
 
 from __future__ import annotations
 
@@ -6,13 +6,11 @@ import dataclasses
 import math
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any, TypeAlias
+from typing import Any
 
-import torch
 from torch import Tensor, nn
 from torch.optim import SGD, Adam, AdamW, Optimizer
 from torch.optim.lr_scheduler import LambdaLR
-from torch.optim.swa_utils import AveragedModel
 
 from clicktrain.errors import UserError
 from clicktrain.train.config import RunConfig
@@ -22,7 +20,7 @@ def make_optimizer(model: nn.Module, config: RunConfig) -> Optimizer:
     """Make SGD, AdamW or Adam over the trainable parameters.
 
     With ``decay_norm_and_bias`` off, parameters of at most one dimension (batch norm, biases) form a
-    second group without weight decay.
+    second group without weight decay. With a ``bias_rate_factor`` biases form groups of their own.
 
     Raises:
         UserError: the model has no trainable parameter.
@@ -30,11 +28,20 @@ def make_optimizer(model: nn.Module, config: RunConfig) -> Optimizer:
     trained = [p for p in model.parameters() if p.requires_grad]
     if not trained:
         raise UserError(f"model {config.model} has no parameter to train: all have requires_grad off")
-    decayed = [p for p in trained if p.ndim > 1 or config.decay_norm_and_bias]
-    others = [p for p in trained if p.ndim <= 1 and not config.decay_norm_and_bias]
-    groups: list[dict[str, Any]] = [{"params": decayed}, {"params": others, "weight_decay": 0.0}]
-    groups = [group for group in groups if group["params"]]
     common: dict[str, Any] = {"lr": config.peak_learning_rate, "weight_decay": config.weight_decay}
+    factor = config.bias_rate_factor
+    biases = {id(p) for name, p in model.named_parameters() if name.rpartition(".")[2] == "bias"}
+    if factor == 1:
+        biases = set()
+    of_bias = {"lr": common["lr"] * factor, "weight_decay": common["weight_decay"] / factor}
+    groups: list[dict[str, Any]] = []
+    for own in (False, True):
+        group = [p for p in trained if (id(p) in biases) is own]
+        decayed = [p for p in group if p.ndim > 1 or config.decay_norm_and_bias]
+        others = [p for p in group if p.ndim <= 1 and not config.decay_norm_and_bias]
+        rates = of_bias if own else {}
+        groups += [{**rates, "params": decayed}, {**rates, "params": others, "weight_decay": 0.0}]
+    groups = [group for group in groups if group["params"]]
     if config.optimizer == "adamw":
         return AdamW(groups, betas=(config.momentum, 0.999), **common)
     if config.optimizer == "adam":
@@ -45,29 +52,6 @@ def make_optimizer(model: nn.Module, config: RunConfig) -> Optimizer:
 def trained_parameters(optimizer: Optimizer) -> list[Tensor]:
     """The parameters in the optimizer now (packing replaces some of them)."""
     return [p for group in optimizer.param_groups for p in group["params"]]
-
-
-_Tensors: TypeAlias = tuple[Tensor, ...] | list[Tensor]
-
-
-def make_average(model: nn.Module, decay: float) -> AveragedModel:
-    """Make an exponential moving average of the model's parameters and buffers.
-
-    The n-th update keeps ``min(decay, (1 + n) / (10 + n))`` of the old average, so that a short run does not
-    keep its first weights for long. Integer buffers are copied, not averaged. ``pruner.follow(average)``
-    prunes it with the model.
-    """
-
-    def follow(averages: _Tensors, current: _Tensors, updates: Tensor | int) -> None:
-        count = int(average.n_averaged)  # on the CPU: reading ``updates`` would wait for a GPU
-        keep = min(decay, (1 + count) / (10 + count))
-        if averages[0].is_floating_point():
-            torch._foreach_lerp_(averages, current, 1 - keep)
-        else:
-            torch._foreach_copy_(averages, current)
-
-    average = AveragedModel(model, multi_avg_fn=follow, use_buffers=True)
-    return average
 
 
 @dataclass(frozen=True, slots=True)
@@ -138,26 +122,36 @@ class BatchSizes:
         self._entries = [BatchSize(**entry) for entry in saved]
 
 
+_TRIANGLE_RISE, _TRIANGLE_START = 0.23, 0.2  # Jordan 2024 (arXiv:2404.00498), its released settings
 _ONECYCLE_RISE = 0.3
 _ONECYCLE_START = 1 / 25
 _ONECYCLE_END = 1 / 25e4
 
 
-def learning_rate_factor(config: RunConfig, total_steps: int) -> Callable[[float], float]:
+def learning_rate_factor(
+    config: RunConfig, total_steps: int, run_steps: int | None = None
+) -> Callable[[float], float]:
     """The factor on the peak learning rate at each optimizer step.
 
     ``onecycle`` is the curve of ``torch.optim.lr_scheduler.OneCycleLR`` (cosine up from 1/25, cosine down to
-    1/250000) without its change of momentum. The others start with a linear warm-up when ``warmup_epochs`` is
-    set; ``cosine`` then falls to zero at the step after the last.
+    1/250000) without its change of momentum. ``triangular`` rises in a straight line from 0.2 (for 0.23 of
+    the run unless ``warmup_epochs`` says otherwise) and falls in one. The others start with a linear warm-up
+    when ``warmup_epochs`` is set. ``cosine``, ``linear`` and ``triangular`` reach zero at the step after the
+    last.
+
+    Args:
+        config: its schedule, warm-up, milestones.
+        total_steps: in which the schedule is done.
+        run_steps: in the epochs of ``config``, if those are others: what the warm-up is a part of.
 
     Returns:
         A function of the step, counted from 0; steps after the last give the last value. With batches that
         grow, the steps are those of a run without (`BatchSizes.schedule_step`), and fall between them.
     """
-    warmup = round(config.warmup_epochs / config.epochs * total_steps)
+    warmup = warmup_steps(config, run_steps or total_steps)
+    top = peak_step(config, total_steps, warmup)
 
     def onecycle(step: float) -> float:
-        top = warmup - 1.0 if warmup else _ONECYCLE_RISE * total_steps - 1.0
         if step <= top:
             return _cosine(_ONECYCLE_START, 1.0, step / top if top > 0 else 1.0)
         return _cosine(1.0, _ONECYCLE_END, (step - top) / max(total_steps - 1.0 - top, 1.0))
@@ -166,8 +160,14 @@ def learning_rate_factor(config: RunConfig, total_steps: int) -> Callable[[float
         step = min(step, total_steps)
         if config.schedule == "onecycle":
             return onecycle(min(step, total_steps - 1))
+        if config.schedule == "triangular":
+            if step < top:
+                return _TRIANGLE_START + (1 - _TRIANGLE_START) * step / top
+            return (total_steps - step) / max(total_steps - top, 1)
         if step < warmup:
             return (step + 1) / warmup
+        if config.schedule == "linear":
+            return (total_steps - step) / max(total_steps - warmup, 1)
         if config.schedule == "cosine":
             return _cosine(1.0, 0.0, (step - warmup) / max(total_steps - warmup, 1))
         if config.schedule == "step":
@@ -177,17 +177,36 @@ def learning_rate_factor(config: RunConfig, total_steps: int) -> Callable[[float
     return factor
 
 
+def warmup_steps(config: RunConfig, run_steps: int) -> int:
+    """Optimizer steps of the warm-up in a run of `run_steps`."""
+    return round(config.warmup_epochs / config.epochs * run_steps)
+
+
+def peak_step(config: RunConfig, total_steps: int, warmup: int) -> float:
+    """The step from which the schedule falls."""
+    if config.schedule == "onecycle":
+        return warmup - 1.0 if warmup else _ONECYCLE_RISE * total_steps - 1.0
+    if config.schedule == "triangular":
+        return warmup or _TRIANGLE_RISE * total_steps
+    return warmup
+
+
 def make_scheduler(
-    optimizer: Optimizer, config: RunConfig, total_steps: int, sizes: BatchSizes | None = None
+    optimizer: Optimizer,
+    config: RunConfig,
+    total_steps: int,
+    sizes: BatchSizes | None = None,
+    factor: Callable[[float], float] | None = None,
 ) -> LambdaLR:
     """Make the scheduler, to be stepped once after each of the ``total_steps`` optimizer steps.
 
-    ``sizes`` of the batches are followed as they grow (`refresh_` after that).
+    ``sizes`` of the batches are followed as they grow (`refresh_` after that); ``factor`` takes the place of
+    the settings' own schedule (`clicktrain.train.second_cycle`).
     """
-    factor = learning_rate_factor(config, total_steps)
+    curve = learning_rate_factor(config, total_steps) if factor is None else factor
 
     def followed(step: int) -> float:
-        return factor(sizes.schedule_step(step)) * sizes.learning_rate_factor(step) if sizes else factor(step)
+        return curve(sizes.schedule_step(step)) * sizes.learning_rate_factor(step) if sizes else curve(step)
 
     return LambdaLR(optimizer, followed)
 

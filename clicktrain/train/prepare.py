@@ -16,22 +16,36 @@ from torch.optim import Optimizer
 from torch.optim.lr_scheduler import LambdaLR
 
 from clicktrain.accounting import ModelCost, count
+from clicktrain.accounting.cost import moved
 from clicktrain.compiler import MaskedLatency
 from clicktrain.data import Augment, ImageData, Loader, make_loader, open_data
 from clicktrain.errors import UserError, shortened
 from clicktrain.formats.memory_format import keep_out_of_channels_last_
 from clicktrain.limits import check_memory
 from clicktrain.methods import METHODS, Method, Pruner
-from clicktrain.methods.driver.publisher import ChannelsRemoved, MasksFrozen, Notification
+from clicktrain.methods.driver.publisher import (
+    ChannelsRemoved,
+    MasksFrozen,
+    MasksMoved,
+    Notification,
+    ParametersReplaced,
+)
 from clicktrain.models import create_model, min_image_size
+from clicktrain.models.registry import CIFARNET
+from clicktrain.models.whitening import IMAGES, whiten_
 from clicktrain.train.config import RunConfig
 from clicktrain.train.device import resolve_device, set_up
 from clicktrain.train.initial_weights import EarlierCost, load_initial_weights_
+from clicktrain.train.norms import norms_of
 from clicktrain.train.optim import BatchSizes, make_optimizer, make_scheduler
+from clicktrain.train.second_cycle import SecondCycle
 
 
 class TrainingCost:
-    """FLOPs of training on one image: dense until masks are frozen, sparse from then on.
+    """FLOPs of training on one image, as executed.
+
+    Dense until masks are frozen, sparse from then on; sparse too where layers are packed while masks move,
+    but for the gradients of all weights in the steps that compute them.
 
     Attributes:
         initial: cost of the network before anything is removed from it.
@@ -45,12 +59,26 @@ class TrainingCost:
         self._current: ModelCost | None = self.initial
 
     def follow(self, pruner: Pruner) -> None:
-        """Count again whenever the pruner has removed channels or frozen masks."""
+        """Count again whenever the pruner has removed channels, packed layers, or moved or frozen masks."""
         self._pruner = pruner
+        if pruner.moving:
+            self._current = None
         pruner.subscribe(self._outdate, (ChannelsRemoved, MasksFrozen))
+        pruner.subscribe(self._follow_packing, ParametersReplaced)
+        pruner.subscribe(self._follow_move, MasksMoved)
 
     def _outdate(self, change: Notification) -> None:
         self._current = None
+
+    def _follow_packing(self, change: Notification) -> None:
+        if self._current is self.initial and self._pruner is not None and self._pruner.moving:
+            self._current = None
+
+    def _follow_move(self, change: Notification) -> None:
+        """The network does what it did, with other numbers of weights."""
+        if self._pruner is not None and self._current not in (None, self.initial):
+            layers = self._pruner.network.moving
+            self._current = moved(self._current, {name: one.structure.nnz for name, one in layers.items()})
 
     @property
     def current(self) -> ModelCost:
@@ -69,7 +97,19 @@ class TrainingCost:
     @property
     def now(self) -> int:
         """Training FLOPs of one image."""
-        return self.dense if self._current is self.initial else self.current.training_flops
+        if self._current is self.initial:
+            return self.dense
+        extra = 0
+        if self._pruner is not None and self._pruner.collecting:
+            moving = self._pruner.network.moving
+            extra = sum(one.grad_weight_flops_dense for one in self.current.layers if one.name in moving)
+        return self.current.training_flops + extra
+
+    @property
+    def forward_now(self) -> int:
+        """FLOPs of a forward pass of one image."""
+        dense = self._current is self.initial
+        return self.initial.forward_flops_dense if dense else self.current.forward_flops
 
 
 SMALL_IMAGE = 64
@@ -84,6 +124,7 @@ class Prepared:
         device: of the network and the batches.
         model: with its initial weights.
         scheduler: to be stepped after each optimizer step.
+        cycle: the learning rate of the scheduler, where it has two cycles.
         pruner: the method, attached to model and optimizer.
         earlier: cost of the initial weights; a resumed run has it in its checkpoint.
         facts: what rebuilds the network: model, width, stem, num_classes, in_channels, image_shape, classes,
@@ -99,6 +140,7 @@ class Prepared:
     model: nn.Module
     optimizer: Optimizer
     scheduler: LambdaLR
+    cycle: SecondCycle | None
     pruner: Pruner
     cost: TrainingCost
     earlier: EarlierCost
@@ -123,6 +165,11 @@ def prepare(config: RunConfig, method: Method[Any], *, begins: bool = True) -> P
             f"dynamic_batch is true but method {config.method} removes no channels while it trains: "
             f"turn it off, or use {' or '.join(name for name, kind in METHODS.items() if kind.reads_graph)}"
         )
+    if config.distill and config.teacher is None and not method.dense_until_chosen:
+        raise UserError(
+            f"distill is set but method {config.method} has no dense network to learn from when its masks "
+            "are frozen: give teacher, the folder of a finished run"
+        )
     device = resolve_device(config.device)
     set_up(config, device)
     data = open_run_data(config)
@@ -131,6 +178,12 @@ def prepare(config: RunConfig, method: Method[Any], *, begins: bool = True) -> P
     torch.manual_seed(config.seed)  # of the initial weights; each batch is seeded by itself
     model = build_model(facts).to(device)
     check_model(model, config, data, device)
+    whiten_first_(model, config, data)
+    if config.recalibrate_norms and not norms_of(model):
+        raise UserError(
+            f"recalibrate_norms is {config.recalibrate_norms} but model {config.model} has no batch norm "
+            "that keeps statistics: leave it out"
+        )
     earlier = EarlierCost()
     if config.initial_weights is not None and begins:
         earlier = load_initial_weights_(model, config.initial_weights, data.classes)
@@ -156,16 +209,21 @@ def prepare(config: RunConfig, method: Method[Any], *, begins: bool = True) -> P
     )
     cost.follow(pruner)
     sizes = BatchSizes(config.batch_size, len(train_loader), config.accumulate)
+    steps = config.epochs * sizes.first.steps
+    cycle = None
+    if config.second_cycle is not None and method.freezes:
+        cycle = SecondCycle(config, steps, pruner.cut_epoch)
     return Prepared(
         config=config,
         method=method,
         device=device,
         data=data,
         train_loader=train_loader,
-        val_loader=make_val_loader(config, data, device),
+        val_loader=make_eval_loader(config, data, "val", device),
         model=model,
         optimizer=optimizer,
-        scheduler=make_scheduler(optimizer, config, config.epochs * sizes.first.steps, sizes),
+        scheduler=make_scheduler(optimizer, config, steps, sizes, cycle),
+        cycle=cycle,
         pruner=pruner,
         cost=cost,
         earlier=earlier,
@@ -174,12 +232,34 @@ def prepare(config: RunConfig, method: Method[Any], *, begins: bool = True) -> P
     )
 
 
+def whiten_first_(model: nn.Module, config: RunConfig, data: ImageData) -> None:
+    """Whiten the first convolution, as the settings say; its weights need no gradient from then on.
+
+    Raises:
+        UserError: the network begins with something else.
+    """
+    if not (config.model == CIFARNET if config.whitening is None else config.whitening):
+        return
+    first = next((module for module in model.modules() if isinstance(module, nn.Conv2d)), None)
+    if first is None or first.groups != 1 or first.in_channels != data.image_shape[0]:
+        raise UserError(
+            f"whitening is on but model {config.model} does not begin with a convolution of the images: turn "
+            "it off"
+        )
+    count = min(IMAGES, len(data.train))
+    loader = make_loader(
+        data, "train", batch_size=count, seed=0, augment=Augment(), drop_last=True, device=torch.device("cpu")
+    )
+    whiten_(first, next(iter(loader.epoch(0))).x)
+
+
 def open_run_data(config: RunConfig, value_range: tuple[float, float] | None = None) -> ImageData:
     """Open the images that the settings name; ``value_range``: see `open_data`."""
     return open_data(
         config.data,
         image_size=config.image_size,
         val_fraction=config.val_fraction,
+        holdout=config.holdout,
         seed=config.seed,
         cache_dir=None if config.cache_dir is None else Path(config.cache_dir),
         workers=config.workers,
@@ -197,13 +277,19 @@ def make_train_loader(config: RunConfig, data: ImageData, device: torch.device) 
     return _make_loader(config, data, "train", device, augment=augmentation(config, data), drop_last=whole)
 
 
-def make_val_loader(config: RunConfig, data: ImageData, device: torch.device) -> Loader:
-    """Make the loader of the validation split, without augmentation."""
-    return _make_loader(config, data, "val", device, augment=Augment(), drop_last=False)
+def make_eval_loader(
+    config: RunConfig, data: ImageData, split: Literal["val", "test"], device: torch.device
+) -> Loader:
+    """Make the loader of the validation or test split, without augmentation; UserError if there is none."""
+    return _make_loader(config, data, split, device, augment=Augment(), drop_last=False)
 
 
 def _make_loader(
-    config: RunConfig, data: ImageData, split: Literal["train", "val"], device: torch.device, **more: Any
+    config: RunConfig,
+    data: ImageData,
+    split: Literal["train", "val", "test"],
+    device: torch.device,
+    **more: Any,
 ) -> Loader:
     more |= {"batch_size": config.batch_size, "seed": config.seed, "channels_last": config.channels_last}
     return make_loader(data, split, device=device, **more)

@@ -58,6 +58,7 @@ class TrainState:
 
     ``epoch`` counts finished epochs, ``batch`` batches done in the running one, ``step`` optimizer steps.
     FLOPs and seconds are of the whole run so far, ``earlier`` is what its initial weights have cost.
+    ``seconds_asked`` is what a time budget came to, ``seconds_planned`` what the chosen epochs were to take.
     ``best_val_accuracy`` is of the network as it is now, not of what it was before a removal.
     ``iteration`` is what an iteration of the running epoch takes (`account_iteration`),
     ``memory_calibration`` measured / estimated memory, ``memory_budget`` the bytes that a growing batch may
@@ -73,6 +74,8 @@ class TrainState:
     train_flops_dense: int = 0
     earlier: EarlierCost = field(default_factory=EarlierCost)
     seconds: float = 0.0
+    seconds_asked: float | None = None
+    seconds_planned: float | None = None
     epoch_seconds: float = 0.0
     data_seconds: float = 0.0
     first_loss: float | None = None

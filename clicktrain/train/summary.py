@@ -9,20 +9,25 @@ from collections.abc import Mapping, Sequence
 from typing import Any
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from clicktrain.accounting import LayerCost, ModelCost, count
 from clicktrain.accounting.cost import ratio
+from clicktrain.data import Loader
 from clicktrain.errors import MissedTarget
 from clicktrain.formats.packed_file import save_packed
 from clicktrain.formats.tree import save_tree
 from clicktrain.latency.machine import cpu_name, gpu_name, versions
 from clicktrain.methods.driver.publisher import ChannelsRemoved, MasksFrozen
+from clicktrain.methods.outcome import Outcome
 from clicktrain.runs.format import FORMAT_VERSION
 from clicktrain.surgery import SurgeryPlan, write_recipe
+from clicktrain.train.after_cut import recalibrate_
 from clicktrain.train.epoch import check_outputs, note_accuracy
-from clicktrain.train.evaluate import evaluate
+from clicktrain.train.evaluate import Evaluation, evaluate
 from clicktrain.train.operators import operator_names
+from clicktrain.train.prepare import make_eval_loader
+from clicktrain.train.time_budget import time_target
 from clicktrain.train.training_run import TrainingRun
 
 
@@ -40,9 +45,10 @@ def finish_run(run: TrainingRun) -> dict[str, Any]:
         plain = p.pruner.finish()
     model = plain if run.average is None else run.average.module  # unpacked and masked as the network is
     masks = p.pruner.masks
+    if p.config.recalibrate_norms and (changes or run.average is not None):
+        recalibrate_(run, model, epoch=p.config.epochs)
     if changes:  # what was evaluated is not what is saved
-        result = evaluate(model, p.val_loader, device=p.device, precision=p.config.precision)
-        assert result is not None
+        result = _evaluated(run, model, p.val_loader)
         check_outputs(run, result)
         note_accuracy(run, result.accuracy)
         run.progress.message(f"pruned after the last epoch: validation accuracy is {result.accuracy:.2f}%")
@@ -53,20 +59,46 @@ def finish_run(run: TrainingRun) -> dict[str, Any]:
     save_tree(run.folder.model, weights, metadata)
     save_packed(run.folder.packed, weights, {name: mask.cpu() for name, mask in masks.items()}, metadata)
     # Zeros outside frozen masks cost as much as any weight; they only count in the compression.
+    test_accuracy = _test_accuracy(run, model)
     image = torch.zeros(1, *p.data.image_shape, device=p.device)
     cost = count(model, image, masks)
-    summary = _summary(run, cost, cost if masks else count(model, image), operators)
+    summary = _summary(run, cost, cost if masks else count(model, image), operators, test_accuracy)
     if run.scalars is not None:
         run.scalars.close()
     run.folder.write_summary(summary)
     return summary
 
 
+def _test_accuracy(run: TrainingRun, model: nn.Module) -> float | None:
+    """Accuracy on the test images, percent, where validation images were held out of the training images."""
+    p = run.prepared
+    if p.data.test is None:
+        return None
+    loader = make_eval_loader(p.config, p.data, "test", p.device)
+    return _evaluated(run, model, loader).accuracy
+
+
+def _evaluated(run: TrainingRun, model: nn.Module, loader: Loader) -> Evaluation:
+    config, device = run.prepared.config, run.prepared.device
+    views = config.test_time_augmentation
+    result = evaluate(model, loader, device=device, precision=config.precision, views=views)
+    assert result is not None  # only a stop that is asked for gives none
+    return result
+
+
 def _summary(
-    run: TrainingRun, cost: ModelCost, living: ModelCost, operators: Mapping[str, str]
+    run: TrainingRun,
+    cost: ModelCost,
+    living: ModelCost,
+    operators: Mapping[str, str],
+    test_accuracy: float | None,
 ) -> dict[str, Any]:
     p, state = run.prepared, run.state
     config, pruner, masks, outcome = p.config, p.pruner, p.pruner.masks, p.pruner.outcome()
+    seconds, views = run.seconds, config.test_time_augmentation
+    if state.seconds_asked is not None:
+        row = time_target(state.seconds_asked, state.seconds_planned or 0.0, seconds, config.epochs)
+        outcome = Outcome((*outcome.targets, row))
     hard_prune = next((event["epoch"] for event in pruner.events if event["event"] == "hard_prune"), None)
     return {
         "format_version": FORMAT_VERSION,
@@ -77,6 +109,8 @@ def _summary(
         "seed": config.seed,
         "val_accuracy": state.val_accuracy,
         "best_val_accuracy": state.best_val_accuracy,
+        "test_accuracy": test_accuracy,
+        **({} if views == "none" else {"test_time_augmentation": views}),
         "sparsity_asked": getattr(p.method, "sparsity", None),
         "compression_asked": getattr(p.method, "compression_asked", None),
         "outcome": outcome.to_json(),
@@ -90,7 +124,7 @@ def _summary(
         "total_train_flops_ratio": state.earlier.total_ratio(state.train_flops, state.train_flops_dense),
         "inference_flops": cost.forward_flops,
         "inference_flops_ratio": cost.forward_flops / max(p.cost.initial.forward_flops_dense, 1),
-        "train_seconds": run.seconds,
+        "train_seconds": seconds,
         "step_ms": _step_ms(run.folder.read_metrics()),
         "data_share": state.data_seconds / max(state.epoch_seconds, 1e-9),
         "hard_prune_epoch": hard_prune,

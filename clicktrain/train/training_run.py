@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 from torch.amp.grad_scaler import GradScaler
 from torch.optim.swa_utils import AveragedModel
 
@@ -17,10 +17,17 @@ from clicktrain.accounting import TrainingMemory
 from clicktrain.compiler import Accelerated
 from clicktrain.errors import UserError
 from clicktrain.formats.atomic import append_jsonl
-from clicktrain.methods.driver.publisher import ChannelsRemoved, MasksFrozen, ParametersReplaced, Wrapped
-from clicktrain.runs.events import Event, LogMendedEvent
+from clicktrain.methods.driver.publisher import (
+    ChannelsRemoved,
+    MasksFrozen,
+    MasksMoved,
+    ParametersReplaced,
+    Wrapped,
+)
+from clicktrain.runs.events import Event, FinalizedEvent, LogMendedEvent, TimePlannedEvent
 from clicktrain.runs.folder import RunFolder
 from clicktrain.sparsity.masks import conv_masks
+from clicktrain.train.averages import SlowWeights, make_average
 from clicktrain.train.checkpoint import (
     full_optimizer,
     full_weights,
@@ -32,10 +39,10 @@ from clicktrain.train.checkpoint import (
 from clicktrain.train.config import config_to_dict
 from clicktrain.train.interrupt import diverged, weights_are_finite
 from clicktrain.train.operators import can_accelerate, choose_operators
-from clicktrain.train.optim import make_average
 from clicktrain.train.prepare import Prepared
 from clicktrain.train.progress import Progress, ScalarLog
 from clicktrain.train.state import TrainState
+from clicktrain.train.teacher import Teacher, load_teacher, own_teacher
 
 _FREE_TO_CHANGE = frozenset(
     ("device", "threads", "workers", "cache_dir", "evaluate_every", "checkpoint_every", "keep_checkpoints",
@@ -54,6 +61,8 @@ class TrainingRun:
     state: TrainState = field(default_factory=TrainState)
     average: AveragedModel | None = None
     scalars: ScalarLog | None = None
+    planned: TimePlannedEvent | None = None
+    """How long the run was planned to be, where there is a time budget and the run begins."""
     memory: TrainingMemory | None = None
     """Memory of an iteration of the present network; None while it has to be estimated again."""
 
@@ -62,18 +71,29 @@ class TrainingRun:
         self.scaler = GradScaler(self.prepared.device.type, enabled=config.precision == "fp16")
         if config.ema_decay:
             self.average = make_average(self.prepared.model, config.ema_decay)
+        elif config.lookahead:
+            self.average = SlowWeights(self.prepared.model)
+        if self.average is not None:
             pruner.follow(self.average)
         if config.tensorboard:
             self.scalars = ScalarLog(self.folder.path / "tensorboard")
+        self.teacher: Teacher | None = None
+        """What the network learns from besides the labels; its own dense weights from when they are known."""
+        if config.teacher is not None:
+            self.teacher = load_teacher(config, self.prepared.facts, self.prepared.device)
+        elif config.distill:
+            pruner.subscribe(self._keep_dense, FinalizedEvent)
         self.forward: Wrapped[Callable[..., Any]] = pruner.wrapped(self._wrap)
-        """The network as trained: on fast operators after the hard prune, else compiled if so wished."""
-        self._density: float | None = 1.0
+        """The network as trained: on fast operators once it is packed, else compiled if so wished."""
+        self._fast: Accelerated | None = None
+        self._density: float | None = None if pruner.moving else 1.0
         self._seconds_before = 0.0
         self._epochs_before = 0.0
         self._started = time.perf_counter()
         pruner.subscribe(self._follow_removal, ChannelsRemoved)
         pruner.subscribe(self._follow_freezing, MasksFrozen)
         pruner.subscribe(self._follow_replacement, ParametersReplaced)
+        pruner.subscribe(self._follow_move, MasksMoved)
 
     def _follow_removal(self, removal: ChannelsRemoved) -> None:
         self.state.note_removal()
@@ -81,14 +101,35 @@ class TrainingRun:
 
     def _follow_freezing(self, freezing: MasksFrozen) -> None:
         self.state.best_val_accuracy = None  # was that of another network
-        self._density = None
+        self._density = self.memory = None
+        if self._fast is not None:
+            self.forward.renew()  # other operators may suit the final masks
 
     def _follow_replacement(self, replacement: ParametersReplaced) -> None:
         self.memory = None
+        if self.prepared.pruner.moving:
+            self._density = None
+
+    def _follow_move(self, move: MasksMoved) -> None:
+        if self._density is not None and self.prepared.pruner.moving:
+            self._density = None
+
+    def _keep_dense(self, chosen: FinalizedEvent) -> None:
+        self._set_own_teacher(self.prepared.model.state_dict())
+
+    def _set_own_teacher(self, weights: Mapping[str, Tensor]) -> None:
+        p = self.prepared
+        self.teacher = own_teacher(p.facts, p.pruner.plans, weights, p.model, p.config.channels_last)
+
+    @property
+    def active_teacher(self) -> Teacher | None:
+        """The teacher in the steps that learn from it: with frozen masks, or where none are ever frozen."""
+        p = self.prepared
+        return self.teacher if p.pruner.frozen or not p.method.freezes else None
 
     @property
     def density(self) -> float:
-        """Density of the convolution weights; 1 until masks are frozen or channels removed."""
+        """Density of the convolution weights; 1 until layers are packed, masks frozen or channels removed."""
         if self._density is None:
             self._density = self.prepared.pruner.density
         return self._density
@@ -101,13 +142,17 @@ class TrainingRun:
         append_jsonl(self.folder.events, event.to_json())
 
     def _wrap(self, model: nn.Module) -> Callable[..., Any]:
-        p = self.prepared
-        if p.pruner.frozen and conv_masks(p.pruner.masks) and can_accelerate(p):
-            fast, event = choose_operators(p, self.folder, self.progress, self.state.epoch)
-            if event is not None and not self.state.operators_recorded:
+        p, before = self.prepared, self._fast
+        if (p.pruner.frozen or p.pruner.moving) and conv_masks(p.pruner.masks) and can_accelerate(p):
+            # A view of the model goes on whatever its layers' positions and values are.
+            if before is not None and not p.pruner.frozen:
+                return before
+            fast, event = choose_operators(p, self.folder, self.progress, self.state.epoch, before)
+            if event is not None and (before is not None or not self.state.operators_recorded):
                 self.record(event)
                 self.state.operators_recorded = True
-            if fast is not model:
+            if isinstance(fast, Accelerated):
+                self._fast, self.memory = fast, None  # layers that run one by one keep other activations
                 return fast
         if not p.config.compile:
             return model
@@ -166,6 +211,10 @@ class TrainingRun:
             "model": thin_weights(p.model, masks),
             "optimizer": thin_optimizer(p.optimizer, p.model, masks),
             "scheduler": p.scheduler.state_dict(),
+            "teacher": self.teacher.model.state_dict()
+            if self.teacher is not None and p.config.teacher is None
+            else None,
+            "cycle": None if p.cycle is None else p.cycle.state_dict(),
             "scaler": self.scaler.state_dict(),
             "batch_sizes": p.batch_sizes.state_dict(),
             "pruner": p.pruner.state_dict(),
@@ -186,6 +235,10 @@ class TrainingRun:
         p.model.load_state_dict(full_weights(p.model, saved["model"], masks))
         p.optimizer.load_state_dict(full_optimizer(saved["optimizer"], masks))
         p.scheduler.load_state_dict(saved["scheduler"])
+        if saved["teacher"] is not None:
+            self._set_own_teacher(saved["teacher"])
+        if p.cycle is not None:
+            p.cycle.load_state(saved["cycle"])
         self.scaler.load_state_dict(saved["scaler"])
         if self.average is not None:
             self.average.load_state_dict(full_weights(self.average, saved["average"], masks))
@@ -207,6 +260,10 @@ class TrainingRun:
     def _start(self) -> None:
         """Write what was decided before the first step, and the checkpoint that comes before it."""
         self.state.earlier = self.prepared.earlier
+        if self.planned is not None:
+            self.state.seconds_asked = self.planned.seconds_asked
+            self.state.seconds_planned = self.planned.seconds_planned
+            self.record(self.planned)
         for event in self.prepared.pruner.events:
             append_jsonl(self.folder.events, event)
         self.prepared.pruner.subscribe(self._write_event, Event)

@@ -11,6 +11,7 @@ from clicktrain.data import Augment, mixup, seeded_generator
 from clicktrain.data.augment import (
     augment_and_normalize,
     cutout,
+    mirrored_in_epoch,
     random_boxes,
     random_crop,
     random_flip,
@@ -59,6 +60,18 @@ def test_half_of_the_images_are_mirrored_whole() -> None:
     is_mirrored = (flipped == x.flip(-1)).flatten(1).all(1)
     assert bool((is_same | is_mirrored).all())
     assert 420 < int(is_mirrored.sum()) < 580
+
+
+def test_alternating_flips_mirror_each_image_in_every_other_epoch() -> None:
+    first, second, third = (mirrored_in_epoch(1000, 3, epoch) for epoch in range(3))
+    assert torch.equal(first, ~second)
+    assert torch.equal(first, third)
+    assert 420 < int(first.sum()) < 580
+    assert not torch.equal(first, mirrored_in_epoch(1000, 4, 0))
+    x = images(1000, 1, 2, 3)
+    augment, zero, one = Augment(alternating=True), torch.zeros(1), torch.ones(1) / 255
+    made = augment_and_normalize(x, augment, zero, one, seeded_generator("test"), first)
+    assert torch.equal(made, torch.where(first.view(-1, 1, 1, 1), x.flip(-1), x).float())
 
 
 @given(height=st.integers(1, 60), width=st.integers(1, 60), seed=st.integers(0, 1000))
@@ -123,7 +136,7 @@ def test_presets_are_the_usual_recipes() -> None:
     assert Augment.preset("cifar") == Augment(crop_padding=4, flip=True, padding="zeros")
     assert Augment.preset("imagenet") == Augment(resized_crop=True, flip=True)
     assert Augment.preset("digits") == Augment(crop_padding=1, flip=False)
-    with pytest.raises(UserError, match="'cifra' is unknown; none, cifar, imagenet, digits exist"):
+    with pytest.raises(UserError, match="'cifra' is unknown; none, cifar, cifarnet, imagenet, digits exist"):
         Augment.preset("cifra")
 
 

@@ -149,3 +149,20 @@ def test_a_gpu_gets_the_batches_of_the_cpu() -> None:
             assert other.x.is_cuda
             assert torch.equal(one.y, other.y.cpu())
             torch.testing.assert_close(one.x, other.x.cpu(), atol=1e-3, rtol=1e-3)
+
+
+def test_alternating_flips_go_by_the_image_whatever_the_batch() -> None:
+    pixels = torch.tensor([0, 1], dtype=torch.uint8).view(1, 1, 1, 2).expand(20, 1, 1, 2).contiguous()
+    source = PixelSource(pixels, torch.arange(20))
+    data = ImageData("pairs", tuple(map(str, range(20))), (1, 1, 2), (0.0,), (1 / 255,), source, source)
+
+    def mirrored(epoch: int, start: int = 0, batch_size: int = 6) -> dict[int, bool]:
+        batches = loader(data, augment=Augment(alternating=True), batch_size=batch_size).epoch(epoch, start)
+        return {int(y): bool(x[0, 0, 0] > 0.5) for batch in batches for x, y in zip(*batch, strict=True)}
+
+    first, second = mirrored(0), mirrored(1)
+    assert len(first) == 20
+    assert all(first[image] != second[image] for image in first)
+    assert mirrored(2) == first
+    assert mirrored(0, batch_size=7) == first
+    assert mirrored(0, start=2).items() <= first.items()

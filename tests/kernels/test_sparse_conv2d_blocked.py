@@ -329,7 +329,7 @@ def test_activations_in_bfloat16(image: tuple[int, int], stride: int, dilation: 
 @pytest.mark.parametrize("image", [(3, 3), (5, 4), (7, 7), (15, 15)], ids=str)
 @pytest.mark.parametrize(("stride", "dilation"), [(1, 1), (2, 1), (1, 2), (3, 2)])
 def test_pairs_of_any_taps(image: tuple[int, int], stride: int, dilation: int) -> None:
-    """Patterns of one tap to nine, whose pairs lie side by side, below each other, far apart; at all edges."""
+    # Patterns of one tap to nine, whose pairs lie side by side, below each other, far apart; at all edges.
     patterns = [(8,), (0, 2), (2, 6), (0, 4, 8), (1, 3, 5, 7), (0, 1, 4, 5), (2, 3, 4, 6, 8), tuple(range(9))]
     mask = torch.zeros(4, len(patterns), 9, dtype=torch.bool)
     for channel, pattern in enumerate(patterns):

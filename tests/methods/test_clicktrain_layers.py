@@ -166,7 +166,7 @@ def test_a_name_that_matches_no_layer_is_refused(settings: dict[str, Any]) -> No
         ({"entries": 0}, "entries"),
         ({"entries": 10}, "entries"),
         ({"patterns": 0}, "patterns"),
-        ({"pool": "fixed", "patterns": 5}, "4, 8 or 12"),
+        ({"pool": "fixed", "patterns": 5}, "4, 8, 12 or 16"),
         ({"pool": "fixed", "patterns": 8, "entries": 3}, "entries"),
         ({"pool_length": -0.1}, "pool_length"),
         ({"latest_start": 0.9, "regularize_length": 0.5}, "add up"),

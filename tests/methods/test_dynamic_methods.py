@@ -135,8 +135,10 @@ def test_every_step_is_that_of_the_paper(settings: dict[str, Any]) -> None:
 def check_rigl(run: Watched, previous: dict[str, Tensor], seen: int, kernel: bool, gradient: bool) -> None:
     for name in ALL:
         before, now = alive(previous[name], kernel), alive(run.pruner.masks[name], kernel)
-        expected = reference.rigl_update(
-            as_units(run.weights[name], kernel), as_units(run.gradients[name], kernel), before, seen, 18, 0.3
+        weights, grads = as_units(run.weights[name], kernel), as_units(run.gradients[name], kernel)
+        kept, expected = reference.rigl_halves(weights, grads, before, seen, 18, 0.3)
+        expected = reference.with_living_filters(
+            weights, grads, before, kept, expected, len(run.weights[name])
         )
         assert sum(now) == sum(before)
         if gradient:
@@ -198,12 +200,11 @@ def test_the_dead_have_no_momentum(method: str, optimizer_name: str) -> None:
 
 
 @pytest.mark.parametrize("settings", [VARIANTS[0], VARIANTS[4]], ids=["rigl", "dsr-kernel"])
-def test_packed_after_the_last_update(settings: dict[str, Any]) -> None:
+def test_packed_from_the_first_step(settings: dict[str, Any]) -> None:
     plain, packed = Watched(**settings), Watched(packed=True, **settings)
+    assert isinstance(packed.model.get_submodule("deep"), PackedConv2d)
     train(plain.model, plain.optimizer, plain.pruner, 24)
-    train(packed.model, packed.optimizer, packed.pruner, 17)
-    assert isinstance(packed.model.get_submodule("deep"), nn.Conv2d)
-    train(packed.model, packed.optimizer, packed.pruner, 24, start=17)
+    train(packed.model, packed.optimizer, packed.pruner, 24)
     assert isinstance(packed.model.get_submodule("deep"), PackedConv2d)
     packed.pruner.finish()
     plain.pruner.finish()

@@ -20,6 +20,15 @@ def rigl_update(
     weights: Layer, gradients: Layer, alive: list[bool], step: int, end: int, alpha: float
 ) -> list[bool]:
     """Which units live after the update of one layer."""
+    kept, after = rigl_halves(weights, gradients, alive, step, end, alpha)
+    del kept
+    return after
+
+
+def rigl_halves(
+    weights: Layer, gradients: Layer, alive: list[bool], step: int, end: int, alpha: float
+) -> tuple[list[bool], list[bool]]:
+    """Which units of one layer stay, and which live after the update."""
     share = alpha / 2 * (1 + math.cos(step * math.pi / end))
     living = [i for i in range(len(alive)) if alive[i]]
     k = min(math.floor(share * len(living)), len(living) - 1)
@@ -30,7 +39,52 @@ def rigl_update(
     candidates = [i for i in range(len(alive)) if i not in active]
     candidates.sort(key=lambda i: (-magnitude(gradients[i]), i))
     grown = set(candidates[:k])
-    return [i in active or i in grown for i in range(len(alive))]
+    every = range(len(alive))
+    return [i in active for i in every], [i in active or i in grown for i in every]
+
+
+def with_living_filters(
+    weights: Layer,
+    gradients: Layer | None,
+    before: list[bool],
+    kept: list[bool],
+    alive: list[bool],
+    filters: int,
+) -> list[bool]:
+    """What the library adds: no filter loses its last unit that is not zero.
+
+    It keeps its largest. For each, that unit of the layer goes which matters least, grown ones (by gradient)
+    before those that stayed (by magnitude), the last of equal ones; never the largest of a filter.
+    """
+    size = [magnitude(unit) if live else 0.0 for unit, live in zip(weights, before, strict=True)]
+    each = len(alive) // filters
+    parts = [range(f * each, (f + 1) * each) for f in range(filters)]
+    bare = [
+        part
+        for part in parts
+        if any(size[i] > 0 for i in part) and not any(alive[i] and size[i] > 0 for i in part)
+    ]
+    largest = set()
+    for part in parts:
+        living = [i for i in part if alive[i] and size[i] > 0]
+        if living:
+            largest.add(max(living, key=lambda i: (size[i], -i)))
+
+    def worth(i: int) -> float:
+        if kept[i]:
+            return 1 + size[i]
+        slope = 0.0 if gradients is None else magnitude(gradients[i])
+        return slope / (1 + slope)
+
+    spare = sorted(
+        (i for i in range(len(alive)) if alive[i] and i not in largest), key=lambda i: (worth(i), -i)
+    )
+    result = list(alive)
+    for goes in spare[: len(bare)]:
+        result[goes] = False
+    for part in bare[: len(spare)]:
+        result[max(part, key=lambda i: (size[i], -i))] = True
+    return result
 
 
 def dsr_prune(weights: Layer, alive: list[bool], threshold: float) -> list[bool]:

@@ -11,16 +11,17 @@ import torch
 from torch import Tensor
 
 from clicktrain.sparsity.distributions import erdos_renyi_densities
+from clicktrain.sparsity.living_filters import random_units
 from clicktrain.sparsity.regrowth import (
+    Update,
     adapted_threshold,
+    below_threshold,
     grow_random,
     grow_steepest,
     growth_shares,
-    keep_above,
     keep_largest,
     largest,
     random_numbers,
-    random_units,
 )
 from clicktrain.sparsity.schedules import cosine
 from clicktrain.sparsity.units import UNITS
@@ -84,7 +85,10 @@ def test_pruning_by_threshold(shape: tuple[int, ...], kind: str, threshold: floa
     units = random_units(unit_shape(shape, kind), 0.5, 1, 2)
     weight *= weights_of(units, shape, kind)
     expected = reference.dsr_prune(as_units(weight, kind), units.flatten().tolist(), threshold)
-    assert keep_above(unit_scores(weight, kind), units, threshold).flatten().tolist() == expected
+    scores = unit_scores(weight, kind)
+    size = weight.numel() // units.numel()
+    now = Update({"a": units}, {"a": scores}, {}, {"a": shape}, {"a": size}, memory={"threshold": threshold})
+    assert below_threshold(now, 0.1)["a"].flatten().tolist() == expected
 
 
 def test_growth_shares_against_loops() -> None:

@@ -14,7 +14,7 @@ from torch.optim.swa_utils import AveragedModel, get_ema_multi_avg_fn, get_swa_m
 
 from clicktrain.errors import UserError
 from clicktrain.methods import ClickTrain, PaT, Pruner
-from clicktrain.train.optim import make_average
+from clicktrain.train.averages import make_average
 
 AVERAGES: dict[str, Callable[[nn.Module], AveragedModel]] = {
     "ema": lambda m: AveragedModel(m, multi_avg_fn=get_ema_multi_avg_fn(0.9)),

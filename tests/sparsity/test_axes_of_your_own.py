@@ -120,7 +120,7 @@ CASES += [
 CASES += [(RigL, "criterion", one_argument, r"failed with TypeError: .*: a criterion is a function \(weight")]
 CASES += [(Campfire, "granularity", fails, "granularity '.*failed with Zero")]
 CASES += [(Campfire, "granularity", lambda *_: 0.5, r"returned 0.5: a granularity is a function \(shape")]
-CASES += [(RigL, "granularity", own, "granularity must be one of weight, kernel or package.module:unit")
+CASES += [(RigL, "granularity", own, "must be one of weight, kernel, pattern or package.module:unit")
           for own in (fails, Unit, 3)]  # fmt: skip
 CASES += [
     (RigL, "granularity", "test_axes_of_your_own:fails", "of type function.*an object with the methods")

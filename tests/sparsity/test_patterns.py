@@ -53,17 +53,17 @@ def test_all_patterns_is_every_choice_once(entries: int, shape: tuple[int, int])
         assert pool.masks().sum(dim=(1, 2)).tolist() == [entries] * len(patterns)
 
 
-@pytest.mark.parametrize("size", [4, 8, 12])
+@pytest.mark.parametrize("size", [4, 8, 12, 16])
 def test_fixed_pools_are_nested_distinct_and_contain_the_centre(size: int) -> None:
     pool = fixed_pool(size)
     assert len(set(pool.patterns)) == size
     assert pool.entries == 4
     assert pool.masks()[:, 1, 1].all()
-    assert pool.patterns == fixed_pool(12).patterns[:size]
+    assert pool.patterns == fixed_pool(16).patterns[:size]
 
 
 def test_other_fixed_pools_are_refused() -> None:
-    with pytest.raises(UserError, match="4, 8 or 12"):
+    with pytest.raises(UserError, match="4, 8, 12 or 16"):
         fixed_pool(5)
 
 

@@ -17,7 +17,7 @@ from clicktrain.train import RunFolder, Silent, StepProgress, from_dict, load_ru
 from clicktrain.train.checkpoint import load_checkpoint
 from clicktrain.train.evaluate import evaluate
 from clicktrain.train.fit import fit
-from clicktrain.train.prepare import make_val_loader, open_run_data, prepare
+from clicktrain.train.prepare import make_eval_loader, open_run_data, prepare
 
 
 def test_a_dense_run_learns_the_digits_and_leaves_its_files(tmp_path: Path) -> None:
@@ -160,7 +160,7 @@ def test_a_run_too_coarse_for_its_stages_still_ends_pruned(tmp_path: Path) -> No
     assert "pruned after the last epoch" in messages.messages[0]
     assert summary["compression_ratio"] == pytest.approx(4, rel=0.06)
     loaded = load_run(tmp_path / "run", model=tiny)
-    loader = make_val_loader(loaded.config, open_run_data(loaded.config), torch.device("cpu"))
+    loader = make_eval_loader(loaded.config, open_run_data(loaded.config), "val", torch.device("cpu"))
     result = evaluate(loaded.model, loader, device=torch.device("cpu"))
     assert result is not None
     assert result.accuracy == pytest.approx(summary["val_accuracy"])

@@ -103,3 +103,35 @@ def test_the_papers_recipes() -> None:
     assert made.param_groups[0]["betas"] == (0.9, 0.999)
     assert made.param_groups[0]["weight_decay"] == 1e-4
     assert method == Campfire(granularity="window", max_non_zero=2, sparsity=0.6, era=(0, 10))
+
+
+def test_triangular_rises_from_a_fifth_and_falls_to_zero() -> None:
+    factor = learning_rate_factor(RunConfig(epochs=4, schedule="triangular"), 100)
+    assert factor(0) == pytest.approx(0.2)
+    assert factor(23) == pytest.approx(1)
+    assert [factor(s) for s in range(24)] == pytest.approx([0.2 + 0.8 * s / 23 for s in range(24)])
+    assert [factor(s) for s in range(23, 101)] == pytest.approx([(100 - s) / 77 for s in range(23, 101)])
+    early = learning_rate_factor(RunConfig(epochs=4, warmup_epochs=1, schedule="triangular"), 100)
+    assert early(25) == pytest.approx(1)
+
+
+def test_linear_falls_to_zero_after_the_warm_up() -> None:
+    factor = learning_rate_factor(RunConfig(epochs=4, warmup_epochs=1, schedule="linear"), 100)
+    assert factor(12) == pytest.approx(13 / 25)
+    assert [factor(s) for s in (25, 50, 75, 100)] == pytest.approx([1, 2 / 3, 1 / 3, 0])
+
+
+def test_biases_learn_faster_and_decay_as_fast() -> None:
+    config = RunConfig(learning_rate=0.1, weight_decay=0.01, bias_rate_factor=64)
+    model = nn.Sequential(nn.Linear(2, 3), nn.BatchNorm1d(3))
+    groups = {
+        id(p): (group["lr"], group["weight_decay"])
+        for group in make_optimizer(model, config).param_groups
+        for p in group["params"]
+    }
+    biases, others = (model[0].bias, model[1].bias), (model[0].weight, model[1].weight)
+    assert all(groups[id(p)] == pytest.approx((6.4, 0.01 / 64)) for p in biases)
+    assert all(groups[id(p)] == pytest.approx((0.1, 0.01)) for p in others)
+    plain = make_optimizer(model, RunConfig(bias_rate_factor=64, decay_norm_and_bias=False))
+    decays = {id(p): group["weight_decay"] for group in plain.param_groups for p in group["params"]}
+    assert [decays[id(p)] for p in model.parameters()] == [5e-4, 0, 0, 0]

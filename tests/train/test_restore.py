@@ -12,7 +12,7 @@ from tiny_networks import tiny
 from clicktrain.errors import UserError
 from clicktrain.train import load_run
 from clicktrain.train.evaluate import evaluate
-from clicktrain.train.prepare import make_val_loader, open_run_data
+from clicktrain.train.prepare import make_eval_loader, open_run_data
 
 
 @pytest.fixture(scope="module")
@@ -25,7 +25,7 @@ def finished(tmp_path_factory: pytest.TempPathFactory) -> Path:
 def test_the_network_reaches_what_the_summary_says(finished: Path) -> None:
     loaded = load_run(finished, model=tiny)
     data = open_run_data(loaded.config)
-    loader = make_val_loader(loaded.config, data, torch.device("cpu"))
+    loader = make_eval_loader(loaded.config, data, "val", torch.device("cpu"))
     result = evaluate(loaded.model, loader, device=torch.device("cpu"))
     assert result is not None
     assert result.accuracy == pytest.approx(loaded.summary["val_accuracy"])

@@ -102,8 +102,8 @@ def test_mistakes(values: dict[Any, Any], sentence: str) -> None:
 
 
 def test_a_config_made_in_python_is_checked_too() -> None:
-    with pytest.raises(UserError, match="schedule is 'linear': use one of cosine, onecycle, step, constant"):
-        RunConfig(schedule="linear")  # type: ignore[arg-type]
+    with pytest.raises(UserError, match="schedule is 'straight': use one of cosine, linear, triangular"):
+        RunConfig(schedule="straight")  # type: ignore[arg-type]
     with pytest.raises(UserError, match="unknown setting 'patern'"):
         resolve_method("clicktrain", patern=3)
 

@@ -13,12 +13,13 @@ from torch import nn
 
 from clicktrain.data import Batch
 from clicktrain.errors import UserError
+from clicktrain.train.averages import make_average
 from clicktrain.train.checkpoint import bytes_needed, check_disk
 from clicktrain.train.config import RunConfig
 from clicktrain.train.device import autocast, resolve_device, seed_batch
 from clicktrain.train.evaluate import evaluate
 from clicktrain.train.interrupt import LossWatch, explosion
-from clicktrain.train.optim import make_average, make_optimizer
+from clicktrain.train.optim import make_optimizer
 from clicktrain.train.state import EpochTotals, TrainState
 
 CPU = torch.device("cpu")

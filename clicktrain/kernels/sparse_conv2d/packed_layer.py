@@ -5,30 +5,37 @@ from __future__ import annotations
 import warnings
 from collections.abc import Callable, Sequence
 from typing import Any, ClassVar, TypeVar
+from weakref import WeakKeyDictionary
 
 import torch
 from torch import Tensor, nn
 from torch.nn.modules.linear import NonDynamicallyQuantizableLinear
 from torch.nn.parameter import UninitializedParameter
+from torch.optim import Optimizer
 
 from clicktrain.errors import UserError
-from clicktrain.formats.packed import Structure, pack_values, unpack_values
+from clicktrain.formats.packed import Patterns, Structure, pack_values, places_in, unpack_values
 from clicktrain.graph.adapters import nearest_adapter
-from clicktrain.graph.exchange import exchanged
+from clicktrain.graph.exchange import exchange_, exchanged
 from clicktrain.kernels.native.failure import KernelError
 from clicktrain.kernels.sparse_conv2d.api import implementation
+from clicktrain.kernels.sparse_conv2d.dense_gradient import DenseGradient
 from clicktrain.kernels.sparse_conv2d.dense_view import READ_ONLY, DenseView
 
 _HOOKS = [name for name in vars(nn.Module()) if "hook" in name and "state_dict" not in name]
 
 P = TypeVar("P", bound="PackedLayer")
 
+_COLLECTING: WeakKeyDictionary[PackedLayer, DenseGradient] = WeakKeyDictionary()
+"""What collects the gradients of all weights of layers, while these are wanted. Not with the layers, where it
+would be something that a forward pass changes, and be copied with them."""
+
 PACKED_FORMS: dict[type[nn.Module], type[PackedLayer]] = {}
-"""Dense layer class -> what it becomes once its masks are frozen."""
+"""Dense layer class -> what it becomes when it is packed."""
 
 
 class PackedLayer(nn.Module):
-    """A pruned layer once its masks are frozen (ClickTrain stage 5).
+    """A pruned layer once its masks are frozen (ClickTrain stage 5), or while they move.
 
     Its ``state_dict`` holds ``values``, ``bias`` if there is one, and ``keep_bits`` (one bit a weight), so
     that what is loaded always brings its own positions with it. A subclass names the class of the ``dense``
@@ -67,11 +74,18 @@ class PackedLayer(nn.Module):
         self.use(impl)
 
     @classmethod
-    def from_dense(cls: type[P], layer: nn.Module, mask: Tensor, name: str = "the layer") -> P:
+    def from_dense(
+        cls: type[P],
+        layer: nn.Module,
+        mask: Tensor,
+        name: str = "the layer",
+        patterns: Patterns | None = None,
+    ) -> P:
         """Pack a layer; what its weight has outside the mask (bool of its shape, True = kept) is left out.
 
         Bias, hooks (their handles go on working), ``requires_grad``, dtype, device and mode are taken over,
-        the gradient is packed if there is one; the dense layer is not to be used any more.
+        the gradient is packed if there is one; the dense layer is not to be used any more. ``patterns``, if
+        positions will move: see `Structure.from_mask`.
 
         Raises:
             UserError: the layer, ``name`` in messages, cannot be packed, or the mask does not fit.
@@ -82,7 +96,7 @@ class PackedLayer(nn.Module):
         if reason is not None:
             raise UserError(f"{name} cannot be packed: {reason}")
         source: Any = layer
-        structure = Structure.from_mask(mask.to(source.weight.device))
+        structure = Structure.from_mask(mask.to(source.weight.device), patterns)
         values = exchanged(source.weight, lambda dense: pack_values(structure, dense))
         packed = cls(structure, values, source.bias, **{key: getattr(layer, key) for key in cls.settings})
         _take_over(layer, packed)
@@ -123,16 +137,90 @@ class PackedLayer(nn.Module):
         if not isinstance(self.values, Tensor):
             raise TypeError("it reads the weight of a packed layer")  # in a symbolic trace
         view = self.dense_weight().as_subclass(DenseView)
-        view.dense_gradient = self._dense_gradient
+        view.dense_gradient = self._dense_gradient_now
         return view
 
-    def _dense_gradient(self) -> Tensor | None:
+    def _dense_gradient_now(self) -> Tensor | None:
+        """That of all weights if it was collected, else that of the values with zeros in place."""
+        collected = None if self.dense_gradient is None else self.dense_gradient.value
         gradient = self.values.grad
-        return None if gradient is None else unpack_values(self.structure, gradient)
+        if collected is not None or gradient is None:
+            return collected
+        return unpack_values(self.structure, gradient)
 
     def dense_weight(self) -> Tensor:
         """The dense weight with zeros in place; differentiable."""
-        return unpack_values(self.structure, self.values)
+        weight = unpack_values(self.structure, self.values)
+        if self.dense_gradient is not None and weight.requires_grad:
+            self.collect_from(weight, lambda gradient: gradient)
+        return weight
+
+    def collect_from(self, tensor: Tensor, weight_gradient: Callable[[Tensor], Tensor]) -> None:
+        """While a gradient is wanted, have this call of the layer add its part to it.
+
+        ``weight_gradient`` maps the gradient of ``tensor`` to that of the dense weight.
+        """
+        collecting = self.dense_gradient
+        if collecting is not None and tensor.requires_grad and self.values.requires_grad:
+
+            def collect(gradient: Tensor) -> None:
+                collecting.add(weight_gradient(gradient), self.values.grad)
+
+            tensor.register_hook(collect)  # type: ignore[no-untyped-call]
+
+    @property
+    def dense_gradient(self) -> DenseGradient | None:
+        """While the gradient of all weights is wanted, what collects it; else None, as in copies."""
+        return _COLLECTING.get(self) if _COLLECTING else None
+
+    @property
+    def collecting(self) -> bool:
+        """Whether a forward pass now has to go through the dense weight, for its gradient."""
+        return self.dense_gradient is not None and torch.is_grad_enabled()
+
+    def want_dense_gradient(self, wanted: bool) -> None:
+        """Collect the gradient of all weights from the next forward pass on, or forget it."""
+        if not wanted:
+            _COLLECTING.pop(self, None)
+        elif self.dense_gradient is None:
+            _COLLECTING[self] = DenseGradient()
+
+    def move_(self, structure: Structure, optimizers: Sequence[Optimizer] = ()) -> bool:
+        """Keep other positions: values, their gradient and what optimizers hold for them move along.
+
+        A position that was kept already takes its numbers with it, another begins at zero.
+
+        Returns:
+            Whether ``values`` is another parameter now: where the number of kept weights has changed.
+
+        Raises:
+            ValueError: the structure is of another weight.
+        """
+        old = self.structure
+        if structure.shape != old.shape:
+            raise ValueError(f"positions in a weight {structure.shape} do not fit one of {old.shape}")
+        source = places_in(old, structure)
+
+        def moved(tensor: Tensor) -> Tensor:
+            filled = torch.cat([tensor.reshape(-1), tensor.new_zeros(1)])
+            return filled[source.to(tensor.device)].view(structure.values_shape)
+
+        values = self.values
+        replaced = structure.values_shape != tuple(values.shape)
+        with torch.no_grad():
+            if replaced:
+                self.values = exchanged(values, moved)
+                exchange_(optimizers, {values: self.values}, lambda _, tensor: moved(tensor))
+            else:
+                kept = (v for o in optimizers for v in o.state.get(values, {}).values())
+                for tensor in (values.detach(), values.grad, *kept):
+                    if isinstance(tensor, Tensor) and tensor.shape == values.shape:
+                        tensor.copy_(moved(tensor))
+            self.keep_bits.copy_(structure.bits())
+        self.structure = structure
+        if self.dense_gradient is not None:  # what it holds was of the old positions' step
+            _COLLECTING[self] = DenseGradient()
+        return replaced
 
     def __setattr__(self, name: str, value: Any) -> None:
         if name == "weight":
@@ -194,7 +282,8 @@ class PackedLayer(nn.Module):
         bits = state_dict.get(f"{prefix}keep_bits")
         if bits is not None and not _equal(bits, self.keep_bits):
             try:
-                structure = Structure.from_bits(bits.to(self.keep_bits.device), self.structure.shape)
+                shape, patterns = self.structure.shape, self.structure.patterns
+                structure = Structure.from_bits(bits.to(self.keep_bits.device), shape, patterns)
             except ValueError as error:
                 error_msgs.append(f"{prefix}keep_bits: {error}")
                 return

@@ -13,6 +13,7 @@ from torch import Tensor, nn
 from torch.optim.swa_utils import AveragedModel
 
 from clicktrain.errors import UserError
+from clicktrain.formats.packed import Patterns
 from clicktrain.kernels.pack_model import pack_model_
 from clicktrain.kernels.sparse_conv2d import PackedLayer
 from clicktrain.surgery import SurgeryPlan, apply_surgery_
@@ -83,7 +84,7 @@ def catch_up_(
         copy: of the network, as it was at some time of the run.
         model: the network as it is now.
         plans: the channels that were removed from it, in order.
-        masks: its frozen masks, by its present layer names; empty before they are frozen.
+        masks: its frozen masks, by its present layer names; before they are frozen, those of packed layers.
     """
     start = next((n for n in range(len(plans) + 1) if _leads_to(copy, plans[n:], model)), None)
     if start is None:
@@ -93,10 +94,20 @@ def catch_up_(
         )
     for plan in plans[start:]:
         apply_surgery_(plan, copy)
-    packed = {name for name, module in model.named_modules() if isinstance(module, PackedLayer)}
     mask_copy_(copy, masks)
-    wanted = {name: mask for name, mask in masks.items() if name in packed}
-    pack_model_(copy, {n: m for n, m in wanted.items() if not isinstance(copy.get_submodule(n), PackedLayer)})
+    dense: dict[str, Tensor] = {}
+    patterns: dict[str, Patterns] = {}
+    for name, mask in masks.items():
+        own, twin = model.get_submodule(name), copy.get_submodule(name)
+        if not isinstance(own, PackedLayer):
+            continue
+        if isinstance(twin, PackedLayer):
+            twin.move_(own.structure.to(twin.structure.device))
+            continue
+        dense[name] = mask
+        if own.structure.patterns is not None:
+            patterns[name] = own.structure.patterns
+    pack_model_(copy, dense, patterns=patterns)
 
 
 @torch.no_grad()

@@ -2,10 +2,11 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
 import time
 import warnings
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import replace
 from typing import Any
 
@@ -13,23 +14,25 @@ import torch
 from torch import Tensor, nn
 from torch.optim import Optimizer
 
-from clicktrain.comm.agreement import agree_on_
+from clicktrain.comm.agreement import agree_on_, mean_over_processes
 from clicktrain.errors import UserError
-from clicktrain.formats.packed import bits_from_mask, mask_from_bits
+from clicktrain.formats.packed import Patterns, Structure, bits_from_mask, mask_from_bits
 from clicktrain.graph import Inputs, as_inputs
 from clicktrain.graph.exchange import odd_state
 from clicktrain.graph.inputs import first_of_batch, first_tensor, owned
 from clicktrain.graph.observe import tensors_in
 from clicktrain.graph.prunable import PrunableLayers, SeenBatch
-from clicktrain.kernels.pack_model import pack_model_, pack_refusals, unpack_model_
+from clicktrain.kernels.pack_model import pack_model_, pack_refusals, settle_model_, unpack_model_
 from clicktrain.kernels.sparse_conv2d import PackedLayer
 from clicktrain.methods.driver.averages import catch_up_, mask_copy_, unwrapped_average
-from clicktrain.methods.driver.publisher import ChannelsRemoved, ParametersReplaced, Publisher
+from clicktrain.methods.driver.publisher import ChannelsRemoved, MasksMoved, ParametersReplaced, Publisher
 from clicktrain.runs.events import ReconfiguredEvent
-from clicktrain.sparsity.masks import hard_prune_, mask_optimizer_state_
+from clicktrain.sparsity.masks import hard_prune_, mask_optimizer_state_, sparsity_of
 from clicktrain.surgery import SurgeryPlan, Verified, agreed_plans, apply_surgery_, verified
 from clicktrain.surgery.compare import IMAGES
 
+PACK_AT = 0.6
+"""Share of zeros from which layers are packed whose masks still move: about there the fast kernels pay."""
 _SCALES = ("exp_inf", "step_size")
 """What Adamax and Rprop divide or multiply by: never zero, whatever the gradients are."""
 
@@ -43,7 +46,9 @@ class PrunedNetwork:
         prunable: the model's layers, as they are now.
         plans: surgery that was carried out, in order.
         frozen: the masks are final.
-        packed: convolutions are, or will be, packed when the masks are final.
+        packed: convolutions are, or will be, packed when the masks are final, or, of methods that say so,
+            while they move.
+        collecting: packed layers collect the gradients of all their weights.
         revision: how often parameters have been replaced by others.
         conv_weights: convolution weights of the network before anything was removed.
     """
@@ -59,6 +64,7 @@ class PrunedNetwork:
         self.plans: list[SurgeryPlan] = []
         self.frozen = False
         self.packed = packed
+        self.collecting = False
         self.revision = 0
         self.publisher = Publisher()
         self.conv_weights = self._conv_weights_now = prunable.conv_weights
@@ -79,17 +85,95 @@ class PrunedNetwork:
         assert isinstance(layer, PackedLayer)
         return layer
 
-    def mask(self, masks: Mapping[str, Tensor], forget: bool) -> None:
-        """Zero weights that may change again; ``forget``: also their optimizer state."""
-        self._masks = dict(masks)
+    @property
+    def moving(self) -> dict[str, PackedLayer]:
+        """The layers that were packed while their masks moved, by name; also once these are frozen."""
+        held = (name for name, mask in self._masks.items() if mask is None)
+        layers = ((name, self._packed_layer(name)) for name in held)
+        return {name: layer for name, layer in layers if layer.structure.patterns is not None}
+
+    def mask(
+        self,
+        masks: Mapping[str, Tensor],
+        forget: bool,
+        patterns: Callable[[], Mapping[str, Patterns]] = dict,
+    ) -> list[str]:
+        """Zero weights that may change again; ``forget``: also their optimizer state.
+
+        Args:
+            patterns: layers that may be packed, once enough is zero and forgotten, by name, with the patterns
+                of `Method.mask_patterns`.
+
+        Returns:
+            The layers that have been packed now.
+        """
+        held = self._move(masks)
         self.mask_weights()
-        if forget:
-            self.mask_state()
+        if not forget:
+            return []
+        self.mask_state()
+        if held or not self.packed:
+            return []
+        able = {name: known for name, known in patterns().items() if name in masks}
+        if not able or round(sparsity_of({name: masks[name] for name in able}), 2) < PACK_AT:
+            return []
+        for average in self.averages:
+            mask_copy_(average, masks)
+        return self.pack(able)
+
+    def _move(self, masks: Mapping[str, Tensor]) -> bool:
+        """Take masks over; those of packed layers as their index. Whether there are packed layers."""
+        held = {name: None for name, mask in self._masks.items() if mask is None}
+        self._masks = {**masks, **held}
+        self._index({name: masks[name] for name in held if name in masks})
+        return bool(held)
+
+    def _index(self, masks: Mapping[str, Tensor]) -> None:
+        """Have packed layers keep other positions, in the network and in its averages."""
+        moved = replaced = False
+        for name, mask in masks.items():
+            layer = self._packed_layer(name)
+            structure = Structure.from_mask(mask.to(layer.structure.device), layer.structure.patterns)
+            if torch.equal(structure.flat(), layer.structure.flat()):
+                continue
+            moved = True
+            replaced |= layer.move_(structure, self.optimizers)
+            for average in self.averages:
+                copy = average.get_submodule(name)
+                if isinstance(copy, PackedLayer):
+                    copy.move_(structure.to(copy.structure.device))
+        if moved:
+            self.publisher.publish(MasksMoved())
+        if replaced:
+            self._replaced()
+
+    def want_gradients(self, wanted: bool) -> None:
+        """Have packed layers collect the gradients of all weights from the next forward pass on, or not."""
+        self.collecting = wanted
+        for layer in self.moving.values():
+            layer.want_dense_gradient(wanted)
+
+    @contextlib.contextmanager
+    def without_gradients(self) -> Iterator[None]:
+        """Collect nothing inside, between two steps: who looks at the network sees it as in other steps."""
+        wanted = self.collecting
+        self.want_gradients(False)
+        try:
+            yield
+        finally:
+            self.want_gradients(wanted)
+
+    def settle_gradients(self) -> None:
+        """Bring collected gradients to the scale that the optimizer's have, at the beginning of its step."""
+        for layer in self.moving.values() if self.collecting else ():
+            assert layer.dense_gradient is not None
+            layer.dense_gradient.settle(layer.structure, layer.values.grad, mean_over_processes)
 
     def freeze(self, masks: Mapping[str, Tensor]) -> None:
         """Zero weights for good; with several processes, by the masks of the first one."""
         agree_on_([masks[name] for name in sorted(masks)])
-        self._masks = dict(masks)
+        self._move(masks)
+        self.want_gradients(False)
         self.mask_weights()
         self.mask_state()
         self.frozen = True
@@ -274,7 +358,8 @@ class PrunedNetwork:
         module = unwrapped_average(average, self.model)
         if any(module is other for other in self.averages):
             return
-        catch_up_(module, self.model, self.plans, self.masks if self.frozen else {})
+        packed = {name: layer.structure.mask() for name, layer in self.moving.items()}
+        catch_up_(module, self.model, self.plans, self.masks if self.frozen else packed)
         self.averages.append(module)
 
     def check_packable(self) -> None:
@@ -291,35 +376,54 @@ class PrunedNetwork:
     def finish(self, packed: bool) -> None:
         """Pack or unpack the finished network."""
         if self.packed and not packed:
-            self._masks = dict(self.masks)
-            unpack_model_(self.model, self.optimizers)
-            for average in self.averages:
-                unpack_model_(average)
-            self._replaced()
+            self._unpack()
         elif packed and not self.packed and self._masks:
             self._forget_unpackable_state()
             self.pack()
+        elif packed and self.moving:
+            for average in self.averages:
+                settle_model_(average)
+            settle_model_(self.model, self.optimizers)
+            self._replaced()
         self.packed = packed and self.frozen
         if not self.packed:
             self._find_again()
 
-    def pack(self) -> None:
-        """Pack the layers with masks."""
+    def _unpack(self) -> None:
+        self._masks = dict(self.masks)
+        unpack_model_(self.model, self.optimizers)
+        for average in self.averages:
+            unpack_model_(average)
+        self._replaced()
+
+    def pack(self, patterns: Mapping[str, Patterns] | None = None) -> list[str]:
+        """Pack the layers with masks; with ``patterns`` those named, whose masks go on moving.
+
+        Returns:
+            Names of the layers packed.
+        """
         dense = {name: mask for name, mask in self._masks.items() if mask is not None}
+        if patterns is not None:
+            dense = {name: mask for name, mask in dense.items() if name in patterns}
         linear = [layer.name for layer in self.prunable.linears if layer.name in dense]
         refused = pack_refusals(self.model, linear, self.optimizers)
         for name, reason in refused.items():
             warnings.warn(f"{name} trains masked and dense, not packed: {reason}", stacklevel=2)
         masks = {name: mask for name, mask in dense.items() if name not in refused}
-        pack_model_(self.model, masks, self.optimizers)
+        if not masks:
+            return []
+        pack_model_(self.model, masks, self.optimizers, patterns or {})
         self._masks.update(dict.fromkeys(masks))
         for average in self.averages:
-            pack_model_(average, masks)
+            pack_model_(average, masks, patterns=patterns or {})
             for name in masks:  # one index for both
                 own, copy = self._packed_layer(name), average.get_submodule(name)
                 if isinstance(copy, PackedLayer) and copy.structure.device == own.structure.device:
                     copy.structure = own.structure
+        if patterns is not None:
+            self._find_again()
         self._replaced()
+        return list(masks)
 
     def _forget_unpackable_state(self) -> None:
         """Drop optimizer state that cannot be packed; an optimizer that goes on starts it again."""
@@ -340,6 +444,7 @@ class PrunedNetwork:
             "plans": [json.dumps(plan.to_json()) for plan in self.plans],
             "frozen": self.frozen,
             "packed": self.packed and self.frozen,
+            "moving": list(self.moving),
             "masks": {name: bits_from_mask(mask) for name, mask in self.masks.items()},
         }
 
@@ -350,13 +455,30 @@ class PrunedNetwork:
             self.remove(plan)
             self.publisher.publish(ChannelsRemoved(plan))
 
-    def load_masks(self, saved: Mapping[str, Any]) -> None:
-        """Take over masks, after `load_plans`; the network is packed if the saved one was."""
+    def load_masks(
+        self, saved: Mapping[str, Any], patterns: Callable[[], Mapping[str, Patterns]] = dict
+    ) -> None:
+        """Take over masks, after `load_plans`; the network is packed if the saved one was.
+
+        ``patterns``: as in `mask`, of the method's loaded state.
+        """
         self.frozen = saved["frozen"]
-        self._masks = {
-            layer.name: mask_from_bits(saved["masks"][layer.name].to(layer.weight.device), layer.shape)
+        masks = {
+            layer.name: mask_from_bits(saved["masks"][layer.name].to(layer.parameter.device), layer.shape)
             for layer in self.prunable.layers
             if layer.name in saved["masks"]
         }
         if self.frozen:
             self.packed = bool(saved["packed"])  # go on in the form that was saved
+        packed = list(saved.get("moving", ()))
+        if packed and set(packed) == set(self.moving):
+            self._index({name: masks[name] for name in packed})
+            self._masks = {**masks, **dict.fromkeys(packed)}
+            return
+        if self.moving:
+            self._unpack()
+            self._find_again()
+        self._masks = dict(masks)
+        if packed:
+            known = patterns()
+            self.pack({name: known[name] for name in packed})

@@ -15,6 +15,7 @@ from torch.utils.hooks import RemovableHandle
 
 from clicktrain.comm.agreement import mean_over_processes
 from clicktrain.errors import MissedTarget, NetworkCollapsed, UserError, shown
+from clicktrain.formats.packed import Patterns
 from clicktrain.graph import Inputs, as_inputs
 from clicktrain.graph.prunable import PrunableLayers
 from clicktrain.latency.network_times import MeasureMasks
@@ -101,6 +102,7 @@ class Pruner:
         if inputs is not None and not inputs.tensors():
             raise UserError(f"example is {shown(example)}, which holds no tensor: give a batch of inputs")
         prunable = replace(method.find_prunable(model, self._optimizers.parameters()), example=inputs)
+        self.method = method = method.fitted(prunable)
         weights = [layer.weight for layer in prunable.layers]
         self._optimizers.check(model, weights, packed, shrinks=method.reads_graph)
         self.network = PrunedNetwork(model, self._optimizers.all, prunable, packed)
@@ -113,11 +115,14 @@ class Pruner:
         self._collapse: str | None = None
         self._depths: dict[int, int] = {}
         self._looked_at_state = False
+        self._most_batches = 1
+        """Batches of the longest step so far."""
         self._round = OptimizerRound()
         self._holders = self._optimizers.holders(weights)
         """Those whose steps make a round."""
         if packed:
             self.network.check_packable()
+        self._copies = CopyNote(model)
         self._carry_out(method.at_start(self._state, self._prunable, length))
         self._watch = LoopWatch(self.network, self._optimizers, length, replaces=method.reads_graph)
         self._handles: list[RemovableHandle] = []
@@ -129,9 +134,9 @@ class Pruner:
                 self._handles.append(one.register_load_state_dict_post_hook(self._after_load))
         if method.reads_graph and (example is None or method.keeps_inputs):
             self._handles.append(model.register_forward_pre_hook(_InputHook(self), with_kwargs=True))
-        self._copies = CopyNote(model)
-        modules = [model, *(layer.module for layer in prunable.layers)]
+        modules = [model, *(layer.module for layer in self._prunable.layers)]
         self._claim = Claim(method.name, [*self._optimizers.all, *modules])
+        self._ask_for_gradients()
 
     # ---- what a loop calls ------------------------------------------------------------------
 
@@ -168,6 +173,7 @@ class Pruner:
         if self.frozen and len(self._optimizers.all) > len(self._optimizers.units):
             with torch.no_grad():
                 self.network.mask_gradients()  # SAM moves weights by them before any step
+        self._ask_for_gradients()
 
     def follow(self, average: nn.Module) -> None:
         """Have a moving average of the network masked, shrunk, packed and unpacked with it.
@@ -315,6 +321,18 @@ class Pruner:
         return self.method.stage(self._state)
 
     @property
+    def cut_epoch(self) -> float | None:
+        """Epochs done when masks are to be frozen, as far as that is known; see `Method.cut_epoch`."""
+        return self.method.cut_epoch(self._state, self.length)
+
+    def latest_cut(self, length: RunLength) -> float | None:
+        """Epochs done when masks would be frozen at the latest in a run of this length, from its start.
+
+        None if the method does not say. Raises UserError if such a run is too short for the method.
+        """
+        return self.method.cut_epoch(self._state, length, latest=True)
+
+    @property
     def penalized_channels(self) -> Mapping[str, tuple[ChannelAxis, ...]]:
         """Layer name -> channels that are being pushed towards zero; see `Method.penalized_channels`."""
         return self.method.penalized_channels(self._state)
@@ -351,8 +369,18 @@ class Pruner:
 
     @property
     def packed(self) -> bool:
-        """Whether layers are packed once masks are frozen."""
+        """Whether layers are packed once masks are frozen, or while they move: see `Method.mask_patterns`."""
         return self.network.packed
+
+    @property
+    def moving(self) -> bool:
+        """Whether layers are packed whose masks still move."""
+        return not self.frozen and bool(self.network.moving)
+
+    @property
+    def collecting(self) -> bool:
+        """Whether packed layers compute the gradients of all weights in this step, for masks to move."""
+        return self.network.collecting
 
     @property
     def revision(self) -> int:
@@ -399,6 +427,7 @@ class Pruner:
             **self.progress.state_dict(),
             "collapse": self._collapse,
             **self.network.state_dict(),
+            "most_batches": self._most_batches,
             "events": list(self.events),
         }
 
@@ -411,16 +440,19 @@ class Pruner:
             raise UserError(f"this state was saved by method {saved['method']!r}, not {self.method.name!r}")
         self._find_averages()
         self.network.load_plans(saved["plans"])
-        device = next((layer.weight.device for layer in self._prunable.layers), None)
+        device = next((layer.parameter.device for layer in self._prunable.layers), None)
         self.progress.load_state_dict(saved, device)
         self._watch.length = self.length
         self._state = self.method.load_state(self._prunable, self.length, saved["state"])
         self.method.use_measure(self._state, self._prunable, self._measure)
         self._collapse = saved["collapse"]
         self.events = list(saved["events"])
-        self.network.load_masks(saved)
+        self._most_batches = int(saved.get("most_batches", 1))
+        self.network.load_masks(saved, self._mask_patterns)
         if self.frozen:
             self._end_choice()
+        self.network.want_gradients(False)
+        self._ask_for_gradients()
 
     # ---- hooks ------------------------------------------------------------------------------
 
@@ -447,6 +479,8 @@ class Pruner:
                 return
             elif unit in self._holders and self._round.begins(self.progress.seen):
                 self.network.check_seen(self.method.reads_graph)
+                self._most_batches = max(self._most_batches, len(self.progress.losses))
+                self.network.settle_gradients()
                 self.method.before_step(self._state, self._prunable, self._step(optimizer))
 
     def _after_step(self, optimizer: Optimizer, args: Any, kwargs: Any) -> None:
@@ -457,7 +491,7 @@ class Pruner:
         self._close_epoch()
         if not self._looked_at_state:
             self._looked_at_state = True
-            self._optimizers.check_first_step([layer.weight for layer in self._prunable.layers])
+            self._optimizers.check_first_step([layer.parameter for layer in self._prunable.layers])
         whole = unit in self._holders and self._round.ends(unit, self._holders)
         with torch.no_grad(), self._full_precision():
             if self.frozen:
@@ -471,6 +505,7 @@ class Pruner:
                 self._carry_out(actions)
         if whole:
             self.progress.stepped()
+            self._ask_for_gradients(done=True)
         self._watch.stepped()
 
     def _publish_epoch(self) -> None:
@@ -497,7 +532,7 @@ class Pruner:
 
     def _find_holders(self, _: ParametersReplaced) -> None:
         if not (self.frozen and self.packed):  # packed, the same ones hold the values
-            self._holders = self._optimizers.holders([layer.weight for layer in self._prunable.layers])
+            self._holders = self._optimizers.holders([layer.parameter for layer in self._prunable.layers])
 
     def _see_inputs(self, module: nn.Module, args: Any, kwargs: Any) -> None:
         self.network.see(Inputs(args, kwargs), self.method.keeps_inputs and module.training)
@@ -541,7 +576,11 @@ class Pruner:
                 case Record(event):
                     self._record(event)
                 case ApplyMasks(masks, forget):
-                    self.network.mask(masks, forget)
+                    if forget and self.packed:
+                        self._find_averages()
+                    packed = self.network.mask(masks, forget, self._mask_patterns)
+                    if packed:
+                        self.method.after_packing(self._state, packed)
                 case FreezeMasks(masks):
                     self._find_averages()
                     self.network.freeze(masks)
@@ -555,6 +594,24 @@ class Pruner:
                     self._record(self.network.reconfigure(plan, event, checked, self._follow))
                 case RestoreTensors(values):
                     self.network.restore(values)
+
+    def _mask_patterns(self) -> dict[str, Patterns]:
+        """The layers that may be packed while their masks move, with the patterns that these may have."""
+        every = ((one.name, self.method.mask_patterns(self._state, one)) for one in self._prunable.layers)
+        return {name: patterns for name, patterns in every if patterns is not None}
+
+    def _ask_for_gradients(self, done: bool = False) -> None:
+        """Have packed layers collect all gradients if the step that the next batch may end reads them.
+
+        A step holds at most as many batches as any before it, as far as is known. ``done``: a step has ended,
+        so that what was collected for it has been read.
+        """
+        if not self.moving:
+            return
+        after = {self.progress.seen + 1, self.progress.seen + self._most_batches}
+        wanted = any(self.method.wants_gradients(self._state, self.length, seen) for seen in after)
+        if wanted != self.collecting and (wanted or done):
+            self.network.want_gradients(wanted)
 
     def _end_choice(self) -> None:
         """Masks are frozen: the plan shows what was chosen, and layers are packed."""

@@ -34,6 +34,14 @@ class ChannelsRemoved(Notification):
 
 
 @dataclass(frozen=True, eq=False)
+class MasksMoved(Notification):
+    """Packed layers keep other positions; also when a state is loaded.
+
+    Their values are the same parameters, unless the number of kept weights has changed.
+    """
+
+
+@dataclass(frozen=True, eq=False)
 class MasksFrozen(Notification):
     """Masks do not change any more, and the network is packed if it is to be; also when a state is loaded."""
 
@@ -100,6 +108,10 @@ class Wrapped(Generic[W]):
             self._current = self._wrap(self._model)
             self._outdated = False
         return self._current
+
+    def renew(self) -> None:
+        """Wrap the network again before it runs the next time."""
+        self._outdated = True
 
     def __call__(self, *args: Any, **kwargs: Any) -> Any:
         """Run the network."""

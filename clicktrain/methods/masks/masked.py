@@ -97,6 +97,10 @@ class Masked(Method[MaskState]):
         """What has to have a meaning in a layer for it to be pruned."""
         return "weight"
 
+    def unit_refusal(self, layer: PrunableLayer) -> str | None:
+        """Why the unit has no meaning in a convolution, or None."""
+        return layer.unit_refusal(self.unit)
+
     # ---- scores -----------------------------------------------------------------------------
 
     @property
@@ -123,7 +127,7 @@ class Masked(Method[MaskState]):
         prunable = find_prunable(
             model, trained, exclude=self.exclude, include=self.include, linear=self.prunes_linear
         )
-        refusals = {layer.name: layer.unit_refusal(self.unit) for layer in prunable.convs}
+        refusals = {layer.name: self.unit_refusal(layer) for layer in prunable.convs}
         return leave_alone(prunable, {name: why for name, why in refusals.items() if why is not None})
 
     def init(self, prunable: PrunableLayers, length: RunLength) -> MaskState:
@@ -131,6 +135,10 @@ class Masked(Method[MaskState]):
         del length
         check_convolutions(prunable, self.title)
         CRITERIA.resolve(self.criterion)
+        return self.new_state()
+
+    def new_state(self) -> MaskState:
+        """A state before the first step."""
         return MaskState()
 
     def enter(self, state: MaskState, stage: str, reason: str) -> Action:
@@ -203,11 +211,15 @@ class Masked(Method[MaskState]):
         pruned = sum((1 - (row.density or 0.0)) * math.prod(row.shape) for row in done) / max(weights, 1)
         if planned is not None and not reached:
             pruned = planned
-        summary = (
-            f"sparsity asked {self.sparsity:g}, {'reached' if reached else 'planned'} {pruned:.3f} of the "
-            f"weights of {len(done)} layers{planned_far_off(self.sparsity, pruned)}"
-        )
+        summary = self.summary(prunable, pruned, "reached" if reached else "planned")
         return PruningPlan(plan_rows(prunable, done), summary, tuple(stages))
+
+    def summary(self, prunable: PrunableLayers, sparsity: float, how: str) -> str:
+        """The last line of a plan: the target, and the sparsity of all layers planned or reached."""
+        return (
+            f"sparsity asked {self.sparsity:g}, {how} {sparsity:.3f} of the "
+            f"weights of {len(prunable.layers)} layers{planned_far_off(self.sparsity, sparsity)}"
+        )
 
     def state_dict(self, state: MaskState) -> dict[str, Any]:
         """Nested dicts of tensors, numbers and strings; masks with one bit a weight."""
@@ -219,7 +231,7 @@ class Masked(Method[MaskState]):
         del length
         device = prunable.layers[0].weight.device if prunable.layers else "cpu"
         state, layers = (
-            restored_state(MaskState, saved, device),
+            restored_state(type(self.new_state()), saved, device),
             {each.name: each for each in prunable.layers},
         )
         state.masks = {name: mask_from_bits(m, layers[name].shape) for name, m in state.masks.items()}

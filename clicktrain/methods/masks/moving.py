@@ -5,38 +5,37 @@ Between updates masks hold at every step: pruned weights have no gradient, and n
 that no momentum moves them, or starts them off when they grow. The gradient of a pruned weight is read first
 where units grow by it. The papers skip the optimizer's step at an update; here it has happened before.
 
-Until masks are frozen a run is charged the dense cost in `clicktrain.train.prepare`, although most weights
-are zero: no operator makes use of positions that still change.
+Where layers are to be packed they are so from the first step, or from the update on that leaves enough zeros.
+Then nothing outside the masks is stored, no step touches it, and the fast kernels run while positions move;
+only a step whose gradients let units grow computes those of all weights.
 """
 
 from __future__ import annotations
 
 import abc
 import math
-from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from collections.abc import Collection, Mapping, Sequence
+from dataclasses import dataclass, replace
 from typing import ClassVar
 
 import torch
 from torch import Tensor
 
-from clicktrain.comm.agreement import agreed_text
 from clicktrain.errors import UserError
 from clicktrain.graph.prunable import PrunableLayer, PrunableLayers
 from clicktrain.methods.base import Action, ApplyMasks, LayerPlan, PruningPlan, Record, RunLength, StepInfo
-from clicktrain.methods.masks.masked import Masked, MaskState, Tensors
+from clicktrain.methods.masks.masked import MaskState, Tensors
+from clicktrain.methods.masks.moving_units import MovingUnits
 from clicktrain.methods.masks.update_times import Timing
 from clicktrain.runs.events import ABSENT, Event, RegrownEvent
-from clicktrain.sparsity.distributions import DISTRIBUTIONS, DistributionChoice
-from clicktrain.sparsity.importance import reads_gradient
+from clicktrain.sparsity.pattern_units import PatternUnit
 from clicktrain.sparsity.registry import choice_name
-from clicktrain.sparsity.regrowth import GROWTHS, GrowthChoice, Units, Update, random_units, units_at
+from clicktrain.sparsity.regrowth import Units, Update, random_numbers, units_at
 from clicktrain.sparsity.schedules import ScheduleChoice
-from clicktrain.sparsity.units import UNITS, Unit, UnitChoice
 
 
 @dataclass(frozen=True, kw_only=True)
-class Moving(Masked):
+class Moving(MovingUnits):
     """A method whose units are dropped, and may grow, every `interval` batches."""
 
     reason: ClassVar[str] = "every filter keeps a weight, kernels are whole"
@@ -49,10 +48,6 @@ class Moving(Masked):
     doubling: ClassVar[bool] = False
     """Whether units move half as often in each further quarter of the run."""
 
-    granularity: UnitChoice = "weight"
-    """What is dropped and grown: single weights, or whole kernels."""
-    densities: DistributionChoice = "erk"
-    """Weights over layers: Erdos-Renyi-kernel (small layers denser), or the same share everywhere."""
     interval: int | None = None
     """Batches between updates; by default 1,000, or a fiftieth of a run of under 50,000 batches."""
     stop: float = 0.75
@@ -112,24 +107,14 @@ class Moving(Masked):
     # ---- parts ----------------------------------------------------------------------------------
 
     @property
-    def unit(self) -> str:
-        """What has to have a meaning in a layer for it to be pruned."""
-        return choice_name(self.granularity).rpartition(":")[2]
-
-    @property
-    def kind(self) -> Unit:
-        """The unit."""
-        return UNITS.resolve(self.granularity)
-
-    @property
     def needs_gradients(self) -> bool:
         """Whether an update reads gradients."""
         return self.reads_gradient
 
-    def layer_densities(self, prunable: PrunableLayers, sparsity: float) -> dict[str, float]:
-        """Share of each layer's weights that lives at a sparsity of all layers."""
-        shapes = {layer.name: layer.shape for layer in prunable.layers}
-        return DISTRIBUTIONS.resolve(self.densities)(shapes, 1 - sparsity)
+    @property
+    def grows_by_gradient(self) -> bool:
+        """Whether what grows is chosen by gradients, those of pruned weights too; else at random."""
+        return False
 
     def root_scores(self, layer: PrunableLayer, grad: Tensor | None) -> Tensor:
         """Scores as magnitudes: the root of a criterion, so that w^2 compares units by |w|."""
@@ -141,19 +126,8 @@ class Moving(Masked):
         """Check that the run can be done as asked."""
         state = super().init(prunable, length)
         self.timing(length)
-        self._check_units(prunable)
+        self.check_units(prunable)
         return state
-
-    def _check_units(self, prunable: PrunableLayers) -> None:
-        """UserError where fewer units would live than there are filters."""
-        units = sum(math.prod(self.kind.shape(layer.view_shape)) for layer in prunable.layers)
-        filters = sum(layer.view_shape[0] for layer in prunable.layers)
-        if (1 - self.sparsity) * units < filters:
-            most = math.floor(1000 * (1 - filters / units)) / 1000
-            raise UserError(
-                f"a sparsity of {self.sparsity:g} leaves {(1 - self.sparsity) * units:.0f} "
-                f"{self.unit}s to {filters} filters: at most {most:g} can be asked of this network"
-            )
 
     def at_start(self, state: MaskState, prunable: PrunableLayers, length: RunLength) -> Sequence[Action]:
         """A network that begins sparse is so before its first forward pass."""
@@ -170,13 +144,35 @@ class Moving(Masked):
         timing = self.timing(step.length)
         if state.stage == "fixed":
             return
-        moves = timing.due(step.seen, state.updated) or (self.moves_last and step.seen >= timing.end)
-        if self.needs_gradients and moves:
+        whole = not self.grows_by_gradient or all(layer.whole_gradient for layer in prunable.layers)
+        if self.needs_gradients and self._moves(state, timing, step.seen) and whole:
             self.keep_gradients(state, prunable, step)
         for layer in prunable.layers:
             mask = state.masks.get(layer.name)
             if mask is not None and layer.weight.grad is not None:
                 layer.weight.grad.masked_fill_(~mask, 0.0)
+
+    def _moves(self, state: MaskState, timing: Timing, seen: int) -> bool:
+        """Whether units move after this many batches."""
+        return timing.due(seen, state.updated) or (self.moves_last and seen >= timing.end)
+
+    def wants_gradients(self, state: MaskState, length: RunLength, seen: int) -> bool:
+        """At an update that lets units grow where the gradient is large."""
+        return (
+            self.grows_by_gradient
+            and state.stage != "fixed"
+            and self._moves(state, self.timing(length), seen)
+        )
+
+    def after_packing(self, state: MaskState, names: Collection[str]) -> None:
+        """Packed layers hold their masks."""
+        state.masks = {name: mask for name, mask in state.masks.items() if name not in names}
+
+    def masks_now(self, state: MaskState, prunable: PrunableLayers) -> Tensors:
+        """The masks of all layers, those of packed ones built from their index; none while all is dense."""
+        every = ((layer.name, state.masks.get(layer.name), layer) for layer in prunable.layers)
+        masks = {name: layer.packed_mask if mask is None else mask for name, mask, layer in every}
+        return {name: mask for name, mask in masks.items() if mask is not None}
 
     def after_step(self, state: MaskState, prunable: PrunableLayers, step: StepInfo) -> Sequence[Action]:
         """Hold the masks; move units when it is time; freeze them after the last time."""
@@ -194,8 +190,14 @@ class Moving(Masked):
         if not timing.due(step.seen, state.updated) or not read:
             state.gradients = {}
             return [*actions, ApplyMasks(state.masks)] if state.masks else actions
-        event = self._update(state, prunable, step.seen, timing.done(step.seen))
-        return [*actions, Record(event), ApplyMasks(state.masks, forget=True)]
+        masks, event = self._update(state, prunable, step.seen, timing.done(step.seen))
+        state.masks = {layer.name: masks[layer.name] for layer in prunable.layers if not layer.packed}
+        return [*actions, Record(event), ApplyMasks(masks, forget=True)]
+
+    def cut_epoch(self, state: MaskState, length: RunLength, *, latest: bool = False) -> float | None:
+        """When units have moved for the last time."""
+        del state, latest
+        return self.timing(length).end / length.steps_per_epoch
 
     def event(self, now: Update, kept: Units, alive: Units, threshold: float) -> Event:
         """What to record about a move, with the threshold that units were dropped by."""
@@ -203,41 +205,82 @@ class Moving(Masked):
         dropped, grown = now.weights(now.alive) - after, now.weights(alive) - after
         return RegrownEvent(dropped=dropped, grown=grown, threshold=threshold)
 
-    def _update(self, state: MaskState, prunable: PrunableLayers, seen: int, done: float) -> Event:
-        """Drop and grow. Grown weights are zero already: dead ones were."""
-        now = self._now(state, prunable, seen, done)
+    def _update(
+        self, state: MaskState, prunable: PrunableLayers, seen: int, done: float
+    ) -> tuple[Tensors, Event]:
+        """Drop and grow: the new masks. Grown weights are zero already: dead ones were."""
+        before = self.masks_now(state, prunable)
+        weights = {layer.name: self._weights(state, layer) for layer in prunable.layers}
+        now = self._now(state, prunable, before, weights, seen, done)
         threshold = state.memory.get("threshold", ABSENT)
         kept, alive = self.move(now)
-        for layer in prunable.layers:
-            state.masks[layer.name] = layer.unview(self.kind.weights(alive[layer.name], layer.view_shape))
+        masks: Tensors = {}
+        changed: int | None = None
+        for number, layer in enumerate(prunable.layers):
+            name, unit = layer.name, self.unit_at(state, layer)
+            if not isinstance(unit, PatternUnit):
+                masks[name] = layer.unview(unit.weights(alive[name], layer.view_shape))
+                continue
+            scores, grads = weights[name]
+            if grads is None or not self.grows_by_gradient:
+                grads = random_numbers(scores.shape, now.seed, seen, len(prunable.layers) + number)
+            old = layer.view(before[name]) if name in before else None
+            moved = unit.rearranged(old, kept[name], alive[name], scores, grads, now.rows_of(name))
+            masks[name], changed = layer.unview(moved.mask), (changed or 0) + moved.changed
         state.updated, state.gradients = seen, {}
-        return self.event(now, kept, alive, threshold)
+        event = self.event(now, kept, alive, threshold)
+        if changed is not None and isinstance(event, RegrownEvent):
+            event = replace(event, patterns_changed=changed)
+        return masks, event
 
-    def _now(self, state: MaskState, prunable: PrunableLayers, seen: int, done: float) -> Update:
+    def _weights(self, state: MaskState, layer: PrunableLayer) -> tuple[Tensor, Tensor | None]:
+        """Scores of weights, and magnitudes of their gradients, as views [F, C, R, S]."""
+        grad = state.gradients.get(layer.name)
+        scores = layer.view(self.root_scores(layer, grad))
+        return scores, None if grad is None else layer.view(grad.float().abs())
+
+    def _now(
+        self,
+        state: MaskState,
+        prunable: PrunableLayers,
+        masks: Tensors,
+        weights: Mapping[str, tuple[Tensor, Tensor | None]],
+        seen: int,
+        done: float,
+    ) -> Update:
         """What the rules see."""
-        unit = self.kind
         alive, scores, gradients = {}, {}, {}
         for layer in prunable.layers:
-            name, grad, mask = layer.name, state.gradients.get(layer.name), state.masks.get(layer.name)
-            scores[name] = unit.scores(layer.view(self.root_scores(layer, grad)))
+            name, unit, mask = layer.name, self.unit_at(state, layer), masks.get(layer.name)
+            own, grad = weights[name]
+            scores[name] = unit.scores(own)
             everywhere = torch.ones_like(scores[name], dtype=torch.bool)
             alive[name] = everywhere if mask is None else unit.units(layer.view(mask))
             if grad is not None:
-                gradients[name] = unit.scores(layer.view(grad.float().abs()))
+                gradients[name] = unit.scores(grad)
         shapes = {layer.name: layer.shape for layer in prunable.layers}
-        sizes = {layer.name: unit.size(layer.view_shape) for layer in prunable.layers}
-        return Update(alive, scores, gradients, shapes, sizes, done, state.seed, seen, state.memory)
+        sizes = {layer.name: self.unit_of(layer).size(layer.view_shape) for layer in prunable.layers}
+        rows = {layer.name: self.rows_of(layer) for layer in prunable.layers}
+        return Update(alive, scores, gradients, shapes, sizes, done, state.seed, seen, state.memory, rows)
 
     def last_masks(self, state: MaskState, prunable: PrunableLayers) -> Tensors:
         """The masks that are frozen, after a last move if there is one."""
         if self.moves_last:
-            self._update(state, prunable, state.updated + 1, 1.0)
-        return state.masks
+            return self._update(state, prunable, state.updated + 1, 1.0)[0]
+        return self.masks_now(state, prunable)
 
     def budget(self, now: Update) -> int:
         """Weights that live at the sparsity asked for: the same at every time but for parts of units."""
-        densities = DISTRIBUTIONS.resolve(self.densities)(now.shapes, 1 - self.sparsity)
-        return sum(units_at(densities[n], now.alive[n].numel()) * now.sizes[n] for n in now.alive)
+        counts = self.counts_at(now, 1 - self.sparsity)
+        return sum(counts[name] * now.sizes[name] for name in counts)
+
+    def counts_at(self, now: Update, density: float) -> dict[str, int]:
+        """Units of each layer that live at a density of all layers."""
+        return now.counts(self.densities_at(now, density))
+
+    def densities_at(self, now: Update, density: float) -> dict[str, float]:
+        """Density of each layer at a density of all layers."""
+        return self.spread(now.shapes, {name: now.most(name) for name in now.alive}, density)
 
     # ---- what is shown --------------------------------------------------------------------------
 
@@ -250,21 +293,26 @@ class Moving(Masked):
         first = self.layer_densities(prunable, self.first_sparsity)
         open_yet = bool(self.decided_by) and not (state and state.kept)
         for layer in prunable.layers:
-            name, units = layer.name, math.prod(self.kind.shape(layer.view_shape))
-            density = units_at(planned[name], units) / units
-            what = "weights" if layer.kind == "linear" else f"{self.unit}s"
+            name, units = layer.name, math.prod(self.unit_of(layer).shape(layer.view_shape))
+            most = self.most_of(layer)
+            density = most * units_at(planned[name], units, self.rows_of(layer), most) / units
+            what = self.units_called(layer)
             why = "dense by Erdos-Renyi" if density == 1 and not (state and state.kept) else ""
             if open_yet:
                 why = f"{first[name]:.3f} at the start, then by {self.decided_by}"
             rows.append(LayerPlan(name, layer.shape, what, None if open_yet else density, None, why))
+        texts = self.stage_texts(length)
+        lines = [(f"stage {i} {name}", texts[name]) for i, name in enumerate(self.stages, start=1)]
+        return self.show(prunable, state, rows, lines, self.sparsity if open_yet else None)
+
+    def stage_texts(self, length: RunLength) -> dict[str, str]:
+        """What happens in each stage, in words."""
         timing = self.timing(length)
-        texts = {
+        return {
             "dense": f"until batch {timing.begin} of {timing.total}",
             self.moves_in: f"{timing.describe()}, scores by {choice_name(self.criterion)}: {self.describe()}",
             "fixed": "to the end, masks frozen",
         }
-        lines = [(f"stage {i} {name}", texts[name]) for i, name in enumerate(self.stages, start=1)]
-        return self.show(prunable, state, rows, lines, self.sparsity if open_yet else None)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -293,54 +341,3 @@ class Gradual(Moving):
     def begins_at(self) -> float:
         """Share of the run after which units move."""
         return self.start
-
-
-@dataclass(frozen=True, kw_only=True)
-class Growing(Moving):
-    """A method whose units also grow, most often sparse from the first step, at random positions."""
-
-    growth: GrowthChoice = "gradient"
-    """Where units grow inside a layer: at the largest gradients, or at random positions."""
-    mask_seed: int | None = None
-    """Seed of the random positions; the run's own by default."""
-
-    def __post_init__(self) -> None:
-        """Check every setting."""
-        super().__post_init__()
-        if self.mask_seed is not None and self.mask_seed < 0:
-            raise UserError(f"mask_seed must be at least 0, not {self.mask_seed}")
-
-    @property
-    def first_sparsity(self) -> float:
-        """Sparse from the first step."""
-        return self.sparsity
-
-    @property
-    def needs_gradients(self) -> bool:
-        """Whether an update reads gradients."""
-        return super().needs_gradients or reads_gradient(GROWTHS.resolve(self.growth))
-
-    def grow(self, now: Update, kept: Units, counts: Mapping[str, int]) -> Units:
-        """The units that live once these counts have grown in each layer."""
-        return GROWTHS.resolve(self.growth)(now, kept, counts) if any(counts.values()) else kept
-
-    @property
-    def grown(self) -> str:
-        """Where units grow, in words."""
-        name = choice_name(self.growth)
-        return {"gradient": "the largest gradients", "random": "random positions"}.get(name, name)
-
-    def init(self, prunable: PrunableLayers, length: RunLength) -> MaskState:
-        """Random positions, from the seed or else from PyTorch's (which is only read); none if dense."""
-        state = super().init(prunable, length)
-        seed = torch.initial_seed() if self.mask_seed is None else self.mask_seed
-        state.seed = int(agreed_text(str(seed), prunable.layers[0].weight.device))
-        if self.first_sparsity == 0:
-            return state
-        state.stage = self.moves_in
-        densities = self.layer_densities(prunable, self.first_sparsity)
-        for number, layer in enumerate(prunable.layers):
-            shape = self.kind.shape(layer.view_shape)
-            units = random_units(shape, densities[layer.name], state.seed, number).to(layer.weight.device)
-            state.masks[layer.name] = layer.unview(self.kind.weights(units, layer.view_shape))
-        return state

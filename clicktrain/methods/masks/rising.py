@@ -96,6 +96,12 @@ class Rising(CutSettings, EraSettings, Masked):
         threshold = self.threshold_of(self.sparsity, seen, step.length)
         return [*actions, *self._prune(state, prunable, threshold)]
 
+    def cut_epoch(self, state: MaskState, length: RunLength, *, latest: bool = False) -> float | None:
+        """At the end of the era; not known while a trigger may yet begin it."""
+        if self.trigger != "own" and state.stage == "dense" and not latest:
+            return None
+        return (self.batches(length)[1] - state.shift) / length.steps_per_epoch
+
     def _open_era(self, state: MaskState, reason: str) -> Action:
         state.kernels = KernelWatch()
         return self.enter(state, "era", reason)

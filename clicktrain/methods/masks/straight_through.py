@@ -39,6 +39,11 @@ class StraightThrough(Masked):
         """Batches after which masks are frozen."""
         return round(self.stop * length.total)
 
+    def cut_epoch(self, state: MaskState, length: RunLength, *, latest: bool = False) -> float | None:
+        """When masks are not chosen again."""
+        del state, latest
+        return self.frozen_at(length) / length.steps_per_epoch
+
     def at_start(self, state: MaskState, prunable: PrunableLayers, length: RunLength) -> Sequence[Action]:
         """The first forward pass is masked."""
         del length

@@ -79,7 +79,7 @@ class PatternSettings(PatternChoices, EarlyTrigger):
     entries: int = 4
     """Kept positions of a 3x3 kernel; other kernel sizes keep the same share."""
     pool: Literal["dynamic", "fixed"] | None = None
-    """Pattern pool generated while training (section 4.2), or 4, 8 or 12 fixed 3x3 patterns."""
+    """Pattern pool generated while training (section 4.2), or 4, 8, 12 or 16 fixed 3x3 patterns."""
     selection: Literal["votes", "accumulated"] | None = None
     """A kernel's pattern: the one that is best in most batches (section 4.3), or best by importance summed
     over batches."""

@@ -55,8 +55,10 @@ class ConvPlan:
 def prepare(
     structure: Structure, problem: ConvProblem, groups: int = 1, tilings: Mapping[Phase, Tiling] | None = None
 ) -> tuple[ConvPlan, tuple[Tensor, ...]]:
-    """Everything about one layer that stays the same over all steps.
+    """Everything about one layer that stays the same over all steps, or until its positions move.
 
+    Where they move, the plan and with it all code depend on the patterns that may come, not on the positions
+    of the moment: `prepare` for another mask, with the same tilings, gives the same plan and other tables.
     Phases without a tiling are cut by rule; ``filters_per_tile`` is lowered to what the structure allows.
 
     Returns:
@@ -70,7 +72,10 @@ def prepare(
         tiling = (tilings or {}).get(phase)
         if tiling is None:
             tiling = _candidates(phase, structure, problem, tap_patterns, parts)[0]
-        elif tiling.filters_per_tile > 1 and _filters_per_tile(phase, parts()) % tiling.filters_per_tile:
+        elif (
+            tiling.filters_per_tile > 1
+            and _filters_per_tile(phase, structure, parts) % tiling.filters_per_tile
+        ):
             tiling = replace(tiling, filters_per_tile=1)
         chosen.append((phase, tiling))
     plan = ConvPlan(problem, tap_patterns, tuple(chosen))
@@ -152,15 +157,16 @@ def _candidates(
     tools = toolchain()
     registers, lanes = (tools.simd.registers, tools.lanes(torch.float32)) if tools else (16, 8)
     complete = is_complete(structure, tap_patterns)
-    counts = (_filters_per_tile(phase, parts()), 1) if complete else (1,)
+    counts = (_filters_per_tile(phase, structure, parts), 1) if complete else (1,)
     every = (candidates(phase, problem, registers, lanes, tap_patterns, n, complete, copied) for n in counts)
     return list(dict.fromkeys(itertools.chain.from_iterable(every)))
 
 
-def _filters_per_tile(phase: Phase, parts: Parts) -> int:
-    if phase == "dgrad":
+def _filters_per_tile(phase: Phase, structure: Structure, parts: Callable[[], Parts]) -> int:
+    """How many neighboring filters share their positions; where these move they need not for long."""
+    if phase == "dgrad" or structure.patterns is not None:
         return 1
-    return next((size for size in GROUP_SIZES if parts.agree(size)), 1)
+    return next((size for size in GROUP_SIZES if parts().agree(size)), 1)
 
 
 def _chunks(rows: Tensor, entries: Tensor, tap_patterns: Sequence[Taps], filters_per_tile: int) -> Tensor:

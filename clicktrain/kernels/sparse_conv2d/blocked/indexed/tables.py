@@ -1,4 +1,4 @@
-"""The fixed index of a layer for the kernels that take offsets of taps as data: see `generator`."""
+"""The index of a layer for the kernels that take offsets of taps as data: see `generator`."""
 
 from __future__ import annotations
 
@@ -11,6 +11,7 @@ from clicktrain.kernels.sparse_conv2d.blocked.indexed.generator import UNIT, Ind
 from clicktrain.kernels.sparse_conv2d.blocked.patterns.tables import Table
 from clicktrain.kernels.sparse_conv2d.blocked.problem import ConvProblem, Phase, Tiling
 from clicktrain.kernels.sparse_conv2d.blocked.shared.headers import distance
+from clicktrain.kernels.sparse_conv2d.blocked.shared.orders import order_by, starts_of
 
 
 def table(phase: Phase, problem: ConvProblem, structure: Structure, groups: int, tiling: Tiling) -> Table:
@@ -26,30 +27,46 @@ def table(phase: Phase, problem: ConvProblem, structure: Structure, groups: int,
     """
     g = IndexedGenerator(phase, problem, tiling, torch.bfloat16 if tiling.pairs else torch.float32)
     filters, channels, r, s = structure.shape
-    kept = structure.mask().cpu().numpy().reshape(filters, channels, r * s)
-    filter_, channel, tap = np.nonzero(kept)
-    channel = channel + filter_ // max(filters // groups, 1) * channels
+    kernel, tap = np.divmod(structure.flat().cpu().numpy(), np.int32(r * s))
+    filter_, channel = np.divmod(kernel, np.int32(channels))
+    if groups > 1:
+        channel = channel + filter_ // max(filters // groups, 1) * np.int32(channels)
     source, result = (filter_, channel) if phase == "dgrad" else (channel, filter_)
-    known = [g.offset(t) for t in range(r * s)]
-    strided_phase = np.array([one for one, _ in known])[tap]
-    number = source // g.per_pass
-    offset = np.array([one for _, one in known])[tap] + source % g.per_pass * (g.window * g.images)
+    known = np.array([g.offset(t) for t in range(r * s)], np.int32)
+    number, place = np.divmod(source, np.int32(g.per_pass))
+    offset = known[tap, 1] + place * np.int32(g.window * g.images)
     if phase == "wgrad":
-        return _runs(g, result, number, offset)
-    order = np.lexsort((offset, result, number, strided_phase))
-    key = ((strided_phase * g.passes + number) * g.results + result)[order]
+        return _runs(g, result, number, source, tap, offset, known[:, 1])
+    strided_phase = known[tap, 0] if g.strided_phases > 1 else 0
+    runs = g.strided_phases * g.passes * g.results
+    key = (strided_phase * np.int32(g.passes) + number) * np.int32(g.results) + result
+    order = _order((key, runs), (source, g.sources), tap, known[:, 1])
+    key = key[order]
     pairs = order[:0]
     if tiling.pairs:
         row = offset // g.columns.buffer  # windows are whole rows: one number for source and row
         order, key, pairs = _pair(order, key, row[order], offset[order], distance(phase, problem))
-    first = np.searchsorted(key, np.arange(g.strided_phases * g.passes * g.results + 1))
-    entries, place = offset[order], first
+    first = starts_of(key, runs)
+    entries, begins = offset[order], first
     if tiling.pairs:
-        return Table(_int32(np.stack([first, place], 1)), _uint16(entries), _int32(pairs))
+        return Table(_int32(np.stack([first, begins], 1)), _uint16(entries), _int32(pairs))
     if phase == "forward":
-        place = np.append(order, 0)[first]
+        begins = np.append(order, 0)[first]
         order = order[:0]
-    return Table(_int32(np.stack([first, place], 1)), _uint16(entries), _int32(order))
+    return Table(_int32(np.stack([first, begins], 1)), _uint16(entries), _int32(order))
+
+
+def _order(
+    key: tuple[np.ndarray, int], source: tuple[np.ndarray, int], tap: np.ndarray, offsets: np.ndarray
+) -> np.ndarray:
+    """Ascending keys, then sources, then offsets of the taps.
+
+    Packed values are in the order of filter, channel and tap, so that sources and taps of a key ascend.
+    """
+    if (np.diff(offsets) > 0).all():
+        return order_by(key)
+    rank = np.argsort(np.argsort(offsets, kind="stable"), kind="stable").astype(np.int32)
+    return order_by(key, source, (rank[tap], len(offsets)))
 
 
 def _pair(
@@ -72,16 +89,29 @@ def _pair(
     return order[leads], key[leads], both.reshape(-1)
 
 
-def _runs(g: IndexedGenerator, filter_: np.ndarray, number: np.ndarray, offset: np.ndarray) -> Table:
+def _runs(
+    g: IndexedGenerator,
+    filter_: np.ndarray,
+    number: np.ndarray,
+    source: np.ndarray,
+    tap: np.ndarray,
+    offset: np.ndarray,
+    offsets: np.ndarray,
+) -> Table:
     """Runs of one filter's weights in one pass, pass after pass within a block of filters."""
-    block = filter_ // g.filters_at_once
-    order = np.lexsort((offset, filter_, number, block))
-    key = ((block * g.passes + number) * g.results + filter_)[order]
-    keys, place, counts = np.unique(key, return_index=True, return_counts=True)
+    block = filter_ // np.int32(g.filters_at_once)
+    key = (block * np.int32(g.passes) + number) * np.int32(g.results) + filter_
+    runs = -(-g.results // g.filters_at_once) * g.passes * g.results
+    order = _order((key, max(runs, 1)), (source, g.sources), tap, offsets)
+    sizes = np.bincount(key, minlength=1)
+    keys = np.flatnonzero(sizes)
+    counts = sizes[keys]
+    place = np.cumsum(counts) - counts
     filled = -(-counts // UNIT) * UNIT
     starts = np.concatenate([[0], np.cumsum(filled)])
-    entries = np.zeros(starts[-1], np.int64)
-    entries[np.repeat(starts[:-1] - place, counts) + np.arange(len(order))] = offset[order]
+    entries = np.zeros(starts[-1], np.uint16)
+    shift = (starts[:-1] - place).astype(np.int32)
+    entries[np.repeat(shift, counts) + np.arange(len(order), dtype=np.int32)] = offset[order]
     windows = keys // g.results % g.passes * (g.per_pass * g.window * g.images)
     rows = np.stack([starts[:-1], keys % g.results, windows, order[place], counts], 1)
     rows = np.concatenate([rows, [[starts[-1], 0, 0, 0, 0]]])

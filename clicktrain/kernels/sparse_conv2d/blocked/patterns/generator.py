@@ -8,7 +8,7 @@ from collections.abc import Iterator
 import torch
 
 from clicktrain.kernels.native.source import begin_source
-from clicktrain.kernels.sparse_conv2d.blocked.patterns.pairs import Place, Use, pair_taps, uses
+from clicktrain.kernels.sparse_conv2d.blocked.patterns.pairs import Place, Use, Window, pair_taps
 from clicktrain.kernels.sparse_conv2d.blocked.patterns.regions import (
     IN_PLACE_CODE,
     AxisRegions,
@@ -22,9 +22,6 @@ from clicktrain.kernels.sparse_conv2d.blocked.shared import headers
 from clicktrain.kernels.sparse_conv2d.blocked.shared.geometry import Backward, Direction, Forward
 from clicktrain.kernels.sparse_conv2d.blocked.shared.headers import CHUNKS, write_copy
 from clicktrain.kernels.sparse_conv2d.blocked.shared.writer import Code, planes
-
-
-_REGISTERS = 32
 
 
 class Generator:
@@ -44,7 +41,6 @@ class Generator:
     ) -> None:
         self.phase, self.tap_patterns, self.filters_per_tile = phase, tap_patterns, tiling.filters_per_tile
         self.dtype, self.operands = dtype, headers.operand_macros(phase, problem, tiling.pairs)
-        self.registers = _REGISTERS
         self.kernel_width = problem.columns.taps
         self.cache_blocked = tiling.code == "cache_blocked" and phase != "wgrad"
         """Whether sums are in L1, of a block of results over passes of sources."""
@@ -59,7 +55,9 @@ class Generator:
             self.rows, self.columns = _axes(direction, problem, tiling, in_place=False)
         self.apart = headers.halves_apart(self.operands)
         """Columns between the two halves of a cell."""
-        self.pairs = [pair_taps(taps, phase, problem) for taps in tap_patterns] if self.multiplies_pairs else []
+        self.pairs = (
+            [pair_taps(taps, phase, problem) for taps in tap_patterns] if self.multiplies_pairs else []
+        )
         """Of each pattern, where forward and dgrad multiply pairs."""
         if self.multiplies_pairs and any(column < 0 for use in self._all_uses() for _, column in use.places):
             self.rows, self.columns = _axes(direction, problem, tiling, in_place=False, margin=self.apart)
@@ -85,8 +83,8 @@ class Generator:
 
     def uses(self, number: int, row: TileKind, column: TileKind) -> list[Use]:
         """The operands of a pattern's pairs on a tile."""
-        taps, pairs = self.tap_patterns[number], self.pairs[number]
-        return uses(taps, pairs, row, column, self.rows, self.columns, self.apart)
+        window = Window(row, column, self.rows, self.columns, self.apart)
+        return window.uses(self.tap_patterns[number], self.pairs[number])
 
     def place(self, place: Place) -> int:
         """A cell's number from the beginning of a tile's window."""
@@ -97,7 +95,7 @@ class Generator:
         return len(self.pairs[number] if self.multiplies_pairs else self.tap_patterns[number])
 
     def _all_uses(self) -> Iterator[Use]:
-        numbers = range(len(self.tap_patterns))
+        numbers = range(len(self.pairs))
         for number, row, column in itertools.product(numbers, self.rows.kinds, self.columns.kinds):
             yield from self.uses(number, row, column)
 

@@ -27,6 +27,8 @@ Pair = tuple[int, int | None]
 """Which of a pattern's taps the low and the high half of an operand are multiplied with; None: with none."""
 Place = tuple[int, int]
 """Row and column in the window of a tile; of cells also columns before it, see `margin`."""
+REGISTERS = 32
+"""Of processors that multiply pairs."""
 _TILE, _INSIDE = 4, 1 << 20
 
 
@@ -47,57 +49,60 @@ class Use(NamedTuple):
         return [place for place in dict.fromkeys((self.low, self.high)) if place is not None]
 
 
-def uses(
-    taps: Taps, pairs: Sequence[Pair], row: TileKind, column: TileKind, rows: AxisRegions, columns: AxisRegions, apart: int
-) -> list[Use]:
-    """All pairs of a pattern on all positions of a tile, but those that read nothing."""
+class Window:
+    """Where the taps of a kernel read in the windows of one kind of tile.
 
-    def column_of(tap: int, j: int) -> int | None:
-        """As `reads`, but also of columns that lie in the padding."""
-        x = columns.direction.reads(j, taps[tap] % columns.direction.axis.taps)
-        return None if x is None else x - column.low
+    Attributes:
+        apart: columns between the halves of a cell.
+    """
 
-    result = []
-    for i in range(row.size):
-        for j in range(column.size):
-            for number, pair in enumerate(pairs):
-                halves: list[Place | None] = [None, None]
-                inside = False
-                for half, tap in enumerate(pair):
-                    if tap is None:
-                        continue
-                    y, x = rows.reads(row, i, taps[tap] // columns.direction.axis.taps), column_of(tap, j)
-                    if y is not None and x is not None:
-                        halves[half] = y, x - half * apart
-                        inside |= columns.reads(column, j, taps[tap] % columns.direction.axis.taps) is not None
-                low, high = halves
-                if pair[1] is None:
-                    high = low  # it has no weight
-                elif low != high:
-                    # Halves of their own: what lies in the padding is left out.
-                    low, high = (
-                        None if half is None or not _inside(half[1] + number * apart, column) else half
-                        for number, half in enumerate((low, high))
-                    )
-                if inside and (low is not None or high is not None):
-                    result.append(Use(i * column.size + j, number, low, high))
-    return result
+    def __init__(
+        self, row: TileKind, column: TileKind, rows: AxisRegions, columns: AxisRegions, apart: int
+    ) -> None:
+        self.row, self.column, self.apart = row, column, apart
+        self._rows, self._columns = rows, columns
+        self._width = columns.direction.axis.taps
 
+    def uses(self, taps: Taps, pairs: Sequence[Pair]) -> list[Use]:
+        """All pairs of a pattern on all positions of a tile, but those that read nothing."""
+        result = []
+        for i in range(self.row.size):
+            for j in range(self.column.size):
+                for number, pair in enumerate(pairs):
+                    low, high = (None if tap is None else self._place(taps[tap], i, j) for tap in pair)
+                    if pair[1] is None:
+                        cells = low, low  # there is no weight for the other half
+                    else:
+                        cells = low, None if high is None else (high[0], high[1] - self.apart)
+                    if cells[0] != cells[1]:
+                        cells = self._filled(cells[0], low), self._filled(cells[1], high)
+                    if any(self._filled(half, half) for half in (low, high)):
+                        result.append(Use(i * self.column.size + j, number, *cells))
+        return result
 
-def _inside(x: int, column: TileKind) -> bool:
-    return 0 <= x < column.extent - column.high - column.low
+    def _place(self, tap: int, i: int, j: int) -> Place | None:
+        """What a tap reads for a position. Columns in the padding count: cells have zeros there."""
+        r, s = divmod(tap, self._width)
+        y, x = self._rows.reads(self.row, i, r), self._columns.direction.reads(j, s)
+        return None if y is None or x is None else (y, x - self.column.low)
+
+    def _filled(self, cell: Place | None, read: Place | None) -> Place | None:
+        """The cell, unless what is read in it lies in the padding."""
+        inside = self.column.extent - self.column.low - self.column.high
+        return cell if read is not None and 0 <= read[1] < inside else None
 
 
 @functools.cache
 def pair_taps(taps: Taps, phase: Phase, problem: ConvProblem) -> tuple[Pair, ...]:
     """Cut a pattern into pairs: into those with the fewest instructions, and among them the fewest loads."""
-    direction = Backward if phase == "dgrad" else Forward
-    rows, columns = (AxisRegions(axis, axis.length, 1) for axis in map(direction, (problem.rows, problem.columns)))
-    kinds = [TileKind(_TILE * axis.direction.step, 0, 0, _INSIDE) for axis in (rows, columns)]
+    axes = map(Backward if phase == "dgrad" else Forward, (problem.rows, problem.columns))
+    rows, columns = (AxisRegions(axis, axis.length, 1) for axis in axes)
+    row, column = (TileKind(_TILE * axis.direction.step, 0, 0, _INSIDE) for axis in (rows, columns))
+    window = Window(row, column, rows, columns, distance(phase, problem))
 
     @functools.cache
     def cost(pair: Pair) -> tuple[int, int]:
-        found = uses(taps, [pair], kinds[0], kinds[1], rows, columns, distance(phase, problem))
+        found = window.uses(taps, [pair])
         blends = sum(one.low != one.high for one in found)
         return len(found), blends + 2 * len({place for one in found for place in one[2:]})
 
@@ -173,4 +178,6 @@ def in_pairs(table: Table, taps: Sequence[Taps], pairs: Sequence[Sequence[Pair]]
                         both[first[index] + i * together + j, half] = order[begin[index] + tap * together + j]
     rows = table.rows.numpy().copy()
     rows[:, 1] = np.append(first, counts.sum())[rows[:, 0]]
-    return replace(table, rows=torch.from_numpy(rows), order=torch.from_numpy(both.reshape(-1).astype(np.int32)))
+    return replace(
+        table, rows=torch.from_numpy(rows), order=torch.from_numpy(both.reshape(-1).astype(np.int32))
+    )

@@ -1,4 +1,4 @@
-"""A layer's index in the orders in which the kernels read it, built once after the hard prune."""
+"""A layer's index in the orders in which the kernels read it: built once, or again whenever masks move."""
 
 from __future__ import annotations
 
@@ -10,9 +10,12 @@ from torch import Tensor
 
 from clicktrain.formats.packed import Structure
 from clicktrain.kernels.sparse_conv2d.blocked.patterns.tap_patterns import Taps, split_kernel
+from clicktrain.kernels.sparse_conv2d.blocked.shared.orders import order_by, starts_of
 
 NARROW = 1 << 16
 """Filters and channels that numbers of two bytes can distinguish."""
+_CODED = 62
+"""Positions of a kernel up to which its kept ones are the bits of a number."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -34,43 +37,48 @@ class Table:
 
 
 class Parts:
-    """A layer's kernels, split into the tap patterns that have code."""
+    """A layer's kernels, split into the tap patterns that have code.
+
+    ValueError where a kernel has a position that none of them has.
+    """
 
     def __init__(self, structure: Structure, tap_patterns: tuple[Taps, ...], groups: int = 1) -> None:
         filters, channels, r, s = structure.shape
-        mask = structure.mask().cpu().numpy().reshape(filters, channels, r * s)
-        place = (np.cumsum(mask.reshape(-1)) - 1).reshape(mask.shape)
-        alive_f, alive_c = np.nonzero(mask.any(2))
-        rows = mask[alive_f, alive_c]
-        kinds, kind = np.unique(rows, axis=0, return_inverse=True) if len(rows) else (rows, alive_f)
-        kind = kind.reshape(-1)
-        splits: list[tuple[np.ndarray, int]] = []
-        for number, one in enumerate(kinds):
-            members = np.nonzero(kind == number)[0]
-            splits.extend(
-                (members, part) for part in split_kernel(tuple(np.nonzero(one)[0].tolist()), tap_patterns)
-            )
-        none = [np.zeros(0, np.int64)]
-        members = np.concatenate([m for m, _ in splits] or none)
-        self.patterns = np.concatenate([np.full(len(m), p) for m, p in splits] or none)
-        self.filter = alive_f[members]
-        self.channel = alive_c[members] + self.filter // max(filters // groups, 1) * channels
-        self._local = alive_c[members]
-        self._place = place
+        flat = structure.flat().cpu().numpy()
+        kernel, tap = np.divmod(flat, np.int32(r * s))
+        first = np.flatnonzero(np.diff(kernel, prepend=-1))
+        kinds, kind = _kinds(tap, first, r * s)
+        splits = [split_kernel(taps, tap_patterns) for taps in kinds]
+        counts = np.array([len(parts) for parts in splits] or [0])
+        begins = np.cumsum(counts) - counts
+        every = np.array([part for parts in splits for part in parts] or [0])
+        alive = kernel[first]
+        self._whole = bool(counts.max() <= 1)
+        if self._whole:
+            members, self.patterns = np.arange(len(first)), every[begins[kind]] if len(first) else every[:0]
+        else:
+            members = np.repeat(np.arange(len(first)), counts[kind])
+            number = np.arange(len(members)) - np.repeat(np.cumsum(counts[kind]) - counts[kind], counts[kind])
+            self.patterns = every[begins[kind[members]] + number]
+        self.filter, self._local = np.divmod(alive[members], np.int32(channels))
+        self.channel = self._local + self.filter // max(filters // groups, 1) * channels
         self.tap_patterns = tap_patterns
+        self._first = first[members]
+        self._ranks = _ranks(kinds, tap_patterns)[kind[members], self.patterns] if len(first) else None
         self._taps = np.array([len(one) for one in tap_patterns] or [0])
         self.filters, self.channels = filters, channels * groups
 
-    def by_filter(self, filters_per_tile: int, sources: int = 0) -> Table:
+    def by_filter(self, filters_per_tile: int, per_pass: int = 0) -> Table:
         """For the forward pass: entries (channel, pattern) of each group of filters that agree.
 
-        ``rows`` begin those of each group, of one pass of ``sources`` (0: all) after the other.
+        ``rows`` begin those of each group, of one pass of ``per_pass`` channels (0: all) after the other.
         """
-        return self._by_result(self.filter, self.channel, (self.filters, self.channels), filters_per_tile, sources)
+        counts = self.filters, self.channels
+        return self._by_result(self.filter, self.channel, counts, filters_per_tile, per_pass)
 
-    def by_channel(self, sources: int = 0) -> Table:
-        """For dgrad: entries (filter, pattern) of each channel, pass after pass."""
-        return self._by_result(self.channel, self.filter, (self.channels, self.filters), 1, sources)
+    def by_channel(self, per_pass: int = 0) -> Table:
+        """For dgrad: entries (filter, pattern) of each channel, one pass of filters after the other."""
+        return self._by_result(self.channel, self.filter, (self.channels, self.filters), 1, per_pass)
 
     def _by_result(
         self,
@@ -78,15 +86,21 @@ class Parts:
         source: np.ndarray,
         counts: tuple[int, int],
         filters_per_tile: int,
-        sources: int,
+        per_pass: int,
     ) -> Table:
-        count = counts[0]
-        per_pass = min(sources or counts[1], counts[1]) or 1
-        row = source // per_pass * count + result
-        order = np.lexsort((source, self.patterns, row))
+        results, sources = counts
+        passes = 1
+        if 0 < per_pass < sources:
+            passes = -(-sources // per_pass)
+            result = source // per_pass * results + result
+        order = order_by((result, results * passes), (self.patterns, self._kinds), (source, sources))
         entries = np.stack([source[order], self.patterns[order]], 1)
-        rows = np.searchsorted(row[order], np.arange(-(-counts[1] // per_pass) * count + 1))
+        rows = starts_of(result[order], results * passes)
         return self._table(order, rows, entries, filters_per_tile)
+
+    @property
+    def _kinds(self) -> int:
+        return max(len(self.tap_patterns), 1)
 
     def by_block(self, backward: bool, results: int, sources: int) -> Table:
         """For sums in the cache: entries (source, result within its block), pattern after pattern.
@@ -99,10 +113,11 @@ class Parts:
             min(size or count, count) for size, count in zip((results, sources), counts, strict=True)
         )
         passes, patterns = -(-counts[1] // sources), len(self.tap_patterns)
+        count = -(-counts[0] // results) * passes * patterns
         runs = ((result // results) * passes + source // sources) * patterns + self.patterns
-        order = np.lexsort((result, source, runs))
+        order = order_by((runs, max(count, 1)), (source, counts[1]), (result, counts[0]))
         entries = np.stack([source[order], result[order] % results], 1)
-        rows = np.searchsorted(runs[order], np.arange(-(-counts[0] // results) * passes * patterns + 1))
+        rows = starts_of(runs[order], count)
         table = self._table(order, rows, entries, 1)
         firsts = self._firsts(self.patterns[order], table.order)
         return table if firsts is None else replace(table, order=firsts)
@@ -124,12 +139,13 @@ class Parts:
         the beginnings of the runs of one channel, one block after the other.
         """
         block = max(block // filters_per_tile, 1) * filters_per_tile
-        blocks = self.filter // block
-        order = np.lexsort((self.filter, self.patterns, self.channel, blocks))
-        entries = np.stack([self.channel[order], self.filter[order], self.patterns[order]], 1)
         count = -(-self.filters // block)
-        key = blocks[order] * self.channels + self.channel[order]
-        rows = np.searchsorted(key, np.arange(count * self.channels + 1))
+        key = self.filter // block * self.channels + self.channel
+        order = order_by(
+            (key, max(count * self.channels, 1)), (self.patterns, self._kinds), (self.filter, self.filters)
+        )
+        entries = np.stack([self.channel[order], self.filter[order], self.patterns[order]], 1)
+        rows = starts_of(key[order], count * self.channels)
         return self._table(order, rows, entries, filters_per_tile, filter_column=1)
 
     def agree(self, filters_per_tile: int) -> bool:
@@ -138,16 +154,14 @@ class Parts:
             return True
         if self.filters % filters_per_tile:
             return False
-        order = np.lexsort((self.channel, self.patterns, self.filter))
-        rows = np.searchsorted(self.filter[order], np.arange(self.filters + 1))
-        counts = np.diff(rows).reshape(-1, filters_per_tile)
+        counts = np.bincount(self.filter, minlength=self.filters).reshape(-1, filters_per_tile)
         if not (counts == counts[:, :1]).all():
             return False
-        groups = self.filter[order] // filters_per_tile
-        index = np.lexsort((self.filter[order], self.channel[order], self.patterns[order], groups))
-        pairs = np.stack([self.patterns[order], self.channel[order]], 1)[index].reshape(
-            -1, filters_per_tile, 2
-        )
+        groups = self.filter // filters_per_tile
+        index = order_by(
+            (groups, self.filters), (self.patterns, self._kinds), (self.channel, self.channels)
+        )  # ties: by filter
+        pairs = np.stack([self.patterns, self.channel], 1)[index].reshape(-1, filters_per_tile, 2)
         return bool((pairs == pairs[:, :1]).all())
 
     def _table(
@@ -163,15 +177,7 @@ class Parts:
         heads = order if filters_per_tile == 1 else order[::filters_per_tile]
         sizes = self._taps[self.patterns[heads]] * filters_per_tile
         begin = np.cumsum(sizes) - sizes
-        places = np.zeros(int(sizes.sum()), np.int64)
-        for number, one in enumerate(self.tap_patterns):
-            index = np.nonzero(self.patterns[heads] == number)[0]
-            for i, tap in enumerate(one):
-                for j in range(filters_per_tile):
-                    member = order[index * filters_per_tile + j]
-                    places[begin[index] + i * filters_per_tile + j] = self._place[
-                        self.filter[member], self._local[member], tap
-                    ]
+        places = self._places(order, heads, sizes, begin, filters_per_tile)
         if filter_column is None:
             rows = np.stack([rows, np.append(begin, sizes.sum())[rows]], 1)
         if max(self.filters, self.channels) <= NARROW:
@@ -181,8 +187,24 @@ class Parts:
         return Table(
             torch.from_numpy(rows.astype(np.int32)),
             torch.from_numpy(entries),
-            torch.from_numpy(places.astype(np.int32)),
+            torch.from_numpy(places),
         )
+
+    def _places(
+        self, order: np.ndarray, heads: np.ndarray, sizes: np.ndarray, begin: np.ndarray, together: int
+    ) -> np.ndarray:
+        """Place in the packed values of each weight, tap after tap of ``together`` filters: int32 [nnz]."""
+        if self._ranks is None:
+            return np.zeros(0, np.int32)
+        if self._whole and together == 1:  # a kernel's values follow each other, and all are one part's
+            firsts = (self._first[order] - begin).astype(np.int32)
+            return np.repeat(firsts, sizes) + np.arange(int(sizes.sum()), dtype=np.int32)
+        head = np.repeat(np.arange(len(heads), dtype=np.int32), sizes)
+        within = np.arange(len(head), dtype=np.int32) - begin.astype(np.int32)[head]
+        number, member = divmod(within, together) if together > 1 else (within, 0)
+        part = order[head * together + member]
+        places: np.ndarray = (self._first[part] + self._ranks[part, number]).astype(np.int32)
+        return places
 
     def _grouped(
         self,
@@ -201,3 +223,39 @@ class Parts:
         order, entries = order[index], entries[index][::filters_per_tile]
         rows = rows[::filters_per_tile] if filter_column is None else rows
         return order, rows // filters_per_tile, entries
+
+
+def _kinds(tap: np.ndarray, first: np.ndarray, positions: int) -> tuple[list[Taps], np.ndarray]:
+    """The different sets of taps of kernels, and the number of each kernel's own.
+
+    ``tap`` [nnz] are the taps, kernel after kernel; ``first`` [kernels] says where each kernel begins.
+    """
+    if not len(first):
+        return [], np.zeros(0, np.int64)
+    ends = np.append(first[1:], len(tap))
+    if positions > _CODED:
+        known: dict[Taps, int] = {}
+        runs = (tuple(tap[a:b].tolist()) for a, b in zip(first, ends, strict=True))
+        numbers = np.array([known.setdefault(taps, len(known)) for taps in runs])
+        return [*known], numbers
+    code = np.bitwise_or.reduceat(np.int64(1) << tap.astype(np.int64), first)
+    if positions <= 16:
+        codes = np.flatnonzero(np.bincount(code, minlength=1))
+        number = np.zeros(int(codes[-1]) + 1, np.int64)
+        number[codes] = np.arange(len(codes))
+        kind = number[code]
+    else:
+        codes, kind = np.unique(code, return_inverse=True)
+    return [tuple(i for i in range(positions) if one >> i & 1) for one in codes.tolist()], kind.reshape(-1)
+
+
+def _ranks(kinds: list[Taps], tap_patterns: tuple[Taps, ...]) -> np.ndarray:
+    """Which of a kernel's values each tap of a pattern reads: int32 [kinds, patterns, most taps]."""
+    most = max(map(len, tap_patterns), default=0)
+    ranks = np.zeros((len(kinds), len(tap_patterns), most), np.int32)
+    for i, kind in enumerate(kinds):
+        place = {tap: number for number, tap in enumerate(kind)}
+        for j, taps in enumerate(tap_patterns):
+            if place.keys() >= set(taps):
+                ranks[i, j, : len(taps)] = [place[tap] for tap in taps]
+    return ranks

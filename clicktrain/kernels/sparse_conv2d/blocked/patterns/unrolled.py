@@ -10,7 +10,7 @@ from collections.abc import Hashable
 
 from clicktrain.kernels.sparse_conv2d.blocked.patterns import cache_blocked
 from clicktrain.kernels.sparse_conv2d.blocked.patterns.generator import Generator
-from clicktrain.kernels.sparse_conv2d.blocked.patterns.pairs import Place, Use, schedule
+from clicktrain.kernels.sparse_conv2d.blocked.patterns.pairs import REGISTERS, Place, Use, schedule
 from clicktrain.kernels.sparse_conv2d.blocked.patterns.regions import TileKind
 from clicktrain.kernels.sparse_conv2d.blocked.patterns.tap_patterns import Taps
 from clicktrain.kernels.sparse_conv2d.blocked.shared.writer import Code, add_moments, among, store_tile
@@ -53,29 +53,46 @@ def write(code: Code, g: Generator, sums: bool) -> None:
 
 def _tile(code: Code, g: Generator, name: str, row: TileKind, column: TileKind, moments: bool) -> None:
     positions, filters = row.size * column.size, g.filters_per_tile
-    sums = [[f"a{k}_{i}" for i in range(positions)] for k in range(filters)]
-    steps = max(g.rows.region_tiles * g.columns.region_tiles * (g.results // filters) * g.passes, 1)
-    open_tile(code, g, name, moments)
     groups = g.results // filters
-    if g.passes > 1:
-        code(f"for (long pass = 0; pass < {g.passes}; ++pass, rows += {2 * groups}) {{")
+    sums = [[f"a{k}_{i}" for i in range(positions)] for k in range(filters)]
+    every = [one for group in sums for one in group]
+    steps = max(g.rows.region_tiles * g.columns.region_tiles * groups * g.passes, 1)
+    open_tile(code, g, name, moments)
+    code(f"for (long pass = 0; pass < {g.passes}; ++pass, rows += {2 * groups}) {{")
     code(f"const weight *v = work->values + rows[2 * (work->first / {filters}) + 1];")
     code(f"for (long f = work->first / {filters}, end = work->end / {filters}; f < end; ++f) {{")
     code(f"fetch(&work->ahead, {-(-g.sources * g.rows.buffer // steps)}, WIN_W);")
-    every = [one for group in sums for one in group]
-    if g.passes > 1:
-        code(f"vec {', '.join(every)}, *kept = work->sums + f * {len(every)};")
-        code("if (pass) {")
-        for number, one in enumerate(every):
-            code(f"{one} = kept[{number}];")
-        code("} else {")
+    code(f"vec {', '.join(every)}, *kept = work->sums + f * {len(every)};")
+    code("if (pass > 0) {")
+    code(" ".join(f"{one} = kept[{number}];" for number, one in enumerate(every)))
+    code("} else {")
     for k in range(filters):
         code(f"const vec start{k} = splat(bias ? bias[f * {filters} + {k}] : 0);")
-        code(" ".join(f"{one} = start{k};" for one in sums[k]) if g.passes > 1 else f"vec {', '.join(f'{one} = start{k}' for one in sums[k])};")
-    if g.passes > 1:
+        code(" ".join(f"{one} = start{k};" for one in sums[k]))
+    code("}")
+    _kernels(code, g, row, column, sums)
+    code(f"if (pass < {g.passes - 1}) {{")
+    code(" ".join(f"kept[{number}] = {one};" for number, one in enumerate(every)))
+    code("continue;")
+    code("}")
+    for k in range(filters):
+        code("{")
+        store_tile(code, f"y + (f * {filters} + {k}) * (DST_H * DST_W)", sums[k], column.size)
         code("}")
-    code("const ENTRY *e = entries + 2L * rows[2 * f], *stop = entries + 2L * rows[2 * f + 2];")
+        if moments:
+            add_moments(code, f"f * {filters} + {k}", sums[k])
+    code("}\n}\n}")
+
+
+def _kernels(code: Code, g: Generator, row: TileKind, column: TileKind, sums: list[list[str]]) -> None:
+    """All kernels of a filter, from ``f``'s first entry on.
+
+    Their patterns follow each other at random, and a jump that was predicted wrongly costs half as much as a
+    kernel in pairs. Each kernel knows where the next one's code is before it begins: what is in the pipeline
+    then hides most of that.
+    """
     labels = [f"taps_{number}" for number in range(len(g.tap_patterns))]
+    code("const ENTRY *e = entries + 2L * rows[2 * f], *stop = entries + 2L * rows[2 * f + 2];")
     code(f"static const void *const codes[] = {{{', '.join(f'&&{label}' for label in [*labels, 'done'])}}};")
     code(f"static const ENTRY none[] = {{0, {len(labels)}}};")
     code("const void *target = codes[(e == stop ? none : e)[1]];")
@@ -86,26 +103,13 @@ def _tile(code: Code, g: Generator, name: str, row: TileKind, column: TileKind, 
         code("e += 2;")
         code("target = codes[(e == stop ? none : e)[1]];")
         if g.multiplies_pairs:
-            write_pairs(code, g, number, row, column, sums)
+            _write_pairs(code, g, number, row, column, sums)
         else:
             _write_taps(code, g, taps, row, column, sums)
-        code(f"v += {g.weights_of(number) * filters};")
+        code(f"v += {g.weights_of(number) * g.filters_per_tile};")
         code("goto *target;")
         code("}")
     code("done:")
-    if g.passes > 1:
-        code(f"if (pass < {g.passes - 1}) {{")
-        for number, one in enumerate(every):
-            code(f"kept[{number}] = {one};")
-        code("continue;")
-        code("}")
-    for k in range(filters):
-        code("{")
-        store_tile(code, f"y + (f * {filters} + {k}) * (DST_H * DST_W)", sums[k], column.size)
-        code("}")
-        if moments:
-            add_moments(code, f"f * {filters} + {k}", sums[k])
-    code("}\n}" if g.passes == 1 else "}\n}\n}")
 
 
 def _write_taps(
@@ -127,7 +131,7 @@ def _write_taps(
             code(f"{sums[k][position]} += t * w{tap}_{k};")
 
 
-def write_pairs(
+def _write_pairs(
     code: Code, g: Generator, number: int, row: TileKind, column: TileKind, sums: list[list[str]]
 ) -> None:
     """The same with pairs: one of them at a time on one position of the tile."""
@@ -137,7 +141,7 @@ def write_pairs(
     for pair in pairs:
         for k in filters:
             code(f"const cell w{pair}_{k} = all_lanes(v[{pair * g.filters_per_tile + k}]);")
-    room = g.registers - row.size * column.size * len(filters) - len(pairs) * len(filters) - 2
+    room = REGISTERS - row.size * column.size * len(filters) - len(pairs) * len(filters) - 2
     names: dict[Place, str] = {}
     unused = (f"t{i}" for i in itertools.count())
     for step in schedule(found, room, column.size):

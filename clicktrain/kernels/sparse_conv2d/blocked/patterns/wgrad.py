@@ -27,7 +27,9 @@ def write(code: Code, g: Generator) -> None:
     starts = [region[0].start for region in g.columns.regions]
     sizes = [sum(t.size for t in region) for region in g.columns.regions]
     steps = g.patch_columns, g.patch_rows * g.patch_columns, g.patch_rows * g.patch_columns
-    write_copy(code, "gradients", steps, list(zip(starts, sizes, strict=True)), g.columns.direction.length, g.apart)
+    write_copy(
+        code, "gradients", steps, list(zip(starts, sizes, strict=True)), g.columns.direction.length, g.apart
+    )
     kinds = [
         (row_kind, rows, column_kind, columns)
         for row_kind, rows in g.rows.region_kinds().items()

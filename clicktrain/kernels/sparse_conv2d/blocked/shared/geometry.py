@@ -95,7 +95,8 @@ Direction = Forward | Backward
 def tiles(direction: Direction, size: int) -> list[Tile]:
     """Cut the result into tiles of at most ``size`` (a multiple of the direction's step), about alike.
 
-    Of two sizes at most, the larger ones first; the last may be smaller where the length is no multiple of the step.
+    Of two sizes at most, the larger ones first; the last may be smaller where the length is no multiple of
+    the step.
     """
     if size % direction.step and size < direction.length:
         raise ValueError(f"tiles of {size} do not start at multiples of {direction.step}")

@@ -135,8 +135,10 @@ def variants(
     wanted = {phase: _candidates(phase, structure, problem, tap_patterns, parts, copied) for phase in PHASES}
     tools = toolchain()
     if dtype is torch.bfloat16 and tools is not None and tools.simd.pairs:
+        lanes, complete = tools.lanes(torch.float32), is_complete(structure, tap_patterns)
         for phase, tilings in wanted.items():
-            tilings += pair_candidates(phase, problem, tilings)
+            registers = tools.simd.registers
+            wanted[phase] = pair_candidates(phase, problem, tilings, registers, lanes, complete)
     result = []
     # The tables of a phase depend on its own tiling alone: one candidate of each phase at once.
     for number in range(max(map(len, wanted.values()))):

@@ -95,8 +95,10 @@ class Window:
 @functools.cache
 def pair_taps(taps: Taps, phase: Phase, problem: ConvProblem) -> tuple[Pair, ...]:
     """Cut a pattern into pairs: into those with the fewest instructions, and among them the fewest loads."""
-    axes = map(Backward if phase == "dgrad" else Forward, (problem.rows, problem.columns))
-    rows, columns = (AxisRegions(axis, axis.length, 1) for axis in axes)
+    direction = Backward if phase == "dgrad" else Forward
+    rows, columns = (
+        AxisRegions(direction(axis), direction(axis).length, 1) for axis in (problem.rows, problem.columns)
+    )
     row, column = (TileKind(_TILE * axis.direction.step, 0, 0, _INSIDE) for axis in (rows, columns))
     window = Window(row, column, rows, columns, distance(phase, problem))
 

@@ -147,7 +147,8 @@ def cases(draw: st.DrawFn) -> dict[str, Any]:
     if code == "unrolled":
         own = Tiling(tile, region, sources=draw(st.integers(0, 4)), pairs=pairs)
         back = replace(own, tile=(tile[0] * stride[0], tile[1] * stride[1]))
-        tilings = {"forward": own, "wgrad": replace(own, sources=0), "dgrad": back}
+        weight = replace(own, sources=0, images=draw(st.integers(1, 3)))
+        tilings = {"forward": own, "wgrad": weight, "dgrad": back}
     elif code == "cache_blocked":
         tile = draw(st.integers(1, 7)), draw(st.integers(1, 7))
         tilings = sweeps(tile, region, stride, draw(st.integers(0, 5)), draw(st.integers(0, 5)))
@@ -267,6 +268,16 @@ def test_filters_that_differ_are_not_computed_together() -> None:
     plan, _ = prepare(Structure.from_mask(mask), ConvProblem.make(10, 16, (3, 3), (8, 8)))
     assert plan.tiling("forward").filters_per_tile == 1
     check(mask, 16, (8, 8))
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize(("image", "pairs"), [((3, 3), False), ((5, 7), True)], ids=str)
+def test_regions_of_several_images(image: tuple[int, int], pairs: bool, dtype: torch.dtype) -> None:
+    # Five blocks with 16 lanes, in regions of two and four: read in place, and copied.
+    mask = pattern_mask(6, 5, 0.5, 1, torch.Generator().manual_seed(6))
+    for images in (2, 4):
+        tiling = Tiling((3, 4), (1, 2), images=images, pairs=pairs and dtype is torch.bfloat16)
+        check(mask, 70, image, padding=(1, 1), dtype=dtype, threads=2, tilings={"wgrad": tiling})
 
 
 @pytest.mark.parametrize("threads", [2, 3])

@@ -16,19 +16,20 @@ from clicktrain.kernels.sparse_conv2d.blocked.shared.geometry import Backward, F
 Pair = tuple[int, int]
 CACHE_VECTORS = 8192
 """SIMD vectors of 64 bytes that a region may fill: half a megabyte, half of L2."""
-WGRAD_VECTORS = 21504
-"""The same for wgrad: its sums over lanes, once a region, want large regions."""
+WGRAD_VECTORS = 12288
+"""The same for wgrad: its sums over lanes, once a region, want large regions, and L2 is read beside them."""
 WGRAD_FILTERS = 128
 """Filters whose output gradients are used before the next ones: they stay in the cache."""
-PAIRED_WGRAD_TILE, PAIRED_WGRAD_VECTORS = (2, 4), 10240
-"""Tile of wgrad in pairs, and vectors of half the size that a region fills.
-
-Twelve sums have to be on their way at a time, which leaves registers for few gradients.
-"""
+PAIRED_WGRAD_TILE = (2, 4)
+"""Twelve sums have to be on their way at a time, which leaves registers for few gradients."""
 PAIRED_COLUMNS = 6
 """Most columns of a larger tile in pairs: fewer jumps, but not so many sums that cells are loaded again."""
 PAIRED_SOURCES = 16
 """Sources of a pass in pairs where there are many: twice as fast, kernels wait for windows from L2."""
+FEW_SUMS = 12
+"""Sums of a tile below which there are no such passes."""
+IMAGE_VECTORS, MOST_IMAGES = 12800, 4
+"""Vectors of 64 bytes of a region of unrolled wgrad with several blocks of small images, and most of them."""
 INDEXED_VECTORS = 256
 """Vectors of 64 bytes of a tile's windows in one pass of indexed code: half of L1."""
 REGION_POSITIONS = (256, 128)
@@ -104,10 +105,10 @@ def pair_candidates(
     indexed = [replace(one, pairs=True) for one in tilings if one.code == "indexed"]
     patterns = complete and registers >= 32 and any(one.code == "unrolled" for one in tilings)
     if phase == "wgrad":
-        first = (
-            _tiling(phase, problem, PAIRED_WGRAD_TILE, 1, lanes, PAIRED_WGRAD_VECTORS) if patterns else None
-        )
-        own = [first] if first else [one for one in tilings if one.code == "unrolled"]
+        shape = (4, 4) if max(problem.rows.out, problem.columns.out) <= 8 else PAIRED_WGRAD_TILE
+        own = [one for one in tilings if one.code == "unrolled"]
+        if patterns:
+            own = [_tiling(phase, problem, shape, 1, lanes, halves=2)]
         return [*(replace(one, pairs=True) for one in own), *indexed, *tilings[:1]]
     if problem.rows.taps * problem.columns.taps == 1:
         return list(tilings)
@@ -120,7 +121,9 @@ def pair_candidates(
     second = 4, 7 if length == 7 else -(-length // -(-length // PAIRED_COLUMNS))
     per_pass = _even(sources, PAIRED_SOURCES) if sources >= 4 * PAIRED_SOURCES else 0
     own = [_tiling(phase, problem, shape, 1, lanes) for shape in ((4, 4), second)]
-    paired = [replace(one, sources=per_pass, pairs=True) for one in own]
+    # What is loaded and stored between passes is not worth it for the smallest tiles.
+    large = [per_pass if math.prod(one.tile) >= FEW_SUMS else 0 for one in own]
+    paired = [replace(one, sources=count, pairs=True) for one, count in zip(own, large, strict=True)]
     shared = [replace(one, pairs=True) for one in tilings if one.filters_per_tile > 1]
     return [*dict.fromkeys([*shared[:1], *paired]), *tilings[:1]]
 
@@ -147,17 +150,23 @@ def _unrolled_candidates(
 
 
 def _tiling(
-    phase: Phase, problem: ConvProblem, shape: Pair, filters: int, lanes: int, most: int | None = None
+    phase: Phase, problem: ConvProblem, shape: Pair, filters: int, lanes: int, halves: int = 1
 ) -> Tiling:
-    """Unrolled code with tiles of about that shape, and regions of at most so many vectors of 64 bytes."""
+    """Unrolled code with tiles of about that shape; ``halves`` is 2 where vectors have half the size."""
     tile = []
     for size, axis in zip(shape, (problem.rows, problem.columns), strict=True):
         length = axis.size if phase == "dgrad" else axis.out
         step = axis.stride if phase == "dgrad" else 1
         tile.append(min(max(size // step, 1) * step, -(-length // step) * step))
-    most = most or (WGRAD_VECTORS if phase == "wgrad" else CACHE_VECTORS)
-    region = _region(phase, problem, (tile[0], tile[1]), most * 16 // lanes)
-    return Tiling((tile[0], tile[1]), region, filters)
+    limit = (WGRAD_VECTORS if phase == "wgrad" else CACHE_VECTORS) * 16 // lanes
+    region = _region(phase, problem, (tile[0], tile[1]), limit)
+    images = 1
+    if phase == "wgrad" and all(axis.out <= 8 for axis in (problem.rows, problem.columns)):
+        # Lanes are summed up once a region.
+        vectors = problem.channels * problem.rows.size * problem.columns.size
+        vectors += problem.filters * problem.rows.out * problem.columns.out
+        images = min(max(IMAGE_VECTORS * halves * 16 // lanes // max(vectors, 1), 1), MOST_IMAGES)
+    return Tiling((tile[0], tile[1]), region, filters, images=images)
 
 
 def _region(phase: Phase, problem: ConvProblem, tile: tuple[int, int], limit: int) -> tuple[int, int]:

@@ -61,6 +61,8 @@ class Generator:
         """Of each pattern, where forward and dgrad multiply pairs."""
         if self.multiplies_pairs and any(column < 0 for use in self._all_uses() for _, column in use.places):
             self.rows, self.columns = _axes(direction, problem, tiling, in_place=False, margin=self.apart)
+        self.images = tiling.images if phase == "wgrad" else 1
+        """Blocks of images of a region."""
         self.sources = problem.filters if backward else problem.channels
         self.results = problem.channels if backward else problem.filters
         self.entry = "uint16_t" if max(self.sources, self.results) <= NARROW else "int32_t"
@@ -102,14 +104,14 @@ class Generator:
     @property
     def window_vectors(self) -> int:
         """Vectors of the buffer for windows; of two, where the next region is copied beside this one."""
-        return 0 if self.in_place else self.sources * self.window * (2 if self.cache_blocked else 1)
+        return 0 if self.in_place else self.sources * self.window * (2 if self.cache_blocked else self.images)
 
     @property
     def patch_vectors(self) -> int:
         """Vectors of the buffer for the output's gradient (wgrad only)."""
         if self.phase != "wgrad" or self.patch_in_place:
             return 0
-        return self.results * self.patch_rows * self.patch_columns
+        return self.results * self.patch_rows * self.patch_columns * self.images
 
     @property
     def sum_vectors(self) -> int:
@@ -149,7 +151,7 @@ class Generator:
     def write_copy(self, code: Code) -> None:
         """The copy of a region's windows."""
         columns = [self.columns.span(region) for region in self.columns.regions]
-        steps = self.columns.buffer, self.window, self.window
+        steps = self.columns.buffer, self.window, self.sources * self.window
         write_copy(code, "windows", steps, columns, self.columns.direction.source, self.apart)
 
     def _accumulate_macros(self, sums: bool) -> dict[str, int | str]:
@@ -168,7 +170,7 @@ class Generator:
 
     def _wgrad_macros(self) -> dict[str, int | str]:
         return {
-            "REGION_IMAGES": 1,
+            "REGION_IMAGES": self.images,
             "PATCH_W": self.patch_columns,
             "PATCH": self.patch_rows * self.patch_columns,
             "X_IN_PLACE": int(self.in_place),

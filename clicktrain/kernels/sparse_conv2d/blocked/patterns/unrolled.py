@@ -24,6 +24,10 @@ def write(code: Code, g: Generator, sums: bool) -> None:
     code.include("shared/schedule.h")
     g.write_copy(code)
     written: dict[Hashable, str] = {}
+    if not g.cache_blocked:
+        labels = [f"&&taps_{number}" for number in range(len(g.tap_patterns))]
+        code(f"#define LABELS {', '.join([*labels, '&&done'])}")
+        code.include("patterns/jumps.h")
     if g.cache_blocked and g.in_place:
         code("NOINLINE void fetch_windows(ahead_t *ahead, int count) {")
         code(f"fetch(ahead, count, {g.columns.span_most});")
@@ -85,31 +89,23 @@ def _tile(code: Code, g: Generator, name: str, row: TileKind, column: TileKind, 
 
 
 def _kernels(code: Code, g: Generator, row: TileKind, column: TileKind, sums: list[list[str]]) -> None:
-    """All kernels of a filter, from ``f``'s first entry on.
-
-    Their patterns follow each other at random, and a jump that was predicted wrongly costs half as much as a
-    kernel in pairs. Each kernel knows where the next one's code is before it begins: what is in the pipeline
-    then hides most of that.
-    """
-    labels = [f"taps_{number}" for number in range(len(g.tap_patterns))]
+    """All kernels of a filter, see ``jumps.h``."""
     code("const ENTRY *e = entries + 2L * rows[2 * f], *stop = entries + 2L * rows[2 * f + 2];")
-    code(f"static const void *const codes[] = {{{', '.join(f'&&{label}' for label in [*labels, 'done'])}}};")
-    code(f"static const ENTRY none[] = {{0, {len(labels)}}};")
-    code("const void *target = codes[(e == stop ? none : e)[1]];")
-    code("goto *target;")
+    code(f"static const ENTRY none[] = {{0, {len(g.tap_patterns)}}};")
+    code("BEGIN_KERNELS")
     for number, taps in enumerate(g.tap_patterns):
-        code(f"{labels[number]}: {{  // {', '.join(map(str, taps))}")
+        code(f"KERNEL({number}): {{  // {', '.join(map(str, taps))}")
         code("const cell *p = x + e[0] * WIN;")
         code("e += 2;")
-        code("target = codes[(e == stop ? none : e)[1]];")
+        code("FIND_NEXT")
         if g.multiplies_pairs:
             _write_pairs(code, g, number, row, column, sums)
         else:
             _write_taps(code, g, taps, row, column, sums)
         code(f"v += {g.weights_of(number) * g.filters_per_tile};")
-        code("goto *target;")
+        code("JUMP")
         code("}")
-    code("done:")
+    code("END_KERNELS")
 
 
 def _write_taps(

@@ -15,8 +15,8 @@ _CHAINS = 8
 _PAIR_CHAINS = 12
 """As many of pairs: two of them start in a cycle, and each takes six."""
 _PARAMETERS = (
-    "const cell *restrict x, const cell *restrict gy, real *restrict out, const ENTRY *restrict e, "
-    "const ENTRY *end, ahead_t *next_x, ahead_t *next_gy"
+    "const cell *restrict x, const cell *restrict gy, long images, real *restrict out, "
+    "const ENTRY *restrict e, const ENTRY *end, ahead_t *next_x, ahead_t *next_gy"
 )
 
 
@@ -26,7 +26,8 @@ def write(code: Code, g: Generator) -> None:
     g.write_copy(code)
     starts = [region[0].start for region in g.columns.regions]
     sizes = [sum(t.size for t in region) for region in g.columns.regions]
-    steps = g.patch_columns, g.patch_rows * g.patch_columns, g.patch_rows * g.patch_columns
+    patch = g.patch_rows * g.patch_columns
+    steps = g.patch_columns, patch, g.results * patch
     write_copy(
         code, "gradients", steps, list(zip(starts, sizes, strict=True)), g.columns.direction.length, g.apart
     )
@@ -39,7 +40,7 @@ def write(code: Code, g: Generator) -> None:
         _region(code, g, number, row_kind, column_kind)
     code(f"INLINE void compute_region({_PARAMETERS}, int rr, int rc) {{")
     for number, (_, rows, _, columns) in enumerate(kinds):
-        call = f"region_{number}(x, gy, out, e, end, next_x, next_gy);"
+        call = f"region_{number}(x, gy, images, out, e, end, next_x, next_gy);"
         code(f"if ({among('rr', rows)} && {among('rc', columns)}) {call}")
     code("}")
     code.include("patterns/wgrad.h")
@@ -48,6 +49,8 @@ def write(code: Code, g: Generator) -> None:
 def _region(code: Code, g: Generator, number: int, rows: RegionKind, columns: RegionKind) -> None:
     code(f"NOINLINE void region_{number}({_PARAMETERS}) {{")
     code("const long kernels = max64((end - e) / 3, 1);")
+    if g.images == 1:
+        code("images = 1;")
     code("const int share_x = next_x->left / kernels + 1, share_gy = next_gy->left / kernels + 1;")
     code("for (; e != end; e += 3) {")
     code("fetch(next_x, share_x, WIN_W);")
@@ -68,9 +71,12 @@ def _kernel(code: Code, g: Generator, taps: Taps, rows: RegionKind, columns: Reg
     chains = max(1, (_PAIR_CHAINS if g.operands["PAIRS"] == "IMAGES" else _CHAINS) // count)
     names = [[f"s{i}_{c}" for c in range(chains)] for i in range(count)]
     code(f"sums_t {', '.join(f'{one} = {{0}}' for group in names for one in group)};")
+    code("for (long n = 0; n < images; ++n) {")
+    code("const cell *xi = xc + n * (SOURCES * WIN), *gi = gc + n * (RESULTS * PATCH);")
     for row in _runs(rows):
         for column in _runs(columns):
             _tiles(code, g, taps, row, column, names)
+    code("}")
     sums = [" + ".join(group) for group in names]
     whole = count - count % 4
     for first in range(0, whole, 4):
@@ -86,9 +92,9 @@ def _tiles(code: Code, g: Generator, taps: Taps, row: _Run, column: _Run, sums: 
     code(f"for (int j = 0; j < {column.tiles}; ++j) {{")
     first = row.window * g.columns.buffer + column.window
     code(
-        f"const cell *p = xc + {first} + i * {row.window_step * g.columns.buffer} + j * {column.window_step};"
+        f"const cell *p = xi + {first} + i * {row.window_step * g.columns.buffer} + j * {column.window_step};"
     )
-    code(f"const cell *q = gc + ({row.start} + i * {row.start_step}) * PATCH_W;")
+    code(f"const cell *q = gi + ({row.start} + i * {row.start_step}) * PATCH_W;")
     code(f"q += {column.start} + j * {column.start_step};")
     code("cell t;")
     triples = list(g.triples(taps, row.kind, column.kind))

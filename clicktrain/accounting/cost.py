@@ -109,7 +109,7 @@ class ModelCost:
     def training_flops_per_image(self, frozen: bool) -> int:
         """A training step on one image.
 
-        Before masks are frozen every pass is dense, where layers are not packed: a pruned weight may come back,
+        Before masks are frozen every pass of layers that are not packed is dense: a pruned weight may come back,
         so its gradient is needed.
         """
         return self.training_flops if frozen else self.training_flops_dense

@@ -349,3 +349,24 @@ def test_filters_that_get_nothing_are_reported() -> None:
     optimizer = torch.optim.SGD(model.parameters(), lr=0.1)
     with pytest.warns(UserWarning, match=r"filters without a nonzero weight .*: 26 of 32 of 1; a lower"):
         RigL(sparsity=0.95, densities="uniform").attach(model, optimizer, epochs=4, steps_per_epoch=4)
+
+
+def test_filters_that_lose_everything_are_reported_once() -> None:
+    """Kernels of two filters are large, those of six tiny: fewer kernels than filters are left."""
+    model = nn.Sequential(nn.Conv2d(3, 4, 3), nn.Conv2d(4, 8, 3), nn.Conv2d(8, 8, 3))
+    with torch.no_grad():
+        model[1].weight[2:] *= 1e-6
+    optimizer = torch.optim.SGD(model.parameters(), lr=0.0)
+    method = DSR(sparsity=0.7, granularity="kernel", threshold=1e-3, interval=1, drop=0.5)
+    pruner = method.attach(model, optimizer, epochs=4, steps_per_epoch=4)
+    with warnings.catch_warnings(record=True) as caught:
+        warnings.simplefilter("always")
+        for _ in range(3):
+            loss = model(torch.randn(2, 3, 8, 8)).square().mean()
+            loss.backward()
+            pruner.observe(loss.detach())
+            optimizer.step()
+    told = [str(one.message) for one in caught if "lose their last" in str(one.message)]
+    assert len(told) == 1
+    assert "5 of 8 filters of 1 lose their last nonzero weight and compute a constant" in told[0]
+    assert not pruner.masks["1"].flatten(1).any(dim=1).all()

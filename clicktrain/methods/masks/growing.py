@@ -70,11 +70,18 @@ class Growing(Moving):
         scores = now.scores[name]
         if now.rows_of(name) > 1 or scores.shape[0] == 1:
             return alive  # every row keeps its best; or units have no filter of their own
-        had, gradient = (
-            scores.masked_fill(~now.alive[name], 0.0),
-            now.gradients.get(name, scores.new_zeros(())),
-        )
-        return with_living_filters(alive, had, torch.where(kept, 1 + had, gradient / (1 + gradient)))
+        had = scores.masked_fill(~now.alive[name], 0.0)
+        gradient = now.gradients.get(name, scores.new_zeros(()))
+        result = with_living_filters(alive, had, torch.where(kept, 1 + had, gradient / (1 + gradient)))
+        known = f"constant filters of {name}"
+        if known not in now.memory and (count := int(constant_filters(result, had).sum())):
+            now.memory[known] = count  # warned of once, also by a run that is resumed
+            warnings.warn(
+                f"{count} of {len(result)} filters of {name} lose their last nonzero weight and compute a "
+                "constant: too few units are left in the layer",
+                stacklevel=2,
+            )
+        return result
 
     @property
     def grown(self) -> str:

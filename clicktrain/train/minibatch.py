@@ -60,7 +60,7 @@ def _figures(run: TrainingRun, memory: TrainingMemory) -> dict[str, Any]:
         "gradient_bytes": memory.gradients,
         "gradient_bytes_epoch": memory.gradients * size.steps,
         "parameters": sum(parameter.numel() for parameter in p.model.parameters()),
-        "train_flops_per_image": p.cost.now,
+        "train_flops_per_image": p.cost.usual,
         "inference_flops_per_image": p.cost.current.forward_flops,
     }
 

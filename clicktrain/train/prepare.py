@@ -96,14 +96,17 @@ class TrainingCost:
 
     @property
     def now(self) -> int:
-        """Training FLOPs of one image."""
-        if self._current is self.initial:
-            return self.dense
+        """Training FLOPs of one image in the step that begins."""
         extra = 0
         if self._pruner is not None and self._pruner.collecting:
             moving = self._pruner.network.moving
             extra = sum(one.grad_weight_flops_dense for one in self.current.layers if one.name in moving)
-        return self.current.training_flops + extra
+        return self.usual + extra
+
+    @property
+    def usual(self) -> int:
+        """Training FLOPs of one image in steps that do not compute the gradients of all weights."""
+        return self.dense if self._current is self.initial else self.current.training_flops
 
     @property
     def forward_now(self) -> int:

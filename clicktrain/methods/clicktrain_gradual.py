@@ -150,7 +150,8 @@ class GradualClickTrain(Gradual, Growing):
 
     def mask_patterns(self, state: MaskState, layer: PrunableLayer) -> Patterns | None:
         """The patterns of the pool, from the end of the votes on; until then layers are dense."""
-        return super().mask_patterns(state, layer) if state.stage == self.moves_in else None
+        decided = state.stage in (self.moves_in, "fixed")
+        return super().mask_patterns(state, layer) if decided else None
 
     def _layers(self, prunable: PrunableLayers) -> tuple[PatternLayer, ...]:
         """The layers as votes see them: convolutions whose kernels have patterns."""
@@ -261,10 +262,10 @@ class GradualClickTrain(Gradual, Growing):
         return super().last_masks(state, prunable)
 
     def after_freeze(self, state: MaskState, masks: Mapping[str, Tensor]) -> None:
-        """The network holds the masks from here on."""
+        """The network holds the masks from here on; pools stay, which packed layers were made for."""
         assert isinstance(state, GradualState)
         super().after_freeze(state, masks)
-        state.selection, state.previous_loss = Selection(), None
+        state.selection, state.previous_loss = Selection(pools=state.selection.pools), None
 
     # ---- moves ----------------------------------------------------------------------------------
 

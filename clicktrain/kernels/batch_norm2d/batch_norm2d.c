@@ -77,12 +77,15 @@ int backward(const stored *gy, const stored *x, const stored *y, const stored *r
     double sum[LANES] = {0}, product[LANES] = {0};
     const real scale = weight ? weight[c] : 1;
     const channel to = known(mean[c], var[c], scale, bias ? bias[c] : 0, eps, low, high);
-    for (int64_t b = 0; b < blocks; ++b)
-      grad_sums(chunk_of(every, b * stride + c * area), area, to, b == blocks - 1 ? last : all, sum, product);
+    stored *const keep = gr ? gr : KEEPS_H ? gx : 0;
+    for (int64_t b = 0; b < blocks; ++b) {
+      const int64_t at = b * stride + c * area;
+      grad_sums(chunk_of(every, at), keep ? keep + at : 0, area, to, b == blocks - 1 ? last : all, sum, product);
+    }
     const combination of = gradients(sum, product, (double)n * area, var[c], scale, eps, gweight + c, gbias + c);
     for (int64_t b = 0; b < blocks; ++b) {
       const int64_t at = b * stride + c * area;
-      grad_apply(chunk_of(every, at), gx + at, gr ? gr + at : 0, area, to, of, b == blocks - 1 ? last : all);
+      grad_apply(chunk_of(every, at), keep ? keep + at : 0, gx + at, area, to, of, b == blocks - 1 ? last : all);
     }
   }
   return 0;

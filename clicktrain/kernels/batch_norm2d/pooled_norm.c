@@ -53,7 +53,7 @@ int given(const stored *x, const stored *residual, stored *y, const real *weight
   return 0;
 }
 
-// `scratch` has a chunk of results for each thread.
+// `scratch` has a channel of results for each thread.
 int backward(const stored *gy, const stored *p, const stored *y, const stored *residual, const taps_t *taps,
              stored *gx, stored *gr, stored *scratch, const real *weight, const real *bias, const real *mean,
              const real *var, real *gweight, real *gbias, double eps, double low, double high, int64_t n,
@@ -64,16 +64,20 @@ int backward(const stored *gy, const stored *p, const stored *y, const stored *r
   collected_t *const collect = collecting(WINDOW);
   PARALLEL_FOR
   for (int64_t c = 0; c < channels; ++c) {
-    stored *own = scratch + THREAD * area;
+    stored *const own = scratch + THREAD * blocks * area;
     double sum[LANES] = {0}, product[LANES] = {0};
     const real scale = weight ? weight[c] : 1;
     const channel to = known(mean[c], var[c], scale, bias ? bias[c] : 0, eps, low, high);
-    for (int64_t b = 0; b < blocks; ++b)
-      grad_sums(chunk_of(every, b * stride + c * area), area, to, b == blocks - 1 ? last : all, sum, product);
+    for (int64_t b = 0; b < blocks; ++b) {
+      const int64_t at = b * stride + c * area;
+      stored *const keep = gr ? gr + at : KEEPS_H ? own + b * area : 0;
+      grad_sums(chunk_of(every, at), keep, area, to, b == blocks - 1 ? last : all, sum, product);
+    }
     const combination of = gradients(sum, product, (double)n * area, var[c], scale, eps, gweight + c, gbias + c);
     for (int64_t b = 0; b < blocks; ++b) {
       const int64_t at = b * stride + c * area;
-      grad_apply(chunk_of(every, at), own, gr ? gr + at : 0, area, to, of, b == blocks - 1 ? last : all);
+      stored *const kept = gr ? gr + at : KEEPS_H ? own + b * area : 0;
+      grad_apply(chunk_of(every, at), kept, own, area, to, of, b == blocks - 1 ? last : all);
       collect(own, taps + at, gx + (b * channels + c) * whole, h, w, oh, ow, WINDOW);
     }
   }

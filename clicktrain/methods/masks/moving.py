@@ -253,9 +253,13 @@ class Moving(MovingUnits):
         for layer in prunable.layers:
             name, unit, mask = layer.name, self.unit_at(state, layer), masks.get(layer.name)
             own, grad = weights[name]
-            scores[name] = unit.scores(own)
+            view = None if mask is None else layer.view(mask)
+            if view is not None and isinstance(unit, PatternUnit):
+                scores[name] = unit.own_scores(own, view)
+            else:
+                scores[name] = unit.scores(own)
             everywhere = torch.ones_like(scores[name], dtype=torch.bool)
-            alive[name] = everywhere if mask is None else unit.units(layer.view(mask))
+            alive[name] = everywhere if view is None else unit.units(view)
             if grad is not None:
                 gradients[name] = unit.scores(grad)
         shapes = {layer.name: layer.shape for layer in prunable.layers}

@@ -109,8 +109,8 @@ class ModelCost:
     def training_flops_per_image(self, frozen: bool) -> int:
         """A training step on one image.
 
-        Before masks are frozen every pass of layers that are not packed is dense: a pruned weight may come back,
-        so its gradient is needed.
+        Before masks are frozen every pass of layers that are not packed is dense: a pruned weight may come
+        back, so its gradient is needed.
         """
         return self.training_flops if frozen else self.training_flops_dense
 

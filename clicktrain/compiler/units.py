@@ -329,11 +329,22 @@ def max_pooling(unit: Unit) -> Pooling | None:
     layer = unit.pool_layer if unit.pooled else unit.module
     if isinstance(layer, nn.MaxPool2d):
         pooling = Pooling(*(getattr(layer, name) for name in _POOLING))
+    elif isinstance(layer, nn.AdaptiveMaxPool2d) or node.target is F.adaptive_max_pool2d:
+        return _equal_windows(shape_of(node.all_input_nodes[0]), shape_of(node))
     elif node.target is F.max_pool2d and len(node.all_input_nodes) == 1:
         given = {name: _argument(node, place, name) for place, name in enumerate(_POOLING, 1)}
         pooling = Pooling(**{name: value for name, value in given.items() if value is not None})
     else:
         return None  # another kind, or its sizes are computed and not known here
+    return pooling if pooling.fits() else None
+
+
+def _equal_windows(images: tuple[int, ...], maxima: tuple[int, ...]) -> Pooling | None:
+    """The windows of adaptive pooling where all are alike: a graph is for images of one size."""
+    sizes = [*zip(images[2:], maxima[2:], strict=True)]
+    if any(size % count for size, count in sizes):
+        return None
+    pooling = Pooling(tuple(size // count for size, count in sizes))
     return pooling if pooling.fits() else None
 
 

@@ -170,3 +170,29 @@ def test_units() -> None:
     assert passes["max_pool2d"] == ("max_pool", 0)
     assert passes["hardswish"] == ("batch_norm", Activation("hardswish").number)
     assert "pool" not in passes
+
+
+class Head(nn.Module):
+    """Adaptive max pooling whose windows are all alike, or not."""
+
+    def __init__(self, size: int) -> None:
+        super().__init__()
+        self.convs = nn.ModuleList(nn.Conv2d(8 if i else 3, 8, 3, padding=1) for i in range(3))
+        self.pool, self.size = nn.AdaptiveMaxPool2d(1), size
+
+    def forward(self, x: Tensor) -> Tensor:
+        x = F.adaptive_max_pool2d(self.convs[1](F.relu(self.convs[0](x))), self.size)
+        return self.pool(self.convs[2](x)).flatten(1)  # type: ignore[no-any-return]
+
+
+@pytest.mark.parametrize(("size", "own"), [(4, 2), (5, 1)])
+def test_adaptive_max_pooling(size: int, own: int) -> None:
+    model = prune_(Head(size), 0.4).double()
+    reference = copy.deepcopy(model)
+    x, y = batch(5, 12)
+    fast, modules = fused(model, x)
+    assert len(of(modules, steps.MaxPool)) == own
+    assert_same_step(fast, reference, x, y)
+    assert_same_step(fast, reference, *batch(5, 15))
+    model.pool.output_size = reference.pool.output_size = (1, 1)
+    assert_same_step(fast, reference, x, y)

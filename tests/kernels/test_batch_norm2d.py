@@ -65,7 +65,7 @@ def close(ours: Tensor, expected: Tensor, loose: torch.dtype | None = None) -> N
     scale = max(float(expected.abs().max()), 1.0)
     rtol, atol = ROUNDING[ours.dtype], RELATIVE[compute_type(ours.dtype)] * scale
     if loose:
-        rtol, atol = (2.0**-7, 2.0**-9 * scale) if loose == torch.bfloat16 else (rtol, 5 * atol)
+        rtol, atol = (2.0**-7, 2.0**-8 * scale) if loose == torch.bfloat16 else (rtol, 5 * atol)
     torch.testing.assert_close(ours.double(), expected, rtol=rtol, atol=atol)
 
 

@@ -14,6 +14,7 @@ from pathlib import Path
 import pytest
 import torch
 
+from clicktrain.kernels.activations import NAMES
 from clicktrain.kernels.batch_norm2d import launch as batch_norm
 from clicktrain.kernels.blocked_layout import ops as blocked_layout
 from clicktrain.kernels.max_pool2d import ops as max_pool
@@ -66,8 +67,11 @@ def generated() -> Iterator[tuple[str, str]]:
                         text = source(phase, problem, PATTERNS, tiling, dtype, lanes_of(dtype), sums)
                         yield f"{phase} {tiling} {dtype} {sums} stride {stride}", text
     for dtype in STORED_TYPES:
-        for make in (batch_norm.source, max_pool.source, blocked_layout.source):
-            yield f"{make.__module__} {dtype}", make(dtype, lanes_of(dtype))
+        norms = [
+            batch_norm.source(number, pooled) for number in range(len(NAMES)) for pooled in (False, True)
+        ]
+        for make in (*norms, max_pool.source, blocked_layout.source):
+            yield f"{make} {dtype}", make(dtype, lanes_of(dtype))
 
 
 def without_text(line: str) -> str:
@@ -153,7 +157,8 @@ def test_headers_compile_without_warnings(dtype: torch.dtype, vector_bytes: int,
     lanes = lanes_of(dtype, vector_bytes)
     problem = ConvProblem.make(6, 8, (3, 3), (9, 12), (1, 1), (1, 1))
     texts = [static_source("kernels/native/vector.h", "A test.", dtype, lanes)]
-    texts += [make(dtype, lanes) for make in (batch_norm.source, max_pool.source, blocked_layout.source)]
+    norms = batch_norm.source(), batch_norm.source(NAMES.index("gelu"), pooled=True)
+    texts += [make(dtype, lanes) for make in (*norms, max_pool.source, blocked_layout.source)]
     for phase in PHASES:
         for tiling in (TILINGS[0], TILINGS[2], TILINGS[3], TILINGS[4]):
             fits = tiling.pairs <= (dtype is torch.bfloat16) and (phase, tiling.code) != (

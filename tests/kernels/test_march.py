@@ -14,11 +14,13 @@ from clicktrain.kernels.native import toolchain
 
 KERNEL_TESTS = [
     "tests/bench/test_bench_timing.py",
+    "tests/kernels/test_activations.py",
     "tests/kernels/test_batch_norm2d.py",
     "tests/kernels/test_blocked_layout.py",
     "tests/kernels/test_blocked_operator.py",
     "tests/kernels/test_conv_statistics.py",
     "tests/kernels/test_max_pool2d.py",
+    "tests/kernels/test_pooled_norm.py",
     "tests/kernels/test_sparse_conv2d_blocked.py",
 ]
 # What -march says, float32 lanes and pairs: as such a processor has them, and wider than its instructions.

@@ -98,6 +98,7 @@ SANITIZED = """
 from dataclasses import replace
 import torch
 from clicktrain.formats.packed import Structure
+from clicktrain.kernels.batch_norm2d import launch as norm
 from clicktrain.kernels.max_pool2d import Pooling, ops as pool
 from clicktrain.kernels.sparse_conv2d.blocked import launch
 from clicktrain.kernels.sparse_conv2d.blocked.prepared import prepare, variants
@@ -172,6 +173,16 @@ for number, pooling in enumerate(windows):
         x = torch.randn(2, 3, 9, 7, lanes).to(dtype)
         y, taps = pool.forward(x, pooling.window(), pooling.ceil_mode)
         pool.backward(y, taps, (9, 7), pooling.window())
+        n, window = 2 * lanes - 3, pooling.window()
+        for activation in ("relu", "gelu"):
+            out = norm.pooled_forward(x, None, None, None, window, pooling.ceil_mode, n, 0.1, activation)
+            rest = None, None, None, None, out.mean, out.var, (9, 7), window, n, 0.1, activation
+            norm.pooled_backward(out.y, out.maxima, out.taps, *rest, False)
+            z, mean, var = norm.forward(x, None, None, x, n, 0.1, activation)
+            kept = (z, None) if activation == "relu" else (None, x)
+            norm.backward(z, x, *kept, None, None, mean, var, n, 0.1, activation, True)
+            z = norm.affine(x, None, mean, None, n, activation)
+            norm.affine_backward(z, x, None, None, None, mean, n, activation, False, False)
 print("clean")
 """
 

@@ -50,7 +50,8 @@ def test_training(pooling: Pooling, activation: str, dtype: torch.dtype) -> None
         )
         weight, bias = torch.rand(shape[1]).to(computed) + 0.5, torch.randn(shape[1]).to(computed)
         size = torch_pool(x.float(), pooling).shape
-        if size[0] * size[2] * size[3] == 1:
+        # Of a few numbers nothing is left but what h was rounded by.
+        if size[0] * size[2] * size[3] < (8 if dtype is torch.bfloat16 else 2):
             continue
         other, gy = torch.randn(size).to(dtype), torch.randn(size).to(dtype)
         given = [t.double().requires_grad_() for t in (x, weight, bias, other)]

@@ -156,7 +156,7 @@ def dense_network(cell: Cell, line: Line) -> Network:
     about["images"] = facts["image_shape"], facts["classes"]
     digest = hashlib.sha256(json.dumps(about, sort_keys=True, default=str).encode()).hexdigest()[:8]
     key = f"{config.model} w{config.width:g} b{config.batch_size} {digest}"
-    return Network(key, config, facts, {})
+    return Network(key, replace(config, distill=0.0), facts, {})
 
 
 def pruned_network(cell: Cell, line: Line) -> Network:

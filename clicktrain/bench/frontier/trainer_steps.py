@@ -24,11 +24,13 @@ from clicktrain.methods.base import (
     LayerPlan,
     Method,
     PruningPlan,
+    Record,
     RunLength,
     StepInfo,
     hard_prune,
     plan_rows,
 )
+from clicktrain.runs.events import FinalizedEvent
 from clicktrain.runs.folder import RunFolder
 from clicktrain.train.config import RunConfig
 from clicktrain.train.epoch import train_batch
@@ -48,6 +50,7 @@ class GivenMasks(Method[None]):
 
     name: ClassVar[str] = "given-masks"
     title: ClassVar[str] = "given masks"
+    dense_until_chosen: ClassVar[bool] = True
 
     masks: Mapping[str, Tensor]
     """Layer name -> bool of the weight's shape, True = kept."""
@@ -72,8 +75,11 @@ class GivenMasks(Method[None]):
         return PruningPlan(plan_rows(prunable, rows), "masks are given")
 
     def after_step(self, state: None, prunable: PrunableLayers, step: StepInfo) -> Sequence[Action]:
-        """Freeze, once."""
-        return hard_prune(prunable, self.masks) if step.seen == 1 else ()
+        """Freeze, once; whoever wants to learn from the dense network takes its weights before."""
+        if step.seen > 1:
+            return ()
+        chosen = FinalizedEvent(compression_asked=None, compression_reached=1.0, layers=())
+        return [Record(chosen), *hard_prune(prunable, self.masks)]
 
 
 def drawn_images(config: RunConfig, network: Mapping[str, Any], steps_per_epoch: int) -> RunConfig:
@@ -85,8 +91,10 @@ def drawn_images(config: RunConfig, network: Mapping[str, Any], steps_per_epoch:
         steps_per_epoch: batches of an epoch; validation images make one batch.
 
     Raises:
-        UserError: the images are not square.
+        UserError: the images are not square, or a teacher takes part in steps.
     """
+    if config.distill:
+        raise UserError("distill is set, but steps with a teacher cannot be timed side by side: leave it out")
     channels, height, width = network["image_shape"]
     if height != width:
         raise UserError(f"images of {height}x{width} cannot be timed: only square ones can be drawn")

@@ -249,7 +249,7 @@ def pooled_backward(
     if taps.shape != shape or taps.dtype is not tap_type(shape[4]):
         raise UserError(f"taps are {list(shape)}, not {list(taps.shape)} of {taps.dtype}")
     blocked, parameters = _readable((gy, *same), statistics)
-    scratch = gy.new_empty((threads, *shape[2:]))
+    scratch = gy.new_empty((threads, shape[0], *shape[2:]))
     numbers = eps, *limits, n, *shape[:2], *size, *shape[2:4], *window, threads
     written = out.x, _wanted(out.residual), scratch
     call(library.backward, *blocked, vectors(taps), *written, *parameters, out.weight, out.bias, *numbers)

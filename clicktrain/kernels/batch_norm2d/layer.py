@@ -121,4 +121,4 @@ def update_running_stats(bn: nn.BatchNorm2d, mean: Tensor, var: Tensor, count: i
             share = 1.0 / bn.num_batches_tracked.to(mean.dtype)
     for running, new in ((bn.running_mean, mean), (bn.running_var, var * (count / (count - 1)))):
         if running is not None:
-            running.mul_(1 - share).add_(new * share)
+            running.lerp_(new, share)

@@ -9,6 +9,15 @@
 // Vectors that are summed in `real` before the sum goes over to double.
 #define PIECE 1024
 
+// The beginning of a channel's next chunk, while its present one is read: the processor notices too late that it goes
+// on elsewhere.
+#define BEGINNING 32  // cache lines
+INLINE void fetch_ahead(const stored *chunk, int64_t stride, int64_t area, int64_t b, int64_t blocks) {
+  const char *next = (const char *)(chunk + stride);
+  if (b + 1 < blocks)
+    for (int64_t byte = 0; byte < min64(area * STORED_BYTES, BEGINNING * 64); byte += 64) FETCH(next + byte);
+}
+
 INLINE ivec first_lanes(int64_t count) {
   ivec lanes;
   for (int l = 0; l < LANES; ++l) lanes[l] = l < count ? -1 : 0;
@@ -106,8 +115,9 @@ INLINE vec before(sources from, int64_t i, vec away, vec a, vec b, limits to, co
     const vec h = before(from, at, away, a, b, to, way);            \
     s[j] += h;                                                      \
     if (with_x) p[j] += h * away;                                   \
+    if (keep) keep[at] = narrow(only(h, lanes));                    \
   }
-INLINE void products(sources from, int64_t area, channel c, ivec lanes, double *restrict sum,
+INLINE void products(sources from, stored *keep, int64_t area, channel c, ivec lanes, double *restrict sum,
                      double *restrict product, const int with_x, const int way) {
   const vec k = splat(c.center), a = splat(c.scale), b = splat(c.shift);
   const limits to = limits_of(c);
@@ -128,36 +138,35 @@ INLINE void products(sources from, int64_t area, channel c, ivec lanes, double *
     flush(product, (p[0] + p[1]) + (p[2] + p[3]), lanes);
   }
 }
-// Sums of h and h * (x - center), lane by lane; without x only the first.
-NOINLINE void grad_sums(sources from, int64_t area, channel c, ivec lanes, double *sum, double *product) {
-  if (from.x) {
-    BY_WAY(products, from, area, c, lanes, sum, product, 1)
-  } else {
-    BY_WAY(products, from, area, c, lanes, sum, product, 0)
-  }
+// Sums of h and h * (x - center), lane by lane; `keep` gets h unless it is null.
+NOINLINE void grad_sums(sources from, stored *keep, int64_t area, channel c, ivec lanes, double *sum,
+                        double *product) {
+  BY_WAY(products, from, keep, area, c, lanes, sum, product, 1)
 }
+// Whether h is kept from the first pass for the second, where nobody asks for it: what takes many instructions is
+// computed once.
+#define KEEPS_H (ACTIVATION >= HARDSWISH)
 
 typedef struct {
   real by_g, by_x, plus;
 } combination;
-INLINE void combined(sources from, stored *gx, stored *gr, int64_t area, channel c, combination of, ivec lanes,
-                     const int with_r, const int way) {
+INLINE void combined(sources from, stored *gx, int64_t area, channel c, combination of, ivec lanes, const int way) {
   const vec k = splat(c.center), a = splat(c.scale), b = splat(c.shift);
   const vec kg = splat(of.by_g), kx = splat(of.by_x), k1 = splat(of.plus);
   const limits to = limits_of(c);
   for (int64_t i = 0; i < area; ++i) {
-    const vec away = widen(from.x[i]) - k, h = only(before(from, i, away, a, b, to, way), lanes);
+    const vec away = widen(from.x[i]) - k, h = before(from, i, away, a, b, to, way);
     gx[i] = narrow(only(kg * h + (kx * away + k1), lanes));
-    if (with_r) gr[i] = narrow(h);
   }
 }
-// gx = by_g * h + by_x * (x - center) + plus, gr = h unless it is null.
-NOINLINE void grad_apply(sources from, stored *gx, stored *gr, int64_t area, channel c, combination of,
+// gx = by_g * h + by_x * (x - center) + plus; `kept` is h unless it is null, and may be gx.
+NOINLINE void grad_apply(sources from, const stored *kept, stored *gx, int64_t area, channel c, combination of,
                          ivec lanes) {
-  if (gr) {
-    BY_WAY(combined, from, gx, gr, area, c, of, lanes, 1)
-  } else {
-    BY_WAY(combined, from, gx, gr, area, c, of, lanes, 0)
+  if (kept) {
+    from.gy = kept;
+    combined(from, gx, area, c, of, lanes, DIRECT);
+  } else if (!KEEPS_H) {
+    BY_WAY(combined, from, gx, area, c, of, lanes)
   }
 }
 

@@ -98,6 +98,10 @@ INLINE int64_t max64(int64_t a, int64_t b) { return a > b ? a : b; }
 #define USE(x) __asm__ volatile("" : : "m"(x))
 #endif
 
+// ---- lines that will be read soon
+
+#define FETCH(p) __builtin_prefetch(p)
+
 // ---- stores around the caches, for results too large to be found there again; DRAIN shows them to other threads
 
 #if defined(__clang__)
@@ -216,6 +220,12 @@ INLINE bits spread(stored v) {
 #endif
 }
 INLINE vec widen(stored v) { return (vec)(spread(v) << 16); }
+// One number as `narrow` rounds it.
+INLINE uint16_t round_bits(float x) {
+  uint32_t b;
+  memcpy(&b, &x, sizeof b);
+  return x != x ? 0x7fff : (b + 0x7fff + ((b >> 16) & 1)) >> 16;
+}
 #define UPPER_BYTES 2, 3, 6, 7, 10, 11, 14, 15  // of four numbers
 INLINE stored narrow(vec v) {
 #if defined(__AVX512BF16__) && LANES == 16

@@ -103,13 +103,14 @@ class ModelCost:
 
     @property
     def training_flops(self) -> int:
-        """A training step on one image once masks are frozen."""
+        """A training step on one image of packed layers, or once masks are frozen."""
         return sum(layer.training_flops for layer in self.layers)
 
     def training_flops_per_image(self, frozen: bool) -> int:
         """A training step on one image.
 
-        Before masks are frozen every pass is dense: a pruned weight may come back, so its gradient is needed.
+        Before masks are frozen every pass of layers that are not packed is dense: a pruned weight may come
+        back, so its gradient is needed.
         """
         return self.training_flops if frozen else self.training_flops_dense
 

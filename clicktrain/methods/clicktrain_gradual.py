@@ -150,7 +150,8 @@ class GradualClickTrain(Gradual, Growing):
 
     def mask_patterns(self, state: MaskState, layer: PrunableLayer) -> Patterns | None:
         """The patterns of the pool, from the end of the votes on; until then layers are dense."""
-        return super().mask_patterns(state, layer) if state.stage == self.moves_in else None
+        decided = state.stage in (self.moves_in, "fixed")
+        return super().mask_patterns(state, layer) if decided else None
 
     def _layers(self, prunable: PrunableLayers) -> tuple[PatternLayer, ...]:
         """The layers as votes see them: convolutions whose kernels have patterns."""
@@ -203,10 +204,8 @@ class GradualClickTrain(Gradual, Growing):
         if state.stage not in ("pool", "finalize"):
             super().before_step(state, prunable, step)
             return
-        weight = None
-        if state.stage == "finalize":
-            weight = batch_counts(state.previous_loss, step.loss, self.loss_margin, self.loss_margin_rule)
-            state.previous_loss = step.loss
+        counts = batch_counts(state.previous_loss, step.loss, self.loss_margin, self.loss_margin_rule)
+        weight, state.previous_loss = counts if state.stage == "finalize" else None, step.loss
         criterion, votes = CRITERIA.resolve(self.criterion), self.selection == "votes"
         read_batch(state.selection, self._layers(prunable), step, criterion, weight, votes)
 
@@ -263,10 +262,10 @@ class GradualClickTrain(Gradual, Growing):
         return super().last_masks(state, prunable)
 
     def after_freeze(self, state: MaskState, masks: Mapping[str, Tensor]) -> None:
-        """The network holds the masks from here on."""
+        """The network holds the masks from here on; pools stay, which packed layers were made for."""
         assert isinstance(state, GradualState)
         super().after_freeze(state, masks)
-        state.selection, state.previous_loss = Selection(), None
+        state.selection, state.previous_loss = Selection(pools=state.selection.pools), None
 
     # ---- moves ----------------------------------------------------------------------------------
 

@@ -317,8 +317,8 @@ class MethodHooks(abc.ABC, Generic[S]):
 
         Naming them says that the layer may be packed from now on, while its masks move: weights outside are
         zero and nobody's, so that neither their optimizer state nor, except where `wants_gradients` says so,
-        their gradients are needed. Code is generated for these patterns once; masks have to keep to them. The
-        answer for a layer must not change during a run.
+        their gradients are needed. Code is generated for these patterns once: from then on masks of the layer
+        have to keep to them. Not asked any more once layers are packed.
 
         Returns:
             Kept positions of a kernel, in 0 to R*S - 1, of each pattern; None where the layer has to be dense

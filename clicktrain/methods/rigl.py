@@ -16,8 +16,8 @@ from clicktrain.sparsity.schedules import ScheduleChoice, left_at
 class RigL(Growing):
     """Drop the smallest weights, grow at large gradients (RigL, 2020).
 
-    With random growth it is SET (Mocanu et al. 2018). Masks are frozen, and the fast operators take over,
-    when the last update is done (stop).
+    With random growth it is SET (Mocanu et al. 2018). Masks are frozen when the last update is done (stop);
+    packed layers run on the fast operators from the first step.
     """
 
     name: ClassVar[str] = "rigl"

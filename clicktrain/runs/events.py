@@ -311,8 +311,9 @@ class NormsEvent(Event, kind="norms_recalibrated"):
 class TimePlannedEvent(Event, kind="time_planned"):
     """How many epochs a time budget allows, from times measured before the run; all in seconds.
 
-    ``times`` are those of a batch, an evaluation and a checkpoint, of the dense run (``dense``), of this one
-    before masks are frozen (``before``) and after (``after``, None where that is not known to come).
+    ``times`` are those of a batch, an evaluation, a checkpoint, and once of choosing operators (``setup``),
+    of the dense run (``dense``), of this one before masks are frozen (``before``) and after (``after``, None
+    where that is not known to come).
     ``cut_epoch`` is when masks are frozen at the latest.
     """
 

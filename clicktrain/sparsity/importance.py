@@ -103,7 +103,7 @@ def pattern_scores(importance: Tensor, pool_masks: Tensor) -> Tensor:
     """
     f, c, r, s = importance.shape
     table = pool_masks.reshape(-1, r * s).to(device=importance.device, dtype=importance.dtype)
-    return (importance.reshape(f * c, r * s) @ table.T).view(f, c, -1)
+    return (importance.reshape(f * c, r * s) @ table.T).view(f, c, len(table))
 
 
 def kernel_scores(importance: Tensor) -> Tensor:

@@ -9,13 +9,12 @@ at high sparsity.
 
 from __future__ import annotations
 
-import math
 from collections.abc import Sequence
 
 import torch
 from torch import Tensor
 
-from clicktrain.sparsity.regrowth import largest, random_numbers, units_at
+from clicktrain.sparsity.regrowth import largest, random_numbers
 
 OUTSTANDING = 0.5
 """A unit with more than this share of its filter's squared weights is no draw of a random initialization."""
@@ -24,28 +23,21 @@ FEW = 16
 
 
 def random_units(
-    shape: Sequence[int],
-    density: float,
-    seed: int,
-    layer: int,
-    rows: int = 1,
-    most: float = 1.0,
-    first: Tensor | None = None,
+    shape: Sequence[int], count: int, seed: int, layer: int, rows: int = 1, first: Tensor | None = None
 ) -> Tensor:
-    """Units that live at the beginning, at random: bool on the CPU, at least one of them, or of every row.
+    """Units that live at the beginning, at random: bool on the CPU.
 
     Args:
         shape: of the units.
-        density: share of the layer's weights.
+        count: how many live.
         seed, layer: what the draw depends on.
         rows: parts of the layer with equally many units, or 1.
-        most: the density at which all units live.
         first: bool, units that live before any other.
     """
     numbers = random_numbers(shape, seed, 0, layer)
     if first is not None:
         numbers = numbers + first.cpu().double()
-    return largest(numbers, units_at(density, math.prod(shape), rows, most), rows)
+    return largest(numbers, count, rows)
 
 
 def outstanding_units(energies: Tensor) -> Tensor:

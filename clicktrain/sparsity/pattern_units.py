@@ -16,7 +16,6 @@ import torch
 from torch import Tensor
 
 from clicktrain.sparsity.finalize import best_patterns, pattern_mask
-from clicktrain.sparsity.importance import pattern_scores
 from clicktrain.sparsity.patterns import PatternPool, fixed_pool
 from clicktrain.sparsity.regrowth import keep_largest
 
@@ -46,9 +45,14 @@ class PatternUnit:
         return self.pool.entries
 
     def scores(self, scores: Tensor) -> Tensor:
-        """Mean score inside each kernel's best pattern; that of a kernel with a mask is its own pattern."""
-        best = pattern_scores(scores, _tables(self.pool, str(scores.device)).masks).amax(dim=-1)
-        return best[..., None, None] / self.pool.entries
+        """Mean score inside each kernel's best pattern."""
+        table = _tables(self.pool, str(scores.device)).masks.flatten(1).to(scores)
+        best = (table @ scores.flatten(2).flatten(0, 1).T).amax(dim=0)
+        return best.view(*scores.shape[:2], 1, 1) / self.pool.entries
+
+    def own_scores(self, scores: Tensor, mask: Tensor) -> Tensor:
+        """Mean score inside each kernel's own pattern, of a mask of weights; 0 if the kernel is pruned."""
+        return (scores * mask).sum(dim=(2, 3), keepdim=True) / self.pool.entries
 
     def units(self, mask: Tensor) -> Tensor:
         """Kernels that live, from a mask of weights."""
@@ -93,25 +97,27 @@ class PatternUnit:
         """
         table = _tables(self.pool, str(scores.device))
         stay, grown = kept[..., 0, 0], (alive & ~kept)[..., 0, 0]
-        pattern = best_patterns(scores, table.masks) if before is None else self.ids(before)
-        pattern = torch.where(grown, best_patterns(gradients.to(scores), table.masks), pattern)
-        changed = 0
-        count = int(stay.sum()) * int(grown.sum()) // max(int(alive.sum()), 1)
+        # Most kernels are pruned: only the others are looked at.
+        stayed, has_grown = (which.nonzero(as_tuple=True) for which in (stay, grown))
+        weights, pattern = scores[stayed], torch.zeros_like(stay, dtype=torch.int64)
+        old = best_patterns(weights[None], table.masks)[0] if before is None else self.ids(before[stayed])
+        slopes = gradients[has_grown].to(scores)
+        pattern[has_grown] = best_patterns(slopes[None], table.masks)[0]
+        count, new = len(old) * len(slopes) // max(len(old) + len(slopes), 1), old
         if before is not None and count and len(self.pool) > 1:
-            own = (scores * table.masks[pattern]).flatten(2)
-            overlap, cost = _cheapest(own, pattern, table)
-            still = keep_largest(cost, stay, int(stay.sum()) - count, rows)
-            where = (stay & ~still).nonzero(as_tuple=True)
-            old = pattern[where]
-            new = _steepest(gradients.to(scores).flatten(2)[where], old, overlap[where], table)
-            changed = int((new != old).sum())
-            pattern[where] = new
-        return Rearranged(pattern_mask(pattern, alive[..., 0, 0], table.masks.bool()), changed)
+            overlap, cost = _cheapest((weights * table.masks[old]).flatten(1), old, table)
+            costs = cost.new_zeros(stay.shape).index_put(stayed, cost)
+            gives = ~keep_largest(costs, stay, len(old) - count, rows)[stayed]
+            slopes = gradients[stayed][gives].to(scores).flatten(1)
+            new = old.masked_scatter(gives, _steepest(slopes, old[gives], overlap[gives], table))
+        pattern[stayed] = new
+        mask = pattern_mask(pattern, alive[..., 0, 0], table.masks.bool())
+        return Rearranged(mask, int((new != old).sum()))
 
     def ids(self, mask: Tensor) -> Tensor:
-        """Pattern of each kernel, an index of the pool: bool [F, C, R, S] -> int64 [F, C]; 0 if pruned."""
+        """Pattern of each kernel, an index of the pool: bool [..., R, S] -> int64 [...]; 0 if pruned."""
         table = _tables(self.pool, str(mask.device)).masks.flatten(1)
-        return (mask.flatten(2).to(table.dtype) @ table.T).argmax(dim=-1)
+        return (mask.flatten(-2).to(table.dtype) @ table.T).argmax(dim=-1)
 
 
 class _Tables(NamedTuple):
@@ -147,13 +153,13 @@ def _tables(pool: PatternPool, device: str) -> _Tables:
 
 
 def _cheapest(own: Tensor, pattern: Tensor, table: _Tables) -> tuple[Tensor, Tensor]:
-    """What each kernel would keep at an exchange, an index of U, and the score that it would give up.
+    """What each kernel would keep at an exchange, an index of U, and the score that it would give up: [K].
 
-    ``own`` [F, C, RS] are the scores inside the present pattern. Ties go to the first set.
+    ``own`` [K, RS] are the scores inside the present pattern. Ties go to the first set.
     """
-    left = (own @ table.shared.to(own).T).masked_fill(~table.allowed[pattern], -torch.inf)
-    best, overlap = left.max(dim=-1)
-    return overlap, (own.sum(dim=-1) - best).clamp_min(0)
+    given_up = (own @ (1 - table.shared).to(own).T).masked_fill(~table.allowed[pattern], torch.inf)
+    cost, overlap = given_up.min(dim=-1)
+    return overlap, cost
 
 
 def _steepest(gradients: Tensor, old: Tensor, overlap: Tensor, table: _Tables) -> Tensor:

@@ -65,10 +65,11 @@ class Update:
 
     def counts(self, densities: Mapping[str, float]) -> dict[str, int]:
         """Units per layer for densities, at least one, or one of each row."""
-        return {
-            name: units_at(densities[name], alive.numel(), self.rows_of(name), self.most(name))
-            for name, alive in self.alive.items()
+        layers = {
+            name: (alive.numel(), self.rows_of(name), self.sizes[name]) for name, alive in self.alive.items()
         }
+        weights = {name: math.prod(shape) for name, shape in self.shapes.items()}
+        return units_at(densities, layers, weights)
 
     def lost(self, kept: Units) -> dict[str, int]:
         """Units per layer that live now and are not among the kept."""
@@ -116,16 +117,37 @@ GrowthRule: TypeAlias = Callable[[Update, Units, Mapping[str, int]], Units]
 """(update, the units that stay, how many grow in each layer) -> the units that live afterwards."""
 
 
-def units_at(density: float, total: int, rows: int = 1, most: float = 1.0) -> int:
-    """How many of a layer's units live at a density, at least one of every row.
+def units_at(
+    densities: Mapping[str, float], layers: Mapping[str, tuple[int, int, int]], weights: Mapping[str, int]
+) -> dict[str, int]:
+    """How many units of each layer live at its density, at least one, or one of every row.
+
+    A layer without rows is rounded by itself. Steps of the others, one more unit in each row, may be large:
+    they are rounded together, by the largest remainders, to come close to the weights that all of them are to
+    have.
 
     Args:
-        density: share of the layer's weights.
-        total: units of the layer.
-        rows: parts of the layer in which equally many live.
-        most: the density at which all units live.
+        densities: share of each layer's weights.
+        layers: units, rows in which equally many live, and weights of a unit.
+        weights: of each layer.
     """
-    return min(max(round(density / most * (total // rows)), 1) * rows, total)
+    counts, remainders, left = {}, [], 0.0
+    for place, (name, (total, rows, size)) in enumerate(layers.items()):
+        exact = min(densities[name] * weights[name] / size, total)
+        if rows == 1:
+            counts[name] = min(max(round(exact), 1), total)
+            continue
+        each = max(math.floor(exact / rows + 1e-9), 1)
+        counts[name] = each * rows
+        left += (exact - counts[name]) * size
+        if each < total // rows:
+            remainders.append((each - exact / rows, place, name))
+    for _, _, name in sorted(remainders):
+        _, rows, size = layers[name]
+        if left >= rows * size / 2:
+            counts[name] += rows
+            left -= rows * size
+    return counts
 
 
 def random_numbers(shape: Sequence[int], seed: int, step: int, layer: int) -> Tensor:
@@ -142,19 +164,33 @@ def largest(scores: Tensor, count: int, rows: int = 1) -> Tensor:
     rows whose next score is largest have one more.
     """
     table = scores.reshape(rows, -1)
-    order = table.sort(dim=1, descending=True, stable=True).indices
-    each, more = divmod(count, rows)
+    each, more = divmod(min(count, table.numel()), rows)
     counts = torch.full((rows,), each, device=scores.device)
-    if more and each < table.shape[1]:
-        following = table.gather(1, order[:, each : each + 1]).squeeze(1)
+    if more:
+        following = _numbers(table).topk(each + 1, dim=1).values[:, each]
         counts[following.sort(descending=True, stable=True).indices[:more]] += 1
-    return _first(order, counts).view(scores.shape)
+    return _largest_of_rows(table, counts).view(scores.shape)
 
 
-def _first(order: Tensor, counts: Tensor) -> Tensor:
-    """The first ``counts`` [rows] of an order [rows, n] of each row: bool [rows, n]."""
-    taken = torch.arange(order.shape[1], device=order.device) < counts[:, None]
-    return torch.zeros_like(taken).scatter_(1, order, taken)
+def _numbers(table: Tensor) -> Tensor:
+    """The same with 0 for what is not a number, as in a run that diverges."""
+    return table.nan_to_num(nan=0.0, posinf=torch.inf, neginf=-torch.inf)
+
+
+def _largest_of_rows(table: Tensor, counts: Tensor) -> Tensor:
+    """The ``counts`` [rows] largest of each row, ties to the first: [rows, n] -> bool [rows, n].
+
+    By the last value that is taken, which takes less time than an order of all.
+    """
+    table = _numbers(table)
+    most = int(counts.max()) if len(counts) else 0
+    if most == 0:
+        return torch.zeros_like(table, dtype=torch.bool)
+    last = table.topk(most, dim=1).values.gather(1, (counts - 1).clamp_min(0)[:, None])
+    above, ties = table > last, table == last
+    left = counts[:, None] - above.sum(dim=1, keepdim=True)
+    # In a row of which nothing is taken nothing is above, and nothing left.
+    return above | (ties & (ties.cumsum(dim=1) <= left))
 
 
 def filled_up(kept: Tensor, count: int, worth: Tensor, rows: int = 1) -> Tensor:
@@ -162,11 +198,10 @@ def filled_up(kept: Tensor, count: int, worth: Tensor, rows: int = 1) -> Tensor:
 
     With ``rows`` each of these equal parts has equally many afterwards, as far as ``count`` goes.
     """
-    table, had = worth.reshape(rows, -1).masked_fill(kept.reshape(rows, -1), -1.0), kept.reshape(rows, -1)
-    have = had.sum(dim=1)
-    missing = (int(have.sum()) + count) // rows - have
-    order = table.sort(dim=1, descending=True, stable=True).indices
-    grown = _first(order, torch.minimum(missing.clamp_min(0), table.shape[1] - have))
+    had = kept.reshape(rows, -1)
+    table, have = worth.reshape(rows, -1).masked_fill(had, -1.0), had.sum(dim=1)
+    missing = ((int(have.sum()) + count) // rows - have).clamp_min(0)
+    grown = _largest_of_rows(table, torch.minimum(missing, table.shape[1] - have))
     return (grown | had).view(kept.shape)
 
 

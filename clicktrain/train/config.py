@@ -158,7 +158,8 @@ class RunConfig:
     compile: bool = False
     """Compile the network with torch.compile (again once the weights are packed)."""
     packed: bool = True
-    """After hard pruning, train on the kept values only; otherwise on masked dense weights."""
+    """Train on the kept values only after hard pruning, and while masks move, once 60% is zero; otherwise on
+    masked dense weights."""
     operators: Literal["measured", "density", "sparse", "reference"] = "measured"
     """How packed layers run (on the CPU): measured: what is fastest, found out once per machine; density:
     sparse where more than 65% is zero; sparse: all that can; reference: the slow one."""

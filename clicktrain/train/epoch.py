@@ -113,7 +113,7 @@ def _follow(run: TrainingRun, average: AveragedModel) -> None:
     elif step % LOOKAHEAD_STEPS == 0:
         done = p.batch_sizes.schedule_step(step)
         share = done / (p.config.epochs * p.batch_sizes.first.steps)
-        masks = {} if p.pruner.frozen else p.pruner.masks
+        masks = {} if p.pruner.frozen else p.pruner.network.dense_masks
         average.exchange_(p.model, share if p.cycle is None else p.cycle.share(done), masks)
 
 

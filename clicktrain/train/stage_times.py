@@ -36,11 +36,15 @@ _EVALUATED = 3
 
 @dataclass(frozen=True, slots=True)
 class StageTimes:
-    """Seconds of one stage of a run: a batch of training, a whole evaluation, a checkpoint."""
+    """Seconds of one stage of a run: a batch of training, a whole evaluation, a checkpoint.
+
+    ``setup`` is what comes once, when the stage begins: operators are chosen and compiled.
+    """
 
     batch: float
     evaluation: float
     checkpoint: float
+    setup: float = 0.0
 
 
 @dataclass(frozen=True, eq=False)
@@ -82,7 +86,7 @@ def measure_run(config: RunConfig, method: Method[Any]) -> RunTimes:
 
     The pruned network is what the method makes of the initial weights at once: its sizes and densities are
     those of the run's target, its positions are others. Batches take turns, so that what else the machine
-    does falls on all alike. Where the packed network is compiled, that is not counted: it is done once.
+    does falls on all alike.
 
     Raises:
         UserError: as `prepare`.
@@ -128,6 +132,7 @@ def _times(runs: dict[str, TrainingRun]) -> dict[str, StageTimes]:
     distinct = {id(run): run for run in runs.values()}
     data: list[float] = []
     batches: dict[int, list[float]] = {key: [] for key in distinct}
+    setup = {key: _seconds_to_wrap(run) for key, run in distinct.items()}
     started = time.perf_counter()
     source = _endless(next(iter(distinct.values())))
     for number in range(_WARM_UP + _ROUNDS):
@@ -142,9 +147,18 @@ def _times(runs: dict[str, TrainingRun]) -> dict[str, StageTimes]:
     waiting = statistics.median(data[_WARM_UP:])
     stages = {}
     for key, run in distinct.items():
-        seconds = waiting + statistics.median(batches[key][_WARM_UP:])
-        stages[key] = StageTimes(seconds, _evaluation_seconds(run), _checkpoint_seconds(run))
+        computing = statistics.median(batches[key][_WARM_UP:])
+        evaluation, first = _evaluation_seconds(run)
+        once = setup[key] + max(batches[key][0] - computing, 0.0) + first
+        stages[key] = StageTimes(waiting + computing, evaluation, _checkpoint_seconds(run), once)
     return {name: stages[id(run)] for name, run in runs.items()}
+
+
+def _seconds_to_wrap(run: TrainingRun) -> float:
+    """Seconds in which the operators of a packed network are chosen; next to none without one."""
+    started = time.perf_counter()
+    _ = run.forward.current
+    return time.perf_counter() - started
 
 
 def _endless(run: TrainingRun) -> Iterator[Batch]:
@@ -174,8 +188,8 @@ def _batch_seconds(run: TrainingRun, batch: Batch) -> float:
 
 
 @torch.no_grad()
-def _evaluation_seconds(run: TrainingRun) -> float:
-    """Seconds of an evaluation of the validation images, from a few batches."""
+def _evaluation_seconds(run: TrainingRun) -> tuple[float, float]:
+    """Seconds of an evaluation of the validation images, from a few batches, and excess of the first one."""
     p, model, times = run.prepared, run.evaluated_model, []
     was_training = model.training
     model.eval()
@@ -188,10 +202,11 @@ def _evaluation_seconds(run: TrainingRun) -> float:
             break
     model.train(was_training)
     of_image = statistics.median(times[1:] or times)
+    excess = max(times[0] - of_image, 0.0) * min(p.batch_size, len(p.data.val))
     images = len(p.data.val)
     if run.average is not None:  # its norms are measured before each evaluation
         images += p.config.recalibrate_norms * p.batch_size
-    return of_image * images
+    return of_image * images, excess
 
 
 def _checkpoint_seconds(run: TrainingRun) -> float:

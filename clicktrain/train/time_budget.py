@@ -94,7 +94,9 @@ def run_seconds(config: RunConfig, times: RunTimes, epochs: int, *, dense: bool 
         if known is not None:
             after, cut = times.after, min(known, float(epochs))
     first, whole = round(cut * times.batches), math.floor(cut)
-    total = first * before.batch + (epochs * times.batches - first) * after.batch
+    total = before.setup + first * before.batch
+    if (rest := epochs * times.batches - first) > 0:
+        total += rest * after.batch + (after.setup if after is not before else 0.0)
     for every, kind in ((config.evaluate_every, "evaluation"), (config.checkpoint_every, "checkpoint")):
         early, all_of_them = _count(every, whole, epochs), _count(every, epochs, epochs)
         total += early * getattr(before, kind) + (all_of_them - early) * getattr(after, kind)

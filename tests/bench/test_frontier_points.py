@@ -170,9 +170,10 @@ def test_phases_of_a_run_that_was_cut_within_an_epoch() -> None:
         {"stages": {"accelerated": 1.0}, "density": 0.25},
     ]
     phases = phases_of(metrics, CUT, batches=10)
-    rows = [(p["stage"], p["frozen"], p["density"], p["batches"], p["updates"]) for p in phases]
+    rows = [(p["stage"], p["frozen"], p["fast"], p["density"], p["batches"], p["updates"]) for p in phases]
     assert rows == [
-        ("dense", False, 1.0, 14, 0), ("pool", False, 1.0, 2, 0), ("accelerated", True, 0.25, 14, 0),
+        ("dense", False, False, 1.0, 14, 0), ("pool", False, False, 1.0, 2, 0),
+        ("accelerated", True, True, 0.25, 14, 0),
     ]  # fmt: skip
 
 
@@ -236,6 +237,9 @@ def test_what_was_not_timed_has_no_time() -> None:
     assert run_seconds(cut, None, OWN) is None
     assert run_seconds(cut, DENSE, OWN) is None  # finalize was not
     assert run_seconds(line([phase("fixed", 3, frozen=True)]), DENSE, None) is None
+    planned = line([phase("fixed", 3, frozen=True)], rule="measured", plans=2)
+    assert run_seconds(planned, DENSE, OWN) == pytest.approx(3 * 0.03 + 8 * 0.01 + 2 * 5.0)
+    assert run_seconds(planned, DENSE, {**OWN, "not_measured": "it failed"}) is None
 
 
 # ---- from lines to points ------------------------------------------------------------------------
@@ -294,7 +298,12 @@ def data() -> FrontierData:
             "engine": "e",
         }
     machine = {"cpu": "a CPU", "threads": 1, "versions": {"torch": "2"}, "isa": [], "compiler": None}
-    times = {"networks": networks, "machine": machine, "settings": {"rounds": 7}, "seconds": 1.0}
+    times = {
+        "networks": networks,
+        "machine": machine,
+        "settings": {"rounds": 7, "alone": True},
+        "seconds": 1.0,
+    }
     return FrontierData("tiny", tuple(points_of(RECIPE, lines, times)), times, missing=2)
 
 

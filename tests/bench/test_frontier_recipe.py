@@ -94,6 +94,8 @@ WRONG: list[tuple[dict[str, Any], str]] = [
     ({"base": {"model": "resnet20", "width": 2}}, "base has width"),
     ({"base": {"model": "mine.nets:make"}}, "no code of one's own"),
     ({"base": {"model": "prunetrain", "dynamic_batch": True}}, "times of steps need one batch size"),
+    ({"base": {"initial_weights": "runs/a"}}, "name the cell that it starts from by 'after'"),
+    ({"base": {"test_time_augmentation": "flip"}}, "not be that of the prediction that is timed"),
     ({"base": {"batch_size": 0}}, "batch_size is 0: must be at least 1"),
     ({"seeds": [-1]}, "seed is -1"),
     ({"seeds": "all"}, "seeds is 'all'"),

@@ -176,7 +176,7 @@ def test_wrong_plans_are_refused() -> None:
     for wrong, message in (
         ('"pairs": "false"', "pairs of a tiling is true or false, not 'false'"),
         ('"code": "tap"', "the code of a tiling is unrolled, cache_blocked or indexed, not 'tap'"),
-        ('"code": "unrolled"', "conv1 cannot multiply pairs in forward with code for tap patterns"),
+        ('"code": "cache_blocked"', "conv1 cannot multiply pairs in forward with cache_blocked code"),
     ):
         key = wrong.split(":")[0]
         right = '"pairs": true' if key == '"pairs"' else '"code": "indexed"'

@@ -145,9 +145,10 @@ def cases(draw: st.DrawFn) -> dict[str, Any]:
     region = draw(st.integers(1, 3)), draw(st.integers(1, 3))
     tilings = None
     if code == "unrolled":
-        back = Tiling((tile[0] * stride[0], tile[1] * stride[1]), region)
-        weight = Tiling(tile, region, pairs=pairs)
-        tilings = {"forward": Tiling(tile, region), "wgrad": weight, "dgrad": back}
+        own = Tiling(tile, region, sources=draw(st.integers(0, 4)), pairs=pairs)
+        back = replace(own, tile=(tile[0] * stride[0], tile[1] * stride[1]))
+        weight = replace(own, sources=0, images=draw(st.integers(1, 3)))
+        tilings = {"forward": own, "wgrad": weight, "dgrad": back}
     elif code == "cache_blocked":
         tile = draw(st.integers(1, 7)), draw(st.integers(1, 7))
         tilings = sweeps(tile, region, stride, draw(st.integers(0, 5)), draw(st.integers(0, 5)))
@@ -246,16 +247,19 @@ def test_pattern_layers(image: tuple[int, int], stride: int) -> None:
     check(mask, 20, image, stride=(stride, stride), padding=(1, 1))
 
 
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 @pytest.mark.parametrize("filters", [2, 4])
 @pytest.mark.parametrize("image", [(4, 4), (11, 6)], ids=str)
-def test_filters_that_share_positions_are_computed_together(filters: int, image: tuple[int, int]) -> None:
+def test_filters_that_share_positions_are_computed_together(
+    filters: int, image: tuple[int, int], dtype: torch.dtype
+) -> None:
     mask = pattern_mask(16, 10, 0.3, filters, torch.Generator().manual_seed(2))
     structure = Structure.from_mask(mask)
-    tiling = Tiling((2, 3), (2, 2), filters)
-    tilings = {"forward": tiling, "wgrad": tiling}
+    tiling = Tiling((2, 3), (2, 2), filters, sources=4, pairs=dtype is torch.bfloat16)
+    tilings = {"forward": tiling, "wgrad": replace(tiling, sources=0)}
     plan, _ = prepare(structure, ConvProblem.make(10, 16, (3, 3), image, (1, 1), (1, 1)), 1, tilings)
     assert plan.tiling("forward").filters_per_tile == filters
-    check(mask, 17, image, padding=(1, 1), bias=True, tilings=tilings)
+    check(mask, 17, image, padding=(1, 1), bias=True, tilings=tilings, dtype=dtype)
 
 
 def test_filters_that_differ_are_not_computed_together() -> None:
@@ -264,6 +268,16 @@ def test_filters_that_differ_are_not_computed_together() -> None:
     plan, _ = prepare(Structure.from_mask(mask), ConvProblem.make(10, 16, (3, 3), (8, 8)))
     assert plan.tiling("forward").filters_per_tile == 1
     check(mask, 16, (8, 8))
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize(("image", "pairs"), [((3, 3), False), ((5, 7), True)], ids=str)
+def test_regions_of_several_images(image: tuple[int, int], pairs: bool, dtype: torch.dtype) -> None:
+    # Five blocks with 16 lanes, in regions of two and four: read in place, and copied.
+    mask = pattern_mask(6, 5, 0.5, 1, torch.Generator().manual_seed(6))
+    for images in (2, 4):
+        tiling = Tiling((3, 4), (1, 2), images=images, pairs=pairs and dtype is torch.bfloat16)
+        check(mask, 70, image, padding=(1, 1), dtype=dtype, threads=2, tilings={"wgrad": tiling})
 
 
 @pytest.mark.parametrize("threads", [2, 3])
@@ -302,9 +316,11 @@ def test_activations_in_bfloat16(image: tuple[int, int], stride: int, dilation: 
     mask[4:] |= torch.rand(5, 7, 3, 3, generator=torch.Generator().manual_seed(6)) < 0.4
     own = Tiling((2, 4), (2, 2), code="indexed", sources=3, images=2, pairs=pairs)
     back = Tiling((2 * stride, 4 * stride), (1, 2))
+    taps = Tiling((2, 4), (1, 2), pairs=pairs)
     for tilings in (
         dict.fromkeys(PHASES, own),
-        {"forward": Tiling((2, 4), (1, 2)), "dgrad": back, "wgrad": Tiling((2, 4), pairs=pairs)},
+        {"forward": taps, "dgrad": replace(back, pairs=pairs), "wgrad": taps},
+        {"forward": replace(taps, sources=3), "dgrad": replace(back, sources=4, pairs=pairs)},
         {**sweeps((3, 4), (2, 1), (stride, stride), 3, 4), "wgrad": Tiling((2, 4), pairs=pairs)},
     ):
         check(
@@ -319,6 +335,29 @@ def test_activations_in_bfloat16(image: tuple[int, int], stride: int, dilation: 
             threads=2,
             tilings=tilings,
         )
+
+
+@pytest.mark.parametrize("image", [(3, 3), (5, 4), (7, 7), (15, 15)], ids=str)
+@pytest.mark.parametrize(("stride", "dilation"), [(1, 1), (2, 1), (1, 2), (3, 2)])
+def test_pairs_of_any_taps(image: tuple[int, int], stride: int, dilation: int) -> None:
+    # Patterns of one tap to nine, whose pairs lie side by side, below each other, far apart; at all edges.
+    patterns = [(8,), (0, 2), (2, 6), (0, 4, 8), (1, 3, 5, 7), (0, 1, 4, 5), (2, 3, 4, 6, 8), tuple(range(9))]
+    mask = torch.zeros(4, len(patterns), 9, dtype=torch.bool)
+    for channel, pattern in enumerate(patterns):
+        mask[:, channel, list(pattern)] = True
+    mask[1:, ::3] = False
+    own = Tiling((4, 4), (1, 2), pairs=True)
+    tilings = {"forward": own, "dgrad": replace(own, tile=(4 * stride, 4 * stride)), "wgrad": own}
+    check(
+        mask.view(4, -1, 3, 3),
+        17,
+        image,
+        stride=(stride, stride),
+        padding=(dilation, dilation),
+        dilation=(dilation, dilation),
+        dtype=torch.bfloat16,
+        tilings=tilings,
+    )
 
 
 def test_pairs_are_as_many_as_the_rows_of_kernels_allow() -> None:

@@ -14,6 +14,8 @@ from torch.optim.swa_utils import AveragedModel
 from clicktrain.kernels.sparse_conv2d import PackedLayer
 from clicktrain.methods import DSR, GMP, MEST, GraNet, Pruner, RigL
 
+# Kernels of a layer as small as these may be fewer than its filters.
+pytestmark = pytest.mark.filterwarnings("ignore:.* lose their last nonzero weight")
 ALL = (*PRUNED, "head")
 BATCHES = 24
 METHODS: dict[str, Any] = {

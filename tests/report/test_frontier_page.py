@@ -36,7 +36,12 @@ def grid(widths: tuple[float, ...] = (0.25, 0.35, 0.5, 0.7, 1.0)) -> list[Point]
 def page_of(points: list[Point], **more: Any) -> Node:
     figures = {"engine": "fp32", "step_ms": 1.0, "evaluate_ms": 1.0, "latency_ms_b64": 1.0,
                "latency_ms_b1": 1.0, "latency_engine_b64": "a", "latency_engine_b1": "b"}  # fmt: skip
-    times = {"networks": {"w1": figures}, "machine": MACHINE, "settings": {"rounds": 7}, "seconds": 60.0}
+    times = {
+        "networks": {"w1": figures},
+        "machine": MACHINE,
+        "settings": {"rounds": 7, "alone": True},
+        "seconds": 60.0,
+    }
     text = to_html(FrontierData("tiny", tuple(points), times, **more))
     assert "http" not in text.replace("http-equiv", "")
     assert "<script" not in text

@@ -41,8 +41,12 @@ def exchanged(weights: Kernel, own: Pattern, pool: list[Pattern]) -> tuple[Patte
     """
     shared = max(len(own & other) for other in pool if other != own)
     sets = {own & other for other in pool if other != own and len(own & other) == shared}
-    best = max(sets, key=lambda kept: (sum(abs(weights[i]) for i in kept), -first_of(kept, pool)))
-    return best, sum(abs(weights[i]) for i in own - best)
+    best = min(sets, key=lambda kept: (given_up(weights, own, kept), first_of(kept, pool)))
+    return best, given_up(weights, own, best)
+
+
+def given_up(weights: Kernel, own: Pattern, kept: Pattern) -> float:
+    return sum(abs(weights[i]) for i in own - kept)
 
 
 def first_of(kept: Pattern, pool: list[Pattern]) -> int:

@@ -83,9 +83,23 @@ def test_the_identity_stands_out_and_random_weights_do_not() -> None:
         [False, True, False], [False, False, False],
     ]  # fmt: skip
     assert not outstanding_units(torch.zeros(3, 4)).any()
-    units = random_units((24, 16, 3, 3), 0.05, 1, 2, first=found)
+    units = random_units((24, 16, 3, 3), 173, 1, 2, first=found)
     assert units[found].all()
-    assert int(units.sum()) == units_at(0.05, units.numel())
+    assert int(units.sum()) == 173
+
+
+def test_units_at_densities() -> None:
+    layers = {"a": (63, 1, 1), "b": (4, 1, 1), "c": (12, 1, 9)}
+    weights = {"a": 63, "b": 4, "c": 108}
+    assert units_at({"a": 0.3, "b": 0.01, "c": 0.5}, layers, weights) == {"a": 19, "b": 1, "c": 6}
+    # In rows of 8 and 5 kernels with 4 of 9 weights: 3.38 and 2.81 kernels, 27 and 11.2 of a sum of 38.2.
+    layers, weights = {"a": (64, 8, 4), "b": (20, 4, 4)}, {"a": 576, "b": 180}
+    found = units_at({"a": 0.1875, "b": 0.25}, layers, weights)
+    assert found == {"a": 24, "b": 12}
+    # Both would be rounded down by themselves: the larger remainder is rounded up.
+    assert units_at({"a": 0.19, "b": 0.21}, layers, weights) == {"a": 32, "b": 8}
+    assert units_at({"a": 0.001, "b": 0.001}, layers, weights) == {"a": 8, "b": 4}
+    assert units_at({"a": 0.9, "b": 0.9}, layers, weights) == {"a": 64, "b": 20}
 
 
 @pytest.mark.parametrize("rows", [1, 3, 4])

@@ -20,7 +20,7 @@ from clicktrain.train.setting_checks import budget_of
 from clicktrain.train.stage_times import RunTimes, StageTimes, measure_run
 from clicktrain.train.time_budget import fitting_epochs, plan_time, run_seconds, time_target
 
-SLOW, FAST = StageTimes(1.0, 7.0, 0.5), StageTimes(0.25, 2.0, 0.125)
+SLOW, FAST = StageTimes(1.0, 7.0, 0.5, 3.0), StageTimes(0.25, 2.0, 0.125, 11.0)
 
 
 class Cut:
@@ -45,7 +45,7 @@ def times(share: float | None = 0.5, after: StageTimes | None = FAST) -> RunTime
 def test_seconds_of_a_run_batch_by_batch(every: tuple[int, int], share: float | None, epochs: int) -> None:
     config = RunConfig(evaluate_every=every[0], checkpoint_every=every[1])
     cut = epochs if share is None else share * epochs
-    total = 0.0
+    total = 3.0 + (11.0 if share is not None else 0.0)
     for epoch in range(1, epochs + 1):
         for batch in range(10):
             total += SLOW.batch if (epoch - 1) * 10 + batch < round(cut * 10) else FAST.batch
@@ -58,12 +58,12 @@ def test_seconds_of_a_run_batch_by_batch(every: tuple[int, int], share: float | 
 def test_the_dense_run_and_one_that_never_freezes() -> None:
     config = RunConfig()
     assert run_seconds(config, times(), 4, dense=True) == pytest.approx(4 * (9 + 6.5))
-    assert run_seconds(config, times(after=None), 4) == pytest.approx(4 * (10 + 7.5))
+    assert run_seconds(config, times(after=None), 4) == pytest.approx(3 + 4 * (10 + 7.5))
 
 
 def test_as_many_epochs_as_fit() -> None:
     config = RunConfig()
-    for budget in (0.0, 17.4, 17.6, 100.0, 333.0, 1e5):
+    for budget in (0.0, 20.4, 20.6, 100.0, 333.0, 1e5):
         fits = [epochs for epochs in range(1, 12_000) if run_seconds(config, times(), epochs) <= budget]
         assert fitting_epochs(config, times(), budget) == (fits[-1] if fits else 0)
 

@@ -77,6 +77,7 @@ def finished_line(cell: Cell, seed: int, folder: RunFolder) -> Line:
         "phases": phases_of(metrics, folder.read_events(), batches),
         "structure": describe_masks(loaded.masks),
         "rule": _rule(folder.read_events()),
+        "plans": sum(event.get("event") == "operators" for event in folder.read_events()),
     }
 
 
@@ -95,8 +96,9 @@ def phases_of(
         batches: of an epoch.
 
     Returns:
-        ``stage, frozen, density, batches, updates``: consecutive epochs in one stage at one density (to 1%)
-        are one phase; ``frozen``: the network does not change any more; ``updates``: how often it changed.
+        ``stage, frozen, fast, density, batches, updates``: consecutive epochs in one stage at one density (to
+        1%) are one phase; ``frozen``: the network does not change any more; ``fast``: operators were chosen
+        for sparse layers before or in it; ``updates``: how often masks changed.
     """
     frozen = _frozen_stages(events)
     phases: list[dict[str, Any]] = []
@@ -137,9 +139,11 @@ def _frozen_stages(events: Sequence[Mapping[str, Any]]) -> set[str]:
 
 def _count_updates(phases: list[dict[str, Any]], events: Sequence[Mapping[str, Any]]) -> None:
     end, bounds = 0, []
+    chosen = next((event.get("step") for event in events if event.get("event") == "operators"), None)
     for phase in phases:
         end += phase["batches"]
         bounds.append(end)
+        phase["fast"] = isinstance(chosen, int) and chosen < end
     for event in events:
         if event.get("event") in ("regrown", "dropped", "threshold") and isinstance(event.get("step"), int):
             at = next((i for i, bound in enumerate(bounds) if event["step"] <= bound), None)

@@ -37,7 +37,8 @@ LATENCY_BATCHES = (64, 1)
 
 _OF_A_STEP = (
     "model", "width", "stem", "image_size", "batch_size", "accumulate", "optimizer", "momentum", "nesterov",
-    "mixup", "cutout", "augment", "ema_decay", "clip_grad_norm", "whitening", "threads", "label_smoothing",
+    "mixup", "cutout", "augment", "ema_decay", "lookahead", "clip_grad_norm", "whitening", "threads",
+    "label_smoothing",
 )  # fmt: skip
 """Settings that the time of a dense step depends on, beside the images."""
 
@@ -155,7 +156,7 @@ def dense_network(cell: Cell, line: Line) -> Network:
     about["images"] = facts["image_shape"], facts["classes"]
     digest = hashlib.sha256(json.dumps(about, sort_keys=True, default=str).encode()).hexdigest()[:8]
     key = f"{config.model} w{config.width:g} b{config.batch_size} {digest}"
-    return Network(key, config, facts, {})
+    return Network(key, replace(config, distill=0.0), facts, {})
 
 
 def pruned_network(cell: Cell, line: Line) -> Network:

@@ -116,7 +116,8 @@ def _where(data: FrontierData) -> str:
     machine, settings = data.times["machine"], data.times["settings"]
     return (
         f"{what}; times on {machine['cpu']}, {machine['threads']} thread(s), torch "
-        f"{machine['versions']['torch']}, medians of {settings['rounds']} rounds in one process."
+        f"{machine['versions']['torch']}, medians of {settings['rounds']} rounds in one process"
+        f"{'' if settings['alone'] else '; planning of operators is not counted'}."
     )
 
 

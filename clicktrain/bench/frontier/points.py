@@ -6,7 +6,7 @@ Training time is put together: batches of each stage x the time of such a step, 
 from __future__ import annotations
 
 import statistics
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any, Literal
@@ -251,13 +251,8 @@ def _trained(
     line: Line, own: Mapping[str, Any] | None, dense: Mapping[str, Any] | None
 ) -> list[Mapping[str, Any]]:
     """Figures of the networks that a run trains."""
-    kinds: list[Callable[[bool], bool]] = [lambda frozen: not frozen, lambda frozen: frozen]
-    figures = (dense, own)
-    return [
-        figure or {}
-        for is_of, figure in zip(kinds, figures, strict=True)
-        if any(is_of(phase["frozen"]) for phase in line["phases"])
-    ]
+    pruned = {phase["frozen"] or phase.get("fast", False) for phase in line["phases"]}
+    return [figures or {} for is_pruned, figures in ((False, dense), (True, own)) if is_pruned in pruned]
 
 
 # ---- time of training ----------------------------------------------------------------------------
@@ -304,20 +299,22 @@ def run_seconds(line: Line, dense: Mapping[str, Any] | None, own: Mapping[str, A
     """
     if dense is None:
         return None
-    total = frozen = everything = 0.0
+    total = pruned = everything = 0.0
     for phase in line["phases"]:
         ms = _step_ms(phase, dense, own)
         if ms is None:
             return None
         total += ms / 1000
         everything += phase["batches"]
-        frozen += phase["batches"] if phase["frozen"] else 0
-    share = frozen / max(everything, 1)
+        pruned += phase["batches"] if phase["frozen"] or phase.get("fast") else 0
+    share = pruned / max(everything, 1)
     after = (own or {}).get("evaluate_ms", dense["evaluate_ms"])
     evaluation_ms = share * after + (1 - share) * dense["evaluate_ms"]
     total += line["figures"]["evaluated_batches"] * evaluation_ms / 1000
     if line.get("rule"):  # operators were chosen
-        total += (own or {}).get("plan_seconds", 0.0)
+        if "not_measured" in (own or {}):
+            return None
+        total += line.get("plans", 1) * (own or {}).get("plan_seconds", 0.0)
     return float(total)
 
 

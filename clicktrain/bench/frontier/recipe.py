@@ -24,6 +24,11 @@ MOST_RUNS = 10_000
 _KEYS = ("family", "base", "seeds", "dense", "pruned", "engines")
 _GROUP_KEYS = ("setting", "method", "width", "widths", "epochs", "seeds", "after", "settings")
 _NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9._+-]*")
+_REFUSED = {
+    "initial_weights": "name the cell that it starts from by 'after', so that its cost counts",
+    "teacher": "what it cost would not count; distill alone has the run's own network teach",
+    "test_time_augmentation": "accuracy would not be that of the prediction that is timed",
+}
 _PLACED = {"width": "widths", "epochs": "epochs", "seed": "seeds", "method": "method"}
 """Settings that a recipe says by keys of its own."""
 
@@ -191,6 +196,9 @@ def _check_cells(cells: Sequence[Cell]) -> None:
             config, _ = cell.config(cell.seeds[0])
         except UserError as error:
             raise UserError(f"{cell.name}: {error}") from None
+        for name, why in _REFUSED.items():
+            if getattr(config, name) not in (None, "none"):
+                raise UserError(f"{cell.name} sets {name}: {why}")
         if config.dynamic_batch:
             raise UserError(f"{cell.name}: dynamic_batch is true, but times of steps need one batch size")
     for cell in cells:

@@ -24,11 +24,13 @@ from clicktrain.methods.base import (
     LayerPlan,
     Method,
     PruningPlan,
+    Record,
     RunLength,
     StepInfo,
     hard_prune,
     plan_rows,
 )
+from clicktrain.runs.events import FinalizedEvent
 from clicktrain.runs.folder import RunFolder
 from clicktrain.train.config import RunConfig
 from clicktrain.train.epoch import train_batch
@@ -38,7 +40,7 @@ from clicktrain.train.progress import Silent
 from clicktrain.train.training_run import TrainingRun
 
 ENDLESS = 1_000_000
-"""Epochs of a run that is only timed: its learning rate does not change, and planning operators pays."""
+"""Epochs of a run that is only timed."""
 STEPS_PER_EPOCH = 4
 
 
@@ -48,6 +50,7 @@ class GivenMasks(Method[None]):
 
     name: ClassVar[str] = "given-masks"
     title: ClassVar[str] = "given masks"
+    dense_until_chosen: ClassVar[bool] = True
 
     masks: Mapping[str, Tensor]
     """Layer name -> bool of the weight's shape, True = kept."""
@@ -72,8 +75,11 @@ class GivenMasks(Method[None]):
         return PruningPlan(plan_rows(prunable, rows), "masks are given")
 
     def after_step(self, state: None, prunable: PrunableLayers, step: StepInfo) -> Sequence[Action]:
-        """Freeze, once."""
-        return hard_prune(prunable, self.masks) if step.seen == 1 else ()
+        """Freeze, once; whoever wants to learn from the dense network takes its weights before."""
+        if step.seen > 1:
+            return ()
+        chosen = FinalizedEvent(compression_asked=None, compression_reached=1.0, layers=())
+        return [Record(chosen), *hard_prune(prunable, self.masks)]
 
 
 def drawn_images(config: RunConfig, network: Mapping[str, Any], steps_per_epoch: int) -> RunConfig:
@@ -85,10 +91,10 @@ def drawn_images(config: RunConfig, network: Mapping[str, Any], steps_per_epoch:
         steps_per_epoch: batches of an epoch; validation images make one batch.
 
     Raises:
-        UserError: the images are not square, or steps have a teacher.
+        UserError: the images are not square, or a teacher takes part in steps.
     """
     if config.distill:
-        raise UserError("distill is set: steps with a teacher cannot be timed side by side")
+        raise UserError("distill is set, but steps with a teacher cannot be timed side by side: leave it out")
     channels, height, width = network["image_shape"]
     if height != width:
         raise UserError(f"images of {height}x{width} cannot be timed: only square ones can be drawn")
@@ -105,7 +111,7 @@ def drawn_images(config: RunConfig, network: Mapping[str, Any], steps_per_epoch:
         tensorboard=False, device="cpu",
         # What is drawn is not to be learned: weights hardly move, and no loss explodes.
         learning_rate=1e-4, learning_rate_batch=None, schedule="constant", warmup_epochs=0.0,
-        second_cycle=None, time_budget=None, budget_epochs=None,
+        second_cycle=None, time_budget=None, budget_epochs=None, recalibrate_norms=0,
     )  # fmt: skip
 
 
@@ -113,7 +119,7 @@ class TrainerSteps:
     """A run that is only timed: ``step()`` trains on a batch, ``evaluate()`` evaluates on one.
 
     Args:
-        config: from `drawn_images`; with `ENDLESS` epochs unless the method's schedule is to be gone through.
+        config: from `drawn_images`; its epochs are those of the method's schedule.
         method: attached as in a run; weights that it expects are not loaded.
     """
 
@@ -121,6 +127,8 @@ class TrainerSteps:
         if method.expects_trained:
             config = replace(config, initial_weights="none: only timed")
         prepared = prepare(config, method, begins=False)
+        # A short run would not measure operators before it chooses: the one that it stands for is long.
+        prepared = replace(prepared, config=replace(config, epochs=ENDLESS))
         self._files = tempfile.TemporaryDirectory(prefix="clicktrain-frontier-")
         self.run = TrainingRun(prepared, RunFolder(Path(self._files.name)), Silent())
         self._batches: Iterator[Batch] = iter(())

@@ -21,7 +21,7 @@ from clicktrain.bench.frontier.recipe import Cell
 from clicktrain.errors import NetworkCollapsed, UserError
 from clicktrain.runs.folder import RunFolder
 from clicktrain.runs.new_folder import exists, only_begun
-from clicktrain.train import TrainingDiverged, TrainingInterrupted, config_to_dict
+from clicktrain.train import TrainingDiverged, TrainingInterrupted, config_to_dict, load_run_config
 from clicktrain.train.fit import fit
 from clicktrain.train.progress import Silent
 
@@ -67,6 +67,7 @@ def run_job(text: str) -> dict[str, Any]:
             raise UserError(
                 f"{folder.path} holds a run with another {other}: remove it, or give the cell another name"
             )
+        config, method = load_run_config(folder)
     try:
         fit(config, method, folder, progress=_Log(), resume=resume)
     except (NetworkCollapsed, TrainingDiverged) as failure:
@@ -76,7 +77,9 @@ def run_job(text: str) -> dict[str, Any]:
 
 def _difference(there: dict[str, Any], wanted: dict[str, Any]) -> str | None:
     """The first setting in which a run that is there differs from the one that is wanted."""
-    free = ("threads", "workers", "cache_dir")
+    free = {"threads", "workers", "cache_dir"}
+    if wanted["time_budget"] is not None:
+        free |= {"epochs", "budget_epochs"}  # chosen when the run began
     return next((n for n, value in wanted.items() if n not in free and there.get(n) != value), None)
 
 

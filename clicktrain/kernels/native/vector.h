@@ -220,6 +220,12 @@ INLINE bits spread(stored v) {
 #endif
 }
 INLINE vec widen(stored v) { return (vec)(spread(v) << 16); }
+// One number as `narrow` rounds it.
+INLINE uint16_t round_bits(float x) {
+  uint32_t b;
+  memcpy(&b, &x, sizeof b);
+  return x != x ? 0x7fff : (b + 0x7fff + ((b >> 16) & 1)) >> 16;
+}
 #define UPPER_BYTES 2, 3, 6, 7, 10, 11, 14, 15  // of four numbers
 INLINE stored narrow(vec v) {
 #if defined(__AVX512BF16__) && LANES == 16

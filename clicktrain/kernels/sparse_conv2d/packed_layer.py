@@ -310,9 +310,11 @@ class PackedLayer(nn.Module):
         structure = self.structure.to(weight.device)
         values = pack_values(structure, weight)
         if int((weight != 0).sum()) > int((values != 0).sum()):
+            moving = self.structure.patterns is not None
+            what = "before a method is attached" if moving else "that were saved after the hard prune"
             return (
                 f"{layer}: these weights are not zero where this packed layer has no values: load weights "
-                "that were saved after the hard prune, or unpack the network first (clicktrain.unpack)"
+                f"{what}, or unpack the network first (clicktrain.unpack)"
             ), state_dict
         packed = {key: value for key, value in state_dict.items() if key != f"{prefix}weight"}
         packed |= {f"{prefix}values": values, f"{prefix}keep_bits": self.keep_bits}

@@ -80,6 +80,11 @@ class PrunedNetwork:
             for name, mask in self._masks.items()
         }
 
+    @property
+    def dense_masks(self) -> dict[str, Tensor]:
+        """As `masks`, without packed layers."""
+        return {name: mask for name, mask in self._masks.items() if mask is not None}
+
     def _packed_layer(self, name: str) -> PackedLayer:
         layer = self.model.get_submodule(name)
         assert isinstance(layer, PackedLayer)
@@ -444,7 +449,7 @@ class PrunedNetwork:
             "plans": [json.dumps(plan.to_json()) for plan in self.plans],
             "frozen": self.frozen,
             "packed": self.packed and self.frozen,
-            "moving": list(self.moving),
+            "moving": {name: _as_lists(one.structure.patterns) for name, one in self.moving.items()},
             "masks": {name: bits_from_mask(mask) for name, mask in self.masks.items()},
         }
 
@@ -455,13 +460,8 @@ class PrunedNetwork:
             self.remove(plan)
             self.publisher.publish(ChannelsRemoved(plan))
 
-    def load_masks(
-        self, saved: Mapping[str, Any], patterns: Callable[[], Mapping[str, Patterns]] = dict
-    ) -> None:
-        """Take over masks, after `load_plans`; the network is packed if the saved one was.
-
-        ``patterns``: as in `mask`, of the method's loaded state.
-        """
+    def load_masks(self, saved: Mapping[str, Any]) -> None:
+        """Take over masks, after `load_plans`; the network is packed if the saved one was."""
         self.frozen = saved["frozen"]
         masks = {
             layer.name: mask_from_bits(saved["masks"][layer.name].to(layer.parameter.device), layer.shape)
@@ -470,8 +470,8 @@ class PrunedNetwork:
         }
         if self.frozen:
             self.packed = bool(saved["packed"])  # go on in the form that was saved
-        packed = list(saved.get("moving", ()))
-        if packed and set(packed) == set(self.moving):
+        packed = {name: tuple(map(tuple, known)) for name, known in saved.get("moving", {}).items()}
+        if packed and packed == {name: one.structure.patterns for name, one in self.moving.items()}:
             self._index({name: masks[name] for name in packed})
             self._masks = {**masks, **dict.fromkeys(packed)}
             return
@@ -480,5 +480,8 @@ class PrunedNetwork:
             self._find_again()
         self._masks = dict(masks)
         if packed:
-            known = patterns()
-            self.pack({name: known[name] for name in packed})
+            self.pack(packed)
+
+
+def _as_lists(patterns: Patterns | None) -> list[list[int]]:
+    return [list(one) for one in patterns or ()]

@@ -448,7 +448,7 @@ class Pruner:
         self._collapse = saved["collapse"]
         self.events = list(saved["events"])
         self._most_batches = int(saved.get("most_batches", 1))
-        self.network.load_masks(saved, self._mask_patterns)
+        self.network.load_masks(saved)
         if self.frozen:
             self._end_choice()
         self.network.want_gradients(False)

@@ -70,11 +70,18 @@ class Growing(Moving):
         scores = now.scores[name]
         if now.rows_of(name) > 1 or scores.shape[0] == 1:
             return alive  # every row keeps its best; or units have no filter of their own
-        had, gradient = (
-            scores.masked_fill(~now.alive[name], 0.0),
-            now.gradients.get(name, scores.new_zeros(())),
-        )
-        return with_living_filters(alive, had, torch.where(kept, 1 + had, gradient / (1 + gradient)))
+        had = scores.masked_fill(~now.alive[name], 0.0)
+        gradient = now.gradients.get(name, scores.new_zeros(()))
+        result = with_living_filters(alive, had, torch.where(kept, 1 + had, gradient / (1 + gradient)))
+        known = f"constant filters of {name}"
+        if known not in now.memory and (count := int(constant_filters(result, had).sum())):
+            now.memory[known] = count  # warned of once, also by a run that is resumed
+            warnings.warn(
+                f"{count} of {len(result)} filters of {name} lose their last nonzero weight and compute a "
+                "constant: too few units are left in the layer",
+                stacklevel=2,
+            )
+        return result
 
     @property
     def grown(self) -> str:
@@ -90,26 +97,21 @@ class Growing(Moving):
         if self.first_sparsity == 0:
             return state
         state.stage = self.moves_in
-        densities = self.layer_densities(prunable, self.first_sparsity)
+        counts = self.layer_counts(prunable, self.first_sparsity)
         for number, layer in enumerate(prunable.layers):
-            state.masks[layer.name] = self._first_mask(layer, densities[layer.name], state.seed, number)
+            state.masks[layer.name] = self._first_mask(layer, counts[layer.name], state.seed, number)
         agree_on_([state.masks[name] for name in sorted(state.masks)])
         self._warn_of_constants(prunable, state.masks)
         return state
 
-    def _first_mask(self, layer: PrunableLayer, density: float, seed: int, number: int) -> Tensor:
+    def _first_mask(self, layer: PrunableLayer, count: int, seed: int, number: int) -> Tensor:
         """Random units, those first that dominate a filter's initial weights; of no filter only zeros."""
-        unit, view, rows, most = (
-            self.unit_of(layer),
-            layer.view_shape,
-            self.rows_of(layer),
-            self.most_of(layer),
-        )
+        unit, view, rows = self.unit_of(layer), layer.view_shape, self.rows_of(layer)
         squares = layer.view(layer.weight.detach()).float().square()
         energies = unit.scores(squares)
         filters = energies.shape[0] == view[0]
         first = outstanding_units(energies) if filters else None
-        units = random_units(unit.shape(view), density, seed, number, rows, most, first).to(squares.device)
+        units = random_units(unit.shape(view), count, seed, number, rows, first).to(squares.device)
         if filters:
             order = random_numbers(units.shape, seed, 0, number)
             units = with_living_filters(units, energies, order, rows)

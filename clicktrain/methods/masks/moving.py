@@ -30,7 +30,7 @@ from clicktrain.methods.masks.update_times import Timing
 from clicktrain.runs.events import ABSENT, Event, RegrownEvent
 from clicktrain.sparsity.pattern_units import PatternUnit
 from clicktrain.sparsity.registry import choice_name
-from clicktrain.sparsity.regrowth import Units, Update, random_numbers, units_at
+from clicktrain.sparsity.regrowth import Units, Update, random_numbers
 from clicktrain.sparsity.schedules import ScheduleChoice
 
 
@@ -253,9 +253,13 @@ class Moving(MovingUnits):
         for layer in prunable.layers:
             name, unit, mask = layer.name, self.unit_at(state, layer), masks.get(layer.name)
             own, grad = weights[name]
-            scores[name] = unit.scores(own)
+            view = None if mask is None else layer.view(mask)
+            if view is not None and isinstance(unit, PatternUnit):
+                scores[name] = unit.own_scores(own, view)
+            else:
+                scores[name] = unit.scores(own)
             everywhere = torch.ones_like(scores[name], dtype=torch.bool)
-            alive[name] = everywhere if mask is None else unit.units(layer.view(mask))
+            alive[name] = everywhere if view is None else unit.units(view)
             if grad is not None:
                 gradients[name] = unit.scores(grad)
         shapes = {layer.name: layer.shape for layer in prunable.layers}
@@ -289,13 +293,12 @@ class Moving(MovingUnits):
     ) -> PruningPlan:
         """Per layer: the units, the planned density, or the one reached."""
         rows = []
-        planned = self.layer_densities(prunable, self.sparsity)
+        planned = self.layer_counts(prunable, self.sparsity)
         first = self.layer_densities(prunable, self.first_sparsity)
         open_yet = bool(self.decided_by) and not (state and state.kept)
         for layer in prunable.layers:
-            name, units = layer.name, math.prod(self.unit_of(layer).shape(layer.view_shape))
-            most = self.most_of(layer)
-            density = most * units_at(planned[name], units, self.rows_of(layer), most) / units
+            name, size = layer.name, self.unit_of(layer).size(layer.view_shape)
+            density = planned[name] * size / math.prod(layer.shape)
             what = self.units_called(layer)
             why = "dense by Erdos-Renyi" if density == 1 and not (state and state.kept) else ""
             if open_yet:

@@ -17,6 +17,7 @@ from clicktrain.sparsity.distributions import DISTRIBUTIONS, DistributionChoice,
 from clicktrain.sparsity.pattern_units import PatternUnit
 from clicktrain.sparsity.patterns import FIXED_SIZES, PatternPool, all_patterns, fixed_pool
 from clicktrain.sparsity.registry import choice_name
+from clicktrain.sparsity.regrowth import units_at
 from clicktrain.sparsity.units import UNITS, Unit, UnitChoice
 
 AnyUnit = Unit | PatternUnit
@@ -116,6 +117,16 @@ class MovingUnits(Masked):
         """Density of a layer in which all units live."""
         unit, view = self.unit_of(layer), layer.view_shape
         return math.prod(unit.shape(view)) * unit.size(view) / math.prod(view)
+
+    def layer_counts(self, prunable: PrunableLayers, sparsity: float) -> dict[str, int]:
+        """Units of each layer that live at a sparsity of all layers."""
+        layers = {}
+        for layer in prunable.layers:
+            unit = self.unit_of(layer)
+            units = math.prod(unit.shape(layer.view_shape))
+            layers[layer.name] = units, self.rows_of(layer), unit.size(layer.view_shape)
+        weights = {layer.name: math.prod(layer.shape) for layer in prunable.layers}
+        return units_at(self.layer_densities(prunable, sparsity), layers, weights)
 
     def spread(
         self, shapes: Mapping[str, Sequence[int]], most: Mapping[str, float], density: float

@@ -50,8 +50,8 @@ def source(
         raise ValueError(f"statistics are taken of the forward pass, not of {phase}")
     if tiling.pairs and dtype is not torch.bfloat16:
         raise ValueError(f"only bfloat16 is multiplied in pairs, not {dtype}")
-    if tiling.pairs and tiling.code != "indexed" and phase != "wgrad":
-        raise ValueError(f"tap patterns do not multiply pairs in {phase}: its code has to be 'indexed'")
+    if tiling.pairs and tiling.code == "cache_blocked" and phase != "wgrad":
+        raise ValueError(f"cache_blocked code does not multiply pairs in {phase}")
     if tiling.code == "cache_blocked" and phase == "wgrad":
         raise ValueError("wgrad has code 'unrolled' or 'indexed', not 'cache_blocked'")
     about = _describe(phase, problem, tap_patterns, tiling, dtype, lanes, sums)

@@ -158,17 +158,16 @@ class _Kernel:
     ) -> None:
         """Forward or dgrad: ``y`` from ``x``, and with ``statistics`` mean and variance of ``n`` images."""
         rows, entries, order = tables
-        places = order.numel()
-        if self.tiling.pairs:
-            flat = values.reshape(-1).bfloat16()
-            values, places = torch.cat([flat, flat.new_zeros(1)]).index_select(0, order), 0
         weights, threads = values.numel(), torch.get_num_threads()
+        places = order.numel()
         count, ordered, room = self._room(weights, places, entries.numel(), threads)
+        if self.tiling.pairs:
+            places = weights
         if not x.numel():
             return
         x = x if x.is_contiguous() and x.data_ptr() % ALIGNMENT == 0 else vectors(x)
         bias = None if bias is None else bias.contiguous()
-        weight = values.contiguous(), order if places else None, bias
+        weight = values.contiguous(), order if order.numel() else None, bias
         sizes = n, count, places, ordered, x.shape[0], y.nbytes >= STREAM_BYTES, threads
         scratch = _SCRATCH.take(room, self.computed)
         if call(self._run, x, y, *weight, rows, entries, *statistics, scratch, *sizes):
@@ -180,10 +179,10 @@ class _Kernel:
         ``places`` is 0 for weights that are in the kernel's order.
         """
         # In their order already: each has an entry.
-        missing = not places and not self.tiling.pairs and weights != entries
-        if missing or weights < places:
+        missing = not places and (self.tiling.pairs or weights != entries)
+        if (missing and weights) or (not self.tiling.pairs and weights < places):
             raise UserError(f"this layer's plan is not for {weights} weights")
-        count = places if self.tiling.code == "indexed" else weights
+        count = places // 2 if self.tiling.pairs else places if self.tiling.code == "indexed" else weights
         lanes, size = self._lanes, self.computed.itemsize
         room = self._scratch * threads * lanes
         if self._sums:

@@ -14,6 +14,7 @@ from torch import Tensor
 from clicktrain.formats.packed import Structure
 from clicktrain.kernels.native import compute_type, toolchain
 from clicktrain.kernels.sparse_conv2d.blocked.indexed.tables import table as indexed_table
+from clicktrain.kernels.sparse_conv2d.blocked.patterns.pairs import in_pairs, pair_taps
 from clicktrain.kernels.sparse_conv2d.blocked.patterns.tables import Parts, Table
 from clicktrain.kernels.sparse_conv2d.blocked.patterns.tap_patterns import Taps, choose, is_complete
 from clicktrain.kernels.sparse_conv2d.blocked.problem import PHASES, ConvProblem, Phase, Tiling
@@ -79,6 +80,13 @@ def prepare(
         chosen.append((phase, tiling))
     plan = ConvPlan(problem, tap_patterns, tuple(chosen))
 
+    def paired(phase: Phase, table: Table) -> Table:
+        tiling = plan.tiling(phase)
+        if not tiling.pairs:
+            return table
+        pairs = [pair_taps(taps, phase, problem) for taps in tap_patterns]
+        return in_pairs(table, tap_patterns, pairs, tiling)
+
     def table(phase: Phase) -> Table:
         tiling = plan.tiling(phase)
         if tiling.code == "indexed":
@@ -86,9 +94,9 @@ def prepare(
         if tiling.code == "cache_blocked" and phase != "wgrad":
             return parts().by_block(phase == "dgrad", tiling.results, tiling.sources)
         if phase == "forward":
-            return parts().by_filter(tiling.filters_per_tile)
+            return paired(phase, parts().by_filter(tiling.filters_per_tile, tiling.sources))
         if phase == "dgrad":
-            return parts().by_channel()
+            return paired(phase, parts().by_channel(tiling.sources))
         return parts().by_kernel(tiling.filters_per_tile, WGRAD_FILTERS)
 
     forward, back, weight = (table(phase) for phase in PHASES)
@@ -127,8 +135,10 @@ def variants(
     wanted = {phase: _candidates(phase, structure, problem, tap_patterns, parts, copied) for phase in PHASES}
     tools = toolchain()
     if dtype is torch.bfloat16 and tools is not None and tools.simd.pairs:
+        lanes, complete = tools.lanes(torch.float32), is_complete(structure, tap_patterns)
         for phase, tilings in wanted.items():
-            tilings += pair_candidates(phase, problem, tilings)
+            registers = tools.simd.registers
+            wanted[phase] = pair_candidates(phase, problem, tilings, registers, lanes, complete)
     result = []
     # The tables of a phase depend on its own tiling alone: one candidate of each phase at once.
     for number in range(max(map(len, wanted.values()))):
@@ -150,8 +160,13 @@ def _candidates(
     registers, lanes = (tools.simd.registers, tools.lanes(torch.float32)) if tools else (16, 8)
     complete = is_complete(structure, tap_patterns)
     counts = (_filters_per_tile(phase, structure, parts), 1) if complete else (1,)
-    every = (candidates(phase, problem, registers, lanes, tap_patterns, n, complete, copied) for n in counts)
+    about = phase, problem, registers, lanes, tap_patterns
+    every = (_known_candidates(*about, n, complete, copied) for n in counts)
     return list(dict.fromkeys(itertools.chain.from_iterable(every)))
+
+
+_known_candidates = functools.lru_cache(maxsize=1024)(candidates)
+"""Milliseconds for a layer, which would count where tables are made again for masks that move."""
 
 
 def _filters_per_tile(phase: Phase, structure: Structure, parts: Callable[[], Parts]) -> int:

@@ -74,12 +74,12 @@ class Tiling:
         code: ``unrolled``, code of its own for each tap pattern, sums in registers; ``cache_blocked``, the
             same with sums in L1 or L2 (forward and dgrad only); or ``indexed``, offsets of taps as data.
         sources: channels (of dgrad: filters) of one pass over all results; 0 = all
-            (``cache_blocked`` and ``indexed`` only).
+            (not ``unrolled`` wgrad).
         results: filters (of dgrad: channels) whose sums are in the cache at once; 0 = all
             (``cache_blocked`` only).
-        images: blocks of images of one region (wgrad with ``indexed`` only).
-        pairs: multiply pairs of bfloat16 numbers, see ``operand_types.h`` (bfloat16 activations only; forward
-            and dgrad with ``indexed`` only).
+        images: blocks of images of one region (wgrad only).
+        pairs: multiply pairs of bfloat16 numbers, see ``operand_types.h`` (bfloat16 activations only; not
+            with ``cache_blocked``).
     """
 
     tile: tuple[int, int]

@@ -16,10 +16,22 @@ from clicktrain.kernels.sparse_conv2d.blocked.shared.geometry import Backward, F
 Pair = tuple[int, int]
 CACHE_VECTORS = 8192
 """SIMD vectors of 64 bytes that a region may fill: half a megabyte, half of L2."""
-WGRAD_VECTORS = 21504
-"""The same for wgrad: its sums over lanes, once a region, want large regions."""
+WGRAD_VECTORS = 12288
+"""The same for wgrad: its sums over lanes, once a region, want large regions, and L2 is read beside them."""
 WGRAD_FILTERS = 128
 """Filters whose output gradients are used before the next ones: they stay in the cache."""
+PAIRED_WGRAD_TILE = (2, 4)
+"""Twelve sums have to be on their way at a time, which leaves registers for few gradients."""
+PAIRED_COLUMNS = 6
+"""Most columns of a larger tile in pairs: fewer jumps, but not so many sums that cells are loaded again."""
+PAIRED_SOURCES = 16
+"""Sources of a pass in pairs where there are many: twice as fast, kernels wait for windows from L2."""
+MOST_IN_ROW = 8
+"""Tiles of a region that then takes all of a row, at most: its copy has each window once."""
+FEW_SUMS = 12
+"""Sums of a tile below which there are no such passes."""
+IMAGE_VECTORS, MOST_IMAGES = 12800, 4
+"""Vectors of 64 bytes of a region of unrolled wgrad with several blocks of small images, and most of them."""
 INDEXED_VECTORS = 256
 """Vectors of 64 bytes of a tile's windows in one pass of indexed code: half of L1."""
 REGION_POSITIONS = (256, 128)
@@ -79,16 +91,52 @@ def candidates(
     return [*indexed, *(unrolled if filters_per_tile > 1 else unrolled[:1])]
 
 
-def pair_candidates(phase: Phase, problem: ConvProblem, tilings: Sequence[Tiling]) -> list[Tiling]:
-    """Those of the tilings that can multiply pairs of bfloat16 numbers, doing so.
+def pair_candidates(
+    phase: Phase,
+    problem: ConvProblem,
+    tilings: Sequence[Tiling],
+    registers: int,
+    lanes: int,
+    complete: bool = True,
+) -> list[Tiling]:
+    """What is worth measuring where pairs of bfloat16 numbers can be multiplied; ``tilings`` is so without.
 
-    Forward and dgrad pair taps of a row: kernels of one column have none.
+    Of code for tap patterns that is pairs, and one without. Indexed code pairs taps of a row: kernels of one
+    column have none.
     """
+    indexed = [replace(one, pairs=True) for one in tilings if one.code == "indexed"]
+    patterns = complete and registers >= 32 and any(one.code == "unrolled" for one in tilings)
     if phase == "wgrad":
-        return [replace(one, pairs=True) for one in tilings]
-    if problem.columns.taps == 1:
-        return []
-    return [replace(one, pairs=True) for one in tilings if one.code == "indexed"]
+        shape = (4, 4) if max(problem.rows.out, problem.columns.out) <= 8 else PAIRED_WGRAD_TILE
+        own = [one for one in tilings if one.code == "unrolled"]
+        if patterns:
+            own = [_tiling(phase, problem, shape, 1, lanes, halves=2)]
+        return [*(replace(one, pairs=True) for one in own), *indexed, *tilings[:1]]
+    if problem.rows.taps * problem.columns.taps == 1:
+        return list(tilings)
+    if not patterns:
+        return [*tilings, *(indexed if problem.columns.taps > 1 else ())]
+    backward = phase == "dgrad"
+    sources = problem.filters if backward else problem.channels
+    length = problem.columns.size if backward else problem.columns.out
+    second = 4, 7 if length == 7 else -(-length // -(-length // PAIRED_COLUMNS))
+    per_pass = _even(sources, PAIRED_SOURCES) if sources >= 4 * PAIRED_SOURCES else 0
+    own = [_tiling(phase, problem, shape, 1, lanes) for shape in ((4, 4), second)]
+    # What is loaded and stored between passes is not worth it for the smallest tiles.
+    large = [per_pass if math.prod(one.tile) >= FEW_SUMS else 0 for one in own]
+    paired = [
+        replace(_in_rows(one, length) if count else one, sources=count, pairs=True)
+        for one, count in zip(own, large, strict=True)
+    ]
+    shared = [replace(one, pairs=True) for one in tilings if one.filters_per_tile > 1]
+    return [*dict.fromkeys([*shared[:1], *paired]), *tilings[:1]]
+
+
+def _in_rows(tiling: Tiling, columns: int) -> Tiling:
+    """A region of one row of tiles, if it has no more, takes all of a row: of passes it need not fit L2."""
+    if tiling.region[0] > 1:
+        return tiling
+    return replace(tiling, region=(1, min(-(-columns // tiling.tile[1]), MOST_IN_ROW)))
 
 
 def _unrolled_candidates(
@@ -109,25 +157,36 @@ def _unrolled_candidates(
     if filters_per_tile >= 2 and not backward:
         # Two filters halve the loads; more leave too few positions for the taps of a window to share.
         shapes = [(pair, 2), *shapes[:1]] if min(lengths) > 4 else [*shapes[:1], (pair, 2)]
-    tilings = []
-    for shape, filters in shapes:
-        tile = []
-        for size, axis, length in zip(shape, axes, lengths, strict=True):
-            step = axis.stride if backward else 1
-            tile.append(min(max(size // step, 1) * step, -(-length // step) * step))
-        region = _region(phase, problem, (tile[0], tile[1]), lanes)
-        tilings.append(Tiling((tile[0], tile[1]), region, filters))
-    return list(dict.fromkeys(tilings))
+    return list(dict.fromkeys(_tiling(phase, problem, shape, filters, lanes) for shape, filters in shapes))
 
 
-def _region(phase: Phase, problem: ConvProblem, tile: tuple[int, int], lanes: int) -> tuple[int, int]:
-    """Tiles per region: as many as the cache holds, so that little is packed twice."""
+def _tiling(
+    phase: Phase, problem: ConvProblem, shape: Pair, filters: int, lanes: int, halves: int = 1
+) -> Tiling:
+    """Unrolled code with tiles of about that shape; ``halves`` is 2 where vectors have half the size."""
+    tile = []
+    for size, axis in zip(shape, (problem.rows, problem.columns), strict=True):
+        length = axis.size if phase == "dgrad" else axis.out
+        step = axis.stride if phase == "dgrad" else 1
+        tile.append(min(max(size // step, 1) * step, -(-length // step) * step))
+    limit = (WGRAD_VECTORS if phase == "wgrad" else CACHE_VECTORS) * 16 // lanes
+    region = _region(phase, problem, (tile[0], tile[1]), limit)
+    images = 1
+    if phase == "wgrad" and all(axis.out <= 8 for axis in (problem.rows, problem.columns)):
+        # Lanes are summed up once a region.
+        vectors = problem.channels * problem.rows.size * problem.columns.size
+        vectors += problem.filters * problem.rows.out * problem.columns.out
+        images = min(max(IMAGE_VECTORS * halves * 16 // lanes // max(vectors, 1), 1), MOST_IMAGES)
+    return Tiling((tile[0], tile[1]), region, filters, images=images)
+
+
+def _region(phase: Phase, problem: ConvProblem, tile: tuple[int, int], limit: int) -> tuple[int, int]:
+    """Tiles per region: as many as ``limit`` vectors hold, so that little is packed twice."""
     backward = phase == "dgrad"
     axes = (problem.rows, problem.columns)
     lengths = [a.size if backward else a.out for a in axes]
     sources = problem.filters if backward else problem.channels
     results = problem.filters if phase == "wgrad" else 0
-    limit = (WGRAD_VECTORS if phase == "wgrad" else CACHE_VECTORS) * 16 // lanes
     small = all(-(-length // size) <= 2 for length, size in zip(lengths, tile, strict=True))
     if small and (phase == "wgrad" or sources * lengths[0] * lengths[1] <= 2 * limit):
         return 2, 2  # its padding is not in the code, so it can be read where it is

@@ -83,10 +83,10 @@ def read_tiling(phase: Phase, value: Any) -> Any:
         if not isinstance(value, dict):
             raise ValueError(f"a tiling is an object, not {str(value)[:60]!r}")
         value = Tiling.from_dict(value)
-    if value.pairs and value.code != "indexed" and phase != "wgrad":
+    if value.pairs and value.code == "cache_blocked" and phase != "wgrad":
         raise UserError(
-            f"cannot multiply pairs in {phase} with code for tap patterns: set the tiling's code to indexed, "
-            "or its pairs to false"
+            f"cannot multiply pairs in {phase} with cache_blocked code: set the tiling's code to unrolled or "
+            "indexed, or its pairs to false"
         )
     if value.code == "cache_blocked" and phase == "wgrad":
         raise UserError("has no cache_blocked wgrad: set the tiling's code to unrolled or indexed")

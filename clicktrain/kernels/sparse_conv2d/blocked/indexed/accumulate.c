@@ -102,9 +102,9 @@ INLINE void compute_region(const cell *window, stored *to, int rr, int rc, work_
   }
 }
 
-NOINLINE void order_weights(weight *ordered, const weight *packed, const int32_t *order, const int32_t *rows,
+NOINLINE void order_weights(weight *ordered, const real *packed, const int32_t *order, const int32_t *rows,
                             int64_t count, int64_t places, int64_t me, int64_t all) {
-  for (int64_t i = count * me / all; i < count * (me + 1) / all; ++i) ordered[i] = packed[order[i]];
+  order_each(ordered, packed, order, count, places, me, all);
 }
 
 #include "kernels/sparse_conv2d/blocked/shared/run.h"

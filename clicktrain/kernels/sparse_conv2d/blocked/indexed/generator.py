@@ -98,13 +98,14 @@ class IndexedGenerator:
             code.array(f"PHASE_{name}_START", (phase.start for phase in axis.strided_phases))
             code.array(f"PHASE_{name}_COUNT", (phase.count for phase in axis.strided_phases))
         code.include("shared/window_copy.h")
+        apart = headers.halves_apart(self.operands)
         spans = [(columns.first(region), columns.buffer) for region in range(columns.regions)]
         steps = columns.buffer, self.window * self.images, self.window
-        write_copy(code, "windows", steps, spans, columns.direction.source)
+        write_copy(code, "windows", steps, spans, columns.direction.source, apart)
         if wgrad:
             spans = [(region * columns.positions, columns.positions) for region in range(columns.regions)]
             steps = columns.positions, self.patch * self.images, self.patch
-            write_copy(code, "gradients", steps, spans, columns.direction.length)
+            write_copy(code, "gradients", steps, spans, columns.direction.length, apart)
             code.for_each("EACH_COLUMN", [[(t, t % CHAINS) for t in range(columns.tile)]])
         else:
             tile = [[(i, j) for j in range(columns.tile)] for i in range(rows.tile)]

@@ -33,7 +33,7 @@ def order_weights(code: Code, g: Generator) -> None:
     parameters = (
         "const int32_t *order, const int32_t *rows, int64_t count, int64_t places, int64_t me, int64_t all"
     )
-    code(f"NOINLINE void order_weights(weight *ordered, const weight *packed, {parameters}) {{")
+    code(f"NOINLINE void order_weights(weight *ordered, const real *packed, {parameters}) {{")
     sizes = [len(taps) for taps in g.tap_patterns]
     runs = g.blocks * g.passes * len(sizes)
     if g.cache_blocked and sizes:
@@ -47,7 +47,7 @@ def order_weights(code: Code, g: Generator) -> None:
         code("}\n}")
         code("return;")
         code("}")
-    code("for (int64_t i = count * me / all; i < count * (me + 1) / all; ++i) ordered[i] = packed[order[i]];")
+    code("order_each(ordered, packed, order, count, places, me, all);")
     code("}")
 
 

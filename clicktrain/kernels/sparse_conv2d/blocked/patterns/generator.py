@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+import itertools
 from collections.abc import Iterator
 
 import torch
 
 from clicktrain.kernels.native.source import begin_source
+from clicktrain.kernels.sparse_conv2d.blocked.patterns.pairs import Place, Use, Window, pair_taps
 from clicktrain.kernels.sparse_conv2d.blocked.patterns.regions import (
     IN_PLACE_CODE,
     AxisRegions,
@@ -51,6 +53,16 @@ class Generator:
             and code_size(self.rows, self.columns, sum(map(len, tap_patterns))) > IN_PLACE_CODE
         ):
             self.rows, self.columns = _axes(direction, problem, tiling, in_place=False)
+        self.apart = headers.halves_apart(self.operands)
+        """Columns between the two halves of a cell."""
+        self.pairs = (
+            [pair_taps(taps, phase, problem) for taps in tap_patterns] if self.multiplies_pairs else []
+        )
+        """Of each pattern, where forward and dgrad multiply pairs."""
+        if self.multiplies_pairs and any(column < 0 for use in self._all_uses() for _, column in use.places):
+            self.rows, self.columns = _axes(direction, problem, tiling, in_place=False, margin=self.apart)
+        self.images = tiling.images if phase == "wgrad" else 1
+        """Blocks of images of a region."""
         self.sources = problem.filters if backward else problem.channels
         self.results = problem.channels if backward else problem.filters
         self.entry = "uint16_t" if max(self.sources, self.results) <= NARROW else "int32_t"
@@ -67,23 +79,47 @@ class Generator:
         self.patch_columns = max(sum(t.size for t in region) for region in self.columns.regions)
 
     @property
+    def multiplies_pairs(self) -> bool:
+        """Whether windows are cells of two columns (forward and dgrad)."""
+        return self.operands["PAIRS"] == "COLUMNS"
+
+    def uses(self, number: int, row: TileKind, column: TileKind) -> list[Use]:
+        """The operands of a pattern's pairs on a tile."""
+        window = Window(row, column, self.rows, self.columns, self.apart)
+        return window.uses(self.tap_patterns[number], self.pairs[number])
+
+    def place(self, place: Place) -> int:
+        """A cell's number from the beginning of a tile's window."""
+        return place[0] * self.columns.buffer + place[1]
+
+    def weights_of(self, number: int) -> int:
+        """Weights of a kernel with that pattern, as the loops read them."""
+        return len(self.pairs[number] if self.multiplies_pairs else self.tap_patterns[number])
+
+    def _all_uses(self) -> Iterator[Use]:
+        numbers = range(len(self.pairs))
+        for number, row, column in itertools.product(numbers, self.rows.kinds, self.columns.kinds):
+            yield from self.uses(number, row, column)
+
+    @property
     def window_vectors(self) -> int:
         """Vectors of the buffer for windows; of two, where the next region is copied beside this one."""
-        return 0 if self.in_place else self.sources * self.window * (2 if self.cache_blocked else 1)
+        return 0 if self.in_place else self.sources * self.window * (2 if self.cache_blocked else self.images)
 
     @property
     def patch_vectors(self) -> int:
         """Vectors of the buffer for the output's gradient (wgrad only)."""
         if self.phase != "wgrad" or self.patch_in_place:
             return 0
-        return self.results * self.patch_rows * self.patch_columns
+        return self.results * self.patch_rows * self.patch_columns * self.images
 
     @property
     def sum_vectors(self) -> int:
-        """Vectors of two blocks' sums: one is computed, the one before is stored."""
-        if not self.cache_blocked:
-            return 0
-        return 2 * self.block * max(k.size for k in self.rows.kinds) * max(k.size for k in self.columns.kinds)
+        """Vectors of sums: of all results between passes; or of two blocks, one is computed, one stored."""
+        tile = max(k.size for k in self.rows.kinds) * max(k.size for k in self.columns.kinds)
+        if self.cache_blocked:
+            return 2 * self.block * tile
+        return self.results * tile if self.passes > 1 and self.phase != "wgrad" else 0
 
     @property
     def scratch(self) -> int:
@@ -115,8 +151,8 @@ class Generator:
     def write_copy(self, code: Code) -> None:
         """The copy of a region's windows."""
         columns = [self.columns.span(region) for region in self.columns.regions]
-        steps = self.columns.buffer, self.window, self.window
-        write_copy(code, "windows", steps, columns, self.columns.direction.source)
+        steps = self.columns.buffer, self.window, self.sources * self.window
+        write_copy(code, "windows", steps, columns, self.columns.direction.source, self.apart)
 
     def _accumulate_macros(self, sums: bool) -> dict[str, int | str]:
         beside = "COPIED_BESIDE" if self.cache_blocked else "COPIED_AT_ONCE"
@@ -126,7 +162,7 @@ class Generator:
             "STATISTICS": int(sums),
             "WINDOWS": "IN_PLACE" if self.in_place else beside,
             "CHUNKS": CHUNKS,
-            "GROUPS": runs if self.cache_blocked else self.results // self.filters_per_tile,
+            "GROUPS": runs if self.cache_blocked else self.passes * (self.results // self.filters_per_tile),
             "UNIT": unit,
             "UNITS": -(-self.results // unit),
             "SUM_VECTORS": self.sum_vectors,
@@ -134,7 +170,7 @@ class Generator:
 
     def _wgrad_macros(self) -> dict[str, int | str]:
         return {
-            "REGION_IMAGES": 1,
+            "REGION_IMAGES": self.images,
             "PATCH_W": self.patch_columns,
             "PATCH": self.patch_rows * self.patch_columns,
             "X_IN_PLACE": int(self.in_place),
@@ -157,10 +193,10 @@ class Generator:
 
 
 def _axes(
-    direction: type[Direction], problem: ConvProblem, tiling: Tiling, in_place: bool
+    direction: type[Direction], problem: ConvProblem, tiling: Tiling, in_place: bool, margin: int = 0
 ) -> tuple[AxisRegions, AxisRegions]:
     (height, width), (down, across) = tiling.tile, tiling.region
     return (
         AxisRegions(direction(problem.rows), height, down, in_place),
-        AxisRegions(direction(problem.columns), width, across, in_place),
+        AxisRegions(direction(problem.columns), width, across, in_place, margin),
     )

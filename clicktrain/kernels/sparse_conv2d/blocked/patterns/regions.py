@@ -36,11 +36,13 @@ class AxisRegions:
     """Tiles and regions along one axis of the result.
 
     Where there are at most two tiles, or windows are read from the source itself, the code leaves out what
-    lies in the padding.
+    lies in the padding. Regions have ``margin`` positions before the first one that their tiles need.
     """
 
-    def __init__(self, direction: Direction, tile: int, region: int, in_place: bool = False) -> None:
-        self.direction = direction
+    def __init__(
+        self, direction: Direction, tile: int, region: int, in_place: bool = False, margin: int = 0
+    ) -> None:
+        self.direction, self.margin = direction, margin
         self.tiles = tiles(direction, min(tile, direction.length))
         self.skips = in_place or len(self.tiles) <= 2
         self.regions = [self.tiles[i : i + region] for i in range(0, len(self.tiles), region)]
@@ -64,7 +66,7 @@ class AxisRegions:
         """First source position, and positions, that a region's windows take."""
         first = min(self.first(t) for t in region)
         last = max(t.window + t.extent - self.kind_of(t).high for t in region)
-        return first, max(last - first, 1)
+        return first - self.margin, max(last - first, 1) + self.margin
 
     def reads(self, kind: TileKind, index: int, tap: int) -> int | None:
         """Place, from where the tile's code starts to read, for a position and a tap; None if zero."""

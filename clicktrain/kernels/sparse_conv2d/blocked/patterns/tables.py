@@ -68,20 +68,34 @@ class Parts:
         self._taps = np.array([len(one) for one in tap_patterns] or [0])
         self.filters, self.channels = filters, channels * groups
 
-    def by_filter(self, filters_per_tile: int) -> Table:
-        """For the forward pass: entries (channel, pattern) of each group of filters that agree."""
-        return self._by_result(self.filter, self.channel, self.filters, self.channels, filters_per_tile)
+    def by_filter(self, filters_per_tile: int, per_pass: int = 0) -> Table:
+        """For the forward pass: entries (channel, pattern) of each group of filters that agree.
 
-    def by_channel(self) -> Table:
-        """For dgrad: entries (filter, pattern) of each channel."""
-        return self._by_result(self.channel, self.filter, self.channels, self.filters, 1)
+        ``rows`` begin those of each group, of one pass of ``per_pass`` channels (0: all) after the other.
+        """
+        counts = self.filters, self.channels
+        return self._by_result(self.filter, self.channel, counts, filters_per_tile, per_pass)
+
+    def by_channel(self, per_pass: int = 0) -> Table:
+        """For dgrad: entries (filter, pattern) of each channel, one pass of filters after the other."""
+        return self._by_result(self.channel, self.filter, (self.channels, self.filters), 1, per_pass)
 
     def _by_result(
-        self, result: np.ndarray, source: np.ndarray, count: int, sources: int, filters_per_tile: int
+        self,
+        result: np.ndarray,
+        source: np.ndarray,
+        counts: tuple[int, int],
+        filters_per_tile: int,
+        per_pass: int,
     ) -> Table:
-        order = order_by((result, count), (self.patterns, self._kinds), (source, sources))
+        results, sources = counts
+        passes = 1
+        if 0 < per_pass < sources:
+            passes = -(-sources // per_pass)
+            result = source // per_pass * results + result
+        order = order_by((result, results * passes), (self.patterns, self._kinds), (source, sources))
         entries = np.stack([source[order], self.patterns[order]], 1)
-        rows = starts_of(result[order], count)
+        rows = starts_of(result[order], results * passes)
         return self._table(order, rows, entries, filters_per_tile)
 
     @property

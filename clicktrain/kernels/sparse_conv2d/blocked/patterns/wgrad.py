@@ -12,9 +12,11 @@ from clicktrain.kernels.sparse_conv2d.blocked.shared.writer import Code, among
 
 _CHAINS = 8
 """Sums that are built side by side: a multiply-add takes several cycles, and more than one starts in each."""
+_PAIR_CHAINS = 12
+"""As many of pairs: two of them start in a cycle, and each takes six."""
 _PARAMETERS = (
-    "const cell *restrict x, const cell *restrict gy, real *restrict out, const ENTRY *restrict e, "
-    "const ENTRY *end, ahead_t *next_x, ahead_t *next_gy"
+    "const cell *restrict x, const cell *restrict gy, long images, real *restrict out, "
+    "const ENTRY *restrict e, const ENTRY *end, ahead_t *next_x, ahead_t *next_gy"
 )
 
 
@@ -24,8 +26,11 @@ def write(code: Code, g: Generator) -> None:
     g.write_copy(code)
     starts = [region[0].start for region in g.columns.regions]
     sizes = [sum(t.size for t in region) for region in g.columns.regions]
-    steps = g.patch_columns, g.patch_rows * g.patch_columns, g.patch_rows * g.patch_columns
-    write_copy(code, "gradients", steps, list(zip(starts, sizes, strict=True)), g.columns.direction.length)
+    patch = g.patch_rows * g.patch_columns
+    steps = g.patch_columns, patch, g.results * patch
+    write_copy(
+        code, "gradients", steps, list(zip(starts, sizes, strict=True)), g.columns.direction.length, g.apart
+    )
     kinds = [
         (row_kind, rows, column_kind, columns)
         for row_kind, rows in g.rows.region_kinds().items()
@@ -35,7 +40,7 @@ def write(code: Code, g: Generator) -> None:
         _region(code, g, number, row_kind, column_kind)
     code(f"INLINE void compute_region({_PARAMETERS}, int rr, int rc) {{")
     for number, (_, rows, _, columns) in enumerate(kinds):
-        call = f"region_{number}(x, gy, out, e, end, next_x, next_gy);"
+        call = f"region_{number}(x, gy, images, out, e, end, next_x, next_gy);"
         code(f"if ({among('rr', rows)} && {among('rc', columns)}) {call}")
     code("}")
     code.include("patterns/wgrad.h")
@@ -44,6 +49,8 @@ def write(code: Code, g: Generator) -> None:
 def _region(code: Code, g: Generator, number: int, rows: RegionKind, columns: RegionKind) -> None:
     code(f"NOINLINE void region_{number}({_PARAMETERS}) {{")
     code("const long kernels = max64((end - e) / 3, 1);")
+    if g.images == 1:
+        code("images = 1;")
     code("const int share_x = next_x->left / kernels + 1, share_gy = next_gy->left / kernels + 1;")
     code("for (; e != end; e += 3) {")
     code("fetch(next_x, share_x, WIN_W);")
@@ -61,12 +68,15 @@ def _region(code: Code, g: Generator, number: int, rows: RegionKind, columns: Re
 
 def _kernel(code: Code, g: Generator, taps: Taps, rows: RegionKind, columns: RegionKind) -> None:
     count = len(taps) * g.filters_per_tile
-    chains = max(1, _CHAINS // count)
+    chains = max(1, (_PAIR_CHAINS if g.operands["PAIRS"] == "IMAGES" else _CHAINS) // count)
     names = [[f"s{i}_{c}" for c in range(chains)] for i in range(count)]
     code(f"sums_t {', '.join(f'{one} = {{0}}' for group in names for one in group)};")
+    code("for (long n = 0; n < images; ++n) {")
+    code("const cell *xi = xc + n * (SOURCES * WIN), *gi = gc + n * (RESULTS * PATCH);")
     for row in _runs(rows):
         for column in _runs(columns):
             _tiles(code, g, taps, row, column, names)
+    code("}")
     sums = [" + ".join(group) for group in names]
     whole = count - count % 4
     for first in range(0, whole, 4):
@@ -82,9 +92,9 @@ def _tiles(code: Code, g: Generator, taps: Taps, row: _Run, column: _Run, sums: 
     code(f"for (int j = 0; j < {column.tiles}; ++j) {{")
     first = row.window * g.columns.buffer + column.window
     code(
-        f"const cell *p = xc + {first} + i * {row.window_step * g.columns.buffer} + j * {column.window_step};"
+        f"const cell *p = xi + {first} + i * {row.window_step * g.columns.buffer} + j * {column.window_step};"
     )
-    code(f"const cell *q = gc + ({row.start} + i * {row.start_step}) * PATCH_W;")
+    code(f"const cell *q = gi + ({row.start} + i * {row.start_step}) * PATCH_W;")
     code(f"q += {column.start} + j * {column.start_step};")
     code("cell t;")
     triples = list(g.triples(taps, row.kind, column.kind))

@@ -12,6 +12,7 @@ and code can take a tap of a kernel as one number: its offset.
 
 from __future__ import annotations
 
+import itertools
 from dataclasses import dataclass
 
 
@@ -92,12 +93,19 @@ Direction = Forward | Backward
 
 
 def tiles(direction: Direction, size: int) -> list[Tile]:
-    """Cut the result into tiles of ``size`` (a multiple of the direction's step); the last may be smaller."""
+    """Cut the result into tiles of at most ``size`` (a multiple of the direction's step), about alike.
+
+    Of two sizes at most, the larger ones first; the last may be smaller where the length is no multiple of
+    the step.
+    """
     if size % direction.step and size < direction.length:
         raise ValueError(f"tiles of {size} do not start at multiples of {direction.step}")
     result = []
-    for start in range(0, direction.length, size):
-        length = min(size, direction.length - start)
+    steps = -(-direction.length // direction.step)
+    count = max(-(-direction.length // size), 1)
+    starts = [(steps // count * i + min(i, steps % count)) * direction.step for i in range(count + 1)]
+    for start, end in itertools.pairwise(starts):
+        length = min(end, direction.length) - start
         window, extent = direction.window(start, length)
         low = min(max(0, -window), extent)
         high = min(max(0, window + extent - direction.source), extent - low)

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 from collections import Counter
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 
 import torch
 
@@ -32,6 +32,11 @@ def operand_macros(phase: Phase, problem: ConvProblem, pairs: bool) -> dict[str,
     return {"PAIRS": "IMAGES" if phase == "wgrad" else "COLUMNS", "DISTANCE": distance(phase, problem)}
 
 
+def halves_apart(operands: Mapping[str, int | str]) -> int:
+    """DISTANCE of ``operand_types.h``, with those macros."""
+    return int(operands.get("DISTANCE", 1))
+
+
 CHUNKS = 4
 """Chunks of each thread, if there are several: at the end one waits for a quarter of its work at most."""
 _LINE = 64
@@ -54,7 +59,7 @@ CASES = 4
 
 
 def write_copy(
-    code: Code, name: str, steps: Sequence[int], columns: Sequence[tuple[int, int]], width: int
+    code: Code, name: str, steps: Sequence[int], columns: Sequence[tuple[int, int]], width: int, apart: int
 ) -> None:
     """The functions ``copy_NAME(copy, rows)``, which goes on, and ``NAME_of``, which begins.
 
@@ -64,16 +69,17 @@ def write_copy(
         steps: vectors from one row, plane and image of the buffer to the next.
         columns: (first column, columns) of the regions, for code without loops.
         width: of what is copied.
+        apart: columns between the halves of a pair.
     """
     planes, size = ("SOURCES", "SRC") if name == "windows" else ("RESULTS", "DST")
     shape = f"{planes}, {size}_H, {size}_W, {', '.join(f'{step}L' for step in steps)}"
     code(f"NOINLINE void copy_{name}(copy_t *a, long count) {{")
-    for begin, end, count in _frequent(columns, width):
-        code(f"if (a->c0 == {begin} && a->c1 == {end} && a->cols == {count}) {{")
-        code(f"copy_rows(a, count, {begin}, {end}, {count}, {shape});")
+    for begin, end, second, count in _frequent(columns, width, apart):
+        code(f"if (a->c0 == {begin} && a->c1 == {end} && a->c2 == {second} && a->cols == {count}) {{")
+        code(f"copy_rows(a, count, {begin}, {end}, {second}, {count}, {shape});")
         code("return;")
         code("}")
-    code(f"copy_rows(a, count, a->c0, a->c1, a->cols, {shape});")
+    code(f"copy_rows(a, count, a->c0, a->c1, a->c2, a->cols, {shape});")
     code("}")
     parameters = "const stored *from, cell *to, long images, int row, int rows, int col, int cols"
     code(f"NOINLINE copy_t {name}_of({parameters}) {{")
@@ -81,10 +87,11 @@ def write_copy(
     code("}")
 
 
-def _frequent(columns: Iterable[tuple[int, int]], width: int) -> list[tuple[int, int, int]]:
-    """First and last column inside the source, and columns, of the most frequent regions."""
+def _frequent(columns: Iterable[tuple[int, int]], width: int, apart: int) -> list[tuple[int, int, int, int]]:
+    """First and last column inside the source, last of pairs, and columns, of the most frequent regions."""
     cases = []
     for first, count in columns:
         begin = min(max(-first, 0), count)
-        cases.append((begin, max(min(count, width - first), begin), count))
+        end = max(min(count, width - first), begin)
+        cases.append((begin, end, max(min(count, width - first - apart), 0), count))
     return [case for case, _ in Counter(cases).most_common(CASES)]

@@ -65,20 +65,33 @@ typedef bits pair_bits;
 INLINE cell all_lanes(weight w) { return w - (cell){0}; }
 #endif
 
-// One row of a window of `cols` columns, the first of which is column `col` of a source of `width`. Those from c0 to c1
-// lie in the source, zeros stand for the others.
-INLINE void pack_row(cell *o, const stored *p, int col, int c0, int c1, int cols, int width) {
 #if PAIRS == COLUMNS
-  (void)c1;
-  for (int j = 0; j < cols; ++j) {
-    const int first = col + j, second = first + DISTANCE;
-    cell v = {0};
-    if (first >= 0 && first < width) v = spread(p[j]);
-    if (second >= 0 && second < width) v |= spread(p[j + DISTANCE]) << 16;
-    o[j] = v;
-  }
+// The low half of each lane from one cell, the high half from another.
+INLINE cell blend(cell low, cell high) {
+#if defined(__AVX512BW__) && LANES == 16
+  cell both;
+  __asm__("vpblendmw %2, %1, %0%{%3%}" : "=v"(both) : "v"(low), "v"(high), "Yk"(0xaaaaaaaau));
+  return both;
 #else
-  (void)col, (void)width;
+  return (low & 0xffff) | (high & 0xffff0000);
+#endif
+}
+INLINE weight pair_of(float low, float high) { return round_bits(low) | (uint32_t)round_bits(high) << 16; }
+#endif
+
+// One row of a window of `cols` columns. Those from c0 to c1 lie in the source, zeros stand for the others. Of pairs, the second columns end with that of column c2.
+INLINE void pack_row(cell *o, const stored *p, int c0, int c1, int c2, int cols) {
+#if PAIRS == COLUMNS
+  const int begin = c0 > DISTANCE ? c0 - DISTANCE : 0, both = c2 < c0 ? c0 : c2 < c1 ? c2 : c1;
+  for (int j = 0; j < begin; ++j) o[j] = (cell){0};
+  _Pragma("GCC unroll 18")
+  for (int j = begin; j < c0; ++j) o[j] = j < c2 ? spread(p[j + DISTANCE]) << 16 : (cell){0};
+  _Pragma("GCC unroll 18")
+  for (int j = c0; j < both; ++j) o[j] = spread(p[j]) | spread(p[j + DISTANCE]) << 16;
+  _Pragma("GCC unroll 18")
+  for (int j = both; j < c1; ++j) o[j] = spread(p[j]);
+#else
+  (void)c2;
   for (int j = 0; j < c0; ++j) o[j] = (cell){0};
   _Pragma("GCC unroll 18")
   for (int j = c0; j < c1; ++j) {
@@ -88,6 +101,6 @@ INLINE void pack_row(cell *o, const stored *p, int col, int c0, int c1, int cols
     o[j] = widen(p[j]);
 #endif
   }
-  for (int j = c1; j < cols; ++j) o[j] = (cell){0};
 #endif
+  for (int j = c1; j < cols; ++j) o[j] = (cell){0};
 }

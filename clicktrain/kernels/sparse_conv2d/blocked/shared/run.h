@@ -7,11 +7,11 @@
 #define SPAN_OF(rr, rc) ROW_FIRST[rr], ROW_SPAN[rr], COL_FIRST[rc], COL_SPAN[rc]
 
 // Returns 1 if the tables are for another number of weights. `mean` and `var` are for STATISTICS, of n images.
-int run(const stored *src, stored *dst, const weight *packed, const int32_t *order, const real *bias,
+int run(const stored *src, stored *dst, const real *packed, const int32_t *order, const real *bias,
         const int32_t *rows, const ENTRY *entries, real *mean, real *var, vec *scratch, int64_t n, int64_t count,
         int64_t places, int64_t room, int64_t blocks, int64_t stream, int64_t threads) {
   weight *ordered = (weight *)scratch;
-  const weight *values = order ? ordered : packed;
+  const weight *values = order ? ordered : (const weight *)packed;
   scratch += room;
   if (order && GROUPS >= 0 && rows[2 * GROUPS + 1] != count) return 1;
   const int64_t regions = blocks * REGION_ROWS * REGION_COLS, wanted = CHUNKS * threads;

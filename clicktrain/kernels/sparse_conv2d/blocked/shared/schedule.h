@@ -63,3 +63,18 @@ NOINLINE int64_t take(share_t *shares, int64_t me, int64_t threads) {
   }
   return -1;
 }
+
+// Bring a thread's share of `count` weights into their order: `places` of `packed`, of pairs two for each weight. One
+// past the last stands for a zero.
+NOINLINE void order_each(weight *ordered, const real *packed, const int32_t *order, int64_t count, int64_t places,
+                         int64_t me, int64_t all) {
+  for (int64_t i = count * me / all; i < count * (me + 1) / all; ++i) {
+#if PAIRS == COLUMNS
+    const int64_t low = order[2 * i], high = order[2 * i + 1];
+    ordered[i] = pair_of(low < places ? packed[low] : 0, high < places ? packed[high] : 0);
+#else
+    (void)places;
+    ordered[i] = packed[order[i]];
+#endif
+  }
+}

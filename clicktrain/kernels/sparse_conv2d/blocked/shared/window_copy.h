@@ -42,19 +42,20 @@ typedef struct {
   const stored *p;
   cell *o;
   long left;
-  int i, plane, row, rows, col, c0, c1, cols;
+  int i, plane, row, rows, c0, c1, c2, cols;
 } copy_t;
 
 INLINE copy_t begin_copy(const stored *from, cell *to, long images, int row, int rows, int col, int cols, long planes,
                          long width) {
   const int c0 = min64(cols, max64(0, -col)), c1 = max64(c0, min64(cols, width - col));
   const stored *first = from + (long)row * width + col;
-  return (copy_t){first, to, images * planes * rows, 0, 0, row, rows, col, c0, c1, cols};
+  const int c2 = max64(0, min64(cols, width - col - DISTANCE));
+  return (copy_t){first, to, images * planes * rows, 0, 0, row, rows, c0, c1, c2, cols};
 }
 
 // `planes` of `height` x `width` are the source; `to_row`, `to_plane` and `to_image` are vectors of the buffer from one
 // row, plane and image to the next.
-INLINE void copy_rows(copy_t *a, long count, int c0, int c1, int cols, long planes, long height, long width,
+INLINE void copy_rows(copy_t *a, long count, int c0, int c1, int c2, int cols, long planes, long height, long width,
                       long to_row, long to_plane, long to_image) {
   for (; count > 0 && a->left > 0; --count, --a->left) {
     const stored *p = a->p;
@@ -63,7 +64,7 @@ INLINE void copy_rows(copy_t *a, long count, int c0, int c1, int cols, long plan
     if (row < 0 || row >= height) {
       for (int j = 0; j < cols; ++j) o[j] = (cell){0};
     } else {
-      pack_row(o, p, a->col, c0, c1, cols, width);
+      pack_row(o, p, c0, c1, c2, cols);
       _Pragma("GCC unroll 18")
       for (int j = 0; j < cols + LINE - 1; j += LINE) __builtin_prefetch(p + height * width + j, 0, 2);
     }

@@ -73,7 +73,10 @@ METHODS: dict[str, Any] = {
     "packed": ClickTrain(compression=3, patterns=4),
     "rigl": RigL(sparsity=0.6, interval=2),
     "dsr": DSR(sparsity=0.6, interval=1),
+    "moving": RigL(sparsity=0.7, interval=2),
+    "moving-dsr": DSR(sparsity=0.7, interval=2, growth="gradient"),
 }
+PACKED = ("packed", "moving", "moving-dsr")
 
 
 def agreement(rank: int) -> dict[str, Any]:
@@ -109,7 +112,7 @@ def train(name: str, rank: int, processes: int, folder: Path) -> None:
     torch.manual_seed(rank)  # weights are alike, whatever else is drawn is not
     optimizer = torch.optim.SGD(model.parameters(), lr=0.05, momentum=0.9)
     pruner = METHODS[name].attach(
-        model, optimizer, epochs=EPOCHS, steps_per_epoch=STEPS, packed=name == "packed"
+        model, optimizer, epochs=EPOCHS, steps_per_epoch=STEPS, packed=name in PACKED
     )
     wraps = []
 

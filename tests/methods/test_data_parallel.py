@@ -67,7 +67,7 @@ def test_the_first_process_has_the_word(one: Path, two: Path) -> None:
     assert json.loads((one / "agreement-0.json").read_text()) == {**first, "mean": 0.0}
 
 
-@pytest.mark.parametrize("name", ["channels", "packed", "rigl", "dsr"])
+@pytest.mark.parametrize("name", ["channels", "packed", "rigl", "dsr", "moving", "moving-dsr"])
 def test_two_processes_train_as_one_does(name: str, one: Path, two: Path) -> None:
     alone, weights = end_of(one, name, 0)
     (first, mine), (second, others) = (end_of(two, name, rank) for rank in range(2))
@@ -85,6 +85,10 @@ def test_two_processes_train_as_one_does(name: str, one: Path, two: Path) -> Non
     elif name == "packed":
         assert len(first["wraps"]) == 2
         assert first["wraps"][1] < first["wraps"][0]
+    elif name == "moving":
+        assert len(first["wraps"]) == 1  # packed from the start, and the number of values stays
+    elif name == "moving-dsr":
+        assert len(first["wraps"]) > 3  # weights have moved from layer to layer
 
 
 def test_statistics_and_measurements_that_differ_decide_alike(two: Path) -> None:

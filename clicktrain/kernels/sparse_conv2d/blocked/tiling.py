@@ -23,7 +23,7 @@ WGRAD_FILTERS = 128
 PAIRED_WGRAD_TILE = (2, 4)
 """Twelve sums have to be on their way at a time, which leaves registers for few gradients."""
 PAIRED_COLUMNS = 6
-"""Most columns of a larger tile in pairs: fewer jumps, while few cells have to be loaded again."""
+"""Most columns of a larger tile in pairs: fewer jumps; with more sums cells are loaded again."""
 PAIRED_SOURCES = 16
 """Sources of a pass in pairs where there are many: twice as fast, kernels wait for windows from L2."""
 MOST_IN_ROW = 8

@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
-from dataclasses import replace
+from collections.abc import Callable, Sequence
+from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 
@@ -83,13 +83,9 @@ def _train(
     jobs: Sequence[Job], out: Path, results: Path, lines: dict[tuple[str, int], Line], processes: int
 ) -> int:
     from clicktrain.bench.frontier.runs import GridInterrupted, run_grid
-    from clicktrain.commands.screen import lasting_console, warn
+    from clicktrain.commands.screen import warn
 
-    console = lasting_console(f"the runs go on without it, in {out}")
-
-    def say(text: str) -> None:
-        console.print(text, markup=False, highlight=False, soft_wrap=True)
-
+    say = _speaker(f"the runs go on without it, in {out}")
     try:
         problems = run_grid(jobs, out=out, results=results, lines=lines, processes=processes, progress=say)
     except GridInterrupted as stop:
@@ -101,14 +97,23 @@ def _train(
 
 
 def _time(recipe: Recipe, lines: dict[tuple[str, int], Line], path: Path, given: dict[str, Any]) -> None:
-    from rich.console import Console
-
     from clicktrain.bench.frontier.page import json_text, write
     from clicktrain.bench.frontier.timing import TimingSettings, measure_times
 
     settings = TimingSettings(rounds=given["rounds"], alone=given["alone"])
-    with Console(stderr=True).status("timing") as status:
-        write(path, json_text(measure_times(recipe, lines, settings, status.update)))
+
+    def save(times: dict[str, Any]) -> None:
+        write(path, json_text(times))
+
+    save(measure_times(recipe, lines, settings, _speaker("timing goes on without it"), save))
+
+
+def _speaker(goes_on: str) -> Callable[[str], None]:
+    """A function that prints a line, and does nothing once nobody reads it."""
+    from clicktrain.commands.screen import lasting_console
+
+    console = lasting_console(goes_on)
+    return partial(console.print, markup=False, highlight=False, soft_wrap=True)
 
 
 def _draw(
@@ -136,27 +141,12 @@ def _draw(
 
 
 def _dry_run(jobs: Sequence[Job]) -> int:
+    from clicktrain.bench.frontier.timing import expected_seconds
+
     total = 0.0
-    for job, seconds in _expected_seconds(jobs):
-        total += seconds
-        print(f"{clock(seconds)}  {job.name}")
-    print(f"{clock(total)}  {len(jobs)} runs, one after the other, as long as dense ones (measured)")
-    return 0
-
-
-def _expected_seconds(jobs: Sequence[Job]) -> Iterator[tuple[Job, float]]:
-    """Each run with the seconds that its dense network would train, from a few steps on its data."""
-    from clicktrain.commands.train import step_ms
-    from clicktrain.methods import Dense
-    from clicktrain.train.prepare import prepare
-
-    known: dict[tuple[str, ...], float] = {}
-    names = ("model", "width", "data", "image_size", "batch_size", "precision", "channels_last")
     for job in jobs:
-        config, _ = job.cell.config(job.seed)
-        key = tuple(str(getattr(config, name)) for name in names)
-        if key not in known:
-            prepared = prepare(replace(config, method="dense", initial_weights=None), Dense())
-            known[key] = step_ms(prepared) * len(prepared.train_loader) / 1000
-            prepared.pruner.close()
-        yield job, known[key] * config.epochs
+        seconds = expected_seconds(job.cell.config(job.seed)[0])
+        total += seconds
+        print(f"{clock(seconds)}  {job.name}", flush=True)
+    print(f"{clock(total)}  {len(jobs)} runs on one core, if all were dense; evaluation left out")
+    return 0

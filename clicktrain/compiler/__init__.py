@@ -2,6 +2,6 @@
 
 from clicktrain.compiler.api import MaskedLatency, accelerate
 from clicktrain.compiler.module import Accelerated
-from clicktrain.compiler.plan import Choice, LoweringPlan
+from clicktrain.compiler.plan import Choice, LoweringPlan, dtypes_worth_measuring
 
-__all__ = ["Accelerated", "Choice", "LoweringPlan", "MaskedLatency", "accelerate"]
+__all__ = ["Accelerated", "Choice", "LoweringPlan", "MaskedLatency", "accelerate", "dtypes_worth_measuring"]

@@ -13,9 +13,10 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from clicktrain.compiler import steps
+from clicktrain.compiler.activations import in_torch
 from clicktrain.compiler.layout_choice import PLAIN
 from clicktrain.compiler.plan import DENSE, Activations, activations_of, held_dtype
-from clicktrain.compiler.units import Unit, conv_of, dtype_of, in_torch, max_pooling, shape_of
+from clicktrain.compiler.units import Unit, conv_of, dtype_of, max_pooling, shape_of
 from clicktrain.kernels.impls import Candidate, ConvProblem, Impl, Phase, candidates_for
 from clicktrain.kernels.layouts import LAYOUTS, Layout
 from clicktrain.kernels.max_pool2d import Pooling

@@ -16,6 +16,7 @@ from clicktrain.errors import UserError
 from clicktrain.files import read_text
 from clicktrain.kernels.impls import PHASES, Impl, Phase, candidates_for
 from clicktrain.kernels.layouts import LAYOUTS
+from clicktrain.kernels.native import toolchain
 from clicktrain.kernels.sparse_conv2d import IMPLS
 from clicktrain.kernels.sparse_conv2d.api import OPERATOR
 from clicktrain.latency.machine import Machine
@@ -28,6 +29,18 @@ Activations = Literal["parameters", "bf16"]
 ACTIVATIONS: tuple[Activations, ...] = ("parameters", "bf16")
 DENSE = ("nchw fp32", "channels_last fp32", "nchw bf16", "channels_last bf16")
 """Ways to run PyTorch's dense convolution: memory format and dtype."""
+
+
+def dtypes_worth_measuring(bf16: bool) -> tuple[str, ...]:
+    """List the dtypes for `accelerate` in a run whose forward passes compute in bfloat16 or in float32.
+
+    Where the processor multiplies pairs of bfloat16 numbers, float32 is left out of a bfloat16 run: its
+    kernels are slower there, and building them takes longer than all others.
+    """
+    tools = toolchain()
+    if not bf16:
+        return ("fp32",)
+    return ("bf16",) if tools is not None and tools.simd.pairs else ("fp32", "bf16")
 
 
 def activations_of(dtypes: Sequence[str], dtype: torch.dtype) -> tuple[Activations, ...]:

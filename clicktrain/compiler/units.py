@@ -7,14 +7,21 @@ follow it. Everything that is in no unit runs as it was, on ``[N, C, H, W]``.
 from __future__ import annotations
 
 import operator
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import Any, Literal
 
 import torch
 import torch.nn.functional as F
-from torch import Tensor, fx, nn
+from torch import fx, nn
 
+from clicktrain.compiler.activations import (
+    RELU,
+    RELU_FUNCTIONS,
+    activation_of_function,
+    activation_of_layer,
+    argument,
+)
 from clicktrain.formats.memory_format import plain_input
 from clicktrain.graph import ModelGraph
 from clicktrain.kernels.activations import NONE, Activation
@@ -28,8 +35,7 @@ _ACTIVATIONS = (nn.ReLU, nn.ReLU6, nn.LeakyReLU, nn.ELU, nn.SiLU, nn.GELU, nn.Ha
 _ELEMENTWISE = (*_ACTIVATIONS, nn.Identity)
 """Not dropout, which would draw other random numbers in another layout."""
 _POOLS = (nn.MaxPool2d, nn.AvgPool2d, nn.AdaptiveAvgPool2d, nn.AdaptiveMaxPool2d)
-_RELU_FUNCTIONS = (F.relu, torch.relu)
-_ELEMENTWISE_FUNCTIONS = (*_RELU_FUNCTIONS, F.relu6, F.leaky_relu, F.silu, F.gelu, F.hardswish)
+_ELEMENTWISE_FUNCTIONS = (*RELU_FUNCTIONS, F.relu6, F.leaky_relu, F.silu, F.gelu, F.hardswish)
 _ADD_FUNCTIONS = (operator.add, operator.iadd, torch.add)
 _POOL_FUNCTIONS = (F.max_pool2d, F.avg_pool2d, F.adaptive_avg_pool2d, F.adaptive_max_pool2d)
 
@@ -193,11 +199,11 @@ class _Finder:
             return "elementwise" if len(node.all_input_nodes) == 1 else None
         if target is torch.mean:
             return "global_pool" if _is_image_mean(node) else None
-        if target is F.adaptive_avg_pool2d and _argument(node, 1, "output_size") in (1, (1, 1), [1, 1]):
+        if target is F.adaptive_avg_pool2d and argument(node, 1, "output_size") in (1, (1, 1), [1, 1]):
             return "global_pool"
         if target in _POOL_FUNCTIONS:
             return None if node.kwargs.get("return_indices") else "pool"
-        if target is torch.cat and _argument(node, 1, "dim") in (1, -3):
+        if target is torch.cat and argument(node, 1, "dim") in (1, -3):
             return "cat"
         return None
 
@@ -250,74 +256,12 @@ class _Finder:
             hooked = _hooked(module) or len(node.args) != 1 or node.kwargs
             return NONE if hooked else activation_of_layer(module)
         if node.op == "call_method":
-            return _RELU if node.target == "relu" else NONE
-        return _activation_of_function(node) if node.op == "call_function" else NONE
+            return RELU if node.target == "relu" else NONE
+        return activation_of_function(node) if node.op == "call_function" else NONE
 
     def _is_max_pool(self, node: fx.Node) -> bool:
         unit = self.single(node) if node.op in ("call_module", "call_function") else None
         return unit is not None and unit.kind == "pool" and max_pooling(unit) is not None
-
-
-_RELU = Activation("relu")
-
-
-def activation_of_layer(layer: nn.Module) -> Activation:
-    """The kernel's activation for a layer; ``none`` if there is none."""
-    if type(layer) is nn.ReLU:
-        return _RELU
-    if isinstance(layer, nn.Hardtanh) and type(layer) in (nn.Hardtanh, nn.ReLU6):
-        return _clamp(layer.min_val, layer.max_val)
-    if type(layer) is nn.LeakyReLU:
-        return _leaky(layer.negative_slope)
-    if type(layer) is nn.GELU:
-        return _gelu(layer.approximate)
-    return {nn.SiLU: Activation("silu"), nn.Hardswish: Activation("hardswish")}.get(type(layer), NONE)
-
-
-def _activation_of_function(node: fx.Node) -> Activation:
-    target = node.target
-    if target in _RELU_FUNCTIONS:
-        return _RELU
-    if target is F.relu6:
-        return _clamp(0.0, 6.0)
-    if target is F.leaky_relu:
-        slope = _argument(node, 1, "negative_slope")
-        return _leaky(0.01 if slope is None else slope)
-    if target is F.gelu:
-        return _gelu(node.kwargs.get("approximate", "none"))
-    if target is F.silu:
-        return Activation("silu")
-    return Activation("hardswish") if target is F.hardswish else NONE
-
-
-def _clamp(low: Any, high: Any) -> Activation:
-    numbers = isinstance(low, (int, float)) and isinstance(high, (int, float))
-    return Activation("clamp", float(low), float(high)) if numbers and low <= high else NONE
-
-
-def _leaky(slope: Any) -> Activation:
-    positive = isinstance(slope, (int, float)) and slope > 0
-    return Activation("leaky", float(slope)) if positive else NONE
-
-
-def _gelu(approximate: Any) -> Activation:
-    names = {"none": "gelu", "tanh": "gelu_tanh"}
-    return Activation(names[approximate]) if approximate in names else NONE
-
-
-def in_torch(activation: Activation) -> Callable[[Tensor], Tensor]:
-    """The same function as PyTorch has it."""
-    functions: dict[str, Callable[[Tensor], Tensor]] = {
-        "none": lambda x: x,
-        "relu": torch.relu,
-        "clamp": lambda x: F.hardtanh(x, activation.low, activation.high),
-        "leaky": lambda x: F.leaky_relu(x, activation.low),
-        "hardswish": F.hardswish,
-        "silu": F.silu,
-        "gelu": F.gelu,
-        "gelu_tanh": lambda x: F.gelu(x, approximate="tanh"),
-    }
-    return functions[activation.name]
 
 
 _POOLING = ("kernel_size", "stride", "padding", "dilation", "ceil_mode")
@@ -332,7 +276,7 @@ def max_pooling(unit: Unit) -> Pooling | None:
     elif isinstance(layer, nn.AdaptiveMaxPool2d) or node.target is F.adaptive_max_pool2d:
         return _equal_windows(shape_of(node.all_input_nodes[0]), shape_of(node))
     elif node.target is F.max_pool2d and len(node.all_input_nodes) == 1:
-        given = {name: _argument(node, place, name) for place, name in enumerate(_POOLING, 1)}
+        given = {name: argument(node, place, name) for place, name in enumerate(_POOLING, 1)}
         pooling = Pooling(**{name: value for name, value in given.items() if value is not None})
     else:
         return None  # another kind, or its sizes are computed and not known here
@@ -408,12 +352,8 @@ def _is_global(module: nn.Module) -> bool:
     return type(module) is nn.AdaptiveAvgPool2d and module.output_size in (1, (1, 1), [1, 1])
 
 
-def _argument(node: fx.Node, place: int, name: str) -> Any:
-    return node.args[place] if len(node.args) > place else node.kwargs.get(name)
-
-
 def _is_image_mean(node: fx.Node) -> bool:
-    dims = _argument(node, 1, "dim")
+    dims = argument(node, 1, "dim")
     if not isinstance(dims, (tuple, list)) or not all(isinstance(d, int) for d in dims):
         return False
     return len(node.args) <= 3 and sorted(d % 4 for d in dims) == [2, 3] and "dtype" not in node.kwargs

@@ -23,7 +23,7 @@ from clicktrain.methods.masks.growing import Growing
 from clicktrain.methods.masks.masked import Masked, MaskState, Tensors
 from clicktrain.methods.masks.moving import Gradual
 from clicktrain.methods.masks.moving_units import AnyUnit
-from clicktrain.methods.masks.update_times import check_shares
+from clicktrain.methods.masks.update_times import Timing, check_shares
 from clicktrain.methods.patterns.selection import PatternLayer, Selection
 from clicktrain.methods.patterns.voting import close_pools, fill_in, read_batch
 from clicktrain.sparsity.distributions import DistributionChoice
@@ -175,16 +175,22 @@ class GradualClickTrain(Gradual, Growing):
         pool = ("pool",) if self.pool == "dynamic" else ()
         return ("dense", *pool, "finalize", self.moves_in, "fixed")
 
-    def ends(self, length: RunLength) -> dict[str, int]:
-        """Batch at which each stage before pruning is over; UserError if the run has no room for them."""
-        begin = max(self.timing(length).begin, 0)
-        votes = begin - max(round(self.finalize_length * length.total), 1)
-        pool = votes - (max(round(self.pool_length * length.total), 1) if self.pool == "dynamic" else 0)
-        if pool < 1:
+    def timing(self, length: RunLength) -> Timing:
+        """When units move; in a very short run not before each stage has had a batch."""
+        timing = super().timing(length)
+        least = len(self.stages) - 2
+        if timing.end <= least:
             raise UserError(
-                f"a run of {length.total} batches has {begin} before start ({self.start:g}): too few for the "
-                "stages of gradual ClickTrain; take a later start or a longer run"
+                f"a run of {length.total} batches is too short for the stages of gradual ClickTrain: they "
+                f"take {least} before masks move"
             )
+        return replace(timing, begin=max(timing.begin, least))
+
+    def ends(self, length: RunLength) -> dict[str, int]:
+        """Batch at which each stage before pruning is over."""
+        begin, dynamic = self.timing(length).begin, self.pool == "dynamic"
+        votes = max(begin - max(round(self.finalize_length * length.total), 1), 1 + dynamic)
+        pool = max(votes - max(round(self.pool_length * length.total), 1), 1) if dynamic else votes
         return {"dense": pool, "pool": votes, "finalize": begin}
 
     # ---- life cycle -----------------------------------------------------------------------------

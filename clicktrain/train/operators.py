@@ -9,7 +9,7 @@ import warnings
 import torch
 from torch import nn
 
-from clicktrain.compiler import Accelerated, LoweringPlan, accelerate
+from clicktrain.compiler import Accelerated, LoweringPlan, accelerate, dtypes_worth_measuring
 from clicktrain.files import is_file
 from clicktrain.formats.atomic import write_text_atomic
 from clicktrain.kernels.sparse_conv2d import PackedConv2d
@@ -63,7 +63,7 @@ def choose_operators(
     if rule == "measured" and images_left * p.cost.dense < SHORT_FLOPS:
         rule = "density"
     example = torch.zeros(p.batch_size, *p.data.image_shape)
-    dtypes = ("fp32", "bf16") if p.config.precision == "bf16" else ("fp32",)
+    dtypes = dtypes_worth_measuring(p.config.precision == "bf16")
     with warnings.catch_warnings(record=True) as caught:
         warnings.simplefilter("always")
         model = accelerate(p.model, example, rule=rule, plan=plan, dtypes=dtypes)

@@ -100,6 +100,7 @@ def _summary(
         row = time_target(state.seconds_asked, state.seconds_planned or 0.0, seconds, config.epochs)
         outcome = Outcome((*outcome.targets, row))
     hard_prune = next((event["epoch"] for event in pruner.events if event["event"] == "hard_prune"), None)
+    compression = getattr(p.method, "compression_asked", None)
     return {
         "format_version": FORMAT_VERSION,
         "method": config.method,
@@ -111,8 +112,8 @@ def _summary(
         "best_val_accuracy": state.best_val_accuracy,
         "test_accuracy": test_accuracy,
         **({} if views == "none" else {"test_time_augmentation": views}),
-        "sparsity_asked": getattr(p.method, "sparsity", None),
-        "compression_asked": getattr(p.method, "compression_asked", None),
+        "sparsity_asked": None if compression is not None else getattr(p.method, "sparsity", None),
+        "compression_asked": compression,
         "outcome": outcome.to_json(),
         "warnings": list(outcome.warnings),
         "compression_ratio": ratio(p.cost.initial.conv_weights, living.conv_nonzero),

@@ -12,8 +12,9 @@ from torch import Tensor, nn
 
 from clicktrain import accelerate
 from clicktrain.compiler import Accelerated, steps
+from clicktrain.compiler.activations import activation_of_layer, in_torch
 from clicktrain.compiler.believe import is_operator
-from clicktrain.compiler.units import activation_of_layer, find_units, in_torch, pass_of
+from clicktrain.compiler.units import find_units, pass_of
 from clicktrain.graph.trace import trace
 from clicktrain.kernels.activations import NONE, Activation
 from clicktrain.kernels.batch_norm2d import affine_blocked

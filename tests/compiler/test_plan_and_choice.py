@@ -10,7 +10,7 @@ import torch
 from pruned_networks import SMALL, assert_same_step, batch, network, prune_, twins
 
 from clicktrain import UserError, accelerate, create_model
-from clicktrain.compiler import Accelerated, LoweringPlan
+from clicktrain.compiler import Accelerated, LoweringPlan, dtypes_worth_measuring
 from clicktrain.kernels.native import toolchain
 
 pytestmark = pytest.mark.skipif(toolchain() is None, reason="needs a C compiler")
@@ -117,3 +117,10 @@ def test_measured_plans_say_what_was_refused_and_train_the_same() -> None:
 def test_verbose_prints_the_table(capsys: pytest.CaptureFixture[str]) -> None:
     accelerate(network("resnet20"), batch(2)[0], rule="sparse", verbose=True)
     assert "layer1.0.conv1" in capsys.readouterr().out
+
+
+def test_float32_is_not_measured_for_a_bf16_run_where_pairs_are_multiplied() -> None:
+    tools = toolchain()
+    pairs = tools is not None and tools.simd.pairs
+    assert dtypes_worth_measuring(False) == ("fp32",)
+    assert dtypes_worth_measuring(True) == (("bf16",) if pairs else ("fp32", "bf16"))

@@ -117,6 +117,7 @@ COLUMNS = (
 # Method -> settings that make it act on small networks in a short run.
 SETTINGS: dict[str, dict[str, Any]] = {
     "clicktrain": {"compression": 2.5},
+    "clicktrain-gradual": {"compression": 2.5},
     "prunetrain": {"target_flops": 0.7},
     "pat": {"policy": "epoch", "prune_epoch": 0, "prune_steps": 1},
     "rigl": {"densities": "uniform"},
@@ -127,6 +128,7 @@ PATTERNS = "patterns and kernels are parts of a convolution: it prunes no linear
 UNPRUNED: dict[str, dict[str, str]] = {
     "dense": dict.fromkeys(COLUMNS, "it prunes nothing"),
     "clicktrain": {"Linear": PATTERNS},
+    "clicktrain-gradual": {"Linear": PATTERNS},
     "prunetrain": {"Conv2d, depthwise": DEPTHWISE},
     "prunetrain-clicktrain": {"Conv2d, depthwise": "it has no include: depthwise layers keep their patterns"},
     "pat": {"Conv2d, depthwise": DEPTHWISE},
@@ -135,6 +137,7 @@ UNPRUNED: dict[str, dict[str, str]] = {
 # Method -> network -> the sentence that refuses it.
 REFUSED: dict[tuple[str, str], str] = {
     ("clicktrain", "perceptron"): "no convolution that ClickTrain can prune",
+    ("clicktrain-gradual", "perceptron"): "no convolution that Gradual ClickTrain can prune",
     ("prunetrain-clicktrain", "perceptron"): "no convolution that",
     ("prunetrain-clicktrain", "convnext"): "cannot be met by this network",  # its depthwise layers stay
 }

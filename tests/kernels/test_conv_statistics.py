@@ -279,7 +279,7 @@ def test_every_element_of_the_norm_is_written(channels: int) -> None:
         for threads in (1, 2, 5):
             torch.set_num_threads(threads)
             y = torch.full_like(x, NAN)
-            launch.given(x, mean, var, None, None, None, lanes + 1, EPS, False, out=y)
+            launch.given(x, mean, var, None, None, None, lanes + 1, EPS, "none", out=y)
             torch.testing.assert_close(y, want, rtol=1e-5, atol=1e-5)
     finally:
         torch.set_num_threads(1)
@@ -308,7 +308,7 @@ def test_declared_as_computed() -> None:
             residual,
             layer.n,
             EPS,
-            weight is not None,
+            "none" if weight is None else "relu",
         )
         torch.library.opcheck(OPERATORS.batch_norm2d_blocked_given.default, arguments)
 
@@ -354,4 +354,4 @@ def test_refusals() -> None:
         source("dgrad", problem, (), SETS, torch.float32, 8, sums=True)
     y, mean, var = layer.run()
     with pytest.raises(UserError, match=r"\[6\].*\[5\]"):
-        launch.given(y, mean[:5], var, None, None, None, 3, EPS, False)
+        launch.given(y, mean[:5], var, None, None, None, 3, EPS, "none")

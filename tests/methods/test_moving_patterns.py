@@ -277,8 +277,11 @@ def test_runs_that_cannot_be() -> None:
     for method, sentence in refused[:-1]:
         with pytest.raises(UserError, match=sentence):
             method.attach(model, optimizer, epochs=6, steps_per_epoch=4)
-    with pytest.raises(UserError, match=r"has 4 before start \(0.2\): too few for the stages|too few"):
-        GradualClickTrain().init(None, RunLength(1, 10))  # type: ignore[arg-type]
+    with pytest.raises(UserError, match="a run of 4 batches is too short for the stages of gradual ClickTr"):
+        GradualClickTrain().ends(RunLength(1, 4))
+    assert GradualClickTrain().ends(RunLength(1, 8)) == {"dense": 1, "pool": 2, "finalize": 3}
+    assert GradualClickTrain().ends(RunLength(10, 10)) == {"dense": 16, "pool": 18, "finalize": 20}
+    assert GradualClickTrain(pool="fixed").ends(RunLength(1, 8)) == {"dense": 1, "pool": 1, "finalize": 2}
     assert GradualClickTrain().compression == 8
     assert GradualClickTrain(sparsity=0.9).compression is None
 

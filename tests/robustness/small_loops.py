@@ -20,6 +20,7 @@ from clicktrain.methods import (
     ChannelsThenPatterns,
     ClickTrain,
     Dense,
+    GradualClickTrain,
     GraNet,
     Method,
     PaT,
@@ -44,6 +45,7 @@ METHODS_MADE: dict[str, Callable[[], Method[Any]]] = {
     "mest": lambda: MEST(sparsity=0.5, interval=4, linear=False),
     "gmp": lambda: GMP(sparsity=0.5, linear=False),
     "nm": lambda: NM(linear=False),
+    "clicktrain-gradual": lambda: GradualClickTrain(compression=2, interval=4),
     "pat": lambda: PaT(policy="epoch", prune_epoch=1, prune_ratio=0.3),
 }
 assert METHODS_MADE.keys() == METHODS.keys()

@@ -121,7 +121,7 @@ def check(name: str, settings: dict[str, Any], **how: Any) -> Pruner:
 @pytest.mark.parametrize("name", METHODS)
 def test_the_outcome_is_what_the_weights_say(name: str) -> None:
     width = 12 if name == "nm" else 11  # groups of 4 input channels
-    pruner = check(name, {"compression": 4} if name == "clicktrain" else {}, width=width)
+    pruner = check(name, {"compression": 4} if name.startswith("clicktrain") else {}, width=width)
     assert bool(pruner.outcome().targets) == (name != "dense")
 
 
@@ -136,6 +136,7 @@ def request(generator: random.Random) -> tuple[str, dict[str, Any]]:
     share = generator.choice([0.01, 0.07, 0.3, 0.5, 0.77, 0.95, 0.995])
     choices: dict[str, list[dict[str, Any]]] = {
         "clicktrain": [{"compression": 1 / share, "entries": generator.choice([1, 2, 4, 9])}],
+        "clicktrain-gradual": [{"compression": 1 / share, "entries": generator.choice([1, 2, 4, 8])}],
         "campfire": [{"sparsity": share, "granularity": generator.choice(["window", "ck", "combined"])},
                      {"sparsity": share, "linear": "none", "era": (0, generator.choice([0, 1, 3]))}],
         "prunetrain": [{"target_flops": share, "floor": generator.choice([0.0, 0.1, 0.5])},
@@ -146,7 +147,7 @@ def request(generator: random.Random) -> tuple[str, dict[str, Any]]:
         "nm": [{"n": generator.choice([1, 2, 3]), "m": generator.choice([4, 8])}],
         "pat": [{"prune_ratio": share, "round_to": generator.choice([1, 3])}],
     }  # fmt: skip
-    moving = [{"sparsity": share, "granularity": generator.choice(["weight", "kernel"])}]
+    moving = [{"sparsity": share, "granularity": generator.choice(["weight", "kernel", "pattern"])}]
     return name, generator.choice(choices.get(name, moving))
 
 

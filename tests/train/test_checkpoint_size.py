@@ -35,6 +35,7 @@ SETTINGS: dict[str, dict[str, Any]] = {
     "mest": {"sparsity": 0.9},
     "gmp": {"sparsity": 0.8},
     "nm": {},
+    "clicktrain-gradual": {"compression": 8},
     "prunetrain-clicktrain": {"coefficient": 0.03},
 }
 VARIANTS: dict[str, tuple[str, dict[str, Any]]] = {

@@ -101,6 +101,16 @@ def test_killed_in_each_stage(tmp_path: Path, settings: dict[str, Any]) -> None:
         assert_same_run(tmp_path / stage, tmp_path / "whole")
 
 
+def test_a_compression_is_what_was_asked(tmp_path: Path) -> None:
+    settings = {key: value for key, value in SETTINGS.items() if key != "sparsity"}
+    asked = {"method": "rigl", "granularity": "pattern", "compression": 4, "epochs": 2}
+    summary = run(tmp_path / "run", {**settings, **asked})
+    assert (summary["compression_asked"], summary["sparsity_asked"]) == (4, None)
+    assert summary["compression_ratio"] == pytest.approx(4, rel=0.05)
+    (target,) = summary["outcome"]
+    assert target["what"] == "compression of convolution weights"
+
+
 @pytest.mark.skipif(toolchain() is None, reason="there is no C compiler")
 def test_moving_masks_run_on_the_fast_kernels(tmp_path: Path) -> None:
     """From the first step, by one choice; the weights are those of masked dense training."""

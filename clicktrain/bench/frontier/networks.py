@@ -25,7 +25,7 @@ from clicktrain.bench.frontier.trainer_steps import (
 )
 from clicktrain.bench.runs import LAYOUTS, network_call, safe_layouts
 from clicktrain.bench.timing import autocast
-from clicktrain.compiler import accelerate
+from clicktrain.compiler import accelerate, dtypes_worth_measuring
 from clicktrain.kernels.pack_model import pack_model_
 from clicktrain.methods import Dense, Method
 from clicktrain.models import create_model
@@ -131,8 +131,7 @@ class Network:
         pack_model_(packed, masks)
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")
-            dtypes = ("fp32", "bf16") if bf16 else ("fp32",)
-            fast = accelerate(packed, x, rule=rule, dtypes=dtypes).eval()
+            fast = accelerate(packed, x, rule=rule, dtypes=dtypes_worth_measuring(bf16)).eval()
 
         def predict() -> None:
             with torch.inference_mode(), autocast(bf16):

@@ -10,7 +10,7 @@ import functools
 import statistics
 import time
 from collections.abc import Callable, Iterable, Mapping, Sequence
-from dataclasses import dataclass, fields, replace
+from dataclasses import asdict, dataclass, fields, replace
 from typing import Any
 
 import torch
@@ -74,8 +74,11 @@ def measure_times(
     lines: Mapping[tuple[str, int], Line],
     settings: TimingSettings = TimingSettings(),
     progress: Progress = lambda text: None,
+    save: Callable[[Times], None] = lambda times: None,
 ) -> Times:
     """Measure every network of the cells that have a finished run.
+
+    ``save`` is called once with what is there before planning and memory are measured.
 
     Raises:
         UserError: no run is finished.
@@ -117,24 +120,26 @@ def measure_times(
     _latencies({**dense, **pruned}, recipe.engines, settings.rounds, figures, progress)
     for cell, line in done:
         if cell.kind == "pruned" and settings.stages:
-            network = dense_network(cell, line)
-            figures.setdefault(cell.name, {})["stages"] = _rehearse(
-                cell.config(line["seed"])[1], network, _eager(engines[network.key]), line, progress
-            )
+            network, known = dense_network(cell, line), figures.setdefault(cell.name, {})
+            method = cell.config(line["seed"])[1]
+            try:
+                known["stages"] = _rehearse(method, network, _eager(engines[network.key]), line, progress)
+            except UserError as error:  # on drawn images pruning may destroy a network
+                known["not_rehearsed"] = str(error)
+    head = {"family": recipe.family, "machine": describe(_CPU)}
     if settings.alone:
+        save({**_result(head, replace(settings, alone=False), began), "networks": figures})
         for key, network in {**dense, **pruned}.items():
             progress(f"{key}: planning and memory, in processes of their own")
             try:
                 figures[key] |= measure_alone(network, figures[key]["engine"])
             except RuntimeError as error:  # hours of other times are not lost with it
                 figures[key]["not_measured"] = str(error)[-500:]
-    return {
-        "family": recipe.family,
-        "machine": describe(_CPU),
-        "settings": {field.name: getattr(settings, field.name) for field in fields(settings)},
-        "seconds": round(time.perf_counter() - began, 1),
-        "networks": figures,
-    }
+    return {**_result(head, settings, began), "networks": figures}
+
+
+def _result(head: Mapping[str, Any], settings: TimingSettings, began: float) -> Times:
+    return {**head, "settings": asdict(settings), "seconds": round(time.perf_counter() - began, 1)}
 
 
 def _keys(cell: Any) -> list[tuple[str, int]]:

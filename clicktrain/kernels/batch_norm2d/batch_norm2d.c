@@ -16,8 +16,10 @@ int forward(const stored *x, const stored *residual, stored *y, const real *weig
     const stored *xc = x + c * area;
     const real center = center_of(xc, min64(n, LANES), area, blocks == 1 ? last : all);
     double sum[LANES] = {0}, square[LANES] = {0};
-    for (int64_t b = 0; b < blocks; ++b)
+    for (int64_t b = 0; b < blocks; ++b) {
+      fetch_ahead(xc + b * stride, stride, area, b, blocks);
       centered_sums(xc + b * stride, area, center, b == blocks - 1 ? last : all, sum, square);
+    }
     const channel to = normalized(sum, square, (double)n * area, center, mean + c, var + c, weight ? weight[c] : 1,
                                   bias ? bias[c] : 0, eps, low, high);
     for (int64_t b = 0; b < blocks; ++b) {
@@ -54,12 +56,10 @@ int given(const stored *x, const stored *residual, stored *y, const real *weight
 int affine(const stored *x, const stored *residual, stored *y, const real *scale, const real *shift, double low,
            double high, int64_t blocks, int64_t channels, int64_t area, int64_t threads) {
   PARALLEL_FOR
-  for (int64_t c = 0; c < channels; ++c) {
+  for (int64_t i = 0; i < blocks * channels; ++i) {
+    const int64_t c = i % channels, at = i * area;
     const channel to = {0, scale ? scale[c] : 1, shift ? shift[c] : 0, low, high};
-    for (int64_t b = 0; b < blocks; ++b) {
-      const int64_t at = (b * channels + c) * area;
-      apply(x + at, residual ? residual + at : 0, y + at, area, to);
-    }
+    apply(x + at, residual ? residual + at : 0, y + at, area, to);
   }
   return 0;
 }
@@ -80,6 +80,8 @@ int backward(const stored *gy, const stored *x, const stored *y, const stored *r
     stored *const keep = gr ? gr : KEEPS_H ? gx : 0;
     for (int64_t b = 0; b < blocks; ++b) {
       const int64_t at = b * stride + c * area;
+      fetch_ahead(gy + at, stride, area, b, blocks);
+      fetch_ahead(x + at, stride, area, b, blocks);
       grad_sums(chunk_of(every, at), keep ? keep + at : 0, area, to, b == blocks - 1 ? last : all, sum, product);
     }
     const combination of = gradients(sum, product, (double)n * area, var[c], scale, eps, gweight + c, gbias + c);
@@ -104,6 +106,7 @@ int affine_backward(const stored *gy, const stored *x, const stored *y, const st
     const channel to = {0, scale ? scale[c] : 1, shift ? shift[c] : 0, low, high};
     for (int64_t b = 0; b < blocks; ++b) {
       const int64_t at = (b * channels + c) * area;
+      fetch_ahead(gy + at, channels * area, area, b, blocks);
       grad_scaled(chunk_of(every, at), gx ? gx + at : 0, gr ? gr + at : 0, area, to,
                   b == blocks - 1 ? last : all, sum, product);
     }

@@ -18,6 +18,7 @@ from clicktrain.kernels.native.library import call
 
 WHAT = "blocked batch norm"
 """In messages."""
+NO_IMAGES = "an empty batch has no mean: batch norm in training mode needs at least one image"
 Source = Callable[[torch.dtype, int], str]
 
 
@@ -63,12 +64,18 @@ def forward(
 
     Here and below ``out`` is memory for the results: contiguous, aligned, every element is written.
     """
-    y, mean, var = out or (x.new_empty(x.shape), per_channel(x), per_channel(x))
-    library, sizes, limits = _check(x, n, activation, (residual,), (weight, bias))
-    _need_images(n)
+    known = _check(x, n, activation, (residual,), (weight, bias))
+    if n == 0:
+        raise UserError(NO_IMAGES)
+    channels, dtype = known.sizes[1], known.computed
+    y, mean, var = out or (
+        x.new_empty(x.shape),
+        x.new_empty(channels, dtype=dtype),
+        x.new_empty(channels, dtype=dtype),
+    )
     (x, residual), (weight, bias) = _readable((x, residual), (weight, bias))
-    threads = torch.get_num_threads()
-    call(library.forward, x, residual, y, weight, bias, mean, var, eps, *limits, n, *sizes, threads)
+    numbers = eps, *known.limits, n, *known.sizes, torch.get_num_threads()
+    call(known.library.forward, x, residual, y, weight, bias, mean, var, *numbers)
     return y, mean, var
 
 
@@ -86,10 +93,10 @@ def given(
 ) -> Tensor:
     """Batch norm with the mean and biased variance given: y like ``x``."""
     y = x.new_empty(x.shape) if out is None else out
-    library, sizes, limits = _check(x, n, activation, (residual,), (weight, bias, mean, var))
+    known = _check(x, n, activation, (residual,), (weight, bias, mean, var))
     (x, residual), (weight, bias, mean, var) = _readable((x, residual), (weight, bias, mean, var))
-    threads = torch.get_num_threads()
-    call(library.given, x, residual, y, weight, bias, mean, var, eps, *limits, *sizes, threads)
+    numbers = eps, *known.limits, *known.sizes, torch.get_num_threads()
+    call(known.library.given, x, residual, y, weight, bias, mean, var, *numbers)
     return y
 
 
@@ -104,9 +111,10 @@ def affine(
 ) -> Tensor:
     """Scaling by channel: y like ``x``."""
     y = x.new_empty(x.shape) if out is None else out
-    library, sizes, limits = _check(x, n, activation, (residual,), (scale, shift))
+    known = _check(x, n, activation, (residual,), (scale, shift))
     (x, residual), (scale, shift) = _readable((x, residual), (scale, shift))
-    call(library.affine, x, residual, y, scale, shift, *limits, *sizes, torch.get_num_threads())
+    numbers = *known.limits, *known.sizes, torch.get_num_threads()
+    call(known.library.affine, x, residual, y, scale, shift, *numbers)
     return y
 
 
@@ -135,11 +143,12 @@ def backward(
         weight, bias, mean, var, n, eps, activation, out: as above.
         need_residual: also write the gradient in front of the activation; without one that is ``gy``.
     """
-    out = out or _gradients(gy, True, need_residual and Activation.read(activation).number > 0)
-    library, sizes, limits = _check(gy, n, activation, (x, y, residual), (weight, bias, mean, var))
-    blocked, numbers = _readable((gy, x, y, residual), (weight, bias, mean, var))
-    rest = out.weight, out.bias, eps, *limits, n, *sizes, torch.get_num_threads()
-    call(library.backward, *blocked, out.x, _wanted(out.residual), *numbers, *rest)
+    known = _check(gy, n, activation, (x, y, residual), (weight, bias, mean, var))
+    gx, gweight, gbias, gr = out = out or _gradients(gy, known, True, need_residual)
+    blocked, parameters = _readable((gy, x, y, residual), (weight, bias, mean, var))
+    numbers = eps, *known.limits, n, *known.sizes, torch.get_num_threads()
+    own = gr if gr.numel() else None
+    call(known.library.backward, *blocked, gx, own, *parameters, gweight, gbias, *numbers)
     return out
 
 
@@ -162,11 +171,12 @@ def affine_backward(
     gradient is computed from ``y``, if there is one. Without ``need_x`` that of ``x`` is left out; the rest
     is as of `backward`.
     """
-    out = out or _gradients(gy, need_x, need_residual and Activation.read(activation).number > 0)
-    library, sizes, limits = _check(gy, n, activation, (x, y, residual), (scale, shift))
-    blocked, numbers = _readable((gy, x, y, residual), (scale, shift))
-    rest = out.weight, out.bias, *limits, n, *sizes, torch.get_num_threads()
-    call(library.affine_backward, *blocked, _wanted(out.x), _wanted(out.residual), *numbers, *rest)
+    known = _check(gy, n, activation, (x, y, residual), (scale, shift))
+    gx, gscale, gshift, gr = out = out or _gradients(gy, known, need_x, need_residual)
+    blocked, parameters = _readable((gy, x, y, residual), (scale, shift))
+    numbers = *known.limits, n, *known.sizes, torch.get_num_threads()
+    written = (one if one.numel() else None for one in (gx, gr))
+    call(known.library.affine_backward, *blocked, *written, *parameters, gscale, gshift, *numbers)
     return out
 
 
@@ -187,12 +197,14 @@ def pooled_forward(
     if out is None:
         taps = x.new_empty(shape, dtype=tap_type(shape[4]))
         out = Pooled(x.new_empty(shape), x.new_empty(shape), taps, per_channel(x), per_channel(x))
-    library, limits, planes = _check_pooled(x, shape, n, activation, (residual,), (weight, bias))
-    _need_images(n)
+    known = _check(x, n, activation, (residual,), (weight, bias), shape)
+    if n == 0:
+        raise UserError(NO_IMAGES)
+    planes = *x.shape[2:4], *shape[2:4]
     (x, residual), (weight, bias) = _readable((x, residual), (weight, bias))
-    numbers = eps, *limits, n, *shape[:2], *planes, *window, torch.get_num_threads()
+    numbers = eps, *known.limits, n, *shape[:2], *planes, *window, torch.get_num_threads()
     written = out.maxima, out.taps, out.y
-    call(library.forward, x, residual, *written, weight, bias, out.mean, out.var, *numbers)
+    call(known.library.forward, x, residual, *written, weight, bias, out.mean, out.var, *numbers)
     return out
 
 
@@ -214,10 +226,11 @@ def pooled_given(
     shape = pooled_shape(x, window, ceil)
     y = x.new_empty(shape) if out is None else out
     statistics = weight, bias, mean, var
-    library, limits, planes = _check_pooled(x, shape, n, activation, (residual,), statistics)
+    known = _check(x, n, activation, (residual,), statistics, shape)
+    planes = *x.shape[2:4], *shape[2:4]
     (x, residual), parameters = _readable((x, residual), statistics)
-    numbers = eps, *limits, *shape[:2], *planes, *window, torch.get_num_threads()
-    call(library.given, x, residual, y, *parameters, *numbers)
+    numbers = eps, *known.limits, *shape[:2], *planes, *window, torch.get_num_threads()
+    call(known.library.given, x, residual, y, *parameters, *numbers)
     return y
 
 
@@ -241,18 +254,20 @@ def pooled_backward(
 ) -> Gradients:
     """Gradients of `pooled_forward`; ``size`` is (H, W) of its input, the rest as of `backward`."""
     shape, threads = gy.shape, torch.get_num_threads()
-    if out is None:
-        out = _gradients(gy, False, need_residual and Activation.read(activation).number > 0)
-        out = out._replace(x=gy.new_empty((*shape[:2], *size, shape[4])))
     same, statistics = (maxima, y, residual), (weight, bias, mean, var)
-    library, limits, _ = _check_pooled(gy, shape, n, activation, same, statistics)
+    known = _check(gy, n, activation, same, statistics, shape)
+    if out is None:
+        gx = gy.new_empty((*shape[:2], *size, shape[4]))
+        out = _gradients(gy, known, False, need_residual)._replace(x=gx)
     if taps.shape != shape or taps.dtype is not tap_type(shape[4]):
         raise UserError(f"taps are {list(shape)}, not {list(taps.shape)} of {taps.dtype}")
     blocked, parameters = _readable((gy, *same), statistics)
     scratch = gy.new_empty((threads, shape[0], *shape[2:]))
-    numbers = eps, *limits, n, *shape[:2], *size, *shape[2:4], *window, threads
-    written = out.x, _wanted(out.residual), scratch
-    call(library.backward, *blocked, vectors(taps), *written, *parameters, out.weight, out.bias, *numbers)
+    numbers = eps, *known.limits, n, *shape[:2], *size, *shape[2:4], *window, threads
+    written = out.x, out.residual if out.residual.numel() else None, scratch
+    call(
+        known.library.backward, *blocked, vectors(taps), *written, *parameters, out.weight, out.bias, *numbers
+    )
     return out
 
 
@@ -270,18 +285,14 @@ def per_channel(x: Tensor) -> Tensor:
     return x.new_empty(x.shape[1], dtype=compute_type(x.dtype))
 
 
-def _gradients(gy: Tensor, need_x: bool, need_residual: bool) -> Gradients:
-    gx, gr = (gy.new_empty(gy.shape if need else (0,)) for need in (need_x, need_residual))
-    return Gradients(gx, per_channel(gy), per_channel(gy), gr)
-
-
-def _wanted(x: Tensor) -> Tensor | None:
-    return x if x.numel() else None
-
-
-def _need_images(n: int) -> None:
-    if n == 0:
-        raise UserError("an empty batch has no mean: batch norm in training mode needs at least one image")
+def _gradients(gy: Tensor, known: _Known, need_x: bool, need_residual: bool) -> Gradients:
+    channels, dtype = known.sizes[1], known.computed
+    return Gradients(
+        gy.new_empty(gy.shape if need_x else (0,)),
+        gy.new_empty(channels, dtype=dtype),
+        gy.new_empty(channels, dtype=dtype),
+        gy.new_empty(gy.shape if need_residual and known.active else (0,)),
+    )
 
 
 def _check(
@@ -290,63 +301,51 @@ def _check(
     activation: str,
     same: tuple[Tensor | None, ...],
     parameters: tuple[Tensor | None, ...],
-) -> tuple[Library, tuple[int, int, int], tuple[float, float]]:
-    """Library, sizes and limits for ``x``, once everything is as the C text takes it for granted."""
-    shape, dtype = x.shape, x.dtype
-    library, sizes, limits, lanes, computed = _known(shape, dtype, x.device, activation)
-    _check_like(shape, dtype, lanes, computed, n, same, parameters)
-    return library, sizes, limits
+    maxima: Sequence[int] | None = None,
+) -> _Known:
+    """What is known for ``x``, once everything is as the C text takes it for granted.
 
-
-def _check_pooled(
-    x: Tensor,
-    shape: Sequence[int],
-    n: int,
-    activation: str,
-    same: tuple[Tensor | None, ...],
-    parameters: tuple[Tensor | None, ...],
-) -> tuple[Library, tuple[float, float], tuple[int, ...]]:
-    """As `_check`, for maxima of a shape; with rows and columns of input and result instead of sizes."""
-    library, _, limits, lanes, computed = _known(x.shape, x.dtype, x.device, activation, True)
-    _check_like(shape, x.dtype, lanes, computed, n, same, parameters)
-    return library, limits, (*x.shape[2:4], *shape[2:4])
-
-
-def _check_like(
-    shape: Sequence[int],
-    dtype: torch.dtype,
-    lanes: int,
-    computed: torch.dtype,
-    n: int,
-    same: tuple[Tensor | None, ...],
-    parameters: tuple[Tensor | None, ...],
-) -> None:
+    ``same`` are like ``x``, or of the shape of the ``maxima`` where these are normalized.
+    """
+    known = _known(x.shape, x.dtype, x.device, activation, maxima is not None)
+    shape, lanes = x.shape if maxima is None else maxima, known.lanes
     if not (shape[0] - 1) * lanes < n <= shape[0] * lanes:
         raise UserError(f"{n} images of {lanes} lanes are {-(-n // lanes)} blocks, not {shape[0]}")
-    wanted = (shape, dtype, same), (shape[1:2], computed, parameters)
+    wanted = (shape, x.dtype, same), (shape[1:2], known.computed, parameters)
     for own_shape, own_dtype, tensors in wanted:
         for one in tensors:
             if one is None:
                 continue
             if one.shape != own_shape or one.dtype != own_dtype:
                 raise UserError(
-                    f"{WHAT} wants {list(own_shape)} of {own_dtype} beside its input of {dtype}, "
+                    f"{WHAT} wants {list(own_shape)} of {own_dtype} beside its input of {x.dtype}, "
                     f"not {list(one.shape)} of {one.dtype}"
                 )
             if not one.is_cpu:
                 raise UserError(f"{WHAT} is for CPUs, not for {one.device}")
+    return known
+
+
+class _Known(NamedTuple):
+    """What does not change from step to step: ``sizes`` are blocks, channels and area."""
+
+    library: Library
+    sizes: tuple[int, int, int]
+    limits: tuple[float, float]
+    lanes: int
+    computed: torch.dtype
+    active: bool
 
 
 @functools.lru_cache(maxsize=1024)
 def _known(
-    shape: torch.Size, dtype: torch.dtype, device: torch.device, activation: str, pooled: bool = False
-) -> tuple[Library, tuple[int, int, int], tuple[float, float], int, torch.dtype]:
-    """What does not change from step to step: library, (blocks, channels, area), limits, lanes, dtype."""
+    shape: torch.Size, dtype: torch.dtype, device: torch.device, activation: str, pooled: bool
+) -> _Known:
     check_blocked(shape, dtype, device, WHAT)
     sizes = shape[0], shape[1], shape[2] * shape[3]
     act = Activation.read(activation)
     library = library_for(source(act.number, pooled), dtype)
-    return library, sizes, (act.low, act.high), shape[4], compute_type(dtype)
+    return _Known(library, sizes, (act.low, act.high), shape[4], compute_type(dtype), act.number > 0)
 
 
 def _readable(

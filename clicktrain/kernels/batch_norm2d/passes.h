@@ -9,6 +9,15 @@
 // Vectors that are summed in `real` before the sum goes over to double.
 #define PIECE 1024
 
+// The beginning of a channel's next chunk, while its present one is read: the processor notices too late that it goes
+// on elsewhere.
+#define BEGINNING 32  // cache lines
+INLINE void fetch_ahead(const stored *chunk, int64_t stride, int64_t area, int64_t b, int64_t blocks) {
+  const char *next = (const char *)(chunk + stride);
+  if (b + 1 < blocks)
+    for (int64_t byte = 0; byte < min64(area * STORED_BYTES, BEGINNING * 64); byte += 64) FETCH(next + byte);
+}
+
 INLINE ivec first_lanes(int64_t count) {
   ivec lanes;
   for (int l = 0; l < LANES; ++l) lanes[l] = l < count ? -1 : 0;

@@ -10,6 +10,11 @@
 #define POOL \
   int64_t kh, int64_t kw, int64_t sh, int64_t sw, int64_t ph, int64_t pw, int64_t dh, int64_t dw
 
+// The plane behind that of a block and channel, in the order of the loops.
+INLINE int64_t next_plane(int64_t b, int64_t c, int64_t blocks, int64_t channels) {
+  return b + 1 < blocks ? (b + 1) * channels + c : min64(c + 1, channels - 1);
+}
+
 // p gets the maxima, which the backward pass reads in place of x, and taps where they come from.
 int forward(const stored *x, const stored *residual, stored *p, taps_t *taps, stored *y, const real *weight,
             const real *bias, real *mean, real *var, double eps, double low, double high, int64_t n,
@@ -24,7 +29,8 @@ int forward(const stored *x, const stored *residual, stored *p, taps_t *taps, st
     for (int64_t b = 0; b < blocks; ++b) {
       const int64_t at = b * stride + c * area;
       const ivec lanes = b == blocks - 1 ? last : all;
-      pool(x + (b * channels + c) * whole, p + at, taps + at, h, w, oh, ow, WINDOW);
+      const int64_t plane = b * channels + c, next = next_plane(b, c, blocks, channels);
+      pool(x + plane * whole, x + next * whole, p + at, taps + at, h, w, oh, ow, WINDOW);
       if (b == 0) center = center_of(p + at, min64(n, LANES), area, lanes);
       centered_sums(p + at, area, center, lanes, sum, square);
     }
@@ -47,7 +53,8 @@ int given(const stored *x, const stored *residual, stored *y, const real *weight
   for (int64_t i = 0; i < blocks * channels; ++i) {
     const int64_t c = i % channels, at = i * area;
     const channel to = known(mean[c], var[c], weight ? weight[c] : 1, bias ? bias[c] : 0, eps, low, high);
-    pool(x + i * h * w, y + at, 0, h, w, oh, ow, WINDOW);
+    const int64_t next = min64(i + 1, blocks * channels - 1);
+    pool(x + i * h * w, x + next * h * w, y + at, 0, h, w, oh, ow, WINDOW);
     apply(y + at, residual ? residual + at : 0, y + at, area, to);
   }
   return 0;
@@ -71,6 +78,8 @@ int backward(const stored *gy, const stored *p, const stored *y, const stored *r
     for (int64_t b = 0; b < blocks; ++b) {
       const int64_t at = b * stride + c * area;
       stored *const keep = gr ? gr + at : KEEPS_H ? own + b * area : 0;
+      fetch_ahead(gy + at, stride, area, b, blocks);
+      fetch_ahead(p + at, stride, area, b, blocks);
       grad_sums(chunk_of(every, at), keep, area, to, b == blocks - 1 ? last : all, sum, product);
     }
     const combination of = gradients(sum, product, (double)n * area, var[c], scale, eps, gweight + c, gbias + c);

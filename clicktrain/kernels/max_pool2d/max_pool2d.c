@@ -7,7 +7,7 @@ int forward(const stored *x, stored *y, taps_t *taps, int64_t h, int64_t w, int6
   pooled_t *const run = pooling(WINDOW);
   PARALLEL_FOR
   for (int64_t p = 0; p < planes; ++p)
-    run(x + p * h * w, y + p * oh * ow, taps + p * oh * ow, h, w, oh, ow, WINDOW);
+    run(x + p * h * w, x + min64(p + 1, planes - 1) * h * w, y + p * oh * ow, taps + p * oh * ow, h, w, oh, ow, WINDOW);
   return 0;
 }
 int backward(const stored *gy, const taps_t *taps, stored *gx, int64_t h, int64_t w, int64_t oh, int64_t ow,

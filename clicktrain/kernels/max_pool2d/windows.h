@@ -18,6 +18,10 @@ typedef int64_t tap_t;
 #endif
 typedef tap_t taps_t __attribute__((vector_size(LANES * sizeof(tap_t))));
 
+// Two rows that are read side by side end before the processor has learned how they go on: the next ones are fetched
+// by hand, after the last rows of a plane those of the one that comes `next`.
+#define ROWS_AHEAD 4
+
 #define WINDOW kh, kw, sh, sw, ph, pw, dh, dw
 #define SIZES int h, int w, int oh, int ow, int kh, int kw, int sh, int sw, int ph, int pw, int dh, int dw
 
@@ -69,13 +73,16 @@ INLINE void pooled(const stored *restrict x, stored *restrict y, taps_t *restric
   }
 }
 // Four taps one after the other, without loops over them.
-INLINE void pooled_fours(const stored *restrict x, stored *restrict y, taps_t *restrict taps, int h, int w, int oh,
-                         int ow, const int keep) {
+INLINE void pooled_fours(const stored *restrict x, const stored *next, stored *restrict y, taps_t *restrict taps,
+                         int h, int w, int oh, int ow, const int keep) {
   // With the rounding up of sizes the last ones reach over the edge.
   const int rows = min64(oh, h / 2), columns = min64(ow, w / 2);
   for (int i = 0; i < rows; ++i) {
     const stored *upper = x + (int64_t)i * 2 * w, *lower = upper + w;
+    const int far = 2 * i + ROWS_AHEAD;
+    const stored *ahead = far < h ? x + (int64_t)far * w : next + (int64_t)min64(far - h, h - 2) * w;
     for (int j = 0; j < columns; ++j) {
+      for (int byte = 0; byte < 4 * STORED_BYTES; byte += 64) FETCH((const char *)(ahead + 4 * j) + byte);
       vec most = widen(upper[2 * j]);
       ivec tap = {0};
       larger(&most, &tap, widen(upper[2 * j + 1]), 1);
@@ -105,7 +112,7 @@ INLINE void deal(stored *to, bits_of_numbers g, bits_of_numbers tap, int number)
 }
 // Windows that lie side by side and do not overlap: each writes its own positions.
 INLINE void dealt(const stored *restrict gy, const taps_t *restrict taps, stored *restrict gx, int h, int w,
-                   int oh, int ow, int kh, int kw) {
+                  int oh, int ow, int kh, int kw) {
   const stored none = {0};
   for (int i = 0; i < oh; ++i) {
     for (int j = 0; j < ow; ++j, ++gy, ++taps) {
@@ -152,7 +159,8 @@ INLINE void collected(const stored *restrict gy, const taps_t *restrict taps, st
   }
 }
 #define KIND(name, ...) \
-  NOINLINE void pooled_##name(const stored *x, stored *y, taps_t *taps, SIZES) { \
+  NOINLINE void pooled_##name(const stored *x, const stored *next, stored *y, taps_t *taps, SIZES) { \
+    (void)next; \
     pooled(x, y, taps, h, w, oh, ow, __VA_ARGS__); } \
   NOINLINE \
   void collected_##name(const stored *gy, const taps_t *taps, stored *gx, SIZES) { \
@@ -166,9 +174,9 @@ void dealt_two(const stored *gy, const taps_t *taps, stored *gx, SIZES) {
   dealt(gy, taps, gx, h, w, oh, ow, 2, 2);
 }
 NOINLINE
-void pooled_two(const stored *x, stored *y, taps_t *taps, SIZES) {
-  if (taps) pooled_fours(x, y, taps, h, w, oh, ow, 1);
-  else pooled_fours(x, y, taps, h, w, oh, ow, 0);
+void pooled_two(const stored *x, const stored *next, stored *y, taps_t *taps, SIZES) {
+  if (taps) pooled_fours(x, next, y, taps, h, w, oh, ow, 1);
+  else pooled_fours(x, next, y, taps, h, w, oh, ow, 0);
 }
 KIND(any, WINDOW)
 KIND(three, 3, 3, 2, 2, 1, 1, 1, 1)
@@ -179,7 +187,7 @@ static int kind_of(int kh, int kw, int sh, int sw, int ph, int pw, int dh, int d
   if (kh == 2 && kw == 2 && ph == 0 && pw == 0) return 1;
   return kh == 3 && kw == 3 && ph == 1 && pw == 1 ? 2 : 0;
 }
-typedef void pooled_t(const stored *, stored *, taps_t *, SIZES);
+typedef void pooled_t(const stored *, const stored *, stored *, taps_t *, SIZES);
 typedef void collected_t(const stored *, const taps_t *, stored *, SIZES);
 
 static pooled_t *pooling(int kh, int kw, int sh, int sw, int ph, int pw, int dh, int dw) {

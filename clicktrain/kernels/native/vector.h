@@ -98,6 +98,10 @@ INLINE int64_t max64(int64_t a, int64_t b) { return a > b ? a : b; }
 #define USE(x) __asm__ volatile("" : : "m"(x))
 #endif
 
+// ---- lines that will be read soon
+
+#define FETCH(p) __builtin_prefetch(p)
+
 // ---- stores around the caches, for results too large to be found there again; DRAIN shows them to other threads
 
 #if defined(__clang__)

@@ -153,6 +153,11 @@ class MovingUnits(Masked):
     # ---- target ---------------------------------------------------------------------------------
 
     @property
+    def compression_asked(self) -> float | None:
+        """The compression to end at; None if it is a sparsity."""
+        return self.compression
+
+    @property
     def prunes_linear(self) -> bool:
         """Whether linear layers are pruned too; a compression is one of convolutions."""
         return self.linear and self.compression is None

@@ -23,9 +23,11 @@ WGRAD_FILTERS = 128
 PAIRED_WGRAD_TILE = (2, 4)
 """Twelve sums have to be on their way at a time, which leaves registers for few gradients."""
 PAIRED_COLUMNS = 6
-"""Most columns of a larger tile in pairs: fewer jumps, but not so many sums that cells are loaded again."""
+"""Most columns of a larger tile in pairs: fewer jumps; with more sums cells are loaded again."""
 PAIRED_SOURCES = 16
 """Sources of a pass in pairs where there are many: twice as fast, kernels wait for windows from L2."""
+MOST_IN_ROW = 8
+"""Tiles of a region that then takes all of a row, at most: its copy has each window once."""
 FEW_SUMS = 12
 """Sums of a tile below which there are no such passes."""
 IMAGE_VECTORS, MOST_IMAGES = 12800, 4
@@ -116,16 +118,25 @@ def pair_candidates(
         return [*tilings, *(indexed if problem.columns.taps > 1 else ())]
     backward = phase == "dgrad"
     sources = problem.filters if backward else problem.channels
-    axis = problem.columns
-    length = -(-axis.size // axis.stride) if backward else axis.out
+    length = problem.columns.size if backward else problem.columns.out
     second = 4, 7 if length == 7 else -(-length // -(-length // PAIRED_COLUMNS))
     per_pass = _even(sources, PAIRED_SOURCES) if sources >= 4 * PAIRED_SOURCES else 0
     own = [_tiling(phase, problem, shape, 1, lanes) for shape in ((4, 4), second)]
     # What is loaded and stored between passes is not worth it for the smallest tiles.
     large = [per_pass if math.prod(one.tile) >= FEW_SUMS else 0 for one in own]
-    paired = [replace(one, sources=count, pairs=True) for one, count in zip(own, large, strict=True)]
+    paired = [
+        replace(_in_rows(one, length) if count else one, sources=count, pairs=True)
+        for one, count in zip(own, large, strict=True)
+    ]
     shared = [replace(one, pairs=True) for one in tilings if one.filters_per_tile > 1]
     return [*dict.fromkeys([*shared[:1], *paired]), *tilings[:1]]
+
+
+def _in_rows(tiling: Tiling, columns: int) -> Tiling:
+    """A region of one row of tiles, if it has no more, takes all of a row: of passes it need not fit L2."""
+    if tiling.region[0] > 1:
+        return tiling
+    return replace(tiling, region=(1, min(-(-columns // tiling.tile[1]), MOST_IN_ROW)))
 
 
 def _unrolled_candidates(

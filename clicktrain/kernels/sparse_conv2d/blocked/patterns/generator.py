@@ -58,7 +58,7 @@ class Generator:
         self.pairs = (
             [pair_taps(taps, phase, problem) for taps in tap_patterns] if self.multiplies_pairs else []
         )
-        """Of each pattern, where forward and dgrad multiply pairs."""
+        """Pairs of taps of each pattern, where forward and dgrad multiply pairs."""
         if self.multiplies_pairs and any(column < 0 for use in self._all_uses() for _, column in use.places):
             self.rows, self.columns = _axes(direction, problem, tiling, in_place=False, margin=self.apart)
         self.images = tiling.images if phase == "wgrad" else 1

@@ -28,7 +28,7 @@ Pair = tuple[int, int | None]
 Place = tuple[int, int]
 """Row and column in the window of a tile; of cells also columns before it, see `margin`."""
 REGISTERS = 32
-"""Of processors that multiply pairs."""
+"""Vector registers of processors that multiply pairs."""
 _TILE, _INSIDE = 4, 1 << 20
 
 

@@ -66,6 +66,8 @@ def _tile(code: Code, g: Generator, name: str, row: TileKind, column: TileKind, 
     code(f"const weight *v = work->values + rows[2 * (work->first / {filters}) + 1];")
     code(f"for (long f = work->first / {filters}, end = work->end / {filters}; f < end; ++f) {{")
     code(f"fetch(&work->ahead, {-(-g.sources * g.rows.buffer // steps)}, WIN_W);")
+    if g.passes > 2:
+        code(f"if (pass > 0 && pass < {g.passes - 1} && rows[2 * f] == rows[2 * f + 2]) continue;")
     code(f"vec {', '.join(every)}, *kept = work->sums + f * {len(every)};")
     code("if (pass > 0) {")
     code(" ".join(f"{one} = kept[{number}];" for number, one in enumerate(every)))

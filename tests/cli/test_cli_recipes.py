@@ -63,7 +63,7 @@ def test_the_method_of_a_recipe_decides_which_flags_there_are(place: Path) -> No
     (place / "recipe.yaml").write_text("method: dense\n")
     outcome = call("train", "--config", "recipe.yaml", "--loss-margin", "0.2")
     assert outcome.code == 2
-    assert "--loss-margin is a setting of method clicktrain, not of dense" in outcome.err
+    assert "--loss-margin is a setting of method clicktrain, clicktrain-gradual, not of dense" in outcome.err
     text = " ".join(call("train", "--config=recipe.yaml", "--help").out.split())
     assert "settings of method dense" in text
 

@@ -91,10 +91,8 @@ def drawn_images(config: RunConfig, network: Mapping[str, Any], steps_per_epoch:
         steps_per_epoch: batches of an epoch; validation images make one batch.
 
     Raises:
-        UserError: the images are not square, or a teacher takes part in steps.
+        UserError: the images are not square.
     """
-    if config.distill:
-        raise UserError("distill is set, but steps with a teacher cannot be timed side by side: leave it out")
     channels, height, width = network["image_shape"]
     if height != width:
         raise UserError(f"images of {height}x{width} cannot be timed: only square ones can be drawn")

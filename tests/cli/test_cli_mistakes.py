@@ -43,8 +43,8 @@ def check_told(outcome: Outcome, *parts: str) -> None:
         ("train --schedule step --milestones 0.7 0.2", "milestones is [0.7, 0.2]: rising shares"),
         (
             "train --method dense --compression 8",
-            "--compression is a setting of method clicktrain, dsr, rigl, granet, mest, gmp, clicktrain-gradual, "
-            "not of dense",
+            "--compression is a setting of method clicktrain, dsr, rigl, granet, mest, gmp, "
+            "clicktrain-gradual, not of dense",
         ),
         ("train --method prune-it", "method is 'prune-it': use one of dense, clicktrain"),
         ("train digits", "'digits' is out of place: write 'clicktrain train [--flag value ...]'"),

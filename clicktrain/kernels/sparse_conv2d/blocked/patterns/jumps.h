@@ -1,6 +1,6 @@
 // From the code of one kernel to that of the next: patterns follow each other at random, and a jump that was predicted
-// wrongly costs half as much as a kernel in pairs. So each kernel finds the next one's code before it begins: what is in
-// the pipeline by the end of it then hides most of that.
+// wrongly costs half as much as a kernel in pairs. So each kernel finds the next one's code before it begins: what is
+// in the pipeline by the end of it then hides most of that.
 //
 // BEGIN_KERNELS, then KERNEL(n): { FIND_NEXT ... JUMP } for each pattern, END_KERNELS. LABELS are those of all patterns
 // and of the end, `none` is an entry with the number after the last pattern. GCC 12 cannot lower vectors that are wider

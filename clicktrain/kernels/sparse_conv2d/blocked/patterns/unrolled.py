@@ -70,7 +70,8 @@ def _tile(code: Code, g: Generator, name: str, row: TileKind, column: TileKind, 
         code(f"if (pass > 0 && pass < {g.passes - 1} && rows[2 * f] == rows[2 * f + 2]) continue;")
     code(f"vec {', '.join(every)}, *kept = work->sums + f * {len(every)};")
     code("if (pass > 0) {")
-    code(" ".join(f"{one} = kept[{number}];" for number, one in enumerate(every)))
+    for number, one in enumerate(every):
+        code(f"{one} = kept[{number}];")
     code("} else {")
     for k in range(filters):
         code(f"const vec start{k} = splat(bias ? bias[f * {filters} + {k}] : 0);")
@@ -78,7 +79,8 @@ def _tile(code: Code, g: Generator, name: str, row: TileKind, column: TileKind, 
     code("}")
     _kernels(code, g, row, column, sums)
     code(f"if (pass < {g.passes - 1}) {{")
-    code(" ".join(f"kept[{number}] = {one};" for number, one in enumerate(every)))
+    for number, one in enumerate(every):
+        code(f"kept[{number}] = {one};")
     code("continue;")
     code("}")
     for k in range(filters):

@@ -79,7 +79,8 @@ INLINE cell blend(cell low, cell high) {
 INLINE weight pair_of(float low, float high) { return round_bits(low) | (uint32_t)round_bits(high) << 16; }
 #endif
 
-// One row of a window of `cols` columns. Those from c0 to c1 lie in the source, zeros stand for the others. Of pairs, the second columns end with that of column c2.
+// One row of a window of `cols` columns. Those from c0 to c1 lie in the source, zeros stand for the others. Of pairs,
+// the second columns end with that of column c2.
 INLINE void pack_row(cell *o, const stored *p, int c0, int c1, int c2, int cols) {
 #if PAIRS == COLUMNS
   const int begin = c0 > DISTANCE ? c0 - DISTANCE : 0, both = c2 < c0 ? c0 : c2 < c1 ? c2 : c1;

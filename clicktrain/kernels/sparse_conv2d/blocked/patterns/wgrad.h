@@ -1,7 +1,8 @@
 // Wgrad with code for tap patterns: its regions, after `compute_region`.
 //
-// X_IN_PLACE and GY_IN_PLACE say whether windows and the output's gradient are read where they are; else they are copied into a buffer, the windows'
-// WINDOW_VECTORS before the gradient. A region has REGION_IMAGES blocks of images, the last one fewer.
+// X_IN_PLACE and GY_IN_PLACE say whether windows and the output's gradient are read where they are; else they are
+// copied into a buffer, the windows' WINDOW_VECTORS before the gradient. A region has REGION_IMAGES blocks of images,
+// the last one fewer.
 #include "kernels/sparse_conv2d/blocked/shared/wgrad.h"
 
 INLINE void sum_regions(const work_t *work, int64_t first, int64_t last) {

@@ -102,12 +102,12 @@ class Pruner:
         if inputs is not None and not inputs.tensors():
             raise UserError(f"example is {shown(example)}, which holds no tensor: give a batch of inputs")
         prunable = replace(method.find_prunable(model, self._optimizers.parameters()), example=inputs)
+        try_choices(method, prunable.layers)
         self.method = method = method.fitted(prunable)
         weights = [layer.weight for layer in prunable.layers]
         self._optimizers.check(model, weights, packed, shrinks=method.reads_graph)
         self.network = PrunedNetwork(model, self._optimizers.all, prunable, packed)
         self.subscribe(self._find_holders, ParametersReplaced)
-        try_choices(method, self._prunable.layers)
         self._state = method.init(self._prunable, length)
         self._measure = measure
         method.use_measure(self._state, self._prunable, measure)

@@ -289,7 +289,7 @@ def test_threads_change_nothing(threads: int, n: int, image: tuple[int, int]) ->
 
 
 @pytest.mark.parametrize("tile", [(1, 1), (2, 3), (4, 5), (16, 1)], ids=str)
-@pytest.mark.parametrize("region", [(1, 1), (2, 3), (8, 8)], ids=str)
+@pytest.mark.parametrize("region", [(1, 1), (2, 3), pytest.param((8, 8), marks=pytest.mark.slow)], ids=str)
 @pytest.mark.parametrize("stride", [1, 2])
 def test_every_tiling_gives_the_same(tile: tuple[int, int], region: tuple[int, int], stride: int) -> None:
     mask = pattern_mask(6, 5, 0.5, 1, torch.Generator().manual_seed(4))

@@ -313,9 +313,10 @@ def check_model(model: nn.Module, config: RunConfig, data: ImageData, device: to
     shape, classes = data.image_shape, len(data.classes)
     smallest = min_image_size(config.model, model_facts(config, data)["stem"])
     if min(shape[1:]) < smallest:
+        other = ", or stem=cifar" if min_image_size(config.model, "cifar") <= min(shape[1:]) else ""
         raise UserError(
             f"model {config.model} needs images of at least {smallest} pixels, those of {data.spec} have "
-            f"{shape[1]}x{shape[2]}: set image_size={smallest}, or stem=cifar"
+            f"{shape[1]}x{shape[2]}: set image_size={smallest}{other}"
         )
     try:
         model.eval()

@@ -111,3 +111,9 @@ def test_a_network_without_such_a_convolution_cannot_be_whitened(folder: str, tm
 def no_convolution(num_classes: int, in_channels: int, width: float) -> torch.nn.Module:
     del width
     return torch.nn.Sequential(torch.nn.Flatten(), torch.nn.Linear(in_channels * 144, num_classes))
+
+
+def test_a_stem_is_proposed_only_where_it_helps(tmp_path: Path) -> None:
+    config, method = from_dict({"model": "cifarnet", "data": "digits", "method": "dense", "threads": 1})
+    with pytest.raises(UserError, match=r"those of digits have 8x8: set image_size=9$"):
+        fit(config, method, tmp_path / "run")

@@ -193,8 +193,9 @@ class MovingUnits(Masked):
             units, weights = units + count, weights + math.prod(layer.shape)
             most += self.most_of(layer) * math.prod(layer.shape)
         if (1 - self.sparsity) * weights > 1.01 * most:
+            asked = "" if self.compression is None else f" (compression {self.compression:g})"
             raise UserError(
-                f"a sparsity of {self.sparsity:.3g} is less than patterns alone prune: "
+                f"a sparsity of {self.sparsity:.3g}{asked} is less than patterns alone prune: "
                 f"they keep {most / weights:.3g} of the weights; ask for at least {1 - most / weights:.3g}"
             )
         filters = sum(layer.view_shape[0] for layer in prunable.layers)

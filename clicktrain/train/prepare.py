@@ -5,7 +5,7 @@ from __future__ import annotations
 import contextlib
 import dataclasses
 import importlib.util
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal
@@ -300,11 +300,16 @@ def _make_loader(
 
 def augmentation(config: RunConfig, data: ImageData) -> Augment:
     """Random changes to training images, as the settings say; ``auto`` goes by the data set."""
-    preset: str = config.augment
-    if preset == "auto":
-        by_size = "cifar" if max(data.image_shape[1:]) <= SMALL_IMAGE else "imagenet"
-        preset = {"digits": "digits", "synthetic": "none"}.get(data.spec.partition(":")[0], by_size)
+    preset = augment_preset(config, data.spec, data.image_shape)
     return dataclasses.replace(Augment.preset(preset), cutout=config.cutout)
+
+
+def augment_preset(config: RunConfig, spec: str, image_shape: Sequence[int]) -> str:
+    """The name of the augmentation, ``auto`` resolved for data of this specification and [C, H, W]."""
+    if config.augment != "auto":
+        return config.augment
+    by_size = "cifar" if max(image_shape[1:]) <= SMALL_IMAGE else "imagenet"
+    return {"digits": "digits", "synthetic": "none"}.get(spec.partition(":")[0], by_size)
 
 
 @torch.no_grad()

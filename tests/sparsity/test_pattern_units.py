@@ -32,7 +32,7 @@ def draw(shape: tuple[int, ...], seed: int) -> Tensor:
 
 
 def start(shape: tuple[int, ...], pool: PatternPool, kernels: int, seed: int) -> Tensor:
-    """A mask with so many kernels in every filter, of any patterns."""
+    """A mask with `kernels` kernels in every filter, of any patterns."""
     generator = torch.Generator().manual_seed(seed)
     order = torch.rand(shape[:2], generator=generator).argsort(dim=1)
     ids = torch.randint(len(pool), shape[:2], generator=generator)

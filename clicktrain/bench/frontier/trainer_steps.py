@@ -35,7 +35,7 @@ from clicktrain.runs.folder import RunFolder
 from clicktrain.train.config import RunConfig
 from clicktrain.train.epoch import train_batch
 from clicktrain.train.evaluate import evaluate
-from clicktrain.train.prepare import SMALL_IMAGE, prepare
+from clicktrain.train.prepare import augment_preset, prepare
 from clicktrain.train.progress import Silent
 from clicktrain.train.training_run import TrainingRun
 
@@ -97,11 +97,7 @@ def drawn_images(config: RunConfig, network: Mapping[str, Any], steps_per_epoch:
     if height != width:
         raise UserError(f"images of {height}x{width} cannot be timed: only square ones can be drawn")
     images, classes = config.batch_size, network["classes"]
-    augment: Any = config.augment
-    if augment == "auto":
-        kind = config.data.partition(":")[0]
-        augment = "cifar" if max(height, width) <= SMALL_IMAGE else "imagenet"
-        augment = {"digits": "digits", "synthetic": "none"}.get(kind, augment)
+    augment: Any = augment_preset(config, config.data, network["image_shape"])
     train = max(images * steps_per_epoch, classes)
     text = f"classes={classes},size={height},channels={channels},train={train},val={images}"
     return replace(

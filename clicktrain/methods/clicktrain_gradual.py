@@ -20,7 +20,7 @@ from clicktrain.formats.packed import Patterns
 from clicktrain.graph.prunable import PrunableLayer, PrunableLayers
 from clicktrain.methods.base import Action, ApplyMasks, Record, RunLength, StepInfo
 from clicktrain.methods.masks.growing import Growing
-from clicktrain.methods.masks.masked import Masked, MaskState, Tensors
+from clicktrain.methods.masks.masked import MaskState, Tensors
 from clicktrain.methods.masks.moving import Gradual
 from clicktrain.methods.masks.moving_units import AnyUnit
 from clicktrain.methods.masks.update_times import Timing, check_shares
@@ -58,6 +58,8 @@ class GradualClickTrain(Gradual, Growing):
     reason: ClassVar[str] = "each filter of a layer keeps as many whole kernels"
     usual_interval: ClassVar[tuple[int, int]] = (100, 50)
 
+    sparsity: float = 0.875
+    """Share of the pruned layers' weights that is zero at the end, instead of a compression."""
     compression: float | None = None
     """All convolution weights / nonzero ones at the end; 8 unless a sparsity is given. Linear layers stay
     dense."""
@@ -96,7 +98,7 @@ class GradualClickTrain(Gradual, Growing):
 
     def __post_init__(self) -> None:
         """Check every setting."""
-        if self.compression is None and self.sparsity == Masked.sparsity:
+        if self.compression is None and self.sparsity == GradualClickTrain.sparsity:
             object.__setattr__(self, "compression", 8.0)
         super().__post_init__()
         check_shares(self, ("drop",))

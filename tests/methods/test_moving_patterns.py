@@ -373,3 +373,13 @@ def test_filters_that_lose_everything_are_reported_once() -> None:
     assert len(told) == 1
     assert "5 of 8 filters of 1 lose their last nonzero weight and compute a constant" in told[0]
     assert not pruner.masks["1"].flatten(1).any(dim=1).all()
+
+
+def test_a_sparsity_that_is_asked_for_is_not_replaced_by_the_usual_compression() -> None:
+    assert GradualClickTrain().compression == 8
+    assert (GradualClickTrain(sparsity=0.8).compression, GradualClickTrain(sparsity=0.8).sparsity) == (
+        None,
+        0.8,
+    )
+    with pytest.raises(UserError, match="both set"):
+        GradualClickTrain(compression=8, sparsity=0.8)

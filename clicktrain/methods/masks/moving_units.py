@@ -50,7 +50,7 @@ class MovingUnits(Masked):
             raise UserError(
                 f"compression must be more than 1 (8 keeps an eighth of the weights), not {self.compression}"
             )
-        if self.compression is not None and self.sparsity != Masked.sparsity:
+        if self.compression is not None and self.sparsity != type(self).sparsity:
             raise UserError(
                 f"compression {self.compression:g} and sparsity {self.sparsity:g} are both set: give one"
             )

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import ast
 import doctest
+import functools
 import importlib.util
 import json
 import re
@@ -18,6 +19,7 @@ REPOSITORY = Path(__file__).resolve().parent.parent
 DEPENDENCY = re.compile(r"^[A-Za-z0-9_.-]+")
 
 
+@functools.cache
 def names_in(path: Path) -> set[str]:
     body = ast.parse(path.read_text(encoding="utf-8")).body
     assigned = {
@@ -54,6 +56,15 @@ def test_papers_table_names_what_exists(repository: Path) -> None:
         if not path.exists() or name not in names_in(path):
             missing.append(f"{root}/{file}::{name}")
     assert missing == []
+
+
+def test_papers_tables_are_those_of_the_rows(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    papers = script("papers_tables")
+    assert papers.stale() == "", "python scripts/papers_tables.py rewrites them"
+    changed = tmp_path / "papers.md"
+    changed.write_text(papers.PAGE.read_text().replace("| window pruning |", "| windows |"))
+    monkeypatch.setattr(papers, "PAGE", changed)
+    assert "+| `alg-3` | A | window pruning |" in papers.stale()
 
 
 def declared(repository: Path) -> set[str]:
@@ -102,14 +113,18 @@ def test_the_four_papers_are_cited(repository: Path) -> None:
 # ---------------------------------------------------------------- studies and the pages that show them
 
 
-@pytest.fixture(scope="module")
-def results() -> Any:
-    spec = importlib.util.spec_from_file_location("results", REPOSITORY / "scripts" / "results.py")
+def script(name: str) -> Any:
+    spec = importlib.util.spec_from_file_location(name, REPOSITORY / "scripts" / f"{name}.py")
     assert spec is not None
     assert spec.loader is not None
     module = importlib.util.module_from_spec(spec)
     spec.loader.exec_module(module)
     return module
+
+
+@pytest.fixture(scope="module")
+def results() -> Any:
+    return script("results")
 
 
 def test_tables_are_what_the_studies_say(results: Any, repository: Path) -> None:

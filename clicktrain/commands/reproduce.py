@@ -34,8 +34,8 @@ _OPTIONS = (
 _COMMAND = Command(
     name="reproduce",
     description="Without an item: every algorithm, equation, table, figure, network and data set of the "
-    "papers, one a line, and whether it was run here. With one: run its commands, skip what is done, resume what was "
-    "stopped, and put its figures beside the paper's.",
+    "papers, one a line, and whether it was run here. With one: run its commands, skip what is done, resume "
+    "what was stopped, and put its figures beside the paper's.",
     groups={"this command": _OPTIONS},
     examples="clicktrain reproduce prunetrain/eq-3 --scale digits; clicktrain reproduce 'campfire/table-*' "
     "--dry-run. docs/papers.md has the same items with code, tests and results.",
@@ -178,8 +178,9 @@ def _show(
     cells = [(one.figure.what, _paper(one), _ours(one)) for one in figures]
     console = PipeConsole()
     console.print(f"\n{row.name}, {row.place}: {row.what}", markup=False, highlight=False)
+    console.print(_said(setting, scale, epochs), markup=False, highlight=False, soft_wrap=True)
     if cells:
-        print_table(console, _said(setting, scale, epochs), ("", "paper", "here"), cells, whole_words=True)
+        print_table(console, "", ("", "paper", "here"), cells, whole_words=True)
     for label, text in (("differs", row.leaves), ("kept results", row.result)):
         if text:
             plain = re.sub(r"\[([^\]]+)\]\(([^)]+)\)", r"\1 (docs/\2)", text)

@@ -3,8 +3,7 @@
 An expression names a run and what it wrote. ``dense.val_accuracy`` is a key of ``summary.json``, or of the
 JSON of ``bench`` and ``evaluate``; ``pat.events.epi.epi`` is the list of a key's values in all events of a
 kind, ``dense.epochs.seconds`` of those of ``metrics.jsonl``, one per epoch. Indices, the four operations,
-``min``, ``max``, ``mean``, ``len`` and ``abs`` are known; nothing else is. Write the dashes of a run's name as
-``_``.
+``min``, ``max``, ``mean``, ``len`` and ``abs`` are known; nothing else is. Dashes in names become ``_``.
 """
 
 from __future__ import annotations

@@ -142,6 +142,26 @@ def test_a_changed_figure_makes_a_page_stale(results: Any, repository: Path, tmp
     )
 
 
+def test_all_seeds_of_a_name_are_a_row_with_mean_and_deviation(results: Any) -> None:
+    runs = {
+        name: {"seed": seed, "figures": {"val_accuracy": accuracy, "train_flops_ratio": flops}}
+        for name, seed, accuracy, flops in (
+            ("ct-4-s0", 0, 80.0, 0.5), ("ct-4-s1", 1, 82.0, 0.7), ("ct-4-s10", 10, 84.0, 0.6),
+            ("ct-4-share-s0", 0, 9.0, 0.9), ("dense-s0", 0, 85.0, 1.0), ("dense-s1", 1, 86.0, 1.0),
+        )
+    }  # fmt: skip
+    dense = results.runs_called(runs, "dense-s*")
+    columns = ["accuracy", "to dense", "training FLOPs", "seed"]
+    lines = results.table(runs, dense, columns, [["dense-s*"], ["ct-4-s*"], ["ct-4-s1"]]).splitlines()
+    assert lines[2:] == [
+        "| dense-s* | 85.50 ± 0.71 (2) |  | 100% | 0, 1 |",
+        "| ct-4-s* | 82.00 ± 2.00 (3) | -3.50 | 60% | 0, 1, 10 |",
+        "| ct-4-s1 | 82.00 | -3.50 | 70% | 1 |",
+    ]
+    with pytest.raises(KeyError):
+        results.runs_called(runs, "ct-8-s*")
+
+
 def test_a_run_becomes_a_line_of_its_study(results: Any, tmp_path: Path) -> None:
     rows = {"a": {"model": "resnet20", "seed": 0}, "b": {"model": "resnet20", "seed": 1}}
     for name, config in rows.items():

@@ -5,7 +5,7 @@ from __future__ import annotations
 import difflib
 import fnmatch
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from functools import lru_cache
 from pathlib import Path
 from typing import Any
@@ -83,8 +83,8 @@ class Row:
     test: tuple[str, ...] = ()
     small: str | None = None
     paper: str | None = None
-    runs: Mapping[str, str] = ()  # type: ignore[assignment]
-    digits: Mapping[str, str] = ()  # type: ignore[assignment]
+    runs: Mapping[str, str] = field(default_factory=dict)
+    digits: Mapping[str, str] = field(default_factory=dict)
     figures: tuple[Figure, ...] = ()
     result: str = ""
     not_run: str = ""
@@ -102,9 +102,10 @@ class Row:
 
     @property
     def state(self) -> str:
-        """In a word or two: run, can be run, not run and why, or held by tests alone."""
+        """In a few words: run and in which setting, can be run, not run and why, or held by tests alone."""
         if self.result:
-            return "run" if self.small is None else f"run: {self.small}"
+            says = "one core of a CPU" if self.small is None else read_settings()[self.small].says
+            return f"run in a smaller setting: {says}"
         if self.runnable:
             return "can be run"
         return f"not run: {self.not_run}" if self.not_run else "tested"

@@ -11,11 +11,14 @@ from pathlib import Path
 import pytest
 
 from clicktrain.commands import bench, evaluate, train
+from clicktrain.commands.arguments import options_of
 from clicktrain.errors import UserError
+from clicktrain.methods import METHODS
 from clicktrain.papers import SCALES, Overrides, Row, read_rows, read_settings, rows_called, steps_of
 from clicktrain.papers.figures import names_in
 from clicktrain.papers.plan import Step
 from clicktrain.papers.rows import KINDS, read_contents
+from clicktrain.train.config import RunConfig
 
 ROWS = read_rows()
 # As printed: the last number of each, from 1 without a gap. ClickTrain numbers two of its three equations.
@@ -66,6 +69,31 @@ def test_a_result_names_its_setting_and_a_page_that_is_there(repository: Path) -
             assert pages, row.name
             assert all((repository / "docs" / page).exists() for page in pages), row.name
             assert row.small in read_settings() or row.small is None
+
+
+def test_numbers_of_a_result_stand_on_its_page(repository: Path) -> None:
+    """So that a page which is measured again takes the rows along."""
+    stale = []
+    for row in ROWS.values():
+        text = "".join(
+            (repository / "docs" / page).read_text(encoding="utf-8")
+            for page in re.findall(r"\]\(([^)#]+)\)", row.result)
+        )
+        numbers = re.findall(r"\d+\.\d+", re.sub(r"\([^)]*\.md\)", "", row.result))
+        stale += [f"{row.name}: {number}" for number in numbers if number not in text]
+    assert stale == []
+
+
+def test_flags_that_rows_speak_of_exist() -> None:
+    known = {option.name for cls in (RunConfig, *METHODS.values()) for option in options_of(cls)}
+    known |= {"epochs", "data", "seeds", "scale", "rule", "milestones", "dry_run"}
+    spoken = {
+        (row.name, flag)
+        for row in ROWS.values()
+        for flag in re.findall(r"--([a-z][a-z-]*)", f"{row.leaves} {row.result} {row.not_run}")
+    }
+    assert len(spoken) > 5
+    assert [(name, flag) for name, flag in spoken if flag.replace("-", "_") not in known] == []
 
 
 def names_of(path: Path) -> set[str]:

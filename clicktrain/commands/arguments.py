@@ -209,14 +209,9 @@ class Command:
         return "\n".join(lines)
 
 
-@lru_cache(maxsize=64)
-def options_of(cls: type) -> tuple[Option, ...]:
+def options_of(cls: type) -> list[Option]:
     """A flag for every field of a dataclass, with the field's type, default and docstring."""
-    hints = type_hints(cls)
-    texts: dict[str, str] = {}
-    for base in filter(is_dataclass, reversed(cls.__mro__)):
-        for field_docs in parse_from_object(base).params:
-            texts[field_docs.arg_name] = " ".join((field_docs.description or "").split())
+    hints, texts = type_hints(cls), _texts(cls)
     options: list[Option] = []
     for item in fields(cls):
         if not item.init:
@@ -225,7 +220,17 @@ def options_of(cls: type) -> tuple[Option, ...]:
         default = make() if make is not MISSING else None if item.default is MISSING else item.default
         hint = hints[item.name]
         options.append(Option(item.name, hint, texts.get(item.name, ""), default, metavar=_metavar(hint)))
-    return tuple(options)
+    return options
+
+
+@lru_cache(maxsize=64)
+def _texts(cls: type) -> Mapping[str, str]:
+    """Docstrings of a dataclass's fields, with inherited ones; slow to parse."""
+    return {
+        item.arg_name: " ".join((item.description or "").split())
+        for base in filter(is_dataclass, reversed(cls.__mro__))
+        for item in parse_from_object(base).params
+    }
 
 
 def _metavar(hint: Any) -> str:

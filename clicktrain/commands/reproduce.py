@@ -17,13 +17,15 @@ from clicktrain.errors import UserError
 from clicktrain.formats.atomic import write_text_atomic
 
 if TYPE_CHECKING:
-    from clicktrain.papers import Measured, Row, Setting, Step
+    from clicktrain.papers import Measured, Overrides, Row, Setting, Step
 
 _OPTIONS = (
     Option("scale", Literal["digits", "small", "paper"], "digits takes seconds and only shows that it runs; "
            "small is CIFAR-10 and a small network on a CPU; paper is the paper's own setting.", "small"),
     Option("epochs", int | None, "Length of every run, instead of the setting's.", metavar="N"),
     Option("data", str | None, "Data set of every run, instead of the setting's.", metavar="SPEC"),
+    Option("flags", str, "Further flags of every run that trains, in one word: --flags='--device cuda'.", "",
+           metavar="TEXT"),
     Option("seeds", tuple[int, ...], "Seeds of every run; several give means and standard deviations.",
            (0,), metavar="N [N ...]"),
     Option("out", str, "Folder of the runs: SCALE/ITEM/RUN-sSEED in it.", "runs/reproduce",
@@ -78,10 +80,11 @@ def _list(rows: Sequence[Row], json_file: str | None) -> int:
 
 
 def _reproduce(rows: Sequence[Row], given: dict[str, Any]) -> int:
+    from clicktrain.commands.screen import warn
     from clicktrain.papers import Overrides, measured_figures, steps_of
     from clicktrain.papers.plan import setting_of
 
-    overrides = Overrides(given["epochs"], given["data"], given["seeds"])
+    overrides = Overrides(given["epochs"], given["data"], given["seeds"], given["flags"])
     scale, out = given["scale"], Path(given["out"]) / given["scale"]
     if len(rows) > 1:  # of several, those that can be run
         chosen = [row for row in rows if row.runs and (scale != "small" or row.runnable)]
@@ -91,17 +94,19 @@ def _reproduce(rows: Sequence[Row], given: dict[str, Any]) -> int:
     plans = [(row, setting_of(row, scale), steps_of(row, scale, out, overrides)) for row in rows]
     if given["dry_run"]:
         for row, setting, steps in plans:
-            print(f"# {row.name}: {row.what} ({_said(setting, scale, overrides.epochs)})")
+            print(f"# {row.name}: {row.what} ({_said(setting, scale, overrides)})")
             print(*(step.text for step in steps), sep="\n", flush=True)
         return 0
     results = []
     for row, setting, steps in plans:
         for step in steps:
             if (code := _carry_out(step)) != 0:
+                warn("stopped; the same command goes on where it was")
                 return code
         figures = measured_figures(row, steps)
-        _show(row, scale, setting, figures, overrides.epochs)
-        results.append(_to_json(row, scale, setting, steps, figures))
+        said = _said(setting, scale, overrides)
+        _show(row, said, figures)
+        results.append(_to_json(row, scale, said, steps, figures))
         if given["json"] is not None:
             _write_json(given["json"], results if len(plans) > 1 else results[0])
     return 0
@@ -158,27 +163,25 @@ def _call(step: Step, command: Sequence[str]) -> int:
     return code
 
 
-def _said(setting: Setting | None, scale: str, epochs: int | None) -> str:
-    """The setting in words; one that is smaller than the paper's is named as such."""
+def _said(setting: Setting | None, scale: str, changed: Overrides) -> str:
+    """The setting in words, with what was replaced; one that is not the paper's is named as such."""
     if setting is None:
         return "on this machine"
-    if epochs is None and scale == "paper":
-        return f"the paper's own setting: {setting.says}"
-    return f"a smaller setting than the paper's: {setting.says}" + (
-        f"; here {epochs} epochs" if epochs else ""
-    )
+    parts = [f"{changed.epochs} epochs"] if changed.epochs is not None else []
+    parts += [part for part in (changed.data, changed.flags) if part]
+    instead = f"; but {', '.join(parts)}" if parts else ""
+    whose = "the paper's own setting" if scale == "paper" else "a smaller setting than the paper's"
+    return f"{whose}: {setting.says}{instead}"
 
 
-def _show(
-    row: Row, scale: str, setting: Setting | None, figures: Sequence[Measured], epochs: int | None
-) -> None:
+def _show(row: Row, said: str, figures: Sequence[Measured]) -> None:
     from clicktrain.commands.bench import print_table
     from clicktrain.commands.screen import PipeConsole
 
     cells = [(one.figure.what, _paper(one), _ours(one)) for one in figures]
     console = PipeConsole()
     console.print(f"\n{row.name}, {row.place}: {row.what}", markup=False, highlight=False)
-    console.print(_said(setting, scale, epochs), markup=False, highlight=False, soft_wrap=True)
+    console.print(said, markup=False, highlight=False, soft_wrap=True)
     if cells:
         print_table(console, "", ("", "paper", "here"), cells, whole_words=True)
     for label, text in (("differs", row.leaves), ("kept results", row.result)):
@@ -209,13 +212,13 @@ def with_unit(value: float, unit: str) -> str:
 
 
 def _to_json(
-    row: Row, scale: str, setting: Setting | None, steps: Sequence[Step], figures: Sequence[Measured]
+    row: Row, scale: str, said: str, steps: Sequence[Step], figures: Sequence[Measured]
 ) -> dict[str, Any]:
     return {
         "item": row.name,
         "what": row.what,
         "scale": scale,
-        "setting": None if setting is None else setting.says,
+        "setting": said,
         "commands": [step.text for step in steps],
         "figures": [one.to_json() for one in figures],
     }

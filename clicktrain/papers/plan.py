@@ -39,11 +39,13 @@ class Overrides:
         epochs: length of every run that trains.
         data: the data set of every run that trains.
         seeds: of the runs that train; more than one gives means and deviations.
+        flags: further flags of every run that trains, as typed.
     """
 
     epochs: int | None = None
     data: str | None = None
     seeds: Sequence[int] = (0,)
+    flags: str = ""
 
 
 @dataclass(frozen=True)
@@ -150,6 +152,7 @@ def _command(place: _Place, run: str, text: str, seed: int | None) -> tuple[str,
         if place.overrides.data is not None:
             given += ["--data", place.overrides.data]
         recipe = recipe_file(setting.recipe)
+        given += shlex.split(place.overrides.flags)
         epochs, warm_up = _length(recipe, given)
         if warm_up is not None:
             given += ["--warmup-epochs", f"{warm_up:g}"]

@@ -209,6 +209,10 @@ def test_shares_of_the_run_and_folders_of_other_runs_are_filled_in(
     text = steps_of(example, "small", Path("o"), Overrides(epochs=100, data="digits"))[1].text
     assert "--era 30 50" in text
     assert "--epochs 100 --data digits --warmup-epochs 25" in text
+    steps = steps_of(example, "small", Path("o"), Overrides(flags="--device cuda --epochs 20"))
+    assert "--era 6 10" in steps[1].text
+    assert "--device cuda --epochs 20 --warmup-epochs 5" in steps[1].text
+    assert "--device" not in steps[3].text
     assert "recipes/digits.yaml --method campfire --era 2 3" in steps_of(example, "digits", Path("o"))[1].text
 
 

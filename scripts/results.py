@@ -32,6 +32,7 @@ Row = dict[str, Any]
 
 FIGURES = (
     "val_accuracy", "best_val_accuracy", "test_accuracy", "compression_ratio", "train_flops_ratio",
+    "train_flops_ratio_nominal",
     "total_train_flops_ratio", "inference_flops_ratio", "train_seconds", "epochs", "hard_prune_epoch",
     "parameters", "nonzero_parameters", "cpu", "gpu",
 )  # fmt: skip
@@ -163,6 +164,9 @@ def cell(column: str, run: Row, dense: Row) -> str | None:
         "parameters": lambda: f"{f['parameters']:,}",
         "nonzero": lambda: f"{f['nonzero_parameters']:,}",
         "training FLOPs": lambda: percent(f.get("total_train_flops_ratio", f["train_flops_ratio"])),
+        "nominal FLOPs": lambda: (
+            percent(f["train_flops_ratio_nominal"]) if "train_flops_ratio_nominal" in f else "not counted"
+        ),
         "inference FLOPs": lambda: percent(f["inference_flops_ratio"]),
         "hard prune": lambda: "" if prune is None else f"{prune:.2f} of {f['epochs']}",
         "seed": lambda: str(run["seed"]),

@@ -34,6 +34,7 @@ Row = dict[str, Any]
 
 FIGURES = (
     "val_accuracy", "best_val_accuracy", "test_accuracy", "compression_ratio", "train_flops_ratio",
+    "train_flops_ratio_nominal",
     "total_train_flops_ratio", "inference_flops_ratio", "train_seconds", "epochs", "hard_prune_epoch",
     "parameters", "nonzero_parameters", "cpu", "gpu",
 )  # fmt: skip
@@ -192,6 +193,11 @@ def cell(column: str, runs: list[Row], dense: list[Row]) -> str | None:
         "parameters": lambda: f"{mean(runs, 'parameters'):,.0f}",
         "nonzero": lambda: f"{mean(runs, 'nonzero_parameters'):,.0f}",
         "training FLOPs": lambda: percent(mean(runs, "total_train_flops_ratio", "train_flops_ratio")),
+        "nominal FLOPs": lambda: (
+            percent(mean(runs, "train_flops_ratio_nominal"))
+            if all("train_flops_ratio_nominal" in run["figures"] for run in runs)
+            else "not counted"
+        ),
         "inference FLOPs": lambda: percent(mean(runs, "inference_flops_ratio")),
         "hard prune": lambda: "" if prune is None else f"{prune:.2f} of {f['epochs']}",
         "seed": lambda: ", ".join(str(run["seed"]) for run in runs),

@@ -204,6 +204,7 @@ _SUMMARY: Checks = {
     "sparsity_asked": (_or_nothing(lambda v: _is_number(v) and v < 1), "a share below 1 or nothing"),
     "compression_ratio": _NUMBER,
     "train_flops_ratio": _NUMBER,
+    "train_flops_ratio_nominal": _MAYBE_NUMBER,
     "total_train_flops_ratio": _MAYBE_NUMBER,
     "initial_train_flops": _MAYBE_NUMBER,
     "inference_flops_ratio": _NUMBER,

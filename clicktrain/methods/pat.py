@@ -34,7 +34,7 @@ from clicktrain.methods.channels.selection import ChannelSelection
 from clicktrain.methods.channels.stepwise import StepwiseRemoval, StepwiseState
 from clicktrain.methods.outcome import Reached, Target
 from clicktrain.methods.saved_state import restored_state
-from clicktrain.methods.triggers import StartRule, StructureSettings, StructureWatch
+from clicktrain.methods.triggers import LossSlopeSettings, StartRule, StructureSettings, StructureWatch
 from clicktrain.runs.events import StageEvent, TriggerEvent
 from clicktrain.settings import part_of
 from clicktrain.sparsity.registry import choice_name
@@ -59,7 +59,7 @@ class PaTState:
 
 
 @dataclass(frozen=True, kw_only=True)
-class PaT(StructureSettings, Method[PaTState]):
+class PaT(StructureSettings, LossSlopeSettings, Method[PaTState]):
     """Remove channels once their ranking is stable (When to Prune?, 2022).
 
     A neuron is an output channel; channels of a residual stage that can only be removed together are one.
@@ -85,8 +85,6 @@ class PaT(StructureSettings, Method[PaTState]):
     training, then fine-tuning)."""
     policy_seed: int = 0
     """Draws the epoch of policy random."""
-    loss_slope: float = 0.27
-    """Pruning starts when the training loss falls by less than this between epochs (policy loss_slope)."""
     latest_start: float = 0.34
     """Pruning starts at this share of the run at the latest (policies epi, loss_slope, random): section 4.2
     finds epoch 30 of 90 the last that costs no accuracy."""
@@ -121,6 +119,7 @@ class PaT(StructureSettings, Method[PaTState]):
         """Check every setting."""
         super().__post_init__()
         self.check_structure()
+        self.check_loss_slope()
         for key in ("prune_steps", "init_batches"):
             if getattr(self, key) < 1:
                 raise UserError(f"{key} must be at least 1, not {getattr(self, key)}")
@@ -159,8 +158,17 @@ class PaT(StructureSettings, Method[PaTState]):
     def start(self, length: RunLength) -> StartRule:
         """In which epoch neurons are pruned."""
         latest = min(length.epochs - 1, round(self.latest_start * length.epochs))
-        return StartRule(self.policy, latest, self.window(latest), self.threshold, self.prune_epoch,
-                         self.policy_seed, self.loss_slope)  # fmt: skip
+        return StartRule(
+            policy=self.policy,
+            latest=latest,
+            window=self.window(latest),
+            compared=self.history(latest),
+            threshold=self.threshold,
+            prune_epoch=self.prune_epoch,
+            seed=self.policy_seed,
+            slope=self.settled,
+            batches=length.steps_per_epoch,
+        )
 
     def find_prunable(self, model: nn.Module, trained: Sequence[Tensor] | None = None) -> PrunableLayers:
         """Every convolution, the first and depthwise ones too, and linear layers."""
@@ -177,6 +185,8 @@ class PaT(StructureSettings, Method[PaTState]):
             )
         if self.structure_from is not None:
             read_recipe(self.structure_from)
+        if self.policy == "epi":
+            self.warn_of_short_run(self.start(length).latest, f"latest_start {self.latest_start:g}")
         removal, state = self.removal, PaTState()
         if prunable.example is not None:
             removal.selection(state.pruning, prunable)

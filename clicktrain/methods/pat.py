@@ -10,7 +10,7 @@ from __future__ import annotations
 import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
-from typing import Any, ClassVar
+from typing import Any, ClassVar, Literal
 
 from torch import Tensor, nn
 
@@ -37,6 +37,7 @@ from clicktrain.methods.saved_state import restored_state
 from clicktrain.methods.triggers import LossSlopeSettings, StartRule, StructureSettings, StructureWatch
 from clicktrain.runs.events import StageEvent, TriggerEvent
 from clicktrain.settings import part_of
+from clicktrain.sparsity.channel_importance import prunable_channels
 from clicktrain.sparsity.registry import choice_name
 from clicktrain.sparsity.triggers import PolicyChoice
 from clicktrain.surgery import read_recipe
@@ -71,7 +72,10 @@ class PaT(StructureSettings, LossSlopeSettings, Method[PaTState]):
     reads_graph: ClassVar[bool] = True
 
     prune_ratio: float = 0.3
-    """Share of all neurons to remove; not used if a latency is given."""
+    """Share of all filters to remove, the paper's alpha; not used if a latency is given."""
+    prune_ratio_of: Literal["filters", "neurons"] = "filters"
+    """What the ratio counts: filters, at least as many as asked and less than one neuron more; or neurons,
+    filters that can only be removed together as one."""
     criterion: NeuronCriterionChoice = "taylor"
     """Importance of a neuron: taylor (the change of the loss by batch norm's scale and shift, by the weights
     where there is no batch norm), taylor_weights (Eq. 3 on the weights everywhere; about zero in front of a
@@ -283,7 +287,10 @@ class PaT(StructureSettings, LossSlopeSettings, Method[PaTState]):
         if prunable.example is not None and not over:
             selection = ChannelSelection.of(prunable, self.budget, self.exclude)
             notes = selection.describe()
-            summary = f"{selection.total} neurons: {self.budget.describe(selection.num_pruned)}"
+            filters = prunable_channels(selection.sizes, 0, selection.filters)
+            summary = (
+                f"{selection.total} neurons, {filters} filters: {self.budget.describe(selection.num_pruned)}"
+            )
         rows = []
         for layer in prunable.layers:
             why = notes.get(layer.name, "the neurons that are left" if over else "its outputs stay")

@@ -14,6 +14,7 @@ from clicktrain.methods.channels.criteria import ChannelScores, Gradient, Neuron
 from clicktrain.methods.channels.selection import ChannelSelection, LatencyCalibration, Masks
 from clicktrain.methods.contract import Action, Reconfigure, Record, SilenceChannels
 from clicktrain.runs.events import PrunedEvent, ReconfiguredEvent
+from clicktrain.sparsity.channel_importance import count_gone, prunable_channels
 from clicktrain.surgery import SurgeryPlan, read_recipe
 from clicktrain.surgery.neurons import count_pruned, masks_of_recipe, shuffled, widths
 
@@ -100,11 +101,13 @@ class StepwiseRemoval:
 def _removal(
     chosen: ChannelSelection, masks: Masks, plan: SurgeryPlan, event: Mapping[str, Any]
 ) -> Reconfigure:
-    pruned = count_pruned(masks)
+    filters, counted = chosen.filters, chosen.weights
     done = ReconfiguredEvent(
         neurons=chosen.total,
-        neurons_pruned=pruned,
-        prune_ratio=pruned / chosen.total,
+        neurons_pruned=count_pruned(masks),
+        filters=prunable_channels(chosen.sizes, 0, filters),
+        filters_pruned=count_gone(masks, filters),
+        prune_ratio=count_gone(masks, counted) / chosen.counted,
         structure=widths(masks),
         **event,
     )

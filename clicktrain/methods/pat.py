@@ -10,7 +10,7 @@ from __future__ import annotations
 import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
-from typing import Any, ClassVar
+from typing import Any, ClassVar, Literal
 
 from torch import Tensor, nn
 
@@ -33,9 +33,10 @@ from clicktrain.methods.channels.selection import ChannelSelection
 from clicktrain.methods.channels.stepwise import StepwiseRemoval, StepwiseState, check_structure
 from clicktrain.methods.outcome import Reached, Target
 from clicktrain.methods.saved_state import restored_state
-from clicktrain.methods.triggers import StartRule, StructureSettings, StructureWatch
+from clicktrain.methods.triggers import LossSlopeSettings, StartRule, StructureSettings, StructureWatch
 from clicktrain.runs.events import StageEvent, TriggerEvent
 from clicktrain.settings import part_of
+from clicktrain.sparsity.channel_importance import prunable_channels
 from clicktrain.sparsity.registry import choice_name
 from clicktrain.sparsity.triggers import PolicyChoice
 
@@ -57,7 +58,7 @@ class PaTState:
 
 
 @dataclass(frozen=True, kw_only=True)
-class PaT(StructureSettings, Method[PaTState]):
+class PaT(StructureSettings, LossSlopeSettings, Method[PaTState]):
     """Remove channels once their ranking is stable (When to Prune?, 2022).
 
     A neuron is an output channel; channels of a residual stage that can only be removed together are one.
@@ -69,7 +70,10 @@ class PaT(StructureSettings, Method[PaTState]):
     reads_graph: ClassVar[bool] = True
 
     prune_ratio: float = 0.3
-    """Share of all neurons to remove; not used if a latency is given."""
+    """Share of all filters to remove, the paper's alpha; not used if a latency is given."""
+    prune_ratio_of: Literal["filters", "neurons"] = "filters"
+    """What the ratio counts: filters, at least as many as asked and less than one neuron more; or neurons,
+    filters that can only be removed together as one."""
     criterion: NeuronCriterionChoice = "taylor"
     """Importance of a neuron: taylor (the change of the loss by batch norm's scale and shift, by the weights
     where there is no batch norm), taylor_weights (Eq. 3 on the weights everywhere; about zero in front of a
@@ -83,8 +87,6 @@ class PaT(StructureSettings, Method[PaTState]):
     training, then fine-tuning)."""
     policy_seed: int = 0
     """Draws the epoch of policy random."""
-    loss_slope: float = 0.27
-    """Pruning starts when the training loss falls by less than this between epochs (policy loss_slope)."""
     latest_start: float = 0.34
     """Pruning starts at this share of the run at the latest (policies epi, loss_slope, random): section 4.2
     finds epoch 30 of 90 the last that costs no accuracy."""
@@ -120,6 +122,7 @@ class PaT(StructureSettings, Method[PaTState]):
         """Check every setting."""
         super().__post_init__()
         self.check_structure()
+        self.check_loss_slope()
         for key in ("prune_steps", "init_batches"):
             if getattr(self, key) < 1:
                 raise UserError(f"{key} must be at least 1, not {getattr(self, key)}")
@@ -158,8 +161,17 @@ class PaT(StructureSettings, Method[PaTState]):
     def start(self, length: RunLength) -> StartRule:
         """In which epoch neurons are pruned."""
         latest = min(length.epochs - 1, round(self.latest_start * length.epochs))
-        return StartRule(self.policy, latest, self.window(latest), self.threshold, self.prune_epoch,
-                         self.policy_seed, self.loss_slope)  # fmt: skip
+        return StartRule(
+            policy=self.policy,
+            latest=latest,
+            window=self.window(latest),
+            compared=self.history(latest),
+            threshold=self.threshold,
+            prune_epoch=self.prune_epoch,
+            seed=self.policy_seed,
+            slope=self.settled,
+            batches=length.steps_per_epoch,
+        )
 
     def find_prunable(self, model: nn.Module, trained: Sequence[Tensor] | None = None) -> PrunableLayers:
         """Every convolution, the first and depthwise ones too, and linear layers."""
@@ -176,6 +188,8 @@ class PaT(StructureSettings, Method[PaTState]):
             )
         if self.structure_from is not None:
             check_structure(self.structure_from, self.structure_shuffle, prunable.model)
+        if self.policy == "epi":
+            self.warn_of_short_run(self.start(length).latest, f"latest_start {self.latest_start:g}")
         removal, state = self.removal, PaTState()
         if prunable.example is not None:
             removal.selection(state.pruning, prunable)
@@ -271,7 +285,10 @@ class PaT(StructureSettings, Method[PaTState]):
         if prunable.example is not None and not over:
             selection = ChannelSelection.of(prunable, self.budget, self.exclude)
             notes = selection.describe()
-            summary = f"{selection.total} neurons: {self.budget.describe(selection.num_pruned)}"
+            filters = prunable_channels(selection.sizes, 0, selection.filters)
+            summary = (
+                f"{selection.total} neurons, {filters} filters: {self.budget.describe(selection.num_pruned)}"
+            )
         rows = []
         for layer in prunable.layers:
             why = notes.get(layer.name, "the neurons that are left" if over else "its outputs stay")

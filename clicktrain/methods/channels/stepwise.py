@@ -16,6 +16,7 @@ from clicktrain.methods.channels.criteria import ChannelScores, Gradient, Neuron
 from clicktrain.methods.channels.selection import ChannelSelection, LatencyCalibration, Masks
 from clicktrain.methods.contract import Action, Reconfigure, Record, SilenceChannels
 from clicktrain.runs.events import PrunedEvent, ReconfiguredEvent
+from clicktrain.sparsity.channel_importance import count_gone, prunable_channels
 from clicktrain.surgery import SurgeryPlan, apply_surgery_, read_recipe
 from clicktrain.surgery.neurons import count_pruned, masks_of_recipe, shuffled, widths
 
@@ -132,11 +133,13 @@ def check_structure(recipe: str, shuffle: int | None, model: nn.Module | None) -
 def _removal(
     chosen: ChannelSelection, masks: Masks, plan: SurgeryPlan, event: Mapping[str, Any]
 ) -> Reconfigure:
-    pruned = count_pruned(masks)
+    filters, counted = chosen.filters, chosen.weights
     done = ReconfiguredEvent(
         neurons=chosen.total,
-        neurons_pruned=pruned,
-        prune_ratio=pruned / chosen.total,
+        neurons_pruned=count_pruned(masks),
+        filters=prunable_channels(chosen.sizes, 0, filters),
+        filters_pruned=count_gone(masks, filters),
+        prune_ratio=count_gone(masks, counted) / chosen.counted,
         structure=widths(masks),
         **event,
     )

@@ -46,11 +46,12 @@ class Projected(MovingUnits):
 
     stop: float = 0.5
     """Share of the run in which ADMM pulls the weights; the rest retrains with frozen masks."""
-    iterations: int = 12
+    iterations: int = 6
     """ADMM iterations in that time, of equal length; at most one a batch."""
-    rho: float = 0.001
-    """Penalty factor of the first iteration: the pull is rho times the distance."""
-    rho_last: float = 0.1
+    rho: float = 0.03
+    """Penalty factor of the first iteration: the pull is rho times the distance. Shorter runs need a larger
+    one (0.001 to 0.1 is usual in runs of hundreds of epochs)."""
+    rho_last: float = 0.3
     """Penalty factor of the last iteration."""
     rho_schedule: ScheduleChoice = "linear"
     """How the logarithm of rho goes from one to the other; linear: by the same factor each time."""
@@ -190,8 +191,18 @@ class Projected(MovingUnits):
         if following <= state.iteration or (self.reads_gradient and not state.gradients):
             return ()  # without gradients, of a step that was skipped for overflow: after the next
         if step.seen >= end:
-            return self.fix(state, prunable, f"batch {end} of {step.length.total}")
+            return self.fix(state, prunable, f"batch {end} of {step.length.total}{self._far(state)}")
         return [Record(self._update(state, prunable, following, step.length))]
+
+    def _far(self, state: ProjectedState) -> str:
+        """What to say where ADMM has not brought weights nearer to what they are pulled to."""
+        first, last = (state.memory.get(key, 0.0) for key in ("first residual", "residual"))
+        if last < first or state.iteration < 2:
+            return ""
+        return (
+            f"; the weights did not come nearer to their projections (from {first:.0%} of their norm to "
+            f"{last:.0%}): take a larger rho or a longer run"
+        )
 
     def _update(
         self, state: ProjectedState, prunable: PrunableLayers, following: int, length: RunLength
@@ -211,11 +222,13 @@ class Projected(MovingUnits):
                 whole += _square(weight)
         state.iteration, state.gradients = following, {}
         scale = math.sqrt(whole) or 1.0
+        residual = state.memory["residual"] = math.sqrt(far) / scale
+        state.memory.setdefault("first residual", residual)
         return AdmmEvent(
             iteration=following + 1,
             iterations=self.iterations_in(length),
             rho=rho,
-            residual=math.sqrt(far) / scale,
+            residual=residual,
             moved=math.sqrt(moved) / scale,
         )
 

@@ -34,9 +34,8 @@ Row = dict[str, Any]
 
 FIGURES = (
     "val_accuracy", "best_val_accuracy", "test_accuracy", "compression_ratio", "train_flops_ratio",
-    "train_flops_ratio_nominal",
-    "total_train_flops_ratio", "inference_flops_ratio", "train_seconds", "epochs", "hard_prune_epoch",
-    "parameters", "nonzero_parameters", "cpu", "gpu",
+    "train_flops_ratio_nominal", "total_train_flops_ratio", "inference_flops_ratio", "train_seconds",
+    "total_train_seconds", "epochs", "hard_prune_epoch", "parameters", "nonzero_parameters", "cpu", "gpu",
 )  # fmt: skip
 """Keys of ``summary.json`` that a study keeps."""
 _DECISIONS = ("trigger", "hard_prune", "latency", "outcome")

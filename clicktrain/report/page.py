@@ -141,10 +141,12 @@ def _tiles(entry: Entry) -> list[Tile]:
         before, after = run.step_ms
         note = f"before: {before:.0f} ms, {before / after:.2f}× the time"  # noqa: RUF001
         tiles.append(Tile(f"{after:.0f} ms", "step after pruning", note))
-    if run.seconds is not None:
+    if run.total_seconds is not None:
         factor = time_factor(entry)
         note = f"{factor:.2f}× the dense run’s" if factor is not None else _TIME[run.finished]  # noqa: RUF001
-        tiles.append(Tile(wording.short_duration(run.seconds), "training time", note))
+        if number(run.summary, "initial_train_seconds"):
+            note += ", initial weights included"
+        tiles.append(Tile(wording.short_duration(run.total_seconds), "training time", note))
     return tiles
 
 
@@ -160,7 +162,7 @@ def _table_row(entry: Entry) -> Mapping[str, Any]:
         "train_flops": wording.percent(run.train_flops_ratio),
         "train_flops_nominal": wording.percent(run.train_flops_ratio_nominal),
         "inference_flops": wording.percent(run.inference_flops_ratio),
-        "time": wording.duration(run.seconds),
+        "time": wording.duration(run.total_seconds),
         "data_share": wording.percent(run.data_share, 1),
         "hard_prune": wording.epoch(run.hard_prune_epoch),
         "seed": str(run.config.get("seed", wording.MISSING)),

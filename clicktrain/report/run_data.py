@@ -170,6 +170,12 @@ class Run:
         return sum(values) if values else None
 
     @property
+    def total_seconds(self) -> float | None:
+        """The same; of a finished run that started from the weights of another, of both if that is known."""
+        total = number(self.summary, "total_train_seconds")
+        return self.seconds if total is None else total
+
+    @property
     def data_share(self) -> float | None:
         """Part of the training time spent waiting for images."""
         if (share := number(self.summary, "data_share")) is not None:

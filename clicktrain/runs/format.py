@@ -210,6 +210,8 @@ _SUMMARY: Checks = {
     "inference_flops_ratio": _NUMBER,
     "train_flops": _COUNT,
     "train_seconds": _NUMBER,
+    "initial_train_seconds": _MAYBE_NUMBER,
+    "total_train_seconds": _MAYBE_NUMBER,
     "parameters": _COUNT,
     "nonzero_parameters": _COUNT,
     "layers": (_is_list(lambda row: isinstance(row, dict)), "a list of records"),

@@ -113,7 +113,7 @@ class TrainState:
         """Inverse of `state_dict`."""
         parts = {
             "totals": EpochTotals(**saved["totals"]),
-            "earlier": EarlierCost(**saved["earlier"]),
+            "earlier": EarlierCost.from_state(saved["earlier"]),
             "logs": {name: LogMark(**mark) for name, mark in saved["logs"].items()},
         }
         return cls(**{"train_flops_nominal": None, **saved, **parts})

@@ -128,6 +128,8 @@ def _summary(
         "inference_flops": cost.forward_flops,
         "inference_flops_ratio": cost.forward_flops / max(p.cost.initial.forward_flops_dense, 1),
         "train_seconds": seconds,
+        "initial_train_seconds": state.earlier.seconds,
+        "total_train_seconds": state.earlier.total_seconds(seconds),
         "step_ms": _step_ms(run.folder.read_metrics()),
         "data_share": state.data_seconds / max(state.epoch_seconds, 1e-9),
         "hard_prune_epoch": hard_prune,

@@ -119,6 +119,9 @@ def test_result_line(tmp_path: Path) -> None:
         assert f"training FLOPs 61% of dense{shown}; inf" in line
     summary |= {"initial_train_flops": 10, "total_train_flops_ratio": 1.61}
     assert "training FLOPs 61% of dense, 161% with its initial weights; inf" in result_line(summary, tmp_path)
+    summary |= {"initial_train_seconds": 39.0, "total_train_seconds": 3700.0}
+    assert "; time 1:01:01, 1:01:40 with its initial weights; files" in result_line(summary, tmp_path)
+    summary |= {"initial_train_seconds": None, "total_train_seconds": None}
     summary |= {"initial_train_flops": None, "total_train_flops_ratio": None}  # of a file
     assert "61% of dense, its initial weights not counted; inf" in result_line(summary, tmp_path)
     summary["compression_asked"] = summary["val_accuracy"] = None

@@ -72,7 +72,7 @@ class Row:
         digits: name of a run -> flags that make it quick.
         figures: what is compared.
         result: what came out, with its setting and a link (Markdown, relative to ``docs/``).
-        not_run: why the paper's own, or anything at all, was not run.
+        not_run: beside a result, what of the item it leaves out; else why there is none.
         leaves: where we leave the paper.
     """
 
@@ -105,7 +105,7 @@ class Row:
         """In a few words: run and in which setting, can be run, not run and why, or held by tests alone."""
         if self.result:
             says = "one core of a CPU" if self.small is None else read_settings()[self.small].says
-            return f"run in a smaller setting: {says}"
+            return f"{'partly run' if self.not_run else 'run'} in a smaller setting: {says}"
         if self.runnable:
             return "can be run"
         return f"not run: {self.not_run}" if self.not_run else "tested"

@@ -226,6 +226,13 @@ def outcome_lines(summary: Mapping[str, Any], quiet: bool) -> list[str]:
     return [*lines, *(f"warning: {sentence}" for sentence in summary.get("warnings") or ())]
 
 
+def _with_initial(summary: Mapping[str, Any]) -> str:
+    """What the weights that a run started from add to its time, if that is known."""
+    if not summary.get("initial_train_seconds"):
+        return ""
+    return f", {clock(summary['total_train_seconds'])} with its initial weights"
+
+
 def result_line(summary: Mapping[str, Any], path: Path) -> str:
     """What was reached beside what was asked, what it saved, and where the files are."""
     parts = [asked_and_reached(summary)]
@@ -237,5 +244,5 @@ def result_line(summary: Mapping[str, Any], path: Path) -> str:
         parts.append(f"on the test images {tested:.2f}%")
     parts.append(training_share(summary, 0))
     parts.append(f"inference FLOPs {100 * summary['inference_flops_ratio']:.0f}% of dense")
-    parts.append(f"time {clock(summary['train_seconds'])}")
+    parts.append(f"time {clock(summary['train_seconds'])}{_with_initial(summary)}")
     return "; ".join(parts) + f"; files in {path}"

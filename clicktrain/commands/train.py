@@ -71,6 +71,22 @@ _EXAMPLES = (
 
 def run(argv: Sequence[str]) -> int:
     """Run the command; the exit code."""
+    config, method, own, ignored = settings_of(argv)
+    if own["dry_run"]:
+        return dry_run(config, method)
+    out = own["out"]
+    folder = RunFolder.default(config.model, config.method) if out is None else RunFolder(Path(out))
+    left_out = f"method {config.method} has no {', '.join(ignored)}: those of the recipe are left out"
+    notes = [left_out] if ignored else []
+    return carry_out(config, method, folder, quiet=own["quiet"], report=own["report"], notes=notes)
+
+
+def settings_of(argv: Sequence[str]) -> tuple[RunConfig, Method[Any], dict[str, Any], list[str]]:
+    """What a command line asks for: settings, method, the command's own flags, and what the method ignores.
+
+    Raises:
+        UserError: a flag or a value that does not exist or does not fit, a recipe that is none.
+    """
     recipe = _peek(argv, "config")
     settings = {} if recipe is None else read_recipe(recipe, argv)
     name = _peek(argv, "method") or settings.get("method", RunConfig.method)
@@ -78,15 +94,7 @@ def run(argv: Sequence[str]) -> int:
     given = _command(name, alone).parse(argv)
     own = {option.name: given.pop(option.name, option.default) for option in _OUTPUT}
     values, ignored = merge(settings, given)
-    config, method = from_dict(values)
-    if own["dry_run"]:
-        return dry_run(config, method)
-    out = own["out"]
-    folder = RunFolder.default(config.model, config.method) if out is None else RunFolder(Path(out))
-    notes = (
-        [f"method {name} has no {', '.join(ignored)}: those of the recipe are left out"] if ignored else []
-    )
-    return carry_out(config, method, folder, quiet=own["quiet"], report=own["report"], notes=notes)
+    return *from_dict(values), own, ignored
 
 
 def merge(recipe: dict[str, Any], flags: dict[str, Any]) -> tuple[dict[str, Any], list[str]]:

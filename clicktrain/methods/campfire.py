@@ -39,6 +39,7 @@ class Campfire(Rising):
         super().__post_init__()
         self.check_cuts()
         self.check_structure()
+        self.check_loss_slope()
         self.check_era(self.sparsity)
         if not 0 <= self.window_share < 1:
             raise UserError(f"window_share must be at least 0 and below 1, not {self.window_share}")

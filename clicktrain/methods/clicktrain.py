@@ -23,7 +23,7 @@ from clicktrain.methods.outcome import NOTED, Reached, Target, latency_target
 from clicktrain.methods.patterns.axes import ALLOCATIONS, PENALTIES, allocation_gains
 from clicktrain.methods.patterns.plan import clicktrain_plan
 from clicktrain.methods.patterns.selection import PatternLayer, Selection
-from clicktrain.methods.patterns.settings import PatternSettings
+from clicktrain.methods.patterns.settings import PatternSettings, stage_end
 from clicktrain.methods.patterns.voting import close_pools, fill_in, read_batch
 from clicktrain.methods.saved_state import restored_state
 from clicktrain.methods.triggers import KernelWatch
@@ -51,6 +51,8 @@ class ClickTrainState:
     """For trigger epi, in stage 1."""
     masks: dict[str, Tensor] = field(default_factory=dict, compare=False)
     """bool [F, C, R, S] per layer, from the end of stage 3 to the hard prune."""
+    open_positions: dict[str, Tensor] = field(default_factory=dict, compare=False)
+    """bool [F, C, R, S] per layer, within a step of stages 2 and 3: what the early penalty leaves alone."""
     layers: tuple[PatternLayer, ...] = field(default=(), compare=False)
     measure: MeasureMasks | None = field(default=None, compare=False)
     latency: SparseLatency | None = field(default=None, compare=False)
@@ -78,7 +80,10 @@ class ClickTrain(PatternSettings, Method[ClickTrainState]):
         CRITERIA.resolve(self.criterion or "")  # a user's own is imported now
         ALLOCATIONS.resolve(self.allocation or "")
         PENALTIES.resolve(self.penalty or "")
-        self.schedule(length)
+        lengths = self.schedule(length)
+        if self.trigger == "epi":
+            latest = lengths["latest"] // length.steps_per_epoch
+            self.warn_of_short_run(latest, f"latest_start {self.latest_start:g}")
         state = ClickTrainState(layers=self.targets(prunable))
         if self.aim is None:
             budgets = [layer.budget for layer in state.layers]
@@ -123,25 +128,52 @@ class ClickTrain(PatternSettings, Method[ClickTrainState]):
     # ---- steps ------------------------------------------------------------------------------
 
     def before_step(self, state: ClickTrainState, prunable: PrunableLayers, step: StepInfo) -> None:
-        """Stages 2 and 3 read the gradients, stage 4 adds the penalty's."""
+        """Stages 2 and 3 read the gradients, they and stage 4 add the penalty's."""
         if state.stage in ("pool", "finalize"):
             self._read(state, step)
-        elif state.stage == "regularize" and (add := PENALTIES.resolve(self.penalty or "none").gradient):
-            coefficient = self.lasso if step.grad_scale is None else step.grad_scale * self.lasso
-            for layer in state.layers:
-                if (grad := layer.weight.grad) is not None:
-                    weight = layer.weight.detach()
-                    weight = weight if layer.is_view else layer.view(weight)
-                    layer.change_(add, grad, weight, state.masks[layer.name], coefficient)
+        elif state.stage == "regularize":
+            self._penalize(state.layers, state.masks, step)
         elif state.stage == "dense" and self.watches_structure:
             state.kernels.see(prunable.convs, self.criterion or "taylor", step)
+
+    def _penalize(self, layers: Sequence[PatternLayer], masks: Mapping[str, Tensor], step: StepInfo) -> None:
+        """Add the gradient of the penalty on what masks prune, if the penalty has one."""
+        if (add := PENALTIES.resolve(self.penalty or "none").gradient) is None:
+            return
+        coefficient = self.lasso if step.grad_scale is None else step.grad_scale * self.lasso
+        for layer in layers:
+            if (grad := layer.weight.grad) is not None and layer.name in masks:
+                weight = layer.weight.detach()
+                weight = weight if layer.is_view else layer.view(weight)
+                layer.change_(add, grad, weight, masks[layer.name], coefficient)
+
+    def _shrink(self, state: ClickTrainState, step: StepInfo, lengths: Mapping[str, int]) -> None:
+        """Shrink the weights that masks prune, after the optimizer's step, if the penalty does that."""
+        shrink = PENALTIES.resolve(self.penalty or "none").step
+        masks = state.masks if state.stage == "regularize" else state.open_positions
+        left = self._cut(state, lengths) - step.seen
+        if shrink is None or left <= 0:
+            return
+        for layer in state.layers:
+            if (mask := masks.get(layer.name)) is not None:
+                change = shrink if layer.is_view else functools.partial(layer.change_, shrink)
+                change(layer.weight, mask, math.ceil(left / step.batches))
 
     def _read(self, state: ClickTrainState, step: StepInfo) -> None:
         criterion = CRITERIA.resolve(self.criterion or "taylor")
         weight = batch_counts(state.previous_loss, step.loss, self.loss_margin, self.loss_margin_rule)
-        proposes = state.stage == "pool"
-        votes = self.selection == "votes"
-        read_batch(state.selection, state.layers, step, criterion, None if proposes else weight, votes)
+        proposes, votes = state.stage == "pool", self.selection == "votes"
+        state.open_positions = read_batch(
+            state.selection,
+            state.layers,
+            step,
+            criterion,
+            None if proposes else weight,
+            votes,
+            self.early_penalty or "none",
+        )
+        if state.open_positions:
+            self._penalize(state.layers, state.open_positions, step)
         state.previous_loss = step.loss
         state.counted += 1
 
@@ -150,12 +182,9 @@ class ClickTrain(PatternSettings, Method[ClickTrainState]):
     ) -> Sequence[Action]:
         """Move on to the next stage when it is time."""
         lengths = self.schedule(step.length)
-        if state.stage == "regularize" and (shrink := PENALTIES.resolve(self.penalty or "none").step):
-            left = state.entered + lengths["regularize"] - step.seen
-            steps = math.ceil(left / step.batches)
-            for layer in state.layers if left > 0 else ():
-                change = shrink if layer.is_view else functools.partial(layer.change_, shrink)
-                change(layer.weight, state.masks[layer.name], steps)
+        if state.stage == "regularize" or state.open_positions:
+            self._shrink(state, step, lengths)
+            state.open_positions = {}
         actions: list[Action] = []
         if state.stage == "dense" and self.watches_structure and step.ends_epoch:
             actions.append(self._indicator(state, prunable, step.length))
@@ -173,21 +202,28 @@ class ClickTrain(PatternSettings, Method[ClickTrainState]):
             if step.seen < lengths["earliest"]:
                 return None
             trigger = "loss_slope" if self.trigger == "own" else self.trigger
-            return state.kernels.fires(trigger, step, self.stable_from, self.loss_slope)
-        over = step.seen - state.entered >= lengths[state.stage]
+            latest = lengths["latest"] // step.length.steps_per_epoch
+            return state.kernels.fires(self, trigger, self.stable_from, latest, step)
+        over = step.seen >= stage_end(state.stage, state.entered, lengths)
         reads = state.stage == "finalize" or (state.stage == "pool" and lengths["pool"] > 0)
         return "its length is over" if over and (state.counted > 0 or not reads) else None
 
     def cut_epoch(self, state: ClickTrainState, length: RunLength, *, latest: bool = False) -> float | None:
-        """At the end of stage 4; not known while a trigger or the loss may yet begin stage 2."""
-        lengths = self.schedule(length)
-        left = [lengths[stage] for stage in ("pool", "finalize", "regularize")]
-        if state.stage == "dense":
-            known = latest or lengths["earliest"] == lengths["latest"]
-            return (lengths["latest"] + sum(left)) / length.steps_per_epoch if known else None
+        """At the end of stage 4; without a time of its own not known while a trigger may begin stage 2."""
         if state.stage == "accelerated":
             return state.entered / length.steps_per_epoch
-        return (state.entered + sum(left[STAGES.index(state.stage) - 1 :])) / length.steps_per_epoch
+        lengths = self.schedule(length)
+        known = latest or lengths["earliest"] == lengths["latest"] or "hard_prune" in lengths
+        if state.stage == "dense" and not known:
+            return None
+        return self._cut(state, lengths) / length.steps_per_epoch
+
+    def _cut(self, state: ClickTrainState, lengths: Mapping[str, int]) -> int:
+        """Batches seen at the hard prune, if stage 2 has started or starts at its latest."""
+        at = lengths["latest"] if state.stage == "dense" else state.entered
+        for stage in STAGES[max(STAGES.index(state.stage), 1) : -1]:
+            at = stage_end(stage, at, lengths)
+        return at
 
     def _indicator(self, state: ClickTrainState, prunable: PrunableLayers, length: RunLength) -> Action:
         """EPI of the best kernels, as many as equal densities keep, whatever their layer."""

@@ -10,7 +10,7 @@ from __future__ import annotations
 import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
-from typing import Any, ClassVar
+from typing import Any, ClassVar, Literal
 
 from torch import Tensor, nn
 
@@ -21,7 +21,6 @@ from clicktrain.methods.base import (
     LayerPlan,
     Method,
     PruningPlan,
-    Reconfigure,
     Record,
     RestoreTensors,
     RunLength,
@@ -31,15 +30,15 @@ from clicktrain.methods.base import (
 from clicktrain.methods.channels.budget import ChannelBudget
 from clicktrain.methods.channels.criteria import NEURON_CRITERIA, ChannelScores, NeuronCriterionChoice
 from clicktrain.methods.channels.selection import ChannelSelection
-from clicktrain.methods.channels.stepwise import StepwiseRemoval, StepwiseState
+from clicktrain.methods.channels.stepwise import StepwiseRemoval, StepwiseState, check_structure
 from clicktrain.methods.outcome import Reached, Target
 from clicktrain.methods.saved_state import restored_state
-from clicktrain.methods.triggers import StartRule, StructureSettings, StructureWatch
+from clicktrain.methods.triggers import LossSlopeSettings, StartRule, StructureSettings, StructureWatch
 from clicktrain.runs.events import StageEvent, TriggerEvent
 from clicktrain.settings import part_of
+from clicktrain.sparsity.channel_importance import prunable_channels
 from clicktrain.sparsity.registry import choice_name
 from clicktrain.sparsity.triggers import PolicyChoice
-from clicktrain.surgery import read_recipe
 
 STAGES = ("dense", "prune", "sparse")
 
@@ -59,7 +58,7 @@ class PaTState:
 
 
 @dataclass(frozen=True, kw_only=True)
-class PaT(StructureSettings, Method[PaTState]):
+class PaT(StructureSettings, LossSlopeSettings, Method[PaTState]):
     """Remove channels once their ranking is stable (When to Prune?, 2022).
 
     A neuron is an output channel; channels of a residual stage that can only be removed together are one.
@@ -71,7 +70,10 @@ class PaT(StructureSettings, Method[PaTState]):
     reads_graph: ClassVar[bool] = True
 
     prune_ratio: float = 0.3
-    """Share of all neurons to remove; not used if a latency is given."""
+    """Share of all filters to remove, the paper's alpha; not used if a latency is given."""
+    prune_ratio_of: Literal["filters", "neurons"] = "filters"
+    """What the ratio counts: filters, at least as many as asked and less than one neuron more; or neurons,
+    filters that can only be removed together as one."""
     criterion: NeuronCriterionChoice = "taylor"
     """Importance of a neuron: taylor (the change of the loss by batch norm's scale and shift, by the weights
     where there is no batch norm), taylor_weights (Eq. 3 on the weights everywhere; about zero in front of a
@@ -85,8 +87,6 @@ class PaT(StructureSettings, Method[PaTState]):
     training, then fine-tuning)."""
     policy_seed: int = 0
     """Draws the epoch of policy random."""
-    loss_slope: float = 0.27
-    """Pruning starts when the training loss falls by less than this between epochs (policy loss_slope)."""
     latest_start: float = 0.34
     """Pruning starts at this share of the run at the latest (policies epi, loss_slope, random): section 4.2
     finds epoch 30 of 90 the last that costs no accuracy."""
@@ -97,8 +97,9 @@ class PaT(StructureSettings, Method[PaTState]):
     rewind: bool = False
     """Give the remaining neurons their initial weights back when the others are removed (lottery ticket)."""
     structure_from: str | None = None
-    """Remove the neurons that another run removed: its surgery.json. With policy epoch and prune_epoch 0
-    before the first step, i.e. the lottery ticket trained from its initial weights."""
+    """Remove what another run removed, of this method or of PruneTrain, layers included: its surgery.json.
+    With policy epoch and prune_epoch 0 before the first step, i.e. the final structure trained from scratch,
+    with the seed of that run from its own initial weights (lottery ticket)."""
     structure_shuffle: int | None = None
     """Seed that draws other neurons than those of structure_from, as many in each layer."""
     min_channels: int = 1
@@ -121,6 +122,7 @@ class PaT(StructureSettings, Method[PaTState]):
         """Check every setting."""
         super().__post_init__()
         self.check_structure()
+        self.check_loss_slope()
         for key in ("prune_steps", "init_batches"):
             if getattr(self, key) < 1:
                 raise UserError(f"{key} must be at least 1, not {getattr(self, key)}")
@@ -159,8 +161,17 @@ class PaT(StructureSettings, Method[PaTState]):
     def start(self, length: RunLength) -> StartRule:
         """In which epoch neurons are pruned."""
         latest = min(length.epochs - 1, round(self.latest_start * length.epochs))
-        return StartRule(self.policy, latest, self.window(latest), self.threshold, self.prune_epoch,
-                         self.policy_seed, self.loss_slope)  # fmt: skip
+        return StartRule(
+            policy=self.policy,
+            latest=latest,
+            window=self.window(latest),
+            compared=self.history(latest),
+            threshold=self.threshold,
+            prune_epoch=self.prune_epoch,
+            seed=self.policy_seed,
+            slope=self.settled,
+            batches=length.steps_per_epoch,
+        )
 
     def find_prunable(self, model: nn.Module, trained: Sequence[Tensor] | None = None) -> PrunableLayers:
         """Every convolution, the first and depthwise ones too, and linear layers."""
@@ -176,7 +187,9 @@ class PaT(StructureSettings, Method[PaTState]):
                 f"{length.epochs - 1}: begin earlier"
             )
         if self.structure_from is not None:
-            read_recipe(self.structure_from)
+            check_structure(self.structure_from, self.structure_shuffle, prunable.model)
+        if self.policy == "epi":
+            self.warn_of_short_run(self.start(length).latest, f"latest_start {self.latest_start:g}")
         removal, state = self.removal, PaTState()
         if prunable.example is not None:
             removal.selection(state.pruning, prunable)
@@ -243,16 +256,15 @@ class PaT(StructureSettings, Method[PaTState]):
 
     def _remove(self, state: PaTState, prunable: PrunableLayers) -> list[Action]:
         """The last pruning step; what served the decision is released."""
-        removal: Reconfigure
         if self.structure_from is None:
-            removal = self.removal.remove(state.pruning, prunable)
+            removals = [self.removal.remove(state.pruning, prunable)]
         else:
             recipe, shuffle = self.structure_from, self.structure_shuffle
-            removal = self.removal.remove_as_in(state.pruning, prunable, recipe, shuffle)
+            removals = self.removal.remove_as_in(state.pruning, prunable, recipe, shuffle)
         restored: list[Action] = [RestoreTensors(state.initial)] if state.initial else []
         state.stage, state.initial = "sparse", {}
         state.pruning, state.watch = StepwiseState(), StructureWatch()
-        return [*restored, removal, _enters("sparse", "neurons are removed")]
+        return [*restored, *removals, _enters("sparse", "neurons are removed")]
 
     def at_end(self, state: PaTState, prunable: PrunableLayers) -> Sequence[Action]:
         """A run always ends pruned."""
@@ -273,7 +285,10 @@ class PaT(StructureSettings, Method[PaTState]):
         if prunable.example is not None and not over:
             selection = ChannelSelection.of(prunable, self.budget, self.exclude)
             notes = selection.describe()
-            summary = f"{selection.total} neurons: {self.budget.describe(selection.num_pruned)}"
+            filters = prunable_channels(selection.sizes, 0, selection.filters)
+            summary = (
+                f"{selection.total} neurons, {filters} filters: {self.budget.describe(selection.num_pruned)}"
+            )
         rows = []
         for layer in prunable.layers:
             why = notes.get(layer.name, "the neurons that are left" if over else "its outputs stay")

@@ -12,6 +12,7 @@ better than the L2 of its reference [29]. Larger = keep.
 
 from __future__ import annotations
 
+import bisect
 from collections.abc import Iterable, Mapping, Sequence
 
 import torch
@@ -52,9 +53,22 @@ def _signed_change(weights: Sequence[Tensor], grads: Sequence[Tensor]) -> Tensor
     return torch.stack(products).sum(dim=0)
 
 
-def prunable_channels(sizes: Iterable[int], min_channels: int = 1) -> int:
-    """How many neurons can go at the most if every group of this many keeps ``min_channels``."""
-    return sum(max(size - min_channels, 0) for size in sizes)
+def prunable_channels(
+    sizes: Mapping[str, int], min_channels: int = 1, weights: Mapping[str, int] | None = None
+) -> int:
+    """How many neurons can go at the most if every group keeps ``min_channels`` of its ``sizes``.
+
+    With ``weights`` a neuron counts as often as its group says, once for each of its filters.
+    """
+    return sum(
+        max(size - min_channels, 0) * (1 if weights is None else weights[name])
+        for name, size in sizes.items()
+    )
+
+
+def count_gone(masks: Mapping[str, Tensor], weights: Mapping[str, int] | None = None) -> int:
+    """Neurons that masks, True = kept, prune; with ``weights`` as in `prunable_channels`."""
+    return sum(int((~mask).sum()) * (1 if weights is None else weights[name]) for name, mask in masks.items())
 
 
 def rank_channels(
@@ -62,6 +76,7 @@ def rank_channels(
     num_pruned: int,
     min_channels: int = 1,
     kept: Mapping[str, Tensor] | None = None,
+    weights: Mapping[str, int] | None = None,
 ) -> dict[str, Tensor]:
     """Prune the bottom-ranked neurons of a network, whatever layer they are in: section 3.1, Algorithm 1.
 
@@ -73,9 +88,11 @@ def rank_channels(
         num_pruned: neurons that are pruned afterwards, those of ``kept`` included.
         min_channels: neurons that every group keeps.
         kept: group -> bool [n]; what is False has been pruned before and stays so.
+        weights: group -> how many filters a neuron is; ``num_pruned`` then counts filters.
 
     Returns:
-        group -> bool [n] on the CPU, True = kept; exactly ``num_pruned`` are False.
+        group -> bool [n] on the CPU, True = kept; exactly ``num_pruned`` are False, or with weights the
+        first that are at least ``num_pruned`` filters.
 
     Raises:
         ValueError: that many cannot be pruned, or fewer than there are already.
@@ -86,10 +103,14 @@ def rank_channels(
         {'a': [True, False], 'b': [True, True, False]}
     """
     ranked = pruning_order(scores, min_channels, kept)
-    gone = sum(int((~mask).sum()) for mask in (kept or {}).values())
-    if not gone <= num_pruned <= len(ranked):
-        raise ValueError(f"{num_pruned} neurons cannot be pruned: {gone} are, {len(ranked)} can be")
-    return masks_after(ranked[:num_pruned], {name: len(score) for name, score in scores.items()})
+    pruned = [0]
+    for name, _ in ranked:
+        pruned.append(pruned[-1] + (1 if weights is None else weights[name]))
+    gone = count_gone(kept or {}, weights)
+    if not gone <= num_pruned <= pruned[-1]:
+        raise ValueError(f"{num_pruned} neurons cannot be pruned: {gone} are, {pruned[-1]} can be")
+    first = ranked[: bisect.bisect_left(pruned, num_pruned)]
+    return masks_after(first, {name: len(score) for name, score in scores.items()})
 
 
 def pruning_order(

@@ -1,4 +1,4 @@
-"""Dynamic pattern pool generation (DPPG): ClickTrain section 4.2, Figure 6."""
+"""Pattern pools from scores: ClickTrain's dynamic generation (section 4.2, Figure 6), natural patterns."""
 
 from __future__ import annotations
 
@@ -33,6 +33,26 @@ def _tables(shape: tuple[int, int], device: str) -> tuple[Tensor, Tensor, int]:
     return second.contiguous().to(device), candidates.contiguous().to(device), smallest
 
 
+@functools.lru_cache(maxsize=64)
+def _reach(shape: tuple[int, int], entries: int, device: str) -> Tensor:
+    """Bits of all positions that candidate patterns may keep, by first and second position: int64 [RS * RS].
+
+    Step 3 of section 4.2: both positions and their 4-neighbors, and on from there while that is too few.
+    """
+    near8, near4 = neighbor_table(shape, True).tolist(), neighbor_table(shape, False).tolist()
+    size, table = len(near8), []
+    for first in range(size):
+        for second in range(size):
+            reach = {first, second} if entries > 1 and near8[first][second] else {first}
+            while len(reach) < entries:
+                grown = reach | {other for place in reach for other in range(size) if near4[place][other]}
+                if grown == reach:
+                    break
+                reach = grown
+            table.append(sum(1 << place for place in reach))
+    return torch.tensor(table, device=device)
+
+
 def candidate_patterns(importance: Tensor, entries: int) -> Tensor:
     """Best candidate pattern of every kernel: steps 1 to 4 of ClickTrain section 4.2.
 
@@ -55,42 +75,77 @@ def candidate_patterns(importance: Tensor, entries: int) -> Tensor:
         raise ValueError(f"entries must be in 1..{size} for kernels of {r}x{s}, got {entries}")
     if entries == size:
         return torch.full((f, c), (1 << size) - 1, dtype=torch.int64, device=importance.device)
-    # Overflow and -0.0 order like other numbers here, and what is not a number does not matter.
-    flat = importance.reshape(f * c, size).float().abs().nan_to_num_(nan=0.0)
-    chunk = _CHUNK if importance.device.type == "cpu" else f * c
-    parts = [_best_candidates(part, entries, (r, s)) for part in torch.split(flat, chunk)]
+    parts = [_best_candidates(part, entries, (r, s)) for part in _kernels(importance)]
     return torch.cat(parts).view(f, c)
 
 
-def _best_candidates(scores: Tensor, entries: int, shape: tuple[int, int]) -> Tensor:
-    """`candidate_patterns` for float32 scores [K, RS].
+def outside_candidates(importance: Tensor, entries: int) -> Tensor:
+    """Positions of every kernel that none of its candidate patterns keeps: the crosses of Figure 6.
+
+    They are neither the first two positions of section 4.2 nor candidate positions, so that they "can be
+    determined earlier" than the pattern: 2 to 4 positions of a 3x3 kernel.
+
+    Args:
+        importance: [F, C, R, S], as in `candidate_patterns`.
+        entries: positions to keep, 1 <= entries <= R*S.
+
+    Returns:
+        bool [F, C, R, S], True = outside.
+    """
+    f, c, r, s = importance.shape
+    size = r * s
+    if not 1 <= entries <= size:
+        raise ValueError(f"entries must be in 1..{size} for kernels of {r}x{s}, got {entries}")
+    if entries == size:
+        return torch.zeros_like(importance, dtype=torch.bool)
+    reach = _reach((r, s), entries, str(importance.device))
+    parts = []
+    for scores in _kernels(importance):
+        _, first, second = _first_two(scores, (r, s))
+        parts.append(reach[first * size + second])
+    positions = torch.arange(size, device=importance.device)
+    return (((torch.cat(parts)[:, None] >> positions) & 1) == 0).view(f, c, r, s)
+
+
+def _kernels(importance: Tensor) -> tuple[Tensor, ...]:
+    """Scores of the kernels, float32 [K, RS] in chunks."""
+    f, c, r, s = importance.shape
+    # Overflow and -0.0 order like other numbers here, and what is not a number does not matter.
+    flat = importance.reshape(f * c, r * s).float().abs().nan_to_num_(nan=0.0)
+    return torch.split(flat, _CHUNK if importance.device.type == "cpu" else f * c)
+
+
+def _first_two(scores: Tensor, shape: tuple[int, int]) -> tuple[Tensor, Tensor, Tensor]:
+    """Steps 1 and 2: int64 keys [RS, K] and the first two positions [K], for float32 scores [K, RS].
 
     A non-negative float32 leaves the low 29 bits of its float64 form zero, and such forms order like
     integers; the position is written there, so that one maximum gives value, position and tie-breaking (an
     arg-maximum over few rows is 200 times slower than a maximum).
     """
     size = scores.shape[1]
-    second_table, candidate_table, smallest = _tables(shape, str(scores.device))
+    second_table = _tables(shape, str(scores.device))[0]
     positions = torch.arange(size, device=scores.device)[:, None]
-    keys = scores.T.double().contiguous().view(torch.int64) | (_LOW - positions)  # [RS, K]
+    keys = scores.T.double().contiguous().view(torch.int64) | (_LOW - positions)
+    first = _LOW - (keys.amax(dim=0) & _LOW)
+    second = _LOW - ((keys & second_table.index_select(1, first)).amax(dim=0) & _LOW)
+    return keys, first, second
 
-    def best(among: Tensor) -> tuple[Tensor, Tensor]:
-        top = among.amax(dim=0)
-        return top, _LOW - (top & _LOW)
 
-    _, first = best(keys)
-    bits = _bit(first)
+def _best_candidates(scores: Tensor, entries: int, shape: tuple[int, int]) -> Tensor:
+    """`candidate_patterns` for float32 scores [K, RS]."""
+    size = scores.shape[1]
+    _, candidate_table, smallest = _tables(shape, str(scores.device))
+    keys, first, second = _first_two(scores, shape)
     if entries == 1:
-        return bits
-    _, second = best(keys & second_table.index_select(1, first))
-    bits |= _bit(second)
+        return _bit(first)
+    bits = _bit(first) | _bit(second)
     among = keys & candidate_table.index_select(1, first * size + second)
     for _ in range(entries - 2):
         if smallest < entries - 2:
             among = _grow_where_empty(among, bits, keys, shape)
-        top, position = best(among)
+        top = among.amax(dim=0)
         among.masked_fill_(among == top, 0)
-        bits |= _bit(position)
+        bits |= _bit(_LOW - (top & _LOW))
     return bits
 
 
@@ -105,6 +160,29 @@ def _grow_where_empty(among: Tensor, bits: Tensor, keys: Tensor, shape: tuple[in
     near = neighbor_table(shape, False).to(device=bits.device, dtype=torch.float32)
     grown = torch.where((near @ chosen.float() > 0) & (chosen == 0), keys, 0)
     return torch.where((among == 0).all(dim=0), grown, among)
+
+
+def natural_patterns(importance: Tensor, entries: int) -> Tensor:
+    """Natural pattern of every kernel: its center and the best of its other positions.
+
+    How PatDNN (Niu et al. 2020, "Pattern set design") finds the patterns of a trained network, by magnitude;
+    with 4 of 9 positions there are 56. Kernels with an even side have no center, and keep their best.
+
+    Args:
+        importance: [F, C, R, S], not negative. Ties go to the lowest position.
+        entries: positions to keep, 1 <= entries <= R*S.
+
+    Returns:
+        int64 [F, C], pattern bits: bit ``r * S + s`` = position (r, s) kept.
+    """
+    f, c, r, s = importance.shape
+    if not 1 <= entries <= r * s:
+        raise ValueError(f"entries must be in 1..{r * s} for kernels of {r}x{s}, got {entries}")
+    scores = importance.reshape(f, c, r * s).float().nan_to_num(nan=0.0)
+    if r % 2 and s % 2:
+        scores[..., r * s // 2] = torch.inf
+    best = scores.sort(dim=-1, descending=True, stable=True).indices[..., :entries]
+    return _bit(best).sum(dim=-1)
 
 
 class PatternVotes(NamedTuple):

@@ -59,6 +59,11 @@ class NeuronGroup:
     scales: tuple[Rows, ...]
     shifts: tuple[Rows, ...]
 
+    @property
+    def filters_each(self) -> int:
+        """Filters of one neuron."""
+        return sum(rows.index.shape[1] for rows in self.filters)
+
 
 def neuron_groups(
     network: Dependencies,

@@ -72,6 +72,7 @@ def _losses(run: TrainingRun, cycle: SecondCycle) -> tuple[float, float]:
             after += training_loss(run, batch)[0].item()
             images += len(batch.y)
     run.state.train_flops += p.cost.forward_now * images
+    run.state.add_nominal(p.cost.forward_now * images)
     return sum(cycle.state.losses[-count:]) / count, after / count
 
 
@@ -84,6 +85,7 @@ def recalibrate_(run: TrainingRun, model: nn.Module, *, epoch: int) -> None:
     images = _measure(run, model, epoch)
     flops = p.cost.forward_now * images
     run.state.train_flops += flops
+    run.state.add_nominal(flops)
     event = NormsEvent(batches=p.config.recalibrate_norms, images=images, train_flops=flops)
     run.record(event)
 

@@ -67,9 +67,11 @@ def train_batch(run: TrainingRun, batch: Batch) -> tuple[Tensor, Tensor, bool]:
     state.totals.stages[p.pruner.stage] = state.totals.stages.get(p.pruner.stage, 0) + 1
     state.train_flops += p.cost.now * len(batch.y)
     state.train_flops_dense += p.cost.dense * len(batch.y)
+    state.add_nominal(p.cost.nominal(first + group - state.batch) * len(batch.y))
     teacher = run.active_teacher
     if teacher is not None:
         state.train_flops += teacher.forward_flops * len(batch.y)
+        state.add_nominal(teacher.forward_flops * len(batch.y))
     loss, correct = training_loss(run, batch, teacher)
     if p.cycle is not None and p.cycle.wants_losses:
         p.cycle.note_loss(loss.item())
@@ -278,4 +280,5 @@ def _record(run: TrainingRun, result: Evaluation | None) -> dict[str, Any]:
         "step_ms_median": totals.step_ms_median,
         "train_flops": state.train_flops,
         "train_flops_dense": state.train_flops_dense,
+        "train_flops_nominal": state.train_flops_nominal,
     }

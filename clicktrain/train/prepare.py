@@ -11,25 +11,16 @@ from pathlib import Path
 from typing import Any, Literal
 
 import torch
-from torch import Tensor, nn
+from torch import nn
 from torch.optim import Optimizer
 from torch.optim.lr_scheduler import LambdaLR
 
-from clicktrain.accounting import ModelCost, count
-from clicktrain.accounting.cost import moved
 from clicktrain.compiler import MaskedLatency
 from clicktrain.data import Augment, ImageData, Loader, make_loader, open_data
 from clicktrain.errors import UserError, shortened
 from clicktrain.formats.memory_format import keep_out_of_channels_last_
 from clicktrain.limits import check_memory
 from clicktrain.methods import METHODS, Method, Pruner
-from clicktrain.methods.driver.publisher import (
-    ChannelsRemoved,
-    MasksFrozen,
-    MasksMoved,
-    Notification,
-    ParametersReplaced,
-)
 from clicktrain.models import create_model, min_image_size
 from clicktrain.models.registry import CIFARNET
 from clicktrain.models.whitening import IMAGES, whiten_
@@ -39,81 +30,7 @@ from clicktrain.train.initial_weights import EarlierCost, load_initial_weights_
 from clicktrain.train.norms import norms_of
 from clicktrain.train.optim import BatchSizes, make_optimizer, make_scheduler
 from clicktrain.train.second_cycle import SecondCycle
-
-
-class TrainingCost:
-    """FLOPs of training on one image, as executed.
-
-    Dense until masks are frozen, sparse from then on; sparse too where layers are packed while masks move,
-    but for the gradients of all weights in the steps that compute them.
-
-    Attributes:
-        initial: cost of the network before anything is removed from it.
-    """
-
-    def __init__(self, model: nn.Module, example: Tensor) -> None:
-        """Count the model on ``example`` [1, C, H, W], on its device."""
-        self._model, self._example = model, example
-        self._pruner: Pruner | None = None
-        self.initial = count(model, example)
-        self._current: ModelCost | None = self.initial
-
-    def follow(self, pruner: Pruner) -> None:
-        """Count again whenever the pruner has removed channels, packed layers, or moved or frozen masks."""
-        self._pruner = pruner
-        if pruner.moving:
-            self._current = None
-        pruner.subscribe(self._outdate, (ChannelsRemoved, MasksFrozen))
-        pruner.subscribe(self._follow_packing, ParametersReplaced)
-        pruner.subscribe(self._follow_move, MasksMoved)
-
-    def _outdate(self, change: Notification) -> None:
-        self._current = None
-
-    def _follow_packing(self, change: Notification) -> None:
-        if self._current is self.initial and self._pruner is not None and self._pruner.moving:
-            self._current = None
-
-    def _follow_move(self, change: Notification) -> None:
-        """The network does what it did, with other numbers of weights."""
-        if self._pruner is not None and self._current not in (None, self.initial):
-            layers = self._pruner.network.moving
-            self._current = moved(self._current, {name: one.structure.nnz for name, one in layers.items()})
-
-    @property
-    def current(self) -> ModelCost:
-        """Cost of the network as it is; a weight outside frozen masks costs nothing in any of the passes."""
-        if self._current is None:
-            assert self._pruner is not None
-            masks = self._pruner.masks if self._pruner.frozen else {}
-            self._current = count(self._model, self._example, masks)
-        return self._current
-
-    @property
-    def dense(self) -> int:
-        """Training FLOPs of one image in the network as it was at first."""
-        return self.initial.training_flops_dense
-
-    @property
-    def now(self) -> int:
-        """Training FLOPs of one image in the step that begins."""
-        extra = 0
-        if self._pruner is not None and self._pruner.collecting:
-            moving = self._pruner.network.moving
-            extra = sum(one.grad_weight_flops_dense for one in self.current.layers if one.name in moving)
-        return self.usual + extra
-
-    @property
-    def usual(self) -> int:
-        """Training FLOPs of one image in steps that do not compute the gradients of all weights."""
-        return self.dense if self._current is self.initial else self.current.training_flops
-
-    @property
-    def forward_now(self) -> int:
-        """FLOPs of a forward pass of one image."""
-        dense = self._current is self.initial
-        return self.initial.forward_flops_dense if dense else self.current.forward_flops
-
+from clicktrain.train.training_cost import TrainingCost
 
 SMALL_IMAGE = 64
 """Images up to this side in pixels get the CIFAR stem and recipe."""

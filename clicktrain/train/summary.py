@@ -100,7 +100,7 @@ def _summary(
         row = time_target(state.seconds_asked, state.seconds_planned or 0.0, seconds, config.epochs)
         outcome = Outcome((*outcome.targets, row))
     hard_prune = next((event["epoch"] for event in pruner.events if event["event"] == "hard_prune"), None)
-    compression = getattr(p.method, "compression_asked", None)
+    compression, nominal = getattr(p.method, "compression_asked", None), state.train_flops_nominal
     return {
         "format_version": FORMAT_VERSION,
         "method": config.method,
@@ -121,11 +121,15 @@ def _summary(
         "nonzero_conv_weights": living.conv_nonzero,
         "train_flops": state.train_flops,
         "train_flops_ratio": state.train_flops / max(state.train_flops_dense, 1),
+        "train_flops_nominal": nominal,
+        "train_flops_ratio_nominal": None if nominal is None else nominal / max(state.train_flops_dense, 1),
         "initial_train_flops": state.earlier.flops,
         "total_train_flops_ratio": state.earlier.total_ratio(state.train_flops, state.train_flops_dense),
         "inference_flops": cost.forward_flops,
         "inference_flops_ratio": cost.forward_flops / max(p.cost.initial.forward_flops_dense, 1),
         "train_seconds": seconds,
+        "initial_train_seconds": state.earlier.seconds,
+        "total_train_seconds": state.earlier.total_seconds(seconds),
         "step_ms": _step_ms(run.folder.read_metrics()),
         "data_share": state.data_seconds / max(state.epoch_seconds, 1e-9),
         "hard_prune_epoch": hard_prune,

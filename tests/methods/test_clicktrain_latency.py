@@ -230,7 +230,7 @@ def test_without_a_measure_the_prediction_is_believed_and_a_decided_run_goes_on(
 @pytest.mark.filterwarnings("ignore::clicktrain.errors.MissedTarget")  # tiny layers
 @needs_compiler
 def test_epi_counts_the_kernels_that_the_time_allows() -> None:
-    pruner = attached(network(), latency_target_ms=1000.0, trigger="epi", latest_start=0.6, epi_window=1)
+    pruner = attached(network(), latency_target_ms=1000.0, trigger="epi", latest_start=0.6)
     train(pruner, 10)
     pruner.finish()
     assert any(event["event"] == "epi" for event in pruner.events)

@@ -21,11 +21,11 @@ def attach(method: Method[Any]) -> Pruner:
 
 
 def clicktrain(**settings: Any) -> ClickTrain:
-    return ClickTrain(compression=4, trigger="epi", epi_window=1, **settings)
+    return ClickTrain(compression=4, trigger="epi", epi_window=1, epi_history=0, **settings)
 
 
 def campfire(**settings: Any) -> Campfire:
-    return Campfire(sparsity=0.6, trigger="epi", epi_window=1, era=(6, 8), **settings)
+    return Campfire(sparsity=0.6, trigger="epi", epi_window=1, epi_history=0, era=(6, 8), **settings)
 
 
 MAKERS = {"clicktrain": clicktrain, "campfire": campfire}
@@ -126,6 +126,10 @@ def test_settings(method: type[Method[Any]]) -> None:
         method(epi_threshold=1.5)  # type: ignore[call-arg]
     with pytest.raises(UserError, match="epi_window must be at least 1"):
         method(epi_window=0)  # type: ignore[call-arg]
+    with pytest.raises(UserError, match="epi_history must be 0 to 5"):
+        method(epi_history=6)  # type: ignore[call-arg]
+    with pytest.raises(UserError, match="loss_slope_epochs must be at least 1"):
+        method(loss_slope_epochs=0)  # type: ignore[call-arg]
 
 
 def test_thresholds_by_criterion() -> None:

@@ -11,9 +11,11 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from clicktrain import PaT
+from clicktrain import Campfire, ClickTrain, PaT
 from clicktrain.errors import UserError
-from clicktrain.methods import Pruner
+from clicktrain.methods import Method, Pruner
+from clicktrain.methods.base import RunLength
+from clicktrain.methods.triggers import StructureWatch
 from clicktrain.surgery import write_recipe
 
 PER_EPOCH = 4
@@ -85,9 +87,11 @@ def channels(model: nn.Module) -> tuple[int, int]:
 
 
 def test_the_course_of_a_run() -> None:
-    pruner = attach(PaT(prune_ratio=0.5, policy="epoch", prune_epoch=1, prune_steps=2), epochs=4)
+    pruner = attach(
+        PaT(prune_ratio=0.5, prune_ratio_of="neurons", policy="epoch", prune_epoch=1, prune_steps=2), epochs=4
+    )
     optimizer = pruner.optimizer
-    assert "16 neurons: 8 are removed" in str(pruner.plan())
+    assert "16 neurons, 22 filters: 8 neurons are removed" in str(pruner.plan())
     train(pruner, PER_EPOCH)
     assert pruner.stage == "prune"
     assert channels(pruner.model) == (6, 10)
@@ -122,13 +126,48 @@ def test_the_course_of_a_run() -> None:
 @pytest.mark.parametrize("ratio", [0.05, 0.3, 0.5, 0.75, 0.875])
 @pytest.mark.parametrize("criterion", ["taylor", "magnitude"])
 def test_the_pruned_count_is_exact(ratio: float, criterion: Any) -> None:
-    method = PaT(prune_ratio=ratio, criterion=criterion, policy="epoch", prune_epoch=0, prune_steps=3)
+    settings: Any = {"criterion": criterion, "policy": "epoch", "prune_epoch": 0, "prune_steps": 3}
+    method = PaT(prune_ratio=ratio, prune_ratio_of="neurons", **settings)
     pruner = train(attach(method, epochs=2), PER_EPOCH)
     assert sum(channels(pruner.model)) == 16 - round(ratio * 16)
 
 
+@pytest.mark.parametrize("ratio", [0.05, 0.3, 0.5, 0.75])
+@pytest.mark.parametrize("criterion", ["taylor", "magnitude"])
+def test_the_ratio_is_that_of_filters(ratio: float, criterion: Any) -> None:
+    """|P| / |F| of Eq. (1): the 6 neurons of the stage are 12 filters, those of the branch 10."""
+    method = PaT(prune_ratio=ratio, criterion=criterion, policy="epoch", prune_epoch=0, prune_steps=3)
+    pruner = attach(method, epochs=2)
+    assert f"16 neurons, 22 filters: {round(22 * ratio)} filters are removed" in str(pruner.plan())
+    train(pruner, PER_EPOCH)
+    stage, inside = channels(pruner.model)
+    gone = 22 - 2 * stage - inside
+    assert 0 <= gone - round(22 * ratio) < 2, "met within one group"
+    event = events(pruner, "reconfigured")[0]
+    assert (event["filters"], event["filters_pruned"]) == (22, gone)
+    assert event["prune_ratio"] == gone / 22
+    target = pruner.outcome().targets[0]
+    assert (target.what, target.reached) == ("filters removed", gone / 22)
+
+
+def test_stages_that_matter_do_not_change_the_share_of_filters_that_goes() -> None:
+    """Where neurons of one filter go, those of a stage count twice in |F|: 30% is 7 of 22, not 5 of 16."""
+    gone = {}
+    for of in ("filters", "neurons"):
+        method = PaT(prune_ratio=0.3, prune_ratio_of=of, criterion="magnitude", policy="epoch", prune_epoch=0)
+        pruner = attach(method, epochs=2)
+        m: Any = pruner.model
+        with torch.no_grad():
+            for layer in (m.stem, m.second):
+                layer.weight.mul_(10)
+        stage, inside = channels(train(pruner, PER_EPOCH).model)
+        assert stage == 6
+        gone[of] = 22 - 2 * stage - inside
+    assert gone == {"filters": 7, "neurons": 5}
+
+
 def test_stable_structures_start_it_and_so_does_the_last_moment() -> None:
-    method = PaT(epi_threshold=0.0, epi_window=1, latest_start=0.8)
+    method = PaT(epi_threshold=0.0, epi_window=1, epi_history=0, latest_start=0.8)
     pruner = train(attach(method, epochs=10), 2 * PER_EPOCH)
     trigger = events(pruner, "trigger")[0]
     assert trigger["prune_epoch"] == 2, "the first epoch that can be compared with another"
@@ -136,6 +175,42 @@ def test_stable_structures_start_it_and_so_does_the_last_moment() -> None:
     late = train(attach(PaT(epi_threshold=1.0, epi_window=4, latest_start=0.3), epochs=10), 3 * PER_EPOCH)
     assert late.stage == "prune"
     assert "latest" in events(late, "trigger")[0]["reason"]
+
+
+@pytest.mark.parametrize("epochs", [10, 13, 15, 16, 20, 33, 44, 90])
+def test_the_indicator_does_not_fire_at_once(epochs: int) -> None:
+    """Even where every structure is stable it takes several, and an earlier indicator to compare with."""
+    method = PaT(epi_threshold=0.0, policy="epi")
+    length = RunLength(epochs, PER_EPOCH)
+    start = method.start(length)
+    assert start.latest == round(0.34 * epochs)
+    if start.latest <= 2 + 1 + 1:
+        with pytest.warns(UserWarning, match="EPI decides nothing in so short a run"):
+            attach(method, epochs=epochs)
+        return
+    pruner = attach(method, epochs=epochs)
+    watch = StructureWatch()
+    for epoch in range(1, start.latest + 1):
+        watch.add({"a": 3, "b": 5}, start.window, 0.0, "taylor")
+        if start.due(epoch, watch, ()) is not None:
+            break
+    assert start.window >= 2
+    assert start.compared >= 1
+    assert epoch == start.window + start.compared + 1 < start.latest
+    expected = {90: 11, 44: 11, 33: 7, 20: 5, 16: 4, 15: 4}
+    assert epoch == expected[epochs], "of 90 epochs 11, where ResNet-34 begins in Table 2"
+    assert pruner.stage == "dense"
+
+
+@pytest.mark.parametrize(
+    "method", [ClickTrain(trigger="epi", compression=3), Campfire(trigger="epi", era=(3, 5))]
+)
+def test_other_methods_warn_too(method: Method[Any]) -> None:
+    model = nn.Sequential(nn.Conv2d(3, 8, 3), nn.Conv2d(8, 16, 3), nn.Flatten(), nn.LazyLinear(2))
+    model(torch.zeros(1, 3, 6, 6))
+    optimizer = torch.optim.SGD(model.parameters(), lr=0.0)
+    with pytest.warns(UserWarning, match="begins in epoch [34] at the latest"):
+        method.attach(model, optimizer, epochs=10, steps_per_epoch=4)
 
 
 def test_other_policies() -> None:
@@ -151,14 +226,16 @@ def test_other_policies() -> None:
     }
     train(pruner, (drawn + 1) * PER_EPOCH)
     assert events(pruner, "reconfigured")[0]["epoch"] == drawn + 1
-    slope = train(attach(PaT(policy="loss_slope", loss_slope=99.0), epochs=8), 2 * PER_EPOCH)
+    slope = train(
+        attach(PaT(policy="loss_slope", loss_slope=99.0, loss_slope_epochs=1), epochs=8), 2 * PER_EPOCH
+    )
     assert events(slope, "trigger")[0]["reason"].startswith("the loss fell by")
     assert slope.stage == "prune"
 
 
 @pytest.mark.parametrize("steps", [1, 3])
 def test_before_training_no_weight_moves(steps: int) -> None:
-    method = PaT(policy="init", prune_steps=steps, init_batches=3, prune_ratio=0.5)
+    method = PaT(policy="init", prune_steps=steps, init_batches=3, prune_ratio=0.5, prune_ratio_of="neurons")
     pruner = attach(method)
     initial = {name: p.detach().clone() for name, p in pruner.model.named_parameters()}
     train(pruner, 2)
@@ -251,7 +328,7 @@ def test_what_is_excluded_stays_and_widths_are_multiples() -> None:
 
 
 def test_networks_without_batch_norm_and_without_an_example() -> None:
-    method = PaT(prune_ratio=0.5, policy="epoch", prune_epoch=1)
+    method = PaT(prune_ratio=0.5, prune_ratio_of="neurons", policy="epoch", prune_epoch=1)
     pruner = attach(method, norm=False, example=False)
     assert "after the first batch" in str(pruner.plan())
     train(pruner, 2 * PER_EPOCH)
@@ -259,7 +336,7 @@ def test_networks_without_batch_norm_and_without_an_example() -> None:
 
 
 def test_a_run_that_is_cut_short_ends_pruned() -> None:
-    pruner = train(attach(PaT(prune_ratio=0.5, latest_start=1.0), epochs=9), 2)
+    pruner = train(attach(PaT(prune_ratio=0.5, prune_ratio_of="neurons", latest_start=1.0), epochs=9), 2)
     with pytest.warns(UserWarning, match=r"ended after 0\.5 of the 9 epochs"):
         model = pruner.finish()
     assert sum(channels(model)) == 8
@@ -267,7 +344,8 @@ def test_a_run_that_is_cut_short_ends_pruned() -> None:
 
 
 def test_gradient_accumulation_over_the_end_of_an_epoch() -> None:
-    pruner = attach(PaT(prune_ratio=0.5, policy="epoch", prune_epoch=1, prune_steps=2), epochs=4)
+    method = PaT(prune_ratio=0.5, prune_ratio_of="neurons", policy="epoch", prune_epoch=1, prune_steps=2)
+    pruner = attach(method, epochs=4)
     for number in range(3 * PER_EPOCH):
         gradients(pruner, number)
         if number % 3 == 2:  # steps after batches 3, 6, 9, 12 of epochs of 4
@@ -284,6 +362,7 @@ def test_gradient_accumulation_over_the_end_of_an_epoch() -> None:
         ({"policy": "epoch"}, "set both"),
         ({"prune_epoch": 3}, "set both"),
         ({"policy": "soon"}, "policy must be one of epi"),
+        ({"prune_ratio_of": "channels"}, "prune_ratio_of must be one of filters, neurons"),
         ({"criterion": "random"}, "criterion must be one of taylor"),
         ({"latency_target": 0.5, "latency_target_ms": 3.0}, "give one"),
         ({"latency_target": 5.0}, "latency_target_ms"),
@@ -304,7 +383,11 @@ def test_settings_that_make_no_sense(settings: dict[str, Any], message: str) -> 
 @pytest.mark.parametrize(
     ("settings", "message"),
     [
-        ({"prune_ratio": 0.95}, "at most 14 can go: ask for 0.875 or less"),
+        ({"prune_ratio": 0.95}, "asks for 21 of 22 filters, but at most 19 can go: ask for 0.863 or less"),
+        (
+            {"prune_ratio": 0.95, "prune_ratio_of": "neurons"},
+            "15 of 16 neurons, but at most 14 can go: ask for 0.875 or less",
+        ),
         ({"policy": "epoch", "prune_epoch": 6}, "the last of 6 epochs is 5"),
         ({"exclude": ("nothing",)}, "no layer is called 'nothing'"),
         ({"exclude": ("stem", "first")}, "no neuron of this network can be removed"),

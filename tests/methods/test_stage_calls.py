@@ -25,6 +25,8 @@ PACKAGE = str(Path(clicktrain.__file__).parent)
 STEPS = 24
 MOST = {"dense": 200, "pool": 500, "finalize": 350, "regularize": 247, "accelerated": 350}
 """Calls of a step that stays within its stage."""
+EARLY = 20 * 7
+"""More of them in stages 2 and 3 if positions outside the candidates are penalized: 7 a layer."""
 
 
 def count_calls(function: Callable[[], object]) -> int:
@@ -71,4 +73,5 @@ def test_a_step_makes_few_python_calls(preset: Any) -> None:
     # The first step of a stage also prepares it, the last one of an epoch also closes that.
     steady = {stage: sorted(counts)[len(counts) // 2] for stage, counts in calls.items()}
     assert {"dense", "finalize", "accelerated"} <= steady.keys()
-    assert all(count <= MOST[stage] for stage, count in steady.items()), steady
+    more = {"pool": EARLY, "finalize": EARLY} if method.early_penalty != "none" else {}
+    assert all(count <= MOST[stage] + more.get(stage, 0) for stage, count in steady.items()), steady

@@ -89,6 +89,27 @@ def group_filters(importance: Layer, group: int) -> list[list[list[list[float]]]
     return grouped
 
 
+def epochs_until_the_loss_settles(
+    epochs: Sequence[Sequence[float]], threshold: float, over: int, mean: bool = False
+) -> int | None:
+    """Finished epochs when the derivative of the loss on epochs is less than a threshold for the first time.
+
+    ``epochs[t][i]`` is the loss of batch i. E(W, D), the loss on the data set, is the sum over its batches,
+    or with ``mean`` their mean. The derivative is taken over ``over`` epochs, and is positive where E falls.
+    """
+    of_epoch: list[float] = []
+    for done, batches in enumerate(epochs, start=1):
+        total = 0.0
+        for loss in batches:
+            total += loss
+        of_epoch.append(total / len(batches) if mean else total)
+        if done > over:
+            fall = of_epoch[done - 1 - over] - of_epoch[done - 1]
+            if fall / over < threshold:
+                return done
+    return None
+
+
 # ---------------------------------------------------------------- dynamic pattern pool generation (4.2)
 
 
@@ -143,6 +164,36 @@ def candidate_pattern(importance: Kernel, entries: int) -> int:
         assert best_bits is not None
         return best_bits
     return bits_of(chosen, width)
+
+
+def settled_positions(importance: Kernel, entries: int) -> list[list[bool]]:
+    """The crosses of Figure 6: positions that no candidate pattern of a kernel keeps.
+
+    Steps 1 to 3 as in `candidate_pattern`; then every combination of step 4 is a candidate pattern.
+    """
+    width = len(importance[0])
+    first = most_important(importance, positions_of(importance))
+    chosen = [first]
+    around = neighbours(first, importance, HORIZONTAL_VERTICAL + DIAGONAL)
+    if entries >= 2 and around:
+        chosen.append(most_important(importance, around))
+    patterns = [bits_of(chosen, width)]
+    while len(chosen) < entries:
+        candidates = sorted(
+            {n for place in chosen for n in neighbours(place, importance, HORIZONTAL_VERTICAL)} - set(chosen)
+        )
+        missing = entries - len(chosen)
+        if len(candidates) > missing:
+            patterns = [bits_of([*chosen, *s], width) for s in itertools.combinations(candidates, missing)]
+            break
+        if not candidates:
+            break
+        chosen += candidates
+        patterns = [bits_of(chosen, width)]
+    return [
+        [not any(is_kept(bits, r, s, width) for bits in patterns) for s in range(width)]
+        for r in range(len(importance))
+    ]
 
 
 def competitive_scores(batches: Iterable[Sequence[Layer]], entries: int) -> dict[int, int]:

@@ -24,7 +24,13 @@ from clicktrain.sparsity.finalize import (
 )
 from clicktrain.sparsity.group_lasso import add_lasso_gradient_, lasso_penalty
 from clicktrain.sparsity.importance import group_sum, kernel_scores, pattern_scores, taylor_importance
-from clicktrain.sparsity.pattern_pool import PatternVotes, add_votes, candidate_patterns, select_pool
+from clicktrain.sparsity.pattern_pool import (
+    PatternVotes,
+    add_votes,
+    candidate_patterns,
+    outside_candidates,
+    select_pool,
+)
 from clicktrain.sparsity.patterns import PatternPool, all_patterns
 
 SHAPES = ((1, 1), (1, 2), (1, 3), (3, 1), (2, 2), (2, 3), (3, 3), (5, 5), (1, 7), (3, 5), (7, 7))
@@ -116,6 +122,21 @@ def test_candidate_patterns(importance: Tensor, entries: int) -> None:
     entries = min(entries, importance.shape[2] * importance.shape[3])
     expected = [[reference.candidate_pattern(kernel, entries) for kernel in f] for f in importance.tolist()]
     assert candidate_patterns(importance, entries).tolist() == expected
+
+
+@check(200)
+@given(layers(filters=3), st.integers(1, 9))
+@example(torch.zeros(1, 1, 7, 7), 9)
+@example(torch.eye(3)[None, None], 4)
+def test_positions_outside_the_candidates(importance: Tensor, entries: int) -> None:
+    entries = min(entries, importance.shape[2] * importance.shape[3])
+    outside = outside_candidates(importance, entries)
+    assert outside.tolist() == [
+        [reference.settled_positions(kernel, entries) for kernel in f] for f in importance.tolist()
+    ]
+    bits = candidate_patterns(importance, entries)[..., None]
+    kept = (bits >> torch.arange(importance[0, 0].numel())) & 1
+    assert not (outside.flatten(2) & kept.bool()).any(), "no candidate pattern keeps one"
 
 
 @check(300)

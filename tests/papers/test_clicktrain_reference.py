@@ -60,6 +60,26 @@ def test_too_few_candidates_are_all_taken_and_the_search_goes_on() -> None:
     assert reference.candidate_pattern([[1, 2], [3, 4]], 6) == bits("11", "11")
 
 
+def test_crosses_are_what_neither_of_the_first_two_touches_by_a_side() -> None:
+    # First 9 (center), second 8 (corner): the center's 4-neighbors are candidates, the other corners are out.
+    kernel = [[8, 1, 7], [2, 9, 3], [0, 4, 0]]
+    assert reference.settled_positions(kernel, 4) == [
+        [False, False, True],
+        [False, False, False],
+        [True, False, True],
+    ]
+    # First 9 (corner), second 8 (its neighbor to the right).
+    kernel = [[9, 8, 1], [1, 1, 1], [1, 1, 7]]
+    assert reference.settled_positions(kernel, 4) == [
+        [False, False, False],
+        [False, False, True],
+        [True, True, True],
+    ]
+    assert reference.settled_positions(kernel, 2)[1:] == [[True] * 3] * 2
+    assert reference.settled_positions([[1, 2, 3, 5, 4, 0, 4]], 4) == [[True, True, *[False] * 4, True]]
+    assert reference.settled_positions([[7]], 1) == [[False]]
+
+
 def test_the_pool_is_the_most_proposed_patterns() -> None:
     left, right = [[1, 1, 0]], [[0, 1, 1]]
     layer = [[left, right], [right, right]]

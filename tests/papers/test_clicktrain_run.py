@@ -14,11 +14,13 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from clicktrain.errors import UserError
 from clicktrain.graph.adapters import ADAPTERS
 from clicktrain.graph.prunable import PrunableLayer
 from clicktrain.methods import ClickTrain, Pruner
 from clicktrain.methods.patterns.axes import ALLOCATIONS, allocation_gains
 from clicktrain.methods.patterns.selection import PatternLayer
+from clicktrain.sparsity.group_lasso import shrink_groups_
 
 SCHEDULE: dict[str, Any] = {
     "earliest_start": 0.1,
@@ -226,6 +228,84 @@ def test_stage_4_adds_the_gradient_of_the_group_lasso(
     for name, p in model.named_parameters():
         assert p.grad is not None
         torch.testing.assert_close(after[name], before[name] - 0.1 * p.grad, rtol=1e-9, atol=1e-12, msg=name)
+
+
+def settled(importance: list[dict[str, Any]], name: str, group: int, summed: bool) -> Tensor:
+    """Figure 6's crosses by the reference, after the batches seen so far: bool [F, C, R, S]."""
+    batches = importance if summed else importance[-1:]
+    total = sum(torch.tensor(reference.group_filters(layers[name], group)) for layers in batches)
+    crosses = [[reference.settled_positions(kernel, LAYERS[name]) for kernel in f] for f in total.tolist()]
+    return torch.tensor(crosses).repeat_interleave(group, dim=0)
+
+
+@pytest.mark.parametrize("stage", ["pool", "finalize"])
+@pytest.mark.parametrize(("early", "group"), [("none", 1), ("batch", 1), ("batch", 2), ("summed", 2)])
+def test_stages_2_and_3_penalize_what_is_outside_the_candidates(early: Any, group: int, stage: str) -> None:
+    """One plain SGD step is that of the loss plus the penalty on the crosses of Figure 6 under autograd."""
+    torch.manual_seed(0)
+    model = Net().double()
+    optimizer = torch.optim.SGD(model.parameters(), lr=0.1)
+    method = ClickTrain(
+        compression=3, preset="paper", early_penalty=early, lasso=0.5, group=group, **SCHEDULE
+    )
+    pruner = method.attach(model, optimizer, epochs=1, steps_per_epoch=STEPS)
+    importance: list[dict[str, Any]] = []
+    done, checked = 0, 0
+    while pruner.stage in ("dense", "pool", "finalize"):
+        before, now = {name: p.detach().clone() for name, p in model.named_parameters()}, pruner.stage
+        x, y = batch(done)
+        objective = F.cross_entropy(model(x.double()), y)
+        grads = dict(zip(before, torch.autograd.grad(objective, list(model.parameters())), strict=True))
+        step(model, optimizer, pruner, done)
+        done += 1
+        if now == "dense":
+            continue
+        weights = {name: (before[f"{name}.weight"], grads[f"{name}.weight"]) for name in LAYERS}
+        importance.append(
+            {name: reference.weight_importance(w.tolist(), g.tolist()) for name, (w, g) in weights.items()}
+        )
+        if now != stage:
+            continue
+        checked += 1
+        for name in LAYERS if early != "none" else ():
+            leaf = before[f"{name}.weight"].clone().requires_grad_()
+            crosses = settled(importance, name, group, early == "summed")
+            assert crosses.any() == (name != "point")
+            penalty = reference.modified_group_lasso(leaf, ~crosses, 0.5)
+            if penalty.requires_grad:
+                grads[f"{name}.weight"] = grads[f"{name}.weight"] + torch.autograd.grad(penalty, leaf)[0]
+        for name, p in model.named_parameters():
+            torch.testing.assert_close(p.detach(), before[name] - 0.1 * grads[name], rtol=1e-6, atol=1e-9)
+    assert checked == {"pool": 4, "finalize": 6}[stage]
+
+
+def test_the_early_penalty_shrinks_towards_the_hard_prune() -> None:
+    """A penalty that acts after the step: on the crosses, with the steps left until the hard prune."""
+    torch.manual_seed(0)
+    model = Net().double()
+    optimizer = torch.optim.SGD(model.parameters(), lr=0.0)
+    method = ClickTrain(
+        compression=3, preset="paper", penalty="shrink", earliest_start=0.1, latest_start=0.1,
+        pool_length=0.2, finalize_length=0.3, hard_prune=0.75,
+    )  # fmt: skip
+    pruner = method.attach(model, optimizer, epochs=1, steps_per_epoch=STEPS)
+    for number in range(2):
+        step(model, optimizer, pruner, number)
+    assert pruner.stage == "pool"
+    weight = model.a.weight.detach().clone()
+    x, y = batch(2)
+    (grad,) = torch.autograd.grad(F.cross_entropy(model(x.double()), y), model.a.weight)
+    importance = [{"a": reference.weight_importance(weight.tolist(), grad.tolist())}]
+    shrink_groups_(weight, ~settled(importance, "a", 1, summed=False), round(0.75 * STEPS) - 3)
+    step(model, optimizer, pruner, 2)
+    torch.testing.assert_close(model.a.weight.detach(), weight)
+
+
+@pytest.mark.parametrize("other", [{"penalty": "none"}, {"pool": "fixed", "patterns": 8}])
+def test_an_early_penalty_needs_a_penalty_and_candidates(other: dict[str, Any]) -> None:
+    assert ClickTrain(preset="paper", **other).early_penalty == "none"
+    with pytest.raises(UserError, match="early_penalty is batch, which"):
+        ClickTrain(preset="paper", early_penalty="batch", **other)
 
 
 def step(model: nn.Module, optimizer: torch.optim.Optimizer, pruner: Pruner, number: int) -> None:

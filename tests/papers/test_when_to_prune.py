@@ -15,6 +15,7 @@ from torch import Tensor, nn
 from clicktrain import PaT
 from clicktrain.methods import Pruner
 from clicktrain.sparsity.channel_importance import (
+    count_gone,
     filter_magnitude,
     filter_taylor,
     prunable_channels,
@@ -47,16 +48,21 @@ def test_ranking_is_that_of_one_neuron_at_a_time(
     values: list[list[int]], data: st.DataObject, least: int
 ) -> None:
     scores = {f"g{i}": torch.tensor(group).float() for i, group in enumerate(values)}
-    most = prunable_channels((len(group) for group in values), least)
+    of_each = st.lists(st.integers(1, 4), min_size=len(values), max_size=len(values))
+    filters = data.draw(st.none() | of_each.map(lambda counts: dict(zip(scores, counts, strict=True))))
+    most = prunable_channels({name: len(score) for name, score in scores.items()}, least, filters)
     total = data.draw(st.integers(0, most))
-    masks = rank_channels(scores, total, least)
-    expected = reference.prune({name: score.tolist() for name, score in scores.items()}, total, least)
+    masks = rank_channels(scores, total, least, weights=filters)
+    expected = reference.prune(
+        {name: score.tolist() for name, score in scores.items()}, total, least, filters
+    )
     assert {name: mask.tolist() for name, mask in masks.items()} == expected
     first = data.draw(st.integers(0, total))
-    again = rank_channels(scores, total, least, rank_channels(scores, first, least))
+    before = rank_channels(scores, first, least, weights=filters)
+    again = rank_channels(scores, max(total, count_gone(before, filters)), least, before, filters)
     assert all(torch.equal(again[name], masks[name]) for name in masks), "in two steps as in one"
     with pytest.raises(ValueError, match="cannot be pruned"):
-        rank_channels(scores, most + 1, least)
+        rank_channels(scores, most + 1, least, weights=filters)
 
 
 @given(
@@ -72,11 +78,17 @@ def test_against_plain_loops(structures: list[list[int]], window: int) -> None:
         assert 0 <= value <= 1
 
 
-@given(st.lists(st.one_of(st.none(), st.sampled_from([0.5, 0.9, 0.95, 0.99, 1.0])), max_size=12))
-def test_fires_when_algorithm_2_does(values: list[float | None]) -> None:
-    seen = (History(t, 90, indicators=values[: t + 1], threshold=0.94) for t in range(len(values)))
+@given(
+    st.lists(st.one_of(st.none(), st.sampled_from([0.5, 0.9, 0.95, 0.99, 1.0])), max_size=12),
+    st.integers(0, 5),
+)
+def test_fires_when_algorithm_2_does(values: list[float | None], needed: int) -> None:
+    seen = (
+        History(t, 90, indicators=values[: t + 1], threshold=0.94, compared=needed)
+        for t in range(len(values))
+    )
     fired = next((t for t, history in enumerate(seen) if when_stable(history)), None)
-    assert fired == reference.epoch_that_prunes(values, 0.94)
+    assert fired == reference.epoch_that_prunes(values, 0.94, needed)
 
 
 class Block(nn.Module):
@@ -160,7 +172,7 @@ def test_epi_and_structures_are_those_of_plain_loops(criterion: Any) -> None:
                 for name, score in sums.items():
                     found = pruner._state.pruning.scores.sums[name].double()
                     torch.testing.assert_close(found, torch.tensor(score).double(), rtol=1e-3, atol=1e-6)
-        kept = reference.prune(sums, round(ratio * 16), 1)
+        kept = reference.prune(sums, round(ratio * 22), 1, {STAGE: 2, INSIDE: 1})
         structures.append([sum(kept[name]) for name in (STAGE, INSIDE)])
         event = [event for event in pruner.events if event["event"] == "epi"][-1]
         assert event["epoch"] == epoch + 1

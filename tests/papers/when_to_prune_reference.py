@@ -29,10 +29,16 @@ def taylor(filters: Filters, grads: Filters) -> list[float]:
     return result
 
 
-def prune(scores: dict[str, list[float]], num_pruned: int, least: int) -> dict[str, list[bool]]:
-    """The bottom-ranked neurons, one at a time; the first of equals; no group below ``least``."""
+def prune(
+    scores: dict[str, list[float]], num_pruned: int, least: int, filters: dict[str, int] | None = None
+) -> dict[str, list[bool]]:
+    """The bottom-ranked neurons, one at a time; the first of equals; no group below ``least``.
+
+    Until ``num_pruned`` are pruned, or that many filters at least: a neuron of a group may have several.
+    """
     kept = {name: [True] * len(values) for name, values in scores.items()}
-    for _ in range(num_pruned):
+    pruned = 0
+    while pruned < num_pruned:
         best: tuple[str, int] | None = None
         for name, values in scores.items():
             if sum(kept[name]) <= least:
@@ -42,6 +48,7 @@ def prune(scores: dict[str, list[float]], num_pruned: int, least: int) -> dict[s
                     best = (name, i)
         assert best is not None
         kept[best[0]][best[1]] = False
+        pruned += 1 if filters is None else filters[best[0]]
     return kept
 
 
@@ -58,11 +65,18 @@ def epi(structures: list[list[int]], r: int) -> float:
     return total / r
 
 
-def epoch_that_prunes(values: list[float | None], tau: float) -> int | None:
-    """Algorithm 2, lines 9 and 10: the first epoch after which the status becomes prune."""
+def epoch_that_prunes(values: list[float | None], tau: float, needed: int) -> int | None:
+    """Algorithm 2, lines 9 and 10: the first epoch after which the status becomes prune.
+
+    Of the five values before, so many must exist; as printed all five are compared.
+    """
     for t, now in enumerate(values):
         if now is None or now < tau:
             continue
-        if all(values[t - j] is None or now >= values[t - j] for j in range(1, 6) if t - j >= 0):
+        before = []
+        for j in range(1, 6):
+            if t - j >= 0 and values[t - j] is not None:
+                before.append(values[t - j])
+        if len(before) >= needed and all(now >= value for value in before):
             return t
     return None

@@ -90,6 +90,8 @@ def recomputed(row: Target, before: nn.Module, model: nn.Module, pruner: Pruner)
                 assert not weight.detach()[~mask].any()  # a living weight may be zero: it has just grown
                 living, total = living + int(mask.sum()), total + weight.numel()
             return 1 - living / total
+        case "filters removed":
+            return 1 - sum(w.shape[0] for w in convs) / sum(w.shape[0] for w in convolutions(before))
         case "neurons removed":
             sizes = [
                 sum(g.size for g in channel_groups(m, EXAMPLE) if g.fixed is None) for m in (model, before)
@@ -137,6 +139,7 @@ def request(generator: random.Random) -> tuple[str, dict[str, Any]]:
     choices: dict[str, list[dict[str, Any]]] = {
         "clicktrain": [{"compression": 1 / share, "entries": generator.choice([1, 2, 4, 9])}],
         "clicktrain-gradual": [{"compression": 1 / share, "entries": generator.choice([1, 2, 4, 8])}],
+        "admm-patterns": [{"compression": 1 / share, "entries": generator.choice([1, 2, 4, 8])}],
         "campfire": [{"sparsity": share, "granularity": generator.choice(["window", "ck", "combined"])},
                      {"sparsity": share, "linear": "none", "era": (0, generator.choice([0, 1, 3]))}],
         "prunetrain": [{"target_flops": share, "floor": generator.choice([0.0, 0.1, 0.5])},
@@ -145,7 +148,8 @@ def request(generator: random.Random) -> tuple[str, dict[str, Any]]:
                        {"target_flops": share, "coefficient": 10.0}],
         "prunetrain-clicktrain": [{"target_flops": share, "pattern_compression": 3.0, "switch_at": 1}],
         "nm": [{"n": generator.choice([1, 2, 3]), "m": generator.choice([4, 8])}],
-        "pat": [{"prune_ratio": share, "round_to": generator.choice([1, 3])}],
+        "pat": [{"prune_ratio": share, "round_to": generator.choice([1, 3])},
+                {"prune_ratio": share, "prune_ratio_of": "neurons"}],
     }  # fmt: skip
     moving = [{"sparsity": share, "granularity": generator.choice(["weight", "kernel", "pattern"])}]
     return name, generator.choice(choices.get(name, moving))

@@ -21,6 +21,7 @@ SETTINGS: dict[str, Any] = {
     "prune_ratio": 0.4,
     "policy": "epi",
     "epi_window": 1,
+    "epi_history": 0,
     "epi_threshold": 0.9,
     "latest_start": 0.5,
     "prune_steps": 3,

@@ -18,6 +18,7 @@ class ChannelBudget:
     """
 
     prune_ratio: float = 0.3
+    prune_ratio_of: str = "filters"
     latency_target: float | None = None
     latency_target_ms: float | None = None
     latency_batch: int = 1
@@ -51,12 +52,14 @@ class ChannelBudget:
         return float(self.by_latency) if self.latency_penalty is None else self.latency_penalty
 
     def describe(self, num_pruned: int) -> str:
-        """What is asked for, in a clause; ``num_pruned`` is the ratio in neurons."""
+        """What is asked for, in a clause; ``num_pruned`` is the ratio in what it counts."""
         if self.latency_target_ms is not None:
             return f"as many are removed as it takes to reach {self.latency_target_ms:g} ms"
         if self.latency_target is not None:
             return f"as many are removed as it takes to reach {self.latency_target:.0%} of the time"
-        return f"{num_pruned} are removed ({self.prune_ratio:g} asked), wherever they are"
+        return (
+            f"{num_pruned} {self.prune_ratio_of} are removed ({self.prune_ratio:g} asked), wherever they are"
+        )
 
     def target(self, reached: Reached) -> Target:
         """What was asked for and what was reached, by the last removal."""
@@ -67,6 +70,8 @@ class ChannelBudget:
         reason = "" if event else "the run ended before a batch was seen"
         if event and abs(removed - self.prune_ratio) > NOTED * self.prune_ratio:
             reason = f"there are {event['neurons']} neurons"
+            if self.prune_ratio_of == "filters":
+                reason += f" of {event['filters']} filters, which go together"
             if self.round_to > 1:
                 reason += f", and widths are multiples of {self.round_to}"
-        return Target("neurons removed", self.prune_ratio, removed, "share", reason)
+        return Target(f"{self.prune_ratio_of} removed", self.prune_ratio, removed, "share", reason)

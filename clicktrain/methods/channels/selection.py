@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
@@ -15,6 +16,7 @@ from clicktrain.latency.network_times import SECONDS, compare_ms, measure_ms
 from clicktrain.latency.search import LatencySearch
 from clicktrain.methods.channels.budget import ChannelBudget
 from clicktrain.sparsity.channel_importance import (
+    count_gone,
     masks_after,
     prunable_channels,
     pruning_order,
@@ -109,11 +111,13 @@ class ChannelSelection:
     def _check(self) -> None:
         least, sizes, images = self.budget.min_channels, self.sizes, self.budget.latency_batch
         if not self.budget.by_latency:
-            most, asked = prunable_channels(sizes.values(), least), self.num_pruned
+            most, asked = prunable_channels(sizes, least, self.weights), self.num_pruned
             if asked > most:
+                total = self.counted
                 raise UserError(
-                    f"prune_ratio {self.budget.prune_ratio:g} asks for {asked} of {self.total} neurons, but "
-                    f"at most {most} can go: ask for {most / self.total:.3f} or less"
+                    f"prune_ratio {self.budget.prune_ratio:g} asks for {asked} of {total} "
+                    f"{self.budget.prune_ratio_of}, but at most {most} can go: ask for "
+                    f"{math.floor(1000 * most / total) / 1000:.3f} or less"
                 )
             return
         assert self.latency is not None
@@ -143,9 +147,25 @@ class ChannelSelection:
         return sum(self.sizes.values())
 
     @property
+    def filters(self) -> dict[str, int]:
+        """Filters of one neuron of each group."""
+        return {group.name: group.filters_each for group in self.groups}
+
+    @property
+    def weights(self) -> dict[str, int]:
+        """How much a neuron of each group counts in the ratio: its filters, or 1."""
+        filters = self.filters
+        return filters if self.budget.prune_ratio_of == "filters" else dict.fromkeys(filters, 1)
+
+    @property
+    def counted(self) -> int:
+        """All filters or neurons: what the ratio is of."""
+        return prunable_channels(self.sizes, 0, self.weights)
+
+    @property
     def num_pruned(self) -> int:
-        """Neurons that the ratio asks for."""
-        return round(self.budget.prune_ratio * self.total)
+        """Filters or neurons that the ratio asks for."""
+        return round(self.budget.prune_ratio * self.counted)
 
     @property
     def target_ms(self) -> float:
@@ -179,10 +199,12 @@ class ChannelSelection:
             if not last:
                 aim = exponential_steps(dense, min(RESERVE * aim, dense), steps - 1)[step - 1]
             return self.within(aim, scores, kept, may_go_too_far=last)
-        left = exponential_steps(self.total, self.total - self.num_pruned, steps)[step - 1]
+        total, weights = self.counted, self.weights
+        left = exponential_steps(total, total - self.num_pruned, steps)[step - 1]
         ranked = self._ranked(scores, kept)
-        wanted = max(self.total - round(left), count_pruned(kept or {}))  # rounded widths may be ahead
-        masks = rank_channels(ranked, wanted, self.budget.min_channels, kept)
+        # Rounded widths, and neurons of several filters, may be ahead.
+        wanted = max(total - round(left), count_gone(kept or {}, weights))
+        masks = rank_channels(ranked, wanted, self.budget.min_channels, kept, weights)
         return self._rounded(masks, ranked, kept)
 
     def within(

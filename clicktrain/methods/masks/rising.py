@@ -45,7 +45,9 @@ class Rising(CutSettings, EraSettings, Masked):
 
     def init(self, prunable: PrunableLayers, length: RunLength) -> MaskState:
         """Check that the run can be done as asked."""
-        self.era_of(length)
+        era = self.era_of(length)
+        if self.trigger == "epi":
+            self.warn_of_short_run(int(era.first_epoch), "where the era begins by itself")
         return super().init(prunable, length)
 
     def at_start(self, state: MaskState, prunable: PrunableLayers, length: RunLength) -> Sequence[Action]:
@@ -71,6 +73,11 @@ class Rising(CutSettings, EraSettings, Masked):
             mean = square if mean is None else square.lerp_(mean, self.gradient_memory)
             state.squares[layer.name] = mean
 
+    def wants_gradients(self, state: MaskState, length: RunLength, seen: int) -> bool:
+        """Inside the era, where the optimizer moves pruned weights too, so that they may come back."""
+        del length, seen
+        return self.regrow and state.stage == "era"
+
     def after_step(self, state: MaskState, prunable: PrunableLayers, step: StepInfo) -> Sequence[Action]:
         """Choose the mask; after the last step of the era, for good (Algorithm 2)."""
         if state.stage == "fixed":
@@ -81,9 +88,10 @@ class Rising(CutSettings, EraSettings, Masked):
         if step.seen + state.shift < first:
             if self.trigger == "own" or not step.ends_epoch:
                 return ()
+            latest = first // step.length.steps_per_epoch
             if self.watches_structure:
-                actions.append(self._indicator(state, prunable, first // step.length.steps_per_epoch))
-            if (begins := state.kernels.fires(self.trigger, step, self.stable_from)) is None:
+                actions.append(self._indicator(state, prunable, latest))
+            if (begins := state.kernels.fires(self, self.trigger, self.stable_from, latest, step)) is None:
                 return actions
             state.shift, reason = first - step.seen, begins
         seen = step.seen + state.shift

@@ -63,20 +63,26 @@ def _stage_lines(method: PatternSettings, length: RunLength) -> tuple[tuple[str,
         if lengths["pool"]
         else f"{method.patterns} fixed patterns"
     )
-    begin = f"until the loss falls by less than {method.loss_slope:g} per epoch, "
+    begin = f"until {method.settled.describe()}, "
     if method.trigger == "epi":
         window = method.epi_epochs(length)
         begin = f"until EPI over {window} epochs is at least {method.stable_from:g}, "
     elif method.watches_structure:
         begin = f"until {choice_name(method.trigger)} says so, "
     begin += f"{epochs(lengths['earliest'])} at the least, {epochs(lengths['latest'])} at the most"
+    if method.early_penalty != "none":
+        by = {"batch": "each batch", "summed": "summed importance"}[method.early_penalty or "batch"]
+        pool += f"; from here on penalty {choice_name(method.penalty)} outside the candidates of {by}"
+    regularize = epochs(lengths["regularize"])
+    if "hard_prune" in lengths:
+        regularize = f"until epoch {lengths['hard_prune'] / per_epoch:.2f}"
     return (
         ("stage 1 dense", begin),
         ("stage 2 pool", pool),
         ("stage 3 finalize", f"{epochs(lengths['finalize'])}, by {choice_name(method.criterion)} importance"),
         (
             "stage 4 regularize",
-            f"{epochs(lengths['regularize'])}, penalty {choice_name(method.penalty)}, then hard prune",
+            f"{regularize}, penalty {choice_name(method.penalty)}, then hard prune",
         ),
         ("stage 5 accelerated", "to the end, masks frozen"),
     )

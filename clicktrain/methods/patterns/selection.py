@@ -23,7 +23,13 @@ from clicktrain.sparsity.finalize import (
     pattern_mask,
 )
 from clicktrain.sparsity.importance import group_sum, kernel_scores
-from clicktrain.sparsity.pattern_pool import PatternVotes, add_votes, candidate_patterns, select_pool
+from clicktrain.sparsity.pattern_pool import (
+    PatternVotes,
+    add_votes,
+    candidate_patterns,
+    outside_candidates,
+    select_pool,
+)
 from clicktrain.sparsity.patterns import PatternPool
 
 Shape = tuple[int, int]
@@ -98,6 +104,8 @@ class Selection:
         pools: the patterns that kernels of a shape may take.
         votes: int32 [F/G, C, P] per layer, occurrences of the best pattern (section 4.3).
         importance: [F/G, C, R, S] per layer, summed over the batches that counted.
+        settling: [F/G, C, R, S] per layer, importance summed since stage 2 began, if positions outside the
+            candidates go by that.
         pattern_id, kept: the decisions, [F/G, C] per layer.
         kernels: kept kernels of every filter, per layer.
     """
@@ -106,6 +114,7 @@ class Selection:
     pools: dict[Shape, PatternPool] = field(default_factory=dict)
     votes: dict[str, Tensor] = field(default_factory=dict)
     importance: dict[str, Tensor] = field(default_factory=dict)
+    settling: dict[str, Tensor] = field(default_factory=dict)
     pattern_id: dict[str, Tensor] = field(default_factory=dict)
     kept: dict[str, Tensor] = field(default_factory=dict)
     kernels: dict[str, int] = field(default_factory=dict)
@@ -118,13 +127,35 @@ class Selection:
             self._tables[key] = self.pools[layer.kernel_shape].masks().to(layer.weight.device, torch.float32)
         return self._tables[key]
 
-    def propose(self, layer: PatternLayer, importance: Tensor) -> None:
-        """Count every kernel's candidate pattern (section 4.2, steps 1 to 5)."""
+    def propose(
+        self,
+        layer: PatternLayer,
+        importance: Tensor,
+        pattern_of: Callable[[Tensor, int], Tensor] = candidate_patterns,
+    ) -> None:
+        """Count every kernel's candidate pattern (section 4.2, steps 1 to 5), or that of another rule."""
         if layer.has_patterns:
             shape = layer.kernel_shape
-            bits = candidate_patterns(group_sum(importance, layer.group), layer.entries)
+            bits = pattern_of(group_sum(importance, layer.group), layer.entries)
             votes = self.candidates.get(shape) or PatternVotes.empty(bits.device)
             self.candidates[shape] = add_votes(votes, bits, shape)
+
+    def open_positions(self, layer: PatternLayer, importance: Tensor, summed: bool) -> Tensor:
+        """Positions that a kernel may yet keep: bool [F, C, R, S]; the others are Figure 6's crosses.
+
+        Args:
+            layer: one that has patterns.
+            importance: [F, C, R, S] of this batch.
+            summed: go by importance summed over the batches so far, not by this batch alone.
+        """
+        if layer.group > 1:
+            importance = group_sum(importance, layer.group)
+        if summed:
+            finite = importance.nan_to_num(nan=0.0, posinf=0.0)  # of a batch that overflowed
+            total = self.settling.get(layer.name)
+            importance = self.settling[layer.name] = finite if total is None else total.add_(finite)
+        mask = ~outside_candidates(importance, layer.entries)
+        return mask.repeat_interleave(layer.group, dim=0) if layer.group > 1 else mask
 
     def close_pools(self, layers: tuple[PatternLayer, ...], size: int) -> None:
         """Keep the patterns with the highest competitive scores (section 4.2, step 6)."""
@@ -185,7 +216,7 @@ class Selection:
 
     def forget_gradients(self) -> None:
         """Patterns and kernels are chosen: release what was measured to choose them."""
-        self.votes, self.importance = {}, {}
+        self.votes, self.importance, self.settling = {}, {}, {}
 
     def forget_choices(self) -> None:
         """Masks are frozen and the network holds them: release patterns and kernels."""

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import Any, Literal
 
@@ -21,31 +22,37 @@ from clicktrain.sparsity.importance import CriterionChoice
 from clicktrain.sparsity.patterns import default_entries, fixed_pool
 
 PRESETS: dict[str, dict[str, Any]] = {
-    # What does best in short runs (docs/results/cifar10.md): magnitudes, decided late, pruned at half time.
+    # Chosen in short runs of one seed (docs/results/cifar10.md): magnitudes, decided late, pruned at half.
     "default": {
         "criterion": "magnitude", "selection": "accumulated", "kernel_score": "pattern",
-        "allocation": "uniform", "penalty": "shrink", "pool": "dynamic", "patterns": 12,
+        "allocation": "uniform", "penalty": "shrink", "early_penalty": "none",
+        "pool": "dynamic", "patterns": 12,
         "earliest_start": 0.44, "latest_start": 0.44,
         "pool_length": 0.02, "finalize_length": 0.02, "regularize_length": 0.02,
     },
-    # Sections 4 and 6.1: Taylor votes, the modified group lasso, one ratio for every layer; the hard prune
-    # at about epoch 95 of 190, stage 2 at epoch 50 at the latest (Figure 5, Table 1).
+    # Sections 4 and 6.1: Taylor votes, the modified group lasso, one ratio for every layer, penalized from
+    # stage 2 on. Stage 2 starts when the loss has settled, at epoch 50 of 190 at the latest (Figure 5). The
+    # hard prune has its own time, as in Table 1 and the slides: 0.48 is epoch 91 of 190 and epoch 43 of 90.
     "paper": {
         "criterion": "taylor", "selection": "votes", "kernel_score": "kernel",
-        "allocation": "uniform", "penalty": "lasso", "pool": "dynamic", "patterns": 12,
+        "allocation": "uniform", "penalty": "lasso", "early_penalty": "batch",
+        "pool": "dynamic", "patterns": 12,
         "earliest_start": 0.1, "latest_start": 0.26,
-        "pool_length": 0.08, "finalize_length": 0.08, "regularize_length": 0.08,
+        "pool_length": 0.08, "finalize_length": 0.08, "hard_prune": 0.48,
     },
     # Magnitudes once, fixed patterns, no penalty: the baseline of section 3.2.
     "one-shot": {
         "criterion": "magnitude", "selection": "accumulated", "kernel_score": "kernel",
-        "allocation": "uniform", "penalty": "none", "pool": "fixed", "patterns": 8,
+        "allocation": "uniform", "penalty": "none", "early_penalty": "none",
+        "pool": "fixed", "patterns": 8,
         "earliest_start": 0.5, "latest_start": 0.5,
         "pool_length": 0.0, "finalize_length": 0.0, "regularize_length": 0.0,
     },
 }  # fmt: skip
 
 _SHARES = ("earliest_start", "latest_start", "pool_length", "finalize_length", "regularize_length")
+_NO_EARLY_PENALTY = {"penalty": "none", "pool": "fixed"}
+"""Settings with which no position can be penalized before stage 4."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -53,7 +60,7 @@ class PatternChoices:
     """Settings of ClickTrain that compositions with it have too."""
 
     preset: Literal["default", "paper", "one-shot"] = "default"
-    """Source of settings that are not given: best in short runs (default), the paper's own, or magnitudes
+    """Source of settings that are not given: chosen in short runs (default), the paper's own, or magnitudes
     once with fixed patterns (one-shot, a baseline)."""
     patterns: int | None = None
     """Size N of the pattern pool (8 or 12 in the paper)."""
@@ -102,8 +109,6 @@ class PatternSettings(PatternChoices, EarlyTrigger):
     """Convolutions to leave dense, by module path (shell-style)."""
     include: tuple[str, ...] = ()
     """Convolutions to prune that are left alone by default (the first, depthwise ones)."""
-    loss_slope: float = 0.27
-    """Stage 2 starts when the mean training loss falls by less than this between epochs (section 4.1)."""
     earliest_start: float | None = None
     """Earliest start of stage 2, share of the run."""
     latest_start: float | None = None
@@ -113,10 +118,17 @@ class PatternSettings(PatternChoices, EarlyTrigger):
     finalize_length: float | None = None
     """Length of stage 3, share of the run."""
     regularize_length: float | None = None
-    """Length of stage 4, share of the run."""
+    """Length of stage 4, share of the run; instead of hard_prune."""
+    hard_prune: float | None = None
+    """Share of the run after which pruned weights are zero for good: stage 4 lasts until then, however early
+    stage 2 started. Instead of regularize_length."""
     penalty: PenaltyChoice | None = None
     """Stage 4: the modified group lasso (section 4.4), its proximal form with a strength set by the remaining
     steps (shrink), or nothing."""
+    early_penalty: Literal["none", "batch", "summed"] | None = None
+    """Stages 2 and 3: penalize the positions of a kernel that none of its candidate patterns keeps (the
+    crosses of Figure 6), by the gradients of each batch (the paper's) or by importance summed since stage 2
+    began; or nothing until stage 4."""
     lasso: float = 0.00025
     """Coefficient of the group lasso (section 6.1)."""
     loss_margin: float = 0.0018
@@ -128,16 +140,10 @@ class PatternSettings(PatternChoices, EarlyTrigger):
         """Fill in the preset and check every setting."""
         if self.preset not in PRESETS:
             raise UserError(f"preset must be one of {', '.join(PRESETS)}, not {self.preset!r}")
-        defaults = dict(PRESETS[self.preset])
-        if self.watches_structure:
-            defaults["earliest_start"] = 0.0
-        if self.aim is not None:
-            defaults["allocation"] = "share"
-        for key, value in defaults.items():
-            if getattr(self, key) is None:
-                object.__setattr__(self, key, value)
+        self._take_preset(dict(PRESETS[self.preset]))
         check_choices(self)
         self.check_structure()
+        self.check_loss_slope()
         check_latency_target(self.latency_target, self.latency_target_ms)
         if not self.compression > 1:
             raise UserError(
@@ -156,19 +162,54 @@ class PatternSettings(PatternChoices, EarlyTrigger):
                 raise UserError(
                     f"a fixed pool keeps 4 positions per kernel; entries={self.entries} needs pool=dynamic"
                 )
-        for key in (*_SHARES, "allocation_floor"):
-            if (value := getattr(self, key)) is not None and not 0 <= value <= 1:
-                raise UserError(f"{key} must be between 0 and 1, not {value}")
-        if sum(getattr(self, key) for key in _SHARES[1:]) > 1:
-            raise UserError("latest_start and the lengths of stages 2 to 4 must not add up to more than 1")
-        if (self.earliest_start or 0) > (self.latest_start or 0):
-            raise UserError("earliest_start must not be later than latest_start")
+        self._check_times()
         for key in ("lasso", "loss_margin"):
             if getattr(self, key) < 0:
                 raise UserError(f"{key} must not be negative, got {getattr(self, key)}")
         for glob, ratio in self.layers.items():
             if not ratio >= 1:
                 raise UserError(f"the compression of layer {glob!r} must be at least 1, not {ratio}")
+
+    def _take_preset(self, defaults: dict[str, Any]) -> None:
+        """Take settings that are None from a preset, but for those that others exclude."""
+        if self.hard_prune is not None and self.regularize_length is not None:
+            raise UserError(
+                "hard_prune and regularize_length both say when stage 4 is over: give one of them"
+            )
+        for given, other in (("hard_prune", "regularize_length"), ("regularize_length", "hard_prune")):
+            if getattr(self, given) is not None:
+                defaults.pop(other, None)
+        if self.watches_structure:
+            defaults["earliest_start"] = 0.0
+        if self.aim is not None:
+            defaults["allocation"] = "share"
+        early = self.early_penalty
+        for key, value in defaults.items():
+            if getattr(self, key) is None:
+                object.__setattr__(self, key, value)
+        for key, value in _NO_EARLY_PENALTY.items():
+            if getattr(self, key) == value:
+                if early not in (None, "none"):
+                    raise UserError(
+                        f"early_penalty is {early}, which {key} {value} rules out: set it to none"
+                    )
+                object.__setattr__(self, "early_penalty", "none")
+
+    def _check_times(self) -> None:
+        """UserError for stages that do not fit into a run."""
+        for key in (*_SHARES, "hard_prune", "allocation_floor"):
+            if (value := getattr(self, key)) is not None and not 0 <= value <= 1:
+                raise UserError(f"{key} must be between 0 and 1, not {value}")
+        needed = sum(getattr(self, key) or 0.0 for key in _SHARES[1:])
+        if needed > 1 + 1e-9:
+            raise UserError("latest_start and the lengths of stages 2 to 4 must not add up to more than 1")
+        if self.hard_prune is not None and needed > self.hard_prune + 1e-9:
+            raise UserError(
+                f"latest_start and the lengths of stages 2 and 3 add up to {needed:.3g}, but hard_prune is "
+                f"{self.hard_prune:g}: begin earlier, give a later one, or regularize_length instead of it"
+            )
+        if (self.earliest_start or 0) > (self.latest_start or 0):
+            raise UserError("earliest_start must not be later than latest_start")
 
     @property
     def aim(self) -> LatencyAim | None:
@@ -206,10 +247,12 @@ class PatternSettings(PatternChoices, EarlyTrigger):
     def schedule(self, length: RunLength) -> dict[str, int]:
         """Batches: ``earliest`` and ``latest`` start of stage 2 and the lengths of stages 2 to 4.
 
+        With a time for the hard prune, that is ``hard_prune``, and the length of stage 4 is its least.
+
         Raises:
             UserError: the run is too short for its stages.
         """
-        total = length.total
+        total, end = length.total, length.total - 1
         shares = {
             "pool": self.pool_length if self.pool == "dynamic" else None,
             "finalize": self.finalize_length,
@@ -219,14 +262,19 @@ class PatternSettings(PatternChoices, EarlyTrigger):
         lengths["finalize"] = max(1, lengths["finalize"])
         if self.pool == "dynamic":
             lengths["pool"] = max(1, lengths["pool"])
+        if self.hard_prune is not None:
+            lengths["regularize"] = int(self.penalty != "none")
+            end = min(max(round(self.hard_prune * total), sum(lengths.values()) + 1), end)
         needed = sum(lengths.values())
-        latest = min(max(1, round((self.latest_start or 0) * total)), total - needed - 1)
+        latest = min(max(1, round((self.latest_start or 0) * total)), end - needed)
         if latest < 1:
             raise UserError(
                 f"a run of {total} batches is too short for the stages of ClickTrain, which need "
                 f"{needed + 2} here"
             )
         earliest = min(latest, max(1, round((self.earliest_start or 0) * total)))
+        if self.hard_prune is not None:
+            lengths["hard_prune"] = end
         return {"earliest": earliest, "latest": latest, **lengths}
 
     @property
@@ -237,3 +285,8 @@ class PatternSettings(PatternChoices, EarlyTrigger):
     def epi_epochs(self, length: RunLength) -> int:
         """Past epochs that a structure is compared with (trigger epi)."""
         return self.window(self.schedule(length)["latest"] // length.steps_per_epoch)
+
+
+def stage_end(stage: str, entered: int, lengths: Mapping[str, int]) -> int:
+    """Batches seen when a stage, 2 to 4, is over that was entered after ``entered``; see `schedule`."""
+    return max(entered + lengths[stage], lengths.get("hard_prune", 0) if stage == "regularize" else 0)

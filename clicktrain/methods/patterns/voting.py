@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from typing import Literal
 
 from torch import Tensor
 
@@ -20,7 +21,8 @@ def read_batch(
     criterion: Criterion,
     weight: Tensor | None,
     votes: bool,
-) -> None:
+    early: Literal["none", "batch", "summed"] = "none",
+) -> dict[str, Tensor]:
     """Let one batch propose patterns for the pools (``weight`` None), or vote for those of the pools.
 
     Args:
@@ -30,7 +32,13 @@ def read_batch(
         criterion: of single weights.
         weight: 0-dim, 1 if the batch counts in the vote and 0 if not; None: it proposes.
         votes: count votes, beside the importance that is summed.
+        early: which positions a kernel may yet keep, to return: by this batch, by importance summed over the
+            batches so far, or none.
+
+    Returns:
+        Layer -> bool [F, C, R, S], False = settled, for layers that have patterns.
     """
+    masks = {}
     for layer in layers:
         grad = step.gradient(layer.weight)
         if grad is None:
@@ -42,6 +50,9 @@ def read_batch(
             selection.propose(layer, importance)
         else:
             selection.read(layer, importance, weight, votes)
+        if early != "none" and layer.has_patterns:
+            masks[layer.name] = selection.open_positions(layer, importance, early == "summed")
+    return masks
 
 
 def fill_in(

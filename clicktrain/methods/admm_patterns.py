@@ -27,6 +27,7 @@ from clicktrain.sparsity.importance import magnitude_importance
 from clicktrain.sparsity.pattern_pool import candidate_patterns, natural_patterns
 from clicktrain.sparsity.pattern_units import PatternUnit
 from clicktrain.sparsity.patterns import PatternPool
+from clicktrain.sparsity.units import UnitChoice
 
 
 @dataclass(slots=True)
@@ -44,6 +45,9 @@ class AdmmPatterns(OwnPool, Projected):
     title: ClassVar[str] = "ADMM patterns"
     reason: ClassVar[str] = "each filter of a layer keeps as many whole kernels"
 
+    granularity: UnitChoice = "pattern"
+    """What is pruned as one: kernels that keep a pattern each, or whole kernels, or single weights (Zhang et
+    al. 2018)."""
     pool: Literal["natural", "dynamic", "fixed"] = "natural"
     """Pattern pool: the most frequent natural patterns of the trained weights (PatDNN), which are a kernel's
     center and its largest other weights; ClickTrain's candidates (section 4.2), by magnitude; or 4, 8, 12 or

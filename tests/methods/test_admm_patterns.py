@@ -122,6 +122,15 @@ def test_other_units_than_patterns() -> None:
     assert torch.equal(mask.any(dim=2), mask.all(dim=2))
 
 
+def test_kernels_that_compete_in_their_layer() -> None:
+    """PatDNN's connectivity: as many in all, not in each filter."""
+    _, pruner = ran(AdmmPatterns(compression=3, within="layer"))
+    _, usual = ran(AdmmPatterns(compression=3))
+    kept = pruner.masks["square"].flatten(2).any(dim=2).sum(dim=1)
+    assert len(kept.unique()) > 1
+    assert pruner.compression_ratio == pytest.approx(usual.compression_ratio, rel=0.05)
+
+
 @pytest.mark.parametrize("pool", ["dynamic", "fixed"])
 def test_other_pools(pool: Any) -> None:
     _, pruner = ran(AdmmPatterns(compression=3, pool=pool, patterns=4))

@@ -28,7 +28,9 @@ class OwnPool(MovingUnits):
     """All convolution weights / nonzero ones at the end; 8 unless a sparsity is given. Linear layers stay
     dense."""
     granularity: UnitChoice = "pattern"
-    """What is dropped and grown: kernels that keep a pattern each."""
+    """What is pruned as one: kernels that keep a pattern each."""
+    entries: int = 4
+    """Kept positions of a 3x3 kernel, of which other kernel sizes keep the same share; 4 in a fixed pool."""
     pool: str = "dynamic"
     """Where the pattern pool comes from; fixed: 4, 8, 12 or 16 given 3x3 patterns."""
     patterns: int = 12

@@ -15,7 +15,7 @@ import os
 import sys
 from collections.abc import Sequence
 
-from clicktrain.errors import UserError, shortened
+from clicktrain.errors import ToldByAnother, UserError, shortened
 
 COMMANDS: dict[str, str] = {
     "train": "train and prune a network in one run",
@@ -48,6 +48,8 @@ def main(argv: Sequence[str] | None = None) -> int:
         if sys.stdout is not None:
             sys.stdout.flush()  # a broken pipe is to be seen here, not when Python ends
         return code
+    except ToldByAnother:
+        return 2
     except UserError as error:
         return _fail(str(error))
     except KeyboardInterrupt:
@@ -109,6 +111,8 @@ def _fail(sentence: str, code: int = 2) -> int:
     words = (shortened(word, LONGEST_WORD) for word in sentence.split())
     line = shortened(" ".join(words), LONGEST_SENTENCE).encode("utf-8", "backslashreplace").decode("utf-8")
     printable = "".join(c if c.isprintable() else c.encode("unicode_escape").decode() for c in line)
+    rank = os.environ.get("RANK", "0")
+    who = "clicktrain" if rank == "0" else f"clicktrain: process {rank}"
     with contextlib.suppress(OSError, ValueError):  # stderr is closed too: the exit code says it
-        print(f"clicktrain: error: {printable}", file=sys.stderr, flush=True)
+        print(f"{who}: error: {printable}", file=sys.stderr, flush=True)
     return code

@@ -12,6 +12,10 @@ class UserError(ValueError):
     """
 
 
+class ToldByAnother(UserError):  # noqa: N818 - reads as a sentence to the user
+    """What another process of the same training says already: this one stops without a word."""
+
+
 class NetworkCollapsed(UserError):  # noqa: N818 - reads as a sentence to the user
     """Pruning has destroyed the network; training it further is useless."""
 

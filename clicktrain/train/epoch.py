@@ -12,6 +12,7 @@ import torch
 from torch import Tensor
 from torch.optim.swa_utils import AveragedModel
 
+from clicktrain.comm.agreement import largest_over_processes, several_processes, sum_over_processes
 from clicktrain.data import Batch
 from clicktrain.errors import NetworkCollapsed
 from clicktrain.formats.atomic import append_jsonl
@@ -45,38 +46,52 @@ def train_epoch(run: TrainingRun, stop: StopRequest) -> None:
     p.model.train()
     for batch in _timed(run, stop):
         loss, correct, step_done = train_batch(run, batch)
-        clock.images += len(batch.y)
+        clock.images += len(batch.y) * p.processes.number
         if watch.add(loss, correct):
             run.progress.step(_step_info(run))
-        if step_done and stop.requested:
+        if step_done and _stop_agreed(run, stop):
             watch.flush()
             raise _interrupted(run, stop)
     watch.flush()
 
 
+def _stop_agreed(run: TrainingRun, stop: StopRequest) -> bool:
+    """Whether a signal has asked any process to stop, which then all of them do after the same step."""
+    if several_processes():
+        stop.signum = largest_over_processes(stop.signum or 0, run.prepared.device) or None
+    return stop.requested
+
+
 def train_batch(run: TrainingRun, batch: Batch) -> tuple[Tensor, Tensor, bool]:
-    """Train on one batch, the next of the running epoch.
+    """Train on one batch, the next of the running epoch, or on this process's part of it.
 
     Returns:
-        Loss and number of correct predictions, 0-dim, and whether the optimizer has made its step.
+        Loss and number of correct predictions of the whole batch, 0-dim, and whether the optimizer has made
+        its step.
     """
     p, state = run.prepared, run.state
     first = state.batch - state.batch % p.config.accumulate
     group = min(p.config.accumulate, len(p.train_loader) - first)
-    seed_batch(p.config.seed, p.batch_sizes.batch_number(state.epoch, state.batch), p.device)
+    number = p.batch_sizes.batch_number(state.epoch, state.batch)
+    seed_batch(p.config.seed, number, p.device, p.processes.rank)
     state.totals.stages[p.pruner.stage] = state.totals.stages.get(p.pruner.stage, 0) + 1
-    state.train_flops += p.cost.now * len(batch.y)
-    state.train_flops_dense += p.cost.dense * len(batch.y)
+    images = len(batch.y) * p.processes.number
+    state.train_flops += p.cost.now * images
+    state.train_flops_dense += p.cost.dense * images
     teacher = run.active_teacher
     if teacher is not None:
-        state.train_flops += teacher.forward_flops * len(batch.y)
-    loss, correct = training_loss(run, batch, teacher)
+        state.train_flops += teacher.forward_flops * images
+    step_done = state.batch + 1 - first == group
+    with run.exchange(step_done):
+        loss, correct = training_loss(run, batch, teacher)
+        run.scaler.scale(loss / group).backward()  # type: ignore[no-untyped-call]
+    p.pruner.observe(loss)
+    if several_processes():
+        sums = sum_over_processes(torch.stack((loss.detach().double(), correct.double())))
+        loss, correct = sums[0] / p.processes.number, sums[1]
     if p.cycle is not None and p.cycle.wants_losses:
         p.cycle.note_loss(loss.item())
-    run.scaler.scale(loss / group).backward()  # type: ignore[no-untyped-call]
-    p.pruner.observe(loss)
     state.batch += 1
-    step_done = state.batch - first == group
     if step_done:
         _step(run)
     return loss, correct, step_done
@@ -220,6 +235,7 @@ def end_epoch(run: TrainingRun, stop: StopRequest) -> None:
                 precision=config.precision,
                 views=config.test_time_augmentation,
                 stop=lambda: stop.requested,
+                shared=True,
             )
         if result is None:
             raise _interrupted(run, stop)

@@ -5,18 +5,38 @@ PyTorch's ``nn.SyncBatchNorm`` takes tensors on GPUs only; this one sends sums o
 
 from __future__ import annotations
 
+import contextlib
+from collections.abc import Iterator
 from typing import Any, cast
 
 import torch
 from torch import Tensor, nn
 
-from clicktrain.comm.agreement import several_processes, sum_over_processes
+from clicktrain.comm.agreement import sum_over_processes
 
 _OTHER_THAN_IMAGES = (0, 2, 3)
 
 
+_TOGETHER = False
+"""Whether all processes run their networks at this moment."""
+
+
+@contextlib.contextmanager
+def run_together() -> Iterator[None]:
+    """All processes run a forward pass in the block: elsewhere no norm waits for another process.
+
+    Networks are run for other reasons too, by one process or by each for itself: to trace or to time them.
+    """
+    global _TOGETHER
+    before, _TOGETHER = _TOGETHER, True
+    try:
+        yield
+    finally:
+        _TOGETHER = before
+
+
 class SyncBatchNorm2d(nn.BatchNorm2d):
-    """``nn.BatchNorm2d`` over all processes in training; elsewhere, and alone, it is the same.
+    """``nn.BatchNorm2d`` over all processes in training, where they run together; else it is the same.
 
     Two sums travel on the way forward, first that of values, then that of squares about the mean, and one
     on the way back. Processes may have different numbers of images.
@@ -24,7 +44,7 @@ class SyncBatchNorm2d(nn.BatchNorm2d):
 
     def forward(self, input: Tensor) -> Tensor:
         """Normalize [N, C, H, W]."""
-        if not self.training or not several_processes():
+        if not self.training or not _TOGETHER:
             return super().forward(input)
         self._check_input_dim(input)
         output, mean, variance, count = cast(
@@ -88,7 +108,7 @@ class _Normalize(torch.autograd.Function):
 
 
 SYNCHRONIZED = (nn.SyncBatchNorm, SyncBatchNorm2d)
-"""Batch norms that wait for other processes."""
+"""Batch norms whose statistics are those of several processes."""
 
 
 def synchronized(model: nn.Module) -> nn.Module:

@@ -12,7 +12,6 @@ from typing import Any
 import torch
 from torch import fx, nn
 
-from clicktrain.comm.sync_batch_norm import SYNCHRONIZED
 from clicktrain.errors import UserError
 from clicktrain.graph import Inputs, ModelGraph, TraceError, own_random_numbers, working_copy
 from clicktrain.graph.inputs import owned
@@ -134,7 +133,7 @@ def trace(model: nn.Module, inputs: Inputs) -> NetworkGraph:
 
 def _traced(model: nn.Module, inputs: Inputs, training: bool, whole: Mapping[str, str]) -> ModelGraph:
     traced = model
-    if any(type(module) in SYNCHRONIZED for module in model.modules()):
+    if any(type(module) is nn.SyncBatchNorm for module in model.modules()):
         # Another process may not be asking at this moment.
         traced = working_copy(model)
         norm_alone_(traced)

@@ -11,7 +11,6 @@ from torch import Tensor, nn
 from torch.nn.modules.batchnorm import _BatchNorm
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from clicktrain.comm.sync_batch_norm import SYNCHRONIZED
 from clicktrain.graph.random_state import own_random_numbers
 
 
@@ -58,5 +57,5 @@ class NormAlone(_BatchNorm):
 def norm_alone_(model: nn.Module) -> None:
     """Turn synchronized batch norms into ones that do not wait for other processes."""
     for module in model.modules():
-        if type(module) in SYNCHRONIZED:
-            module.__class__ = NormAlone
+        if type(module) is nn.SyncBatchNorm:
+            module.__class__ = NormAlone  # type: ignore[assignment]

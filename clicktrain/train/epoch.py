@@ -82,7 +82,7 @@ def train_batch(run: TrainingRun, batch: Batch) -> tuple[Tensor, Tensor, bool]:
     if teacher is not None:
         state.train_flops += teacher.forward_flops * images
     step_done = state.batch + 1 - first == group
-    with run.exchange(step_done):
+    with run.together(step_done):
         loss, correct = training_loss(run, batch, teacher)
         run.scaler.scale(loss / group).backward()  # type: ignore[no-untyped-call]
     p.pruner.observe(loss)

@@ -4,8 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import time
-from collections.abc import Callable, Mapping
-from contextlib import AbstractContextManager
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any, cast
@@ -18,6 +17,7 @@ from torch.optim.swa_utils import AveragedModel
 
 from clicktrain.accounting import TrainingMemory
 from clicktrain.comm.agreement import of_first
+from clicktrain.comm.sync_batch_norm import run_together
 from clicktrain.compiler import Accelerated
 from clicktrain.errors import UserError
 from clicktrain.formats.atomic import append_jsonl
@@ -151,12 +151,19 @@ class TrainingRun:
         several = self.prepared.processes.number > 1 and any(p.requires_grad for p in model.parameters())
         return DistributedDataParallel(forward) if several else forward
 
-    def exchange(self, now: bool) -> AbstractContextManager[None]:
-        """Around forward and backward pass of a batch: gradients travel in the last batch of a step only."""
+    @contextlib.contextmanager
+    def together(self, step: bool) -> Iterator[None]:
+        """Around forward and backward pass of a batch that all processes share.
+
+        Gradients travel where a ``step`` follows: where batches are accumulated, with the last of them.
+        """
         forward = self.forward.current
-        if now or not isinstance(forward, DistributedDataParallel):
-            return contextlib.nullcontext()
-        return forward.no_sync()
+        with contextlib.ExitStack() as held:
+            if isinstance(forward, DistributedDataParallel):
+                held.enter_context(run_together())
+                if not step:
+                    held.enter_context(forward.no_sync())
+            yield
 
     def _fast_or_compiled(self, model: nn.Module) -> nn.Module:
         p, before = self.prepared, self._fast

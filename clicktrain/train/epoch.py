@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 import time
 import warnings
+import zlib
 from collections.abc import Iterator
 from typing import Any
 
@@ -12,9 +13,9 @@ import torch
 from torch import Tensor
 from torch.optim.swa_utils import AveragedModel
 
-from clicktrain.comm.agreement import largest_over_processes, several_processes, sum_over_processes
+from clicktrain.comm.agreement import gathered, largest_over_processes, several_processes, sum_over_processes
 from clicktrain.data import Batch
-from clicktrain.errors import NetworkCollapsed
+from clicktrain.errors import NetworkCollapsed, UserError
 from clicktrain.formats.atomic import append_jsonl
 from clicktrain.train.after_cut import after_cut, recalibrated
 from clicktrain.train.averages import LOOKAHEAD_STEPS, SlowWeights
@@ -222,6 +223,7 @@ def end_epoch(run: TrainingRun, stop: StopRequest) -> None:
     p, state, config = run.prepared, run.state, run.prepared.config
     p.pruner.check_zeros()
     p.pruner.check_alive()
+    check_alike(run)
     if state.epoch == 0:
         state.first_loss = state.totals.loss
     number, last = state.epoch + 1, state.epoch + 1 == config.epochs
@@ -253,6 +255,23 @@ def end_epoch(run: TrainingRun, stop: StopRequest) -> None:
     if run.scalars is not None:
         run.scalars.add(record)
     run.progress.epoch(record)
+
+
+def check_alike(run: TrainingRun) -> None:
+    """UserError if processes that should have the same weights do not."""
+    if not several_processes():
+        return
+    digest = 0
+    for parameter in run.prepared.model.parameters():
+        values = parameter.detach().cpu().contiguous().reshape(-1).view(torch.uint8)
+        digest = zlib.crc32(values.numpy().data, digest)
+    told = gathered(digest)
+    other = next((rank for rank, one in enumerate(told) if one != told[0]), None)
+    if other is not None:
+        raise UserError(
+            f"after epoch {run.state.epoch + 1} process {other} has other weights than the first one: do all "
+            "of them run the same version on the same data?"
+        )
 
 
 def check_outputs(run: TrainingRun, result: Evaluation) -> None:

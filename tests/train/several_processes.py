@@ -1,0 +1,70 @@
+"""One of several training processes, run as a script by the tests.
+
+python several_processes.py RANK PROCESSES FOLDER NAME...: trains with each of these methods, in
+FOLDER/NAME-PROCESSES.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import sys
+from pathlib import Path
+from typing import Any
+
+import torch
+import torch.distributed as dist
+
+from clicktrain.train import from_dict
+from clicktrain.train.fit import fit
+
+BASE: dict[str, Any] = {
+    "model": "resnet8",
+    "width": 0.25,
+    "data": "synthetic:classes=4,size=8,train=64,val=20",
+    "batch_size": 16,
+    "epochs": 4,
+    "learning_rate": 0.05,
+    "augment": "cifar",
+    "sync_batch_norm": True,
+    "operators": "reference",
+    "threads": 1,
+}
+METHODS: dict[str, dict[str, Any]] = {
+    "dense": {"ema_decay": 0.9, "recalibrate_norms": 2},
+    "clicktrain": {"compression": 3, "distill": 0.5},
+    "clicktrain-gradual": {"compression": 3, "second_cycle": "loss"},
+    "campfire": {},
+    "prunetrain": {"target_flops": 0.7, "interval": 1, "dynamic_batch": True, "batch_granularity": 2},
+    "pat": {"prune_ratio": 0.3, "policy": "epoch", "prune_epoch": 1},
+    "rigl": {"interval": 2, "granularity": "pattern", "compression": 3, "accumulate": 2},
+    "dsr": {"interval": 2},
+    "mest": {"interval": 2},
+    "granet": {"interval": 2},
+    "gmp": {"interval": 2},
+    "nm": {},
+}
+"""Settings of methods; those that are not here run with their defaults."""
+
+
+def settings(name: str) -> dict[str, Any]:
+    return {**BASE, "method": name, **METHODS.get(name, {})}
+
+
+def main(rank: int, processes: int, folder: Path, names: list[str]) -> None:
+    torch.set_num_threads(1)
+    if processes > 1:
+        os.environ |= {
+            "RANK": str(rank), "WORLD_SIZE": str(processes),
+            "LOCAL_RANK": str(rank), "LOCAL_WORLD_SIZE": str(processes),
+        }  # fmt: skip
+        dist.init_process_group("gloo", f"file://{folder / 'store'}", rank=rank, world_size=processes)
+    for name in names:
+        summary = fit(*from_dict(settings(name)), folder / f"{name}-{processes}")
+        (folder / f"{name}-{processes}-{rank}.json").write_text(json.dumps(dict(summary)))
+    if processes > 1:
+        dist.destroy_process_group()
+
+
+if __name__ == "__main__":
+    main(int(sys.argv[1]), int(sys.argv[2]), Path(sys.argv[3]), sys.argv[4:])

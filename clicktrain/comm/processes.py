@@ -15,7 +15,7 @@ from datetime import timedelta
 import torch
 import torch.distributed as dist
 
-from clicktrain.errors import UserError
+from clicktrain.errors import ProcessLost, UserError
 
 TIMEOUT_S = 1800.0
 """Seconds that processes wait for each other: choosing and compiling operators takes one of them minutes."""
@@ -30,12 +30,14 @@ class Processes:
         number: of processes.
         local_rank: rank among those on this machine.
         local_number: processes on this machine.
+        restarts: how often the launcher has started all of them again.
     """
 
     rank: int = 0
     number: int = 1
     local_rank: int = 0
     local_number: int = 1
+    restarts: int = 0
 
     @property
     def first(self) -> bool:
@@ -69,7 +71,11 @@ def launched() -> Processes:
             f"{wrong} is {os.environ.get(wrong)!r} in the environment, where RANK and WORLD_SIZE say that "
             "this is one of several processes: start them with torchrun, or unset these two"
         )
-    return Processes(**{field: int(text) for field, text in texts.items()})
+    restarts = os.environ.get("TORCHELASTIC_RESTART_COUNT", "0")
+    return Processes(
+        **{field: int(text) for field, text in texts.items()},
+        restarts=int(restarts) if restarts.isdigit() else 0,
+    )
 
 
 @contextlib.contextmanager
@@ -95,5 +101,18 @@ def together(timeout_s: float = TIMEOUT_S) -> Iterator[Processes]:
         raise UserError(f"{who} cannot reach the others: {error}") from None
     try:
         yield processes
+    except RuntimeError as error:
+        if not _is_of_others(error):
+            raise
+        minutes = timeout_s / 60
+        raise ProcessLost(
+            f"process {processes.rank} of {processes.number} waits in vain for the others: one of them has ended, "
+            f"or has not answered for {minutes:g} minutes; the last checkpoint is kept"
+        ) from error
     finally:
         dist.destroy_process_group()
+
+
+def _is_of_others(error: RuntimeError) -> bool:
+    """Whether a collective failed because of another process."""
+    return isinstance(error, dist.DistError) or "gloo" in str(error).lower()

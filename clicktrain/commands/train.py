@@ -17,9 +17,12 @@ import torch.nn.functional as F
 
 from clicktrain.accounting import training_memory
 from clicktrain.accounting.memory import bytes_in_words
+from clicktrain.comm.processes import launched
 from clicktrain.commands.arguments import QUIET, REPORT, Command, Option, options_of
+from clicktrain.commands.processes import PROCESSES, check, start, without
 from clicktrain.commands.progress import carry_out
 from clicktrain.errors import UserError
+from clicktrain.files import is_file
 from clicktrain.methods import METHODS, Method
 from clicktrain.own_code import is_own
 from clicktrain.settings import field_names, to_plain
@@ -42,6 +45,7 @@ _OUTPUT = (
     Option("dry_run", bool, "Check everything, print the plan and the cost, write no run.", False),
     REPORT,
     QUIET,
+    *PROCESSES,
 )
 
 GROUPS: dict[str, tuple[str, str]] = {
@@ -79,14 +83,21 @@ def run(argv: Sequence[str]) -> int:
     own = {option.name: given.pop(option.name, option.default) for option in _OUTPUT}
     values, ignored = merge(settings, given)
     config, method = from_dict(values)
+    check(own["processes"], own["restarts"])
     if own["dry_run"]:
         return dry_run(config, method)
     out = own["out"]
     folder = RunFolder.default(config.model, config.method) if out is None else RunFolder(Path(out))
+    if own["processes"] > 1:
+        there = [] if out is not None else ["--out", str(folder.path)]
+        return start("train", [*without(argv), *there], own["processes"], own["restarts"])
     notes = (
         [f"method {name} has no {', '.join(ignored)}: those of the recipe are left out"] if ignored else []
     )
-    return carry_out(config, method, folder, quiet=own["quiet"], report=own["report"], notes=notes)
+    again = launched().restarts > 0 and is_file(folder.config)  # a process had died
+    return carry_out(
+        config, method, folder, quiet=own["quiet"], report=own["report"], notes=notes, resume=again
+    )
 
 
 def merge(recipe: dict[str, Any], flags: dict[str, Any]) -> tuple[dict[str, Any], list[str]]:

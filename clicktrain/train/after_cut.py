@@ -15,6 +15,7 @@ import torch
 from torch import Tensor, nn
 
 from clicktrain.comm.agreement import mean_over_processes
+from clicktrain.comm.sync_batch_norm import run_together
 from clicktrain.data import Batch
 from clicktrain.runs.events import HardPruneEvent, NormsEvent, RestartEvent
 from clicktrain.sparsity.masks import sparsity_of
@@ -112,7 +113,8 @@ def _measure(run: TrainingRun, model: nn.Module, epoch: int) -> int:
         with autocast(p.device, p.config.precision):
             return (run.forward.current if model is p.model else model)(x)
 
-    images = measure_norms_(model, _images(run, epoch, p.config.recalibrate_norms), forward)
+    with run_together() if p.config.sync_batch_norm else contextlib.nullcontext():
+        images = measure_norms_(model, _images(run, epoch, p.config.recalibrate_norms), forward)
     for norm in norms_of(model):
         for statistic in (norm.running_mean, norm.running_var):
             assert statistic is not None

@@ -24,7 +24,7 @@ BASE: dict[str, Any] = {
     "data": "synthetic:classes=4,size=8,train=64,val=20",
     "batch_size": 16,
     "epochs": 4,
-    "learning_rate": 0.05,
+    "learning_rate": 0.02,
     "augment": "cifar",
     "sync_batch_norm": True,
     "operators": "reference",
@@ -35,7 +35,7 @@ METHODS: dict[str, dict[str, Any]] = {
     "clicktrain": {"compression": 3, "distill": 0.5},
     "clicktrain-gradual": {"compression": 3, "second_cycle": "loss"},
     "campfire": {},
-    "prunetrain": {"target_flops": 0.7, "interval": 1, "dynamic_batch": True, "batch_granularity": 2},
+    "prunetrain": {"target_flops": 0.7, "interval": 1},
     "pat": {"prune_ratio": 0.3, "policy": "epoch", "prune_epoch": 1},
     "rigl": {"interval": 2, "granularity": "pattern", "compression": 3, "accumulate": 2},
     "dsr": {"interval": 2},
@@ -47,7 +47,19 @@ METHODS: dict[str, dict[str, Any]] = {
 """Settings of methods; those that are not here run with their defaults."""
 
 
+OTHERS: dict[str, dict[str, Any]] = {
+    "growing": {"method": "prunetrain", "target_flops": 0.6, "interval": 1, "dynamic_batch": True,
+                "batch_granularity": 2},
+    "local": {"method": "clicktrain", "compression": 3, "sync_batch_norm": False, "lookahead": True},
+    "moving": {"method": "rigl", "interval": 2, "granularity": "pattern", "compression": 3, "epochs": 2,
+               "operators": "density"},
+}  # fmt: skip
+"""Runs that need not be those of one process: memory is each process's own, and so are local norms."""
+
+
 def settings(name: str) -> dict[str, Any]:
+    if name in OTHERS:
+        return {**BASE, **OTHERS[name]}
     return {**BASE, "method": name, **METHODS.get(name, {})}
 
 

@@ -11,6 +11,7 @@ from typing import Any
 import pytest
 import torch.distributed as dist
 from safetensors.torch import load_file
+from several_processes import OTHERS
 
 from clicktrain.methods import METHODS
 
@@ -45,8 +46,8 @@ def trained(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """Every method, by one process and by two."""
     folder = tmp_path_factory.mktemp("processes")
     names = [name for name, method in METHODS.items() if not method().expects_trained]
-    for processes in (1, 2):
-        start(processes, folder, names)
+    start(1, folder, names)
+    start(2, folder, [*names, *OTHERS])
     return folder
 
 
@@ -77,16 +78,13 @@ def test_two_processes_decide_and_learn_as_one(name: str, trained: Path) -> None
     summaries = [json.loads((trained / f"{name}-{p}-0.json").read_text()) for p in (1, 2)]
     for figure in ("train_flops", "inference_flops", "compression_ratio", "parameters", "epochs"):
         assert summaries[1][figure] == pytest.approx(summaries[0][figure], rel=1e-6), figure
-    lines = [
-        [json.loads(line) for line in (run / "metrics.jsonl").read_text().splitlines()] for run in (one, two)
-    ]
-    for ours, theirs in zip(*lines, strict=True):
+    for ours, theirs in zip(lines_of(two, "metrics"), lines_of(one, "metrics"), strict=True):
         assert ours["train_loss"] == pytest.approx(theirs["train_loss"], rel=1e-3)
         assert ours["batch_size"] == theirs["batch_size"]
         assert ours["stages"] == theirs["stages"]
 
 
-@pytest.mark.parametrize("name", METHODS)
+@pytest.mark.parametrize("name", [*METHODS, *OTHERS])
 def test_all_processes_know_the_same_end(name: str, trained: Path) -> None:
     first, other = (json.loads((trained / f"{name}-2-{rank}.json").read_text()) for rank in (0, 1))
     known = [key for key in first if key not in TIMES and key != "layers"]

@@ -13,6 +13,7 @@ import errno
 import importlib
 import os
 import sys
+import time
 from collections.abc import Sequence
 
 from clicktrain.errors import ToldByAnother, UserError, shortened
@@ -32,6 +33,8 @@ COMMANDS: dict[str, str] = {
 LONGEST_WORD, LONGEST_SENTENCE = 300, 1000
 """Characters of what is printed, whatever was given."""
 
+_GRACE_S = 1.0
+"""For the process that says what is wrong."""
 _FULL_DISK = frozenset((errno.ENOSPC, errno.EDQUOT, errno.EFBIG))
 
 
@@ -49,6 +52,7 @@ def main(argv: Sequence[str] | None = None) -> int:
             sys.stdout.flush()  # a broken pipe is to be seen here, not when Python ends
         return code
     except ToldByAnother:
+        time.sleep(_GRACE_S)  # a launcher ends all processes as soon as it sees one that has failed
         return 2
     except UserError as error:
         return _fail(str(error))

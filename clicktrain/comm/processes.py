@@ -106,8 +106,8 @@ def together(timeout_s: float = TIMEOUT_S) -> Iterator[Processes]:
             raise
         minutes = timeout_s / 60
         raise ProcessLost(
-            f"process {processes.rank} of {processes.number} waits in vain for the others: one of them has ended, "
-            f"or has not answered for {minutes:g} minutes; the last checkpoint is kept"
+            f"process {processes.rank} of {processes.number} waits in vain for the others: one of them has "
+            f"ended, or has not answered for {minutes:g} minutes; the last checkpoint is kept"
         ) from error
     finally:
         dist.destroy_process_group()

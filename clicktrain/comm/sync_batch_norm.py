@@ -75,8 +75,8 @@ class _Normalize(torch.autograd.Function):
         ctx: Any, x: Tensor, weight: Tensor | None, bias: Tensor | None, eps: float
     ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
         """Return the output and, for running statistics, mean [C], variance [C] and number of values."""
-        values = x.float()
-        own = torch.tensor([float(x.numel() // x.shape[1])], device=x.device)
+        values = _wide(x)
+        own = torch.tensor([x.numel() // x.shape[1]], dtype=values.dtype, device=x.device)
         sums = sum_over_processes(torch.cat((values.sum(_OTHER_THAN_IMAGES), own)))
         count = sums[-1]
         mean = sums[:-1] / count
@@ -84,9 +84,9 @@ class _Normalize(torch.autograd.Function):
         variance = sum_over_processes(centered.square().sum(_OTHER_THAN_IMAGES)) / count
         scale = (variance + eps).rsqrt()
         normal = centered.mul_(scale.view(1, -1, 1, 1))
-        output = normal if weight is None else normal * weight.float().view(1, -1, 1, 1)
+        output = normal if weight is None else normal * _wide(weight).view(1, -1, 1, 1)
         if bias is not None:
-            output = output + bias.float().view(1, -1, 1, 1)
+            output = output + _wide(bias).view(1, -1, 1, 1)
         ctx.save_for_backward(normal, weight, scale, count)
         ctx.has_bias = bias is not None
         ctx.mark_non_differentiable(mean, variance, count)
@@ -96,15 +96,20 @@ class _Normalize(torch.autograd.Function):
     def backward(ctx: Any, *gradients: Tensor) -> tuple[Tensor | None, ...]:
         """Gradients of x and, of this process's images alone, of weight and bias: DDP takes their mean."""
         normal, weight, scale, count = ctx.saved_tensors
-        grad = gradients[0].float()
+        grad = _wide(gradients[0])
         total, product = grad.sum(_OTHER_THAN_IMAGES), (grad * normal).sum(_OTHER_THAN_IMAGES)
         grad_weight = None if weight is None else product.to(weight.dtype)
         grad_bias = total.to(scale.dtype) if ctx.has_bias else None
         sums = sum_over_processes(torch.stack((total, product))) / count
-        factor = scale if weight is None else scale * weight.float()
+        factor = scale if weight is None else scale * _wide(weight)
         middle, slope = (row.view(1, -1, 1, 1) for row in sums)
         grad_x = (grad - middle - normal * slope) * factor.view(1, -1, 1, 1)
         return grad_x.to(gradients[0].dtype), grad_weight, grad_bias, None
+
+
+def _wide(x: Tensor) -> Tensor:
+    """At least float32."""
+    return x if x.dtype == torch.float64 else x.float()
 
 
 SYNCHRONIZED = (nn.SyncBatchNorm, SyncBatchNorm2d)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 import sys
 from collections.abc import Sequence
 from uuid import uuid4
@@ -14,8 +15,8 @@ PROCESSES = (
     Option(
         "processes",
         int,
-        "Processes on this machine that train together, each on its part of every batch; torchrun starts them "
-        "on several machines.",
+        "Processes on this machine that train together, each on its part of every batch; for several "
+        "machines there is torchrun.",
         1,
         metavar="N",
         main=False,
@@ -59,6 +60,7 @@ def start(command: str, argv: Sequence[str], processes: int, restarts: int = 0) 
     from torch.distributed.elastic.multiprocessing.errors import ChildFailedError
     from torch.distributed.launcher.api import LaunchConfig, elastic_launch
 
+    logging.getLogger("torch.distributed.elastic").setLevel(logging.CRITICAL)  # the process itself says it
     config = LaunchConfig(
         min_nodes=1,
         max_nodes=1,

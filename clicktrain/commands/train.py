@@ -17,9 +17,12 @@ import torch.nn.functional as F
 
 from clicktrain.accounting import training_memory
 from clicktrain.accounting.memory import bytes_in_words
+from clicktrain.comm.processes import launched
 from clicktrain.commands.arguments import QUIET, REPORT, Command, Option, options_of
+from clicktrain.commands.processes import PROCESSES, check, start, without
 from clicktrain.commands.progress import carry_out
 from clicktrain.errors import UserError
+from clicktrain.files import is_file
 from clicktrain.methods import METHODS, Method
 from clicktrain.own_code import is_own
 from clicktrain.settings import field_names, to_plain
@@ -42,11 +45,12 @@ _OUTPUT = (
     Option("dry_run", bool, "Check everything, print the plan and the cost, write no run.", False),
     REPORT,
     QUIET,
+    *PROCESSES,
 )
 
 GROUPS: dict[str, tuple[str, str]] = {
     "data": ("data", "augment image_size val_fraction holdout workers cache_dir cutout mixup"),
-    "model": ("model width", "stem initial_weights whitening"),
+    "model": ("model width", "stem initial_weights whitening sync_batch_norm"),
     "optimization": (
         "epochs batch_size optimizer learning_rate schedule",
         "weight_decay momentum nesterov decay_norm_and_bias warmup_epochs bias_rate_factor milestones gamma "
@@ -72,13 +76,20 @@ _EXAMPLES = (
 def run(argv: Sequence[str]) -> int:
     """Run the command; the exit code."""
     config, method, own, ignored = settings_of(argv)
+    check(own["processes"], own["restarts"])
     if own["dry_run"]:
         return dry_run(config, method)
     out = own["out"]
     folder = RunFolder.default(config.model, config.method) if out is None else RunFolder(Path(out))
+    if own["processes"] > 1:
+        there = [] if out is not None else ["--out", str(folder.path)]
+        return start("train", [*without(argv), *there], own["processes"], own["restarts"])
     left_out = f"method {config.method} has no {', '.join(ignored)}: those of the recipe are left out"
     notes = [left_out] if ignored else []
-    return carry_out(config, method, folder, quiet=own["quiet"], report=own["report"], notes=notes)
+    again = launched().restarts > 0 and is_file(folder.config)  # a process had died
+    return carry_out(
+        config, method, folder, quiet=own["quiet"], report=own["report"], notes=notes, resume=again
+    )
 
 
 def settings_of(argv: Sequence[str]) -> tuple[RunConfig, Method[Any], dict[str, Any], list[str]]:

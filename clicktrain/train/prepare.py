@@ -15,9 +15,12 @@ from torch import nn
 from torch.optim import Optimizer
 from torch.optim.lr_scheduler import LambdaLR
 
+from clicktrain.comm.agreement import all_or_none
+from clicktrain.comm.processes import ALONE, Processes
+from clicktrain.comm.sync_batch_norm import synchronized
 from clicktrain.compiler import MaskedLatency
-from clicktrain.data import Augment, ImageData, Loader, make_loader, open_data
-from clicktrain.errors import UserError, shortened
+from clicktrain.data import Augment, ImageData, Loader, Part, make_loader, open_data
+from clicktrain.errors import ToldByAnother, UserError, shortened
 from clicktrain.formats.memory_format import keep_out_of_channels_last_
 from clicktrain.limits import check_memory
 from clicktrain.methods import METHODS, Method, Pruner
@@ -42,6 +45,7 @@ class Prepared:
 
     Attributes:
         device: of the network and the batches.
+        processes: that train together.
         model: with its initial weights.
         scheduler: to be stepped after each optimizer step.
         cycle: the learning rate of the scheduler, where it has two cycles.
@@ -66,18 +70,39 @@ class Prepared:
     earlier: EarlierCost
     batch_sizes: BatchSizes
     facts: dict[str, Any]
+    processes: Processes = ALONE
 
     @property
     def batch_size(self) -> int:
-        """Images in a training batch of the running epoch."""
+        """Images in a training batch of the running epoch, of all processes."""
         return self.batch_sizes.now.images
 
+    @property
+    def own_batch_size(self) -> int:
+        """Images that this process has of a training batch."""
+        return self.batch_size // self.processes.number
 
-def prepare(config: RunConfig, method: Method[Any], *, begins: bool = True) -> Prepared:
+
+def prepare(
+    config: RunConfig, method: Method[Any], processes: Processes = ALONE, *, begins: bool = True
+) -> Prepared:
     """Open the data, build and check everything; UserError for a setting that cannot be carried out here.
 
-    ``begins``: the run has no checkpoint yet, so that it needs its initial weights.
+    ``begins``: the run has no checkpoint yet, so that it needs its initial weights. What fails in one of
+    several processes fails in all of them.
     """
+    _check_settings(config, method, processes)
+    device = resolve_device(config.device)
+    set_up(config, device, processes)
+    data = all_or_none(lambda: open_run_data(config))
+    try:
+        return _prepared(config, method, processes, device, data, begins)
+    except UserError as error:
+        raise error if processes.first else ToldByAnother(str(error)) from None
+
+
+def _check_settings(config: RunConfig, method: Method[Any], processes: Processes) -> None:
+    """UserError for settings that do not go together, whatever the data and the network are."""
     if config.tensorboard and importlib.util.find_spec("tensorboard") is None:
         raise UserError("tensorboard is on but not installed: run 'pip install tensorboard', or turn it off")
     if config.dynamic_batch and not method.reads_graph:
@@ -90,14 +115,28 @@ def prepare(config: RunConfig, method: Method[Any], *, begins: bool = True) -> P
             f"distill is set but method {config.method} has no dense network to learn from when its masks "
             "are frozen: give teacher, the folder of a finished run"
         )
-    device = resolve_device(config.device)
-    set_up(config, device)
-    data = open_run_data(config)
-    train_loader = make_train_loader(config, data, device)
+    if config.dynamic_batch and config.batch_granularity % processes.number:
+        raise UserError(
+            f"batches grow by {config.batch_granularity} images, which {processes.number} processes cannot "
+            f"share evenly: give a batch_granularity that is a multiple of {processes.number}"
+        )
+
+
+def _prepared(
+    config: RunConfig,
+    method: Method[Any],
+    processes: Processes,
+    device: torch.device,
+    data: ImageData,
+    begins: bool,
+) -> Prepared:
+    train_loader = make_train_loader(config, data, device, processes)
     facts = model_facts(config, data)
     torch.manual_seed(config.seed)  # of the initial weights; each batch is seeded by itself
     model = build_model(facts).to(device)
     check_model(model, config, data, device)
+    if config.sync_batch_norm and processes.number > 1:
+        model = synchronized(model)
     whiten_first_(model, config, data)
     if config.recalibrate_norms and not norms_of(model):
         raise UserError(
@@ -139,7 +178,7 @@ def prepare(config: RunConfig, method: Method[Any], *, begins: bool = True) -> P
         device=device,
         data=data,
         train_loader=train_loader,
-        val_loader=make_eval_loader(config, data, "val", device),
+        val_loader=make_eval_loader(config, data, "val", device, processes),
         model=model,
         optimizer=optimizer,
         scheduler=make_scheduler(optimizer, config, steps, sizes, cycle),
@@ -149,6 +188,7 @@ def prepare(config: RunConfig, method: Method[Any], *, begins: bool = True) -> P
         earlier=earlier,
         batch_sizes=sizes,
         facts=facts,
+        processes=processes,
     )
 
 
@@ -187,21 +227,32 @@ def open_run_data(config: RunConfig, value_range: tuple[float, float] | None = N
     )
 
 
-def make_train_loader(config: RunConfig, data: ImageData, device: torch.device) -> Loader:
-    """Make the loader of the training split.
+def make_train_loader(
+    config: RunConfig, data: ImageData, device: torch.device, processes: Processes = ALONE
+) -> Loader:
+    """Make the loader of the training split, of this process's part of each batch.
 
     The last batch is dropped if it is not full (batch norm needs more than one image), unless it is the only
     one.
     """
     whole = len(data.train) >= config.batch_size
-    return _make_loader(config, data, "train", device, augment=augmentation(config, data), drop_last=whole)
+    augment, part = augmentation(config, data), Part(processes.rank, processes.number)
+    return _make_loader(config, data, "train", device, augment=augment, drop_last=whole, part=part)
 
 
 def make_eval_loader(
-    config: RunConfig, data: ImageData, split: Literal["val", "test"], device: torch.device
+    config: RunConfig,
+    data: ImageData,
+    split: Literal["val", "test"],
+    device: torch.device,
+    processes: Processes = ALONE,
 ) -> Loader:
-    """Make the loader of the validation or test split, without augmentation; UserError if there is none."""
-    return _make_loader(config, data, split, device, augment=Augment(), drop_last=False)
+    """Make the loader of the validation or test split, without augmentation; UserError if there is none.
+
+    Several processes take turns at its batches.
+    """
+    part = Part(processes.rank, processes.number)
+    return _make_loader(config, data, split, device, augment=Augment(), drop_last=False, part=part)
 
 
 def _make_loader(

@@ -54,10 +54,11 @@ def finish_run(run: TrainingRun) -> dict[str, Any]:
         run.progress.message(f"pruned after the last epoch: validation accuracy is {result.accuracy:.2f}%")
     weights = {name: tensor.detach().cpu().contiguous() for name, tensor in model.state_dict().items()}
     metadata = {"format_version": str(FORMAT_VERSION), "clicktrain": json.dumps(p.facts)}
-    if p.pruner.plans:
-        write_recipe(run.folder.surgery, p.pruner.plans)
-    save_tree(run.folder.model, weights, metadata)
-    save_packed(run.folder.packed, weights, {name: mask.cpu() for name, mask in masks.items()}, metadata)
+    if p.processes.first:
+        if p.pruner.plans:
+            write_recipe(run.folder.surgery, p.pruner.plans)
+        save_tree(run.folder.model, weights, metadata)
+        save_packed(run.folder.packed, weights, {name: mask.cpu() for name, mask in masks.items()}, metadata)
     # Zeros outside frozen masks cost as much as any weight; they only count in the compression.
     test_accuracy = _test_accuracy(run, model)
     image = torch.zeros(1, *p.data.image_shape, device=p.device)
@@ -74,14 +75,14 @@ def _test_accuracy(run: TrainingRun, model: nn.Module) -> float | None:
     p = run.prepared
     if p.data.test is None:
         return None
-    loader = make_eval_loader(p.config, p.data, "test", p.device)
+    loader = make_eval_loader(p.config, p.data, "test", p.device, p.processes)
     return _evaluated(run, model, loader).accuracy
 
 
 def _evaluated(run: TrainingRun, model: nn.Module, loader: Loader) -> Evaluation:
     config, device = run.prepared.config, run.prepared.device
     views = config.test_time_augmentation
-    result = evaluate(model, loader, device=device, precision=config.precision, views=views)
+    result = evaluate(model, loader, device=device, precision=config.precision, views=views, shared=True)
     assert result is not None  # only a stop that is asked for gives none
     return result
 

@@ -17,7 +17,7 @@ import torch.distributed as dist
 from torch import Tensor, nn
 
 from clicktrain.comm.sync_batch_norm import run_together, synchronized
-from clicktrain.methods import METHODS as registered
+from clicktrain.methods import METHODS
 from clicktrain.train import from_dict
 from clicktrain.train.fit import fit
 
@@ -33,13 +33,13 @@ BASE: dict[str, Any] = {
     "operators": "reference",
     "threads": 1,
 }
-METHODS: dict[str, dict[str, Any]] = {
+SETTINGS: dict[str, dict[str, Any]] = {
     "dense": {"ema_decay": 0.9, "recalibrate_norms": 2},
     "clicktrain": {"compression": 3, "distill": 0.5},
     "clicktrain-gradual": {"compression": 3, "second_cycle": "loss"},
     "campfire": {},
     "prunetrain": {"target_flops": 0.7, "interval": 1, "learning_rate": 0.05},
-    "prunetrain-clicktrain": {"learning_rate": 0.01},
+    "prunetrain-clicktrain": {"target_flops": 0.8, "pattern_compression": 2.5, "learning_rate": 0.03},
     "pat": {"prune_ratio": 0.3, "policy": "epoch", "prune_epoch": 1},
     "rigl": {"interval": 2, "granularity": "pattern", "compression": 3, "accumulate": 2},
     "dsr": {"interval": 2},
@@ -64,9 +64,9 @@ OTHERS: dict[str, dict[str, Any]] = {
 def settings(name: str, folder: Path) -> dict[str, Any]:
     if name in OTHERS:
         return {**BASE, **OTHERS[name]}
-    trained = registered[name]().expects_trained
+    trained = METHODS[name]().expects_trained
     start = {"initial_weights": str(folder / "dense-1")} if trained else {}
-    return {**BASE, "method": name, **start, **METHODS.get(name, {})}
+    return {**BASE, "method": name, **start, **SETTINGS.get(name, {})}
 
 
 def norm(affine: bool) -> nn.BatchNorm2d:

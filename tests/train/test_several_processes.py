@@ -17,7 +17,7 @@ from several_processes import OTHERS, PARTS, norm, normed
 from clicktrain.methods import METHODS
 
 SCRIPT = Path(__file__).parent / "several_processes.py"
-TIMES = ("seconds", "step_ms", "data_share", "train_seconds")
+TIMES = ("seconds", "step_ms", "data_share", "train_seconds", "total_train_seconds")
 
 pytestmark = pytest.mark.skipif(not dist.is_available(), reason="PyTorch without torch.distributed")
 

@@ -16,7 +16,7 @@ import sys
 import time
 from collections.abc import Sequence
 
-from clicktrain.errors import ToldByAnother, UserError, shortened
+from clicktrain.errors import FailedElsewhere, UserError, shortened
 
 COMMANDS: dict[str, str] = {
     "train": "train and prune a network in one run",
@@ -52,7 +52,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         if sys.stdout is not None:
             sys.stdout.flush()  # a broken pipe is to be seen here, not when Python ends
         return code
-    except ToldByAnother:
+    except FailedElsewhere:
         time.sleep(_GRACE_S)  # a launcher ends all processes as soon as it sees one that has failed
         return 2
     except UserError as error:

@@ -12,7 +12,7 @@ class UserError(ValueError):
     """
 
 
-class ToldByAnother(UserError):  # noqa: N818 - reads as a sentence to the user
+class FailedElsewhere(UserError):  # noqa: N818 - reads as a sentence to the user
     """What another process of the same training says already: this one stops without a word."""
 
 

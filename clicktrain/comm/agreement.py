@@ -13,7 +13,7 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
-from clicktrain.errors import ToldByAnother, UserError
+from clicktrain.errors import FailedElsewhere, UserError
 
 T = TypeVar("T")
 
@@ -94,7 +94,7 @@ def of_first(make: Callable[[], T]) -> T:
     """What the first process makes, in all of them; its `UserError` is everybody's.
 
     Raises:
-        UserError: the first process raised it; `ToldByAnother` in the others.
+        UserError: the first process raised it; `FailedElsewhere` in the others.
     """
     if not several_processes():
         return make()
@@ -107,7 +107,7 @@ def of_first(make: Callable[[], T]) -> T:
             raise
     dist.broadcast_object_list(message, 0)
     if message[1] is not None:
-        raise ToldByAnother(message[1])
+        raise FailedElsewhere(message[1])
     made: T = message[0]
     return made
 
@@ -116,7 +116,7 @@ def all_or_none(make: Callable[[], T]) -> T:
     """What each process makes for itself, unless one of them cannot: then none goes on.
 
     Raises:
-        UserError: in the first process, what the first of those says that cannot; `ToldByAnother` in the
+        UserError: in the first process, what the first of those says that cannot; `FailedElsewhere` in the
             others.
     """
     made, error = None, None
@@ -126,10 +126,10 @@ def all_or_none(make: Callable[[], T]) -> T:
         error = mistake
         if not several_processes():
             raise
-    told = gathered(None if error is None else str(error))
-    rank = next((rank for rank, text in enumerate(told) if text is not None), None)
+    said = gathered(None if error is None else str(error))
+    rank = next((rank for rank, text in enumerate(said) if text is not None), None)
     if rank is None:
         return made  # type: ignore[return-value]
     if dist.get_rank() > 0:
-        raise ToldByAnother(told[rank])
-    raise UserError(told[rank] if rank == 0 else f"process {rank}: {told[rank]}")
+        raise FailedElsewhere(said[rank])
+    raise UserError(said[rank] if rank == 0 else f"process {rank}: {said[rank]}")

@@ -48,7 +48,7 @@ def check(processes: int, restarts: int) -> None:
 
 
 def start(command: str, argv: Sequence[str], processes: int, restarts: int = 0) -> int:
-    """Run ``clicktrain COMMAND ARGV`` in so many processes; the exit code is that of the first that failed.
+    """Run ``clicktrain COMMAND ARGV`` in several processes; the exit code is that of the first that failed.
 
     Args:
         command: name of the command.

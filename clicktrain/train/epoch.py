@@ -267,8 +267,8 @@ def check_alike(run: TrainingRun) -> None:
     for parameter in run.prepared.model.parameters():
         values = parameter.detach().cpu().contiguous().reshape(-1).view(torch.uint8)
         digest = zlib.crc32(values.numpy().data, digest)
-    told = gathered(digest)
-    other = next((rank for rank, one in enumerate(told) if one != told[0]), None)
+    said = gathered(digest)
+    other = next((rank for rank, one in enumerate(said) if one != said[0]), None)
     if other is not None:
         raise UserError(
             f"after epoch {run.state.epoch + 1} process {other} has other weights than the first one: do all "

@@ -10,7 +10,7 @@ from typing import Any
 
 from clicktrain.comm.agreement import of_first
 from clicktrain.comm.processes import Processes, together
-from clicktrain.errors import NetworkCollapsed, ToldByAnother, UserError
+from clicktrain.errors import NetworkCollapsed, FailedElsewhere, UserError
 from clicktrain.methods import Method
 from clicktrain.runs.folder import RunFolder
 from clicktrain.train.channel_log import watch_channels
@@ -85,7 +85,7 @@ def _speechless() -> Iterator[None]:
     try:
         yield
     except (NetworkCollapsed, TrainingDiverged) as error:
-        raise ToldByAnother(str(error)) from None
+        raise FailedElsewhere(str(error)) from None
 
 
 def _fit_or_stop(

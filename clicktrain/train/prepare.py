@@ -20,7 +20,7 @@ from clicktrain.comm.processes import ALONE, Processes
 from clicktrain.comm.sync_batch_norm import synchronized
 from clicktrain.compiler import MaskedLatency
 from clicktrain.data import Augment, ImageData, Loader, Part, make_loader, open_data
-from clicktrain.errors import ToldByAnother, UserError, shortened
+from clicktrain.errors import FailedElsewhere, UserError, shortened
 from clicktrain.formats.memory_format import keep_out_of_channels_last_
 from clicktrain.limits import check_memory
 from clicktrain.methods import METHODS, Method, Pruner
@@ -98,7 +98,7 @@ def prepare(
     try:
         return _prepared(config, method, processes, device, data, begins)
     except UserError as error:
-        raise error if processes.first else ToldByAnother(str(error)) from None
+        raise error if processes.first else FailedElsewhere(str(error)) from None
 
 
 def _check_settings(config: RunConfig, method: Method[Any], processes: Processes) -> None:

@@ -23,7 +23,7 @@ pytestmark = pytest.mark.skipif(not dist.is_available(), reason="PyTorch without
 
 
 def start(processes: int, folder: Path, names: list[str]) -> None:
-    """Train in so many processes, to the end."""
+    """Train in several processes, to the end."""
     running = [
         subprocess.Popen(
             [sys.executable, str(SCRIPT), str(rank), str(processes), str(folder), *names],

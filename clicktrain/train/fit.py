@@ -10,7 +10,7 @@ from typing import Any
 
 from clicktrain.comm.agreement import of_first
 from clicktrain.comm.processes import Processes, together
-from clicktrain.errors import NetworkCollapsed, FailedElsewhere, UserError
+from clicktrain.errors import FailedElsewhere, NetworkCollapsed, UserError
 from clicktrain.methods import Method
 from clicktrain.runs.folder import RunFolder
 from clicktrain.train.channel_log import watch_channels

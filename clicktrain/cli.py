@@ -13,9 +13,10 @@ import errno
 import importlib
 import os
 import sys
+import time
 from collections.abc import Sequence
 
-from clicktrain.errors import UserError, shortened
+from clicktrain.errors import ToldByAnother, UserError, shortened
 
 COMMANDS: dict[str, str] = {
     "train": "train and prune a network in one run",
@@ -25,6 +26,7 @@ COMMANDS: dict[str, str] = {
     "export": "write a finished run's network for other tools",
     "report": "one HTML file that shows and compares runs",
     "frontier": "train a grid, and draw accuracy against what it costs",
+    "reproduce": "list the papers' items, or run one and put its figures beside the paper's",
     "bench": "time what the methods cost and give, side by side",
 }
 """Command -> what it does. Each is a module of ``clicktrain.commands`` with ``run(argv) -> exit code``."""
@@ -32,6 +34,8 @@ COMMANDS: dict[str, str] = {
 LONGEST_WORD, LONGEST_SENTENCE = 300, 1000
 """Characters of what is printed, whatever was given."""
 
+_GRACE_S = 1.0
+"""For the process that says what is wrong."""
 _FULL_DISK = frozenset((errno.ENOSPC, errno.EDQUOT, errno.EFBIG))
 
 
@@ -48,6 +52,9 @@ def main(argv: Sequence[str] | None = None) -> int:
         if sys.stdout is not None:
             sys.stdout.flush()  # a broken pipe is to be seen here, not when Python ends
         return code
+    except ToldByAnother:
+        time.sleep(_GRACE_S)  # a launcher ends all processes as soon as it sees one that has failed
+        return 2
     except UserError as error:
         return _fail(str(error))
     except KeyboardInterrupt:
@@ -109,6 +116,8 @@ def _fail(sentence: str, code: int = 2) -> int:
     words = (shortened(word, LONGEST_WORD) for word in sentence.split())
     line = shortened(" ".join(words), LONGEST_SENTENCE).encode("utf-8", "backslashreplace").decode("utf-8")
     printable = "".join(c if c.isprintable() else c.encode("unicode_escape").decode() for c in line)
+    rank = os.environ.get("RANK", "0")
+    who = "clicktrain" if rank == "0" else f"clicktrain: process {rank}"
     with contextlib.suppress(OSError, ValueError):  # stderr is closed too: the exit code says it
-        print(f"clicktrain: error: {printable}", file=sys.stderr, flush=True)
+        print(f"{who}: error: {printable}", file=sys.stderr, flush=True)
     return code

@@ -12,6 +12,14 @@ class UserError(ValueError):
     """
 
 
+class ToldByAnother(UserError):  # noqa: N818 - reads as a sentence to the user
+    """What another process of the same training says already: this one stops without a word."""
+
+
+class ProcessLost(UserError):  # noqa: N818 - reads as a sentence to the user
+    """Another process of the same training has ended, or does not answer."""
+
+
 class NetworkCollapsed(UserError):  # noqa: N818 - reads as a sentence to the user
     """Pruning has destroyed the network; training it further is useless."""
 

@@ -11,6 +11,8 @@ per run: ``run, seed, commit, command, config`` (what differs), ``figures``. Of 
 
 A page's table follows a comment ``<!-- results: FILE.jsonl ...; dense: RUN; columns: a, b`` with one line per
 row, ``RUN | own text | ...``, up to ``-->``. Columns that are not figures take the row's own texts in order.
+``NAME-s*`` is all runs of a name, whatever their seed: accuracy is then mean, standard deviation of the
+sample and number of seeds, other figures are means.
 """
 
 from __future__ import annotations
@@ -32,8 +34,8 @@ Row = dict[str, Any]
 
 FIGURES = (
     "val_accuracy", "best_val_accuracy", "test_accuracy", "compression_ratio", "train_flops_ratio",
-    "total_train_flops_ratio", "inference_flops_ratio", "train_seconds", "epochs", "hard_prune_epoch",
-    "parameters", "nonzero_parameters", "cpu", "gpu",
+    "train_flops_ratio_nominal", "total_train_flops_ratio", "inference_flops_ratio", "train_seconds",
+    "total_train_seconds", "epochs", "hard_prune_epoch", "parameters", "nonzero_parameters", "cpu", "gpu",
 )  # fmt: skip
 """Keys of ``summary.json`` that a study keeps."""
 _DECISIONS = ("trigger", "hard_prune", "latency", "outcome")
@@ -151,30 +153,62 @@ def percent(share: float) -> str:
     return f"{100 * share:.0f}%"
 
 
-def cell(column: str, run: Row, dense: Row) -> str | None:
-    """One figure as a page shows it; None for a column that is no figure."""
-    f, base = run["figures"], dense["figures"]
+def runs_called(runs: Mapping[str, Row], name: str) -> list[Row]:
+    """The run of a name, or with ``-s*`` at its end all seeds of it."""
+    if not name.endswith("-s*"):
+        return [runs[name]]
+    found = [run for key, run in runs.items() if re.fullmatch(re.escape(name[:-1]) + r"\d+", key)]
+    if not found:
+        raise KeyError(name)
+    return found
+
+
+def mean(runs: Iterable[Row], *keys: str) -> float:
+    """Mean over runs of the first of these figures that each has."""
+    return statistics.fmean(
+        next(run["figures"][key] for key in keys if key in run["figures"]) for run in runs
+    )
+
+
+def accuracy(runs: list[Row], key: str = "val_accuracy") -> str:
+    """An accuracy; of several seeds mean, standard deviation and number."""
+    values = [run["figures"][key] for run in runs]
+    if len(values) == 1:
+        return f"{values[0]:.2f}"
+    return f"{statistics.fmean(values):.2f} ± {statistics.stdev(values):.2f} ({len(values)})"
+
+
+def cell(column: str, runs: list[Row], dense: list[Row]) -> str | None:
+    """One figure as a page shows it, of one run or of all seeds; None for a column that is no figure."""
+    f = runs[0]["figures"]
     prune = f.get("hard_prune_epoch")
     known: dict[str, Callable[[], str]] = {
-        "accuracy": lambda: f"{f['val_accuracy']:.2f}",
-        "best": lambda: f"{f['best_val_accuracy']:.2f}",
-        "to dense": lambda: "" if run is dense else f"{f['val_accuracy'] - base['val_accuracy']:+.2f}",
-        "compression": lambda: f"{f['compression_ratio']:.2f}x",
-        "parameters": lambda: f"{f['parameters']:,}",
-        "nonzero": lambda: f"{f['nonzero_parameters']:,}",
-        "training FLOPs": lambda: percent(f.get("total_train_flops_ratio", f["train_flops_ratio"])),
-        "inference FLOPs": lambda: percent(f["inference_flops_ratio"]),
+        "accuracy": lambda: accuracy(runs),
+        "best": lambda: accuracy(runs, "best_val_accuracy"),
+        "to dense": lambda: (
+            "" if runs == dense else f"{mean(runs, 'val_accuracy') - mean(dense, 'val_accuracy'):+.2f}"
+        ),
+        "compression": lambda: f"{mean(runs, 'compression_ratio'):.2f}x",
+        "parameters": lambda: f"{mean(runs, 'parameters'):,.0f}",
+        "nonzero": lambda: f"{mean(runs, 'nonzero_parameters'):,.0f}",
+        "training FLOPs": lambda: percent(mean(runs, "total_train_flops_ratio", "train_flops_ratio")),
+        "nominal FLOPs": lambda: (
+            percent(mean(runs, "train_flops_ratio_nominal"))
+            if all("train_flops_ratio_nominal" in run["figures"] for run in runs)
+            else "not counted"
+        ),
+        "inference FLOPs": lambda: percent(mean(runs, "inference_flops_ratio")),
         "hard prune": lambda: "" if prune is None else f"{prune:.2f} of {f['epochs']}",
-        "seed": lambda: str(run["seed"]),
+        "seed": lambda: ", ".join(str(run["seed"]) for run in runs),
     }
     return known[column]() if column in known else None
 
 
-def table(runs: Mapping[str, Row], dense: Row, columns: list[str], rows: list[list[str]]) -> str:
+def table(runs: Mapping[str, Row], dense: list[Row], columns: list[str], rows: list[list[str]]) -> str:
     """A Markdown table; differences are to the dense baseline."""
     lines = ["| " + " | ".join(("run", *columns)) + " |", "|---" * (len(columns) + 1) + "|"]
     for name, *texts in rows:
-        cells = [cell(column, runs[name], dense) for column in columns]
+        cells = [cell(column, runs_called(runs, name), dense) for column in columns]
         cells = [(texts.pop(0) if texts else "") if text is None else text for text in cells]
         lines.append("| " + " | ".join((name, *cells)) + " |")
     return "\n".join(lines) + "\n"
@@ -191,7 +225,7 @@ def with_tables(page: Path) -> str:
         columns = [column.strip() for column in match[3].split(",")]
         old = re.compile(r"(\|[^\n]*\n)*").match(text, match.end())
         assert old is not None
-        parts += [text[end : match.end()], table(runs, runs[match[2]], columns, rows)]
+        parts += [text[end : match.end()], table(runs, runs_called(runs, match[2]), columns, rows)]
         end = old.end()
     return "".join([*parts, text[end:]])
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import ast
 import doctest
+import functools
 import importlib.util
 import json
 import re
@@ -18,6 +19,7 @@ REPOSITORY = Path(__file__).resolve().parent.parent
 DEPENDENCY = re.compile(r"^[A-Za-z0-9_.-]+")
 
 
+@functools.cache
 def names_in(path: Path) -> set[str]:
     body = ast.parse(path.read_text(encoding="utf-8")).body
     assigned = {
@@ -54,6 +56,15 @@ def test_papers_table_names_what_exists(repository: Path) -> None:
         if not path.exists() or name not in names_in(path):
             missing.append(f"{root}/{file}::{name}")
     assert missing == []
+
+
+def test_papers_tables_are_those_of_the_rows(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    papers = script("papers_tables")
+    assert papers.stale() == "", "python scripts/papers_tables.py rewrites them"
+    changed = tmp_path / "papers.md"
+    changed.write_text(papers.PAGE.read_text().replace("| window pruning |", "| windows |"))
+    monkeypatch.setattr(papers, "PAGE", changed)
+    assert "+| `alg-3` | A | window pruning |" in papers.stale()
 
 
 def declared(repository: Path) -> set[str]:
@@ -102,14 +113,18 @@ def test_the_four_papers_are_cited(repository: Path) -> None:
 # ---------------------------------------------------------------- studies and the pages that show them
 
 
-@pytest.fixture(scope="module")
-def results() -> Any:
-    spec = importlib.util.spec_from_file_location("results", REPOSITORY / "scripts" / "results.py")
+def script(name: str) -> Any:
+    spec = importlib.util.spec_from_file_location(name, REPOSITORY / "scripts" / f"{name}.py")
     assert spec is not None
     assert spec.loader is not None
     module = importlib.util.module_from_spec(spec)
     spec.loader.exec_module(module)
     return module
+
+
+@pytest.fixture(scope="module")
+def results() -> Any:
+    return script("results")
 
 
 def test_tables_are_what_the_studies_say(results: Any, repository: Path) -> None:
@@ -125,6 +140,26 @@ def test_a_changed_figure_makes_a_page_stale(results: Any, repository: Path, tmp
         "+| vgg-combined-0.8-s0 | Campfire: windows, then kernels; epochs 4 to 6 | 99.05 |"
         in results.stale_pages([page])
     )
+
+
+def test_all_seeds_of_a_name_are_a_row_with_mean_and_deviation(results: Any) -> None:
+    runs = {
+        name: {"seed": seed, "figures": {"val_accuracy": accuracy, "train_flops_ratio": flops}}
+        for name, seed, accuracy, flops in (
+            ("ct-4-s0", 0, 80.0, 0.5), ("ct-4-s1", 1, 82.0, 0.7), ("ct-4-s10", 10, 84.0, 0.6),
+            ("ct-4-share-s0", 0, 9.0, 0.9), ("dense-s0", 0, 85.0, 1.0), ("dense-s1", 1, 86.0, 1.0),
+        )
+    }  # fmt: skip
+    dense = results.runs_called(runs, "dense-s*")
+    columns = ["accuracy", "to dense", "training FLOPs", "seed"]
+    lines = results.table(runs, dense, columns, [["dense-s*"], ["ct-4-s*"], ["ct-4-s1"]]).splitlines()
+    assert lines[2:] == [
+        "| dense-s* | 85.50 ± 0.71 (2) |  | 100% | 0, 1 |",
+        "| ct-4-s* | 82.00 ± 2.00 (3) | -3.50 | 60% | 0, 1, 10 |",
+        "| ct-4-s1 | 82.00 | -3.50 | 70% | 1 |",
+    ]
+    with pytest.raises(KeyError):
+        results.runs_called(runs, "ct-8-s*")
 
 
 def test_a_run_becomes_a_line_of_its_study(results: Any, tmp_path: Path) -> None:

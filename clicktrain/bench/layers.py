@@ -1,7 +1,8 @@
 """Speedup of a finished run's network layer by layer, beside the dense network (PruneTrain 5.1).
 
 The speedup of a layer may lag its FLOP reduction. Each layer is timed by itself, at its shapes in the whole
-network; the rest is batch norm, activations, additions, loss and optimizer.
+network, with the select and the scatter of channel gating that belong to it (4.2, figure 7); the rest is
+batch norm, activations, additions, loss and optimizer.
 """
 
 from __future__ import annotations
@@ -16,11 +17,11 @@ import torch
 from torch import Tensor, nn
 
 from clicktrain.accounting import LayerCost, count
+from clicktrain.bench.gates import Calls, LayerGates, gate_text, watch_calls, with_gates
 from clicktrain.bench.runs import RunRow, network_call, random_batch
 from clicktrain.bench.timing import Progress, autocast, channels_last, median_ms
 from clicktrain.bench.timing import to_json as to_json
 from clicktrain.errors import UserError
-from clicktrain.graph import Inputs, layer_input_shapes
 from clicktrain.latency.timer import clock_of
 from clicktrain.sparsity.masks import conv_masks
 from clicktrain.surgery import SurgeryPlan, read_recipe
@@ -44,10 +45,13 @@ class LayerTime:
         dense_shape, pruned_shape: of its weights, [F, C, R, S] or [O, I]; None where the layer is gone.
         dense_input, pruned_input: of what it reads in its first call, images first; None likewise.
         dense_flops, pruned_flops: per image, of the passes that are timed.
-        dense_ms, pruned_ms: of a batch; 0 where the layer is gone, None where it was not timed.
+        dense_ms, pruned_ms: of a batch, gates included; 0 where the layer is gone, None where it was not
+            timed.
         flops_share, time_share: of the whole dense network.
         share_of_saving: as in `RunRow`.
         excess_ms: what the layer takes over ``dense_ms * pruned_flops / dense_flops``.
+        gates: of channel gating, "select 3 of 8" in front of the layer, "scatter 5 of 8" behind it.
+        gate_ms: what these take by themselves, of ``pruned_ms``; None where they were not timed.
     """
 
     layer: str
@@ -65,6 +69,8 @@ class LayerTime:
     share_of_saving: float | None
     excess_ms: float | None
     note: str = ""
+    gates: tuple[str, ...] = ()
+    gate_ms: float | None = 0.0
 
 
 @dataclass(frozen=True, slots=True)
@@ -129,22 +135,48 @@ def bench_layers(
 
 @dataclass(frozen=True, slots=True, eq=False)
 class _Side:
-    """A network, what its layers read, and what they cost."""
+    """A network, what its layers read, their gates, and what they cost."""
 
     model: nn.Module
-    inputs: dict[str, list[torch.Size]]
+    calls: Calls
     costs: dict[str, LayerCost]
     name: str
     training: bool
 
+    def gates(self, layer: str) -> LayerGates:
+        """The gates of a layer."""
+        return self.calls.gates.get(layer, LayerGates())
+
     def call(self, layer: str) -> Callable[[], object]:
-        """The layer alone on random numbers, as often as the network calls it."""
+        """The layer with its gates on random numbers, as often as the network calls it."""
+        gates = self.gates(layer)
+        if gates == LayerGates():
+            return self._alone(self.model.get_submodule(layer), layer, layer)
+        return self._alone(with_gates(self.model, layer, gates), gates.select or layer, layer)
+
+    def gate_calls(self, layer: str) -> Callable[[], object]:
+        """The gates of a layer by themselves."""
+        gates = self.gates(layer)
+        names = [name for name in (gates.select, gates.scatter) if name is not None]
+        # What a scatter reads comes from a layer that is trained; what a select reads may be the image.
+        alone = [self._alone(self.model.get_submodule(n), n, layer, n == gates.scatter) for n in names]
+
+        def call() -> None:
+            for one in alone:
+                one()
+
+        return call
+
+    def _alone(
+        self, module: nn.Module, reader: str, layer: str, trained: bool = False
+    ) -> Callable[[], object]:
+        """A copy of a module on random numbers like those that ``reader`` has read."""
         layout, _, half = self.name.partition(" ")
-        module = copy.deepcopy(self.model.get_submodule(layer))
-        own = [torch.randn(shape) for shape in self.inputs[layer]]
+        module = copy.deepcopy(module)
+        own = [torch.randn(read.shape).to(read.dtype) for read in self.calls.reads[reader]]
         if layout == "channels_last":
             module, *own = channels_last(module, *own)
-        needed = self.training and self.costs[layer].grad_input_flops_dense > 0
+        needed = self.training and (trained or self.costs[layer].grad_input_flops_dense > 0)
         return _call(module, [x.requires_grad_(needed) for x in own], bool(half), self.training)
 
     def whole(self, x: Tensor, y: Tensor) -> Callable[[], object]:
@@ -204,6 +236,8 @@ def _layer(
     calls = {"dense": dense.call(name)}
     if there is not None and not packed:
         calls["pruned"] = pruned.call(there)
+        if pruned.gates(there) != LayerGates():
+            calls["gates"] = pruned.gate_calls(there)
     times = median_ms(calls, rounds, repeat=_repeats(calls["dense"]), clock=clock_of(_CPU))
     before, after = times["dense"], times.get("pruned", None if packed else 0.0)
     flops, left = dense.flops(name), 0 if there is None else pruned.flops(there)
@@ -214,8 +248,8 @@ def _layer(
         kind=cost.kind,
         dense_shape=cost.weight_shape,
         pruned_shape=None if there is None else pruned.costs[there].weight_shape,
-        dense_input=tuple(dense.inputs[name][0]),
-        pruned_input=None if there is None else tuple(pruned.inputs[there][0]),
+        dense_input=tuple(dense.calls.reads[name][0].shape),
+        pruned_input=None if there is None else tuple(pruned.calls.reads[there][0].shape),
         dense_flops=flops,
         pruned_flops=left,
         flops_share=flops / max(total, 1),
@@ -225,13 +259,15 @@ def _layer(
         share_of_saving=(1 - after / before) / saved if after is not None and saved > 0 else None,
         excess_ms=None if after is None else after - before * left / max(flops, 1),
         note=PACKED if packed else "" if there is not None else "removed",
+        gates=() if there is None else gate_text(pruned.model, pruned.gates(there)),
+        gate_ms=times.get("gates", None if packed else 0.0),
     )
 
 
 def _side(model: nn.Module, x: Tensor, masks: dict[str, Tensor], name: str, what: str) -> _Side:
     costs = {layer.name: layer for layer in count(model, x[:1], masks).layers}
-    inputs = layer_input_shapes(model.eval(), costs, Inputs((x,)))
-    return _Side(model, inputs, costs, name, what == TRAINING)
+    calls = watch_calls(model.eval(), x, list(costs), half=name.endswith(" bf16"))
+    return _Side(model, calls, costs, name, what == TRAINING)
 
 
 def _name_now(name: str, plans: Sequence[SurgeryPlan]) -> str | None:
@@ -260,7 +296,8 @@ def _call(module: nn.Module, inputs: list[Tensor], half: bool, training: bool) -
         for x, gradient in zip(inputs, gradients, strict=True):
             with autocast(half):
                 y = module(x)
-            torch.autograd.grad(y, [*wanted, x] if x.requires_grad else wanted, gradient)
+            if targets := [*wanted, x] if x.requires_grad else wanted:
+                torch.autograd.grad(y, targets, gradient)
 
     return train
 

@@ -6,11 +6,16 @@ from them. Measured times and batch-norm statistics are not. Without a process g
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
+from typing import Any, TypeVar
 
 import torch
 import torch.distributed as dist
 from torch import Tensor
+
+from clicktrain.errors import ToldByAnother, UserError
+
+T = TypeVar("T")
 
 
 def several_processes() -> bool:
@@ -58,3 +63,73 @@ def mean_over_processes(value: Tensor) -> Tensor:
         dist.all_reduce(value)
         value /= dist.get_world_size()
     return value
+
+
+def sum_over_processes(value: Tensor) -> Tensor:
+    """The sum of a tensor over all processes, in place."""
+    if several_processes():
+        dist.all_reduce(value)
+    return value
+
+
+def largest_over_processes(number: int, device: torch.device) -> int:
+    """The largest of the processes' numbers."""
+    if not several_processes():
+        return number
+    sent = torch.tensor([number], dtype=torch.int64, device=device)
+    dist.all_reduce(sent, dist.ReduceOp.MAX)
+    return int(sent)
+
+
+def gathered(own: T) -> list[T]:
+    """What each process has, by rank; small things only, they travel pickled between processes of one run."""
+    if not several_processes():
+        return [own]
+    everyone: list[Any] = [None] * dist.get_world_size()
+    dist.all_gather_object(everyone, own)
+    return everyone
+
+
+def of_first(make: Callable[[], T]) -> T:
+    """What the first process makes, in all of them; its `UserError` is everybody's.
+
+    Raises:
+        UserError: the first process raised it; `ToldByAnother` in the others.
+    """
+    if not several_processes():
+        return make()
+    message: list[Any] = [None, None]
+    if dist.get_rank() == 0:
+        try:
+            message = [make(), None]
+        except UserError as error:
+            dist.broadcast_object_list([None, str(error)], 0)
+            raise
+    dist.broadcast_object_list(message, 0)
+    if message[1] is not None:
+        raise ToldByAnother(message[1])
+    made: T = message[0]
+    return made
+
+
+def all_or_none(make: Callable[[], T]) -> T:
+    """What each process makes for itself, unless one of them cannot: then none goes on.
+
+    Raises:
+        UserError: in the first process, what the first of those says that cannot; `ToldByAnother` in the
+            others.
+    """
+    made, error = None, None
+    try:
+        made = make()
+    except UserError as mistake:
+        error = mistake
+        if not several_processes():
+            raise
+    told = gathered(None if error is None else str(error))
+    rank = next((rank for rank, text in enumerate(told) if text is not None), None)
+    if rank is None:
+        return made  # type: ignore[return-value]
+    if dist.get_rank() > 0:
+        raise ToldByAnother(told[rank])
+    raise UserError(told[rank] if rank == 0 else f"process {rank}: {told[rank]}")

@@ -10,6 +10,7 @@ import textwrap
 import types
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import MISSING, dataclass, field, fields, is_dataclass
+from functools import lru_cache
 from typing import Annotated, Any, Literal, Union, get_args, get_origin
 
 from docstring_parser import parse_from_object
@@ -78,11 +79,12 @@ OWN_MODEL = Option(
 
 @dataclass(frozen=True, slots=True)
 class Positional:
-    """Arguments without a flag: exactly one, or at least one if ``many``."""
+    """Arguments without a flag: exactly one, at least one if ``many``, at most one if ``optional``."""
 
     name: str
     help: str
     many: bool = False
+    optional: bool = False
 
 
 RUN = Positional("run", "Folder of the run.")
@@ -154,6 +156,8 @@ class Command:
 
     def _check_words(self, words: Sequence[str]) -> Any:
         assert self.positional is not None
+        if not words and self.positional.optional:
+            return None
         if not words:
             raise UserError(f"{self.positional.name.upper()} is missing: {self._usage()}")
         if self.positional.many:
@@ -165,7 +169,8 @@ class Command:
     def _usage(self) -> str:
         word = ""
         if self.positional is not None:
-            word = f" {self.positional.name.upper()}{'...' if self.positional.many else ''}"
+            word = f"{self.positional.name.upper()}{'...' if self.positional.many else ''}"
+            word = f" [{word}]" if self.positional.optional else f" {word}"
         return f"write 'clicktrain {self.name}{word} [--flag value ...]'"
 
     def help(self, every: bool) -> str:
@@ -206,11 +211,7 @@ class Command:
 
 def options_of(cls: type) -> list[Option]:
     """A flag for every field of a dataclass, with the field's type, default and docstring."""
-    hints = type_hints(cls)
-    texts: dict[str, str] = {}
-    for base in filter(is_dataclass, reversed(cls.__mro__)):
-        for field_docs in parse_from_object(base).params:
-            texts[field_docs.arg_name] = " ".join((field_docs.description or "").split())
+    hints, texts = type_hints(cls), _texts(cls)
     options: list[Option] = []
     for item in fields(cls):
         if not item.init:
@@ -220,6 +221,16 @@ def options_of(cls: type) -> list[Option]:
         hint = hints[item.name]
         options.append(Option(item.name, hint, texts.get(item.name, ""), default, metavar=_metavar(hint)))
     return options
+
+
+@lru_cache(maxsize=64)
+def _texts(cls: type) -> Mapping[str, str]:
+    """Docstrings of a dataclass's fields, with inherited ones; slow to parse."""
+    return {
+        item.arg_name: " ".join((item.description or "").split())
+        for base in filter(is_dataclass, reversed(cls.__mro__))
+        for item in parse_from_object(base).params
+    }
 
 
 def _metavar(hint: Any) -> str:

@@ -15,7 +15,7 @@ if TYPE_CHECKING:
     from clicktrain.train import LoadedRun, RunConfig
     from clicktrain.train.evaluate import Attack
 
-_COMMAND = Command(
+COMMAND = Command(
     name="evaluate",
     description="Accuracy and loss of a finished run on validation or test images, or under attack.",
     positional=RUN,
@@ -44,7 +44,7 @@ _COMMAND = Command(
 
 def run(argv: Sequence[str]) -> int:
     """Run the command; the exit code."""
-    given = _COMMAND.parse(argv)
+    given = COMMAND.parse(argv)
     from clicktrain.train import load_run
     from clicktrain.train.evaluate import save_robustness
 

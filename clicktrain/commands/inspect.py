@@ -66,6 +66,7 @@ def describe(loaded: LoadedRun) -> dict[str, Any]:
     keys = (
         "method", "model", "data", "epochs", "val_accuracy", "best_val_accuracy", "test_accuracy",
         "compression_asked", "sparsity_asked", "compression_ratio", "train_flops_ratio",
+        "train_flops_ratio_nominal",
         "total_train_flops_ratio", "inference_flops_ratio", "parameters", "nonzero_parameters",
     )  # fmt: skip
     return {
@@ -160,6 +161,9 @@ def _pictures(layers: Sequence[Mapping[str, Any]]) -> list[str]:
 def training_share(summary: Mapping[str, Any], digits: int) -> str:
     """Training FLOPs of a run over dense training, and with those of the weights that it started from."""
     text = f"training FLOPs {100 * summary['train_flops_ratio']:.{digits}f}% of dense"
+    nominal = summary.get("train_flops_ratio_nominal")
+    if nominal is not None and abs(nominal - summary["train_flops_ratio"]) >= 0.005:
+        text += f" ({100 * nominal:.{digits}f}% nominal)"
     earlier = summary.get("initial_train_flops", 0)
     if earlier is None:
         return f"{text}, its initial weights not counted"

@@ -15,6 +15,7 @@ from rich.progress_bar import ProgressBar
 from rich.table import Table
 from rich.text import Text
 
+from clicktrain.comm.processes import launched
 from clicktrain.commands.inspect import asked_and_reached, training_share
 from clicktrain.commands.screen import lasting_console, warn
 from clicktrain.methods import Method
@@ -168,6 +169,8 @@ def carry_out(
 
     ``notes`` are sentences to print before the run starts.
     """
+    if not launched().first:
+        return _follow(config, method, folder, resume)
     console = lasting_console(f"the run goes on without it, in {folder.path}")
     progress = make_progress(console, quiet)
     for note in notes:
@@ -192,6 +195,15 @@ def carry_out(
         for line in outcome_lines(summary, quiet):
             console.print(line, markup=False, highlight=False, soft_wrap=True)
         console.print(result_line(summary, folder.path), markup=False, highlight=False, soft_wrap=True)
+    return 0
+
+
+def _follow(config: RunConfig, method: Method[Any], folder: RunFolder, resume: bool) -> int:
+    """Train as one of several processes, of which the first one speaks; the exit code."""
+    try:
+        fit(config, method, folder, resume=resume)
+    except TrainingInterrupted as stop:
+        return stop.exit_code
     return 0
 
 
@@ -226,6 +238,13 @@ def outcome_lines(summary: Mapping[str, Any], quiet: bool) -> list[str]:
     return [*lines, *(f"warning: {sentence}" for sentence in summary.get("warnings") or ())]
 
 
+def _with_initial(summary: Mapping[str, Any]) -> str:
+    """What the weights that a run started from add to its time, if that is known."""
+    if not summary.get("initial_train_seconds"):
+        return ""
+    return f", {clock(summary['total_train_seconds'])} with its initial weights"
+
+
 def result_line(summary: Mapping[str, Any], path: Path) -> str:
     """What was reached beside what was asked, what it saved, and where the files are."""
     parts = [asked_and_reached(summary)]
@@ -237,5 +256,5 @@ def result_line(summary: Mapping[str, Any], path: Path) -> str:
         parts.append(f"on the test images {tested:.2f}%")
     parts.append(training_share(summary, 0))
     parts.append(f"inference FLOPs {100 * summary['inference_flops_ratio']:.0f}% of dense")
-    parts.append(f"time {clock(summary['train_seconds'])}")
+    parts.append(f"time {clock(summary['train_seconds'])}{_with_initial(summary)}")
     return "; ".join(parts) + f"; files in {path}"

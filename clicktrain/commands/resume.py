@@ -7,12 +7,13 @@ from dataclasses import replace
 from pathlib import Path
 
 from clicktrain.commands.arguments import OWN_MODEL, QUIET, REPORT, RUN, Command, Option
+from clicktrain.commands.processes import PROCESSES, check, start, without
 
 _COMMAND = Command(
     name="resume",
     description="Continue a run from its newest checkpoint, to the same weights as if never interrupted.",
     positional=RUN,
-    groups={"this command": (OWN_MODEL, replace(REPORT, main=True), replace(QUIET, main=True))},
+    groups={"this command": (OWN_MODEL, replace(REPORT, main=True), replace(QUIET, main=True), *PROCESSES)},
 )
 
 
@@ -31,6 +32,10 @@ def run(argv: Sequence[str]) -> int:
         _COMMAND, groups={**_COMMAND.groups, "code of your own": own}, notes={"code of your own": [note]}
     )
     given = command.parse(argv)
+    processes, restarts = given.get("processes", 1), given.get("restarts", 0)
+    check(processes, restarts)
+    if processes > 1:
+        return start("resume", without(argv), processes, restarts)
     folder = RunFolder(Path(given["run"]))
     named = {name: given[name] for name in names if given.get(name) is not None}
     config, method = load_run_config(folder, given.get("model"), named)

@@ -17,9 +17,12 @@ import torch.nn.functional as F
 
 from clicktrain.accounting import training_memory
 from clicktrain.accounting.memory import bytes_in_words
+from clicktrain.comm.processes import launched
 from clicktrain.commands.arguments import QUIET, REPORT, Command, Option, options_of
+from clicktrain.commands.processes import PROCESSES, check, start, without
 from clicktrain.commands.progress import carry_out
 from clicktrain.errors import UserError
+from clicktrain.files import is_file
 from clicktrain.methods import METHODS, Method
 from clicktrain.own_code import is_own
 from clicktrain.settings import field_names, to_plain
@@ -42,11 +45,12 @@ _OUTPUT = (
     Option("dry_run", bool, "Check everything, print the plan and the cost, write no run.", False),
     REPORT,
     QUIET,
+    *PROCESSES,
 )
 
 GROUPS: dict[str, tuple[str, str]] = {
     "data": ("data", "augment image_size val_fraction holdout workers cache_dir cutout mixup"),
-    "model": ("model width", "stem initial_weights whitening"),
+    "model": ("model width", "stem initial_weights whitening sync_batch_norm"),
     "optimization": (
         "epochs batch_size optimizer learning_rate schedule",
         "weight_decay momentum nesterov decay_norm_and_bias warmup_epochs bias_rate_factor milestones gamma "
@@ -71,6 +75,29 @@ _EXAMPLES = (
 
 def run(argv: Sequence[str]) -> int:
     """Run the command; the exit code."""
+    config, method, own, ignored = settings_of(argv)
+    check(own["processes"], own["restarts"])
+    if own["dry_run"]:
+        return dry_run(config, method)
+    out = own["out"]
+    folder = RunFolder.default(config.model, config.method) if out is None else RunFolder(Path(out))
+    if own["processes"] > 1:
+        there = [] if out is not None else ["--out", str(folder.path)]
+        return start("train", [*without(argv), *there], own["processes"], own["restarts"])
+    left_out = f"method {config.method} has no {', '.join(ignored)}: those of the recipe are left out"
+    notes = [left_out] if ignored else []
+    again = launched().restarts > 0 and is_file(folder.config)  # a process had died
+    return carry_out(
+        config, method, folder, quiet=own["quiet"], report=own["report"], notes=notes, resume=again
+    )
+
+
+def settings_of(argv: Sequence[str]) -> tuple[RunConfig, Method[Any], dict[str, Any], list[str]]:
+    """What a command line asks for: settings, method, the command's own flags, and what the method ignores.
+
+    Raises:
+        UserError: a flag or a value that does not exist or does not fit, a recipe that is none.
+    """
     recipe = _peek(argv, "config")
     settings = {} if recipe is None else read_recipe(recipe, argv)
     name = _peek(argv, "method") or settings.get("method", RunConfig.method)
@@ -78,15 +105,7 @@ def run(argv: Sequence[str]) -> int:
     given = _command(name, alone).parse(argv)
     own = {option.name: given.pop(option.name, option.default) for option in _OUTPUT}
     values, ignored = merge(settings, given)
-    config, method = from_dict(values)
-    if own["dry_run"]:
-        return dry_run(config, method)
-    out = own["out"]
-    folder = RunFolder.default(config.model, config.method) if out is None else RunFolder(Path(out))
-    notes = (
-        [f"method {name} has no {', '.join(ignored)}: those of the recipe are left out"] if ignored else []
-    )
-    return carry_out(config, method, folder, quiet=own["quiet"], report=own["report"], notes=notes)
+    return *from_dict(values), own, ignored
 
 
 def merge(recipe: dict[str, Any], flags: dict[str, Any]) -> tuple[dict[str, Any], list[str]]:

@@ -1,6 +1,6 @@
 """Images and labels: where they come from, and how they reach the training step."""
 
-from clicktrain.data.augment import Augment, mixup, seeded_generator
+from clicktrain.data.augment import Augment, Part, mixup, seeded_generator
 from clicktrain.data.image_data import EncodedSource, ImageData, PixelSource, Source
 from clicktrain.data.loader import Batch, Loader
 from clicktrain.data.opening import open_data
@@ -14,6 +14,7 @@ __all__ = [
     "EncodedSource",
     "ImageData",
     "Loader",
+    "Part",
     "PixelSource",
     "Source",
     "make_loader",

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import math
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Literal
 
 import torch
@@ -30,6 +30,61 @@ def seeded_generator(purpose: str, *key: int) -> torch.Generator:
     generator = torch.Generator()
     generator.manual_seed(int.from_bytes(digest, "little") >> 1)  # manual_seed takes 63 bits
     return generator
+
+
+@dataclass(frozen=True)
+class Part:
+    """The images of a batch that one of several processes trains on: a run of them, all runs equally long.
+
+    Attributes:
+        index: from 0, below ``count``.
+        count: processes that share a batch.
+    """
+
+    index: int = 0
+    count: int = 1
+
+    def rows(self, whole: int) -> slice:
+        """Where this part of ``whole`` images lies."""
+        return slice(self.index * whole // self.count, (self.index + 1) * whole // self.count)
+
+
+WHOLE = Part()
+"""The whole batch: there is one process."""
+
+
+@dataclass(frozen=True)
+class Draws:
+    """Random numbers of the images of a batch, or of a part of it.
+
+    A part gets the numbers that its images have in the whole batch, so that augmentation does not depend on
+    how many processes share it.
+
+    Attributes:
+        generator: on the CPU, as all of this module: the same draws are made whatever the device.
+        whole: images of the batch; None: those that are drawn for.
+        rows: where those that are drawn for lie in it.
+    """
+
+    generator: torch.Generator
+    whole: int | None = None
+    rows: slice = field(default_factory=lambda: slice(None))
+
+    def rand(self, *shape: int, dim: int = 0, dtype: torch.dtype | None = None) -> Tensor:
+        """Uniform in [0, 1), of this shape, whose dimension ``dim`` counts images."""
+        return self._own(torch.rand(self._shape(shape, dim), generator=self.generator, dtype=dtype), dim)
+
+    def randint(self, high: int, *shape: int, dim: int = 0) -> Tensor:
+        """Integers from 0 to ``high - 1``; see `rand`."""
+        return self._own(torch.randint(0, high, self._shape(shape, dim), generator=self.generator), dim)
+
+    def _shape(self, shape: tuple[int, ...], dim: int) -> list[int]:
+        sizes = list(shape)
+        sizes[dim] = sizes[dim] if self.whole is None else self.whole
+        return sizes
+
+    def _own(self, drawn: Tensor, dim: int) -> Tensor:
+        return drawn[(slice(None),) * dim + (self.rows,)]
 
 
 @dataclass(frozen=True)
@@ -99,29 +154,26 @@ def augment_and_normalize(
     augment: Augment,
     mean: Tensor,
     std: Tensor,
-    generator: torch.Generator,
+    draws: Draws,
     mirrored: Tensor | None = None,
 ) -> Tensor:
     """Augment a batch, uint8 [B, C, H, W] on any device, and normalize it to float32.
 
     ``mean`` and ``std``, float32 [C] on that device, are of pixels in [0, 1]. ``mirrored``, bool [B], are the
-    images that alternating flips mirror this time. All generators of this module
-    are on the CPU: the same draws are made whatever the device.
+    images that alternating flips mirror this time.
     """
     if augment.crop_padding:
-        images = random_crop(images, augment.crop_padding, augment.padding, generator)
+        images = random_crop(images, augment.crop_padding, augment.padding, draws)
     if augment.flip:
-        images = random_flip(images, generator)
+        images = random_flip(images, draws)
     elif augment.alternating and mirrored is not None:
         images = _flip(images, mirrored)
-    x = random_resized_crop(images, generator) if augment.resized_crop else images.to(torch.float32)
+    x = random_resized_crop(images, draws) if augment.resized_crop else images.to(torch.float32)
     x = x.sub_((mean * 255).view(-1, 1, 1)).mul_((1 / (std * 255)).view(-1, 1, 1))
-    return cutout(x, augment.cutout, generator) if augment.cutout else x
+    return cutout(x, augment.cutout, draws) if augment.cutout else x
 
 
-def random_crop(
-    images: Tensor, padding: int, mode: Literal["zeros", "reflect"], generator: torch.Generator
-) -> Tensor:
+def random_crop(images: Tensor, padding: int, mode: Literal["zeros", "reflect"], draws: Draws) -> Tensor:
     """Pad each image of [B, C, H, W] and crop its original size at a place of its own, all equally likely."""
     batch, channels, height, width = images.shape
     if mode == "zeros":
@@ -129,7 +181,7 @@ def random_crop(
     else:
         padded = images[:, :, _mirrored(height, padding, images.device)]
         padded = padded[:, :, :, _mirrored(width, padding, images.device)]
-    offsets = torch.randint(0, 2 * padding + 1, (2, batch), generator=generator).to(images.device)
+    offsets = draws.randint(2 * padding + 1, 2, batch, dim=1).to(images.device)
     padded_height, padded_width = padded.shape[2:]
     # Each row of the result is a run of `width` pixels of the flat batch, and all such runs are the rows of
     # an overlapping view: one row gather, several times faster on a CPU than gathering pixels.
@@ -146,9 +198,9 @@ def _mirrored(size: int, padding: int, device: torch.device) -> Tensor:
     return size - 1 - (size - 1 - index).abs()
 
 
-def random_flip(images: Tensor, generator: torch.Generator) -> Tensor:
+def random_flip(images: Tensor, draws: Draws) -> Tensor:
     """Mirror each image of [B, C, H, W] left and right with probability 1/2."""
-    return _flip(images, torch.rand(len(images), generator=generator) < 0.5)
+    return _flip(images, draws.rand(len(images)) < 0.5)
 
 
 def _flip(images: Tensor, mirrored: Tensor) -> Tensor:
@@ -165,7 +217,7 @@ def mirrored_in_epoch(num_images: int, seed: int, epoch: int) -> Tensor:
     return first ^ bool(epoch % 2)
 
 
-def random_boxes(count: int, height: int, width: int, generator: torch.Generator) -> Tensor:
+def random_boxes(count: int, height: int, width: int, draws: Draws) -> Tensor:
     """Draw the boxes of random resized crops (Szegedy et al. 2015, the ImageNet recipe).
 
     The area is uniform in 8% to 100% of the image, the logarithm of the aspect uniform in 3/4 to 4/3. The
@@ -174,15 +226,15 @@ def random_boxes(count: int, height: int, width: int, generator: torch.Generator
     Returns:
         int64 [count, 4]: top, left, height, width in pixels.
     """
-    draws = torch.rand(4, count, _ATTEMPTS, generator=generator, dtype=torch.float64)
-    area = height * width * (_AREA[0] + (_AREA[1] - _AREA[0]) * draws[0])
+    drawn = draws.rand(4, count, _ATTEMPTS, dim=1, dtype=torch.float64)
+    area = height * width * (_AREA[0] + (_AREA[1] - _AREA[0]) * drawn[0])
     low, high = math.log(_ASPECT[0]), math.log(_ASPECT[1])
-    aspect = (low + (high - low) * draws[1]).exp()
+    aspect = (low + (high - low) * drawn[1]).exp()
     box_width = (area * aspect).sqrt().round()
     box_height = (area / aspect).sqrt().round()
     fits = (box_width > 0) & (box_width <= width) & (box_height > 0) & (box_height <= height)
-    top = (draws[2] * (height - box_height + 1)).floor()
-    left = (draws[3] * (width - box_width + 1)).floor()
+    top = (drawn[2] * (height - box_height + 1)).floor()
+    left = (drawn[3] * (width - box_width + 1)).floor()
     boxes = torch.stack((top, left, box_height, box_width), dim=-1).long()
     first = fits.to(torch.uint8).argmax(dim=1)  # the first maximum
     chosen = boxes[torch.arange(count), first]
@@ -192,15 +244,13 @@ def random_boxes(count: int, height: int, width: int, generator: torch.Generator
     return torch.where(fits.any(dim=1, keepdim=True), chosen, torch.tensor(central))
 
 
-def random_resized_crop(images: Tensor, generator: torch.Generator) -> Tensor:
+def random_resized_crop(images: Tensor, draws: Draws) -> Tensor:
     """Crop a random box of each image and resize it, bilinearly, to the size of the image.
 
     From uint8 [B, C, H, W] to float32, 0 to 255.
     """
     batch, _, height, width = images.shape
-    top, left, box_height, box_width = (
-        random_boxes(batch, height, width, generator).to(torch.float32).unbind(1)
-    )
+    top, left, box_height, box_width = random_boxes(batch, height, width, draws).to(torch.float32).unbind(1)
     theta = torch.zeros(batch, 2, 3)
     theta[:, 0, 0] = box_width / width
     theta[:, 0, 2] = (2 * left + box_width) / width - 1
@@ -210,14 +260,14 @@ def random_resized_crop(images: Tensor, generator: torch.Generator) -> Tensor:
     return F.grid_sample(images.to(torch.float32), grid, padding_mode="border", align_corners=False)
 
 
-def cutout(x: Tensor, size: int, generator: torch.Generator) -> Tensor:
+def cutout(x: Tensor, size: int, draws: Draws) -> Tensor:
     """Set a square of each normalized image to 0, the mean color (DeVries & Taylor 2017, section 3.2).
 
     The center is any pixel, so that part of the square may lie outside the image, as in the paper.
     """
     batch, _, height, width = x.shape
-    top = torch.randint(0, height, (batch, 1), generator=generator) - size // 2
-    left = torch.randint(0, width, (batch, 1), generator=generator) - size // 2
+    top = draws.randint(height, batch, 1) - size // 2
+    left = draws.randint(width, batch, 1) - size // 2
     rows, columns = torch.arange(height), torch.arange(width)
     in_rows = ((rows >= top) & (rows < top + size)).to(x.device)
     in_columns = ((columns >= left) & (columns < left + size)).to(x.device)

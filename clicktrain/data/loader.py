@@ -11,7 +11,15 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from clicktrain.data.augment import Augment, augment_and_normalize, mirrored_in_epoch, seeded_generator
+from clicktrain.data.augment import (
+    WHOLE,
+    Augment,
+    Draws,
+    Part,
+    augment_and_normalize,
+    mirrored_in_epoch,
+    seeded_generator,
+)
 from clicktrain.data.image_data import PixelSource
 
 
@@ -26,13 +34,17 @@ class Batch(NamedTuple):
 
 @dataclass(frozen=True)
 class BatchPlan:
-    """Which images make which batch."""
+    """Which images make which batch, and which of them are this process's.
+
+    In training every process has a part of each batch; else every process has batches of its own, in turns.
+    """
 
     num_images: int
     batch_size: int
     drop_last: bool
     shuffle: bool
     seed: int
+    part: Part = WHOLE
 
     def __len__(self) -> int:
         """Return the number of batches of an epoch."""
@@ -51,9 +63,25 @@ class BatchPlan:
             return torch.arange(self.num_images)
         return torch.randperm(self.num_images, generator=seeded_generator("order", self.seed, epoch))
 
+    def images(self, batch: int) -> int:
+        """Return the number of images of a batch, of all processes."""
+        return min(self.batch_size, self.num_images - batch * self.batch_size)
+
+    def own(self, batch: int) -> slice:
+        """Return which images of a batch are this process's."""
+        return self.part.rows(self.images(batch)) if self.shuffle else slice(0, self.images(batch))
+
     def rows(self, batch: int) -> slice:
-        """Return where batch ``batch`` lies in the order."""
-        return slice(batch * self.batch_size, (batch + 1) * self.batch_size)
+        """Return where this process's images of batch ``batch`` lie in the order."""
+        first, own = batch * self.batch_size, self.own(batch)
+        return slice(first + own.start, first + own.stop)
+
+    def batches(self, start_batch: int) -> range:
+        """Return the batches of an epoch that this process has images of, from a batch on."""
+        if self.shuffle:
+            return range(start_batch, len(self))
+        first = start_batch + (self.part.index - start_batch) % self.part.count
+        return range(first, len(self), self.part.count)
 
     def check_start(self, start_batch: int) -> None:
         """Raise a `ValueError` unless an epoch can start at this batch."""
@@ -76,10 +104,13 @@ class Finish:
         """Images that this epoch mirrors, bool [num_images], where that alternates; found once an epoch."""
         return mirrored_in_epoch(num_images, self.seed, epoch) if self.augment.alternating else None
 
-    def __call__(self, images: Tensor, epoch: int, batch: int, mirrored: Tensor | None = None) -> Tensor:
+    def __call__(
+        self, images: Tensor, epoch: int, batch: int, plan: BatchPlan, mirrored: Tensor | None = None
+    ) -> Tensor:
         """Turn uint8 [B, C, H, W] into the network's input; ``mirrored``: bool [B], see `mirrored`."""
         generator = seeded_generator("augment", self.seed, epoch, batch)
-        x = augment_and_normalize(images, self.augment, self.mean, self.std, generator, mirrored)
+        draws = Draws(generator, plan.images(batch), plan.own(batch))
+        x = augment_and_normalize(images, self.augment, self.mean, self.std, draws, mirrored)
         layout = torch.channels_last if self.channels_last else torch.contiguous_format
         return x.to(self.dtype, memory_format=layout)
 
@@ -99,7 +130,9 @@ class Loader(ABC):
     def epoch(self, epoch: int, start_batch: int = 0) -> Iterator[Batch]:
         """Yield the batches of one epoch; another number gives another order and augmentation.
 
-        Batches before ``start_batch`` are not loaded; the rest is what an epoch from the beginning yields.
+        One of several processes gets its part of them: of training images a part of each batch, of others
+        whole batches, in turns. Batches before ``start_batch`` are not loaded; the rest is what an epoch from
+        the beginning yields.
         """
 
 
@@ -138,8 +171,9 @@ class InMemoryLoader(PlannedLoader):
     def _batches(self, epoch: int, start_batch: int) -> Iterator[Batch]:
         order = self._plan.order(epoch).to(self._device)
         flips = self._finish.mirrored(self._plan.num_images, epoch)
-        for batch in range(start_batch, len(self._plan)):
+        for batch in self._plan.batches(start_batch):
             indices = order[self._plan.rows(batch)]
             images = self._images.index_select(0, indices)
             mirrored = None if flips is None else flips[indices.cpu()]
-            yield Batch(self._finish(images, epoch, batch, mirrored), self._labels.index_select(0, indices))
+            x = self._finish(images, epoch, batch, self._plan, mirrored)
+            yield Batch(x, self._labels.index_select(0, indices))

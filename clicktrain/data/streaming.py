@@ -12,7 +12,7 @@ from PIL import Image
 from torch import Tensor
 from torch.utils.data import DataLoader, Dataset
 
-from clicktrain.data.augment import Augment, random_boxes, seeded_generator
+from clicktrain.data.augment import WHOLE, Augment, Draws, Part, random_boxes, seeded_generator
 from clicktrain.data.decode import check_size, decode_image, fit, to_pixels
 from clicktrain.data.image_data import EncodedSource, ImageData, PixelSource
 from clicktrain.data.loader import Batch, BatchPlan, Finish, InMemoryLoader, Loader, PlannedLoader
@@ -49,8 +49,8 @@ class _DecodedBatches(Dataset["Tensor | _Broken"]):
             check_size(image, source.size, name)
         if not self._resized_crop:
             return fit(image, source.size, source.ratio)
-        generator = seeded_generator("resized crop", self._seed, epoch, index)
-        top, left, height, width = random_boxes(1, image.height, image.width, generator)[0].tolist()
+        draws = Draws(seeded_generator("resized crop", self._seed, epoch, index))
+        top, left, height, width = random_boxes(1, image.height, image.width, draws)[0].tolist()
         box = (left, top, left + width, top + height)
         return image.resize((source.size[1], source.size[0]), Image.Resampling.BILINEAR, box=box)
 
@@ -72,7 +72,8 @@ class StreamingLoader(PlannedLoader):
     def _batches(self, epoch: int, start_batch: int) -> Iterator[Batch]:
         order = self._plan.order(epoch)
         flips = self._finish.mirrored(self._plan.num_images, epoch)
-        pending = [order[self._plan.rows(batch)] for batch in range(start_batch, len(self._plan))]
+        batches = self._plan.batches(start_batch)
+        pending = [order[self._plan.rows(batch)] for batch in batches]
         if not pending:
             return
         with warnings.catch_warnings():
@@ -88,13 +89,13 @@ class StreamingLoader(PlannedLoader):
                 generator=torch.Generator(),  # the default would advance the global one
             )
             ready = iter(decoded)
-        for batch, (indices, images) in enumerate(zip(pending, ready, strict=True), start=start_batch):
+        for batch, indices, images in zip(batches, pending, ready, strict=True):
             if isinstance(images, _Broken):
                 raise UserError(images.message)
             images = images.to(self._device, non_blocking=True)
             labels = self._labels[indices].to(self._device, non_blocking=True)
             mirrored = None if flips is None else flips[indices]
-            yield Batch(self._finish(images, epoch, batch, mirrored), labels)
+            yield Batch(self._finish(images, epoch, batch, self._plan, mirrored), labels)
 
 
 def make_loader(
@@ -108,6 +109,7 @@ def make_loader(
     drop_last: bool,
     channels_last: bool = False,
     dtype: torch.dtype = torch.float32,
+    part: Part = WHOLE,
 ) -> Loader:
     """Make the loader of a split.
 
@@ -119,6 +121,7 @@ def make_loader(
         seed: of order and augmentation.
         drop_last: leave out a last batch that is not full.
         dtype: of the images in a batch; they are augmented and normalized in float32 all the same.
+        part: of the batches, for one of several processes; ``batch_size`` is that of all of them.
 
     Raises:
         UserError: a batch size that gives no batch, or an augmentation too large for the images.
@@ -134,9 +137,15 @@ def make_loader(
             f"{data.spec}; at most {len(source)} gives a full batch"
         )
     training = split == "train"
+    smallest = min(batch_size, len(source))
+    if training and smallest % part.count:
+        raise UserError(
+            f"{part.count} processes cannot share batches of {smallest} images evenly: give a batch_size "
+            f"that is a multiple of {part.count}"
+        )
     applied = augment if training else Augment()
     applied.check(*data.image_shape[1:])
-    plan = BatchPlan(len(source), batch_size, drop_last, training, seed)
+    plan = BatchPlan(len(source), batch_size, drop_last, training, seed, part)
     mean = torch.tensor(data.mean, dtype=torch.float32, device=device)
     std = torch.tensor(data.std, dtype=torch.float32, device=device)
     finish = Finish(applied, mean, std, seed, dtype, channels_last)

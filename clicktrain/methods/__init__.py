@@ -7,6 +7,7 @@ from __future__ import annotations
 
 from typing import Any
 
+from clicktrain.methods.admm_patterns import AdmmPatterns
 from clicktrain.methods.base import Method, PruningPlan
 from clicktrain.methods.campfire import Campfire
 from clicktrain.methods.channels_then_patterns import ChannelsThenPatterns
@@ -30,7 +31,7 @@ METHODS: Registry[type[Method[Any]]] = Registry(
         method.name: method
         for method in (
             Dense, ClickTrain, PruneTrain, ChannelsThenPatterns, Campfire, DSR, RigL, PaT, GraNet, MEST,
-            GMP, NM, GradualClickTrain,
+            GMP, NM, GradualClickTrain, AdmmPatterns,
         )
     },
     group="clicktrain.methods",
@@ -43,6 +44,7 @@ __all__ = [
     "MEST",
     "METHODS",
     "NM",
+    "AdmmPatterns",
     "Campfire",
     "ChannelsThenPatterns",
     "ClickTrain",

@@ -22,19 +22,16 @@ from clicktrain.methods.base import Action, ApplyMasks, Record, RunLength, StepI
 from clicktrain.methods.masks.growing import Growing
 from clicktrain.methods.masks.masked import MaskState, Tensors
 from clicktrain.methods.masks.moving import Gradual
-from clicktrain.methods.masks.moving_units import AnyUnit
+from clicktrain.methods.masks.own_pool import OwnPool
 from clicktrain.methods.masks.update_times import Timing, check_shares
 from clicktrain.methods.patterns.selection import PatternLayer, Selection
 from clicktrain.methods.patterns.voting import close_pools, fill_in, read_batch
-from clicktrain.sparsity.distributions import DistributionChoice
 from clicktrain.sparsity.finalize import batch_counts, pattern_mask
 from clicktrain.sparsity.importance import CRITERIA
-from clicktrain.sparsity.pattern_units import PatternUnit
-from clicktrain.sparsity.patterns import MAX_POSITIONS, Pattern, PatternPool, default_entries, fixed_pool
+from clicktrain.sparsity.patterns import PatternPool
 from clicktrain.sparsity.registry import choice_name
 from clicktrain.sparsity.regrowth import DROPS, DropChoice, Units, Update
 from clicktrain.sparsity.schedules import ScheduleChoice, left_at
-from clicktrain.sparsity.units import UnitChoice
 
 
 @dataclass(slots=True)
@@ -46,7 +43,7 @@ class GradualState(MaskState):
 
 
 @dataclass(frozen=True, kw_only=True)
-class GradualClickTrain(Gradual, Growing):
+class GradualClickTrain(OwnPool, Gradual, Growing):
     """Vote for patterns, then let kernels leave and return until masks are frozen (after ClickTrain, 2021).
 
     Stages: dense; pool, in which every kernel proposes patterns; finalize, in which it votes for one of the
@@ -58,19 +55,8 @@ class GradualClickTrain(Gradual, Growing):
     reason: ClassVar[str] = "each filter of a layer keeps as many whole kernels"
     usual_interval: ClassVar[tuple[int, int]] = (100, 50)
 
-    sparsity: float = 0.875
-    """Share of the pruned layers' weights that is zero at the end, instead of a compression."""
-    compression: float | None = None
-    """All convolution weights / nonzero ones at the end; 8 unless a sparsity is given. Linear layers stay
-    dense."""
-    granularity: UnitChoice = "pattern"
-    """What is dropped and grown: kernels that keep a pattern each."""
     pool: Literal["dynamic", "fixed"] = "dynamic"
     """Pattern pool generated while training (section 4.2), or 4, 8, 12 or 16 fixed 3x3 patterns."""
-    patterns: int = 12
-    """Size N of the pattern pool (8 or 12 in the paper)."""
-    densities: DistributionChoice = "uniform"
-    """Weights over layers: the same share everywhere (the paper's), or Erdos-Renyi-kernel."""
     selection: Literal["votes", "accumulated"] = "votes"
     """A kernel's first pattern: the one that is best in most batches (section 4.3), or best by importance
     summed over batches."""
@@ -98,8 +84,6 @@ class GradualClickTrain(Gradual, Growing):
 
     def __post_init__(self) -> None:
         """Check every setting."""
-        if self.compression is None and self.sparsity == GradualClickTrain.sparsity:
-            object.__setattr__(self, "compression", 8.0)
         super().__post_init__()
         check_shares(self, ("drop",))
         if self.granularity != "pattern":
@@ -120,49 +104,15 @@ class GradualClickTrain(Gradual, Growing):
 
     # ---- units ----------------------------------------------------------------------------------
 
-    def check_pool(self) -> None:
-        """UserError if there can be no pool of these settings."""
-        if not 1 <= self.entries <= 8:
-            raise UserError(f"entries is a number of positions of a 3x3 kernel, 1 to 8, not {self.entries}")
-        if self.patterns < 1:
-            raise UserError(f"patterns must be at least 1, not {self.patterns}")
-        if self.pool == "fixed":
-            fixed_pool(self.patterns)
-            if self.entries != 4:
-                raise UserError(
-                    f"a fixed pool keeps 4 positions per kernel; entries={self.entries} needs pool=dynamic"
-                )
-
-    def pool_of(self, shape: tuple[int, int]) -> PatternPool | None:
-        """A pool like the one to come: kernels of a shape keep as many positions; None: they are whole."""
-        size = math.prod(shape)
-        if self.pool == "fixed":
-            return fixed_pool(self.patterns) if shape == (3, 3) else None
-        entries = default_entries(shape, self.entries)
-        if entries == size or size > MAX_POSITIONS:
-            return None
-        return PatternPool((Pattern((1 << entries) - 1, shape),))
-
-    def unit_at(self, state: MaskState, layer: PrunableLayer) -> AnyUnit:
-        """The unit of a layer, with the pool of its kernels as soon as there is one."""
+    def pools_of(self, state: MaskState) -> Mapping[tuple[int, int], PatternPool]:
+        """The pools that kernels voted for, or the fixed one."""
         assert isinstance(state, GradualState)
-        r, s = layer.view_shape[2:]
-        unit, pool = self.unit_of(layer), state.selection.pools.get((r, s))
-        return unit if pool is None or not isinstance(unit, PatternUnit) else PatternUnit(pool)
+        return state.selection.pools
 
     def mask_patterns(self, state: MaskState, layer: PrunableLayer) -> Patterns | None:
         """The patterns of the pool, from the end of the votes on; until then layers are dense."""
         decided = state.stage in (self.moves_in, "fixed")
         return super().mask_patterns(state, layer) if decided else None
-
-    def _layers(self, prunable: PrunableLayers) -> tuple[PatternLayer, ...]:
-        """The layers as votes see them: convolutions whose kernels have patterns."""
-        units = ((layer, self.unit_of(layer)) for layer in prunable.convs)
-        return tuple(
-            PatternLayer(layer, unit.pool.entries, 1)
-            for layer, unit in units
-            if isinstance(unit, PatternUnit)
-        )
 
     # ---- times ----------------------------------------------------------------------------------
 
@@ -215,7 +165,7 @@ class GradualClickTrain(Gradual, Growing):
         counts = batch_counts(state.previous_loss, step.loss, self.loss_margin, self.loss_margin_rule)
         weight, state.previous_loss = counts if state.stage == "finalize" else None, step.loss
         criterion, votes = CRITERIA.resolve(self.criterion), self.selection == "votes"
-        read_batch(state.selection, self._layers(prunable), step, criterion, weight, votes)
+        read_batch(state.selection, self.pattern_layers(prunable), step, criterion, weight, votes)
 
     def after_step(self, state: MaskState, prunable: PrunableLayers, step: StepInfo) -> Sequence[Action]:
         """Go on to the next stage when it is time; move masks in theirs."""
@@ -235,13 +185,12 @@ class GradualClickTrain(Gradual, Growing):
 
     def _close(self, state: GradualState, prunable: PrunableLayers) -> list[Action]:
         """End a stage before pruning: decide the pools after its second, first masks after its third."""
-        selection, layers, votes = state.selection, self._layers(prunable), self.selection == "votes"
+        selection, layers, votes = state.selection, self.pattern_layers(prunable), self.selection == "votes"
         actions: list[Action] = []
         last_of_pools = "pool" if self.pool == "dynamic" else "dense"
         fill_in(selection, layers, votes, state.stage == "pool", state.stage == "finalize")
         if state.stage == last_of_pools:
-            fixed = fixed_pool(self.patterns) if self.pool == "fixed" else None
-            actions.append(Record(close_pools(selection, layers, self.patterns, fixed)))
+            actions.append(Record(close_pools(selection, layers, self.patterns, self.fixed)))
         if state.stage == "finalize":
             self._first_masks(state, prunable, layers)
         return actions

@@ -328,9 +328,11 @@ class MethodHooks(abc.ABC, Generic[S]):
         return None
 
     def wants_gradients(self, state: S, length: RunLength, seen: int) -> bool:
-        """Whether `before_step` reads the gradients of all weights after ``seen`` batches.
+        """Whether the step after ``seen`` batches uses the gradients of pruned weights.
 
-        Packed layers compute them only then. Asked ahead of every batch, about the step that it may end in.
+        `before_step` reads them, or the optimizer moves pruned weights by them. Packed layers compute them
+        only then, and only such steps are counted with them (`train_flops_ratio_nominal`). Asked ahead of
+        every batch, about the step that it may end in.
         """
         del state, length, seen
         return False

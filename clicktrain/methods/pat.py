@@ -21,7 +21,6 @@ from clicktrain.methods.base import (
     LayerPlan,
     Method,
     PruningPlan,
-    Reconfigure,
     Record,
     RestoreTensors,
     RunLength,
@@ -31,7 +30,7 @@ from clicktrain.methods.base import (
 from clicktrain.methods.channels.budget import ChannelBudget
 from clicktrain.methods.channels.criteria import NEURON_CRITERIA, ChannelScores, NeuronCriterionChoice
 from clicktrain.methods.channels.selection import ChannelSelection
-from clicktrain.methods.channels.stepwise import StepwiseRemoval, StepwiseState
+from clicktrain.methods.channels.stepwise import StepwiseRemoval, StepwiseState, check_structure
 from clicktrain.methods.outcome import Reached, Target
 from clicktrain.methods.saved_state import restored_state
 from clicktrain.methods.triggers import LossSlopeSettings, StartRule, StructureSettings, StructureWatch
@@ -40,7 +39,6 @@ from clicktrain.settings import part_of
 from clicktrain.sparsity.channel_importance import prunable_channels
 from clicktrain.sparsity.registry import choice_name
 from clicktrain.sparsity.triggers import PolicyChoice
-from clicktrain.surgery import read_recipe
 
 STAGES = ("dense", "prune", "sparse")
 
@@ -99,8 +97,9 @@ class PaT(StructureSettings, LossSlopeSettings, Method[PaTState]):
     rewind: bool = False
     """Give the remaining neurons their initial weights back when the others are removed (lottery ticket)."""
     structure_from: str | None = None
-    """Remove the neurons that another run removed: its surgery.json. With policy epoch and prune_epoch 0
-    before the first step, i.e. the lottery ticket trained from its initial weights."""
+    """Remove what another run removed, of this method or of PruneTrain, layers included: its surgery.json.
+    With policy epoch and prune_epoch 0 before the first step, i.e. the final structure trained from scratch,
+    with the seed of that run from its own initial weights (lottery ticket)."""
     structure_shuffle: int | None = None
     """Seed that draws other neurons than those of structure_from, as many in each layer."""
     min_channels: int = 1
@@ -188,7 +187,7 @@ class PaT(StructureSettings, LossSlopeSettings, Method[PaTState]):
                 f"{length.epochs - 1}: begin earlier"
             )
         if self.structure_from is not None:
-            read_recipe(self.structure_from)
+            check_structure(self.structure_from, self.structure_shuffle, prunable.model)
         if self.policy == "epi":
             self.warn_of_short_run(self.start(length).latest, f"latest_start {self.latest_start:g}")
         removal, state = self.removal, PaTState()
@@ -257,16 +256,15 @@ class PaT(StructureSettings, LossSlopeSettings, Method[PaTState]):
 
     def _remove(self, state: PaTState, prunable: PrunableLayers) -> list[Action]:
         """The last pruning step; what served the decision is released."""
-        removal: Reconfigure
         if self.structure_from is None:
-            removal = self.removal.remove(state.pruning, prunable)
+            removals = [self.removal.remove(state.pruning, prunable)]
         else:
             recipe, shuffle = self.structure_from, self.structure_shuffle
-            removal = self.removal.remove_as_in(state.pruning, prunable, recipe, shuffle)
+            removals = self.removal.remove_as_in(state.pruning, prunable, recipe, shuffle)
         restored: list[Action] = [RestoreTensors(state.initial)] if state.initial else []
         state.stage, state.initial = "sparse", {}
         state.pruning, state.watch = StepwiseState(), StructureWatch()
-        return [*restored, removal, _enters("sparse", "neurons are removed")]
+        return [*restored, *removals, _enters("sparse", "neurons are removed")]
 
     def at_end(self, state: PaTState, prunable: PrunableLayers) -> Sequence[Action]:
         """A run always ends pruned."""

@@ -4,7 +4,7 @@ Every step adds the lasso's gradient, or shrinks channels by it (`channels.lasso
 channels under the threshold are set to zero, and those that are zero on both sides, or that no layer reads,
 are removed, with layers of residual branches that have become zero (`channels.removal`). The paper's own
 comparisons are the same composition with another rhythm: one reconfiguration at a given epoch (Alvarez and
-Salzmann), none before the end (SSL).
+Salzmann), none before the end (SSL). What is zero at the end of the run is removed in each of them.
 
 Where no penalty is given, a run has a target, the share of FLOPs or parameters to be left, and the
 coefficient is steered towards it (`channels.steering`); that is not in the paper.
@@ -125,10 +125,10 @@ class PruneTrain(ChannelSettings, Method[PruneTrainState]):
     """Epoch at whose end the target is met, where need be by removing the smallest norms; 3/4 of the run by
     default."""
     reconfigure: Literal["interval", "once", "end"] = "interval"
-    """When channels are removed: every interval (PruneTrain), once (Alvarez and Salzmann), or only at the end
-    of the run (SSL)."""
+    """When channels are removed while the network trains: every interval (PruneTrain), once (Alvarez and
+    Salzmann), or not at all (SSL); what is zero at the end of the run goes in any case."""
     once_at: float | None = None
-    """Epoch of the only reconfiguration (reconfigure: once); half of the run by default."""
+    """Epoch of the only reconfiguration before the end (reconfigure: once); half of the run by default."""
     threshold: float = 1e-4
     """Channels whose weights are all at most this large are set to zero."""
     fine_tune: float = 0.0
@@ -313,8 +313,8 @@ class PruneTrain(ChannelSettings, Method[PruneTrainState]):
         self.steering.follow(state.target, state.lasso, prunable, self._axes(prunable), plan)
 
     def at_end(self, state: PruneTrainState, prunable: PrunableLayers) -> Sequence[Action]:
-        """Remove what is zero at the end of the run, unless there was to be one reconfiguration only."""
-        if prunable.example is None or (self.reconfigure == "once" and state.done):
+        """Remove what is zero at the end of the run, whatever the rhythm while it trained."""
+        if prunable.example is None:
             return ()
         if state.lasso.axes is None:
             self._look(state, prunable)

@@ -14,6 +14,7 @@ from clicktrain.limits import check_memory
 from clicktrain.models.cifarnet import MIN_IMAGE, CifarNet
 from clicktrain.models.layers import Stem
 from clicktrain.models.mobilenet import MobileNetV1
+from clicktrain.models.mobilenet_v3 import MOBILENETS_V3, mobilenet_v3
 from clicktrain.models.resnet import RESNETS, resnet
 from clicktrain.models.user_factory import HOW_TO_NAME, create_user_model
 from clicktrain.models.vgg import VGGS, vgg
@@ -27,7 +28,7 @@ STEMS: tuple[Stem, ...] = ("imagenet", "cifar")
 
 def list_models() -> tuple[str, ...]:
     """Names of the zoo, family by family."""
-    return (*RESNETS, *VGGS, MOBILENET, CIFARNET)
+    return (*RESNETS, *VGGS, MOBILENET, *MOBILENETS_V3, CIFARNET)
 
 
 def create_model(
@@ -91,6 +92,8 @@ def _from_zoo(name: str, sizes: dict[str, Any], stem: Stem | None) -> nn.Module:
         return vgg(name, **sizes, stem=stem)
     if name == MOBILENET:
         return MobileNetV1(**sizes, stem=stem or "imagenet")
+    if name in MOBILENETS_V3:
+        return mobilenet_v3(name, **sizes, stem=stem or "imagenet")
     if name == CIFARNET:
         return CifarNet(**sizes, stem=stem)
     raise UserError(unknown_model(name))

@@ -1,8 +1,13 @@
 """Residual networks, for ImageNet and for CIFAR.
 
 He, Zhang, Ren, Sun: Deep Residual Learning for Image Recognition, CVPR 2016 (arXiv:1512.03385): table 1 has
-the ImageNet networks, section 4.2 the ``6n + 2`` networks for CIFAR. ReLU is never in place, so that
-backward hooks can sit on any layer; it costs no time and no memory that lasts beyond the layer.
+the ImageNet networks, section 4.2 the ``6n + 2`` networks for CIFAR. Two more go by these names in other
+papers. ``resnet50_cifar`` is PruneTrain's ResNet-50 for CIFAR: three stages of 8 bottlenecks, that is n of
+``6n + 2`` for 50 with blocks of three layers, 74 in all. ``resnet32_wide`` is ClickTrain's published code for
+ResNet-32: ResNet-34 without one block of its third stage.
+
+ReLU is never in place, so that backward hooks can sit on any layer; it costs no time and no memory that lasts
+beyond the layer.
 """
 
 from __future__ import annotations
@@ -191,6 +196,9 @@ RESNETS: dict[str, ResNetSpec] = {
     "resnet101": ResNetSpec("bottleneck", (3, 4, 23, 3), 64, "imagenet"),
     "resnet50_v1": ResNetSpec("bottleneck_v1", (3, 4, 6, 3), 64, "imagenet"),
     "resnet101_v1": ResNetSpec("bottleneck_v1", (3, 4, 23, 3), 64, "imagenet"),
+    # PruneTrain's and ClickTrain's networks for CIFAR of these names, see docs/inputs.md.
+    "resnet50_cifar": ResNetSpec("bottleneck", (8, 8, 8), 16, "cifar"),
+    "resnet32_wide": ResNetSpec("basic", (3, 4, 5, 3), 64, "cifar"),
     # Of the 6n + 2 depths, not 26, 50 and 152: these are known as other networks.
     **{f"resnet{depth}": cifar_spec(depth) for depth in (8, 14, 20, 32, 44, 56, 110)},
 }

@@ -11,7 +11,7 @@ from clicktrain import wording
 from clicktrain.report import charts
 from clicktrain.report.channels import flops_of_dense
 from clicktrain.report.charts import Figure, Key, Point, Series, line_figure
-from clicktrain.report.run_data import Run, number
+from clicktrain.report.run_data import Run
 from clicktrain.report.stages import stage_bands
 
 RUN_COLORS = 8
@@ -229,11 +229,11 @@ def differing_settings(runs: Sequence[Run]) -> list[tuple[str, list[str]]]:
 
 
 def time_factor(entry: Entry) -> float | None:
-    """Time of the run / time of its baseline, where both ran on the same device."""
+    """Time of the run, initial weights included, / time of its baseline, where both ran on one device."""
     base = entry.baseline
-    if base is None or not entry.run.finished or base.device != entry.run.device:
+    if base is None or not (entry.run.finished and base.finished) or base.device != entry.run.device:
         return None
-    mine, theirs = number(entry.run.summary, "train_seconds"), number(base.summary, "train_seconds")
+    mine, theirs = entry.run.total_seconds, base.total_seconds
     return mine / theirs if mine is not None and theirs else None
 
 

@@ -127,6 +127,9 @@ def _tiles(entry: Entry) -> list[Tile]:
         note = "of dense training of the same length" if run.finished else "of dense, so far"
         if number(run.summary, "initial_train_flops"):
             note = "of one dense training, initial weights included"
+        nominal = wording.percent(run.train_flops_ratio_nominal)
+        if nominal not in (wording.MISSING, wording.percent(run.train_flops_ratio)):
+            note += f"; {nominal} if zeros cost nothing while masks move"
         tiles.append(Tile(wording.percent(run.train_flops_ratio), "training FLOPs", note))
     if not run.is_dense and run.inference_flops_ratio is not None:
         note = "of the dense network, per prediction"
@@ -138,10 +141,12 @@ def _tiles(entry: Entry) -> list[Tile]:
         before, after = run.step_ms
         note = f"before: {before:.0f} ms, {before / after:.2f}× the time"  # noqa: RUF001
         tiles.append(Tile(f"{after:.0f} ms", "step after pruning", note))
-    if run.seconds is not None:
+    if run.total_seconds is not None:
         factor = time_factor(entry)
         note = f"{factor:.2f}× the dense run’s" if factor is not None else _TIME[run.finished]  # noqa: RUF001
-        tiles.append(Tile(wording.short_duration(run.seconds), "training time", note))
+        if number(run.summary, "initial_train_seconds"):
+            note += ", initial weights included"
+        tiles.append(Tile(wording.short_duration(run.total_seconds), "training time", note))
     return tiles
 
 
@@ -155,8 +160,9 @@ def _table_row(entry: Entry) -> Mapping[str, Any]:
         "best": wording.fixed(run.best_accuracy, 2),
         "difference": "baseline" if run.is_dense else wording.points(entry.difference),
         "train_flops": wording.percent(run.train_flops_ratio),
+        "train_flops_nominal": wording.percent(run.train_flops_ratio_nominal),
         "inference_flops": wording.percent(run.inference_flops_ratio),
-        "time": wording.duration(run.seconds),
+        "time": wording.duration(run.total_seconds),
         "data_share": wording.percent(run.data_share, 1),
         "hard_prune": wording.epoch(run.hard_prune_epoch),
         "seed": str(run.config.get("seed", wording.MISSING)),
@@ -249,6 +255,7 @@ def _facts(run: Run) -> tuple[tuple[str, str], ...]:
         ("nonzero parameters", wording.integer(number(summary, "nonzero_parameters"))),
         ("FLOPs per prediction", wording.quantity(number(summary, "inference_flops"), "FLOPs")),
         ("training FLOPs", wording.quantity(number(summary, "train_flops"), "FLOPs")),
+        ("training FLOPs, nominal", wording.quantity(number(summary, "train_flops_nominal"), "FLOPs")),
         ("step, median", _step_time(run)),
         ("model.safetensors", _size(run, "model.safetensors")),
         ("packed.safetensors", _size(run, "packed.safetensors")),

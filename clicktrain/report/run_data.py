@@ -131,6 +131,23 @@ class Run:
         return done / dense if done is not None and dense else None
 
     @property
+    def train_flops_ratio_nominal(self) -> float | None:
+        """As `train_flops_ratio`, with masked weights that cost nothing while masks move either.
+
+        None for runs that did not count it.
+        """
+        if self.summary is None:
+            done, dense = self._reached("", "train_flops_nominal"), self._reached("", "train_flops_dense")
+            return done / dense if done is not None and dense else None
+        own, executed = (number(self.summary, f"train_flops_ratio{part}") for part in ("_nominal", ""))
+        total = self.train_flops_ratio
+        if own is None or executed is None or total is None:
+            return None
+        # What the initial weights have cost counts as it was executed.
+        before, spent = (number(self.summary, key) or 0.0 for key in ("initial_train_flops", "train_flops"))
+        return total * (before + spent * own / executed) / (before + spent) if spent and executed else own
+
+    @property
     def inference_flops_ratio(self) -> float | None:
         """FLOPs of one prediction / those of the dense network."""
         return number(self.summary, "inference_flops_ratio")
@@ -151,6 +168,12 @@ class Run:
             return number(self.summary, "train_seconds")
         values = [value for _, value in self.column("seconds")]
         return sum(values) if values else None
+
+    @property
+    def total_seconds(self) -> float | None:
+        """The same; of a finished run that started from the weights of another, of both if that is known."""
+        total = number(self.summary, "total_train_seconds")
+        return self.seconds if total is None else total
 
     @property
     def data_share(self) -> float | None:

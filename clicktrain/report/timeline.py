@@ -66,6 +66,12 @@ def _dropped(event: Mapping[str, Any]) -> str:
     return f"{wording.integer(number(event, 'dropped'))} weights, to a sparsity of {sparsity}"
 
 
+def _admm(event: Mapping[str, Any]) -> str:
+    away = wording.percent(number(event, "residual"), 1)
+    which = f"iteration {event.get('iteration')} of {event.get('iterations')} begins"
+    return f"{which}, rho {_short(number(event, 'rho'))}; weights are {away} of their norm away from them"
+
+
 def _outcome(event: Mapping[str, Any]) -> str:
     return "; ".join(row.sentence for row in outcome_rows(event.get("targets"))) or "nothing was asked for"
 
@@ -168,6 +174,7 @@ _DETAILS = {
     "finalised": ("patterns and kernels chosen", _chosen),
     "hard_prune": ("hard prune", _hard_prune),
     "dropped": ("weights dropped", _dropped),
+    "admm": ("auxiliary weights updated", _admm),
     "reconfigured": ("channels removed", _removed),
     "widths": ("widths measured", _widths),
     "batch_resized": ("larger batches", _larger),

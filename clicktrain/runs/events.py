@@ -195,6 +195,21 @@ class DroppedEvent(Event, kind="dropped"):
     sparsity: float
 
 
+class AdmmEvent(Event, kind="admm"):
+    """The auxiliary and dual variables of ADMM were updated, before its iteration number ``iteration`` of
+    ``iterations``, for whose steps ``rho`` is.
+
+    ``residual`` is ||W - Z|| / ||W||, how far weights still are from what they are pulled to, ``moved``
+    how far that has moved, ||Z - Z before|| / ||W||: over all layers, root mean square over constraints.
+    """
+
+    iteration: int
+    iterations: int
+    rho: float
+    residual: float
+    moved: float
+
+
 class HardPruneEvent(Event, kind="hard_prune"):
     """Masks are frozen; ``energy_outside`` is the share of the squared norm that was cut.
 

@@ -1,4 +1,4 @@
-"""Dynamic pattern pool generation (DPPG): ClickTrain section 4.2, Figure 6."""
+"""Pattern pools from scores: ClickTrain's dynamic generation (section 4.2, Figure 6), natural patterns."""
 
 from __future__ import annotations
 
@@ -160,6 +160,29 @@ def _grow_where_empty(among: Tensor, bits: Tensor, keys: Tensor, shape: tuple[in
     near = neighbor_table(shape, False).to(device=bits.device, dtype=torch.float32)
     grown = torch.where((near @ chosen.float() > 0) & (chosen == 0), keys, 0)
     return torch.where((among == 0).all(dim=0), grown, among)
+
+
+def natural_patterns(importance: Tensor, entries: int) -> Tensor:
+    """Natural pattern of every kernel: its center and the best of its other positions.
+
+    How PatDNN (Niu et al. 2020, "Pattern set design") finds the patterns of a trained network, by magnitude;
+    with 4 of 9 positions there are 56. Kernels with an even side have no center, and keep their best.
+
+    Args:
+        importance: [F, C, R, S], not negative. Ties go to the lowest position.
+        entries: positions to keep, 1 <= entries <= R*S.
+
+    Returns:
+        int64 [F, C], pattern bits: bit ``r * S + s`` = position (r, s) kept.
+    """
+    f, c, r, s = importance.shape
+    if not 1 <= entries <= r * s:
+        raise ValueError(f"entries must be in 1..{r * s} for kernels of {r}x{s}, got {entries}")
+    scores = importance.reshape(f, c, r * s).float().nan_to_num(nan=0.0)
+    if r % 2 and s % 2:
+        scores[..., r * s // 2] = torch.inf
+    best = scores.sort(dim=-1, descending=True, stable=True).indices[..., :entries]
+    return _bit(best).sum(dim=-1)
 
 
 class PatternVotes(NamedTuple):

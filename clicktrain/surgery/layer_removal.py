@@ -20,6 +20,7 @@ from dataclasses import dataclass, replace
 
 from torch import fx, nn
 
+from clicktrain.comm.sync_batch_norm import SYNCHRONIZED
 from clicktrain.graph import changes_in_place
 from clicktrain.surgery.graph import NetworkGraph
 from clicktrain.surgery.plan import RemovedLayer
@@ -187,7 +188,7 @@ def _refusal(
         plain = type(module) is nn.Conv2d and not isinstance(module.padding, str)
         if word == "conv" and not plain:
             return f"{node.target} is not a 2-D convolution with its padding in numbers"
-        if word == "norm" and type(module) not in (nn.BatchNorm2d, nn.SyncBatchNorm):
+        if word == "norm" and type(module) not in (nn.BatchNorm2d, *SYNCHRONIZED):
             return f"{node.target} is a {type(module).__name__}"
     full = graph.operation(behind) == "norm" or getattr(graph.module(behind), "bias", None) is not None
     if not full and changes_in_place(addition) and addition.args[0] is end:

@@ -8,13 +8,14 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor, nn
 
+from clicktrain.comm.sync_batch_norm import SYNCHRONIZED
 from clicktrain.errors import UserError
 from clicktrain.graph.adapters import nearest_adapter
 from clicktrain.graph.prunable import matches
 from clicktrain.surgery import ChannelGroup, Member, SurgeryPlan
 from clicktrain.surgery.groups import Dependencies
 
-_NORMS = (nn.BatchNorm1d, nn.BatchNorm2d, nn.BatchNorm3d, nn.SyncBatchNorm)
+_NORMS = (nn.BatchNorm1d, nn.BatchNorm2d, nn.BatchNorm3d, *SYNCHRONIZED)
 
 
 @dataclass(frozen=True, slots=True, eq=False)

@@ -14,13 +14,15 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from clicktrain.comm.agreement import mean_over_processes
+from clicktrain.comm.sync_batch_norm import run_together
 from clicktrain.data import Batch
 from clicktrain.runs.events import HardPruneEvent, NormsEvent, RestartEvent
 from clicktrain.sparsity.masks import sparsity_of
 from clicktrain.train.averages import begin_again_
 from clicktrain.train.device import autocast, seed_batch
 from clicktrain.train.loss import training_loss
-from clicktrain.train.norms import measure_norms_, norms_kept
+from clicktrain.train.norms import measure_norms_, norms_kept, norms_of
 from clicktrain.train.second_cycle import DAMAGE_BATCHES, SecondCycle, damage_by_loss, damage_by_norm
 from clicktrain.train.training_run import TrainingRun
 
@@ -68,10 +70,12 @@ def _losses(run: TrainingRun, cycle: SecondCycle) -> tuple[float, float]:
     with torch.no_grad(), norms_kept(p.model):
         batches = p.train_loader.epoch(state.epoch, first)
         for number, batch in enumerate(itertools.islice(batches, count), start=first):
-            seed_batch(p.config.seed, p.batch_sizes.batch_number(state.epoch, number), p.device)
-            after += training_loss(run, batch)[0].item()
-            images += len(batch.y)
+            drawn = p.batch_sizes.batch_number(state.epoch, number)
+            seed_batch(p.config.seed, drawn, p.device, p.processes.rank)
+            after += mean_over_processes(training_loss(run, batch)[0]).item()
+            images += len(batch.y) * p.processes.number
     run.state.train_flops += p.cost.forward_now * images
+    run.state.add_nominal(p.cost.forward_now * images)
     return sum(cycle.state.losses[-count:]) / count, after / count
 
 
@@ -84,6 +88,7 @@ def recalibrate_(run: TrainingRun, model: nn.Module, *, epoch: int) -> None:
     images = _measure(run, model, epoch)
     flops = p.cost.forward_now * images
     run.state.train_flops += flops
+    run.state.add_nominal(flops)
     event = NormsEvent(batches=p.config.recalibrate_norms, images=images, train_flops=flops)
     run.record(event)
 
@@ -110,7 +115,13 @@ def _measure(run: TrainingRun, model: nn.Module, epoch: int) -> int:
         with autocast(p.device, p.config.precision):
             return (run.forward.current if model is p.model else model)(x)
 
-    return measure_norms_(model, _images(run, epoch, p.config.recalibrate_norms), forward)
+    with run_together() if p.config.sync_batch_norm else contextlib.nullcontext():
+        images = measure_norms_(model, _images(run, epoch, p.config.recalibrate_norms), forward)
+    for norm in norms_of(model):
+        for statistic in (norm.running_mean, norm.running_var):
+            assert statistic is not None
+            mean_over_processes(statistic)
+    return images * p.processes.number
 
 
 def _images(run: TrainingRun, epoch: int, count: int) -> Iterator[Tensor]:
@@ -118,7 +129,7 @@ def _images(run: TrainingRun, epoch: int, count: int) -> Iterator[Tensor]:
     p = run.prepared
     epochs = map(p.train_loader.epoch, itertools.count(epoch))
     batches: Iterator[Batch] = itertools.chain.from_iterable(epochs)
-    seed = partial(seed_batch, p.config.seed, device=p.device)
+    seed = partial(seed_batch, p.config.seed, device=p.device, rank=p.processes.rank)
     for number, batch in enumerate(itertools.islice(batches, count)):
         seed(number)  # dropout
         yield batch.x

@@ -69,8 +69,8 @@ class RunConfig:
     dynamic_batch: bool = False
     """Let the batch grow when channels have been removed, to fill the memory budget (PruneTrain)."""
     memory_budget: str | None = None
-    """Memory that an iteration may take when the batch grows, as 4GiB or 500MB; what the first batch takes by
-    default."""
+    """Memory that an iteration may take in each process when the batch grows, as 4GiB or 500MB; what the
+    first batch takes by default."""
     batch_granularity: int = 32
     """Images by which the batch grows at a time."""
     batch_limit: int | None = None
@@ -133,6 +133,9 @@ class RunConfig:
     augment: Literal["auto", "none", "cifar", "cifarnet", "imagenet", "digits"] = "auto"
     """Random changes to training images; auto chooses by the data set. cifarnet: shifts by up to 2 pixels,
     mirrored in every other epoch."""
+    sync_batch_norm: bool = False
+    """With several processes: batch norm statistics of the whole batch, not of each process's part (then the
+    first one's are saved)."""
     whitening: bool | None = None
     """Make the first convolution whiten patches of the training images, and keep it so; by default only in
     cifarnet, which is made for it."""

@@ -8,6 +8,7 @@ import random
 import numpy as np
 import torch
 
+from clicktrain.comm.processes import ALONE, Processes
 from clicktrain.errors import UserError
 from clicktrain.kernels.native import keep_memory
 from clicktrain.train.config import Precision, RunConfig
@@ -33,10 +34,11 @@ def autocast(device: torch.device, precision: Precision) -> torch.autocast:
     return torch.autocast(device.type, dtype=_DTYPES[precision])
 
 
-def set_up(config: RunConfig, device: torch.device) -> None:
-    """Threads, determinism and memory, which belong to the process."""
-    if config.threads is not None:
-        torch.set_num_threads(config.threads)
+def set_up(config: RunConfig, device: torch.device, processes: Processes = ALONE) -> None:
+    """Threads, determinism and memory, which belong to the process; ``threads`` is that of each process."""
+    threads = processes.threads if config.threads is None else config.threads
+    if threads is not None:
+        torch.set_num_threads(threads)
     if config.deterministic:
         os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")  # asked for by the next line on cuda
         torch.use_deterministic_algorithms(True)
@@ -47,12 +49,13 @@ def set_up(config: RunConfig, device: torch.device) -> None:
         torch.backends.cudnn.benchmark = not config.deterministic
 
 
-def seed_batch(seed: int, batch: int, device: torch.device) -> None:
+def seed_batch(seed: int, batch: int, device: torch.device, rank: int = 0) -> None:
     """Seed all random numbers that a batch may draw (dropout and the like) from its number in the run.
 
-    With this nothing about random numbers has to be stored to resume bit for bit.
+    With this nothing about random numbers has to be stored to resume bit for bit. Each process of several
+    draws others, for its images.
     """
-    value = (seed * 2_654_435_761 + batch * 40_503 + 1) % 2**32
+    value = (seed * 2_654_435_761 + batch * 40_503 + rank * 97_755_673 + 1) % 2**32
     torch.default_generator.manual_seed(value)
     if device.type == "cuda":
         torch.cuda.manual_seed(value)

@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 import time
 import warnings
+import zlib
 from collections.abc import Iterator
 from typing import Any
 
@@ -12,8 +13,9 @@ import torch
 from torch import Tensor
 from torch.optim.swa_utils import AveragedModel
 
+from clicktrain.comm.agreement import gathered, largest_over_processes, several_processes, sum_over_processes
 from clicktrain.data import Batch
-from clicktrain.errors import NetworkCollapsed
+from clicktrain.errors import NetworkCollapsed, UserError
 from clicktrain.formats.atomic import append_jsonl
 from clicktrain.train.after_cut import after_cut, recalibrated
 from clicktrain.train.averages import LOOKAHEAD_STEPS, SlowWeights
@@ -45,38 +47,54 @@ def train_epoch(run: TrainingRun, stop: StopRequest) -> None:
     p.model.train()
     for batch in _timed(run, stop):
         loss, correct, step_done = train_batch(run, batch)
-        clock.images += len(batch.y)
+        clock.images += len(batch.y) * p.processes.number
         if watch.add(loss, correct):
             run.progress.step(_step_info(run))
-        if step_done and stop.requested:
+        if step_done and _stop_agreed(run, stop):
             watch.flush()
             raise _interrupted(run, stop)
     watch.flush()
 
 
+def _stop_agreed(run: TrainingRun, stop: StopRequest) -> bool:
+    """Whether a signal has asked any process to stop, which then all of them do after the same step."""
+    if several_processes():
+        stop.signum = largest_over_processes(stop.signum or 0, run.prepared.device) or None
+    return stop.requested
+
+
 def train_batch(run: TrainingRun, batch: Batch) -> tuple[Tensor, Tensor, bool]:
-    """Train on one batch, the next of the running epoch.
+    """Train on one batch, the next of the running epoch, or on this process's part of it.
 
     Returns:
-        Loss and number of correct predictions, 0-dim, and whether the optimizer has made its step.
+        Loss and number of correct predictions of the whole batch, 0-dim, and whether the optimizer has made
+        its step.
     """
     p, state = run.prepared, run.state
     first = state.batch - state.batch % p.config.accumulate
     group = min(p.config.accumulate, len(p.train_loader) - first)
-    seed_batch(p.config.seed, p.batch_sizes.batch_number(state.epoch, state.batch), p.device)
+    number = p.batch_sizes.batch_number(state.epoch, state.batch)
+    seed_batch(p.config.seed, number, p.device, p.processes.rank)
     state.totals.stages[p.pruner.stage] = state.totals.stages.get(p.pruner.stage, 0) + 1
-    state.train_flops += p.cost.now * len(batch.y)
-    state.train_flops_dense += p.cost.dense * len(batch.y)
+    images = len(batch.y) * p.processes.number
+    state.train_flops += p.cost.now * images
+    state.train_flops_dense += p.cost.dense * images
+    state.add_nominal(p.cost.nominal(first + group - state.batch) * images)
     teacher = run.active_teacher
     if teacher is not None:
-        state.train_flops += teacher.forward_flops * len(batch.y)
-    loss, correct = training_loss(run, batch, teacher)
+        state.train_flops += teacher.forward_flops * images
+        state.add_nominal(teacher.forward_flops * images)
+    step_done = state.batch + 1 - first == group
+    with run.together(step_done):
+        loss, correct = training_loss(run, batch, teacher)
+        run.scaler.scale(loss / group).backward()  # type: ignore[no-untyped-call]
+    p.pruner.observe(loss)
+    if several_processes():
+        sums = sum_over_processes(torch.stack((loss.detach().double(), correct.double())))
+        loss, correct = sums[0] / p.processes.number, sums[1]
     if p.cycle is not None and p.cycle.wants_losses:
         p.cycle.note_loss(loss.item())
-    run.scaler.scale(loss / group).backward()  # type: ignore[no-untyped-call]
-    p.pruner.observe(loss)
     state.batch += 1
-    step_done = state.batch - first == group
     if step_done:
         _step(run)
     return loss, correct, step_done
@@ -207,6 +225,7 @@ def end_epoch(run: TrainingRun, stop: StopRequest) -> None:
     p, state, config = run.prepared, run.state, run.prepared.config
     p.pruner.check_zeros()
     p.pruner.check_alive()
+    check_alike(run)
     if state.epoch == 0:
         state.first_loss = state.totals.loss
     number, last = state.epoch + 1, state.epoch + 1 == config.epochs
@@ -220,6 +239,7 @@ def end_epoch(run: TrainingRun, stop: StopRequest) -> None:
                 precision=config.precision,
                 views=config.test_time_augmentation,
                 stop=lambda: stop.requested,
+                shared=True,
             )
         if result is None:
             raise _interrupted(run, stop)
@@ -237,6 +257,23 @@ def end_epoch(run: TrainingRun, stop: StopRequest) -> None:
     if run.scalars is not None:
         run.scalars.add(record)
     run.progress.epoch(record)
+
+
+def check_alike(run: TrainingRun) -> None:
+    """UserError if processes that should have the same weights do not."""
+    if not several_processes():
+        return
+    digest = 0
+    for parameter in run.prepared.model.parameters():
+        values = parameter.detach().cpu().contiguous().reshape(-1).view(torch.uint8)
+        digest = zlib.crc32(values.numpy().data, digest)
+    told = gathered(digest)
+    other = next((rank for rank, one in enumerate(told) if one != told[0]), None)
+    if other is not None:
+        raise UserError(
+            f"after epoch {run.state.epoch + 1} process {other} has other weights than the first one: do all "
+            "of them run the same version on the same data?"
+        )
 
 
 def check_outputs(run: TrainingRun, result: Evaluation) -> None:
@@ -278,4 +315,5 @@ def _record(run: TrainingRun, result: Evaluation | None) -> dict[str, Any]:
         "step_ms_median": totals.step_ms_median,
         "train_flops": state.train_flops,
         "train_flops_dense": state.train_flops_dense,
+        "train_flops_nominal": state.train_flops_nominal,
     }

@@ -10,6 +10,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from clicktrain.comm.agreement import gathered
 from clicktrain.data import Loader, seeded_generator
 from clicktrain.errors import UserError
 from clicktrain.runs.folder import RunFolder
@@ -47,6 +48,7 @@ def evaluate(
     precision: Precision = "fp32",
     views: Views = "none",
     stop: Callable[[], bool] | None = None,
+    shared: bool = False,
 ) -> Evaluation | None:
     """Evaluate in eval mode, and put the model back into the mode it was in.
 
@@ -57,16 +59,17 @@ def evaluate(
         precision: of the forward pass; logits are compared and the loss is computed in fp32.
         views: of each image whose outputs are averaged (`clicktrain.train.views`).
         stop: called before each batch; True ends the evaluation, without a result.
+        shared: each process has its part of the batches, and all of them get the whole result.
     """
     was_training = model.training
     model.eval()
     sums: list[Tensor] = []
     ranges: list[Tensor] = []
-    images, classes = 0, 0
+    images, classes, stopped = 0, 0, False
     try:
         for x, y in loader.epoch(0):
-            if stop is not None and stop():
-                return None
+            if stopped := stop is not None and stop():
+                break
             with autocast(device, precision):
                 logits = mean_logits(model, x, views)
             classes = logits.shape[1]
@@ -75,16 +78,36 @@ def evaluate(
             images += len(y)
     finally:
         model.train(was_training)
-    if not images:
+    part = _Counted(images, classes, stopped, _cpu(sums), _cpu(ranges))
+    parts = [one for one in (gathered(part) if shared else [part]) if one.images or one.stopped]
+    if any(one.stopped for one in parts):
+        return None
+    if not parts:
         raise ValueError("there is no image to evaluate on")
-    top1, top5, loss = torch.stack(sums).double().cpu().sum(dim=0).tolist()
+    images, classes = sum(one.images for one in parts), parts[0].classes
+    top1, top5, loss = torch.cat([one.sums for one in parts]).sum(dim=0).tolist()
     return Evaluation(
         accuracy=100 * top1 / images,
         top5_accuracy=100 * top5 / images if classes >= TOP5_CLASSES else None,
         loss=loss / images,
         images=images,
-        constant=images >= _FEW and _constant(torch.stack(ranges)),
+        constant=images >= _FEW and _constant(torch.cat([one.ranges for one in parts])),
     )
+
+
+@dataclass(frozen=True, slots=True)
+class _Counted:
+    """What one process has counted: `_batch_sums` and `_constant`'s ranges of its batches."""
+
+    images: int
+    classes: int
+    stopped: bool
+    sums: Tensor
+    ranges: Tensor
+
+
+def _cpu(rows: list[Tensor]) -> Tensor:
+    return torch.stack(rows).double().cpu() if rows else torch.empty(0)
 
 
 def _constant(ranges: Tensor) -> bool:

@@ -3,18 +3,27 @@
 from __future__ import annotations
 
 import contextlib
-from collections.abc import Mapping
+import tempfile
+from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
-from clicktrain.errors import NetworkCollapsed, UserError
+from clicktrain.comm.agreement import of_first
+from clicktrain.comm.processes import Processes, together
+from clicktrain.errors import NetworkCollapsed, ToldByAnother, UserError
 from clicktrain.methods import Method
 from clicktrain.runs.folder import RunFolder
 from clicktrain.train.channel_log import watch_channels
 from clicktrain.train.checkpoint import bytes_needed, check_disk
 from clicktrain.train.config import RunConfig, resume_command
 from clicktrain.train.epoch import end_epoch, train_epoch
-from clicktrain.train.interrupt import StoppedAtOnce, StopRequest, TrainingInterrupted, collapsed
+from clicktrain.train.interrupt import (
+    StoppedAtOnce,
+    StopRequest,
+    TrainingDiverged,
+    TrainingInterrupted,
+    collapsed,
+)
 from clicktrain.train.minibatch import set_memory_budget
 from clicktrain.train.prepare import prepare
 from clicktrain.train.progress import Progress, Silent
@@ -36,6 +45,9 @@ def fit(
     Same settings, same seed, same machine and thread count give the same weights, bit for bit, and so does a
     run that was interrupted and resumed at any point. On cuda this needs ``deterministic``.
 
+    Where ``torchrun`` has started several processes, each trains on its part of every batch, and all decide
+    alike. The first one writes the folder and calls the listener; others keep notes in a temporary folder.
+
     Args:
         config, method: settings, from `from_dict`, or `load_run_config` to ``resume``.
         folder: of the run; missing or empty (or left by a run that was killed before its first checkpoint),
@@ -56,13 +68,37 @@ def fit(
     """
     progress = progress or Silent()
     folder = folder if isinstance(folder, RunFolder) else RunFolder(Path(folder))
-    if not resume:
-        folder.check_free()
-    elif (summary := folder.open().summary()) is not None:
-        return _finished(folder, summary, progress)
+    with together() as processes:
+        if not resume:
+            of_first(folder.check_free)
+        elif (summary := of_first(lambda: folder.open().summary())) is not None:
+            return _finished(folder, summary, progress)
+        if processes.first:
+            return _fit_or_stop(config, method, folder, progress, resume, processes)
+        with tempfile.TemporaryDirectory(prefix="clicktrain-") as own, _speechless():
+            return _fit_or_stop(config, method, RunFolder(Path(own) / "run"), Silent(), resume, processes)
+
+
+@contextlib.contextmanager
+def _speechless() -> Iterator[None]:
+    """For a process that is not the first, which decides alike and says it."""
+    try:
+        yield
+    except (NetworkCollapsed, TrainingDiverged) as error:
+        raise ToldByAnother(str(error)) from None
+
+
+def _fit_or_stop(
+    config: RunConfig,
+    method: Method[Any],
+    folder: RunFolder,
+    progress: Progress,
+    resume: bool,
+    processes: Processes,
+) -> Mapping[str, Any]:
     with StopRequest() as stop:
         try:
-            return _fit(config, method, folder, progress, stop, resume)
+            return _fit(config, method, folder, progress, stop, resume, processes)
         except StoppedAtOnce as stopped:
             command = resume_command(folder, config, method)
             again = f"continue with '{command}'" if resume else "nothing was written"
@@ -81,32 +117,36 @@ def _fit(
     progress: Progress,
     stop: StopRequest,
     resume: bool,
+    processes: Processes,
 ) -> Mapping[str, Any]:
     with contextlib.ExitStack() as held:
         stop.at_once = True
         if resume:
-            held.enter_context(folder.in_use(progress.message))
-            if (summary := folder.summary()) is not None:  # finished while this process was starting
+            of_first(lambda: held.enter_context(folder.in_use(progress.message)))
+            if (summary := of_first(folder.summary)) is not None:  # finished while this process was starting
                 return _finished(folder, summary, progress)
+        begun = resume and of_first(lambda: bool(folder.checkpoints()))
         planned = None
         if config.time_budget is not None and not resume:
+            if processes.number > 1:
+                raise UserError("time_budget is planned for one process: give epochs to several")
             config, planned = plan_time(config, method, progress.message)
-        elif config.time_budget is not None and not folder.checkpoints():
+        elif config.time_budget is not None and not begun:
             raise UserError(
                 f"the run in {folder.path} was killed before its first checkpoint, and its time budget has "
                 "to be planned again: start it again with the same command"
             )
         try:
-            prepared = prepare(config, method, begins=not (resume and folder.checkpoints()))
+            prepared = prepare(config, method, processes, begins=not begun)
         except UserError as error:
             raise error if planned is None else too_short(config, planned, error) from None
-        check_disk(folder.path, bytes_needed(prepared.model, config))
+        of_first(lambda: check_disk(folder.path, bytes_needed(prepared.model, config)))
         stop.at_once = False
         if not resume:
-            held.enter_context(folder.in_use(progress.message, new=True))
+            of_first(lambda: held.enter_context(folder.in_use(progress.message, new=True)))
         run = TrainingRun(prepared, folder, progress)
         watch_channels(run)
-        if run.newest_checkpoint() is None:
+        if not begun:
             set_memory_budget(run)
         run.planned = planned
         if resume:

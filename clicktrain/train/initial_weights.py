@@ -18,12 +18,14 @@ from clicktrain.runs.format import parse_facts
 
 @dataclass(frozen=True, slots=True)
 class EarlierCost:
-    """Training FLOPs that went into the weights before the run begins."""
+    """Training FLOPs and time that went into the weights before the run begins."""
 
     flops: int | None = 0
     """As executed, over all trainings in a row; None if unknown."""
     flops_dense: int = 0
     """Those of the longest of these trainings, if it had been dense."""
+    seconds: float | None = 0.0
+    """Wall clock of all these trainings; None if unknown."""
 
     def total_ratio(self, flops: int, flops_dense: int) -> float | None:
         """All FLOPs spent, over those of one dense training: the longer of this run's and the earlier one.
@@ -34,6 +36,15 @@ class EarlierCost:
         if self.flops is None:
             return None
         return (self.flops + flops) / max(flops_dense, self.flops_dense, 1)
+
+    def total_seconds(self, seconds: float) -> float | None:
+        """Wall clock of these trainings and of a run of ``seconds``; None if unknown."""
+        return None if self.seconds is None else self.seconds + seconds
+
+    @classmethod
+    def from_state(cls, saved: Mapping[str, Any]) -> EarlierCost:
+        """From the fields as a checkpoint has them; older ones have no time."""
+        return cls(**{"seconds": None if saved["flops"] != 0 else 0.0, **saved})
 
 
 def load_initial_weights_(model: nn.Module, source: str | Path, classes: Sequence[str]) -> EarlierCost:
@@ -48,7 +59,7 @@ def load_initial_weights_(model: nn.Module, source: str | Path, classes: Sequenc
         The cost of the weights: from the summary of a run; unknown for a file.
     """
     path = Path(source)
-    cost = EarlierCost(flops=None)
+    cost = EarlierCost(flops=None, seconds=None)
     if path.is_dir():
         cost, path = _cost_of(RunFolder(path)), RunFolder(path).model
     elif not path.exists():
@@ -77,9 +88,11 @@ def _cost_of(folder: RunFolder) -> EarlierCost:
     flops, ratio = summary["train_flops"], summary["train_flops_ratio"]
     before = summary.get("initial_train_flops", 0)
     if before is None:
-        return EarlierCost(None)
+        return EarlierCost(None, seconds=None)
+    earlier = summary.get("initial_train_seconds", 0.0 if before == 0 else None)
+    seconds = None if earlier is None else summary["train_seconds"] + earlier
     total, total_ratio = flops + before, summary.get("total_train_flops_ratio") or ratio
-    return EarlierCost(total, round(total / total_ratio) if total_ratio else 0)
+    return EarlierCost(total, round(total / total_ratio) if total_ratio else 0, seconds)
 
 
 def _check_classes(source: str | Path, facts: Mapping[str, Any], classes: Sequence[str]) -> None:

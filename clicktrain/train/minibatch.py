@@ -13,6 +13,7 @@ from torch import Tensor
 
 from clicktrain.accounting import TrainingMemory, measure_training_memory, training_memory
 from clicktrain.accounting.memory import bytes_in_words, bytes_of
+from clicktrain.comm.agreement import agreed
 from clicktrain.errors import UserError
 from clicktrain.runs.events import BatchResizedEvent
 from clicktrain.train.config import BatchRate
@@ -35,7 +36,7 @@ def account_iteration(run: TrainingRun) -> TrainingMemory:
     if run.memory is None:
         run.memory = _estimate(run)
     if state.memory_unmeasured and measures_memory(run):
-        state.memory_unmeasured, images = False, p.batch_sizes.now.images
+        state.memory_unmeasured, images = False, p.own_batch_size
         state.memory_calibration = run.memory.calibrated(_measure(run, images), images).calibration
     memory = run.memory.with_calibration(state.memory_calibration)
     state.iteration = _figures(run, memory)
@@ -54,9 +55,9 @@ def measures_memory(run: TrainingRun) -> bool:
 def _figures(run: TrainingRun, memory: TrainingMemory) -> dict[str, Any]:
     p, size = run.prepared, run.prepared.batch_sizes.now
     return {
-        "memory_bytes": memory.at_batch(size.images),
+        "memory_bytes": memory.at_batch(p.own_batch_size),
         "memory_calibration": memory.calibration,
-        "batch_norm_bytes": round(_BATCH_NORM_PASSES * p.cost.current.batch_norm_bytes * size.images),
+        "batch_norm_bytes": round(_BATCH_NORM_PASSES * p.cost.current.batch_norm_bytes * p.own_batch_size),
         "gradient_bytes": memory.gradients,
         "gradient_bytes_epoch": memory.gradients * size.steps,
         "parameters": sum(parameter.numel() for parameter in p.model.parameters()),
@@ -91,12 +92,14 @@ def _measure(run: TrainingRun, images: int) -> int:
     return measure_training_memory(p.model, batch, loss, p.optimizer, **_surroundings(run))
 
 
-def grown_batch(memory: TrainingMemory, images: int, budget: int, granularity: int, limit: int) -> int:
+def grown_batch(
+    memory: TrainingMemory, images: int, budget: int, granularity: int, limit: int, processes: int = 1
+) -> int:
     """The largest batch up to ``limit`` whose iteration takes at most ``budget`` bytes; it never shrinks.
 
-    It grows from the present one by ``granularity`` images at a time.
+    It grows from the present one by ``granularity`` images at a time. The budget is that of each process.
     """
-    while images + granularity <= limit and memory.at_batch(images + granularity) <= budget:
+    while images + granularity <= limit and memory.at_batch((images + granularity) // processes) <= budget:
         images += granularity
     return images
 
@@ -117,7 +120,7 @@ def set_memory_budget(run: TrainingRun) -> None:
     memory = account_iteration(run)
     if not config.dynamic_batch:
         return
-    needed = memory.at_batch(config.batch_size)
+    needed = memory.at_batch(config.batch_size // run.prepared.processes.number)
     state.memory_budget = needed if config.memory_budget is None else bytes_of(config.memory_budget)
     if state.memory_budget < needed:
         raise UserError(
@@ -138,14 +141,16 @@ def next_epoch(run: TrainingRun) -> None:
     assert state.memory_budget is not None
     now = p.batch_sizes.now.images
     limit = min(len(p.data.train), p.config.batch_limit or len(p.data.train))
-    images = grown_batch(memory, now, state.memory_budget, p.config.batch_granularity, limit)
+    number = p.processes.number
+    images = grown_batch(memory, now, state.memory_budget, p.config.batch_granularity, limit, number)
+    images = round(agreed([images], p.device)[0])  # memory was measured by each process
     if images > now:
         _resize(run, images)
         memory = account_iteration(run)
         event = BatchResizedEvent(
             batch_size=images,
             learning_rate_factor=run.prepared.batch_sizes.now.learning_rate_factor,
-            memory_estimated=memory.at_batch(images),
+            memory_estimated=memory.at_batch(images // number),
             memory_budget=state.memory_budget,
         )
         run.record(event)

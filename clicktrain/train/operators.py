@@ -5,10 +5,12 @@ from __future__ import annotations
 import math
 import time
 import warnings
+from pathlib import Path
 
 import torch
 from torch import nn
 
+from clicktrain.comm.agreement import of_first
 from clicktrain.compiler import Accelerated, LoweringPlan, accelerate, dtypes_worth_measuring
 from clicktrain.files import is_file
 from clicktrain.formats.atomic import write_text_atomic
@@ -51,24 +53,29 @@ def choose_operators(
     """
     started = time.perf_counter()
     path = folder.operators if p.pruner.frozen else folder.moving_operators
-    plan = LoweringPlan.read(path) if is_file(path) else None
-    if plan is None and p.pruner.frozen and is_file(folder.moving_operators):
-        plan = _kept(LoweringPlan.read(folder.moving_operators), p)
-        if plan is not None:
-            write_text_atomic(path, plan.to_json())
+    plan = of_first(lambda: _known_plan(p, folder, path))
     if before is not None and plan is not None and plan.to_json() == before.plan.to_json():
         return before, None
     rule = p.config.operators
     images_left = len(p.train_loader) * p.batch_size * (p.config.epochs - epoch)
     if rule == "measured" and images_left * p.cost.dense < SHORT_FLOPS:
         rule = "density"
-    example = torch.zeros(p.batch_size, *p.data.image_shape)
+    example = torch.zeros(p.own_batch_size, *p.data.image_shape)
     dtypes = dtypes_worth_measuring(p.config.precision == "bf16")
-    with warnings.catch_warnings(record=True) as caught:
-        warnings.simplefilter("always")
-        model = accelerate(p.model, example, rule=rule, plan=plan, dtypes=dtypes)
-    for warning in caught:
-        progress.message(str(warning.message))
+
+    def compiled(plan: LoweringPlan | None) -> nn.Module:
+        with warnings.catch_warnings(record=True) as caught:
+            warnings.simplefilter("always")
+            model = accelerate(p.model, example, rule=rule, plan=plan, dtypes=dtypes)
+        for warning in caught:
+            progress.message(str(warning.message))
+        return model
+
+    model = compiled(plan) if p.processes.first else None
+    # What the first process measures, while the others wait, is what all of them run.
+    made = of_first(lambda: model.plan.to_json() if isinstance(model, Accelerated) else None)
+    if model is None:
+        model = p.model if made is None else compiled(LoweringPlan.from_json(made))
     if not isinstance(model, Accelerated):
         return model, None
     if plan is None:
@@ -81,6 +88,18 @@ def choose_operators(
         f"(chosen in {time.perf_counter() - started:.1f} s)"
     )
     return model, OperatorsEvent(rule=model.plan.rule, activations=model.plan.activations, layers=layers)
+
+
+def _known_plan(p: Prepared, folder: RunFolder, path: Path) -> LoweringPlan | None:
+    """The plan in the run's folder, written under the name of final masks if that of moving ones serves."""
+    if is_file(path):
+        return LoweringPlan.read(path)
+    if not p.pruner.frozen or not is_file(folder.moving_operators):
+        return None
+    plan = _kept(LoweringPlan.read(folder.moving_operators), p)
+    if plan is not None:
+        write_text_atomic(path, plan.to_json())
+    return plan
 
 
 def _kept(plan: LoweringPlan, p: Prepared) -> LoweringPlan | None:

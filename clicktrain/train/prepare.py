@@ -11,25 +11,19 @@ from pathlib import Path
 from typing import Any, Literal
 
 import torch
-from torch import Tensor, nn
+from torch import nn
 from torch.optim import Optimizer
 from torch.optim.lr_scheduler import LambdaLR
 
-from clicktrain.accounting import ModelCost, count
-from clicktrain.accounting.cost import moved
+from clicktrain.comm.agreement import all_or_none
+from clicktrain.comm.processes import ALONE, Processes
+from clicktrain.comm.sync_batch_norm import synchronized
 from clicktrain.compiler import MaskedLatency
-from clicktrain.data import Augment, ImageData, Loader, make_loader, open_data
-from clicktrain.errors import UserError, shortened
+from clicktrain.data import Augment, ImageData, Loader, Part, make_loader, open_data
+from clicktrain.errors import ToldByAnother, UserError, shortened
 from clicktrain.formats.memory_format import keep_out_of_channels_last_
 from clicktrain.limits import check_memory
 from clicktrain.methods import METHODS, Method, Pruner
-from clicktrain.methods.driver.publisher import (
-    ChannelsRemoved,
-    MasksFrozen,
-    MasksMoved,
-    Notification,
-    ParametersReplaced,
-)
 from clicktrain.models import create_model, min_image_size
 from clicktrain.models.registry import CIFARNET
 from clicktrain.models.whitening import IMAGES, whiten_
@@ -39,81 +33,7 @@ from clicktrain.train.initial_weights import EarlierCost, load_initial_weights_
 from clicktrain.train.norms import norms_of
 from clicktrain.train.optim import BatchSizes, make_optimizer, make_scheduler
 from clicktrain.train.second_cycle import SecondCycle
-
-
-class TrainingCost:
-    """FLOPs of training on one image, as executed.
-
-    Dense until masks are frozen, sparse from then on; sparse too where layers are packed while masks move,
-    but for the gradients of all weights in the steps that compute them.
-
-    Attributes:
-        initial: cost of the network before anything is removed from it.
-    """
-
-    def __init__(self, model: nn.Module, example: Tensor) -> None:
-        """Count the model on ``example`` [1, C, H, W], on its device."""
-        self._model, self._example = model, example
-        self._pruner: Pruner | None = None
-        self.initial = count(model, example)
-        self._current: ModelCost | None = self.initial
-
-    def follow(self, pruner: Pruner) -> None:
-        """Count again whenever the pruner has removed channels, packed layers, or moved or frozen masks."""
-        self._pruner = pruner
-        if pruner.moving:
-            self._current = None
-        pruner.subscribe(self._outdate, (ChannelsRemoved, MasksFrozen))
-        pruner.subscribe(self._follow_packing, ParametersReplaced)
-        pruner.subscribe(self._follow_move, MasksMoved)
-
-    def _outdate(self, change: Notification) -> None:
-        self._current = None
-
-    def _follow_packing(self, change: Notification) -> None:
-        if self._current is self.initial and self._pruner is not None and self._pruner.moving:
-            self._current = None
-
-    def _follow_move(self, change: Notification) -> None:
-        """The network does what it did, with other numbers of weights."""
-        if self._pruner is not None and self._current not in (None, self.initial):
-            layers = self._pruner.network.moving
-            self._current = moved(self._current, {name: one.structure.nnz for name, one in layers.items()})
-
-    @property
-    def current(self) -> ModelCost:
-        """Cost of the network as it is; a weight outside frozen masks costs nothing in any of the passes."""
-        if self._current is None:
-            assert self._pruner is not None
-            masks = self._pruner.masks if self._pruner.frozen else {}
-            self._current = count(self._model, self._example, masks)
-        return self._current
-
-    @property
-    def dense(self) -> int:
-        """Training FLOPs of one image in the network as it was at first."""
-        return self.initial.training_flops_dense
-
-    @property
-    def now(self) -> int:
-        """Training FLOPs of one image in the step that begins."""
-        extra = 0
-        if self._pruner is not None and self._pruner.collecting:
-            moving = self._pruner.network.moving
-            extra = sum(one.grad_weight_flops_dense for one in self.current.layers if one.name in moving)
-        return self.usual + extra
-
-    @property
-    def usual(self) -> int:
-        """Training FLOPs of one image in steps that do not compute the gradients of all weights."""
-        return self.dense if self._current is self.initial else self.current.training_flops
-
-    @property
-    def forward_now(self) -> int:
-        """FLOPs of a forward pass of one image."""
-        dense = self._current is self.initial
-        return self.initial.forward_flops_dense if dense else self.current.forward_flops
-
+from clicktrain.train.training_cost import TrainingCost
 
 SMALL_IMAGE = 64
 """Images up to this side in pixels get the CIFAR stem and recipe."""
@@ -125,6 +45,7 @@ class Prepared:
 
     Attributes:
         device: of the network and the batches.
+        processes: that train together.
         model: with its initial weights.
         scheduler: to be stepped after each optimizer step.
         cycle: the learning rate of the scheduler, where it has two cycles.
@@ -149,18 +70,39 @@ class Prepared:
     earlier: EarlierCost
     batch_sizes: BatchSizes
     facts: dict[str, Any]
+    processes: Processes = ALONE
 
     @property
     def batch_size(self) -> int:
-        """Images in a training batch of the running epoch."""
+        """Images in a training batch of the running epoch, of all processes."""
         return self.batch_sizes.now.images
 
+    @property
+    def own_batch_size(self) -> int:
+        """Images that this process has of a training batch."""
+        return self.batch_size // self.processes.number
 
-def prepare(config: RunConfig, method: Method[Any], *, begins: bool = True) -> Prepared:
+
+def prepare(
+    config: RunConfig, method: Method[Any], processes: Processes = ALONE, *, begins: bool = True
+) -> Prepared:
     """Open the data, build and check everything; UserError for a setting that cannot be carried out here.
 
-    ``begins``: the run has no checkpoint yet, so that it needs its initial weights.
+    ``begins``: the run has no checkpoint yet, so that it needs its initial weights. What fails in one of
+    several processes fails in all of them.
     """
+    _check_settings(config, method, processes)
+    device = resolve_device(config.device)
+    set_up(config, device, processes)
+    data = all_or_none(lambda: open_run_data(config))
+    try:
+        return _prepared(config, method, processes, device, data, begins)
+    except UserError as error:
+        raise error if processes.first else ToldByAnother(str(error)) from None
+
+
+def _check_settings(config: RunConfig, method: Method[Any], processes: Processes) -> None:
+    """UserError for settings that do not go together, whatever the data and the network are."""
     if config.tensorboard and importlib.util.find_spec("tensorboard") is None:
         raise UserError("tensorboard is on but not installed: run 'pip install tensorboard', or turn it off")
     if config.dynamic_batch and not method.reads_graph:
@@ -173,14 +115,28 @@ def prepare(config: RunConfig, method: Method[Any], *, begins: bool = True) -> P
             f"distill is set but method {config.method} has no dense network to learn from when its masks "
             "are frozen: give teacher, the folder of a finished run"
         )
-    device = resolve_device(config.device)
-    set_up(config, device)
-    data = open_run_data(config)
-    train_loader = make_train_loader(config, data, device)
+    if config.dynamic_batch and config.batch_granularity % processes.number:
+        raise UserError(
+            f"batches grow by {config.batch_granularity} images, which {processes.number} processes cannot "
+            f"share evenly: give a batch_granularity that is a multiple of {processes.number}"
+        )
+
+
+def _prepared(
+    config: RunConfig,
+    method: Method[Any],
+    processes: Processes,
+    device: torch.device,
+    data: ImageData,
+    begins: bool,
+) -> Prepared:
+    train_loader = make_train_loader(config, data, device, processes)
     facts = model_facts(config, data)
     torch.manual_seed(config.seed)  # of the initial weights; each batch is seeded by itself
     model = build_model(facts).to(device)
     check_model(model, config, data, device)
+    if config.sync_batch_norm and processes.number > 1:
+        model = synchronized(model)
     whiten_first_(model, config, data)
     if config.recalibrate_norms and not norms_of(model):
         raise UserError(
@@ -222,7 +178,7 @@ def prepare(config: RunConfig, method: Method[Any], *, begins: bool = True) -> P
         device=device,
         data=data,
         train_loader=train_loader,
-        val_loader=make_eval_loader(config, data, "val", device),
+        val_loader=make_eval_loader(config, data, "val", device, processes),
         model=model,
         optimizer=optimizer,
         scheduler=make_scheduler(optimizer, config, steps, sizes, cycle),
@@ -232,6 +188,7 @@ def prepare(config: RunConfig, method: Method[Any], *, begins: bool = True) -> P
         earlier=earlier,
         batch_sizes=sizes,
         facts=facts,
+        processes=processes,
     )
 
 
@@ -270,21 +227,32 @@ def open_run_data(config: RunConfig, value_range: tuple[float, float] | None = N
     )
 
 
-def make_train_loader(config: RunConfig, data: ImageData, device: torch.device) -> Loader:
-    """Make the loader of the training split.
+def make_train_loader(
+    config: RunConfig, data: ImageData, device: torch.device, processes: Processes = ALONE
+) -> Loader:
+    """Make the loader of the training split, of this process's part of each batch.
 
     The last batch is dropped if it is not full (batch norm needs more than one image), unless it is the only
     one.
     """
     whole = len(data.train) >= config.batch_size
-    return _make_loader(config, data, "train", device, augment=augmentation(config, data), drop_last=whole)
+    augment, part = augmentation(config, data), Part(processes.rank, processes.number)
+    return _make_loader(config, data, "train", device, augment=augment, drop_last=whole, part=part)
 
 
 def make_eval_loader(
-    config: RunConfig, data: ImageData, split: Literal["val", "test"], device: torch.device
+    config: RunConfig,
+    data: ImageData,
+    split: Literal["val", "test"],
+    device: torch.device,
+    processes: Processes = ALONE,
 ) -> Loader:
-    """Make the loader of the validation or test split, without augmentation; UserError if there is none."""
-    return _make_loader(config, data, split, device, augment=Augment(), drop_last=False)
+    """Make the loader of the validation or test split, without augmentation; UserError if there is none.
+
+    Several processes take turns at its batches.
+    """
+    part = Part(processes.rank, processes.number)
+    return _make_loader(config, data, split, device, augment=Augment(), drop_last=False, part=part)
 
 
 def _make_loader(

@@ -58,6 +58,8 @@ class TrainState:
 
     ``epoch`` counts finished epochs, ``batch`` batches done in the running one, ``step`` optimizer steps.
     FLOPs and seconds are of the whole run so far, ``earlier`` is what its initial weights have cost.
+    ``train_flops`` are those executed, ``train_flops_nominal`` as `TrainingCost.nominal` counts; None in a
+    run that an earlier version has begun.
     ``seconds_asked`` is what a time budget came to, ``seconds_planned`` what the chosen epochs were to take.
     ``best_val_accuracy`` is of the network as it is now, not of what it was before a removal.
     ``iteration`` is what an iteration of the running epoch takes (`account_iteration`),
@@ -72,6 +74,7 @@ class TrainState:
     step: int = 0
     train_flops: int = 0
     train_flops_dense: int = 0
+    train_flops_nominal: int | None = 0
     earlier: EarlierCost = field(default_factory=EarlierCost)
     seconds: float = 0.0
     seconds_asked: float | None = None
@@ -91,6 +94,11 @@ class TrainState:
     logs: dict[str, LogMark] = field(default_factory=dict)
     totals: EpochTotals = field(default_factory=EpochTotals)
 
+    def add_nominal(self, flops: int) -> None:
+        """Add to the nominal training FLOPs, if they are known."""
+        if self.train_flops_nominal is not None:
+            self.train_flops_nominal += flops
+
     def note_removal(self) -> None:
         """Channels were removed."""
         self.best_val_accuracy = None
@@ -105,7 +113,7 @@ class TrainState:
         """Inverse of `state_dict`."""
         parts = {
             "totals": EpochTotals(**saved["totals"]),
-            "earlier": EarlierCost(**saved["earlier"]),
+            "earlier": EarlierCost.from_state(saved["earlier"]),
             "logs": {name: LogMark(**mark) for name, mark in saved["logs"].items()},
         }
-        return cls(**{**saved, **parts})
+        return cls(**{"train_flops_nominal": None, **saved, **parts})

@@ -54,10 +54,11 @@ def finish_run(run: TrainingRun) -> dict[str, Any]:
         run.progress.message(f"pruned after the last epoch: validation accuracy is {result.accuracy:.2f}%")
     weights = {name: tensor.detach().cpu().contiguous() for name, tensor in model.state_dict().items()}
     metadata = {"format_version": str(FORMAT_VERSION), "clicktrain": json.dumps(p.facts)}
-    if p.pruner.plans:
-        write_recipe(run.folder.surgery, p.pruner.plans)
-    save_tree(run.folder.model, weights, metadata)
-    save_packed(run.folder.packed, weights, {name: mask.cpu() for name, mask in masks.items()}, metadata)
+    if p.processes.first:
+        if p.pruner.plans:
+            write_recipe(run.folder.surgery, p.pruner.plans)
+        save_tree(run.folder.model, weights, metadata)
+        save_packed(run.folder.packed, weights, {name: mask.cpu() for name, mask in masks.items()}, metadata)
     # Zeros outside frozen masks cost as much as any weight; they only count in the compression.
     test_accuracy = _test_accuracy(run, model)
     image = torch.zeros(1, *p.data.image_shape, device=p.device)
@@ -74,14 +75,14 @@ def _test_accuracy(run: TrainingRun, model: nn.Module) -> float | None:
     p = run.prepared
     if p.data.test is None:
         return None
-    loader = make_eval_loader(p.config, p.data, "test", p.device)
+    loader = make_eval_loader(p.config, p.data, "test", p.device, p.processes)
     return _evaluated(run, model, loader).accuracy
 
 
 def _evaluated(run: TrainingRun, model: nn.Module, loader: Loader) -> Evaluation:
     config, device = run.prepared.config, run.prepared.device
     views = config.test_time_augmentation
-    result = evaluate(model, loader, device=device, precision=config.precision, views=views)
+    result = evaluate(model, loader, device=device, precision=config.precision, views=views, shared=True)
     assert result is not None  # only a stop that is asked for gives none
     return result
 
@@ -100,7 +101,7 @@ def _summary(
         row = time_target(state.seconds_asked, state.seconds_planned or 0.0, seconds, config.epochs)
         outcome = Outcome((*outcome.targets, row))
     hard_prune = next((event["epoch"] for event in pruner.events if event["event"] == "hard_prune"), None)
-    compression = getattr(p.method, "compression_asked", None)
+    compression, nominal = getattr(p.method, "compression_asked", None), state.train_flops_nominal
     return {
         "format_version": FORMAT_VERSION,
         "method": config.method,
@@ -121,11 +122,15 @@ def _summary(
         "nonzero_conv_weights": living.conv_nonzero,
         "train_flops": state.train_flops,
         "train_flops_ratio": state.train_flops / max(state.train_flops_dense, 1),
+        "train_flops_nominal": nominal,
+        "train_flops_ratio_nominal": None if nominal is None else nominal / max(state.train_flops_dense, 1),
         "initial_train_flops": state.earlier.flops,
         "total_train_flops_ratio": state.earlier.total_ratio(state.train_flops, state.train_flops_dense),
         "inference_flops": cost.forward_flops,
         "inference_flops_ratio": cost.forward_flops / max(p.cost.initial.forward_flops_dense, 1),
         "train_seconds": seconds,
+        "initial_train_seconds": state.earlier.seconds,
+        "total_train_seconds": state.earlier.total_seconds(seconds),
         "step_ms": _step_ms(run.folder.read_metrics()),
         "data_share": state.data_seconds / max(state.epoch_seconds, 1e-9),
         "hard_prune_epoch": hard_prune,

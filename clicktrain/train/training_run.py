@@ -2,18 +2,22 @@
 
 from __future__ import annotations
 
+import contextlib
 import time
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, field, replace
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 import torch
 from torch import Tensor, nn
 from torch.amp.grad_scaler import GradScaler
+from torch.nn.parallel import DistributedDataParallel
 from torch.optim.swa_utils import AveragedModel
 
 from clicktrain.accounting import TrainingMemory
+from clicktrain.comm.agreement import of_first
+from clicktrain.comm.sync_batch_norm import run_together
 from clicktrain.compiler import Accelerated
 from clicktrain.errors import UserError
 from clicktrain.formats.atomic import append_jsonl
@@ -75,7 +79,7 @@ class TrainingRun:
             self.average = SlowWeights(self.prepared.model)
         if self.average is not None:
             pruner.follow(self.average)
-        if config.tensorboard:
+        if config.tensorboard and self.prepared.processes.first:
             self.scalars = ScalarLog(self.folder.path / "tensorboard")
         self.teacher: Teacher | None = None
         """What the network learns from besides the labels; its own dense weights from when they are known."""
@@ -142,6 +146,26 @@ class TrainingRun:
         append_jsonl(self.folder.events, event.to_json())
 
     def _wrap(self, model: nn.Module) -> Callable[..., Any]:
+        """The fast or compiled network, whose gradients are means over all processes if there are several."""
+        forward = self._fast_or_compiled(model)
+        several = self.prepared.processes.number > 1 and any(p.requires_grad for p in model.parameters())
+        return DistributedDataParallel(forward) if several else forward
+
+    @contextlib.contextmanager
+    def together(self, step: bool) -> Iterator[None]:
+        """Around forward and backward pass of a batch that all processes share.
+
+        Gradients travel where a ``step`` follows: where batches are accumulated, with the last of them.
+        """
+        forward = self.forward.current
+        with contextlib.ExitStack() as held:
+            if isinstance(forward, DistributedDataParallel):
+                held.enter_context(run_together())
+                if not step:
+                    held.enter_context(forward.no_sync())
+            yield
+
+    def _fast_or_compiled(self, model: nn.Module) -> nn.Module:
         p, before = self.prepared, self._fast
         if (p.pruner.frozen or p.pruner.moving) and conv_masks(p.pruner.masks) and can_accelerate(p):
             # A view of the model goes on whatever its layers' positions and values are.
@@ -157,7 +181,7 @@ class TrainingRun:
         if not p.config.compile:
             return model
         torch.compiler.reset()  # which keeps few versions of one function, and then uses none
-        return torch.compile(model)
+        return cast("nn.Module", torch.compile(model))
 
     @property
     def evaluated_model(self) -> nn.Module:
@@ -165,6 +189,8 @@ class TrainingRun:
         if self.average is not None:
             return self.average.module
         forward = self.forward.current
+        if isinstance(forward, DistributedDataParallel):
+            forward = forward.module
         return forward if isinstance(forward, Accelerated) else self.prepared.model
 
     @property
@@ -194,6 +220,8 @@ class TrainingRun:
         if not weights_are_finite(self.prepared.model):
             raise diverged("a weight is not a number", max(epoch, 1), state.batch, self.newest_checkpoint())
         state.seconds = self.seconds
+        if not self.prepared.processes.first:
+            return self.folder.checkpoint(epoch, state.step)
         state.logs = self.folder.log_marks()
         return save_checkpoint(self.folder, epoch, state.step, self.state_dict(), config.keep_checkpoints)
 
@@ -271,14 +299,16 @@ class TrainingRun:
 
     def go_on(self) -> None:
         """Resume from the newest good checkpoint, or from the beginning if there is none."""
-        saved = newest_good(self.folder, self.progress.message)
+        saved = of_first(lambda: newest_good(self.folder, self.progress.message))
         if saved is None:
             self.progress.message("no checkpoint was written yet: starting from the beginning")
-            self.folder.take_back({}, 0.0)
+            if self.prepared.processes.first:
+                self.folder.take_back({}, 0.0)
             self._start()
         else:
             self.load_state_dict(saved)
-            self._take_back_logs()
+            if self.prepared.processes.first:
+                self._take_back_logs()
             self.prepared.pruner.subscribe(self._write_event, Event)
 
     def _take_back_logs(self) -> None:

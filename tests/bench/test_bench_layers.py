@@ -2,21 +2,26 @@
 
 from __future__ import annotations
 
+from collections import OrderedDict
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
+import torch.nn.functional as F
 from safetensors.torch import save_file
 from torch import nn
 
 from clicktrain.bench import layers as module
+from clicktrain.bench.gates import LayerGates, gate_text, with_gates
 from clicktrain.bench.layers import PACKED, LayerTable, bench_layers, check_pruned, to_json
 from clicktrain.bench.runs import RunRow, safe_layouts
 from clicktrain.errors import UserError
 from clicktrain.models import create_model
 from clicktrain.sparsity.masks import conv_masks
 from clicktrain.surgery import read_recipe
+from clicktrain.surgery.layers import ChannelScatter, ChannelSelect
 from clicktrain.train import from_dict, load_run
 from clicktrain.train.fit import fit
 
@@ -111,6 +116,116 @@ def test_every_layer_at_its_own_shapes(channels: Path, trained: LayerTable, what
     assert {layer.layer: layer for layer in table.layers}["conv1"].dense_flops == min(
         passes, 2
     ) * 2 * 8 * 9 * 64
+
+
+def gated_network() -> nn.Module:
+    """A stage of 8 channels whose branch works on 3 of them, makes 5 and adds these at their places."""
+    torch.manual_seed(0)
+    network = create_model("resnet8", num_classes=3, in_channels=1, width=0.5, stem="cifar")
+    select = ChannelSelect((0, 3, 6), 8)
+    conv = nn.Conv2d(3, 8, 3, padding=1, bias=False)
+    block = network.get_submodule("layer1.0")
+    block.conv1 = nn.Sequential(OrderedDict(select=select, layer=conv))
+    block.conv2 = nn.Conv2d(8, 5, 3, padding=1, bias=False)
+    scatter = ChannelScatter((1, 2, 4, 5, 7), 8)
+    block.bn2 = nn.Sequential(OrderedDict(layer=nn.BatchNorm2d(5), scatter=scatter))
+    return network
+
+
+Call = tuple[str, tuple[int, ...], torch.dtype, bool]
+
+
+def watch(network: nn.Module) -> Callable[[Callable[[], object]], list[Call]]:
+    """A function that says what modules of a network, and of copies of it, read while it calls another."""
+    seen: list[Call] = []
+
+    def hook(name: str) -> Callable[..., None]:
+        def note(_: nn.Module, args: tuple[torch.Tensor], out: torch.Tensor) -> None:
+            seen.append((name, tuple(args[0].shape), args[0].dtype, args[0].requires_grad))
+
+        return note  # functions are not copied with a module
+
+    for name, own in network.named_modules():
+        if not [*own.children()]:
+            own.register_forward_hook(hook(name))
+
+    def of(call: Callable[[], object]) -> list[Call]:
+        seen.clear()
+        call()
+        return list(seen)
+
+    return of
+
+
+SELECT, FIRST, LAST, SCATTER = (
+    f"layer1.0.{name}" for name in ("conv1.select", "conv1.layer", "conv2", "bn2.scatter")
+)
+
+
+@pytest.mark.parametrize("layout", ["NCHW", "channels_last", "NCHW bf16"])
+def test_select_and_scatter_belong_to_the_time_of_their_layer(layout: str) -> None:
+    network = gated_network()
+    reads_of = watch(network)
+    x = torch.zeros(4, 1, 8, 8)
+    side = module._side(network, x, {}, layout, module.TRAINING)
+    assert side.gates(FIRST) == LayerGates(select=SELECT)
+    assert side.gates(LAST) == LayerGates(scatter=SCATTER)
+    assert set(side.calls.gates) == {FIRST, LAST}
+    assert gate_text(network, side.gates(FIRST)) == ("select 3 of 8",)
+    assert gate_text(network, side.gates(LAST)) == ("scatter 5 of 8",)
+    for layer, expected, gates in (
+        (FIRST, [(SELECT, 8), (FIRST, 3)], [(SELECT, 8)]),
+        (LAST, [(LAST, 8), (SCATTER, 5)], [(SCATTER, 5)]),
+        ("layer2.0.conv1", [("layer2.0.conv1", 8)], []),
+    ):
+        for call, wanted in ((side.call(layer), expected), (side.gate_calls(layer), gates)):
+            seen = reads_of(call)
+            assert [(name, shape) for name, shape, *_ in seen] == [(n, (4, c, 8, 8)) for n, c in wanted]
+            assert all(needed for *_, needed in seen)  # the image's gradient alone is not needed
+            if layout.endswith("bf16"):
+                assert {dtype for _, _, dtype, _ in seen} <= {torch.bfloat16}
+
+
+@pytest.mark.parametrize("training", [False, True])
+def test_what_is_timed_computes_what_the_network_does(training: bool) -> None:
+    """Select, layer and scatter in a row: output and gradients of the stage's tensors, by hand."""
+    network = gated_network()
+    x, gradient = torch.randn(2, 8, 8, 8, requires_grad=True), torch.randn(2, 8, 8, 8)
+    first, last = (network.get_submodule(name) for name in (FIRST, LAST))
+    assert isinstance(first, nn.Conv2d)
+    assert isinstance(last, nn.Conv2d)
+    y = with_gates(network, FIRST, LayerGates(select=SELECT))(x)
+    torch.testing.assert_close(y, F.conv2d(x[:, [0, 3, 6]], first.weight, padding=1))
+    z = with_gates(network, LAST, LayerGates(scatter=SCATTER))(x)
+    expected = torch.zeros(2, 8, 8, 8)
+    expected[:, [1, 2, 4, 5, 7]] = F.conv2d(x, last.weight, padding=1).detach()
+    torch.testing.assert_close(z.detach(), expected)
+    if training:
+        (dx,) = torch.autograd.grad(y, x, gradient)
+        full = first.weight.new_zeros(8, 8, 3, 3)
+        full[:, [0, 3, 6]] = first.weight.detach()  # the same convolution of all channels
+        torch.testing.assert_close(dx, F.conv_transpose2d(gradient, full, padding=1))
+        (dx,) = torch.autograd.grad(z, x, gradient)
+        own = gradient[:, [1, 2, 4, 5, 7]]
+        torch.testing.assert_close(dx, F.conv_transpose2d(own, last.weight, padding=1))
+
+
+def test_gates_of_a_finished_run(channels: Path, trained: LayerTable) -> None:
+    """Each gate of its network belongs to one layer, whose time it is part of."""
+    gates = {n: m for n, m in load_run(channels).model.named_modules() if isinstance(m, ChannelSelect)}
+    assert bool(gates) == any(plan.gates for plan in read_recipe(channels / "surgery.json"))
+    texts = [text for layer in trained.layers for text in layer.gates]
+    written = [gate.extra_repr() for gate in gates.values()]
+    assert sorted(text.partition(" ")[2] for text in texts) == sorted(written)
+    selects = {name.removesuffix(".select") for name in gates if name.endswith(".select")}
+    for layer in trained.layers:
+        assert layer.gate_ms is not None
+        assert (layer.gate_ms > 0) == bool(layer.gates)
+        assert (layer.layer in selects) == any(text.startswith("select") for text in layer.gates)
+        for text in layer.gates:
+            kind, channels_left, *_ = text.split()
+            assert layer.pruned_shape is not None
+            assert int(channels_left) == layer.pruned_shape[1 if kind == "select" else 0]
 
 
 def test_what_is_made_of_the_times(trained: LayerTable) -> None:

@@ -2,13 +2,16 @@
 
 from __future__ import annotations
 
+import io
 import json
+import re
 from pathlib import Path
 
 import pytest
 from cli_runs import call, files_below
+from rich.console import Console
 
-from clicktrain.commands.bench import BENCHMARKS
+from clicktrain.commands.bench import BENCHMARKS, runs
 from clicktrain.kernels.native import toolchain
 
 needs_compiler = pytest.mark.skipif(toolchain() is None, reason="needs a C compiler")
@@ -57,7 +60,10 @@ def test_conv(place: Path) -> None:
 @needs_compiler
 def test_runs(place: Path) -> None:
     for name, flags in (
-        ("channels", ("--method", "prunetrain", "--coefficient", "0.04", "--interval", "1")),
+        (
+            "channels",
+            ("--method", "prunetrain", "--coefficient", "0.04", "--interval", "1", "--scheme", "gating"),
+        ),
         ("masks", ("--method", "campfire", "--sparsity", "0.8", "--era", "0", "1")),
     ):
         run = call("train", "--model", "resnet8", "--width", "0.25", "--epochs", "2", "--out", name, *flags,
@@ -82,11 +88,14 @@ def test_runs(place: Path) -> None:
             assert layer.keys() == {
                 "layer", "kind", "dense_shape", "pruned_shape", "dense_input", "pruned_input", "dense_flops",
                 "pruned_flops", "flops_share", "dense_ms", "pruned_ms", "time_share", "share_of_saving",
-                "excess_ms", "note",
+                "excess_ms", "note", "gates", "gate_ms",
             }  # fmt: skip
     text = " ".join(outcome.out.split())
     assert "channels: training step, batch 4, layer by layer" in text
     assert "A layer is timed alone, everything else is the whole less its layers." in text
+    assert "Side by side: outputs x inputs of a layer, ms" in text
+    gated = [layer for table in tables for layer in table["layers"] if layer["gates"]]
+    assert ("what of pruned ms the select in front" in text) == bool(gated)
     assert [(row["run"], row["what"]) for row in rows] == [
         ("channels", "inference"), ("channels", "training step"),
         ("masks", "inference"), ("masks", "training step"),
@@ -186,3 +195,29 @@ def test_mistakes(line: str, part: str, place: Path) -> None:
     assert outcome.err.count("\n") == 1
     assert part in outcome.err
     assert files_below(place) == {}
+
+
+def test_union_and_gating_side_by_side() -> None:
+    """A row per layer: its width, time and what of that the gates take, in each run."""
+    layer = {"layer": "conv2", "dense_shape": (8, 8, 3, 3), "pruned_shape": (5, 6, 3, 3), "note": "",
+             "dense_input": (4, 8, 8, 8), "dense_flops": 100, "pruned_flops": 47, "flops_share": 1.0,
+             "dense_ms": 4.0, "pruned_ms": 2.0, "time_share": 0.8, "share_of_saving": 0.9,
+             "excess_ms": 0.1, "gates": (), "gate_ms": 0.0}  # fmt: skip
+    table = {"run": "union", "what": "inference", "batch_size": 4, "dense_name": "NCHW",
+             "pruned_name": "NCHW", "layers": [layer], "dense_ms": 5.0, "pruned_ms": 3.0,
+             "flops_ratio": 0.5, "dense_rest_ms": 1.0, "pruned_rest_ms": 1.0,
+             "rest_share_of_saving": None, "rest_excess_ms": None}  # fmt: skip
+    narrow = {**layer, "pruned_shape": (3, 6, 3, 3), "pruned_ms": 2.25, "gates": ("scatter 3 of 5",),
+              "gate_ms": 0.75}  # fmt: skip
+    gating = {**table, "run": "gating", "layers": [narrow]}
+    other = {**table, "run": "another network", "layers": [{**layer, "layer": "conv9"}]}
+    console = Console(width=160, record=True, file=io.StringIO())
+    runs._show({"settings": {"rounds": 1}, "rows": [], "by_layer": [table, gating, other]}, console)
+    text = console.export_text()
+    side = text[text.index("\ninference, batch 4 ") :]
+    assert "Side by side: outputs x inputs of a layer, ms" in side
+    assert re.search(r"layer +dense ms +union +gating\b", side)
+    assert re.search(r"conv2 +4\.000 +5x6: 2\.000 +3x6: 2\.250 \(0\.750\)", side)
+    assert re.search(r"everything else +1\.000 +1\.000 +1\.000", side)
+    assert "another network" not in side  # it has other layers
+    assert text.count("In brackets: what of pruned ms the select") == 1

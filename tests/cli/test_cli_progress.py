@@ -114,8 +114,14 @@ def test_result_line(tmp_path: Path) -> None:
         "compression asked 8x, reached 8.01x; accuracy 91.23% (best 92.00%); training FLOPs 61% of dense; "
         f"inference FLOPs 15% of dense; time 1:01:01; files in {tmp_path}"
     )
+    for nominal, shown in ((0.402, " (40% nominal)"), (0.612, ""), (None, "")):
+        line = result_line({**summary, "train_flops_ratio_nominal": nominal}, tmp_path)
+        assert f"training FLOPs 61% of dense{shown}; inf" in line
     summary |= {"initial_train_flops": 10, "total_train_flops_ratio": 1.61}
     assert "training FLOPs 61% of dense, 161% with its initial weights; inf" in result_line(summary, tmp_path)
+    summary |= {"initial_train_seconds": 39.0, "total_train_seconds": 3700.0}
+    assert "; time 1:01:01, 1:01:40 with its initial weights; files" in result_line(summary, tmp_path)
+    summary |= {"initial_train_seconds": None, "total_train_seconds": None}
     summary |= {"initial_train_flops": None, "total_train_flops_ratio": None}  # of a file
     assert "61% of dense, its initial weights not counted; inf" in result_line(summary, tmp_path)
     summary["compression_asked"] = summary["val_accuracy"] = None

@@ -9,6 +9,7 @@ from torch import Tensor
 
 from clicktrain.data import Augment, mixup, seeded_generator
 from clicktrain.data.augment import (
+    Draws,
     augment_and_normalize,
     cutout,
     mirrored_in_epoch,
@@ -36,7 +37,7 @@ def test_every_crop_is_a_window_of_the_padded_image(
     padding: int, mode: str, height: int, width: int, seed: int
 ) -> None:
     x = images(3, 2, height, width)
-    cropped = random_crop(x, padding, mode, seeded_generator("test", seed))  # type: ignore[arg-type]
+    cropped = random_crop(x, padding, mode, Draws(seeded_generator("test", seed)))  # type: ignore[arg-type]
     # the slow, obvious reference: the same offsets, one image after the other
     offsets = torch.randint(0, 2 * padding + 1, (2, 3), generator=seeded_generator("test", seed))
     pad_mode = {"zeros": "constant", "reflect": "reflect"}[mode]
@@ -48,14 +49,14 @@ def test_every_crop_is_a_window_of_the_padded_image(
 def test_all_offsets_of_a_crop_occur() -> None:
     x = torch.zeros(2000, 1, 3, 3, dtype=torch.uint8)
     x[:, :, 1, 1] = 1
-    cropped = random_crop(x, 1, "zeros", seeded_generator("test"))
+    cropped = random_crop(x, 1, "zeros", Draws(seeded_generator("test")))
     share = cropped.float().mean(0)[0]  # where the middle pixel went
     assert torch.all((share - 1 / 9).abs() < 0.03)
 
 
 def test_half_of_the_images_are_mirrored_whole() -> None:
     x = images(1000, 1, 2, 3)
-    flipped = random_flip(x, seeded_generator("test"))
+    flipped = random_flip(x, Draws(seeded_generator("test")))
     is_same = (flipped == x).flatten(1).all(1)
     is_mirrored = (flipped == x.flip(-1)).flatten(1).all(1)
     assert bool((is_same | is_mirrored).all())
@@ -70,15 +71,15 @@ def test_alternating_flips_mirror_each_image_in_every_other_epoch() -> None:
     assert not torch.equal(first, mirrored_in_epoch(1000, 4, 0))
     x = images(1000, 1, 2, 3)
     augment, zero, one = Augment(alternating=True), torch.zeros(1), torch.ones(1) / 255
-    made = augment_and_normalize(x, augment, zero, one, seeded_generator("test"), first)
+    made = augment_and_normalize(x, augment, zero, one, Draws(seeded_generator("test")), first)
     assert torch.equal(made, torch.where(first.view(-1, 1, 1, 1), x.flip(-1), x).float())
 
 
 @given(height=st.integers(1, 60), width=st.integers(1, 60), seed=st.integers(0, 1000))
 def test_boxes_lie_inside_with_the_area_and_aspect_of_the_recipe(height: int, width: int, seed: int) -> None:
-    top, left, box_height, box_width = random_boxes(50, height, width, seeded_generator("test", seed)).unbind(
-        1
-    )
+    top, left, box_height, box_width = random_boxes(
+        50, height, width, Draws(seeded_generator("test", seed))
+    ).unbind(1)
     assert bool(((top >= 0) & (left >= 0) & (box_height > 0) & (box_width > 0)).all())
     assert bool(((top + box_height <= height) & (left + box_width <= width)).all())
     if min(height, width) >= 30 and max(height, width) <= 1.2 * min(height, width):
@@ -90,14 +91,14 @@ def test_boxes_lie_inside_with_the_area_and_aspect_of_the_recipe(height: int, wi
 
 
 def test_no_box_fits_a_very_long_image_so_the_center_is_taken() -> None:
-    assert random_boxes(2, 2, 300, seeded_generator("test")).tolist() == [[0, 148, 2, 3]] * 2
-    assert random_boxes(1, 300, 3, seeded_generator("test")).tolist() == [[148, 0, 4, 3]]
+    assert random_boxes(2, 2, 300, Draws(seeded_generator("test"))).tolist() == [[0, 148, 2, 3]] * 2
+    assert random_boxes(1, 300, 3, Draws(seeded_generator("test"))).tolist() == [[148, 0, 4, 3]]
 
 
 def test_a_resized_crop_agrees_with_interpolating_the_box() -> None:
     x = images(20, 2, 24, 24)
-    cropped = random_resized_crop(x, seeded_generator("test"))
-    boxes = random_boxes(20, 24, 24, seeded_generator("test"))
+    cropped = random_resized_crop(x, Draws(seeded_generator("test")))
+    boxes = random_boxes(20, 24, 24, Draws(seeded_generator("test")))
     for index, (top, left, height, width) in enumerate(boxes.tolist()):
         box = x[index : index + 1, :, top : top + height, left : left + width].float()
         alone = F.interpolate(box, size=(24, 24), mode="bilinear", align_corners=False)[0]
@@ -106,7 +107,7 @@ def test_a_resized_crop_agrees_with_interpolating_the_box() -> None:
 
 
 def test_cutout_clears_a_square_that_may_lie_half_outside() -> None:
-    holes = cutout(torch.ones(500, 2, 8, 8), 4, seeded_generator("test")) == 0
+    holes = cutout(torch.ones(500, 2, 8, 8), 4, Draws(seeded_generator("test"))) == 0
     assert torch.equal(holes[:, 0], holes[:, 1])
     heights = holes[:, 0].any(2).sum(1)
     widths = holes[:, 0].any(1).sum(1)
@@ -118,7 +119,7 @@ def test_cutout_clears_a_square_that_may_lie_half_outside() -> None:
 def test_nothing_but_the_normalization_by_default() -> None:
     x = images()
     mean, std = torch.tensor([0.1, 0.2, 0.3]), torch.tensor([0.5, 0.6, 0.7])
-    normal = augment_and_normalize(x, Augment(), mean, std, seeded_generator("test"))
+    normal = augment_and_normalize(x, Augment(), mean, std, Draws(seeded_generator("test")))
     expected = (x.double() / 255 - mean.double().view(3, 1, 1)) / std.double().view(3, 1, 1)
     torch.testing.assert_close(normal.double(), expected, atol=1e-5, rtol=1e-5)
 
@@ -127,7 +128,7 @@ def test_the_input_is_left_as_it_was() -> None:
     x = images(8, 3, 8, 8)
     before = x.clone()
     for augment in (Augment.preset("cifar"), Augment.preset("imagenet"), Augment(cutout=3, flip=True)):
-        augment_and_normalize(x, augment, torch.zeros(3), torch.ones(3), seeded_generator("test"))
+        augment_and_normalize(x, augment, torch.zeros(3), torch.ones(3), Draws(seeded_generator("test")))
     assert torch.equal(x, before)
 
 

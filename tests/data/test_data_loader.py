@@ -6,6 +6,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from clicktrain.data import Augment, Batch, ImageData, Loader, PixelSource, make_loader, open_data
+from clicktrain.data.augment import Part
 from clicktrain.data.loader import BatchPlan
 from clicktrain.errors import UserError
 
@@ -166,3 +167,42 @@ def test_alternating_flips_go_by_the_image_whatever_the_batch() -> None:
     assert mirrored(2) == first
     assert mirrored(0, batch_size=7) == first
     assert mirrored(0, start=2).items() <= first.items()
+
+
+@pytest.mark.parametrize("start", [0, 1])
+@pytest.mark.parametrize("count", [2, 3])
+@pytest.mark.parametrize(
+    "augment",
+    [
+        Augment(crop_padding=2, flip=True, cutout=3),
+        Augment(resized_crop=True),
+        Augment(crop_padding=1, padding="reflect", alternating=True),
+    ],
+)
+def test_parts_of_a_batch_are_augmented_as_in_the_whole(augment: Augment, count: int, start: int) -> None:
+    data = open_data("synthetic:classes=3,size=8,train=28,val=9")
+    settings = {"batch_size": 12, "augment": augment, "drop_last": True}
+    whole = list(loader(data, **settings).epoch(2, start))
+    parts = [
+        list(loader(data, part=Part(index, count), **settings).epoch(2, start)) for index in range(count)
+    ]
+    together = [
+        Batch(torch.cat([own.x for own in batch]), torch.cat([own.y for own in batch]))
+        for batch in zip(*parts, strict=True)
+    ]
+    assert [len(batch.y) for part in parts for batch in part] == [12 // count] * count * (2 - start)
+    assert_same(together, whole)
+
+
+@pytest.mark.parametrize("start", [0, 1, 2])
+def test_processes_take_turns_at_validation_batches(start: int) -> None:
+    data = numbered()
+    whole = list(loader(data, "val").epoch(0, start))
+    parts = [list(loader(data, "val", part=Part(index, 3)).epoch(0, start)) for index in range(3)]
+    assert_same(sorted((b for part in parts for b in part), key=lambda b: int(b.x[0, 0, 0, 0])), whole)
+    assert max(map(len, parts)) - min(map(len, parts)) <= 1
+
+
+def test_a_batch_that_processes_cannot_share_evenly_is_refused() -> None:
+    with pytest.raises(UserError, match="2 processes cannot share batches of 5 images evenly"):
+        loader(numbered(), part=Part(0, 2))

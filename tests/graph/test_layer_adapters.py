@@ -118,6 +118,7 @@ COLUMNS = (
 SETTINGS: dict[str, dict[str, Any]] = {
     "clicktrain": {"compression": 2.5},
     "clicktrain-gradual": {"compression": 2.5},
+    "admm-patterns": {"compression": 2.5},
     "prunetrain": {"target_flops": 0.7},
     "pat": {"policy": "epoch", "prune_epoch": 0, "prune_steps": 1},
     "rigl": {"densities": "uniform"},
@@ -129,6 +130,7 @@ UNPRUNED: dict[str, dict[str, str]] = {
     "dense": dict.fromkeys(COLUMNS, "it prunes nothing"),
     "clicktrain": {"Linear": PATTERNS},
     "clicktrain-gradual": {"Linear": PATTERNS},
+    "admm-patterns": {"Linear": PATTERNS},
     "prunetrain": {"Conv2d, depthwise": DEPTHWISE},
     "prunetrain-clicktrain": {"Conv2d, depthwise": "it has no include: depthwise layers keep their patterns"},
     "pat": {"Conv2d, depthwise": DEPTHWISE},
@@ -138,6 +140,7 @@ UNPRUNED: dict[str, dict[str, str]] = {
 REFUSED: dict[tuple[str, str], str] = {
     ("clicktrain", "perceptron"): "no convolution that ClickTrain can prune",
     ("clicktrain-gradual", "perceptron"): "no convolution that Gradual ClickTrain can prune",
+    ("admm-patterns", "perceptron"): "no convolution that ADMM patterns can prune",
     ("prunetrain-clicktrain", "perceptron"): "no convolution that",
     ("prunetrain-clicktrain", "convnext"): "cannot be met by this network",  # its depthwise layers stay
 }

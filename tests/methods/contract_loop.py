@@ -138,6 +138,16 @@ def attach(name: str, *, seed: int = 0, packed: bool = False) -> Run:
     return Run(model, optimizer, pruner)
 
 
+def starting_weights(name: str, folder: Path) -> tuple[str, ...]:
+    """Words of the command line for methods that prune a trained network; none for the others."""
+    if not METHODS[name]().expects_trained:
+        return ()
+    torch.manual_seed(0)
+    path = folder / "trained.safetensors"
+    save_file(Net().state_dict(), path)
+    return ("--initial-weights", str(path))
+
+
 def without_times(events: Iterable[Mapping[str, Any]]) -> list[dict[str, Any]]:
     """Decisions without what a clock says."""
     return [{k: v for k, v in event.items() if "seconds" not in k and "_ms" not in k} for event in events]

@@ -23,7 +23,7 @@ from typing import Any, ClassVar
 import pytest
 import torch
 import torch.distributed as dist
-from contract_loop import EPOCHS, IMAGES, TOTAL, Net, Run, attach, batch, without_times
+from contract_loop import EPOCHS, IMAGES, TOTAL, Net, Run, attach, batch, starting_weights, without_times
 from safetensors.torch import load_file
 from torch import Tensor, nn
 
@@ -254,6 +254,7 @@ def command_line(name: str) -> tuple[str, Path]:
     data = f"synthetic:classes=4,size=8,channels=1,train={IMAGES * TOTAL // EPOCHS},val=16"
     words = ("--model", "contract_loop:Net", "--data", data, "--method", name, "--epochs", str(EPOCHS))
     more = ("--batch-size", str(IMAGES), "--threads", "1", "--quiet", "--learning-rate", "0.05")
+    more += starting_weights(name, folder.parent)
     printed = io.StringIO()
     with contextlib.redirect_stdout(printed):
         assert main(["train", *words, *more, "--operators", "reference", "--dry-run"]) == 0

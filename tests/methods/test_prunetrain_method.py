@@ -14,6 +14,7 @@ from torch import Tensor, nn
 from clicktrain import PruneTrain, create_model
 from clicktrain.errors import NetworkCollapsed, UserError
 from clicktrain.methods import Pruner
+from clicktrain.surgery import plan_from_zeros
 
 STEPS = 4
 """Batches in an epoch."""
@@ -95,7 +96,7 @@ def test_a_run_goes_on_as_the_masked_network_would() -> None:
     [
         ({"interval": 2}, [2, 4, 6, 6]),
         ({"interval": 4}, [4, 6]),
-        ({"reconfigure": "once", "once_at": 3}, [3]),
+        ({"reconfigure": "once", "once_at": 3}, [3, 6]),
         ({"reconfigure": "end"}, [6]),
         ({}, [1, 2, 3, 4, 5, 6]),
     ],
@@ -107,6 +108,22 @@ def test_when_it_reconfigures(settings: dict[str, Any], expected: list[int]) -> 
     train(model, optimizer, pruner, 0, 6 * STEPS)
     pruner.finish()
     assert epochs_of(pruner) == sorted(set(expected))
+
+
+@pytest.mark.parametrize("reconfigure", ["interval", "once", "end"])
+def test_no_zero_channel_is_left_at_the_end(reconfigure: Any) -> None:
+    """However the comparisons of the paper reconfigure while they train, what is reported is what is left."""
+    model = network()
+    optimizer = torch.optim.SGD(model.parameters(), lr=0.05, momentum=0.9)
+    method = PruneTrain(
+        coefficient=0.4, reconfigure=reconfigure, once_at=1 if reconfigure == "once" else None
+    )
+    pruner = method.attach(model, optimizer, epochs=4, steps_per_epoch=STEPS)
+    train(model, optimizer, pruner, 0, 4 * STEPS)
+    pruner.finish()
+    assert removed(pruner) > 0
+    assert epochs_of(pruner)[-1] == 4
+    assert not plan_from_zeros(model, batch(0)[0], sides="readers").cuts
 
 
 def test_the_last_epochs_are_without_the_lasso() -> None:

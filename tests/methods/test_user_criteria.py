@@ -9,7 +9,7 @@ from typing import Any
 
 import pytest
 import torch
-from contract_loop import EPOCHS, IMAGES, PER_EPOCH, Net, batch
+from contract_loop import EPOCHS, IMAGES, PER_EPOCH, Net, batch, starting_weights
 from torch import Tensor, nn
 
 from clicktrain.cli import main
@@ -76,10 +76,20 @@ def registered() -> Iterator[str]:
     CRITERIA.remove("signed")
 
 
+@pytest.fixture(scope="module", autouse=True)
+def trained(tmp_path_factory: pytest.TempPathFactory) -> None:
+    """Weights to begin with, for methods that prune a trained network."""
+    folder = tmp_path_factory.mktemp("trained")
+    TRAINED.update({name: starting_weights(name, folder) for name in METHODS})
+
+
+TRAINED: dict[str, tuple[str, ...]] = {}
+
+
 def words(method: str, *more: str) -> list[str]:
     line = ("train", "--model", "contract_loop:Net", "--data", DATA, "--epochs", str(EPOCHS), "--quiet")
     fixed = ("--batch-size", str(IMAGES), "--threads", "1", "--operators", "reference")
-    return [*line, *fixed, "--method", method, *more]
+    return [*line, *fixed, *TRAINED[method], "--method", method, *more]
 
 
 def kept(folder: Path) -> dict[str, list[Any]]:

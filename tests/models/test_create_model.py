@@ -11,7 +11,7 @@ from clicktrain.models import create_model, list_models, min_image_size, scaled_
 
 NAMES = list_models()
 # One network of each kind of layer; the others differ from these in depth only.
-KINDS = ["resnet18", "resnet50", "resnet50_v1", "resnet20", "vgg11", "mobilenet_v1"]
+KINDS = ["resnet18", "resnet50", "resnet50_v1", "resnet20", "vgg11", "mobilenet_v1", "mobilenet_v3_small"]
 
 
 @pytest.fixture(autouse=True)
@@ -29,8 +29,9 @@ def small(name, stem="cifar", **options):
 
 def test_the_zoo_has_the_networks_of_the_papers():
     resnets = {f"resnet{d}" for d in (18, 34, 50, 101, 8, 14, 20, 32, 44, 56, 110)}
-    others = {"resnet50_v1", "resnet101_v1", "vgg11", "vgg13", "vgg16", "mobilenet_v1", "cifarnet"}
-    assert {*resnets, *others} == set(NAMES)
+    others = {"resnet50_v1", "resnet101_v1", "resnet50_cifar", "resnet32_wide", "vgg11", "vgg13", "vgg16"}
+    small = {"mobilenet_v1", "mobilenet_v3_small", "mobilenet_v3_large", "cifarnet"}
+    assert {*resnets, *others, *small} == set(NAMES)
     assert len(NAMES) == len(set(NAMES))
 
 

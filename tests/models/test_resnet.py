@@ -32,6 +32,20 @@ TABLE = {
     "resnet20": (16, [([(3, 16)] * 2, 3), ([(3, 32)] * 2, 3), ([(3, 64)] * 2, 3)]),
     "resnet32": (16, [([(3, 16)] * 2, 5), ([(3, 32)] * 2, 5), ([(3, 64)] * 2, 5)]),
     "resnet56": (16, [([(3, 16)] * 2, 9), ([(3, 32)] * 2, 9), ([(3, 64)] * 2, 9)]),
+    # Lym et al. 2019, figure 8, and their code.
+    "resnet50_cifar": (
+        16,
+        [
+            ([(1, 16), (3, 16), (1, 64)], 8),
+            ([(1, 32), (3, 32), (1, 128)], 8),
+            ([(1, 64), (3, 64), (1, 256)], 8),
+        ],
+    ),
+    # The code published with Zhang et al. 2021.
+    "resnet32_wide": (
+        64,
+        [([(3, 64)] * 2, 3), ([(3, 128)] * 2, 4), ([(3, 256)] * 2, 5), ([(3, 512)] * 2, 3)],
+    ),
 }
 TABLE["resnet50_v1"] = TABLE["resnet50"]
 TABLE["resnet101_v1"] = TABLE["resnet101"]
@@ -119,6 +133,30 @@ def test_cifar_networks(name, count, mega_macs):
     assert entries(model) == expected_entries(name, stem_kernel=3, num_classes=10)
     assert parameters(model) == count
     assert macs(model, 32) / 1e6 == pytest.approx(mega_macs, abs=0.02)
+
+
+@pytest.mark.parametrize(
+    ("name", "count", "mega_flops"),
+    # PruneTrain's figure 8 has 230 MFLOPs for its ResNet-50; the ImageNet network has eleven times as many.
+    [
+        ("resnet50_cifar", 776_794, 227.9),
+        ("resnet50", 23_520_842, 2_595.7),
+        ("resnet32", 466_906, 138.2),
+        ("resnet34", 21_282_122, 2_318.9),
+        ("resnet32_wide", 20_101_450, 2_167.8),
+    ],
+)
+def test_networks_of_the_same_name_for_cifar(name, count, mega_flops):
+    model = on_meta(name, num_classes=10, stem="cifar")
+    assert entries(model) == expected_entries(name, stem_kernel=3, num_classes=10)
+    assert parameters(model) == count
+    assert 2 * macs(model, 32) / 1e6 == pytest.approx(mega_flops, abs=0.1)
+
+
+def test_prunetrains_resnet50_strides_in_the_3x3():
+    blocks = [m for m in on_meta("resnet50_cifar", num_classes=10).modules() if isinstance(m, Bottleneck)]
+    strides = [(b.conv1.stride[0], b.conv2.stride[0]) for b in blocks]
+    assert strides == [(1, 2 if i in (8, 16) else 1) for i in range(24)]
 
 
 @pytest.mark.parametrize("depth", [8, 14, 20, 32, 44, 56, 110])

@@ -16,6 +16,7 @@ from clicktrain.methods import (
     MEST,
     METHODS,
     NM,
+    AdmmPatterns,
     Campfire,
     ChannelsThenPatterns,
     ClickTrain,
@@ -46,6 +47,7 @@ METHODS_MADE: dict[str, Callable[[], Method[Any]]] = {
     "gmp": lambda: GMP(sparsity=0.5, linear=False),
     "nm": lambda: NM(linear=False),
     "clicktrain-gradual": lambda: GradualClickTrain(compression=2, interval=4),
+    "admm-patterns": lambda: AdmmPatterns(compression=2.5),
     "pat": lambda: PaT(policy="epoch", prune_epoch=1, prune_ratio=0.3),
 }
 assert METHODS_MADE.keys() == METHODS.keys()

@@ -139,6 +139,7 @@ def request(generator: random.Random) -> tuple[str, dict[str, Any]]:
     choices: dict[str, list[dict[str, Any]]] = {
         "clicktrain": [{"compression": 1 / share, "entries": generator.choice([1, 2, 4, 9])}],
         "clicktrain-gradual": [{"compression": 1 / share, "entries": generator.choice([1, 2, 4, 8])}],
+        "admm-patterns": [{"compression": 1 / share, "entries": generator.choice([1, 2, 4, 8])}],
         "campfire": [{"sparsity": share, "granularity": generator.choice(["window", "ck", "combined"])},
                      {"sparsity": share, "linear": "none", "era": (0, generator.choice([0, 1, 3]))}],
         "prunetrain": [{"target_flops": share, "floor": generator.choice([0.0, 0.1, 0.5])},

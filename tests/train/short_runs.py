@@ -100,6 +100,7 @@ TIMES = {
     "data_seconds",
     "step_ms_median",
     "train_seconds",
+    "total_train_seconds",
     "data_share",
     "step_ms",
 }

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import json
 import shutil
 from pathlib import Path
@@ -16,6 +17,7 @@ from clicktrain.errors import UserError
 from clicktrain.report import write_report
 from clicktrain.report.run_data import read_runs
 from clicktrain.train import RunFolder, from_dict
+from clicktrain.train.initial_weights import EarlierCost, _cost_of
 from clicktrain.train.prepare import prepare
 
 AFTER: dict[str, Any] = {**DENSE, "method": "campfire", "preset": "after-training", "sparsity": 0.7,
@@ -69,6 +71,10 @@ def test_pruning_after_training(trained: Path, tmp_path: Path) -> None:
     assert summary["total_train_flops_ratio"] == pytest.approx(
         (before["train_flops"] + summary["train_flops"]) / before["train_flops"]
     )
+    assert before["initial_train_seconds"] == 0
+    assert before["total_train_seconds"] == before["train_seconds"]
+    assert summary["initial_train_seconds"] == before["train_seconds"]
+    assert summary["total_train_seconds"] == before["train_seconds"] + summary["train_seconds"]
     assert folder.read_metrics()[0]["sparsity"] > 0.6
     run(tmp_path / "again", {**settings, "initial_weights": str(tmp_path / "run"), "epochs": 1})
     again = RunFolder(tmp_path / "again").summary()
@@ -76,10 +82,27 @@ def test_pruning_after_training(trained: Path, tmp_path: Path) -> None:
     assert again["initial_train_flops"] == before["train_flops"] + summary["train_flops"]
     total = again["initial_train_flops"] + again["train_flops"]
     assert again["total_train_flops_ratio"] == pytest.approx(total / before["train_flops"])
+    assert again["initial_train_seconds"] == summary["total_train_seconds"]
     run(tmp_path / "file", {**AFTER, "initial_weights": str(trained / "model.safetensors"), "epochs": 1})
     file = RunFolder(tmp_path / "file").summary()
     assert file is not None
     assert file["initial_train_flops"] is file["total_train_flops_ratio"] is None  # nobody knows
+    assert file["initial_train_seconds"] is file["total_train_seconds"] is None
+
+
+def test_runs_of_versions_that_did_not_add_up_time(trained: Path, tmp_path: Path) -> None:
+    """Their own time is known, that of the weights that they started from is not."""
+    old = tmp_path / "old"
+    shutil.copytree(trained, old)
+    facts = json.loads((old / "summary.json").read_text())
+    del facts["initial_train_seconds"], facts["total_train_seconds"]
+    for spent, known in ((0, facts["train_seconds"]), (7, None)):
+        (old / "summary.json").write_text(json.dumps({**facts, "initial_train_flops": spent}))
+        assert _cost_of(RunFolder(old)).seconds == known
+    saved = {"flops": 0, "flops_dense": 0}
+    assert EarlierCost.from_state(saved) == EarlierCost()
+    assert EarlierCost.from_state({**saved, "flops": 7}).seconds is None
+    assert EarlierCost.from_state(dataclasses.asdict(EarlierCost(7, 7, 3.0))) == EarlierCost(7, 7, 3.0)
 
 
 def test_a_longer_run_is_compared_with_itself(trained: Path, tmp_path: Path) -> None:
@@ -149,4 +172,8 @@ def test_what_is_shown_counts_both(trained: Path, tmp_path: Path) -> None:
     assert shown.train_flops_ratio > 1
     page = write_report([tmp_path / "run"], tmp_path / "report.html").read_text("utf-8")
     assert "of one dense training, initial weights included" in page
+    assert "wall clock, whole run, initial weights included" in page
+    assert shown.seconds is not None
+    assert shown.total_seconds is not None
+    assert shown.total_seconds > shown.seconds
     assert "Campfire (after-training)" in page

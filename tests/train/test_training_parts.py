@@ -172,3 +172,11 @@ def test_the_course_survives_as_plain_numbers() -> None:
     again = TrainState.from_state(state.state_dict())
     assert again == state
     assert (again.totals.loss, again.totals.accuracy, again.totals.stage_shares) == (1.5, 75, {"pool": 1.0})
+
+
+def test_the_nominal_flops_of_an_older_run_stay_unknown() -> None:
+    saved = TrainState(train_flops=10, train_flops_nominal=7).state_dict()
+    del saved["train_flops_nominal"]
+    again = TrainState.from_state(saved)
+    again.add_nominal(5)
+    assert again.train_flops_nominal is None

@@ -133,14 +133,7 @@ _SHARED = (
 
 def run(argv: Sequence[str]) -> int:
     """Run the command; the exit code."""
-    what, rest = _which(list(argv))
-    home = "runs" if what == "runs" else "kernels"
-    module = importlib.import_module(f"clicktrain.commands.bench.{home}")
-    benchmark: Benchmark = getattr(module, what.upper())
-    options = (*benchmark.options, *_SHARED)
-    command = Command(f"bench {what}", benchmark.description, {"this command": options})
-    given = {option.name: option.default for option in options}
-    given.update(command.parse(rest))
+    benchmark, given = settings_of(argv)
     path = _writable(given.pop("json"))
     result = _measure(benchmark, given)
     if path is not None:
@@ -149,6 +142,17 @@ def run(argv: Sequence[str]) -> int:
         write_text_atomic(path, json.dumps(result, indent=2) + "\n")
     _show(benchmark, result)
     return 0
+
+
+def settings_of(argv: Sequence[str]) -> tuple[Benchmark, dict[str, Any]]:
+    """The benchmark that a command line asks for, and the values of all its flags."""
+    what, rest = _which(list(argv))
+    home = "runs" if what == "runs" else "kernels"
+    module = importlib.import_module(f"clicktrain.commands.bench.{home}")
+    benchmark: Benchmark = getattr(module, what.upper())
+    options = (*benchmark.options, *_SHARED)
+    command = Command(f"bench {what}", benchmark.description, {"this command": options})
+    return benchmark, {option.name: option.default for option in options} | command.parse(rest)
 
 
 def _which(argv: list[str]) -> tuple[str, list[str]]:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import TYPE_CHECKING, Any
 
 from clicktrain.commands.arguments import OWN_MODEL, Option
@@ -57,11 +58,13 @@ def _show(result: Result, console: Console) -> None:
     )
     for table in result["by_layer"]:
         _show_layers(table, console)
+    _show_side_by_side(result["by_layer"], console)
 
 
 def _show_layers(table: Result, console: Console) -> None:
     heads = ("layer", "outputs x inputs", "FLOPs left", "of all FLOPs", "dense ms", "of all time",
              "pruned ms", "time / FLOPs saved", "ms over")  # fmt: skip
+    gated = any(row["gates"] for row in table["layers"])
     rows = [
         (
             row["layer"],
@@ -70,7 +73,7 @@ def _show_layers(table: Result, console: Console) -> None:
             percent(row["flops_share"]),
             _fine(row["dense_ms"]),
             percent(row["time_share"]),
-            row["note"].partition(":")[0] if row["note"] else _fine(row["pruned_ms"]),
+            row["note"].partition(":")[0] if row["note"] else _with_gates(row),
             _share(row["share_of_saving"]),
             _over(row["excess_ms"]),
         )
@@ -88,6 +91,50 @@ def _show_layers(table: Result, console: Console) -> None:
     title = f"{what}, layer by layer ({names})"
     print_table(console, title, heads, [*rows, *rest], left=2, whole_words=True)
     console.print(_at_fault(table), markup=False, highlight=False)
+    if gated:
+        console.print(_GATES, markup=False, highlight=False)
+
+
+_GATES = (
+    "In brackets: what of pruned ms the select in front of the layer and the scatter behind it take (channel "
+    "gating), timed by themselves."
+)
+
+_SIDE = (
+    "Side by side: outputs x inputs of a layer, ms, and in brackets what of these select and scatter take."
+)
+
+
+def _with_gates(row: Result) -> str:
+    """The time of a layer, and what its gates take of it."""
+    whole = _fine(row["pruned_ms"])
+    return f"{whole} ({_fine(row['gate_ms'])})" if row["gates"] and row["gate_ms"] is not None else whole
+
+
+def _show_side_by_side(tables: Sequence[Result], console: Console) -> None:
+    """Layers of several runs of one network doing one thing: gating beside union (PruneTrain, figure 7)."""
+    groups: dict[tuple[Any, ...], list[Result]] = {}
+    for table in tables:
+        layers = tuple((row["layer"], *row["dense_shape"], *row["dense_input"]) for row in table["layers"])
+        groups.setdefault((table["what"], table["batch_size"], layers), []).append(table)
+    for (what, batch, _), group in groups.items():
+        if len(group) < 2:
+            continue
+        rows = [
+            (rows[0]["layer"], _fine(sum(row["dense_ms"] for row in rows) / len(rows)),
+             *(f"{_outputs(row)}: {row['note'].partition(':')[0] or _with_gates(row)}" for row in rows))
+            for rows in zip(*(table["layers"] for table in group), strict=True)
+        ]  # fmt: skip
+        whole = ("everything else", _fine(sum(table["dense_rest_ms"] for table in group) / len(group)),
+                 *(_fine(table["pruned_rest_ms"]) for table in group))  # fmt: skip
+        heads = ("layer", "dense ms", *(table["run"] for table in group))
+        print_table(console, f"{what}, batch {batch}", heads, [*rows, whole], left=1, whole_words=True)
+        console.print(_SIDE, markup=False, highlight=False)
+
+
+def _outputs(row: Result) -> str:
+    shape = row["pruned_shape"] or row["dense_shape"]
+    return f"{shape[0]}x{shape[1]}"
 
 
 def _at_fault(table: Result) -> str:
@@ -129,7 +176,13 @@ RUNS = Benchmark(
         Option("batch_size", tuple[int, ...], "Images per call.", (64,), metavar="N [N ...]"),
         ROUNDS,
         Option("bf16", bool, "Also try everything dense under bfloat16 autocast.", False),
-        Option("by_layer", bool, "Also time every convolution and linear layer, dense and pruned.", False),
+        Option(
+            "by_layer",
+            bool,
+            "Also time every convolution and linear layer, dense and pruned, with the "
+            "select and scatter of channel gating; several runs side by side.",
+            False,
+        ),
     ),
     _measure,
     _show,

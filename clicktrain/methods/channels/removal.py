@@ -66,7 +66,7 @@ class Rhythm:
         return self.interval or float(max(1, round(length.epochs / 18)))
 
     def once(self, length: RunLength) -> float:
-        """Epoch of the only reconfiguration."""
+        """Epoch of the only reconfiguration before the end."""
         return self.once_at if self.once_at is not None else length.epochs / 2
 
     def target_epoch(self, length: RunLength) -> int:
@@ -93,7 +93,7 @@ class Rhythm:
         every = self.interval_of(length)
         return {
             "interval": f"every {every:g} epoch{'s' if every != 1 else ''} and at the end",
-            "once": f"once, after epoch {self.once(length):g}",
+            "once": f"once, after epoch {self.once(length):g}, and at the end",
             "end": "at the end of the run only",
         }[self.reconfigure]
 

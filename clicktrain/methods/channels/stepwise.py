@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
-from torch import Tensor
+from torch import Tensor, nn
 
+from clicktrain.errors import UserError
+from clicktrain.graph.copying import working_copy
 from clicktrain.graph.prunable import PrunableLayers
 from clicktrain.methods.channels.budget import ChannelBudget
 from clicktrain.methods.channels.criteria import ChannelScores, Gradient, NeuronCriterion
@@ -15,7 +17,7 @@ from clicktrain.methods.channels.selection import ChannelSelection, LatencyCalib
 from clicktrain.methods.contract import Action, Reconfigure, Record, SilenceChannels
 from clicktrain.runs.events import PrunedEvent, ReconfiguredEvent
 from clicktrain.sparsity.channel_importance import count_gone, prunable_channels
-from clicktrain.surgery import SurgeryPlan, read_recipe
+from clicktrain.surgery import SurgeryPlan, apply_surgery_, read_recipe
 from clicktrain.surgery.neurons import count_pruned, masks_of_recipe, shuffled, widths
 
 
@@ -83,19 +85,49 @@ class StepwiseRemoval:
 
     def remove_as_in(
         self, state: StepwiseState, prunable: PrunableLayers, recipe: str, shuffle: int | None
-    ) -> Reconfigure:
-        """Remove the neurons that another run removed, by its ``surgery.json``.
+    ) -> list[Reconfigure]:
+        """Remove what another run removed, by its ``surgery.json``.
 
-        With a seed, ``shuffle``, as many of each group are drawn instead.
+        Where that run removed layers or put gates in (PruneTrain), its plans are carried out one after the
+        other. With a seed, ``shuffle``, as many neurons of each group are drawn instead.
         """
+        plans = read_recipe(recipe)
+        if changes_layers(plans):
+            event = ReconfiguredEvent(structure_from=recipe)
+            return [Reconfigure(plan, event) for plan in plans if plan]
         chosen = self.selection(state, prunable)
-        masks = masks_of_recipe(chosen.groups, read_recipe(recipe))
+        masks = masks_of_recipe(chosen.groups, plans)
         masks = masks if shuffle is None else shuffled(masks, shuffle)
-        return _removal(chosen, masks, chosen.plan(masks), {"structure_from": recipe})
+        return [_removal(chosen, masks, chosen.plan(masks), {"structure_from": recipe})]
 
     def _means(self, state: StepwiseState, prunable: PrunableLayers) -> dict[str, Tensor]:
         chosen = self.selection(state, prunable)
         return state.scores.means(chosen.groups, chosen.parameters)
+
+
+def changes_layers(plans: Sequence[SurgeryPlan]) -> bool:
+    """Whether plans do more than remove neurons: layers that go, gates that come."""
+    return any(plan.removed_layers or plan.gates for plan in plans)
+
+
+def check_structure(recipe: str, shuffle: int | None, model: nn.Module | None) -> None:
+    """Look at the ``surgery.json`` of another run before this one begins.
+
+    Raises:
+        UserError: there is no such file, its layers are not those of this network, or neurons are to be drawn
+            in a structure that has lost layers or has gates.
+    """
+    plans = read_recipe(recipe)
+    if not changes_layers(plans) or model is None:
+        return
+    if shuffle is not None:
+        raise UserError(
+            "structure_shuffle draws other neurons in each layer, but the structure has removed layers or "
+            "gates, which say what neurons are connected: leave structure_shuffle out"
+        )
+    trial = working_copy(model)
+    for plan in plans:
+        apply_surgery_(plan, trial)
 
 
 def _removal(

@@ -61,6 +61,7 @@ class PrunedNetwork:
         self.averages: list[nn.Module] = []
         self.prunable = prunable
         self._masks: dict[str, Tensor | None] = {}
+        self._counted: dict[str, tuple[Tensor, int]] = {}
         self.plans: list[SurgeryPlan] = []
         self.frozen = False
         self.packed = packed
@@ -77,6 +78,24 @@ class PrunedNetwork:
         """
         return {
             name: self._packed_layer(name).structure.mask() if mask is None else mask
+            for name, mask in self._masks.items()
+        }
+
+    @property
+    def kept(self) -> dict[str, int]:
+        """Layer name -> weights inside its mask; empty before anything is masked."""
+        known = self._counted
+        new = {
+            name: mask
+            for name, mask in self._masks.items()
+            if mask is not None and (name not in known or known[name][0] is not mask)
+        }
+        if new:  # one synchronization with the device for all of them
+            sums = torch.stack([mask.sum() for mask in new.values()]).tolist()
+            known.update({name: (new[name], total) for name, total in zip(new, sums, strict=True)})
+        self._counted = {name: entry for name, entry in known.items() if self._masks.get(name) is not None}
+        return {
+            name: self._packed_layer(name).structure.nnz if mask is None else known[name][1]
             for name, mask in self._masks.items()
         }
 

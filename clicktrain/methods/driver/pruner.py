@@ -382,6 +382,15 @@ class Pruner:
         """Whether packed layers compute the gradients of all weights in this step, for masks to move."""
         return self.network.collecting
 
+    def reads_all_gradients(self, batches: int) -> bool:
+        """Whether the optimizer's step after this many more batches uses gradients of pruned weights.
+
+        Before masks are frozen; see `Method.wants_gradients`. Layers that are not packed have these in any
+        step, whether the method reads them or not.
+        """
+        seen = self.progress.seen + batches
+        return not self.frozen and self.method.wants_gradients(self._state, self.length, seen)
+
     @property
     def revision(self) -> int:
         """How often parameters were replaced: channels removed, layers packed or unpacked."""

@@ -13,7 +13,6 @@ only a step whose gradients let units grow computes those of all weights.
 from __future__ import annotations
 
 import abc
-import math
 from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import ClassVar
@@ -23,7 +22,7 @@ from torch import Tensor
 
 from clicktrain.errors import UserError
 from clicktrain.graph.prunable import PrunableLayer, PrunableLayers
-from clicktrain.methods.base import Action, ApplyMasks, LayerPlan, PruningPlan, Record, RunLength, StepInfo
+from clicktrain.methods.base import Action, ApplyMasks, PruningPlan, Record, RunLength, StepInfo
 from clicktrain.methods.masks.masked import MaskState, Tensors
 from clicktrain.methods.masks.moving_units import MovingUnits
 from clicktrain.methods.masks.update_times import Timing
@@ -292,18 +291,12 @@ class Moving(MovingUnits):
         self, prunable: PrunableLayers, length: RunLength, state: MaskState | None = None
     ) -> PruningPlan:
         """Per layer: the units, the planned density, or the one reached."""
-        rows = []
-        planned = self.layer_counts(prunable, self.sparsity)
-        first = self.layer_densities(prunable, self.first_sparsity)
+        rows = self.planned_rows(prunable, state)
         open_yet = bool(self.decided_by) and not (state and state.kept)
-        for layer in prunable.layers:
-            name, size = layer.name, self.unit_of(layer).size(layer.view_shape)
-            density = planned[name] * size / math.prod(layer.shape)
-            what = self.units_called(layer)
-            why = "dense by Erdos-Renyi" if density == 1 and not (state and state.kept) else ""
-            if open_yet:
-                why = f"{first[name]:.3f} at the start, then by {self.decided_by}"
-            rows.append(LayerPlan(name, layer.shape, what, None if open_yet else density, None, why))
+        if open_yet:
+            first = self.layer_densities(prunable, self.first_sparsity)
+            by = f"at the start, then by {self.decided_by}"
+            rows = [replace(row, density=None, reason=f"{first[row.name]:.3f} {by}") for row in rows]
         texts = self.stage_texts(length)
         lines = [(f"stage {i} {name}", texts[name]) for i, name in enumerate(self.stages, start=1)]
         return self.show(prunable, state, rows, lines, self.sparsity if open_yet else None)

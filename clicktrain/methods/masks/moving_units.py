@@ -11,6 +11,7 @@ from typing import Literal
 from clicktrain.errors import UserError
 from clicktrain.formats.packed import Patterns
 from clicktrain.graph.prunable import PrunableLayer, PrunableLayers
+from clicktrain.methods.base import LayerPlan
 from clicktrain.methods.masks.masked import Masked, MaskState
 from clicktrain.methods.outcome import NOTED, Reached, Target, planned_far_off
 from clicktrain.sparsity.distributions import DISTRIBUTIONS, DistributionChoice, densities_below
@@ -149,6 +150,16 @@ class MovingUnits(Masked):
         filters, channels, *kernel = layer.view_shape
         whole = tuple(unit.shape(layer.view_shape)) == (filters, channels, 1, 1)
         return (tuple(range(math.prod(kernel))),) if whole else ()
+
+    def planned_rows(self, prunable: PrunableLayers, state: MaskState | None) -> list[LayerPlan]:
+        """Per layer: the units, and the density that is planned."""
+        counts, rows = self.layer_counts(prunable, self.sparsity), []
+        for layer in prunable.layers:
+            size = self.unit_of(layer).size(layer.view_shape)
+            density = counts[layer.name] * size / math.prod(layer.shape)
+            why = "dense by Erdos-Renyi" if density == 1 and not (state and state.kept) else ""
+            rows.append(LayerPlan(layer.name, layer.shape, self.units_called(layer), density, None, why))
+        return rows
 
     # ---- target ---------------------------------------------------------------------------------
 

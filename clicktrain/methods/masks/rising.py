@@ -73,6 +73,11 @@ class Rising(CutSettings, EraSettings, Masked):
             mean = square if mean is None else square.lerp_(mean, self.gradient_memory)
             state.squares[layer.name] = mean
 
+    def wants_gradients(self, state: MaskState, length: RunLength, seen: int) -> bool:
+        """Inside the era, where the optimizer moves pruned weights too, so that they may come back."""
+        del length, seen
+        return self.regrow and state.stage == "era"
+
     def after_step(self, state: MaskState, prunable: PrunableLayers, step: StepInfo) -> Sequence[Action]:
         """Choose the mask; after the last step of the era, for good (Algorithm 2)."""
         if state.stage == "fixed":

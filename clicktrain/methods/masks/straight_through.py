@@ -58,6 +58,11 @@ class StraightThrough(Masked):
         state.gradients = {}
         return ApplyMasks(state.masks)
 
+    def wants_gradients(self, state: MaskState, length: RunLength, seen: int) -> bool:
+        """Until masks are frozen: the optimizer moves hidden weights by the gradients of all."""
+        del length, seen
+        return state.stage != "fixed"
+
     def before_step(self, state: MaskState, prunable: PrunableLayers, step: StepInfo) -> None:
         """Give the optimizer all weights back, with the pull towards zero in the gradients of the hidden."""
         if state.stage == "fixed":

@@ -127,11 +127,16 @@ class Selection:
             self._tables[key] = self.pools[layer.kernel_shape].masks().to(layer.weight.device, torch.float32)
         return self._tables[key]
 
-    def propose(self, layer: PatternLayer, importance: Tensor) -> None:
-        """Count every kernel's candidate pattern (section 4.2, steps 1 to 5)."""
+    def propose(
+        self,
+        layer: PatternLayer,
+        importance: Tensor,
+        pattern_of: Callable[[Tensor, int], Tensor] = candidate_patterns,
+    ) -> None:
+        """Count every kernel's candidate pattern (section 4.2, steps 1 to 5), or that of another rule."""
         if layer.has_patterns:
             shape = layer.kernel_shape
-            bits = candidate_patterns(group_sum(importance, layer.group), layer.entries)
+            bits = pattern_of(group_sum(importance, layer.group), layer.entries)
             votes = self.candidates.get(shape) or PatternVotes.empty(bits.device)
             self.candidates[shape] = add_votes(votes, bits, shape)
 

@@ -22,7 +22,7 @@ from clicktrain.sparsity.importance import CriterionChoice
 from clicktrain.sparsity.patterns import default_entries, fixed_pool
 
 PRESETS: dict[str, dict[str, Any]] = {
-    # What does best in short runs (docs/results/cifar10.md): magnitudes, decided late, pruned at half time.
+    # Chosen in short runs of one seed (docs/results/cifar10.md): magnitudes, decided late, pruned at half.
     "default": {
         "criterion": "magnitude", "selection": "accumulated", "kernel_score": "pattern",
         "allocation": "uniform", "penalty": "shrink", "early_penalty": "none",
@@ -60,7 +60,7 @@ class PatternChoices:
     """Settings of ClickTrain that compositions with it have too."""
 
     preset: Literal["default", "paper", "one-shot"] = "default"
-    """Source of settings that are not given: best in short runs (default), the paper's own, or magnitudes
+    """Source of settings that are not given: chosen in short runs (default), the paper's own, or magnitudes
     once with fixed patterns (one-shot, a baseline)."""
     patterns: int | None = None
     """Size N of the pattern pool (8 or 12 in the paper)."""

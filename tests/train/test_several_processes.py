@@ -1,0 +1,112 @@
+"""Two processes train as one does: the same decisions, the same weights, one folder."""
+
+from __future__ import annotations
+
+import json
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+import torch.distributed as dist
+from safetensors.torch import load_file
+from several_processes import OTHERS, PARTS, norm, normed
+
+from clicktrain.methods import METHODS
+
+SCRIPT = Path(__file__).parent / "several_processes.py"
+TIMES = ("seconds", "step_ms", "data_share", "train_seconds")
+
+pytestmark = pytest.mark.skipif(not dist.is_available(), reason="PyTorch without torch.distributed")
+
+
+def start(processes: int, folder: Path, names: list[str]) -> None:
+    """Train in so many processes, to the end."""
+    running = [
+        subprocess.Popen(
+            [sys.executable, str(SCRIPT), str(rank), str(processes), str(folder), *names],
+            stderr=subprocess.PIPE,
+            text=True,
+        )
+        for rank in range(processes)
+    ]
+    try:
+        for process in running:
+            _, errors = process.communicate(timeout=300)
+            assert process.returncode == 0, errors
+    finally:
+        for process in running:
+            process.kill()
+            process.communicate()
+
+
+@pytest.fixture(scope="module")
+def trained(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Every method, by one process and by two."""
+    folder = tmp_path_factory.mktemp("processes")
+    start(1, folder, list(METHODS))
+    start(2, folder, [*METHODS, *OTHERS])
+    return folder
+
+
+def lines_of(run: Path, name: str) -> list[dict[str, Any]]:
+    return [json.loads(line) for line in (run / f"{name}.jsonl").read_text().splitlines()]
+
+
+def decisions(path: Path) -> list[dict[str, Any]]:
+    """Events without measured times and without what rounding changes."""
+    return [
+        {k: v for k, v in line.items() if k not in TIMES and not isinstance(v, float | list | dict)}
+        for line in lines_of(path, "events")
+    ]
+
+
+@pytest.mark.parametrize("name", METHODS)
+def test_two_processes_decide_and_learn_as_one(name: str, trained: Path) -> None:
+    one, two = trained / f"{name}-1", trained / f"{name}-2"
+    assert decisions(two) == decisions(one)
+    expected, weights = load_file(one / "model.safetensors"), load_file(two / "model.safetensors")
+    assert weights.keys() == expected.keys()
+    for key, value in expected.items():
+        assert weights[key].shape == value.shape
+        if value.dim() == 4:
+            assert bool(((weights[key] != 0) == (value != 0)).all()), f"other weights of {key} are kept"
+        difference = float((weights[key].double() - value.double()).abs().max())
+        # Norms amplify what rounding changed, and their statistics are sums of it over the steps.
+        assert difference <= (2e-3 if value.dim() > 1 else 5e-2) * max(float(value.abs().max()), 1), key
+    summaries = [json.loads((trained / f"{name}-{p}-0.json").read_text()) for p in (1, 2)]
+    for figure in ("train_flops", "inference_flops", "compression_ratio", "parameters", "epochs"):
+        assert summaries[1][figure] == pytest.approx(summaries[0][figure], rel=1e-6), figure
+    for ours, theirs in zip(lines_of(two, "metrics"), lines_of(one, "metrics"), strict=True):
+        assert ours["train_loss"] == pytest.approx(theirs["train_loss"], rel=1e-3)
+        assert ours["batch_size"] == theirs["batch_size"]
+        assert ours["stages"] == theirs["stages"]
+
+
+@pytest.mark.parametrize("name", [*METHODS, *OTHERS])
+def test_all_processes_know_the_same_end(name: str, trained: Path) -> None:
+    first, other = (json.loads((trained / f"{name}-2-{rank}.json").read_text()) for rank in (0, 1))
+    known = [key for key in first if key not in TIMES and key != "layers"]
+    assert {key: other[key] for key in known} == {key: first[key] for key in known}
+
+
+@pytest.mark.parametrize("affine", [True, False])
+def test_synchronized_norms_are_those_of_the_whole_batch(affine: bool, trained: Path) -> None:
+    expected = normed(norm(affine), slice(None))
+    parts = [torch.load(trained / f"norm-{rank}.pt")[0 if affine else 1] for rank in (0, 1)]
+    for rank, part in enumerate(parts):
+        for name in ("output", "x"):
+            torch.testing.assert_close(part[name], expected[name][PARTS[rank]], rtol=1e-9, atol=1e-9)
+        for name in ("running_mean", "running_var", "num_batches_tracked"):
+            torch.testing.assert_close(part[name], expected[name], rtol=1e-9, atol=1e-9)
+    for name in ("weight", "bias") if affine else ():
+        torch.testing.assert_close(parts[0][name] + parts[1][name], expected[name], rtol=1e-9, atol=1e-9)
+
+
+def test_only_the_first_process_writes_the_folder(trained: Path) -> None:
+    files = {path.name for path in (trained / "clicktrain-2").iterdir()}
+    assert files >= {"config.yaml", "metrics.jsonl", "events.jsonl", "model.safetensors", "summary.json"}
+    epochs = [line["epoch"] for line in lines_of(trained / "clicktrain-2", "metrics")]
+    assert epochs == [1, 2, 3, 4]

@@ -16,7 +16,7 @@ from clicktrain.graph.inputs import batch_size, blank, first_of_batch, first_ten
 from clicktrain.methods import Method, Pruner
 
 STRONG = PruneTrain(coefficient=3.0, interval=1, check_outputs=True)
-EARLY = PaT(policy="epoch", prune_epoch=0, prune_ratio=0.4)
+EARLY = PaT(policy="epoch", prune_epoch=0, prune_ratio=0.4, prune_ratio_of="neurons")
 FORMS = [f"inputs: {form}" for form in INPUTS]
 
 

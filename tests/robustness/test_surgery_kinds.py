@@ -30,7 +30,7 @@ from clicktrain.surgery.steady import steadily
 
 METHODS: dict[str, Method[Any]] = {
     "prunetrain": PruneTrain(coefficient=0.3, interval=1),
-    "pat": PaT(policy="epoch", prune_epoch=0, prune_ratio=0.3),
+    "pat": PaT(policy="epoch", prune_epoch=0, prune_ratio=0.3, prune_ratio_of="neurons"),
 }
 
 

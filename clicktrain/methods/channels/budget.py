@@ -18,13 +18,13 @@ class ChannelBudget:
     """
 
     prune_ratio: float = 0.3
-    prune_ratio_of: str = "filters"
     latency_target: float | None = None
     latency_target_ms: float | None = None
     latency_batch: int = 1
     latency_penalty: float | None = None
     min_channels: int = 1
     round_to: int = 1
+    prune_ratio_of: str = "filters"
 
     def __post_init__(self) -> None:
         if not 0 < self.prune_ratio < 1:

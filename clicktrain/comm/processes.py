@@ -9,7 +9,7 @@ from __future__ import annotations
 import contextlib
 import os
 from collections.abc import Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from datetime import timedelta
 
 import torch
@@ -88,7 +88,10 @@ def together(timeout_s: float = TIMEOUT_S) -> Iterator[Processes]:
         UserError: the launcher's variables are wrong, or the others cannot be reached.
     """
     processes = launched()
-    if processes.number == 1 or dist.is_initialized():
+    if dist.is_available() and dist.is_initialized():
+        yield replace(processes, rank=dist.get_rank(), number=dist.get_world_size())
+        return
+    if processes.number == 1:
         yield processes
         return
     if torch.cuda.is_available():

@@ -15,7 +15,7 @@ PYTEST   = OMP_NUM_THREADS=1 $(PY) -m pytest -q
 export PYTHON
 .DEFAULT_GOAL := help
 .NOTPARALLEL:
-.PHONY: help demo test fast check lint types widths slow kills fuzz gpu format clean
+.PHONY: help demo test fast check lint types widths long slow kills fuzz gpu format clean
 
 help: ## this list
 	@awk -F ':.*## ' '/^[a-z]+:.*## / { printf "make %-8s %s\n", $$1, $$2 }' $(MAKEFILE_LIST)
@@ -48,6 +48,9 @@ widths: $(VENV)/stamp-test ## the tests of generated kernels at 4, 8 and 16 floa
 	        $(PYTEST) -n $(WORKERS) --dist worksteal $(KERNEL_TESTS) $(ARGS) || exit 1; \
 	    passed="$$passed $$width"; \
 	done; echo "== kernels passed at these widths:$$passed"
+
+long: $(VENV)/stamp-test ## tests of five seconds and more, which `make check` leaves out and CI runs
+	$(PYTEST) -n $(WORKERS) --dist loadscope -m long $(ARGS)
 
 slow: $(VENV)/stamp-test ## the slow tests (killed and resumed runs, whole recipes)
 	$(PYTEST) -m slow $(ARGS)

@@ -30,6 +30,7 @@ def summaries(folder: Path) -> dict[str, dict]:
     return {name: json.loads((folder / name / "summary.json").read_text()) for name in demo.RUNS}
 
 
+@pytest.mark.long
 def test_a_short_demo_compares_the_runs_and_writes_a_report(repository: Path, tmp_path: Path) -> None:
     out = tmp_path / "demo"
     done = run_demo(repository, "--epochs", "3", "--out", str(out), "--quiet")

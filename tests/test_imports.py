@@ -128,6 +128,7 @@ def test_a_hidden_module_is_found(tmp_path: Path, line: str, hidden: bool) -> No
     assert shadowed_modules(package) == (["clicktrain.train.fit"] if hidden else [])
 
 
+@pytest.mark.long
 @pytest.mark.skipif(not hasattr(os, "fork"), reason="needs os.fork")
 def test_every_module_imports_alone_and_without_optional_packages(repository: Path) -> None:
     """Each in a process that has imported nothing of its layer yet; forked, so that others load once.

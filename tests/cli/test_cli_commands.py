@@ -195,6 +195,7 @@ def test_a_network_of_the_users_own(place: Path) -> None:
 SIGTERM = pytest.param(signal.SIGTERM, 143, marks=pytest.mark.slow)
 
 
+@pytest.mark.long
 @pytest.mark.parametrize(("signum", "code"), [(signal.SIGINT, 130), SIGTERM])
 def test_an_interrupted_run_says_how_to_go_on_and_does(place: Path, signum: int, code: int) -> None:
     with spawn("train", *TINY, "--compression", "4", "--epochs", "30", "--out", "run", cwd=place) as process:

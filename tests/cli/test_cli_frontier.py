@@ -44,6 +44,7 @@ def wait_for(there: Path, process: subprocess.Popen[str]) -> None:
         time.sleep(0.05)
 
 
+@pytest.mark.long
 @pytest.mark.parametrize("number", [signal.SIGKILL, pytest.param(signal.SIGTERM, marks=pytest.mark.slow)])
 def test_a_grid_goes_on_where_it_was_killed(number: int, place: Path) -> None:
     (place / "recipe.yaml").write_text(yaml.safe_dump(RECIPE))

@@ -44,7 +44,7 @@ def check_told(outcome: Outcome, *parts: str) -> None:
         (
             "train --method dense --compression 8",
             "--compression is a setting of method clicktrain, dsr, rigl, granet, mest, gmp, "
-            "clicktrain-gradual, not of dense",
+            "clicktrain-gradual, admm-patterns, not of dense",
         ),
         ("train --method prune-it", "method is 'prune-it': use one of dense, clicktrain"),
         ("train digits", "'digits' is out of place: write 'clicktrain train [--flag value ...]'"),

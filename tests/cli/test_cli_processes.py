@@ -27,6 +27,7 @@ def clicktrain(*arguments: str, **environment: str) -> subprocess.CompletedProce
     )  # fmt: skip
 
 
+@pytest.mark.long
 @pytest.mark.skipif(not dist.is_available(), reason="PyTorch without torch.distributed")
 def test_two_processes_train_one_run_and_a_mistake_is_said_once(tmp_path: Path) -> None:
     done = clicktrain(

@@ -189,6 +189,7 @@ def check_syntax(text: str, folder: Path, *flags: str) -> None:
     assert done.returncode == 0, done.stderr
 
 
+@pytest.mark.long
 @needs_compiler
 def test_sources_are_kept_on_request(tmp_path: Path) -> None:
     code = "from clicktrain.kernels.native import build; build('int run(void) { return 13; }\\n')"

@@ -187,6 +187,7 @@ print("clean")
 """
 
 
+@pytest.mark.long
 @needs_compiler
 def test_generated_kernels_are_clean_under_the_sanitizers(tmp_path: Path) -> None:
     tools = toolchain()

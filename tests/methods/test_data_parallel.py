@@ -20,7 +20,10 @@ from clicktrain.errors import UserError
 
 SCRIPT = Path(__file__).parent / "data_parallel_loop.py"
 
-pytestmark = pytest.mark.skipif(not dist.is_available(), reason="PyTorch without torch.distributed")
+pytestmark = [
+    pytest.mark.long,
+    pytest.mark.skipif(not dist.is_available(), reason="PyTorch without torch.distributed"),
+]
 
 
 def run(processes: int, folder: Path) -> Path:

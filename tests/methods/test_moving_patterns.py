@@ -108,6 +108,7 @@ def test_going_on_from_a_saved_state_is_the_same_run(key: str, packed: bool) -> 
         assert_same(snapshot(second.model, second.pruner), snapshot(whole.model, whole.pruner))
 
 
+@pytest.mark.long
 def test_a_run_of_rigl_against_plain_loops() -> None:
     """Every update of a run is the reference's, of the weights and gradients of its step."""
     model, optimizer = make()

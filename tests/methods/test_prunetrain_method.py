@@ -160,6 +160,7 @@ def test_a_plan_shows_what_would_go_and_changes_nothing() -> None:
     assert all(torch.equal(value, before[name]) for name, value in model.state_dict().items())
 
 
+@pytest.mark.long
 def test_resumed_state_is_the_same_run() -> None:
     def start() -> tuple[nn.Module, torch.optim.Optimizer, Pruner]:
         model = network()
@@ -211,6 +212,7 @@ def test_widths_are_multiples_and_the_price_is_told() -> None:
     assert any(event["channels_without_rounding"] < event["channels_after"] for event in events)
 
 
+@pytest.mark.long
 def test_the_multiple_is_measured_at_every_reconfiguration(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

@@ -142,6 +142,7 @@ def test_widths_in_multiples_are_counted() -> None:
     assert 0.5 - 1e-3 <= flops_left(model, before) <= 0.55
 
 
+@pytest.mark.long
 @pytest.mark.parametrize("stop", [7, STEPS * 4])
 def test_a_saved_state_goes_on_bit_for_bit(stop: int) -> None:
     whole = train(attach(network(), "adamw"))

@@ -71,6 +71,7 @@ TIMES = frozenset(
         "data_seconds",
         "step_ms_median",
         "train_seconds",
+        "total_train_seconds",
         "data_share",
         "step_ms",
     )

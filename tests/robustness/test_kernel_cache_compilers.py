@@ -21,7 +21,10 @@ from kernel_faults import (
 
 from clicktrain.kernels.native import toolchain
 
-pytestmark = pytest.mark.skipif(toolchain() is None, reason="there is no C compiler")
+pytestmark = [
+    pytest.mark.long,
+    pytest.mark.skipif(toolchain() is None, reason="there is no C compiler"),
+]
 
 SECONDS = "3"
 """Time limit of a compilation by what hangs; a busy machine takes longer for others."""

@@ -16,7 +16,10 @@ from kernel_faults import DAMAGES, Case, Outcome, damage_cache, run_cases
 from clicktrain.kernels.native import folder as cache_folders
 from clicktrain.kernels.native import sealed, toolchain
 
-pytestmark = pytest.mark.skipif(toolchain() is None, reason="there is no C compiler")
+pytestmark = [
+    pytest.mark.long,
+    pytest.mark.skipif(toolchain() is None, reason="there is no C compiler"),
+]
 
 
 @pytest.fixture(scope="module")

@@ -14,7 +14,10 @@ from kernel_faults import MISBEHAVIOURS, Case, Outcome, fake_compiler, run_cases
 
 from clicktrain.kernels.native import toolchain
 
-pytestmark = pytest.mark.skipif(toolchain() is None, reason="there is no C compiler")
+pytestmark = [
+    pytest.mark.long,
+    pytest.mark.skipif(toolchain() is None, reason="there is no C compiler"),
+]
 
 SETTINGS: dict[str, Any] = {
     "model": "tiny_networks:tiny",

@@ -21,6 +21,7 @@ def disturb(out: Path, *arguments: str) -> None:
     assert json.loads((out / "result.json").read_text())["wrong"] == []
 
 
+@pytest.mark.long
 def test_a_few_moments(tmp_path: Path) -> None:
     disturb(tmp_path, "--moments", "4", "--seed", "3", "--runs", "pat", "rigl")
 

@@ -14,6 +14,8 @@ from torch import Tensor, nn
 
 from clicktrain.surgery import apply_surgery_, channel_groups, plan_from_keep, plan_from_zeros
 
+pytestmark = pytest.mark.long
+
 STEPS = ("conv", "depthwise", "grouped", "add", "cat", "gate", "pool", "norm", "act")
 
 

@@ -35,6 +35,7 @@ SETTINGS: dict[str, dict[str, Any]] = {
     "mest": {"sparsity": 0.9},
     "gmp": {"sparsity": 0.8},
     "nm": {},
+    "admm-patterns": {"compression": 8},
     "clicktrain-gradual": {"compression": 8},
     "prunetrain-clicktrain": {"coefficient": 0.03},
 }
@@ -91,11 +92,21 @@ def dense_bytes(tmp_path_factory: pytest.TempPathFactory) -> Mapping[tuple[str, 
     return sizes
 
 
+@pytest.fixture(scope="module")
+def trained(tmp_path_factory: pytest.TempPathFactory) -> str:
+    """The folder of a dense run."""
+    path = tmp_path_factory.mktemp("trained") / "run"
+    run(path, {**RUN, "method": "dense", "epochs": 1})
+    return str(path)
+
+
 @pytest.mark.parametrize("name", VARIANTS)
 def test_a_checkpoint_shrinks_with_the_network(
-    tmp_path: Path, dense_bytes: Mapping[tuple[str, float], int], name: str
+    tmp_path: Path, dense_bytes: Mapping[tuple[str, float], int], trained: str, name: str
 ) -> None:
     method, settings = VARIANTS[name]
+    if METHODS[method]().expects_trained:
+        settings = {**settings, "initial_weights": trained}
     watch = Watch()
     summary = run(tmp_path / "run", {**RUN, "method": method, **settings}, watch)
     pruner = watch.prepared.pruner

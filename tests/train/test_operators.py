@@ -92,6 +92,7 @@ def test_a_short_run_measures_nothing(tmp_path: Path) -> None:
     assert plan.rule == "density"
 
 
+@pytest.mark.long
 def test_killed_after_the_hard_prune(tmp_path: Path, whole: Path) -> None:
     killed = run_in_process(tmp_path / "run", SPARSE, BATCH_IN_STAGE["accelerated"], signal.SIGKILL)
     assert killed.returncode == -signal.SIGKILL, killed.stderr

@@ -58,6 +58,7 @@ def test_the_files_of_a_run(tmp_path: Path) -> None:
     assert "prune" in page
 
 
+@pytest.mark.long
 @pytest.mark.parametrize(
     "settings",
     [

@@ -60,6 +60,7 @@ def test_the_files_of_a_run(whole: Path) -> None:
     assert summary["inference_flops_ratio"] == pytest.approx(cost.forward_flops / full.forward_flops)
 
 
+@pytest.mark.long
 @pytest.mark.parametrize("batch", [5, 16, 38])
 def test_killed_and_resumed(tmp_path: Path, whole: Path, batch: int) -> None:
     with pytest.raises(Killed):
@@ -68,6 +69,7 @@ def test_killed_and_resumed(tmp_path: Path, whole: Path, batch: int) -> None:
     assert_same_run(tmp_path / "run", whole)
 
 
+@pytest.mark.long
 def test_channels_then_patterns(tmp_path: Path) -> None:
     settings = {
         **SETTINGS,

@@ -77,6 +77,7 @@ def test_asked_to_stop_in_each_stage(tmp_path: Path, whole: Path, stage: str) ->
     assert_same_run(tmp_path / "run", whole)
 
 
+@pytest.mark.long
 def test_sigkill_of_a_real_process(tmp_path: Path, whole: Path) -> None:
     killed = run_in_process(tmp_path / "run", FIVE_STAGES, BATCH_IN_STAGE["accelerated"], signal.SIGKILL)
     assert killed.returncode == -signal.SIGKILL, killed.stderr
@@ -84,6 +85,7 @@ def test_sigkill_of_a_real_process(tmp_path: Path, whole: Path) -> None:
     assert_same_run(tmp_path / "run", whole)
 
 
+@pytest.mark.long
 def test_sigterm_of_a_real_process(tmp_path: Path, whole: Path) -> None:
     stopped = run_in_process(tmp_path / "run", FIVE_STAGES, BATCH_IN_STAGE["finalize"], signal.SIGTERM)
     assert stopped.returncode == 143, stopped.stderr

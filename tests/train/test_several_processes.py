@@ -19,7 +19,10 @@ from clicktrain.methods import METHODS
 SCRIPT = Path(__file__).parent / "several_processes.py"
 TIMES = ("seconds", "step_ms", "data_share", "train_seconds", "total_train_seconds")
 
-pytestmark = pytest.mark.skipif(not dist.is_available(), reason="PyTorch without torch.distributed")
+pytestmark = [
+    pytest.mark.long,
+    pytest.mark.skipif(not dist.is_available(), reason="PyTorch without torch.distributed"),
+]
 
 
 def start(processes: int, folder: Path, names: list[str]) -> None:

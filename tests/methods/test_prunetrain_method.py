@@ -57,6 +57,7 @@ def removed(pruner: Pruner) -> int:
     return sum(event["channels_before"] - event["channels_after"] for event in events)
 
 
+@pytest.mark.long
 @pytest.mark.parametrize("name", OPTIMIZERS)
 @pytest.mark.parametrize("scheme", ["union", "gating"])
 def test_channels_go_and_the_function_stays(name: str, scheme: str) -> None:
@@ -91,6 +92,7 @@ def test_a_run_goes_on_as_the_masked_network_would() -> None:
     torch.testing.assert_close(before(x), model(x))
 
 
+@pytest.mark.long
 @pytest.mark.parametrize(
     ("settings", "expected"),
     [

@@ -90,6 +90,7 @@ def test_the_default_target_is_met_with_any_optimizer(name: str) -> None:
     assert pruner.outcome().warnings == ()
 
 
+@pytest.mark.long
 @pytest.mark.parametrize(
     "settings",
     [

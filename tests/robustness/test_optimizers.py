@@ -75,6 +75,7 @@ PAIRS = [
 ]
 
 
+@pytest.mark.long
 @pytest.mark.parametrize("packed", [False, True], ids=["masked", "packed"])
 @pytest.mark.parametrize(("optimizer", "method"), PAIRS)
 def test_every_optimizer_by_every_method(optimizer: str, method: str, packed: bool) -> None:

@@ -29,6 +29,7 @@ def test_channels_that_are_zero_on_both_sides_go(name: str) -> None:
     assert_same_function(model, before)
 
 
+@pytest.mark.long
 @pytest.mark.parametrize("name", ALL)
 @pytest.mark.parametrize("fraction", [0.9, 0.2])
 def test_gating_computes_what_union_computes(name: str, fraction: float) -> None:

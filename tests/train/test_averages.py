@@ -138,6 +138,7 @@ EXTRAS: dict[str, dict[str, Any]] = {
 }
 
 
+@pytest.mark.long
 @pytest.mark.parametrize("name", EXTRAS)
 def test_resumed(tmp_path: Path, name: str) -> None:
     settings = {**(FIVE_STAGES if name != "moving" else {**DENSE, "epochs": 6}), **EXTRAS[name]}

@@ -130,6 +130,7 @@ def test_every_number_is_that_of_the_channel_it_names(tmp_path: Path, scheme: st
     assert len(str(it.lines[0]["outputs"]["conv1"][0])) <= 7  # 0.0123
 
 
+@pytest.mark.long
 @pytest.mark.parametrize("batch", [3, 9, 12, 18])
 def test_a_resumed_run_has_the_same_file(tmp_path: Path, whole: Path, batch: int) -> None:
     with pytest.raises(Killed):

@@ -66,6 +66,7 @@ def test_the_files_of_a_run(tmp_path: Path, method: str) -> None:
     assert any(not torch.equal(masks[name], loaded.masks[name]) for name in PRUNED)
 
 
+@pytest.mark.long
 @pytest.mark.parametrize(
     "settings",
     [

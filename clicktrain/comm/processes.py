@@ -14,6 +14,7 @@ from datetime import timedelta
 
 import torch
 import torch.distributed as dist
+from torch.distributed.rendezvous import rendezvous
 
 from clicktrain.errors import ProcessLost, UserError
 
@@ -98,7 +99,11 @@ def together(timeout_s: float = TIMEOUT_S) -> Iterator[Processes]:
         torch.cuda.set_device(processes.local_rank % torch.cuda.device_count())
     try:
         backend = "cpu:gloo,cuda:nccl" if torch.cuda.is_available() else "gloo"
-        dist.init_process_group(backend, timeout=timedelta(seconds=timeout_s))
+        timeout = timedelta(seconds=timeout_s)
+        store, rank, number = next(rendezvous("env://", timeout=timeout))
+        # The launcher's store outlives its processes: new ones would find the addresses of dead ones in it.
+        own = dist.distributed_c10d.PrefixStore(f"clicktrain/{processes.restarts}", store)
+        dist.init_process_group(backend, store=own, rank=rank, world_size=number, timeout=timeout)
     except (RuntimeError, ValueError) as error:
         who = f"process {processes.rank} of {processes.number}"
         raise UserError(f"{who} cannot reach the others: {error}") from None

@@ -274,7 +274,8 @@ class TrainingRun:
     def _check_settings(self, saved: Mapping[str, Any]) -> None:
         now = config_to_dict(self.prepared.config, self.prepared.method)
         for name, value in now.items():
-            if name not in _FREE_TO_CHANGE and saved[name] != value:
+            # A setting that a version before had not is at its default in config.yaml.
+            if name not in _FREE_TO_CHANGE and saved.get(name, value) != value:
                 raise UserError(
                     f"{name} is {value!r} in {self.folder.config}, the run was started with {saved[name]!r}: "
                     "put it back, or start another run"
@@ -299,6 +300,8 @@ class TrainingRun:
 
     def go_on(self) -> None:
         """Resume from the newest good checkpoint, or from the beginning if there is none."""
+        if not self.prepared.processes.first:  # the folder of its own is a new one
+            self.folder.create(config_to_dict(self.prepared.config, self.prepared.method))
         saved = of_first(lambda: newest_good(self.folder, self.progress.message))
         if saved is None:
             self.progress.message("no checkpoint was written yet: starting from the beginning")

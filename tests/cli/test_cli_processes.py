@@ -2,9 +2,12 @@
 
 from __future__ import annotations
 
+import json
 import os
+import signal
 import subprocess
 import sys
+import time
 from pathlib import Path
 
 import pytest
@@ -48,6 +51,46 @@ def test_two_processes_train_one_run_and_a_mistake_is_said_once(tmp_path: Path) 
         "a multiple of 2"
     ]
     assert not (tmp_path / "odd").exists()
+
+
+@pytest.mark.long
+@pytest.mark.skipif(not Path("/proc/self/task").is_dir(), reason="children are found in /proc")
+def test_a_killed_process_makes_all_begin_again(tmp_path: Path) -> None:
+    words = [
+        "--data",
+        "digits",
+        "--model",
+        "resnet8",
+        "--width",
+        "0.25",
+        "--epochs",
+        "4",
+        "--batch-size",
+        "128",
+    ]
+    words += ["--method", "clicktrain", "--compression", "4", "--operators", "reference", "--processes", "2"]
+    whole, killed = tmp_path / "whole", tmp_path / "killed"
+    assert clicktrain("train", *words, "--out", str(whole)).returncode == 0
+    launcher = subprocess.Popen(
+        [sys.executable, "-m", "clicktrain", "train", *words, "--restarts", "1", "--out", str(killed)],
+        stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True,
+    )  # fmt: skip
+    try:
+        until = time.monotonic() + 120
+        lines = killed / "metrics.jsonl"
+        while time.monotonic() < until and not (lines.is_file() and lines.read_text().count("\n")):
+            time.sleep(0.02)
+        workers = Path(f"/proc/{launcher.pid}/task/{launcher.pid}/children").read_text().split()
+        os.kill(int(workers[-1]), signal.SIGKILL)
+        said, _ = launcher.communicate(timeout=240)
+    finally:
+        launcher.kill()
+    assert launcher.returncode == 0, said
+    assert said.count("epoch 4/4") == 1
+    assert "waits in vain for the others" in said or said.count("digits: 1,442") == 2
+    assert (killed / "model.safetensors").read_bytes() == (whole / "model.safetensors").read_bytes()
+    epochs = [json.loads(line)["epoch"] for line in lines.read_text().splitlines()]
+    assert epochs == [1, 2, 3, 4]
 
 
 def test_flags_of_the_launcher_are_not_passed_on() -> None:

@@ -62,12 +62,13 @@ def run_job(text: str) -> dict[str, Any]:
     config, method = cell.config(seed, job["initial"])
     resume = exists(folder.path) and not only_begun(folder.path)
     if resume:
-        wanted = json.loads(json.dumps(config_to_dict(config, method)))
-        if (other := _difference(folder.read_settings(), wanted)) is not None:
+        wanted, found = config_to_dict(config, method), load_run_config(folder)
+        # Settings that a version before had not are at their defaults.
+        if other := _difference(*(json.loads(json.dumps(s)) for s in (config_to_dict(*found), wanted))):
             raise UserError(
                 f"{folder.path} holds a run with another {other}: remove it, or give the cell another name"
             )
-        config, method = load_run_config(folder)
+        config, method = found
     try:
         fit(config, method, folder, progress=_Log(), resume=resume)
     except (NetworkCollapsed, TrainingDiverged) as failure:

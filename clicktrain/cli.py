@@ -116,7 +116,7 @@ def _fail(sentence: str, code: int = 2) -> int:
     words = (shortened(word, LONGEST_WORD) for word in sentence.split())
     line = shortened(" ".join(words), LONGEST_SENTENCE).encode("utf-8", "backslashreplace").decode("utf-8")
     printable = "".join(c if c.isprintable() else c.encode("unicode_escape").decode() for c in line)
-    rank = os.environ.get("RANK", "0")
+    rank = os.environ.get("RANK", "0") if os.environ.get("WORLD_SIZE", "1") != "1" else "0"
     who = "clicktrain" if rank == "0" else f"clicktrain: process {rank}"
     with contextlib.suppress(OSError, ValueError):  # stderr is closed too: the exit code says it
         print(f"{who}: error: {printable}", file=sys.stderr, flush=True)

@@ -56,12 +56,12 @@ ALONE = Processes()
 
 
 def launched() -> Processes:
-    """What the launcher says of this process; one process without a launcher.
+    """What the launcher says of this process; one process without a launcher, or with nobody else.
 
     Raises:
         UserError: the launcher's variables are incomplete or no numbers.
     """
-    if "RANK" not in os.environ or "WORLD_SIZE" not in os.environ:
+    if "RANK" not in os.environ or os.environ.get("WORLD_SIZE", "1") == "1":
         return ALONE
     names = {"rank": "RANK", "number": "WORLD_SIZE", "local_rank": "LOCAL_RANK",
              "local_number": "LOCAL_WORLD_SIZE"}  # fmt: skip

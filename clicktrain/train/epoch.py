@@ -242,6 +242,7 @@ def end_epoch(run: TrainingRun, stop: StopRequest) -> None:
                 shared=True,
             )
         if result is None:
+            _stop_agreed(run, stop)  # the signal may have come to another process
             raise _interrupted(run, stop)
         check_outputs(run, result)
         note_accuracy(run, result.accuracy)

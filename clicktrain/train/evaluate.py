@@ -59,7 +59,8 @@ def evaluate(
         precision: of the forward pass; logits are compared and the loss is computed in fp32.
         views: of each image whose outputs are averaged (`clicktrain.train.views`).
         stop: called before each batch; True ends the evaluation, without a result.
-        shared: each process has its part of the batches, and all of them get the whole result.
+        shared: each process has its part of the batches, and all of them get the whole result, or none if one
+            of them was stopped.
     """
     was_training = model.training
     model.eval()
@@ -107,7 +108,7 @@ class _Counted:
 
 
 def _cpu(rows: list[Tensor]) -> Tensor:
-    return torch.stack(rows).double().cpu() if rows else torch.empty(0)
+    return torch.stack(rows).cpu().double() if rows else torch.empty(0, dtype=torch.float64)
 
 
 def _constant(ranges: Tensor) -> bool:

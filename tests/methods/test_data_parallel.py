@@ -3,8 +3,6 @@
 from __future__ import annotations
 
 import json
-import subprocess
-import sys
 from pathlib import Path
 from typing import Any
 
@@ -12,6 +10,7 @@ import pytest
 import torch
 import torch.distributed as dist
 from safetensors.torch import load_file
+from start_processes import run_together
 from torch import Tensor, nn
 from torch.nn.parallel import DistributedDataParallel
 
@@ -26,35 +25,14 @@ pytestmark = [
 ]
 
 
-def run(processes: int, folder: Path) -> Path:
-    """Train with every method in so many processes."""
-    running = [
-        subprocess.Popen(
-            [sys.executable, str(SCRIPT), str(rank), str(processes), str(folder)],
-            stderr=subprocess.PIPE,
-            text=True,
-        )
-        for rank in range(processes)
-    ]
-    try:
-        for process in running:
-            _, errors = process.communicate(timeout=240)
-            assert process.returncode == 0, errors
-    finally:
-        for process in running:
-            process.kill()
-            process.communicate()
-    return folder
-
-
 @pytest.fixture(scope="module")
 def one(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    return run(1, tmp_path_factory.mktemp("one"))
+    return run_together(SCRIPT, 1, tmp_path_factory.mktemp("one"))
 
 
 @pytest.fixture(scope="module")
 def two(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    return run(2, tmp_path_factory.mktemp("two"))
+    return run_together(SCRIPT, 2, tmp_path_factory.mktemp("two"))
 
 
 def end_of(folder: Path, name: str, rank: int) -> tuple[dict[str, Any], dict[str, Tensor]]:

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import json
 import os
+import signal
 import sys
 from pathlib import Path
 from typing import Any
@@ -18,7 +19,7 @@ from torch import Tensor, nn
 
 from clicktrain.comm.sync_batch_norm import run_together, synchronized
 from clicktrain.methods import METHODS
-from clicktrain.train import from_dict
+from clicktrain.train import TrainingInterrupted, from_dict
 from clicktrain.train.fit import fit
 
 BASE: dict[str, Any] = {
@@ -106,6 +107,40 @@ def normed(layer: nn.Module, rows: slice) -> dict[str, Tensor]:
     return {"output": output.detach(), "x": x.grad, **gradients, **buffers}
 
 
+class Stopping(nn.Sequential):
+    """Sends SIGTERM to the second process when it is evaluated for the first time after a step."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        if self.training and torch.is_grad_enabled():
+            self.has_trained = True
+        elif getattr(self, "has_trained", False) and os.environ.get("RANK") == "1":
+            self.has_trained = False
+            os.kill(os.getpid(), signal.SIGTERM)
+        output: Tensor = super().forward(x)
+        return output
+
+
+def stopping(num_classes: int, in_channels: int) -> nn.Module:
+    return Stopping(
+        nn.Conv2d(in_channels, 4, 3),
+        nn.ReLU(),
+        nn.AdaptiveAvgPool2d(1),
+        nn.Flatten(),
+        nn.Linear(4, num_classes),
+    )
+
+
+def stop_one(rank: int, folder: Path) -> None:
+    """Train until the second process is stopped in an evaluation."""
+    data = "synthetic:classes=4,size=8,train=64,val=80"  # each process has two batches of it or more
+    values = {**BASE, "method": "dense", "model": "several_processes:stopping", "width": 1.0, "data": data}
+    try:
+        fit(*from_dict(values), folder / "stopped")
+    except TrainingInterrupted as stop:
+        end = {"signum": stop.signum, "message": str(stop)}
+        (folder / f"stopped-{rank}.json").write_text(json.dumps(end))
+
+
 def main(rank: int, processes: int, folder: Path, names: list[str]) -> None:
     torch.set_num_threads(1)
     if processes > 1:
@@ -115,6 +150,7 @@ def main(rank: int, processes: int, folder: Path, names: list[str]) -> None:
         }  # fmt: skip
         dist.init_process_group("gloo", f"file://{folder / 'store'}", rank=rank, world_size=processes)
         torch.save(norm_of_part(rank), folder / f"norm-{rank}.pt")
+        stop_one(rank, folder)
     for name in names:
         summary = fit(*from_dict(settings(name, folder)), folder / f"{name}-{processes}")
         (folder / f"{name}-{processes}-{rank}.json").write_text(json.dumps(dict(summary)))

@@ -3,8 +3,7 @@
 from __future__ import annotations
 
 import json
-import subprocess
-import sys
+import signal
 from pathlib import Path
 from typing import Any
 
@@ -13,6 +12,7 @@ import torch
 import torch.distributed as dist
 from safetensors.torch import load_file
 from several_processes import OTHERS, PARTS, norm, normed
+from start_processes import run_together
 
 from clicktrain.methods import METHODS
 
@@ -25,32 +25,12 @@ pytestmark = [
 ]
 
 
-def start(processes: int, folder: Path, names: list[str]) -> None:
-    """Train in several processes, to the end."""
-    running = [
-        subprocess.Popen(
-            [sys.executable, str(SCRIPT), str(rank), str(processes), str(folder), *names],
-            stderr=subprocess.PIPE,
-            text=True,
-        )
-        for rank in range(processes)
-    ]
-    try:
-        for process in running:
-            _, errors = process.communicate(timeout=300)
-            assert process.returncode == 0, errors
-    finally:
-        for process in running:
-            process.kill()
-            process.communicate()
-
-
 @pytest.fixture(scope="module")
 def trained(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """Every method, by one process and by two."""
     folder = tmp_path_factory.mktemp("processes")
-    start(1, folder, list(METHODS))
-    start(2, folder, [*METHODS, *OTHERS])
+    run_together(SCRIPT, 1, folder, *METHODS)
+    run_together(SCRIPT, 2, folder, *METHODS, *OTHERS)
     return folder
 
 
@@ -113,3 +93,13 @@ def test_only_the_first_process_writes_the_folder(trained: Path) -> None:
     assert files >= {"config.yaml", "metrics.jsonl", "events.jsonl", "model.safetensors", "summary.json"}
     epochs = [line["epoch"] for line in lines_of(trained / "clicktrain-2", "metrics")]
     assert epochs == [1, 2, 3, 4]
+
+
+def test_a_signal_during_evaluation_stops_all_processes(trained: Path) -> None:
+    """It comes to the second process alone, in its first evaluation of a trained network."""
+    stopped = [json.loads((trained / f"stopped-{rank}.json").read_text()) for rank in (0, 1)]
+    assert [one["signum"] for one in stopped] == [signal.SIGTERM] * 2
+    assert "stopped in epoch 1 after batch 4 of 4; state saved in" in stopped[0]["message"]
+    assert [path.name for path in sorted((trained / "stopped" / "checkpoints").iterdir())][-1].startswith(
+        "step-000000004"
+    )

@@ -13,6 +13,7 @@ import torch
 from torch import Tensor
 from torch.optim.swa_utils import AveragedModel
 
+from clicktrain.comm import add_exchange, counted
 from clicktrain.comm.agreement import gathered, largest_over_processes, several_processes, sum_over_processes
 from clicktrain.data import Batch
 from clicktrain.errors import NetworkCollapsed, UserError
@@ -22,6 +23,7 @@ from clicktrain.train.averages import LOOKAHEAD_STEPS, SlowWeights
 from clicktrain.train.config import resume_command
 from clicktrain.train.device import seed_batch
 from clicktrain.train.evaluate import Evaluation, evaluate
+from clicktrain.train.exchange import epoch_figures
 from clicktrain.train.interrupt import LossWatch, StopRequest, TrainingInterrupted, diverged, explosion
 from clicktrain.train.loss import training_loss
 from clicktrain.train.minibatch import next_epoch
@@ -46,7 +48,8 @@ def train_epoch(run: TrainingRun, stop: StopRequest) -> None:
     watch = LossWatch(1 if p.device.type == "cpu" else _READ_EVERY, clock.report)
     p.model.train()
     for batch in _timed(run, stop):
-        loss, correct, step_done = train_batch(run, batch)
+        with counted(run.state.totals.exchange):
+            loss, correct, step_done = train_batch(run, batch)
         clock.images += len(batch.y) * p.processes.number
         if watch.add(loss, correct):
             run.progress.step(_step_info(run))
@@ -104,9 +107,11 @@ def _step(run: TrainingRun) -> None:
     p = run.prepared
     if p.config.clip_grad_norm:
         run.scaler.unscale_(p.optimizer)
+        p.pruner.mask_gradients()
         torch.nn.utils.clip_grad_norm_(trained_parameters(p.optimizer), p.config.clip_grad_norm)
     run.state.totals.learning_rate = p.optimizer.param_groups[0]["lr"]
     frozen = p.pruner.frozen
+    run.state.totals.exchange_steps += several_processes()
     run.scaler.step(p.optimizer)
     run.scaler.update()
     p.optimizer.zero_grad()
@@ -251,6 +256,8 @@ def end_epoch(run: TrainingRun, stop: StopRequest) -> None:
     state.epoch, state.batch = number, 0
     state.epoch_seconds += state.totals.seconds
     state.data_seconds += state.totals.data_seconds
+    add_exchange(state.exchange, state.totals.exchange)
+    state.exchange_steps += state.totals.exchange_steps
     state.totals = EpochTotals()
     next_epoch(run)
     if last or number % config.checkpoint_every == 0:
@@ -311,6 +318,7 @@ def _record(run: TrainingRun, result: Evaluation | None) -> dict[str, Any]:
         "learning_rate": totals.learning_rate,
         "batch_size": p.batch_size,
         **state.iteration,
+        **epoch_figures(state, p.processes.number),
         "seconds": totals.seconds,
         "data_seconds": totals.data_seconds,
         "step_ms_median": totals.step_ms_median,

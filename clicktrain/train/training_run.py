@@ -41,6 +41,7 @@ from clicktrain.train.checkpoint import (
     thin_weights,
 )
 from clicktrain.train.config import config_to_dict
+from clicktrain.train.exchange import data_parallel, share_buffers_
 from clicktrain.train.interrupt import diverged, weights_are_finite
 from clicktrain.train.operators import can_accelerate, choose_operators
 from clicktrain.train.prepare import Prepared
@@ -50,7 +51,7 @@ from clicktrain.train.teacher import Teacher, load_teacher, own_teacher
 
 _FREE_TO_CHANGE = frozenset(
     ("device", "threads", "workers", "cache_dir", "evaluate_every", "checkpoint_every", "keep_checkpoints",
-     "tensorboard", "compile", "deterministic")
+     "tensorboard", "compile", "deterministic", "exchange")
 )  # fmt: skip
 """Settings that may change when a run is resumed, because they do not change what is trained."""
 
@@ -149,7 +150,7 @@ class TrainingRun:
         """The fast or compiled network, whose gradients are means over all processes if there are several."""
         forward = self._fast_or_compiled(model)
         several = self.prepared.processes.number > 1 and any(p.requires_grad for p in model.parameters())
-        return DistributedDataParallel(forward) if several else forward
+        return data_parallel(forward, self.prepared) if several else forward
 
     @contextlib.contextmanager
     def together(self, step: bool) -> Iterator[None]:
@@ -160,6 +161,8 @@ class TrainingRun:
         forward = self.forward.current
         with contextlib.ExitStack() as held:
             if isinstance(forward, DistributedDataParallel):
+                if self.state.batch % self.prepared.config.accumulate == 0:
+                    share_buffers_(forward)
                 held.enter_context(run_together())
                 if not step:
                     held.enter_context(forward.no_sync())

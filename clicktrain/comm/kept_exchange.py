@@ -143,6 +143,17 @@ def masked_allreduce_hook(state: KeptExchange, bucket: GradBucket) -> torch.futu
     return cast("torch.futures.Future[Tensor]", work.get_future().then(spread))
 
 
+def check_hooks(wrapper: object) -> None:
+    """Raise a UserError if a DistributedDataParallel compresses gradients in a way that masks forbid."""
+    for _, state in getattr(wrapper, "_comm_hooks", ()):
+        if type(state).__name__ == "PowerSGDState":
+            raise UserError(
+                "PowerSGD replaces gradients by matrices of low rank, and keeps what it left out for the "
+                "next step: it gives pruned weights gradients, and masks move under what it keeps; register "
+                "masked_allreduce_hook of clicktrain.comm, in fp16_compress_wrapper if it is to be smaller"
+            )
+
+
 if dist.is_available():  # DistributedDataParallel compares the classes themselves, not their names
     masked_allreduce_hook.__annotations__["bucket"] = vars(dist)["GradBucket"]
     masked_allreduce_hook.__annotations__["return"] = torch.futures.Future[Tensor]

@@ -13,6 +13,7 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.nn.parallel import DistributedDataParallel
 from torch.optim import Optimizer
 
 from clicktrain.comm.agreement import agree_on_, mean_over_processes
@@ -25,7 +26,13 @@ from clicktrain.graph.exchange import odd_state
 from clicktrain.graph.inputs import first_of_batch, first_tensor, owned
 from clicktrain.graph.observe import tensors_in
 from clicktrain.graph.prunable import PrunableLayers, SeenBatch
-from clicktrain.kernels.pack_model import pack_model_, pack_refusals, settle_model_, unpack_model_
+from clicktrain.kernels.pack_model import (
+    index_names,
+    pack_model_,
+    pack_refusals,
+    settle_model_,
+    unpack_model_,
+)
 from clicktrain.kernels.sparse_conv2d import PackedLayer
 from clicktrain.methods.driver.averages import catch_up_, mask_copy_, unwrapped_average
 from clicktrain.methods.driver.publisher import ChannelsRemoved, MasksMoved, ParametersReplaced, Publisher
@@ -229,6 +236,15 @@ class PrunedNetwork:
         for _, weight, mask in self._masked():
             for optimizer in self.optimizers:
                 mask_optimizer_state_(optimizer, weight, mask)
+
+    def leave_out_index(self) -> None:
+        """Have DistributedDataParallel leave the index of packed layers alone: all processes derive it."""
+        names = index_names(self.model)
+        if names:
+            known = getattr(self.model, "_ddp_params_and_buffers_to_ignore", ())
+            compiled = [f"_orig_mod.{name}" for name in names]
+            ignore = DistributedDataParallel._set_params_and_buffers_to_ignore_for_model
+            ignore(self.model, list({*known, *names, *compiled}))  # type: ignore[no-untyped-call]
 
     def exchanged_masks(self) -> ExchangedMasks:
         """What processes have to exchange of the gradients of masked dense weights."""

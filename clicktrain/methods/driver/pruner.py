@@ -14,7 +14,7 @@ from torch.optim import Optimizer
 from torch.utils.hooks import RemovableHandle
 
 from clicktrain.comm.agreement import mean_over_processes
-from clicktrain.comm.kept_exchange import ExchangedMasks
+from clicktrain.comm.kept_exchange import ExchangedMasks, check_hooks
 from clicktrain.errors import MissedTarget, NetworkCollapsed, UserError, shown
 from clicktrain.formats.packed import Patterns
 from clicktrain.graph import Inputs, as_inputs
@@ -202,8 +202,20 @@ class Pruner:
         """Wrap the network for a loop; the wrapper is rebuilt whenever parameters are replaced.
 
         ``wrap`` is ``DistributedDataParallel``, ``torch.compile``, or a function that captures CUDA graphs.
+        Where it registers a communication hook, it makes the hook's state too (`clicktrain.comm`).
+
+        Raises:
+            UserError: when the network is wrapped, for a hook that cannot be used with masks.
         """
-        return Wrapped(self.model, self.network.publisher, wrap)
+
+        def checked(model: nn.Module) -> W:
+            self.network.leave_out_index()
+            wrapper = wrap(model)
+            if self.method.prunes:
+                check_hooks(wrapper)
+            return wrapper
+
+        return Wrapped(self.model, self.network.publisher, checked)
 
     def plan(self) -> PruningPlan:
         """What will be pruned, to what density, by what, and why a layer is left alone; printable.

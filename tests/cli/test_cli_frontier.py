@@ -140,7 +140,7 @@ class Watch(Silent):
 def test_the_time_that_is_put_together_is_about_what_the_clock_says(tmp_path: Path) -> None:
     """By CPU time, as other programs run beside the tests; within a factor of 3, as checkpoints count too.
 
-    The shorter of two runs: what is loaded and built once in a process is in neither the steps nor the second run.
+    The shorter of two runs: what is loaded and built once in a process is not in the second.
     """
     recipe = parse_recipe(RECIPE, "")
     lines, clock = {}, {}

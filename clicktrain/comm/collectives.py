@@ -7,7 +7,7 @@ What a link carries for them depends on the algorithm: a ring all-reduce of P pr
 from __future__ import annotations
 
 import contextlib
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from typing import Any, TypeAlias
 
 import torch.distributed as dist
@@ -28,6 +28,7 @@ Exchange: TypeAlias = dict[str, list[int]]
 """Purpose -> bytes that this process has handed to collectives, and number of these."""
 
 _COUNTS: list[Exchange] = []
+_CARRIERS: list[Callable[..., Any]] = []
 
 
 @contextlib.contextmanager
@@ -38,6 +39,19 @@ def counted(into: Exchange) -> Iterator[Exchange]:
         yield into
     finally:
         _COUNTS[:] = [count for count in _COUNTS if count is not into]
+
+
+@contextlib.contextmanager
+def carried_by(carrier: Callable[..., Any]) -> Iterator[None]:
+    """Have ``carrier`` do every all-reduce inside the block, as a link that benchmarks slow down.
+
+    It is called as ``torch.distributed.all_reduce(tensor, op, group, async_op)`` and returns what that does.
+    """
+    _CARRIERS.append(carrier)
+    try:
+        yield
+    finally:
+        _CARRIERS.pop()
 
 
 def add_exchange(total: Exchange, more: Exchange) -> None:
@@ -61,7 +75,8 @@ def all_reduce_(
     ``op``: sum by default.
     """
     note(purpose, tensor.nbytes)
-    return dist.all_reduce(tensor, dist.ReduceOp.SUM if op is None else op, group, async_op)
+    carry = _CARRIERS[-1] if _CARRIERS else dist.all_reduce
+    return carry(tensor, dist.ReduceOp.SUM if op is None else op, group, async_op)
 
 
 def broadcast_(tensor: Tensor, purpose: str = AGREEMENT) -> None:

@@ -9,8 +9,9 @@ from torch import Tensor, nn
 from torch.nn.modules.batchnorm import _BatchNorm
 from torch.nn.parallel import DistributedDataParallel
 
-from clicktrain.comm import KeptExchange, masked_allreduce_hook
+from clicktrain.comm import KeptExchange
 from clicktrain.comm.collectives import BUFFERS, GRADIENTS, GROWTH, Exchange, broadcast_
+from clicktrain.comm.data_parallel import data_parallel
 from clicktrain.comm.sync_batch_norm import SYNCHRONIZED
 from clicktrain.kernels.pack_model import index_names
 from clicktrain.train.prepare import Prepared
@@ -19,21 +20,16 @@ from clicktrain.train.state import TrainState
 _DTYPES = {"fp32": None, "fp16": torch.float16, "bf16": torch.bfloat16}
 
 
-def data_parallel(network: nn.Module, prepared: Prepared) -> DistributedDataParallel:
+def in_parallel(network: nn.Module, prepared: Prepared) -> DistributedDataParallel:
     """Wrap the network so that gradients are means over all processes, as ``exchange`` says.
 
-    Buffers are left to `share_buffers_`: the index of packed layers follows from masks that all have, and
-    PyTorch's own broadcast would be counted nowhere.
+    Buffers are left to `share_buffers_`.
     """
     config = prepared.config
-    names = [name for name, _ in network.named_buffers()]
-    ignore = DistributedDataParallel._set_params_and_buffers_to_ignore_for_model
-    ignore(network, names)  # type: ignore[no-untyped-call]
-    wrapper = DistributedDataParallel(network)
     dtype = _DTYPES[config.exchange_dtype]
-    state = KeptExchange(prepared.pruner, dense=config.exchange == "dense", dtype=dtype)
-    wrapper.register_comm_hook(state, masked_allreduce_hook)
-    return wrapper
+    return data_parallel(
+        network, KeptExchange(prepared.pruner, dense=config.exchange == "dense", dtype=dtype)
+    )
 
 
 @torch.no_grad()

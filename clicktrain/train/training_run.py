@@ -41,7 +41,7 @@ from clicktrain.train.checkpoint import (
     thin_weights,
 )
 from clicktrain.train.config import config_to_dict
-from clicktrain.train.exchange import data_parallel, share_buffers_
+from clicktrain.train.exchange import in_parallel, share_buffers_
 from clicktrain.train.interrupt import diverged, weights_are_finite
 from clicktrain.train.operators import can_accelerate, choose_operators
 from clicktrain.train.prepare import Prepared
@@ -150,7 +150,7 @@ class TrainingRun:
         """The fast or compiled network, whose gradients are means over all processes if there are several."""
         forward = self._fast_or_compiled(model)
         several = self.prepared.processes.number > 1 and any(p.requires_grad for p in model.parameters())
-        return data_parallel(forward, self.prepared) if several else forward
+        return in_parallel(forward, self.prepared) if several else forward
 
     @contextlib.contextmanager
     def together(self, step: bool) -> Iterator[None]:

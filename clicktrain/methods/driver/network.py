@@ -220,9 +220,8 @@ class PrunedNetwork:
             mask_copy_(average, self.masks)
 
     def mask_gradients(self) -> None:
-        """Zero the gradients of pruned weights that the coming optimizer step does not use."""
-        masks, all_used = self.exchanged_masks()
-        for weight, mask in () if all_used else masks.items():
+        """Zero the gradients of weights that are pruned for good, or nobody's until their masks move."""
+        for weight, mask in self.exchanged_masks().masks.items():
             if weight.grad is not None:
                 weight.grad.masked_fill_(~mask, 0.0)
 

@@ -411,11 +411,12 @@ class Pruner:
     def mask_gradients(self) -> None:
         """Zero gradients of pruned weights that the coming step does not use.
 
-        The optimizer's step does so by itself. Call it before whatever looks at gradients earlier, as the
-        clipping of their norm: of these, processes that exchange kept positions have none.
+        The optimizer's step does so by itself. Call it after `observe`, before whatever looks at gradients
+        earlier, as the clipping of their norm: processes that exchange kept positions have no others.
         """
-        with torch.no_grad():
-            self.network.mask_gradients()
+        if not self.reads_all_gradients(0):
+            with torch.no_grad():
+                self.network.mask_gradients()
 
     def reads_all_gradients(self, batches: int) -> bool:
         """Whether the optimizer's step after this many more batches uses gradients of pruned weights.

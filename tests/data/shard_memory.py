@@ -15,30 +15,36 @@ import torch
 
 from clicktrain.data import Augment, Part, make_loader, open_data
 
-WARM = 5  # batches until allocators have what they keep
+WARM = 8  # batches until allocators have what they keep
 
 
 def main(spec: str, cache_dir: str, processes: int, start: int) -> None:
+    imported = _resident()
     data = open_data(spec, cache_dir=Path(cache_dir), workers=0, shuffle_buffer=4096, holdout=1000)
-    augment = Augment(flip=True)
+    opened = _peak() - imported
     loaders = [
         make_loader(
-            data, "train", batch_size=500, device=torch.device("cpu"), seed=3, augment=augment,
+            data, "train", batch_size=500, device=torch.device("cpu"), seed=3, augment=Augment(flip=True),
             drop_last=True, part=Part(index, processes),
         )
         for index in range(processes)
     ]  # fmt: skip
-    digests = []
-    before = 0
-    for number, parts in enumerate(zip(*(loader.epoch(1, start) for loader in loaders), strict=True)):
+    digests, resident = [], []
+    for parts in zip(*(loader.epoch(1, start) for loader in loaders), strict=True):
         x, y = (torch.cat([batch[part] for batch in parts]) for part in (0, 1))
         digests.append(hashlib.sha256(x.numpy().tobytes() + y.numpy().tobytes()).hexdigest()[:16])
-        if number == WARM:
-            before = _peak()
-    print(json.dumps({"growth": _peak() - before, "digests": digests, "images": len(data.train)}))
+        resident.append(_resident())
+    growth = max(resident) - resident[min(WARM, len(resident) - 1)]
+    print(json.dumps({"opened": opened, "growth": growth, "digests": digests, "images": len(data.train)}))
+
+
+def _resident() -> int:
+    """Bytes in memory now."""
+    return int(Path("/proc/self/statm").read_text().split()[1]) * resource.getpagesize()
 
 
 def _peak() -> int:
+    """The most bytes that were in memory."""
     return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
 
 

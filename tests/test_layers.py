@@ -17,7 +17,7 @@ LAYERS: tuple[tuple[str, ...], ...] = (
     ("files", "leftovers", "limits", "own_code", "settings", "wording"),
     ("models", "data", "sparsity", "comm"),
     ("formats", "graph"),
-    ("kernels", "surgery", "accounting", "runs"),
+    ("kernels", "surgery", "accounting", "runs", "cluster"),
     ("latency",),
     ("compiler",),
     ("methods",),

@@ -49,7 +49,7 @@ _OUTPUT = (
 )
 
 GROUPS: dict[str, tuple[str, str]] = {
-    "data": ("data", "augment image_size val_fraction holdout workers cache_dir cutout mixup"),
+    "data": ("data", "augment image_size val_fraction holdout workers shuffle_buffer cache_dir cutout mixup"),
     "model": ("model width", "stem initial_weights whitening sync_batch_norm"),
     "optimization": (
         "epochs batch_size optimizer learning_rate schedule",

@@ -18,7 +18,7 @@ LAYERS: tuple[tuple[str, ...], ...] = (
     ("models", "data", "sparsity", "comm"),
     ("formats", "graph"),
     ("kernels", "surgery", "accounting", "runs"),
-    ("latency",),
+    ("latency", "inference"),
     ("methods", "compiler"),
     ("train", "export", "report", "papers"),
     ("bench",),

@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import contextlib
 import ctypes
 import functools
+import hashlib
 import os
 import shutil
 import subprocess
@@ -48,16 +50,23 @@ def compile_all(jobs: list[list[str]]) -> None:
 
 @functools.cache
 def kernel_objects(flags: tuple[str, ...] = FLAGS) -> tuple[str, ...]:
-    """Objects of the kernels, which know no network."""
+    """Objects of the kernels, which know no network; kept from run to run, by what they are made of."""
+    texts = runtime_texts()
+    what = repr((sorted(texts.items()), flags, os.getuid()))
+    kept = Path(tempfile.gettempdir()) / f"clicktrain-c-{hashlib.sha256(what.encode()).hexdigest()[:16]}"
+    objects = [str(kept / f"{name}.o") for name in KERNELS]
+    if kept.exists() and kept.stat().st_uid == os.getuid():
+        return tuple(objects)
     folder = Path(tempfile.mkdtemp(prefix="clicktrain-c-"))
-    for name, text in runtime_texts().items():
+    for name, text in texts.items():
         (folder / name).write_text(text)
     constants = (
         "#define MODEL_CHANNELS 1\n#define MODEL_HEIGHT 1\n#define MODEL_WIDTH 1\n#define MODEL_RESULTS 1"
     )
     (folder / "model.h").write_text(runtime_file("model.h.in").replace("@CONSTANTS@", constants))
-    objects = [str(folder / f"{name}.o") for name in KERNELS]
-    compile_all([[*flags, "-c", str(folder / n), "-o", o] for n, o in zip(KERNELS, objects, strict=True)])
+    compile_all([[*flags, "-c", str(folder / n), "-o", str(folder / f"{n}.o")] for n in KERNELS])
+    with contextlib.suppress(OSError):  # another process was faster
+        folder.rename(kept)
     return tuple(objects)
 
 

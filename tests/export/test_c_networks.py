@@ -80,7 +80,7 @@ def test_odd_operations(tmp_path: Path) -> None:
 
 
 class Unfolded(nn.Module):
-    """Values that are read twice, sums of the same layer, a convolution whose results are an output of many."""
+    """Values that are read twice, and sums of a value with itself."""
 
     def __init__(self) -> None:
         super().__init__()

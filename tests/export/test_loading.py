@@ -13,11 +13,9 @@ import torch
 from torch import nn
 
 import clicktrain
+from clicktrain.cli import main
 from clicktrain.errors import UserError
 from clicktrain.kernels.sparse_conv2d import PackedConv2d
-from clicktrain.methods import NM
-from clicktrain.train import RunConfig
-from clicktrain.train.fit import fit
 
 torch.set_num_threads(1)
 DATA = "synthetic:classes=3,size=8,channels=1,train=32,val=8"
@@ -26,10 +24,13 @@ DATA = "synthetic:classes=3,size=8,channels=1,train=32,val=8"
 @pytest.fixture(scope="module")
 def run(tmp_path_factory: pytest.TempPathFactory) -> Path:
     folder = tmp_path_factory.mktemp("runs") / "nm"
-    config = RunConfig(
-        model="resnet8", width=0.5, data=DATA, batch_size=16, epochs=1, threads=1, out=str(folder)
+    line = ["train", "--model", "resnet8", "--width", "0.5", "--data", DATA, "--batch-size", "16"]
+    assert (
+        main(
+            [*line, "--epochs", "1", "--method", "nm", "--threads", "1", "--no-report", "--out", str(folder)]
+        )
+        == 0
     )
-    fit(config, NM(n=1, m=4))
     return folder
 
 

@@ -65,10 +65,10 @@ def mean_over_processes(value: Tensor) -> Tensor:
     return value
 
 
-def sum_over_processes(value: Tensor) -> Tensor:
-    """The sum of a tensor over all processes, in place."""
+def sum_over_processes(value: Tensor, group: dist.ProcessGroup | None = None) -> Tensor:
+    """The sum of a tensor over all processes, or those of a group, in place."""
     if several_processes():
-        dist.all_reduce(value)
+        dist.all_reduce(value, group=group)
     return value
 
 

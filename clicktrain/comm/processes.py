@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import contextlib
 import os
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass, replace
 from datetime import timedelta
 
@@ -119,6 +119,15 @@ def together(timeout_s: float = TIMEOUT_S) -> Iterator[Processes]:
         ) from error
     finally:
         dist.destroy_process_group()
+
+
+def group_among(groups: Iterable[Sequence[int]]) -> dist.ProcessGroup | None:
+    """The group of ranks that this process is in; every process makes all of them, in the same order."""
+    own = None
+    for ranks in groups:
+        made = dist.new_group(list(ranks))
+        own = made if dist.get_rank() in ranks else own
+    return own
 
 
 def _is_of_others(error: RuntimeError) -> bool:

@@ -50,7 +50,7 @@ _OUTPUT = (
 
 GROUPS: dict[str, tuple[str, str]] = {
     "data": ("data", "augment image_size val_fraction holdout workers cache_dir cutout mixup"),
-    "model": ("model width", "stem initial_weights whitening sync_batch_norm"),
+    "model": ("model width", "stem initial_weights whitening sync_batch_norm parts"),
     "optimization": (
         "epochs batch_size optimizer learning_rate schedule",
         "weight_decay momentum nesterov decay_norm_and_bias warmup_epochs bias_rate_factor milestones gamma "

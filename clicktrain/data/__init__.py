@@ -1,6 +1,6 @@
 """Images and labels: where they come from, and how they reach the training step."""
 
-from clicktrain.data.augment import Augment, Part, mixup, seeded_generator
+from clicktrain.data.augment import WHOLE, Augment, Part, mixup, seeded_generator
 from clicktrain.data.image_data import EncodedSource, ImageData, PixelSource, Source
 from clicktrain.data.loader import Batch, Loader
 from clicktrain.data.opening import open_data
@@ -8,6 +8,7 @@ from clicktrain.data.spec import DataSpec
 from clicktrain.data.streaming import make_loader
 
 __all__ = [
+    "WHOLE",
     "Augment",
     "Batch",
     "DataSpec",

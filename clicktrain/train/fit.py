@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import dataclasses
 import tempfile
 from collections.abc import Iterator, Mapping
 from pathlib import Path
@@ -125,6 +126,8 @@ def _fit(
             of_first(lambda: held.enter_context(folder.in_use(progress.message)))
             if (summary := of_first(folder.summary)) is not None:  # finished while this process was starting
                 return _finished(folder, summary, progress)
+        if not resume and config.parts is None and processes.number > 1:
+            config = dataclasses.replace(config, parts=processes.number)
         begun = resume and of_first(lambda: bool(folder.checkpoints()))
         planned = None
         if config.time_budget is not None and not resume:

@@ -16,9 +16,10 @@ from torch.nn.parallel import DistributedDataParallel
 from torch.optim.swa_utils import AveragedModel
 
 from clicktrain.accounting import TrainingMemory
-from clicktrain.comm.agreement import of_first
+from clicktrain.comm.agreement import agree_on_, of_first
 from clicktrain.comm.sync_batch_norm import run_together
 from clicktrain.compiler import Accelerated
+from clicktrain.data import Batch
 from clicktrain.errors import UserError
 from clicktrain.formats.atomic import append_jsonl
 from clicktrain.methods.driver.publisher import (
@@ -41,7 +42,9 @@ from clicktrain.train.checkpoint import (
     thin_weights,
 )
 from clicktrain.train.config import config_to_dict
+from clicktrain.train.device import seed_batch
 from clicktrain.train.interrupt import diverged, weights_are_finite
+from clicktrain.train.norms import norms_kept
 from clicktrain.train.operators import can_accelerate, choose_operators
 from clicktrain.train.prepare import Prepared
 from clicktrain.train.progress import Progress, ScalarLog
@@ -151,6 +154,31 @@ class TrainingRun:
         several = self.prepared.processes.number > 1 and any(p.requires_grad for p in model.parameters())
         return DistributedDataParallel(forward) if several else forward
 
+    def pieces(self, batch: Batch, number: int) -> Iterator[tuple[Batch, bool, float]]:
+        """This process's images of a batch, of one part after another, while they are trained on.
+
+        Random numbers are seeded for each by ``number``, that of the batch in the run. Batch norms keep the
+        statistics of the first one.
+
+        Yields:
+            Images, whether they are the last ones, and the factor on their mean loss with which the mean over
+            processes is the mean over the batch.
+        """
+        p = self.prepared
+        whole, first = p.batch_images, p.part.rows(p.batch_images).start
+        pieces = p.part.pieces(whole)
+        for place, (rows, stream) in enumerate(zip(pieces, p.part.streams, strict=True)):
+            images = rows.stop - rows.start
+            one = batch if len(pieces) == 1 else batch.cut(slice(rows.start - first, rows.stop - first))
+            seed_batch(p.config.seed, number, p.device, stream)
+            with norms_kept(p.model) if place else contextlib.nullcontext():
+                yield one, place + 1 == len(pieces), images * p.processes.number / whole
+
+    def take_norms_of_first(self) -> None:
+        """Evaluate, in all processes, with the batch norm statistics that the first one has and saves."""
+        models = [self.prepared.model, *([] if self.average is None else [self.average])]
+        agree_on_([buffer for model in models for buffer in model.buffers()])
+
     @contextlib.contextmanager
     def together(self, step: bool) -> Iterator[None]:
         """Around forward and backward pass of a batch that all processes share.
@@ -160,7 +188,7 @@ class TrainingRun:
         forward = self.forward.current
         with contextlib.ExitStack() as held:
             if isinstance(forward, DistributedDataParallel):
-                held.enter_context(run_together())
+                held.enter_context(run_together(self.prepared.norm_group))
                 if not step:
                     held.enter_context(forward.no_sync())
             yield

@@ -94,8 +94,11 @@ def train_batch(run: TrainingRun, batch: Batch) -> tuple[Tensor, Tensor, bool]:
         loss, correct = loss + one.detach(), correct + right
     p.pruner.observe(loss)
     if several_processes():
-        sums = sum_over_processes(torch.stack((loss.double(), correct.double())))
+        own = torch.zeros(2 + p.processes.number, dtype=torch.float64, device=p.device)
+        own[0], own[1], own[2 + p.processes.rank] = loss, correct, ~loss.isfinite()
+        sums = sum_over_processes(own)
         loss, correct = sums[0] / p.processes.number, sums[1]
+        run.note_not_finite(sums[2:])
     if p.cycle is not None and p.cycle.wants_losses:
         p.cycle.note_loss(loss.item())
     state.batch += 1
@@ -176,6 +179,7 @@ class _Clock:
             state.first_loss = loss if state.first_loss is None else state.first_loss
             what = explosion(loss, state.first_loss)
             if what is not None:
+                what = f"{what}{self.run.whose_loss}"
                 raise diverged(what, state.epoch + 1, totals.batches, self.run.newest_checkpoint())
             totals.loss_sum += loss
         totals.correct += sum(correct)

@@ -7,19 +7,19 @@ import importlib.util
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Any, Literal
+from typing import TYPE_CHECKING, Any, Literal
 
 import torch
 from torch import nn
-from torch.distributed import ProcessGroup
 from torch.optim import Optimizer
 from torch.optim.lr_scheduler import LambdaLR
 
 from clicktrain.comm.agreement import all_or_none
+from clicktrain.comm.alike import check_same_data
 from clicktrain.comm.processes import ALONE, Processes, group_among
 from clicktrain.comm.sync_batch_norm import synchronized
 from clicktrain.compiler import MaskedLatency
-from clicktrain.data import WHOLE, Augment, ImageData, Loader, Part, make_loader, open_data
+from clicktrain.data import WHOLE, Augment, ImageData, Loader, Part, fingerprint, make_loader, open_data
 from clicktrain.errors import FailedElsewhere, UserError, shortened
 from clicktrain.formats.memory_format import keep_out_of_channels_last_
 from clicktrain.limits import check_memory
@@ -34,6 +34,9 @@ from clicktrain.train.norms import norms_of
 from clicktrain.train.optim import BatchSizes, make_optimizer, make_scheduler
 from clicktrain.train.second_cycle import SecondCycle
 from clicktrain.train.training_cost import TrainingCost
+
+if TYPE_CHECKING:
+    from torch.distributed import ProcessGroup
 
 SMALL_IMAGE = 64
 """Images up to this side in pixels get the CIFAR stem and recipe."""
@@ -119,6 +122,8 @@ def prepare(
     device = resolve_device(config.device)
     set_up(config, device, processes)
     data = all_or_none(lambda: open_run_data(config))
+    if processes.number > 1:
+        check_same_data(data.spec, fingerprint(data))
     try:
         return _prepared(config, method, processes, device, data, begins)
     except UserError as error:

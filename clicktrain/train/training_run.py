@@ -17,6 +17,7 @@ from torch.optim.swa_utils import AveragedModel
 
 from clicktrain.accounting import TrainingMemory
 from clicktrain.comm.agreement import agree_on_, of_first
+from clicktrain.comm.meeting import numbered
 from clicktrain.comm.sync_batch_norm import run_together
 from clicktrain.compiler import Accelerated
 from clicktrain.data import Batch
@@ -52,10 +53,11 @@ from clicktrain.train.state import TrainState
 from clicktrain.train.teacher import Teacher, load_teacher, own_teacher
 
 _FREE_TO_CHANGE = frozenset(
-    ("device", "threads", "workers", "cache_dir", "evaluate_every", "checkpoint_every", "keep_checkpoints",
-     "tensorboard", "compile", "deterministic")
+    ("device", "parts", "threads", "workers", "cache_dir", "evaluate_every", "checkpoint_every",
+     "keep_checkpoints", "tensorboard", "compile", "deterministic")
 )  # fmt: skip
-"""Settings that may change when a run is resumed, because they do not change what is trained."""
+"""Settings that may change when a run is resumed: because they do not change what is trained, or (parts)
+because it was asked for."""
 
 
 @dataclass(eq=False)
@@ -96,6 +98,7 @@ class TrainingRun:
         self._density: float | None = None if pruner.moving else 1.0
         self._seconds_before = 0.0
         self._epochs_before = 0.0
+        self._not_finite: Tensor | None = None
         self._started = time.perf_counter()
         pruner.subscribe(self._follow_removal, ChannelsRemoved)
         pruner.subscribe(self._follow_freezing, MasksFrozen)
@@ -173,6 +176,19 @@ class TrainingRun:
             seed_batch(p.config.seed, number, p.device, stream)
             with norms_kept(p.model) if place else contextlib.nullcontext():
                 yield one, place + 1 == len(pieces), images * p.processes.number / whole
+
+    def note_not_finite(self, processes: Tensor) -> None:
+        """Keep whose loss was not finite when the first one was; [processes], 0 or 1, from all of them."""
+        before = processes if self._not_finite is None else self._not_finite
+        self._not_finite = torch.where(before.any(), before, processes)
+
+    @property
+    def whose_loss(self) -> str:
+        """Of which processes the loss was not finite first, in words; nothing if it was that of all."""
+        if self._not_finite is None:
+            return ""
+        ranks = self._not_finite.nonzero().flatten().tolist()
+        return f" in {numbered(ranks)}" if 0 < len(ranks) < len(self._not_finite) else ""
 
     def take_norms_of_first(self) -> None:
         """Evaluate, in all processes, with the batch norm statistics that the first one has and saves."""
@@ -339,6 +355,7 @@ class TrainingRun:
         else:
             self.load_state_dict(saved)
             if self.prepared.processes.first:
+                self.folder.change_setting("parts", self.prepared.config.parts)
                 self._take_back_logs()
             self.prepared.pruner.subscribe(self._write_event, Event)
 

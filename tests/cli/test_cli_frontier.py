@@ -138,15 +138,21 @@ class Watch(Silent):
 
 
 def test_the_time_that_is_put_together_is_about_what_the_clock_says(tmp_path: Path) -> None:
-    """By CPU time, as other programs run beside the tests; within a factor of 3, as checkpoints count too."""
+    """By CPU time, as other programs run beside the tests; within a factor of 3, as checkpoints count too.
+
+    The shorter of two runs: what is loaded and built once in a process is not in the second.
+    """
     recipe = parse_recipe(RECIPE, "")
     lines, clock = {}, {}
     for name in ("dense-w0.25-e24", "gmp-w0.25-e4"):
         cell = recipe.cell(name)
-        watch = Watch()
-        fit(*cell.config(0), tmp_path / name, progress=watch)
-        clock[name] = watch.ended - watch.began
-        lines[name, 0] = finished_line(cell, 0, RunFolder(tmp_path / name))
+        spent = []
+        for folder in (tmp_path / "first" / name, tmp_path / "second" / name):
+            watch = Watch()
+            fit(*cell.config(0), folder, progress=watch)
+            spent.append(watch.ended - watch.began)
+        clock[name] = min(spent)
+        lines[name, 0] = finished_line(cell, 0, RunFolder(folder))
     times = measure_times(recipe, lines, TimingSettings(rounds=3, alone=False))
     for point in points_of(recipe, lines, times):
         assert point.train_seconds is not None

@@ -184,7 +184,7 @@ class TrainingRun:
 
     @property
     def whose_loss(self) -> str:
-        """Of which processes the loss was not finite first, in words; nothing if it was that of all."""
+        """The processes whose loss was not finite first, in words; nothing if it was that of all."""
         if self._not_finite is None:
             return ""
         ranks = self._not_finite.nonzero().flatten().tolist()

@@ -137,8 +137,11 @@ class RunConfig:
     """Random changes to training images; auto chooses by the data set. cifarnet: shifts by up to 2 pixels,
     mirrored in every other epoch."""
     sync_batch_norm: bool = False
-    """With several processes: batch norm statistics of the whole batch, not of each process's part (then the
-    first one's are saved)."""
+    """Batch norm statistics of the whole batch, whatever number of processes share it; else those of each
+    part, of which the first one's are saved."""
+    parts: int | None = None
+    """Parts of each batch, with batch norm statistics of their own; by default as many as there are processes
+    when the run begins. It stays with a run, whatever number of processes goes on with it."""
     whitening: bool | None = None
     """Make the first convolution whiten patches of the training images, and keep it so; by default only in
     cifarnet, which is made for it."""

@@ -101,7 +101,9 @@ def _evaluate(
     set_up(config, device)
     if config.data != loaded.config.data:
         _, height, width = loaded.image_shape
-        config = replace(config, image_size=height if height == width else None, holdout=None)
+        config = replace(
+            config, image_size=height if height == width else None, holdout=None, shuffle_buffer=None
+        )
     data = _fitting(loaded, open_run_data(config, loaded.value_range), config.data)
     model, loader = loaded.model.to(device), make_eval_loader(config, data, split, device)
     views = config.test_time_augmentation

@@ -1,13 +1,16 @@
 """Images and labels: where they come from, and how they reach the training step."""
 
-from clicktrain.data.augment import Augment, Part, mixup, seeded_generator
+from clicktrain.data.augment import WHOLE, Augment, Part, mixup, seeded_generator
+from clicktrain.data.fingerprint import fingerprint
 from clicktrain.data.image_data import EncodedSource, ImageData, PixelSource, Source
 from clicktrain.data.loader import Batch, Loader
+from clicktrain.data.making import make_loader
 from clicktrain.data.opening import open_data
+from clicktrain.data.shards.source import ShardSource
 from clicktrain.data.spec import DataSpec
-from clicktrain.data.streaming import make_loader
 
 __all__ = [
+    "WHOLE",
     "Augment",
     "Batch",
     "DataSpec",
@@ -16,7 +19,9 @@ __all__ = [
     "Loader",
     "Part",
     "PixelSource",
+    "ShardSource",
     "Source",
+    "fingerprint",
     "make_loader",
     "mixup",
     "open_data",

@@ -42,7 +42,7 @@ class RunConfig:
     """First layers: cifar (3x3, stride 1), imagenet (7x7, stride 2, pooling); auto: cifar up to 64 pixels."""
     data: str = "digits"
     """Data set: digits, synthetic:..., parquet:DIR, imagefolder:DIR, cifar10:DIR, cifar100:DIR,
-    or a Hugging Face data set's name."""
+    parquet-shards:DIR and webdataset:DIR (streamed), or a Hugging Face data set's name."""
     image_size: int | None = None
     """Side of the square images that the network sees, in pixels; the data set's own size by default."""
     val_fraction: float = 0.2
@@ -52,6 +52,9 @@ class RunConfig:
     then the test split, looked at once, at the end."""
     workers: int = 2
     """Processes that decode images of data sets too large for memory."""
+    shuffle_buffer: int | None = None
+    """Images that are shuffled together where shards are streamed (parquet-shards, webdataset): this many
+    encoded images are in memory; 4096 by default."""
     cache_dir: str | None = None
     """Folder for decoded data sets; a folder in the user's cache by default."""
     method: str = "clicktrain"
@@ -136,8 +139,11 @@ class RunConfig:
     """Random changes to training images; auto chooses by the data set. cifarnet: shifts by up to 2 pixels,
     mirrored in every other epoch."""
     sync_batch_norm: bool = False
-    """With several processes: batch norm statistics of the whole batch, not of each process's part (then the
-    first one's are saved)."""
+    """Batch norm statistics of the whole batch, whatever number of processes share it; else those of each
+    part, of which the first one's are saved."""
+    parts: int | None = None
+    """Parts of each batch, with batch norm statistics of their own; by default as many as there are processes
+    when the run begins. It stays with a run, whatever number of processes goes on with it."""
     exchange: ExchangedGradients = "kept"
     """With several processes: which gradients of weights that are masked and dense travel, those of kept
     weights or all; of packed weights there are no others."""

@@ -33,13 +33,14 @@ def in_parallel(network: nn.Module, prepared: Prepared) -> DistributedDataParall
 
 
 @torch.no_grad()
-def share_buffers_(network: nn.Module) -> None:
+def share_buffers_(network: nn.Module, norms_alike: bool) -> None:
     """Write the first process's buffers into those of all, where they may differ.
 
-    Statistics of synchronized norms are alike, and so are counts of batches and the index of packed layers.
+    Counts of batches and the index of packed layers are alike, and so are statistics of synchronized norms if
+    all processes share them (``norms_alike``).
     """
     by_dtype: dict[torch.dtype, list[Tensor]] = {}
-    for buffer in _own_buffers(network):
+    for buffer in _own_buffers(network, norms_alike):
         by_dtype.setdefault(buffer.dtype, []).append(buffer)
     for buffers in by_dtype.values():
         sent = torch.cat([buffer.reshape(-1) for buffer in buffers])
@@ -49,12 +50,12 @@ def share_buffers_(network: nn.Module) -> None:
             buffer.copy_(values.view(buffer.shape))
 
 
-def _own_buffers(network: nn.Module) -> list[Tensor]:
+def _own_buffers(network: nn.Module, norms_alike: bool) -> list[Tensor]:
     """The buffers that each process has its own values of."""
     index = set(index_names(network))
     found = []
     for path, module in network.named_modules():
-        if isinstance(module, SYNCHRONIZED):
+        if norms_alike and isinstance(module, SYNCHRONIZED):
             continue
         for leaf, buffer in module.named_buffers(recurse=False):
             counts = isinstance(module, _BatchNorm) and leaf == "num_batches_tracked"

@@ -32,7 +32,7 @@ def main(job: dict[str, Any]) -> int:
     alone = ["unshare", "--net"] if job["wired"] else []
     processes = []
     for rank in range(job["processes"]):
-        command = [*alone, sys.executable, "-m", "clicktrain.bench.exchange.worker", text, str(rank)]
+        command = [*alone, sys.executable, "-m", "clicktrain.bench.exchange.start", text, str(rank)]
         out = None if rank == 0 else subprocess.DEVNULL
         with (folder / f"{rank}.err").open("w") as errors:
             processes.append(subprocess.Popen(command, stdout=out, stderr=errors))

@@ -1,7 +1,4 @@
-"""One of the processes whose exchange is timed: ``python -m clicktrain.bench.exchange.worker JSON RANK``.
-
-The first one prints a line of JSON for every row.
-"""
+"""One of the processes whose exchange is timed; the first one prints a line of JSON for every row."""
 
 from __future__ import annotations
 
@@ -9,7 +6,6 @@ import contextlib
 import json
 import os
 import statistics
-import sys
 import time
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
@@ -19,7 +15,6 @@ import torch
 import torch.distributed as dist
 import torch.nn.functional as F
 
-from clicktrain.bench.exchange.children import end_with_parent
 from clicktrain.bench.exchange.links import DEVICE, Link, slow_down, tool
 from clicktrain.bench.exchange.networks import GROWS, Subject, make
 from clicktrain.bench.exchange.token_bucket import TokenBucket
@@ -46,7 +41,6 @@ class Sizes:
 
 def main(job: dict[str, Any], rank: int) -> None:
     """Time every network over every link."""
-    end_with_parent(job["parent"])
     torch.set_num_threads(job["threads"])
     keep_memory()
     device = _own_device(rank) if job["wired"] else "lo"
@@ -201,7 +195,3 @@ def _median_ms(call: Callable[[], object], rounds: int) -> float:
         call()
         times.append(1e3 * (time.perf_counter() - began))
     return statistics.median(times)
-
-
-if __name__ == "__main__":
-    main(json.loads(sys.argv[1]), int(sys.argv[2]))

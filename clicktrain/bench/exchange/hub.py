@@ -37,10 +37,13 @@ def main(job: dict[str, Any]) -> int:
         with (folder / f"{rank}.err").open("w") as errors:
             processes.append(subprocess.Popen(command, stdout=out, stderr=errors))
     try:
-        if job["wired"]:
-            for rank, process in enumerate(processes):
+        try:
+            for rank, process in enumerate(processes if job["wired"] else []):
                 _connect(rank, process)
-        return _end_of(processes, folder)
+        except (RuntimeError, OSError):
+            if all(process.poll() is None for process in processes):
+                raise
+        return _end_of(processes, folder)  # which says who has ended meanwhile
     finally:
         for process in processes:
             process.kill()

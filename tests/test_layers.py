@@ -18,7 +18,7 @@ LAYERS: tuple[tuple[str, ...], ...] = (
     ("models", "data", "sparsity", "comm"),
     ("formats", "graph"),
     ("kernels", "surgery", "accounting", "runs", "cluster"),
-    ("latency",),
+    ("latency", "inference"),
     ("compiler",),
     ("methods",),
     ("train", "export", "report", "papers"),

@@ -122,8 +122,10 @@ BENCHMARKS: dict[str, str] = {
     "pack": "packing a weight with known positions against its conversion to CSR",
     "step": "a whole accelerated training step against the best dense one",
     "runs": "networks of finished runs against the dense ones, in inference and training",
+    "inference": "a pruned network in inference, beside the engines of others",
 }
-"""What can be measured. Each is a `Benchmark` of its name in capitals, in `runs` or `kernels`."""
+"""What can be measured. Each is a `Benchmark` of its name in capitals, in its own module or `kernels`."""
+_OWN_MODULES = ("runs", "inference")
 
 _SHARED = (
     Option("threads", int | None, "CPU threads; PyTorch's own choice by default.", metavar="N"),
@@ -147,7 +149,7 @@ def run(argv: Sequence[str]) -> int:
 def settings_of(argv: Sequence[str]) -> tuple[Benchmark, dict[str, Any]]:
     """The benchmark that a command line asks for, and the values of all its flags."""
     what, rest = _which(list(argv))
-    home = "runs" if what == "runs" else "kernels"
+    home = what if what in _OWN_MODULES else "kernels"
     module = importlib.import_module(f"clicktrain.commands.bench.{home}")
     benchmark: Benchmark = getattr(module, what.upper())
     options = (*benchmark.options, *_SHARED)

@@ -1,7 +1,7 @@
 """Images and labels: where they come from, and how they reach the training step."""
 
 from clicktrain.data.augment import WHOLE, Augment, Part, mixup, seeded_generator
-from clicktrain.data.fingerprint import fingerprint
+from clicktrain.data.fingerprints import fingerprint
 from clicktrain.data.image_data import EncodedSource, ImageData, PixelSource, Source
 from clicktrain.data.loader import Batch, Loader
 from clicktrain.data.making import make_loader

@@ -22,7 +22,6 @@ from clicktrain.commands.arguments import QUIET, REPORT, Command, Option, option
 from clicktrain.commands.processes import PROCESSES, check, start, without
 from clicktrain.commands.progress import carry_out
 from clicktrain.errors import UserError
-from clicktrain.files import is_file
 from clicktrain.methods import METHODS, Method
 from clicktrain.own_code import is_own
 from clicktrain.settings import field_names, to_plain
@@ -42,6 +41,14 @@ _OUTPUT = (
         "Folder of the run, new or empty (or of a run killed before its first checkpoint); dated by default.",
         metavar="DIR",
     ),
+    Option(
+        "resume",
+        bool,
+        "Go on with the run in --out if it has begun, as a job does that is started again with the same "
+        "command.",
+        False,
+        main=False,
+    ),
     Option("dry_run", bool, "Check everything, print the plan and the cost, write no run.", False),
     REPORT,
     QUIET,
@@ -50,7 +57,7 @@ _OUTPUT = (
 
 GROUPS: dict[str, tuple[str, str]] = {
     "data": ("data", "augment image_size val_fraction holdout workers shuffle_buffer cache_dir cutout mixup"),
-    "model": ("model width", "stem initial_weights whitening sync_batch_norm"),
+    "model": ("model width", "stem initial_weights whitening sync_batch_norm parts"),
     "optimization": (
         "epochs batch_size optimizer learning_rate schedule",
         "weight_decay momentum nesterov decay_norm_and_bias warmup_epochs bias_rate_factor milestones gamma "
@@ -81,14 +88,22 @@ def run(argv: Sequence[str]) -> int:
         return dry_run(config, method)
     out = own["out"]
     folder = RunFolder.default(config.model, config.method) if out is None else RunFolder(Path(out))
+    if out is None and (own["resume"] or launched().may_restart):
+        raise UserError("a run that may have to be found again needs a name: give --out")
     if own["processes"] > 1:
         there = [] if out is not None else ["--out", str(folder.path)]
         return start("train", [*without(argv), *there], own["processes"], own["restarts"])
     left_out = f"method {config.method} has no {', '.join(ignored)}: those of the recipe are left out"
     notes = [left_out] if ignored else []
-    again = launched().restarts > 0 and is_file(folder.config)  # a process had died
     return carry_out(
-        config, method, folder, quiet=own["quiet"], report=own["report"], notes=notes, resume=again
+        config,
+        method,
+        folder,
+        quiet=own["quiet"],
+        report=own["report"],
+        notes=notes,
+        resume="if begun" if own["resume"] else "if restarted",
+        process_timeout=own["process_timeout"],
     )
 
 

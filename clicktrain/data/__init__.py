@@ -1,6 +1,7 @@
 """Images and labels: where they come from, and how they reach the training step."""
 
-from clicktrain.data.augment import Augment, Part, mixup, seeded_generator
+from clicktrain.data.augment import WHOLE, Augment, Part, mixup, seeded_generator
+from clicktrain.data.fingerprints import fingerprint
 from clicktrain.data.image_data import EncodedSource, ImageData, PixelSource, Source
 from clicktrain.data.loader import Batch, Loader
 from clicktrain.data.making import make_loader
@@ -9,6 +10,7 @@ from clicktrain.data.shards.source import ShardSource
 from clicktrain.data.spec import DataSpec
 
 __all__ = [
+    "WHOLE",
     "Augment",
     "Batch",
     "DataSpec",
@@ -19,6 +21,7 @@ __all__ = [
     "PixelSource",
     "ShardSource",
     "Source",
+    "fingerprint",
     "make_loader",
     "mixup",
     "open_data",

@@ -31,6 +31,10 @@ class Batch(NamedTuple):
     y: Tensor
     """int64 [B]."""
 
+    def cut(self, rows: slice) -> Batch:
+        """Return some of the images, with their labels."""
+        return Batch(self.x[rows], self.y[rows])
+
 
 @dataclass(frozen=True)
 class BatchPlan:

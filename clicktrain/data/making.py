@@ -55,10 +55,11 @@ def make_loader(
         )
     training = split == "train"
     smallest = min(batch_size, len(source))
-    if training and smallest % part.count:
+    if training and smallest < max(part.count, part.number):
+        who = f"{part.count} processes" if part.count >= part.number else f"{part.number} parts"
         raise UserError(
-            f"{part.count} processes cannot share batches of {smallest} images evenly: give a batch_size "
-            f"that is a multiple of {part.count}"
+            f"{who} cannot share batches of {smallest} images: give a batch_size of at least "
+            f"{max(part.count, part.number)}"
         )
     applied = augment if training else Augment()
     applied.check(*data.image_shape[1:])

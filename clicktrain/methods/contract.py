@@ -156,6 +156,8 @@ class StepInfo:
             step in the long run.
         grad_scale: factor that is still in the gradients (fused mixed-precision optimizers), or None.
         adaptive: the optimizer's step is not the learning rate times the gradient, as SGD's is.
+        whole_gradients: gradients of masked dense weights are those of all processes at pruned positions too,
+            where a method uses them (`MethodHooks.wants_gradients`).
     """
 
     seen: int
@@ -169,6 +171,7 @@ class StepInfo:
     learning_rate: float = 0.0
     grad_scale: Tensor | None = None
     adaptive: bool = False
+    whole_gradients: bool = True
 
     def gradient(self, parameter: Tensor) -> Tensor | None:
         """The gradient of a parameter without the mixed-precision scale; None if it has none."""

@@ -26,6 +26,8 @@ from clicktrain.train.views import Views
 Precision = Literal["fp32", "bf16", "fp16"]
 BatchRate = Literal["linear", "sqrt", "none"]
 SecondCycleRule = Literal["norm", "loss"]
+ExchangedGradients = Literal["kept", "dense"]
+ExchangedDtype = Literal["fp32", "fp16", "bf16"]
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -137,8 +139,16 @@ class RunConfig:
     """Random changes to training images; auto chooses by the data set. cifarnet: shifts by up to 2 pixels,
     mirrored in every other epoch."""
     sync_batch_norm: bool = False
-    """With several processes: batch norm statistics of the whole batch, not of each process's part (then the
-    first one's are saved)."""
+    """Batch norm statistics of the whole batch, whatever number of processes share it; else those of each
+    part, of which the first one's are saved."""
+    parts: int | None = None
+    """Parts of each batch, with batch norm statistics of their own; by default as many as there are processes
+    when the run begins. It stays with a run, whatever number of processes goes on with it."""
+    exchange: ExchangedGradients = "kept"
+    """With several processes: which gradients of weights that are masked and dense travel, those of kept
+    weights or all; of packed weights there are no others."""
+    exchange_dtype: ExchangedDtype = "fp32"
+    """With several processes: what gradients are rounded to while they travel; fp32 rounds nothing."""
     whitening: bool | None = None
     """Make the first convolution whiten patches of the training images, and keep it so; by default only in
     cifarnet, which is made for it."""

@@ -16,6 +16,7 @@ _RANGES = {
     "budget_epochs": (1, 1_000_000),
     "batch_size": (1, 10_000_000),
     "accumulate": (1, 1_000_000),
+    "parts": (1, 65_536),
     "evaluate_every": (1, 1_000_000),
     "checkpoint_every": (1, 1_000_000),
     "keep_checkpoints": (1, math.inf),

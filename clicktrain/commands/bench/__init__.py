@@ -123,9 +123,10 @@ BENCHMARKS: dict[str, str] = {
     "step": "a whole accelerated training step against the best dense one",
     "runs": "networks of finished runs against the dense ones, in inference and training",
     "inference": "a pruned network in inference, beside the engines of others",
+    "exchange": "what processes exchange in a training step, and how long that takes over slow links",
 }
-"""What can be measured. Each is a `Benchmark` of its name in capitals, in its own module or `kernels`."""
-_OWN_MODULES = ("runs", "inference")
+"""What can be measured. Each is a `Benchmark` of its name in capitals, in its own module or in `kernels`."""
+_OWN_MODULES = ("runs", "inference", "exchange")
 
 _SHARED = (
     Option("threads", int | None, "CPU threads; PyTorch's own choice by default.", metavar="N"),

@@ -18,6 +18,11 @@ if TYPE_CHECKING:
 COMMAND = Command(
     name="evaluate",
     description="Accuracy and loss of a finished run on validation or test images, or under attack.",
+    examples=(
+        "clicktrain evaluate runs/first",
+        "clicktrain evaluate runs/first --attack fgsm --epsilon 0.05 0.1",
+        "clicktrain evaluate runs/first --data imagefolder:photos --json",
+    ),
     positional=RUN,
     groups={
         "this command": (

@@ -9,10 +9,14 @@ from typing import Literal
 from clicktrain.commands.arguments import OWN_MODEL, RUN, Command, Option
 from clicktrain.errors import UserError
 
-_COMMAND = Command(
+COMMAND = Command(
     name="export",
     description="Write the network of a finished run for other tools. The file is loaded back and compared "
     "with the network before it gets its name.",
+    examples=(
+        "clicktrain export runs/first --format onnx",
+        "clicktrain export runs/first --format torch -o first.pt2",
+    ),
     positional=RUN,
     groups={
         "this command": (
@@ -37,7 +41,7 @@ _COMMAND = Command(
 
 def run(argv: Sequence[str]) -> int:
     """Run the command; the exit code."""
-    given = _COMMAND.parse(argv)
+    given = COMMAND.parse(argv)
     if given.get("format") is None:
         raise UserError("--format is missing: use --format safetensors, onnx or torch")
     from clicktrain.export import SUFFIXES, export_run

@@ -271,6 +271,10 @@ class LoweringPlan:
             if choice.kind == "conv"
         ]
 
+    def operators(self) -> dict[str, str]:
+        """Layer -> the operator that its convolution runs on."""
+        return {choice.layer: choice.operator for choice in self.choices if choice.kind == "conv"}
+
     def __str__(self) -> str:
         rows = self.table()
         m = self.machine

@@ -165,6 +165,7 @@ def _prepared(
         packed=config.packed,
         example=example,
         measure=MaskedLatency(model, example),
+        accelerate=False,  # the trainer keeps its own view, and its plan in the run's folder
     )
     cost.follow(pruner)
     sizes = BatchSizes(config.batch_size, len(train_loader), config.accumulate)

@@ -32,6 +32,7 @@ from clicktrain.methods.contract import (
     SilenceChannels,
     StepInfo,
 )
+from clicktrain.methods.driver.acceleration import Acceleration
 from clicktrain.methods.driver.attachments import Claim, check_dense, check_free, check_network
 from clicktrain.methods.driver.averages import CopyNote
 from clicktrain.methods.driver.loop_watch import LoopWatch
@@ -82,7 +83,11 @@ class Pruner:
         example: Any = None,
         on_event: Callable[[dict[str, Any]], None] | None = None,
         measure: MeasureMasks | None = None,
+        accelerate: bool | None = None,
     ) -> None:
+        if accelerate not in (None, False, True):
+            raise UserError(f"accelerate is True, False, or None for where it pays, not {shown(accelerate)}")
+        packed = packed or bool(accelerate)
         if not all(_is_count(number) for number in (length.epochs, length.steps_per_epoch)):
             raise UserError(
                 f"a run has at least 1 epoch of 1 batch, got epochs={length.epochs}, "
@@ -108,6 +113,11 @@ class Pruner:
         self._optimizers.check(model, weights, packed, shrinks=method.reads_graph)
         self.network = PrunedNetwork(model, self._optimizers.all, prunable, packed)
         self.subscribe(self._find_holders, ParametersReplaced)
+        self._acceleration: Acceleration | None = None
+        if packed and accelerate is not False:
+            self._acceleration = Acceleration(
+                model, self.network.publisher, self._record, self._batches_left, always=bool(accelerate)
+            )
         self._state = method.init(self._prunable, length)
         self._measure = measure
         method.use_measure(self._state, self._prunable, measure)
@@ -305,6 +315,8 @@ class Pruner:
             handle.remove()
         self._handles = []
         self._copies.remove()
+        if self._acceleration is not None:
+            self._acceleration.remove()
         self._ended = self._ended or "close()"
         self._claim.release()
 
@@ -438,6 +450,7 @@ class Pruner:
             **self.network.state_dict(),
             "most_batches": self._most_batches,
             "events": list(self.events),
+            **({} if self._acceleration is None else self._acceleration.state_dict()),
         }
 
     def load_state_dict(self, saved: Mapping[str, Any]) -> None:
@@ -448,6 +461,8 @@ class Pruner:
         if saved["method"] != self.method.name:
             raise UserError(f"this state was saved by method {saved['method']!r}, not {self.method.name!r}")
         self._find_averages()
+        if self._acceleration is not None:
+            self._acceleration.load_state_dict(saved)
         self.network.load_plans(saved["plans"])
         device = next((layer.parameter.device for layer in self._prunable.layers), None)
         self.progress.load_state_dict(saved, device)
@@ -567,6 +582,9 @@ class Pruner:
             grad_scale=getattr(optimizer, "grad_scale", None),
             adaptive=any(not isinstance(unit.optimizers[-1], torch.optim.SGD) for unit in self._holders),
         )
+
+    def _batches_left(self) -> int:
+        return max(self.length.epochs * self.length.steps_per_epoch - self.progress.seen, 1)
 
     def _close_epoch(self) -> None:
         """Close the epoch if all of its batches are observed, and look at its loss."""

@@ -68,7 +68,7 @@ GROUPS: dict[str, tuple[str, str]] = {
     ),
     "method": ("method", ""),
     "output": (
-        "",
+        "log",
         "tensorboard evaluate_every test_time_augmentation checkpoint_every keep_checkpoints",
     ),
 }

@@ -26,14 +26,15 @@ from clicktrain.train.views import Views
 Precision = Literal["fp32", "bf16", "fp16"]
 BatchRate = Literal["linear", "sqrt", "none"]
 SecondCycleRule = Literal["norm", "loss"]
+LogName = Literal["csv", "tensorboard", "wandb", "mlflow"]
 
 
 @dataclass(frozen=True, kw_only=True)
 class RunConfig:
     """Everything about a run except the settings of its method. Raises UserError for a value out of range."""
 
+    # Settings that say the same thing in other words: of each group, a user gives one.
     alternatives: ClassVar[tuple[tuple[str, ...], ...]] = (("val_fraction", "holdout"),)
-    """Settings that say the same thing in other words: of each group, a user gives one."""
 
     model: str = "resnet20"
     """Network: a name of the zoo, or package.module:factory for your own."""
@@ -182,13 +183,21 @@ class RunConfig:
     """CPU threads of PyTorch; its own choice by default. Bitwise repeatability needs the same number."""
     deterministic: bool = False
     """Use only deterministic operators: slower on cuda, no effect needed on cpu, where runs repeat anyway."""
+    log: tuple[LogName, ...] = ()
+    """Where the figures of each epoch go besides the run's own files: csv (metrics.csv in its folder),
+    tensorboard (files in its folder), wandb, mlflow (where these are set up to go); several are possible."""
     tensorboard: bool = False
-    """Write TensorBoard logs beside the run's own files."""
+    """The same as tensorboard among log."""
     seed: int = 0
     """Seed of the initial weights, the order of the images, their augmentation and dropout."""
 
     def __post_init__(self) -> None:
         check_settings(self)
+
+    @property
+    def log_names(self) -> tuple[LogName, ...]:
+        """Where figures go, each once."""
+        return tuple(dict.fromkeys((*self.log, *(("tensorboard",) if self.tensorboard else ()))))
 
     @property
     def images_per_step(self) -> int:

@@ -74,6 +74,7 @@ def check_settings(config: Any) -> None:
         raise UserError("lookahead and ema_decay are both set: only one average of the weights is kept")
     if config.optimizer == "sgd" and config.nesterov and config.momentum == 0:
         raise UserError("nesterov is true but momentum is 0: set nesterov to false or momentum above 0")
+    convert("log", config.log, type_hints(type(config))["log"])
     if not all(low < high for low, high in itertools.pairwise((0.0, *config.milestones, 1.0))):
         raise UserError(
             f"milestones is {shown(list(config.milestones))}: rising shares of the run are needed, each "

@@ -24,6 +24,7 @@ COMMANDS: dict[str, str] = {
     "evaluate": "accuracy and loss of a finished run",
     "list": "runs with their figures, finished or not",
     "inspect": "per-layer table of a finished run",
+    "sensitivity": "accuracy when each layer alone is pruned",
     "export": "write a finished run's network for other tools",
     "report": "one HTML file that shows and compares runs",
     "frontier": "train a grid, and draw accuracy against what it costs",

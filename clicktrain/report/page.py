@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from markupsafe import Markup
 
@@ -30,6 +30,9 @@ from clicktrain.report.layers import LayerRow, OutcomeRow, layer_rows, outcome_r
 from clicktrain.report.masks import MaskPicture, mask_pictures
 from clicktrain.report.run_data import Run, number, read_runs
 from clicktrain.report.timeline import Moment, timeline
+
+if TYPE_CHECKING:
+    from jinja2 import Template
 
 MOST_OPEN = 2
 """With more pruned runs than this, the sections of all but the headline's run begin folded."""
@@ -66,19 +69,10 @@ def write_report(
 
 def render(runs: Sequence[Run], refresh_seconds: int | None = None) -> str:
     """The page as text; see `write_report`."""
-    from jinja2 import Environment, PackageLoader, StrictUndefined
-
-    environment = Environment(
-        loader=PackageLoader("clicktrain.report", "templates"),
-        autoescape=True,
-        undefined=StrictUndefined,
-        trim_blocks=True,
-        lstrip_blocks=True,
-    )
     compared = entries(runs)
     lead = headliner(compared)
     pruned = sum(not entry.run.is_dense for entry in compared)
-    return environment.get_template("report.html.j2").render(
+    return template("report.html.j2").render(
         w=wording,
         refresh_seconds=None if all(run.finished for run in runs) else refresh_seconds,
         lead=lead,
@@ -96,6 +90,20 @@ def render(runs: Sequence[Run], refresh_seconds: int | None = None) -> str:
         cell_text=patterns.cell_text,
         breakable=lambda name: Markup(".<wbr>").join(name.split(".")),  # after each dot of a module's path
     )
+
+
+def template(name: str) -> Template:
+    """One of the templates of this package."""
+    from jinja2 import Environment, PackageLoader, StrictUndefined
+
+    environment = Environment(
+        loader=PackageLoader("clicktrain.report", "templates"),
+        autoescape=True,
+        undefined=StrictUndefined,
+        trim_blocks=True,
+        lstrip_blocks=True,
+    )
+    return environment.get_template(name)
 
 
 def _context(entry: Entry) -> str:

@@ -27,6 +27,7 @@ COMMANDS: dict[str, str] = {
     "sensitivity": "accuracy when each layer alone is pruned",
     "export": "write a finished run's network for other tools",
     "report": "one HTML file that shows and compares runs",
+    "cost": "project a run's exchange of gradients onto many GPUs",
     "frontier": "train a grid, and draw accuracy against what it costs",
     "reproduce": "list the papers' items, or run one and put its figures beside the paper's",
     "bench": "time what the methods cost and give, side by side",

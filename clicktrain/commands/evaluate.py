@@ -143,7 +143,9 @@ def images_of_run(
 
     if config.data != loaded.config.data:
         _, height, width = loaded.image_shape
-        config = replace(config, image_size=height if height == width else None, holdout=None)
+        config = replace(
+            config, image_size=height if height == width else None, holdout=None, shuffle_buffer=None
+        )
     data = _fitting(loaded, open_run_data(config, loaded.value_range), config.data)
     return data, make_eval_loader(config, data, split, device)
 

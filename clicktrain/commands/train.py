@@ -57,7 +57,7 @@ _OWN: dict[str, tuple[Option, ...]] = {
 
 GROUPS: dict[str, tuple[str, str]] = {
     "run": ("epochs device precision", "time_budget budget_epochs seed threads deterministic compile"),
-    "data": ("data", "augment image_size val_fraction holdout workers cache_dir cutout mixup"),
+    "data": ("data", "augment image_size val_fraction holdout workers shuffle_buffer cache_dir cutout mixup"),
     "model": ("model width", "stem initial_weights whitening sync_batch_norm channels_last packed operators"),
     "recipe": (
         "batch_size optimizer learning_rate schedule",

@@ -3,9 +3,10 @@
 from clicktrain.data.augment import Augment, Part, mixup, seeded_generator
 from clicktrain.data.image_data import EncodedSource, ImageData, PixelSource, Source
 from clicktrain.data.loader import Batch, Loader
+from clicktrain.data.making import make_loader
 from clicktrain.data.opening import open_data
+from clicktrain.data.shards.source import ShardSource
 from clicktrain.data.spec import DataSpec
-from clicktrain.data.streaming import make_loader
 
 __all__ = [
     "Augment",
@@ -16,6 +17,7 @@ __all__ = [
     "Loader",
     "Part",
     "PixelSource",
+    "ShardSource",
     "Source",
     "make_loader",
     "mixup",

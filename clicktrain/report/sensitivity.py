@@ -85,14 +85,14 @@ def render_sensitivity(found: Mapping[str, Any], title: str) -> str:
 def _curves(found: Mapping[str, Any], shown: Sequence[Mapping[str, Any]]) -> Figure | None:
     shares = [100 * share for share in found["sparsities"]]
     layers = found["layers"]
-    means = [
-        sum(layer["accuracies"][at] for layer in layers) / len(layers) for at in range(len(shares))
-    ]
+    means = [sum(layer["accuracies"][at] for layer in layers) / len(layers) for at in range(len(shares))]
     series = [
         Series(layer["name"], list(zip(shares, layer["accuracies"], strict=True)), f"run-c{number}")
         for number, layer in enumerate(shown, 1)
     ]
-    series.append(Series("mean of all layers", list(zip(shares, means, strict=True)), "run-dense", dashed=True))
+    series.append(
+        Series("mean of all layers", list(zip(shares, means, strict=True)), "run-dense", dashed=True)
+    )
     return line_figure(
         "Accuracy with one layer pruned, %",
         series,

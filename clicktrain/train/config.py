@@ -44,7 +44,7 @@ class RunConfig:
     """First layers: cifar (3x3, stride 1), imagenet (7x7, stride 2, pooling); auto: cifar up to 64 pixels."""
     data: str = "digits"
     """Data set: digits, synthetic:..., parquet:DIR, imagefolder:DIR, cifar10:DIR, cifar100:DIR,
-    or a Hugging Face data set's name."""
+    parquet-shards:DIR and webdataset:DIR (streamed), or a Hugging Face data set's name."""
     image_size: int | None = None
     """Side of the square images that the network sees, in pixels; the data set's own size by default."""
     val_fraction: float = 0.2
@@ -54,6 +54,9 @@ class RunConfig:
     then the test split, looked at once, at the end."""
     workers: int = 2
     """Processes that decode images of data sets too large for memory."""
+    shuffle_buffer: int | None = None
+    """Images that are shuffled together where shards are streamed (parquet-shards, webdataset): this many
+    encoded images are in memory; 4096 by default."""
     cache_dir: str | None = None
     """Folder for decoded data sets; a folder in the user's cache by default."""
     method: str = "clicktrain"

@@ -224,6 +224,7 @@ def open_run_data(config: RunConfig, value_range: tuple[float, float] | None = N
         cache_dir=None if config.cache_dir is None else Path(config.cache_dir),
         workers=config.workers,
         value_range=value_range,
+        shuffle_buffer=config.shuffle_buffer,
     )
 
 

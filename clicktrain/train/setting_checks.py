@@ -25,6 +25,7 @@ RANGES = {
     "image_size": (1, 8192),
     "threads": (1, 4096),
     "workers": (0, 1024),
+    "shuffle_buffer": (1, 2**62),
     "cutout": (0, 65_536),
     "seed": (0, 2**63 - 1),
     "holdout": (1, 2**62),

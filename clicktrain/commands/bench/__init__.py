@@ -122,8 +122,10 @@ BENCHMARKS: dict[str, str] = {
     "pack": "packing a weight with known positions against its conversion to CSR",
     "step": "a whole accelerated training step against the best dense one",
     "runs": "networks of finished runs against the dense ones, in inference and training",
+    "inference": "a pruned network in inference, beside the engines of others",
 }
-"""What can be measured. Each is a `Benchmark` of its name in capitals, in `runs` or `kernels`."""
+"""What can be measured. Each is a `Benchmark` of its name in capitals, in its own module or `kernels`."""
+_OWN_MODULES = ("runs", "inference")
 
 EXAMPLES: dict[str, str] = {
     "stages": " --model resnet18 --batch-size 64",
@@ -131,6 +133,7 @@ EXAMPLES: dict[str, str] = {
     "pack": " --json pack.json",
     "step": " --model resnet18 --compression 8 --no-compile",
     "runs": " --runs runs/first --by-layer",
+    "inference": " --model resnet18 --engine clicktrain torch --batch 1 64",
 }
 """Flags that show what each is for."""
 
@@ -163,7 +166,7 @@ def settings_of(argv: Sequence[str]) -> tuple[Benchmark, dict[str, Any]]:
 
 def benchmark_called(what: str) -> Benchmark:
     """One of `BENCHMARKS`."""
-    home = "runs" if what == "runs" else "kernels"
+    home = what if what in _OWN_MODULES else "kernels"
     benchmark: Benchmark = getattr(importlib.import_module(f"clicktrain.commands.bench.{home}"), what.upper())
     return benchmark
 

@@ -251,7 +251,8 @@ class MethodHooks(abc.ABC, Generic[S]):
     """A run of the method has a moment at which masks are frozen."""
     dense_until_chosen: ClassVar[bool] = False
     """Weights are dense until masks are chosen, once, which a `FinalizedEvent` says."""
-    settings_exclude: ClassVar[tuple[str, ...]] = ()
+    alternatives: ClassVar[tuple[tuple[str, ...], ...]] = ()
+    """Settings that say the same thing in other words: of each group, a user gives one."""
 
     def __post_init__(self) -> None:
         """Check every setting that is a choice; turn lists into tuples."""

@@ -6,7 +6,7 @@ import math
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any, ClassVar, Literal
 
 from clicktrain.errors import UserError, shown
 from clicktrain.files import read_yaml
@@ -28,11 +28,15 @@ BatchRate = Literal["linear", "sqrt", "none"]
 SecondCycleRule = Literal["norm", "loss"]
 ExchangedGradients = Literal["kept", "dense"]
 ExchangedDtype = Literal["fp32", "fp16", "bf16"]
+LogName = Literal["csv", "tensorboard", "wandb", "mlflow"]
 
 
 @dataclass(frozen=True, kw_only=True)
 class RunConfig:
     """Everything about a run except the settings of its method. Raises UserError for a value out of range."""
+
+    # Settings that say the same thing in other words: of each group, a user gives one.
+    alternatives: ClassVar[tuple[tuple[str, ...], ...]] = (("val_fraction", "holdout"),)
 
     model: str = "resnet20"
     """Network: a name of the zoo, or package.module:factory for your own."""
@@ -192,13 +196,21 @@ class RunConfig:
     """CPU threads of PyTorch; its own choice by default. Bitwise repeatability needs the same number."""
     deterministic: bool = False
     """Use only deterministic operators: slower on cuda, no effect needed on cpu, where runs repeat anyway."""
+    log: tuple[LogName, ...] = ()
+    """Where the figures of each epoch go besides the run's own files: csv (metrics.csv in its folder),
+    tensorboard (files in its folder), wandb, mlflow (where these are set up to go); several are possible."""
     tensorboard: bool = False
-    """Write TensorBoard logs beside the run's own files."""
+    """The same as tensorboard among log."""
     seed: int = 0
     """Seed of the initial weights, the order of the images, their augmentation and dropout."""
 
     def __post_init__(self) -> None:
         check_settings(self)
+
+    @property
+    def log_names(self) -> tuple[LogName, ...]:
+        """Where figures go, each once."""
+        return tuple(dict.fromkeys((*self.log, *(("tensorboard",) if self.tensorboard else ()))))
 
     @property
     def images_per_step(self) -> int:
@@ -237,6 +249,25 @@ def from_dict(values: Mapping[str, Any]) -> tuple[RunConfig, Method[Any]]:
     for name in rest.keys() - set(method_fields):
         raise unknown_field(name, run_fields + method_fields)
     return run, resolve_method(run.method, **rest)
+
+
+def check_said_once(given: Mapping[Any, Any], path: str | Path | None = None) -> None:
+    """Raise a UserError where one thing is said twice, as by a sparsity and a compression.
+
+    Args:
+        given: settings that somebody wrote down; a run's own config.yaml spells out all of them, defaults
+            among them, and may hold both.
+        path: of the recipe they are from; None: they are flags.
+    """
+    method = given.get("method", RunConfig.method)
+    known = METHODS.get(method) if isinstance(method, str) else None
+    for group in RunConfig.alternatives + (known.alternatives if known is not None else ()):
+        both = [name for name in group if given.get(name) is not None]
+        if len(both) > 1:
+            first, second = (name if path else f"--{name.replace('_', '-')}" for name in both[:2])
+            what = f"{first} {shown(given[both[0]])} and {second} {shown(given[both[1]])}"
+            where = "" if path is None else f"{path}: "
+            raise UserError(f"{where}{what} are both given, and say the same thing: give one")
 
 
 def code_settings(values: Mapping[Any, Any]) -> tuple[str, ...]:

@@ -212,7 +212,7 @@ def _interrupted(run: TrainingRun, stop: StopRequest) -> TrainingInterrupted:
 
 def _step_info(run: TrainingRun) -> StepProgress:
     p, state, totals = run.prepared, run.state, run.state.totals
-    batches = len(p.train_loader)
+    batches, ms = len(p.train_loader), totals.recent_ms
     return StepProgress(
         epoch=state.epoch + 1,
         epochs=p.config.epochs,
@@ -227,6 +227,8 @@ def _step_info(run: TrainingRun) -> StepProgress:
         seconds=run.seconds,
         eta_seconds=run.eta_seconds,
         data_share=totals.data_seconds / max(totals.seconds, 1e-9),
+        images_per_second=1000 * p.batch_size / ms if ms else 0.0,
+        epoch_eta_seconds=None if ms is None else (batches - state.batch) * ms / 1000,
     )
 
 
@@ -273,8 +275,7 @@ def end_epoch(run: TrainingRun, stop: StopRequest) -> None:
     next_epoch(run)
     if last or number % config.checkpoint_every == 0:
         run.save()
-    if run.scalars is not None:
-        run.scalars.add(record)
+    run.logs.add(record)
     run.progress.epoch(record)
 
 

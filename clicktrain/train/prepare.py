@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import contextlib
-import importlib.util
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -32,6 +31,7 @@ from clicktrain.train.device import resolve_device, set_up
 from clicktrain.train.initial_weights import EarlierCost, load_initial_weights_
 from clicktrain.train.norms import norms_of
 from clicktrain.train.optim import BatchSizes, make_optimizer, make_scheduler
+from clicktrain.train.run_logs import check_logs
 from clicktrain.train.second_cycle import SecondCycle
 from clicktrain.train.training_cost import TrainingCost
 
@@ -132,8 +132,7 @@ def prepare(
 
 def _check_settings(config: RunConfig, method: Method[Any], processes: Processes) -> None:
     """UserError for settings that do not go together, whatever the data and the network are."""
-    if config.tensorboard and importlib.util.find_spec("tensorboard") is None:
-        raise UserError("tensorboard is on but not installed: run 'pip install tensorboard', or turn it off")
+    check_logs(config.log_names)
     if config.dynamic_batch and not method.reads_graph:
         raise UserError(
             f"dynamic_batch is true but method {config.method} removes no channels while it trains: "

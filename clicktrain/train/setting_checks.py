@@ -11,7 +11,7 @@ from clicktrain.accounting.memory import bytes_of
 from clicktrain.errors import UserError, shown
 from clicktrain.settings import convert, type_hints
 
-_RANGES = {
+RANGES = {
     "epochs": (1, 1_000_000),
     "budget_epochs": (1, 1_000_000),
     "batch_size": (1, 10_000_000),
@@ -43,7 +43,7 @@ _BELOW_ONE = ("momentum", "label_smoothing", "ema_decay", "val_fraction", "cycle
 
 def check_settings(config: Any) -> None:
     """Raise a UserError for a value of a RunConfig out of range, or two that contradict each other."""
-    for name, (low, most) in _RANGES.items():
+    for name, (low, most) in RANGES.items():
         value = getattr(config, name)
         if value is not None and not low <= value < math.inf:
             raise UserError(f"{name} is {shown(value)}: must be at least {low}")
@@ -76,6 +76,7 @@ def check_settings(config: Any) -> None:
         raise UserError("lookahead and ema_decay are both set: only one average of the weights is kept")
     if config.optimizer == "sgd" and config.nesterov and config.momentum == 0:
         raise UserError("nesterov is true but momentum is 0: set nesterov to false or momentum above 0")
+    convert("log", config.log, type_hints(type(config))["log"])
     if not all(low < high for low, high in itertools.pairwise((0.0, *config.milestones, 1.0))):
         raise UserError(
             f"milestones is {shown(list(config.milestones))}: rising shares of the run are needed, each "

@@ -103,7 +103,7 @@ def _project(given: dict[str, Any]) -> list[tuple[Run, list[Projection]]]:
             own = [
                 project(
                     one.metrics, one.summary, cluster, batch=given["batch_size"], tflops=given["tflops"],
-                    dense_step_ms=statistics.median(steps) if steps else None,
+                    dense_step_ms=statistics.median(steps) if steps else None, accumulate=one.accumulate,
                 )
                 for cluster in clusters
             ]  # fmt: skip

@@ -26,8 +26,8 @@ def exchange_figures(run: Run) -> list[Figure]:
     if run.is_dense:
         return []
     try:
-        large = project(run.metrics, run.summary, LARGE)
-        small = [project(run.metrics, run.summary, cluster) for cluster in SMALL]
+        large = project(run.metrics, run.summary, LARGE, accumulate=run.accumulate)
+        small = [project(run.metrics, run.summary, cluster, accumulate=run.accumulate) for cluster in SMALL]
     except UserError:  # an old folder, or no finished epoch
         return []
     figures = [_bytes(run, large), _exchange(run, small), _training(run, small)]

@@ -172,11 +172,18 @@ def recorded(
         images = round(steps * batch)
         found.append(
             Exchanged(
-                epoch, size, dense, calls, source, images, batch / (_number(line, "processes") or 1.0),
-                None if step_ms is None else accumulate * step_ms,
-                max(flops - flops_before, 0.0) / images or None, max(dense_flops - dense_before, 0.0) / images or None,
+                epoch=epoch,
+                num_bytes=size,
+                dense_bytes=dense,
+                calls=calls,
+                source=source,
+                images=images,
+                batch=batch / (_number(line, "processes") or 1.0),
+                step_ms=None if step_ms is None else accumulate * step_ms,
+                flops=max(flops - flops_before, 0.0) / images or None,
+                dense_flops=max(dense_flops - dense_before, 0.0) / images or None,
             )
-        )  # fmt: skip
+        )
         flops_before, dense_before = flops, dense_flops
     return found
 

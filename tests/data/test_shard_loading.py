@@ -5,6 +5,7 @@ from __future__ import annotations
 import threading
 from collections import Counter
 from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import replace
 from pathlib import Path
 from typing import Literal
@@ -206,6 +207,16 @@ def test_the_index_is_made_once_and_again_when_shards_change(
     assert_same(epoch(first), epoch(opened(kind, folder, cache_dir, workers=0)))
     write_shards(kind, folder, (30, 12), split="val", seed=1000)
     assert len(opened(kind, folder, cache_dir, workers=0).val) == 42
+
+
+def test_processes_that_start_together_make_one_index(
+    kind: str, folder: Path, cache_dir: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    caplog.set_level("INFO")
+    with ThreadPoolExecutor(4) as pool:
+        sizes = pool.map(lambda number: len(opened(kind, folder, cache_dir, workers=0).train), range(4))
+        assert list(sizes) == [120] * 4
+    assert caplog.text.count("reading the index") == 1
 
 
 def test_an_epoch_may_be_left_early_and_leaves_no_thread(kind: str, folder: Path, cache_dir: Path) -> None:

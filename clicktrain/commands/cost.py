@@ -41,6 +41,11 @@ COMMAND = Command(
     "dense step. docs/cost.md has the model.",
     positional=Positional("runs", "Folders of the runs.", many=True, optional=True),
     groups={"this command": _OPTIONS},
+    examples=(
+        "clicktrain cost runs/pruned runs/dense --gpus 128 --link ethernet-10g",
+        "clicktrain cost runs/pruned --gpus 512 --link 25Gbit/s,5us --adapters 2 --json cost.json",
+        "clicktrain cost --check exchange.json   # the model against 'clicktrain bench exchange --json FILE'",
+    ),
 )
 
 

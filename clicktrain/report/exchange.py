@@ -78,8 +78,8 @@ def _exchange(run: Run, projections: list[Projection]) -> Figure | None:
     )
     return _by_gpus(
         run, "Exchange of a step, ms",
-        f"All gradients of a step in machines of 4 GPUs (PCIe 3, FDR InfiniBand), last epoch: {saved} GPUs "
-        "saved. Projected.",
+        f"All gradients of a step in machines of 4 GPUs (PCIe 3, FDR InfiniBand), last epoch; saved: {saved} "
+        "GPUs. Projected.",
         projections,
         [
             ("dense", _DENSE, True, lambda p: 1e3 * p.epochs[-1].dense.exchange),

@@ -243,27 +243,30 @@ INLINE void fill_rows(const model_plan *plan, const model_op *op, const model_va
     }
 }
 
-// The same where a tile is a whole image and results are of its size: its rows lie one after another there as here, moved
-// by `d` positions, and all that differs is what falls off the edges.
-INLINE void fill_whole(const model_plan *plan, const model_op *op, const model_value *in, const float *image,
-                       int64_t plane, int channels, float *to) {
-  const int64_t width = in->width, size = width * in->height, head = op->padding[0] * width;
-  const int64_t vectors = (size + LANES - 1) / LANES;
-  ivec inside[MODEL_SLACK / 4 + 1][MODEL_TILE_VECTORS];
+// Where rows of the image are as long as those of the results, they lie one after another there as here, moved by some
+// positions, and all that differs is what falls off the edges.
+INLINE void fill_at_once(const model_plan *plan, const model_op *op, const model_value *in, const float *image,
+                         int64_t plane, int channels, int i0, float *to) {
+  const int64_t width = in->width, top = i0 - op->padding[0];
+  const int vectors = (plan->phase_cols + LANES - 1) / LANES;
+  ivec inside[MODEL_TAPS][MODEL_MASKS];
   for (int s = 0; s < op->kernel[1]; ++s) {
     const int64_t shift = s * op->dilation[1] - op->padding[1];
     int32_t *lanes = (int32_t *)inside[s];
-    for (int64_t k = 0, column = shift; k < vectors * LANES; ++k) {
-      lanes[k] = k < size && column >= 0 && column < width ? -1 : 0;
-      if (++column == width + shift) column = shift;
+    int64_t row = top, column = shift;
+    for (int k = 0; k < vectors * LANES; ++k) {
+      lanes[k] = row >= 0 && row < in->height && column >= 0 && column < width ? -1 : 0;
+      if (++column == width + shift) column = shift, ++row;
     }
   }
   for (int c = 0; c < channels; ++c, image += plane)
     for (int s = 0; s < op->kernel[1]; ++s, to += plan->phase_cols) {
-      const float *from = image + s * op->dilation[1] - op->padding[1];
-      for (int64_t k = 0; k < head; k += LANES) put(to + k, (vec){0});
-      for (int64_t k = 0; k < vectors; ++k) put(to + head + k * LANES, only(get(from + k * LANES), inside[s][k]));
-      for (int64_t k = head + vectors * LANES; k < plan->phase_cols; k += LANES) put(to + k, (vec){0});
+      const float *from = image + top * width + s * op->dilation[1] - op->padding[1];
+      // Rows below the image need not be there: what is beyond this memory is not read.
+      for (int k = 0; k < vectors; ++k) {
+        const int64_t at = top * width + (int64_t)k * LANES;
+        put(to + k * LANES, at < plane ? only(get(from + k * LANES), inside[s][k]) : (vec){0});
+      }
     }
 }
 
@@ -355,8 +358,8 @@ INLINE void run_conv(const model_network *network, const model_op *op, const mod
           t.source = region;
         } else {
           const int64_t line = first / out->width, inside = first % out->width;
-          if (plan->whole == WHOLE_TAPS) fill_taps(plan, op, in, from, plane, channels, region);
-          else if (plan->whole) fill_whole(plan, op, in, from, plane, channels, region);
+          if (plan->moved == MOVED_BY_TAP) fill_taps(plan, op, in, from, plane, channels, region);
+          else if (plan->moved) fill_at_once(plan, op, in, from, plane, channels, (int)line, region);
           else fill_flat(plan, op, in, out, from, plane, channels, (int)line, plan->phase_cols, region);
           t.source = region + inside;
         }

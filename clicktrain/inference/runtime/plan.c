@@ -112,8 +112,8 @@ static double plan_rows(const problem *p, model_plan *plan) {
 static double plan_taps(const problem *p, model_plan *plan, int cols) {
   const model_op *op = p->op;
   const int64_t reach = (int64_t)(op->kernel[0] - 1) * op->dilation[0] * p->in->width + (op->kernel[1] - 1) * op->dilation[1];
-  if (p->taps > MODEL_TAPS || reach > MODEL_SLACK - 16) return -1;
-  *plan = (model_plan){.form = FORM_FLAT, .rows = 1, .cols = cols, .whole = WHOLE_TAPS, .phase_cols = cols * p->lanes,
+  if (p->taps > MODEL_TAPS || reach > MODEL_SLACK - 64) return -1;
+  *plan = (model_plan){.form = FORM_FLAT, .rows = 1, .cols = cols, .moved = MOVED_BY_TAP, .phase_cols = cols * p->lanes,
                        .region_rows = p->taps, .channel = (int64_t)p->taps * cols * p->lanes, .unit = p->lanes};
   return choose_passes(p, plan, 1, p->taps * (1 + 1.5 * cols), 1);
 }
@@ -130,10 +130,12 @@ static double plan_flat(const problem *p, model_plan *plan) {
   *plan = (model_plan){.form = FORM_FLAT, .rows = 1, .cols = cols, .phases = phases, .phase_cols = (int)length,
                        .region_rows = op->kernel[1] * phases, .channel = op->kernel[1] * phases * length, .unit = 1};
   if (plan->channel > MOST_OFFSET) return -1;
-  const int same = op->stride[0] == 1 && op->stride[1] == 1 && p->in->height == p->out->height && p->in->width == width;
-  if (tiles == 1 && same && (int64_t)(op->kernel[1] - 1) * op->dilation[1] <= MODEL_SLACK / 4) plan->whole = WHOLE_COLUMNS;
+  const int same = op->stride[0] == 1 && op->stride[1] == 1 && p->in->width == width;
+  const int64_t reach = (shift + 1) * width + (int64_t)op->kernel[1] * op->dilation[1];
+  if (same && op->kernel[1] <= MODEL_TAPS && length / p->lanes < MODEL_MASKS && reach < MODEL_SLACK - 64)
+    plan->moved = MOVED_AT_ONCE;
   const double arrays = op->kernel[1] * phases, rows = (double)length / width;
-  const double copied = plan->whole ? arrays * (4 + 1.5 * (double)length / p->lanes)
+  const double copied = plan->moved ? arrays * (4 + 1.5 * (double)length / p->lanes)
                                     : arrays * rows * (14 + (double)width / p->lanes * (op->stride[1] > 2 ? 16 : 1.5));
   // A tap whose rows begin inside a vector takes one cache line more than there are vectors.
   int inside = 0;
@@ -141,7 +143,7 @@ static double plan_flat(const problem *p, model_plan *plan) {
   const double load = 1 + (double)inside / op->kernel[0] / cols * (p->lanes == 16 ? 1 : 0.5) + (tiles > 1 && width % p->lanes);
   const double cost = choose_passes(p, plan, (double)tiles, copied, load);
   model_plan taps;
-  const double by_taps = plan->whole && inside ? plan_taps(p, &taps, cols) : -1;
+  const double by_taps = plan->moved && tiles == 1 && p->in->height == p->out->height && inside ? plan_taps(p, &taps, cols) : -1;
   if (by_taps < 0 || by_taps >= cost) return cost;
   *plan = taps;
   return by_taps;
@@ -177,7 +179,7 @@ static void offsets_of(const problem *p, const model_plan *plan, uint16_t *where
       if (plan->form == FORM_ROWS)
         offset = channel * plan->channel + ((int64_t)r * op->dilation[0] * plan->phases + phase[1][s]) * plan->phase_cols +
             s * op->dilation[1] / op->stride[1];
-      if (plan->whole == WHOLE_TAPS)
+      if (plan->moved == MOVED_BY_TAP)
         offset = (channel * plan->channel + (int64_t)k * plan->phase_cols) / plan->unit;
       else if (plan->form == FORM_FLAT)
         offset = channel * plan->channel + ((int64_t)s * plan->phases + phase[0][r]) * plan->phase_cols +

@@ -41,6 +41,10 @@ COMMAND = Command(
     "dense step. docs/cost.md has the model.",
     positional=Positional("runs", "Folders of the runs.", many=True, optional=True),
     groups={"this command": _OPTIONS},
+    examples=(
+        "clicktrain cost runs/dense runs/first --gpus 16 64 256 --link ib-edr",
+        "clicktrain cost runs/first --by-epoch --json cost.json",
+    ),
 )
 
 

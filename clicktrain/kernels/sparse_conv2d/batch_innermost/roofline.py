@@ -76,7 +76,7 @@ B200 = Gpu(
 GPUS: Mapping[int, Gpu] = {gpu.capability: gpu for gpu in (A100, H200, B200)}
 
 DENSE_SHARE = 0.65
-"""Share of the peak that cuDNN's convolutions reach. An assumption: good implicit products reach 60 to 75%."""
+"""Share of the peak that cuDNN's convolutions reach. An assumption: good ones reach 60 to 75%."""
 LAUNCH = 3e-6
 """Seconds from one kernel's end to the next one's beginning."""
 _SHARED_RATE = 128.0

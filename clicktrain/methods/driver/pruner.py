@@ -53,6 +53,7 @@ from clicktrain.methods.driver.publisher import (
     W,
     Wrapped,
 )
+from clicktrain.methods.driver.several import SameGradients, check_not_sharded
 from clicktrain.methods.outcome import Outcome, Reached
 from clicktrain.runs.events import Event, OutcomeEvent
 from clicktrain.settings import try_choices
@@ -135,6 +136,7 @@ class Pruner:
         self._copies = CopyNote(model)
         self._carry_out(method.at_start(self._state, self._prunable, length))
         self._watch = LoopWatch(self.network, self._optimizers, length, replaces=method.reads_graph)
+        self._same_gradients = SameGradients(self.network.publisher)
         self._handles: list[RemovableHandle] = []
         for one in self._optimizers.all:
             self._handles.append(one.register_step_pre_hook(self._before_step))
@@ -208,9 +210,16 @@ class Pruner:
     def wrapped(self, wrap: Callable[[nn.Module], W]) -> Wrapped[W]:
         """Wrap the network for a loop; the wrapper is rebuilt whenever parameters are replaced.
 
-        ``wrap`` is ``DistributedDataParallel``, ``torch.compile``, or a function that captures CUDA graphs.
+        ``wrap`` is ``DistributedDataParallel``, ``torch.compile``, or a function that captures CUDA graphs; a
+        wrapper that shards the network (FSDP) is refused.
         """
-        return Wrapped(self.model, self.network.publisher, wrap)
+
+        def made(model: nn.Module) -> W:
+            wrapper = wrap(model)
+            check_not_sharded(wrapper)
+            return wrapper
+
+        return Wrapped(self.model, self.network.publisher, made)
 
     def plan(self) -> PruningPlan:
         """What will be pruned, to what density, by what, and why a layer is left alone; printable.
@@ -493,6 +502,7 @@ class Pruner:
                 "the optimizer's step was called with a closure, whose gradients the pruner cannot read: "
                 "call backward() and observe(loss) first, then optimizer.step() without one"
             )
+        self._same_gradients.check(optimizer)
         self._look_for_gradients()
         found_inf = getattr(optimizer, "found_inf", None)
         self._watch.before_step(optimizer)

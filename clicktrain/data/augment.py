@@ -5,7 +5,7 @@ from __future__ import annotations
 import hashlib
 import math
 from dataclasses import dataclass, field
-from typing import Literal
+from typing import Literal, Protocol
 
 import torch
 import torch.nn.functional as F
@@ -16,6 +16,8 @@ from clicktrain.errors import UserError
 # Share of the image, and width over height, of a random resized crop (the ImageNet recipe).
 _AREA, _ASPECT = (0.08, 1.0), (3 / 4, 4 / 3)
 _ATTEMPTS = 10
+# The same of a box that is erased (Zhong et al. 2020, its experiments).
+_ERASED_AREA, _ERASED_ASPECT = (0.02, 0.4), (0.3, 1 / 0.3)
 
 
 def seeded_generator(purpose: str, *key: int) -> torch.Generator:
@@ -78,6 +80,10 @@ class Draws:
         """Integers from 0 to ``high - 1``; see `rand`."""
         return self._own(torch.randint(0, high, self._shape(shape, dim), generator=self.generator), dim)
 
+    def randn(self, *shape: int, dim: int = 0, dtype: torch.dtype | None = None) -> Tensor:
+        """Normally distributed with mean 0 and deviation 1; see `rand`."""
+        return self._own(torch.randn(self._shape(shape, dim), generator=self.generator, dtype=dtype), dim)
+
     def _shape(self, shape: tuple[int, ...], dim: int) -> list[int]:
         sizes = list(shape)
         sizes[dim] = sizes[dim] if self.whole is None else self.whole
@@ -85,6 +91,16 @@ class Draws:
 
     def _own(self, drawn: Tensor, dim: int) -> Tensor:
         return drawn[(slice(None),) * dim + (self.rows,)]
+
+
+class Policy(Protocol):
+    """Random changes of color and shape, drawn for each image of a batch (`clicktrain.data.policies`)."""
+
+    def __call__(self, images: Tensor, fill: Tensor, draws: Draws) -> Tensor:
+        """Change images, uint8 [B, C, H, W]; ``fill``, uint8 [C], is what comes into them from outside."""
+
+    def describe(self) -> str:
+        """What is done, in a clause."""
 
 
 @dataclass(frozen=True)
@@ -107,11 +123,19 @@ class Augment:
     """Crop 8% to 100% of the area at an aspect of 3/4 to 4/3 and resize it to the original size."""
     padding: Literal["zeros", "reflect"] = "zeros"
     """What ``crop_padding`` pads with: black, or the image mirrored at its edge."""
+    policy: Policy | None = None
+    """Changes of color and shape, after crop and flip."""
+    erasing: float = 0.0
+    """Probability that a box of an image is erased (0: off; Zhong et al. 2020)."""
+    erasing_fill: Literal["random", "mean"] = "random"
+    """What an erased box is filled with: a random value for each pixel and channel, or the mean color."""
 
     def __post_init__(self) -> None:
         for name in ("crop_padding", "cutout"):
             if getattr(self, name) < 0:
                 raise UserError(f"augment {name}={getattr(self, name)} is negative; 0 turns it off")
+        if not 0 <= self.erasing <= 1:
+            raise UserError(f"augment erasing={self.erasing:g} is no probability; 0 turns it off")
         if self.padding not in ("zeros", "reflect"):
             raise UserError(f"augment padding={self.padding!r} is unknown; 'zeros' and 'reflect' exist")
         if self.flip and self.alternating:
@@ -125,6 +149,19 @@ class Augment:
         if name not in _PRESETS:
             raise UserError(f"augment {name!r} is unknown; {', '.join(_PRESETS)} exist")
         return _PRESETS[name]
+
+    def describe(self) -> str:
+        """All of it in a few words, in the order in which it is done."""
+        mirrored = "mirrored in every other epoch" if self.alternating else "mirrored at random"
+        parts = (
+            (self.crop_padding, f"shifted by up to {self.crop_padding} pixels"),
+            (self.resized_crop, "cropped and resized at random"),
+            (self.flip or self.alternating, mirrored),
+            (self.policy is not None, "" if self.policy is None else self.policy.describe()),
+            (self.cutout, f"cutout of {self.cutout} pixels"),
+            (self.erasing, f"{100 * self.erasing:g}% with a box erased ({self.erasing_fill})"),
+        )
+        return ", ".join(words for on, words in parts if on) or "as they are"
 
     def check(self, height: int, width: int) -> None:
         """Raise UserError for padding or cutout too large for the images."""
@@ -168,9 +205,17 @@ def augment_and_normalize(
         images = random_flip(images, draws)
     elif augment.alternating and mirrored is not None:
         images = _flip(images, mirrored)
-    x = random_resized_crop(images, draws) if augment.resized_crop else images.to(torch.float32)
+    x = random_resized_crop(images, draws) if augment.resized_crop else images
+    if augment.policy is not None:
+        pixels = x if x.dtype == torch.uint8 else x.round_().clamp_(0, 255).to(torch.uint8)
+        x = augment.policy(pixels, (mean * 255).round().to(torch.uint8), draws)
+    x = x.to(torch.float32, copy=x is images)
     x = x.sub_((mean * 255).view(-1, 1, 1)).mul_((1 / (std * 255)).view(-1, 1, 1))
-    return cutout(x, augment.cutout, draws) if augment.cutout else x
+    if augment.cutout:
+        x = cutout(x, augment.cutout, draws)
+    if augment.erasing:
+        x = random_erasing(x, augment.erasing, augment.erasing_fill, mean, std, draws)
+    return x
 
 
 def random_crop(images: Tensor, padding: int, mode: Literal["zeros", "reflect"], draws: Draws) -> Tensor:
@@ -268,47 +313,77 @@ def cutout(x: Tensor, size: int, draws: Draws) -> Tensor:
     batch, _, height, width = x.shape
     top = draws.randint(height, batch, 1) - size // 2
     left = draws.randint(width, batch, 1) - size // 2
-    rows, columns = torch.arange(height), torch.arange(width)
-    in_rows = ((rows >= top) & (rows < top + size)).to(x.device)
-    in_columns = ((columns >= left) & (columns < left + size)).to(x.device)
-    return x.masked_fill((in_rows[:, :, None] & in_columns[:, None, :])[:, None], 0.0)
+    return x.masked_fill(_inside(top, left, top + size, left + size, x), 0.0)
 
 
-def mixup(
-    x: Tensor, y: Tensor, num_classes: int, alpha: float, generator: torch.Generator
-) -> tuple[Tensor, Tensor]:
-    """Blend each image and its label with another of the batch (Zhang et al. 2018, section 2).
+def _inside(top: Tensor, left: Tensor, bottom: Tensor, right: Tensor, x: Tensor) -> Tensor:
+    """Pixels of each image of ``x`` that lie in its box; bounds [B, 1], bool [B, 1, H, W]."""
+    rows, columns = torch.arange(x.shape[2]), torch.arange(x.shape[3])
+    in_rows = ((rows >= top) & (rows < bottom)).to(x.device)
+    in_columns = ((columns >= left) & (columns < right)).to(x.device)
+    return (in_rows[:, :, None] & in_columns[:, None, :])[:, None]
 
-    ``x = l x_i + (1 - l) x_j`` and likewise the labels, with one ``l ~ Beta(alpha, alpha)`` per batch and a
-    random permutation as ``j``; an alpha of 0 blends nothing, one below is a UserError. From images
-    [B, C, H, W] and int64 [B] to images and soft targets [B, K], both of the images' dtype.
+
+def erased_boxes(count: int, height: int, width: int, draws: Draws) -> Tensor:
+    """Draw the boxes that are erased (Zhong et al. 2020, Algorithm 1).
+
+    The area is uniform in 2% to 40% of the image, the height over the width uniform in 0.3 to 1 / 0.3. The
+    first of ten sizes that fits into the image is used, at any place where it fits (the algorithm draws
+    place and size until both fit); if none does, the box is empty.
+
+    Returns:
+        int64 [count, 4]: top, left, height, width in pixels.
     """
-    if alpha < 0:
-        raise UserError(f"mixup={alpha} is negative; 0 turns it off, 0.2 is usual")
-    targets = F.one_hot(y, num_classes).to(x.dtype)
-    if alpha == 0:
-        return x, targets
-    share = torch.sigmoid(_log_gamma_draw(alpha, generator) - _log_gamma_draw(alpha, generator)).item()
-    other = torch.randperm(len(x), generator=generator).to(x.device)
-    return torch.lerp(x[other], x, share), torch.lerp(targets[other], targets, share)
+    drawn = draws.rand(2, count, _ATTEMPTS, dim=1, dtype=torch.float64)
+    place = draws.rand(2, count, dim=1, dtype=torch.float64)
+    (small, large), (low, high) = _ERASED_AREA, _ERASED_ASPECT
+    area = height * width * (small + (large - small) * drawn[0])
+    aspect = low + (high - low) * drawn[1]
+    sizes = torch.stack(((area * aspect).sqrt().round(), (area / aspect).sqrt().round()))
+    fits = (sizes[0] <= height) & (sizes[1] <= width)
+    first = fits.to(torch.uint8).argmax(dim=1)  # the first maximum
+    box_height, box_width = sizes[:, torch.arange(count), first] * fits.any(dim=1)
+    top = (place[0] * (height - box_height + 1)).floor()
+    left = (place[1] * (width - box_width + 1)).floor()
+    return torch.stack((top, left, box_height, box_width), dim=-1).long()
 
 
-def _log_gamma_draw(alpha: float, generator: torch.Generator) -> Tensor:
-    """Draw the logarithm of a Gamma(alpha) variable (Marsaglia & Tsang 2000).
+def random_erasing(
+    x: Tensor,
+    probability: float,
+    fill: Literal["random", "mean"],
+    mean: Tensor,
+    std: Tensor,
+    draws: Draws,
+) -> Tensor:
+    """Erase a box of each normalized image with that probability (Zhong et al. 2020, section 3).
 
-    Two of them make a Beta draw. Done by hand because torch's public Beta and Gamma take no generator; in
-    logarithms because a small ``alpha`` underflows.
+    Args:
+        x: float32 [B, C, H, W].
+        probability: of each image to lose a box, see `erased_boxes`.
+        fill: ``random``: uniform in 0 to 255 for each pixel and channel, before normalization (the paper's
+            best); ``mean``: the mean color.
+        mean, std: float32 [C], of pixels in [0, 1].
+        draws: of the batch.
     """
-    shape = alpha + 1 if alpha < 1 else alpha
-    d = shape - 1 / 3
-    c = 1 / math.sqrt(9 * d)
-    while True:
-        normal = torch.randn((), generator=generator, dtype=torch.float64)
-        v = (1 + c * normal) ** 3
-        u = torch.rand((), generator=generator, dtype=torch.float64)
-        if v > 0 and u.log() < 0.5 * normal**2 + d - d * v + d * v.log():
-            break
-    log_draw = math.log(d) + v.log()
-    if alpha < 1:  # Gamma(a) = Gamma(a + 1) U^(1/a)
-        log_draw = log_draw + torch.rand((), generator=generator, dtype=torch.float64).log() / alpha
-    return log_draw
+    batch, channels, height, width = x.shape
+    boxes = erased_boxes(batch, height, width, draws)
+    boxes[:, 2:] *= (draws.rand(batch) < probability)[:, None]
+    seeds = draws.randint(2**62, batch).tolist()
+    top, left, rows, columns = boxes[:, :, None].unbind(dim=1)
+    mask = _inside(top, left, top + rows, left + columns, x)
+    if fill == "mean":
+        return x.masked_fill(mask, 0.0)
+    noise, stream = [], torch.Generator()
+    for seed, pixels in zip(seeds, (boxes[:, 2] * boxes[:, 3]).tolist(), strict=True):
+        if pixels:  # a stream of its own, so that only as many bytes are drawn as pixels are erased
+            stream.manual_seed(seed)
+            noise.append(torch.randint(0, 256, (channels, pixels), dtype=torch.uint8, generator=stream))
+    if not noise:
+        return x
+    owner = torch.arange(channels).view(-1, 1)
+    channel = torch.cat([owner.expand_as(values).flatten() for values in noise]).to(x.device)
+    values = torch.cat([values.flatten() for values in noise]).to(x.device)
+    x = x.clone()
+    x[mask.expand_as(x)] = ((values / 255 - mean[channel]) / std[channel]).to(x.dtype)
+    return x

@@ -29,19 +29,19 @@ class _Broken:
 
 
 class _DecodedBatches(Dataset["Tensor | _Broken"]):
-    """Item (epoch, indices) is the batch of these images, uint8 [B, C, H, W]."""
+    """Item (epoch, [(index, copy), ...]) is the batch of these images, uint8 [B, C, H, W]."""
 
     def __init__(self, source: EncodedSource, resized_crop: bool, seed: int) -> None:
         self._source, self._resized_crop, self._seed = source, resized_crop, seed
 
-    def __getitem__(self, item: tuple[int, list[int]]) -> Tensor | _Broken:
-        epoch, indices = item
+    def __getitem__(self, item: tuple[int, list[tuple[int, int]]]) -> Tensor | _Broken:
+        epoch, images = item
         try:
-            return torch.stack([to_pixels(self._decode(epoch, index)) for index in indices])
+            return torch.stack([to_pixels(self._decode(epoch, index, copy)) for index, copy in images])
         except UserError as error:
             return _Broken(str(error))
 
-    def _decode(self, epoch: int, index: int) -> Image.Image:
+    def _decode(self, epoch: int, index: int, copy: int) -> Image.Image:
         source = self._source
         name = source.images.name(index)
         image = decode_image(source.images.read(index), name, source.channels, source.values)
@@ -49,7 +49,8 @@ class _DecodedBatches(Dataset["Tensor | _Broken"]):
             check_size(image, source.size, name)
         if not self._resized_crop:
             return fit(image, source.size, source.ratio)
-        draws = Draws(seeded_generator("resized crop", self._seed, epoch, index))
+        key = (index, copy) if copy else (index,)
+        draws = Draws(seeded_generator("resized crop", self._seed, epoch, *key))
         top, left, height, width = random_boxes(1, image.height, image.width, draws)[0].tolist()
         box = (left, top, left + width, top + height)
         return image.resize((source.size[1], source.size[0]), Image.Resampling.BILINEAR, box=box)
@@ -71,9 +72,10 @@ class StreamingLoader(PlannedLoader):
 
     def _batches(self, epoch: int, start_batch: int) -> Iterator[Batch]:
         order = self._plan.order(epoch)
-        flips = self._finish.mirrored(self._plan.num_images, epoch)
+        copies = self._plan.copies() if self._plan.repeats > 1 else torch.zeros_like(order)
+        flips = self._finish.mirrored(self._plan, order, epoch)
         batches = self._plan.batches(start_batch)
-        pending = [order[self._plan.rows(batch)] for batch in batches]
+        pending = [self._plan.rows(batch) for batch in batches]
         if not pending:
             return
         with warnings.catch_warnings():
@@ -82,19 +84,22 @@ class StreamingLoader(PlannedLoader):
             decoded: DataLoader[Tensor | _Broken] = DataLoader(
                 self._dataset,
                 batch_size=None,  # the items are batches
-                sampler=[(epoch, indices.tolist()) for indices in pending],
+                sampler=[
+                    (epoch, list(zip(order[rows].tolist(), copies[rows].tolist(), strict=True)))
+                    for rows in pending
+                ],
                 num_workers=self._workers,
                 prefetch_factor=_PREFETCHED if self._workers else None,
                 pin_memory=self._device.type == "cuda",
                 generator=torch.Generator(),  # the default would advance the global one
             )
             ready = iter(decoded)
-        for batch, indices, images in zip(batches, pending, ready, strict=True):
+        for batch, rows, images in zip(batches, pending, ready, strict=True):
             if isinstance(images, _Broken):
                 raise UserError(images.message)
             images = images.to(self._device, non_blocking=True)
-            labels = self._labels[indices].to(self._device, non_blocking=True)
-            mirrored = None if flips is None else flips[indices]
+            labels = self._labels[order[rows]].to(self._device, non_blocking=True)
+            mirrored = None if flips is None else flips[rows]
             yield Batch(self._finish(images, epoch, batch, self._plan, mirrored), labels)
 
 
@@ -110,6 +115,7 @@ def make_loader(
     channels_last: bool = False,
     dtype: torch.dtype = torch.float32,
     part: Part = WHOLE,
+    repeats: int = 1,
 ) -> Loader:
     """Make the loader of a split.
 
@@ -122,6 +128,7 @@ def make_loader(
         drop_last: leave out a last batch that is not full.
         dtype: of the images in a batch; they are augmented and normalized in float32 all the same.
         part: of the batches, for one of several processes; ``batch_size`` is that of all of them.
+        repeats: how often each training image of an epoch is in it, see `BatchPlan`.
 
     Raises:
         UserError: a batch size that gives no batch, or an augmentation too large for the images.
@@ -145,7 +152,7 @@ def make_loader(
         )
     applied = augment if training else Augment()
     applied.check(*data.image_shape[1:])
-    plan = BatchPlan(len(source), batch_size, drop_last, training, seed, part)
+    plan = BatchPlan(len(source), batch_size, drop_last, training, seed, part, repeats if training else 1)
     mean = torch.tensor(data.mean, dtype=torch.float32, device=device)
     std = torch.tensor(data.std, dtype=torch.float32, device=device)
     finish = Finish(applied, mean, std, seed, dtype, channels_last)

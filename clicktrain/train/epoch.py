@@ -25,7 +25,7 @@ from clicktrain.train.evaluate import Evaluation, evaluate
 from clicktrain.train.interrupt import LossWatch, StopRequest, TrainingInterrupted, diverged, explosion
 from clicktrain.train.loss import training_loss
 from clicktrain.train.minibatch import next_epoch
-from clicktrain.train.optim import trained_parameters
+from clicktrain.train.optim import shown_learning_rate, trained_parameters
 from clicktrain.train.progress import StepProgress
 from clicktrain.train.state import EpochTotals
 from clicktrain.train.training_run import TrainingRun
@@ -105,7 +105,7 @@ def _step(run: TrainingRun) -> None:
     if p.config.clip_grad_norm:
         run.scaler.unscale_(p.optimizer)
         torch.nn.utils.clip_grad_norm_(trained_parameters(p.optimizer), p.config.clip_grad_norm)
-    run.state.totals.learning_rate = p.optimizer.param_groups[0]["lr"]
+    run.state.totals.learning_rate = shown_learning_rate(p.optimizer)
     frozen = p.pruner.frozen
     run.scaler.step(p.optimizer)
     run.scaler.update()

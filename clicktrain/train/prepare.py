@@ -19,7 +19,17 @@ from clicktrain.comm.agreement import all_or_none
 from clicktrain.comm.processes import ALONE, Processes
 from clicktrain.comm.sync_batch_norm import synchronized
 from clicktrain.compiler import MaskedLatency
-from clicktrain.data import Augment, ImageData, Loader, Part, make_loader, open_data
+from clicktrain.data import (
+    Augment,
+    ImageData,
+    Loader,
+    Part,
+    Policy,
+    RandAugment,
+    TrivialAugment,
+    make_loader,
+    open_data,
+)
 from clicktrain.errors import FailedElsewhere, UserError, shortened
 from clicktrain.formats.memory_format import keep_out_of_channels_last_
 from clicktrain.limits import check_memory
@@ -33,6 +43,7 @@ from clicktrain.train.initial_weights import EarlierCost, load_initial_weights_
 from clicktrain.train.norms import norms_of
 from clicktrain.train.optim import BatchSizes, make_optimizer, make_scheduler
 from clicktrain.train.second_cycle import SecondCycle
+from clicktrain.train.setting_checks import randaugment_settings
 from clicktrain.train.training_cost import TrainingCost
 
 SMALL_IMAGE = 64
@@ -238,7 +249,10 @@ def make_train_loader(
     """
     whole = len(data.train) >= config.batch_size
     augment, part = augmentation(config, data), Part(processes.rank, processes.number)
-    return _make_loader(config, data, "train", device, augment=augment, drop_last=whole, part=part)
+    repeats = config.augment_repeats
+    return _make_loader(
+        config, data, "train", device, augment=augment, drop_last=whole, part=part, repeats=repeats
+    )
 
 
 def make_eval_loader(
@@ -270,7 +284,18 @@ def _make_loader(
 def augmentation(config: RunConfig, data: ImageData) -> Augment:
     """Random changes to training images, as the settings say; ``auto`` goes by the data set."""
     preset = augment_preset(config, data.spec, data.image_shape)
-    return dataclasses.replace(Augment.preset(preset), cutout=config.cutout)
+    policy: Policy | None = None
+    if config.auto_augment == "randaugment":
+        policy = RandAugment(**randaugment_settings(config))
+    elif config.auto_augment == "trivialaugment":
+        policy = TrivialAugment()
+    return dataclasses.replace(
+        Augment.preset(preset),
+        cutout=config.cutout,
+        policy=policy,
+        erasing=config.erasing,
+        erasing_fill=config.erasing_fill,
+    )
 
 
 def augment_preset(config: RunConfig, spec: str, image_shape: Sequence[int]) -> str:

@@ -36,19 +36,73 @@ def seeded_generator(purpose: str, *key: int) -> torch.Generator:
 
 @dataclass(frozen=True)
 class Part:
-    """The images of a batch that one of several processes trains on: a run of them, all runs equally long.
+    """The images of a batch that one of several processes trains on: a run of them.
+
+    A batch has ``parts`` of almost equal length, whatever the number of processes: a process has whole parts,
+    one after another, or shares one part with its neighbors where there are more processes than parts.
 
     Attributes:
-        index: from 0, below ``count``.
+        index: of the process, from 0, below ``count``.
         count: processes that share a batch.
+        parts: into which a batch is divided; as many as processes if left out.
     """
 
     index: int = 0
     count: int = 1
+    parts: int | None = None
+
+    @property
+    def number(self) -> int:
+        """Parts of a batch."""
+        return self.parts or self.count
+
+    @property
+    def own(self) -> range:
+        """The parts that this process has images of: several, or the one that it shares."""
+        if self.count > self.number:
+            return range(self._shared, self._shared + 1)
+        return range(*(_cut(index, self.number, self.count) for index in (self.index, self.index + 1)))
+
+    @property
+    def sharers(self) -> range:
+        """The processes that have images of this process's part: itself, unless there are more than parts."""
+        if self.count <= self.number:
+            return range(self.index, self.index + 1)
+        first = _cut(self._shared, self.count, self.number)
+        return range(first, _cut(self._shared + 1, self.count, self.number))
+
+    @property
+    def _shared(self) -> int:
+        starts = (_cut(part + 1, self.count, self.number) for part in range(self.number))
+        return next(part for part, end in enumerate(starts) if self.index < end)
+
+    def pieces(self, whole: int) -> list[slice]:
+        """Where this process's images of ``whole`` lie, of each of its parts."""
+        bounds = [(_cut(part, whole, self.number), _cut(part + 1, whole, self.number)) for part in self.own]
+        if len(self.sharers) == 1:
+            return [slice(*ends) for ends in bounds]
+        (first, end), place, number = bounds[0], self.index - self.sharers.start, len(self.sharers)
+        return [slice(first + _cut(place, end - first, number), first + _cut(place + 1, end - first, number))]
 
     def rows(self, whole: int) -> slice:
-        """Where this part of ``whole`` images lies."""
-        return slice(self.index * whole // self.count, (self.index + 1) * whole // self.count)
+        """Where all of this process's images of ``whole`` lie."""
+        pieces = self.pieces(whole)
+        return slice(pieces[0].start, pieces[-1].stop)
+
+    @property
+    def streams(self) -> list[int]:
+        """Numbers that seed what is drawn for each of the pieces (dropout, mixup)."""
+        return list(self.own) if len(self.sharers) == 1 else [self.index]
+
+    def longest(self, whole: int) -> int:
+        """The most images of ``whole`` that any process has of one part."""
+        every = (Part(index, self.count, self.parts) for index in range(self.count))
+        return max(int(piece.stop - piece.start) for one in every for piece in one.pieces(whole))
+
+
+def _cut(index: int, whole: int, count: int) -> int:
+    """Where the ``index``-th of ``count`` runs of ``whole`` begins."""
+    return index * whole // count
 
 
 WHOLE = Part()

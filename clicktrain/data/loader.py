@@ -31,6 +31,10 @@ class Batch(NamedTuple):
     y: Tensor
     """int64 [B]."""
 
+    def cut(self, rows: slice) -> Batch:
+        """Return some of the images, with their labels."""
+        return Batch(self.x[rows], self.y[rows])
+
 
 @dataclass(frozen=True)
 class BatchPlan:
@@ -97,6 +101,19 @@ class BatchPlan:
             return range(start_batch, len(self))
         first = start_batch + (self.part.index - start_batch) % self.part.count
         return range(first, len(self), self.part.count)
+
+    def owned(self, positions: Tensor, start_batch: int) -> Tensor:
+        """Return which positions of the order are this process's, from a batch on; bool, as ``positions``."""
+        batch = positions // self.batch_size
+        wanted = (batch >= start_batch) & (batch < len(self))
+        if not self.shuffle:
+            return wanted & (batch % self.part.count == self.part.index)
+        last = len(self) - 1
+        full, rest = self.own(0), self.own(last)  # the last batch may be smaller
+        within = positions - batch * self.batch_size
+        low = torch.where(batch == last, rest.start, full.start)
+        high = torch.where(batch == last, rest.stop, full.stop)
+        return wanted & (within >= low) & (within < high)
 
     def check_start(self, start_batch: int) -> None:
         """Raise a `ValueError` unless an epoch can start at this batch."""

@@ -157,6 +157,8 @@ class StepInfo:
         relative_rates: learning rates over that one, of parameters that have another, by `id`.
         grad_scale: factor that is still in the gradients (fused mixed-precision optimizers), or None.
         adaptive: the optimizer's step is not the learning rate times the gradient, as SGD's is.
+        whole_gradients: gradients of masked dense weights are those of all processes at pruned positions too,
+            where a method uses them (`MethodHooks.wants_gradients`).
     """
 
     seen: int
@@ -171,6 +173,7 @@ class StepInfo:
     relative_rates: Mapping[int, float] = field(default_factory=dict)
     grad_scale: Tensor | None = None
     adaptive: bool = False
+    whole_gradients: bool = True
 
     def relative_rate(self, parameter: Tensor) -> float:
         """The learning rate of a parameter over `learning_rate`: 1 unless rates differ by layer."""
@@ -254,7 +257,8 @@ class MethodHooks(abc.ABC, Generic[S]):
     """A run of the method has a moment at which masks are frozen."""
     dense_until_chosen: ClassVar[bool] = False
     """Weights are dense until masks are chosen, once, which a `FinalizedEvent` says."""
-    settings_exclude: ClassVar[tuple[str, ...]] = ()
+    alternatives: ClassVar[tuple[tuple[str, ...], ...]] = ()
+    """Settings that say the same thing in other words: of each group, a user gives one."""
 
     def __post_init__(self) -> None:
         """Check every setting that is a choice; turn lists into tuples."""

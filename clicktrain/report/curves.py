@@ -8,6 +8,7 @@ from typing import Any
 from clicktrain import wording
 from clicktrain.report.charts import Figure, Key, Series, bar_chart, line_figure
 from clicktrain.report.comparison import robustness_figures, sparsity_steps
+from clicktrain.report.exchange import exchange_figures
 from clicktrain.report.run_data import Run, number
 from clicktrain.report.stages import StageBand, stage_bands
 
@@ -28,6 +29,7 @@ def run_figures(run: Run) -> list[Figure]:
         _time(run, bands),
         _learning_rate(run, bands),
         *robustness_figures([(run, _VAL)]),
+        *exchange_figures(run),
     ]
     return [figure for figure in figures if figure is not None]
 

@@ -6,7 +6,7 @@ import math
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any, ClassVar, Literal
 
 from clicktrain.errors import UserError, shown
 from clicktrain.files import read_yaml
@@ -26,11 +26,17 @@ from clicktrain.train.views import Views
 Precision = Literal["fp32", "bf16", "fp16"]
 BatchRate = Literal["linear", "sqrt", "none"]
 SecondCycleRule = Literal["norm", "loss"]
+ExchangedGradients = Literal["kept", "dense"]
+ExchangedDtype = Literal["fp32", "fp16", "bf16"]
+LogName = Literal["csv", "tensorboard", "wandb", "mlflow"]
 
 
 @dataclass(frozen=True, kw_only=True)
 class RunConfig:
     """Everything about a run except the settings of its method. Raises UserError for a value out of range."""
+
+    # Settings that say the same thing in other words: of each group, a user gives one.
+    alternatives: ClassVar[tuple[tuple[str, ...], ...]] = (("val_fraction", "holdout"),)
 
     model: str = "resnet20"
     """Network: a name of the zoo, or package.module:factory for your own."""
@@ -40,7 +46,7 @@ class RunConfig:
     """First layers: cifar (3x3, stride 1), imagenet (7x7, stride 2, pooling); auto: cifar up to 64 pixels."""
     data: str = "digits"
     """Data set: digits, synthetic:..., parquet:DIR, imagefolder:DIR, cifar10:DIR, cifar100:DIR,
-    or a Hugging Face data set's name."""
+    parquet-shards:DIR and webdataset:DIR (streamed), or a Hugging Face data set's name."""
     image_size: int | None = None
     """Side of the square images that the network sees, in pixels; the data set's own size by default."""
     val_fraction: float = 0.2
@@ -50,6 +56,9 @@ class RunConfig:
     then the test split, looked at once, at the end."""
     workers: int = 2
     """Processes that decode images of data sets too large for memory."""
+    shuffle_buffer: int | None = None
+    """Images that are shuffled together where shards are streamed (parquet-shards, webdataset): this many
+    encoded images are in memory; 4096 by default."""
     cache_dir: str | None = None
     """Folder for decoded data sets; a folder in the user's cache by default."""
     method: str = "clicktrain"
@@ -168,8 +177,16 @@ class RunConfig:
     """How often each image of an epoch is in it, augmented differently each time (repeated augmentation); the
     epoch has as many batches as without, of as many fewer images."""
     sync_batch_norm: bool = False
-    """With several processes: batch norm statistics of the whole batch, not of each process's part (then the
-    first one's are saved)."""
+    """Batch norm statistics of the whole batch, whatever number of processes share it; else those of each
+    part, of which the first one's are saved."""
+    parts: int | None = None
+    """Parts of each batch, with batch norm statistics of their own; by default as many as there are processes
+    when the run begins. It stays with a run, whatever number of processes goes on with it."""
+    exchange: ExchangedGradients = "kept"
+    """With several processes: which gradients of weights that are masked and dense travel, those of kept
+    weights or all; of packed weights there are no others."""
+    exchange_dtype: ExchangedDtype = "fp32"
+    """With several processes: what gradients are rounded to while they travel; fp32 rounds nothing."""
     whitening: bool | None = None
     """Make the first convolution whiten patches of the training images, and keep it so; by default only in
     cifarnet, which is made for it."""
@@ -213,13 +230,21 @@ class RunConfig:
     """CPU threads of PyTorch; its own choice by default. Bitwise repeatability needs the same number."""
     deterministic: bool = False
     """Use only deterministic operators: slower on cuda, no effect needed on cpu, where runs repeat anyway."""
+    log: tuple[LogName, ...] = ()
+    """Where the figures of each epoch go besides the run's own files: csv (metrics.csv in its folder),
+    tensorboard (files in its folder), wandb, mlflow (where these are set up to go); several are possible."""
     tensorboard: bool = False
-    """Write TensorBoard logs beside the run's own files."""
+    """The same as tensorboard among log."""
     seed: int = 0
     """Seed of the initial weights, the order of the images, their augmentation and dropout."""
 
     def __post_init__(self) -> None:
         check_settings(self)
+
+    @property
+    def log_names(self) -> tuple[LogName, ...]:
+        """Where figures go, each once."""
+        return tuple(dict.fromkeys((*self.log, *(("tensorboard",) if self.tensorboard else ()))))
 
     @property
     def images_per_step(self) -> int:
@@ -258,6 +283,25 @@ def from_dict(values: Mapping[str, Any]) -> tuple[RunConfig, Method[Any]]:
     for name in rest.keys() - set(method_fields):
         raise unknown_field(name, run_fields + method_fields)
     return run, resolve_method(run.method, **rest)
+
+
+def check_said_once(given: Mapping[Any, Any], path: str | Path | None = None) -> None:
+    """Raise a UserError where one thing is said twice, as by a sparsity and a compression.
+
+    Args:
+        given: settings that somebody wrote down; a run's own config.yaml spells out all of them, defaults
+            among them, and may hold both.
+        path: of the recipe they are from; None: they are flags.
+    """
+    method = given.get("method", RunConfig.method)
+    known = METHODS.get(method) if isinstance(method, str) else None
+    for group in RunConfig.alternatives + (known.alternatives if known is not None else ()):
+        both = [name for name in group if given.get(name) is not None]
+        if len(both) > 1:
+            first, second = (name if path else f"--{name.replace('_', '-')}" for name in both[:2])
+            what = f"{first} {shown(given[both[0]])} and {second} {shown(given[both[1]])}"
+            where = "" if path is None else f"{path}: "
+            raise UserError(f"{where}{what} are both given, and say the same thing: give one")
 
 
 def code_settings(values: Mapping[Any, Any]) -> tuple[str, ...]:

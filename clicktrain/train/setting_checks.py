@@ -12,11 +12,12 @@ from clicktrain.data import RandAugment
 from clicktrain.errors import UserError, shown
 from clicktrain.settings import convert, field_names, type_hints
 
-_RANGES = {
+RANGES = {
     "epochs": (1, 1_000_000),
     "budget_epochs": (1, 1_000_000),
     "batch_size": (1, 10_000_000),
     "accumulate": (1, 1_000_000),
+    "parts": (1, 65_536),
     "evaluate_every": (1, 1_000_000),
     "checkpoint_every": (1, 1_000_000),
     "keep_checkpoints": (1, math.inf),
@@ -26,6 +27,7 @@ _RANGES = {
     "image_size": (1, 8192),
     "threads": (1, 4096),
     "workers": (0, 1024),
+    "shuffle_buffer": (1, 2**62),
     "cutout": (0, 65_536),
     "seed": (0, 2**63 - 1),
     "holdout": (1, 2**62),
@@ -50,7 +52,7 @@ _BELOW_ONE = ("momentum", "label_smoothing", "ema_decay", "val_fraction", "cycle
 
 def check_settings(config: Any) -> None:
     """Raise a UserError for a value of a RunConfig out of range, or two that contradict each other."""
-    for name, (low, most) in _RANGES.items():
+    for name, (low, most) in RANGES.items():
         value = getattr(config, name)
         if value is not None and not low <= value < math.inf:
             raise UserError(f"{name} is {shown(value)}: must be at least {low}")
@@ -84,6 +86,7 @@ def check_settings(config: Any) -> None:
         raise UserError("lookahead and ema_decay are both set: only one average of the weights is kept")
     if config.optimizer == "sgd" and config.nesterov and config.momentum == 0:
         raise UserError("nesterov is true but momentum is 0: set nesterov to false or momentum above 0")
+    convert("log", config.log, type_hints(type(config))["log"])
     if not all(low < high for low, high in itertools.pairwise((0.0, *config.milestones, 1.0))):
         raise UserError(
             f"milestones is {shown(list(config.milestones))}: rising shares of the run are needed, each "

@@ -101,8 +101,8 @@ def drawn_images(config: RunConfig, network: Mapping[str, Any], steps_per_epoch:
     train = max(images * steps_per_epoch, classes)
     text = f"classes={classes},size={height},channels={channels},train={train},val={images}"
     return replace(
-        config, data=f"synthetic:{text}", augment=augment, image_size=None, holdout=None,
-        tensorboard=False, device="cpu",
+        config, data=f"synthetic:{text}", augment=augment, image_size=None, holdout=None, shuffle_buffer=None,
+        log=(), tensorboard=False, device="cpu",
         # What is drawn is not to be learned: weights hardly move, and no loss explodes.
         learning_rate=1e-4, learning_rate_batch=None, schedule="constant", warmup_epochs=0.0,
         second_cycle=None, time_budget=None, budget_epochs=None, recalibrate_norms=0,

@@ -1,6 +1,7 @@
 """Images and labels: where they come from, and how they reach the training step."""
 
-from clicktrain.data.augment import WHOLE, Augment, Part, Policy, seeded_generator
+from clicktrain.data.augment import Augment, Policy
+from clicktrain.data.draws import WHOLE, Part, seeded_generator
 from clicktrain.data.fingerprints import fingerprint
 from clicktrain.data.image_data import EncodedSource, ImageData, PixelSource, Source
 from clicktrain.data.loader import Batch, Loader

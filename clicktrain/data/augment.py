@@ -1,150 +1,22 @@
-"""Augmentation of whole batches on their device, and the random generators that it draws from."""
+"""Augmentation of whole batches on their device."""
 
 from __future__ import annotations
 
-import hashlib
 import math
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from typing import Literal, Protocol
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from clicktrain.data.draws import Draws, seeded_generator
+from clicktrain.data.erasing import cutout, random_erasing
 from clicktrain.errors import UserError
 
 # Share of the image, and width over height, of a random resized crop (the ImageNet recipe).
 _AREA, _ASPECT = (0.08, 1.0), (3 / 4, 4 / 3)
 _ATTEMPTS = 10
-# The same of a box that is erased (Zhong et al. 2020, its experiments).
-_ERASED_AREA, _ERASED_ASPECT = (0.02, 0.4), (0.3, 1 / 0.3)
-
-
-def seeded_generator(purpose: str, *key: int) -> torch.Generator:
-    """Make a CPU generator whose stream is fixed by ``purpose`` and ``key`` alone.
-
-    Streams of different purposes (what the numbers are for, such as ``"mixup"``) or keys (integers, usually
-    seed, epoch, batch index) are unrelated, so a batch can be drawn again, or skipped, without replaying the
-    ones before it.
-    """
-    text = ":".join([purpose, *(str(int(part)) for part in key)])
-    digest = hashlib.blake2b(text.encode(), digest_size=8).digest()
-    generator = torch.Generator()
-    generator.manual_seed(int.from_bytes(digest, "little") >> 1)  # manual_seed takes 63 bits
-    return generator
-
-
-@dataclass(frozen=True)
-class Part:
-    """The images of a batch that one of several processes trains on: a run of them.
-
-    A batch has ``parts`` of almost equal length, whatever the number of processes: a process has whole parts,
-    one after another, or shares one part with its neighbors where there are more processes than parts.
-
-    Attributes:
-        index: of the process, from 0, below ``count``.
-        count: processes that share a batch.
-        parts: into which a batch is divided; as many as processes if left out.
-    """
-
-    index: int = 0
-    count: int = 1
-    parts: int | None = None
-
-    @property
-    def number(self) -> int:
-        """Parts of a batch."""
-        return self.parts or self.count
-
-    @property
-    def own(self) -> range:
-        """The parts that this process has images of: several, or the one that it shares."""
-        if self.count > self.number:
-            return range(self._shared, self._shared + 1)
-        return range(*(_cut(index, self.number, self.count) for index in (self.index, self.index + 1)))
-
-    @property
-    def sharers(self) -> range:
-        """The processes that have images of this process's part: itself, unless there are more than parts."""
-        if self.count <= self.number:
-            return range(self.index, self.index + 1)
-        first = _cut(self._shared, self.count, self.number)
-        return range(first, _cut(self._shared + 1, self.count, self.number))
-
-    @property
-    def _shared(self) -> int:
-        starts = (_cut(part + 1, self.count, self.number) for part in range(self.number))
-        return next(part for part, end in enumerate(starts) if self.index < end)
-
-    def pieces(self, whole: int) -> list[slice]:
-        """Where this process's images of ``whole`` lie, of each of its parts."""
-        bounds = [(_cut(part, whole, self.number), _cut(part + 1, whole, self.number)) for part in self.own]
-        if len(self.sharers) == 1:
-            return [slice(*ends) for ends in bounds]
-        (first, end), place, number = bounds[0], self.index - self.sharers.start, len(self.sharers)
-        return [slice(first + _cut(place, end - first, number), first + _cut(place + 1, end - first, number))]
-
-    def rows(self, whole: int) -> slice:
-        """Where all of this process's images of ``whole`` lie."""
-        pieces = self.pieces(whole)
-        return slice(pieces[0].start, pieces[-1].stop)
-
-    @property
-    def streams(self) -> list[int]:
-        """Numbers that seed what is drawn for each of the pieces (dropout, mixup)."""
-        return list(self.own) if len(self.sharers) == 1 else [self.index]
-
-    def longest(self, whole: int) -> int:
-        """The most images of ``whole`` that any process has of one part."""
-        every = (Part(index, self.count, self.parts) for index in range(self.count))
-        return max(int(piece.stop - piece.start) for one in every for piece in one.pieces(whole))
-
-
-def _cut(index: int, whole: int, count: int) -> int:
-    """Where the ``index``-th of ``count`` runs of ``whole`` begins."""
-    return index * whole // count
-
-
-WHOLE = Part()
-"""The whole batch: there is one process."""
-
-
-@dataclass(frozen=True)
-class Draws:
-    """Random numbers of the images of a batch, or of a part of it.
-
-    A part gets the numbers that its images have in the whole batch, so that augmentation does not depend on
-    how many processes share it.
-
-    Attributes:
-        generator: on the CPU, as all of this module: the same draws are made whatever the device.
-        whole: images of the batch; None: those that are drawn for.
-        rows: where those that are drawn for lie in it.
-    """
-
-    generator: torch.Generator
-    whole: int | None = None
-    rows: slice = field(default_factory=lambda: slice(None))
-
-    def rand(self, *shape: int, dim: int = 0, dtype: torch.dtype | None = None) -> Tensor:
-        """Uniform in [0, 1), of this shape, whose dimension ``dim`` counts images."""
-        return self._own(torch.rand(self._shape(shape, dim), generator=self.generator, dtype=dtype), dim)
-
-    def randint(self, high: int, *shape: int, dim: int = 0) -> Tensor:
-        """Integers from 0 to ``high - 1``; see `rand`."""
-        return self._own(torch.randint(0, high, self._shape(shape, dim), generator=self.generator), dim)
-
-    def randn(self, *shape: int, dim: int = 0, dtype: torch.dtype | None = None) -> Tensor:
-        """Normally distributed with mean 0 and deviation 1; see `rand`."""
-        return self._own(torch.randn(self._shape(shape, dim), generator=self.generator, dtype=dtype), dim)
-
-    def _shape(self, shape: tuple[int, ...], dim: int) -> list[int]:
-        sizes = list(shape)
-        sizes[dim] = sizes[dim] if self.whole is None else self.whole
-        return sizes
-
-    def _own(self, drawn: Tensor, dim: int) -> Tensor:
-        return drawn[(slice(None),) * dim + (self.rows,)]
 
 
 class Policy(Protocol):
@@ -357,87 +229,3 @@ def random_resized_crop(images: Tensor, draws: Draws) -> Tensor:
     theta[:, 1, 2] = (2 * top + box_height) / height - 1
     grid = F.affine_grid(theta.to(images.device), list(images.shape), align_corners=False)
     return F.grid_sample(images.to(torch.float32), grid, padding_mode="border", align_corners=False)
-
-
-def cutout(x: Tensor, size: int, draws: Draws) -> Tensor:
-    """Set a square of each normalized image to 0, the mean color (DeVries & Taylor 2017, section 3.2).
-
-    The center is any pixel, so that part of the square may lie outside the image, as in the paper.
-    """
-    batch, _, height, width = x.shape
-    top = draws.randint(height, batch, 1) - size // 2
-    left = draws.randint(width, batch, 1) - size // 2
-    return x.masked_fill(_inside(top, left, top + size, left + size, x), 0.0)
-
-
-def _inside(top: Tensor, left: Tensor, bottom: Tensor, right: Tensor, x: Tensor) -> Tensor:
-    """Pixels of each image of ``x`` that lie in its box; bounds [B, 1], bool [B, 1, H, W]."""
-    rows, columns = torch.arange(x.shape[2]), torch.arange(x.shape[3])
-    in_rows = ((rows >= top) & (rows < bottom)).to(x.device)
-    in_columns = ((columns >= left) & (columns < right)).to(x.device)
-    return (in_rows[:, :, None] & in_columns[:, None, :])[:, None]
-
-
-def erased_boxes(count: int, height: int, width: int, draws: Draws) -> Tensor:
-    """Draw the boxes that are erased (Zhong et al. 2020, Algorithm 1).
-
-    The area is uniform in 2% to 40% of the image, the height over the width uniform in 0.3 to 1 / 0.3. The
-    first of ten sizes that fits into the image is used, at any place where it fits (the algorithm draws
-    place and size until both fit); if none does, the box is empty.
-
-    Returns:
-        int64 [count, 4]: top, left, height, width in pixels.
-    """
-    drawn = draws.rand(2, count, _ATTEMPTS, dim=1, dtype=torch.float64)
-    place = draws.rand(2, count, dim=1, dtype=torch.float64)
-    (small, large), (low, high) = _ERASED_AREA, _ERASED_ASPECT
-    area = height * width * (small + (large - small) * drawn[0])
-    aspect = low + (high - low) * drawn[1]
-    sizes = torch.stack(((area * aspect).sqrt().round(), (area / aspect).sqrt().round()))
-    fits = (sizes[0] <= height) & (sizes[1] <= width)
-    first = fits.to(torch.uint8).argmax(dim=1)  # the first maximum
-    box_height, box_width = sizes[:, torch.arange(count), first] * fits.any(dim=1)
-    top = (place[0] * (height - box_height + 1)).floor()
-    left = (place[1] * (width - box_width + 1)).floor()
-    return torch.stack((top, left, box_height, box_width), dim=-1).long()
-
-
-def random_erasing(
-    x: Tensor,
-    probability: float,
-    fill: Literal["random", "mean"],
-    mean: Tensor,
-    std: Tensor,
-    draws: Draws,
-) -> Tensor:
-    """Erase a box of each normalized image with that probability (Zhong et al. 2020, section 3).
-
-    Args:
-        x: float32 [B, C, H, W].
-        probability: of each image to lose a box, see `erased_boxes`.
-        fill: ``random``: uniform in 0 to 255 for each pixel and channel, before normalization (the paper's
-            best); ``mean``: the mean color.
-        mean, std: float32 [C], of pixels in [0, 1].
-        draws: of the batch.
-    """
-    batch, channels, height, width = x.shape
-    boxes = erased_boxes(batch, height, width, draws)
-    boxes[:, 2:] *= (draws.rand(batch) < probability)[:, None]
-    seeds = draws.randint(2**62, batch).tolist()
-    top, left, rows, columns = boxes[:, :, None].unbind(dim=1)
-    mask = _inside(top, left, top + rows, left + columns, x)
-    if fill == "mean":
-        return x.masked_fill(mask, 0.0)
-    noise, stream = [], torch.Generator()
-    for seed, pixels in zip(seeds, (boxes[:, 2] * boxes[:, 3]).tolist(), strict=True):
-        if pixels:  # a stream of its own, so that only as many bytes are drawn as pixels are erased
-            stream.manual_seed(seed)
-            noise.append(torch.randint(0, 256, (channels, pixels), dtype=torch.uint8, generator=stream))
-    if not noise:
-        return x
-    owner = torch.arange(channels).view(-1, 1)
-    channel = torch.cat([owner.expand_as(values).flatten() for values in noise]).to(x.device)
-    values = torch.cat([values.flatten() for values in noise]).to(x.device)
-    x = x.clone()
-    x[mask.expand_as(x)] = ((values / 255 - mean[channel]) / std[channel]).to(x.dtype)
-    return x

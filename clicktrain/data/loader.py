@@ -11,15 +11,8 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from clicktrain.data.augment import (
-    WHOLE,
-    Augment,
-    Draws,
-    Part,
-    augment_and_normalize,
-    mirrored_in_epoch,
-    seeded_generator,
-)
+from clicktrain.data.augment import Augment, augment_and_normalize, mirrored_in_epoch
+from clicktrain.data.draws import WHOLE, Draws, Part, seeded_generator
 from clicktrain.data.image_data import PixelSource
 
 

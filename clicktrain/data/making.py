@@ -6,7 +6,8 @@ from typing import Literal
 
 import torch
 
-from clicktrain.data.augment import WHOLE, Augment, Part
+from clicktrain.data.augment import Augment
+from clicktrain.data.draws import WHOLE, Part
 from clicktrain.data.image_data import ImageData, PixelSource
 from clicktrain.data.loader import BatchPlan, Finish, InMemoryLoader, Loader
 from clicktrain.data.shards.loader import ShardLoader

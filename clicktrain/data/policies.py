@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from clicktrain.data import image_operations as ops
-from clicktrain.data.augment import Draws
+from clicktrain.data.draws import Draws
 from clicktrain.errors import UserError
 
 OPERATIONS = (

@@ -12,8 +12,9 @@ from PIL import Image
 from torch import Tensor
 from torch.utils.data import DataLoader, Dataset
 
-from clicktrain.data.augment import Draws, random_boxes, seeded_generator
+from clicktrain.data.augment import random_boxes
 from clicktrain.data.decode import check_size, decode_image, fit, to_pixels
+from clicktrain.data.draws import Draws, seeded_generator
 from clicktrain.data.image_data import EncodedSource
 from clicktrain.data.loader import Batch, BatchPlan, Finish, PlannedLoader
 from clicktrain.data.shards.source import ShardSource

@@ -36,18 +36,24 @@ def depths(model: nn.Module) -> list[list[str]]:
     return blocks
 
 
-def _parts(module: nn.Module) -> Iterator[nn.Module]:
-    children = [child for child in module.children() if next(child.parameters(), None) is not None]
-    while len(children) == 1 and next(module.parameters(recurse=False), None) is None:
-        if not list(children[0].children()):
-            break
-        module = children[0]
-        children = [child for child in module.children() if next(child.parameters(), None) is not None]
-    for child in children:
-        if isinstance(child, _CONTAINERS):
-            yield from _parts(child)
-        else:
-            yield child
+def _parts(model: nn.Module) -> Iterator[nn.Module]:
+    children = _with_parameters(model)
+    while len(children) == 1 and _with_parameters(children[0]):
+        children = _with_parameters(children[0])
+    for child in children or [model]:
+        yield from _opened(child)
+
+
+def _opened(module: nn.Module) -> Iterator[nn.Module]:
+    if not isinstance(module, _CONTAINERS):
+        yield module
+        return
+    for child in _with_parameters(module):
+        yield from _opened(child)
+
+
+def _with_parameters(module: nn.Module) -> list[nn.Module]:
+    return [child for child in module.children() if next(child.parameters(), None) is not None]
 
 
 def rate_factors(model: nn.Module, decay: float, by_name: Mapping[str, float]) -> dict[str, float]:

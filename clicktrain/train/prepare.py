@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import contextlib
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
@@ -24,9 +24,6 @@ from clicktrain.data import (
     ImageData,
     Loader,
     Part,
-    Policy,
-    RandAugment,
-    TrivialAugment,
     fingerprint,
     make_loader,
     open_data,
@@ -38,6 +35,7 @@ from clicktrain.methods import METHODS, Method, Pruner
 from clicktrain.models import create_model, min_image_size
 from clicktrain.models.registry import CIFARNET
 from clicktrain.models.whitening import IMAGES, whiten_
+from clicktrain.train.augmentation import SMALL_IMAGE, augmentation
 from clicktrain.train.config import RunConfig
 from clicktrain.train.device import resolve_device, set_up
 from clicktrain.train.initial_weights import EarlierCost, load_initial_weights_
@@ -45,14 +43,10 @@ from clicktrain.train.norms import norms_of
 from clicktrain.train.optim import BatchSizes, make_optimizer, make_scheduler
 from clicktrain.train.run_logs import check_logs
 from clicktrain.train.second_cycle import SecondCycle
-from clicktrain.train.setting_checks import randaugment_settings
 from clicktrain.train.training_cost import TrainingCost
 
 if TYPE_CHECKING:
     from torch.distributed import ProcessGroup
-
-SMALL_IMAGE = 64
-"""Images up to this side in pixels get the CIFAR stem and recipe."""
 
 
 @dataclass(frozen=True, eq=False)
@@ -313,31 +307,6 @@ def _make_loader(
 ) -> Loader:
     more |= {"batch_size": config.batch_size, "seed": config.seed, "channels_last": config.channels_last}
     return make_loader(data, split, device=device, **more)
-
-
-def augmentation(config: RunConfig, data: ImageData) -> Augment:
-    """Random changes to training images, as the settings say; ``auto`` goes by the data set."""
-    preset = augment_preset(config, data.spec, data.image_shape)
-    policy: Policy | None = None
-    if config.auto_augment == "randaugment":
-        policy = RandAugment(**randaugment_settings(config))
-    elif config.auto_augment == "trivialaugment":
-        policy = TrivialAugment()
-    return replace(
-        Augment.preset(preset),
-        cutout=config.cutout,
-        policy=policy,
-        erasing=config.erasing,
-        erasing_fill=config.erasing_fill,
-    )
-
-
-def augment_preset(config: RunConfig, spec: str, image_shape: Sequence[int]) -> str:
-    """The name of the augmentation, ``auto`` resolved for data of this specification and [C, H, W]."""
-    if config.augment != "auto":
-        return config.augment
-    by_size = "cifar" if max(image_shape[1:]) <= SMALL_IMAGE else "imagenet"
-    return {"digits": "digits", "synthetic": "none"}.get(spec.partition(":")[0], by_size)
 
 
 @torch.no_grad()

@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
+from clicktrain.train.augmentation import augmentation
 from clicktrain.train.loss import mixing_of
-from clicktrain.train.prepare import Prepared, augmentation
+from clicktrain.train.prepare import Prepared
 
 
 def recipe_lines(prepared: Prepared) -> list[str]:

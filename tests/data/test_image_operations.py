@@ -13,7 +13,8 @@ from torch import Tensor
 
 from clicktrain.data import Augment, RandAugment, TrivialAugment, make_loader, open_data, seeded_generator
 from clicktrain.data import image_operations as ops
-from clicktrain.data.augment import Draws, Part, augment_and_normalize
+from clicktrain.data.augment import augment_and_normalize
+from clicktrain.data.draws import Draws, Part
 from clicktrain.data.policies import OPERATIONS, apply
 from clicktrain.errors import UserError
 

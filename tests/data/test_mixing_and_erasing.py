@@ -11,7 +11,9 @@ from hypothesis import strategies as st
 from torch import Tensor
 
 from clicktrain.data import Augment, Mixing, cutmix, mixup, seeded_generator
-from clicktrain.data.augment import Draws, augment_and_normalize, erased_boxes, random_erasing
+from clicktrain.data.augment import augment_and_normalize
+from clicktrain.data.draws import Draws
+from clicktrain.data.erasing import erased_boxes, random_erasing
 from clicktrain.data.mixing import _beta_draw
 from clicktrain.errors import UserError
 

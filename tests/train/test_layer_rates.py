@@ -28,6 +28,7 @@ def test_depths_are_blocks_from_the_input_to_the_classifier() -> None:
     assert [names[0].rpartition(".conv1")[0] for names in blocks[1:-1]] == [
         f"layer{stage}.{block}" for stage in (1, 2, 3) for block in (0, 1, 2)
     ]
+    assert len(depths(zoo("resnet8"))) == 5  # of stages with one block each
     assert len(depths(zoo("vgg11"))) == 9  # eight convolutions with their norms, and the classifier
     for name in ("resnet20", "vgg11", "cifarnet", "mobilenet_v1"):
         model = zoo(name)

@@ -30,8 +30,8 @@ from clicktrain.kernels.pack_model import pack_model_
 from clicktrain.methods import Dense, Method
 from clicktrain.models import create_model
 from clicktrain.sparsity.masks import conv_masks
+from clicktrain.train.augmentation import SMALL_IMAGE
 from clicktrain.train.config import Precision, RunConfig
-from clicktrain.train.prepare import SMALL_IMAGE
 
 LATENCY_BATCHES = (64, 1)
 

@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import signal
 import warnings
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass, replace
+from types import FrameType
 from typing import Any, TypeVar
 
 import torch
@@ -81,6 +83,24 @@ class _DecodedBatches(Dataset["Tensor | Broken"]):
             return Broken(str(error))
 
 
+def _outlive_signals(worker: int) -> None:
+    """Let a worker outlive a signal that goes to a whole group, as a terminal or a launcher sends it.
+
+    The training process decides when it stops, and needs its workers until then. A second SIGTERM ends them,
+    so that Python can.
+    """
+    del worker
+    signal.signal(signal.SIGINT, signal.SIG_IGN)
+    for name in ("SIGTERM", "SIGHUP"):
+        if hasattr(signal, name):  # there is no SIGHUP on Windows
+            signal.signal(getattr(signal, name), _end_next_time)
+
+
+def _end_next_time(signum: int, frame: FrameType | None) -> None:
+    del frame
+    signal.signal(signum, signal.SIG_DFL)
+
+
 def by_workers(dataset: Dataset[T], items: Iterable[Any], workers: int, device: torch.device) -> Iterator[T]:
     """Let worker processes (0: this one) make ``dataset[item]`` of each item, ahead and in order."""
     with warnings.catch_warnings():
@@ -94,6 +114,7 @@ def by_workers(dataset: Dataset[T], items: Iterable[Any], workers: int, device: 
             prefetch_factor=_PREFETCHED if workers else None,
             pin_memory=device.type == "cuda",
             generator=torch.Generator(),  # the default would advance the global one
+            worker_init_fn=_outlive_signals,
         )
         return iter(loader)
 

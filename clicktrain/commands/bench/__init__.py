@@ -134,6 +134,7 @@ EXAMPLES: dict[str, str] = {
     "pack": " --json pack.json",
     "step": " --model resnet18 --compression 8 --no-compile",
     "runs": " --runs runs/first --by-layer",
+    "exchange": " --model resnet20 --processes 2 --links 1 0.1 --json exchange.json",
     "inference": " --model resnet18 --engine clicktrain torch --batch 1 64",
 }
 """Flags that show what each is for."""

@@ -101,9 +101,9 @@ _CHANNEL_BYTES = 9
 def bytes_needed(model: nn.Module, config: RunConfig) -> int:
     """Upper estimate of the bytes in the folder of a run.
 
-    A checkpoint holds the weights, one (sgd) or two (adam, adamw, lamb) moments, an average of them, the dense
-    ones that teach, and the importance that a method collects; one more than ``keep_checkpoints`` is on disk
-    while the newest is written. Two numbers per channel and epoch are in channels.jsonl, if a method pushes
+    A checkpoint holds the weights, one (sgd) or two (adam, adamw, lamb) moments, an average of them, the
+    dense ones that teach, and the importance that a method collects; one more than ``keep_checkpoints`` is on
+    disk while the newest is written. Two numbers per channel and epoch are in channels.jsonl, if a method pushes
     channels to zero.
     """
     weights = sum(t.nbytes for t in (*model.parameters(), *model.buffers()))

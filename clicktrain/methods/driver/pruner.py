@@ -43,6 +43,7 @@ from clicktrain.methods.driver.optimizers import (
     OptimizerRound,
     check_loaded_state,
     learning_rate_of,
+    relative_rates_of,
 )
 from clicktrain.methods.driver.progress import Progress, at_chance, no_gradient
 from clicktrain.methods.driver.publisher import (
@@ -623,6 +624,7 @@ class Pruner:
             position=progress.position,
             ends_epoch=int(progress.position) > progress.stepped_epoch,
             learning_rate=learning_rate_of(self._holders[0]),
+            relative_rates=relative_rates_of(self._holders),
             grad_scale=getattr(optimizer, "grad_scale", None),
             adaptive=any(not isinstance(unit.optimizers[-1], torch.optim.SGD) for unit in self._holders),
             whole_gradients=not self._kept_only,

@@ -31,6 +31,7 @@ from clicktrain.train.checkpoint import bytes_needed
 from clicktrain.train.config import check_said_once, code_settings, read_settings
 from clicktrain.train.device import autocast
 from clicktrain.train.prepare import prepare
+from clicktrain.train.recipe_lines import recipe_lines
 from clicktrain.train.time_budget import plan_time
 from clicktrain.wording import clock, short
 
@@ -67,14 +68,20 @@ GROUPS: dict[str, tuple[str, str]] = {
         "epochs device precision",
         "time_budget budget_epochs seed threads deterministic compile exchange exchange_dtype",
     ),
-    "data": ("data", "augment image_size val_fraction holdout workers shuffle_buffer cache_dir cutout mixup"),
+    "data": (
+        "data",
+        "augment image_size val_fraction holdout workers shuffle_buffer cache_dir cutout mixup cutmix "
+        "mix_probability auto_augment randaugment_operations randaugment_magnitude randaugment_deviation "
+        "randaugment_probability erasing erasing_fill augment_repeats",
+    ),
     "model": (
         "model width",
         "stem initial_weights whitening sync_batch_norm parts channels_last packed operators",
     ),
     "recipe": (
         "batch_size optimizer learning_rate schedule",
-        "weight_decay momentum nesterov decay_norm_and_bias warmup_epochs bias_rate_factor milestones gamma "
+        "weight_decay momentum nesterov decay_norm_and_bias warmup_epochs bias_rate_factor layer_decay "
+        "layer_rates loss bce_threshold milestones gamma "
         "second_cycle cycle_floor distill distill_temperature teacher label_smoothing learning_rate_batch "
         "learning_rate_scaling ema_decay lookahead recalibrate_norms clip_grad_norm accumulate dynamic_batch "
         "memory_budget batch_granularity batch_limit batch_lr",
@@ -308,6 +315,7 @@ def cost_lines(prepared: Prepared) -> list[str]:
         f"data: {prepared.data.describe()}",
         f"training: {config.epochs} epochs x {batches} batches of {config.batch_size}, "
         f"{short(cost.training_flops_dense * images, ' ')}FLOPs if it stayed dense",
+        *recipe_lines(prepared),
         f"time: about {clock(config.epochs * batches * ms / 1000)} at {ms:.0f} ms per dense batch on "
         f"{prepared.device} (measured), without evaluation",
         f"memory: about {bytes_in_words(memory.at_batch(config.batch_size))} per iteration (estimated)",

@@ -26,7 +26,7 @@ from clicktrain.train.exchange import epoch_figures
 from clicktrain.train.interrupt import LossWatch, StopRequest, TrainingInterrupted, diverged, explosion
 from clicktrain.train.loss import training_loss
 from clicktrain.train.minibatch import next_epoch
-from clicktrain.train.optim import trained_parameters
+from clicktrain.train.optim import shown_learning_rate, trained_parameters
 from clicktrain.train.progress import StepProgress
 from clicktrain.train.state import EpochTotals
 from clicktrain.train.training_run import TrainingRun
@@ -118,7 +118,7 @@ def _step(run: TrainingRun) -> None:
         run.scaler.unscale_(p.optimizer)
         p.pruner.mask_gradients()
         torch.nn.utils.clip_grad_norm_(trained_parameters(p.optimizer), p.config.clip_grad_norm)
-    run.state.totals.learning_rate = p.optimizer.param_groups[0]["lr"]
+    run.state.totals.learning_rate = shown_learning_rate(p.optimizer)
     frozen = p.pruner.frozen
     run.state.totals.exchange_steps += several_processes()
     run.scaler.step(p.optimizer)

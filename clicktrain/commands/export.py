@@ -15,10 +15,15 @@ if TYPE_CHECKING:
 
 _CHECKED_IMAGES = 512
 
-_COMMAND = Command(
+COMMAND = Command(
     name="export",
     description="Write the network of a finished run for other tools. The file is loaded back and compared "
     "with the network before it gets its name; C is compiled and run on validation images.",
+    examples=(
+        "clicktrain export runs/first --format onnx",
+        "clicktrain export runs/first --format torch -o first.pt2",
+        "clicktrain export runs/first --format c",
+    ),
     positional=RUN,
     groups={
         "this command": (
@@ -51,7 +56,7 @@ _COMMAND = Command(
 
 def run(argv: Sequence[str]) -> int:
     """Run the command; the exit code."""
-    given = _COMMAND.parse(argv)
+    given = COMMAND.parse(argv)
     if given.get("format") is None:
         raise UserError("--format is missing: use --format safetensors, onnx, torch or c")
     if given["format"] == "c":

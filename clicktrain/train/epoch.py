@@ -26,7 +26,7 @@ from clicktrain.train.exchange import epoch_figures
 from clicktrain.train.interrupt import LossWatch, StopRequest, TrainingInterrupted, diverged, explosion
 from clicktrain.train.loss import training_loss
 from clicktrain.train.minibatch import next_epoch
-from clicktrain.train.optim import trained_parameters
+from clicktrain.train.optim import shown_learning_rate, trained_parameters
 from clicktrain.train.progress import StepProgress
 from clicktrain.train.state import EpochTotals
 from clicktrain.train.training_run import TrainingRun
@@ -89,11 +89,13 @@ def train_batch(run: TrainingRun, batch: Batch) -> tuple[Tensor, Tensor, bool]:
         state.add_nominal(teacher.forward_flops * images)
     step_done = state.batch + 1 - first == group
     loss = correct = torch.zeros((), device=p.device)
+    begins = state.batch == first
     for piece, last, share in run.pieces(batch, number):
-        with run.together(step_done and last):
+        with run.together(begins, step_done and last):
             one, right = training_loss(run, piece, teacher)
             one = one if share == 1 else one * share
             run.scaler.scale(one / group).backward()  # type: ignore[no-untyped-call]
+        begins = False
         loss, correct = loss + one.detach(), correct + right
     p.pruner.observe(loss)
     if several_processes():
@@ -116,7 +118,7 @@ def _step(run: TrainingRun) -> None:
         run.scaler.unscale_(p.optimizer)
         p.pruner.mask_gradients()
         torch.nn.utils.clip_grad_norm_(trained_parameters(p.optimizer), p.config.clip_grad_norm)
-    run.state.totals.learning_rate = p.optimizer.param_groups[0]["lr"]
+    run.state.totals.learning_rate = shown_learning_rate(p.optimizer)
     frozen = p.pruner.frozen
     run.state.totals.exchange_steps += several_processes()
     run.scaler.step(p.optimizer)
@@ -210,7 +212,7 @@ def _interrupted(run: TrainingRun, stop: StopRequest) -> TrainingInterrupted:
 
 def _step_info(run: TrainingRun) -> StepProgress:
     p, state, totals = run.prepared, run.state, run.state.totals
-    batches = len(p.train_loader)
+    batches, ms = len(p.train_loader), totals.recent_ms
     return StepProgress(
         epoch=state.epoch + 1,
         epochs=p.config.epochs,
@@ -225,6 +227,8 @@ def _step_info(run: TrainingRun) -> StepProgress:
         seconds=run.seconds,
         eta_seconds=run.eta_seconds,
         data_share=totals.data_seconds / max(totals.seconds, 1e-9),
+        images_per_second=1000 * p.batch_size / ms if ms else 0.0,
+        epoch_eta_seconds=None if ms is None else (batches - state.batch) * ms / 1000,
     )
 
 
@@ -271,8 +275,7 @@ def end_epoch(run: TrainingRun, stop: StopRequest) -> None:
     next_epoch(run)
     if last or number % config.checkpoint_every == 0:
         run.save()
-    if run.scalars is not None:
-        run.scalars.add(record)
+    run.logs.add(record)
     run.progress.epoch(record)
 
 

@@ -33,10 +33,10 @@ def in_parallel(network: nn.Module, prepared: Prepared) -> DistributedDataParall
 
 
 @torch.no_grad()
-def share_buffers_(network: nn.Module, norms_alike: bool) -> None:
+def share_buffers_(network: nn.Module, norms_alike: bool = True) -> None:
     """Write the first process's buffers into those of all, where they may differ.
 
-    Counts of batches and the index of packed layers are alike, and so are statistics of synchronized norms if
+    Counts of batches are alike, and so is the index of packed layers; statistics of synchronized norms too if
     all processes share them (``norms_alike``).
     """
     by_dtype: dict[torch.dtype, list[Tensor]] = {}

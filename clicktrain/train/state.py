@@ -12,6 +12,9 @@ from clicktrain.comm import Exchange
 from clicktrain.runs.logs import LogMark
 from clicktrain.train.initial_weights import EarlierCost
 
+RECENT = 20
+"""Readings of the time per batch that the present pace is taken from."""
+
 
 @dataclass
 class EpochTotals:
@@ -49,6 +52,11 @@ class EpochTotals:
     def step_ms_median(self) -> float:
         """Median milliseconds per batch, waiting for data included."""
         return statistics.median(self.window_ms) if self.window_ms else 0.0
+
+    @property
+    def recent_ms(self) -> float | None:
+        """Median milliseconds of the last batches, which follows a change of the network; None before any."""
+        return statistics.median(self.window_ms[-RECENT:]) if self.window_ms else None
 
     @property
     def stage_shares(self) -> dict[str, float]:

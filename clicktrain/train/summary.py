@@ -65,8 +65,7 @@ def finish_run(run: TrainingRun) -> dict[str, Any]:
     image = torch.zeros(1, *p.data.image_shape, device=p.device)
     cost = count(model, image, masks)
     summary = _summary(run, cost, cost if masks else count(model, image), operators, test_accuracy)
-    if run.scalars is not None:
-        run.scalars.close()
+    run.logs.finish(summary)
     run.folder.write_summary(summary)
     return summary
 

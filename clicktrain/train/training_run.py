@@ -49,13 +49,14 @@ from clicktrain.train.interrupt import diverged, weights_are_finite
 from clicktrain.train.norms import norms_kept
 from clicktrain.train.operators import can_accelerate, choose_operators
 from clicktrain.train.prepare import Prepared
-from clicktrain.train.progress import Progress, ScalarLog
+from clicktrain.train.progress import Progress
+from clicktrain.train.run_logs import LOGS, RunLogs
 from clicktrain.train.state import TrainState
 from clicktrain.train.teacher import Teacher, load_teacher, own_teacher
 
 _FREE_TO_CHANGE = frozenset(
     ("device", "parts", "threads", "workers", "cache_dir", "evaluate_every", "checkpoint_every",
-     "keep_checkpoints", "tensorboard", "compile", "deterministic", "exchange")
+     "keep_checkpoints", "tensorboard", "log", "compile", "deterministic", "exchange")
 )  # fmt: skip
 """Settings that may change when a run is resumed: because they do not change what is trained, or (parts)
 because it was asked for."""
@@ -70,7 +71,6 @@ class TrainingRun:
     progress: Progress
     state: TrainState = field(default_factory=TrainState)
     average: AveragedModel | None = None
-    scalars: ScalarLog | None = None
     planned: TimePlannedEvent | None = None
     """How long the run was planned to be, where there is a time budget and the run begins."""
     memory: TrainingMemory | None = None
@@ -85,8 +85,9 @@ class TrainingRun:
             self.average = SlowWeights(self.prepared.model)
         if self.average is not None:
             pruner.follow(self.average)
-        if config.tensorboard and self.prepared.processes.first:
-            self.scalars = ScalarLog(self.folder.path / "tensorboard")
+        names = config.log_names if self.prepared.processes.first else ()
+        settings = config_to_dict(config, self.prepared.method) if names else {}
+        self.logs = RunLogs([LOGS[name](self.folder.path, settings) for name in names], self.progress.message)
         self.teacher: Teacher | None = None
         """What the network learns from besides the labels; its own dense weights from when they are known."""
         if config.teacher is not None:
@@ -101,7 +102,6 @@ class TrainingRun:
         self._epochs_before = 0.0
         self._not_finite: Tensor | None = None
         self._started = time.perf_counter()
-        self._buffers_shared_at = -1
         pruner.subscribe(self._follow_removal, ChannelsRemoved)
         pruner.subscribe(self._follow_freezing, MasksFrozen)
         pruner.subscribe(self._follow_replacement, ParametersReplaced)
@@ -198,18 +198,19 @@ class TrainingRun:
         agree_on_([buffer for model in models for buffer in model.buffers()])
 
     @contextlib.contextmanager
-    def together(self, step: bool) -> Iterator[None]:
-        """Around forward and backward pass of a batch that all processes share.
+    def together(self, begins: bool, step: bool) -> Iterator[None]:
+        """Around forward and backward pass of images of a batch that all processes share.
 
-        Gradients travel where a ``step`` follows: where batches are accumulated, with the last of them.
+        What each process has for itself (``begins``: of a step) becomes the first one's, and gradients travel
+        where a ``step`` follows: where batches are accumulated, with the last of them.
         """
         forward = self.forward.current
         with contextlib.ExitStack() as held:
             if isinstance(forward, DistributedDataParallel):
-                if self._buffers_shared_at != self.state.step:
-                    self._buffers_shared_at = self.state.step
-                    share_buffers_(forward, norms_alike=self.prepared.norm_group is None)
-                held.enter_context(run_together(self.prepared.norm_group))
+                group = self.prepared.norm_group
+                if begins:
+                    share_buffers_(forward, norms_alike=group is None)
+                held.enter_context(run_together(group))
                 if not step:
                     held.enter_context(forward.no_sync())
             yield

@@ -13,8 +13,9 @@ import sys
 import time
 import traceback
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
+from typing import Any
 from uuid import uuid4
 
 import torch
@@ -63,8 +64,9 @@ def lead(
     restarts: int,
     log: Path,
     prepare: Callable[[], None] | None = None,
+    meeting: Mapping[str, Any] | None = None,
 ) -> int:
-    """Be the launcher; ``prepare`` is called first in each worker."""
+    """Be the launcher; ``prepare`` is called first in each worker, ``meeting``: with other launchers."""
     output = os.open(log, os.O_WRONLY | os.O_CREAT | os.O_APPEND)
     os.dup2(output, 1)
     os.dup2(output, 2)
@@ -77,6 +79,7 @@ def lead(
         min_nodes=1, max_nodes=1, nproc_per_node=processes, run_id=uuid4().hex, rdzv_backend="c10d",
         rdzv_endpoint="localhost:0", max_restarts=restarts, monitor_interval=0.05, start_method="fork",
     )  # fmt: skip
+    config = replace(config, **(meeting or {}))
 
     def work_prepared(*words: str) -> None:
         work(*words, prepare=prepare)

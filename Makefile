@@ -15,7 +15,7 @@ PYTEST   = OMP_NUM_THREADS=1 $(PY) -m pytest -q
 export PYTHON
 .DEFAULT_GOAL := help
 .NOTPARALLEL:
-.PHONY: help demo test fast check lint types widths long slow kills fuzz gpu format clean
+.PHONY: help demo test fast check lint types widths long slow kills workers fuzz gpu format clean
 
 help: ## this list
 	@awk -F ':.*## ' '/^[a-z]+:.*## / { printf "make %-8s %s\n", $$1, $$2 }' $(MAKEFILE_LIST)
@@ -57,6 +57,9 @@ slow: $(VENV)/stamp-test ## the slow tests (killed and resumed runs, whole recip
 
 kills: $(VENV)/stamp-test ## 150 random SIGKILLs and SIGTERMs over all methods, resumed and compared (ARGS="--moments 500 --seed 2")
 	OMP_NUM_THREADS=1 PYTHONPATH=. $(PY) tests/robustness/kills.py --out $${TMPDIR:-/tmp}/clicktrain-kills $(ARGS)
+
+workers: $(VENV)/stamp-test ## 30 random SIGKILLs of workers and launchers, resumed with as many or other workers (ARGS="--moments 100 --seed 2")
+	OMP_NUM_THREADS=1 PYTHONPATH=. $(PY) tests/robustness/worker_kills.py --out $${TMPDIR:-/tmp}/clicktrain-workers $(ARGS)
 
 fuzz: $(VENV)/stamp-test ## about 1,500 wrong flags, files, data sets and loops (minutes; ARGS="--seed 1 --only data")
 	OMP_NUM_THREADS=1 PYTHONPATH=. $(PY) tests/robustness/fuzz.py $(ARGS)

@@ -44,10 +44,11 @@ class EpochLines:
 
     def start(self, config: RunConfig, method: Method[Any], prepared: Prepared) -> None:
         """Print the network, method, length, device and precision."""
-        batches = len(prepared.train_loader)
+        batches, number = len(prepared.train_loader), prepared.processes.number
+        several = f", in {number} processes" if number > 1 else ""
         self.message(
             f"{config.model}, method {config.method}: {config.epochs} epochs of {batches} batches "
-            f"on {prepared.device} in {config.precision}"
+            f"on {prepared.device} in {config.precision}{several}"
         )
 
     def step(self, info: StepProgress) -> None:

@@ -20,6 +20,7 @@ from torch.nn.parallel import DistributedDataParallel
 
 from clicktrain import ClickTrain, PruneTrain
 from clicktrain.comm.agreement import agree_on_, agreed, agreed_text, mean_over_processes
+from clicktrain.errors import UserError
 from clicktrain.methods import DSR, RigL
 
 STEPS, EPOCHS, BATCH = 4, 6, 8
@@ -104,7 +105,29 @@ def main(rank: int, processes: int, folder: Path) -> None:
     for name in METHODS:
         train(name, rank, processes, folder)
     if processes > 1:
+        refused = {"not wrapped": unlike_gradients(rank, False), "wrapped once": unlike_gradients(rank, True)}
+        (folder / f"refused-{rank}.json").write_text(json.dumps(refused))
+    if processes > 1:
         dist.destroy_process_group()
+
+
+def unlike_gradients(rank: int, wrapped: bool) -> list[Any]:
+    """Steps made, and what is said then, where no wrapper averages all gradients."""
+    model = network()
+    optimizer = torch.optim.SGD(model.parameters(), lr=0.05, momentum=0.9)
+    pruner = METHODS["packed"].attach(model, optimizer, epochs=EPOCHS, steps_per_epoch=STEPS, packed=True)
+    forward = DistributedDataParallel(model) if wrapped else model
+    for number in range(EPOCHS * STEPS):
+        x, y = (part.chunk(2)[rank] for part in batch(number))
+        loss = F.cross_entropy(forward(x), y)
+        loss.backward()
+        pruner.observe(loss)
+        try:
+            optimizer.step()
+        except UserError as error:
+            return [number, str(error)]
+        optimizer.zero_grad()
+    return [EPOCHS * STEPS, ""]
 
 
 def train(name: str, rank: int, processes: int, folder: Path) -> None:

@@ -48,6 +48,16 @@ def test_the_first_process_has_the_word(one: Path, two: Path) -> None:
     assert json.loads((one / "agreement-0.json").read_text()) == {**first, "mean": 0.0}
 
 
+@pytest.mark.parametrize(("loop", "first_step"), [("not wrapped", 0), ("wrapped once", 1)])
+def test_gradients_that_no_wrapper_averages_are_refused(loop: str, first_step: int, two: Path) -> None:
+    """Without a wrapper at the first step; with one of the dense weights, at the first on packed ones."""
+    refused = [json.loads((two / f"refused-{rank}.json").read_text())[loop] for rank in range(2)]
+    assert refused[0] == refused[1]
+    step, sentence = refused[0]
+    assert sentence.startswith("process 1 has other gradients than the first one: wrap the network by")
+    assert (step > first_step) if first_step else step == 0
+
+
 @pytest.mark.parametrize("name", ["channels", "packed", "rigl", "dsr", "moving", "moving-dsr"])
 def test_two_processes_train_as_one_does(name: str, one: Path, two: Path) -> None:
     alone, weights = end_of(one, name, 0)

@@ -12,9 +12,10 @@ import signal
 import sys
 import time
 import traceback
-from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, replace
 from pathlib import Path
+from typing import Any
 from uuid import uuid4
 
 import torch
@@ -57,8 +58,15 @@ def run_launcher(
     os._exit(lead(words, processes, restarts, log))
 
 
-def lead(words: Sequence[str], processes: int, restarts: int, log: Path) -> int:
-    """Be the launcher."""
+def lead(
+    words: Sequence[str],
+    processes: int,
+    restarts: int,
+    log: Path,
+    prepare: Callable[[], None] | None = None,
+    meeting: Mapping[str, Any] | None = None,
+) -> int:
+    """Be the launcher; ``prepare`` is called first in each worker, ``meeting``: with other launchers."""
     output = os.open(log, os.O_WRONLY | os.O_CREAT | os.O_APPEND)
     os.dup2(output, 1)
     os.dup2(output, 2)
@@ -71,8 +79,13 @@ def lead(words: Sequence[str], processes: int, restarts: int, log: Path) -> int:
         min_nodes=1, max_nodes=1, nproc_per_node=processes, run_id=uuid4().hex, rdzv_backend="c10d",
         rdzv_endpoint="localhost:0", max_restarts=restarts, monitor_interval=0.05, start_method="fork",
     )  # fmt: skip
+    config = replace(config, **(meeting or {}))
+
+    def work_prepared(*words: str) -> None:
+        work(*words, prepare=prepare)
+
     try:
-        elastic_launch(config, work)(*words)
+        elastic_launch(config, work_prepared)(*words)
     except ChildFailedError as failed:
         code = int(failed.get_first_failure()[1].exitcode)
         return code if code > 0 else 128 - code
@@ -84,12 +97,14 @@ def lead(words: Sequence[str], processes: int, restarts: int, log: Path) -> int:
     return 0
 
 
-def work(*words: str) -> None:
-    """Be a worker."""
+def work(*words: str, prepare: Callable[[], None] | None = None) -> None:
+    """Be a worker, which calls ``prepare`` first."""
     code = 1
     signal.signal(signal.SIGTERM, signal.SIG_DFL)  # as in a process that is no fork of the launcher
     try:
         torch.set_num_threads(1)
+        if prepare is not None:
+            prepare()
         more = os.environ.get(f"WORKER_WORDS_{os.environ['RANK']}", "").split()
         code = clicktrain_main([*words, *more])
         sys.stdout.flush()

@@ -11,7 +11,10 @@
 #endif
 #define LANES 8
 #include "kernels.h"
-static int available(void) { return __builtin_cpu_supports("avx2") && __builtin_cpu_supports("fma"); }
+static int available(void) {
+  __builtin_cpu_init();
+  return __builtin_cpu_supports("avx2") && __builtin_cpu_supports("fma");
+}
 const model_isa model_isa_avx2 = {"avx2", LANES, 16, available, run, enter, leave};
 #if defined(__clang__)
 #pragma clang attribute pop

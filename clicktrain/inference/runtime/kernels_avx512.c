@@ -12,6 +12,7 @@
 #define LANES 16
 #include "kernels.h"
 static int available(void) {
+  __builtin_cpu_init();
   return __builtin_cpu_supports("avx512f") && __builtin_cpu_supports("avx512bw") && __builtin_cpu_supports("avx512dq") &&
       __builtin_cpu_supports("avx512vl") && __builtin_cpu_supports("fma");
 }

@@ -41,7 +41,7 @@ FACTS = {
 @pytest.fixture(scope="module")
 def exported(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, nn.Module]:
     path = tmp_path_factory.mktemp("export") / "c"
-    write(network(), SHAPE, path, **FACTS)
+    write(network(), SHAPE, path, FACTS)
     return path, network()
 
 

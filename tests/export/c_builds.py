@@ -10,8 +10,10 @@ import os
 import shutil
 import subprocess
 import tempfile
+from collections.abc import Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
+from types import MappingProxyType
 from typing import Any
 
 import numpy as np
@@ -70,7 +72,12 @@ def kernel_objects(flags: tuple[str, ...] = FLAGS) -> tuple[str, ...]:
     return tuple(objects)
 
 
-def write(model: nn.Module, shape: tuple[int, int, int], folder: Path, **facts: Any) -> None:
+def write(
+    model: nn.Module,
+    shape: tuple[int, int, int],
+    folder: Path,
+    facts: Mapping[str, Any] = MappingProxyType({}),
+) -> None:
     """The folder of a network, not built."""
     folder.mkdir(parents=True, exist_ok=True)
     images = torch.randn(3, *shape, generator=torch.Generator().manual_seed(0))

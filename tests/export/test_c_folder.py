@@ -41,7 +41,7 @@ FACTS = {
 @pytest.fixture(scope="module")
 def exported(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, nn.Module]:
     path = tmp_path_factory.mktemp("export") / "c"
-    write(network(), SHAPE, path, **FACTS)
+    write(network(), SHAPE, path, FACTS)
     return path, network()
 
 
@@ -65,7 +65,14 @@ def test_make_check_needs_nothing_but_a_compiler(exported: tuple[Path, nn.Module
     assert subprocess.run([make, "check"], cwd=copy, capture_output=True, check=False).returncode != 0
 
 
+@pytest.fixture
+def quick_compiler(monkeypatch: pytest.MonkeyPatch) -> None:
+    """What is slow compiles fast."""
+    monkeypatch.setenv("CC", "cc -O0")
+
+
 @pytest.mark.long
+@pytest.mark.usefixtures("quick_compiler")
 def test_the_command_builds_it_runs_it_and_says_how_near_it_is(tmp_path: Path) -> None:
     finished = Finished(network(), SHAPE, FACTS)
     generator = torch.Generator().manual_seed(0)
@@ -123,6 +130,7 @@ def test_without_a_compiler_nothing_is_written(tmp_path: Path, monkeypatch: pyte
 
 
 @pytest.mark.long
+@pytest.mark.usefixtures("quick_compiler")
 def test_python_without_torch(exported: tuple[Path, nn.Module], tmp_path: Path) -> None:
     path, model = exported
     module = load_module(path / "model.py")
@@ -204,6 +212,7 @@ int main(void) {
 
 
 @pytest.mark.slow
+@pytest.mark.usefixtures("quick_compiler")
 def test_two_networks_in_one_program(tmp_path: Path) -> None:
     objects = []
     for number, name in enumerate(("one", "other")):

@@ -188,3 +188,16 @@ class TwoResults(nn.Module):
 def test_what_has_no_form_in_c_is_named(model: nn.Module, why: str) -> None:
     with pytest.raises(NotPortableError, match=why):
         capture(model, (4, 6, 6))
+
+
+@pytest.mark.parametrize("size", [(5, 70), (40, 3), (1, 33), (4, 4), (32, 32)])
+def test_images_that_are_wide_or_small(size: tuple[int, int], tmp_path: Path) -> None:
+    """Each form of a region: rows, copies by row, at once and by tap; strips, several tiles and passes."""
+    torch.manual_seed(0)
+    layers = [
+        nn.Conv2d(3, 40, 3, padding=1),
+        nn.ReLU(),
+        nn.Conv2d(40, 6, 3, padding=1),
+        nn.Conv2d(6, 4, 3, 2, 1),
+    ]
+    check(alive(nn.Sequential(*layers), 0.3), (3, *size), tmp_path, (1, 9))

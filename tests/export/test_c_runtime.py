@@ -55,7 +55,8 @@ def small() -> nn.Module:
 @functools.cache
 def folder() -> Path:
     path = Path(tempfile.mkdtemp(prefix="clicktrain-c-"))
-    write(small(), SHAPE, path, classes=["a", 'b"', "c", "d", "e"], mean=[0.1, 0.2, 0.3], std=[1, 2, 3])
+    classes = ["a", 'b"', "c", "d", "e"]
+    write(small(), SHAPE, path, {"classes": classes, "mean": [0.1, 0.2, 0.3], "std": [1, 2, 3]})
     build(path)
     return path
 

@@ -4,6 +4,8 @@
 #include <stddef.h>
 #include <stdint.h>
 #include <string.h>
+
+#include "processor.h"
 #if defined(__clang__)
 #pragma clang attribute push(__attribute__((target("avx2,fma"))), apply_to = function)
 #else
@@ -11,7 +13,7 @@
 #endif
 #define LANES 8
 #include "kernels.h"
-static int available(void) { return __builtin_cpu_supports("avx2") && __builtin_cpu_supports("fma"); }
+static int available(void) { return processor_level() >= 1; }
 const model_isa model_isa_avx2 = {"avx2", LANES, 16, available, run, enter, leave};
 #if defined(__clang__)
 #pragma clang attribute pop

@@ -92,17 +92,19 @@ def make_plan(
     forward, backward = entries_of(structure, problem.groups)
     frozen = structure.patterns is None
     found = [
-        index_of(backward if phase == "dgrad" else forward, one, tile, structure.nnz, frozen)
+        index_of(phase, backward if phase == "dgrad" else forward, one, tile, structure.nnz, frozen)
         for phase, tile in plan.tiles.items()
         for one in plan.passes(phase)
     ]
     return plan, [table.to(structure.device) for index in found for table in _written(index)]
 
 
-def index_of(entries: Entries, given: Pass, tile: Tile, values: int, regroup: bool = True) -> Index:
+def index_of(
+    phase: Phase, entries: Entries, given: Pass, tile: Tile, values: int, regroup: bool = True
+) -> Index:
     """The index of one pass of a phase, cut as a tile says; ``values`` as in `blocks_of`."""
     if tile.code == "rows":
-        return rows_of(entries, given, tile.m, tile.bk)
+        return rows_of(entries, given, tile.m, phase == "wgrad")
     return blocks_of(entries, given, values, tile.m, tile.bk, regroup)
 
 

@@ -60,6 +60,7 @@ class Method(MethodHooks[S]):
         example: Any = None,
         on_event: Callable[[dict[str, Any]], None] | None = None,
         measure: MeasureMasks | None = None,
+        accelerate: bool | None = None,
     ) -> Pruner:
         """Hook this method into a training loop: two lines, this one and `Pruner.observe`.
 
@@ -76,10 +77,13 @@ class Method(MethodHooks[S]):
             on_event: called with every decision as a JSON-able dict; typed events: `Pruner.subscribe`.
             measure: times the network with masks, for ClickTrain with a latency as its target:
                 ``clicktrain.train.MaskedLatency(model, example)``; without it predictions are believed.
+            accelerate: True packs, and calls of the network run on the fast kernels from then on (after the
+                hard prune; from the first step where masks move), until `Pruner.finish` hands it back plain.
+                By default a packed network on a CPU does so where at least a minute of work is left.
 
         Raises:
             UserError: what is asked for cannot be done on this network, with this optimizer or in a run of
                 this length; or the network or an optimizer has a method attached that is not finished.
         """
         length = RunLength(epochs, steps_per_epoch)
-        return Pruner(self, model, optimizer, length, packed, example, on_event, measure)
+        return Pruner(self, model, optimizer, length, packed, example, on_event, measure, accelerate)

@@ -166,6 +166,13 @@ class RunFolder:
             raise UserError(f"cannot make the folder {self.path}: {error.strerror}") from None
         return self
 
+    def change_setting(self, name: str, value: Any) -> None:
+        """Write another value into config.yaml, if it is another one."""
+        settings = self.read_settings()
+        if settings.get(name) != value:
+            text = yaml.safe_dump({**settings, name: value}, sort_keys=False)
+            write_text_atomic(self.config, f"{HEADER}{FORMAT_VERSION}\n{text}")
+
     def open(self) -> RunFolder:
         """Raise a UserError unless this is the folder of a run that this version can read."""
         if not exists(self.config) and self.checkpoint_folder.is_dir() and only_begun(self.path):
@@ -229,6 +236,17 @@ class RunFolder:
         if summary is not None:
             check_summary(summary, self.summary_path)
         return summary
+
+    def finished(self) -> dict[str, Any]:
+        """The summary; UserError if the run is not finished, or the file is damaged."""
+        summary = self.summary()
+        if summary is not None:
+            return summary
+        if (user := self.user) is not None:
+            raise UserError(f"the run in {self.path} is not finished: {user} is training it")
+        raise UserError(
+            f"the run in {self.path} is not finished: continue it with 'clicktrain resume {self.path}'"
+        )
 
     def checkpoint(self, epoch: int, step: int) -> Path:
         """Path of the checkpoint after ``step`` optimizer steps, of which the last was in ``epoch``."""

@@ -2,9 +2,9 @@
 
 from __future__ import annotations
 
-import math
 import time
 import warnings
+from dataclasses import replace
 from pathlib import Path
 
 import torch
@@ -12,21 +12,14 @@ from torch import nn
 
 from clicktrain.comm.agreement import of_first
 from clicktrain.compiler import Accelerated, LoweringPlan, accelerate, dtypes_worth_measuring
+from clicktrain.compiler.exchange import Exchanged, exchanged_gradients
+from clicktrain.compiler.renewal import SHORT_FLOPS, still_fits
 from clicktrain.files import is_file
 from clicktrain.formats.atomic import write_text_atomic
-from clicktrain.kernels.sparse_conv2d import PackedConv2d
 from clicktrain.runs.events import OperatorsEvent
 from clicktrain.runs.folder import RunFolder
 from clicktrain.train.prepare import Prepared
 from clicktrain.train.progress import Progress
-
-SHORT_FLOPS = 2e12
-"""Dense training FLOPs (a minute of one core) under which measuring costs more than it can save."""
-
-
-SAME_DENSITY = 0.2
-"""Final masks run on the operators of moving ones if the number of weights has changed by no larger share
-since these were chosen; else they are chosen again."""
 
 
 def can_accelerate(p: Prepared) -> bool:
@@ -54,7 +47,8 @@ def choose_operators(
     started = time.perf_counter()
     path = folder.operators if p.pruner.frozen else folder.moving_operators
     plan = of_first(lambda: _known_plan(p, folder, path))
-    if before is not None and plan is not None and plan.to_json() == before.plan.to_json():
+    if before is not None and plan is not None and _without_exchange(plan) == _without_exchange(before.plan):
+        before.plan = replace(before.plan, exchange=_exchange(p))
         return before, None
     rule = p.config.operators
     images_left = len(p.train_loader) * p.batch_size * (p.config.epochs - epoch)
@@ -78,9 +72,10 @@ def choose_operators(
         model = p.model if made is None else compiled(LoweringPlan.from_json(made))
     if not isinstance(model, Accelerated):
         return model, None
+    model.plan = replace(model.plan, exchange=_exchange(p))
     if plan is None:
         write_text_atomic(path, model.plan.to_json())
-    layers = {row["layer"]: row["operator"] for row in model.plan.table()}
+    layers = model.plan.operators()
     blocked = sum(operator.endswith("blocked") for operator in layers.values())
     kept = ", activations kept in bf16" if model.plan.activations == "bf16" else ""
     progress.message(
@@ -90,33 +85,29 @@ def choose_operators(
     return model, OperatorsEvent(rule=model.plan.rule, activations=model.plan.activations, layers=layers)
 
 
+def _exchange(p: Prepared) -> tuple[Exchanged, ...]:
+    return exchanged_gradients(p.model, p.pruner.network.exchanged_masks().masks)
+
+
+def _without_exchange(plan: LoweringPlan) -> str:
+    return replace(plan, exchange=()).to_json()
+
+
 def _known_plan(p: Prepared, folder: RunFolder, path: Path) -> LoweringPlan | None:
     """The plan in the run's folder, written under the name of final masks if that of moving ones serves."""
     if is_file(path):
         return LoweringPlan.read(path)
     if not p.pruner.frozen or not is_file(folder.moving_operators):
         return None
-    plan = _kept(LoweringPlan.read(folder.moving_operators), p)
-    if plan is not None:
-        write_text_atomic(path, plan.to_json())
+    plan = LoweringPlan.read(folder.moving_operators)
+    if not still_fits(plan, p.model):
+        return None
+    write_text_atomic(path, replace(plan, exchange=_exchange(p)).to_json())
     return plan
-
-
-def _kept(plan: LoweringPlan, p: Prepared) -> LoweringPlan | None:
-    """The plan for masks that moved, if about as many weights are left as when it was made."""
-    convs = [(one.density, math.prod(one.weight), one.layer) for one in plan.choices if one.kind == "conv"]
-    modules = dict(p.model.named_modules())
-    then = now = 0.0
-    for density, weights, name in convs:
-        layer = modules.get(name.partition("#")[0])
-        if isinstance(layer, PackedConv2d):
-            then += density * weights
-            now += layer.structure.nnz
-    return plan if abs(now - then) <= SAME_DENSITY * then else None
 
 
 def operator_names(folder: RunFolder) -> dict[str, str]:
     """Layer -> operator of final masks, else of moving ones, as far as a compiler chose one."""
     paths = (path for path in (folder.operators, folder.moving_operators) if is_file(path))
     path = next(paths, None)
-    return {} if path is None else {row["layer"]: row["operator"] for row in LoweringPlan.read(path).table()}
+    return {} if path is None else LoweringPlan.read(path).operators()

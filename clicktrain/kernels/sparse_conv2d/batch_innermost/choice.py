@@ -9,9 +9,7 @@ import torch
 
 from clicktrain.formats.packed import Structure
 from clicktrain.kernels.impls import ConvProblem, Phase
-from clicktrain.kernels.sparse_conv2d.batch_innermost.index import entries_of
-from clicktrain.kernels.sparse_conv2d.batch_innermost.passes import Pass, dgrad_passes, forward_pass
-from clicktrain.kernels.sparse_conv2d.batch_innermost.plan import Index, index_of
+from clicktrain.kernels.sparse_conv2d.batch_innermost.plan import Indexes
 from clicktrain.kernels.sparse_conv2d.batch_innermost.roofline import GPUS, H200, Gpu, Prediction, predict
 from clicktrain.kernels.sparse_conv2d.batch_innermost.tiles import Tile
 
@@ -105,23 +103,15 @@ def choose(
     code: str = "",
 ) -> list[Chosen]:
     """The tiles of a phase, all or of one code, that should be fastest by the model, the best first."""
-    forward, backward = entries_of(structure, problem.groups)
-    entries = backward if phase == "dgrad" else forward
-    passes = dgrad_passes(problem) if phase == "dgrad" else [forward_pass(problem)]
-    indexes: dict[tuple[str, int, int], list[tuple[Pass, Index]]] = {}
+    indexes = Indexes.of(structure, problem)
+    rows = problem.channels if phase == "dgrad" else problem.filters
     found = []
     for tile in tiles_for(phase, problem):
         if code not in ("", tile.code):
             continue
-        if tile.code == "blocks" and tile.m > 16 and tile.m >= 2 * entries.row_count:
+        if tile.code == "blocks" and tile.m > 16 and tile.m >= 2 * rows:
             continue
-        key = tile.code, tile.m, tile.bk
-        if key not in indexes:
-            indexes[key] = [
-                (one, index_of(phase, entries, one, tile, structure.nnz, structure.patterns is None))
-                for one in passes
-            ]
-        found.append(Chosen(tile, predict(phase, problem, indexes[key], tile, gpu)))
+        found.append(Chosen(tile, predict(phase, problem, indexes.get(phase, tile), tile, gpu)))
     found.sort(key=lambda one: one.prediction.seconds)
     return found[:most]
 

@@ -270,14 +270,19 @@ def combine(sums: Tensor, n: int, positions: int, tile: Tile) -> tuple[Tensor, T
 
     Chan, Golub and LeVeque, Algorithms for computing the sample variance, 1983.
     """
-    counts = torch.tensor(
-        columns_of(n, positions, tile).counts(n, positions), dtype=torch.float64, device=sums.device
-    )[:, None]
+    counts = _counts(n, positions, tile, sums.device)
     means, squares = sums.double()
     total = n * positions
     mean = (means * counts).sum(0) / total
     variance = (squares.sum(0) + (counts * (means - mean).square()).sum(0)) / total
     return mean, variance
+
+
+@functools.lru_cache(maxsize=256)
+def _counts(n: int, positions: int, tile: Tile, device: torch.device) -> Tensor:
+    """Columns of each tile, [tiles, 1]; made once, because a copy to a GPU waits for it."""
+    counts = columns_of(n, positions, tile).counts(n, positions)
+    return torch.tensor(counts, dtype=torch.float64, device=device)[:, None]
 
 
 def affine(

@@ -55,7 +55,7 @@ class Tile:
                 raise ValueError(
                     f"{name} of a tile is a power of two from {least} to {_POWERS[-1]}, not {size!r}"
                 )
-        for name, most in (("warps", 16), ("stages", 8), ("splits", 1 << 16)):
+        for name, most in (("warps", 16), ("stages", 8), ("splits", (1 << 16) - 1)):
             size = getattr(self, name)
             if not _whole(size) or not 0 <= size <= most:
                 raise ValueError(f"{name} of a tile is a whole number up to {most}, not {size!r}")

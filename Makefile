@@ -64,10 +64,11 @@ workers: $(VENV)/stamp-test ## 30 random SIGKILLs of workers and launchers, resu
 fuzz: $(VENV)/stamp-test ## about 1,500 wrong flags, files, data sets and loops (minutes; ARGS="--seed 1 --only data")
 	OMP_NUM_THREADS=1 PYTHONPATH=. $(PY) tests/robustness/fuzz.py $(ARGS)
 
-gpu: $(VENV)/stamp-test ## the GPU tests: wants an NVIDIA GPU and a CUDA build of torch
+gpu: $(VENV)/stamp-test ## GPU tests and measurements, resumed where they stopped: wants an NVIDIA GPU and a CUDA build of torch
 	@$(PY) -c 'import sys, torch; torch.cuda.is_available() or sys.exit("make gpu wants an NVIDIA GPU that torch can see; " \
 	    f"torch {torch.__version__} sees none. For a CUDA build see https://pytorch.org/get-started")'
 	$(PYTEST) -m gpu $(ARGS)
+	$(PY) scripts/gpu.py
 
 format: $(VENV)/stamp-test ## rewrite the sources as `make lint` wants them
 	$(PY) -m ruff format .

@@ -187,7 +187,7 @@ def bench_conv(
 
 def _tunable() -> list[Impl]:
     """Implementations whose phases can be timed one by one."""
-    return [impl for impl in candidates_for(OPERATOR) if impl.candidates is not None]
+    return [impl for impl in candidates_for(OPERATOR, "cpu") if impl.candidates is not None]
 
 
 def check_precisions(precisions: Sequence[str]) -> None:

@@ -94,6 +94,29 @@ class SparseConv(_Step):
             self._collect(x, y)
         return y, (mean, var)
 
+    def folds(self, norm: BatchNorm) -> bool:
+        """Whether a batch norm of known statistics, with all that it fuses, can be part of the kernel now."""
+        simple = norm.pooling is None and norm.activation in ("none", "relu")
+        collecting = self.packed and self.layer.dense_gradient is not None
+        return self.kernels.with_affine is not None and simple and not (torch.is_grad_enabled() or collecting)
+
+    def with_norm(self, x: Tensor, norm: BatchNorm, residual: Tensor | None) -> Tensor:
+        """``act(bn(conv(x)) + residual)`` in one pass, where it `folds`."""
+        x, values, bias, *arguments = self._arguments(x)
+        bn = norm.layer
+        assert self.kernels.with_affine is not None
+        assert bn.running_mean is not None
+        assert bn.running_var is not None
+        scale = torch.rsqrt(bn.running_var + bn.eps)
+        if bn.weight is not None:
+            scale = scale * bn.weight
+        shift = (bn.running_mean if bias is None else bn.running_mean - bias) * -scale
+        if bn.bias is not None:
+            shift = shift + bn.bias
+        return self.kernels.with_affine(
+            x, values, scale, shift, residual, norm.activation == "relu", *arguments
+        )
+
     @property
     def collects(self) -> bool:
         """Whether the gradient of all weights can be computed in this layout."""
@@ -185,6 +208,8 @@ class ConvBatchNorm(nn.Module):
         """Activations of ``n`` images in the layout -> results in the layout."""
         norm = self.norm
         if not uses_batch_statistics(norm.layer):
+            if self.conv.folds(norm):
+                return self.conv.with_norm(x, norm, residual)
             return norm.forward(self.conv.forward(x), n, residual)
         y, statistics = self.conv.with_statistics(x, n)
         return norm.forward(y, n, residual, statistics)

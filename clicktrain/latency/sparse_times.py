@@ -152,7 +152,7 @@ def measure_sparse(geometry: SparseGeometry) -> SparseTimes:
     for count, mask in geometry.masks().items():
         structure = Structure.from_mask(mask)
         problem = replace(geometry.problem, **positions_of(structure))
-        impl = next(impl for impl in candidates_for(OPERATOR) if not impl.refusals(problem))
+        impl = next(impl for impl in candidates_for(OPERATOR, problem.device) if not impl.refusals(problem))
         kernels = impl.prepare(structure, problem, {})
         sources += [kernels.sources[phase] for phase in geometry.phases if phase in kernels.sources]
         calls[count] = _sparse_call(geometry, structure, impl, kernels)

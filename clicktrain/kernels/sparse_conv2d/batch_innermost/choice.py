@@ -9,15 +9,15 @@ import torch
 
 from clicktrain.formats.packed import Structure
 from clicktrain.kernels.impls import ConvProblem, Phase
-from clicktrain.kernels.sparse_conv2d.batch_innermost.index import entries_of
-from clicktrain.kernels.sparse_conv2d.batch_innermost.passes import Pass, dgrad_passes, forward_pass
-from clicktrain.kernels.sparse_conv2d.batch_innermost.plan import Index, index_of
+from clicktrain.kernels.sparse_conv2d.batch_innermost.plan import Indexes
 from clicktrain.kernels.sparse_conv2d.batch_innermost.roofline import GPUS, H200, Gpu, Prediction, predict
 from clicktrain.kernels.sparse_conv2d.batch_innermost.tiles import Tile
 
 MOST = 5
 """Tiles that are measured for each phase: each takes seconds to compile, once for all layers."""
 
+LINE = 64
+"""Images of one position in a tile that goes through L1: a cache line of 16-bit numbers."""
 _PRODUCTS = tuple(
     Tile("blocks", m, bq, bk, warps, stages)
     for m, bq, bk, warps, stages in (
@@ -45,8 +45,13 @@ _WGRADS = tuple(
         (16, 64, 64, 4, 4),
     )
 )
-_ROWS = tuple(Tile("rows", m, bq, 1, 4, 2) for m, bq in ((8, 256), (16, 128), (8, 128), (4, 256)))
-_ROW_WGRADS = tuple(Tile("rows", 1, bq, bk, 4, 2) for bk, bq in ((16, 128), (8, 256), (32, 128)))
+_ROWS = tuple(
+    Tile("rows", m, bq, 1, warps, 2, images=32)  # a cache line of float32: neighboring taps meet in L1
+    for m, bq, warps in ((16, 256, 4), (8, 256, 2), (4, 256, 1), (16, 128, 4))
+)
+_ROW_WGRADS = tuple(
+    Tile("rows", 1, bq, bk, warps, 2, images=32) for bk, bq, warps in ((32, 128, 4), (16, 128, 2))
+)
 _CHECKS = (Tile("blocks", 16, 128, 16, 4, 2), Tile("rows", 8, 128, 8, 4, 2))
 """For float64, which is for checks."""
 
@@ -76,40 +81,39 @@ def candidate_tiles(phase: Phase, dtype: torch.dtype) -> list[Tile]:
 
 
 def tiles_for(phase: Phase, problem: ConvProblem) -> list[Tile]:
-    """Those that may: tf32 only where PyTorch's own convolutions may use it."""
+    """Those that may: tf32 only where PyTorch's own convolutions may use it.
+
+    Products come in a second form, for L1: tiles of several positions, where neighboring taps read the same.
+    """
     found = candidate_tiles(phase, problem.activation_dtype)
-    return [tile for tile in found if tile.precision == "ieee" or torch.backends.cudnn.allow_tf32]
+    found = [tile for tile in found if tile.precision == "ieee" or torch.backends.cudnn.allow_tf32]
+    found = [replace(tile, images=0) if tile.images > problem.batch else tile for tile in found]
+    if phase == "wgrad" or problem.kernel == (1, 1) or problem.batch < LINE:
+        return found
+    wide = [tile for tile in found if tile.code == "blocks" and tile.bq > LINE]
+    return [*found, *(replace(tile, cached=True, images=LINE) for tile in wide)]
 
 
 def choose(
-    phase: Phase, structure: Structure, problem: ConvProblem, gpu: Gpu = H200, most: int = MOST
+    phase: Phase,
+    structure: Structure,
+    problem: ConvProblem,
+    gpu: Gpu = H200,
+    most: int = MOST,
+    code: str = "",
 ) -> list[Chosen]:
-    """The tiles of a phase that should be fastest, by the roofline model, the best first."""
-    forward, backward = entries_of(structure, problem.groups)
-    entries = backward if phase == "dgrad" else forward
-    passes = dgrad_passes(problem) if phase == "dgrad" else [forward_pass(problem)]
-    indexes: dict[tuple[str, int, int], list[tuple[Pass, Index]]] = {}
+    """The tiles of a phase, all or of one code, that should be fastest by the model, the best first."""
+    indexes = Indexes.of(structure, problem)
+    rows = problem.channels if phase == "dgrad" else problem.filters
     found = []
     for tile in tiles_for(phase, problem):
-        if tile.code == "blocks" and tile.m > 16 and tile.m >= 2 * entries.row_count:
+        if code not in ("", tile.code):
             continue
-        key = tile.code, tile.m, tile.bk
-        if key not in indexes:
-            indexes[key] = [
-                (one, index_of(entries, one, tile, structure.nnz, structure.patterns is None))
-                for one in passes
-            ]
-        found.append(Chosen(tile, predict(phase, problem, indexes[key], tile, gpu)))
+        if tile.code == "blocks" and tile.m > 16 and tile.m >= 2 * rows:
+            continue
+        found.append(Chosen(tile, predict(phase, problem, indexes.get(phase, tile), tile, gpu)))
     found.sort(key=lambda one: one.prediction.seconds)
-    return _with_cache(phase, found[:most])
-
-
-def _with_cache(phase: Phase, found: Sequence[Chosen]) -> list[Chosen]:
-    """The best product also through L1: whether neighboring taps meet there only a measurement can say."""
-    if phase == "wgrad" or not found or found[0].tile.code == "rows":
-        return list(found)
-    twin = replace(found[0], tile=replace(found[0].tile, cached=True))
-    return [found[0], twin, *found[1:]]
+    return found[:most]
 
 
 def gpu_here(device: torch.device) -> Gpu:
@@ -124,8 +128,17 @@ def tiles_by_rule(
     structure: Structure, problem: ConvProblem, given: Mapping[Phase, Tile], phases: Sequence[Phase]
 ) -> dict[Phase, Tile]:
     """The given tiles, and for other phases the model's first choice."""
-    gpu = gpu_here(structure.device)
     return {
-        phase: given[phase] if phase in given else choose(phase, structure, problem, gpu, 1)[0].tile
-        for phase in phases
+        phase: given[phase] if phase in given else _by_rule(phase, structure, problem) for phase in phases
     }
+
+
+_RULED: dict[tuple[Phase, ConvProblem], Tile] = {}
+"""What was chosen for a problem stays, whatever a mask that moves becomes."""
+
+
+def _by_rule(phase: Phase, structure: Structure, problem: ConvProblem) -> Tile:
+    key = phase, replace(problem, density=0.0, patterns=1, equal_filters=True)
+    if key not in _RULED:
+        _RULED[key] = choose(phase, structure, problem, gpu_here(structure.device), 1)[0].tile
+    return _RULED[key]

@@ -31,7 +31,7 @@ _TYPES = {torch.float64: "fp64", torch.float32: "fp32", torch.bfloat16: "bf16", 
 _POINTERS = {
     "x": "", "v": "", "y": "", "gy": "", "residual": "", "scale": "fp32", "shift": "fp32", "sums": "fp32",
     "partial": "fp32", "offsets": "i32", "taps": "i32", "starts": "i32", "rows": "i32", "longest": "i32",
-    "block_of": "i32", "tiles_of": "i32",
+    "block_of": "i32", "row_of": "i32",
 }  # fmt: skip
 """Arguments that are tensors, and what is in them; empty for the dtype of the activations."""
 _INSTRUCTIONS = {

@@ -103,7 +103,8 @@ def _pair(down: Integers, across: Integers) -> Integers:
     return (across << 16) | (down & 0xFFFF)
 
 
-_FILLING = (NOWHERE << 16) | NOWHERE
+FILLING = (NOWHERE << 16) | NOWHERE
+"""The pair of what fills up a block's keys."""
 
 
 def blocks_of(entries: Entries, given: Pass, values: int, m: int, bk: int, regroup: bool) -> Blocks:
@@ -133,7 +134,7 @@ def blocks_of(entries: Entries, given: Pass, values: int, m: int, bk: int, regro
     place_of_key = starts[of_block] + np.arange(len(of_block)) - (counts.cumsum() - counts)[of_block]
     total = int(starts[-1])
     offsets = np.zeros(total, dtype=np.int64)
-    pairs = np.full(total, _FILLING, dtype=np.int64)
+    pairs = np.full(total, FILLING, dtype=np.int64)
     offsets[place_of_key], pairs[place_of_key] = offsets_and_taps(key // taps, key % taps, given)
     at = place_of_key[where.reshape(-1)]
     tiles_of = at // bk * (m * bk) + place_of_row[own.rows] % m * bk + at % bk
@@ -160,35 +161,43 @@ def row_order(entries: Entries, keys: Integers, m: int, regroup: bool) -> Intege
     if not regroup or not m < entries.row_count <= MOST_TO_REGROUP:
         return natural
     distinct, number = np.unique(keys, return_inverse=True)
-    members = np.zeros((entries.row_count, len(distinct)), dtype=np.float32)
-    members[entries.rows, number.reshape(-1)] = 1
-    similar = _similar_order(members, m)
-    return similar if _union(members, similar, m) < _union(members, natural, m) else natural
+    members = np.zeros((len(distinct), entries.row_count), dtype=bool)
+    members[number.reshape(-1), entries.rows] = True
+    # Keys of the same rows count together: those of filters that share positions all do.
+    packed = np.packbits(members, axis=1)
+    _, first, weights = np.unique(packed.view(f"V{packed.shape[1]}"), return_index=True, return_counts=True)
+    kinds = members[first].astype(np.float32)
+    similar = _similar_order(kinds, weights.astype(np.float32), m)
+    better = _union(kinds, weights, similar, m) < _union(kinds, weights, natural, m)
+    return similar if better else natural
 
 
-def _similar_order(members: NDArray[np.float32], m: int) -> Integers:
-    """Block after block: the row with the most keys, then whichever adds the fewest to the block's union."""
-    size = members.sum(1)
-    left = np.ones(len(members), dtype=bool)
+def _similar_order(kinds: NDArray[np.float32], weights: NDArray[np.float32], m: int) -> Integers:
+    """Block after block: the row with the most keys, then whichever adds the fewest to the block's union.
+
+    ``kinds`` [kinds, rows] says which rows have a kind of keys, ``weights`` how many keys it is.
+    """
+    size = weights @ kinds
+    left = np.ones(kinds.shape[1], dtype=bool)
     order = []
-    for place in range(len(members)):
+    for place in range(kinds.shape[1]):
         if place % m == 0:
-            union = np.zeros(members.shape[1], dtype=np.float32)
-            shared = np.zeros(len(members), dtype=np.float32)
-            cost = -size
-        else:
-            cost = size - shared
+            union = np.zeros(len(kinds), dtype=bool)
+            shared = np.zeros_like(size)
+        cost = size - shared if place % m else -size
         row = int(np.where(left, cost, np.inf).argmin())
         left[row] = False
         order.append(row)
-        fresh = np.flatnonzero((members[row] > 0) & (union == 0))
-        union[fresh] = 1
-        shared = shared + members[:, fresh].sum(1)
+        fresh = np.flatnonzero((kinds[:, row] > 0) & ~union)
+        union[fresh] = True
+        shared = shared + weights[fresh] @ kinds[fresh]
     return np.array(order, dtype=np.int64)
 
 
-def _union(members: NDArray[np.float32], order: Integers, m: int) -> int:
-    return sum(int(members[order[at : at + m]].any(0).sum()) for at in range(0, len(order), m))
+def _union(kinds: NDArray[np.float32], weights: NDArray[np.int64], order: Integers, m: int) -> int:
+    """Keys of all blocks of ``m`` rows."""
+    blocks = (kinds[:, order[at : at + m]].any(1) for at in range(0, len(order), m))
+    return sum(int(weights[one].sum()) for one in blocks)
 
 
 @dataclass(frozen=True, slots=True, eq=False)
@@ -200,8 +209,8 @@ class Rows:
         starts: [rows + 1].
         longest: [programs].
         offsets, taps: [nnz] as `block_kernels` has them.
-        order: int64 [nnz] which value each is.
-        tiles: [programs of wgrad, 3], as `row_kernels.weight_gradient_rows` has them.
+        row_of: [nnz] the row of each value.
+        order: int64 [nnz] which value each is: row by row, for wgrad source by source.
     """
 
     rows: Tensor
@@ -209,14 +218,15 @@ class Rows:
     longest: Tensor
     offsets: Tensor
     taps: Tensor
+    row_of: Tensor
     order: Tensor
-    tiles: Tensor
 
 
-def rows_of(entries: Entries, given: Pass, m: int, bk: int) -> Rows:
-    """Tables of rows that share nothing, ``m`` a program of the product, ``bk`` values a program of wgrad."""
+def rows_of(entries: Entries, given: Pass, m: int, by_source: bool) -> Rows:
+    """Tables of rows that share nothing, ``m`` of them a program; wgrad wants its values ``by_source``."""
     own = entries.of(given)
-    order = np.lexsort((own.taps, own.sources, own.rows))
+    keys = (own.taps, own.rows, own.sources) if by_source else (own.taps, own.sources, own.rows)
+    order = np.lexsort(keys)
     counts = np.bincount(own.rows, minlength=own.row_count)
     starts = np.concatenate([[0], counts.cumsum()])
     by_length = np.argsort(-counts, kind="stable")
@@ -225,19 +235,14 @@ def rows_of(entries: Entries, given: Pass, m: int, bk: int) -> Rows:
     rows[: len(by_length)] = by_length
     longest = np.where(rows < 0, 0, np.append(counts, 0)[rows]).reshape(programs, m).max(1)
     offsets, taps = offsets_and_taps(own.sources[order], own.taps[order], given)
-    tiles = [
-        (row, int(starts[row]) + at, min(bk, count - at))
-        for row, count in enumerate(counts.tolist())
-        for at in range(0, count, bk)
-    ]
     return Rows(
         _table(rows),
         _table(starts),
         _table(longest),
         _table(offsets),
         _table(taps),
+        _table(own.rows[order]),
         torch.from_numpy(own.places[order]),
-        torch.tensor(tiles, dtype=torch.int32).view(-1, 3),
     )
 
 

@@ -160,10 +160,10 @@ class Columns:
         return [one * many for many in rest for one in images]
 
 
-def columns_of(n: int, positions: int, bq: int) -> Columns:
-    """How tiles of ``bq`` columns cut ``n`` images of ``positions`` positions."""
-    bn = images_of_tile(n, bq)
-    each, chunks = bq // bn, -(-n // bn)
+def columns_of(n: int, positions: int, tile: Tile) -> Columns:
+    """How tiles cut the columns of ``n`` images of ``positions`` positions."""
+    bn = images_of_tile(n, tile.bq, tile.images)
+    each, chunks = tile.bq // bn, -(-n // bn)
     even = n % bn == 0 and positions % each == 0
     return Columns(bn, chunks * -(-positions // each), chunks, each, even)
 
@@ -174,7 +174,7 @@ def _product(
     """Run a pass of forward or dgrad into ``y``; returns the sums by tile, [2, tiles, rows], if wanted."""
     n, row_count = x.shape[3], y.shape[0]
     positions = given.grid[0] * given.grid[1]
-    columns = columns_of(n, positions, tile.bq)
+    columns = columns_of(n, positions, tile)
     blocks = index.rows.numel() // tile.m
     accumulated = _sum_dtype(x.dtype)
     sums = (
@@ -259,25 +259,30 @@ def forward_statistics(
     if sums is None:
         raise UserError("batch norm in training mode needs more than one number per channel")
     tile, given = read.tiles["forward"], read.forward_pass
-    mean, variance = combine(sums, n, given.grid[0] * given.grid[1], tile.bq)
+    mean, variance = combine(sums, n, given.grid[0] * given.grid[1], tile)
     if bias is not None:
         mean = mean + bias
     return y, mean.to(values.dtype), variance.to(values.dtype)
 
 
-def combine(sums: Tensor, n: int, positions: int, bq: int) -> tuple[Tensor, Tensor]:
+def combine(sums: Tensor, n: int, positions: int, tile: Tile) -> tuple[Tensor, Tensor]:
     """Mean and biased variance [rows] of tiles' means and squared deviations [2, tiles, rows], float64.
 
     Chan, Golub and LeVeque, Algorithms for computing the sample variance, 1983.
     """
-    counts = torch.tensor(
-        columns_of(n, positions, bq).counts(n, positions), dtype=torch.float64, device=sums.device
-    )[:, None]
+    counts = _counts(n, positions, tile, sums.device)
     means, squares = sums.double()
     total = n * positions
     mean = (means * counts).sum(0) / total
     variance = (squares.sum(0) + (counts * (means - mean).square()).sum(0)) / total
     return mean, variance
+
+
+@functools.lru_cache(maxsize=256)
+def _counts(n: int, positions: int, tile: Tile, device: torch.device) -> Tensor:
+    """Columns of each tile, [tiles, 1]; made once, because a copy to a GPU waits for it."""
+    counts = columns_of(n, positions, tile).counts(n, positions)
+    return torch.tensor(counts, dtype=torch.float64, device=device)[:, None]
 
 
 def affine(
@@ -324,8 +329,8 @@ def wgrad(x: Tensor, gy: Tensor, values_shape: Sequence[int], tables: list[Tenso
     if total == 0 or n * positions == 0:
         return torch.zeros(list(values_shape), dtype=accumulated, device=x.device)
     x, gy = x.contiguous(), gy.to(x.dtype).contiguous()
-    columns = columns_of(n, positions, tile.bq)
-    programs = index.block_of.numel() if isinstance(index, Blocks) else len(index.tiles)
+    columns = columns_of(n, positions, tile)
+    programs = index.block_of.numel() if isinstance(index, Blocks) else -(-index.order.numel() // tile.bk)
     splits = _splits(tile, programs, columns.tiles, total * accumulated.itemsize, x.device)
     share = -(-columns.tiles // splits)
     splits = -(-columns.tiles // share)
@@ -357,7 +362,7 @@ def wgrad(x: Tensor, gy: Tensor, values_shape: Sequence[int], tables: list[Tenso
         )
         gradient = partial.sum(0)[index.tiles]
     else:
-        tables = [index.offsets, index.taps, index.tiles]
+        tables = [index.offsets, index.taps, index.row_of]
         _run(row_kernels.weight_gradient_rows, grid, tile, x, x, gy, *tables, partial, *numbers, **fixed)
         gradient = torch.empty(total, dtype=accumulated, device=x.device)
         gradient[index.order] = partial.sum(0)

@@ -4,8 +4,10 @@ from __future__ import annotations
 
 import functools
 import json
+import weakref
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
+from typing import ClassVar
 
 from torch import Tensor
 
@@ -89,20 +91,51 @@ def make_plan(
     Rows are put together by their keys only where masks are frozen: it takes as long as a training step.
     """
     plan = ConvPlan(replace(problem, batch=1), {phase: tiles[phase] for phase in PHASES if phase in tiles})
-    forward, backward = entries_of(structure, problem.groups)
-    frozen = structure.patterns is None
-    found = [
-        index_of(backward if phase == "dgrad" else forward, one, tile, structure.nnz, frozen)
-        for phase, tile in plan.tiles.items()
-        for one in plan.passes(phase)
-    ]
+    indexes = Indexes.of(structure, plan.problem)
+    found = [index for phase, tile in plan.tiles.items() for _, index in indexes.get(phase, tile)]
     return plan, [table.to(structure.device) for index in found for table in _written(index)]
 
 
-def index_of(entries: Entries, given: Pass, tile: Tile, values: int, regroup: bool = True) -> Index:
+class Indexes:
+    """Tables of one layer by phase and tile, each made once: a choice among tiles looks at all of them."""
+
+    _latest: ClassVar[list[Indexes]] = []
+    """Those of the last layer alone: together they take more memory than its weights."""
+
+    def __init__(self, structure: Structure, problem: ConvProblem) -> None:
+        self._structure, self.problem = weakref.ref(structure), problem
+        self.values, self.regroup = structure.nnz, structure.patterns is None
+        self.forward, self.backward = entries_of(structure, problem.groups)
+        self._known: dict[tuple[Phase, str, int, int], list[tuple[Pass, Index]]] = {}
+
+    @classmethod
+    def of(cls, structure: Structure, problem: ConvProblem) -> Indexes:
+        """Those of a layer, perhaps as they were made for its last call; dtypes and batch do not matter."""
+        plain = replace(problem, batch=1, dtype="float32", activations="float32")
+        for known in cls._latest:
+            if known._structure() is structure and known.problem == plain:
+                return known
+        cls._latest[:] = [cls(structure, plain)]
+        return cls._latest[0]
+
+    def get(self, phase: Phase, tile: Tile) -> list[tuple[Pass, Index]]:
+        """The passes of a phase, each with its tables, on the CPU."""
+        key = phase, tile.code, tile.m, tile.bk
+        if key not in self._known:
+            passes = dgrad_passes(self.problem) if phase == "dgrad" else [forward_pass(self.problem)]
+            entries = self.backward if phase == "dgrad" else self.forward
+            self._known[key] = [
+                (one, index_of(phase, entries, one, tile, self.values, self.regroup)) for one in passes
+            ]
+        return self._known[key]
+
+
+def index_of(
+    phase: Phase, entries: Entries, given: Pass, tile: Tile, values: int, regroup: bool = True
+) -> Index:
     """The index of one pass of a phase, cut as a tile says; ``values`` as in `blocks_of`."""
     if tile.code == "rows":
-        return rows_of(entries, given, tile.m, tile.bk)
+        return rows_of(entries, given, tile.m, phase == "wgrad")
     return blocks_of(entries, given, values, tile.m, tile.bk, regroup)
 
 

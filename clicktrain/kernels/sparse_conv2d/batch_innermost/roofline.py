@@ -12,10 +12,11 @@ import math
 from collections.abc import Mapping
 from dataclasses import dataclass
 
+import numpy as np
 import torch
 
 from clicktrain.kernels.impls import ConvProblem, Phase
-from clicktrain.kernels.sparse_conv2d.batch_innermost.index import Blocks, Rows
+from clicktrain.kernels.sparse_conv2d.batch_innermost.index import FILLING, Blocks, Rows
 from clicktrain.kernels.sparse_conv2d.batch_innermost.launch import columns_of, wanted_splits
 from clicktrain.kernels.sparse_conv2d.batch_innermost.passes import Pass
 from clicktrain.kernels.sparse_conv2d.batch_innermost.tiles import (
@@ -51,8 +52,8 @@ class Gpu:
     l2_bytes: float
 
     def dense_seconds(self, operations: float, size: float, precision: str) -> float:
-        """What a dense convolution of PyTorch is expected to take: see `DENSE_SHARE`."""
-        rate = self.fma if precision == "fp32" else self.products[precision]
+        """What a dense convolution should take, see `DENSE_SHARE`; ``precision`` as in ``products``."""
+        rate = self.products.get(precision, self.fma)
         peak = 2.0 * rate * self.multiprocessors * self.clock
         moved = max(size - self.l2_bytes, 0.0) / self.memory + size / self.l2
         return max(operations / (DENSE_SHARE * peak), moved) + LAUNCH
@@ -76,7 +77,7 @@ B200 = Gpu(
 GPUS: Mapping[int, Gpu] = {gpu.capability: gpu for gpu in (A100, H200, B200)}
 
 DENSE_SHARE = 0.65
-"""Share of the peak that cuDNN's convolutions reach. An assumption: good ones reach 60 to 75%."""
+"""Share of the peak that cuDNN's convolutions reach: an assumption. Good products reach 60 to 75%."""
 LAUNCH = 3e-6
 """Seconds from one kernel's end to the next one's beginning."""
 _SHARED_RATE = 128.0
@@ -85,14 +86,14 @@ _ISSUED = 128.0
 """Instructions of threads a cycle and multiprocessor: four warps of 32."""
 _GATHER = 20.0
 """Instructions for 16 bytes that are gathered: offset and tap, comparisons, address, the copy. See SASS."""
+_EACH_ROW = 15.0
+"""Instructions of a thread for a row of its own: loads of offset, tap and value, comparisons, address."""
 _COPY = 6.0
 """Instructions for 16 bytes of weights, whose addresses go up evenly."""
 _SYNCHRONOUS = 0.62
 """What ``mma.sync`` reaches of Hopper's peak, which only ``wgmma`` does: published micro-benchmarks."""
 _LATENCY = 2200.0
 """Cycles before a program's first product (offsets, then what they point to), and after its last."""
-_L1_HITS = 0.5
-"""Share of a kernel's gathered rows that taps of the same source find in L1, where it is asked for."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -133,7 +134,7 @@ def _one(
 ) -> Prediction:
     size = getattr(torch, problem.activations).itemsize
     n, positions = problem.batch, given.grid[0] * given.grid[1]
-    columns = columns_of(n, positions, tile.bq)
+    columns = columns_of(n, positions, tile)
     sources = problem.filters if phase == "dgrad" else problem.channels
     source = sources * given.source[0] * given.source[1] * n * size
     rows = problem.channels if phase == "dgrad" else problem.filters
@@ -142,7 +143,8 @@ def _one(
     steps: float
     if isinstance(index, Blocks):
         keys, values = index.keys, index.kept * index.keys * tile.m
-        step = _dot_step(phase, problem, tile, size, gpu)
+        hits = _found_again(index, given, columns.each) if tile.cached else 0.0
+        step = _dot_step(phase, problem, tile, size, gpu, hits)
         if phase == "wgrad":
             programs, steps = _split(len(index.block_of), columns.tiles, index.places.numel(), tile, gpu)
         else:
@@ -150,9 +152,11 @@ def _one(
             programs, steps = blocks * columns.tiles, keys / tile.bk / blocks
     else:
         values = float(index.order.numel())
-        step = _fma_step(phase, problem, index, tile, size, gpu)
+        step = _fma_step(phase, problem, index, tile, size, gpu, columns.each)
         if phase == "wgrad":
-            programs, steps = _split(len(index.tiles), columns.tiles, index.order.numel(), tile, gpu)
+            programs, steps = _split(
+                -(-index.order.numel() // tile.bk), columns.tiles, index.order.numel(), tile, gpu
+            )
         else:
             programs = index.longest.numel() * columns.tiles
             steps = float(index.longest.sum()) / index.longest.numel()
@@ -190,8 +194,31 @@ def _split(programs: int, tiles: int, sums: int, tile: Tile, gpu: Gpu) -> tuple[
     return programs * splits, tiles / splits
 
 
-def _dot_step(phase: Phase, problem: ConvProblem, tile: Tile, size: int, gpu: Gpu) -> dict[str, float]:
-    """Cycles of one multiprocessor for one step of a program, and bytes that it reads from L2."""
+def _found_again(index: Blocks, given: Pass, positions: int) -> float:
+    """Share of what a tile of positions in one row of the image gathers that another tap brought into L1."""
+    pairs = index.taps.cpu().numpy().astype(np.int64)
+    real = pairs != FILLING
+    if positions == 1 or not real.any():
+        return 0.0
+    block = index.block_of.cpu().numpy().repeat(len(pairs) // max(len(index.block_of), 1))[real]
+    down, across = (pairs[real] << 48) >> 48, pairs[real] >> 16
+    step = given.step[1]
+    size = given.source[0] * given.source[1]
+    source = (index.offsets.cpu().numpy()[real] - down * given.source[1] - across) // size
+    # A row of the image that a block reads, and where on it each tap's run of positions begins.
+    lines = (block.astype(np.int64) * (source.max() + 1) + source) * (1 << 16) + down + (1 << 15)
+    cells = across[:, None] + np.arange(positions) * step - across.min()
+    read = len(np.unique(lines[:, None] * (int(cells.max()) + 1) + cells))
+    return 1.0 - read / float(cells.size)
+
+
+def _dot_step(
+    phase: Phase, problem: ConvProblem, tile: Tile, size: int, gpu: Gpu, hits: float
+) -> dict[str, float]:
+    """Cycles of one multiprocessor for one step of a program, and bytes that it reads from L2.
+
+    ``hits`` is the share of what is gathered that L1 has.
+    """
     wide, deep = (tile.bk, tile.bq) if phase == "wgrad" else (tile.bq, tile.bk)
     name = "tf32" if problem.activations == "float32" and tile.precision == "tf32" else problem.activations
     rate = float(gpu.products.get(name, gpu.fma))
@@ -207,7 +234,6 @@ def _dot_step(phase: Phase, problem: ConvProblem, tile: Tile, size: int, gpu: Gp
     instructions = gathered / 16 * _GATHER + given / 16 * (_GATHER if phase == "wgrad" else _COPY)
     if name == "float32":
         instructions += tile.m * wide * deep
-    hits = _L1_HITS if tile.cached else 0.0
     return {
         "products": tile.m * wide * deep / rate,
         "shared": shared / _SHARED_RATE,
@@ -217,18 +243,34 @@ def _dot_step(phase: Phase, problem: ConvProblem, tile: Tile, size: int, gpu: Gp
 
 
 def _fma_step(
-    phase: Phase, problem: ConvProblem, index: Rows, tile: Tile, size: int, gpu: Gpu
+    phase: Phase, problem: ConvProblem, index: Rows, tile: Tile, size: int, gpu: Gpu, positions: int
 ) -> dict[str, float]:
     """As `_dot_step`, of rows by themselves: what is gathered goes through L1 into registers."""
-    rows = tile.bk if phase == "wgrad" else tile.m
-    gathered = rows * tile.bq * size
-    # What a program's rows read again is in L1: all rows read from the sources' distinct positions only.
-    distinct = problem.channels * problem.kernel[0] * problem.kernel[1] / max(problem.groups, 1)
-    reads = float(index.longest.sum()) / max(index.longest.numel(), 1) * tile.m
-    share = 1.0 if phase == "wgrad" else min(1.0, distinct / max(reads, 1.0) / 3)
+    rows, operands = (tile.bk, 2) if phase == "wgrad" else (tile.m, 1)
+    # Threads side by side in a row; each has its own offset, tap and comparisons for each row.
+    beside = min(32 * tile.warps, max(tile.bq * size // 16, 32))
+    vectors = tile.bq * size / 16
     return {
         "products": rows * tile.bq / gpu.fma,
-        "shared": (gathered + (tile.bq * size if phase == "wgrad" else 0)) / _SHARED_RATE,
-        "instructions": (rows * tile.bq + gathered / 16 * _GATHER) / _ISSUED,
-        "l2": gathered * share,
+        "shared": operands * rows * tile.bq * size / _SHARED_RATE,
+        "instructions": rows * (beside * _EACH_ROW + vectors * (3 * operands + 16 / size)) / _ISSUED,
+        "l2": rows * tile.bq * size * operands * _first_reads(phase, problem, index, tile, positions),
     }
+
+
+def _first_reads(phase: Phase, problem: ConvProblem, index: Rows, tile: Tile, positions: int) -> float:
+    """Share of what a program gathers that nothing else in it has brought into L1.
+
+    All taps of a source together read a window that is ``positions`` and the kernel's reach wide.
+    """
+    rows, taps = problem.kernel
+    window = rows * (positions + taps - 1) / positions
+    if phase == "wgrad":
+        program = np.arange(index.order.numel()) // tile.bk
+        tables = (table.cpu().numpy().astype(np.int64) for table in (index.offsets, index.row_of))
+        read, given = (len(np.unique(program * (int(t.max(initial=0)) + 1) + t)) for t in tables)
+        return (read * min(window / (rows * taps), 1.0) + given) / max(2 * len(program), 1)
+    # Rows go through the sources together: at most all of their windows are read for the first time.
+    sources = problem.filters if phase == "dgrad" else problem.channels / problem.groups
+    reads = float(index.longest.sum()) / max(index.longest.numel(), 1) * tile.m
+    return min(1.0, sources * window / max(reads, 1.0))

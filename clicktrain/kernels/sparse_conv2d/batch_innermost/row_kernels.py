@@ -137,7 +137,7 @@ def weight_gradient_rows(
     gy: tl.tensor,
     offsets: tl.tensor,
     taps: tl.tensor,
-    tiles_of: tl.tensor,
+    row_of: tl.tensor,
     partial: tl.tensor,
     n: tl.tensor,
     positions: tl.tensor,
@@ -157,23 +157,19 @@ def weight_gradient_rows(
     BIG: tl.constexpr,
     EVEN: tl.constexpr,
 ) -> None:
-    """partial[split, k] = sum of gy[row(k), q] * x[position(k, q)] over a split's columns q.
+    """partial[split, k] = gy[row_of[k], q] * x[position(k, q)], summed over a split's columns q.
 
-    A program has up to BK values of one row.
-
-    ``tiles_of`` [programs, 3]: row, first value, number of values; ``total`` is the number of all values.
+    A program has BK of the ``total`` values, in the order of their sources: those of one channel read the
+    same few rows of x, and those of one filter the same row of gy, which L1 has after the first.
     """
     accumulate = tl.float64 if WIDE else tl.float32
-    t = tl.program_id(0)
     split = tl.program_id(1)
-    r = tl.load(tiles_of + 3 * t)
-    first = tl.load(tiles_of + 3 * t + 1)
-    count = tl.load(tiles_of + 3 * t + 2)
-    kk = tl.arange(0, BK)
-    own = kk < count
+    k = tl.program_id(0) * BK + tl.arange(0, BK)
+    own = k < total
     column = tl.arange(0, BQ)
-    offset = tl.load(offsets + first + kk, mask=own, other=0)
-    tap = tl.load(taps + first + kk, mask=own, other=0)
+    offset = tl.load(offsets + k, mask=own, other=0)
+    tap = tl.load(taps + k, mask=own, other=0)
+    r = tl.load(row_of + k, mask=own, other=0)
     down = (tap << 16) >> 16
     across = tap >> 16
     if BIG:
@@ -210,10 +206,14 @@ def weight_gradient_rows(
         else:
             at = place * n + image
             from_gradient = position * n + image
+        given = own[:, None]
         if not EVEN:
             there = there & inside[None, :]
-        g = tl.load(gy + (gradient_row + from_gradient), mask=inside, other=0.0).to(accumulate)
+            given = given & inside[None, :]
+        g = tl.load(gy + (gradient_row[:, None] + from_gradient[None, :]), mask=given, other=0.0).to(
+            accumulate
+        )
         xs = tl.load(x + (row[:, None] + at[None, :]), mask=there, other=0.0).to(accumulate)
-        sum_of += xs * g[None, :]
-    to = split.to(tl.int64) * total + first + kk
+        sum_of += xs * g
+    to = split.to(tl.int64) * total + k
     tl.store(partial + to, tl.reduce(sum_of, 1, tl.standard._sum_combine), mask=own)

@@ -28,6 +28,7 @@ class Tile:
         warps, stages: of a program, and of its pipeline.
         precision: ``ieee``, or ``tf32`` to multiply float32 numbers with 10 bits of mantissa.
         cached: whether what is gathered goes through L1, where neighboring taps find it again.
+        images: how many images of one position it takes; 0 for as many as leave the fewest columns over.
         splits: into how many parts wgrad cuts its columns; 0 for as many as fill the GPU.
     """
 
@@ -40,6 +41,7 @@ class Tile:
     precision: str = "ieee"
     cached: bool = False
     splits: int = 0
+    images: int = 0
 
     def __post_init__(self) -> None:
         if self.code not in CODES:
@@ -53,12 +55,15 @@ class Tile:
                 raise ValueError(
                     f"{name} of a tile is a power of two from {least} to {_POWERS[-1]}, not {size!r}"
                 )
-        for name, most in (("warps", 16), ("stages", 8), ("splits", 1 << 16)):
+        for name, most in (("warps", 16), ("stages", 8), ("splits", (1 << 16) - 1)):
             size = getattr(self, name)
             if not _whole(size) or not 0 <= size <= most:
                 raise ValueError(f"{name} of a tile is a whole number up to {most}, not {size!r}")
         if self.warps not in (1, 2, 4, 8, 16) or self.stages < 1:
             raise ValueError(f"a tile has 1, 2, 4, 8 or 16 warps and at least one stage, not {self}")
+        images = self.images
+        if not _whole(images) or (images and (not 8 <= images <= self.bq or images & (images - 1))):
+            raise ValueError(f"images of a tile are 0 or a power of two from 8 to {self.bq}, not {images!r}")
         if not isinstance(self.cached, bool):
             raise ValueError(f"cached is true or false, not {self.cached!r}")
 
@@ -77,7 +82,7 @@ class Tile:
     def __str__(self) -> str:
         extra = "".join(
             [f" {self.precision}" * (self.precision != "ieee"), " L1" * self.cached,
-             f" /{self.splits}" * (self.splits > 0)]
+             f" {self.images} images" * (self.images > 0), f" /{self.splits}" * (self.splits > 0)]
         )  # fmt: skip
         return f"{self.code} {self.m}x{self.bq}x{self.bk} w{self.warps} s{self.stages}{extra}"
 
@@ -102,11 +107,13 @@ def read_tile(phase: Phase, value: Any) -> Tile:
     return tile
 
 
-def images_of_tile(n: int, bq: int) -> int:
+def images_of_tile(n: int, bq: int, wanted: int = 0) -> int:
     """How many images of one position a tile of ``bq`` columns takes: the fewest columns left over.
 
     At least 8, so that what a thread reads is 16 bytes; of equally good sizes the largest.
     """
+    if wanted:
+        return wanted
     sizes = [size for size in (1 << power for power in range(3, 10)) if size <= bq]
     return min(sizes or [bq], key=lambda size: (-(-n // size) * size, -size))
 
@@ -154,10 +161,9 @@ def shared_bytes(tile: Tile, phase: Phase, itemsize: int) -> int:
 def registers_of(tile: Tile, phase: Phase) -> int:
     """Registers that a thread wants: its share of the sums, and what addresses take. An estimate."""
     if tile.code == "rows":
-        sums = (tile.bk if phase == "wgrad" else tile.m) * tile.bq
-    else:
-        sums = tile.m * (tile.bk if phase == "wgrad" else tile.bq)
-    return sums // (32 * tile.warps) + _ADDRESSING
+        sums = (tile.bk if phase == "wgrad" else tile.m) * tile.bq // (32 * tile.warps)
+        return 3 * sums + _ADDRESSING  # what is gathered for all of a step, and addresses, are there too
+    return tile.m * (tile.bk if phase == "wgrad" else tile.bq) // (32 * tile.warps) + _ADDRESSING
 
 
 def programs_at_once(

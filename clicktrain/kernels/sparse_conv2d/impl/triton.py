@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
 from typing import Any
 from weakref import WeakKeyDictionary
 
@@ -87,6 +89,36 @@ def _candidate(structure: Structure, problem: ConvProblem, phase: Phase, tile: A
         return y
 
     return Candidate(phase, tile, "", run)
+
+
+@dataclass(frozen=True, slots=True)
+class Predicted:
+    """What the roofline model expects of a phase on a GPU, and of PyTorch's dense one; nothing is measured.
+
+    Attributes:
+        tile: the one that should be fastest, as text.
+        limit: what it waits for: ``products``, ``shared`` (memory), ``instructions``, ``l2`` or ``memory``.
+    """
+
+    seconds: float
+    dense_seconds: float
+    tile: str
+    limit: str
+
+
+def predicted(phase: Phase, structure: Structure, problem: ConvProblem, code: str) -> Predicted:
+    """Predict the best tile of a code, ``blocks`` or ``rows``, on the GPU here, else on an H200."""
+    from clicktrain.kernels.sparse_conv2d.batch_innermost.choice import choose, gpu_here
+
+    gpu = gpu_here(structure.device)
+    best = choose(phase, structure, problem, gpu, 1, code)[0]
+    f, c, r, s = structure.shape
+    size = getattr(torch, problem.activations).itemsize * problem.batch
+    images = math.prod(problem.output)
+    operations = 2.0 * f * c * r * s * images * problem.batch
+    moved = size * (problem.channels * math.prod(problem.image) + f * images)
+    dense = gpu.dense_seconds(operations, moved, problem.activations)
+    return Predicted(best.prediction.seconds, dense, str(best.tile), best.prediction.limit)
 
 
 def read_tiling(phase: Phase, value: Any) -> Any:

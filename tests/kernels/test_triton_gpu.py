@@ -1,0 +1,56 @@
+"""Triton's kernels on a GPU, against float64; what needs none is in the other files named triton."""
+
+from __future__ import annotations
+
+from importlib.util import find_spec
+
+import pytest
+import torch
+from torch import nn
+
+from clicktrain import accelerate
+from clicktrain.bench.conv import Shape
+from clicktrain.bench.gpu import GpuCase, bench_case, graph_ms, need_gpu
+from clicktrain.errors import UserError
+from clicktrain.kernels.pack_model import pack_model_
+
+GPU = pytest.mark.skipif(
+    not torch.cuda.is_available() or find_spec("triton") is None, reason="needs an NVIDIA GPU and Triton"
+)
+
+
+@pytest.mark.skipif(torch.cuda.is_available(), reason="there is a GPU")
+def test_without_a_gpu_nothing_is_measured() -> None:
+    with pytest.raises(UserError, match="this needs an NVIDIA GPU that PyTorch can see"):
+        need_gpu()
+
+
+@GPU
+@pytest.mark.gpu
+@pytest.mark.parametrize("precision", ["bf16", "tf32", "fp32"])
+@pytest.mark.parametrize("shape", [Shape(7, 5, 9, 6, 3), Shape(64, 96, 8, 8, 64)], ids=str)
+@pytest.mark.parametrize("structure", [(4.0, 16, 1), (10.0, 1, 1)], ids=str)
+def test_every_candidate_is_right(precision: str, shape: Shape, structure: tuple[float, int, int]) -> None:
+    for row in bench_case(GpuCase(shape, *structure, precision)):
+        assert row.sparse
+        assert not row.failed
+
+
+@GPU
+@pytest.mark.gpu
+def test_a_network_trains_on_the_gpu_as_its_dense_twin() -> None:
+    torch.manual_seed(0)
+    model = nn.Sequential(nn.Conv2d(3, 32, 3, padding=1), nn.Conv2d(32, 64, 3, padding=1), nn.BatchNorm2d(64))
+    pack_model_(model, {"1": (torch.rand(2, 32, 3, 3) < 0.2).repeat_interleave(32, 0)})
+    model = model.cuda()
+    x = torch.randn(64, 3, 16, 16, device="cuda")
+    fast = accelerate(model, x, rule="sparse")
+    expected, got = model(x), fast(x)
+    assert float((expected - got).abs().max() / expected.abs().max()) < 1e-2
+
+
+@GPU
+@pytest.mark.gpu
+def test_a_graph_is_timed() -> None:
+    x = torch.ones(1 << 20, device="cuda")
+    assert 0 < graph_ms({"copy": lambda: x.clone()})["copy"] < 10

@@ -9,7 +9,12 @@ class UserError(ValueError):
     """A mistake of the user: one sentence that says what is wrong and what would be right.
 
     The command line prints the sentence without a traceback and exits with code 2.
+
+    Attributes:
+        may_pass: whether the same may go well another time.
     """
+
+    may_pass: bool = False
 
 
 class FailedElsewhere(UserError):  # noqa: N818 - reads as a sentence to the user
@@ -18,6 +23,14 @@ class FailedElsewhere(UserError):  # noqa: N818 - reads as a sentence to the use
 
 class ProcessLost(UserError):  # noqa: N818 - reads as a sentence to the user
     """Another process of the same training has ended, or does not answer."""
+
+    may_pass = True
+
+
+class OutOfMemory(UserError):  # noqa: N818 - reads as a sentence to the user
+    """The system, or a GPU, has no memory left."""
+
+    may_pass = True
 
 
 class NetworkCollapsed(UserError):  # noqa: N818 - reads as a sentence to the user

@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import Any
 
 from clicktrain.cluster.links import Cluster, Level, Link
-from clicktrain.cluster.overlap import split_into_buckets
+from clicktrain.cluster.overlap import Message, equal_messages, iterate, split_into_buckets
 from clicktrain.cluster.ring import allreduce_seconds
 from clicktrain.errors import UserError, shown
 from clicktrain.files import read_json
@@ -21,14 +21,30 @@ FEWEST = 3
 
 @dataclass(frozen=True)
 class MeasuredRow:
-    """One row of ``clicktrain bench exchange``: what was exchanged by how many processes over which link."""
+    """One row of ``clicktrain bench exchange``: what was exchanged by how many processes over which link.
+
+    Attributes:
+        num_bytes: that each process hands to the allreduce in a step.
+        exchange_ms: of these messages, with nothing else going on.
+        calls: number of these messages; None: DistributedDataParallel's buckets.
+        step_ms, compute_ms: of a training step with its exchange, and of its computation alone, if measured.
+    """
 
     what: str
     processes: int
     link: str
     num_bytes: float
-    """What each process hands to the allreduce in a step."""
     exchange_ms: float
+    calls: int | None = None
+    step_ms: float | None = None
+    compute_ms: float | None = None
+
+    @property
+    def messages(self) -> list[Message]:
+        """What is exchanged, as gradients come about evenly over the backward pass."""
+        if self.calls is None:
+            return split_into_buckets(self.num_bytes)
+        return equal_messages(self.num_bytes, self.calls)
 
 
 @dataclass(frozen=True)
@@ -37,6 +53,15 @@ class Predicted:
 
     row: MeasuredRow
     predicted_ms: float
+    predicted_step_ms: float | None
+    """The step, from its measured computation and the overlap; None where that was not measured."""
+
+    @property
+    def step_error(self) -> float | None:
+        """Predicted step over the measured one, less 1."""
+        if self.predicted_step_ms is None or not self.row.step_ms:
+            return None
+        return self.predicted_step_ms / self.row.step_ms - 1
 
     @property
     def error(self) -> float:
@@ -60,6 +85,12 @@ class Fit:
     def largest_error(self) -> float:
         """Size of the largest error."""
         return max(abs(row.error) for row in self.rows)
+
+    @property
+    def median_step_error(self) -> float | None:
+        """Median of the size of the errors of steps; None where none was measured."""
+        errors = [abs(row.step_error) for row in self.rows if row.step_error is not None]
+        return statistics.median(errors) if errors else None
 
 
 def read_rows(path: str | Path) -> list[MeasuredRow]:
@@ -99,9 +130,18 @@ def _row(path: str | Path, number: int, values: Any) -> MeasuredRow:
             )
     if values["processes"] > 1 and not values["exchange_ms"] > 0:
         raise UserError(f"{path} row {number} has exchange_ms 0: no time was measured")
+    more = {key: values[name] for key, name in _OPTIONAL.items() if _positive(values.get(name))}
     return MeasuredRow(
-        values["what"], values["processes"], values["link"], values["bytes_per_step"], values["exchange_ms"]
-    )
+        values["what"], values["processes"], values["link"], values["bytes_per_step"], values["exchange_ms"],
+        **more,
+    )  # fmt: skip
+
+
+_OPTIONAL = {"calls": "calls_per_step", "step_ms": "step_ms", "compute_ms": "compute_ms"}
+
+
+def _positive(value: Any) -> bool:
+    return isinstance(value, int | float) and not isinstance(value, bool) and 0 < value < math.inf
 
 
 def _countable(value: Any) -> bool:
@@ -129,15 +169,24 @@ def fit_links(rows: Sequence[MeasuredRow]) -> list[Fit]:
         predicted = []
         for left_out in range(len(own)):
             link = fit_link(name, [*own[:left_out], *own[left_out + 1 :]])
-            predicted.append(Predicted(own[left_out], 1e3 * modeled_seconds(own[left_out], link)))
+            predicted.append(_predict(own[left_out], link))
         fits.append(Fit(fit_link(name, own), tuple(predicted)))
     return fits
 
 
-def modeled_seconds(row: MeasuredRow, link: Link) -> float:
-    """What the model says of a row: DistributedDataParallel's buckets, one after the other, in one ring."""
+def _predict(row: MeasuredRow, link: Link) -> Predicted:
     cluster = Cluster((Level(row.processes, link),))
-    return sum(allreduce_seconds(message.num_bytes, cluster) for message in split_into_buckets(row.num_bytes))
+    step = None
+    if row.compute_ms is not None:
+        one = iterate(row.messages, row.compute_ms / 1e3, lambda size: allreduce_seconds(size, cluster))
+        step = 1e3 * one.seconds
+    return Predicted(row, 1e3 * modeled_seconds(row, link), step)
+
+
+def modeled_seconds(row: MeasuredRow, link: Link) -> float:
+    """What the model says of a row: its messages, one after the other, in one ring."""
+    cluster = Cluster((Level(row.processes, link),))
+    return sum(allreduce_seconds(message.num_bytes, cluster) for message in row.messages)
 
 
 def fit_link(name: str, rows: Sequence[MeasuredRow]) -> Link:

@@ -76,14 +76,17 @@ def ready_share(share: float, profile: Profile) -> float:
     return costs[min(bisect.bisect_left(ends, share - 1e-12), len(costs) - 1)]
 
 
-def iterate(messages: Sequence[Message], compute: float, seconds_of: Callable[[float], float]) -> Iteration:
+def iterate(
+    messages: Sequence[Message], compute: float, seconds_of: Callable[[float], float], accumulated: int = 1
+) -> Iteration:
     """Follow a training step: messages leave in their order, when they are ready and the links are free.
 
     Args:
         compute: seconds of the step on one GPU alone, of which `BACKWARD` is the backward pass.
         seconds_of: seconds to sum a message, from its bytes.
+        accumulated: batches of the step, one after the other; gradients are exchanged in the last one.
     """
-    backward, exchange, free = BACKWARD * compute, 0.0, 0.0
+    backward, exchange, free = BACKWARD * compute / accumulated, 0.0, 0.0
     for message in messages:
         taken = seconds_of(message.num_bytes)
         exchange += taken

@@ -36,8 +36,8 @@ class Exchanged:
         source: where ``num_bytes`` is from: counted at the collective of a run of several processes, the
             gradients of all stored parameters, or those that frozen masks keep.
         images: of the epoch.
-        batch: images of an iteration in one process.
-        step_ms: measured step of that batch, None if there is none.
+        batch: images of an iteration, that is a step of the optimizer, in one process.
+        step_ms: measured time of that, None if there is none.
         flops, dense_flops: of training on one image, as executed and dense; None if unknown.
     """
 
@@ -135,8 +135,12 @@ class Projection:
         return sum(cost.dense.seconds * cost.dense_steps for cost in self.epochs)
 
 
-def recorded(metrics: Sequence[Mapping[str, Any]], summary: Mapping[str, Any] | None) -> list[Exchanged]:
+def recorded(
+    metrics: Sequence[Mapping[str, Any]], summary: Mapping[str, Any] | None, accumulate: int = 1
+) -> list[Exchanged]:
     """Read what each epoch of a run exchanges from its lines of metrics.
+
+    ``accumulate``: batches of a step of the optimizer; a line's times and sizes are those of one.
 
     A run of several processes has counted bytes and calls at the collective, those of gradients are taken.
     Others have the bytes of the gradients of their stored parameters (packed layers store kept ones only);
@@ -159,7 +163,8 @@ def recorded(metrics: Sequence[Mapping[str, Any]], summary: Mapping[str, Any] | 
     flops_before, dense_before = 0.0, 0.0
     found = []
     for line in lines:
-        epoch, batch = _number(line, "epoch") or 0.0, _number(line, "batch_size") or 1.0
+        epoch, batch = _number(line, "epoch") or 0.0, accumulate * (_number(line, "batch_size") or 1.0)
+        step_ms = _number(line, "step_ms_median")
         gradients = _number(line, "gradient_bytes") or 0.0
         steps = (_number(line, "gradient_bytes_epoch") or gradients) / gradients
         size, calls, source = _size(line, facts, frozen is not None and epoch - 1 >= frozen)
@@ -167,11 +172,18 @@ def recorded(metrics: Sequence[Mapping[str, Any]], summary: Mapping[str, Any] | 
         images = round(steps * batch)
         found.append(
             Exchanged(
-                epoch, size, dense, calls, source, images, batch / (_number(line, "processes") or 1.0),
-                _number(line, "step_ms_median"), max(flops - flops_before, 0.0) / images or None,
-                max(dense_flops - dense_before, 0.0) / images or None,
+                epoch=epoch,
+                num_bytes=size,
+                dense_bytes=dense,
+                calls=calls,
+                source=source,
+                images=images,
+                batch=batch / (_number(line, "processes") or 1.0),
+                step_ms=None if step_ms is None else accumulate * step_ms,
+                flops=max(flops - flops_before, 0.0) / images or None,
+                dense_flops=max(dense_flops - dense_before, 0.0) / images or None,
             )
-        )  # fmt: skip
+        )
         flops_before, dense_before = flops, dense_flops
     return found
 
@@ -217,6 +229,7 @@ def project(
     batch: int | None = None,
     tflops: float | None = None,
     dense_step_ms: float | None = None,
+    accumulate: int = 1,
 ) -> Projection:
     """Project a run onto a cluster.
 
@@ -225,15 +238,19 @@ def project(
         batch: images of a GPU in an iteration; None: those of a process in the run, epoch by epoch.
         tflops: what a GPU computes, in 1e12 floating point operations a second; None: steps take as long as
             the run measured, in proportion to the batch.
-        dense_step_ms: measured step of the run's first batch on the dense network; None: the run's own dense
+        dense_step_ms: measured time of the run's first batch on the dense network; None: the run's own dense
             steps, or those of its first epoch.
+        accumulate: batches of a step of the optimizer in the run's settings; only the last one's backward
+            pass hides the exchange.
 
     Raises:
         UserError: the run has not recorded what is needed.
     """
-    epochs = recorded(metrics, summary)
+    epochs = recorded(metrics, summary, accumulate)
     kept_profile, dense_profile = (profile_of(summary, dense=dense) for dense in (False, True))
-    dense_image = None if tflops is not None else _dense_image_seconds(epochs, summary, dense_step_ms)
+    dense_image = (
+        None if tflops is not None else _dense_image_seconds(epochs, summary, dense_step_ms, accumulate)
+    )
     dense_known = (
         tflops is not None
         or (dense_step_ms or _own_dense_step(summary)) is not None
@@ -246,7 +263,7 @@ def project(
         return allreduce_seconds(num_bytes, cluster)
 
     def step(messages: Sequence[Message], seconds: float) -> Iteration:
-        return iterate(messages, seconds, seconds_of)
+        return iterate(messages, seconds, seconds_of, accumulate)
 
     for one in epochs:
         images, dense_images = float(batch or one.batch), float(batch or epochs[0].batch)
@@ -294,10 +311,11 @@ def _by_flops(flops: float | None, tflops: float | None) -> float:
 
 
 def _dense_image_seconds(
-    epochs: Sequence[Exchanged], summary: Mapping[str, Any] | None, given: float | None
+    epochs: Sequence[Exchanged], summary: Mapping[str, Any] | None, given: float | None, accumulate: int
 ) -> float:
     """Measured seconds of a dense step for each image."""
-    step_ms = given or _own_dense_step(summary) or epochs[0].step_ms
+    batch_ms = given or _own_dense_step(summary)
+    step_ms = epochs[0].step_ms if batch_ms is None else accumulate * batch_ms
     if step_ms is None:
         raise UserError("the run has no measured steps: say what a GPU computes by tflops")
     return step_ms / 1e3 / epochs[0].batch

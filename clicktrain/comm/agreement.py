@@ -6,16 +6,33 @@ from them. Measured times and batch-norm statistics are not. Without a process g
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+import contextlib
+from collections.abc import Callable, Iterator, Sequence
 from typing import Any, TypeVar
 
 import torch
 import torch.distributed as dist
 from torch import Tensor
 
+from clicktrain.comm.collectives import AGREEMENT, all_reduce_, broadcast_
 from clicktrain.errors import FailedElsewhere, UserError
 
 T = TypeVar("T")
+
+
+_patient: dist.ProcessGroup | None = None
+"""The group whose members wait for long while one of them works for all; None: that of everything."""
+
+
+@contextlib.contextmanager
+def patient_group(group: dist.ProcessGroup) -> Iterator[None]:
+    """`of_first` and `all_or_none` use this group in the block."""
+    global _patient
+    before, _patient = _patient, group
+    try:
+        yield
+    finally:
+        _patient = before
 
 
 def several_processes() -> bool:
@@ -29,7 +46,7 @@ def agreed(numbers: Sequence[float], device: torch.device) -> list[float]:
         return list(numbers)
     dtype = torch.float32 if device.type == "mps" else torch.float64
     sent = torch.tensor(list(numbers), dtype=dtype, device=device)
-    dist.broadcast(sent, 0)
+    broadcast_(sent)
     return [float(number) for number in sent.tolist()]
 
 
@@ -39,11 +56,11 @@ def agreed_text(text: str, device: torch.device) -> str:
         return text
     data = text.encode()
     length = torch.tensor([len(data)], dtype=torch.int64, device=device)
-    dist.broadcast(length, 0)
+    broadcast_(length)
     sent = torch.zeros(int(length), dtype=torch.uint8, device=device)
     if dist.get_rank() == 0:
         sent.copy_(torch.frombuffer(bytearray(data), dtype=torch.uint8))
-    dist.broadcast(sent, 0)
+    broadcast_(sent)
     return bytes(sent.cpu().tolist()).decode()
 
 
@@ -53,22 +70,27 @@ def agree_on_(tensors: Sequence[Tensor]) -> None:
         return
     for tensor in tensors:
         sent = tensor.to(torch.uint8) if tensor.dtype == torch.bool else tensor.contiguous()
-        dist.broadcast(sent, 0)
+        broadcast_(sent)
         tensor.copy_(sent)
 
 
-def mean_over_processes(value: Tensor) -> Tensor:
-    """The mean of a tensor over all processes, in place."""
+def mean_over_processes(value: Tensor, purpose: str = AGREEMENT) -> Tensor:
+    """The mean of a tensor over all processes, in place; ``purpose``: what it is counted as."""
     if several_processes():
-        dist.all_reduce(value)
+        all_reduce_(value, purpose)
         value /= dist.get_world_size()
     return value
 
 
-def sum_over_processes(value: Tensor) -> Tensor:
-    """The sum of a tensor over all processes, in place."""
+def sum_over_processes(
+    value: Tensor, purpose: str = AGREEMENT, group: dist.ProcessGroup | None = None
+) -> Tensor:
+    """The sum of a tensor over all processes, or those of a group, in place.
+
+    ``purpose``: what it is counted as.
+    """
     if several_processes():
-        dist.all_reduce(value)
+        all_reduce_(value, purpose, group=group)
     return value
 
 
@@ -77,16 +99,16 @@ def largest_over_processes(number: int, device: torch.device) -> int:
     if not several_processes():
         return number
     sent = torch.tensor([number], dtype=torch.int64, device=device)
-    dist.all_reduce(sent, dist.ReduceOp.MAX)
+    all_reduce_(sent, AGREEMENT, dist.ReduceOp.MAX)
     return int(sent)
 
 
-def gathered(own: T) -> list[T]:
+def gathered(own: T, group: dist.ProcessGroup | None = None) -> list[T]:
     """What each process has, by rank; small things only, they travel pickled between processes of one run."""
     if not several_processes():
         return [own]
     everyone: list[Any] = [None] * dist.get_world_size()
-    dist.all_gather_object(everyone, own)
+    dist.all_gather_object(everyone, own, group=group)
     return everyone
 
 
@@ -103,9 +125,9 @@ def of_first(make: Callable[[], T]) -> T:
         try:
             message = [make(), None]
         except UserError as error:
-            dist.broadcast_object_list([None, str(error)], 0)
+            dist.broadcast_object_list([None, str(error)], 0, group=_patient)
             raise
-    dist.broadcast_object_list(message, 0)
+    dist.broadcast_object_list(message, 0, group=_patient)
     if message[1] is not None:
         raise FailedElsewhere(message[1])
     made: T = message[0]
@@ -126,7 +148,7 @@ def all_or_none(make: Callable[[], T]) -> T:
         error = mistake
         if not several_processes():
             raise
-    said = gathered(None if error is None else str(error))
+    said = gathered(None if error is None else str(error), _patient)
     rank = next((rank for rank, text in enumerate(said) if text is not None), None)
     if rank is None:
         return made  # type: ignore[return-value]

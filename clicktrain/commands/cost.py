@@ -42,8 +42,9 @@ COMMAND = Command(
     positional=Positional("runs", "Folders of the runs.", many=True, optional=True),
     groups={"this command": _OPTIONS},
     examples=(
-        "clicktrain cost runs/dense runs/first --gpus 16 64 256 --link ib-edr",
-        "clicktrain cost runs/first --by-epoch --json cost.json",
+        "clicktrain cost runs/pruned runs/dense --gpus 128 --link ethernet-10g",
+        "clicktrain cost runs/pruned --gpus 512 --link 25Gbit/s,5us --adapters 2 --json cost.json",
+        "clicktrain cost --check exchange.json   # the model against 'clicktrain bench exchange --json FILE'",
     ),
 )
 
@@ -107,7 +108,7 @@ def _project(given: dict[str, Any]) -> list[tuple[Run, list[Projection]]]:
             own = [
                 project(
                     one.metrics, one.summary, cluster, batch=given["batch_size"], tflops=given["tflops"],
-                    dense_step_ms=statistics.median(steps) if steps else None,
+                    dense_step_ms=statistics.median(steps) if steps else None, accumulate=one.accumulate,
                 )
                 for cluster in clusters
             ]  # fmt: skip
@@ -173,6 +174,7 @@ def _fit_json(fit: Fit) -> dict[str, Any]:
         "latency_us": fit.link.latency * 1e6,
         "median_error": fit.median_error,
         "largest_error": fit.largest_error,
+        "median_step_error": fit.median_step_error,
         "rows": [
             {
                 "what": one.row.what,
@@ -181,6 +183,9 @@ def _fit_json(fit: Fit) -> dict[str, Any]:
                 "exchange_ms": one.row.exchange_ms,
                 "predicted_ms": one.predicted_ms,
                 "error": one.error,
+                "step_ms": one.row.step_ms,
+                "predicted_step_ms": one.predicted_step_ms,
+                "step_error": one.step_error,
             }
             for one in fit.rows
         ],
@@ -278,9 +283,18 @@ def _show_fit(fit: Fit, console: Console) -> None:
             ("MB a step", lambda one: f"{one.row.num_bytes / 1e6:.3g}"),
             ("measured ms", lambda one: ms(one.row.exchange_ms)),
             ("predicted ms", lambda one: ms(one.predicted_ms)),
-            ("error", lambda one: f"{100 * one.error:+.0f}%"),
+            ("error", lambda one: _error(one.error)),
+            ("step ms", lambda one: ms(one.row.step_ms)),
+            ("predicted", lambda one: ms(one.predicted_step_ms)),
+            ("error", lambda one: _error(one.step_error)),
         ),
         fit.rows,
     )
     said = f"error: median {100 * fit.median_error:.0f}%, largest {100 * fit.largest_error:.0f}%"
+    if fit.median_step_error is not None:
+        said += f"; of steps, with the overlap: median {100 * fit.median_step_error:.0f}%"
     console.print(said, markup=False, highlight=False)
+
+
+def _error(share: float | None) -> str:
+    return "-" if share is None else f"{100 * share:+.0f}%"

@@ -57,7 +57,7 @@ def describe(image_size: int, classes: int, width: float) -> list[dict[str, Any]
 
     from clicktrain.accounting import count
     from clicktrain.models.registry import create_model, list_models, min_image_size
-    from clicktrain.train.prepare import SMALL_IMAGE
+    from clicktrain.train.augmentation import SMALL_IMAGE
 
     stem, rows = "cifar" if image_size <= SMALL_IMAGE else "imagenet", []
     for name in list_models():

@@ -7,11 +7,11 @@ import sys
 from collections.abc import Sequence
 from uuid import uuid4
 
-from clicktrain.comm.processes import launched
+from clicktrain.comm.processes import TIMEOUT_S, launched
 from clicktrain.commands.arguments import Option
 from clicktrain.errors import UserError
 
-PROCESSES = (
+LAUNCHER = (
     Option(
         "processes",
         int,
@@ -27,6 +27,19 @@ PROCESSES = (
         "How often all processes may begin again from the last checkpoint after one of them has died.",
         0,
         metavar="N",
+        main=False,
+    ),
+)
+"""Flags that are the launcher's."""
+PROCESSES = (
+    *LAUNCHER,
+    Option(
+        "process_timeout",
+        float,
+        "Seconds that processes wait for one that does not arrive; where one works for all, as it measures "
+        "operators, they wait for half an hour if that is longer.",
+        TIMEOUT_S,
+        metavar="SECONDS",
         main=False,
     ),
 )
@@ -52,7 +65,7 @@ def start(command: str, argv: Sequence[str], processes: int, restarts: int = 0) 
 
     Args:
         command: name of the command.
-        argv: its arguments, without those of `PROCESSES`.
+        argv: its arguments, without those of `LAUNCHER`.
         processes: on this machine.
         restarts: after a process has died.
     """
@@ -82,12 +95,12 @@ def start(command: str, argv: Sequence[str], processes: int, restarts: int = 0) 
 
 
 def without(argv: Sequence[str]) -> list[str]:
-    """The arguments without those of `PROCESSES`."""
+    """The arguments without those of `LAUNCHER`."""
     left: list[str] = []
     words = iter(argv)
     for word in words:
         flag, equals, _ = word.partition("=")
-        if flag in {option.flag for option in PROCESSES}:
+        if flag in {option.flag for option in LAUNCHER}:
             if not equals:
                 next(words, None)
             continue

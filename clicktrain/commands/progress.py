@@ -15,13 +15,13 @@ from rich.progress_bar import ProgressBar
 from rich.table import Table
 from rich.text import Text
 
-from clicktrain.comm.processes import launched
+from clicktrain.comm.processes import TIMEOUT_S, launched
 from clicktrain.commands.inspect import asked_and_reached, training_share
 from clicktrain.commands.screen import lasting_console, warn
 from clicktrain.methods import Method
 from clicktrain.methods.outcome import Outcome
 from clicktrain.train import RunConfig, RunFolder, TrainingInterrupted
-from clicktrain.train.fit import fit
+from clicktrain.train.fit import Resume, fit
 from clicktrain.wording import clock
 
 if TYPE_CHECKING:
@@ -200,21 +200,24 @@ def carry_out(
     quiet: bool,
     report: bool,
     notes: Sequence[str] = (),
-    resume: bool = False,
+    resume: Resume = False,
+    process_timeout: float = TIMEOUT_S,
 ) -> int:
     """Train (or go on training), write the report, print what was reached; the exit code.
 
     ``notes`` are sentences to print before the run starts.
     """
     if not launched().first:
-        return _follow(config, method, folder, resume)
+        return _follow(config, method, folder, resume, process_timeout)
     console = lasting_console(f"the run goes on without it, in {folder.path}")
     progress = make_progress(console, quiet)
     for note in notes:
         console.print(note, markup=False, highlight=False, soft_wrap=True)
     try:
         with nullcontext() if quiet else log_lines(console):
-            summary = fit(config, method, folder, progress=progress, resume=resume)
+            summary = fit(
+                config, method, folder, progress=progress, resume=resume, process_timeout=process_timeout
+            )
     except TrainingInterrupted as stop:
         if progress is not None:
             progress.close()  # before the sentence is printed
@@ -235,10 +238,12 @@ def carry_out(
     return 0
 
 
-def _follow(config: RunConfig, method: Method[Any], folder: RunFolder, resume: bool) -> int:
+def _follow(
+    config: RunConfig, method: Method[Any], folder: RunFolder, resume: Resume, process_timeout: float
+) -> int:
     """Train as one of several processes, of which the first one speaks; the exit code."""
     try:
-        fit(config, method, folder, resume=resume)
+        fit(config, method, folder, resume=resume, process_timeout=process_timeout)
     except TrainingInterrupted as stop:
         return stop.exit_code
     return 0

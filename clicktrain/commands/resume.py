@@ -6,6 +6,7 @@ from collections.abc import Sequence
 from dataclasses import replace
 from pathlib import Path
 
+from clicktrain.comm.processes import TIMEOUT_S
 from clicktrain.commands.arguments import OWN_MODEL, QUIET, REPORT, RUN, Command, Option
 from clicktrain.commands.processes import PROCESSES, check, start, without
 
@@ -17,7 +18,22 @@ _COMMAND = Command(
         "clicktrain resume runs/first",
         "clicktrain resume runs/mine --model mynet:build",
     ),
-    groups={"this command": (OWN_MODEL, replace(REPORT, main=True), replace(QUIET, main=True), *PROCESSES)},
+    groups={
+        "this command": (
+            OWN_MODEL,
+            replace(REPORT, main=True),
+            replace(QUIET, main=True),
+            *PROCESSES,
+            Option(
+                "parts",
+                int | None,
+                "Divide batches into another number of parts from here on: batch norm statistics are those "
+                "of a part. By default they stay as they are, whatever number of processes goes on.",
+                metavar="N",
+                main=False,
+            ),
+        )
+    },
 )
 
 
@@ -56,6 +72,14 @@ def run(argv: Sequence[str]) -> int:
     folder = RunFolder(Path(given["run"]))
     named = {name: given[name] for name in _own_choices() if given.get(name) is not None}
     config, method = load_run_config(folder, given.get("model"), named)
+    if given.get("parts") is not None:
+        config = replace(config, parts=given["parts"])
     return carry_out(
-        config, method, folder, quiet=given.get("quiet", False), report=given.get("report", True), resume=True
+        config,
+        method,
+        folder,
+        quiet=given.get("quiet", False),
+        report=given.get("report", True),
+        resume=True,
+        process_timeout=given.get("process_timeout", TIMEOUT_S),
     )

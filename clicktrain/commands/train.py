@@ -22,7 +22,6 @@ from clicktrain.commands.arguments import QUIET, REPORT, Command, Option, option
 from clicktrain.commands.processes import PROCESSES, check, start, without
 from clicktrain.commands.progress import carry_out
 from clicktrain.errors import UserError
-from clicktrain.files import is_file
 from clicktrain.methods import METHODS, Method
 from clicktrain.own_code import is_own
 from clicktrain.runs.format import is_settings_of_run
@@ -32,6 +31,7 @@ from clicktrain.train.checkpoint import bytes_needed
 from clicktrain.train.config import check_said_once, code_settings, read_settings
 from clicktrain.train.device import autocast
 from clicktrain.train.prepare import prepare
+from clicktrain.train.recipe_lines import recipe_lines
 from clicktrain.train.time_budget import plan_time
 from clicktrain.wording import clock, short
 
@@ -39,6 +39,14 @@ _OWN: dict[str, tuple[Option, ...]] = {
     "run": (
         Option("config", str | None, "YAML file with settings; flags given beside it win.", metavar="FILE"),
         Option("dry_run", bool, "Check everything, print the plan and the cost, write no run.", False),
+        Option(
+            "resume",
+            bool,
+            "Go on with the run in --out if it has begun, as a job does that is started again with the same "
+            "command.",
+            False,
+            main=False,
+        ),
         *PROCESSES,
     ),
     "output": (
@@ -56,12 +64,24 @@ _OWN: dict[str, tuple[Option, ...]] = {
 """Flags that are no settings of a run, by heading."""
 
 GROUPS: dict[str, tuple[str, str]] = {
-    "run": ("epochs device precision", "time_budget budget_epochs seed threads deterministic compile"),
-    "data": ("data", "augment image_size val_fraction holdout workers shuffle_buffer cache_dir cutout mixup"),
-    "model": ("model width", "stem initial_weights whitening sync_batch_norm channels_last packed operators"),
+    "run": (
+        "epochs device precision",
+        "time_budget budget_epochs seed threads deterministic compile exchange exchange_dtype",
+    ),
+    "data": (
+        "data",
+        "augment image_size val_fraction holdout workers shuffle_buffer cache_dir cutout mixup cutmix "
+        "mix_probability auto_augment randaugment_operations randaugment_magnitude randaugment_deviation "
+        "randaugment_probability erasing erasing_fill augment_repeats",
+    ),
+    "model": (
+        "model width",
+        "stem initial_weights whitening sync_batch_norm parts channels_last packed operators",
+    ),
     "recipe": (
         "batch_size optimizer learning_rate schedule",
-        "weight_decay momentum nesterov decay_norm_and_bias warmup_epochs bias_rate_factor milestones gamma "
+        "weight_decay momentum nesterov decay_norm_and_bias warmup_epochs bias_rate_factor layer_decay "
+        "layer_rates loss bce_threshold milestones gamma "
         "second_cycle cycle_floor distill distill_temperature teacher label_smoothing learning_rate_batch "
         "learning_rate_scaling ema_decay lookahead recalibrate_norms clip_grad_norm accumulate dynamic_batch "
         "memory_budget batch_granularity batch_limit batch_lr",
@@ -93,14 +113,22 @@ def run(argv: Sequence[str]) -> int:
         return dry_run(config, method)
     out = own["out"]
     folder = RunFolder.default(config.model, config.method) if out is None else RunFolder(Path(out))
+    if out is None and (own["resume"] or launched().may_restart):
+        raise UserError("a run that may have to be found again needs a name: give --out")
     if own["processes"] > 1:
         there = [] if out is not None else ["--out", str(folder.path)]
         return start("train", [*without(argv), *there], own["processes"], own["restarts"])
     left_out = f"method {config.method} has no {', '.join(ignored)}: those of the recipe are left out"
     notes = [left_out] if ignored else []
-    again = launched().restarts > 0 and is_file(folder.config)  # a process had died
     return carry_out(
-        config, method, folder, quiet=own["quiet"], report=own["report"], notes=notes, resume=again
+        config,
+        method,
+        folder,
+        quiet=own["quiet"],
+        report=own["report"],
+        notes=notes,
+        resume="if begun" if own["resume"] else "if restarted",
+        process_timeout=own["process_timeout"],
     )
 
 
@@ -287,6 +315,7 @@ def cost_lines(prepared: Prepared) -> list[str]:
         f"data: {prepared.data.describe()}",
         f"training: {config.epochs} epochs x {batches} batches of {config.batch_size}, "
         f"{short(cost.training_flops_dense * images, ' ')}FLOPs if it stayed dense",
+        *recipe_lines(prepared),
         f"time: about {clock(config.epochs * batches * ms / 1000)} at {ms:.0f} ms per dense batch on "
         f"{prepared.device} (measured), without evaluation",
         f"memory: about {bytes_in_words(memory.at_batch(config.batch_size))} per iteration (estimated)",

@@ -6,7 +6,8 @@ from typing import Literal
 
 import torch
 
-from clicktrain.data.augment import WHOLE, Augment, Part
+from clicktrain.data.augment import Augment
+from clicktrain.data.draws import WHOLE, Part
 from clicktrain.data.image_data import ImageData, PixelSource
 from clicktrain.data.loader import BatchPlan, Finish, InMemoryLoader, Loader
 from clicktrain.data.shards.loader import ShardLoader
@@ -27,6 +28,7 @@ def make_loader(
     channels_last: bool = False,
     dtype: torch.dtype = torch.float32,
     part: Part = WHOLE,
+    repeats: int = 1,
 ) -> Loader:
     """Make the loader of a split.
 
@@ -39,9 +41,11 @@ def make_loader(
         drop_last: leave out a last batch that is not full.
         dtype: of the images in a batch; they are augmented and normalized in float32 all the same.
         part: of the batches, for one of several processes; ``batch_size`` is that of all of them.
+        repeats: how often each training image of an epoch is in it, see `BatchPlan`.
 
     Raises:
-        UserError: a batch size that gives no batch, or an augmentation too large for the images.
+        UserError: a batch size that gives no batch, an augmentation too large for the images, or repeated
+            images in a stream.
     """
     source = {"train": data.train, "val": data.val, "test": data.test}[split]
     if source is None:
@@ -55,14 +59,20 @@ def make_loader(
         )
     training = split == "train"
     smallest = min(batch_size, len(source))
-    if training and smallest % part.count:
+    if training and smallest < max(part.count, part.number):
+        who = f"{part.count} processes" if part.count >= part.number else f"{part.number} parts"
         raise UserError(
-            f"{part.count} processes cannot share batches of {smallest} images evenly: give a batch_size "
-            f"that is a multiple of {part.count}"
+            f"{who} cannot share batches of {smallest} images: give a batch_size of at least "
+            f"{max(part.count, part.number)}"
         )
     applied = augment if training else Augment()
     applied.check(*data.image_shape[1:])
-    plan = BatchPlan(len(source), batch_size, drop_last, training, seed, part)
+    if training and repeats > 1 and isinstance(source, ShardSource):
+        raise UserError(
+            f"augment_repeats is {repeats} but {data.spec} is a stream, in which each image comes once an "
+            "epoch: set it to 1"
+        )
+    plan = BatchPlan(len(source), batch_size, drop_last, training, seed, part, repeats if training else 1)
     mean = torch.tensor(data.mean, dtype=torch.float32, device=device)
     std = torch.tensor(data.std, dtype=torch.float32, device=device)
     finish = Finish(applied, mean, std, seed, dtype, channels_last)

@@ -173,7 +173,7 @@ class Program:
         return list(made)
 
     def multiply_adds(self) -> int:
-        """Of one image, of nonzero weights."""
+        """Those of one image with nonzero weights."""
         total = 0
         for op in self.ops:
             if isinstance(op, Conv):

@@ -26,8 +26,8 @@ def exchange_figures(run: Run) -> list[Figure]:
     if run.is_dense:
         return []
     try:
-        large = project(run.metrics, run.summary, LARGE)
-        small = [project(run.metrics, run.summary, cluster) for cluster in SMALL]
+        large = project(run.metrics, run.summary, LARGE, accumulate=run.accumulate)
+        small = [project(run.metrics, run.summary, cluster, accumulate=run.accumulate) for cluster in SMALL]
     except UserError:  # an old folder, or no finished epoch
         return []
     figures = [_bytes(run, large), _exchange(run, small), _training(run, small)]
@@ -78,8 +78,8 @@ def _exchange(run: Run, projections: list[Projection]) -> Figure | None:
     )
     return _by_gpus(
         run, "Exchange of a step, ms",
-        f"All gradients of a step in machines of 4 GPUs (PCIe 3, FDR InfiniBand), last epoch: {saved} GPUs "
-        "saved. Projected.",
+        f"All gradients of a step in machines of 4 GPUs (PCIe 3, FDR InfiniBand), last epoch; saved: {saved} "
+        "GPUs. Projected.",
         projections,
         [
             ("dense", _DENSE, True, lambda p: 1e3 * p.epochs[-1].dense.exchange),

@@ -167,6 +167,13 @@ class RunFolder:
             raise UserError(f"cannot make the folder {self.path}: {error.strerror}") from None
         return self
 
+    def change_setting(self, name: str, value: Any) -> None:
+        """Write another value into config.yaml, if it is another one."""
+        settings = self.read_settings()
+        if settings.get(name) != value:
+            text = yaml.safe_dump({**settings, name: value}, sort_keys=False)
+            write_text_atomic(self.config, f"{HEADER}{FORMAT_VERSION}\n{text}")
+
     def open(self) -> RunFolder:
         """Raise a UserError unless this is the folder of a run that this version can read."""
         if not exists(self.config) and self.checkpoint_folder.is_dir() and only_begun(self.path):

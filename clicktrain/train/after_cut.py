@@ -8,7 +8,6 @@ from __future__ import annotations
 import contextlib
 import itertools
 from collections.abc import Iterator
-from functools import partial
 from typing import Any
 
 import torch
@@ -21,7 +20,7 @@ from clicktrain.runs.events import HardPruneEvent, NormsEvent, RestartEvent
 from clicktrain.sparsity.masks import sparsity_of
 from clicktrain.train.averages import begin_again_
 from clicktrain.train.device import autocast, seed_batch
-from clicktrain.train.loss import training_loss
+from clicktrain.train.loss import guessing_loss, training_loss
 from clicktrain.train.norms import measure_norms_, norms_kept, norms_of
 from clicktrain.train.second_cycle import DAMAGE_BATCHES, SecondCycle, damage_by_loss, damage_by_norm
 from clicktrain.train.training_run import TrainingRun
@@ -46,7 +45,7 @@ def _restart(run: TrainingRun, cycle: SecondCycle) -> None:
         about = {"damage": _damage_by_norm(run)}
     elif rule == "loss":
         before, after = _losses(run, cycle)
-        damage = damage_by_loss(before, after, p.facts["num_classes"])
+        damage = damage_by_loss(before, after, guessing_loss(p.config, p.facts["num_classes"]))
         about = {"damage": damage, "loss_before": before, "loss_after": after}
     step = p.batch_sizes.schedule_step(p.scheduler.last_epoch + 1)
     planned = cycle.planned_epoch
@@ -71,9 +70,11 @@ def _losses(run: TrainingRun, cycle: SecondCycle) -> tuple[float, float]:
         batches = p.train_loader.epoch(state.epoch, first)
         for number, batch in enumerate(itertools.islice(batches, count), start=first):
             drawn = p.batch_sizes.batch_number(state.epoch, number)
-            seed_batch(p.config.seed, drawn, p.device, p.processes.rank)
-            after += mean_over_processes(training_loss(run, batch)[0]).item()
-            images += len(batch.y) * p.processes.number
+            loss = torch.zeros((), device=p.device)
+            for piece, _, share in run.pieces(batch, drawn):
+                loss += training_loss(run, piece)[0] * share
+            after += mean_over_processes(loss).item()
+            images += p.batch_images
     run.state.train_flops += p.cost.forward_now * images
     run.state.add_nominal(p.cost.forward_now * images)
     return sum(cycle.state.losses[-count:]) / count, after / count
@@ -115,21 +116,27 @@ def _measure(run: TrainingRun, model: nn.Module, epoch: int) -> int:
         with autocast(p.device, p.config.precision):
             return (run.forward.current if model is p.model else model)(x)
 
-    with run_together() if p.config.sync_batch_norm else contextlib.nullcontext():
-        images = measure_norms_(model, _images(run, epoch, p.config.recalibrate_norms), forward)
+    count = p.config.recalibrate_norms
+    with run_together(p.norm_group) if p.norms_shared else contextlib.nullcontext():
+        measure_norms_(model, _images(run, epoch, count), forward)
+    # Every part counts the same, and those who share one have its statistics.
+    weight = len(p.part.own) / len(p.part.sharers) * p.processes.number / p.part.number
     for norm in norms_of(model):
         for statistic in (norm.running_mean, norm.running_var):
             assert statistic is not None
-            mean_over_processes(statistic)
-    return images * p.processes.number
+            mean_over_processes(statistic if weight == 1 else statistic.mul_(weight))
+        if norm.num_batches_tracked is not None:
+            norm.num_batches_tracked.fill_(count)  # of all parts
+    return count * p.batch_images
 
 
 def _images(run: TrainingRun, epoch: int, count: int) -> Iterator[Tensor]:
-    """Training images of some batches from the start of an epoch, and of those after it."""
+    """Training images of some batches from the start of an epoch, and of those after it, part by part."""
     p = run.prepared
     epochs = map(p.train_loader.epoch, itertools.count(epoch))
     batches: Iterator[Batch] = itertools.chain.from_iterable(epochs)
-    seed = partial(seed_batch, p.config.seed, device=p.device, rank=p.processes.rank)
+    first = p.part.rows(p.batch_images).start
     for number, batch in enumerate(itertools.islice(batches, count)):
-        seed(number)  # dropout
-        yield batch.x
+        for rows, stream in zip(p.part.pieces(p.batch_images), p.part.streams, strict=True):
+            seed_batch(p.config.seed, number, p.device, stream)  # dropout
+            yield batch.x[rows.start - first : rows.stop - first]

@@ -13,6 +13,7 @@ import torch
 from torch import Tensor
 from torch.optim.swa_utils import AveragedModel
 
+from clicktrain.comm import add_exchange, counted
 from clicktrain.comm.agreement import gathered, largest_over_processes, several_processes, sum_over_processes
 from clicktrain.data import Batch
 from clicktrain.errors import NetworkCollapsed, UserError
@@ -20,12 +21,12 @@ from clicktrain.formats.atomic import append_jsonl
 from clicktrain.train.after_cut import after_cut, recalibrated
 from clicktrain.train.averages import LOOKAHEAD_STEPS, SlowWeights
 from clicktrain.train.config import resume_command
-from clicktrain.train.device import seed_batch
 from clicktrain.train.evaluate import Evaluation, evaluate
+from clicktrain.train.exchange import epoch_figures
 from clicktrain.train.interrupt import LossWatch, StopRequest, TrainingInterrupted, diverged, explosion
 from clicktrain.train.loss import training_loss
 from clicktrain.train.minibatch import next_epoch
-from clicktrain.train.optim import trained_parameters
+from clicktrain.train.optim import shown_learning_rate, trained_parameters
 from clicktrain.train.progress import StepProgress
 from clicktrain.train.state import EpochTotals
 from clicktrain.train.training_run import TrainingRun
@@ -46,8 +47,9 @@ def train_epoch(run: TrainingRun, stop: StopRequest) -> None:
     watch = LossWatch(1 if p.device.type == "cpu" else _READ_EVERY, clock.report)
     p.model.train()
     for batch in _timed(run, stop):
-        loss, correct, step_done = train_batch(run, batch)
-        clock.images += len(batch.y) * p.processes.number
+        with counted(run.state.totals.exchange):
+            loss, correct, step_done = train_batch(run, batch)
+        clock.images += p.batch_images
         if watch.add(loss, correct):
             run.progress.step(_step_info(run))
         if step_done and _stop_agreed(run, stop):
@@ -64,7 +66,9 @@ def _stop_agreed(run: TrainingRun, stop: StopRequest) -> bool:
 
 
 def train_batch(run: TrainingRun, batch: Batch) -> tuple[Tensor, Tensor, bool]:
-    """Train on one batch, the next of the running epoch, or on this process's part of it.
+    """Train on one batch, the next of the running epoch, or on this process's parts of it, one by one.
+
+    Each image counts the same in the gradient, whatever part it is in.
 
     Returns:
         Loss and number of correct predictions of the whole batch, 0-dim, and whether the optimizer has made
@@ -74,9 +78,8 @@ def train_batch(run: TrainingRun, batch: Batch) -> tuple[Tensor, Tensor, bool]:
     first = state.batch - state.batch % p.config.accumulate
     group = min(p.config.accumulate, len(p.train_loader) - first)
     number = p.batch_sizes.batch_number(state.epoch, state.batch)
-    seed_batch(p.config.seed, number, p.device, p.processes.rank)
     state.totals.stages[p.pruner.stage] = state.totals.stages.get(p.pruner.stage, 0) + 1
-    images = len(batch.y) * p.processes.number
+    images = p.batch_images
     state.train_flops += p.cost.now * images
     state.train_flops_dense += p.cost.dense * images
     state.add_nominal(p.cost.nominal(first + group - state.batch) * images)
@@ -85,13 +88,22 @@ def train_batch(run: TrainingRun, batch: Batch) -> tuple[Tensor, Tensor, bool]:
         state.train_flops += teacher.forward_flops * images
         state.add_nominal(teacher.forward_flops * images)
     step_done = state.batch + 1 - first == group
-    with run.together(step_done):
-        loss, correct = training_loss(run, batch, teacher)
-        run.scaler.scale(loss / group).backward()  # type: ignore[no-untyped-call]
+    loss = correct = torch.zeros((), device=p.device)
+    begins = state.batch == first
+    for piece, last, share in run.pieces(batch, number):
+        with run.together(begins, step_done and last):
+            one, right = training_loss(run, piece, teacher)
+            one = one if share == 1 else one * share
+            run.scaler.scale(one / group).backward()  # type: ignore[no-untyped-call]
+        begins = False
+        loss, correct = loss + one.detach(), correct + right
     p.pruner.observe(loss)
     if several_processes():
-        sums = sum_over_processes(torch.stack((loss.detach().double(), correct.double())))
+        own = torch.zeros(2 + p.processes.number, dtype=torch.float64, device=p.device)
+        own[0], own[1], own[2 + p.processes.rank] = loss, correct, ~loss.isfinite()
+        sums = sum_over_processes(own)
         loss, correct = sums[0] / p.processes.number, sums[1]
+        run.note_not_finite(sums[2:])
     if p.cycle is not None and p.cycle.wants_losses:
         p.cycle.note_loss(loss.item())
     state.batch += 1
@@ -104,9 +116,11 @@ def _step(run: TrainingRun) -> None:
     p = run.prepared
     if p.config.clip_grad_norm:
         run.scaler.unscale_(p.optimizer)
+        p.pruner.mask_gradients()
         torch.nn.utils.clip_grad_norm_(trained_parameters(p.optimizer), p.config.clip_grad_norm)
-    run.state.totals.learning_rate = p.optimizer.param_groups[0]["lr"]
+    run.state.totals.learning_rate = shown_learning_rate(p.optimizer)
     frozen = p.pruner.frozen
+    run.state.totals.exchange_steps += several_processes()
     run.scaler.step(p.optimizer)
     run.scaler.update()
     p.optimizer.zero_grad()
@@ -172,6 +186,7 @@ class _Clock:
             state.first_loss = loss if state.first_loss is None else state.first_loss
             what = explosion(loss, state.first_loss)
             if what is not None:
+                what = f"{what}{self.run.whose_loss}"
                 raise diverged(what, state.epoch + 1, totals.batches, self.run.newest_checkpoint())
             totals.loss_sum += loss
         totals.correct += sum(correct)
@@ -228,6 +243,7 @@ def end_epoch(run: TrainingRun, stop: StopRequest) -> None:
     p.pruner.check_zeros()
     p.pruner.check_alive()
     check_alike(run)
+    run.take_norms_of_first()
     if state.epoch == 0:
         state.first_loss = state.totals.loss
     number, last = state.epoch + 1, state.epoch + 1 == config.epochs
@@ -253,6 +269,8 @@ def end_epoch(run: TrainingRun, stop: StopRequest) -> None:
     state.epoch, state.batch = number, 0
     state.epoch_seconds += state.totals.seconds
     state.data_seconds += state.totals.data_seconds
+    add_exchange(state.exchange, state.totals.exchange)
+    state.exchange_steps += state.totals.exchange_steps
     state.totals = EpochTotals()
     next_epoch(run)
     if last or number % config.checkpoint_every == 0:
@@ -312,6 +330,7 @@ def _record(run: TrainingRun, result: Evaluation | None) -> dict[str, Any]:
         "learning_rate": totals.learning_rate,
         "batch_size": p.batch_size,
         **state.iteration,
+        **epoch_figures(state, p.processes.number),
         "seconds": totals.seconds,
         "data_seconds": totals.data_seconds,
         "step_ms_median": totals.step_ms_median,

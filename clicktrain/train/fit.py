@@ -3,20 +3,24 @@
 from __future__ import annotations
 
 import contextlib
+import dataclasses
+import math
 import tempfile
 from collections.abc import Iterator, Mapping
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 from clicktrain.comm.agreement import of_first
-from clicktrain.comm.processes import Processes, together
+from clicktrain.comm.alike import check_same_code, check_same_settings
+from clicktrain.comm.processes import TIMEOUT_S, Processes, lost_by, together
 from clicktrain.errors import FailedElsewhere, NetworkCollapsed, UserError
+from clicktrain.files import is_file
 from clicktrain.methods import Method
 from clicktrain.runs.folder import RunFolder
 from clicktrain.runs.summary import RunSummary
 from clicktrain.train.channel_log import watch_channels
 from clicktrain.train.checkpoint import bytes_needed, check_disk
-from clicktrain.train.config import RunConfig, resume_command
+from clicktrain.train.config import RunConfig, config_to_dict, resume_command
 from clicktrain.train.epoch import end_epoch, train_epoch
 from clicktrain.train.interrupt import (
     StoppedAtOnce,
@@ -24,6 +28,8 @@ from clicktrain.train.interrupt import (
     TrainingDiverged,
     TrainingInterrupted,
     collapsed,
+    is_out_of_memory,
+    out_of_memory,
 )
 from clicktrain.train.minibatch import set_memory_budget
 from clicktrain.train.prepare import prepare
@@ -32,6 +38,9 @@ from clicktrain.train.summary import finish_run
 from clicktrain.train.time_budget import plan_time, too_short
 from clicktrain.train.training_run import TrainingRun
 
+Resume = bool | Literal["if begun", "if restarted"]
+"""Whether a run is one that has begun; see `fit`."""
+
 
 def fit(
     config: RunConfig,
@@ -39,7 +48,8 @@ def fit(
     folder: RunFolder | str | Path,
     *,
     progress: Progress | None = None,
-    resume: bool = False,
+    resume: Resume = False,
+    process_timeout: float = TIMEOUT_S,
 ) -> Mapping[str, Any]:
     """Train and prune, and write the files of a run.
 
@@ -54,7 +64,9 @@ def fit(
         folder: of the run; missing or empty (or left by a run that was killed before its first checkpoint),
             unless ``resume``. One process at a time trains in it.
         progress: listener; silent by default.
-        resume: continue the run in ``folder``.
+        resume: continue the run in ``folder``: always, if it has begun, or if it has and a launcher has
+            started this process after those that had begun it.
+        process_timeout: seconds that several processes wait for one that does not arrive.
 
     Returns:
         The summary, as in summary.json.
@@ -66,18 +78,27 @@ def fit(
         TrainingDiverged: the loss is not finite or exploded; the last good checkpoint remains.
         NetworkCollapsed: pruning has destroyed the network; the checkpoint from before remains.
         TrainingInterrupted: SIGTERM, SIGINT or SIGHUP; a checkpoint was written if training had begun.
+        ProcessLost: another process has died, or does not arrive.
+        OutOfMemory: there is no memory left.
     """
     progress = progress or Silent()
     folder = folder if isinstance(folder, RunFolder) else RunFolder(Path(folder))
-    with together() as processes:
-        if not resume:
+    if not 0 < process_timeout < math.inf:
+        raise UserError(f"process_timeout is {process_timeout}: must be above 0 seconds")
+    with together(process_timeout) as processes:
+        check_same_code()
+        goes_on = resume is True
+        if isinstance(resume, str):
+            before = resume == "if begun" or processes.restarts > 0 or processes.launch.has_begun(folder.path)
+            goes_on = of_first(lambda: before and is_file(folder.config))
+        if not goes_on:
             of_first(folder.check_free)
         elif (summary := of_first(lambda: folder.open().summary())) is not None:
             return _finished(folder, summary, progress)
         if processes.first:
-            return _fit_or_stop(config, method, folder, progress, resume, processes)
+            return _fit_or_stop(config, method, folder, progress, goes_on, processes)
         with tempfile.TemporaryDirectory(prefix="clicktrain-") as own, _speechless():
-            return _fit_or_stop(config, method, RunFolder(Path(own) / "run"), Silent(), resume, processes)
+            return _fit_or_stop(config, method, RunFolder(Path(own) / "run"), Silent(), goes_on, processes)
 
 
 @contextlib.contextmanager
@@ -100,6 +121,13 @@ def _fit_or_stop(
     with StopRequest() as stop:
         try:
             return _fit(config, method, folder, progress, stop, resume, processes)
+        except (MemoryError, RuntimeError) as error:
+            if is_out_of_memory(error):
+                raise out_of_memory(config, error) from error
+            # Here, where a launcher's SIGTERM does not end this process in the middle of its sentence.
+            if (lost := lost_by(error)) is not None:
+                raise lost from error
+            raise
         except StoppedAtOnce as stopped:
             command = resume_command(folder, config, method)
             again = f"continue with '{command}'" if resume else "nothing was written"
@@ -126,6 +154,10 @@ def _fit(
             of_first(lambda: held.enter_context(folder.in_use(progress.message)))
             if (summary := of_first(folder.summary)) is not None:  # finished while this process was starting
                 return _finished(folder, summary, progress)
+        config = dataclasses.replace(
+            config, parts=of_first(lambda: _parts(config, folder, resume, processes))
+        )
+        check_same_settings(config_to_dict(config, method))
         begun = resume and of_first(lambda: bool(folder.checkpoints()))
         planned = None
         if config.time_budget is not None and not resume:
@@ -154,6 +186,8 @@ def _fit(
             run.go_on()
         else:
             run.begin()
+        if processes.first:
+            processes.launch.begins(folder.path)
         held.callback(run.logs.close)
         of_first(lambda: run.logs.begin(run.state.epoch + 1))
         progress.start(config, method, prepared)
@@ -168,6 +202,16 @@ def _fit(
             raise collapsed(str(collapse), run.newest_checkpoint()) from None
     progress.finish(summary)
     return summary
+
+
+def _parts(config: RunConfig, folder: RunFolder, resume: bool, processes: Processes) -> int | None:
+    """Parts of a batch: as asked for, as in the run that is resumed, else one for each process."""
+    if config.parts is not None:
+        return config.parts
+    if resume:
+        parts = folder.read_settings().get("parts")
+        return parts if isinstance(parts, int) else None
+    return processes.number if processes.number > 1 else None
 
 
 def _finished(folder: RunFolder, summary: Mapping[str, Any], progress: Progress) -> Mapping[str, Any]:

@@ -14,7 +14,8 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from clicktrain.errors import NetworkCollapsed, UserError
+from clicktrain.errors import NetworkCollapsed, OutOfMemory, UserError, shortened
+from clicktrain.train.config import RunConfig
 
 EXPLOSION = 1e4
 """A loss this many times that of the first epoch stops a run."""
@@ -37,6 +38,22 @@ def collapsed(what: str, checkpoint: Path | None) -> NetworkCollapsed:
     """The error, as one sentence, with the checkpoint that is left."""
     left = f"the last checkpoint is {checkpoint}" if checkpoint else "no checkpoint was written yet"
     return NetworkCollapsed(f"{what}; {left}")
+
+
+def is_out_of_memory(error: BaseException) -> bool:
+    """Whether an error says that there is no memory left: Python's, PyTorch's on CPUs or on GPUs."""
+    if isinstance(error, MemoryError | torch.OutOfMemoryError):
+        return True
+    return isinstance(error, RuntimeError) and "can't allocate memory" in str(error)
+
+
+def out_of_memory(config: RunConfig, error: BaseException) -> OutOfMemory:
+    """The error as one sentence, with what was asked for."""
+    reason = str(error).strip().split("\n", 1)[0] or type(error).__name__
+    return OutOfMemory(
+        f"there is no memory left for batches of {config.batch_size} images: lower batch_size or width, or "
+        f"share the batch among more processes ({shortened(reason, 160)})"
+    )
 
 
 class LossWatch:

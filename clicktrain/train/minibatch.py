@@ -36,7 +36,7 @@ def account_iteration(run: TrainingRun) -> TrainingMemory:
     if run.memory is None:
         run.memory = _estimate(run)
     if state.memory_unmeasured and measures_memory(run):
-        state.memory_unmeasured, images = False, p.own_batch_size
+        state.memory_unmeasured, images = False, p.planned_batch_size
         state.memory_calibration = run.memory.calibrated(_measure(run, images), images).calibration
     memory = run.memory.with_calibration(state.memory_calibration)
     state.iteration = _figures(run, memory)
@@ -93,13 +93,14 @@ def _measure(run: TrainingRun, images: int) -> int:
 
 
 def grown_batch(
-    memory: TrainingMemory, images: int, budget: int, granularity: int, limit: int, processes: int = 1
+    memory: TrainingMemory, images: int, budget: int, granularity: int, limit: int, parts: int = 1
 ) -> int:
     """The largest batch up to ``limit`` whose iteration takes at most ``budget`` bytes; it never shrinks.
 
-    It grows from the present one by ``granularity`` images at a time. The budget is that of each process.
+    It grows from the present one by ``granularity`` images at a time. The budget is that of each of ``parts``
+    processes.
     """
-    while images + granularity <= limit and memory.at_batch((images + granularity) // processes) <= budget:
+    while images + granularity <= limit and memory.at_batch(-(-(images + granularity) // parts)) <= budget:
         images += granularity
     return images
 
@@ -120,7 +121,7 @@ def set_memory_budget(run: TrainingRun) -> None:
     memory = account_iteration(run)
     if not config.dynamic_batch:
         return
-    needed = memory.at_batch(config.batch_size // run.prepared.processes.number)
+    needed = memory.at_batch(run.prepared.planned_batch_size)
     state.memory_budget = needed if config.memory_budget is None else bytes_of(config.memory_budget)
     if state.memory_budget < needed:
         raise UserError(
@@ -141,8 +142,8 @@ def next_epoch(run: TrainingRun) -> None:
     assert state.memory_budget is not None
     now = p.batch_sizes.now.images
     limit = min(len(p.data.train), p.config.batch_limit or len(p.data.train))
-    number = p.processes.number
-    images = grown_batch(memory, now, state.memory_budget, p.config.batch_granularity, limit, number)
+    parts = p.config.parts or 1
+    images = grown_batch(memory, now, state.memory_budget, p.config.batch_granularity, limit, parts)
     images = round(agreed([images], p.device)[0])  # memory was measured by each process
     if images > now:
         _resize(run, images)
@@ -150,7 +151,7 @@ def next_epoch(run: TrainingRun) -> None:
         event = BatchResizedEvent(
             batch_size=images,
             learning_rate_factor=run.prepared.batch_sizes.now.learning_rate_factor,
-            memory_estimated=memory.at_batch(images // number),
+            memory_estimated=memory.at_batch(run.prepared.planned_batch_size),
             memory_budget=state.memory_budget,
         )
         run.record(event)

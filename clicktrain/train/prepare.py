@@ -3,11 +3,10 @@
 from __future__ import annotations
 
 import contextlib
-import dataclasses
-from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
+from collections.abc import Iterator
+from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Any, Literal
+from typing import TYPE_CHECKING, Any, Literal
 
 import torch
 from torch import nn
@@ -15,10 +14,20 @@ from torch.optim import Optimizer
 from torch.optim.lr_scheduler import LambdaLR
 
 from clicktrain.comm.agreement import all_or_none
-from clicktrain.comm.processes import ALONE, Processes
+from clicktrain.comm.alike import check_same_data
+from clicktrain.comm.processes import ALONE, Processes, group_among
 from clicktrain.comm.sync_batch_norm import synchronized
 from clicktrain.compiler import MaskedLatency
-from clicktrain.data import Augment, ImageData, Loader, Part, make_loader, open_data
+from clicktrain.data import (
+    WHOLE,
+    Augment,
+    ImageData,
+    Loader,
+    Part,
+    fingerprint,
+    make_loader,
+    open_data,
+)
 from clicktrain.errors import FailedElsewhere, UserError, shortened
 from clicktrain.formats.memory_format import keep_out_of_channels_last_
 from clicktrain.limits import check_memory
@@ -26,6 +35,7 @@ from clicktrain.methods import METHODS, Method, Pruner
 from clicktrain.models import create_model, min_image_size
 from clicktrain.models.registry import CIFARNET
 from clicktrain.models.whitening import IMAGES, whiten_
+from clicktrain.train.augmentation import SMALL_IMAGE, augmentation
 from clicktrain.train.config import RunConfig
 from clicktrain.train.device import resolve_device, set_up
 from clicktrain.train.initial_weights import EarlierCost, load_initial_weights_
@@ -35,8 +45,8 @@ from clicktrain.train.run_logs import check_logs
 from clicktrain.train.second_cycle import SecondCycle
 from clicktrain.train.training_cost import TrainingCost
 
-SMALL_IMAGE = 64
-"""Images up to this side in pixels get the CIFAR stem and recipe."""
+if TYPE_CHECKING:
+    from torch.distributed import ProcessGroup
 
 
 @dataclass(frozen=True, eq=False)
@@ -46,6 +56,8 @@ class Prepared:
     Attributes:
         device: of the network and the batches.
         processes: that train together.
+        part: of each training batch that is this process's.
+        norm_group: processes that share batch norm statistics, where some but not all of them do.
         model: with its initial weights.
         scheduler: to be stepped after each optimizer step.
         cycle: the learning rate of the scheduler, where it has two cycles.
@@ -71,6 +83,8 @@ class Prepared:
     batch_sizes: BatchSizes
     facts: dict[str, Any]
     processes: Processes = ALONE
+    part: Part = WHOLE
+    norm_group: ProcessGroup | None = None
 
     @property
     def batch_size(self) -> int:
@@ -78,9 +92,29 @@ class Prepared:
         return self.batch_sizes.now.images
 
     @property
+    def batch_images(self) -> int:
+        """Images in a training batch: fewer than the batch size if there are no more."""
+        return min(self.batch_size, len(self.data.train))
+
+    @property
     def own_batch_size(self) -> int:
-        """Images that this process has of a training batch."""
-        return self.batch_size // self.processes.number
+        """The most images that any process runs at once in training."""
+        return self.part.longest(self.batch_images)
+
+    @property
+    def planned_batch_size(self) -> int:
+        """Images that a process runs at once, as many processes as the run began with: growing batches follow
+        from it, whatever number goes on."""
+        return self.planned_share(self.batch_size)
+
+    def planned_share(self, images: int) -> int:
+        """The longest part of that many images, of the parts that the run has."""
+        return -(-images // (self.config.parts or 1))
+
+    @property
+    def norms_shared(self) -> bool:
+        """Whether processes share batch norm statistics."""
+        return self.processes.number > (1 if self.config.sync_batch_norm else self.part.number)
 
 
 def prepare(
@@ -95,6 +129,8 @@ def prepare(
     device = resolve_device(config.device)
     set_up(config, device, processes)
     data = all_or_none(lambda: open_run_data(config))
+    if processes.number > 1:
+        check_same_data(data.spec, fingerprint(data))
     try:
         return _prepared(config, method, processes, device, data, begins)
     except UserError as error:
@@ -114,11 +150,6 @@ def _check_settings(config: RunConfig, method: Method[Any], processes: Processes
             f"distill is set but method {config.method} has no dense network to learn from when its masks "
             "are frozen: give teacher, the folder of a finished run"
         )
-    if config.dynamic_batch and config.batch_granularity % processes.number:
-        raise UserError(
-            f"batches grow by {config.batch_granularity} images, which {processes.number} processes cannot "
-            f"share evenly: give a batch_granularity that is a multiple of {processes.number}"
-        )
 
 
 def _prepared(
@@ -129,13 +160,17 @@ def _prepared(
     data: ImageData,
     begins: bool,
 ) -> Prepared:
-    train_loader = make_train_loader(config, data, device, processes)
+    part = part_of(config, processes)
+    train_loader = make_train_loader(config, data, device, part)
     facts = model_facts(config, data)
     torch.manual_seed(config.seed)  # of the initial weights; each batch is seeded by itself
     model = build_model(facts).to(device)
     check_model(model, config, data, device)
-    if config.sync_batch_norm and processes.number > 1:
-        model = synchronized(model)
+    group = None
+    if processes.number > (1 if config.sync_batch_norm else part.number):
+        sharers = {part_of(config, replace(processes, rank=rank)).sharers for rank in range(processes.number)}
+        group = group_among(sorted(sharers, key=min)) if 1 < part.number < processes.number else None
+        model = synchronized(model, whole=group is None)
     whiten_first_(model, config, data)
     if config.recalibrate_norms and not norms_of(model):
         raise UserError(
@@ -189,6 +224,8 @@ def _prepared(
         batch_sizes=sizes,
         facts=facts,
         processes=processes,
+        part=part,
+        norm_group=group,
     )
 
 
@@ -228,17 +265,22 @@ def open_run_data(config: RunConfig, value_range: tuple[float, float] | None = N
     )
 
 
-def make_train_loader(
-    config: RunConfig, data: ImageData, device: torch.device, processes: Processes = ALONE
-) -> Loader:
+def part_of(config: RunConfig, processes: Processes = ALONE) -> Part:
+    """This process's part of each training batch; where norms are those of the whole batch, an even share."""
+    return Part(processes.rank, processes.number, None if config.sync_batch_norm else config.parts or 1)
+
+
+def make_train_loader(config: RunConfig, data: ImageData, device: torch.device, part: Part = WHOLE) -> Loader:
     """Make the loader of the training split, of this process's part of each batch.
 
     The last batch is dropped if it is not full (batch norm needs more than one image), unless it is the only
     one.
     """
     whole = len(data.train) >= config.batch_size
-    augment, part = augmentation(config, data), Part(processes.rank, processes.number)
-    return _make_loader(config, data, "train", device, augment=augment, drop_last=whole, part=part)
+    repeats, augment = config.augment_repeats, augmentation(config, data)
+    return _make_loader(
+        config, data, "train", device, augment=augment, drop_last=whole, part=part, repeats=repeats
+    )
 
 
 def make_eval_loader(
@@ -265,20 +307,6 @@ def _make_loader(
 ) -> Loader:
     more |= {"batch_size": config.batch_size, "seed": config.seed, "channels_last": config.channels_last}
     return make_loader(data, split, device=device, **more)
-
-
-def augmentation(config: RunConfig, data: ImageData) -> Augment:
-    """Random changes to training images, as the settings say; ``auto`` goes by the data set."""
-    preset = augment_preset(config, data.spec, data.image_shape)
-    return dataclasses.replace(Augment.preset(preset), cutout=config.cutout)
-
-
-def augment_preset(config: RunConfig, spec: str, image_shape: Sequence[int]) -> str:
-    """The name of the augmentation, ``auto`` resolved for data of this specification and [C, H, W]."""
-    if config.augment != "auto":
-        return config.augment
-    by_size = "cifar" if max(image_shape[1:]) <= SMALL_IMAGE else "imagenet"
-    return {"digits": "digits", "synthetic": "none"}.get(spec.partition(":")[0], by_size)
 
 
 @torch.no_grad()

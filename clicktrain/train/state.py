@@ -8,6 +8,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import Any
 
+from clicktrain.comm import Exchange
 from clicktrain.runs.logs import LogMark
 from clicktrain.train.initial_weights import EarlierCost
 
@@ -21,7 +22,8 @@ class EpochTotals:
 
     ``seconds`` is wall clock without evaluation and checkpoints, ``data_seconds`` the part of it spent
     waiting for data, ``stages`` the number of batches per stage, ``window_ms`` milliseconds per batch, one
-    value per reading of the losses.
+    value per reading of the losses, ``exchange`` what this process has handed to collectives, by purpose, in
+    ``exchange_steps`` optimizer steps.
     """
 
     loss_sum: float = 0.0
@@ -33,6 +35,8 @@ class EpochTotals:
     learning_rate: float = 0.0
     stages: dict[str, int] = field(default_factory=dict)
     window_ms: list[float] = field(default_factory=list)
+    exchange: Exchange = field(default_factory=dict)
+    exchange_steps: int = 0
 
     @property
     def loss(self) -> float:
@@ -74,6 +78,7 @@ class TrainState:
     ``memory_calibration`` measured / estimated memory, ``memory_budget`` the bytes that a growing batch may
     take. Since the last removal of channels, ``batch_outdated``: the batch has not been resized;
     ``memory_unmeasured``: no iteration was measured; ``channels_renumbered``: channels.jsonl has no line.
+    ``exchange`` and ``exchange_steps`` are sums of the finished epochs'.
     ``logs`` is what metrics.jsonl, events.jsonl and channels.jsonl were when a checkpoint was written.
     """
 
@@ -99,6 +104,8 @@ class TrainState:
     memory_unmeasured: bool = True
     channels_renumbered: bool = True
     operators_recorded: bool = False
+    exchange: Exchange = field(default_factory=dict)
+    exchange_steps: int = 0
     logs: dict[str, LogMark] = field(default_factory=dict)
     totals: EpochTotals = field(default_factory=EpochTotals)
 

@@ -16,9 +16,11 @@ from torch.nn.parallel import DistributedDataParallel
 from torch.optim.swa_utils import AveragedModel
 
 from clicktrain.accounting import TrainingMemory
-from clicktrain.comm.agreement import of_first
+from clicktrain.comm.agreement import agree_on_, of_first
+from clicktrain.comm.meeting import numbered
 from clicktrain.comm.sync_batch_norm import run_together
 from clicktrain.compiler import Accelerated
+from clicktrain.data import Batch
 from clicktrain.errors import UserError
 from clicktrain.formats.atomic import append_jsonl
 from clicktrain.methods.driver.publisher import (
@@ -41,7 +43,10 @@ from clicktrain.train.checkpoint import (
     thin_weights,
 )
 from clicktrain.train.config import config_to_dict
+from clicktrain.train.device import seed_batch
+from clicktrain.train.exchange import in_parallel, share_buffers_
 from clicktrain.train.interrupt import diverged, weights_are_finite
+from clicktrain.train.norms import norms_kept
 from clicktrain.train.operators import can_accelerate, choose_operators
 from clicktrain.train.prepare import Prepared
 from clicktrain.train.progress import Progress
@@ -50,10 +55,11 @@ from clicktrain.train.state import TrainState
 from clicktrain.train.teacher import Teacher, load_teacher, own_teacher
 
 _FREE_TO_CHANGE = frozenset(
-    ("device", "threads", "workers", "cache_dir", "evaluate_every", "checkpoint_every", "keep_checkpoints",
-     "tensorboard", "log", "compile", "deterministic")
+    ("device", "parts", "threads", "workers", "cache_dir", "evaluate_every", "checkpoint_every",
+     "keep_checkpoints", "tensorboard", "log", "compile", "deterministic", "exchange")
 )  # fmt: skip
-"""Settings that may change when a run is resumed, because they do not change what is trained."""
+"""Settings that may change when a run is resumed: because they do not change what is trained, or (parts)
+because it was asked for."""
 
 
 @dataclass(eq=False)
@@ -94,6 +100,7 @@ class TrainingRun:
         self._density: float | None = None if pruner.moving else 1.0
         self._seconds_before = 0.0
         self._epochs_before = 0.0
+        self._not_finite: Tensor | None = None
         self._started = time.perf_counter()
         pruner.subscribe(self._follow_removal, ChannelsRemoved)
         pruner.subscribe(self._follow_freezing, MasksFrozen)
@@ -150,18 +157,60 @@ class TrainingRun:
         """The fast or compiled network, whose gradients are means over all processes if there are several."""
         forward = self._fast_or_compiled(model)
         several = self.prepared.processes.number > 1 and any(p.requires_grad for p in model.parameters())
-        return DistributedDataParallel(forward) if several else forward
+        return in_parallel(forward, self.prepared) if several else forward
+
+    def pieces(self, batch: Batch, number: int) -> Iterator[tuple[Batch, bool, float]]:
+        """This process's images of a batch, of one part after another, while they are trained on.
+
+        Random numbers are seeded for each by ``number``, that of the batch in the run. Batch norms keep the
+        statistics of the first one.
+
+        Yields:
+            Images, whether they are the last ones, and the factor on their mean loss with which the mean over
+            processes is the mean over the batch.
+        """
+        p = self.prepared
+        whole, first = p.batch_images, p.part.rows(p.batch_images).start
+        pieces = p.part.pieces(whole)
+        for place, (rows, stream) in enumerate(zip(pieces, p.part.streams, strict=True)):
+            images = rows.stop - rows.start
+            one = batch if len(pieces) == 1 else batch.cut(slice(rows.start - first, rows.stop - first))
+            seed_batch(p.config.seed, number, p.device, stream)
+            with norms_kept(p.model) if place else contextlib.nullcontext():
+                yield one, place + 1 == len(pieces), images * p.processes.number / whole
+
+    def note_not_finite(self, processes: Tensor) -> None:
+        """Keep whose loss was not finite when the first one was; [processes], 0 or 1, from all of them."""
+        before = processes if self._not_finite is None else self._not_finite
+        self._not_finite = torch.where(before.any(), before, processes)
+
+    @property
+    def whose_loss(self) -> str:
+        """The processes whose loss was not finite first, in words; nothing if it was that of all."""
+        if self._not_finite is None:
+            return ""
+        ranks = self._not_finite.nonzero().flatten().tolist()
+        return f" in {numbered(ranks)}" if 0 < len(ranks) < len(self._not_finite) else ""
+
+    def take_norms_of_first(self) -> None:
+        """Evaluate, in all processes, with the batch norm statistics that the first one has and saves."""
+        models = [self.prepared.model, *([] if self.average is None else [self.average])]
+        agree_on_([buffer for model in models for buffer in model.buffers()])
 
     @contextlib.contextmanager
-    def together(self, step: bool) -> Iterator[None]:
-        """Around forward and backward pass of a batch that all processes share.
+    def together(self, begins: bool, step: bool) -> Iterator[None]:
+        """Around forward and backward pass of images of a batch that all processes share.
 
-        Gradients travel where a ``step`` follows: where batches are accumulated, with the last of them.
+        What each process has for itself (``begins``: of a step) becomes the first one's, and gradients travel
+        where a ``step`` follows: where batches are accumulated, with the last of them.
         """
         forward = self.forward.current
         with contextlib.ExitStack() as held:
             if isinstance(forward, DistributedDataParallel):
-                held.enter_context(run_together())
+                group = self.prepared.norm_group
+                if begins:
+                    share_buffers_(forward, norms_alike=group is None)
+                held.enter_context(run_together(group))
                 if not step:
                     held.enter_context(forward.no_sync())
             yield
@@ -312,6 +361,7 @@ class TrainingRun:
         else:
             self.load_state_dict(saved)
             if self.prepared.processes.first:
+                self.folder.change_setting("parts", self.prepared.config.parts)
                 self._take_back_logs()
             self.prepared.pruner.subscribe(self._write_event, Event)
 

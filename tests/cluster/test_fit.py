@@ -43,6 +43,19 @@ def test_a_row_that_the_model_does_not_explain_shows() -> None:
     assert fit.largest_error >= 1 / 3 - 1e-9
 
 
+def test_calls_and_steps_where_they_were_measured() -> None:
+    """Two messages: the first leaves in the middle of the backward pass of 20 ms, the second at its end."""
+    link = Link("x", 1e8, 0.0)
+    cases = [MeasuredRow(what, 2, "x", size, size / 1e5, 2, 30.0, 30.0) for what, size in
+             (("a", 4e6), ("b", 2e6), ("c", 1e6))]  # fmt: skip
+    (fit,) = fit_links(cases)
+    assert fit.link.bandwidth == pytest.approx(link.bandwidth)
+    assert [one.predicted_step_ms for one in fit.rows] == pytest.approx([30 + 40 - 10, 30 + 10, 30 + 5])
+    assert fit.rows[1].step_error == pytest.approx(40 / 30 - 1)
+    assert fit.median_step_error == pytest.approx(40 / 30 - 1)
+    assert fit_links(rows())[0].median_step_error is None
+
+
 def test_nothing_is_negative() -> None:
     """Times that fall with the bytes, and times without any latency."""
     odd = [
@@ -62,8 +75,9 @@ def test_files_of_the_benchmark(tmp_path: Path) -> None:
     row = {"what": "dense", "processes": 2, "link": "1 Gbit/s", "bytes_per_step": 1000, "exchange_ms": 2.5}
     path.write_text(json.dumps({"machine": {}, "rows": [{**row, "processes": 1, "exchange_ms": 0}, row]}))
     assert read_rows(path) == [MeasuredRow("dense", 2, "1 Gbit/s", 1000, 2.5)]
-    path.write_text(json.dumps([row]))
-    assert len(read_rows(path)) == 1
+    path.write_text(json.dumps([{**row, "calls_per_step": 3, "step_ms": 20.0, "compute_ms": 18.0}]))
+    assert read_rows(path) == [MeasuredRow("dense", 2, "1 Gbit/s", 1000, 2.5, 3, 20.0, 18.0)]
+    assert [message.num_bytes for message in read_rows(path)[0].messages] == pytest.approx([1000 / 3] * 3)
 
 
 @pytest.mark.parametrize(

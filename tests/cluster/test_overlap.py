@@ -28,13 +28,19 @@ def ticked(ready: list[int], lengths: list[int], backward: int) -> int:
     return tick
 
 
-@given(st.lists(st.tuples(st.integers(0, 30), st.integers(1, 20)), max_size=6), st.integers(30, 60))
-def test_messages_wait_for_gradients_and_for_the_links(pairs: list[tuple[int, int]], backward: int) -> None:
+@given(
+    st.lists(st.tuples(st.integers(0, 30), st.integers(1, 20)), max_size=6),
+    st.integers(30, 60),
+    st.integers(1, 3),
+)
+def test_messages_wait_for_gradients_and_for_the_links(
+    pairs: list[tuple[int, int]], backward: int, accumulated: int
+) -> None:
     ready = sorted(at for at, _ in pairs)
     lengths = [length for _, length in pairs]
     messages = [Message(length, at / backward) for at, length in zip(ready, lengths, strict=True)]
-    compute = backward * 1.5  # of which two thirds are the backward pass
-    step = iterate(messages, compute, lambda num_bytes: num_bytes)
+    compute = accumulated * backward * 1.5  # two thirds of each batch are the backward pass
+    step = iterate(messages, compute, lambda num_bytes: num_bytes, accumulated)
     end = ticked(ready, lengths, backward)
     assert step.exposed == pytest.approx(end - backward, abs=1e-9)
     assert step.seconds == pytest.approx(compute + end - backward)

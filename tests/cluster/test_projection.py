@@ -97,6 +97,15 @@ def test_larger_batches_save_bytes_of_an_epoch_as_well() -> None:
     assert fixed.epochs[0].run.seconds == pytest.approx(15e-3 + 4e-3)
 
 
+def test_a_step_of_several_batches_exchanges_once() -> None:
+    """5 steps of 2 batches; the exchange is hidden by the backward pass of the second one only."""
+    once, twice = (project([line(1)], None, PAIR, accumulate=number).epochs[0] for number in (1, 2))
+    assert recorded([line(1)], None, 2)[0].images == 100
+    assert twice.steps == once.steps == 2.5
+    assert twice.run.seconds == pytest.approx(60e-3 + 4e-3)
+    assert twice.bytes_epoch == once.bytes_epoch
+
+
 def test_computation_by_flops_and_by_a_dense_run() -> None:
     lines = [line(1, train_flops=1.5e9)]
     by_flops = project(lines, None, PAIR, tflops=1e-3).epochs[0]  # 1e9 a second; 3e7 of an image

@@ -6,7 +6,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from clicktrain.data import Augment, Batch, ImageData, Loader, PixelSource, make_loader, open_data
-from clicktrain.data.augment import Part
+from clicktrain.data.draws import Part
 from clicktrain.data.loader import BatchPlan
 from clicktrain.errors import UserError
 
@@ -203,6 +203,37 @@ def test_processes_take_turns_at_validation_batches(start: int) -> None:
     assert max(map(len, parts)) - min(map(len, parts)) <= 1
 
 
-def test_a_batch_that_processes_cannot_share_evenly_is_refused() -> None:
-    with pytest.raises(UserError, match="2 processes cannot share batches of 5 images evenly"):
-        loader(numbered(), part=Part(0, 2))
+@pytest.mark.parametrize(("count", "parts", "message"), [
+    (6, None, "6 processes cannot share batches of 5 images: give a batch_size of at least 6"),
+    (2, 7, "7 parts cannot share batches of 5 images: give a batch_size of at least 7"),
+])  # fmt: skip
+def test_a_batch_with_fewer_images_than_shares_is_refused(
+    count: int, parts: int | None, message: str
+) -> None:
+    with pytest.raises(UserError, match=message):
+        loader(numbered(), part=Part(0, count, parts))
+
+
+@pytest.mark.parametrize("whole", [12, 13, 17])
+@pytest.mark.parametrize("count", range(1, 7))
+@pytest.mark.parametrize("parts", range(1, 7))
+def test_parts_of_a_batch_stay_for_any_number_of_processes(parts: int, count: int, whole: int) -> None:
+    processes = [Part(index, count, parts) for index in range(count)]
+    expected = [Part(index, parts).rows(whole) for index in range(parts)]
+    covered = [row for one in processes for row in range(whole)[one.rows(whole)]]
+    assert covered == list(range(whole))
+    lengths = [expected[part].stop - expected[part].start for part in range(parts)]
+    assert max(lengths) - min(lengths) <= 1
+    pieces = [(part, piece) for one in processes for part, piece in _pieces(one, whole)]
+    for part, rows in enumerate(expected):
+        own = [piece for number, piece in pieces if number == part]
+        assert (own[0].start, own[-1].stop) == (rows.start, rows.stop)
+        sharing = {index for index, one in enumerate(processes) if part in one.own}
+        assert all(processes[index].sharers == range(min(sharing), max(sharing) + 1) for index in sharing
+                   if count > parts)  # fmt: skip
+    assert max(piece.stop - piece.start for _, piece in pieces) == processes[0].longest(whole)
+    assert min(piece.stop - piece.start for _, piece in pieces) >= 1
+
+
+def _pieces(one: Part, whole: int) -> list[tuple[int, slice]]:
+    return list(zip(one.own, one.pieces(whole), strict=True))

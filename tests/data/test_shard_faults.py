@@ -238,6 +238,16 @@ def test_folders_without_shards_or_with_one_class(kind: str, tmp_path: Path, cac
     refused(kind, tmp_path, cache_dir, "is empty: it holds no validation images")
 
 
+def test_a_buffer_that_is_larger_than_the_memory(
+    tmp_path: Path, cache_dir: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    write_shards("webdataset", tmp_path, (40,), classes=2)
+    monkeypatch.setattr("clicktrain.limits.machine_bytes", lambda: 3000)
+    with pytest.raises(UserError, match=r"a buffer of 4,096 images of webdataset:.* lower shuffle_buffer"):
+        opened("webdataset", tmp_path, cache_dir, workers=0)
+    assert len(opened("webdataset", tmp_path, cache_dir, workers=0, shuffle_buffer=10).train) == 32
+
+
 def test_a_buffer_is_for_shards_only(tmp_path: Path) -> None:
     with pytest.raises(
         UserError, match=r"shuffle_buffer is for data in shards \(parquet-shards, webdataset\)"

@@ -5,9 +5,12 @@ from __future__ import annotations
 import threading
 from collections import Counter
 from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import replace
 from pathlib import Path
 from typing import Literal
 
+import numpy as np
 import pytest
 import torch
 from image_files import encode, pixels
@@ -138,6 +141,35 @@ def test_what_is_in_memory_is_the_buffer_and_a_piece(
         assert stream.most_held <= min(buffer, 120) + piece + 12
 
 
+def test_thousands_of_images_in_little_memory_and_from_any_place(
+    kind: str, tmp_path: Path, cache_dir: Path
+) -> None:
+    """4,000 images in 20 shards, of which 100 are different; nothing is decoded."""
+    images = [encode(pixels(seed, channels=1)) for seed in range(100)]
+    for shard in range(20):
+        labels = [number % 7 for number in range(200)]
+        if kind == "webdataset":
+            write_tar(tmp_path / "set" / f"{shard}.tar", labels, images=images * 2)
+        else:
+            write_groups(tmp_path / "set" / f"{shard}.parquet", labels, images=images * 2, rows=50)
+    source = opened(kind, tmp_path / "set", cache_dir, workers=0, shuffle_buffer=256, holdout=100).train
+    assert isinstance(source, ShardSource)
+    plan = BatchPlan(len(source), 64, True, True, 1)
+    stream = ShardStream(source, plan, 5)
+    whole = list(stream.batches(0))
+    assert len(whole) == 60
+    assert stream.most_held <= 256 + 50 + 64
+    numbers = np.concatenate([encoded.numbers for encoded in whole])
+    assert len(set(numbers.tolist())) == 60 * 64
+    for processes, start in ((1, 59), (2, 31), (4, 7)):
+        parts = [
+            list(ShardStream(source, replace(plan, part=Part(index, processes)), 5).batches(start))
+            for index in range(processes)
+        ]
+        for encoded, *own in zip(whole[start:], *parts, strict=True):
+            assert [sample for part in own for sample in part.samples] == encoded.samples
+
+
 def test_a_validation_split_is_held_out_where_there_is_none(
     kind: str, tmp_path: Path, cache_dir: Path
 ) -> None:
@@ -175,6 +207,16 @@ def test_the_index_is_made_once_and_again_when_shards_change(
     assert_same(epoch(first), epoch(opened(kind, folder, cache_dir, workers=0)))
     write_shards(kind, folder, (30, 12), split="val", seed=1000)
     assert len(opened(kind, folder, cache_dir, workers=0).val) == 42
+
+
+def test_processes_that_start_together_make_one_index(
+    kind: str, folder: Path, cache_dir: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    caplog.set_level("INFO")
+    with ThreadPoolExecutor(4) as pool:
+        sizes = pool.map(lambda number: len(opened(kind, folder, cache_dir, workers=0).train), range(4))
+        assert list(sizes) == [120] * 4
+    assert caplog.text.count("reading the index") == 1
 
 
 def test_an_epoch_may_be_left_early_and_leaves_no_thread(kind: str, folder: Path, cache_dir: Path) -> None:

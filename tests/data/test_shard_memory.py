@@ -56,12 +56,13 @@ def test_memory_stays_and_an_epoch_goes_on_in_its_middle(
     assert written > 64 * 2**20
     whole = streamed(kind, tmp_path, 1, 0)
     assert whole["images"] == shards * per_shard - 1000
-    assert len(whole["digests"]) == whole["images"] // 500 == len(set(whole["digests"]))
+    assert len(whole["digests"]) == whole["images"] // 200 == len(set(whole["digests"]))
     print(
         f"{written / 2**20:.0f} MiB of shards, {whole['opened'] / 2**20:.1f} MiB to open them, "
-        f"{whole['growth'] / 2**20:.1f} MiB more over the epoch"
+        f"{whole['growth'] / 2**20:.1f} MiB more at its end than at its beginning"
     )
-    assert whole["opened"] < 96 * 2**20
-    assert whole["growth"] < 24 * 2**20
+    assert whole["opened"] < 256 * 2**20  # most of it libraries at their first use
+    assert whole["growth"] < 16 * 2**20
+    assert whole["spread"] < 96 * 2**20  # a batch that comes and goes
     start = len(whole["digests"]) * 3 // 4
     assert streamed(kind, tmp_path, 2, start)["digests"] == whole["digests"][start:]

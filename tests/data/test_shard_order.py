@@ -7,7 +7,7 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from clicktrain.data.augment import Part, seeded_generator
+from clicktrain.data.draws import Part, seeded_generator
 from clicktrain.data.loader import BatchPlan
 from clicktrain.data.shards.order import ShardOrder
 from clicktrain.data.shards.source import Pieces

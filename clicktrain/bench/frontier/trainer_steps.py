@@ -32,10 +32,11 @@ from clicktrain.methods.base import (
 )
 from clicktrain.runs.events import FinalizedEvent
 from clicktrain.runs.folder import RunFolder
+from clicktrain.train.augmentation import augment_preset
 from clicktrain.train.config import RunConfig
 from clicktrain.train.epoch import train_batch
 from clicktrain.train.evaluate import evaluate
-from clicktrain.train.prepare import augment_preset, prepare
+from clicktrain.train.prepare import prepare
 from clicktrain.train.progress import Silent
 from clicktrain.train.training_run import TrainingRun
 

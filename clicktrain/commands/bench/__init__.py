@@ -123,9 +123,10 @@ BENCHMARKS: dict[str, str] = {
     "step": "a whole accelerated training step against the best dense one",
     "runs": "networks of finished runs against the dense ones, in inference and training",
     "inference": "a pruned network in inference, beside the engines of others",
+    "exchange": "what processes exchange in a training step, and how long that takes over slow links",
 }
-"""What can be measured. Each is a `Benchmark` of its name in capitals, in its own module or `kernels`."""
-_OWN_MODULES = ("runs", "inference")
+"""What can be measured. Each is a `Benchmark` of its name in capitals, in its own module or in `kernels`."""
+_OWN_MODULES = ("runs", "inference", "exchange")
 
 EXAMPLES: dict[str, str] = {
     "stages": " --model resnet18 --batch-size 64",
@@ -133,6 +134,7 @@ EXAMPLES: dict[str, str] = {
     "pack": " --json pack.json",
     "step": " --model resnet18 --compression 8 --no-compile",
     "runs": " --runs runs/first --by-layer",
+    "exchange": " --model resnet20 --processes 2 --links 1 0.1 --json exchange.json",
     "inference": " --model resnet18 --engine clicktrain torch --batch 1 64",
 }
 """Flags that show what each is for."""

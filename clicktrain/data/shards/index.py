@@ -65,12 +65,29 @@ def index_shards(kind: str, argument: str, cache: PixelCache) -> ShardIndex:
     key = f"{kind}-{content_key(files_fingerprint(files), list(splits), names and len(names))}"
     found = _cached(kind, splits, cache, key)
     if found is None:
-        logger.info("reading the index of the %d shards of %s, once", len(files), spec)
-        found = _make(kind, splits, cache, key, names, spec)
+        with _one_at_a_time(cache.folder / f"{key}.lock"):  # others find what the first one has made
+            found = _cached(kind, splits, cache, key)
+            if found is None:
+                logger.info("reading the index of the %d shards of %s, once", len(files), spec)
+                found = _make(kind, splits, cache, key, names, spec)
     train, val = found["train"], found.get("val")
     classes = names or tuple(map(str, range(len(train.class_counts))))
     _check_classes(train, val, classes, spec)
     return ShardIndex(classes, train, val, key)
+
+
+@contextlib.contextmanager
+def _one_at_a_time(path: Path) -> Iterator[None]:
+    """Let processes take turns at the block; where nothing can be locked, all of them do it."""
+    with contextlib.ExitStack() as stack:
+        try:
+            import fcntl
+
+            path.parent.mkdir(parents=True, exist_ok=True)
+            fcntl.flock(stack.enter_context(path.open("a")), fcntl.LOCK_EX)
+        except (ImportError, OSError):
+            pass
+        yield
 
 
 def _refuse_compressed(kind: str, root: Path) -> None:

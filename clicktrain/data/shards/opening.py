@@ -25,6 +25,7 @@ from clicktrain.data.statistics import (
     mean_and_std,
 )
 from clicktrain.errors import UserError
+from clicktrain.limits import check_memory
 
 _PROBED = (8, 128)  # pieces, and headers in all, that are looked at to learn size and color
 _MEASURED = (32, 4096)  # pieces, and images in all, that are decoded to learn mean and std
@@ -77,11 +78,16 @@ def open_shards(request: ShardRequest, folder: Path) -> OpenedShards:
     cache = PixelCache(folder)
     index = index_shards(request.kind, request.argument, cache)
     splits = [index.train] if index.val is None else [index.train, index.val]
-    channels, size, deep = _probe(splits, request.image_size)
+    channels, size, deep, mean_bytes = _probe(splits, request.image_size)
+    buffer = SHUFFLE_BUFFER if request.buffer is None else request.buffer
+    check_memory(
+        mean_bytes * min(buffer, index.train.pieces.samples),
+        f"a buffer of {buffer:,} images of {request.spec}",
+        "lower shuffle_buffer",
+    )
     key = f"{index.key}-{content_key(request.image_size, request.value_range)}"
     look = _Look(request, index.train, cache, key)
     values = look.values() if deep else EIGHT_BIT
-    buffer = SHUFFLE_BUFFER if request.buffer is None else request.buffer
 
     def source(split: IndexedSplit) -> ShardSource:
         resize = request.image_size is not None
@@ -169,15 +175,17 @@ def _spread(count: int, wanted: int) -> list[int]:
     return [index * count // wanted for index in range(wanted)]
 
 
-def _probe(splits: list[IndexedSplit], image_size: int | None) -> tuple[int, tuple[int, int], bool]:
-    """Learn channels, size and whether values have more than 8 bits from the headers of some images."""
+def _probe(splits: list[IndexedSplit], image_size: int | None) -> tuple[int, tuple[int, int], bool, float]:
+    """Learn from some images: channels, size, whether values have more than 8 bits, bytes of a file."""
     gray = True
+    sizes: list[int] = []
     first: tuple[str, tuple[int, int]] | None = None
     deep: dict[bool, str] = {}
     for images in itertools.chain.from_iterable(_sample(split, _PROBED) for split in splits):
         for index in range(len(images)):
             name = images.name(index)
             header = read_header(images.read(index), name)
+            sizes.append(len(images.read(index)))
             gray = gray and header.gray
             first = first or (name, header.size)
             deep.setdefault(header.deep, name)
@@ -185,7 +193,8 @@ def _probe(splits: list[IndexedSplit], image_size: int | None) -> tuple[int, tup
                 raise mixed_sizes(name, header.size, first[0], first[1])
     assert first is not None  # an index that passed its check is not empty
     check_depths(deep)
-    return (1 if gray else 3), first[1] if image_size is None else (image_size, image_size), True in deep
+    size = first[1] if image_size is None else (image_size, image_size)
+    return (1 if gray else 3), size, True in deep, sum(sizes) / len(sizes)
 
 
 @dataclass(frozen=True, eq=False)

@@ -12,7 +12,7 @@ import functools
 import numpy as np
 import torch
 
-from clicktrain.data.augment import seeded_generator
+from clicktrain.data.draws import seeded_generator
 from clicktrain.data.shards.source import Ints
 
 

@@ -11,7 +11,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from clicktrain.data.augment import seeded_generator
+from clicktrain.data.draws import seeded_generator
 from clicktrain.data.statistics import EIGHT_BIT, ValueRange
 from clicktrain.errors import UserError, shown
 

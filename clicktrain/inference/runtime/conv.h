@@ -68,6 +68,8 @@ INLINE void multiply(const float *p, int64_t row, vec weight, const int rows, co
   }
 }
 
+#define AHEAD 3  // jobs
+
 // Filters one by one. Few vectors: several sums of each, or every product would wait for the one before.
 INLINE void tile_sparse(const tile *t, const int rows, const int cols) {
   const int size = rows * cols, chains = size == 1 ? 8 : size == 2 ? 4 : size <= 4 ? 2 : 1;
@@ -78,6 +80,11 @@ INLINE void tile_sparse(const tile *t, const int rows, const int cols) {
     const int filter = (int)JOB_FILTER(job);
     const float *values = t->values + job->value;
     const uint16_t *offsets = t->offsets + job->offset;
+    if (n + AHEAD < t->count) {  // in passes, weights are not read in the order that they lie in
+      FETCH(t->values + job[AHEAD].value);
+      FETCH(t->values + job[AHEAD].value + 16);
+      FETCH(t->offsets + job[AHEAD].offset);
+    }
     vec sums[16];
     tile_begin(t, job->filter & JOB_FIRST, filter, rows, cols, sums);
     uint32_t e = 0;
@@ -135,25 +142,60 @@ typedef void (*tile_function)(const tile *);
 SPARSE(1, 1) SPARSE(1, 2) SPARSE(1, 3) SPARSE(1, 4) SPARSE(1, 5) SPARSE(1, 6) SPARSE(1, 7) SPARSE(1, 8)
 SPARSE(1, 9) SPARSE(1, 10) SPARSE(1, 11) SPARSE(1, 12) SPARSE(1, 13) SPARSE(1, 14) SPARSE(1, 15) SPARSE(1, 16)
 SPARSE(2, 1) SPARSE(2, 2) SPARSE(2, 3) SPARSE(2, 4) SPARSE(2, 5) SPARSE(2, 6) SPARSE(2, 7) SPARSE(2, 8)
-SPARSE(3, 1) SPARSE(3, 2) SPARSE(3, 3) SPARSE(3, 4) SPARSE(3, 5)
-SPARSE(4, 1) SPARSE(4, 2) SPARSE(4, 3) SPARSE(4, 4)
-DENSE(1, 1) DENSE(1, 2) DENSE(1, 3) DENSE(1, 4) DENSE(1, 5) DENSE(1, 6)
-DENSE(2, 1) DENSE(2, 2) DENSE(2, 3) DENSE(3, 1) DENSE(3, 2) DENSE(4, 1)
+SPARSE(3, 1) SPARSE(3, 2) SPARSE(3, 3) SPARSE(3, 4) SPARSE(3, 5) SPARSE(4, 1) SPARSE(4, 2) SPARSE(4, 3)
+SPARSE(4, 4) SPARSE(5, 1) SPARSE(5, 2) SPARSE(5, 3) SPARSE(6, 1) SPARSE(6, 2) SPARSE(7, 1) SPARSE(7, 2)
+SPARSE(8, 1) SPARSE(8, 2) SPARSE(10, 1) SPARSE(12, 1) SPARSE(14, 1) SPARSE(16, 1)
+DENSE(1, 1) DENSE(1, 2) DENSE(1, 3) DENSE(1, 4) DENSE(1, 5) DENSE(1, 6) DENSE(2, 1) DENSE(2, 2) DENSE(2, 3)
+DENSE(3, 1) DENSE(3, 2) DENSE(4, 1) DENSE(5, 1) DENSE(6, 1)
+// [rows - 1][vectors in a row - 1]; NULL: there is no such tile.
 static const tile_function sparse_tiles[MODEL_TILE_ROWS][MODEL_TILE_VECTORS] = {
     {sparse_1_1, sparse_1_2, sparse_1_3, sparse_1_4, sparse_1_5, sparse_1_6, sparse_1_7, sparse_1_8, sparse_1_9,
      sparse_1_10, sparse_1_11, sparse_1_12, sparse_1_13, sparse_1_14, sparse_1_15, sparse_1_16},
     {sparse_2_1, sparse_2_2, sparse_2_3, sparse_2_4, sparse_2_5, sparse_2_6, sparse_2_7, sparse_2_8},
     {sparse_3_1, sparse_3_2, sparse_3_3, sparse_3_4, sparse_3_5},
-    {sparse_4_1, sparse_4_2, sparse_4_3, sparse_4_4}};
-static const tile_function dense_tiles[MODEL_TILE_ROWS][MODEL_TILE_DENSE] = {
+    {sparse_4_1, sparse_4_2, sparse_4_3, sparse_4_4},
+    {sparse_5_1, sparse_5_2, sparse_5_3},
+    {sparse_6_1, sparse_6_2},
+    {sparse_7_1, sparse_7_2},
+    {sparse_8_1, sparse_8_2},
+    {NULL},
+    {sparse_10_1},
+    {NULL},
+    {sparse_12_1},
+    {NULL},
+    {sparse_14_1},
+    {NULL},
+    {sparse_16_1},
+};
+static const tile_function dense_tiles[MODEL_TILE_DENSE][MODEL_TILE_DENSE] = {
     {dense_1_1, dense_1_2, dense_1_3, dense_1_4, dense_1_5, dense_1_6},
-    {dense_2_1, dense_2_2, dense_2_3}, {dense_3_1, dense_3_2}, {dense_4_1}};
+    {dense_2_1, dense_2_2, dense_2_3},
+    {dense_3_1, dense_3_2},
+    {dense_4_1},
+    {dense_5_1},
+    {dense_6_1},
+};
+
+#if defined(SHUFFLE) && LANES == 16
+#define EVENS 0, 2, 4, 6, 8, 10, 12, 14, 16, 18, 20, 22, 24, 26, 28, 30
+#elif defined(SHUFFLE) && LANES == 8
+#define EVENS 0, 2, 4, 6, 8, 10, 12, 14
+#elif defined(SHUFFLE) && LANES == 4
+#define EVENS 0, 2, 4, 6
+#endif
 
 // `count` positions of a row into a region, every `step`-th. Regions are filled upwards: what is written too far is
 // written again.
 INLINE void copy_positions(float *to, const float *from, int64_t count, int64_t step, const int element) {
   if (element == 1 && step == 1) {
     for (int64_t k = 0; k < count; k += LANES) put(to + k, get(from + k));
+#ifdef EVENS
+  } else if (element == 1 && step == 2) {
+    for (int64_t k = 0; k < count; k += LANES) {
+      const vec a = get(from + 2 * k), b = get(from + 2 * k + LANES);
+      put(to + k, (vec)SHUFFLE(a, b, EVENS));
+    }
+#endif
   } else if (element == 1) {
     for (int64_t k = 0; k < count; ++k) to[k] = from[k * step];
   } else {
@@ -199,6 +241,54 @@ INLINE void fill_rows(const model_plan *plan, const model_op *op, const model_va
         to += (int64_t)plan->phase_cols * element;
       }
     }
+}
+
+// Where rows of the image are as long as those of the results, they lie one after another there as here, moved by some
+// positions, and all that differs is what falls off the edges.
+INLINE void fill_at_once(const model_plan *plan, const model_op *op, const model_value *in, const float *image,
+                         int64_t plane, int channels, int i0, float *to) {
+  const int64_t width = in->width, top = i0 - op->padding[0];
+  const int vectors = (plan->phase_cols + LANES - 1) / LANES;
+  ivec inside[MODEL_TAPS][MODEL_MASKS];
+  for (int s = 0; s < op->kernel[1]; ++s) {
+    const int64_t shift = s * op->dilation[1] - op->padding[1];
+    int32_t *lanes = (int32_t *)inside[s];
+    int64_t row = top, column = shift;
+    for (int k = 0; k < vectors * LANES; ++k) {
+      lanes[k] = row >= 0 && row < in->height && column >= 0 && column < width ? -1 : 0;
+      if (++column == width + shift) column = shift, ++row;
+    }
+  }
+  for (int c = 0; c < channels; ++c, image += plane)
+    for (int s = 0; s < op->kernel[1]; ++s, to += plan->phase_cols) {
+      const float *from = image + top * width + s * op->dilation[1] - op->padding[1];
+      // Rows below the image need not be there: what is beyond this memory is not read.
+      for (int k = 0; k < vectors; ++k) {
+        const int64_t at = top * width + (int64_t)k * LANES;
+        put(to + k * LANES, at < plane ? only(get(from + k * LANES), inside[s][k]) : (vec){0});
+      }
+    }
+}
+
+// A copy for each tap.
+INLINE void fill_taps(const model_plan *plan, const model_op *op, const model_value *in, const float *image,
+                      int64_t plane, int channels, float *to) {
+  const int taps = plan->region_rows, columns = op->kernel[1];
+  ivec inside[MODEL_TAPS][MODEL_TILE_VECTORS];
+  int64_t moved[MODEL_TAPS];
+  for (int t = 0; t < taps; ++t) {
+    const int64_t down = t / columns * op->dilation[0] - op->padding[0], right = t % columns * op->dilation[1] - op->padding[1];
+    int32_t *lanes = (int32_t *)inside[t];
+    moved[t] = down * in->width + right;
+    int64_t row = down, column = right;
+    for (int64_t k = 0; k < plan->cols * LANES; ++k) {
+      lanes[k] = row - down < in->height && row >= 0 && row < in->height && column >= 0 && column < in->width ? -1 : 0;
+      if (++column == in->width + right) column = right, ++row;
+    }
+  }
+  for (int c = 0; c < channels; ++c, image += plane)
+    for (int t = 0; t < taps; ++t)
+      for (int k = 0; k < plan->cols; ++k, to += LANES) put(to, only(get(image + moved[t] + k * LANES), inside[t][k]));
 }
 
 INLINE void fill_flat(const model_plan *plan, const model_op *op, const model_value *in, const model_value *out,
@@ -268,7 +358,9 @@ INLINE void run_conv(const model_network *network, const model_op *op, const mod
           t.source = region;
         } else {
           const int64_t line = first / out->width, inside = first % out->width;
-          fill_flat(plan, op, in, out, from, plane, channels, (int)line, plan->phase_cols, region);
+          if (plan->moved == MOVED_BY_TAP) fill_taps(plan, op, in, from, plane, channels, region);
+          else if (plan->moved) fill_at_once(plan, op, in, from, plane, channels, (int)line, region);
+          else fill_flat(plan, op, in, out, from, plane, channels, (int)line, plan->phase_cols, region);
           t.source = region + inside;
         }
         t.jobs = plan->jobs + plan->begin[pass];

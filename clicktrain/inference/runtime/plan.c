@@ -5,9 +5,9 @@
 #include "runtime.h"
 
 #define NETWORK (&model_network_description)
-#define L1_BYTES 24576     // of a region, where it is read for many results at a time
-#define L2_BYTES 196608    // where there are few: more of a filter's weights follow each other
-#define MANY_VECTORS 8
+#define L1_BYTES 24576    // of a region
+#define L2_BYTES 327680
+#define SUMS_BYTES 16384  // of all filters, beside a region in L1
 #define MOST_OFFSET 65535
 
 typedef struct {
@@ -18,7 +18,6 @@ typedef struct {
   int vectors;                 // most in a tile
 } problem;
 
-static int min_int(int a, int b) { return a < b ? a : b; }
 static int64_t up(int64_t a, int64_t b) { return (a + b - 1) / b; }
 
 // Remainders that the taps of one axis leave by its stride, without repeats; the number of them.
@@ -37,10 +36,33 @@ static int phases_of(int kernel, int dilation, int stride, int *index) {
   return count;
 }
 
-// Time of a plan in vector operations: weights for each vector of a tile, and copying regions.
-static double cost_of(const problem *p, double tiles, double vectors, double copied, double apart) {
-  const double weights = (double)p->op->count / p->in->channels;
-  return tiles * (weights * (vectors * apart + 2.5) + 2.0 * copied);
+// Choose the passes of a plan: regions in L1, or larger ones in L2 and fewer passes. Returns its time in cycles, by rules
+// of thumb. `copied`: cycles for a channel of a region; `load`: what loading an operand costs more than multiplying.
+static double choose_passes(const problem *p, model_plan *plan, double tiles, double copied, double load) {
+  const model_op *op = p->op;
+  const double group = op->dense ? MODEL_GROUP : 1, vectors = plan->rows * plan->cols;
+  const double weights = (double)op->count / group, filters = p->out->channels / group;
+  const int64_t channels = p->in->channels, lane = p->lanes * (int64_t)sizeof(float);
+  const int64_t bytes = plan->form == FORM_DIRECT ? (int64_t)vectors * lane : plan->channel * p->element * (int64_t)sizeof(float);
+  const double sums = p->out->channels * vectors * (double)lane > SUMS_BYTES ? 4 : 2;
+  double best = -1;
+  for (int large = 0; large < 2; ++large) {
+    int64_t most = (large ? L2_BYTES : L1_BYTES) / bytes;
+    const int64_t offsets = plan->form == FORM_DIRECT ? 1 : plan->channel * p->element / plan->unit;
+    if (most * offsets > MOST_OFFSET) most = MOST_OFFSET / offsets;
+    if (op->kind == OP_LINEAR && p->layout == SINGLE) most = channels;  // no passes
+    most = most < 1 ? 1 : most > channels ? channels : most;
+    const int64_t passes = up(channels, most), size = up(channels, passes);
+    const double runs = filters * (double)passes < weights ? filters * (double)passes : weights;
+    const double each = load * (size * bytes > L1_BYTES ? 1.15 : 1), product = op->dense || each < 1 ? 1 : each;
+    const double cost = tiles *
+        (copied * (double)channels + weights * (group * vectors * product + 1) + runs * (60 + group * sums * vectors));
+    if (best >= 0 && cost >= best) continue;
+    best = cost;
+    plan->pass_channels = (int)size;
+    plan->passes = (int)up(channels, size);
+  }
+  return best;
 }
 
 static double plan_direct(const problem *p, model_plan *plan) {
@@ -52,85 +74,92 @@ static double plan_direct(const problem *p, model_plan *plan) {
   plan->cols = (int)up(vectors, tiles);
   plan->channel = model_plane(p->in, p->layout);
   plan->unit = plan->channel * p->element;
-  return 0;
+  return choose_passes(p, plan, (double)tiles, 0, 1);
 }
+
+// Whether there is code for such a tile.
+static int is_tile(int rows, int cols) { return rows <= 8 || (rows % 2 == 0 && rows <= MODEL_TILE_ROWS && cols == 1); }
 
 static double plan_rows(const problem *p, model_plan *plan) {
   const model_op *op = p->op;
   const int width = p->layout == BLOCK ? p->out->width : p->out->width / p->lanes;
   const int phases = phases_of(op->kernel[1], op->dilation[1], op->stride[1], NULL);
+  // Vectors of one image begin anywhere: most of them lie in two cache lines.
+  const double load = p->layout == BLOCK ? 1 : p->lanes == 16 ? 1.55 : p->lanes == 8 ? 1.3 : 1.1;
   double best = -1;
   if (!phases) return best;
-  for (int rows = 1; rows <= min_int(MODEL_TILE_ROWS, p->out->height); ++rows)
+  for (int rows = 1; rows <= p->vectors && rows <= p->out->height; ++rows)
     for (int cols = 1; rows * cols <= p->vectors && cols <= width; ++cols) {
+      if (!is_tile(rows, cols)) continue;
       const int wide = p->layout == BLOCK ? cols : cols * p->lanes;
       const int64_t lines = (int64_t)(rows - 1) * op->stride[0] + (int64_t)(op->kernel[0] - 1) * op->dilation[0] + 1;
       const int64_t columns = wide + (int64_t)(op->kernel[1] - 1) * op->dilation[1] / op->stride[1];
-      const int64_t channel = lines * phases * columns;
-      if (channel > MOST_OFFSET) continue;
+      model_plan trial = {.form = FORM_ROWS, .rows = rows, .cols = cols, .region_rows = (int)lines, .phases = phases,
+                          .phase_cols = (int)columns, .channel = lines * phases * columns, .unit = p->element};
+      if (trial.channel > MOST_OFFSET) continue;
       const double tiles = (double)(up(p->out->height, rows) * up(p->out->width, wide));
-      const double copied = (double)(channel * p->element) / p->lanes + 2.0 * (double)lines;
-      // Vectors of one image begin anywhere: most of them lie in two cache lines.
-      const double cost = cost_of(p, tiles, rows * cols, copied, p->layout == BLOCK ? 1 : 1.4);
+      const int strided = p->layout == SINGLE && op->stride[1] > 2;
+      const double line = 14 + (strided ? 1.5 * (double)columns : 1.5 * (double)(columns * p->element) / p->lanes);
+      const double cost = choose_passes(p, &trial, tiles, (double)(lines * phases) * line, load);
       if (best >= 0 && cost >= best) continue;
       best = cost;
-      plan->form = FORM_ROWS;
-      plan->rows = rows;
-      plan->cols = cols;
-      plan->region_rows = (int)lines;
-      plan->phases = phases;
-      plan->phase_cols = (int)columns;
-      plan->channel = channel;
-      plan->unit = p->element;
+      *plan = trial;
     }
   return best;
+}
+
+// One copy of the image for each tap, where a tile is a whole image: everything that is loaded is aligned.
+static double plan_taps(const problem *p, model_plan *plan, int cols) {
+  const model_op *op = p->op;
+  const int64_t reach = (int64_t)(op->kernel[0] - 1) * op->dilation[0] * p->in->width + (op->kernel[1] - 1) * op->dilation[1];
+  if (p->taps > MODEL_TAPS || reach > MODEL_SLACK - 64) return -1;
+  *plan = (model_plan){.form = FORM_FLAT, .rows = 1, .cols = cols, .moved = MOVED_BY_TAP, .phase_cols = cols * p->lanes,
+                       .region_rows = p->taps, .channel = (int64_t)p->taps * cols * p->lanes, .unit = p->lanes};
+  return choose_passes(p, plan, 1, p->taps * (1 + 1.5 * cols), 1);
 }
 
 static double plan_flat(const problem *p, model_plan *plan) {
   const model_op *op = p->op;
   const int width = p->out->width;
   const int phases = phases_of(op->kernel[0], op->dilation[0], op->stride[0], NULL);
-  if (p->layout == BLOCK || !phases || op->kernel[1] > 64) return -1;
+  if (p->layout == BLOCK || !phases) return -1;
   const int64_t vectors = up((int64_t)p->out->height * width, p->lanes), tiles = up(vectors, p->vectors);
   const int cols = (int)up(vectors, tiles);
   const int64_t shift = (int64_t)(op->kernel[0] - 1) * op->dilation[0] / op->stride[0];
-  const int64_t before = tiles == 1 ? 0 : width - 1, length = up(before + cols * p->lanes + shift * width, 4) * 4;
-  const int64_t channel = op->kernel[1] * phases * length;
-  if (channel > MOST_OFFSET) return -1;
-  plan->form = FORM_FLAT;
-  plan->rows = 1;
-  plan->cols = cols;
-  plan->phases = phases;
-  plan->region_rows = (int)(op->kernel[1] * phases);
-  plan->phase_cols = (int)length;
-  plan->channel = channel;
-  plan->unit = 1;
-  const double lines = (double)(op->kernel[1] * phases) * ((double)length / width);
-  return cost_of(p, (double)tiles, cols, lines * (1.0 + (double)width / p->lanes), 1.2);
+  const int64_t before = tiles == 1 ? 0 : width - 1, length = up(before + cols * p->lanes + shift * width, 16) * 16;
+  *plan = (model_plan){.form = FORM_FLAT, .rows = 1, .cols = cols, .phases = phases, .phase_cols = (int)length,
+                       .region_rows = op->kernel[1] * phases, .channel = op->kernel[1] * phases * length, .unit = 1};
+  if (plan->channel > MOST_OFFSET) return -1;
+  const int same = op->stride[0] == 1 && op->stride[1] == 1 && p->in->width == width;
+  const int64_t reach = (shift + 1) * width + (int64_t)op->kernel[1] * op->dilation[1];
+  if (same && op->kernel[1] <= MODEL_TAPS && length / p->lanes < MODEL_MASKS && reach < MODEL_SLACK - 64)
+    plan->moved = MOVED_AT_ONCE;
+  const double arrays = op->kernel[1] * phases, rows = (double)length / width;
+  const double copied = plan->moved ? arrays * (4 + 1.5 * (double)length / p->lanes)
+                                    : arrays * rows * (14 + (double)width / p->lanes * (op->stride[1] > 2 ? 16 : 1.5));
+  // A tap whose rows begin inside a vector takes one cache line more than there are vectors.
+  int inside = 0;
+  for (int r = 0; r < op->kernel[0]; ++r) inside += r * op->dilation[0] / op->stride[0] * width % p->lanes != 0;
+  const double load = 1 + (double)inside / op->kernel[0] / cols * (p->lanes == 16 ? 1 : 0.5) + (tiles > 1 && width % p->lanes);
+  const double cost = choose_passes(p, plan, (double)tiles, copied, load);
+  model_plan taps;
+  const double by_taps = plan->moved && tiles == 1 && p->in->height == p->out->height && inside ? plan_taps(p, &taps, cols) : -1;
+  if (by_taps < 0 || by_taps >= cost) return cost;
+  *plan = taps;
+  return by_taps;
 }
 
 static int choose_form(const problem *p, model_plan *plan) {
   const model_op *op = p->op;
-  const int plain = op->kernel[0] == 1 && op->kernel[1] == 1 && op->stride[0] == 1 && op->stride[1] == 1 &&
-      op->padding[0] == 0 && op->padding[1] == 0;
-  if (plain) {
+  if (op->kernel[0] == 1 && op->kernel[1] == 1 && op->stride[0] == 1 && op->stride[1] == 1 && op->padding[0] == 0 &&
+      op->padding[1] == 0) {
     plan_direct(p, plan);
-  } else {
-    model_plan flat = {0}, rows = {0};
-    const double by_rows = plan_rows(p, &rows), by_flat = plan_flat(p, &flat);
-    if (by_rows < 0 && by_flat < 0) return MODEL_TOO_LARGE;
-    *plan = by_flat < 0 || (by_rows >= 0 && by_rows <= by_flat) ? rows : flat;
+    return MODEL_OK;
   }
-  const int64_t floats = plan->channel * p->element, channels = p->in->channels;
-  const int64_t bytes = plan->rows * plan->cols >= MANY_VECTORS ? L1_BYTES : L2_BYTES;
-  int64_t most = bytes / (floats * (int64_t)sizeof(float));
-  if (plain) most = bytes / (plan->rows * plan->cols * p->lanes * (int64_t)sizeof(float));
-  else if (most * plan->channel > MOST_OFFSET) most = MOST_OFFSET / plan->channel;
-  if (op->kind == OP_LINEAR && p->layout == SINGLE) most = channels;
-  most = most < 1 ? 1 : most > channels ? channels : most;
-  plan->passes = (int)up(channels, most);
-  plan->pass_channels = (int)up(channels, plan->passes);
-  plan->passes = (int)up(channels, plan->pass_channels);
+  model_plan flat = {0}, rows = {0};
+  const double by_rows = plan_rows(p, &rows), by_flat = plan_flat(p, &flat);
+  if (by_rows < 0 && by_flat < 0) return MODEL_TOO_LARGE;
+  *plan = by_flat < 0 || (by_rows >= 0 && by_rows <= by_flat) ? rows : flat;
   return MODEL_OK;
 }
 
@@ -150,7 +179,9 @@ static void offsets_of(const problem *p, const model_plan *plan, uint16_t *where
       if (plan->form == FORM_ROWS)
         offset = channel * plan->channel + ((int64_t)r * op->dilation[0] * plan->phases + phase[1][s]) * plan->phase_cols +
             s * op->dilation[1] / op->stride[1];
-      if (plan->form == FORM_FLAT)
+      if (plan->moved == MOVED_BY_TAP)
+        offset = (channel * plan->channel + (int64_t)k * plan->phase_cols) / plan->unit;
+      else if (plan->form == FORM_FLAT)
         offset = channel * plan->channel + ((int64_t)s * plan->phases + phase[0][r]) * plan->phase_cols +
             (int64_t)(r * op->dilation[0] / op->stride[0]) * p->out->width;
       *where++ = (uint16_t)offset;

@@ -106,7 +106,7 @@ static size_t memory_floats(const model_network *network) {
 }
 
 static size_t context_bytes(const model_network *network) {
-  const size_t floats = memory_floats(network) + (size_t)network->region + MODEL_SLACK;
+  const size_t floats = memory_floats(network) + (size_t)network->region + 2 * MODEL_SLACK;
   return floats * sizeof(float) + 2 * MODEL_ALIGNMENT;
 }
 
@@ -124,7 +124,8 @@ int model_context_new(const model_network *network, model_context **context) {
   const size_t floats = (memory_floats(network) + 15) / 16 * 16;
   made->network = network;
   made->own = own;
-  made->memory = (float *)(((uintptr_t)own + MODEL_ALIGNMENT - 1) / MODEL_ALIGNMENT * MODEL_ALIGNMENT);
+  // Copies of images that are moved to the right begin before the first float.
+  made->memory = (float *)(((uintptr_t)own + MODEL_ALIGNMENT - 1) / MODEL_ALIGNMENT * MODEL_ALIGNMENT) + MODEL_SLACK;
   made->region = made->memory + floats;
   *context = made;
   return MODEL_OK;

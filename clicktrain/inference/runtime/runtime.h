@@ -9,8 +9,8 @@
 #include "model.h"
 
 #define MODEL_ALIGNMENT 64
-#define MODEL_SLACK 64        // floats that may be read or written after the last one of a buffer
-#define MODEL_TILE_ROWS 4     // of results in registers, at most
+#define MODEL_SLACK 256       // floats that may be read before and after a buffer, or written after it
+#define MODEL_TILE_ROWS 16    // of results in registers, at most
 #define MODEL_TILE_VECTORS 16 // of one filter in registers, at most
 #define MODEL_TILE_DENSE 6    // of each of four filters in registers, at most
 #define MODEL_GROUP 4         // filters of a dense layer that are computed at once
@@ -64,6 +64,11 @@ typedef struct { uint32_t value, offset, count, filter; } model_job;
 #define JOB_FILTER(job) ((job)->filter & 0x0fffffffu)
 
 enum { FORM_DIRECT, FORM_ROWS, FORM_FLAT };
+// FORM_FLAT: row by row; where rows are as long as those of the results, many at once; or a copy for each tap instead of
+// each column of the kernel, where a tile is a whole image.
+enum { MOVED_BY_ROW, MOVED_AT_ONCE, MOVED_BY_TAP };
+#define MODEL_TAPS 9    // copies of an image in the latter two, at most
+#define MODEL_MASKS 48  // vectors of one copy, at most
 
 // How one convolution runs in one layout. Channels are taken in passes, whose inputs are copied into a region that fits
 // a cache: of FORM_ROWS rows of the padded image, split by what stride leaves as remainder; of FORM_FLAT one copy of the
@@ -73,6 +78,7 @@ typedef struct {
   int form, rows, cols;         // tile: rows of results, vectors in a row
   int passes, pass_channels;
   int region_rows, phases, phase_cols;  // rows of one channel; FLAT: arrays of one column and their length
+  int moved;                    // FLAT: how the image is copied, MOVED_*
   int64_t channel;              // elements of one channel in the region
   int64_t unit;                 // floats
   const uint16_t *offsets;      // one for each stored weight; of a dense layer for each of one filter

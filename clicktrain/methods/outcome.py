@@ -23,7 +23,7 @@ NOTED = 0.01
 FAR_OFF = "this network allows nothing closer"
 """In the summary of a plan whose target is known to be missed."""
 MOST_WEIGHTS = 1.25
-"""A sparsity is missed too where this many times the weights asked for are kept: near 1 its share hides that."""
+"""A sparsity is missed too where this many times the weights asked for are kept: near 1 shares hide that."""
 _NOTHING = "nothing was asked for and nothing pruned"
 
 Unit = Literal["share", "times", "ms", "s"]

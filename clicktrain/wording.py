@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import html
 import json
 from collections.abc import Sequence
 
@@ -143,3 +144,19 @@ def table_lines(rows: Sequence[Sequence[str]]) -> list[str]:
     """Rows of a text table, with columns of equal width."""
     widths = [max(map(len, column)) for column in zip(*rows, strict=True)]
     return ["  ".join(cell.ljust(w) for cell, w in zip(row, widths, strict=True)).rstrip() for row in rows]
+
+
+def html_text(text: object) -> str:
+    """Text inside HTML."""
+    return html.escape(str(text))
+
+
+def html_table(rows: Sequence[Sequence[object]]) -> str:
+    """A table for notebooks, whose own style it takes; the first row is its head."""
+
+    def line(cells: Sequence[object], tag: str) -> str:
+        return "<tr>" + "".join(f"<{tag}>{html_text(cell)}</{tag}>" for cell in cells) + "</tr>"
+
+    head, *body = rows
+    lines = "".join(line(cells, "td") for cells in body)
+    return f"<table><thead>{line(head, 'th')}</thead><tbody>{lines}</tbody></table>"

@@ -50,6 +50,8 @@ class EpochLines:
             f"{config.model}, method {config.method}: {config.epochs} epochs of {batches} batches "
             f"on {prepared.device} in {config.precision}{several}"
         )
+        if not prepared.pruner.frozen and (warning := prepared.pruner.plan().warning) is not None:
+            self.message(f"warning: {warning}")
 
     def step(self, info: StepProgress) -> None:
         """Keep the position in the run, for the epoch's line; inside a long epoch, a line now and then."""

@@ -129,13 +129,21 @@ class ChannelsThenPatterns(ChannelSettings, PatternChoices, Method[TwoPartState]
 
     def init(self, prunable: PrunableLayers, length: RunLength) -> TwoPartState:
         """Check both parts, as far as the network is known."""
+        if self.switch_at is None and length.epochs == 1:
+            raise UserError(
+                f"a run of 1 epoch is too short for {self.title}, which changes over between two: give "
+                "more epochs"
+            )
         if self.switch_epoch(length) >= length.epochs:
             raise UserError(
                 f"switch_at is {self.switch_epoch(length)} but the run has {length.epochs} epochs: "
                 "leave some to ClickTrain"
             )
         assert prunable.model is not None
-        self.second.init(self.second.find_prunable(prunable.model), self._rest(length))
+        try:
+            self.second.init(self.second.find_prunable(prunable.model), self._rest(length))
+        except UserError as error:
+            raise UserError(f"from epoch {self.switch_epoch(length)} on: {error}") from None
         return TwoPartState(self.first_of(length).init(prunable, length))
 
     def stage(self, state: TwoPartState) -> str:

@@ -134,7 +134,7 @@ class GradualClickTrain(OwnPool, Gradual, Growing):
         if timing.end <= least:
             raise UserError(
                 f"a run of {length.total} batches is too short for the stages of gradual ClickTrain: they "
-                f"take {least} before masks move"
+                f"take {least} before masks move; give more epochs or a smaller batch_size"
             )
         return replace(timing, begin=max(timing.begin, least))
 

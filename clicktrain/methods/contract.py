@@ -16,14 +16,14 @@ from clicktrain.errors import UserError, shown
 from clicktrain.formats.packed import Patterns
 from clicktrain.graph.prunable import PrunableLayer, PrunableLayers, find_prunable
 from clicktrain.latency.network_times import MeasureMasks
-from clicktrain.methods.outcome import Reached, Target
+from clicktrain.methods.outcome import FAR_OFF, Reached, Target
 from clicktrain.methods.saved_state import saved_state
 from clicktrain.runs.events import ABSENT, Event, HardPruneEvent, ReconfiguredEvent
 from clicktrain.settings import check_choices
 from clicktrain.sparsity.channel_lasso import ChannelAxis
 from clicktrain.sparsity.masks import energy_outside, sparsity_of
 from clicktrain.surgery import SurgeryPlan
-from clicktrain.wording import table_lines
+from clicktrain.wording import html_table, html_text, table_lines
 
 
 class Record(NamedTuple):
@@ -208,6 +208,23 @@ class PruningPlan:
     stages: tuple[tuple[str, str], ...] = ()
 
     def __str__(self) -> str:
+        stages = [f"{name}: {what}" for name, what in self.stages]
+        return "\n".join([*table_lines(self._table), *stages, self.summary]).rstrip()
+
+    def _repr_html_(self) -> str:
+        stages = "".join(
+            f"<li><b>{html_text(name)}</b>: {html_text(what)}</li>" for name, what in self.stages
+        )
+        return f"{html_table(self._table)}<ul>{stages}</ul><p>{html_text(self.summary)}</p>"
+
+    @property
+    def warning(self) -> str | None:
+        """What is known before the run about a target that will be missed, or None."""
+        return self.summary if FAR_OFF in self.summary else None
+
+    @property
+    def _table(self) -> list[tuple[str, ...]]:
+        """The head and a row per layer."""
         head = ("layer", "shape", "what", "density", "per filter", "why")
         body = [
             (
@@ -220,8 +237,7 @@ class PruningPlan:
             )
             for row in self.rows
         ]
-        stages = [f"{name}: {what}" for name, what in self.stages]
-        return "\n".join([*table_lines([head, *body]), *stages, self.summary]).rstrip()
+        return [head, *body]
 
 
 def plan_rows(prunable: PrunableLayers, rows: Sequence[LayerPlan]) -> tuple[LayerPlan, ...]:

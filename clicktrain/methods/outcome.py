@@ -13,12 +13,18 @@ from torch import Tensor
 from clicktrain.errors import UserError
 from clicktrain.graph.prunable import PrunableLayers
 from clicktrain.sparsity.masks import sparsity_of
-from clicktrain.wording import table_lines
+from clicktrain.wording import html_table, table_lines
 
 TOLERANCE = 0.05
 """A target is missed if the result differs from it by more than this share of it."""
 NOTED = 0.01
 """A larger difference than this share gets a reason."""
+
+FAR_OFF = "this network allows nothing closer"
+"""In the summary of a plan whose target is known to be missed."""
+MOST_WEIGHTS = 1.25
+"""A sparsity is missed too where this many times the weights asked for are kept: near 1 shares hide that."""
+_NOTHING = "nothing was asked for and nothing pruned"
 
 Unit = Literal["share", "times", "ms", "s"]
 
@@ -79,8 +85,14 @@ class Outcome:
         return cls(tuple(Target(**{name: record[name] for name in names}) for record in records))
 
     def __str__(self) -> str:
-        if not self.targets:
-            return "nothing was asked for and nothing pruned"
+        return "\n".join(table_lines(self._table)) if self.targets else _NOTHING
+
+    def _repr_html_(self) -> str:
+        return html_table(self._table) if self.targets else f"<p>{_NOTHING}</p>"
+
+    @property
+    def _table(self) -> list[tuple[str, ...]]:
+        """The head and a row per target."""
         head = ("", "asked", "reached", "why not")
         rows = [
             (
@@ -91,7 +103,7 @@ class Outcome:
             )
             for target in self.targets
         ]
-        return "\n".join(table_lines([head, *rows]))
+        return [head, *rows]
 
 
 @dataclass(frozen=True, slots=True, eq=False)
@@ -119,10 +131,13 @@ class Reached:
 
 
 def planned_far_off(asked: float, planned: float) -> str:
-    """The end of a plan's summary if the target is known to be missed; else nothing."""
-    if abs(planned - asked) <= TOLERANCE * asked:
-        return ""
-    return "; that is more than 5% from what was asked, and this network allows nothing closer"
+    """The end of a plan's summary if its target, a sparsity or a compression, is missed; else nothing."""
+    if abs(planned - asked) > TOLERANCE * asked:
+        return f"; that is more than 5% from what was asked, and {FAR_OFF}"
+    if asked < 1 and (1 - planned) > MOST_WEIGHTS * (1 - asked):
+        factor = (1 - planned) / (1 - asked)
+        return f"; that is {factor:.3g} times the weights that were to be kept, and {FAR_OFF}"
+    return ""
 
 
 def in_unit(value: float | None, unit: Unit) -> str:

@@ -28,6 +28,7 @@ from clicktrain.runs.format import (
 from clicktrain.runs.lock import RunFolderInUse, holder, locked
 from clicktrain.runs.logs import LogMark, Mended, take_back
 from clicktrain.runs.new_folder import CHECKPOINTS, clear_begun, existing_part, exists, only_begun, remove_new
+from clicktrain.runs.summary import RunSummary
 
 
 class _File:
@@ -230,12 +231,13 @@ class RunFolder:
         """Write summary.json, which marks the run as finished."""
         write_text_atomic(self.summary_path, json.dumps(dict(summary), indent=2) + "\n")
 
-    def summary(self) -> dict[str, Any] | None:
+    def summary(self) -> RunSummary | None:
         """The summary, or None while the run is not finished; UserError for a damaged file."""
         summary = read_summary(self.summary_path)
-        if summary is not None:
-            check_summary(summary, self.summary_path)
-        return summary
+        if summary is None:
+            return None
+        check_summary(summary, self.summary_path)
+        return RunSummary(summary)
 
     def finished(self) -> dict[str, Any]:
         """The summary; UserError if the run is not finished, or the file is damaged."""

@@ -302,6 +302,11 @@ def check_said_once(given: Mapping[Any, Any], path: str | Path | None = None) ->
             what = f"{first} {shown(given[both[0]])} and {second} {shown(given[both[1]])}"
             where = "" if path is None else f"{path}: "
             raise UserError(f"{where}{what} are both given, and say the same thing: give one")
+    budget = given.get("time_budget")
+    if path is None and isinstance(budget, str) and given.get("epochs") is not None:
+        raise UserError(  # of a share of the dense run, epochs is that run's length
+            f"--epochs {given['epochs']} and --time-budget {budget} both say how long the run is: give one"
+        )
 
 
 def code_settings(values: Mapping[Any, Any]) -> tuple[str, ...]:

@@ -17,6 +17,7 @@ from clicktrain.errors import FailedElsewhere, NetworkCollapsed, UserError
 from clicktrain.files import is_file
 from clicktrain.methods import Method
 from clicktrain.runs.folder import RunFolder
+from clicktrain.runs.summary import RunSummary
 from clicktrain.train.channel_log import watch_channels
 from clicktrain.train.checkpoint import bytes_needed, check_disk
 from clicktrain.train.config import RunConfig, config_to_dict, resume_command
@@ -196,7 +197,7 @@ def _fit(
             while run.state.epoch < config.epochs:
                 train_epoch(run, stop)
                 end_epoch(run, stop)
-            summary = finish_run(run)
+            summary = RunSummary(finish_run(run))
         except NetworkCollapsed as collapse:
             raise collapsed(str(collapse), run.newest_checkpoint()) from None
     progress.finish(summary)

@@ -44,6 +44,14 @@ def test_flags_that_say_the_same_thing_are_one_sentence(method: str, first: str,
     assert outcome.err.endswith("are both given, and say the same thing: give one\n")
 
 
+def test_a_length_in_epochs_and_in_minutes() -> None:
+    outcome = call("train", "--epochs", "60", "--time-budget", "20min")
+    assert outcome.code == 2
+    assert "--epochs 60 and --time-budget 20min both say how long the run is: give one" in outcome.err
+    config = settings_of(["--epochs", "60", "--time-budget", "0.5"])[0]  # half the time of 60 dense epochs
+    assert (config.epochs, config.time_budget) == (60, 0.5)
+
+
 def test_a_recipe_that_says_it_twice(tmp_path: Path) -> None:
     recipe = tmp_path / "recipe.yaml"
     recipe.write_text("method: rigl\nsparsity: 0.8\ncompression: 8\n")

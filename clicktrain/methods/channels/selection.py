@@ -112,6 +112,11 @@ class ChannelSelection:
         least, sizes, images = self.budget.min_channels, self.sizes, self.budget.latency_batch
         if not self.budget.by_latency:
             most, asked = prunable_channels(sizes, least, self.weights), self.num_pruned
+            if asked == 0 and self.counted:
+                raise UserError(
+                    f"prune_ratio {self.budget.prune_ratio:g} of {self.counted} {self.budget.prune_ratio_of} "
+                    f"is none: ask for {math.ceil(1000 / self.counted) / 1000:g} or more"
+                )
             if asked > most:
                 total = self.counted
                 raise UserError(

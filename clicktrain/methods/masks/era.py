@@ -64,6 +64,12 @@ class EraSettings(EarlyTrigger):
                 f"the era ends at epoch {era.last_epoch:g} but the run has {length.epochs}: end it earlier"
             )
         first, last = _batches(era, length)
+        if first >= last and era.length > 0 and self.era is None:
+            raise UserError(
+                f"a run of {length.total} batches is too short for the era of preset {self.preset}, epochs "
+                f"{era.first_epoch:g} to {era.last_epoch:g}, which holds no batch: give more epochs, a "
+                "smaller batch_size, or an era"
+            )
         if first >= last and era.length > 0:
             raise UserError(
                 f"the era {era.first_epoch:g}-{era.last_epoch:g} holds no batch "

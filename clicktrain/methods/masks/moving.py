@@ -74,6 +74,12 @@ class Moving(MovingUnits):
         begin, end = round(self.begins_at * length.total), round(self.stop * length.total)
         if interval >= end - begin:
             since = f", start {self.begins_at:g}" if self.begins_at else ""
+            if self.interval is None:
+                raise UserError(
+                    f"a run of {length.total} batches is too short for {self.title}: masks are fixed after "
+                    f"{end} (stop {self.stop:g}{since}) and would never change; give more epochs or a "
+                    "smaller batch_size"
+                )
             raise UserError(
                 f"interval is {interval} but masks are fixed after {end} of {length.total} batches (stop "
                 f"{self.stop:g}{since}): they would never change; take a shorter interval or a longer run"

@@ -275,7 +275,7 @@ class PatternSettings(PatternChoices, EarlyTrigger):
         if latest < 1:
             raise UserError(
                 f"a run of {total} batches is too short for the stages of ClickTrain, which need "
-                f"{needed + 2} here"
+                f"{needed + 2} here: give more epochs or a smaller batch_size"
             )
         earliest = min(latest, max(1, round((self.earliest_start or 0) * total)))
         if self.hard_prune is not None:

@@ -26,7 +26,7 @@ class Link:
     latency: float
 
     def __str__(self) -> str:
-        return f"{self.name} ({self.bandwidth * 8 / 1e9:g} Gbit/s, {self.latency * 1e6:g} us)"
+        return f"{self.name} ({self.bandwidth * 8 / 1e9:.4g} Gbit/s, {self.latency * 1e6:.4g} us)"
 
 
 def _link(name: str, gbit: float, microseconds: float) -> Link:

@@ -135,7 +135,8 @@ def masked_allreduce_hook(state: KeptExchange, bucket: GradBucket) -> torch.futu
         note(GRADIENTS, -outside, 0)
         note(GROWTH, outside, 0)
 
-    def spread(_: Any) -> Tensor:
+    def spread(done: Any) -> Tensor:
+        done.value()  # raises what the all-reduce has raised: another process may have ended
         if alone is not None:
             return buffer.zero_().index_copy_(0, alone, sent.to(buffer.dtype))
         return buffer if sent is buffer else buffer.copy_(sent)

@@ -229,7 +229,8 @@ class LoweringPlan:
             batch = check.whole(data["batch"], "batch", 1)
             rule, here = check.text(data["rule"], "rule"), check.fields(data["machine"], "machine")
             lanes, threads = check.whole(here["lanes"], "lanes"), check.whole(here["threads"], "threads", 1)
-            machine = Machine(check.text(here["cpu"], "cpu"), lanes, threads)
+            gpu = None if here.get("gpu") is None else check.text(here["gpu"], "gpu")
+            machine = Machine(check.text(here["cpu"], "cpu"), lanes, threads, gpu)
             exchange = exchanged_from(data.get("exchange", ()))
             return cls(rule, batch, machine, choices, tuple(notes), activations, exchange)
         except UserError:
@@ -286,7 +287,8 @@ class LoweringPlan:
         rows = self.table()
         m = self.machine
         lines = [
-            f"{self.rule} rule, {self.batch} images; {m.cpu}, {m.lanes} lanes, {m.threads} threads"
+            f"{self.rule} rule, {self.batch} images; "
+            + (m.gpu or f"{m.cpu}, {m.lanes} lanes, {m.threads} threads")
             + ("; activations in bf16" if self.activations == "bf16" else ""),
             *self.notes,
         ]

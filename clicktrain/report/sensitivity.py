@@ -62,7 +62,8 @@ def render_sensitivity(found: Mapping[str, Any], title: str) -> str:
     worst = sorted(layers, key=lambda layer: -sum(layer["lost"]))
     highest = max([TOLERATED, *(lost for layer in layers for lost in layer["lost"])])
     total = sum(layer["weights"] for layer in layers)
-    figures = [_curves(found, worst[:SHOWN_LINES])]
+    most, least = worst[:SHOWN_LINES], worst[SHOWN_LINES:][-SHOWN_LINES:]
+    figures = [_curves(found, most, "most"), _curves(found, least, "least") if least else None]
     return template("sensitivity.html.j2").render(
         w=wording,
         title=title,
@@ -82,7 +83,8 @@ def render_sensitivity(found: Mapping[str, Any], title: str) -> str:
     )  # fmt: skip
 
 
-def _curves(found: Mapping[str, Any], shown: Sequence[Mapping[str, Any]]) -> Figure | None:
+def _curves(found: Mapping[str, Any], shown: Sequence[Mapping[str, Any]], which: str) -> Figure | None:
+    """Lines of some layers; ``which``: those that lose most or least."""
     shares = [100 * share for share in found["sparsities"]]
     layers = found["layers"]
     means = [sum(layer["accuracies"][at] for layer in layers) / len(layers) for at in range(len(shares))]
@@ -94,12 +96,12 @@ def _curves(found: Mapping[str, Any], shown: Sequence[Mapping[str, Any]]) -> Fig
         Series("mean of all layers", list(zip(shares, means, strict=True)), "run-dense", dashed=True)
     )
     return line_figure(
-        "Accuracy with one layer pruned, %",
+        f"The layers that lose {which}, accuracy in %",
         series,
-        f"The {len(shown)} layers that lose most, and the mean; dashed across: the network as it is.",
-        label="Accuracy over the sparsity of a single layer",
+        "With one layer pruned, and the mean over all layers; dashed across: the network as it is.",
+        label=f"Accuracy over the sparsity of a single layer, of those that lose {which}",
         epochs=(0.0, 100.0),
-        top=100.0,
+        y_range=(0.0, 100.0),
         x_name="sparsity of the layer, %",
         reference=found["accuracy"],
     )  # fmt: skip

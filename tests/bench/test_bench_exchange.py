@@ -16,7 +16,8 @@ import pytest
 import torch
 import torch.distributed as dist
 
-from clicktrain.bench.exchange import (
+from clicktrain.bench.exchange.links import Link, unshare_command
+from clicktrain.bench.exchange.measure import (
     ExchangeCase,
     ExchangeRow,
     bench_exchange,
@@ -24,7 +25,6 @@ from clicktrain.bench.exchange import (
     sentences,
     to_json,
 )
-from clicktrain.bench.exchange.links import Link, unshare_command
 from clicktrain.bench.exchange.networks import make, names
 from clicktrain.bench.exchange.token_bucket import TokenBucket
 from clicktrain.bench.step import StepCase
@@ -180,7 +180,7 @@ def test_nothing_outlives_it(how: str, tmp_path: Path) -> None:
     with (tmp_path / "said").open("w") as said:
         bench = subprocess.Popen([*command, "--processes", "2"], stdout=said, stderr=said)
     try:
-        until = time.monotonic() + 120
+        until = time.monotonic() + 240
         while len(started := children(bench.pid)) < 3 and time.monotonic() < until:
             time.sleep(0.1)
         time.sleep(2)

@@ -294,7 +294,11 @@ def test_export_to_c(copy_of_finished: Callable[[], Path], monkeypatch: pytest.M
     assert first.startswith(f"{folder / 'export-c'}: weights 0.")
     assert "on 20 validation images: largest difference to the network" in second
     assert "accuracy" in second
-    config = (folder / "config.yaml").read_text().replace("synthetic:classes=3,size=8", "synthetic:classes=3,size=9")
+    config = (
+        (folder / "config.yaml")
+        .read_text()
+        .replace("synthetic:classes=3,size=8", "synthetic:classes=3,size=9")
+    )
     (folder / "config.yaml").write_text(config)
     outcome = call("export", folder, "--format", "c", "-o", folder / "other", "--name", "tiny")
     assert "random images (the images of synthetic:classes=3,size=9" in outcome.out, outcome.err

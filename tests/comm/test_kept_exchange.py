@@ -21,6 +21,7 @@ from torch.nn.parallel import DistributedDataParallel
 from clicktrain import ClickTrain, Dense, Pruner
 from clicktrain.comm import Exchange, ExchangedMasks, KeptExchange, counted, masked_allreduce_hook
 from clicktrain.comm.agreement import sum_over_processes
+from clicktrain.comm.collectives import carried_by
 from clicktrain.errors import UserError
 from clicktrain.methods import RigL
 
@@ -178,6 +179,22 @@ def test_counts_add_up_by_purpose_and_nest() -> None:
     assert outer["gradients"] == [2 * inner["gradients"][0], 2]
     sum_over_processes(torch.zeros(3))  # there is no other process: nothing is sent
     assert set(outer) == {"gradients"}
+
+
+def test_an_all_reduce_that_fails_is_no_gradient() -> None:
+    class Failed:
+        def get_future(self) -> torch.futures.Future[list[Tensor]]:
+            future: torch.futures.Future[list[Tensor]] = torch.futures.Future()
+            future.set_exception(RuntimeError("connection closed by peer"))  # type: ignore[arg-type]
+            return future
+
+    model = network()
+    masks = {model[3].weight: mask_of(model[3].weight, 0.3)}  # type: ignore[index]
+    with (
+        carried_by(lambda *_: Failed()),
+        pytest.raises(RuntimeError, match="connection closed by peer"),
+    ):
+        exchanged(model, KeptExchange(Masks(masks)))
 
 
 def attached(method: Any, **options: Any) -> Pruner:

@@ -261,6 +261,25 @@ def test_images_are_resized_and_cropped_as_files_are(kind: str, tmp_path: Path, 
     assert [batch.x.shape for batch in epoch(shards, batch_size=4)] == [(4, 3, 8, 8)]
 
 
+@pytest.mark.parametrize(
+    "names",
+    [
+        ("train-0.tar", "val-0.tar"),
+        ("train000.tar", "val000.tar"),
+        ("set_train_0.tar", "set_Validation_0.tar"),
+        ("data/train-00000-of-00001.tar", "data/test-00000-of-00001.tar"),
+        ("train/0.tar", "valid/0.tar"),
+    ],
+)
+def test_names_of_files_and_folders_say_the_split(
+    names: tuple[str, str], tmp_path: Path, cache_dir: Path
+) -> None:
+    for name, labels in zip(names, ([0, 1, 2, 0], [1, 2]), strict=True):
+        write_tar(tmp_path / "set" / name, labels)
+    data = opened("webdataset", tmp_path / "set", cache_dir, workers=0)
+    assert (len(data.train), len(data.val)) == (4, 2)
+
+
 def test_names_of_classes_come_along(tmp_path: Path, cache_dir: Path) -> None:
     write_groups(tmp_path / "p" / "train.parquet", [0, 1, 2] * 4, names=["x", "y", "z"])
     assert opened("parquet-shards", tmp_path / "p", cache_dir).classes == ("x", "y", "z")

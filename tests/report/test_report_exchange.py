@@ -39,7 +39,7 @@ def tips(one: Node) -> dict[str, dict[str, float]]:
     found = {}
     for tip in one.all("rect", "tip"):
         place, rest = re.fullmatch(r"((?:epoch|GPUs) \d+) (.*)", tip.all("title")[0].text).groups()
-        found[place] = {name: float(value) for name, value in re.findall(r"([a-z ]+): ([\d.]+) ?", rest)}
+        found[place] = {name: float(value) for name, value in re.findall(r"([A-Za-z ]+): ([\d.]+) ?", rest)}
     return found
 
 
@@ -55,6 +55,25 @@ def test_larger_batches_have_a_line_of_their_own(tmp_path: Path) -> None:
     assert tips(shown)["epoch 20"] == {"a step": 100, "an epoch": 100}
     assert tips(shown)["epoch 21"] == {"a step": 25, "an epoch": 12.5}
     assert "in the run with its larger batches" in shown.one("figcaption").text
+
+
+def test_what_several_processes_counted(tmp_path: Path) -> None:
+    make_run(tmp_path / "run", compression=4, accuracy=87.0)
+    path = tmp_path / "run" / "metrics.jsonl"
+    lines = [json.loads(line) for line in path.read_text().splitlines()]
+    for line in lines:
+        line |= {"exchange_steps": 10, "exchange_bytes": 5_000_000 if line["epoch"] > 20 else 20_000_000}
+    path.write_text("".join(json.dumps(line) + "\n" for line in lines))
+    summary = json.loads((tmp_path / "run" / "summary.json").read_text())
+    (tmp_path / "run" / "summary.json").write_text(json.dumps({**summary, "exchange_ratio": 0.5}))
+    page = parse(write_report([tmp_path / "run"], tmp_path / "report.html").read_text(encoding="utf-8"))
+    shown = figure(page, "Exchanged in a step, MB")
+    assert tips(shown)["epoch 20"] == {"MB": 2}
+    assert tips(shown)["epoch 21"] == {"MB": 0.5}
+    caption = shown.one("figcaption").text
+    assert "2 MB at first, 0.5 MB at the end. All gradients of the run are 50% of those of dense" in caption
+    titles = [one.all("h4")[0].text for one in page_of(tmp_path / "alone").all("figure")]
+    assert "Exchanged in a step, MB" not in titles
 
 
 def test_times_by_number_of_gpus(tmp_path: Path) -> None:

@@ -14,8 +14,7 @@ from pathlib import Path
 from typing import Any
 
 from clicktrain.bench.exchange.children import end_with_parent, termination_as_exit
-from clicktrain.bench.exchange.links import tool
-from clicktrain.bench.exchange.worker import DEVICE
+from clicktrain.bench.exchange.links import DEVICE, tool
 
 _TAIL = 1500
 """Characters of what a process said last."""

@@ -14,6 +14,8 @@ from dataclasses import dataclass
 from clicktrain.errors import UserError
 
 LOOPBACK = "loopback"
+DEVICE = "eth0"
+"""Name of the virtual Ethernet device in a process's own network namespace."""
 _UNSHARE = (["unshare", "--net"], ["unshare", "--user", "--map-root-user", "--net"])
 """As root, or as a user who may make user namespaces."""
 _TRIAL = (

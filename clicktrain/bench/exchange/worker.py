@@ -20,7 +20,7 @@ import torch.distributed as dist
 import torch.nn.functional as F
 
 from clicktrain.bench.exchange.children import end_with_parent
-from clicktrain.bench.exchange.links import Link, slow_down, tool
+from clicktrain.bench.exchange.links import DEVICE, Link, slow_down, tool
 from clicktrain.bench.exchange.networks import GROWS, Subject, make
 from clicktrain.bench.exchange.token_bucket import TokenBucket
 from clicktrain.bench.step import StepCase
@@ -29,8 +29,6 @@ from clicktrain.comm.collectives import GRADIENTS, GROWTH, all_reduce_, carried_
 from clicktrain.comm.data_parallel import data_parallel
 from clicktrain.kernels.native import keep_memory
 
-DEVICE = "eth0"
-"""Name of the virtual Ethernet device in a worker's own network namespace."""
 _WAIT_S = 60
 
 

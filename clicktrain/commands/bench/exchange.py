@@ -12,7 +12,13 @@ if TYPE_CHECKING:
 
 
 def _measure(given: Result, machine: Result, progress: Any) -> Result:
-    from clicktrain.bench.exchange import ExchangeCase, bench_exchange, check_targets, sentences, to_json
+    from clicktrain.bench.exchange.measure import (
+        ExchangeCase,
+        bench_exchange,
+        check_targets,
+        sentences,
+        to_json,
+    )
 
     case = ExchangeCase(
         model=given["model"],

@@ -62,7 +62,7 @@ def _files(folder: Path, suffix: str) -> list[Path]:
 def _by_name(folder: Path, suffix: str) -> dict[str, list[Path]]:
     splits: dict[str, list[Path]] = {}
     for path in _files(folder, suffix):
-        words = re.split(r"[-_.]", path.name.lower())
+        words = [word.rstrip("0123456789") for word in re.split(r"[-_.]", path.name.lower())]  # train000.tar
         split = next((word for word in words if word in _SPLITS), None)
         if split is not None:
             splits.setdefault(split, []).append(path)

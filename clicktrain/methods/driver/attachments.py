@@ -9,7 +9,6 @@ from dataclasses import dataclass
 
 import torch
 from torch import Tensor, nn
-from torch.nn.parallel import DistributedDataParallel
 from torch.nn.parameter import is_lazy
 from torch.optim import Optimizer
 from torch.optim.swa_utils import AveragedModel
@@ -17,6 +16,7 @@ from torch.optim.swa_utils import AveragedModel
 from clicktrain.errors import UserError
 from clicktrain.kernels.sparse_conv2d import PackedLayer
 from clicktrain.methods.driver.optimizers import AttachedOptimizers
+from clicktrain.methods.driver.several import check_not_sharded, is_data_parallel
 from clicktrain.surgery import SurgeryPlan
 
 _CLAIMS: weakref.WeakKeyDictionary[nn.Module | Optimizer, weakref.ref[Claim]] = weakref.WeakKeyDictionary()
@@ -59,8 +59,8 @@ def check_network(model: nn.Module) -> None:
     """Raise a UserError for anything but a network, and for a wrapper around one."""
     if not isinstance(model, nn.Module):
         raise UserError(f"attach takes the network, a torch.nn.Module, not a {type(model).__name__}")
-    wrapper = isinstance(model, DistributedDataParallel | nn.DataParallel)
-    if wrapper or "_orig_mod" in model._modules:
+    check_not_sharded(model)
+    if is_data_parallel(model) or "_orig_mod" in model._modules:
         raise UserError(
             f"attach takes the network itself, not a {type(model).__name__} around it, which would keep "
             "parameters that are replaced: attach first, then call pruner.wrapped(...) to wrap it"

@@ -21,6 +21,7 @@ from clicktrain.methods.driver.attachments import Outsiders
 from clicktrain.methods.driver.network import PrunedNetwork
 from clicktrain.methods.driver.optimizers import STRIKES, AttachedOptimizers
 from clicktrain.methods.driver.publisher import ParametersReplaced
+from clicktrain.methods.driver.several import check_not_sharded
 
 _STEPS_UNOBSERVED = 16
 """Optimizer steps in a row without `Pruner.observe` that are one mistake."""
@@ -171,6 +172,7 @@ class LoopWatch:
             self._look_again()
         for place in self._places:
             if not place.intact:
+                check_not_sharded(self._network.model)
                 now = place.module._parameters.get(place.leaf)
                 if now is not None and now.device != place.weight.device:
                     raise _moved(place.weight, now)

@@ -55,6 +55,7 @@ from clicktrain.methods.driver.publisher import (
     W,
     Wrapped,
 )
+from clicktrain.methods.driver.several import SameGradients, check_not_sharded
 from clicktrain.methods.outcome import Outcome, Reached
 from clicktrain.runs.events import Event, OutcomeEvent
 from clicktrain.settings import try_choices
@@ -139,6 +140,7 @@ class Pruner:
         self._copies = CopyNote(model)
         self._carry_out(method.at_start(self._state, self._prunable, length))
         self._watch = LoopWatch(self.network, self._optimizers, length, replaces=method.reads_graph)
+        self._same_gradients = SameGradients(self.network.publisher)
         self._handles: list[RemovableHandle] = []
         for one in self._optimizers.all:
             self._handles.append(one.register_step_pre_hook(self._before_step))
@@ -216,12 +218,14 @@ class Pruner:
         Where it registers a communication hook, it makes the hook's state too (`clicktrain.comm`).
 
         Raises:
-            UserError: when the network is wrapped, for a hook that cannot be used with masks.
+            UserError: when the network is wrapped, for a wrapper that shards it (FSDP), or a hook that cannot
+                be used with masks.
         """
 
         def checked(model: nn.Module) -> W:
             self.network.leave_out_index()
             wrapper = wrap(model)
+            check_not_sharded(wrapper)
             if self.method.prunes:
                 check_hooks(wrapper)
             return wrapper
@@ -532,6 +536,7 @@ class Pruner:
                 "the optimizer's step was called with a closure, whose gradients the pruner cannot read: "
                 "call backward() and observe(loss) first, then optimizer.step() without one"
             )
+        self._same_gradients.check(optimizer)
         self._look_for_gradients()
         found_inf = getattr(optimizer, "found_inf", None)
         self._watch.before_step(optimizer)

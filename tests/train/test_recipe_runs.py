@@ -53,6 +53,9 @@ SMALL: dict[str, Any] = {
     "method": "dense",
 }
 
+OF_METHODS: dict[str, dict[str, Any]] = {"prunetrain": {"optimizer": "sgd", "learning_rate": 0.05}}
+"""Steps of LAMB, a share of each weight's norm, do not keep up with a lasso that has 16 of them in all."""
+
 
 @pytest.mark.parametrize("smoothing", [0.0, 0.1])
 @pytest.mark.parametrize("threshold", [None, 0.2])
@@ -138,12 +141,15 @@ def test_a_run_with_everything_goes_on_bit_for_bit(tmp_path: Path) -> None:
 @pytest.mark.filterwarnings("ignore::clicktrain.errors.MissedTarget")
 @pytest.mark.parametrize("name", list(METHODS))
 def test_every_method_trains_on_soft_targets(name: str, tmp_path: Path) -> None:
-    settings = {**SMALL, **EVERYTHING, "method": name}
+    settings = {**SMALL, **EVERYTHING, **OF_METHODS.get(name, {}), "method": name}
     if METHODS[name]().expects_trained:
         run(tmp_path / "dense", {**SMALL, "epochs": 1})
         settings["initial_weights"] = str(tmp_path / "dense")
     summary = run(tmp_path / "run", settings)
-    assert math.isfinite(summary["val_loss"])
+    assert 0 <= summary["val_accuracy"] <= 100
+    losses = [line["train_loss"] for line in RunFolder(tmp_path / "run").read_metrics()]
+    assert len(losses) == SMALL["epochs"]
+    assert all(map(math.isfinite, losses))
 
 
 def test_a_plan_says_what_is_done(tmp_path: Path) -> None:

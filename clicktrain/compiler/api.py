@@ -21,6 +21,7 @@ from clicktrain.errors import UserError
 from clicktrain.graph import Inputs, as_inputs, own_random_numbers
 from clicktrain.graph.faithful import ExampleError, UnfaithfulError, believed_graph
 from clicktrain.graph.inputs import blank
+from clicktrain.graph.plain_calls import plain_calls
 from clicktrain.kernels.native import KernelError, keep_memory
 from clicktrain.kernels.native.failure import report_failure, summary, watch_failures
 from clicktrain.kernels.native.folder import take_notice
@@ -103,7 +104,7 @@ def accelerate(
     keep_memory()
     result: Accelerated | None = None
     # The result has to serve training, whatever mode this is called in.
-    with watch_failures() as failures, torch.inference_mode(False):
+    with watch_failures() as failures, torch.inference_mode(False), plain_calls(model):
         try:
             result = _accelerated(model, inputs, rule, plan, tuple(dtypes), remember)
             result.plan = replace(result.plan, exchange=exchanged_gradients(result.base))

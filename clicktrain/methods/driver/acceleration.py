@@ -15,6 +15,7 @@ from clicktrain.compiler import Accelerated, LoweringPlan, accelerate, dtypes_wo
 from clicktrain.compiler.renewal import SHORT_FLOPS, still_fits
 from clicktrain.errors import UserError
 from clicktrain.graph import Inputs, own_random_numbers
+from clicktrain.graph.plain_calls import plain_calls
 from clicktrain.kernels.native import missing_toolchain, toolchain
 from clicktrain.kernels.sparse_conv2d import PackedLayer
 from clicktrain.methods.driver.publisher import MasksFrozen, Notification, ParametersReplaced, Publisher
@@ -51,7 +52,7 @@ class Acceleration:
     ) -> None:
         self._model, self._record, self._batches_left, self._always = model, record, batches_left, always
         self._view: Accelerated | None = None
-        self._given_up = self._running = self._stood_in = False
+        self._given_up = self._stood_in = False
         self.plan: LoweringPlan | None = None
         """What was chosen, and is used again where layers are packed again."""
         self._calls = _Calls(model, self)
@@ -113,14 +114,9 @@ class Acceleration:
 
     def view_for(self, args: Any, kwargs: Any) -> Accelerated | None:
         """What a call goes to; None for the model's own."""
-        if self._running:
-            return None
         if self._view is None and self._model.training and not self._given_up:
-            self._running = True  # making a view runs the model
-            try:
+            with plain_calls(self._model):  # making a view runs the model
                 self._view = self._made(Inputs(args, kwargs))
-            finally:
-                self._running = False
             if self._view is None:
                 self._given_up = True
                 self._take_back()

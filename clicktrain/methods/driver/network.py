@@ -476,6 +476,7 @@ class PrunedNetwork:
                     copy.structure = own.structure
         if patterns is not None:
             self._find_again()
+            self.want_gradients(self.collecting)  # of what was dense, processes exchanged all of them
         self._replaced()
         return list(masks)
 

@@ -23,6 +23,7 @@ if TYPE_CHECKING:
     from clicktrain.accounting import ModelCost, compression_ratio, count
     from clicktrain.compiler import accelerate
     from clicktrain.errors import UserError
+    from clicktrain.export.loading import load_packed
     from clicktrain.kernels.pack_model import pack, unpack
     from clicktrain.methods import *  # noqa: F403 - every method, as `__getattr__` finds them
     from clicktrain.models import create_model
@@ -38,6 +39,7 @@ __all__ = [
     "count",
     "create_model",
     "load",
+    "load_packed",
     "load_pruned",
     "pack",
     "unpack",
@@ -50,14 +52,24 @@ _HOME = {
     "compression_ratio": "clicktrain.accounting",
     "count": "clicktrain.accounting",
     "create_model": "clicktrain.models",
+    "load_packed": "clicktrain.export.loading",
     "load_pruned": "clicktrain.surgery",
     "pack": "clicktrain.kernels.pack_model",
     "unpack": "clicktrain.kernels.pack_model",
 }
 
 
-def load(folder: str | PathLike[str], model: str | Callable[..., nn.Module] | None = None) -> nn.Module:
+def load(
+    folder: str | PathLike[str],
+    model: str | Callable[..., nn.Module] | None = None,
+    *,
+    batch: int | None = None,
+) -> nn.Module:
     """Load the network of a finished run: a plain module on the CPU, in eval mode, pruned weights zero.
+
+    With ``batch`` it is ready for fast inference: its kept weights alone are loaded, and it is accelerated
+    for batches of this size (`accelerate`) where there is something sparse in it. Of the folder's two files
+    of weights one is enough; ``packed.safetensors`` is the small one.
 
     Loading runs no code that a file names. A network of the zoo needs nothing; one of your own is built by
     the factory that you give here.
@@ -66,17 +78,19 @@ def load(folder: str | PathLike[str], model: str | Callable[..., nn.Module] | No
         folder: of the run.
         model: for a network of your own, its factory, or ``package.module:factory``; it is called with those
             of num_classes, in_channels and width that it takes.
+        batch: images of a call, at which operators are measured.
 
     Raises:
         UserError: not the folder of a finished run, damaged, of a newer version; or the run is of a network
             of somebody's own and ``model`` is missing or builds another network.
 
     Example:
-        ``net = clicktrain.load("runs/first")``, ``net = clicktrain.load("runs/mine", model=MyNetwork)``
+        ``net = clicktrain.load("runs/first")``, ``net = clicktrain.load("runs/mine", model=MyNetwork)``,
+        ``net = clicktrain.load("runs/first", batch=64)``
     """
-    from clicktrain.train import load_run
+    from clicktrain.export.loading import load_accelerated, load_plain
 
-    return load_run(folder, model).model
+    return load_plain(folder, model) if batch is None else load_accelerated(folder, model, batch)
 
 
 def __getattr__(name: str) -> Any:

@@ -22,12 +22,19 @@ COMMANDS: dict[str, str] = {
     "train": "train and prune a network in one run",
     "resume": "continue a run that was interrupted",
     "evaluate": "accuracy and loss of a finished run",
+    "list": "runs with their figures, finished or not",
     "inspect": "per-layer table of a finished run",
+    "sensitivity": "accuracy when each layer alone is pruned",
     "export": "write a finished run's network for other tools",
     "report": "one HTML file that shows and compares runs",
+    "cost": "project a run's exchange of gradients onto many GPUs",
     "frontier": "train a grid, and draw accuracy against what it costs",
     "reproduce": "list the papers' items, or run one and put its figures beside the paper's",
     "bench": "time what the methods cost and give, side by side",
+    "methods": "the pruning methods and their settings",
+    "models": "the networks of the zoo, their sizes and costs",
+    "schema": "a JSON schema of recipes, for editors",
+    "completion": "completion of commands, flags and values for a shell",
 }
 """Command -> what it does. Each is a module of ``clicktrain.commands`` with ``run(argv) -> exit code``."""
 

@@ -78,8 +78,7 @@ def declared(repository: Path) -> set[str]:
 
 
 def test_every_dependency_is_pinned_and_explained(repository: Path) -> None:
-    pins = (repository / "requirements" / "run.txt").read_text()
-    pins += (repository / "requirements" / "test.txt").read_text()
+    pins = "\n".join(path.read_text() for path in (repository / "requirements").glob("*.txt"))
     pinned = {match.lower() for match in re.findall(r"^([A-Za-z0-9_.-]+)==", pins, re.MULTILINE)}
     wanted = declared(repository)
     assert wanted <= {name.replace("_", "-") for name in pinned}

@@ -129,14 +129,16 @@ def training_memory(
 def optimizer_bytes(optimizer: Optimizer) -> int:
     """Bytes of an optimizer's state.
 
-    What SGD, Adam and AdamW keep per weight is known before their first step too (and counted, without a few
-    numbers per parameter); of others it is what they hold now.
+    What SGD, Adam, AdamW and optimizers with an attribute ``copies_of_weights`` keep per weight is known
+    before their first step too (and counted, without a few numbers per parameter); of others it is what they
+    hold now.
     """
-    if not isinstance(optimizer, (SGD, Adam, AdamW)):
+    known: int | None = getattr(optimizer, "copies_of_weights", None)
+    if known is None and not isinstance(optimizer, (SGD, Adam, AdamW)):
         return _unique_bytes(t for t in tree_leaves(list(optimizer.state.values())) if isinstance(t, Tensor))
     total = 0
     for group in optimizer.param_groups:
-        copies = 3 if group.get("amsgrad") else 2
+        copies = known or (3 if group.get("amsgrad") else 2)
         if isinstance(optimizer, SGD):
             copies = 1 if group.get("momentum") else 0
         total += copies * sum(p.nbytes for p in group["params"] if p.requires_grad)

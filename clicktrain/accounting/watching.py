@@ -49,7 +49,7 @@ def no_trace(model: nn.Module, example: Inputs, *, training: bool) -> Iterator[N
             module._buffers.update(own)
         with torch.no_grad():
             for buffer, before in buffers:
-                if not torch.equal(buffer, before):
+                if not buffer.is_meta and not torch.equal(buffer, before):  # meta: shapes without values
                     buffer.copy_(before)
 
 

@@ -14,6 +14,7 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
+from clicktrain.comm.collectives import AGREEMENT, all_reduce_, broadcast_
 from clicktrain.errors import FailedElsewhere, UserError
 
 T = TypeVar("T")
@@ -45,7 +46,7 @@ def agreed(numbers: Sequence[float], device: torch.device) -> list[float]:
         return list(numbers)
     dtype = torch.float32 if device.type == "mps" else torch.float64
     sent = torch.tensor(list(numbers), dtype=dtype, device=device)
-    dist.broadcast(sent, 0)
+    broadcast_(sent)
     return [float(number) for number in sent.tolist()]
 
 
@@ -55,11 +56,11 @@ def agreed_text(text: str, device: torch.device) -> str:
         return text
     data = text.encode()
     length = torch.tensor([len(data)], dtype=torch.int64, device=device)
-    dist.broadcast(length, 0)
+    broadcast_(length)
     sent = torch.zeros(int(length), dtype=torch.uint8, device=device)
     if dist.get_rank() == 0:
         sent.copy_(torch.frombuffer(bytearray(data), dtype=torch.uint8))
-    dist.broadcast(sent, 0)
+    broadcast_(sent)
     return bytes(sent.cpu().tolist()).decode()
 
 
@@ -69,22 +70,27 @@ def agree_on_(tensors: Sequence[Tensor]) -> None:
         return
     for tensor in tensors:
         sent = tensor.to(torch.uint8) if tensor.dtype == torch.bool else tensor.contiguous()
-        dist.broadcast(sent, 0)
+        broadcast_(sent)
         tensor.copy_(sent)
 
 
-def mean_over_processes(value: Tensor) -> Tensor:
-    """The mean of a tensor over all processes, in place."""
+def mean_over_processes(value: Tensor, purpose: str = AGREEMENT) -> Tensor:
+    """The mean of a tensor over all processes, in place; ``purpose``: what it is counted as."""
     if several_processes():
-        dist.all_reduce(value)
+        all_reduce_(value, purpose)
         value /= dist.get_world_size()
     return value
 
 
-def sum_over_processes(value: Tensor, group: dist.ProcessGroup | None = None) -> Tensor:
-    """The sum of a tensor over all processes, or those of a group, in place."""
+def sum_over_processes(
+    value: Tensor, purpose: str = AGREEMENT, group: dist.ProcessGroup | None = None
+) -> Tensor:
+    """The sum of a tensor over all processes, or those of a group, in place.
+
+    ``purpose``: what it is counted as.
+    """
     if several_processes():
-        dist.all_reduce(value, group=group)
+        all_reduce_(value, purpose, group=group)
     return value
 
 
@@ -93,7 +99,7 @@ def largest_over_processes(number: int, device: torch.device) -> int:
     if not several_processes():
         return number
     sent = torch.tensor([number], dtype=torch.int64, device=device)
-    dist.all_reduce(sent, dist.ReduceOp.MAX)
+    all_reduce_(sent, AGREEMENT, dist.ReduceOp.MAX)
     return int(sent)
 
 

@@ -14,6 +14,7 @@ import torch.distributed as dist
 from torch import Tensor, nn
 
 from clicktrain.comm.agreement import sum_over_processes
+from clicktrain.comm.collectives import NORMS
 
 _OTHER_THAN_IMAGES = (0, 2, 3)
 
@@ -89,11 +90,11 @@ class _Normalize(torch.autograd.Function):
         """Return the output and, for running statistics, mean [C], variance [C] and number of values."""
         values = _wide(x)
         own = torch.tensor([x.numel() // x.shape[1]], dtype=values.dtype, device=x.device)
-        sums = sum_over_processes(torch.cat((values.sum(_OTHER_THAN_IMAGES), own)), group)
+        sums = sum_over_processes(torch.cat((values.sum(_OTHER_THAN_IMAGES), own)), NORMS, group)
         count = sums[-1]
         mean = sums[:-1] / count
         centered = values - mean.view(1, -1, 1, 1)
-        variance = sum_over_processes(centered.square().sum(_OTHER_THAN_IMAGES), group) / count
+        variance = sum_over_processes(centered.square().sum(_OTHER_THAN_IMAGES), NORMS, group) / count
         scale = (variance + eps).rsqrt()
         normal = centered.mul_(scale.view(1, -1, 1, 1))
         output = normal if weight is None else normal * _wide(weight).view(1, -1, 1, 1)
@@ -112,7 +113,7 @@ class _Normalize(torch.autograd.Function):
         total, product = grad.sum(_OTHER_THAN_IMAGES), (grad * normal).sum(_OTHER_THAN_IMAGES)
         grad_weight = None if weight is None else product.to(weight.dtype)
         grad_bias = total.to(scale.dtype) if ctx.has_bias else None
-        sums = sum_over_processes(torch.stack((total, product)), ctx.group) / count
+        sums = sum_over_processes(torch.stack((total, product)), NORMS, ctx.group) / count
         factor = scale if weight is None else scale * _wide(weight)
         middle, slope = (row.view(1, -1, 1, 1) for row in sums)
         grad_x = (grad - middle - normal * slope) * factor.view(1, -1, 1, 1)

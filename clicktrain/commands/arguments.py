@@ -79,7 +79,7 @@ OWN_MODEL = Option(
 
 @dataclass(frozen=True, slots=True)
 class Positional:
-    """Arguments without a flag: exactly one, at least one if ``many``, at most one if ``optional``."""
+    """Arguments without a flag: exactly one, at least one if ``many``, none too if ``optional``."""
 
     name: str
     help: str
@@ -97,7 +97,8 @@ JSON = Option("json", bool, "Print one JSON object.", False)
 class Command:
     """What a command takes: flags (``groups``) and ``notes`` by heading, and arguments without a flag.
 
-    ``explain`` is asked about a flag that the command does not have, for a sentence or None.
+    ``explain`` is asked about a flag that the command does not have, for a sentence or None. ``examples`` are
+    command lines that work as they stand, ``footer`` is said below them.
     """
 
     name: str
@@ -106,7 +107,13 @@ class Command:
     positional: Positional | None = None
     notes: Mapping[str, Sequence[str]] = field(default_factory=dict)
     explain: Callable[[str], str | None] = lambda name: None
-    examples: str = ""
+    examples: Sequence[str] = ()
+    footer: str = ""
+
+    @property
+    def options(self) -> dict[str, Option]:
+        """All flags by name."""
+        return {option.name: option for group in self.groups.values() for option in group}
 
     def parse(self, argv: Sequence[str]) -> dict[str, Any]:
         """Values of what was given, by name; HelpPrinted after ``--help`` or ``--help-all``."""
@@ -114,6 +121,7 @@ class Command:
             print(self.help(every="--help-all" in argv))
             raise HelpPrinted
         flags, words = self._split(argv)
+        _check_repeated([option for option, _ in flags])
         values = {option.name: _typed(option, text) for option, text in flags}
         if self.positional is not None:
             values[self.positional.name] = self._check_words(words)
@@ -123,7 +131,7 @@ class Command:
 
     def _split(self, argv: Sequence[str]) -> tuple[list[tuple[Option, str]], list[str]]:
         """Flags with the text of their value, and the words that belong to none."""
-        options = {option.name: option for group in self.groups.values() for option in group}
+        options = self.options
         shorts = {option.short: option for option in options.values() if option.short}
         flags: list[tuple[Option, str]] = []
         words: list[str] = []
@@ -205,7 +213,9 @@ class Command:
             if others := [option.usage for option in options if not (every or option.main)]:
                 lines += folded("also " + re.sub(r"\{.*?\}", "NAME", ", ".join(others)), "    ", "  ")
         if self.examples:
-            lines += ["", *folded(self.examples)]
+            lines += ["", "examples:", *(f"  {line}" for line in self.examples)]
+        if self.footer:
+            lines += ["", *folded(self.footer)]
         return "\n".join(lines)
 
 
@@ -239,6 +249,8 @@ def _metavar(hint: Any) -> str:
         return f"{{{','.join(choices)}}}"
     kinds = _kinds(hint)
     if tuple in kinds:
+        if listed := _listed_words(hint):
+            return f"{{{','.join(listed)}}} [...]"
         return "NAME [NAME ...]" if _holds_text(hint) else "X [X ...]"
     if dict in kinds:
         return "NAME=X [NAME=X ...]"
@@ -247,6 +259,30 @@ def _metavar(hint: Any) -> str:
         numbers = ["N"] if int in kinds else ["X"] if float in kinds else []
         return f"{{{','.join(numbers + words)}}}"
     return next((text for kind, text in ((float, "X"), (int, "N")) if kind in kinds), "TEXT")
+
+
+def _listed_words(hint: Any) -> tuple[str, ...]:
+    """The words of which a tuple holds some, if it is one of words."""
+    origin, args = get_origin(hint), get_args(hint)
+    if origin is tuple and get_origin(args[0]) is Literal:
+        return get_args(args[0])
+    return ()
+
+
+def words_of(option: Option) -> tuple[str, ...]:
+    """The words that a flag takes as its value, where there are such: for completion and schemas."""
+    if (choices := choices_in(option.hint)) is not None:
+        return tuple(choices)
+    literals = [part for part in (option.hint, *get_args(option.hint)) if get_origin(part) is Literal]
+    found = tuple(str(word) for part in literals for word in get_args(part)) or _listed_words(option.hint)
+    return (*found, "true", "false") if bool in _kinds(option.hint) else found
+
+
+def _check_repeated(given: Sequence[Option]) -> None:
+    """UserError where a flag that takes several words is given twice: the first ones would be lost."""
+    for number, option in enumerate(given):
+        if _listed_words(option.hint) and option in given[:number]:
+            raise UserError(f"{option.flag} is given twice: give all its values after one, {option.usage}")
 
 
 def _shown(value: Any) -> str:
@@ -310,7 +346,9 @@ def _holds_text(hint: Any) -> bool:
     origin, args = get_origin(hint), get_args(hint)
     if origin in (Union, types.UnionType):
         return any(_holds_text(arg) for arg in args)
-    return (origin is tuple and args[0] is str) or (origin is dict and args[1] is str)
+    if origin is tuple:
+        return args[0] is str or bool(_listed_words(hint))
+    return origin is dict and args[1] is str
 
 
 def _scalar(text: str) -> Any:

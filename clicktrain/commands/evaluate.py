@@ -11,13 +11,20 @@ from clicktrain.commands.arguments import JSON, OWN_MODEL, RUN, Command, Option
 from clicktrain.errors import UserError
 
 if TYPE_CHECKING:
-    from clicktrain.data import ImageData
+    import torch
+
+    from clicktrain.data import ImageData, Loader
     from clicktrain.train import LoadedRun, RunConfig
     from clicktrain.train.evaluate import Attack
 
 COMMAND = Command(
     name="evaluate",
     description="Accuracy and loss of a finished run on validation or test images, or under attack.",
+    examples=(
+        "clicktrain evaluate runs/first",
+        "clicktrain evaluate runs/first --attack fgsm --epsilon 0.05 0.1",
+        "clicktrain evaluate runs/first --data imagefolder:photos --json",
+    ),
     positional=RUN,
     groups={
         "this command": (
@@ -95,15 +102,11 @@ def _evaluate(
 ) -> dict[str, Any]:
     from clicktrain.train.device import resolve_device, set_up
     from clicktrain.train.evaluate import attacked_accuracy, evaluate
-    from clicktrain.train.prepare import make_eval_loader, open_run_data
 
     device = resolve_device(config.device)
     set_up(config, device)
-    if config.data != loaded.config.data:
-        _, height, width = loaded.image_shape
-        config = replace(config, image_size=height if height == width else None, holdout=None)
-    data = _fitting(loaded, open_run_data(config, loaded.value_range), config.data)
-    model, loader = loaded.model.to(device), make_eval_loader(config, data, split, device)
+    data, loader = images_of_run(loaded, config, split, device)
+    model = loaded.model.to(device)
     views = config.test_time_augmentation
     result = evaluate(model, loader, device=device, precision=config.precision, views=views)
     assert result is not None  # only a stop that is asked for gives none
@@ -126,6 +129,25 @@ def _evaluate(
         pairs = zip(attacks, accuracies, strict=True)
         report["robustness"] = [{"epsilon": attack.epsilon, "accuracy": share} for attack, share in pairs]
     return report
+
+
+def images_of_run(
+    loaded: LoadedRun, config: RunConfig, split: Literal["val", "test"], device: torch.device
+) -> tuple[ImageData, Loader]:
+    """The images that settings name, as the network of a run is used to see them, and batches of a split.
+
+    Raises:
+        UserError: there are no such images, or they do not fit the network.
+    """
+    from clicktrain.train.prepare import make_eval_loader, open_run_data
+
+    if config.data != loaded.config.data:
+        _, height, width = loaded.image_shape
+        config = replace(
+            config, image_size=height if height == width else None, holdout=None, shuffle_buffer=None
+        )
+    data = _fitting(loaded, open_run_data(config, loaded.value_range), config.data)
+    return data, make_eval_loader(config, data, split, device)
 
 
 def _fitting(loaded: LoadedRun, data: ImageData, spec: str) -> ImageData:

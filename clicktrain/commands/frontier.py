@@ -40,11 +40,15 @@ _FILES = (
     Option("accuracy", Literal["test", "holdout"], "The images that count: holdout while choosing settings.",
            "test"),
 )  # fmt: skip
-_COMMAND = Command(
+COMMAND = Command(
     name="frontier",
     description="Train a grid of dense and pruned networks from a recipe, several seeds each, and draw "
     "accuracy against training time, latency, FLOPs and bytes. What is done is skipped, what was killed is "
     "resumed.",
+    examples=(
+        "clicktrain frontier recipes/frontier-cifarnet.yaml --dry-run",
+        "clicktrain frontier recipes/frontier-cifarnet.yaml --only 'dense*' --jobs 2",
+    ),
     positional=Positional("recipe", "YAML file, see docs/frontier.md."),
     groups={"training": _TRAINING, "timing": _TIMING, "files": _FILES},
 )
@@ -53,7 +57,7 @@ _COMMAND = Command(
 def run(argv: Sequence[str]) -> int:
     """Run the command; the exit code."""
     given = {option.name: option.default for option in (*_TRAINING, *_TIMING, *_FILES)}
-    given |= _COMMAND.parse(argv)
+    given |= COMMAND.parse(argv)
     for name in ("jobs", "rounds"):
         if given[name] < 1:
             raise UserError(f"{name} is {given[name]}: must be at least 1")

@@ -17,9 +17,13 @@ if TYPE_CHECKING:
 
     from clicktrain.train import LoadedRun
 
-_COMMAND = Command(
+COMMAND = Command(
     name="inspect",
     description="Layer by layer: shape, density, kept weights, patterns, FLOPs, operator.",
+    examples=(
+        "clicktrain inspect runs/first",
+        "clicktrain inspect runs/first --json",
+    ),
     positional=RUN,
     groups={"this command": (OWN_MODEL, JSON)},
 )
@@ -31,7 +35,7 @@ PIPE_WIDTH = 160
 
 def run(argv: Sequence[str]) -> int:
     """Run the command; the exit code."""
-    given = _COMMAND.parse(argv)
+    given = COMMAND.parse(argv)
     from clicktrain.train import load_run
 
     facts = describe(load_run(given["run"], given.get("model")))

@@ -30,6 +30,8 @@ if TYPE_CHECKING:
 
 REFRESH_SECONDS = 0.25
 """Shortest time between two updates of the live display."""
+LINE_SECONDS = 60.0
+"""In a log file, a line comes at least that often."""
 
 
 class EpochLines:
@@ -38,6 +40,7 @@ class EpochLines:
     def __init__(self, console: Console) -> None:
         self.console = console
         self._last: StepProgress | None = None
+        self._said = time.monotonic()
 
     def start(self, config: RunConfig, method: Method[Any], prepared: Prepared) -> None:
         """Print the network, method, length, device and precision."""
@@ -49,8 +52,10 @@ class EpochLines:
         )
 
     def step(self, info: StepProgress) -> None:
-        """Keep the position in the run, for the epoch's line."""
+        """Keep the position in the run, for the epoch's line; inside a long epoch, a line now and then."""
         self._last = info
+        if info.batch < info.batches and time.monotonic() - self._said >= LINE_SECONDS:
+            self.message(step_line(info))
 
     def epoch(self, record: dict[str, Any]) -> None:
         """Print the epoch's line."""
@@ -61,6 +66,7 @@ class EpochLines:
 
     def message(self, text: str) -> None:
         """Print a message."""
+        self._said = time.monotonic()
         self.console.print(text, markup=False, highlight=False, soft_wrap=True)
 
     def finish(self, summary: Mapping[str, Any]) -> None:
@@ -86,7 +92,7 @@ class LiveDisplay(EpochLines):
 
     def step(self, info: StepProgress) -> None:
         """Redraw, unless that was done a moment ago."""
-        super().step(info)
+        self._last = info
         now = time.monotonic()
         if now - self._shown >= REFRESH_SECONDS or info.batch == info.batches:
             self._shown = now
@@ -109,16 +115,24 @@ def make_progress(console: Console, quiet: bool) -> EpochLines | None:
 
 
 def picture(info: StepProgress) -> Group:
-    """Draw a bar over the whole run, and current numbers below it."""
+    """Draw a bar over the whole run, one over the epoch, and current numbers below them."""
     done = (info.epoch - 1) * info.batches + info.batch
-    bar = Table.grid(padding=(0, 1), expand=True)
-    bar.add_column(no_wrap=True)
-    bar.add_column(ratio=1)
-    bar.add_column(no_wrap=True)
-    bar.add_row(
-        Text(f"epoch {info.epoch}/{info.epochs} step {info.batch}/{info.batches}", style="bold"),
+    bars = Table.grid(padding=(0, 1), expand=True)
+    bars.add_column(no_wrap=True)
+    bars.add_column(ratio=1)
+    bars.add_column(no_wrap=True, justify="right")
+    bars.add_column(no_wrap=True, justify="right")
+    bars.add_row(
+        Text(f"epoch {info.epoch}/{info.epochs}", style="bold"),
         ProgressBar(total=info.epochs * info.batches, completed=done),
+        Text(f"{100 * done / (info.epochs * info.batches):.0f}%"),
         Text(f"ETA {clock(info.eta_seconds)}", style="cyan"),
+    )
+    bars.add_row(
+        Text(f"step {info.batch}/{info.batches}"),
+        ProgressBar(total=info.batches, completed=info.batch),
+        Text(pace(info)),
+        Text(f"ETA {clock(info.epoch_eta_seconds)}", style="dim"),
     )
     numbers = {
         "loss": f"{info.loss:.4f}",
@@ -130,12 +144,32 @@ def picture(info: StepProgress) -> Group:
     line = Text.assemble(("stage ", "dim"), (info.stage, "magenta"))
     for name, number in numbers.items():
         line.append(f"  {name} ", "dim").append(number)
-    return Group(bar, line)
+    return Group(bars, line)
+
+
+def pace(info: StepProgress) -> str:
+    """Images per second, in three digits at least."""
+    value = info.images_per_second
+    return f"{value:,.0f} images/s" if value >= 100 else f"{value:.3g} images/s"
+
+
+def step_line(info: StepProgress) -> str:
+    """A line inside an epoch, where no bar can be drawn."""
+    parts = [
+        f"epoch {info.epoch:>{len(str(info.epochs)) + 1}}/{info.epochs}",
+        f"step {info.batch}/{info.batches}",
+        f"loss {info.loss:.4f}",
+        f"train {info.accuracy:5.1f}%",
+        pace(info),
+        f"ETA {clock(info.epoch_eta_seconds)} of the epoch, {clock(info.eta_seconds)} of the run",
+        info.stage,
+    ]
+    return "  ".join(parts)
 
 
 def epoch_line(record: Mapping[str, Any], epochs: str = "", eta_seconds: float | None = None) -> str:
     """Format a line of metrics.jsonl; ``epochs``, as "/60", follows the number of the epoch."""
-    seconds = record["seconds"]
+    seconds, ms = record["seconds"], record.get("step_ms_median")
     share = 100 * record["data_seconds"] / seconds if seconds else 0.0
     parts = [
         f"epoch {record['epoch']:>{max(len(epochs) - 1, 1)}}{epochs}",
@@ -144,6 +178,7 @@ def epoch_line(record: Mapping[str, Any], epochs: str = "", eta_seconds: float |
         "val     -" if record["val_accuracy"] is None else f"val {record['val_accuracy']:5.1f}%",
         f"sparsity {100 * record['sparsity']:4.1f}%",
         f"{seconds:.1f} s",
+        *([f"{1000 * record['batch_size'] / ms:,.0f} images/s"] if ms else []),
         f"waiting for data {share:.0f}%",
     ]
     if eta_seconds is not None:

@@ -33,14 +33,17 @@ _OPTIONS = (
     Option("dry_run", bool, "Print the commands, run nothing.", False),
     Option("json", str | None, "Also write the figures, or the items, to a file.", metavar="FILE"),
 )  # fmt: skip
-_COMMAND = Command(
+COMMAND = Command(
     name="reproduce",
     description="Without an item: every algorithm, equation, table, figure, network and data set of the "
     "papers, one a line, and whether it was run here. With one: run its commands, skip what is done, resume "
     "what was stopped, and put its figures beside the paper's.",
     groups={"this command": _OPTIONS},
-    examples="clicktrain reproduce prunetrain/eq-3 --scale digits; clicktrain reproduce 'campfire/table-*' "
-    "--dry-run. docs/papers.md has the same items with code, tests and results.",
+    examples=(
+        "clicktrain reproduce prunetrain/eq-3 --scale digits",
+        "clicktrain reproduce 'campfire/table-*' --dry-run",
+    ),
+    footer="docs/papers.md has the same items with code, tests and results.",
     positional=Positional(
         "item", "An item, or a shell-style pattern; all are listed without.", optional=True
     ),
@@ -50,7 +53,7 @@ _STARTED = "command.json"
 
 def run(argv: Sequence[str]) -> int:
     """Run the command; the exit code."""
-    given = {option.name: option.default for option in _OPTIONS} | _COMMAND.parse(argv)
+    given = {option.name: option.default for option in _OPTIONS} | COMMAND.parse(argv)
     if given["epochs"] is not None and given["epochs"] < 1:
         raise UserError(f"epochs is {given['epochs']}: must be at least 1")
     seeds = given["seeds"]

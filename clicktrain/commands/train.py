@@ -6,7 +6,7 @@ import itertools
 import statistics
 import textwrap
 import time
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from functools import partial
 from pathlib import Path
@@ -24,58 +24,83 @@ from clicktrain.commands.progress import carry_out
 from clicktrain.errors import UserError
 from clicktrain.methods import METHODS, Method
 from clicktrain.own_code import is_own
+from clicktrain.runs.format import is_settings_of_run
 from clicktrain.settings import field_names, to_plain
 from clicktrain.train import Prepared, RunConfig, RunFolder, from_dict, load_config
 from clicktrain.train.checkpoint import bytes_needed
-from clicktrain.train.config import code_settings, read_settings
+from clicktrain.train.config import check_said_once, code_settings, read_settings
 from clicktrain.train.device import autocast
 from clicktrain.train.prepare import prepare
+from clicktrain.train.recipe_lines import recipe_lines
 from clicktrain.train.time_budget import plan_time
 from clicktrain.wording import clock, short
 
-_OUTPUT = (
-    Option("config", str | None, "YAML file with settings; flags given beside it win.", metavar="FILE"),
-    Option(
-        "out",
-        str | None,
-        "Folder of the run, new or empty (or of a run killed before its first checkpoint); dated by default.",
-        metavar="DIR",
+_OWN: dict[str, tuple[Option, ...]] = {
+    "run": (
+        Option("config", str | None, "YAML file with settings; flags given beside it win.", metavar="FILE"),
+        Option("dry_run", bool, "Check everything, print the plan and the cost, write no run.", False),
+        Option(
+            "resume",
+            bool,
+            "Go on with the run in --out if it has begun, as a job does that is started again with the same "
+            "command.",
+            False,
+            main=False,
+        ),
+        *PROCESSES,
     ),
-    Option(
-        "resume",
-        bool,
-        "Go on with the run in --out if it has begun, as a job does that is started again with the same "
-        "command.",
-        False,
-        main=False,
+    "output": (
+        Option(
+            "out",
+            str | None,
+            "Folder of the run, new or empty (or of a run killed before its first checkpoint); dated by "
+            "default.",
+            metavar="DIR",
+        ),
+        REPORT,
+        QUIET,
     ),
-    Option("dry_run", bool, "Check everything, print the plan and the cost, write no run.", False),
-    REPORT,
-    QUIET,
-    *PROCESSES,
-)
+}
+"""Flags that are no settings of a run, by heading."""
 
 GROUPS: dict[str, tuple[str, str]] = {
-    "data": ("data", "augment image_size val_fraction holdout workers cache_dir cutout mixup"),
-    "model": ("model width", "stem initial_weights whitening sync_batch_norm parts"),
-    "optimization": (
-        "epochs batch_size optimizer learning_rate schedule",
-        "weight_decay momentum nesterov decay_norm_and_bias warmup_epochs bias_rate_factor milestones gamma "
-        "time_budget budget_epochs second_cycle cycle_floor distill distill_temperature teacher "
-        "label_smoothing learning_rate_batch learning_rate_scaling ema_decay lookahead recalibrate_norms "
-        "clip_grad_norm accumulate dynamic_batch memory_budget batch_granularity batch_limit batch_lr seed",
+    "run": (
+        "epochs device precision",
+        "time_budget budget_epochs seed threads deterministic compile exchange exchange_dtype",
     ),
-    "machine and files": (
-        "device precision",
-        "threads deterministic channels_last compile packed operators test_time_augmentation evaluate_every "
-        "checkpoint_every keep_checkpoints tensorboard",
+    "data": (
+        "data",
+        "augment image_size val_fraction holdout workers shuffle_buffer cache_dir cutout mixup cutmix "
+        "mix_probability auto_augment randaugment_operations randaugment_magnitude randaugment_deviation "
+        "randaugment_probability erasing erasing_fill augment_repeats",
+    ),
+    "model": (
+        "model width",
+        "stem initial_weights whitening sync_batch_norm parts channels_last packed operators",
+    ),
+    "recipe": (
+        "batch_size optimizer learning_rate schedule",
+        "weight_decay momentum nesterov decay_norm_and_bias warmup_epochs bias_rate_factor layer_decay "
+        "layer_rates loss bce_threshold milestones gamma "
+        "second_cycle cycle_floor distill distill_temperature teacher label_smoothing learning_rate_batch "
+        "learning_rate_scaling ema_decay lookahead recalibrate_norms clip_grad_norm accumulate dynamic_batch "
+        "memory_budget batch_granularity batch_limit batch_lr",
     ),
     "method": ("method", ""),
+    "output": (
+        "log",
+        "tensorboard evaluate_every test_time_augmentation checkpoint_every keep_checkpoints",
+    ),
 }
 """Settings of a run by heading: those that ``--help`` explains, and those that it only names."""
 
 _EXAMPLES = (
-    "'clicktrain train --help --method NAME' explains the settings of a method, '--help-all' every flag. "
+    "clicktrain train --data digits --compression 8 --epochs 12 --out runs/first",
+    "clicktrain train --config recipes/digits.yaml --method pat --prune-ratio 0.3 --dry-run",
+    "clicktrain train --method pat --help",
+)
+_FOOTER = (
+    "'clicktrain train --method NAME --help' explains the settings of a method, '--help-all' every flag. "
     "A flag without a value turns a switch on, --no-FLAG turns it off."
 )
 
@@ -116,9 +141,10 @@ def settings_of(argv: Sequence[str]) -> tuple[RunConfig, Method[Any], dict[str, 
     recipe = _peek(argv, "config")
     settings = {} if recipe is None else read_recipe(recipe, argv)
     name = _peek(argv, "method") or settings.get("method", RunConfig.method)
-    alone = "--help" in argv and "--help-all" not in argv and _peek(argv, "method") is not None
-    given = _command(name, alone).parse(argv)
-    own = {option.name: given.pop(option.name, option.default) for option in _OUTPUT}
+    alone = bool({"-h", "--help"} & set(argv)) and _peek(argv, "method") is not None
+    given = command_of(name, alone and "--help-all" not in argv).parse(argv)
+    own = {option.name: given.pop(option.name, option.default) for group in _OWN.values() for option in group}
+    check_said_once({"method": name, **given})
     values, ignored = merge(settings, given)
     return *from_dict(values), own, ignored
 
@@ -128,7 +154,8 @@ def merge(recipe: dict[str, Any], flags: dict[str, Any]) -> tuple[dict[str, Any]
 
     If the flags name another method, what that method does not have is left out of the recipe (so that the
     dense baseline of a recipe is ``--method dense``). If they name another preset, settings that merely
-    spell out the recipe's own preset, as the saved config of a run does, are left out too.
+    spell out the recipe's own preset, as the saved config of a run does, are left out too. Of settings that
+    say the same thing, as a sparsity and a compression, a flag replaces all of the recipe's.
     """
     old = recipe.get("method", RunConfig.method)
     new = flags.get("method", old)
@@ -139,6 +166,9 @@ def merge(recipe: dict[str, Any], flags: dict[str, Any]) -> tuple[dict[str, Any]
         for key in set(kept) - valid:
             if kept.pop(key) != defaults.get(key):
                 ignored.append(key)
+    for group in METHODS[new].alternatives + RunConfig.alternatives if new in METHODS else ():
+        if any(flags.get(name) is not None for name in group):
+            kept = {key: value for key, value in kept.items() if key not in group}
     other_preset = flags.get("preset", recipe.get("preset")) != recipe.get("preset")
     if other_preset and new == old and "preset" in recipe:
         implied = to_plain(METHODS[old](preset=recipe["preset"]))  # type: ignore[call-arg]
@@ -152,6 +182,8 @@ def read_recipe(path: str, argv: Sequence[str] = ()) -> dict[str, Any]:
     Code of the user's own that the file names has to be named in ``argv`` too, see `load_config`.
     """
     values = read_settings(path)
+    if not is_settings_of_run(path):  # which spell out all of them
+        check_said_once(values, path)
     given = {name: _peek(argv, name) for name in code_settings(values) if is_own(values.get(name))}
     own = {name: value for name, value in given.items() if value is not None}
     load_config(path, own.pop("model", None), own)
@@ -171,7 +203,7 @@ _ASKED = (
 """Settings of a method that say what a run is asked for: always explained."""
 
 
-def _command(method: str, alone: bool = False) -> Command:
+def command_of(method: str, alone: bool = False) -> Command:
     """The command with the settings of a method; ``alone``: only these are explained."""
     if method not in METHODS:
         raise UserError(f"method is {method!r}: use one of {', '.join(METHODS)}")
@@ -183,23 +215,48 @@ def _command(method: str, alone: bool = False) -> Command:
         name="train",
         description="Train and prune in one run. A YAML recipe (--config) holds the settings of the run; "
         "flags win.",
-        groups=own if alone else {"run": _OUTPUT, **_run_groups(), **own},
+        groups=own if alone else _groups(own),
         notes={
             "method": [f"{key:<{wide}}{_summary(cls)}" for key, cls in METHODS.items()],
             title: [" ".join((chosen.__doc__ or "").split())] if alone else [],
         },
         explain=lambda name: _of_another_method(name, method),
-        examples=_EXAMPLES,
+        examples=(example_of(method),) if alone else _EXAMPLES,
+        footer=_FOOTER,
     )
 
 
-def _run_groups() -> dict[str, list[Option]]:
+def commands() -> Sequence[Command]:
+    """The command with the settings of each method, the default's first; for completion."""
+    return [command_of(name) for name in sorted(METHODS, key=lambda name: name != RunConfig.method)]
+
+
+def example_of(method: str) -> str:
+    """A command line that trains with a method on data that is there."""
+    asked = {
+        "n": "2 --m 4",
+        "compression": "8",
+        "sparsity": "0.8",
+        "target_flops": "0.6",
+        "prune_ratio": "0.3",
+    }
+    names = [name for name in asked if name in field_names(METHODS[method])]
+    said = f" --{names[0].replace('_', '-')} {asked[names[0]]}" if names else ""
+    start = " --initial-weights runs/dense" if METHODS[method]().expects_trained else ""
+    return f"clicktrain train --method {method}{said}{start} --data digits --epochs 24 --out runs/{method}"
+
+
+def _groups(own: Mapping[str, Sequence[Option]]) -> dict[str, Sequence[Option]]:
+    """All flags by heading, with the settings of a method below the list of methods."""
     options = {option.name: option for option in options_of(RunConfig)}
     options["method"] = replace(options["method"], metavar="NAME")
-    return {
-        head: [replace(options[name], main=name in main.split()) for name in f"{main} {rest}".split()]
-        for head, (main, rest) in GROUPS.items()
-    }
+    groups: dict[str, Sequence[Option]] = {}
+    for head, (main, rest) in GROUPS.items():
+        settings = [replace(options[name], main=name in main.split()) for name in f"{main} {rest}".split()]
+        groups[head] = [*_OWN.get(head, ()), *settings]
+        if head == "method":
+            groups.update(own)
+    return groups
 
 
 def _summary(cls: type) -> str:
@@ -258,6 +315,7 @@ def cost_lines(prepared: Prepared) -> list[str]:
         f"data: {prepared.data.describe()}",
         f"training: {config.epochs} epochs x {batches} batches of {config.batch_size}, "
         f"{short(cost.training_flops_dense * images, ' ')}FLOPs if it stayed dense",
+        *recipe_lines(prepared),
         f"time: about {clock(config.epochs * batches * ms / 1000)} at {ms:.0f} ms per dense batch on "
         f"{prepared.device} (measured), without evaluation",
         f"memory: about {bytes_in_words(memory.at_batch(config.batch_size))} per iteration (estimated)",

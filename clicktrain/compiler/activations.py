@@ -2,14 +2,14 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
 from typing import Any
 
 import torch
 import torch.nn.functional as F
-from torch import Tensor, fx, nn
+from torch import fx, nn
 
 from clicktrain.kernels.activations import NONE, Activation
+from clicktrain.kernels.activations.in_torch import in_torch as in_torch
 
 RELU = Activation("relu")
 RELU_FUNCTIONS = (F.relu, torch.relu)
@@ -58,21 +58,6 @@ def _leaky(slope: Any) -> Activation:
 def _gelu(approximate: Any) -> Activation:
     names = {"none": "gelu", "tanh": "gelu_tanh"}
     return Activation(names[approximate]) if approximate in names else NONE
-
-
-def in_torch(activation: Activation) -> Callable[[Tensor], Tensor]:
-    """The same function as PyTorch has it."""
-    functions: dict[str, Callable[[Tensor], Tensor]] = {
-        "none": lambda x: x,
-        "relu": torch.relu,
-        "clamp": lambda x: F.hardtanh(x, activation.low, activation.high),
-        "leaky": lambda x: F.leaky_relu(x, activation.low),
-        "hardswish": F.hardswish,
-        "silu": F.silu,
-        "gelu": F.gelu,
-        "gelu_tanh": lambda x: F.gelu(x, approximate="tanh"),
-    }
-    return functions[activation.name]
 
 
 def argument(node: fx.Node, place: int, name: str) -> Any:

@@ -4,12 +4,14 @@ from __future__ import annotations
 
 import warnings
 from collections.abc import Mapping, Sequence
+from dataclasses import replace
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
 from clicktrain.compiler.believe import LoweringError, is_operator
+from clicktrain.compiler.exchange import exchanged_gradients
 from clicktrain.compiler.fallback import accelerate_layers_, plan_by_layer
 from clicktrain.compiler.module import Accelerated, holds_packed, refusal
 from clicktrain.compiler.norm_statistics import check_plan
@@ -104,6 +106,7 @@ def accelerate(
     with watch_failures() as failures, torch.inference_mode(False):
         try:
             result = _accelerated(model, inputs, rule, plan, tuple(dtypes), remember)
+            result.plan = replace(result.plan, exchange=exchanged_gradients(result.base))
         except KernelError as error:  # of a kernel that every region needs
             report_failure(error)
     if result is None or (failures and not any(choice.implementation for choice in result.plan.choices)):

@@ -98,7 +98,8 @@ def _rounded(
 
     try:
         if kept is torch.bfloat16:
-            with torch.autocast("cpu", torch.bfloat16):
+            device = next(model.parameters()).device.type
+            with torch.autocast(device, torch.bfloat16):
                 return original_calls(model, flags, few)
         return original_calls(model, flags, few.map(disturb))
     except Exception:

@@ -99,11 +99,15 @@ def _fastest(
     if rule == "density" and layer.structure.density >= DENSITY_LIMIT:
         return None
     problem = ConvProblem.of_layer(layer, shape)
-    able = [impl for impl in impls or candidates_for(OPERATOR) if not impl.refusals(problem)]
+    able = [impl for impl in impls or candidates_for(OPERATOR, problem.device) if not impl.refusals(problem)]
     names = [impl.name for impl in able if _works(layer, shape, impl.name)]
     if rule != "measured" or not names:
         return next(iter(names), None)
-    ms = candidates_ms({name: _call(layer, shape, name) for name in (_ORACLE, *names)}, _SECONDS)
+    ms = candidates_ms(
+        {name: _call(layer, shape, name) for name in (_ORACLE, *names)},
+        _SECONDS,
+        device=layer.values.device,
+    )
     best = min(ms, key=lambda name: ms[name])
     return None if best == _ORACLE else best
 
@@ -119,7 +123,7 @@ def _works(layer: PackedConv2d, shape: Sequence[int], impl: str) -> bool:
 
 
 def _call(layer: PackedConv2d, shape: Sequence[int], impl: str) -> Callable[[], object]:
-    x = torch.randn(shape, dtype=layer.values.dtype, requires_grad=True)
+    x = torch.randn(shape, dtype=layer.values.dtype, device=layer.values.device, requires_grad=True)
     values = layer.values.detach().requires_grad_()
     settings: dict[str, Any] = {key: getattr(layer, key) for key in layer.settings}
 

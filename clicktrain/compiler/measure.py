@@ -20,6 +20,8 @@ from clicktrain.compiler.units import Unit, conv_of, dtype_of, max_pooling, shap
 from clicktrain.kernels.impls import Candidate, ConvProblem, Impl, Phase, candidates_for
 from clicktrain.kernels.layouts import LAYOUTS, Layout
 from clicktrain.kernels.max_pool2d import Pooling
+from clicktrain.kernels.native import KernelError
+from clicktrain.kernels.native.failure import report_failure
 from clicktrain.kernels.native.library import build_all
 from clicktrain.kernels.sparse_conv2d.api import OPERATOR
 from clicktrain.latency.timer import candidates_ms
@@ -127,10 +129,11 @@ class _Way:
         x, gy = (_entered(self.impl.layout, images, self.problem) for images in (x, gy))
         if self.step is not None:
             return {0: _step_call(self.step, x.requires_grad_(self.problem.input_grad), gy)}
-        return {
+        calls = {
             number: functools.partial(one.run, x, gy, values, bias)
             for number, one in enumerate(self.candidates)
         }
+        return {n: call for n, call in calls.items() if self.candidates[n].source or _works(call)}
 
     def rival(self, number: int) -> str:
         """The group of alternatives that a call belongs to."""
@@ -142,11 +145,23 @@ class _Way:
         if self.step is not None:
             return ImplTimes(self.impl, ms[0])
         total, tilings = CALL_MS, []
+        if {self.candidates[n].phase for n in ms} < set(self.problem.phases):
+            return ImplTimes(self.impl, math.inf, reason="its kernels cannot be built")
         for phase in self.problem.phases:
             best = min((n for n in ms if self.candidates[n].phase == phase), key=lambda n: (ms[n], n))
             total += ms[best]
             tilings.append((phase, self.candidates[best].tiling))
         return ImplTimes(self.impl, total, tuple(tilings))
+
+
+def _works(call: Call) -> bool:
+    """Whether a kernel that is built when it is first called can be; failures are reported."""
+    try:
+        call()
+    except KernelError as error:
+        report_failure(error)
+        return False
+    return True
 
 
 def _ways(unit: Unit, problem: ConvProblem, activations: Sequence[Activations]) -> list[_Way]:
@@ -155,7 +170,7 @@ def _ways(unit: Unit, problem: ConvProblem, activations: Sequence[Activations]) 
     structure = steps.structure_of(layer)
     little = structure.nnz * problem.batch * math.prod(problem.output) < LITTLE_WORK
     ways: dict[tuple[str, torch.dtype], _Way] = {}
-    for impl in candidates_for(OPERATOR):
+    for impl in candidates_for(OPERATOR, problem.device):
         for kept in dict.fromkeys(held_dtype(impl.layout, one, dtype) for one in activations):
             own = replace(problem, activations=str(kept).removeprefix("torch."))
             if reasons := impl.refusals(own):

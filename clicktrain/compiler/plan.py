@@ -11,6 +11,7 @@ from typing import Any, Literal
 import torch
 
 from clicktrain.compiler import plan_fields as check
+from clicktrain.compiler.exchange import HOWS, Exchanged, exchanged_from, exchanged_line
 from clicktrain.compiler.layout_choice import PLAIN
 from clicktrain.errors import UserError
 from clicktrain.files import read_text
@@ -172,6 +173,8 @@ class LoweringPlan:
         notes: sentences about what could not be accelerated.
         activations: what blocked regions keep their activations in, one of `ACTIVATIONS`. Edit it to force
             either; tilings that multiply pairs of bfloat16 numbers need ``bf16``.
+        exchange: what several processes exchange of each parameter's gradient. It follows from the network,
+            and is written again wherever the plan is used.
     """
 
     rule: str
@@ -180,6 +183,7 @@ class LoweringPlan:
     choices: tuple[Choice, ...]
     notes: tuple[str, ...] = ()
     activations: Activations = "parameters"
+    exchange: tuple[Exchanged, ...] = ()
 
     def __post_init__(self) -> None:
         if self.rule not in RULES:
@@ -225,8 +229,10 @@ class LoweringPlan:
             batch = check.whole(data["batch"], "batch", 1)
             rule, here = check.text(data["rule"], "rule"), check.fields(data["machine"], "machine")
             lanes, threads = check.whole(here["lanes"], "lanes"), check.whole(here["threads"], "threads", 1)
-            machine = Machine(check.text(here["cpu"], "cpu"), lanes, threads)
-            return cls(rule, batch, machine, choices, tuple(notes), activations)
+            gpu = None if here.get("gpu") is None else check.text(here["gpu"], "gpu")
+            machine = Machine(check.text(here["cpu"], "cpu"), lanes, threads, gpu)
+            exchange = exchanged_from(data.get("exchange", ()))
+            return cls(rule, batch, machine, choices, tuple(notes), activations, exchange)
         except UserError:
             raise
         except (ValueError, KeyError, TypeError, RecursionError) as error:
@@ -254,6 +260,7 @@ class LoweringPlan:
 
     def table(self) -> list[dict[str, str]]:
         """Rows for people, one a convolution; the same columns in each."""
+        exchanged = {row.parameter.rpartition(".")[0]: row for row in self.exchange if row.how != HOWS[0]}
         return [
             {
                 "layer": choice.layer,
@@ -263,6 +270,7 @@ class LoweringPlan:
                 "operator": choice.operator,
                 "tiling": _tilings(choice),
                 "statistics": "taken" if choice.statistics else "",
+                "exchanged": _exchanged(exchanged.get(choice.layer.partition("#")[0])),
                 "predicted_ms": _ms(choice.predicted_ms),
                 "measured_ms": _ms(choice.measured_ms),
                 "refused": "; ".join(choice.refused),
@@ -279,7 +287,8 @@ class LoweringPlan:
         rows = self.table()
         m = self.machine
         lines = [
-            f"{self.rule} rule, {self.batch} images; {m.cpu}, {m.lanes} lanes, {m.threads} threads"
+            f"{self.rule} rule, {self.batch} images; "
+            + (m.gpu or f"{m.cpu}, {m.lanes} lanes, {m.threads} threads")
             + ("; activations in bf16" if self.activations == "bf16" else ""),
             *self.notes,
         ]
@@ -288,6 +297,8 @@ class LoweringPlan:
         others = [choice for choice in self.choices if choice.kind != "conv"]
         blocked = sum(choice.layout != PLAIN for choice in others)
         lines.append(f"{blocked} of {len(others)} other operations run blocked")
+        if self.exchange:
+            lines.append(exchanged_line(self.exchange))
         return "\n".join(lines)
 
 
@@ -325,6 +336,10 @@ def _tilings(choice: Choice) -> str:
     if choice.implementation is None:
         return ""
     return ", ".join(str(tiling) for _, tiling in choice.tilings) or "by rule"
+
+
+def _exchanged(row: Exchanged | None) -> str:
+    return "all" if row is None else f"{row.sent} of {row.weights}"
 
 
 def _ms(value: float | None) -> str:

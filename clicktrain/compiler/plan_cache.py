@@ -15,6 +15,7 @@ from collections.abc import Collection, Sequence
 from dataclasses import asdict
 from pathlib import Path
 
+import torch
 from torch import fx, nn
 
 from clicktrain.compiler.measure import problem_of
@@ -39,7 +40,13 @@ KERNELS = 12
 """Version of the kernels: raise it when old measurements do not hold any more."""
 
 
-def place(units: Sequence[Unit], trained: Collection[fx.Node], batch: int, dtypes: Sequence[str]) -> Path:
+def place(
+    units: Sequence[Unit],
+    trained: Collection[fx.Node],
+    batch: int,
+    dtypes: Sequence[str],
+    device: torch.device | None = None,
+) -> Path:
     """Where the plan of such a network is kept on this machine.
 
     The name is a hash of the units, their problems, the machine, the compiler and the implementations.
@@ -58,7 +65,7 @@ def place(units: Sequence[Unit], trained: Collection[fx.Node], batch: int, dtype
         ]
         for unit in units
     ]
-    machine = asdict(Machine.here())
+    machine = asdict(Machine.here(device))
     compiler = None if tools is None else tools.identity
     impls = [[impl.name, impl.layout] for impl in candidates_for(OPERATOR)]
     text = json.dumps([KERNELS, machine, compiler, impls, list(LAYOUTS), batch, list(dtypes), about])
@@ -96,7 +103,8 @@ def fits(
 ) -> bool:
     """Whether a plan could have been made for this network on this machine."""
     units, refused = find_units(traced)
-    if plan.rule != "measured" or plan.batch != batch or plan.machine != Machine.here():
+    device = next(traced.model.parameters()).device
+    if plan.rule != "measured" or plan.batch != batch or plan.machine != Machine.here(device):
         return False
     if plan.activations not in possible:
         return False

@@ -101,8 +101,9 @@ class _Decision:
         types = {dtype_of(unit) for unit in self.units}
         self.dtype = torch.float32 if types == {torch.float32} else torch.float64
         self.device = next(traced.model.parameters()).device
+        self.offered = candidates_for(OPERATOR, self.device.type)
         self.possible = activations_of(dtypes, self.dtype)
-        layouts = dict.fromkeys(impl.layout for impl in candidates_for(OPERATOR))
+        layouts = dict.fromkeys(impl.layout for impl in self.offered)
         self.layouts = [layout for layout in layouts if layout != PLAIN]
         """Those that convolutions can run in, beside the plain one."""
         self.convolutions: Mapping[str, ConvTimes] = {}
@@ -117,7 +118,7 @@ class _Decision:
             return self._written([_Best(math.nan, self.possible[-1], self._by_rule())], {}), None
         place = None
         if remember:
-            place = plan_cache.place(self.units, self.trained, self.batch, self.dtypes)
+            place = plan_cache.place(self.units, self.trained, self.batch, self.dtypes, self.device)
             known = plan_cache.read(place)
             args = self.traced, self.batch, self.possible, self.dtypes
             if known is not None and plan_cache.fits(known, *args):
@@ -224,15 +225,12 @@ class _Decision:
         return cheapest_layouts(costs, values_of(self.traced, self.units, self.trained, self.layouts, None))
 
     def _accepting(self, unit: Unit) -> Impl | None:
-        problems = (
-            (one, problem_of(unit, self.held(one.layout, self.possible[-1])))
-            for one in candidates_for(OPERATOR)
-        )
+        problems = ((one, problem_of(unit, self.held(one.layout, self.possible[-1]))) for one in self.offered)
         return next((impl for impl, problem in problems if not impl.refusals(problem)), None)
 
     def _written(self, ways: Sequence[_Best], statistics: Mapping[str, NormTimes]) -> LoweringPlan:
         _, activations, layouts = min(ways, key=lambda one: one.ms) if len(ways) > 1 else ways[0]
-        choices, implementations = [], candidates_for(OPERATOR)
+        choices, implementations = [], self.offered
         for unit in self.units:
             layout = layouts[unit.name]
             if unit.kind == "conv":
@@ -255,7 +253,8 @@ class _Decision:
                 f"activations kept in {_in_words(activations)}; convolutions, norms and conversions take "
                 f"{', '.join(totals)}"
             )
-        return LoweringPlan(self.rule, self.batch, Machine.here(), tuple(choices), tuple(notes), activations)
+        machine = Machine.here(self.device)
+        return LoweringPlan(self.rule, self.batch, machine, tuple(choices), tuple(notes), activations)
 
     def _conv_choice(self, unit: Unit, layout: str, activations: Activations) -> Choice:
         module, times = conv_of(unit), self.convolutions.get(unit.name)
@@ -285,14 +284,14 @@ class _Decision:
     def _refused_by_rule(self, unit: Unit, impl: Impl | None, density: float) -> tuple[str, ...]:
         reasons = [
             f"sparse {other.name}: {reason}"
-            for other in candidates_for(OPERATOR)
+            for other in self.offered
             for reason in other.refusals(problem_of(unit, self.held(other.layout, self.possible[-1])))
         ]
         zero = f"{1 - density:.0%} of the weights are zero"
         if self.rule == "density" and impl is not None:
             reasons.append(f"dense: {zero}, more than {1 - DENSITY_LIMIT:.0%}")
         elif self.rule == "density" and not reasons:
-            reasons.append(f"sparse {candidates_for(OPERATOR)[0].name}: only {zero}")
+            reasons.append(f"sparse {self.offered[0].name}: only {zero}")
         return tuple(reasons)
 
     def _refused(

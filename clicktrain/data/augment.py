@@ -1,16 +1,17 @@
-"""Augmentation of whole batches on their device, and the random generators that it draws from."""
+"""Augmentation of whole batches on their device."""
 
 from __future__ import annotations
 
-import hashlib
 import math
-from dataclasses import dataclass, field
-from typing import Literal
+from dataclasses import dataclass
+from typing import Literal, Protocol
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from clicktrain.data.draws import Draws, seeded_generator
+from clicktrain.data.erasing import cutout, random_erasing
 from clicktrain.errors import UserError
 
 # Share of the image, and width over height, of a random resized crop (the ImageNet recipe).
@@ -18,127 +19,14 @@ _AREA, _ASPECT = (0.08, 1.0), (3 / 4, 4 / 3)
 _ATTEMPTS = 10
 
 
-def seeded_generator(purpose: str, *key: int) -> torch.Generator:
-    """Make a CPU generator whose stream is fixed by ``purpose`` and ``key`` alone.
+class Policy(Protocol):
+    """Random changes of color and shape, drawn for each image of a batch (`clicktrain.data.policies`)."""
 
-    Streams of different purposes (what the numbers are for, such as ``"mixup"``) or keys (integers, usually
-    seed, epoch, batch index) are unrelated, so a batch can be drawn again, or skipped, without replaying the
-    ones before it.
-    """
-    text = ":".join([purpose, *(str(int(part)) for part in key)])
-    digest = hashlib.blake2b(text.encode(), digest_size=8).digest()
-    generator = torch.Generator()
-    generator.manual_seed(int.from_bytes(digest, "little") >> 1)  # manual_seed takes 63 bits
-    return generator
+    def __call__(self, images: Tensor, fill: Tensor, draws: Draws) -> Tensor:
+        """Change images, uint8 [B, C, H, W]; ``fill``, uint8 [C], is what comes into them from outside."""
 
-
-@dataclass(frozen=True)
-class Part:
-    """The images of a batch that one of several processes trains on: a run of them.
-
-    A batch has ``parts`` of almost equal length, whatever the number of processes: a process has whole parts,
-    one after another, or shares one part with its neighbors where there are more processes than parts.
-
-    Attributes:
-        index: of the process, from 0, below ``count``.
-        count: processes that share a batch.
-        parts: into which a batch is divided; as many as processes if left out.
-    """
-
-    index: int = 0
-    count: int = 1
-    parts: int | None = None
-
-    @property
-    def number(self) -> int:
-        """Parts of a batch."""
-        return self.parts or self.count
-
-    @property
-    def own(self) -> range:
-        """The parts that this process has images of: several, or the one that it shares."""
-        if self.count > self.number:
-            return range(self._shared, self._shared + 1)
-        return range(*(_cut(index, self.number, self.count) for index in (self.index, self.index + 1)))
-
-    @property
-    def sharers(self) -> range:
-        """The processes that have images of this process's part: itself, unless there are more than parts."""
-        if self.count <= self.number:
-            return range(self.index, self.index + 1)
-        first = _cut(self._shared, self.count, self.number)
-        return range(first, _cut(self._shared + 1, self.count, self.number))
-
-    @property
-    def _shared(self) -> int:
-        starts = (_cut(part + 1, self.count, self.number) for part in range(self.number))
-        return next(part for part, end in enumerate(starts) if self.index < end)
-
-    def pieces(self, whole: int) -> list[slice]:
-        """Where this process's images of ``whole`` lie, of each of its parts."""
-        bounds = [(_cut(part, whole, self.number), _cut(part + 1, whole, self.number)) for part in self.own]
-        if len(self.sharers) == 1:
-            return [slice(*ends) for ends in bounds]
-        (first, end), place, number = bounds[0], self.index - self.sharers.start, len(self.sharers)
-        return [slice(first + _cut(place, end - first, number), first + _cut(place + 1, end - first, number))]
-
-    def rows(self, whole: int) -> slice:
-        """Where all of this process's images of ``whole`` lie."""
-        pieces = self.pieces(whole)
-        return slice(pieces[0].start, pieces[-1].stop)
-
-    @property
-    def streams(self) -> list[int]:
-        """Numbers that seed what is drawn for each of the pieces (dropout, mixup)."""
-        return list(self.own) if len(self.sharers) == 1 else [self.index]
-
-    def longest(self, whole: int) -> int:
-        """The most images of ``whole`` that any process has of one part."""
-        every = (Part(index, self.count, self.parts) for index in range(self.count))
-        return max(int(piece.stop - piece.start) for one in every for piece in one.pieces(whole))
-
-
-def _cut(index: int, whole: int, count: int) -> int:
-    """Where the ``index``-th of ``count`` runs of ``whole`` begins."""
-    return index * whole // count
-
-
-WHOLE = Part()
-"""The whole batch: there is one process."""
-
-
-@dataclass(frozen=True)
-class Draws:
-    """Random numbers of the images of a batch, or of a part of it.
-
-    A part gets the numbers that its images have in the whole batch, so that augmentation does not depend on
-    how many processes share it.
-
-    Attributes:
-        generator: on the CPU, as all of this module: the same draws are made whatever the device.
-        whole: images of the batch; None: those that are drawn for.
-        rows: where those that are drawn for lie in it.
-    """
-
-    generator: torch.Generator
-    whole: int | None = None
-    rows: slice = field(default_factory=lambda: slice(None))
-
-    def rand(self, *shape: int, dim: int = 0, dtype: torch.dtype | None = None) -> Tensor:
-        """Uniform in [0, 1), of this shape, whose dimension ``dim`` counts images."""
-        return self._own(torch.rand(self._shape(shape, dim), generator=self.generator, dtype=dtype), dim)
-
-    def randint(self, high: int, *shape: int, dim: int = 0) -> Tensor:
-        """Integers from 0 to ``high - 1``; see `rand`."""
-        return self._own(torch.randint(0, high, self._shape(shape, dim), generator=self.generator), dim)
-
-    def _shape(self, shape: tuple[int, ...], dim: int) -> list[int]:
-        sizes = list(shape)
-        sizes[dim] = sizes[dim] if self.whole is None else self.whole
-        return sizes
-
-    def _own(self, drawn: Tensor, dim: int) -> Tensor:
-        return drawn[(slice(None),) * dim + (self.rows,)]
+    def describe(self) -> str:
+        """What is done, in a clause."""
 
 
 @dataclass(frozen=True)
@@ -161,11 +49,19 @@ class Augment:
     """Crop 8% to 100% of the area at an aspect of 3/4 to 4/3 and resize it to the original size."""
     padding: Literal["zeros", "reflect"] = "zeros"
     """What ``crop_padding`` pads with: black, or the image mirrored at its edge."""
+    policy: Policy | None = None
+    """Changes of color and shape, after crop and flip."""
+    erasing: float = 0.0
+    """Probability that a box of an image is erased (0: off; Zhong et al. 2020)."""
+    erasing_fill: Literal["random", "mean"] = "random"
+    """What an erased box is filled with: a random value for each pixel and channel, or the mean color."""
 
     def __post_init__(self) -> None:
         for name in ("crop_padding", "cutout"):
             if getattr(self, name) < 0:
                 raise UserError(f"augment {name}={getattr(self, name)} is negative; 0 turns it off")
+        if not 0 <= self.erasing <= 1:
+            raise UserError(f"augment erasing={self.erasing:g} is no probability; 0 turns it off")
         if self.padding not in ("zeros", "reflect"):
             raise UserError(f"augment padding={self.padding!r} is unknown; 'zeros' and 'reflect' exist")
         if self.flip and self.alternating:
@@ -179,6 +75,19 @@ class Augment:
         if name not in _PRESETS:
             raise UserError(f"augment {name!r} is unknown; {', '.join(_PRESETS)} exist")
         return _PRESETS[name]
+
+    def describe(self) -> str:
+        """All of it in a few words, in the order in which it is done."""
+        mirrored = "mirrored in every other epoch" if self.alternating else "mirrored at random"
+        parts = (
+            (self.crop_padding, f"shifted by up to {self.crop_padding} pixels"),
+            (self.resized_crop, "cropped and resized at random"),
+            (self.flip or self.alternating, mirrored),
+            (self.policy is not None, "" if self.policy is None else self.policy.describe()),
+            (self.cutout, f"cutout of {self.cutout} pixels"),
+            (self.erasing, f"{100 * self.erasing:g}% with a box erased ({self.erasing_fill})"),
+        )
+        return ", ".join(words for on, words in parts if on) or "as they are"
 
     def check(self, height: int, width: int) -> None:
         """Raise UserError for padding or cutout too large for the images."""
@@ -222,9 +131,17 @@ def augment_and_normalize(
         images = random_flip(images, draws)
     elif augment.alternating and mirrored is not None:
         images = _flip(images, mirrored)
-    x = random_resized_crop(images, draws) if augment.resized_crop else images.to(torch.float32)
+    x = random_resized_crop(images, draws) if augment.resized_crop else images
+    if augment.policy is not None:
+        pixels = x if x.dtype == torch.uint8 else x.round_().clamp_(0, 255).to(torch.uint8)
+        x = augment.policy(pixels, (mean * 255).round().to(torch.uint8), draws)
+    x = x.to(torch.float32, copy=x is images)
     x = x.sub_((mean * 255).view(-1, 1, 1)).mul_((1 / (std * 255)).view(-1, 1, 1))
-    return cutout(x, augment.cutout, draws) if augment.cutout else x
+    if augment.cutout:
+        x = cutout(x, augment.cutout, draws)
+    if augment.erasing:
+        x = random_erasing(x, augment.erasing, augment.erasing_fill, mean, std, draws)
+    return x
 
 
 def random_crop(images: Tensor, padding: int, mode: Literal["zeros", "reflect"], draws: Draws) -> Tensor:
@@ -312,57 +229,3 @@ def random_resized_crop(images: Tensor, draws: Draws) -> Tensor:
     theta[:, 1, 2] = (2 * top + box_height) / height - 1
     grid = F.affine_grid(theta.to(images.device), list(images.shape), align_corners=False)
     return F.grid_sample(images.to(torch.float32), grid, padding_mode="border", align_corners=False)
-
-
-def cutout(x: Tensor, size: int, draws: Draws) -> Tensor:
-    """Set a square of each normalized image to 0, the mean color (DeVries & Taylor 2017, section 3.2).
-
-    The center is any pixel, so that part of the square may lie outside the image, as in the paper.
-    """
-    batch, _, height, width = x.shape
-    top = draws.randint(height, batch, 1) - size // 2
-    left = draws.randint(width, batch, 1) - size // 2
-    rows, columns = torch.arange(height), torch.arange(width)
-    in_rows = ((rows >= top) & (rows < top + size)).to(x.device)
-    in_columns = ((columns >= left) & (columns < left + size)).to(x.device)
-    return x.masked_fill((in_rows[:, :, None] & in_columns[:, None, :])[:, None], 0.0)
-
-
-def mixup(
-    x: Tensor, y: Tensor, num_classes: int, alpha: float, generator: torch.Generator
-) -> tuple[Tensor, Tensor]:
-    """Blend each image and its label with another of the batch (Zhang et al. 2018, section 2).
-
-    ``x = l x_i + (1 - l) x_j`` and likewise the labels, with one ``l ~ Beta(alpha, alpha)`` per batch and a
-    random permutation as ``j``; an alpha of 0 blends nothing, one below is a UserError. From images
-    [B, C, H, W] and int64 [B] to images and soft targets [B, K], both of the images' dtype.
-    """
-    if alpha < 0:
-        raise UserError(f"mixup={alpha} is negative; 0 turns it off, 0.2 is usual")
-    targets = F.one_hot(y, num_classes).to(x.dtype)
-    if alpha == 0:
-        return x, targets
-    share = torch.sigmoid(_log_gamma_draw(alpha, generator) - _log_gamma_draw(alpha, generator)).item()
-    other = torch.randperm(len(x), generator=generator).to(x.device)
-    return torch.lerp(x[other], x, share), torch.lerp(targets[other], targets, share)
-
-
-def _log_gamma_draw(alpha: float, generator: torch.Generator) -> Tensor:
-    """Draw the logarithm of a Gamma(alpha) variable (Marsaglia & Tsang 2000).
-
-    Two of them make a Beta draw. Done by hand because torch's public Beta and Gamma take no generator; in
-    logarithms because a small ``alpha`` underflows.
-    """
-    shape = alpha + 1 if alpha < 1 else alpha
-    d = shape - 1 / 3
-    c = 1 / math.sqrt(9 * d)
-    while True:
-        normal = torch.randn((), generator=generator, dtype=torch.float64)
-        v = (1 + c * normal) ** 3
-        u = torch.rand((), generator=generator, dtype=torch.float64)
-        if v > 0 and u.log() < 0.5 * normal**2 + d - d * v + d * v.log():
-            break
-    log_draw = math.log(d) + v.log()
-    if alpha < 1:  # Gamma(a) = Gamma(a + 1) U^(1/a)
-        log_draw = log_draw + torch.rand((), generator=generator, dtype=torch.float64).log() / alpha
-    return log_draw

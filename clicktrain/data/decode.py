@@ -193,3 +193,12 @@ def mixed_sizes(name: str, size: tuple[int, int], other: str, other_size: tuple[
         f"images are of mixed sizes ({name} is {size[1]}x{size[0]}, {other} {other_size[1]}x{other_size[0]} "
         "pixels); set image_size, for example 224, to resize them all"
     )
+
+
+def check_depths(deep: dict[bool, str]) -> None:
+    """Raise a UserError where some images have more than 8 bits (``deep[True]`` names one) and others not."""
+    if len(deep) > 1:
+        raise UserError(
+            f"{deep[True]} has more than 8 bits per value and {deep[False]} has not; convert them all to "
+            "one depth, so that equal values mean equal brightness"
+        )

@@ -8,6 +8,7 @@ from dataclasses import dataclass
 from torch import Tensor
 
 from clicktrain.data.listing import EncodedImages
+from clicktrain.data.shards.source import ShardSource
 from clicktrain.data.statistics import EIGHT_BIT, ValueRange
 
 
@@ -45,7 +46,7 @@ class EncodedSource:
         return 256 / 224 if self.resize else 1.0
 
 
-Source = PixelSource | EncodedSource
+Source = PixelSource | EncodedSource | ShardSource
 
 
 @dataclass(frozen=True)
@@ -85,6 +86,9 @@ class ImageData:
             where = f"in memory ({mebibytes:,.1f} MiB)"
         else:
             where = f"decoded by {self.workers} workers"
+        if isinstance(self.train, ShardSource):
+            shards = len(self.train.reader.files)
+            where = f"streamed from {shards:,} shard{'s' * (shards != 1)}, {where}"
         if self.value_range is not None:
             low, high = self.value_range
             where += f", pixel values {low:g} to {high:g} scaled to 0 to 255"

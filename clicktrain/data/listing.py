@@ -9,7 +9,7 @@ from typing import Protocol
 import torch
 from torch import Tensor
 
-from clicktrain.data.augment import seeded_generator
+from clicktrain.data.draws import seeded_generator
 from clicktrain.data.image_files import LARGEST_FILE
 from clicktrain.errors import UserError
 from clicktrain.files import read_regular

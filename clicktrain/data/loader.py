@@ -11,15 +11,8 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from clicktrain.data.augment import (
-    WHOLE,
-    Augment,
-    Draws,
-    Part,
-    augment_and_normalize,
-    mirrored_in_epoch,
-    seeded_generator,
-)
+from clicktrain.data.augment import Augment, augment_and_normalize, mirrored_in_epoch
+from clicktrain.data.draws import WHOLE, Draws, Part, seeded_generator
 from clicktrain.data.image_data import PixelSource
 
 
@@ -41,6 +34,10 @@ class BatchPlan:
     """Which images make which batch, and which of them are this process's.
 
     In training every process has a part of each batch; else every process has batches of its own, in turns.
+
+    With ``repeats`` each image of an epoch is in it that many times, in one batch as a rule (Hoffer et al.
+    2020; Berman et al. 2019), and the epoch has as many batches as without: it goes through a
+    part of the images. Copies lie apart in the batch, so that several processes have different ones.
     """
 
     num_images: int
@@ -49,6 +46,7 @@ class BatchPlan:
     shuffle: bool
     seed: int
     part: Part = WHOLE
+    repeats: int = 1
 
     def __len__(self) -> int:
         """Return the number of batches of an epoch."""
@@ -65,7 +63,17 @@ class BatchPlan:
         """Return the order of the images, int64 [num_images]; batch b is its b-th run of ``batch_size``."""
         if not self.shuffle:
             return torch.arange(self.num_images)
-        return torch.randperm(self.num_images, generator=seeded_generator("order", self.seed, epoch))
+        order = torch.randperm(self.num_images, generator=seeded_generator("order", self.seed, epoch))
+        return order if self.repeats == 1 else order[self._places() // self.repeats]
+
+    def copies(self) -> Tensor:
+        """Return which of the copies of its image each place of the order has, int64 [num_images], from 0."""
+        return self._places() % self.repeats
+
+    def _places(self) -> Tensor:
+        """Places in the order with all copies of an image side by side, before each batch is spread out."""
+        batches = torch.split(torch.arange(self.num_images), self.batch_size)
+        return torch.cat([batch[first :: self.repeats] for batch in batches for first in range(self.repeats)])
 
     def images(self, batch: int) -> int:
         """Return the number of images of a batch, of all processes."""
@@ -87,6 +95,19 @@ class BatchPlan:
         first = start_batch + (self.part.index - start_batch) % self.part.count
         return range(first, len(self), self.part.count)
 
+    def owned(self, positions: Tensor, start_batch: int) -> Tensor:
+        """Return which positions of the order are this process's, from a batch on; bool, as ``positions``."""
+        batch = positions // self.batch_size
+        wanted = (batch >= start_batch) & (batch < len(self))
+        if not self.shuffle:
+            return wanted & (batch % self.part.count == self.part.index)
+        last = len(self) - 1
+        full, rest = self.own(0), self.own(last)  # the last batch may be smaller
+        within = positions - batch * self.batch_size
+        low = torch.where(batch == last, rest.start, full.start)
+        high = torch.where(batch == last, rest.stop, full.stop)
+        return wanted & (within >= low) & (within < high)
+
     def check_start(self, start_batch: int) -> None:
         """Raise a `ValueError` unless an epoch can start at this batch."""
         if not 0 <= start_batch <= len(self):
@@ -104,9 +125,15 @@ class Finish:
     dtype: torch.dtype
     channels_last: bool
 
-    def mirrored(self, num_images: int, epoch: int) -> Tensor | None:
-        """Images that this epoch mirrors, bool [num_images], where that alternates; found once an epoch."""
-        return mirrored_in_epoch(num_images, self.seed, epoch) if self.augment.alternating else None
+    def mirrored(self, plan: BatchPlan, order: Tensor, epoch: int) -> Tensor | None:
+        """Which images of an epoch's order are mirrored, bool, where that alternates; found once an epoch.
+
+        Copies of an image take turns.
+        """
+        if not self.augment.alternating:
+            return None
+        flips = mirrored_in_epoch(plan.num_images, self.seed, epoch)[order.cpu()]
+        return flips if plan.repeats == 1 else flips ^ (plan.copies() % 2).bool()
 
     def __call__(
         self, images: Tensor, epoch: int, batch: int, plan: BatchPlan, mirrored: Tensor | None = None
@@ -174,10 +201,11 @@ class InMemoryLoader(PlannedLoader):
 
     def _batches(self, epoch: int, start_batch: int) -> Iterator[Batch]:
         order = self._plan.order(epoch).to(self._device)
-        flips = self._finish.mirrored(self._plan.num_images, epoch)
+        flips = self._finish.mirrored(self._plan, order, epoch)
         for batch in self._plan.batches(start_batch):
-            indices = order[self._plan.rows(batch)]
+            rows = self._plan.rows(batch)
+            indices = order[rows]
             images = self._images.index_select(0, indices)
-            mirrored = None if flips is None else flips[indices.cpu()]
+            mirrored = None if flips is None else flips[rows]
             x = self._finish(images, epoch, batch, self._plan, mirrored)
             yield Batch(x, self._labels.index_select(0, indices))

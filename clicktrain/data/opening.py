@@ -14,10 +14,12 @@ from PIL import Image
 from torch import Tensor
 
 from clicktrain.data.cache import PixelCache, content_key, default_cache_dir, require_space
-from clicktrain.data.decode import decode_all, fit, measure_values, mixed_sizes, to_pixels
-from clicktrain.data.image_data import EncodedSource, ImageData, PixelSource, Source
+from clicktrain.data.decode import check_depths, decode_all, fit, measure_values, mixed_sizes, to_pixels
+from clicktrain.data.image_data import EncodedSource, ImageData, PixelSource
 from clicktrain.data.image_files import read_header
 from clicktrain.data.listing import EncodedImages, ListedSplit, Listing, SubsetImages, stratified_split
+from clicktrain.data.shards.index import SHARD_KINDS
+from clicktrain.data.shards.opening import ShardRequest, open_shards
 from clicktrain.data.sources.cifar import list_cifar
 from clicktrain.data.sources.embedded import list_digits, list_synthetic
 from clicktrain.data.sources.image_folder import list_image_folder
@@ -53,6 +55,7 @@ def open_data(
     workers: int = 2,
     memory_limit: int = MEMORY_LIMIT,
     value_range: tuple[float, float] | None = None,
+    shuffle_buffer: int | None = None,
 ) -> ImageData:
     """Open a data set.
 
@@ -72,6 +75,8 @@ def open_data(
         value_range: of images deeper than 8 bits, the values that become 0 and 255: that of the data that a
             network was trained on. None measures it: over all images, or over a sample of those that are
             decoded while training. Without effect on 8-bit images.
+        shuffle_buffer: images that are shuffled together, of a data set in shards (None: 4,096); an error
+            with others, which are shuffled as a whole.
 
     Raises:
         UserError: the arguments or the data are wrong; one sentence says what.
@@ -79,13 +84,21 @@ def open_data(
     _check_arguments(image_size, val_fraction, workers)
     folder = cache_dir if cache_dir is not None else default_cache_dir()
     parsed = DataSpec.parse(spec)
+    if parsed.kind in SHARD_KINDS:
+        request = ShardRequest(
+            kind=parsed.kind, argument=parsed.argument, image_size=image_size, val_fraction=val_fraction,
+            holdout=holdout, seed=seed, workers=workers, value_range=value_range, buffer=shuffle_buffer,
+        )  # fmt: skip
+        return _from_shards(spec, request, folder)
+    if shuffle_buffer is not None:
+        raise UserError(
+            f"shuffle_buffer is for data in shards ({', '.join(SHARD_KINDS)}): leave it out, "
+            f"{shown(spec, 150)} is shuffled as a whole"
+        )
     try:
         listing = _list(parsed, folder, cache_dir, memory_limit)
-    except OSError as error:  # a folder without permission, a disk that fails
-        raise UserError(
-            f"data {shown(spec, 150)} cannot be read ({shortened(str(error), 200)}); check the folder's "
-            "permissions"
-        ) from error
+    except OSError as error:
+        raise _unreadable(spec, error) from error
     classes = listing.check(spec)
     if isinstance(listing.train.images, Tensor):
         loaded = _from_pixels(listing, image_size, memory_limit)
@@ -112,6 +125,26 @@ def open_data(
     data = ImageData(spec, classes, loaded.shape, mean, std, train, val, workers, loaded.value_range, test)
     logger.info("%s", data.describe())
     return data
+
+
+def _from_shards(spec: str, request: ShardRequest, folder: Path) -> ImageData:
+    """Open a data set that is streamed."""
+    try:
+        opened = open_shards(request, folder)
+    except OSError as error:
+        raise _unreadable(spec, error) from error
+    data = ImageData(
+        spec, opened.classes, opened.shape, opened.mean, opened.std, opened.train, opened.val,
+        request.workers, opened.value_range, opened.test,
+    )  # fmt: skip
+    logger.info("%s", data.describe())
+    return data
+
+
+def _unreadable(spec: str, error: OSError) -> UserError:
+    """The error for a folder without permission, a disk that fails."""
+    reason = shortened(str(error), 200)
+    return UserError(f"data {shown(spec, 150)} cannot be read ({reason}); check the folder's permissions")
 
 
 def _share(holdout: int, images: int, spec: str) -> float:
@@ -163,8 +196,8 @@ class _Loaded:
     """The splits of the source; ``train_sums`` is None where ImageNet's statistics are used."""
 
     shape: tuple[int, int, int]
-    train: Source
-    val: Source | None
+    train: PixelSource | EncodedSource
+    val: PixelSource | EncodedSource | None
     train_sums: Tensor | None
     value_range: tuple[float, float] | None = None
 
@@ -258,11 +291,7 @@ class _Files:
                 if self.image_size is None and header.size != first[1]:
                     raise mixed_sizes(name, header.size, first[0], first[1])
         assert first is not None  # a listing that passed its check is not empty
-        if len(deep) > 1:
-            raise UserError(
-                f"{deep[True]} has more than 8 bits per value and {deep[False]} has not; convert them all to "
-                "one depth, so that equal values mean equal brightness"
-            )
+        check_depths(deep)
         size = first[1] if self.image_size is None else (self.image_size, self.image_size)
         return (1 if gray else 3), size, True in deep
 
@@ -355,7 +384,7 @@ def _spread(count: int, wanted: int) -> list[int]:
     return [index * count // wanted for index in range(wanted)]
 
 
-def _subset(source: Source, indices: Tensor) -> Source:
+def _subset(source: PixelSource | EncodedSource, indices: Tensor) -> PixelSource | EncodedSource:
     if isinstance(source, PixelSource):
         return PixelSource(source.images[indices], source.labels[indices])
     return replace(source, images=SubsetImages(source.images, indices), labels=source.labels[indices])

@@ -12,13 +12,15 @@ from clicktrain.errors import UserError, shown
 FORMS = (
     "digits",
     "parquet:DIR",
+    "parquet-shards:DIR",
+    "webdataset:DIR",
     "imagefolder:DIR",
     "cifar10:DIR",
     "cifar100:DIR",
     "synthetic:classes=10,size=32,train=512,val=128",
     "the name of a Hugging Face data set (NAME, OWNER/NAME or either with :CONFIG)",
 )
-_FOLDER_KINDS = ("parquet", "imagefolder", "cifar10", "cifar100")
+_FOLDER_KINDS = ("parquet", "parquet-shards", "webdataset", "imagefolder", "cifar10", "cifar100")
 _HUB_NAME = re.compile(r"(?P<name>[\w.-]+(/[\w.-]+)?)(:(?P<config>[\w.+-]+))?")
 
 
@@ -36,7 +38,7 @@ class DataSpec:
     """What a specification says, before anything is opened."""
 
     kind: str
-    """``digits``, ``parquet``, ``imagefolder``, ``cifar10``, ``cifar100``, ``synthetic`` or ``hub``."""
+    """``hub``, or what the forms begin with: ``digits``, ``parquet``, ``webdataset``, ..."""
     argument: str = ""
     """The folder, the settings of ``synthetic``, or the data set's name on the Hub."""
     config: str | None = None

@@ -2,57 +2,121 @@
 
 from __future__ import annotations
 
+import signal
 import warnings
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from dataclasses import dataclass, replace
-from typing import Literal
+from types import FrameType
+from typing import Any, TypeVar
 
 import torch
 from PIL import Image
 from torch import Tensor
 from torch.utils.data import DataLoader, Dataset
 
-from clicktrain.data.augment import WHOLE, Augment, Draws, Part, random_boxes, seeded_generator
+from clicktrain.data.augment import random_boxes
 from clicktrain.data.decode import check_size, decode_image, fit, to_pixels
-from clicktrain.data.image_data import EncodedSource, ImageData, PixelSource
-from clicktrain.data.loader import Batch, BatchPlan, Finish, InMemoryLoader, Loader, PlannedLoader
+from clicktrain.data.draws import Draws, seeded_generator
+from clicktrain.data.image_data import EncodedSource
+from clicktrain.data.loader import Batch, BatchPlan, Finish, PlannedLoader
+from clicktrain.data.shards.source import ShardSource
 from clicktrain.errors import UserError
+
+T = TypeVar("T")
 
 _PREFETCHED = 4  # batches that each worker has ready or in the making
 
 
 @dataclass(frozen=True)
-class _Broken:
+class Broken:
     """What a worker sends in place of a batch: an exception would arrive as a traceback."""
 
     message: str
 
 
-class _DecodedBatches(Dataset["Tensor | _Broken"]):
-    """Item (epoch, indices) is the batch of these images, uint8 [B, C, H, W]."""
+def decoded(
+    source: EncodedSource | ShardSource,
+    data: bytes,
+    name: str,
+    index: int,
+    crops: tuple[int, int] | None,
+    copy: int = 0,
+) -> Tensor:
+    """Decode an image to the size of its source, uint8 [C, H, W].
+
+    ``crops``: seed and epoch of a random resized crop of image ``index``, or None for the image's center;
+    each ``copy`` of the image in the epoch has another.
+
+    Raises:
+        UserError: broken, or of another size than a source that does not resize; names the image.
+    """
+    image = decode_image(data, name, source.channels, source.values)
+    if not source.resize:
+        check_size(image, source.size, name)
+    if crops is None:
+        return to_pixels(fit(image, source.size, source.ratio))
+    key = (index, copy) if copy else (index,)
+    draws = Draws(seeded_generator("resized crop", *crops, *key))
+    top, left, height, width = random_boxes(1, image.height, image.width, draws)[0].tolist()
+    box = (left, top, left + width, top + height)
+    size = (source.size[1], source.size[0])
+    return to_pixels(image.resize(size, Image.Resampling.BILINEAR, box=box))
+
+
+class _DecodedBatches(Dataset["Tensor | Broken"]):
+    """Item (epoch, [(index, copy), ...]) is the batch of these images, uint8 [B, C, H, W]."""
 
     def __init__(self, source: EncodedSource, resized_crop: bool, seed: int) -> None:
         self._source, self._resized_crop, self._seed = source, resized_crop, seed
 
-    def __getitem__(self, item: tuple[int, list[int]]) -> Tensor | _Broken:
-        epoch, indices = item
+    def __getitem__(self, item: tuple[int, list[tuple[int, int]]]) -> Tensor | Broken:
+        epoch, places = item
+        images, crops = self._source.images, (self._seed, epoch) if self._resized_crop else None
         try:
-            return torch.stack([to_pixels(self._decode(epoch, index)) for index in indices])
+            return torch.stack(
+                [
+                    decoded(self._source, images.read(at), images.name(at), at, crops, copy)
+                    for at, copy in places
+                ]
+            )
         except UserError as error:
-            return _Broken(str(error))
+            return Broken(str(error))
 
-    def _decode(self, epoch: int, index: int) -> Image.Image:
-        source = self._source
-        name = source.images.name(index)
-        image = decode_image(source.images.read(index), name, source.channels, source.values)
-        if not source.resize:
-            check_size(image, source.size, name)
-        if not self._resized_crop:
-            return fit(image, source.size, source.ratio)
-        draws = Draws(seeded_generator("resized crop", self._seed, epoch, index))
-        top, left, height, width = random_boxes(1, image.height, image.width, draws)[0].tolist()
-        box = (left, top, left + width, top + height)
-        return image.resize((source.size[1], source.size[0]), Image.Resampling.BILINEAR, box=box)
+
+def _outlive_signals(worker: int) -> None:
+    """Let a worker outlive a signal that goes to a whole group, as a terminal or a launcher sends it.
+
+    The training process decides when it stops, and needs its workers until then. A second SIGTERM ends them,
+    so that Python can.
+    """
+    del worker
+    signal.signal(signal.SIGINT, signal.SIG_IGN)
+    for name in ("SIGTERM", "SIGHUP"):
+        if hasattr(signal, name):  # there is no SIGHUP on Windows
+            signal.signal(getattr(signal, name), _end_next_time)
+
+
+def _end_next_time(signum: int, frame: FrameType | None) -> None:
+    del frame
+    signal.signal(signum, signal.SIG_DFL)
+
+
+def by_workers(dataset: Dataset[T], items: Iterable[Any], workers: int, device: torch.device) -> Iterator[T]:
+    """Let worker processes (0: this one) make ``dataset[item]`` of each item, ahead and in order."""
+    with warnings.catch_warnings():
+        # how many workers is the user's choice: more than cores may suit a slow disk
+        warnings.filterwarnings("ignore", message="This DataLoader will create")
+        loader: DataLoader[T] = DataLoader(
+            dataset,
+            batch_size=None,  # the items are batches
+            sampler=items,
+            num_workers=workers,
+            prefetch_factor=_PREFETCHED if workers else None,
+            pin_memory=device.type == "cuda",
+            generator=torch.Generator(),  # the default would advance the global one
+            worker_init_fn=_outlive_signals,
+        )
+        return iter(loader)
 
 
 class StreamingLoader(PlannedLoader):
@@ -71,85 +135,20 @@ class StreamingLoader(PlannedLoader):
 
     def _batches(self, epoch: int, start_batch: int) -> Iterator[Batch]:
         order = self._plan.order(epoch)
-        flips = self._finish.mirrored(self._plan.num_images, epoch)
+        copies = self._plan.copies() if self._plan.repeats > 1 else torch.zeros_like(order)
+        flips = self._finish.mirrored(self._plan, order, epoch)
         batches = self._plan.batches(start_batch)
-        pending = [order[self._plan.rows(batch)] for batch in batches]
+        pending = [self._plan.rows(batch) for batch in batches]
         if not pending:
             return
-        with warnings.catch_warnings():
-            # how many workers is the user's choice: more than cores may suit a slow disk
-            warnings.filterwarnings("ignore", message="This DataLoader will create")
-            decoded: DataLoader[Tensor | _Broken] = DataLoader(
-                self._dataset,
-                batch_size=None,  # the items are batches
-                sampler=[(epoch, indices.tolist()) for indices in pending],
-                num_workers=self._workers,
-                prefetch_factor=_PREFETCHED if self._workers else None,
-                pin_memory=self._device.type == "cuda",
-                generator=torch.Generator(),  # the default would advance the global one
-            )
-            ready = iter(decoded)
-        for batch, indices, images in zip(batches, pending, ready, strict=True):
-            if isinstance(images, _Broken):
+        items = [
+            (epoch, list(zip(order[rows].tolist(), copies[rows].tolist(), strict=True))) for rows in pending
+        ]
+        ready = by_workers(self._dataset, items, self._workers, self._device)
+        for batch, rows, images in zip(batches, pending, ready, strict=True):
+            if isinstance(images, Broken):
                 raise UserError(images.message)
             images = images.to(self._device, non_blocking=True)
-            labels = self._labels[indices].to(self._device, non_blocking=True)
-            mirrored = None if flips is None else flips[indices]
+            labels = self._labels[order[rows]].to(self._device, non_blocking=True)
+            mirrored = None if flips is None else flips[rows]
             yield Batch(self._finish(images, epoch, batch, self._plan, mirrored), labels)
-
-
-def make_loader(
-    data: ImageData,
-    split: Literal["train", "val", "test"],
-    *,
-    batch_size: int,
-    device: torch.device,
-    seed: int,
-    augment: Augment,
-    drop_last: bool,
-    channels_last: bool = False,
-    dtype: torch.dtype = torch.float32,
-    part: Part = WHOLE,
-) -> Loader:
-    """Make the loader of a split.
-
-    Training images are shuffled and augmented; other images come in their order and as they are,
-    whatever ``augment`` says.
-
-    Args:
-        device: where the batches are to be; images that fit in memory are moved there as a whole.
-        seed: of order and augmentation.
-        drop_last: leave out a last batch that is not full.
-        dtype: of the images in a batch; they are augmented and normalized in float32 all the same.
-        part: of the batches, for one of several processes; ``batch_size`` is that of all of them.
-
-    Raises:
-        UserError: a batch size that gives no batch, or an augmentation too large for the images.
-    """
-    source = {"train": data.train, "val": data.val, "test": data.test}[split]
-    if source is None:
-        raise UserError(f"data {data.spec} has no {split} split")
-    if batch_size < 1:
-        raise UserError(f"batch_size={batch_size} is not possible; 1 or more is")
-    if drop_last and batch_size > len(source):
-        raise UserError(
-            f"batch_size={batch_size} is more than the {len(source)} images of the {split} split of "
-            f"{data.spec}; at most {len(source)} gives a full batch"
-        )
-    training = split == "train"
-    smallest = min(batch_size, len(source))
-    if training and smallest < max(part.count, part.number):
-        who = f"{part.count} processes" if part.count >= part.number else f"{part.number} parts"
-        raise UserError(
-            f"{who} cannot share batches of {smallest} images: give a batch_size of at least "
-            f"{max(part.count, part.number)}"
-        )
-    applied = augment if training else Augment()
-    applied.check(*data.image_shape[1:])
-    plan = BatchPlan(len(source), batch_size, drop_last, training, seed, part)
-    mean = torch.tensor(data.mean, dtype=torch.float32, device=device)
-    std = torch.tensor(data.std, dtype=torch.float32, device=device)
-    finish = Finish(applied, mean, std, seed, dtype, channels_last)
-    if isinstance(source, PixelSource):
-        return InMemoryLoader(source, plan, finish, device)
-    return StreamingLoader(source, plan, finish, device, data.workers)

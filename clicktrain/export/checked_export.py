@@ -23,7 +23,7 @@ SUFFIXES: dict[str, str] = {"safetensors": ".safetensors", "onnx": ".onnx", "tor
 """File suffix of each format."""
 
 _BATCHES = (1, 3)  # of the check: the batch dimension must be free
-_RELATIVE = 1e-4
+RELATIVE = 1e-4
 """Allowed difference, relative to the largest logit. Folded batch norms and reordered fp32 sums stay two
 orders of magnitude below it; a wrong weight or operator does not."""
 
@@ -132,4 +132,4 @@ def _compare(model: nn.Module, other: Run, shape: tuple[int, int, int]) -> tuple
         if largest != largest:
             break
         scale = max(scale, expected.abs().max().item())
-    return largest, _RELATIVE * scale
+    return largest, RELATIVE * scale

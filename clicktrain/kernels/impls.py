@@ -172,6 +172,8 @@ class Kernels:
         with_statistics: (x, values, bias, *arguments, n) -> y, mean [F] and biased variance [F] over the
             results of ``n`` images; None where the implementation cannot take a batch norm's statistics.
         statistics_sources: C texts that this needs beside ``sources``.
+        with_affine: (x, values, scale [F], shift [F], residual or None, whether negative results become zero,
+            *arguments) -> act(conv(x) * scale + shift + residual), without gradients; None likewise.
     """
 
     convolve: Callable[..., Tensor]
@@ -179,13 +181,15 @@ class Kernels:
     sources: Mapping[Phase, str] = field(default_factory=dict)
     with_statistics: Callable[..., tuple[Tensor, Tensor, Tensor]] | None = None
     statistics_sources: tuple[str, ...] = ()
+    with_affine: Callable[..., Tensor] | None = None
 
 
 @dataclass(frozen=True, slots=True, eq=False)
 class Candidate:
     """A kernel that could do one phase of one layer, cut by a tiling of its implementation's own.
 
-    ``run`` maps (x, gy, values, bias) to its result, in the layout of the implementation.
+    ``run`` maps (x, gy, values, bias) to its result, in the layout of the implementation. ``source`` is its C
+    text; empty where it is built in another way, when it is first called.
     """
 
     phase: Phase
@@ -246,9 +250,16 @@ def register(operator: str, impl: Impl) -> None:
     IMPLS.setdefault(operator, {})[impl.name] = impl
 
 
-def candidates_for(operator: str) -> list[Impl]:
-    """The implementations that a compiler may choose from, in the order of their registration."""
-    return [impl for impl in IMPLS.get(operator, {}).values() if not impl.oracle]
+def candidates_for(operator: str, device: str | None = None) -> list[Impl]:
+    """The implementations that a compiler may choose from, in the order of their registration.
+
+    With ``device``, a type of devices: those that run there.
+    """
+    return [
+        impl
+        for impl in IMPLS.get(operator, {}).values()
+        if not impl.oracle and (device is None or not impl.devices or device in impl.devices)
+    ]
 
 
 def _pair(sizes: Any) -> tuple[int, int]:

@@ -8,6 +8,7 @@ from dataclasses import dataclass, field
 import torch
 from torch import Tensor
 
+from clicktrain.kernels import innermost_layout as innermost
 from clicktrain.kernels.batch_norm2d import activation_blocked, batch_norm_blocked
 from clicktrain.kernels.batch_norm2d import launch as batch_norm
 from clicktrain.kernels.blocked_layout import block_batch, unblock_batch
@@ -133,3 +134,21 @@ BLOCKED = Layout(
 )
 """The batch-blocked layout: V images side by side in the innermost dimension, V the SIMD lanes."""
 register_layout(BLOCKED)
+
+
+# ---------------------------------------------------------------- [C, H, W, N]
+
+BATCH_INNERMOST = Layout(
+    "batch_innermost",
+    innermost.enter,
+    innermost.leave,
+    innermost.images_of,
+    half=True,
+    batch_norm=innermost.batch_norm_innermost,
+    activation=innermost.activation_innermost,
+    max_pool=innermost.max_pool_innermost,
+    image_mean=innermost.image_mean,
+    view=(innermost.as_images, innermost.as_innermost),
+)
+"""All images side by side in the innermost dimension: what GPUs read in one piece."""
+register_layout(BATCH_INNERMOST)

@@ -20,11 +20,25 @@ from clicktrain.formats.packed import Patterns, Structure, pack_values, unpack_v
 from clicktrain.graph.exchange import exchange_, replace_module_, state_refusal
 from clicktrain.kernels.sparse_conv2d.packed_layer import PackedLayer, mask_refusal, packed_form, refusal
 
-__all__ = ["dense_state_dict", "pack", "pack_model_", "pack_refusals", "unpack", "unpack_model_"]
+__all__ = [
+    "dense_state_dict",
+    "index_names",
+    "pack",
+    "pack_model_",
+    "pack_refusals",
+    "unpack",
+    "unpack_model_",
+]
 
 M = TypeVar("M", bound=nn.Module)
 _HINT = "make the optimizer after packing, or train with packed=False"
 _Convert: TypeAlias = Callable[[Tensor, Tensor], Tensor]
+
+
+def index_names(model: nn.Module) -> list[str]:
+    """Name the buffers that hold the kept positions of packed layers: what follows from masks."""
+    layers = ((name, one) for name, one in model.named_modules() if isinstance(one, PackedLayer))
+    return [f"{name}.keep_bits" if name else "keep_bits" for name, _ in layers]
 
 
 def pack_refusals(

@@ -5,7 +5,7 @@ from __future__ import annotations
 import abc
 import dataclasses
 from collections.abc import Collection, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from numbers import Integral
 from types import MappingProxyType
 from typing import Any, ClassVar, Generic, NamedTuple, TypeAlias, TypeVar
@@ -154,8 +154,11 @@ class StepInfo:
         ends_epoch: this step includes the last batch of an epoch.
         learning_rate: divided by 1 - momentum for SGD: how far a constant gradient of 1 moves a weight per
             step in the long run.
+        relative_rates: learning rates over that one, of parameters that have another, by `id`.
         grad_scale: factor that is still in the gradients (fused mixed-precision optimizers), or None.
         adaptive: the optimizer's step is not the learning rate times the gradient, as SGD's is.
+        whole_gradients: gradients of masked dense weights are those of all processes at pruned positions too,
+            where a method uses them (`MethodHooks.wants_gradients`).
     """
 
     seen: int
@@ -167,8 +170,14 @@ class StepInfo:
     position: float = 0.0
     ends_epoch: bool = False
     learning_rate: float = 0.0
+    relative_rates: Mapping[int, float] = field(default_factory=dict)
     grad_scale: Tensor | None = None
     adaptive: bool = False
+    whole_gradients: bool = True
+
+    def relative_rate(self, parameter: Tensor) -> float:
+        """The learning rate of a parameter over `learning_rate`: 1 unless rates differ by layer."""
+        return self.relative_rates.get(id(parameter), 1.0)
 
     def gradient(self, parameter: Tensor) -> Tensor | None:
         """The gradient of a parameter without the mixed-precision scale; None if it has none."""
@@ -248,7 +257,8 @@ class MethodHooks(abc.ABC, Generic[S]):
     """A run of the method has a moment at which masks are frozen."""
     dense_until_chosen: ClassVar[bool] = False
     """Weights are dense until masks are chosen, once, which a `FinalizedEvent` says."""
-    settings_exclude: ClassVar[tuple[str, ...]] = ()
+    alternatives: ClassVar[tuple[tuple[str, ...], ...]] = ()
+    """Settings that say the same thing in other words: of each group, a user gives one."""
 
     def __post_init__(self) -> None:
         """Check every setting that is a choice; turn lists into tuples."""

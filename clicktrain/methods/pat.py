@@ -66,6 +66,9 @@ class PaT(StructureSettings, LossSlopeSettings, Method[PaTState]):
 
     name: ClassVar[str] = "pat"
     title: ClassVar[str] = "PaT"
+    alternatives: ClassVar[tuple[tuple[str, ...], ...]] = (
+        ("prune_ratio", "latency_target", "latency_target_ms"),
+    )
     freezes: ClassVar[bool] = False
     reads_graph: ClassVar[bool] = True
 

@@ -78,6 +78,11 @@ class PruneTrainState:
 class ChannelSettings:
     """Settings of PruneTrain that compositions with it have too."""
 
+    alternatives: ClassVar[tuple[tuple[str, ...], ...]] = (
+        ("target_flops", "target_parameters"),
+        ("penalty_ratio", "coefficient"),
+    )
+
     target_flops: float | None = None
     """Share of the inference FLOPs that is to be left; the lasso is steered towards it. 0.6 by default,
     unless target_parameters, penalty_ratio, coefficient or PruneTrain's preset paper is given."""

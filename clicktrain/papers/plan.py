@@ -5,7 +5,8 @@ A run of a row is a command of the command line without its place: ``train --met
 - ``{30%}`` is that share of the run's epochs, rounded, at least 1 unless it is 0%: ``--era {30%} {50%}``;
 - ``{dense}`` is the folder of the row's run ``dense``, of the same seed.
 
-``train`` gets the recipe and flags of the setting and a folder, ``bench`` and ``evaluate`` a file for JSON.
+``train`` gets the recipe and flags of the setting and a folder, ``bench``, ``cost`` and ``evaluate`` a
+file for JSON.
 """
 
 from __future__ import annotations

@@ -8,6 +8,7 @@ from typing import Any
 from clicktrain import wording
 from clicktrain.report.charts import Figure, Key, Series, bar_chart, line_figure
 from clicktrain.report.comparison import robustness_figures, sparsity_steps
+from clicktrain.report.exchange import exchange_figures
 from clicktrain.report.run_data import Run, number
 from clicktrain.report.stages import StageBand, stage_bands
 
@@ -28,6 +29,8 @@ def run_figures(run: Run) -> list[Figure]:
         _time(run, bands),
         _learning_rate(run, bands),
         *robustness_figures([(run, _VAL)]),
+        _exchanged(run, bands),
+        *exchange_figures(run),
     ]
     return [figure for figure in figures if figure is not None]
 
@@ -148,3 +151,21 @@ def _learning_rate(run: Run, bands: Sequence[StageBand]) -> Figure | None:
     schedule = run.config.get("schedule")
     caption = "Of the last step of each epoch" + (f"; schedule {schedule}." if schedule else ".")
     return line_figure("Learning rate", series, caption, **_frame(run, "Learning rate", bands), zero=True)
+
+
+def _exchanged(run: Run, bands: Sequence[StageBand]) -> Figure | None:
+    """What each of several processes has handed to collectives in a step, as it was counted."""
+    steps = dict(run.column("exchange_steps"))
+    sizes = [(e, size / steps[e] / 1e6) for e, size in run.column("exchange_bytes") if steps.get(e)]
+    if not sizes:
+        return None
+    title = "Exchanged in a step, MB"
+    caption = (
+        "Bytes that each process handed to collectives, gradients and all else, counted there: "
+        f"{sizes[0][1]:.3g} MB at first, {sizes[-1][1]:.3g} MB {'at the end' if run.finished else 'now'}"
+    )
+    if (share := number(run.summary, "exchange_ratio")) is not None:
+        caption += f". All gradients of the run are {wording.percent(share)} of those of dense training"
+    return line_figure(
+        title, [Series("MB", sizes, _VAL)], caption + ".", **_frame(run, title, bands), zero=True
+    )

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from markupsafe import Markup
 
@@ -31,16 +31,26 @@ from clicktrain.report.masks import MaskPicture, mask_pictures
 from clicktrain.report.run_data import Run, number, read_runs
 from clicktrain.report.timeline import Moment, timeline
 
+if TYPE_CHECKING:
+    from jinja2 import Template
+
 MOST_OPEN = 2
 """With more pruned runs than this, the sections of all but the headline's run begin folded."""
 
 
-def write_report(run_paths: Sequence[str | Path], output: str | Path) -> Path:
+def write_report(
+    run_paths: Sequence[str | Path], output: str | Path, *, refresh_seconds: int | None = None
+) -> Path:
     """Write one self-contained HTML page about one or several runs, finished or not; its folder is made.
 
     It reads the run folders only (YAML, JSON and safetensors; no code is executed) and depends on nothing but
     them: the same folders give the same bytes. The page needs no network and no script. Dense runs serve as
     baselines for runs of the same network and data.
+
+    Args:
+        run_paths: folders of the runs.
+        output: the file.
+        refresh_seconds: as long as a run is not finished, a browser loads the page again that often.
 
     Raises:
         UserError: a folder holds no run or a damaged file, or the output cannot be written.
@@ -48,7 +58,7 @@ def write_report(run_paths: Sequence[str | Path], output: str | Path) -> Path:
     target = Path(output)
     if target.is_dir():
         raise UserError(f"{target} is a folder: give the name of a file, as in {target / 'report.html'}")
-    page = render(read_runs(run_paths))
+    page = render(read_runs(run_paths), refresh_seconds)
     try:
         target.parent.mkdir(parents=True, exist_ok=True)
         write_text_atomic(target, page)
@@ -57,22 +67,14 @@ def write_report(run_paths: Sequence[str | Path], output: str | Path) -> Path:
     return target
 
 
-def render(runs: Sequence[Run]) -> str:
-    """The page as text."""
-    from jinja2 import Environment, PackageLoader, StrictUndefined
-
-    environment = Environment(
-        loader=PackageLoader("clicktrain.report", "templates"),
-        autoescape=True,
-        undefined=StrictUndefined,
-        trim_blocks=True,
-        lstrip_blocks=True,
-    )
+def render(runs: Sequence[Run], refresh_seconds: int | None = None) -> str:
+    """The page as text; see `write_report`."""
     compared = entries(runs)
     lead = headliner(compared)
     pruned = sum(not entry.run.is_dense for entry in compared)
-    return environment.get_template("report.html.j2").render(
+    return template("report.html.j2").render(
         w=wording,
+        refresh_seconds=None if all(run.finished for run in runs) else refresh_seconds,
         lead=lead,
         headline=headline(lead),
         context=_context(lead),
@@ -88,6 +90,20 @@ def render(runs: Sequence[Run]) -> str:
         cell_text=patterns.cell_text,
         breakable=lambda name: Markup(".<wbr>").join(name.split(".")),  # after each dot of a module's path
     )
+
+
+def template(name: str) -> Template:
+    """One of the templates of this package."""
+    from jinja2 import Environment, PackageLoader, StrictUndefined
+
+    environment = Environment(
+        loader=PackageLoader("clicktrain.report", "templates"),
+        autoescape=True,
+        undefined=StrictUndefined,
+        trim_blocks=True,
+        lstrip_blocks=True,
+    )
+    return environment.get_template(name)
 
 
 def _context(entry: Entry) -> str:

@@ -75,6 +75,11 @@ class Run:
         return int(number(self.summary, "epochs") or number(self.config, "epochs") or self.epochs_done)
 
     @property
+    def accumulate(self) -> int:
+        """Batches of a step of the optimizer."""
+        return int(number(self.config, "accumulate") or 1)
+
+    @property
     def task(self) -> tuple[str, ...]:
         """Network, width, stem, data and image size: accuracies of runs with the same task are comparable."""
         keys = ("model", "width", "stem", "data", "image_size")

@@ -237,6 +237,17 @@ class RunFolder:
             check_summary(summary, self.summary_path)
         return summary
 
+    def finished(self) -> dict[str, Any]:
+        """The summary; UserError if the run is not finished, or the file is damaged."""
+        summary = self.summary()
+        if summary is not None:
+            return summary
+        if (user := self.user) is not None:
+            raise UserError(f"the run in {self.path} is not finished: {user} is training it")
+        raise UserError(
+            f"the run in {self.path} is not finished: continue it with 'clicktrain resume {self.path}'"
+        )
+
     def checkpoint(self, epoch: int, step: int) -> Path:
         """Path of the checkpoint after ``step`` optimizer steps, of which the last was in ``epoch``."""
         return self.checkpoint_folder / f"step-{step:09d}-epoch-{epoch:04d}.safetensors"

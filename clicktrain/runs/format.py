@@ -42,6 +42,11 @@ def check_folder(folder: Path) -> None:
     check_version(int(version), folder)
 
 
+def is_settings_of_run(path: str | Path) -> bool:
+    """Whether a file of settings was written by a run, with all of them spelled out."""
+    return is_file(Path(path)) and read_text(Path(path), LARGEST_YAML).startswith(HEADER)
+
+
 def check_version(version: int, path: Path) -> None:
     """Raise a `UserError` unless this is the `FORMAT_VERSION`; ``path`` is what has it."""
     if version != FORMAT_VERSION:

@@ -20,7 +20,7 @@ from clicktrain.runs.events import HardPruneEvent, NormsEvent, RestartEvent
 from clicktrain.sparsity.masks import sparsity_of
 from clicktrain.train.averages import begin_again_
 from clicktrain.train.device import autocast, seed_batch
-from clicktrain.train.loss import training_loss
+from clicktrain.train.loss import guessing_loss, training_loss
 from clicktrain.train.norms import measure_norms_, norms_kept, norms_of
 from clicktrain.train.second_cycle import DAMAGE_BATCHES, SecondCycle, damage_by_loss, damage_by_norm
 from clicktrain.train.training_run import TrainingRun
@@ -45,7 +45,7 @@ def _restart(run: TrainingRun, cycle: SecondCycle) -> None:
         about = {"damage": _damage_by_norm(run)}
     elif rule == "loss":
         before, after = _losses(run, cycle)
-        damage = damage_by_loss(before, after, p.facts["num_classes"])
+        damage = damage_by_loss(before, after, guessing_loss(p.config, p.facts["num_classes"]))
         about = {"damage": damage, "loss_before": before, "loss_after": after}
     step = p.batch_sizes.schedule_step(p.scheduler.last_epoch + 1)
     planned = cycle.planned_epoch

@@ -101,10 +101,10 @@ _CHANNEL_BYTES = 9
 def bytes_needed(model: nn.Module, config: RunConfig) -> int:
     """Upper estimate of the bytes in the folder of a run.
 
-    A checkpoint holds the weights, one (sgd) or two (adam, adamw) moments, an average of them, the dense
-    ones that teach, and the importance that a method collects; one more than ``keep_checkpoints`` is on disk
-    while the newest is written. Two numbers per channel and epoch are in channels.jsonl, if a method pushes
-    channels to zero.
+    A checkpoint holds the weights, one (sgd) or two (adam, adamw, lamb) moments, an average of them, the
+    dense ones that teach, and the importance that a method collects; one more than ``keep_checkpoints`` is on
+    disk while the newest is written. Two numbers per channel and epoch are in channels.jsonl, if a method
+    pushes channels to zero.
     """
     weights = sum(t.nbytes for t in (*model.parameters(), *model.buffers()))
     moments = 1 if config.optimizer == "sgd" else 2

@@ -4,9 +4,9 @@ from __future__ import annotations
 
 import math
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any, ClassVar, Literal
 
 from clicktrain.errors import UserError, shown
 from clicktrain.files import read_yaml
@@ -26,11 +26,17 @@ from clicktrain.train.views import Views
 Precision = Literal["fp32", "bf16", "fp16"]
 BatchRate = Literal["linear", "sqrt", "none"]
 SecondCycleRule = Literal["norm", "loss"]
+ExchangedGradients = Literal["kept", "dense"]
+ExchangedDtype = Literal["fp32", "fp16", "bf16"]
+LogName = Literal["csv", "tensorboard", "wandb", "mlflow"]
 
 
 @dataclass(frozen=True, kw_only=True)
 class RunConfig:
     """Everything about a run except the settings of its method. Raises UserError for a value out of range."""
+
+    # Settings that say the same thing in other words: of each group, a user gives one.
+    alternatives: ClassVar[tuple[tuple[str, ...], ...]] = (("val_fraction", "holdout"),)
 
     model: str = "resnet20"
     """Network: a name of the zoo, or package.module:factory for your own."""
@@ -40,7 +46,7 @@ class RunConfig:
     """First layers: cifar (3x3, stride 1), imagenet (7x7, stride 2, pooling); auto: cifar up to 64 pixels."""
     data: str = "digits"
     """Data set: digits, synthetic:..., parquet:DIR, imagefolder:DIR, cifar10:DIR, cifar100:DIR,
-    or a Hugging Face data set's name."""
+    parquet-shards:DIR and webdataset:DIR (streamed), or a Hugging Face data set's name."""
     image_size: int | None = None
     """Side of the square images that the network sees, in pixels; the data set's own size by default."""
     val_fraction: float = 0.2
@@ -50,6 +56,9 @@ class RunConfig:
     then the test split, looked at once, at the end."""
     workers: int = 2
     """Processes that decode images of data sets too large for memory."""
+    shuffle_buffer: int | None = None
+    """Images that are shuffled together where shards are streamed (parquet-shards, webdataset): this many
+    encoded images are in memory; 4096 by default."""
     cache_dir: str | None = None
     """Folder for decoded data sets; a folder in the user's cache by default."""
     method: str = "clicktrain"
@@ -78,8 +87,9 @@ class RunConfig:
     batch_lr: BatchRate = "linear"
     """How the learning rate grows with the batch: linear (by the same ratio), sqrt (by its square root) or
     none."""
-    optimizer: Literal["sgd", "adamw", "adam"] = "sgd"
-    """sgd, adamw, or adam (weight decay added to the gradient); betas: momentum and 0.999."""
+    optimizer: Literal["sgd", "adamw", "adam", "lamb"] = "sgd"
+    """sgd, adamw, adam (weight decay added to the gradient) or lamb (for large batches); betas: momentum and
+    0.999."""
     learning_rate: float = 0.1
     """Peak learning rate."""
     learning_rate_batch: int | None = None
@@ -88,16 +98,21 @@ class RunConfig:
     learning_rate_scaling: Literal["linear", "sqrt"] = "linear"
     """Scale the learning rate in proportion to the images per optimizer step, or to their square root."""
     momentum: float = 0.9
-    """Momentum of sgd; first beta of adamw and adam."""
+    """Momentum of sgd; first beta of adamw, adam and lamb."""
     nesterov: bool = True
     """Nesterov's momentum (sgd only)."""
     weight_decay: float = 5e-4
-    """Weight decay: added to the gradient by sgd and adam, decoupled in adamw."""
+    """Weight decay: added to the gradient by sgd and adam, decoupled in adamw and lamb."""
     decay_norm_and_bias: bool = True
     """Apply weight decay to batch norm parameters and biases too, as the recipes of the papers do."""
     bias_rate_factor: float = 1.0
     """Factor on the learning rate of biases; their weight decay is divided by it, so that they decay as
     fast."""
+    layer_decay: float = 1.0
+    """Factor on the learning rate from one depth (a residual block, a layer) to the next one towards the
+    input; the last layer has the whole rate."""
+    layer_rates: dict[str, float] = field(default_factory=dict)
+    """Factors on the learning rates of parameters whose names fit a pattern, as in fc.*=10; they multiply."""
     schedule: Literal["cosine", "linear", "triangular", "onecycle", "step", "constant"] = "cosine"
     """Learning rate over the run: cosine or linear to zero, triangular (straight up from a fifth for
     warmup_epochs or 23% of the run, then linear to zero), onecycle (up for warmup_epochs or 30% of the run,
@@ -124,21 +139,54 @@ class RunConfig:
     teacher: str | None = None
     """Folder of the finished run that teaches; by default the run's own network, with the weights that it had
     when masks were chosen."""
+    loss: Literal["cross_entropy", "bce"] = "cross_entropy"
+    """cross_entropy, or bce: each class by itself is there or not (binary cross-entropy, summed over the
+    classes)."""
+    bce_threshold: float | None = None
+    """Count a class as there if its share of a mixed label is above this, else as not there (bce); by default
+    the share itself is the target."""
     label_smoothing: float = 0.0
     """Share of each label spread evenly over all classes."""
     mixup: float = 0.0
-    """Parameter alpha of mixup's Beta distribution; 0 is off."""
+    """Parameter alpha of mixup's Beta distribution; 0 is off. With cutmix too, batches get one of the two."""
+    cutmix: float = 0.0
+    """Parameter alpha of CutMix's Beta distribution (a box of another image in each image); 0 is off."""
+    mix_probability: float = 1.0
+    """Share of the batches that mixup and cutmix are applied to."""
     cutout: int = 0
     """Side of the square that cutout blanks in each training image, in pixels; 0 is off."""
     augment: Literal["auto", "none", "cifar", "cifarnet", "imagenet", "digits"] = "auto"
     """Random changes to training images; auto chooses by the data set. cifarnet: shifts by up to 2 pixels,
     mirrored in every other epoch."""
+    auto_augment: Literal["none", "randaugment", "trivialaugment"] = "none"
+    """Changes of color and shape drawn for each image, after those of augment: randaugment (of one strength)
+    or trivialaugment (one change of any strength)."""
+    randaugment_operations: int = 2
+    """Changes of each image (randaugment)."""
+    randaugment_magnitude: float = 9.0
+    """Strength, 0 to 10 (randaugment)."""
+    randaugment_deviation: float = 0.0
+    """Standard deviation of the strength, drawn for each image and change (randaugment)."""
+    randaugment_probability: float = 1.0
+    """Probability of each of the changes to be made (randaugment)."""
+    erasing: float = 0.0
+    """Probability that a box of a training image, 2% to 40% of it, is erased; 0 is off."""
+    erasing_fill: Literal["random", "mean"] = "random"
+    """What erased boxes are filled with: random values or the mean color."""
+    augment_repeats: int = 1
+    """How often each image of an epoch is in it, augmented differently each time (repeated augmentation); the
+    epoch has as many batches as without, of as many fewer images."""
     sync_batch_norm: bool = False
     """Batch norm statistics of the whole batch, whatever number of processes share it; else those of each
     part, of which the first one's are saved."""
     parts: int | None = None
     """Parts of each batch, with batch norm statistics of their own; by default as many as there are processes
     when the run begins. It stays with a run, whatever number of processes goes on with it."""
+    exchange: ExchangedGradients = "kept"
+    """With several processes: which gradients of weights that are masked and dense travel, those of kept
+    weights or all; of packed weights there are no others."""
+    exchange_dtype: ExchangedDtype = "fp32"
+    """With several processes: what gradients are rounded to while they travel; fp32 rounds nothing."""
     whitening: bool | None = None
     """Make the first convolution whiten patches of the training images, and keep it so; by default only in
     cifarnet, which is made for it."""
@@ -182,13 +230,21 @@ class RunConfig:
     """CPU threads of PyTorch; its own choice by default. Bitwise repeatability needs the same number."""
     deterministic: bool = False
     """Use only deterministic operators: slower on cuda, no effect needed on cpu, where runs repeat anyway."""
+    log: tuple[LogName, ...] = ()
+    """Where the figures of each epoch go besides the run's own files: csv (metrics.csv in its folder),
+    tensorboard (files in its folder), wandb, mlflow (where these are set up to go); several are possible."""
     tensorboard: bool = False
-    """Write TensorBoard logs beside the run's own files."""
+    """The same as tensorboard among log."""
     seed: int = 0
     """Seed of the initial weights, the order of the images, their augmentation and dropout."""
 
     def __post_init__(self) -> None:
         check_settings(self)
+
+    @property
+    def log_names(self) -> tuple[LogName, ...]:
+        """Where figures go, each once."""
+        return tuple(dict.fromkeys((*self.log, *(("tensorboard",) if self.tensorboard else ()))))
 
     @property
     def images_per_step(self) -> int:
@@ -227,6 +283,25 @@ def from_dict(values: Mapping[str, Any]) -> tuple[RunConfig, Method[Any]]:
     for name in rest.keys() - set(method_fields):
         raise unknown_field(name, run_fields + method_fields)
     return run, resolve_method(run.method, **rest)
+
+
+def check_said_once(given: Mapping[Any, Any], path: str | Path | None = None) -> None:
+    """Raise a UserError where one thing is said twice, as by a sparsity and a compression.
+
+    Args:
+        given: settings that somebody wrote down; a run's own config.yaml spells out all of them, defaults
+            among them, and may hold both.
+        path: of the recipe they are from; None: they are flags.
+    """
+    method = given.get("method", RunConfig.method)
+    known = METHODS.get(method) if isinstance(method, str) else None
+    for group in RunConfig.alternatives + (known.alternatives if known is not None else ()):
+        both = [name for name in group if given.get(name) is not None]
+        if len(both) > 1:
+            first, second = (name if path else f"--{name.replace('_', '-')}" for name in both[:2])
+            what = f"{first} {shown(given[both[0]])} and {second} {shown(given[both[1]])}"
+            where = "" if path is None else f"{path}: "
+            raise UserError(f"{where}{what} are both given, and say the same thing: give one")
 
 
 def code_settings(values: Mapping[Any, Any]) -> tuple[str, ...]:

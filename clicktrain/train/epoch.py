@@ -13,6 +13,7 @@ import torch
 from torch import Tensor
 from torch.optim.swa_utils import AveragedModel
 
+from clicktrain.comm import add_exchange, counted
 from clicktrain.comm.agreement import gathered, largest_over_processes, several_processes, sum_over_processes
 from clicktrain.data import Batch
 from clicktrain.errors import NetworkCollapsed, UserError
@@ -21,10 +22,11 @@ from clicktrain.train.after_cut import after_cut, recalibrated
 from clicktrain.train.averages import LOOKAHEAD_STEPS, SlowWeights
 from clicktrain.train.config import resume_command
 from clicktrain.train.evaluate import Evaluation, evaluate
+from clicktrain.train.exchange import epoch_figures
 from clicktrain.train.interrupt import LossWatch, StopRequest, TrainingInterrupted, diverged, explosion
 from clicktrain.train.loss import training_loss
 from clicktrain.train.minibatch import next_epoch
-from clicktrain.train.optim import trained_parameters
+from clicktrain.train.optim import shown_learning_rate, trained_parameters
 from clicktrain.train.progress import StepProgress
 from clicktrain.train.state import EpochTotals
 from clicktrain.train.training_run import TrainingRun
@@ -45,7 +47,8 @@ def train_epoch(run: TrainingRun, stop: StopRequest) -> None:
     watch = LossWatch(1 if p.device.type == "cpu" else _READ_EVERY, clock.report)
     p.model.train()
     for batch in _timed(run, stop):
-        loss, correct, step_done = train_batch(run, batch)
+        with counted(run.state.totals.exchange):
+            loss, correct, step_done = train_batch(run, batch)
         clock.images += p.batch_images
         if watch.add(loss, correct):
             run.progress.step(_step_info(run))
@@ -86,11 +89,13 @@ def train_batch(run: TrainingRun, batch: Batch) -> tuple[Tensor, Tensor, bool]:
         state.add_nominal(teacher.forward_flops * images)
     step_done = state.batch + 1 - first == group
     loss = correct = torch.zeros((), device=p.device)
+    begins = state.batch == first
     for piece, last, share in run.pieces(batch, number):
-        with run.together(step_done and last):
+        with run.together(begins, step_done and last):
             one, right = training_loss(run, piece, teacher)
             one = one if share == 1 else one * share
             run.scaler.scale(one / group).backward()  # type: ignore[no-untyped-call]
+        begins = False
         loss, correct = loss + one.detach(), correct + right
     p.pruner.observe(loss)
     if several_processes():
@@ -111,9 +116,11 @@ def _step(run: TrainingRun) -> None:
     p = run.prepared
     if p.config.clip_grad_norm:
         run.scaler.unscale_(p.optimizer)
+        p.pruner.mask_gradients()
         torch.nn.utils.clip_grad_norm_(trained_parameters(p.optimizer), p.config.clip_grad_norm)
-    run.state.totals.learning_rate = p.optimizer.param_groups[0]["lr"]
+    run.state.totals.learning_rate = shown_learning_rate(p.optimizer)
     frozen = p.pruner.frozen
+    run.state.totals.exchange_steps += several_processes()
     run.scaler.step(p.optimizer)
     run.scaler.update()
     p.optimizer.zero_grad()
@@ -205,7 +212,7 @@ def _interrupted(run: TrainingRun, stop: StopRequest) -> TrainingInterrupted:
 
 def _step_info(run: TrainingRun) -> StepProgress:
     p, state, totals = run.prepared, run.state, run.state.totals
-    batches = len(p.train_loader)
+    batches, ms = len(p.train_loader), totals.recent_ms
     return StepProgress(
         epoch=state.epoch + 1,
         epochs=p.config.epochs,
@@ -220,6 +227,8 @@ def _step_info(run: TrainingRun) -> StepProgress:
         seconds=run.seconds,
         eta_seconds=run.eta_seconds,
         data_share=totals.data_seconds / max(totals.seconds, 1e-9),
+        images_per_second=1000 * p.batch_size / ms if ms else 0.0,
+        epoch_eta_seconds=None if ms is None else (batches - state.batch) * ms / 1000,
     )
 
 
@@ -260,12 +269,13 @@ def end_epoch(run: TrainingRun, stop: StopRequest) -> None:
     state.epoch, state.batch = number, 0
     state.epoch_seconds += state.totals.seconds
     state.data_seconds += state.totals.data_seconds
+    add_exchange(state.exchange, state.totals.exchange)
+    state.exchange_steps += state.totals.exchange_steps
     state.totals = EpochTotals()
     next_epoch(run)
     if last or number % config.checkpoint_every == 0:
         run.save()
-    if run.scalars is not None:
-        run.scalars.add(record)
+    run.logs.add(record)
     run.progress.epoch(record)
 
 
@@ -320,6 +330,7 @@ def _record(run: TrainingRun, result: Evaluation | None) -> dict[str, Any]:
         "learning_rate": totals.learning_rate,
         "batch_size": p.batch_size,
         **state.iteration,
+        **epoch_figures(state, p.processes.number),
         "seconds": totals.seconds,
         "data_seconds": totals.data_seconds,
         "step_ms_median": totals.step_ms_median,

@@ -187,6 +187,8 @@ def _fit(
             run.begin()
         if processes.first:
             processes.launch.begins(folder.path)
+        held.callback(run.logs.close)
+        of_first(lambda: run.logs.begin(run.state.epoch + 1))
         progress.start(config, method, prepared)
         if config.second_cycle is not None and prepared.cycle is None:
             progress.message(f"second_cycle has no effect: method {config.method} never freezes masks")

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import time
 import warnings
+from dataclasses import replace
 from pathlib import Path
 
 import torch
@@ -11,6 +12,7 @@ from torch import nn
 
 from clicktrain.comm.agreement import of_first
 from clicktrain.compiler import Accelerated, LoweringPlan, accelerate, dtypes_worth_measuring
+from clicktrain.compiler.exchange import Exchanged, exchanged_gradients
 from clicktrain.compiler.renewal import SHORT_FLOPS, still_fits
 from clicktrain.files import is_file
 from clicktrain.formats.atomic import write_text_atomic
@@ -45,7 +47,8 @@ def choose_operators(
     started = time.perf_counter()
     path = folder.operators if p.pruner.frozen else folder.moving_operators
     plan = of_first(lambda: _known_plan(p, folder, path))
-    if before is not None and plan is not None and plan.to_json() == before.plan.to_json():
+    if before is not None and plan is not None and _without_exchange(plan) == _without_exchange(before.plan):
+        before.plan = replace(before.plan, exchange=_exchange(p))
         return before, None
     rule = p.config.operators
     images_left = len(p.train_loader) * p.batch_size * (p.config.epochs - epoch)
@@ -69,6 +72,7 @@ def choose_operators(
         model = p.model if made is None else compiled(LoweringPlan.from_json(made))
     if not isinstance(model, Accelerated):
         return model, None
+    model.plan = replace(model.plan, exchange=_exchange(p))
     if plan is None:
         write_text_atomic(path, model.plan.to_json())
     layers = model.plan.operators()
@@ -81,6 +85,14 @@ def choose_operators(
     return model, OperatorsEvent(rule=model.plan.rule, activations=model.plan.activations, layers=layers)
 
 
+def _exchange(p: Prepared) -> tuple[Exchanged, ...]:
+    return exchanged_gradients(p.model, p.pruner.network.exchanged_masks().masks)
+
+
+def _without_exchange(plan: LoweringPlan) -> str:
+    return replace(plan, exchange=()).to_json()
+
+
 def _known_plan(p: Prepared, folder: RunFolder, path: Path) -> LoweringPlan | None:
     """The plan in the run's folder, written under the name of final masks if that of moving ones serves."""
     if is_file(path):
@@ -90,7 +102,7 @@ def _known_plan(p: Prepared, folder: RunFolder, path: Path) -> LoweringPlan | No
     plan = LoweringPlan.read(folder.moving_operators)
     if not still_fits(plan, p.model):
         return None
-    write_text_atomic(path, plan.to_json())
+    write_text_atomic(path, replace(plan, exchange=_exchange(p)).to_json())
     return plan
 
 

@@ -14,39 +14,65 @@ from torch.optim.lr_scheduler import LambdaLR
 
 from clicktrain.errors import UserError
 from clicktrain.train.config import RunConfig
+from clicktrain.train.lamb import Lamb
+from clicktrain.train.layer_rates import rate_factors
 
 
 def make_optimizer(model: nn.Module, config: RunConfig) -> Optimizer:
-    """Make SGD, AdamW or Adam over the trainable parameters.
+    """Make SGD, AdamW, Adam or LAMB over the trainable parameters.
 
     With ``decay_norm_and_bias`` off, parameters of at most one dimension (batch norm, biases) form a
-    second group without weight decay. With a ``bias_rate_factor`` biases form groups of their own.
+    second group without weight decay. With a ``bias_rate_factor`` biases form groups of their own, and so do
+    the parameters of each learning rate of ``layer_decay`` and ``layer_rates``; these have their factor as
+    ``rate_factor``, the largest first.
 
     Raises:
-        UserError: the model has no trainable parameter.
+        UserError: the model has no trainable parameter, or none that a pattern of ``layer_rates`` fits.
     """
-    trained = [p for p in model.parameters() if p.requires_grad]
+    trained = {name: p for name, p in model.named_parameters() if p.requires_grad}
     if not trained:
         raise UserError(f"model {config.model} has no parameter to train: all have requires_grad off")
+    factors = rate_factors(model, config.layer_decay, config.layer_rates)
     common: dict[str, Any] = {"lr": config.peak_learning_rate, "weight_decay": config.weight_decay}
-    factor = config.bias_rate_factor
-    biases = {id(p) for name, p in model.named_parameters() if name.rpartition(".")[2] == "bias"}
-    if factor == 1:
-        biases = set()
-    of_bias = {"lr": common["lr"] * factor, "weight_decay": common["weight_decay"] / factor}
+    undecayed: dict[str, Any] = {"weight_decay": 0.0}
+    if config.optimizer == "lamb":
+        undecayed["adapt"] = False
     groups: list[dict[str, Any]] = []
-    for own in (False, True):
-        group = [p for p in trained if (id(p) in biases) is own]
-        decayed = [p for p in group if p.ndim > 1 or config.decay_norm_and_bias]
-        others = [p for p in group if p.ndim <= 1 and not config.decay_norm_and_bias]
-        rates = of_bias if own else {}
-        groups += [{**rates, "params": decayed}, {**rates, "params": others, "weight_decay": 0.0}]
+    for factor in sorted({factors[name] for name in trained}, reverse=True):
+        for of_biases in (False, True):
+            own = [
+                p
+                for name, p in trained.items()
+                if factors[name] == factor and _has_bias_rate(name, config) is of_biases
+            ]
+            decayed = [p for p in own if p.ndim > 1 or config.decay_norm_and_bias]
+            others = [p for p in own if p.ndim <= 1 and not config.decay_norm_and_bias]
+            rates: dict[str, Any] = (
+                {"lr": common["lr"] * factor, "rate_factor": factor} if factor != 1 else {}
+            )
+            if of_biases:
+                rates["lr"] = rates.get("lr", common["lr"]) * config.bias_rate_factor
+                rates["weight_decay"] = common["weight_decay"] / config.bias_rate_factor
+            groups += [{**rates, "params": decayed}, {**rates, "params": others, **undecayed}]
     groups = [group for group in groups if group["params"]]
     if config.optimizer == "adamw":
         return AdamW(groups, betas=(config.momentum, 0.999), **common)
     if config.optimizer == "adam":
         return Adam(groups, betas=(config.momentum, 0.999), **common)
+    if config.optimizer == "lamb":
+        return Lamb(groups, betas=(config.momentum, 0.999), **common)
     return SGD(groups, momentum=config.momentum, nesterov=config.nesterov, **common)
+
+
+def _has_bias_rate(name: str, config: RunConfig) -> bool:
+    return config.bias_rate_factor != 1 and name.rpartition(".")[2] == "bias"
+
+
+def shown_learning_rate(optimizer: Optimizer) -> float:
+    """The learning rate of the settings' schedule now: that of a layer whose rate has no factor."""
+    group = optimizer.param_groups[0]
+    rate = float(group["lr"])
+    return rate / group["rate_factor"] if "rate_factor" in group else rate
 
 
 def trained_parameters(optimizer: Optimizer) -> list[Tensor]:

@@ -3,8 +3,7 @@
 from __future__ import annotations
 
 import contextlib
-import importlib.util
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
@@ -19,7 +18,16 @@ from clicktrain.comm.alike import check_same_data
 from clicktrain.comm.processes import ALONE, Processes, group_among
 from clicktrain.comm.sync_batch_norm import synchronized
 from clicktrain.compiler import MaskedLatency
-from clicktrain.data import WHOLE, Augment, ImageData, Loader, Part, fingerprint, make_loader, open_data
+from clicktrain.data import (
+    WHOLE,
+    Augment,
+    ImageData,
+    Loader,
+    Part,
+    fingerprint,
+    make_loader,
+    open_data,
+)
 from clicktrain.errors import FailedElsewhere, UserError, shortened
 from clicktrain.formats.memory_format import keep_out_of_channels_last_
 from clicktrain.limits import check_memory
@@ -27,19 +35,18 @@ from clicktrain.methods import METHODS, Method, Pruner
 from clicktrain.models import create_model, min_image_size
 from clicktrain.models.registry import CIFARNET
 from clicktrain.models.whitening import IMAGES, whiten_
+from clicktrain.train.augmentation import SMALL_IMAGE, augmentation
 from clicktrain.train.config import RunConfig
 from clicktrain.train.device import resolve_device, set_up
 from clicktrain.train.initial_weights import EarlierCost, load_initial_weights_
 from clicktrain.train.norms import norms_of
 from clicktrain.train.optim import BatchSizes, make_optimizer, make_scheduler
+from clicktrain.train.run_logs import check_logs
 from clicktrain.train.second_cycle import SecondCycle
 from clicktrain.train.training_cost import TrainingCost
 
 if TYPE_CHECKING:
     from torch.distributed import ProcessGroup
-
-SMALL_IMAGE = 64
-"""Images up to this side in pixels get the CIFAR stem and recipe."""
 
 
 @dataclass(frozen=True, eq=False)
@@ -132,8 +139,7 @@ def prepare(
 
 def _check_settings(config: RunConfig, method: Method[Any], processes: Processes) -> None:
     """UserError for settings that do not go together, whatever the data and the network are."""
-    if config.tensorboard and importlib.util.find_spec("tensorboard") is None:
-        raise UserError("tensorboard is on but not installed: run 'pip install tensorboard', or turn it off")
+    check_logs(config.log_names)
     if config.dynamic_batch and not method.reads_graph:
         raise UserError(
             f"dynamic_batch is true but method {config.method} removes no channels while it trains: "
@@ -255,6 +261,7 @@ def open_run_data(config: RunConfig, value_range: tuple[float, float] | None = N
         cache_dir=None if config.cache_dir is None else Path(config.cache_dir),
         workers=config.workers,
         value_range=value_range,
+        shuffle_buffer=config.shuffle_buffer,
     )
 
 
@@ -270,8 +277,10 @@ def make_train_loader(config: RunConfig, data: ImageData, device: torch.device, 
     one.
     """
     whole = len(data.train) >= config.batch_size
-    augment = augmentation(config, data)
-    return _make_loader(config, data, "train", device, augment=augment, drop_last=whole, part=part)
+    repeats, augment = config.augment_repeats, augmentation(config, data)
+    return _make_loader(
+        config, data, "train", device, augment=augment, drop_last=whole, part=part, repeats=repeats
+    )
 
 
 def make_eval_loader(
@@ -298,20 +307,6 @@ def _make_loader(
 ) -> Loader:
     more |= {"batch_size": config.batch_size, "seed": config.seed, "channels_last": config.channels_last}
     return make_loader(data, split, device=device, **more)
-
-
-def augmentation(config: RunConfig, data: ImageData) -> Augment:
-    """Random changes to training images, as the settings say; ``auto`` goes by the data set."""
-    preset = augment_preset(config, data.spec, data.image_shape)
-    return replace(Augment.preset(preset), cutout=config.cutout)
-
-
-def augment_preset(config: RunConfig, spec: str, image_shape: Sequence[int]) -> str:
-    """The name of the augmentation, ``auto`` resolved for data of this specification and [C, H, W]."""
-    if config.augment != "auto":
-        return config.augment
-    by_size = "cifar" if max(image_shape[1:]) <= SMALL_IMAGE else "imagenet"
-    return {"digits": "digits", "synthetic": "none"}.get(spec.partition(":")[0], by_size)
 
 
 @torch.no_grad()

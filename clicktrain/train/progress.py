@@ -1,10 +1,9 @@
-"""Listeners to a run in progress, and TensorBoard scalars."""
+"""Listeners to a run in progress."""
 
 from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import dataclass
-from pathlib import Path
 from typing import TYPE_CHECKING, Any, Protocol
 
 if TYPE_CHECKING:
@@ -20,7 +19,9 @@ class StepProgress:
     The running ``epoch`` counts from 1, ``batch`` the batches done in it, ``step`` the optimizer steps of the
     run. Loss and accuracy (percent) are means over the epoch so far, ``density`` is that of the convolution
     weights, ``seconds`` the wall clock without interruptions, ``eta_seconds`` the time left at the pace of
-    this process (None before its first batch), ``data_share`` the share of the epoch spent waiting for data.
+    this process (None before its first batch), ``data_share`` the share of the epoch spent waiting for data,
+    ``images_per_second`` the pace of the last batches, of all processes, and ``epoch_eta_seconds`` what is
+    left of the epoch at that pace, without evaluation; 0 and None before anything was timed.
     """
 
     epoch: int
@@ -36,6 +37,8 @@ class StepProgress:
     seconds: float
     eta_seconds: float | None
     data_share: float
+    images_per_second: float = 0.0
+    epoch_eta_seconds: float | None = None
 
 
 class Progress(Protocol):
@@ -64,28 +67,3 @@ class Silent:
         pass
 
     start = step = epoch = message = finish = _ignore
-
-
-class ScalarLog:
-    """Writes the numbers of metrics.jsonl to a TensorBoard folder, one step per epoch."""
-
-    def __init__(self, folder: Path) -> None:
-        """Needs the package ``tensorboard``; nothing is written before the first record."""
-        self._folder = folder
-        self._writer: Any = None
-
-    def add(self, record: Mapping[str, Any]) -> None:
-        """Add the line of an epoch; a resumed run replaces what it repeats."""
-        if self._writer is None:
-            from torch.utils.tensorboard import SummaryWriter
-
-            self._writer = SummaryWriter(str(self._folder), purge_step=record["epoch"])
-        for name, value in record.items():
-            if isinstance(value, int | float) and name != "epoch":
-                self._writer.add_scalar(name, value, record["epoch"])
-        self._writer.flush()
-
-    def close(self) -> None:
-        """Finish the files."""
-        if self._writer is not None:
-            self._writer.close()

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
 from dataclasses import dataclass
 from os import PathLike
 from pathlib import Path
@@ -14,16 +13,11 @@ from clicktrain.errors import UserError
 from clicktrain.formats.packed_file import read_packed
 from clicktrain.formats.tree import load_tree, read_metadata
 from clicktrain.methods import Method
-from clicktrain.models import call_factory
-from clicktrain.own_code import is_own, require_named
+from clicktrain.models.from_facts import Factory, build_from_facts, choose_factory
 from clicktrain.runs.folder import RunFolder
 from clicktrain.runs.format import read_facts
 from clicktrain.surgery import apply_recipe_
 from clicktrain.train.config import RunConfig, load_run_config
-from clicktrain.train.prepare import build_model
-
-Factory = str | Callable[..., nn.Module]
-"""``package.module:factory``, or the factory itself."""
 
 
 @dataclass(frozen=True, eq=False)
@@ -61,7 +55,7 @@ class LoadedRun:
 
     def dense_model(self) -> nn.Module:
         """The network before training: nothing removed, fresh weights."""
-        return _build(self.factory, self.facts)
+        return build_from_facts(self.factory, self.facts)
 
 
 def load_run(path: str | PathLike[str], model: Factory | None = None) -> LoadedRun:
@@ -72,20 +66,14 @@ def load_run(path: str | PathLike[str], model: Factory | None = None) -> LoadedR
     """
     folder = RunFolder(Path(path))
     config, method = load_run_config(folder, own_model_allowed=True)
-    summary = folder.summary()
-    if summary is None:
-        if (user := folder.user) is not None:
-            raise UserError(f"the run in {folder.path} is not finished: {user} is training it")
-        raise UserError(
-            f"the run in {folder.path} is not finished: continue it with 'clicktrain resume {folder.path}'"
-        )
+    summary = folder.finished()
     try:
         metadata = read_metadata(folder.model)
     except UserError as error:
         raise UserError(f"{folder.model} is missing or damaged: {error}") from None
     facts = read_facts(metadata, folder.model)
-    factory = _choose_factory(facts["model"], model, folder)
-    network = _build(factory, facts)
+    factory = choose_factory(facts["model"], model, folder.path)
+    network = build_from_facts(factory, facts)
     apply_recipe_(folder.surgery, network)
     weights = _weights(folder)
     try:
@@ -103,33 +91,6 @@ def load_run(path: str | PathLike[str], model: Factory | None = None) -> LoadedR
             raise UserError(f"{folder.packed} is damaged: {name} is not a weight of {folder.model}")
         masks[name.removesuffix(".weight")] = weight.structure.mask().view(shape)
     return LoadedRun(folder, config, method, summary, network.eval(), masks, facts, factory)
-
-
-def _choose_factory(name: str, given: Factory | None, folder: RunFolder) -> Factory:
-    """Choose what builds the network; a user's own code only if the caller named it."""
-    if is_own(name):
-        require_named(name, folder.path, given if isinstance(given, str) or given is None else "")
-        assert given is not None
-        return given
-    if given is not None and given != name:
-        raise UserError(f"the run in {folder.path} is of model {name}, which needs no model: leave it out")
-    return name
-
-
-def _build(factory: Factory, facts: dict[str, Any]) -> nn.Module:
-    if isinstance(factory, str):
-        return build_model({**facts, "model": factory})
-    if isinstance(factory, nn.Module):
-        raise UserError(
-            "model is a network that is built already: give its class, or use "
-            "clicktrain.load_pruned(model, folder)"
-        )
-    if not callable(factory):
-        raise UserError(
-            f"model is of type {type(factory).__name__}: give a class or a function that builds it"
-        )
-    numbers = {name: facts[name] for name in ("num_classes", "in_channels", "width")}
-    return call_factory(getattr(factory, "__qualname__", type(factory).__name__), factory, **numbers)
 
 
 def _weights(folder: RunFolder) -> dict[str, Tensor]:

@@ -172,12 +172,9 @@ def damage_by_norm(energy_outside: float, sparsity: float) -> float:
     return min(math.sqrt(energy_outside / sparsity), 1.0) if sparsity > 0 else 0.0
 
 
-def damage_by_loss(before: float, after: float, classes: int) -> float:
-    """How far freezing threw the loss back towards that of guessing, ``log(classes)``.
-
-    0 is not at all, 1 all the way.
-    """
+def damage_by_loss(before: float, after: float, guessing: float) -> float:
+    """How far freezing threw the loss back towards that of guessing: 0 is not at all, 1 all the way."""
     if not after > before:
         return 0.0
-    room = math.log(max(classes, 2)) - before
+    room = guessing - before
     return min((after - before) / room, 1.0) if room > 0 else 1.0

@@ -8,10 +8,11 @@ import re
 from typing import Any, Literal, get_origin
 
 from clicktrain.accounting.memory import bytes_of
+from clicktrain.data import RandAugment
 from clicktrain.errors import UserError, shown
-from clicktrain.settings import convert, type_hints
+from clicktrain.settings import convert, field_names, type_hints
 
-_RANGES = {
+RANGES = {
     "epochs": (1, 1_000_000),
     "budget_epochs": (1, 1_000_000),
     "batch_size": (1, 10_000_000),
@@ -26,23 +27,36 @@ _RANGES = {
     "image_size": (1, 8192),
     "threads": (1, 4096),
     "workers": (0, 1024),
+    "shuffle_buffer": (1, 2**62),
     "cutout": (0, 65_536),
     "seed": (0, 2**63 - 1),
     "holdout": (1, 2**62),
     "warmup_epochs": (0, 1_000_000),
     "weight_decay": (0, math.inf),
     "mixup": (0, math.inf),
+    "cutmix": (0, math.inf),
+    "mix_probability": (0, 1),
+    "erasing": (0, 1),
+    "augment_repeats": (1, 1000),
+    "randaugment_operations": (1, 100),
+    "randaugment_magnitude": (0, 10),
+    "randaugment_deviation": (0, 10),
+    "randaugment_probability": (0, 1),
+    "layer_decay": (0, 1),
     "clip_grad_norm": (0, math.inf),
     "recalibrate_norms": (0, 1_000_000),
 }
 """Smallest and largest value; the system would refuse larger numbers, for lack of memory or threads."""
-_ABOVE_ZERO = ("width", "learning_rate", "bias_rate_factor", "gamma", "val_fraction", "distill_temperature")
+_ABOVE_ZERO = (
+    "width", "learning_rate", "bias_rate_factor", "gamma", "val_fraction", "distill_temperature",
+    "layer_decay",
+)  # fmt: skip
 _BELOW_ONE = ("momentum", "label_smoothing", "ema_decay", "val_fraction", "cycle_floor")
 
 
 def check_settings(config: Any) -> None:
     """Raise a UserError for a value of a RunConfig out of range, or two that contradict each other."""
-    for name, (low, most) in _RANGES.items():
+    for name, (low, most) in RANGES.items():
         value = getattr(config, name)
         if value is not None and not low <= value < math.inf:
             raise UserError(f"{name} is {shown(value)}: must be at least {low}")
@@ -63,6 +77,7 @@ def check_settings(config: Any) -> None:
         )
     _check_dynamic_batch(config)
     _check_second_cycle(config)
+    _check_recipe(config)
     if config.time_budget is not None:
         budget_of(config.time_budget)
     elif config.budget_epochs is not None:
@@ -75,11 +90,43 @@ def check_settings(config: Any) -> None:
         raise UserError("lookahead and ema_decay are both set: only one average of the weights is kept")
     if config.optimizer == "sgd" and config.nesterov and config.momentum == 0:
         raise UserError("nesterov is true but momentum is 0: set nesterov to false or momentum above 0")
+    convert("log", config.log, type_hints(type(config))["log"])
     if not all(low < high for low, high in itertools.pairwise((0.0, *config.milestones, 1.0))):
         raise UserError(
             f"milestones is {shown(list(config.milestones))}: rising shares of the run are needed, each "
             "between 0 and 1"
         )
+
+
+def _check_recipe(config: Any) -> None:
+    """Loss, mixing of images, augmentation and learning rates by layer."""
+    if config.bce_threshold is not None and config.loss != "bce":
+        raise UserError("bce_threshold is set but loss is cross_entropy: set loss to bce, or leave it out")
+    if config.bce_threshold is not None and not 0 <= config.bce_threshold < 1:
+        raise UserError(f"bce_threshold is {shown(config.bce_threshold)}: must be at least 0 and below 1")
+    if config.mix_probability != 1 and not (config.mixup or config.cutmix):
+        raise UserError("mix_probability is set but mixup and cutmix are 0: set one of them too")
+    if config.erasing_fill != "random" and not config.erasing:
+        raise UserError("erasing_fill is set but erasing is 0: set its probability too")
+    for name, value in randaugment_settings(config).items():
+        if config.auto_augment != "randaugment" and value != getattr(RandAugment, name):
+            raise UserError(
+                f"randaugment_{name} is set but auto_augment is {config.auto_augment}: set that to "
+                "randaugment"
+            )
+    RandAugment(**randaugment_settings(config))
+    if config.augment_repeats > config.batch_size:
+        raise UserError(
+            f"augment_repeats is {config.augment_repeats}: must be at most batch_size ({config.batch_size})"
+        )
+    for pattern, factor in config.layer_rates.items():
+        if not 0 < factor < math.inf:
+            raise UserError(f"layer_rates has {shown(factor)} for {shown(pattern)}: must be above 0")
+
+
+def randaugment_settings(config: Any) -> dict[str, Any]:
+    """The settings of `RandAugment`, by its names for them."""
+    return {name: getattr(config, f"randaugment_{name}") for name in field_names(RandAugment)}
 
 
 def _check_dynamic_batch(config: Any) -> None:

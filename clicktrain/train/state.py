@@ -8,8 +8,12 @@ from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import Any
 
+from clicktrain.comm import Exchange
 from clicktrain.runs.logs import LogMark
 from clicktrain.train.initial_weights import EarlierCost
+
+RECENT = 20
+"""Readings of the time per batch that the present pace is taken from."""
 
 
 @dataclass
@@ -18,7 +22,8 @@ class EpochTotals:
 
     ``seconds`` is wall clock without evaluation and checkpoints, ``data_seconds`` the part of it spent
     waiting for data, ``stages`` the number of batches per stage, ``window_ms`` milliseconds per batch, one
-    value per reading of the losses.
+    value per reading of the losses, ``exchange`` what this process has handed to collectives, by purpose, in
+    ``exchange_steps`` optimizer steps.
     """
 
     loss_sum: float = 0.0
@@ -30,6 +35,8 @@ class EpochTotals:
     learning_rate: float = 0.0
     stages: dict[str, int] = field(default_factory=dict)
     window_ms: list[float] = field(default_factory=list)
+    exchange: Exchange = field(default_factory=dict)
+    exchange_steps: int = 0
 
     @property
     def loss(self) -> float:
@@ -45,6 +52,11 @@ class EpochTotals:
     def step_ms_median(self) -> float:
         """Median milliseconds per batch, waiting for data included."""
         return statistics.median(self.window_ms) if self.window_ms else 0.0
+
+    @property
+    def recent_ms(self) -> float | None:
+        """Median milliseconds of the last batches, which follows a change of the network; None before any."""
+        return statistics.median(self.window_ms[-RECENT:]) if self.window_ms else None
 
     @property
     def stage_shares(self) -> dict[str, float]:
@@ -66,6 +78,7 @@ class TrainState:
     ``memory_calibration`` measured / estimated memory, ``memory_budget`` the bytes that a growing batch may
     take. Since the last removal of channels, ``batch_outdated``: the batch has not been resized;
     ``memory_unmeasured``: no iteration was measured; ``channels_renumbered``: channels.jsonl has no line.
+    ``exchange`` and ``exchange_steps`` are sums of the finished epochs'.
     ``logs`` is what metrics.jsonl, events.jsonl and channels.jsonl were when a checkpoint was written.
     """
 
@@ -91,6 +104,8 @@ class TrainState:
     memory_unmeasured: bool = True
     channels_renumbered: bool = True
     operators_recorded: bool = False
+    exchange: Exchange = field(default_factory=dict)
+    exchange_steps: int = 0
     logs: dict[str, LogMark] = field(default_factory=dict)
     totals: EpochTotals = field(default_factory=EpochTotals)
 

@@ -25,6 +25,7 @@ from clicktrain.surgery import SurgeryPlan, write_recipe
 from clicktrain.train.after_cut import recalibrate_
 from clicktrain.train.epoch import check_outputs, note_accuracy
 from clicktrain.train.evaluate import Evaluation, evaluate
+from clicktrain.train.exchange import run_figures
 from clicktrain.train.operators import operator_names
 from clicktrain.train.prepare import make_eval_loader
 from clicktrain.train.time_budget import time_target
@@ -64,8 +65,7 @@ def finish_run(run: TrainingRun) -> dict[str, Any]:
     image = torch.zeros(1, *p.data.image_shape, device=p.device)
     cost = count(model, image, masks)
     summary = _summary(run, cost, cost if masks else count(model, image), operators, test_accuracy)
-    if run.scalars is not None:
-        run.scalars.close()
+    run.logs.finish(summary)
     run.folder.write_summary(summary)
     return summary
 
@@ -138,6 +138,7 @@ def _summary(
         "nonzero_parameters": living.nonzero_parameters,
         "dense_parameters": p.cost.initial.parameters,
         "channels_removed": channels_removed(p.pruner.plans),
+        **run_figures(state, p.processes.number, _gradient_bytes(run)),
         "layers_removed": [name for plan in p.pruner.plans for name in plan.removed_names],
         "device": p.device.type,
         "cpu": cpu_name(),
@@ -145,6 +146,12 @@ def _summary(
         "versions": versions(),
         "layers": [_layer(layer, masks.get(layer.name), operators, config.packed) for layer in cost.layers],
     }
+
+
+def _gradient_bytes(run: TrainingRun) -> int:
+    """Bytes of the gradients of the network as it was at first."""
+    size = next(run.prepared.model.parameters()).element_size()
+    return run.prepared.cost.initial.parameters * size
 
 
 def channels_removed(plans: Sequence[SurgeryPlan]) -> int:

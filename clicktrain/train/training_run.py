@@ -44,17 +44,19 @@ from clicktrain.train.checkpoint import (
 )
 from clicktrain.train.config import config_to_dict
 from clicktrain.train.device import seed_batch
+from clicktrain.train.exchange import in_parallel, share_buffers_
 from clicktrain.train.interrupt import diverged, weights_are_finite
 from clicktrain.train.norms import norms_kept
 from clicktrain.train.operators import can_accelerate, choose_operators
 from clicktrain.train.prepare import Prepared
-from clicktrain.train.progress import Progress, ScalarLog
+from clicktrain.train.progress import Progress
+from clicktrain.train.run_logs import LOGS, RunLogs
 from clicktrain.train.state import TrainState
 from clicktrain.train.teacher import Teacher, load_teacher, own_teacher
 
 _FREE_TO_CHANGE = frozenset(
     ("device", "parts", "threads", "workers", "cache_dir", "evaluate_every", "checkpoint_every",
-     "keep_checkpoints", "tensorboard", "compile", "deterministic")
+     "keep_checkpoints", "tensorboard", "log", "compile", "deterministic", "exchange")
 )  # fmt: skip
 """Settings that may change when a run is resumed: because they do not change what is trained, or (parts)
 because it was asked for."""
@@ -69,7 +71,6 @@ class TrainingRun:
     progress: Progress
     state: TrainState = field(default_factory=TrainState)
     average: AveragedModel | None = None
-    scalars: ScalarLog | None = None
     planned: TimePlannedEvent | None = None
     """How long the run was planned to be, where there is a time budget and the run begins."""
     memory: TrainingMemory | None = None
@@ -84,8 +85,9 @@ class TrainingRun:
             self.average = SlowWeights(self.prepared.model)
         if self.average is not None:
             pruner.follow(self.average)
-        if config.tensorboard and self.prepared.processes.first:
-            self.scalars = ScalarLog(self.folder.path / "tensorboard")
+        names = config.log_names if self.prepared.processes.first else ()
+        settings = config_to_dict(config, self.prepared.method) if names else {}
+        self.logs = RunLogs([LOGS[name](self.folder.path, settings) for name in names], self.progress.message)
         self.teacher: Teacher | None = None
         """What the network learns from besides the labels; its own dense weights from when they are known."""
         if config.teacher is not None:
@@ -155,7 +157,7 @@ class TrainingRun:
         """The fast or compiled network, whose gradients are means over all processes if there are several."""
         forward = self._fast_or_compiled(model)
         several = self.prepared.processes.number > 1 and any(p.requires_grad for p in model.parameters())
-        return DistributedDataParallel(forward) if several else forward
+        return in_parallel(forward, self.prepared) if several else forward
 
     def pieces(self, batch: Batch, number: int) -> Iterator[tuple[Batch, bool, float]]:
         """This process's images of a batch, of one part after another, while they are trained on.
@@ -196,15 +198,19 @@ class TrainingRun:
         agree_on_([buffer for model in models for buffer in model.buffers()])
 
     @contextlib.contextmanager
-    def together(self, step: bool) -> Iterator[None]:
-        """Around forward and backward pass of a batch that all processes share.
+    def together(self, begins: bool, step: bool) -> Iterator[None]:
+        """Around forward and backward pass of images of a batch that all processes share.
 
-        Gradients travel where a ``step`` follows: where batches are accumulated, with the last of them.
+        What each process has for itself (``begins``: of a step) becomes the first one's, and gradients travel
+        where a ``step`` follows: where batches are accumulated, with the last of them.
         """
         forward = self.forward.current
         with contextlib.ExitStack() as held:
             if isinstance(forward, DistributedDataParallel):
-                held.enter_context(run_together(self.prepared.norm_group))
+                group = self.prepared.norm_group
+                if begins:
+                    share_buffers_(forward, norms_alike=group is None)
+                held.enter_context(run_together(group))
                 if not step:
                     held.enter_context(forward.no_sync())
             yield

@@ -61,7 +61,7 @@ def test_help_of_train_shows_run_and_method_settings() -> None:
 def test_help_of_train_is_short_and_names_every_flag(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("COLUMNS", "100")
     text = call("train", "--help").out
-    assert len(text.splitlines()) < 95
+    assert len(text.splitlines()) < 110
     assert max(map(len, text.splitlines())) <= 100
     assert "--help-all" in text
     for option in (*options_of(RunConfig), *options_of(METHODS["clicktrain"])):
@@ -285,6 +285,26 @@ def test_export(finished: tuple[Path, Outcome], format: str, place: Path) -> Non
     assert [path.name for path in place.iterdir()] == ["net.file"]
 
 
+@pytest.mark.long
+def test_export_to_c(copy_of_finished: Callable[[], Path], monkeypatch: pytest.MonkeyPatch) -> None:
+    folder = copy_of_finished()
+    outcome = call("export", folder, "--format", "c", "--images", "20")
+    assert outcome.code == 0, outcome.err
+    first, second = outcome.out.splitlines()
+    assert first.startswith(f"{folder / 'export-c'}: weights 0.")
+    assert "on 20 validation images: largest difference to the network" in second
+    assert "accuracy" in second
+    config = (
+        (folder / "config.yaml")
+        .read_text()
+        .replace("synthetic:classes=3,size=8", "synthetic:classes=3,size=9")
+    )
+    (folder / "config.yaml").write_text(config)
+    outcome = call("export", folder, "--format", "c", "-o", folder / "other", "--name", "tiny")
+    assert "random images (the images of synthetic:classes=3,size=9" in outcome.out, outcome.err
+    assert (folder / "other" / "tiny.c").exists()
+
+
 def test_export_spares_the_runs_own_files(
     copy_of_finished: Callable[[], Path],
 ) -> None:
@@ -301,6 +321,9 @@ def test_export_spares_the_runs_own_files(
     assert "belongs to the run itself: give another -o" in outcome.err
     assert (folder / "model.safetensors").read_bytes() == before
     assert "--format is missing" in call("export", folder).err
+    assert "holds something else than an export" in call("export", folder, "--format", "c", "-o", folder).err
+    assert "--images belongs to --format c" in call("export", folder, "--format", "onnx", "--images", "3").err
+    assert "images is 0" in call("export", folder, "--format", "c", "--images", "0").err
 
 
 def test_report_compares_runs(

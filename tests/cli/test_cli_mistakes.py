@@ -72,7 +72,7 @@ def check_told(outcome: Outcome, *parts: str) -> None:
         ("inspect missing", "missing is not the folder of a run"),
         ("inspect missing --jsn", "unknown flag --jsn: did you mean --json?"),
         ("export missing --format onnx", "missing is not the folder of a run"),
-        ("export missing --format tflite", "format is 'tflite': use one of safetensors, onnx, torch"),
+        ("export missing --format tflite", "format is 'tflite': use one of safetensors, onnx, torch, c"),
         ("report missing -o x.html", "missing"),
     ],
 )

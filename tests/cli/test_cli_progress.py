@@ -6,14 +6,17 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
+import pytest
 from rich.console import Console
 
+from clicktrain.commands import progress
 from clicktrain.commands.progress import (
     EpochLines,
     LiveDisplay,
     epoch_line,
     log_lines,
     make_progress,
+    pace,
     picture,
     result_line,
 )
@@ -23,6 +26,7 @@ from clicktrain.wording import clock, short
 INFO = StepProgress(
     epoch=3, epochs=12, batch=40, batches=100, step=240, stage="pool", loss=1.23456, accuracy=54.32,
     density=0.25, learning_rate=0.0123, seconds=61.0, eta_seconds=3725.4, data_share=0.071,
+    images_per_second=1234.5, epoch_eta_seconds=7.0,
 )  # fmt: skip
 RECORD: dict[str, Any] = {
     "epoch": 3, "stage": "pool", "stages": {"dense": 0.4, "pool": 0.6}, "train_loss": 1.23456,
@@ -39,14 +43,18 @@ def console(*, terminal: bool, width: int = 120) -> tuple[Console, io.StringIO]:
 def test_the_picture_shows_where_a_run_is() -> None:
     screen, text = console(terminal=True)
     screen.print(picture(INFO))
-    first, second = text.getvalue().rstrip().splitlines()
-    assert first.startswith("epoch 3/12 step 40/100")
-    assert first.rstrip().endswith("ETA 1:02:05")
+    run, epoch, numbers = text.getvalue().rstrip().splitlines()
+    assert run.startswith("epoch 3/12 ")
+    assert run.rstrip().endswith("20% ETA 1:02:05")
+    assert epoch.startswith("step 40/100 ")
+    assert epoch.rstrip().endswith("1,234 images/s ETA 0:00:07")
     colourful = Console(file=io.StringIO(), force_terminal=True, width=120, color_system="standard")
-    pieces = [piece.text for piece in colourful.render(picture(INFO)) if set(piece.text) & set("━╸╺")]
-    assert abs(len(pieces[0]) / len("".join(pieces)) - 240 / 1200) < 0.1
-    assert "stage pool  loss 1.2346  accuracy 54.3%  sparsity 75.0%" in second
-    assert second.rstrip().endswith("waiting for data 7%")
+    segments = [list(line) for line in colourful.render_lines(picture(INFO))]
+    for line, share in zip(segments, (240 / 1200, 40 / 100), strict=False):
+        pieces = [piece.text for piece in line if set(piece.text) & set("━╸╺")]
+        assert abs(len(pieces[0]) / len("".join(pieces)) - share) < 0.05
+    assert "stage pool  loss 1.2346  accuracy 54.3%  sparsity 75.0%" in numbers
+    assert numbers.rstrip().endswith("waiting for data 7%")
 
 
 def test_the_live_display_draws_and_leaves_only_the_epoch_lines() -> None:
@@ -54,7 +62,8 @@ def test_the_live_display_draws_and_leaves_only_the_epoch_lines() -> None:
     display = LiveDisplay(screen)
     display._live.start()
     display.step(INFO)
-    assert "epoch 3/12 step 40/100" in text.getvalue()
+    assert "epoch 3/12" in text.getvalue()
+    assert "step 40/100" in text.getvalue()
     drawn = len(text.getvalue())
     display.step(replace(INFO, batch=41))
     assert len(text.getvalue()) == drawn  # too soon after the last picture
@@ -79,6 +88,25 @@ def test_epoch_lines_are_plain() -> None:
         "waiting for data 5%  ETA 0:01:00  dense+pool"
     )
     assert message == "no [brackets] are lost"
+
+
+def test_a_long_epoch_has_lines_of_its_own(monkeypatch: pytest.MonkeyPatch) -> None:
+    screen, text = console(terminal=False, width=20)
+    lines = EpochLines(screen)
+    lines.step(INFO)  # too soon
+    assert text.getvalue() == ""
+    monkeypatch.setattr(progress, "LINE_SECONDS", 0.0)
+    lines.step(INFO)
+    lines.step(replace(INFO, batch=100))  # its epoch's line follows
+    assert text.getvalue() == (
+        "epoch   3/12  step 40/100  loss 1.2346  train  54.3%  1,234 images/s  "
+        "ETA 0:00:07 of the epoch, 1:02:05 of the run  pool\n"
+    )
+
+
+def test_the_pace_of_an_epoch_and_of_slow_steps() -> None:
+    assert "  320 images/s  " in epoch_line({**RECORD, "batch_size": 64, "step_ms_median": 200.0})
+    assert pace(replace(INFO, images_per_second=3.14159)) == "3.14 images/s"
 
 
 def test_an_epoch_that_was_not_evaluated() -> None:

@@ -148,7 +148,8 @@ def test_it_computes_what_the_oracle_does() -> None:
 
 @pytest.mark.parametrize("rule", ["sparse", "density"])
 def test_it_is_offered_refused_with_reasons_lowered_and_right(rule: str) -> None:
-    assert [impl.name for impl in candidates_for(OPERATOR)] == ["blocked", "gather"]
+    assert [impl.name for impl in candidates_for(OPERATOR)] == ["blocked", "triton", "gather"]
+    assert [impl.name for impl in candidates_for(OPERATOR, "cpu")] == ["blocked", "gather"]
     model = points()
     reference = copy.deepcopy(model)
     x, y = images()
@@ -198,10 +199,11 @@ def test_a_plan_names_only_what_is_registered() -> None:
         choices = tuple(replace(c, **fields) if c.layer == layer else c for c in plan.choices)
         with pytest.raises(UserError, match=message):
             accelerate(points(), images()[0], plan=replace(plan, choices=choices))
-    with pytest.raises(UserError, match="first has no implementation 'triton'"):
-        replace(first, impl="triton")
+    with pytest.raises(UserError, match="first has no implementation 'tritium'"):
+        replace(first, impl="tritium")
     with pytest.raises(
-        UserError, match="the layout of first is 'blocked' or 'nhwc' or 'plain', not 'nchw16'"
+        UserError,
+        match="the layout of first is 'blocked' or 'batch_innermost' or 'nhwc' or 'plain', not 'nchw16'",
     ):
         replace(first, layout="nchw16")
 

@@ -9,15 +9,15 @@ from torch import Tensor
 
 from clicktrain.data import Augment, mixup, seeded_generator
 from clicktrain.data.augment import (
-    Draws,
     augment_and_normalize,
-    cutout,
     mirrored_in_epoch,
     random_boxes,
     random_crop,
     random_flip,
     random_resized_crop,
 )
+from clicktrain.data.draws import Draws
+from clicktrain.data.erasing import cutout
 from clicktrain.errors import UserError
 
 

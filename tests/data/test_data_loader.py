@@ -6,7 +6,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from clicktrain.data import Augment, Batch, ImageData, Loader, PixelSource, make_loader, open_data
-from clicktrain.data.augment import Part
+from clicktrain.data.draws import Part
 from clicktrain.data.loader import BatchPlan
 from clicktrain.errors import UserError
 

@@ -30,7 +30,10 @@ def test_every_form_is_read(text: str, expected: DataSpec) -> None:
 @pytest.mark.parametrize(
     ("text", "fragment"),
     [
-        ("", "none of the known forms: digits, parquet:DIR, imagefolder:DIR"),
+        (
+            "",
+            "none of the known forms: digits, parquet:DIR, parquet-shards:DIR, webdataset:DIR, imagefolder",
+        ),
         ("ftp://x/y", "none of the known forms"),
         ("a/b/c", "none of the known forms"),
         ("parqet:/data/x", "did you mean parquet:/data/x?"),

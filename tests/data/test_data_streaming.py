@@ -1,5 +1,8 @@
 from __future__ import annotations
 
+import multiprocessing
+import os
+import signal
 from pathlib import Path
 from typing import Literal
 
@@ -122,6 +125,24 @@ def test_an_epoch_may_be_left_early(folder: Path, cache_dir: Path) -> None:
     first = next(loader.epoch(0))
     again = next(loader.epoch(0))
     assert torch.equal(first.x, again.x)
+
+
+def test_workers_outlive_a_signal_to_the_whole_group(folder: Path, cache_dir: Path) -> None:
+    """A launcher sends it to data workers too, and the training process finishes its step first."""
+    data = streamed(folder, cache_dir, workers=2)
+    loader = make_loader(
+        data, "train", batch_size=2, device=torch.device("cpu"), seed=1, augment=FULL, drop_last=True
+    )
+    others = multiprocessing.active_children()
+    epoch = loader.epoch(0)
+    got = [next(epoch)]
+    workers = [child for child in multiprocessing.active_children() if child not in others]
+    assert len(workers) == 2
+    for worker in workers:
+        for signum in (signal.SIGINT, signal.SIGHUP, signal.SIGTERM):
+            assert worker.pid is not None
+            os.kill(worker.pid, signum)
+    assert_same([*got, *epoch], list(loader.epoch(0)))
 
 
 def test_mean_and_std_of_a_sample_are_cached(folder: Path, cache_dir: Path) -> None:

@@ -16,9 +16,10 @@ from test_data_cifar import write_python10
 from clicktrain.bench.frontier.recipe import read_recipe
 from clicktrain.data import Augment
 from clicktrain.train import Silent, StepProgress, from_dict
+from clicktrain.train.augmentation import augmentation
 from clicktrain.train.config import read_settings
 from clicktrain.train.fit import fit
-from clicktrain.train.prepare import augmentation, prepare
+from clicktrain.train.prepare import prepare
 
 RECIPES = Path(__file__).resolve().parents[2] / "recipes"
 BATCH, CLASSES = 4, 10

@@ -14,6 +14,9 @@ from torch import Tensor
 from clicktrain.formats.packed import Structure, pack_values, unpack_values
 from clicktrain.kernels.sparse_conv2d import IMPLS, sparse_conv2d
 
+ON_CPU = [name for name, impl in IMPLS.items() if not impl.devices or "cpu" in impl.devices]
+"""`test_triton_kernels.py` runs the others in Triton's interpreter."""
+
 
 def make(
     shape: tuple[int, int, int, int], x_shape: tuple[int, ...], density: float, equal: bool, bias: bool
@@ -53,7 +56,7 @@ def problems(draw: st.DrawFn) -> dict[str, Any]:
     }
 
 
-@pytest.mark.parametrize("impl", IMPLS)
+@pytest.mark.parametrize("impl", ON_CPU)
 @given(problem=problems())
 @settings(max_examples=16)
 def test_forward_and_every_gradient(impl: str, problem: dict[str, Any]) -> None:
@@ -80,7 +83,7 @@ def test_forward_and_every_gradient(impl: str, problem: dict[str, Any]) -> None:
     torch.testing.assert_close(unpack_values(structure, dv), ew, rtol=tolerance, atol=tolerance)
 
 
-@pytest.mark.parametrize("impl", IMPLS)
+@pytest.mark.parametrize("impl", ON_CPU)
 @pytest.mark.parametrize("equal", [True, False])
 @pytest.mark.parametrize(
     "options",
@@ -99,7 +102,7 @@ def test_gradcheck(impl: str, equal: bool, options: dict[str, Any]) -> None:
     assert torch.autograd.gradcheck(run, (x, values, bias))
 
 
-@pytest.mark.parametrize("impl", IMPLS)
+@pytest.mark.parametrize("impl", ON_CPU)
 @pytest.mark.parametrize("channels_last", [False, True])
 def test_one_image_without_batch_and_formats(impl: str, channels_last: bool) -> None:
     x, weight, mask, _ = make((3, 2, 3, 3), (1, 2, 6, 6), 0.4, True, False)

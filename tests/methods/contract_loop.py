@@ -1,7 +1,7 @@
 """The network and the loop of the contract that every method keeps; run as a script, one of two processes.
 
-python contract_loop.py RANK PROCESSES FOLDER: trains every registered method on a share of each batch and
-writes what the process ends with.
+python contract_loop.py RANK PROCESSES FOLDER: trains every registered method on a share of each batch, and
+again exchanging gradients of kept weights only, and writes what the process ends with.
 """
 
 from __future__ import annotations
@@ -21,6 +21,7 @@ from safetensors.torch import save_file
 from torch import Tensor, nn
 from torch.nn.parallel import DistributedDataParallel
 
+from clicktrain.comm import Exchange, KeptExchange, counted, masked_allreduce_hook
 from clicktrain.errors import MissedTarget
 from clicktrain.formats.tree import load_tree, save_tree
 from clicktrain.methods import METHODS, Pruner
@@ -158,15 +159,42 @@ def main(rank: int, processes: int, folder: Path) -> None:
     torch.set_num_threads(1)
     dist.init_process_group("gloo", f"file://{folder / 'store'}", rank=rank, world_size=processes)
     for name in METHODS:
-        run = attach(name)
-        torch.manual_seed(rank)  # weights are alike, whatever else is drawn is not
-        run.train(wrap=DistributedDataParallel, share=(rank, processes))
-        run.finish()
-        plans = [plan.to_json() for plan in run.pruner.plans]
-        decided = {"plans": plans, "events": without_times(run.pruner.events)}
-        (folder / f"{name}-{rank}.json").write_text(json.dumps(decided))
-        save_file(run.weights(), folder / f"{name}-{rank}.safetensors")
+        for kept in (False, True):
+            share(name, rank, processes, folder, kept)
     dist.destroy_process_group()
+
+
+def share(name: str, rank: int, processes: int, folder: Path, kept: bool) -> None:
+    """Train a method; ``kept``: only gradients of kept weights travel, and what travels is counted."""
+    run, steps, before = attach(name), [], 0
+    sent: Exchange = {}
+    torch.manual_seed(rank)  # weights are alike, whatever else is drawn is not
+
+    def wrap(network: nn.Module) -> DistributedDataParallel:
+        wrapper = DistributedDataParallel(network)
+        if kept:
+            wrapper.register_comm_hook(KeptExchange(run.pruner), masked_allreduce_hook)
+        return wrapper
+
+    def after(done: int) -> None:
+        nonlocal before
+        now = sum(sent[purpose][0] for purpose in ("gradients", "growth") if purpose in sent)
+        steps.append(now - before)
+        before = now
+
+    with counted(sent):
+        run.train(wrap=wrap, share=(rank, processes), after=after)
+    run.finish()
+    plans = [plan.to_json() for plan in run.pruner.plans]
+    decided = {"plans": plans, "events": without_times(run.pruner.events)}
+    stem = f"{name}-kept-{rank}" if kept else f"{name}-{rank}"
+    (folder / f"{stem}.json").write_text(json.dumps(decided))
+    save_file(run.weights(), folder / f"{stem}.safetensors")
+    if kept:
+        weights = sum(parameter.numel() for parameter in run.model.parameters())
+        masked = {layer: [mask.numel(), int(mask.sum())] for layer, mask in run.pruner.masks.items()}
+        sizes = {"steps": steps, "weights": weights, "masks": masked}
+        (folder / f"{stem}-sizes.json").write_text(json.dumps(sizes))
 
 
 if __name__ == "__main__":

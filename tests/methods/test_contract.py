@@ -161,7 +161,7 @@ def two_processes() -> tuple[Path, str]:
         for rank in range(2)
     ]
     try:
-        return folder, "".join(process.communicate(timeout=240)[1] for process in started)
+        return folder, "".join(process.communicate(timeout=400)[1] for process in started)
     finally:
         for process in started:
             process.kill()
@@ -177,6 +177,25 @@ def processes(name: str, folder: Path) -> None:
     statistics = ("running_mean", "running_var")  # of each process's own last batch
     differ = [key for key in mine if not torch.equal(mine[key], others[key]) and not key.endswith(statistics)]
     assert differ == []
+
+
+def kept_exchange(name: str, folder: Path) -> None:
+    """Sending gradients of kept weights only changes nothing; with frozen masks no others travel."""
+    shared, complaints = two_processes()
+    assert (shared / f"{name}-kept-1.safetensors").exists(), complaints
+    decided = [json.loads((shared / f"{name}-{kind}.json").read_text()) for kind in ("0", "kept-0")]
+    assert decided[0] == decided[1]
+    expected, weights = (load_file(shared / f"{name}-{kind}.safetensors") for kind in ("0", "kept-0"))
+    for key, value in expected.items():
+        torch.testing.assert_close(weights[key], value, rtol=1e-6, atol=1e-7)
+        assert torch.equal(weights[key] != 0, value != 0), key
+    sizes = json.loads((shared / f"{name}-kept-0-sizes.json").read_text())
+    pruned = sum(numel - kept for numel, kept in sizes["masks"].values())
+    hard_prune = [event["step"] for event in decided[0]["events"] if event["event"] == "hard_prune"]
+    for done, sent in enumerate(sizes["steps"], 1):
+        if hard_prune and done > hard_prune[0]:
+            assert sent == 4 * (sizes["weights"] - pruned)
+    assert len(sizes["steps"]) == TOTAL
 
 
 def grad_scaler(name: str, folder: Path) -> None:
@@ -306,6 +325,7 @@ PROPERTIES: dict[str, Callable[[str, Path], None]] = {
     "resumed": resumed,
     "state file": state_file,
     "2 processes": processes,
+    "kept exchange": kept_exchange,
     "GradScaler": grad_scaler,
     "accumulation": accumulation,
     "compiled": compiled,
@@ -322,7 +342,7 @@ def test_contract(
 ) -> None:
     reason = METHODS[name].contract_exempt.get(what)
     record_property("contract", (what, name, reason))
-    if what == "2 processes" and not dist.is_available():
+    if what in ("2 processes", "kept exchange") and not dist.is_available():
         pytest.skip("PyTorch without torch.distributed")
     if reason is None:
         PROPERTIES[what](name, tmp_path)

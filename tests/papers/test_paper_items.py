@@ -10,7 +10,7 @@ from pathlib import Path
 
 import pytest
 
-from clicktrain.commands import bench, evaluate, train
+from clicktrain.commands import bench, cost, evaluate, train
 from clicktrain.commands.arguments import options_of
 from clicktrain.errors import UserError
 from clicktrain.methods import METHODS
@@ -134,6 +134,8 @@ def checked(step: Step) -> None:
         train.settings_of(words)
     elif command == "bench":
         bench.settings_of(words)
+    elif command == "cost":
+        cost.COMMAND.parse(words)
     else:
         evaluate.COMMAND.parse(words)
 

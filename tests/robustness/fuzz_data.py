@@ -39,7 +39,10 @@ SYNTHETIC = ("classes", "size", "channels", "train", "val", "seed", "colour", ""
 
 def cases(rng: random.Random, count: int) -> list[Case]:
     """``count`` data sets, opened and read to the end."""
-    makers = (_image_folder, _image_folder, _image_folder, _parquet, _parquet, _synthetic, _spec, _archive)
+    makers = (
+        _image_folder, _image_folder, _image_folder, _parquet, _parquet, _synthetic, _spec, _archive,
+        _tar_shards,
+    )  # fmt: skip
     return [rng.choice(makers)(rng) for _ in range(count)]
 
 
@@ -156,7 +159,7 @@ def _parquet(rng: random.Random) -> Case:
     labels, kind = rng.choice(LABELS)
     wrong = rng.choice(("", "", "null", "damaged", "path", "text", "file", "twice", "no image", "shards"))
     plain = (labels, kind, wrong) == (*LABELS[0], "")
-    memory = rng.choice((None, 10))
+    memory, form = rng.choice((None, 10)), rng.choice(("parquet", "parquet", "parquet-shards"))
 
     def act(place: Path) -> None:
         own = random.Random(seed)
@@ -186,10 +189,10 @@ def _parquet(rng: random.Random) -> Case:
             path.write_bytes(damaged(path.read_bytes(), own))
         elif wrong == "shards":
             pq.write_table(pa.table({"other": [1]}), place / "set" / "train-1.parquet")
-        _open("parquet:set", memory=memory)
+        _open(f"{form}:set", memory=memory)
 
     expected: Expected = "accepted" if plain else "either"
-    return Case("data", f"parquet labels={labels[:2]!s} of {kind}, {wrong or 'nothing'} wrong", act, expected)
+    return Case("data", f"{form} labels={labels[:2]!s} of {kind}, {wrong or 'nothing'} wrong", act, expected)
 
 
 def _synthetic(rng: random.Random) -> Case:
@@ -201,7 +204,10 @@ def _synthetic(rng: random.Random) -> Case:
 
 
 def _spec(rng: random.Random) -> Case:
-    head = rng.choice(("", "digits", "digits:", "parquet:", "imagefolder:", "cifar10:", "cifar100", "x:y:z"))
+    head = rng.choice(
+        ("", "digits", "digits:", "parquet:", "parquet-shards:", "webdataset:", "imagefolder:", "cifar10:",
+         "cifar100", "x:y:z")
+    )  # fmt: skip
     text = head + rng.choice((*TEXTS, "/dev/null", "/", ".", "a\0b", "~nobody/x", "http://x/y", "$HOME"))
 
     def act(place: Path) -> None:
@@ -249,3 +255,61 @@ def _archive(rng: random.Random) -> Case:
         _open("cifar10:set")
 
     return Case("data", f"cifar10 archive, {kind}", act, "refused")
+
+
+def _tar_shards(rng: random.Random) -> Case:
+    wrong = rng.choice(
+        ("", "damaged", "cut", "no label", "label", "json", "no image", "twice", "link", "sparse", "huge",
+         "empty", "fifo", "image", "dots", "gz")
+    )  # fmt: skip
+    seed = rng.random()
+
+    def act(place: Path) -> None:
+        own = random.Random(seed)
+        (place / "set").mkdir()
+        path = place / "set" / own.choice(("train.tar", "set-train-0.tar", "0.tar"))
+        odd = own.randrange(12)
+        with tarfile.open(path, "w") as shard:
+            for number in range(12):
+                here = number == odd
+                name = f"{'...' if wrong == 'dots' and here else ''}d/{number}"
+                data = damaged(image_bytes(own, "PNG", "RGB"), own) if wrong == "image" and here else None
+                label = own.choice(TEXTS).encode(errors="replace") if wrong == "label" and here else None
+                members = {
+                    "png": data or image_bytes(own, "PNG", "RGB"),
+                    "cls": label or b"%d" % (number % 2),
+                }
+                if wrong == "json" and here:
+                    del members["cls"]
+                    members["json"] = own.choice(
+                        (b"{", b"[]", b'{"label": 1e999}', b'{"label": {}}', b"[" * 9999)
+                    )
+                if here and wrong in ("no label", "no image"):
+                    del members["cls" if wrong == "no label" else "png"]
+                for kind, content in members.items():
+                    info = tarfile.TarInfo(f"{name}.{kind}")
+                    info.size = 10**15 if wrong == "huge" and here else len(content)
+                    if here and wrong in ("link", "sparse"):
+                        info.type = tarfile.SYMTYPE if wrong == "link" else tarfile.GNUTYPE_SPARSE
+                        info.linkname = "/etc/passwd"
+                    if wrong == "huge" and here:
+                        shard.addfile(info)
+                    else:
+                        shard.addfile(info, io.BytesIO(content))
+                        if wrong == "twice" and here:
+                            shard.addfile(info, io.BytesIO(content))
+        content = path.read_bytes()
+        if wrong == "damaged":
+            path.write_bytes(damaged(content, own))
+        elif wrong in ("cut", "empty"):
+            path.write_bytes(content[: own.randrange(len(content))] if wrong == "cut" else b"")
+        elif wrong == "gz":
+            path.rename(path.with_name(f"{path.name}.gz"))
+        elif wrong == "fifo":
+            path.unlink()
+            os.mkfifo(path)
+        _open("webdataset:set")
+
+    plain, free = not wrong, wrong in ("damaged", "cut", "image", "label", "dots")
+    expected: Expected = "accepted" if plain else "either" if free else "refused"
+    return Case("data", f"webdataset, {wrong or 'nothing'} wrong", act, expected)

@@ -17,7 +17,7 @@ from clicktrain.train import RunConfig
 
 # torch.compile takes a minute, and threads are those of the process that runs the fuzz; the rest of a run's
 # settings must hold for any value.
-LEFT_OUT = ("compile", "threads", "tensorboard", "memory_budget", "method")
+LEFT_OUT = ("compile", "threads", "tensorboard", "log", "memory_budget", "method")
 ODD_LINES: tuple[tuple[str, ...], ...] = (
     ("",), ("-",), ("--",), ("---",), ("-x",), ("--out",), ("\U0001f642",), ("a" * 5000,), ("train", "train"),
     ("train", "--"), ("train", "-o"), ("train", "--=3"), ("train", "--epochs="), ("train", "--epochs"),

@@ -58,6 +58,11 @@ OTHERS: dict[str, dict[str, Any]] = {
     "local": {"method": "clicktrain", "compression": 3, "sync_batch_norm": False, "lookahead": True},
     "moving": {"method": "rigl", "interval": 2, "granularity": "pattern", "compression": 3, "epochs": 2,
                "operators": "density"},
+    "masked": {"method": "rigl", "interval": 2, "packed": False, "clip_grad_norm": 0.5, "epochs": 2,
+               "sync_batch_norm": False},
+    "masked-dense": {"method": "rigl", "interval": 2, "packed": False, "clip_grad_norm": 0.5, "epochs": 2,
+                     "sync_batch_norm": False, "exchange": "dense"},
+    "rounded": {"method": "clicktrain", "compression": 3, "exchange_dtype": "bf16"},
 }  # fmt: skip
 """Runs that need not be those of one process: memory is each process's own, and so are local norms."""
 

@@ -123,10 +123,10 @@ def test_the_height_follows_the_damage_or_the_time_left() -> None:
     assert cycles(second_cycle=0.3).restart(20, damage) == 0.3
     assert damage_by_norm(0.9, 0.5) == 1
     assert damage_by_norm(0.0, 0.0) == 0
-    assert damage_by_loss(1.0, 1.5, 10) == pytest.approx(0.5 / (math.log(10) - 1))
-    assert damage_by_loss(1.0, 0.9, 10) == 0
-    assert damage_by_loss(1.0, 5.0, 10) == 1
-    assert damage_by_loss(3.0, 3.1, 10) == 1  # worse than guessing before
+    assert damage_by_loss(1.0, 1.5, math.log(10)) == pytest.approx(0.5 / (math.log(10) - 1))
+    assert damage_by_loss(1.0, 0.9, math.log(10)) == 0
+    assert damage_by_loss(1.0, 5.0, math.log(10)) == 1
+    assert damage_by_loss(3.0, 3.1, math.log(10)) == 1  # worse than guessing before
 
 
 def test_with_batches_that_grow() -> None:
@@ -227,7 +227,7 @@ def test_height_by_damage_resumed(tmp_path: Path, rule: str) -> None:
     assert event["height"] == pytest.approx(max(event["damage"], left))
     assert event["damage"] > 0
     if rule == "loss":
-        by_hand = damage_by_loss(event["loss_before"], event["loss_after"], 10)
+        by_hand = damage_by_loss(event["loss_before"], event["loss_after"], math.log(10))
         assert event["damage"] == by_hand
     with pytest.raises(Killed):
         run(tmp_path / "run", settings, At(BATCH_IN_STAGE["finalize"], kill))

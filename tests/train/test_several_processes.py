@@ -75,6 +75,55 @@ def test_all_processes_know_the_same_end(name: str, trained: Path) -> None:
     assert {key: other[key] for key in known} == {key: first[key] for key in known}
 
 
+def sent_in(run: Path) -> list[tuple[int, dict[str, int]]]:
+    """Optimizer steps of each epoch, and the bytes exchanged by purpose."""
+    lines = lines_of(run, "metrics")
+    for line in lines:
+        assert line["exchange_bytes"] == sum(row["bytes"] for row in line["exchange"].values())
+        assert line["exchange_calls"] == sum(row["calls"] for row in line["exchange"].values())
+    return [(x["exchange_steps"], {k: row["bytes"] for k, row in x["exchange"].items()}) for x in lines]
+
+
+def test_gradients_of_packed_weights_are_all_that_travels_after_the_hard_prune(trained: Path) -> None:
+    run = trained / "clicktrain-2"
+    summary = json.loads((run / "summary.json").read_text())
+    steps, last = sent_in(run)[-1]
+    assert last["gradients"] == 4 * summary["nonzero_parameters"] * steps
+    steps, first = sent_in(run)[0]
+    assert first["gradients"] == 4 * summary["dense_parameters"] * steps
+    assert set(first) == {"gradients", "norms", "agreement"}  # synchronized norms need no buffers sent
+    assert summary["exchange_steps"] == 16
+    assert summary["exchange_bytes"] == sum(line["exchange_bytes"] for line in lines_of(run, "metrics"))
+    assert summary["exchange_ratio"] == pytest.approx(
+        summary["exchange"]["gradients"]["bytes"] / (4 * summary["dense_parameters"] * 16)
+    )
+    assert not any("exchange_bytes" in line for line in lines_of(trained / "clicktrain-1", "metrics"))
+    steps, rounded = sent_in(trained / "rounded-2")[0]
+    assert rounded["gradients"] == 2 * summary["dense_parameters"] * steps
+
+
+def test_masked_dense_weights_send_kept_positions_to_the_same_effect(trained: Path) -> None:
+    kept, dense = (trained / f"{name}-2" for name in ("masked", "masked-dense"))
+    assert decisions(kept) == decisions(dense)
+    weights, expected = load_file(kept / "model.safetensors"), load_file(dense / "model.safetensors")
+    for key, value in expected.items():
+        torch.testing.assert_close(weights[key], value, rtol=1e-5, atol=1e-6)
+    summary = json.loads((kept / "summary.json").read_text())
+    for (steps, sent), (_, all_of_them) in zip(sent_in(kept), sent_in(dense), strict=True):
+        assert sent["gradients"] == 4 * summary["nonzero_parameters"] * steps
+        assert all_of_them["gradients"] == 4 * summary["dense_parameters"] * steps
+        assert sent["buffers"] == all_of_them["buffers"] > 0
+    assert sent_in(kept)[0][1]["growth"] > 0  # units move in the first epoch, by the gradients of all
+
+
+def test_the_plan_says_what_is_exchanged(trained: Path) -> None:
+    run = trained / "moving-2"
+    rows = json.loads((run / "operators-moving.json").read_text())["exchange"]
+    steps, sent = sent_in(run)[-1]
+    assert sent["gradients"] == 4 * sum(row["sent"] for row in rows) * steps
+    assert {row["how"] for row in rows} == {"all", "kept values"}
+
+
 @pytest.mark.parametrize("affine", [True, False])
 def test_synchronized_norms_are_those_of_the_whole_batch(affine: bool, trained: Path) -> None:
     expected = normed(norm(affine), slice(None))

@@ -30,8 +30,8 @@ from clicktrain.kernels.pack_model import pack_model_
 from clicktrain.methods import Dense, Method
 from clicktrain.models import create_model
 from clicktrain.sparsity.masks import conv_masks
+from clicktrain.train.augmentation import SMALL_IMAGE
 from clicktrain.train.config import Precision, RunConfig
-from clicktrain.train.prepare import SMALL_IMAGE
 
 LATENCY_BATCHES = (64, 1)
 
@@ -41,6 +41,12 @@ _OF_A_STEP = (
     "label_smoothing",
 )  # fmt: skip
 """Settings that the time of a dense step depends on, beside the images."""
+_OF_A_STEP_AT_TIMES = (
+    "cutmix", "mix_probability", "auto_augment", "randaugment_operations", "randaugment_magnitude",
+    "randaugment_deviation", "randaugment_probability", "erasing", "erasing_fill", "augment_repeats", "loss",
+    "layer_decay", "layer_rates",
+)  # fmt: skip
+"""Further ones, which count where they are not at their defaults: the keys of earlier times stay."""
 
 
 @dataclass(frozen=True)
@@ -152,6 +158,9 @@ def dense_network(cell: Cell, line: Line) -> Network:
     """The network of a cell before anything is removed from it; ``line`` is of one of its runs."""
     config, facts = _config(cell, line)
     about = {name: getattr(config, name) for name in _OF_A_STEP}
+    plain = RunConfig()
+    later = {name: getattr(config, name) for name in _OF_A_STEP_AT_TIMES}
+    about |= {name: value for name, value in later.items() if value != getattr(plain, name)}
     about["images"] = facts["image_shape"], facts["classes"]
     digest = hashlib.sha256(json.dumps(about, sort_keys=True, default=str).encode()).hexdigest()[:8]
     key = f"{config.model} w{config.width:g} b{config.batch_size} {digest}"

@@ -32,10 +32,11 @@ from clicktrain.methods.base import (
 )
 from clicktrain.runs.events import FinalizedEvent
 from clicktrain.runs.folder import RunFolder
+from clicktrain.train.augmentation import augment_preset
 from clicktrain.train.config import RunConfig
 from clicktrain.train.epoch import train_batch
 from clicktrain.train.evaluate import evaluate
-from clicktrain.train.prepare import augment_preset, prepare
+from clicktrain.train.prepare import prepare
 from clicktrain.train.progress import Silent
 from clicktrain.train.training_run import TrainingRun
 
@@ -101,8 +102,8 @@ def drawn_images(config: RunConfig, network: Mapping[str, Any], steps_per_epoch:
     train = max(images * steps_per_epoch, classes)
     text = f"classes={classes},size={height},channels={channels},train={train},val={images}"
     return replace(
-        config, data=f"synthetic:{text}", augment=augment, image_size=None, holdout=None,
-        tensorboard=False, device="cpu",
+        config, data=f"synthetic:{text}", augment=augment, image_size=None, holdout=None, shuffle_buffer=None,
+        log=(), tensorboard=False, device="cpu",
         # What is drawn is not to be learned: weights hardly move, and no loss explodes.
         learning_rate=1e-4, learning_rate_batch=None, schedule="constant", warmup_epochs=0.0,
         second_cycle=None, time_budget=None, budget_epochs=None, recalibrate_norms=0,

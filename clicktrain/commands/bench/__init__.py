@@ -122,8 +122,22 @@ BENCHMARKS: dict[str, str] = {
     "pack": "packing a weight with known positions against its conversion to CSR",
     "step": "a whole accelerated training step against the best dense one",
     "runs": "networks of finished runs against the dense ones, in inference and training",
+    "inference": "a pruned network in inference, beside the engines of others",
+    "exchange": "what processes exchange in a training step, and how long that takes over slow links",
 }
-"""What can be measured. Each is a `Benchmark` of its name in capitals, in `runs` or `kernels`."""
+"""What can be measured. Each is a `Benchmark` of its name in capitals, in its own module or in `kernels`."""
+_OWN_MODULES = ("runs", "inference", "exchange")
+
+EXAMPLES: dict[str, str] = {
+    "stages": " --model resnet18 --batch-size 64",
+    "conv": " --compression 4 10 --threads 1",
+    "pack": " --json pack.json",
+    "step": " --model resnet18 --compression 8 --no-compile",
+    "runs": " --runs runs/first --by-layer",
+    "exchange": " --model resnet20 --processes 2 --links 1 0.1 --json exchange.json",
+    "inference": " --model resnet18 --engine clicktrain torch --batch 1 64",
+}
+"""Flags that show what each is for."""
 
 _SHARED = (
     Option("threads", int | None, "CPU threads; PyTorch's own choice by default.", metavar="N"),
@@ -147,12 +161,32 @@ def run(argv: Sequence[str]) -> int:
 def settings_of(argv: Sequence[str]) -> tuple[Benchmark, dict[str, Any]]:
     """The benchmark that a command line asks for, and the values of all its flags."""
     what, rest = _which(list(argv))
-    home = "runs" if what == "runs" else "kernels"
-    module = importlib.import_module(f"clicktrain.commands.bench.{home}")
-    benchmark: Benchmark = getattr(module, what.upper())
-    options = (*benchmark.options, *_SHARED)
-    command = Command(f"bench {what}", benchmark.description, {"this command": options})
-    return benchmark, {option.name: option.default for option in options} | command.parse(rest)
+    benchmark, command = benchmark_called(what), command_of(what)
+    defaults = {option.name: option.default for option in command.options.values()}
+    return benchmark, defaults | command.parse(rest)
+
+
+def benchmark_called(what: str) -> Benchmark:
+    """One of `BENCHMARKS`."""
+    home = what if what in _OWN_MODULES else "kernels"
+    benchmark: Benchmark = getattr(importlib.import_module(f"clicktrain.commands.bench.{home}"), what.upper())
+    return benchmark
+
+
+def command_of(what: str) -> Command:
+    """``clicktrain bench WHAT``."""
+    benchmark = benchmark_called(what)
+    return Command(
+        f"bench {what}",
+        benchmark.description,
+        {"this command": (*benchmark.options, *_SHARED)},
+        examples=(f"clicktrain bench {what}{EXAMPLES[what]}",),
+    )
+
+
+def commands() -> Sequence[Command]:
+    """``clicktrain bench``, and each of the benchmarks."""
+    return (_overview(), *map(command_of, BENCHMARKS))
 
 
 def _which(argv: list[str]) -> tuple[str, list[str]]:
@@ -162,13 +196,7 @@ def _which(argv: list[str]) -> tuple[str, list[str]]:
         return what, argv
     names = ", ".join(BENCHMARKS)
     if "-h" in argv or "--help" in argv:
-        lines = "; ".join(f"{name}: {text}" for name, text in BENCHMARKS.items())
-        Command(
-            "bench",
-            f"Time what the methods cost and give. {lines}. See 'clicktrain bench WHAT --help' for flags.",
-            {"every benchmark": _SHARED},
-            Positional("what", f"What to measure: {names}."),
-        ).parse(["--help"])
+        _overview().parse(["--help"])
     if not argv or argv[0].startswith("-"):
         raise UserError(
             f"WHAT is missing: write 'clicktrain bench WHAT [--flag value ...]', WHAT one of {names}"
@@ -176,6 +204,18 @@ def _which(argv: list[str]) -> tuple[str, list[str]]:
     near = difflib.get_close_matches(argv[0], BENCHMARKS, n=1)
     hint = f"did you mean '{near[0]}'?" if near else f"use one of {names}"
     raise UserError(f"there is no benchmark '{argv[0]}': {hint}")
+
+
+def _overview() -> Command:
+    """The command without a benchmark."""
+    lines = "; ".join(f"{name}: {text}" for name, text in BENCHMARKS.items())
+    return Command(
+        "bench",
+        f"Time what the methods cost and give. {lines}. See 'clicktrain bench WHAT --help' for flags.",
+        {"every benchmark": _SHARED},
+        Positional("what", f"What to measure: {', '.join(BENCHMARKS)}."),
+        examples=[f"clicktrain bench {what}{rest}" for what, rest in EXAMPLES.items()],
+    )
 
 
 def _writable(name: str | None) -> Path | None:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import bisect
 import itertools
 import json
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal
@@ -90,8 +90,8 @@ def _choose(candidates: list[str], usual: tuple[str, ...], problem: str, listed:
     return candidates[0]
 
 
-def read_labels(table: Any, column: str, where: str) -> Tensor:
-    """Turn the label column of one file's table into int64 [N].
+def read_labels(table: Any, column: str, where: str, first_row: int = 0) -> Tensor:
+    """Turn the label column of one file's table into int64 [N]; it begins at ``first_row`` of the file.
 
     Raises:
         UserError: no integers, or a row without a label; names ``where`` and the row.
@@ -102,7 +102,7 @@ def read_labels(table: Any, column: str, where: str) -> Tensor:
             f"{where}: label column {column!r} holds {values.type}; integers from 0 on are needed"
         )
     if values.null_count:
-        row = values.is_null().to_pylist().index(True)
+        row = first_row + values.is_null().to_pylist().index(True)
         raise UserError(f"{where} row {row} has no label (null); give it one or remove the row")
     try:
         return torch.tensor(values.cast(pa.int64()).to_numpy(), dtype=torch.int64)
@@ -130,6 +130,29 @@ def open_table(path: Path, form: Form, columns: list[str]) -> Any:
         return opener(pa.memory_map(str(path))).read_all().select(columns)
     except (pa.ArrowException, OSError, OverflowError, KeyError) as error:
         raise damaged(path, error) from error
+
+
+def file_bytes(value: Any, name: Callable[[], str]) -> bytes:
+    """Return the bytes of an image file from a row's value; one that holds only a path is read from there.
+
+    Raises:
+        UserError: no image, or a path that cannot be read; ``name`` says what a message calls the row.
+    """
+    path = None
+    if isinstance(value, dict):
+        path, value = value.get("path"), value.get("bytes")
+    if value is None and path is not None:
+        try:
+            return read_regular(path, LARGEST_FILE)
+        except (OSError, ValueError) as error:  # ValueError: a zero byte in the path, or no regular file
+            reason = error.strerror if isinstance(error, OSError) else str(error)
+            raise UserError(
+                f"{name()} holds only the path {shortened(path, 300)}, which cannot be read "
+                f"({reason}); the column must hold the bytes of the images"
+            ) from error
+    if value is None:
+        raise UserError(f"{name()} has no image (null); give it one or remove the row")
+    return bytes(value)
 
 
 class ArrowImages:
@@ -168,21 +191,7 @@ class ArrowImages:
         assert self._chunks is not None
         at = bisect.bisect_right(self._chunk_starts, index) - 1
         value: Any = self._chunks[at][index - self._chunk_starts[at]].as_py()
-        path = None
-        if isinstance(value, dict):
-            path, value = value.get("path"), value.get("bytes")
-        if value is None and path is not None:
-            try:
-                return read_regular(path, LARGEST_FILE)
-            except (OSError, ValueError) as error:  # ValueError: a zero byte in the path, or no regular file
-                reason = error.strerror if isinstance(error, OSError) else str(error)
-                raise UserError(
-                    f"{self.name(index)} holds only the path {shortened(path, 300)}, which cannot be read "
-                    f"({reason}); the column must hold the bytes of the images"
-                ) from error
-        if value is None:
-            raise UserError(f"{self.name(index)} has no image (null); give it one or remove the row")
-        return bytes(value)
+        return file_bytes(value, lambda: self.name(index))
 
     def _open(self) -> None:
         columns = [open_table(file, self._form, [self._column]).column(self._column) for file in self._files]

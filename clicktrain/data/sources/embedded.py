@@ -7,7 +7,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from clicktrain.data.augment import seeded_generator
+from clicktrain.data.draws import seeded_generator
 from clicktrain.data.listing import ListedSplit, Listing
 from clicktrain.errors import UserError, shown
 from clicktrain.limits import in_words

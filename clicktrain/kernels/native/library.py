@@ -81,7 +81,7 @@ def _build_all(sources: Iterable[str]) -> dict[str, KernelError]:
             return error
         return None
 
-    texts = list(dict.fromkeys(sources))
+    texts = [text for text in dict.fromkeys(sources) if text]  # empty: built elsewhere
     pool = ThreadPoolExecutor(max_workers=os.cpu_count() or 1)
     try:
         results = list(pool.map(attempt, texts))

@@ -145,11 +145,17 @@ class ChannelLasso:
         if step.adaptive and not steered:
             if before is None:
                 return  # a step that was skipped for overflow
-            moved = sum_of_squares([w - old for (w, _), old in zip(weights, before[0], strict=True)])
+            # What layers of other learning rates moved counts as if they had the same.
+            moves = [
+                (weight - old) / (step.relative_rate(weight) or 1.0)
+                for (weight, _), old in zip(weights, before[0], strict=True)
+            ]
+            moved = sum_of_squares(moves)
             channels = sum(axis.count for _, axes in weights for axis in axes)
             reach = measured_step(moved, before[1], state.coefficient, channels)
         for weight, axes in weights:
-            shrink_channels_(weight, axes, state.coefficient * reach.to(weight.device))
+            own = reach.to(weight.device) * step.relative_rate(weight)
+            shrink_channels_(weight, axes, state.coefficient * own)
 
     def describe(self) -> str:
         """Its strength and update, in a clause."""

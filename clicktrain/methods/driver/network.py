@@ -8,13 +8,17 @@ import time
 import warnings
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import replace
+from functools import partial
 from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.nn.parallel import DistributedDataParallel
 from torch.optim import Optimizer
 
 from clicktrain.comm.agreement import agree_on_, mean_over_processes
+from clicktrain.comm.collectives import GROWTH
+from clicktrain.comm.kept_exchange import ExchangedMasks
 from clicktrain.errors import UserError
 from clicktrain.formats.packed import Patterns, Structure, bits_from_mask, mask_from_bits
 from clicktrain.graph import Inputs, as_inputs
@@ -22,7 +26,13 @@ from clicktrain.graph.exchange import odd_state
 from clicktrain.graph.inputs import first_of_batch, first_tensor, owned
 from clicktrain.graph.observe import tensors_in
 from clicktrain.graph.prunable import PrunableLayers, SeenBatch
-from clicktrain.kernels.pack_model import pack_model_, pack_refusals, settle_model_, unpack_model_
+from clicktrain.kernels.pack_model import (
+    index_names,
+    pack_model_,
+    pack_refusals,
+    settle_model_,
+    unpack_model_,
+)
 from clicktrain.kernels.sparse_conv2d import PackedLayer
 from clicktrain.methods.driver.averages import catch_up_, mask_copy_, unwrapped_average
 from clicktrain.methods.driver.publisher import ChannelsRemoved, MasksMoved, ParametersReplaced, Publisher
@@ -48,7 +58,10 @@ class PrunedNetwork:
         frozen: the masks are final.
         packed: convolutions are, or will be, packed when the masks are final, or, of methods that say so,
             while they move.
-        collecting: packed layers collect the gradients of all their weights.
+        collecting: packed layers collect the gradients of all their weights; of dense ones that are masked,
+            processes exchange all.
+        released: dense layers with masks that move, whose pruned weights and gradients nobody uses except
+            while `collecting`.
         revision: how often parameters have been replaced by others.
         conv_weights: convolution weights of the network before anything was removed.
     """
@@ -66,6 +79,7 @@ class PrunedNetwork:
         self.frozen = False
         self.packed = packed
         self.collecting = False
+        self.released: frozenset[str] = frozenset()
         self.revision = 0
         self.publisher = Publisher()
         self.conv_weights = self._conv_weights_now = prunable.conv_weights
@@ -191,7 +205,8 @@ class PrunedNetwork:
         """Bring collected gradients to the scale that the optimizer's have, at the beginning of its step."""
         for layer in self.moving.values() if self.collecting else ():
             assert layer.dense_gradient is not None
-            layer.dense_gradient.settle(layer.structure, layer.values.grad, mean_over_processes)
+            mean_ = partial(mean_over_processes, purpose=GROWTH)
+            layer.dense_gradient.settle(layer.structure, layer.values.grad, mean_)
 
     def freeze(self, masks: Mapping[str, Tensor]) -> None:
         """Zero weights for good; with several processes, by the masks of the first one."""
@@ -205,8 +220,8 @@ class PrunedNetwork:
             mask_copy_(average, self.masks)
 
     def mask_gradients(self) -> None:
-        """Zero the gradients of pruned weights."""
-        for _, weight, mask in self._masked():
+        """Zero the gradients of weights that are pruned for good, or nobody's until their masks move."""
+        for weight, mask in self.exchanged_masks().masks.items():
             if weight.grad is not None:
                 weight.grad.masked_fill_(~mask, 0.0)
 
@@ -220,6 +235,21 @@ class PrunedNetwork:
         for _, weight, mask in self._masked():
             for optimizer in self.optimizers:
                 mask_optimizer_state_(optimizer, weight, mask)
+
+    def leave_out_index(self) -> None:
+        """Have DistributedDataParallel leave the index of packed layers alone: all processes derive it."""
+        names = index_names(self.model)
+        if names:
+            known = getattr(self.model, "_ddp_params_and_buffers_to_ignore", ())
+            compiled = [f"_orig_mod.{name}" for name in names]
+            ignore = DistributedDataParallel._set_params_and_buffers_to_ignore_for_model
+            ignore(self.model, list({*known, *names, *compiled}))  # type: ignore[no-untyped-call]
+
+    def exchanged_masks(self) -> ExchangedMasks:
+        """What processes have to exchange of the gradients of masked dense weights."""
+        names = self._masks.keys() if self.frozen else self.released
+        masks = {weight: mask for name, weight, mask in self._masked() if name in names}
+        return ExchangedMasks(masks, self.collecting and not self.frozen)
 
     def _masked(self) -> list[tuple[str, Tensor, Tensor]]:
         """Names, weights and masks of dense layers; packed layers hold no pruned weights."""

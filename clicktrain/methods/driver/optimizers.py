@@ -183,7 +183,18 @@ def check_loaded_state(optimizer: Optimizer, saved: dict[str, Any]) -> None:
 
 def learning_rate_of(unit: OptimizerUnit) -> float:
     """Learning rate of the first parameter group; see `StepInfo.learning_rate`."""
-    group = unit.optimizers[-1].param_groups[0]
+    return _rate(unit.optimizers[-1].param_groups[0])
+
+
+def relative_rates_of(units: Sequence[OptimizerUnit]) -> dict[int, float]:
+    """Learning rates over that of the first group, where they differ; see `StepInfo.relative_rates`."""
+    groups = [group for unit in units for group in unit.optimizers[-1].param_groups]
+    first = _rate(groups[0])
+    others = [(rate / first, group) for group in groups if (rate := _rate(group)) != first] if first else []
+    return {id(parameter): ratio for ratio, group in others for parameter in group["params"]}
+
+
+def _rate(group: Mapping[str, Any]) -> float:
     kept = float(group.get("momentum", 0.0)) * (1 - float(group.get("dampening", 0.0)))
     return float(group["lr"]) / (1 - kept)
 

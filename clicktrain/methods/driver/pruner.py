@@ -14,6 +14,7 @@ from torch.optim import Optimizer
 from torch.utils.hooks import RemovableHandle
 
 from clicktrain.comm.agreement import mean_over_processes
+from clicktrain.comm.kept_exchange import ExchangedMasks, check_hooks
 from clicktrain.errors import MissedTarget, NetworkCollapsed, UserError, shown
 from clicktrain.formats.packed import Patterns
 from clicktrain.graph import Inputs, as_inputs
@@ -42,6 +43,7 @@ from clicktrain.methods.driver.optimizers import (
     OptimizerRound,
     check_loaded_state,
     learning_rate_of,
+    relative_rates_of,
 )
 from clicktrain.methods.driver.progress import Progress, at_chance, no_gradient
 from clicktrain.methods.driver.publisher import (
@@ -128,6 +130,8 @@ class Pruner:
         self._looked_at_state = False
         self._most_batches = 1
         """Batches of the longest step so far."""
+        self._kept_only = False
+        """Processes have exchanged gradients of kept positions only, for the step to come."""
         self._round = OptimizerRound()
         self._holders = self._optimizers.holders(weights)
         """Those whose steps make a round."""
@@ -210,16 +214,23 @@ class Pruner:
     def wrapped(self, wrap: Callable[[nn.Module], W]) -> Wrapped[W]:
         """Wrap the network for a loop; the wrapper is rebuilt whenever parameters are replaced.
 
-        ``wrap`` is ``DistributedDataParallel``, ``torch.compile``, or a function that captures CUDA graphs; a
-        wrapper that shards the network (FSDP) is refused.
+        ``wrap`` is ``DistributedDataParallel``, ``torch.compile``, or a function that captures CUDA graphs.
+        Where it registers a communication hook, it makes the hook's state too (`clicktrain.comm`).
+
+        Raises:
+            UserError: when the network is wrapped, for a wrapper that shards it (FSDP), or a hook that cannot
+                be used with masks.
         """
 
-        def made(model: nn.Module) -> W:
+        def checked(model: nn.Module) -> W:
+            self.network.leave_out_index()
             wrapper = wrap(model)
             check_not_sharded(wrapper)
+            if self.method.prunes:
+                check_hooks(wrapper)
             return wrapper
 
-        return Wrapped(self.model, self.network.publisher, made)
+        return Wrapped(self.model, self.network.publisher, checked)
 
     def plan(self) -> PruningPlan:
         """What will be pruned, to what density, by what, and why a layer is left alone; printable.
@@ -403,6 +414,27 @@ class Pruner:
         """Whether packed layers compute the gradients of all weights in this step, for masks to move."""
         return self.network.collecting
 
+    def exchanged_masks(self) -> ExchangedMasks:
+        """What processes have to exchange of the gradients of masked dense weights in this step.
+
+        For `clicktrain.comm.KeptExchange`. The masks are of weights that are pruned for good, or whose
+        positions move and are nobody's in between (`Method.mask_patterns`). Packed layers are not among them:
+        their parameters are kept values only.
+        """
+        exchanged = self.network.exchanged_masks()
+        self._kept_only |= bool(exchanged.masks) and not exchanged.all_used
+        return exchanged
+
+    def mask_gradients(self) -> None:
+        """Zero gradients of pruned weights that the coming step does not use.
+
+        The optimizer's step does so by itself. Call it after `observe`, before whatever looks at gradients
+        earlier, as the clipping of their norm: processes that exchange kept positions have no others.
+        """
+        if not self.reads_all_gradients(0):
+            with torch.no_grad():
+                self.network.mask_gradients()
+
     def reads_all_gradients(self, batches: int) -> bool:
         """Whether the optimizer's step after this many more batches uses gradients of pruned weights.
 
@@ -484,6 +516,8 @@ class Pruner:
         self.network.load_masks(saved)
         if self.frozen:
             self._end_choice()
+        else:
+            self._release()
         self.network.want_gradients(False)
         self._ask_for_gradients()
 
@@ -538,6 +572,7 @@ class Pruner:
                 self._publish_epoch()
                 self._carry_out(actions)
         if whole:
+            self._kept_only = False
             self.progress.stepped()
             self._ask_for_gradients(done=True)
         self._watch.stepped()
@@ -589,8 +624,10 @@ class Pruner:
             position=progress.position,
             ends_epoch=int(progress.position) > progress.stepped_epoch,
             learning_rate=learning_rate_of(self._holders[0]),
+            relative_rates=relative_rates_of(self._holders),
             grad_scale=getattr(optimizer, "grad_scale", None),
             adaptive=any(not isinstance(unit.optimizers[-1], torch.optim.SGD) for unit in self._holders),
+            whole_gradients=not self._kept_only,
         )
 
     def _batches_left(self) -> int:
@@ -618,6 +655,8 @@ class Pruner:
                     packed = self.network.mask(masks, forget, self._mask_patterns)
                     if packed:
                         self.method.after_packing(self._state, packed)
+                    if forget:
+                        self._release()
                 case FreezeMasks(masks):
                     self._find_averages()
                     self.network.freeze(masks)
@@ -637,13 +676,22 @@ class Pruner:
         every = ((one.name, self.method.mask_patterns(self._state, one)) for one in self._prunable.layers)
         return {name: patterns for name, patterns in every if patterns is not None}
 
+    def _release(self) -> None:
+        """Note which dense layers have pruned weights that are nobody's until their masks move."""
+        masks = self.network.dense_masks
+        layers = (layer for layer in self._prunable.layers if layer.name in masks)
+        nobodys = (one.name for one in layers if self.method.mask_patterns(self._state, one) is not None)
+        self.network.released = frozenset(nobodys)
+
     def _ask_for_gradients(self, done: bool = False) -> None:
         """Have packed layers collect all gradients if the step that the next batch may end reads them.
+
+        Of masked dense layers, processes then exchange all of them.
 
         A step holds at most as many batches as any before it, as far as is known. ``done``: a step has ended,
         so that what was collected for it has been read.
         """
-        if not self.moving:
+        if self.frozen or not (self.moving or self.network.released):
             return
         after = {self.progress.seen + 1, self.progress.seen + self._most_batches}
         wanted = any(self.method.wants_gradients(self._state, self.length, seen) for seen in after)

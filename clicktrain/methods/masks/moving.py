@@ -143,7 +143,9 @@ class Moving(MovingUnits):
         timing = self.timing(step.length)
         if state.stage == "fixed":
             return
-        whole = not self.grows_by_gradient or all(layer.whole_gradient for layer in prunable.layers)
+        whole = not self.grows_by_gradient or (
+            step.whole_gradients and all(layer.whole_gradient for layer in prunable.layers)
+        )
         if self.needs_gradients and self._moves(state, timing, step.seen) and whole:
             self.keep_gradients(state, prunable, step)
         for layer in prunable.layers:

@@ -6,7 +6,7 @@ import functools
 import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
-from typing import Literal
+from typing import ClassVar, Literal
 
 from clicktrain.errors import UserError
 from clicktrain.formats.packed import Patterns
@@ -27,6 +27,8 @@ AnyUnit = Unit | PatternUnit
 @dataclass(frozen=True, kw_only=True)
 class MovingUnits(Masked):
     """Settings that say what a unit is and how many live in each layer; the units themselves."""
+
+    alternatives: ClassVar[tuple[tuple[str, ...], ...]] = (("sparsity", "compression"),)
 
     compression: float | None = None
     """All convolution weights / nonzero ones at the end, instead of a sparsity; linear layers stay dense."""

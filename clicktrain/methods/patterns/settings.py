@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 from collections.abc import Mapping
 from dataclasses import dataclass, field
-from typing import Any, Literal
+from typing import Any, ClassVar, Literal
 
 from clicktrain.errors import UserError
 from clicktrain.graph.prunable import PrunableLayer, PrunableLayers, matches
@@ -80,6 +80,11 @@ class PatternSettings(PatternChoices, EarlyTrigger):
     Lengths are shares of the run, so that the stages fit whatever its length; 0 means as short as possible
     (one step, or none for stages 2 and 4).
     """
+
+    alternatives: ClassVar[tuple[tuple[str, ...], ...]] = (
+        ("compression", "latency_target", "latency_target_ms"),
+        ("hard_prune", "regularize_length"),
+    )
 
     compression: float = 8.0
     """All convolution weights / nonzero ones at the end; not used with a latency as the target."""

@@ -1,0 +1,22 @@
+// For processors with AVX-512 (F, BW, DQ, VL).
+#if defined(__x86_64__)
+#include <math.h>
+#include <stddef.h>
+#include <stdint.h>
+#include <string.h>
+#if defined(__clang__)
+#pragma clang attribute push(__attribute__((target("avx512f,avx512bw,avx512dq,avx512vl,avx2,fma"))), apply_to = function)
+#else
+#pragma GCC target("avx512f,avx512bw,avx512dq,avx512vl,avx2,fma,prefer-vector-width=512")
+#endif
+#define LANES 16
+#include "kernels.h"
+static int available(void) {
+  return __builtin_cpu_supports("avx512f") && __builtin_cpu_supports("avx512bw") && __builtin_cpu_supports("avx512dq") &&
+      __builtin_cpu_supports("avx512vl") && __builtin_cpu_supports("fma");
+}
+const model_isa model_isa_avx512 = {"avx512", LANES, 32, available, run, enter, leave};
+#if defined(__clang__)
+#pragma clang attribute pop
+#endif
+#endif

@@ -1,0 +1,117 @@
+// Inside of the runtime: what the network is (tables in model.c), and how it runs on this processor (plans).
+//
+// Two layouts of activations. SINGLE, one image: [C, plane], where a plane is height x width rounded up to 16 floats
+// (1 where an image is one position). BLOCK, `lanes` images side by side: [C, H, W, lanes].
+#pragma once
+#include <stddef.h>
+#include <stdint.h>
+
+#include "model.h"
+
+#define MODEL_ALIGNMENT 64
+#define MODEL_SLACK 256       // floats that may be read before and after a buffer, or written after it
+#define MODEL_TILE_ROWS 16    // of results in registers, at most
+#define MODEL_TILE_VECTORS 16 // of one filter in registers, at most
+#define MODEL_TILE_DENSE 6    // of each of four filters in registers, at most
+#define MODEL_GROUP 4         // filters of a dense layer that are computed at once
+#define MODEL_BLOCK 16        // outputs of a dense linear layer that lie side by side
+
+enum { SINGLE, BLOCK, LAYOUTS };
+enum { OP_CONV, OP_LINEAR, OP_POOL, OP_BINS, OP_BINARY, OP_AFFINE, OP_COPY, OP_SOFTMAX };
+enum { ACT_NONE, ACT_RELU, ACT_CLAMP, ACT_LEAKY, ACT_HARDSWISH, ACT_SILU, ACT_GELU, ACT_GELU_TANH, ACT_SIGMOID,
+       ACT_HARDSIGMOID, ACT_TANH, ACT_ELU };
+enum { POOL_MAX, POOL_AVERAGE };
+enum { BINARY_ADD, BINARY_MULTIPLY, BINARY_SUBTRACT };
+
+// An activation: channels x height x width of one image, and where it is in the memory of a context.
+typedef struct {
+  int32_t channels, height, width;
+  int64_t single, block;  // floats from the start of a context's memory; of a block, for one image
+} model_value;
+
+// One operation; fields that its kind does not use are 0.
+typedef struct {
+  int32_t kind, in, other, out;  // values; `other` is what is added or multiplied, -1 without
+  int32_t act;                   // ACT_*, the last thing that is done
+  float low, high;               // of the activation
+  int32_t kernel[2], stride[2], padding[2], dilation[2], groups;
+  int32_t mode;                  // POOL_* or BINARY_*
+  int32_t counts_padding;        // of averages
+  float divisor;                 // of averages, 0: the number of positions
+  int32_t dense;                 // all weights are there, in groups of filters
+  int64_t count;                 // weights that are stored
+  int64_t bias, values, bits;    // bytes from the start of the weights; bits -1 for a dense layer
+  int32_t from, to, channels;    // copies: first channel of input and output, how many; -1: all, laid end to end
+  int32_t shift[2];              // copies: row and column of the output that the first of the input goes to
+  int32_t clears;                // copies: what is not copied to becomes zero
+} model_op;
+
+typedef struct {
+  uint64_t fingerprint;  // the same number is in the weights that belong to these tables
+  int64_t weight_bytes, single, block;  // memory of activations, floats for one image
+  int32_t input, output, ops_count, values_count;
+  const model_op *ops;
+  const model_value *values;
+} model_description;
+
+extern const model_description model_network_description;
+
+// One run of a filter's weights whose inputs are in the region at hand.
+typedef struct { uint32_t value, offset, count, filter; } model_job;
+#define JOB_FIRST 0x80000000u  // begins with the bias instead of sums
+#define JOB_LAST 0x40000000u   // ends with what is added and the activation
+#define JOB_MORE(job) ((int)((job)->filter >> 28 & 3))  // dense: filters beside the first
+#define JOB_FILTER(job) ((job)->filter & 0x0fffffffu)
+
+enum { FORM_DIRECT, FORM_ROWS, FORM_FLAT };
+// FORM_FLAT: row by row; where rows are as long as those of the results, many at once; or a copy for each tap instead of
+// each column of the kernel, where a tile is a whole image.
+enum { MOVED_BY_ROW, MOVED_AT_ONCE, MOVED_BY_TAP };
+#define MODEL_TAPS 9    // copies of an image in the latter two, at most
+#define MODEL_MASKS 48  // vectors of one copy, at most
+
+// How one convolution runs in one layout. Channels are taken in passes, whose inputs are copied into a region that fits
+// a cache: of FORM_ROWS rows of the padded image, split by what stride leaves as remainder; of FORM_FLAT one copy of the
+// image for each column of the kernel, in which all positions of results follow each other. FORM_DIRECT reads the
+// input where it is. Offsets of weights are in `unit` floats from the region's begin.
+typedef struct {
+  int form, rows, cols;         // tile: rows of results, vectors in a row
+  int passes, pass_channels;
+  int region_rows, phases, phase_cols;  // rows of one channel; FLAT: arrays of one column and their length
+  int moved;                    // FLAT: how the image is copied, MOVED_*
+  int64_t channel;              // elements of one channel in the region
+  int64_t unit;                 // floats
+  const uint16_t *offsets;      // one for each stored weight; of a dense layer for each of one filter
+  const model_job *jobs;
+  const uint32_t *begin;        // [passes + 1], in jobs
+} model_plan;
+
+typedef struct model_isa model_isa;
+
+struct model_network {
+  const unsigned char *weights;
+  void *own_weights, *own_tables;  // to be freed
+  const model_isa *isa;
+  int max_batch, blocks;           // blocks: whether the layout is planned
+  model_plan *plans[LAYOUTS];      // one an operation
+  int64_t region;                  // floats of the largest region
+  size_t tables;                   // bytes
+};
+
+// What one set of instructions can do.
+struct model_isa {
+  const char *name;
+  int lanes, registers;
+  int (*available)(void);
+  void (*run)(const model_network *, int layout, float *memory, float *region);
+  void (*enter)(const float *images, int count, float *memory);               // images -> block
+  void (*leave)(const float *memory, int count, float *results);              // block -> results
+};
+
+extern const model_isa *const model_isas[];  // best first, NULL at the end
+
+int model_plan_all(model_network *);  // MODEL_OK or an error
+static inline int64_t model_plane(const model_value *v, int layout) {
+  const int64_t size = (int64_t)v->height * v->width;
+  return layout == BLOCK || size == 1 ? size : (size + 15) / 16 * 16;
+}

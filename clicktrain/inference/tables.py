@@ -1,0 +1,161 @@
+"""The C text of a program: ``model.c`` with its tables, and the constants of ``model.h``."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import math
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+from clicktrain.inference.memory_plan import places, single_size
+from clicktrain.inference.program import (
+    Affine,
+    Binary,
+    Bins,
+    Conv,
+    Copy,
+    NotPortableError,
+    Op,
+    Pool,
+    Program,
+    Softmax,
+    Value,
+)
+from clicktrain.inference.weight_file import Stored, WeightFile
+
+_MOST = 2**31 - 1
+
+
+def model_source(program: Program, weights: WeightFile, facts: Mapping[str, Any]) -> tuple[str, int]:
+    """``model.c`` of a program, whose weights are appended to ``weights``; and its fingerprint.
+
+    ``facts`` of a run, as far as they are there: classes, mean, std.
+    """
+    stored = weights.add(program)
+    numbers = {value: number for number, value in enumerate(program.values)}
+    single, floats = places(program, single_size)
+    block, block_floats = places(program, lambda value: value.size)
+    if max(floats, block_floats) > _MOST:
+        raise NotPortableError("its activations are beyond what the runtime can number")
+    rows = []
+    for value, number in numbers.items():
+        entries = ", ".join(map(str, (*value.shape, single[value], block[value])))
+        rows.append(f"    {{{entries}}},  // {number}: {_comment(value)}")
+    ops = [_row(op, one, numbers) for op, one in zip(program.ops, stored, strict=True)]
+    tables = "\n".join(["static const model_value values[] = {", *rows, "};", "",
+                        "static const model_op ops[] = {", *ops, "};"])  # fmt: skip
+    fingerprint = int.from_bytes(hashlib.sha256(tables.encode()).digest()[:8], "little")
+    ends = f"{numbers[program.input]}, {numbers[program.output]}"
+    text = f"""// Written by clicktrain: the operations of the network, see runtime.h.
+#include "runtime.h"
+
+{tables}
+
+const model_description model_network_description = {{
+    0x{fingerprint:016x}u, {weights.size}, {floats}, {block_floats}, {ends},
+    {len(ops)}, {len(rows)}, ops, values}};
+
+{_names(program, facts)}
+"""
+    return text, fingerprint
+
+
+def constants(program: Program) -> str:
+    """What ``model.h`` defines."""
+    c, h, w = program.input.shape
+    shape = {"CHANNELS": c, "HEIGHT": h, "WIDTH": w, "RESULTS": program.output.size}
+    lines = [f"#define MODEL_{name} {number}" for name, number in shape.items()]
+    names = ("CHANNELS", "HEIGHT", "WIDTH")
+    lines += [f"#define MODEL_RESULT_{n} {v}" for n, v in zip(names, program.output.shape, strict=True)]
+    return "\n".join(lines)
+
+
+def _names(program: Program, facts: Mapping[str, Any]) -> str:
+    channels, results = program.input.shape[0], program.output.size
+    classes = [str(one) for one in facts.get("classes") or ()]
+    classes = classes if len(classes) == results else []
+    names = ", ".join([json.dumps(name) for name in classes] + ["NULL"])
+    mean, deviation = (
+        _numbers(facts.get(key), channels, default) for key, default in (("mean", 0), ("std", 1))
+    )
+    return (
+        f"const char *const model_classes[MODEL_RESULTS + 1] = {{{names}}};\n"
+        f"const float model_mean[MODEL_CHANNELS] = {{{mean}}};\n"
+        f"const float model_deviation[MODEL_CHANNELS] = {{{deviation}}};"
+    )
+
+
+def _numbers(values: Sequence[float] | None, channels: int, default: float) -> str:
+    values = values if values is not None and len(values) == channels else [default] * channels
+    return ", ".join(_float(value) for value in values)
+
+
+def _float(value: float) -> str:
+    if math.isinf(value):
+        return "INFINITY" if value > 0 else "-INFINITY"
+    if math.isnan(value):
+        raise NotPortableError("a setting of an activation is no number")
+    return f"{float(value).hex()}f"
+
+
+def _comment(value: Value) -> str:
+    return "".join(c if c.isalnum() or c in "_. " else "_" for c in value.name)
+
+
+def _row(op: Op, stored: Stored, numbers: Mapping[Value, int]) -> str:
+    fields: dict[str, Any] = {
+        "kind": _kind(op),
+        "in": numbers[op.input],
+        "other": -1,
+        "out": numbers[op.output],
+    }
+    fields |= {"act": f"ACT_{op.act.name.upper()}", "low": _float(op.act.low), "high": _float(op.act.high)}
+    match op:
+        case Conv():
+            if op.residual is not None:
+                fields["other"] = numbers[op.residual]
+            fields |= {"kernel": op.weight.shape[2:], "stride": op.stride, "padding": op.padding}
+            fields |= {
+                "dilation": op.dilation,
+                "groups": op.groups,
+                "dense": int(stored.dense),
+                "count": stored.count,
+            }
+        case Pool():
+            fields |= {
+                "kernel": op.kernel,
+                "stride": op.stride,
+                "padding": op.padding,
+                "dilation": op.dilation,
+            }
+            fields |= {"mode": f"POOL_{op.mode.upper()}", "counts_padding": int(op.counts_padding)}
+            fields["divisor"] = _float(op.divisor)
+        case Bins():
+            fields["mode"] = f"POOL_{op.mode.upper()}"
+        case Binary():
+            fields |= {"other": numbers[op.other], "mode": f"BINARY_{op.mode.upper()}"}
+        case Copy():
+            channels = -1 if op.channels is None else op.channels
+            fields |= {
+                "from": op.start,
+                "to": op.to,
+                "channels": channels,
+                "shift": op.shift,
+                "clears": int(op.clears),
+            }
+    if isinstance(op, (Conv, Affine)):
+        fields |= {"bias": stored.bias, "values": stored.values, "bits": stored.bits}
+    return "    {" + ", ".join(f".{name} = {_initializer(value)}" for name, value in fields.items()) + "},"
+
+
+def _initializer(value: Any) -> str:
+    return f"{{{', '.join(map(str, value))}}}" if isinstance(value, tuple) else str(value)
+
+
+def _kind(op: Op) -> str:
+    if isinstance(op, Conv):
+        return "OP_LINEAR" if op.linear else "OP_CONV"
+    kinds = {Pool: "OP_POOL", Bins: "OP_BINS", Binary: "OP_BINARY", Affine: "OP_AFFINE", Copy: "OP_COPY",
+             Softmax: "OP_SOFTMAX"}  # fmt: skip
+    return kinds[type(op)]

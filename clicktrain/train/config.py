@@ -111,7 +111,7 @@ class RunConfig:
     layer_decay: float = 1.0
     """Factor on the learning rate from one depth (a residual block, a layer) to the next one towards the
     input; the last layer has the whole rate."""
-    layer_rates: dict[str, float] = field(default_factory=dict)
+    layer_rates: dict[str, float] = field(default_factory=dict, hash=False)
     """Factors on the learning rates of parameters whose names fit a pattern, as in fc.*=10; they multiply."""
     schedule: Literal["cosine", "linear", "triangular", "onecycle", "step", "constant"] = "cosine"
     """Learning rate over the run: cosine or linear to zero, triangular (straight up from a fifth for

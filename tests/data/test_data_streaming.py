@@ -135,7 +135,7 @@ def test_workers_outlive_a_signal_to_the_whole_group(folder: Path, cache_dir: Pa
     )
     others = multiprocessing.active_children()
     epoch = loader.epoch(0)
-    got = [next(epoch)]
+    got = [next(epoch), next(epoch)]  # both workers are at work
     workers = [child for child in multiprocessing.active_children() if child not in others]
     assert len(workers) == 2
     for worker in workers:

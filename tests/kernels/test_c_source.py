@@ -119,7 +119,7 @@ def test_generated_kernels_are_indented_and_say_what_they_are() -> None:
         assert text.startswith("// "), name
         for word in re.findall("forward|dgrad|wgrad|unrolled|cache_blocked|indexed|stride 2", name)[:2]:
             assert word.replace("stride 2", "stride 2x2") in text[:600], name
-        assert max(map(len, text.splitlines())) <= (130 if exported else 120), name
+        assert max(map(len, text.splitlines())) <= 120, name
         assert '#include "' not in text, name
 
 

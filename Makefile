@@ -49,7 +49,7 @@ widths: $(VENV)/stamp-test ## the tests of generated kernels at 4, 8 and 16 floa
 	    passed="$$passed $$width"; \
 	done; echo "== kernels passed at these widths:$$passed"
 
-long: $(VENV)/stamp-test ## tests of five seconds and more, which `make check` leaves out and CI runs
+long: $(VENV)/stamp-test ## tests of three seconds and more, which `make check` leaves out and CI runs
 	$(PYTEST) -n $(WORKERS) --dist loadscope -m long $(ARGS)
 
 slow: $(VENV)/stamp-test ## the slow tests (killed and resumed runs, whole recipes)

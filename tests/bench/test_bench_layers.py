@@ -83,6 +83,7 @@ def literal_shapes(
     return found
 
 
+@pytest.mark.long
 @pytest.mark.parametrize("what", ["inference", "training step"])
 def test_every_layer_at_its_own_shapes(channels: Path, trained: LayerTable, what: str) -> None:
     (table,) = [trained] if what == "training step" else bench_layers([row_of(channels, what)], rounds=1)

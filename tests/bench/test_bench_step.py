@@ -18,6 +18,7 @@ from clicktrain.kernels.sparse_conv2d import PackedConv2d
 CASE = StepCase("resnet20", batch_size=2, image_size=8)
 
 
+@pytest.mark.long
 def test_rows() -> None:
     rows = bench_step(
         CASE, compressions=(4.0, 10.0), groups=(1, 4), rounds=1, compiled=False, memory=False, rule="sparse"
@@ -140,10 +141,12 @@ print("megabytes", peak_mb(prepare))
     assert 28 < in_fresh_process("measured", {}) < 45
 
 
+@pytest.mark.long
 def test_memory_of_a_dense_step_in_a_process_of_its_own() -> None:
     assert step._memory(CASE, layout="NCHW", kind="fp32") > 1
 
 
+@pytest.mark.long
 def test_a_process_that_fails_is_told() -> None:
     with pytest.raises(RuntimeError, match="unknown model 'resnet21'"):
         step._memory(StepCase("resnet21"), layout="NCHW", kind="fp32")

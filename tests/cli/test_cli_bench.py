@@ -57,6 +57,7 @@ def test_conv(place: Path) -> None:
     assert f"on {result['machine']['cpu']}, 1 threads" in text
 
 
+@pytest.mark.long
 @needs_compiler
 def test_runs(place: Path) -> None:
     for name, flags in (

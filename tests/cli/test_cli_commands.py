@@ -273,6 +273,7 @@ def test_inspect_tells_the_truth_about_every_layer(finished: tuple[Path, Outcome
     assert "patterns of the 3x3 kernels" in table
 
 
+@pytest.mark.long
 @pytest.mark.filterwarnings("ignore::DeprecationWarning", "ignore::FutureWarning")
 @pytest.mark.parametrize("format", ["safetensors", "torch", "onnx"])
 def test_export(finished: tuple[Path, Outcome], format: str, place: Path) -> None:

@@ -137,6 +137,7 @@ class Watch(Silent):
         self.ended = time.thread_time()
 
 
+@pytest.mark.long
 def test_the_time_that_is_put_together_is_about_what_the_clock_says(tmp_path: Path) -> None:
     """By CPU time, as other programs run beside the tests; within a factor of 3, as checkpoints count too.
 

@@ -274,6 +274,7 @@ def test_an_unfinished_run_is_neither_evaluated_nor_exported(copy_of_finished: C
 # ---------------------------------------------------------------- the process
 
 
+@pytest.mark.long
 def test_in_a_process_of_its_own(place: Path) -> None:
     with spawn("train", "--model", "resnet21", "--out", "run", cwd=place) as process:
         out, err = process.communicate(timeout=120)

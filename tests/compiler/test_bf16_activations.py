@@ -62,6 +62,7 @@ def step(model: nn.Module, x: Tensor, y: Tensor, autocast: bool = False) -> tupl
     return loss.item(), torch.cat([g.double().flatten() for g in gradients])
 
 
+@pytest.mark.long
 @pytest.mark.parametrize(("name", "pairs"), [("resnet20", False), ("vgg11", True), ("mobilenet_v1", True)])
 def test_as_accurate_as_autocast(name: str, pairs: bool) -> None:
     model = network(name, torch.float32)

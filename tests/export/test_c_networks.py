@@ -22,6 +22,7 @@ pytestmark = [
 ]
 
 
+@pytest.mark.long
 @pytest.mark.parametrize("density", [1.0, 0.15])
 def test_a_residual_network(density: float, tmp_path: Path) -> None:
     torch.manual_seed(0)

@@ -185,6 +185,7 @@ def trained(name: str, network: str) -> tuple[nn.Module, nn.Module, clicktrain.P
     return before, model, pruner
 
 
+@pytest.mark.long
 @pytest.mark.parametrize("name", METHODS)
 @pytest.mark.filterwarnings("ignore::clicktrain.errors.MissedTarget")
 def test_method_by_layer_type(name: str) -> None:

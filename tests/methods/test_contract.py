@@ -335,14 +335,20 @@ PROPERTIES: dict[str, Callable[[str, Path], None]] = {
 }
 
 
+IN_PROCESSES = ("2 processes", "kept exchange")
+"""Properties that start processes, which takes a while."""
+
+
 @pytest.mark.parametrize("name", METHODS)
-@pytest.mark.parametrize("what", PROPERTIES)
+@pytest.mark.parametrize(
+    "what", [pytest.param(w, marks=pytest.mark.long if w in IN_PROCESSES else ()) for w in PROPERTIES]
+)
 def test_contract(
     what: str, name: str, tmp_path: Path, record_property: Callable[[str, object], None]
 ) -> None:
     reason = METHODS[name].contract_exempt.get(what)
     record_property("contract", (what, name, reason))
-    if what in ("2 processes", "kept exchange") and not dist.is_available():
+    if what in IN_PROCESSES and not dist.is_available():
         pytest.skip("PyTorch without torch.distributed")
     if reason is None:
         PROPERTIES[what](name, tmp_path)

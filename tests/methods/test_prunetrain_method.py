@@ -112,6 +112,7 @@ def test_when_it_reconfigures(settings: dict[str, Any], expected: list[int]) -> 
     assert epochs_of(pruner) == sorted(set(expected))
 
 
+@pytest.mark.long
 @pytest.mark.parametrize("reconfigure", ["interval", "once", "end"])
 def test_no_zero_channel_is_left_at_the_end(reconfigure: Any) -> None:
     """However the comparisons of the paper reconfigure while they train, what is reported is what is left."""

@@ -71,6 +71,7 @@ def untimed(event: Mapping[str, Any]) -> dict[str, Any]:
     return {key: value for key, value in event.items() if not key.endswith("seconds")}
 
 
+@pytest.mark.long
 @pytest.mark.parametrize("name", METHODS)
 def test_a_loop_of_ones_own_hears_what_the_trainer_writes(tmp_path: Path, name: str) -> None:
     fit(config(name), METHODS[name], tmp_path / "run")
@@ -103,6 +104,7 @@ def test_a_subscriber_hears_the_kinds_it_asked_for() -> None:
     assert nothing == []
 
 
+@pytest.mark.long
 @pytest.mark.parametrize("name", METHODS)
 def test_a_state_that_is_loaded_is_heard_of(name: str) -> None:
     first = prepare(config(name), METHODS[name])

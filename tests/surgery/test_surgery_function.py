@@ -44,6 +44,7 @@ def test_gating_computes_what_union_computes(name: str, fraction: float) -> None
     assert count["gating"] <= count["union"]
 
 
+@pytest.mark.long
 @pytest.mark.parametrize("name", ALL)
 def test_plans_replay_on_a_fresh_model(name: str) -> None:
     model, _ = masked(name)

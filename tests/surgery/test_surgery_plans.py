@@ -226,6 +226,7 @@ def test_gates_select_and_scatter() -> None:
 
 
 # PyTorch's exporter about itself.
+@pytest.mark.long
 @pytest.mark.filterwarnings("ignore::DeprecationWarning", "ignore::FutureWarning")
 def test_gates_and_remnants_export(tmp_path: Any) -> None:
     onnxruntime = pytest.importorskip("onnxruntime")

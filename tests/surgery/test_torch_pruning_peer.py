@@ -15,6 +15,7 @@ from clicktrain.surgery import apply_surgery_, channel_groups, plan_from_zeros
 tp = pytest.importorskip("torch_pruning")
 
 
+@pytest.mark.long
 @pytest.mark.filterwarnings("ignore")
 @pytest.mark.parametrize("name", ["resnet18", "resnet20", "resnet50", "resnet50_v1", "vgg11", "mobilenet_v1"])
 def test_the_same_channels_go(name: str) -> None:

@@ -95,6 +95,7 @@ def first_name(name: str) -> str:
     return name.removesuffix(".weight").replace(".layer", "")
 
 
+@pytest.mark.long
 @pytest.mark.parametrize("scheme", ["union", "gating"])
 def test_every_number_is_that_of_the_channel_it_names(tmp_path: Path, scheme: str) -> None:
     it = Watched(tmp_path / "run", {**SETTINGS, "scheme": scheme})
@@ -141,6 +142,7 @@ def test_a_resumed_run_has_the_same_file(tmp_path: Path, whole: Path, batch: int
     assert RunFolder(tmp_path / "run").channels.read_bytes() == expected != b""
 
 
+@pytest.mark.long
 def test_lines_after_the_checkpoint_are_taken_back(tmp_path: Path, whole: Path) -> None:
     path = tmp_path / "run"
     with pytest.raises(Killed):

@@ -130,6 +130,7 @@ def test_moving_masks_run_on_the_fast_kernels(tmp_path: Path) -> None:
         assert torch.allclose(tensor.double(), fast[name].double(), atol=2e-3, rtol=2e-2), name
 
 
+@pytest.mark.long
 @pytest.mark.skipif(toolchain() is None, reason="there is no C compiler")
 def test_a_gradual_method_is_sparse_before_its_end(tmp_path: Path) -> None:
     """Packed at 60% zeros; operators are chosen again for the final masks, which keep far fewer weights."""

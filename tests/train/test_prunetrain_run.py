@@ -36,6 +36,7 @@ def whole(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return path
 
 
+@pytest.mark.long
 def test_the_files_of_a_run(whole: Path) -> None:
     folder = RunFolder(whole)
     summary = folder.summary()

@@ -193,7 +193,8 @@ def test_nothing_outlives_it(how: str, tmp_path: Path) -> None:
             if sum(b"exchange.start" in words_of(pid) for pid in started) == 2:
                 break
             time.sleep(0.1)
-        (hub,) = [pid for pid in started if b"exchange.hub" in words_of(pid)]
+        # A process that the hub has forked is called like it until it runs its own program.
+        hub = min(pid for pid in started if b"exchange.hub" in words_of(pid))
         if how == "kill a process":
             workers = [pid for pid in children(hub) if b"exchange.start" in words_of(pid)]
             os.kill(workers[1], signal.SIGKILL)

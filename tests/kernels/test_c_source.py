@@ -127,10 +127,9 @@ def test_static_files_are_indented() -> None:
     files = static_files()
     assert {"kernels/native/vector.h", "kernels/batch_norm2d/batch_norm2d.c", "bench/peak.c"} <= files.keys()
     for name, text in files.items():
-        exported = name.startswith("inference/runtime/")  # loops without braces are indented there, too
-        assert exported or indentation_faults(text) == [], name
+        assert indentation_faults(text) == [], name
         assert text.startswith("// "), name
-        assert max(map(len, text.splitlines())) <= (130 if exported else 120), name
+        assert max(map(len, text.splitlines())) <= 120, name
 
 
 def test_a_wheel_has_every_static_file() -> None:

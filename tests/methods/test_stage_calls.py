@@ -23,7 +23,7 @@ from clicktrain.models import create_model
 
 PACKAGE = str(Path(clicktrain.__file__).parent)
 STEPS = 24
-MOST = {"dense": 200, "pool": 500, "finalize": 350, "regularize": 250, "accelerated": 350}
+MOST = {"dense": 200, "pool": 500, "finalize": 350, "regularize": 247, "accelerated": 350}
 """Calls of a step that stays within its stage."""
 EARLY = 20 * 7
 """More of them in stages 2 and 3 if positions outside the candidates are penalized: 7 a layer."""

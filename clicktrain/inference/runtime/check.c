@@ -55,13 +55,14 @@ static void check_results(const unsigned char *weights, size_t bytes, const char
       for (int i = 0; i < n; ++i)
         memcpy(in + (size_t)i * IMAGE, images + (size_t)((i + n) % h->images) * IMAGE, sizeof(float) * IMAGE);
       wrong |= model_run(context, in, IMAGE * (size_t)n, n, out, (size_t)MODEL_RESULTS * (size_t)n) != MODEL_OK;
-      for (int i = 0; i < n; ++i)
+      for (int i = 0; i < n; ++i) {
         for (size_t k = 0; k < MODEL_RESULTS; ++k) {
           const double apart =
               fabs(out[(size_t)i * MODEL_RESULTS + k] - wanted[(size_t)((i + n) % h->images) * MODEL_RESULTS + k]);
           wrong |= apart != apart;
           if (apart > worst) worst = apart;
         }
+      }
     }
     wrong |= !(worst <= h->tolerance);
     printf("%-7s largest difference %.3g (allowed %.3g), %.2f MB of memory: %s\n", model_isa_of(network), worst,

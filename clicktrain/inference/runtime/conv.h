@@ -30,12 +30,13 @@ INLINE void tile_begin(const tile *t, uint32_t first, int filter, const int rows
 
 // Activations other than ReLU, of results that are stored: rare, and long where they are inlined.
 NOINLINE void activate_tile(const tile *t, float *out, int rows, int cols) {
-  for (int i = 0; i < rows; ++i)
+  for (int i = 0; i < rows; ++i) {
     for (int j = 0; j < cols; ++j) {
       float *p = out + i * t->out_row + j * LANES;
       if (t->one) *p = activate(splat(*p), t->act, t->low, t->high)[0];
       else put(p, activate(get(p), t->act, t->low, t->high));
     }
+  }
 }
 
 INLINE void tile_end(const tile *t, uint32_t last, int filter, const int rows, const int cols, vec *sums) {
@@ -149,7 +150,7 @@ DENSE(1, 1) DENSE(1, 2) DENSE(1, 3) DENSE(1, 4) DENSE(1, 5) DENSE(1, 6) DENSE(2,
 DENSE(3, 1) DENSE(3, 2) DENSE(4, 1) DENSE(5, 1) DENSE(6, 1)
 // [rows - 1][vectors in a row - 1]; NULL: there is no such tile.
 static const tile_function sparse_tiles[MODEL_TILE_ROWS][MODEL_TILE_VECTORS] = {
-    {sparse_1_1, sparse_1_2, sparse_1_3, sparse_1_4, sparse_1_5, sparse_1_6, sparse_1_7, sparse_1_8, sparse_1_9,
+  {sparse_1_1, sparse_1_2, sparse_1_3, sparse_1_4, sparse_1_5, sparse_1_6, sparse_1_7, sparse_1_8, sparse_1_9,
      sparse_1_10, sparse_1_11, sparse_1_12, sparse_1_13, sparse_1_14, sparse_1_15, sparse_1_16},
     {sparse_2_1, sparse_2_2, sparse_2_3, sparse_2_4, sparse_2_5, sparse_2_6, sparse_2_7, sparse_2_8},
     {sparse_3_1, sparse_3_2, sparse_3_3, sparse_3_4, sparse_3_5},
@@ -168,7 +169,7 @@ static const tile_function sparse_tiles[MODEL_TILE_ROWS][MODEL_TILE_VECTORS] = {
     {sparse_16_1},
 };
 static const tile_function dense_tiles[MODEL_TILE_DENSE][MODEL_TILE_DENSE] = {
-    {dense_1_1, dense_1_2, dense_1_3, dense_1_4, dense_1_5, dense_1_6},
+  {dense_1_1, dense_1_2, dense_1_3, dense_1_4, dense_1_5, dense_1_6},
     {dense_2_1, dense_2_2, dense_2_3},
     {dense_3_1, dense_3_2},
     {dense_4_1},
@@ -203,10 +204,12 @@ INLINE void copy_positions(float *to, const float *from, int64_t count, int64_t 
   }
 }
 INLINE void clear_positions(float *to, int64_t count, const int element) {
-  if (element == 1)
+  if (element == 1) {
     for (int64_t k = 0; k < count; ++k) to[k] = 0;
-  else
+  }
+  else {
     for (int64_t k = 0; k < count; ++k) put(to + k * LANES, (vec){0});
+  }
 }
 
 // Positions x0, x0 + step, .. of row y of an image, zero outside of it.
@@ -226,7 +229,7 @@ INLINE void copy_row(float *to, const float *image, const model_value *in, int64
 
 INLINE void fill_rows(const model_plan *plan, const model_op *op, const model_value *in, const float *image,
                       int64_t plane, int channels, int i0, int j0, float *to, const int element) {
-  for (int c = 0; c < channels; ++c, image += plane)
+  for (int c = 0; c < channels; ++c, image += plane) {
     for (int r = 0; r < plan->region_rows; ++r) {
       const int64_t y = (int64_t)i0 * op->stride[0] - op->padding[0] + r;
       int found = 0;
@@ -241,6 +244,7 @@ INLINE void fill_rows(const model_plan *plan, const model_op *op, const model_va
         to += (int64_t)plan->phase_cols * element;
       }
     }
+  }
 }
 
 // Where rows of the image are as long as those of the results, they lie one after another there as here, moved by some
@@ -259,7 +263,7 @@ INLINE void fill_at_once(const model_plan *plan, const model_op *op, const model
       if (++column == width + shift) column = shift, ++row;
     }
   }
-  for (int c = 0; c < channels; ++c, image += plane)
+  for (int c = 0; c < channels; ++c, image += plane) {
     for (int s = 0; s < op->kernel[1]; ++s, to += plan->phase_cols) {
       const float *from = image + top * width + s * op->dilation[1] - op->padding[1];
       // Rows below the image need not be there: what is beyond this memory is not read.
@@ -268,6 +272,7 @@ INLINE void fill_at_once(const model_plan *plan, const model_op *op, const model
         put(to + k * LANES, at < plane ? only(get(from + k * LANES), inside[s][k]) : (vec){0});
       }
     }
+  }
 }
 
 // A copy for each tap.
@@ -277,7 +282,8 @@ INLINE void fill_taps(const model_plan *plan, const model_op *op, const model_va
   ivec inside[MODEL_TAPS][MODEL_TILE_VECTORS];
   int64_t moved[MODEL_TAPS];
   for (int t = 0; t < taps; ++t) {
-    const int64_t down = t / columns * op->dilation[0] - op->padding[0], right = t % columns * op->dilation[1] - op->padding[1];
+    const int64_t down = t / columns * op->dilation[0] - op->padding[0];
+    const int64_t right = t % columns * op->dilation[1] - op->padding[1];
     int32_t *lanes = (int32_t *)inside[t];
     moved[t] = down * in->width + right;
     int64_t row = down, column = right;
@@ -286,16 +292,18 @@ INLINE void fill_taps(const model_plan *plan, const model_op *op, const model_va
       if (++column == in->width + right) column = right, ++row;
     }
   }
-  for (int c = 0; c < channels; ++c, image += plane)
-    for (int t = 0; t < taps; ++t)
+  for (int c = 0; c < channels; ++c, image += plane) {
+    for (int t = 0; t < taps; ++t) {
       for (int k = 0; k < plan->cols; ++k, to += LANES) put(to, only(get(image + moved[t] + k * LANES), inside[t][k]));
+    }
+  }
 }
 
 INLINE void fill_flat(const model_plan *plan, const model_op *op, const model_value *in, const model_value *out,
                       const float *image, int64_t plane, int channels, int i0, int64_t length, float *to) {
   const int64_t width = out->width, shift = (int64_t)(op->kernel[0] - 1) * op->dilation[0] / op->stride[0];
   const int64_t lines = min64((length + width - 1) / width, out->height - i0 + shift);
-  for (int c = 0; c < channels; ++c, image += plane)
+  for (int c = 0; c < channels; ++c, image += plane) {
     for (int s = 0; s < op->kernel[1]; ++s) {
       int found = 0;
       for (int r = 0; found < plan->phases; ++r) {
@@ -307,11 +315,13 @@ INLINE void fill_flat(const model_plan *plan, const model_op *op, const model_va
         for (int64_t m = 0; m < lines; ++m) {
           const int64_t y = (i0 + m) * op->stride[0] + phase - op->padding[0];
           const int64_t count = min64(width, plan->phase_cols - m * width);
-          copy_row(to + m * width, image, in, y, (int64_t)s * op->dilation[1] - op->padding[1], count, op->stride[1], 1);
+          copy_row(to + m * width, image, in, y, (int64_t)s * op->dilation[1] - op->padding[1],
+                   count, op->stride[1], 1);
         }
         to += plan->phase_cols;
       }
     }
+  }
 }
 
 INLINE void run_conv(const model_network *network, const model_op *op, const model_plan *plan,
@@ -322,9 +332,13 @@ INLINE void run_conv(const model_network *network, const model_op *op, const mod
   const float *images = memory + (layout == BLOCK ? in->block * block : in->single);
   float *results = memory + (layout == BLOCK ? out->block * block : out->single);
   const float *residual = NULL;
-  if (op->other >= 0) residual = memory + (layout == BLOCK ? values[op->other].block * block : values[op->other].single);
+  if (op->other >= 0) {
+    const model_value *other = values + op->other;
+    residual = memory + (layout == BLOCK ? other->block * block : other->single);
+  }
   const int64_t plane = model_plane(in, layout) * element;
-  tile t = {.values = (const float *)(network->weights + op->values), .bias = (const float *)(network->weights + op->bias),
+  tile t = {.values = (const float *)(network->weights + op->values),
+            .bias = (const float *)(network->weights + op->bias),
             .offsets = plan->offsets, .unit = plan->unit, .out_plane = model_plane(out, layout) * element,
             .one = layout == SINGLE && out->height == 1 && out->width == 1, .act = op->act, .low = op->low,
             .high = op->high};
@@ -339,7 +353,7 @@ INLINE void run_conv(const model_network *network, const model_op *op, const mod
   const int64_t across = flat ? (vectors + plan->cols - 1) / plan->cols : (out->width + wide - 1) / wide;
   t.row = flat ? 0 : (int64_t)op->stride[0] * plan->phases * plan->phase_cols * element;
   t.out_row = flat ? 0 : (int64_t)out->width * element;
-  for (int64_t a = 0; a < down; ++a)
+  for (int64_t a = 0; a < down; ++a) {
     for (int64_t b = 0; b < across; ++b) {
       // The last tile is whole: it computes some results again.
       const int64_t i0 = flat ? 0 : min64(a * plan->rows, out->height - plan->rows);
@@ -368,4 +382,5 @@ INLINE void run_conv(const model_network *network, const model_op *op, const mod
         function(&t);
       }
     }
+  }
 }

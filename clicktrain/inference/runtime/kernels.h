@@ -7,8 +7,8 @@ INLINE float *place(const model_value *value, float *memory, const int layout) {
   return memory + (layout == BLOCK ? value->block * LANES : value->single);
 }
 
-INLINE void run_linear(const model_network *network, const model_op *op, const model_plan *plan, const float *x, float *y,
-                       int inputs, int outputs, const int layout) {
+INLINE void run_linear(const model_network *network, const model_op *op, const model_plan *plan, const float *x,
+                       float *y, int inputs, int outputs, const int layout) {
   const float *weights = (const float *)(network->weights + op->values);
   const float *bias = (const float *)(network->weights + op->bias);
   if (layout == BLOCK) linear_block(op, weights, bias, x, inputs, outputs, y);
@@ -34,8 +34,8 @@ INLINE void run_binary(const model_op *op, const model_value *values, const floa
   }
 }
 
-INLINE void run_affine(const model_network *network, const model_op *op, const model_value *in, const float *x, float *y,
-                       const int layout) {
+INLINE void run_affine(const model_network *network, const model_op *op, const model_value *in, const float *x,
+                       float *y, const int layout) {
   const float *scale = op->values < 0 ? NULL : (const float *)(network->weights + op->values);
   const float *shift = op->bias < 0 ? NULL : (const float *)(network->weights + op->bias);
   const int64_t plane = model_plane(in, layout) * (layout == BLOCK ? LANES : 1);
@@ -58,7 +58,8 @@ INLINE void run_copy(const model_op *op, const model_value *in, const model_valu
     const int64_t all = size * in->channels;
     for (int64_t k = 0, run; k < all; k += run) {
       run = min64(size - k % size, wanted - k % wanted);
-      memcpy(y + (k / wanted * to + k % wanted) * element, x + (k / size * from + k % size) * element, (size_t)run * bytes);
+      memcpy(y + (k / wanted * to + k % wanted) * element, x + (k / size * from + k % size) * element,
+             (size_t)run * bytes);
     }
     return;
   }
@@ -88,20 +89,20 @@ INLINE void run_ops(const model_network *network, float *memory, float *region, 
     switch (op->kind) {
       case OP_CONV: run_conv(network, op, plan, values, memory, region, layout); break;
       case OP_LINEAR:
-        if (layout == BLOCK && !op->dense) run_conv(network, op, plan, values, memory, region, layout);
-        else run_linear(network, op, plan, x, y, in->channels, out->channels, layout);
-        break;
+      if (layout == BLOCK && !op->dense) run_conv(network, op, plan, values, memory, region, layout);
+      else run_linear(network, op, plan, x, y, in->channels, out->channels, layout);
+      break;
       case OP_POOL:
-        for (int c = 0; c < in->channels; ++c) {
-          if (layout == BLOCK) pool_block(op, in, out, x + c * from, y + c * to);
-          else pool_single(op, in, out, x + c * from, y + c * to, region);
-        }
-        if (layout == SINGLE) activate_all(op, y, to * out->channels);
-        break;
+      for (int c = 0; c < in->channels; ++c) {
+        if (layout == BLOCK) pool_block(op, in, out, x + c * from, y + c * to);
+        else pool_single(op, in, out, x + c * from, y + c * to, region);
+      }
+      if (layout == SINGLE) activate_all(op, y, to * out->channels);
+      break;
       case OP_BINS:
-        for (int c = 0; c < in->channels; ++c) bins(op, in, out, x + c * from, y + c * to, layout);
-        if (layout == SINGLE) activate_all(op, y, to * out->channels);
-        break;
+      for (int c = 0; c < in->channels; ++c) bins(op, in, out, x + c * from, y + c * to, layout);
+      if (layout == SINGLE) activate_all(op, y, to * out->channels);
+      break;
       case OP_BINARY: run_binary(op, values, x, place(values + op->other, memory, layout), y, layout); break;
       case OP_AFFINE: run_affine(network, op, in, x, y, layout); break;
       case OP_COPY: run_copy(op, in, out, x, y, layout); break;
@@ -120,13 +121,15 @@ static void enter(const float *images, int count, float *memory) {
   const model_value *in = model_network_description.values + model_network_description.input;
   const int64_t size = (int64_t)in->channels * in->height * in->width;
   float *to = memory + in->block * LANES;
-  for (int64_t k = 0; k < size; ++k)
+  for (int64_t k = 0; k < size; ++k) {
     for (int l = 0; l < LANES; ++l) to[k * LANES + l] = l < count ? images[l * size + k] : 0;
+  }
 }
 static void leave(const float *memory, int count, float *results) {
   const model_value *out = model_network_description.values + model_network_description.output;
   const int64_t size = (int64_t)out->channels * out->height * out->width;
   const float *from = memory + out->block * LANES;
-  for (int l = 0; l < count; ++l)
+  for (int l = 0; l < count; ++l) {
     for (int64_t k = 0; k < size; ++k) results[l * size + k] = from[k * LANES + l];
+  }
 }

@@ -17,6 +17,6 @@ const model_isa model_isa_base = {NAME, LANES, REGISTERS, available, run, enter,
 extern const model_isa model_isa_avx2, model_isa_avx512;
 const model_isa *const model_isas[] = {
 #if defined(__x86_64__)
-    &model_isa_avx512, &model_isa_avx2,
+  &model_isa_avx512, &model_isa_avx2,
 #endif
     &model_isa_base, NULL};

@@ -63,7 +63,7 @@ NOINLINE void linear_gathered(const model_op *op, const model_plan *plan, const 
 
 // Windows of one channel of a block.
 INLINE void pool_block(const model_op *op, const model_value *in, const model_value *out, const float *x, float *y) {
-  for (int i = 0; i < out->height; ++i)
+  for (int i = 0; i < out->height; ++i) {
     for (int j = 0; j < out->width; ++j, y += LANES) {
       const int top = i * op->stride[0] - op->padding[0], left = j * op->stride[1] - op->padding[1];
       int found = 0;
@@ -87,6 +87,7 @@ INLINE void pool_block(const model_op *op, const model_value *in, const model_va
       }
       put(y, activate(v, op->act, op->low, op->high));
     }
+  }
 }
 
 // Windows of one channel of one image: first over rows, with lanes along the row, then over columns.
@@ -128,7 +129,7 @@ NOINLINE void pool_single(const model_op *op, const model_value *in, const model
 // Adaptive pooling of one channel: bin i of n is from floor(i * size / n) to ceil((i + 1) * size / n).
 INLINE void bins(const model_op *op, const model_value *in, const model_value *out, const float *x, float *y,
                  const int layout) {
-  for (int i = 0; i < out->height; ++i)
+  for (int i = 0; i < out->height; ++i) {
     for (int j = 0; j < out->width; ++j) {
       const int64_t top = (int64_t)i * in->height / out->height, left = (int64_t)j * in->width / out->width;
       const int64_t bottom = ((int64_t)(i + 1) * in->height + out->height - 1) / out->height;
@@ -136,11 +137,12 @@ INLINE void bins(const model_op *op, const model_value *in, const model_value *o
       const float share = 1.0f / (float)((bottom - top) * (right - left));
       if (layout == BLOCK) {
         vec v = splat(op->mode == POOL_MAX ? -INFINITY : 0);
-        for (int64_t r = top; r < bottom; ++r)
+        for (int64_t r = top; r < bottom; ++r) {
           for (int64_t s = left; s < right; ++s) {
             const vec one = get(x + (r * in->width + s) * LANES);
             v = op->mode == POOL_MAX ? either((v > one) | (v != v), v, one) : v + one;
           }
+        }
         put(y, activate(op->mode == POOL_MAX ? v : v * share, op->act, op->low, op->high));
         y += LANES;
       } else {
@@ -158,6 +160,7 @@ INLINE void bins(const model_op *op, const model_value *in, const model_value *o
         *y++ = op->mode == POOL_MAX ? v : v * share;
       }
     }
+  }
 }
 
 // One value by another of its shape, or by one number a channel (`by_channel`).

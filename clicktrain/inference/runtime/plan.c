@@ -36,14 +36,16 @@ static int phases_of(int kernel, int dilation, int stride, int *index) {
   return count;
 }
 
-// Choose the passes of a plan: regions in L1, or larger ones in L2 and fewer passes. Returns its time in cycles, by rules
-// of thumb. `copied`: cycles for a channel of a region; `load`: what loading an operand costs more than multiplying.
+// Choose the passes of a plan: regions in L1, or larger ones in L2 and fewer passes. Returns its time in cycles, by
+// rules of thumb. `copied`: cycles for a channel of a region; `load`: what loading an operand costs more than
+// multiplying.
 static double choose_passes(const problem *p, model_plan *plan, double tiles, double copied, double load) {
   const model_op *op = p->op;
   const double group = op->dense ? MODEL_GROUP : 1, vectors = plan->rows * plan->cols;
   const double weights = (double)op->count / group, filters = p->out->channels / group;
   const int64_t channels = p->in->channels, lane = p->lanes * (int64_t)sizeof(float);
-  const int64_t bytes = plan->form == FORM_DIRECT ? (int64_t)vectors * lane : plan->channel * p->element * (int64_t)sizeof(float);
+  const int64_t bytes = plan->form == FORM_DIRECT ? (int64_t)vectors * lane
+                                                    : plan->channel * p->element * (int64_t)sizeof(float);
   const double sums = p->out->channels * vectors * (double)lane > SUMS_BYTES ? 4 : 2;
   double best = -1;
   for (int large = 0; large < 2; ++large) {
@@ -88,7 +90,7 @@ static double plan_rows(const problem *p, model_plan *plan) {
   const double load = p->layout == BLOCK ? 1 : p->lanes == 16 ? 1.55 : p->lanes == 8 ? 1.3 : 1.1;
   double best = -1;
   if (!phases) return best;
-  for (int rows = 1; rows <= p->vectors && rows <= p->out->height; ++rows)
+  for (int rows = 1; rows <= p->vectors && rows <= p->out->height; ++rows) {
     for (int cols = 1; rows * cols <= p->vectors && cols <= width; ++cols) {
       if (!is_tile(rows, cols)) continue;
       const int wide = p->layout == BLOCK ? cols : cols * p->lanes;
@@ -105,13 +107,15 @@ static double plan_rows(const problem *p, model_plan *plan) {
       best = cost;
       *plan = trial;
     }
+  }
   return best;
 }
 
 // One copy of the image for each tap, where a tile is a whole image: everything that is loaded is aligned.
 static double plan_taps(const problem *p, model_plan *plan, int cols) {
   const model_op *op = p->op;
-  const int64_t reach = (int64_t)(op->kernel[0] - 1) * op->dilation[0] * p->in->width + (op->kernel[1] - 1) * op->dilation[1];
+  const int64_t reach = (int64_t)(op->kernel[0] - 1) * op->dilation[0] * p->in->width +
+                        (op->kernel[1] - 1) * op->dilation[1];
   if (p->taps > MODEL_TAPS || reach > MODEL_SLACK - 64) return -1;
   *plan = (model_plan){.form = FORM_FLAT, .rows = 1, .cols = cols, .moved = MOVED_BY_TAP, .phase_cols = cols * p->lanes,
                        .region_rows = p->taps, .channel = (int64_t)p->taps * cols * p->lanes, .unit = p->lanes};
@@ -140,10 +144,12 @@ static double plan_flat(const problem *p, model_plan *plan) {
   // A tap whose rows begin inside a vector takes one cache line more than there are vectors.
   int inside = 0;
   for (int r = 0; r < op->kernel[0]; ++r) inside += r * op->dilation[0] / op->stride[0] * width % p->lanes != 0;
-  const double load = 1 + (double)inside / op->kernel[0] / cols * (p->lanes == 16 ? 1 : 0.5) + (tiles > 1 && width % p->lanes);
+  const double load = 1 + (double)inside / op->kernel[0] / cols * (p->lanes == 16 ? 1 : 0.5) +
+                      (tiles > 1 && width % p->lanes);
   const double cost = choose_passes(p, plan, (double)tiles, copied, load);
   model_plan taps;
-  const double by_taps = plan->moved && tiles == 1 && p->in->height == p->out->height && inside ? plan_taps(p, &taps, cols) : -1;
+  const double by_taps =
+      plan->moved && tiles == 1 && p->in->height == p->out->height && inside ? plan_taps(p, &taps, cols) : -1;
   if (by_taps < 0 || by_taps >= cost) return cost;
   *plan = taps;
   return by_taps;
@@ -177,7 +183,8 @@ static void offsets_of(const problem *p, const model_plan *plan, uint16_t *where
       const int r = k / p->columns, s = k % p->columns;
       int64_t offset = channel;
       if (plan->form == FORM_ROWS)
-        offset = channel * plan->channel + ((int64_t)r * op->dilation[0] * plan->phases + phase[1][s]) * plan->phase_cols +
+        offset = channel * plan->channel + ((int64_t)r * op->dilation[0] * plan->phases + phase[1][s]) *
+                     plan->phase_cols +
             s * op->dilation[1] / op->stride[1];
       if (plan->moved == MOVED_BY_TAP)
         offset = (channel * plan->channel + (int64_t)k * plan->phase_cols) / plan->unit;
@@ -237,7 +244,9 @@ static int sparse_jobs(job_list *list, const unsigned char *bits, const uint16_t
       }
       const int64_t inside = place - first + shift;
       const int pass = (int)(inside / list->p->taps / list->plan->pass_channels);
-      if (list->filter != filter || list->pass != pass) new_job(list, filter, pass, (uint32_t)stored, (uint32_t)stored, 0);
+      if (list->filter != filter || list->pass != pass) {
+        new_job(list, filter, pass, (uint32_t)stored, (uint32_t)stored, 0);
+      }
       if (list->jobs) {
         ++list->last->count;
         offsets[stored] = where[inside];
@@ -245,8 +254,9 @@ static int sparse_jobs(job_list *list, const unsigned char *bits, const uint16_t
       ++stored;
     }
   }
-  for (; filter < filters; ++filter)
+  for (; filter < filters; ++filter) {
     if (list->filter != filter) new_job(list, filter, 0, (uint32_t)stored, (uint32_t)stored, 0);
+  }
   if (list->jobs && list->last) list->last->filter |= JOB_LAST;
   return stored == op->count;
 }
@@ -258,10 +268,11 @@ static void dense_jobs(job_list *list) {
   const int64_t fours = up(filters, MODEL_GROUP), taps = list->p->taps, most = list->plan->pass_channels;
   list->filter = -1;
   list->last = NULL;
-  for (int64_t group = 0; group < op->groups; ++group)
+  for (int64_t group = 0; group < op->groups; ++group) {
     for (int64_t four = 0; four < fours; ++four) {
       const int64_t filter = group * filters + four * MODEL_GROUP, left = filters - four * MODEL_GROUP;
-      const int64_t begin = group * channels, end = begin + channels, weights = (group * fours + four) * channels * taps;
+      const int64_t begin = group * channels, end = begin + channels;
+      const int64_t weights = (group * fours + four) * channels * taps;
       for (int64_t c = begin, next; c < end; c = next) {
         next = (c / most + 1) * most;
         if (next > end) next = end;
@@ -270,6 +281,7 @@ static void dense_jobs(job_list *list) {
         if (list->jobs) list->last->filter |= (uint32_t)((left < MODEL_GROUP ? left : MODEL_GROUP) - 1) << 28;
       }
     }
+  }
   if (list->jobs && list->last) list->last->filter |= JOB_LAST;
 }
 
@@ -286,7 +298,8 @@ static void *take(table_memory *memory, size_t bytes) {
 }
 
 // Count, or fill, the tables of one plan.
-static int make_tables(const model_network *network, const problem *p, model_plan *plan, table_memory *memory, int fill) {
+static int make_tables(const model_network *network, const problem *p, model_plan *plan, table_memory *memory,
+                       int fill) {
   const model_op *op = p->op;
   const int64_t all = (int64_t)p->in->channels * p->taps;
   const size_t passes = (size_t)plan->passes, stored = (size_t)(op->dense ? all : op->count);
@@ -353,11 +366,12 @@ int model_plan_all(model_network *network) {
   network->plans[BLOCK] = plans + count;
   table_memory memory = {0};
   for (int fill = 0; fill < 2; ++fill) {
-    for (int layout = 0; layout < (network->blocks ? LAYOUTS : 1); ++layout)
+    for (int layout = 0; layout < (network->blocks ? LAYOUTS : 1); ++layout) {
       for (int index = 0; index < NETWORK->ops_count; ++index) {
         const int failed = plan_one(network, index, layout, &memory, fill);
         if (failed) return failed;
       }
+    }
     if (fill) break;
     network->tables = memory.used;
     network->own_tables = malloc(memory.used + 16);

@@ -45,8 +45,9 @@ static int check(const unsigned char *bytes, size_t count) {
 }
 
 static const model_isa *choose(const char *name) {
-  for (const model_isa *const *isa = model_isas; *isa; ++isa)
+  for (const model_isa *const *isa = model_isas; *isa; ++isa) {
     if ((!name || strcmp((*isa)->name, name) == 0) && (*isa)->available()) return *isa;
+  }
   return NULL;
 }
 
@@ -173,8 +174,7 @@ int model_run(model_context *context, const float *images, size_t image_floats, 
 }
 
 const char *model_error(int code) {
-  static const char *const words[] = {
-      "no error",
+  static const char *const words[] = {"no error",
       "an argument is null, or sizes do not fit",
       "there is not enough memory",
       "the file cannot be read",
@@ -183,15 +183,17 @@ const char *model_error(int code) {
       "the weights belong to another network",
       "the weights are damaged",
       "these instructions are unknown, or this processor does not have them",
-      "the network is too large for this runtime"};
+      "the network is too large for this runtime",
+  };
   return code >= 0 && code < (int)(sizeof words / sizeof *words) ? words[code] : "unknown error";
 }
 
 const char *model_isa_of(const model_network *network) { return network ? network->isa->name : NULL; }
 
 const char *model_isa_name(int index) {
-  for (const model_isa *const *isa = model_isas; *isa; ++isa)
+  for (const model_isa *const *isa = model_isas; *isa; ++isa) {
     if ((*isa)->available() && index-- == 0) return (*isa)->name;
+  }
   return NULL;
 }
 

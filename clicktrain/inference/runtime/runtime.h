@@ -64,15 +64,15 @@ typedef struct { uint32_t value, offset, count, filter; } model_job;
 #define JOB_FILTER(job) ((job)->filter & 0x0fffffffu)
 
 enum { FORM_DIRECT, FORM_ROWS, FORM_FLAT };
-// FORM_FLAT: row by row; where rows are as long as those of the results, many at once; or a copy for each tap instead of
-// each column of the kernel, where a tile is a whole image.
+// FORM_FLAT: row by row; where rows are as long as those of the results, many at once; or a copy for each tap instead
+// of each column of the kernel, where a tile is a whole image.
 enum { MOVED_BY_ROW, MOVED_AT_ONCE, MOVED_BY_TAP };
 #define MODEL_TAPS 9    // copies of an image in the latter two, at most
 #define MODEL_MASKS 48  // vectors of one copy, at most
 
 // How one convolution runs in one layout. Channels are taken in passes, whose inputs are copied into a region that fits
-// a cache: of FORM_ROWS rows of the padded image, split by what stride leaves as remainder; of FORM_FLAT one copy of the
-// image for each column of the kernel, in which all positions of results follow each other. FORM_DIRECT reads the
+// a cache: of FORM_ROWS rows of the padded image, split by what stride leaves as remainder; of FORM_FLAT one copy of
+// the image for each column of the kernel, in which all positions of results follow each other. FORM_DIRECT reads the
 // input where it is. Offsets of weights are in `unit` floats from the region's begin.
 typedef struct {
   int form, rows, cols;         // tile: rows of results, vectors in a row

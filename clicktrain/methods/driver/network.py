@@ -215,7 +215,7 @@ class PrunedNetwork:
         self.want_gradients(False)
         self.mask_weights()
         self.mask_state()
-        self.frozen = True
+        self.frozen, self.released = True, frozenset()
         for average in self.averages:
             mask_copy_(average, self.masks)
 

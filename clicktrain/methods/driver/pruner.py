@@ -691,7 +691,7 @@ class Pruner:
         A step holds at most as many batches as any before it, as far as is known. ``done``: a step has ended,
         so that what was collected for it has been read.
         """
-        if self.frozen or not (self.moving or self.network.released):
+        if not (self.moving or self.network.released):
             return
         after = {self.progress.seen + 1, self.progress.seen + self._most_batches}
         wanted = any(self.method.wants_gradients(self._state, self.length, seen) for seen in after)

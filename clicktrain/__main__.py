@@ -11,6 +11,6 @@ if __name__ == "__main__":
     if not getattr(sys.flags, "safe_path", False) and sys.path[0] in ("", os.getcwd()):
         del sys.path[0]
 
-    from clicktrain.cli import main
+    from clicktrain.cli import script
 
-    sys.exit(main())
+    script()

@@ -15,6 +15,7 @@ import os
 import sys
 import time
 from collections.abc import Sequence
+from typing import NoReturn
 
 from clicktrain.errors import FailedElsewhere, UserError, shortened
 
@@ -83,6 +84,15 @@ def main(argv: Sequence[str] | None = None) -> int:
             reason = error.strerror or type(error).__name__
             return _fail(f"{error.filename} cannot be used: {reason[:1].lower()}{reason[1:]}")
         raise
+
+
+def script() -> NoReturn:
+    """Run the command line as a process of its own, which ends with the exit code."""
+    code = main()
+    joined = sys.modules.get("clicktrain.comm.processes")
+    if joined is not None and joined.launched().number > 1:
+        joined.end(code)
+    sys.exit(code)
 
 
 def _dispatch(argv: list[str]) -> int:

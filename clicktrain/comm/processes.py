@@ -6,12 +6,14 @@ is one process, and nothing is sent.
 
 from __future__ import annotations
 
+import atexit
 import contextlib
 import os
+import sys
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass, field, replace
 from datetime import timedelta
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, NoReturn
 
 import torch
 import torch.distributed as dist
@@ -150,6 +152,20 @@ def together(timeout_s: float = TIMEOUT_S) -> Iterator[Processes]:
             if isinstance(error, UserError) and not error.may_pass:
                 processes.launch.gives_up(str(error))
             raise
+
+
+def end(code: int) -> NoReturn:
+    """End this process, which was one of several, without taking the interpreter apart.
+
+    gloo's threads outlive every `DistributedDataParallel`, and may still hold what its hook has made. If they
+    let go of it while the interpreter ends, the process aborts ("terminate called without an active exception",
+    https://github.com/pytorch/pytorch/issues/190489), and a launcher takes finished work for failed.
+    """
+    atexit._run_exitfuncs()
+    for stream in (sys.stdout, sys.stderr):
+        with contextlib.suppress(OSError, ValueError, AttributeError):
+            stream.flush()
+    os._exit(code)
 
 
 def _note(error: Exception, watch: Watch | None) -> None:

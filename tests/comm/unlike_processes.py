@@ -16,6 +16,7 @@ if RANK:
 import torch.distributed as dist  # noqa: E402
 
 from clicktrain.comm.alike import check_same_code, check_same_data, check_same_settings  # noqa: E402
+from clicktrain.comm.processes import end  # noqa: E402
 from clicktrain.errors import UserError  # noqa: E402
 
 CHECKS = {
@@ -36,3 +37,4 @@ for name, check in CHECKS.items():
         said[name] = [type(error).__name__, str(error)]
 (FOLDER / f"said-{RANK}.json").write_text(json.dumps(said))
 dist.destroy_process_group()
+end(0)

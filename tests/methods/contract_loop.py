@@ -22,6 +22,7 @@ from torch import Tensor, nn
 from torch.nn.parallel import DistributedDataParallel
 
 from clicktrain.comm import Exchange, KeptExchange, counted, masked_allreduce_hook
+from clicktrain.comm.processes import end
 from clicktrain.errors import MissedTarget
 from clicktrain.formats.tree import load_tree, save_tree
 from clicktrain.methods import METHODS, Pruner
@@ -199,3 +200,4 @@ def share(name: str, rank: int, processes: int, folder: Path, kept: bool) -> Non
 
 if __name__ == "__main__":
     main(int(sys.argv[1]), int(sys.argv[2]), Path(sys.argv[3]))
+    end(0)

@@ -20,6 +20,7 @@ from torch.nn.parallel import DistributedDataParallel
 
 from clicktrain import ClickTrain, PruneTrain
 from clicktrain.comm.agreement import agree_on_, agreed, agreed_text, mean_over_processes
+from clicktrain.comm.processes import end
 from clicktrain.errors import UserError
 from clicktrain.methods import DSR, RigL
 
@@ -168,3 +169,4 @@ def train(name: str, rank: int, processes: int, folder: Path) -> None:
 
 if __name__ == "__main__":
     main(int(sys.argv[1]), int(sys.argv[2]), Path(sys.argv[3]))
+    end(0)

@@ -15,6 +15,7 @@ import torch
 import torch.distributed as dist
 from several_processes import BASE
 
+from clicktrain.comm.processes import end
 from clicktrain.train import RunFolder, from_dict, load_run_config
 from clicktrain.train.fit import fit
 
@@ -59,3 +60,4 @@ def main(rank: int, processes: int, folder: Path, names: list[str]) -> None:
 
 if __name__ == "__main__":
     main(int(sys.argv[1]), int(sys.argv[2]), Path(sys.argv[3]), sys.argv[4:])
+    end(0)

@@ -17,6 +17,7 @@ import torch
 import torch.distributed as dist
 from torch import Tensor, nn
 
+from clicktrain.comm.processes import end
 from clicktrain.comm.sync_batch_norm import run_together, synchronized
 from clicktrain.methods import METHODS
 from clicktrain.train import TrainingInterrupted, from_dict
@@ -165,3 +166,4 @@ def main(rank: int, processes: int, folder: Path, names: list[str]) -> None:
 
 if __name__ == "__main__":
     main(int(sys.argv[1]), int(sys.argv[2]), Path(sys.argv[3]), sys.argv[4:])
+    end(0)

@@ -16,6 +16,7 @@ import torch
 import torch.distributed as dist
 from short_runs import At, run
 
+from clicktrain.comm.processes import end
 from clicktrain.train import TrainingInterrupted
 
 BATCH = 14
@@ -39,3 +40,4 @@ def main(rank: int, processes: int, folder: Path) -> None:
 
 if __name__ == "__main__":
     main(int(sys.argv[1]), int(sys.argv[2]), Path(sys.argv[3]))
+    end(0)

@@ -14,5 +14,7 @@ if __name__ == "__main__":
     job = json.loads(sys.argv[1])
     end_with_parent(job["parent"])
     from clicktrain.bench.exchange.worker import main
+    from clicktrain.comm.processes import end
 
     main(job, int(sys.argv[2]))
+    end(0)

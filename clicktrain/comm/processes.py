@@ -158,8 +158,8 @@ def end(code: int) -> NoReturn:
     """End this process, which was one of several, without taking the interpreter apart.
 
     gloo's threads outlive every `DistributedDataParallel`, and may still hold what its hook has made. If they
-    let go of it while the interpreter ends, the process aborts ("terminate called without an active exception",
-    https://github.com/pytorch/pytorch/issues/190489), and a launcher takes finished work for failed.
+    let go of it while the interpreter ends, the process aborts ("terminate called without an active
+    exception", https://github.com/pytorch/pytorch/issues/190489): a launcher takes finished work for failed.
     """
     atexit._run_exitfuncs()
     for stream in (sys.stdout, sys.stderr):

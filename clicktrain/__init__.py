@@ -23,7 +23,7 @@ if TYPE_CHECKING:
     from clicktrain.accounting import ModelCost, compression_ratio, count
     from clicktrain.compiler import accelerate
     from clicktrain.errors import UserError
-    from clicktrain.export.loading import load_packed
+    from clicktrain.deploy.loading import load_packed
     from clicktrain.kernels.pack_model import pack, unpack
     from clicktrain.methods import *  # noqa: F403 - every method, as `__getattr__` finds them
     from clicktrain.models import create_model
@@ -52,7 +52,7 @@ _HOME = {
     "compression_ratio": "clicktrain.accounting",
     "count": "clicktrain.accounting",
     "create_model": "clicktrain.models",
-    "load_packed": "clicktrain.export.loading",
+    "load_packed": "clicktrain.deploy.loading",
     "load_pruned": "clicktrain.surgery",
     "pack": "clicktrain.kernels.pack_model",
     "unpack": "clicktrain.kernels.pack_model",
@@ -88,7 +88,7 @@ def load(
         ``net = clicktrain.load("runs/first")``, ``net = clicktrain.load("runs/mine", model=MyNetwork)``,
         ``net = clicktrain.load("runs/first", batch=64)``
     """
-    from clicktrain.export.loading import load_accelerated, load_plain
+    from clicktrain.deploy.loading import load_accelerated, load_plain
 
     return load_plain(folder, model) if batch is None else load_accelerated(folder, model, batch)
 

@@ -10,7 +10,7 @@ from clicktrain.commands.arguments import OWN_MODEL, RUN, Command, Option
 from clicktrain.errors import UserError
 
 if TYPE_CHECKING:
-    from clicktrain.export import Images
+    from clicktrain.deploy import Images
     from clicktrain.train import LoadedRun
 
 _CHECKED_IMAGES = 512
@@ -64,7 +64,7 @@ def run(argv: Sequence[str]) -> int:
     for flag in ("name", "images"):
         if given.get(flag) is not None:
             raise UserError(f"--{flag} belongs to --format c")
-    from clicktrain.export import SUFFIXES, export_run
+    from clicktrain.deploy import SUFFIXES, export_run
     from clicktrain.train import load_run
 
     loaded = load_run(given["run"], given.get("model"))
@@ -82,7 +82,7 @@ def run(argv: Sequence[str]) -> int:
 
 
 def _run_c(given: dict[str, Any]) -> int:
-    from clicktrain.export import export_c
+    from clicktrain.deploy import export_c
     from clicktrain.train import load_run
 
     count = _CHECKED_IMAGES if given.get("images") is None else given["images"]

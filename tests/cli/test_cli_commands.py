@@ -19,7 +19,7 @@ from safetensors.torch import load_file
 from clicktrain.cli import COMMANDS
 from clicktrain.commands.arguments import options_of
 from clicktrain.commands.train import GROUPS
-from clicktrain.export.file_formats import PACKAGES
+from clicktrain.deploy.file_formats import PACKAGES
 from clicktrain.methods import METHODS
 from clicktrain.settings import field_names
 from clicktrain.sparsity.importance import CRITERIA

@@ -13,7 +13,7 @@ from short_runs import At, Killed, assert_same_run, kill, resume, run
 import clicktrain
 from clicktrain.accounting import count
 from clicktrain.errors import UserError
-from clicktrain.export import export_run
+from clicktrain.deploy import export_run
 from clicktrain.surgery import read_recipe
 from clicktrain.train import RunFolder, load_run
 

@@ -13,8 +13,8 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
 from clicktrain.errors import UserError
-from clicktrain.export import FORMATS, SUFFIXES, export_run, file_formats
-from clicktrain.export.file_formats import PACKAGES
+from clicktrain.deploy import FORMATS, SUFFIXES, export_run, file_formats
+from clicktrain.deploy.file_formats import PACKAGES
 from clicktrain.models import create_model
 
 torch.set_num_threads(1)
@@ -200,7 +200,7 @@ def test_wrong_places_and_formats(finished: Finished, tmp_path: Path) -> None:
 def test_onnx_without_its_packages_names_the_pip_command(
     finished: Finished, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr("clicktrain.export.file_formats.PACKAGES", ("importlib", "not_there", "nor_this"))
+    monkeypatch.setattr("clicktrain.deploy.file_formats.PACKAGES", ("importlib", "not_there", "nor_this"))
     with pytest.raises(UserError, match="needs not_there, nor_this: run 'pip install not_there nor_this'"):
         export_run(finished, "onnx", tmp_path / "net.onnx")
     assert list(tmp_path.iterdir()) == []

@@ -13,8 +13,8 @@ from c_builds import FLAGS, KERNELS, OWN, Finished, alive, compile_all, environm
 from torch import nn
 
 from clicktrain.errors import UserError
-from clicktrain.export import export_c
-from clicktrain.export.c_folder import load_module
+from clicktrain.deploy import export_c
+from clicktrain.deploy.c_folder import load_module
 
 torch.set_num_threads(1)
 pytestmark = [

@@ -14,7 +14,7 @@ import torch
 from torch import Tensor, nn
 
 from clicktrain.errors import UserError
-from clicktrain.export import file_formats
+from clicktrain.deploy import file_formats
 from clicktrain.leftovers import remove_abandoned
 
 Format = Literal["safetensors", "onnx", "torch"]

@@ -19,7 +19,7 @@ import torch
 from torch import Tensor, nn
 
 from clicktrain.errors import UserError
-from clicktrain.export.checked_export import RELATIVE, FinishedRun
+from clicktrain.deploy.checked_export import RELATIVE, FinishedRun
 from clicktrain.inference.capture import capture
 from clicktrain.inference.program import Program
 from clicktrain.inference.runtime_files import filled, renamed, runtime_file, runtime_texts

@@ -21,7 +21,7 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-from clicktrain.export.c_folder import write_c
+from clicktrain.deploy.c_folder import write_c
 from clicktrain.inference.capture import capture
 from clicktrain.inference.runtime_files import runtime_file, runtime_texts
 

@@ -31,7 +31,7 @@ HERE = Path(__file__).resolve().parent
 ENGINES = ("c", "accelerate", "torch", "onnxruntime", "openvino")
 DIFFERENT_IMAGES = 64
 TOLERANCE = 0.1
-"""Of the largest logit: OpenVINO computes in bfloat16 where the processor has it."""
+"""Share of the largest logit: OpenVINO computes in bfloat16 where the processor has it."""
 START_SECONDS = 180
 REQUEST_SECONDS = 60
 

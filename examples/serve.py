@@ -89,7 +89,7 @@ def onnxruntime_engine(run: Path, max_batch: int, threads: int) -> Run:
 
 
 def openvino_engine(run: Path, max_batch: int, threads: int) -> Run:
-    """Of any batch, in the precision that it chooses itself (bfloat16 where the processor has it)."""
+    """For any batch, in the precision that it chooses itself (bfloat16 where the processor has it)."""
     import openvino
 
     path = there(run / "export.xml", "clicktrain export RUN --format openvino")
@@ -137,7 +137,7 @@ class Batcher:
         return await one.answer
 
     async def work(self) -> None:
-        """Compute batches until it is cancelled; while one is computed, the next one gathers."""
+        """Compute batches until it is stopped; while one is computed, the next one gathers."""
         loop = asyncio.get_running_loop()
         while True:
             batch = [await self._waiting.get()]

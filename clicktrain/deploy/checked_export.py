@@ -48,21 +48,21 @@ class Exported(Comparison):
     Attributes:
         path: of the file; OpenVINO's weights lie beside it.
         num_bytes: of all that was written.
-        parameters: of the network.
+        weights: of the network's layers, without biases and norms.
         zeros: of these, that are exactly zero: files have them like any other number.
     """
 
     path: Path
     format: Format
     num_bytes: int
-    parameters: int
+    weights: int
     zeros: int
 
     def sentences(
         self, images: str = "images", kept_alone: str = "clicktrain.save and format c"
     ) -> list[str]:
         """What was written and how it was checked; ``kept_alone``: where kept weights are without zeros."""
-        share = self.zeros / max(self.parameters, 1)
+        share = self.zeros / max(self.weights, 1)
         size = f"{self.path}: {self.num_bytes / 2**20:.2f} MB"
         if share >= 0.01:
             size += (
@@ -106,12 +106,13 @@ def export_run(
         found = compare(model, kind.read(model, draft), batches(images, run.image_shape))
         found.check(f"the {format} file")
         num_bytes = _take_place(kind, draft, output)
+    weights = [parameter for parameter in model.parameters() if parameter.dim() > 1]
     return Exported(
         path=output,
         format=format,
         num_bytes=num_bytes,
-        parameters=sum(p.numel() for p in model.parameters()),
-        zeros=sum(int((p == 0).sum()) for p in model.parameters()),
+        weights=sum(weight.numel() for weight in weights),
+        zeros=sum(int((weight == 0).sum()) for weight in weights),
         max_difference=found.max_difference,
         tolerance=found.tolerance,
         images=found.images,

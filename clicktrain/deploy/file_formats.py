@@ -172,20 +172,20 @@ def write_executorch(model: nn.Module, example: Tensor, path: Path, facts: str) 
     Memory is planned when it is written, for all images of a call: a program of any number would need that of
     the most.
     """
-    from executorch.backends.xnnpack.partition.xnnpack_partitioner import XnnpackPartitioner
-    from executorch.exir import to_edge_transform_and_lower
-
     captured = capture(model, example[:1])
     with _without_warnings(), _quiet():
+        from executorch.backends.xnnpack.partition.xnnpack_partitioner import XnnpackPartitioner
+        from executorch.exir import to_edge_transform_and_lower
+
         program = to_edge_transform_and_lower(captured, partitioner=[XnnpackPartitioner()]).to_executorch()
     path.write_bytes(program.buffer)
 
 
 def read_executorch(model: nn.Module, path: Path) -> Run:
     """Load it into ExecuTorch's runtime on this processor."""
-    from executorch.runtime import Runtime
+    with _without_warnings(), _quiet():
+        from executorch.runtime import Runtime
 
-    with _without_warnings():
         method: Any = Runtime.get().load_program(path).load_method("forward")
     # A result lies in the program's memory until the next call.
     return lambda x: torch.cat(
@@ -195,10 +195,11 @@ def read_executorch(model: nn.Module, path: Path) -> Run:
 
 def write_coreml(model: nn.Module, example: Tensor, path: Path, facts: str) -> None:
     """Write the program for one image a call, in float32, with ``facts`` as metadata."""
-    import coremltools
-
-    captured = capture(model, example[:1]).run_decompositions({})
+    captured = capture(model, example[:1])
     with _without_warnings(), _quiet():
+        import coremltools
+
+        captured = captured.run_decompositions({})
         program = coremltools.convert(
             captured,
             minimum_deployment_target=coremltools.target.iOS16,

@@ -13,6 +13,7 @@ from __future__ import annotations
 
 import argparse
 import asyncio
+import contextlib
 import json
 import os
 import signal
@@ -47,15 +48,8 @@ class Server:
 
     def __init__(self, run: Path, engine: str, more: list[str]) -> None:
         self.port = free_port()
-        command = [
-            sys.executable,
-            str(HERE / "serve.py"),
-            str(run),
-            "--engine",
-            engine,
-            "--port",
-            str(self.port),
-        ]
+        command = [sys.executable, str(HERE / "serve.py"), str(run)]
+        command += ["--engine", engine, "--port", str(self.port)]
         self.process = subprocess.Popen(
             [*command, *more],
             stdout=subprocess.DEVNULL,
@@ -82,14 +76,14 @@ class Server:
 
     def __exit__(self, *error: object) -> None:
         for number in (signal.SIGTERM, signal.SIGKILL):
-            try:
+            with contextlib.suppress(ProcessLookupError):
                 os.killpg(self.process.pid, number)
-                self.process.wait(10)
-                return
-            except ProcessLookupError:
-                return
+            try:
+                self.process.wait(30)
+                break
             except subprocess.TimeoutExpired:
                 continue
+        self.process.stderr.close()
 
 
 async def client(

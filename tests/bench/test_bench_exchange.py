@@ -162,7 +162,8 @@ from clicktrain.bench.exchange.links import Link, slow_down, tool
 tool("ip", "link", "add", "eth0", "type", "veth", "peer", "name", "eth1")
 for rate in (1.0, 0.1):
     slow_down("eth0", Link(rate))
-    print(subprocess.run(["tc", "qdisc", "show", "dev", "eth0"], capture_output=True, text=True).stdout.strip())
+    shown = subprocess.run(["tc", "qdisc", "show", "dev", "eth0"], capture_output=True, text=True)
+    print(shown.stdout.strip())
 """
 
 

@@ -13,17 +13,18 @@ from pathlib import Path
 
 import pytest
 
-TRAIN = ["-m", "clicktrain", "train", "--data", "digits", "--model", "resnet8", "--width", "0.5",
-         "--epochs", "30", "--method", "clicktrain", "--compression", "4", "--batch-size", "64", "--resume"]  # fmt: skip
+TRAIN = ["--data", "digits", "--model", "resnet8", "--width", "0.5", "--epochs", "30", "--batch-size", "64",
+         "--method", "clicktrain", "--compression", "4", "--resume"]  # fmt: skip
 LONGEST_S = 240
 
 
 @contextmanager
 def machine(folder: Path, name: str, port: int) -> Iterator[subprocess.Popen[bytes]]:
     """An agent of torchrun's; what it and its process say is in a file of its name."""
-    command = [sys.executable, "-m", "torch.distributed.run", "--nnodes=1:2", "--nproc-per-node=1",
-               "--max-restarts=9", "--rdzv-backend=c10d", f"--rdzv-endpoint=localhost:{port}", "--rdzv-id=run",
-               "--rdzv-conf=last_call_timeout=2", *TRAIN, "--out", str(folder / "run")]  # fmt: skip
+    meet = ["--nnodes=1:2", "--rdzv-backend=c10d", f"--rdzv-endpoint=localhost:{port}", "--rdzv-id=run",
+            "--rdzv-conf=last_call_timeout=2"]  # fmt: skip
+    start = [sys.executable, "-m", "torch.distributed.run", *meet, "--nproc-per-node=1", "--max-restarts=9"]
+    command = [*start, "-m", "clicktrain", "train", *TRAIN, "--out", str(folder / "run")]
     settings = {"OMP_NUM_THREADS": "1", "TORCH_DISABLE_SHARE_RDZV_TCP_STORE": "1"}
     with (folder / name).open("wb") as said:
         agent = subprocess.Popen(

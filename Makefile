@@ -15,13 +15,13 @@ PYTEST   = OMP_NUM_THREADS=1 $(PY) -m pytest -q
 export PYTHON
 .DEFAULT_GOAL := help
 .NOTPARALLEL:
-.PHONY: help demo test fast check lint types widths long slow kills workers fuzz gpu format clean
+.PHONY: help demo test fast check lint types widths long slow kills workers fuzz gpu wheel site matrix format clean
 
 help: ## this list
 	@awk -F ':.*## ' '/^[a-z]+:.*## / { printf "make %-8s %s\n", $$1, $$2 }' $(MAKEFILE_LIST)
 
 demo: $(VENV)/stamp-run ## train the embedded digits dense and with ClickTrain, compare, write a report (about 1 minute)
-	$(PY) -m clicktrain.demo $(ARGS)
+	$(PY) -m clicktrain demo $(ARGS)
 
 test: $(VENV)/stamp-test ## every test but the slow and the GPU ones
 	$(PYTEST) -n $(WORKERS) --dist worksteal $(ARGS)
@@ -69,6 +69,11 @@ gpu: $(VENV)/stamp-test ## GPU tests and measurements, resumed where they stoppe
 	    f"torch {torch.__version__} sees none. For a CUDA build see https://pytorch.org/get-started")'
 	$(PYTEST) -m gpu $(ARGS)
 	$(PY) scripts/gpu.py
+
+wheel: $(VENV)/stamp-run ## dist/clicktrain-*.whl, which pip installs anywhere
+	rm -rf build
+	$(PY) -m pip wheel --quiet --no-deps --no-build-isolation --wheel-dir dist .
+	@ls dist/*.whl
 
 format: $(VENV)/stamp-test ## rewrite the sources as `make lint` wants them
 	$(PY) -m ruff format .

@@ -125,7 +125,8 @@ def _help() -> str:
     return (
         "usage: clicktrain COMMAND [...]\n\nTrain and prune convolutional networks in one run.\n\n"
         f"{lines}\n\n'clicktrain COMMAND --help' shows the flags of a command.\n"
-        "First steps: clicktrain demo, then clicktrain train --data digits --compression 8 --epochs 12 --out runs/first"
+        "First steps: clicktrain demo, then\n"
+        "  clicktrain train --data digits --compression 8 --epochs 12 --out runs/first"
     )
 
 

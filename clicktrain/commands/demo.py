@@ -1,4 +1,4 @@
-"""``clicktrain demo``: embedded digits trained dense, with ClickTrain and with one-shot magnitudes, compared."""
+"""``clicktrain demo``: digits trained dense, with ClickTrain and with one-shot magnitudes, compared."""
 
 from __future__ import annotations
 

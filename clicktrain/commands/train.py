@@ -96,8 +96,8 @@ GROUPS: dict[str, tuple[str, str, str]] = {
         "tensorboard",
     ),
 }
-"""Settings of a run by heading: those that ``--help`` explains, those that it only names, and rarely used ones,
-which are left to ``--help-all``."""
+"""Settings of a run by heading: those that ``--help`` explains, those that it only names, and rarely used
+ones, which are left to ``--help-all``."""
 
 _EXAMPLES = (
     "clicktrain train --data digits --compression 8 --epochs 12 --out runs/first",
@@ -215,9 +215,7 @@ def command_of(method: str, alone: bool = False) -> Command:
     chosen = METHODS[method]
     title = f"settings of method {method}"
     wide = max(map(len, METHODS)) + 2
-    own = {
-        title: [replace(one, main=alone or one.name in _ASKED, named=False) for one in options_of(chosen)]
-    }
+    own = {title: [replace(one, main=alone or one.name in _ASKED, named=False) for one in options_of(chosen)]}
     return Command(
         name="train",
         description="Train and prune in one run. A YAML recipe (--config) holds the settings of the run; "

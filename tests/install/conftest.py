@@ -19,47 +19,46 @@ SOURCES = ("clicktrain", "recipes", "pyproject.toml", "README.md", "LICENSE")
 
 
 @dataclass(frozen=True)
-class Installed:
-    """A wheel, and the environment that it is installed in."""
+class Environment:
+    """An environment of its own, and a copy of the sources."""
 
-    wheel: Path
+    source: Path
     folder: Path
 
     @property
-    def environment(self) -> dict[str, str]:
-        """Variables of a shell in which the environment is active."""
+    def variables(self) -> dict[str, str]:
+        """Of a shell in which the environment is active."""
         kept = {name: value for name, value in os.environ.items() if name not in CLEARED}
         path = f"{self.folder / 'bin'}{os.pathsep}{os.environ['PATH']}"
-        return {**kept, "PATH": path, "VIRTUAL_ENV": str(self.folder), "OMP_NUM_THREADS": "1", "COLUMNS": "120"}
+        return {
+            **kept,
+            "PATH": path,
+            "VIRTUAL_ENV": str(self.folder),
+            "OMP_NUM_THREADS": "1",
+            "COLUMNS": "120",
+        }
 
     def run(self, command: str, cwd: Path, seconds: float = 600) -> str:
-        """Type a command line in a folder; what it prints. Fails with what it printed where it fails."""
+        """Type command lines in a folder; what they print. Fails with that where one of them fails."""
         done = subprocess.run(
             ["bash", "-euo", "pipefail", "-c", command],
-            capture_output=True, text=True, timeout=seconds, cwd=cwd, env=self.environment,
+            capture_output=True, text=True, timeout=seconds, cwd=cwd, env=self.variables,
         )  # fmt: skip
         assert done.returncode == 0, f"{command}\n{done.stdout[-3000:]}{done.stderr[-3000:]}"
         return done.stdout
 
 
-def pip(*arguments: str | Path) -> None:
-    done = subprocess.run(
-        [sys.executable, "-m", "pip", "--disable-pip-version-check", *map(str, arguments)],
-        capture_output=True, text=True, timeout=300,
-    )  # fmt: skip
-    assert done.returncode == 0, done.stdout + done.stderr
+@pytest.fixture
+def fresh(repository: Path, tmp_path_factory: pytest.TempPathFactory) -> Environment:
+    """An environment with the dependencies and without the package.
 
-
-@pytest.fixture(scope="session")
-def installed(repository: Path, tmp_path_factory: pytest.TempPathFactory) -> Installed:
-    """A fresh environment with the wheel; its dependencies are those of the environment of the tests.
-
-    Those are on its path, not installed again: PyTorch alone is a gigabyte. A line of a ``.pth`` file adds the
-    folder without reading ``.pth`` files in there, so the checkout that it may refer to stays out.
+    Dependencies are those of the environment of the tests, on its path, not installed again: PyTorch alone is
+    a gigabyte. A line of a ``.pth`` file adds their folder without reading ``.pth`` files in there, so that
+    the checkout that one of them may name stays out.
     """
     if shutil.which("bash") is None:
         pytest.skip("there is no bash on this machine")
-    place = tmp_path_factory.mktemp("wheel")
+    place = tmp_path_factory.mktemp("fresh")
     source = place / "source"
     source.mkdir()
     for name in SOURCES:
@@ -67,12 +66,9 @@ def installed(repository: Path, tmp_path_factory: pytest.TempPathFactory) -> Ins
             shutil.copytree(path, source / name, symlinks=True, ignore=shutil.ignore_patterns("__pycache__"))
         else:
             shutil.copy(path, source / name)
-    pip("wheel", "--no-deps", "--no-build-isolation", "--no-index", "--wheel-dir", place, source)
-    (wheel,) = place.glob("*.whl")
     folder = place / "environment"
     venv.EnvBuilder(symlinks=True).create(folder)
     version = f"python{sys.version_info[0]}.{sys.version_info[1]}"
     packages = folder / "lib" / version / "site-packages"
     (packages / "dependencies.pth").write_text(sysconfig.get_path("purelib") + "\n")
-    pip("--python", folder / "bin" / "python", "install", "--no-deps", "--no-index", "--quiet", wheel)
-    return Installed(wheel, folder)
+    return Environment(source, folder)

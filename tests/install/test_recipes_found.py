@@ -11,7 +11,9 @@ from clicktrain.files import find_recipe
 from clicktrain.train.config import load_config, read_settings
 
 
-def test_the_package_brings_every_recipe(repository: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_the_package_brings_every_recipe(
+    repository: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     monkeypatch.chdir(tmp_path)
     for path in (repository / "recipes").iterdir():
         assert find_recipe(f"recipes/{path.name}").read_bytes() == path.read_bytes()
@@ -25,7 +27,9 @@ def test_a_file_that_is_there_comes_first(tmp_path: Path, monkeypatch: pytest.Mo
     assert read_settings("recipes/digits.yaml") == {"epochs": 3}
 
 
-@pytest.mark.parametrize("name", ["recipes/none.yaml", "digits.yaml", "recipes/../files.py", "mine/recipes/digits.yaml"])
+@pytest.mark.parametrize(
+    "name", ["recipes/none.yaml", "digits.yaml", "recipes/../files.py", "mine/recipes/digits.yaml"]
+)
 def test_nothing_else_is_searched(name: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.chdir(tmp_path)
     with pytest.raises(UserError, match=f"there is no file {name}"):

@@ -27,5 +27,7 @@ def test_the_changelog_has_its_form(repository: Path) -> None:
         assert kinds == [kind for kind in KINDS if kind in kinds]
         entries = re.split(r"^### .*$", part, flags=re.MULTILINE)[1:]
         assert all(re.match(r"\n- \S", one) for one in entries)
-        loose = [line for one in entries for line in one.splitlines() if line and not re.match(r"- |  \S", line)]
+        loose = [
+            line for one in entries for line in one.splitlines() if line and not re.match(r"- |  \S", line)
+        ]
         assert loose == []

@@ -11,7 +11,7 @@ python=${PYTHON:-python3}
 pins=$(mktemp)
 trap 'rm -f "$pins"' EXIT
 # What the tests need, as pinned, but for torch and what follows its version.
-grep -hvE '^(#|-r|$)|^(torch|triton|torch-pruning|mypy|ruff|types-PyYAML)==' requirements/run.txt requirements/test.txt >"$pins"
+grep -hvE '^(#|-r|$)|^(torch|triton|sympy|mypy|ruff|types-PyYAML)==' requirements/run.txt requirements/test.txt >"$pins"
 failed=
 for version in $versions; do
     folder=.matrix/torch-$version

@@ -100,7 +100,8 @@ def test_dependencies_are_what_the_package_imports(repository: Path) -> None:
     tools = {"pytest", "pytest-xdist", "hypothesis", "mypy", "ruff", "types-pyyaml", "torch-pruning"}
     by_others = {"onnx", "onnxscript", "tensorboard"}  # PyTorch imports them for us
     by_examples = {"accelerate", "lightning-fabric", "fastapi", "uvicorn"}
-    assert others - by_others == declared(repository) - tools - by_others - by_examples
+    for_site = {"mkdocs-material", "mkdocstrings-python"}
+    assert others - by_others == declared(repository) - tools - by_others - by_examples - for_site
 
 
 def test_the_four_papers_are_cited(repository: Path) -> None:

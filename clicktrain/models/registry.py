@@ -52,7 +52,7 @@ def create_model(
         UserError: unknown name, value out of range, a network that does not fit the machine's memory, or a
             factory that is not usable or raises.
 
-    Example:
+    Examples:
         >>> model = create_model("resnet20", num_classes=10)
         >>> sum(p.numel() for p in model.parameters())
         272474

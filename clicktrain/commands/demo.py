@@ -1,21 +1,21 @@
-"""``make demo``: embedded digits trained dense, with ClickTrain and with one-shot magnitudes, compared."""
+"""``clicktrain demo``: digits trained dense, with ClickTrain and with one-shot magnitudes, compared."""
 
 from __future__ import annotations
 
-import argparse
 import shutil
 import sys
 import time
 from collections.abc import Mapping, Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 from rich.console import Console
 from rich.table import Table
 
+from clicktrain.commands.arguments import QUIET, Command, Option
 from clicktrain.commands.progress import make_progress
 from clicktrain.commands.screen import lasting_console
-from clicktrain.errors import UserError
 from clicktrain.train import RunFolder, TrainingInterrupted, from_dict
 from clicktrain.train.fit import fit
 from clicktrain.wording import short
@@ -41,6 +41,20 @@ RUNS: Mapping[str, Mapping[str, Any]] = {
     "one-shot": {"method": "clicktrain", "preset": "one-shot", "compression": 8.0},
 }
 """Folder name of each run and what sets it apart."""
+
+_OPTIONS = (
+    Option("out", str, "Folder of the runs; those of an earlier demo are replaced.", "runs/demo",
+           metavar="DIR"),
+    Option("epochs", int | None, f"Epochs of each run; {RECIPE['epochs']} by default.", metavar="N"),
+    replace(QUIET, help="No progress, only the table and the report's path.", main=True),
+)  # fmt: skip
+COMMAND = Command(
+    name="demo",
+    description="Train the embedded handwritten digits dense, with ClickTrain and with one-shot magnitudes, "
+    "compare them, and write a report: about a minute.",
+    groups={"this command": _OPTIONS},
+    examples=("clicktrain demo", "clicktrain demo --epochs 5 --out runs/short-demo"),
+)
 
 
 def run_demo(out: Path, console: Console, *, epochs: int | None = None, quiet: bool = False) -> Path:
@@ -108,28 +122,17 @@ def _flops(count: float, share: float) -> str:
     return f"{short(count, ' ')} ({100 * share:.0f}%)"
 
 
-def main(argv: Sequence[str] | None = None) -> int:
-    """Run the demo; the exit code."""
-    parser = argparse.ArgumentParser(prog="python -m clicktrain.demo", description=__doc__)
-    add = parser.add_argument
-    add("--out", type=Path, default=Path("runs/demo"), help="folder of the runs (%(default)s)")
-    add("--epochs", type=int, help=f"epochs of each run ({RECIPE['epochs']})")
-    add("--quiet", action="store_true", help="no progress, only the table and the report's path")
-    given = parser.parse_args(argv)
-    console = lasting_console(f"the runs go on without it, in {given.out}")
+def run(argv: Sequence[str]) -> int:
+    """Run the command; the exit code."""
+    given = {option.name: option.default for option in _OPTIONS} | COMMAND.parse(argv)
+    out = Path(given["out"])
+    console = lasting_console(f"the runs go on without it, in {out}")
     started = time.monotonic()
     try:
-        report = run_demo(given.out, console, epochs=given.epochs, quiet=given.quiet)
-    except UserError as error:
-        print(f"clicktrain: {error}", file=sys.stderr)
-        return 2
+        report = run_demo(out, console, epochs=given["epochs"], quiet=given["quiet"])
     except TrainingInterrupted as stop:
         print(f"clicktrain: {stop}", file=sys.stderr)
         return stop.exit_code
     line = f"{len(RUNS)} runs in {time.monotonic() - started:.0f} s. Report: {report.resolve()}"
     console.print(line, highlight=False, soft_wrap=True)
     return 0
-
-
-if __name__ == "__main__":
-    sys.exit(main())

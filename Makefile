@@ -16,7 +16,7 @@ PYTEST   = OMP_NUM_THREADS=1 $(PY) -m pytest -q
 export PYTHON
 .DEFAULT_GOAL := help
 .NOTPARALLEL:
-.PHONY: help demo test fast check lint types widths long slow kills workers fuzz gpu wheel site matrix format clean
+.PHONY: help demo test fast check lint types widths long arm slow kills workers fuzz gpu wheel site matrix format clean
 
 help: ## this list
 	@awk -F ':.*## ' '/^[a-z]+:.*## / { printf "make %-8s %s\n", $$1, $$2 }' $(MAKEFILE_LIST)
@@ -52,6 +52,10 @@ widths: $(VENV)/stamp-test ## the tests of generated kernels at 4, 8 and 16 floa
 
 long: $(VENV)/stamp-test ## tests of three seconds and more, which `make check` leaves out and CI runs
 	$(PYTEST) -n $(WORKERS) --dist loadscope -m long $(ARGS)
+
+arm: $(VENV)/stamp-test ## the C export on 64-bit ARM, in an emulator, which is installed where root can
+	@sh scripts/emulator.sh
+	$(PYTEST) -m slow -k on_arm tests/deploy $(ARGS)
 
 slow: $(VENV)/stamp-test ## the slow tests (killed and resumed runs, whole recipes)
 	$(PYTEST) -m slow $(ARGS)

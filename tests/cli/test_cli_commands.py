@@ -19,7 +19,7 @@ from safetensors.torch import load_file
 from clicktrain.cli import COMMANDS
 from clicktrain.commands.arguments import options_of
 from clicktrain.commands.train import GROUPS
-from clicktrain.export.file_formats import PACKAGES
+from clicktrain.deploy.file_formats import FILE_FORMATS
 from clicktrain.methods import METHODS
 from clicktrain.settings import field_names
 from clicktrain.sparsity.importance import CRITERIA
@@ -118,6 +118,11 @@ def test_train_leaves_the_files_of_a_run_and_tells_what_it_reached(finished: tup
     summary = json.loads((folder / "summary.json").read_text())
     assert last.startswith(f"compression asked 4x, reached {summary['compression_ratio']:.2f}x; accuracy ")
     assert last.endswith(f"; files in {folder}")
+    sizes = [(folder / name).stat().st_size for name in ("model.safetensors", "packed.safetensors")]
+    assert list(summary["file_bytes"].values()) == sizes
+    first, second = (line.split() for line in before[-2:])
+    assert [first[0], first[3], second[0]] == ["model.safetensors", "100%", "packed.safetensors"]
+    assert second[3] == f"{100 * sizes[1] / sizes[0]:.0f}%"
     epochs = [line for line in before if line.startswith("epoch ")]
     assert [line.split()[1] for line in epochs] == ["1/4", "2/4", "3/4", "4/4"]
     record = json.loads((folder / "metrics.jsonl").read_text().splitlines()[-1])
@@ -282,12 +287,16 @@ def test_inspect_tells_the_truth_about_every_layer(finished: tuple[Path, Outcome
 @pytest.mark.filterwarnings("ignore::DeprecationWarning", "ignore::FutureWarning")
 @pytest.mark.parametrize("format", ["safetensors", "torch", "onnx"])
 def test_export(finished: tuple[Path, Outcome], format: str, place: Path) -> None:
-    if format == "onnx" and not all(importlib.util.find_spec(name) for name in PACKAGES):
+    if format == "onnx" and not all(importlib.util.find_spec(name) for name in FILE_FORMATS["onnx"].needs):
         pytest.skip("pip install onnx onnxscript onnxruntime")
     outcome = call("export", finished[0], "--format", format, "-o", "net.file")
     assert outcome.code == 0, outcome.err
     assert outcome.out.startswith("net.file: ")
-    assert "largest difference to the network" in outcome.out
+    first, second = outcome.out.splitlines()
+    assert "of its weights are zeros, which this format stores like others (the run's packed" in first
+    assert "on 33 validation images: largest difference to the network" in second
+    summary = json.loads((finished[0] / "summary.json").read_text())
+    assert second.endswith(f"%, the network's {summary['val_accuracy']:.2f}%")
     assert [path.name for path in place.iterdir()] == ["net.file"]
 
 
@@ -329,7 +338,7 @@ def test_export_spares_the_runs_own_files(
     assert (folder / "model.safetensors").read_bytes() == before
     assert "--format is missing" in call("export", folder).err
     assert "holds something else than an export" in call("export", folder, "--format", "c", "-o", folder).err
-    assert "--images belongs to --format c" in call("export", folder, "--format", "onnx", "--images", "3").err
+    assert "--name belongs to --format c" in call("export", folder, "--format", "torch", "--name", "x").err
     assert "images is 0" in call("export", folder, "--format", "c", "--images", "0").err
 
 

@@ -8,7 +8,7 @@ from pathlib import Path
 import pytest
 import torch
 import torch.nn.functional as F
-from c_builds import alive, check, needs_compiler
+from c_builds import FLAGS, SANITIZED, alive, check, knows, needs_compiler, on_arm, self_test, write
 from torch import Tensor, nn
 
 from clicktrain.inference.capture import capture
@@ -142,6 +142,63 @@ def test_more_random_networks(seed: int, tmp_path: Path) -> None:
     torch.manual_seed(seed)
     model, shape = random_network(seed)
     check(alive(model, [1.0, 0.4, 0.1][seed % 3], seed), shape, tmp_path)
+
+
+def some_network(name: str) -> tuple[nn.Module, tuple[int, int, int], float]:
+    """A network by name, the shape of its images and the share of weights that it keeps."""
+    torch.manual_seed(0)
+    if name == "odd":
+        return Odd(), (3, 11, 13), 0.5
+    if name == "unfolded":
+        return Unfolded(), (4, 5, 6), 0.5
+    if name.startswith("random"):
+        seed = int(name.removeprefix("random"))
+        torch.manual_seed(seed)
+        return *random_network(seed), [1.0, 0.4, 0.1][seed % 3]
+    return create_model(name, num_classes=10, width=0.25, stem="cifar"), (3, 32, 32), 0.3
+
+
+NETWORKS = (
+    "resnet8", "resnet50", "vgg11", "mobilenet_v1", "mobilenet_v3_small", "cifarnet", "odd", "unfolded",
+    *(f"random{seed}" for seed in range(100, 124)),
+)  # fmt: skip
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("name", NETWORKS)
+def test_networks_under_the_sanitizers(name: str, tmp_path: Path) -> None:
+    """Every set of instructions of this processor, one image and batches: no byte elsewhere."""
+    model, shape, density = some_network(name)
+    write(alive(model, density), shape, tmp_path)
+    done = self_test(tmp_path, tmp_path, SANITIZED, ASAN_OPTIONS="detect_leaks=1")
+    assert done.returncode == 0, done.stdout + done.stderr[-3000:]
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("level", ["native", "x86-64-v3", "x86-64"])
+@pytest.mark.parametrize(
+    "name", ["resnet8", "mobilenet_v3_small", "odd", "random200", "random201", "random202"]
+)
+def test_networks_built_for_one_level_of_instructions(name: str, level: str, tmp_path: Path) -> None:
+    if not knows(f"-march={level}"):
+        pytest.skip(f"the compiler does not know -march={level}")
+    model, shape, density = some_network(name)
+    write(alive(model, density), shape, tmp_path)
+    done = self_test(tmp_path, tmp_path, (*FLAGS, f"-march={level}"))
+    assert done.returncode == 0, done.stdout + done.stderr
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(
+    "name", ["resnet8", "mobilenet_v3_small", "odd", "unfolded", "random300", "random301"]
+)
+def test_networks_on_arm(name: str, tmp_path: Path) -> None:
+    """NEON is known to be right; how fast it is, an emulator cannot say."""
+    model, shape, density = some_network(name)
+    write(alive(model, density), shape, tmp_path)
+    done = on_arm(tmp_path, tmp_path)
+    assert done.returncode == 0, done.stdout + done.stderr
+    assert "neon" in done.stdout
 
 
 def test_layers_without_any_weight(tmp_path: Path) -> None:

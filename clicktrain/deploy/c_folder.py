@@ -2,14 +2,14 @@
 
 from __future__ import annotations
 
+import contextlib
 import copy
 import importlib.util
-import os
+import itertools
 import re
 import shutil
 import struct
-import tempfile
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from types import ModuleType
@@ -18,34 +18,27 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from clicktrain.deploy.checked_export import FinishedRun, drafts_beside
+from clicktrain.deploy.comparison import RELATIVE, Comparison, Images, batches, compare
 from clicktrain.errors import UserError
-from clicktrain.export.checked_export import RELATIVE, FinishedRun
 from clicktrain.inference.capture import capture
 from clicktrain.inference.program import Program
 from clicktrain.inference.runtime_files import filled, renamed, runtime_file, runtime_texts
 from clicktrain.inference.tables import constants, model_source
 from clicktrain.inference.weight_file import WeightFile
-from clicktrain.leftovers import remove_abandoned
-
-Images = Iterable[tuple[Tensor, Tensor | None]]
-"""Batches of normalized images [N, C, H, W] and their classes [N], None where these are unknown."""
 
 _TEMPLATES = ("model.h", "Makefile", "CMakeLists.txt", "model.py", "example.cpp", "example.rs", "README.md")
 _STORED_FLOATS = 2**18
 _MARK = "// Written by clicktrain"
-_RANDOM = (1, 3, 40)
-"""Batches of random images where there are none."""
 
 
-@dataclass(frozen=True, slots=True)
-class ExportedC:
-    """A folder that was written, built and compared on ``images`` images.
+@dataclass(frozen=True, slots=True, kw_only=True)
+class ExportedC(Comparison):
+    """A folder that was written, built and compared.
 
     Attributes:
         weight_bytes: of ``weights.bin``.
         dense_bytes: of the network's parameters and buffers in float32.
-        max_difference: largest difference of the results to the network's; at most ``tolerance``.
-        accuracy: percent, of the C code, and of the network in ``network_accuracy``; None without classes.
         isa: instructions that it ran with.
         memory_bytes: that a program needs for one image at a time.
     """
@@ -53,13 +46,20 @@ class ExportedC:
     path: Path
     weight_bytes: int
     dense_bytes: int
-    max_difference: float
-    tolerance: float
-    images: int
-    accuracy: float | None
-    network_accuracy: float | None
     isa: str
     memory_bytes: int
+
+    def sentences(self, images: str = "images") -> list[str]:
+        """What was written and how it was checked."""
+        return [
+            f"{self.path}: weights {self.weight_bytes / 2**20:.2f} MB "
+            f"(dense {self.dense_bytes / 2**20:.2f} MB), "
+            f"memory for one image at a time {self.memory_bytes / 2**20:.2f} MB",
+            f"built and run ({self.isa}) on {self.images} {images}: {self.sentence()}",
+        ]
+
+    def __str__(self) -> str:
+        return "\n".join(self.sentences())
 
 
 def export_c(
@@ -81,45 +81,44 @@ def export_c(
     output = Path(output)
     if not re.fullmatch(r"[a-z][a-z0-9_]*", name):
         raise UserError(f"name is {name!r}: use small letters, digits and underscores, such as resnet18")
+    if len(run.image_shape) != 3:
+        raise UserError(
+            f"the network takes inputs of shape [N, {', '.join(map(str, run.image_shape))}]: C has images "
+            "[N, C, H, W] only"
+        )
     _check_target(output, name)
     model = run.model.eval()
     program = capture(model, run.image_shape)
-    try:
-        remove_abandoned(output.parent, r"\.export-(?P<pid>\d+)-.*")
-        folder = tempfile.TemporaryDirectory(dir=output.parent, prefix=f".export-{os.getpid()}-")
-    except OSError as error:
-        raise UserError(f"cannot write to {output.parent}: {error.strerror}") from None
-    with folder as place, torch.no_grad():
-        draft = Path(place) / "c"
+    with drafts_beside(output) as place, torch.no_grad():
+        draft = place / "c"
         draft.mkdir()
-        batches = _batches(images, run.image_shape)
-        first = next(batches)
-        done = write_c(model, program, draft, run.facts, first[0], name)
-        compared = _compared(model, draft, name, _chained(first, batches), Path(place))
-        difference, tolerance = compared.difference, RELATIVE * max(compared.scale, 1.0)
-        if not difference <= tolerance:  # also when it is nan
-            raise UserError(
-                f"the C code does not compute what the network does (largest difference {difference:.3g}, "
-                f"allowed {tolerance:.3g}): nothing was written"
+        found = batches(images, run.image_shape)
+        few = list(itertools.islice(found, 2))  # the first image, and others
+        stored = torch.cat([x for x, _ in few])
+        weight_bytes = write_c(model, program, draft, run.facts, stored, name)
+        with _built(draft, name, place) as (network, memory):
+            compared = compare(
+                lambda x: model(x).flatten(1),
+                lambda x: torch.from_numpy(network(x.numpy())),
+                itertools.chain(few, found),
             )
+            isa = str(network.isa)
+        compared.check("the C code")
         if output.exists():
             shutil.rmtree(output)
         draft.rename(output)
     dense = sum(tensor.numel() * 4 for tensor in model.state_dict().values() if tensor.is_floating_point())
-    right, theirs = (
-        None if n is None else 100 * n / compared.images for n in (compared.right, compared.network_right)
-    )
     return ExportedC(
-        output,
-        done,
-        dense,
-        difference,
-        tolerance,
-        compared.images,
-        right,
-        theirs,
-        compared.isa,
-        compared.memory,
+        path=output,
+        weight_bytes=weight_bytes,
+        dense_bytes=dense,
+        isa=isa,
+        memory_bytes=memory,
+        max_difference=compared.max_difference,
+        tolerance=compared.tolerance,
+        images=compared.images,
+        accuracy=compared.accuracy,
+        network_accuracy=compared.network_accuracy,
     )
 
 
@@ -180,43 +179,22 @@ def _check_file(model: nn.Module, images: Tensor) -> bytes:
     return b"".join([head, *(bytes(part.tobytes()) for part in parts)])
 
 
-@dataclass(slots=True)
-class _Compared:
-    difference: float = 0.0
-    scale: float = 0.0
-    images: int = 0
-    right: int | None = None
-    network_right: int | None = None
-    isa: str = ""
-    memory: int = 0
-
-
-def _compared(model: nn.Module, folder: Path, name: str, batches: Images, scratch: Path) -> _Compared:
-    """Build the folder's library elsewhere and run both on all images."""
+@contextlib.contextmanager
+def _built(folder: Path, name: str, scratch: Path) -> Iterator[tuple[Any, int]]:
+    """The folder's network, built elsewhere, and the bytes that it needs for one image at a time."""
     module = load_module(folder / f"{name}.py")
     try:
         library = module.build(scratch)
     except (RuntimeError, OSError) as error:
         raise UserError(f"the C code cannot be checked: {error}") from None
-    network = module.Network(library=library)
-    found = _Compared(isa=network.isa)
-    for x, y in batches:
-        expected = model(x).flatten(1).double()
-        got = torch.from_numpy(network(x.numpy())).double()
-        worst = float((got - expected).abs().max())
-        found.difference = max(found.difference, worst) if worst == worst else worst
-        found.scale = max(found.scale, float(expected.abs().max()))
-        found.images += len(x)
-        if y is not None:
-            found.right = (found.right or 0) + int((got.argmax(1) == y).sum())
-            found.network_right = (found.network_right or 0) + int((expected.argmax(1) == y).sum())
-        if found.difference != found.difference:
-            break
-    network.close()
     one = module.Network(max_batch=1, library=library)
-    found.memory = int(one.memory)
+    memory = int(one.memory)
     one.close()
-    return found
+    network = module.Network(library=library)
+    try:
+        yield network, memory
+    finally:
+        network.close()
 
 
 def load_module(path: Path) -> ModuleType:
@@ -227,24 +205,6 @@ def load_module(path: Path) -> ModuleType:
     module = importlib.util.module_from_spec(spec)
     spec.loader.exec_module(module)
     return module
-
-
-def _batches(images: Images | None, shape: tuple[int, int, int]) -> Iterator[tuple[Tensor, Tensor | None]]:
-    if images is not None:
-        found = False
-        for x, y in images:
-            found = True
-            yield x.float(), y
-        if found:
-            return
-    generator = torch.Generator().manual_seed(0)
-    for count in _RANDOM:
-        yield torch.randn(count, *shape, generator=generator), None
-
-
-def _chained(first: tuple[Tensor, Tensor | None], rest: Images) -> Iterator[tuple[Tensor, Tensor | None]]:
-    yield first
-    yield from rest
 
 
 def _check_target(output: Path, name: str) -> None:

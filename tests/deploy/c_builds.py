@@ -21,7 +21,7 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-from clicktrain.export.c_folder import write_c
+from clicktrain.deploy.c_folder import write_c
 from clicktrain.inference.capture import capture
 from clicktrain.inference.runtime_files import runtime_file, runtime_texts
 
@@ -102,6 +102,44 @@ def build(folder: Path, flags: tuple[str, ...] = FLAGS, *more: str) -> Path:
         ]
     )
     return library
+
+
+def knows(flag: str) -> bool:
+    """Whether the compiler takes a flag."""
+    trial = [str(COMPILER), flag, "-E", "-x", "c", os.devnull]
+    return subprocess.run(trial, capture_output=True, check=False).returncode == 0
+
+
+SANITIZED = (*FLAGS, "-fsanitize=address,undefined", "-fno-sanitize-recover=all", "-g0")
+
+
+def self_test(
+    folder: Path, into: Path, flags: tuple[str, ...] = FLAGS, **variables: str
+) -> subprocess.CompletedProcess[str]:
+    """Compile the folder's self-test with these flags, and run it."""
+    program = into / "self_test"
+    sources = [str(folder / name) for name in (*OWN, "check.c")]
+    compile_all([[*flags, *sources, *kernel_objects(flags), "-o", str(program)]])
+    files = [str(folder / name) for name in ("weights.bin", "check.bin")]
+    return subprocess.run(
+        [str(program), *files], capture_output=True, text=True, check=False, env=environment(**variables)
+    )
+
+
+CROSS = ("aarch64-linux-gnu-gcc", "qemu-aarch64")
+
+
+def on_arm(folder: Path, into: Path) -> subprocess.CompletedProcess[str]:
+    """Compile the folder's self-test for 64-bit ARM, and run it in the emulator; skips without them."""
+    missing = [tool for tool in CROSS if shutil.which(tool) is None]
+    if missing:
+        pytest.skip(f"{' and '.join(missing)} not installed")
+    flags = ["-std=c11", "-O1", "-ffp-contract=fast", "-static", "-Wall", "-Wextra", "-Werror"]
+    sources = [str(folder / name) for name in (*OWN, *KERNELS, "check.c")]
+    program = into / "self_test_arm"
+    subprocess.run([CROSS[0], *flags, *sources, "-o", str(program), "-lm"], check=True)
+    files = [str(folder / name) for name in ("weights.bin", "check.bin")]
+    return subprocess.run([CROSS[1], str(program), *files], capture_output=True, text=True, check=False)
 
 
 class Library:

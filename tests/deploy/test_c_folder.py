@@ -12,9 +12,9 @@ import torch
 from c_builds import FLAGS, KERNELS, OWN, Finished, alive, compile_all, environment, needs_compiler, write
 from torch import nn
 
+from clicktrain.deploy import export_c
+from clicktrain.deploy.c_folder import load_module
 from clicktrain.errors import UserError
-from clicktrain.export import export_c
-from clicktrain.export.c_folder import load_module
 
 torch.set_num_threads(1)
 pytestmark = [
@@ -160,6 +160,24 @@ def test_python_without_torch(exported: tuple[Path, nn.Module], tmp_path: Path) 
         env=environment(PYTHONPATH=str(Path(np.__file__).parent.parent)),
     )  # fmt: skip
     assert done.returncode == 0, done.stderr
+
+
+@pytest.mark.slow
+def test_cmake_builds_a_library(exported: tuple[Path, nn.Module], tmp_path: Path) -> None:
+    cmake = shutil.which("cmake")
+    if cmake is None:
+        pytest.skip("cmake is not installed")
+    shutil.copytree(exported[0], tmp_path / "model")
+    (tmp_path / "CMakeLists.txt").write_text(
+        "cmake_minimum_required(VERSION 3.10)\nproject(own C CXX)\nadd_subdirectory(model)\n"
+        "add_executable(own model/example.cpp)\ntarget_link_libraries(own model)\n"
+    )
+    for more in (["-S", ".", "-B", "build"], ["--build", "build", "-j", "2"]):
+        done = subprocess.run([cmake, *more], cwd=tmp_path, capture_output=True, text=True, check=False)
+        assert done.returncode == 0, done.stdout + done.stderr
+    with torch.no_grad():
+        expected = exported[1](torch.full((1, *SHAPE), 0.5))[0]
+    assert results(tmp_path / "build" / "own", exported[0]) == pytest.approx(expected.tolist(), abs=1e-4)
 
 
 def compiled(folder: Path, into: Path, name: str = "model") -> list[str]:

@@ -2,7 +2,7 @@ from __future__ import annotations
 
 import importlib.util
 import json
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
@@ -12,13 +12,12 @@ from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
+from clicktrain.deploy import FILE_FORMATS, FORMATS, SUFFIXES, export_run, file_formats
 from clicktrain.errors import UserError
-from clicktrain.export import FORMATS, SUFFIXES, export_run, file_formats
-from clicktrain.export.file_formats import PACKAGES
 from clicktrain.models import create_model
 
 torch.set_num_threads(1)
-HAS_ONNX = all(importlib.util.find_spec(name) for name in PACKAGES)
+HAS_ONNX = all(importlib.util.find_spec(name) for name in FILE_FORMATS["onnx"].needs)
 needs_onnx = pytest.mark.skipif(not HAS_ONNX, reason="pip install onnx onnxscript onnxruntime")
 # What PyTorch's exporters warn about themselves is not ours to fix.
 pytestmark = pytest.mark.filterwarnings("ignore::DeprecationWarning", "ignore::FutureWarning")
@@ -158,6 +157,90 @@ class NotANumber(nn.Module):
         return self.linear(x.flatten(1))
 
 
+def test_real_images_give_an_accuracy(finished: Finished, tmp_path: Path) -> None:
+    """Of the file and of the network; the first image is run alone, so that any number of images can be."""
+    x, y = torch.randn(30, 1, 8, 8), torch.randint(2, (30,))
+    done = export_run(finished, "torch", tmp_path / "net.pt2", [(x[:20], y[:20]), (x[20:], y[20:])])
+    with torch.no_grad():
+        right = float((finished.model(x).argmax(1) == y).float().mean()) * 100
+    assert done.images == 30
+    assert done.accuracy == done.network_accuracy == pytest.approx(right)
+    assert f"on 30 images: largest difference to the network {done.max_difference:.2g}" in str(done)
+    assert f"accuracy {right:.2f}%, the network's {right:.2f}%" in str(done)
+    assert export_run(finished, "torch", tmp_path / "net.pt2").accuracy is None
+    with pytest.raises(
+        UserError, match=r"images are of shape \[2, 3, 8, 8\], the network's are \[N, 1, 8, 8\]"
+    ):
+        export_run(finished, "safetensors", tmp_path / "x", [(torch.randn(2, 3, 8, 8), None)])
+
+
+def test_zeros_in_a_file_are_said_to_be_there(finished: Finished, tmp_path: Path) -> None:
+    done = export_run(finished, "safetensors", tmp_path / "net.safetensors")
+    weights = [finished.model[place].weight for place in (0, 3, 8)]  # type: ignore[index]
+    assert done.weights == sum(weight.numel() for weight in weights)
+    share = 100 * sum(int((weight == 0).sum()) for weight in weights) / done.weights
+    assert f"{share:.0f}% of its weights are zeros, which this format stores like others" in str(done)
+    dense = export_run(Finished(NotPruned(), (64,)), "safetensors", tmp_path / "dense.safetensors")
+    assert "of its weights" not in str(dense)
+
+
+class NotPruned(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.linear = nn.Linear(64, 2)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.linear(x)
+
+
+def installed(format: str) -> bool:
+    try:
+        FILE_FORMATS[format].check(format)
+    except UserError:
+        return False
+    return True
+
+
+@pytest.mark.long
+@pytest.mark.filterwarnings("ignore")
+@pytest.mark.parametrize("format", ["openvino", "executorch", "coreml"])
+def test_other_engines_run_what_is_written(finished: Finished, format: str, tmp_path: Path) -> None:
+    path = tmp_path / f"net{SUFFIXES[format]}"
+    if not installed(format):
+        with pytest.raises(UserError, match=f"export to {format} (needs|cannot be checked here)"):
+            export_run(finished, format, path)
+        assert list(tmp_path.iterdir()) == []
+        pytest.skip(f"what export to {format} needs is not installed")
+    path.with_suffix(".bin").write_text("of an older export")
+    done = export_run(finished, format, path)
+    assert done.max_difference <= done.tolerance
+    assert done.num_bytes > 4 * done.weights
+    written = {"openvino": {"net.xml", "net.bin"}}.get(format, {path.name, "net.bin"})
+    assert {one.name for one in tmp_path.iterdir()} == written
+    run = FILE_FORMATS[format].read(finished.model, path)
+    x = torch.randn(5, *finished.image_shape)
+    with torch.no_grad():
+        torch.testing.assert_close(run(x), finished.model(x), rtol=1e-4, atol=1e-4)
+
+
+@pytest.mark.long
+@pytest.mark.filterwarnings("ignore")
+@pytest.mark.skipif(importlib.util.find_spec("coremltools") is None, reason="coremltools is not installed")
+def test_a_core_ml_program_is_written_anywhere(finished: Finished, tmp_path: Path) -> None:
+    """Only macOS runs it: elsewhere the command refuses, but what it would write can be made."""
+    path = tmp_path / "net.mlpackage"
+    with torch.no_grad():
+        file_formats.write_coreml(finished.model.eval(), torch.zeros(2, *finished.image_shape), path, "{}")
+    assert (path / "Manifest.json").exists()
+
+
+def test_openvino_weights_lie_beside_a_name_with_its_ending(finished: Finished, tmp_path: Path) -> None:
+    if not installed("openvino"):
+        pytest.skip("openvino is not installed")
+    with pytest.raises(UserError, match=r"net has to end in \.xml: the weights go into the \.bin file"):
+        export_run(finished, "openvino", tmp_path / "net")
+
+
 @pytest.mark.parametrize("model", [Drifting(), NotANumber()])
 def test_a_mismatch_is_an_error_and_leaves_what_was_there(model: nn.Module, tmp_path: Path) -> None:
     path = tmp_path / "net.safetensors"
@@ -200,7 +283,8 @@ def test_wrong_places_and_formats(finished: Finished, tmp_path: Path) -> None:
 def test_onnx_without_its_packages_names_the_pip_command(
     finished: Finished, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr("clicktrain.export.file_formats.PACKAGES", ("importlib", "not_there", "nor_this"))
+    needing = replace(FILE_FORMATS["onnx"], needs=("importlib", "not_there", "nor_this"))
+    monkeypatch.setitem(FILE_FORMATS, "onnx", needing)
     with pytest.raises(UserError, match="needs not_there, nor_this: run 'pip install not_there nor_this'"):
         export_run(finished, "onnx", tmp_path / "net.onnx")
     assert list(tmp_path.iterdir()) == []

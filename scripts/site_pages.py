@@ -56,12 +56,15 @@ def _no_fields() -> set[str]:
     fields: set[str] = set()
     for path in (REPOSITORY / "clicktrain" / "methods").rglob("*.py"):
         tree = ast.parse(path.read_text(encoding="utf-8"))
-        for node in (node for item in ast.walk(tree) if isinstance(item, ast.ClassDef) for node in item.body):
-            if isinstance(node, ast.FunctionDef):
-                names.add(node.name)
-            elif isinstance(node, ast.AnnAssign) and isinstance(node.target, ast.Name):
-                is_variable = ast.unparse(node.annotation).startswith("ClassVar")
-                (names if is_variable else fields).add(node.target.id)
+        for item in (item for item in ast.walk(tree) if isinstance(item, ast.ClassDef)):
+            for node in item.body:
+                if isinstance(node, ast.FunctionDef):
+                    names.add(node.name)
+                elif isinstance(node, ast.AnnAssign) and isinstance(node.target, ast.Name):
+                    if ast.unparse(node.annotation).startswith("ClassVar"):
+                        names.add(node.target.id)
+                    elif item.bases:  # records of a method's have none
+                        fields.add(node.target.id)
     return {name for name in names - fields if not name.startswith("_")}
 
 

@@ -7,7 +7,7 @@ from dataclasses import dataclass
 
 import torch
 from torch import fx, nn
-from torch.nn.modules.module import _has_any_global_hook
+from torch.nn.modules import module as torch_module
 
 from clicktrain.compiler import steps
 from clicktrain.compiler.guards import Guards
@@ -34,6 +34,15 @@ from clicktrain.kernels.native import KernelError
 from clicktrain.kernels.native.library import build_all
 from clicktrain.kernels.sparse_conv2d import PackedConv2d
 
+GLOBAL_HOOKS = (
+    torch_module._global_backward_pre_hooks,
+    torch_module._global_backward_hooks,
+    torch_module._global_forward_pre_hooks,
+    torch_module._global_forward_hooks,
+    torch_module._global_forward_hooks_always_called,
+    torch_module._global_forward_hooks_with_kwargs,
+)
+"""PyTorch's tables of hooks on all modules; the function that looks at them is not in 2.6."""
 ROOT = "base"
 """Name under which the model hangs in lowered graphs: they find layers and parameters where the model has
 them at the time of a call, not where they were when it was traced."""
@@ -78,7 +87,7 @@ class Lowered:
 
     def hooked(self) -> bool:
         """Whether hooks were added to layers that are not called any more."""
-        anywhere: bool = _has_any_global_hook()  # type: ignore[no-untyped-call]
+        anywhere = any(GLOBAL_HOOKS)
         if not (anywhere or any(self.tables)):
             return False
         return anywhere or any(map(watched, self.watched))

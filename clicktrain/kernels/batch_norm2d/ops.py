@@ -89,7 +89,7 @@ def _run_backward(
     eps: float,
     activation: str,
     need_residual: bool,
-) -> Four:
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     """Gradients of input, weight, bias, residual; the last is empty where it is ``gy`` or not needed."""
     rest = n, eps, activation, need_residual
     return launch.backward(gy, x, y, residual, weight, bias, mean, var, *rest)
@@ -131,7 +131,7 @@ def _run_affine_backward(
     activation: str,
     need_x: bool,
     need_residual: bool,
-) -> Four:
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     """Gradients of input, scale (zeros without ``x``), shift, residual; empty as of batch norm."""
     return launch.affine_backward(gy, x, y, residual, scale, shift, n, activation, need_x, need_residual)
 

@@ -31,7 +31,7 @@ def max_pool2d_batch_norm2d_blocked_op(
     n: int,
     eps: float,
     activation: str,
-) -> Five:
+) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
     """`batch_norm2d_blocked` of ``max_pool2d_blocked(x, window, ceil)``.
 
     Returns:
@@ -50,7 +50,7 @@ def _(
     window: Sequence[int],
     ceil: bool,
     *_: object,
-) -> Five:
+) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
     shape = launch.pooled_shape(x, window, ceil)
     taps = x.new_empty(shape, dtype=tap_type(shape[4]))
     return x.new_empty(shape), x.new_empty(shape), taps, launch.per_channel(x), launch.per_channel(x)
@@ -105,7 +105,7 @@ def _run_backward(
     eps: float,
     activation: str,
     need_residual: bool,
-) -> Four:
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     """Gradients of input [B, C, *size, V], weight, bias and residual, the last as of batch norm."""
     blocked = gy, maxima, taps, y, residual
     parameters = weight, bias, mean, var

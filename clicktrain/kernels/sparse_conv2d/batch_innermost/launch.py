@@ -243,13 +243,13 @@ def _forward(
     return y, sums
 
 
-def forward(x: Tensor, values: Tensor, bias: Tensor | None, tables: list[Tensor], plan: str) -> Tensor:
+def forward(x: Tensor, values: Tensor, bias: Tensor | None, tables: Sequence[Tensor], plan: str) -> Tensor:
     """Convolve; arguments as `ops.sparse_conv2d_batch_innermost_op`."""
     return _forward(x, values, tables, ConvPlan.from_json(plan), Epilogue(shift=bias))[0]
 
 
 def forward_statistics(
-    x: Tensor, values: Tensor, bias: Tensor | None, tables: list[Tensor], plan: str, n: int
+    x: Tensor, values: Tensor, bias: Tensor | None, tables: Sequence[Tensor], plan: str, n: int
 ) -> tuple[Tensor, Tensor, Tensor]:
     """Convolve, and take mean and biased variance [F] of the results of ``n`` images, which are all."""
     read = ConvPlan.from_json(plan)
@@ -292,7 +292,7 @@ def affine(
     shift: Tensor,
     residual: Tensor | None,
     relu: bool,
-    tables: list[Tensor],
+    tables: Sequence[Tensor],
     plan: str,
 ) -> Tensor:
     """``act(conv(x) * scale + shift + residual)`` in one pass: a batch norm of known statistics, and ReLU."""
@@ -302,7 +302,7 @@ def affine(
     return _forward(x, values, tables, ConvPlan.from_json(plan), epilogue)[0]
 
 
-def dgrad(gy: Tensor, values: Tensor, tables: list[Tensor], plan: str) -> Tensor:
+def dgrad(gy: Tensor, values: Tensor, tables: Sequence[Tensor], plan: str) -> Tensor:
     """Gradient w.r.t. the input: [F, H', W', N] -> [C, H, W, N]."""
     read = ConvPlan.from_json(plan)
     problem = read.problem
@@ -316,7 +316,7 @@ def dgrad(gy: Tensor, values: Tensor, tables: list[Tensor], plan: str) -> Tensor
     return gx
 
 
-def wgrad(x: Tensor, gy: Tensor, values_shape: Sequence[int], tables: list[Tensor], plan: str) -> Tensor:
+def wgrad(x: Tensor, gy: Tensor, values_shape: Sequence[int], tables: Sequence[Tensor], plan: str) -> Tensor:
     """Gradient w.r.t. the packed values, at the kept positions alone; in the dtype that is summed up in."""
     read = ConvPlan.from_json(plan)
     problem, given, tile = read.problem, read.forward_pass, read.tiles["wgrad"]

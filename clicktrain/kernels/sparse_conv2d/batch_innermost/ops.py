@@ -5,6 +5,8 @@ As `clicktrain.kernels.sparse_conv2d.blocked.ops`, on ``[C, H, W, N]``.
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+
 import torch
 from torch import Tensor
 
@@ -16,7 +18,7 @@ from clicktrain.kernels.sparse_conv2d.batch_innermost.plan import ConvPlan
 
 @torch.library.custom_op("clicktrain::sparse_conv2d_batch_innermost", mutates_args=())
 def sparse_conv2d_batch_innermost_op(
-    x: Tensor, values: Tensor, bias: Tensor | None, tables: list[Tensor], plan: str
+    x: Tensor, values: Tensor, bias: Tensor | None, tables: Sequence[Tensor], plan: str
 ) -> Tensor:
     """Convolve with a packed weight in the batch-innermost layout: ClickTrain section 5.2.
 
@@ -35,13 +37,13 @@ def sparse_conv2d_batch_innermost_op(
 
 
 @sparse_conv2d_batch_innermost_op.register_fake
-def _(x: Tensor, values: Tensor, bias: Tensor | None, tables: list[Tensor], plan: str) -> Tensor:
+def _(x: Tensor, values: Tensor, bias: Tensor | None, tables: Sequence[Tensor], plan: str) -> Tensor:
     return x.new_empty(launch.output_shape(x, ConvPlan.from_json(plan).problem))
 
 
 @torch.library.custom_op("clicktrain::sparse_conv2d_batch_innermost_statistics", mutates_args=())
 def sparse_conv2d_batch_innermost_statistics_op(
-    x: Tensor, values: Tensor, bias: Tensor | None, tables: list[Tensor], plan: str, n: int
+    x: Tensor, values: Tensor, bias: Tensor | None, tables: Sequence[Tensor], plan: str, n: int
 ) -> tuple[Tensor, Tensor, Tensor]:
     """As `sparse_conv2d_batch_innermost`, and mean and biased variance [F] of its results, taken on the way.
 
@@ -52,7 +54,7 @@ def sparse_conv2d_batch_innermost_statistics_op(
 
 @sparse_conv2d_batch_innermost_statistics_op.register_fake
 def _(
-    x: Tensor, values: Tensor, bias: Tensor | None, tables: list[Tensor], plan: str, n: int
+    x: Tensor, values: Tensor, bias: Tensor | None, tables: Sequence[Tensor], plan: str, n: int
 ) -> tuple[Tensor, Tensor, Tensor]:
     problem = ConvPlan.from_json(plan).problem
     y = x.new_empty(launch.output_shape(x, problem))
@@ -67,7 +69,7 @@ def sparse_conv2d_batch_innermost_affine_op(
     shift: Tensor,
     residual: Tensor | None,
     relu: bool,
-    tables: list[Tensor],
+    tables: Sequence[Tensor],
     plan: str,
 ) -> Tensor:
     """``act(conv(x) * scale + shift + residual)`` in one pass, for a batch norm of known statistics.
@@ -90,7 +92,7 @@ def _(
     shift: Tensor,
     residual: Tensor | None,
     relu: bool,
-    tables: list[Tensor],
+    tables: Sequence[Tensor],
     plan: str,
 ) -> Tensor:
     return x.new_empty(launch.output_shape(x, ConvPlan.from_json(plan).problem))
@@ -98,28 +100,28 @@ def _(
 
 @torch.library.custom_op("clicktrain::sparse_conv2d_batch_innermost_dgrad", mutates_args=())
 def sparse_conv2d_batch_innermost_dgrad_op(
-    gy: Tensor, values: Tensor, tables: list[Tensor], plan: str
+    gy: Tensor, values: Tensor, tables: Sequence[Tensor], plan: str
 ) -> Tensor:
     """Gradient w.r.t. the input: [F, H', W', N] -> [C, H, W, N]."""
     return launch.dgrad(gy, values, tables, plan)
 
 
 @sparse_conv2d_batch_innermost_dgrad_op.register_fake
-def _(gy: Tensor, values: Tensor, tables: list[Tensor], plan: str) -> Tensor:
+def _(gy: Tensor, values: Tensor, tables: Sequence[Tensor], plan: str) -> Tensor:
     problem = ConvPlan.from_json(plan).problem
     return gy.new_empty(problem.channels, *problem.image, gy.shape[3])
 
 
 @torch.library.custom_op("clicktrain::sparse_conv2d_batch_innermost_wgrad", mutates_args=())
 def sparse_conv2d_batch_innermost_wgrad_op(
-    x: Tensor, gy: Tensor, values_shape: list[int], tables: list[Tensor], plan: str
+    x: Tensor, gy: Tensor, values_shape: Sequence[int], tables: Sequence[Tensor], plan: str
 ) -> Tensor:
     """Gradient w.r.t. the packed values, at the kept positions only; float32, of float64 ``x`` float64."""
     return launch.wgrad(x, gy, values_shape, tables, plan)
 
 
 @sparse_conv2d_batch_innermost_wgrad_op.register_fake
-def _(x: Tensor, gy: Tensor, values_shape: list[int], tables: list[Tensor], plan: str) -> Tensor:
+def _(x: Tensor, gy: Tensor, values_shape: Sequence[int], tables: Sequence[Tensor], plan: str) -> Tensor:
     return x.new_empty(values_shape, dtype=torch.float64 if x.dtype is torch.float64 else torch.float32)
 
 

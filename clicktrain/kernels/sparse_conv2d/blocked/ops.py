@@ -7,6 +7,8 @@ under the plain name it is called without the dispatcher where that makes no dif
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+
 import torch
 from torch import Tensor
 
@@ -19,7 +21,7 @@ from clicktrain.kernels.sparse_conv2d.blocked.prepared import ConvPlan
 
 @torch.library.custom_op("clicktrain::sparse_conv2d_blocked", mutates_args=())
 def sparse_conv2d_blocked_op(
-    x: Tensor, values: Tensor, bias: Tensor | None, tables: list[Tensor], plan: str
+    x: Tensor, values: Tensor, bias: Tensor | None, tables: Sequence[Tensor], plan: str
 ) -> Tensor:
     """Convolve with a packed weight in the blocked layout: ClickTrain section 5.2.
 
@@ -38,13 +40,13 @@ def sparse_conv2d_blocked_op(
 
 
 @sparse_conv2d_blocked_op.register_fake
-def _(x: Tensor, values: Tensor, bias: Tensor | None, tables: list[Tensor], plan: str) -> Tensor:
+def _(x: Tensor, values: Tensor, bias: Tensor | None, tables: Sequence[Tensor], plan: str) -> Tensor:
     return x.new_empty(launch.output_shape(x, ConvPlan.from_json(plan).problem))
 
 
 @torch.library.custom_op("clicktrain::sparse_conv2d_blocked_statistics", mutates_args=())
 def sparse_conv2d_blocked_statistics_op(
-    x: Tensor, values: Tensor, bias: Tensor | None, tables: list[Tensor], plan: str, n: int
+    x: Tensor, values: Tensor, bias: Tensor | None, tables: Sequence[Tensor], plan: str, n: int
 ) -> tuple[Tensor, Tensor, Tensor]:
     """As `sparse_conv2d_blocked`, and what a batch norm behind it wants to know, taken on the way.
 
@@ -57,7 +59,7 @@ def sparse_conv2d_blocked_statistics_op(
 
 @sparse_conv2d_blocked_statistics_op.register_fake
 def _(
-    x: Tensor, values: Tensor, bias: Tensor | None, tables: list[Tensor], plan: str, n: int
+    x: Tensor, values: Tensor, bias: Tensor | None, tables: Sequence[Tensor], plan: str, n: int
 ) -> tuple[Tensor, Tensor, Tensor]:
     problem = ConvPlan.from_json(plan).problem
     y = x.new_empty(launch.output_shape(x, problem))
@@ -65,27 +67,27 @@ def _(
 
 
 @torch.library.custom_op("clicktrain::sparse_conv2d_blocked_dgrad", mutates_args=())
-def sparse_conv2d_blocked_dgrad_op(gy: Tensor, values: Tensor, tables: list[Tensor], plan: str) -> Tensor:
+def sparse_conv2d_blocked_dgrad_op(gy: Tensor, values: Tensor, tables: Sequence[Tensor], plan: str) -> Tensor:
     """Gradient w.r.t. the input: [B, F, H', W', V] -> [B, C, H, W, V]."""
     return launch.dgrad(gy, values, tables, plan)
 
 
 @sparse_conv2d_blocked_dgrad_op.register_fake
-def _(gy: Tensor, values: Tensor, tables: list[Tensor], plan: str) -> Tensor:
+def _(gy: Tensor, values: Tensor, tables: Sequence[Tensor], plan: str) -> Tensor:
     problem = ConvPlan.from_json(plan).problem
     return gy.new_empty(gy.shape[0], problem.channels, problem.rows.size, problem.columns.size, gy.shape[4])
 
 
 @torch.library.custom_op("clicktrain::sparse_conv2d_blocked_wgrad", mutates_args=())
 def sparse_conv2d_blocked_wgrad_op(
-    x: Tensor, gy: Tensor, values_shape: list[int], tables: list[Tensor], plan: str
+    x: Tensor, gy: Tensor, values_shape: Sequence[int], tables: Sequence[Tensor], plan: str
 ) -> Tensor:
     """Gradient of the packed values, at the kept positions only. Padding lanes of ``gy`` have to be zero."""
     return launch.wgrad(x, gy, values_shape, tables, plan)
 
 
 @sparse_conv2d_blocked_wgrad_op.register_fake
-def _(x: Tensor, gy: Tensor, values_shape: list[int], tables: list[Tensor], plan: str) -> Tensor:
+def _(x: Tensor, gy: Tensor, values_shape: Sequence[int], tables: Sequence[Tensor], plan: str) -> Tensor:
     return x.new_empty(values_shape, dtype=compute_type(x.dtype))
 
 

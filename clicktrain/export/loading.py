@@ -15,7 +15,6 @@ from clicktrain.formats.packed import PackedWeight
 from clicktrain.formats.packed_file import read_packed
 from clicktrain.formats.tree import load_tree, read_metadata
 from clicktrain.kernels.pack_model import pack_model_, pack_refusals
-from clicktrain.kernels.sparse_conv2d import PackedLayer
 from clicktrain.models.from_facts import Factory, build_from_facts, choose_factory
 from clicktrain.runs.folder import RunFolder
 from clicktrain.runs.format import read_facts
@@ -56,14 +55,12 @@ def load_packed(path: str | PathLike[str], model: Factory | None = None) -> nn.M
 
 
 def load_accelerated(folder: str | PathLike[str], model: Factory | None, batch: int) -> nn.Module:
-    """As `load_packed`, accelerated for batches of ``batch`` images where something is sparse."""
+    """As `load_packed`, accelerated for batches of ``batch`` images."""
     if batch < 1:
         raise UserError(f"batch is {batch}: must be at least 1")
     run = RunFolder(Path(folder)).open()
     run.finished()
     network, facts = _load_packed(run.packed, model)
-    if not any(isinstance(layer, PackedLayer) for layer in network.modules()):
-        return network
     images = torch.randn(batch, *facts["image_shape"], generator=torch.Generator().manual_seed(0))
     return accelerate(network, images).eval()
 

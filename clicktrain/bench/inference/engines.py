@@ -125,7 +125,11 @@ def _c_file(networks: Networks) -> Path:
 
 
 def _clicktrain_c(networks: Networks, x: Tensor, threads: int, precision: str) -> Call:
-    network = load_module(_c_file(networks)).Network(max_batch=len(x))
+    """With a plan that is measured here, as `accelerate` does it."""
+    path = _c_file(networks)
+    plan = path.with_name(f"{precision}-{len(x)}.plan")
+    isa = "avx512-bf16" if precision == "bf16" else None
+    network = load_module(path).Network(max_batch=len(x), isa=isa, threads=threads, plan=plan)
     images = x.numpy()
     return lambda: network(images)
 
@@ -188,7 +192,7 @@ def _openvino(networks: Networks, x: Tensor, threads: int, precision: str) -> Ca
 
 
 ENGINES: dict[str, Engine] = {
-    "clicktrain-c": Engine(_clicktrain_c, ("fp32",), needs_compiler=True, sparse=True),
+    "clicktrain-c": Engine(_clicktrain_c, ("fp32", "bf16"), needs_compiler=True, sparse=True),
     "clicktrain": Engine(_clicktrain, ("fp32", "bf16"), needs_compiler=True, sparse=True),
     "torch": Engine(_torch, ("fp32", "bf16")),
     "torch-compile": Engine(_torch_compile, ("fp32", "bf16"), needs_compiler=True),

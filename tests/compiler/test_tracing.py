@@ -164,13 +164,13 @@ def test_a_forward_that_asks_for_the_mode() -> None:
 
 def test_without_a_compiler_the_packed_model_comes_back(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(module, "toolchain", lambda: None)
-    model = network("resnet20")
+    model, (x, _) = network("resnet20"), batch(2)
     with pytest.warns(UserWarning, match="reference operator: there is no C compiler"):
-        fast = accelerate(model, batch(2)[0])
+        fast = accelerate(model, x)
     assert fast.base is model
     assert not fast.active
     assert "no C compiler" in fast.plan.notes[0]
-    assert torch.equal(fast.eval()(batch(2)[0]), model(batch(2)[0]))
+    assert torch.equal(fast.eval()(x), model(x))
 
 
 def test_other_devices_and_types_are_left_alone() -> None:

@@ -27,8 +27,8 @@ TOLERANCE = {"fp32": 1e-3, "bf16": 0.1, "int8": 0.3}
 FULL = 16
 """Images in one timing at least, so that short calls are timed together."""
 SECONDS = 30.0
-"""Of rounds for one batch of one network, after which there are no more: with what comes before, the default
-call is to take less than 20 minutes."""
+"""Limit of the rounds for one batch of one network: with all that is prepared, the default call is to take
+less than 20 minutes."""
 LEAST_ROUNDS = 5
 """Rounds however long they take."""
 

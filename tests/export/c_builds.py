@@ -34,7 +34,7 @@ FLAGS = ("-std=c11", "-O1", "-ffp-contract=fast", "-fPIC", "-pthread", "-Wall", 
 KERNELS = ("kernels_base.c", "kernels_avx2.c", "kernels_avx512.c", "kernels_pairs.c")
 OWN = (
     "model.c", "runtime.c", "threads.c", "plan.c", "plan_taps.c", "plan_columns.c", "measure.c",
-    "kernels_columns.c",
+    "kernels_columns.c", "kernels_column_pairs.c",
 )  # fmt: skip
 """Of which some depend on the network."""
 

@@ -5,7 +5,7 @@
 #include <stdint.h>
 #include <string.h>
 
-#include "pairs.h"
+#include "special.h"
 #include "processor.h"
 #if defined(__clang__)
 #pragma clang attribute push(__attribute__((target("avx512f,avx512bw,avx512dq,avx512vl,avx2,fma"))), \
@@ -15,15 +15,12 @@
 #endif
 #define LANES 16
 #include "kernels.h"
-void model_run_columns(const model_op *op, const model_plan *plan, const model_value *in, const model_value *out,
-                       const float *bias, const float *image, const float *residual, float *results, float *region,
-                       model_worker worker);
 static int available(void) { return processor_level() >= 2; }
 const model_isa model_isa_avx512 = {"avx512", LANES, 32, available, run, enter, leave, NULL, model_run_columns};
 #ifdef MODEL_PAIRS
 static int has_pairs(void) { return processor_level() >= 3; }
 const model_isa model_isa_pairs = {"avx512-bf16", LANES, 32, has_pairs, run, enter, leave, model_run_pairs,
-                                     model_run_columns};
+                                     model_run_column_pairs};
 #endif
 #if defined(__clang__)
 #pragma clang attribute pop

@@ -1,7 +1,7 @@
 // For every processor: SSE2, NEON, or what the compiler makes of vectors of four numbers.
 #define LANES 4
 #include "kernels.h"
-#include "pairs.h"
+#include "special.h"
 static int available(void) { return 1; }
 #if defined(__x86_64__) || defined(__SSE2__)
 #define NAME "sse2"

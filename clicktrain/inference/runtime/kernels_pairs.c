@@ -1,5 +1,5 @@
 // For processors with AVX-512 that multiply pairs of bfloat16 numbers (AVX512_BF16): FORM_TAPS, with sums in float32.
-#include "pairs.h"
+#include "special.h"
 #ifdef MODEL_PAIRS
 #include <immintrin.h>
 #include <math.h>

@@ -1,5 +1,7 @@
 // What planning a convolution needs to know, and the memory that its tables are taken from.
 #pragma once
+#include <string.h>
+
 #include "runtime.h"
 
 #define NETWORK (&model_network_description)
@@ -35,5 +37,26 @@ int model_tap_tables(const model_problem *, model_plan *, model_tables *, int fi
 // The same for FORM_COLUMNS.
 double model_plan_columns(const model_problem *, model_plan *);
 int model_column_tables(const model_problem *, model_plan *, model_tables *, int fill);
+
+// Bits that are set; compilers would call a function for it.
+static inline int model_ones(unsigned x) {
+  x -= x >> 1 & 0x55555555u;
+  x = (x & 0x33333333u) + (x >> 2 & 0x33333333u);
+  return (int)(((x + (x >> 4)) & 0x0f0f0f0fu) * 0x01010101u >> 24);
+}
+
+// Taps of kernel number `k` that are stored, a bit each, of at most 9.
+static inline unsigned model_kernel(const model_problem *p, int64_t k) {
+  const int64_t at = k * p->taps, first = at / 8, last = (at + p->taps - 1) / 8;
+  const unsigned word = (unsigned)p->bits[first] | (unsigned)p->bits[last] << (8 * (last - first));
+  return word >> (at % 8) & ((1u << p->taps) - 1);
+}
+
+// A number as bfloat16.
+static inline uint32_t model_rounded(float x) {
+  uint32_t bits;
+  memcpy(&bits, &x, sizeof bits);
+  return (bits & 0x7fffffff) > 0x7f800000 ? 0x7fff : (bits + 0x7fff + (bits >> 16 & 1)) >> 16;
+}
 
 static inline int64_t model_up(int64_t a, int64_t b) { return (a + b - 1) / b; }

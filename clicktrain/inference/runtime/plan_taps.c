@@ -8,12 +8,15 @@
 #define SETS (1 << MOST_TAPS)
 #define OFTEN 2            // kernels of a filter on average, for taps to be computed together
 
-// Kernels as sets of taps, a bit each.
+// How kernels are taken apart into sets of taps that are computed together. A set has a bit for each tap.
 typedef struct {
-  uint16_t *kernels;       // [filters, channels]
-  uint32_t have[SETS];     // kernels that would have these taps together
-  int most;                // taps together
-  int64_t filters, channels;
+  uint32_t kernels[SETS];                // with exactly these taps
+  uint32_t counts[SETS];                 // in how many kernels a set is a part
+  uint16_t parts[SETS][MOST_TAPS];       // of kernels with these taps
+  unsigned char number[SETS];            // of parts
+  uint16_t used[SETS], index[SETS];      // sets that are parts, and where they are among these
+  int used_count;
+  int64_t filters, channels, stored;
 } sets;
 
 static int most_together(const model_problem *p, int cols) {
@@ -31,71 +34,65 @@ static int is_possible(const model_problem *p) {
          reach <= MODEL_SLACK - 64 && p->in->channels <= 65535;
 }
 
-// The taps of a kernel in parts that are computed together; their number.
-static int parts_of(const sets *s, unsigned kernel, uint16_t *parts) {
-  int count = 0;
-  while (kernel) {
-    unsigned part = 0, left = kernel;
-    for (int k = 0; k < s->most && left; ++k, left &= left - 1) part |= left & (0u - left);
-    if (s->have[part] >= OFTEN * s->filters || !(part & (part - 1))) {
-      parts[count++] = (uint16_t)part;
-    } else {
-      for (unsigned one = part; one; one &= one - 1) parts[count++] = (uint16_t)(one & (0u - one));
-    }
-    kernel = left;
-  }
-  return count;
+// The first `most` taps of a set.
+static unsigned first_taps(unsigned set, int most) {
+  unsigned part = 0;
+  for (; set && most > 0; --most, set &= set - 1) part |= set & (0u - set);
+  return part;
 }
 
-// Read which weights are stored; the number of them. -1: no memory.
-static int64_t read_sets(const model_problem *p, sets *s) {
+static void read_sets(const model_problem *p, sets *s) {
+  const int most = most_together(p, (int)model_up((int64_t)p->in->height * p->in->width, p->lanes));
+  uint32_t together[SETS] = {0};
+  memset(s, 0, sizeof *s);
   s->filters = p->out->channels;
   s->channels = p->in->channels;
-  s->most = most_together(p, (int)model_up((int64_t)p->in->height * p->in->width, p->lanes));
-  s->kernels = malloc((size_t)(s->filters * s->channels) * sizeof *s->kernels + 1);
-  memset(s->have, 0, sizeof s->have);
-  if (!s->kernels) return -1;
-  int64_t stored = 0, at = 0;
-  for (int64_t k = 0; k < s->filters * s->channels; ++k, at += p->taps) {
-    unsigned word = 0;
-    for (int64_t byte = at / 8; byte <= (at + p->taps - 1) / 8; ++byte)
-      word |= (unsigned)p->bits[byte] << (8 * (byte - at / 8));
-    const unsigned kernel = word >> (at % 8) & ((1u << p->taps) - 1);
-    s->kernels[k] = (uint16_t)kernel;
-    stored += __builtin_popcount(kernel);
-    for (unsigned left = kernel; left;) {
-      unsigned part = 0;
-      for (int n = 0; n < s->most && left; ++n, left &= left - 1) part |= left & (0u - left);
-      ++s->have[part];
+  for (int64_t k = 0; k < s->filters * s->channels; ++k) ++s->kernels[model_kernel(p, k)];
+  for (unsigned kernel = 1; kernel < SETS; ++kernel) {
+    s->stored += (int64_t)s->kernels[kernel] * model_ones(kernel);
+    for (unsigned left = kernel, part; left; left &= ~part) together[part = first_taps(left, most)] += s->kernels[kernel];
+  }
+  for (unsigned kernel = 1; kernel < SETS; ++kernel) {
+    if (!s->kernels[kernel]) continue;
+    for (unsigned left = kernel, part; left; left &= ~part) {
+      part = first_taps(left, most);
+      if (together[part] < OFTEN * s->filters) part = first_taps(left, 1);
+      s->parts[kernel][s->number[kernel]++] = (uint16_t)part;
+      s->counts[part] += s->kernels[kernel];
     }
   }
-  return stored;
+  for (unsigned set = 1; set < SETS; ++set) {
+    if (!s->counts[set]) continue;
+    s->index[set] = (uint16_t)s->used_count;
+    s->used[s->used_count++] = (uint16_t)set;
+  }
 }
 
 double model_plan_taps(const model_problem *p, model_plan *plan) {
-  sets s;
   if (!is_possible(p)) return -1;
-  const int64_t stored = read_sets(p, &s);
+  sets s;
+  read_sets(p, &s);
+  if (s.stored != p->op->count) return -1;  // damaged: other forms say so
   const int cols = (int)model_up((int64_t)p->in->height * p->in->width, p->lanes);
-  double cost = -1;
-  if (stored == p->op->count) {
-    uint32_t counts[SETS] = {0};
-    for (int64_t k = 0; k < s.filters * s.channels; ++k) {
-      uint16_t parts[MOST_TAPS];
-      for (int n = parts_of(&s, s.kernels[k], parts) - 1; n >= 0; --n) ++counts[parts[n]];
-    }
-    cost = (double)s.filters * cols * 4;
-    for (int set = 1; set < SETS; ++set) {
-      if (!counts[set]) continue;
-      const int taps = __builtin_popcount((unsigned)set), products = taps * cols, loads = taps + cols;
-      cost += counts[set] * ((products > loads ? products : loads) * 0.55 + 1.5) * (p->pairs ? 0.6 : 1);
-      const double stretches = (double)(counts[set] < s.filters ? counts[set] : s.filters);
-      cost += stretches * (1.5 * products + 2 * cols + 10);
-    }
-    *plan = (model_plan){.form = FORM_TAPS, .rows = 1, .cols = cols, .pass_channels = p->in->channels,
-                         .parts = s.filters >= 128 ? 8 : s.filters >= 32 ? 4 : 1};
+  double cost = (double)s.filters * cols * 4;
+  int64_t stretches = 0, kernels = 0, values = 0;
+  for (int n = 0; n < s.used_count; ++n) {
+    const unsigned set = s.used[n];
+    const int taps = model_ones(set), products = taps * cols, loads = taps + cols;
+    const int64_t count = s.counts[set], ends = count < s.filters ? count : s.filters;
+    cost += (double)count * ((products > loads ? products : loads) * 0.55 + 1.5) * (p->pairs ? 0.6 : 1);
+    cost += (double)ends * (1.5 * products + 2 * cols + 10);
+    stretches += ends;
+    kernels += p->pairs ? count + ends : count;
+    values += (p->pairs ? (count + ends) / 2 : count) * taps;
   }
-  free(s.kernels);
+  *plan = (model_plan){.form = FORM_TAPS, .rows = 1, .cols = cols, .pass_channels = p->in->channels,
+                       .parts = s.filters >= 128 ? 8 : s.filters >= 32 ? 4 : 1};
+  // At most, as tables are counted before they are filled.
+  plan->most[0] = (int64_t)plan->parts * s.used_count;
+  plan->most[1] = stretches;
+  plan->most[2] = kernels;
+  plan->most[3] = values;
   return cost;
 }
 
@@ -131,118 +128,108 @@ static uint32_t order(const place *places, int64_t begin, int64_t end, uint32_t 
   return found;
 }
 
-// Sort all parts of all kernels into groups; tables are NULL while they are counted.
+// Sort all parts of all kernels into groups.
 static void make_groups(const sets *s, const model_plan *plan, int pairs, place *places, uint32_t *filters,
-                        uint32_t totals[4], uint32_t *begin, model_group *groups, model_stretch *stretches) {
+                        uint32_t *begin, model_group *groups, model_stretch *stretches) {
   uint32_t group = 0, stretch = 0, kernel = 0, value = 0;
   for (int part = 0; part < plan->parts; ++part) {
-    if (begin) begin[part] = group;
-    for (int set = 1; set < SETS; ++set) {
-      place *here = places + set * s->filters;
+    begin[part] = group;
+    for (int n = 0; n < s->used_count; ++n) {
+      const unsigned set = s->used[n];
+      const uint32_t taps = (uint32_t)model_ones(set);
+      place *here = places + n * s->filters;
       const uint32_t count = order(here, s->filters * part / plan->parts, s->filters * (part + 1) / plan->parts, filters);
       if (!count) continue;
-      if (groups) {
-        groups[group] = (model_group){stretch, count, kernel, value, __builtin_popcount((unsigned)set), {0}};
-        int k = 0;
-        for (unsigned left = (unsigned)set; left; left &= left - 1) groups[group].tap[k++] = __builtin_ctz(left);
-      }
-      for (uint32_t n = 0; n < count; ++n) {
-        place *one = here + filters[n];
+      groups[group] = (model_group){stretch, count, kernel, value, (int)taps, {0}};
+      int k = 0;
+      for (unsigned left = set; left; left &= left - 1) groups[group].tap[k++] = __builtin_ctz(left);
+      for (uint32_t i = 0; i < count; ++i) {
+        place *one = here + filters[i];
         const uint32_t length = pairs ? (one->count + 1) / 2 : one->count;
-        if (stretches) stretches[stretch + n] = (model_stretch){filters[n], length};
+        stretches[stretch++] = (model_stretch){filters[i], length};
         one->kernel = kernel;
         one->value = value;
         kernel += pairs ? 2 * length : length;
-        value += length * (uint32_t)__builtin_popcount((unsigned)set);
+        value += length * taps;
       }
       ++group;
-      stretch += count;
     }
   }
-  if (begin) begin[plan->parts] = group;
-  totals[0] = group;
-  totals[1] = stretch;
-  totals[2] = kernel;
-  totals[3] = value;
+  begin[plan->parts] = group;
 }
 
-static void fill_weights(const sets *s, const float *values, place *places, uint16_t *channels, float *packed) {
-  for (int64_t k = 0; k < s->filters * s->channels; ++k) {
-    uint16_t parts[MOST_TAPS];
-    const int count = parts_of(s, s->kernels[k], parts);
-    for (int n = 0; n < count; ++n) {
-      place *one = places + parts[n] * s->filters + k / s->channels;
-      channels[one->kernel++] = (uint16_t)(k % s->channels);
-      for (unsigned left = parts[n]; left; left &= left - 1) {
-        const unsigned tap = left & (0u - left);
-        packed[one->value++] = values[__builtin_popcount(s->kernels[k] & (tap - 1))];
+static void fill_weights(const model_problem *p, const sets *s, place *places, uint16_t *channels, float *packed) {
+  const float *values = p->values;
+  for (int64_t f = 0, k = 0; f < s->filters; ++f) {
+    for (int64_t c = 0; c < s->channels; ++c, ++k) {
+      const unsigned kernel = model_kernel(p, k);
+      for (int n = 0; n < s->number[kernel]; ++n) {
+        const unsigned part = s->parts[kernel][n];
+        place *one = places + s->index[part] * s->filters + f;
+        channels[one->kernel++] = (uint16_t)c;
+        for (unsigned left = part; left; left &= left - 1)
+          packed[one->value++] = values[model_ones(kernel & ((left & (0u - left)) - 1))];
       }
+      values += model_ones(kernel);
     }
-    values += __builtin_popcount(s->kernels[k]);
   }
-}
-
-static uint32_t rounded(float x) {
-  uint32_t bits;
-  memcpy(&bits, &x, sizeof bits);
-  return (bits & 0x7fffffff) > 0x7f800000 ? 0x7fff : (bits + 0x7fff + (bits >> 16 & 1)) >> 16;
 }
 
 // The same for pairs: the second of a pair is in the upper half, and zero for a kernel that has none beside it.
-static void fill_pairs(const sets *s, const float *values, place *places, uint16_t *channels, uint32_t *packed) {
-  for (int64_t k = 0; k < s->filters * s->channels; ++k) {
-    uint16_t parts[MOST_TAPS];
-    const int count = parts_of(s, s->kernels[k], parts);
-    for (int n = 0; n < count; ++n) {
-      place *one = places + parts[n] * s->filters + k / s->channels;
-      const uint32_t odd = one->kernel & 1, taps = (uint32_t)__builtin_popcount(parts[n]);  // stretches begin even
-      channels[one->kernel++] = (uint16_t)(k % s->channels);
-      if (!odd) channels[one->kernel] = (uint16_t)(k % s->channels);
-      uint32_t *pair = packed + one->value;
-      for (unsigned left = parts[n]; left; left &= left - 1, ++pair) {
-        const unsigned tap = left & (0u - left);
-        const uint32_t weight = rounded(values[__builtin_popcount(s->kernels[k] & (tap - 1))]);
-        *pair = odd ? *pair | weight << 16 : weight;
+static void fill_pairs(const model_problem *p, const sets *s, place *places, uint16_t *channels, uint32_t *packed) {
+  const float *values = p->values;
+  for (int64_t f = 0, k = 0; f < s->filters; ++f) {
+    for (int64_t c = 0; c < s->channels; ++c, ++k) {
+      const unsigned kernel = model_kernel(p, k);
+      for (int n = 0; n < s->number[kernel]; ++n) {
+        const unsigned part = s->parts[kernel][n];
+        place *one = places + s->index[part] * s->filters + f;
+        const uint32_t odd = one->kernel & 1;  // stretches begin even
+        channels[one->kernel++] = (uint16_t)c;
+        if (!odd) channels[one->kernel] = (uint16_t)c;
+        uint32_t *pair = packed + one->value;
+        for (unsigned left = part; left; left &= left - 1, ++pair) {
+          const uint32_t weight = model_rounded(values[model_ones(kernel & ((left & (0u - left)) - 1))]);
+          *pair = odd ? *pair | weight << 16 : weight;
+        }
+        if (odd) one->value += (uint32_t)model_ones(part);
       }
-      if (odd) one->value += taps;
+      values += model_ones(kernel);
     }
-    values += __builtin_popcount(s->kernels[k]);
   }
 }
 
 int model_tap_tables(const model_problem *p, model_plan *plan, model_tables *memory, int fill) {
+  uint32_t *begin = model_take(memory, (size_t)(plan->parts + 1) * sizeof *begin);
+  model_group *groups = model_take(memory, (size_t)plan->most[0] * sizeof *groups);
+  model_stretch *stretches = model_take(memory, (size_t)plan->most[1] * sizeof *stretches);
+  uint16_t *channels = model_take(memory, (size_t)plan->most[2] * sizeof *channels);
+  float *packed = model_take(memory, (size_t)plan->most[3] * sizeof *packed);
+  int32_t *inside = model_take(memory, (size_t)(p->taps * plan->cols * p->lanes) * sizeof *inside);
+  if (!fill) return MODEL_OK;
   sets s;
-  const int64_t stored = read_sets(p, &s);
-  place *places = calloc((size_t)(SETS * (int64_t)p->out->channels), sizeof *places);
-  uint32_t *filters = malloc((size_t)p->out->channels * sizeof *filters);
-  int result = stored < 0 || !places || !filters ? MODEL_NO_MEMORY : stored != p->op->count ? MODEL_DAMAGED : MODEL_OK;
-  if (!result) {
-    for (int64_t k = 0; k < s.filters * s.channels; ++k) {
-      uint16_t parts[MOST_TAPS];
-      for (int n = parts_of(&s, s.kernels[k], parts) - 1; n >= 0; --n) ++places[parts[n] * s.filters + k / s.channels].count;
+  read_sets(p, &s);
+  place *places = calloc((size_t)(s.used_count * s.filters) + 1, sizeof *places);
+  uint32_t *filters = malloc((size_t)s.filters * sizeof *filters);
+  if (places && filters) {
+    for (int64_t f = 0, k = 0; f < s.filters; ++f) {
+      for (int64_t c = 0; c < s.channels; ++c, ++k) {
+        const unsigned kernel = model_kernel(p, k);
+        for (int n = 0; n < s.number[kernel]; ++n) ++places[s.index[s.parts[kernel][n]] * s.filters + f].count;
+      }
     }
-    uint32_t totals[4];
-    make_groups(&s, plan, p->pairs, places, filters, totals, NULL, NULL, NULL);
-    uint32_t *begin = model_take(memory, (size_t)(plan->parts + 1) * sizeof *begin);
-    model_group *groups = model_take(memory, totals[0] * sizeof *groups);
-    model_stretch *stretches = model_take(memory, totals[1] * sizeof *stretches);
-    uint16_t *channels = model_take(memory, totals[2] * sizeof *channels);
-    float *packed = model_take(memory, totals[3] * sizeof *packed);
-    int32_t *inside = model_take(memory, (size_t)(p->taps * plan->cols * p->lanes) * sizeof *inside);
-    if (fill) {
-      make_groups(&s, plan, p->pairs, places, filters, totals, begin, groups, stretches);
-      if (p->pairs) fill_pairs(&s, p->values, places, channels, (uint32_t *)packed);
-      else fill_weights(&s, p->values, places, channels, packed);
-      fill_inside(p, plan, inside);
-      plan->begin = begin;
-      plan->groups = groups;
-      plan->stretches = stretches;
-      plan->offsets = channels;
-      plan->packed = packed;
-      plan->inside = inside;
-    }
+    make_groups(&s, plan, p->pairs, places, filters, begin, groups, stretches);
+    if (p->pairs) fill_pairs(p, &s, places, channels, (uint32_t *)packed);
+    else fill_weights(p, &s, places, channels, packed);
+    fill_inside(p, plan, inside);
+    plan->begin = begin;
+    plan->groups = groups;
+    plan->stretches = stretches;
+    plan->offsets = channels;
+    plan->packed = packed;
+    plan->inside = inside;
   }
-  free(s.kernels);
+  const int result = places && filters ? MODEL_OK : MODEL_NO_MEMORY;
   free(places);
   free(filters);
   return result;

@@ -106,7 +106,9 @@ typedef struct {
   const uint32_t *begin;        // [passes + 1], in jobs; FORM_TAPS: [parts + 1], in groups
   // FORM_TAPS: filters in parts, which are computed one after another or by several threads.
   int parts;
-  const model_filter *filters;  // FORM_COLUMNS: [filters + 1]; offsets are channels and sets, one after another
+  int64_t most[4];              // groups, stretches, kernels and weights, as many as there may be
+  const model_filter *filters;  // FORM_COLUMNS: [filters + 1]; offsets are set and channel of a kernel, or of a pair set
+                                // and channels
   const model_group *groups;
   const model_stretch *stretches;
   const float *packed;          // of pairs: two bfloat16 numbers each

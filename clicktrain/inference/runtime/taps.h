@@ -34,6 +34,14 @@ INLINE void move_sums(const taps_job *t, const model_stretch *stretches, int cou
 #ifdef PAIRS
 // Two kernels with the same taps at once: their inputs and weights are bfloat16 numbers side by side.
 #define CHANNELS 2
+typedef uint32_t halves __attribute__((vector_size(64)));
+
+// Numbers rounded to bfloat16, in the lower halves of lanes and in the upper ones.
+INLINE void put_halves(vec x, float *lower, float *upper) {
+  const halves b = (halves)x, near = b + 0x7fff + (b >> 16 & 1);
+  put(lower, (vec)(near >> 16));
+  put(upper, (vec)(near & 0xffff0000u));
+}
 INLINE void load_inputs(const taps_job *t, const uint16_t *channels, const int cols, vec *x) {
   const int64_t lower = channels[0] * (int64_t)cols, upper = channels[1] * (int64_t)cols;
   UNROLL for (int j = 0; j < cols; ++j)
@@ -98,22 +106,6 @@ static const taps_function taps_functions[MODEL_SUMS_TAPS][MODEL_SUMS_WIDE] = {
     {taps_4_1, taps_4_2, taps_4_3, taps_4_4},
 };
 
-#ifdef PAIRS
-typedef uint32_t halves __attribute__((vector_size(64)));
-
-// Inputs rounded to bfloat16, in the lower halves of lanes and in the upper ones.
-INLINE void round_inputs(const float *image, int64_t vectors, int64_t channels, int64_t plane, float *lower, float *upper) {
-  for (int64_t c = 0; c < channels; ++c, image += plane) {
-    for (int64_t k = 0; k < vectors; ++k, lower += LANES, upper += LANES) {
-      const halves b = (halves)get(image + k * LANES);
-      const halves near = b + 0x7fff + (b >> 16 & 1);
-      put(lower, (vec)(near >> 16));
-      put(upper, (vec)(near & 0xffff0000u));
-    }
-  }
-}
-#endif
-
 INLINE void run_taps(const model_op *op, const model_plan *plan, const model_value *in, const model_value *out,
                      const float *bias, const float *image, const float *residual, float *results, float *region,
                      model_worker worker) {
@@ -122,7 +114,8 @@ INLINE void run_taps(const model_op *op, const model_plan *plan, const model_val
 #ifdef PAIRS
   float *lower = region + MODEL_STRETCHES * MODEL_SUMS_TOTAL * LANES + MODEL_SLACK;
   float *upper = lower + (int64_t)in->channels * plan->cols * LANES;
-  round_inputs(image, plan->cols, in->channels, plane, lower, upper);
+  for (int64_t k = 0; k < (int64_t)in->channels * plan->cols; ++k)
+    put_halves(get(image + k / plan->cols * plane + k % plan->cols * LANES), lower + k * LANES, upper + k * LANES);
   image = lower;
   uppers = upper;
 #endif

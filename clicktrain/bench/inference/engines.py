@@ -17,8 +17,8 @@ from torch import Tensor
 from clicktrain.bench.inference.case import Networks
 from clicktrain.bench.timing import autocast, channels_last
 from clicktrain.compiler import accelerate, dtypes_worth_measuring
-from clicktrain.export.c_folder import load_module, write_c
-from clicktrain.export.file_formats import write_onnx
+from clicktrain.deploy.c_folder import load_module, write_c
+from clicktrain.deploy.file_formats import write_onnx
 from clicktrain.inference.capture import capture
 from clicktrain.kernels.native import missing_toolchain, toolchain
 

@@ -145,7 +145,7 @@ def _accelerated(loaded: LoadedRun, x: Tensor) -> nn.Module | None:
     packed = copy.deepcopy(loaded.model)
     pack_model_(packed, masks)
     fast = accelerated(packed, x)
-    if not isinstance(fast, Accelerated):
+    if not isinstance(fast, Accelerated) or not fast.active:
         return None
     with torch.inference_mode():
         expected, result = loaded.model.eval()(x), fast.eval()(x)

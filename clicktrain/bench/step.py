@@ -232,7 +232,7 @@ def _accelerated(
     fast = accelerated(copy.deepcopy(packed), x, rule=rule, dtypes=dtypes, remember=False)
     progress(f"checking at {one}")
     check_same(packed, fast, x, y, bf16=one.bf16)
-    plan = fast.plan if isinstance(fast, Accelerated) else None
+    plan = fast.plan if isinstance(fast, Accelerated) and fast.active else None
     return TrainingStep(fast, x, y, bf16=one.bf16), _density(packed), plan
 
 

@@ -40,7 +40,7 @@ def accelerate(
     dtypes: Sequence[str] = ("fp32",),
     remember: bool = True,
     verbose: bool = False,
-) -> nn.Module:
+) -> Accelerated:
     """Run the layers of a pruned model on sparse kernels where that is faster: ClickTrain section 5.4.
 
     The model is traced; each convolution's candidates (dense in each memory format and precision, sparse
@@ -52,7 +52,9 @@ def accelerate(
 
     Args:
         model: on the CPU, with packed convolutions (`clicktrain.pack`, ``finish(packed=True)``). One without
-            any is copied and packed by its zeros: the result then has parameters of its own.
+            any is copied and packed by its zeros: the result then has parameters of its own. Where nothing
+            can be packed (channels were removed, as PruneTrain and PaT do, or nothing was), the dense
+            convolutions are measured and lowered alike, as a view of the model itself.
         example: a batch of images [N, C, H, W] as training uses it; a tuple of positional arguments of
             ``forward``, a dict of keyword arguments, or `clicktrain.graph.Inputs` with both. The plan holds
             for any number of images; another image size, and a call with other arguments, is lowered when it
@@ -69,8 +71,9 @@ def accelerate(
         verbose: print the plan.
 
     Returns:
-        An `Accelerated` view of the model; without a C compiler that works, or not on the CPU, the model
-        itself. Where some kernels cannot be built, others are chosen. Warnings say why.
+        An `Accelerated` view of the model, with its ``plan``. Without a C compiler that works, or not on the
+        CPU, it calls the model as it is, and is not ``active``. Where some kernels cannot be built, others
+        are chosen. Warnings say why.
 
         The lowered network has been run beside the model, in training and in evaluation mode, twice each and
         under the same random numbers: outputs, gradients, buffers, attributes and random numbers drawn are
@@ -79,8 +82,8 @@ def accelerate(
         running sparse one by one; a warning says which and why.
 
     Raises:
-        UserError: there is nothing sparse in the model, a part of it is accelerated already, it does not run
-            on the example, an unknown rule or dtype, or a plan that wants what cannot run.
+        UserError: a part of the model is accelerated already, it does not run on the example, an unknown rule
+            or dtype, or a plan that wants what cannot run.
     """
     inputs = as_inputs(example, model)
     _check_arguments(inputs, rule, dtypes)
@@ -92,15 +95,13 @@ def accelerate(
             "there"
         )
     if not holds_packed(model):
-        model = pack(model)
-        if not holds_packed(model):
-            raise UserError(
-                "the model has no pruned convolution: prune it first, there is nothing to accelerate"
-            )
+        packed = pack(model)
+        model = packed if holds_packed(packed) else model
     reason = refusal(model, inputs.tensors())
     if reason is not None:
-        warnings.warn(f"the packed model runs on the reference operator: {reason}", stacklevel=2)
-        return model
+        message = f"{_unaccelerated(model)}: {reason}"
+        warnings.warn(message, stacklevel=2)
+        return _as_it_is(model, inputs, rule, message)
     keep_memory()
     result: Accelerated | None = None
     # The result has to serve training, whatever mode this is called in.
@@ -111,9 +112,9 @@ def accelerate(
         except KernelError as error:  # of a kernel that every region needs
             report_failure(error)
     if result is None or (failures and not any(choice.implementation for choice in result.plan.choices)):
-        message = f"the packed model runs on the reference operator: {summary(failures)}{_and_notice()}"
+        message = f"{_unaccelerated(model)}: {summary(failures)}{_and_notice()}"
         warnings.warn(message, stacklevel=2)
-        return model
+        return _as_it_is(model, inputs, rule, message)
     if failures:
         message = f"{summary(failures)}; other operators were chosen{_and_notice()}"
         warnings.warn(message, stacklevel=2)
@@ -122,6 +123,17 @@ def accelerate(
     if verbose:
         print(result.plan)
     return result
+
+
+def _unaccelerated(model: nn.Module) -> str:
+    packed = holds_packed(model)
+    return "the packed model runs on the reference operator" if packed else "the model runs as it is written"
+
+
+def _as_it_is(model: nn.Module, inputs: Inputs, rule: str, note: str) -> Accelerated:
+    """A view that calls the model's own code, with a plan that says why."""
+    batch = inputs.tensors()[0].shape[0]
+    return Accelerated(model, plan_by_layer(model, [], rule, batch, note), rule, lowers=False)
 
 
 def _and_notice() -> str:

@@ -83,6 +83,11 @@ class Accelerated(nn.Module):
         return model
 
     @property
+    def active(self) -> bool:
+        """Whether anything runs otherwise than the model's own code does."""
+        return bool(self._lowers) or any(choice.implementation for choice in self.plan.choices)
+
+    @property
     def training(self) -> bool:
         """The model's own flag."""
         return self.base.training

@@ -24,7 +24,7 @@ from clicktrain.errors import UserError
 from clicktrain.inference.capture import capture
 from clicktrain.inference.program import Program
 from clicktrain.inference.runtime_files import filled, renamed, runtime_file, runtime_texts
-from clicktrain.inference.tables import constants, model_source
+from clicktrain.inference.tables import constants, frequent_sets, model_source
 from clicktrain.inference.weight_file import WeightFile
 
 _TEMPLATES = ("model.h", "Makefile", "CMakeLists.txt", "model.py", "example.cpp", "example.rs", "README.md")
@@ -138,7 +138,12 @@ def write_c(
     weights = WeightFile()
     source, fingerprint = model_source(program, weights, facts)
     (folder / "weights.bin").write_bytes(weights.finish(fingerprint))
-    texts = {**runtime_texts(), "model.c": source, "check.c": runtime_file("check.c")}
+    texts = {
+        **runtime_texts(),
+        "model.c": source,
+        "sets.h": frequent_sets(program),
+        "check.c": runtime_file("check.c"),
+    }
     values = _values(program, facts, weights.size)
     texts |= {target: filled(runtime_file(f"{target}.in"), values) for target in _TEMPLATES}
     for target, text in texts.items():
@@ -170,6 +175,7 @@ def _values(program: Program, facts: Mapping[str, Any], weight_bytes: int) -> di
     }
 
 
+@torch.no_grad()
 def _check_file(model: nn.Module, images: Tensor) -> bytes:
     """Images and results for ``check.c``."""
     results: Tensor = copy.deepcopy(model).double()(images.double()).flatten(1)

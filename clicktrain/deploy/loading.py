@@ -58,14 +58,14 @@ def load_packed(path: str | PathLike[str], model: Factory | None = None) -> nn.M
 
 
 def load_accelerated(folder: str | PathLike[str], model: Factory | None, batch: int) -> nn.Module:
-    """As `load_packed`, accelerated for batches of ``batch`` images where something is sparse."""
+    """As `load_packed`, accelerated for batches of ``batch`` images."""
     if batch < 1:
         raise UserError(f"batch is {batch}: must be at least 1")
     run = _opened(folder)
     network, facts = _load_packed(run.packed, model)
-    if not any(isinstance(layer, PackedLayer) for layer in network.modules()):
-        return network
     if facts["image_shape"] is None:
+        if not any(isinstance(layer, PackedLayer) for layer in network.modules()):
+            return network
         raise UserError(
             f"{run.packed} does not say how large images are: give image_shape to clicktrain.save, or call "
             "clicktrain.accelerate(net, images)"

@@ -8,6 +8,8 @@ import math
 from collections.abc import Mapping, Sequence
 from typing import Any
 
+import numpy as np
+
 from clicktrain.inference.memory_plan import places, single_size
 from clicktrain.inference.program import (
     Affine,
@@ -59,6 +61,25 @@ const model_description model_network_description = {{
 {_names(program, facts)}
 """
     return text, fingerprint
+
+
+_MOST_SETS = 32
+"""Sets of taps that there is code for; others are put together from these and single taps."""
+
+
+def frequent_sets(program: Program) -> str:
+    """What ``sets.h`` has: sets of taps of 3x3 kernels, those that occur most, 9 bits each; and each tap."""
+    counts = np.zeros(512, np.int64)
+    bits = 1 << np.arange(9)
+    for op in program.ops:
+        if isinstance(op, Conv) and op.weight.shape[2:] == (3, 3) and op.groups == 1:
+            sets = (op.weight.reshape(-1, 9) != 0) @ bits
+            counts += np.bincount(sets, minlength=512)
+    counts[0] = 0
+    often = [int(one) for one in np.argsort(-counts, kind="stable")[:_MOST_SETS] if counts[one]]
+    names = sorted({*often, *map(int, bits)})
+    lines = [" ".join(f"SET({one})" for one in names[at : at + 12]) for at in range(0, len(names), 12)]
+    return "\n".join(["// Sets of taps that are frequent in this network, a bit each.", *lines, ""])
 
 
 def constants(program: Program) -> str:

@@ -97,6 +97,7 @@ def timed_for(
     seconds: float,
     rounds: tuple[int, int],
     *,
+    repeat: int = 1,
     rivals: Mapping[Key, Hashable] | None = None,
     clock: Clock | None = None,
 ) -> dict[Key, list[float]]:
@@ -104,13 +105,14 @@ def timed_for(
 
     Args:
         seconds: for all rounds together, by ``clock``.
+        repeat: calls within one timing; more than one where a call takes microseconds.
         rivals: by name, what a call is an alternative for. One whose warm-up takes more than `HOPELESS` times
             the fastest warm-up of its rivals, and more than `HOPELESS_MS`, is not called again, and its
             warm-up counts: bfloat16 on a processor without it takes seconds where float32 takes a tenth.
     """
     now = clock or time.perf_counter
     least, most = rounds
-    with _turns(1, clock) as turn:
+    with _turns(repeat, clock) as turn:
         first = turn(calls)
         hopeless = _hopeless(first, rivals or {})
         running = {key: call for key, call in calls.items() if key not in hopeless}

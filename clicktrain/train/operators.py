@@ -57,7 +57,7 @@ def choose_operators(
     example = torch.zeros(p.own_batch_size, *p.data.image_shape)
     dtypes = dtypes_worth_measuring(p.config.precision == "bf16")
 
-    def compiled(plan: LoweringPlan | None) -> nn.Module:
+    def compiled(plan: LoweringPlan | None) -> Accelerated:
         with warnings.catch_warnings(record=True) as caught:
             warnings.simplefilter("always")
             model = accelerate(p.model, example, rule=rule, plan=plan, dtypes=dtypes)
@@ -67,11 +67,13 @@ def choose_operators(
 
     model = compiled(plan) if p.processes.first else None
     # What the first process measures, while the others wait, is what all of them run.
-    made = of_first(lambda: model.plan.to_json() if isinstance(model, Accelerated) else None)
+    made = of_first(lambda: model.plan.to_json() if model is not None and model.active else None)
+    if made is None:
+        return p.model, None
     if model is None:
-        model = p.model if made is None else compiled(LoweringPlan.from_json(made))
-    if not isinstance(model, Accelerated):
-        return model, None
+        model = compiled(LoweringPlan.from_json(made))
+    if not model.active:
+        return p.model, None
     model.plan = replace(model.plan, exchange=_exchange(p))
     if plan is None:
         write_text_atomic(path, model.plan.to_json())

@@ -11,7 +11,7 @@ import torch
 
 from clicktrain.bench.inference import ENGINES, Engine, InferenceCase, bench_inference
 from clicktrain.bench.inference.engines import read
-from clicktrain.bench.inference.measure import TOLERANCE
+from clicktrain.bench.inference.measure import LEAST_ROUNDS, TOLERANCE
 from clicktrain.cli import main
 from clicktrain.errors import UserError
 from clicktrain.kernels.native import toolchain
@@ -41,13 +41,16 @@ def test_every_engine_that_is_here_is_right() -> None:
     rows, missing = bench_inference(
         "resnet8", compressions=(4.0,), batches=(3,), engines=engines, image_size=8, rounds=1
     )
-    assert {(row.engine, row.precision) for row in rows} >= {("clicktrain", "fp32"), ("torch", "bf16")}
+    assert {(row.engine, row.precision) for row in rows} >= {
+        ("clicktrain-c", "fp32"), ("clicktrain", "fp32"), ("torch", "bf16"),
+    }  # fmt: skip
     assert ("onnxruntime" in {row.engine for row in rows}) == installed("onnx", "onnxscript", "onnxruntime")
     for row in rows:
         assert row.max_error <= TOLERANCE[row.precision]
         assert row.ms > 0
         assert (row.compression, row.threads, row.batch) == (4.0, 1, 3)
-        assert (row.ratio is None) == (row.engine != "clicktrain")
+        assert (row.ratio is None) == (row.engine not in ("clicktrain-c", "clicktrain"))
+        assert row.rounds == 1
     assert all(one.reason for one in missing)
     if not installed("openvino"):
         assert ("openvino", "fp32") in {(one.engine, one.precision) for one in missing}
@@ -87,6 +90,14 @@ def test_an_engine_that_is_wrong_has_no_row(monkeypatch: pytest.MonkeyPatch) -> 
     assert reasons["broken"] == "RuntimeError: no such kernel"
 
 
+def test_rounds_end_when_their_time_is_over() -> None:
+    rows, _ = bench_inference(
+        "resnet8", compressions=(4.0,), batches=(1,), engines=("torch",), precisions=("fp32",), image_size=8,
+        rounds=1000, seconds=0.0,
+    )  # fmt: skip
+    assert [row.rounds for row in rows] == [LEAST_ROUNDS]
+
+
 def test_int8_is_read_back_as_numbers() -> None:
     assert read(torch.ones(2, 3)).dtype == torch.float64
 
@@ -94,7 +105,7 @@ def test_int8_is_read_back_as_numbers() -> None:
 @pytest.mark.parametrize(
     ("settings", "sentence"),
     [
-        ({"engines": ("tvm",)}, "engine is one or more of clicktrain"),
+        ({"engines": ("tvm",)}, "engine is one or more of clicktrain-c"),
         ({"precisions": ("fp8",)}, "precision is one or more of fp32, bf16, int8, not fp8"),
         ({"batches": (0,)}, "batch is [0]: give numbers of at least 1"),
         ({"threads": 0}, "threads is [0]"),

@@ -281,10 +281,20 @@ def test_mistakes() -> None:
         accelerate(model, x, rule="fastest")
     with pytest.raises(UserError, match="dtypes are fp32 and bf16, not fp8"):
         accelerate(model, x, dtypes=("fp8",))
-    with pytest.raises(UserError, match="no pruned convolution"):
-        accelerate(clicktrain.create_model("resnet20", num_classes=2), x.float())
     with pytest.raises(UserError, match="at least one"):
         accelerate(model, x[:0])
+
+
+def test_a_network_without_anything_sparse_is_lowered_too() -> None:
+    model = clicktrain.create_model("resnet8", num_classes=2).eval()
+    expected = copy.deepcopy(model).double()
+    x = torch.randn(3, 3, 16, 16)
+    for rule in ("measured", "density", "sparse"):
+        fast = accelerate(model, x, rule=rule, remember=False)
+        assert fast.base is model, "a view, not a copy"
+        assert fast.plan.choices
+        assert all(choice.density == 1 for choice in fast.plan.choices)
+        torch.testing.assert_close(fast(x).double(), expected(x.double()), rtol=1e-4, atol=1e-5)
 
 
 def test_tracing_leaves_no_trace() -> None:

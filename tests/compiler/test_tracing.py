@@ -164,18 +164,22 @@ def test_a_forward_that_asks_for_the_mode() -> None:
 
 def test_without_a_compiler_the_packed_model_comes_back(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(module, "toolchain", lambda: None)
-    model = network("resnet20")
+    model, (x, _) = network("resnet20"), batch(2)
     with pytest.warns(UserWarning, match="reference operator: there is no C compiler"):
-        assert accelerate(model, batch(2)[0]) is model
+        fast = accelerate(model, x)
+    assert fast.base is model
+    assert not fast.active
+    assert "no C compiler" in fast.plan.notes[0]
+    assert torch.equal(fast.eval()(x), model(x))
 
 
 def test_other_devices_and_types_are_left_alone() -> None:
     model = network("resnet20").to("meta")
     with pytest.warns(UserWarning, match="on meta, the sparse kernels are for CPUs"):
-        assert accelerate(model, torch.empty(2, 3, 16, 16, device="meta")) is model
+        assert not accelerate(model, torch.empty(2, 3, 16, 16, device="meta")).active
     model = network("resnet20").bfloat16()
     with pytest.warns(UserWarning, match="not all float32"):
-        assert accelerate(model, torch.randn(2, 3, 16, 16).bfloat16()) is model
+        assert not accelerate(model, torch.randn(2, 3, 16, 16).bfloat16()).active
 
 
 @needs_compiler

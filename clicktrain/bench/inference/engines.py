@@ -17,6 +17,9 @@ from torch import Tensor
 from clicktrain.bench.inference.case import Networks
 from clicktrain.bench.timing import autocast, channels_last
 from clicktrain.compiler import accelerate, dtypes_worth_measuring
+from clicktrain.deploy.c_folder import load_module, write_c
+from clicktrain.deploy.file_formats import write_onnx
+from clicktrain.inference.capture import capture
 from clicktrain.kernels.native import missing_toolchain, toolchain
 
 Call: TypeAlias = Callable[[], Any]
@@ -107,13 +110,34 @@ def _clicktrain(networks: Networks, x: Tensor, threads: int, precision: str) -> 
     return call
 
 
+def _folder() -> Path:
+    return Path(tempfile.mkdtemp(prefix="clicktrain-bench-"))
+
+
+def _c_file(networks: Networks) -> Path:
+    """The Python file of the network's C export, whose library is built beside it."""
+    if "c" not in networks.files:
+        images = networks.case.images(1)
+        path = networks.files["c"] = _folder() / "model.py"
+        write_c(networks.dense, capture(networks.dense, images.shape[1:]), path.parent, {}, images)
+        load_module(path).build()
+    return networks.files["c"]
+
+
+def _clicktrain_c(networks: Networks, x: Tensor, threads: int, precision: str) -> Call:
+    """With a plan that is measured here, as `accelerate` does it."""
+    path = _c_file(networks)
+    plan = path.with_name(f"{precision}-{len(x)}.plan")
+    isa = "avx512-bf16" if precision == "bf16" else None
+    network = load_module(path).Network(max_batch=len(x), isa=isa, threads=threads, plan=plan)
+    images = x.numpy()
+    return lambda: network(images)
+
+
 def _onnx_file(networks: Networks) -> Path:
     """The dense network in an ONNX file, for any batch."""
     if "onnx" not in networks.files:
-        from clicktrain.deploy.file_formats import write_onnx
-
-        folder = tempfile.mkdtemp(prefix="clicktrain-bench-")
-        path = networks.files["onnx"] = Path(folder) / "network.onnx"
+        path = networks.files["onnx"] = _folder() / "network.onnx"
         write_onnx(networks.dense, networks.case.images(2), path, "")
     return networks.files["onnx"]
 
@@ -128,17 +152,26 @@ def _onnxruntime(networks: Networks, x: Tensor, threads: int, precision: str) ->
     return lambda: session.run(["logits"], feed)[0]
 
 
+def _int8_file(networks: Networks) -> Path:
+    """The dense network quantized after training by NNCF, for any batch."""
+    if "int8" not in networks.files:
+        import nncf
+        import openvino
+
+        images = networks.case.images(CALIBRATION).numpy()
+        model = openvino.Core().read_model(_onnx_file(networks))
+        model = nncf.quantize(model, nncf.Dataset([images[i : i + 1] for i in range(len(images))]))
+        path = networks.files["int8"] = _folder() / "network.xml"
+        openvino.save_model(model, path, compress_to_fp16=False)
+    return networks.files["int8"]
+
+
 def _openvino(networks: Networks, x: Tensor, threads: int, precision: str) -> Call:
-    """By its own defaults for latency, the batch a constant; int8 by NNCF's quantization after training."""
+    """By its own defaults for latency, the batch a constant."""
     import openvino
 
     core = openvino.Core()
-    model = core.read_model(_onnx_file(networks))
-    if precision == "int8":
-        import nncf
-
-        images = networks.case.images(CALIBRATION).numpy()
-        model = nncf.quantize(model, nncf.Dataset([images[i : i + 1] for i in range(len(images))]))
+    model = core.read_model(_int8_file(networks) if precision == "int8" else _onnx_file(networks))
     model.reshape(list(x.shape))
     compiled = core.compile_model(
         model,
@@ -159,6 +192,7 @@ def _openvino(networks: Networks, x: Tensor, threads: int, precision: str) -> Ca
 
 
 ENGINES: dict[str, Engine] = {
+    "clicktrain-c": Engine(_clicktrain_c, ("fp32", "bf16"), needs_compiler=True, sparse=True),
     "clicktrain": Engine(_clicktrain, ("fp32", "bf16"), needs_compiler=True, sparse=True),
     "torch": Engine(_torch, ("fp32", "bf16")),
     "torch-compile": Engine(_torch_compile, ("fp32", "bf16"), needs_compiler=True),

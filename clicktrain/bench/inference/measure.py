@@ -4,26 +4,33 @@ from __future__ import annotations
 
 import itertools
 import shutil
+import statistics
 import warnings
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, TypeAlias
 
 import torch
 
 from clicktrain.bench.inference.case import InferenceCase, Networks
 from clicktrain.bench.inference.engines import ENGINES, Call, read
 from clicktrain.bench.masks import check_sparsity
-from clicktrain.bench.timing import Progress, WrongResultError, check_rounds, median_ms
+from clicktrain.bench.timing import Progress, WrongResultError, check_rounds
 from clicktrain.errors import UserError, shown
 from clicktrain.kernels.native import keep_memory
+from clicktrain.latency.timer import timed_for
 
 PRECISIONS = ("fp32", "bf16", "int8")
 TOLERANCE = {"fp32": 1e-3, "bf16": 0.1, "int8": 0.3}
 """Largest error of a logit, over the largest logit, beyond which a time would mean nothing."""
 FULL = 16
 """Images in one timing at least, so that short calls are timed together."""
+SECONDS = 30.0
+"""Limit of the rounds for one batch of one network: with all that is prepared, the default call is to take
+less than 20 minutes."""
+LEAST_ROUNDS = 5
+"""Rounds however long they take."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -33,7 +40,7 @@ class InferenceRow:
     Attributes:
         compression: of the network that was run, whatever the engine makes of its zeros.
         group: neighboring filters that share their positions.
-        ms: median milliseconds of a call.
+        ms: median milliseconds of a call, over ``rounds`` timings.
         max_error: largest difference from float64 outputs, over the largest of these.
         ratio: ``ms`` of the fastest other engine in the same precision that computes zeros too, over this.
     """
@@ -48,6 +55,7 @@ class InferenceRow:
     ms: float
     max_error: float
     ratio: float | None
+    rounds: int
 
 
 @dataclass(frozen=True, slots=True)
@@ -60,6 +68,10 @@ class NotMeasured:
     reason: str
 
 
+_Times: TypeAlias = dict[tuple[str, str], tuple[list[float], float]]
+"""(engine, precision) -> milliseconds of each round, and the error."""
+
+
 def bench_inference(
     model: str = "resnet18",
     *,
@@ -70,10 +82,14 @@ def bench_inference(
     engines: tuple[str, ...] = tuple(ENGINES),
     precisions: tuple[str, ...] = PRECISIONS,
     image_size: int = 32,
-    rounds: int = 11,
+    rounds: int = 31,
+    seconds: float = SECONDS,
     progress: Progress = lambda text: None,
 ) -> tuple[list[InferenceRow], list[NotMeasured]]:
     """Time every engine on networks with patterns and kernels; results are held against float64 first.
+
+    ``rounds`` are the most, of which there are fewer, but `LEAST_ROUNDS`, where they take longer than
+    ``seconds`` for one batch of one network.
 
     Engines whose packages are not installed are left out, and said to be. An engine that fails, or computes
     something else, has no row either: the reason is among what was not measured.
@@ -104,7 +120,7 @@ def bench_inference(
         case = InferenceCase(model, compression, group, image_size)
         with _networks(case) as networks, _threads(threads):
             for batch in batches:
-                times = _times(networks, batch, threads, wanted, rounds, progress, note)
+                times = _times(networks, batch, threads, wanted, (rounds, seconds), progress, note)
                 rows += _rows(case, batch, threads, times)
     return rows, list(missing.values())
 
@@ -114,11 +130,10 @@ def _times(
     batch: int,
     threads: int,
     wanted: Sequence[tuple[str, str]],
-    rounds: int,
+    rounds: tuple[int, float],
     progress: Progress,
     note: Any,
-) -> dict[tuple[str, str], tuple[float, float]]:
-    """(engine, precision) -> milliseconds and error."""
+) -> _Times:
     x = networks.case.images(batch)
     exact = networks.exact(x)
     scale = float(exact.abs().max())
@@ -143,27 +158,28 @@ def _times(
     progress(f"{what}: timing")
     if not calls:
         return {}
-    ms = median_ms(calls, rounds, repeat=max(1, FULL // batch), warmup=2)
+    most, seconds = rounds
+    ms = timed_for(calls, seconds, (min(LEAST_ROUNDS, most), most), repeat=max(1, FULL // batch))
     torch.compiler.reset()
     return {key: (ms[key], errors[key]) for key in calls}
 
 
-def _rows(
-    case: InferenceCase, batch: int, threads: int, times: dict[tuple[str, str], tuple[float, float]]
-) -> list[InferenceRow]:
+def _rows(case: InferenceCase, batch: int, threads: int, times: _Times) -> list[InferenceRow]:
+    medians = {key: statistics.median(ms) for key, (ms, _) in times.items()}
     rows = []
-    for (name, precision), (ms, error) in times.items():
+    for (name, precision), (measured, error) in times.items():
+        ms = medians[name, precision]
         others = [
             other_ms
-            for (other, same), (other_ms, _) in times.items()
+            for (other, same), other_ms in medians.items()
             if same == precision and not ENGINES[other].sparse
         ]
         ratio = min(others) / ms if others and ENGINES[name].sparse else None
-        rows.append(
-            InferenceRow(
-                case.model, case.compression, case.group, batch, threads, name, precision, ms, error, ratio
-            )
-        )
+        row = InferenceRow(
+            case.model, case.compression, case.group, batch, threads, name, precision, ms, error, ratio,
+            len(measured),
+        )  # fmt: skip
+        rows.append(row)
     return rows
 
 

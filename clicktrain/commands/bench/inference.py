@@ -51,7 +51,7 @@ def _show(result: Result, console: Console) -> None:
     settings, rows = result["settings"], result["rows"]
     title = (
         f"inference of {settings['model']}, {settings['image_size']} pixels, "
-        f"median of {settings['rounds']} rounds"
+        f"medians of up to {settings['rounds']} rounds"
     )
     order = {name: place for place, name in enumerate(dict.fromkeys(row["engine"] for row in rows))}
     rows = sorted(rows, key=lambda row: (row["compression"], row["batch"], order[row["engine"]]))
@@ -76,7 +76,7 @@ INFERENCE = Benchmark(
         Option(
             "engine",
             tuple[str, ...],
-            "clicktrain, torch, torch-compile, onnxruntime, openvino; all by default.",
+            "clicktrain-c, clicktrain, torch, torch-compile, onnxruntime, openvino; all by default.",
             (),
             metavar="NAME [...]",
         ),
@@ -87,7 +87,14 @@ INFERENCE = Benchmark(
             ("fp32", "bf16", "int8"),
             metavar="fp32|bf16|int8 [...]",
         ),
-        Option("rounds", int, "Timings of which the median is taken.", 11, metavar="N"),
+        Option(
+            "rounds",
+            int,
+            "Timings of which the median is taken, at most; fewer where those of one batch take more than "
+            "half a minute.",
+            31,
+            metavar="N",
+        ),
     ),
     _measure,
     _show,

@@ -1,7 +1,7 @@
 // Convolutions: each stored weight is an offset into a region of the input and a number, and is multiplied with a tile
 // of positions in registers. The same loops serve both layouts: lanes are positions of one image, or images.
 #pragma once
-#include "vectors.h"
+#include "taps.h"
 
 typedef struct {
   const float *source, *values, *bias, *residual;  // residual: NULL without
@@ -324,8 +324,21 @@ INLINE void fill_flat(const model_plan *plan, const model_op *op, const model_va
   }
 }
 
+// The first job of a pass for filters from `filter` on.
+INLINE int job_of(const model_plan *plan, int pass, int filter) {
+  uint32_t low = plan->begin[pass], high = plan->begin[pass + 1];
+  while (low < high) {
+    const uint32_t middle = (low + high) / 2;
+    if ((int)JOB_FILTER(plan->jobs + middle) < filter) low = middle + 1;
+    else high = middle;
+  }
+  return (int)low;
+}
+
 INLINE void run_conv(const model_network *network, const model_op *op, const model_plan *plan,
-                     const model_value *values, float *memory, float *region, const int layout) {
+                     const model_constants *constants, float *memory,
+                     float *region, model_worker worker, const int layout) {
+  const model_value *values = model_network_description.values;
   const int element = layout == BLOCK ? LANES : 1;
   const model_value *in = values + op->in, *out = values + op->out;
   const int64_t block = layout == BLOCK ? LANES : 1;
@@ -336,9 +349,18 @@ INLINE void run_conv(const model_network *network, const model_op *op, const mod
     const model_value *other = values + op->other;
     residual = memory + (layout == BLOCK ? other->block * block : other->single);
   }
+  if (layout == SINGLE && plan->form == FORM_TAPS) {
+    if (network->isa->pairs)
+      network->isa->pairs(op, plan, in, out, constants->bias, images, residual, results, region, worker);
+    else run_taps(op, plan, in, out, constants->bias, images, residual, results, region, worker);
+    return;
+  }
+  if (layout == SINGLE && plan->form == FORM_COLUMNS) {
+    network->isa->columns(op, plan, in, out, constants->bias, images, residual, results, region, worker);
+    return;
+  }
   const int64_t plane = model_plane(in, layout) * element;
-  tile t = {.values = (const float *)(network->weights + op->values),
-            .bias = (const float *)(network->weights + op->bias),
+  tile t = {.values = constants->values, .bias = constants->bias,
             .offsets = plan->offsets, .unit = plan->unit, .out_plane = model_plane(out, layout) * element,
             .one = layout == SINGLE && out->height == 1 && out->width == 1, .act = op->act, .low = op->low,
             .high = op->high};
@@ -353,34 +375,44 @@ INLINE void run_conv(const model_network *network, const model_op *op, const mod
   const int64_t across = flat ? (vectors + plan->cols - 1) / plan->cols : (out->width + wide - 1) / wide;
   t.row = flat ? 0 : (int64_t)op->stride[0] * plan->phases * plan->phase_cols * element;
   t.out_row = flat ? 0 : (int64_t)out->width * element;
-  for (int64_t a = 0; a < down; ++a) {
-    for (int64_t b = 0; b < across; ++b) {
-      // The last tile is whole: it computes some results again.
-      const int64_t i0 = flat ? 0 : min64(a * plan->rows, out->height - plan->rows);
-      const int64_t j0 = flat ? min64(b * plan->cols, vectors - plan->cols) : min64(b * wide, out->width - wide);
-      const int64_t first = flat ? j0 * LANES : (i0 * out->width + j0) * element;
-      t.out = results + first;
-      t.residual = residual ? residual + first : NULL;
-      for (int pass = 0; pass < plan->passes; ++pass) {
-        const int channel = pass * plan->pass_channels;
-        const int channels = least_int(plan->pass_channels, in->channels - channel);
-        const float *from = images + channel * plane;
-        if (plan->form == FORM_DIRECT) {
-          t.source = from + first;
-        } else if (plan->form == FORM_ROWS) {
-          fill_rows(plan, op, in, from, plane, channels, (int)i0, (int)j0, region, element);
-          t.source = region;
-        } else {
-          const int64_t line = first / out->width, inside = first % out->width;
-          if (plan->moved == MOVED_BY_TAP) fill_taps(plan, op, in, from, plane, channels, region);
-          else if (plan->moved) fill_at_once(plan, op, in, from, plane, channels, (int)line, region);
-          else fill_flat(plan, op, in, out, from, plane, channels, (int)line, plan->phase_cols, region);
-          t.source = region + inside;
-        }
-        t.jobs = plan->jobs + plan->begin[pass];
-        t.count = (int)(plan->begin[pass + 1] - plan->begin[pass]);
-        function(&t);
+  // Threads share tiles, if none overlaps another, else filters.
+  const int whole = flat ? vectors % plan->cols == 0 : out->height % plan->rows == 0 && out->width % wide == 0;
+  const int64_t tiles = down * across, count = worker.count;
+  const int shared = whole && (tiles % count == 0 || tiles >= 4 * count);
+  const int64_t begin = shared ? tiles * worker.number / count : 0;
+  const int64_t end = shared ? tiles * (worker.number + 1) / count : tiles;
+  const int all = shared || count == 1;
+  const int filter = (int)(out->channels * (int64_t)worker.number / count);
+  const int filter_end = (int)(out->channels * (int64_t)(worker.number + 1) / count);
+  for (int64_t n = begin; n < end; ++n) {
+    const int64_t a = n / across, b = n % across;
+    // The last tile is whole: it computes some results again.
+    const int64_t i0 = flat ? 0 : min64(a * plan->rows, out->height - plan->rows);
+    const int64_t j0 = flat ? min64(b * plan->cols, vectors - plan->cols) : min64(b * wide, out->width - wide);
+    const int64_t first = flat ? j0 * LANES : (i0 * out->width + j0) * element;
+    t.out = results + first;
+    t.residual = residual ? residual + first : NULL;
+    for (int pass = 0; pass < plan->passes; ++pass) {
+      const int channel = pass * plan->pass_channels;
+      const int channels = least_int(plan->pass_channels, in->channels - channel);
+      const int jobs = all ? (int)plan->begin[pass] : job_of(plan, pass, filter);
+      t.jobs = plan->jobs + jobs;
+      t.count = (all ? (int)plan->begin[pass + 1] : job_of(plan, pass, filter_end)) - jobs;
+      if (!t.count) continue;
+      const float *from = images + channel * plane;
+      if (plan->form == FORM_DIRECT) {
+        t.source = from + first;
+      } else if (plan->form == FORM_ROWS) {
+        fill_rows(plan, op, in, from, plane, channels, (int)i0, (int)j0, region, element);
+        t.source = region;
+      } else {
+        const int64_t line = first / out->width, inside = first % out->width;
+        if (plan->moved == MOVED_BY_TAP) fill_taps(plan, op, in, from, plane, channels, region);
+        else if (plan->moved) fill_at_once(plan, op, in, from, plane, channels, (int)line, region);
+        else fill_flat(plan, op, in, out, from, plane, channels, (int)line, plan->phase_cols, region);
+        t.source = region + inside;
       }
+      function(&t);
     }
   }
 }

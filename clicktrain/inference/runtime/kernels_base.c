@@ -1,6 +1,7 @@
 // For every processor: SSE2, NEON, or what the compiler makes of vectors of four numbers.
 #define LANES 4
 #include "kernels.h"
+#include "special.h"
 static int available(void) { return 1; }
 #if defined(__x86_64__) || defined(__SSE2__)
 #define NAME "sse2"
@@ -12,11 +13,15 @@ static int available(void) { return 1; }
 #define NAME "plain"
 #define REGISTERS 16
 #endif
-const model_isa model_isa_base = {NAME, LANES, REGISTERS, available, run, enter, leave};
+const model_isa model_isa_base = {NAME, LANES, REGISTERS, available, run, enter, leave, NULL, NULL};
 
-extern const model_isa model_isa_avx2, model_isa_avx512;
+extern const model_isa model_isa_avx2, model_isa_avx512, model_isa_pairs;
 const model_isa *const model_isas[] = {
 #if defined(__x86_64__)
   &model_isa_avx512, &model_isa_avx2,
 #endif
-    &model_isa_base, NULL};
+    &model_isa_base,
+#ifdef MODEL_PAIRS
+    &model_isa_pairs,
+#endif
+    NULL};

@@ -46,12 +46,11 @@ NOINLINE void linear_block(const model_op *op, const float *weights, const float
 }
 
 // A pruned linear layer of one image: inputs lie anywhere.
-NOINLINE void linear_gathered(const model_op *op, const model_plan *plan, const float *values, const float *bias,
-                              const float *x, float *out) {
-  for (uint32_t n = 0; n < plan->begin[1]; ++n) {
-    const model_job *job = plan->jobs + n;
+NOINLINE void linear_gathered(const model_op *op, const model_job *jobs, int count, const uint16_t *offsets,
+                              const float *values, const float *bias, const float *x, float *out) {
+  for (const model_job *job = jobs; job < jobs + count; ++job) {
     const float *w = values + job->value;
-    const uint16_t *at = plan->offsets + job->offset;
+    const uint16_t *at = offsets + job->offset;
     float sums[4] = {0, 0, 0, 0};
     uint32_t e = 0;
     for (; e + 4 <= job->count; e += 4)

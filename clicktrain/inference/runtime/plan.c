@@ -2,23 +2,15 @@
 #include <stdlib.h>
 #include <string.h>
 
-#include "runtime.h"
+#include "plan.h"
 
-#define NETWORK (&model_network_description)
+#define up model_up
 #define L1_BYTES 24576    // of a region
 #define L2_BYTES 327680
 #define SUMS_BYTES 16384  // of all filters, beside a region in L1
 #define MOST_OFFSET 65535
 
-typedef struct {
-  const model_op *op;
-  const model_value *in, *out;
-  int layout, lanes, element;  // element: floats of one position
-  int taps, columns;           // of a kernel, of its rows
-  int vectors;                 // most in a tile
-} problem;
-
-static int64_t up(int64_t a, int64_t b) { return (a + b - 1) / b; }
+typedef model_problem problem;
 
 // Remainders that the taps of one axis leave by its stride, without repeats; the number of them.
 static int phases_of(int kernel, int dilation, int stride, int *index) {
@@ -48,7 +40,7 @@ static double choose_passes(const problem *p, model_plan *plan, double tiles, do
                                                     : plan->channel * p->element * (int64_t)sizeof(float);
   const double sums = p->out->channels * vectors * (double)lane > SUMS_BYTES ? 4 : 2;
   double best = -1;
-  for (int large = 0; large < 2; ++large) {
+  for (int large = p->passes == CHOICE_LARGE; large < 2 - (p->passes == CHOICE_SMALL); ++large) {
     int64_t most = (large ? L2_BYTES : L1_BYTES) / bytes;
     const int64_t offsets = plan->form == FORM_DIRECT ? 1 : plan->channel * p->element / plan->unit;
     if (most * offsets > MOST_OFFSET) most = MOST_OFFSET / offsets;
@@ -162,11 +154,18 @@ static int choose_form(const problem *p, model_plan *plan) {
     plan_direct(p, plan);
     return MODEL_OK;
   }
-  model_plan flat = {0}, rows = {0};
-  const double by_rows = plan_rows(p, &rows), by_flat = plan_flat(p, &flat);
-  if (by_rows < 0 && by_flat < 0) return MODEL_TOO_LARGE;
-  *plan = by_flat < 0 || (by_rows >= 0 && by_rows <= by_flat) ? rows : flat;
-  return MODEL_OK;
+  double (*const forms[])(const problem *, model_plan *) = {plan_rows, plan_flat, model_plan_taps,
+                                                            model_plan_columns};
+  double best = -1;
+  for (int form = CHOICE_ROWS; form < CHOICES; ++form) {
+    model_plan trial = {0};
+    const double cost = forms[form - 1](p, &trial);
+    if (cost < 0 || (best >= 0 && cost >= best && form != p->form)) continue;
+    *plan = trial;
+    best = cost;
+    if (form == p->form) break;
+  }
+  return best < 0 ? MODEL_TOO_LARGE : MODEL_OK;
 }
 
 // Offsets of all weights of all channels, as if each were there.
@@ -285,10 +284,8 @@ static void dense_jobs(job_list *list) {
   if (list->jobs && list->last) list->last->filter |= JOB_LAST;
 }
 
-typedef struct { unsigned char *at; size_t left, used; } table_memory;
-
-static void *take(table_memory *memory, size_t bytes) {
-  const size_t whole = (bytes + 15) / 16 * 16;
+void *model_take(model_tables *memory, size_t bytes) {
+  const size_t whole = (bytes + MODEL_ALIGNMENT - 1) / MODEL_ALIGNMENT * MODEL_ALIGNMENT;
   memory->used += whole;
   if (!memory->at || whole > memory->left) return NULL;
   void *taken = memory->at;
@@ -298,8 +295,7 @@ static void *take(table_memory *memory, size_t bytes) {
 }
 
 // Count, or fill, the tables of one plan.
-static int make_tables(const model_network *network, const problem *p, model_plan *plan, table_memory *memory,
-                       int fill) {
+static int make_tables(const problem *p, model_plan *plan, model_tables *memory, int fill) {
   const model_op *op = p->op;
   const int64_t all = (int64_t)p->in->channels * p->taps;
   const size_t passes = (size_t)plan->passes, stored = (size_t)(op->dense ? all : op->count);
@@ -309,13 +305,12 @@ static int make_tables(const model_network *network, const problem *p, model_pla
   if (!result) {
     job_list list = {.p = p, .plan = plan, .row = all / op->groups, .begin = begin};
     offsets_of(p, plan, where);
-    const unsigned char *bits = network->weights + (op->dense ? 0 : op->bits);
     if (op->dense) dense_jobs(&list);
-    else if (!sparse_jobs(&list, bits, where, NULL)) result = MODEL_DAMAGED;
+    else if (!sparse_jobs(&list, p->bits, where, NULL)) result = MODEL_DAMAGED;
     for (size_t pass = 0; pass < passes; ++pass) begin[pass + 1] += begin[pass];
-    uint32_t *own = take(memory, (passes + 1) * sizeof *own);
-    model_job *jobs = take(memory, begin[passes] * sizeof *jobs);
-    uint16_t *offsets = take(memory, stored * sizeof *offsets);
+    uint32_t *own = model_take(memory, (passes + 1) * sizeof *own);
+    model_job *jobs = model_take(memory, begin[passes] * sizeof *jobs);
+    uint16_t *offsets = model_take(memory, stored * sizeof *offsets);
     if (!result && fill) {
       memcpy(own, begin, (passes + 1) * sizeof *own);
       list.jobs = jobs;
@@ -323,7 +318,7 @@ static int make_tables(const model_network *network, const problem *p, model_pla
         memcpy(offsets, where, stored * sizeof *offsets);
         dense_jobs(&list);
       } else {
-        sparse_jobs(&list, bits, where, offsets);
+        sparse_jobs(&list, p->bits, where, offsets);
       }
       plan->begin = own;
       plan->jobs = jobs;
@@ -335,7 +330,7 @@ static int make_tables(const model_network *network, const problem *p, model_pla
   return result;
 }
 
-static int plan_one(model_network *network, int index, int layout, table_memory *memory, int fill) {
+static int plan_one(model_network *network, int index, int layout, model_tables *memory, int fill) {
   const model_op *op = NETWORK->ops + index;
   if (op->kind == OP_POOL && network->region < NETWORK->values[op->in].width + MODEL_SLACK)
     network->region = NETWORK->values[op->in].width + MODEL_SLACK;  // a row
@@ -344,6 +339,14 @@ static int plan_one(model_network *network, int index, int layout, table_memory 
   problem p = {.op = op, .in = NETWORK->values + op->in, .out = NETWORK->values + op->out, .layout = layout,
                .lanes = lanes, .element = layout == BLOCK ? lanes : 1, .taps = op->kernel[0] * op->kernel[1],
                .columns = op->kernel[1]};
+  const unsigned char choice = network->choices ? network->choices[layout * NETWORK->ops_count + index] : 0;
+  p.form = choice % 8;
+  p.passes = choice / 8 % 4;
+  p.registers = registers;
+  p.pairs = network->isa->pairs != NULL;
+  p.has_columns = network->isa->columns != NULL;
+  p.values = (const float *)(network->weights + op->values);
+  p.bits = op->dense ? NULL : network->weights + op->bits;
   p.vectors = op->dense ? (registers >= 32 ? MODEL_TILE_DENSE : 3) : (registers >= 32 ? MODEL_TILE_VECTORS : 12);
   model_plan *plan = network->plans[layout] + index;
   if (!fill) {
@@ -351,11 +354,15 @@ static int plan_one(model_network *network, int index, int layout, table_memory 
     const int failed = choose_form(&p, plan);
     if (failed) return failed;
     if (plan->form != FORM_DIRECT) {
-      const int64_t floats = plan->channel * plan->pass_channels * p.element + MODEL_SLACK;
+      const int64_t floats = MODEL_SLACK + (plan->form == FORM_TAPS
+                                                ? model_tap_floats(&p, plan)
+                                                : plan->channel * plan->pass_channels * p.element);
       if (floats > network->region) network->region = floats;
     }
   }
-  return make_tables(network, &p, plan, memory, fill);
+  if (plan->form == FORM_TAPS) return model_tap_tables(&p, plan, memory, fill);
+  if (plan->form == FORM_COLUMNS) return model_column_tables(&p, plan, memory, fill);
+  return make_tables(&p, plan, memory, fill);
 }
 
 int model_plan_all(model_network *network) {
@@ -364,7 +371,7 @@ int model_plan_all(model_network *network) {
   if (!plans) return MODEL_NO_MEMORY;
   network->plans[SINGLE] = plans;
   network->plans[BLOCK] = plans + count;
-  table_memory memory = {0};
+  model_tables memory = {0};
   for (int fill = 0; fill < 2; ++fill) {
     for (int layout = 0; layout < (network->blocks ? LAYOUTS : 1); ++layout) {
       for (int index = 0; index < NETWORK->ops_count; ++index) {
@@ -374,9 +381,11 @@ int model_plan_all(model_network *network) {
     }
     if (fill) break;
     network->tables = memory.used;
-    network->own_tables = malloc(memory.used + 16);
+    network->own_tables = malloc(memory.used + MODEL_ALIGNMENT);
     if (!network->own_tables) return MODEL_NO_MEMORY;
-    memory = (table_memory){.at = network->own_tables, .left = memory.used};
+    const uintptr_t past = (uintptr_t)network->own_tables % MODEL_ALIGNMENT;
+    memory = (model_tables){.at = (unsigned char *)network->own_tables + (past ? MODEL_ALIGNMENT - past : 0),
+                            .left = memory.used};
   }
   return MODEL_OK;
 }

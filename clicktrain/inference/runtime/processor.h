@@ -3,7 +3,7 @@
 #if defined(__x86_64__)
 #include <cpuid.h>
 
-// 2: AVX-512 (F, DQ, BW, VL), 1: AVX2 and FMA, 0: neither.
+// 3: what 2 is and AVX512_BF16, 2: AVX-512 (F, DQ, BW, VL), 1: AVX2 and FMA, 0: neither.
 static inline int processor_level(void) {
   unsigned a, b, c, d, low, high;
   if (!__get_cpuid(1, &a, &b, &c, &d)) return 0;
@@ -12,6 +12,7 @@ static inline int processor_level(void) {
   __asm__ volatile("xgetbv" : "=a"(low), "=d"(high) : "c"(0));
   if ((low & 0x6) != 0x6 || !__get_cpuid_count(7, 0, &a, &b, &c, &d) || !(b & 1u << 5)) return 0;
   const unsigned second = 1u << 16 | 1u << 17 | 1u << 30 | 1u << 31;
-  return (low & 0xe6) == 0xe6 && (b & second) == second ? 2 : 1;
+  if ((low & 0xe6) != 0xe6 || (b & second) != second) return 1;
+  return a >= 1 && __get_cpuid_count(7, 1, &a, &b, &c, &d) && (a & 1u << 5) ? 3 : 2;
 }
 #endif

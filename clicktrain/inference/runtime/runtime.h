@@ -13,6 +13,10 @@
 #define MODEL_TILE_ROWS 16    // of results in registers, at most
 #define MODEL_TILE_VECTORS 16 // of one filter in registers, at most
 #define MODEL_TILE_DENSE 6    // of each of four filters in registers, at most
+#define MODEL_SUMS_TAPS 4   // FORM_TAPS: taps of a group, at most,
+#define MODEL_SUMS_WIDE 4   // and vectors of an image
+#define MODEL_SUMS_TOTAL 16 // and both multiplied
+#define MODEL_STRETCHES 8   // whose sums are moved together
 #define MODEL_GROUP 4         // filters of a dense layer that are computed at once
 #define MODEL_BLOCK 16        // outputs of a dense linear layer that lie side by side
 
@@ -63,12 +67,28 @@ typedef struct { uint32_t value, offset, count, filter; } model_job;
 #define JOB_MORE(job) ((int)((job)->filter >> 28 & 3))  // dense: filters beside the first
 #define JOB_FILTER(job) ((job)->filter & 0x0fffffffu)
 
-enum { FORM_DIRECT, FORM_ROWS, FORM_FLAT };
+enum { FORM_DIRECT, FORM_ROWS, FORM_FLAT, FORM_TAPS, FORM_COLUMNS };
 // FORM_FLAT: row by row; where rows are as long as those of the results, many at once; or a copy for each tap instead
 // of each column of the kernel, where a tile is a whole image.
 enum { MOVED_BY_ROW, MOVED_AT_ONCE, MOVED_BY_TAP };
 #define MODEL_TAPS 9    // copies of an image in the latter two, at most
 #define MODEL_MASKS 48  // vectors of one copy, at most
+
+// FORM_TAPS, of one image of few vectors: inputs stay where they are, and each tap has sums of its own, which are moved
+// to where they belong when a filter's kernels with the same taps are done. So an input is loaded once for all taps of a
+// kernel, and a weight is all that a product loads beside it. A stretch is these kernels of one filter; a group has the
+// stretches of some filters with the same taps, those of equal length together, which spares wrong guesses of jumps.
+typedef struct { uint32_t filter, kernels; } model_stretch;  // or pairs of kernels
+typedef struct {
+  uint32_t stretch, count;   // of `stretches`
+  uint32_t kernel, value;    // its first of `offsets`, which are channels here, and of `packed`
+  int taps, tap[MODEL_SUMS_TAPS];
+} model_group;
+
+// FORM_COLUMNS, of one image: a strip of rows with sums for each of the three columns of a kernel stays in registers for
+// all kernels of a filter, and is put together in the end, moved by a lane. Rows of a kernel's input are loaded once for
+// all its taps, by code of its own for each set of taps that is frequent (sets.h, written with the network).
+typedef struct { uint32_t kernel, value; } model_filter;  // its first of `offsets` / 2, and of `packed`
 
 // How one convolution runs in one layout. Channels are taken in passes, whose inputs are copied into a region that fits
 // a cache: of FORM_ROWS rows of the padded image, split by what stride leaves as remainder; of FORM_FLAT one copy of
@@ -83,32 +103,71 @@ typedef struct {
   int64_t unit;                 // floats
   const uint16_t *offsets;      // one for each stored weight; of a dense layer for each of one filter
   const model_job *jobs;
-  const uint32_t *begin;        // [passes + 1], in jobs
+  const uint32_t *begin;        // [passes + 1], in jobs; FORM_TAPS: [parts + 1], in groups
+  // FORM_TAPS: filters in parts, which are computed one after another or by several threads.
+  int parts;
+  int64_t most[4];              // groups, stretches, kernels and weights, as many as there may be
+  const model_filter *filters;  // FORM_COLUMNS: [filters + 1]; offsets are set and channel of a kernel, or of a pair set
+                                // and channels
+  const model_group *groups;
+  const model_stretch *stretches;
+  const float *packed;          // of pairs: two bfloat16 numbers each
+  const int32_t *inside;        // [taps, cols x lanes]: all bits set where a tap of the position is in the image
 } model_plan;
+
+// Where an operation's weights are.
+typedef struct { const float *bias, *values; } model_constants;
+
+// A thread among those that run one call together.
+typedef struct model_team model_team;
+typedef struct { model_team *team; int number, count; } model_worker;
+typedef void (*model_work)(void *given, model_worker);
+model_team *model_team_new(int count);  // the caller included; NULL: threads cannot be started
+void model_team_free(model_team *);
+void model_team_run(model_team *, model_work, void *given);  // by every thread of the team; returns when all are done
+void model_meet(model_team *);  // returns when all threads of a team have called it
 
 typedef struct model_isa model_isa;
 
 struct model_network {
-  const unsigned char *weights;
+  const unsigned char *weights;    // while it is opened
   void *own_weights, *own_tables;  // to be freed
+  model_constants *constants;      // one an operation
+  const unsigned char *choices;    // [LAYOUTS, ops], what was measured (plan.h), while it is opened; NULL: by rules
   const model_isa *isa;
   int max_batch, blocks;           // blocks: whether the layout is planned
   model_plan *plans[LAYOUTS];      // one an operation
   int64_t region;                  // floats of the largest region
-  size_t tables;                   // bytes
+  size_t kept, tables;             // bytes of weights and tables
+  double *times;                   // seconds of each operation, the least so far, -1 before; NULL: not measured
 };
+
+// As model_open and model_open_file, with `choices` of plans; and the bytes of a file of weights, to be freed.
+int model_open_choosing(const void *weights, size_t bytes, int max_batch, const char *isa, const unsigned char *choices,
+                        model_network **network);
+int model_open_file_choosing(const char *path, int max_batch, const char *isa, const unsigned char *choices,
+                             model_network **network);
+int model_read_weights(const char *path, unsigned char **weights, size_t *bytes);
+double model_seconds(void);
+
+// A convolution of one image in a form of its own.
+typedef void (*model_special)(const model_op *, const model_plan *, const model_value *in, const model_value *out,
+                              const float *bias, const float *image, const float *residual, float *results,
+                              float *region, model_worker);
 
 // What one set of instructions can do.
 struct model_isa {
   const char *name;
   int lanes, registers;
   int (*available)(void);
-  void (*run)(const model_network *, int layout, float *memory, float *region);
+  void (*run)(const model_network *, int layout, float *memory, float *region, model_worker);
   void (*enter)(const float *images, int count, float *memory);               // images -> block
   void (*leave)(const float *memory, int count, float *results);              // block -> results
+  model_special pairs;    // FORM_TAPS with pairs of bfloat16 numbers, NULL: with float32. Only taken by name
+  model_special columns;  // FORM_COLUMNS; NULL: it is not there
 };
 
-extern const model_isa *const model_isas[];  // best first, NULL at the end
+extern const model_isa *const model_isas[];  // best first, then those that round, NULL at the end
 
 int model_plan_all(model_network *);  // MODEL_OK or an error
 static inline int64_t model_plane(const model_value *v, int layout) {

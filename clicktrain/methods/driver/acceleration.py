@@ -144,7 +144,7 @@ class Acceleration:
         except UserError as error:  # the model does not run on its inputs: its own call says so best
             warnings.warn(f"the network is not accelerated: {error}", stacklevel=5)
             return None
-        if not isinstance(view, Accelerated):
+        if not view.active:
             return None
         if self.plan is None:
             plan = self.plan = view.plan

@@ -1,0 +1,62 @@
+// What planning a convolution needs to know, and the memory that its tables are taken from.
+#pragma once
+#include <string.h>
+
+#include "runtime.h"
+
+#define NETWORK (&model_network_description)
+
+typedef struct {
+  const model_op *op;
+  const model_value *in, *out;
+  int layout, lanes, element;  // element: floats of one position
+  int registers, pairs;        // pairs: whether two kernels are computed at once
+  int has_columns;             // whether there is code for FORM_COLUMNS
+  int taps, columns;           // of a kernel, of its rows
+  int vectors;                 // most in a tile
+  const unsigned char *bits;   // which weights are stored; NULL: all
+  const float *values;         // these
+  int form, passes;            // CHOICE_*, 0 by rules
+} model_problem;
+
+// What can be measured about a convolution: a form with regions that fit L1, or L2; by rules where that cannot be.
+enum { CHOICE_ROWS = 1, CHOICE_FLAT, CHOICE_TAPS, CHOICE_COLUMNS, CHOICES };
+enum { CHOICE_SMALL = 1, CHOICE_LARGE };
+#define CHOICE(form, passes) ((form) + 8 * (passes))
+
+typedef struct { unsigned char *at; size_t left, used; } model_tables;
+
+// NULL while bytes are counted only.
+void *model_take(model_tables *, size_t bytes);
+
+// FORM_TAPS: its time in cycles, as that of other forms, -1 where it cannot be; then its tables.
+double model_plan_taps(const model_problem *, model_plan *);
+int64_t model_tap_floats(const model_problem *, const model_plan *);  // of its region
+int model_tap_tables(const model_problem *, model_plan *, model_tables *, int fill);
+
+// The same for FORM_COLUMNS.
+double model_plan_columns(const model_problem *, model_plan *);
+int model_column_tables(const model_problem *, model_plan *, model_tables *, int fill);
+
+// Bits that are set; compilers would call a function for it.
+static inline int model_ones(unsigned x) {
+  x -= x >> 1 & 0x55555555u;
+  x = (x & 0x33333333u) + (x >> 2 & 0x33333333u);
+  return (int)(((x + (x >> 4)) & 0x0f0f0f0fu) * 0x01010101u >> 24);
+}
+
+// Taps of kernel number `k` that are stored, a bit each, of at most 9.
+static inline unsigned model_kernel(const model_problem *p, int64_t k) {
+  const int64_t at = k * p->taps, first = at / 8, last = (at + p->taps - 1) / 8;
+  const unsigned word = (unsigned)p->bits[first] | (unsigned)p->bits[last] << (8 * (last - first));
+  return word >> (at % 8) & ((1u << p->taps) - 1);
+}
+
+// A number as bfloat16.
+static inline uint32_t model_rounded(float x) {
+  uint32_t bits;
+  memcpy(&bits, &x, sizeof bits);
+  return (bits & 0x7fffffff) > 0x7f800000 ? 0x7fff : (bits + 0x7fff + (bits >> 16 & 1)) >> 16;
+}
+
+static inline int64_t model_up(int64_t a, int64_t b) { return (a + b - 1) / b; }

@@ -1,0 +1,131 @@
+"""Plans of exported networks: all ways to run a convolution, measured ones, threads of a call."""
+
+from __future__ import annotations
+
+import ctypes
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+from c_builds import Library, alive, build, check, check_choices, needs_compiler, plan_file, write
+from torch import nn
+
+from clicktrain.bench.masks import pattern_mask
+from clicktrain.inference.capture import capture
+
+torch.set_num_threads(1)
+pytestmark = [
+    needs_compiler,
+    pytest.mark.filterwarnings("ignore::FutureWarning", "ignore::DeprecationWarning"),
+]
+CANNOT_READ, NOT_A_PLAN = 3, 11
+
+
+def patterned(filters: int, channels: int, density: float, seed: int = 0) -> nn.Conv2d:
+    """A convolution with patterns of four, and some kernels of other sizes."""
+    generator = torch.Generator().manual_seed(seed)
+    layer = nn.Conv2d(channels, filters, 3, padding=1)
+    mask = pattern_mask((filters, channels, 3, 3), 1 / density, 1, generator)
+    mask[:: max(filters // 5, 1)] = torch.rand(mask[:: max(filters // 5, 1)].shape, generator=generator) < 0.5
+    with torch.no_grad():
+        layer.weight.mul_(mask)
+    return layer
+
+
+class Small(nn.Module):
+    """Convolutions of small images, alone and with what is added."""
+
+    def __init__(self, filters: int = 40) -> None:
+        super().__init__()
+        self.first = patterned(filters, 3, 0.4)
+        self.second = patterned(filters, filters, 0.15, 1)
+        self.third = patterned(filters, filters, 0.3, 2)
+        self.point = nn.Conv2d(filters, 6, 1)
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        x = torch.relu(self.first(x))
+        x = torch.relu(self.third(nn.functional.silu(self.second(x))) + x)
+        y: torch.Tensor = self.point(x)
+        return y
+
+
+@pytest.mark.long
+@pytest.mark.parametrize("size", [(4, 4), (8, 8), (7, 7), (3, 5), (1, 13), (9, 2)])
+def test_every_choice_is_right_on_small_images(size: tuple[int, int], tmp_path: Path) -> None:
+    torch.manual_seed(0)
+    check_choices(Small().eval(), (3, *size), tmp_path)
+
+
+def test_every_choice_is_right(tmp_path: Path) -> None:
+    torch.manual_seed(0)
+    layers = [
+        nn.Conv2d(4, 24, 3, padding=1), nn.ReLU(), nn.Conv2d(24, 24, (3, 2), padding=(2, 1), dilation=(2, 1)),
+        nn.ReLU(), nn.Conv2d(24, 30, 3, stride=2, padding=1), nn.ReLU(),
+        nn.Conv2d(30, 30, (1, 5), padding=(0, 2)), nn.Conv2d(30, 30, 5, padding=2, groups=3),
+    ]  # fmt: skip
+    check_choices(alive(nn.Sequential(*layers), 0.25), (4, 11, 9), tmp_path, (1, 9))
+
+
+@pytest.mark.parametrize("filters", [3, 33, 130])
+def test_filters_are_shared_among_threads(filters: int, tmp_path: Path) -> None:
+    torch.manual_seed(0)
+    check(Small(filters).eval(), (3, 4, 4), tmp_path, (1, 2, 5))
+
+
+def open_planned(library: Library, folder: Path, plan: Path, batch: int = 2, isa: str | None = None) -> int:
+    network = ctypes.c_void_p()
+    name = None if isa is None else isa.encode()
+    code: int = library.c.model_open_planned(
+        bytes(folder / "weights.bin"), bytes(plan), batch, name, ctypes.byref(network)
+    )
+    assert (code == 0) == bool(network)
+    library.c.model_close(network)
+    return code
+
+
+def test_a_plan_is_measured_and_kept(tmp_path: Path) -> None:
+    torch.manual_seed(0)
+    model, shape = Small(20).eval(), (3, 6, 6)
+    write(model, shape, tmp_path)
+    library, plan = Library(build(tmp_path)), tmp_path / "measured.plan"
+    assert library.c.model_measure_file(bytes(tmp_path / "weights.bin"), bytes(plan), 20, None) == 0
+    images = torch.randn(19, *shape)
+    got = library.run_planned(tmp_path, plan, images, 6 * 36)
+    with torch.no_grad():
+        torch.testing.assert_close(got, model(images).flatten(1), rtol=1e-4, atol=1e-5)
+    wrong = tmp_path / "wrong.plan"
+    assert open_planned(library, tmp_path, wrong) == CANNOT_READ
+    for bad in (b"", plan.read_bytes()[:-1], plan.read_bytes() + b"x", b"X" + plan.read_bytes()[1:]):
+        wrong.write_bytes(bad)
+        assert open_planned(library, tmp_path, wrong) == NOT_A_PLAN
+    head = plan.read_bytes()[:40]
+    for value in range(256):  # any choice is one, or the rules'
+        wrong.write_bytes(head + bytes([value]) * (len(plan.read_bytes()) - 40))
+        assert open_planned(library, tmp_path, wrong) == 0
+    other = plan_file(tmp_path, capture(model, shape), "abacus", 0)
+    assert open_planned(library, tmp_path, other) == NOT_A_PLAN
+
+
+def test_a_context_with_threads_that_cannot_be(tmp_path: Path) -> None:
+    write(Small(3).eval(), (3, 4, 4), tmp_path)
+    library = Library(build(tmp_path))
+    _, network, _held = library.open((tmp_path / "weights.bin").read_bytes(), 1)
+    context = ctypes.c_void_p()
+    for threads in (0, -1, 65):
+        assert library.c.model_context_new_threads(network, threads, ctypes.byref(context)) == 1
+        assert not context
+    library.c.model_close(network)
+
+
+def test_python_measures_a_plan_and_takes_threads(tmp_path: Path) -> None:
+    write(Small(9).eval(), (3, 4, 4), tmp_path)
+    build(tmp_path)
+    program = (
+        "import numpy as np; from model import Network; x = np.ones((3, 3, 4, 4), np.float32);"
+        "a = Network(3)(x); b = Network(3, threads=2, plan='here.plan')(x);"
+        "c = Network(3, plan='here.plan')(x); assert np.abs(a - b).max() < 1e-4; assert (b == c).all()"
+    )
+    subprocess.run([sys.executable, "-c", program], cwd=tmp_path, check=True)
+    assert (tmp_path / "here.plan").stat().st_size > 40

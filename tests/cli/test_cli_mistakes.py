@@ -51,7 +51,7 @@ def check_told(outcome: Outcome, *parts: str) -> None:
         ("train --config missing.yaml", "there is no file missing.yaml"),
         ("train --config", "--config needs a value"),
         ("trian", "unknown command 'trian': did you mean 'train'?"),
-        ("prune", "unknown command 'prune': use one of train, resume"),
+        ("prune", "unknown command 'prune': use one of demo, train, resume"),
         # what cannot be done
         ("train --model resnet21", "unknown model 'resnet21' (did you mean resnet"),
         ("train --model no_such_package:build", "there is no module 'no_such_package'"),

@@ -21,13 +21,14 @@ LAYERS: tuple[tuple[str, ...], ...] = (
     ("latency", "inference"),
     ("compiler",),
     ("methods",),
-    ("train", "export", "report", "papers"),
+    ("train", "export", "report", "papers", "integrations"),
     ("bench",),
     ("__init__",),
     ("cli", "commands", "demo", "__main__"),
 )
 ABOVE_METHODS = (
-    "train", "export", "report", "papers", "bench", "cli", "commands", "demo", "__main__", "__init__",
+    "train", "export", "report", "papers", "integrations", "bench", "cli", "commands", "demo", "__main__",
+    "__init__",
 )  # fmt: skip
 # Rows say who is lower; these say who has no business with whom all the same.
 ONLY_FROM = {"models": ABOVE_METHODS, "data": ABOVE_METHODS}

@@ -37,7 +37,7 @@ EPOCHS, STEPS, BATCH, CLASSES = 4, 2, 4, 8
 
 MODELS: dict[str, int] = {
     "timm:resnet18": 64, "timm:resnet26": 64, "timm:resnet26d": 64, "timm:resnet26t": 64,
-    "timm:seresnext26ts": 64, "timm:ecaresnext26ts": 64, "timm:skresnet18": 64, "timm:resnetv2_18": 64,
+    "timm:seresnext26ts": 64, "timm:eca_resnext26ts": 64, "timm:skresnet18": 64, "timm:resnetv2_18": 64,
     "timm:nf_resnet26": 64, "timm:regnetx_002": 64, "timm:regnety_002": 64, "timm:repvgg_a0": 64,
     "timm:mobilenetv2_050": 64, "timm:mobilenetv3_small_050": 64, "timm:mobilenetv4_conv_small_050": 64,
     "timm:efficientnet_b0": 64, "timm:tinynet_e": 64, "timm:mnasnet_small": 64, "timm:ghostnet_050": 64,
@@ -53,7 +53,7 @@ MODELS: dict[str, int] = {
 }  # fmt: skip
 """Name -> side of the images in pixels."""
 METHODS: dict[str, Callable[[], Method[Any]]] = {
-    "clicktrain": lambda: ClickTrain(compression=2),
+    "clicktrain": lambda: ClickTrain(compression=3),
     "rigl": lambda: RigL(sparsity=0.8, interval=2),
     "nm": NM,
     "pat": lambda: PaT(policy="epoch", prune_epoch=1, prune_steps=1, prune_ratio=0.3),

@@ -139,5 +139,5 @@ def _go_on(pruner: Pruner, optimizer: Optimizer, folder: Path) -> None:
             f"{folder} holds no state of a pruner ({STATE}): its run was not pruned by this callback"
         )
     optimizer.state.clear()
-    pruner.load_state_dict(load_tree(folder / STATE))  # type: ignore[arg-type]
+    pruner.load_state_dict(load_tree(folder / STATE))
     optimizer.load_state_dict(torch.load(folder / "optimizer.pt", map_location="cpu", weights_only=True))

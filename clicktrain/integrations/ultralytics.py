@@ -11,7 +11,6 @@ from collections.abc import Callable
 from typing import Any
 
 import torch
-from torch import Tensor
 from ultralytics import YOLO
 from ultralytics.engine.trainer import BaseTrainer
 
@@ -103,8 +102,10 @@ class _Pruned:
         """The loss of one image: Ultralytics sums it over the batch."""
         if not self._observed:
             items = self.loss_items
-            loss: Tensor = sum(items.values()) if isinstance(items, dict) else items.sum()
-            self.pruner.observe(torch.as_tensor(loss))
+            parts = list(items.values()) if isinstance(items, dict) else [items]
+            self.pruner.observe(
+                sum((torch.as_tensor(part).detach().sum() for part in parts), torch.zeros(()))
+            )
             self._observed = True
 
     def _after_batch(self: Any) -> None:

@@ -221,7 +221,7 @@ def test_a_run_that_fails_leaves_the_network_free(tmp_path: Path) -> None:
     module = Broken()
     with pytest.raises(OSError, match="disk"):
         trainer(tmp_path, callback("clicktrain")).fit(module, loader())
-    METHODS["clicktrain"]().attach(module.net, sgd(module.net), epochs=1, steps_per_epoch=1).close()
+    METHODS["clicktrain"]().attach(module.net, sgd(module.net), epochs=6, steps_per_epoch=4).close()
 
 
 @pytest.mark.long

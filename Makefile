@@ -7,6 +7,7 @@ PY      := $(VENV)/bin/python
 WORKERS ?= 2
 ARGS    ?=
 BUDGET  ?= 15
+TORCHES ?= 2.6.0 2.14.1
 WIDTHS  ?= 4-pairs 8 16-pairs
 PYTHON  ?=
 KERNEL_TESTS = tests/kernels tests/compiler tests/bench/test_bench_timing.py
@@ -15,13 +16,13 @@ PYTEST   = OMP_NUM_THREADS=1 $(PY) -m pytest -q
 export PYTHON
 .DEFAULT_GOAL := help
 .NOTPARALLEL:
-.PHONY: help demo test fast check lint types widths long slow kills workers fuzz gpu format clean
+.PHONY: help demo test fast check lint types widths long arm slow kills workers fuzz gpu wheel site matrix format clean
 
 help: ## this list
 	@awk -F ':.*## ' '/^[a-z]+:.*## / { printf "make %-8s %s\n", $$1, $$2 }' $(MAKEFILE_LIST)
 
 demo: $(VENV)/stamp-run ## train the embedded digits dense and with ClickTrain, compare, write a report (about 1 minute)
-	$(PY) -m clicktrain.demo $(ARGS)
+	$(PY) -m clicktrain demo $(ARGS)
 
 test: $(VENV)/stamp-test ## every test but the slow and the GPU ones
 	$(PYTEST) -n $(WORKERS) --dist worksteal $(ARGS)
@@ -52,6 +53,10 @@ widths: $(VENV)/stamp-test ## the tests of generated kernels at 4, 8 and 16 floa
 long: $(VENV)/stamp-test ## tests of three seconds and more, which `make check` leaves out and CI runs
 	$(PYTEST) -n $(WORKERS) --dist loadscope -m long $(ARGS)
 
+arm: $(VENV)/stamp-test ## the C export on 64-bit ARM, in an emulator, which is installed where root can
+	@sh scripts/emulator.sh
+	$(PYTEST) -m slow -k on_arm tests/deploy $(ARGS)
+
 slow: $(VENV)/stamp-test ## the slow tests (killed and resumed runs, whole recipes)
 	$(PYTEST) -m slow $(ARGS)
 
@@ -70,13 +75,27 @@ gpu: $(VENV)/stamp-test ## GPU tests and measurements, resumed where they stoppe
 	$(PYTEST) -m gpu $(ARGS)
 	$(PY) scripts/gpu.py
 
+site: .venv-docs/stamp-docs ## build/site: the pages of docs/ and a reference made of docstrings; a warning is an error
+	.venv-docs/bin/python -m mkdocs build --quiet --strict
+
+matrix: ## the tests on the oldest and the newest torch, in environments under .matrix/ (gigabytes; TORCHES="2.6.0" ARGS=tests/formats)
+	sh scripts/matrix.sh "$(TORCHES)" $(ARGS)
+
+wheel: $(VENV)/stamp-run ## dist/clicktrain-*.whl, which pip installs anywhere
+	rm -rf build
+	$(PY) -m pip wheel --quiet --no-deps --no-build-isolation --wheel-dir dist .
+	@ls dist/*.whl
+
 format: $(VENV)/stamp-test ## rewrite the sources as `make lint` wants them
 	$(PY) -m ruff format .
 	$(PY) -m ruff check --fix .
 
 clean: ## remove .venv, caches and build products; runs/ stays
-	rm -rf $(VENV) build dist *.egg-info .pytest_cache .mypy_cache .ruff_cache .hypothesis
+	rm -rf $(VENV) .venv-docs .matrix build dist *.egg-info .pytest_cache .mypy_cache .ruff_cache .hypothesis
 	find clicktrain tests -name __pycache__ -type d -prune -exec rm -rf {} +
+
+.venv-docs/stamp-docs: requirements/docs.txt scripts/setup.sh
+	@sh scripts/setup.sh docs
 
 $(VENV)/stamp-run: requirements/run.txt pyproject.toml scripts/setup.sh
 	@sh scripts/setup.sh run

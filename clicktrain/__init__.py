@@ -22,8 +22,10 @@ if TYPE_CHECKING:
 
     from clicktrain.accounting import ModelCost, compression_ratio, count
     from clicktrain.compiler import accelerate
+    from clicktrain.deploy.loading import load_packed
+    from clicktrain.deploy.own_network import export
+    from clicktrain.deploy.saving import save
     from clicktrain.errors import UserError
-    from clicktrain.export.loading import load_packed
     from clicktrain.kernels.pack_model import pack, unpack
     from clicktrain.methods import *  # noqa: F403 - every method, as `__getattr__` finds them
     from clicktrain.models import create_model
@@ -38,10 +40,12 @@ __all__ = [
     "compression_ratio",
     "count",
     "create_model",
+    "export",
     "load",
     "load_packed",
     "load_pruned",
     "pack",
+    "save",
     "unpack",
 ]
 
@@ -52,9 +56,11 @@ _HOME = {
     "compression_ratio": "clicktrain.accounting",
     "count": "clicktrain.accounting",
     "create_model": "clicktrain.models",
-    "load_packed": "clicktrain.export.loading",
+    "export": "clicktrain.deploy.own_network",
+    "load_packed": "clicktrain.deploy.loading",
     "load_pruned": "clicktrain.surgery",
     "pack": "clicktrain.kernels.pack_model",
+    "save": "clicktrain.deploy.saving",
     "unpack": "clicktrain.kernels.pack_model",
 }
 
@@ -65,7 +71,7 @@ def load(
     *,
     batch: int | None = None,
 ) -> nn.Module:
-    """Load the network of a finished run: a plain module on the CPU, in eval mode, pruned weights zero.
+    """Load the network of a finished run or of `save`: a plain module on the CPU, in eval mode.
 
     With ``batch`` it is ready for fast inference: its kept weights alone are loaded, and it is accelerated
     for batches of this size (`accelerate`) where there is something sparse in it. Of the folder's two files
@@ -75,20 +81,20 @@ def load(
     the factory that you give here.
 
     Args:
-        folder: of the run.
+        folder: of the run, or the one that was given to `save`.
         model: for a network of your own, its factory, or ``package.module:factory``; it is called with those
-            of num_classes, in_channels and width that it takes.
+            of num_classes, in_channels and width that it takes, for the folder of `save` without any.
         batch: images of a call, at which operators are measured.
 
     Raises:
-        UserError: not the folder of a finished run, damaged, of a newer version; or the run is of a network
+        UserError: not such a folder, damaged, of a newer version; or the run is of a network
             of somebody's own and ``model`` is missing or builds another network.
 
     Example:
         ``net = clicktrain.load("runs/first")``, ``net = clicktrain.load("runs/mine", model=MyNetwork)``,
         ``net = clicktrain.load("runs/first", batch=64)``
     """
-    from clicktrain.export.loading import load_accelerated, load_plain
+    from clicktrain.deploy.loading import load_accelerated, load_plain
 
     return load_plain(folder, model) if batch is None else load_accelerated(folder, model, batch)
 

@@ -20,6 +20,7 @@ from typing import NoReturn
 from clicktrain.errors import FailedElsewhere, UserError, shortened
 
 COMMANDS: dict[str, str] = {
+    "demo": "train handwritten digits dense and pruned, compare, write a report (a minute)",
     "train": "train and prune a network in one run",
     "resume": "continue a run that was interrupted",
     "evaluate": "accuracy and loss of a finished run",
@@ -124,7 +125,8 @@ def _help() -> str:
     return (
         "usage: clicktrain COMMAND [...]\n\nTrain and prune convolutional networks in one run.\n\n"
         f"{lines}\n\n'clicktrain COMMAND --help' shows the flags of a command.\n"
-        "First steps: clicktrain train --data digits --compression 8 --epochs 12 --out runs/first"
+        "First steps: clicktrain demo, then\n"
+        "  clicktrain train --data digits --compression 8 --epochs 12 --out runs/first"
     )
 
 

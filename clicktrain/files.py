@@ -119,6 +119,17 @@ def parse_json(text: str | bytes, problem: str) -> Any:
         raise UserError(problem) from None
 
 
+def find_recipe(path: str | os.PathLike[str]) -> Path:
+    """The path as given; of a ``recipes/NAME.yaml`` that is not there, the file that the package brings.
+
+    So commands of the documentation work in a checkout, on its files, and where only the package is.
+    """
+    given = Path(path)
+    brought = Path(__file__).parent / given
+    is_ours = len(given.parts) == 2 and given.parts[0] == "recipes" and brought.is_file()
+    return brought if is_ours and not given.exists() else given
+
+
 class YamlError(UserError):
     """A text is not YAML, or uses what a settings file may not."""
 

@@ -1,10 +1,12 @@
 #!/bin/sh
 # Creates .venv and installs the pinned dependencies and the package itself: scripts/setup.sh run|test
-# The Makefile calls it when a stamp in .venv is missing or older than the pins.
+# scripts/setup.sh docs: .venv-docs with what builds the site, which reads the package's text and does not import it.
+# The Makefile calls it when a stamp there is missing or older than the pins.
 set -eu
 cd "$(dirname "$0")/.."
 level=$1
 venv=.venv
+[ "$level" != docs ] || venv=.venv-docs
 
 is_new_enough() {
     "$1" -c 'import sys; sys.exit(sys.version_info < (3, 10))' >/dev/null 2>&1
@@ -42,6 +44,10 @@ pip() {
 
 echo "Installing requirements/$level.txt into $venv (only when the pins change; the first time takes minutes)"
 pip install -r "requirements/$level.txt"
+if [ "$level" = docs ]; then
+    touch "$venv/stamp-docs"
+    exit
+fi
 pip install --no-deps --no-build-isolation --editable .
 
 touch "$venv/stamp-run"

@@ -12,12 +12,13 @@ from pathlib import Path
 
 import pytest
 
-from clicktrain import demo
+from clicktrain import cli
+from clicktrain.commands import demo
 
 
 def run_demo(repository: Path, *arguments: str, **environment: str) -> subprocess.CompletedProcess[str]:
     return subprocess.run(
-        [sys.executable, "-m", "clicktrain.demo", *arguments],
+        [sys.executable, "-m", "clicktrain", "demo", *arguments],
         capture_output=True,
         text=True,
         timeout=600,
@@ -58,12 +59,12 @@ def test_a_second_demo_replaces_the_first_and_nothing_else(
     monkeypatch.setattr(demo, "RECIPE", {**demo.RECIPE, "width": 0.125})
     (tmp_path / "mine.txt").write_text("keep me")
     for epochs in ("2", "1"):
-        assert demo.main(["--epochs", epochs, "--out", str(tmp_path), "--quiet"]) == 0
+        assert cli.main(["demo", "--epochs", epochs, "--out", str(tmp_path), "--quiet"]) == 0
         assert len((tmp_path / "dense" / "metrics.jsonl").read_text().splitlines()) == int(epochs)
     assert (tmp_path / "mine.txt").read_text() == "keep me"
     capsys.readouterr()
     (tmp_path / "dense" / "config.yaml").unlink()
-    assert demo.main(["--epochs", "1", "--out", str(tmp_path), "--quiet"]) == 2
+    assert cli.main(["demo", "--epochs", "1", "--out", str(tmp_path), "--quiet"]) == 2
     assert "not empty" in capsys.readouterr().err
     assert (tmp_path / "dense" / "model.safetensors").exists()
 

@@ -40,6 +40,8 @@ class Option:
     metavar: str | None = None
     main: bool = True
     """Explained by ``--help``, not only by ``--help-all``."""
+    named: bool = True
+    """Where it is not explained, named at least; rarely used ones are only counted."""
 
     @property
     def flag(self) -> str:
@@ -98,7 +100,8 @@ class Command:
     """What a command takes: flags (``groups``) and ``notes`` by heading, and arguments without a flag.
 
     ``explain`` is asked about a flag that the command does not have, for a sentence or None. ``examples`` are
-    command lines that work as they stand, ``footer`` is said below them.
+    command lines that work as they stand, ``footer`` is said below them. ``more`` says by heading where the
+    flags are explained that ``--help`` leaves out, if that is not ``--help-all``.
     """
 
     name: str
@@ -109,6 +112,7 @@ class Command:
     explain: Callable[[str], str | None] = lambda name: None
     examples: Sequence[str] = ()
     footer: str = ""
+    more: Mapping[str, str] = field(default_factory=dict)
 
     @property
     def options(self) -> dict[str, Option]:
@@ -182,7 +186,7 @@ class Command:
         return f"write 'clicktrain {self.name}{word} [--flag value ...]'"
 
     def help(self, every: bool) -> str:
-        """What ``--help`` prints: main flags explained in a sentence, others named.
+        """What ``--help`` prints: main flags explained in a sentence, others named, rarely used ones counted.
 
         ``every``, or a command all of whose flags are main ones: everything at length.
         """
@@ -210,13 +214,21 @@ class Command:
                         lines.append(first.rstrip())
                         first = " " * HELP_COLUMN
                     lines += folded(f"{text} {option.note}".rstrip(), " " * HELP_COLUMN, first)
-            if others := [option.usage for option in options if not (every or option.main)]:
-                lines += folded("also " + re.sub(r"\{.*?\}", "NAME", ", ".join(others)), "    ", "  ")
+            if others := [option for option in options if not (every or option.main)]:
+                lines += folded(_also(others, self.more.get(title, "--help-all")), "    ", "  ")
         if self.examples:
             lines += ["", "examples:", *(f"  {line}" for line in self.examples)]
         if self.footer:
             lines += ["", *folded(self.footer)]
         return "\n".join(lines)
+
+
+def _also(options: Sequence[Option], where: str) -> str:
+    """Flags that are not explained: by name, and the number of those that are not named either."""
+    named = [re.sub(r"\{.*?\}", "NAME", option.usage) for option in options if option.named]
+    if rest := len(options) - len(named):
+        named.append(f"and {rest} more: {where}" if named else f"{rest} more: {where}")
+    return "also " + ", ".join(named)
 
 
 def options_of(cls: type) -> list[Option]:

@@ -4,21 +4,23 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Literal
+from typing import TYPE_CHECKING, Literal, get_args
 
 from clicktrain.commands.arguments import OWN_MODEL, RUN, Command, Option
 from clicktrain.errors import UserError
 
 if TYPE_CHECKING:
-    from clicktrain.export import Images
+    from clicktrain.deploy import Images
     from clicktrain.train import LoadedRun
 
 _CHECKED_IMAGES = 512
+_Format = Literal["safetensors", "onnx", "torch", "openvino", "executorch", "coreml", "c"]
 
 COMMAND = Command(
     name="export",
-    description="Write the network of a finished run for other tools. The file is loaded back and compared "
-    "with the network before it gets its name; C is compiled and run on validation images.",
+    description="Write the network of a finished run for other tools. What was written is loaded back, or "
+    "compiled, and run on validation images of the run before it gets its name: the difference to the "
+    "network and the accuracy of both are printed.",
     examples=(
         "clicktrain export runs/first --format onnx",
         "clicktrain export runs/first --format torch -o first.pt2",
@@ -30,25 +32,24 @@ COMMAND = Command(
             OWN_MODEL,
             Option(
                 "format",
-                Literal["safetensors", "onnx", "torch", "c"],
-                "safetensors: weights and a description; onnx: for ONNX Runtime, OpenVINO and others; "
-                "torch: a torch.export program (.pt2); c: a folder with the network in C, which needs a "
-                "compiler and nothing else.",
+                _Format,
+                "safetensors: weights and a description; onnx: for ONNX Runtime and others; torch: a "
+                "torch.export program (.pt2); openvino: OpenVINO's .xml and .bin; executorch: a program for "
+                "phones (.pte, XNNPACK); coreml: a Core ML program, on macOS; c: a folder with the network "
+                "in C, which needs a compiler and nothing else.",
             ),
             Option(
                 "output",
                 str | None,
-                "The file; export.safetensors, export.onnx, export.pt2 or the folder export-c in the run's "
-                "folder by default.",
+                "The file; by default export with the format's ending, or the folder export-c, in the run's "
+                "folder.",
                 short="-o",
                 metavar="FILE",
             ),
             Option(
                 "name", str | None, "c: the name of files and functions; model by default.", metavar="NAME"
             ),
-            Option(
-                "images", int | None, f"c: validation images to compare on; {_CHECKED_IMAGES} by default."
-            ),
+            Option("images", int | None, f"Validation images to compare on; {_CHECKED_IMAGES} by default."),
         )
     },
 )
@@ -57,57 +58,38 @@ COMMAND = Command(
 def run(argv: Sequence[str]) -> int:
     """Run the command; the exit code."""
     given = COMMAND.parse(argv)
-    if given.get("format") is None:
-        raise UserError("--format is missing: use --format safetensors, onnx, torch or c")
-    if given["format"] == "c":
-        return _run_c(given)
-    for flag in ("name", "images"):
-        if given.get(flag) is not None:
-            raise UserError(f"--{flag} belongs to --format c")
-    from clicktrain.export import SUFFIXES, export_run
-    from clicktrain.train import load_run
-
-    loaded = load_run(given["run"], given.get("model"))
-    folder = loaded.folder.path
-    output = given.get("output")
-    path = folder / f"export{SUFFIXES[given['format']]}" if output is None else Path(output)
-    if path.resolve() in {own.resolve() for own in (loaded.folder.model, loaded.folder.packed)}:
-        raise UserError(f"{path} belongs to the run itself: give another -o")
-    done = export_run(loaded, given["format"], path)
-    print(
-        f"{done.path}: {done.num_bytes / 2**20:.2f} MB, "
-        f"largest difference to the network {done.max_difference:.2g} (allowed {done.tolerance:.2g})"
-    )
-    return 0
-
-
-def _run_c(given: dict[str, Any]) -> int:
-    from clicktrain.export import export_c
-    from clicktrain.train import load_run
-
+    format = given.get("format")
+    if format is None:
+        raise UserError(f"--format is missing: use one of {', '.join(get_args(_Format))}")
     count = _CHECKED_IMAGES if given.get("images") is None else given["images"]
     if count < 1:
         raise UserError(f"images is {count}: must be at least 1")
+    if format != "c" and given.get("name") is not None:
+        raise UserError("--name belongs to --format c")
+    from clicktrain.deploy import FILE_FORMATS, SUFFIXES, export_c, export_run
+    from clicktrain.train import load_run
+
     loaded = load_run(given["run"], given.get("model"))
-    output = loaded.folder.path / "export-c" if given.get("output") is None else Path(given["output"])
+    if format != "c":
+        FILE_FORMATS[format].check(format)
+    folder = loaded.folder.path
+    default = "export-c" if format == "c" else f"export{SUFFIXES[format]}"
+    path = folder / default if given.get("output") is None else Path(given["output"])
+    if path.resolve() in {own.resolve() for own in (loaded.folder.model, loaded.folder.packed)}:
+        raise UserError(f"{path} belongs to the run itself: give another -o")
     images, why = _validation_images(loaded, count)
-    done = export_c(loaded, output, images, given.get("name") or "model")
-    what = (
-        f"{done.images} validation images" if images is not None else f"{done.images} random images ({why})"
-    )
-    print(
-        f"{done.path}: weights {done.weight_bytes / 2**20:.2f} MB (dense {done.dense_bytes / 2**20:.2f} MB), "
-        f"memory for one image at a time {done.memory_bytes / 2**20:.2f} MB"
-    )
-    print(
-        f"built and run ({done.isa}) on {what}: largest difference to the network {done.max_difference:.2g} "
-        f"(allowed {done.tolerance:.2g})"
-        + (
-            ""
-            if done.accuracy is None
-            else f", accuracy {done.accuracy:.2f}%, the network's {done.network_accuracy:.2f}%"
+    what = "validation images" if images is not None else f"random images ({why})"
+    if format == "c":
+        lines = export_c(loaded, path, images, given.get("name") or "model").sentences(what)
+    else:
+        lines = export_run(loaded, format, path, images).sentences(
+            what, "the run's packed.safetensors and --format c"
         )
-    )
+    for line in lines:
+        print(line)
+    now, before = loaded.summary.get("parameters"), loaded.summary.get("dense_parameters")
+    if isinstance(now, int) and isinstance(before, int) and now < before:
+        print(f"channels that were removed are not in it: {now:,} of {before:,} parameters are left")
     return 0
 
 

@@ -20,9 +20,10 @@ from clicktrain.commands.inspect import asked_and_reached, training_share
 from clicktrain.commands.screen import lasting_console, warn
 from clicktrain.methods import Method
 from clicktrain.methods.outcome import Outcome
+from clicktrain.runs.summary import file_rows
 from clicktrain.train import RunConfig, RunFolder, TrainingInterrupted
 from clicktrain.train.fit import Resume, fit
-from clicktrain.wording import clock
+from clicktrain.wording import clock, table_lines
 
 if TYPE_CHECKING:
     from clicktrain.methods import Method
@@ -275,9 +276,11 @@ class _ConsoleHandler(logging.Handler):
 
 
 def outcome_lines(summary: Mapping[str, Any], quiet: bool) -> list[str]:
-    """The table of what was asked and reached, and a warning for what was missed; ``quiet``: the warnings."""
+    """Tables of what was asked and reached and of the files, and what was missed; ``quiet``: that alone."""
     outcome = Outcome.from_json(summary.get("outcome") or ())
     lines = str(outcome).splitlines() if outcome.targets and not quiet else []
+    if not quiet and (files := file_rows(summary)):
+        lines += table_lines(files)
     return [*lines, *(f"warning: {sentence}" for sentence in summary.get("warnings") or ())]
 
 

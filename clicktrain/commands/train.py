@@ -63,36 +63,41 @@ _OWN: dict[str, tuple[Option, ...]] = {
 }
 """Flags that are no settings of a run, by heading."""
 
-GROUPS: dict[str, tuple[str, str]] = {
+GROUPS: dict[str, tuple[str, str, str]] = {
     "run": (
         "epochs device precision",
-        "time_budget budget_epochs seed threads deterministic compile exchange exchange_dtype",
+        "time_budget seed threads deterministic compile",
+        "budget_epochs exchange exchange_dtype",
     ),
     "data": (
         "data",
-        "augment image_size val_fraction holdout workers shuffle_buffer cache_dir cutout mixup cutmix "
-        "mix_probability auto_augment randaugment_operations randaugment_magnitude randaugment_deviation "
-        "randaugment_probability erasing erasing_fill augment_repeats",
+        "augment image_size val_fraction holdout workers cutout mixup cutmix auto_augment erasing "
+        "augment_repeats",
+        "shuffle_buffer cache_dir mix_probability randaugment_operations randaugment_magnitude "
+        "randaugment_deviation randaugment_probability erasing_fill",
     ),
     "model": (
         "model width",
-        "stem initial_weights whitening sync_batch_norm parts channels_last packed operators",
+        "stem initial_weights whitening sync_batch_norm channels_last packed",
+        "parts operators",
     ),
     "recipe": (
         "batch_size optimizer learning_rate schedule",
-        "weight_decay momentum nesterov decay_norm_and_bias warmup_epochs bias_rate_factor layer_decay "
-        "layer_rates loss bce_threshold milestones gamma "
-        "second_cycle cycle_floor distill distill_temperature teacher label_smoothing learning_rate_batch "
-        "learning_rate_scaling ema_decay lookahead recalibrate_norms clip_grad_norm accumulate dynamic_batch "
-        "memory_budget batch_granularity batch_limit batch_lr",
+        "weight_decay momentum nesterov warmup_epochs layer_decay loss milestones gamma second_cycle distill "
+        "teacher label_smoothing ema_decay clip_grad_norm accumulate dynamic_batch",
+        "decay_norm_and_bias bias_rate_factor layer_rates bce_threshold cycle_floor distill_temperature "
+        "learning_rate_batch learning_rate_scaling lookahead recalibrate_norms memory_budget "
+        "batch_granularity batch_limit batch_lr",
     ),
-    "method": ("method", ""),
+    "method": ("method", "", ""),
     "output": (
         "log",
-        "tensorboard evaluate_every test_time_augmentation checkpoint_every keep_checkpoints",
+        "evaluate_every test_time_augmentation checkpoint_every keep_checkpoints",
+        "tensorboard",
     ),
 }
-"""Settings of a run by heading: those that ``--help`` explains, and those that it only names."""
+"""Settings of a run by heading: those that ``--help`` explains, those that it only names, and rarely used
+ones, which are left to ``--help-all``."""
 
 _EXAMPLES = (
     "clicktrain train --data digits --compression 8 --epochs 12 --out runs/first",
@@ -210,7 +215,7 @@ def command_of(method: str, alone: bool = False) -> Command:
     chosen = METHODS[method]
     title = f"settings of method {method}"
     wide = max(map(len, METHODS)) + 2
-    own = {title: [replace(one, main=alone or one.name in _ASKED) for one in options_of(chosen)]}
+    own = {title: [replace(one, main=alone or one.name in _ASKED, named=False) for one in options_of(chosen)]}
     return Command(
         name="train",
         description="Train and prune in one run. A YAML recipe (--config) holds the settings of the run; "
@@ -223,6 +228,7 @@ def command_of(method: str, alone: bool = False) -> Command:
         explain=lambda name: _of_another_method(name, method),
         examples=(example_of(method),) if alone else _EXAMPLES,
         footer=_FOOTER,
+        more={title: f"clicktrain train --method {method} --help"},
     )
 
 
@@ -251,8 +257,11 @@ def _groups(own: Mapping[str, Sequence[Option]]) -> dict[str, Sequence[Option]]:
     options = {option.name: option for option in options_of(RunConfig)}
     options["method"] = replace(options["method"], metavar="NAME")
     groups: dict[str, Sequence[Option]] = {}
-    for head, (main, rest) in GROUPS.items():
-        settings = [replace(options[name], main=name in main.split()) for name in f"{main} {rest}".split()]
+    for head, (main, named, rare) in GROUPS.items():
+        settings = [
+            replace(options[name], main=name in main.split(), named=name not in rare.split())
+            for name in f"{main} {named} {rare}".split()
+        ]
         groups[head] = [*_OWN.get(head, ()), *settings]
         if head == "method":
             groups.update(own)

@@ -172,7 +172,7 @@ def next_aim(tried: Sequence[tuple[float, float]]) -> float:
     Args:
         tried: predicted milliseconds of what was measured, and measured / target; at least one.
 
-    Example:
+    Examples:
         >>> next_aim([(10.0, 1.25)]), next_aim([(10.0, 1.25), (8.0, 0.5)])
         (8.0, 9.0)
     """
@@ -193,7 +193,7 @@ def aim_after(tried: Sequence[tuple[float, float]]) -> float:
     Where there are not both, or they contradict each other, as `next_aim`, which has the argument. A factor
     alone does not describe the error of predictions: whole networks convert layouts and fuse steps.
 
-    Example:
+    Examples:
         >>> aim_after([(10.0, 1.5), (6.0, 0.5)])
         8.0
     """

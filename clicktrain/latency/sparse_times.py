@@ -118,7 +118,7 @@ class SparseTimes:
     def at(self, kernels: int) -> float:
         """Milliseconds with these kernels per filter, of the faster operator.
 
-        Example:
+        Examples:
             >>> SparseTimes((1, 3), (1.0, 2.0), 1.75).at(2), SparseTimes((1, 3), (1.0, 2.0), 1.75).at(3)
             (1.5, 1.75)
         """

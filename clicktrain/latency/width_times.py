@@ -90,7 +90,7 @@ class WidthTimes:
     def at(self, inputs: int, outputs: int) -> float:
         """Milliseconds with these counts: bilinear between measured ones, constant outside; monotone in both.
 
-        Example:
+        Examples:
             >>> WidthTimes((2, 4), (1,), ((1.0,), (3.0,))).at(3, 1)
             2.0
         """

@@ -17,7 +17,7 @@ def scaled_channels(channels: int, width: float) -> int:
     ``channels`` itself at width 1; otherwise ``channels * width`` rounded to the nearest multiple of 8
     (halves up), at least 8, so that filters still divide into groups and SIMD lanes.
 
-    Example:
+    Examples:
         >>> [scaled_channels(c, 0.25) for c in (16, 32, 64, 100)]
         [8, 8, 16, 24]
     """

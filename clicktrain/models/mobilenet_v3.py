@@ -74,7 +74,7 @@ def squeeze_channels(channels: int) -> int:
 
     The nearest multiple, or the next one where that is less than 90% of the quarter, as in torchvision.
 
-    Example:
+    Examples:
         >>> [squeeze_channels(c) for c in (16, 72, 120, 960)]
         [8, 24, 32, 240]
     """

@@ -15,6 +15,7 @@ from clicktrain.models.cifarnet import MIN_IMAGE, CifarNet
 from clicktrain.models.layers import Stem
 from clicktrain.models.mobilenet import MobileNetV1
 from clicktrain.models.mobilenet_v3 import MOBILENETS_V3, mobilenet_v3
+from clicktrain.models.origin import note_origin_
 from clicktrain.models.packages import create_package_model, in_package
 from clicktrain.models.resnet import RESNETS, resnet
 from clicktrain.models.user_factory import HOW_TO_NAME, create_user_model
@@ -62,31 +63,42 @@ def create_model(
         UserError: unknown name, a package that is not installed, value out of range, a network that does not
             fit the machine's memory, or a factory that is not usable or raises.
 
-    Example:
+    Examples:
         >>> model = create_model("resnet20", num_classes=10)
         >>> sum(p.numel() for p in model.parameters())
         272474
     """
     check_numbers(num_classes, in_channels, width)
     known_stem = check_stem(stem)
+    sizes: dict[str, Any] = {"num_classes": num_classes, "in_channels": in_channels, "width": width}
     if is_own(name):
-        return create_user_model(name, num_classes=num_classes, in_channels=in_channels, width=width)
-    sizes = {"num_classes": num_classes, "in_channels": in_channels, "width": width}
-    if in_package(name):
-        if width != 1:
-            raise UserError(f"{name} has no width: width must stay 1.0")
-        check_memory(
-            _BYTES_PER_PARAMETER * (_FEATURES * num_classes + _FIRST_FILTERS * in_channels),
-            f"training model {name} of {num_classes} classes and {in_channels} channels",
-            "make it smaller",
-        )
-        return create_package_model(
-            name, num_classes=num_classes, in_channels=in_channels, image_size=image_size
-        )
+        model = create_user_model(name, **sizes)
+    elif in_package(name):
+        model = _checked_from_package(name, sizes, image_size)
+    else:
+        model = _checked_from_zoo(name, sizes, known_stem)
+    note_origin_(model, name, {**sizes, "stem": stem})
+    return model
+
+
+def _checked_from_package(name: str, sizes: dict[str, Any], image_size: int | None) -> nn.Module:
+    num_classes, in_channels = sizes["num_classes"], sizes["in_channels"]
+    if sizes["width"] != 1:
+        raise UserError(f"{name} has no width: width must stay 1.0")
+    check_memory(
+        _BYTES_PER_PARAMETER * (_FEATURES * num_classes + _FIRST_FILTERS * in_channels),
+        f"training model {name} of {num_classes} classes and {in_channels} channels",
+        "make it smaller",
+    )
+    return create_package_model(name, num_classes=num_classes, in_channels=in_channels, image_size=image_size)
+
+
+def _checked_from_zoo(name: str, sizes: dict[str, Any], stem: Stem | None) -> nn.Module:
+    num_classes, in_channels, width = sizes["num_classes"], sizes["in_channels"], sizes["width"]
     small = num_classes <= 20_000 and in_channels <= 64 and width <= 2  # a few GB at most
     if name in list_models() and not small:
-        _check_size(name, sizes, known_stem)
-    return _from_zoo(name, sizes, known_stem)
+        _check_size(name, sizes, stem)
+    return _from_zoo(name, sizes, stem)
 
 
 def _check_size(name: str, sizes: dict[str, Any], stem: Stem | None) -> None:

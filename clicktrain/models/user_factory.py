@@ -75,6 +75,46 @@ def call_factory(
     return model
 
 
+def call_alone(factory: Callable[..., object] | str) -> nn.Module:
+    """Call a factory, or the one that ``package.module:factory`` names, without arguments.
+
+    Raises:
+        UserError: it is missing, needs arguments, raises, or returns something else than a network.
+    """
+    if isinstance(factory, str):
+        module_name, factory_name = split_name(factory, HOW_TO_NAME, "model name")
+        with current_directory_importable():
+            found = find_factory(factory, import_user_module(module_name, HOW_TO_NAME), factory_name)
+            return _built_alone(factory, found)
+    if not callable(factory) or isinstance(factory, nn.Module):
+        what = "a network that is built already" if isinstance(factory, nn.Module) else describe(factory)
+        raise UserError(f"model is {what}: give a class or a function that builds it")
+    return _built_alone(getattr(factory, "__qualname__", type(factory).__name__), factory)
+
+
+def _built_alone(name: str, factory: Callable[..., object]) -> nn.Module:
+    try:
+        missing = [
+            p.name
+            for p in inspect.signature(factory).parameters.values()
+            if p.default is p.empty and p.kind not in (p.VAR_POSITIONAL, p.VAR_KEYWORD)
+        ]
+    except (ValueError, TypeError):
+        missing = []
+    if missing:
+        raise UserError(
+            f"model {name!r} needs {', '.join(missing)}: give a function without arguments that builds "
+            "it, such as lambda: MyNetwork(10)"
+        )
+    try:
+        model = factory()
+    except (Exception, SystemExit) as error:
+        raise _failed(name, error) from error
+    if not isinstance(model, nn.Module):
+        raise UserError(f"model {name!r} must return a torch.nn.Module, but it returned {describe(model)}")
+    return model
+
+
 def _refused_option(error: TypeError, options: dict[str, Any]) -> str | None:
     """The option that the error says is not taken, if it is one of these."""
     refused = _REFUSED.search(str(error))

@@ -20,7 +20,7 @@ from pathlib import Path
 from typing import Any
 
 from clicktrain.errors import UserError, shown
-from clicktrain.files import read_yaml
+from clicktrain.files import find_recipe, read_yaml
 from clicktrain.papers.rows import Row, Setting, read_settings, trains
 
 SCALES = ("digits", "small", "paper")
@@ -29,7 +29,6 @@ QUICK = "digits"
 """The setting of the scale of that name, for every row."""
 
 _PLACEHOLDER = re.compile(r"\{([^{}]+)\}")
-_REPOSITORY = Path(__file__).resolve().parents[2]
 
 
 @dataclass(frozen=True)
@@ -119,7 +118,7 @@ def steps_of(row: Row, scale: str, out: Path, overrides: Overrides | None = None
         overrides: what of the setting is replaced.
 
     Raises:
-        UserError: the row has no commands at this scale, or its recipe is not at hand.
+        UserError: the row has no commands at this scale.
     """
     overrides = overrides or Overrides()
     place = _Place(row, scale, setting_of(row, scale), out, overrides)
@@ -152,12 +151,12 @@ def _command(place: _Place, run: str, text: str, seed: int | None) -> tuple[str,
             given += ["--epochs", str(place.overrides.epochs)]
         if place.overrides.data is not None:
             given += ["--data", place.overrides.data]
-        recipe = recipe_file(setting.recipe)
+        recipe = setting.recipe
         given += shlex.split(place.overrides.flags)
         epochs, warm_up = _length(recipe, given)
         if warm_up is not None:
             given += ["--warmup-epochs", f"{warm_up:g}"]
-        command = ["train", "--config", str(recipe), *given, "--seed", str(seed), "--out", str(output)]
+        command = ["train", "--config", recipe, *given, "--seed", str(seed), "--out", str(output)]
     else:
         epochs = 0
         extra = shlex.split(place.row.digits.get(run, "")) if place.scale == "digits" else []
@@ -175,21 +174,9 @@ def _command(place: _Place, run: str, text: str, seed: int | None) -> tuple[str,
     return tuple(_PLACEHOLDER.sub(replaced, word) for word in command)
 
 
-def recipe_file(name: str) -> Path:
-    """A recipe of the repository: below the current folder, else beside the package.
-
-    Raises:
-        UserError: there is none; an installed package has no recipes.
-    """
-    for root in (Path(), _REPOSITORY):
-        if (root / name).is_file():
-            return root / name
-    raise UserError(f"there is no {name}: run this in a checkout of the repository, which has the recipes")
-
-
-def _length(recipe: Path, given: Sequence[str]) -> tuple[int, float | None]:
+def _length(recipe: str, given: Sequence[str]) -> tuple[int, float | None]:
     """Epochs of a run, and those of its warm-up where they follow a length that is not the recipe's."""
-    usual, warm_up = _usual_length(recipe)
+    usual, warm_up = _usual_length(find_recipe(recipe).absolute())
     epochs = int(_last(given, "--epochs") or usual)
     follows = epochs != usual and warm_up > 0 and _last(given, "--warmup-epochs") is None
     return epochs, warm_up * epochs / usual if follows else None

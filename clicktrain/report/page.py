@@ -30,6 +30,7 @@ from clicktrain.report.layers import LayerRow, OutcomeRow, layer_rows, outcome_r
 from clicktrain.report.masks import MaskPicture, mask_pictures
 from clicktrain.report.run_data import Run, number, read_runs
 from clicktrain.report.timeline import Moment, timeline
+from clicktrain.runs.summary import file_rows
 
 if TYPE_CHECKING:
     from jinja2 import Template
@@ -152,7 +153,7 @@ def _tiles(entry: Entry) -> list[Tile]:
         tiles.append(Tile(wording.percent(run.inference_flops_ratio), "inference FLOPs", note))
     packed, dense = _size(run, "packed.safetensors"), _size(run, "model.safetensors")
     if not run.is_dense and packed is not None and dense is not None:
-        tiles.append(Tile(packed, "packed file", f"dense file: {dense}"))
+        tiles.append(Tile(packed, "packed file", f"with zeros in place: {dense}"))
     if run.step_ms is not None:
         before, after = run.step_ms
         note = f"before: {before:.0f} ms, {before / after:.2f}× the time"  # noqa: RUF001
@@ -208,6 +209,7 @@ class Section:
     opened: bool
     headline: str
     outcome: tuple[OutcomeRow, ...]
+    files: Sequence[Sequence[str]]
     figures: list[Figure]
     stages: tuple[Key, ...]
     channels: ChannelView | None
@@ -228,6 +230,7 @@ def _section(entry: Entry, *, opened: bool) -> Section:
         opened=opened,
         headline=headline(entry),
         outcome=outcome_rows((run.summary or {}).get("outcome")),
+        files=file_rows(run.summary or {}),
         figures=run_figures(run),
         stages=stages if len(stages) > 1 else (),
         channels=channel_view(run),

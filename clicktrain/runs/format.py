@@ -219,6 +219,11 @@ _SUMMARY: Checks = {
     "total_train_seconds": _MAYBE_NUMBER,
     "parameters": _COUNT,
     "nonzero_parameters": _COUNT,
+    "dense_parameters": (_or_nothing(_between(0, 2**63)), "a whole number or nothing"),
+    "file_bytes": (
+        _or_nothing(lambda v: isinstance(v, dict) and all(map(_between(0, 2**63), v.values()))),
+        "sizes by file or nothing",
+    ),
     "layers": (_is_list(lambda row: isinstance(row, dict)), "a list of records"),
 }
 _LAYER: Checks = {

@@ -6,6 +6,7 @@ from collections.abc import Mapping
 from typing import Any
 
 from clicktrain.wording import (
+    file_size,
     fixed,
     html_table,
     html_text,
@@ -21,7 +22,32 @@ class RunSummary(dict[str, Any]):
     """summary.json: a plain dictionary, which a notebook shows as what was reached, layer by layer."""
 
     def _repr_html_(self) -> str:
-        return _figures(self) + _targets(self) + _layers(self)
+        files = file_rows(self)
+        return _figures(self) + _targets(self) + (html_table(files) if files else "") + _layers(self)
+
+
+def file_rows(summary: Mapping[str, Any]) -> list[tuple[str, str, str, str]]:
+    """The network's files in a table: name, size, share of the dense network's file, and what is in it.
+
+    The dense network's is the file with zeros in place, and what was removed in float32. No rows for a run
+    that has not noted its files.
+    """
+    sizes = summary.get("file_bytes") or {}
+    whole = sizes.get("model.safetensors")
+    if not whole:
+        return []
+    removed = 4 * ((summary.get("dense_parameters") or 0) - (summary.get("parameters") or 0))
+    dense = whole + max(removed, 0)
+    rows = [
+        (name, file_size(size), percent(size / dense), _FILES.get(name, "")) for name, size in sizes.items()
+    ]
+    return [("file", "size", "of dense", "what"), *rows]
+
+
+_FILES = {
+    "model.safetensors": "the network with zeros in place, as other tools have it",
+    "packed.safetensors": "kept weights and their positions: clicktrain.load reads it alone",
+}
 
 
 def _figures(summary: Mapping[str, Any]) -> str:

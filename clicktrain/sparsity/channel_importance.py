@@ -97,7 +97,7 @@ def rank_channels(
     Raises:
         ValueError: that many cannot be pruned, or fewer than there are already.
 
-    Example:
+    Examples:
         >>> scores = {"a": torch.tensor([3.0, 1.0]), "b": torch.tensor([2.0, 1.0, 0.5])}
         >>> {name: mask.tolist() for name, mask in rank_channels(scores, 2).items()}
         {'a': [True, False], 'b': [True, True, False]}

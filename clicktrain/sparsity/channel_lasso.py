@@ -135,7 +135,7 @@ def coefficient_for_ratio(ratio: float, loss: float, penalty: float) -> float:
         loss: classification loss of the first forward pass.
         penalty: sum of the norms at the same moment, without coefficient.
 
-    Example:
+    Examples:
         >>> coefficient_for_ratio(0.25, 2.4, 800.0)
         0.001
     """

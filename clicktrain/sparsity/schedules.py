@@ -121,7 +121,7 @@ def campfire_threshold(
     Returns:
         0 before the era, exactly ``initial`` at its first and exactly ``final`` from its last epoch on.
 
-    Example:
+    Examples:
         >>> [round(campfire_threshold(e, Era(30, 50), 0.6), 3) for e in (29, 30, 40, 50, 90)]
         [0.0, 0.0, 0.525, 0.6, 0.6]
     """
@@ -149,7 +149,7 @@ def exponential_steps(total: float, final: float, steps: int) -> list[float]:
     Returns:
         S values that do not rise, the last exactly ``final``.
 
-    Example:
+    Examples:
         >>> [round(left, 3) for left in exponential_steps(64, 8, 3)]
         [32.0, 16.0, 8]
     """

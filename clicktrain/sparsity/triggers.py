@@ -60,7 +60,7 @@ class LossSlope:
             losses: mean training loss of every finished epoch.
             batches: of an epoch.
 
-        Example:
+        Examples:
             >>> LossSlope(of="mean", epochs=1).fall([2.0, 1.5], 100)
             0.5
             >>> LossSlope().fall([2.0, 1.5, 1.0], 100)
@@ -85,7 +85,7 @@ def layer_distance(first: int, second: int) -> float:
 def structure_similarity(first: Structure, second: Structure) -> float:
     """``1 - mean over layers of the distance``, from 0 to 1: Eq. (5).
 
-    Example:
+    Examples:
         >>> structure_similarity([4, 4], [6, 2])
         0.7333333333333334
     """

@@ -15,10 +15,21 @@ from clicktrain.surgery.plan import (
     renumbered,
 )
 from clicktrain.surgery.planning import plan_keeping, plans_from_zeros
-from clicktrain.surgery.recipe import agreed_plans, apply_recipe_, load_pruned, read_recipe, write_recipe
+from clicktrain.surgery.recipe import (
+    SAVED,
+    agreed_plans,
+    apply_plans_,
+    apply_recipe_,
+    load_pruned,
+    plans_in,
+    read_recipe,
+    write_recipe,
+)
+from clicktrain.surgery.record import plans_of
 from clicktrain.surgery.verify import Verified, plan_from_keep, plan_from_zeros, verified
 
 __all__ = [
+    "SAVED",
     "ChannelGroup",
     "Cut",
     "Gate",
@@ -29,6 +40,7 @@ __all__ = [
     "SurgeryPlan",
     "Verified",
     "agreed_plans",
+    "apply_plans_",
     "apply_recipe_",
     "apply_surgery_",
     "channel_groups",
@@ -39,6 +51,8 @@ __all__ = [
     "plan_from_zeros",
     "plan_keeping",
     "plans_from_zeros",
+    "plans_in",
+    "plans_of",
     "read_recipe",
     "renumbered",
     "residual_branches",

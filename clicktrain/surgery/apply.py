@@ -16,6 +16,7 @@ from clicktrain.graph.adapters import nearest_adapter
 from clicktrain.graph.exchange import exchange_, exchanged, replace_module_, state_refusal
 from clicktrain.surgery.layers import ChannelScatter, ChannelSelect, ConstantBatchNorm2d, RemovedConv2d
 from clicktrain.surgery.plan import Cut, Gate, RemovedLayer, SurgeryPlan
+from clicktrain.surgery.record import note_plan_
 
 _CONVS = (nn.Conv1d, nn.Conv2d, nn.Conv3d)
 _TRANSPOSED = (nn.ConvTranspose1d, nn.ConvTranspose2d, nn.ConvTranspose3d)
@@ -29,7 +30,8 @@ def apply_surgery_(
     Parameters are exchanged for smaller ones, in the modules and, at the same places, in the optimizers'
     groups; attributes of parameters and hooks on them come along, and so do the hooks of modules. Whatever
     holds on to parameters otherwise has to be rebuilt (DistributedDataParallel, CUDA graphs). The same plan
-    is applied to moving averages of the model, without optimizers.
+    is applied to moving averages of the model, without optimizers. The model keeps the plan (`plans_of`), so
+    that it can be saved.
 
     Everything is checked first: if it raises, nothing has been changed.
 
@@ -60,6 +62,7 @@ def apply_surgery_(
     out = [old[name] for name in gone if isinstance(old[name], nn.Parameter)]
     exchange_(listed, new, lambda parameter, t: plan.shrink(names[id(parameter)], t), out)
     keep_out_of_channels_last_(model)
+    note_plan_(model, plan)
 
 
 @torch.no_grad()

@@ -36,7 +36,7 @@ def dependencies(model: nn.Module, example: Any) -> Dependencies:
     Raises:
         UserError: the model has no graph.
 
-    Example:
+    Examples:
         >>> import torch
         >>> model = nn.Sequential(nn.Conv2d(3, 8, 3), nn.BatchNorm2d(8), nn.Conv2d(8, 4, 1))
         >>> group = dependencies(model, torch.zeros(1, 3, 8, 8)).groups[1]

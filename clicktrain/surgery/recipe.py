@@ -12,11 +12,15 @@ from torch import nn
 
 from clicktrain.comm.agreement import agreed_text, several_processes
 from clicktrain.errors import UserError, shortened
-from clicktrain.files import read_json
+from clicktrain.files import parse_json, read_json
 from clicktrain.formats.atomic import write_text_atomic
-from clicktrain.formats.tree import load_tree
+from clicktrain.formats.packed_file import load_packed
+from clicktrain.formats.tree import load_tree, read_metadata
 from clicktrain.surgery.apply import apply_surgery_
 from clicktrain.surgery.plan import SurgeryPlan
+
+SAVED = "clicktrain.network"
+"""Key in the metadata of a file of `clicktrain.save`: how the network is built, and the plans, as JSON."""
 
 
 def write_recipe(path: str | Path, plans: Iterable[SurgeryPlan]) -> None:
@@ -47,9 +51,13 @@ def apply_recipe_(path: str | Path, model: nn.Module) -> None:
     Raises:
         UserError: the file is damaged, or its plans do not fit the network.
     """
-    if not os.path.lexists(path):
-        return
-    for plan in read_recipe(path):
+    if os.path.lexists(path):
+        apply_plans_(read_recipe(path), model, path)
+
+
+def apply_plans_(plans: Iterable[SurgeryPlan], model: nn.Module, path: str | Path) -> None:
+    """Carry out plans that a file has; errors as `apply_recipe_`."""
+    for plan in plans:
         try:
             apply_surgery_(plan, model)
         except UserError:
@@ -59,11 +67,20 @@ def apply_recipe_(path: str | Path, model: nn.Module) -> None:
             raise UserError(f"{path} is damaged: a plan cannot be carried out ({reason})") from error
 
 
+def plans_in(document: object, path: str | Path) -> list[SurgeryPlan]:
+    """Plans of the description that `clicktrain.save` puts into its file; errors as `read_recipe`."""
+    plans = document.get("plans") if isinstance(document, dict) else None
+    if not isinstance(plans, list):
+        raise UserError(f"{path} is damaged: its description has no list of plans")
+    return [SurgeryPlan.from_json(plan) for plan in plans]
+
+
 def load_pruned(model: nn.Module, folder: str | Path) -> nn.Module:
-    """Make a fresh model of the user's own class into the shrunken one of a run, weights included.
+    """Make a fresh model of the user's own class into the shrunken one, weights included.
 
     Args:
-        folder: of a run: ``model.safetensors`` and, if channels were removed, ``surgery.json``.
+        folder: of a run (``model.safetensors`` or ``packed.safetensors`` and, if channels were removed,
+            ``surgery.json``), or of `clicktrain.save`.
 
     Returns:
         The same model.
@@ -75,17 +92,24 @@ def load_pruned(model: nn.Module, folder: str | Path) -> nn.Module:
         ``model = clicktrain.load_pruned(MyNetwork(), "runs/mine")``
     """
     folder = Path(folder)
-    weights_path = folder / "model.safetensors"
+    path = folder / "model.safetensors"
+    if not path.exists() and (folder / "packed.safetensors").exists():
+        path = folder / "packed.safetensors"
     try:
-        weights = load_tree(weights_path)
+        weights = load_packed(path) if path.stem == "packed" else load_tree(path)
+        metadata = read_metadata(path)
     except Exception as error:
-        raise UserError(f"{weights_path} is missing or damaged: {error}") from None
-    apply_recipe_(folder / "surgery.json", model)
+        raise UserError(f"{path} is missing or damaged: {error}") from None
+    if SAVED in metadata:
+        document = parse_json(metadata[SAVED], f"{path} is damaged: its description is not JSON")
+        apply_plans_(plans_in(document, path), model, path)
+    else:
+        apply_recipe_(folder / "surgery.json", model)
     try:
         model.load_state_dict(weights)
     except RuntimeError as error:
         reason = shortened(" ".join(str(error).split()), 300)
-        raise UserError(f"{weights_path} does not fit {type(model).__name__}: {reason}") from None
+        raise UserError(f"{path} does not fit {type(model).__name__}: {reason}") from None
     return model
 
 

@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import Any, ClassVar, Literal
 
 from clicktrain.errors import UserError, shown
-from clicktrain.files import read_yaml
+from clicktrain.files import find_recipe, read_yaml
 from clicktrain.methods import METHODS, Method
 from clicktrain.own_code import FromFile, is_own, require_named
 from clicktrain.runs.folder import RunFolder
@@ -116,7 +116,7 @@ class RunConfig:
     layer_rates: dict[str, float] = field(default_factory=dict, hash=False)
     """Factors on the learning rates of parameters whose names fit a pattern, as in fc.*=10; they multiply."""
     schedule: Literal["cosine", "linear", "triangular", "onecycle", "step", "constant"] = "cosine"
-    """Learning rate over the run: cosine or linear to zero, triangular (straight up from a fifth for
+    """Learning rate over the run. Cosine or linear to zero, triangular (straight up from a fifth for
     warmup_epochs or 23% of the run, then linear to zero), onecycle (up for warmup_epochs or 30% of the run,
     then down), step (times gamma at each milestone) or constant."""
     warmup_epochs: float = 0.0
@@ -233,7 +233,7 @@ class RunConfig:
     deterministic: bool = False
     """Use only deterministic operators: slower on cuda, no effect needed on cpu, where runs repeat anyway."""
     log: tuple[LogName, ...] = ()
-    """Where the figures of each epoch go besides the run's own files: csv (metrics.csv in its folder),
+    """Where the figures of each epoch go besides the run's own files. To csv (metrics.csv in its folder),
     tensorboard (files in its folder), wandb, mlflow (where these are set up to go); several are possible."""
     tensorboard: bool = False
     """The same as tensorboard among log."""
@@ -394,9 +394,12 @@ def resume_command(folder: RunFolder, config: RunConfig, method: Method[Any]) ->
 
 
 def read_settings(path: str | Path) -> dict[Any, Any]:
-    """The settings in a YAML file as they stand there, not checked; errors for a file that has none."""
+    """The settings in a YAML file as they stand there, not checked; errors for a file that has none.
+
+    The package's own recipes are found wherever the current folder is: `clicktrain.files.find_recipe`.
+    """
     try:
-        values = read_yaml(path)
+        values = read_yaml(find_recipe(path))
     except FileNotFoundError:
         raise UserError(f"there is no file {path}: give the path of a YAML file with settings") from None
     except OSError as error:

@@ -60,7 +60,8 @@ def fit(
     alike. The first one writes the folder and calls the listener; others keep notes in a temporary folder.
 
     Args:
-        config, method: settings, from `from_dict`, or `load_run_config` to ``resume``.
+        config: settings of the run, from `from_dict`, or `load_run_config` to ``resume``.
+        method: what prunes and how, from the same.
         folder: of the run; missing or empty (or left by a run that was killed before its first checkpoint),
             unless ``resume``. One process at a time trains in it.
         progress: listener; silent by default.

@@ -61,31 +61,36 @@ class LoadedRun:
 def load_run(path: str | PathLike[str], model: Factory | None = None) -> LoadedRun:
     """Read a finished run with its settings and masks.
 
+    ``packed.safetensors`` is enough; where ``model.safetensors`` is there too, weights are read from it.
     ``model``: factory of a network of the caller's own, or ``package.module:factory``. Nothing is imported
     because a file names it.
     """
     folder = RunFolder(Path(path))
     config, method = load_run_config(folder, own_model_allowed=True)
     summary = folder.finished()
+    file = folder.packed if folder.packed.exists() and not folder.model.exists() else folder.model
     try:
-        metadata = read_metadata(folder.model)
+        metadata = read_metadata(file)
     except UserError as error:
-        raise UserError(f"{folder.model} is missing or damaged: {error}") from None
-    facts = read_facts(metadata, folder.model)
+        raise UserError(f"{file} is missing or damaged: {error}") from None
+    facts = read_facts(metadata, file)
     factory = choose_factory(facts["model"], model, folder.path)
     network = build_from_facts(factory, facts)
     apply_recipe_(folder.surgery, network)
-    weights = _weights(folder)
+    packed, others = read_packed(folder.packed)
+    if file == folder.packed:
+        weights = {**others, **{name: weight.to_dense() for name, weight in packed.items()}}
+    else:
+        weights = _weights(folder)
     try:
         network.load_state_dict(weights)
     except RuntimeError as error:
         what = str(error).replace("\t", " ").split("\n")
         raise UserError(
-            f"{folder.model} does not fit model {facts['model']}: {what[min(1, len(what) - 1)]}"
+            f"{file} does not fit model {facts['model']}: {what[min(1, len(what) - 1)]}"
         ) from None
-    packed, _ = read_packed(folder.packed)  # a kept weight may happen to be zero: masks are not its zeros
     masks = {}
-    for name, weight in packed.items():
+    for name, weight in packed.items():  # a kept weight may happen to be zero: masks are not its zeros
         shape = weights[name].shape if name in weights else None
         if shape is None or shape.numel() != weight.structure.numel:
             raise UserError(f"{folder.packed} is damaged: {name} is not a weight of {folder.model}")

@@ -137,6 +137,11 @@ def _summary(
         "parameters": cost.parameters,
         "nonzero_parameters": living.nonzero_parameters,
         "dense_parameters": p.cost.initial.parameters,
+        "file_bytes": {
+            path.name: path.stat().st_size
+            for path in (run.folder.model, run.folder.packed)
+            if path.exists()  # of several processes the first one has them
+        },
         "channels_removed": channels_removed(p.pruner.plans),
         **run_figures(state, p.processes.number, _gradient_bytes(run)),
         "layers_removed": [name for plan in p.pruner.plans for name in plan.removed_names],

@@ -156,6 +156,25 @@ def test_a_tiny_measurement(slowed: str) -> None:
     assert all(one.step_ms > 0 and one.exchange_ms > 0 and one.compute_ms > 0 for one in rows)
 
 
+SLOWER = """
+import subprocess
+from clicktrain.bench.exchange.links import Link, slow_down, tool
+tool("ip", "link", "add", "eth0", "type", "veth", "peer", "name", "eth1")
+for rate in (1.0, 0.1):
+    slow_down("eth0", Link(rate))
+    shown = subprocess.run(["tc", "qdisc", "show", "dev", "eth0"], capture_output=True, text=True)
+    print(shown.stdout.strip())
+"""
+
+
+@pytest.mark.skipif(unshare_command() is None, reason="needs a machine that permits network namespaces")
+def test_nothing_waits_in_a_bucket_that_has_become_too_small_for_it() -> None:
+    command = [*(unshare_command() or []), sys.executable, "-c", SLOWER]
+    said = subprocess.run(command, capture_output=True, text=True, check=True).stdout.splitlines()
+    assert ["rate 1Gbit" in said[0], "rate 100Mbit" in said[1]] == [True, True]
+    assert said[0].split()[2] != said[1].split()[2], "the same queue"
+
+
 def children(pid: int) -> list[int]:
     """All processes that a process has started, and theirs."""
     found = Path(f"/proc/{pid}/task/{pid}/children")

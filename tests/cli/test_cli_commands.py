@@ -19,7 +19,7 @@ from safetensors.torch import load_file
 from clicktrain.cli import COMMANDS
 from clicktrain.commands.arguments import options_of
 from clicktrain.commands.train import GROUPS
-from clicktrain.export.file_formats import PACKAGES
+from clicktrain.deploy.file_formats import FILE_FORMATS
 from clicktrain.methods import METHODS
 from clicktrain.settings import field_names
 from clicktrain.sparsity.importance import CRITERIA
@@ -52,20 +52,25 @@ def test_help_of_train_shows_run_and_method_settings() -> None:
     assert "settings of the run" in text
     assert "--learning-rate X Peak learning rate. (type: float, default: 0.1)" in text
     assert "settings of method clicktrain" in text
-    assert "--loss-slope X" in text
+    assert "--compression X" in text
     text = " ".join(call("train", "--help", "--method=dense").out.split())
     assert "settings of method dense" in text
     assert "--loss-slope" not in text
 
 
-def test_help_of_train_is_short_and_names_every_flag(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_help_of_train_is_short_and_says_where_the_rest_is(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("COLUMNS", "100")
     text = call("train", "--help").out
-    assert len(text.splitlines()) < 115
+    assert len(text.splitlines()) < 95
     assert max(map(len, text.splitlines())) <= 100
     assert "--help-all" in text
-    for option in (*options_of(RunConfig), *options_of(METHODS["clicktrain"])):
-        assert re.search(rf"{option.flag}(?![\w-])", text), option.flag
+    rare = {name for *_, few in GROUPS.values() for name in few.split()}
+    for option in options_of(RunConfig):
+        assert bool(re.search(rf"{option.flag}(?![\w-])", text)) == (option.name not in rare), option.flag
+    counted = [int(number) for number in re.findall(r"(\d+) more: --help-all", " ".join(text.split()))]
+    assert sum(counted) == len(rare)
+    (explained,) = re.findall(r"also (\d+) more: clicktrain train --method clicktrain --help", text)
+    assert int(explained) + 2 == len(options_of(METHODS["clicktrain"]))
     assert all(re.search(rf"^  {key} +\S", text, re.M) for key in METHODS)
     every = " ".join(call("train", "--help-all").out.split())
     assert "--gamma X Factor of the step schedule at each milestone. (type: float, default: 0.1)" in every
@@ -89,7 +94,7 @@ def test_help_shows_what_is_registered(monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 def test_every_setting_of_a_run_has_its_group_in_the_help() -> None:
-    grouped = [name for main, rest in GROUPS.values() for name in f"{main} {rest}".split()]
+    grouped = [name for lists in GROUPS.values() for name in " ".join(lists).split()]
     assert sorted(grouped) == sorted(field_names(RunConfig))
 
 
@@ -113,6 +118,11 @@ def test_train_leaves_the_files_of_a_run_and_tells_what_it_reached(finished: tup
     summary = json.loads((folder / "summary.json").read_text())
     assert last.startswith(f"compression asked 4x, reached {summary['compression_ratio']:.2f}x; accuracy ")
     assert last.endswith(f"; files in {folder}")
+    sizes = [(folder / name).stat().st_size for name in ("model.safetensors", "packed.safetensors")]
+    assert list(summary["file_bytes"].values()) == sizes
+    first, second = (line.split() for line in before[-2:])
+    assert [first[0], first[3], second[0]] == ["model.safetensors", "100%", "packed.safetensors"]
+    assert second[3] == f"{100 * sizes[1] / sizes[0]:.0f}%"
     epochs = [line for line in before if line.startswith("epoch ")]
     assert [line.split()[1] for line in epochs] == ["1/4", "2/4", "3/4", "4/4"]
     record = json.loads((folder / "metrics.jsonl").read_text().splitlines()[-1])
@@ -277,12 +287,16 @@ def test_inspect_tells_the_truth_about_every_layer(finished: tuple[Path, Outcome
 @pytest.mark.filterwarnings("ignore::DeprecationWarning", "ignore::FutureWarning")
 @pytest.mark.parametrize("format", ["safetensors", "torch", "onnx"])
 def test_export(finished: tuple[Path, Outcome], format: str, place: Path) -> None:
-    if format == "onnx" and not all(importlib.util.find_spec(name) for name in PACKAGES):
+    if format == "onnx" and not all(importlib.util.find_spec(name) for name in FILE_FORMATS["onnx"].needs):
         pytest.skip("pip install onnx onnxscript onnxruntime")
     outcome = call("export", finished[0], "--format", format, "-o", "net.file")
     assert outcome.code == 0, outcome.err
     assert outcome.out.startswith("net.file: ")
-    assert "largest difference to the network" in outcome.out
+    first, second = outcome.out.splitlines()
+    assert "of its weights are zeros, which this format stores like others (the run's packed" in first
+    assert "on 33 validation images: largest difference to the network" in second
+    summary = json.loads((finished[0] / "summary.json").read_text())
+    assert second.endswith(f"%, the network's {summary['val_accuracy']:.2f}%")
     assert [path.name for path in place.iterdir()] == ["net.file"]
 
 
@@ -324,7 +338,7 @@ def test_export_spares_the_runs_own_files(
     assert (folder / "model.safetensors").read_bytes() == before
     assert "--format is missing" in call("export", folder).err
     assert "holds something else than an export" in call("export", folder, "--format", "c", "-o", folder).err
-    assert "--images belongs to --format c" in call("export", folder, "--format", "onnx", "--images", "3").err
+    assert "--name belongs to --format c" in call("export", folder, "--format", "torch", "--name", "x").err
     assert "images is 0" in call("export", folder, "--format", "c", "--images", "0").err
 
 

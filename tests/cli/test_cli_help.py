@@ -137,7 +137,10 @@ def bash(tmp_path_factory: pytest.TempPathFactory) -> Path:
         ("clicktrain evaluate ru", ["runs"]),
         ("clicktrain bench st", ["stages", "step"]),
         ("clicktrain bench step --comp", ["--compression", "--compile"]),
-        ("clicktrain export runs --format ", ["safetensors", "onnx", "torch", "c"]),
+        (
+            "clicktrain export runs --format ",
+            ["safetensors", "onnx", "torch", "openvino", "executorch", "coreml", "c"],
+        ),
         ("clicktrain completion ", ["bash", "zsh", "fish"]),
     ],
 )

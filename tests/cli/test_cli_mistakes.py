@@ -72,7 +72,10 @@ def check_told(outcome: Outcome, *parts: str) -> None:
         ("inspect missing", "missing is not the folder of a run"),
         ("inspect missing --jsn", "unknown flag --jsn: did you mean --json?"),
         ("export missing --format onnx", "missing is not the folder of a run"),
-        ("export missing --format tflite", "format is 'tflite': use one of safetensors, onnx, torch, c"),
+        (
+            "export missing --format tflite",
+            "format is 'tflite': use one of safetensors, onnx, torch, openvino, executorch, coreml, c",
+        ),
         ("report missing -o x.html", "missing"),
     ],
 )

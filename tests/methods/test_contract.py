@@ -29,7 +29,7 @@ from torch import Tensor, nn
 
 import clicktrain
 from clicktrain.cli import main
-from clicktrain.export import export_run
+from clicktrain.deploy import export_run
 from clicktrain.formats.tree import flatten_tree, load_tree
 from clicktrain.methods import METHODS, ClickTrain, Method, PruningPlan, RigL
 from clicktrain.methods.base import StepInfo

@@ -66,7 +66,8 @@ def test_a_summary_is_a_dictionary_that_shows_itself() -> None:
         "method": "rigl", "model": "resnet20", "data": "digits", "val_accuracy": 91.234,
         "best_val_accuracy": 92.0, "compression_ratio": 7.0, "train_flops_ratio": 0.61,
         "inference_flops_ratio": 0.15, "train_seconds": 61.0, "outcome": Outcome((target,)).to_json(),
-        "warnings": ["a & b"], "layers": [layer],
+        "warnings": ["a & b"], "layers": [layer], "parameters": 200_000, "dense_parameters": 300_000,
+        "file_bytes": {"model.safetensors": 800_000, "packed.safetensors": 150_000},
     }  # fmt: skip
     summary = RunSummary(values)
     assert summary == values
@@ -77,5 +78,9 @@ def test_a_summary_is_a_dictionary_that_shows_itself() -> None:
     assert ["accuracy", "91.23% (best 92.00%)"] in rows
     assert ["compression of convolution weights", times(8), times(7), "kernels are whole"] in rows
     assert ["conv1", shape([8, 3, 3, 3]), "12.5%", "1 M", "8 M"] in rows
+    assert [row[:3] for row in rows if row[0].endswith(".safetensors")] == [
+        ["model.safetensors", "800 kB", "67%"],  # of 800 kB and 100,000 removed parameters
+        ["packed.safetensors", "150 kB", "12%"],
+    ]
     assert "<p><b>a &amp; b</b></p>" in shown
     assert Cells(RunSummary()._repr_html_()).rows  # a summary of another version is shown as far as it goes

@@ -12,8 +12,8 @@ from short_runs import At, Killed, assert_same_run, kill, resume, run
 
 import clicktrain
 from clicktrain.accounting import count
+from clicktrain.deploy import export_run
 from clicktrain.errors import UserError
-from clicktrain.export import export_run
 from clicktrain.surgery import read_recipe
 from clicktrain.train import RunFolder, load_run
 
@@ -108,6 +108,8 @@ def test_it_loads_into_the_users_own_class_and_exports(tmp_path: Path, whole: Pa
     own = clicktrain.load_pruned(fresh, whole).eval()
     x = torch.randn(3, *loaded.image_shape)
     assert torch.equal(own(x), loaded.model(x))
+    clicktrain.save(own, tmp_path / "saved")
+    assert torch.equal(clicktrain.load(tmp_path / "saved")(x), own(x))
     for format, suffix in (("safetensors", "safetensors"), ("torch", "pt2")):
         assert export_run(loaded, format, tmp_path / f"x.{suffix}").max_difference < 1e-4  # type: ignore[arg-type]
     wrong = clicktrain.create_model("resnet8", num_classes=10, in_channels=1, width=1.0, stem="cifar")

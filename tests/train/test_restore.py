@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import shutil
 from pathlib import Path
 
 import pytest
@@ -61,8 +62,19 @@ def test_weights_that_are_damaged_or_missing(tmp_path: Path) -> None:
     with pytest.raises(UserError, match=r"model.safetensors is missing or damaged"):
         load_run(tmp_path / "run", model=tiny)
     model.unlink()
+    (tmp_path / "run" / "packed.safetensors").unlink()
     with pytest.raises(UserError, match=r"model.safetensors is missing or damaged"):
         load_run(tmp_path / "run", model=tiny)
+
+
+def test_packed_weights_alone_are_enough(finished: Path, tmp_path: Path) -> None:
+    both = load_run(finished, model=tiny)
+    shutil.copytree(finished, tmp_path / "run")
+    (tmp_path / "run" / "model.safetensors").unlink()
+    alone = load_run(tmp_path / "run", model=tiny)
+    assert list(alone.masks) == list(both.masks)
+    state = alone.model.state_dict()
+    assert all(torch.equal(state[name], value) for name, value in both.model.state_dict().items())
 
 
 def test_no_run_at_all(tmp_path: Path) -> None:

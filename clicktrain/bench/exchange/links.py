@@ -7,6 +7,7 @@ however the benchmark ends.
 
 from __future__ import annotations
 
+import contextlib
 import shutil
 import subprocess
 from dataclasses import dataclass
@@ -81,5 +82,8 @@ def slow_down(device: str, link: Link) -> None:
     # A bucket of 4 ms, the kernel's timer at its slowest, and of one large packet at least.
     burst = max(round(link.bytes_s * 0.004), 1 << 16)
     rate = f"{round(link.bytes_s * 8)}bit"
-    tool("tc", "qdisc", "replace", "dev", device, "root", "tbf",
+    # Not `replace`, which keeps what waits: a packet larger than the new bucket would wait for ever.
+    with contextlib.suppress(RuntimeError):  # nothing was set
+        tool("tc", "qdisc", "del", "dev", device, "root")
+    tool("tc", "qdisc", "add", "dev", device, "root", "tbf",
          "rate", rate, "burst", f"{burst}b", "latency", "100ms")  # fmt: skip

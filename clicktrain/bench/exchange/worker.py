@@ -9,6 +9,7 @@ import statistics
 import time
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
+from datetime import timedelta
 from typing import Any
 
 import torch
@@ -25,6 +26,8 @@ from clicktrain.comm.data_parallel import data_parallel
 from clicktrain.kernels.native import keep_memory
 
 _WAIT_S = 60
+_STALLED_S = 300
+"""Seconds after which a collective that does not come to its end has failed."""
 
 
 @dataclass
@@ -45,7 +48,8 @@ def main(job: dict[str, Any], rank: int) -> None:
     keep_memory()
     device = _own_device(rank) if job["wired"] else "lo"
     os.environ["GLOO_SOCKET_IFNAME"] = device
-    dist.init_process_group("gloo", f"file://{job['store']}", rank=rank, world_size=job["processes"])
+    store, number, timeout = f"file://{job['store']}", job["processes"], timedelta(seconds=_STALLED_S)
+    dist.init_process_group("gloo", store, rank=rank, world_size=number, timeout=timeout)
     case = StepCase(job["model"], job["batch_size"], job["image_size"])
     for what in job["whats"]:
         subject = make(what, case, job["rounds"] + 1)

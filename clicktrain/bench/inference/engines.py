@@ -110,7 +110,7 @@ def _clicktrain(networks: Networks, x: Tensor, threads: int, precision: str) -> 
 def _onnx_file(networks: Networks) -> Path:
     """The dense network in an ONNX file, for any batch."""
     if "onnx" not in networks.files:
-        from clicktrain.export.file_formats import write_onnx
+        from clicktrain.deploy.file_formats import write_onnx
 
         folder = tempfile.mkdtemp(prefix="clicktrain-bench-")
         path = networks.files["onnx"] = Path(folder) / "network.onnx"

@@ -64,7 +64,7 @@ int model_open(const void *weights, size_t bytes, int max_batch, const char *isa
   made->weights = weights;
   made->isa = chosen;
   made->max_batch = max_batch;
-  made->blocks = 2 * max_batch > chosen->lanes;
+  made->blocks = max_batch > chosen->lanes / 2;
   const int failed = model_plan_all(made);
   if (failed) {
     model_close(made);
@@ -160,7 +160,7 @@ int model_run(model_context *context, const float *images, size_t image_floats, 
     const int left = batch - done, count = left < lanes ? left : lanes;
     const float *image = images + (size_t)done * in;
     float *result = results + (size_t)done * out;
-    if (network->blocks && 2 * left > lanes) {
+    if (network->blocks && left > lanes / 2) {
       network->isa->enter(image, count, context->memory);
       network->isa->run(network, BLOCK, context->memory, context->region);
       network->isa->leave(context->memory, count, result);

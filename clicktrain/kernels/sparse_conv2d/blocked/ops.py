@@ -7,13 +7,12 @@ under the plain name it is called without the dispatcher where that makes no dif
 
 from __future__ import annotations
 
-from typing import Any
-
 import torch
 from torch import Tensor
 
 from clicktrain.kernels.direct import differentiable, plain
 from clicktrain.kernels.native import compute_type
+from clicktrain.kernels.sparse_conv2d.autograd import gradients
 from clicktrain.kernels.sparse_conv2d.blocked import launch
 from clicktrain.kernels.sparse_conv2d.blocked.prepared import ConvPlan
 
@@ -94,33 +93,15 @@ sparse_conv2d_blocked_dgrad = plain(sparse_conv2d_blocked_dgrad_op, launch.dgrad
 sparse_conv2d_blocked_wgrad = plain(sparse_conv2d_blocked_wgrad_op, launch.wgrad)
 
 
-def _save(ctx: Any, inputs: tuple[Any, ...], output: Any) -> None:
-    _save_directly(ctx, inputs, output)
-    ctx.tables = None
-    ctx.save_for_backward(*inputs[:2], *inputs[3])
-
-
-def _save_directly(ctx: Any, inputs: tuple[Any, ...], output: Any) -> None:
-    x, values, _, ctx.tables, ctx.plan, *more = inputs
-    ctx.more = [None] * len(more)
-    if isinstance(output, tuple):
-        ctx.mark_non_differentiable(*output[1:])
-    ctx.save_for_backward(x, values)
-
-
-def _backward(ctx: Any, gy: Tensor, *_: Any) -> tuple[Any, ...]:
-    x, values, *saved = ctx.saved_tensors
-    tables, unused = (saved, [None] * len(saved)) if ctx.tables is None else (ctx.tables, None)
-    need_x, need_values, need_bias = ctx.needs_input_grad[:3]
-    gx = sparse_conv2d_blocked_dgrad(gy, values, tables, ctx.plan) if need_x else None
-    gv = sparse_conv2d_blocked_wgrad(x, gy, list(values.shape), tables, ctx.plan) if need_values else None
-    gb = gy.sum((0, 2, 3, 4), dtype=values.dtype) if need_bias else None
-    return gx, gv, gb, unused, None, *ctx.more
-
-
-sparse_conv2d_blocked_op.register_autograd(_backward, setup_context=_save)
-sparse_conv2d_blocked_statistics_op.register_autograd(_backward, setup_context=_save)
-sparse_conv2d_blocked = differentiable(sparse_conv2d_blocked_op, launch.forward, _save_directly, _backward)
+_GRADIENTS = gradients(sparse_conv2d_blocked_dgrad, sparse_conv2d_blocked_wgrad, (0, 2, 3, 4))
+sparse_conv2d_blocked_op.register_autograd(_GRADIENTS.backward, setup_context=_GRADIENTS.save)
+sparse_conv2d_blocked_statistics_op.register_autograd(_GRADIENTS.backward, setup_context=_GRADIENTS.save)
+sparse_conv2d_blocked = differentiable(
+    sparse_conv2d_blocked_op, launch.forward, _GRADIENTS.save_directly, _GRADIENTS.backward
+)
 sparse_conv2d_blocked_statistics = differentiable(
-    sparse_conv2d_blocked_statistics_op, launch.forward_statistics, _save_directly, _backward
+    sparse_conv2d_blocked_statistics_op,
+    launch.forward_statistics,
+    _GRADIENTS.save_directly,
+    _GRADIENTS.backward,
 )

@@ -3,8 +3,6 @@
 from __future__ import annotations
 
 import importlib
-import warnings
-from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -31,11 +29,7 @@ METHODS: dict[str, Any] = {
 EXAMPLE = torch.zeros(2, 3, 6, 6)
 
 
-@pytest.fixture(autouse=True)
-def _quiet() -> Iterator[None]:
-    with warnings.catch_warnings():
-        warnings.simplefilter("ignore")  # Lightning's advice about workers, loggers and batch sizes
-        yield
+pytestmark = pytest.mark.filterwarnings("ignore")  # advice about workers, loggers and batch sizes
 
 
 def network() -> nn.Module:

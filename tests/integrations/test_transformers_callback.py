@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import warnings
-from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -27,11 +25,7 @@ METHODS: dict[str, Any] = {
 }
 
 
-@pytest.fixture(autouse=True)
-def _quiet() -> Iterator[None]:
-    with warnings.catch_warnings():
-        warnings.simplefilter("ignore")
-        yield
+pytestmark = pytest.mark.filterwarnings("ignore")  # advice about workers, loggers and batch sizes
 
 
 def network() -> Any:
@@ -58,7 +52,7 @@ def trainer(folder: Path, model: Any, *callbacks: Any, **more: Any) -> Any:
     settings = {
         "num_train_epochs": EPOCHS, "per_device_train_batch_size": IMAGES, "learning_rate": 0.01,
         "use_cpu": True, "save_strategy": "no", "report_to": [], "disable_tqdm": True, "max_grad_norm": 0.0,
-        "lr_scheduler_type": "constant", "logging_strategy": "no", **more,
+        "lr_scheduler_type": "constant", "optim": "adamw_torch", "logging_strategy": "no", **more,
     }  # fmt: skip
     arguments = transformers.TrainingArguments(str(folder), **settings)
     return InOrder(model, arguments, train_dataset=images(), eval_dataset=images(), callbacks=list(callbacks))

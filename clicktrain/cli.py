@@ -91,7 +91,7 @@ def script() -> NoReturn:
     """Run the command line as a process of its own, which ends with the exit code."""
     code = main()
     joined = sys.modules.get("clicktrain.comm.processes")
-    if joined is not None and joined.launched().number > 1:
+    if joined is not None and os.environ.get("WORLD_SIZE", "1") != "1":
         joined.end(code)
     sys.exit(code)
 

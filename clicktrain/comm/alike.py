@@ -4,13 +4,15 @@ from __future__ import annotations
 
 import hashlib
 import platform
-from collections.abc import Mapping
+import zlib
+from collections.abc import Iterable, Mapping
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import Any
 
 import torch
 import torch.distributed as dist
+from torch import Tensor
 
 from clicktrain.comm.agreement import gathered, several_processes
 from clicktrain.errors import FailedElsewhere, UserError, shown
@@ -62,6 +64,22 @@ def check_same_data(spec: str, facts: Mapping[str, Any]) -> None:
         _refuse(
             f"process {rank} has other data of {spec} than the first one: {name} {shown(there)} instead of "
             f"{shown(here)}; give the same files to all of them"
+        )
+
+
+def check_same_weights(weights: Iterable[Tensor], when: str) -> None:
+    """UserError unless all processes have the same numbers, bit for bit; ``when`` begins the sentence."""
+    if not several_processes():
+        return
+    digest = 0
+    for weight in weights:
+        numbers = weight.detach().cpu().contiguous().reshape(-1).view(torch.uint8)
+        digest = zlib.crc32(numbers.numpy().data, digest)
+    different = _first_difference({"checksum": digest})
+    if different is not None:
+        _refuse(
+            f"{when} process {different[0]} has other weights than the first one: do all of them run the "
+            "same version on the same data?"
         )
 
 

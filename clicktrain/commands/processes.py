@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import logging
+import math
 import sys
 from collections.abc import Sequence
 from uuid import uuid4
@@ -46,8 +47,10 @@ PROCESSES = (
 """Flags of commands that train."""
 
 
-def check(processes: int, restarts: int) -> None:
+def check(processes: int, restarts: int, timeout_s: float = TIMEOUT_S) -> None:
     """UserError for numbers that make no sense, or in a process that was launched already."""
+    if not 0 < timeout_s < math.inf:
+        raise UserError(f"process_timeout is {timeout_s}: must be above 0 seconds")
     if processes < 1:
         raise UserError(f"processes is {processes}: 1 or more is possible")
     if restarts < 0:

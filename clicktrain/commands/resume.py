@@ -66,7 +66,7 @@ def run(argv: Sequence[str]) -> int:
 
     given = command().parse(argv)
     processes, restarts = given.get("processes", 1), given.get("restarts", 0)
-    check(processes, restarts)
+    check(processes, restarts, given.get("process_timeout", TIMEOUT_S))
     if processes > 1:
         return start("resume", without(argv), processes, restarts)
     folder = RunFolder(Path(given["run"]))

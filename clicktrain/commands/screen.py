@@ -64,6 +64,10 @@ class Screen(io.TextIOBase):
                 self._lost(getattr(error, "strerror", None) or str(error))
 
 
+_WIDEST = 160
+"""Columns of a table that no terminal shows."""
+
+
 def lasting_console(goes_on: str) -> Console:
     """Make a console for a run: if its output closes, one warning says how the run goes on."""
     screen = Screen(
@@ -73,7 +77,15 @@ def lasting_console(goes_on: str) -> Console:
 
 
 class PipeConsole(Console):
-    """A console that passes a broken pipe on to the command line, which ends quietly."""
+    """A console that passes a broken pipe on to the command line, which ends quietly.
+
+    Into a file or a pipe tables are as wide as they want to be, unless COLUMNS says how wide.
+    """
+
+    def __init__(self) -> None:
+        super().__init__()
+        if not self.is_terminal and "COLUMNS" not in os.environ:
+            self.width = _WIDEST
 
     def on_broken_pipe(self) -> NoReturn:
         """Rich's own ends the process with code 1."""

@@ -113,7 +113,7 @@ _FOOTER = (
 def run(argv: Sequence[str]) -> int:
     """Run the command; the exit code."""
     config, method, own, ignored = settings_of(argv)
-    check(own["processes"], own["restarts"])
+    check(own["processes"], own["restarts"], own["process_timeout"])
     if own["dry_run"]:
         return dry_run(config, method)
     out = own["out"]

@@ -5,7 +5,6 @@ from __future__ import annotations
 import math
 import time
 import warnings
-import zlib
 from collections.abc import Iterator
 from typing import Any
 
@@ -14,9 +13,10 @@ from torch import Tensor
 from torch.optim.swa_utils import AveragedModel
 
 from clicktrain.comm import add_exchange, counted
-from clicktrain.comm.agreement import gathered, largest_over_processes, several_processes, sum_over_processes
+from clicktrain.comm.agreement import largest_over_processes, several_processes, sum_over_processes
+from clicktrain.comm.alike import check_same_weights
 from clicktrain.data import Batch
-from clicktrain.errors import NetworkCollapsed, UserError
+from clicktrain.errors import NetworkCollapsed
 from clicktrain.formats.atomic import append_jsonl
 from clicktrain.train.after_cut import after_cut, recalibrated
 from clicktrain.train.averages import LOOKAHEAD_STEPS, SlowWeights
@@ -242,7 +242,7 @@ def end_epoch(run: TrainingRun, stop: StopRequest) -> None:
     p, state, config = run.prepared, run.state, run.prepared.config
     p.pruner.check_zeros()
     p.pruner.check_alive()
-    check_alike(run)
+    check_same_weights(run.prepared.model.parameters(), f"after epoch {run.state.epoch + 1}")
     run.take_norms_of_first()
     if state.epoch == 0:
         state.first_loss = state.totals.loss
@@ -277,23 +277,6 @@ def end_epoch(run: TrainingRun, stop: StopRequest) -> None:
         run.save()
     run.logs.add(record)
     run.progress.epoch(record)
-
-
-def check_alike(run: TrainingRun) -> None:
-    """UserError if processes that should have the same weights do not."""
-    if not several_processes():
-        return
-    digest = 0
-    for parameter in run.prepared.model.parameters():
-        values = parameter.detach().cpu().contiguous().reshape(-1).view(torch.uint8)
-        digest = zlib.crc32(values.numpy().data, digest)
-    said = gathered(digest)
-    other = next((rank for rank, one in enumerate(said) if one != said[0]), None)
-    if other is not None:
-        raise UserError(
-            f"after epoch {run.state.epoch + 1} process {other} has other weights than the first one: do all "
-            "of them run the same version on the same data?"
-        )
 
 
 def check_outputs(run: TrainingRun, result: Evaluation) -> None:

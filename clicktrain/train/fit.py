@@ -6,6 +6,7 @@ import contextlib
 import dataclasses
 import math
 import tempfile
+import warnings
 from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any, Literal
@@ -104,9 +105,11 @@ def fit(
 
 @contextlib.contextmanager
 def _speechless() -> Iterator[None]:
-    """For a process that is not the first, which decides alike and says it."""
+    """For a process that is not the first, which decides alike and says it: errors and warnings."""
     try:
-        yield
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore", UserWarning)
+            yield
     except (NetworkCollapsed, TrainingDiverged) as error:
         raise FailedElsewhere(str(error)) from None
 

@@ -32,6 +32,9 @@ def test_the_process_that_differs_is_named_by_the_first_one(tmp_path: Path, repo
         "settings": "process 1 has epochs 5, the first one 4: give the same settings to all of them",
         "data": "process 1 has other data of parquet:a than the first one: checksum of labels 41 instead of "
         "40; give the same files to all of them",
+        "weights": "after epoch 3 process 1 has other weights than the first one: do all of them run the "
+        r"same version on the same data\?",
+        "same weights": "",
         "own settings": "",
         "same data": "",
     }

@@ -13,9 +13,15 @@ RANK, FOLDER = int(sys.argv[1]), Path(sys.argv[3])
 if RANK:
     sys.path.insert(0, str(FOLDER / "copy"))
 
+import torch  # noqa: E402
 import torch.distributed as dist  # noqa: E402
 
-from clicktrain.comm.alike import check_same_code, check_same_data, check_same_settings  # noqa: E402
+from clicktrain.comm.alike import (  # noqa: E402
+    check_same_code,
+    check_same_data,
+    check_same_settings,
+    check_same_weights,
+)
 from clicktrain.comm.processes import end  # noqa: E402
 from clicktrain.errors import UserError  # noqa: E402
 
@@ -24,6 +30,8 @@ CHECKS = {
     "settings": lambda: check_same_settings({"seed": 3, "threads": RANK, "epochs": 4 + RANK}),
     "own settings": lambda: check_same_settings({"seed": 3, "threads": RANK}),
     "data": lambda: check_same_data("parquet:a", {"number": 7, "checksum of labels": 40 + RANK}),
+    "weights": lambda: check_same_weights([torch.ones(3), torch.eye(2) + RANK * 1e-7], "after epoch 3"),
+    "same weights": lambda: check_same_weights([torch.ones(3)], "after epoch 3"),
     "same data": lambda: check_same_data("parquet:a", {"number": 7}),
 }
 

@@ -17,6 +17,7 @@ from clicktrain.bench.exchange.children import termination_as_exit
 from clicktrain.bench.exchange.links import Link, unshare_command
 from clicktrain.bench.exchange.networks import GROWS, names
 from clicktrain.bench.masks import check_sparsity
+from clicktrain.bench.step import StepCase
 from clicktrain.bench.timing import Progress, check_rounds
 from clicktrain.errors import UserError
 
@@ -100,6 +101,7 @@ def bench_exchange(
         raise UserError("batch_size and image_size are at least 1")
     if any(k < 1 for k in case.reconfigurations):
         raise UserError(f"reconfigurations are at least 1 each, not {case.reconfigurations}")
+    StepCase(case.model, case.batch_size, case.image_size).network()  # what is wrong with it is said here
     if slowed not in SLOWED:
         raise UserError(f"slowed is one of {', '.join(SLOWED)}, not {slowed!r}")
     unshare = None if slowed == "token-bucket" else unshare_command()

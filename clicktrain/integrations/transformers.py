@@ -77,6 +77,8 @@ class PruningCallback(TrainerCallback):  # type: ignore[misc]
                 'as {"pixel_values": torch.zeros(2, 3, 224, 224)}'
             )
         epochs, steps = epochs_and_steps(state.max_steps, updates)
+        if state.global_step:
+            optimizer.state.clear()  # of the packed weights that were saved; `_go_on` loads it again
         pruner = self.pruner = self._attachment.attach(model, optimizer, epochs, steps)
         if state.global_step:
             _go_on(pruner, optimizer, Path(args.output_dir) / f"checkpoint-{state.global_step}")
@@ -138,6 +140,5 @@ def _go_on(pruner: Pruner, optimizer: Optimizer, folder: Path) -> None:
         raise UserError(
             f"{folder} holds no state of a pruner ({STATE}): its run was not pruned by this callback"
         )
-    optimizer.state.clear()
     pruner.load_state_dict(load_tree(folder / STATE))
     optimizer.load_state_dict(torch.load(folder / "optimizer.pt", map_location="cpu", weights_only=True))

@@ -30,11 +30,13 @@ STATE = "pruning.safetensors"
 class PruningCallback(TrainerCallback):  # type: ignore[misc]
     """Attaches a method when training begins, observes losses, and ends with a plain pruned network.
 
-    The loss is the one that the network returns in training (it is given labels); one observation is made for
-    each step of the optimizer, the mean over its batches. Saved checkpoints hold the plain weights, which
-    ``from_pretrained`` loads, and the state of the pruner: ``train(resume_from_checkpoint=...)`` goes on with
-    masks, unless channels were removed before. The best model by a metric is looked for from the freezing of
-    masks, or the removal of channels, on: an unpruned network would win.
+    The loss is the one that the network returns in training (it is given labels); one observation is made
+    for each step of the optimizer, the mean over its batches (a share of it where a network divides by
+    the images of the whole step: only ClickTrain's first stage looks at the size of a loss). Saved
+    checkpoints hold the plain weights, which ``from_pretrained`` loads, and the state of the pruner:
+    ``train(resume_from_checkpoint=...)`` goes on with masks, unless channels were removed before. The
+    best model by a metric is looked for from the freezing of masks, or the removal of channels, on: an
+    unpruned network would win.
 
     Args:
         method: what prunes, as ``ClickTrain(compression=8)``.
@@ -58,7 +60,6 @@ class PruningCallback(TrainerCallback):  # type: ignore[misc]
             method=method, packed=packed, accelerate=accelerate, example=example, on_event=on_event
         )
         self._losses: list[Tensor] = []
-        self._shares = False
         self._hook: RemovableHandle | None = None
         self.pruner: Pruner | None = None
 
@@ -94,9 +95,6 @@ class PruningCallback(TrainerCallback):  # type: ignore[misc]
         loss = output.get("loss") if isinstance(output, dict) else getattr(output, "loss", None)
         if model.training and isinstance(loss, Tensor) and loss.requires_grad:
             self._losses.append(loss.detach())
-            self._shares = (
-                kwargs.get("num_items_in_batch") is not None
-            )  # sums over a share of the step's images
 
     def on_pre_optimizer_step(self, args: Any, state: Any, control: Any, **given: Any) -> None:
         """Have the method see the losses since the last step."""
@@ -107,14 +105,15 @@ class PruningCallback(TrainerCallback):  # type: ignore[misc]
                 "smoothing compute a loss outside of the network, where a callback does not see it)"
             )
         losses = torch.stack([loss.float().reshape(()) for loss in self._losses])
-        self.pruner.observe(losses.sum() if self._shares else losses.mean())
+        self.pruner.observe(losses.mean())
         self._losses = []
 
     def on_save(self, args: Any, state: Any, control: Any, **given: Any) -> None:
         """Write plain weights over packed ones, and the state of the pruner beside them."""
         folder = Path(args.output_dir) / f"checkpoint-{state.global_step}"
         if self.pruner is not None and folder.is_dir():
-            save_tree(folder / STATE, self.pruner.state_dict())
+            weights = dict(given["model"].state_dict())
+            save_tree(folder / STATE, {"pruner": self.pruner.state_dict(), "model": weights})
             if self.pruner.packed:
                 plain: Any = unpack(given["model"])
                 plain.save_pretrained(folder)
@@ -135,10 +134,12 @@ def _plain(optimizer: Any) -> Optimizer:
 
 
 def _go_on(pruner: Pruner, optimizer: Optimizer, folder: Path) -> None:
-    """The Trainer has loaded plain weights, and an optimizer state that fits the network as it was saved."""
+    """The Trainer has loaded plain weights, of which `attach` may have kept those of its first masks only."""
     if not (folder / STATE).exists():
         raise UserError(
             f"{folder} holds no state of a pruner ({STATE}): its run was not pruned by this callback"
         )
-    pruner.load_state_dict(load_tree(folder / STATE))
+    saved = load_tree(folder / STATE)
+    pruner.load_state_dict(saved["pruner"])
+    pruner.model.load_state_dict(saved["model"])
     optimizer.load_state_dict(torch.load(folder / "optimizer.pt", map_location="cpu", weights_only=True))

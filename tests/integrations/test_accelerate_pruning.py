@@ -38,6 +38,7 @@ def network() -> nn.Module:
 
 
 def made(method: str, **more: Any) -> Pruning:
+    accelerate.state.AcceleratorState._reset_state(reset_partial_state=True)  # a process has one, otherwise
     model = network()
     optimizer = torch.optim.Adam(model.parameters(), lr=0.01)
     return Pruning(

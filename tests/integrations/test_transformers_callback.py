@@ -157,4 +157,6 @@ def test_the_best_model_is_a_pruned_one(tmp_path: Path) -> None:
 
 def test_a_loss_outside_of_the_network(tmp_path: Path) -> None:
     with pytest.raises(UserError, match="the network returned no loss in training"):
-        trainer(tmp_path, network(), PruningCallback(ClickTrain()), label_smoothing_factor=0.1).train()
+        trainer(
+            tmp_path, network(), PruningCallback(METHODS["clicktrain"]()), label_smoothing_factor=0.1
+        ).train()

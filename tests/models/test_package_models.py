@@ -103,9 +103,9 @@ def test_near_names(torchvision: Any) -> None:
         create_model("torchvision:ResNet", num_classes=3)  # a class there, no name of a network
 
 
-def test_sizes_that_a_package_does_not_like(timm: Any) -> None:
-    with pytest.raises(UserError, match=r"timm cannot build vit_tiny_patch16_224 with .*img_size=7"):
-        create_model("timm:vit_tiny_patch16_224", num_classes=3, image_size=7)
+def test_sizes_that_a_package_does_not_like(torchvision: Any) -> None:
+    with pytest.raises(UserError, match=r"torchvision cannot build vit_b_16 with .*image_size=30"):
+        create_model("torchvision:vit_b_16", num_classes=3, image_size=30)
 
 
 # ---------------------------------------------------------------- pretrained weights

@@ -45,11 +45,16 @@ MOST_PIXELS = 50_000_000
 
 def c_engine(run: Path, max_batch: int, threads: int) -> Run:
     """The folder of ``clicktrain export RUN --format c``: neither PyTorch nor clicktrain is imported."""
+    return c_module(run).Network(max_batch=max_batch)
+
+
+def c_module(run: Path) -> Any:
+    """``model.py`` of the exported folder."""
     folder = there(run / "export-c", "clicktrain export RUN --format c")
     spec = importlib.util.spec_from_file_location("exported", folder / "model.py")
     module = importlib.util.module_from_spec(spec)
     spec.loader.exec_module(module)
-    return module.Network(max_batch=max_batch)
+    return module
 
 
 def accelerated_engine(run: Path, max_batch: int, threads: int) -> Run:
@@ -248,6 +253,8 @@ def main() -> None:
         "run": str(given.run), "engine": given.engine, "max_batch": given.max_batch,
         "wait_ms": given.wait_ms, "threads": given.threads,
     }  # fmt: skip
+    if given.engine == "c" and not (given.run / "export-c" / "libmodel.so").exists():
+        c_module(given.run).build()  # once, and not by each worker
     os.environ["CLICKTRAIN_SERVE"] = json.dumps(settings)
     os.environ.setdefault("OMP_NUM_THREADS", str(given.threads))
     # By name, so that each worker imports this file and builds an application of its own.

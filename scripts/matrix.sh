@@ -25,7 +25,7 @@ for version in $versions; do
     fi
     "$folder/bin/python" -c 'import platform, torch
 print("== Python", platform.python_version(), "on", platform.system(), platform.machine(), "torch", torch.__version__)'
-    PYTHONPATH=$PWD OMP_NUM_THREADS=1 "$folder/bin/python" -m pytest -q -p no:cacheprovider "$@" ||
+    PYTHONPATH=$PWD OMP_NUM_THREADS=1 "$folder/bin/python" -m pytest -q -o "cache_dir=$folder/pytest" "$@" ||
         failed="$failed $version"
 done
 [ -z "$failed" ] || { echo "== failed:$failed"; exit 1; }

@@ -6,6 +6,7 @@ Markdown reads without a blank line is given one. ``mkdocs.yml`` names this file
 
 from __future__ import annotations
 
+import ast
 import posixpath
 import re
 from pathlib import Path
@@ -18,6 +19,9 @@ ROOT_PAGES = {
     "CHANGELOG.md": "changelog.md",
 }
 """Pages outside of docs/ and what they are called in the site."""
+
+SETTINGS = "reference/methods.md"
+"""The page that shows of each class its settings alone."""
 
 _FENCE = re.compile(r"^\s*(```|~~~)")
 _LINK = re.compile(r"(!?\[(?P<text>(?:[^\]\\]|\\.)*)\])\((?P<target>[^)#\s]+)(?P<anchor>#[^)\s]*)?\)")
@@ -35,7 +39,30 @@ def on_files(files: Any, config: Any) -> Any:
 
 def on_page_markdown(markdown: str, page: Any, config: Any, files: Any) -> str:
     """Rewrite a page before it is rendered."""
-    return for_site(markdown, page.file.src_uri)
+    text = for_site(markdown, page.file.src_uri)
+    return only_settings(text) if page.file.src_uri == SETTINGS else text
+
+
+def only_settings(markdown: str) -> str:
+    """The page with what mkdocstrings is to leave out: all members of methods that are no fields."""
+    hidden = "|".join(sorted(_no_fields()))
+    options = f"\n    options:\n      filters: ['!^_', '!^({hidden})$']"
+    return re.sub(r"^::: .*$", lambda match: match[0] + options, markdown, flags=re.MULTILINE)
+
+
+def _no_fields() -> set[str]:
+    """Names in classes of ``clicktrain.methods`` that are functions or class variables."""
+    names: set[str] = set()
+    fields: set[str] = set()
+    for path in (REPOSITORY / "clicktrain" / "methods").rglob("*.py"):
+        tree = ast.parse(path.read_text(encoding="utf-8"))
+        for node in (node for item in ast.walk(tree) if isinstance(item, ast.ClassDef) for node in item.body):
+            if isinstance(node, ast.FunctionDef):
+                names.add(node.name)
+            elif isinstance(node, ast.AnnAssign) and isinstance(node.target, ast.Name):
+                is_variable = ast.unparse(node.annotation).startswith("ClassVar")
+                (names if is_variable else fields).add(node.target.id)
+    return {name for name in names - fields if not name.startswith("_")}
 
 
 def for_site(markdown: str, place: str) -> str:

@@ -23,6 +23,7 @@ import torch
 from PIL import Image
 
 from clicktrain.cli import main
+from clicktrain.deploy.c_folder import load_module
 
 torch.set_num_threads(1)
 MISSING = [name for name in ("fastapi", "uvicorn") if importlib.util.find_spec(name) is None]
@@ -51,9 +52,10 @@ def run(tmp_path_factory: pytest.TempPathFactory) -> Path:
     more = ["--epochs", "1", "--method", "nm", "--threads", "1", "--no-report", "--out", str(folder)]
     assert main([*line, *more]) == 0
     with pytest.MonkeyPatch.context() as patch:
-        patch.setenv("CC", "cc -O0")
+        patch.setenv("CC", "cc -O0")  # compiles fast
         if shutil.which("cc"):
             assert main(["export", str(folder), "--format", "c"]) == 0
+            load_module(folder / "export-c" / "model.py").build()
     return folder
 
 

@@ -90,6 +90,15 @@ def test_lists_and_tables_get_the_blank_line_that_they_need(before: str, line: s
     assert site.needs_blank(before, line) == needed
 
 
+def test_the_page_of_settings_leaves_out_what_is_none() -> None:
+    text = site.only_settings("# Title\n\n::: clicktrain.methods.RigL\n")
+    head, _, filters = text.partition("\n    options:\n      filters: ")
+    assert head == "# Title\n\n::: clicktrain.methods.RigL"
+    hidden = set(re.findall(r"\w+", filters))
+    assert {"attach", "after_step", "name", "title"} <= hidden
+    assert not hidden & {"sparsity", "interval", "drop_rule", "compression", "loss_slope"}
+
+
 def test_cells_of_the_comparison_have_sources() -> None:
     text = (REPOSITORY / "docs" / "comparison.md").read_text(encoding="utf-8")
     table = [line.strip("|").split(" | ") for line in text.splitlines() if line.startswith("| ")]

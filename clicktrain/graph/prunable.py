@@ -16,6 +16,7 @@ from torch.nn.utils import parametrize
 from clicktrain.errors import UserError
 from clicktrain.graph.adapters import LayerAdapter, nearest_adapter
 from clicktrain.graph.conv_sources import conv_sources
+from clicktrain.graph.layer_trial import uses_weight_as_it_is
 
 
 @dataclass(frozen=True, slots=True, eq=False)
@@ -298,8 +299,8 @@ def _reason(
     name = type(module).__name__
     if adapter.kind == "linear" and not linear:
         return "linear: this method prunes convolutions"
-    if adapter.own_forward(module):
-        return f"{name}: a layer with a forward of its own may not use its weight as it is"
+    if adapter.own_forward(module) and not uses_weight_as_it_is(module):
+        return f"{name}: its own forward does not use its weight as it is"
     if not weight.is_floating_point() or not weight.requires_grad:
         return "its weight is not trained (requires_grad is False)"
     if uses.get(id(weight), 0) > 1:

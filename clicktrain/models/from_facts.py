@@ -34,7 +34,7 @@ def build_from_facts(factory: Factory, facts: Mapping[str, Any]) -> nn.Module:
     """The network with fresh weights, before anything was removed from it; UserError as `create_model`."""
     if isinstance(factory, str):
         sizes = {name: facts[name] for name in ("num_classes", "in_channels", "width", "stem")}
-        return create_model(factory, **sizes)
+        return create_model(factory, **sizes, image_size=_side(facts))
     if isinstance(factory, nn.Module):
         raise UserError(
             "model is a network that is built already: give its class, or use "
@@ -46,3 +46,9 @@ def build_from_facts(factory: Factory, facts: Mapping[str, Any]) -> nn.Module:
         )
     numbers = {name: facts[name] for name in ("num_classes", "in_channels", "width")}
     return call_factory(getattr(factory, "__qualname__", type(factory).__name__), factory, **numbers)
+
+
+def _side(facts: Mapping[str, Any]) -> int | None:
+    """Side of the images in pixels, where they are square."""
+    height, width = (facts.get("image_shape") or [0, 0, 0])[1:]
+    return height if height and height == width else None

@@ -1,4 +1,4 @@
-"""Networks by name: the zoo, and a user's own."""
+"""Networks by name: the zoo, those of timm and torchvision, and a user's own."""
 
 from __future__ import annotations
 
@@ -16,6 +16,7 @@ from clicktrain.models.layers import Stem
 from clicktrain.models.mobilenet import MobileNetV1
 from clicktrain.models.mobilenet_v3 import MOBILENETS_V3, mobilenet_v3
 from clicktrain.models.origin import note_origin_
+from clicktrain.models.packages import create_package_model, in_package
 from clicktrain.models.resnet import RESNETS, resnet
 from clicktrain.models.user_factory import HOW_TO_NAME, create_user_model
 from clicktrain.models.vgg import VGGS, vgg
@@ -24,6 +25,8 @@ from clicktrain.own_code import is_own
 MOBILENET = "mobilenet_v1"
 CIFARNET = "cifarnet"
 _BYTES_PER_PARAMETER = 12  # float32 weight, gradient and momentum
+_FEATURES, _FIRST_FILTERS = 512, 400
+"""What a network of a package has about, in parameters: per class, and per channel of the images."""
 STEMS: tuple[Stem, ...] = ("imagenet", "cifar")
 
 
@@ -33,24 +36,32 @@ def list_models() -> tuple[str, ...]:
 
 
 def create_model(
-    name: str, *, num_classes: int, in_channels: int = 3, width: float = 1.0, stem: str | None = None
+    name: str,
+    *,
+    num_classes: int,
+    in_channels: int = 3,
+    width: float = 1.0,
+    stem: str | None = None,
+    image_size: int | None = None,
 ) -> nn.Module:
     """Build a network with random weights, from PyTorch's default random generator.
 
     It maps images [N, in_channels, H, W] to logits [N, num_classes].
 
     Args:
-        name: one of ``list_models()``, or ``package.module:factory`` for a network of the user's own, which
-            is imported, see ``create_user_model``; ``stem`` is not passed on to the latter.
+        name: one of ``list_models()``; ``timm:NAME`` or ``torchvision:NAME`` for a network of these packages;
+            or ``package.module:factory`` for a network of the user's own, which is imported, see
+            ``create_user_model``. ``stem`` is for the first kind alone.
         num_classes: at least 1.
         in_channels: at least 1.
         width: factor on all channels, see ``scaled_channels``.
         stem: ``imagenet`` or ``cifar`` (for images up to 64 pixels); None = the one the network was
             published with: ``cifar`` for the CIFAR residual networks, else ``imagenet``.
+        image_size: side of the images in pixels, for networks of packages that are made for one size.
 
     Raises:
-        UserError: unknown name, value out of range, a network that does not fit the machine's memory, or a
-            factory that is not usable or raises.
+        UserError: unknown name, a package that is not installed, value out of range, a network that does not
+            fit the machine's memory, or a factory that is not usable or raises.
 
     Examples:
         >>> model = create_model("resnet20", num_classes=10)
@@ -60,9 +71,26 @@ def create_model(
     check_numbers(num_classes, in_channels, width)
     known_stem = check_stem(stem)
     sizes: dict[str, Any] = {"num_classes": num_classes, "in_channels": in_channels, "width": width}
-    model = create_user_model(name, **sizes) if is_own(name) else _checked_from_zoo(name, sizes, known_stem)
+    if is_own(name):
+        model = create_user_model(name, **sizes)
+    elif in_package(name):
+        model = _checked_from_package(name, sizes, image_size)
+    else:
+        model = _checked_from_zoo(name, sizes, known_stem)
     note_origin_(model, name, {**sizes, "stem": stem})
     return model
+
+
+def _checked_from_package(name: str, sizes: dict[str, Any], image_size: int | None) -> nn.Module:
+    num_classes, in_channels = sizes["num_classes"], sizes["in_channels"]
+    if sizes["width"] != 1:
+        raise UserError(f"{name} has no width: width must stay 1.0")
+    check_memory(
+        _BYTES_PER_PARAMETER * (_FEATURES * num_classes + _FIRST_FILTERS * in_channels),
+        f"training model {name} of {num_classes} classes and {in_channels} channels",
+        "make it smaller",
+    )
+    return create_package_model(name, num_classes=num_classes, in_channels=in_channels, image_size=image_size)
 
 
 def _checked_from_zoo(name: str, sizes: dict[str, Any], stem: Stem | None) -> nn.Module:
@@ -108,8 +136,8 @@ def _from_zoo(name: str, sizes: dict[str, Any], stem: Stem | None) -> nn.Module:
 def min_image_size(name: str, stem: str | None = None) -> int:
     """Smallest height and width in pixels that the network of that name accepts.
 
-    Only the ImageNet form of a VGG and cifarnet have a limit, from their poolings. A user's own network,
-    about which nothing is known, gets 1.
+    Only the ImageNet form of a VGG and cifarnet have a limit, from their poolings. A network of a package or
+    a user's own, about which nothing is known, gets 1.
     """
     if name == CIFARNET:
         return MIN_IMAGE
@@ -138,4 +166,7 @@ def unknown_model(name: str) -> str:
     name = shortened(name, 80)
     near = difflib.get_close_matches(name.lower(), list_models(), n=3, cutoff=0.6)
     hint = f" (did you mean {' or '.join(near)}?)" if near else ""
-    return f"unknown model {name!r}{hint}: the zoo has {', '.join(list_models())}; {HOW_TO_NAME}"
+    return (
+        f"unknown model {name!r}{hint}: the zoo has {', '.join(list_models())}; timm:NAME and "
+        f"torchvision:NAME are networks of these packages; {HOW_TO_NAME}"
+    )

@@ -7,12 +7,12 @@ of some channels is compared with the same channels of what they make of all. Wh
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Sequence
-from typing import Any
 
 import torch
 from torch import Tensor, nn
 
 from clicktrain.graph import working_copy
+from clicktrain.graph.layer_trial import layer_inputs, uses_weight_as_it_is
 from clicktrain.surgery.apply import follow_shape
 from clicktrain.surgery.compare import distance
 from clicktrain.surgery.operations import parent_kind, word_of
@@ -63,9 +63,12 @@ def module_keeps_channels(
 
 
 def kind_by_trial(module: nn.Module) -> str | None:
-    """The word for a layer whose ``forward`` is its own but computes what its known parent's does."""
+    """The word for a layer whose ``forward`` is its own but computes what its known parent's does.
+
+    A convolution that pads otherwise is one all the same: its weights connect the same channels.
+    """
     kind = parent_kind(module)
-    inputs = None if kind is None else _inputs_of(module)
+    inputs = None if kind is None else layer_inputs(module)
     if kind is None or inputs is None:
         return None
     for training in (True, False):
@@ -81,26 +84,9 @@ def kind_by_trial(module: nn.Module) -> str | None:
         whole, right = results
         alike = isinstance(whole, Tensor) and whole.shape == right.shape
         if not alike or not distance(whole, right) <= _CLOSE:
-            return None
+            conv = isinstance(module, nn.modules.conv._ConvNd)
+            return word_of(kind) if conv and uses_weight_as_it_is(module) else None
     return word_of(kind)
-
-
-def _inputs_of(module: Any) -> Tensor | None:
-    """Something that a layer can read: convolutions, linear layers and batch norms of any dimensions."""
-    generator = torch.Generator().manual_seed(0)
-    weight = module._parameters.get("weight")
-    dtype, device = (torch.float32, "cpu") if weight is None else (weight.dtype, weight.device)
-    if isinstance(module, nn.Linear):
-        shape = [4, module.in_features]
-    elif isinstance(module, nn.modules.conv._ConvNd):
-        reach = [1 + (k - 1) * d for k, d in zip(module.kernel_size, module.dilation, strict=True)]
-        shape = [2, module.in_channels, *(size + 7 + n for n, size in enumerate(reach))]
-    elif isinstance(module, nn.modules.batchnorm._NormBase):
-        dims = next((n for n in (1, 2, 3) if f"{n}d" in "".join(k.__name__ for k in type(module).__mro__)), 2)
-        shape = [4, module.num_features, *[5] * dims]
-    else:
-        return None
-    return torch.randn(shape, generator=generator).to(device, dtype)
 
 
 def keeps_channels(

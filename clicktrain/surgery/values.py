@@ -23,6 +23,7 @@ from torch import Tensor, fx
 from clicktrain.graph import working_copy
 from clicktrain.surgery.flow import calling
 from clicktrain.surgery.groups import Dependencies
+from clicktrain.surgery.operations import layer_kind
 from clicktrain.surgery.steady import steadily
 
 _ANY = 1e9
@@ -110,6 +111,7 @@ class Values:
             weight, padded = weight.transpose(0, 1), True
         else:
             padded = getattr(module, "padding", 0) not in (0, (0,), (0, 0), (0, 0, 0), "valid")
+            padded |= layer_kind(module) is None  # a forward of its own may pad
         groups = getattr(module, "groups", 1)
         # [G, F / G, C / G] of sums, absolute sums and maxima over the kernel.
         flat = weight.reshape(groups, weight.shape[0] // groups, weight.shape[1], -1)

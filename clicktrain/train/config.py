@@ -39,7 +39,8 @@ class RunConfig:
     alternatives: ClassVar[tuple[tuple[str, ...], ...]] = (("val_fraction", "holdout"),)
 
     model: str = "resnet20"
-    """Network: a name of the zoo, or package.module:factory for your own."""
+    """Network: a name of the zoo, timm:NAME or torchvision:NAME of these packages, or package.module:factory
+    for your own."""
     width: float = 1.0
     """Factor on the number of filters in every layer of a zoo network."""
     stem: Literal["auto", "cifar", "imagenet"] = "auto"
@@ -64,8 +65,9 @@ class RunConfig:
     method: str = "clicktrain"
     """How the network is pruned while it trains; dense for not at all."""
     initial_weights: str | None = None
-    """Weights to start from: the folder of a finished run, or a .safetensors file of the plain network; fresh
-    ones by default."""
+    """Weights to start from: the folder of a finished run, a .safetensors file of the plain network, or
+    pretrained: what timm or torchvision publish, from their caches (nothing is downloaded); fresh ones by
+    default."""
     epochs: int = 60
     """Passes over the training images."""
     time_budget: float | str | None = None

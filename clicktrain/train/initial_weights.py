@@ -1,7 +1,8 @@
-"""Initial weights from an earlier run or a file, and what they have cost."""
+"""Initial weights from an earlier run, a file or a package's cache, and what they have cost."""
 
 from __future__ import annotations
 
+import warnings
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -12,6 +13,7 @@ from torch import Tensor, nn
 
 from clicktrain.errors import UserError, shown
 from clicktrain.formats.tree import read_tensors
+from clicktrain.models.packages import pretrained_weights
 from clicktrain.runs.folder import RunFolder
 from clicktrain.runs.format import parse_facts
 
@@ -47,25 +49,40 @@ class EarlierCost:
         return cls(**{"seconds": None if saved["flops"] != 0 else 0.0, **saved})
 
 
-def load_initial_weights_(model: nn.Module, source: str | Path, classes: Sequence[str]) -> EarlierCost:
-    """Load the weights of an earlier run, or of a safetensors file of the plain network, into ``model``.
+PRETRAINED = "pretrained"
+"""Instead of a path: the weights that the package of the network publishes, from its cache."""
+
+
+def load_initial_weights_(
+    model: nn.Module, source: str | Path, classes: Sequence[str], network: str = "", in_channels: int = 3
+) -> EarlierCost:
+    """Load the weights of an earlier run, of a safetensors file, or of a package's cache into ``model``.
+
+    A file that no run of this library has written, and a cache, may be of another number of classes: the
+    classifier then stays as it is, which a warning says.
 
     Args:
         model: changed in place; on any device.
-        source: folder of a finished run, or a .safetensors file with the names of the network's state dict.
+        source: folder of a finished run, a .safetensors file with the names of the network's state dict, or
+            `PRETRAINED`.
         classes: those of the data that the run is about to train on.
+        network, in_channels: what the network was made by, for `PRETRAINED`.
 
     Returns:
         The cost of the weights: from the summary of a run; unknown for a file.
     """
+    if source == PRETRAINED:
+        tensors = pretrained_weights(network, num_classes=len(classes), in_channels=in_channels)
+        _load_without_classifier_(model, source, tensors, len(classes))
+        return EarlierCost(flops=None, seconds=None)
     path = Path(source)
     cost = EarlierCost(flops=None, seconds=None)
     if path.is_dir():
         cost, path = _cost_of(RunFolder(path)), RunFolder(path).model
     elif not path.exists():
         raise UserError(
-            f"initial_weights is {str(source)!r}, which does not exist: give the folder of a finished run or "
-            "a .safetensors file"
+            f"initial_weights is {str(source)!r}, which does not exist: give the folder of a finished run, a "
+            f".safetensors file, or {PRETRAINED} for a network of timm or torchvision"
         )
     try:
         tensors, metadata = read_tensors(path)
@@ -73,9 +90,36 @@ def load_initial_weights_(model: nn.Module, source: str | Path, classes: Sequenc
     except UserError as error:
         raise UserError(f"initial_weights {source} cannot be read: {error}") from None
     _check_classes(source, facts, classes)
-    _check_tensors(source, tensors, model.state_dict())
-    model.load_state_dict(tensors)
+    if facts.get("classes") is None:
+        _load_without_classifier_(model, source, tensors, len(classes))
+    else:
+        _check_tensors(source, tensors, model.state_dict())
+        model.load_state_dict(tensors)
     return cost
+
+
+def _load_without_classifier_(
+    model: nn.Module, source: str | Path, tensors: dict[str, Tensor], classes: int
+) -> None:
+    """Load everything, or everything but the layer that has one output for each class."""
+    own = model.state_dict()
+    others = {
+        name for name, now in own.items()
+        if name not in tensors or (
+            tensors[name].shape != now.shape and tensors[name].shape[1:] == now.shape[1:]
+        )
+    }  # fmt: skip
+    layers = {name.rpartition(".")[0] for name in others}
+    sizes = {own[name].shape[:1] for name in others}
+    if sizes == {(classes,)} and others >= {f"{layer}.weight" for layer in layers} and len(layers) == 1:
+        tensors = {**tensors, **{name: own[name] for name in others}}
+        warnings.warn(
+            f"initial_weights {source} have no classifier for {classes} classes: {layers.pop()} keeps its "
+            "fresh weights",
+            stacklevel=3,
+        )
+    _check_tensors(source, tensors, own)
+    model.load_state_dict(tensors)
 
 
 def _cost_of(folder: RunFolder) -> EarlierCost:

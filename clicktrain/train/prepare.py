@@ -32,7 +32,8 @@ from clicktrain.errors import FailedElsewhere, UserError, shortened
 from clicktrain.formats.memory_format import keep_out_of_channels_last_
 from clicktrain.limits import check_memory
 from clicktrain.methods import METHODS, Method, Pruner
-from clicktrain.models import create_model, min_image_size
+from clicktrain.models import min_image_size
+from clicktrain.models.from_facts import build_from_facts
 from clicktrain.models.registry import CIFARNET
 from clicktrain.models.whitening import IMAGES, whiten_
 from clicktrain.train.augmentation import SMALL_IMAGE, augmentation
@@ -179,7 +180,9 @@ def _prepared(
         )
     earlier = EarlierCost()
     if config.initial_weights is not None and begins:
-        earlier = load_initial_weights_(model, config.initial_weights, data.classes)
+        earlier = load_initial_weights_(
+            model, config.initial_weights, data.classes, config.model, data.image_shape[0]
+        )
     elif config.initial_weights is None and method.expects_trained:
         raise UserError(
             f"this setting of method {config.method} prunes a network that is trained already: give "
@@ -381,5 +384,4 @@ def model_facts(config: RunConfig, data: ImageData) -> dict[str, Any]:
 
 def build_model(facts: dict[str, Any]) -> nn.Module:
     """The network that `model_facts` describes, with fresh weights."""
-    sizes = {name: facts[name] for name in ("num_classes", "in_channels", "width", "stem")}
-    return create_model(facts["model"], **sizes)
+    return build_from_facts(facts["model"], facts)

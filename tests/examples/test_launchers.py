@@ -14,7 +14,10 @@ import torch
 import torch.distributed as dist
 
 SCRIPT = Path(__file__).parent / "launched.py"
-PACKAGES = {"accelerate_loop": "accelerate", "fabric_loop": "lightning_fabric"}
+PACKAGES = {
+    "accelerate_loop": "accelerate", "fabric_loop": "lightning_fabric",
+    "lightning_digits": "pytorch_lightning",
+}  # fmt: skip
 EPOCHS = 12
 
 pytestmark = [
@@ -38,7 +41,7 @@ def run(example: str, processes: int, folder: Path) -> str:
 @pytest.mark.parametrize("example", PACKAGES)
 def test_the_two_lines_prune_alike_in_all_processes(example: str, processes: int, tmp_path: Path) -> None:
     if importlib.util.find_spec(PACKAGES[example]) is None:
-        pytest.skip(f"{PACKAGES[example]} is not installed: pip install 'clicktrain[launchers]'")
+        pytest.skip(f"{PACKAGES[example]} is not installed: see docs/integrations.md")
     last = run(example, processes, tmp_path).splitlines()[-1]
     found = re.fullmatch(r"accuracy ([\d.]+)%  compression ([\d.]+)x  processes (\d)", last)
     assert found is not None, last

@@ -331,8 +331,9 @@ def test_recipe_adding_a_layer_type(own_types: None) -> None:
 
     1. Is its weight [outputs, inputs / groups, *kernel], used as it is? Then one line makes it prunable:
        ``register_layer(LayerAdapter(YourLayer))``, with ``kind="linear"`` if it is not to count in the
-       compression ratio over convolution weights. A subclass with a forward of its own is left alone until
-       you register it: only you know that a zero in its weight is a zero in what it computes.
+       compression ratio over convolution weights. A subclass with a forward of its own is tried
+       (``graph/layer_trial.py``), and left alone until you register it unless a zero in its weight is seen to
+       be a zero in what it computes.
     2. Is the weight stored otherwise? Subclass `LayerAdapter` and say in `view` how a tensor of the weight's
        shape becomes [filters, channels per group, rows, columns], in `unview` the way back, and which axes
        are ``out_axis`` and ``in_axis``. Override `weight_uses` if a weight is not used once per output

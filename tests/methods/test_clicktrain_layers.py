@@ -199,14 +199,6 @@ def test_a_layer_ratio_below_what_patterns_give_is_refused() -> None:
         ClickTrain(compression=2, layers={"1": 1.0}).attach(model, optimizer, epochs=1, steps_per_epoch=10)
 
 
-def test_a_step_with_a_closure_is_refused() -> None:
-    model = nn.Sequential(nn.Conv2d(3, 8, 3), nn.Conv2d(8, 8, 3))
-    optimizer = torch.optim.SGD(model.parameters(), lr=0.1)
-    ClickTrain(compression=2).attach(model, optimizer, epochs=1, steps_per_epoch=10)
-    with pytest.raises(UserError, match="closure"):
-        optimizer.step(lambda: model(torch.randn(1, 3, 8, 8)).sum())
-
-
 def test_a_rejected_batch_with_infinite_importance_leaves_no_trace() -> None:
     target = PatternLayer(PrunableLayer("conv", nn.Conv2d(2, 2, 3), ADAPTERS[nn.Conv2d]), entries=4, group=1)
     selection = Selection(pools={(3, 3): fixed_pool(4)})

@@ -414,12 +414,6 @@ def test_a_length_that_cannot_be(odd: Any) -> None:
             started(**lengths)
 
 
-def test_a_closure_is_refused() -> None:
-    model, optimizer, _ = started()
-    with pytest.raises(UserError, match="closure"):
-        optimizer.step(lambda: F.cross_entropy(model(batch(0)[0]), batch(0)[1]))
-
-
 # ---------------------------------------------------------------- dense weights after the hard prune
 
 

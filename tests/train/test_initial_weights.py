@@ -158,6 +158,19 @@ def test_what_is_refused(trained: Path, tmp_path: Path) -> None:
     refused(tmp_path / "unfinished", "which is not finished: continue it")
 
 
+def test_a_file_of_other_classes(trained: Path, tmp_path: Path) -> None:
+    """Published weights are of 1000 classes: the classifier stays fresh, and a warning says so."""
+    good, file = load_file(trained / "model.safetensors"), tmp_path / "weights.safetensors"
+    head = next(name.rpartition(".")[0] for name, value in good.items() if value.dim() == 2)
+    fresh = prepare(*from_dict(DENSE)).model.state_dict()
+    weight, bias = torch.zeros(1000, good[f"{head}.weight"].shape[1]), torch.zeros(1000)
+    save_file({**good, f"{head}.weight": weight, f"{head}.bias": bias}, file)
+    with pytest.warns(UserWarning, match=f"no classifier for 10 classes: {head} keeps its fresh weights"):
+        model = start(file)
+    for name, value in model.items():
+        assert torch.equal(value, (fresh if name.startswith(f"{head}.") else good)[name]), name
+
+
 def test_pruning_after_training_needs_a_training(tmp_path: Path) -> None:
     with pytest.raises(UserError, match="give initial_weights, the folder of a finished run"):
         run(tmp_path / "run", AFTER)

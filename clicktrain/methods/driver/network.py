@@ -417,15 +417,23 @@ class PrunedNetwork:
         self.averages.append(module)
 
     def check_packable(self) -> None:
-        """Raise a UserError now for what could not be packed at the hard prune, hours later."""
+        """Look now at what cannot be packed at the hard prune, hours later: it trains masked and dense.
+
+        Raises:
+            UserError: that is all of the convolutions.
+        """
         names = [layer.name for layer in self.prunable.convs]
         refusals = pack_refusals(self.model, names, self.optimizers)
-        if refusals:
-            name, reason = next(iter(refusals.items()))
+        if not refusals:
+            return
+        name, reason = next(iter(refusals.items()))
+        if len(refusals) == len(names):
             raise UserError(
                 f"{name} cannot be packed: {reason}; set packed to false to train masked dense weights, "
                 "or exclude the layer"
             )
+        more = f", nor do {len(refusals) - 1} more" if len(refusals) > 1 else ""
+        warnings.warn(f"{name} trains masked and dense, not packed: {reason}{more}", stacklevel=4)
 
     def finish(self, packed: bool) -> None:
         """Pack or unpack the finished network."""
@@ -459,10 +467,11 @@ class PrunedNetwork:
         dense = {name: mask for name, mask in self._masks.items() if mask is not None}
         if patterns is not None:
             dense = {name: mask for name, mask in dense.items() if name in patterns}
-        linear = [layer.name for layer in self.prunable.linears if layer.name in dense]
-        refused = pack_refusals(self.model, linear, self.optimizers)
+        refused = pack_refusals(self.model, dense, self.optimizers)
+        linear = {layer.name for layer in self.prunable.linears}
         for name, reason in refused.items():
-            warnings.warn(f"{name} trains masked and dense, not packed: {reason}", stacklevel=2)
+            if name in linear:  # of convolutions, `check_packable` has said so
+                warnings.warn(f"{name} trains masked and dense, not packed: {reason}", stacklevel=2)
         masks = {name: mask for name, mask in dense.items() if name not in refused}
         if not masks:
             return []

@@ -233,8 +233,8 @@ def _check_kind(optimizer: Optimizer) -> None:
     kind = type(optimizer).__name__
     if isinstance(optimizer, torch.optim.LBFGS):
         raise UserError(
-            f"{kind} cannot train a network that is pruned: it steps with a closure and keeps one state for "
-            "all parameters together; use another optimizer"
+            f"{kind} cannot train a network that is pruned: it keeps one state for all parameters together; "
+            "use another optimizer"
         )
     for option, why in (
         ("maximize", "penalties and the loss slope are of a loss that is minimized: minimize its negative"),

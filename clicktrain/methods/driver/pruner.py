@@ -6,6 +6,7 @@ import warnings
 import weakref
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import replace
+from functools import partial
 from typing import Any
 
 import torch
@@ -36,6 +37,7 @@ from clicktrain.methods.contract import (
 from clicktrain.methods.driver.acceleration import Acceleration
 from clicktrain.methods.driver.attachments import Claim, check_dense, check_free, check_network
 from clicktrain.methods.driver.averages import CopyNote
+from clicktrain.methods.driver.closures import StepClosure, as_loss, closure_in, with_closure
 from clicktrain.methods.driver.loop_watch import LoopWatch
 from clicktrain.methods.driver.network import PrunedNetwork
 from clicktrain.methods.driver.optimizers import (
@@ -127,6 +129,8 @@ class Pruner:
         self._plan = method.plan(self._prunable, length)
         self._collapse: str | None = None
         self._depths: dict[int, int] = {}
+        self._closures: dict[int, StepClosure] = {}
+        """By optimizer unit: of the step that it is taking."""
         self._looked_at_state = False
         self._most_batches = 1
         """Batches of the longest step so far."""
@@ -185,7 +189,8 @@ class Pruner:
         self.check_alive()
         self._watch.observed(value, self.progress.seen, over=self.progress.epoch >= self.length.epochs)
         self.progress.observe(value)
-        self._depths.clear()
+        if not any(closure.running for closure in self._closures.values()):
+            self._forget_steps()
         if self.frozen and len(self._optimizers.all) > len(self._optimizers.units):
             with torch.no_grad():
                 self.network.mask_gradients()  # SAM moves weights by them before any step
@@ -346,6 +351,11 @@ class Pruner:
     def length(self) -> RunLength:
         """Length of the run, with the batches of the running epoch."""
         return self.progress.length
+
+    @property
+    def ended(self) -> bool:
+        """Whether `finish` or `close` was called."""
+        return bool(self._ended)
 
     @property
     def stage(self) -> str:
@@ -526,16 +536,38 @@ class Pruner:
     # An optimizer whose step calls its parent's, or that of an optimizer it wraps, runs the hooks of both:
     # only the outermost count.
 
-    def _before_step(self, optimizer: Optimizer, args: Any, kwargs: Any) -> None:
+    def _before_step(self, optimizer: Optimizer, args: Any, kwargs: Any) -> tuple[Any, Any] | None:
         unit = self._optimizers.unit(optimizer)
         depth = self._depths[id(unit)] = self._depths.get(id(unit), 0) + 1
         if depth > 1:
+            return None
+        closure = closure_in(args, kwargs)
+        if closure is None:
+            self._prepare_step(optimizer)
+            return None
+        observed = StepClosure(closure, partial(self._after_closure, optimizer), self._forget_steps)
+        self._closures[id(unit)] = observed
+        return with_closure(args, kwargs, closure, observed)
+
+    def _after_closure(self, optimizer: Optimizer, returned: Any, first: bool) -> None:
+        if not first:  # the optimizer looks at the loss elsewhere (SAM, a line search)
+            with torch.no_grad():
+                if self.frozen:
+                    self.network.mask_gradients()
             return
-        if any(map(callable, args[1:])) or kwargs.get("closure") is not None:
-            raise UserError(
-                "the optimizer's step was called with a closure, whose gradients the pruner cannot read: "
-                "call backward() and observe(loss) first, then optimizer.step() without one"
-            )
+        counts = self._optimizers.unit(optimizer) in self._holders
+        if counts and not self.progress.losses and returned is not None:
+            self.observe(as_loss(returned))
+        self._prepare_step(optimizer)
+
+    def _forget_steps(self) -> None:
+        """Forget steps that have begun: one that raised never ends."""
+        self._depths.clear()
+        self._closures.clear()
+
+    def _prepare_step(self, optimizer: Optimizer) -> None:
+        """Look at the gradients by which an optimizer is about to step, and change them."""
+        unit = self._optimizers.unit(optimizer)
         self._same_gradients.check(optimizer)
         self._look_for_gradients()
         found_inf = getattr(optimizer, "found_inf", None)
@@ -556,6 +588,8 @@ class Pruner:
         depth = self._depths[id(unit)] = max(self._depths.get(id(unit), 0) - 1, 0)
         if depth > 0:
             return
+        if (closure := self._closures.pop(id(unit), None)) is not None:
+            closure.check_called(optimizer)
         self._close_epoch()
         if not self._looked_at_state:
             self._looked_at_state = True

@@ -67,7 +67,8 @@ static void check_results(const unsigned char *weights, size_t bytes, const char
     }
     wrong |= !(worst <= allowed);
     printf("%-7s %d thread%s: largest difference %.3g (allowed %.3g), %.2f MB of memory: %s\n", model_isa_of(network),
-           threads, threads > 1 ? "s" : "", worst, allowed, (double)model_memory(network) / 1048576, wrong ? "FAILED" : "ok");
+           threads, threads > 1 ? "s" : "", worst, allowed, (double)model_memory(network) / 1048576,
+            wrong ? "FAILED" : "ok");
     failures += wrong;
     expect(model_run(context, in, IMAGE, MOST + 1, out, MODEL_RESULTS) != MODEL_OK, "a batch that is too large");
     expect(model_run(context, in, IMAGE - 1, 1, out, MODEL_RESULTS) != MODEL_OK, "an image that is too small");

@@ -1,5 +1,5 @@
-// FORM_COLUMNS (runtime.h): 3x3 convolutions of one image, with sums of their own for each column of the kernel; for AVX-512,
-// with numbers of float32 or PAIRS of bfloat16.
+// FORM_COLUMNS (runtime.h): 3x3 convolutions of one image, with sums of their own for each column of the kernel; for
+// AVX-512, with numbers of float32 or PAIRS of bfloat16.
 #pragma once
 #include "taps.h"
 
@@ -53,7 +53,9 @@ INLINE const float *multiply_set(const strip *t, const uint16_t *kernel, const f
 #define BOTH(a, b, ...) __builtin_shuffle(a, b, (ivec){__VA_ARGS__})
 #endif
 // Lanes of two vectors that follow each other, from the last of the first on; from the second of the first on.
-INLINE vec from_last(vec a, vec b) { return (vec)BOTH(a, b, 15, 16, 17, 18, 19, 20, 21, 22, 23, 24, 25, 26, 27, 28, 29, 30); }
+INLINE vec from_last(vec a, vec b) {
+  return (vec)BOTH(a, b, 15, 16, 17, 18, 19, 20, 21, 22, 23, 24, 25, 26, 27, 28, 29, 30);
+}
 INLINE vec from_second(vec a, vec b) { return (vec)BOTH(a, b, 1, 2, 3, 4, 5, 6, 7, 8, 9, 10, 11, 12, 13, 14, 15, 16); }
 
 INLINE void end_filter(const strip *t, int filter, const int rows, const int wide, vec sums[3][MOST]) {
@@ -74,7 +76,8 @@ INLINE void end_filter(const strip *t, int filter, const int rows, const int wid
         if (residual) z += get(residual + at);
         z = activate(z, t->act, t->low, t->high);
         const unsigned lanes = (1u << count) - 1;
-        __asm__ volatile("kmovw %2, %%k1\n\tvmovups %1, (%0) %{%%k1%}" : : "r"(out + at), "v"(z), "r"(lanes) : "memory", "k1");
+        __asm__ volatile("kmovw %2, %%k1\n\tvmovups %1, (%0) %{%%k1%}"
+                         : : "r"(out + at), "v"(z), "r"(lanes) : "memory", "k1");
       }
     }
   }
@@ -101,9 +104,8 @@ INLINE void strip_of(const strip *t, const int rows, const int wide) {
 
 #define STRIP(I, J) NOINLINE void strip_##I##_##J(const strip *t) { strip_of(t, I, J); }
 STRIP(6, 1) STRIP(4, 1) STRIP(3, 2) STRIP(2, 2) STRIP(1, 4)
-static void (*const strips[7][5])(const strip *) = {
-  [6] = {[1] = strip_6_1}, [4] = {[1] = strip_4_1}, [3] = {[2] = strip_3_2}, [2] = {[2] = strip_2_2},
-  [1] = {[4] = strip_1_4}};
+static void (*const strips[7][5])(const strip *) = {[6][1] = strip_6_1, [4][1] = strip_4_1, [3][2] = strip_3_2,
+                                                    [2][2] = strip_2_2, [1][4] = strip_1_4};
 
 // Rows y0 .. y0 + rows of all channels, zero outside of the image.
 static void fill_strip(const model_value *in, const float *image, int64_t plane, int y0, int rows, int wide, float *to,
@@ -135,8 +137,9 @@ static void run_columns(const model_op *op, const model_plan *plan, const model_
   const int64_t plane = model_plane(in, SINGLE);
   const int count = (out->height + plan->rows - 1) / plan->rows;
   float *upper = region + in->channels * plan->channel;
-  strip t = {.region = region, .uppers = upper, .packed = plan->packed, .bias = bias, .kernels = plan->offsets, .filters = plan->filters,
-             .plane = plane, .width = out->width, .channel = plan->channel, .begin = 0, .end = out->channels,
+  strip t = {.region = region, .uppers = upper, .packed = plan->packed, .bias = bias,
+             .kernels = plan->offsets, .filters = plan->filters, .plane = plane,
+             .width = out->width, .channel = plan->channel, .begin = 0, .end = out->channels,
              .act = op->act, .low = op->low, .high = op->high};
   // Threads share strips, if none overlaps another, else filters.
   int first = 0, end = count;

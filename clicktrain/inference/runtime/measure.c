@@ -1,4 +1,5 @@
-// Measured plans: every candidate of every convolution is timed on this processor, and the fastest are written to a file.
+// Measured plans: every candidate of every convolution is timed on this processor, and the fastest are written to a
+// file.
 #include <stdio.h>
 #include <stdlib.h>
 #include <string.h>

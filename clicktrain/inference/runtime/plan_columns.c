@@ -30,8 +30,9 @@ double model_plan_columns(const model_problem *p, model_plan *plan) {
     const double vectors = rows * wide, strips = (double)model_up(p->out->height, rows);
     // Of a kernel, taken as one of four taps: products, and a jump.
     const double kernels = (double)p->op->count / 4;
-    const double cost = strips * (kernels * (4 * vectors * 0.6 + 6) * (p->pairs ? 0.7 : 1) + p->out->channels * (6 * vectors + 30) +
-                                  p->in->channels * (rows + 2.0) * wide * 2);
+    const double products = kernels * (4 * vectors * 0.6 + 6) * (p->pairs ? 0.7 : 1);
+    const double around = p->out->channels * (6 * vectors + 30) + p->in->channels * (rows + 2.0) * wide * 2;
+    const double cost = strips * (products + around);
     if (best >= 0 && cost >= best) continue;
     best = cost;
     // Of pairs, all channels are there twice.
@@ -83,8 +84,8 @@ static int64_t parts_of_kernels(const model_problem *p, model_filter *filters, u
   return stored;
 }
 
-// The same for pairs: of each filter, kernels with the same set by twos, the last one by itself, with zeros beside it. The
-// number of pairs and of their weights in `totals`.
+// The same for pairs: of each filter, kernels with the same set by twos, the last one by itself, with zeros beside it.
+// The number of pairs and of their weights in `totals`.
 static int64_t pairs_of_kernels(const model_problem *p, model_filter *filters, uint16_t *kernels, uint32_t *packed,
                                 uint32_t totals[2]) {
   int64_t stored = 0;

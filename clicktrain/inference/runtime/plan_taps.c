@@ -27,7 +27,8 @@ static int most_together(const model_problem *p, int cols) {
 static int is_possible(const model_problem *p) {
   const model_op *op = p->op;
   const int64_t size = (int64_t)p->in->height * p->in->width;
-  const int64_t reach = (int64_t)op->kernel[0] * op->dilation[0] * p->in->width + (int64_t)op->kernel[1] * op->dilation[1];
+  const int64_t rows = (int64_t)op->kernel[0] * op->dilation[0];
+  const int64_t reach = rows * p->in->width + (int64_t)op->kernel[1] * op->dilation[1];
   return op->kind == OP_CONV && p->layout == SINGLE && !op->dense && op->groups == 1 && op->stride[0] == 1 &&
          op->stride[1] == 1 && p->taps > 1 && p->taps <= MOST_TAPS && p->in->height == p->out->height &&
          p->in->width == p->out->width && size > 1 && size <= (int64_t)MODEL_SUMS_WIDE * p->lanes &&
@@ -50,7 +51,8 @@ static void read_sets(const model_problem *p, sets *s) {
   for (int64_t k = 0; k < s->filters * s->channels; ++k) ++s->kernels[model_kernel(p, k)];
   for (unsigned kernel = 1; kernel < SETS; ++kernel) {
     s->stored += (int64_t)s->kernels[kernel] * model_ones(kernel);
-    for (unsigned left = kernel, part; left; left &= ~part) together[part = first_taps(left, most)] += s->kernels[kernel];
+    for (unsigned left = kernel, part; left; left &= ~part)
+      together[part = first_taps(left, most)] += s->kernels[kernel];
   }
   for (unsigned kernel = 1; kernel < SETS; ++kernel) {
     if (!s->kernels[kernel]) continue;
@@ -138,7 +140,8 @@ static void make_groups(const sets *s, const model_plan *plan, int pairs, place 
       const unsigned set = s->used[n];
       const uint32_t taps = (uint32_t)model_ones(set);
       place *here = places + n * s->filters;
-      const uint32_t count = order(here, s->filters * part / plan->parts, s->filters * (part + 1) / plan->parts, filters);
+      const uint32_t first = s->filters * part / plan->parts, end = s->filters * (part + 1) / plan->parts;
+      const uint32_t count = order(here, first, end, filters);
       if (!count) continue;
       groups[group] = (model_group){stretch, count, kernel, value, (int)taps, {0}};
       int k = 0;

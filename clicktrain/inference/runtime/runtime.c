@@ -201,7 +201,9 @@ static size_t memory_floats(const model_network *network) {
   return (network->blocks && block > single ? block : single) + MODEL_SLACK;
 }
 
-static size_t region_floats(const model_network *network) { return ((size_t)network->region + 15) / 16 * 16 + 2 * MODEL_SLACK; }
+static size_t region_floats(const model_network *network) {
+  return ((size_t)network->region + 15) / 16 * 16 + 2 * MODEL_SLACK;
+}
 
 static size_t context_bytes(const model_network *network, int threads) {
   const size_t floats = memory_floats(network) + (size_t)threads * region_floats(network) + 2 * MODEL_SLACK;

@@ -74,10 +74,11 @@ enum { MOVED_BY_ROW, MOVED_AT_ONCE, MOVED_BY_TAP };
 #define MODEL_TAPS 9    // copies of an image in the latter two, at most
 #define MODEL_MASKS 48  // vectors of one copy, at most
 
-// FORM_TAPS, of one image of few vectors: inputs stay where they are, and each tap has sums of its own, which are moved
-// to where they belong when a filter's kernels with the same taps are done. So an input is loaded once for all taps of a
-// kernel, and a weight is all that a product loads beside it. A stretch is these kernels of one filter; a group has the
-// stretches of some filters with the same taps, those of equal length together, which spares wrong guesses of jumps.
+// FORM_TAPS, of one image of few vectors: inputs stay where they are, and each tap has sums of its own, which are
+// moved to where they belong when a filter's kernels with the same taps are done. So an input is loaded once for all
+// taps of a kernel, and a weight is all that a product loads beside it. A stretch is these kernels of one filter; a
+// group has the stretches of some filters with the same taps, those of equal length together, which spares wrong
+// guesses of jumps.
 typedef struct { uint32_t filter, kernels; } model_stretch;  // or pairs of kernels
 typedef struct {
   uint32_t stretch, count;   // of `stretches`
@@ -85,9 +86,9 @@ typedef struct {
   int taps, tap[MODEL_SUMS_TAPS];
 } model_group;
 
-// FORM_COLUMNS, of one image: a strip of rows with sums for each of the three columns of a kernel stays in registers for
-// all kernels of a filter, and is put together in the end, moved by a lane. Rows of a kernel's input are loaded once for
-// all its taps, by code of its own for each set of taps that is frequent (sets.h, written with the network).
+// FORM_COLUMNS, of one image: a strip of rows with sums for each of the three columns of a kernel stays in registers
+// for all kernels of a filter, and is put together in the end, moved by a lane. Rows of a kernel's input are loaded
+// once for all its taps, by code of its own for each set of taps that is frequent (sets.h, written with the network).
 typedef struct { uint32_t kernel, value; } model_filter;  // its first of `offsets` / 2, and of `packed`
 
 // How one convolution runs in one layout. Channels are taken in passes, whose inputs are copied into a region that fits
@@ -107,8 +108,8 @@ typedef struct {
   // FORM_TAPS: filters in parts, which are computed one after another or by several threads.
   int parts;
   int64_t most[4];              // groups, stretches, kernels and weights, as many as there may be
-  const model_filter *filters;  // FORM_COLUMNS: [filters + 1]; offsets are set and channel of a kernel, or of a pair set
-                                // and channels
+  const model_filter *filters;  // FORM_COLUMNS: [filters + 1]; offsets are set and channel of a kernel, or of a pair
+                                // set and channels
   const model_group *groups;
   const model_stretch *stretches;
   const float *packed;          // of pairs: two bfloat16 numbers each

@@ -1,6 +1,6 @@
-// Convolutions of one small image with sums of their own for each tap: FORM_TAPS of runtime.h. Of every kernel, inputs are
-// loaded once, and multiplied with up to MODEL_SUMS_TAPS weights. What a tap has summed up is then moved as a whole,
-// through memory: a load from where its positions begin, without what falls off the edges.
+// Convolutions of one small image with sums of their own for each tap: FORM_TAPS of runtime.h. Of every kernel, inputs
+// are loaded once, and multiplied with up to MODEL_SUMS_TAPS weights. What a tap has summed up is then moved as a
+// whole, through memory: a load from where its positions begin, without what falls off the edges.
 #pragma once
 #include "vectors.h"
 

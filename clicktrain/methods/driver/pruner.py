@@ -43,6 +43,7 @@ from clicktrain.methods.driver.network import PrunedNetwork
 from clicktrain.methods.driver.optimizers import (
     AttachedOptimizers,
     OptimizerRound,
+    OptimizerUnit,
     check_loaded_state,
     learning_rate_of,
     relative_rates_of,
@@ -189,7 +190,9 @@ class Pruner:
         self.check_alive()
         self._watch.observed(value, self.progress.seen, over=self.progress.epoch >= self.length.epochs)
         self.progress.observe(value)
-        if not any(closure.running for closure in self._closures.values()):
+        if not self._closures:
+            self._depths.clear()
+        elif not any(closure.running for closure in self._closures.values()):
             self._forget_steps()
         if self.frozen and len(self._optimizers.all) > len(self._optimizers.units):
             with torch.no_grad():
@@ -541,9 +544,9 @@ class Pruner:
         depth = self._depths[id(unit)] = self._depths.get(id(unit), 0) + 1
         if depth > 1:
             return None
-        closure = closure_in(args, kwargs)
+        closure = closure_in(args, kwargs) if kwargs or len(args) > 1 else None
         if closure is None:
-            self._prepare_step(optimizer)
+            self._prepare_step(optimizer, unit)
             return None
         observed = StepClosure(closure, partial(self._after_closure, optimizer), self._forget_steps)
         self._closures[id(unit)] = observed
@@ -558,16 +561,15 @@ class Pruner:
         counts = self._optimizers.unit(optimizer) in self._holders
         if counts and not self.progress.losses and returned is not None:
             self.observe(as_loss(returned))
-        self._prepare_step(optimizer)
+        self._prepare_step(optimizer, self._optimizers.unit(optimizer))
 
     def _forget_steps(self) -> None:
         """Forget steps that have begun: one that raised never ends."""
         self._depths.clear()
         self._closures.clear()
 
-    def _prepare_step(self, optimizer: Optimizer) -> None:
-        """Look at the gradients by which an optimizer is about to step, and change them."""
-        unit = self._optimizers.unit(optimizer)
+    def _prepare_step(self, optimizer: Optimizer, unit: OptimizerUnit) -> None:
+        """Look at the gradients by which an optimizer of this unit is about to step, and change them."""
         self._same_gradients.check(optimizer)
         self._look_for_gradients()
         found_inf = getattr(optimizer, "found_inf", None)

@@ -13,6 +13,7 @@ from torch import Tensor, nn
 
 from clicktrain.accounting import LayerCost, ModelCost, count
 from clicktrain.accounting.cost import ratio
+from clicktrain.comm.agreement import of_first
 from clicktrain.data import Loader
 from clicktrain.errors import MissedTarget
 from clicktrain.formats.packed_file import save_packed
@@ -137,11 +138,7 @@ def _summary(
         "parameters": cost.parameters,
         "nonzero_parameters": living.nonzero_parameters,
         "dense_parameters": p.cost.initial.parameters,
-        "file_bytes": {
-            path.name: path.stat().st_size
-            for path in (run.folder.model, run.folder.packed)
-            if path.exists()  # of several processes the first one has them
-        },
+        "file_bytes": of_first(lambda: _file_bytes(run)),
         "channels_removed": channels_removed(p.pruner.plans),
         **run_figures(state, p.processes.number, _gradient_bytes(run)),
         "layers_removed": [name for plan in p.pruner.plans for name in plan.removed_names],
@@ -151,6 +148,12 @@ def _summary(
         "versions": versions(),
         "layers": [_layer(layer, masks.get(layer.name), operators, config.packed) for layer in cost.layers],
     }
+
+
+def _file_bytes(run: TrainingRun) -> dict[str, int]:
+    """Bytes of the files of weights, by name."""
+    paths = (run.folder.model, run.folder.packed)
+    return {path.name: path.stat().st_size for path in paths if path.exists()}
 
 
 def _gradient_bytes(run: TrainingRun) -> int:

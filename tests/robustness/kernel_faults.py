@@ -328,7 +328,7 @@ def accelerate_network(rule: str = "sparse") -> dict[str, Any]:
     blocked = (
         [] if plan is None else [c.layer for c in plan.choices if c.kind == "conv" and c.layout == "blocked"]
     )
-    return {"same": same, "accelerated": plan is not None, "blocked": blocked}
+    return {"same": same, "accelerated": plan is not None and fast.active, "blocked": blocked}
 
 
 def run_kernel(number: int, cut_after_build: str = "") -> int:

@@ -186,7 +186,7 @@ def write(cells: Iterable[dict[str, Any]]) -> None:
 
 
 def run(seconds: float, models: str, methods: str, again: bool) -> int:
-    """Fill cells for so many seconds."""
+    """Fill cells until the time is over."""
     torch.set_num_threads(1)
     cells, end = read(), time.monotonic() + seconds
     for method in METHODS:

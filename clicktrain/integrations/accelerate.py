@@ -39,8 +39,7 @@ class Pruning:
         model: the network itself; it is moved to the accelerator's device.
         optimizer: over its parameters, as it was made.
         epochs, steps_per_epoch: length of the run, in calls of `backward`.
-        packed, example, on_event: as of `Method.attach`; packed on CPUs by default.
-        fast: ``accelerate`` of `Method.attach`.
+        packed, accelerate, example, on_event: as of `Method.attach`; packed on CPUs by default.
 
     Attributes:
         pruner: the method at work.
@@ -61,14 +60,14 @@ class Pruning:
         epochs: int,
         steps_per_epoch: int,
         packed: bool | None = None,
-        fast: bool | None = None,
+        accelerate: bool | None = None,
         example: Any = None,
         on_event: Callable[[dict[str, Any]], None] | None = None,
     ) -> None:
         if isinstance(getattr(optimizer, "optimizer", None), Optimizer):
             raise UserError("give the optimizer as it was made: accelerator.prepare is called on it here")
         attachment = Attachment(
-            method=method, packed=packed, accelerate=fast, example=example, on_event=on_event
+            method=method, packed=packed, accelerate=accelerate, example=example, on_event=on_event
         )
         self.accelerator, self.model = accelerator, model.to(accelerator.device)
         self.pruner: Pruner = attachment.attach(self.model, optimizer, epochs, steps_per_epoch)

@@ -11,6 +11,7 @@ import torch.nn.functional as F
 from own_loop import OPTIMIZERS, PRUNED, Net, assert_pruned, assert_same, batches, conv_weights, make, train
 from torch import Tensor, nn
 
+from clicktrain.errors import UserError
 from clicktrain.kernels.sparse_conv2d.module import PackedConv2d
 from clicktrain.methods import ClickTrain, Pruner
 
@@ -143,8 +144,22 @@ def test_a_layer_that_cannot_be_packed_is_named_before_the_run_begins() -> None:
         return model, optimizer, method.attach(model, optimizer, epochs=1, steps_per_epoch=10, packed=packed)
 
     with pytest.warns(UserWarning, match="deep trains masked and dense, not packed: padding_mode"):
-        attached(True)
+        model, optimizer, pruner = attached(True)
+    train(model, optimizer, pruner, 10)
+    assert packed_layers(model)
+    assert "deep" not in packed_layers(model)
+    pruner.finish()
+    assert not packed_layers(model)
+    assert_pruned(model, pruner, 5)
     model, optimizer, pruner = attached(False)
     train(model, optimizer, pruner, 10)
     assert_pruned(model, pruner, 5)
     assert conv_weights(model)["deep"].count_nonzero() > 0
+
+
+def test_a_network_of_which_nothing_can_be_packed_is_refused() -> None:
+    circular = {"padding": 1, "padding_mode": "circular"}
+    model = nn.Sequential(nn.Conv2d(3, 8, 3, **circular), nn.Conv2d(8, 8, 3, **circular))
+    optimizer = torch.optim.SGD(model.parameters(), lr=0.1)
+    with pytest.raises(UserError, match="cannot be packed: padding_mode='circular'"):
+        ClickTrain(compression=2).attach(model, optimizer, epochs=1, steps_per_epoch=10, packed=True)

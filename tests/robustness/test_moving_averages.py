@@ -141,8 +141,9 @@ def test_an_average_made_after_attach_is_found(made_at: int, method: str, packed
     assert other is not None
     assert_follows(average, model, pruner)
     assert all(torch.equal(value, before[name]) for name, value in other.state_dict().items())
-    left = {name for name in vars(model) if "clicktrain" in name}
-    assert left <= {"_clicktrain_plans"}, "nothing is left in the network but what was removed"
+    left = {name: value for name, value in vars(model).items() if "clicktrain" in name}
+    assert left.keys() == ({"_clicktrain_plans"} if pruner.plans else set()), "nothing else is left"
+    assert all(type(text) is str for texts in left.values() for text in texts), "and no object of ours"
 
 
 class Ema(nn.Module):

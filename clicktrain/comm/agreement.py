@@ -103,12 +103,15 @@ def largest_over_processes(number: int, device: torch.device) -> int:
     return int(sent)
 
 
-def gathered(own: T, group: dist.ProcessGroup | None = None) -> list[T]:
-    """What each process has, by rank; small things only, they travel pickled between processes of one run."""
+def gathered(own: T, group: dist.ProcessGroup | None = None, patiently: bool = False) -> list[T]:
+    """What each process has, by rank; small things only, they travel pickled between processes of one run.
+
+    ``patiently``: some of them may work for minutes before they have it.
+    """
     if not several_processes():
         return [own]
     everyone: list[Any] = [None] * dist.get_world_size()
-    dist.all_gather_object(everyone, own, group=group)
+    dist.all_gather_object(everyone, own, group=_patient if patiently else group)
     return everyone
 
 

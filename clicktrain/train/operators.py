@@ -4,13 +4,14 @@ from __future__ import annotations
 
 import time
 import warnings
+from collections.abc import Sequence
 from dataclasses import replace
 from pathlib import Path
 
 import torch
 from torch import nn
 
-from clicktrain.comm.agreement import of_first
+from clicktrain.comm.agreement import gathered, of_first
 from clicktrain.compiler import Accelerated, LoweringPlan, accelerate, dtypes_worth_measuring
 from clicktrain.compiler.exchange import Exchanged, exchanged_gradients
 from clicktrain.compiler.renewal import SHORT_FLOPS, still_fits
@@ -42,12 +43,16 @@ def choose_operators(
 
     Returns:
         The accelerated view of the packed model, and what was chosen, None if that is what has run before;
-        the model itself and None where that is impossible.
+        the model itself and None where that is impossible in the first process. Where it is in another one
+        alone, that one's view calls the model as it is.
     """
     started = time.perf_counter()
     path = folder.operators if p.pruner.frozen else folder.moving_operators
     plan = of_first(lambda: _known_plan(p, folder, path))
-    if before is not None and plan is not None and _without_exchange(plan) == _without_exchange(before.plan):
+    stays = (
+        before is not None and plan is not None and _without_exchange(plan) == _without_exchange(before.plan)
+    )
+    if of_first(lambda: stays) and before is not None:
         before.plan = replace(before.plan, exchange=_exchange(p))
         return before, None
     rule = p.config.operators
@@ -57,23 +62,24 @@ def choose_operators(
     example = torch.zeros(p.own_batch_size, *p.data.image_shape)
     dtypes = dtypes_worth_measuring(p.config.precision == "bf16")
 
+    notes: list[str] = []
+
     def compiled(plan: LoweringPlan | None) -> Accelerated:
         with warnings.catch_warnings(record=True) as caught:
             warnings.simplefilter("always")
             model = accelerate(p.model, example, rule=rule, plan=plan, dtypes=dtypes)
-        for warning in caught:
-            progress.message(str(warning.message))
+        notes.extend(str(warning.message) for warning in caught)
         return model
 
     model = compiled(plan) if p.processes.first else None
     # What the first process measures, while the others wait, is what all of them run.
     made = of_first(lambda: model.plan.to_json() if model is not None and model.active else None)
-    if made is None:
-        return p.model, None
-    if model is None:
+    if made is not None and model is None:
         model = compiled(LoweringPlan.from_json(made))
-    if not model.active:
+    _say(gathered(notes, patiently=True), progress)
+    if model is None or made is None:
         return p.model, None
+    # Where this process alone has no kernels, the view calls the model as it is: all make the same choices.
     model.plan = replace(model.plan, exchange=_exchange(p))
     if plan is None:
         write_text_atomic(path, model.plan.to_json())
@@ -85,6 +91,17 @@ def choose_operators(
         f"(chosen in {time.perf_counter() - started:.1f} s)"
     )
     return model, OperatorsEvent(rule=model.plan.rule, activations=model.plan.activations, layers=layers)
+
+
+def _say(notes: Sequence[Sequence[str]], progress: Progress) -> None:
+    """Send why layers stay as they are: of the first process, and of others whatever it has not met itself."""
+    first, *others = notes
+    for note in first:
+        progress.message(note)
+    for rank, own in enumerate(others, start=1):
+        for note in own:
+            if note not in first:
+                progress.message(f"process {rank}: {note}")
 
 
 def _exchange(p: Prepared) -> tuple[Exchanged, ...]:

@@ -94,7 +94,7 @@ def choose_operators(
 
 
 def _say(notes: Sequence[Sequence[str]], progress: Progress) -> None:
-    """Send why layers stay as they are: of the first process, and of others whatever it has not met itself."""
+    """Send why layers stay as they are: of the first process, and of others what it has not met itself."""
     first, *others = notes
     for note in first:
         progress.message(note)

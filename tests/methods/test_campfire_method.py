@@ -93,7 +93,7 @@ def test_the_masks_are_those_of_the_weights(settings: dict[str, Any], mask_of: A
     optimizer.register_step_post_hook(
         lambda *_: before.update({k: v.clone() for k, v in weights(model).items()})
     )
-    optimizer.register_step_post_hook(pruner._after_step)
+    optimizer.register_step_post_hook(pruner._steps.after)
     train(model, optimizer, pruner, 12, start=11)
     assert set(pruner.masks) == set(PRUNED)
     for name in PRUNED:

@@ -50,6 +50,7 @@ class AttachedOptimizers:
     Attributes:
         units: one for each optimizer that was given, in that order.
         all: every optimizer, wrapped ones included: what has to follow when parameters are replaced.
+        unit_of: the unit that each of them belongs to, by its id.
     """
 
     def __init__(self, optimizers: Optimizer | Sequence[Optimizer]) -> None:
@@ -64,25 +65,21 @@ class AttachedOptimizers:
                 f"attach takes a torch.optim.Optimizer or a list of them, not {_described(optimizers)}"
             )
         units: list[OptimizerUnit] = []
-        self._unit_of: dict[int, OptimizerUnit] = {}
+        self.unit_of: dict[int, OptimizerUnit] = {}
         for optimizer in given:
-            if id(optimizer) in self._unit_of:
+            if id(optimizer) in self.unit_of:
                 raise UserError(
                     f"attach was given one {type(optimizer).__name__} twice, or together with an optimizer "
                     "that wraps it: name each once, the outermost where one wraps another"
                 )
             unit = OptimizerUnit(tuple(_with_wrapped(optimizer)))
             units.append(unit)
-            self._unit_of.update({id(o): unit for o in unit.optimizers})
+            self.unit_of.update({id(o): unit for o in unit.optimizers})
         self.units = tuple(units)
         self._packs = self._shrinks = False
         self.all = tuple(o for unit in self.units for o in unit.optimizers)
         for optimizer in self.all:
             _make_hookable(optimizer)
-
-    def unit(self, optimizer: Optimizer) -> OptimizerUnit:
-        """The unit that an optimizer belongs to."""
-        return self._unit_of[id(optimizer)]
 
     def parameters(self) -> list[Tensor]:
         """All trained parameters, each once."""

@@ -6,7 +6,6 @@ import warnings
 import weakref
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import replace
-from functools import partial
 from typing import Any
 
 import torch
@@ -37,7 +36,6 @@ from clicktrain.methods.contract import (
 from clicktrain.methods.driver.acceleration import Acceleration
 from clicktrain.methods.driver.attachments import Claim, check_dense, check_free, check_network
 from clicktrain.methods.driver.averages import CopyNote
-from clicktrain.methods.driver.closures import StepClosure, as_loss, closure_in, with_closure
 from clicktrain.methods.driver.loop_watch import LoopWatch
 from clicktrain.methods.driver.network import PrunedNetwork
 from clicktrain.methods.driver.optimizers import (
@@ -59,6 +57,7 @@ from clicktrain.methods.driver.publisher import (
     Wrapped,
 )
 from clicktrain.methods.driver.several import SameGradients, check_not_sharded
+from clicktrain.methods.driver.steps import StepHooks, as_loss
 from clicktrain.methods.outcome import Outcome, Reached
 from clicktrain.runs.events import Event, OutcomeEvent
 from clicktrain.settings import try_choices
@@ -129,9 +128,13 @@ class Pruner:
         method.use_measure(self._state, self._prunable, measure)
         self._plan = method.plan(self._prunable, length)
         self._collapse: str | None = None
-        self._depths: dict[int, int] = {}
-        self._closures: dict[int, StepClosure] = {}
-        """By optimizer unit: of the step that it is taking."""
+        self._steps = StepHooks(
+            self._optimizers.unit_of,
+            self._before_step,
+            self._after_step,
+            self._after_closure,
+            self._after_closure_again,
+        )
         self._looked_at_state = False
         self._most_batches = 1
         """Batches of the longest step so far."""
@@ -148,8 +151,8 @@ class Pruner:
         self._same_gradients = SameGradients(self.network.publisher)
         self._handles: list[RemovableHandle] = []
         for one in self._optimizers.all:
-            self._handles.append(one.register_step_pre_hook(self._before_step))
-            self._handles.append(one.register_step_post_hook(self._after_step))
+            self._handles.append(one.register_step_pre_hook(self._steps.before))
+            self._handles.append(one.register_step_post_hook(self._steps.after))
             if hasattr(one, "_optimizer_load_state_dict_pre_hooks"):  # not without Optimizer.__init__
                 self._handles.append(one.register_load_state_dict_pre_hook(check_loaded_state))
                 self._handles.append(one.register_load_state_dict_post_hook(self._after_load))
@@ -190,10 +193,8 @@ class Pruner:
         self.check_alive()
         self._watch.observed(value, self.progress.seen, over=self.progress.epoch >= self.length.epochs)
         self.progress.observe(value)
-        if not self._closures:
-            self._depths.clear()
-        elif not any(closure.running for closure in self._closures.values()):
-            self._forget_steps()
+        if self._steps.begun:
+            self._steps.forget_begun()
         if self.frozen and len(self._optimizers.all) > len(self._optimizers.units):
             with torch.no_grad():
                 self.network.mask_gradients()  # SAM moves weights by them before any step
@@ -536,40 +537,16 @@ class Pruner:
 
     # ---- hooks ------------------------------------------------------------------------------
 
-    # An optimizer whose step calls its parent's, or that of an optimizer it wraps, runs the hooks of both:
-    # only the outermost count.
-
-    def _before_step(self, optimizer: Optimizer, args: Any, kwargs: Any) -> tuple[Any, Any] | None:
-        unit = self._optimizers.unit(optimizer)
-        depth = self._depths[id(unit)] = self._depths.get(id(unit), 0) + 1
-        if depth > 1:
-            return None
-        closure = closure_in(args, kwargs) if kwargs or len(args) > 1 else None
-        if closure is None:
-            self._prepare_step(optimizer, unit)
-            return None
-        observed = StepClosure(closure, partial(self._after_closure, optimizer), self._forget_steps)
-        self._closures[id(unit)] = observed
-        return with_closure(args, kwargs, closure, observed)
-
-    def _after_closure(self, optimizer: Optimizer, returned: Any, first: bool) -> None:
-        if not first:  # the optimizer looks at the loss elsewhere (SAM, a line search)
-            with torch.no_grad():
-                if self.frozen:
-                    self.network.mask_gradients()
-            return
-        counts = self._optimizers.unit(optimizer) in self._holders
-        if counts and not self.progress.losses and returned is not None:
+    def _after_closure(self, unit: OptimizerUnit, returned: Any) -> None:
+        if unit in self._holders and not self.progress.losses and returned is not None:
             self.observe(as_loss(returned))
-        self._prepare_step(optimizer, self._optimizers.unit(optimizer))
 
-    def _forget_steps(self) -> None:
-        """Forget steps that have begun: one that raised never ends."""
-        self._depths.clear()
-        self._closures.clear()
+    def _after_closure_again(self) -> None:
+        if self.frozen:
+            with torch.no_grad():
+                self.network.mask_gradients()
 
-    def _prepare_step(self, optimizer: Optimizer, unit: OptimizerUnit) -> None:
-        """Look at the gradients by which an optimizer of this unit is about to step, and change them."""
+    def _before_step(self, optimizer: Optimizer, unit: OptimizerUnit) -> None:
         self._same_gradients.check(optimizer)
         self._look_for_gradients()
         found_inf = getattr(optimizer, "found_inf", None)
@@ -585,13 +562,7 @@ class Pruner:
                 self.network.settle_gradients()
                 self.method.before_step(self._state, self._prunable, self._step(optimizer))
 
-    def _after_step(self, optimizer: Optimizer, args: Any, kwargs: Any) -> None:
-        unit = self._optimizers.unit(optimizer)
-        depth = self._depths[id(unit)] = max(self._depths.get(id(unit), 0) - 1, 0)
-        if depth > 0:
-            return
-        if (closure := self._closures.pop(id(unit), None)) is not None:
-            closure.check_called(optimizer)
+    def _after_step(self, optimizer: Optimizer, unit: OptimizerUnit) -> None:
         self._close_epoch()
         if not self._looked_at_state:
             self._looked_at_state = True

@@ -18,7 +18,7 @@ from clicktrain.formats.packed_file import read_packed
 from clicktrain.formats.tree import load_tree, read_metadata
 from clicktrain.kernels.pack_model import pack_model_, pack_refusals
 from clicktrain.kernels.sparse_conv2d import PackedLayer
-from clicktrain.models.from_facts import Factory, build_from_facts, choose_factory
+from clicktrain.models.from_facts import Factory, build_from_facts, choose_factory, load_weights_
 from clicktrain.models.user_factory import call_alone
 from clicktrain.runs.folder import RunFolder
 from clicktrain.runs.format import read_facts
@@ -127,13 +127,7 @@ def _network(
     else:
         network = build_from_facts(choose_factory(facts["model"], model, folder), facts)
         apply_recipe_(surgery, network)
-    try:
-        network.load_state_dict(weights)
-    except RuntimeError as error:
-        what = str(error).replace("\t", " ").split("\n")
-        raise UserError(
-            f"{file} does not fit model {facts['model']}: {what[min(1, len(what) - 1)]}"
-        ) from None
+    load_weights_(network, weights, file, facts["model"])
     return network.eval(), facts
 
 

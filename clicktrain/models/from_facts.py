@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable, Mapping
 from typing import Any
 
-from torch import nn
+from torch import Tensor, nn
 
 from clicktrain.errors import UserError
 from clicktrain.models.registry import create_model
@@ -46,6 +46,15 @@ def build_from_facts(factory: Factory, facts: Mapping[str, Any]) -> nn.Module:
         )
     numbers = {name: facts[name] for name in ("num_classes", "in_channels", "width")}
     return call_factory(getattr(factory, "__qualname__", type(factory).__name__), factory, **numbers)
+
+
+def load_weights_(network: nn.Module, weights: Mapping[str, Tensor], file: object, model: str) -> None:
+    """Load the weights of a file into the network ``model`` of its facts; UserError unless they fit."""
+    try:
+        network.load_state_dict(weights)
+    except RuntimeError as error:
+        what = str(error).replace("\t", " ").split("\n")
+        raise UserError(f"{file} does not fit model {model}: {what[min(1, len(what) - 1)]}") from None
 
 
 def _side(facts: Mapping[str, Any]) -> int | None:

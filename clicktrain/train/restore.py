@@ -13,7 +13,7 @@ from clicktrain.errors import UserError
 from clicktrain.formats.packed_file import read_packed
 from clicktrain.formats.tree import load_tree, read_metadata
 from clicktrain.methods import Method
-from clicktrain.models.from_facts import Factory, build_from_facts, choose_factory
+from clicktrain.models.from_facts import Factory, build_from_facts, choose_factory, load_weights_
 from clicktrain.runs.folder import RunFolder
 from clicktrain.runs.format import read_facts
 from clicktrain.surgery import apply_recipe_
@@ -82,13 +82,7 @@ def load_run(path: str | PathLike[str], model: Factory | None = None) -> LoadedR
         weights = {**others, **{name: weight.to_dense() for name, weight in packed.items()}}
     else:
         weights = _weights(folder)
-    try:
-        network.load_state_dict(weights)
-    except RuntimeError as error:
-        what = str(error).replace("\t", " ").split("\n")
-        raise UserError(
-            f"{file} does not fit model {facts['model']}: {what[min(1, len(what) - 1)]}"
-        ) from None
+    load_weights_(network, weights, file, facts["model"])
     masks = {}
     for name, weight in packed.items():  # a kept weight may happen to be zero: masks are not its zeros
         shape = weights[name].shape if name in weights else None

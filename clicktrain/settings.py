@@ -9,7 +9,7 @@ import math
 import types
 import typing
 from collections.abc import Iterable, Mapping, Sequence
-from typing import Annotated, Any, Literal, Protocol, TypeVar, Union, get_args, get_origin
+from typing import Annotated, Any, ClassVar, Literal, Protocol, TypeVar, Union, get_args, get_origin
 
 from clicktrain.errors import UserError, shortened, shown
 
@@ -33,7 +33,36 @@ class Choices(Protocol):
         """Call a user's own once; a UserError if it cannot be used."""
 
 
-def field_names(cls: type) -> tuple[str, ...]:
+class SaidOnce:
+    """Settings of which a constructor's call may not give two that say the same thing in other words.
+
+    That one of them has its default's value makes no difference. A call that spells out every field is a copy
+    (`dataclasses.replace`) or reads a file (`build`): both hold defaults that nobody gave.
+    """
+
+    alternatives: ClassVar[tuple[tuple[str, ...], ...]] = ()
+    """Settings that say the same thing in other words: of each group, a user gives one."""
+
+    def __new__(cls, *unused: Any, **given: Any) -> Any:
+        """Check what is given; UserError if one thing is said twice."""
+        del unused
+        both = said_twice(cls.alternatives, given)
+        if both is not None and len(given) < len(field_names(cls)):
+            what = " and ".join(f"{name} {shown(given[name])}" for name in both)
+            raise UserError(f"{what} are both given, and say the same thing: give one")
+        return super().__new__(cls)
+
+
+def said_twice(groups: Iterable[Sequence[str]], given: Mapping[Any, Any]) -> tuple[str, str] | None:
+    """The first two of the settings in a group that are both given, and not None."""
+    for group in groups:
+        both = [name for name in group if given.get(name) is not None]
+        if len(both) > 1:
+            return both[0], both[1]
+    return None
+
+
+def field_names(cls: Any) -> tuple[str, ...]:
     """Names of the fields of a dataclass that its constructor takes."""
     return tuple(f.name for f in dataclasses.fields(cls) if f.init)
 
@@ -132,7 +161,19 @@ def build(cls: type[T], settings: Mapping[str, Any]) -> T:
     for name in settings:
         if name not in valid:
             raise unknown_field(name, valid)
-    return cls(**{name: convert(name, value, hints[name]) for name, value in settings.items()})
+    given = {name: convert(name, value, hints[name]) for name, value in settings.items()}
+    return cls(**{**_defaults(cls), **given})
+
+
+def _defaults(cls: Any) -> dict[str, Any]:
+    """The values of the fields that need not be given."""
+    values = {}
+    for field in dataclasses.fields(cls):
+        if field.init and field.default is not dataclasses.MISSING:
+            values[field.name] = field.default
+        elif field.init and field.default_factory is not dataclasses.MISSING:
+            values[field.name] = field.default_factory()
+    return values
 
 
 def convert(name: str, value: Any, hint: Any) -> Any:

@@ -77,7 +77,7 @@ def pytest_runtest_setup(item: pytest.Item) -> None:
 def pytest_sessionfinish(session: pytest.Session) -> None:
     """Remember what each test took, in the process that hears of all of them."""
     reporter = session.config.pluginmanager.get_plugin("terminalreporter")
-    if reporter is None or session.config.option.collectonly:
+    if reporter is None or session.config.option.collectonly or not hasattr(session.config, "cache"):
         return
     took: Counter[str] = Counter()
     for reports in reporter.stats.values():

@@ -11,6 +11,7 @@ import types
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import MISSING, dataclass, field, fields, is_dataclass
 from functools import lru_cache
+from pathlib import Path
 from typing import Annotated, Any, Literal, Union, get_args, get_origin
 
 from docstring_parser import parse_from_object
@@ -368,6 +369,20 @@ def _scalar(text: str) -> Any:
         return parse_yaml(text)
     except UserError:
         return text
+
+
+def output_file(flag: str, name: str) -> Path:
+    """The file that a flag names, checked before minutes of work: no folder, and in a folder that is there.
+
+    Raises:
+        UserError: nothing can be written there.
+    """
+    path = Path(name)
+    if path.is_dir():
+        raise UserError(f"{flag} {name} is a folder: give the name of a file")
+    if not path.absolute().parent.is_dir():
+        raise UserError(f"{flag} {name}: there is no folder {path.parent}")
+    return path
 
 
 def _is_number(text: str) -> bool:

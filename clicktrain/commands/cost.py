@@ -5,10 +5,9 @@ from __future__ import annotations
 import json
 import statistics
 from collections.abc import Sequence
-from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from clicktrain.commands.arguments import Command, Option, Positional
+from clicktrain.commands.arguments import Command, Option, Positional, output_file
 from clicktrain.errors import UserError
 
 if TYPE_CHECKING:
@@ -54,9 +53,7 @@ def run(argv: Sequence[str]) -> int:
     given = {option.name: option.default for option in _OPTIONS} | COMMAND.parse(argv)
     if not given.get("runs") and given["check"] is None:
         raise UserError("RUNS is missing: write 'clicktrain cost RUN... [--gpus N ...] [--link NAME]'")
-    target = None if given["json"] is None else Path(given["json"])
-    if target is not None and (target.is_dir() or not target.absolute().parent.is_dir()):
-        raise UserError(f"--json {target}: give the name of a file in a folder that is there")
+    target = None if given["json"] is None else output_file("--json", given["json"])
     for name in ("batch_size", "tflops"):
         if given[name] is not None and not given[name] > 0:
             raise UserError(f"{name} is {given[name]}: must be above 0")

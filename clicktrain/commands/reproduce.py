@@ -12,7 +12,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 
-from clicktrain.commands.arguments import Command, Option, Positional
+from clicktrain.commands.arguments import Command, Option, Positional, output_file
 from clicktrain.errors import UserError
 from clicktrain.formats.atomic import write_text_atomic
 
@@ -59,8 +59,8 @@ def run(argv: Sequence[str]) -> int:
     seeds = given["seeds"]
     if not seeds or len(set(seeds)) < len(seeds):
         raise UserError(f"seeds are {' '.join(map(str, seeds)) or 'none'}: different numbers are needed")
-    if given["json"] is not None and not Path(given["json"]).absolute().parent.is_dir():
-        raise UserError(f"--json {given['json']}: there is no folder {Path(given['json']).parent}")
+    if given["json"] is not None:
+        output_file("--json", given["json"])
     from clicktrain.papers import read_rows, rows_called
 
     if given.get("item") is None:

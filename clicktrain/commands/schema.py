@@ -4,9 +4,8 @@ from __future__ import annotations
 
 import json
 from collections.abc import Sequence
-from pathlib import Path
 
-from clicktrain.commands.arguments import Command, Option
+from clicktrain.commands.arguments import Command, Option, output_file
 from clicktrain.errors import UserError
 
 COMMAND = Command(
@@ -39,8 +38,6 @@ def run(argv: Sequence[str]) -> int:
     if output is None:
         print(text)
         return 0
-    if Path(output).is_dir():
-        raise UserError(f"{output} is a folder: give the name of a file")
-    write_text_atomic(Path(output), text + "\n")
+    write_text_atomic(output_file("--output", output), text + "\n")
     print(output)
     return 0

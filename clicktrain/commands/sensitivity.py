@@ -47,6 +47,8 @@ def run(argv: Sequence[str]) -> int:
     given = {option.name: option.default for option in _OPTIONS} | COMMAND.parse(argv)
     if given["images"] < 0:
         raise UserError(f"images is {given['images']}: at least 1, or 0 for all")
+    if given["output"] is not None and Path(given["output"]).is_dir():
+        raise UserError(f"--output {given['output']} is a folder: give the name of a file")
     from clicktrain.formats.atomic import write_text_atomic
     from clicktrain.report import write_sensitivity
     from clicktrain.train import load_run

@@ -176,7 +176,7 @@ def merge(recipe: dict[str, Any], flags: dict[str, Any]) -> tuple[dict[str, Any]
             kept = {key: value for key, value in kept.items() if key not in group}
     other_preset = flags.get("preset", recipe.get("preset")) != recipe.get("preset")
     if other_preset and new == old and "preset" in recipe:
-        implied = to_plain(METHODS[old](preset=recipe["preset"]))  # type: ignore[call-arg]
+        implied = to_plain(METHODS[old](preset=recipe["preset"]))
         kept = {key: value for key, value in kept.items() if key not in implied or implied[key] != value}
     return {**kept, **flags}, sorted(ignored)
 

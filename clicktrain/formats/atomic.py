@@ -39,8 +39,11 @@ def replace_file(path: str | os.PathLike[str]) -> Iterator[BinaryIO]:
                 file.flush()
                 os.fsync(file.fileno())
             os.replace(temporary, target)
-        except BaseException:
-            temporary.unlink(missing_ok=True)
+        except BaseException as error:
+            if isinstance(error, OSError) and error.filename == str(temporary):
+                error.filename = str(target)  # nobody knows the other name
+            with contextlib.suppress(OSError):
+                temporary.unlink(missing_ok=True)
             raise
     sync_folder(target.parent)
 

@@ -19,7 +19,7 @@ from clicktrain.latency.network_times import MeasureMasks
 from clicktrain.methods.outcome import FAR_OFF, Reached, Target
 from clicktrain.methods.saved_state import saved_state
 from clicktrain.runs.events import ABSENT, Event, HardPruneEvent, ReconfiguredEvent
-from clicktrain.settings import check_choices
+from clicktrain.settings import SaidOnce, check_choices
 from clicktrain.sparsity.channel_lasso import ChannelAxis
 from clicktrain.sparsity.masks import energy_outside, sparsity_of
 from clicktrain.surgery import SurgeryPlan
@@ -157,6 +157,7 @@ class StepInfo:
         relative_rates: learning rates over that one, of parameters that have another, by `id`.
         grad_scale: factor that is still in the gradients (fused mixed-precision optimizers), or None.
         adaptive: the optimizer's step is not the learning rate times the gradient, as SGD's is.
+        norm_scaled: it moves a parameter in proportion to the parameter's norm (LAMB, LARS, Adafactor).
         whole_gradients: gradients of masked dense weights are those of all processes at pruned positions too,
             where a method uses them (`MethodHooks.wants_gradients`).
     """
@@ -173,6 +174,7 @@ class StepInfo:
     relative_rates: Mapping[int, float] = field(default_factory=dict)
     grad_scale: Tensor | None = None
     adaptive: bool = False
+    norm_scaled: bool = False
     whole_gradients: bool = True
 
     def relative_rate(self, parameter: Tensor) -> float:
@@ -252,7 +254,7 @@ def plan_rows(prunable: PrunableLayers, rows: Sequence[LayerPlan]) -> tuple[Laye
 S = TypeVar("S")
 
 
-class MethodHooks(abc.ABC, Generic[S]):
+class MethodHooks(SaidOnce, abc.ABC, Generic[S]):
     """Settings (a frozen dataclass), and hooks that change a state ``S`` in place and return actions.
 
     A state is a dataclass of tensors, numbers, strings and containers of them.
@@ -273,8 +275,6 @@ class MethodHooks(abc.ABC, Generic[S]):
     """A run of the method has a moment at which masks are frozen."""
     dense_until_chosen: ClassVar[bool] = False
     """Weights are dense until masks are chosen, once, which a `FinalizedEvent` says."""
-    alternatives: ClassVar[tuple[tuple[str, ...], ...]] = ()
-    """Settings that say the same thing in other words: of each group, a user gives one."""
 
     def __post_init__(self) -> None:
         """Check every setting that is a choice; turn lists into tuples."""

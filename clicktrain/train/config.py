@@ -14,9 +14,11 @@ from clicktrain.methods import METHODS, Method
 from clicktrain.own_code import FromFile, is_own, require_named
 from clicktrain.runs.folder import RunFolder
 from clicktrain.settings import (
+    SaidOnce,
     build,
     choice_fields,
     field_names,
+    said_twice,
     to_plain,
     unknown_field,
 )
@@ -32,10 +34,9 @@ LogName = Literal["csv", "tensorboard", "wandb", "mlflow"]
 
 
 @dataclass(frozen=True, kw_only=True)
-class RunConfig:
+class RunConfig(SaidOnce):
     """Everything about a run except the settings of its method. Raises UserError for a value out of range."""
 
-    # Settings that say the same thing in other words: of each group, a user gives one.
     alternatives: ClassVar[tuple[tuple[str, ...], ...]] = (("val_fraction", "holdout"),)
 
     model: str = "resnet20"
@@ -297,13 +298,12 @@ def check_said_once(given: Mapping[Any, Any], path: str | Path | None = None) ->
     """
     method = given.get("method", RunConfig.method)
     known = METHODS.get(method) if isinstance(method, str) else None
-    for group in RunConfig.alternatives + (known.alternatives if known is not None else ()):
-        both = [name for name in group if given.get(name) is not None]
-        if len(both) > 1:
-            first, second = (name if path else f"--{name.replace('_', '-')}" for name in both[:2])
-            what = f"{first} {shown(given[both[0]])} and {second} {shown(given[both[1]])}"
-            where = "" if path is None else f"{path}: "
-            raise UserError(f"{where}{what} are both given, and say the same thing: give one")
+    both = said_twice(RunConfig.alternatives + (() if known is None else known.alternatives), given)
+    if both is not None:
+        first, second = (name if path else f"--{name.replace('_', '-')}" for name in both)
+        what = f"{first} {shown(given[both[0]])} and {second} {shown(given[both[1]])}"
+        where = "" if path is None else f"{path}: "
+        raise UserError(f"{where}{what} are both given, and say the same thing: give one")
     budget = given.get("time_budget")
     if path is None and isinstance(budget, str) and given.get("epochs") is not None:
         raise UserError(  # of a share of the dense run, epochs is that run's length

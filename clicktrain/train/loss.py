@@ -9,6 +9,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from clicktrain.data import Batch, Mixing
+from clicktrain.errors import UserError
 from clicktrain.train.config import RunConfig
 from clicktrain.train.device import autocast
 from clicktrain.train.teacher import Teacher, distillation_loss
@@ -20,6 +21,9 @@ def training_loss(run: TrainingRun, batch: Batch, teacher: Teacher | None = None
 
     With a ``teacher``, ``(1 - distill)`` of the loss on labels and ``distill`` of `distillation_loss`, both
     on the images as they were mixed.
+
+    Raises:
+        UserError: in training the network gives something else than one tensor.
     """
     config, device = run.prepared.config, run.prepared.device
     x, target = batch.x, batch.y
@@ -28,6 +32,11 @@ def training_loss(run: TrainingRun, batch: Batch, teacher: Teacher | None = None
             generator = torch.Generator().manual_seed(torch.initial_seed())  # seeded for this batch
             x, target = mixing(x, batch.y, run.prepared.facts["num_classes"], generator)
         output = run.forward.current(x)
+        if not isinstance(output, Tensor):
+            raise UserError(
+                f"model {config.model} gives a {type(output).__name__} in training mode: let it return the "
+                "logits alone, without auxiliary outputs"
+            )
         loss = label_loss(config, output.float(), target)
         if teacher is not None:
             taught = distillation_loss(output.float(), teacher.logits(x), config.distill_temperature)

@@ -17,6 +17,27 @@ def norms_of(model: nn.Module) -> list[_BatchNorm]:
     return [norm for norm in found if norm.running_mean is not None]
 
 
+@contextlib.contextmanager
+def single_value_norms(model: nn.Module) -> Iterator[list[str]]:
+    """Collect, inside the block, the batch norms that see one value per channel, and cannot train on it."""
+    names: list[str] = []
+
+    def look(name: str, x: object = None) -> None:
+        if isinstance(x, Tensor) and x.dim() > 1 and x.numel() == x.shape[1]:
+            names.append(name)
+
+    handles = [
+        module.register_forward_pre_hook(lambda _, inputs, name=name: look(name, *inputs[:1]))
+        for name, module in model.named_modules()
+        if isinstance(module, _BatchNorm)
+    ]
+    try:
+        yield names
+    finally:
+        for handle in handles:
+            handle.remove()
+
+
 @torch.no_grad()
 def measure_norms_(
     model: nn.Module, batches: Iterable[Tensor], forward: Callable[[Tensor], Any] | None = None

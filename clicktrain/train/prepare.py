@@ -40,7 +40,7 @@ from clicktrain.train.augmentation import SMALL_IMAGE, augmentation
 from clicktrain.train.config import RunConfig
 from clicktrain.train.device import resolve_device, set_up
 from clicktrain.train.initial_weights import EarlierCost, load_initial_weights_
-from clicktrain.train.norms import norms_of
+from clicktrain.train.norms import norms_of, single_value_norms
 from clicktrain.train.optim import BatchSizes, make_optimizer, make_scheduler
 from clicktrain.train.run_logs import check_logs
 from clicktrain.train.second_cycle import SecondCycle
@@ -166,7 +166,7 @@ def _prepared(
     facts = model_facts(config, data)
     torch.manual_seed(config.seed)  # of the initial weights; each batch is seeded by itself
     model = build_model(facts).to(device)
-    check_model(model, config, data, device)
+    check_model(model, config, data, device, part.number)
     group = None
     if processes.number > (1 if config.sync_batch_norm else part.number):
         sharers = {part_of(config, replace(processes, rank=rank)).sharers for rank in range(processes.number)}
@@ -313,8 +313,13 @@ def _make_loader(
 
 
 @torch.no_grad()
-def check_model(model: nn.Module, config: RunConfig, data: ImageData, device: torch.device) -> None:
-    """Send one blank image through the network; UserError unless it gives one number per class."""
+def check_model(
+    model: nn.Module, config: RunConfig, data: ImageData, device: torch.device, parts: int = 1
+) -> None:
+    """Send one blank image through the network; UserError unless it gives one number per class.
+
+    ``parts``: of a batch, with batch norm statistics of their own unless these are synchronized.
+    """
     shape, classes = data.image_shape, len(data.classes)
     smallest = min_image_size(config.model, model_facts(config, data)["stem"])
     if min(shape[1:]) < smallest:
@@ -325,7 +330,7 @@ def check_model(model: nn.Module, config: RunConfig, data: ImageData, device: to
         )
     try:
         model.eval()
-        with _output_bytes(model) as kept:
+        with _output_bytes(model) as kept, single_value_norms(model) as lonely:
             output = model(torch.zeros(1, *shape, device=device))
         model.train()
     except MemoryError:
@@ -336,6 +341,12 @@ def check_model(model: nn.Module, config: RunConfig, data: ImageData, device: to
     got = tuple(output.shape) if isinstance(output, torch.Tensor) else type(output).__name__
     if got != (1, classes):
         raise UserError(f"model {config.model} gives {got} for one image: (1, {classes}) is needed")
+    if lonely and config.batch_size // parts == 1 and (parts == 1 or not config.sync_batch_norm):
+        of = "" if parts == 1 else f" in each of {parts} parts of a batch"
+        raise UserError(
+            f"batch_size is {config.batch_size}: batch norm {lonely[0]} of model {config.model} has one "
+            f"value per channel for each image, and needs two{of}: set batch_size to at least {2 * parts}"
+        )
     # Half of the estimate: activations may share memory (in-place operators) or be recomputed.
     check_memory(
         config.batch_size * sum(kept) / 2,

@@ -119,7 +119,7 @@ def test_a_wrong_recipe_is_one_sentence(
 
 
 def test_recipes_of_the_repository_are_good(repository: Path) -> None:
-    """A frontier has 5 dense widths and 3 lengths; what compares settings has a dense network of that time."""
+    """A frontier has 5 dense widths and 3 lengths; what compares settings has a dense network of its time."""
     recipes = sorted((repository / "recipes").glob("frontier-*.yaml"))
     assert recipes
     for path in recipes:

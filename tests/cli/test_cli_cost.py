@@ -73,7 +73,7 @@ def test_the_model_is_checked_against_measured_rows(tmp_path: Path) -> None:
         (["--check", "none.json"], "none.json cannot be read (No such file or directory)"),
         (
             ["x", "--json", "no/file.json"],
-            "--json no/file.json: give the name of a file in a folder that is there",
+            "--json no/file.json: there is no folder no",
         ),
         (["x", "--tflops", "0"], "tflops is 0.0: must be above 0"),
         (["x", "--gpu", "3"], "unknown flag --gpu: did you mean --gpus?"),

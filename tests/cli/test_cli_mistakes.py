@@ -57,6 +57,11 @@ def check_told(outcome: Outcome, *parts: str) -> None:
         ("train --model no_such_package:build", "there is no module 'no_such_package'"),
         ("train --compression 0.5", "compression must be more than 1"),
         ("train --compression 100000", "100000"),
+        (
+            "train --model resnet18 --width 0.125 --batch-size 1",
+            "of model resnet18 has one value per channel for each image, and needs two: set batch_size to at "
+            "least 2",
+        ),
         ("train --exclude nothing", "no convolution is called 'nothing'"),
         ("train --layers nothing=2", "'nothing'"),
         ("train --device mps", "device is 'mps', which PyTorch does not find here"),
@@ -77,6 +82,14 @@ def check_told(outcome: Outcome, *parts: str) -> None:
             "format is 'tflite': use one of safetensors, onnx, torch, openvino, executorch, coreml, c",
         ),
         ("report missing -o x.html", "missing"),
+        ("schema -o no/schema.json", "--output no/schema.json: there is no folder no"),
+        ("schema -o .", "--output . is a folder: give the name of a file"),
+        ("sensitivity missing", "missing is not the folder of a run"),
+        ("sensitivity missing -o .", "--output . is a folder: give the name of a file"),
+        ("list", "there is no folder runs: give the folder that your runs are in"),
+        ("train --log nosuch", "log is 'nosuch': use one of csv, tensorboard, wandb, mlflow"),
+        ("train --initial-weights pretrained", "has no pretrained weights: they are for networks of timm"),
+        ("models zzz*", "no network is called 'zzz*': try 'resnet*', 'timm:*' or 'torchvision:*'"),
     ],
 )
 @pytest.mark.skipif(sys.platform == "darwin", reason="mps is there")

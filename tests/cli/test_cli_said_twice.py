@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import copy
+import dataclasses
 import itertools
 from pathlib import Path
 
@@ -10,9 +12,10 @@ import yaml
 from cli_runs import call
 
 from clicktrain.commands.train import settings_of
+from clicktrain.errors import UserError
 from clicktrain.methods import METHODS
-from clicktrain.settings import field_names
-from clicktrain.train import RunConfig, config_to_dict, from_dict
+from clicktrain.settings import field_names, to_plain
+from clicktrain.train import RunConfig, config_to_dict, from_dict, resolve_method
 
 VALUES = {
     "sparsity": "0.8", "compression": "8", "latency_target": "0.5", "latency_target_ms": "3",
@@ -42,6 +45,24 @@ def test_flags_that_say_the_same_thing_are_one_sentence(method: str, first: str,
     assert f"{flag(first)} " in outcome.err
     assert f"{flag(second)} " in outcome.err
     assert outcome.err.endswith("are both given, and say the same thing: give one\n")
+
+
+@pytest.mark.parametrize(("method", "first", "second"), PAIRS)
+def test_arguments_that_say_the_same_thing_are_one_sentence(method: str, first: str, second: str) -> None:
+    cls = METHODS[method] if first in field_names(METHODS[method]) else RunConfig
+    given = {name: float(VALUES[name]) for name in (first, second)}
+    with pytest.raises(UserError, match=f"{second} .* are both given, and say the same thing: give one"):
+        cls(**given)
+    given[second] = None
+    assert getattr(cls(**given), first) == given[first]
+
+
+def test_copies_and_what_files_spell_out_may_hold_both() -> None:
+    method = METHODS["rigl"](compression=8.0)
+    assert dataclasses.replace(method, patterns=12) == copy.deepcopy(method) == method
+    assert resolve_method("rigl", **to_plain(method)) == method
+    older = {name: value for name, value in to_plain(method).items() if name != "drop_rule"}
+    assert resolve_method("rigl", **older) == method  # saved by a version with fewer settings
 
 
 def test_a_length_in_epochs_and_in_minutes() -> None:

@@ -106,11 +106,13 @@ def test_an_image_file_is_scaled_and_what_is_none_is_refused(
         with pytest.raises(urllib.error.HTTPError) as refused:
             ask(server.port, body, kind)
         assert refused.value.code == 422
+        refused.value.close()
     connection = http.client.HTTPConnection("127.0.0.1", server.port, timeout=60)
     connection.putrequest("POST", "/predict")
     connection.putheader("Content-Length", str(17 * 2**20))
     connection.endheaders()
-    assert connection.getresponse().status == 413  # before the body is sent
+    with connection.getresponse() as answered:
+        assert answered.status == 413  # before the body is sent
     connection.close()
     assert ask(server.port, bodies[1])["class"] == int(logits[1].argmax())
 

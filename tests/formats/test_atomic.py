@@ -55,6 +55,14 @@ def test_a_full_disk_leaves_a_log_as_it_was(tmp_path: Path, small_disk: None) ->
     assert path.read_text() == '{"epoch": 1}\n{"epoch": 3}\n'
 
 
+def test_an_error_names_the_file_that_was_asked_for(tmp_path: Path) -> None:
+    (tmp_path / "file").write_text("")
+    for path in (tmp_path / "missing" / "it.json", tmp_path / "file" / "it.json"):
+        with pytest.raises(OSError) as error:
+            write_text_atomic(path, "{}")
+        assert error.value.filename == str(path)
+
+
 @pytest.mark.skipif(not Path("/dev/full").exists(), reason="needs /dev/full")
 def test_no_space_is_told() -> None:
     with pytest.raises(UserError, match="no space left"):

@@ -38,7 +38,7 @@ class Environment:
             "COLUMNS": "120",
         }
 
-    def run(self, command: str, cwd: Path, seconds: float = 600) -> str:
+    def run(self, command: str, cwd: Path, seconds: float = 1800) -> str:
         """Type command lines in a folder; what they print. Fails with that where one of them fails."""
         done = subprocess.run(
             ["bash", "-euo", "pipefail", "-c", command],

@@ -171,7 +171,10 @@ def test_as_many_iterations_as_there_are_batches() -> None:
         (lambda: AdmmPatterns(patterns=7, pool="fixed"), "a fixed pattern pool has 4, 8, 12 or 16"),
         (lambda: AdmmPatterns(entries=3, pool="fixed"), "entries=3 needs pool=dynamic"),
         (lambda: AdmmPatterns(granularity="weight", constraints="split"), "constraints is split, but only"),
-        (lambda: AdmmPatterns(compression=4, sparsity=0.5), "are both set: give one"),
+        (
+            lambda: AdmmPatterns(compression=4, sparsity=0.5),
+            "are both given, and say the same thing: give one",
+        ),
         (lambda: attached(AdmmPatterns(stop=0.01)), "which leaves ADMM none"),
         (lambda: attached(AdmmPatterns(compression=1.5)), "is less than patterns alone prune"),
         (lambda: attached(AdmmPatterns(compression=200)), "cannot be met by this network"),

@@ -250,7 +250,7 @@ def test_a_run_that_ends_early_ends_at_its_target() -> None:
         (
             RigL,
             {"compression": 8.0, "sparsity": 0.5},
-            "compression 8 and sparsity 0.5 are both set: give one",
+            "sparsity 0.5 and compression 8.0 are both given, and say the same thing: give one",
         ),
         (RigL, {"within": "channel"}, "within must be one of layer, filter"),
         (GradualClickTrain, {"granularity": "kernel"}, "granularity is pattern for Gradual ClickTrain"),
@@ -382,5 +382,5 @@ def test_a_sparsity_that_is_asked_for_is_not_replaced_by_the_usual_compression()
         None,
         0.8,
     )
-    with pytest.raises(UserError, match="both set"):
+    with pytest.raises(UserError, match="both given"):
         GradualClickTrain(compression=8, sparsity=0.8)

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import copy
 import math
+import re
+import warnings
 from collections.abc import Callable
 from typing import Any
 
@@ -19,8 +21,10 @@ from clicktrain.methods import ChannelsThenPatterns, Pruner
 from clicktrain.methods.base import RunLength
 from clicktrain.methods.channels.costs import ChannelCosts, CostMeter
 from clicktrain.methods.channels.steering import wanted_share
+from clicktrain.methods.driver.optimizers import AttachedOptimizers
 from clicktrain.sparsity.channel_lasso import measured_step
 from clicktrain.surgery import apply_surgery_, channel_groups, plan_from_keep
+from clicktrain.train.lamb import Lamb
 
 STEPS, EPOCHS = 3, 6
 EXAMPLE = torch.zeros(1, 3, 8, 8)
@@ -176,7 +180,7 @@ def test_when_there_is_a_target() -> None:
 @pytest.mark.parametrize(
     ("settings", "words"),
     [
-        ({"target_flops": 0.5, "target_parameters": 0.5}, "both set"),
+        ({"target_flops": 0.5, "target_parameters": 0.5}, "both given"),
         ({"target_flops": 60.0}, "share that is left"),
         ({"target_flops": 0.0}, "share that is left"),
         ({"penalty_ratio": 0.2, "target_at": 3.0}, "there is no target"),
@@ -232,6 +236,40 @@ def test_a_fixed_penalty_shrinks_with_an_adaptive_optimizer_too() -> None:
             float(m.weight.detach().norm()) for m in model.modules() if isinstance(m, nn.Conv2d)
         )
     assert norms[1.0] < 0.9 * norms[1e-9]
+
+
+@pytest.mark.parametrize(
+    ("make", "scaled"),
+    [
+        (lambda p: torch.optim.SGD(p, lr=0.1, momentum=0.9, weight_decay=0.1), False),
+        (lambda p: torch.optim.AdamW(p, lr=0.1, weight_decay=5.0), False),
+        (lambda p: torch.optim.RMSprop(p), False),
+        (lambda p: Lamb(p, lr=0.1), True),
+        (lambda p: torch.optim.Adafactor(p, lr=0.1), True),
+    ],
+)
+def test_whose_steps_are_as_large_as_the_weights(make: Callable[[Any], Any], scaled: bool) -> None:
+    model = nn.Linear(3, 2)
+    before = model.weight.detach().clone()
+    attached = AttachedOptimizers(make(model.parameters()))
+    assert attached.scale_with_weights(attached.units) is scaled
+    assert torch.equal(model.weight, before)
+
+
+@pytest.mark.parametrize(("rate", "warned"), [(0.02, True), (5.0, False)])
+def test_steps_too_weak_for_the_lasso_are_warned_of(rate: float, warned: bool) -> None:
+    """12 steps until the target move weights by 0.24 times their size, or by 60 times."""
+    model = network()
+    optimizer = Lamb(model.parameters(), lr=rate)
+    pruner = PruneTrain().attach(model, optimizer, epochs=6, steps_per_epoch=STEPS, example=EXAMPLE)
+    with warnings.catch_warnings(record=True) as said:
+        warnings.simplefilter("always")
+        train(pruner, 0, STEPS + 1)
+    pruner.close()
+    found = [str(one.message) for one in said if "in proportion to the weights" in str(one.message)]
+    assert len(found) == warned
+    if warned:
+        assert re.search(r"they move weights by 0\.\d+ times their size", found[0])
 
 
 def test_what_is_wanted_falls_in_a_line() -> None:

@@ -235,6 +235,11 @@ def test_what_cannot_be_done_is_said_before_anything_is_written(
     assert not (tmp_path / "run").exists()
 
 
+def test_several_outputs_in_training_are_one_sentence(tmp_path: Path) -> None:
+    with pytest.raises(UserError, match="auxiliary gives a tuple in training mode: let it return"):
+        run(tmp_path / "run", {**DENSE, "model": "tiny_networks:auxiliary"})
+
+
 def test_a_folder_in_use_is_left_alone(tmp_path: Path) -> None:
     (tmp_path / "notes").mkdir()
     (tmp_path / "notes" / "mine.txt").write_text("mine")

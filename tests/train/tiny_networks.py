@@ -108,6 +108,22 @@ def wrong_input(num_classes: int, in_channels: int) -> nn.Module:
     return plain(num_classes, in_channels + 2)
 
 
+class Auxiliary(nn.Module):
+    """Two outputs in training, as networks with an auxiliary classifier have."""
+
+    def __init__(self, num_classes: int, in_channels: int) -> None:
+        super().__init__()
+        self.body = plain(num_classes, in_channels)
+
+    def forward(self, x: Tensor) -> Tensor | tuple[Tensor, Tensor]:
+        y: Tensor = self.body(x)
+        return (y, y) if self.training else y
+
+
+def auxiliary(num_classes: int, in_channels: int) -> nn.Module:
+    return Auxiliary(num_classes, in_channels)
+
+
 def frozen_network(num_classes: int, in_channels: int) -> nn.Module:
     return plain(num_classes, in_channels).requires_grad_(False)
 

@@ -7,10 +7,9 @@ import importlib
 import json
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 
-from clicktrain.commands.arguments import Command, Option, Positional
+from clicktrain.commands.arguments import Command, Option, Positional, output_file
 from clicktrain.errors import UserError
 
 if TYPE_CHECKING:
@@ -148,7 +147,8 @@ _SHARED = (
 def run(argv: Sequence[str]) -> int:
     """Run the command; the exit code."""
     benchmark, given = settings_of(argv)
-    path = _writable(given.pop("json"))
+    name = given.pop("json")
+    path = None if name is None else output_file("--json", name)
     result = _measure(benchmark, given)
     if path is not None:
         from clicktrain.formats.atomic import write_text_atomic
@@ -216,16 +216,6 @@ def _overview() -> Command:
         Positional("what", f"What to measure: {', '.join(BENCHMARKS)}."),
         examples=[f"clicktrain bench {what}{rest}" for what, rest in EXAMPLES.items()],
     )
-
-
-def _writable(name: str | None) -> Path | None:
-    """The file for the result, checked before minutes of measuring."""
-    path = None if name is None else Path(name)
-    if path is not None and path.is_dir():
-        raise UserError(f"--json {name} is a folder: give the name of a file")
-    if path is not None and not path.parent.is_dir():
-        raise UserError(f"--json {name}: there is no folder {path.parent}")
-    return path
 
 
 def _measure(benchmark: Benchmark, given: dict[str, Any]) -> dict[str, Any]:

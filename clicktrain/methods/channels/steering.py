@@ -19,6 +19,7 @@ is removed. Here a share of the inference FLOPs or parameters is the target, and
 
 from __future__ import annotations
 
+import warnings
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 
@@ -37,6 +38,8 @@ BEGIN = 1 / 3
 """Share of the time to the target in which nothing has to go."""
 MOST_PULL = 3.0
 """The pull of gradients counts at most this many times what the lasso has to do without them."""
+MOST_OF_STEPS = 0.1
+"""The lasso may take this share of what steps in proportion to the weights change, before a run is warned."""
 MOST_CHANGE = 1.5
 """The coefficient changes by this factor at most between two epochs: norms respond slowly."""
 
@@ -154,8 +157,10 @@ class Steering:
                 _hold(state, lasso, view)
             return
         if state.steered < step.epoch:
-            state.steered = step.epoch
+            state.steered, first = step.epoch, state.water is None
             lasso.coefficient = steered_coefficient(view, state, lasso.coefficient or 0.0, step.epoch, last)
+            if first and step.norm_scaled and state.water:
+                _warn_of_weak_steps(lasso.coefficient / state.water)
             _hold(state, lasso, view)
         state.steps, state.rates = state.steps + 1, state.rates + step.learning_rate
 
@@ -172,6 +177,22 @@ class Steering:
             elif left > asked:
                 reason = "every channel that is left is needed, or larger than what is missing"
         return Target(f"{self.what} left", asked, left, "share", reason)
+
+
+def _warn_of_weak_steps(share: float) -> None:
+    """Warn where steps in proportion to the weights (LAMB's) cannot hold what the lasso pulls.
+
+    SGD's gradient grows as weights in front of a batch norm shrink, Adam's steps stay; these shrink with the
+    weights. ``share``: what the lasso takes from the last norm to vanish, over what such a step can change.
+    """
+    if share > MOST_OF_STEPS:
+        warnings.warn(
+            "the steps of this optimizer are in proportion to the weights (LAMB, LARS, Adafactor): until the "
+            f"target they move weights by {1 / share:.2g} times their size at the most, which is little "
+            "beside a lasso that takes channels to zero in that time, so that accuracy may collapse: train "
+            "longer, prune less, or use sgd or adamw",
+            stacklevel=5,
+        )
 
 
 def _hold(state: TargetState, lasso: LassoState, view: ChannelTarget) -> None:

@@ -116,6 +116,10 @@ class AttachedOptimizers:
                     self._check_state(optimizer, *_state_after_a_step(optimizer))
             self._check_wrapper(unit)
 
+    def scale_with_weights(self, units: Sequence[OptimizerUnit]) -> bool:
+        """Whether a step of one of these is as large as the weights are; see `StepInfo.norm_scaled`."""
+        return any(_scales_with_weights(unit.optimizers[-1]) for unit in units)
+
     def check_first_step(self, weights: Sequence[Tensor]) -> None:
         """Raise a UserError after the first step if an optimizer's state cannot follow what will be replaced.
 
@@ -243,20 +247,38 @@ def _check_kind(optimizer: Optimizer) -> None:
 
 def _state_after_a_step(optimizer: Optimizer) -> tuple[dict[str, Any], Tensor]:
     """The state that an optimizer like this one has for a weight after a step; {} if it cannot be tried."""
-    kind, defaults = type(optimizer), optimizer.defaults
     weight = nn.Parameter(torch.ones(_PROBE_SHAPE))
-    weight.grad = torch.full(_PROBE_SHAPE, 0.5)
+    like = _stepped(optimizer, [weight])
+    return ({} if like is None else dict(like.state.get(weight, {}))), weight
+
+
+def _scales_with_weights(optimizer: Optimizer) -> bool:
+    """Whether it moves a weight of ten times the size, with the same gradient, much farther."""
+    small, large = nn.Parameter(torch.ones(_PROBE_SHAPE)), nn.Parameter(torch.full(_PROBE_SHAPE, 10.0))
+    if _stepped(optimizer, [small, large], weight_decay=0.0) is None:
+        return False
+    return bool((large.detach() - 10).norm() > 3 * (small.detach() - 1).norm() > 0)
+
+
+def _stepped(optimizer: Optimizer, weights: list[nn.Parameter], **others: Any) -> Optimizer | None:
+    """An optimizer like this one after its first step on these weights; None if it cannot be tried.
+
+    ``others``: settings that replace its own, where it has them.
+    """
+    kind = type(optimizer)
+    settings = {**optimizer.defaults, **{k: v for k, v in others.items() if k in optimizer.defaults}}
+    for weight in weights:
+        weight.grad = torch.full(_PROBE_SHAPE, 0.5)
     try:
         accepted = inspect.signature(kind).parameters
         takes_all = any(p.kind is inspect.Parameter.VAR_KEYWORD for p in accepted.values())
-        settings = {k: v for k, v in defaults.items() if takes_all or k in accepted}
         with torch.random.fork_rng(devices=[]), warnings.catch_warnings():
             warnings.simplefilter("ignore")
-            like = kind([weight], **settings)
+            like = kind(weights, **{k: v for k, v in settings.items() if takes_all or k in accepted})
             like.step()
-        return dict(like.state.get(weight, {})), weight
+        return like
     except Exception:  # anybody's class: whatever it raises here says only that it cannot be tried
-        return {}, weight
+        return None
 
 
 def _tensors_in(value: Any, depth: int = 3) -> Iterator[Tensor]:

@@ -143,6 +143,7 @@ class Pruner:
         self._round = OptimizerRound()
         self._holders = self._optimizers.holders(weights)
         """Those whose steps make a round."""
+        self._norm_scaled = method.reads_graph and self._optimizers.scale_with_weights(self._holders)
         if packed:
             self.network.check_packable()
         self._copies = CopyNote(model)
@@ -634,6 +635,7 @@ class Pruner:
             relative_rates=relative_rates_of(self._holders),
             grad_scale=getattr(optimizer, "grad_scale", None),
             adaptive=any(not isinstance(unit.optimizers[-1], torch.optim.SGD) for unit in self._holders),
+            norm_scaled=self._norm_scaled,
             whole_gradients=not self._kept_only,
         )
 

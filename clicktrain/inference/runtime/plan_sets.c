@@ -12,6 +12,13 @@ static const unsigned char has_code[512] = {
 #undef SET
 };
 
+static const uint16_t coded[] = {
+#define SET(N) N,
+#include "sets.h"
+#undef SET
+};
+#define CODED (sizeof coded / sizeof *coded)
+
 // Loops over sets that are compiled: of columns by vectors of a row, of windows by stride and whether they are whole.
 static const unsigned char has_columns[5] = {
   0,
@@ -156,18 +163,21 @@ static int64_t parts_of_kernels(const model_problem *p, int first, int end, set_
 static int64_t pairs_of_kernels(const model_problem *p, int begin, int end, set_tables *t) {
   int64_t stored = 0;
   const float *values = p->values;
+  struct { uint32_t seen, kernel, value; } of[512];  // of sets with code
   for (int f = 0; f < p->out->channels; ++f) {
-    struct { uint32_t seen, kernel, value; } of[512] = {{0, 0, 0}};
+    for (size_t n = 0; n < CODED; ++n) of[coded[n]].seen = 0;
     const int64_t first = (int64_t)f * p->in->channels;
     if (t->filters) *t->filters++ = (model_filter){t->kernel, t->value};
     for (int c = 0; c < p->in->channels; ++c) {
       const unsigned all = model_kernel(p, first + c);
+      if (!all) continue;
       stored += model_ones(all);
       if (c < begin || c >= end) continue;
       for (unsigned left = all, set; left; left &= ~set) ++of[set = largest_within(left)].seen;
     }
     if (stored > p->op->count) return -1;
-    for (unsigned set = 1; set < 512; ++set) {
+    for (size_t n = 0; n < CODED; ++n) {
+      const unsigned set = coded[n];
       const uint32_t pairs = (of[set].seen + 1) / 2;
       of[set].seen = 0;
       of[set].kernel = t->kernel;
@@ -178,6 +188,7 @@ static int64_t pairs_of_kernels(const model_problem *p, int begin, int end, set_
     if (!t->kernels) continue;
     for (int c = 0; c < p->in->channels; ++c) {
       const unsigned all = model_kernel(p, first + c);
+      if (!all) continue;
       for (unsigned left = c >= begin && c < end ? all : 0, set; left; left &= ~set) {
         set = largest_within(left);
         const uint32_t n = of[set].seen++, odd = n & 1;

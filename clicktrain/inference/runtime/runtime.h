@@ -114,8 +114,9 @@ typedef struct {
   int parts;
   int64_t most[4];              // groups, stretches, kernels and weights, as many as there may be
   int whole;                    // FORM_WINDOWS: whether the results are the whole image
-  const model_filter *filters;  // FORM_COLUMNS, FORM_WINDOWS: [passes x filters + 1]; offsets are set and channel of a kernel, or of a pair
-                                // set and channels
+  // FORM_COLUMNS, FORM_WINDOWS: [passes x filters + 1]; `offsets` are set and channel of a kernel, or of a pair set and
+  // channels.
+  const model_filter *filters;
   const model_group *groups;
   const model_stretch *stretches;
   const float *packed;          // of pairs: two bfloat16 numbers each

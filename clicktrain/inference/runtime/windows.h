@@ -245,7 +245,8 @@ static void run_windows(const model_op *op, const model_plan *plan, const model_
   }
   for (int n = first; n < end; ++n) {
     // The last ones are whole: they compute some results again.
-    const int i0 = least_int(n / across * SIDE, out->height - SIDE), j0 = least_int(n % across * SIDE, out->width - SIDE);
+    const int i0 = least_int(n / across * SIDE, out->height - SIDE);
+    const int j0 = least_int(n % across * SIDE, out->width - SIDE);
     const int64_t at = ((int64_t)i0 * out->width + j0) * LANES;
     t.out = results + at;
     for (int pass = 0; pass < plan->passes; ++pass) {

@@ -181,7 +181,7 @@ class Library:
         return found
 
     def run_planned(
-        self, folder: Path, plan: Path, images: Tensor, results: int, isa: str | None = None
+        self, folder: Path, plan: Path, images: Tensor, results: int, isa: str | None = None, threads: int = 1
     ) -> Tensor:
         network = ctypes.c_void_p()
         code = self.c.model_open_planned(
@@ -189,7 +189,7 @@ class Library:
             ctypes.byref(network),
         )  # fmt: skip
         assert code == 0, code
-        return self.call(network, images, results)
+        return self.call(network, images, results, threads)
 
     def call(self, network: ctypes.c_void_p, images: Tensor, results: int, threads: int = 1) -> Tensor:
         """Run an open network, and close it."""
@@ -290,6 +290,8 @@ def check_choices(
                 got = library.run_planned(folder, plan, images[:batch], expected.shape[1], isa)
                 worst = float((got.double() - expected[:batch]).abs().max()) / scale
                 assert worst < (2e-2 if isa.endswith("bf16") else 5e-6), (isa, name, batch, worst)
+                again = library.run_planned(folder, plan, images[:batch], expected.shape[1], isa, 3)
+                assert torch.equal(got, again), (isa, name, batch)
 
 
 def environment(**changes: str) -> dict[str, str]:

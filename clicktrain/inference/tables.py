@@ -67,19 +67,49 @@ _MOST_SETS = 32
 """Sets of taps that there is code for; others are put together from these and single taps."""
 
 
+_WINDOW_SIDE = 4
+"""Rows and columns of results of a window: ``MODEL_WINDOW_SIDE`` of ``runtime.h``."""
+
+
 def frequent_sets(program: Program) -> str:
-    """What ``sets.h`` has: sets of taps of 3x3 kernels, those that occur most, 9 bits each; and each tap."""
+    """What ``sets.h`` has: sets of taps of 3x3 kernels, those that occur most, 9 bits each; and each tap.
+
+    Before them, which loops over these sets are compiled: for a row of 1, 2 or 4 vectors of a single
+    image, and for windows of each stride, inside of an image and as large as one.
+    """
     counts = np.zeros(512, np.int64)
+    used: set[str] = set()
     bits = 1 << np.arange(9)
     for op in program.ops:
         if isinstance(op, Conv) and op.weight.shape[2:] == (3, 3) and op.groups == 1:
             sets = (op.weight.reshape(-1, 9) != 0) @ bits
             counts += np.bincount(sets, minlength=512)
+            used |= _loops(op)
     counts[0] = 0
     often = [int(one) for one in np.argsort(-counts, kind="stable")[:_MOST_SETS] if counts[one]]
     names = sorted({*often, *map(int, bits)})
-    lines = [" ".join(f"SET({one})" for one in names[at : at + 12]) for at in range(0, len(names), 12)]
+    lines = [f"#define MODEL_HAS_{name}" for name in sorted(used)]
+    lines += [" ".join(f"SET({one})" for one in names[at : at + 12]) for at in range(0, len(names), 12)]
     return "\n".join(["// Sets of taps that are frequent in this network, a bit each.", *lines, ""])
+
+
+def _loops(op: Conv) -> set[str]:
+    """Loops over sets of taps that a 3x3 convolution may run by, in the words of the C files."""
+    _, rows, columns = op.output.shape
+    if op.dilation != (1, 1) or op.stride not in ((1, 1), (2, 2)):
+        return set()
+    loops = set()
+    if op.stride == op.padding == (1, 1):
+        loops = {f"COLUMNS_{wide}" for wide in (1, 2, 4) if -(-columns // 16) == wide}
+    if rows >= _WINDOW_SIDE and columns >= _WINDOW_SIDE:
+        side = _WINDOW_SIDE * op.stride[0]
+        whole = (
+            op.padding == (1, 1)
+            and (rows, columns) == (_WINDOW_SIDE,) * 2
+            and op.input.shape[1:] == (side,) * 2
+        )
+        loops.add(f"WINDOWS_{op.stride[0]}" + "_WHOLE" * whole)
+    return loops
 
 
 def constants(program: Program) -> str:

@@ -12,7 +12,7 @@ import shutil
 import struct
 import subprocess
 import tempfile
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 from types import MappingProxyType
@@ -33,8 +33,8 @@ needs_compiler = pytest.mark.skipif(COMPILER is None, reason="there is no C comp
 FLAGS = ("-std=c11", "-O1", "-ffp-contract=fast", "-fPIC", "-pthread", "-Wall", "-Wextra", "-Werror")
 KERNELS = ("kernels_base.c", "kernels_avx2.c", "kernels_avx512.c", "kernels_pairs.c")
 OWN = (
-    "model.c", "runtime.c", "threads.c", "plan.c", "plan_taps.c", "plan_columns.c", "measure.c",
-    "kernels_columns.c", "kernels_column_pairs.c",
+    "model.c", "runtime.c", "threads.c", "plan.c", "plan_taps.c", "plan_sets.c", "measure.c",
+    "kernels_columns.c", "kernels_column_pairs.c", "kernels_windows.c", "kernels_window_pairs.c",
 )  # fmt: skip
 """Of which some depend on the network."""
 
@@ -181,7 +181,7 @@ class Library:
         return found
 
     def run_planned(
-        self, folder: Path, plan: Path, images: Tensor, results: int, isa: str | None = None
+        self, folder: Path, plan: Path, images: Tensor, results: int, isa: str | None = None, threads: int = 1
     ) -> Tensor:
         network = ctypes.c_void_p()
         code = self.c.model_open_planned(
@@ -189,7 +189,7 @@ class Library:
             ctypes.byref(network),
         )  # fmt: skip
         assert code == 0, code
-        return self.call(network, images, results)
+        return self.call(network, images, results, threads)
 
     def call(self, network: ctypes.c_void_p, images: Tensor, results: int, threads: int = 1) -> Tensor:
         """Run an open network, and close it."""
@@ -249,7 +249,15 @@ def check(
             assert torch.equal(got, library.run(weights, images[:batch], expected.shape[1], isa, threads))
 
 
-CHOICES = {"rows, L1": 9, "rows, L2": 17, "flat, L1": 10, "flat, L2": 18, "taps": 3, "columns": 4}
+CHOICES = {
+    "rows, L1": 9,
+    "rows, L2": 17,
+    "flat, L1": 10,
+    "flat, L2": 18,
+    "taps": 3,
+    "columns": 4,
+    "windows": 5,
+}
 """Candidates of measured plans, as they are written in a plan's file: see ``plan.h``."""
 
 
@@ -264,8 +272,9 @@ def plan_file(folder: Path, program: Program, isa: str, choice: int) -> Path:
 
 
 def check_choices(
-    model: nn.Module, shape: tuple[int, int, int], folder: Path, batches: tuple[int, ...] = (1, 2, 17)
-) -> None:
+    model: nn.Module, shape: tuple[int, int, int], folder: Path, batches: tuple[int, ...] = (1, 2, 17),
+    choices: Iterable[str] = tuple(CHOICES),
+) -> None:  # fmt: skip
     """Every candidate with every set of instructions against float64."""
     write(model, shape, folder)
     library = Library(build(folder))
@@ -275,12 +284,14 @@ def check_choices(
         expected = copy.deepcopy(model).double()(images.double()).flatten(1)
     scale = float(expected.abs().max()) + 1e-6
     for isa in library.names():
-        for name, choice in CHOICES.items():
-            plan = plan_file(folder, program, isa, choice)
+        for name in choices:
+            plan = plan_file(folder, program, isa, CHOICES[name])
             for batch in batches:
                 got = library.run_planned(folder, plan, images[:batch], expected.shape[1], isa)
                 worst = float((got.double() - expected[:batch]).abs().max()) / scale
                 assert worst < (2e-2 if isa.endswith("bf16") else 5e-6), (isa, name, batch, worst)
+                again = library.run_planned(folder, plan, images[:batch], expected.shape[1], isa, 3)
+                assert torch.equal(got, again), (isa, name, batch)
 
 
 def environment(**changes: str) -> dict[str, str]:

@@ -58,6 +58,46 @@ def test_every_choice_is_right_on_small_images(size: tuple[int, int], tmp_path: 
     check_choices(Small().eval(), (3, *size), tmp_path)
 
 
+def with_patterns(filters: int, channels: int, density: float, seed: int = 0) -> nn.Conv2d:
+    """A convolution with patterns of four, a kernel that has all weights, and one of five."""
+    generator = torch.Generator().manual_seed(seed)
+    layer = nn.Conv2d(channels, filters, 3, padding=1)
+    mask = pattern_mask((filters, channels, 3, 3), 1 / density, 1, generator)
+    mask[0, -1] = True
+    mask[-1, 0].flatten()[2:7] = True
+    with torch.no_grad():
+        layer.weight.mul_(mask)
+    return layer
+
+
+class Windows(nn.Module):
+    """Convolutions of which blocks of images run by windows: strides, activations, sums, many channels."""
+
+    def __init__(self, channels: int, padding: int) -> None:
+        super().__init__()
+        self.first = nn.Conv2d(3, channels, 1)
+        self.second = with_patterns(9, channels, 0.2, 1)
+        self.third = with_patterns(9, 9, 0.3, 2)
+        self.fourth = with_patterns(7, 9, 0.4, 3)
+        self.fourth.stride, self.fourth.padding = (2, 2), (padding, padding)
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        x = nn.functional.hardswish(self.second(torch.relu(self.first(x))))
+        y: torch.Tensor = self.fourth(nn.functional.silu(self.third(x) + x))
+        return y
+
+
+@pytest.mark.long
+@pytest.mark.parametrize(
+    ("channels", "size", "padding"), [(600, (4, 6), 1), (5, (8, 8), 1), (5, (11, 9), 0), (5, (9, 11), 2)]
+)
+def test_windows_are_right(channels: int, size: tuple[int, int], padding: int, tmp_path: Path) -> None:
+    """Images that are one tile and that tiles overlap in, more channels than a pass has."""
+    torch.manual_seed(0)
+    model = Windows(channels, padding).eval()
+    check_choices(model, (3, *size), tmp_path, (17,), ("windows",))
+
+
 def test_every_choice_is_right(tmp_path: Path) -> None:
     torch.manual_seed(0)
     layers = [

@@ -103,9 +103,30 @@ INLINE void strip_of(const strip *t, const int rows, const int wide) {
 }
 
 #define STRIP(I, J) NOINLINE void strip_##I##_##J(const strip *t) { strip_of(t, I, J); }
-STRIP(6, 1) STRIP(4, 1) STRIP(3, 2) STRIP(2, 2) STRIP(1, 4)
-static void (*const strips[7][5])(const strip *) = {[6][1] = strip_6_1, [4][1] = strip_4_1, [3][2] = strip_3_2,
-                                                    [2][2] = strip_2_2, [1][4] = strip_1_4};
+#define SET(N)
+#include "sets.h"  // which strips are needed
+#undef SET
+#ifdef MODEL_HAS_COLUMNS_1
+STRIP(6, 1) STRIP(4, 1)
+#endif
+#ifdef MODEL_HAS_COLUMNS_2
+STRIP(3, 2) STRIP(2, 2)
+#endif
+#ifdef MODEL_HAS_COLUMNS_4
+STRIP(1, 4)
+#endif
+static void (*const strips[7][5])(const strip *) = {
+  [0][0] = NULL,
+#ifdef MODEL_HAS_COLUMNS_1
+    [6][1] = strip_6_1, [4][1] = strip_4_1,
+#endif
+#ifdef MODEL_HAS_COLUMNS_2
+    [3][2] = strip_3_2, [2][2] = strip_2_2,
+#endif
+#ifdef MODEL_HAS_COLUMNS_4
+    [1][4] = strip_1_4,
+#endif
+};
 
 // Rows y0 .. y0 + rows of all channels, zero outside of the image.
 static void fill_strip(const model_value *in, const float *image, int64_t plane, int y0, int rows, int wide, float *to,

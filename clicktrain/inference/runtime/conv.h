@@ -359,6 +359,10 @@ INLINE void run_conv(const model_network *network, const model_op *op, const mod
     network->isa->columns(op, plan, in, out, constants->bias, images, residual, results, region, worker);
     return;
   }
+  if (layout == BLOCK && plan->form == FORM_WINDOWS) {
+    network->isa->windows(op, plan, in, out, constants->bias, images, residual, results, region, worker);
+    return;
+  }
   const int64_t plane = model_plane(in, layout) * element;
   tile t = {.values = constants->values, .bias = constants->bias,
             .offsets = plan->offsets, .unit = plan->unit, .out_plane = model_plane(out, layout) * element,

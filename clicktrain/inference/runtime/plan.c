@@ -155,7 +155,7 @@ static int choose_form(const problem *p, model_plan *plan) {
     return MODEL_OK;
   }
   double (*const forms[])(const problem *, model_plan *) = {plan_rows, plan_flat, model_plan_taps,
-                                                            model_plan_columns};
+                                                            model_plan_columns, model_plan_windows};
   double best = -1;
   for (int form = CHOICE_ROWS; form < CHOICES; ++form) {
     model_plan trial = {0};
@@ -345,6 +345,7 @@ static int plan_one(model_network *network, int index, int layout, model_tables 
   p.registers = registers;
   p.pairs = network->isa->pairs != NULL;
   p.has_columns = network->isa->columns != NULL;
+  p.has_windows = network->isa->windows != NULL;
   p.values = (const float *)(network->weights + op->values);
   p.bits = op->dense ? NULL : network->weights + op->bits;
   p.vectors = op->dense ? (registers >= 32 ? MODEL_TILE_DENSE : 3) : (registers >= 32 ? MODEL_TILE_VECTORS : 12);
@@ -361,7 +362,7 @@ static int plan_one(model_network *network, int index, int layout, model_tables 
     }
   }
   if (plan->form == FORM_TAPS) return model_tap_tables(&p, plan, memory, fill);
-  if (plan->form == FORM_COLUMNS) return model_column_tables(&p, plan, memory, fill);
+  if (plan->form == FORM_COLUMNS || plan->form == FORM_WINDOWS) return model_set_tables(&p, plan, memory, fill);
   return make_tables(&p, plan, memory, fill);
 }
 

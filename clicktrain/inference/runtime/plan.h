@@ -11,7 +11,7 @@ typedef struct {
   const model_value *in, *out;
   int layout, lanes, element;  // element: floats of one position
   int registers, pairs;        // pairs: whether two kernels are computed at once
-  int has_columns;             // whether there is code for FORM_COLUMNS
+  int has_columns, has_windows;  // whether there is code for FORM_COLUMNS and FORM_WINDOWS
   int taps, columns;           // of a kernel, of its rows
   int vectors;                 // most in a tile
   const unsigned char *bits;   // which weights are stored; NULL: all
@@ -20,7 +20,7 @@ typedef struct {
 } model_problem;
 
 // What can be measured about a convolution: a form with regions that fit L1, or L2; by rules where that cannot be.
-enum { CHOICE_ROWS = 1, CHOICE_FLAT, CHOICE_TAPS, CHOICE_COLUMNS, CHOICES };
+enum { CHOICE_ROWS = 1, CHOICE_FLAT, CHOICE_TAPS, CHOICE_COLUMNS, CHOICE_WINDOWS, CHOICES };
 enum { CHOICE_SMALL = 1, CHOICE_LARGE };
 #define CHOICE(form, passes) ((form) + 8 * (passes))
 
@@ -34,9 +34,10 @@ double model_plan_taps(const model_problem *, model_plan *);
 int64_t model_tap_floats(const model_problem *, const model_plan *);  // of its region
 int model_tap_tables(const model_problem *, model_plan *, model_tables *, int fill);
 
-// The same for FORM_COLUMNS.
+// The same for FORM_COLUMNS and FORM_WINDOWS, which have the same tables.
 double model_plan_columns(const model_problem *, model_plan *);
-int model_column_tables(const model_problem *, model_plan *, model_tables *, int fill);
+double model_plan_windows(const model_problem *, model_plan *);
+int model_set_tables(const model_problem *, model_plan *, model_tables *, int fill);
 
 // Bits that are set; compilers would call a function for it.
 static inline int model_ones(unsigned x) {

@@ -128,8 +128,12 @@ static size_t bytes_at(int64_t at) {
 static int reads_values(const model_network *network, int n) {
   if (!network->constants[n].values) return 0;
   if (NETWORK->ops[n].kind != OP_CONV) return 1;
-  const int form = network->plans[SINGLE][n].form;
-  return (form != FORM_TAPS && form != FORM_COLUMNS) || network->blocks;
+  int reads = 0;
+  for (int layout = 0; layout < (network->blocks ? LAYOUTS : 1); ++layout) {
+    const int form = network->plans[layout][n].form;
+    reads |= form != FORM_TAPS && form != FORM_COLUMNS && form != FORM_WINDOWS;
+  }
+  return reads;
 }
 
 // Keep of a file only what is used: not which weights there are, and not what plans have in another order.

@@ -17,6 +17,7 @@
 #define MODEL_SUMS_WIDE 4   // and vectors of an image
 #define MODEL_SUMS_TOTAL 16 // and both multiplied
 #define MODEL_STRETCHES 8   // whose sums are moved together
+#define MODEL_WINDOW_SIDE 4  // FORM_WINDOWS: rows and columns of results in registers
 #define MODEL_GROUP 4         // filters of a dense layer that are computed at once
 #define MODEL_BLOCK 16        // outputs of a dense linear layer that lie side by side
 
@@ -67,7 +68,7 @@ typedef struct { uint32_t value, offset, count, filter; } model_job;
 #define JOB_MORE(job) ((int)((job)->filter >> 28 & 3))  // dense: filters beside the first
 #define JOB_FILTER(job) ((job)->filter & 0x0fffffffu)
 
-enum { FORM_DIRECT, FORM_ROWS, FORM_FLAT, FORM_TAPS, FORM_COLUMNS };
+enum { FORM_DIRECT, FORM_ROWS, FORM_FLAT, FORM_TAPS, FORM_COLUMNS, FORM_WINDOWS };
 // FORM_FLAT: row by row; where rows are as long as those of the results, many at once; or a copy for each tap instead
 // of each column of the kernel, where a tile is a whole image.
 enum { MOVED_BY_ROW, MOVED_AT_ONCE, MOVED_BY_TAP };
@@ -89,6 +90,10 @@ typedef struct {
 // FORM_COLUMNS, of one image: a strip of rows with sums for each of the three columns of a kernel stays in registers
 // for all kernels of a filter, and is put together in the end, moved by a lane. Rows of a kernel's input are loaded
 // once for all its taps, by code of its own for each set of taps that is frequent (sets.h, written with the network).
+//
+// FORM_WINDOWS, of a block: MODEL_WINDOW_SIDE squared results stay in registers for all kernels of a filter in a pass,
+// again with code for each set; windows of all channels of a pass are in L2. Of pairs, a window holds bfloat16 numbers,
+// two columns in a vector.
 typedef struct { uint32_t kernel, value; } model_filter;  // its first of `offsets` / 2, and of `packed`
 
 // How one convolution runs in one layout. Channels are taken in passes, whose inputs are copied into a region that fits
@@ -108,8 +113,10 @@ typedef struct {
   // FORM_TAPS: filters in parts, which are computed one after another or by several threads.
   int parts;
   int64_t most[4];              // groups, stretches, kernels and weights, as many as there may be
-  const model_filter *filters;  // FORM_COLUMNS: [filters + 1]; offsets are set and channel of a kernel, or of a pair
-                                // set and channels
+  int whole;                    // FORM_WINDOWS: whether the results are the whole image
+  // FORM_COLUMNS, FORM_WINDOWS: [passes x filters + 1]; `offsets` are set and channel of a kernel, or of a pair set and
+  // channels.
+  const model_filter *filters;
   const model_group *groups;
   const model_stretch *stretches;
   const float *packed;          // of pairs: two bfloat16 numbers each
@@ -151,7 +158,7 @@ int model_open_file_choosing(const char *path, int max_batch, const char *isa, c
 int model_read_weights(const char *path, unsigned char **weights, size_t *bytes);
 double model_seconds(void);
 
-// A convolution of one image in a form of its own.
+// A convolution in a form of its own.
 typedef void (*model_special)(const model_op *, const model_plan *, const model_value *in, const model_value *out,
                               const float *bias, const float *image, const float *residual, float *results,
                               float *region, model_worker);
@@ -166,6 +173,7 @@ struct model_isa {
   void (*leave)(const float *memory, int count, float *results);              // block -> results
   model_special pairs;    // FORM_TAPS with pairs of bfloat16 numbers, NULL: with float32. Only taken by name
   model_special columns;  // FORM_COLUMNS; NULL: it is not there
+  model_special windows;  // FORM_WINDOWS; likewise
 };
 
 extern const model_isa *const model_isas[];  // best first, then those that round, NULL at the end

@@ -1,0 +1,27 @@
+// For processors with AVX-512 that multiply pairs of bfloat16 numbers: windows.h, for the sets of taps of
+// this network.
+#include "special.h"
+#ifdef MODEL_PAIRS
+#include <immintrin.h>
+#include <math.h>
+#include <stddef.h>
+#include <stdint.h>
+#include <string.h>
+#if defined(__clang__)
+#pragma clang attribute push(__attribute__((target("avx512f,avx512bw,avx512dq,avx512vl,avx512bf16,avx2,fma,prfchw"))), \
+                             apply_to = function)
+#else
+#pragma GCC target("avx512f,avx512bw,avx512dq,avx512vl,avx512bf16,avx2,fma,prfchw,prefer-vector-width=512")
+#endif
+#define LANES 16
+#define PAIRS
+#include "windows.h"
+void model_run_window_pairs(const model_op *op, const model_plan *plan, const model_value *in, const model_value *out,
+                       const float *bias, const float *image, const float *residual, float *results, float *region,
+                       model_worker worker) {
+  run_windows(op, plan, in, out, bias, image, residual, results, region, worker);
+}
+#if defined(__clang__)
+#pragma clang attribute pop
+#endif
+#endif

@@ -1,0 +1,26 @@
+// For processors with AVX-512: windows.h, for the sets of taps of this network.
+#if defined(__x86_64__)
+#include <math.h>
+#include <stddef.h>
+#include <stdint.h>
+#include <string.h>
+
+#include "special.h"
+
+#if defined(__clang__)
+#pragma clang attribute push(__attribute__((target("avx512f,avx512bw,avx512dq,avx512vl,avx2,fma,prfchw"))), \
+                             apply_to = function)
+#else
+#pragma GCC target("avx512f,avx512bw,avx512dq,avx512vl,avx2,fma,prfchw,prefer-vector-width=512")
+#endif
+#define LANES 16
+#include "windows.h"
+void model_run_windows(const model_op *op, const model_plan *plan, const model_value *in, const model_value *out,
+                       const float *bias, const float *image, const float *residual, float *results, float *region,
+                       model_worker worker) {
+  run_windows(op, plan, in, out, bias, image, residual, results, region, worker);
+}
+#if defined(__clang__)
+#pragma clang attribute pop
+#endif
+#endif

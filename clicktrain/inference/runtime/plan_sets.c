@@ -1,0 +1,236 @@
+// Tables of FORM_COLUMNS and FORM_WINDOWS: kernels of each filter as sets of taps that there is code for.
+#include <stdlib.h>
+#include <string.h>
+
+#include "plan.h"
+
+#define WINDOW_BYTES 655360  // of all channels of a pass
+
+static const unsigned char has_code[512] = {
+#define SET(N) [N] = 1,
+#include "sets.h"
+#undef SET
+};
+
+static const uint16_t coded[] = {
+#define SET(N) N,
+#include "sets.h"
+#undef SET
+};
+#define CODED (sizeof coded / sizeof *coded)
+
+// Loops over sets that are compiled: of columns by vectors of a row, of windows by stride and whether they are whole.
+static const unsigned char has_columns[5] = {
+  0,
+#ifdef MODEL_HAS_COLUMNS_1
+  [1] = 1,
+#endif
+#ifdef MODEL_HAS_COLUMNS_2
+  [2] = 1,
+#endif
+#ifdef MODEL_HAS_COLUMNS_4
+  [4] = 1,
+#endif
+};
+static const unsigned char has_windows[3][2] = {
+  {0, 0},
+#ifdef MODEL_HAS_WINDOWS_1
+  [1][0] = 1,
+#endif
+#ifdef MODEL_HAS_WINDOWS_1_WHOLE
+  [1][1] = 1,
+#endif
+#ifdef MODEL_HAS_WINDOWS_2
+  [2][0] = 1,
+#endif
+#ifdef MODEL_HAS_WINDOWS_2_WHOLE
+  [2][1] = 1,
+#endif
+};
+
+static int is_possible(const model_problem *p) {
+  const model_op *op = p->op;
+  int usual = 1;
+  for (int k = 0; k < 2; ++k)
+    usual &= op->kernel[k] == 3 && op->stride[k] == 1 && op->padding[k] == 1 && op->dilation[k] == 1;
+  return usual && p->has_columns && op->kind == OP_CONV && p->layout == SINGLE && !op->dense && op->groups == 1 &&
+         p->in->channels <= 65535;
+}
+
+double model_plan_columns(const model_problem *p, model_plan *plan) {
+  static const struct { int rows, wide; } tiles[] = {{6, 1}, {4, 1}, {3, 2}, {2, 2}, {1, 4}};
+  const int wide = (int)model_up(p->in->width, p->lanes);
+  double best = -1;
+  if (!is_possible(p) || wide > 4 || !has_columns[wide]) return best;
+  for (size_t n = 0; n < sizeof tiles / sizeof *tiles; ++n) {
+    const int rows = tiles[n].rows;
+    if (tiles[n].wide != wide || rows > p->out->height) continue;
+    const double vectors = rows * wide, strips = (double)model_up(p->out->height, rows);
+    // Of a kernel, taken as one of four taps: products, and a jump.
+    const double kernels = (double)p->op->count / 4;
+    const double products = kernels * (4 * vectors * 0.6 + 6) * (p->pairs ? 0.7 : 1);
+    const double around = p->out->channels * (6 * vectors + 30) + p->in->channels * (rows + 2.0) * wide * 2;
+    const double cost = strips * (products + around);
+    if (best >= 0 && cost >= best) continue;
+    best = cost;
+    // Of pairs, all channels are there twice.
+    *plan = (model_plan){.form = FORM_COLUMNS, .rows = rows, .cols = wide,
+                         .pass_channels = p->in->channels * (p->pairs ? 2 : 1),
+                         .channel = (int64_t)(rows + 2) * wide * p->lanes};
+  }
+  return best;
+}
+
+static int can_be_windows(const model_problem *p) {
+  const model_op *op = p->op;
+  const int stride = op->stride[0];
+  int usual = stride == 1 || stride == 2;
+  for (int k = 0; k < 2; ++k) usual &= op->kernel[k] == 3 && op->stride[k] == stride && op->dilation[k] == 1;
+  return usual && p->has_windows && op->kind == OP_CONV && p->layout == BLOCK && !op->dense && op->groups == 1 &&
+         p->out->height >= MODEL_WINDOW_SIDE && p->out->width >= MODEL_WINDOW_SIDE;
+}
+
+double model_plan_windows(const model_problem *p, model_plan *plan) {
+  const model_op *op = p->op;
+  const int side = MODEL_WINDOW_SIDE, stride = op->stride[0];
+  if (!can_be_windows(p)) return -1;
+  const int image = side * stride, has = op->padding[0] == 1 && op->padding[1] == 1;
+  const int whole = has && p->out->height == side && p->out->width == side && p->in->height == image &&
+                    p->in->width == image;
+  if (!has_windows[stride][whole]) return -1;
+  const int rows = whole ? image : (side - 1) * stride + 3, cells = p->pairs ? (rows + 1) / 2 : rows;
+  const int64_t bytes = (int64_t)rows * cells * p->lanes * (int64_t)sizeof(float);
+  const int64_t channels = p->in->channels, most = WINDOW_BYTES / bytes;
+  const int64_t size = model_up(channels, model_up(channels, most)), passes = model_up(channels, size);
+  *plan = (model_plan){.form = FORM_WINDOWS, .rows = side, .cols = side, .passes = (int)passes, .whole = whole,
+                       .pass_channels = (int)size, .region_rows = rows, .phase_cols = rows,
+                       .channel = (int64_t)rows * cells};
+  // Of a kernel, taken as one of four taps: products, or what comes from L2 for them; and a jump.
+  const double kernels = (double)op->count / 4, vectors = side * side;
+  const double products = kernels * ((p->pairs ? 2.4 : 4.4) * vectors * (whole ? 0.75 : 1) + 4);
+  const double ends = (double)passes * p->out->channels * (vectors * 2.5 + 20);
+  const double copied = (double)channels * rows * cells * (p->pairs ? 3 : 2);
+  return (double)(model_up(p->out->height, side) * model_up(p->out->width, side)) * (products + ends + copied);
+}
+
+// The set with code that has most of these taps and no other.
+static unsigned largest_within(unsigned taps) {
+  unsigned best = taps & (0u - taps);
+  if (has_code[taps]) return taps;
+  for (unsigned set = taps; set; set = (set - 1) & taps)
+    if (has_code[set] && model_ones(set) > model_ones(best)) best = set;
+  return best;
+}
+
+// Where tables of sets are written, and how far: numbers of kernels and weights so far.
+typedef struct {
+  model_filter *filters;  // NULL while they are counted
+  uint16_t *kernels;
+  float *packed;
+  uint32_t kernel, value;
+} set_tables;
+
+// Of one pass, go through all kernels in parts that there is code for: count them, or write them. The number of
+// weights of all channels.
+static int64_t parts_of_kernels(const model_problem *p, int first, int end, set_tables *t) {
+  int64_t k = 0, stored = 0;
+  const float *values = p->values;
+  for (int f = 0; f < p->out->channels; ++f) {
+    if (t->filters) *t->filters++ = (model_filter){t->kernel, t->value};
+    for (int c = 0; c < p->in->channels; ++c) {
+      const unsigned all = model_kernel(p, k++);
+      if (!all) continue;
+      stored += model_ones(all);
+      if (stored > p->op->count) return -1;
+      for (unsigned left = c >= first && c < end ? all : 0; left;) {
+        const unsigned set = largest_within(left);
+        if (t->kernels) {
+          t->kernels[2 * t->kernel] = (uint16_t)set;
+          t->kernels[2 * t->kernel + 1] = (uint16_t)(c - first);
+          for (unsigned rest = set; rest; rest &= rest - 1)
+            t->packed[t->value++] = values[model_ones(all & ((rest & (0u - rest)) - 1))];
+        }
+        ++t->kernel;
+        left &= ~set;
+      }
+      values += model_ones(all);
+    }
+  }
+  return stored;
+}
+
+// The same for pairs: of each filter, kernels with the same set by twos, the last one by itself, with zeros beside it.
+static int64_t pairs_of_kernels(const model_problem *p, int begin, int end, set_tables *t) {
+  int64_t stored = 0;
+  const float *values = p->values;
+  struct { uint32_t seen, kernel, value; } of[512];  // of sets with code
+  for (int f = 0; f < p->out->channels; ++f) {
+    for (size_t n = 0; n < CODED; ++n) of[coded[n]].seen = 0;
+    const int64_t first = (int64_t)f * p->in->channels;
+    if (t->filters) *t->filters++ = (model_filter){t->kernel, t->value};
+    for (int c = 0; c < p->in->channels; ++c) {
+      const unsigned all = model_kernel(p, first + c);
+      if (!all) continue;
+      stored += model_ones(all);
+      if (c < begin || c >= end) continue;
+      for (unsigned left = all, set; left; left &= ~set) ++of[set = largest_within(left)].seen;
+    }
+    if (stored > p->op->count) return -1;
+    for (size_t n = 0; n < CODED; ++n) {
+      const unsigned set = coded[n];
+      const uint32_t pairs = (of[set].seen + 1) / 2;
+      of[set].seen = 0;
+      of[set].kernel = t->kernel;
+      of[set].value = t->value;
+      t->kernel += pairs;
+      t->value += pairs * (uint32_t)model_ones(set);
+    }
+    if (!t->kernels) continue;
+    for (int c = 0; c < p->in->channels; ++c) {
+      const unsigned all = model_kernel(p, first + c);
+      if (!all) continue;
+      for (unsigned left = c >= begin && c < end ? all : 0, set; left; left &= ~set) {
+        set = largest_within(left);
+        const uint32_t n = of[set].seen++, odd = n & 1;
+        uint16_t *entry = t->kernels + 3 * (of[set].kernel + n / 2);
+        uint32_t *pair = (uint32_t *)t->packed + of[set].value + n / 2 * (uint32_t)model_ones(set);
+        entry[0] = (uint16_t)set;
+        entry[2] = (uint16_t)(c - begin);
+        if (!odd) entry[1] = (uint16_t)(c - begin);
+        for (unsigned rest = set; rest; rest &= rest - 1, ++pair) {
+          const uint32_t weight = model_rounded(values[model_ones(all & ((rest & (0u - rest)) - 1))]);
+          *pair = odd ? *pair | weight << 16 : weight;
+        }
+      }
+      values += model_ones(all);
+    }
+  }
+  return stored;
+}
+
+int model_set_tables(const model_problem *p, model_plan *plan, model_tables *memory, int fill) {
+  const int passes = plan->form == FORM_WINDOWS ? plan->passes : 1, channels = p->in->channels;
+  const int most = plan->form == FORM_WINDOWS ? plan->pass_channels : channels;
+  int64_t (*const go)(const model_problem *, int, int, set_tables *) = p->pairs ? pairs_of_kernels : parts_of_kernels;
+  set_tables t = {0};
+  for (int pass = 0; !fill && pass < passes; ++pass) {
+    const int end = pass == passes - 1 ? channels : (pass + 1) * most;
+    if (go(p, pass * most, end, &t) != p->op->count) return MODEL_DAMAGED;
+  }
+  if (!fill) {
+    plan->most[2] = t.kernel;
+    plan->most[3] = p->pairs ? t.value : p->op->count;
+  }
+  model_filter *filters = model_take(memory, ((size_t)passes * (size_t)p->out->channels + 1) * sizeof *filters);
+  uint16_t *kernels = model_take(memory, (p->pairs ? 3 : 2) * (size_t)plan->most[2] * sizeof *kernels);
+  float *packed = model_take(memory, (size_t)plan->most[3] * sizeof *packed);
+  if (!fill) return MODEL_OK;
+  plan->filters = filters;
+  plan->offsets = kernels;
+  plan->packed = packed;
+  t = (set_tables){filters, kernels, packed, 0, 0};
+  for (int pass = 0; pass < passes; ++pass)
+    go(p, pass * most, pass == passes - 1 ? channels : (pass + 1) * most, &t);
+  *t.filters = (model_filter){t.kernel, t.value};
+  return MODEL_OK;
+}

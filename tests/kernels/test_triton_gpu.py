@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 from importlib.util import find_spec
 
 import pytest
@@ -11,6 +12,7 @@ from torch import nn
 from clicktrain import accelerate
 from clicktrain.bench.conv import Shape
 from clicktrain.bench.gpu import GpuCase, bench_case, graph_ms, need_gpu
+from clicktrain.compiler import RecordedStep
 from clicktrain.errors import UserError
 from clicktrain.kernels.pack_model import pack_model_
 
@@ -54,3 +56,44 @@ def test_a_network_trains_on_the_gpu_as_its_dense_twin() -> None:
 def test_a_graph_is_timed() -> None:
     x = torch.ones(1 << 20, device="cuda")
     assert 0 < graph_ms({"copy": lambda: x.clone()})["copy"] < 10
+
+
+@GPU
+@pytest.mark.gpu
+def test_a_recorded_step_is_the_step_as_written() -> None:
+    torch.manual_seed(0)
+    model = nn.Sequential(
+        nn.Conv2d(3, 64, 3, padding=1), nn.BatchNorm2d(64), nn.ReLU(), nn.Conv2d(64, 64, 3, padding=1)
+    )
+    pack_model_(model, {"3": (torch.rand(2, 64, 3, 3) < 0.2).repeat_interleave(32, 0)})
+    results = []
+    for recorded in (False, True):
+        twin = copy.deepcopy(model).cuda()
+        x = torch.randn(32, 3, 16, 16, device="cuda", generator=torch.Generator("cuda").manual_seed(1))
+        fast = accelerate(twin, x, rule="sparse")
+        optimizer = torch.optim.SGD(twin.parameters(), lr=0.1)
+        step = RecordedStep(lambda x, fast=fast: fast(x).square().mean(), fast)
+        for _ in range(5):
+            if recorded:
+                step(x)
+            else:
+                fast(x).square().mean().backward()
+            optimizer.step()
+            optimizer.zero_grad()
+        assert step.replays == (4 if recorded else 0), step.reason
+        results.append(torch.cat([one.flatten() for one in twin.state_dict().values()]).double())
+    torch.testing.assert_close(results[1], results[0], rtol=1e-3, atol=1e-5)
+
+
+@GPU
+@pytest.mark.gpu
+def test_a_step_that_reads_from_the_gpu_is_not_recorded() -> None:
+    model = nn.Linear(8, 4).cuda()
+    x = torch.randn(16, 8, device="cuda")
+    step = RecordedStep(lambda x: model(x).mean() * (1 if x.sum().item() > 0 else 2), model)
+    step(x)
+    with pytest.warns(UserWarning, match="the step runs without a CUDA graph: it cannot be recorded"):
+        step(x)
+    step(x)
+    assert step.replays == 0
+    assert model.weight.grad is not None

@@ -14,6 +14,7 @@ from clicktrain.bench.conv import Shape
 from clicktrain.bench.gpu import GpuCase, bench_case, graph_ms, need_gpu
 from clicktrain.compiler import RecordedStep
 from clicktrain.errors import UserError
+from clicktrain.kernels.innermost_layout import batch_norm_innermost
 from clicktrain.kernels.pack_model import pack_model_
 
 GPU = pytest.mark.skipif(
@@ -56,6 +57,27 @@ def test_a_network_trains_on_the_gpu_as_its_dense_twin() -> None:
 def test_a_graph_is_timed() -> None:
     x = torch.ones(1 << 20, device="cuda")
     assert 0 < graph_ms({"copy": lambda: x.clone()})["copy"] < 10
+
+
+@GPU
+@pytest.mark.gpu
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32], ids=str)
+@pytest.mark.parametrize("shape", [(7, 5, 3, 9), (256, 64, 16, 16)], ids=str)
+def test_a_batch_norm_with_addition_and_relu(shape: tuple[int, ...], dtype: torch.dtype) -> None:
+    torch.manual_seed(0)
+    norm = nn.BatchNorm2d(shape[1]).cuda()
+    x, residual, grad = (torch.randn(shape, device="cuda").to(dtype) for _ in range(3))
+    inputs = [x.double().requires_grad_(), residual.double().requires_grad_()]
+    before = copy.deepcopy(norm).double()(inputs[0]) + inputs[1]
+    grad[before.abs() < 1e-2] = 0  # which side of zero 16 bits are on
+    expected = torch.autograd.grad(before.relu(), inputs, grad.double())
+    own = [one.detach().permute(1, 2, 3, 0).contiguous().requires_grad_() for one in (x, residual)]
+    y = batch_norm_innermost(own[0], norm, shape[0], own[1], "relu")
+    assert type(y.grad_fn).__name__ == "FusedNormBackward"
+    got = torch.autograd.grad(y, own, grad.permute(1, 2, 3, 0).contiguous())
+    for mine, other in zip((y, *got), (before.relu(), *expected), strict=True):
+        error = (mine.permute(3, 0, 1, 2).double() - other).abs().max() / other.abs().max()
+        assert float(error.detach()) < 2e-2
 
 
 @GPU

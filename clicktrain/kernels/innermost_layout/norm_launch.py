@@ -1,7 +1,8 @@
 """Batch norm in training, an addition and ReLU as two passes over ``[C, H, W, N]``, and back as two.
 
 A channel is contiguous in this layout. Forward: statistics (or the convolution before has taken them), then
-``act((x - mean) * scale + shift + residual)``. Backward: two sums by channel, then the gradient w.r.t. the input.
+``act((x - mean) * scale + shift + residual)``. Backward: two sums by channel, then the gradient
+w.r.t. the input.
 """
 
 from __future__ import annotations

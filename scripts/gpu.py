@@ -181,7 +181,7 @@ def said(row: Mapping[str, Any]) -> str:
     """A row, in a clause."""
     what = row.get("phase", "")
     if row.get("val_accuracy") is not None:
-        return f"accuracy {row['val_accuracy']:.4f} in {row['seconds']:.0f} s"
+        return f"accuracy {row['val_accuracy']:.2f} in {row['seconds']:.0f} s"
     if row.get("ratio") is None:
         return f"{what} checked".strip()
     predicted = f" (predicted {row['predicted_ratio']:.2f}x)" if "predicted_ratio" in row else ""

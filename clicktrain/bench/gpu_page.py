@@ -48,7 +48,7 @@ def _table(rows: list[Mapping[str, Any]]) -> str:
         head = ["method", "accuracy", "seconds", "training FLOPs", "density"]
         lines = [
             [
-                str(row["case"].get("method")), _number(row["val_accuracy"], 4), _number(row["seconds"], 1),
+                str(row["case"].get("method")), _number(row["val_accuracy"], 2), _number(row["seconds"], 1),
                 _number(row["train_flops_ratio"], 3), _number(row["density"], 4),
             ]
             for row in rows

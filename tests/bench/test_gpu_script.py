@@ -14,6 +14,7 @@ import torch
 
 from clicktrain.bench.gpu_page import page
 from clicktrain.errors import UserError
+from clicktrain.train import from_dict
 
 
 @pytest.fixture(scope="module")
@@ -31,6 +32,35 @@ def _interpreter(monkeypatch: pytest.MonkeyPatch) -> None:
     if find_spec("triton") is None:
         pytest.skip("needs Triton: pip install triton")
     monkeypatch.setenv("TRITON_INTERPRET", "1")
+
+
+def test_the_table_of_structures(repository: Path) -> None:
+    spec = importlib.util.spec_from_file_location("structures", repository / "scripts/gpu_structures.py")
+    assert spec is not None
+    assert spec.loader is not None
+    module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    names = dict(module.structures([16, 64]))
+    assert [*names] == [
+        "dense", "nothing shared", "kernels, 16 filters", "kernels, 64 filters", "channels, 16 filters",
+        "channels, 64 filters", "similar, 16 filters", "similar, 64 filters",
+    ]  # fmt: skip
+    for changes in names.values():
+        settings = module.settings_of(
+            changes, 2, ["epochs=3", "data=synthetic:classes=4,size=8,train=64,val=16"]
+        )
+        config, method = from_dict(settings)
+        assert (config.seed, config.epochs, config.width) == (2, 3, 4.0)
+        assert getattr(method, "group", 1) == changes.get("group", 1)
+    rows = [
+        {"structure": name, "seed": seed, "val_accuracy": value + seed}
+        for name, value in (("nothing shared", 80.0), ("kernels, 16 filters", 78.5))
+        for seed in range(3)
+    ]
+    assert module.table(rows).splitlines()[2:] == [
+        "| nothing shared | 81.00 | 80.00 to 82.00 (3) | +0.00 |",
+        "| kernels, 16 filters | 79.50 | 78.50 to 80.50 (3) | -1.50 |",
+    ]
 
 
 def numbers(value: Any, under: str = "") -> list[str]:
@@ -115,7 +145,7 @@ def test_the_page_of_figures(tmp_path: Path) -> None:
         "case": case, "phase": "forward", "dense": {"nchw": 0.5, "channels_last": 0.25},
         "sparse": {"a": 0.2, "b": 0.125}, "ratio": 2.0, "predicted_ratio": 2.5,
     }  # fmt: skip
-    run = {"case": {"method": "dense"}, "val_accuracy": 0.91, "seconds": 30.0, "train_flops_ratio": 1.0,
+    run = {"case": {"method": "dense"}, "val_accuracy": 91.25, "seconds": 30.0, "train_flops_ratio": 1.0,
            "density": 1.0}  # fmt: skip
     step = {"case": {"model": "resnet18"}, "ms": {"dense": 8.0, "sparse": 4.0}, "ratio": 2.0}
     for name, row in (("layers", layer), ("runs", run), ("steps", step)):
@@ -126,7 +156,7 @@ def test_the_page_of_figures(tmp_path: Path) -> None:
         "| 256x256x8, compression 10.0, precision bf16 | forward | 0.2500 | 0.1250 | `b` | 2.00 | 2.50 |"
         in lines
     )
-    assert "| dense | 0.9100 | 30.0 | 1.000 | 1.0000 |" in lines
+    assert "| dense | 91.25 | 30.0 | 1.000 | 1.0000 |" in lines
     assert "| model resnet18 | 8.000 | 4.000 | 2.00 |" in lines
     assert lines.count("- failed: y: Oops: z") == 3
     assert lines.count("- gpu H200") == 1

@@ -26,17 +26,10 @@ class Code:
             if line.startswith("#"):
                 self._lines.append(line)
                 continue
-            braces = "".join(brace for brace in _BRACES.findall(line) if brace in "{}")
+            braces = [part for part in _BRACES.findall(line) if part in "{}"] if _has_brace(line) else []
             closing = len(line) - len(line.lstrip("}"))
             indent = "  " * (self._depth - closing)
-            wrapped = textwrap.wrap(
-                line,
-                _WIDTH - len(indent),
-                subsequent_indent="    ",
-                break_long_words=False,
-                break_on_hyphens=False,
-            )
-            self._lines += [indent + part for part in wrapped]
+            self._lines += [indent + part for part in _wrapped(line, _WIDTH - len(indent))]
             self._depth += braces.count("{") - braces.count("}")
             if line == "}" and not self._depth:
                 self._lines.append("")
@@ -58,6 +51,19 @@ class Code:
     def text(self) -> str:
         """The whole source, with its static files."""
         return expand("\n".join(self._lines) + "\n")
+
+
+def _has_brace(line: str) -> bool:
+    return "{" in line or "}" in line
+
+
+def _wrapped(line: str, width: int) -> list[str]:
+    """A line in parts of at most this width. Nearly all are short, and a source has thousands."""
+    if 0 < len(line) <= width:
+        return [line]
+    return textwrap.wrap(
+        line, width, subsequent_indent="    ", break_long_words=False, break_on_hyphens=False
+    )
 
 
 def planes(sources: int, results: int, rows: Direction, columns: Direction) -> dict[str, int]:

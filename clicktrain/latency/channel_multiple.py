@@ -35,7 +35,7 @@ MULTIPLES = (1, 2, 4, 8, 16, 32)
 """Candidates that widths are rounded up to."""
 LIKED: Mapping[str, int] = {"cuda": 8}
 """By type of device, the multiple of channels that its matrix units take without padding; others take any.
-16 bytes of 16-bit numbers (NVIDIA, Matrix Multiplication Background User's Guide, Tensor Core requirements)."""
+16 bytes of 16-bit numbers (NVIDIA, Matrix Multiplication Background, Tensor Core requirements)."""
 CPU_IMAGES = 16
 """Most images per CPU thread: from a few on, time is proportional to them."""
 ROUNDS = (5, 30)

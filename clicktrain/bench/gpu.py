@@ -25,6 +25,7 @@ from clicktrain.kernels.layouts import LAYOUTS
 from clicktrain.kernels.native import KernelError
 from clicktrain.kernels.sparse_conv2d import IMPLS
 from clicktrain.kernels.sparse_conv2d.impl.triton import predicted
+from clicktrain.kernels.triton_run import interpreted, missing_triton
 
 PRECISIONS: Mapping[str, tuple[torch.dtype, bool]] = {
     "bf16": (torch.bfloat16, False),
@@ -44,6 +45,7 @@ class GpuCase:
         compression: all weights over kept ones, as asked for.
         filters, channels: how many side by side share channels and patterns, and kernels.
         precision: a key of `PRECISIONS`.
+        kernel: rows and columns of a kernel; the image keeps its size.
     """
 
     shape: Shape
@@ -51,23 +53,25 @@ class GpuCase:
     filters: int
     channels: int
     precision: str
+    kernel: int = 3
 
     def name(self) -> str:
         """For files and messages."""
         s = self.shape
         return (
             f"{s.channels}-{s.filters}-{s.height}x{s.width}-n{s.batch}-{self.compression:g}x-"
-            f"{self.filters}x{self.channels}-{self.precision}"
+            f"{self.filters}x{self.channels}-{self.precision}{'' if self.kernel == 3 else f'-k{self.kernel}'}"
         )
 
 
 @dataclass(frozen=True, slots=True)
 class GpuRow:
-    """One layer in one direction; milliseconds are medians of replayed graphs.
+    """One layer in one direction; milliseconds are medians of replayed graphs, and missing in a dry run.
 
     Attributes:
         dense: by memory format.
         sparse: by tile.
+        ratio: the fastest dense over the fastest sparse; None without times.
         predicted_ms: of the best tile, by the model, before it was measured.
         errors: by tile, largest error against float64 over the largest value.
         failed: by tile, why it could not be built.
@@ -123,26 +127,36 @@ def graph_ms(calls: Mapping[str, Callable[[], object]], rounds: int = ROUNDS) ->
     return {name: statistics.median(ms) for name, ms in times.items()}
 
 
-def bench_case(case: GpuCase, seed: int = 0) -> list[GpuRow]:
+def dry_device() -> torch.device:
+    """The CPU, for a dry run; UserError unless Triton's interpreter is asked for."""
+    if (missing := missing_triton()) is not None or not interpreted():
+        raise UserError(f"a dry run wants TRITON_INTERPRET=1 and Triton{f': {missing}' if missing else ''}")
+    return torch.device("cpu")
+
+
+def bench_case(case: GpuCase, seed: int = 0, *, dry: bool = False) -> list[GpuRow]:
     """Check every candidate against float64 and time it beside cuDNN, in each direction.
+
+    ``dry``: on the CPU, in Triton's interpreter; the likeliest candidate of each direction is checked, and
+    nothing is timed.
 
     Raises:
         UserError: no GPU, or the implementation refuses the layer.
         WrongResultError: a result is off by more than the implementation allows.
     """
-    device, impl = need_gpu(), IMPLS["triton"]
+    device, impl = dry_device() if dry else need_gpu(), IMPLS["triton"]
     dtype, tf32 = PRECISIONS[case.precision]
     s = case.shape
     torch.manual_seed(seed)
-    channels = min(case.channels, s.channels)
+    channels, kernel = min(case.channels, s.channels), (case.kernel, case.kernel)
     mask = pattern_mask(
-        (s.filters, s.channels // channels, 3, 3),
+        (s.filters, s.channels // channels, *kernel),
         case.compression,
         case.filters,
         torch.Generator().manual_seed(seed),
     ).repeat_interleave(channels, 1)
     structure = Structure.from_mask(mask).to(device)
-    weight = torch.randn(s.filters, s.channels, 3, 3, device=device) * 0.05
+    weight = torch.randn(s.filters, s.channels, *kernel, device=device) * 0.05
     x = torch.randn(s.batch, s.channels, s.height, s.width, device=device).to(dtype)
     gy = torch.randn(s.batch, s.filters, s.height, s.width, device=device).to(dtype)
     values = pack_values(structure, weight)
@@ -150,20 +164,22 @@ def bench_case(case: GpuCase, seed: int = 0) -> list[GpuRow]:
         structure,
         (s.height, s.width),
         s.batch,
-        padding=(1, 1),
+        padding=(case.kernel // 2, case.kernel // 2),
         activations=str(dtype).removeprefix("torch."),
-        device="cuda",
+        device=device.type,
     )
-    if reasons := impl.refusals(problem):
+    if reasons := impl.reject(problem):
         raise UserError(f"{case.name()}: {'; '.join(reasons)}")
     before = torch.backends.cudnn.allow_tf32, torch.backends.cudnn.benchmark
     torch.backends.cudnn.allow_tf32, torch.backends.cudnn.benchmark = tf32, True
     try:
         assert impl.candidates is not None
         every = impl.candidates(structure, problem)
+        if dry:
+            every = list({one.phase: one for one in reversed(every)}.values())
         expected = _expected(x, gy, weight * mask.to(device), structure)
         return [
-            _row(case, phase, every, (x, gy, values), weight, structure, problem, expected[phase])
+            _row(case, phase, every, (x, gy, values), weight, structure, problem, expected[phase], dry)
             for phase in PHASES
         ]
     finally:
@@ -179,6 +195,7 @@ def _row(
     structure: Structure,
     problem: ConvProblem,
     expected: Tensor,
+    dry: bool,
 ) -> GpuRow:
     x, gy, values = tensors
     layout, impl = LAYOUTS["batch_innermost"], IMPLS["triton"]
@@ -211,12 +228,18 @@ def _row(
             )
         calls[tile] = call
     dense = _dense_calls(phase, x, gy, weight)
-    with torch.no_grad():
-        times = graph_ms({**calls, **{f"dense {name}": call for name, call in dense.items()}})
-    dense_ms = {name: times[f"dense {name}"] for name in dense}
-    sparse_ms = {name: times[name] for name in calls}
+    dense_ms: dict[str, float] = {}
+    sparse_ms: dict[str, float] = {}
+    if dry:
+        for one in dense.values():
+            one()
+    else:
+        with torch.no_grad():
+            times = graph_ms({**calls, **{f"dense {name}": call for name, call in dense.items()}})
+        dense_ms = {name: times[f"dense {name}"] for name in dense}
+        sparse_ms = {name: times[name] for name in calls}
     forecast = predicted(phase, structure, problem, "")
-    ratio = min(dense_ms.values()) / min(sparse_ms.values()) if sparse_ms else None
+    ratio = min(dense_ms.values()) / min(sparse_ms.values()) if sparse_ms and dense_ms else None
     return GpuRow(
         case,
         phase,
@@ -232,10 +255,13 @@ def _row(
 
 
 def _dense(phase: Phase, x: Tensor, gy: Tensor, weight: Tensor) -> Tensor:
+    around = weight.shape[2] // 2
     if phase == "forward":
-        return F.conv2d(x, weight, padding=1)
+        return F.conv2d(x, weight, padding=around)
     mask, one = [phase == "dgrad", phase == "wgrad", False], [1, 1]
-    both = torch.ops.aten.convolution_backward(gy, x, weight, None, one, one, one, False, [0, 0], 1, mask)
+    both = torch.ops.aten.convolution_backward(
+        gy, x, weight, None, one, [around, around], one, False, [0, 0], 1, mask
+    )
     result: Tensor = both[0 if phase == "dgrad" else 1]
     return result
 

@@ -3,5 +3,14 @@
 from clicktrain.compiler.api import MaskedLatency, accelerate
 from clicktrain.compiler.module import Accelerated
 from clicktrain.compiler.plan import Choice, LoweringPlan, dtypes_worth_measuring
+from clicktrain.compiler.recorded_step import RecordedStep
 
-__all__ = ["Accelerated", "Choice", "LoweringPlan", "MaskedLatency", "accelerate", "dtypes_worth_measuring"]
+__all__ = [
+    "Accelerated",
+    "Choice",
+    "LoweringPlan",
+    "MaskedLatency",
+    "RecordedStep",
+    "accelerate",
+    "dtypes_worth_measuring",
+]

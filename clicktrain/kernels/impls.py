@@ -35,6 +35,7 @@ class ConvProblem:
         density: nonzero weights / all weights, to a hundredth.
         patterns: different patterns that its kernels have, at most `MOST_PATTERNS`.
         equal_filters: whether all filters have equally many values.
+        two_of_four: whether a filter of 1x1 kernels keeps at most two of each four consecutive channels.
         input_grad: whether dgrad is computed.
         operator: key of `IMPLS`.
     """
@@ -54,6 +55,7 @@ class ConvProblem:
     density: float = 1.0
     patterns: int = 1
     equal_filters: bool = True
+    two_of_four: bool = False
     bias: bool = False
     input_grad: bool = True
     operator: str = "sparse_conv2d"
@@ -157,8 +159,17 @@ def positions_of(structure: Structure) -> dict[str, Any]:
             "density": round(structure.density, 2),
             "patterns": min(len(distinct(structure)), MOST_PATTERNS),
             "equal_filters": structure.nnz_per_filter is not None,
+            "two_of_four": _two_of_four(structure),
         }
     return _POSITIONS[structure]
+
+
+def _two_of_four(structure: Structure) -> bool:
+    filters, channels, *kernel = structure.shape
+    if kernel != [1, 1] or channels % 4:
+        return False
+    fours = torch.bincount(structure.flat().long() // 4, minlength=filters * channels // 4)
+    return not bool((fours > 2).any())
 
 
 @dataclass(frozen=True, slots=True, eq=False)

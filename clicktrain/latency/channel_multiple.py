@@ -23,7 +23,7 @@ from clicktrain.comm.agreement import agreed
 from clicktrain.formats.memory_format import keep_out_of_channels_last_
 from clicktrain.graph import as_inputs
 from clicktrain.graph.inputs import batch_size, blank, first_of_batch, first_tensor
-from clicktrain.graph.prunable import SeenBatch
+from clicktrain.graph.prunable import PrunableLayer, SeenBatch
 from clicktrain.latency.machine import measured_once
 from clicktrain.latency.network_times import bare_copy, step_call
 from clicktrain.latency.timer import clock_of, synchronized, timed_for
@@ -33,6 +33,9 @@ from clicktrain.surgery.steady import norm_alone_
 FORMAT_VERSION = 2
 MULTIPLES = (1, 2, 4, 8, 16, 32)
 """Candidates that widths are rounded up to."""
+LIKED: Mapping[str, int] = {"cuda": 8}
+"""By type of device, the multiple of channels that its matrix units take without padding; others take any.
+16 bytes of 16-bit numbers (NVIDIA, Matrix Multiplication Background, Tensor Core requirements)."""
 CPU_IMAGES = 16
 """Most images per CPU thread: from a few on, time is proportional to them."""
 ROUNDS = (5, 30)
@@ -66,6 +69,11 @@ class BatchForm(NamedTuple):
             x = x.new_empty_strided(self.shape, self.strides).zero_()
         whole = inputs.map(lambda tensor: x if tensor is first else tensor)
         return SeenBatch(whole, None if self.autocast is None else getattr(torch, self.autocast))
+
+
+def liked_multiple(layers: Sequence[PrunableLayer]) -> int:
+    """The multiple of channels that the device of some layers takes without padding, see `LIKED`."""
+    return max((LIKED.get(layer.weight.device.type, 1) for layer in layers), default=1)
 
 
 @dataclass(frozen=True, slots=True)

@@ -80,8 +80,10 @@ class ChannelsThenPatterns(ChannelSettings, PatternChoices, Method[TwoPartState]
     def first(self) -> PruneTrain:
         """The part that removes channels."""
         settings: dict[str, Any] = {name: getattr(self, name) for name in field_names(ChannelSettings)}
-        if self.round_to != "auto":
+        if isinstance(self.round_to, int):
             settings["round_to"] = max(self.round_to, self.group)
+        elif self.round_to != "auto" and self.group > 1:
+            settings["round_to"] = self.group
         return PruneTrain(**settings)
 
     def first_of(self, length: RunLength) -> PruneTrain:

@@ -106,7 +106,7 @@ class ClickTrain(PatternSettings, Method[ClickTrainState]):
                 [layer.budget for layer in state.layers],
                 self.aim,
                 patterns=self.patterns or 1,
-                group=self.group,
+                group=self.group if self.share == "kernels" else 1,
                 measure=state.measure,
             )
         return state.latency

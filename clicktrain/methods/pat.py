@@ -107,8 +107,9 @@ class PaT(StructureSettings, LossSlopeSettings, Method[PaTState]):
     """Seed that draws other neurons than those of structure_from, as many in each layer."""
     min_channels: int = 1
     """Neurons that every layer keeps."""
-    round_to: int = 1
-    """Widths become the nearest multiples of it; the pruned share is then no longer exact."""
+    round_to: int | Literal["device"] = "device"
+    """Widths become the nearest multiples of it; the pruned share is then no longer exact. device: 8 on GPUs,
+    whose tensor cores take these without padding, 1 elsewhere."""
     latency_target: float | None = None
     """Inference time to end at, as a share of the whole network's, instead of a pruning ratio."""
     latency_target_ms: float | None = None

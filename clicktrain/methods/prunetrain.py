@@ -48,8 +48,8 @@ from clicktrain.settings import part_of
 from clicktrain.surgery import SurgeryPlan
 
 PRESETS: dict[str, dict[str, Any]] = {
-    "default": {"update": "proximal", "sides": "readers", "floor": 0.1},
-    "paper": {"update": "gradient", "sides": "both", "floor": 0.0},
+    "default": {"update": "proximal", "sides": "readers", "floor": 0.1, "round_to": "device"},
+    "paper": {"update": "gradient", "sides": "both", "floor": 0.0, "round_to": 1},
 }
 TARGET_FLOPS = 0.6
 """The target where neither a target nor a penalty is given."""
@@ -107,9 +107,10 @@ class ChannelSettings:
     sides: Literal["both", "readers"] | None = None
     """Remove a channel when no layer reads it (readers, the default), or only when it is zero on both sides
     (both, the paper's, which removes later). Neither changes what the network computes."""
-    round_to: int | Literal["auto"] = 1
-    """Widths that remain are multiples of it, where the layer is wide enough; auto: the multiple with which
-    the network that is left trains fastest on this device, measured at each reconfiguration."""
+    round_to: int | Literal["auto", "device"] | None = None
+    """Widths that remain are multiples of it, where the layer is wide enough; device (default): 8 on GPUs,
+    whose tensor cores take these without padding, 1 elsewhere (paper: 1); auto: the multiple with which the
+    network that is left trains fastest on this device, measured at each reconfiguration."""
     check_outputs: bool = False
     """At every reconfiguration, measure how much the network's output changes on the last batch."""
 
@@ -221,7 +222,8 @@ class PruneTrain(ChannelSettings, Method[PruneTrainState]):
         """Check that the run can be done as asked."""
         check_convolutions(prunable, self.title)
         self.rhythm.check(length)
-        state = PruneTrainState(round_to=None if self.round_to == "auto" else self.round_to)
+        known = None if self.round_to == "auto" else self.removal.fixed_multiple(prunable)
+        state = PruneTrainState(round_to=known)
         if prunable.example is not None:
             self._look(state, prunable)
         return state
@@ -284,7 +286,7 @@ class PruneTrain(ChannelSettings, Method[PruneTrainState]):
         zeroed = self.removal.zero_small_(prunable, state.lasso.axes or self._axes(prunable))
         plans = agree(prunable, self.removal.plans(prunable))
         actions: list[Action] = []
-        multiple = self.removal.fixed_multiple
+        multiple = self.removal.fixed_multiple(prunable)
         if self.round_to == "auto":
             batch = state.batch or BatchForm(tuple(first_tensor(as_inputs(prunable.example)).shape))
             # A run that was resumed after the last batch has a blank one of its form.
@@ -342,7 +344,7 @@ class PruneTrain(ChannelSettings, Method[PruneTrainState]):
         self, prunable: PrunableLayers, length: RunLength, state: PruneTrainState | None = None
     ) -> PruningPlan:
         """Per layer: the share that would be left if channels were removed now, and why one stays."""
-        multiple = (None if state is None else state.round_to) or self.removal.fixed_multiple
+        multiple = (None if state is None else state.round_to) or self.removal.fixed_multiple(prunable)
         plan = self.removal.plans(prunable, (multiple,))[multiple]
         changes = {row.name: row for row in plan.layers}
         rows, full, kept = [], 0, 0

@@ -61,6 +61,44 @@ def keep_kernels(scores: Tensor, kernels: int) -> Tensor:
     return torch.zeros_like(scores, dtype=torch.bool).scatter_(1, order, True)
 
 
+def keep_kernels_alike(scores: Tensor, kernels: int, group: int, similar: bool) -> Tensor:
+    """As `keep_kernels`, the same channels in each ``group`` of filters: those with the largest sums.
+
+    Groups are of neighbors, or of filters that want ``similar`` channels; F is a multiple of ``group``.
+    """
+    order = (
+        similar_filters(scores, kernels, group) if similar else torch.arange(len(scores)).to(scores.device)
+    )
+    sums = scores[order].view(-1, group, scores.shape[1]).sum(1)
+    kept = torch.zeros_like(scores, dtype=torch.bool)
+    kept[order] = keep_kernels(sums, kernels).repeat_interleave(group, 0)
+    return kept
+
+
+def similar_filters(scores: Tensor, kernels: int, group: int) -> Tensor:
+    """An order of the filters, int64 [F], in which each ``group`` in a row wants similar channels.
+
+    A filter wants the channels that it would keep alone, ``kernels`` of them, by their scores [F, C]. The one
+    with the largest sum of scores that is left begins a group, and those go with it whose wishes have the
+    largest cosine with its own; ties go to the lowest number. On the CPU, so that all processes agree.
+    """
+    own = scores.detach().double().cpu()
+    wants = torch.where(keep_kernels(own, kernels), own, 0.0)
+    wants = wants / wants.norm(dim=1, keepdim=True).clamp_min(1e-300)
+    alike = wants @ wants.T
+    first = torch.sort(own.sum(1), descending=True, stable=True).indices.tolist()
+    left = torch.ones(len(own), dtype=torch.bool)
+    order: list[int] = []
+    for begins in first:
+        if left[begins]:
+            left[begins] = False
+            near = torch.where(left, alike[begins], -1.0)
+            others = torch.sort(near, descending=True, stable=True).indices[: group - 1]
+            left[others] = False
+            order += [begins, *others.tolist()]
+    return torch.tensor(order, device=scores.device)
+
+
 def chosen_scores(importance: Tensor, pool_masks: Tensor, pattern_id: Tensor) -> Tensor:
     """Score of each kernel inside its chosen pattern: [F, C]."""
     return pattern_scores(importance, pool_masks).gather(-1, pattern_id[..., None]).squeeze(-1)

@@ -214,6 +214,9 @@ class RunConfig(SaidOnce):
     """Keep images and weights in channels-last memory order."""
     compile: bool = False
     """Compile the network with torch.compile (again once the weights are packed)."""
+    cuda_graphs: bool = False
+    """Record forward and backward pass as a CUDA graph and replay it (on cuda); record it again whenever
+    layers, masks or modes have changed. What cannot be recorded runs as written; a warning says why."""
     packed: bool = True
     """Train on the kept values only after hard pruning, and while masks move, once 60% is zero; otherwise on
     masked dense weights."""

@@ -20,11 +20,11 @@ from clicktrain.errors import NetworkCollapsed
 from clicktrain.formats.atomic import append_jsonl
 from clicktrain.train.after_cut import after_cut, recalibrated
 from clicktrain.train.averages import LOOKAHEAD_STEPS, SlowWeights
+from clicktrain.train.backward import add_gradients
 from clicktrain.train.config import resume_command
 from clicktrain.train.evaluate import Evaluation, evaluate
 from clicktrain.train.exchange import epoch_figures
 from clicktrain.train.interrupt import LossWatch, StopRequest, TrainingInterrupted, diverged, explosion
-from clicktrain.train.loss import training_loss
 from clicktrain.train.minibatch import next_epoch
 from clicktrain.train.optim import shown_learning_rate, trained_parameters
 from clicktrain.train.progress import StepProgress
@@ -92,11 +92,9 @@ def train_batch(run: TrainingRun, batch: Batch) -> tuple[Tensor, Tensor, bool]:
     begins = state.batch == first
     for piece, last, share in run.pieces(batch, number):
         with run.together(begins, step_done and last):
-            one, right = training_loss(run, piece, teacher)
-            one = one if share == 1 else one * share
-            run.scaler.scale(one / group).backward()  # type: ignore[no-untyped-call]
+            one, right = add_gradients(run, piece, teacher, share, group)
         begins = False
-        loss, correct = loss + one.detach(), correct + right
+        loss, correct = loss + one, correct + right
     p.pruner.observe(loss)
     if several_processes():
         own = torch.zeros(2 + p.processes.number, dtype=torch.float64, device=p.device)

@@ -25,12 +25,25 @@ def training_loss(run: TrainingRun, batch: Batch, teacher: Teacher | None = None
     Raises:
         UserError: in training the network gives something else than one tensor.
     """
-    config, device = run.prepared.config, run.prepared.device
-    x, target = batch.x, batch.y
-    with autocast(device, config.precision):
-        if mixing := mixing_of(config):
-            generator = torch.Generator().manual_seed(torch.initial_seed())  # seeded for this batch
-            x, target = mixing(x, batch.y, run.prepared.facts["num_classes"], generator)
+    return loss_of(run, *mixed(run, batch), batch.y, teacher)
+
+
+def mixed(run: TrainingRun, batch: Batch) -> tuple[Tensor, Tensor]:
+    """Images and targets of a batch as the settings mix them, by the random numbers of the batch."""
+    mixing = mixing_of(run.prepared.config)
+    if not mixing:
+        return batch.x, batch.y
+    generator = torch.Generator().manual_seed(torch.initial_seed())  # seeded for this batch
+    with autocast(run.prepared.device, run.prepared.config.precision):
+        return mixing(batch.x, batch.y, run.prepared.facts["num_classes"], generator)
+
+
+def loss_of(
+    run: TrainingRun, x: Tensor, target: Tensor, y: Tensor, teacher: Teacher | None = None
+) -> tuple[Tensor, Tensor]:
+    """As `training_loss`, of images and targets that are `mixed`; ``y`` are the labels."""
+    config = run.prepared.config
+    with autocast(run.prepared.device, config.precision):
         output = run.forward.current(x)
         if not isinstance(output, Tensor):
             raise UserError(
@@ -41,7 +54,7 @@ def training_loss(run: TrainingRun, batch: Batch, teacher: Teacher | None = None
         if teacher is not None:
             taught = distillation_loss(output.float(), teacher.logits(x), config.distill_temperature)
             loss = (1 - config.distill) * loss + config.distill * taught
-    return loss, (output.detach().argmax(dim=1) == batch.y).sum()
+    return loss, (output.detach().argmax(dim=1) == y).sum()
 
 
 def mixing_of(config: RunConfig) -> Mixing:

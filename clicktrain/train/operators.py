@@ -17,6 +17,8 @@ from clicktrain.compiler.exchange import Exchanged, exchanged_gradients
 from clicktrain.compiler.renewal import SHORT_FLOPS, still_fits
 from clicktrain.files import is_file
 from clicktrain.formats.atomic import write_text_atomic
+from clicktrain.kernels.impls import candidates_for
+from clicktrain.kernels.sparse_conv2d.api import OPERATOR
 from clicktrain.runs.events import OperatorsEvent
 from clicktrain.runs.folder import RunFolder
 from clicktrain.train.prepare import Prepared
@@ -25,7 +27,8 @@ from clicktrain.train.progress import Progress
 
 def can_accelerate(p: Prepared) -> bool:
     """Whether the settings and the device ask for fast operators where layers are packed."""
-    return p.config.packed and p.config.operators != "reference" and p.device.type == "cpu"
+    wanted = p.config.packed and p.config.operators != "reference"
+    return wanted and bool(candidates_for(OPERATOR, p.device.type))
 
 
 def choose_operators(
@@ -59,7 +62,7 @@ def choose_operators(
     images_left = len(p.train_loader) * p.batch_size * (p.config.epochs - epoch)
     if rule == "measured" and images_left * p.cost.dense < SHORT_FLOPS:
         rule = "density"
-    example = torch.zeros(p.own_batch_size, *p.data.image_shape)
+    example = torch.zeros(p.own_batch_size, *p.data.image_shape, device=p.device)
     dtypes = dtypes_worth_measuring(p.config.precision == "bf16")
 
     notes: list[str] = []
@@ -84,10 +87,12 @@ def choose_operators(
     if plan is None:
         write_text_atomic(path, model.plan.to_json())
     layers = model.plan.operators()
-    blocked = sum(operator.endswith("blocked") for operator in layers.values())
+    moved = {choice.layout for choice in model.plan.choices if choice.kind == "conv"} - {"plain"}
+    count = sum(choice.kind == "conv" and choice.layout != "plain" for choice in model.plan.choices)
     kept = ", activations kept in bf16" if model.plan.activations == "bf16" else ""
+    layout = " and ".join(sorted(one.replace("_", "-") for one in moved)) or "blocked"
     progress.message(
-        f"{blocked} of {len(layers)} convolutions run in the blocked layout from here on{kept} "
+        f"{count} of {len(layers)} convolutions run in the {layout} layout from here on{kept} "
         f"(chosen in {time.perf_counter() - started:.1f} s)"
     )
     return model, OperatorsEvent(rule=model.plan.rule, activations=model.plan.activations, layers=layers)

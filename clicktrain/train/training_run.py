@@ -19,7 +19,7 @@ from clicktrain.accounting import TrainingMemory
 from clicktrain.comm.agreement import agree_on_, of_first
 from clicktrain.comm.meeting import numbered
 from clicktrain.comm.sync_batch_norm import run_together
-from clicktrain.compiler import Accelerated
+from clicktrain.compiler import Accelerated, RecordedStep
 from clicktrain.data import Batch
 from clicktrain.errors import UserError
 from clicktrain.formats.atomic import append_jsonl
@@ -96,6 +96,9 @@ class TrainingRun:
             pruner.subscribe(self._keep_dense, FinalizedEvent)
         self.forward: Wrapped[Callable[..., Any]] = pruner.wrapped(self._wrap)
         """The network as trained: on fast operators once it is packed, else compiled if so wished."""
+        self.recorded: RecordedStep | None = None
+        """The step of ``forward`` and of ``recorded_teacher`` as CUDA graphs, where these are asked for."""
+        self.recorded_teacher: Teacher | None = None
         self._fast: Accelerated | None = None
         self._density: float | None = None if pruner.moving else 1.0
         self._seconds_before = 0.0

@@ -148,7 +148,12 @@ def test_it_computes_what_the_oracle_does() -> None:
 
 @pytest.mark.parametrize("rule", ["sparse", "density"])
 def test_it_is_offered_refused_with_reasons_lowered_and_right(rule: str) -> None:
-    assert [impl.name for impl in candidates_for(OPERATOR)] == ["blocked", "triton", "gather"]
+    assert [impl.name for impl in candidates_for(OPERATOR)] == [
+        "blocked",
+        "triton",
+        "semi_structured",
+        "gather",
+    ]
     assert [impl.name for impl in candidates_for(OPERATOR, "cpu")] == ["blocked", "gather"]
     model = points()
     reference = copy.deepcopy(model)

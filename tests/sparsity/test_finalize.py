@@ -11,7 +11,9 @@ from clicktrain.sparsity.finalize import (
     best_patterns,
     chosen_scores,
     keep_kernels,
+    keep_kernels_alike,
     pattern_mask,
+    similar_filters,
 )
 from clicktrain.sparsity.patterns import PatternPool
 
@@ -65,3 +67,52 @@ def test_mask_and_scores_of_chosen_patterns() -> None:
     mask = pattern_mask(pattern_id, kept, POOL, group=2)
     one = [[[True, True, False]], [[False] * 3], [[False, True, True]]]
     assert mask.tolist() == [one, one]
+
+
+def literal_order(scores: list[list[float]], kernels: int, group: int) -> list[int]:
+    """`similar_filters` in plain loops."""
+    wants = []
+    for row in scores:
+        best = sorted(range(len(row)), key=lambda c: (-row[c], c))[:kernels]
+        kept = [value if c in best else 0.0 for c, value in enumerate(row)]
+        norm = sum(value * value for value in kept) ** 0.5
+        wants.append([value / norm if norm else 0.0 for value in kept])
+    left, order = list(range(len(scores))), []
+    while left:
+        begins = max(left, key=lambda f: (sum(scores[f]), -f))
+        left.remove(begins)
+        near = sorted(
+            left, key=lambda f: (-sum(a * b for a, b in zip(wants[begins], wants[f], strict=True)), f)
+        )
+        order += [begins, *near[: group - 1]]
+        left = [f for f in left if f not in near[: group - 1]]
+    return order
+
+
+@pytest.mark.parametrize("seed", range(4))
+def test_similar_filters_are_those_of_plain_loops(seed: int) -> None:
+    scores = torch.rand(12, 7, generator=torch.Generator().manual_seed(seed), dtype=torch.float64)
+    for kernels, group in ((3, 4), (1, 2), (7, 3), (2, 12)):
+        order = similar_filters(scores, kernels, group).tolist()
+        assert sorted(order) == list(range(12))
+        assert order == literal_order(scores.tolist(), kernels, group)
+
+
+def test_filters_of_a_group_keep_the_same_channels_and_similar_ones_lose_less() -> None:
+    torch.manual_seed(0)
+    scores = torch.rand(8, 6) * 0.1
+    scores[::2, :3] += 1  # every other filter wants the first half of the channels
+    scores[1::2, 3:] += 1
+    sums = {}
+    for similar in (False, True):
+        kept = keep_kernels_alike(scores, 3, 4, similar)
+        assert kept.sum(1).tolist() == [3] * 8
+        assert len({tuple(row) for row in kept.tolist()}) <= 2
+        sums[similar] = float((scores * kept).sum())
+    wanted = [[f % 2 == c // 3 for c in range(6)] for f in range(8)]
+    assert keep_kernels_alike(scores, 3, 4, True).tolist() == wanted
+    assert sums[True] > 1.3 * sums[False]
+    neighbors = keep_kernels_alike(scores, 2, 2, False)
+    for first in range(0, 8, 2):
+        expected = keep_kernels(scores[first : first + 2].sum(0, keepdim=True), 2)
+        assert torch.equal(neighbors[first : first + 2], expected.expand(2, -1))

@@ -1,4 +1,7 @@
-"""Conversions, and layers on activations ``[C, H, W, N]``, on any device by PyTorch's own operators."""
+"""Conversions, and layers on activations ``[C, H, W, N]``, on any device by PyTorch's own operators.
+
+Batch norm, an addition and ReLU run in Triton's kernels where these can (`norm_launch`).
+"""
 
 from __future__ import annotations
 
@@ -13,6 +16,8 @@ from clicktrain.kernels.activations import Activation
 from clicktrain.kernels.activations.in_torch import in_torch
 from clicktrain.kernels.batch_norm2d import uses_batch_statistics
 from clicktrain.kernels.batch_norm2d.layer import update_running_stats
+from clicktrain.kernels.innermost_layout import norm_launch
+from clicktrain.kernels.innermost_layout.norm_launch import has_kernels
 from clicktrain.kernels.max_pool2d import Pooling
 
 
@@ -91,6 +96,10 @@ def batch_norm_innermost(
     """
     if pooling is not None:
         x = max_pool_innermost(x, pooling)
+    if has_kernels(x, activation):
+        y = _by_kernels(x, bn, residual, activation == "relu", statistics)
+        if y is not None:
+            return y
     if statistics is None or not uses_batch_statistics(bn):
         # One image of H*W rows and N columns is normalized as N images of H rows and W columns are.
         y = nn.BatchNorm2d.forward(bn, x.view(1, x.shape[0], -1, n)).view_as(x)
@@ -102,6 +111,36 @@ def batch_norm_innermost(
     if residual is not None:
         y = y + residual
     return in_torch(Activation.read(activation))(y)
+
+
+def _by_kernels(
+    x: Tensor,
+    bn: nn.BatchNorm2d,
+    residual: Tensor | None,
+    relu: bool,
+    statistics: tuple[Tensor, Tensor] | None,
+) -> Tensor | None:
+    """The same by Triton's kernels; None for known statistics with gradients, and one number."""
+    count = x[0].numel()
+    if uses_batch_statistics(bn):
+        if count == 1:
+            return None
+        x = x.contiguous()
+        mean, variance = norm_launch.statistics(x.detach()) if statistics is None else statistics
+        y: Tensor = norm_launch.FusedNorm.apply(  # type: ignore[no-untyped-call]
+            x, bn.weight, bn.bias, residual, mean, variance, bn.eps, relu
+        )
+        if bn.training and bn.track_running_stats:
+            update_running_stats(bn, mean, variance, count)
+        return y
+    if torch.is_grad_enabled():
+        return None
+    assert bn.running_mean is not None
+    assert bn.running_var is not None
+    scale = torch.rsqrt(bn.running_var + bn.eps)
+    scale = scale if bn.weight is None else scale * bn.weight
+    shift = torch.zeros_like(scale) if bn.bias is None else bn.bias
+    return norm_launch.normalized(x, bn.running_mean, scale, shift, residual, relu)
 
 
 class _Normalized(torch.autograd.Function):

@@ -10,13 +10,13 @@ from torch import Tensor
 from clicktrain.formats.packed import Structure
 from clicktrain.kernels.impls import IMPLS as ALL_IMPLS
 from clicktrain.kernels.impls import Impl, register
-from clicktrain.kernels.sparse_conv2d.impl import blocked, reference, triton
+from clicktrain.kernels.sparse_conv2d.impl import blocked, reference, semi_structured, triton
 
 Pair: TypeAlias = int | tuple[int, int]
 Padding: TypeAlias = int | tuple[int, int] | str
 
 OPERATOR = "sparse_conv2d"
-for _impl in (reference.IMPL, blocked.IMPL, triton.IMPL):
+for _impl in (reference.IMPL, blocked.IMPL, triton.IMPL, semi_structured.IMPL):
     register(OPERATOR, _impl)
 IMPLS: Mapping[str, Impl] = ALL_IMPLS[OPERATOR]
 """Implementations by name."""

@@ -3,9 +3,13 @@
 from __future__ import annotations
 
 import math
-from dataclasses import dataclass
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
+from typing import Literal
 
 from clicktrain.errors import UserError
+from clicktrain.graph.prunable import PrunableLayer
+from clicktrain.latency.channel_multiple import liked_multiple
 from clicktrain.methods.outcome import NOTED, Reached, Target, check_latency_target, latency_target
 
 
@@ -23,13 +27,15 @@ class ChannelBudget:
     latency_batch: int = 1
     latency_penalty: float | None = None
     min_channels: int = 1
-    round_to: int = 1
+    round_to: int | Literal["device"] = 1
     prune_ratio_of: str = "filters"
 
     def __post_init__(self) -> None:
         if not 0 < self.prune_ratio < 1:
             raise UserError(f"prune_ratio must be between 0 and 1 (0.3 keeps 70%), not {self.prune_ratio}")
-        for key in ("min_channels", "round_to", "latency_batch"):
+        if isinstance(self.round_to, int) and self.round_to < 1:
+            raise UserError(f"round_to must be at least 1, or device, not {self.round_to}")
+        for key in ("min_channels", "latency_batch"):
             if getattr(self, key) < 1:
                 raise UserError(f"{key} must be at least 1, not {getattr(self, key)}")
         check_latency_target(self.latency_target, self.latency_target_ms)
@@ -40,6 +46,10 @@ class ChannelBudget:
             )
         if self.latency_penalty is not None and not 0 <= self.latency_penalty < math.inf:
             raise UserError(f"latency_penalty must not be negative, not {self.latency_penalty}")
+
+    def on(self, layers: Sequence[PrunableLayer]) -> ChannelBudget:
+        """The same, with ``device`` as the multiple that the device of a network's layers takes."""
+        return replace(self, round_to=liked_multiple(layers)) if self.round_to == "device" else self
 
     @property
     def by_latency(self) -> bool:
@@ -72,6 +82,7 @@ class ChannelBudget:
             reason = f"there are {event['neurons']} neurons"
             if self.prune_ratio_of == "filters":
                 reason += f" of {event['filters']} filters, which go together"
-            if self.round_to > 1:
-                reason += f", and widths are multiples of {self.round_to}"
+            multiple = event.get("round_to", 1)
+            if multiple > 1:
+                reason += f", and widths are multiples of {multiple}"
         return Target(f"{self.prune_ratio_of} removed", self.prune_ratio, removed, "share", reason)

@@ -12,7 +12,7 @@ from torch import Tensor
 
 from clicktrain.errors import UserError
 from clicktrain.graph.prunable import PrunableLayers, SeenBatch
-from clicktrain.latency.channel_multiple import MULTIPLES, WidthChoice, fastest_multiple
+from clicktrain.latency.channel_multiple import MULTIPLES, WidthChoice, fastest_multiple, liked_multiple
 from clicktrain.methods.channels.lasso import Axes, weights_of
 from clicktrain.methods.channels.steering import plan_within
 from clicktrain.methods.channels.target import ChannelTarget
@@ -109,18 +109,19 @@ class ZeroRemoval:
     threshold: float = 1e-4
     scheme: Scheme = "union"
     sides: Sides = "both"
-    round_to: int | Literal["auto"] = 1
+    round_to: int | Literal["auto", "device"] = 1
 
     def __post_init__(self) -> None:
         if not 0 <= self.threshold < math.inf:
             raise UserError(f"threshold must not be negative, not {self.threshold}")
-        if self.round_to != "auto" and self.round_to < 1:
-            raise UserError(f"round_to must be at least 1, or auto, not {self.round_to}")
+        if isinstance(self.round_to, int) and self.round_to < 1:
+            raise UserError(f"round_to must be at least 1, auto or device, not {self.round_to}")
 
-    @property
-    def fixed_multiple(self) -> int:
+    def fixed_multiple(self, prunable: PrunableLayers) -> int:
         """The multiple of the widths where none is measured."""
-        return 1 if self.round_to == "auto" else self.round_to
+        if isinstance(self.round_to, int):
+            return self.round_to
+        return 1 if self.round_to == "auto" else liked_multiple(prunable.layers)
 
     def zero_small_(self, prunable: PrunableLayers, axes: Axes) -> int:
         """Set channels under the threshold to zero; how many."""
@@ -131,7 +132,8 @@ class ZeroRemoval:
     ) -> dict[int, SurgeryPlan]:
         """The removal of what is zero now, for each multiple of the widths; by default for all candidates."""
         if multiples is None:
-            multiples = MULTIPLES if self.round_to == "auto" else sorted({1, self.round_to})
+            fixed = sorted({1, self.fixed_multiple(prunable)})
+            multiples = MULTIPLES if self.round_to == "auto" else fixed
         if prunable.example is None:
             return dict.fromkeys(multiples, SurgeryPlan())
         assert prunable.model is not None
@@ -167,7 +169,9 @@ class ZeroRemoval:
     def describe(self) -> str:
         """How, in a clause."""
         widths = "widths in the multiple that trains fastest here, measured"
-        if self.round_to != "auto":
+        if self.round_to == "device":
+            widths = "widths in what the device likes (8s on GPUs)"
+        elif self.round_to != "auto":
             widths = f"widths in {self.round_to}s"
         return f"{self.scheme}, threshold {self.threshold:g}, {widths}"
 

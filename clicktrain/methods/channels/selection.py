@@ -86,6 +86,7 @@ class ChannelSelection:
         """
         assert prunable.model is not None
         assert prunable.example is not None
+        budget = budget.on(prunable.layers)
         graph = dependencies(prunable.model, prunable.example)
         untrained = {
             id(graph.graph.model.get_submodule(name).weight)
@@ -321,5 +322,6 @@ class ChannelSelection:
     def _rounded(self, masks: Masks, ranked: Masks, kept: Masks | None) -> Masks:
         if self.budget.round_to == 1:
             return masks
+        assert isinstance(self.budget.round_to, int)
         rounded = round_widths(masks, ranked, self.budget.round_to)
         return rounded if kept is None else {name: mask & kept[name] for name, mask in rounded.items()}

@@ -134,6 +134,8 @@ def _removal(
     chosen: ChannelSelection, masks: Masks, plan: SurgeryPlan, event: Mapping[str, Any]
 ) -> Reconfigure:
     filters, counted = chosen.filters, chosen.weights
+    if chosen.budget.round_to != 1:
+        event = {**event, "round_to": chosen.budget.round_to}
     done = ReconfiguredEvent(
         neurons=chosen.total,
         neurons_pruned=count_pruned(masks),

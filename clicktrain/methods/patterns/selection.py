@@ -20,6 +20,7 @@ from clicktrain.sparsity.finalize import (
     best_patterns,
     chosen_scores,
     keep_kernels,
+    keep_kernels_alike,
     pattern_mask,
 )
 from clicktrain.sparsity.importance import group_sum, kernel_scores
@@ -44,6 +45,9 @@ class PatternLayer:
         entries: kept positions per kernel.
         group: neighboring filters that share decisions; divides F.
         fixed_kernels: kept kernels per filter, if a setting says so.
+        channel_group: filters that keep the same channels, with patterns of their own; divides F. More than
+            one with a group of one alone.
+        similar: whether these are filters that want similar channels, and not neighbors.
         weight: the parameter.
         shape, kernel_shape: (F, C, R, S) of the layer's view, and (R, S).
         is_view: whether the weight is its own view [F, C, R, S].
@@ -55,6 +59,8 @@ class PatternLayer:
     entries: int
     group: int
     fixed_kernels: int | None = None
+    channel_group: int = 1
+    similar: bool = False
     name: str = field(init=False)
     weight: Tensor = field(init=False)
     shape: tuple[int, int, int, int] = field(init=False)
@@ -210,7 +216,12 @@ class Selection:
     ) -> dict[str, Tensor]:
         """Keep the best kernels of every filter, in each layer as many as ``kernels`` says (section 4.3)."""
         for layer in layers:
-            kept = self.kept[layer.name] = keep_kernels(scores[layer.name], kernels[layer.name])
+            own, count = scores[layer.name], kernels[layer.name]
+            if layer.channel_group > 1:
+                kept = keep_kernels_alike(own, count, layer.channel_group, layer.similar)
+            else:
+                kept = keep_kernels(own, count)
+            self.kept[layer.name] = kept
             self.kernels[layer.name] = int(kept[0].sum())
         return {layer.name: self.mask(layer) for layer in layers}
 

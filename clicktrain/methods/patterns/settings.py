@@ -66,6 +66,10 @@ class PatternChoices:
     """Size N of the pattern pool (8 or 12 in the paper)."""
     group: int = 1
     """Neighboring filters that share patterns and kernels; 1 is the paper's."""
+    share: Literal["kernels", "channels", "similar"] = "kernels"
+    """What a group of filters shares: channels with their patterns (kernels); channels alone, each filter has
+    patterns of its own (channels); or that, of filters that want similar channels, wherever in the layer they
+    are (similar). Kernels for GPUs gather once for a group (docs/gpu.md)."""
     criterion: CriterionChoice | None = None
     """Importance of a weight: (g*w)^2 (the paper's), w^2, or |g|*w^2."""
     allocation: AllocationChoice | None = None
@@ -157,6 +161,8 @@ class PatternSettings(PatternChoices, EarlyTrigger):
         for key in ("group", "entries", "patterns", "latency_batch"):
             if (value := getattr(self, key)) is not None and value < 1:
                 raise UserError(f"{key} must be at least 1, not {value}")
+        if self.share != "kernels" and self.group == 1:
+            raise UserError(f"share is {self.share} but group is 1: set group to the filters that share them")
         if self.entries > 9:
             raise UserError(
                 f"entries is the number of kept positions of a 3x3 kernel, 1 to 9, not {self.entries}"
@@ -247,7 +253,10 @@ class PatternSettings(PatternChoices, EarlyTrigger):
                     f"per kernel is {least:.2f}x at the least: ask for more, or exclude the layer"
                 )
             fixed = LayerBudget(layer.name, f, c, entries, r * s).kernels_for_density(1 / ratio)
-        return PatternLayer(layer, entries, math.gcd(f, self.group), fixed)
+        group = math.gcd(f, self.group)
+        if self.share == "kernels":
+            return PatternLayer(layer, entries, group, fixed)
+        return PatternLayer(layer, entries, 1, fixed, group, self.share == "similar")
 
     def schedule(self, length: RunLength) -> dict[str, int]:
         """Batches: ``earliest`` and ``latest`` start of stage 2 and the lengths of stages 2 to 4.

@@ -31,9 +31,11 @@ _TYPES = {torch.float64: "fp64", torch.float32: "fp32", torch.bfloat16: "bf16", 
 _POINTERS = {
     "x": "", "v": "", "y": "", "gy": "", "residual": "", "scale": "fp32", "shift": "fp32", "sums": "fp32",
     "partial": "fp32", "offsets": "i32", "taps": "i32", "starts": "i32", "rows": "i32", "longest": "i32",
-    "block_of": "i32", "row_of": "i32",
+    "block_of": "i32", "row_of": "i32", "gx": "", "gr": "", "mean": "fp32", "slope": "fp32", "level": "fp32",
 }  # fmt: skip
 """Arguments that are tensors, and what is in them; empty for the dtype of the activations."""
+_DIVISIBLE = ("n", "size")
+"""Numbers that are taken to be multiples of 16: images, and numbers of a channel."""
 _INSTRUCTIONS = {
     "wgmma": r"\bwgmma\.mma_async",
     "tcgen05": r"\btcgen05\.mma",
@@ -103,6 +105,23 @@ def compile_for(
         UserError: a capability that nothing is known about.
         Exception: Triton's own, for a tile that it cannot compile.
     """
+    sizes = {"M": tile.m, "BQ": tile.bq, "BK": tile.bk, "BN": images or tile.bq}
+    given = {**sizes, "PRECISION": tile.precision, "CACHED": tile.cached, "EVEN": True, **flags}
+    return compile_function(
+        function_of(phase, tile), dtype, given, capability, warps=tile.warps, stages=tile.stages
+    )
+
+
+def compile_function(
+    function: Callable[..., None],
+    dtype: torch.dtype,
+    constants: Mapping[str, Any],
+    capability: int = 90,
+    *,
+    warps: int = 4,
+    stages: int = 2,
+) -> CompiledKernel:
+    """As `compile_for`, of any kernel; its constants that are not named are false, ``WIDE`` goes by dtype."""
     import triton
     from triton.backends.compiler import GPUTarget
     from triton.compiler import ASTSource
@@ -111,21 +130,12 @@ def compile_for(
     if capability not in MULTIPROCESSORS:
         known = ", ".join(map(str, MULTIPROCESSORS))
         raise UserError(f"a compute capability is one of {known}, not {capability}")
-    function = function_of(phase, tile)
-    sizes = {"M": tile.m, "BQ": tile.bq, "BK": tile.bk, "BN": images or tile.bq}
-    given = {
-        **sizes,
-        "PRECISION": tile.precision,
-        "CACHED": tile.cached,
-        "WIDE": dtype is torch.float64,
-        "EVEN": True,
-        **flags,
-    }
-    constants = {name: given.get(name, False) for name in constants_of(function)}
+    given = {"WIDE": dtype is torch.float64, **constants}
+    fixed = {name: given.get(name, False) for name in constants_of(function)}
     arguments = list(signature(function).parameters)
     types, attributes = {}, {}
     for place, name in enumerate(arguments):
-        if name in constants:
+        if name in fixed:
             types[name] = "constexpr"
         elif name in _POINTERS:
             inner = _POINTERS[name] or _TYPES[dtype]
@@ -133,17 +143,17 @@ def compile_for(
             attributes[(place,)] = [["tt.divisibility", 16]]
         else:
             types[name] = "i32"
-            if name == "n":
+            if name in _DIVISIBLE:
                 attributes[(place,)] = [["tt.divisibility", 16]]
-    source = ASTSource(JITFunction(function), types, constants, attributes)
-    options = {"num_warps": tile.warps, "num_stages": tile.stages}
+    source = ASTSource(JITFunction(function), types, fixed, attributes)
+    options = {"num_warps": warps, "num_stages": stages}
     done = triton.compile(source, target=GPUTarget("cuda", capability, 32), options=options)
     registers, spilled = _resources(done.asm["cubin"])
     shared = int(done.metadata.shared)
     text = done.asm["ptx"]
     counts = {name: len(re.findall(pattern, text)) for name, pattern in _INSTRUCTIONS.items()}
-    programs = programs_at_once(registers, shared, tile.warps, MULTIPROCESSORS[capability])
-    return CompiledKernel(capability, tile.warps, registers, shared, spilled, counts, programs)
+    programs = programs_at_once(registers, shared, warps, MULTIPROCESSORS[capability])
+    return CompiledKernel(capability, warps, registers, shared, spilled, counts, programs)
 
 
 def _resources(cubin: bytes) -> tuple[int, int]:

@@ -1,17 +1,10 @@
-"""Calls of the kernels: checks, grids, and what they need beside tensors.
-
-On a GPU Triton compiles a kernel for each plan when it is first called, and keeps it on disk
-(``TRITON_CACHE_DIR``). On the CPU its interpreter runs the same functions, slowly, where
-``TRITON_INTERPRET=1`` says so: for tests.
-"""
+"""Calls of the kernels: checks, grids, and what they need beside tensors."""
 
 from __future__ import annotations
 
 import functools
-import os
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from importlib.util import find_spec
 from typing import Any
 
 import torch
@@ -19,12 +12,12 @@ from torch import Tensor
 
 from clicktrain.errors import UserError
 from clicktrain.kernels.impls import ConvProblem
-from clicktrain.kernels.native import KernelError
 from clicktrain.kernels.sparse_conv2d.batch_innermost import block_kernels, row_kernels
 from clicktrain.kernels.sparse_conv2d.batch_innermost.index import Blocks, Rows
 from clicktrain.kernels.sparse_conv2d.batch_innermost.passes import Pass
 from clicktrain.kernels.sparse_conv2d.batch_innermost.plan import ConvPlan
 from clicktrain.kernels.sparse_conv2d.batch_innermost.tiles import Tile, images_of_tile
+from clicktrain.kernels.triton_run import interpreted, run_kernel
 
 DTYPES = (torch.float32, torch.float64, torch.bfloat16, torch.float16)
 """Dtypes of activations."""
@@ -35,29 +28,6 @@ _PROGRAMS_EACH = 4
 """Programs of wgrad on each multiprocessor: fewer leave it waiting, more only sum up longer."""
 
 
-def missing_triton() -> str | None:
-    """Why Triton cannot be used, as a clause; None where it can."""
-    if find_spec("triton") is None:
-        return "Triton is not installed: pip install triton"
-    return None
-
-
-def interpreted() -> bool:
-    """Whether Triton's interpreter is asked for."""
-    return os.environ.get("TRITON_INTERPRET", "0") not in ("", "0")
-
-
-@functools.cache
-def _compiled(function: Callable[..., None], interpret: bool) -> Any:
-    if interpret:
-        from triton.runtime.interpreter import InterpretedFunction
-
-        return InterpretedFunction(function)
-    import triton
-
-    return triton.jit(function)
-
-
 def _run(
     function: Callable[..., None],
     grid: tuple[int, ...],
@@ -66,22 +36,7 @@ def _run(
     *arguments: Any,
     **fixed: Any,
 ) -> None:
-    if like.device.type == "cpu":
-        _compiled(function, True)[grid](*arguments, **fixed)
-        return
-    try:
-        with torch.cuda.device(like.device):
-            _compiled(function, False)[grid](
-                *arguments, **fixed, num_warps=tile.warps, num_stages=tile.stages
-            )
-    except Exception as error:
-        # A tile that does not fit, or that Triton cannot compile; what PyTorch raises is the caller's.
-        if not type(error).__module__.startswith("triton") and "PassManager" not in str(error):
-            raise
-        cause = (str(error).strip().splitlines() or [type(error).__name__])[0]
-        raise KernelError(
-            f"Triton cannot build {function.__name__} for {tile}: {cause}", str(error)
-        ) from error
+    run_kernel(function, grid, like.device, arguments, fixed, warps=tile.warps, stages=tile.stages, cut=tile)
 
 
 def check(x: Tensor, rows: int, image: tuple[int, int], what: str) -> None:

@@ -13,6 +13,7 @@ from torch import Tensor
 
 from clicktrain.formats.packed import Structure
 from clicktrain.kernels.impls import PHASES, Candidate, ConvProblem, Impl, Kernels, Phase
+from clicktrain.kernels.triton_run import interpreted, missing_triton
 
 _PREPARED: WeakKeyDictionary[Structure, dict[ConvProblem, Kernels]] = WeakKeyDictionary()
 """Kernels of each layer that runs alone, by problem, for as long as its structure lives."""
@@ -21,7 +22,6 @@ _HALF = ("bfloat16", "float16")
 
 def reject(problem: ConvProblem) -> list[str]:
     """Why there are no kernels for a problem."""
-    from clicktrain.kernels.sparse_conv2d.batch_innermost.launch import interpreted, missing_triton
     from clicktrain.kernels.sparse_conv2d.batch_innermost.passes import LARGEST_IMAGE, padding_of
 
     missing = missing_triton()

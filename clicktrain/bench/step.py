@@ -48,19 +48,21 @@ GRADIENT_TOLERANCE = 0.03
 class StepCase:
     """A network and a batch, the same ones in every process; a CIFAR stem is used up to 64 pixels.
 
-    ``model`` is a zoo name, or ``package.module:factory``; ``seed`` that of weights, positions and data.
+    ``model`` is a zoo name, or ``package.module:factory``; ``seed`` that of weights, positions and data;
+    ``width`` a factor on all channels.
     """
 
     model: str = "resnet18"
     batch_size: int = 64
     image_size: int = 32
     seed: int = 0
+    width: float = 1.0
 
     def network(self) -> nn.Module:
         """Dense, in training mode; without dropout, whose choices depend on layout and precision."""
         torch.manual_seed(self.seed)
         stem = "cifar" if self.image_size <= 64 else "imagenet"
-        model = create_model(self.model, num_classes=CLASSES, stem=stem)
+        model = create_model(self.model, num_classes=CLASSES, stem=stem, width=self.width)
         for module in model.modules():
             if isinstance(module, nn.Dropout):
                 module.p = 0.0

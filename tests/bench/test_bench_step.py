@@ -18,6 +18,13 @@ from clicktrain.kernels.sparse_conv2d import PackedConv2d
 CASE = StepCase("resnet20", batch_size=2, image_size=8)
 
 
+def test_width_is_that_of_the_network() -> None:
+    def weights(width: float) -> int:
+        return StepCase("resnet20", width=width).network().get_parameter("layer1.0.conv1.weight").numel()
+
+    assert weights(0.5) * 4 == weights(1.0)
+
+
 @pytest.mark.long
 def test_rows() -> None:
     rows = bench_step(

@@ -226,7 +226,7 @@ def _measure_step(given: Result, machine: Result, progress: Any) -> Result:
     from clicktrain.bench.step import StepCase, bench_step, to_json
 
     rows = bench_step(
-        StepCase(given["model"], given["batch_size"], given["image_size"]),
+        StepCase(given["model"], given["batch_size"], given["image_size"], width=given["width"]),
         compressions=given["compression"],
         groups=given["group"],
         precisions=given["precision"],
@@ -257,8 +257,9 @@ _STEP_COLUMNS: tuple[Column, ...] = (
 
 def _show_step(result: Result, console: Console) -> None:
     settings = result["settings"]
+    width = "" if settings["width"] == 1 else f", width {settings['width']:g}"
     title = (
-        f"training step of {settings['model']}, batch {settings['batch_size']}, "
+        f"training step of {settings['model']}{width}, batch {settings['batch_size']}, "
         f"{settings['image_size']} pixels, median of {settings['rounds']} rounds"
     )
     print_rows(console, title, _STEP_COLUMNS, result["rows"], left=4)
@@ -279,6 +280,7 @@ STEP = Benchmark(
     "Time a whole training step: the accelerated packed network beside the fastest dense one.",
     (
         *NETWORK,
+        Option("width", float, "Factor on all channels of the network.", 1.0, metavar="X"),
         *SPARSITY,
         PRECISION,
         ROUNDS,

@@ -66,7 +66,7 @@ _OWN: dict[str, tuple[Option, ...]] = {
 GROUPS: dict[str, tuple[str, str, str]] = {
     "run": (
         "epochs device precision",
-        "time_budget seed threads deterministic compile",
+        "time_budget seed threads deterministic compile cuda_graphs",
         "budget_epochs exchange exchange_dtype",
     ),
     "data": (

@@ -19,34 +19,44 @@ static const uint16_t coded[] = {
 };
 #define CODED (sizeof coded / sizeof *coded)
 
-// Loops over sets that are compiled: of columns by vectors of a row, of windows by stride and whether they are whole.
-static const unsigned char has_columns[5] = {
-  0,
 #ifdef MODEL_HAS_COLUMNS_1
-  [1] = 1,
+#define COLUMNS_1 1
+#else
+#define COLUMNS_1 0
 #endif
 #ifdef MODEL_HAS_COLUMNS_2
-  [2] = 1,
+#define COLUMNS_2 1
+#else
+#define COLUMNS_2 0
 #endif
 #ifdef MODEL_HAS_COLUMNS_4
-  [4] = 1,
+#define COLUMNS_4 1
+#else
+#define COLUMNS_4 0
 #endif
-};
-static const unsigned char has_windows[3][2] = {
-  {0, 0},
 #ifdef MODEL_HAS_WINDOWS_1
-  [1][0] = 1,
+#define WINDOWS_1 1
+#else
+#define WINDOWS_1 0
 #endif
 #ifdef MODEL_HAS_WINDOWS_1_WHOLE
-  [1][1] = 1,
+#define WINDOWS_1_WHOLE 1
+#else
+#define WINDOWS_1_WHOLE 0
 #endif
 #ifdef MODEL_HAS_WINDOWS_2
-  [2][0] = 1,
+#define WINDOWS_2 1
+#else
+#define WINDOWS_2 0
 #endif
 #ifdef MODEL_HAS_WINDOWS_2_WHOLE
-  [2][1] = 1,
+#define WINDOWS_2_WHOLE 1
+#else
+#define WINDOWS_2_WHOLE 0
 #endif
-};
+// Loops over sets that are compiled: of columns by vectors of a row, of windows by stride and whether they are whole.
+static const unsigned char has_columns[5] = {0, COLUMNS_1, COLUMNS_2, 0, COLUMNS_4};
+static const unsigned char has_windows[3][2] = {{0, 0}, {WINDOWS_1, WINDOWS_1_WHOLE}, {WINDOWS_2, WINDOWS_2_WHOLE}};
 
 static int is_possible(const model_problem *p) {
   const model_op *op = p->op;

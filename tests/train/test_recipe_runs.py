@@ -139,6 +139,7 @@ def test_a_run_with_everything_goes_on_bit_for_bit(tmp_path: Path) -> None:
 
 @pytest.mark.long
 @pytest.mark.filterwarnings("ignore::clicktrain.errors.MissedTarget")
+@pytest.mark.filterwarnings("ignore:the steps of this optimizer are in proportion to the weights")
 @pytest.mark.parametrize("name", list(METHODS))
 def test_every_method_trains_on_soft_targets(name: str, tmp_path: Path) -> None:
     settings = {**SMALL, **EVERYTHING, **OF_METHODS.get(name, {}), "method": name}

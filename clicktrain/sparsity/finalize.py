@@ -66,9 +66,8 @@ def keep_kernels_alike(scores: Tensor, kernels: int, group: int, similar: bool) 
 
     Groups are of neighbors, or of filters that want ``similar`` channels; F is a multiple of ``group``.
     """
-    order = (
-        similar_filters(scores, kernels, group) if similar else torch.arange(len(scores)).to(scores.device)
-    )
+    neighbors = torch.arange(len(scores), device=scores.device)
+    order = similar_filters(scores, kernels, group) if similar else neighbors
     sums = scores[order].view(-1, group, scores.shape[1]).sum(1)
     kept = torch.zeros_like(scores, dtype=torch.bool)
     kept[order] = keep_kernels(sums, kernels).repeat_interleave(group, 0)

@@ -16,6 +16,7 @@ from torch import Tensor
 
 from clicktrain.formats.packed import Structure, pack_values, unpack_values
 from clicktrain.kernels.impls import ConvProblem, Impl, Kernels, Phase
+from clicktrain.kernels.sparse_conv2d.impl.alone import run_alone
 
 MULTIPLES: Mapping[str, tuple[int, int]] = {"bfloat16": (16, 16), "float16": (16, 16)}
 """By dtype, what filters and channels have to be multiples of for cuSPARSELt."""
@@ -113,19 +114,15 @@ def sparse_conv2d(
     Raises:
         ValueError: what `reject` says, or it is not on a GPU.
     """
-    images = x if x.dim() == 4 else x[None]
-    if torch.is_autocast_enabled(x.device.type):
-        images = images.to(torch.get_autocast_dtype(x.device.type))
-    dtype, activations = (str(one).removeprefix("torch.") for one in (values.dtype, images.dtype))
-    problem = ConvProblem.of_structure(
-        structure, (images.shape[2], images.shape[3]), images.shape[0], groups=groups, stride=stride,
-        padding=padding, dilation=dilation, dtype=dtype, activations=activations, device=x.device.type,
+
+    def product(problem: ConvProblem, inside: Tensor) -> Tensor:
+        del problem
+        return convolve(inside, values, bias, structure)
+
+    return run_alone(
+        "semi_structured", IMPL.refusals, product, x, structure, values.dtype, stride, padding, dilation,
+        groups,
     )  # fmt: skip
-    if reasons := IMPL.refusals(problem):
-        raise ValueError(f"impl='semi_structured' cannot run this layer: {'; '.join(reasons)}")
-    inside = images.permute(1, 2, 3, 0).contiguous()
-    y = convolve(inside, values, bias, structure).permute(3, 0, 1, 2).contiguous()
-    return y if x.dim() == 4 else y[0]
 
 
 IMPL = Impl(

@@ -13,6 +13,7 @@ from torch import Tensor
 
 from clicktrain.formats.packed import Structure
 from clicktrain.kernels.impls import PHASES, Candidate, ConvProblem, Impl, Kernels, Phase
+from clicktrain.kernels.sparse_conv2d.impl.alone import run_alone
 from clicktrain.kernels.triton_run import interpreted, missing_triton
 
 _PREPARED: WeakKeyDictionary[Structure, dict[ConvProblem, Kernels]] = WeakKeyDictionary()
@@ -145,24 +146,18 @@ def sparse_conv2d(
     Raises:
         ValueError: Triton is not installed, or what `reject` says.
     """
-    images = x if x.dim() == 4 else x[None]
-    if torch.is_autocast_enabled(x.device.type):
-        images = images.to(torch.get_autocast_dtype(x.device.type))
-    f, c, r, s = structure.shape
-    dtype, activations = (str(one).removeprefix("torch.") for one in (values.dtype, images.dtype))
-    problem = ConvProblem(
-        images.shape[0], c * groups, f, (r, s), (images.shape[2], images.shape[3]), stride, padding, dilation,
-        groups, dtype, activations, x.device.type,
-    )  # fmt: skip
-    if reasons := IMPL.refusals(problem) if x.device.type != "cpu" else reject(problem):
-        raise ValueError(f"impl='triton' cannot run this layer: {'; '.join(reasons)}")
-    prepared = _PREPARED.setdefault(structure, {})
-    if problem not in prepared:
-        prepared[problem] = prepare(structure, problem, {})
-    kernels = prepared[problem]
-    inside = images.permute(1, 2, 3, 0).contiguous()
-    y = kernels.convolve(inside, values, bias, *kernels.arguments).permute(3, 0, 1, 2).contiguous()
-    return y if x.dim() == 4 else y[0]
+
+    def convolve(problem: ConvProblem, inside: Tensor) -> Tensor:
+        prepared = _PREPARED.setdefault(structure, {})
+        if problem not in prepared:
+            prepared[problem] = prepare(structure, problem, {})
+        kernels = prepared[problem]
+        return kernels.convolve(inside, values, bias, *kernels.arguments)
+
+    refusals = IMPL.refusals if x.device.type != "cpu" else reject
+    return run_alone(
+        "triton", refusals, convolve, x, structure, values.dtype, stride, padding, dilation, groups
+    )
 
 
 IMPL = Impl(

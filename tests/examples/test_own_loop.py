@@ -21,15 +21,18 @@ def test_own_loop(repository: Path, capsys: pytest.CaptureFixture[str]) -> None:
 
 
 @pytest.mark.long
+@pytest.mark.parametrize("precision", ["fp32", "bf16 autocast"])
 def test_own_loop_timed_at_a_tiny_size(
-    repository: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+    precision: str, repository: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     script = str(repository / "examples" / "own_loop_timed.py")
     tiny = ["--model", "resnet8", "--width", "0.25", "--image", "8", "--batch", "8", "--batches", "4"]
-    monkeypatch.setattr("sys.argv", [script, *tiny, "--compression", "4"])
+    bf16 = ["--bf16"] if precision != "fp32" else []
+    monkeypatch.setattr("sys.argv", [script, *tiny, "--compression", "4", *bf16])
     runpy.run_path(script, run_name="__main__")
     said = capsys.readouterr().out
     assert said.startswith(f"{cpu_name()}, 1 thread(s), torch ")
+    assert f"8 images of 8x8, {precision}, channels_last" in said
     compression = re.search(r"compression ([\d.]+)x", said)
     assert compression is not None
     assert float(compression[1]) == pytest.approx(4, rel=0.05)

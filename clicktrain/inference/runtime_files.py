@@ -7,10 +7,10 @@ from collections.abc import Mapping
 from importlib import resources
 
 PARTS = ("runtime.h", "processor.h", "runtime.c", "threads.c", "plan.h", "plan.c", "plan_taps.c",
-         "plan_sets.c", "measure.c", "vectors.h", "taps.h", "conv.h", "layers.h", "kernels.h",
-         "kernels_base.c", "kernels_avx2.c", "kernels_avx512.c", "kernels_pairs.c", "kernels_columns.c",
-         "kernels_column_pairs.c", "kernels_windows.c", "kernels_window_pairs.c", "columns.h", "windows.h",
-         "special.h")  # fmt: skip
+         "plan_sets.c", "plan_pointwise.c", "measure.c", "vectors.h", "pairs.h", "taps.h", "conv.h",
+         "layers.h", "kernels.h", "kernels_base.c", "kernels_avx2.c", "kernels_avx512.c",
+         "kernels_pairs.c", "kernels_columns.c", "kernels_column_pairs.c", "kernels_windows.c",
+         "kernels_window_pairs.c", "columns.h", "windows.h", "pointwise.h", "special.h")  # fmt: skip
 """Files of ``clicktrain/inference/runtime``."""
 SHARED = {"vector.h": "kernels/native/vector.h", "activations.h": "kernels/activations/activations.h"}
 """Files of kernels that are compiled while training, under the names that they have here."""

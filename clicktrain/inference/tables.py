@@ -75,7 +75,7 @@ def frequent_sets(program: Program) -> str:
     """What ``sets.h`` has: sets of taps of 3x3 kernels, those that occur most, 9 bits each; and each tap.
 
     Before them, which loops over these sets are compiled: for a row of 1, 2 or 4 vectors of a single
-    image, and for windows of each stride, inside of an image and as large as one.
+    image and for windows, of each stride, inside of an image and as large as one.
     """
     counts = np.zeros(512, np.int64)
     used: set[str] = set()
@@ -99,8 +99,9 @@ def _loops(op: Conv) -> set[str]:
     if op.dilation != (1, 1) or op.stride not in ((1, 1), (2, 2)):
         return set()
     loops = set()
-    if op.stride == op.padding == (1, 1):
-        loops = {f"COLUMNS_{wide}" for wide in (1, 2, 4) if -(-columns // 16) == wide}
+    if op.padding == (1, 1):
+        strided = "_STRIDE_2" * (op.stride[0] == 2)
+        loops = {f"COLUMNS_{wide}{strided}" for wide in (1, 2, 4) if -(-columns // 16) == wide}
     if rows >= _WINDOW_SIDE and columns >= _WINDOW_SIDE:
         side = _WINDOW_SIDE * op.stride[0]
         whole = (

@@ -33,8 +33,8 @@ needs_compiler = pytest.mark.skipif(COMPILER is None, reason="there is no C comp
 FLAGS = ("-std=c11", "-O1", "-ffp-contract=fast", "-fPIC", "-pthread", "-Wall", "-Wextra", "-Werror")
 KERNELS = ("kernels_base.c", "kernels_avx2.c", "kernels_avx512.c", "kernels_pairs.c")
 OWN = (
-    "model.c", "runtime.c", "threads.c", "plan.c", "plan_taps.c", "plan_sets.c", "measure.c",
-    "kernels_columns.c", "kernels_column_pairs.c", "kernels_windows.c", "kernels_window_pairs.c",
+    "model.c", "runtime.c", "threads.c", "plan.c", "plan_taps.c", "plan_sets.c", "plan_pointwise.c",
+    "measure.c", "kernels_columns.c", "kernels_column_pairs.c", "kernels_windows.c", "kernels_window_pairs.c",
 )  # fmt: skip
 """Of which some depend on the network."""
 
@@ -257,6 +257,8 @@ CHOICES = {
     "taps": 3,
     "columns": 4,
     "windows": 5,
+    "pointwise, L1": 14,
+    "pointwise, L2": 22,
 }
 """Candidates of measured plans, as they are written in a plan's file: see ``plan.h``."""
 

@@ -98,6 +98,83 @@ def test_windows_are_right(channels: int, size: tuple[int, int], padding: int, t
     check_choices(model, (3, *size), tmp_path, (17,), ("windows",))
 
 
+class Columns(nn.Module):
+    """Convolutions of wide images, of stride 1 and 2, with sums of both."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.first = with_patterns(11, 5, 0.5)
+        self.second = with_patterns(11, 11, 0.3, 1)
+        self.third = with_patterns(14, 11, 0.3, 2)
+        self.beside = with_patterns(14, 11, 0.4, 3)
+        self.fourth = with_patterns(6, 14, 0.4, 4)
+        for layer in (self.third, self.beside, self.fourth):
+            layer.stride = (2, 2)
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        x = torch.relu(self.first(x))
+        x = nn.functional.hardswish(self.second(x) + x)
+        y: torch.Tensor = self.fourth(torch.relu(self.third(x) + nn.functional.silu(self.beside(x))))
+        return y
+
+
+@pytest.mark.long
+@pytest.mark.parametrize("size", [(32, 32), (15, 13), (29, 47), (5, 61), (18, 128)])
+def test_columns_are_right(size: tuple[int, int], tmp_path: Path) -> None:
+    torch.manual_seed(0)
+    check_choices(Columns().eval(), (5, *size), tmp_path, (1, 2), ("columns",))
+
+
+class Points(nn.Module):
+    """1x1 convolutions: strides, activations, sums, channels of which some filters use none, one, or many."""
+
+    def __init__(self, channels: int, stride: int) -> None:
+        super().__init__()
+        self.first = nn.Conv2d(3, channels, 1)
+        self.second = nn.Conv2d(channels, 21, 1, stride=stride)
+        self.beside = nn.Conv2d(channels, 21, 1, stride=stride)
+        self.third = nn.Conv2d(21, 5, 1)
+        generator = torch.Generator().manual_seed(0)
+        with torch.no_grad():
+            for layer in (self.second, self.beside):
+                layer.weight *= torch.rand(layer.weight.shape, generator=generator) < 0.3
+                layer.weight[3] = 0
+                layer.weight[4, 1:] = 0
+            self.third.weight[:, ::2] = 0
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        x = torch.relu(self.first(x))
+        y: torch.Tensor = self.third(torch.relu(self.second(x) + nn.functional.silu(self.beside(x))))
+        return y
+
+
+@pytest.mark.long
+@pytest.mark.parametrize(
+    ("channels", "size", "stride"),
+    [(2, (4, 4), 1), (900, (7, 7), 1), (33, (14, 14), 1), (33, (1, 13), 1), (900, (28, 28), 2),
+     (33, (13, 9), 2), (2, (2, 33), 2), (33, (11, 10), 3)],
+)  # fmt: skip
+def test_1x1_convolutions_are_right(
+    channels: int, size: tuple[int, int], stride: int, tmp_path: Path
+) -> None:
+    torch.manual_seed(0)
+    model = Points(channels, stride).eval()
+    check_choices(model, (3, *size), tmp_path, (1, 2, 17), ("pointwise, L1", "pointwise, L2"))
+
+
+@pytest.mark.parametrize(
+    "pool",
+    [
+        nn.MaxPool2d(3, 2, 1), nn.MaxPool2d(3, 1, 1), nn.MaxPool2d(2), nn.MaxPool2d(3, 2, ceil_mode=True),
+        nn.MaxPool2d((2, 3), (1, 2), (1, 0), dilation=(1, 3)), nn.MaxPool2d(3, 3, 1), nn.MaxPool2d(5, 2, 2),
+    ],
+    ids=str,
+)  # fmt: skip
+def test_pooling_of_wide_rows_is_right(pool: nn.Module, tmp_path: Path) -> None:
+    torch.manual_seed(0)
+    check(nn.Sequential(nn.Conv2d(3, 5, 1), pool).eval(), (3, 7, 53), tmp_path, (1, 3))
+
+
 def test_every_choice_is_right(tmp_path: Path) -> None:
     torch.manual_seed(0)
     layers = [

@@ -1,11 +1,11 @@
-// FORM_COLUMNS (runtime.h): 3x3 convolutions of one image, with sums of their own for each column of the kernel; for
+// FORM_COLUMNS (runtime.h): 3x3 convolutions of one image, of stride 1 or 2, with sums of their own for each column of the kernel; for
 // AVX-512, with numbers of float32 or PAIRS of bfloat16.
 #pragma once
 #include "taps.h"
 
-#define MOST 6  // vectors of a strip
+#define MOST 8  // vectors of a strip
 typedef struct {
-  const float *region, *uppers, *packed, *bias, *residual;  // uppers: of pairs, the region again, in the upper halves
+  const float *region, *packed, *bias, *residual;  // residual: NULL without
   const uint16_t *kernels;   // ENTRY numbers each: set of taps, channel; of a pair, the second channel
   const model_filter *filters;
   float *out;
@@ -14,15 +14,21 @@ typedef struct {
   float low, high;
 } strip;
 
+// Vectors 2 x number and the next one of a kernel's input; of pairs, they are a cell (pairs.h).
 #ifdef PAIRS
 #define ENTRY 3
-INLINE vec input(const strip *t, const uint16_t *kernel, int64_t at) {
-  return (vec)((ivec)get(t->region + kernel[1] * t->channel + at) | (ivec)get(t->uppers + kernel[2] * t->channel + at));
+INLINE void two_inputs(const strip *t, const uint16_t *kernel, int64_t number, const int even, const int odd, vec *x) {
+  const vec a = get(t->region + kernel[1] * t->channel + number * LANES);
+  const vec b = get(t->region + kernel[2] * t->channel + number * LANES);
+  if (even) x[0] = firsts(a, b);
+  if (odd) x[1] = seconds(a, b);
 }
 #else
 #define ENTRY 2
-INLINE vec input(const strip *t, const uint16_t *kernel, int64_t at) {
-  return get(t->region + kernel[1] * t->channel + at);
+INLINE void two_inputs(const strip *t, const uint16_t *kernel, int64_t number, const int even, const int odd, vec *x) {
+  const float *p = t->region + kernel[1] * t->channel + 2 * number * LANES;
+  if (even) x[0] = get(p);
+  if (odd) x[1] = get(p + LANES);
 }
 #endif
 
@@ -30,19 +36,49 @@ INLINE vec input(const strip *t, const uint16_t *kernel, int64_t at) {
 INLINE const float *multiply_set(const strip *t, const uint16_t *kernel, const float *weights, const int set,
                                  const int rows, const int wide, vec sums[3][MOST]) {
   vec x[(MOST + 2) * 2];
-  UNROLL for (int r = 0; r < rows + 2; ++r) {
-    // Whether any tap needs this row.
-    int needed = 0;
-    UNROLL for (int k = 0; k < 3; ++k) needed |= r >= k && r < rows + k && set >> (3 * k) & 7;
-    UNROLL for (int j = 0; j < wide; ++j) {
-      x[r * wide + j] = needed ? input(t, kernel, (r * wide + j) * LANES) : (vec){0};
+  UNROLL for (int n = 0; n < (rows + 2) * wide; n += 2) {
+    // Whether any tap needs the row of each.
+    int needed[2] = {0, 0};
+    UNROLL for (int odd = 0; odd < 2; ++odd) {
+      const int r = (n + odd) / wide;
+      UNROLL for (int k = 0; k < 3; ++k) needed[odd] |= r >= k && r < rows + k && set >> (3 * k) & 7;
     }
+    x[n] = x[n + 1] = (vec){0};
+    if (needed[0] | needed[1]) two_inputs(t, kernel, n / 2, needed[0], needed[1], x + n);
   }
   UNROLL for (int k = 0; k < 9; ++k) {
     if (!(set >> k & 1)) continue;
     UNROLL for (int j = 0; j < rows * wide; ++j)
       sums[k % 3][j] = multiplied(sums[k % 3][j], x[k / 3 * wide + j], weights);
     ++weights;
+  }
+  return weights;
+}
+
+// The same for stride 2: of even columns the middle of a kernel takes, of odd ones its sides, of which the right one
+// needs no moving and is summed with the middle.
+INLINE const float *multiply_set_2(const strip *t, const uint16_t *kernel, const float *weights, const int set,
+                                   const int rows, const int wide, vec sums[3][MOST]) {
+  const float *weight[9];
+  UNROLL for (int k = 0; k < 9; ++k) {
+    weight[k] = weights;
+    weights += set >> k & 1;
+  }
+  UNROLL for (int y = 0; y < 2 * rows + 1; ++y) {
+    // Taps of rows that are there.
+    int taps = 0;
+    UNROLL for (int r = 0; r < 3; ++r)
+      if (y >= r && (y - r) % 2 == 0 && y - r < 2 * rows) taps |= set & 7 << (3 * r);
+    if (!taps) continue;
+    UNROLL for (int j = 0; j < wide; ++j) {
+      vec x[2] = {{0}, {0}};
+      two_inputs(t, kernel, y * wide + j, taps & 0222, taps & 0555, x);
+      UNROLL for (int k = 0; k < 9; ++k) {
+        if (!(taps >> k & 1)) continue;
+        const int side = k % 3 ? 1 : 0, n = (y - k / 3) / 2 * wide + j;
+        sums[side][n] = multiplied(sums[side][n], x[k % 3 != 1], weight[k]);
+      }
+    }
   }
   return weights;
 }
@@ -56,9 +92,14 @@ INLINE const float *multiply_set(const strip *t, const uint16_t *kernel, const f
 INLINE vec from_last(vec a, vec b) {
   return (vec)BOTH(a, b, 15, 16, 17, 18, 19, 20, 21, 22, 23, 24, 25, 26, 27, 28, 29, 30);
 }
+INLINE vec evens(vec a, vec b) {
+  return (vec)BOTH(a, b, 0, 2, 4, 6, 8, 10, 12, 14, 16, 18, 20, 22, 24, 26, 28, 30);
+}
+INLINE vec odds(vec a, vec b) { return (vec)BOTH(a, b, 1, 3, 5, 7, 9, 11, 13, 15, 17, 19, 21, 23, 25, 27, 29, 31); }
 INLINE vec from_second(vec a, vec b) { return (vec)BOTH(a, b, 1, 2, 3, 4, 5, 6, 7, 8, 9, 10, 11, 12, 13, 14, 15, 16); }
 
-INLINE void end_filter(const strip *t, int filter, const int rows, const int wide, vec sums[3][MOST]) {
+INLINE void end_filter(const strip *t, int filter, const int rows, const int wide, const int stride,
+                       vec sums[3][MOST]) {
   const vec bias = splat(t->bias[filter]), zero = {0};
   float *out = t->out + filter * t->plane;
   const float *residual = t->residual ? t->residual + filter * t->plane : NULL;
@@ -66,7 +107,7 @@ INLINE void end_filter(const strip *t, int filter, const int rows, const int wid
     UNROLL for (int j = 0; j < wide; ++j) {
       const int n = i * wide + j;
       const vec left = from_last(j > 0 ? sums[0][n - 1] : zero, sums[0][n]);
-      const vec right = from_second(sums[2][n], j + 1 < wide ? sums[2][n + 1] : zero);
+      const vec right = stride == 1 ? from_second(sums[2][n], j + 1 < wide ? sums[2][n + 1] : zero) : zero;
       const int64_t at = i * t->width + j * LANES, count = t->width - j * LANES;
       vec z = bias + sums[1][n] + (left + right);
       if (count >= LANES) {
@@ -83,7 +124,7 @@ INLINE void end_filter(const strip *t, int filter, const int rows, const int wid
   }
 }
 
-INLINE void strip_of(const strip *t, const int rows, const int wide) {
+INLINE void strip_of(const strip *t, const int rows, const int wide, const int stride) {
   for (int filter = t->begin; filter < t->end; ++filter) {
     const uint16_t *kernel = t->kernels + ENTRY * t->filters[filter].kernel;
     const uint16_t *end = t->kernels + ENTRY * t->filters[filter + 1].kernel;
@@ -92,62 +133,99 @@ INLINE void strip_of(const strip *t, const int rows, const int wide) {
     UNROLL for (int k = 0; k < rows * wide; ++k) sums[0][k] = sums[1][k] = sums[2][k] = (vec){0};
     for (; kernel < end; kernel += ENTRY) {
       switch (*kernel) {
-#define SET(N) case N: weights = multiply_set(t, kernel, weights, N, rows, wide, sums); break;
+#define SET(N)                                                                                \
+  case N:                                                                                     \
+    weights = stride == 1 ? multiply_set(t, kernel, weights, N, rows, wide, sums)             \
+                          : multiply_set_2(t, kernel, weights, N, rows, wide, sums);          \
+    break;
 #include "sets.h"
 #undef SET
         default: __builtin_unreachable();
       }
     }
-    end_filter(t, filter, rows, wide, sums);
+    end_filter(t, filter, rows, wide, stride, sums);
   }
 }
 
-#define STRIP(I, J) NOINLINE void strip_##I##_##J(const strip *t) { strip_of(t, I, J); }
+#define STRIP(I, J, S) NOINLINE void strip_##I##_##J##_##S(const strip *t) { strip_of(t, I, J, S); }
 #define SET(N)
 #include "sets.h"  // which strips are needed
 #undef SET
 #ifdef MODEL_HAS_COLUMNS_1
-STRIP(6, 1) STRIP(4, 1)
+STRIP(6, 1, 1) STRIP(4, 1, 1)
 #endif
 #ifdef MODEL_HAS_COLUMNS_2
-STRIP(3, 2) STRIP(2, 2)
+STRIP(3, 2, 1) STRIP(2, 2, 1)
 #endif
 #ifdef MODEL_HAS_COLUMNS_4
-STRIP(1, 4)
+STRIP(1, 4, 1)
 #endif
-static void (*const strips[7][5])(const strip *) = {
-  [0][0] = NULL,
+#ifdef MODEL_HAS_COLUMNS_1_STRIDE_2
+STRIP(7, 1, 2) STRIP(4, 1, 2)
+#endif
+#ifdef MODEL_HAS_COLUMNS_2_STRIDE_2
+STRIP(4, 2, 2) STRIP(2, 2, 2)
+#endif
+#ifdef MODEL_HAS_COLUMNS_4_STRIDE_2
+STRIP(2, 4, 2) STRIP(1, 4, 2)
+#endif
+// [stride - 1][rows][vectors in a row]
+static void (*const strips[2][8][5])(const strip *) = {
+  [0][0][0] = NULL,
 #ifdef MODEL_HAS_COLUMNS_1
-    [6][1] = strip_6_1, [4][1] = strip_4_1,
+    [0][6][1] = strip_6_1_1, [0][4][1] = strip_4_1_1,
 #endif
 #ifdef MODEL_HAS_COLUMNS_2
-    [3][2] = strip_3_2, [2][2] = strip_2_2,
+    [0][3][2] = strip_3_2_1, [0][2][2] = strip_2_2_1,
 #endif
 #ifdef MODEL_HAS_COLUMNS_4
-    [1][4] = strip_1_4,
+    [0][1][4] = strip_1_4_1,
+#endif
+#ifdef MODEL_HAS_COLUMNS_1_STRIDE_2
+    [1][7][1] = strip_7_1_2, [1][4][1] = strip_4_1_2,
+#endif
+#ifdef MODEL_HAS_COLUMNS_2_STRIDE_2
+    [1][4][2] = strip_4_2_2, [1][2][2] = strip_2_2_2,
+#endif
+#ifdef MODEL_HAS_COLUMNS_4_STRIDE_2
+    [1][2][4] = strip_2_4_2, [1][1][4] = strip_1_4_2,
 #endif
 };
 
-// Rows y0 .. y0 + rows of all channels, zero outside of the image.
-static void fill_strip(const model_value *in, const float *image, int64_t plane, int y0, int rows, int wide, float *to,
-                       float *upper) {
-  (void)upper;
+// Vector j of a row, zero where it is outside: of stride 2, of its even columns, then of odd ones.
+INLINE vec taken(const float *from, int width, int j, const int stride, const int odd) {
+  const int count = least_int((stride == 2 ? (width + 1 - odd) / 2 : width) - j * LANES, LANES);
+  if (count <= 0) return (vec){0};
+  vec x = get(from + stride * j * LANES);
+  if (stride == 2) {
+    const vec next = get(from + (stride * j + 1) * LANES);
+    x = odd ? odds(x, next) : evens(x, next);
+  }
+  if (count == LANES) return x;
+  ivec lanes;
+  for (int k = 0; k < LANES; ++k) lanes[k] = k < count ? -1 : 0;
+  return only(x, lanes);
+}
+
+// Rows y0 .. y0 + rows of all channels, zero outside of the image: an even number of vectors.
+INLINE void fill_strip(const model_value *in, const float *image, int64_t plane, int y0, int rows, int wide,
+                       const int stride, float *to) {
   for (int c = 0; c < in->channels; ++c, image += plane) {
-    for (int r = 0; r < rows; ++r) {
-      const int y = y0 + r;
-      const float *from = image + (int64_t)y * in->width;
-      for (int j = 0; j < wide; ++j, to += LANES) {
-        const int count = y < 0 || y >= in->height ? 0 : least_int(in->width - j * LANES, LANES);
-        ivec lanes;
-        for (int k = 0; k < LANES; ++k) lanes[k] = k < count ? -1 : 0;
-        const vec x = count == LANES ? get(from + j * LANES) : count ? only(get(from + j * LANES), lanes) : (vec){0};
-#ifdef PAIRS
-        put_halves(x, to, upper);
-        upper += LANES;
-#else
-        put(to, x);
-#endif
+    for (int n = 0; n < rows * wide * stride; n += 2) {
+      vec x[2];
+      for (int odd = 0; odd < 2; ++odd) {
+        const int number = (n + odd) / stride, y = y0 + number / wide;
+        const float *from = image + (int64_t)y * in->width;
+        x[odd] = y < 0 || y >= in->height ? (vec){0} : taken(from, in->width, number % wide, stride, odd);
       }
+#ifdef PAIRS
+      put_cell(to, x[0], x[1]);
+      to += LANES;
+#else
+      put(to, x[0]);
+      put(to + LANES, x[1]);
+      to += 2 * LANES;
+#endif
     }
   }
 }
@@ -156,10 +234,10 @@ static void run_columns(const model_op *op, const model_plan *plan, const model_
                        const float *bias, const float *image, const float *residual, float *results, float *region,
                        model_worker worker) {
   const int64_t plane = model_plane(in, SINGLE);
+  const int stride = op->stride[0];
   const int count = (out->height + plan->rows - 1) / plan->rows;
-  float *upper = region + in->channels * plan->channel;
-  strip t = {.region = region, .uppers = upper, .packed = plan->packed, .bias = bias,
-             .kernels = plan->offsets, .filters = plan->filters, .plane = plane,
+  strip t = {.region = region, .packed = plan->packed, .bias = bias,
+             .kernels = plan->offsets, .filters = plan->filters, .plane = model_plane(out, SINGLE),
              .width = out->width, .channel = plan->channel, .begin = 0, .end = out->channels,
              .act = op->act, .low = op->low, .high = op->high};
   // Threads share strips, if none overlaps another, else filters.
@@ -173,9 +251,10 @@ static void run_columns(const model_op *op, const model_plan *plan, const model_
   }
   for (int n = first; n < end; ++n) {
     const int y = least_int(n * plan->rows, out->height - plan->rows);
-    fill_strip(in, image, plane, y - 1, plan->rows + 2, plan->cols, region, upper);
+    if (stride == 1) fill_strip(in, image, plane, y - 1, plan->rows + 2, plan->cols, 1, region);
+    else fill_strip(in, image, plane, 2 * y - 1, 2 * plan->rows + 1, plan->cols, 2, region);
     t.out = results + (int64_t)y * out->width;
     t.residual = residual ? residual + (int64_t)y * out->width : NULL;
-    strips[plan->rows][plan->cols](&t);
+    strips[stride - 1][plan->rows][plan->cols](&t);
   }
 }

@@ -177,32 +177,6 @@ static const tile_function dense_tiles[MODEL_TILE_DENSE][MODEL_TILE_DENSE] = {
     {dense_6_1},
 };
 
-#if defined(SHUFFLE) && LANES == 16
-#define EVENS 0, 2, 4, 6, 8, 10, 12, 14, 16, 18, 20, 22, 24, 26, 28, 30
-#elif defined(SHUFFLE) && LANES == 8
-#define EVENS 0, 2, 4, 6, 8, 10, 12, 14
-#elif defined(SHUFFLE) && LANES == 4
-#define EVENS 0, 2, 4, 6
-#endif
-
-// `count` positions of a row into a region, every `step`-th. Regions are filled upwards: what is written too far is
-// written again.
-INLINE void copy_positions(float *to, const float *from, int64_t count, int64_t step, const int element) {
-  if (element == 1 && step == 1) {
-    for (int64_t k = 0; k < count; k += LANES) put(to + k, get(from + k));
-#ifdef EVENS
-  } else if (element == 1 && step == 2) {
-    for (int64_t k = 0; k < count; k += LANES) {
-      const vec a = get(from + 2 * k), b = get(from + 2 * k + LANES);
-      put(to + k, (vec)SHUFFLE(a, b, EVENS));
-    }
-#endif
-  } else if (element == 1) {
-    for (int64_t k = 0; k < count; ++k) to[k] = from[k * step];
-  } else {
-    for (int64_t k = 0; k < count; ++k) put(to + k * LANES, get(from + k * step * LANES));
-  }
-}
 INLINE void clear_positions(float *to, int64_t count, const int element) {
   if (element == 1) {
     for (int64_t k = 0; k < count; ++k) to[k] = 0;
@@ -357,6 +331,10 @@ INLINE void run_conv(const model_network *network, const model_op *op, const mod
   }
   if (layout == SINGLE && plan->form == FORM_COLUMNS) {
     network->isa->columns(op, plan, in, out, constants->bias, images, residual, results, region, worker);
+    return;
+  }
+  if (plan->form == FORM_POINTWISE) {
+    network->isa->pointwise(op, plan, in, out, constants->bias, images, residual, results, region, worker);
     return;
   }
   if (layout == BLOCK && plan->form == FORM_WINDOWS) {

@@ -17,11 +17,12 @@
 #include "kernels.h"
 static int available(void) { return processor_level() >= 2; }
 const model_isa model_isa_avx512 = {"avx512", LANES, 32, available, run, enter, leave, NULL, model_run_columns,
-                                      model_run_windows};
+                                      model_run_windows, NULL};
 #ifdef MODEL_PAIRS
 static int has_pairs(void) { return processor_level() >= 3; }
 const model_isa model_isa_pairs = {"avx512-bf16", LANES, 32, has_pairs, run, enter, leave, model_run_pairs,
-                                   model_run_column_pairs, model_run_window_pairs};
+                                   model_run_column_pairs, model_run_window_pairs,
+                                   model_run_pointwise};
 #endif
 #if defined(__clang__)
 #pragma clang attribute pop

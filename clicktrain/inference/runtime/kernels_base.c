@@ -13,7 +13,7 @@ static int available(void) { return 1; }
 #define NAME "plain"
 #define REGISTERS 16
 #endif
-const model_isa model_isa_base = {NAME, LANES, REGISTERS, available, run, enter, leave, NULL, NULL, NULL};
+const model_isa model_isa_base = {NAME, LANES, REGISTERS, available, run, enter, leave, NULL, NULL, NULL, NULL};
 
 extern const model_isa model_isa_avx2, model_isa_avx512, model_isa_pairs;
 const model_isa *const model_isas[] = {

@@ -1,4 +1,5 @@
-// For processors with AVX-512 that multiply pairs of bfloat16 numbers (AVX512_BF16): FORM_TAPS, with sums in float32.
+// For processors with AVX-512 that multiply pairs of bfloat16 numbers (AVX512_BF16): FORM_TAPS and FORM_POINTWISE, with
+// sums in float32.
 #include "special.h"
 #ifdef MODEL_PAIRS
 #include <immintrin.h>
@@ -14,11 +15,16 @@
 #endif
 #define LANES 16
 #define PAIRS
-#include "taps.h"
+#include "pointwise.h"
 void model_run_pairs(const model_op *op, const model_plan *plan, const model_value *in, const model_value *out,
                      const float *bias, const float *image, const float *residual, float *results, float *region,
                      model_worker worker) {
   run_taps(op, plan, in, out, bias, image, residual, results, region, worker);
+}
+void model_run_pointwise(const model_op *op, const model_plan *plan, const model_value *in, const model_value *out,
+                     const float *bias, const float *image, const float *residual, float *results, float *region,
+                     model_worker worker) {
+  run_pointwise(op, plan, in, out, bias, image, residual, results, region, worker);
 }
 #if defined(__clang__)
 #pragma clang attribute pop

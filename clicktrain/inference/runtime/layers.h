@@ -60,6 +60,8 @@ NOINLINE void linear_gathered(const model_op *op, const model_job *jobs, int cou
   }
 }
 
+INLINE vec pooled(vec v, vec one, int mode) { return mode == POOL_MAX ? either((v > one) | (v != v), v, one) : v + one; }
+
 // Windows of one channel of a block.
 INLINE void pool_block(const model_op *op, const model_value *in, const model_value *out, const float *x, float *y) {
   for (int i = 0; i < out->height; ++i) {
@@ -74,7 +76,7 @@ INLINE void pool_block(const model_op *op, const model_value *in, const model_va
           const int col = left + s * op->dilation[1];
           if (col < 0 || col >= in->width) continue;
           const vec one = get(x + ((int64_t)row * in->width + col) * LANES);
-          v = op->mode == POOL_MAX ? either((v > one) | (v != v), v, one) : v + one;
+          v = pooled(v, one, op->mode);
           ++found;
         }
       }
@@ -89,21 +91,45 @@ INLINE void pool_block(const model_op *op, const model_value *in, const model_va
   }
 }
 
-// Windows of one channel of one image: first over rows, with lanes along the row, then over columns.
+// Windows of one channel of one image: first over rows, with lanes along the row, then over columns. `line`: the former,
+// with padding on both sides.
 NOINLINE void pool_single(const model_op *op, const model_value *in, const model_value *out, const float *x, float *y,
-                          float *row) {
+                          float *line) {
+  const int step = op->stride[1];
+  const int wide = op->mode == POOL_MAX && step <= 2 && op->padding[1] >= 0 && out->width >= LANES;
+  float *row = line + (wide ? op->padding[1] : 0);
+  // What is right of the image, as far as windows reach, is as what is left of it.
+  const int reach = (out->width - 1) * step + (op->kernel[1] - 1) * op->dilation[1] + 1 - op->padding[1];
+  for (int k = 0; wide && k < op->padding[1]; ++k) line[k] = -INFINITY;
   for (int i = 0; i < out->height; ++i) {
     const int top = i * op->stride[0] - op->padding[0];
     int found_rows = 0;
     for (int r = 0; r < op->kernel[0]; ++r) {
-      const int line = top + r * op->dilation[0];
-      if (line < 0 || line >= in->height) continue;
-      const float *from = x + (int64_t)line * in->width;
+      const int at = top + r * op->dilation[0];
+      if (at < 0 || at >= in->height) continue;
+      const float *from = x + (int64_t)at * in->width;
       for (int k = 0; k < in->width; k += LANES) {
-        const vec one = get(from + k), v = get(row + k);
-        put(row + k, !found_rows ? one : op->mode == POOL_MAX ? either((v > one) | (v != v), v, one) : v + one);
+        const vec one = get(from + k);
+        put(row + k, found_rows ? pooled(get(row + k), one, op->mode) : one);
       }
       ++found_rows;
+    }
+    if (wide && found_rows) {
+      for (int k = in->width; k < reach; ++k) row[k] = -INFINITY;
+      // The last vector computes some results again.
+      for (int j = 0; j < out->width; j += LANES) {
+        const int first = least_int(j, out->width - LANES);
+        const float *from = line + (int64_t)first * step;
+        vec v = splat(-INFINITY);
+        for (int s = 0; s < op->kernel[1]; ++s, from += op->dilation[1]) {
+          float taken[LANES];
+          copy_positions(taken, from, LANES, step, 1);
+          v = pooled(v, get(taken), POOL_MAX);
+        }
+        put(y + first, v);
+      }
+      y += out->width;
+      continue;
     }
     for (int j = 0; j < out->width; ++j) {
       const int left = j * op->stride[1] - op->padding[1];

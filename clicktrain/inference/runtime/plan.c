@@ -149,15 +149,12 @@ static double plan_flat(const problem *p, model_plan *plan) {
 
 static int choose_form(const problem *p, model_plan *plan) {
   const model_op *op = p->op;
-  if (op->kernel[0] == 1 && op->kernel[1] == 1 && op->stride[0] == 1 && op->stride[1] == 1 && op->padding[0] == 0 &&
-      op->padding[1] == 0) {
-    plan_direct(p, plan);
-    return MODEL_OK;
-  }
-  double (*const forms[])(const problem *, model_plan *) = {plan_rows, plan_flat, model_plan_taps,
-                                                            model_plan_columns, model_plan_windows};
-  double best = -1;
-  for (int form = CHOICE_ROWS; form < CHOICES; ++form) {
+  const int direct = op->kernel[0] == 1 && op->kernel[1] == 1 && op->stride[0] == 1 && op->stride[1] == 1 &&
+                     op->padding[0] == 0 && op->padding[1] == 0;
+  double (*const forms[])(const problem *, model_plan *) = {plan_rows, plan_flat, model_plan_taps, model_plan_columns,
+                                                            model_plan_windows, model_plan_pointwise};
+  double best = direct ? plan_direct(p, plan) : -1;
+  for (int form = direct ? CHOICE_POINTWISE : CHOICE_ROWS; form < CHOICES; ++form) {
     model_plan trial = {0};
     const double cost = forms[form - 1](p, &trial);
     if (cost < 0 || (best >= 0 && cost >= best && form != p->form)) continue;
@@ -231,9 +228,7 @@ static int sparse_jobs(job_list *list, const unsigned char *bits, const uint16_t
   list->filter = -1;
   list->last = NULL;
   for (int64_t at = 0; at < total; at += 64) {
-    uint64_t word = 0;
-    for (int b = 0; b < 8; ++b) word |= (uint64_t)bits[at / 8 + b] << (8 * b);
-    for (; word; word &= word - 1) {
+    for (uint64_t word = model_word(bits, at); word; word &= word - 1) {
       const int64_t place = at + __builtin_ctzll(word);
       if (place >= total || stored >= op->count) return 0;
       for (; place >= end; end += list->row) {
@@ -332,8 +327,8 @@ static int make_tables(const problem *p, model_plan *plan, model_tables *memory,
 
 static int plan_one(model_network *network, int index, int layout, model_tables *memory, int fill) {
   const model_op *op = NETWORK->ops + index;
-  if (op->kind == OP_POOL && network->region < NETWORK->values[op->in].width + MODEL_SLACK)
-    network->region = NETWORK->values[op->in].width + MODEL_SLACK;  // a row
+  const int64_t row = NETWORK->values[op->in].width + 2 * op->padding[1] + op->stride[1] + MODEL_SLACK;
+  if (op->kind == OP_POOL && network->region < row) network->region = row;
   if (!(op->kind == OP_CONV || (op->kind == OP_LINEAR && !op->dense))) return MODEL_OK;
   const int lanes = network->isa->lanes, registers = network->isa->registers;
   problem p = {.op = op, .in = NETWORK->values + op->in, .out = NETWORK->values + op->out, .layout = layout,
@@ -346,6 +341,7 @@ static int plan_one(model_network *network, int index, int layout, model_tables 
   p.pairs = network->isa->pairs != NULL;
   p.has_columns = network->isa->columns != NULL;
   p.has_windows = network->isa->windows != NULL;
+  p.has_pointwise = network->isa->pointwise != NULL;
   p.values = (const float *)(network->weights + op->values);
   p.bits = op->dense ? NULL : network->weights + op->bits;
   p.vectors = op->dense ? (registers >= 32 ? MODEL_TILE_DENSE : 3) : (registers >= 32 ? MODEL_TILE_VECTORS : 12);
@@ -357,12 +353,14 @@ static int plan_one(model_network *network, int index, int layout, model_tables 
     if (plan->form != FORM_DIRECT) {
       const int64_t floats = MODEL_SLACK + (plan->form == FORM_TAPS
                                                 ? model_tap_floats(&p, plan)
-                                                : plan->channel * plan->pass_channels * p.element);
+                                                : plan->channel * plan->pass_channels *
+                                                      (plan->form == FORM_POINTWISE ? 1 : p.element));
       if (floats > network->region) network->region = floats;
     }
   }
   if (plan->form == FORM_TAPS) return model_tap_tables(&p, plan, memory, fill);
   if (plan->form == FORM_COLUMNS || plan->form == FORM_WINDOWS) return model_set_tables(&p, plan, memory, fill);
+  if (plan->form == FORM_POINTWISE) return model_pointwise_tables(&p, plan, memory, fill);
   return make_tables(&p, plan, memory, fill);
 }
 

@@ -11,7 +11,7 @@ typedef struct {
   const model_value *in, *out;
   int layout, lanes, element;  // element: floats of one position
   int registers, pairs;        // pairs: whether two kernels are computed at once
-  int has_columns, has_windows;  // whether there is code for FORM_COLUMNS and FORM_WINDOWS
+  int has_columns, has_windows, has_pointwise;  // whether there is code for these forms
   int taps, columns;           // of a kernel, of its rows
   int vectors;                 // most in a tile
   const unsigned char *bits;   // which weights are stored; NULL: all
@@ -20,7 +20,7 @@ typedef struct {
 } model_problem;
 
 // What can be measured about a convolution: a form with regions that fit L1, or L2; by rules where that cannot be.
-enum { CHOICE_ROWS = 1, CHOICE_FLAT, CHOICE_TAPS, CHOICE_COLUMNS, CHOICE_WINDOWS, CHOICES };
+enum { CHOICE_ROWS = 1, CHOICE_FLAT, CHOICE_TAPS, CHOICE_COLUMNS, CHOICE_WINDOWS, CHOICE_POINTWISE, CHOICES };
 enum { CHOICE_SMALL = 1, CHOICE_LARGE };
 #define CHOICE(form, passes) ((form) + 8 * (passes))
 
@@ -38,6 +38,17 @@ int model_tap_tables(const model_problem *, model_plan *, model_tables *, int fi
 double model_plan_columns(const model_problem *, model_plan *);
 double model_plan_windows(const model_problem *, model_plan *);
 int model_set_tables(const model_problem *, model_plan *, model_tables *, int fill);
+
+// And of FORM_POINTWISE.
+double model_plan_pointwise(const model_problem *, model_plan *);
+int model_pointwise_tables(const model_problem *, model_plan *, model_tables *, int fill);
+
+// 64 bits from number `at` on, of which it is a multiple; there are zeros after the last ones.
+static inline uint64_t model_word(const unsigned char *bits, int64_t at) {
+  uint64_t word = 0;
+  for (int b = 0; b < 8; ++b) word |= (uint64_t)bits[at / 8 + b] << (8 * b);
+  return word;
+}
 
 // Bits that are set; compilers would call a function for it.
 static inline int model_ones(unsigned x) {

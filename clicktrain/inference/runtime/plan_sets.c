@@ -5,6 +5,7 @@
 #include "plan.h"
 
 #define WINDOW_BYTES 655360  // of all channels of a pass
+#define STRIP_BYTES 786432   // of all channels, which fit L2
 
 static const unsigned char has_code[512] = {
 #define SET(N) [N] = 1,
@@ -34,6 +35,21 @@ static const uint16_t coded[] = {
 #else
 #define COLUMNS_4 0
 #endif
+#ifdef MODEL_HAS_COLUMNS_1_STRIDE_2
+#define COLUMNS_1_STRIDE_2 1
+#else
+#define COLUMNS_1_STRIDE_2 0
+#endif
+#ifdef MODEL_HAS_COLUMNS_2_STRIDE_2
+#define COLUMNS_2_STRIDE_2 1
+#else
+#define COLUMNS_2_STRIDE_2 0
+#endif
+#ifdef MODEL_HAS_COLUMNS_4_STRIDE_2
+#define COLUMNS_4_STRIDE_2 1
+#else
+#define COLUMNS_4_STRIDE_2 0
+#endif
 #ifdef MODEL_HAS_WINDOWS_1
 #define WINDOWS_1 1
 #else
@@ -54,39 +70,44 @@ static const uint16_t coded[] = {
 #else
 #define WINDOWS_2_WHOLE 0
 #endif
-// Loops over sets that are compiled: of columns by vectors of a row, of windows by stride and whether they are whole.
-static const unsigned char has_columns[5] = {0, COLUMNS_1, COLUMNS_2, 0, COLUMNS_4};
+// Loops over sets that are compiled: by stride, then of columns by vectors of a row, of windows by whether they are
+// whole.
+static const unsigned char has_columns[3][5] = {
+  {0}, {0, COLUMNS_1, COLUMNS_2, 0, COLUMNS_4}, {0, COLUMNS_1_STRIDE_2, COLUMNS_2_STRIDE_2, 0, COLUMNS_4_STRIDE_2}};
 static const unsigned char has_windows[3][2] = {{0, 0}, {WINDOWS_1, WINDOWS_1_WHOLE}, {WINDOWS_2, WINDOWS_2_WHOLE}};
 
-static int is_possible(const model_problem *p) {
+static int can_be_columns(const model_problem *p) {
   const model_op *op = p->op;
-  int usual = 1;
+  const int stride = op->stride[0];
+  int usual = stride == 1 || stride == 2;
   for (int k = 0; k < 2; ++k)
-    usual &= op->kernel[k] == 3 && op->stride[k] == 1 && op->padding[k] == 1 && op->dilation[k] == 1;
+    usual &= op->kernel[k] == 3 && op->stride[k] == stride && op->padding[k] == 1 && op->dilation[k] == 1;
   return usual && p->has_columns && op->kind == OP_CONV && p->layout == SINGLE && !op->dense && op->groups == 1 &&
          p->in->channels <= 65535;
 }
 
 double model_plan_columns(const model_problem *p, model_plan *plan) {
-  static const struct { int rows, wide; } tiles[] = {{6, 1}, {4, 1}, {3, 2}, {2, 2}, {1, 4}};
-  const int wide = (int)model_up(p->in->width, p->lanes);
+  static const struct { int stride, rows, wide; } tiles[] = {{1, 6, 1}, {1, 4, 1}, {1, 3, 2}, {1, 2, 2}, {1, 1, 4},
+                                                             {2, 7, 1}, {2, 4, 1}, {2, 4, 2}, {2, 2, 2}, {2, 2, 4},
+                                                             {2, 1, 4}};
+  const int wide = (int)model_up(p->out->width, p->lanes), stride = p->op->stride[0];
   double best = -1;
-  if (!is_possible(p) || wide > 4 || !has_columns[wide]) return best;
+  if (!can_be_columns(p) || wide > 4 || !has_columns[stride][wide]) return best;
   for (size_t n = 0; n < sizeof tiles / sizeof *tiles; ++n) {
-    const int rows = tiles[n].rows;
-    if (tiles[n].wide != wide || rows > p->out->height) continue;
+    const int rows = tiles[n].rows, lines = rows * stride + 3 - stride;
+    if (tiles[n].stride != stride || tiles[n].wide != wide || rows > p->out->height) continue;
     const double vectors = rows * wide, strips = (double)model_up(p->out->height, rows);
     // Of a kernel, taken as one of four taps: products, and a jump.
     const double kernels = (double)p->op->count / 4;
     const double products = kernels * (4 * vectors * 0.6 + 6) * (p->pairs ? 0.7 : 1);
-    const double around = p->out->channels * (6 * vectors + 30) + p->in->channels * (rows + 2.0) * wide * 2;
-    const double cost = strips * (products + around);
+    const double around = p->out->channels * (6 * vectors + 30) + p->in->channels * (double)lines * wide * stride * 2;
+    const int64_t channel = (int64_t)lines * wide * stride * p->lanes / (p->pairs ? 2 : 1);
+    const int beyond = channel * p->in->channels * (int64_t)sizeof(float) > STRIP_BYTES;
+    const double cost = strips * (products * (beyond ? 2 : 1) + around);
     if (best >= 0 && cost >= best) continue;
     best = cost;
-    // Of pairs, all channels are there twice.
-    *plan = (model_plan){.form = FORM_COLUMNS, .rows = rows, .cols = wide,
-                         .pass_channels = p->in->channels * (p->pairs ? 2 : 1),
-                         .channel = (int64_t)(rows + 2) * wide * p->lanes};
+    *plan = (model_plan){.form = FORM_COLUMNS, .rows = rows, .cols = wide, .pass_channels = p->in->channels,
+                         .channel = channel};
   }
   return best;
 }

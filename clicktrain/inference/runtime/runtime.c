@@ -80,7 +80,9 @@ int model_open_choosing(const void *weights, size_t bytes, int max_batch, const 
   made->weights = weights;
   made->isa = chosen;
   made->max_batch = max_batch;
-  made->blocks = max_batch > chosen->lanes / 2;
+  // Large images are computed one by one: activations of a block would come from memory each time.
+  made->blocks = max_batch > chosen->lanes / 2 &&
+                 NETWORK->block * chosen->lanes * (int64_t)sizeof(float) <= MODEL_BLOCK_BYTES;
   made->choices = choices;
   made->kept = bytes;
   int failed = model_plan_all(made);

@@ -17,6 +17,7 @@
 #define MODEL_SUMS_WIDE 4   // and vectors of an image
 #define MODEL_SUMS_TOTAL 16 // and both multiplied
 #define MODEL_STRETCHES 8   // whose sums are moved together
+#define MODEL_BLOCK_BYTES 33554432  // of the activations of a block, at most: about what is cached
 #define MODEL_WINDOW_SIDE 4  // FORM_WINDOWS: rows and columns of results in registers
 #define MODEL_GROUP 4         // filters of a dense layer that are computed at once
 #define MODEL_BLOCK 16        // outputs of a dense linear layer that lie side by side
@@ -68,7 +69,7 @@ typedef struct { uint32_t value, offset, count, filter; } model_job;
 #define JOB_MORE(job) ((int)((job)->filter >> 28 & 3))  // dense: filters beside the first
 #define JOB_FILTER(job) ((job)->filter & 0x0fffffffu)
 
-enum { FORM_DIRECT, FORM_ROWS, FORM_FLAT, FORM_TAPS, FORM_COLUMNS, FORM_WINDOWS };
+enum { FORM_DIRECT, FORM_ROWS, FORM_FLAT, FORM_TAPS, FORM_COLUMNS, FORM_WINDOWS, FORM_POINTWISE };
 // FORM_FLAT: row by row; where rows are as long as those of the results, many at once; or a copy for each tap instead
 // of each column of the kernel, where a tile is a whole image.
 enum { MOVED_BY_ROW, MOVED_AT_ONCE, MOVED_BY_TAP };
@@ -94,6 +95,9 @@ typedef struct {
 // FORM_WINDOWS, of a block: MODEL_WINDOW_SIDE squared results stay in registers for all kernels of a filter in a pass,
 // again with code for each set; windows of all channels of a pass are in L2. Of pairs, a window holds bfloat16 numbers,
 // two columns in a vector.
+//
+// FORM_POINTWISE, of 1x1 kernels: weights of a filter by twos, whatever their channels; the tile's inputs of all channels
+// of a pass are copied as bfloat16 numbers, two vectors in one, and interleaved by the processor.
 typedef struct { uint32_t kernel, value; } model_filter;  // its first of `offsets` / 2, and of `packed`
 
 // How one convolution runs in one layout. Channels are taken in passes, whose inputs are copied into a region that fits
@@ -115,7 +119,7 @@ typedef struct {
   int64_t most[4];              // groups, stretches, kernels and weights, as many as there may be
   int whole;                    // FORM_WINDOWS: whether the results are the whole image
   // FORM_COLUMNS, FORM_WINDOWS: [passes x filters + 1]; `offsets` are set and channel of a kernel, or of a pair set and
-  // channels.
+  // channels. FORM_POINTWISE: the same; `offsets` are channels of pairs.
   const model_filter *filters;
   const model_group *groups;
   const model_stretch *stretches;
@@ -174,6 +178,7 @@ struct model_isa {
   model_special pairs;    // FORM_TAPS with pairs of bfloat16 numbers, NULL: with float32. Only taken by name
   model_special columns;  // FORM_COLUMNS; NULL: it is not there
   model_special windows;  // FORM_WINDOWS; likewise
+  model_special pointwise;  // FORM_POINTWISE; likewise
 };
 
 extern const model_isa *const model_isas[];  // best first, then those that round, NULL at the end

@@ -20,5 +20,8 @@ void model_run_column_pairs(const model_op *op, const model_plan *plan, const mo
 void model_run_window_pairs(const model_op *op, const model_plan *plan, const model_value *in, const model_value *out,
                      const float *bias, const float *image, const float *residual, float *results, float *region,
                      model_worker worker);
+void model_run_pointwise(const model_op *op, const model_plan *plan, const model_value *in, const model_value *out,
+                     const float *bias, const float *image, const float *residual, float *results, float *region,
+                     model_worker worker);
 #endif
 #endif

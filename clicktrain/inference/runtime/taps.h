@@ -3,9 +3,13 @@
 // whole, through memory: a load from where its positions begin, without what falls off the edges.
 #pragma once
 #include "vectors.h"
+#ifdef PAIRS
+#include "pairs.h"
+#endif
 
 typedef struct {
-  const float *images, *uppers, *packed;  // uppers: of pairs, the images again, in the upper halves
+  const float *images, *uppers, *packed;  // of pairs and an odd number of vectors, images are there twice: the second
+                                          // time in the upper halves
   const uint16_t *channels;
   const model_stretch *stretches;
   const int32_t *inside;
@@ -34,24 +38,20 @@ INLINE void move_sums(const taps_job *t, const model_stretch *stretches, int cou
 #ifdef PAIRS
 // Two kernels with the same taps at once: their inputs and weights are bfloat16 numbers side by side.
 #define CHANNELS 2
-typedef uint32_t halves __attribute__((vector_size(64)));
-
-// Numbers rounded to bfloat16, in the lower halves of lanes and in the upper ones.
-INLINE void put_halves(vec x, float *lower, float *upper) {
-  const halves b = (halves)x, near = b + 0x7fff + (b >> 16 & 1);
-  put(lower, (vec)(near >> 16));
-  put(upper, (vec)(near & 0xffff0000u));
-}
 INLINE void load_inputs(const taps_job *t, const uint16_t *channels, const int cols, vec *x) {
-  const int64_t lower = channels[0] * (int64_t)cols, upper = channels[1] * (int64_t)cols;
+  const int64_t first = channels[0] * (int64_t)cols, second = channels[1] * (int64_t)cols;
+  if (cols % 2 == 0) {  // cells (pairs.h)
+    UNROLL for (int j = 0; j < cols; j += 2) {
+      const vec a = get(t->images + (first + j) / 2 * LANES), b = get(t->images + (second + j) / 2 * LANES);
+      x[j] = firsts(a, b);
+      x[j + 1] = seconds(a, b);
+    }
+    return;
+  }
   UNROLL for (int j = 0; j < cols; ++j)
-    x[j] = (vec)((ivec)get(t->images + (lower + j) * LANES) | (ivec)get(t->uppers + (upper + j) * LANES));
+    x[j] = (vec)((ivec)get(t->images + (first + j) * LANES) | (ivec)get(t->uppers + (second + j) * LANES));
 }
-INLINE vec multiplied(vec sum, vec x, const float *weight) {
-  int32_t both;
-  memcpy(&both, weight, sizeof both);
-  return (vec)_mm512_dpbf16_ps((__m512)sum, (__m512bh)x, (__m512bh)_mm512_set1_epi32(both));
-}
+INLINE vec multiplied(vec sum, vec x, const float *weights) { return product(sum, x, splat(*weights)); }
 #else
 #define CHANNELS 1
 INLINE void load_inputs(const taps_job *t, const uint16_t *channels, const int cols, vec *x) {
@@ -114,8 +114,12 @@ INLINE void run_taps(const model_op *op, const model_plan *plan, const model_val
 #ifdef PAIRS
   float *lower = region + MODEL_STRETCHES * MODEL_SUMS_TOTAL * LANES + MODEL_SLACK;
   float *upper = lower + (int64_t)in->channels * plan->cols * LANES;
-  for (int64_t k = 0; k < (int64_t)in->channels * plan->cols; ++k)
-    put_halves(get(image + k / plan->cols * plane + k % plan->cols * LANES), lower + k * LANES, upper + k * LANES);
+  const int cols = plan->cols, together = cols % 2 ? 1 : 2;
+  for (int64_t k = 0; k < (int64_t)in->channels * cols; k += together) {
+    const float *from = image + k / cols * plane + k % cols * LANES;
+    if (together == 2) put_cell(lower + k / 2 * LANES, get(from), get(from + LANES));
+    else put_halves(get(from), lower + k * LANES, upper + k * LANES);
+  }
   image = lower;
   uppers = upper;
 #endif

@@ -23,18 +23,9 @@ typedef struct {
 } window;
 
 #ifdef PAIRS
-// Cells of a window have two columns of 16 images, as bfloat16 numbers: in each 128 bits four images of the left
-// column, then the same images of the right one. So the lower and upper halves of two channels' cells, interleaved as
-// the processor does it, are pairs of numbers of one column.
+// Cells of a window have two columns of 16 images (pairs.h).
 #define ENTRY 3
 #define COLUMNS 2
-INLINE vec product(vec sum, vec x, vec weight) {
-  return (vec)_mm512_dpbf16_ps((__m512)sum, (__m512bh)x, (__m512bh)weight);
-}
-INLINE void put_cell(float *to, vec left, vec right) {
-  const __m512i both = (__m512i)_mm512_cvtne2ps_pbh((__m512)right, (__m512)left);
-  put(to, (vec)_mm512_permutexvar_epi64(_mm512_setr_epi64(0, 4, 1, 5, 2, 6, 3, 7), both));
-}
 #else
 #define ENTRY 2
 #define COLUMNS 1
@@ -76,9 +67,9 @@ INLINE const float *multiply_window(const window *t, const uint16_t *kernel, con
       const int right = taps & taps_of_columns(seen_by(begin + 2 * k + 1, stride));
       x[2 * k] = x[2 * k + 1] = (vec){0};
       if (left | right) {
-        const __m512i a = (__m512i)get(p + at), b = (__m512i)get(q + at);
-        if (left) x[2 * k] = (vec)_mm512_unpacklo_epi16(a, b);
-        if (right) x[2 * k + 1] = (vec)_mm512_unpackhi_epi16(a, b);
+        const vec a = get(p + at), b = get(q + at);
+        if (left) x[2 * k] = firsts(a, b);
+        if (right) x[2 * k + 1] = seconds(a, b);
       }
 #else
       x[k] = taps & taps_of_columns(seen_by(begin + k, stride)) ? get(p + at) : (vec){0};

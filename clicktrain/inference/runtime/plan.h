@@ -43,13 +43,6 @@ int model_set_tables(const model_problem *, model_plan *, model_tables *, int fi
 double model_plan_pointwise(const model_problem *, model_plan *);
 int model_pointwise_tables(const model_problem *, model_plan *, model_tables *, int fill);
 
-// 64 bits from number `at` on, of which it is a multiple; there are zeros after the last ones.
-static inline uint64_t model_word(const unsigned char *bits, int64_t at) {
-  uint64_t word = 0;
-  for (int b = 0; b < 8; ++b) word |= (uint64_t)bits[at / 8 + b] << (8 * b);
-  return word;
-}
-
 // Bits that are set; compilers would call a function for it.
 static inline int model_ones(unsigned x) {
   x -= x >> 1 & 0x55555555u;
@@ -62,6 +55,27 @@ static inline unsigned model_kernel(const model_problem *p, int64_t k) {
   const int64_t at = k * p->taps, first = at / 8, last = (at + p->taps - 1) / 8;
   const unsigned word = (unsigned)p->bits[first] | (unsigned)p->bits[last] << (8 * (last - first));
   return word >> (at % 8) & ((1u << p->taps) - 1);
+}
+
+// 64 bits from number `at` on, of which it is a multiple; there are zeros after the last ones.
+static inline uint64_t model_word(const unsigned char *bits, int64_t at) {
+  uint64_t word;
+  memcpy(&word, bits + at / 8, sizeof word);
+#if __BYTE_ORDER__ == __ORDER_BIG_ENDIAN__
+  word = __builtin_bswap64(word);
+#endif
+  return word;
+}
+
+// The first kernel from number `k` on that has any; `end` if none has.
+static inline int64_t model_next_kernel(const model_problem *p, int64_t k, int64_t end) {
+  for (int64_t at = k * p->taps; at < end * p->taps; at = (at | 63) + 1) {
+    const uint64_t word = model_word(p->bits, at & ~(int64_t)63) >> (at & 63);
+    if (!word) continue;
+    const int64_t found = (at + __builtin_ctzll(word)) / p->taps;
+    return found < end ? found : end;
+  }
+  return end;
 }
 
 // A number as bfloat16.

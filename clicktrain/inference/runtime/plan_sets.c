@@ -164,13 +164,14 @@ typedef struct {
 // Of one pass, go through all kernels in parts that there is code for: count them, or write them. The number of
 // weights of all channels.
 static int64_t parts_of_kernels(const model_problem *p, int first, int end, set_tables *t) {
-  int64_t k = 0, stored = 0;
+  int64_t stored = 0;
   const float *values = p->values;
   for (int f = 0; f < p->out->channels; ++f) {
     if (t->filters) *t->filters++ = (model_filter){t->kernel, t->value};
-    for (int c = 0; c < p->in->channels; ++c) {
-      const unsigned all = model_kernel(p, k++);
-      if (!all) continue;
+    const int64_t begin = (int64_t)f * p->in->channels, last = begin + p->in->channels;
+    for (int64_t k = begin; (k = model_next_kernel(p, k, last)) < last; ++k) {
+      const unsigned all = model_kernel(p, k);
+      const int c = (int)(k - begin);
       stored += model_ones(all);
       if (stored > p->op->count) return -1;
       for (unsigned left = c >= first && c < end ? all : 0; left;) {
@@ -197,11 +198,11 @@ static int64_t pairs_of_kernels(const model_problem *p, int begin, int end, set_
   struct { uint32_t seen, kernel, value; } of[512];  // of sets with code
   for (int f = 0; f < p->out->channels; ++f) {
     for (size_t n = 0; n < CODED; ++n) of[coded[n]].seen = 0;
-    const int64_t first = (int64_t)f * p->in->channels;
+    const int64_t first = (int64_t)f * p->in->channels, last = first + p->in->channels;
     if (t->filters) *t->filters++ = (model_filter){t->kernel, t->value};
-    for (int c = 0; c < p->in->channels; ++c) {
-      const unsigned all = model_kernel(p, first + c);
-      if (!all) continue;
+    for (int64_t k = first; (k = model_next_kernel(p, k, last)) < last; ++k) {
+      const unsigned all = model_kernel(p, k);
+      const int c = (int)(k - first);
       stored += model_ones(all);
       if (c < begin || c >= end) continue;
       for (unsigned left = all, set; left; left &= ~set) ++of[set = largest_within(left)].seen;
@@ -217,9 +218,9 @@ static int64_t pairs_of_kernels(const model_problem *p, int begin, int end, set_
       t->value += pairs * (uint32_t)model_ones(set);
     }
     if (!t->kernels) continue;
-    for (int c = 0; c < p->in->channels; ++c) {
-      const unsigned all = model_kernel(p, first + c);
-      if (!all) continue;
+    for (int64_t k = first; (k = model_next_kernel(p, k, last)) < last; ++k) {
+      const unsigned all = model_kernel(p, k);
+      const int c = (int)(k - first);
       for (unsigned left = c >= begin && c < end ? all : 0, set; left; left &= ~set) {
         set = largest_within(left);
         const uint32_t n = of[set].seen++, odd = n & 1;

@@ -48,7 +48,8 @@ static void read_sets(const model_problem *p, sets *s) {
   memset(s, 0, sizeof *s);
   s->filters = p->out->channels;
   s->channels = p->in->channels;
-  for (int64_t k = 0; k < s->filters * s->channels; ++k) ++s->kernels[model_kernel(p, k)];
+  const int64_t all = s->filters * s->channels;
+  for (int64_t k = 0; (k = model_next_kernel(p, k, all)) < all; ++k) ++s->kernels[model_kernel(p, k)];
   for (unsigned kernel = 1; kernel < SETS; ++kernel) {
     s->stored += (int64_t)s->kernels[kernel] * model_ones(kernel);
     for (unsigned left = kernel, part; left; left &= ~part)
@@ -163,42 +164,42 @@ static void make_groups(const sets *s, const model_plan *plan, int pairs, place 
 
 static void fill_weights(const model_problem *p, const sets *s, place *places, uint16_t *channels, float *packed) {
   const float *values = p->values;
-  for (int64_t f = 0, k = 0; f < s->filters; ++f) {
-    for (int64_t c = 0; c < s->channels; ++c, ++k) {
-      const unsigned kernel = model_kernel(p, k);
-      for (int n = 0; n < s->number[kernel]; ++n) {
-        const unsigned part = s->parts[kernel][n];
-        place *one = places + s->index[part] * s->filters + f;
-        channels[one->kernel++] = (uint16_t)c;
-        for (unsigned left = part; left; left &= left - 1)
-          packed[one->value++] = values[model_ones(kernel & ((left & (0u - left)) - 1))];
-      }
-      values += model_ones(kernel);
+  const int64_t all = s->filters * s->channels;
+  for (int64_t k = 0; (k = model_next_kernel(p, k, all)) < all; ++k) {
+    const int64_t f = k / s->channels, c = k % s->channels;
+    const unsigned kernel = model_kernel(p, k);
+    for (int n = 0; n < s->number[kernel]; ++n) {
+      const unsigned part = s->parts[kernel][n];
+      place *one = places + s->index[part] * s->filters + f;
+      channels[one->kernel++] = (uint16_t)c;
+      for (unsigned left = part; left; left &= left - 1)
+        packed[one->value++] = values[model_ones(kernel & ((left & (0u - left)) - 1))];
     }
+    values += model_ones(kernel);
   }
 }
 
 // The same for pairs: the second of a pair is in the upper half, and zero for a kernel that has none beside it.
 static void fill_pairs(const model_problem *p, const sets *s, place *places, uint16_t *channels, uint32_t *packed) {
   const float *values = p->values;
-  for (int64_t f = 0, k = 0; f < s->filters; ++f) {
-    for (int64_t c = 0; c < s->channels; ++c, ++k) {
-      const unsigned kernel = model_kernel(p, k);
-      for (int n = 0; n < s->number[kernel]; ++n) {
-        const unsigned part = s->parts[kernel][n];
-        place *one = places + s->index[part] * s->filters + f;
-        const uint32_t odd = one->kernel & 1;  // stretches begin even
-        channels[one->kernel++] = (uint16_t)c;
-        if (!odd) channels[one->kernel] = (uint16_t)c;
-        uint32_t *pair = packed + one->value;
-        for (unsigned left = part; left; left &= left - 1, ++pair) {
-          const uint32_t weight = model_rounded(values[model_ones(kernel & ((left & (0u - left)) - 1))]);
-          *pair = odd ? *pair | weight << 16 : weight;
-        }
-        if (odd) one->value += (uint32_t)model_ones(part);
+  const int64_t all = s->filters * s->channels;
+  for (int64_t k = 0; (k = model_next_kernel(p, k, all)) < all; ++k) {
+    const int64_t f = k / s->channels, c = k % s->channels;
+    const unsigned kernel = model_kernel(p, k);
+    for (int n = 0; n < s->number[kernel]; ++n) {
+      const unsigned part = s->parts[kernel][n];
+      place *one = places + s->index[part] * s->filters + f;
+      const uint32_t odd = one->kernel & 1;  // stretches begin even
+      channels[one->kernel++] = (uint16_t)c;
+      if (!odd) channels[one->kernel] = (uint16_t)c;
+      uint32_t *pair = packed + one->value;
+      for (unsigned left = part; left; left &= left - 1, ++pair) {
+        const uint32_t weight = model_rounded(values[model_ones(kernel & ((left & (0u - left)) - 1))]);
+        *pair = odd ? *pair | weight << 16 : weight;
       }
-      values += model_ones(kernel);
+      if (odd) one->value += (uint32_t)model_ones(part);
     }
+    values += model_ones(kernel);
   }
 }
 
@@ -215,11 +216,10 @@ int model_tap_tables(const model_problem *p, model_plan *plan, model_tables *mem
   place *places = calloc((size_t)(s.used_count * s.filters) + 1, sizeof *places);
   uint32_t *filters = malloc((size_t)s.filters * sizeof *filters);
   if (places && filters) {
-    for (int64_t f = 0, k = 0; f < s.filters; ++f) {
-      for (int64_t c = 0; c < s.channels; ++c, ++k) {
-        const unsigned kernel = model_kernel(p, k);
-        for (int n = 0; n < s.number[kernel]; ++n) ++places[s.index[s.parts[kernel][n]] * s.filters + f].count;
-      }
+    const int64_t all = s.filters * s.channels;
+    for (int64_t k = 0; (k = model_next_kernel(p, k, all)) < all; ++k) {
+      const unsigned kernel = model_kernel(p, k);
+      for (int n = 0; n < s.number[kernel]; ++n) ++places[s.index[s.parts[kernel][n]] * s.filters + k / s.channels].count;
     }
     make_groups(&s, plan, p->pairs, places, filters, begin, groups, stretches);
     if (p->pairs) fill_pairs(p, &s, places, channels, (uint32_t *)packed);

@@ -9,7 +9,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from c_builds import Library, alive, build, check, check_choices, needs_compiler, plan_file, write
+from c_builds import CHOICES, Library, alive, build, check, check_choices, needs_compiler, plan_file, write
 from torch import nn
 
 from clicktrain.bench.masks import pattern_mask
@@ -119,7 +119,9 @@ class Columns(nn.Module):
 
 
 @pytest.mark.long
-@pytest.mark.parametrize("size", [(32, 32), (15, 13), (29, 47), (5, 61), (18, 128)])
+@pytest.mark.parametrize(
+    "size", [(32, 32), (15, 13), (29, 47), (5, 61), (18, 128), (5, 128), (42, 28), (24, 40)]
+)
 def test_columns_are_right(size: tuple[int, int], tmp_path: Path) -> None:
     torch.manual_seed(0)
     check_choices(Columns().eval(), (5, *size), tmp_path, (1, 2), ("columns",))
@@ -128,7 +130,7 @@ def test_columns_are_right(size: tuple[int, int], tmp_path: Path) -> None:
 class Points(nn.Module):
     """1x1 convolutions: strides, activations, sums, channels of which some filters use none, one, or many."""
 
-    def __init__(self, channels: int, stride: int) -> None:
+    def __init__(self, channels: int, stride: int | tuple[int, int]) -> None:
         super().__init__()
         self.first = nn.Conv2d(3, channels, 1)
         self.second = nn.Conv2d(channels, 21, 1, stride=stride)
@@ -152,11 +154,13 @@ class Points(nn.Module):
 @pytest.mark.parametrize(
     ("channels", "size", "stride"),
     [(2, (4, 4), 1), (900, (7, 7), 1), (33, (14, 14), 1), (33, (1, 13), 1), (900, (28, 28), 2),
-     (33, (13, 9), 2), (2, (2, 33), 2), (33, (11, 10), 3)],
+     (33, (13, 9), 2), (2, (2, 33), 2), (33, (11, 10), 3), (33, (31, 33), 2), (60, (47, 43), 2),
+     (300, (8, 8), (2, 1)), (5, (8, 20), (1, 2)), (5, (12, 12), (3, 1))],
 )  # fmt: skip
 def test_1x1_convolutions_are_right(
-    channels: int, size: tuple[int, int], stride: int, tmp_path: Path
+    channels: int, size: tuple[int, int], stride: int | tuple[int, int], tmp_path: Path
 ) -> None:
+    """One tile and several, which overlap or are shared by threads; passes, also of blocks."""
     torch.manual_seed(0)
     model = Points(channels, stride).eval()
     check_choices(model, (3, *size), tmp_path, (1, 2, 17), ("pointwise, L1", "pointwise, L2"))
@@ -173,6 +177,44 @@ def test_1x1_convolutions_are_right(
 def test_pooling_of_wide_rows_is_right(pool: nn.Module, tmp_path: Path) -> None:
     torch.manual_seed(0)
     check(nn.Sequential(nn.Conv2d(3, 5, 1), pool).eval(), (3, 7, 53), tmp_path, (1, 3))
+
+
+class Cropped(nn.Module):
+    """Few columns of a wide image."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.layer = nn.Conv2d(3, 5, 1)
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        y: torch.Tensor = self.layer(x[..., 700:])
+        return y
+
+
+def test_a_wide_image_is_cropped(tmp_path: Path) -> None:
+    torch.manual_seed(0)
+    check(Cropped().eval(), (3, 2, 800), tmp_path, (1, 2))
+
+
+def test_a_strided_linear_layer_is_right(tmp_path: Path) -> None:
+    torch.manual_seed(0)
+    model = nn.Sequential(nn.Conv2d(3, 64, 3), nn.AdaptiveAvgPool2d(1), nn.Conv2d(64, 32, 1, stride=2))
+    check(alive(model, 0.3), (3, 6, 6), tmp_path, (1, 3, 17))
+
+
+def test_nan_stays_in_pairs_of_small_images(tmp_path: Path) -> None:
+    """An image of one vector, whose numbers are rounded by hand."""
+    torch.manual_seed(0)
+    model, shape = Small(8).eval(), (3, 4, 4)
+    write(model, shape, tmp_path)
+    library = Library(build(tmp_path))
+    images = torch.randn(2, *shape)
+    images[0, 1, 2, 2] = float("nan")
+    program = capture(model, shape)
+    for isa in library.names():
+        plan = plan_file(tmp_path, program, isa, CHOICES["taps"])
+        got = library.run_planned(tmp_path, plan, images[:1], 6 * 16, isa)
+        assert got.isnan().any(), isa
 
 
 def test_every_choice_is_right(tmp_path: Path) -> None:

@@ -149,11 +149,14 @@ static double plan_flat(const problem *p, model_plan *plan) {
 
 static int choose_form(const problem *p, model_plan *plan) {
   const model_op *op = p->op;
-  const int direct = op->kernel[0] == 1 && op->kernel[1] == 1 && op->stride[0] == 1 && op->stride[1] == 1 &&
-                     op->padding[0] == 0 && op->padding[1] == 0;
+  // A linear layer has one position, from which no stride leads.
+  const int direct = op->kernel[0] == 1 && op->kernel[1] == 1 && op->padding[0] == 0 && op->padding[1] == 0 &&
+                     (op->kind == OP_LINEAR || (op->stride[0] == 1 && op->stride[1] == 1));
   double (*const forms[])(const problem *, model_plan *) = {plan_rows, plan_flat, model_plan_taps, model_plan_columns,
                                                             model_plan_windows, model_plan_pointwise};
   double best = direct ? plan_direct(p, plan) : -1;
+  // Of those that can be direct, another choice than this is to be so.
+  if (direct && p->form && p->form != CHOICE_POINTWISE) return MODEL_OK;
   for (int form = direct ? CHOICE_POINTWISE : CHOICE_ROWS; form < CHOICES; ++form) {
     model_plan trial = {0};
     const double cost = forms[form - 1](p, &trial);
@@ -327,7 +330,8 @@ static int make_tables(const problem *p, model_plan *plan, model_tables *memory,
 
 static int plan_one(model_network *network, int index, int layout, model_tables *memory, int fill) {
   const model_op *op = NETWORK->ops + index;
-  const int64_t row = NETWORK->values[op->in].width + 2 * op->padding[1] + op->stride[1] + MODEL_SLACK;
+  const int64_t row = NETWORK->values[op->in].width + 2 * (op->padding[1] > 0 ? op->padding[1] : 0) + op->stride[1] +
+                      MODEL_SLACK;
   if (op->kind == OP_POOL && network->region < row) network->region = row;
   if (!(op->kind == OP_CONV || (op->kind == OP_LINEAR && !op->dense))) return MODEL_OK;
   const int lanes = network->isa->lanes, registers = network->isa->registers;

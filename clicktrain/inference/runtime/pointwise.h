@@ -15,7 +15,7 @@ typedef struct {
 INLINE void multiply_pair(const points *t, const uint16_t *pair, const float *weights, const int vectors, vec *sums) {
   const int cells = (vectors + 1) / 2;
   const float *p = t->region + pair[0] * cells * LANES, *q = t->region + pair[1] * cells * LANES;
-  const vec both = splat(*weights);
+  const vec both = weight_of(weights);
   UNROLL for (int k = 0; k < cells; ++k) {
     const vec a = get(p + k * LANES), b = get(q + k * LANES);
     sums[2 * k] = product(sums[2 * k], firsts(a, b), both);

@@ -133,7 +133,7 @@ static int reads_values(const model_network *network, int n) {
   int reads = 0;
   for (int layout = 0; layout < (network->blocks ? LAYOUTS : 1); ++layout) {
     const int form = network->plans[layout][n].form;
-    reads |= form != FORM_TAPS && form != FORM_COLUMNS && form != FORM_WINDOWS;
+    reads |= form != FORM_TAPS && form != FORM_COLUMNS && form != FORM_WINDOWS && form != FORM_POINTWISE;
   }
   return reads;
 }

@@ -51,7 +51,7 @@ INLINE void load_inputs(const taps_job *t, const uint16_t *channels, const int c
   UNROLL for (int j = 0; j < cols; ++j)
     x[j] = (vec)((ivec)get(t->images + (first + j) * LANES) | (ivec)get(t->uppers + (second + j) * LANES));
 }
-INLINE vec multiplied(vec sum, vec x, const float *weights) { return product(sum, x, splat(*weights)); }
+INLINE vec multiplied(vec sum, vec x, const float *weights) { return product(sum, x, weight_of(weights)); }
 #else
 #define CHANNELS 1
 INLINE void load_inputs(const taps_job *t, const uint16_t *channels, const int cols, vec *x) {

@@ -29,6 +29,7 @@ typedef struct {
 #else
 #define ENTRY 2
 #define COLUMNS 1
+INLINE vec weight_of(const float *weight) { return splat(*weight); }
 INLINE vec product(vec sum, vec x, vec weight) { return sum + weight * x; }
 #endif
 
@@ -53,7 +54,7 @@ INLINE const float *multiply_window(const window *t, const uint16_t *kernel, con
 #endif
   vec weight[9];
   UNROLL for (int k = 0; k < 9; ++k) {
-    if (set >> k & 1) weight[k] = splat(*weights++);
+    if (set >> k & 1) weight[k] = weight_of(weights++);
     else weight[k] = (vec){0};
   }
   UNROLL for (int y = begin; y < end; ++y) {

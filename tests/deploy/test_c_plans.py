@@ -203,7 +203,7 @@ def test_a_strided_linear_layer_is_right(tmp_path: Path) -> None:
 
 
 def test_nan_stays_in_pairs_of_small_images(tmp_path: Path) -> None:
-    """An image of one vector: all bits of a NaN are set after SiLU, and rounding is not to carry over them."""
+    """An image of one vector: all bits of NaN are set after SiLU, and rounding is not to carry over them."""
     torch.manual_seed(0)
     model = nn.Sequential(patterned(8, 3, 0.5), nn.SiLU(), patterned(6, 8, 0.5, 1)).eval()
     shape = (3, 4, 4)

@@ -219,7 +219,8 @@ int model_tap_tables(const model_problem *p, model_plan *plan, model_tables *mem
     const int64_t all = s.filters * s.channels;
     for (int64_t k = 0; (k = model_next_kernel(p, k, all)) < all; ++k) {
       const unsigned kernel = model_kernel(p, k);
-      for (int n = 0; n < s.number[kernel]; ++n) ++places[s.index[s.parts[kernel][n]] * s.filters + k / s.channels].count;
+      const int64_t f = k / s.channels;
+      for (int n = 0; n < s.number[kernel]; ++n) ++places[s.index[s.parts[kernel][n]] * s.filters + f].count;
     }
     make_groups(&s, plan, p->pairs, places, filters, begin, groups, stretches);
     if (p->pairs) fill_pairs(p, &s, places, channels, (uint32_t *)packed);

@@ -1,5 +1,5 @@
-// FORM_COLUMNS (runtime.h): 3x3 convolutions of one image, of stride 1 or 2, with sums of their own for each column of the kernel; for
-// AVX-512, with numbers of float32 or PAIRS of bfloat16.
+// FORM_COLUMNS (runtime.h): 3x3 convolutions of one image, of stride 1 or 2, with sums of their own for each column of
+// the kernel; for AVX-512, with numbers of float32 or PAIRS of bfloat16.
 #pragma once
 #include "taps.h"
 

@@ -60,7 +60,9 @@ NOINLINE void linear_gathered(const model_op *op, const model_job *jobs, int cou
   }
 }
 
-INLINE vec pooled(vec v, vec one, int mode) { return mode == POOL_MAX ? either((v > one) | (v != v), v, one) : v + one; }
+INLINE vec pooled(vec v, vec one, int mode) {
+  return mode == POOL_MAX ? either((v > one) | (v != v), v, one) : v + one;
+}
 
 // Windows of one channel of a block.
 INLINE void pool_block(const model_op *op, const model_value *in, const model_value *out, const float *x, float *y) {
@@ -91,8 +93,8 @@ INLINE void pool_block(const model_op *op, const model_value *in, const model_va
   }
 }
 
-// Windows of one channel of one image: first over rows, with lanes along the row, then over columns. `line`: the former,
-// with padding on both sides.
+// Windows of one channel of one image: first over rows, with lanes along the row, then over columns. `line`: the
+// former, with padding on both sides.
 NOINLINE void pool_single(const model_op *op, const model_value *in, const model_value *out, const float *x, float *y,
                           float *line) {
   const int step = op->stride[1];

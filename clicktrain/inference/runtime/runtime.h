@@ -96,8 +96,8 @@ typedef struct {
 // again with code for each set; windows of all channels of a pass are in L2. Of pairs, a window holds bfloat16 numbers,
 // two columns in a vector.
 //
-// FORM_POINTWISE, of 1x1 kernels: weights of a filter by twos, whatever their channels; the tile's inputs of all channels
-// of a pass are copied as bfloat16 numbers, two vectors in one, and interleaved by the processor.
+// FORM_POINTWISE, of 1x1 kernels: weights of a filter by twos, whatever their channels; the tile's inputs of all
+// channels of a pass are copied as bfloat16 numbers, two vectors in one, and interleaved by the processor.
 typedef struct { uint32_t kernel, value; } model_filter;  // its first of `offsets` / 2, and of `packed`
 
 // How one convolution runs in one layout. Channels are taken in passes, whose inputs are copied into a region that fits

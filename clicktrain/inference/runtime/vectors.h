@@ -47,8 +47,8 @@ INLINE vec activate(vec z, int act, float low, float high) {
 #define EVENS 0, 2, 4, 6
 #endif
 
-// `count` positions of a row (`element` floats each: 1, or LANES), every `step`-th. What it copies to is filled upwards:
-// what is written too far is written again.
+// `count` positions of a row (`element` floats each: 1, or LANES), every `step`-th. What it copies to is filled
+// upwards: what is written too far is written again.
 INLINE void copy_positions(float *to, const float *from, int64_t count, int64_t step, const int element) {
   if (element == 1 && step == 1) {
     for (int64_t k = 0; k < count; k += LANES) put(to + k, get(from + k));

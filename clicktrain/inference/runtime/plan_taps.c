@@ -162,42 +162,27 @@ static void make_groups(const sets *s, const model_plan *plan, int pairs, place 
   begin[plan->parts] = group;
 }
 
+// Of pairs, the second weight is in the upper half, and zero for a kernel that has none beside it.
 static void fill_weights(const model_problem *p, const sets *s, place *places, uint16_t *channels, float *packed) {
   const float *values = p->values;
   const int64_t all = s->filters * s->channels;
+  uint32_t *const pairs = (uint32_t *)packed;
   for (int64_t k = 0; (k = model_next_kernel(p, k, all)) < all; ++k) {
     const int64_t f = k / s->channels, c = k % s->channels;
     const unsigned kernel = model_kernel(p, k);
     for (int n = 0; n < s->number[kernel]; ++n) {
       const unsigned part = s->parts[kernel][n];
       place *one = places + s->index[part] * s->filters + f;
+      const int first = p->pairs && !(one->kernel & 1);  // stretches of pairs begin even
       channels[one->kernel++] = (uint16_t)c;
-      for (unsigned left = part; left; left &= left - 1)
-        packed[one->value++] = values[model_ones(kernel & ((left & (0u - left)) - 1))];
-    }
-    values += model_ones(kernel);
-  }
-}
-
-// The same for pairs: the second of a pair is in the upper half, and zero for a kernel that has none beside it.
-static void fill_pairs(const model_problem *p, const sets *s, place *places, uint16_t *channels, uint32_t *packed) {
-  const float *values = p->values;
-  const int64_t all = s->filters * s->channels;
-  for (int64_t k = 0; (k = model_next_kernel(p, k, all)) < all; ++k) {
-    const int64_t f = k / s->channels, c = k % s->channels;
-    const unsigned kernel = model_kernel(p, k);
-    for (int n = 0; n < s->number[kernel]; ++n) {
-      const unsigned part = s->parts[kernel][n];
-      place *one = places + s->index[part] * s->filters + f;
-      const uint32_t odd = one->kernel & 1;  // stretches begin even
-      channels[one->kernel++] = (uint16_t)c;
-      if (!odd) channels[one->kernel] = (uint16_t)c;
-      uint32_t *pair = packed + one->value;
-      for (unsigned left = part; left; left &= left - 1, ++pair) {
-        const uint32_t weight = model_rounded(values[model_ones(kernel & ((left & (0u - left)) - 1))]);
-        *pair = odd ? *pair | weight << 16 : weight;
+      if (first) channels[one->kernel] = (uint16_t)c;
+      uint32_t at = one->value;
+      for (unsigned left = part; left; left &= left - 1, ++at) {
+        const float value = values[model_ones(kernel & ((left & (0u - left)) - 1))];
+        if (!p->pairs) packed[at] = value;
+        else pairs[at] = first ? model_rounded(value) : pairs[at] | model_rounded(value) << 16;
       }
-      if (odd) one->value += (uint32_t)model_ones(part);
+      if (!first) one->value = at;
     }
     values += model_ones(kernel);
   }
@@ -223,8 +208,7 @@ int model_tap_tables(const model_problem *p, model_plan *plan, model_tables *mem
       for (int n = 0; n < s.number[kernel]; ++n) ++places[s.index[s.parts[kernel][n]] * s.filters + f].count;
     }
     make_groups(&s, plan, p->pairs, places, filters, begin, groups, stretches);
-    if (p->pairs) fill_pairs(p, &s, places, channels, (uint32_t *)packed);
-    else fill_weights(p, &s, places, channels, packed);
+    fill_weights(p, &s, places, channels, packed);
     fill_inside(p, plan, inside);
     plan->begin = begin;
     plan->groups = groups;

@@ -3,13 +3,15 @@
 An expression names a run and what it wrote. ``dense.val_accuracy`` is a key of ``summary.json``, or of the
 JSON of ``bench`` and ``evaluate``; ``pat.events.epi.epi`` is the list of a key's values in all events of a
 kind, ``dense.epochs.seconds`` of those of ``metrics.jsonl``, one per epoch. Indices, the four operations,
-``min``, ``max``, ``mean``, ``len`` and ``abs`` are known; nothing else is. Dashes in names become ``_``.
+``min``, ``max``, ``mean``, ``sum``, ``len`` and ``abs`` are known; nothing else is. Dashes in names become
+``_``.
 """
 
 from __future__ import annotations
 
 import ast
 import json
+import math
 import operator
 import statistics
 from collections.abc import Callable, Iterable, Mapping, Sequence
@@ -33,6 +35,7 @@ _FUNCTIONS: Mapping[str, Callable[[Any], Any]] = {
     "min": min,
     "max": max,
     "mean": statistics.fmean,
+    "sum": math.fsum,
     "len": len,
     "abs": abs,
 }

@@ -13,6 +13,7 @@ import pytest
 from clicktrain.commands import bench, cost, evaluate, train
 from clicktrain.commands.arguments import options_of
 from clicktrain.errors import UserError
+from clicktrain.files import read_yaml
 from clicktrain.methods import METHODS
 from clicktrain.papers import SCALES, Overrides, Row, read_rows, read_settings, rows_called, steps_of
 from clicktrain.papers.figures import names_in
@@ -60,6 +61,10 @@ def test_forty_can_be_run_on_a_cpu_and_each_kind_is_among_them() -> None:
     runnable = Counter(row.kind for row in ROWS.values() if row.runnable)
     assert runnable.total() >= 40
     assert set(runnable) == set(KINDS.values())
+
+
+def test_forty_have_been_run() -> None:
+    assert sum(bool(row.result) for row in ROWS.values()) >= 40
 
 
 def test_a_result_names_its_setting_and_a_page_that_is_there(repository: Path) -> None:
@@ -138,6 +143,23 @@ def checked(step: Step) -> None:
         cost.COMMAND.parse(words)
     else:
         evaluate.COMMAND.parse(words)
+
+
+def test_no_run_has_settings_that_its_recipe_has_for_another_method(repository: Path) -> None:
+    general = {option.name for option in options_of(RunConfig)}
+    recipes = {name: read_yaml(repository / one.recipe) for name, one in read_settings().items()}
+    inherited = []
+    for row in ROWS.values():
+        recipe = recipes.get(row.small or "", {})
+        for run, text in row.runs.items():
+            words = text.split()
+            method = words[words.index("--method") + 1] if "--method" in words else recipe.get("method")
+            if words[0] != "train" or method == recipe.get("method") or not recipe:
+                continue
+            own = {option.name for option in options_of(METHODS[method])} - general
+            given = {word.removeprefix("--").replace("-", "_") for word in words}
+            inherited += [(row.name, run, name) for name in own & set(recipe) - given]
+    assert inherited == []
 
 
 @pytest.mark.parametrize("scale", SCALES)

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Literal, get_args
 
@@ -10,10 +10,13 @@ from clicktrain.commands.arguments import OWN_MODEL, RUN, Command, Option
 from clicktrain.errors import UserError
 
 if TYPE_CHECKING:
+    from torch import Tensor
+
     from clicktrain.deploy import Images
     from clicktrain.train import LoadedRun
 
 _CHECKED_IMAGES = 512
+_CALIBRATION_IMAGES = 512
 _Format = Literal["safetensors", "onnx", "torch", "openvino", "executorch", "coreml", "c"]
 
 COMMAND = Command(
@@ -25,6 +28,7 @@ COMMAND = Command(
         "clicktrain export runs/first --format onnx",
         "clicktrain export runs/first --format torch -o first.pt2",
         "clicktrain export runs/first --format c",
+        "clicktrain export runs/first --format c --int8",
     ),
     positional=RUN,
     groups={
@@ -49,6 +53,13 @@ COMMAND = Command(
             Option(
                 "name", str | None, "c: the name of files and functions; model by default.", metavar="NAME"
             ),
+            Option(
+                "int8",
+                bool,
+                "c: sparse 1x1 and 3x3 convolutions behind ReLU also in int8, where the processor has "
+                "AVX512_VNNI; ranges are found on training images, accuracies are printed.",
+                default=False,
+            ),
             Option("images", int | None, f"Validation images to compare on; {_CHECKED_IMAGES} by default."),
         )
     },
@@ -64,8 +75,9 @@ def run(argv: Sequence[str]) -> int:
     count = _CHECKED_IMAGES if given.get("images") is None else given["images"]
     if count < 1:
         raise UserError(f"images is {count}: must be at least 1")
-    if format != "c" and given.get("name") is not None:
-        raise UserError("--name belongs to --format c")
+    for flag in ("name", "int8"):
+        if format != "c" and given.get(flag):
+            raise UserError(f"--{flag} belongs to --format c")
     from clicktrain.deploy import FILE_FORMATS, SUFFIXES, export_c, export_run
     from clicktrain.train import load_run
 
@@ -80,7 +92,9 @@ def run(argv: Sequence[str]) -> int:
     images, why = _validation_images(loaded, count)
     what = "validation images" if images is not None else f"random images ({why})"
     if format == "c":
-        lines = export_c(loaded, path, images, given.get("name") or "model").sentences(what)
+        calibration = _calibration_images(loaded) if given.get("int8") else None
+        name = given.get("name") or "model"
+        lines = export_c(loaded, path, images, name, calibration).sentences(what)
     else:
         lines = export_run(loaded, format, path, images).sentences(
             what, "the run's packed.safetensors and --format c"
@@ -95,6 +109,23 @@ def run(argv: Sequence[str]) -> int:
 
 def _validation_images(loaded: LoadedRun, count: int) -> tuple[Images | None, str]:
     """The first validation images of a run; or None and why they cannot be had."""
+    try:
+        return _images(loaded, "val", count), ""
+    except UserError as error:
+        return None, str(error)
+
+
+def _calibration_images(loaded: LoadedRun) -> Iterator[Tensor]:
+    """Training images of a run as validation images are prepared; UserError if they cannot be had."""
+    try:
+        found = _images(loaded, "train", _CALIBRATION_IMAGES)
+    except UserError as error:
+        raise UserError(f"int8 needs training images to find ranges on: {error}") from None
+    return (x for x, _ in found)
+
+
+def _images(loaded: LoadedRun, split: Literal["train", "val"], count: int) -> Images:
+    """The first images of a split of a run's data, without augmentation."""
     from dataclasses import replace
 
     import torch
@@ -102,14 +133,11 @@ def _validation_images(loaded: LoadedRun, count: int) -> tuple[Images | None, st
     from clicktrain.train.prepare import make_eval_loader, open_run_data
 
     config = replace(loaded.config, device="cpu")
-    try:
-        data = open_run_data(config, loaded.value_range)
-        if tuple(data.image_shape) != loaded.image_shape:
-            raise UserError(f"the images of {config.data} have another size by now")
-        data = replace(data, mean=tuple(loaded.facts["mean"]), std=tuple(loaded.facts["std"]))
-        loader = make_eval_loader(config, data, "val", torch.device("cpu"))
-    except UserError as error:
-        return None, str(error)
+    data = open_run_data(config, loaded.value_range)
+    if tuple(data.image_shape) != loaded.image_shape:
+        raise UserError(f"the images of {config.data} have another size by now")
+    data = replace(data, mean=tuple(loaded.facts["mean"]), std=tuple(loaded.facts["std"]))
+    loader = make_eval_loader(config, data, split, torch.device("cpu"))
 
     def batches() -> Images:
         left = count
@@ -119,4 +147,4 @@ def _validation_images(loaded: LoadedRun, count: int) -> tuple[Images | None, st
             if left <= 0:
                 return
 
-    return batches(), ""
+    return batches()

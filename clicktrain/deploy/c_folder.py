@@ -9,10 +9,10 @@ import itertools
 import re
 import shutil
 import struct
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from types import ModuleType
+from types import MappingProxyType, ModuleType
 from typing import Any
 
 import torch
@@ -21,12 +21,15 @@ from torch import Tensor, nn
 from clicktrain.deploy.checked_export import FinishedRun, drafts_beside
 from clicktrain.deploy.comparison import RELATIVE, Comparison, Images, batches, compare
 from clicktrain.errors import UserError
+from clicktrain.inference.calibration import calibrate
 from clicktrain.inference.capture import capture
-from clicktrain.inference.program import Program
+from clicktrain.inference.program import Program, Value
 from clicktrain.inference.runtime_files import filled, renamed, runtime_file, runtime_texts
 from clicktrain.inference.tables import constants, frequent_sets, model_source
 from clicktrain.inference.weight_file import WeightFile
 
+INT8 = "avx512-int8"
+"""Instructions that int8 layers run with."""
 _TEMPLATES = ("model.h", "Makefile", "CMakeLists.txt", "model.py", "example.cpp", "example.rs", "README.md")
 _STORED_FLOATS = 2**18
 _MARK = "// Written by clicktrain"
@@ -41,6 +44,9 @@ class ExportedC(Comparison):
         dense_bytes: of the network's parameters and buffers in float32.
         isa: instructions that it ran with.
         memory_bytes: that a program needs for one image at a time.
+        int8: of the same images, computed with int8 numbers; None if that was not asked for, or cannot be
+            run on this processor.
+        int8_layers: convolutions that can be.
     """
 
     path: Path
@@ -48,22 +54,44 @@ class ExportedC(Comparison):
     dense_bytes: int
     isa: str
     memory_bytes: int
+    int8: Comparison | None = None
+    int8_layers: int = 0
 
     def sentences(self, images: str = "images") -> list[str]:
         """What was written and how it was checked."""
-        return [
+        lines = [
             f"{self.path}: weights {self.weight_bytes / 2**20:.2f} MB "
             f"(dense {self.dense_bytes / 2**20:.2f} MB), "
             f"memory for one image at a time {self.memory_bytes / 2**20:.2f} MB",
             f"built and run ({self.isa}) on {self.images} {images}: {self.sentence()}",
         ]
+        if self.int8_layers and self.int8 is None:
+            lines.append(
+                f"{self.int8_layers} layers can be int8 ({INT8}), which was not run: "
+                "this processor has no AVX512_VNNI"
+            )
+        elif self.int8 is not None:
+            difference = f"largest difference {self.int8.max_difference:.2g}"
+            if self.int8.accuracy is not None and self.int8.network_accuracy is not None:
+                difference += (
+                    f", accuracy {self.int8.accuracy:.2f}%, the network's {self.int8.network_accuracy:.2f}%"
+                )
+            lines.append(
+                f"{self.int8_layers} layers in int8 ({INT8}), run on {self.int8.images} {images}: "
+                f"{difference}"
+            )
+        return lines
 
     def __str__(self) -> str:
         return "\n".join(self.sentences())
 
 
 def export_c(
-    run: FinishedRun, output: str | Path, images: Images | None = None, name: str = "model"
+    run: FinishedRun,
+    output: str | Path,
+    images: Images | None = None,
+    name: str = "model",
+    calibration: Iterable[Tensor] | None = None,
 ) -> ExportedC:
     """Write the network of a run as C into the folder ``output``; an earlier export there is replaced.
 
@@ -72,6 +100,7 @@ def export_c(
 
     Args:
         name: of its files, functions and library: a program may hold several networks.
+        calibration: batches [N, C, H, W] on which the ranges of int8 numbers are found; none without any.
 
     Raises:
         UserError: the network has an operation that there is no C for, there is no C compiler, the folder
@@ -92,17 +121,25 @@ def export_c(
     with drafts_beside(output) as place, torch.no_grad():
         draft = place / "c"
         draft.mkdir()
+        ranges = {} if calibration is None else calibrate(program, _of_shape(calibration, run.image_shape))
         found = batches(images, run.image_shape)
         few = list(itertools.islice(found, 2))  # the first image, and others
         stored = torch.cat([x for x, _ in few])
-        weight_bytes = write_c(model, program, draft, run.facts, stored, name)
-        with _built(draft, name, place) as (network, memory):
+        rest = list(found) if calibration is not None else found  # gone through twice with int8
+        weight_bytes, int8_layers = write_c(model, program, draft, run.facts, stored, name, ranges)
+        if calibration is not None and not int8_layers:
+            raise UserError(
+                "nothing of this network can be int8: that is for sparse 1x1 and 3x3 convolutions whose "
+                "inputs are never negative, as after ReLU"
+            )
+        with _built(draft, name, place) as built:
             compared = compare(
                 lambda x: model(x).flatten(1),
-                lambda x: torch.from_numpy(network(x.numpy())),
-                itertools.chain(few, found),
+                lambda x: torch.from_numpy(built.network(x.numpy())),
+                itertools.chain(few, rest),
             )
-            isa = str(network.isa)
+            isa = str(built.network.isa)
+            int8 = _compared_int8(built, model, itertools.chain(few, rest)) if int8_layers else None
         compared.check("the C code")
         if output.exists():
             shutil.rmtree(output)
@@ -113,7 +150,9 @@ def export_c(
         weight_bytes=weight_bytes,
         dense_bytes=dense,
         isa=isa,
-        memory_bytes=memory,
+        memory_bytes=built.memory,
+        int8=int8,
+        int8_layers=int8_layers,
         max_difference=compared.max_difference,
         tolerance=compared.tolerance,
         images=compared.images,
@@ -129,19 +168,22 @@ def write_c(
     facts: Mapping[str, Any],
     images: Tensor,
     name: str = "model",
-) -> int:
-    """Write all files of a program into an empty folder, without building or comparing; bytes of the weights.
+    ranges: Mapping[Value, float] = MappingProxyType({}),
+) -> tuple[int, int]:
+    """Write all files of a program into an empty folder, without building or comparing.
 
+    Returns the bytes of the weights and the number of layers that can be int8, by ``ranges`` of `calibrate`.
     ``images``, at least one, are kept for the self-test, with what ``model``, which the program is of, makes
     of them in float64.
     """
     weights = WeightFile()
-    source, fingerprint = model_source(program, weights, facts)
+    source, fingerprint = model_source(program, weights, facts, ranges)
+    int8_layers = source.count(".most = ")
     (folder / "weights.bin").write_bytes(weights.finish(fingerprint))
     texts = {
         **runtime_texts(),
         "model.c": source,
-        "sets.h": frequent_sets(program),
+        "sets.h": frequent_sets(program, int8=int8_layers > 0),
         "check.c": runtime_file("check.c"),
     }
     values = _values(program, facts, weights.size)
@@ -150,7 +192,7 @@ def write_c(
         (folder / renamed(target, name)).write_text(renamed(text, name), encoding="utf-8")
     few = images[: max(1, _STORED_FLOATS // max(images[0].numel(), 1))][:8]
     (folder / "check.bin").write_bytes(_check_file(model, few))
-    return weights.size
+    return weights.size, int8_layers
 
 
 def _values(program: Program, facts: Mapping[str, Any], weight_bytes: int) -> dict[str, str]:
@@ -185,9 +227,19 @@ def _check_file(model: nn.Module, images: Tensor) -> bytes:
     return b"".join([head, *(bytes(part.tobytes()) for part in parts)])
 
 
+@dataclass(frozen=True, slots=True)
+class _Built:
+    """A library, the Python file that loads it, a network of it, bytes that one image at a time needs."""
+
+    module: ModuleType
+    library: Path
+    network: Any
+    memory: int
+
+
 @contextlib.contextmanager
-def _built(folder: Path, name: str, scratch: Path) -> Iterator[tuple[Any, int]]:
-    """The folder's network, built elsewhere, and the bytes that it needs for one image at a time."""
+def _built(folder: Path, name: str, scratch: Path) -> Iterator[_Built]:
+    """The folder's network, built elsewhere."""
     module = load_module(folder / f"{name}.py")
     try:
         library = module.build(scratch)
@@ -198,9 +250,27 @@ def _built(folder: Path, name: str, scratch: Path) -> Iterator[tuple[Any, int]]:
     one.close()
     network = module.Network(library=library)
     try:
-        yield network, memory
+        yield _Built(module, library, network, memory)
     finally:
         network.close()
+
+
+def _compared_int8(built: _Built, model: nn.Module, images: Images) -> Comparison | None:
+    """The same with int8 numbers; None if this processor cannot multiply them."""
+    if INT8 not in built.module.instructions(built.library):
+        return None
+    with contextlib.closing(built.module.Network(isa=INT8, library=built.library)) as network:
+        return compare(lambda x: model(x).flatten(1), lambda x: torch.from_numpy(network(x.numpy())), images)
+
+
+def _of_shape(images: Iterable[Tensor], shape: tuple[int, ...]) -> Iterator[Tensor]:
+    for x in images:
+        if tuple(x.shape[1:]) != tuple(shape):
+            raise UserError(
+                f"calibration images are of shape {list(x.shape)}, the network's are "
+                f"[N, {', '.join(map(str, shape))}]"
+            )
+        yield x
 
 
 def load_module(path: Path) -> ModuleType:

@@ -42,6 +42,7 @@ def export(
     count: int = IMAGES,
     facts: Mapping[str, Any] | None = None,
     name: str = "model",
+    calibration: OwnImages | None = None,
 ) -> Exported | ExportedC:
     """Write a network for other tools or as C; it is loaded back and compared before it gets its name.
 
@@ -58,6 +59,8 @@ def export(
         count: images of these, at most.
         facts: for whoever reads the file, as JSON: ``classes``, ``mean`` and ``std`` are also in the C code.
         name: in C, of files and functions.
+        calibration: in C, batches of training images: sparse convolutions can then be computed with int8
+            numbers, whose ranges are found on them.
 
     Returns:
         What was written, how near it comes to the network, and its size; ``print`` shows it.
@@ -81,9 +84,10 @@ def export(
     network = OwnNetwork(plain, {"model": type(model).__name__, **(facts or {})}, tuple(example.shape[1:]))
     compared = _first([example] if images is None else images, count)
     if chosen == "c":
-        return export_c(network, target, compared, name)
-    if name != "model":
-        raise UserError("name belongs to format c")
+        ranges = None if calibration is None else (x for x, _ in _first(calibration, IMAGES))
+        return export_c(network, target, compared, name, ranges)
+    if name != "model" or calibration is not None:
+        raise UserError("name and calibration belong to format c")
     return export_run(network, chosen, target, compared)  # type: ignore[arg-type]
 
 

@@ -10,7 +10,9 @@ PARTS = ("runtime.h", "processor.h", "runtime.c", "threads.c", "plan.h", "plan.c
          "plan_sets.c", "plan_pointwise.c", "measure.c", "vectors.h", "pairs.h", "taps.h", "conv.h",
          "layers.h", "kernels.h", "kernels_base.c", "kernels_avx2.c", "kernels_avx512.c",
          "kernels_pairs.c", "kernels_columns.c", "kernels_column_pairs.c", "kernels_windows.c",
-         "kernels_window_pairs.c", "columns.h", "windows.h", "pointwise.h", "special.h")  # fmt: skip
+         "kernels_window_pairs.c", "kernels_fours.c", "kernels_column_fours.c",
+         "kernels_window_fours.c", "columns.h", "windows.h", "pointwise.h", "cells.h", "fours.h",
+         "special.h")  # fmt: skip
 """Files of ``clicktrain/inference/runtime``."""
 SHARED = {"vector.h": "kernels/native/vector.h", "activations.h": "kernels/activations/activations.h"}
 """Files of kernels that are compiled while training, under the names that they have here."""

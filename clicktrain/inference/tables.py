@@ -6,6 +6,7 @@ import hashlib
 import json
 import math
 from collections.abc import Mapping, Sequence
+from types import MappingProxyType
 from typing import Any
 
 import numpy as np
@@ -29,10 +30,15 @@ from clicktrain.inference.weight_file import Stored, WeightFile
 _MOST = 2**31 - 1
 
 
-def model_source(program: Program, weights: WeightFile, facts: Mapping[str, Any]) -> tuple[str, int]:
+def model_source(
+    program: Program,
+    weights: WeightFile,
+    facts: Mapping[str, Any],
+    ranges: Mapping[Value, float] = MappingProxyType({}),
+) -> tuple[str, int]:
     """``model.c`` of a program, whose weights are appended to ``weights``; and its fingerprint.
 
-    ``facts`` of a run, as far as they are there: classes, mean, std.
+    ``facts`` of a run, as far as they are there: classes, mean, std. ``ranges``: what `calibrate` found.
     """
     stored = weights.add(program)
     numbers = {value: number for number, value in enumerate(program.values)}
@@ -44,7 +50,7 @@ def model_source(program: Program, weights: WeightFile, facts: Mapping[str, Any]
     for value, number in numbers.items():
         entries = ", ".join(map(str, (*value.shape, single[value], block[value])))
         rows.append(f"    {{{entries}}},  // {number}: {_comment(value)}")
-    ops = [_row(op, one, numbers) for op, one in zip(program.ops, stored, strict=True)]
+    ops = [_row(op, one, numbers, ranges) for op, one in zip(program.ops, stored, strict=True)]
     tables = "\n".join(["static const model_value values[] = {", *rows, "};", "",
                         "static const model_op ops[] = {", *ops, "};"])  # fmt: skip
     fingerprint = int.from_bytes(hashlib.sha256(tables.encode()).digest()[:8], "little")
@@ -71,14 +77,15 @@ _WINDOW_SIDE = 4
 """Rows and columns of results of a window: ``MODEL_WINDOW_SIDE`` of ``runtime.h``."""
 
 
-def frequent_sets(program: Program) -> str:
+def frequent_sets(program: Program, int8: bool = False) -> str:
     """What ``sets.h`` has: sets of taps of 3x3 kernels, those that occur most, 9 bits each; and each tap.
 
     Before them, which loops over these sets are compiled: for a row of 1, 2 or 4 vectors of a single
-    image and for windows, of each stride, inside of an image and as large as one.
+    image and for windows, of each stride, inside of an image and as large as one; and whether there are
+    those for ``int8`` numbers.
     """
     counts = np.zeros(512, np.int64)
-    used: set[str] = set()
+    used = {"INT8"} if int8 else set[str]()
     bits = 1 << np.arange(9)
     for op in program.ops:
         if isinstance(op, Conv) and op.weight.shape[2:] == (3, 3) and op.groups == 1:
@@ -155,7 +162,7 @@ def _comment(value: Value) -> str:
     return "".join(c if c.isalnum() or c in "_. " else "_" for c in value.name)
 
 
-def _row(op: Op, stored: Stored, numbers: Mapping[Value, int]) -> str:
+def _row(op: Op, stored: Stored, numbers: Mapping[Value, int], ranges: Mapping[Value, float]) -> str:
     fields: dict[str, Any] = {
         "kind": _kind(op),
         "in": numbers[op.input],
@@ -174,6 +181,8 @@ def _row(op: Op, stored: Stored, numbers: Mapping[Value, int]) -> str:
                 "dense": int(stored.dense),
                 "count": stored.count,
             }
+            if op.input in ranges and not stored.dense and op.groups == 1:
+                fields["most"] = _float(ranges[op.input])
         case Pool():
             fields |= {
                 "kernel": op.kernel,

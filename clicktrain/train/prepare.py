@@ -289,11 +289,11 @@ def make_train_loader(config: RunConfig, data: ImageData, device: torch.device, 
 def make_eval_loader(
     config: RunConfig,
     data: ImageData,
-    split: Literal["val", "test"],
+    split: Literal["train", "val", "test"],
     device: torch.device,
     processes: Processes = ALONE,
 ) -> Loader:
-    """Make the loader of the validation or test split, without augmentation; UserError if there is none.
+    """Make the loader of a split, without augmentation; UserError if there is none.
 
     Several processes take turns at its batches.
     """

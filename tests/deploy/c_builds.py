@@ -35,6 +35,7 @@ KERNELS = ("kernels_base.c", "kernels_avx2.c", "kernels_avx512.c", "kernels_pair
 OWN = (
     "model.c", "runtime.c", "threads.c", "plan.c", "plan_taps.c", "plan_sets.c", "plan_pointwise.c",
     "measure.c", "kernels_columns.c", "kernels_column_pairs.c", "kernels_windows.c", "kernels_window_pairs.c",
+    "kernels_fours.c", "kernels_column_fours.c", "kernels_window_fours.c",
 )  # fmt: skip
 """Of which some depend on the network."""
 
@@ -84,12 +85,16 @@ def write(
     shape: tuple[int, int, int],
     folder: Path,
     facts: Mapping[str, Any] = MappingProxyType({}),
-) -> None:
-    """The folder of a network, not built."""
+    ranges: Mapping[str, float] = MappingProxyType({}),
+) -> Program:
+    """The folder of a network, not built; its program. ``ranges``: by names of values."""
     folder.mkdir(parents=True, exist_ok=True)
     images = torch.randn(3, *shape, generator=torch.Generator().manual_seed(0))
     with torch.no_grad():
-        write_c(model.eval(), capture(model, shape), folder, facts, images)
+        program = capture(model.eval(), shape)
+        by_value = {value: ranges[value.name] for value in program.values if value.name in ranges}
+        write_c(model, program, folder, facts, images, ranges=by_value)
+    return program
 
 
 def build(folder: Path, flags: tuple[str, ...] = FLAGS, *more: str) -> Path:
@@ -255,8 +260,8 @@ CHOICES = {
     "flat, L1": 10,
     "flat, L2": 18,
     "taps": 3,
-    "columns": 4,
-    "windows": 5,
+    "columns": 20,
+    "windows": 21,
     "pointwise, L1": 14,
     "pointwise, L2": 22,
 }

@@ -19,6 +19,7 @@ from clicktrain.bench.timing import autocast, channels_last
 from clicktrain.compiler import accelerate, dtypes_worth_measuring
 from clicktrain.deploy.c_folder import load_module, write_c
 from clicktrain.deploy.file_formats import write_onnx
+from clicktrain.inference.calibration import calibrate
 from clicktrain.inference.capture import capture
 from clicktrain.kernels.native import missing_toolchain, toolchain
 
@@ -119,7 +120,9 @@ def _c_file(networks: Networks) -> Path:
     if "c" not in networks.files:
         images = networks.case.images(1)
         path = networks.files["c"] = _folder() / "model.py"
-        write_c(networks.dense, capture(networks.dense, images.shape[1:]), path.parent, {}, images)
+        program = capture(networks.dense, images.shape[1:])
+        ranges = calibrate(program, torch.split(networks.case.images(CALIBRATION), 16))
+        write_c(networks.dense, program, path.parent, {}, images, ranges=ranges)
         load_module(path).build()
     return networks.files["c"]
 
@@ -128,7 +131,7 @@ def _clicktrain_c(networks: Networks, x: Tensor, threads: int, precision: str) -
     """With a plan that is measured here, as `accelerate` does it."""
     path = _c_file(networks)
     plan = path.with_name(f"{precision}-{len(x)}.plan")
-    isa = "avx512-bf16" if precision == "bf16" else None
+    isa = None if precision == "fp32" else f"avx512-{precision}"
     network = load_module(path).Network(max_batch=len(x), isa=isa, threads=threads, plan=plan)
     images = x.numpy()
     return lambda: network(images)
@@ -192,7 +195,7 @@ def _openvino(networks: Networks, x: Tensor, threads: int, precision: str) -> Ca
 
 
 ENGINES: dict[str, Engine] = {
-    "clicktrain-c": Engine(_clicktrain_c, ("fp32", "bf16"), needs_compiler=True, sparse=True),
+    "clicktrain-c": Engine(_clicktrain_c, ("fp32", "bf16", "int8"), needs_compiler=True, sparse=True),
     "clicktrain": Engine(_clicktrain, ("fp32", "bf16"), needs_compiler=True, sparse=True),
     "torch": Engine(_torch, ("fp32", "bf16")),
     "torch-compile": Engine(_torch_compile, ("fp32", "bf16"), needs_compiler=True),

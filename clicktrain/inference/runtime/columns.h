@@ -1,12 +1,14 @@
 // FORM_COLUMNS (runtime.h): 3x3 convolutions of one image, of stride 1 or 2, with sums of their own for each column of
-// the kernel; for AVX-512, with numbers of float32 or PAIRS of bfloat16.
+// the kernel; for AVX-512, with numbers as cells.h has them.
 #pragma once
-#include "taps.h"
+#include "cells.h"
 
 #define MOST 8  // vectors of a strip
 typedef struct {
   const float *region, *packed, *bias, *residual;  // residual: NULL without
-  const uint16_t *kernels;   // ENTRY numbers each: set of taps, channel; of a pair, the second channel
+  const float *scales;       // of filters, for integers
+  float unit;                // of inputs, likewise
+  const uint16_t *kernels;   // ENTRY numbers each
   const model_filter *filters;
   float *out;
   int64_t plane, width, channel;
@@ -14,43 +16,43 @@ typedef struct {
   float low, high;
 } strip;
 
-// Vectors 2 x number and the next one of a kernel's input; of pairs, they are a cell (pairs.h).
-#ifdef PAIRS
-#define ENTRY 3
-INLINE void two_inputs(const strip *t, const uint16_t *kernel, int64_t number, const int even, const int odd, vec *x) {
-  const vec a = get(t->region + kernel[1] * t->channel + number * LANES);
-  const vec b = get(t->region + kernel[2] * t->channel + number * LANES);
-  if (even) x[0] = firsts(a, b);
-  if (odd) x[1] = seconds(a, b);
+// Taps of a set that see row `y` of a strip, of stride 2.
+INLINE int taps_of_row(const int set, const int y, const int rows) {
+  int taps = 0;
+  UNROLL for (int r = 0; r < 3; ++r)
+    if (y >= r && (y - r) % 2 == 0 && y - r < 2 * rows) taps |= set & 7 << (3 * r);
+  return taps;
 }
-#else
-#define ENTRY 2
-INLINE void two_inputs(const strip *t, const uint16_t *kernel, int64_t number, const int even, const int odd, vec *x) {
-  const float *p = t->region + kernel[1] * t->channel + 2 * number * LANES;
-  if (even) x[0] = get(p);
-  if (odd) x[1] = get(p + LANES);
-}
-#endif
 
-// One kernel, or a pair: rows of its input are loaded once, for all its taps.
+// A cell of a kernel's input: the vectors of it that are needed, a bit each.
+INLINE void get_cell(const strip *t, const uint16_t *kernel, int64_t number, const int needed, vec *x) {
+  vec cells[TOGETHER];
+  UNROLL for (int k = 0; k < TOGETHER; ++k) {
+    cells[k] = get(t->region + kernel[1 + k] * t->channel + number * LANES);
+    x[k] = (vec){0};
+  }
+  interleave(cells, needed, x);
+}
+
+// One kernel, or several: rows of its input are loaded once, for all its taps.
 INLINE const float *multiply_set(const strip *t, const uint16_t *kernel, const float *weights, const int set,
                                  const int rows, const int wide, vec sums[3][MOST]) {
-  vec x[(MOST + 2) * 2];
-  UNROLL for (int n = 0; n < (rows + 2) * wide; n += 2) {
+  vec x[(MOST + 2) * 2 + TOGETHER];
+  UNROLL for (int n = 0; n < (rows + 2) * wide; n += TOGETHER) {
     // Whether any tap needs the row of each.
-    int needed[2] = {0, 0};
-    UNROLL for (int odd = 0; odd < 2; ++odd) {
-      const int r = (n + odd) / wide;
-      UNROLL for (int k = 0; k < 3; ++k) needed[odd] |= r >= k && r < rows + k && set >> (3 * k) & 7;
+    int needed = 0;
+    UNROLL for (int j = 0; j < TOGETHER; ++j) {
+      const int r = (n + j) / wide;
+      UNROLL for (int k = 0; k < 3; ++k)
+        if (r >= k && r < rows + k && set >> (3 * k) & 7) needed |= 1 << j;
     }
-    x[n] = x[n + 1] = (vec){0};
-    if (needed[0] | needed[1]) two_inputs(t, kernel, n / 2, needed[0], needed[1], x + n);
+    if (needed) get_cell(t, kernel, n / TOGETHER, needed, x + n);
   }
   UNROLL for (int k = 0; k < 9; ++k) {
     if (!(set >> k & 1)) continue;
+    const vec weight = weight_of(weights++);
     UNROLL for (int j = 0; j < rows * wide; ++j)
-      sums[k % 3][j] = multiplied(sums[k % 3][j], x[k / 3 * wide + j], weights);
-    ++weights;
+      sums[k % 3][j] = product(sums[k % 3][j], x[k / 3 * wide + j], weight);
   }
   return weights;
 }
@@ -60,23 +62,24 @@ INLINE const float *multiply_set(const strip *t, const uint16_t *kernel, const f
 INLINE const float *multiply_set_2(const strip *t, const uint16_t *kernel, const float *weights, const int set,
                                    const int rows, const int wide, vec sums[3][MOST]) {
   const float *weight[9];
+  vec x[TOGETHER];
   UNROLL for (int k = 0; k < 9; ++k) {
     weight[k] = weights;
     weights += set >> k & 1;
   }
   UNROLL for (int y = 0; y < 2 * rows + 1; ++y) {
-    // Taps of rows that are there.
-    int taps = 0;
-    UNROLL for (int r = 0; r < 3; ++r)
-      if (y >= r && (y - r) % 2 == 0 && y - r < 2 * rows) taps |= set & 7 << (3 * r);
-    if (!taps) continue;
-    UNROLL for (int j = 0; j < wide; ++j) {
-      vec x[2] = {{0}, {0}};
-      two_inputs(t, kernel, y * wide + j, taps & 0222, taps & 0555, x);
+    UNROLL for (int i = 0; i < 2 * wide; ++i) {  // vectors of even and of odd columns take turns
+      const int n = y * 2 * wide + i, taps = taps_of_row(set, y, rows) & (i % 2 ? 0555 : 0222);
+      if (n % TOGETHER == 0) {
+        int needed = 0;
+        UNROLL for (int j = 0; j < TOGETHER; ++j)
+          if (taps_of_row(set, (n + j) / (2 * wide), rows) & ((n + j) % 2 ? 0555 : 0222)) needed |= 1 << j;
+        if (needed) get_cell(t, kernel, n / TOGETHER, needed, x);
+      }
       UNROLL for (int k = 0; k < 9; ++k) {
         if (!(taps >> k & 1)) continue;
-        const int side = k % 3 ? 1 : 0, n = (y - k / 3) / 2 * wide + j;
-        sums[side][n] = multiplied(sums[side][n], x[k % 3 != 1], weight[k]);
+        const int side = k % 3 ? 1 : 0, j = (y - k / 3) / 2 * wide + i / 2;
+        sums[side][j] = product(sums[side][j], x[n % TOGETHER], weight_of(weight[k]));
       }
     }
   }
@@ -101,6 +104,11 @@ INLINE vec from_second(vec a, vec b) { return (vec)BOTH(a, b, 1, 2, 3, 4, 5, 6, 
 INLINE void end_filter(const strip *t, int filter, const int rows, const int wide, const int stride,
                        vec sums[3][MOST]) {
   const vec bias = splat(t->bias[filter]), zero = {0};
+#ifdef FOURS
+  const vec scale = splat(t->scales[filter]);
+#else
+  const vec scale = {0};
+#endif
   float *out = t->out + filter * t->plane;
   const float *residual = t->residual ? t->residual + filter * t->plane : NULL;
   UNROLL for (int i = 0; i < rows; ++i) {
@@ -109,7 +117,7 @@ INLINE void end_filter(const strip *t, int filter, const int rows, const int wid
       const vec left = from_last(j > 0 ? sums[0][n - 1] : zero, sums[0][n]);
       const vec right = stride == 1 ? from_second(sums[2][n], j + 1 < wide ? sums[2][n + 1] : zero) : zero;
       const int64_t at = i * t->width + j * LANES, count = t->width - j * LANES;
-      vec z = bias + sums[1][n] + (left + right);
+      vec z = bias + scaled(added(sums[1][n], added(left, right)), scale);
       if (count >= LANES) {
         if (residual) z += get(residual + at);
         put(out + at, activate(z, t->act, t->low, t->high));
@@ -207,25 +215,19 @@ INLINE vec taken(const float *from, int width, int j, const int stride, const in
   return only(x, lanes);
 }
 
-// Rows y0 .. y0 + rows of all channels, zero outside of the image: an even number of vectors.
+// Rows y0 .. y0 + rows of all channels, zero outside of the image: whole cells.
 INLINE void fill_strip(const model_value *in, const float *image, int64_t plane, int y0, int rows, int wide,
-                       const int stride, float *to) {
+                       const int stride, float unit, float *to) {
   for (int c = 0; c < in->channels; ++c, image += plane) {
-    for (int n = 0; n < rows * wide * stride; n += 2) {
-      vec x[2];
-      for (int odd = 0; odd < 2; ++odd) {
-        const int number = (n + odd) / stride, y = y0 + number / wide;
+    for (int n = 0; n < rows * wide * stride; n += TOGETHER, to += LANES) {
+      vec x[TOGETHER];
+      for (int j = 0; j < TOGETHER; ++j) {
+        const int number = (n + j) / stride, y = y0 + number / wide, inside = number < rows * wide;
         const float *from = image + (int64_t)y * in->width;
-        x[odd] = y < 0 || y >= in->height ? (vec){0} : taken(from, in->width, number % wide, stride, odd);
+        x[j] = inside && y >= 0 && y < in->height ? taken(from, in->width, number % wide, stride, (n + j) % stride)
+                                                  : (vec){0};
       }
-#ifdef PAIRS
-      put_cell(to, x[0], x[1]);
-      to += LANES;
-#else
-      put(to, x[0]);
-      put(to + LANES, x[1]);
-      to += 2 * LANES;
-#endif
+      put_cell(to, x, unit);
     }
   }
 }
@@ -236,9 +238,9 @@ static void run_columns(const model_op *op, const model_plan *plan, const model_
   const int64_t plane = model_plane(in, SINGLE);
   const int stride = op->stride[0];
   const int count = (out->height + plan->rows - 1) / plan->rows;
-  strip t = {.region = region, .packed = plan->packed, .bias = bias,
-             .kernels = plan->offsets, .filters = plan->filters, .plane = model_plane(out, SINGLE),
-             .width = out->width, .channel = plan->channel, .begin = 0, .end = out->channels,
+  strip t = {.region = region, .packed = plan->packed, .bias = bias, .scales = plan->scales,
+             .unit = model_unit(op), .kernels = plan->offsets, .filters = plan->filters,
+             .plane = model_plane(out, SINGLE), .width = out->width, .channel = plan->channel, .begin = 0, .end = out->channels,
              .act = op->act, .low = op->low, .high = op->high};
   // Threads share strips, if none overlaps another, else filters.
   int first = 0, end = count;
@@ -251,8 +253,8 @@ static void run_columns(const model_op *op, const model_plan *plan, const model_
   }
   for (int n = first; n < end; ++n) {
     const int y = least_int(n * plan->rows, out->height - plan->rows);
-    if (stride == 1) fill_strip(in, image, plane, y - 1, plan->rows + 2, plan->cols, 1, region);
-    else fill_strip(in, image, plane, 2 * y - 1, 2 * plan->rows + 1, plan->cols, 2, region);
+    if (stride == 1) fill_strip(in, image, plane, y - 1, plan->rows + 2, plan->cols, 1, t.unit, region);
+    else fill_strip(in, image, plane, 2 * y - 1, 2 * plan->rows + 1, plan->cols, 2, t.unit, region);
     t.out = results + (int64_t)y * out->width;
     t.residual = residual ? residual + (int64_t)y * out->width : NULL;
     strips[stride - 1][plan->rows][plan->cols](&t);

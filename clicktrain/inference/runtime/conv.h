@@ -323,22 +323,13 @@ INLINE void run_conv(const model_network *network, const model_op *op, const mod
     const model_value *other = values + op->other;
     residual = memory + (layout == BLOCK ? other->block * block : other->single);
   }
-  if (layout == SINGLE && plan->form == FORM_TAPS) {
-    if (network->isa->pairs)
-      network->isa->pairs(op, plan, in, out, constants->bias, images, residual, results, region, worker);
-    else run_taps(op, plan, in, out, constants->bias, images, residual, results, region, worker);
+  if (layout == SINGLE && plan->form == FORM_TAPS && plan->together == 1) {
+    run_taps(op, plan, in, out, constants->bias, images, residual, results, region, worker);
     return;
   }
-  if (layout == SINGLE && plan->form == FORM_COLUMNS) {
-    network->isa->columns(op, plan, in, out, constants->bias, images, residual, results, region, worker);
-    return;
-  }
-  if (plan->form == FORM_POINTWISE) {
-    network->isa->pointwise(op, plan, in, out, constants->bias, images, residual, results, region, worker);
-    return;
-  }
-  if (layout == BLOCK && plan->form == FORM_WINDOWS) {
-    network->isa->windows(op, plan, in, out, constants->bias, images, residual, results, region, worker);
+  if (plan->form >= FORM_TAPS) {
+    model_special_of(network->isa, plan->form, plan->together)(op, plan, in, out, constants->bias, images, residual,
+                                                               results, region, worker);
     return;
   }
   const int64_t plane = model_plane(in, layout) * element;

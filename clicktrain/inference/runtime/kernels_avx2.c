@@ -14,7 +14,7 @@
 #define LANES 8
 #include "kernels.h"
 static int available(void) { return processor_level() >= 1; }
-const model_isa model_isa_avx2 = {"avx2", LANES, 16, available, run, enter, leave, NULL, NULL, NULL, NULL};
+const model_isa model_isa_avx2 = {"avx2", LANES, 16, available, run, enter, leave, 0, {NULL}};
 #if defined(__clang__)
 #pragma clang attribute pop
 #endif

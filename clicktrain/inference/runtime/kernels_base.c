@@ -13,9 +13,9 @@ static int available(void) { return 1; }
 #define NAME "plain"
 #define REGISTERS 16
 #endif
-const model_isa model_isa_base = {NAME, LANES, REGISTERS, available, run, enter, leave, NULL, NULL, NULL, NULL};
+const model_isa model_isa_base = {NAME, LANES, REGISTERS, available, run, enter, leave, 0, {NULL}};
 
-extern const model_isa model_isa_avx2, model_isa_avx512, model_isa_pairs;
+extern const model_isa model_isa_avx2, model_isa_avx512, model_isa_pairs, model_isa_fours, model_isa_int8;
 const model_isa *const model_isas[] = {
 #if defined(__x86_64__)
   &model_isa_avx512, &model_isa_avx2,
@@ -23,5 +23,6 @@ const model_isa *const model_isas[] = {
     &model_isa_base,
 #ifdef MODEL_PAIRS
     &model_isa_pairs,
+    &model_isa_fours, &model_isa_int8,
 #endif
     NULL};

@@ -15,9 +15,7 @@
 #endif
 #define LANES 16
 #include "columns.h"
-void model_run_columns(const model_op *op, const model_plan *plan, const model_value *in, const model_value *out,
-                       const float *bias, const float *image, const float *residual, float *results, float *region,
-                       model_worker worker) {
+SPECIAL(model_run_columns) {
   run_columns(op, plan, in, out, bias, image, residual, results, region, worker);
 }
 #if defined(__clang__)

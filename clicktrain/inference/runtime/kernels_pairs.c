@@ -15,15 +15,12 @@
 #endif
 #define LANES 16
 #define PAIRS
+#include "taps.h"
 #include "pointwise.h"
-void model_run_pairs(const model_op *op, const model_plan *plan, const model_value *in, const model_value *out,
-                     const float *bias, const float *image, const float *residual, float *results, float *region,
-                     model_worker worker) {
+SPECIAL(model_run_pairs) {
   run_taps(op, plan, in, out, bias, image, residual, results, region, worker);
 }
-void model_run_pointwise(const model_op *op, const model_plan *plan, const model_value *in, const model_value *out,
-                     const float *bias, const float *image, const float *residual, float *results, float *region,
-                     model_worker worker) {
+SPECIAL(model_run_point_pairs) {
   run_pointwise(op, plan, in, out, bias, image, residual, results, region, worker);
 }
 #if defined(__clang__)

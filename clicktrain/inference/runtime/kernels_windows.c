@@ -15,9 +15,7 @@
 #endif
 #define LANES 16
 #include "windows.h"
-void model_run_windows(const model_op *op, const model_plan *plan, const model_value *in, const model_value *out,
-                       const float *bias, const float *image, const float *residual, float *results, float *region,
-                       model_worker worker) {
+SPECIAL(model_run_windows) {
   run_windows(op, plan, in, out, bias, image, residual, results, region, worker);
 }
 #if defined(__clang__)

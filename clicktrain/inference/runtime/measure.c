@@ -56,8 +56,9 @@ static int measure(const unsigned char *weights, size_t bytes, int max_batch, co
   static const unsigned char candidates[] = {
     0, CHOICE(CHOICE_ROWS, CHOICE_SMALL), CHOICE(CHOICE_ROWS, CHOICE_LARGE), CHOICE(CHOICE_FLAT, CHOICE_SMALL),
       CHOICE(CHOICE_FLAT, CHOICE_LARGE), CHOICE(CHOICE_TAPS, 0),
-      CHOICE(CHOICE_COLUMNS, 0), CHOICE(CHOICE_WINDOWS, 0), CHOICE(CHOICE_POINTWISE, CHOICE_SMALL),
-      CHOICE(CHOICE_POINTWISE, CHOICE_LARGE)};
+      CHOICE(CHOICE_COLUMNS, CHOICE_SMALL), CHOICE(CHOICE_COLUMNS, CHOICE_LARGE),
+      CHOICE(CHOICE_WINDOWS, CHOICE_SMALL), CHOICE(CHOICE_WINDOWS, CHOICE_LARGE),
+      CHOICE(CHOICE_POINTWISE, CHOICE_SMALL), CHOICE(CHOICE_POINTWISE, CHOICE_LARGE)};
   const size_t count = (size_t)NETWORK->ops_count * LAYOUTS;
   unsigned char *choices = calloc(count + 1, 1), *best = calloc(count + 1, 1);
   double *times = malloc(count * sizeof *times + 1), *least = malloc(count * sizeof *least + 1);

@@ -23,9 +23,12 @@ INLINE vec product(vec sum, vec x, vec weights) {
 // Two vectors of a channel as bfloat16 numbers: in each 128 bits four numbers of the first, then four of the second.
 // So the lower halves of two channels' cells, interleaved as the processor does it, are pairs of the first vector, and
 // the upper halves those of the second.
-INLINE void put_cell(float *to, vec first, vec second) {
-  const __m512i both = (__m512i)_mm512_cvtne2ps_pbh((__m512)second, (__m512)first);
+INLINE void put_cell(float *to, const vec *x, float unit) {
+  const __m512i both = (__m512i)_mm512_cvtne2ps_pbh((__m512)x[1], (__m512)x[0]);
+  (void)unit;
   put(to, (vec)_mm512_permutexvar_epi64(_mm512_setr_epi64(0, 4, 1, 5, 2, 6, 3, 7), both));
 }
-INLINE vec firsts(vec a, vec b) { return (vec)_mm512_unpacklo_epi16((__m512i)a, (__m512i)b); }
-INLINE vec seconds(vec a, vec b) { return (vec)_mm512_unpackhi_epi16((__m512i)a, (__m512i)b); }
+INLINE void interleave(const vec *cells, const int needed, vec *x) {
+  if (needed & 1) x[0] = (vec)_mm512_unpacklo_epi16((__m512i)cells[0], (__m512i)cells[1]);
+  if (needed & 2) x[1] = (vec)_mm512_unpackhi_epi16((__m512i)cells[0], (__m512i)cells[1]);
+}

@@ -342,10 +342,7 @@ static int plan_one(model_network *network, int index, int layout, model_tables 
   p.form = choice % 8;
   p.passes = choice / 8 % 4;
   p.registers = registers;
-  p.pairs = network->isa->pairs != NULL;
-  p.has_columns = network->isa->columns != NULL;
-  p.has_windows = network->isa->windows != NULL;
-  p.has_pointwise = network->isa->pointwise != NULL;
+  p.isa = network->isa;
   p.values = (const float *)(network->weights + op->values);
   p.bits = op->dense ? NULL : network->weights + op->bits;
   p.vectors = op->dense ? (registers >= 32 ? MODEL_TILE_DENSE : 3) : (registers >= 32 ? MODEL_TILE_VECTORS : 12);

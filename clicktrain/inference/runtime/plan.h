@@ -10,8 +10,8 @@ typedef struct {
   const model_op *op;
   const model_value *in, *out;
   int layout, lanes, element;  // element: floats of one position
-  int registers, pairs;        // pairs: whether two kernels are computed at once
-  int has_columns, has_windows, has_pointwise;  // whether there is code for these forms
+  int registers;
+  const model_isa *isa;
   int taps, columns;           // of a kernel, of its rows
   int vectors;                 // most in a tile
   const unsigned char *bits;   // which weights are stored; NULL: all
@@ -21,7 +21,7 @@ typedef struct {
 
 // What can be measured about a convolution: a form with regions that fit L1, or L2; by rules where that cannot be.
 enum { CHOICE_ROWS = 1, CHOICE_FLAT, CHOICE_TAPS, CHOICE_COLUMNS, CHOICE_WINDOWS, CHOICE_POINTWISE, CHOICES };
-enum { CHOICE_SMALL = 1, CHOICE_LARGE };
+enum { CHOICE_SMALL = 1, CHOICE_LARGE };  // of columns and windows: as few kernels at once as there may be, or as many
 #define CHOICE(form, passes) ((form) + 8 * (passes))
 
 typedef struct { unsigned char *at; size_t left, used; } model_tables;
@@ -42,6 +42,24 @@ int model_set_tables(const model_problem *, model_plan *, model_tables *, int fi
 // And of FORM_POINTWISE.
 double model_plan_pointwise(const model_problem *, model_plan *);
 int model_pointwise_tables(const model_problem *, model_plan *, model_tables *, int fill);
+
+// Numbers of kernels that a form may take at once here, the largest first, then 0.
+static inline void model_togethers(const model_problem *p, int form, int found[4]) {
+  int count = 0;
+  for (int together = 4; together; together /= 2) {
+    if (model_special_of(p->isa, form, together) && (together < 4 || p->op->most > 0)) found[count++] = together;
+  }
+  found[count] = 0;
+  if (form == FORM_POINTWISE || !count) return;
+  if (p->passes == CHOICE_SMALL) found[0] = found[count - 1];
+  if (p->passes) found[1] = 0;
+}
+
+// About as many entries have `kernels` in `lists`, of which each ends with one that is not full.
+static inline double model_entries(double kernels, double lists, int together) {
+  if (lists > kernels) lists = kernels;
+  return (kernels + lists * (together - 1) / 2) / together;
+}
 
 // Bits that are set; compilers would call a function for it.
 static inline int model_ones(unsigned x) {
@@ -83,6 +101,25 @@ static inline uint32_t model_rounded(float x) {
   uint32_t bits;
   memcpy(&bits, &x, sizeof bits);
   return (bits & 0x7fffffff) > 0x7f800000 ? 0x7fff : (bits + 0x7fff + (bits >> 16 & 1)) >> 16;
+}
+
+// A weight as its part of an entry of `together` kernels: bfloat16, or int8 in steps of `step`.
+static inline uint32_t model_part(float weight, int together, float step) {
+  if (together == 2) return model_rounded(weight);
+  const float steps = weight / step;
+  const int whole = steps > -128 && steps < 128 ? (int)(steps + (steps < 0 ? -0.5f : 0.5f)) : 0;
+  return (uint32_t)whole & 0xff;
+}
+
+// What a step of int8 is worth for a filter's weights; no number if one of them is none.
+static inline float model_step(const float *values, int64_t count) {
+  float most = 0;
+  for (int64_t k = 0; k < count; ++k) {
+    const float size = values[k] < 0 ? -values[k] : values[k];
+    if (!(size < 3e38f)) return size - size;
+    if (size > most) most = size;
+  }
+  return most > 0 ? most / 127 : 1;
 }
 
 static inline int64_t model_up(int64_t a, int64_t b) { return (a + b - 1) / b; }

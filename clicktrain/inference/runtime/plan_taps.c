@@ -24,6 +24,9 @@ static int most_together(const model_problem *p, int cols) {
   return sums / cols < MODEL_SUMS_TAPS ? sums / cols : MODEL_SUMS_TAPS;
 }
 
+// Whether two kernels are computed at once.
+static int pairs_of(const model_problem *p) { return model_special_of(p->isa, FORM_TAPS, 2) != NULL; }
+
 static int is_possible(const model_problem *p) {
   const model_op *op = p->op;
   const int64_t size = (int64_t)p->in->height * p->in->width;
@@ -83,14 +86,15 @@ double model_plan_taps(const model_problem *p, model_plan *plan) {
     const unsigned set = s.used[n];
     const int taps = model_ones(set), products = taps * cols, loads = taps + cols;
     const int64_t count = s.counts[set], ends = count < s.filters ? count : s.filters;
-    cost += (double)count * ((products > loads ? products : loads) * 0.55 + 1.5) * (p->pairs ? 0.6 : 1);
+    cost += (double)count * ((products > loads ? products : loads) * 0.55 + 1.5) * (pairs_of(p) ? 0.6 : 1);
     cost += (double)ends * (1.5 * products + 2 * cols + 10);
     stretches += ends;
-    kernels += p->pairs ? count + ends : count;
-    values += (p->pairs ? (count + ends) / 2 : count) * taps;
+    kernels += pairs_of(p) ? count + ends : count;
+    values += (pairs_of(p) ? (count + ends) / 2 : count) * taps;
   }
   *plan = (model_plan){.form = FORM_TAPS, .rows = 1, .cols = cols, .pass_channels = p->in->channels,
-                       .parts = s.filters >= 128 ? 8 : s.filters >= 32 ? 4 : 1};
+                       .parts = s.filters >= 128 ? 8 : s.filters >= 32 ? 4 : 1,
+                       .together = pairs_of(p) ? 2 : 1};
   // At most, as tables are counted before they are filled.
   plan->most[0] = (int64_t)plan->parts * s.used_count;
   plan->most[1] = stretches;
@@ -101,7 +105,7 @@ double model_plan_taps(const model_problem *p, model_plan *plan) {
 
 int64_t model_tap_floats(const model_problem *p, const model_plan *plan) {
   const int64_t sums = (int64_t)MODEL_STRETCHES * MODEL_SUMS_TOTAL * p->lanes + MODEL_SLACK;
-  return sums + (p->pairs ? 2 * (int64_t)p->in->channels * plan->cols * p->lanes : 0);
+  return sums + (pairs_of(p) ? 2 * (int64_t)p->in->channels * plan->cols * p->lanes : 0);
 }
 
 static void fill_inside(const model_problem *p, const model_plan *plan, int32_t *inside) {
@@ -173,13 +177,13 @@ static void fill_weights(const model_problem *p, const sets *s, place *places, u
     for (int n = 0; n < s->number[kernel]; ++n) {
       const unsigned part = s->parts[kernel][n];
       place *one = places + s->index[part] * s->filters + f;
-      const int first = p->pairs && !(one->kernel & 1);  // stretches of pairs begin even
+      const int first = pairs_of(p) && !(one->kernel & 1);  // stretches of pairs begin even
       channels[one->kernel++] = (uint16_t)c;
       if (first) channels[one->kernel] = (uint16_t)c;
       uint32_t at = one->value;
       for (unsigned left = part; left; left &= left - 1, ++at) {
         const float value = values[model_ones(kernel & ((left & (0u - left)) - 1))];
-        if (!p->pairs) packed[at] = value;
+        if (!pairs_of(p)) packed[at] = value;
         else pairs[at] = first ? model_rounded(value) : pairs[at] | model_rounded(value) << 16;
       }
       if (!first) one->value = at;
@@ -207,7 +211,7 @@ int model_tap_tables(const model_problem *p, model_plan *plan, model_tables *mem
       const int64_t f = k / s.channels;
       for (int n = 0; n < s.number[kernel]; ++n) ++places[s.index[s.parts[kernel][n]] * s.filters + f].count;
     }
-    make_groups(&s, plan, p->pairs, places, filters, begin, groups, stretches);
+    make_groups(&s, plan, pairs_of(p), places, filters, begin, groups, stretches);
     fill_weights(p, &s, places, channels, packed);
     fill_inside(p, plan, inside);
     plan->begin = begin;

@@ -1,10 +1,12 @@
-// FORM_POINTWISE (runtime.h): 1x1 convolutions with pairs of bfloat16 numbers, of single images and of blocks.
+// FORM_POINTWISE (runtime.h): 1x1 convolutions of several kernels at once (cells.h), of single images and of blocks.
 #pragma once
-#include "taps.h"
+#include "cells.h"
 
 typedef struct {
   const float *region, *packed, *bias, *residual;  // residual: NULL without, or before the last pass
-  const uint16_t *channels;                        // two of each pair
+  const float *scales;                             // of filters, for integers
+  float unit;                                      // of inputs, likewise
+  const uint16_t *channels;                        // TOGETHER at a time
   const model_filter *filters;
   float *out;
   int64_t plane;                                   // floats from filter to filter
@@ -12,14 +14,18 @@ typedef struct {
   float low, high;
 } points;
 
-INLINE void multiply_pair(const points *t, const uint16_t *pair, const float *weights, const int vectors, vec *sums) {
-  const int cells = (vectors + 1) / 2;
-  const float *p = t->region + pair[0] * cells * LANES, *q = t->region + pair[1] * cells * LANES;
-  const vec both = weight_of(weights);
+INLINE void multiply_points(const points *t, const uint16_t *channels, const float *weights, const int vectors,
+                            vec *sums) {
+  const int cells = (vectors + TOGETHER - 1) / TOGETHER;
+  const float *from[TOGETHER];
+  const vec weight = weight_of(weights);
+  UNROLL for (int j = 0; j < TOGETHER; ++j) from[j] = t->region + channels[j] * cells * LANES;
   UNROLL for (int k = 0; k < cells; ++k) {
-    const vec a = get(p + k * LANES), b = get(q + k * LANES);
-    sums[2 * k] = product(sums[2 * k], firsts(a, b), both);
-    if (2 * k + 1 < vectors) sums[2 * k + 1] = product(sums[2 * k + 1], seconds(a, b), both);
+    const int left = vectors - TOGETHER * k, count = left < TOGETHER ? left : TOGETHER;
+    vec one[TOGETHER], x[TOGETHER];
+    UNROLL for (int j = 0; j < TOGETHER; ++j) one[j] = get(from[j] + k * LANES);
+    interleave(one, (1 << count) - 1, x);
+    UNROLL for (int j = 0; j < count; ++j) sums[TOGETHER * k + j] = product(sums[TOGETHER * k + j], x[j], weight);
   }
 }
 
@@ -37,19 +43,25 @@ INLINE void points_of(const points *t, const int vectors) {
       if (t->residual) __builtin_prefetch(t->residual + at + t->plane + k * LANES, 0, 3);
     }
     const vec bias = splat(t->bias[filter]);
-    UNROLL for (int k = 0; k < vectors; ++k) sums[k] = t->first ? bias : get(t->out + at + k * LANES);
+#ifdef FOURS
+    const vec scale = splat(t->scales[filter]);
+#else
+    const vec scale = {0};
+#endif
+    UNROLL for (int k = 0; k < vectors; ++k) sums[k] = begun(t->first ? bias : get(t->out + at + k * LANES));
     if (chains > 1) {
       vec more[MODEL_TILE_VECTORS];
       UNROLL for (int k = 0; k < vectors * (chains - 1); ++k) more[k] = (vec){0};
       for (; e + (uint32_t)chains <= end; e += (uint32_t)chains) {
         UNROLL for (int c = 0; c < chains; ++c)
-          multiply_pair(t, t->channels + 2 * (e + (uint32_t)c), t->packed + e + c, vectors,
-                        c ? more + (c - 1) * vectors : sums);
+          multiply_points(t, t->channels + TOGETHER * (e + (uint32_t)c), t->packed + e + c, vectors,
+                          c ? more + (c - 1) * vectors : sums);
       }
-      UNROLL for (int k = 0; k < vectors * (chains - 1); ++k) sums[k % vectors] += more[k];
+      UNROLL for (int k = 0; k < vectors * (chains - 1); ++k) sums[k % vectors] = added(sums[k % vectors], more[k]);
     }
-    for (; e < end; ++e) multiply_pair(t, t->channels + 2 * e, t->packed + e, vectors, sums);
+    for (; e < end; ++e) multiply_points(t, t->channels + TOGETHER * e, t->packed + e, vectors, sums);
     UNROLL for (int k = 0; k < vectors; ++k) {
+      sums[k] = ended(sums[k], scale, t->first ? bias : get(t->out + at + k * LANES));
       if (t->residual) sums[k] += get(t->residual + at + k * LANES);
       if (t->last && t->act == ACT_RELU) sums[k] = without(sums[k], sums[k] <= (vec){0});
       put(t->out + at + k * LANES, sums[k]);
@@ -92,10 +104,11 @@ INLINE const float *strided(const model_op *op, const model_value *in, const mod
 INLINE void run_points(const model_op *op, const model_plan *plan, const model_value *in, const model_value *out,
                        const float *bias, const float *images, const float *residual, float *results, float *region,
                        model_worker worker, const int element) {
-  const int layout = element == 1 ? SINGLE : BLOCK, cells = (plan->cols + 1) / 2;
+  const int layout = element == 1 ? SINGLE : BLOCK;
   const int64_t plane = model_plane(in, layout) * element, size = (int64_t)out->height * out->width;
   const int64_t vectors = (size * element + LANES - 1) / LANES, tiles = (vectors + plan->cols - 1) / plan->cols;
-  points t = {.region = region, .packed = plan->packed, .bias = bias, .channels = plan->offsets,
+  points t = {.region = region, .packed = plan->packed, .bias = bias, .scales = plan->scales,
+              .unit = model_unit(op), .channels = plan->offsets,
               .plane = model_plane(out, layout) * element, .begin = 0, .end = out->channels, .act = op->act,
               .low = op->low, .high = op->high};
   // Threads share tiles, if none overlaps another, else filters.
@@ -119,8 +132,11 @@ INLINE void run_points(const model_op *op, const model_plan *plan, const model_v
       for (int c = 0; c < channels; ++c) {
         const float *image = images + (channel + c) * plane;
         const float *from = strided(op, in, out, image, first, plan->cols, element, gathered);
-        for (int k = 0; k < cells; ++k, to += LANES)
-          put_cell(to, get(from + 2 * k * LANES), 2 * k + 1 < plan->cols ? get(from + (2 * k + 1) * LANES) : (vec){0});
+        for (int k = 0; k < plan->cols; k += TOGETHER, to += LANES) {
+          vec x[TOGETHER];
+          UNROLL for (int j = 0; j < TOGETHER; ++j) x[j] = k + j < plan->cols ? get(from + (k + j) * LANES) : (vec){0};
+          put_cell(to, x, t.unit);
+        }
       }
       t.first = pass == 0;
       t.last = pass == plan->passes - 1;

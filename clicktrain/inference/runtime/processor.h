@@ -15,4 +15,10 @@ static inline int processor_level(void) {
   if ((low & 0xe6) != 0xe6 || (b & second) != second) return 1;
   return a >= 1 && __get_cpuid_count(7, 1, &a, &b, &c, &d) && (a & 1u << 5) ? 3 : 2;
 }
+
+// Whether one with AVX-512 multiplies int8 numbers, too.
+static inline int processor_has_vnni(void) {
+  unsigned a, b, c, d;
+  return __get_cpuid_count(7, 0, &a, &b, &c, &d) && (c & 1u << 11);
+}
 #endif

@@ -49,7 +49,7 @@ static int check(const unsigned char *bytes, size_t count) {
 
 static const model_isa *choose(const char *name) {
   for (const model_isa *const *isa = model_isas; *isa; ++isa) {
-    if ((name ? strcmp((*isa)->name, name) == 0 : !(*isa)->pairs) && (*isa)->available()) return *isa;
+    if ((name ? strcmp((*isa)->name, name) == 0 : !(*isa)->rounds) && (*isa)->available()) return *isa;
   }
   return NULL;
 }
@@ -332,7 +332,7 @@ const char *model_isa_name(int index) {
 
 int model_isa_rounds(const char *name) {
   const model_isa *isa = choose(name);
-  return isa && isa->pairs;
+  return isa ? isa->rounds : 0;
 }
 
 size_t model_memory(const model_network *network) {

@@ -47,6 +47,7 @@ typedef struct {
   int32_t dense;                 // all weights are there, in groups of filters
   int64_t count;                 // weights that are stored
   int64_t bias, values, bits;    // bytes from the start of the weights; bits -1 for a dense layer
+  float most;                    // of the input, which is not negative, for int8; 0: unknown, or it may be negative
   int32_t from, to, channels;    // copies: first channel of input and output, how many; -1: all, laid end to end
   int32_t shift[2];              // copies: row and column of the output that the first of the input goes to
   int32_t clears;                // copies: what is not copied to becomes zero
@@ -93,11 +94,11 @@ typedef struct {
 // once for all its taps, by code of its own for each set of taps that is frequent (sets.h, written with the network).
 //
 // FORM_WINDOWS, of a block: MODEL_WINDOW_SIDE squared results stay in registers for all kernels of a filter in a pass,
-// again with code for each set; windows of all channels of a pass are in L2. Of pairs, a window holds bfloat16 numbers,
-// two columns in a vector.
+// again with code for each set; windows of all channels of a pass are in L2.
 //
-// FORM_POINTWISE, of 1x1 kernels: weights of a filter by twos, whatever their channels; the tile's inputs of all
-// channels of a pass are copied as bfloat16 numbers, two vectors in one, and interleaved by the processor.
+// FORM_POINTWISE, of 1x1 kernels: weights of a filter by twos or fours, whatever their channels; the tile's inputs of
+// all channels of a pass are copied as bfloat16 or int8 numbers, as many vectors in one, and interleaved by the
+// processor. So are those of FORM_COLUMNS and FORM_WINDOWS where they take several kernels at once.
 typedef struct { uint32_t kernel, value; } model_filter;  // its first of `offsets` / 2, and of `packed`
 
 // How one convolution runs in one layout. Channels are taken in passes, whose inputs are copied into a region that fits
@@ -118,12 +119,14 @@ typedef struct {
   int parts;
   int64_t most[4];              // groups, stretches, kernels and weights, as many as there may be
   int whole;                    // FORM_WINDOWS: whether the results are the whole image
-  // FORM_COLUMNS, FORM_WINDOWS: [passes x filters + 1]; `offsets` are set and channel of a kernel, or of a pair set and
-  // channels. FORM_POINTWISE: the same; `offsets` are channels of pairs.
+  // FORM_COLUMNS, FORM_WINDOWS: [passes x filters + 1]; `offsets` are sets and channels of kernels. FORM_POINTWISE: the
+  // same; `offsets` are channels.
   const model_filter *filters;
   const model_group *groups;
   const model_stretch *stretches;
-  const float *packed;          // of pairs: two bfloat16 numbers each
+  int together;                 // kernels at once: 1, of float32, 2 of bfloat16 or 4 of int8
+  const float *packed;          // weights of as many kernels each
+  const float *scales;          // of filters: what one step of a sum of int8 products is worth
   const int32_t *inside;        // [taps, cols x lanes]: all bits set where a tap of the position is in the image
 } model_plan;
 
@@ -167,6 +170,9 @@ typedef void (*model_special)(const model_op *, const model_plan *, const model_
                               const float *bias, const float *image, const float *residual, float *results,
                               float *region, model_worker);
 
+// NULL: it is not there. FORM_TAPS of one kernel at a time is a part of `run`.
+typedef struct { model_special taps, columns, windows, pointwise; } model_specials;
+
 // What one set of instructions can do.
 struct model_isa {
   const char *name;
@@ -175,15 +181,26 @@ struct model_isa {
   void (*run)(const model_network *, int layout, float *memory, float *region, model_worker);
   void (*enter)(const float *images, int count, float *memory);               // images -> block
   void (*leave)(const float *memory, int count, float *results);              // block -> results
-  model_special pairs;    // FORM_TAPS with pairs of bfloat16 numbers, NULL: with float32. Only taken by name
-  model_special columns;  // FORM_COLUMNS; NULL: it is not there
-  model_special windows;  // FORM_WINDOWS; likewise
-  model_special pointwise;  // FORM_POINTWISE; likewise
+  int rounds;  // to bfloat16 or int8: only taken by name
+  const model_specials *specials[3];  // for one, two or four kernels at once; NULL: there are none
 };
+
+// NULL: it is not there.
+static inline model_special model_special_of(const model_isa *isa, int form, int together) {
+  const model_specials *s = isa->specials[together / 2];
+  return !s                       ? NULL
+         : form == FORM_TAPS      ? s->taps
+         : form == FORM_COLUMNS   ? s->columns
+         : form == FORM_WINDOWS   ? s->windows
+         : form == FORM_POINTWISE ? s->pointwise
+                                  : NULL;
+}
 
 extern const model_isa *const model_isas[];  // best first, then those that round, NULL at the end
 
 int model_plan_all(model_network *);  // MODEL_OK or an error
+// Steps of int8 inputs in one.
+static inline float model_unit(const model_op *op) { return op->most > 0 ? 255 / op->most : 1; }
 static inline int64_t model_plane(const model_value *v, int layout) {
   const int64_t size = (int64_t)v->height * v->width;
   return layout == BLOCK || size == 1 ? size : (size + 15) / 16 * 16;

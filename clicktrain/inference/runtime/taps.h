@@ -2,10 +2,7 @@
 // are loaded once, and multiplied with up to MODEL_SUMS_TAPS weights. What a tap has summed up is then moved as a
 // whole, through memory: a load from where its positions begin, without what falls off the edges.
 #pragma once
-#include "vectors.h"
-#ifdef PAIRS
-#include "pairs.h"
-#endif
+#include "cells.h"
 
 typedef struct {
   const float *images, *uppers, *packed;  // of pairs and an odd number of vectors, images are there twice: the second
@@ -42,23 +39,20 @@ INLINE void load_inputs(const taps_job *t, const uint16_t *channels, const int c
   const int64_t first = channels[0] * (int64_t)cols, second = channels[1] * (int64_t)cols;
   if (cols % 2 == 0) {  // cells (pairs.h)
     UNROLL for (int j = 0; j < cols; j += 2) {
-      const vec a = get(t->images + (first + j) / 2 * LANES), b = get(t->images + (second + j) / 2 * LANES);
-      x[j] = firsts(a, b);
-      x[j + 1] = seconds(a, b);
+      const vec cells[] = {get(t->images + (first + j) / 2 * LANES), get(t->images + (second + j) / 2 * LANES)};
+      interleave(cells, 3, x + j);
     }
     return;
   }
   UNROLL for (int j = 0; j < cols; ++j)
     x[j] = (vec)((ivec)get(t->images + (first + j) * LANES) | (ivec)get(t->uppers + (second + j) * LANES));
 }
-INLINE vec multiplied(vec sum, vec x, const float *weights) { return product(sum, x, weight_of(weights)); }
 #else
 #define CHANNELS 1
 INLINE void load_inputs(const taps_job *t, const uint16_t *channels, const int cols, vec *x) {
   const float *p = t->images + *channels * (int64_t)((cols * LANES + 15) / 16 * 16);
   UNROLL for (int j = 0; j < cols; ++j) x[j] = get(p + j * LANES);
 }
-INLINE vec multiplied(vec sum, vec x, const float *weight) { return sum + splat(*weight) * x; }
 #endif
 
 INLINE void taps_of(const taps_job *t, const int taps, const int cols) {
@@ -77,14 +71,14 @@ INLINE void taps_of(const taps_job *t, const int taps, const int cols) {
         UNROLL for (int c = 0; c < chains; ++c) {
           load_inputs(t, channels + c * CHANNELS, cols, x);
           UNROLL for (int k = 0; k < size; ++k)
-            sums[c * size + k] = multiplied(sums[c * size + k], x[k % cols], weights + c * taps + k / cols);
+            sums[c * size + k] = product(sums[c * size + k], x[k % cols], weight_of(weights + c * taps + k / cols));
         }
         channels += chains * CHANNELS;
         weights += chains * taps;
       }
       for (; e < stretches[n].kernels; ++e, channels += CHANNELS, weights += taps) {
         load_inputs(t, channels, cols, x);
-        UNROLL for (int k = 0; k < size; ++k) sums[k] = multiplied(sums[k], x[k % cols], weights + k / cols);
+        UNROLL for (int k = 0; k < size; ++k) sums[k] = product(sums[k], x[k % cols], weight_of(weights + k / cols));
       }
       float *to = t->sums + (int64_t)n * size * LANES;
       UNROLL for (int c = 1; c < chains; ++c)
@@ -117,7 +111,8 @@ INLINE void run_taps(const model_op *op, const model_plan *plan, const model_val
   const int cols = plan->cols, together = cols % 2 ? 1 : 2;
   for (int64_t k = 0; k < (int64_t)in->channels * cols; k += together) {
     const float *from = image + k / cols * plane + k % cols * LANES;
-    if (together == 2) put_cell(lower + k / 2 * LANES, get(from), get(from + LANES));
+    const vec both[] = {get(from), get(from + LANES)};
+    if (together == 2) put_cell(lower + k / 2 * LANES, both, 1);
     else put_halves(get(from), lower + k * LANES, upper + k * LANES);
   }
   image = lower;

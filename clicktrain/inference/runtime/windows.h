@@ -1,7 +1,7 @@
 // FORM_WINDOWS (runtime.h): 3x3 convolutions of blocks of images, 4x4 results at a time, with code of its own for each
-// frequent set of taps; with numbers of float32 or PAIRS of bfloat16.
+// frequent set of taps; with numbers as cells.h has them.
 #pragma once
-#include "taps.h"
+#include "cells.h"
 
 #define SIDE MODEL_WINDOW_SIDE
 #define SET(N)
@@ -9,7 +9,9 @@
 #undef SET
 typedef struct {
   const float *region, *packed, *bias, *residual;  // residual: NULL without, or before the last pass
-  const uint16_t *kernels;  // ENTRY numbers each: set of taps, channel; of a pair, the second channel
+  const float *scales;      // of filters, for integers
+  float unit;               // of inputs, likewise
+  const uint16_t *kernels;  // ENTRY numbers each
   const model_filter *filters;
   float *out;
   int64_t plane, row, channel;  // floats: from filter to filter and row to row of results; of a channel's window
@@ -22,17 +24,6 @@ typedef struct {
   float low, high;
 } window;
 
-#ifdef PAIRS
-// Cells of a window have two columns of 16 images (pairs.h).
-#define ENTRY 3
-#define COLUMNS 2
-#else
-#define ENTRY 2
-#define COLUMNS 1
-INLINE vec weight_of(const float *weight) { return splat(*weight); }
-INLINE vec product(vec sum, vec x, vec weight) { return sum + weight * x; }
-#endif
-
 // Rows of a kernel, a bit each, that see row `y` of a window; and taps of these rows or columns, a bit each.
 INLINE int seen_by(const int y, const int stride) {
   return (y >= 0 && y <= (SIDE - 1) * stride && y % stride == 0 ? 1 : 0) |
@@ -42,17 +33,15 @@ INLINE int seen_by(const int y, const int stride) {
 INLINE int taps_of_rows(const int rows) { return (rows & 1 ? 7 : 0) | (rows & 2 ? 56 : 0) | (rows & 4 ? 448 : 0); }
 INLINE int taps_of_columns(const int columns) { return columns * 73; }
 
-// One kernel, or a pair: what its taps read of a row of the window is loaded once. `whole`: the results are the whole
+// One kernel, or several: what its taps read of a row of the window is loaded once. `whole`: the results are the whole
 // image, and what lies around it is neither in the region nor computed.
 INLINE const float *multiply_window(const window *t, const uint16_t *kernel, const float *weights, const int set,
                                     const int stride, const int whole, vec *sums) {
   const int side = (SIDE - 1) * stride + 3, begin = whole, end = whole ? SIDE * stride + 1 : side;
-  const int cells = (end - begin + COLUMNS - 1) / COLUMNS;
-  const float *p = t->region + kernel[1] * t->channel;
-#ifdef PAIRS
-  const float *q = t->region + kernel[2] * t->channel;
-#endif
+  const int cells = (end - begin + TOGETHER - 1) / TOGETHER;
+  const float *channel[TOGETHER];
   vec weight[9];
+  UNROLL for (int k = 0; k < TOGETHER; ++k) channel[k] = t->region + kernel[1 + k] * t->channel;
   UNROLL for (int k = 0; k < 9; ++k) {
     if (set >> k & 1) weight[k] = weight_of(weights++);
     else weight[k] = (vec){0};
@@ -63,18 +52,15 @@ INLINE const float *multiply_window(const window *t, const uint16_t *kernel, con
     vec x[12];
     UNROLL for (int k = 0; k < cells; ++k) {
       const int64_t at = (int64_t)((y - begin) * cells + k) * LANES;
-#ifdef PAIRS
-      const int left = taps & taps_of_columns(seen_by(begin + 2 * k, stride));
-      const int right = taps & taps_of_columns(seen_by(begin + 2 * k + 1, stride));
-      x[2 * k] = x[2 * k + 1] = (vec){0};
-      if (left | right) {
-        const vec a = get(p + at), b = get(q + at);
-        if (left) x[2 * k] = firsts(a, b);
-        if (right) x[2 * k + 1] = seconds(a, b);
+      int needed = 0;
+      UNROLL for (int j = 0; j < TOGETHER; ++j) {
+        if (taps & taps_of_columns(seen_by(begin + TOGETHER * k + j, stride))) needed |= 1 << j;
+        x[TOGETHER * k + j] = (vec){0};
       }
-#else
-      x[k] = taps & taps_of_columns(seen_by(begin + k, stride)) ? get(p + at) : (vec){0};
-#endif
+      if (!needed) continue;
+      vec one[TOGETHER];
+      UNROLL for (int j = 0; j < TOGETHER; ++j) one[j] = get(channel[j] + at);
+      interleave(one, needed, x + TOGETHER * k);
     }
     UNROLL for (int r = 0; r < 3; ++r) {
       if (!(rows >> r & 1)) continue;
@@ -112,14 +98,26 @@ INLINE void begin_window(const window *t, int filter, vec *sums) {
   const float *out = t->out + filter * t->plane;
   const vec bias = splat(t->bias[filter]);
   if (t->first) {
-    UNROLL for (int k = 0; k < SIDE * SIDE; ++k) sums[k] = bias;
+    UNROLL for (int k = 0; k < SIDE * SIDE; ++k) sums[k] = begun(bias);
   } else {
-    UNROLL for (int k = 0; k < SIDE * SIDE; ++k) sums[k] = get(out + k / SIDE * t->row + k % SIDE * LANES);
+    UNROLL for (int k = 0; k < SIDE * SIDE; ++k) sums[k] = begun(get(out + k / SIDE * t->row + k % SIDE * LANES));
   }
 }
 
 INLINE void end_window(const window *t, int filter, vec *sums) {
   float *out = t->out + filter * t->plane;
+  const vec bias = splat(t->bias[filter]);
+#ifdef FOURS
+  const vec scale = splat(t->scales[filter]);
+#else
+  const vec scale = {0};
+#endif
+  if (t->first) {
+    UNROLL for (int k = 0; k < SIDE * SIDE; ++k) sums[k] = ended(sums[k], scale, bias);
+  } else {
+    UNROLL for (int k = 0; k < SIDE * SIDE; ++k)
+      sums[k] = ended(sums[k], scale, get(out + k / SIDE * t->row + k % SIDE * LANES));
+  }
   if (t->residual) {
     const float *more = t->residual + filter * t->plane;
     UNROLL for (int k = 0; k < SIDE * SIDE; ++k) sums[k] += get(more + k / SIDE * t->row + k % SIDE * LANES);
@@ -181,20 +179,19 @@ static void (*const windows[2][2])(const window *) = {{window_1, window_1_whole}
 
 // Rows y0 .. and columns x0 .. of some channels, zero outside of the image.
 INLINE void fill_window(const model_plan *plan, const model_value *in, const float *image, int64_t plane, int channels,
-                        int y0, int x0, float *to) {
+                        int y0, int x0, float unit, float *to) {
   const int width = in->width, columns = plan->phase_cols;
   for (int c = 0; c < channels; ++c, image += plane) {
     for (int y = y0; y < y0 + plan->region_rows; ++y) {
       const float *from = image + ((int64_t)y * width + x0) * LANES;
       const int inside = y >= 0 && y < in->height;
-      for (int k = 0; k < columns; k += COLUMNS, to += LANES) {
-        const vec left = inside && x0 + k >= 0 && x0 + k < width ? get(from + k * LANES) : (vec){0};
-#ifdef PAIRS
-        const int has = inside && k + 1 < columns && x0 + k + 1 >= 0 && x0 + k + 1 < width;
-        put_cell(to, left, has ? get(from + (k + 1) * LANES) : (vec){0});
-#else
-        put(to, left);
-#endif
+      for (int k = 0; k < columns; k += TOGETHER, to += LANES) {
+        vec x[TOGETHER];
+        UNROLL for (int j = 0; j < TOGETHER; ++j) {
+          const int has = inside && k + j < columns && x0 + k + j >= 0 && x0 + k + j < width;
+          x[j] = has ? get(from + (k + j) * LANES) : (vec){0};
+        }
+        put_cell(to, x, unit);
       }
     }
   }
@@ -222,7 +219,8 @@ static void run_windows(const model_op *op, const model_plan *plan, const model_
   const int whole = plan->whole, stride = op->stride[0];
   void (*const function)(const window *) = windows[stride - 1][whole];
   const int64_t plane = (int64_t)in->height * in->width * LANES;
-  window t = {.region = region, .packed = plan->packed, .bias = bias, .kernels = plan->offsets,
+  window t = {.region = region, .packed = plan->packed, .bias = bias, .scales = plan->scales,
+              .unit = model_unit(op), .kernels = plan->offsets,
               .plane = (int64_t)out->height * out->width * LANES, .row = (int64_t)out->width * LANES,
               .channel = plan->channel * LANES, .begin = 0, .end = out->channels, .act = op->act, .low = op->low,
               .high = op->high};
@@ -251,7 +249,7 @@ static void run_windows(const model_op *op, const model_plan *plan, const model_
       t.ahead = NULL;
       if (n + 1 < end && plan->passes == 1) look_ahead(&t, plan, op, in, out, images, n + 1, across);
       fill_window(plan, in, images + channel * plane, plane, channels, i0 * stride - (whole ? 0 : op->padding[0]),
-                  j0 * stride - (whole ? 0 : op->padding[1]), region);
+                  j0 * stride - (whole ? 0 : op->padding[1]), t.unit, region);
       function(&t);
     }
   }

@@ -1,24 +1,32 @@
-"""Write the tables of docs/papers.md from the rows in clicktrain/papers, or say that they are stale.
+"""Write the tables of docs/papers.md and docs/results/reproduced.md, or say that they are stale.
 
 python scripts/papers_tables.py [--check]
 
-A table follows ``<!-- items of PAPER: code -->`` or ``<!-- items of PAPER: runs -->`` up to ``<!-- end -->``.
+A table follows ``<!-- items of PAPER: code -->`` or ``<!-- items of PAPER: runs -->`` up to ``<!-- end -->``:
+rows in clicktrain/papers. ``<!-- run PAPER/ITEM -->``: accuracies and figures of docs/results/reproduced.json,
+which has what ``clicktrain reproduce PAPER/ITEM --json`` printed, and accuracies of the runs' summaries.
 """
 
 from __future__ import annotations
 
 import argparse
 import difflib
+import json
 import re
 import shlex
+import statistics
 import sys
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
+from typing import Any
 
 from clicktrain.papers import Row, read_rows, read_settings
 from clicktrain.papers.rows import Setting
 
-PAGE = Path(__file__).resolve().parent.parent / "docs" / "papers.md"
+DOCS = Path(__file__).resolve().parent.parent / "docs"
+PAGES = (DOCS / "papers.md", DOCS / "results" / "reproduced.md")
+REPRODUCED = DOCS / "results" / "reproduced.json"
+_RUN = re.compile(r"(<!-- run ([\w/-]+) -->\n).*?(<!-- end -->)", re.DOTALL)
 _TABLE = re.compile(r"(<!-- items of ([\w-]+): (code|runs) -->\n).*?(<!-- end -->)", re.DOTALL)
 
 
@@ -29,7 +37,53 @@ def tables(text: str) -> str:
         rows = [row for name, row in read_rows().items() if name.startswith(f"{match[2]}/")]
         return match[1] + (code_table(rows) if match[3] == "code" else runs_table(rows)) + match[4]
 
+    reproduced = json.loads(REPRODUCED.read_text(encoding="utf-8"))
+    text = _RUN.sub(lambda match: match[1] + run_tables(reproduced[match[2]]) + match[3], text)
     return _TABLE.sub(rebuilt, text)
+
+
+def run_tables(item: Mapping[str, Any]) -> str:
+    """Command, accuracies of the runs and figures beside the paper's."""
+    seeds = ", ".join(map(str, item["seeds"]))
+    head = f"{item['setting']}; seeds {seeds}:\n\n```\n{item['command']}\n```\n\n"
+    columns = {
+        "training FLOPs": "train_flops_ratio",
+        "with the first training": "total_train_flops_ratio",
+        "inference FLOPs": "inference_flops_ratio",
+    }
+    runs = item["runs"].values()
+    tested = any("test_accuracy" in run for run in runs)
+    if all(run.get("train_flops_ratio") == run.get("total_train_flops_ratio") for run in runs):
+        del columns["with the first training"]
+    rows = []
+    for name, run in item["runs"].items():
+        texts = [over_seeds(run["accuracy"])]
+        texts += [over_seeds(run["test_accuracy"])] if tested else []
+        texts += [f"{100 * run[key]:.0f}%" if key in run else "" for key in columns.values()]
+        rows.append((f"`{name}`", *texts))
+    accuracy = ("held-out images", "test images") if tested else ("accuracy",)
+    compared = [(one["what"], str(one["paper"]), number(one), one["unit"]) for one in item["figures"]]
+    return (
+        head
+        + markdown(("run", *accuracy, *columns), rows)
+        + "\n"
+        + markdown(("figure", "paper", "here", "unit"), compared)
+    )
+
+
+def over_seeds(values: Mapping[str, float]) -> str:
+    """Mean and standard deviation of the sample."""
+    numbers = list(values.values())
+    mean = f"{statistics.fmean(numbers):.2f}"
+    return mean if len(numbers) == 1 else f"{mean} ± {statistics.stdev(numbers):.2f}"
+
+
+def number(figure: Mapping[str, Any]) -> str:
+    """Ours, with its deviation over seeds."""
+    if figure["ours"] is None:
+        return "not run"
+    deviation = "" if figure["deviation"] is None else f" ± {figure['deviation']:.2f}"
+    return f"{figure['ours']:.2f}{deviation}"
 
 
 def code_table(rows: Iterable[Row]) -> str:
@@ -96,13 +150,13 @@ def markdown(heads: Sequence[str], rows: Iterable[Sequence[str]]) -> str:
 
 
 def stale() -> str:
-    """A diff of the page where its tables are not what the rows say; empty if they are."""
-    text = PAGE.read_text(encoding="utf-8")
-    return "".join(
-        difflib.unified_diff(
-            text.splitlines(keepends=True), tables(text).splitlines(keepends=True), str(PAGE), "rows"
-        )
-    )
+    """A diff of the pages where their tables are not what the rows say; empty if they are."""
+    diffs = []
+    for page in PAGES:
+        text = page.read_text(encoding="utf-8")
+        lines = (text.splitlines(keepends=True), tables(text).splitlines(keepends=True))
+        diffs += list(difflib.unified_diff(*lines, str(page), "rows"))
+    return "".join(diffs)
 
 
 def main() -> None:
@@ -112,7 +166,8 @@ def main() -> None:
     )
     parser.add_argument("--check", action="store_true")
     if not parser.parse_args().check:
-        PAGE.write_text(tables(PAGE.read_text(encoding="utf-8")), encoding="utf-8")
+        for page in PAGES:
+            page.write_text(tables(page.read_text(encoding="utf-8")), encoding="utf-8")
     elif diff := stale():
         sys.exit(f"{diff}\nrun scripts/papers_tables.py to rewrite these tables")
 

@@ -62,9 +62,13 @@ def test_papers_tables_are_those_of_the_rows(monkeypatch: pytest.MonkeyPatch, tm
     papers = script("papers_tables")
     assert papers.stale() == "", "python scripts/papers_tables.py rewrites them"
     changed = tmp_path / "papers.md"
-    changed.write_text(papers.PAGE.read_text().replace("| window pruning |", "| windows |"))
-    monkeypatch.setattr(papers, "PAGE", changed)
+    page, reproduced = papers.PAGES
+    changed.write_text(page.read_text().replace("| window pruning |", "| windows |"))
+    monkeypatch.setattr(papers, "PAGES", (changed, reproduced))
     assert "+| `alg-3` | A | window pruning |" in papers.stale()
+    changed.write_text(reproduced.read_text().replace("| `dense` | 70", "| `dense` | 71"))
+    monkeypatch.setattr(papers, "PAGES", (changed,))
+    assert "+| `dense` | 70" in papers.stale()
 
 
 def declared(repository: Path) -> set[str]:

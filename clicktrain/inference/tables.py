@@ -11,6 +11,7 @@ from typing import Any
 
 import numpy as np
 
+from clicktrain.inference.calibration import has_int8_form
 from clicktrain.inference.memory_plan import places, single_size
 from clicktrain.inference.program import (
     Affine,
@@ -181,7 +182,7 @@ def _row(op: Op, stored: Stored, numbers: Mapping[Value, int], ranges: Mapping[V
                 "dense": int(stored.dense),
                 "count": stored.count,
             }
-            if op.input in ranges and not stored.dense and op.groups == 1:
+            if op.input in ranges and not stored.dense and has_int8_form(op):
                 fields["most"] = _float(ranges[op.input])
         case Pool():
             fields |= {

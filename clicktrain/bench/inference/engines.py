@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 import importlib.util
+import os
 import tempfile
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
@@ -19,12 +20,15 @@ from clicktrain.bench.timing import autocast, channels_last
 from clicktrain.compiler import accelerate, dtypes_worth_measuring
 from clicktrain.deploy.c_folder import load_module, write_c
 from clicktrain.deploy.file_formats import write_onnx
+from clicktrain.errors import UserError
 from clicktrain.inference.calibration import calibrate
 from clicktrain.inference.capture import capture
 from clicktrain.kernels.native import missing_toolchain, toolchain
 
 Call: TypeAlias = Callable[[], Any]
 """Runs the network; returns what `Engine.read` makes logits of."""
+_ISAS = {"8": "avx2", "4": "sse2"}
+"""Instructions of the C folder where ``CLICKTRAIN_LANES`` asks for narrower vectors than the processor's."""
 CALIBRATION = 128
 """Images that int8 scales are found on."""
 
@@ -128,10 +132,13 @@ def _c_file(networks: Networks) -> Path:
 
 
 def _clicktrain_c(networks: Networks, x: Tensor, threads: int, precision: str) -> Call:
-    """With a plan that is measured here, as `accelerate` does it."""
+    """With a plan that is measured here, as `accelerate` does it; of as wide vectors as that has."""
     path = _c_file(networks)
     plan = path.with_name(f"{precision}-{len(x)}.plan")
-    isa = None if precision == "fp32" else f"avx512-{precision}"
+    narrow = _ISAS.get(os.environ.get("CLICKTRAIN_LANES", ""))
+    if narrow is not None and precision != "fp32":
+        raise UserError(f"with {narrow} it does not compute in {precision}")
+    isa = narrow if precision == "fp32" else f"avx512-{precision}"
     network = load_module(path).Network(max_batch=len(x), isa=isa, threads=threads, plan=plan)
     images = x.numpy()
     return lambda: network(images)

@@ -66,6 +66,10 @@ static int measure(const unsigned char *weights, size_t bytes, int max_batch, co
   int result = choices && best && times && least ? MODEL_OK : MODEL_NO_MEMORY;
   for (size_t c = 0; !result && c < sizeof candidates; ++c) {
     model_network *network;
+    // As few kernels at once as there may be are another choice only where there are several.
+    const int few = candidates[c] == CHOICE(CHOICE_COLUMNS, CHOICE_SMALL) ||
+                    candidates[c] == CHOICE(CHOICE_WINDOWS, CHOICE_SMALL);
+    if (few && model_isa_rounds(isa) < 2) continue;
     memset(choices, candidates[c], count);
     result = model_open_choosing(weights, bytes, max_batch, isa, choices, &network);
     if (result) break;

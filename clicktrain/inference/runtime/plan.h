@@ -107,7 +107,7 @@ static inline uint32_t model_rounded(float x) {
 static inline uint32_t model_part(float weight, int together, float step) {
   if (together == 2) return model_rounded(weight);
   const float steps = weight / step;
-  const int whole = steps > -128 && steps < 128 ? (int)(steps + (steps < 0 ? -0.5f : 0.5f)) : 0;
+  const int whole = steps > -127.5f && steps < 127.5f ? (int)(steps + (steps < 0 ? -0.5f : 0.5f)) : 0;
   return (uint32_t)whole & 0xff;
 }
 
@@ -116,7 +116,7 @@ static inline float model_step(const float *values, int64_t count) {
   float most = 0;
   for (int64_t k = 0; k < count; ++k) {
     const float size = values[k] < 0 ? -values[k] : values[k];
-    if (!(size < 3e38f)) return size - size;
+    if (!(size < 3e38f)) return __builtin_nanf("");
     if (size > most) most = size;
   }
   return most > 0 ? most / 127 : 1;

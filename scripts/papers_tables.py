@@ -3,7 +3,7 @@
 python scripts/papers_tables.py [--check]
 
 A table follows ``<!-- items of PAPER: code -->`` or ``<!-- items of PAPER: runs -->`` up to ``<!-- end -->``:
-rows in clicktrain/papers. ``<!-- run PAPER/ITEM -->``: accuracies and figures of docs/results/reproduced.json,
+rows in clicktrain/papers. ``<!-- run PAPER/ITEM -->``: accuracies and figures of the file reproduced.json,
 which has what ``clicktrain reproduce PAPER/ITEM --json`` printed, and accuracies of the runs' summaries.
 """
 

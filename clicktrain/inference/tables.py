@@ -74,6 +74,12 @@ _MOST_SETS = 32
 """Sets of taps that there is code for; others are put together from these and single taps."""
 
 
+_LOOPS = (
+    "INT8",
+    *(f"COLUMNS_{wide}{strided}" for strided in ("", "_STRIDE_2") for wide in (1, 2, 4)),
+    *(f"WINDOWS_{stride}{whole}" for stride in (1, 2) for whole in ("", "_WHOLE")),
+)
+"""What ``sets.h`` says of each whether it is needed."""
 _WINDOW_SIDE = 4
 """Rows and columns of results of a window: ``MODEL_WINDOW_SIDE`` of ``runtime.h``."""
 
@@ -96,7 +102,7 @@ def frequent_sets(program: Program, int8: bool = False) -> str:
     counts[0] = 0
     often = [int(one) for one in np.argsort(-counts, kind="stable")[:_MOST_SETS] if counts[one]]
     names = sorted({*often, *map(int, bits)})
-    lines = [f"#define MODEL_HAS_{name}" for name in sorted(used)]
+    lines = [f"#define MODEL_HAS_{name} {int(name in used)}" for name in _LOOPS]
     lines += [" ".join(f"SET({one})" for one in names[at : at + 12]) for at in range(0, len(names), 12)]
     return "\n".join(["// Sets of taps that are frequent in this network, a bit each.", *lines, ""])
 

@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import torch
 from image_files import encode, pixels, write_parquet
 from PIL import Image
 from test_data_cifar import write_python10
@@ -19,7 +20,7 @@ from clicktrain.train import Silent, StepProgress, from_dict
 from clicktrain.train.augmentation import augmentation
 from clicktrain.train.config import read_settings
 from clicktrain.train.fit import fit
-from clicktrain.train.prepare import prepare
+from clicktrain.train.prepare import make_eval_loader, prepare
 
 RECIPES = Path(__file__).resolve().parents[2] / "recipes"
 BATCH, CLASSES = 4, 10
@@ -131,6 +132,9 @@ def test_both_imagenets_have_the_transforms_and_the_stem(name: str, tmp_path: Pa
     prepared = prepare(*from_dict(settings))
     assert prepared.data.image_shape == (3, 224, 224)
     assert prepared.facts["stem"] == "imagenet"
+    evaluated = make_eval_loader(prepared.config, prepared.data, "val", torch.device("cpu"))
+    shapes = [tuple(image.shape) for x, _ in evaluated.epoch(0) for image in x]
+    assert shapes == [(3, 224, 224)] * 4, "also of images of several sizes"
     assert augmentation(prepared.config, prepared.data) == Augment(resized_crop=True, flip=True)
 
 

@@ -155,50 +155,21 @@ INLINE void strip_of(const strip *t, const int rows, const int wide, const int s
   }
 }
 
-#define STRIP(I, J, S) NOINLINE void strip_##I##_##J##_##S(const strip *t) { strip_of(t, I, J, S); }
 #define SET(N)
 #include "sets.h"  // which strips are needed
 #undef SET
-#ifdef MODEL_HAS_COLUMNS_1
-STRIP(6, 1, 1) STRIP(4, 1, 1)
-#endif
-#ifdef MODEL_HAS_COLUMNS_2
-STRIP(3, 2, 1) STRIP(2, 2, 1)
-#endif
-#ifdef MODEL_HAS_COLUMNS_4
-STRIP(1, 4, 1)
-#endif
-#ifdef MODEL_HAS_COLUMNS_1_STRIDE_2
-STRIP(7, 1, 2) STRIP(4, 1, 2)
-#endif
-#ifdef MODEL_HAS_COLUMNS_2_STRIDE_2
-STRIP(4, 2, 2) STRIP(2, 2, 2)
-#endif
-#ifdef MODEL_HAS_COLUMNS_4_STRIDE_2
-STRIP(2, 4, 2) STRIP(1, 4, 2)
-#endif
-// [stride - 1][rows][vectors in a row]
-static void (*const strips[2][8][5])(const strip *) = {
-  [0][0][0] = NULL,
-#ifdef MODEL_HAS_COLUMNS_1
-    [0][6][1] = strip_6_1_1, [0][4][1] = strip_4_1_1,
-#endif
-#ifdef MODEL_HAS_COLUMNS_2
-    [0][3][2] = strip_3_2_1, [0][2][2] = strip_2_2_1,
-#endif
-#ifdef MODEL_HAS_COLUMNS_4
-    [0][1][4] = strip_1_4_1,
-#endif
-#ifdef MODEL_HAS_COLUMNS_1_STRIDE_2
-    [1][7][1] = strip_7_1_2, [1][4][1] = strip_4_1_2,
-#endif
-#ifdef MODEL_HAS_COLUMNS_2_STRIDE_2
-    [1][4][2] = strip_4_2_2, [1][2][2] = strip_2_2_2,
-#endif
-#ifdef MODEL_HAS_COLUMNS_4_STRIDE_2
-    [1][2][4] = strip_2_4_2, [1][1][4] = strip_1_4_2,
-#endif
-};
+#define STRIPS(DO)                                                                          \
+  DO(MODEL_HAS_COLUMNS_1, 6, 1, 1) DO(MODEL_HAS_COLUMNS_1, 4, 1, 1)                         \
+  DO(MODEL_HAS_COLUMNS_2, 3, 2, 1) DO(MODEL_HAS_COLUMNS_2, 2, 2, 1)                         \
+  DO(MODEL_HAS_COLUMNS_4, 1, 4, 1)                                                          \
+  DO(MODEL_HAS_COLUMNS_1_STRIDE_2, 7, 1, 2) DO(MODEL_HAS_COLUMNS_1_STRIDE_2, 4, 1, 2)       \
+  DO(MODEL_HAS_COLUMNS_2_STRIDE_2, 4, 2, 2) DO(MODEL_HAS_COLUMNS_2_STRIDE_2, 2, 2, 2)       \
+  DO(MODEL_HAS_COLUMNS_4_STRIDE_2, 2, 4, 2) DO(MODEL_HAS_COLUMNS_4_STRIDE_2, 1, 4, 2)
+#define FUNCTION(HAS, I, J, S) NOINLINE void strip_##I##_##J##_##S(const strip *t) { strip_of(t, I, J, S); }
+STRIPS(FUNCTION)
+// [stride - 1][rows][vectors in a row]; what is not needed is not compiled.
+#define POINTER(HAS, I, J, S) [S - 1][I][J] = HAS ? strip_##I##_##J##_##S : NULL,
+static void (*const strips[2][8][5])(const strip *) = {STRIPS(POINTER)};
 
 // Vector j of a row, zero where it is outside: of stride 2, of its even columns, then of odd ones.
 INLINE vec taken(const float *from, int width, int j, const int stride, const int odd) {
@@ -240,7 +211,8 @@ static void run_columns(const model_op *op, const model_plan *plan, const model_
   const int count = (out->height + plan->rows - 1) / plan->rows;
   strip t = {.region = region, .packed = plan->packed, .bias = bias, .scales = plan->scales,
              .unit = model_unit(op), .kernels = plan->offsets, .filters = plan->filters,
-             .plane = model_plane(out, SINGLE), .width = out->width, .channel = plan->channel, .begin = 0, .end = out->channels,
+             .plane = model_plane(out, SINGLE), .width = out->width, .channel = plan->channel, .begin = 0,
+             .end = out->channels,
              .act = op->act, .low = op->low, .high = op->high};
   // Threads share strips, if none overlaps another, else filters.
   int first = 0, end = count;

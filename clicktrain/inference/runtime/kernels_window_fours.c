@@ -3,7 +3,7 @@
 #define SET(N)
 #include "sets.h"  // whether there are int8 numbers
 #undef SET
-#if defined(MODEL_PAIRS) && defined(MODEL_HAS_INT8)
+#if defined(MODEL_PAIRS) && MODEL_HAS_INT8
 #include <immintrin.h>
 #include <math.h>
 #include <stddef.h>

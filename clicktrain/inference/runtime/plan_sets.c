@@ -21,61 +21,14 @@ static const uint16_t coded[] = {
 #define CODED (sizeof coded / sizeof *coded)
 #define FREQUENT (CODED > 9 ? (double)CODED - 9 : 1)  // without those of one tap
 
-#ifdef MODEL_HAS_COLUMNS_1
-#define COLUMNS_1 1
-#else
-#define COLUMNS_1 0
-#endif
-#ifdef MODEL_HAS_COLUMNS_2
-#define COLUMNS_2 1
-#else
-#define COLUMNS_2 0
-#endif
-#ifdef MODEL_HAS_COLUMNS_4
-#define COLUMNS_4 1
-#else
-#define COLUMNS_4 0
-#endif
-#ifdef MODEL_HAS_COLUMNS_1_STRIDE_2
-#define COLUMNS_1_STRIDE_2 1
-#else
-#define COLUMNS_1_STRIDE_2 0
-#endif
-#ifdef MODEL_HAS_COLUMNS_2_STRIDE_2
-#define COLUMNS_2_STRIDE_2 1
-#else
-#define COLUMNS_2_STRIDE_2 0
-#endif
-#ifdef MODEL_HAS_COLUMNS_4_STRIDE_2
-#define COLUMNS_4_STRIDE_2 1
-#else
-#define COLUMNS_4_STRIDE_2 0
-#endif
-#ifdef MODEL_HAS_WINDOWS_1
-#define WINDOWS_1 1
-#else
-#define WINDOWS_1 0
-#endif
-#ifdef MODEL_HAS_WINDOWS_1_WHOLE
-#define WINDOWS_1_WHOLE 1
-#else
-#define WINDOWS_1_WHOLE 0
-#endif
-#ifdef MODEL_HAS_WINDOWS_2
-#define WINDOWS_2 1
-#else
-#define WINDOWS_2 0
-#endif
-#ifdef MODEL_HAS_WINDOWS_2_WHOLE
-#define WINDOWS_2_WHOLE 1
-#else
-#define WINDOWS_2_WHOLE 0
-#endif
 // Loops over sets that are compiled: by stride, then of columns by vectors of a row, of windows by whether they are
 // whole.
 static const unsigned char has_columns[3][5] = {
-  {0}, {0, COLUMNS_1, COLUMNS_2, 0, COLUMNS_4}, {0, COLUMNS_1_STRIDE_2, COLUMNS_2_STRIDE_2, 0, COLUMNS_4_STRIDE_2}};
-static const unsigned char has_windows[3][2] = {{0, 0}, {WINDOWS_1, WINDOWS_1_WHOLE}, {WINDOWS_2, WINDOWS_2_WHOLE}};
+  {0},
+  {0, MODEL_HAS_COLUMNS_1, MODEL_HAS_COLUMNS_2, 0, MODEL_HAS_COLUMNS_4},
+  {0, MODEL_HAS_COLUMNS_1_STRIDE_2, MODEL_HAS_COLUMNS_2_STRIDE_2, 0, MODEL_HAS_COLUMNS_4_STRIDE_2}};
+static const unsigned char has_windows[3][2] = {
+  {0, 0}, {MODEL_HAS_WINDOWS_1, MODEL_HAS_WINDOWS_1_WHOLE}, {MODEL_HAS_WINDOWS_2, MODEL_HAS_WINDOWS_2_WHOLE}};
 
 static int can_be_columns(const model_problem *p) {
   const model_op *op = p->op;

@@ -154,28 +154,14 @@ INLINE void window_of(const window *t, const int stride, const int whole) {
   }
 }
 
-// [stride - 1][whole]; plans have none that is not there.
-#ifdef MODEL_HAS_WINDOWS_1
 NOINLINE void window_1(const window *t) { window_of(t, 1, 0); }
-#else
-#define window_1 NULL
-#endif
-#ifdef MODEL_HAS_WINDOWS_1_WHOLE
 NOINLINE void window_1_whole(const window *t) { window_of(t, 1, 1); }
-#else
-#define window_1_whole NULL
-#endif
-#ifdef MODEL_HAS_WINDOWS_2
 NOINLINE void window_2(const window *t) { window_of(t, 2, 0); }
-#else
-#define window_2 NULL
-#endif
-#ifdef MODEL_HAS_WINDOWS_2_WHOLE
 NOINLINE void window_2_whole(const window *t) { window_of(t, 2, 1); }
-#else
-#define window_2_whole NULL
-#endif
-static void (*const windows[2][2])(const window *) = {{window_1, window_1_whole}, {window_2, window_2_whole}};
+// [stride - 1][whole]; what is not needed is not compiled, and plans have none of it.
+static void (*const windows[2][2])(const window *) = {
+  {MODEL_HAS_WINDOWS_1 ? window_1 : NULL, MODEL_HAS_WINDOWS_1_WHOLE ? window_1_whole : NULL},
+  {MODEL_HAS_WINDOWS_2 ? window_2 : NULL, MODEL_HAS_WINDOWS_2_WHOLE ? window_2_whole : NULL}};
 
 // Rows y0 .. and columns x0 .. of some channels, zero outside of the image.
 INLINE void fill_window(const model_plan *plan, const model_value *in, const float *image, int64_t plane, int channels,

@@ -24,11 +24,14 @@ static const uint16_t coded[] = {
 // Loops over sets that are compiled: by stride, then of columns by vectors of a row, of windows by whether they are
 // whole.
 static const unsigned char has_columns[3][5] = {
-  {0},
-  {0, MODEL_HAS_COLUMNS_1, MODEL_HAS_COLUMNS_2, 0, MODEL_HAS_COLUMNS_4},
-  {0, MODEL_HAS_COLUMNS_1_STRIDE_2, MODEL_HAS_COLUMNS_2_STRIDE_2, 0, MODEL_HAS_COLUMNS_4_STRIDE_2}};
+  [1][1] = MODEL_HAS_COLUMNS_1, [1][2] = MODEL_HAS_COLUMNS_2, [1][4] = MODEL_HAS_COLUMNS_4,
+    [2][1] = MODEL_HAS_COLUMNS_1_STRIDE_2, [2][2] = MODEL_HAS_COLUMNS_2_STRIDE_2,
+    [2][4] = MODEL_HAS_COLUMNS_4_STRIDE_2,
+};
 static const unsigned char has_windows[3][2] = {
-  {0, 0}, {MODEL_HAS_WINDOWS_1, MODEL_HAS_WINDOWS_1_WHOLE}, {MODEL_HAS_WINDOWS_2, MODEL_HAS_WINDOWS_2_WHOLE}};
+  [1][0] = MODEL_HAS_WINDOWS_1, [1][1] = MODEL_HAS_WINDOWS_1_WHOLE, [2][0] = MODEL_HAS_WINDOWS_2,
+    [2][1] = MODEL_HAS_WINDOWS_2_WHOLE,
+};
 
 static int can_be_columns(const model_problem *p) {
   const model_op *op = p->op;

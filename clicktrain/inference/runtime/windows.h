@@ -160,8 +160,9 @@ NOINLINE void window_2(const window *t) { window_of(t, 2, 0); }
 NOINLINE void window_2_whole(const window *t) { window_of(t, 2, 1); }
 // [stride - 1][whole]; what is not needed is not compiled, and plans have none of it.
 static void (*const windows[2][2])(const window *) = {
-  {MODEL_HAS_WINDOWS_1 ? window_1 : NULL, MODEL_HAS_WINDOWS_1_WHOLE ? window_1_whole : NULL},
-  {MODEL_HAS_WINDOWS_2 ? window_2 : NULL, MODEL_HAS_WINDOWS_2_WHOLE ? window_2_whole : NULL}};
+  [0][0] = MODEL_HAS_WINDOWS_1 ? window_1 : NULL, [0][1] = MODEL_HAS_WINDOWS_1_WHOLE ? window_1_whole : NULL,
+    [1][0] = MODEL_HAS_WINDOWS_2 ? window_2 : NULL, [1][1] = MODEL_HAS_WINDOWS_2_WHOLE ? window_2_whole : NULL,
+};
 
 // Rows y0 .. and columns x0 .. of some channels, zero outside of the image.
 INLINE void fill_window(const model_plan *plan, const model_value *in, const float *image, int64_t plane, int channels,

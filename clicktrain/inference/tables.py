@@ -44,7 +44,7 @@ def model_source(
     stored = weights.add(program)
     numbers = {value: number for number, value in enumerate(program.values)}
     single, floats = places(program, single_size)
-    block, block_floats = places(program, lambda value: value.size)
+    block, block_floats = places(program, lambda value: value.size, in_place=True)
     if max(floats, block_floats) > _MOST:
         raise NotPortableError("its activations are beyond what the runtime can number")
     rows = []

@@ -45,6 +45,10 @@ static double choose_passes(const problem *p, model_plan *plan, double tiles, do
     const int64_t offsets = plan->form == FORM_DIRECT ? 1 : plan->channel * p->element / plan->unit;
     if (most * offsets > MOST_OFFSET) most = MOST_OFFSET / offsets;
     if (op->kind == OP_LINEAR && p->layout == SINGLE) most = channels;  // no passes
+    if (p->in_place) {
+      if (channels * offsets > MOST_OFFSET) return -1;
+      most = channels;
+    }
     most = most < 1 ? 1 : most > channels ? channels : most;
     const int64_t passes = up(channels, most), size = up(channels, passes);
     const double runs = filters * (double)passes < weights ? filters * (double)passes : weights;
@@ -66,9 +70,10 @@ static double plan_direct(const problem *p, model_plan *plan) {
   plan->form = FORM_DIRECT;
   plan->rows = 1;
   plan->cols = (int)up(vectors, tiles);
+  while (p->in_place && vectors % plan->cols) --plan->cols;
   plan->channel = model_plane(p->in, p->layout);
   plan->unit = plan->channel * p->element;
-  return choose_passes(p, plan, (double)tiles, 0, 1);
+  return choose_passes(p, plan, (double)up(vectors, plan->cols), 0, 1);
 }
 
 // Whether there is code for such a tile.
@@ -84,7 +89,7 @@ static double plan_rows(const problem *p, model_plan *plan) {
   if (!phases) return best;
   for (int rows = 1; rows <= p->vectors && rows <= p->out->height; ++rows) {
     for (int cols = 1; rows * cols <= p->vectors && cols <= width; ++cols) {
-      if (!is_tile(rows, cols)) continue;
+      if (!is_tile(rows, cols) || (p->in_place && (p->out->height % rows || p->out->width % cols))) continue;
       const int wide = p->layout == BLOCK ? cols : cols * p->lanes;
       const int64_t lines = (int64_t)(rows - 1) * op->stride[0] + (int64_t)(op->kernel[0] - 1) * op->dilation[0] + 1;
       const int64_t columns = wide + (int64_t)(op->kernel[1] - 1) * op->dilation[1] / op->stride[1];
@@ -95,7 +100,7 @@ static double plan_rows(const problem *p, model_plan *plan) {
       const int strided = p->layout == SINGLE && op->stride[1] > 2;
       const double line = 14 + (strided ? 1.5 * (double)columns : 1.5 * (double)(columns * p->element) / p->lanes);
       const double cost = choose_passes(p, &trial, tiles, (double)(lines * phases) * line, load);
-      if (best >= 0 && cost >= best) continue;
+      if (cost < 0 || (best >= 0 && cost >= best)) continue;
       best = cost;
       *plan = trial;
     }
@@ -343,6 +348,7 @@ static int plan_one(model_network *network, int index, int layout, model_tables 
   p.passes = choice / 8 % 4;
   p.registers = registers;
   p.isa = network->isa;
+  p.in_place = layout == BLOCK && op->other >= 0 && NETWORK->values[op->other].block == p.out->block;
   p.values = (const float *)(network->weights + op->values);
   p.bits = op->dense ? NULL : network->weights + op->bits;
   p.vectors = op->dense ? (registers >= 32 ? MODEL_TILE_DENSE : 3) : (registers >= 32 ? MODEL_TILE_VECTORS : 12);

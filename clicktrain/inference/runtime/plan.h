@@ -17,6 +17,7 @@ typedef struct {
   const unsigned char *bits;   // which weights are stored; NULL: all
   const float *values;         // these
   int form, passes;            // CHOICE_*, 0 by rules
+  int in_place;                // results take the place of what is added: one pass, and no tile that is computed again
 } model_problem;
 
 // What can be measured about a convolution: a form with regions that fit L1, or L2; by rules where that cannot be.

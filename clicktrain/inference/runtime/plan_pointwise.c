@@ -15,7 +15,9 @@ static int can_be_pointwise(const model_problem *p) {
 double model_plan_pointwise(const model_problem *p, model_plan *plan) {
   if (!can_be_pointwise(p)) return -1;
   const int64_t vectors = model_up((int64_t)p->out->height * p->out->width * p->element, p->lanes);
-  const int64_t tiles = model_up(vectors, MODEL_TILE_VECTORS), cols = model_up(vectors, tiles);
+  int64_t cols = model_up(vectors, model_up(vectors, MODEL_TILE_VECTORS));
+  while (p->in_place && vectors % cols) --cols;
+  const int64_t tiles = model_up(vectors, cols);
   const int64_t channels = p->in->channels;
   double best = -1;
   int togethers[4];
@@ -24,7 +26,7 @@ double model_plan_pointwise(const model_problem *p, model_plan *plan) {
     const int64_t cells = model_up(cols, *together), bytes = cells * p->lanes * (int64_t)sizeof(float);
     for (int large = p->passes == CHOICE_LARGE; large < 2 - (p->passes == CHOICE_SMALL); ++large) {
       int64_t most = (large ? LARGE_BYTES : SMALL_BYTES) / bytes;
-      most = most < 1 ? 1 : most > channels ? channels : most;
+      most = most < 1 ? 1 : most > channels || p->in_place ? channels : most;
       const int64_t passes = model_up(channels, most), size = model_up(channels, passes);
       const double filters = (double)p->out->channels * (double)passes;
       // Of as many cells as kernels: loads, what interleaves them, and products.

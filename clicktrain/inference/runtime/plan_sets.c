@@ -89,7 +89,7 @@ double model_plan_windows(const model_problem *p, model_plan *plan) {
   const int image = side * stride, has = op->padding[0] == 1 && op->padding[1] == 1;
   const int whole = has && p->out->height == side && p->out->width == side && p->in->height == image &&
                     p->in->width == image;
-  if (!has_windows[stride][whole]) return -1;
+  if (!has_windows[stride][whole] || (p->in_place && (p->out->height % side || p->out->width % side))) return -1;
   const int rows = whole ? image : (side - 1) * stride + 3;
   double best = -1;
   int togethers[4];
@@ -99,6 +99,7 @@ double model_plan_windows(const model_problem *p, model_plan *plan) {
     const int64_t bytes = (int64_t)rows * cells * p->lanes * (int64_t)sizeof(float);
     const int64_t channels = p->in->channels, most = WINDOW_BYTES / bytes;
     const int64_t size = model_up(channels, model_up(channels, most)), passes = model_up(channels, size);
+    if (p->in_place && passes > 1) continue;
     // Of kernels, taken as ones of four taps: products, or what comes from L2 for them; and a jump.
     const double vectors = side * side, filters = (double)passes * p->out->channels;
     const double entries = model_entries((double)op->count / 4, filters * FREQUENT, *together);

@@ -49,6 +49,7 @@ class ExportedC(Comparison):
         int8: of the same images, computed with int8 numbers; None if that was not asked for, or cannot be
             run on this processor.
         int8_layers: convolutions that can be.
+        int8_used: of these, those that are, by rules, one image at a time and in batches.
     """
 
     path: Path
@@ -58,6 +59,7 @@ class ExportedC(Comparison):
     memory_bytes: int
     int8: Comparison | None = None
     int8_layers: int = 0
+    int8_used: tuple[int, int] = (0, 0)
 
     def sentences(self, images: str = "images") -> list[str]:
         """What was written and how it was checked."""
@@ -78,8 +80,8 @@ class ExportedC(Comparison):
                     f", accuracy {self.int8.accuracy:.2f}%, the network's {self.int8.network_accuracy:.2f}%"
                 )
             lines.append(
-                f"{self.int8_layers} layers can be int8; run ({INT8}) on {self.int8.images} {images}: "
-                f"{difference}"
+                f"{self.int8_layers} layers can be int8, {self.int8_used[0]} are for one image and "
+                f"{self.int8_used[1]} in batches; run ({INT8}) on {self.int8.images} {images}: {difference}"
             )
         return lines
 
@@ -140,7 +142,9 @@ def export_c(
                 itertools.chain(few, rest),
             )
             isa = str(built.network.isa)
-            int8 = _compared_int8(built, model, itertools.chain(few, rest)) if int8_layers else None
+            int8, used = None, (0, 0)
+            if int8_layers and INT8 in built.module.instructions(built.library):
+                int8, used = _compared_int8(built, model, itertools.chain(few, rest))
         compared.check("the C code")
         if int8 is not None:
             replace(int8, tolerance=_INT8_COARSER * int8.tolerance).check("the C code with int8 numbers")
@@ -156,6 +160,7 @@ def export_c(
         memory_bytes=built.memory,
         int8=int8,
         int8_layers=int8_layers,
+        int8_used=used,
         max_difference=compared.max_difference,
         tolerance=compared.tolerance,
         images=compared.images,
@@ -258,12 +263,13 @@ def _built(folder: Path, name: str, scratch: Path) -> Iterator[_Built]:
         network.close()
 
 
-def _compared_int8(built: _Built, model: nn.Module, images: Images) -> Comparison | None:
-    """The same with int8 numbers; None if this processor cannot multiply them."""
-    if INT8 not in built.module.instructions(built.library):
-        return None
+def _compared_int8(built: _Built, model: nn.Module, images: Images) -> tuple[Comparison, tuple[int, int]]:
+    """The network with int8 numbers beside the plain one; layers that have them, alone and in batches."""
     with contextlib.closing(built.module.Network(isa=INT8, library=built.library)) as network:
-        return compare(lambda x: model(x).flatten(1), lambda x: torch.from_numpy(network(x.numpy())), images)
+        compared = compare(
+            lambda x: model(x).flatten(1), lambda x: torch.from_numpy(network(x.numpy())), images
+        )
+        return compared, (network.int8_layers(1), network.int8_layers(network.max_batch))
 
 
 def _of_shape(images: Iterable[Tensor], shape: tuple[int, ...]) -> Iterator[Tensor]:

@@ -59,8 +59,8 @@ def export(
         count: images of these, at most.
         facts: for whoever reads the file, as JSON: ``classes``, ``mean`` and ``std`` are also in the C code.
         name: in C, of files and functions.
-        calibration: in C, batches of training images: sparse convolutions can then be computed with int8
-            numbers, whose ranges are found on them.
+        calibration: in C, batches of training images, or a tensor of them: sparse convolutions can then be
+            computed with int8 numbers, whose ranges are found on them.
 
     Returns:
         What was written, how near it comes to the network, and its size; ``print`` shows it.
@@ -84,6 +84,8 @@ def export(
     network = OwnNetwork(plain, {"model": type(model).__name__, **(facts or {})}, tuple(example.shape[1:]))
     compared = _first([example] if images is None else images, count)
     if chosen == "c":
+        if isinstance(calibration, Tensor):
+            calibration = [calibration]
         ranges = None if calibration is None else (x for x, _ in _first(calibration, IMAGES))
         return export_c(network, target, compared, name, ranges)
     if name != "model" or calibration is not None:

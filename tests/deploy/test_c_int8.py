@@ -9,7 +9,7 @@ import numpy as np
 import pytest
 import torch
 import torch.nn.functional as F
-from c_builds import CHOICES, Finished, Library, build, needs_compiler, plan_file, self_test, write
+from c_builds import CHOICES, SANITIZED, Finished, Library, build, needs_compiler, plan_file, self_test, write
 from torch import Tensor, nn
 
 import clicktrain
@@ -122,6 +122,17 @@ def test_sums_are_those_of_integers(case: str, tmp_path: Path) -> None:
             assert float((got.double() - expected[:batch]).abs().max()) < 1e-5 * scale, (form, batch)
             again = library.run_planned(tmp_path, plan, images[:batch], expected.shape[1], INT8, 3)
             assert torch.equal(got, again), (form, batch)
+
+
+@pytest.mark.slow  # a minute of compilation
+@pytest.mark.parametrize("case", ["3x3 in passes", "3x3 strided wide", "3x3 added", "1x1 strided"])
+def test_nothing_is_read_or_written_beside_what_is_there(case: str, tmp_path: Path) -> None:
+    layer, size = CASES[case]
+    channels = layer.conv.in_channels
+    first = capture(layer, (channels, *size)).ops[0].output.name
+    write(layer, (channels, *size), tmp_path, ranges={first: 3.7})
+    done = self_test(tmp_path, tmp_path, SANITIZED, ASAN_OPTIONS="detect_leaks=0")
+    assert done.returncode == 0, done.stdout + done.stderr
 
 
 def test_a_weight_that_is_no_number_is_not_lost(tmp_path: Path) -> None:
@@ -292,7 +303,8 @@ def test_a_network_is_exported_with_int8_layers(tmp_path: Path) -> None:
         assert "2 layers can be int8" in text
         assert "not run" in text
     else:
-        assert f"2 layers can be int8; run ({INT8})" in text
+        assert f"2 layers can be int8, {done.int8_used[0]} are for one image" in text
+        assert 1 <= max(done.int8_used) <= 2
         assert 0 < done.int8.max_difference < 0.1 * float(model(x).detach().abs().max())
         assert (done.int8.images, done.int8.accuracy is None) == (40, False)
     tested = self_test(tmp_path / "c", tmp_path)
@@ -317,4 +329,6 @@ def test_a_loop_of_ones_own_exports_int8(tmp_path: Path) -> None:
     x = torch.randn(6, 3, 12, 12)
     loader = [(x, torch.zeros(6, dtype=torch.long))]
     done = clicktrain.export(Net(nn.ReLU()), x, tmp_path / "c", images=loader, calibration=loader)
+    again = clicktrain.export(Net(nn.ReLU()), x, tmp_path / "again", calibration=x)
+    assert "2 layers" in str(again)
     assert "2 layers" in str(done)

@@ -312,7 +312,7 @@ const char *model_error(int code) {
       "the weights are of another version of the format",
       "the weights belong to another network",
       "the weights are damaged",
-      "these instructions are unknown, or this processor does not have them",
+      "these instructions are unknown, this processor does not have them, or the network was exported without them",
       "the network is too large for this runtime",
       "threads cannot be started",
       "the plan is not of this network and these instructions, or is damaged",
@@ -322,6 +322,13 @@ const char *model_error(int code) {
 }
 
 const char *model_isa_of(const model_network *network) { return network ? network->isa->name : NULL; }
+
+int model_int8_layers(const model_network *network, int batch) {
+  const int layout = network && network->blocks && batch > network->isa->lanes / 2 ? BLOCK : SINGLE;
+  int count = 0;
+  for (int n = 0; network && n < NETWORK->ops_count; ++n) count += network->plans[layout][n].together == 4;
+  return count;
+}
 
 const char *model_isa_name(int index) {
   for (const model_isa *const *isa = model_isas; *isa; ++isa) {

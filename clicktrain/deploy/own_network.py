@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass
 from os import PathLike
 from pathlib import Path
@@ -82,11 +82,9 @@ def export(
         raise UserError(f"count is {count}: must be at least 1")
     plain = plain_copy(model, "clicktrain.export").float()
     network = OwnNetwork(plain, {"model": type(model).__name__, **(facts or {})}, tuple(example.shape[1:]))
-    compared = _first([example] if images is None else images, count)
+    compared = _first([example] if images is None else images, count, "images")
     if chosen == "c":
-        if isinstance(calibration, Tensor):
-            calibration = [calibration]
-        ranges = None if calibration is None else (x for x, _ in _first(calibration, IMAGES))
+        ranges = None if calibration is None else _alone(_first(calibration, IMAGES, "calibration"))
         return export_c(network, target, compared, name, ranges)
     if name != "model" or calibration is not None:
         raise UserError("name and calibration belong to format c")
@@ -104,8 +102,18 @@ def _format(path: Path) -> str:
     )
 
 
-def _first(images: OwnImages, count: int) -> Images:
-    """The first ``count`` images of batches of several forms."""
+def _alone(images: Images) -> Iterator[Tensor]:
+    return (x for x, _ in images)
+
+
+def _first(images: OwnImages, count: int, name: str) -> Images:
+    """The first ``count`` images of batches of several forms, or of one tensor; ``name``: of the argument."""
+    if not isinstance(images, Iterable):
+        raise UserError(f"{name} is {shown(images)}: give batches of images, a loader for example")
+    return _batches([images] if isinstance(images, Tensor) else images, count, name)
+
+
+def _batches(images: OwnImages, count: int, name: str) -> Images:
     left = count
     for batch in images:
         x, y = (batch[0], batch[1]) if isinstance(batch, (tuple, list)) and len(batch) > 1 else (batch, None)
@@ -113,7 +121,7 @@ def _first(images: OwnImages, count: int) -> Images:
             x = x[0]
         if not isinstance(x, Tensor):
             raise UserError(
-                f"images gives batches of {shown(type(batch).__name__)}: tensors or (images, classes)"
+                f"{name} gives batches of {shown(type(batch).__name__)}: tensors or (images, classes)"
             )
         yield x[:left].detach().cpu(), y[:left].cpu() if isinstance(y, Tensor) else None
         left -= len(x[:left])

@@ -318,6 +318,11 @@ def test_what_cannot_be_int8_is_refused(tmp_path: Path) -> None:
         export_c(Finished(Net(nn.GELU())), tmp_path / "c", [(x, None)], calibration=[x])
     with pytest.raises(UserError, match="calibration images are of shape"):
         export_c(Finished(Net(nn.ReLU())), tmp_path / "c", [(x, None)], calibration=[x[:, :, 1:]])
+    for wrong, why in ((5, "calibration is 5: give batches"), (["a"], "calibration gives batches of 'str'")):
+        with pytest.raises(UserError, match=why):
+            clicktrain.export(Net(nn.ReLU()), x, tmp_path / "c", calibration=wrong)  # type: ignore[arg-type]
+    with pytest.raises(UserError, match="images is True: give batches"):
+        clicktrain.export(Net(nn.ReLU()), x, tmp_path / "c", images=True)  # type: ignore[arg-type]
     with pytest.raises(UserError, match="belong to format c"):
         clicktrain.export(Net(nn.ReLU()), x, tmp_path / "x.pt2", calibration=[x])
     assert list(tmp_path.iterdir()) == []

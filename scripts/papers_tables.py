@@ -1,6 +1,7 @@
 """Write the tables of docs/papers.md and docs/results/reproduced.md, or say that they are stale.
 
 python scripts/papers_tables.py [--check]
+python scripts/papers_tables.py --collect FILE ... --commit ID    # of `clicktrain reproduce ITEM --json FILE`
 
 A table follows ``<!-- items of PAPER: code -->`` or ``<!-- items of PAPER: runs -->`` up to ``<!-- end -->``:
 rows in clicktrain/papers. ``<!-- run PAPER/ITEM -->``: accuracies and figures of the file reproduced.json,
@@ -20,12 +21,15 @@ from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
+from clicktrain.files import read_json
 from clicktrain.papers import Row, read_rows, read_settings
 from clicktrain.papers.rows import Setting
 
 DOCS = Path(__file__).resolve().parent.parent / "docs"
 PAGES = (DOCS / "papers.md", DOCS / "results" / "reproduced.md")
 REPRODUCED = DOCS / "results" / "reproduced.json"
+RATIOS = ("train_flops_ratio", "inference_flops_ratio", "total_train_flops_ratio", "compression_ratio")
+FIGURE = ("what", "paper", "ours", "deviation", "seeds", "unit")
 _RUN = re.compile(r"(<!-- run ([\w/-]+) -->\n).*?(<!-- end -->)", re.DOTALL)
 _TABLE = re.compile(r"(<!-- items of ([\w-]+): (code|runs) -->\n).*?(<!-- end -->)", re.DOTALL)
 
@@ -37,9 +41,40 @@ def tables(text: str) -> str:
         rows = [row for name, row in read_rows().items() if name.startswith(f"{match[2]}/")]
         return match[1] + (code_table(rows) if match[3] == "code" else runs_table(rows)) + match[4]
 
-    reproduced = json.loads(REPRODUCED.read_text(encoding="utf-8"))
+    reproduced = read_json(REPRODUCED)
     text = _RUN.sub(lambda match: match[1] + run_tables(reproduced[match[2]]) + match[3], text)
     return _TABLE.sub(rebuilt, text)
+
+
+def collect(path: Path, commit: str) -> tuple[str, dict[str, Any]]:
+    """An item's name and what reproduced.json keeps of it: no folder of a machine, accuracies by seed."""
+    given = read_json(path)
+    folders = [
+        Path(word[word.index("--out") + 1]) for word in map(shlex.split, given["commands"]) if "--out" in word
+    ]
+    runs: dict[str, dict[str, Any]] = {}
+    for folder in folders:
+        name, _, seed = folder.name.rpartition("-s")
+        summary, run = read_json(folder / "summary.json"), runs.setdefault(name, {})
+        run.setdefault("accuracy", {})[seed] = round(summary["val_accuracy"], 2)
+        if summary.get("test_accuracy") is not None:
+            run.setdefault("test_accuracy", {})[seed] = round(summary["test_accuracy"], 2)
+        for key in RATIOS:
+            if summary.get(key) is not None:
+                run.setdefault(key, []).append(summary[key])
+    for run in runs.values():
+        run |= {key: round(statistics.fmean(run[key]), 4) for key in RATIOS if key in run}
+    seeds = sorted({int(folder.name.rpartition("-s")[2]) for folder in folders})
+    setting, _, flags = given["setting"].partition(": ")[2].partition("; but ")
+    more = f" --flags='{flags}'" if flags else ""
+    return given["item"], {
+        "setting": ", ".join(part for part in (setting, flags.removeprefix("--precision ")) if part),
+        "seeds": seeds,
+        "commit": commit,
+        "command": f"clicktrain reproduce {given['item']} --seeds {' '.join(map(str, seeds))}{more}",
+        "runs": runs,
+        "figures": [{key: figure[key] for key in FIGURE} for figure in given["figures"]],
+    }
 
 
 def run_tables(item: Mapping[str, Any]) -> str:
@@ -165,7 +200,14 @@ def main() -> None:
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
     parser.add_argument("--check", action="store_true")
-    if not parser.parse_args().check:
+    parser.add_argument("--collect", nargs="+", type=Path, default=[], metavar="FILE")
+    parser.add_argument("--commit", default="", help="of the code that ran")
+    given = parser.parse_args()
+    if given.collect:
+        items = read_json(REPRODUCED)
+        items.update(collect(path, given.commit) for path in given.collect)
+        REPRODUCED.write_text(json.dumps(items, indent=1, ensure_ascii=False) + "\n", encoding="utf-8")
+    if not given.check:
         for page in PAGES:
             page.write_text(tables(page.read_text(encoding="utf-8")), encoding="utf-8")
     elif diff := stale():

@@ -21,10 +21,19 @@ INLINE void interleave(const vec *cells, const int needed, vec *x) {
   x[0] = cells[0];
 }
 #endif
+#if TOGETHER > 1
+// As an integer: by itself an entry may look like a float that is no normal one.
+INLINE vec weight_of(const float *entry) {
+  int32_t all;
+  memcpy(&all, entry, sizeof all);
+  return (vec)_mm512_set1_epi32(all);
+}
+#endif
 #define ENTRY (1 + TOGETHER)  // numbers of a kernel, or several: set of taps, channels
 
 // Sums in float32. They begin with what is there already; integers begin at zero, and it is added in the end.
 #ifdef FOURS
+INLINE vec scale_of(const float *scales, int filter) { return splat(scales[filter]); }
 INLINE vec begun(vec before) {
   (void)before;
   return (vec){0};
@@ -33,6 +42,11 @@ INLINE vec scaled(vec sum, vec scale) { return numbers_of(sum) * scale; }
 INLINE vec ended(vec sum, vec scale, vec before) { return scaled(sum, scale) + before; }
 INLINE vec added(vec a, vec b) { return (vec)((ivec)a + (ivec)b); }
 #else
+INLINE vec scale_of(const float *scales, int filter) {
+  (void)scales;
+  (void)filter;
+  return (vec){0};
+}
 INLINE vec begun(vec before) { return before; }
 INLINE vec scaled(vec sum, vec scale) {
   (void)scale;

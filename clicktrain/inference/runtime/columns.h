@@ -104,11 +104,7 @@ INLINE vec from_second(vec a, vec b) { return (vec)BOTH(a, b, 1, 2, 3, 4, 5, 6, 
 INLINE void end_filter(const strip *t, int filter, const int rows, const int wide, const int stride,
                        vec sums[3][MOST]) {
   const vec bias = splat(t->bias[filter]), zero = {0};
-#ifdef FOURS
-  const vec scale = splat(t->scales[filter]);
-#else
-  const vec scale = {0};
-#endif
+  const vec scale = scale_of(t->scales, filter);
   float *out = t->out + filter * t->plane;
   const float *residual = t->residual ? t->residual + filter * t->plane : NULL;
   UNROLL for (int i = 0; i < rows; ++i) {

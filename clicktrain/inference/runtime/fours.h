@@ -3,11 +3,6 @@
 #pragma once
 #include "vectors.h"
 
-INLINE vec weight_of(const float *four) {
-  int32_t all;
-  memcpy(&all, four, sizeof all);
-  return (vec)_mm512_set1_epi32(all);
-}
 INLINE vec product(vec sum, vec x, vec weights) {
   return (vec)_mm512_dpbusd_epi32((__m512i)sum, (__m512i)x, (__m512i)weights);
 }

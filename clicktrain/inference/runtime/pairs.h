@@ -10,12 +10,6 @@ INLINE void put_halves(vec x, float *lower, float *upper) {
   put(lower, (vec)(near >> 16));
   put(upper, (vec)(near & 0xffff0000u));
 }
-// As an integer: by itself a pair may look like a float that is no normal one.
-INLINE vec weight_of(const float *pair) {
-  int32_t both;
-  memcpy(&both, pair, sizeof both);
-  return (vec)_mm512_set1_epi32(both);
-}
 INLINE vec product(vec sum, vec x, vec weights) {
   return (vec)_mm512_dpbf16_ps((__m512)sum, (__m512bh)x, (__m512bh)weights);
 }

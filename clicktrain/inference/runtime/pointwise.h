@@ -43,11 +43,7 @@ INLINE void points_of(const points *t, const int vectors) {
       if (t->residual) __builtin_prefetch(t->residual + at + t->plane + k * LANES, 0, 3);
     }
     const vec bias = splat(t->bias[filter]);
-#ifdef FOURS
-    const vec scale = splat(t->scales[filter]);
-#else
-    const vec scale = {0};
-#endif
+    const vec scale = scale_of(t->scales, filter);
     UNROLL for (int k = 0; k < vectors; ++k) sums[k] = begun(t->first ? bias : get(t->out + at + k * LANES));
     if (chains > 1) {
       vec more[MODEL_TILE_VECTORS];

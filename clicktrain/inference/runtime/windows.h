@@ -107,11 +107,7 @@ INLINE void begin_window(const window *t, int filter, vec *sums) {
 INLINE void end_window(const window *t, int filter, vec *sums) {
   float *out = t->out + filter * t->plane;
   const vec bias = splat(t->bias[filter]);
-#ifdef FOURS
-  const vec scale = splat(t->scales[filter]);
-#else
-  const vec scale = {0};
-#endif
+  const vec scale = scale_of(t->scales, filter);
   if (t->first) {
     UNROLL for (int k = 0; k < SIDE * SIDE; ++k) sums[k] = ended(sums[k], scale, bias);
   } else {
